@@ -1,0 +1,1 @@
+"""Timestep sampling, denoising trajectories through ONNX Runtime, and observers placed inside the graph."""

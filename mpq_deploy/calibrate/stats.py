@@ -1,0 +1,81 @@
+"""What calibration leaves behind: the inputs of the denoiser at K timesteps, and statistics of every activation."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mpq_deploy.denoisers.spec import Array
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Calls of the denoiser recorded along float trajectories: K timesteps x N calls.
+
+    ``samples`` float32 [K, N, *sample shape] as the denoiser gets them (after scale_model_input);
+    ``timesteps`` float32 [K]; ``rows`` int64 [N], the row of conditions.npz of each call.
+    """
+
+    samples: Array
+    timesteps: Array
+    rows: Array
+
+    def save(self, path: Path) -> None:
+        """Write the set as one .npz file (no pickle)."""
+        np.savez(path, samples=self.samples, timesteps=self.timesteps, rows=self.rows)
+
+    @classmethod
+    def load(cls, path: Path) -> CalibrationSet:
+        """Read what ``save`` wrote."""
+        with np.load(path, allow_pickle=False) as data:
+            return cls(data["samples"], data["timesteps"], data["rows"])
+
+
+@dataclass(frozen=True)
+class ActivationStats:
+    """Statistics of one activation tensor over all sampled timesteps and samples.
+
+    Per channel (axis 1 of a 4-D tensor, else the last axis): ``amax``, ``second_moment`` (mean of x^2),
+    ``fourth_moment`` (mean of x^4), float64 [C]. ``reservoir`` float32 [R]: a fixed-size uniform random sample of
+    the values. ``scale``: the INT8 scale, already rounded to FP16; ``amax_by_timestep`` float32 [K].
+    """
+
+    amax: Array
+    second_moment: Array
+    fourth_moment: Array
+    reservoir: Array
+    amax_by_timestep: Array
+    scale: float
+
+
+@dataclass(frozen=True)
+class CalibrationStats:
+    """Statistics of every activation that a layer reads, by tensor name."""
+
+    activations: dict[str, ActivationStats]
+
+    def save(self, path: Path) -> None:
+        """Write all arrays into one .npz file; names of tensors go into an index array."""
+        names = sorted(self.activations)
+        arrays: dict[str, Array] = {"index": np.array(json.dumps(names))}
+        for number, name in enumerate(names):
+            for field, value in vars(self.activations[name]).items():
+                arrays[f"{number}.{field}"] = np.asarray(value)
+        np.savez(path, **arrays)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, path: Path) -> CalibrationStats:
+        """Read what ``save`` wrote."""
+        fields = ActivationStats.__dataclass_fields__
+        with np.load(path, allow_pickle=False) as data:
+            names = json.loads(str(data["index"]))
+            read = {
+                name: ActivationStats(
+                    **{f: float(data[f"{i}.{f}"]) if f == "scale" else data[f"{i}.{f}"] for f in fields}
+                )
+                for i, name in enumerate(names)
+            }
+        return cls(read)

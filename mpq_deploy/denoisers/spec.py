@@ -1,0 +1,61 @@
+"""What a denoiser takes and gives: the inputs by role, the prediction, the scheduler. Saved as denoiser.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+Array = np.ndarray[Any, np.dtype[Any]]
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
+
+
+class InputSpec(BaseModel):
+    """One input of the ONNX graph. ``shape`` leaves the batch axis out; () for one number per sample."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    shape: tuple[int, ...] = ()
+    dtype: Literal["float32", "float16", "int64", "int32", "bool"] = "float32"
+    # An input such as a scalar timestep that ONNX declares without a batch axis.
+    batched: bool = True
+
+
+class DenoiserSpec(BaseModel):
+    """How to call a denoiser and how to sample with it.
+
+    ``scheduler`` is a diffusers scheduler configuration (with ``_class_name``). ``labels`` name the rows of
+    conditions.npz, and ``uncond_row`` is the row for classifier-free guidance (used when ``guidance_scale`` is
+    not 1). ``pixel_range`` is given when samples are images; latents have a decoder file or are compared as such.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    source: str
+    sample: InputSpec
+    timestep: InputSpec
+    conditions: tuple[InputSpec, ...] = ()
+    output: str = "out_sample"
+    prediction_type: PredictionType = "epsilon"
+    scheduler: dict[str, Any]
+    guidance_scale: float = 1.0
+    uncond_row: int | None = None
+    labels: tuple[str, ...] = ()
+    pixel_range: tuple[float, float] | None = None
+    decoder: str | None = None
+    synthetic: str = ""
+
+    def save(self, path: Path) -> None:
+        """Write the specification as JSON with sorted keys."""
+        import json
+
+        path.write_text(json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> DenoiserSpec:
+        """Read what ``save`` wrote."""
+        return cls.model_validate_json(path.read_text())

@@ -1,0 +1,66 @@
+"""Exceptions that a user can cause. Each carries what was wrong, the value found, and how to fix it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MpqError(Exception):
+    """A failure with a message for the user and, where there is one, a remedy.
+
+    The command line prints ``message`` and ``hint`` and exits with ``exit_code``; a traceback appears only
+    with ``--debug``.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.hint}".strip()
+
+
+class UsageError(MpqError):
+    """The command, recipe or option is wrong: nothing was started. Exit code 2."""
+
+    exit_code = 2
+
+
+class ModelError(MpqError):
+    """The model cannot be read, or holds something that cannot be deployed."""
+
+
+class RunFolderError(MpqError):
+    """The run folder is in use, of another format, or cannot be written."""
+
+
+class InfeasibleBudgetError(UsageError):
+    """No plan fits the budget. ``smallest`` is the smallest feasible budget, in bytes."""
+
+    def __init__(self, message: str, hint: str, smallest: int) -> None:
+        super().__init__(message, hint)
+        self.smallest = smallest
+
+
+class EngineError(MpqError):
+    """A builder failed, crashed, or built something other than the plan."""
+
+
+class MissingDependencyError(MpqError):
+    """An optional package is needed for what was asked."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"{purpose} needs the package '{package}', which is not installed.",
+            f'Install it with: pip install "mpq-deploy[{extra}]"',
+        )
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return ``Did you mean 'x'? `` for the closest of ``known`` (empty when none is close), to start a hint."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"Did you mean '{matches[0]}'? " if matches else ""

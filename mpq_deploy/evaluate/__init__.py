@@ -1,0 +1,1 @@
+"""Compare a quantized denoiser with the float one: output error per timestep, images, sizes, latency."""

@@ -1,0 +1,1 @@
+"""Rewrites of an ONNX graph: one pass per file; each returns (model, modified)."""

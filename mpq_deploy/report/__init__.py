@@ -1,0 +1,1 @@
+"""Reports: HTML for people, Markdown for pull requests, JSON for scripts."""

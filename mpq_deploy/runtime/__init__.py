@@ -1,0 +1,1 @@
+"""Run a denoiser: ONNX Runtime today, TensorRT where present."""

@@ -1,0 +1,83 @@
+"""Where stages report progress: silent, plain lines (CI), or live bars (terminal). Talk goes to stderr only."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+Advance = Callable[[int], None]
+
+
+class Talk:
+    """The silent one, and the interface of the others."""
+
+    def line(self, text: str) -> None:
+        """Say one line."""
+
+    def warn(self, text: str) -> None:
+        """Say one line that the user should not miss."""
+
+    @contextmanager
+    def bar(self, what: str, total: int) -> Iterator[Advance]:
+        """Show progress of ``total`` equal steps; the yielded function moves it on by n steps."""
+        yield lambda steps: None
+
+
+class PlainTalk(Talk):
+    """One line per event, for logs: a bar becomes a line at its start and one at its end."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+
+    def line(self, text: str) -> None:
+        self._stream.write(text + "\n")
+        self._stream.flush()
+
+    def warn(self, text: str) -> None:
+        self.line(f"warning: {text}")
+
+    @contextmanager
+    def bar(self, what: str, total: int) -> Iterator[Advance]:
+        started = time.monotonic()
+        yield lambda steps: None
+        self.line(f"  {what}: {total} in {time.monotonic() - started:.1f} s")
+
+
+class RichTalk(Talk):
+    """Live bars with the rate and the time left, on a terminal."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self._console = Console(stderr=True, highlight=False)
+
+    def line(self, text: str) -> None:
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        self._console.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
+
+    @contextmanager
+    def bar(self, what: str, total: int) -> Iterator[Advance]:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("  {task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self._console, transient=True) as progress:
+            task = progress.add_task(what, total=total, rate="")
+            started = time.monotonic()
+
+            def advance(steps: int) -> None:
+                progress.advance(task, steps)
+                done = progress.tasks[0].completed
+                progress.update(task, rate=f"{done / max(time.monotonic() - started, 1e-6):.1f}/s")
+
+            yield advance
