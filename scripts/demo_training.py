@@ -1,18 +1,17 @@
 """Train, sample and export the small class-conditional diffusion models that are bundled as demos.
 
-In: images float32 [N, C, H, W] in [-1, 1] with labels int64 [N], a UNet2DModel, a DDIMScheduler and `TrainSettings`.
-Out: in the output folder `state.pt` (resumable, stays with whoever trains), `losses.csv`, `grid_<minutes>.png` and
-`pipeline/`, a diffusers pipeline folder with the averaged weights in FP16.
+In: images float32 [N, C, H, W] in [-1, 1] with labels int64 [N], a UNet2DModel, a DDIMScheduler and
+`TrainSettings`. Out: in the output folder `state.pt` (resumable; stays with whoever trains), `losses.csv`,
+`grid_<minutes>.png` and `pipeline/`, a diffusers pipeline folder with the averaged weights in FP16.
 
-The learning rate follows the clock, not a step count: it has decayed to its floor when the time budget ends, however
-loaded the machine is.
+The learning rate follows the clock, not a step count: it has decayed to its floor when the time budget ends,
+however loaded the machine is.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -62,11 +61,12 @@ class Ema:
         self.decay = decay
         self.shadow: dict[str, Tensor] = {k: v.detach().clone() for k, v in model.state_dict().items()}
 
-    @torch.no_grad()
     def update(self, model: UNet2DModel, step: int) -> None:
+        """Move the average towards the model's weights after optimizer step `step` (from 1)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        for name, value in model.state_dict().items():
-            self.shadow[name].lerp_(value, 1 - decay)
+        with torch.no_grad():
+            for name, value in model.state_dict().items():
+                self.shadow[name].lerp_(value, 1 - decay)
 
 
 def learning_rate(settings: TrainSettings, step: int, progress: float) -> float:
@@ -77,14 +77,14 @@ def learning_rate(settings: TrainSettings, step: int, progress: float) -> float:
 
 
 def stratified_timesteps(batch: int, train_timesteps: int, generator: torch.Generator) -> Tensor:
-    """One timestep per equal slice of the range, in random order: int64 [batch], less noisy losses than i.i.d. draws."""
+    """One timestep per equal slice of the range, in random order: int64 [batch]. Less noisy losses."""
     positions = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
     timesteps = (positions * train_timesteps).long().clamp(max=train_timesteps - 1)
     return timesteps[torch.randperm(batch, generator=generator)]
 
 
 def balanced_batch(by_class: list[Tensor], batch: int, generator: torch.Generator) -> Tensor:
-    """Indices int64 [batch]; half uniform over images, half uniform over classes, so that small classes count."""
+    """Indices int64 [batch]: half uniform over images, half over classes, so that small classes count."""
     everything = torch.cat(by_class)
     uniform = everything[torch.randint(len(everything), (batch - batch // 2,), generator=generator)]
     classes = torch.randint(len(by_class), (batch // 2,), generator=generator)
@@ -92,7 +92,6 @@ def balanced_batch(by_class: list[Tensor], batch: int, generator: torch.Generato
     return torch.cat([uniform, torch.stack(picked)]) if picked else uniform
 
 
-@torch.no_grad()
 def sample(
     unet: UNet2DModel, scheduler: DDIMScheduler, labels: Tensor, seed: int, steps: int = SAMPLE_STEPS
 ) -> Tensor:
@@ -103,7 +102,8 @@ def sample(
     x = torch.randn((len(labels), channels, size, size), generator=generator)
     scheduler.set_timesteps(steps)
     for timestep in scheduler.timesteps:
-        output = unet(x, timestep, class_labels=labels).sample
+        with torch.no_grad():
+            output = unet(x, timestep, class_labels=labels).sample
         x = scheduler.step(output, timestep, x).prev_sample
     return x.clamp(-1, 1)
 
@@ -125,7 +125,7 @@ def grid_image(images: Tensor, columns: int, zoom: int, gap: int = 1) -> Image.I
 def export_pipeline(
     unet: UNet2DModel, weights: dict[str, Tensor], scheduler: DDIMScheduler, card: dict[str, Any], out: Path
 ) -> UNet2DModel:
-    """Write a diffusers pipeline folder with FP16 weights and demo.json; returns the FP16-rounded UNet in float32."""
+    """Write a pipeline folder with FP16 weights and demo.json; returns the FP16-rounded UNet in float32."""
     rounded = UNet2DModel.from_config(dict(unet.config))
     rounded.load_state_dict(weights)
     DDIMPipeline(rounded.half(), scheduler).save_pretrained(out, safe_serialization=True)
@@ -141,7 +141,9 @@ class Trainer:
         self, unet: UNet2DModel, scheduler: DDIMScheduler, settings: TrainSettings, card: DemoCard, out: Path
     ) -> None:
         self.unet, self.scheduler, self.settings, self.card, self.out = unet, scheduler, settings, card, out
-        self.optimizer = torch.optim.AdamW(unet.parameters(), lr=settings.lr, weight_decay=0.0, betas=(0.9, 0.99))
+        self.optimizer = torch.optim.AdamW(
+            unet.parameters(), lr=settings.lr, weight_decay=0.0, betas=(0.9, 0.99)
+        )
         self.ema = Ema(unet, settings.ema_decay)
         self.step = 0
         self.wall_s = 0.0
@@ -162,6 +164,7 @@ class Trainer:
         return torch.nn.functional.mse_loss(output.float(), target)
 
     def train_step(self, images: Tensor, labels: Tensor, progress: float) -> float:
+        """One optimizer step on a batch; returns its loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.settings, self.step, progress)
         loss = self.loss(images, labels)
@@ -195,15 +198,14 @@ class Trainer:
         card = asdict(self.card)
         command = card.pop("command")
         trained = {
+            **asdict(self.settings),
+            "minutes_planned": self.settings.minutes,
             "minutes": round(self.wall_s / 60, 1),
             "cpu_minutes": round(self.cpu_s / 60, 1),
             "steps": self.step,
             "final_loss": round(float(np.mean(self.losses[-LOSS_WINDOW:])), 5),
             "command": command,
-            **asdict(self.settings),
         }
-        trained["minutes_planned"] = self.settings.minutes
-        trained["minutes"] = round(self.wall_s / 60, 1)
         return {
             **card,
             "image_size": int(self.unet.config["sample_size"]),
@@ -215,18 +217,25 @@ class Trainer:
         }
 
     def checkpoint(self, per_class: int = 6) -> None:
-        """Save the resumable state, the pipeline folder and a grid of samples from the FP16-rounded average."""
+        """Save the state, the pipeline folder and a grid of samples from the FP16-rounded average."""
         self.out.mkdir(parents=True, exist_ok=True)
         state = {
             "unet": self.unet.state_dict(),
             "ema": self.ema.shadow,
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
-            "progress": {"step": self.step, "wall_s": self.wall_s, "cpu_s": self.cpu_s, "losses": self.losses},
+            "progress": {
+                "step": self.step,
+                "wall_s": self.wall_s,
+                "cpu_s": self.cpu_s,
+                "losses": self.losses,
+            },
         }
         torch.save(state, self.out / "state.tmp")
-        os.replace(self.out / "state.tmp", self.out / "state.pt")
-        unet = export_pipeline(self.unet, self.ema.shadow, self.scheduler, self.record(), self.out / "pipeline")
+        (self.out / "state.tmp").replace(self.out / "state.pt")
+        unet = export_pipeline(
+            self.unet, self.ema.shadow, self.scheduler, self.record(), self.out / "pipeline"
+        )
         labels = torch.arange(len(self.card.classes)).repeat_interleave(per_class)
         grid = grid_image(sample(unet, self.scheduler, labels, seed=0), per_class, zoom=2)
         grid.save(self.out / f"grid_{self.wall_s / 60:05.1f}.png")

@@ -1,13 +1,13 @@
-"""Train the bundled 32x32 emoji model: `python scripts/train_emoji.py --data DIR --minutes 85 --out DIR`.
+"""Train the bundled 32x32 emoji model: `python scripts/train_emoji.py --data DIR --minutes 90 --out OUT`.
 
-Data: two npm packages, unpacked side by side (`npm pack NAME@VERSION`, then `tar xf` into a folder of that name):
+Data: two npm packages, unpacked side by side (`npm pack NAME@16.0.0`, then unpack into a folder NAME-16.0.0):
 
     DIR/emoji-datasource-google-16.0.0/package    Noto Emoji images, Apache-2.0
     DIR/emoji-datasource-twitter-16.0.0/package   Twemoji images, CC BY 4.0
 
-From the 64x64 PNGs, eight visually homogeneous classes are chosen by subcategory and short name, put on white and
-reduced to 32x32. The result, `OUT/pipeline`, is what lies in mpq_deploy/denoisers/demo/emoji. Run again with the same
-`--out` to go on from the last checkpoint.
+From the 64x64 PNGs, eight visually homogeneous classes are chosen by subcategory and short name, put on white
+and reduced to 32x32. The result, `OUT/pipeline`, is what lies in mpq_deploy/denoisers/demo/emoji. Run again
+with the same `--out` to go on from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ from torch import Tensor
 VENDORS = ("google", "twitter")
 DATA_VERSION = "16.0.0"
 IMAGE_SIZE = 32
+DATA = "npm emoji-datasource-google 16.0.0 (Noto Emoji), emoji-datasource-twitter 16.0.0 (Twemoji), at 32x32"
 
 Entry = dict[str, Any]  # one entry of emoji.json
+Image32 = np.ndarray[Any, np.dtype[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -43,23 +45,27 @@ class EmojiClass:
 
 
 def of(*subcategories: str) -> Callable[[Entry], bool]:
+    """Entries of any of these subcategories."""
     return lambda entry: entry["subcategory"] in subcategories
 
 
 def named(names: str) -> Callable[[Entry], bool]:
+    """Entries with one of these short names (separated by blanks)."""
     wanted = set(names.split())
     return lambda entry: entry["short_name"] in wanted
 
 
-ANIMAL_FACES = """mouse cow tiger rabbit cat horse monkey_face dog pig hamster wolf polar_bear bear panda_face koala
-lion_face unicorn_face fox_face raccoon frog hatching_chick baby_chick owl see_no_evil hear_no_evil speak_no_evil"""
-FRUIT = """tomato grapes melon watermelon tangerine lime lemon banana pineapple apple green_apple pear peach cherries
-strawberry kiwifruit coconut mango blueberries olive"""
-MOONS = """new_moon waxing_crescent_moon first_quarter_moon moon full_moon waning_gibbous_moon last_quarter_moon
-waning_crescent_moon crescent_moon new_moon_with_face full_moon_with_face sun_with_face"""
-HEARTS = """blue_heart green_heart yellow_heart purple_heart black_heart white_heart brown_heart orange_heart
-light_blue_heart grey_heart pink_heart heart broken_heart two_hearts sparkling_heart heartpulse cupid gift_heart
-revolving_hearts heart_on_fire mending_heart"""
+ANIMAL_FACES = """mouse cow tiger rabbit cat horse monkey_face dog pig hamster wolf polar_bear bear
+panda_face koala lion_face unicorn_face fox_face raccoon frog hatching_chick baby_chick owl see_no_evil
+hear_no_evil speak_no_evil"""
+FRUIT = """tomato grapes melon watermelon tangerine lime lemon banana pineapple apple green_apple pear peach
+cherries strawberry kiwifruit coconut mango blueberries olive"""
+CLOCKS = " ".join(f"clock{hour} clock{hour}30" for hour in range(1, 13))
+MOONS = """new_moon waxing_crescent_moon first_quarter_moon moon full_moon waning_gibbous_moon
+last_quarter_moon waning_crescent_moon crescent_moon new_moon_with_face full_moon_with_face sun_with_face"""
+HEARTS = """blue_heart green_heart yellow_heart purple_heart black_heart white_heart brown_heart
+orange_heart light_blue_heart grey_heart pink_heart heart broken_heart two_hearts sparkling_heart heartpulse
+cupid gift_heart revolving_hearts heart_on_fire mending_heart"""
 
 CLASSES = (
     EmojiClass("flag", of("country-flag"), vendors=("twitter",)),  # Google's wave; flat ones are homogeneous
@@ -67,24 +73,25 @@ CLASSES = (
     EmojiClass("sad face", of("face-concerned", "face-neutral-skeptical", "face-sleepy")),
     EmojiClass("heart", named(HEARTS)),
     EmojiClass("animal", named(ANIMAL_FACES)),
-    EmojiClass("clock", lambda entry: entry["short_name"].startswith("clock") and entry["subcategory"] == "time"),
+    EmojiClass("clock", named(CLOCKS)),
     EmojiClass("moon", named(MOONS)),
     EmojiClass("fruit", named(FRUIT)),
 )
 
 
-def read_image(path: Path) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """A PNG with alpha on white, reduced with antialiasing: float32 [3, IMAGE_SIZE, IMAGE_SIZE] in [-1, 1]."""
+def read_image(path: Path) -> Image32:
+    """A PNG with alpha on white, reduced with antialiasing: float32 [3, 32, 32] in [-1, 1]."""
     with Image.open(path) as opened:
         picture = opened.convert("RGBA")
     white = Image.new("RGBA", picture.size, "white")
     white.alpha_composite(picture)
     small = white.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
-    return np.asarray(small, np.float32).transpose(2, 0, 1) / 127.5 - 1
+    pixels: Image32 = np.asarray(small, np.float32).transpose(2, 0, 1) / np.float32(127.5) - np.float32(1)
+    return pixels
 
 
 def load_emoji(data: Path) -> tuple[Tensor, Tensor]:
-    """Images float32 [N, 3, 32, 32] in [-1, 1] and labels int64 [N], in the order of emoji.json within each class."""
+    """Images float32 [N, 3, 32, 32] in [-1, 1] and labels int64 [N]: Google's classes, then Twitter's."""
     pixels, labels = [], []
     for vendor in VENDORS:
         package = data / f"emoji-datasource-{vendor}-{DATA_VERSION}" / "package"
@@ -100,7 +107,7 @@ def load_emoji(data: Path) -> tuple[Tensor, Tensor]:
 
 
 def emoji_unet() -> UNet2DModel:
-    """Four levels (32 to 4 pixels), attention on the lower two with heads of 32 channels, 3.4 M parameters."""
+    """Four levels (32 to 4 pixels), attention on the lower two with heads of 32 channels, 3.8 M weights."""
     return UNet2DModel(
         sample_size=IMAGE_SIZE,
         in_channels=3,
@@ -128,9 +135,12 @@ def emoji_scheduler() -> DDIMScheduler:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Parse the arguments and train."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder with the two unpacked packages")
-    parser.add_argument("--minutes", type=float, default=85.0, help="wall-clock minutes to train")
+    parser.add_argument("--minutes", type=float, default=90.0, help="wall-clock minutes to train")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and the pipeline")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
@@ -143,7 +153,7 @@ def main() -> None:
         name="emoji",
         classes=tuple(emoji_class.name for emoji_class in CLASSES),
         licence="Apache-2.0 AND CC-BY-4.0",
-        data="emoji-datasource-google 16.0.0 (Noto Emoji) and emoji-datasource-twitter 16.0.0 (Twemoji), reduced to 32x32",
+        data=DATA,
         command=f"python scripts/train_emoji.py --data DIR {arguments} --out DIR",
     )
     trainer = Trainer(emoji_unet(), emoji_scheduler(), settings, card, options.out)
