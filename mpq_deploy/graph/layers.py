@@ -183,11 +183,11 @@ def _group(node: ir.Node) -> int:
 
 def _attribute(node: ir.Node, name: str, default: float) -> float:
     attribute = node.attributes.get(name)
-    return default if attribute is None else attribute.value  # type: ignore[no-any-return]
+    return default if attribute is None else attribute.value
 
 
 def _shape(value: ir.Value) -> tuple[int, ...]:
     tensor = value.const_value
     if tensor is None:
         return ()
-    return tuple(int(size) for size in tensor.shape)
+    return tuple(int(size) for size in tensor.shape.numpy())

@@ -1,0 +1,300 @@
+"""Choose one scheme per layer so that the predicted loss is least and the bytes fit: one MILP, solved by HiGHS.
+
+In: what each (layer, scheme) costs in bytes and in loss. Out: a ``PrecisionPlan``. Bytes are exact: the plan's
+total is what the quantized file holds, and it never exceeds the budget.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpq_deploy.errors import InfeasibleBudgetError, MpqError, UsageError, nearest
+from mpq_deploy.precision.deployed import ACTIVATION_SCALE_BYTES
+from mpq_deploy.precision.scheme import INT8, SCHEMES
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """What the solver knows of one layer: its input tensors, and bytes and loss per scheme."""
+
+    name: str
+    inputs: tuple[str, ...]
+    bytes: Mapping[str, int]
+    loss: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An allocation: layers to decide, the bytes of all other constants, and the budget in bytes."""
+
+    layers: Sequence[LayerChoice]
+    fixed_bytes: int
+    budget_bytes: int
+
+
+@dataclass(frozen=True)
+class SolverReport:
+    """How the solver ended. ``gap`` is relative to the loss of the plan; ``bound`` is the proven least loss."""
+
+    status: str
+    gap: float
+    loss: float
+    bound: float
+
+
+@dataclass(frozen=True)
+class PrecisionPlan:
+    """One scheme per layer. Sizes in bytes; ``predicted_loss`` as in the sensitivity table."""
+
+    budget_bytes: int
+    size_bytes: int
+    fp16_size_bytes: int
+    fixed_bytes: int
+    predicted_loss: float
+    schemes: dict[str, str]
+    layers: list[dict[str, Any]]
+    others: list[dict[str, Any]]
+    solver: SolverReport
+    notes: list[str] = field(default_factory=list)
+
+    def save(self, path: Path) -> None:
+        """Write the plan as JSON with sorted keys."""
+        path.write_text(json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> PrecisionPlan:
+        """Read what ``save`` wrote."""
+        values = json.loads(path.read_text())
+        values["solver"] = SolverReport(**values["solver"])
+        return cls(**values)
+
+
+def plan_bytes(problem: Problem, schemes: Mapping[str, str]) -> int:
+    """Bytes of all constants when each layer takes its scheme in ``schemes``: shared scales count once."""
+    total = problem.fixed_bytes
+    quantized: set[str] = set()
+    for layer in problem.layers:
+        scheme = schemes[layer.name]
+        total += layer.bytes[scheme]
+        if SCHEMES[scheme].activation is INT8:
+            quantized.update(layer.inputs)
+    return total + ACTIVATION_SCALE_BYTES * len(quantized)
+
+
+def smallest_plan(problem: Problem) -> dict[str, str]:
+    """The plan of fewest bytes (the smallest feasible budget is its ``plan_bytes``)."""
+    smallest = {}
+    for layer in problem.layers:
+        # A scheme with INT8 activations counts its input's scale here; at equal bytes the smaller loss wins.
+        def cost(scheme: str, layer: LayerChoice = layer) -> tuple[int, float]:
+            scales = len(layer.inputs) if SCHEMES[scheme].activation is INT8 else 0
+            return layer.bytes[scheme] + ACTIVATION_SCALE_BYTES * scales, layer.loss[scheme]
+
+        smallest[layer.name] = min(layer.bytes, key=cost)
+    return smallest
+
+
+def allocate(problem: Problem, gap: float = 1e-4, time_limit: float = 60.0) -> tuple[dict[str, str], SolverReport]:
+    """Solve the allocation to a relative ``gap``; return the scheme of each layer and how the solver ended.
+
+    Minimise sum loss[l, s] x[l, s] over binaries x, with sum_s x[l, s] = 1, bytes <= budget, and one extra binary
+    per activation tensor that is 1 when any reader is INT8 (its scale costs bytes once). Ties are broken towards
+    fewer bytes by a term of at most 1e-9 of the largest loss over all layers together, so equal inputs give
+    equal plans; HiGHS runs with one thread and a fixed seed.
+
+    Raises InfeasibleBudgetError, which names the smallest feasible budget, when nothing fits.
+    """
+    least = plan_bytes(problem, smallest_plan(problem))
+    if least > problem.budget_bytes:
+        raise InfeasibleBudgetError(
+            f"No plan fits {problem.budget_bytes:,} bytes: the smallest takes {least:,} bytes.",
+            "Raise the budget, allow smaller schemes in the recipe, or protect fewer layers.",
+            least,
+        )
+    model = _Model(problem)
+    # Exact integer bytes are checked below: HiGHS holds constraints only to a tolerance.
+    allowance = 0
+    for _ in range(4):
+        schemes, report = model.solve(gap, time_limit, allowance)
+        excess = plan_bytes(problem, schemes) - problem.budget_bytes
+        if excess <= 0:
+            return schemes, report
+        allowance += excess
+    raise MpqError(f"The solver exceeds the budget by {excess} bytes.", "This is a defect: please report the plan.")
+
+
+def undominated(layer: LayerChoice) -> list[str]:
+    """Leave out every scheme that another beats or equals in bytes and in loss without needing an INT8 input.
+
+    This never removes all optimal plans, and shrinks the MILP by half.
+    """
+    kept: list[str] = []
+    for scheme in sorted(layer.bytes, key=lambda s: (layer.bytes[s], layer.loss[s], s)):
+        needs_scale = SCHEMES[scheme].activation is INT8
+        beaten = any(
+            layer.loss[k] <= layer.loss[scheme] and (needs_scale or SCHEMES[k].activation is None) for k in kept
+        )
+        if not beaten:
+            kept.append(scheme)
+    return kept
+
+
+class _Model:
+    """The MILP in arrays: one column per (layer, scheme), then one per activation tensor."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.pairs = [(i, s) for i, layer in enumerate(problem.layers) for s in undominated(layer)]
+        readers = (problem.layers[i] for i, s in self.pairs if SCHEMES[s].activation is INT8)
+        self.tensors = sorted({tensor for layer in readers for tensor in layer.inputs})
+        self.loss = np.array([problem.layers[i].loss[s] for i, s in self.pairs], np.float64)
+        if not np.all(np.isfinite(self.loss)):
+            bad = self.pairs[int(np.flatnonzero(~np.isfinite(self.loss))[0])]
+            name = problem.layers[bad[0]].name
+            raise MpqError(f"The measured loss of {name} under {bad[1]} is not finite.", "Measure again.")
+        self.bytes = np.array([problem.layers[i].bytes[s] for i, s in self.pairs], np.float64)
+
+    def solve(self, gap: float, time_limit: float, allowance: int) -> tuple[dict[str, str], SolverReport]:
+        """Build the rows, run HiGHS and read the chosen columns."""
+        import highspy
+
+        highs = highspy.Highs()
+        for option, value in {
+            "output_flag": False,
+            "threads": 1,
+            "random_seed": 1,
+            "mip_rel_gap": gap,
+            "time_limit": time_limit,
+            "mip_feasibility_tolerance": 1e-9,
+        }.items():
+            highs.setOptionValue(option, value)
+        self._load(highs, allowance)
+        started = time.monotonic()
+        highs.run()
+        status = highs.modelStatusToString(highs.getModelStatus())
+        info = highs.getInfo()
+        values = np.asarray(highs.getSolution().col_value)
+        if not len(values) or status not in ("Optimal", "Time limit reached"):
+            seconds = time.monotonic() - started
+            raise MpqError(f"HiGHS ended with '{status}' after {seconds:.1f} s.", "Loosen the recipe's time limit.")
+        schemes: dict[str, str] = {}
+        best: dict[str, float] = {}
+        for (i, scheme), value in zip(self.pairs, values):
+            name = self.problem.layers[i].name
+            if value > best.get(name, -1.0):
+                best[name], schemes[name] = float(value), scheme
+        loss = sum(layer.loss[schemes[layer.name]] for layer in self.problem.layers)
+        bound = min(loss, float(info.mip_dual_bound) * self.scale)
+        return schemes, SolverReport(status, (loss - bound) / loss if loss > 0 else 0.0, loss, bound)
+
+    def _load(self, highs: Any, allowance: int) -> None:
+        """Hand the columns and rows to HiGHS as one sparse matrix by rows."""
+        import highspy
+
+        count = len(self.pairs)
+        columns = count + len(self.tensors)
+        self.scale = float(self.loss.max()) or 1.0
+        # HiGHS compares costs with absolute tolerances: the largest budgeted saving is brought to about 1e3.
+        self.scale /= 1e3
+        lp = highspy.HighsLp()
+        tie_break = 1e-9 * 1e3 / max(float(self.bytes.sum()), 1.0)
+        cost = np.zeros(columns)
+        cost[:count] = self.loss / self.scale + tie_break * self.bytes
+        rows = self._rows(allowance)
+        lp.num_col_, lp.num_row_ = columns, len(rows)
+        lp.col_cost_ = cost
+        lp.col_lower_, lp.col_upper_ = np.zeros(columns), np.ones(columns)
+        lp.integrality_ = [highspy.HighsVarType.kInteger] * columns
+        lp.row_lower_ = np.array([low for low, _, _, _ in rows])
+        lp.row_upper_ = np.array([high for _, high, _, _ in rows])
+        lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
+        lp.a_matrix_.start_ = np.cumsum([0] + [len(index) for _, _, index, _ in rows])
+        lp.a_matrix_.index_ = np.concatenate([index for _, _, index, _ in rows])
+        lp.a_matrix_.value_ = np.concatenate([value for _, _, _, value in rows])
+        highs.passModel(lp)
+
+    def _rows(self, allowance: int) -> list[tuple[float, float, np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+        """Rows (lower, upper, columns, coefficients): one choice per layer, the bytes, the shared scales."""
+        import highspy
+
+        infinity = highspy.kHighsInf
+        count = len(self.pairs)
+        by_layer: dict[int, list[int]] = {}
+        by_reader: dict[str, dict[int, list[int]]] = {tensor: {} for tensor in self.tensors}
+        for column, (i, scheme) in enumerate(self.pairs):
+            by_layer.setdefault(i, []).append(column)
+            if SCHEMES[scheme].activation is INT8:
+                for tensor in self.problem.layers[i].inputs:
+                    by_reader[tensor].setdefault(i, []).append(column)
+        rows = [(1.0, 1.0, np.array(columns), np.ones(len(columns))) for columns in by_layer.values()]
+        room = self.problem.budget_bytes - self.problem.fixed_bytes - allowance
+        coefficients = np.concatenate([self.bytes, np.full(len(self.tensors), float(ACTIVATION_SCALE_BYTES))])
+        unit = max(1.0, float(self.bytes.max()))
+        rows.append((-infinity, room / unit, np.arange(len(coefficients)), coefficients / unit))
+        for number, tensor in enumerate(self.tensors):
+            for columns in by_reader[tensor].values():
+                index = np.array([*columns, count + number])
+                rows.append((-infinity, 0.0, index, np.array([1.0] * len(columns) + [-1.0])))
+        return rows
+
+
+def budget_in_bytes(budget: str | float, fp16_size_bytes: int, weights: int) -> int:
+    """Turn a budget into bytes: a fraction of the FP16 size (0.35, "35%"), a size ("600MB"), or "4.5bits".
+
+    ``weights`` is the number of quantizable weights (for effective bits, the mean bits of all constants per
+    weight). Raises UsageError for anything else.
+    """
+    text = str(budget).strip()
+    units = {"kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30, "b": 1.0}
+    lowered = text.lower().replace(" ", "")
+    suffix = next((u for u in ("bits", "kib", "mib", "gib", "kb", "mb", "gb", "%", "b") if lowered.endswith(u)), "")
+    try:
+        number = float(lowered.removesuffix(suffix))
+    except ValueError:
+        number = float("nan")
+    if not np.isfinite(number) or number <= 0 or (suffix == "" and number > 1):
+        raise UsageError(
+            f"The budget '{text}' is no size.",
+            'Give a fraction of the FP16 size between 0 and 1 (0.35), a size ("600MB"), or bits per weight ("4.5bits").',
+        )
+    if suffix in ("", "%"):
+        fraction = number / 100 if suffix else number
+        if fraction > 1:
+            raise UsageError(f"The budget '{text}' is more than the FP16 size.", "Give at most 100%.")
+        return int(fraction * fp16_size_bytes)
+    if suffix == "bits":
+        return int(number * weights / 8)
+    return int(number * units[suffix])
+
+
+def protected_schemes(
+    layers: Sequence[tuple[str, tuple[str, ...]]], rules: Sequence[tuple[str, tuple[str, ...]]]
+) -> dict[str, tuple[str, ...]]:
+    """Apply the recipe's protection rules: (layer pattern, allowed schemes or families), later rules win.
+
+    ``layers``: (name, candidate schemes). Raises UsageError when a pattern matches no layer, or leaves none of a
+    layer's schemes.
+    """
+    kept = dict(layers)
+    for pattern, allowed in rules:
+        hit = [name for name in kept if fnmatch.fnmatchcase(name, pattern)]
+        if not hit:
+            hint = nearest(pattern, kept) or f"Layers are named like '{next(iter(kept), '')}'."
+            raise UsageError(f"The protection rule '{pattern}' matches no layer.", hint)
+        for name in hit:
+            left = tuple(s for s in dict(layers)[name] if s in allowed or SCHEMES[s].family in allowed)
+            if not left:
+                raise UsageError(
+                    f"The protection rule '{pattern}' leaves no scheme for {name}.",
+                    f"It may take {', '.join(dict(layers)[name])}.",
+                )
+            kept[name] = left
+    return kept

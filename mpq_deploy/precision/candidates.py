@@ -1,0 +1,208 @@
+"""The candidates of a layer: the schemes it may take on a target, why not the others, and their rounded weights.
+
+In: a layer, the recipe's schemes, the target's rules, the input's second moments (Hessian). Out: for each weight
+form the codes and scales that would be deployed, so that measuring, allocating and writing see the same weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mpq_deploy.denoisers.spec import Array
+from mpq_deploy.errors import ModelError
+from mpq_deploy.graph.layers import Layer
+from mpq_deploy.precision.deployed import block_size
+from mpq_deploy.precision.quantizers import (
+    QuantizedMatrix,
+    RoundingProblem,
+    choose_multiple_scale,
+    choose_scale,
+    gptq_codes,
+    round_to_nearest,
+)
+from mpq_deploy.precision.scheme import FP16, INT4, INT8, SCHEMES, Scheme
+
+Refusal = Callable[[Layer, Scheme], str]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The schemes that a layer may take, and the reason for each that it may not."""
+
+    schemes: tuple[Scheme, ...]
+    refused: dict[str, str]
+
+
+def choices_for(layer: Layer, wanted: tuple[Scheme, ...], refusal: Refusal) -> Choices:
+    """Sort the ``wanted`` schemes into those ``layer`` may take and those it may not, with the reason.
+
+    FP16 is always possible. Two nominal block sizes that give the same real one are one candidate.
+    """
+    allowed: list[Scheme] = [FP16]
+    refused: dict[str, str] = {}
+    seen: dict[tuple[str, int | None], str] = {}
+    for scheme in wanted:
+        if scheme.weight is None:
+            continue
+        block = block_size(layer, scheme)
+        reason = refusal(layer, scheme)
+        if not reason and block is None:
+            reason = f"no divisor of its reduction {layer.reduction} lies near {scheme.block_size}"
+        twin = seen.get((scheme.family, block))
+        if not reason and twin:
+            reason = f"same blocks of {block} as {twin}"
+        if reason:
+            refused[scheme.name] = reason
+            continue
+        seen[scheme.family, block] = scheme.name
+        allowed.append(scheme)
+    return Choices(tuple(allowed), refused)
+
+
+def weight_matrix(layer: Layer, weight: Array) -> Array:
+    """Bring a weight from its shape in the file to float32 [out_channels, reduction]."""
+    matrix = weight.reshape(layer.out_channels, -1) if layer.out_axis == 0 else weight.T
+    return np.ascontiguousarray(matrix, np.float32)
+
+
+def fold_matrix(layer: Layer, matrix: Array) -> Array:
+    """Bring a matrix [out_channels, reduction] back to the weight's shape in the file."""
+    return np.ascontiguousarray((matrix if layer.out_axis == 0 else matrix.T).reshape(layer.weight_shape))
+
+
+@dataclass(frozen=True)
+class LayerCandidates:
+    """All weights that a layer may be deployed with: ``forms`` by weight form, and the float one."""
+
+    layer: Layer
+    schemes: tuple[Scheme, ...]
+    refused: dict[str, str]
+    weight: Array
+    forms: Mapping[str, QuantizedMatrix]
+
+    def weight_matrix(self, form: str) -> Array:
+        """Return the deployed weight of a form, dequantized, float32 [out_channels, reduction]."""
+        if form == FP16.weight_form:
+            return np.asarray(self.weight.astype(np.float16), np.float32)
+        return self.forms[form].dequantize()
+
+
+def round_candidates(
+    layer: Layer,
+    choices: Choices,
+    weight: Array,
+    moments: Array,
+    *,
+    gptq: bool,
+    damping: float,
+) -> LayerCandidates:
+    """Round ``weight`` float32 [O, K] for every weight form that ``choices`` need.
+
+    ``moments`` is float [group * B, w, w], the diagonal blocks (B of width w per group, B w = K) of the mean of
+    x x^T over the layer's inputs; with ``gptq`` False only its diagonal is used, as [group, K] weights of the
+    rounding error.
+    """
+    if not np.all(np.isfinite(weight)):
+        raise ModelError(f"The weight '{layer.weight}' holds NaN or Inf.", "Mend the model before quantizing it.")
+    forms = {s.weight_form: s for s in choices.schemes if s.weight is not None}
+    rows = layer.out_channels // layer.group
+    per_group = len(moments) // layer.group
+    parts: dict[str, list[QuantizedMatrix]] = {form: [] for form in forms}
+    for group in range(layer.group):
+        part = weight[group * rows : (group + 1) * rows]
+        blocks = moments[group * per_group : (group + 1) * per_group]
+        importance = np.concatenate([np.diagonal(block) for block in blocks])
+        scaled = {form: _scaled(layer, scheme, part, importance) for form, scheme in forms.items()}
+        codes = _rounded(part, scaled, forms, blocks if gptq else None, damping)
+        for form in forms:
+            scale, channel = scaled[form]
+            parts[form].append(QuantizedMatrix(codes[form], scale, channel))
+    joined = {form: _joined(pieces) for form, pieces in parts.items()}
+    return LayerCandidates(layer, choices.schemes, choices.refused, weight, joined)
+
+
+def _scaled(layer: Layer, scheme: Scheme, weight: Array, importance: Array) -> tuple[Array, Array | None]:
+    """Choose the scales of one form: ([O, B] float16, channel scales [O] float16 or None)."""
+    if scheme.weight is INT8:
+        return choose_scale(weight, importance, 1, INT8.bits), None
+    block = block_size(layer, scheme)
+    assert block is not None, "choices_for admits only schemes with a block size"
+    scale = choose_scale(weight, importance, layer.reduction // block, INT4.bits)
+    return choose_multiple_scale(weight, importance, scale) if scheme.requantized else (scale, None)
+
+
+def _rounded(
+    weight: Array,
+    scaled: dict[str, tuple[Array, Array | None]],
+    forms: dict[str, Scheme],
+    blocks: Array | None,
+    damping: float,
+) -> dict[str, Array]:
+    """Round ``weight`` [O, K] for all forms at once: they share the input, so they share GPTQ's factor."""
+    problems = {}
+    for form, (scale, channel) in scaled.items():
+        precision = forms[form].weight or INT8
+        step = QuantizedMatrix(np.zeros_like(weight, np.int8), scale, channel).effective_scale()
+        column_step = np.repeat(step, weight.shape[1] // step.shape[1], axis=1)
+        problems[form] = RoundingProblem(weight, column_step, precision.quant_min, precision.quant_max)
+    if blocks is None:
+        return {f: round_to_nearest(p.weight, p.step, p.quant_min, p.quant_max) for f, p in problems.items()}
+    width = blocks.shape[1]
+    pieces: dict[str, list[Array]] = {form: [] for form in problems}
+    for number, block in enumerate(blocks):
+        span = slice(number * width, (number + 1) * width)
+        cut = [RoundingProblem(p.weight[:, span], p.step[:, span], p.quant_min, p.quant_max) for p in problems.values()]
+        for form, codes in zip(problems, gptq_codes(cut, block, damping) if cut else []):
+            pieces[form].append(codes)
+    return {form: np.concatenate(codes, axis=1) for form, codes in pieces.items()}
+
+
+def _joined(pieces: list[QuantizedMatrix]) -> QuantizedMatrix:
+    channels = [p.channel_scale for p in pieces if p.channel_scale is not None]
+    return QuantizedMatrix(
+        np.concatenate([p.codes for p in pieces]),
+        np.concatenate([p.scale for p in pieces]),
+        np.concatenate(channels) if channels else None,
+    )
+
+
+def save_candidates(candidates: LayerCandidates, path: Path) -> None:
+    """Write the codes and scales of one layer as safetensors (the float weight stays in the model)."""
+    from safetensors.numpy import save_file
+
+    arrays: dict[str, Array] = {}
+    for form, matrix in candidates.forms.items():
+        arrays[f"{form}.codes"] = matrix.codes
+        arrays[f"{form}.scale"] = matrix.scale
+        if matrix.channel_scale is not None:
+            arrays[f"{form}.channel_scale"] = matrix.channel_scale
+    # A layer that may only be FP16 has no arrays; safetensors wants at least a header, which it writes.
+    text = {
+        "schemes": json.dumps([s.name for s in candidates.schemes]),
+        "refused": json.dumps(candidates.refused, sort_keys=True),
+    }
+    save_file(arrays, path, metadata=text)
+
+
+def load_candidates(layer: Layer, weight: Array, path: Path) -> LayerCandidates:
+    """Read what ``save_candidates`` wrote; ``weight`` is the float matrix [out_channels, reduction]."""
+    from safetensors import safe_open
+
+    forms = {}
+    with safe_open(path, framework="numpy") as file:
+        names = set(file.keys())
+        metadata = file.metadata()
+        for form in sorted({name.rsplit(".", 1)[0] for name in names}):
+            channel = f"{form}.channel_scale"
+            forms[form] = QuantizedMatrix(
+                file.get_tensor(f"{form}.codes"),
+                file.get_tensor(f"{form}.scale"),
+                file.get_tensor(channel) if channel in names else None,
+            )
+    schemes = tuple(SCHEMES[name] for name in json.loads(metadata["schemes"]))
+    return LayerCandidates(layer, schemes, json.loads(metadata["refused"]), weight, forms)

@@ -1,0 +1,187 @@
+"""Symmetric weight quantizers in NumPy: scales by weighted error search, rounding to nearest or GPTQ.
+
+A weight is a matrix W float32 [O, K]: O output channels, K products summed into one output. Scales are stored in
+FP16, so every scale here is rounded to FP16 before codes are computed; what is returned is what is deployed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpq_deploy.denoisers.spec import Array
+from mpq_deploy.precision.scheme import INT4, INT8
+
+# Smallest scale that is written: the smallest normal FP16 number over 8, so that at least 7 bits of the scale
+# remain. A channel with smaller weights than 127 times this is a channel of zeros for any FP16 network.
+SMALLEST_SCALE = float(2.0**-17)
+LARGEST_SCALE = 65504.0
+# Clipping ratios tried for a scale, of the absolute maximum: our choice, from no clipping (INT4's range reaches
+# -8, so 8/7.5 of the symmetric step) down to half.
+CLIP_RATIOS = np.linspace(0.5, 1.05, 23)
+# Largest multiple of the INT8 scale that an INT4 block scale may be: |-8| * 15 = 120 <= 127.
+LARGEST_MULTIPLE = 15
+
+
+@dataclass(frozen=True)
+class QuantizedMatrix:
+    """Codes int8 [O, K] and FP16 scales of a weight matrix.
+
+    ``scale`` float16 [O, B]: B = 1 for one scale per output channel, else K / B consecutive elements share one.
+    ``channel_scale`` float16 [O] is given for 4-bit storage with INT8 compute: every block scale is an integer
+    multiple of it, so that quantizing the dequantized weight again to INT8 is exact.
+    """
+
+    codes: Array
+    scale: Array
+    channel_scale: Array | None = None
+
+    def dequantize(self) -> Array:
+        """Return the deployed weight, float32 [O, K]."""
+        return np.asarray(self.codes * _per_column(self.effective_scale(), self.codes.shape[1]), np.float32)
+
+    def effective_scale(self) -> Array:
+        """Scales float32 [O, B] with which the codes become the deployed weight."""
+        scale = self.scale.astype(np.float32)
+        if self.channel_scale is None:
+            return scale
+        channel = self.channel_scale.astype(np.float32)[:, None]
+        return np.asarray(np.rint(scale / channel) * channel, np.float32)
+
+
+def round_scale(scale: Array) -> Array:
+    """Round positive scales to FP16 within the range that TensorRT takes (positive and finite)."""
+    return np.clip(scale, SMALLEST_SCALE, LARGEST_SCALE).astype(np.float16)
+
+
+def choose_scale(weight: Array, importance: Array, blocks: int, bits: int) -> Array:
+    """Choose FP16 scales [O, blocks] that minimise sum_k importance_k (w_k - q_k)^2 over clipping ratios.
+
+    ``importance`` float [K]: the input's mean square per column (llama.cpp calls it the importance matrix).
+    """
+    precision = INT4 if bits == INT4.bits else INT8
+    rows, columns = weight.shape
+    blocked = weight.reshape(rows, blocks, columns // blocks)
+    share = importance.reshape(1, blocks, columns // blocks).astype(np.float32)
+    amax = np.abs(blocked).max(axis=2, keepdims=True)
+    best_error = np.full((rows, blocks, 1), np.inf, np.float32)
+    best = round_scale(np.where(amax > 0, amax, precision.quant_max) / precision.quant_max)
+    for ratio in CLIP_RATIOS:
+        scale = round_scale(ratio * amax / precision.quant_max)
+        step = scale.astype(np.float32)
+        codes = np.clip(np.rint(blocked / step), precision.quant_min, precision.quant_max)
+        error = np.sum(share * np.square(blocked - codes * step), axis=2, keepdims=True)
+        better = (error < best_error) & (amax > 0)
+        best = np.where(better, scale, best)
+        best_error = np.where(better, error, best_error)
+    return best[:, :, 0]
+
+
+def choose_multiple_scale(weight: Array, importance: Array, block_scale: Array) -> tuple[Array, Array]:
+    """Turn free INT4 block scales into integer multiples of one INT8 scale per channel, with the least error.
+
+    Returns (block scales float16 [O, B], channel scales float16 [O]). Tries the multiples 8 to 15 for the
+    largest block of a channel (our choice).
+    """
+    rows, columns = weight.shape
+    blocks = block_scale.shape[1]
+    wanted = block_scale.astype(np.float32)
+    share = importance[None].astype(np.float32)
+    best_error = np.full(rows, np.inf, np.float32)
+    best_scale = np.zeros((rows, blocks), np.float16)
+    best_channel = np.ones(rows, np.float16)
+    for largest in range(8, LARGEST_MULTIPLE + 1):
+        channel = round_scale(wanted.max(axis=1) / largest)
+        step = channel.astype(np.float32)[:, None]
+        multiple = np.clip(np.rint(wanted / step), 1, LARGEST_MULTIPLE)
+        column_step = _per_column(multiple * step, columns)
+        codes = np.clip(np.rint(weight / column_step), INT4.quant_min, INT4.quant_max)
+        error = np.sum(share * np.square(weight - codes * column_step), axis=1)
+        better = error < best_error
+        best_scale[better] = (multiple * step).astype(np.float16)[better]
+        best_channel[better] = channel[better]
+        best_error[better] = error[better]
+    return best_scale, best_channel
+
+
+def round_to_nearest(weight: Array, step: Array, quant_min: int, quant_max: int) -> Array:
+    """Return int8 codes [O, K] of ``weight`` for column steps float32 [O, K]."""
+    return np.clip(np.rint(weight / step), quant_min, quant_max).astype(np.int8)
+
+
+def gptq_factor(hessian: Array, damping: float) -> Array:
+    """Return the upper Cholesky factor U float32 [K, K] of the damped inverse Hessian, U^T U = H^-1.
+
+    ``hessian``: mean of x x^T over the layer's inputs. Columns that are always zero get a unit diagonal.
+    Source: Frantar et al., GPTQ (2023), section 3; the factor comes from one Cholesky of the reversed matrix.
+    """
+    matrix = np.array(hessian, np.float64)
+    diagonal = np.diagonal(matrix).copy()
+    mean = float(diagonal.mean()) or 1.0
+    matrix[np.diag_indices_from(matrix)] = np.where(diagonal > 0, diagonal, mean) + damping * mean
+    lower = np.linalg.cholesky(matrix[::-1, ::-1])
+    return np.asarray(np.linalg.inv(lower)[::-1, ::-1], np.float32)
+
+
+@dataclass(frozen=True)
+class RoundingProblem:
+    """Rows of one weight under one number format: what ``gptq_codes`` rounds together with others."""
+
+    weight: Array
+    step: Array
+    quant_min: int
+    quant_max: int
+
+
+def gptq_codes(problems: list[RoundingProblem], hessian: Array, damping: float, chunk: int = 32) -> list[Array]:
+    """Round the weights of all ``problems`` ([O, K] each, one input, so one Hessian [K, K]) by GPTQ.
+
+    Columns are visited by falling diagonal of the Hessian (GPTQ's act-order; the scales are fixed beforehand, so
+    the order costs nothing at run time). Each output row is kept from GPTQ or from rounding to nearest, whichever
+    has the smaller error e H e^T, so the result is never worse than nearest.
+    """
+    order = np.argsort(-np.diagonal(hessian), kind="stable")
+    factor = gptq_factor(hessian[np.ix_(order, order)], damping)
+    # Columns of the weight become contiguous rows: [K, R].
+    remaining = np.ascontiguousarray(np.concatenate([p.weight for p in problems]).T[order], np.float32)
+    step = np.ascontiguousarray(np.concatenate([p.step for p in problems]).T[order], np.float32)
+    low = np.concatenate([np.full(len(p.weight), p.quant_min, np.float32) for p in problems])
+    high = np.concatenate([np.full(len(p.weight), p.quant_max, np.float32) for p in problems])
+    codes = np.empty(remaining.shape, np.int8)
+    columns = len(order)
+    for start in range(0, columns, chunk):
+        stop = min(start + chunk, columns)
+        errors = np.empty((stop - start, remaining.shape[1]), np.float32)
+        for i in range(start, stop):
+            code = np.clip(np.rint(remaining[i] / step[i]), low, high)
+            codes[i] = code
+            error = (remaining[i] - code * step[i]) / factor[i, i]
+            errors[i - start] = error
+            remaining[i + 1 : stop] -= factor[i, i + 1 : stop, None] * error
+        remaining[stop:] -= factor[start:stop, stop:].T @ errors
+    restored = np.empty_like(codes)
+    restored[order] = codes
+    return _keep_better(problems, restored.T, hessian)
+
+
+def _keep_better(problems: list[RoundingProblem], codes: Array, hessian: Array) -> list[Array]:
+    """Take each row from GPTQ's ``codes`` [R, K] or from rounding to nearest, by the error e H e^T."""
+    kept = []
+    first = 0
+    small = hessian.astype(np.float32)
+    for problem in problems:
+        by_gptq = np.ascontiguousarray(codes[first : first + len(problem.weight)])
+        first += len(problem.weight)
+        by_nearest = round_to_nearest(problem.weight, problem.step, problem.quant_min, problem.quant_max)
+        losses = []
+        for candidate in (by_gptq, by_nearest):
+            error = problem.weight - candidate * problem.step
+            losses.append(np.einsum("ok,ok->o", error @ small, error))
+        kept.append(np.where((losses[0] <= losses[1])[:, None], by_gptq, by_nearest))
+    return kept
+
+
+def _per_column(scale: Array, columns: int) -> Array:
+    """Repeat scales [O, B] to one per column, [O, columns]."""
+    return np.repeat(scale, columns // scale.shape[1], axis=1)
