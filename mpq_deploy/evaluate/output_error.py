@@ -1,0 +1,49 @@
+"""The error of the denoiser's output against the float model's, timestep by timestep.
+
+In: outputs of the float model and of a variant for the same inputs. Out: the normalised mean squared error
+(NMSE), the measure that the allocation predicts.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from mpq_deploy.denoisers.spec import Array
+from mpq_deploy.errors import ModelError
+
+
+def nmse(reference: Array, output: Array) -> float:
+    """Return sum((output - reference)^2) / sum(reference^2) over all samples, in float64.
+
+    Raises ModelError when the reference is zero everywhere: then no relative error exists.
+    """
+    if reference.shape != output.shape:
+        raise ModelError(
+            f"An output of shape {list(output.shape)} cannot be compared with float's {list(reference.shape)}.",
+            "Both graphs must be made from the same model.",
+        )
+    expected = np.asarray(reference, np.float64)
+    energy = float(np.sum(np.square(expected)))
+    if energy == 0.0:
+        raise ModelError(
+            "The float model's output is zero everywhere, so it has no relative error.",
+            "Check that the model is trained: diffusers initialises some output layers to zero.",
+        )
+    return float(np.sum(np.square(np.asarray(output, np.float64) - expected)) / energy)
+
+
+def sqnr_db(error: float) -> float:
+    """Return the signal-to-quantization-noise ratio of an NMSE, in dB; ``inf`` for no error."""
+    return math.inf if error == 0.0 else -10.0 * math.log10(error)
+
+
+def stride_midpoints(steps: int, count: int) -> Array:
+    """Return the step indices in the middle of ``count`` equal strides of ``steps`` steps, int64, ascending.
+
+    All steps when ``count`` is not below ``steps``.
+    """
+    if count >= steps:
+        return np.arange(steps)
+    return np.asarray(np.floor((np.arange(count) + 0.5) * steps / count)).astype(np.int64)
