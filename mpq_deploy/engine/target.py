@@ -1,0 +1,227 @@
+"""Targets: what a device's builder takes, as data. One YAML each in ``targets/``, or the user's own file.
+
+In: a target's name or the path of a YAML. Out: a validated ``Target`` that says which layer may take which
+scheme and why not (``refusal``), and what is known about the device.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from mpq_deploy.errors import UsageError, nearest
+from mpq_deploy.graph.layers import LAYER_OPS, Layer
+from mpq_deploy.precision.scheme import FAMILIES, Scheme
+
+Dialect = Literal["trt-rtx", "trt-10.3", "trt-10.13", "trt-11", "onnxruntime"]
+Builder = Literal["tensorrt_rtx", "tensorrt", "trtexec", "none"]
+Proof = Literal["built here", "built on the device", "documented", "unproven"]
+Condition = Literal["always", "depthwise", "grouped", "conv1d", "conv3d", "odd elements", "odd last dimension"]
+SUFFIXES = (".yaml", ".yml")
+
+
+class Figure(BaseModel):
+    """A figure of the hardware and where it comes from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    value: float
+    source: str
+
+
+class Rule(BaseModel):
+    """Schemes that some layers may not take, and why. ``when`` says which layers of ``ops`` it concerns."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ops: tuple[str, ...] = LAYER_OPS
+    families: tuple[str, ...]
+    when: Condition = "always"
+    reason: str
+
+    @model_validator(mode="after")
+    def _known(self) -> Rule:
+        _check_known("op", self.ops, LAYER_OPS)
+        _check_known("scheme family", self.families, FAMILIES)
+        return self
+
+    def concerns(self, layer: Layer, scheme: Scheme) -> bool:
+        """Tell whether the rule forbids ``scheme`` for ``layer``."""
+        return layer.op in self.ops and scheme.family in self.families and _holds(self.when, layer)
+
+
+class Evidence(BaseModel):
+    """How far a claim about the target is proven, and by what."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    what: str
+    proof: Proof
+    by: str
+
+
+class Target(BaseModel):
+    """A device or a family of devices, its builder, and what that builder takes.
+
+    ``schemes``: op -> families that its layers may take; every family left out has a rule with the reason.
+    ``versions``: prefixes of the builder's version that the dialect holds for; empty accepts any. Rates are peak
+    and dense. ``protected``: shell patterns of layer names that stay FP16 unless the recipe says otherwise.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    title: str
+    dialect: Dialect
+    builder: Builder
+    versions: tuple[str, ...] = ()
+    compute_capabilities: tuple[str, ...] = ()
+    memory_bytes: Figure | None = None
+    bandwidth_bytes_per_s: Figure | None = None
+    int8_ops_per_s: Figure | None = None
+    fp16_ops_per_s: Figure | None = None
+    schemes: dict[str, tuple[str, ...]]
+    rules: tuple[Rule, ...] = ()
+    protected: tuple[str, ...] = ()
+    proven: tuple[Evidence, ...] = ()
+
+    @model_validator(mode="after")
+    def _complete(self) -> Target:
+        _check_known("op", tuple(self.schemes), LAYER_OPS)
+        for op in LAYER_OPS:
+            allowed = self.schemes.get(op, ())
+            _check_known("scheme family", allowed, FAMILIES)
+            if "fp16" not in allowed:
+                raise ValueError(f"schemes.{op} must list fp16, which every layer may fall back to")
+            explained = {f for r in self.rules if op in r.ops and r.when == "always" for f in r.families}
+            silent = [family for family in FAMILIES if family not in allowed and family not in explained]
+            if silent:
+                raise ValueError(f"schemes.{op} leaves out {', '.join(silent)}, and no rule gives the reason")
+        return self
+
+    def refusal(self, layer: Layer, scheme: Scheme) -> str:
+        """Return why ``layer`` may not take ``scheme`` on this target; empty when it may."""
+        if scheme.weight is None:
+            return ""
+        # A rule without condition explains what `schemes` leaves out; a file that extends this one may allow it.
+        left_out = scheme.family not in self.schemes[layer.op]
+        for rule in self.rules:
+            if (rule.when == "always") == left_out and rule.concerns(layer, scheme):
+                return rule.reason
+        return ""
+
+
+def known_targets() -> tuple[str, ...]:
+    """Return the names of the targets that are shipped, sorted."""
+    return tuple(sorted(Path(entry.name).stem for entry in _folder().iterdir() if entry.name.endswith(SUFFIXES)))
+
+
+def load_target(name_or_path: str | Path) -> Target:
+    """Return the shipped target of that name, or the one in the user's own YAML.
+
+    A name that ends in .yaml or holds a slash is a path. Such a file may say ``extends: NAME`` and give only what
+    differs. Raises UsageError for an unknown name, an unreadable file, or a file that does not validate.
+    """
+    text = str(name_or_path)
+    if text.endswith(SUFFIXES) or "/" in text:
+        path = Path(text).expanduser()
+        return _validated(_extended(_read(path), (), str(path)), str(path))
+    if text not in known_targets():
+        raise UsageError(
+            f"Unknown target '{text}'.",
+            f"{nearest(text, known_targets())}Known targets: {', '.join(known_targets())}; or give a YAML file.",
+        )
+    return _shipped(text)
+
+
+@cache
+def _shipped(name: str) -> Target:
+    return _validated(_extended(_shipped_fields(name), (name,), name), name)
+
+
+def _folder() -> Any:
+    return resources.files("mpq_deploy.engine") / "targets"
+
+
+def _shipped_fields(name: str) -> dict[str, Any]:
+    fields: dict[str, Any] = yaml.safe_load((_folder() / f"{name}.yaml").read_text(encoding="utf-8"))
+    return fields
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(
+            f"The target file {path} cannot be read: {error.strerror}.",
+            f"Known targets: {', '.join(known_targets())}.",
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"The target file {path} is no YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(fields, dict):
+        raise UsageError(f"The target file {path} holds {type(fields).__name__}, not fields such as 'extends: rtx'.")
+    return fields
+
+
+def _extended(fields: dict[str, Any], seen: tuple[str, ...], where: str) -> dict[str, Any]:
+    """Fill ``fields`` up from the shipped target that it extends; rules are added before the inherited ones."""
+    base = fields.get("extends")
+    if base is None:
+        return fields
+    if not isinstance(base, str) or base not in known_targets() or base in seen:
+        raise UsageError(
+            f"Target {where} extends '{base}', which is no shipped target that it can extend.",
+            f"{nearest(str(base), known_targets())}Known targets: {', '.join(known_targets())}.",
+        )
+    inherited = _extended(_shipped_fields(base), (*seen, base), base)
+    merged = {**inherited, **{key: value for key, value in fields.items() if key != "extends"}}
+    for key in ("rules", "proven"):
+        if isinstance(fields.get(key, []), list):
+            merged[key] = [*fields.get(key, []), *inherited.get(key, [])]
+    if isinstance(fields.get("schemes"), dict):
+        merged["schemes"] = {**inherited["schemes"], **fields["schemes"]}
+    return merged
+
+
+def _validated(fields: dict[str, Any], where: str) -> Target:
+    try:
+        return Target.model_validate(fields)
+    except ValidationError as error:
+        raise UsageError(
+            f"Target {where} is not valid: {'; '.join(_one_line(e) for e in error.errors())}.",
+            f"Fields: extends, {', '.join(Target.model_fields)}. Start from 'extends: rtx' and give what differs.",
+        ) from error
+
+
+def _one_line(error: Any) -> str:
+    place = ".".join(str(part) for part in error["loc"])
+    message = str(error["msg"]).removeprefix("Value error, ")
+    found = error["input"]
+    shown = f" (found {found!r})" if isinstance(found, (str, int, float, bool)) else ""
+    return f"{place}: {message}{shown}" if place else message
+
+
+def _check_known(what: str, names: tuple[str, ...], known: tuple[str, ...]) -> None:
+    for name in names:
+        if name not in known:
+            raise ValueError(f"unknown {what} '{name}'. {nearest(name, known)}Known: {', '.join(known)}")
+
+
+def _holds(condition: Condition, layer: Layer) -> bool:
+    dimensions = len(layer.kernel)
+    if condition == "odd last dimension":
+        last = layer.reduction if layer.op == "Conv" else layer.weight_shape[-1]
+        return last % 2 == 1
+    return {
+        "always": True,
+        "depthwise": layer.depthwise,
+        "grouped": layer.group > 1,
+        "conv1d": layer.op == "Conv" and dimensions == 1,
+        "conv3d": layer.op == "Conv" and dimensions == 3,
+        "odd elements": layer.weights % 2 == 1,
+    }[condition]

@@ -1,0 +1,134 @@
+"""Targets: every shipped file loads, the rules of each hold, and a user's own file is read the same way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mpq_deploy.engine.target import Target, known_targets, load_target
+from mpq_deploy.errors import UsageError
+from mpq_deploy.graph.layers import LAYER_OPS, Layer, LayerUse
+from mpq_deploy.precision.scheme import FAMILIES, SCHEMES, schemes_named
+
+USE = (LayerUse("node", "x", "y"),)
+
+
+def conv(*shape: int, group: int = 1) -> Layer:
+    return Layer("conv", "Conv", "conv.weight", shape, 0, group, USE)
+
+
+def matmul(k: int, n: int) -> Layer:
+    return Layer("fc", "MatMul", "fc.weight", (k, n), 1, 1, USE)
+
+
+@pytest.mark.parametrize("name", known_targets())
+def test_every_shipped_target_loads_and_explains_what_it_leaves_out(name: str) -> None:
+    target = load_target(name)
+    assert target.name == name
+    assert target.proven, "a target says what is proven"
+    for layer in (conv(64, 64, 3, 3), matmul(64, 64)):
+        for scheme in SCHEMES.values():
+            allowed = scheme.family in target.schemes[layer.op]
+            assert bool(target.refusal(layer, scheme)) != allowed
+
+
+@pytest.mark.parametrize("name", known_targets())
+def test_figures_name_their_source(name: str) -> None:
+    target = load_target(name)
+    for figure in (target.memory_bytes, target.bandwidth_bytes_per_s, target.int8_ops_per_s, target.fp16_ops_per_s):
+        assert figure is None or (figure.value > 0 and len(figure.source) > 10)
+
+
+def test_depthwise_convolutions_never_compute_in_int8() -> None:
+    depthwise = conv(32, 1, 3, 3, group=32)
+    for name in known_targets():
+        target = load_target(name)
+        if target.dialect == "onnxruntime":
+            continue
+        for family in ("w8a8", "w4a8"):
+            assert target.refusal(depthwise, schemes_named([family])[0])
+    assert not load_target("rtx").refusal(depthwise, SCHEMES["w8a16"])
+    assert not load_target("rtx").refusal(conv(64, 2, 3, 3, group=32), SCHEMES["w8a8"])
+
+
+def test_int4_needs_an_even_number_of_elements_on_rtx() -> None:
+    rtx = load_target("rtx")
+    assert "odd" in rtx.refusal(conv(3, 3, 3, 3), SCHEMES["w4a16-b32"])
+    assert "odd" in rtx.refusal(matmul(27, 45), SCHEMES["w4a8-b32"])
+    assert not rtx.refusal(conv(64, 3, 3, 3), SCHEMES["w4a16-b32"])
+    assert not rtx.refusal(matmul(27, 45), SCHEMES["w8a8"])
+
+
+def test_the_reason_for_leaving_a_family_out_comes_before_that_of_a_special_case() -> None:
+    orin = load_target("jetson-agx-orin")
+    assert "requantized" in orin.refusal(conv(32, 1, 3, 3, group=32), SCHEMES["w4a8-b64"])
+    assert "odd" in orin.refusal(matmul(64, 45), SCHEMES["w4a16-b64"])
+    assert not orin.refusal(matmul(64, 46), SCHEMES["w4a16-b64"])
+
+
+def test_turing_has_neither_int4_nor_int8_convolutions() -> None:
+    turing = load_target("rtx-turing")
+    assert "FP16" in turing.refusal(conv(64, 64, 3, 3), SCHEMES["w8a8"])
+    assert "SM75" in turing.refusal(matmul(64, 64), SCHEMES["w4a16-b32"])
+    assert not turing.refusal(matmul(64, 64), SCHEMES["w8a8"])
+
+
+def test_an_unknown_target_names_the_nearest_and_lists_all() -> None:
+    with pytest.raises(UsageError) as caught:
+        load_target("jetson-agx-orion")
+    assert "Did you mean 'jetson-agx-orin'?" in caught.value.hint
+    assert all(name in caught.value.hint for name in known_targets())
+
+
+def test_a_users_file_extends_a_shipped_target_and_may_allow_what_it_forbids(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "extends: jetson-agx-orin\nname: my-orin\nversions: ['10.16']\n"
+        "schemes: {Conv: [fp16, w8a8, w4a8]}\n"
+        "rules: [{ops: [Conv], families: [w8a8], when: conv3d, reason: tried on my board}]\n"
+    )
+    mine = load_target(file)
+    assert (mine.name, mine.versions, mine.dialect) == ("my-orin", ("10.16",), "trt-10.3")
+    assert not mine.refusal(conv(64, 64, 3, 3), SCHEMES["w4a8-b64"])
+    assert mine.refusal(conv(64, 64, 3, 3, 3), SCHEMES["w8a8"]) == "tried on my board"
+    assert mine.refusal(matmul(64, 64), SCHEMES["w4a8-b64"]), "the other ops keep their rules"
+    assert load_target(str(file)) == mine
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("extends: rtx\ntitel: x\n", "titel"),
+        ("extends: rtx\nname: 3\n", "name: Input should be a valid string (found 3)"),
+        ("extends: rtx\nschemes: {Conv: [fp16, w8a9]}\n", "Did you mean 'w8a8'?"),
+        ("extends: rtx\nschemes: {Conv: [fp16]}\n", "leaves out w8a8, w8a16, w4a16, w4a8"),
+        ("extends: rtx\nschemes: {Gemm: [w8a8, w8a16, w4a16, w4a8]}\n", "must list fp16"),
+        ("extends: rtx\nschemes: {Cnov: [fp16]}\n", "Did you mean 'Conv'?"),
+        ("extends: rtxx\n", "extends 'rtxx'"),
+        ("extends: [rtx]\n", "extends '['rtx']'"),
+        ("name: bare\n", "title: Field required"),
+        ("- rtx\n", "holds list"),
+        ("a: [1\n", "is no YAML"),
+        ("extends: rtx\nrules: 3\n", "rules"),
+        ("extends: rtx\nschemes: 3\n", "schemes"),
+        ("", "holds NoneType"),
+    ],
+)
+def test_a_users_wrong_file_is_one_clear_line(tmp_path: Path, text: str, says: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        load_target(file)
+    assert says in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+def test_a_missing_file_is_a_usage_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_target(tmp_path / "none.yaml")
+
+
+def test_the_words_of_the_targets_are_those_of_the_schemes() -> None:
+    assert set(Target.model_validate(load_target("rtx").model_dump()).schemes) == set(LAYER_OPS)
+    assert set(load_target("rtx").schemes["Conv"]) == set(FAMILIES)
