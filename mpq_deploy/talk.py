@@ -33,14 +33,17 @@ class PlainTalk(Talk):
         self._stream = stream or sys.stderr
 
     def line(self, text: str) -> None:
+        """Write the line."""
         self._stream.write(text + "\n")
         self._stream.flush()
 
     def warn(self, text: str) -> None:
+        """Write the line, marked."""
         self.line(f"warning: {text}")
 
     @contextmanager
     def bar(self, what: str, total: int) -> Iterator[Advance]:
+        """Write one line when the work is done."""
         started = time.monotonic()
         yield lambda steps: None
         self.line(f"  {what}: {total} in {time.monotonic() - started:.1f} s")
@@ -55,13 +58,16 @@ class RichTalk(Talk):
         self._console = Console(stderr=True, highlight=False)
 
     def line(self, text: str) -> None:
+        """Write the line."""
         self._console.print(text, markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
+        """Write the line, marked."""
         self._console.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
 
     @contextmanager
     def bar(self, what: str, total: int) -> Iterator[Advance]:
+        """Draw the bar while the block runs."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (

@@ -1,0 +1,349 @@
+"""The command line: parse, call, print. stdout carries data, stderr carries talk."""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from mpq_deploy import __version__
+from mpq_deploy.errors import MpqError, UsageError
+
+if TYPE_CHECKING:
+    from mpq_deploy.recipe import Recipe
+    from mpq_deploy.talk import Talk
+
+STAGES = "Stages (over one run folder)"
+LOOK = "Look at results"
+MACHINE = "This machine"
+
+app = typer.Typer(
+    name="mpq-deploy",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    help="Put a diffusion model on an edge GPU: a TensorRT engine of the size you ask for, with the least damage "
+    "to its images, and a report that proves it.\n\n"
+    "Start with: [bold]mpq-deploy build --budget 0.35[/bold] (the bundled demo model).",
+)
+
+
+class Sensitivity(str, Enum):
+    """Values of --sensitivity."""
+
+    probe = "probe"
+    gain = "gain"
+    local_error = "local_error"
+    exhaustive = "exhaustive"
+
+
+class State:
+    """Options that stand before the command."""
+
+    quiet = False
+    json = False
+    debug = False
+
+
+ModelArgument = Annotated[
+    Optional[str],  # noqa: UP007, UP045  (typer reads annotations at run time on Python 3.10)
+    typer.Argument(
+        metavar="[MODEL]",
+        help="A diffusers folder, an ONNX file with its YAML, a hub id, or a bundled demo (emoji, digits). "
+        "Default: emoji.",
+        show_default=False,
+    ),
+]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.", show_default=False)]
+BudgetOption = Annotated[
+    Optional[str],  # noqa: UP007, UP045
+    typer.Option(
+        "--budget",
+        "-b",
+        metavar="SIZE",
+        help="Size of all constants: a fraction of the FP16 size (0.35), a size (600MB), or bits per weight (4.5bits).",
+        show_default="0.35",
+    ),
+]
+RecipeOption = Annotated[
+    Optional[Path],  # noqa: UP007, UP045
+    typer.Option("--recipe", "-r", metavar="FILE", help="A recipe (YAML). Options win over it.", show_default=False),
+]
+TargetOption = Annotated[
+    Optional[str],  # noqa: UP007, UP045
+    typer.Option(
+        "--target", "-t", metavar="NAME", help="What the engine runs on: see 'mpq-deploy targets'.", show_default="rtx"
+    ),
+]
+OutOption = Annotated[
+    Optional[Path],  # noqa: UP007, UP045
+    typer.Option("--out", "-o", metavar="RUN", help="The run folder.", show_default="runs/<model>"),
+]
+ConditionsOption = Annotated[
+    Optional[Path],  # noqa: UP007, UP045
+    typer.Option("--conditions", metavar="FILE.npz", help="Arrays by input name, one row per condition."),
+]
+SchedulerOption = Annotated[
+    Optional[Path],  # noqa: UP007, UP045
+    typer.Option("--scheduler", metavar="PATH", help="A scheduler_config.json, or the folder that holds it."),
+]
+SensitivityOption = Annotated[
+    Optional[Sensitivity],  # noqa: UP007, UP045
+    typer.Option("--sensitivity", help="How losses are predicted.", show_default="probe"),
+]
+
+
+@app.callback()
+def _main(
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Results on stdout as JSON.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    State.quiet, State.json, State.debug = quiet, json, debug
+    if version:
+        print(__version__)
+        raise typer.Exit()
+
+
+@app.command(epilog="Example: mpq-deploy build ./my-pipeline --budget 0.35 --target rtx -o runs/mine")
+def build(
+    model: ModelArgument = None,
+    budget: BudgetOption = None,
+    recipe: RecipeOption = None,
+    target: TargetOption = None,
+    out: OutOption = None,
+    sensitivity: SensitivityOption = None,
+    conditions: ConditionsOption = None,
+    scheduler: SchedulerOption = None,
+) -> None:
+    """Do everything: export, measure, fit the budget, quantize, build the engine, compare, report.
+
+    A second call on the same run folder repeats only what changed: another budget takes seconds.
+    """
+    settings = _recipe(recipe, model, budget, target, sensitivity, conditions, scheduler)
+    _run_until("report", settings, out)
+
+
+@app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy export ./my-pipeline -o runs/mine")
+def export(
+    model: ModelArgument = None,
+    recipe: RecipeOption = None,
+    out: OutOption = None,
+    conditions: ConditionsOption = None,
+    scheduler: SchedulerOption = None,
+) -> None:
+    """Export the denoiser to ONNX and check it against the original."""
+    _run_until("export", _recipe(recipe, model, None, None, None, conditions, scheduler), out)
+
+
+@app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy calibrate runs/mine")
+def calibrate(run: RunArgument, recipe: RecipeOption = None) -> None:
+    """Record float trajectories and the statistics of every activation."""
+    _run_until("calibrate", _recipe_of(run, recipe), run)
+
+
+@app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy measure runs/mine --sensitivity probe")
+def measure(run: RunArgument, recipe: RecipeOption = None, sensitivity: SensitivityOption = None) -> None:
+    """Round every candidate weight and predict what each scheme of each layer costs."""
+    method = sensitivity.value if sensitivity else None
+    _run_until("measure", _recipe_of(run, recipe, {"measure.method": method}), run)
+
+
+@app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy allocate runs/mine --budget 0.3")
+def allocate(run: RunArgument, budget: BudgetOption = None, recipe: RecipeOption = None) -> None:
+    """Choose a scheme for every layer within the budget."""
+    _run_until("allocate", _recipe_of(run, recipe, {"budget": budget}), run)
+
+
+@app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy quantize runs/mine")
+def quantize(run: RunArgument, recipe: RecipeOption = None) -> None:
+    """Write the quantized ONNX graphs of the plan."""
+    _run_until("quantize", _recipe_of(run, recipe), run)
+
+
+@app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy engine runs/mine --target rtx")
+def engine(run: RunArgument, target: TargetOption = None, recipe: RecipeOption = None) -> None:
+    """Build the TensorRT engine and verify it from its build log."""
+    _run_until("engine", _recipe_of(run, recipe, {"target": target}), run)
+
+
+@app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy evaluate runs/mine")
+def evaluate(run: RunArgument, recipe: RecipeOption = None) -> None:
+    """Compare the quantized model with the float one, beside everything-INT8 and everything-INT4."""
+    _run_until("evaluate", _recipe_of(run, recipe), run)
+
+
+@app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy report runs/mine")
+def report(run: RunArgument, recipe: RecipeOption = None) -> None:
+    """Write report.html, report.md and report.json."""
+    _run_until("report", _recipe_of(run, recipe), run)
+
+
+@app.command(rich_help_panel=LOOK, epilog="Example: mpq-deploy sweep runs/emoji --budgets 0.26:0.5 --evaluate")
+def sweep(
+    run: RunArgument,
+    budgets: Annotated[
+        str, typer.Option("--budgets", metavar="LIST", help="FROM:TO, FROM:TO:STEP, or a comma-separated list.")
+    ] = "0.26:0.5",
+    evaluate: Annotated[bool, typer.Option("--evaluate", help="Also quantize and measure at each budget.")] = False,
+    recipe: RecipeOption = None,
+) -> None:
+    """Draw the curve of size against quality: measured once, each budget solved in seconds."""
+    from mpq_deploy.pipeline import open_pipeline
+    from mpq_deploy.sweep import parse_budgets, run_sweep, sweep_table
+
+    chosen = parse_budgets(budgets)
+    with open_pipeline(_recipe_of(run, recipe), run, _talk()) as pipeline:
+        result = run_sweep(pipeline, chosen, evaluate)
+    if State.json:
+        _print_json(result)
+    else:
+        print(sweep_table(result))
+        print(f"\ncurve: {run / 'sweep.svg'}")
+
+
+@app.command(rich_help_panel=LOOK, epilog="Example: mpq-deploy sample runs/emoji -o grid.png --count 8")
+def sample(
+    run: RunArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="PNG", help="The picture to write.")] = Path("grid.png"),
+    count: Annotated[int, typer.Option("--count", "-n", min=1, max=256, help="Images.")] = 8,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the noise.")] = 0,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of the sampler.")] = 20,
+) -> None:
+    """Sample the float and the quantized model from the same noise, side by side."""
+    from mpq_deploy.pipeline import open_pipeline
+
+    with open_pipeline(_recipe_of(run, None), run, _talk()) as pipeline:
+        pipeline.sample(out, count, seed, steps)
+    print(out)
+
+
+@app.command(rich_help_panel=MACHINE, epilog="Example: mpq-deploy targets rtx")
+def targets(name: Annotated[Optional[str], typer.Argument(help="Show one target in full.")] = None) -> None:  # noqa: UP007, UP045
+    """List the targets, or show what one target may take and what is proven of it."""
+    from mpq_deploy.engine.target import known_targets, load_target
+
+    if name is not None:
+        described = load_target(name).model_dump(mode="json")
+        if State.json:
+            _print_json(described)
+        else:
+            import yaml
+
+            print(yaml.safe_dump(described, sort_keys=False, allow_unicode=True, width=96), end="")
+        return
+    rows = [load_target(known) for known in known_targets()]
+    if State.json:
+        _print_json([row.model_dump(mode="json") for row in rows])
+        return
+    width = max(len(row.name) for row in rows)
+    for row in rows:
+        print(f"{row.name:<{width}}  {row.dialect:<12}  {row.title}")
+
+
+@app.command(rich_help_panel=MACHINE, epilog="Example: mpq-deploy doctor")
+def doctor() -> None:
+    """Say what this machine has, what it can build and what it can run."""
+    from dataclasses import asdict
+
+    from mpq_deploy.doctor import inspect_machine
+
+    findings = inspect_machine()
+    if State.json:
+        _print_json([asdict(finding) for finding in findings])
+        return
+    _print_findings(findings)
+
+
+def _print_findings(findings: list[Any]) -> None:
+    width = max(len(str(finding.name)) for finding in findings)
+    for finding in findings:
+        print(f"{finding.name:<{width}}  {finding.value}")
+
+
+def _recipe(
+    recipe: Path | None,
+    model: str | None,
+    budget: str | None,
+    target: str | None,
+    sensitivity: Sensitivity | None,
+    conditions: Path | None,
+    scheduler: Path | None,
+) -> Recipe:
+    from mpq_deploy.recipe import load_recipe
+
+    return load_recipe(
+        recipe,
+        {
+            "model": model,
+            "budget": budget,
+            "target": target,
+            "measure.method": sensitivity.value if sensitivity else None,
+            "conditions": str(conditions) if conditions else None,
+            "scheduler": str(scheduler) if scheduler else None,
+        },
+    )
+
+
+def _recipe_of(run: Path, recipe: Path | None, overrides: dict[str, Any] | None = None) -> Recipe:
+    from mpq_deploy.recipe import load_recipe
+
+    stored = run / "recipe.yaml"
+    if recipe is None and not stored.is_file():
+        raise UsageError(f"{run} is no run folder: it has no recipe.yaml.", "Make one with 'mpq-deploy build -o RUN'.")
+    return load_recipe(recipe or stored, overrides)
+
+
+def _run_until(stage: str, settings: Recipe, out: Path | None) -> None:
+    from mpq_deploy.pipeline import default_run, open_pipeline
+
+    run = out or default_run(settings)
+    with open_pipeline(settings, run, _talk()) as pipeline:
+        summary = pipeline.run_until(stage)
+    if State.json:
+        _print_json(summary.values)
+    else:
+        print(summary.text)
+
+
+def _talk() -> Talk:
+    from mpq_deploy.talk import PlainTalk, RichTalk, Talk
+
+    if State.quiet:
+        return Talk()
+    return RichTalk() if sys.stderr.isatty() else PlainTalk()
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    print(json.dumps(value, indent=1, sort_keys=True))
+
+
+def main() -> None:
+    """Run the command line; our own errors become one message and an exit code, without a traceback."""
+    try:
+        app()
+    except MpqError as error:
+        if State.debug:
+            raise
+        sys.stderr.write(f"mpq-deploy: {error.message}\n")
+        if error.hint:
+            sys.stderr.write(f"  {error.hint}\n")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("mpq-deploy: stopped; the next call goes on from the last finished stage\n")
+        sys.exit(130)
+    except OSError as error:
+        if State.debug:
+            raise
+        from mpq_deploy.artefacts import disk_error
+
+        sys.stderr.write(f"mpq-deploy: {disk_error(error, Path())}\n")
+        sys.exit(1)

@@ -1,0 +1,105 @@
+"""Read an ONNX file safely, and bring it to the form that the rest of the package expects.
+
+In: a path. Out: an ``onnx_ir.Model`` whose weights stay on disk (memory-mapped) until they are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
+
+from mpq_deploy.errors import ModelError
+
+# A protobuf file cannot be larger; such models keep their weights in a second file.
+PROTOBUF_LIMIT = 2**31
+
+
+def load_model(path: Path) -> ir.Model:
+    """Return the model at ``path``; its external weights are memory-mapped, not read.
+
+    Raises ModelError when the file is missing, truncated or no ONNX, or when its external data is missing, too
+    short or outside the model's folder.
+    """
+    proto = read_proto(path)
+    model = ir.from_proto(proto)
+    ir.external_data.set_base_dir(model.graph, path.parent)
+    return model
+
+
+def read_proto(path: Path) -> onnx.ModelProto:
+    """Return the checked file at ``path`` without its external weights. Raises ModelError as ``load_model``."""
+    if not path.is_file():
+        raise ModelError(f"There is no ONNX file at {path}.", "Check the path.")
+    if path.stat().st_size >= PROTOBUF_LIMIT:
+        raise ModelError(
+            f"{path} has {path.stat().st_size:,} bytes; a protobuf file ends at 2 GB.",
+            "Save it with its weights as external data.",
+        )
+    proto = parse_proto(path.read_bytes(), str(path))
+    check_external_data(proto, path)
+    return proto
+
+
+def parse_proto(content: bytes, name: str) -> onnx.ModelProto:
+    """Parse ``content``; ``name`` says in errors what it is. Raises ModelError when it is no complete ONNX model."""
+    hint = "The file is truncated or not an ONNX model: export or copy it again."
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(content)
+    except DecodeError as error:
+        raise ModelError(f"{name} ({len(content):,} bytes) cannot be read as ONNX: {error}.", hint) from error
+    if not proto.graph.node or not proto.graph.output or not proto.opset_import:
+        raise ModelError(f"{name} ({len(content):,} bytes) holds no ONNX graph.", hint)
+    return proto
+
+
+def check_external_data(proto: onnx.ModelProto, path: Path) -> None:
+    """Raise ModelError unless every external tensor lies complete in a file inside the folder of ``path``."""
+    folder = path.parent.resolve()
+    for tensor in _external_tensors(proto):
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        location = entries.get("location", "")
+        inside = not Path(location).is_absolute() and ".." not in Path(location).parts
+        file = path.parent / location
+        # A link to elsewhere is as bad as a path to elsewhere, except that the model itself may be a link farm
+        # (hub caches keep every file as a link): the data may lie where the model's own file lies.
+        homes = {folder, path.resolve().parent}
+        if not location or not inside or not any(file.resolve().is_relative_to(home) for home in homes):
+            raise ModelError(
+                f"The weight '{tensor.name}' of {path} is stored outside the model's folder, in '{location}'.",
+                "Put the data file beside the model and save the model with a plain file name as location.",
+            )
+        if not file.is_file():
+            raise ModelError(
+                f"The weights of {path} are missing: there is no file '{location}' beside it.",
+                "Copy the data file together with the model.",
+            )
+        needed = int(entries.get("offset", 0)) + int(entries.get("length", 0))
+        if file.stat().st_size < needed:
+            raise ModelError(
+                f"'{location}' beside {path} has {file.stat().st_size:,} bytes, but '{tensor.name}' ends at "
+                f"{needed:,}.",
+                "The data file is truncated: export or copy it again.",
+            )
+
+
+def _external_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Yield every tensor with external data: initializers and attributes, subgraphs and functions included."""
+    yield from _external_of(proto.graph.initializer)
+    nodes = [*proto.graph.node, *(node for function in proto.functions for node in function.node)]
+    while nodes:
+        for attribute in nodes.pop().attribute:
+            yield from _external_of([attribute.t, *attribute.tensors])
+            for graph in [attribute.g, *attribute.graphs]:
+                yield from _external_of(graph.initializer)
+                nodes.extend(graph.node)
+
+
+def _external_of(tensors: object) -> Iterator[onnx.TensorProto]:
+    for tensor in tensors:  # type: ignore[attr-defined]
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            yield tensor

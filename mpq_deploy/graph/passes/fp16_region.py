@@ -1,0 +1,109 @@
+"""Which part of a graph computes in FP16, and which constants are stored so.
+
+The sinusoids of the timestep need FP32: at t = 999 FP16 has steps of 0.5, half a radian. So a node stays in FP32 when
+all its floating-point inputs come from position-like graph inputs (the timestep, and any other input that reaches a
+Sin or Cos) and it lies before the first layer; everything else is FP16.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from mpq_deploy.errors import ModelError
+from mpq_deploy.graph.layers import LAYER_OPS
+
+# Input slots that ONNX keeps in FP32 whatever the tensor's type: Resize's roi and scales.
+FLOAT32_SLOTS = {"Resize": (1, 2)}
+
+
+@dataclass(frozen=True)
+class Fp16Region:
+    """``nodes32``: names of the nodes that stay in FP32. ``inputs32``: graph inputs that stay in FP32."""
+
+    nodes32: frozenset[str]
+    inputs32: frozenset[str]
+
+    def takes_fp16(self, node: ir.Node, index: int) -> bool:
+        """Say whether a float at input ``index`` of ``node`` is FP16."""
+        return node.name not in self.nodes32 and index not in FLOAT32_SLOTS.get(node.op_type, ())
+
+
+def fp16_region(model: ir.Model, timestep: str, sample: str) -> Fp16Region:
+    """Find the FP32 island of ``model``; ``timestep`` and ``sample`` are names of graph inputs."""
+    sources = _float_sources(model)
+    positions = {timestep}
+    for node in model.graph:
+        if any(attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in _attributes(node)):
+            raise ModelError(
+                f"The node '{node.name}' ({node.op_type}) holds a subgraph.",
+                "Control flow is not supported: export the model without If, Loop and Scan.",
+            )
+        if node.op_type in ("Sin", "Cos") and sources[node] is not None:
+            positions |= sources[node] or set()
+    positions.discard(sample)
+    nodes32 = set()
+    for node in model.graph:
+        found = sources[node]
+        if found and found <= positions:
+            nodes32.add(node.name or "")
+    inputs32 = {value.name or "" for value in model.graph.inputs if value.name in positions}
+    return Fp16Region(frozenset(nodes32), frozenset(inputs32))
+
+
+def _attributes(node: ir.Node) -> list[ir.Attr]:
+    return [a for a in node.attributes.values() if isinstance(a, ir.Attr)]
+
+
+def _float_sources(model: ir.Model) -> dict[ir.Node, set[str] | None]:
+    """Graph inputs that reach each node without crossing a layer or a Shape; None once a layer was crossed."""
+    reach: dict[ir.Value, set[str] | None] = {value: {value.name or ""} for value in model.graph.inputs}
+    sources: dict[ir.Node, set[str] | None] = {}
+    for node in model.graph:
+        merged: set[str] | None = set()
+        for value in node.inputs:
+            found = reach.get(value, set()) if value is not None else set()
+            merged = None if merged is None or found is None else merged | found
+        if node.op_type in LAYER_OPS:
+            merged = None
+        sources[node] = merged
+        for output in node.outputs:
+            reach[output] = set() if node.op_type in ("Shape", "Size") else merged
+    return sources
+
+
+def split_initializers(model: ir.Model, region: Fp16Region) -> list[ir.Value]:
+    """Return the FP32 initializers to store in FP16, in order.
+
+    One that feeds both FP16 nodes and FP32 slots is split in two: the FP32 readers get a copy named ``...//fp32``.
+    """
+    chosen = []
+    for value in list(model.graph.initializers.values()):
+        if value.dtype != ir.DataType.FLOAT:
+            continue
+        uses = list(value.uses())
+        in32 = [(node, index) for node, index in uses if not region.takes_fp16(node, index)]
+        if len(in32) < len(uses):
+            chosen.append(value)
+            if in32:
+                copy = ir.Value(name=f"{value.name}//fp32", shape=value.shape, type=value.type)
+                copy.const_value = value.const_value
+                model.graph.register_initializer(copy)
+                for node, index in in32:
+                    node.replace_input_with(index, copy)
+    return chosen
+
+
+def to_float16(tensor: ir.TensorProtocol, name: str) -> ir.LazyTensor:
+    """Return ``tensor`` in FP16, converted when it is written; finite values too large become the largest."""
+    import numpy as np
+
+    def convert() -> ir.Tensor:
+        array = np.asarray(tensor.numpy(), np.float32)
+        limit = float(np.finfo(np.float16).max)
+        # A mask's -3.4e38 must not become -inf: inf - inf is NaN in a softmax. Real infinities stay.
+        clipped = np.where(np.isinf(array), array, np.clip(array, -limit, limit))
+        return ir.Tensor(np.asarray(clipped, np.float16), name=name)
+
+    return ir.LazyTensor(convert, dtype=ir.DataType.FLOAT16, shape=tensor.shape, name=name)

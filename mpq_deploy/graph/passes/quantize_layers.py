@@ -1,0 +1,173 @@
+"""Pass: give each layer the Q/DQ nodes of its scheme, in the forms that TensorRT builds and keeps packed.
+
+1. ``fp16``: nothing.
+2. INT8 activations (w8a8, w4a8): one QuantizeLinear/DequantizeLinear pair per activation tensor, rank-0 scale, shared
+   by all its INT8 readers, directly on their inputs.
+3. INT8 weights (w8a8, w8a16): codes -> DequantizeLinear with one scale per output channel.
+4. INT4 weights (w4a16): codes -> DequantizeLinear in blocks along the reduction; a Conv's weight is the matrix
+   [O, I*kh*kw], brought back to four dimensions by a Reshape.
+5. w4a8: as 4, then QuantizeLinear to INT8 per output channel and DequantizeLinear: 4-bit storage, INT8 compute.
+6. A weight used by several nodes: each node gets its own copy of the codes, which the file holds once. (One blocked
+   INT4 initializer that feeds products of different shapes crashes TensorRT's builder.)
+
+Everything is written in FP32 here; the FP16 passes turn scales into what is deployed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from mpq_deploy.denoisers.spec import Array
+from mpq_deploy.errors import ModelError
+from mpq_deploy.graph.layers import Layer
+from mpq_deploy.precision.quantizers import QuantizedMatrix
+from mpq_deploy.precision.scheme import INT8, Scheme
+
+
+@dataclass(frozen=True)
+class LayerRewrite:
+    """What a layer becomes: its scheme and its codes (None for FP16)."""
+
+    layer: Layer
+    scheme: Scheme
+    matrix: QuantizedMatrix | None
+
+
+def quantize_layers(
+    model: ir.Model, rewrites: list[LayerRewrite], activation_scales: Mapping[str, float]
+) -> tuple[ir.Model, bool]:
+    """Rewrite ``model`` in place; return it and whether anything changed.
+
+    ``activation_scales``: activation tensor -> INT8 scale, for every input of a layer with INT8 activations.
+    """
+    nodes = {node.name: node for node in model.graph}
+    pairs: dict[str, ir.Value] = {}
+    changed = False
+    for rewrite in rewrites:
+        if rewrite.matrix is None:
+            continue
+        writer = _WeightWriter(model, rewrite.layer, rewrite.scheme, rewrite.matrix)
+        for number, use in enumerate(rewrite.layer.uses):
+            node = nodes[use.node]
+            node.replace_input_with(1, writer.write(node, number))
+            if rewrite.scheme.activation is INT8:
+                if use.input not in pairs:
+                    pairs[use.input] = _quantized_activation(model, node, activation_scales[use.input])
+                node.replace_input_with(0, pairs[use.input])
+        _drop_if_unused(model, rewrite.layer.weight)
+        changed = True
+    return model, changed
+
+
+class _WeightWriter:
+    """Writes the constants and nodes of one quantized weight; tensors are shared by all its uses."""
+
+    def __init__(self, model: ir.Model, layer: Layer, scheme: Scheme, matrix: QuantizedMatrix) -> None:
+        self.model, self.layer, self.scheme = model, layer, scheme
+        first = layer.out_axis == 0
+        int8 = scheme.weight is INT8
+        codes, scale = matrix.codes, matrix.scale.astype(np.float32)
+        if int8:
+            shape = layer.weight_shape if first else matrix.codes.T.shape
+            codes = (codes if first else codes.T).reshape(shape)
+            scale = scale[:, 0]
+        elif not first:
+            codes, scale = codes.T, scale.T
+        stored = codes if int8 else codes.astype(ml_dtypes.int4)
+        self.codes = ir.Tensor(np.asarray(stored, order="C"), name=layer.weight)
+        self.scale = ir.Tensor(np.asarray(scale, np.float32, order="C"))
+        self.block = None if int8 else layer.reduction // matrix.scale.shape[1]
+        self.channel = None
+        if matrix.channel_scale is not None:
+            self.channel = ir.Tensor(matrix.channel_scale.astype(np.float32))
+        self.shape = ir.Tensor(np.array(layer.weight_shape, np.int64))
+
+    def write(self, node: ir.Node, number: int) -> ir.Value:
+        """Insert the nodes in front of ``node``; return the dequantized weight."""
+        suffix = f"//use{number}" if number else ""
+        base = self.layer.name
+        codes = self._constant(f"{self.layer.weight}//codes{suffix}", self.codes)
+        scale = self._constant(f"{self.layer.weight}//scale{suffix}", self.scale)
+        axis = self.layer.out_axis if self.block is None else 1 - self.layer.out_axis
+        attributes: dict[str, int] = {"axis": axis}
+        if self.block is not None:
+            attributes["block_size"] = self.block
+        weight = self._insert(node, "DequantizeLinear", [codes, scale], attributes, f"{base}/weight_dequantize{suffix}")
+        if self.block is not None and self.layer.op == "Conv":
+            shape = self._constant(f"{self.layer.weight}//shape", self.shape)
+            weight = self._insert(node, "Reshape", [weight, shape], {}, f"{base}/weight_reshape{suffix}")
+        if self.channel is not None:
+            channel = self._constant(f"{self.layer.weight}//channel_scale{suffix}", self.channel)
+            axis = {"axis": self.layer.out_axis}
+            name = f"{base}/weight_requantize{suffix}"
+            to_int8 = {**axis, "output_dtype": int(ir.DataType.INT8)}
+            weight = self._insert(node, "QuantizeLinear", [weight, channel], to_int8, name)
+            weight = self._insert(node, "DequantizeLinear", [weight, channel], axis, f"{name}_back")
+        return weight
+
+    def _constant(self, name: str, tensor: ir.Tensor) -> ir.Value:
+        found = self.model.graph.initializers.get(name)
+        if found is not None:
+            return found
+        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        self.model.graph.register_initializer(value)
+        return value
+
+    def _insert(
+        self, before: ir.Node, op: str, inputs: list[ir.Value], attributes: dict[str, int], name: str
+    ) -> ir.Value:
+        node = ir.node(op, inputs, attributes, name=name, num_outputs=1)
+        output = node.outputs[0]
+        output.name = f"{name}_output"
+        output.type = ir.TensorType(ir.DataType.INT8 if op == "QuantizeLinear" else ir.DataType.FLOAT)
+        self.model.graph.insert_before(before, node)
+        return output
+
+
+def _quantized_activation(model: ir.Model, reader: ir.Node, scale: float) -> ir.Value:
+    """Insert the Q/DQ pair of the activation that ``reader`` reads, right after its producer."""
+    value = reader.inputs[0]
+    assert value is not None and value.name is not None
+    if not np.isfinite(scale) or scale <= 0:
+        raise ModelError(f"The INT8 scale of the activation '{value.name}' is {scale}.", "Calibrate again.")
+    constant = ir.Value(
+        name=f"{value.name}//scale",
+        shape=ir.Shape(()),
+        type=ir.TensorType(ir.DataType.FLOAT),
+        # Rank 0: with shape [1] TensorRT silently runs the convolution in FP16.
+        const_value=ir.Tensor(np.asarray(scale, np.float32), name=f"{value.name}//scale"),
+    )
+    model.graph.register_initializer(constant)
+    to_int8 = {"output_dtype": int(ir.DataType.INT8)}
+    quantize = ir.node("QuantizeLinear", [value, constant], to_int8, name=f"{value.name}/quantize", num_outputs=1)
+    dequantize = ir.node(
+        "DequantizeLinear", [quantize.outputs[0], constant], name=f"{value.name}/dequantize", num_outputs=1
+    )
+    for node, dtype in ((quantize, ir.DataType.INT8), (dequantize, ir.DataType.FLOAT)):
+        node.outputs[0].name = f"{node.name}_output"
+        node.outputs[0].shape = value.shape
+        node.outputs[0].type = ir.TensorType(dtype)
+    producer = value.producer()
+    if producer is None:
+        model.graph.insert_before(model.graph[0], [quantize, dequantize])
+    else:
+        model.graph.insert_after(producer, [quantize, dequantize])
+    return dequantize.outputs[0]
+
+
+def _drop_if_unused(model: ir.Model, name: str) -> None:
+    value = model.graph.initializers[name]
+    if not value.uses():
+        del model.graph.initializers[name]
+
+
+def weight_array(model: ir.Model, layer: Layer) -> Array:
+    """Return a layer's weight as it stands in ``model`` (a view of the mapped file where possible)."""
+    tensor = model.graph.initializers[layer.weight].const_value
+    assert tensor is not None
+    return tensor.numpy()

@@ -1,0 +1,88 @@
+"""Write graphs that share one weights file, and count the bytes of a file's constants."""
+
+from __future__ import annotations
+
+import os
+from math import prod
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+# Constants below this stay inside the graph file: shapes must be readable by shape inference.
+EXTERNAL_FROM_BYTES = 1024
+ALIGNMENT = 64
+
+
+def save_sharing(models: dict[str, ir.Model], folder: Path, data_name: str) -> None:
+    """Write each model as ``folder/name``; all refer to the same constants in ``folder/data_name``.
+
+    The models hold equal initializers under equal names (ValueError when not), so that the bytes exist once.
+    Tensors are written one by one; those that are one object in memory are written once.
+    """
+    first = next(iter(models.values()))
+    external = _write_data(first, folder / data_name)
+    for name, model in models.items():
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            if tensor is None or tensor.nbytes < EXTERNAL_FROM_BYTES:
+                continue
+            written = external.get(value.name or "")
+            if written is None or written.dtype != tensor.dtype or written.shape != tensor.shape:
+                raise ValueError(f"The constant '{value.name}' of {name} is not in the shared weights file.")
+            value.const_value = written
+        path = folder / name
+        path.write_bytes(ir.serde.serialize_model(model).SerializeToString(deterministic=True))
+
+
+def _write_data(model: ir.Model, path: Path) -> dict[str, ir.ExternalTensor]:
+    written: dict[str, ir.ExternalTensor] = {}
+    places: dict[int, tuple[int, int]] = {}
+    with path.open("wb") as file:
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            if tensor is None or tensor.nbytes < EXTERNAL_FROM_BYTES:
+                continue
+            if id(tensor) not in places:
+                file.write(b"\0" * (-file.tell() % ALIGNMENT))
+                start = file.tell()
+                file.write(tensor.tobytes())
+                places[id(tensor)] = (start, file.tell() - start)
+            offset, length = places[id(tensor)]
+            written[value.name or ""] = ir.ExternalTensor(
+                path.name,
+                offset,
+                length,
+                tensor.dtype,
+                shape=ir.Shape(tensor.shape.numpy()),
+                name=value.name or "",
+                base_dir=path.parent,
+            )
+        file.flush()
+        os.fsync(file.fileno())
+    return written
+
+
+def constant_bytes(path: Path) -> int:
+    """Bytes of all constants in the file, as stored: initializers and Constant nodes, 4-bit ones packed.
+
+    Tensors that lie at the same place of the external data count once.
+    """
+    model = onnx.load(path, load_external_data=False)
+    places: set[tuple[str, int]] = set()
+    total = 0
+    constants = list(model.graph.initializer)
+    for node in model.graph.node:
+        constants += [attribute.t for attribute in node.attribute if attribute.type == onnx.AttributeProto.TENSOR]
+    for tensor in constants:
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            key = (place["location"], int(place.get("offset", 0)))
+            if key in places:
+                continue
+            places.add(key)
+            total += int(place["length"])
+        else:
+            bits = ir.DataType(tensor.data_type).bitwidth
+            total += (prod(tensor.dims) * bits + 7) // 8
+    return total

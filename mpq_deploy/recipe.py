@@ -1,0 +1,187 @@
+"""The recipe: everything a user may set, validated once. From a YAML file, command-line options, or Python."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from mpq_deploy.errors import UsageError
+from mpq_deploy.precision.scheme import schemes_named
+
+
+class Section(BaseModel):
+    """A part of the recipe: unknown keys are errors, values are frozen."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class CalibrateSection(Section):
+    """Which inputs the float model is observed on, and how activation scales are chosen."""
+
+    timesteps: int = Field(10, ge=1, description="K: timesteps, midpoints of equal strides of the sampler's steps")
+    samples: int = Field(16, ge=1, description="trajectories")
+    steps: int = Field(20, ge=1, description="steps of the sampler")
+    batch_size: int = Field(16, ge=1)
+    seed: int = 1
+    scale: Literal["mse", "percentile", "absmax"] = "mse"
+    percentile: float = Field(99.99, gt=50, le=100)
+    reservoir: int = Field(8192, ge=256, description="values kept per activation for choosing its scale")
+
+
+class MeasureSection(Section):
+    """How the loss of every (layer, scheme) is predicted."""
+
+    method: Literal["probe", "gain", "local_error", "exhaustive"] = "probe"
+    probes: int = Field(8, ge=1)
+    heldout_probes: int = Field(2, ge=0, description="probes that the allocation does not see")
+    samples: int = Field(16, ge=1, description="calibration samples used, at most calibrate.samples")
+    batch_size: int = Field(16, ge=1)
+    seed: int = 2
+
+
+class ProtectRule(Section):
+    """Layers whose name matches ``layers`` (shell pattern) may only take ``schemes``."""
+
+    layers: str
+    schemes: tuple[str, ...]
+
+    @field_validator("schemes")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        _check_schemes(names)
+        return names
+
+
+class AllocateSection(Section):
+    """What the solver may choose from."""
+
+    schemes: tuple[str, ...] = ("fp16", "w8a8", "w8a16", "w4a16", "w4a8")
+    protect: tuple[ProtectRule, ...] = ()
+    gap: float = Field(1e-4, ge=0, lt=1, description="relative gap at which the solver may stop")
+    time_limit: float = Field(60.0, gt=0, description="seconds")
+
+    @field_validator("schemes")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        _check_schemes(names)
+        return names
+
+
+class QuantizeSection(Section):
+    """How weights are rounded."""
+
+    rounding: Literal["gptq", "nearest"] = "gptq"
+    damping: float = Field(0.01, gt=0, description="added to the Hessian's diagonal, as a share of its mean")
+    hessian_rows: int = Field(4096, ge=64, description="input vectors per layer behind its Hessian, at least 4 K")
+    hessian_width: int = Field(4096, ge=64, description="beyond this width the Hessian is block-diagonal")
+    memory_mb: int = Field(512, ge=16, description="cap on the Hessians held at once")
+
+
+class EngineSection(Section):
+    """How the engine is built."""
+
+    build: bool = True
+    batch_min: int = Field(1, ge=1)
+    batch_opt: int = Field(2, ge=1)
+    batch_max: int = Field(8, ge=1)
+
+
+class EvaluateSection(Section):
+    """How the quantized model is compared with the float one."""
+
+    samples: int = Field(16, ge=1)
+    steps: int = Field(20, ge=1)
+    timesteps: int = Field(10, ge=1)
+    batch_size: int = Field(16, ge=1)
+    seed: int = 1234
+    sampler: Literal["auto", "ddim", "folder"] = "auto"
+    controls: bool = True
+
+
+class Recipe(Section):
+    """All settings of a run. ``model`` None is the bundled demo."""
+
+    model: str | None = None
+    budget: str = "0.35"
+    target: str = "rtx"
+    conditions: str | None = None
+    scheduler: str | None = None
+    prompts: str | None = None
+    calibrate: CalibrateSection = CalibrateSection()
+    measure: MeasureSection = MeasureSection()
+    allocate: AllocateSection = AllocateSection()
+    quantize: QuantizeSection = QuantizeSection()
+    engine: EngineSection = EngineSection()
+    evaluate: EvaluateSection = EvaluateSection()
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> str:
+        return str(value)
+
+    def to_yaml(self) -> str:
+        """Return the whole recipe, every default written out."""
+        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+
+
+def _check_schemes(names: tuple[str, ...]) -> None:
+    try:
+        schemes_named(names)
+    except UsageError as error:
+        raise ValueError(str(error)) from error
+
+
+def make_recipe(values: dict[str, Any], source: str = "the recipe") -> Recipe:
+    """Validate ``values``; the first problem becomes one clear UsageError naming the key and the nearest known one."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = _keys_at(tuple(p for p in first["loc"][:-1] if isinstance(p, str)))
+            close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
+            hint = f"Did you mean '{close[0]}'? " if close else ""
+            hint += f"Known keys there: {', '.join(known)}."
+            raise UsageError(f"Unknown key '{where}' in {source}.", hint) from error
+        message = str(first["msg"]).removeprefix("Value error, ")
+        raise UsageError(f"{where} in {source}: {message} (found {first['input']!r}).") from error
+
+
+def load_recipe(path: Path | None, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Read a recipe file (None: all defaults) and lay ``overrides`` (dotted keys) over it."""
+    values: dict[str, Any] = {}
+    source = "the options"
+    if path is not None:
+        source = path.name
+        try:
+            read = yaml.safe_load(path.read_text())
+        except FileNotFoundError as error:
+            raise UsageError(f"There is no recipe {path}.", "Give the path of a YAML file.") from error
+        except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+            raise UsageError(f"{path} is no YAML: {str(error).splitlines()[0]}.") from error
+        if read is not None and not isinstance(read, dict):
+            raise UsageError(f"{path} holds a {type(read).__name__}, not keys and values.")
+        values = read or {}
+    for dotted, value in (overrides or {}).items():
+        if value is None:
+            continue
+        place = values
+        *parents, last = dotted.split(".")
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = value
+    return make_recipe(values, source)
+
+
+def _keys_at(path: tuple[str, ...]) -> list[str]:
+    model: Any = Recipe
+    for name in path:
+        annotation = model.model_fields[name].annotation
+        nested = [annotation, *get_args(annotation)]
+        model = next((a for a in nested if isinstance(a, type) and issubclass(a, BaseModel)), model)
+    return list(model.model_fields)
