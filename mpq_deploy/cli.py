@@ -51,7 +51,7 @@ class State:
 
 
 ModelArgument = Annotated[
-    Optional[str],  # noqa: UP007, UP045  (typer reads annotations at run time on Python 3.10)
+    Optional[str],  # noqa: UP045  (typer reads annotations at run time on Python 3.10)
     typer.Argument(
         metavar="[MODEL]",
         help="A diffusers folder, an ONNX file with its YAML, a hub id, or a bundled demo (emoji, digits). "
@@ -61,7 +61,7 @@ ModelArgument = Annotated[
 ]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.", show_default=False)]
 BudgetOption = Annotated[
-    Optional[str],  # noqa: UP007, UP045
+    Optional[str],  # noqa: UP045
     typer.Option(
         "--budget",
         "-b",
@@ -71,29 +71,29 @@ BudgetOption = Annotated[
     ),
 ]
 RecipeOption = Annotated[
-    Optional[Path],  # noqa: UP007, UP045
+    Optional[Path],  # noqa: UP045
     typer.Option("--recipe", "-r", metavar="FILE", help="A recipe (YAML). Options win over it.", show_default=False),
 ]
 TargetOption = Annotated[
-    Optional[str],  # noqa: UP007, UP045
+    Optional[str],  # noqa: UP045
     typer.Option(
         "--target", "-t", metavar="NAME", help="What the engine runs on: see 'mpq-deploy targets'.", show_default="rtx"
     ),
 ]
 OutOption = Annotated[
-    Optional[Path],  # noqa: UP007, UP045
+    Optional[Path],  # noqa: UP045
     typer.Option("--out", "-o", metavar="RUN", help="The run folder.", show_default="runs/<model>"),
 ]
 ConditionsOption = Annotated[
-    Optional[Path],  # noqa: UP007, UP045
+    Optional[Path],  # noqa: UP045
     typer.Option("--conditions", metavar="FILE.npz", help="Arrays by input name, one row per condition."),
 ]
 SchedulerOption = Annotated[
-    Optional[Path],  # noqa: UP007, UP045
+    Optional[Path],  # noqa: UP045
     typer.Option("--scheduler", metavar="PATH", help="A scheduler_config.json, or the folder that holds it."),
 ]
 SensitivityOption = Annotated[
-    Optional[Sensitivity],  # noqa: UP007, UP045
+    Optional[Sensitivity],  # noqa: UP045
     typer.Option("--sensitivity", help="How losses are predicted.", show_default="probe"),
 ]
 
@@ -225,7 +225,7 @@ def sample(
 
 
 @app.command(rich_help_panel=MACHINE, epilog="Example: mpq-deploy targets rtx")
-def targets(name: Annotated[Optional[str], typer.Argument(help="Show one target in full.")] = None) -> None:  # noqa: UP007, UP045
+def targets(name: Annotated[Optional[str], typer.Argument(help="Show one target in full.")] = None) -> None:  # noqa: UP045
     """List the targets, or show what one target may take and what is proven of it."""
     from mpq_deploy.engine.target import known_targets, load_target
 

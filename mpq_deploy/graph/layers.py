@@ -73,7 +73,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class OtherWeight:
-    """A constant of at least two dimensions that is no layer, and why: it stays in FP16."""
+    """A constant of at least two dimensions (norms and biases apart) that is no layer, and why: it stays in FP16."""
 
     name: str
     op: str
@@ -130,7 +130,7 @@ def layer_graph(model: ir.Model) -> LayerGraph:
     others = tuple(
         OtherWeight(name, op, prod(_shape(model.graph.initializers[name])), reason)
         for name, (op, reason) in refused.items()
-        if len(_shape(model.graph.initializers[name])) >= 2
+        if sum(size > 1 for size in _shape(model.graph.initializers[name])) >= 2
     )
     return LayerGraph(model, tuple(layers), others)
 

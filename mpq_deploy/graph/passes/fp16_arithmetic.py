@@ -3,7 +3,7 @@
 1. Float initializers become FP16, unless only FP32 nodes read them.
 2. Graph inputs and outputs become FP16, the timestep and other positions excepted.
 3. A Cast or ConstantOfShape that makes FP32 makes FP16.
-4. Where the FP32 island meets the rest, a Cast is inserted.
+4. Where the FP32 island meets the rest, a Cast is inserted; graph outputs are FP16.
 """
 
 from __future__ import annotations
@@ -55,27 +55,31 @@ def _halve_attributes(node: ir.Node) -> bool:
 
 
 def _insert_casts(model: ir.Model, region: Fp16Region) -> bool:
-    """Cast every FP32 value that an FP16 node reads (once per value), and FP32 graph outputs."""
+    """Cast, once per value, every FP32 value that an FP16 node reads, and the other way round."""
     casts: dict[ir.Value, ir.Value] = {}
     for node in list(model.graph):
         for index, value in enumerate(node.inputs):
-            if value is None or value.dtype != ir.DataType.FLOAT or not region.takes_fp16(node, index):
-                continue
             # A Cast reads any type: leave it to convert by itself.
-            if node.op_type == "Cast":
+            if value is None or node.op_type == "Cast":
                 continue
-            if value not in casts:
-                cast = ir.node(
-                    "Cast", [value], {"to": int(ir.DataType.FLOAT16)}, name=f"{value.name}/to_fp16", num_outputs=1
-                )
-                cast.outputs[0].name = f"{value.name}//fp16"
-                cast.outputs[0].shape = value.shape
-                cast.outputs[0].type = HALF
-                producer = value.producer()
-                if producer is None:
-                    model.graph.insert_before(model.graph[0], cast)
-                else:
-                    model.graph.insert_after(producer, cast)
-                casts[value] = cast.outputs[0]
-            node.replace_input_with(index, casts[value])
+            wanted = ir.DataType.FLOAT16 if region.takes_fp16(node, index) else ir.DataType.FLOAT
+            if value.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16) and value.dtype != wanted:
+                if value not in casts:
+                    casts[value] = _cast(model, value, wanted)
+                node.replace_input_with(index, casts[value])
     return bool(casts)
+
+
+def _cast(model: ir.Model, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+    suffix = "fp16" if dtype == ir.DataType.FLOAT16 else "fp32"
+    cast = ir.node("Cast", [value], {"to": int(dtype)}, name=f"{value.name}/to_{suffix}", num_outputs=1)
+    output = cast.outputs[0]
+    output.name = f"{value.name}//{suffix}"
+    output.shape = value.shape
+    output.type = ir.TensorType(dtype)
+    producer = value.producer()
+    if producer is None:
+        model.graph.insert_before(model.graph[0], cast)
+    else:
+        model.graph.insert_after(producer, cast)
+    return output

@@ -48,6 +48,11 @@ def fp16_region(model: ir.Model, timestep: str, sample: str) -> Fp16Region:
         found = sources[node]
         if found and found <= positions:
             nodes32.add(node.name or "")
+    # Constants made on the way, such as Expand(1, shape), that only the island reads belong to it.
+    for node in reversed(model.graph):
+        readers = [reader.name for output in node.outputs for reader, _ in output.uses()]
+        if sources[node] == set() and readers and all(name in nodes32 for name in readers):
+            nodes32.add(node.name or "")
     inputs32 = {value.name or "" for value in model.graph.inputs if value.name in positions}
     return Fp16Region(frozenset(nodes32), frozenset(inputs32))
 
