@@ -6,7 +6,6 @@ In: uint8 images [N, H, W, C] by the row's caption, and the columns' labels. Out
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.errors import UsageError
+from mpq_deploy.evaluate.cache import write_aside
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -85,9 +85,7 @@ def save_grid(path: Path, rows: Mapping[str, Array], labels: Sequence[str] = ())
     buffer = io.BytesIO()
     image_grid(rows, labels).save(buffer, format="PNG", optimize=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_bytes(buffer.getvalue())
-    aside.replace(path)
+    write_aside(path, buffer.getvalue())
     return path
 
 

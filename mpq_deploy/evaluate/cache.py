@@ -1,0 +1,112 @@
+"""Results kept by what they were made from, so that float and the controls are not sampled twice.
+
+An entry is one .npz file named by the digest of its key. It is written aside and moved into place; an entry
+that cannot be read is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+
+from mpq_deploy.denoisers.spec import Array
+from mpq_deploy.graph.load import read_proto
+from mpq_deploy.talk import Talk
+
+CHUNK_BYTES = 1 << 20
+
+
+class SampleCache:
+    """Arrays by key, in ``folder``; without a folder nothing is kept."""
+
+    def __init__(self, folder: Path | None, talk: Talk) -> None:
+        self._folder = folder
+        self._talk = talk
+
+    def get(self, key: Mapping[str, Any], make: Callable[[], dict[str, Array]]) -> dict[str, Array]:
+        """Return the arrays of ``key``: those kept, or else what ``make`` returns, which is then kept."""
+        if self._folder is None:
+            return make()
+        text = json.dumps(key, sort_keys=True)
+        path = self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz"
+        kept = self._read(path, text)
+        if kept is not None:
+            return kept
+        made = make()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        write_aside(path, npz_bytes({**made, "key": np.array(text)}))
+        return made
+
+    def _read(self, path: Path, text: str) -> dict[str, Array] | None:
+        if not path.exists():
+            return None
+        try:
+            with np.load(path, allow_pickle=False) as data:
+                arrays = {name: data[name] for name in data.files}
+        except (zipfile.BadZipFile, ValueError, EOFError, KeyError, OSError) as error:
+            self._talk.warn(f"The cache entry {path.name} cannot be read ({error}); it is made again.")
+            return None
+        if str(arrays.pop("key", "")) != text:
+            self._talk.warn(f"The cache entry {path.name} belongs to something else; it is made again.")
+            return None
+        return arrays
+
+
+def write_aside(path: Path, content: bytes) -> None:
+    """Write ``content`` beside ``path``, then move it into place: a killed write leaves nothing half done."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_bytes(content)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def npz_bytes(arrays: Mapping[str, Array]) -> bytes:
+    """Return ``arrays`` as an .npz file: the same bytes for the same arrays, no pickle."""
+    for name, array in arrays.items():
+        if array.dtype.hasobject:
+            raise TypeError(f"The array {name} holds Python objects.")
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def arrays_digest(arrays: Mapping[str, Array]) -> str:
+    """Return the SHA-256 of names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name}|{array.dtype.str}|{array.shape}|".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def model_digest(path: Path) -> str:
+    """Return the SHA-256 of an ONNX file and of the external data files that it names.
+
+    Raises ModelError when a file is missing or truncated, is no ONNX, or names data outside its folder.
+    """
+    digest = hashlib.sha256()
+    for file in model_files(path):
+        with file.open("rb") as stream:
+            while chunk := stream.read(CHUNK_BYTES):
+                digest.update(chunk)
+        digest.update(b"|")
+    return digest.hexdigest()
+
+
+def model_files(path: Path) -> list[Path]:
+    """Return an ONNX file and the external data files that it names."""
+    tensors = [tensor for tensor in read_proto(path).graph.initializer if uses_external_data(tensor)]
+    locations = sorted({ExternalDataInfo(tensor).location for tensor in tensors})
+    return [path, *(path.parent / location for location in locations)]

@@ -1,0 +1,304 @@
+"""Evaluate quantized graphs against the float one: the same noise, the same sampler, ONNX Runtime for all.
+
+In: ONNX files by the variant's name, the float file, the denoiser's description and conditions. Out: an
+``Evaluation``. The float model's own trajectories give the inputs on which the outputs are compared; they come
+from another seed than calibration's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from mpq_deploy.denoisers.spec import Array, DenoiserSpec
+from mpq_deploy.errors import ModelError, UsageError
+from mpq_deploy.evaluate.cache import SampleCache, arrays_digest, model_digest
+from mpq_deploy.evaluate.decode import decode, decoder_path
+from mpq_deploy.evaluate.images import data_range, psnr_db, ssim, to_uint8, to_unit
+from mpq_deploy.evaluate.latency import cpu_latency
+from mpq_deploy.evaluate.output_error import nmse, stride_midpoints
+from mpq_deploy.evaluate.result import CpuLatency, Evaluation, EvaluationOptions, ImageKind, VariantResult
+from mpq_deploy.runtime.ort import OrtDenoiser
+from mpq_deploy.sampling.loop import DenoiserCall, denoise, initial_noise
+from mpq_deploy.sampling.sampler import make_sampler
+from mpq_deploy.talk import Talk
+
+# A change here makes every cache entry stale.
+CACHE_FORMAT = 1
+FLOAT = "float"
+# What a diffusers VAE decodes to, unless the denoiser's description says otherwise.
+DECODED_RANGE = (-1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every variant has in common."""
+
+    spec: DenoiserSpec
+    conditions: dict[str, Array]
+    options: EvaluationOptions
+    rows: Array
+    decoder: Path | None
+    talk: Talk
+
+
+def evaluate(
+    variants: Mapping[str, Path],
+    float_model: Path,
+    spec: DenoiserSpec,
+    conditions: Mapping[str, Array],
+    options: EvaluationOptions | None = None,
+    talk: Talk | None = None,
+    *,
+    sizes: Mapping[str, int] | None = None,
+    cache: Path | None = None,
+) -> Evaluation:
+    """Compare each of ``variants`` (name -> ONNX file, such as ours, int8, int4) with ``float_model``.
+
+    ``conditions`` hold one row per condition, by input name; ``sizes`` are deployed bytes by variant, passed
+    through. ``cache`` is a folder in which samples are kept by content, so that only what changed is sampled.
+    The decoder, if ``spec`` names one, lies beside ``float_model``. Raises ModelError naming variant and timestep
+    for an output that is not finite.
+    """
+    options, talk = options or EvaluationOptions(), talk or Talk()
+    _check(variants, spec)
+    rows = spread_rows(_condition_count(conditions), options.samples, spec.uncond_row)
+    setup = Setup(spec, dict(conditions), options, rows, decoder_path(spec, float_model.parent), talk)
+    store = SampleCache(cache, talk)
+    common = _common_key(setup, float_model)
+    reference = store.get({**common, "part": "float"}, lambda: _reference(setup, float_model))
+    kind, value_range = _pixels(setup, reference["images"])
+    results: dict[str, VariantResult] = {}
+    images = {FLOAT: to_uint8(reference["images"], value_range)}
+    for name, path in variants.items():
+        digest = model_digest(path)
+        key = {**common, "part": "variant", "variant": digest}
+        arrays = store.get(key, lambda name=name, path=path: _variant(setup, name, path, reference))  # type: ignore[misc]
+        results[name] = _scored(reference, arrays, value_range, digest, (sizes or {}).get(name))
+        images[name] = to_uint8(arrays["images"], value_range)
+    latency, latency_notes = _latency(setup, float_model, variants, float(reference["timesteps"][-1]))
+    return Evaluation(
+        options=options,
+        timesteps=tuple(float(t) for t in reference["timesteps"]),
+        rows=tuple(int(row) for row in rows),
+        labels=tuple(_labels(spec, rows, bool(conditions))),
+        sampler=str(reference["sampler"]),
+        image_kind=kind,
+        variants=results,
+        images=images,
+        latency=latency,
+        notes=(*_notes(setup, kind, value_range), *latency_notes),
+    )
+
+
+def spread_rows(available: int, samples: int, uncond_row: int | None = None) -> Array:
+    """Choose a condition for each sample, int64 [samples]: spread evenly, each used before any is used twice.
+
+    The row for classifier-free guidance is left out where there are others; without conditions all rows are 0.
+    """
+    rows = np.array([row for row in range(available) if row != uncond_row] or [0], np.int64)
+    if samples <= len(rows):
+        return rows[stride_midpoints(len(rows), samples)]
+    return rows[np.arange(samples) % len(rows)]
+
+
+def _reference(setup: Setup, path: Path) -> dict[str, Array]:
+    """Sample the float model; keep its images, and its inputs and outputs at the chosen timesteps."""
+    sampler = make_sampler(setup.spec.scheduler, setup.options.steps, setup.options.seed, setup.options.sampler)
+    chosen = stride_midpoints(len(sampler.timesteps), setup.options.timesteps)
+    watched = _Watched(OrtDenoiser(path, setup.spec), FLOAT, {int(index) for index in chosen})
+    samples = _sample(setup, watched, watched)
+    inputs, outputs, rows = watched.recorded()
+    return {
+        "images": _decoded(setup, samples),
+        "inputs": inputs,
+        "outputs": outputs,
+        "input_rows": rows,
+        "timesteps": np.asarray(sampler.timesteps, np.float64)[chosen],
+        "sampler": np.array(sampler.name),
+    }
+
+
+def _variant(setup: Setup, name: str, path: Path, reference: dict[str, Array]) -> dict[str, Array]:
+    """Run a variant on the float model's inputs, and sample it from the same noise."""
+    # Q/DQ pairs stay as written: integer kernels of some CPUs saturate, which no target does.
+    watched = _Watched(OrtDenoiser(path, setup.spec, fake_quant_only=True), name)
+    rows, batch = reference["input_rows"], setup.options.batch_size
+    errors = []
+    with setup.talk.bar(f"output error of {name}", len(reference["timesteps"])) as advance:
+        for timestep, inputs, expected in zip(
+            reference["timesteps"], reference["inputs"], reference["outputs"], strict=True
+        ):
+            outputs = []
+            for start in range(0, len(inputs), batch):
+                chunk = slice(start, start + batch)
+                taken = {key: values[rows[chunk]] for key, values in setup.conditions.items()}
+                outputs.append(watched(inputs[chunk], float(timestep), taken))
+            errors.append(nmse(expected, np.concatenate(outputs)))
+            advance(1)
+    return {"nmse": np.array(errors), "images": _decoded(setup, _sample(setup, watched))}
+
+
+def _sample(setup: Setup, denoiser: DenoiserCall, watched: _Watched | None = None) -> Array:
+    options = setup.options
+    sampler = make_sampler(setup.spec.scheduler, options.steps, options.seed, options.sampler)
+    noise = initial_noise(setup.spec, options.samples, options.seed)
+    return denoise(
+        denoiser,
+        sampler,
+        noise,
+        setup.rows,
+        setup.conditions,
+        setup.spec,
+        options.batch_size,
+        on_call=watched.on_call if watched else None,
+        talk=setup.talk,
+    )
+
+
+class _Watched:
+    """A denoiser whose output is checked, and recorded at the chosen steps."""
+
+    def __init__(self, denoiser: DenoiserCall, name: str, steps: set[int] | None = None) -> None:
+        self._denoiser, self._name, self._steps = denoiser, name, steps or set()
+        self._step = -1
+        self._calls: dict[int, list[tuple[Array, Array, Array]]] = {}
+        self._pending: tuple[Array, Array] | None = None
+
+    def on_call(self, step_index: int, timestep: float, sample: Array, rows: Array) -> None:
+        """Note what the next call is for (the loop calls this first)."""
+        self._step, self._pending = step_index, (sample, rows)
+
+    def __call__(self, sample: Array, timestep: float | Array, conditions: dict[str, Array]) -> Array:
+        """Return the denoiser's output; ModelError when it is not finite."""
+        output = self._denoiser(sample, timestep, conditions)
+        if not np.isfinite(output).all():
+            raise ModelError(
+                f"The output of '{self._name}' is not finite at timestep {float(np.ravel(timestep)[0]):g}.",
+                "Check the model's weights and activations for values beyond the range of FP16; protect the "
+                "layers concerned in the recipe.",
+            )
+        if self._step in self._steps and self._pending is not None:
+            self._calls.setdefault(self._step, []).append((self._pending[0], output, self._pending[1]))
+            self._pending = None
+        return output
+
+    def recorded(self) -> tuple[Array, Array, Array]:
+        """Return inputs [K, M, ...], outputs [K, M, ...] and condition rows [M] of the chosen steps."""
+        steps = [self._calls[index] for index in sorted(self._calls)]
+        inputs, outputs = (np.stack([np.concatenate([c[i] for c in calls]) for calls in steps]) for i in (0, 1))
+        return inputs, outputs, np.concatenate([call[2] for call in steps[0]])
+
+
+def _decoded(setup: Setup, samples: Array) -> Array:
+    if setup.decoder is None:
+        return samples
+    return decode(setup.decoder, samples, setup.options.batch_size, setup.talk)
+
+
+def _pixels(setup: Setup, reference: Array) -> tuple[ImageKind, tuple[float, float]]:
+    """Return what the compared arrays are, and the range that is mapped to [0, 1]."""
+    if reference.ndim != 4:
+        raise ModelError(
+            f"The samples have the shape {list(reference.shape[1:])}.", "Images are [channels, height, width]."
+        )
+    if setup.decoder is not None:
+        return "decoded", setup.spec.pixel_range or DECODED_RANGE
+    if setup.spec.pixel_range is not None:
+        return "pixels", setup.spec.pixel_range
+    return "latents", data_range(reference)
+
+
+def _scored(
+    reference: dict[str, Array],
+    arrays: dict[str, Array],
+    value_range: tuple[float, float],
+    digest: str,
+    size_bytes: int | None,
+) -> VariantResult:
+    expected, found = to_unit(reference["images"], value_range), to_unit(arrays["images"], value_range)
+    errors = tuple(float(error) for error in arrays["nmse"])
+    return VariantResult(
+        digest=digest,
+        size_bytes=size_bytes,
+        nmse_by_timestep=errors,
+        measured_nmse=float(np.mean(errors)),
+        psnr_db=psnr_db(expected, found),
+        ssim=ssim(expected, found),
+    )
+
+
+def _latency(
+    setup: Setup, float_model: Path, variants: Mapping[str, Path], timestep: float
+) -> tuple[CpuLatency | None, tuple[str, ...]]:
+    if setup.options.latency_calls == 0:
+        return None, ()
+    # The first variant is the plan's; the controls' latencies on a CPU would tell nobody anything.
+    name, path = next(iter(variants.items()))
+    return cpu_latency(float_model, name, path, setup.spec, setup.conditions, setup.options, timestep)
+
+
+def _check(variants: Mapping[str, Path], spec: DenoiserSpec) -> None:
+    if not variants or FLOAT in variants:
+        raise UsageError(
+            f"The variants to evaluate are {list(variants)}.",
+            f"Name at least one, and none '{FLOAT}': that is the reference.",
+        )
+    if spec.pixel_range is not None:
+        to_unit(np.zeros(1), spec.pixel_range)
+
+
+def _condition_count(conditions: Mapping[str, Array]) -> int:
+    counts = {name: len(values) for name, values in conditions.items()}
+    if len(set(counts.values())) > 1:
+        raise ModelError(f"The conditions differ in their number of rows: {counts}.", "Give each the same rows.")
+    return next(iter(counts.values()), 0)
+
+
+def _labels(spec: DenoiserSpec, rows: Array, conditional: bool) -> list[str]:
+    if not conditional:
+        return [f"sample {number + 1}" for number in range(len(rows))]
+    return [spec.labels[row] if row < len(spec.labels) else f"condition {row}" for row in rows]
+
+
+def _notes(setup: Setup, kind: ImageKind, value_range: tuple[float, float]) -> list[str]:
+    notes = []
+    if kind == "latents":
+        notes.append(
+            "The samples are latents and there is no decoder: PSNR and SSIM compare latents, with the float "
+            f"samples' range [{value_range[0]:.3g}, {value_range[1]:.3g}] as the peak, and pictures show their "
+            "first channels."
+        )
+    if kind == "decoded":
+        notes.append(f"The samples are latents, decoded in float by {setup.spec.decoder} for every variant alike.")
+    if setup.spec.guidance_scale != 1 and setup.spec.uncond_row is not None:
+        notes.append(
+            f"Samples use classifier-free guidance of {setup.spec.guidance_scale:g}; the output's error is that "
+            "of single calls, conditioned and not."
+        )
+    return notes
+
+
+def _common_key(setup: Setup, float_model: Path) -> dict[str, Any]:
+    spec = setup.spec.model_dump(mode="json", exclude={"name", "source", "labels", "synthetic", "pixel_range"})
+    options = setup.options
+    return {
+        "format": CACHE_FORMAT,
+        "float": model_digest(float_model),
+        "spec": spec,
+        "conditions": arrays_digest(setup.conditions),
+        "rows": [int(row) for row in setup.rows],
+        "decoder": None if setup.decoder is None else model_digest(setup.decoder),
+        "samples": options.samples,
+        "steps": options.steps,
+        "timesteps": options.timesteps,
+        "batch_size": options.batch_size,
+        "seed": options.seed,
+        "sampler": options.sampler,
+        "onnxruntime": ort.__version__,
+    }

@@ -1,0 +1,288 @@
+"""The whole evaluation on a tiny conditional denoiser, whose variants are the float model with known changes."""
+
+import json
+import math
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from mpq_deploy.denoisers.spec import DenoiserSpec, InputSpec
+from mpq_deploy.errors import ModelError, UsageError
+from mpq_deploy.evaluate import evaluate as module
+from mpq_deploy.evaluate.evaluate import evaluate, spread_rows
+from mpq_deploy.evaluate.images import psnr_db, to_unit
+from mpq_deploy.evaluate.output_error import nmse
+from mpq_deploy.evaluate.result import Evaluation, EvaluationOptions
+from mpq_deploy.runtime.ort import OrtDenoiser
+from mpq_deploy.sampling.loop import denoise, initial_noise
+from mpq_deploy.sampling.sampler import make_sampler
+from mpq_deploy.talk import Talk
+
+OPTIONS = EvaluationOptions(samples=5, steps=6, timesteps=3, batch_size=2, latency_calls=0)
+CONDITIONS = {"class_labels": np.eye(4, 4, dtype=np.float32)}
+
+
+class Heard(Talk):
+    def __init__(self):
+        self.warnings = []
+        self.bars = []
+
+    def warn(self, text):
+        self.warnings.append(text)
+
+    def bar(self, what, total):
+        self.bars.append(what)
+        return super().bar(what, total)
+
+
+def specification(**changes):
+    values = {
+        "name": "tiny",
+        "source": "test",
+        "sample": InputSpec(name="sample", shape=(3, 8, 8)),
+        "timestep": InputSpec(name="timestep"),
+        "conditions": (InputSpec(name="class_labels", shape=(4,)),),
+        "scheduler": {"_class_name": "DDIMScheduler", "num_train_timesteps": 100, "clip_sample": True},
+        "labels": ("cat", "dog", "fox", "<b>owl</b>"),
+        "pixel_range": (-1.0, 1.0),
+    }
+    return DenoiserSpec(**{**values, **changes})
+
+
+def denoiser_file(path, change=1.0, poison=None):
+    """Convolution plus a term for the condition and one for the timestep; ``change`` scales the convolution."""
+    rng = np.random.default_rng(0)
+    weights = {
+        "conv.weight": change * 0.2 * rng.standard_normal((3, 3, 3, 3)),
+        "class_embedding.weight": rng.standard_normal((4, 3)),
+        "time_embedding.weight": 0.01 * rng.standard_normal((1, 3)),
+    }
+    if poison is not None:
+        weights["conv.weight"][0, 0, 0, 0] = poison
+    nodes = [
+        helper.make_node("Conv", ["sample", "conv.weight"], ["features"], pads=[1, 1, 1, 1]),
+        helper.make_node("MatMul", ["class_labels", "class_embedding.weight"], ["class_term"]),
+        helper.make_node("Unsqueeze", ["timestep", "one"], ["timestep_column"]),
+        helper.make_node("MatMul", ["timestep_column", "time_embedding.weight"], ["time_term"]),
+        helper.make_node("Add", ["class_term", "time_term"], ["embedding"]),
+        helper.make_node("Unsqueeze", ["embedding", "spatial"], ["embedding_map"]),
+        helper.make_node("Add", ["features", "embedding_map"], ["out_sample"]),
+    ]
+    initializers = [numpy_helper.from_array(v.astype(np.float32), k) for k, v in weights.items()]
+    initializers += [
+        numpy_helper.from_array(np.array([1], np.int64), "one"),
+        numpy_helper.from_array(np.array([2, 3], np.int64), "spatial"),
+    ]
+    shape = ["n", 3, 8, 8]
+    graph = helper.make_graph(
+        nodes,
+        "denoiser",
+        [
+            helper.make_tensor_value_info("sample", TensorProto.FLOAT, shape),
+            helper.make_tensor_value_info("timestep", TensorProto.FLOAT, ["n"]),
+            helper.make_tensor_value_info("class_labels", TensorProto.FLOAT, ["n", 4]),
+        ],
+        [helper.make_tensor_value_info("out_sample", TensorProto.FLOAT, shape)],
+        initializers,
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    return path
+
+
+def decoder_file(path):
+    """Doubles the size and halves the values."""
+    nodes = [
+        helper.make_node("Resize", ["latents", "", "scales"], ["larger"], mode="nearest"),
+        helper.make_node("Mul", ["larger", "half"], ["image"]),
+    ]
+    initializers = [
+        numpy_helper.from_array(np.array([1, 1, 2, 2], np.float32), "scales"),
+        numpy_helper.from_array(np.array(0.5, np.float32), "half"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "decoder",
+        [helper.make_tensor_value_info("latents", TensorProto.FLOAT, ["n", 3, 8, 8])],
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["n", 3, 16, 16])],
+        initializers,
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    return path
+
+
+@pytest.fixture
+def files(tmp_path):
+    return {
+        "float": denoiser_file(tmp_path / "float.onnx"),
+        "ours": denoiser_file(tmp_path / "ours.onnx", 1.001),
+        "int4": denoiser_file(tmp_path / "int4.onnx", 1.1),
+    }
+
+
+def run(files, spec=None, options=OPTIONS, **more):
+    variants = {name: path for name, path in files.items() if name != "float"}
+    return evaluate(variants, files["float"], spec or specification(), CONDITIONS, options, **more)
+
+
+def test_agrees_with_a_plain_loop(files):
+    found = run(files, sizes={"ours": 123})
+    spec = specification()
+    rows = np.array([0, 1, 2, 3, 0])
+    sampler = make_sampler(spec.scheduler, 6)
+    calls = []
+    noise = initial_noise(spec, 5, OPTIONS.seed)
+    images = {}
+    for name in ("float", "ours"):
+        hook = (lambda i, t, x, r: calls.append((i, t, x, r))) if name == "float" else None
+        images[name] = denoise(OrtDenoiser(files[name], spec), sampler, noise, rows, CONDITIONS, spec, 5, on_call=hook)
+    errors = []
+    for index in (1, 3, 5):
+        _, timestep, inputs, _ = calls[index]
+        taken = {"class_labels": CONDITIONS["class_labels"][rows]}
+        outputs = [OrtDenoiser(files[n], spec)(inputs, timestep, taken) for n in ("float", "ours")]
+        errors.append(nmse(*outputs))
+    ours = found.variants["ours"]
+    assert found.timesteps == tuple(calls[i][1] for i in (1, 3, 5))
+    assert ours.nmse_by_timestep == pytest.approx(errors, rel=1e-4)
+    assert ours.measured_nmse == pytest.approx(np.mean(errors), rel=1e-4)
+    expected = psnr_db(*(to_unit(images[n], (-1, 1)) for n in ("float", "ours")))
+    assert ours.psnr_db == pytest.approx(expected, abs=1e-3)
+    assert ours.size_bytes == 123 and found.variants["int4"].size_bytes is None
+    assert list(found.images) == ["float", "ours", "int4"]
+    assert found.images["ours"].shape == (5, 8, 8, 3) and found.images["ours"].dtype == np.uint8
+    assert found.labels == ("cat", "dog", "fox", "<b>owl</b>", "cat")
+
+
+def test_a_larger_change_is_worse(files):
+    found = run(files).variants
+    assert found["int4"].measured_nmse > 100 * found["ours"].measured_nmse
+    assert found["int4"].psnr_db < found["ours"].psnr_db
+    assert found["int4"].ssim < found["ours"].ssim <= 1
+
+
+def test_an_identical_variant_has_no_error_and_survives_json(files, tmp_path):
+    found = run({"float": files["float"], "ours": files["float"]})
+    assert found.variants["ours"].measured_nmse == 0
+    assert found.variants["ours"].psnr_db == math.inf
+    found.save(tmp_path / "evaluate")
+    text = json.loads((tmp_path / "evaluate" / "evaluation.json").read_text())
+    assert text["variants"]["ours"]["psnr_db"] is None
+    assert "identical" in text["variants"]["ours"]["psnr_note"]
+    assert Evaluation.load(tmp_path / "evaluate").variants == found.variants
+
+
+def test_saved_and_loaded_are_equal_and_repeat_byte_for_byte(files, tmp_path):
+    for folder in ("a", "b"):
+        run(files).save(tmp_path / folder)
+    for name in ("evaluation.json", "images.npz"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    first, loaded = run(files), Evaluation.load(tmp_path / "a")
+    assert loaded.as_json() == first.as_json()
+    assert list(loaded.variants) == list(first.variants)
+    assert all(np.array_equal(loaded.images[name], first.images[name]) for name in first.images)
+
+
+def test_only_what_changed_is_sampled_again(files, tmp_path, monkeypatch):
+    opened = []
+    real = module.OrtDenoiser
+    monkeypatch.setattr(module, "OrtDenoiser", lambda path, *a, **k: opened.append(path.name) or real(path, *a, **k))
+    cold = run(files, cache=tmp_path / "cache")
+    assert opened == ["float.onnx", "ours.onnx", "int4.onnx"]
+    opened.clear()
+    assert run(files, cache=tmp_path / "cache").as_json() == cold.as_json()
+    assert opened == []
+    denoiser_file(files["ours"], 1.01)
+    changed = run(files, cache=tmp_path / "cache")
+    assert opened == ["ours.onnx"]
+    assert changed.variants["int4"] == cold.variants["int4"]
+    assert changed.variants["ours"].measured_nmse > cold.variants["ours"].measured_nmse
+    opened.clear()
+    run(files, cache=tmp_path / "cache", options=EvaluationOptions(4, 6, 3, 2, latency_calls=0))
+    assert len(opened) == 3
+
+
+@pytest.mark.parametrize("damage", [b"", b"no archive", None])
+def test_a_damaged_cache_entry_is_made_again(files, tmp_path, damage):
+    cold = run(files, cache=tmp_path / "cache")
+    entries = sorted((tmp_path / "cache").iterdir())
+    assert len(entries) == 3
+    for entry in entries:
+        content = bytearray(entry.read_bytes())
+        content[len(content) // 2] ^= 0xFF
+        entry.write_bytes(bytes(content) if damage is None else damage)
+    heard = Heard()
+    assert run(files, cache=tmp_path / "cache", talk=heard).as_json() == cold.as_json()
+    assert len(heard.warnings) == 3 and "made again" in heard.warnings[0]
+    assert sorted((tmp_path / "cache").iterdir()) == entries
+
+
+def test_output_that_is_not_finite_names_variant_and_timestep(files, tmp_path):
+    files["int4"] = denoiser_file(tmp_path / "bad.onnx", poison=np.nan)
+    with pytest.raises(ModelError, match=r"'int4' is not finite at timestep 64"):
+        run(files)
+
+
+def test_latents_are_compared_as_such_and_that_is_said(files):
+    found = run(files, specification(pixel_range=None))
+    assert found.image_kind == "latents"
+    assert "latents" in found.notes[0]
+    assert math.isfinite(found.variants["ours"].psnr_db)
+
+
+def test_latents_are_decoded_where_there_is_a_decoder(files, tmp_path):
+    decoder_file(tmp_path / "decoder.onnx")
+    found = run(files, specification(pixel_range=None, decoder="decoder.onnx"))
+    assert found.image_kind == "decoded"
+    assert found.images["ours"].shape == (5, 16, 16, 3)
+    (tmp_path / "decoder.onnx").unlink()
+    with pytest.raises(ModelError, match=r"decoder\.onnx"):
+        run(files, specification(pixel_range=None, decoder="decoder.onnx"))
+
+
+def test_guidance_counts_both_calls(files):
+    found = run(files, specification(guidance_scale=2.0, uncond_row=3))
+    assert set(found.rows) == {0, 1, 2}
+    assert "guidance" in found.notes[0]
+
+
+def test_latency_is_labelled_as_the_cpus(files, tmp_path):
+    found = run(files, options=EvaluationOptions(2, 3, 2, latency_calls=3))
+    assert found.latency.float_ms > 0 and list(found.latency.variant_ms) == ["ours"]
+    assert "not the target device" in found.latency.source
+    found.save(tmp_path)
+    assert Evaluation.load(tmp_path).latency == found.latency
+    assert "latency_ms" not in (tmp_path / "evaluation.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("available", "samples", "uncond", "expected"),
+    [
+        (4, 4, None, [0, 1, 2, 3]),
+        (4, 6, None, [0, 1, 2, 3, 0, 1]),
+        (8, 2, None, [2, 6]),
+        (3, 4, 2, [0, 1, 0, 1]),
+        (0, 2, None, [0, 0]),
+        (1, 2, 0, [0, 0]),
+    ],
+)
+def test_rows_are_spread(available, samples, uncond, expected):
+    assert spread_rows(available, samples, uncond).tolist() == expected
+
+
+def test_bad_input_is_refused(files, tmp_path):
+    with pytest.raises(UsageError, match="samples is 0"):
+        EvaluationOptions(samples=0)
+    with pytest.raises(UsageError, match="float"):
+        evaluate({"float": files["float"]}, files["float"], specification(), CONDITIONS, OPTIONS)
+    with pytest.raises(ModelError, match=r"missing\.onnx"):
+        run({**files, "ours": tmp_path / "missing.onnx"})
+    with pytest.raises(ModelError, match="rows"):
+        evaluate(
+            {"ours": files["ours"]},
+            files["float"],
+            specification(),
+            {"a": np.zeros((2, 1)), "b": np.zeros((3, 1))},
+            OPTIONS,
+        )
