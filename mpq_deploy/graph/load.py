@@ -10,9 +10,13 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
+import onnx_ir.passes.common as common_passes
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from mpq_deploy.errors import ModelError
+from mpq_deploy.graph.passes.fold_constants import FoldConstantsPass
+from mpq_deploy.graph.passes.name_nodes import NameNodesPass
+from mpq_deploy.graph.passes.raise_opset import raise_opset
 
 # A protobuf file cannot be larger; such models keep their weights in a second file.
 PROTOBUF_LIMIT = 2**31
@@ -25,7 +29,7 @@ def load_model(path: Path) -> ir.Model:
     short or outside the model's folder.
     """
     proto = read_proto(path)
-    model = ir.from_proto(proto)
+    model: ir.Model = ir.from_proto(proto)
     ir.external_data.set_base_dir(model.graph, path.parent)
     return model
 
@@ -103,3 +107,21 @@ def _external_of(tensors: object) -> Iterator[onnx.TensorProto]:
     for tensor in tensors:  # type: ignore[attr-defined]
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             yield tensor
+
+
+def normalise(model: ir.Model) -> ir.Model:
+    """Return ``model`` with constants as initializers, weights folded, unique node names and opset 21 or later.
+
+    Constant nodes become initializers, Identity nodes go, shape and type operators on weights are folded into
+    them, half-precision weights become FP32 (``graph.passes.widen``), unused nodes and weights are dropped.
+    Doing it twice changes nothing. Raises ModelError when the opset cannot be converted.
+    """
+    passes = ir.passes.Sequential(
+        common_passes.RemoveInitializersFromInputsPass(),
+        common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common_passes.IdentityEliminationPass(),
+        FoldConstantsPass(),
+        common_passes.RemoveUnusedNodesPass(),
+        NameNodesPass(),
+    )
+    return raise_opset(passes(model).model)

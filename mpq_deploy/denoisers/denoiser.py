@@ -1,0 +1,53 @@
+"""A denoiser as it was opened, and what its export reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import onnx_ir as ir
+
+from mpq_deploy.denoisers.conditions import Conditions
+from mpq_deploy.denoisers.spec import Array, DenoiserSpec
+from mpq_deploy.talk import Talk
+
+
+class Network(Protocol):
+    """Where the graph comes from: a PyTorch module or an ONNX file."""
+
+    # Largest relative error that the export may show against ``reference``.
+    tolerance: float
+
+    def to_onnx(self, talk: Talk) -> ir.Model:
+        """Return the network as a normalised FP32 ONNX graph with dynamic batch axis."""
+
+    def reference(self, feeds: dict[str, Array]) -> Array:
+        """Return the network's own output for ``feeds``, float32."""
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A denoiser with everything that is needed to sample from it. ``decoder`` turns latents into images."""
+
+    spec: DenoiserSpec
+    conditions: Conditions
+    network: Network
+    decoder: Network | None = None
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What the export did. ``max_relative_error``: against the source, relative to the output's largest value.
+
+    ``weight_bytes``: bytes of all constants in FP32; ``notes``: what the user should know, such as why there is no
+    decoder.
+    """
+
+    max_relative_error: float
+    batch_sizes: tuple[int, ...]
+    opset: int
+    parameters: int
+    weight_bytes: int
+    seconds: float
+    decoder_error: float | None = None
+    notes: tuple[str, ...] = ()

@@ -1,0 +1,146 @@
+"""Write a denoiser as an ONNX file with its description: what all later stages work from.
+
+In: a ``Denoiser`` and an empty folder. Out: ``model.onnx`` and ``model.onnx.data`` (FP32), ``denoiser.json``,
+``conditions.npz`` and, for latent models, ``decoder.onnx``.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from mpq_deploy.denoisers.conditions import Conditions
+from mpq_deploy.denoisers.denoiser import Denoiser, ExportReport, Network
+from mpq_deploy.denoisers.spec import Array, DenoiserSpec
+from mpq_deploy.errors import ModelError
+from mpq_deploy.runtime.ort import make_session, model_feeds
+from mpq_deploy.talk import Talk
+
+MODEL, SPEC, CONDITIONS, DECODER = "model.onnx", "denoiser.json", "conditions.npz", "decoder.onnx"
+# Constants below this stay in the .onnx file: shapes and axes, which readers want at hand.
+INLINE_BYTES = 1024
+# Batch sizes at which the export is compared with its source; not 1, at which a fixed batch axis would pass.
+CHECK_BATCHES = (2, 3)
+CHECK_SEED = 0
+# Timesteps of the comparison are drawn from those that diffusion models are trained with.
+CHECK_TIMESTEPS = 1000
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """What ``export_denoiser`` wrote, read back. ``decoder`` is None where samples are images."""
+
+    model: Path
+    spec: DenoiserSpec
+    conditions: Conditions
+    decoder: Path | None
+
+
+def export_denoiser(denoiser: Denoiser, folder: Path, talk: Talk | None = None) -> ExportReport:
+    """Write ``denoiser`` into ``folder`` and compare the file, run by ONNX Runtime, with its source.
+
+    Raises ModelError when a weight is not finite, when the graph cannot be exported, or when the outputs differ by
+    more than the network's tolerance (1e-3 of the largest output for a PyTorch module).
+    """
+    talk = talk or Talk()
+    started = time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    model = denoiser.network.to_onnx(talk)
+    check_finite(model)
+    save_model(model, folder / MODEL)
+    error = _largest_error(denoiser, folder / MODEL)
+    if not error <= denoiser.network.tolerance:
+        raise ModelError(
+            f"The exported model differs from its source by {error:.2e} of the largest output.",
+            f"At most {denoiser.network.tolerance:g} is expected: please report the model's configuration.",
+        )
+    spec, notes, decoder_error = denoiser.spec, [], None
+    if denoiser.decoder is not None:
+        try:
+            decoder_error = _export_decoder(denoiser.decoder, spec, folder / DECODER, talk)
+            spec = spec.model_copy(update={"decoder": DECODER})
+        except ModelError as reason:
+            notes.append(f"The decoder was not exported, samples are compared as latents: {reason.message}")
+            talk.warn(notes[-1])
+    spec.save(folder / SPEC)
+    denoiser.conditions.save(folder / CONDITIONS)
+    sizes = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
+    return ExportReport(
+        max_relative_error=error,
+        batch_sizes=CHECK_BATCHES,
+        opset=model.graph.opset_imports[""],
+        parameters=sum(int(tensor.size) for tensor in sizes),
+        weight_bytes=sum(tensor.nbytes for tensor in sizes),
+        seconds=time.monotonic() - started,
+        decoder_error=decoder_error,
+        notes=tuple(notes),
+    )
+
+
+def load_exported(folder: Path) -> ExportedModel:
+    """Read back what ``export_denoiser`` wrote into ``folder``."""
+    spec = DenoiserSpec.load(folder / SPEC)
+    decoder = folder / spec.decoder if spec.decoder else None
+    return ExportedModel(folder / MODEL, spec, Conditions.load(folder / CONDITIONS), decoder)
+
+
+def save_model(model: ir.Model, path: Path) -> None:
+    """Write ``model`` to ``path``, its larger constants into one file ``NAME.data`` beside it."""
+    ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=INLINE_BYTES)
+
+
+def check_finite(model: ir.Model) -> None:
+    """Raise ModelError naming the first weight that holds NaN or Inf."""
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None or not tensor.dtype.is_floating_point():
+            continue
+        wrong = int(np.count_nonzero(~np.isfinite(tensor.numpy())))
+        if wrong:
+            raise ModelError(
+                f"The weight '{name}' holds {wrong:,} values that are NaN or infinite.",
+                "The file is damaged, or the model diverged in training: use another checkpoint.",
+            )
+
+
+def _largest_error(denoiser: Denoiser, path: Path) -> float:
+    """Return the largest relative error of the file against the source over random inputs at two batch sizes."""
+    spec, random = denoiser.spec, np.random.default_rng(CHECK_SEED)
+    session = make_session(path)
+    errors = []
+    for count in CHECK_BATCHES:
+        sample = random.standard_normal((count, *spec.sample.shape), np.float32)
+        timesteps = random.integers(0, CHECK_TIMESTEPS, count).astype(np.float32)
+        rows = random.integers(0, denoiser.conditions.rows, count)
+        timestep = timesteps if spec.timestep.batched else float(timesteps[0])
+        feeds = model_feeds(spec, sample, timestep, denoiser.conditions.take(rows))
+        output = session.run([spec.output], feeds)[0]
+        errors.append(relative_error(output, denoiser.network.reference(feeds)))
+    return max(errors)
+
+
+def _export_decoder(decoder: Network, spec: DenoiserSpec, path: Path, talk: Talk) -> float:
+    """Export what turns latents into images, with one input; return its largest relative error."""
+    model = decoder.to_onnx(talk)
+    check_finite(model)
+    save_model(model, path)
+    random = np.random.default_rng(CHECK_SEED)
+    latents = random.standard_normal((CHECK_BATCHES[0], *spec.sample.shape), np.float32)
+    session = make_session(path)
+    feeds = {session.get_inputs()[0].name: latents}
+    error = relative_error(session.run(None, feeds)[0], decoder.reference(feeds))
+    if not error <= decoder.tolerance:
+        raise ModelError(f"The exported decoder differs from its source by {error:.2e}.")
+    return error
+
+
+def relative_error(output: Array, reference: Array) -> float:
+    """Return max |output - reference| / max |reference|; Inf when the shapes differ or a value is not finite."""
+    if output.shape != reference.shape or not np.isfinite(output).all():
+        return float("inf")
+    largest = float(np.max(np.abs(reference)))
+    return float(np.max(np.abs(output - reference))) / max(largest, float(np.finfo(np.float32).tiny))

@@ -1,0 +1,183 @@
+"""The two UNet classes of diffusers: loading their weights, and which inputs each configuration takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mpq_deploy.denoisers.additions import WantedInput
+from mpq_deploy.denoisers.spec import InputSpec
+from mpq_deploy.denoisers.torch_export import TorchNetwork
+from mpq_deploy.errors import ModelError, UsageError, nearest
+
+UNET_CLASSES = ("UNet2DModel", "UNet2DConditionModel")
+OUTPUT = "out_sample"
+PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+WEIGHTS_NAME = "diffusion_pytorch_model"
+# Inputs that UNet2DConditionModel takes in its dictionary added_cond_kwargs.
+ADDED_INPUTS = ("text_embeds", "time_ids", "image_embeds")
+# Original size, crop corner and target size (Podell et al. 2023, section 2.2).
+TIME_IDS = 6
+SAMPLE, TIMESTEP = "sample", "timestep"
+
+
+def unet_class_name(config: dict[str, Any], folder: Path) -> str:
+    """Return which of ``UNET_CLASSES`` a configuration is of. Raises UsageError for any other class."""
+    name = str(config.get("_class_name", ""))
+    if name not in UNET_CLASSES:
+        raise UsageError(
+            f"{folder} holds a {name or 'model without _class_name'}, which cannot be opened directly.",
+            f"{nearest(name, UNET_CLASSES)}Supported: {', '.join(UNET_CLASSES)}; export others to ONNX and give "
+            "the ONNX file with a YAML.",
+        )
+    return name
+
+
+def wanted_inputs(config: dict[str, Any]) -> tuple[WantedInput, ...]:
+    """Return the conditions that a UNet of this configuration takes. Raises UsageError for unknown kinds."""
+    wanted = []
+    if config["_class_name"] == "UNet2DConditionModel":
+        wanted.append(WantedInput("encoder_hidden_states", (None, _cross_attention_width(config))))
+    wanted += _class_inputs(config)
+    if config["_class_name"] == "UNet2DConditionModel":
+        wanted += _added_inputs(config)
+        if config.get("time_cond_proj_dim") is not None:
+            wanted.append(WantedInput("timestep_cond", (int(config["time_cond_proj_dim"]),)))
+    return tuple(wanted)
+
+
+def _cross_attention_width(config: dict[str, Any]) -> int:
+    width = config.get("encoder_hid_dim") or config.get("cross_attention_dim", 1280)
+    if isinstance(width, list):
+        if len(set(width)) > 1:
+            raise UsageError(
+                f"The UNet has cross-attention of different widths per level: {width}.",
+                "Export it to ONNX by other means and give the ONNX file with a YAML.",
+            )
+        width = width[0]
+    return int(width)
+
+
+def _class_inputs(config: dict[str, Any]) -> list[WantedInput]:
+    kind = config.get("class_embed_type")
+    classes = config.get("num_class_embeds")
+    width = 4 * _first(config.get("block_out_channels", (320,)))
+    if kind is None:
+        return [] if classes is None else [WantedInput("class_labels", (), "int64")]
+    if kind == "timestep":
+        return [WantedInput("class_labels", ())]
+    if kind == "identity":
+        return [WantedInput("class_labels", (width,))]
+    if kind in ("projection", "simple_projection"):
+        return [WantedInput("class_labels", (int(config["projection_class_embeddings_input_dim"]),))]
+    raise UsageError(f"The UNet's class_embed_type is '{kind}', which is not supported.")
+
+
+def _added_inputs(config: dict[str, Any]) -> list[WantedInput]:
+    kind = config.get("addition_embed_type")
+    if kind in (None, "text"):
+        return []
+    if kind == "text_time":
+        text = int(config["projection_class_embeddings_input_dim"]) - TIME_IDS * int(config["addition_time_embed_dim"])
+        return [WantedInput("text_embeds", (text,)), WantedInput("time_ids", (TIME_IDS,))]
+    raise UsageError(
+        f"The UNet's addition_embed_type is '{kind}', which is not supported.",
+        "Export it to ONNX by other means and give the ONNX file with a YAML.",
+    )
+
+
+def sample_shape(config: dict[str, Any], folder: Path) -> tuple[int, int, int]:
+    """Return (channels, height, width). Raises UsageError for extra input channels or a missing size."""
+    channels, given = int(config.get("in_channels", 3)), int(config.get("out_channels", 3))
+    if given not in (channels, 2 * channels):
+        raise UsageError(
+            f"The UNet in {folder} takes {channels} channels and gives {given}: it needs extra image channels "
+            "(inpainting, super-resolution), which are not supported.",
+            "Use a model that denoises all its input channels.",
+        )
+    size = config.get("sample_size")
+    if size is None:
+        raise UsageError(f"The UNet in {folder} does not say its sample_size.", 'Add "sample_size" to its config.json.')
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return channels, int(height), int(width)
+
+
+def load_unet(folder: Path, config: dict[str, Any]) -> torch.nn.Module:
+    """Return the UNet with its safetensors weights in float32.
+
+    Raises ModelError when the weights are missing, incomplete, damaged, or pickled (refused).
+    """
+    import diffusers
+
+    variant = find_weights(folder, WEIGHTS_NAME)
+    return load_pretrained(getattr(diffusers, unet_class_name(config, folder)), folder, variant)
+
+
+def load_pretrained(model_class: Any, folder: Path, variant: str | None) -> torch.nn.Module:
+    """Load a diffusers model in float32, every weight from the file. Raises ModelError when that fails."""
+    from safetensors import SafetensorError
+
+    try:
+        model, loaded = model_class.from_pretrained(
+            folder,
+            variant=variant,
+            use_safetensors=True,
+            torch_dtype=torch.float32,
+            local_files_only=True,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
+        raise ModelError(
+            f"The weights in {folder} cannot be loaded: {str(error).strip().splitlines()[0]}",
+            "The file is damaged or belongs to another config.json: download or save the model again.",
+        ) from error
+    if loaded["missing_keys"]:
+        missing = sorted(loaded["missing_keys"])
+        raise ModelError(
+            f"The weights in {folder} lack {len(missing)} tensors, such as '{missing[0]}'.",
+            "The file belongs to another config.json, or was saved incompletely.",
+        )
+    return model.eval()
+
+
+def find_weights(folder: Path, stem: str) -> str | None:
+    """Return the variant (such as ``fp16``; None is the plain one) of the safetensors weights in ``folder``.
+
+    Raises ModelError when there are none; pickled weights are refused, because loading them runs their code.
+    """
+    files = sorted(folder.glob(f"{stem}*.safetensors*"))
+    if (folder / f"{stem}.safetensors").exists() or (folder / f"{stem}.safetensors.index.json").exists():
+        return None
+    if files:
+        parts = files[0].name.removeprefix(f"{stem}.").split(".")
+        return parts[0].split("-")[0]
+    pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_ENDINGS)
+    if pickled:
+        raise ModelError(
+            f"The weights in {folder} are pickled ({pickled[0]}), which is refused: loading them can run any code.",
+            "Where you trust the file, load the model with diffusers and write it again with "
+            "save_pretrained(FOLDER, safe_serialization=True).",
+        )
+    raise ModelError(f"{folder} holds no weights ({stem}.safetensors).", "Copy the weights into the folder.")
+
+
+def unet_network(unet: torch.nn.Module, sample: InputSpec, conditions: Sequence[InputSpec]) -> TorchNetwork:
+    """Return the UNet as a network of plain tensors: sample, timestep [N], then the conditions by name."""
+    names = [item.name for item in conditions]
+    timestep = InputSpec(name=TIMESTEP)
+
+    def call(module: torch.nn.Module, x: torch.Tensor, t: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+        given = dict(zip(names, values, strict=True))
+        added = {name: given.pop(name) for name in ADDED_INPUTS if name in given}
+        options: dict[str, Any] = {"added_cond_kwargs": added} if added else {}
+        return module(x, t, **given, **options, return_dict=False)[0]
+
+    return TorchNetwork(unet, (sample, timestep, *conditions), OUTPUT, call)
+
+
+def _first(value: Any) -> int:
+    return int(value[0]) if isinstance(value, (list, tuple)) else int(value)

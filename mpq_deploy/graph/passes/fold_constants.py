@@ -1,0 +1,158 @@
+"""Fold Transpose, Reshape, Unsqueeze, Squeeze and Cast of weights into the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+
+from mpq_deploy.denoisers.spec import Array
+
+Key = tuple[object, ...]
+
+
+class FoldConstantsPass(ir.passes.InPlacePass):
+    """Replace a shape or type operator on a weight by a weight that has that shape or type.
+
+    1. The operator is Transpose, Reshape, Flatten, Unsqueeze, Squeeze, Cast or CastLike, its first input an
+       initializer, and its further inputs are initializers (CastLike: only the type of the second is needed).
+    2. When all uses of the weight fold alike, the folded weight keeps the weight's name (a bias-free Linear's
+       ``to_q.weight``, which PyTorch stores transposed, stays ``to_q.weight``), however many nodes share it.
+    3. When some use stays or folds otherwise (tied weights), the folded copy is called ``NAME.transposed`` and so
+       on, and the weight stays for the others.
+    4. Chains fold from the weight on. Operators whose result is a graph output stay.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Fold until nothing folds any more."""
+        modified = False
+        for value in list(model.graph.initializers.values()):
+            pending = [value]
+            while pending:
+                folded = _fold_uses(model.graph, pending.pop())
+                modified |= bool(folded)
+                pending.extend(folded)
+        return ir.passes.PassResult(model, modified)
+
+
+def _fold_uses(graph: ir.Graph, value: ir.Value) -> list[ir.Value]:
+    """Fold the uses of one initializer that can be; return the new initializers."""
+    groups: dict[Key, list[ir.Node]] = {}
+    for node, index in value.uses():
+        key = _fold_key(graph, node, index)
+        if key is not None:
+            groups.setdefault(key, []).append(node)
+    foldable = sum(len(nodes) for nodes in groups.values())
+    sole = len(groups) == 1 and foldable == len(value.uses()) and not value.is_graph_output()
+    sole = sole and not value.is_graph_input()
+    folded = []
+    for nodes in groups.values():
+        op = nodes[0].op_type
+        name = value.name or op
+        if not sole:
+            name = _free_name(graph, f"{name}.{_SUFFIXES[op]}")
+        array = _FOLDS[op](value.const_value.numpy(), nodes[0])  # type: ignore[union-attr]
+        tensor = ir.tensor(array, name=name)
+        replacement = ir.Value(
+            name=name, shape=ir.Shape(list(array.shape)), type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
+        for node in nodes:
+            node.outputs[0].replace_all_uses_with(replacement)
+            graph.remove(node, safe=True)
+        if sole:
+            del graph.initializers[name]
+        graph.register_initializer(replacement)
+        folded.append(replacement)
+    return folded
+
+
+def _fold_key(graph: ir.Graph, node: ir.Node, index: int) -> Key | None:
+    """Return what the fold depends on besides the weight, or None when the node stays."""
+    if index != 0 or node.op_type not in _FOLDS or node.domain not in ("", "ai.onnx") or node.graph is not graph:
+        return None
+    if node.outputs[0].is_graph_output():
+        return None
+    if node.op_type == "CastLike":
+        like = node.inputs[1]
+        return ("CastLike", like.dtype) if like is not None and like.dtype is not None else None
+    values = []
+    for value in node.inputs[1:]:
+        if value is not None and (not value.is_initializer() or value.is_graph_input()):
+            return None
+        values.append(None if value is None else tuple(value.const_value.numpy().ravel().tolist()))  # type: ignore[union-attr]
+    attributes = tuple(sorted((name, str(item.value)) for name, item in node.attributes.items()))
+    return (node.op_type, attributes, *values)
+
+
+def _free_name(graph: ir.Graph, name: str) -> str:
+    taken, number, free = graph.initializers, 1, name
+    while free in taken:
+        number += 1
+        free = f"{name}.{number}"
+    return free
+
+
+def _integers(node: ir.Node, index: int, attribute: str) -> list[int] | None:
+    """Return integers given as input ``index`` or, in older opsets, as an attribute."""
+    if len(node.inputs) > index and node.inputs[index] is not None:
+        return [int(i) for i in node.inputs[index].const_value.numpy().ravel()]  # type: ignore[union-attr]
+    found = node.attributes.get(attribute)
+    return None if found is None else [int(i) for i in found.value]
+
+
+def _transpose(array: Array, node: ir.Node) -> Array:
+    return np.transpose(array, _integers(node, 1, "perm"))
+
+
+def _reshape(array: Array, node: ir.Node) -> Array:
+    wanted = _integers(node, 1, "shape") or []
+    keep_zero = node.attributes.get("allowzero")
+    if keep_zero is None or not keep_zero.value:
+        wanted = [array.shape[i] if size == 0 else size for i, size in enumerate(wanted)]
+    return array.reshape(wanted)
+
+
+def _flatten(array: Array, node: ir.Node) -> Array:
+    attribute = node.attributes.get("axis")
+    axis = 1 if attribute is None else int(attribute.value)
+    axis += array.ndim if axis < 0 else 0
+    return array.reshape(math.prod(array.shape[:axis]), -1)
+
+
+def _unsqueeze(array: Array, node: ir.Node) -> Array:
+    return np.expand_dims(array, tuple(_integers(node, 1, "axes") or ()))
+
+
+def _squeeze(array: Array, node: ir.Node) -> Array:
+    axes = _integers(node, 1, "axes")
+    return np.squeeze(array, None if axes is None else tuple(axes))
+
+
+def _cast(array: Array, node: ir.Node) -> Array:
+    return array.astype(ir.DataType(node.attributes["to"].value).numpy())
+
+
+def _cast_like(array: Array, node: ir.Node) -> Array:
+    return array.astype(node.inputs[1].dtype.numpy())  # type: ignore[union-attr]
+
+
+_FOLDS: dict[str, Callable[[Array, ir.Node], Array]] = {
+    "Transpose": _transpose,
+    "Reshape": _reshape,
+    "Flatten": _flatten,
+    "Unsqueeze": _unsqueeze,
+    "Squeeze": _squeeze,
+    "Cast": _cast,
+    "CastLike": _cast_like,
+}
+_SUFFIXES = {
+    "Transpose": "transposed",
+    "Reshape": "reshaped",
+    "Flatten": "reshaped",
+    "Unsqueeze": "reshaped",
+    "Squeeze": "reshaped",
+    "Cast": "cast",
+    "CastLike": "cast",
+}

@@ -1,0 +1,150 @@
+"""A denoiser run by ONNX Runtime: NumPy arrays in, NumPy float32 out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from mpq_deploy.denoisers.spec import Array, DenoiserSpec, InputSpec
+from mpq_deploy.errors import ModelError, UsageError, nearest
+from mpq_deploy.graph.load import parse_proto, read_proto
+
+# ONNX Runtime's errors have no common base class: these are all it raises for a model it cannot run.
+ORT_ERRORS = tuple(
+    error
+    for error in vars(ort.capi.onnxruntime_pybind11_state).values()
+    if isinstance(error, type) and issubclass(error, Exception)
+)
+ERROR_SEVERITY = 3
+
+
+def session_options(threads: int = 0, fake_quant_only: bool = False) -> ort.SessionOptions:
+    """Return the options under which every graph of this package is run.
+
+    ``threads`` 0 takes one per core. MatMul with 4- or 8-bit weights must not quantize its activations on its own
+    (accuracy level 0: the default costs 5e-3 of accuracy); ``fake_quant_only`` keeps Q/DQ pairs as they are
+    written, in float arithmetic, instead of fusing them into integer kernels.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = ERROR_SEVERITY
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+    if fake_quant_only:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return options
+
+
+def make_session(
+    model: Path | bytes,
+    threads: int = 0,
+    providers: Sequence[str] | None = None,
+    fake_quant_only: bool = False,
+) -> ort.InferenceSession:
+    """Open ``model`` (a file, or a serialized model without external data), checked, on CPU unless said otherwise.
+
+    Raises ModelError for a file that is truncated, no ONNX, has data outside its folder, or that ONNX Runtime
+    refuses; UsageError for an unknown execution provider.
+    """
+    if isinstance(model, bytes):
+        parse_proto(model, "The model in memory")
+    else:
+        read_proto(model)
+    chosen = list(providers or ["CPUExecutionProvider"])
+    available = ort.get_available_providers()
+    for provider in chosen:
+        if provider not in available:
+            raise UsageError(
+                f"ONNX Runtime has no execution provider '{provider}' here.",
+                f"{nearest(provider, available)}Available: {', '.join(available)}.",
+            )
+    try:
+        return ort.InferenceSession(
+            model if isinstance(model, bytes) else str(model),
+            session_options(threads, fake_quant_only),
+            providers=chosen,
+        )
+    except ORT_ERRORS as error:
+        where = "the model in memory" if isinstance(model, bytes) else str(model)
+        raise ModelError(f"ONNX Runtime cannot load {where}: {error}") from error
+
+
+class OrtDenoiser:
+    """A denoiser in ONNX Runtime, called as ``denoiser(sample, timestep, conditions)``."""
+
+    def __init__(
+        self,
+        model: Path | bytes,
+        spec: DenoiserSpec,
+        threads: int = 0,
+        providers: Sequence[str] | None = None,
+        fake_quant_only: bool = False,
+    ) -> None:
+        self.spec = spec
+        self.session = make_session(model, threads, providers, fake_quant_only)
+        declared = {value.name for value in self.session.get_inputs()}
+        wanted = {spec.sample.name, spec.timestep.name, *(item.name for item in spec.conditions)}
+        if declared != wanted:
+            raise ModelError(
+                f"The model's inputs are {sorted(declared)}, but its description names {sorted(wanted)}.",
+                "Make the description (denoiser.json, or the YAML beside an ONNX file) name every input.",
+            )
+        outputs = [value.name for value in self.session.get_outputs()]
+        if spec.output not in outputs:
+            raise ModelError(
+                f"The model has no output '{spec.output}'.",
+                f"{nearest(spec.output, outputs)}Its outputs are {', '.join(outputs)}.",
+            )
+
+    def __call__(self, sample: Array, timestep: float | Array, conditions: dict[str, Array]) -> Array:
+        """Return the output, float32 [N, ...], for ``sample`` [N, ...].
+
+        ``timestep`` is one number or [N]; ``conditions`` hold N rows per input. Everything is cast to the declared
+        types. A model whose timestep has no batch axis takes one timestep per call.
+        Raises ModelError naming a missing input or a row count that is not N.
+        """
+        feeds = model_feeds(self.spec, sample, timestep, conditions)
+        try:
+            output = self.session.run([self.spec.output], feeds)[0]
+        except ORT_ERRORS as error:
+            shapes = {name: tuple(value.shape) for name, value in feeds.items()}
+            raise ModelError(f"ONNX Runtime failed on inputs of shapes {shapes}: {error}") from error
+        return np.asarray(output, np.float32)
+
+
+def model_feeds(
+    spec: DenoiserSpec, sample: Array, timestep: float | Array, conditions: dict[str, Array]
+) -> dict[str, Array]:
+    """Return every input by name, cast and shaped as the model declares it."""
+    count = len(sample)
+    feeds = {
+        spec.sample.name: _cast(sample, spec.sample),
+        spec.timestep.name: _cast(_timestep_rows(timestep, count, spec.timestep), spec.timestep),
+    }
+    for item in spec.conditions:
+        if item.name not in conditions:
+            raise ModelError(f"The condition '{item.name}' is missing.", f"Its shape is [N, {item.shape}].")
+        values = np.asarray(conditions[item.name])
+        if len(values) != count:
+            raise ModelError(f"The condition '{item.name}' has {len(values)} rows for {count} samples.")
+        feeds[item.name] = _cast(values, item)
+    return feeds
+
+
+def _timestep_rows(timestep: float | Array, count: int, item: InputSpec) -> Array:
+    """Return the timestep as [N], or as one number where the model has no batch axis for it."""
+    values = np.asarray(timestep, np.float64)
+    if item.batched:
+        return np.broadcast_to(values, (count,)) if values.ndim == 0 else values
+    if values.ndim and len(np.unique(values)) > 1:
+        raise ModelError(
+            f"The model takes one timestep per call, but {len(np.unique(values))} different ones were given."
+        )
+    return np.asarray(values.reshape(-1)[0]).reshape(item.shape)
+
+
+def _cast(values: Array, item: InputSpec) -> Array:
+    return np.ascontiguousarray(values, dtype=item.dtype) if values.ndim else values.astype(item.dtype)

@@ -1,0 +1,80 @@
+"""Any diffusers scheduler as a sampler: torch and diffusers are imported when one is made."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from typing import Any
+
+import numpy as np
+
+from mpq_deploy.denoisers.spec import Array
+from mpq_deploy.errors import MissingDependencyError, UsageError, nearest
+
+
+class DiffusersSampler:
+    """A scheduler class of diffusers, named by ``_class_name``, with NumPy float32 arrays in and out.
+
+    Step 0 begins a new trajectory: the scheduler and its random generator are set back, so that one sampler gives
+    the same trajectory each time. A scheduler that adds noise draws it from ``seed``.
+    """
+
+    def __init__(self, config: dict[str, Any], steps: int, seed: int) -> None:
+        import torch
+
+        self._torch = torch
+        self._steps, self._seed = steps, seed
+        scheduler_class = _scheduler_class(str(config.get("_class_name")))
+        # A learned variance is dropped with the model's second half of channels (see sampling.loop).
+        learned = str(config.get("variance_type", "")).startswith("learned")
+        overrides = {"variance_type": "fixed_small"} if learned else {}
+        if config.get("use_dynamic_shifting"):
+            raise UsageError(
+                f"{scheduler_class.__name__} with use_dynamic_shifting shifts its timesteps by image size.",
+                "Set use_dynamic_shifting to false in the scheduler's configuration (--scheduler FILE).",
+            )
+        self._scheduler = scheduler_class.from_config({**config, **overrides})
+        self._takes_generator = "generator" in inspect.signature(self._scheduler.step).parameters
+        self._begin()
+        self._timesteps = self._scheduler.timesteps
+        self.timesteps: Array = self._timesteps.numpy().astype(np.float64)
+        self.init_noise_sigma = float(getattr(self._scheduler, "init_noise_sigma", 1.0))
+        self.name = f"{scheduler_class.__name__} of diffusers, {steps} steps"
+
+    def scale_model_input(self, x: Array, step_index: int) -> Array:
+        """Return what the denoiser is fed at this step; step 0 begins a new trajectory."""
+        if step_index == 0:
+            self._begin()
+        if not hasattr(self._scheduler, "scale_model_input"):
+            return x
+        scaled = self._scheduler.scale_model_input(self._torch.from_numpy(x), self._timesteps[step_index])
+        return np.asarray(scaled.numpy(), np.float32)
+
+    def step(self, model_output: Array, step_index: int, x: Array) -> Array:
+        """Return the sample of the next timestep; float32 [N, ...] in and out."""
+        options = {"generator": self._generator} if self._takes_generator else {}
+        output, sample = self._torch.from_numpy(model_output), self._torch.from_numpy(x)
+        moved = self._scheduler.step(output, self._timesteps[step_index], sample, return_dict=False, **options)[0]
+        return np.asarray(moved.numpy(), np.float32)
+
+    def _begin(self) -> None:
+        self._scheduler.set_timesteps(self._steps)
+        self._generator = self._torch.Generator().manual_seed(self._seed)
+
+
+def _scheduler_class(name: str) -> Any:
+    """Return the diffusers class called ``name``; only schedulers can be reached this way."""
+    for package in ("torch", "diffusers"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingDependencyError(package, "torch", f"Sampling with {name}")
+    import diffusers
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+    known = [n for n in dir(diffusers) if n.endswith("Scheduler") and "Flax" not in n]
+    found = getattr(diffusers, name) if name in known else None
+    if not (inspect.isclass(found) and issubclass(found, SchedulerMixin)):
+        raise UsageError(
+            f"The scheduler class '{name}' is not one of diffusers.",
+            f"{nearest(name, known)}Check _class_name in the scheduler's configuration.",
+        )
+    return found
