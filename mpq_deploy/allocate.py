@@ -10,7 +10,7 @@ import fnmatch
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,11 @@ def allocate(problem: Problem, gap: float = 1e-4, time_limit: float = 60.0) -> t
     """
     least = plan_bytes(problem, smallest_plan(problem))
     if least > problem.budget_bytes:
+        # Sharing activation scales may save a few bytes more than choosing layer by layer.
+        frugal = [replace(layer, loss={s: float(b) for s, b in layer.bytes.items()}) for layer in problem.layers]
+        unlimited = replace(problem, layers=frugal, budget_bytes=least)
+        least = plan_bytes(problem, _Model(unlimited, scale_cost=True).solve(0.0, time_limit, 0)[0])
+    if least > problem.budget_bytes:
         raise InfeasibleBudgetError(
             f"No plan fits {problem.budget_bytes:,} bytes: the smallest takes {least:,} bytes.",
             "Raise the budget, allow smaller schemes in the recipe, or protect fewer layers.",
@@ -150,8 +155,9 @@ def undominated(layer: LayerChoice) -> list[str]:
 class _Model:
     """The MILP in arrays: one column per (layer, scheme), then one per activation tensor."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, scale_cost: bool = False) -> None:
         self.problem = problem
+        self.tensor_cost = float(ACTIVATION_SCALE_BYTES) if scale_cost else 0.0
         self.pairs = [(i, s) for i, layer in enumerate(problem.layers) for s in undominated(layer)]
         readers = (problem.layers[i] for i, s in self.pairs if SCHEMES[s].activation is INT8)
         self.tensors = sorted({tensor for layer in readers for tensor in layer.inputs})
@@ -208,6 +214,7 @@ class _Model:
         tie_break = 1e-9 * 1e3 / max(float(self.bytes.sum()), 1.0)
         cost = np.zeros(columns)
         cost[:count] = self.loss / self.scale + tie_break * self.bytes
+        cost[count:] = self.tensor_cost / self.scale
         rows = self._rows(allowance)
         lp.num_col_, lp.num_row_ = columns, len(rows)
         lp.col_cost_ = cost
@@ -263,7 +270,7 @@ def budget_in_bytes(budget: str | float, fp16_size_bytes: int, weights: int) -> 
     if not np.isfinite(number) or number <= 0 or (suffix == "" and number > 1):
         raise UsageError(
             f"The budget '{text}' is no size.",
-            'Give a fraction of the FP16 size between 0 and 1 (0.35), a size ("600MB"), or bits per weight ("4.5bits").',
+            'Give a fraction of the FP16 size up to 1 (0.35), a size ("600MB"), or bits per weight ("4.5bits").',
         )
     if suffix in ("", "%"):
         fraction = number / 100 if suffix else number
