@@ -38,7 +38,7 @@ class CalibrationSet:
 class ActivationStats:
     """Statistics of one activation tensor over all sampled timesteps and samples.
 
-    Per channel (axis 1 of a 4-D tensor, else the last axis): ``amax``, ``second_moment`` (mean of x^2),
+    Per channel (axis 1 of a tensor that a Conv reads, else the last axis): ``amax``, ``second_moment`` (mean of x^2),
     ``fourth_moment`` (mean of x^4), float64 [C]. ``reservoir`` float32 [R]: a fixed-size uniform random sample of
     the values. ``scale``: the INT8 scale, already rounded to FP16; ``amax_by_timestep`` float32 [K].
     """
@@ -74,7 +74,7 @@ class CalibrationStats:
             names = json.loads(str(data["index"]))
             read = {
                 name: ActivationStats(
-                    **{f: float(data[f"{i}.{f}"]) if f == "scale" else data[f"{i}.{f}"] for f in fields}
+                    **{f: data[f"{i}.{f}"] for f in fields if f != "scale"}, scale=float(data[f"{i}.scale"])
                 )
                 for i, name in enumerate(names)
             }

@@ -1,0 +1,328 @@
+"""Observe activations inside the graph: reductions are added to a copy of it, and only they leave the runtime.
+
+In: a layer graph and the recorded calls. Out: an ``Observation``: per tensor and channel the absolute maximum and
+the sums of x^2 and x^4, and per tensor a uniform random sample of its values. Observations of parts of the calls
+merge by sum, maximum and priority, in any order; their size depends on neither samples nor timesteps.
+
+Everything is exact over all values but the random sample (the reservoir). Sums are taken by ONNX Runtime in
+float32 within one call and in float64 over calls, so two ways of splitting the calls agree to about 1e-12
+relative where the runtime gives a call the same values in any batch (kernels may round differently by batch).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from mpq_deploy.calibrate.feeds import Batch, batches
+from mpq_deploy.calibrate.options import CalibrationOptions
+from mpq_deploy.calibrate.sessions import open_session
+from mpq_deploy.calibrate.shapes import ActivationShape, activation_shapes, tensors_of
+from mpq_deploy.calibrate.stats import CalibrationSet
+from mpq_deploy.denoisers.spec import Array, DenoiserSpec
+from mpq_deploy.errors import ModelError
+from mpq_deploy.graph.layers import LayerGraph
+from mpq_deploy.talk import Talk
+
+# Candidates that one call offers to a reservoir of R values: R / 16, at least 64. From 16 calls on the reservoir
+# is full. More would cost time; fewer would tie the sample to few positions of few calls.
+CANDIDATE_SHARE = 16
+LEAST_CANDIDATES = 64
+# Since this one all reductions take their axes as an input.
+LEAST_OPSET = 18
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What was seen of T activation tensors with C_1 .. C_T channels; ``offsets`` int64 [T + 1] sums the C_i.
+
+    Per channel, float64 [sum C_i]: ``amax``, ``square_sum`` (of x^2), ``fourth_sum`` (of x^4). ``counts`` float64
+    [T]: values seen per channel. ``amax_by_timestep`` float32 [K, T]. The reservoir: ``priorities`` uint64 [R'],
+    rising, common to all tensors, and ``values`` float32 [T, R'].
+    """
+
+    names: tuple[str, ...]
+    offsets: Array
+    amax: Array
+    square_sum: Array
+    fourth_sum: Array
+    counts: Array
+    amax_by_timestep: Array
+    priorities: Array
+    values: Array
+    reservoir: int
+
+
+def merge(a: Observation, b: Observation) -> Observation:
+    """Return the observation of what ``a`` and ``b`` saw together. Commutative, and associative up to rounding.
+
+    ValueError when they are of different tensors, timesteps or reservoir sizes.
+    """
+    if (a.names, a.reservoir, a.amax_by_timestep.shape) != (b.names, b.reservoir, b.amax_by_timestep.shape):
+        raise ValueError("The observations are of different graphs, timesteps or reservoir sizes.")
+    if not np.array_equal(a.offsets, b.offsets):
+        raise ValueError("The observations are of tensors with different channels.")
+    priorities, values = _smallest(
+        np.concatenate([a.priorities, b.priorities]),
+        np.concatenate([a.values, b.values], axis=1),
+        a.reservoir,
+    )
+    return Observation(
+        a.names,
+        a.offsets,
+        np.maximum(a.amax, b.amax),
+        a.square_sum + b.square_sum,
+        a.fourth_sum + b.fourth_sum,
+        a.counts + b.counts,
+        np.maximum(a.amax_by_timestep, b.amax_by_timestep),
+        priorities,
+        values,
+        a.reservoir,
+    )
+
+
+def observe(
+    graph: LayerGraph,
+    recorded: CalibrationSet,
+    conditions: dict[str, Array],
+    spec: DenoiserSpec,
+    options: CalibrationOptions,
+    talk: Talk,
+    *,
+    scratch: Path | None = None,
+    steps: range | None = None,
+    calls: range | None = None,
+) -> Observation:
+    """Run the recorded calls (or the part that ``steps`` and ``calls`` choose) through the observed graph.
+
+    Raises ModelError, naming tensor, layer and timestep, when an activation is not finite.
+    """
+    shapes = activation_shapes(graph, recorded, conditions, spec, talk, scratch)
+    observed = ObservedGraph.of(graph, shapes)
+    chosen = list(batches(recorded, conditions, spec, options.batch_size, steps, calls))
+    total = _Total(graph, observed, len(recorded.timesteps), options)
+    with open_session(observed.model, talk, scratch=scratch, threads=options.threads) as session:
+        wanted = {entry.name for entry in session.get_inputs()}
+        with talk.bar("observe activations", sum(len(batch.calls) for batch in chosen)) as advance:
+            for batch in chosen:
+                priorities, draws = _draws(options, batch)
+                feed = {**batch.feed, **observed.positions(draws)}
+                results = session.run(observed.outputs, {k: v for k, v in feed.items() if k in wanted})
+                total.add(batch, results, priorities)
+                advance(len(batch.calls))
+    return total.finish()
+
+
+@dataclass(frozen=True)
+class ObservedGraph:
+    """A copy of a graph whose outputs are four reductions of each activation, in the order of ``shapes``.
+
+    The copy shares the constants of the graph it was made from. For each tensor: the greatest x^2, the sums of
+    x^2 and of x^4, each [calls or 1, ..., C], and a gathered sample [calls, candidates].
+    """
+
+    model: ir.Model
+    shapes: dict[str, ActivationShape]
+    channels: tuple[int, ...]
+    outputs: tuple[str, ...]
+
+    @classmethod
+    def of(cls, graph: LayerGraph, shapes: dict[str, ActivationShape]) -> ObservedGraph:
+        """Add the reductions to a copy of ``graph``, each right after the node whose output it reads."""
+        model = graph.model.clone()
+        writer = _Writer(model)
+        convolved = {use.input for layer in graph.layers if layer.op == "Conv" for use in layer.uses}
+        values = tensors_of(model)
+        model.graph.outputs.clear()
+        channels = []
+        for tensor, shape in shapes.items():
+            channels.append(shape.shape[1 if tensor in convolved else -1])
+            writer.observe(values[tensor], shape, tensor in convolved)
+        outputs = tuple(value.name or "" for value in model.graph.outputs)
+        return cls(model, shapes, tuple(channels), outputs)
+
+    def positions(self, draws: Array) -> dict[str, Array]:
+        """Turn random integers ``draws`` int64 [M, candidates] into the flat positions that the graph gathers."""
+        rows = np.arange(len(draws), dtype=np.int64)[:, None]
+        feed = {}
+        for shape in self.shapes.values():
+            start = rows * shape.elements if shape.batch_axis is not None else 0
+            feed[_positions_name(shape)] = start + draws % shape.elements
+        return feed
+
+
+def _positions_name(shape: ActivationShape) -> str:
+    return f"observer.positions.{shape.elements}{'' if shape.batch_axis is not None else '.shared'}"
+
+
+class _Writer:
+    """Adds observer nodes to a model."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self.model = model
+        opset = model.opset_imports.get("", 0)
+        if opset < LEAST_OPSET:
+            raise ModelError(
+                f"The model is of opset {opset}.",
+                f"Export it again with opset {LEAST_OPSET} or later, or normalise it.",
+            )
+        self.pending: list[ir.Node] = []
+        self.inputs: dict[str, ir.Value] = {}
+        self.constants: dict[tuple[int, ...], ir.Value] = {}
+
+    def observe(self, tensor: ir.Value, shape: ActivationShape, convolved: bool) -> None:
+        """Add the four reductions of ``tensor``."""
+        if tensor.dtype != ir.DataType.FLOAT:
+            tensor = self.op("Cast", tensor, to=ir.DataType.FLOAT)
+        if shape.batch_axis:
+            order = [shape.batch_axis, *(a for a in range(len(shape.shape)) if a != shape.batch_axis)]
+            tensor = self.op("Transpose", tensor, perm=order)
+        sizes = list(shape.shape)
+        if convolved:
+            frames, channels = sizes[0], sizes[1]
+            rest = shape.elements // (frames * channels)
+            target, axes = ([-1, channels, rest], [2])
+            if frames > 1 or shape.batch_axis is None:
+                target, axes = ([-1, frames, channels, rest], [1, 3])
+        else:
+            target, axes = ([-1, shape.elements // sizes[-1], sizes[-1]], [1])
+        viewed = self.op("Reshape", tensor, self.constant(target))
+        square = self.op("Mul", viewed, viewed)
+        self.output(self.reduce("ReduceMax", square, axes))
+        self.output(self.reduce("ReduceSum", square, axes))
+        self.output(self.reduce("ReduceSum", self.op("Mul", square, square), axes))
+        flat = self.op("Reshape", tensor, self.constant([-1]))
+        self.output(self.op("Gather", flat, self.input(_positions_name(shape)), axis=0))
+        self.place(tensor)
+
+    def op(self, kind: str, *inputs: ir.Value, **attributes: int | list[int]) -> ir.Value:
+        node = ir.node(kind, inputs, attributes=attributes)
+        self.pending.append(node)
+        return node.outputs[0]
+
+    def reduce(self, kind: str, value: ir.Value, axes: list[int]) -> ir.Value:
+        return self.op(kind, value, self.constant(axes), keepdims=0)
+
+    def constant(self, numbers: list[int]) -> ir.Value:
+        key = tuple(numbers)
+        if key not in self.constants:
+            name = f"observer.constant.{len(self.constants)}"
+            tensor = ir.tensor(np.asarray(numbers, np.int64), name=name)
+            value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(ir.DataType.INT64))
+            value.shape = ir.Shape([len(numbers)])
+            self.model.graph.register_initializer(value)
+            self.constants[key] = value
+        return self.constants[key]
+
+    def input(self, name: str) -> ir.Value:
+        if name not in self.inputs:
+            kind = ir.TensorType(ir.DataType.INT64)
+            value = ir.Value(name=name, type=kind, shape=ir.Shape(["observed_calls", "candidates"]))
+            self.model.graph.inputs.append(value)
+            self.inputs[name] = value
+        return self.inputs[name]
+
+    def output(self, value: ir.Value) -> None:
+        value.name = f"observer.output.{len(self.model.graph.outputs)}"
+        value.type = ir.TensorType(ir.DataType.FLOAT)
+        self.model.graph.outputs.append(value)
+
+    def place(self, tensor: ir.Value) -> None:
+        """Put the pending nodes behind the producer of what they read, or first in the graph."""
+        producer = tensor.producer()
+        if producer in self.pending:
+            producer = self.pending[0].inputs[0].producer()  # type: ignore[union-attr]
+        if producer is not None:
+            self.model.graph.insert_after(producer, self.pending)
+        else:
+            self.model.graph.insert_before(self.model.graph[0], self.pending)
+        self.pending = []
+
+
+def _draws(options: CalibrationOptions, batch: Batch) -> tuple[Array, Array]:
+    """Return priorities uint64 and draws int64, [M, candidates]: functions of seed, timestep and call alone."""
+    candidates = max(LEAST_CANDIDATES, options.reservoir // CANDIDATE_SHARE)
+    priorities = np.empty((len(batch.calls), candidates), np.uint64)
+    draws = np.empty((len(batch.calls), candidates), np.int64)
+    for row, call in enumerate(batch.calls):
+        generator = np.random.default_rng((options.seed, batch.step, int(call)))
+        priorities[row] = generator.integers(0, 2**64, candidates, np.uint64)
+        draws[row] = generator.integers(0, 2**62, candidates, np.int64)
+    return priorities, draws
+
+
+def _smallest(priorities: Array, values: Array, count: int) -> tuple[Array, Array]:
+    """Keep the columns of ``values`` [T, n] with the ``count`` smallest priorities, in rising order."""
+    # Equal priorities (one in 2^64) are ordered by the first tensor's value, so that no order of merging shows.
+    order = np.lexsort((values[0], priorities))[:count] if len(values) else np.argsort(priorities)[:count]
+    return priorities[order], values[:, order]
+
+
+class _Total:
+    """Sums what each batch gives into one Observation."""
+
+    def __init__(self, graph: LayerGraph, observed: ObservedGraph, timesteps: int, options: CalibrationOptions) -> None:
+        self.graph, self.shapes, self.reservoir = graph, list(observed.shapes.items()), options.reservoir
+        self.offsets = np.concatenate([[0], np.cumsum(observed.channels, dtype=np.int64)]).astype(np.int64)
+        size = int(self.offsets[-1])
+        self.amax, self.square_sum, self.fourth_sum = (np.zeros(size, np.float64) for _ in range(3))
+        self.counts = np.zeros(len(self.shapes), np.float64)
+        self.by_timestep = np.zeros((timesteps, len(self.shapes)), np.float32)
+        self.priorities = np.empty(0, np.uint64)
+        self.values = np.empty((len(self.shapes), 0), np.float32)
+
+    def add(self, batch: Batch, results: list[Array], priorities: Array) -> None:
+        """Add the outputs of one run."""
+        calls = len(batch.calls)
+        for number, (name, shape) in enumerate(self.shapes):
+            channels = int(self.offsets[number + 1] - self.offsets[number])
+            greatest, squares, fourths = (
+                r.reshape(-1, channels).astype(np.float64) for r in results[4 * number : 4 * number + 3]
+            )
+            place = slice(self.offsets[number], self.offsets[number + 1])
+            # A tensor that is the same for all calls was reduced once and counts for each of them.
+            repeats = 1 if shape.batch_axis is not None else calls
+            square_sum, fourth_sum = repeats * squares.sum(axis=0), repeats * fourths.sum(axis=0)
+            if not np.isfinite(fourth_sum).all():
+                raise self._not_finite(name, np.isfinite(square_sum), fourth_sum, batch)
+            # The square root of a rounded square is the number itself, in binary.
+            amax = np.sqrt(greatest.max(axis=0))
+            self.amax[place] = np.maximum(self.amax[place], amax)
+            self.square_sum[place] += square_sum
+            self.fourth_sum[place] += fourth_sum
+            self.counts[number] += calls * (shape.elements // channels)
+            self.by_timestep[batch.step, number] = max(self.by_timestep[batch.step, number], amax.max())
+        values = np.stack([r.ravel() for r in results[3::4]]) if results else self.values[:, :0]
+        self.priorities, self.values = _smallest(
+            np.concatenate([self.priorities, priorities.ravel()]),
+            np.concatenate([self.values, values], axis=1),
+            self.reservoir,
+        )
+
+    def _not_finite(self, name: str, finite: Array, fourth_sum: Array, batch: Batch) -> ModelError:
+        readers = self.graph.activations[name]
+        channel = int(np.argmin(np.isfinite(fourth_sum)))
+        what = "is not finite" if not finite.all() else "is so large that its fourth power is not finite"
+        return ModelError(
+            f"The activation '{name}', read by layer '{readers[0]}', {what} in channel {channel} "
+            f"at timestep {batch.timestep:g}.",
+            "Check the weights before this layer for NaN and Inf, and the scheduler's configuration.",
+        )
+
+    def finish(self) -> Observation:
+        names = tuple(name for name, _ in self.shapes)
+        return Observation(
+            names,
+            self.offsets,
+            self.amax,
+            self.square_sum,
+            self.fourth_sum,
+            self.counts,
+            self.by_timestep,
+            self.priorities,
+            self.values,
+            self.reservoir,
+        )

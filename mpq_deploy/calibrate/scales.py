@@ -1,0 +1,89 @@
+"""Choose the INT8 scale of an activation from its random sample and its exact absolute maximum.
+
+The quantizer is q = clip(round_half_even(x / scale), -128, 127), as QuantizeLinear defines it; scales are FP16.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mpq_deploy.denoisers.spec import Array
+from mpq_deploy.errors import UsageError
+
+QUANT_MIN, QUANT_MAX = -128, 127
+# The smallest normal and the largest FP16 number. A tensor that is always zero gets the smallest scale.
+SMALLEST_SCALE = float(2.0**-14)
+LARGEST_SCALE = 65504.0
+# The search: clipping thresholds from the absolute maximum down to 1/256 of it, in steps of 2**(1/8) (9 %), then
+# in steps of 1 % around the best (our choice; the error is flat around its minimum).
+COARSE_RATIOS = 2.0 ** (-np.arange(65) / 8)
+FINE_RATIOS = 1.0 + 0.01 * np.arange(-12, 13)
+# Points that stand for the part of the distribution between the sample's maximum and the exact one.
+TAIL_POINTS = 16
+
+
+def activation_scale(method: str, sample: Array, amax: float, count: float, percentile: float = 99.99) -> float:
+    """Return the scale, a positive normal FP16 number, by ``method``: mse, percentile or absmax.
+
+    ``sample`` float [R]: a uniform random sample of the ``count`` values; ``amax``: their exact absolute maximum.
+    """
+    if amax == 0:
+        return SMALLEST_SCALE
+    if method == "absmax":
+        return round_scale(amax / QUANT_MAX)
+    if method == "percentile":
+        return round_scale(float(np.percentile(np.abs(sample), percentile)) / QUANT_MAX)
+    if method == "mse":
+        points, weights = with_tail(sample, amax, count)
+        return mse_scale(points, weights, amax)
+    raise UsageError(f"The scale method is '{method}'.", "Choose one of mse, percentile, absmax.")
+
+
+def round_scale(scale: float) -> float:
+    """Round to the nearest FP16 number within the normal positive range."""
+    return float(np.float16(np.clip(scale, SMALLEST_SCALE, LARGEST_SCALE)))
+
+
+def with_tail(sample: Array, amax: float, count: float) -> tuple[Array, Array]:
+    """Return points and weights (sum 1) for the distribution: the sample, and a tail up to ``amax``.
+
+    By exchangeability a value exceeds the maximum x_R of R sampled ones with probability 1 / (R + 1), and the
+    maximum of all ``count`` values with 1 / count; between the two the survival function is taken as a power law,
+    a straight line in logarithms (our choice: heavier than most activations, so it errs towards less clipping).
+    """
+    sample = np.asarray(sample, np.float64)
+    largest = float(np.abs(sample).max(initial=0.0))
+    if amax <= largest * (1 + 1e-6) or count <= len(sample) + 1:
+        return sample, np.full(len(sample), 1.0 / max(len(sample), 1))
+    beyond = 1.0 / (len(sample) + 1)
+    start = max(largest, amax * 1e-6)
+    edges = np.geomspace(start, amax, TAIL_POINTS + 1)
+    survival = np.geomspace(beyond, 1.0 / count, TAIL_POINTS + 1)
+    tail = np.append(np.sqrt(edges[1:] * edges[:-1]), amax)
+    mass = np.append(-np.diff(survival), survival[-1])
+    weights = np.append(np.full(len(sample), (1 - beyond) / max(len(sample), 1)), mass)
+    return np.append(sample, tail), weights / weights.sum()
+
+
+def mse_scale(points: Array, weights: Array, amax: float) -> float:
+    """Return the FP16 scale with the least expected squared error of clipping and rounding."""
+    coarse = _rounded(amax / QUANT_MAX * COARSE_RATIOS)
+    best = coarse[np.argmin(quantization_error(points, weights, coarse))]
+    fine = _rounded(best * FINE_RATIOS)
+    return float(fine[np.argmin(quantization_error(points, weights, fine))])
+
+
+def quantization_error(points: Array, weights: Array, scales: Array) -> Array:
+    """Return the weighted mean squared error of the quantizer for each of ``scales``, float32 [S]."""
+    x = np.asarray(points, np.float32)
+    step = np.asarray(scales, np.float32)[:, None]
+    codes = x / step
+    np.rint(codes, out=codes)
+    np.clip(codes, QUANT_MIN, QUANT_MAX, out=codes)
+    codes *= step
+    codes -= x
+    return np.asarray(np.square(codes, out=codes) @ np.asarray(weights, np.float32))
+
+
+def _rounded(scales: Array) -> Array:
+    return np.unique(np.clip(scales, SMALLEST_SCALE, LARGEST_SCALE).astype(np.float16)).astype(np.float32)
