@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from math import prod
 from pathlib import Path
 
@@ -25,9 +26,9 @@ def save_sharing(models: dict[str, ir.Model], folder: Path, data_name: str) -> N
     for name, model in models.items():
         for value in model.graph.initializers.values():
             tensor = value.const_value
-            if tensor is None or tensor.nbytes < EXTERNAL_FROM_BYTES:
-                continue
             written = external.get(value.name or "")
+            if tensor is None or (written is None and tensor.nbytes < EXTERNAL_FROM_BYTES):
+                continue
             if written is None or written.dtype != tensor.dtype or written.shape != tensor.shape:
                 raise ValueError(f"The constant '{value.name}' of {name} is not in the shared weights file.")
             value.const_value = written
@@ -38,10 +39,12 @@ def save_sharing(models: dict[str, ir.Model], folder: Path, data_name: str) -> N
 def _write_data(model: ir.Model, path: Path) -> dict[str, ir.ExternalTensor]:
     written: dict[str, ir.ExternalTensor] = {}
     places: dict[int, tuple[int, int]] = {}
+    copies = Counter(id(value.const_value) for value in model.graph.initializers.values())
     with path.open("wb") as file:
         for value in model.graph.initializers.values():
             tensor = value.const_value
-            if tensor is None or tensor.nbytes < EXTERNAL_FROM_BYTES:
+            # Copies of one tensor are external whatever their size: only there can they be stored once.
+            if tensor is None or (tensor.nbytes < EXTERNAL_FROM_BYTES and copies[id(tensor)] == 1):
                 continue
             if id(tensor) not in places:
                 file.write(b"\0" * (-file.tell() % ALIGNMENT))

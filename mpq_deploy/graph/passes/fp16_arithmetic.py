@@ -10,19 +10,16 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from mpq_deploy.graph.passes.fp16_region import Fp16Region, split_initializers, to_float16
+from mpq_deploy.graph.passes.fp16_region import Fp16Region, split_initializers, store_float16
 
 HALF = ir.TensorType(ir.DataType.FLOAT16)
 
 
 def fp16_arithmetic(model: ir.Model, region: Fp16Region) -> tuple[ir.Model, bool]:
     """Rewrite ``model`` in place; return it and whether anything changed."""
-    changed = False
-    for value in split_initializers(model, region):
-        assert value.const_value is not None
-        value.const_value = to_float16(value.const_value, value.name or "")
-        value.type = HALF
-        changed = True
+    initializers = split_initializers(model, region)
+    store_float16(initializers)
+    changed = bool(initializers)
     for value in model.graph.inputs:
         if value.dtype == ir.DataType.FLOAT and value.name not in region.inputs32:
             value.type = HALF

@@ -100,6 +100,18 @@ def split_initializers(model: ir.Model, region: Fp16Region) -> list[ir.Value]:
     return chosen
 
 
+def store_float16(values: list[ir.Value]) -> None:
+    """Give each value its constant in FP16; values that share one tensor share the converted one."""
+    converted: dict[int, ir.LazyTensor] = {}
+    for value in values:
+        tensor = value.const_value
+        assert tensor is not None
+        if id(tensor) not in converted:
+            converted[id(tensor)] = to_float16(tensor, value.name or "")
+        value.const_value = converted[id(tensor)]
+        value.type = ir.TensorType(ir.DataType.FLOAT16)
+
+
 def to_float16(tensor: ir.TensorProtocol, name: str) -> ir.LazyTensor:
     """Return ``tensor`` in FP16, converted when it is written; finite values too large become the largest."""
     import numpy as np

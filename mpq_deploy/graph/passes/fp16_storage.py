@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from mpq_deploy.graph.passes.fp16_region import Fp16Region, split_initializers, to_float16
+from mpq_deploy.graph.passes.fp16_region import Fp16Region, split_initializers, store_float16
 
 
 def fp16_storage(model: ir.Model, region: Fp16Region) -> tuple[ir.Model, bool]:
     """Rewrite ``model`` in place; return it and whether anything changed."""
     values = split_initializers(model, region)
     first = model.graph[0] if len(model.graph) else None
+    store_float16(values)
     for value in values:
-        assert value.const_value is not None and first is not None
+        assert first is not None
         readers = [(node, index) for node, index in value.uses() if region.takes_fp16(node, index)]
-        value.const_value = to_float16(value.const_value, value.name or "")
-        value.type = ir.TensorType(ir.DataType.FLOAT16)
         cast = ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)}, name=f"{value.name}/to_fp32", num_outputs=1)
         cast.outputs[0].name = f"{value.name}//as_fp32"
         cast.outputs[0].shape = value.shape
