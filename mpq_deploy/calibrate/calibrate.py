@@ -1,13 +1,52 @@
-"""From an observation to the statistics that later stages read."""
+"""Calibrate: record the float denoiser's trajectories, observe its activations, choose their INT8 scales."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
-from mpq_deploy.calibrate.observers import Observation
+from mpq_deploy.calibrate.observers import Observation, observe
 from mpq_deploy.calibrate.options import CalibrationOptions
 from mpq_deploy.calibrate.scales import activation_scale
-from mpq_deploy.calibrate.stats import ActivationStats, CalibrationStats
+from mpq_deploy.calibrate.stats import ActivationStats, CalibrationSet, CalibrationStats
+from mpq_deploy.calibrate.trajectories import record_trajectories
+from mpq_deploy.denoisers.spec import Array, DenoiserSpec
+from mpq_deploy.graph.layers import LayerGraph
+from mpq_deploy.runtime.ort import OrtDenoiser
+from mpq_deploy.sampling.sampler import make_sampler
+from mpq_deploy.talk import Talk
+
+# The largest FP16 number: an activation beyond it overflows in an FP16 engine.
+LARGEST_FP16 = 65504.0
+
+
+def calibrate(
+    model: Path,
+    graph: LayerGraph,
+    spec: DenoiserSpec,
+    conditions: dict[str, Array],
+    options: CalibrationOptions,
+    talk: Talk,
+    *,
+    scratch: Path | None = None,
+) -> tuple[CalibrationSet, CalibrationStats]:
+    """Return the recorded calls and the statistics of every activation that a layer reads.
+
+    ``model`` is the float ONNX file and ``graph`` its layers. ``scratch``: an existing folder, best on the disk of
+    the weights, for a graph file that is removed at the end (None: the system's).
+    Raises UsageError for options that do not fit together, ModelError for an activation that is not finite.
+    """
+    sampler = make_sampler(spec.scheduler, options.steps, options.seed, options.sampler)
+    denoiser = OrtDenoiser(model, spec, options.threads)
+    recorded = record_trajectories(denoiser, sampler, spec, conditions, options, talk)
+    del denoiser
+    seen = observe(graph, recorded, conditions, spec, options, talk, scratch=scratch)
+    stats = summarise(seen, options)
+    for name, one in stats.activations.items():
+        if one.amax.max() > LARGEST_FP16:
+            talk.warn(f"the activation '{name}' reaches {one.amax.max():.3g}: it overflows in FP16")
+    return recorded, stats
 
 
 def summarise(seen: Observation, options: CalibrationOptions) -> CalibrationStats:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mpq_deploy.errors import UsageError
+from mpq_deploy.sampling.sampler import SamplerKind
 
 SCALE_METHODS = ("mse", "percentile", "absmax")
 
@@ -16,6 +17,7 @@ class CalibrationOptions:
     ``timesteps`` of the sampler's ``steps`` are recorded for ``samples`` trajectories, ``batch_size`` at a time.
     ``scale_method``: mse, percentile (of the absolute values, ``percentile`` in per cent) or absmax.
     ``reservoir``: values kept of each activation. ``threads``: of ONNX Runtime; 0 leaves the choice to it.
+    ``sampler``: auto, ddim or folder, as ``make_sampler`` takes it.
     """
 
     timesteps: int = 10
@@ -27,6 +29,7 @@ class CalibrationOptions:
     percentile: float = 99.99
     reservoir: int = 4096
     threads: int = 0
+    sampler: SamplerKind = "auto"
 
     def __post_init__(self) -> None:
         for name in ("timesteps", "samples", "steps", "batch_size", "reservoir"):

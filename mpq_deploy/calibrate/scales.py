@@ -74,15 +74,19 @@ def mse_scale(points: Array, weights: Array, amax: float) -> float:
 
 
 def quantization_error(points: Array, weights: Array, scales: Array) -> Array:
-    """Return the weighted mean squared error of the quantizer for each of ``scales``, float32 [S]."""
-    x = np.asarray(points, np.float32)
-    step = np.asarray(scales, np.float32)[:, None]
+    """Return the weighted mean squared error of the quantizer for each of ``scales``, float64 [S].
+
+    Computed in float32, in units of the greatest point, so that nothing overflows.
+    """
+    unit = float(np.abs(points).max(initial=0.0)) or 1.0
+    x = np.asarray(points / unit, np.float32)
+    step = np.asarray(np.asarray(scales, np.float64)[:, None] / unit, np.float32)
     codes = x / step
     np.rint(codes, out=codes)
     np.clip(codes, QUANT_MIN, QUANT_MAX, out=codes)
     codes *= step
     codes -= x
-    return np.asarray(np.square(codes, out=codes) @ np.asarray(weights, np.float32))
+    return unit**2 * np.asarray(np.square(codes, out=codes) @ np.asarray(weights, np.float32), np.float64)
 
 
 def _rounded(scales: Array) -> Array:

@@ -184,7 +184,7 @@ def test_a_small_cap_means_more_passes_and_the_same_matrices() -> None:
 
 
 def test_an_impossible_cap_names_the_layer_and_the_need() -> None:
-    with pytest.raises(UsageError, match="'time.linear_1'.* bytes"):
+    with pytest.raises(UsageError, match=r"'time.linear_1'.* bytes"):
         hessians(denoiser_case(), HessianOptions(memory_cap_bytes=10))
 
 

@@ -1,0 +1,107 @@
+"""Record what the float denoiser is fed along its own denoising trajectories.
+
+In: a denoiser, a sampler and conditions. Out: a ``CalibrationSet``, whose calls are those that sampling makes:
+with classifier-free guidance the unconditional and the conditional half of each are calls of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mpq_deploy.calibrate.options import CalibrationOptions
+from mpq_deploy.calibrate.stats import CalibrationSet
+from mpq_deploy.calibrate.timesteps import sampled_steps
+from mpq_deploy.denoisers.spec import Array, DenoiserSpec
+from mpq_deploy.errors import UsageError
+from mpq_deploy.sampling.loop import DenoiserCall, denoise, initial_noise
+from mpq_deploy.sampling.sampler import Sampler
+from mpq_deploy.talk import Talk
+
+
+def record_trajectories(
+    denoiser: DenoiserCall,
+    sampler: Sampler,
+    spec: DenoiserSpec,
+    conditions: dict[str, Array],
+    options: CalibrationOptions,
+    talk: Talk,
+) -> CalibrationSet:
+    """Denoise ``options.samples`` samples and keep the model's inputs at ``options.timesteps`` of the steps.
+
+    Stops after the last step that is kept. Raises UsageError when the sampler has fewer steps than timesteps.
+    """
+    kept = sampled_steps(len(sampler.timesteps), options.timesteps)
+    recorder = _Recorder({int(step): [] for step in kept})
+    denoise(
+        denoiser,
+        _FirstSteps(sampler, int(kept[-1]) + 1),
+        initial_noise(spec, options.samples, options.seed),
+        cycled_rows(spec, conditions, options.samples, options.seed),
+        conditions,
+        spec,
+        options.batch_size,
+        on_call=recorder,
+        talk=talk,
+    )
+    return recorder.finish()
+
+
+def cycled_rows(spec: DenoiserSpec, conditions: dict[str, Array], samples: int, seed: int) -> Array:
+    """Return the row of the conditions for each sample, int64 [samples].
+
+    Rows are dealt out in shuffled rounds, so that each is used as often as any other (or once less). The row for
+    guidance is no condition of its own. A denoiser without conditions has row 0 only.
+    """
+    counts = {name: len(values) for name, values in conditions.items()}
+    if len(set(counts.values())) > 1:
+        raise UsageError(
+            f"The conditions have different numbers of rows: {counts}.", "Give each one row per condition."
+        )
+    count = next(iter(counts.values()), 1)
+    rows = np.arange(count)
+    if spec.uncond_row is not None and count > 1:
+        rows = np.delete(rows, spec.uncond_row)
+    if not len(rows):
+        raise UsageError("The conditions have no rows.", "Give at least one.")
+    rng = np.random.default_rng((seed, samples))
+    rounds = [rng.permutation(rows) for _ in range(-(-samples // len(rows)))]
+    return np.concatenate(rounds)[:samples].astype(np.int64)
+
+
+@dataclass
+class _Recorder:
+    """Keeps the calls made at some steps: step index -> (timestep, inputs, rows) of each call."""
+
+    calls: dict[int, list[tuple[float, Array, Array]]] = field(default_factory=dict)
+
+    def __call__(self, step_index: int, timestep: float, model_input: Array, rows: Array) -> None:
+        if step_index in self.calls:
+            # A sampler may reuse its arrays.
+            self.calls[step_index].append((timestep, model_input.astype(np.float32), rows.copy()))
+
+    def finish(self) -> CalibrationSet:
+        """Stack the calls, which come in the same order at every step."""
+        steps = list(self.calls.values())
+        return CalibrationSet(
+            np.stack([np.concatenate([sample for _, sample, _ in step]) for step in steps]),
+            np.array([step[0][0] for step in steps], np.float32),
+            np.concatenate([rows for _, _, rows in steps[0]]).astype(np.int64),
+        )
+
+
+class _FirstSteps:
+    """The first ``count`` steps of a sampler."""
+
+    def __init__(self, sampler: Sampler, count: int) -> None:
+        self._sampler = sampler
+        self.name = sampler.name
+        self.timesteps: Array = sampler.timesteps[:count]
+        self.init_noise_sigma = sampler.init_noise_sigma
+
+    def scale_model_input(self, x: Array, step_index: int) -> Array:
+        return self._sampler.scale_model_input(x, step_index)
+
+    def step(self, model_output: Array, step_index: int, x: Array) -> Array:
+        return self._sampler.step(model_output, step_index, x)

@@ -1,0 +1,205 @@
+"""Observers against NumPy over the whole activations, and merging in any order."""
+
+from __future__ import annotations
+
+from functools import reduce
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mpq_deploy.calibrate.calibrate import summarise
+from mpq_deploy.calibrate.observers import Observation, merge, observe
+from mpq_deploy.calibrate.options import CalibrationOptions
+from mpq_deploy.calibrate.sessions import open_session
+from mpq_deploy.errors import ModelError
+from mpq_deploy.graph.layers import layer_graph
+from mpq_deploy.graph.load import load_model
+from mpq_deploy.talk import Talk
+from tests.calibrate.conftest import Case, case, denoiser_case, end, with_timestep
+from tests.graphs import GraphBuilder
+
+OPTIONS = CalibrationOptions(batch_size=2, reservoir=256)
+
+
+def seen(given_case: Case, options: CalibrationOptions = OPTIONS, **part) -> Observation:
+    return observe(given_case.graph, given_case.recorded, {}, given_case.spec, options, Talk(), **part)
+
+
+def check_against_numpy(case_: Case) -> None:
+    observed, graph = seen(case_), case_.graph
+    stats = summarise(observed, OPTIONS)
+    values = case_.activations(list(graph.activations))
+    convolved = {use.input for layer in graph.layers if layer.op == "Conv" for use in layer.uses}
+    for number, name in enumerate(observed.names):
+        axis = 1 if name in convolved else -1
+        whole = np.stack([np.stack(step) for step in values[name]]).astype(np.float64)
+        flat = np.moveaxis(whole, 2 + axis if axis == 1 else -1, 0)
+        flat = flat.reshape(len(flat), -1)
+        one = stats.activations[name]
+        np.testing.assert_allclose(one.amax, np.abs(flat).max(axis=1), rtol=2e-5, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(one.second_moment, np.mean(flat**2, axis=1), rtol=1e-4, atol=1e-9)
+        np.testing.assert_allclose(one.fourth_moment, np.mean(flat**4, axis=1), rtol=1e-4, atol=1e-9)
+        per_step = np.abs(whole).reshape(len(whole), -1).max(axis=1)
+        np.testing.assert_allclose(one.amax_by_timestep, per_step, rtol=2e-5)
+        assert observed.counts[number] == flat.shape[1]
+        # Each sampled value is one of the tensor's.
+        ordered = np.sort(whole.ravel())
+        place = np.clip(np.searchsorted(ordered, one.reservoir), 1, ordered.size - 1)
+        gap = np.minimum(abs(ordered[place] - one.reservoir), abs(ordered[place - 1] - one.reservoir))
+        assert gap.max() <= 1e-4 * max(1.0, np.abs(ordered).max()), name
+        assert len(one.reservoir) == OPTIONS.reservoir
+
+
+def test_every_activation_of_a_denoiser() -> None:
+    check_against_numpy(denoiser_case())
+
+
+def test_batch_axis_need_not_be_the_first_and_frames_may_be_folded_in() -> None:
+    g = GraphBuilder()
+    g.input("sample", ["N", 4, 6, 8])
+    x = with_timestep(g, "sample", 4)
+    moved = g.op("Transpose", [x], "moved", perm=[2, 0, 1, 3])
+    end(g, g.matmul(moved, "moved.product", 8, 8))
+    frames = g.op("Reshape", [x, g.weight("frames", np.array([-1, 2, 6, 8]))], "fold")
+    end(g, g.conv(frames, "folded.conv", 4, 2))
+    check_against_numpy(case(g, (4, 6, 8)))
+
+
+def test_a_tensor_that_is_the_same_for_all_calls_counts_for_each() -> None:
+    g = GraphBuilder()
+    g.input("sample", ["N", 4, 6, 6])
+    g.input("timestep", [])
+    scaled = g.op("Mul", [g.weight("f", np.linspace(0.001, 0.01, 8, dtype=np.float32)[None]), "timestep"], "angle")
+    shift = g.gemm(g.op("Sin", [scaled], "sin"), "time.proj", 4, 8)
+    axes = g.weight("axes23", np.array([2, 3], np.int64))
+    end(g, g.conv(g.op("Add", ["sample", g.op("Unsqueeze", [shift, axes], "u")], "add"), "conv", 4, 4))
+    check_against_numpy(case(g, (4, 6, 6), batched=False))
+
+
+def same(a: Observation, b: Observation) -> None:
+    """Equal, sums up to float64 rounding."""
+    for field in ("amax", "counts", "amax_by_timestep", "priorities", "values", "offsets"):
+        np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
+    for field in ("square_sum", "fourth_sum"):
+        np.testing.assert_allclose(getattr(a, field), getattr(b, field), rtol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def shards() -> list[Observation]:
+    """One observation per timestep and call of a denoiser."""
+    small = denoiser_case()
+    steps, calls = len(small.recorded.timesteps), len(small.recorded.rows)
+    parts = [(k, n) for k in range(steps) for n in range(calls)]
+    return [seen(small, steps=range(k, k + 1), calls=range(n, n + 1)) for k, n in parts]
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_any_order_and_any_tree_of_merges_agree(shards: list[Observation], data: st.DataObject) -> None:
+    straight = reduce(merge, shards)
+    heap = [shards[i] for i in data.draw(st.permutations(range(len(shards))))]
+    while len(heap) > 1:
+        a = heap.pop(data.draw(st.integers(0, len(heap) - 1)))
+        b = heap.pop(data.draw(st.integers(0, len(heap) - 1)))
+        heap.append(merge(a, b))
+    same(straight, heap[0])
+
+
+def test_shards_agree_with_one_run_at_another_batch_size(shards: list[Observation]) -> None:
+    whole, merged = seen(denoiser_case()), reduce(merge, shards)
+    np.testing.assert_array_equal(whole.priorities, merged.priorities)
+    # The runtime's kernels may round differently in other batches, nothing more.
+    np.testing.assert_allclose(whole.values, merged.values, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(whole.square_sum, merged.square_sum, rtol=1e-4)
+    np.testing.assert_array_equal(whole.counts, merged.counts)
+
+
+def test_other_graphs_do_not_merge(shards: list[Observation]) -> None:
+    other = seen(denoiser_case(), CalibrationOptions(reservoir=64))
+    with pytest.raises(ValueError, match="reservoir"):
+        merge(shards[0], other)
+
+
+def test_the_reservoir_is_uniform_over_calls_and_positions() -> None:
+    g = GraphBuilder()
+    g.input("sample", ["N", 4, 8, 8])
+    g.input("timestep", ["N"])
+    end(g, g.conv("sample", "conv", 4, 4))
+    ramp = case(g, (4, 8, 8), timesteps=2, calls=32)
+    # Every value names its own place.
+    ramp.recorded.samples[:] = np.arange(ramp.recorded.samples.size, dtype=np.float32).reshape(
+        ramp.recorded.samples.shape
+    )
+    drawn = seen(ramp, CalibrationOptions(batch_size=8, reservoir=4096)).values[0]
+    counts = np.histogram(drawn, bins=64, range=(0, ramp.recorded.samples.size))[0]
+    # 64 cells of 64 expected: chi-square with 63 degrees of freedom, far below its 99.99 % point of 113.
+    assert len(drawn) == 4096 and np.square(counts - 64).sum() / 64 < 113
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_not_finite_names_tensor_layer_and_timestep(bad: float) -> None:
+    broken = denoiser_case()
+    broken.recorded.samples[1, 3, 0, 2, 2] = bad
+    with pytest.raises(ModelError, match=r"'sample'.*'conv_in'.*not finite.*timestep 460"):
+        seen(broken)
+
+
+def test_old_opset_is_refused() -> None:
+    proto = denoiser_case().proto
+    model = ir.from_proto(proto)
+    model.graph.opset_imports[""] = 13
+    small = denoiser_case()
+    with pytest.raises(ModelError, match="opset 13"):
+        observe(layer_graph(model), small.recorded, {}, small.spec, OPTIONS, Talk())
+
+
+def test_observing_leaves_the_graph_as_it_was() -> None:
+    small = denoiser_case()
+    graph = small.graph
+    before = ir.to_proto(graph.model).SerializeToString(deterministic=True)
+    observe(graph, small.recorded, {}, small.spec, OPTIONS, Talk())
+    assert ir.to_proto(graph.model).SerializeToString(deterministic=True) == before
+
+
+def test_external_weights_are_linked_not_copied(tmp_path: Path) -> None:
+    small = denoiser_case()
+    (tmp_path / "model").mkdir()
+    path = tmp_path / "model" / "model.onnx"
+    ir.save(ir.from_proto(small.proto), path, external_data="model.onnx.data")
+    data = path.with_name("model.onnx.data")
+    graph = layer_graph(load_model(path))
+    lines: list[str] = []
+
+    class Listening(Talk):
+        def line(self, text: str) -> None:
+            lines.append(text)
+
+    with open_session(graph.model.clone(), Listening(), scratch=tmp_path):
+        assert data.stat().st_nlink == 2
+    assert data.stat().st_nlink == 1 and lines == []
+    external = observe(graph, small.recorded, {}, small.spec, OPTIONS, Talk(), scratch=tmp_path)
+    inline = seen(small)
+    np.testing.assert_allclose(external.square_sum, inline.square_sum, rtol=1e-6)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_where_links_are_impossible_the_copy_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.onnx"
+    ir.save(ir.from_proto(denoiser_case().proto), path, external_data="model.onnx.data")
+    lines: list[str] = []
+
+    class Listening(Talk):
+        def line(self, text: str) -> None:
+            lines.append(text)
+
+    def refuse(*_: object) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr("mpq_deploy.calibrate.sessions.os.link", refuse)
+    with open_session(load_model(path), Listening(), scratch=tmp_path) as session:
+        assert session.get_inputs()
+    assert len(lines) == 1 and "Invalid cross-device link" in lines[0]
