@@ -99,6 +99,13 @@ def read_scheduler(path: Path) -> dict[str, Any]:
     return config
 
 
+def predicted(scheduler: dict[str, Any]) -> Any:
+    """Return what the model predicts, from its scheduler's configuration."""
+    if "FlowMatch" in str(scheduler.get("_class_name")):
+        return "flow_prediction"
+    return scheduler.get("prediction_type", "epsilon")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file. Raises ModelError when it cannot be read as one."""
     try:

@@ -27,12 +27,15 @@ class Network(Protocol):
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A denoiser with everything that is needed to sample from it. ``decoder`` turns latents into images."""
+    """A denoiser with everything that is needed to sample from it. ``decoder`` turns latents into
+    images; ``notes`` say what the user should know, such as why there is none.
+    """
 
     spec: DenoiserSpec
     conditions: Conditions
     network: Network
     decoder: Network | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

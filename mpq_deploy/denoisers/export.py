@@ -58,7 +58,7 @@ def export_denoiser(denoiser: Denoiser, folder: Path, talk: Talk | None = None) 
             f"The exported model differs from its source by {error:.2e} of the largest output.",
             f"At most {denoiser.network.tolerance:g} is expected: please report the model's configuration.",
         )
-    spec, notes, decoder_error = denoiser.spec, [], None
+    spec, notes, decoder_error = denoiser.spec, list(denoiser.notes), None
     if denoiser.decoder is not None:
         try:
             decoder_error = _export_decoder(denoiser.decoder, spec, folder / DECODER, talk)

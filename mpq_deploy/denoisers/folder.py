@@ -13,12 +13,15 @@ from mpq_deploy.denoisers.additions import (
     WantedInput,
     check_conditions,
     list_inputs,
+    predicted,
     read_json,
     read_scheduler,
 )
 from mpq_deploy.denoisers.conditions import Conditions
+from mpq_deploy.denoisers.decoder import decoder_network, decoder_upscale
 from mpq_deploy.denoisers.denoiser import Denoiser
 from mpq_deploy.denoisers.spec import DenoiserSpec, InputSpec
+from mpq_deploy.denoisers.torch_export import TorchNetwork
 from mpq_deploy.denoisers.unet import (
     OUTPUT,
     SAMPLE,
@@ -38,6 +41,8 @@ INDEX, CONFIG, CARD = "model_index.json", "config.json", "demo.json"
 # Channels of a sample that is an image; others are latents.
 IMAGE_CHANNELS = (1, 3)
 IMAGE_RANGE = (-1.0, 1.0)
+# The default guidance scale of diffusers' Stable Diffusion pipelines.
+TEXT_GUIDANCE = 7.5
 
 
 def open_folder(folder: Path, source: str, additions: Additions, talk: Talk) -> Denoiser:
@@ -56,8 +61,11 @@ def open_folder(folder: Path, source: str, additions: Additions, talk: Talk) -> 
     card = read_json(folder / CARD) if (folder / CARD).is_file() else {}
     _check_nothing_missing(folder, wanted, additions)
     scheduler = read_scheduler(additions.scheduler or folder)
-    conditions = _conditions(folder, config, card, wanted, additions, talk)
+    conditions = _conditions(folder, pipeline, config, card, wanted, additions, talk)
     inputs = check_conditions(conditions, wanted, str(additions.conditions or folder))
+    # A timestep_cond input carries the guidance scale of a distilled model, which must not be guided again.
+    text = any(item.name == "encoder_hidden_states" for item in wanted)
+    text = text and not any(item.name == "timestep_cond" for item in wanted)
     unet = load_unet(unet_folder, config)
     sample = InputSpec(name=SAMPLE, shape=shape)
     latent = (folder / "vae").is_dir() or (folder / "vqvae").is_dir() or shape[0] not in IMAGE_CHANNELS
@@ -68,21 +76,24 @@ def open_folder(folder: Path, source: str, additions: Additions, talk: Talk) -> 
         timestep=InputSpec(name=TIMESTEP),
         conditions=inputs,
         output=OUTPUT,
-        prediction_type=prediction_type(scheduler),
+        prediction_type=predicted(scheduler),
         scheduler=scheduler,
-        guidance_scale=_guidance(additions, card, conditions),
+        guidance_scale=_guidance(additions, card, conditions, text),
         uncond_row=conditions.uncond_row,
         labels=conditions.labels,
         pixel_range=None if latent else IMAGE_RANGE,
     )
-    return Denoiser(spec, conditions, unet_network(unet, sample, inputs))
+    decoder, notes = _decoder(folder, shape, talk)
+    return Denoiser(spec, conditions, unet_network(unet, sample, inputs), decoder, notes)
 
 
-def prediction_type(scheduler: dict[str, Any]) -> Any:
-    """Return what the model predicts, from its scheduler's configuration."""
-    if "FlowMatch" in str(scheduler.get("_class_name")):
-        return "flow_prediction"
-    return scheduler.get("prediction_type", "epsilon")
+def _decoder(folder: Path, latents: tuple[int, ...], talk: Talk) -> tuple[TorchNetwork | None, tuple[str, ...]]:
+    """Return the pipeline's decoder; when it cannot be used, None and the reason."""
+    try:
+        return decoder_network(folder, latents), ()
+    except ModelError as error:
+        talk.warn(f"samples are compared as latents: {error.message}")
+        return None, (f"No decoder, samples are compared as latents: {error.message}",)
 
 
 def _unet_folder(folder: Path, pipeline: dict[str, Any]) -> Path:
@@ -118,6 +129,7 @@ def _check_nothing_missing(folder: Path, wanted: tuple[WantedInput, ...], additi
 
 def _conditions(
     folder: Path,
+    pipeline: dict[str, Any],
     config: dict[str, Any],
     card: dict[str, Any],
     wanted: tuple[WantedInput, ...],
@@ -131,7 +143,13 @@ def _conditions(
         return Conditions()
     if [item.name for item in wanted] == ["class_labels"]:
         return _every_class(int(config["num_class_embeds"]), card)
-    raise ModelError("Text-conditional pipelines are not opened yet.")
+    from mpq_deploy.denoisers.text import prompts_file, read_prompts, text_conditions
+
+    prompts = read_prompts(additions.prompts or prompts_file())
+    channels_size = sample_shape(config, folder)[1:]
+    pixels = decoder_upscale(folder)
+    image_size = (channels_size[0] * pixels, channels_size[1] * pixels)
+    return text_conditions(folder, pipeline, wanted, image_size, prompts, talk)
 
 
 def _every_class(count: int, card: dict[str, Any]) -> Conditions:
@@ -142,9 +160,10 @@ def _every_class(count: int, card: dict[str, Any]) -> Conditions:
     return Conditions({"class_labels": np.arange(count, dtype=np.int64)}, count, empty, labels)
 
 
-def _guidance(additions: Additions, card: dict[str, Any], conditions: Conditions) -> float:
-    """Return the guidance scale: the user's, else the card's, else 1 (none)."""
-    scale = additions.guidance_scale if additions.guidance_scale is not None else card.get("guidance", 1.0)
+def _guidance(additions: Additions, card: dict[str, Any], conditions: Conditions, text: bool) -> float:
+    """Return the guidance scale: the user's, else the card's, else diffusers' for text, else 1 (none)."""
+    default = TEXT_GUIDANCE if text and conditions.uncond_row is not None else 1.0
+    scale = additions.guidance_scale if additions.guidance_scale is not None else card.get("guidance", default)
     if scale != 1 and conditions.uncond_row is None:
         raise UsageError(
             f"The guidance scale is {scale}, but the conditions have no row for the empty condition.",

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 from mpq_deploy.denoisers.additions import Additions
 from mpq_deploy.denoisers.bundled import DEMOS, bundled_demo
 from mpq_deploy.denoisers.denoiser import Denoiser
-from mpq_deploy.errors import UsageError, nearest
+from mpq_deploy.denoisers.hub import PARTS, PICKLE_ENDINGS, fetch, is_hub_id
+from mpq_deploy.errors import MissingDependencyError, ModelError, UsageError, nearest
 from mpq_deploy.talk import Talk
+
+# Files of a diffusers folder that are read: configurations, weights, tokenizers.
+SOURCE_ENDINGS = (".json", ".safetensors", ".txt", ".model")
 
 
 def open_denoiser(
@@ -33,9 +38,34 @@ def open_denoiser(
     if source is None or str(source) in DEMOS:
         folder = bundled_demo(None if source is None else str(source))
         return _open_folder(folder, f"bundled:{folder.name}", additions, talk)
-    path = Path(source)
+    path = locate(source, talk)
     if path.is_dir():
         return _open_folder(path, str(source), additions, talk)
+    from mpq_deploy.denoisers.onnx_file import open_onnx
+
+    return open_onnx(path, str(source), additions, talk)
+
+
+def locate(source: str | Path | None, talk: Talk | None = None) -> Path:
+    """Return the folder or ONNX file of ``source``; a hub id is fetched.
+
+    Raises UsageError when there is none, ModelError for a file that is a pickle or no ONNX by its name.
+    """
+    if source is None or str(source) in DEMOS:
+        return bundled_demo(None if source is None else str(source))
+    path = Path(source)
+    if path.is_dir() or (path.suffix == ".onnx" and path.is_file()):
+        return path
+    if path.is_file():
+        raise ModelError(
+            f"{path} is a file, but no .onnx file.",
+            "Pickled checkpoints are refused, because loading them runs their code: load the model in diffusers where "
+            "you trust it and write it with save_pretrained(FOLDER, safe_serialization=True), then give the folder."
+            if path.suffix in PICKLE_ENDINGS
+            else "Give a diffusers folder or an .onnx file.",
+        )
+    if is_hub_id(str(source)) and path.suffix not in (".onnx", *PICKLE_ENDINGS):
+        return fetch(str(source), talk or Talk())
     raise UsageError(
         f"There is no model '{source}'.",
         f"{nearest(str(source), DEMOS)}Give a diffusers folder, an .onnx file, a hub id (org/name), or one of the "
@@ -43,7 +73,31 @@ def open_denoiser(
     )
 
 
+def source_files(source: str | Path | None, description: Path | None = None) -> list[tuple[str, Path]]:
+    """Return the files that decide what ``open_denoiser(source)`` gives, as (name within the model, path), sorted.
+
+    For an ONNX file: itself, its external data, its YAML and the scheduler that this names.
+    """
+    path = locate(source)
+    if path.is_dir():
+        folders = [path, *(path / part for part in PARTS if (path / part).is_dir())]
+        files = {p for folder in folders for p in folder.iterdir() if p.suffix in SOURCE_ENDINGS and p.is_file()}
+        return sorted((p.relative_to(path).as_posix(), p) for p in files)
+    from mpq_deploy.denoisers.onnx_file import description_path, read_description
+    from mpq_deploy.graph.load import external_files, read_proto
+
+    yaml_path = description_path(path, description)
+    files = {path, yaml_path, *external_files(read_proto(path), path)}
+    scheduler = read_description(yaml_path).scheduler
+    if isinstance(scheduler, str) and (yaml_path.parent / scheduler).is_file():
+        files.add(yaml_path.parent / scheduler)
+    return sorted((p.name, p) for p in files)
+
+
 def _open_folder(folder: Path, source: str, additions: Additions, talk: Talk) -> Denoiser:
+    for package in ("torch", "diffusers"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingDependencyError(package, "torch", "Opening a diffusers folder")
     from mpq_deploy.denoisers.folder import open_folder
 
     return open_folder(folder, source, additions, talk)

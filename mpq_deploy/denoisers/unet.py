@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from mpq_deploy.denoisers.additions import WantedInput
+from mpq_deploy.denoisers.hub import PICKLE_ENDINGS
 from mpq_deploy.denoisers.spec import InputSpec
 from mpq_deploy.denoisers.torch_export import TorchNetwork
 from mpq_deploy.errors import ModelError, UsageError, nearest
 
 UNET_CLASSES = ("UNet2DModel", "UNet2DConditionModel")
 OUTPUT = "out_sample"
-PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WEIGHTS_NAME = "diffusion_pytorch_model"
 # Inputs that UNet2DConditionModel takes in its dictionary added_cond_kwargs.
 ADDED_INPUTS = ("text_embeds", "time_ids", "image_embeds")

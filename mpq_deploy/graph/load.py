@@ -17,6 +17,7 @@ from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.passes.fold_constants import FoldConstantsPass
 from mpq_deploy.graph.passes.name_nodes import NameNodesPass
 from mpq_deploy.graph.passes.raise_opset import raise_opset
+from mpq_deploy.graph.passes.widen import WidenPass
 
 # A protobuf file cannot be larger; such models keep their weights in a second file.
 PROTOBUF_LIMIT = 2**31
@@ -91,6 +92,12 @@ def check_external_data(proto: onnx.ModelProto, path: Path) -> None:
             )
 
 
+def external_files(proto: onnx.ModelProto, path: Path) -> list[Path]:
+    """Return the files in which the model at ``path`` keeps its weights, sorted."""
+    entries = [entry for tensor in _external_tensors(proto) for entry in tensor.external_data]
+    return [path.parent / name for name in sorted({entry.value for entry in entries if entry.key == "location"})]
+
+
 def _external_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     """Yield every tensor with external data: initializers and attributes, subgraphs and functions included."""
     yield from _external_of(proto.graph.initializer)
@@ -112,14 +119,16 @@ def _external_of(tensors: object) -> Iterator[onnx.TensorProto]:
 def normalise(model: ir.Model) -> ir.Model:
     """Return ``model`` with constants as initializers, weights folded, unique node names and opset 21 or later.
 
-    Constant nodes become initializers, Identity nodes go, shape and type operators on weights are folded into
-    them, half-precision weights become FP32 (``graph.passes.widen``), unused nodes and weights are dropped.
-    Doing it twice changes nothing. Raises ModelError when the opset cannot be converted.
+    Functions are inlined, Constant nodes become initializers, Identity nodes go, shape and type operators on
+    weights are folded into them, half precision becomes FP32 (``graph.passes.widen``), unused nodes and weights are
+    dropped. Doing it twice changes nothing. Raises ModelError when the opset or half precision cannot be converted.
     """
     passes = ir.passes.Sequential(
+        common_passes.InlinePass(),
         common_passes.RemoveInitializersFromInputsPass(),
         common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common_passes.IdentityEliminationPass(),
+        WidenPass(),
         FoldConstantsPass(),
         common_passes.RemoveUnusedNodesPass(),
         NameNodesPass(),

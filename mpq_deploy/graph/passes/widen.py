@@ -1,0 +1,86 @@
+"""Turn a half-precision graph into an FP32 one: everything is measured and quantized from FP32."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from mpq_deploy.errors import ModelError
+
+HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+# Integer attributes that name an element type (Cast, RandomNormal, EyeLike, QuantizeLinear, ...).
+TYPE_ATTRIBUTES = ("to", "dtype", "output_dtype", "stash_type")
+
+
+class WidenPass(ir.passes.InPlacePass):
+    """Replace FLOAT16 and BFLOAT16 by FLOAT everywhere in a graph without control flow.
+
+    1. Weights are converted; inputs, outputs and intermediate values are declared FLOAT.
+    2. Attributes that name a half type or hold a half tensor are changed alike.
+    3. A Cast that no longer changes anything is removed, unless it gives a graph output.
+    4. A half-precision model with subgraphs (If, Loop) is refused with a ModelError.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Widen weights, values and attributes."""
+        if not uses_halves(model):
+            return ir.passes.PassResult(model, False)
+        for node in model.graph:
+            for attribute in list(node.attributes.values()):
+                _widen_attribute(node, attribute)
+            for value in node.outputs:
+                _declare_float(value)
+        for value in (*model.graph.inputs, *model.graph.outputs):
+            _declare_float(value)
+        for value in list(model.graph.initializers.values()):
+            tensor = value.const_value
+            if tensor is not None and tensor.dtype in HALVES:
+                value.const_value = ir.tensor(tensor.numpy().astype(np.float32), name=value.name)
+            _declare_float(value)
+        _remove_idle_casts(model.graph)
+        return ir.passes.PassResult(model, True)
+
+
+def uses_halves(model: ir.Model) -> bool:
+    """Say whether any weight, input, output or attribute of the graph is in half precision."""
+    graph = model.graph
+    values = (*graph.inputs, *graph.outputs, *graph.initializers.values())
+    if any(value.dtype in HALVES for value in values):
+        return True
+    return any(_names_half(attribute) for node in graph for attribute in node.attributes.values())
+
+
+def _names_half(attribute: ir.Attr) -> bool:
+    if attribute.type == ir.AttributeType.INT:
+        return attribute.name in TYPE_ATTRIBUTES and attribute.value in [int(half) for half in HALVES]
+    return attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype in HALVES
+
+
+def _widen_attribute(node: ir.Node, attribute: ir.Attr) -> None:
+    if attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
+        raise ModelError(
+            f"The model is in half precision and has control flow (node '{node.name}', {node.op_type}).",
+            "Export it in FP32.",
+        )
+    if not _names_half(attribute):
+        return
+    if attribute.type == ir.AttributeType.INT:
+        node.attributes[attribute.name] = ir.AttrInt64(attribute.name, int(ir.DataType.FLOAT))
+    else:
+        widened = ir.tensor(attribute.value.numpy().astype(np.float32))
+        node.attributes[attribute.name] = ir.AttrTensor(attribute.name, widened)
+
+
+def _declare_float(value: ir.Value) -> None:
+    if value.dtype in HALVES:
+        value.dtype = ir.DataType.FLOAT
+
+
+def _remove_idle_casts(graph: ir.Graph) -> None:
+    for node in list(graph):
+        if node.op_type != "Cast" or node.domain not in ("", "ai.onnx") or node.outputs[0].is_graph_output():
+            continue
+        source = node.inputs[0]
+        if source is not None and source.dtype is not None and int(source.dtype) == node.attributes["to"].value:
+            node.outputs[0].replace_all_uses_with(source)
+            graph.remove(node, safe=True)
