@@ -1,0 +1,415 @@
+"""Which quantized forms TensorRT-RTX takes, and what it makes of them: one small graph per form, really built.
+
+Run: ``python benchmarks/engine_forms.py [--only TEXT] [--sm SM86] [-o docs/engine-forms.md]``. Needs tensorrt_rtx, no
+GPU. Prints one row per form: whether it builds, its weight bytes beside the bytes of its constants, and the
+kernels that compute. Each build runs in its own process, since some forms crash the builder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from mpq_deploy.engine.build_log import EngineLog, compute_dtype, parse_engine_log
+from mpq_deploy.engine.build_worker import BuildJob, InputShapes
+
+BATCH = 4
+Form = Callable[["Draft"], str]
+
+
+class Draft:
+    """A graph being written: input x, FP16, and the forms' usual pieces. Weights are random from one seed."""
+
+    def __init__(self, *shape: int, opset: int = 21) -> None:
+        self.shape, self.opset = shape, opset
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[onnx.TensorProto] = []
+        self.rng = np.random.default_rng(0)
+        self.count = 0
+
+    def name(self, what: str) -> str:
+        """Return a fresh name."""
+        self.count += 1
+        return f"{what}_{self.count}"
+
+    def const(self, array: np.ndarray, what: str = "const") -> str:
+        """Add an initializer."""
+        name = self.name(what)
+        self.constants.append(numpy_helper.from_array(np.asarray(array), name))
+        return name
+
+    def op(self, op: str, *inputs: str, **attributes: object) -> str:
+        """Add a node with one output, and return that."""
+        out = self.name(op.lower())
+        self.nodes.append(helper.make_node(op, list(inputs), [out], name=f"node.{out}", **attributes))
+        return out
+
+    def scale(self, value: float = 0.05, shape: tuple[int, ...] = ()) -> str:
+        """Add an FP16 scale, rank 0 unless said."""
+        return self.const(np.full(shape, value, np.float16), "scale")
+
+    def act(self, x: str, zero_point: str = "none") -> str:
+        """Activation Q and DQ; ``zero_point``: none (output_dtype attribute), const (int8 initializer), bare."""
+        s = self.scale()
+        if zero_point == "const":
+            z = self.const(np.asarray(np.int8(0)))
+            return self.op("DequantizeLinear", self.op("QuantizeLinear", x, s, z), s, z)
+        extra = {} if zero_point == "bare" else {"output_dtype": TensorProto.INT8}
+        return self.op("DequantizeLinear", self.op("QuantizeLinear", x, s, **extra), s)
+
+    def int8(self, shape: tuple[int, ...], axis: int = 0) -> str:
+        """Per-channel INT8 weight."""
+        codes = self.rng.integers(-127, 128, shape).astype(np.int8)
+        return self.op("DequantizeLinear", self.const(codes, "w"), self.scale(0.01, (shape[axis],)), axis=axis)
+
+    def int4(self, shape: tuple[int, int], block: int | None, axis: int) -> str:
+        """INT4 weight in blocks along ``axis`` (None: per channel of the other axis)."""
+        codes = self.const(self.rng.integers(-7, 8, shape).astype(ml_dtypes.int4), "w")
+        if block is None:
+            return self.op("DequantizeLinear", codes, self.scale(0.01, (shape[1 - axis],)), axis=1 - axis)
+        size = list(shape)
+        size[axis] = -(-shape[axis] // block)
+        scales = self.const((self.rng.random(size) * 0.01 + 0.01).astype(np.float16), "scales")
+        return self.op("DequantizeLinear", codes, scales, axis=axis, block_size=block)
+
+    def requant(self, w: str, channels: int, axis: int, zero_point: str = "none") -> str:
+        """INT8 per-channel Q and DQ of a weight that was just dequantized from INT4."""
+        s = self.scale(0.003, (channels,))
+        if zero_point == "const":
+            z = self.const(np.zeros(channels, np.int8))
+            return self.op("DequantizeLinear", self.op("QuantizeLinear", w, s, z, axis=axis), s, z, axis=axis)
+        extra = {} if zero_point == "bare" else {"output_dtype": TensorProto.INT8}
+        return self.op("DequantizeLinear", self.op("QuantizeLinear", w, s, axis=axis, **extra), s, axis=axis)
+
+    def reshape(self, w: str, *shape: int) -> str:
+        """Reshape ``w``."""
+        return self.op("Reshape", w, self.const(np.array(shape, np.int64), "shape"))
+
+    def model(self, y: str) -> onnx.ModelProto:
+        """Finish the graph with output ``y``."""
+        x = helper.make_tensor_value_info("x", TensorProto.FLOAT16, ["batch", *self.shape])
+        graph = helper.make_graph(self.nodes, "form", [x], [helper.make_empty_tensor_value_info(y)], self.constants)
+        graph.output[0].type.tensor_type.elem_type = TensorProto.FLOAT16
+        ir_version = {21: 10, 23: 11}[self.opset]
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=ir_version)
+
+
+def conv(d: Draft, x: str, w: str, k: int, group: int = 1, **more: object) -> str:
+    return d.op("Conv", x, w, pads=[k // 2] * 4 if k else [1, 1], group=group, **more)
+
+
+def conv4(o: int, i: int, k: int, block: int | None, *, group: int = 1, act: str = "", size: int = 16) -> Form:
+    """INT4 conv as 2-D blocks and a Reshape; ``act`` also makes it w4a8 with that zero-point form."""
+
+    def form(d: Draft) -> str:
+        x = d.op("Relu", "x")
+        w = d.int4((o, i // group * k * k), block, 1)
+        w = d.reshape(w, o, i // group, k, k)
+        if act:
+            w, x = d.requant(w, o, 0, act), d.act(x, act)
+        return conv(d, x, w, k, group)
+
+    return form
+
+
+def conv8(o: int, i: int, k: int, *, group: int = 1, act: str = "none") -> Form:
+    """INT8 conv; ``act`` empty leaves the activation in FP16 (weights only)."""
+
+    def form(d: Draft) -> str:
+        x = d.op("Relu", "x")
+        x = d.act(x, act) if act else x
+        return conv(d, x, d.int8((o, i // group, k, k)), k, group)
+
+    return form
+
+
+def matmul4(k: int, n: int, block: int | None, *, act: str = "") -> Form:
+    """INT4 MatMul, weight [K, N] in blocks along axis 0; ``act`` also makes it w4a8."""
+
+    def form(d: Draft) -> str:
+        x = d.op("Relu", "x")
+        w = d.int4((k, n), block, 0)
+        if act:
+            w, x = d.requant(w, n, 1, act), d.act(x, act)
+        return d.op("MatMul", x, w)
+
+    return form
+
+
+def matmul8(k: int, n: int, act: str = "none") -> Form:
+    def form(d: Draft) -> str:
+        x = d.op("Relu", "x")
+        return d.op("MatMul", d.act(x, act) if act else x, d.int8((k, n), 1))
+
+    return form
+
+
+def gemm(k: int, n: int, *, trans: int, block: int | None = 0, act: str = "", bias: bool = True) -> Form:
+    """Gemm; block 0 means INT8 weights, else INT4 blocks along K; with ``act`` the activation is INT8."""
+
+    def form(d: Draft) -> str:
+        x = d.op("Relu", "x")
+        shape, out_axis = ((n, k), 0) if trans else ((k, n), 1)
+        w = d.int8(shape, out_axis) if block == 0 else d.int4(shape, block, 1 - out_axis)
+        if act and block != 0:
+            w = d.requant(w, n, out_axis, act)
+        x = d.act(x, act) if act else x
+        more = (d.const(d.rng.standard_normal(n).astype(np.float16), "bias"),) if bias else ()
+        return d.op("Gemm", x, w, *more, transB=trans)
+
+    return form
+
+
+def conv1d8(d: Draft) -> str:
+    return conv(d, d.act(d.op("Relu", "x")), d.int8((64, 64, 3)), 0)
+
+
+def conv1d4(d: Draft) -> str:
+    w = d.reshape(d.int4((64, 192), 64, 1), 64, 64, 3)
+    return conv(d, d.op("Relu", "x"), w, 0)
+
+
+def conv3d8(d: Draft) -> str:
+    return d.op("Conv", d.act(d.op("Relu", "x")), d.int8((64, 32, 3, 3, 3)), pads=[1] * 6)
+
+
+def shared_act(d: Draft) -> str:
+    x = d.act(d.op("Relu", "x"))
+    return d.op("Add", conv(d, x, d.int8((64, 64, 3, 3)), 3), conv(d, x, d.int8((64, 64, 1, 1)), 1))
+
+
+def shared_weight8(d: Draft) -> str:
+    w = d.int8((64, 64, 3, 3))
+    x = conv(d, d.act(d.op("Relu", "x")), w, 3)
+    return conv(d, d.act(d.op("Relu", x)), w, 3)
+
+
+def shared_act_mixed(d: Draft) -> str:
+    x = d.act(d.op("Relu", "x"))
+    w = d.requant(d.reshape(d.int4((64, 576), 64, 1), 64, 64, 3, 3), 64, 0)
+    return d.op("Add", conv(d, x, d.int8((64, 64, 3, 3)), 3), conv(d, x, w, 3))
+
+
+def act_and_plain(d: Draft) -> str:
+    x = d.op("Relu", "x")
+    w = d.const(d.rng.standard_normal((64, 64, 1, 1)).astype(np.float16), "w")
+    return d.op("Add", conv(d, d.act(x), d.int8((64, 64, 3, 3)), 3), conv(d, x, w, 1))
+
+
+def bias_conv8(d: Draft) -> str:
+    b = d.const(d.rng.standard_normal(64).astype(np.float16), "bias")
+    return d.op("Conv", d.act(d.op("Relu", "x")), d.int8((64, 64, 3, 3)), b, pads=[1] * 4)
+
+
+def scale_rank1(d: Draft) -> str:
+    s = d.scale(0.05, (1,))
+    x = d.op("QuantizeLinear", d.op("Relu", "x"), s, output_dtype=TensorProto.INT8)
+    return conv(d, d.op("DequantizeLinear", x, s), d.int8((64, 64, 3, 3)), 3)
+
+
+def qdq_before_resize(d: Draft) -> str:
+    x = d.act(d.op("Relu", "x"))
+    sizes = d.const(np.array([1, 1, 2, 2], np.float32), "scales")
+    x = d.op("Resize", x, "", sizes, mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor")
+    return conv(d, x, d.int8((64, 64, 3, 3)), 3)
+
+
+def qdq_after_resize(d: Draft) -> str:
+    sizes = d.const(np.array([1, 1, 2, 2], np.float32), "scales")
+    x = d.op(
+        "Resize",
+        d.op("Relu", "x"),
+        "",
+        sizes,
+        mode="nearest",
+        coordinate_transformation_mode="asymmetric",
+        nearest_mode="floor",
+    )
+    return conv(d, d.act(x), d.int8((64, 64, 3, 3)), 3)
+
+
+def lhs_int4(d: Draft) -> str:
+    return d.op("MatMul", d.int4((128, 128), 64, 1), "x")
+
+
+def forms() -> list[tuple[str, tuple[int, ...], Form]]:
+    """(name, shape of x without batch, form)."""
+    square, many = (64, 16, 16), (16,)
+    listed: list[tuple[str, tuple[int, ...], Form]] = [
+        ("conv w8a8, no zero point, output_dtype", square, conv8(64, 64, 3)),
+        ("conv w8a8, int8 zero point", square, conv8(64, 64, 3, act="const")),
+        ("conv w8a8, no zero point, no output_dtype (defaults to uint8)", square, conv8(64, 64, 3, act="bare")),
+        ("conv w8a8 with bias", square, bias_conv8),
+        ("conv w8a8 1x1", square, conv8(64, 64, 1)),
+        ("conv w8a8 3 -> 64", (3, 16, 16), conv8(64, 3, 3)),
+        ("conv w8a8 64 -> 3", square, conv8(3, 64, 3)),
+        ("conv w8a8 groups=32", square, conv8(64, 64, 3, group=32)),
+        ("conv w8a8 groups=2", square, conv8(64, 64, 3, group=2)),
+        ("conv w8a8 depthwise", square, conv8(64, 64, 3, group=64)),
+        ("conv w8a8 1-D", (64, 32), conv1d8),
+        ("conv w8a8 3-D", (32, 8, 8, 8), conv3d8),
+        ("conv w8a8, scale of shape [1]", square, scale_rank1),
+        ("conv w8a8, Q/DQ before Resize", square, qdq_before_resize),
+        ("conv w8a8, Q/DQ after Resize", square, qdq_after_resize),
+        ("two convs w8a8 sharing one Q/DQ", square, shared_act),
+        ("two convs w8a8 and w4a8 sharing one Q/DQ", square, shared_act_mixed),
+        ("one conv w8a8 and one fp16 on the same tensor", square, act_and_plain),
+        ("two convs w8a8 sharing one weight", square, shared_weight8),
+        ("conv w8a16", square, conv8(64, 64, 3, act="")),
+        ("conv w8a16 1x1", square, conv8(64, 64, 1, act="")),
+        ("conv w8a16 groups=32", square, conv8(64, 64, 3, group=32, act="")),
+        ("conv w8a16 depthwise", square, conv8(64, 64, 3, group=64, act="")),
+        ("conv w4a16 b64", square, conv4(64, 64, 3, 64)),
+        ("conv w4a16 b256 (K=2304)", (256, 16, 16), conv4(64, 256, 3, 256)),
+        ("conv w4a16 K=27 one block of 27", (3, 16, 16), conv4(64, 3, 3, 27)),
+        ("conv w4a16 K=36 one block of 36", (4, 16, 16), conv4(64, 4, 3, 36)),
+        ("conv w4a16 K=27 b32 (ragged)", (3, 16, 16), conv4(64, 3, 3, 32)),
+        ("conv w4a16 K=36 b32 (ragged)", (4, 16, 16), conv4(64, 4, 3, 32)),
+        ("conv w4a16 K=36 b18", (4, 16, 16), conv4(64, 4, 3, 18)),
+        ("conv w4a16 K=45 b9 (odd block)", (5, 16, 16), conv4(64, 5, 3, 9)),
+        ("conv w4a16 O=3 (odd) b64", square, conv4(3, 64, 3, 64)),
+        ("conv w4a16 O=3 and K=27", (3, 16, 16), conv4(3, 3, 3, 27)),
+        ("conv w4a16 1x1 b64", square, conv4(64, 64, 1, 64)),
+        ("conv w4a16 groups=32 (K=18)", square, conv4(64, 64, 3, 18, group=32)),
+        ("conv w4a16 groups=2 b32", square, conv4(64, 64, 3, 32, group=2)),
+        ("conv w4a16 depthwise (K=9)", square, conv4(64, 64, 3, 9, group=64)),
+        ("conv w4a16 1-D", (64, 32), conv1d4),
+        ("conv w4a8 b64, output_dtype", square, conv4(64, 64, 3, 64, act="none")),
+        ("conv w4a8 b64, int8 zero points", square, conv4(64, 64, 3, 64, act="const")),
+        ("conv w4a8 1x1 b64", square, conv4(64, 64, 1, 64, act="none")),
+        ("conv w4a8 3 -> 64, block 27", (3, 16, 16), conv4(64, 3, 3, 27, act="none")),
+        ("conv w4a8 4 -> 64, block 36", (4, 16, 16), conv4(64, 4, 3, 36, act="none")),
+        ("conv w4a8 64 -> 3, b64", square, conv4(3, 64, 3, 64, act="none")),
+        ("conv w4a8 groups=2 b32", square, conv4(64, 64, 3, 32, group=2, act="none")),
+        ("matmul w8a8 3-D x", (*many, 128), matmul8(128, 128)),
+        ("matmul w8a8 2-D x", (128,), matmul8(128, 128)),
+        ("matmul w8a8 int8 zero point", (*many, 128), matmul8(128, 128, "const")),
+        ("matmul w8a8 K=27 N=45", (*many, 27), matmul8(27, 45)),
+        ("matmul w8a16 3-D x", (*many, 128), matmul8(128, 128, "")),
+        ("matmul w8a16 2-D x", (128,), matmul8(128, 128, "")),
+        ("matmul w8a16 K=27 N=45", (*many, 27), matmul8(27, 45, "")),
+        ("gemm w8a8 transB=1 bias", (128,), gemm(128, 128, trans=1, act="none")),
+        ("gemm w8a8 transB=0 bias", (128,), gemm(128, 128, trans=0, act="none")),
+        ("gemm w8a16 transB=1 bias", (128,), gemm(128, 128, trans=1)),
+        ("gemm w8a16 transB=0 bias", (128,), gemm(128, 128, trans=0)),
+        ("gemm w8a16 transB=1 no bias", (128,), gemm(128, 128, trans=1, bias=False)),
+    ]
+    for block in (16, 20, 32, 48, 64, 128, 256):
+        k = {20: 100, 48: 96, 256: 512}.get(block, 128)
+        listed.append((f"matmul w4a16 K={k} b{block} 3-D x", (*many, k), matmul4(k, 128, block)))
+    listed += [
+        ("matmul w4a16 K=128 b64 2-D x", (128,), matmul4(128, 128, 64)),
+        ("matmul w4a16 K=27 one block of 27", (*many, 27), matmul4(27, 64, 27)),
+        ("matmul w4a16 K=36 one block of 36", (*many, 36), matmul4(36, 64, 36)),
+        ("matmul w4a16 K=100 one block of 100", (*many, 100), matmul4(100, 64, 100)),
+        ("matmul w4a16 K=100 b32 (ragged)", (*many, 100), matmul4(100, 64, 32)),
+        ("matmul w4a16 K=45 b9", (*many, 45), matmul4(45, 64, 9)),
+        ("matmul w4a16 K=100 b10", (*many, 100), matmul4(100, 64, 10)),
+        ("matmul w4a16 K=96 b24", (*many, 96), matmul4(96, 64, 24)),
+        ("matmul w4a16 K=48 b12", (*many, 48), matmul4(48, 64, 12)),
+        ("matmul w4a16 N=45 (odd) b64", (*many, 128), matmul4(128, 45, 64)),
+        ("matmul w4a16 N=3 (odd) b64", (*many, 128), matmul4(128, 3, 64)),
+        ("matmul w4a16 K=27 N=45", (*many, 27), matmul4(27, 45, 27)),
+        ("matmul w4a8 b64, output_dtype", (*many, 128), matmul4(128, 128, 64, act="none")),
+        ("matmul w4a8 b64, int8 zero points", (*many, 128), matmul4(128, 128, 64, act="const")),
+        ("matmul w4a8 K=27 block 27", (*many, 27), matmul4(27, 64, 27, act="none")),
+        ("matmul w4a8 N=45 b64", (*many, 128), matmul4(128, 45, 64, act="none")),
+        ("gemm w4a16 b64 transB=1 bias", (128,), gemm(128, 128, trans=1, block=64)),
+        ("gemm w4a16 b64 transB=0 bias", (128,), gemm(128, 128, trans=0, block=64)),
+        ("gemm w4a16 b64 transB=1 no bias", (128,), gemm(128, 128, trans=1, block=64, bias=False)),
+        ("gemm w4a16 K=27 block 27 transB=1", (27,), gemm(27, 64, trans=1, block=27)),
+        ("gemm w4a16 K=100 b20 transB=1", (100,), gemm(100, 64, trans=1, block=20)),
+        ("gemm w4a16 N=45 b64 transB=1", (128,), gemm(128, 45, trans=1, block=64)),
+        ("gemm w4a8 b64 transB=1 bias", (128,), gemm(128, 128, trans=1, block=64, act="none")),
+        ("gemm w4a8 b64 transB=0 bias", (128,), gemm(128, 128, trans=0, block=64, act="none")),
+        ("gemm w4a8 K=27 block 27 transB=1", (27,), gemm(27, 64, trans=1, block=27, act="none")),
+        ("matmul w4a16, weight on the left", (128, 128), lhs_int4),
+    ]
+    return listed
+
+
+def constant_bytes(model: onnx.ModelProto) -> int:
+    """Bytes of the float, int8 and int4 constants (shapes of Reshape vanish in the engine)."""
+    total = 0
+    for tensor in model.graph.initializer:
+        size = int(np.prod(tensor.dims))
+        bits = {TensorProto.FLOAT16: 16, TensorProto.INT8: 8, TensorProto.INT4: 4}.get(tensor.data_type, 0)
+        total += -(-size * bits // 8)
+    return total
+
+
+def kernels(log: EngineLog) -> str:
+    """Name the kernels that compute, and those that rebuild a quantized weight at each call."""
+    found = [f"{layer.type} {compute_dtype(layer)}" for layer in log.layers if layer.compute]
+    for layer in log.layers:
+        dtypes = {tensor.dtype for tensor in layer.constants} & {"Int4", "Int8"}
+        if layer.type == "kgen" and dtypes and not layer.inputs:
+            found.append(f"whole weight {min(dtypes)} -> {layer.outputs[0].dtype} each call")
+    return ", ".join(found)
+
+
+def build(model: onnx.ModelProto, shape: tuple[int, ...], sm: tuple[str, ...]) -> dict[str, str]:
+    """Build ``model`` in a child process and describe the result."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        onnx.save(model, folder / "form.onnx")
+        shapes = {"x": InputShapes((1, *shape), (2, *shape), (BATCH, *shape))}
+        files = [str(folder / part) for part in ("form.onnx", "engine", "log", "result")]
+        BuildJob("tensorrt_rtx", *files, sm, shapes).save(folder / "job.json")
+        command = [sys.executable, "-m", "mpq_deploy.engine.build_worker", str(folder / "job.json")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode < 0:
+            return {"builds": "CRASH", "bytes": "", "how": f"signal {-done.returncode}"}
+        result = json.loads((folder / "result").read_text())
+        if "errors" in result:
+            why = min((e["message"] for e in result["errors"]), key=len)
+            return {"builds": f"FAIL {result['stage']}", "bytes": "", "how": " ".join(why.split())[:110]}
+        log = parse_engine_log((folder / "log").read_text())
+        return {"builds": "yes", "bytes": f"{log.weights_bytes} ({constant_bytes(model)})", "how": kernels(log)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="only forms whose name contains this")
+    parser.add_argument("--sm", nargs="*", default=["SM80", "SM86", "SM89", "SM120"])
+    parser.add_argument("-o", "--out", type=Path)
+    chosen = parser.parse_args()
+    rows = []
+    for name, shape, form in forms():
+        if chosen.only in name:
+            draft = Draft(*shape)
+            row = build(draft.model(form(draft)), shape, tuple(chosen.sm))
+            rows.append(f"| {name} | {row['builds']} | {row['bytes']} | {row['how'].replace('|', '/')} |")
+            print(rows[-1], flush=True)
+    if chosen.out:
+        chosen.out.write_text(page(rows, chosen.sm))
+
+
+def page(rows: list[str], sm: list[str]) -> str:
+    from importlib.metadata import version
+
+    return (
+        "# Which quantized forms TensorRT-RTX takes\n\n"
+        f"tensorrt_rtx {version('tensorrt_rtx')}, compute capabilities {', '.join(sm)}, no GPU: what the "
+        "builder makes of one small graph per form, from its own log. Made by "
+        "`python benchmarks/engine_forms.py -o docs/engine-forms.md`.\n"
+        "`correlation` is a convolution; `runtime_fusion` a product that takes packed weights as they are; "
+        "`whole weight ... each call` means that the weight is unpacked again at every call.\n\n"
+        "| form | builds | weight bytes in the engine (of the constants) | kernels that compute |\n|---|---|---|---|\n"
+        + "\n".join(rows)
+        + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

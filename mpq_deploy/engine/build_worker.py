@@ -1,0 +1,176 @@
+"""The child process that builds one engine: ``python -m mpq_deploy.engine.build_worker job.json``.
+
+In: a job file (``BuildJob``). Out: the serialized engine, the builder's verbose log (one message per line that
+starts with its severity), and ``result``: a JSON object with the version, or the errors. The builder may
+crash this process (several graph forms do); the parent reads the log up to that point and reports it.
+
+Only the standard library and the builder's own package are needed, so that this file also runs on a device.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+# A parser or build failure that was reported in ``result``, as opposed to a crash (negative return code).
+REPORTED_FAILURE = 3
+
+
+@dataclass(frozen=True)
+class InputShapes:
+    """The smallest, the usual and the largest shape of one input: the optimisation profile."""
+
+    minimum: tuple[int, ...]
+    optimum: tuple[int, ...]
+    maximum: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class BuildJob:
+    """What one child process is to build. Paths are absolute."""
+
+    module: str
+    model: str
+    engine: str
+    log: str
+    result: str
+    compute_capabilities: tuple[str, ...] = ()
+    shapes: dict[str, InputShapes] = field(default_factory=dict)
+    workspace_bytes: int | None = None
+
+    def save(self, path: Path) -> None:
+        """Write the job as JSON."""
+        path.write_text(json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> BuildJob:
+        """Read what ``save`` wrote."""
+        data = json.loads(path.read_text())
+        data["compute_capabilities"] = tuple(data["compute_capabilities"])
+        data["shapes"] = {
+            name: InputShapes(**{key: tuple(value) for key, value in shapes.items()})
+            for name, shapes in data["shapes"].items()
+        }
+        return cls(**data)
+
+
+class BuildFailedError(Exception):
+    """The parser or the builder refused the graph; ``errors`` are its own words, one per node."""
+
+    def __init__(self, stage: str, errors: list[dict[str, str]]) -> None:
+        super().__init__(stage)
+        self.stage = stage
+        self.errors = errors
+
+
+def make_logger(trt: Any, stream: TextIO, problems: list[str]) -> Any:
+    """Return a logger that writes every message to ``stream`` at once and gathers the errors."""
+
+    class FileLogger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            stream.write(f"[{severity.name}] {message}\n")
+            stream.flush()
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                problems.append(message)
+
+    return FileLogger()
+
+
+def build(trt: Any, job: BuildJob, logger: Any, problems: list[str]) -> memoryview:
+    """Parse, configure and build; return the serialized engine. Raises BuildFailedError."""
+    builder = trt.Builder(logger)
+    network = builder.create_network(_network_flags(trt))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(job.model):
+        raise BuildFailedError("parse", _parser_errors(parser) or _plain(problems))
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if job.workspace_bytes is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace_bytes)
+    if job.compute_capabilities:
+        config.num_compute_capabilities = len(job.compute_capabilities)
+        for index, name in enumerate(job.compute_capabilities):
+            config.set_compute_capability(getattr(trt.ComputeCapability, name), index)
+    _add_profile(builder, config, network, job)
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        raise BuildFailedError("build", _plain(problems))
+    return memoryview(engine)
+
+
+def layer_information(trt: Any, engine: memoryview, logger: Any) -> str:
+    """Ask TensorRT proper what it built, as JSON (needs a GPU, as that builder does). Unproven here."""
+    loaded = trt.Runtime(logger).deserialize_cuda_engine(engine)
+    if loaded is None:
+        raise BuildFailedError("inspect", [{"node": "", "operator": "", "message": "the engine does not load"}])
+    information = loaded.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    return str(information)
+
+
+def _network_flags(trt: Any) -> int:
+    """Strongly typed wherever the flag exists; TensorRT 11 knows nothing else and may drop the flag."""
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)
+
+
+def _parser_errors(parser: Any) -> list[dict[str, str]]:
+    errors = [parser.get_error(index) for index in range(parser.num_errors)]
+    return [{"node": str(e.node_name()), "operator": str(e.node_operator()), "message": str(e.desc())} for e in errors]
+
+
+def _plain(problems: list[str]) -> list[dict[str, str]]:
+    return [{"node": "", "operator": "", "message": message} for message in problems]
+
+
+def _add_profile(builder: Any, config: Any, network: Any, job: BuildJob) -> None:
+    dynamic = [
+        tensor
+        for tensor in (network.get_input(index) for index in range(network.num_inputs))
+        if any(size < 0 for size in tensor.shape)
+    ]
+    if not dynamic:
+        return
+    missing = [tensor.name for tensor in dynamic if tensor.name not in job.shapes]
+    if missing:
+        message = f"no shape is given for the dynamic inputs {', '.join(missing)}"
+        raise BuildFailedError("profile", [{"node": "", "operator": "", "message": message}])
+    profile = builder.create_optimization_profile()
+    for tensor in dynamic:
+        shapes = job.shapes[tensor.name]
+        profile.set_shape(tensor.name, shapes.minimum, shapes.optimum, shapes.maximum)
+    config.add_optimization_profile(profile)
+
+
+def main(arguments: list[str]) -> int:
+    """Build the job named on the command line; return the exit code."""
+    job = BuildJob.load(Path(arguments[0]))
+    trt = importlib.import_module(job.module)
+    result: dict[str, Any] = {"version": trt.__version__}
+    problems: list[str] = []
+    started = time.monotonic()
+    with Path(job.log).open("w") as stream:
+        try:
+            logger = make_logger(trt, stream, problems)
+            engine = build(trt, job, logger, problems)
+            Path(job.engine).write_bytes(engine)
+            if job.module != "tensorrt_rtx":
+                result["layer_information"] = layer_information(trt, engine, logger)
+        except BuildFailedError as failure:
+            result.update(stage=failure.stage, errors=failure.errors)
+    result["seconds"] = time.monotonic() - started
+    result["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    Path(job.result).write_text(json.dumps(result, indent=1) + "\n")
+    return REPORTED_FAILURE if "errors" in result else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

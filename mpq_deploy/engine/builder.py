@@ -1,0 +1,190 @@
+"""Build an engine from an ONNX file in a child process, and check it against the plan.
+
+In: the FP16 deployment graph, a target, the batch sizes, what the plan promises. Out: a folder with ``model.engine``,
+``layers.txt`` (the builder's own list of kernels) and ``build.json`` (an ``EngineRecord``), all three byte for byte
+the same when repeated; the full log and the time taken lie outside of it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as package_version
+from pathlib import Path
+
+from mpq_deploy.artefacts import file_digest
+from mpq_deploy.engine.build_log import EngineLog, layers_text, parse_engine_log
+from mpq_deploy.engine.build_worker import REPORTED_FAILURE, BuildJob, InputShapes
+from mpq_deploy.engine.expected import ExpectedLayers
+from mpq_deploy.engine.failure import crashed, refused
+from mpq_deploy.engine.layer_information import parse_layer_information
+from mpq_deploy.engine.record import BuildTiming, EngineRecord
+from mpq_deploy.engine.target import Target
+from mpq_deploy.engine.trtexec import build_with_trtexec
+from mpq_deploy.engine.verify import verify
+from mpq_deploy.errors import EngineError, MissingDependencyError, UsageError
+from mpq_deploy.talk import Talk
+
+ENGINE, LAYERS, RECORD = "model.engine", "layers.txt", "build.json"
+EXTRAS = {"tensorrt_rtx": "rtx", "tensorrt": "tensorrt"}
+PACKAGES = {"tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
+
+
+@dataclass(frozen=True)
+class BatchProfile:
+    """The batch sizes that the engine takes, and the shape of each input without its batch axis."""
+
+    minimum: int
+    optimum: int
+    maximum: int
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.minimum <= self.optimum <= self.maximum:
+            raise UsageError(
+                f"The engine's batch sizes are {self.minimum}, {self.optimum}, {self.maximum}.",
+                "They are the smallest, the usual and the largest one: 1 <= batch_min <= batch_opt <= batch_max.",
+            )
+
+    def inputs(self) -> dict[str, InputShapes]:
+        """Return the whole shapes, batch axis first."""
+        sizes = (self.minimum, self.optimum, self.maximum)
+        return {name: InputShapes(*((size, *shape) for size in sizes)) for name, shape in self.shapes.items()}
+
+
+@dataclass(frozen=True)
+class RawBuild:
+    """What a backend hands back: its version, the engine's log, and what it took."""
+
+    version: str
+    log: EngineLog
+    layers: str
+    timing: BuildTiming
+
+
+def build_engine(
+    model: Path,
+    out: Path,
+    target: Target,
+    profile: BatchProfile,
+    expected: ExpectedLayers,
+    talk: Talk,
+    log: Path | None = None,
+) -> EngineRecord:
+    """Build ``model`` for ``target`` into the folder ``out``, and check the engine against ``expected``.
+
+    The builder's full log goes to ``log`` (default: beside ``out``, named after it), also when the build fails, and
+    the time taken to the file of the same name that ends in .timing.json. Problems are in the record, and said;
+    ``EngineRecord.require_verified`` turns them into an error.
+
+    Raises UsageError when the target has no builder, MissingDependencyError when the builder is not installed, and
+    EngineError when it refuses the graph or crashes.
+    """
+    log = log or out.with_name(f"{out.name.strip('.')}.log")
+    backend = _backend(target)
+    out.mkdir(parents=True, exist_ok=True)
+    talk.line(f"building the engine for {target.name} with {target.builder}")
+    with tempfile.TemporaryDirectory(dir=out, prefix=".build-") as folder:
+        built = Path(folder) / ENGINE
+        raw = backend(model.resolve(), built.resolve(), target, profile, log.resolve())
+        record = _record(built, target, raw, expected)
+        built.replace(out / ENGINE)
+    (out / LAYERS).write_text(raw.layers)
+    timing = json.dumps(asdict(raw.timing), indent=1, sort_keys=True) + "\n"
+    log.with_suffix(".timing.json").write_text(timing)
+    record.save(out / RECORD)
+    for problem in record.problems:
+        talk.warn(str(problem))
+    return record
+
+
+Backend = Callable[[Path, Path, Target, BatchProfile, Path], RawBuild]
+
+
+def _backend(target: Target) -> Backend:
+    if target.builder == "none":
+        raise UsageError(
+            f"The target '{target.name}' has no engine builder: its dialect {target.dialect} runs the graph itself.",
+            "Leave the engine stage out, or choose a target with a builder (mpq-deploy targets).",
+        )
+    if target.builder == "trtexec":
+        return _build_trtexec
+    if importlib.util.find_spec(target.builder) is None:
+        purpose = f"Building an engine for '{target.name}'"
+        raise MissingDependencyError(PACKAGES[target.builder], EXTRAS[target.builder], purpose)
+    return _build_in_child
+
+
+def _build_trtexec(model: Path, engine: Path, target: Target, profile: BatchProfile, log: Path) -> RawBuild:
+    """Unproven here: written against the documented command line (no device was at hand)."""
+    version, layers, seconds, peak = build_with_trtexec(model, engine, target, profile.inputs(), log)
+    return RawBuild(version, parse_layer_information(layers, log.read_text()), layers, BuildTiming(seconds, peak))
+
+
+def _build_in_child(model: Path, engine: Path, target: Target, profile: BatchProfile, log: Path) -> RawBuild:
+    _check_version(target)
+    result = engine.with_name("result.json")
+    job_file = engine.with_name("job.json")
+    BuildJob(
+        module=target.builder,
+        model=str(model),
+        engine=str(engine),
+        log=str(log),
+        result=str(result),
+        compute_capabilities=target.compute_capabilities,
+        shapes=profile.inputs(),
+    ).save(job_file)
+    command = [sys.executable, "-m", "mpq_deploy.engine.build_worker", str(job_file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.stderr and log.is_file():
+        with log.open("a") as stream:
+            stream.write(f"[stderr] {done.stderr}")
+    if done.returncode not in (0, REPORTED_FAILURE):
+        raise crashed(model, log, done.returncode, done.stderr)
+    values = json.loads(result.read_text())
+    if "errors" in values:
+        raise refused(values, target.builder, log)
+    text = log.read_text()
+    timing = BuildTiming(round(values["seconds"], 3), values["peak_rss_bytes"])
+    if "layer_information" in values:
+        layers = values["layer_information"]
+        return RawBuild(values["version"], parse_layer_information(layers, text), layers, timing)
+    return RawBuild(values["version"], parse_engine_log(text), layers_text(text), timing)
+
+
+def _check_version(target: Target) -> None:
+    """Refuse a builder of a version that the target's dialect was not written for."""
+    try:
+        version = package_version(target.builder)
+    except PackageNotFoundError:
+        return  # installed without metadata (JetPack's own): the worker's result names the version
+    if target.versions and not any(version.startswith(prefix) for prefix in target.versions):
+        raise EngineError(
+            f"The target '{target.name}' is for {target.builder} {' or '.join(target.versions)}; {version} is here.",
+            "Choose the target of that version (mpq-deploy targets), or extend it in a YAML with 'versions: []'.",
+        )
+
+
+def _record(engine: Path, target: Target, raw: RawBuild, expected: ExpectedLayers) -> EngineRecord:
+    problems = tuple(verify(raw.log, expected))
+    return EngineRecord(
+        target=target.name,
+        backend=target.builder,
+        version=raw.version,
+        file=ENGINE,
+        sha256=file_digest(engine),
+        bytes=engine.stat().st_size,
+        weights_bytes=raw.log.weights_bytes,
+        activation_bytes=raw.log.activation_bytes,
+        planned_bytes=expected.total_bytes,
+        kernels=raw.log.summary(),
+        verified=not any(problem.severity == "wrong" for problem in problems),
+        problems=problems,
+        timing=raw.timing,
+    )

@@ -1,0 +1,76 @@
+"""What the plan promises of an engine: the layers with their schemes, and the bytes of all constants."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mpq_deploy.graph.layers import Layer
+from mpq_deploy.precision.deployed import block_size, weight_bytes
+from mpq_deploy.precision.scheme import SCHEMES, Scheme
+
+
+@dataclass(frozen=True)
+class ExpectedLayer:
+    """One layer of the plan: the ONNX nodes that apply it, its scheme, and its bytes in the file.
+
+    ``reduction`` and ``out_channels`` are those of the weight as a matrix, ``kernel`` its spatial shape (empty for
+    products), ``blocks`` how many scales each output channel has.
+    """
+
+    name: str
+    op: str
+    nodes: tuple[str, ...]
+    scheme: str
+    bytes: int
+    out_channels: int
+    reduction: int
+    kernel: tuple[int, ...] = ()
+    blocks: int = 1
+
+    @property
+    def weights(self) -> int:
+        """Number of weight elements."""
+        return self.out_channels * self.reduction
+
+    @property
+    def form(self) -> Scheme:
+        """The scheme itself."""
+        return SCHEMES[self.scheme]
+
+    @classmethod
+    def of(cls, layer: Layer, scheme: Scheme) -> ExpectedLayer:
+        """Describe ``layer`` under ``scheme``."""
+        block = block_size(layer, scheme)
+        blocks = layer.reduction // block if block else 1
+        nodes = tuple(use.node for use in layer.uses)
+        size = weight_bytes(layer, scheme)
+        shape = (layer.out_channels, layer.reduction, layer.kernel, blocks)
+        return cls(layer.name, layer.op, nodes, scheme.name, size, *shape)
+
+
+@dataclass(frozen=True)
+class ExpectedLayers:
+    """All layers of the plan, and the bytes of all constants of the file."""
+
+    layers: tuple[ExpectedLayer, ...]
+    total_bytes: int
+
+    @classmethod
+    def of(cls, layers: Iterable[Layer], schemes: Mapping[str, Scheme], total_bytes: int) -> ExpectedLayers:
+        """Describe ``layers`` under ``schemes`` (by layer name)."""
+        return cls(tuple(ExpectedLayer.of(layer, schemes[layer.name]) for layer in layers), total_bytes)
+
+    def save(self, path: Path) -> None:
+        """Write as JSON with sorted keys."""
+        path.write_text(json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> ExpectedLayers:
+        """Read what ``save`` wrote."""
+        data = json.loads(path.read_text())
+        tuples = ("nodes", "kernel")
+        layers = [{**one, **{key: tuple(one[key]) for key in tuples}} for one in data["layers"]]
+        return cls(tuple(ExpectedLayer(**one) for one in layers), data["total_bytes"])

@@ -1,0 +1,83 @@
+"""Turn a builder's refusal or crash into an error that names the nodes and the log."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from mpq_deploy.errors import EngineError
+
+LAST_LINES = 4
+NAMED_NODES = 4
+PRODUCTS = ("MatMul", "Gemm")
+
+
+def refused(result: dict[str, Any], builder: str, log: Path) -> EngineError:
+    """Say what the parser or builder refused, node by node, from the worker's result."""
+    errors = result["errors"]
+    said = [
+        f"{e['node']} ({e['operator']}): {_short(e['message'])}" if e["node"] else _short(e["message"]) for e in errors
+    ]
+    shown = "; ".join(dict.fromkeys(said[:NAMED_NODES])) or "it gave no reason"
+    verb = {"parse": "cannot read the graph", "profile": "cannot be told the input shapes"}.get(
+        result["stage"], "refuses the graph"
+    )
+    return EngineError(f"{builder} {result['version']} {verb}: {shown}.", f"The whole log: {log}")
+
+
+def crashed(model: Path, log: Path, returncode: int, stderr: str) -> EngineError:
+    """Say how the builder's process died, with the nodes that are known to kill it and its last words."""
+    text = log.read_text(errors="replace") if log.is_file() else ""
+    last = " / ".join(line for line in text.splitlines() if line.strip()).split(" / ")[-LAST_LINES:]
+    if returncode > 0:
+        words = " ".join(stderr.split())[-400:]
+        return EngineError(f"The builder's process ended with code {returncode}: {words}", f"The whole log: {log}")
+    name = signal.Signals(-returncode).name
+    if -returncode == signal.SIGKILL:
+        message = "The builder was killed (SIGKILL), most likely because memory ran out"
+        return EngineError(
+            f"{message}. Its last words: {' / '.join(last)}", f"Build on a machine with more memory. Log: {log}"
+        )
+    nodes = suspects(model)
+    blame = f" Suspect nodes: {', '.join(nodes)}." if nodes else " No node has a form that is known to crash it."
+    return EngineError(
+        f"The builder crashed ({name}).{blame} Its last words: {' / '.join(last)}",
+        f"Leave the suspect layers in FP16 (recipe: protect). The whole log: {log}",
+    )
+
+
+def suspects(model: Path) -> list[str]:
+    """Name the nodes of forms that are known to crash TensorRT-RTX: each with the reason.
+
+    1. A product whose left operand is an INT4 weight in blocks.
+    2. Products that share one INT4 weight in blocks (their own copies of it are fine).
+    """
+    graph = onnx.load(model, load_external_data=False).graph
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    blocked: dict[str, str] = {}
+    for node in graph.node:
+        is_int4 = node.op_type == "DequantizeLinear" and types.get(node.input[0]) == onnx.TensorProto.INT4
+        if is_int4 and any(attribute.name == "block_size" and attribute.i for attribute in node.attribute):
+            blocked[node.output[0]] = node.input[0]
+    found = []
+    readers: dict[str, list[str]] = {}
+    for node in graph.node:
+        if node.op_type not in PRODUCTS:
+            continue
+        if node.input[0] in blocked:
+            found.append(f"{node.name} (its left operand is an INT4 weight in blocks)")
+        if node.input[1] in blocked:
+            readers.setdefault(blocked[node.input[1]], []).append(node.name)
+    for weight, nodes in readers.items():
+        if len(nodes) > 1:
+            found.append(f"{' and '.join(nodes)} (they share the INT4 weight {weight})")
+    return found
+
+
+def _short(message: str) -> str:
+    """The first sentence of a builder's message, without the noise of a missing driver."""
+    lines = [line for line in message.splitlines() if "cudaError" not in line and "catchCudaError" not in line]
+    return " ".join(" ".join(lines).split())[:300].rstrip(".")

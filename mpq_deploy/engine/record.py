@@ -1,0 +1,69 @@
+"""What a build leaves behind: the record of the engine (build.json), and the time that building took."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from mpq_deploy.engine.verify import Problem
+from mpq_deploy.errors import EngineError
+
+# How many layers an error names before it only counts them.
+NAMED = 5
+
+
+@dataclass(frozen=True)
+class BuildTiming:
+    """What building took: the same build takes another time tomorrow, so this is kept apart from the record."""
+
+    build_seconds: float
+    peak_rss_bytes: int
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """An engine that was built: what it is, what it holds, and how it differs from the plan.
+
+    ``kernels`` counts the engine's kernels by type. ``verified`` means that no problem is ``wrong``.
+    """
+
+    target: str
+    backend: str
+    version: str
+    file: str
+    sha256: str
+    bytes: int
+    weights_bytes: int | None
+    activation_bytes: int | None
+    planned_bytes: int
+    kernels: dict[str, int]
+    verified: bool
+    problems: tuple[Problem, ...] = ()
+    timing: BuildTiming | None = field(default=None, compare=False)
+
+    def require_verified(self) -> EngineRecord:
+        """Return self. Raises EngineError naming the layers when the engine is not what was planned."""
+        wrong = [str(problem) for problem in self.problems if problem.severity == "wrong"]
+        if wrong:
+            more = f" (and {len(wrong) - NAMED} more)" if len(wrong) > NAMED else ""
+            raise EngineError(
+                f"The engine is not what was planned: {'; '.join(wrong[:NAMED])}{more}.",
+                "The builder fell back silently; leave these layers in FP16 (recipe: protect), or report it.",
+            )
+        return self
+
+    def save(self, path: Path) -> None:
+        """Write as JSON with sorted keys, without the timing."""
+        values = asdict(self)
+        del values["timing"]
+        path.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n")
+
+    @classmethod
+    def load(cls, path: Path, timing: Path | None = None) -> EngineRecord:
+        """Read what ``save`` wrote, with the timing where there is one."""
+        values = json.loads(path.read_text())
+        values["problems"] = tuple(Problem(**problem) for problem in values["problems"])
+        if timing is not None and timing.is_file():
+            values["timing"] = BuildTiming(**json.loads(timing.read_text()))
+        return cls(**values)

@@ -1,0 +1,96 @@
+"""Build with trtexec, the command-line builder that comes with TensorRT and with JetPack.
+
+Unproven here: the command line is the documented one of TensorRT 10.3 to 11.1; no device was at hand.
+"""
+
+from __future__ import annotations
+
+import re
+import resource
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from mpq_deploy.engine.build_worker import InputShapes
+from mpq_deploy.engine.failure import crashed
+from mpq_deploy.engine.target import Target
+from mpq_deploy.errors import EngineError
+
+# Where JetPack and the Debian packages put it, beside the search path.
+PLACES = ("/usr/src/tensorrt/bin/trtexec",)
+
+
+def find_trtexec() -> str | None:
+    """Return the path of trtexec on this machine, or None."""
+    return shutil.which("trtexec") or next((place for place in PLACES if Path(place).is_file()), None)
+
+
+def trtexec_command(
+    trtexec: str, model: Path, engine: Path, layers: Path, shapes: Mapping[str, InputShapes]
+) -> list[str]:
+    """Return the command line that builds ``engine`` and lists its kernels in ``layers``.
+
+    ``--stronglyTyped`` is needed on TensorRT 10 and does nothing on 11; precision flags would contradict it.
+    """
+    command = [
+        trtexec,
+        f"--onnx={model}",
+        f"--saveEngine={engine}",
+        "--stronglyTyped",
+        "--profilingVerbosity=detailed",
+        f"--exportLayerInfo={layers}",
+        "--skipInference",
+        "--verbose",
+    ]
+    for flag, field in (("minShapes", "minimum"), ("optShapes", "optimum"), ("maxShapes", "maximum")):
+        described = [f"{name}:{'x'.join(map(str, getattr(shape, field)))}" for name, shape in shapes.items()]
+        if described:
+            command.append(f"--{flag}={','.join(described)}")
+    return command
+
+
+def build_with_trtexec(
+    model: Path, engine: Path, target: Target, shapes: Mapping[str, InputShapes], log: Path
+) -> tuple[str, str, float, int]:
+    """Run trtexec; return its version, the layer information (JSON), the seconds and the peak memory in bytes.
+
+    Raises EngineError when trtexec is absent, of a version that the target's dialect is not for, or fails.
+    """
+    trtexec = find_trtexec()
+    if trtexec is None:
+        raise EngineError(
+            f"The engine for '{target.name}' is built by trtexec, which is not on this machine.",
+            "Build it on the device (JetPack has /usr/src/tensorrt/bin/trtexec), or use the target 'rtx' here.",
+        )
+    layers = engine.with_name("layers.json")
+    started = time.monotonic()
+    with log.open("w") as stream:
+        command = trtexec_command(trtexec, model, engine, layers, shapes)
+        done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False)
+    text = log.read_text(errors="replace")
+    version = trtexec_version(text)
+    if target.versions and version and not any(version.startswith(prefix) for prefix in target.versions):
+        raise EngineError(
+            f"The target '{target.name}' is for TensorRT {' or '.join(target.versions)}, but trtexec is {version}.",
+            "Choose the target of that version (mpq-deploy targets).",
+        )
+    if done.returncode < 0:
+        raise crashed(model, log, done.returncode, "")
+    if done.returncode or not engine.is_file():
+        errors = [line for line in text.splitlines() if "[E]" in line][:3]
+        raise EngineError(f"trtexec refuses the graph: {' / '.join(errors) or 'no reason given'}.", f"Log: {log}")
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    return version, layers.read_text(), round(time.monotonic() - started, 3), peak
+
+
+def trtexec_version(text: str) -> str:
+    """Read the version from trtexec's output: ``[TensorRT v100300]`` is 10.3.0, ``v8603`` is 8.6.3."""
+    found = re.search(r"\[TensorRT v(\d+)\]", text)
+    if found is None:
+        return ""
+    digits = found.group(1)
+    if len(digits) <= 4:
+        return ".".join((digits[0], digits[1], digits[2:].lstrip("0") or "0"))
+    return ".".join(str(int(part)) for part in (digits[:-4], digits[-4:-2], digits[-2:]))

@@ -1,0 +1,182 @@
+"""Check an engine against the plan, from the builder's own words: does each layer compute and lie as planned?
+
+In: an ``EngineLog`` and the ``ExpectedLayers``. Out: ``Problem`` objects; none means that
+
+1. every node of every layer is computed by a kernel that names it;
+2. w8a8 and w4a8 multiply INT8 by INT8, and no other layer does;
+3. the weights of w8* layers lie in the engine as INT8, those of w4* as INT4 (a kernel may unpack them at run time);
+4. all constants together have the planned bytes, within 2 % and a stated allowance for what the builder adds.
+
+A layer that is right but slow (its whole weight is unpacked at each call although its form could be fused) is a
+problem of severity ``slow``; all others are ``wrong``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from mpq_deploy.engine.build_log import EngineLayer, EngineLog, EngineTensor
+from mpq_deploy.engine.expected import ExpectedLayer, ExpectedLayers
+from mpq_deploy.precision.scheme import INT4, INT8
+
+__all__ = ["ExpectedLayer", "ExpectedLayers", "Problem", "can_fuse", "verify", "weights_allowance"]
+
+Severity = Literal["wrong", "slow"]
+
+# How far the engine's weights may be from the plan's bytes.
+WEIGHTS_TOLERANCE = 0.02
+# For every output channel that computes in INT8 the builder keeps three FP32 factors of a convolution (three constants
+# [1, O, 1, 1] of type Float in its log), two FP16 ones of a product, where the file has one FP16 scale.
+INT8_CHANNEL_BYTES = {"Conv": 3 * 4, "Gemm": 2 * 2, "MatMul": 2 * 2}
+# It aligns each constant to 128 bytes: half of that is lost on average, by codes, scales, bias and channel scales.
+ALIGNMENT_BYTES = 4 * 64
+# It pads the channels of a convolution to 4, and those of odd products to 2.
+CHANNEL_MULTIPLE = 4
+BYTES_PER_ELEMENT = {"fp16": 2, "w8a8": 1, "w8a16": 2, "w4a16": 2, "w4a8": 1}
+# Literals, and the kernels' own tables, of an engine without any layer: measured 0.5 to 1.5 kB.
+BASE_BYTES = 4096
+
+STORED = {"fp16": ("Half", "Float", "BFloat16"), INT4.name: ("Int4",), INT8.name: ("Int8",)}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something in the engine that is not as planned. ``layer`` is empty where the engine as a whole is meant."""
+
+    layer: str
+    message: str
+    severity: Severity = "wrong"
+
+    def __str__(self) -> str:
+        return f"{self.layer}: {self.message}" if self.layer else self.message
+
+
+def verify(log: EngineLog, expected: ExpectedLayers) -> list[Problem]:
+    """Return every way in which the engine differs from the plan; an empty list means that it is as planned."""
+    behind = _constants_behind(log.layers)
+    planned = _planned_by_node(expected.layers)
+    problems: list[Problem] = []
+    for layer in expected.layers:
+        for node in layer.nodes:
+            kernels = [i for i, one in enumerate(log.layers) if node in one.nodes and _applies(one, node)]
+            problems += _check_node(layer, node, [(log.layers[i], behind[i]) for i in kernels], planned)
+    problems += _check_bytes(log, expected)
+    return list(dict.fromkeys(problems))
+
+
+def weights_allowance(expected: ExpectedLayers) -> int:
+    """Bytes that the engine may differ from the plan beyond the tolerance, for what the builder adds."""
+    return BASE_BYTES + sum(_layer_allowance(layer) for layer in expected.layers)
+
+
+def can_fuse(layer: ExpectedLayer) -> bool:
+    """Whether TensorRT-RTX can multiply by the packed INT4 weight as it lies (measured: docs/engine-forms.md)."""
+    even = layer.reduction % 2 == 0 and layer.out_channels % 2 == 0
+    return layer.op != "Conv" and layer.form.family == "w4a16" and even and layer.blocks >= 2
+
+
+def _applies(kernel: EngineLayer, node: str) -> bool:
+    """Whether ``kernel`` may be the one that multiplies for ``node``: epilogues and unpacking also name it.
+
+    A tiny product may be a generated kernel; then it reads an activation and no other kernel computes.
+    """
+    return kernel.compute or bool(kernel.inputs)
+
+
+def _constants_behind(layers: tuple[EngineLayer, ...]) -> list[tuple[EngineTensor, ...]]:
+    """For each kernel, its constants and those from which its non-activation inputs are made at run time."""
+    static: dict[str, tuple[EngineTensor, ...]] = {}
+    behind = []
+    for layer in layers:
+        made = [static[tensor.name] for tensor in layer.inputs if tensor.name in static]
+        reached = tuple(dict.fromkeys((*layer.constants, *(c for group in made for c in group))))
+        behind.append(reached)
+        constant = len(made) == len(layer.inputs) and bool(reached)
+        for tensor in layer.outputs:
+            if constant:
+                static[tensor.name] = (*static.get(tensor.name, ()), *reached)
+            else:
+                static.pop(tensor.name, None)
+    return behind
+
+
+def _planned_by_node(layers: Iterable[ExpectedLayer]) -> dict[str, ExpectedLayer]:
+    return {node: layer for layer in layers for node in layer.nodes}
+
+
+def _check_node(
+    layer: ExpectedLayer,
+    node: str,
+    candidates: list[tuple[EngineLayer, tuple[EngineTensor, ...]]],
+    planned: dict[str, ExpectedLayer],
+) -> list[Problem]:
+    computing = [pair for pair in candidates if pair[0].compute] or candidates
+    if not computing:
+        return [Problem(layer.name, f"no kernel of the engine names its node '{node}'")]
+    problems = []
+    for kernel, constants in computing:
+        int8 = _multiplies_int8(kernel)
+        if layer.form.activation is INT8 and not int8:
+            types = "/".join(dict.fromkeys(tensor.dtype for tensor in kernel.inputs))
+            problems.append(Problem(layer.name, f"planned {layer.scheme}, but it computes in {types} ({kernel.name})"))
+        if layer.form.activation is None and int8:
+            problems.append(Problem(layer.name, f"planned {layer.scheme}, but it computes in Int8 ({kernel.name})"))
+        problems += _check_storage(layer, kernel, constants, planned)
+    return problems
+
+
+def _multiplies_int8(kernel: EngineLayer) -> bool:
+    """Both operands INT8: an input (the activation), and the weight, constant or unpacked by another kernel."""
+    inputs = sum(tensor.dtype == "Int8" for tensor in kernel.inputs)
+    constants = sum(tensor.dtype == "Int8" for tensor in kernel.constants)
+    return kernel.compute and inputs >= 1 and inputs + constants >= 2
+
+
+def _check_storage(
+    layer: ExpectedLayer,
+    kernel: EngineLayer,
+    constants: tuple[EngineTensor, ...],
+    planned: dict[str, ExpectedLayer],
+) -> list[Problem]:
+    """One kernel may compute several layers that share an input: their weights must lie there together."""
+    weight = layer.form.weight
+    stored = STORED[weight.name if weight else "fp16"]
+    together = {planned[node].name: planned[node] for node in kernel.nodes if node in planned}
+    needed = sum(one.weights for one in together.values() if one.form.weight is weight)
+    held = sum(tensor.elements for tensor in constants if tensor.dtype in stored)
+    if held < needed:
+        kinds = ", ".join(f"{t.dtype} {list(t.shape)}" for t in constants if t.elements >= layer.weights) or "none"
+        message = f"planned {layer.scheme}, but its weight does not lie in the engine as {stored[0]} (found: {kinds})"
+        return [Problem(layer.name, message)]
+    direct = sum(tensor.elements for tensor in kernel.constants if tensor.dtype in stored)
+    if can_fuse(layer) and direct < needed:
+        message = f"its {stored[0]} weight is unpacked as a whole at each call, though its form could be fused"
+        return [Problem(layer.name, message, "slow")]
+    return []
+
+
+def _check_bytes(log: EngineLog, expected: ExpectedLayers) -> list[Problem]:
+    if log.weights_bytes is None:
+        return [Problem("", "the builder's log does not give the engine's weight bytes")]
+    allowance = weights_allowance(expected)
+    bound = WEIGHTS_TOLERANCE * expected.total_bytes + allowance
+    if abs(log.weights_bytes - expected.total_bytes) <= bound:
+        return []
+    message = (
+        f"the engine holds {log.weights_bytes:,} bytes of weights, the plan has {expected.total_bytes:,} "
+        f"(allowed: {WEIGHTS_TOLERANCE:.0%} and {allowance:,} bytes for padding, alignment and FP32 factors)"
+    )
+    return [Problem("", message)]
+
+
+def _layer_allowance(layer: ExpectedLayer) -> int:
+    multiple = CHANNEL_MULTIPLE if layer.op == "Conv" else 2
+    area = 1
+    for size in layer.kernel:
+        area *= size
+    channels = layer.reduction // area
+    padded = -channels % multiple * area * layer.out_channels + -layer.out_channels % multiple * layer.reduction
+    factors = INT8_CHANNEL_BYTES[layer.op] * layer.out_channels if layer.form.activation is INT8 else 0
+    return ALIGNMENT_BYTES + factors + padded * BYTES_PER_ELEMENT[layer.form.family]
