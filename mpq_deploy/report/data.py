@@ -1,0 +1,304 @@
+"""What a report says, as plain values. The pipeline fills it; ``write`` turns it into JSON, Markdown and HTML.
+
+Every number is finite: NaN and infinity are refused here, where the field is named, and a PSNR of infinity
+(identical images) is None. What was not measured is None, never 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, computed_field
+
+from mpq_deploy.denoisers.spec import Array
+
+# Changes when a reader of report.json must change.
+SCHEMA_VERSION = 1
+
+IDENTICAL = "identical"
+
+
+class Part(BaseModel):
+    """A piece of the report: unknown keys, NaN and infinity are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelInfo(Part):
+    """The denoiser. ``synthetic`` says in words what about it is not real (random weights); empty when nothing."""
+
+    name: str
+    source: str
+    labels: tuple[str, ...] = ()
+    synthetic: str = ""
+    weights: int | None = Field(None, ge=0, description="number of weight elements of all layers")
+    sample_shape: tuple[int, ...] = ()
+
+
+class TargetInfo(Part):
+    """What the engine is for. ``title`` is for people."""
+
+    name: str
+    title: str = ""
+    dialect: str = ""
+
+
+class Control(Part):
+    """A uniform variant made in the same run, such as everything in INT8. None: that was not measured."""
+
+    title: str
+    size_bytes: int = Field(ge=0)
+    size_ratio: float = Field(ge=0)
+    measured_nmse: float | None = Field(None, ge=0)
+    psnr_db: float | None = None
+    ssim: float | None = None
+    nmse_by_timestep: tuple[float, ...] = ()
+    identical: bool = Field(False, description="images equal to the float model's: psnr_db is infinite and so None")
+
+
+class CurvePoint(Part):
+    """One budget of a sweep. ``measured_nmse`` and ``psnr_db`` only where that budget was evaluated."""
+
+    size_ratio: float = Field(ge=0)
+    predicted_nmse: float = Field(ge=0)
+    measured_nmse: float | None = Field(None, ge=0)
+    psnr_db: float | None = None
+
+
+class Check(Part):
+    """One thing that was verified of the engine, and by what."""
+
+    what: str
+    passed: bool
+    detail: str = ""
+
+
+class EngineInfo(Part):
+    """The engine that was built, as its own build log describes it.
+
+    ``planned_weights_bytes`` is what the plan expects of the engine's weights memory. ``latency_ms`` was measured
+    on the device named by ``latency_source``; None: not measured on this machine.
+    """
+
+    backend: str
+    version: str
+    file: str
+    sha256: str
+    weights_bytes: int | None = Field(None, ge=0)
+    planned_weights_bytes: int | None = Field(None, ge=0)
+    engine_bytes: int | None = Field(None, ge=0)
+    verified: bool
+    checks: tuple[Check, ...] = ()
+    build_seconds: float | None = Field(None, ge=0)
+    latency_ms: float | None = Field(None, ge=0)
+    latency_source: str = ""
+    notes: tuple[str, ...] = ()
+
+
+class LayerRow(Part):
+    """One layer of the plan, in graph order. ``refused``: scheme -> why this layer may not take it."""
+
+    name: str
+    op: str
+    scheme: str
+    bytes: int = Field(ge=0)
+    fp16_bytes: int = Field(ge=0)
+    weights: int = Field(ge=0)
+    weight_shape: tuple[int, ...] = ()
+    predicted_loss: float | None = Field(None, ge=0)
+    refused: dict[str, str] = Field(default_factory=dict)
+    loss_by_timestep: tuple[float, ...] = ()
+
+
+class OtherRow(Part):
+    """A constant that is no layer, and why it stays in FP16."""
+
+    name: str
+    op: str
+    elements: int = Field(ge=0)
+    reason: str
+
+
+class StageRow(Part):
+    """What a stage took when it was last made; ``cached``: it was up to date in this call."""
+
+    name: str
+    seconds: float = Field(ge=0)
+    peak_rss_bytes: int | None = Field(None, ge=0)
+    cached: bool
+
+
+class SolverInfo(Part):
+    """How the allocation ended. ``gap`` is relative."""
+
+    status: str
+    gap: float = Field(ge=0)
+    seconds: float | None = Field(None, ge=0)
+
+
+class CpuLatencyInfo(Part):
+    """Calls in ONNX Runtime on the building machine's CPU, as such: nothing about the device."""
+
+    float_ms: float = Field(ge=0)
+    ours_ms: float = Field(ge=0)
+    source: str
+
+
+class EvaluationInfo(Part):
+    """How the images and errors were measured."""
+
+    samples: int = Field(ge=1)
+    steps: int = Field(ge=1)
+    seed: int
+    sampler: str
+    image_kind: Literal["pixels", "decoded", "latents"] = "pixels"
+
+
+class SchemeTotal(Part):
+    """How many layers and bytes of one operator took one scheme."""
+
+    op: str
+    scheme: str
+    layers: int
+    bytes: int
+    fp16_bytes: int
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Pictures for the page, not for JSON: uint8 [N, H, W, C] by variant, ``float`` first, the same noise in each.
+
+    ``titles`` name the variants for people; ``labels`` the conditions.
+    """
+
+    images: dict[str, Array]
+    labels: tuple[str, ...] = ()
+    titles: dict[str, str] = field(default_factory=dict)
+
+
+class ReportData(Part):
+    """The whole report. Sizes in bytes; NMSE as in the sensitivity table; PSNR in dB against the float images.
+
+    ``nmse_by_timestep`` belongs to ``timesteps`` (scheduler values, in sampling order), like those of the
+    controls. ``reproduce`` is the exact command. ``engine`` is None where none was built: ``engine_note`` says
+    why.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
+
+    model: ModelInfo
+    target: TargetInfo
+    budget: float = Field(gt=0, description="asked for, as a fraction of the FP16 size")
+    budget_bytes: int = Field(ge=0)
+    size_bytes: int = Field(ge=0)
+    fp16_size_bytes: int = Field(gt=0)
+    fixed_bytes: int = Field(0, ge=0, description="constants that are no layers")
+    predicted_nmse: float = Field(ge=0)
+    measured_nmse: float | None = Field(None, ge=0)
+    psnr_db: float | None = None
+    ssim: float | None = None
+    identical: bool = Field(False, description="images equal to the float model's: psnr_db is infinite and so None")
+    timesteps: tuple[float, ...] = ()
+    nmse_by_timestep: tuple[float, ...] = ()
+    evaluation: EvaluationInfo | None = None
+    controls: dict[str, Control] = Field(default_factory=dict)
+    curve: tuple[CurvePoint, ...] = ()
+    engine: EngineInfo | None = None
+    engine_note: str = ""
+    cpu_latency: CpuLatencyInfo | None = None
+    layers: tuple[LayerRow, ...]
+    others: tuple[OtherRow, ...] = ()
+    stages: tuple[StageRow, ...] = ()
+    solver: SolverInfo | None = None
+    sensitivity: str = Field("", description="metric behind the predicted losses")
+    versions: dict[str, str] = Field(default_factory=dict)
+    reproduce: str = ""
+    notes: tuple[str, ...] = ()
+    images: ImageSet | None = Field(None, exclude=True, repr=False)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def schema_version(self) -> int:
+        """Version of report.json's form."""
+        return SCHEMA_VERSION
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def size_ratio(self) -> float:
+        """Deployed bytes divided by the FP16 bytes of the same constants."""
+        return self.size_bytes / self.fp16_size_bytes
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def totals(self) -> tuple[SchemeTotal, ...]:
+        """Layers and bytes per operator and scheme."""
+        return scheme_totals(self.layers)
+
+    @property
+    def prediction_ratio(self) -> float | None:
+        """Predicted over measured NMSE; None where there is no measurement, or no error."""
+        return self.predicted_nmse / self.measured_nmse if self.measured_nmse else None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the values of report.json: everything but the pictures."""
+        return self.model_dump(mode="json")
+
+
+def scheme_totals(layers: Iterable[LayerRow]) -> tuple[SchemeTotal, ...]:
+    """Count layers and bytes per (operator, scheme), sorted."""
+    found: dict[tuple[str, str], list[LayerRow]] = {}
+    for layer in layers:
+        found.setdefault((layer.op, layer.scheme), []).append(layer)
+    return tuple(
+        SchemeTotal(
+            op=op,
+            scheme=scheme,
+            layers=len(rows),
+            bytes=sum(row.bytes for row in rows),
+            fp16_bytes=sum(row.fp16_bytes for row in rows),
+        )
+        for (op, scheme), rows in sorted(found.items())
+    )
+
+
+@dataclass(frozen=True)
+class KeptReason:
+    """Why some constants stayed in FP16: how many, how many bytes, and their names."""
+
+    reason: str
+    count: int
+    bytes: int
+    names: tuple[str, ...]
+    kind: Literal["layer", "other"]
+
+
+CHOSEN_FP16 = "it could be quantized, but at this budget the bytes are better spent here"
+
+
+def kept_in_fp16(data: ReportData) -> tuple[KeptReason, ...]:
+    """Group what stayed in FP16 by the reason, layers first, then by bytes."""
+    groups: dict[tuple[Literal["layer", "other"], str], list[tuple[str, int]]] = {}
+    known = {name for layer in data.layers for name in (layer.scheme, *layer.refused)} - {"fp16"}
+    for layer in data.layers:
+        if layer.scheme == "fp16":
+            groups.setdefault(("layer", _reason(layer, known)), []).append((layer.name, layer.bytes))
+    for other in data.others:
+        groups.setdefault(("other", other.reason), []).append((other.name, 2 * other.elements))
+    kept = [
+        KeptReason(reason, len(rows), sum(size for _, size in rows), tuple(name for name, _ in rows), kind)
+        for (kind, reason), rows in groups.items()
+    ]
+    return tuple(sorted(kept, key=lambda k: (k.kind, -k.bytes, k.reason)))
+
+
+def _reason(layer: LayerRow, known_schemes: set[str]) -> str:
+    """Say why a layer stayed in FP16: every scheme of this report was refused, or the allocation preferred it.
+
+    A refusal may name a scheme, or a family for all its block sizes.
+    """
+    open_schemes = {s for s in known_schemes if s not in layer.refused and s.split("-")[0] not in layer.refused}
+    if open_schemes or not layer.refused:
+        return CHOSEN_FP16
+    return "; ".join(dict.fromkeys(layer.refused.values()))

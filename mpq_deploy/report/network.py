@@ -1,0 +1,148 @@
+"""The network as a picture: its layers in graph order, one row per block, colour for scheme, width for bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mpq_deploy.report.data import LayerRow, ReportData
+from mpq_deploy.report.words import error, percent, size
+
+# More rows than this and blocks are joined by the first part of their name alone.
+MOST_ROWS = 40
+SCHEME_MEANINGS = {
+    "fp16": "16-bit floats, as in the original",
+    "w8a8": "8-bit weights and activations, INT8 arithmetic",
+    "w8a16": "8-bit weights, FP16 arithmetic",
+    "w4a16": "4-bit weights, FP16 arithmetic",
+    "w4a8": "4-bit weights, INT8 arithmetic",
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    """One layer in the picture. ``width`` in percent of the widest row."""
+
+    index: int
+    family: str
+    scheme: str
+    width: float
+    said: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """Neighbouring layers whose names begin alike."""
+
+    name: str
+    bytes: int
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True)
+class LegendEntry:
+    """A family of schemes and how much of the model took it."""
+
+    family: str
+    meaning: str
+    layers: int
+    bytes: int
+    share: str
+
+
+def network_rows(layers: Sequence[LayerRow]) -> list[Row]:
+    """Group ``layers`` into rows; the row of most bytes is 100 % wide."""
+    groups = _grouped(layers, 2)
+    if len(groups) > MOST_ROWS:
+        groups = _grouped(layers, 1)
+    widest = max((sum(layer.bytes for _, layer in group) for _, group in groups), default=0) or 1
+    return [
+        Row(
+            name,
+            sum(layer.bytes for _, layer in group),
+            tuple(
+                Block(i, family(layer.scheme), layer.scheme, 100 * layer.bytes / widest, layer_said(layer))
+                for i, layer in group
+            ),
+        )
+        for name, group in groups
+    ]
+
+
+def legend(data: ReportData) -> list[LegendEntry]:
+    """Return the families in use, the widest format first."""
+    total = sum(layer.bytes for layer in data.layers) or 1
+    used: dict[str, list[LayerRow]] = {}
+    for layer in data.layers:
+        used.setdefault(family(layer.scheme), []).append(layer)
+    order = list(SCHEME_MEANINGS)
+    names = sorted(used, key=lambda name: (order.index(name) if name in order else len(order), name))
+    return [
+        LegendEntry(
+            name,
+            SCHEME_MEANINGS.get(name, ""),
+            len(used[name]),
+            sum(layer.bytes for layer in used[name]),
+            percent(sum(layer.bytes for layer in used[name]) / total),
+        )
+        for name in names
+    ]
+
+
+def layer_details(layers: Sequence[LayerRow]) -> list[dict[str, object]]:
+    """Return what the page shows of a layer when it is pointed at, in graph order."""
+    total = sum(layer.predicted_loss or 0.0 for layer in layers)
+    return [
+        {
+            "name": layer.name,
+            "facts": [
+                ["Operator", layer.op],
+                ["Weight", " × ".join(map(str, layer.weight_shape)) or f"{layer.weights:,} elements"],
+                ["Scheme", f"{layer.scheme} ({SCHEME_MEANINGS.get(family(layer.scheme), 'custom')})"],
+                ["Size", f"{size(layer.bytes)}, {_of_fp16(layer)}"],
+                ["Predicted error", _loss(layer, total)],
+            ],
+            "refused": [[scheme, reason] for scheme, reason in sorted(layer.refused.items())],
+        }
+        for layer in layers
+    ]
+
+
+def layer_said(layer: LayerRow) -> str:
+    """Return a layer in one line, for screen readers and tooltips."""
+    return f"{layer.name}, {layer.op}, {layer.scheme}, {size(layer.bytes)}"
+
+
+def family(scheme: str) -> str:
+    """Return a scheme's name without its block size."""
+    return scheme.split("-")[0]
+
+
+def _of_fp16(layer: LayerRow) -> str:
+    return f"{percent(layer.bytes / layer.fp16_bytes)} of FP16" if layer.fp16_bytes else "nothing in FP16"
+
+
+def _loss(layer: LayerRow, total: float) -> str:
+    if layer.predicted_loss is None:
+        return "unknown"
+    share = f", {percent(layer.predicted_loss / total)} of all layers' sum" if total else ""
+    return f"{error(layer.predicted_loss)}{share}"
+
+
+def _grouped(layers: Sequence[LayerRow], parts: int) -> list[tuple[str, list[tuple[int, LayerRow]]]]:
+    groups: list[tuple[str, list[tuple[int, LayerRow]]]] = []
+    for index, layer in enumerate(layers):
+        name = _block_name(layer.name, parts)
+        if not groups or groups[-1][0] != name:
+            groups.append((name, []))
+        groups[-1][1].append((index, layer))
+    return groups
+
+
+def _block_name(name: str, parts: int) -> str:
+    """Return the block of a layer: ``down_blocks.0`` of ``down_blocks.0.resnets.1.conv1``."""
+    pieces = name.split(".")
+    taken = pieces[:1]
+    if parts > 1 and len(pieces) > 2 and pieces[1].isdigit():
+        taken = pieces[:2]
+    return ".".join(taken)

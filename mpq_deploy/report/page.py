@@ -1,0 +1,62 @@
+"""report.html: one self-contained page. Templates, style and script are in ``templates/``; nothing is fetched."""
+
+from __future__ import annotations
+
+from importlib import resources
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from mpq_deploy.report import words
+from mpq_deploy.report.charts import prediction_chart, size_quality_chart, timestep_chart
+from mpq_deploy.report.data import ReportData, SchemeTotal, kept_in_fp16
+from mpq_deploy.report.network import layer_details, legend, network_rows
+from mpq_deploy.report.pictures import picture_table
+
+
+def html_page(data: ReportData) -> str:
+    """Return the page. Every string of ``data`` is escaped by the templates."""
+    environment = Environment(
+        loader=PackageLoader("mpq_deploy.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    titles = {name: words.title_of(name, data) for name in ("float", "ours", *data.controls)}
+    pictures = picture_table(data.images, titles) if data.images is not None and data.images.images else None
+    return environment.get_template("report.html.j2").render(
+        data=data,
+        words=words,
+        style=_asset("style.css"),
+        script=_asset("page.js"),
+        pictures=pictures,
+        titles=titles,
+        size_chart=size_quality_chart(data),
+        timestep_chart=timestep_chart(data),
+        prediction_chart=prediction_chart(data),
+        network=network_rows(data.layers),
+        legend=legend(data),
+        details=layer_details(data.layers),
+        scheme_table=scheme_table(data.totals),
+        kept=kept_in_fp16(data),
+    )
+
+
+def scheme_table(
+    totals: tuple[SchemeTotal, ...],
+) -> tuple[list[str], list[tuple[str, list[SchemeTotal | None], int, int]]]:
+    """Return the schemes in use and, per operator, its totals in their order with the sums of layers and bytes."""
+    schemes = sorted({total.scheme for total in totals}, key=lambda name: (name != "fp16", name))
+    by_pair = {(total.op, total.scheme): total for total in totals}
+    rows = []
+    for op in sorted({total.op for total in totals}):
+        cells = [by_pair.get((op, scheme)) for scheme in schemes]
+        found = [cell for cell in cells if cell is not None]
+        rows.append((op, cells, sum(cell.layers for cell in found), sum(cell.bytes for cell in found)))
+    return schemes, rows
+
+
+def _asset(name: str) -> Markup:
+    """Return a file of ``templates/`` as it is: it is ours, and holds nothing of the user's."""
+    return Markup((resources.files("mpq_deploy.report") / "templates" / name).read_text(encoding="utf-8"))

@@ -1,0 +1,136 @@
+"""Numbers and sentences as people read them, the same in Markdown and HTML."""
+
+from __future__ import annotations
+
+import math
+
+from mpq_deploy.report.data import Control, ReportData
+
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+_SIZE_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+NOT_MEASURED = "not measured"
+
+
+def size(count: int | None) -> str:
+    """Return bytes with a decimal unit and three digits: ``1.41 MB``."""
+    if count is None:
+        return "unknown"
+    for unit, name in _SIZE_UNITS:
+        if count >= 0.9995 * unit:
+            return f"{digits(count / unit)} {name}"
+    return f"{count} B"
+
+
+def digits(value: float, wanted: int = 3) -> str:
+    """Return ``value`` with ``wanted`` significant digits and no exponent: 1.41, 14.1, 141."""
+    if value == 0:
+        return "0"
+    rounded = float(f"{value:.{wanted - 1}e}")
+    places = wanted - 1 - math.floor(math.log10(abs(rounded)))
+    return f"{rounded:,.{max(places, 0)}f}"
+
+
+def percent(ratio: float) -> str:
+    """Return a ratio in percent with one decimal: ``35.0 %``."""
+    return f"{100 * ratio:.1f} %"
+
+
+def error(value: float | None) -> str:
+    """Return an NMSE with two digits: ``1.7 × 10⁻⁶``."""
+    if value is None:
+        return NOT_MEASURED
+    if value == 0:
+        return "0"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa} × 10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
+
+
+def decibels(value: float | None, identical: bool = False) -> str:
+    """Return a PSNR: ``56.6 dB``, or that the images are identical."""
+    if value is None:
+        return "identical images" if identical else NOT_MEASURED
+    return f"{value:.1f} dB"
+
+
+def duration(seconds: float | None) -> str:
+    """Return a time: ``0.42 s``, ``12.3 s``, ``2 min 5 s``."""
+    if seconds is None:
+        return NOT_MEASURED
+    if seconds >= 100:
+        minutes, rest = divmod(round(seconds), 60)
+        return f"{minutes} min {rest} s"
+    return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
+
+
+def count(number: int, noun: str) -> str:
+    """Return ``1 layer`` or ``12 layers``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def title_of(name: str, data: ReportData) -> str:
+    """Return what a variant is called: float, ours, or the title of a control."""
+    if name in data.controls:
+        return data.controls[name].title
+    return {"float": "Original (float)", "ours": "This plan"}.get(name, name)
+
+
+def headline(data: ReportData) -> list[str]:
+    """Return the result in at most three sentences that need no knowledge of this project."""
+    said = [
+        f"{percent(data.size_ratio)} of the FP16 size: {size(data.size_bytes)} instead of {size(data.fp16_size_bytes)}."
+    ]
+    if data.identical:
+        said.append("The images are identical to the original model's.")
+    elif data.psnr_db is not None:
+        said.append(f"The images match the original model's to {decibels(data.psnr_db)} PSNR (more is closer).")
+    else:
+        said.append("The images have not been compared with the original model's.")
+    reference = _reference_control(data)
+    if reference is not None:
+        reached = "gives identical images" if reference.identical else f"reaches {decibels(reference.psnr_db)}"
+        said.append(f"Everything in {reference.title} takes {percent(reference.size_ratio)} and {reached}.")
+    return said
+
+
+def against_control(data: ReportData) -> str:
+    """Say how the images compare with the first control's, in dB and in squared error; empty without both."""
+    reference = _reference_control(data)
+    if reference is None or reference.psnr_db is None or data.psnr_db is None:
+        return ""
+    gain = data.psnr_db - reference.psnr_db
+    factor = 10 ** (abs(gain) / 10)
+    size_factor = data.size_bytes / reference.size_bytes if reference.size_bytes else 0.0
+    less = "less" if gain >= 0 else "more"
+    return (
+        f"{gain:+.1f} dB against {reference.title}: {digits(factor, 2)} times {less} squared pixel error, in "
+        f"{digits(size_factor, 2)} times its bytes"
+    )
+
+
+def prediction(data: ReportData) -> str:
+    """Say how the predicted error compares with the measured one."""
+    ratio = data.prediction_ratio
+    if ratio is None:
+        return f"predicted {error(data.predicted_nmse)}"
+    return f"predicted {error(data.predicted_nmse)}, that is {ratio:.2f} times the measured error"
+
+
+def engine_state(data: ReportData) -> tuple[str, str]:
+    """Return a word and a line about the engine."""
+    engine = data.engine
+    if engine is None:
+        return "not built", data.engine_note or "no engine was asked for"
+    built = f", built in {duration(engine.build_seconds)}" if engine.build_seconds is not None else ""
+    return "verified" if engine.verified else "not verified", f"{engine.backend} {engine.version}{built}"
+
+
+def latency(data: ReportData) -> tuple[str, str]:
+    """Return the engine's latency and where it was measured; never an estimate in place of a measurement."""
+    if data.engine is not None and data.engine.latency_ms is not None:
+        return f"{digits(data.engine.latency_ms)} ms", data.engine.latency_source
+    return "not measured here", "this machine did not run the engine"
+
+
+def _reference_control(data: ReportData) -> Control | None:
+    measured = [c for c in data.controls.values() if c.psnr_db is not None or c.identical]
+    return data.controls.get("int8") if data.controls.get("int8") in measured else next(iter(measured), None)

@@ -1,0 +1,27 @@
+"""Write report.json, report.md and report.html, each aside and then into place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from mpq_deploy.evaluate.cache import write_aside
+from mpq_deploy.report.data import ReportData
+from mpq_deploy.report.markdown import markdown_report
+from mpq_deploy.report.page import html_page
+
+
+def write_reports(data: ReportData, folder: Path) -> tuple[Path, Path, Path]:
+    """Write all three into ``folder`` and return their paths: JSON (sorted, finite), Markdown, HTML.
+
+    All are made before the first is written, so that a failure leaves the former three together.
+    """
+    made = {
+        "report.json": json.dumps(data.as_json(), indent=1, sort_keys=True, allow_nan=False) + "\n",
+        "report.md": markdown_report(data),
+        "report.html": html_page(data),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in made.items():
+        write_aside(folder / name, text.encode())
+    return folder / "report.json", folder / "report.md", folder / "report.html"
