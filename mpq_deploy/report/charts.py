@@ -18,7 +18,7 @@ from mpq_deploy.report.words import decibels, error, percent, title_of
 WIDTH, HEIGHT = 640, 320
 LEFT, RIGHT, TOP, BOTTOM = 68, 24, 32, 52
 # Room for series' names at the right end of their lines.
-LABEL_WIDTH = 120
+LABEL_WIDTH = 156
 # A series is known by its marker and dash as well as by the colour that CSS gives to its class.
 DASHES = {"int8": "7 4", "int4": "2 4"}
 

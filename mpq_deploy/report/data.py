@@ -46,7 +46,7 @@ class TargetInfo(Part):
 
 
 class Control(Part):
-    """A uniform variant made in the same run, such as everything in INT8. None: that was not measured."""
+    """A uniform variant made in the same run, titled as in "Everything INT8". None: that was not measured."""
 
     title: str
     size_bytes: int = Field(ge=0)

@@ -17,6 +17,7 @@ from mpq_deploy.report.words import (
     percent,
     prediction,
     size,
+    title_of,
 )
 
 # What Markdown would take as formatting or as HTML.
@@ -71,7 +72,7 @@ def _warning(data: ReportData) -> list[str]:
 def _variants(data: ReportData) -> list[list[str]]:
     rows = [
         [
-            "this plan",
+            title_of("ours", data),
             size(data.size_bytes),
             percent(data.size_ratio),
             decibels(data.psnr_db, data.identical),
@@ -82,7 +83,7 @@ def _variants(data: ReportData) -> list[list[str]]:
     for control in data.controls.values():
         rows.append(
             [
-                f"everything {control.title}",
+                control.title,
                 size(control.size_bytes),
                 percent(control.size_ratio),
                 decibels(control.psnr_db, control.identical),

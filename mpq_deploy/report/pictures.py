@@ -58,8 +58,7 @@ def picture_table(images: ImageSet, titles: dict[str, str], limit: int = PICTURE
             break
         reduction *= 2
     rows = tuple(
-        PictureRow(name, images.titles.get(name, titles.get(name, name)), tuple(_uri(png) for png in pngs))
-        for name, pngs in encoded.items()
+        PictureRow(name, titles.get(name, name), tuple(_uri(png) for png in pngs)) for name, pngs in encoded.items()
     )
     height, width = (side // reduction for side in first.shape[1:3])
     labels = tuple(images.labels[column] if column < len(images.labels) else "" for column in columns)

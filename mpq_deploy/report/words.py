@@ -68,10 +68,11 @@ def count(number: int, noun: str) -> str:
 
 
 def title_of(name: str, data: ReportData) -> str:
-    """Return what a variant is called: float, ours, or the title of a control."""
+    """Return what a variant is called everywhere: as its control or its pictures say, else our own words."""
     if name in data.controls:
         return data.controls[name].title
-    return {"float": "Original (float)", "ours": "This plan"}.get(name, name)
+    given = data.images.titles if data.images is not None else {}
+    return given.get(name) or {"float": "Original (float)", "ours": "This plan"}.get(name, name)
 
 
 def headline(data: ReportData) -> list[str]:
@@ -88,7 +89,7 @@ def headline(data: ReportData) -> list[str]:
     reference = _reference_control(data)
     if reference is not None:
         reached = "gives identical images" if reference.identical else f"reaches {decibels(reference.psnr_db)}"
-        said.append(f"Everything in {reference.title} takes {percent(reference.size_ratio)} and {reached}.")
+        said.append(f"{reference.title} takes {percent(reference.size_ratio)} and {reached}.")
     return said
 
 
@@ -102,7 +103,7 @@ def against_control(data: ReportData) -> str:
     size_factor = data.size_bytes / reference.size_bytes if reference.size_bytes else 0.0
     less = "less" if gain >= 0 else "more"
     return (
-        f"{gain:+.1f} dB against {reference.title}: {digits(factor, 2)} times {less} squared pixel error, in "
+        f"{gain:+.1f} dB against {_within(reference.title)}: {digits(factor, 2)} times {less} squared pixel error, in "
         f"{digits(size_factor, 2)} times its bytes"
     )
 
@@ -129,6 +130,11 @@ def latency(data: ReportData) -> tuple[str, str]:
     if data.engine is not None and data.engine.latency_ms is not None:
         return f"{digits(data.engine.latency_ms)} ms", data.engine.latency_source
     return "not measured here", "this machine did not run the engine"
+
+
+def _within(title: str) -> str:
+    """Return a title as it stands inside a sentence: ``everything INT8``, but ``INT8``."""
+    return title if title[1:2].isupper() else title[:1].lower() + title[1:]
 
 
 def _reference_control(data: ReportData) -> Control | None:

@@ -146,7 +146,7 @@ def make_report(**changes):
         ),
         "controls": {
             "int8": Control(
-                title="INT8",
+                title="Everything INT8",
                 size_bytes=int(0.503 * fp16),
                 size_ratio=0.503,
                 measured_nmse=5.0e-4,
@@ -155,7 +155,7 @@ def make_report(**changes):
                 nmse_by_timestep=tuple(float(v) for v in 5.0e-4 * rise[::-1]),
             ),
             "int4": Control(
-                title="INT4",
+                title="Everything INT4",
                 size_bytes=int(0.281 * fp16),
                 size_ratio=0.281,
                 measured_nmse=1.95e-3,
