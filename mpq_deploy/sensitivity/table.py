@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,27 @@ class SensitivityTable:
         total = sum(self.projections[layer][scheme].astype(np.float64) for layer, scheme in schemes.items())
         return float(np.sum(np.square(total)))
 
+    def seen(self) -> SensitivityTable:
+        """Return the table from the probes that an allocation may see; itself for metrics without probes."""
+        return self._restricted(keep_heldout=False)
+
+    def held_back(self) -> SensitivityTable:
+        """Return the table from the held-out probes alone; itself where none were held out."""
+        return self._restricted(keep_heldout=True)
+
+    def _restricted(self, keep_heldout: bool) -> SensitivityTable:
+        if self.projections is None or self.heldout is None or not self.heldout.any():
+            return self
+        # Entries are ordered [timestep, probe, sample]; every timestep has equally many of either kind.
+        chosen = np.flatnonzero(self.heldout == keep_heldout)
+        factor = np.float32(np.sqrt(len(self.heldout) / len(chosen)))
+        vectors = {
+            layer: {scheme: vector[chosen] * factor for scheme, vector in by_scheme.items()}
+            for layer, by_scheme in self.projections.items()
+        }
+        part = _from_vectors(self.metric, self.timesteps, vectors, self.notes)
+        return replace(part, heldout=self.heldout[chosen])
+
     def save(self, folder: Path) -> None:
         """Write ``table.json`` and ``projections.npz`` into ``folder``."""
         layers = list(self.losses)
@@ -65,7 +86,7 @@ class SensitivityTable:
         with np.load(folder / "projections.npz", allow_pickle=False) as data:
             by_timestep = _by_pair(pairs, data["by_timestep"])
             projections = _by_pair(pairs, data["projections"]) if "projections" in data else None
-            heldout = data["heldout"] if "heldout" in data else None
+            heldout = data.get("heldout", None)
         return cls(
             text["metric"],
             np.array(text["timesteps"], np.float32),
@@ -75,6 +96,57 @@ class SensitivityTable:
             heldout,
             tuple(text["notes"]),
         )
+
+
+def table_from_projections(
+    timesteps: Array,
+    values: dict[str, dict[str, Array]],
+    heldout_probes: int,
+    notes: tuple[str, ...] = (),
+) -> SensitivityTable:
+    """Make a table from layer -> scheme -> projections float32 [K, probes, N], divided by the output's rms norm.
+
+    ``losses`` are means over all probes; ``heldout`` marks the entries of the last ``heldout_probes`` of them.
+    """
+    shape = next(iter(next(iter(values.values())).values())).shape if values else (len(timesteps), 1, 1)
+    mask = np.zeros(shape, bool)
+    if heldout_probes:
+        mask[:, -heldout_probes:] = True
+    factor = np.float32(1 / np.sqrt(mask.size))
+    vectors = {
+        layer: {scheme: a.reshape(-1).astype(np.float32) * factor for scheme, a in by_scheme.items()}
+        for layer, by_scheme in values.items()
+    }
+    return replace(_from_vectors("probe", timesteps, vectors, notes), heldout=mask.reshape(-1))
+
+
+def table_from_losses(
+    metric: str, timesteps: Array, by_timestep: dict[str, dict[str, Array]], notes: tuple[str, ...] = ()
+) -> SensitivityTable:
+    """Make a table without projections from layer -> scheme -> loss at each timestep [K]."""
+    losses = {
+        layer: {scheme: float(np.mean(values, dtype=np.float64)) for scheme, values in by_scheme.items()}
+        for layer, by_scheme in by_timestep.items()
+    }
+    rows = {
+        layer: {s: np.asarray(v, np.float32) for s, v in by_scheme.items()} for layer, by_scheme in by_timestep.items()
+    }
+    return SensitivityTable(metric, np.asarray(timesteps, np.float32), losses, rows, notes=notes)
+
+
+def _from_vectors(
+    metric: str, timesteps: Array, vectors: dict[str, dict[str, Array]], notes: tuple[str, ...]
+) -> SensitivityTable:
+    """Make a table from projection vectors [P], whose entries are ordered by timestep first."""
+    steps = len(timesteps)
+    by_timestep = {
+        layer: {
+            scheme: np.square(vector, dtype=np.float64).reshape(steps, -1).sum(1) * steps
+            for scheme, vector in by_scheme.items()
+        }
+        for layer, by_scheme in vectors.items()
+    }
+    return replace(table_from_losses(metric, timesteps, by_timestep, notes), projections=vectors)
 
 
 def _by_pair(pairs: list[tuple[str, ...]], rows: Array) -> dict[str, dict[str, Array]]:

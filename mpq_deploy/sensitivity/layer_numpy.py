@@ -1,0 +1,95 @@
+"""The local errors of a layer's schemes in NumPy: what layer(Qa(X); Qw(W)) differs from layer(X; W)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mpq_deploy.denoisers.spec import Array
+from mpq_deploy.graph.layers import Layer
+from mpq_deploy.sensitivity.weights import FormStack
+from mpq_deploy.sensitivity.windows import window_pads
+
+INT8_MIN, INT8_MAX = -128, 127  # what ONNX QuantizeLinear saturates to
+
+
+def fake_quantize(x: Array, scale: float) -> Array:
+    """Round ``x`` to INT8 codes times ``scale``, as QuantizeLinear and DequantizeLinear do (half to even)."""
+    step = np.float32(scale)
+    rounded: Array = np.clip(np.rint(x / step), INT8_MIN, INT8_MAX).astype(np.float32) * step
+    return rounded
+
+
+class LayerInput:
+    """An input of a layer laid out so that each further weight costs one product."""
+
+    def __init__(self, layer: Layer, attributes: Mapping[str, Any], x: Array) -> None:
+        self._layer = layer
+        self._x = x
+        self._columns: Array | None = None
+        self._spatial: tuple[int, ...] = ()
+        if layer.op == "Conv":
+            self._columns, self._spatial = _patches(layer, attributes, x)
+
+    def times(self, matrix: Array) -> Array:
+        """Return the layer's output for the weight ``matrix`` [out_channels, reduction], without bias."""
+        if self._columns is None:
+            direct: Array = np.matmul(self._x, matrix.T)
+            return direct
+        layer = self._layer
+        grouped = matrix.reshape(layer.group, layer.out_channels // layer.group, layer.reduction)
+        product: Array = np.matmul(grouped[None], self._columns)
+        return product.reshape(len(self._x), layer.out_channels, *self._spatial)
+
+
+def _patches(layer: Layer, attributes: Mapping[str, Any], x: Array) -> tuple[Array, tuple[int, ...]]:
+    """Return the columns that a convolution multiplies, [N, group, reduction, L], and the output's spatial shape."""
+    rank = len(layer.kernel)
+    strides = attributes.get("strides", (1,) * rank)
+    dilations = attributes.get("dilations", (1,) * rank)
+    before, after = window_pads(attributes, x.shape[2:], layer.kernel)
+    padded = np.pad(x, [(0, 0), (0, 0), *zip(before, after, strict=True)])
+    reach = tuple((k - 1) * d + 1 for k, d in zip(layer.kernel, dilations, strict=True))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, reach, axis=tuple(range(2, 2 + rank)))
+    every = tuple(slice(None, None, step) for step in (1, 1, *strides, *dilations))
+    windows = windows[every]
+    spatial = windows.shape[2 : 2 + rank]
+    # [N, C, *spatial, *kernel] -> [N, C, *kernel, *spatial]
+    order = (0, 1, *range(2 + rank, 2 + 2 * rank), *range(2, 2 + rank))
+    columns = np.ascontiguousarray(windows.transpose(order))
+    return columns.reshape(len(x), layer.group, layer.reduction, -1), spatial
+
+
+@dataclass(frozen=True)
+class UseErrors:
+    """One use of a layer: its scale and attributes, so that ``errors`` can be taken of any input."""
+
+    layer: Layer
+    attributes: Mapping[str, Any]
+    stack: FormStack
+    scale: float | None
+
+    def errors(self, x: Array, schemes: Collection[str] | None = None) -> Iterator[tuple[str, Array]]:
+        """Yield (scheme, dY) for every scheme, or those in ``schemes``, one at a time."""
+        stack = self.stack
+        plain = _chosen(stack.weights_only, schemes)
+        if plain:
+            columns = LayerInput(self.layer, self.attributes, x)
+            for scheme, row in plain.items():
+                yield scheme, columns.times(stack.differences[row])
+        rounding = _chosen(stack.with_activation, schemes)
+        if rounding:
+            if self.scale is None:
+                raise ValueError("a scheme rounds the activation, but no scale was given")
+            rounded = fake_quantize(x, self.scale)
+            shared = LayerInput(self.layer, self.attributes, rounded - x).times(stack.weight)
+            columns = LayerInput(self.layer, self.attributes, rounded)
+            for scheme, row in rounding.items():
+                yield scheme, columns.times(stack.differences[row]) + shared
+
+
+def _chosen(rows: dict[str, int], schemes: Collection[str] | None) -> dict[str, int]:
+    return {scheme: row for scheme, row in rows.items() if schemes is None or scheme in schemes}

@@ -1,0 +1,80 @@
+"""Measure what each scheme of each layer costs, by the metric that the user names."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
+from mpq_deploy.denoisers.spec import Array, DenoiserSpec
+from mpq_deploy.errors import UsageError, nearest
+from mpq_deploy.graph.layers import LayerGraph
+from mpq_deploy.sensitivity.feeds import MeasureOptions
+from mpq_deploy.sensitivity.table import SensitivityTable
+from mpq_deploy.sensitivity.weights import CandidateWeights
+from mpq_deploy.talk import Talk
+
+METHODS = ("probe", "gain", "local_error", "exhaustive")
+Metric = Callable[..., SensitivityTable]
+
+
+def measure(
+    method: str,
+    graph: LayerGraph,
+    candidates: Mapping[str, CandidateWeights],
+    stats: CalibrationStats,
+    calibration: CalibrationSet,
+    conditions: dict[str, Array],
+    spec: DenoiserSpec,
+    options: MeasureOptions,
+    talk: Talk,
+) -> SensitivityTable:
+    """Return the table of ``method``: "probe", "gain", "local_error" or "exhaustive".
+
+    Where torch is missing, or the graph holds an operator that torch cannot evaluate here, "probe" becomes "gain":
+    the table's ``metric`` and ``notes`` say so. ``conditions``: all rows of each condition input; call n of the
+    calibration set uses row ``calibration.rows[n]``. Raises UsageError for an unknown method.
+    """
+    if method not in METHODS:
+        known = ", ".join(METHODS)
+        raise UsageError(f"Unknown sensitivity '{method}'.", f"{nearest(method, METHODS)}Known: {known}.")
+    arguments = (graph, candidates, stats, calibration, conditions, spec, options, talk)
+    if method != "probe":
+        return _metric(method)(*arguments)
+    if importlib.util.find_spec("torch") is None:
+        return _instead("torch is not installed", talk, arguments)
+    from mpq_deploy.sensitivity.torch_graph import UnsupportedOperator
+
+    try:
+        return _metric("probe")(*arguments)
+    except UnsupportedOperator as error:
+        return _instead(error.message, talk, arguments)
+
+
+def _instead(reason: str, talk: Talk, arguments: tuple[object, ...]) -> SensitivityTable:
+    note = f"losses are from the gain metric instead of probes: {reason}"
+    talk.warn(note)
+    table = _metric("gain")(*arguments)
+    return replace(table, notes=(*table.notes, note))
+
+
+def _metric(method: str) -> Metric:
+    if method == "probe":
+        from mpq_deploy.sensitivity.probe import measure_probe
+
+        return measure_probe
+    if method == "gain":
+        from mpq_deploy.sensitivity.gain import measure_gain
+
+        return measure_gain
+    if method == "local_error":
+        from mpq_deploy.sensitivity.local_error import measure_local_error
+
+        return measure_local_error
+    from mpq_deploy.sensitivity.exhaustive import measure_exhaustive
+
+    return measure_exhaustive
+
+
+__all__ = ["METHODS", "MeasureOptions", "measure"]

@@ -1,0 +1,230 @@
+"""Random adjoint probes: the expected output error of every scheme of every layer, from a few backward passes.
+
+For timestep t, sample n and a probe r ~ N(0, I) shaped like the output, one backward pass gives
+G_l = d<r, output>/dY_l for every layer l at once. With dY_{l,s} the local error of scheme s,
+
+    E_r <G_l, dY_{l,s}>^2 = ||J_l dY_{l,s}||^2,
+
+the squared error of the output to first order, structured errors included. The loss is its mean over samples and
+probes divided by the mean of ||output||^2 over the samples, averaged over timesteps: the same ratio of totals as the
+measured NMSE. Related: CLADO (arXiv 2307.05657), HAWQ, MixDQ; probes at the output instead of a task loss need no
+labels, and the projections kept as vectors give the cross terms between layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
+from mpq_deploy.denoisers.spec import Array, DenoiserSpec
+from mpq_deploy.errors import ModelError, UsageError
+from mpq_deploy.graph.layers import Layer, LayerGraph, LayerUse
+from mpq_deploy.sensitivity.feeds import Calls, MeasureOptions
+from mpq_deploy.sensitivity.table import SensitivityTable, table_from_projections
+from mpq_deploy.sensitivity.torch_graph import TorchGraph
+from mpq_deploy.sensitivity.torch_projection import TorchStack, project_layer
+from mpq_deploy.sensitivity.weights import (
+    CandidateWeights,
+    StackStore,
+    activation_scale,
+    measured_layers,
+    node_attributes,
+)
+from mpq_deploy.talk import Talk
+
+FLOAT_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def measure_probe(
+    graph: LayerGraph,
+    candidates: Mapping[str, CandidateWeights],
+    stats: CalibrationStats,
+    calibration: CalibrationSet,
+    conditions: dict[str, Array],
+    spec: DenoiserSpec,
+    options: MeasureOptions,
+    talk: Talk,
+) -> SensitivityTable:
+    """Measure all schemes of all layers with random adjoint probes.
+
+    ``conditions``: rows of each condition input; call n uses row ``calibration.rows[n]``. ``losses`` of the result
+    are from all probes; ``heldout`` marks the entries of the last ``options.heldout_probes`` (see
+    ``SensitivityTable.seen`` and ``held_back``). Raises UnsupportedOperator when the graph holds a node that torch
+    cannot evaluate here, ModelError when its output is not finite.
+    """
+    if options.dtype not in FLOAT_TYPES:
+        raise UsageError(f"Probes do not run in '{options.dtype}'.", f"Use {' or '.join(FLOAT_TYPES)}.")
+    calls = Calls(graph, spec, calibration, conditions, options.samples)
+    work = _Probing(graph, candidates, stats, calls, spec, options)
+    batch, notes = work.batch_size()
+    steps = len(calls.timesteps)
+    values = {
+        layer.name: {s.name: np.zeros((steps, options.probes, calls.count), np.float32) for s in c.schemes}
+        for layer, c in ((layer, candidates[layer.name]) for layer in work.layers)
+    }
+    power = np.zeros(steps)
+    with talk.bar("probes", steps * calls.count) as advance:
+        for step_index, chunk in calls.chunks(batch):
+            power[step_index] += work.probe(step_index, chunk, values)
+            advance(chunk.stop - chunk.start)
+    norm = np.sqrt(np.where(power > 0, power / calls.count, 1.0)).astype(np.float32)[:, None, None]
+    for by_scheme in values.values():
+        for projections in by_scheme.values():
+            projections /= norm
+    return table_from_projections(calls.timesteps, values, options.heldout_probes, notes)
+
+
+@dataclass(frozen=True)
+class _Use:
+    layer: Layer
+    use: LayerUse
+    scale: float | None
+
+
+class _Probing:
+    """The graph in torch with what each layer's inner products need."""
+
+    def __init__(
+        self,
+        graph: LayerGraph,
+        candidates: Mapping[str, CandidateWeights],
+        stats: CalibrationStats,
+        calls: Calls,
+        spec: DenoiserSpec,
+        options: MeasureOptions,
+    ) -> None:
+        self.layers = measured_layers(graph, candidates)
+        self._float_type = FLOAT_TYPES[options.dtype]
+        self._graph = TorchGraph(graph.model, self._float_type)
+        self._attributes = node_attributes(graph)
+        self._stacks = StackStore(graph, candidates, options.memory_bytes)
+        self._uses = [
+            _Use(layer, use, activation_scale(stats, use) if rounds else None)
+            for layer in self.layers
+            for rounds in [any(s.activation is not None for s in candidates[layer.name].schemes)]
+            for use in layer.uses
+        ]
+        self._calls = calls
+        self._output = spec.output
+        self._options = options
+
+    def batch_size(self) -> tuple[int, tuple[str, ...]]:
+        """Choose how many samples to evaluate at once, and check that every layer keeps samples apart.
+
+        A layer whose values are not [samples, ...] in the order of the samples (such as the embedding of a scalar
+        timestep, computed once for all of them) is measured rightly only one sample at a time.
+        """
+        names = list(dict.fromkeys(name for u in self._uses for name in (u.use.input, u.use.output)))
+        if self._calls.fixed_batch or self._calls.count == 1:
+            return self._calls.fixed_batch or 1, ()
+        first = self._evaluate(self._calls.first, keep=(*self._graph.values, *names))
+        self._refuse_non_finite({name: first[name] for name in self._graph.values if name in first})
+        pair = self._evaluate(slice(0, 2), keep=names)
+        mixed = [name for name in names if not _starts_with(pair[name], first[name])]
+        if mixed:
+            return 1, (f"samples were measured one by one: '{mixed[0]}' does not keep them apart",)
+        if self._options.batch_size:
+            return min(self._options.batch_size, self._calls.count), ()
+        distinct = {v.data_ptr(): v for v in first.values()}  # views of one tensor share its memory
+        every = sum(v.numel() * v.element_size() for v in distinct.values())
+        outputs = sum(first[u.use.output].numel() * first[u.use.output].element_size() for u in self._uses)
+        # autograd keeps less than twice the values themselves
+        per_sample = 2 * every + self._options.probes * outputs
+        return max(1, min(self._calls.count, self._options.memory_bytes // max(per_sample, 1))), ()
+
+    def _evaluate(self, chunk: slice, keep: tuple[str, ...] | list[str]) -> dict[str, Any]:
+        with torch.no_grad():
+            return self._graph.run(self._graph.feed(self._calls.feeds(0, chunk)), keep=keep)
+
+    def probe(self, step_index: int, chunk: slice, values: dict[str, dict[str, Array]]) -> float:
+        """Add the inner products of a chunk of samples into ``values``; return the sum of ||output||^2."""
+        inputs, outputs = self._forward(step_index, chunk)
+        output = outputs[self._output]
+        power = float(output.detach().double().square().sum())
+        if not np.isfinite(power):
+            self._refuse_non_finite(outputs)
+        gradients = self._backward(step_index, chunk, output, outputs)
+        samples = chunk.stop - chunk.start
+        with torch.no_grad():
+            for number, item in enumerate(self._uses):
+                rows, gradients[number] = gradients[number], []
+                if not rows:
+                    continue
+                stacked = torch.stack(rows)
+                stacked = stacked.reshape(len(rows), samples, -1, *stacked.shape[2:])
+                if item.layer.op != "Conv":
+                    stacked = stacked.flatten(2)
+                self._project(item, inputs[item.use.input], stacked, chunk, step_index, values)
+        return power
+
+    def _forward(self, step_index: int, chunk: slice) -> tuple[dict[str, Any], dict[str, Any]]:
+        into = [u.use.input for u in self._uses]
+        out = [u.use.output for u in self._uses]
+        feeds = self._graph.feed(self._calls.feeds(step_index, chunk))
+        found = self._graph.run(feeds, keep=(*into, *out), differentiate=out)
+        return {name: found[name].detach() for name in into}, {n: found[n] for n in (*out, self._output)}
+
+    def _backward(self, step_index: int, chunk: slice, output: Any, outputs: dict[str, Any]) -> list[list[Any]]:
+        """Return, per use, the gradients of all probes; an empty list where the output does not depend on it."""
+        probes = self._options.probes
+        noise = self._noise(step_index, chunk, tuple(output.shape[1:]))
+        targets = [outputs[u.use.output] for u in self._uses]
+        gradients: list[list[Any]] = [[] for _ in targets]
+        for probe in range(probes):
+            found = torch.autograd.grad(
+                output,
+                targets,
+                noise[probe].reshape(output.shape),
+                retain_graph=probe + 1 < probes,
+                allow_unused=True,
+            )
+            for rows, gradient in zip(gradients, found, strict=True):
+                if gradient is not None:
+                    rows.append(gradient)
+        return gradients
+
+    def _noise(self, step_index: int, chunk: slice, shape: tuple[int, ...]) -> Any:
+        """Draw the probes of each sample from its own seed, so that they do not depend on the batch size."""
+        rows = [
+            np.random.default_rng((self._options.seed, step_index, call)).standard_normal(
+                (self._options.probes, *shape), np.float32
+            )
+            for call in range(chunk.start, chunk.stop)
+        ]
+        return torch.from_numpy(np.stack(rows, 1)).to(self._float_type)
+
+    def _project(
+        self,
+        item: _Use,
+        x: Any,
+        gradients: Any,
+        chunk: slice,
+        step_index: int,
+        values: dict[str, dict[str, Array]],
+    ) -> None:
+        stack = TorchStack.of(self._stacks[item.layer], self._float_type)
+        attributes = self._attributes[item.use.node]
+        found = project_layer(item.layer, attributes, stack, x, gradients, item.scale)
+        for scheme, products in found.items():
+            values[item.layer.name][scheme][step_index, :, chunk] += products.float().numpy()
+
+    def _refuse_non_finite(self, outputs: dict[str, Any]) -> None:
+        for name, value in outputs.items():
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                raise ModelError(
+                    f"The float model's tensor '{name}' holds NaN or Inf on calibration inputs.",
+                    "Check the model's weights and the calibration inputs.",
+                )
+
+
+def _starts_with(pair: Any, first: Any) -> bool:
+    """Is the first half of ``pair`` (two samples) what ``first`` (its first sample alone) holds?"""
+    if pair.numel() != 2 * first.numel():
+        return False
+    half = pair.reshape(2, -1)[0].float()
+    return bool(torch.allclose(half, first.reshape(-1).float(), rtol=1e-2, atol=1e-3 * float(half.abs().max())))

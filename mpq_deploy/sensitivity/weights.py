@@ -1,0 +1,143 @@
+"""What a metric needs to know about a layer's candidates, whoever makes them, and the layer's node."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from mpq_deploy.calibrate.stats import CalibrationStats
+from mpq_deploy.denoisers.spec import Array
+from mpq_deploy.errors import ModelError
+from mpq_deploy.graph.layers import Layer, LayerGraph, LayerUse
+from mpq_deploy.precision.scheme import Scheme
+
+
+class CandidateWeights(Protocol):
+    """A layer and the schemes it may take, with the dequantized weight of each weight form."""
+
+    @property
+    def layer(self) -> Layer:
+        """The layer."""
+
+    @property
+    def schemes(self) -> tuple[Scheme, ...]:
+        """The schemes that the layer may take."""
+
+    def weight_matrix(self, form: str) -> Array:
+        """Return the dequantized weight of ``form`` (``Scheme.weight_form``), float32 [out_channels, reduction].
+
+        "fp16" is the weight rounded to FP16. A Conv's weight is reshaped, that of a product has outputs first.
+        """
+
+
+@dataclass(frozen=True)
+class FormStack:
+    """The weight errors of a layer's candidates, ready for one product with all of them.
+
+    ``differences`` float32 [F, out_channels, reduction]: dequantized minus float weight, one per distinct form.
+    ``weights_only``, ``with_activation``: scheme -> row of ``differences``, for schemes whose activation stays
+    float and for those whose activation is INT8. Their rows are consecutive: ``[:split_end]`` and ``[split_start:]``.
+    """
+
+    weight: Array
+    differences: Array
+    weights_only: dict[str, int]
+    with_activation: dict[str, int]
+    split_start: int
+    split_end: int
+
+    @property
+    def bytes(self) -> int:
+        """Memory held by the arrays."""
+        return int(self.weight.nbytes + self.differences.nbytes)
+
+
+def float_matrix(graph: LayerGraph, layer: Layer) -> Array:
+    """Return the float weight of ``layer`` from the graph's file, float32 [out_channels, reduction]."""
+    tensor = graph.model.graph.initializers[layer.weight].const_value
+    if tensor is None:
+        raise ModelError(f"The weight '{layer.weight}' has no data.", "Export the model again.")
+    array = tensor.numpy()
+    if layer.op != "Conv" and layer.out_axis == 1:
+        array = array.T
+    return np.ascontiguousarray(array.reshape(layer.out_channels, layer.reduction), dtype=np.float32)
+
+
+def form_stack(weight: Array, candidate: CandidateWeights) -> FormStack:
+    """Stack the distinct weight forms of ``candidate``: weights-only ones first, shared ones in the middle."""
+    plain = dict.fromkeys(s.weight_form for s in candidate.schemes if s.activation is None)
+    quantized = dict.fromkeys(s.weight_form for s in candidate.schemes if s.activation is not None)
+    order = [
+        *(f for f in plain if f not in quantized),
+        *(f for f in plain if f in quantized),
+        *(f for f in quantized if f not in plain),
+    ]
+    row = {form: i for i, form in enumerate(order)}
+    differences = np.empty((len(order), *weight.shape), np.float32)
+    for form, i in row.items():
+        np.subtract(candidate.weight_matrix(form), weight, out=differences[i])
+    return FormStack(
+        weight,
+        differences,
+        {s.name: row[s.weight_form] for s in candidate.schemes if s.activation is None},
+        {s.name: row[s.weight_form] for s in candidate.schemes if s.activation is not None},
+        len(order) - len(quantized),
+        len(plain),
+    )
+
+
+class StackStore:
+    """FormStacks by layer, kept in memory up to ``limit`` bytes and rebuilt beyond that."""
+
+    def __init__(self, graph: LayerGraph, candidates: Mapping[str, CandidateWeights], limit: int = 1 << 30) -> None:
+        self._graph = graph
+        self._candidates = candidates
+        self._limit = limit
+        self._held: dict[str, FormStack] = {}
+        self._bytes = 0
+
+    def __getitem__(self, layer: Layer) -> FormStack:
+        held = self._held.get(layer.name)
+        if held is not None:
+            return held
+        stack = form_stack(float_matrix(self._graph, layer), self._candidates[layer.name])
+        if self._bytes + stack.bytes <= self._limit:
+            self._held[layer.name] = stack
+            self._bytes += stack.bytes
+        return stack
+
+
+def activation_scale(stats: CalibrationStats, use: LayerUse) -> float:
+    """Return the INT8 scale of the activation that ``use`` reads. Raises ModelError when it was not calibrated."""
+    found = stats.activations.get(use.input)
+    if found is None:
+        raise ModelError(
+            f"Calibration has no statistics of the activation '{use.input}', which node '{use.node}' reads.",
+            "Calibrate this graph again.",
+        )
+    return float(found.scale)
+
+
+def node_attributes(graph: LayerGraph) -> dict[str, dict[str, Any]]:
+    """Return the attributes of every node that applies a layer, by node name."""
+    wanted = {use.node for layer in graph.layers for use in layer.uses}
+    return {
+        node.name: {key: attribute.value for key, attribute in node.attributes.items()}
+        for node in graph.model.graph
+        if node.name in wanted
+    }
+
+
+def measured_layers(graph: LayerGraph, candidates: Mapping[str, CandidateWeights]) -> tuple[Layer, ...]:
+    """Return the layers that have candidates, in graph order. Raises ModelError for a candidate of no layer."""
+    names = {layer.name for layer in graph.layers}
+    strangers = [name for name in candidates if name not in names]
+    if strangers:
+        raise ModelError(
+            f"There are candidates for '{strangers[0]}', which is no layer of the graph.",
+            "The candidates were made for another graph: make them again.",
+        )
+    return tuple(layer for layer in graph.layers if layer.name in candidates)

@@ -1,0 +1,122 @@
+"""What the sensitivity tests share: candidates by plain rounding, and a measured setting around a tiny graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+
+from mpq_deploy.calibrate.stats import ActivationStats, CalibrationSet, CalibrationStats
+from mpq_deploy.denoisers.spec import DenoiserSpec, InputSpec
+from mpq_deploy.graph.layers import Layer, LayerGraph, layer_graph
+from mpq_deploy.precision.scheme import SCHEMES, Scheme
+from mpq_deploy.sensitivity.weights import float_matrix
+from tests.graphs import GraphBuilder
+
+NAMES = ("fp16", "w8a8", "w8a16", "w4a16-b32", "w4a8-b32")
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Candidates by rounding to the nearest: INT8 per channel, INT4 in blocks of 32 (rows where they do not divide)."""
+
+    layer: Layer
+    schemes: tuple[Scheme, ...]
+    weight: Any
+
+    def weight_matrix(self, form: str) -> Any:
+        if form == "fp16":
+            return self.weight.astype(np.float16).astype(np.float32)
+        bits = 8 if form == "int8" else 4
+        width = self.weight.shape[1]
+        block = width if form == "int8" or width % 32 else 32
+        blocks = self.weight.reshape(len(self.weight), -1, block)
+        top = 2 ** (bits - 1) - 1
+        scale = np.maximum(np.abs(blocks).max(-1, keepdims=True) / top, 1e-12)
+        return (np.rint(blocks / scale) * scale).reshape(self.weight.shape).astype(np.float32)
+
+
+@dataclass
+class Setting:
+    """Everything that a metric takes, before the options and the talk."""
+
+    graph: LayerGraph
+    candidates: dict[str, Rounded]
+    stats: CalibrationStats
+    calibration: CalibrationSet
+    conditions: dict[str, Any]
+    spec: DenoiserSpec
+    model: onnx.ModelProto = field(repr=False)
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from (
+            self.graph,
+            self.candidates,
+            self.stats,
+            self.calibration,
+            self.conditions,
+            self.spec,
+        )
+
+    def feeds(self, step: int) -> dict[str, Any]:
+        samples = self.calibration.samples[step]
+        feeds = {"sample": samples}
+        if self.spec.timestep.batched:
+            feeds["timestep"] = np.full(len(samples), self.calibration.timesteps[step], np.float32)
+        else:
+            feeds["timestep"] = np.array(self.calibration.timesteps[step], np.float32)
+        return feeds
+
+    def values(self, step: int, names: list[str]) -> dict[str, Any]:
+        """Values of the float graph, by ONNX Runtime."""
+        model = onnx.ModelProto()
+        model.CopyFrom(self.model)
+        known = {v.name for v in model.graph.output}
+        model.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n not in known)
+        session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        declared = {v.name for v in session.get_inputs()}
+        feeds = {n: v for n, v in self.feeds(step).items() if n in declared}
+        asked = [n for n in names if n not in feeds]
+        return {**feeds, **dict(zip(asked, session.run(asked, feeds)))}
+
+
+def setting(
+    builder: GraphBuilder, shape: tuple[int, ...], steps: int = 2, calls: int = 3, batched_time: bool = True
+) -> Setting:
+    model = builder.model()
+    graph = layer_graph(ir.from_proto(model))
+    schemes = tuple(SCHEMES[name] for name in NAMES)
+    random = np.random.default_rng(7)
+    calibration = CalibrationSet(
+        random.standard_normal((steps, calls, *shape)).astype(np.float32),
+        np.linspace(800, 20, steps).astype(np.float32),
+        np.zeros(calls, np.int64),
+    )
+    spec = DenoiserSpec(
+        name="tiny",
+        source="test",
+        sample=InputSpec(name="sample", shape=shape),
+        timestep=InputSpec(name="timestep", batched=batched_time),
+        scheduler={},
+    )
+    candidates = {n.name: Rounded(n, schemes, float_matrix(graph, n)) for n in graph.layers}
+    made = Setting(graph, candidates, CalibrationStats({}), calibration, {}, spec, model)
+    tensors = list(graph.activations)
+    tops = {
+        name: max(float(np.abs(made.values(step, tensors)[name]).max()) for step in range(steps)) for name in tensors
+    }
+    empty = np.zeros(1, np.float32)
+    made.stats = CalibrationStats(
+        {name: ActivationStats(empty, empty, empty, empty, empty, top / 127) for name, top in tops.items()}
+    )
+    return made
+
+
+def timestep_input(g: GraphBuilder) -> None:
+    """Declare a timestep that the graph adds to the sample with weight zero, so that it is used."""
+    g.input("timestep", ["N"])

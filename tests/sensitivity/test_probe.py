@@ -1,0 +1,301 @@
+"""Adjoint probes against brute force, against the exhaustive ground truth, and where the answer is known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import numpy_helper
+from scipy.stats import spearmanr
+
+torch = pytest.importorskip("torch")
+
+from mpq_deploy.errors import ModelError, UsageError  # noqa: E402
+from mpq_deploy.sensitivity import probe as probe_module  # noqa: E402
+from mpq_deploy.sensitivity.exhaustive import measure_exhaustive  # noqa: E402
+from mpq_deploy.sensitivity.measure import MeasureOptions, measure  # noqa: E402
+from mpq_deploy.sensitivity.probe import measure_probe  # noqa: E402
+from mpq_deploy.sensitivity.torch_graph import TorchGraph  # noqa: E402
+from mpq_deploy.talk import Talk  # noqa: E402
+from tests.graphs import GraphBuilder, denoiser_graph  # noqa: E402
+from tests.sensitivity.cases import NAMES, Setting, setting  # noqa: E402
+
+pytestmark = pytest.mark.torch
+
+
+def kinds() -> GraphBuilder:
+    """Convs (plain, strided, grouped, depthwise, 1x1), Gemms both ways, MatMul on tokens, a shared weight and input."""
+    g = GraphBuilder(seed=3)
+    g.input("sample", ["N", 4, 7, 6])
+    g.input("timestep", ["N"])
+    axes = g.weight("axes", [1])
+    time = g.op("Unsqueeze", ["timestep", axes], "time")
+    time = g.op("Sin", [g.op("Mul", [time, g.random("frequency", 1, 8, scale=0.01)], "angle")], "sin")
+    a, b = g.gemm(time, "time.a", 8, 8, trans_b=1), g.gemm(time, "time.b", 8, 8, trans_b=0)
+    shift = g.op("Unsqueeze", [g.op("Mul", [a, b], "ab"), g.weight("axes23", [2, 3])], "shift")
+    x = g.op("Add", [g.conv("sample", "conv_in", 8, 4), shift], "add")
+    x = g.op("Tanh", [g.conv(x, "grouped", 16, 8, group=2)], "tanh")
+    x = g.conv(x, "depthwise", 16, 16, group=16)
+    x = g.conv(x, "strided", 8, 16, strides=[2, 1], pads=[0, 1, 2, 1])
+    tokens = g.op("Reshape", [x, g.weight("shape", [0, 8, -1])], "tokens")
+    tokens = g.op("Transpose", [tokens], "tokens_last", perm=[0, 2, 1])
+    q, k = g.matmul(tokens, "to_q", 8, 8), g.matmul(tokens, "to_k", 8, 8)
+    again = g.op("MatMul", [g.op("Tanh", [q], "tanh_q"), "to_k.weight"], "again")
+    x = g.op("Add", [k, again], "k_again")
+    x = g.op("Transpose", [x], "back", perm=[0, 2, 1])
+    x = g.op("Reshape", [x, g.weight("shape4", [0, 8, -1, 6])], "image")
+    g.conv(x, "conv_out", 2, 8, kernel=1)
+    g.nodes[-1].output[0] = "out_sample"
+    g.output("out_sample", ["N", 2, 4, 6])
+    return g
+
+
+@pytest.fixture(scope="module")
+def mixed() -> Setting:
+    return setting(kinds(), (4, 7, 6))
+
+
+def brute_force(case: Setting, options: MeasureOptions) -> dict[str, dict[str, Any]]:
+    """<G, dY> from whole gradients and whole local errors, layer by layer, in float64."""
+    calls = case.calibration.samples.shape[1]
+    graph = TorchGraph(case.graph.model, torch.float64)
+    uses = [(n, use) for n in case.graph.layers for use in n.uses]
+    steps = len(case.calibration.timesteps)
+    found = {n.name: {s: np.zeros((steps, options.probes, calls)) for s in NAMES} for n in case.graph.layers}
+    nodes = {node.name: node for node in case.model.graph.node}
+    for step in range(steps):
+        feeds = {n: torch.from_numpy(v).double() for n, v in case.feeds(step).items()}
+        outputs = [use.output for _, use in uses]
+        values = graph.run(feeds, keep=[*outputs, *(use.input for _, use in uses)], differentiate=outputs)
+        out = values["out_sample"]
+        norm = (out.detach().square().sum() / calls).sqrt().item()
+        for call in range(calls):
+            r = np.random.default_rng((options.seed, step, call)).standard_normal(
+                (options.probes, *out.shape[1:]), np.float32
+            )
+            for p in range(options.probes):
+                weighted = (out[call] * torch.from_numpy(r[p]).double()).sum()
+                gradients = torch.autograd.grad(weighted, [values[o] for o in outputs], retain_graph=True)
+                for (layer, use), gradient in zip(uses, gradients):
+                    x = values[use.input].detach()
+                    for scheme in case.candidates[layer.name].schemes:
+                        error = local_error(case, layer, nodes[use.node], x, scheme, use.input)
+                        product = (error * gradient).sum().item()
+                        found[layer.name][scheme.name][step, p, call] += product / norm
+    entries = steps * options.probes * calls
+    return {n: {s: a.reshape(-1) / entries**0.5 for s, a in row.items()} for n, row in found.items()}
+
+
+def local_error(case: Setting, layer: Any, node: Any, x: Any, scheme: Any, tensor: str) -> Any:
+    """layer(Qa(x); Qw(W)) - layer(x; W), both evaluated in full by torch's own functions in float64."""
+    attributes = {a.name: list(a.ints) or a.i for a in node.attribute}
+    candidate = case.candidates[layer.name]
+    rounded = x
+    if scheme.activation is not None:
+        scale = np.float32(case.stats.activations[tensor].scale)
+        rounded = torch.clamp(torch.round(x.float() / scale), -128, 127).double() * float(scale)
+
+    def apply(inputs: Any, matrix: Any) -> Any:
+        w = torch.from_numpy(np.ascontiguousarray(matrix)).double()
+        if layer.op != "Conv":
+            return inputs @ w.T
+        pads = attributes["pads"]
+        padded = torch.nn.functional.pad(inputs, (pads[1], pads[3], pads[0], pads[2]))
+        w = w.reshape(layer.weight_shape)
+        return torch.nn.functional.conv2d(padded, w, None, attributes.get("strides", 1), 0, 1, attributes["group"])
+
+    return apply(rounded, candidate.weight_matrix(scheme.weight_form)) - apply(x, candidate.weight)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, None])
+@pytest.mark.parametrize("way", ["", "forward", "weights"])
+def test_projections_are_the_inner_products(
+    mixed: Setting, way: str, batch_size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = probe_module.project_layer
+    monkeypatch.setattr(probe_module, "project_layer", lambda *a: original(*a, way=way))
+    options = MeasureOptions(probes=2, heldout_probes=1, samples=3, batch_size=batch_size)
+    table = measure_probe(*mixed, options, Talk())
+    expected = brute_force(mixed, options)
+    assert table.projections is not None
+    for layer, row in expected.items():
+        for scheme, vector in row.items():
+            error = np.linalg.norm(table.projections[layer][scheme] - vector)
+            assert error <= 2e-4 * np.linalg.norm(vector) + 1e-9, (layer, scheme)
+
+
+def test_the_kinds_are_all_there(mixed: Setting) -> None:
+    layers = {n.name: n for n in mixed.graph.layers}
+    assert {n.group for n in layers.values()} == {1, 2, 16}
+    assert len(layers["to_k"].uses) == 2
+    assert {n.out_axis for n in layers.values() if n.op == "Gemm"} == {0, 1}
+    assert any(len(readers) > 1 for readers in mixed.graph.activations.values())
+
+
+def test_losses_agree_with_the_exhaustive_ones() -> None:
+    case = setting(denoiser_graph(channels=16, size=8, image_channels=3), (3, 8, 8), steps=2, calls=4)
+    options = MeasureOptions(probes=48, samples=4)
+    probed = measure_probe(*case, options, Talk())
+    truth = measure_exhaustive(*case, options, Talk())
+    for scheme in NAMES:
+        a = np.array([probed.losses[n.name][scheme] for n in case.graph.layers])
+        b = np.array([truth.losses[n.name][scheme] for n in case.graph.layers])
+        assert spearmanr(a, b)[0] > 0.9
+        assert 0.7 < a.sum() / b.sum() < 1.4
+        assert np.all((a > b / 2.5) & (a < b * 2.5))
+
+
+def linear(scale: float = 1.0) -> GraphBuilder:
+    """Two Gemms in a row and nothing else: the output is linear in every local error."""
+    g = GraphBuilder(seed=1)
+    g.input("sample", ["N", 12])
+    g.input("timestep", ["N"])
+    hidden = g.gemm("sample", "first", 40, 12)
+    g.gemm(hidden, "second", 6, 40, trans_b=0)
+    g.nodes[-1].output[0] = "out_sample"
+    g.output("out_sample", ["N", 6])
+    return g
+
+
+def test_a_linear_layer_is_exact_in_expectation() -> None:
+    case = setting(linear(), (12,), steps=2, calls=4)
+    options = MeasureOptions(probes=4000, samples=4)
+    probed = measure_probe(*case, options, Talk())
+    truth = measure_exhaustive(*case, options, Talk())
+    for layer in ("first", "second"):
+        for scheme in NAMES:
+            assert probed.losses[layer][scheme] == pytest.approx(truth.losses[layer][scheme], rel=0.06)
+            assert probed.losses_by_timestep[layer][scheme] == pytest.approx(
+                truth.losses_by_timestep[layer][scheme], rel=0.1
+            )
+
+
+def test_cross_terms_predict_a_plan_that_the_sum_of_losses_misses() -> None:
+    """Weights only, in a network linear in each weight: the plan's output error is the sum of the layers' errors."""
+    case = setting(linear(), (12,), steps=1, calls=4)
+    table = measure_probe(*case, MeasureOptions(probes=4000, samples=4), Talk())
+    first, second = (case.candidates[n].weight for n in ("first", "second"))
+    biases = {w.name: numpy_helper.to_array(w) for w in case.model.graph.initializer}
+    x = case.calibration.samples[0].astype(np.float64)
+
+    def network(a: Any, b: Any) -> Any:
+        return (x @ a.T + biases["first.bias"]) @ b.T + biases["second.bias"]
+
+    # Errors ten times smaller than INT4's, so that the product of two errors vanishes beside them.
+    plan = {"first": "w8a16", "second": "w8a16"}
+    rounded = [case.candidates[n].weight_matrix("int8") for n in ("first", "second")]
+    clean = network(first, second)
+    measured = np.sum((network(*rounded) - clean) ** 2) / np.sum(clean**2)
+    assert table.plan_loss(plan) == pytest.approx(measured, rel=0.06)
+
+
+def test_opposite_errors_cancel_in_a_plan() -> None:
+    """Two layers on one input whose outputs are subtracted: equal errors leave nothing of a plan with both."""
+    g = GraphBuilder(seed=2)
+    g.input("sample", ["N", 16])
+    g.input("timestep", ["N"])
+    w = g.random("a.weight", 8, 16)
+    g.weight("b.weight", numpy_helper.to_array(g.weights[-1]))
+    a = g.op("Gemm", ["sample", w], "a", transB=1)
+    b = g.op("Gemm", ["sample", "b.weight"], "b", transB=1)
+    g.op("Add", [g.op("Sub", [a, b], "difference"), g.op("Sub", [g.gemm("sample", "c", 8, 16), b], "d")], "sum")
+    g.nodes[-1].output[0] = "out_sample"
+    g.output("out_sample", ["N", 8])
+    case = setting(g, (16,))
+    table = measure_probe(*case, MeasureOptions(probes=8, samples=3), Talk())
+    lone = table.plan_loss({"b": "w4a16-b32"})
+    # out = a - 2b + c: with the error of a added, half of that of b goes.
+    assert table.plan_loss({"a": "w4a16-b32", "b": "w4a16-b32"}) == pytest.approx(lone / 4, rel=1e-3)
+
+
+def test_a_timestep_that_all_samples_share_is_measured_one_by_one() -> None:
+    """With a scalar timestep its embedding has one row for all samples; per-sample products need them apart."""
+    g = GraphBuilder(seed=5)
+    g.input("sample", ["N", 3, 5, 5])
+    g.input("timestep", [])
+    row = g.op("Reshape", ["timestep", g.weight("one_by_one", [1, 1])], "row")
+    row = g.op("Sin", [g.op("Mul", [row, g.random("frequency", 1, 6)], "angle")], "sin")
+    shift = g.op("Unsqueeze", [g.gemm(row, "time", 4, 6), g.weight("axes23", [2, 3])], "shift")
+    x = g.op("Tanh", [g.op("Add", [g.conv("sample", "conv_in", 4, 3), shift], "add")], "tanh")
+    g.conv(x, "conv_out", 3, 4)
+    g.nodes[-1].output[0] = "out_sample"
+    g.output("out_sample", ["N", 3, 5, 5])
+    case = setting(g, (3, 5, 5), calls=4, batched_time=False)
+    options = MeasureOptions(probes=64, samples=4)
+    table = measure_probe(*case, options, Talk())
+    truth = measure_exhaustive(*case, options, Talk())
+    assert any("one by one" in note for note in table.notes)
+    for scheme in ("w8a8", "w4a16-b32"):
+        assert table.losses["time"][scheme] == pytest.approx(truth.losses["time"][scheme], rel=0.5)
+
+
+def test_heldout_entries_are_those_of_the_last_probes(mixed: Setting) -> None:
+    options = MeasureOptions(probes=5, heldout_probes=2, samples=3)
+    table = measure_probe(*mixed, options, Talk())
+    assert table.heldout is not None
+    mask = table.heldout.reshape(2, 5, 3)
+    assert mask[:, 3:].all() and not mask[:, :3].any()
+    seen, back = table.seen(), table.held_back()
+    for layer, row in table.losses.items():
+        for scheme, loss in row.items():
+            mean = (3 * seen.losses[layer][scheme] + 2 * back.losses[layer][scheme]) / 5
+            assert mean == pytest.approx(loss, rel=1e-5)
+    # The first probes do not depend on how many follow them.
+    fewer = measure_probe(*mixed, replace(options, probes=3, heldout_probes=0), Talk())
+    assert fewer.seen() is fewer
+    for layer, row in fewer.losses.items():
+        for scheme, loss in row.items():
+            assert seen.losses[layer][scheme] == pytest.approx(loss, rel=1e-4)
+            assert seen.plan_loss({layer: scheme}) == pytest.approx(loss, rel=1e-4)
+
+
+def test_same_seed_same_table_and_another_seed_another(mixed: Setting) -> None:
+    options = MeasureOptions(probes=2, heldout_probes=0, samples=2)
+    one, two = measure_probe(*mixed, options, Talk()), measure_probe(*mixed, options, Talk())
+    other = measure_probe(*mixed, replace(options, seed=1), Talk())
+    assert one.losses == two.losses
+    assert one.losses != other.losses
+
+
+def test_a_layer_that_reaches_no_output_costs_nothing() -> None:
+    g = linear()
+    g.gemm("sample", "dead", 3, 12)
+    case = setting(g, (12,))
+    table = measure_probe(*case, MeasureOptions(probes=2, heldout_probes=0, samples=2), Talk())
+    assert set(table.losses["dead"].values()) == {0.0}
+
+
+def test_a_missing_scale_is_named(mixed: Setting) -> None:
+    case = replace(mixed)
+    tensor = next(iter(case.stats.activations))
+    case.stats = type(case.stats)({k: v for k, v in case.stats.activations.items() if k != tensor})
+    with pytest.raises(ModelError, match=tensor):
+        measure_probe(*case, MeasureOptions(samples=2), Talk())
+
+
+def test_nan_names_the_tensor(mixed: Setting) -> None:
+    case = replace(mixed)
+    samples = case.calibration.samples.copy()
+    samples[0, 0, 0, 0, 0] = np.nan
+    case.calibration = replace(case.calibration, samples=samples)
+    with pytest.raises(ModelError, match="conv_in_out"):
+        measure_probe(*case, MeasureOptions(samples=3), Talk())
+
+
+def test_bfloat16_is_close(mixed: Setting) -> None:
+    options = MeasureOptions(probes=4, samples=3)
+    fine = measure_probe(*mixed, options, Talk())
+    coarse = measure_probe(*mixed, replace(options, dtype="bfloat16"), Talk())
+    for layer in fine.losses:
+        assert coarse.losses[layer]["w4a16-b32"] == pytest.approx(fine.losses[layer]["w4a16-b32"], rel=0.5)
+
+
+def test_unusable_options_are_refused(mixed: Setting) -> None:
+    with pytest.raises(UsageError):
+        MeasureOptions(probes=2, heldout_probes=2)
+    with pytest.raises(UsageError):
+        measure_probe(*mixed, MeasureOptions(dtype="float8"), Talk())
+    with pytest.raises(UsageError, match="prob"):
+        measure("prob", *mixed, MeasureOptions(), Talk())
