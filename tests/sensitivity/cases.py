@@ -115,8 +115,3 @@ def setting(
         {name: ActivationStats(empty, empty, empty, empty, empty, top / 127) for name, top in tops.items()}
     )
     return made
-
-
-def timestep_input(g: GraphBuilder) -> None:
-    """Declare a timestep that the graph adds to the sample with weight zero, so that it is used."""
-    g.input("timestep", ["N"])

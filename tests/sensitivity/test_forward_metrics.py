@@ -1,0 +1,260 @@
+"""The metrics of ONNX Runtime: local error against NumPy by hand, exhaustive against torch, gain against exhaustive."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from onnx import numpy_helper
+from scipy.stats import spearmanr
+
+from mpq_deploy.errors import ModelError, UsageError
+from mpq_deploy.graph.layers import layer_graph
+from mpq_deploy.precision.scheme import SCHEMES
+from mpq_deploy.sensitivity import measure as measure_module
+from mpq_deploy.sensitivity.exhaustive import measure_exhaustive
+from mpq_deploy.sensitivity.feeds import Calls
+from mpq_deploy.sensitivity.gain import measure_gain, propagation_gains
+from mpq_deploy.sensitivity.local_error import local_errors, measure_local_error
+from mpq_deploy.sensitivity.measure import METHODS, MeasureOptions, measure
+from mpq_deploy.sensitivity.ort_graph import noisy_graph
+from mpq_deploy.sensitivity.table import SensitivityTable
+from mpq_deploy.sensitivity.weights import float_matrix, form_stack
+from mpq_deploy.talk import Talk
+from tests.graphs import GraphBuilder, denoiser_graph
+from tests.sensitivity.cases import NAMES, Rounded, Setting, setting
+from tests.sensitivity.kinds import kinds, linear
+
+OPTIONS = MeasureOptions(samples=3, probes=4)
+
+
+@pytest.fixture(scope="module")
+def mixed() -> Setting:
+    return setting(kinds(), (4, 7, 6))
+
+
+@pytest.fixture(scope="module")
+def denoiser() -> Setting:
+    return setting(denoiser_graph(channels=16, size=8), (3, 8, 8), steps=2, calls=4)
+
+
+class Remarks(Talk):
+    """Keeps what is said and how far the bars got."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+        self.bars: dict[str, list[int]] = {}
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+    @contextmanager
+    def bar(self, what: str, total: int) -> Iterator[Any]:
+        counts = self.bars[what] = [total, 0]
+
+        def advance(steps: int) -> None:
+            counts[1] += steps
+
+        yield advance
+
+
+def test_gemm_local_error_by_hand() -> None:
+    case = setting(linear(), (12,), calls=3)
+    table = measure_local_error(*case, OPTIONS, Talk())
+    weight = case.candidates["first"].weight
+    bias = next(numpy_helper.to_array(w) for w in case.model.graph.initializer if w.name == "first.bias")
+    x = case.calibration.samples[1]
+    scale = np.float32(case.stats.activations["sample"].scale)
+    rounded = np.clip(np.rint(x / scale), -128, 127) * scale
+    for scheme in NAMES:
+        kind = SCHEMES[scheme]
+        quantized = case.candidates["first"].weight_matrix(kind.weight_form)
+        error = (rounded if kind.activation else x) @ quantized.T - x @ weight.T
+        expected = np.sum(error**2) / np.sum((x @ weight.T + bias) ** 2)
+        assert table.losses_by_timestep["first"][scheme][1] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, None])
+def test_exhaustive_is_the_same_in_torch_and_in_onnxruntime(mixed: Setting, batch_size: int | None) -> None:
+    pytest.importorskip("torch")
+    options = MeasureOptions(samples=3, batch_size=batch_size)
+    one = measure_exhaustive(*mixed, options, Talk(), use_torch=True)
+    two = measure_exhaustive(*mixed, options, Talk(), use_torch=False)
+    for layer, row in one.losses.items():
+        # One use of to_k's weight feeds the other's neighbour, not the other: injection is exact for it as well.
+        for scheme, loss in row.items():
+            assert two.losses[layer][scheme] == pytest.approx(loss, rel=2e-2, abs=1e-12), (layer, scheme)
+
+
+def test_exhaustive_of_chosen_pairs_measures_only_those(mixed: Setting) -> None:
+    remarks = Remarks()
+    table = measure_exhaustive(*mixed, OPTIONS, remarks, pairs={("to_q", "w8a8"), ("conv_in", "fp16")})
+    assert {layer: set(row) for layer, row in table.losses.items()} == {"to_q": {"w8a8"}, "conv_in": {"fp16"}}
+    total, done = remarks.bars["single layers"]
+    assert total == done == 2 * 2 * 3
+
+
+def test_exhaustive_says_where_uses_feed_one_another() -> None:
+    g = GraphBuilder(seed=4)
+    g.input("sample", ["N", 8])
+    g.input("timestep", ["N"])
+    x = g.op("Tanh", [g.matmul("sample", "again", 8, 8)], "tanh")
+    g.op("MatMul", [x, "again.weight"], "last")
+    g.nodes[-1].output[0] = "out_sample"
+    g.output("out_sample", ["N", 8])
+    table = measure_exhaustive(*setting(g, (8,)), OPTIONS, Talk(), use_torch=False)
+    assert len(table.notes) == 1 and "'again'" in table.notes[0]
+
+
+def test_gain_predicts_weight_errors(denoiser: Setting) -> None:
+    options = MeasureOptions(samples=4)
+    gained = measure_gain(*denoiser, options, Talk())
+    truth = measure_exhaustive(*denoiser, options, Talk())
+    for scheme in ("w8a16", "w4a16-b32"):
+        a = np.array([gained.losses[n.name][scheme] for n in denoiser.graph.layers])
+        b = np.array([truth.losses[n.name][scheme] for n in denoiser.graph.layers])
+        assert spearmanr(a, b)[0] > 0.8
+        assert 1 / 3 < a.sum() / b.sum() < 3
+
+
+def test_gain_of_the_last_layer_is_one(denoiser: Setting) -> None:
+    """Noise of relative size eps on the output itself changes it by eps^2."""
+    graph, candidates, stats, calibration, conditions, spec = denoiser
+    calls = Calls(graph, spec, calibration, conditions, 4)
+    options = MeasureOptions(samples=4)
+    local = local_errors(graph, candidates, stats, calls, options, Talk())
+    gains = propagation_gains(graph, graph.layers, local, calls, spec, options, Talk())
+    assert gains["conv_out"] == pytest.approx(np.ones(2), rel=0.15)
+
+
+def test_noise_enters_where_it_is_put(mixed: Setting) -> None:
+    values = mixed.values(0, ["strided_out", "out_sample"])
+    layers = mixed.graph.layers
+    outputs = [use.output for n in layers for use in n.uses]
+    ranks = {name: value.ndim for name, value in mixed.values(0, outputs).items()}
+    with noisy_graph(mixed.graph, layers, "out_sample", ranks, Talk()) as noisy:
+        feeds = mixed.feeds(0)
+        np.testing.assert_allclose(noisy.run(feeds), values["out_sample"], rtol=1e-4, atol=1e-5)
+        moved = noisy.run(feeds, {"out_sample": np.full_like(values["out_sample"], 0.25)})
+        np.testing.assert_allclose(moved, values["out_sample"] + 0.25, rtol=1e-4, atol=1e-5)
+        assert not np.allclose(
+            noisy.run(feeds, {"strided_out": np.ones_like(values["strided_out"])}), values["out_sample"]
+        )
+
+
+@pytest.mark.parametrize("method", ["gain", "local_error"])
+def test_no_torch_is_needed_and_nothing_is_random(mixed: Setting, method: str) -> None:
+    one, two = (measure(method, *mixed, OPTIONS, Talk()) for _ in range(2))
+    assert one.metric == method
+    assert one.losses == two.losses
+    assert one.projections is None
+    assert one.plan_loss({"to_q": "w8a8", "conv_in": "fp16"}) == pytest.approx(
+        one.losses["to_q"]["w8a8"] + one.losses["conv_in"]["fp16"]
+    )
+
+
+def test_a_scalar_timestep_is_measured_too() -> None:
+    g = GraphBuilder(seed=5)
+    g.input("sample", ["N", 3, 5, 5])
+    g.input("timestep", [])
+    row = g.op("Reshape", ["timestep", g.weight("one_by_one", [1, 1])], "row")
+    row = g.op("Sin", [g.op("Mul", [row, g.random("frequency", 1, 6, scale=0.01)], "angle")], "sin")
+    shift = g.op("Unsqueeze", [g.gemm(row, "time", 4, 6), g.weight("axes23", [2, 3])], "shift")
+    x = g.op("Tanh", [g.op("Add", [g.conv("sample", "conv_in", 4, 3), shift], "add")], "tanh")
+    g.conv(x, "conv_out", 3, 4)
+    g.nodes[-1].output[0] = "out_sample"
+    g.output("out_sample", ["N", 3, 5, 5])
+    case = setting(g, (3, 5, 5), calls=4, batched_time=False)
+    options = MeasureOptions(samples=4)
+    gained, truth = measure_gain(*case, options, Talk()), measure_exhaustive(*case, options, Talk(), use_torch=False)
+    assert 0.1 < gained.losses["time"]["w4a16-b32"] / truth.losses["time"]["w4a16-b32"] < 10
+
+
+def test_probe_falls_back_without_torch(mixed: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure_module.importlib.util, "find_spec", lambda name: None)
+    remarks = Remarks()
+    table = measure("probe", *mixed, OPTIONS, remarks)
+    assert table.metric == "gain"
+    assert "torch is not installed" in table.notes[-1]
+    assert remarks.warnings == [table.notes[-1]]
+
+
+def test_probe_falls_back_on_an_unknown_operator() -> None:
+    pytest.importorskip("torch")
+    g = GraphBuilder(seed=6)
+    g.input("sample", ["N", 8])
+    g.input("timestep", ["N"])
+    x = g.op("LpNormalization", [g.gemm("sample", "first", 8, 8)], "odd", axis=1)
+    g.gemm(x, "second", 8, 8)
+    g.nodes[-1].output[0] = "out_sample"
+    g.output("out_sample", ["N", 8])
+    table = measure("probe", *setting(g, (8,)), OPTIONS, Talk())
+    assert table.metric == "gain"
+    assert "LpNormalization" in table.notes[-1] and "'odd'" in table.notes[-1]
+
+
+def test_an_unknown_method_names_the_nearest(mixed: Setting) -> None:
+    with pytest.raises(UsageError) as caught:
+        measure("local-error", *mixed, OPTIONS, Talk())
+    assert "local_error" in caught.value.hint
+    assert all(name in caught.value.hint for name in METHODS)
+
+
+def test_progress_reaches_its_end(mixed: Setting) -> None:
+    for method in METHODS:
+        if method == "probe":
+            pytest.importorskip("torch")
+        remarks = Remarks()
+        measure(method, *mixed, OPTIONS, remarks)
+        assert remarks.bars and all(total == done for total, done in remarks.bars.values()), method
+
+
+def test_tables_are_saved_and_loaded(mixed: Setting, tmp_path: Any) -> None:
+    for method in ("local_error", "probe"):
+        if method == "probe":
+            pytest.importorskip("torch")
+        table = measure(method, *mixed, OPTIONS, Talk())
+        table.save(tmp_path)
+        loaded = SensitivityTable.load(tmp_path)
+        assert loaded.losses == table.losses
+        assert loaded.notes == table.notes
+        plan = {"to_q": "w8a8", "to_k": "w4a16-b32"}
+        assert loaded.plan_loss(plan) == table.plan_loss(plan)
+        assert loaded.held_back().plan_loss(plan) == table.held_back().plan_loss(plan)
+
+
+def test_candidates_of_another_graph_are_refused(mixed: Setting) -> None:
+    stranger = {**mixed.candidates, "nowhere": mixed.candidates["to_q"]}
+    graph, _, *rest = mixed
+    with pytest.raises(ModelError, match="nowhere"):
+        measure("local_error", graph, stranger, *rest, OPTIONS, Talk())
+
+
+def test_missing_conditions_are_named(mixed: Setting) -> None:
+    graph, candidates, stats, calibration, conditions, spec = mixed
+    wanted = spec.model_copy(update={"conditions": (spec.timestep.model_copy(update={"name": "prompt"}),)})
+    with pytest.raises(ModelError, match="prompt"):
+        measure("gain", graph, candidates, stats, calibration, conditions, wanted, OPTIONS, Talk())
+
+
+def test_stacks_hold_each_form_once() -> None:
+    graph = layer_graph(ir.from_proto(linear().model()))
+    layer = graph.layers[0]
+    weight = float_matrix(graph, layer)
+    names = ("fp16", "w8a8", "w8a16", "w4a16-b32", "w4a8-b32")
+    candidate = Rounded(layer, tuple(SCHEMES[n] for n in names), weight)
+    stack = form_stack(weight, candidate)
+    assert len(stack.differences) == 4  # int8 serves w8a8 and w8a16
+    rows = {**stack.weights_only, **{f"{k}+a": v for k, v in stack.with_activation.items()}}
+    assert rows["w8a16"] == rows["w8a8+a"]
+    assert max(stack.weights_only.values()) < stack.split_end
+    assert min(stack.with_activation.values()) >= stack.split_start
+    for name in names:
+        row = stack.with_activation.get(name, stack.weights_only.get(name))
+        np.testing.assert_allclose(
+            stack.differences[row], candidate.weight_matrix(SCHEMES[name].weight_form) - weight, atol=1e-7
+        )
