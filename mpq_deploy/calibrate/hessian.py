@@ -27,6 +27,9 @@ from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.graph.layers import Layer, LayerGraph, LayerUse
 from mpq_deploy.talk import Talk
 
+# Share of the memory cap for rows that wait to be multiplied: a product of many rows costs less per row, because
+# each one also touches the whole matrix.
+WAITING_SHARE = 0.25
 # Blocks of a block-diagonal Hessian are a multiple of the largest quantization block, so none is cut.
 WIDTH_MULTIPLE = 256
 
@@ -35,7 +38,7 @@ WIDTH_MULTIPLE = 256
 class HessianOptions:
     """Bounds on memory and work.
 
-    ``memory_cap_bytes`` bounds the matrices held at once. A layer of reduction K uses about
+    ``memory_cap_bytes`` bounds the matrices and rows held at once. A layer of reduction K uses about
     max(``min_rows``, ``rows_per_column`` * K) rows, or all where there are fewer; the calls that are run are
     the first ``max_calls``, spread over all timesteps. Beyond ``max_width`` columns a matrix is block-diagonal.
     """
@@ -243,17 +246,18 @@ _Planned = tuple[Layer, tuple[_Patches, ...]]
 def _groups(planned: list[_Planned], options: HessianOptions) -> list[list[_Planned]]:
     """Cut the layers, in order, into groups whose distinct matrices fit the cap together."""
     groups: list[list[_Planned]] = []
+    cap = int((1 - WAITING_SHARE) * options.memory_cap_bytes)
     held: set[_Patches] = set()
     used = 0
     for layer, uses in planned:
         need = sum(p.bytes(options.max_width) for p in set(uses))
-        if need > options.memory_cap_bytes:
+        if need > cap:
             raise UsageError(
                 f"The Hessians of layer '{layer.name}' take {need:,} bytes; the cap is {options.memory_cap_bytes:,}.",
                 f"Raise memory_cap_bytes to at least {need}, or lower max_width (now {options.max_width}).",
             )
         new = sum(p.bytes(options.max_width) for p in set(uses) - held)
-        if not groups or used + new > options.memory_cap_bytes:
+        if not groups or used + new > cap:
             groups.append([])
             held, used, new = set(), 0, need
         groups[-1].append((layer, uses))
@@ -294,6 +298,7 @@ def _accumulate(source: _Source, jobs: list[_Patches], label: str) -> dict[_Patc
     for job in jobs:
         widths = _widths(job.columns, options.max_width)
         sums[job] = _Sum(np.zeros((job.group * len(widths), max(widths), max(widths)), np.float32))
+    waiting = _Waiting(sums, options.max_width, WAITING_SHARE * options.memory_cap_bytes)
     model = _gathering_graph(source.graph, jobs)
     wanted = {value.name for value in model.graph.inputs}
     with (
@@ -307,9 +312,10 @@ def _accumulate(source: _Source, jobs: list[_Patches], label: str) -> dict[_Patc
             results = session.run(None, {k: v for k, v in feed.items() if k in needed})
             for job, gathered, (flat, inside) in zip(jobs, results, taps, strict=True):
                 repeats = len(batch.calls) if job.shape.batch_axis is not None else 1
-                _add(sums[job], job, gathered.reshape(*flat.shape, job.channels), inside, options.max_width)
+                waiting.add(job, gathered.reshape(*flat.shape, job.channels), inside)
                 sums[job].population += repeats * job.rows_per_call
             advance(len(batch.calls))
+    waiting.finish()
     for job in jobs:
         sums[job].blocks /= np.float32(sums[job].rows)
         if not np.isfinite(np.einsum("bii->", sums[job].blocks)):
@@ -337,25 +343,49 @@ def _batch_taps(
     return job.taps(positions, len(batch.calls))
 
 
-def _add(total: _Sum, job: _Patches, gathered: Array, inside: Array | None, max_width: int) -> None:
-    """Add the rows ``gathered`` float32 [rows, taps, channels] to the sum, columns in canonical order."""
-    if inside is not None:
-        gathered = np.where(inside[:, :, None], gathered, np.float32(0))
-    count, taps, channels = gathered.shape
-    total.rows += count
-    # [rows, taps, channels] -> [group, rows, channels of the group * taps], channel before tap.
-    per_group = gathered.transpose(0, 2, 1).reshape(count, job.group, channels // job.group * taps)
-    widths = _widths(job.columns, max_width)
-    start = 0
-    for number, width in enumerate(widths):
-        columns = per_group[:, :, start : start + width].transpose(1, 0, 2)
-        place = total.blocks[number :: len(widths), :width, :width]
-        if job.group == 1:
-            rows = np.ascontiguousarray(columns[0])
-            place[0] += rows.T @ rows
-        else:
-            place += np.matmul(columns.transpose(0, 2, 1), columns)
-        start += width
+class _Waiting:
+    """Rows that wait to be multiplied, of all jobs together at most ``limit`` bytes."""
+
+    def __init__(self, sums: dict[_Patches, _Sum], max_width: int, limit: float) -> None:
+        self.sums, self.max_width, self.limit = sums, max_width, limit
+        self.rows: dict[_Patches, list[Array]] = {job: [] for job in sums}
+        self.bytes = dict.fromkeys(sums, 0)
+
+    def add(self, job: _Patches, gathered: Array, inside: Array | None) -> None:
+        """Add rows ``gathered`` float32 [rows, taps, channels]; taps outside the image are zeros."""
+        if inside is not None:
+            gathered[~inside] = 0
+        count, taps, channels = gathered.shape
+        # Channel before tap, as in the weight; then one matrix per group of channels.
+        rows = gathered.transpose(0, 2, 1).reshape(count, job.group, channels // job.group * taps)
+        self.rows[job].append(rows)
+        self.bytes[job] += rows.nbytes
+        self.sums[job].rows += count
+        while sum(self.bytes.values()) > self.limit:
+            self.multiply(max(self.bytes, key=lambda key: self.bytes[key]))
+
+    def finish(self) -> None:
+        """Multiply all rows that still wait."""
+        for job in self.rows:
+            self.multiply(job)
+
+    def multiply(self, job: _Patches) -> None:
+        """Add X^T X of the waiting rows of ``job`` to its sum."""
+        if not self.rows[job]:
+            return
+        rows = np.concatenate(self.rows[job])
+        self.rows[job], self.bytes[job] = [], 0
+        widths = _widths(job.columns, self.max_width)
+        start = 0
+        for number, width in enumerate(widths):
+            columns = rows[:, :, start : start + width]
+            place = self.sums[job].blocks[number :: len(widths), :width, :width]
+            if job.group == 1:
+                matrix = np.ascontiguousarray(columns[:, 0])
+                place[0] += matrix.T @ matrix
+            else:
+                place += np.matmul(columns.transpose(1, 2, 0), columns.transpose(1, 0, 2))
+            start += width
 
 
 def _gathering_graph(graph: LayerGraph, jobs: list[_Patches]) -> ir.Model:

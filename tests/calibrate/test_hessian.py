@@ -174,7 +174,7 @@ def test_a_small_cap_means_more_passes_and_the_same_matrices() -> None:
             bars.append(what)
             return super().bar(what, total)
 
-    largest = 4 * 3 * max(layer.reduction for layer in given.graph.layers) ** 2
+    largest = 4 * 4 * max(layer.reduction for layer in given.graph.layers) ** 2
     options = HessianOptions(min_rows=10**9, memory_cap_bytes=largest)
     found = iterate_hessians(given.graph, given.recorded, {}, given.spec, options, Listening())
     once = hessians(given)
