@@ -83,6 +83,12 @@ class RunFolder:
         """Folder of a finished stage."""
         return self.path / name
 
+    def scratch(self) -> Path:
+        """A folder for files that a stage needs only while it runs; emptied when the run folder is opened."""
+        path = self.path / ".scratch"
+        path.mkdir(exist_ok=True)
+        return path
+
     def record(self, name: str) -> StageRecord | None:
         """Return the record of a finished stage; None where there is none or it cannot be read."""
         path = self.path / name / RECORD
@@ -193,6 +199,7 @@ def open_run(path: Path) -> Iterator[RunFolder]:
             lock.write(str(os.getpid()))
             lock.flush()
             _check_format(path)
+            _remove(path / ".scratch")
         except OSError as error:
             raise disk_error(error, path) from error
         yield RunFolder(path)

@@ -10,6 +10,8 @@ import numpy as np
 
 from mpq_deploy.denoisers.spec import Array
 
+SPLIT_SEED = 3
+
 
 @dataclass(frozen=True)
 class CalibrationSet:
@@ -22,6 +24,22 @@ class CalibrationSet:
     samples: Array
     timesteps: Array
     rows: Array
+
+    def take(self, calls: Array) -> CalibrationSet:
+        """Return the set with only the given calls, int64 [M], at every timestep."""
+        return CalibrationSet(self.samples[:, calls], self.timesteps, self.rows[calls])
+
+    def split(self, measured: int) -> tuple[CalibrationSet, CalibrationSet]:
+        """Split the calls, by a fixed permutation, into those that weights are rounded on and ``measured`` others.
+
+        Rounding fits its own inputs (GPTQ most of all), so a loss measured on them is too small. With fewer than
+        twice as many calls as are measured, both parts are the whole set.
+        """
+        count = len(self.rows)
+        if count < 2 * measured:
+            return self, self
+        order = np.random.default_rng(SPLIT_SEED).permutation(count)
+        return self.take(np.sort(order[measured:])), self.take(np.sort(order[:measured]))
 
     def save(self, path: Path) -> None:
         """Write the set as one .npz file (no pickle)."""

@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.passes.fold_constants import FoldConstantsPass
+from mpq_deploy.graph.passes.group_norm import GroupNormPass
 from mpq_deploy.graph.passes.name_nodes import NameNodesPass
 from mpq_deploy.graph.passes.raise_opset import raise_opset
 from mpq_deploy.graph.passes.widen import WidenPass
@@ -120,8 +121,8 @@ def normalise(model: ir.Model) -> ir.Model:
     """Return ``model`` with constants as initializers, weights folded, unique node names and opset 21 or later.
 
     Functions are inlined, Constant nodes become initializers, Identity nodes go, shape and type operators on
-    weights are folded into them, half precision becomes FP32 (``graph.passes.widen``), unused nodes and weights are
-    dropped. Doing it twice changes nothing. Raises ModelError when the opset or half precision cannot be converted.
+    weights are folded into them, half precision becomes FP32 (``graph.passes.widen``), GroupNormalization becomes
+    InstanceNormalization (``graph.passes.group_norm``), unused nodes and weights are dropped. Doing it twice changes nothing. Raises ModelError when the opset or half precision cannot be converted.
     """
     passes = ir.passes.Sequential(
         common_passes.InlinePass(),
@@ -129,6 +130,7 @@ def normalise(model: ir.Model) -> ir.Model:
         common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common_passes.IdentityEliminationPass(),
         WidenPass(),
+        GroupNormPass(),
         FoldConstantsPass(),
         common_passes.RemoveUnusedNodesPass(),
         NameNodesPass(),

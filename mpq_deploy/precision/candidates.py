@@ -98,14 +98,15 @@ def round_candidates(
     weight: Array,
     moments: Array,
     *,
+    widths: tuple[int, ...],
     gptq: bool,
     damping: float,
 ) -> LayerCandidates:
     """Round ``weight`` float32 [O, K] for every weight form that ``choices`` need.
 
-    ``moments`` is float [group * B, w, w], the diagonal blocks (B of width w per group, B w = K) of the mean of
-    x x^T over the layer's inputs; with ``gptq`` False only its diagonal is used, as [group, K] weights of the
-    rounding error.
+    ``moments`` is float [group * B, w, w]: for each group the B diagonal blocks of the mean of x x^T over the layer's
+    inputs, of which block b covers ``widths[b]`` columns (their sum is K). With ``gptq`` False only the diagonal is
+    used, as weights of the rounding error.
     """
     if not np.all(np.isfinite(weight)):
         raise ModelError(f"The weight '{layer.weight}' holds NaN or Inf.", "Mend the model before quantizing it.")
@@ -115,7 +116,8 @@ def round_candidates(
     parts: dict[str, list[QuantizedMatrix]] = {form: [] for form in forms}
     for group in range(layer.group):
         part = weight[group * rows : (group + 1) * rows]
-        blocks = moments[group * per_group : (group + 1) * per_group]
+        padded = moments[group * per_group : (group + 1) * per_group]
+        blocks = [block[:width, :width] for block, width in zip(padded, widths, strict=True)]
         importance = np.concatenate([np.diagonal(block) for block in blocks])
         scaled = {form: _scaled(layer, scheme, part, importance) for form, scheme in forms.items()}
         codes = _rounded(part, scaled, forms, blocks if gptq else None, damping)
@@ -140,7 +142,7 @@ def _rounded(
     weight: Array,
     scaled: dict[str, tuple[Array, Array | None]],
     forms: dict[str, Scheme],
-    blocks: Array | None,
+    blocks: list[Array] | None,
     damping: float,
 ) -> dict[str, Array]:
     """Round ``weight`` [O, K] for all forms at once: they share the input, so they share GPTQ's factor."""
@@ -152,10 +154,11 @@ def _rounded(
         problems[form] = RoundingProblem(weight, column_step, precision.quant_min, precision.quant_max)
     if blocks is None:
         return {f: round_to_nearest(p.weight, p.step, p.quant_min, p.quant_max) for f, p in problems.items()}
-    width = blocks.shape[1]
     pieces: dict[str, list[Array]] = {form: [] for form in problems}
-    for number, block in enumerate(blocks):
-        span = slice(number * width, (number + 1) * width)
+    start = 0
+    for block in blocks:
+        span = slice(start, start + len(block))
+        start += len(block)
         cut = [RoundingProblem(p.weight[:, span], p.step[:, span], p.quant_min, p.quant_max) for p in problems.values()]
         for form, codes in zip(problems, gptq_codes(cut, block, damping) if cut else []):
             pieces[form].append(codes)

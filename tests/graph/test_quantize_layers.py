@@ -42,7 +42,10 @@ def candidates_for(graph: LayerGraph) -> dict[str, LayerCandidates]:
         choices = choices_for(layer, tuple(SCHEMES.values()), even)
         weight = weight_matrix(layer, weight_array(graph.model, layer))
         moments = np.ones((layer.group * layer.reduction, 1, 1))
-        found[layer.name] = round_candidates(layer, choices, weight, moments, gptq=False, damping=0.01)
+        widths = (1,) * layer.reduction
+        found[layer.name] = round_candidates(
+            layer, choices, weight, moments, widths=widths, gptq=False, damping=0.01
+        )
     return found
 
 

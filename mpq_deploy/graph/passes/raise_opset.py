@@ -23,6 +23,10 @@ def raise_opset(model: ir.Model, opset: int = QUANTIZED_OPSET) -> ir.Model:
     if declared >= opset:
         return model
     graph = model.graph
+    for value in graph.initializers.values():
+        # Small tensors go through the converter, which knows nothing of files beside the model.
+        if isinstance(value.const_value, ir.ExternalTensor) and value.const_value.nbytes <= SMALL_BYTES:
+            value.const_value = ir.tensor(value.const_value.numpy().copy(), name=value.name)
     weights = {
         name: value
         for name, value in graph.initializers.items()

@@ -1,0 +1,243 @@
+"""Gather what the stages left behind into the report, the summary on the screen, and the sample picture."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpq_deploy.allocate import PrecisionPlan
+from mpq_deploy.engine.target import load_target
+from mpq_deploy.evaluate.result import CpuLatency, Evaluation, VariantResult
+from mpq_deploy.graph.write import DEPLOYED, SIMULATED
+from mpq_deploy.report.data import (
+    Control,
+    CpuLatencyInfo,
+    CurvePoint,
+    EngineInfo,
+    EvaluationInfo,
+    ImageSet,
+    LayerRow,
+    ModelInfo,
+    OtherRow,
+    ReportData,
+    SolverInfo,
+    StageRow,
+    TargetInfo,
+)
+from mpq_deploy.sensitivity.table import SensitivityTable
+from mpq_deploy.stages import LATENCY, Exported, version_of
+
+if TYPE_CHECKING:
+    from mpq_deploy.pipeline import Pipeline, Summary
+
+TITLES = {"float": "Float", "ours": "Ours", "int8": "Everything INT8", "int4": "Everything INT4"}
+PACKAGES = ("onnx", "onnx-ir", "onnxruntime", "highspy", "numpy", "torch", "diffusers", "tensorrt-rtx", "tensorrt")
+
+
+def report_data(pipeline: Pipeline) -> ReportData:
+    """Fill the report from the finished stages."""
+    exported = Exported(pipeline)
+    plan = PrecisionPlan.load(pipeline.folder("allocate") / "plan.json")
+    table = SensitivityTable.load(pipeline.folder("measure"))
+    evaluation = Evaluation.load(pipeline.folder("evaluate"))
+    ours = evaluation.variants["ours"]
+    target = load_target(pipeline.recipe.target)
+    engine, engine_note = _engine(pipeline)
+    return ReportData(
+        model=ModelInfo(
+            name=exported.spec.name,
+            source=exported.spec.source,
+            labels=exported.spec.labels,
+            synthetic=exported.spec.synthetic,
+            weights=sum(layer.weights for layer in exported.graph.layers),
+            sample_shape=exported.spec.sample.shape,
+        ),
+        target=TargetInfo(name=target.name, title=target.title, dialect=target.dialect),
+        budget=plan.budget_bytes / plan.fp16_size_bytes,
+        budget_bytes=plan.budget_bytes,
+        size_bytes=plan.size_bytes,
+        fp16_size_bytes=plan.fp16_size_bytes,
+        fixed_bytes=plan.fixed_bytes,
+        predicted_nmse=plan.predicted_loss,
+        measured_nmse=ours.measured_nmse,
+        psnr_db=_finite(ours.psnr_db),
+        ssim=ours.ssim,
+        identical=math.isinf(ours.psnr_db),
+        timesteps=evaluation.timesteps,
+        nmse_by_timestep=ours.nmse_by_timestep,
+        evaluation=EvaluationInfo(
+            samples=evaluation.options.samples,
+            steps=evaluation.options.steps,
+            seed=evaluation.options.seed,
+            sampler=evaluation.sampler,
+            image_kind=evaluation.image_kind,
+        ),
+        controls={
+            name: _control(name, variant, plan) for name, variant in evaluation.variants.items() if name != "ours"
+        },
+        curve=_curve(pipeline),
+        engine=engine,
+        engine_note=engine_note,
+        cpu_latency=_cpu_latency(pipeline),
+        layers=tuple(_layer_row(row, table) for row in plan.layers),
+        others=tuple(OtherRow(**row) for row in plan.others),
+        stages=tuple(
+            StageRow(name=r.name, seconds=r.seconds, peak_rss_bytes=r.peak_rss_bytes or None, cached=r.cached)
+            for r in pipeline.results.values()
+        ),
+        solver=SolverInfo(status=plan.solver.status, gap=max(plan.solver.gap, 0.0)),
+        sensitivity=table.metric,
+        versions=_versions(),
+        reproduce=_command(pipeline),
+        notes=(*plan.notes, *evaluation.notes, *exported.facts["notes"]),
+        images=ImageSet(evaluation.images, evaluation.labels, TITLES),
+    )
+
+
+def write_report(pipeline: Pipeline) -> None:
+    """Write report.html, report.md and report.json into the run folder."""
+    from mpq_deploy.report.write import write_reports
+
+    write_reports(report_data(pipeline), pipeline.run.path)
+
+
+def _engine(pipeline: Pipeline) -> tuple[EngineInfo | None, str]:
+    folder = pipeline.folder("engine")
+    none = folder / "none.json"
+    if none.exists():
+        return None, json.loads(none.read_text())["reason"]
+    from mpq_deploy.engine.builder import RECORD
+    from mpq_deploy.engine.record import EngineRecord
+
+    record = EngineRecord.load(folder / RECORD)
+    info = EngineInfo(
+        backend=record.backend,
+        version=record.version,
+        file=f"engine/{record.file}",
+        sha256=record.sha256,
+        weights_bytes=record.weights_bytes,
+        planned_weights_bytes=record.planned_bytes,
+        engine_bytes=record.bytes,
+        verified=record.verified,
+        build_seconds=pipeline.run.timings().get("engine", {}).get("seconds"),
+        notes=tuple(str(problem) for problem in record.problems),
+    )
+    return info, ""
+
+
+def _control(name: str, variant: VariantResult, plan: PrecisionPlan) -> Control:
+    size = variant.size_bytes or 0
+    return Control(
+        title=TITLES.get(name, name),
+        size_bytes=size,
+        size_ratio=size / plan.fp16_size_bytes,
+        measured_nmse=variant.measured_nmse,
+        psnr_db=_finite(variant.psnr_db),
+        ssim=variant.ssim,
+        nmse_by_timestep=variant.nmse_by_timestep,
+        identical=math.isinf(variant.psnr_db),
+    )
+
+
+def _curve(pipeline: Pipeline) -> tuple[CurvePoint, ...]:
+    path = pipeline.run.path / "sweep.json"
+    if not path.exists():
+        return ()
+    sweep = json.loads(path.read_text())
+    # A sweep of other measurements says nothing about this plan.
+    if sweep["measure"] != pipeline.digest("measure"):
+        return ()
+    fields = CurvePoint.model_fields
+    return tuple(CurvePoint(**{k: v for k, v in point.items() if k in fields}) for point in sweep["points"])
+
+
+def _cpu_latency(pipeline: Pipeline) -> CpuLatencyInfo | None:
+    path = pipeline.run.path / LATENCY
+    if not path.exists():
+        return None
+    latency = CpuLatency(**json.loads(path.read_text()))
+    return CpuLatencyInfo(float_ms=latency.float_ms, ours_ms=latency.variant_ms["ours"], source=latency.source)
+
+
+def _layer_row(row: dict[str, Any], table: SensitivityTable) -> LayerRow:
+    by_timestep = table.losses_by_timestep[row["name"]][row["scheme"]]
+    return LayerRow(**row, loss_by_timestep=tuple(float(loss) for loss in by_timestep))
+
+
+def _versions() -> dict[str, str]:
+    import platform
+
+    found = {key.removeprefix("version."): value for key, value in version_of(*PACKAGES).items() if value}
+    return {**found, "python": platform.python_version()}
+
+
+def _command(pipeline: Pipeline) -> str:
+    """The command that repeats this run: the recipe in the run folder holds every setting."""
+    return shlex.join(["mpq-deploy", "build", "--recipe", str(pipeline.run.path / "recipe.yaml"), "-o", "runs/again"])
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def summarise(pipeline: Pipeline, last: str) -> Summary:
+    """Say what a command ended with: files and figures."""
+    from mpq_deploy.pipeline import Summary
+
+    run = pipeline.run.path
+    values: dict[str, Any] = {
+        "run": str(run),
+        "stages": {r.name: {"cached": r.cached, "seconds": r.seconds} for r in pipeline.results.values()},
+    }
+    if last != "report":
+        files = [str(path) for path in sorted(pipeline.folder(last).iterdir()) if path.is_file()][:8]
+        return Summary(str(pipeline.folder(last)), {**values, "files": files})
+    report = json.loads((run / "report.json").read_text())
+    return Summary(_headline(run, report), {**values, "report": report})
+
+
+def _headline(run: Path, report: dict[str, Any]) -> str:
+    ours = _row("ours", report["size_ratio"], report["size_bytes"], report["psnr_db"], report["measured_nmse"])
+    lines = [f"{'':<6} {'of FP16':>8} {'bytes':>14} {'PSNR dB':>8} {'NMSE':>9}", ours]
+    for name, control in report["controls"].items():
+        row = (control["size_ratio"], control["size_bytes"], control["psnr_db"], control["measured_nmse"])
+        lines.append(_row(name, *row))
+    engine = report["engine"]
+    built = f"{run / engine['file']}" if engine else f"none ({report['engine_note']})"
+    lines += ["", f"engine: {built}", f"model:  {run / 'quantize' / DEPLOYED}", f"report: {run / 'report.html'}"]
+    return "\n".join(lines)
+
+
+def _row(name: str, ratio: float, size: int, psnr: float | None, nmse: float | None) -> str:
+    shown = "same" if psnr is None else f"{psnr:.1f}"
+    error = "-" if nmse is None else f"{nmse:.2e}"
+    return f"{name:<6} {ratio:>8.4f} {size:>14,} {shown:>8} {error:>9}"
+
+
+def sample_grid(pipeline: Pipeline, out: Path, count: int, seed: int, steps: int) -> None:
+    """Sample the float and the quantized model from the same noise into one picture, labelled by condition."""
+    from mpq_deploy.evaluate.evaluate import evaluate
+    from mpq_deploy.evaluate.grid import save_grid
+    from mpq_deploy.evaluate.result import EvaluationOptions
+
+    exported = Exported(pipeline)
+    options = EvaluationOptions(
+        samples=count,
+        steps=steps,
+        timesteps=1,
+        seed=seed,
+        sampler=pipeline.recipe.evaluate.sampler,
+        latency_calls=0,
+    )
+    result = evaluate(
+        {"ours": pipeline.folder("quantize") / SIMULATED},
+        exported.path,
+        exported.spec,
+        exported.conditions,
+        options,
+        pipeline.talk,
+    )
+    save_grid(out, {TITLES[name]: images for name, images in result.images.items()}, result.labels)

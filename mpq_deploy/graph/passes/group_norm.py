@@ -1,0 +1,108 @@
+"""Write GroupNormalization as InstanceNormalization, the form that every TensorRT version runs correctly."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from mpq_deploy.errors import ModelError
+
+# Until opset 20 GroupNormalization has one scale and bias per group, from 21 on one per channel. ONNX's own
+# converter leaves them as they are.
+PER_CHANNEL_OPSET = 21
+EPSILON = 1e-5
+
+
+class GroupNormPass(ir.passes.InPlacePass):
+    """Replace GroupNormalization by Reshape, InstanceNormalization, Reshape, Mul, Add (what PyTorch exports).
+
+    1. The groups become channels of a [N, groups, elements] tensor that InstanceNormalization normalises.
+    2. Scale and bias become a Mul and an Add with weights [C, 1, ...]; the weights keep their names.
+    3. Per-group scales (opset 18 to 20) are repeated for each channel of their group.
+    4. An input of unknown rank or channels, or a per-group scale that is no weight, is a ModelError.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Go through the nodes in graph order."""
+        per_group = model.graph.opset_imports.get("", 0) < PER_CHANNEL_OPSET
+        nodes = [n for n in model.graph if n.op_type == "GroupNormalization" and n.domain in ("", "ai.onnx")]
+        for node in nodes:
+            _replace(model.graph, node, per_group)
+        return ir.passes.PassResult(model, bool(nodes))
+
+
+def _replace(graph: ir.Graph, node: ir.Node, per_group: bool) -> None:
+    x, scale, bias = node.inputs
+    shape = x.shape if x is not None else None
+    if shape is None or not isinstance(shape[1], int):
+        raise ModelError(
+            f"The input of GroupNormalization '{node.name}' has no known rank and channels.",
+            "Run ONNX shape inference on the model and save it again.",
+        )
+    channels, rank = shape[1], len(shape)
+    groups = int(node.attributes["num_groups"].value)
+    attribute = node.attributes.get("epsilon")
+    epsilon = EPSILON if attribute is None else float(attribute.value)
+    name, made = node.name or "GroupNormalization", _Maker(node.name or "GroupNormalization")
+    grouped = made.op("Reshape", x, made.constant("groups", np.array([0, groups, -1])))
+    ones, zeros = (
+        made.constant("ones", np.ones(groups, np.float32)),
+        made.constant("zeros", np.zeros(groups, np.float32)),
+    )
+    normal = made.op("InstanceNormalization", grouped, ones, zeros, epsilon=epsilon)
+    back = made.op("Reshape", normal, made.op("Shape", x))
+    column = made.constant("column", np.array([-1, *[1] * (rank - 2)]))
+    if per_group:
+        scale, bias = (_repeated(graph, value, channels // groups, name) for value in (scale, bias))
+    scaled = made.op("Mul", back, made.op("Reshape", scale, column))
+    shifted = made.op("Add", scaled, made.op("Reshape", bias, column))
+    shifted.shape, shifted.type = node.outputs[0].shape, node.outputs[0].type
+    for value in made.constants:
+        graph.register_initializer(value)
+    graph.insert_before(node, made.nodes)
+    old = node.outputs[0]
+    shifted.name = old.name
+    old.replace_all_uses_with(shifted, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+
+
+class _Maker:
+    """Makes the nodes and constants of one replacement, named after the node that is replaced."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.nodes: list[ir.Node] = []
+        self.constants: list[ir.Value] = []
+
+    def op(self, op: str, *inputs: ir.Value | None, **attributes: float) -> ir.Value:
+        node = ir.node(op, list(inputs), attributes, name=f"{self.name}/{op}")
+        node.outputs[0].name = f"{self.name}/{op}_{len(self.nodes)}"
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def constant(self, name: str, array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> ir.Value:
+        tensor = ir.tensor(array, name=f"{self.name}/{name}")
+        value = ir.Value(
+            name=tensor.name, shape=ir.Shape(list(array.shape)), type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
+        self.constants.append(value)
+        return value
+
+
+def _repeated(graph: ir.Graph, value: ir.Value | None, times: int, node: str) -> ir.Value:
+    """Return a per-group weight with one entry per channel; the same one when groups are channels."""
+    if value is None or value.const_value is None:
+        raise ModelError(
+            f"GroupNormalization '{node}' has a scale or bias per group that is no weight.",
+            f"Export the model with opset {PER_CHANNEL_OPSET}.",
+        )
+    if times == 1:
+        return value
+    array = np.repeat(value.const_value.numpy(), times)
+    name = f"{value.name}.per_channel"
+    if name not in graph.initializers:
+        tensor = ir.tensor(array, name=name)
+        graph.register_initializer(
+            ir.Value(name=name, shape=ir.Shape(list(array.shape)), type=value.type, const_value=tensor)
+        )
+    return graph.initializers[name]

@@ -1,0 +1,588 @@
+"""What each stage reads (``INPUTS``: digests and settings) and how it is made (``MAKERS``), for the pipeline.
+
+Every maker gets the pipeline and an empty folder, fills the folder, and returns a few words for the log.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpq_deploy import __version__
+from mpq_deploy.allocate import (
+    LayerChoice,
+    PrecisionPlan,
+    Problem,
+    allocate,
+    budget_in_bytes,
+    plan_bytes,
+    protected_schemes,
+)
+from mpq_deploy.artefacts import Fields, canonical_json, file_digest
+from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
+from mpq_deploy.denoisers.spec import Array
+from mpq_deploy.engine.expected import ExpectedLayers
+from mpq_deploy.engine.target import Target, load_target
+from mpq_deploy.engine.trtexec import find_trtexec
+from mpq_deploy.errors import MissingDependencyError, MpqError, UsageError
+from mpq_deploy.graph.layers import Layer, LayerGraph, layer_graph
+from mpq_deploy.graph.load import load_model
+from mpq_deploy.graph.passes.quantize_layers import LayerRewrite, weight_array
+from mpq_deploy.graph.write import DEPLOYED, SIMULATED, fp16_bytes, write_quantized
+from mpq_deploy.precision.candidates import (
+    LayerCandidates,
+    choices_for,
+    load_candidates,
+    round_candidates,
+    save_candidates,
+    weight_matrix,
+)
+from mpq_deploy.precision.deployed import FP16_BYTES, weight_bytes
+from mpq_deploy.precision.scheme import SCHEMES, schemes_named
+from mpq_deploy.sensitivity.table import SensitivityTable
+
+if TYPE_CHECKING:
+    from mpq_deploy.calibrate.hessian import Hessian
+    from mpq_deploy.pipeline import Pipeline
+    from mpq_deploy.recipe import Recipe
+
+RTX = "tensorrt_rtx"
+LATENCY = "latency.json"
+
+# Controls: what a user would get without this tool, at the same rounding: one scheme for every layer that may
+# take it (FP16 for the others).
+CONTROLS = {"int8": ("w8a8", "w8a16"), "int4": ("w4a16-b32", "w4a16-b64", "w4a16-b128")}
+
+
+def version_of(*packages: str) -> Fields:
+    """Return ``version.NAME`` for each installed package, and this tool's own version."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found: Fields = {"version.mpq-deploy": __version__}
+    for package in packages:
+        try:
+            found[f"version.{package}"] = version(package)
+        except PackageNotFoundError:
+            found[f"version.{package}"] = None
+    return found
+
+
+def settings(section: Any, prefix: str) -> Fields:
+    """Return a recipe section as flat fields ``recipe.PREFIX.KEY``."""
+    return {f"recipe.{prefix}.{key}": value for key, value in section.model_dump(mode="json").items()}
+
+
+# --- inputs ---------------------------------------------------------------------------------------------------
+
+
+def _export_inputs(pipeline: Pipeline) -> Fields:
+    from mpq_deploy.denoisers.sources import source_files
+
+    recipe = pipeline.recipe
+    files = source_files(recipe.model)
+    fields: Fields = {"recipe.model": recipe.model, "model.files": {name: file_digest(path) for name, path in files}}
+    for name in ("conditions", "scheduler", "prompts"):
+        given = getattr(recipe, name)
+        fields[f"recipe.{name}"] = path_digest(Path(given)) if given else None
+    return {**fields, **version_of("torch", "diffusers", "onnx", "onnxscript", "onnx-ir")}
+
+
+def path_digest(path: Path) -> str:
+    """Digest of a file, or of a folder's files by name. Raises UsageError when there is none."""
+    if path.is_file():
+        return file_digest(path)
+    if path.is_dir():
+        return canonical_json({p.name: file_digest(p) for p in sorted(path.iterdir()) if p.is_file()})
+    raise UsageError(f"There is no file {path}.", "Check the path.")
+
+
+def _calibrate_inputs(pipeline: Pipeline) -> Fields:
+    return {
+        "export": pipeline.digest("export"),
+        **settings(pipeline.recipe.calibrate, "calibrate"),
+        "recipe.evaluate.sampler": pipeline.recipe.evaluate.sampler,
+        **version_of("onnxruntime", "numpy"),
+    }
+
+
+def _candidates_inputs(pipeline: Pipeline) -> Fields:
+    target = load_target(pipeline.recipe.target)
+    return {
+        "export": pipeline.digest("export"),
+        "calibrate": pipeline.digest("calibrate"),
+        "recipe.allocate.schemes": list(pipeline.recipe.allocate.schemes),
+        "recipe.measure.samples": pipeline.recipe.measure.samples,
+        "target.schemes": target.model_dump(mode="json", include={"schemes", "rules"}),
+        **settings(pipeline.recipe.quantize, "quantize"),
+        **version_of("onnxruntime", "numpy"),
+    }
+
+
+def _measure_inputs(pipeline: Pipeline) -> Fields:
+    return {
+        **{name: pipeline.digest(name) for name in ("export", "calibrate", "candidates")},
+        **settings(pipeline.recipe.measure, "measure"),
+        **version_of("torch", "onnxruntime", "numpy"),
+    }
+
+
+def _allocate_inputs(pipeline: Pipeline) -> Fields:
+    return {
+        **{name: pipeline.digest(name) for name in ("export", "candidates", "measure")},
+        "recipe.budget": pipeline.recipe.budget,
+        "target.protected": list(load_target(pipeline.recipe.target).protected),
+        **settings(pipeline.recipe.allocate, "allocate"),
+        **version_of("highspy", "numpy"),
+    }
+
+
+def _quantize_inputs(pipeline: Pipeline) -> Fields:
+    return {
+        **{name: pipeline.digest(name) for name in ("export", "calibrate", "candidates", "allocate")},
+        **version_of("onnx", "onnx-ir", "numpy"),
+    }
+
+
+def _controls_inputs(pipeline: Pipeline) -> Fields:
+    # Not the plan: another budget keeps the controls.
+    return {
+        **{name: pipeline.digest(name) for name in ("export", "calibrate", "candidates")},
+        "recipe.evaluate.controls": pipeline.recipe.evaluate.controls,
+        **version_of("onnx", "onnx-ir", "numpy"),
+    }
+
+
+def _engine_inputs(pipeline: Pipeline) -> Fields:
+    target = load_target(pipeline.recipe.target)
+    return {
+        "quantize": pipeline.digest("quantize"),
+        "target": target.model_dump(mode="json"),
+        **settings(pipeline.recipe.engine, "engine"),
+        **version_of("tensorrt-rtx", "tensorrt"),
+    }
+
+
+def _evaluate_inputs(pipeline: Pipeline) -> Fields:
+    return {
+        **{name: pipeline.digest(name) for name in ("export", "quantize", "controls")},
+        **settings(pipeline.recipe.evaluate, "evaluate"),
+        "recipe.calibrate.seed": pipeline.recipe.calibrate.seed,
+        **version_of("onnxruntime", "numpy"),
+    }
+
+
+# --- makers ---------------------------------------------------------------------------------------------------
+
+
+def _make_export(pipeline: Pipeline, folder: Path) -> str:
+    from mpq_deploy.denoisers.export import export_denoiser
+    from mpq_deploy.denoisers.open import open_denoiser
+
+    recipe = pipeline.recipe
+    denoiser = open_denoiser(
+        recipe.model,
+        conditions=Path(recipe.conditions) if recipe.conditions else None,
+        scheduler=Path(recipe.scheduler) if recipe.scheduler else None,
+        prompts=Path(recipe.prompts) if recipe.prompts else None,
+    )
+    report = export_denoiser(denoiser, folder, pipeline.talk)
+    graph = layer_graph(load_model(folder / "model.onnx"))
+    if not graph.layers:
+        raise UsageError(
+            f"{recipe.model} has no layer to quantize: no Conv, Gemm or MatMul with a constant weight.",
+            "Is it a denoiser?",
+        )
+    spec = denoiser.spec
+    size = fp16_bytes(load_model(folder / "model.onnx"), spec.timestep.name, spec.sample.name)
+    facts = {
+        "fp16_size_bytes": size,
+        "layers": len(graph.layers),
+        "max_relative_error": report.max_relative_error,
+        "notes": list(report.notes),
+    }
+    (folder / "facts.json").write_text(canonical_json(facts))
+    return f"{len(graph.layers)} layers, {size / 1e6:.2f} MB in FP16, max error {report.max_relative_error:.1e}"
+
+
+def _make_calibrate(pipeline: Pipeline, folder: Path) -> str:
+    from mpq_deploy.calibrate.calibrate import calibrate
+    from mpq_deploy.calibrate.options import CalibrationOptions
+
+    section = pipeline.recipe.calibrate
+    options = CalibrationOptions(
+        timesteps=section.timesteps,
+        samples=section.samples,
+        steps=section.steps,
+        batch_size=section.batch_size,
+        seed=section.seed,
+        scale_method=section.scale,
+        percentile=section.percentile,
+        reservoir=section.reservoir,
+        sampler=pipeline.recipe.evaluate.sampler,
+    )
+    exported = Exported(pipeline)
+    inputs, stats = calibrate(
+        exported.path,
+        exported.graph,
+        exported.spec,
+        exported.conditions,
+        options,
+        pipeline.talk,
+        scratch=pipeline.run.scratch(),
+    )
+    inputs.save(folder / "inputs.npz")
+    stats.save(folder / "stats.npz")
+    return f"{len(inputs.timesteps)} timesteps x {len(inputs.rows)} calls, {len(stats.activations)} activations"
+
+
+class Exported:
+    """The export stage, opened: graph, specification, conditions."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        from mpq_deploy.denoisers.export import load_exported
+
+        self.folder = pipeline.folder("export")
+        exported = load_exported(self.folder)
+        self.path = exported.model
+        self.spec = exported.spec
+        self.conditions: dict[str, Array] = dict(exported.conditions.arrays)
+        self.facts: dict[str, Any] = json.loads((self.folder / "facts.json").read_text())
+        self.graph: LayerGraph = layer_graph(load_model(self.path))
+
+
+def load_calibration(pipeline: Pipeline) -> tuple[CalibrationSet, CalibrationStats]:
+    """Read the calibrate stage."""
+    folder = pipeline.folder("calibrate")
+    return CalibrationSet.load(folder / "inputs.npz"), CalibrationStats.load(folder / "stats.npz")
+
+
+def _make_candidates(pipeline: Pipeline, folder: Path) -> str:
+    exported = Exported(pipeline)
+    target = load_target(pipeline.recipe.target)
+    wanted = schemes_named(pipeline.recipe.allocate.schemes)
+    section = pipeline.recipe.quantize
+    numbers = {layer.name: number for number, layer in enumerate(exported.graph.layers)}
+    for moments in _moments(pipeline, exported):
+        layer = moments.layer
+        candidates = round_candidates(
+            layer,
+            choices_for(layer, wanted, target.refusal),
+            weight_matrix(layer, weight_array(exported.graph.model, layer)),
+            moments.blocks,
+            widths=moments.widths,
+            gptq=section.rounding == "gptq",
+            damping=section.damping,
+        )
+        save_candidates(candidates, folder / f"{numbers[layer.name]:05d}.safetensors")
+    return f"{len(wanted)} schemes, rounding {section.rounding}"
+
+
+def _moments(pipeline: Pipeline, exported: Exported) -> Iterator[Hessian]:
+    """Yield the second moments of every layer's input: Hessians for GPTQ, else only their diagonals."""
+    from mpq_deploy.calibrate.hessian import Hessian, HessianOptions, iterate_hessians
+
+    section = pipeline.recipe.quantize
+    inputs, stats = load_calibration(pipeline)
+    rounded_on, _ = inputs.split(pipeline.recipe.measure.samples)
+    if section.rounding == "nearest":
+        for layer in exported.graph.layers:
+            yield Hessian(layer, _diagonal_moments(layer, stats), (1,) * layer.reduction, 0)
+        return
+    options = HessianOptions(
+        memory_cap_bytes=section.memory_mb * 2**20,
+        min_rows=section.hessian_rows,
+        max_width=section.hessian_width,
+        max_calls=rounded_on.samples.shape[0] * rounded_on.samples.shape[1],
+    )
+    yield from iterate_hessians(
+        exported.graph,
+        inputs,
+        exported.conditions,
+        exported.spec,
+        options,
+        pipeline.talk,
+        scratch=pipeline.run.scratch(),
+    )
+
+
+def _diagonal_moments(layer: Layer, stats: CalibrationStats) -> Array:
+    """Second moments of each input channel, as a stack of 1x1 blocks [group * K, 1, 1]."""
+    by_channel = sum(stats.activations[tensor].second_moment for tensor in layer.inputs)
+    channels = np.asarray(by_channel).reshape(layer.group, -1)
+    return np.repeat(channels, layer.reduction // channels.shape[1], axis=1).reshape(-1, 1, 1)
+
+
+def candidates_of(pipeline: Pipeline, graph: LayerGraph) -> dict[str, LayerCandidates]:
+    """Read the candidates of every layer, by layer name."""
+    folder = pipeline.folder("candidates")
+    return {
+        layer.name: load_candidates(
+            layer, weight_matrix(layer, weight_array(graph.model, layer)), folder / f"{number:05d}.safetensors"
+        )
+        for number, layer in enumerate(graph.layers)
+    }
+
+
+def _make_measure(pipeline: Pipeline, folder: Path) -> str:
+    from mpq_deploy.sensitivity.measure import MeasureOptions, measure
+
+    exported = Exported(pipeline)
+    inputs, stats = load_calibration(pipeline)
+    section = pipeline.recipe.measure
+    _, measured_on = inputs.split(section.samples)
+    options = MeasureOptions(
+        probes=section.probes,
+        heldout_probes=min(section.heldout_probes, section.probes - 1),
+        samples=section.samples,
+        batch_size=section.batch_size,
+        seed=section.seed,
+    )
+    table = measure(
+        section.method,
+        exported.graph,
+        candidates_of(pipeline, exported.graph),
+        stats,
+        measured_on,
+        exported.conditions,
+        exported.spec,
+        options,
+        pipeline.talk,
+    )
+    if measured_on is inputs:
+        note = "losses are measured on the samples that the weights were rounded on, so they are optimistic"
+        table = replace(table, notes=(*table.notes, note))
+    table.save(folder)
+    return f"{table.metric}, {sum(map(len, table.losses.values()))} layer-scheme pairs"
+
+
+def allocation_problem(pipeline: Pipeline, budget: str) -> Problem:
+    """Gather bytes and losses of every allowed (layer, scheme) for ``budget``."""
+    exported = Exported(pipeline)
+    table = SensitivityTable.load(pipeline.folder("measure"))
+    candidates = candidates_of(pipeline, exported.graph)
+    layers = exported.graph.layers
+    rules = [(p.layers, p.schemes) for p in pipeline.recipe.allocate.protect]
+    names = [(layer.name, tuple(s.name for s in candidates[layer.name].schemes)) for layer in layers]
+    allowed = protected_schemes(names, rules)
+    fp16_size = int(exported.facts["fp16_size_bytes"])
+    weights = sum(layer.weights for layer in layers)
+    choices = [
+        LayerChoice(
+            layer.name,
+            layer.inputs,
+            {name: weight_bytes(layer, SCHEMES[name]) for name in allowed[layer.name]},
+            {name: table.losses[layer.name][name] for name in allowed[layer.name]},
+        )
+        for layer in layers
+    ]
+    fixed = fp16_size - FP16_BYTES * weights
+    return Problem(choices, fixed, budget_in_bytes(budget, fp16_size, weights))
+
+
+def solve_plan(pipeline: Pipeline, budget: str) -> PrecisionPlan:
+    """Solve the allocation for ``budget`` and describe the plan."""
+    exported = Exported(pipeline)
+    problem = allocation_problem(pipeline, budget)
+    section = pipeline.recipe.allocate
+    schemes, solver = allocate(problem, section.gap, section.time_limit)
+    table = SensitivityTable.load(pipeline.folder("measure"))
+    candidates = candidates_of(pipeline, exported.graph)
+    rows = [
+        {
+            "name": layer.name,
+            "op": layer.op,
+            "scheme": schemes[layer.name],
+            "bytes": choice.bytes[schemes[layer.name]],
+            "fp16_bytes": FP16_BYTES * layer.weights,
+            "weights": layer.weights,
+            "weight_shape": list(layer.weight_shape),
+            "predicted_loss": choice.loss[schemes[layer.name]],
+            "refused": candidates[layer.name].refused,
+        }
+        for layer, choice in zip(exported.graph.layers, problem.layers, strict=True)
+    ]
+    return PrecisionPlan(
+        budget_bytes=problem.budget_bytes,
+        size_bytes=plan_bytes(problem, schemes),
+        fp16_size_bytes=int(exported.facts["fp16_size_bytes"]),
+        fixed_bytes=problem.fixed_bytes,
+        predicted_loss=table.plan_loss(schemes),
+        schemes=schemes,
+        layers=rows,
+        others=[vars(other) for other in exported.graph.others],
+        solver=solver,
+        notes=list(table.notes),
+    )
+
+
+def _make_allocate(pipeline: Pipeline, folder: Path) -> str:
+    plan = solve_plan(pipeline, pipeline.recipe.budget)
+    plan.save(folder / "plan.json")
+    ratio = plan.size_bytes / plan.fp16_size_bytes
+    return f"{plan.size_bytes:,} bytes ({ratio:.4f} of FP16), predicted NMSE {plan.predicted_loss:.2e}"
+
+
+def _write_plan(pipeline: Pipeline, schemes: dict[str, str], folder: Path) -> int:
+    """Write the graphs of a plan (layer -> scheme) into ``folder``; return the bytes counted from the file."""
+    exported = Exported(pipeline)
+    _, stats = load_calibration(pipeline)
+    candidates = candidates_of(pipeline, exported.graph)
+    rewrites = []
+    for layer in exported.graph.layers:
+        scheme = SCHEMES[schemes[layer.name]]
+        rewrites.append(LayerRewrite(layer, scheme, candidates[layer.name].forms.get(scheme.weight_form)))
+    scales = {name: activation.scale for name, activation in stats.activations.items()}
+    spec = exported.spec
+    return write_quantized(exported.path, spec.timestep.name, spec.sample.name, rewrites, scales, folder)
+
+
+def _make_quantize(pipeline: Pipeline, folder: Path) -> str:
+    plan = PrecisionPlan.load(pipeline.folder("allocate") / "plan.json")
+    written = _write_plan(pipeline, plan.schemes, folder)
+    if written != plan.size_bytes:
+        raise MpqError(
+            f"The quantized file holds {written:,} bytes of constants, the plan says {plan.size_bytes:,}.",
+            "This is a defect: please report it with the model's structure.",
+        )
+    (folder / "size.json").write_text(canonical_json({"size_bytes": written}))
+    return f"{written:,} bytes of constants, as planned"
+
+
+def _make_controls(pipeline: Pipeline, folder: Path) -> str:
+    sizes = {}
+    if pipeline.recipe.evaluate.controls:
+        graph = Exported(pipeline).graph
+        candidates = candidates_of(pipeline, graph)
+        for name, preferred in CONTROLS.items():
+            schemes = {}
+            for layer in graph.layers:
+                present = {scheme.name for scheme in candidates[layer.name].schemes}
+                schemes[layer.name] = next((s for s in preferred if s in present), "fp16")
+            (folder / name).mkdir()
+            sizes[name] = _write_plan(pipeline, schemes, folder / name)
+    (folder / "sizes.json").write_text(canonical_json(sizes))
+    return ", ".join(f"{name} {size:,} bytes" for name, size in sizes.items()) or "none wanted"
+
+
+INPUTS: dict[str, Callable[[Pipeline], Fields]] = {
+    "export": _export_inputs,
+    "calibrate": _calibrate_inputs,
+    "candidates": _candidates_inputs,
+    "measure": _measure_inputs,
+    "allocate": _allocate_inputs,
+    "quantize": _quantize_inputs,
+    "controls": _controls_inputs,
+    "engine": _engine_inputs,
+    "evaluate": _evaluate_inputs,
+}
+
+
+def _make_engine(pipeline: Pipeline, folder: Path) -> str:
+    target = load_target(pipeline.recipe.target)
+    reason = _no_engine_reason(pipeline, target)
+    if reason:
+        (folder / "none.json").write_text(canonical_json({"reason": reason}))
+        return f"none: {reason}"
+    from mpq_deploy.engine.builder import BatchProfile, build_engine
+
+    exported = Exported(pipeline)
+    plan = PrecisionPlan.load(pipeline.folder("allocate") / "plan.json")
+    schemes = {name: SCHEMES[scheme] for name, scheme in plan.schemes.items()}
+    section, spec = pipeline.recipe.engine, exported.spec
+    inputs = (spec.sample, spec.timestep, *spec.conditions)
+    record = build_engine(
+        pipeline.folder("quantize") / DEPLOYED,
+        folder,
+        target,
+        BatchProfile(section.batch_min, section.batch_opt, section.batch_max, {i.name: i.shape for i in inputs}),
+        ExpectedLayers.of(exported.graph.layers, schemes, plan.size_bytes),
+        pipeline.talk,
+        log=pipeline.run.path / "engine.log",
+    )
+    record.require_verified()
+    return f"{record.backend} {record.version}, {record.weights_bytes or 0:,} bytes of weights, verified"
+
+
+def builder_present(target: Target) -> bool:
+    """Whether this machine has what builds engines for ``target``."""
+    if target.builder == "trtexec":
+        return find_trtexec() is not None
+    return importlib.util.find_spec(target.builder) is not None
+
+
+def _no_engine_reason(pipeline: Pipeline, target: Target) -> str:
+    if not pipeline.recipe.engine.build:
+        return "the recipe says engine.build: false"
+    if target.builder == "none":
+        return f"the target {target.name} has no engine: ONNX Runtime runs the graph"
+    if target.builder != RTX and not builder_present(target):
+        return f"an engine for {target.name} is built on the device: TensorRT is not on this machine"
+    return ""
+
+
+def _make_evaluate(pipeline: Pipeline, folder: Path) -> str:
+    from mpq_deploy.evaluate.evaluate import evaluate
+    from mpq_deploy.evaluate.result import EvaluationOptions
+
+    exported = Exported(pipeline)
+    section = pipeline.recipe.evaluate
+    if section.seed == pipeline.recipe.calibrate.seed:
+        raise UsageError(
+            f"evaluate.seed and calibrate.seed are both {section.seed}.",
+            "Evaluate on noise that was not calibrated on.",
+        )
+    options = EvaluationOptions(
+        samples=section.samples,
+        steps=section.steps,
+        timesteps=min(section.timesteps, section.steps),
+        batch_size=section.batch_size,
+        seed=section.seed,
+        sampler=section.sampler,
+    )
+    controls = pipeline.folder("controls")
+    sizes: dict[str, int] = json.loads((controls / "sizes.json").read_text())
+    variants = {name: controls / name / SIMULATED for name in sizes}
+    sizes["ours"] = json.loads((pipeline.folder("quantize") / "size.json").read_text())["size_bytes"]
+    result = evaluate(
+        {"ours": pipeline.folder("quantize") / SIMULATED, **variants},
+        exported.path,
+        exported.spec,
+        exported.conditions,
+        options,
+        pipeline.talk,
+        sizes=sizes,
+        cache=pipeline.run.path / ".samples",
+    )
+    result.save(folder)
+    # What a clock said is no part of what must repeat byte for byte.
+    if (folder / LATENCY).exists():
+        (folder / LATENCY).replace(pipeline.run.path / LATENCY)
+    ours = result.variants["ours"]
+    return f"NMSE {ours.measured_nmse:.2e}, PSNR {ours.psnr_db:.1f} dB"
+
+
+MAKERS: dict[str, Callable[[Pipeline, Path], str]] = {
+    "export": _make_export,
+    "calibrate": _make_calibrate,
+    "candidates": _make_candidates,
+    "measure": _make_measure,
+    "allocate": _make_allocate,
+    "quantize": _make_quantize,
+    "controls": _make_controls,
+    "engine": _make_engine,
+    "evaluate": _make_evaluate,
+}
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Find mistakes that need neither the model nor a run folder: unknown target, a budget that is no size."""
+    target = load_target(recipe.target)
+    if recipe.engine.build and target.builder == RTX and not builder_present(target):
+        raise MissingDependencyError("tensorrt-rtx", "rtx", f"Building an engine for '{target.name}'")
+    budget_in_bytes(recipe.budget, 1 << 30, 1 << 30)

@@ -1,0 +1,199 @@
+"""The passes that bring a user's graph to the common form: values stay, names stay, a second run changes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from mpq_deploy.graph.layers import layer_graph
+from mpq_deploy.graph.load import normalise
+from mpq_deploy.graph.passes.fold_constants import FoldConstantsPass
+from mpq_deploy.graph.passes.name_nodes import NameNodesPass
+from mpq_deploy.graph.passes.raise_opset import raise_opset
+from mpq_deploy.graph.passes.widen import WidenPass
+from tests.graphs import GraphBuilder
+
+Array = np.ndarray[Any, Any]
+
+
+def run(model: ir.Model, **feeds: Array) -> Array:
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, feeds)[0])
+
+
+def finished(graph: GraphBuilder, last: str, shape: list[int | str]) -> ir.Model:
+    graph.op("Neg", [last], "end")
+    graph.nodes[-1].output[0] = graph.output("out", shape)
+    return ir.from_proto(graph.model())
+
+
+def initializer(model: ir.Model, name: str) -> Array:
+    tensor = model.graph.initializers[name].const_value
+    assert tensor is not None
+    return tensor.numpy()
+
+
+def test_a_transposed_weight_keeps_its_name() -> None:
+    graph = GraphBuilder()
+    x = graph.input("x", ["n", 4])
+    w = graph.op("Transpose", [graph.random("to_q.weight", 6, 4)], "t", perm=[1, 0])
+    model = finished(graph, graph.op("MatMul", [x, w], "to_q"), ["n", 6])
+    feed = graph.rng.standard_normal((3, 4)).astype(np.float32)
+    before, weight = run(model, x=feed), initializer(model, "to_q.weight").copy()
+    assert FoldConstantsPass()(model).modified
+    np.testing.assert_array_equal(initializer(model, "to_q.weight"), weight.T)
+    np.testing.assert_allclose(run(model, x=feed), before, atol=1e-6)
+    assert not FoldConstantsPass()(model).modified
+    assert [node.op_type for node in model.graph] == ["MatMul", "Neg"]
+
+
+def test_a_weight_transposed_twice_alike_stays_one() -> None:
+    graph = GraphBuilder()
+    x = graph.input("x", ["n", 4])
+    w = graph.random("w", 4, 4)
+    first = graph.op("MatMul", [x, graph.op("Transpose", [w], "t1", perm=[1, 0])], "first")
+    second = graph.op("MatMul", [first, graph.op("Transpose", [w], "t2", perm=[1, 0])], "second")
+    model = normalise(finished(graph, second, ["n", 4]))
+    assert list(model.graph.initializers) == ["w"]
+    (layer,) = layer_graph(model).layers
+    assert len(layer.uses) == 2
+
+
+def test_a_weight_in_two_forms_is_kept_in_both() -> None:
+    graph = GraphBuilder()
+    x = graph.input("x", ["n", 4])
+    w = graph.random("w", 4, 4)
+    first = graph.op("MatMul", [x, graph.op("Transpose", [w], "t1")], "first")
+    model = finished(graph, graph.op("MatMul", [first, w], "second"), ["n", 4])
+    feed = np.ones((2, 4), np.float32)
+    before = run(model, x=feed)
+    model = normalise(model)
+    np.testing.assert_array_equal(initializer(model, "w.transposed"), initializer(model, "w").T)
+    np.testing.assert_allclose(run(model, x=feed), before, atol=1e-6)
+
+
+def test_chains_of_shape_operators_fold() -> None:
+    graph = GraphBuilder()
+    x = graph.input("x", ["n", 2, 3])
+    w = graph.random("norm.weight", 2, scale=1.0)
+    grown = graph.op("Unsqueeze", [w, graph.weight("axes", np.array([1]))], "grow")
+    shaped = graph.op("Reshape", [grown, graph.weight("shape", np.array([0, -1]))], "shape_it")
+    cast = graph.op("Cast", [graph.op("Cast", [shaped], "to_double", to=TensorProto.DOUBLE)], "back", to=1)
+    flat = graph.op("Flatten", [cast], "flat", axis=-1)
+    model = finished(graph, graph.op("Mul", [x, flat], "scale"), ["n", 2, 3])
+    feed = graph.rng.standard_normal((2, 2, 3)).astype(np.float32)
+    before = run(model, x=feed)
+    model = normalise(model)
+    assert list(model.graph.initializers) == ["norm.weight"]
+    assert [node.op_type for node in model.graph] == ["Mul", "Neg"]
+    np.testing.assert_allclose(run(model, x=feed), before, atol=1e-6)
+
+
+def test_a_fold_that_is_an_output_stays() -> None:
+    graph = GraphBuilder()
+    graph.input("x", ["n"])
+    graph.op("Transpose", [graph.random("w", 2, 3)], "t")
+    graph.nodes[-1].output[0] = graph.output("out", [3, 2])
+    model = ir.from_proto(graph.model())
+    assert not FoldConstantsPass()(model).modified
+
+
+def test_constants_identities_and_unused_weights() -> None:
+    graph = GraphBuilder()
+    x = graph.input("x", ["n", 4])
+    graph.random("unused.weight", 4, 4)
+    value = numpy_helper.from_array(graph.rng.standard_normal((4, 4)).astype(np.float32))
+    w = graph.op("Identity", [graph.op("Constant", [], "constant", value=value)], "alias")
+    model = finished(graph, graph.op("Identity", [graph.op("MatMul", [x, w], "product")], "same"), ["n", 4])
+    feed = np.eye(4, dtype=np.float32)
+    before = run(model, x=feed)
+    model = normalise(model)
+    assert [node.op_type for node in model.graph] == ["MatMul", "Neg"]
+    assert len(model.graph.initializers) == 1 and len(layer_graph(model).layers) == 1
+    np.testing.assert_array_equal(run(model, x=feed), before)
+
+
+def test_nodes_get_unique_names() -> None:
+    graph = GraphBuilder()
+    x = graph.input("x", ["n"])
+    for name in ("a", "b", "c", "d"):
+        x = graph.op("Relu", [x], name)
+    for node, name in zip(graph.nodes, ("act", "", "act", "act_1"), strict=True):
+        node.name = name
+    model = finished(graph, x, ["n"])
+    assert NameNodesPass()(model).modified
+    assert [node.name for node in model.graph] == ["act", "Relu", "act_2", "act_1", "end"]
+    assert not NameNodesPass()(model).modified
+
+
+def group_norm_18() -> onnx.ModelProto:
+    """GroupNormalization of opset 18: one scale per group; opset 21 has one per channel."""
+    builder = GraphBuilder()
+    scale, bias = (numpy_helper.from_array(np.float32(v), n) for v, n in (([2, 3], "scale"), ([0.5, -1], "bias")))
+    node = helper.make_node("GroupNormalization", ["x", "scale", "bias"], ["out"], num_groups=2)
+    large = numpy_helper.from_array(builder.rng.standard_normal((4, 4, 9, 9)).astype(np.float32), "conv.weight")
+    conv = helper.make_node("Conv", ["out", "conv.weight"], ["y"], pads=[4, 4, 4, 4])
+    shapes = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["n", 4, 5, 5]) for n in ("x", "y")]
+    graph = helper.make_graph([node, conv], "g", shapes[:1], shapes[1:], [scale, bias, large])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+
+
+def test_raising_the_opset_converts_operators_that_changed() -> None:
+    model = ir.from_proto(group_norm_18())
+    feed = np.random.default_rng(0).standard_normal((2, 4, 5, 5)).astype(np.float32)
+    before = run(model, x=feed)
+    raised = normalise(model)
+    assert raised.graph.opset_imports[""] == 21
+    assert [value.name for value in raised.graph.inputs] == ["x"] and "conv.weight" in raised.graph.initializers
+    assert "GroupNormalization" not in {node.op_type for node in raised.graph}
+    np.testing.assert_allclose(run(raised, x=feed), before, atol=1e-4)
+
+
+def test_group_norm_per_channel_becomes_instance_norm_with_the_names_kept() -> None:
+    graph = GraphBuilder(opset=21)
+    x = graph.input("x", ["n", 6, 3, 2])
+    weights = [graph.random(f"norm.{part}", 6, scale=1.0) for part in ("weight", "bias")]
+    model = finished(graph, graph.op("GroupNormalization", [x, *weights], "norm", num_groups=3), ["n", 6, 3, 2])
+    feed = graph.rng.standard_normal((2, 6, 3, 2)).astype(np.float32)
+    before = run(model, x=feed)
+    made = normalise(model)
+    np.testing.assert_allclose(run(made, x=feed), before, atol=1e-5)
+    assert initializer(made, "norm.weight").shape == (6, 1, 1)
+    names = [node.name for node in made.graph]
+    assert len(set(names)) == len(names)
+
+
+def test_a_newer_opset_is_left_alone() -> None:
+    graph = GraphBuilder(opset=22)
+    model = finished(graph, graph.input("x", ["n"]), ["n"])
+    assert raise_opset(model) is model
+
+
+def test_widening_removes_casts_that_do_nothing() -> None:
+    graph = GraphBuilder()
+    x = graph.input("x", ["n", 4])
+    half = graph.op("Cast", [x], "down", to=TensorProto.FLOAT16)
+    w = graph.weight("w", graph.rng.standard_normal((4, 4)).astype(np.float16))
+    wide = graph.op("Cast", [graph.op("MatMul", [half, w], "product")], "up", to=TensorProto.FLOAT)
+    model = finished(graph, wide, ["n", 4])
+    feed = graph.rng.standard_normal((3, 4)).astype(np.float32)
+    before = run(model, x=feed)
+    assert WidenPass()(model).modified and not WidenPass()(model).modified
+    assert [node.op_type for node in model.graph] == ["MatMul", "Neg"]
+    np.testing.assert_allclose(run(model, x=feed), before, atol=2e-2)
+
+
+@pytest.mark.parametrize("opset", [17, 21])
+def test_normalising_twice_changes_nothing(opset: int, tmp_path: Path) -> None:
+    from tests.models import tiny_onnx_denoiser
+
+    once = normalise(ir.from_proto(tiny_onnx_denoiser(opset)))
+    first = ir.to_proto(once).SerializeToString(deterministic=True)
+    assert ir.to_proto(normalise(once)).SerializeToString(deterministic=True) == first
