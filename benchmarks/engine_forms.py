@@ -298,6 +298,7 @@ def forms() -> list[tuple[str, tuple[int, ...], Form]]:
         ("matmul w8a16 3-D x", (*many, 128), matmul8(128, 128, "")),
         ("matmul w8a16 2-D x", (128,), matmul8(128, 128, "")),
         ("matmul w8a16 K=27 N=45", (*many, 27), matmul8(27, 45, "")),
+        ("matmul w8a16 K=36 N=46", (*many, 36), matmul8(36, 46, "")),
         ("gemm w8a8 transB=1 bias", (128,), gemm(128, 128, trans=1, act="none")),
         ("gemm w8a8 transB=0 bias", (128,), gemm(128, 128, trans=0, act="none")),
         ("gemm w8a16 transB=1 bias", (128,), gemm(128, 128, trans=1)),
@@ -309,6 +310,10 @@ def forms() -> list[tuple[str, tuple[int, ...], Form]]:
         listed.append((f"matmul w4a16 K={k} b{block} 3-D x", (*many, k), matmul4(k, 128, block)))
     listed += [
         ("matmul w4a16 K=128 b64 2-D x", (128,), matmul4(128, 128, 64)),
+        ("matmul w4a16 K=64 b32 (two blocks)", (*many, 64), matmul4(64, 64, 32)),
+        ("matmul w4a16 K=64 b64 (one block)", (*many, 64), matmul4(64, 64, 64)),
+        ("matmul w4a16 K=66 b33 (odd block)", (*many, 66), matmul4(66, 64, 33)),
+        ("matmul w4a16 N=46 b64", (*many, 128), matmul4(128, 46, 64)),
         ("matmul w4a16 K=27 one block of 27", (*many, 27), matmul4(27, 64, 27)),
         ("matmul w4a16 K=36 one block of 36", (*many, 36), matmul4(36, 64, 36)),
         ("matmul w4a16 K=100 one block of 100", (*many, 100), matmul4(100, 64, 100)),
@@ -378,36 +383,65 @@ def build(model: onnx.ModelProto, shape: tuple[int, ...], sm: tuple[str, ...]) -
         return {"builds": "yes", "bytes": f"{log.weights_bytes} ({constant_bytes(model)})", "how": kernels(log)}
 
 
+# The forms that tell Turing from the rest.
+TURING = ("conv w8a8 1x1", "conv w8a16", "conv w4a16 b64", "conv w4a8 b64, output_dtype", "matmul w8a8 3-D x")
+TURING += ("matmul w8a16 3-D x", "matmul w4a16 K=128 b64 3-D x", "gemm w8a8 transB=1 bias")
+
+RULES = """
+What follows from it, and is a rule of the target `rtx` or of the check of engines:
+
+- Activation scales are rank 0 and lie right on the layer's input: a scale of shape [1], or a Resize between, silently
+  brings a convolution back to FP16.
+- Q without zero point and with `output_dtype` INT8 is enough, for activations and for the second quantization of w4a8.
+- INT4 constants need an even number of elements. Their blocks must divide the reduction: a ragged last block builds,
+  but the parser of TensorRT proper infers the block size from the scale's shape, so its numerics are unproven. A
+  reduction shorter than the block takes one block.
+- A product by INT4 weights takes them as they lie if K and N are even and K has at least two blocks; else the whole
+  weight is unpacked at each call (the bytes stay packed). INT8 weights alone: K and N even.
+- Convolutions by INT4 or INT8 weights alone unpack the whole weight at each call: memory is saved, not bandwidth.
+- INT8 convolutions pad the channels of a group to 4: nothing for most, but four times the bytes of a depthwise one.
+- Layers that read the same tensor share its Q/DQ pair, whatever their weights are.
+"""
+
+
+def measured(names: tuple[str, ...] | None, only: str, sm: list[str]) -> list[str]:
+    """Build the forms (all, or those of ``names``) and return the rows of the table; print each as it comes."""
+    rows = []
+    for name, shape, form in forms():
+        if only in name and (names is None or name in names):
+            draft = Draft(*shape)
+            row = build(draft.model(form(draft)), shape, tuple(sm))
+            rows.append(f"| {name} | {row['builds']} | {row['bytes']} | {row['how'].replace('|', '/')} |")
+            print(rows[-1], flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="only forms whose name contains this")
     parser.add_argument("--sm", nargs="*", default=["SM80", "SM86", "SM89", "SM120"])
     parser.add_argument("-o", "--out", type=Path)
     chosen = parser.parse_args()
-    rows = []
-    for name, shape, form in forms():
-        if chosen.only in name:
-            draft = Draft(*shape)
-            row = build(draft.model(form(draft)), shape, tuple(chosen.sm))
-            rows.append(f"| {name} | {row['builds']} | {row['bytes']} | {row['how'].replace('|', '/')} |")
-            print(rows[-1], flush=True)
+    rows = measured(None, chosen.only, chosen.sm)
     if chosen.out:
-        chosen.out.write_text(page(rows, chosen.sm))
+        chosen.out.parent.mkdir(parents=True, exist_ok=True)
+        chosen.out.write_text(page(rows, chosen.sm, measured(TURING, "", ["SM75"])))
 
 
-def page(rows: list[str], sm: list[str]) -> str:
+def page(rows: list[str], sm: list[str], turing: list[str]) -> str:
     from importlib.metadata import version
 
+    head = (
+        "| form | builds | weight bytes in the engine (of the constants) | kernels that compute |\n|---|---|---|---|\n"
+    )
     return (
         "# Which quantized forms TensorRT-RTX takes\n\n"
-        f"tensorrt_rtx {version('tensorrt_rtx')}, compute capabilities {', '.join(sm)}, no GPU: what the "
-        "builder makes of one small graph per form, from its own log. Made by "
-        "`python benchmarks/engine_forms.py -o docs/engine-forms.md`.\n"
-        "`correlation` is a convolution; `runtime_fusion` a product that takes packed weights as they are; "
-        "`whole weight ... each call` means that the weight is unpacked again at every call.\n\n"
-        "| form | builds | weight bytes in the engine (of the constants) | kernels that compute |\n|---|---|---|---|\n"
-        + "\n".join(rows)
-        + "\n"
+        f"tensorrt_rtx {version('tensorrt_rtx')}, compute capabilities {', '.join(sm)}, no GPU: what the builder "
+        "makes\nof one small graph per form, from its own log. Nothing was run on a GPU. Made by\n"
+        "`python benchmarks/engine_forms.py -o docs/engine-forms.md`. `correlation` is a convolution; "
+        "`runtime_fusion`\na product that takes packed weights as they are; `whole weight ... each call` means that the weight is\n"
+        "unpacked again at every call.\n" + RULES + "\n" + head + "\n".join(rows) + "\n\n"
+        "## Turing (SM75)\n\n" + head + "\n".join(turing) + "\n"
     )
 
 
