@@ -439,8 +439,13 @@ def page(rows: list[str], sm: list[str], turing: list[str]) -> str:
         f"tensorrt_rtx {version('tensorrt_rtx')}, compute capabilities {', '.join(sm)}, no GPU: what the builder "
         "makes\nof one small graph per form, from its own log. Nothing was run on a GPU. Made by\n"
         "`python benchmarks/engine_forms.py -o docs/engine-forms.md`. `correlation` is a convolution; "
-        "`runtime_fusion`\na product that takes packed weights as they are; `whole weight ... each call` means that the weight is\n"
-        "unpacked again at every call.\n" + RULES + "\n" + head + "\n".join(rows) + "\n\n"
+        "`runtime_fusion`\na product that takes packed weights as they are; "
+        "`whole weight ... each call` means that the weight is\nunpacked again at every call.\n"
+        + RULES
+        + "\n"
+        + head
+        + "\n".join(rows)
+        + "\n\n"
         "## Turing (SM75)\n\n" + head + "\n".join(turing) + "\n"
     )
 
