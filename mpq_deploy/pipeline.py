@@ -139,8 +139,16 @@ def open_pipeline(recipe: Recipe, run: Path, talk: Talk) -> Iterator[Pipeline]:
     # Mistakes that need no run folder to be found are found before one is made.
     stages.check_recipe(recipe)
     with open_run(run) as folder:
-        write_text(run / "recipe.yaml", recipe.to_yaml())
-        yield Pipeline(folder, recipe, talk)
+        stored = run / "recipe.yaml"
+        before = stored.read_text() if stored.is_file() else None
+        write_text(stored, recipe.to_yaml())
+        try:
+            yield Pipeline(folder, recipe, talk)
+        except UsageError:
+            # What was asked for cannot be done: the run folder keeps the recipe that its stages were made by.
+            if before is not None:
+                write_text(stored, before)
+            raise
 
 
 def default_run(recipe: Recipe) -> Path:

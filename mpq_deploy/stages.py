@@ -5,9 +5,11 @@ Every maker gets the pipeline and an empty folder, fills the folder, and returns
 
 from __future__ import annotations
 
+import fnmatch
 import importlib.util
 import json
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,15 +32,17 @@ from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.engine.expected import ExpectedLayers
 from mpq_deploy.engine.target import Target, load_target
 from mpq_deploy.engine.trtexec import find_trtexec
-from mpq_deploy.errors import MissingDependencyError, MpqError, UsageError
+from mpq_deploy.errors import InfeasibleBudgetError, MissingDependencyError, MpqError, UsageError
 from mpq_deploy.graph.layers import Layer, LayerGraph, layer_graph
 from mpq_deploy.graph.load import load_model
 from mpq_deploy.graph.passes.quantize_layers import LayerRewrite, weight_array
 from mpq_deploy.graph.write import DEPLOYED, SIMULATED, fp16_bytes, write_quantized
 from mpq_deploy.precision.candidates import (
+    Choices,
     LayerCandidates,
     choices_for,
     load_candidates,
+    load_choices,
     round_candidates,
     save_candidates,
     weight_matrix,
@@ -49,6 +53,7 @@ from mpq_deploy.sensitivity.table import SensitivityTable
 
 if TYPE_CHECKING:
     from mpq_deploy.calibrate.hessian import Hessian
+    from mpq_deploy.evaluate.result import Evaluation
     from mpq_deploy.pipeline import Pipeline
     from mpq_deploy.recipe import Recipe
 
@@ -329,6 +334,12 @@ def candidates_of(pipeline: Pipeline, graph: LayerGraph) -> dict[str, LayerCandi
     }
 
 
+def choices_of(pipeline: Pipeline, graph: LayerGraph) -> dict[str, Choices]:
+    """Read which schemes every layer may take, by layer name, without its weights."""
+    folder = pipeline.folder("candidates")
+    return {layer.name: load_choices(folder / f"{i:05d}.safetensors") for i, layer in enumerate(graph.layers)}
+
+
 def _make_measure(pipeline: Pipeline, folder: Path) -> str:
     from mpq_deploy.sensitivity.measure import MeasureOptions, measure
 
@@ -361,74 +372,88 @@ def _make_measure(pipeline: Pipeline, folder: Path) -> str:
     return f"{table.metric}, {sum(map(len, table.losses.values()))} layer-scheme pairs"
 
 
-def allocation_problem(pipeline: Pipeline, budget: str) -> Problem:
-    """Gather bytes and losses of every allowed (layer, scheme) for ``budget``."""
-    exported = Exported(pipeline)
-    table = SensitivityTable.load(pipeline.folder("measure"))
-    candidates = candidates_of(pipeline, exported.graph)
-    layers = exported.graph.layers
-    rules = [(p.layers, p.schemes) for p in pipeline.recipe.allocate.protect]
-    names = [(layer.name, tuple(s.name for s in candidates[layer.name].schemes)) for layer in layers]
-    allowed = protected_schemes(names, rules)
-    fp16_size = int(exported.facts["fp16_size_bytes"])
-    weights = sum(layer.weights for layer in layers)
-    choices = [
-        LayerChoice(
-            layer.name,
-            layer.inputs,
-            {name: weight_bytes(layer, SCHEMES[name]) for name in allowed[layer.name]},
-            {name: table.losses[layer.name][name] for name in allowed[layer.name]},
+class PlanSolver:
+    """Bytes and losses of every allowed (layer, scheme), gathered once and solved for any budget."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.section = pipeline.recipe.allocate
+        self.exported = Exported(pipeline)
+        self.layers = self.exported.graph.layers
+        self.table = SensitivityTable.load(pipeline.folder("measure"))
+        read = choices_of(pipeline, self.exported.graph)
+        self.refused = {name: choices.refused for name, choices in read.items()}
+        target = load_target(pipeline.recipe.target)
+        rules: list[tuple[str, tuple[str, ...]]]
+        rules = [(pattern, ("fp16",)) for pattern in target.protected if any_match(pattern, read)]
+        rules += [(rule.layers, rule.schemes) for rule in self.section.protect]
+        names = [(layer.name, tuple(s.name for s in read[layer.name].schemes)) for layer in self.layers]
+        allowed = protected_schemes(names, rules)
+        self.choices = [
+            LayerChoice(
+                layer.name,
+                layer.inputs,
+                {name: weight_bytes(layer, SCHEMES[name]) for name in allowed[layer.name]},
+                {name: self.table.losses[layer.name][name] for name in allowed[layer.name]},
+            )
+            for layer in self.layers
+        ]
+        self.fp16_size = int(self.exported.facts["fp16_size_bytes"])
+        self.weights = sum(layer.weights for layer in self.layers)
+
+    def solve(self, budget: str) -> PrecisionPlan:
+        """Solve the allocation for ``budget`` (as the user writes it) and describe the plan."""
+        fixed = self.fp16_size - FP16_BYTES * self.weights
+        problem = Problem(self.choices, fixed, budget_in_bytes(budget, self.fp16_size, self.weights))
+        try:
+            schemes, solver = allocate(problem, self.section.gap, self.section.time_limit)
+        except InfeasibleBudgetError as error:
+            ratio = math.ceil(error.smallest / self.fp16_size * 1e4) / 1e4
+            raise InfeasibleBudgetError(
+                f"No plan fits the budget {budget} ({problem.budget_bytes:,} bytes).",
+                f"The smallest feasible budget is {ratio:.4f} ({error.smallest:,} bytes); or allow smaller schemes.",
+                error.smallest,
+            ) from error
+        return PrecisionPlan(
+            budget_bytes=problem.budget_bytes,
+            size_bytes=plan_bytes(problem, schemes),
+            fp16_size_bytes=self.fp16_size,
+            fixed_bytes=problem.fixed_bytes,
+            predicted_loss=self.table.plan_loss(schemes),
+            schemes=schemes,
+            layers=[self._row(i, schemes[layer.name]) for i, layer in enumerate(self.layers)],
+            others=[vars(other) for other in self.exported.graph.others],
+            solver=solver,
+            notes=list(self.table.notes),
         )
-        for layer in layers
-    ]
-    fixed = fp16_size - FP16_BYTES * weights
-    return Problem(choices, fixed, budget_in_bytes(budget, fp16_size, weights))
 
-
-def solve_plan(pipeline: Pipeline, budget: str) -> PrecisionPlan:
-    """Solve the allocation for ``budget`` and describe the plan."""
-    exported = Exported(pipeline)
-    problem = allocation_problem(pipeline, budget)
-    section = pipeline.recipe.allocate
-    schemes, solver = allocate(problem, section.gap, section.time_limit)
-    table = SensitivityTable.load(pipeline.folder("measure"))
-    candidates = candidates_of(pipeline, exported.graph)
-    rows = [
-        {
+    def _row(self, number: int, scheme: str) -> dict[str, Any]:
+        layer, choice = self.layers[number], self.choices[number]
+        return {
             "name": layer.name,
             "op": layer.op,
-            "scheme": schemes[layer.name],
-            "bytes": choice.bytes[schemes[layer.name]],
+            "scheme": scheme,
+            "bytes": choice.bytes[scheme],
             "fp16_bytes": FP16_BYTES * layer.weights,
             "weights": layer.weights,
             "weight_shape": list(layer.weight_shape),
-            "predicted_loss": choice.loss[schemes[layer.name]],
-            "refused": candidates[layer.name].refused,
+            "predicted_loss": choice.loss[scheme],
+            "refused": self.refused[layer.name],
         }
-        for layer, choice in zip(exported.graph.layers, problem.layers, strict=True)
-    ]
-    return PrecisionPlan(
-        budget_bytes=problem.budget_bytes,
-        size_bytes=plan_bytes(problem, schemes),
-        fp16_size_bytes=int(exported.facts["fp16_size_bytes"]),
-        fixed_bytes=problem.fixed_bytes,
-        predicted_loss=table.plan_loss(schemes),
-        schemes=schemes,
-        layers=rows,
-        others=[vars(other) for other in exported.graph.others],
-        solver=solver,
-        notes=list(table.notes),
-    )
+
+
+def any_match(pattern: str, names: Mapping[str, Any]) -> bool:
+    """Whether a target's pattern concerns this model: targets protect by name, models name as they like."""
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names)
 
 
 def _make_allocate(pipeline: Pipeline, folder: Path) -> str:
-    plan = solve_plan(pipeline, pipeline.recipe.budget)
+    plan = PlanSolver(pipeline).solve(pipeline.recipe.budget)
     plan.save(folder / "plan.json")
     ratio = plan.size_bytes / plan.fp16_size_bytes
     return f"{plan.size_bytes:,} bytes ({ratio:.4f} of FP16), predicted NMSE {plan.predicted_loss:.2e}"
 
 
-def _write_plan(pipeline: Pipeline, schemes: dict[str, str], folder: Path) -> int:
+def write_plan(pipeline: Pipeline, schemes: dict[str, str], folder: Path) -> int:
     """Write the graphs of a plan (layer -> scheme) into ``folder``; return the bytes counted from the file."""
     exported = Exported(pipeline)
     _, stats = load_calibration(pipeline)
@@ -444,7 +469,7 @@ def _write_plan(pipeline: Pipeline, schemes: dict[str, str], folder: Path) -> in
 
 def _make_quantize(pipeline: Pipeline, folder: Path) -> str:
     plan = PrecisionPlan.load(pipeline.folder("allocate") / "plan.json")
-    written = _write_plan(pipeline, plan.schemes, folder)
+    written = write_plan(pipeline, plan.schemes, folder)
     if written != plan.size_bytes:
         raise MpqError(
             f"The quantized file holds {written:,} bytes of constants, the plan says {plan.size_bytes:,}.",
@@ -465,7 +490,7 @@ def _make_controls(pipeline: Pipeline, folder: Path) -> str:
                 present = {scheme.name for scheme in candidates[layer.name].schemes}
                 schemes[layer.name] = next((s for s in preferred if s in present), "fp16")
             (folder / name).mkdir()
-            sizes[name] = _write_plan(pipeline, schemes, folder / name)
+            sizes[name] = write_plan(pipeline, schemes, folder / name)
     (folder / "sizes.json").write_text(canonical_json(sizes))
     return ", ".join(f"{name} {size:,} bytes" for name, size in sizes.items()) or "none wanted"
 
@@ -526,7 +551,8 @@ def _no_engine_reason(pipeline: Pipeline, target: Target) -> str:
     return ""
 
 
-def _make_evaluate(pipeline: Pipeline, folder: Path) -> str:
+def evaluate_variants(pipeline: Pipeline, ours: Path, size_bytes: int, latency: bool) -> Evaluation:
+    """Compare the graph ``ours`` and the controls with the float model; samples are cached by content."""
     from mpq_deploy.evaluate.evaluate import evaluate
     from mpq_deploy.evaluate.result import EvaluationOptions
 
@@ -544,21 +570,25 @@ def _make_evaluate(pipeline: Pipeline, folder: Path) -> str:
         batch_size=section.batch_size,
         seed=section.seed,
         sampler=section.sampler,
+        **({} if latency else {"latency_calls": 0}),
     )
     controls = pipeline.folder("controls")
     sizes: dict[str, int] = json.loads((controls / "sizes.json").read_text())
-    variants = {name: controls / name / SIMULATED for name in sizes}
-    sizes["ours"] = json.loads((pipeline.folder("quantize") / "size.json").read_text())["size_bytes"]
-    result = evaluate(
-        {"ours": pipeline.folder("quantize") / SIMULATED, **variants},
+    return evaluate(
+        {"ours": ours, **{name: controls / name / SIMULATED for name in sizes}},
         exported.path,
         exported.spec,
         exported.conditions,
         options,
         pipeline.talk,
-        sizes=sizes,
+        sizes={**sizes, "ours": size_bytes},
         cache=pipeline.run.path / ".samples",
     )
+
+
+def _make_evaluate(pipeline: Pipeline, folder: Path) -> str:
+    size = json.loads((pipeline.folder("quantize") / "size.json").read_text())["size_bytes"]
+    result = evaluate_variants(pipeline, pipeline.folder("quantize") / SIMULATED, size, latency=True)
     result.save(folder)
     # What a clock said is no part of what must repeat byte for byte.
     if (folder / LATENCY).exists():

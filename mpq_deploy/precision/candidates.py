@@ -192,6 +192,19 @@ def save_candidates(candidates: LayerCandidates, path: Path) -> None:
     save_file(arrays, path, metadata=text)
 
 
+def load_choices(path: Path) -> Choices:
+    """Read only which schemes a layer may take, and why not the others."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        return _choices(file.metadata())
+
+
+def _choices(metadata: dict[str, str]) -> Choices:
+    schemes = tuple(SCHEMES[name] for name in json.loads(metadata["schemes"]))
+    return Choices(schemes, json.loads(metadata["refused"]))
+
+
 def load_candidates(layer: Layer, weight: Array, path: Path) -> LayerCandidates:
     """Read what ``save_candidates`` wrote; ``weight`` is the float matrix [out_channels, reduction]."""
     from safetensors import safe_open
@@ -207,5 +220,5 @@ def load_candidates(layer: Layer, weight: Array, path: Path) -> LayerCandidates:
                 file.get_tensor(f"{form}.scale"),
                 file.get_tensor(channel) if channel in names else None,
             )
-    schemes = tuple(SCHEMES[name] for name in json.loads(metadata["schemes"]))
-    return LayerCandidates(layer, schemes, json.loads(metadata["refused"]), weight, forms)
+    choices = _choices(metadata)
+    return LayerCandidates(layer, choices.schemes, choices.refused, weight, forms)

@@ -1,0 +1,177 @@
+"""The curve of size against quality: one measured run, solved for many budgets.
+
+Without ``evaluate`` each point is the plan's predicted loss; with it each budget is also quantized and compared with
+the float model (in a folder of its own, so the run's plan stays).
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpq_deploy.artefacts import canonical_json, write_text
+from mpq_deploy.errors import InfeasibleBudgetError, UsageError
+
+if TYPE_CHECKING:
+    from mpq_deploy.pipeline import Pipeline
+
+# Points of FROM:TO when no step is given.
+DEFAULT_POINTS = 13
+MOST_POINTS = 500
+
+
+def parse_budgets(text: str) -> list[float]:
+    """Turn ``0.26:0.5``, ``0.26:0.5:0.02`` or ``0.28,0.35`` into fractions of the FP16 size, rising."""
+    try:
+        if ":" in text:
+            parts = [float(part) for part in text.split(":")]
+            if len(parts) not in (2, 3):
+                raise ValueError
+            low, high = parts[:2]
+            step = parts[2] if len(parts) == 3 else (high - low) / (DEFAULT_POINTS - 1)
+            if not (0 < low <= high <= 1) or (step <= 0 and high > low):
+                raise ValueError
+            count = 1 if high == low else int((high - low) / step + 1e-9) + 1
+            budgets = [round(low + i * step, 6) for i in range(min(count, MOST_POINTS + 1))]
+        else:
+            budgets = sorted({float(part) for part in text.split(",")})
+    except ValueError as error:
+        raise UsageError(
+            f"'{text}' is no list of budgets.",
+            "Give FROM:TO, FROM:TO:STEP or a comma-separated list of fractions, such as 0.26:0.5:0.02.",
+        ) from error
+    if not budgets or not all(0 < b <= 1 and np.isfinite(b) for b in budgets):
+        raise UsageError(f"The budgets '{text}' are not between 0 and 1.", "Give fractions of the FP16 size.")
+    if len(budgets) > MOST_POINTS:
+        raise UsageError(f"'{text}' is more than {MOST_POINTS} budgets.", "Give a larger step.")
+    return budgets
+
+
+def run_sweep(pipeline: Pipeline, budgets: list[float], evaluate: bool) -> dict[str, Any]:
+    """Solve (and with ``evaluate`` measure) every budget; write sweep.json and sweep.svg into the run folder.
+
+    A budget that no plan fits is a point of its own kind: it names the smallest feasible budget.
+    """
+    from mpq_deploy.stages import PlanSolver
+
+    pipeline.run_until("measure")
+    solver = PlanSolver(pipeline)
+    points: list[dict[str, Any]] = []
+    plans = {}
+    with pipeline.talk.bar("solve budgets", len(budgets)) as advance:
+        for budget in budgets:
+            try:
+                plan = solver.solve(str(budget))
+            except InfeasibleBudgetError as error:
+                points.append({"budget": budget, "smallest_feasible_bytes": error.smallest})
+            else:
+                plans[budget] = plan
+                points.append(
+                    {
+                        "budget": budget,
+                        "size_bytes": plan.size_bytes,
+                        "size_ratio": plan.size_bytes / plan.fp16_size_bytes,
+                        "predicted_nmse": plan.predicted_loss,
+                    }
+                )
+            advance(1)
+    controls = _measure(pipeline, plans, points) if evaluate else {}
+    result = {"measure": pipeline.digest("measure"), "points": points, "controls": controls}
+    write_text(pipeline.run.path / "sweep.json", canonical_json(result))
+    _draw(result, pipeline.run.path / "sweep.svg")
+    return result
+
+
+def _measure(pipeline: Pipeline, plans: dict[float, Any], points: list[dict[str, Any]]) -> dict[str, Any]:
+    """Quantize and evaluate every plan beside the controls; fill in the points. Returns the controls' figures."""
+    from mpq_deploy.graph.write import SIMULATED
+    from mpq_deploy.stages import evaluate_variants, write_plan
+
+    pipeline.run_until("controls")
+    figures: dict[str, Any] = {}
+    for point in points:
+        plan = plans.get(point["budget"])
+        if plan is None:
+            continue
+        with tempfile.TemporaryDirectory(dir=pipeline.run.scratch()) as folder:
+            write_plan(pipeline, plan.schemes, Path(folder))
+            result = evaluate_variants(pipeline, Path(folder) / SIMULATED, plan.size_bytes, latency=False)
+        ours = result.variants["ours"]
+        point.update(measured_nmse=ours.measured_nmse, psnr_db=_finite(ours.psnr_db))
+        figures = {
+            name: {
+                "size_ratio": (variant.size_bytes or 0) / plan.fp16_size_bytes,
+                "measured_nmse": variant.measured_nmse,
+                "psnr_db": _finite(variant.psnr_db),
+            }
+            for name, variant in result.variants.items()
+            if name != "ours"
+        }
+        pipeline.talk.line(f"  {point['size_ratio']:.4f} of FP16: PSNR {ours.psnr_db:.1f} dB")
+    return figures
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None
+
+
+def sweep_table(result: dict[str, Any]) -> str:
+    """The points as a table for the terminal."""
+    lines = [f"{'budget':>8} {'of FP16':>8} {'bytes':>14} {'predicted':>10} {'measured':>10} {'PSNR dB':>8}"]
+    for point in result["points"]:
+        if "size_bytes" not in point:
+            lines.append(
+                f"{point['budget']:>8.4f} no plan fits: the smallest is {point['smallest_feasible_bytes']:,} bytes"
+            )
+            continue
+        measured = f"{point['measured_nmse']:.2e}" if "measured_nmse" in point else "-"
+        psnr = point.get("psnr_db")
+        shown = "-" if psnr is None else f"{psnr:.1f}"
+        lines.append(
+            f"{point['budget']:>8.4f} {point['size_ratio']:>8.4f} {point['size_bytes']:>14,} "
+            f"{point['predicted_nmse']:>10.2e} {measured:>10} {shown:>8}"
+        )
+    for name, control in result["controls"].items():
+        psnr = control["psnr_db"]
+        shown = "-" if psnr is None else f"{psnr:.1f}"
+        lines.append(
+            f"{name:>8} {control['size_ratio']:>8.4f} {'':>14} {'':>10} {control['measured_nmse']:>10.2e} {shown:>8}"
+        )
+    return "\n".join(lines)
+
+
+def _draw(result: dict[str, Any], path: Path) -> None:
+    """Draw predicted (line) and measured (dots) error against size; the file repeats byte for byte."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot as plt
+
+    points = [p for p in result["points"] if "size_ratio" in p]
+    measured = [p for p in points if "measured_nmse" in p]
+    with matplotlib.rc_context({"svg.hashsalt": "sweep", "font.size": 10}):
+        figure, axes = plt.subplots(figsize=(6.4, 4))
+        axes.plot([p["size_ratio"] for p in points], [p["predicted_nmse"] for p in points], label="predicted")
+        axes.plot([p["size_ratio"] for p in measured], [p["measured_nmse"] for p in measured], "o", label="measured")
+        for name, control in result["controls"].items():
+            axes.plot(control["size_ratio"], control["measured_nmse"], "s", color="0.4")
+            axes.annotate(f"everything {name.upper()}", (control["size_ratio"], control["measured_nmse"]))
+        if points:
+            axes.set_yscale("log")
+        axes.set_xlabel("bytes of all constants, as a share of FP16")
+        axes.set_ylabel("relative squared error of the output")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+        figure.tight_layout()
+        figure.savefig(path, metadata={"Date": None})
+        plt.close(figure)
+
+
+def load_sweep(path: Path) -> dict[str, Any]:
+    """Read a sweep.json."""
+    read: dict[str, Any] = json.loads(path.read_text())
+    return read
