@@ -131,8 +131,9 @@ def load_pretrained(model_class: Any, folder: Path, variant: str | None) -> torc
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
+        reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
         raise ModelError(
-            f"The weights in {folder} cannot be loaded: {str(error).strip().splitlines()[0]}",
+            f"The weights in {folder} cannot be loaded: {reason}",
             "The file is damaged or belongs to another config.json: download or save the model again.",
         ) from error
     if loaded["missing_keys"]:

@@ -32,7 +32,7 @@ def load_model(path: Path) -> ir.Model:
     """
     proto = read_proto(path)
     model: ir.Model = ir.from_proto(proto)
-    ir.external_data.set_base_dir(model.graph, path.parent)
+    ir.external_data.set_base_dir(model.graph, path.resolve().parent)
     return model
 
 
@@ -64,17 +64,17 @@ def parse_proto(content: bytes, name: str) -> onnx.ModelProto:
 
 
 def check_external_data(proto: onnx.ModelProto, path: Path) -> None:
-    """Raise ModelError unless every external tensor lies complete in a file inside the folder of ``path``."""
-    folder = path.parent.resolve()
+    """Raise ModelError unless every external tensor lies complete in a file inside the folder of ``path``.
+
+    A model that is a link has its data beside the file that it links to.
+    """
+    folder = path.resolve().parent
     for tensor in _external_tensors(proto):
         entries = {entry.key: entry.value for entry in tensor.external_data}
         location = entries.get("location", "")
         inside = not Path(location).is_absolute() and ".." not in Path(location).parts
-        file = path.parent / location
-        # A link to elsewhere is as bad as a path to elsewhere, except that the model itself may be a link farm
-        # (hub caches keep every file as a link): the data may lie where the model's own file lies.
-        homes = {folder, path.resolve().parent}
-        if not location or not inside or not any(file.resolve().is_relative_to(home) for home in homes):
+        file = folder / location
+        if not location or not inside or not file.resolve().is_relative_to(folder):
             raise ModelError(
                 f"The weight '{tensor.name}' of {path} is stored outside the model's folder, in '{location}'.",
                 "Put the data file beside the model and save the model with a plain file name as location.",
@@ -83,6 +83,11 @@ def check_external_data(proto: onnx.ModelProto, path: Path) -> None:
             raise ModelError(
                 f"The weights of {path} are missing: there is no file '{location}' beside it.",
                 "Copy the data file together with the model.",
+            )
+        if file.stat().st_nlink > 1:
+            raise ModelError(
+                f"'{location}' beside {path} is a hard link, which may be a file of anywhere, and is refused.",
+                "Copy the file instead of linking it.",
             )
         needed = int(entries.get("offset", 0)) + int(entries.get("length", 0))
         if file.stat().st_size < needed:
@@ -96,7 +101,9 @@ def check_external_data(proto: onnx.ModelProto, path: Path) -> None:
 def external_files(proto: onnx.ModelProto, path: Path) -> list[Path]:
     """Return the files in which the model at ``path`` keeps its weights, sorted."""
     entries = [entry for tensor in _external_tensors(proto) for entry in tensor.external_data]
-    return [path.parent / name for name in sorted({entry.value for entry in entries if entry.key == "location"})]
+    return [
+        path.resolve().parent / name for name in sorted({entry.value for entry in entries if entry.key == "location"})
+    ]
 
 
 def _external_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
@@ -120,9 +127,10 @@ def _external_of(tensors: object) -> Iterator[onnx.TensorProto]:
 def normalise(model: ir.Model) -> ir.Model:
     """Return ``model`` with constants as initializers, weights folded, unique node names and opset 21 or later.
 
-    Functions are inlined, Constant nodes become initializers, Identity nodes go, shape and type operators on
-    weights are folded into them, half precision becomes FP32 (``graph.passes.widen``), GroupNormalization becomes
-    InstanceNormalization (``graph.passes.group_norm``), unused nodes and weights are dropped. Doing it twice changes nothing. Raises ModelError when the opset or half precision cannot be converted.
+    Functions are inlined, Constant nodes become initializers, Identity nodes go, half precision becomes FP32
+    (``graph.passes.widen``), GroupNormalization becomes InstanceNormalization (``graph.passes.group_norm``), shape and
+    type operators on weights are folded into them, unused nodes and weights are dropped. Doing it twice changes
+    nothing. Raises ModelError when the opset, a norm or half precision cannot be converted.
     """
     passes = ir.passes.Sequential(
         common_passes.InlinePass(),

@@ -63,7 +63,7 @@ def make_session(
             )
     try:
         return ort.InferenceSession(
-            model if isinstance(model, bytes) else str(model),
+            model if isinstance(model, bytes) else str(model.resolve()),
             session_options(threads, fake_quant_only),
             providers=chosen,
         )
