@@ -13,6 +13,7 @@ from mpq_deploy.engine.target import load_target
 from mpq_deploy.evaluate.result import CpuLatency, Evaluation, VariantResult
 from mpq_deploy.graph.write import DEPLOYED, SIMULATED
 from mpq_deploy.report.data import (
+    Check,
     Control,
     CpuLatencyInfo,
     CurvePoint,
@@ -113,6 +114,10 @@ def _engine(pipeline: Pipeline) -> tuple[EngineInfo | None, str]:
     from mpq_deploy.engine.record import EngineRecord
 
     record = EngineRecord.load(folder / RECORD)
+    seconds = pipeline.run.timings().get("engine", {}).get("seconds")
+    wrong = [str(problem) for problem in record.problems if problem.severity == "wrong"]
+    slow = tuple(str(problem) for problem in record.problems if problem.severity == "slow")
+    planned = f"{record.weights_bytes or 0:,} bytes of weights in the engine, {record.planned_bytes:,} in the plan"
     info = EngineInfo(
         backend=record.backend,
         version=record.version,
@@ -122,8 +127,12 @@ def _engine(pipeline: Pipeline) -> tuple[EngineInfo | None, str]:
         planned_weights_bytes=record.planned_bytes,
         engine_bytes=record.bytes,
         verified=record.verified,
-        build_seconds=pipeline.run.timings().get("engine", {}).get("seconds"),
-        notes=tuple(str(problem) for problem in record.problems),
+        checks=(
+            Check(what="every layer computes and lies as planned", passed=not wrong, detail="; ".join(wrong)),
+            Check(what="weights memory agrees with the plan", passed=not wrong, detail=planned),
+        ),
+        build_seconds=seconds,
+        notes=slow,
     )
     return info, ""
 

@@ -13,6 +13,7 @@ from mpq_deploy import __version__
 from mpq_deploy.errors import MpqError, UsageError
 
 if TYPE_CHECKING:
+    from mpq_deploy.doctor import Finding
     from mpq_deploy.recipe import Recipe
     from mpq_deploy.talk import Talk
 
@@ -261,10 +262,23 @@ def doctor() -> None:
     _print_findings(findings)
 
 
-def _print_findings(findings: list[Any]) -> None:
-    width = max(len(str(finding.name)) for finding in findings)
+def _print_findings(findings: list[Finding]) -> None:
+    """One group after the other; targets as a table of what can be built and run here."""
+    plain = [finding for finding in findings if finding.group != "targets"]
+    width = max(len(finding.name) for finding in plain)
+    group = ""
+    for finding in plain:
+        if finding.group != group:
+            group = finding.group
+            print(f"{group}:")
+        print(f"  {finding.name:<{width}}  {finding.value}")
+        if finding.hint and finding.status != "ok":
+            print(f"  {'':<{width}}  {finding.hint}")
+    print("targets:")
     for finding in findings:
-        print(f"{finding.name:<{width}}  {finding.value}")
+        if finding.group == "targets":
+            name, what = finding.name.split(": ")
+            print(f"  {name:<17} {what:<10}  {finding.value}")
 
 
 def _recipe(
