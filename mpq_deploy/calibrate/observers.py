@@ -282,6 +282,11 @@ class _Total:
             greatest, squares, fourths = (
                 r.reshape(-1, channels).astype(np.float64) for r in results[4 * number : 4 * number + 3]
             )
+            if len(squares) != (calls if shape.batch_axis is not None else 1):
+                raise ModelError(
+                    f"The activation '{name}' is not of the shape {shape.shape} per call that the model declares.",
+                    "Export the model again, or remove its value_info.",
+                )
             place = slice(self.offsets[number], self.offsets[number + 1])
             # A tensor that is the same for all calls was reduced once and counts for each of them.
             repeats = 1 if shape.batch_axis is not None else calls

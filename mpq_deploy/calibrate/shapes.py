@@ -1,6 +1,7 @@
 """What shape each activation has when the denoiser is called once, and along which axis calls are batched.
 
-Found by running the graph with one call and with two, because graphs in the wild declare shapes in part or not.
+Read from the shapes that the graph declares where they are complete. Graphs in the wild declare them in part or not
+at all; then the graph runs once with one call and once with two.
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ def activation_shapes(
 
     Raises ModelError when a shape depends on the number of calls in a way that is no batch axis.
     """
+    declared = _declared(graph, spec)
+    if declared is not None:
+        return declared
     model = graph.model.clone()
     values = tensors_of(model)
     names = list(graph.activations)
@@ -68,6 +72,28 @@ def activation_shapes(
             found.append(session.run(None, {k: v for k, v in feed.items() if k in wanted}))
     one, two = found[0], found[-1]
     return {name: _shape(name, a.tolist(), b.tolist()) for name, a, b in zip(names, one, two, strict=True)}
+
+
+def _declared(graph: LayerGraph, spec: DenoiserSpec) -> dict[str, ActivationShape] | None:
+    """Return the shapes as the graph declares them, or None unless all are known but for the batch axis."""
+    values = tensors_of(graph.model)
+    sample = values.get(spec.sample.name)
+    if sample is None or sample.shape is None or tuple(sample.shape)[1:] != spec.sample.shape:
+        return None
+    batch = sample.shape[0]
+    if not isinstance(batch, ir.SymbolicDim) or batch.value is None:
+        return None
+    shapes = {}
+    for name in graph.activations:
+        dims = values[name].shape
+        if dims is None or any(not isinstance(dim, int) and dim != batch for dim in dims):
+            return None
+        batched = [axis for axis, dim in enumerate(dims) if not isinstance(dim, int)]
+        if len(batched) > 1:
+            return None
+        sizes = tuple(dim if isinstance(dim, int) else 1 for dim in dims)
+        shapes[name] = ActivationShape(sizes, batched[0] if batched else None)
+    return shapes
 
 
 def tensors_of(model: ir.Model) -> dict[str, ir.Value]:

@@ -15,6 +15,7 @@ from mpq_deploy.calibrate.calibrate import summarise
 from mpq_deploy.calibrate.observers import Observation, merge, observe
 from mpq_deploy.calibrate.options import CalibrationOptions
 from mpq_deploy.calibrate.sessions import open_session
+from mpq_deploy.calibrate.shapes import ActivationShape, activation_shapes
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import layer_graph
 from mpq_deploy.graph.load import load_model
@@ -203,3 +204,31 @@ def test_where_links_are_impossible_the_copy_is_said(tmp_path: Path, monkeypatch
     with open_session(load_model(path), Listening(), scratch=tmp_path) as session:
         assert session.get_inputs()
     assert len(lines) == 1 and "Invalid cross-device link" in lines[0]
+
+
+def two_convs() -> Case:
+    """A graph whose shapes are all declared."""
+    g = GraphBuilder()
+    g.input("sample", ["N", 4, 6, 6])
+    x = g.op("Relu", [g.conv(with_timestep(g, "sample", 4), "one", 8, 4, strides=[2, 2])], "relu")
+    end(g, g.conv(x, "two", 4, 8))
+    return case(g, (4, 6, 6))
+
+
+def test_shapes_are_the_same_whether_declared_or_found_by_running() -> None:
+    declared, bare = two_convs(), two_convs()
+    del bare.proto.graph.value_info[:]
+    found = [activation_shapes(c.graph, c.recorded, {}, c.spec, Talk()) for c in (declared, bare)]
+    expected = {"with_t_out": ActivationShape((1, 4, 6, 6), 0), "relu_out": ActivationShape((1, 8, 3, 3), 0)}
+    assert found == [expected, expected]
+
+
+def test_a_wrongly_declared_shape_is_an_error() -> None:
+    small = two_convs()
+    graph = small.graph
+    shapes = activation_shapes(graph, small.recorded, {}, small.spec, Talk())
+    wrong = ActivationShape((1, 8, 3, 1), 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mpq_deploy.calibrate.observers.activation_shapes", lambda *_: shapes | {"relu_out": wrong})
+        with pytest.raises(ModelError, match="'relu_out' is not of the shape"):
+            observe(graph, small.recorded, {}, small.spec, OPTIONS, Talk())
