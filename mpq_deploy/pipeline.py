@@ -11,7 +11,7 @@ from typing import Any
 
 from mpq_deploy import assemble, stages
 from mpq_deploy.artefacts import RunFolder, open_run, write_text
-from mpq_deploy.errors import UsageError
+from mpq_deploy.errors import MpqError, UsageError
 from mpq_deploy.meter import metered
 from mpq_deploy.recipe import Recipe
 from mpq_deploy.talk import Talk
@@ -142,11 +142,13 @@ def open_pipeline(recipe: Recipe, run: Path, talk: Talk) -> Iterator[Pipeline]:
         stored = run / "recipe.yaml"
         before = stored.read_text() if stored.is_file() else None
         write_text(stored, recipe.to_yaml())
+        pipeline = Pipeline(folder, recipe, talk)
         try:
-            yield Pipeline(folder, recipe, talk)
-        except UsageError:
+            yield pipeline
+        except MpqError as error:
             # What was asked for cannot be done: the run folder keeps the recipe that its stages were made by.
-            if before is not None:
+            untouched = all(result.cached for result in pipeline.results.values())
+            if before is not None and (untouched or isinstance(error, UsageError)):
                 write_text(stored, before)
             raise
 

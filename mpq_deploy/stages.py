@@ -87,7 +87,7 @@ def settings(section: Any, prefix: str) -> Fields:
 
 
 def _export_inputs(pipeline: Pipeline) -> Fields:
-    from mpq_deploy.denoisers.sources import source_files
+    from mpq_deploy.denoisers.open import source_files
 
     recipe = pipeline.recipe
     files = source_files(recipe.model)
