@@ -22,7 +22,14 @@ from mpq_deploy.sensitivity.feeds import Calls, MeasureOptions
 from mpq_deploy.sensitivity.local_error import LayerErrors, Taps, batch_for, tap_names
 from mpq_deploy.sensitivity.ort_graph import noisy_graph, tapped_graph
 from mpq_deploy.sensitivity.table import SensitivityTable, table_from_losses
-from mpq_deploy.sensitivity.weights import CandidateWeights, StackStore, activation_scale, measured_layers
+from mpq_deploy.sensitivity.weights import (
+    CandidateWeights,
+    FormStack,
+    StackStore,
+    activation_scale,
+    measured_layers,
+    numpy_stacks,
+)
 from mpq_deploy.talk import Talk
 
 if TYPE_CHECKING:
@@ -59,7 +66,7 @@ def measure_exhaustive(
     wanted = {layer: schemes for layer, schemes in wanted.items() if schemes}
     torch_graph = _torch_graph(graph) if use_torch is not False else None
     if torch_graph is not None:
-        stacks = StackStore(graph, candidates, options.memory_bytes)
+        stacks = numpy_stacks(graph, candidates, options.memory_bytes)
         errors, power = _with_torch(torch_graph, wanted, stacks, stats, calls, spec, options, talk)
         notes: tuple[str, ...] = ()
     else:
@@ -85,7 +92,7 @@ def _torch_graph(graph: LayerGraph) -> TorchGraph | None:
 def _with_torch(
     torch_graph: TorchGraph,
     wanted: dict[Layer, frozenset[str]],
-    stacks: StackStore,
+    stacks: StackStore[FormStack],
     stats: CalibrationStats,
     calls: Calls,
     spec: DenoiserSpec,
@@ -116,7 +123,9 @@ def _with_torch(
     return errors, power
 
 
-def _rewire(layer: Layer, scheme: str, stacks: StackStore, stats: CalibrationStats, float_type: Any) -> dict[str, Any]:
+def _rewire(
+    layer: Layer, scheme: str, stacks: StackStore[FormStack], stats: CalibrationStats, float_type: Any
+) -> dict[str, Any]:
     """Return the inputs of the layer's nodes under ``scheme``: the rounded activation, the dequantized weight."""
     from mpq_deploy.sensitivity.torch_graph import torch_from_constant
     from mpq_deploy.sensitivity.torch_projection import fake_quantize

@@ -21,7 +21,9 @@ class MeasureOptions:
     ``samples``: calls of the calibration set used at each timestep, evenly spaced. ``probes`` per timestep and
     sample, of which the last ``heldout_probes`` are kept from the allocation. ``batch_size``: samples at once; None
     lets ``memory_bytes`` decide. ``noise``: relative size of the noise of the gain metric. ``dtype``: the type
-    in which torch evaluates the graph, "float32" or "bfloat16".
+    in which torch evaluates the graph, "float32" or "bfloat16". ``errors_dtype``: the type in which it takes the
+    local errors and their products with the gradients; "auto" is bfloat16 where the processor multiplies it
+    natively (twice as fast, 0.2 % of noise on each projection), else float32.
     """
 
     probes: int = 8
@@ -30,6 +32,7 @@ class MeasureOptions:
     batch_size: int | None = None
     seed: int = 0
     dtype: str = "float32"
+    errors_dtype: str = "float32"
     memory_bytes: int = 1 << 30
     noise: float = 0.05
 

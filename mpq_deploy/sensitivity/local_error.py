@@ -22,10 +22,10 @@ from mpq_deploy.sensitivity.ort_graph import run_session, tapped_graph
 from mpq_deploy.sensitivity.table import SensitivityTable, table_from_losses
 from mpq_deploy.sensitivity.weights import (
     CandidateWeights,
-    StackStore,
     activation_scale,
     measured_layers,
     node_attributes,
+    numpy_stacks,
 )
 from mpq_deploy.talk import Talk
 
@@ -119,7 +119,7 @@ class LayerErrors:
         memory_bytes: int,
     ) -> None:
         self._attributes = node_attributes(graph)
-        self._stacks = StackStore(graph, candidates, memory_bytes)
+        self._stacks = numpy_stacks(graph, candidates, memory_bytes)
         self._stats = stats
 
     def of(

@@ -38,6 +38,7 @@ from mpq_deploy.sensitivity.weights import (
 from mpq_deploy.talk import Talk
 
 FLOAT_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+AUTO = "auto"
 
 
 def measure_probe(
@@ -57,8 +58,9 @@ def measure_probe(
     ``SensitivityTable.seen`` and ``held_back``). Raises UnsupportedOperator when the graph holds a node that torch
     cannot evaluate here, ModelError when its output is not finite.
     """
-    if options.dtype not in FLOAT_TYPES:
-        raise UsageError(f"Probes do not run in '{options.dtype}'.", f"Use {' or '.join(FLOAT_TYPES)}.")
+    for name in (options.dtype, options.errors_dtype):
+        if name not in FLOAT_TYPES and (name != AUTO or name is options.dtype):
+            raise UsageError(f"Probes do not run in '{name}'.", f"Use {' or '.join(FLOAT_TYPES)}.")
     calls = Calls(graph, spec, calibration, conditions, options.samples)
     work = _Probing(graph, candidates, stats, calls, spec, options)
     batch, notes = work.batch_size()
@@ -102,7 +104,10 @@ class _Probing:
         self._float_type = FLOAT_TYPES[options.dtype]
         self._graph = TorchGraph(graph.model, self._float_type)
         self._attributes = node_attributes(graph)
-        self._stacks = StackStore(graph, candidates, options.memory_bytes)
+        self._errors_type = errors_type = _errors_type(options)
+        self._stacks = StackStore(
+            graph, candidates, lambda stack: TorchStack.of(stack, errors_type), options.memory_bytes
+        )
         self._uses = [
             _Use(layer, use, activation_scale(stats, use) if rounds else None)
             for layer in self.layers
@@ -134,7 +139,8 @@ class _Probing:
         every = sum(v.numel() * v.element_size() for v in distinct.values())
         outputs = sum(first[u.use.output].numel() * first[u.use.output].element_size() for u in self._uses)
         # autograd keeps less than twice the values themselves
-        per_sample = 2 * every + self._options.probes * outputs
+        size = self._errors_type.itemsize / self._float_type.itemsize
+        per_sample = int(2 * every + self._options.probes * outputs * size)
         return max(1, min(self._calls.count, self._options.memory_bytes // max(per_sample, 1))), ()
 
     def _evaluate(self, chunk: slice, keep: tuple[str, ...] | list[str]) -> dict[str, Any]:
@@ -149,17 +155,12 @@ class _Probing:
         if not np.isfinite(power):
             self._refuse_non_finite(outputs)
         gradients = self._backward(step_index, chunk, output, outputs)
-        samples = chunk.stop - chunk.start
         with torch.no_grad():
             for number, item in enumerate(self._uses):
                 rows, gradients[number] = gradients[number], []
                 if not rows:
                     continue
-                stacked = torch.stack(rows)
-                stacked = stacked.reshape(len(rows), samples, -1, *stacked.shape[2:])
-                if item.layer.op != "Conv":
-                    stacked = stacked.flatten(2)
-                self._project(item, inputs[item.use.input], stacked, chunk, step_index, values)
+                self._project(item, inputs[item.use.input], torch.stack(rows, 1), chunk, step_index, values)
         return power
 
     def _forward(self, step_index: int, chunk: slice) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -185,7 +186,7 @@ class _Probing:
             )
             for rows, gradient in zip(gradients, found, strict=True):
                 if gradient is not None:
-                    rows.append(gradient)
+                    rows.append(gradient.to(self._errors_type))
         return gradients
 
     def _noise(self, step_index: int, chunk: slice, shape: tuple[int, ...]) -> Any:
@@ -207,9 +208,9 @@ class _Probing:
         step_index: int,
         values: dict[str, dict[str, Array]],
     ) -> None:
-        stack = TorchStack.of(self._stacks[item.layer], self._float_type)
-        attributes = self._attributes[item.use.node]
-        found = project_layer(item.layer, attributes, stack, x, gradients, item.scale)
+        stack, attributes = self._stacks[item.layer], self._attributes[item.use.node]
+        samples = chunk.stop - chunk.start
+        found = project_layer(item.layer, attributes, stack, x, gradients, samples, item.scale)
         for scheme, products in found.items():
             values[item.layer.name][scheme][step_index, :, chunk] += products.float().numpy()
 
@@ -220,6 +221,15 @@ class _Probing:
                     f"The float model's tensor '{name}' holds NaN or Inf on calibration inputs.",
                     "Check the model's weights and the calibration inputs.",
                 )
+
+
+def _errors_type(options: MeasureOptions) -> torch.dtype:
+    if options.errors_dtype != AUTO:
+        return FLOAT_TYPES[options.errors_dtype]
+    # Without these instructions bfloat16 is emulated, several times slower than float32.
+    capabilities = torch.cpu.get_capabilities()
+    native = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
+    return torch.bfloat16 if native else torch.float32
 
 
 def _starts_with(pair: Any, first: Any) -> bool:

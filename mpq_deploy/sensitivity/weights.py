@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -89,25 +89,48 @@ def form_stack(weight: Array, candidate: CandidateWeights) -> FormStack:
     )
 
 
-class StackStore:
-    """FormStacks by layer, kept in memory up to ``limit`` bytes and rebuilt beyond that."""
+class Stack(Protocol):
+    """A FormStack, or what a metric makes of it."""
 
-    def __init__(self, graph: LayerGraph, candidates: Mapping[str, CandidateWeights], limit: int = 1 << 30) -> None:
+    @property
+    def bytes(self) -> int:
+        """Memory held."""
+
+
+StackType = TypeVar("StackType", bound=Stack)
+
+
+class StackStore(Generic[StackType]):
+    """Stacks by layer, each passed through ``prepare``; kept in memory up to ``limit`` bytes, rebuilt beyond that."""
+
+    def __init__(
+        self,
+        graph: LayerGraph,
+        candidates: Mapping[str, CandidateWeights],
+        prepare: Callable[[FormStack], StackType],
+        limit: int,
+    ) -> None:
         self._graph = graph
         self._candidates = candidates
+        self._prepare = prepare
         self._limit = limit
-        self._held: dict[str, FormStack] = {}
+        self._held: dict[str, StackType] = {}
         self._bytes = 0
 
-    def __getitem__(self, layer: Layer) -> FormStack:
+    def __getitem__(self, layer: Layer) -> StackType:
         held = self._held.get(layer.name)
         if held is not None:
             return held
-        stack = form_stack(float_matrix(self._graph, layer), self._candidates[layer.name])
+        stack = self._prepare(form_stack(float_matrix(self._graph, layer), self._candidates[layer.name]))
         if self._bytes + stack.bytes <= self._limit:
             self._held[layer.name] = stack
             self._bytes += stack.bytes
         return stack
+
+
+def numpy_stacks(graph: LayerGraph, candidates: Mapping[str, CandidateWeights], limit: int) -> StackStore[FormStack]:
+    """Return a store of FormStacks as they are."""
+    return StackStore(graph, candidates, lambda stack: stack, limit)
 
 
 def activation_scale(stats: CalibrationStats, use: LayerUse) -> float:

@@ -90,7 +90,7 @@ def test_projections_are_the_inner_products(
 ) -> None:
     original = probe_module.project_layer
     monkeypatch.setattr(probe_module, "project_layer", lambda *a: original(*a, way=way))
-    options = MeasureOptions(probes=2, heldout_probes=1, samples=3, batch_size=batch_size)
+    options = MeasureOptions(probes=2, heldout_probes=1, samples=3, batch_size=batch_size, errors_dtype="float32")
     table = measure_probe(*mixed, options, Talk())
     expected = brute_force(mixed, options)
     assert table.projections is not None
@@ -246,8 +246,17 @@ def test_nan_names_the_tensor(mixed: Setting) -> None:
         measure_probe(*case, MeasureOptions(samples=3), Talk())
 
 
-def test_bfloat16_is_close(mixed: Setting) -> None:
-    options = MeasureOptions(probes=4, samples=3)
+def test_local_errors_in_bfloat16_are_close(mixed: Setting) -> None:
+    options = MeasureOptions(probes=4, samples=3, errors_dtype="float32")
+    fine = measure_probe(*mixed, options, Talk())
+    coarse = measure_probe(*mixed, replace(options, errors_dtype="bfloat16"), Talk())
+    for layer, row in fine.losses.items():
+        for scheme, loss in row.items():
+            assert coarse.losses[layer][scheme] == pytest.approx(loss, rel=0.03)
+
+
+def test_a_graph_in_bfloat16_is_near(mixed: Setting) -> None:
+    options = MeasureOptions(probes=4, samples=3, errors_dtype="float32")
     fine = measure_probe(*mixed, options, Talk())
     coarse = measure_probe(*mixed, replace(options, dtype="bfloat16"), Talk())
     for layer in fine.losses:
