@@ -108,9 +108,11 @@ class Recipe(Section):
     model: str | None = None
     budget: str = "0.35"
     target: str = "rtx"
-    conditions: str | None = None
-    scheduler: str | None = None
-    prompts: str | None = None
+    description: str | None = Field(None, description="YAML of an ONNX model, when it does not lie beside it")
+    conditions: str | None = Field(None, description=".npz: arrays by input name, one row per condition")
+    scheduler: str | None = Field(None, description="scheduler_config.json, or the folder that holds it")
+    prompts: str | None = Field(None, description="text file, one prompt per line")
+    guidance_scale: float | None = Field(None, description="classifier-free guidance; None: the model's own")
     calibrate: CalibrateSection = CalibrateSection()
     measure: MeasureSection = MeasureSection()
     allocate: AllocateSection = AllocateSection()

@@ -90,9 +90,13 @@ def _export_inputs(pipeline: Pipeline) -> Fields:
     from mpq_deploy.denoisers.open import source_files
 
     recipe = pipeline.recipe
-    files = source_files(recipe.model)
-    fields: Fields = {"recipe.model": recipe.model, "model.files": {name: file_digest(path) for name, path in files}}
-    for name in ("conditions", "scheduler", "prompts"):
+    files = source_files(recipe.model, Path(recipe.description) if recipe.description else None)
+    fields: Fields = {
+        "recipe.model": recipe.model,
+        "recipe.guidance_scale": recipe.guidance_scale,
+        "model.files": {name: file_digest(path) for name, path in files},
+    }
+    for name in ("conditions", "scheduler", "prompts", "description"):
         given = getattr(recipe, name)
         fields[f"recipe.{name}"] = path_digest(Path(given)) if given else None
     return {**fields, **version_of("torch", "diffusers", "onnx", "onnxscript", "onnx-ir")}
@@ -195,6 +199,9 @@ def _make_export(pipeline: Pipeline, folder: Path) -> str:
         conditions=Path(recipe.conditions) if recipe.conditions else None,
         scheduler=Path(recipe.scheduler) if recipe.scheduler else None,
         prompts=Path(recipe.prompts) if recipe.prompts else None,
+        description=Path(recipe.description) if recipe.description else None,
+        guidance_scale=recipe.guidance_scale,
+        talk=pipeline.talk,
     )
     report = export_denoiser(denoiser, folder, pipeline.talk)
     graph = layer_graph(load_model(folder / "model.onnx"))

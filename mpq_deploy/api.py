@@ -1,0 +1,55 @@
+"""The package from Python: what the command line does, as functions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpq_deploy.talk import PlainTalk, Talk
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """What ``build`` left behind: the run folder and the values of report.json."""
+
+    run: Path
+    report: dict[str, Any]
+
+    @property
+    def engine(self) -> Path | None:
+        """The engine file; None where the target has none here (``report["engine_note"]`` says why)."""
+        built = self.report["engine"]
+        return self.run / built["file"] if built else None
+
+    @property
+    def model(self) -> Path:
+        """The quantized FP16 ONNX graph."""
+        return self.run / "quantize" / "model.onnx"
+
+
+def build(
+    model: str | Path | None = None,
+    *,
+    budget: str | float | None = None,
+    target: str | None = None,
+    recipe: Path | str | None = None,
+    out: Path | str | None = None,
+    settings: dict[str, Any] | None = None,
+    quiet: bool = False,
+) -> BuildResult:
+    """Build a quantized engine of the wanted size and its report, as ``mpq-deploy build`` does.
+
+    ``model``, ``budget`` and ``target`` as on the command line; ``recipe``: a YAML file under them; ``settings``: any
+    other values of the recipe by dotted key, such as ``{"evaluate.samples": 32}``; ``out``: the run folder.
+    Raises the errors of ``mpq_deploy.errors``: UsageError for what the caller can mend, MpqError for the rest.
+    """
+    from mpq_deploy.pipeline import default_run, open_pipeline
+    from mpq_deploy.recipe import load_recipe
+
+    given = {"model": None if model is None else str(model), "budget": budget, "target": target, **(settings or {})}
+    chosen = load_recipe(Path(recipe) if recipe else None, given)
+    run = Path(out) if out else default_run(chosen)
+    with open_pipeline(chosen, run, Talk() if quiet else PlainTalk()) as pipeline:
+        summary = pipeline.run_until("report")
+    return BuildResult(run, summary.values["report"])
