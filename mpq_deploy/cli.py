@@ -99,17 +99,22 @@ SensitivityOption = Annotated[
 ]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit()
+
+
 @app.callback()
 def _main(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Results on stdout as JSON.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+    ] = False,
 ) -> None:
     State.quiet, State.json, State.debug = quiet, json, debug
-    if version:
-        print(__version__)
-        raise typer.Exit()
 
 
 @app.command(epilog="Example: mpq-deploy build ./my-pipeline --budget 0.35 --target rtx -o runs/mine")
