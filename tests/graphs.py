@@ -126,3 +126,67 @@ def _attention(g: GraphBuilder, x: str, width: int) -> str:
     back = g.op("Transpose", [out], "attn/back", perm=[0, 2, 1])
     shaped = g.op("Reshape", [back, g.op("Shape", [x], "attn/shape")], "attn/shaped")
     return g.op("Add", [shaped, x], "attn/add")
+
+
+def awkward_graph(seed: int = 0, opset: int = 21) -> GraphBuilder:
+    """A denoiser of 3x7x9 samples made of what breaks quantizers; the timestep is one number for the whole batch.
+
+    Inputs ``sample`` [N, 3, 7, 9] and ``timestep`` []; output ``out_sample``.
+    """
+    g = GraphBuilder(opset=opset, seed=seed)
+    g.input("sample", ["N", 3, 7, 9])
+    g.input("timestep", [])
+    hidden = _awkward_time(g)
+    axes23 = g.weight("axes23", np.array([2, 3], np.int64))
+    # One tensor feeds Gemms of different widths, stored both ways round.
+    shift16 = g.op("Unsqueeze", [g.gemm(hidden, "time.proj_16", 16, 67), axes23], "shift_16")
+    shift24 = g.op("Unsqueeze", [g.gemm(hidden, "time.proj_24", 24, 67, trans_b=0), axes23], "shift_24")
+    x = g.op("Conv", ["sample", g.random("conv_in.weight", 16, 3, 3, 3)], "conv_in", pads=[1] * 4)
+    x = g.op("Relu", [g.op("Add", [x, shift16], "add_16")], "relu_in")
+    first = x
+    x = g.conv(x, "depthwise", 16, 16, group=16)
+    x = g.op("Relu", [g.op("Add", [g.conv(x, "grouped", 24, 16, group=4), shift24], "add_24")], "relu_24")
+    # One output channel of zeros, as pruning leaves it, in a 1x1 Conv.
+    pointwise = g.rng.standard_normal((16, 24, 1, 1)).astype(np.float32) / 24**0.5
+    pointwise[5] = 0
+    g.weight("pointwise.weight", pointwise)
+    x = g.conv(x, "pointwise", 16, 24, kernel=1)
+    # A layer of zeros, as diffusion models initialise the last one of a block.
+    g.weight("zero.weight", np.zeros((16, 16, 3, 3), np.float32))
+    x = g.op("Add", [g.op("Add", [g.conv(x, "zero", 16, 16), x], "add_zero"), first], "add_first")
+    down = g.conv(x, "down", 16, 16, strides=[2, 2])
+    # One weight, two Convs.
+    down = g.op("Relu", [g.conv(g.op("Relu", [g.conv(down, "tied", 16, 16)], "relu_a"), "tied", 16, 16)], "relu_b")
+    g.nodes[-2].name = "tied_again"
+    g.nodes[-2].output[0] = "tied_again_out"
+    g.nodes[-1].input[0] = "tied_again_out"
+    up = g.random("up.weight", 16, 16, 3, 3, scale=0.1)
+    x = g.op("Add", [g.op("ConvTranspose", [down, up], "up", strides=[2, 2], pads=[1] * 4), x], "add_up")
+    x = _awkward_tokens(g, g.conv(x, "to_20", 20, 16, kernel=1))
+    g.conv(g.op("Relu", [x], "relu_out"), "conv_out", 3, 20)
+    g.nodes[-1].output[0] = "out_sample"
+    g.output("out_sample", ["N", 3, 7, 9])
+    return g
+
+
+def _awkward_time(g: GraphBuilder) -> str:
+    """An embedding [1, 67] of the scalar timestep: a Gemm whose reduction of 20 is below every block."""
+    column = g.op("Unsqueeze", ["timestep", g.weight("axes01", np.array([0, 1], np.int64))], "time/unsqueeze")
+    frequencies = np.exp(-np.log(10000) * np.arange(10) / 10).astype(np.float32)[None]
+    angle = g.op("Mul", [column, g.weight("time.frequencies", frequencies)], "time/angle")
+    both = [g.op("Sin", [angle], "time/sin"), g.op("Cos", [angle], "time/cos")]
+    hidden = g.gemm(g.op("Concat", both, "time/concat", axis=1), "time.linear_1", 67, 20)
+    return g.op("Mul", [hidden, g.op("Sigmoid", [hidden], "time/sigmoid")], "time/silu")
+
+
+def _awkward_tokens(g: GraphBuilder, x: str) -> str:
+    """Products with reductions of 20, 100 and 67, and one weight [20, 20] that two products share."""
+    flat = g.op("Reshape", [x, g.weight("flat_shape", np.array([0, 20, 63], np.int64))], "tokens/flat")
+    tokens = g.op("Transpose", [flat], "tokens/in", perm=[0, 2, 1])
+    wide = g.op("Relu", [g.matmul(tokens, "mlp.up", 100, 20)], "mlp/relu")
+    narrow = g.matmul(g.matmul(wide, "mlp.middle", 67, 100), "mlp.down", 20, 67)
+    shared = g.random("shared.weight", 20, 20)
+    pair = [g.op("MatMul", [narrow, shared], "shared_a"), g.op("MatMul", [tokens, shared], "shared_b")]
+    back = g.op("Transpose", [g.op("Add", pair, "tokens/add")], "tokens/out", perm=[0, 2, 1])
+    shape = g.weight("image_shape", np.array([0, 20, 7, 9], np.int64))
+    return g.op("Add", [g.op("Reshape", [back, shape], "tokens/image"), x], "tokens/skip")

@@ -14,7 +14,7 @@ problem of severity ``slow``; all others are ``wrong``.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from mpq_deploy.engine.build_log import EngineLayer, EngineLog, EngineTensor
@@ -59,9 +59,15 @@ def verify(log: EngineLog, expected: ExpectedLayers) -> list[Problem]:
     planned = _planned_by_node(expected.layers)
     problems: list[Problem] = []
     for layer in expected.layers:
-        for node in layer.nodes:
-            kernels = [i for i, one in enumerate(log.layers) if node in one.nodes and _applies(one, node)]
-            problems += _check_node(layer, node, [(log.layers[i], behind[i]) for i in kernels], planned)
+        kernels = {
+            node: [i for i, one in enumerate(log.layers) if node in one.nodes and _applies(one, node)]
+            for node in layer.nodes
+        }
+        # A weight that several nodes share may be unpacked for the first of them, which hands it to the others.
+        shared = _union(behind[i] for found in kernels.values() for i in found) if len(layer.nodes) > 1 else ()
+        for node, found in kernels.items():
+            pairs = [(log.layers[i], _union([behind[i], shared])) for i in found]
+            problems += _check_node(layer, node, pairs, planned)
     problems += _check_bytes(log, expected)
     return list(dict.fromkeys(problems))
 
@@ -112,9 +118,9 @@ def _check_node(
     candidates: list[tuple[EngineLayer, tuple[EngineTensor, ...]]],
     planned: dict[str, ExpectedLayer],
 ) -> list[Problem]:
-    computing = [pair for pair in candidates if pair[0].compute] or candidates
-    if not computing:
+    if not candidates:
         return [Problem(layer.name, f"no kernel of the engine names its node '{node}'")]
+    computing = [pair for pair in candidates if pair[0].compute] or [_together(node, candidates)]
     problems = []
     for kernel, constants in computing:
         int8 = _multiplies_int8(kernel)
@@ -125,6 +131,19 @@ def _check_node(
             problems.append(Problem(layer.name, f"planned {layer.scheme}, but it computes in Int8 ({kernel.name})"))
         problems += _check_storage(layer, kernel, constants, planned)
     return problems
+
+
+def _together(
+    node: str, candidates: list[tuple[EngineLayer, tuple[EngineTensor, ...]]]
+) -> tuple[EngineLayer, tuple[EngineTensor, ...]]:
+    """Generated kernels among which the product of ``node`` is spread (one row does that), seen as one kernel."""
+    direct = _union(kernel.constants for kernel, _ in candidates)
+    one = replace(candidates[0][0], nodes=(node,), constants=direct)
+    return one, _union(constants for _, constants in candidates)
+
+
+def _union(groups: Iterable[tuple[EngineTensor, ...]]) -> tuple[EngineTensor, ...]:
+    return tuple(dict.fromkeys(tensor for group in groups for tensor in group))
 
 
 def _multiplies_int8(kernel: EngineLayer) -> bool:
