@@ -20,10 +20,12 @@ class MeasureOptions:
 
     ``samples``: calls of the calibration set used at each timestep, evenly spaced. ``probes`` per timestep and
     sample, of which the last ``heldout_probes`` are kept from the allocation. ``batch_size``: samples at once; None
-    lets ``memory_bytes`` decide. ``noise``: relative size of the noise of the gain metric. ``dtype``: the type
-    in which torch evaluates the graph, "float32" or "bfloat16". ``errors_dtype``: the type in which it takes the
-    local errors and their products with the gradients; "auto" is bfloat16 where the processor multiplies it
-    natively (twice as fast, 0.2 % of noise on each projection), else float32.
+    lets ``memory_bytes`` decide. ``noise``: relative size of the noise of the gain metric, and ``gain_samples`` the
+    calls it takes per timestep (its noise already averages over all elements of a layer's output). ``dtype``: the
+    type in which torch evaluates the graph, "float32" or "bfloat16". ``errors_dtype``: the type in which it takes
+    the local errors and their products with the gradients; "auto" is bfloat16 where the processor multiplies it
+    natively (about a fifth less time, 0.2 % of noise on each projection, so plans may differ between processors),
+    else float32.
     """
 
     probes: int = 8
@@ -35,6 +37,7 @@ class MeasureOptions:
     errors_dtype: str = "float32"
     memory_bytes: int = 1 << 30
     noise: float = 0.05
+    gain_samples: int = 4
 
     def __post_init__(self) -> None:
         if self.probes < 1 or not 0 <= self.heldout_probes < self.probes:

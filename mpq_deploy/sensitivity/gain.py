@@ -39,7 +39,9 @@ def measure_gain(
     calls = Calls(graph, spec, calibration, conditions, options.samples)
     local = local_errors(graph, candidates, stats, calls, options, talk)
     layers = measured_layers(graph, candidates)
-    gains = propagation_gains(graph, layers, local, calls, spec, options, talk)
+    samples = min(calls.count, max(options.gain_samples, calls.fixed_batch or 1))
+    fewer = Calls(graph, spec, calibration, conditions, samples)
+    gains = propagation_gains(graph, layers, local, fewer, spec, options, talk)
     losses = {
         name: {scheme: gains[name] * error for scheme, error in by_scheme.items()}
         for name, by_scheme in local.relative.items()
