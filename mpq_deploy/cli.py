@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from enum import Enum
 from pathlib import Path
@@ -345,8 +346,17 @@ def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=1, sort_keys=True))
 
 
+class _Stopped(BaseException):
+    """Ctrl-C. Not a KeyboardInterrupt, which typer would turn into a silent exit."""
+
+
+def _stop(number: int, frame: object) -> None:
+    raise _Stopped
+
+
 def main() -> None:
     """Run the command line; our own errors become one message and an exit code, without a traceback."""
+    signal.signal(signal.SIGINT, _stop)
     try:
         app()
     except MpqError as error:
@@ -356,7 +366,7 @@ def main() -> None:
         if error.hint:
             sys.stderr.write(f"  {error.hint}\n")
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except _Stopped:
         sys.stderr.write("mpq-deploy: stopped; the next call goes on from the last finished stage\n")
         sys.exit(130)
     except OSError as error:
