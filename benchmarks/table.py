@@ -1,0 +1,102 @@
+"""What the benchmarks share: Markdown tables, PASS/FAIL lines, and the page on which a result is kept."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mpq_deploy.pipeline import Pipeline
+from mpq_deploy.recipe import Recipe, load_recipe
+from mpq_deploy.stages import INPUTS
+
+PACKAGES = ("mpq-deploy", "numpy", "onnx", "onnxruntime", "torch", "diffusers", "highspy", "scipy")
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table; the first column is text, all others are set right."""
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def verdict(passed: bool, what: str, found: str) -> str:
+    """Return one line of the list of checks."""
+    return f"- {'PASS' if passed else 'FAIL'}: {what}: {found}"
+
+
+def decibels(value: float | None) -> str:
+    """Return a PSNR as text; None is how a sweep writes an infinite one."""
+    return "same" if value is None else f"{value:.1f}"
+
+
+def versions(packages: Sequence[str] = PACKAGES) -> str:
+    """Name Python and every installed package with its version, and how busy the machine is."""
+    found = [f"Python {platform.python_version()}"]
+    for package in packages:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    load = os.getloadavg()[0]
+    return f"{', '.join(found)}; {os.cpu_count()} cores, load average {load:.1f} when the script ended"
+
+
+def command() -> str:
+    """Return the command that runs this script again."""
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+
+
+class Page:
+    """Prints its parts as they come, and keeps them as one Markdown page."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._parts: list[str] = []
+
+    def say(self, text: str) -> None:
+        """Print a part."""
+        print(text + "\n", flush=True)
+        self._parts.append(text)
+
+    def save(self, path: Path | None) -> None:
+        """Write the page, command and versions on top; None writes nothing."""
+        if path is None:
+            return
+        head = [f"# {self._title}", f"```sh\n{command()}\n```", versions() + "."]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n\n".join([*head, *self._parts]) + "\n")
+
+
+def bench_recipe(path: Path | None, changes: Sequence[str], values: dict[str, Any]) -> Recipe:
+    """Return the recipe of a benchmark: the file, its own ``values`` over it, then KEY=VALUE ``changes``."""
+    given = {}
+    for change in changes:
+        key, _, value = change.partition("=")
+        given[key] = yaml.safe_load(value)
+    return load_recipe(path, {**values, **given})
+
+
+def weights_digest(pipeline: Pipeline) -> str:
+    """Say which weights were measured: the start of the SHA-256 of each weights file."""
+    files: dict[str, str] = INPUTS["export"](pipeline)["model.files"]
+    named = [f"{name} {digest[:12]}" for name, digest in files.items() if name.endswith((".safetensors", ".onnx"))]
+    return "Weights (SHA-256): " + ", ".join(named)
+
+
+def made_by_stages(pipeline: Pipeline, stages: Iterable[str]) -> str:
+    """Say what each stage took when it was last made."""
+    timings = pipeline.run.timings()
+    parts = [
+        f"{name} {timings[name]['seconds']:.1f} s, {timings[name]['peak_rss_bytes'] / 1e6:.0f} MB"
+        for name in stages
+        if name in timings
+    ]
+    return "Stages, when they were last made: " + "; ".join(parts) + "."
