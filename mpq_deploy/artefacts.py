@@ -147,10 +147,11 @@ class RunFolder:
     def timings(self) -> dict[str, dict[str, float]]:
         """Seconds and peak memory of each stage when it was last made."""
         try:
-            found: dict[str, dict[str, float]] = json.loads((self.path / TIMINGS).read_text())
-            return found
+            found = json.loads((self.path / TIMINGS).read_text())
         except (FileNotFoundError, ValueError):
             return {}
+        # Nothing but the report's figures comes from here: damaged ones are left out and made anew with the stages.
+        return {k: v for k, v in found.items() if isinstance(v, dict)} if isinstance(found, dict) else {}
 
     def save_timing(self, name: str, seconds: float, peak_rss_bytes: int) -> None:
         """Record what making a stage took."""

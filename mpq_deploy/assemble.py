@@ -152,23 +152,35 @@ def _control(name: str, variant: VariantResult, plan: PrecisionPlan) -> Control:
 
 
 def _curve(pipeline: Pipeline) -> tuple[CurvePoint, ...]:
-    path = pipeline.run.path / "sweep.json"
-    if not path.exists():
-        return ()
-    sweep = json.loads(path.read_text())
+    sweep = _read_figures(pipeline, pipeline.run.path / "sweep.json", {"measure", "points"})
     # A sweep of other measurements says nothing about this plan.
-    if sweep["measure"] != pipeline.digest("measure"):
+    if sweep is None or sweep["measure"] != pipeline.digest("measure"):
         return ()
-    fields = CurvePoint.model_fields
-    return tuple(CurvePoint(**{k: v for k, v in point.items() if k in fields}) for point in sweep["points"])
+    known = CurvePoint.model_fields
+    return tuple(CurvePoint(**{k: v for k, v in point.items() if k in known}) for point in sweep["points"])
 
 
 def _cpu_latency(pipeline: Pipeline) -> CpuLatencyInfo | None:
-    path = pipeline.run.path / LATENCY
-    if not path.exists():
+    figures = _read_figures(pipeline, pipeline.run.path / LATENCY, {"float_ms", "variant_ms", "source"})
+    if figures is None:
         return None
-    latency = CpuLatency(**json.loads(path.read_text()))
+    latency = CpuLatency(**figures)
     return CpuLatencyInfo(float_ms=latency.float_ms, ours_ms=latency.variant_ms["ours"], source=latency.source)
+
+
+def _read_figures(pipeline: Pipeline, path: Path, keys: set[str]) -> dict[str, Any] | None:
+    """Read figures that lie outside the stages' digests; None, with a warning, where the file is damaged."""
+    try:
+        figures = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        pipeline.talk.warn(f"{path} cannot be read and is left out of the report: {error}")
+        return None
+    if not isinstance(figures, dict) or not keys <= set(figures):
+        pipeline.talk.warn(f"{path} lacks {', '.join(sorted(keys))} and is left out of the report")
+        return None
+    return figures
 
 
 def _layer_row(row: dict[str, Any], table: SensitivityTable) -> LayerRow:

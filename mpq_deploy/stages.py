@@ -565,11 +565,6 @@ def evaluate_variants(pipeline: Pipeline, ours: Path, size_bytes: int, latency: 
 
     exported = Exported(pipeline)
     section = pipeline.recipe.evaluate
-    if section.seed == pipeline.recipe.calibrate.seed:
-        raise UsageError(
-            f"evaluate.seed and calibrate.seed are both {section.seed}.",
-            "Evaluate on noise that was not calibrated on.",
-        )
     options = EvaluationOptions(
         samples=section.samples,
         steps=section.steps,
@@ -618,8 +613,13 @@ MAKERS: dict[str, Callable[[Pipeline, Path], str]] = {
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Find mistakes that need neither the model nor a run folder: unknown target, a budget that is no size."""
+    """Find mistakes that need neither the model nor a run folder: an unknown target, a budget that is no size."""
     target = load_target(recipe.target)
     if recipe.engine.build and target.builder == RTX and not builder_present(target):
         raise MissingDependencyError("tensorrt-rtx", "rtx", f"Building an engine for '{target.name}'")
     budget_in_bytes(recipe.budget, 1 << 30, 1 << 30)
+    if recipe.evaluate.seed == recipe.calibrate.seed:
+        raise UsageError(
+            f"evaluate.seed and calibrate.seed are both {recipe.evaluate.seed}.",
+            "Evaluate on noise that was not calibrated on.",
+        )

@@ -12,8 +12,10 @@ from mpq_deploy.calibrate.scales import activation_scale
 from mpq_deploy.calibrate.stats import ActivationStats, CalibrationSet, CalibrationStats
 from mpq_deploy.calibrate.trajectories import record_trajectories
 from mpq_deploy.denoisers.spec import Array, DenoiserSpec
+from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import LayerGraph
-from mpq_deploy.runtime.ort import OrtDenoiser
+from mpq_deploy.runtime.not_finite import first_not_finite
+from mpq_deploy.runtime.ort import OrtDenoiser, model_feeds
 from mpq_deploy.sampling.sampler import make_sampler
 from mpq_deploy.talk import Talk
 
@@ -38,7 +40,7 @@ def calibrate(
     Raises UsageError for options that do not fit together, ModelError for an activation that is not finite.
     """
     sampler = make_sampler(spec.scheduler, options.steps, options.seed, options.sampler)
-    denoiser = OrtDenoiser(model, spec, options.threads)
+    denoiser = _Checked(model, OrtDenoiser(model, spec, options.threads))
     recorded = record_trajectories(denoiser, sampler, spec, conditions, options, talk)
     del denoiser
     seen = observe(graph, recorded, conditions, spec, options, talk, scratch=scratch)
@@ -47,6 +49,24 @@ def calibrate(
         if one.amax.max() > LARGEST_FP16:
             talk.warn(f"the activation '{name}' reaches {one.amax.max():.3g}: it overflows in FP16")
     return recorded, stats
+
+
+class _Checked:
+    """The float denoiser; when its output is not finite, the error names the node where that begins."""
+
+    def __init__(self, model: Path, denoiser: OrtDenoiser) -> None:
+        self._model, self._denoiser = model, denoiser
+
+    def __call__(self, sample: Array, timestep: float | Array, conditions: dict[str, Array]) -> Array:
+        output = self._denoiser(sample, timestep, conditions)
+        if not np.isfinite(output).all():
+            feeds = model_feeds(self._denoiser.spec, sample, timestep, conditions)
+            where = first_not_finite(self._model, feeds) or "its output"
+            raise ModelError(
+                f"The float model gives NaN or Inf at timestep {np.ravel(timestep)[0]:g}: first in {where}.",
+                "Check the weights up to there, and that the scheduler is the one the model was trained with.",
+            )
+        return output
 
 
 def summarise(seen: Observation, options: CalibrationOptions) -> CalibrationStats:

@@ -17,6 +17,7 @@ from mpq_deploy.denoisers.conditions import Conditions
 from mpq_deploy.denoisers.denoiser import Denoiser, ExportReport, Network
 from mpq_deploy.denoisers.spec import Array, DenoiserSpec
 from mpq_deploy.errors import ModelError
+from mpq_deploy.runtime.not_finite import first_not_finite
 from mpq_deploy.runtime.ort import make_session, model_feeds
 from mpq_deploy.talk import Talk
 
@@ -118,8 +119,15 @@ def _largest_error(denoiser: Denoiser, path: Path) -> float:
         rows = random.integers(0, denoiser.conditions.rows, count)
         timestep = timesteps if spec.timestep.batched else float(timesteps[0])
         feeds = model_feeds(spec, sample, timestep, denoiser.conditions.take(rows))
-        output = session.run([spec.output], feeds)[0]
-        errors.append(relative_error(output, denoiser.network.reference(feeds)))
+        output, reference = session.run([spec.output], feeds)[0], denoiser.network.reference(feeds)
+        if not np.isfinite(reference).all():
+            where = first_not_finite(path, feeds) or f"'{spec.output}'"
+            raise ModelError(
+                f"The model gives NaN or Inf on standard normal noise at timestep {np.ravel(timestep)[0]:g}: "
+                f"first in {where}.",
+                "Check the weights up to there: the model may have diverged, or need another input range.",
+            )
+        errors.append(relative_error(output, reference))
     return max(errors)
 
 

@@ -54,7 +54,8 @@ def locate(source: str | Path | None, talk: Talk | None = None) -> Path:
     if source is None or str(source) in DEMOS:
         return bundled_demo(None if source is None else str(source))
     path = Path(source)
-    if path.is_dir() or (path.suffix == ".onnx" and path.is_file()):
+    # Path("") is the current folder, which nobody named.
+    if source != "" and (path.is_dir() or (path.suffix == ".onnx" and path.is_file())):
         return path
     if path.is_file():
         raise ModelError(

@@ -135,10 +135,19 @@ def test_activations_that_overflow(cli: Cli, tmp_path: Path, model: Path) -> Non
 
     path = with_weight(model, tmp_path / "model", "down.conv1.weight", enlarge)
     path = with_weight(path, tmp_path / "model2", "mid.conv1.weight", enlarge)
-    outcome = bad_model(cli, tmp_path, path)
-    refused(outcome, 1, "not finite")
-    assert any(word in outcome.err for word in ("layer '", "activation '", "output of"))
-    assert "timestep" in outcome.err
+    refused(bad_model(cli, tmp_path, path), 1, "NaN or Inf", "at timestep ", "'mid.conv1_out'", "the Conv 'mid.conv1'")
+
+
+def test_activations_that_overflow_only_later(tmp_path: Path, model: Path) -> None:
+    """Along the trajectory, not yet on noise: calibration names where and when."""
+    from mpq_deploy.errors import ModelError
+
+    def enlarge(array: Any) -> None:
+        array *= 3e37
+
+    path = with_weight(model, tmp_path / "model", "conv_out.weight", enlarge)
+    with pytest.raises(ModelError, match=r"at timestep \d+: first in '\S+', the output of the "):
+        build(recipe_for(path), tmp_path / "run")
 
 
 # --- recipe and options ---------------------------------------------------------------------------------------
@@ -151,7 +160,6 @@ def test_activations_that_overflow(cli: Cli, tmp_path: Path, model: Path) -> Non
         ({"calibrate__timestep": 3}, ("'calibrate.timestep'", "Did you mean 'timesteps'?")),
         ({"budgte": 0.3}, ("'budgte'", "Did you mean 'budget'?")),
         ({"allocate__schemes": ["fp16", "w8a9"]}, ("'w8a9'", "Did you mean 'w8a8'?")),
-        ({"allocate__schemes": []}, ("allocate.schemes",)),
         ({"measure__method": "prob"}, ("measure.method", "'probe'", "'prob'")),
         ({"calibrate__timesteps": 9}, ("9 timesteps", "4 steps")),
         ({"calibrate__samples": 0}, ("calibrate.samples", "0")),
@@ -170,6 +178,12 @@ def test_a_wrong_recipe(
     usable(cli, run, finished)
 
 
+def test_no_scheme_is_allowed(cli: Cli, tmp_path: Path, model: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", allocate__schemes=[])
+    outcome = cli("build", model, "-r", recipe, "-o", tmp_path / "new")
+    refused(outcome, 2, "smallest feasible budget is 1.0000", "allow smaller schemes")
+
+
 def usable(cli: Cli, run: Path, finished: Built) -> None:
     """The run folder is as it was: its recipe, its stages, and the commands that go on from it."""
     assert yaml.safe_load((run / "recipe.yaml").read_text()) == yaml.safe_load(
@@ -182,7 +196,7 @@ def usable(cli: Cli, run: Path, finished: Built) -> None:
 @pytest.mark.parametrize("budget", ["0", "-1", "40", "abc", "", "nan", "0MB", "200%", "4.5bit"])
 def test_a_budget_that_is_none(cli: Cli, model: Path, run: Path, finished: Built, budget: str) -> None:
     outcome = cli("allocate", run, f"--budget={budget}")
-    refused(outcome, 2, f"'{budget}'", "0.35")
+    refused(outcome, 2, f"'{budget}'", "at most 100%" if budget == "200%" else "0.35")
     usable(cli, run, finished)
 
 

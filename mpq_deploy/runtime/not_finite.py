@@ -1,0 +1,77 @@
+"""Find where a graph first leaves the finite numbers, for the message when its output does.
+
+In: an ONNX file and one set of inputs. Out: the node, in words, or None when every value is finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
+
+from mpq_deploy.denoisers.spec import Array
+from mpq_deploy.graph.load import load_model
+from mpq_deploy.runtime.ort import make_session
+
+FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+
+
+def first_not_finite(path: Path, feeds: Mapping[str, Array]) -> str | None:
+    """Name the first node of ``path`` whose output holds NaN or Inf for ``feeds``.
+
+    Each node's output leaves the runtime as one number, the sum of its elements times zero: 0 where all are finite,
+    NaN where one is not. So this needs no more memory than a run of the graph. An Inf on purpose (a mask before a
+    softmax) is passed over: only values from which a graph output is reached through bad values alone count.
+    """
+    model = common_passes.ShapeInferencePass()(load_model(path)).model
+    outputs = [value for node in model.graph for value in node.outputs if value.type is not None]
+    watched = {value.name or "": value for value in outputs if value.dtype in FLOATS}
+    zero = _constant(model, "not_finite.zero", np.zeros((), np.float32))
+    names = [_watch(model, value, zero, number) for number, value in enumerate(watched.values())]
+    aside = path.with_name(f".{path.name}.watched")
+    try:
+        # Beside the model, because its weights lie there.
+        aside.write_bytes(ir.serde.serialize_model(model).SerializeToString())
+        sums = make_session(aside).run(names, dict(feeds))
+    finally:
+        aside.unlink(missing_ok=True)
+    bad = {name for name, total in zip(watched, sums, strict=True) if not np.isfinite(total).all()}
+    return _first(watched, bad)
+
+
+def _first(watched: Mapping[str, ir.Value], bad: set[str]) -> str | None:
+    """The first bad value from which a graph output is reached through bad values alone."""
+    harmful: set[str] = set()
+    for name, value in reversed(list(watched.items())):
+        readers = {output.name for reader, _ in value.uses() for output in reader.outputs}
+        if name in bad and (value.is_graph_output() or readers & harmful):
+            harmful.add(name)
+    for name, value in watched.items():
+        node = value.producer()
+        if name in harmful and node is not None:
+            return f"'{name}', the output of the {node.op_type} '{node.name}'"
+    return None
+
+
+def _watch(model: ir.Model, value: ir.Value, zero: ir.Value, number: int) -> str:
+    producer = value.producer()
+    assert producer is not None
+    nodes = [ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)})]
+    nodes.append(ir.node("Mul", [nodes[-1].outputs[0], zero]))
+    nodes.append(ir.node("ReduceSum", [nodes[-1].outputs[0]], {"keepdims": 0}))
+    model.graph.insert_after(producer, nodes)
+    total = nodes[-1].outputs[0]
+    total.name = f"not_finite.{number}"
+    total.type, total.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([])
+    model.graph.outputs.append(total)
+    return total.name
+
+
+def _constant(model: ir.Model, name: str, array: Array) -> ir.Value:
+    tensor = ir.Tensor(array, name=name)
+    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    model.graph.register_initializer(value)
+    return value
