@@ -238,8 +238,8 @@ def _row(name: str, ratio: float, size: int, psnr: float | None, nmse: float | N
     return f"{name:<6} {ratio:>8.4f} {size:>14,} {shown:>8} {error:>9}"
 
 
-def sample_grid(pipeline: Pipeline, out: Path, count: int, seed: int, steps: int) -> None:
-    """Sample the float and the quantized model from the same noise into one picture, labelled by condition."""
+def sample_grid(pipeline: Pipeline, out: Path, count: int, seed: int, steps: int, controls: bool) -> None:
+    """Sample the float and the quantized models from the same noise into one picture, labelled by condition."""
     from mpq_deploy.evaluate.evaluate import evaluate
     from mpq_deploy.evaluate.grid import save_grid
     from mpq_deploy.evaluate.result import EvaluationOptions
@@ -253,8 +253,13 @@ def sample_grid(pipeline: Pipeline, out: Path, count: int, seed: int, steps: int
         sampler=pipeline.recipe.evaluate.sampler,
         latency_calls=0,
     )
+    variants = {"ours": pipeline.folder("quantize") / SIMULATED}
+    if controls:
+        folder = pipeline.folder("controls")
+        sizes: dict[str, int] = json.loads((folder / "sizes.json").read_text())
+        variants.update({name: folder / name / SIMULATED for name in sorted(sizes, reverse=True)})
     result = evaluate(
-        {"ours": pipeline.folder("quantize") / SIMULATED},
+        variants,
         exported.path,
         exported.spec,
         exported.conditions,

@@ -222,12 +222,13 @@ def sample(
     count: Annotated[int, typer.Option("--count", "-n", min=1, max=256, help="Images.")] = 8,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the noise.")] = 0,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of the sampler.")] = 20,
+    controls: Annotated[bool, typer.Option("--controls", help="Also everything INT8 and everything INT4.")] = False,
 ) -> None:
     """Sample the float and the quantized model from the same noise, side by side."""
     from mpq_deploy.pipeline import open_pipeline
 
     with open_pipeline(_recipe_of(run, None), run, _talk()) as pipeline:
-        pipeline.sample(out, count, seed, steps)
+        pipeline.sample(out, count, seed, steps, controls)
     print(out)
 
 

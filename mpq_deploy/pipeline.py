@@ -98,10 +98,11 @@ class Pipeline:
         """Folder of a finished stage."""
         return self.run.stage(name)
 
-    def sample(self, out: Path, count: int, seed: int, steps: int) -> None:
-        """Sample the float and the quantized model side by side into the picture ``out``."""
-        self.run_until("quantize")
-        assemble.sample_grid(self, out, count, seed, steps)
+    def sample(self, out: Path, count: int, seed: int, steps: int, controls: bool = False) -> None:
+        """Sample the float and the quantized model (and the controls) side by side into the picture ``out``."""
+        for name in ("quantize", "controls") if controls else ("quantize",):
+            self.run_until(name)
+        assemble.sample_grid(self, out, count, seed, steps, controls)
 
     def _order(self, last: str) -> list[str]:
         wanted = {last}
