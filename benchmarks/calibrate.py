@@ -35,7 +35,7 @@ TIMESTEPS, SAMPLES, REPEATS = 10, 16, 3
 LIMIT = 1.4
 
 
-def export_unet(channels: tuple[int, ...], folder: Path) -> Path:
+def export_unet(channels: tuple[int, ...], folder: Path) -> None:
     import torch
     from diffusers import DDPMScheduler, UNet2DModel
 
@@ -57,7 +57,6 @@ def export_unet(channels: tuple[int, ...], folder: Path) -> Path:
     (folder / "source" / "model_index.json").write_text(json.dumps(index))
     (folder / "export").mkdir()
     export_denoiser(open_denoiser(str(folder / "source")), folder / "export", Talk())
-    return folder / "export"
 
 
 def measure(folder: Path, mode: str, samples: int) -> dict[str, float]:
@@ -86,7 +85,9 @@ def child(folder: Path, mode: str, samples: int) -> dict[str, float]:
 
 
 def report(label: str, folder: Path) -> bool:
-    runs = {mode: [child(folder, mode, SAMPLES) for _ in range(REPEATS)] for mode in ("bare", "observed")}
+    # Taken in turns, so that a busier machine slows both alike.
+    rounds = [{mode: child(folder, mode, SAMPLES) for mode in ("bare", "observed")} for _ in range(REPEATS)]
+    runs = {mode: [one[mode] for one in rounds] for mode in ("bare", "observed")}
     bare, observed = (min(run["seconds"] for run in runs[mode]) for mode in ("bare", "observed"))
     once, eight = runs["observed"][0]["rss"], child(folder, "observed", 8 * SAMPLES)["rss"]
     # The recorded inputs themselves are handed in, and do grow.
@@ -99,17 +100,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("exports", nargs="*", type=Path)
     parser.add_argument("--measure", choices=("bare", "observed"), help=argparse.SUPPRESS)
+    parser.add_argument("--export", choices=WIDTHS, help=argparse.SUPPRESS)
     parser.add_argument("--samples", type=int, default=SAMPLES, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.measure:
         print(json.dumps(measure(chosen.exports[0], chosen.measure, chosen.samples)))
         return
+    if chosen.export:
+        export_unet(WIDTHS[chosen.export], chosen.exports[0])
+        return
     with tempfile.TemporaryDirectory() as scratch:
         cases = {folder.name: folder for folder in chosen.exports}
-        for label, channels in {} if cases else WIDTHS.items():
+        for label in [] if cases else WIDTHS:
             place = Path(scratch) / label.replace(" ", "")
             place.mkdir()
-            cases[label] = export_unet(channels, place)
+            # In a process of its own: a child's peak memory counts from that of its parent.
+            command = [sys.executable, __file__, "--export", label, str(place)]
+            subprocess.run(command, check=True, capture_output=True)
+            cases[label] = place / "export"
         print(
             f"{'model':>12} {'bare s':>8} {'observed s':>10} {'ratio':>7} {'MiB 1x':>9} {'MiB 8x':>9} "
             f"{'of it inputs':>14}"
