@@ -21,6 +21,10 @@ from mpq_deploy.precision.deployed import ACTIVATION_SCALE_BYTES
 from mpq_deploy.precision.scheme import INT8, SCHEMES
 
 
+# A plan whose loss is a smaller share of the largest single loss is solved again at its own scale (our choice).
+SMALL_OBJECTIVE = 1e-4
+
+
 @dataclass(frozen=True)
 class LayerChoice:
     """What the solver knows of one layer: its input tensors, and bytes and loss per scheme."""
@@ -124,9 +128,27 @@ def allocate(problem: Problem, gap: float = 1e-4, time_limit: float = 60.0) -> t
             "Raise the budget, allow smaller schemes in the recipe, or protect fewer layers.",
             least,
         )
+    schemes, report = _solve_exactly(problem, gap, time_limit)
+    largest = max(loss for layer in problem.layers for loss in layer.loss.values())
+    if 0 < report.loss < SMALL_OBJECTIVE * largest:
+        # The solver's tolerances are absolute, and set by the largest loss. No choice that alone costs more than a
+        # known plan can be part of a better one: without those the numbers are of one size.
+        affordable = [_affordable(layer, schemes[layer.name], report.loss) for layer in problem.layers]
+        finer, fine_report = _solve_exactly(replace(problem, layers=affordable), gap, time_limit)
+        if fine_report.loss <= report.loss:
+            return finer, fine_report
+    return schemes, report
+
+
+def _affordable(layer: LayerChoice, chosen: str, limit: float) -> LayerChoice:
+    kept = [s for s in layer.bytes if s == chosen or layer.loss[s] <= limit]
+    return replace(layer, bytes={s: layer.bytes[s] for s in kept}, loss={s: layer.loss[s] for s in kept})
+
+
+def _solve_exactly(problem: Problem, gap: float, time_limit: float) -> tuple[dict[str, str], SolverReport]:
+    """Solve; HiGHS holds constraints only to a tolerance, so exact integer bytes are checked and enforced here."""
     model = _Model(problem)
-    # Exact integer bytes are checked below: HiGHS holds constraints only to a tolerance.
-    allowance = 0
+    allowance = excess = 0
     for _ in range(4):
         schemes, report = model.solve(gap, time_limit, allowance)
         excess = plan_bytes(problem, schemes) - problem.budget_bytes

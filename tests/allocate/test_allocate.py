@@ -81,6 +81,20 @@ def test_an_impossible_budget_names_the_smallest_feasible_one() -> None:
     assert plan == {"conv": "w4a16-b32"}
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(-12, 0), st.integers(-12, 0), st.integers(-14, -9)), min_size=3, max_size=6))
+def test_losses_that_span_many_orders_are_solved_as_well(powers: list[tuple[int, int, int]]) -> None:
+    sizes = {"fp16": 80, "w8a16": 41, "w4a16-b32": 23}
+    layers = [
+        LayerChoice(f"l{i}", (f"x{i}",), sizes, {"fp16": 10.0**c, "w8a16": 1.7 * 10.0**b, "w4a16-b32": 2.3 * 10.0**a})
+        for i, (a, b, c) in enumerate(powers)
+    ]
+    problem = Problem(layers, 0, 50 * len(layers))
+    plan, _ = allocate(problem, gap=1e-6)
+    best = min(loss_of(problem, p) for p in every_plan(problem) if plan_bytes(problem, p) <= problem.budget_bytes)
+    assert loss_of(problem, plan) <= best * (1 + 1e-4)
+
+
 def test_readers_of_one_tensor_pay_for_its_scale_once() -> None:
     layers = [LayerChoice(n, ("x",), {"w8a8": 100}, {"w8a8": 1.0}) for n in ("q", "k", "v")]
     assert plan_bytes(Problem(layers, 0, 0), {"q": "w8a8", "k": "w8a8", "v": "w8a8"}) == 302
