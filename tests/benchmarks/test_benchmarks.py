@@ -1,0 +1,143 @@
+"""The benchmarks' own arithmetic: bounds, lines and verdicts; and that each one says what it shows."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import math
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from mpq_deploy.allocate import Problem, plan_bytes
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+SCRIPTS = ("budgets", "probe_quality", "allocate", "peers")
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> ModuleType:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module(request.param)
+
+
+def using(name: str) -> Any:
+    return pytest.mark.parametrize("script", [name], indirect=True)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_says_what_it_shows(name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / f"{name}.py"), "--help"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"python benchmarks/{name}.py" in done.stdout
+
+
+@using("allocate")
+@pytest.mark.parametrize("budget", [0.3, 0.4, 0.55])
+def test_lagrangian_bound_is_below_the_optimum_and_near_it(script: ModuleType, budget: float) -> None:
+    layers = script.made_up(4, seed=5)
+    fp16 = sum(layer.bytes["fp16"] for layer in layers)
+    problem = Problem(layers, 0, int(budget * fp16))
+    plans = (
+        {n.name: s for n, s in zip(layers, schemes)}
+        for schemes in itertools.product(script.TYPICAL, repeat=len(layers))
+    )
+    losses = [
+        sum(n.loss[plan[n.name]] for n in layers) for plan in plans if plan_bytes(problem, plan) <= problem.budget_bytes
+    ]
+    bound = script.lagrangian_bound(problem)
+    assert 0 < bound <= min(losses) * (1 + 1e-12)
+
+
+@using("allocate")
+def test_made_up_layers_repeat_and_share_inputs(script: ModuleType) -> None:
+    first, again = script.made_up(50, seed=1), script.made_up(50, seed=1)
+    assert first == again
+    assert len({layer.inputs for layer in first}) < 50
+    assert all(layer.bytes["w4a16-b128"] < layer.bytes["w8a16"] < layer.bytes["fp16"] for layer in first)
+
+
+def point(budget: float, psnr: float | None, ratio: float = 1.0) -> dict[str, Any]:
+    return {"budget": budget, "psnr_db": psnr, "size_bytes": 1, "predicted_nmse": ratio, "measured_nmse": 1.0}
+
+
+@using("budgets")
+@pytest.mark.parametrize(
+    ("at_265", "at_28", "at_35", "expected"),
+    [
+        (40.0, 40.1, 48.0, [True, True, True]),
+        (39.9, 40.0, 47.9, [False, False, False]),
+        (None, None, None, [True, True, True]),
+    ],
+    ids=["just enough", "just short", "identical images"],
+)
+def test_leads_over_int8(
+    script: ModuleType, at_265: float | None, at_28: float | None, at_35: float | None, expected: list[bool]
+) -> None:
+    points = [point(0.265, at_265), point(0.28, at_28), point(0.35, at_35)]
+    assert [passed for passed, _ in script.lead_checks(points, 40.0)] == expected
+
+
+@using("budgets")
+def test_a_budget_that_no_plan_fits_fails_its_check(script: ModuleType) -> None:
+    points = [{"budget": 0.265, "smallest_feasible_bytes": 9}, point(0.28, 41.0), point(0.35, 50.0)]
+    checks = script.lead_checks(points, 40.0)
+    assert [passed for passed, _ in checks] == [False, True, True]
+    assert "no plan fits" in checks[0][1]
+
+
+@using("budgets")
+@pytest.mark.parametrize(("ratio", "expected"), [(0.6, True), (1.6, True), (0.59, False), (1.61, False)])
+def test_ratios(script: ModuleType, ratio: float, expected: bool) -> None:
+    assert script.ratio_check([point(0.3, 40.0), point(0.4, 40.0, ratio)])[0] is expected
+
+
+@using("peers")
+def test_the_line_goes_through_its_ends_and_nowhere_else(script: ModuleType) -> None:
+    (low, low_db), (high, high_db) = script.LINE
+    assert script.on_line(script.LINE, low) == pytest.approx(low_db)
+    assert script.on_line(script.LINE, high) == pytest.approx(high_db)
+    assert script.on_line(script.LINE, (low + high) / 2) == pytest.approx((low_db + high_db) / 2)
+    assert script.on_line(script.LINE, low - 0.1) is None
+
+
+@using("peers")
+def test_a_child_is_measured_by_itself(script: ModuleType, tmp_path: Path) -> None:
+    code = "import sys; held = bytearray(200_000_000); sys.exit(3)"
+    status, seconds, peak_mb = script.run_child((sys.executable, "-c", code), tmp_path / "log")
+    assert status == 3
+    assert seconds > 0
+    small = script.run_child((sys.executable, "-c", "pass"), tmp_path / "log")[2]
+    assert peak_mb > 200
+    assert small < peak_mb
+
+
+@using("peers")
+def test_losing_the_line_at_one_size_fails(script: ModuleType) -> None:
+    job = script.Job("ours", "weights only, budget 0.4", "weight-only", (), Path("x"))
+    above = script.Result(file_mb=15.0, mean_db=60.0)
+    below = script.Result(file_mb=20.0, mean_db=20.0)
+    assert script.line_check("the line", script.LINE, [(job, above)])[0]
+    assert not script.line_check("the line", script.LINE, [(job, above), (job, below)])[0]
+    assert not script.line_check("the line", script.LINE, [])[0]
+
+
+@using("probe_quality")
+def test_agreement_is_perfect_with_itself_and_knows_a_factor(script: ModuleType) -> None:
+    from mpq_deploy.sensitivity.table import SensitivityTable
+
+    truth = {f"l{i}": {"fp16": 0.0, "w8a8": 10.0**-i} for i in range(5)}
+    twice = {name: {scheme: 2 * loss for scheme, loss in row.items()} for name, row in truth.items()}
+    tables = [SensitivityTable("x", [0.0], losses, {}) for losses in (truth, twice)]
+    count, rank, spread = script.compare(*tables, "w8a8")
+    assert (count, rank) == (5, pytest.approx(1.0))
+    assert spread == pytest.approx([2.0, 2.0, 2.0])
+    count, rank, _ = script.compare(*tables, "fp16")
+    assert count == 0
+    assert math.isnan(rank)
