@@ -9,9 +9,11 @@ Only the standard library and the builder's own package are needed, so that this
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import resource
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -20,6 +22,8 @@ from typing import Any, TextIO
 
 # A parser or build failure that was reported in ``result``, as opposed to a crash (negative return code).
 REPORTED_FAILURE = 3
+# From linux/prctl.h: the signal that this process gets when its parent ends.
+PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,7 @@ def _add_profile(builder: Any, config: Any, network: Any, job: BuildJob) -> None
 
 def main(arguments: list[str]) -> int:
     """Build the job named on the command line; return the exit code."""
+    _die_with_parent()
     job = BuildJob.load(Path(arguments[0]))
     trt = importlib.import_module(job.module)
     result: dict[str, Any] = {"version": trt.__version__}
@@ -170,6 +175,15 @@ def main(arguments: list[str]) -> int:
     result["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     Path(job.result).write_text(json.dumps(result, indent=1) + "\n")
     return REPORTED_FAILURE if "errors" in result else 0
+
+
+def _die_with_parent() -> None:
+    """Have Linux kill this process when its parent is killed: it would go on writing into the next build's files."""
+    if not sys.platform.startswith("linux"):
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise OSError(ctypes.get_errno(), "prctl")
 
 
 if __name__ == "__main__":

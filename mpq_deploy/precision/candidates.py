@@ -185,11 +185,9 @@ def save_candidates(candidates: LayerCandidates, path: Path) -> None:
         if matrix.channel_scale is not None:
             arrays[f"{form}.channel_scale"] = matrix.channel_scale
     # A layer that may only be FP16 has no arrays; safetensors wants at least a header, which it writes.
-    text = {
-        "schemes": json.dumps([s.name for s in candidates.schemes]),
-        "refused": json.dumps(candidates.refused, sort_keys=True),
-    }
-    save_file(arrays, path, metadata=text)
+    choices = {"schemes": [s.name for s in candidates.schemes], "refused": candidates.refused}
+    # One entry: safetensors writes several in random order, and equal candidates must give equal bytes.
+    save_file(arrays, path, metadata={"choices": json.dumps(choices, sort_keys=True)})
 
 
 def load_choices(path: Path) -> Choices:
@@ -201,8 +199,8 @@ def load_choices(path: Path) -> Choices:
 
 
 def _choices(metadata: dict[str, str]) -> Choices:
-    schemes = tuple(SCHEMES[name] for name in json.loads(metadata["schemes"]))
-    return Choices(schemes, json.loads(metadata["refused"]))
+    choices = json.loads(metadata["choices"])
+    return Choices(tuple(SCHEMES[name] for name in choices["schemes"]), choices["refused"])
 
 
 def load_candidates(layer: Layer, weight: Array, path: Path) -> LayerCandidates:

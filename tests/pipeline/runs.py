@@ -23,7 +23,7 @@ DIGESTED = ("export", "calibrate", "candidates", "measure", "allocate", "quantiz
 RECIPE: dict[str, Any] = {
     "budget": 0.4,
     "calibrate": {"timesteps": 2, "samples": 4, "steps": 4, "batch_size": 4, "reservoir": 256},
-    "measure": {"probes": 2, "heldout_probes": 0, "samples": 2, "batch_size": 2},
+    "measure": {"probes": 2, "samples": 2, "batch_size": 2},
     "quantize": {"hessian_rows": 64},
     "engine": {"build": False},
     "evaluate": {"samples": 2, "steps": 3, "timesteps": 2, "batch_size": 2},

@@ -1,0 +1,86 @@
+"""Builds that are killed: what runs in the child processes. A forked server has the imports, so each is quick."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mpq_deploy import stages
+from mpq_deploy.artefacts import RunFolder
+from mpq_deploy.recipe import Recipe
+from tests.pipeline.runs import build
+
+FORKED = multiprocessing.get_context("forkserver")
+PRELOAD = ["mpq_deploy.pipeline", "mpq_deploy.sensitivity.probe", "mpq_deploy.runtime.ort", "mpq_deploy.report.write"]
+PRELOAD += ["mpq_deploy.calibrate.calibrate", "mpq_deploy.evaluate.evaluate", "tests.pipeline.kills"]
+
+
+def die() -> None:
+    """End at once: no handler runs, nothing is cleaned up."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_while_making(stage: str) -> None:
+    """Die when the stage's files are written but not yet in place."""
+    if stage == "report":
+        from mpq_deploy import assemble
+
+        assemble.write_report = lambda pipeline: die()
+        return
+    make = stages.MAKERS[stage]
+
+    def make_and_die(pipeline: Any, folder: Path) -> str:
+        make(pipeline, folder)
+        die()
+        return ""
+
+    stages.MAKERS[stage] = make_and_die
+
+
+def kill_after(stage: str) -> None:
+    """Die when the stage is in place, before its timing is kept."""
+    save = RunFolder.save_timing
+
+    def save_or_die(self: RunFolder, name: str, *rest: Any) -> None:
+        if name == stage:
+            die()
+        save(self, name, *rest)
+
+    RunFolder.save_timing = save_or_die  # type: ignore[method-assign]
+
+
+def kill_between_renames(stage: str) -> None:
+    """Die when the stage's old folder was moved away and the new one is not yet in its place."""
+    replace = Path.replace
+
+    def replace_or_die(self: Path, target: Path) -> Path:
+        if Path(target).name == stage:
+            die()
+        return replace(self, target)
+
+    Path.replace = replace_or_die  # type: ignore[method-assign]
+
+
+def _child(recipe: Recipe, run: Path, prepare: Callable[[str], None] | None, stage: str, told: Path) -> None:
+    if prepare is not None:
+        prepare(stage)
+    told.write_text(json.dumps(build(recipe, run).made))
+
+
+def build_in_child(
+    recipe: Recipe, run: Path, prepare: Callable[[str], None] | None = None, stage: str = ""
+) -> tuple[int, list[str]]:
+    """Build in a child; return its exit code (negative: the signal) and the stages that it made, when it ended."""
+    FORKED.set_forkserver_preload(PRELOAD)
+    told = run.with_name("made.json")
+    told.unlink(missing_ok=True)
+    process = FORKED.Process(target=_child, args=(recipe, run, prepare, stage, told))
+    process.start()
+    process.join(300)
+    assert process.exitcode is not None, "the build does not end"
+    return process.exitcode, json.loads(told.read_text()) if told.exists() else []

@@ -1,0 +1,98 @@
+"""A build that is killed goes on where it stopped, and ends with the bytes of one that was not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from mpq_deploy.pipeline import STAGES
+from tests.pipeline import kills
+from tests.pipeline.runs import Built, build, command, environment, recipe_for, stage_bytes, write_recipe
+
+
+@pytest.mark.parametrize("prepare", [kills.kill_while_making, kills.kill_after], ids=["while", "after"])
+def test_killed_at_every_stage(
+    model: Path, tmp_path: Path, finished: Built, prepare: kills.Callable[[str], None]
+) -> None:
+    """One run folder is killed at each stage in turn: every call makes just the stages that the last one did not."""
+    recipe, run = recipe_for(model), tmp_path / "run"
+    for stage in STAGES:
+        code, _ = kills.build_in_child(recipe, run, prepare, stage)
+        assert code == -signal.SIGKILL
+        done = STAGES[: STAGES.index(stage) + (prepare is kills.kill_after)]
+        present = [name for name in STAGES[:-1] if (run / name).exists()]
+        assert present == [name for name in done if name != "report"]
+    code, made = kills.build_in_child(recipe, run)
+    assert (code, made) == (0, ["report"])
+    assert stage_bytes(run) == stage_bytes(finished.run)
+    assert not [path.name for path in run.iterdir() if path.name.endswith((".partial", ".old"))]
+
+
+def test_killed_between_the_two_renames(model: Path, run: Path, finished: Built) -> None:
+    """The old plan is already away, the new one not yet there: the next call makes it again."""
+    recipe = recipe_for(model, budget=0.5)
+    code, _ = kills.build_in_child(recipe, run, kills.kill_between_renames, "allocate")
+    assert code == -signal.SIGKILL
+    assert not (run / "allocate").exists()
+    code, made = kills.build_in_child(recipe, run)
+    assert (code, made) == (0, ["allocate", "quantize", "engine", "evaluate", "report"])
+    assert not [path.name for path in run.iterdir() if path.name.endswith((".partial", ".old"))]
+    code, made = kills.build_in_child(recipe_for(model), run)
+    assert stage_bytes(run) == stage_bytes(finished.run)
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_stopped_by_the_user(model: Path, tmp_path: Path, finished: Built) -> None:
+    """Ctrl-C through the command line: one line, exit code 130, and the run goes on afterwards."""
+    recipe, run = write_recipe(tmp_path / "recipe.yaml"), tmp_path / "run"
+    process = subprocess.Popen(
+        command("build", model, "-r", recipe, "-o", run), stderr=subprocess.PIPE, text=True, env=environment()
+    )
+    wait_for(run / ".measure.partial", process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "mpq-deploy: stopped; the next call goes on from the last finished stage"
+    assert "Traceback" not in err
+    assert not (run / ".measure.partial").exists()
+    assert build(recipe_for(model), run).made == [
+        "measure",
+        "allocate",
+        "quantize",
+        "controls",
+        "engine",
+        "evaluate",
+        "report",
+    ]
+    assert stage_bytes(run) == stage_bytes(finished.run)
+
+
+@pytest.mark.rtx
+def test_killed_while_an_engine_is_built(model: Path, run: Path, tmp_path: Path) -> None:
+    """The builder's child may outlive its parent; the next build does not meet it, and gives the same engine."""
+    pytest.importorskip("tensorrt_rtx")
+    recipe = recipe_for(model, engine__build=True)
+    expected = build(recipe, Path(shutil.copytree(run, tmp_path / "whole")))
+    file = write_recipe(tmp_path / "recipe.yaml", engine__build=True)
+    process = subprocess.Popen(
+        command("build", model, "-r", file, "-o", run), stderr=subprocess.PIPE, text=True, env=environment()
+    )
+    wait_for(run / ".engine.partial", process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert build(recipe, run).made == ["engine", "report"]
+    layers = [(folder / "engine" / "layers.txt").read_text() for folder in (run, expected.run)]
+    assert layers[0] == layers[1]
