@@ -37,7 +37,6 @@ class MeasureSection(Section):
 
     method: Literal["probe", "gain", "local_error", "exhaustive"] = "probe"
     probes: int = Field(2, ge=1)
-    heldout_probes: int = Field(0, ge=0, description="probes that the allocation does not see")
     samples: int = Field(32, ge=1, description="calibration samples kept from rounding and measured on")
     batch_size: int = Field(16, ge=1)
     seed: int = 2
@@ -75,7 +74,7 @@ class QuantizeSection(Section):
     """How weights are rounded."""
 
     rounding: Literal["gptq", "nearest"] = "gptq"
-    damping: float = Field(0.01, gt=0, description="added to the Hessian's diagonal, as a share of its mean")
+    damping: float = Field(0.05, gt=0, description="added to the Hessian's diagonal, as a share of its mean")
     hessian_rows: int = Field(4096, ge=64, description="input vectors per layer behind its Hessian, at least 4 K")
     hessian_width: int = Field(4096, ge=64, description="beyond this width the Hessian is block-diagonal")
     memory_mb: int = Field(512, ge=16, description="cap on the Hessians held at once")

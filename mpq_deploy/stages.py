@@ -356,7 +356,7 @@ def _make_measure(pipeline: Pipeline, folder: Path) -> str:
     _, measured_on = inputs.split(section.samples)
     options = MeasureOptions(
         probes=section.probes,
-        heldout_probes=min(section.heldout_probes, section.probes - 1),
+        heldout_probes=0,
         samples=section.samples,
         batch_size=section.batch_size,
         seed=section.seed,
