@@ -20,7 +20,6 @@ from mpq_deploy.errors import InfeasibleBudgetError, MpqError, UsageError, neare
 from mpq_deploy.precision.deployed import ACTIVATION_SCALE_BYTES
 from mpq_deploy.precision.scheme import INT8, SCHEMES
 
-
 # A plan whose loss is a smaller share of the largest single loss is solved again at its own scale (our choice).
 SMALL_OBJECTIVE = 1e-4
 
