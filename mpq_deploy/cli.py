@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 STAGES = "Stages (over one run folder)"
 LOOK = "Look at results"
 MACHINE = "This machine"
+OF_MODEL = "What the model does not bring"
 
 app = typer.Typer(
     name="mpq-deploy",
@@ -55,7 +56,7 @@ class State:
 ModelArgument = Annotated[
     Optional[str],  # noqa: UP045  (typer reads annotations at run time on Python 3.10)
     typer.Argument(
-        metavar="[MODEL]",
+        metavar="MODEL",
         help="A diffusers folder, an ONNX file with its YAML, a hub id, or a bundled demo (emoji, digits). "
         "Default: emoji.",
         show_default=False,
@@ -88,11 +89,33 @@ OutOption = Annotated[
 ]
 ConditionsOption = Annotated[
     Optional[Path],  # noqa: UP045
-    typer.Option("--conditions", metavar="FILE.npz", help="Arrays by input name, one row per condition."),
+    typer.Option(
+        "--conditions",
+        metavar="FILE.npz",
+        help="Arrays by input name, one row per condition.",
+        rich_help_panel=OF_MODEL,
+        show_default=False,
+    ),
 ]
 SchedulerOption = Annotated[
     Optional[Path],  # noqa: UP045
-    typer.Option("--scheduler", metavar="PATH", help="A scheduler_config.json, or the folder that holds it."),
+    typer.Option(
+        "--scheduler",
+        metavar="PATH",
+        help="A scheduler_config.json, or the folder that holds it.",
+        rich_help_panel=OF_MODEL,
+        show_default=False,
+    ),
+]
+PromptsOption = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        "--prompts",
+        metavar="FILE",
+        help="Prompts for calibration and images, one per line.",
+        rich_help_panel=OF_MODEL,
+        show_default=False,
+    ),
 ]
 SensitivityOption = Annotated[
     Optional[Sensitivity],  # noqa: UP045
@@ -128,12 +151,14 @@ def build(
     sensitivity: SensitivityOption = None,
     conditions: ConditionsOption = None,
     scheduler: SchedulerOption = None,
+    prompts: PromptsOption = None,
 ) -> None:
     """Do everything: export, measure, fit the budget, quantize, build the engine, compare, report.
 
     A second call on the same run folder repeats only what changed: another budget takes seconds.
     """
-    settings = _recipe(recipe, model, budget, target, sensitivity, conditions, scheduler)
+    additions = {"conditions": conditions, "scheduler": scheduler, "prompts": prompts}
+    settings = _recipe(recipe, model, budget, target, sensitivity, additions)
     _run_until("report", settings, out)
 
 
@@ -144,9 +169,11 @@ def export(
     out: OutOption = None,
     conditions: ConditionsOption = None,
     scheduler: SchedulerOption = None,
+    prompts: PromptsOption = None,
 ) -> None:
     """Export the denoiser to ONNX and check it against the original."""
-    _run_until("export", _recipe(recipe, model, None, None, None, conditions, scheduler), out)
+    additions = {"conditions": conditions, "scheduler": scheduler, "prompts": prompts}
+    _run_until("export", _recipe(recipe, model, None, None, None, additions), out)
 
 
 @app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy calibrate runs/mine")
@@ -294,8 +321,7 @@ def _recipe(
     budget: str | None,
     target: str | None,
     sensitivity: Sensitivity | None,
-    conditions: Path | None,
-    scheduler: Path | None,
+    additions: dict[str, Path | None],
 ) -> Recipe:
     from mpq_deploy.recipe import load_recipe
 
@@ -306,8 +332,7 @@ def _recipe(
             "budget": budget,
             "target": target,
             "measure.method": sensitivity.value if sensitivity else None,
-            "conditions": str(conditions) if conditions else None,
-            "scheduler": str(scheduler) if scheduler else None,
+            **{name: str(path) for name, path in additions.items() if path},
         },
     )
 
