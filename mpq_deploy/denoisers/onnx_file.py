@@ -36,6 +36,7 @@ from mpq_deploy.denoisers.denoiser import Denoiser
 from mpq_deploy.denoisers.spec import Array, DenoiserSpec, InputSpec, PredictionType
 from mpq_deploy.errors import ModelError, UsageError, nearest
 from mpq_deploy.graph.load import load_model, normalise
+from mpq_deploy.graph.passes.raise_opset import QUANTIZED_OPSET
 from mpq_deploy.graph.passes.widen import uses_halves
 from mpq_deploy.talk import Talk
 
@@ -184,7 +185,17 @@ def open_onnx(path: Path, source: str, additions: Additions, talk: Talk) -> Deno
         labels=conditions.labels,
         pixel_range=description.pixel_range,
     )
-    return Denoiser(spec, conditions, OnnxNetwork(path))
+    return Denoiser(spec, conditions, OnnxNetwork(path), notes=_notes(model, path, talk))
+
+
+def _notes(model: ir.Model, path: Path, talk: Talk) -> tuple[str, ...]:
+    """Say what the export will change of the file's form."""
+    opset = model.opset_imports.get("", 0)
+    if opset >= QUANTIZED_OPSET:
+        return ()
+    note = f"{path.name} has opset {opset}; its graph was converted to opset {QUANTIZED_OPSET}."
+    talk.line(f"  {note}")
+    return (note,)
 
 
 def _check_names(declared: dict[str, ir.Value], description: OnnxDescription, yaml_path: Path) -> None:

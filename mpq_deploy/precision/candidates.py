@@ -176,7 +176,7 @@ def _joined(pieces: list[QuantizedMatrix]) -> QuantizedMatrix:
 
 def save_candidates(candidates: LayerCandidates, path: Path) -> None:
     """Write the codes and scales of one layer as safetensors (the float weight stays in the model)."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     arrays: dict[str, Array] = {}
     for form, matrix in candidates.forms.items():
@@ -187,7 +187,8 @@ def save_candidates(candidates: LayerCandidates, path: Path) -> None:
     # A layer that may only be FP16 has no arrays; safetensors wants at least a header, which it writes.
     choices = {"schemes": [s.name for s in candidates.schemes], "refused": candidates.refused}
     # One entry: safetensors writes several in random order, and equal candidates must give equal bytes.
-    save_file(arrays, path, metadata={"choices": json.dumps(choices, sort_keys=True)})
+    # Written by us: a full disk is then an OSError like any other, not one of safetensors' own.
+    path.write_bytes(save(arrays, metadata={"choices": json.dumps(choices, sort_keys=True)}))
 
 
 def load_choices(path: Path) -> Choices:
