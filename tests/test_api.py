@@ -1,0 +1,38 @@
+"""The package from Python: one call builds, and what it returns can be used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import yaml
+
+import mpq_deploy
+from mpq_deploy.errors import UsageError
+from mpq_deploy.graph.save import constant_bytes
+from tests.pipeline.runs import RECIPE, save_denoiser
+
+
+def test_build_returns_a_model_that_runs_and_a_report_that_is_true(tmp_path: Path) -> None:
+    model = save_denoiser(tmp_path / "model")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(RECIPE))
+    result = mpq_deploy.build(
+        model, budget=0.5, recipe=recipe, out=tmp_path / "run", settings={"evaluate.samples": 3}, quiet=True
+    )
+    assert result.report["size_bytes"] == constant_bytes(result.model) <= 0.5 * result.report["fp16_size_bytes"]
+    assert result.report["evaluation"]["samples"] == 3
+    assert result.engine is None and "engine.build" in result.report["engine_note"]
+    session = ort.InferenceSession(str(result.model))
+    sample = np.zeros((1, 3, 8, 8), np.float16)
+    output = session.run(None, {"sample": sample, "timestep": np.array([500], np.float32)})[0]
+    assert output.shape == sample.shape and np.isfinite(output).all()
+
+
+def test_mistakes_are_our_errors(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no model"):
+        mpq_deploy.build("nosuch", out=tmp_path / "run", settings={"engine.build": False}, quiet=True)
+    with pytest.raises(UsageError, match="Unknown key"):
+        mpq_deploy.build(settings={"calibrate.sample": 3}, out=tmp_path / "run", quiet=True)
