@@ -59,6 +59,8 @@ if TYPE_CHECKING:
 
 RTX = "tensorrt_rtx"
 LATENCY = "latency.json"
+# Raised with every change of what the candidates' files hold, so that older run folders make theirs again.
+CANDIDATES_FORMAT = 2
 
 # Controls: what a user would get without this tool, at the same rounding: one scheme for every layer that may
 # take it (FP16 for the others).
@@ -127,6 +129,7 @@ def _candidates_inputs(pipeline: Pipeline) -> Fields:
         "calibrate": pipeline.digest("calibrate"),
         "recipe.allocate.schemes": list(pipeline.recipe.allocate.schemes),
         "recipe.measure.samples": pipeline.recipe.measure.samples,
+        "candidates.format": CANDIDATES_FORMAT,
         "target.schemes": target.model_dump(mode="json", include={"schemes", "rules"}),
         **settings(pipeline.recipe.quantize, "quantize"),
         **version_of("onnxruntime", "numpy"),

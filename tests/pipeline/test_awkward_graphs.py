@@ -232,4 +232,5 @@ def test_exported_by_dynamo(tmp_path: Path) -> None:
     from tests.models import tiny_unet_folder
 
     folder = tiny_unet_folder(tmp_path)
-    check(build(recipe_for(folder, **ALIKE), tmp_path / "run"))
+    # Few samples of a model with conditions: the prediction is rough.
+    check(build(recipe_for(folder, **ALIKE), tmp_path / "run"), factor=10)

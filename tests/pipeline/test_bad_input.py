@@ -324,3 +324,14 @@ def test_damaged_sources_are_named(cli: Cli, tmp_path: Path) -> None:
     described = yaml.safe_load(path.with_suffix(".yaml").read_text())
     path.with_suffix(".yaml").write_text(yaml.safe_dump({**described, "timestep": "timestop"}))
     refused(bad_model(cli, tmp_path, path), 2, "'timestop'", "Did you mean 'timestep'?")
+
+
+def test_candidates_of_an_older_form_are_made_again(model: Path, run: Path) -> None:
+    """A run folder of a version that wrote its candidates otherwise is not misread."""
+    record = run / "candidates" / "stage.json"
+    values = json.loads(record.read_text())
+    del values["inputs"]["candidates.format"]
+    record.write_text(json.dumps(values))
+    again = build(recipe_for(model), run)
+    assert again.made == ["candidates", "report"]
+    assert any("candidates.format changed" in line for line in again.said)
