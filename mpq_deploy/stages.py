@@ -48,7 +48,7 @@ from mpq_deploy.precision.candidates import (
     weight_matrix,
 )
 from mpq_deploy.precision.deployed import FP16_BYTES, weight_bytes
-from mpq_deploy.precision.scheme import SCHEMES, schemes_named
+from mpq_deploy.precision.scheme import FP16, SCHEMES, Scheme, schemes_named
 from mpq_deploy.sensitivity.table import SensitivityTable
 
 if TYPE_CHECKING:
@@ -293,6 +293,8 @@ def _make_candidates(pipeline: Pipeline, folder: Path) -> str:
             widths=moments.widths,
             gptq=section.rounding == "gptq",
             damping=section.damping,
+            # The controls are what they say whatever the recipe allows the plan.
+            also=tuple(s for names in CONTROLS.values() if (s := control_scheme(layer, names, target)).weight),
         )
         save_candidates(candidates, folder / f"{numbers[layer.name]:05d}.safetensors")
     return f"{len(wanted)} schemes, rounding {section.rounding}"
@@ -489,16 +491,19 @@ def _make_quantize(pipeline: Pipeline, folder: Path) -> str:
     return f"{written:,} bytes of constants, as planned"
 
 
+def control_scheme(layer: Layer, preferred: tuple[str, ...], target: Target) -> Scheme:
+    """Return the first of the ``preferred`` schemes that ``layer`` may take on ``target``; FP16 when none."""
+    allowed = {s.name: s for s in choices_for(layer, schemes_named(preferred), target.refusal).schemes}
+    return next((allowed[name] for name in preferred if name in allowed), FP16)
+
+
 def _make_controls(pipeline: Pipeline, folder: Path) -> str:
     sizes = {}
     if pipeline.recipe.evaluate.controls:
-        graph = Exported(pipeline).graph
-        candidates = candidates_of(pipeline, graph)
+        layers = Exported(pipeline).graph.layers
+        target = load_target(pipeline.recipe.target)
         for name, preferred in CONTROLS.items():
-            schemes = {}
-            for layer in graph.layers:
-                present = {scheme.name for scheme in candidates[layer.name].schemes}
-                schemes[layer.name] = next((s for s in preferred if s in present), "fp16")
+            schemes = {layer.name: control_scheme(layer, preferred, target).name for layer in layers}
             (folder / name).mkdir()
             sizes[name] = write_plan(pipeline, schemes, folder / name)
     (folder / "sizes.json").write_text(canonical_json(sizes))

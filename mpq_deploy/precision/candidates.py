@@ -101,8 +101,9 @@ def round_candidates(
     widths: tuple[int, ...],
     gptq: bool,
     damping: float,
+    also: tuple[Scheme, ...] = (),
 ) -> LayerCandidates:
-    """Round ``weight`` float32 [O, K] for every weight form that ``choices`` need.
+    """Round ``weight`` float32 [O, K] for every weight form that ``choices`` need, and for the schemes ``also``.
 
     ``moments`` is float [group * B, w, w]: for each group the B diagonal blocks of the mean of x x^T over the layer's
     inputs, of which block b covers ``widths[b]`` columns (their sum is K). With ``gptq`` False only the diagonal is
@@ -110,7 +111,7 @@ def round_candidates(
     """
     if not np.all(np.isfinite(weight)):
         raise ModelError(f"The weight '{layer.weight}' holds NaN or Inf.", "Mend the model before quantizing it.")
-    forms = {s.weight_form: s for s in choices.schemes if s.weight is not None}
+    forms = {s.weight_form: s for s in (*choices.schemes, *also) if s.weight is not None}
     rows = layer.out_channels // layer.group
     per_group = len(moments) // layer.group
     parts: dict[str, list[QuantizedMatrix]] = {form: [] for form in forms}
