@@ -92,9 +92,7 @@ def balanced_batch(by_class: list[Tensor], batch: int, generator: torch.Generato
     return torch.cat([uniform, torch.stack(picked)]) if picked else uniform
 
 
-def sample(
-    unet: UNet2DModel, scheduler: DDIMScheduler, labels: Tensor, seed: int, steps: int = SAMPLE_STEPS
-) -> Tensor:
+def sample(unet: UNet2DModel, scheduler: DDIMScheduler, labels: Tensor, seed: int, steps: int = SAMPLE_STEPS) -> Tensor:
     """Deterministic DDIM samples, float32 [len(labels), C, H, W] in [-1, 1]."""
     unet.eval()
     size, channels = int(unet.config["sample_size"]), int(unet.config["in_channels"])
@@ -141,9 +139,7 @@ class Trainer:
         self, unet: UNet2DModel, scheduler: DDIMScheduler, settings: TrainSettings, card: DemoCard, out: Path
     ) -> None:
         self.unet, self.scheduler, self.settings, self.card, self.out = unet, scheduler, settings, card, out
-        self.optimizer = torch.optim.AdamW(
-            unet.parameters(), lr=settings.lr, weight_decay=0.0, betas=(0.9, 0.99)
-        )
+        self.optimizer = torch.optim.AdamW(unet.parameters(), lr=settings.lr, weight_decay=0.0, betas=(0.9, 0.99))
         self.ema = Ema(unet, settings.ema_decay)
         self.step = 0
         self.wall_s = 0.0
@@ -233,9 +229,7 @@ class Trainer:
         }
         torch.save(state, self.out / "state.tmp")
         (self.out / "state.tmp").replace(self.out / "state.pt")
-        unet = export_pipeline(
-            self.unet, self.ema.shadow, self.scheduler, self.record(), self.out / "pipeline"
-        )
+        unet = export_pipeline(self.unet, self.ema.shadow, self.scheduler, self.record(), self.out / "pipeline")
         labels = torch.arange(len(self.card.classes)).repeat_interleave(per_class)
         grid = grid_image(sample(unet, self.scheduler, labels, seed=0), per_class, zoom=2)
         grid.save(self.out / f"grid_{self.wall_s / 60:05.1f}.png")

@@ -136,9 +136,7 @@ def emoji_scheduler() -> DDIMScheduler:
 
 def main() -> None:
     """Parse the arguments and train."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with the two unpacked packages")
     parser.add_argument("--minutes", type=float, default=90.0, help="wall-clock minutes to train")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and the pipeline")
