@@ -28,9 +28,8 @@ def save_unet(folder: Path) -> None:
         sample_size=32,
         layers_per_block=2,
         block_out_channels=CHANNELS,
-        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
     )
     unet.save_pretrained(folder / "unet")
     DDIMScheduler().save_pretrained(folder / "scheduler")
