@@ -22,8 +22,8 @@ class Section(BaseModel):
 class CalibrateSection(Section):
     """Which inputs the float model is observed on, and how activation scales are chosen."""
 
-    timesteps: int = Field(10, ge=1, description="K: timesteps, midpoints of equal strides of the sampler's steps")
-    samples: int = Field(64, ge=1, description="trajectories")
+    timesteps: int = Field(20, ge=1, description="K: timesteps, midpoints of equal strides of the sampler's steps")
+    samples: int = Field(48, ge=1, description="trajectories")
     steps: int = Field(20, ge=1, description="steps of the sampler")
     batch_size: int = Field(16, ge=1)
     seed: int = 1
@@ -37,7 +37,7 @@ class MeasureSection(Section):
 
     method: Literal["probe", "gain", "local_error", "exhaustive"] = "probe"
     probes: int = Field(2, ge=1)
-    samples: int = Field(32, ge=1, description="calibration samples kept from rounding and measured on")
+    samples: int = Field(16, ge=1, description="calibration samples kept from rounding and measured on")
     batch_size: int = Field(16, ge=1)
     seed: int = 2
 
@@ -74,8 +74,11 @@ class QuantizeSection(Section):
     """How weights are rounded."""
 
     rounding: Literal["gptq", "nearest"] = "gptq"
-    damping: float = Field(0.05, gt=0, description="added to the Hessian's diagonal, as a share of its mean")
-    hessian_rows: int = Field(4096, ge=64, description="input vectors per layer behind its Hessian, at least 4 K")
+    noise_draws: int = Field(
+        3, ge=0, description="fresh noises per recorded sample behind the Hessians; 0: the trajectories themselves"
+    )
+    damping: float = Field(0.02, gt=0, description="added to the Hessian's diagonal, as a share of its mean")
+    hessian_rows: int = Field(8192, ge=64, description="input vectors per layer behind its Hessian, at least 4 K")
     hessian_width: int = Field(4096, ge=64, description="beyond this width the Hessian is block-diagonal")
     memory_mb: int = Field(512, ge=16, description="cap on the Hessians held at once")
 
@@ -94,7 +97,7 @@ class EvaluateSection(Section):
 
     samples: int = Field(16, ge=1)
     steps: int = Field(20, ge=1)
-    timesteps: int = Field(10, ge=1)
+    timesteps: int = Field(20, ge=1)
     batch_size: int = Field(16, ge=1)
     seed: int = 1234
     sampler: Literal["auto", "ddim", "folder"] = "auto"

@@ -303,6 +303,7 @@ def _make_candidates(pipeline: Pipeline, folder: Path) -> str:
 def _moments(pipeline: Pipeline, exported: Exported) -> Iterator[Hessian]:
     """Yield the second moments of every layer's input: Hessians for GPTQ, else only their diagonals."""
     from mpq_deploy.calibrate.hessian import Hessian, HessianOptions, iterate_hessians
+    from mpq_deploy.calibrate.trajectories import renoised
 
     section = pipeline.recipe.quantize
     inputs, stats = load_calibration(pipeline)
@@ -311,6 +312,7 @@ def _moments(pipeline: Pipeline, exported: Exported) -> Iterator[Hessian]:
         for layer in exported.graph.layers:
             yield Hessian(layer, _diagonal_moments(layer, stats), (1,) * layer.reduction, 0)
         return
+    rounded_on = renoised(rounded_on, exported.spec, section.noise_draws)
     options = HessianOptions(
         memory_cap_bytes=section.memory_mb * 2**20,
         min_rows=section.hessian_rows,

@@ -15,6 +15,7 @@ from mpq_deploy.calibrate.stats import CalibrationSet
 from mpq_deploy.calibrate.timesteps import sampled_steps
 from mpq_deploy.denoisers.spec import Array, DenoiserSpec
 from mpq_deploy.errors import UsageError
+from mpq_deploy.sampling.betas import alphas_cumprod
 from mpq_deploy.sampling.loop import DenoiserCall, denoise, initial_noise
 from mpq_deploy.sampling.sampler import Sampler
 from mpq_deploy.talk import Talk
@@ -105,3 +106,25 @@ class _FirstSteps:
 
     def step(self, model_output: Array, step_index: int, x: Array) -> Array:
         return self._sampler.step(model_output, step_index, x)
+
+
+def renoised(recorded: CalibrationSet, spec: DenoiserSpec, draws: int, seed: int = 0) -> CalibrationSet:
+    """Return ``draws`` times as many calls, each with fresh noise at every timestep, from the recorded last samples.
+
+    The calls of one trajectory share one noise, so their activations are much alike, and rounding fits them closely
+    and others less. The forward process takes the last, nearly clean sample of each trajectory back to every timestep:
+    x_t = sqrt(p) x_last + sqrt(1 - p) noise with p = alpha-bar_t / alpha-bar_last (Ho et al. 2020, equation 4). Our
+    choice. The last timestep itself stays as recorded. A scheduler without betas (flow matching) has no such process:
+    the set is returned as it is.
+    """
+    if spec.prediction_type == "flow_prediction" or not draws:
+        return recorded
+    power = np.asarray(alphas_cumprod(spec.scheduler), np.float64)
+    at = np.interp(recorded.timesteps.astype(np.float64), np.arange(len(power)), power)
+    last = np.tile(recorded.samples[-1], (draws, *[1] * (recorded.samples.ndim - 2)))
+    samples = np.empty((len(at), *last.shape), np.float32)
+    for step_index, signal in enumerate(at):
+        kept = min(signal / at[-1], 1.0)
+        noise = np.random.default_rng((seed, step_index)).standard_normal(last.shape, np.float32)
+        samples[step_index] = np.sqrt(kept) * last + np.sqrt(1 - kept) * noise
+    return CalibrationSet(samples, recorded.timesteps, np.tile(recorded.rows, draws))

@@ -1,0 +1,54 @@
+"""Fresh noise for rounding: the forward process, from the last recorded samples."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mpq_deploy.calibrate.stats import CalibrationSet
+from mpq_deploy.calibrate.trajectories import renoised
+from mpq_deploy.denoisers.spec import DenoiserSpec, InputSpec
+from mpq_deploy.sampling.betas import alphas_cumprod
+
+SCHEDULER = {"_class_name": "DDIMScheduler", "beta_schedule": "linear", "num_train_timesteps": 1000}
+
+
+def spec(prediction: str = "epsilon") -> DenoiserSpec:
+    return DenoiserSpec(
+        name="t",
+        source="t",
+        sample=InputSpec(name="x", shape=(2, 40, 40)),
+        timestep=InputSpec(name="t"),
+        prediction_type=prediction,  # type: ignore[arg-type]
+        scheduler=SCHEDULER,
+    )
+
+
+def recorded() -> CalibrationSet:
+    samples = np.random.default_rng(0).standard_normal((3, 4, 2, 40, 40)).astype(np.float32)
+    return CalibrationSet(samples, np.array([900.0, 400.0, 20.0], np.float32), np.arange(4))
+
+
+def test_each_timestep_has_the_forward_process_s_mean_and_variance() -> None:
+    made = renoised(recorded(), spec(), 8)
+    power = alphas_cumprod(SCHEDULER)
+    for index, timestep in enumerate((900, 400)):
+        kept = power[timestep] / power[20]
+        rest = made.samples[index] - np.sqrt(kept) * np.tile(recorded().samples[-1], (8, 1, 1, 1))
+        np.testing.assert_allclose(rest.std(), np.sqrt(1 - kept), rtol=0.02)
+        np.testing.assert_allclose(rest.mean(), 0, atol=0.02)
+
+
+def test_noise_is_fresh_at_every_timestep_and_draw_and_rows_stay_with_their_samples() -> None:
+    made = renoised(recorded(), spec(), 2)
+    assert made.samples.shape[1] == 8
+    np.testing.assert_array_equal(made.rows, [0, 1, 2, 3, 0, 1, 2, 3])
+    np.testing.assert_array_equal(made.samples[-1, :4], recorded().samples[-1])
+    correlation = np.corrcoef(made.samples[0, 0].ravel(), made.samples[0, 4].ravel())[0, 1]
+    assert abs(correlation) < 0.1
+    np.testing.assert_array_equal(made.samples, renoised(recorded(), spec(), 2).samples)
+
+
+def test_what_has_no_forward_process_stays_as_recorded() -> None:
+    one = recorded()
+    assert renoised(one, spec("flow_prediction"), 3) is one
+    assert renoised(one, spec(), 0) is one
