@@ -61,6 +61,8 @@ RTX = "tensorrt_rtx"
 LATENCY = "latency.json"
 # Raised with every change of what the candidates' files hold, so that older run folders make theirs again.
 CANDIDATES_FORMAT = 2
+# As above, for evaluation.json: 2 has the PSNR as a mean over images, and the pooled one.
+EVALUATION_FORMAT = 2
 
 # Controls: what a user would get without this tool, at the same rounding: one scheme for every layer that may
 # take it (FP16 for the others).
@@ -182,6 +184,7 @@ def _engine_inputs(pipeline: Pipeline) -> Fields:
 
 def _evaluate_inputs(pipeline: Pipeline) -> Fields:
     return {
+        "evaluation.format": EVALUATION_FORMAT,
         **{name: pipeline.digest(name) for name in ("export", "quantize", "controls")},
         **settings(pipeline.recipe.evaluate, "evaluate"),
         "recipe.calibrate.seed": pipeline.recipe.calibrate.seed,

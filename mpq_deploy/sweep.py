@@ -101,12 +101,17 @@ def _measure(pipeline: Pipeline, plans: dict[float, Any], points: list[dict[str,
             write_plan(pipeline, plan.schemes, Path(folder))
             result = evaluate_variants(pipeline, Path(folder) / SIMULATED, plan.size_bytes, latency=False)
         ours = result.variants["ours"]
-        point.update(measured_nmse=ours.measured_nmse, psnr_db=_finite(ours.psnr_db))
+        point.update(
+            measured_nmse=ours.measured_nmse,
+            psnr_db=_finite(ours.psnr_db),
+            pooled_psnr_db=_finite(ours.pooled_psnr_db),
+        )
         figures = {
             name: {
                 "size_ratio": (variant.size_bytes or 0) / plan.fp16_size_bytes,
                 "measured_nmse": variant.measured_nmse,
                 "psnr_db": _finite(variant.psnr_db),
+                "pooled_psnr_db": _finite(variant.pooled_psnr_db),
             }
             for name, variant in result.variants.items()
             if name != "ours"

@@ -19,7 +19,7 @@ from mpq_deploy.denoisers.spec import Array, DenoiserSpec
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.evaluate.cache import SampleCache, arrays_digest, model_digest
 from mpq_deploy.evaluate.decode import decode, decoder_path
-from mpq_deploy.evaluate.images import data_range, psnr_db, ssim, to_uint8, to_unit
+from mpq_deploy.evaluate.images import data_range, pooled_psnr_db, psnr_db, ssim, to_uint8, to_unit
 from mpq_deploy.evaluate.latency import cpu_latency
 from mpq_deploy.evaluate.output_error import nmse, stride_midpoints
 from mpq_deploy.evaluate.result import CpuLatency, Evaluation, EvaluationOptions, ImageKind, VariantResult
@@ -229,6 +229,7 @@ def _scored(
         nmse_by_timestep=errors,
         measured_nmse=float(np.mean(errors)),
         psnr_db=psnr_db(expected, found),
+        pooled_psnr_db=pooled_psnr_db(expected, found),
         ssim=ssim(expected, found),
     )
 

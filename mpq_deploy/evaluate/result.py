@@ -54,7 +54,8 @@ class EvaluationOptions:
 
 @dataclass(frozen=True)
 class VariantResult:
-    """One quantized graph against the float one. ``psnr_db`` is ``inf`` for identical images.
+    """One quantized graph against the float one. ``psnr_db`` is the mean over images, ``pooled_psnr_db`` that of the
+    squared error of all together; both are ``inf`` for identical images.
 
     ``nmse_by_timestep`` is the output's error at each of the evaluation's timesteps, on the float model's
     inputs; ``measured_nmse`` their mean, which the predicted loss estimates.
@@ -65,6 +66,7 @@ class VariantResult:
     nmse_by_timestep: tuple[float, ...]
     measured_nmse: float
     psnr_db: float
+    pooled_psnr_db: float
     ssim: float
 
 
@@ -151,14 +153,15 @@ def _variant_json(result: VariantResult) -> dict[str, Any]:
     text = asdict(result)
     text["nmse_by_timestep"] = list(result.nmse_by_timestep)
     if math.isinf(result.psnr_db):
-        text["psnr_db"], text["psnr_note"] = None, IDENTICAL
+        text["psnr_db"], text["pooled_psnr_db"], text["psnr_note"] = None, None, IDENTICAL
     return text
 
 
 def _variant_from_json(text: dict[str, Any]) -> VariantResult:
     fields = {name: value for name, value in text.items() if name != "psnr_note"}
     fields["nmse_by_timestep"] = tuple(fields["nmse_by_timestep"])
-    fields["psnr_db"] = math.inf if fields["psnr_db"] is None else fields["psnr_db"]
+    for name in ("psnr_db", "pooled_psnr_db"):
+        fields[name] = math.inf if fields[name] is None else fields[name]
     return VariantResult(**fields)
 
 

@@ -53,6 +53,7 @@ class Control(Part):
     size_ratio: float = Field(ge=0)
     measured_nmse: float | None = Field(None, ge=0)
     psnr_db: float | None = None
+    pooled_psnr_db: float | None = None
     ssim: float | None = None
     nmse_by_timestep: tuple[float, ...] = ()
     identical: bool = Field(False, description="images equal to the float model's: psnr_db is infinite and so None")
@@ -198,6 +199,7 @@ class ReportData(Part):
     predicted_nmse: float = Field(ge=0)
     measured_nmse: float | None = Field(None, ge=0)
     psnr_db: float | None = None
+    pooled_psnr_db: float | None = None
     ssim: float | None = None
     identical: bool = Field(False, description="images equal to the float model's: psnr_db is infinite and so None")
     timesteps: tuple[float, ...] = ()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mpq_deploy.errors import ModelError
-from mpq_deploy.evaluate.images import data_range, psnr_db, ssim, to_uint8, to_unit
+from mpq_deploy.evaluate.images import EQUAL_IMAGE_DB, data_range, pooled_psnr_db, psnr_db, ssim, to_uint8, to_unit
 from mpq_deploy.evaluate.output_error import nmse, sqnr_db, stride_midpoints
 
 
@@ -70,10 +70,20 @@ def test_psnr_of_a_known_error():
     assert psnr_db(x, x + 0.01) == pytest.approx(40.0)
 
 
-def test_psnr_is_of_the_mean_error_and_so_below_the_mean_of_psnrs():
+def test_psnr_is_the_mean_over_images_and_the_pooled_one_is_stricter():
     x, y = pair(3)
     y[0] = x[0] + 0.5 * (y[0] - x[0])
-    assert psnr_db(x, y) < np.mean([psnr_db(a[None], b[None]) for a, b in zip(x, y, strict=True)])
+    each = [psnr_db(a[None], b[None]) for a, b in zip(x, y, strict=True)]
+    assert psnr_db(x, y) == pytest.approx(np.mean(each))
+    assert pooled_psnr_db(x, y) < psnr_db(x, y)
+    assert pooled_psnr_db(x[:1], y[:1]) == pytest.approx(each[0])
+
+
+def test_an_equal_image_among_others_keeps_the_mean_finite():
+    x, y = pair(3)
+    y[0] = x[0]
+    rest = [psnr_db(a[None], b[None]) for a, b in zip(x[1:], y[1:], strict=True)]
+    assert psnr_db(x, y) == pytest.approx((EQUAL_IMAGE_DB + sum(rest)) / len(x))
 
 
 def test_more_noise_is_worse():
