@@ -64,7 +64,11 @@ def test_made_up_layers_repeat_and_share_inputs(script: ModuleType) -> None:
 
 
 def point(budget: float, psnr: float | None, ratio: float = 1.0) -> dict[str, Any]:
-    return {"budget": budget, "psnr_db": psnr, "size_bytes": 1, "predicted_nmse": ratio, "measured_nmse": 1.0}
+    quality = {"psnr_db": psnr, "pooled_psnr_db": psnr}
+    return {"budget": budget, **quality, "size_bytes": 1, "predicted_nmse": ratio, "measured_nmse": 1.0}
+
+
+INT8 = {"psnr_db": 40.0, "pooled_psnr_db": 39.0}
 
 
 @using("budgets")
@@ -81,13 +85,13 @@ def test_leads_over_int8(
     script: ModuleType, at_265: float | None, at_28: float | None, at_35: float | None, expected: list[bool]
 ) -> None:
     points = [point(0.265, at_265), point(0.28, at_28), point(0.35, at_35)]
-    assert [passed for passed, _ in script.lead_checks(points, 40.0)] == expected
+    assert [passed for passed, _ in script.lead_checks(points, INT8)] == expected
 
 
 @using("budgets")
 def test_a_budget_that_no_plan_fits_fails_its_check(script: ModuleType) -> None:
     points = [{"budget": 0.265, "smallest_feasible_bytes": 9}, point(0.28, 41.0), point(0.35, 50.0)]
-    checks = script.lead_checks(points, 40.0)
+    checks = script.lead_checks(points, INT8)
     assert [passed for passed, _ in checks] == [False, True, True]
     assert "no plan fits" in checks[0][1]
 
