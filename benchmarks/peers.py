@@ -102,32 +102,19 @@ class Bench:
         self.run, self.model, self.inputs = out / "run", out / "given" / "model.onnx", out / "given" / "inputs.npz"
         (out / "logs").mkdir(parents=True, exist_ok=True)
 
-    def prepare(self, model: str | None) -> dict[str, tuple[float, float]]:
-        """Export and measure; return seconds and peak MB of each part, as when it was last made."""
+    def prepare(self, model: str | None) -> str:
+        """Export and measure, as far as that is not done; say what each part took when it was last made."""
         source = model or str(self.out / "source")
         if model is None and not (self.out / "source" / "model_index.json").is_file():
             self._must("unet", (sys.executable, str(TOOLS / "prepare.py"), "unet", source))
         ours = (sys.executable, str(TOOLS / "run_ours.py"))
-        spent = {}
-        record = self.out / "prepared.json"
-        before = json.loads(record.read_text()) if record.is_file() else {}
-        for name, command in {
-            "export": (*ours, "export", source, str(self.run), *RECIPE),
-            "measure": (*ours, "measure", str(self.run)),
-        }.items():
-            seconds, peak = self._must(name, command)
-            cached = name in before and not any(self._made(name))
-            spent[name] = tuple(before[name]) if cached else (seconds, peak)
-        record.write_text(json.dumps(spent))
-        self._must(
-            "inputs", (sys.executable, str(TOOLS / "prepare.py"), "inputs", str(self.run), str(self.out / "given"))
-        )
-        return spent
-
-    def _made(self, name: str) -> list[str]:
-        """The stages that the logged call made (rather than found up to date)."""
-        lines = (self.out / "logs" / f"{name}.log").read_text().splitlines()
-        return [line for line in lines if line.split() and line.split()[0] in STAGES and "up to date" not in line]
+        self._must("export", (*ours, "export", source, str(self.run), *RECIPE))
+        self._must("measure", (*ours, "measure", str(self.run)))
+        given = str(self.out / "given")
+        self._must("inputs", (sys.executable, str(TOOLS / "prepare.py"), "inputs", str(self.run), given))
+        timings = json.loads((self.run / "timings.json").read_text())
+        parts = ((name, timings[name]["seconds"], timings[name]["peak_rss_bytes"] / 1e6) for name in STAGES)
+        return ", ".join(f"{name} {seconds:.1f} s {peak:.0f} MB" for name, seconds, peak in parts)
 
     def _must(self, name: str, command: tuple[str, ...]) -> tuple[float, float]:
         log = self.out / "logs" / f"{name}.log"
@@ -320,11 +307,8 @@ def main() -> None:
     bench = Bench(chosen.out or Path("runs") / f"bench-peers{'-' if name else ''}{name}")
     page = Page(f"Beside other quantizers: {name or 'a UNet of 21 M random weights'}")
     prepared = bench.prepare(chosen.model)
-    spent = {name: f"{seconds:.1f} s, {peak:.0f} MB" for name, (seconds, peak) in prepared.items()}
-    page.say(
-        f"The given ONNX file has {bench.model.stat().st_size / 1e6:.1f} MB. Ours, once for all rows: export "
-        f"{spent['export']}; calibrate, round and measure {spent['measure']}."
-    )
+    size = f"The given ONNX file has {bench.model.stat().st_size / 1e6:.1f} MB."
+    page.say(f"{size} Ours, once for all rows: {prepared}.")
     jobs, skipped = all_jobs(bench, chosen)
     for package, python in (("onnxsim", chosen.onnxsim_python), ("nvidia-modelopt", chosen.modelopt_python)):
         if python is not None:
