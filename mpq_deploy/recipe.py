@@ -23,7 +23,7 @@ class CalibrateSection(Section):
     """Which inputs the float model is observed on, and how activation scales are chosen."""
 
     timesteps: int = Field(20, ge=1, description="K: timesteps, midpoints of equal strides of the sampler's steps")
-    samples: int = Field(56, ge=1, description="trajectories")
+    samples: int = Field(80, ge=1, description="trajectories")
     steps: int = Field(20, ge=1, description="steps of the sampler")
     batch_size: int = Field(16, ge=1)
     seed: int = 1
@@ -36,8 +36,8 @@ class MeasureSection(Section):
     """How the loss of every (layer, scheme) is predicted."""
 
     method: Literal["probe", "gain", "local_error", "exhaustive"] = "probe"
-    probes: int = Field(2, ge=1)
-    samples: int = Field(24, ge=1, description="calibration samples kept from rounding and measured on")
+    probes: int = Field(1, ge=1)
+    samples: int = Field(48, ge=1, description="calibration samples kept from rounding and measured on")
     batch_size: int = Field(16, ge=1)
     seed: int = 2
 

@@ -30,7 +30,7 @@ class CalibrationSet:
         return CalibrationSet(self.samples[:, calls], self.timesteps, self.rows[calls])
 
     def split(self, measured: int) -> tuple[CalibrationSet, CalibrationSet]:
-        """Split the calls, by a fixed permutation, into those that weights are rounded on and ``measured`` others.
+        """Split the calls into those that weights are rounded on and ``measured`` others, conditions evenly in both.
 
         Rounding fits its own inputs (GPTQ most of all), so a loss measured on them is too small. With fewer than
         twice as many calls as are measured, both parts are the whole set.
@@ -38,7 +38,14 @@ class CalibrationSet:
         count = len(self.rows)
         if count < 2 * measured:
             return self, self
-        order = np.random.default_rng(SPLIT_SEED).permutation(count)
+        shuffled = np.random.default_rng(SPLIT_SEED).permutation(count)
+        # Conditions differ in how hard they are: each gives its first call before any gives its second.
+        seen: dict[int, int] = {}
+        turns = []
+        for row in self.rows[shuffled]:
+            turns.append(seen.get(int(row), 0))
+            seen[int(row)] = turns[-1] + 1
+        order = shuffled[np.argsort(turns, kind="stable")]
         return self.take(np.sort(order[measured:])), self.take(np.sort(order[:measured]))
 
     def save(self, path: Path) -> None:

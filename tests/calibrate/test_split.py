@@ -34,3 +34,10 @@ def test_the_split_is_the_same_every_time_and_mixes_conditions() -> None:
     np.testing.assert_array_equal(one[0].rows, other[0].rows)
     # Conditions are dealt out in turns: no stride through the calls may pick always the same ones.
     assert {int(row) % 8 for row in one[1].rows} == set(range(8))
+
+
+def test_every_condition_is_measured_equally_often() -> None:
+    samples = np.zeros((2, 40, 1), np.float32)
+    whole = CalibrationSet(samples, np.array([9.0, 1.0], np.float32), np.arange(40) % 8)
+    for part, each in zip(whole.split(16), (3, 2), strict=True):
+        np.testing.assert_array_equal(np.bincount(part.rows), [each] * 8)
