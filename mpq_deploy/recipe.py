@@ -37,6 +37,7 @@ class MeasureSection(Section):
 
     method: Literal["probe", "gain", "local_error", "exhaustive"] = "probe"
     probes: int = Field(1, ge=1)
+    timesteps: int = Field(10, ge=1, description="of the calibrated timesteps, those that are measured")
     samples: int = Field(48, ge=1, description="calibration samples kept from rounding and measured on")
     batch_size: int = Field(16, ge=1)
     seed: int = 2

@@ -358,12 +358,15 @@ def choices_of(pipeline: Pipeline, graph: LayerGraph) -> dict[str, Choices]:
 
 
 def _make_measure(pipeline: Pipeline, folder: Path) -> str:
+    from mpq_deploy.calibrate.timesteps import sampled_steps
     from mpq_deploy.sensitivity.measure import MeasureOptions, measure
 
     exported = Exported(pipeline)
     inputs, stats = load_calibration(pipeline)
     section = pipeline.recipe.measure
-    _, measured_on = inputs.split(section.samples)
+    _, held_out = inputs.split(section.samples)
+    count = len(inputs.timesteps)
+    measured_on = held_out.at(sampled_steps(count, min(section.timesteps, count)))
     options = MeasureOptions(
         probes=section.probes,
         heldout_probes=0,
@@ -382,7 +385,7 @@ def _make_measure(pipeline: Pipeline, folder: Path) -> str:
         options,
         pipeline.talk,
     )
-    if measured_on is inputs:
+    if held_out is inputs:
         note = "losses are measured on the samples that the weights were rounded on, so they are optimistic"
         table = replace(table, notes=(*table.notes, note))
     table.save(folder)

@@ -29,6 +29,10 @@ class CalibrationSet:
         """Return the set with only the given calls, int64 [M], at every timestep."""
         return CalibrationSet(self.samples[:, calls], self.timesteps, self.rows[calls])
 
+    def at(self, steps: Array) -> CalibrationSet:
+        """Return the set at only the given positions of its timesteps, int64 [M]."""
+        return CalibrationSet(self.samples[steps], self.timesteps[steps], self.rows)
+
     def split(self, measured: int) -> tuple[CalibrationSet, CalibrationSet]:
         """Split the calls into those that weights are rounded on and ``measured`` others, conditions evenly in both.
 
