@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 RTX = "tensorrt_rtx"
 LATENCY = "latency.json"
 # Raised with every change of what the candidates' files hold, so that older run folders make theirs again.
-CANDIDATES_FORMAT = 2
+CANDIDATES_FORMAT = 3
 # As above, for evaluation.json: 2 has the PSNR as a mean over images, and the pooled one.
 EVALUATION_FORMAT = 2
 
@@ -324,7 +324,7 @@ def _moments(pipeline: Pipeline, exported: Exported) -> Iterator[Hessian]:
     )
     yield from iterate_hessians(
         exported.graph,
-        inputs,
+        rounded_on,
         exported.conditions,
         exported.spec,
         options,

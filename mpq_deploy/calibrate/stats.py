@@ -36,11 +36,11 @@ class CalibrationSet:
     def split(self, measured: int) -> tuple[CalibrationSet, CalibrationSet]:
         """Split the calls into those that weights are rounded on and ``measured`` others, conditions evenly in both.
 
-        Rounding fits its own inputs (GPTQ most of all), so a loss measured on them is too small. With fewer than
-        twice as many calls as are measured, both parts are the whole set.
+        Rounding fits its own inputs (GPTQ most of all), so a loss measured on them is too small. Where the others
+        would leave less than a third of the calls to round on, both parts are the whole set.
         """
         count = len(self.rows)
-        if count < 2 * measured:
+        if count - measured < count / 3:
             return self, self
         shuffled = np.random.default_rng(SPLIT_SEED).permutation(count)
         # Conditions differ in how hard they are: each gives its first call before any gives its second.

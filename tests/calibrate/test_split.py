@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpq_deploy.calibrate.stats import CalibrationSet
+from mpq_deploy.recipe import Recipe
 
 
 def recorded(calls: int) -> CalibrationSet:
@@ -18,7 +19,7 @@ def recorded(calls: int) -> CalibrationSet:
 def test_the_parts_share_no_call_and_lose_none(calls: int, measured: int) -> None:
     whole = recorded(calls)
     rounded_on, measured_on = whole.split(measured)
-    if calls < 2 * measured:
+    if calls - measured < calls / 3:
         assert rounded_on is whole and measured_on is whole
         return
     assert len(measured_on.rows) == measured
@@ -41,3 +42,11 @@ def test_every_condition_is_measured_equally_often() -> None:
     whole = CalibrationSet(samples, np.array([9.0, 1.0], np.float32), np.arange(40) % 8)
     for part, each in zip(whole.split(16), (3, 2), strict=True):
         np.testing.assert_array_equal(np.bincount(part.rows), [each] * 8)
+
+
+def test_the_defaults_leave_calls_for_both() -> None:
+    recipe = Recipe(model="emoji", budget="0.35")
+    whole = recorded(recipe.calibrate.samples)
+    rounded_on, measured_on = whole.split(recipe.measure.samples)
+    assert not set(map(int, rounded_on.rows)) & set(map(int, measured_on.rows))
+    assert len(measured_on.rows) == recipe.measure.samples

@@ -1,0 +1,46 @@
+"""Weights are rounded on fresh noise of calls that are not measured, in the pipeline and not only in its parts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mpq_deploy.calibrate import hessian
+from mpq_deploy.calibrate.stats import CalibrationSet
+from mpq_deploy.denoisers.spec import Array
+from mpq_deploy.sensitivity import measure as measuring
+from tests.pipeline.runs import build, recipe_for, save_denoiser
+
+
+def calls(part: CalibrationSet) -> set[bytes]:
+    """The last samples of a set's calls, which ``renoised`` keeps."""
+    return {np.ascontiguousarray(sample).tobytes() for sample in part.samples[-1]}
+
+
+def test_rounding_sees_fresh_noise_of_calls_that_are_not_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, CalibrationSet] = {}
+    iterate, measure = hessian.iterate_hessians, measuring.measure
+
+    def rounding(graph: object, recorded: CalibrationSet, *rest: object, **named: object) -> object:
+        seen["rounded"] = recorded
+        return iterate(graph, recorded, *rest, **named)  # type: ignore[arg-type]
+
+    def measured(method: str, *given: object, **named: object) -> object:
+        seen["measured"] = next(value for value in given if isinstance(value, CalibrationSet))
+        return measure(method, *given, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(hessian, "iterate_hessians", rounding)
+    monkeypatch.setattr(measuring, "measure", measured)
+    changes = {"calibrate__samples": 8, "measure__samples": 4, "quantize__noise_draws": 3}
+    build(recipe_for(save_denoiser(tmp_path / "model"), **changes), tmp_path / "run", "measure")
+
+    recorded = CalibrationSet.load(tmp_path / "run" / "calibrate" / "inputs.npz")
+    assert len(seen["rounded"].rows) == 3 * 4 and len(seen["measured"].rows) == 4
+    assert not calls(seen["rounded"]) & calls(seen["measured"])
+    # At the first timestep the noise is not that of any recorded call.
+    first: Array = recorded.samples[0]
+    assert not any(np.array_equal(mine, theirs) for mine in seen["rounded"].samples[0] for theirs in first)
