@@ -79,6 +79,7 @@ class QuantizeSection(Section):
         3, ge=0, description="fresh noises per recorded sample behind the Hessians; 0: the trajectories themselves"
     )
     damping: float = Field(0.02, gt=0, description="added to the Hessian's diagonal, as a share of its mean")
+    refinements: int = Field(2, ge=0, description="after GPTQ, rounds of fitting INT4 scales and revisiting codes")
     hessian_rows: int = Field(8192, ge=64, description="input vectors per layer behind its Hessian, at least 4 K")
     hessian_width: int = Field(4096, ge=64, description="beyond this width the Hessian is block-diagonal")
     memory_mb: int = Field(512, ge=16, description="cap on the Hessians held at once")

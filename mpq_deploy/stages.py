@@ -296,6 +296,7 @@ def _make_candidates(pipeline: Pipeline, folder: Path) -> str:
             widths=moments.widths,
             gptq=section.rounding == "gptq",
             damping=section.damping,
+            refinements=section.refinements,
             # The controls are what they say whatever the recipe allows the plan.
             also=tuple(s for names in CONTROLS.values() if (s := control_scheme(layer, names, target)).weight),
         )

@@ -23,6 +23,7 @@ from mpq_deploy.precision.quantizers import (
     choose_multiple_scale,
     choose_scale,
     gptq_codes,
+    refine_rounding,
     round_to_nearest,
 )
 from mpq_deploy.precision.scheme import FP16, INT4, INT8, SCHEMES, Scheme
@@ -101,13 +102,14 @@ def round_candidates(
     widths: tuple[int, ...],
     gptq: bool,
     damping: float,
+    refinements: int = 0,
     also: tuple[Scheme, ...] = (),
 ) -> LayerCandidates:
     """Round ``weight`` float32 [O, K] for every weight form that ``choices`` need, and for the schemes ``also``.
 
     ``moments`` is float [group * B, w, w]: for each group the B diagonal blocks of the mean of x x^T over the layer's
     inputs, of which block b covers ``widths[b]`` columns (their sum is K). With ``gptq`` False only the diagonal is
-    used, as weights of the rounding error.
+    used, as weights of the rounding error. ``refinements``: rounds of ``refine_rounding`` after GPTQ.
     """
     if not np.all(np.isfinite(weight)):
         raise ModelError(f"The weight '{layer.weight}' holds NaN or Inf.", "Mend the model before quantizing it.")
@@ -122,9 +124,12 @@ def round_candidates(
         importance = np.concatenate([np.diagonal(block) for block in blocks])
         scaled = {form: _scaled(layer, scheme, part, importance) for form, scheme in forms.items()}
         codes = _rounded(part, scaled, forms, blocks if gptq else None, damping)
+        # INT8 has little to gain, and w4a8's scales are tied to their channel's.
+        free = [f for f, scheme in forms.items() if gptq and scheme.weight is INT4 and not scheme.requantized]
+        refined = refine_rounding(part, [(codes[f], scaled[f][0]) for f in free], blocks, damping, refinements)
+        rounded = {f: (codes[f], scaled[f][0]) for f in forms} | dict(zip(free, refined))
         for form in forms:
-            scale, channel = scaled[form]
-            parts[form].append(QuantizedMatrix(codes[form], scale, channel))
+            parts[form].append(QuantizedMatrix(*rounded[form], scaled[form][1]))
     joined = {form: _joined(pieces) for form, pieces in parts.items()}
     return LayerCandidates(layer, choices.schemes, choices.refused, weight, joined)
 

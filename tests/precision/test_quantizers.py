@@ -14,6 +14,7 @@ from mpq_deploy.precision.quantizers import (
     choose_scale,
     gptq_codes,
     gptq_factor,
+    refine_rounding,
     round_to_nearest,
 )
 from mpq_deploy.precision.scheme import INT4, INT8
@@ -160,3 +161,77 @@ def test_huge_and_tiny_weights_keep_finite_positive_scales(bits: int) -> None:
     weight = np.array([[1e6, -1e6], [1e-9, 2e-9]], np.float32)
     scale = choose_scale(weight, np.ones(2), 1, bits)
     assert np.all(np.isfinite(scale)) and np.all(scale > 0)
+
+
+def damped_error(
+    w: np.ndarray, codes: np.ndarray, scale: np.ndarray, hessian: np.ndarray, damping: float
+) -> np.ndarray:
+    """e (H + damping mean(diag)) e^T per row, in float64."""
+    h = hessian.astype(np.float64) + damping * np.diagonal(hessian).mean() * np.eye(len(hessian))
+    e = w - codes * np.repeat(scale.astype(np.float64), w.shape[1] // scale.shape[1], axis=1)
+    return np.asarray(np.einsum("ok,kj,oj->o", e, h, e))
+
+
+def nearest_form(w: np.ndarray, blocks: int) -> tuple[np.ndarray, np.ndarray]:
+    scale = choose_scale(w, np.ones(w.shape[1], np.float32), blocks, 4)
+    step = np.repeat(scale.astype(np.float32), w.shape[1] // blocks, axis=1)
+    return round_to_nearest(w, step, INT4.quant_min, INT4.quant_max), scale
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([1, 2, 4]), st.integers(1, 3))
+def test_refining_never_makes_a_row_worse_and_ends_where_no_single_code_helps(
+    seed: int, blocks: int, rounds: int
+) -> None:
+    w, hessian = random_weight(seed), random_hessian(seed + 1)
+    codes, scale = nearest_form(w, blocks)
+    [(better, fitted)] = refine_rounding(w, [(codes, scale)], [hessian], 0.01, rounds)
+    before, after = (damped_error(w, c, s, hessian, 0.01) for c, s in ((codes, scale), (better, fitted)))
+    assert np.all(after <= before * (1 + 1e-4) + 1e-9)
+    assert np.any(after < before)
+    # Many rounds with the scales as they are end where no single code can be moved to advantage.
+    [(last, kept)] = refine_rounding(w, [(codes, scale)], [hessian], 0.01, 30)
+    lowest = damped_error(w, last, kept, hessian, 0.01)
+    for column in range(w.shape[1]):
+        for move in (-1, 1):
+            moved = last.copy()
+            moved[:, column] = np.clip(moved[:, column] + move, INT4.quant_min, INT4.quant_max)
+            assert np.all(damped_error(w, moved, kept, hessian, 0.01) >= lowest * (1 - 1e-3))
+
+
+def test_fitted_scales_are_the_least_squares_solution() -> None:
+    w, hessian = random_weight(3), random_hessian(4)
+    codes, scale = nearest_form(w, 4)
+    [(_, fitted)] = refine_rounding(w, [(codes, scale)], [hessian], 0.01, 1)
+    h = hessian.astype(np.float64) + 0.01 * np.diagonal(hessian).mean() * np.eye(32)
+    root = np.linalg.cholesky(h).T  # e H e^T = |root e|^2
+    for row in range(len(w)):
+        blocks = np.zeros((32, 4))
+        for b in range(4):
+            blocks[8 * b : 8 * b + 8, b] = codes[row, 8 * b : 8 * b + 8]
+        expected = np.linalg.lstsq(root @ blocks, root @ w[row].astype(np.float64), rcond=None)[0]
+        np.testing.assert_allclose(fitted[row].astype(np.float64), expected, rtol=2e-3)
+
+
+def test_refining_by_diagonal_blocks_equals_the_whole_block_diagonal_matrix() -> None:
+    w = random_weight(5, columns=48)
+    whole = np.zeros((48, 48), np.float32)
+    # One scale's columns lie across the border of the two blocks.
+    parts = [random_hessian(6, 20), random_hessian(7, 28)]
+    whole[:20, :20], whole[20:, 20:] = parts
+    codes, scale = nearest_form(w, 3)
+    undamped = 1e-12
+    apart = refine_rounding(w, [(codes, scale)], parts, undamped, 2)[0]
+    together = refine_rounding(w, [(codes, scale)], [whole], undamped, 2)[0]
+    np.testing.assert_array_equal(apart[0], together[0])
+    np.testing.assert_allclose(apart[1].astype(np.float32), together[1].astype(np.float32), rtol=2e-3)  # one FP16 ulp
+
+
+def test_refining_forms_together_or_apart_gives_the_same() -> None:
+    w, hessian = random_weight(8), random_hessian(9)
+    forms = [nearest_form(w, blocks) for blocks in (1, 2, 4)]
+    together = refine_rounding(w, forms, [hessian], 0.02, 2)
+    for form, refined in zip(forms, together, strict=True):
+        [alone] = refine_rounding(w, [form], [hessian], 0.02, 2)
+        for one, other in zip(refined, alone, strict=True):
+            np.testing.assert_array_equal(one, other)
