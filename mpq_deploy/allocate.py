@@ -18,7 +18,7 @@ import numpy as np
 
 from mpq_deploy.errors import InfeasibleBudgetError, MpqError, UsageError, nearest
 from mpq_deploy.precision.deployed import ACTIVATION_SCALE_BYTES
-from mpq_deploy.precision.scheme import INT8, SCHEMES
+from mpq_deploy.precision.scheme import BRANCH_KERNELS, INT8, SCHEMES
 
 # A plan whose loss is a smaller share of the largest single loss is solved again at its own scale (our choice).
 SMALL_OBJECTIVE = 1e-4
@@ -137,6 +137,47 @@ def allocate(problem: Problem, gap: float = 1e-4, time_limit: float = 60.0) -> t
         if fine_report.loss <= report.loss:
             return finer, fine_report
     return schemes, report
+
+
+def allocate_charged(
+    problem: Problem, charge: float, gap: float = 1e-4, time_limit: float = 60.0
+) -> tuple[dict[str, str], SolverReport]:
+    """Allocate with every branch charged for its kernels: each must take a share ``charge`` off the plan's loss.
+
+    The share is of the loss of the best plan without branches (with free ones, where no such plan fits), so the charge
+    needs no unit and holds for every budget. Our choice; the report's loss and bound are without the charges.
+    """
+    if not charge or not any(SCHEMES[s].branch for layer in problem.layers for s in layer.bytes):
+        return allocate(problem, gap, time_limit)
+    try:
+        report = allocate(_without_branches(problem), gap, time_limit)[1]
+    except InfeasibleBudgetError:
+        report = allocate(problem, gap, time_limit)[1]
+    charged = replace(problem, layers=[_charged(layer, charge * report.loss) for layer in problem.layers])
+    schemes, solved = allocate(charged, gap, time_limit)
+    fee = sum(_kernels(scheme) for scheme in schemes.values()) * charge * report.loss
+    loss = sum(layer.loss[schemes[layer.name]] for layer in problem.layers)
+    return schemes, SolverReport(solved.status, solved.gap, loss, min(loss, solved.bound - fee))
+
+
+def _kernels(scheme: str) -> int:
+    branch = SCHEMES[scheme].branch
+    return BRANCH_KERNELS[branch.kind] if branch else 0
+
+
+def _charged(layer: LayerChoice, per_kernel: float) -> LayerChoice:
+    return replace(layer, loss={s: loss + per_kernel * _kernels(s) for s, loss in layer.loss.items()})
+
+
+def _without_branches(problem: Problem) -> Problem:
+    kept = [[s for s in layer.bytes if not SCHEMES[s].branch] or list(layer.bytes) for layer in problem.layers]
+    return replace(
+        problem,
+        layers=[
+            replace(layer, bytes={s: layer.bytes[s] for s in names}, loss={s: layer.loss[s] for s in names})
+            for layer, names in zip(problem.layers, kept)
+        ],
+    )
 
 
 def _affordable(layer: LayerChoice, chosen: str, limit: float) -> LayerChoice:

@@ -60,6 +60,12 @@ class AllocateSection(Section):
     """What the solver may choose from."""
 
     schemes: tuple[str, ...] = ("fp16", "w8a8", "w8a16", "w4a16", "w4a8")
+    branches: tuple[Literal["rows", "lowrank"], ...] = Field(
+        ("rows",), description="what may stand beside an INT4 body, where the target takes it"
+    )
+    branch_charge: float = Field(
+        0.002, ge=0, description="share of the plan's loss that each kernel of a branch must take off to be worth it"
+    )
     protect: tuple[ProtectRule, ...] = ()
     gap: float = Field(1e-4, ge=0, lt=1, description="relative gap at which the solver may stop")
     time_limit: float = Field(60.0, gt=0, description="seconds")
@@ -79,6 +85,9 @@ class QuantizeSection(Section):
         3, ge=0, description="fresh noises per recorded sample behind the Hessians; 0: the trajectories themselves"
     )
     damping: float = Field(0.02, gt=0, description="added to the Hessian's diagonal, as a share of its mean")
+    salience: Literal["probe", "kurtosis"] = Field(
+        "probe", description="which output channels a rows branch promotes first"
+    )
     refinements: int = Field(2, ge=0, description="after GPTQ, rounds of fitting INT4 scales and revisiting codes")
     hessian_rows: int = Field(8192, ge=64, description="input vectors per layer behind its Hessian, at least 4 K")
     hessian_width: int = Field(4096, ge=64, description="beyond this width the Hessian is block-diagonal")

@@ -21,7 +21,7 @@ from mpq_deploy.allocate import (
     LayerChoice,
     PrecisionPlan,
     Problem,
-    allocate,
+    allocate_charged,
     budget_in_bytes,
     plan_bytes,
     protected_schemes,
@@ -35,8 +35,10 @@ from mpq_deploy.engine.trtexec import find_trtexec
 from mpq_deploy.errors import InfeasibleBudgetError, MissingDependencyError, MpqError, UsageError
 from mpq_deploy.graph.layers import Layer, LayerGraph, layer_graph
 from mpq_deploy.graph.load import load_model
+from mpq_deploy.graph.passes.branches import bias_refusal
 from mpq_deploy.graph.passes.quantize_layers import LayerRewrite, weight_array
 from mpq_deploy.graph.write import DEPLOYED, SIMULATED, fp16_bytes, write_quantized
+from mpq_deploy.precision.branches import row_kurtosis
 from mpq_deploy.precision.candidates import (
     Choices,
     LayerCandidates,
@@ -46,9 +48,10 @@ from mpq_deploy.precision.candidates import (
     round_candidates,
     save_candidates,
     weight_matrix,
+    with_promoted_rows,
 )
 from mpq_deploy.precision.deployed import FP16_BYTES, weight_bytes
-from mpq_deploy.precision.scheme import FP16, SCHEMES, Scheme, schemes_named
+from mpq_deploy.precision.scheme import FP16, SCHEMES, Scheme, branches_of, schemes_named
 from mpq_deploy.sensitivity.table import SensitivityTable
 
 if TYPE_CHECKING:
@@ -59,6 +62,10 @@ if TYPE_CHECKING:
 
 RTX = "tensorrt_rtx"
 LATENCY = "latency.json"
+# Layer number -> its output channels, most salient first, beside the candidates' files.
+ROW_ORDERS = "row-orders.npz"
+# Ranking channels needs fewer calls than measuring schemes.
+SALIENCE_TIMESTEPS, SALIENCE_SAMPLES = 8, 12
 # Raised with every change of what the candidates' files hold, so that older run folders make theirs again.
 CANDIDATES_FORMAT = 3
 # As above, for evaluation.json: 2 has the PSNR as a mean over images, and the pooled one.
@@ -130,11 +137,12 @@ def _candidates_inputs(pipeline: Pipeline) -> Fields:
         "export": pipeline.digest("export"),
         "calibrate": pipeline.digest("calibrate"),
         "recipe.allocate.schemes": list(pipeline.recipe.allocate.schemes),
+        "recipe.allocate.branches": list(pipeline.recipe.allocate.branches),
         "recipe.measure.samples": pipeline.recipe.measure.samples,
         "candidates.format": CANDIDATES_FORMAT,
-        "target.schemes": target.model_dump(mode="json", include={"schemes", "rules"}),
+        "target.schemes": target.model_dump(mode="json", include={"schemes", "branches", "rules"}),
         **settings(pipeline.recipe.quantize, "quantize"),
-        **version_of("onnxruntime", "numpy"),
+        **version_of("onnxruntime", "numpy", "torch"),
     }
 
 
@@ -283,14 +291,19 @@ def load_calibration(pipeline: Pipeline) -> tuple[CalibrationSet, CalibrationSta
 def _make_candidates(pipeline: Pipeline, folder: Path) -> str:
     exported = Exported(pipeline)
     target = load_target(pipeline.recipe.target)
-    wanted = schemes_named(pipeline.recipe.allocate.schemes)
+    wanted = wanted_schemes(pipeline.recipe)
     section = pipeline.recipe.quantize
+
+    def refusal(layer: Layer, scheme: Scheme) -> str:
+        reason = target.refusal(layer, scheme)
+        return reason or (bias_refusal(exported.graph.model, layer) if scheme.branch else "")
+
     numbers = {layer.name: number for number, layer in enumerate(exported.graph.layers)}
     for moments in _moments(pipeline, exported):
         layer = moments.layer
         candidates = round_candidates(
             layer,
-            choices_for(layer, wanted, target.refusal),
+            choices_for(layer, wanted, refusal),
             weight_matrix(layer, weight_array(exported.graph.model, layer)),
             moments.blocks,
             widths=moments.widths,
@@ -301,7 +314,61 @@ def _make_candidates(pipeline: Pipeline, folder: Path) -> str:
             also=tuple(s for names in CONTROLS.values() if (s := control_scheme(layer, names, target)).weight),
         )
         save_candidates(candidates, folder / f"{numbers[layer.name]:05d}.safetensors")
-    return f"{len(wanted)} schemes, rounding {section.rounding}"
+    orders, how = _salient_first(pipeline, exported, folder)
+    np.savez(folder / ROW_ORDERS, **{str(numbers[name]): order for name, order in orders.items()})  # type: ignore[arg-type]
+    return f"{len(wanted)} schemes, rounding {section.rounding}{how}"
+
+
+def _salient_first(pipeline: Pipeline, exported: Exported, folder: Path) -> tuple[dict[str, Array], str]:
+    """Order the output channels of layers with a rows branch, most salient first: layer name -> int32 [O]."""
+    candidates = _read_candidates(folder, exported.graph)
+    chosen = {n: c for n, c in candidates.items() if any(s.branch and s.branch.kind == "rows" for s in c.schemes)}
+    if not chosen:
+        return {}, ""
+    inputs, stats = load_calibration(pipeline)
+    method = pipeline.recipe.quantize.salience
+    saliences = _probed_salience(pipeline, exported, chosen, inputs) if method == "probe" else None
+    if saliences is None:
+        saliences = {name: _kurtosis(c, stats) for name, c in chosen.items()}
+        why = ", salient rows by kurtosis" + (" (torch cannot evaluate this graph)" if method == "probe" else "")
+    else:
+        why = ", salient rows by probes"
+    # Equal saliences keep the channels' order, so equal inputs give equal plans.
+    return {name: np.argsort(-s, kind="stable").astype(np.int32) for name, s in saliences.items()}, why
+
+
+def _kurtosis(candidates: LayerCandidates, stats: CalibrationStats) -> Array:
+    layer = candidates.layer
+    amax = np.max([stats.activations[tensor].amax for tensor in layer.inputs], axis=0)
+    return row_kurtosis(candidates.weight, np.repeat(amax, layer.reduction // len(amax)))
+
+
+def _probed_salience(
+    pipeline: Pipeline, exported: Exported, candidates: dict[str, LayerCandidates], inputs: CalibrationSet
+) -> dict[str, Array] | None:
+    """Return the channels' errors by probes on the calls that weights are rounded on; None where torch cannot."""
+    if importlib.util.find_spec("torch") is None:
+        return None
+    from mpq_deploy.calibrate.timesteps import sampled_steps
+    from mpq_deploy.sensitivity.feeds import MeasureOptions
+    from mpq_deploy.sensitivity.salience import body_weights, channel_errors
+    from mpq_deploy.sensitivity.torch_graph import UnsupportedOperator
+
+    rounded_on, _ = inputs.split(pipeline.recipe.measure.samples)
+    count = len(inputs.timesteps)
+    some = rounded_on.at(sampled_steps(count, min(SALIENCE_TIMESTEPS, count)))
+    options = MeasureOptions(probes=1, heldout_probes=0, samples=SALIENCE_SAMPLES)
+    bodies = body_weights(candidates)
+    try:
+        return channel_errors(exported.graph, bodies, some, exported.conditions, exported.spec, options, pipeline.talk)
+    except UnsupportedOperator:
+        return None
+
+
+def wanted_schemes(recipe: Recipe) -> tuple[Scheme, ...]:
+    """Return the schemes that the solver may choose from by the recipe, branches included."""
+    bodies = schemes_named(recipe.allocate.schemes)
+    return (*bodies, *branches_of(bodies, recipe.allocate.branches))
 
 
 def _moments(pipeline: Pipeline, exported: Exported) -> Iterator[Hessian]:
@@ -342,8 +409,17 @@ def _diagonal_moments(layer: Layer, stats: CalibrationStats) -> Array:
 
 
 def candidates_of(pipeline: Pipeline, graph: LayerGraph) -> dict[str, LayerCandidates]:
-    """Read the candidates of every layer, by layer name."""
+    """Read the candidates of every layer, by layer name, with the rows that each branch promotes."""
     folder = pipeline.folder("candidates")
+    candidates = _read_candidates(folder, graph)
+    with np.load(folder / ROW_ORDERS, allow_pickle=False) as orders:
+        for number, layer in enumerate(graph.layers):
+            if str(number) in orders:
+                candidates[layer.name] = with_promoted_rows(candidates[layer.name], orders[str(number)])
+    return candidates
+
+
+def _read_candidates(folder: Path, graph: LayerGraph) -> dict[str, LayerCandidates]:
     return {
         layer.name: load_candidates(
             layer, weight_matrix(layer, weight_array(graph.model, layer)), folder / f"{number:05d}.safetensors"
@@ -426,7 +502,9 @@ class PlanSolver:
         fixed = self.fp16_size - FP16_BYTES * self.weights
         problem = Problem(self.choices, fixed, budget_in_bytes(budget, self.fp16_size, self.weights))
         try:
-            schemes, solver = allocate(problem, self.section.gap, self.section.time_limit)
+            schemes, solver = allocate_charged(
+                problem, self.section.branch_charge, self.section.gap, self.section.time_limit
+            )
         except InfeasibleBudgetError as error:
             ratio = math.ceil(error.smallest / self.fp16_size * 1e4) / 1e4
             raise InfeasibleBudgetError(

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mpq_deploy.graph.layers import Layer
-from mpq_deploy.precision.deployed import block_size, weight_bytes
+from mpq_deploy.precision.deployed import block_size, branch_parts, weight_bytes
 from mpq_deploy.precision.scheme import SCHEMES, Scheme
 
 
@@ -60,8 +60,9 @@ class ExpectedLayers:
 
     @classmethod
     def of(cls, layers: Iterable[Layer], schemes: Mapping[str, Scheme], total_bytes: int) -> ExpectedLayers:
-        """Describe ``layers`` under ``schemes`` (by layer name)."""
-        return cls(tuple(ExpectedLayer.of(layer, schemes[layer.name]) for layer in layers), total_bytes)
+        """Describe ``layers`` under ``schemes`` (by layer name); a branch is a layer of its own."""
+        parts = (part for layer in layers for part in branch_parts(layer, schemes[layer.name]))
+        return cls(tuple(ExpectedLayer.of(layer, scheme) for layer, scheme in parts), total_bytes)
 
     def save(self, path: Path) -> None:
         """Write as JSON with sorted keys."""

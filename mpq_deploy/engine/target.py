@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from mpq_deploy.errors import UsageError, nearest
 from mpq_deploy.graph.layers import LAYER_OPS, Layer
-from mpq_deploy.precision.scheme import FAMILIES, Scheme
+from mpq_deploy.precision.scheme import BRANCH_KINDS, FAMILIES, Scheme
 
 Dialect = Literal["trt-rtx", "trt-10.3", "trt-10.13", "trt-11", "onnxruntime"]
 Builder = Literal["tensorrt_rtx", "tensorrt", "trtexec", "none"]
@@ -69,6 +69,7 @@ class Target(BaseModel):
     """A device or a family of devices, its builder, and what that builder takes.
 
     ``schemes``: op -> families that its layers may take; every family left out has a rule with the reason.
+    ``branches``: op -> kinds of branches that may stand beside a body.
     ``versions``: prefixes of the builder's version that the dialect holds for; empty accepts any. Rates are peak
     and dense. ``protected``: shell patterns of layer names that stay FP16 unless the recipe says otherwise.
     """
@@ -86,14 +87,16 @@ class Target(BaseModel):
     int8_ops_per_s: Figure | None = None
     fp16_ops_per_s: Figure | None = None
     schemes: dict[str, tuple[str, ...]]
+    branches: dict[str, tuple[str, ...]] = {}
     rules: tuple[Rule, ...] = ()
     protected: tuple[str, ...] = ()
     proven: tuple[Evidence, ...] = ()
 
     @model_validator(mode="after")
     def _complete(self) -> Target:
-        _check_known("op", tuple(self.schemes), LAYER_OPS)
+        _check_known("op", (*self.schemes, *self.branches), LAYER_OPS)
         for op in LAYER_OPS:
+            _check_known("branch", self.branches.get(op, ()), BRANCH_KINDS)
             allowed = self.schemes.get(op, ())
             _check_known("scheme family", allowed, FAMILIES)
             if "fp16" not in allowed:
@@ -110,6 +113,8 @@ class Target(BaseModel):
             return ""
         # A rule without condition explains what `schemes` leaves out; a file that extends this one may allow it.
         left_out = scheme.family not in self.schemes[layer.op]
+        if scheme.branch and scheme.branch.kind not in self.branches.get(layer.op, ()):
+            return f"{self.name} does not say that a {layer.op} takes a branch of {scheme.branch.kind}"
         for rule in self.rules:
             if (rule.when == "always") == left_out and rule.concerns(layer, scheme):
                 return rule.reason

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,8 @@ import numpy as np
 from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import Layer
-from mpq_deploy.precision.deployed import block_size
+from mpq_deploy.precision.branches import LowRankMatrix, RowsMatrix, low_rank_factors, promote_rows
+from mpq_deploy.precision.deployed import block_size, promoted_rows
 from mpq_deploy.precision.quantizers import (
     QuantizedMatrix,
     RoundingProblem,
@@ -26,9 +27,10 @@ from mpq_deploy.precision.quantizers import (
     refine_rounding,
     round_to_nearest,
 )
-from mpq_deploy.precision.scheme import FP16, INT4, INT8, SCHEMES, Scheme
+from mpq_deploy.precision.scheme import FP16, INT4, INT8, SCHEMES, W8A8, W8A16, Scheme
 
 Refusal = Callable[[Layer, Scheme], str]
+DeployedMatrix = QuantizedMatrix | RowsMatrix | LowRankMatrix
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,15 @@ def choices_for(layer: Layer, wanted: tuple[Scheme, ...], refusal: Refusal) -> C
         if scheme.weight is None:
             continue
         block = block_size(layer, scheme)
-        reason = refusal(layer, scheme)
+        reason = refusal(layer, scheme) or _branch_refusal(layer, scheme)
         if not reason and block is None:
             reason = f"no divisor of its reduction {layer.reduction} lies near {scheme.block_size}"
         twin = seen.get((scheme.family, block))
+        if not reason and scheme.branch and scheme.body not in allowed:
+            reason = f"its body {scheme.body.name} is no candidate"
+        if not reason and scheme.branch:
+            allowed.append(scheme)
+            continue
         if not reason and twin:
             reason = f"same blocks of {block} as {twin}"
         if reason:
@@ -63,6 +70,20 @@ def choices_for(layer: Layer, wanted: tuple[Scheme, ...], refusal: Refusal) -> C
         seen[scheme.family, block] = scheme.name
         allowed.append(scheme)
     return Choices(tuple(allowed), refused)
+
+
+def _branch_refusal(layer: Layer, scheme: Scheme) -> str:
+    """Say why ``layer`` cannot have the branch of ``scheme``; empty when it can, or when there is none."""
+    branch = scheme.branch
+    if branch is None:
+        return ""
+    if layer.group > 1:
+        return "branches are written for convolutions of one group"
+    if branch.kind == "rows" and not promoted_rows(layer, scheme):
+        return f"a tenth of its {layer.out_channels} output channels is none"
+    if branch.kind == "lowrank" and 2 * branch.amount > min(layer.out_channels, layer.reduction):
+        return f"a rank of {branch.amount} is no small part of its {layer.out_channels} x {layer.reduction} weight"
+    return ""
 
 
 def weight_matrix(layer: Layer, weight: Array) -> Array:
@@ -84,7 +105,7 @@ class LayerCandidates:
     schemes: tuple[Scheme, ...]
     refused: dict[str, str]
     weight: Array
-    forms: Mapping[str, QuantizedMatrix]
+    forms: Mapping[str, DeployedMatrix]
 
     def weight_matrix(self, form: str) -> Array:
         """Return the deployed weight of a form, dequantized, float32 [out_channels, reduction]."""
@@ -113,7 +134,7 @@ def round_candidates(
     """
     if not np.all(np.isfinite(weight)):
         raise ModelError(f"The weight '{layer.weight}' holds NaN or Inf.", "Mend the model before quantizing it.")
-    forms = {s.weight_form: s for s in (*choices.schemes, *also) if s.weight is not None}
+    forms = _rounded_forms((*choices.schemes, *also))
     rows = layer.out_channels // layer.group
     per_group = len(moments) // layer.group
     parts: dict[str, list[QuantizedMatrix]] = {form: [] for form in forms}
@@ -130,8 +151,39 @@ def round_candidates(
         rounded = {f: (codes[f], scaled[f][0]) for f in forms} | dict(zip(free, refined))
         for form in forms:
             parts[form].append(QuantizedMatrix(*rounded[form], scaled[form][1]))
-    joined = {form: _joined(pieces) for form, pieces in parts.items()}
+    joined: dict[str, DeployedMatrix] = {form: _joined(pieces) for form, pieces in parts.items()}
+    for scheme in choices.schemes:
+        if scheme.branch and scheme.branch.kind == "lowrank":
+            # Branches are for one group, so ``blocks`` are those of the whole layer.
+            joined[scheme.weight_form] = _with_low_rank(weight, joined, scheme, blocks, damping)
     return LayerCandidates(layer, choices.schemes, choices.refused, weight, joined)
+
+
+def _rounded_forms(schemes: tuple[Scheme, ...]) -> dict[str, Scheme]:
+    """Return the schemes to round by weight form: bodies of branches, and the INT8 that promoted rows come from."""
+    needed = [s.body for s in schemes if s.weight is not None]
+    needed += [W8A16 for s in schemes if s.branch and s.branch.kind == "rows"]
+    return {s.weight_form: s for s in needed}
+
+
+def _with_low_rank(
+    weight: Array, forms: Mapping[str, DeployedMatrix], scheme: Scheme, blocks: list[Array], damping: float
+) -> LowRankMatrix:
+    body = forms[scheme.body.weight_form]
+    assert isinstance(body, QuantizedMatrix) and scheme.branch is not None
+    down, up = low_rank_factors(weight - body.dequantize(), blocks, damping, scheme.branch.amount)
+    return LowRankMatrix(body, down, up)
+
+
+def with_promoted_rows(candidates: LayerCandidates, order: Array) -> LayerCandidates:
+    """Return ``candidates`` with the forms of its ``rows`` schemes: INT8 for the first channels of ``order`` [O]."""
+    forms = dict(candidates.forms)
+    for scheme in candidates.schemes:
+        if scheme.branch and scheme.branch.kind == "rows":
+            body, int8 = forms[scheme.body.weight_form], forms[W8A8.weight_form]
+            assert isinstance(body, QuantizedMatrix) and isinstance(int8, QuantizedMatrix)
+            forms[scheme.weight_form] = promote_rows(body, int8, order[: promoted_rows(candidates.layer, scheme)])
+    return replace(candidates, forms=forms)
 
 
 def _scaled(layer: Layer, scheme: Scheme, weight: Array, importance: Array) -> tuple[Array, Array | None]:
@@ -186,6 +238,11 @@ def save_candidates(candidates: LayerCandidates, path: Path) -> None:
 
     arrays: dict[str, Array] = {}
     for form, matrix in candidates.forms.items():
+        if isinstance(matrix, RowsMatrix):
+            continue  # two other forms and an order of the channels make it
+        if isinstance(matrix, LowRankMatrix):
+            arrays[f"{form}.down"], arrays[f"{form}.up"] = matrix.down, matrix.up
+            continue
         arrays[f"{form}.codes"] = matrix.codes
         arrays[f"{form}.scale"] = matrix.scale
         if matrix.channel_scale is not None:
@@ -214,16 +271,19 @@ def load_candidates(layer: Layer, weight: Array, path: Path) -> LayerCandidates:
     """Read what ``save_candidates`` wrote; ``weight`` is the float matrix [out_channels, reduction]."""
     from safetensors import safe_open
 
-    forms = {}
+    forms: dict[str, DeployedMatrix] = {}
     with safe_open(path, framework="numpy") as file:
         names = set(file.keys())
-        metadata = file.metadata()
-        for form in sorted({name.rsplit(".", 1)[0] for name in names}):
+        choices = _choices(file.metadata())
+        for form in sorted({name.rsplit(".", 1)[0] for name in names if name.endswith(".codes")}):
             channel = f"{form}.channel_scale"
             forms[form] = QuantizedMatrix(
                 file.get_tensor(f"{form}.codes"),
                 file.get_tensor(f"{form}.scale"),
                 file.get_tensor(channel) if channel in names else None,
             )
-    choices = _choices(metadata)
+        for form in sorted({name.rsplit(".", 1)[0] for name in names if name.endswith(".down")}):
+            body = forms[form.split("+")[0]]
+            assert isinstance(body, QuantizedMatrix)
+            forms[form] = LowRankMatrix(body, file.get_tensor(f"{form}.down"), file.get_tensor(f"{form}.up"))
     return LayerCandidates(layer, choices.schemes, choices.refused, weight, forms)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 from mpq_deploy.graph.layers import Layer
-from mpq_deploy.precision.scheme import INT8, Scheme
+from mpq_deploy.precision.scheme import FP16, INT8, W8A8, W8A16, Scheme
 
 FP16_BYTES = 2
 INT64_BYTES = 8
+INT32_BYTES = 4
 # One FP16 scale per activation tensor that is quantized, shared by all its INT8 readers.
 ACTIVATION_SCALE_BYTES = FP16_BYTES
 
@@ -42,6 +44,9 @@ def weight_bytes(layer: Layer, scheme: Scheme) -> int:
 
     The activation's scale is not among them: layers that share an input share it (``ACTIVATION_SCALE_BYTES``).
     """
+    if scheme.branch is not None:
+        parts = branch_parts(layer, scheme)
+        return sum(weight_bytes(part, form) for part, form in parts) + _joining_bytes(layer, scheme)
     if scheme.weight is None:
         return FP16_BYTES * layer.weights
     if scheme.weight is INT8:
@@ -56,3 +61,48 @@ def weight_bytes(layer: Layer, scheme: Scheme) -> int:
     if layer.op == "Conv":
         total += INT64_BYTES * len(layer.weight_shape)  # the shape to which the [O, K] matrix is brought back
     return total
+
+
+def promoted_rows(layer: Layer, scheme: Scheme) -> int:
+    """How many output channels a ``rows`` branch promotes: so many times a tenth of them, rounded down (MPQ-DM)."""
+    return scheme.branch.amount * (layer.out_channels // 10) if scheme.branch and scheme.branch.kind == "rows" else 0
+
+
+def branch_parts(layer: Layer, scheme: Scheme) -> tuple[tuple[Layer, Scheme], ...]:
+    """Return the body and the branch of ``layer`` under ``scheme`` as layers of their own, with what each becomes.
+
+    Their names and nodes are those that the graph writer gives: the body keeps the layer's.
+    """
+    branch, body = scheme.branch, scheme.body
+    if branch is None:
+        return ((layer, scheme),)
+    if branch.kind == "rows":
+        promoted = promoted_rows(layer, scheme)
+        rows = W8A8 if scheme.activation is INT8 else W8A16
+        return (_part(layer, layer.out_channels - promoted, ""), body), (_part(layer, promoted, "promoted"), rows)
+    down = _part(layer, branch.amount, "lowrank_down")
+    up = replace(_part(layer, layer.out_channels, "lowrank_up"), weight_shape=_factor_shape(layer, branch.amount))
+    return (layer, body), (down, FP16), (up, FP16)
+
+
+def _part(layer: Layer, out_channels: int, suffix: str) -> Layer:
+    shape = list(layer.weight_shape)
+    shape[layer.out_axis] = out_channels
+    if not suffix:
+        return replace(layer, weight_shape=tuple(shape))
+    uses = tuple(replace(use, node=f"{use.node}/{suffix}") for use in layer.uses)
+    return replace(
+        layer, name=f"{layer.name}/{suffix}", weight=f"{layer.weight}//{suffix}", weight_shape=tuple(shape), uses=uses
+    )
+
+
+def _factor_shape(layer: Layer, rank: int) -> tuple[int, ...]:
+    """Shape of the second factor: a 1x1 convolution, or a product as the layer is one."""
+    if layer.op == "Conv":
+        return (layer.out_channels, rank, *(1 for _ in layer.kernel))
+    return (layer.out_channels, rank) if layer.out_axis == 0 else (rank, layer.out_channels)
+
+
+def _joining_bytes(layer: Layer, scheme: Scheme) -> int:
+    """Bytes of the constants that bring body and branch together: the order of the channels."""
+    return INT32_BYTES * layer.out_channels if scheme.branch and scheme.branch.kind == "rows" else 0

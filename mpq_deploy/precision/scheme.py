@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mpq_deploy.errors import UsageError, nearest
 
@@ -25,18 +25,42 @@ BLOCK_SIZES = (32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
+class Branch:
+    """A part of a layer that gets more precision, beside its body, and how much.
+
+    ``rows``: ``amount`` tenths of the output channels have INT8 weights. ``lowrank``: two FP16 factors of rank
+    ``amount``.
+    """
+
+    kind: str
+    amount: int
+
+    @property
+    def suffix(self) -> str:
+        """How a scheme's name ends with this branch."""
+        return f"+{self.kind}{self.amount}"
+
+
+BRANCH_KINDS = ("rows", "lowrank")
+# What a branch launches beside the body's kernel: the second product and the joining of channels; the two factors
+# (TensorRT-RTX fuses the addition into the last).
+BRANCH_KERNELS = {"rows": 2, "lowrank": 2}
+
+
+@dataclass(frozen=True)
 class Scheme:
     """What a layer becomes: the weight's format and granularity, and the activation's format.
 
     ``weight`` None means FP16. ``block_size`` None means one scale per output channel; otherwise one scale per
     output channel and ``block_size`` consecutive elements of the reduction axis. ``requantized`` marks 4-bit
-    storage that is turned into INT8 at run time (w4a8).
+    storage that is turned into INT8 at run time (w4a8). ``branch``: what is computed beside the body, if anything.
     """
 
     name: str
     weight: Precision | None
     activation: Precision | None
     block_size: int | None = None
+    branch: Branch | None = None
 
     @property
     def requantized(self) -> bool:
@@ -45,8 +69,8 @@ class Scheme:
 
     @property
     def family(self) -> str:
-        """The scheme's name without its block size, such as ``w4a16``."""
-        return self.name.split("-")[0]
+        """The scheme's name without its block size and branch, such as ``w4a16``."""
+        return self.name.split("+")[0].split("-")[0]
 
     @property
     def weight_form(self) -> str:
@@ -55,12 +79,32 @@ class Scheme:
             return "fp16"
         if self.weight is INT8:
             return "int8"
-        return f"{'int4x8' if self.requantized else 'int4'}-b{self.block_size}"
+        suffix = self.branch.suffix if self.branch else ""
+        return f"{'int4x8' if self.requantized else 'int4'}-b{self.block_size}{suffix}"
+
+    @property
+    def body(self) -> Scheme:
+        """The scheme without its branch."""
+        return replace(self, name=self.name.split("+")[0], branch=None)
+
+    def with_branch(self, branch: Branch) -> Scheme:
+        """Return this scheme with ``branch`` beside it."""
+        return replace(self, name=f"{self.name}{branch.suffix}", branch=branch)
 
 
 FP16 = Scheme("fp16", None, None)
 W8A8 = Scheme("w8a8", INT8, INT8)
 W8A16 = Scheme("w8a16", INT8, None)
+
+_INT4_BODIES = (
+    *(Scheme(f"w4a16-b{block}", INT4, None, block) for block in BLOCK_SIZES),
+    *(Scheme(f"w4a8-b{block}", INT4, INT8, block) for block in BLOCK_SIZES),
+)
+# Branches stand beside blocks of 128 only: the blocks and the branch would otherwise multiply the candidates.
+BRANCH_BLOCK = 128
+# MPQ-DM's group search: m = 0, k, 2k, ... of the output channels, k = c_out // 10, up to half of them.
+ROW_TENTHS = (1, 2, 3, 4, 5)
+RANKS = (8, 16)
 
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
@@ -68,11 +112,28 @@ SCHEMES: dict[str, Scheme] = {
         FP16,
         W8A8,
         W8A16,
-        *(Scheme(f"w4a16-b{block}", INT4, None, block) for block in BLOCK_SIZES),
-        *(Scheme(f"w4a8-b{block}", INT4, INT8, block) for block in BLOCK_SIZES),
+        *_INT4_BODIES,
+        *(
+            body.with_branch(Branch("rows", tenths))
+            for body in _INT4_BODIES
+            if body.block_size == BRANCH_BLOCK
+            for tenths in ROW_TENTHS
+        ),
+        *(
+            body.with_branch(Branch("lowrank", rank))
+            for body in _INT4_BODIES
+            if body.block_size == BRANCH_BLOCK and body.activation is None
+            for rank in RANKS
+        ),
     )
 }
 FAMILIES = ("fp16", "w8a8", "w8a16", "w4a16", "w4a8")
+
+
+def branches_of(bodies: tuple[Scheme, ...], kinds: tuple[str, ...]) -> tuple[Scheme, ...]:
+    """Return the schemes with a branch of one of ``kinds`` beside one of ``bodies``."""
+    names = {scheme.name for scheme in bodies}
+    return tuple(s for s in SCHEMES.values() if s.branch and s.branch.kind in kinds and s.body.name in names)
 
 
 def schemes_named(names: list[str] | tuple[str, ...]) -> tuple[Scheme, ...]:
@@ -82,7 +143,7 @@ def schemes_named(names: list[str] | tuple[str, ...]) -> tuple[Scheme, ...]:
     """
     chosen: dict[str, Scheme] = {}
     for name in names:
-        found = [s for s in SCHEMES.values() if name in (s.name, s.family)]
+        found = [s for s in SCHEMES.values() if name == s.name or (name == s.family and not s.branch)]
         if not found:
             known = [*SCHEMES, *FAMILIES]
             raise UsageError(

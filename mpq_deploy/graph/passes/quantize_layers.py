@@ -7,7 +7,8 @@
 4. INT4 weights (w4a16): codes -> DequantizeLinear in blocks along the reduction; a Conv's weight is the matrix
    [O, I*kh*kw], brought back to four dimensions by a Reshape.
 5. w4a8: as 4, then QuantizeLinear to INT8 per output channel and DequantizeLinear: 4-bit storage, INT8 compute.
-6. A weight used by several nodes: each node gets its own copy of the codes, which the file holds once. (One blocked
+6. A branch beside an INT4 body: see ``branches``.
+7. A weight used by several nodes: each node gets its own copy of the codes, which the file holds once. (One blocked
    INT4 initializer that feeds products of different shapes crashes TensorRT's builder.)
 
 Everything is written in FP32 here; the FP16 passes turn scales into what is deployed.
@@ -15,7 +16,7 @@ Everything is written in FP32 here; the FP16 passes turn scales into what is dep
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,10 @@ import onnx_ir as ir
 from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import Layer
+from mpq_deploy.graph.passes.branches import write_low_rank, write_rows
+from mpq_deploy.precision.branches import LowRankMatrix, RowsMatrix
+from mpq_deploy.precision.candidates import DeployedMatrix
+from mpq_deploy.precision.deployed import branch_parts
 from mpq_deploy.precision.quantizers import QuantizedMatrix
 from mpq_deploy.precision.scheme import INT8, Scheme
 
@@ -36,7 +41,7 @@ class LayerRewrite:
 
     layer: Layer
     scheme: Scheme
-    matrix: QuantizedMatrix | None
+    matrix: DeployedMatrix | None
 
 
 def quantize_layers(
@@ -52,17 +57,35 @@ def quantize_layers(
     for rewrite in rewrites:
         if rewrite.matrix is None:
             continue
-        writer = _WeightWriter(model, rewrite.layer, rewrite.scheme, rewrite.matrix)
+        write = _weight_writing(model, rewrite)
         for number, use in enumerate(rewrite.layer.uses):
             node = nodes[use.node]
-            node.replace_input_with(1, writer.write(node, number))
+            x = node.inputs[0]
             if rewrite.scheme.activation is INT8:
                 if use.input not in pairs:
                     pairs[use.input] = _quantized_activation(model, node, activation_scales[use.input])
                 node.replace_input_with(0, pairs[use.input])
+            assert x is not None
+            write(node, number, x)
         _drop_if_unused(model, rewrite.layer.weight)
         changed = True
     return model, changed
+
+
+def _weight_writing(model: ir.Model, rewrite: LayerRewrite) -> Callable[[ir.Node, int, ir.Value], None]:
+    """Return what gives a node (its use's number, its float input) the quantized weight, with the branch if any."""
+    layer, scheme, matrix = rewrite.layer, rewrite.scheme, rewrite.matrix
+    if isinstance(matrix, RowsMatrix):
+        (body_layer, body_scheme), (promoted_layer, promoted_scheme) = branch_parts(layer, scheme)
+        body = _WeightWriter(model, body_layer, body_scheme, matrix.body)
+        promoted = _WeightWriter(model, promoted_layer, promoted_scheme, matrix.promoted)
+        return lambda node, number, x: write_rows(model, node, layer, matrix, body.write, promoted.write)
+    if isinstance(matrix, LowRankMatrix):
+        writer = _WeightWriter(model, layer, scheme.body, matrix.body)
+        return lambda node, number, x: write_low_rank(model, node, layer, matrix, x, writer.write)
+    assert matrix is not None
+    plain = _WeightWriter(model, layer, scheme, matrix)
+    return lambda node, number, x: node.replace_input_with(1, plain.write(node, number))
 
 
 class _WeightWriter:
@@ -88,7 +111,7 @@ class _WeightWriter:
             self.channel = ir.Tensor(matrix.channel_scale.astype(np.float32))
         self.shape = ir.Tensor(np.array(layer.weight_shape, np.int64))
 
-    def write(self, node: ir.Node, number: int) -> ir.Value:
+    def write(self, node: ir.Node, number: int = 0) -> ir.Value:
         """Insert the nodes in front of ``node``; return the dequantized weight."""
         suffix = f"//use{number}" if number else ""
         base = self.layer.name

@@ -1,0 +1,109 @@
+"""Residual outlier branches: which part of a layer gets more precision, and the weights that body and branch hold.
+
+``rows``: the salient output channels leave the INT4 body and are stored in INT8 (MPQ-DM promotes such channels by a
+bit; the deployable form is ours). ``lowrank``: two FP16 factors beside the INT4 body take the largest part of what its
+rounding destroys, as the layer's input sees it (after SVDQuant, which splits the weight before rounding; ours).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpq_deploy.denoisers.spec import Array
+from mpq_deploy.precision.quantizers import QuantizedMatrix
+
+
+@dataclass(frozen=True)
+class RowsMatrix:
+    """An INT4 body and INT8 rows: output channel ``rows[i]`` (int32 [m], rising) is row i of ``promoted`` [m, K].
+
+    ``body`` [O - m, K] holds the other channels in their order.
+    """
+
+    body: QuantizedMatrix
+    promoted: QuantizedMatrix
+    rows: Array
+
+    @property
+    def order(self) -> Array:
+        """Where each output channel lies when the promoted ones follow the body, int32 [O]."""
+        joined = np.concatenate([np.setdiff1d(np.arange(self._channels), self.rows), self.rows])
+        return np.argsort(joined).astype(np.int32)
+
+    @property
+    def _channels(self) -> int:
+        return len(self.body.codes) + len(self.rows)
+
+    def dequantize(self) -> Array:
+        """Return the deployed weight, float32 [O, K]."""
+        return np.concatenate([self.body.dequantize(), self.promoted.dequantize()])[self.order]
+
+
+@dataclass(frozen=True)
+class LowRankMatrix:
+    """An INT4 body beside two FP16 factors: ``up`` float16 [O, r] times ``down`` float16 [r, K]."""
+
+    body: QuantizedMatrix
+    down: Array
+    up: Array
+
+    def dequantize(self) -> Array:
+        """Return the deployed weight, float32 [O, K]."""
+        product = self.up.astype(np.float32) @ self.down.astype(np.float32)
+        return np.asarray(self.body.dequantize() + product, np.float32)
+
+
+def promote_rows(body: QuantizedMatrix, int8: QuantizedMatrix, rows: Array) -> RowsMatrix:
+    """Take the output channels ``rows`` from ``int8`` and the others from ``body``; both hold the whole weight."""
+    chosen = np.sort(np.asarray(rows, np.int32))
+    others = np.setdiff1d(np.arange(len(body.codes)), chosen)
+    return RowsMatrix(_rows_of(body, others), _rows_of(int8, chosen), chosen)
+
+
+def _rows_of(matrix: QuantizedMatrix, rows: Array) -> QuantizedMatrix:
+    channel = None if matrix.channel_scale is None else matrix.channel_scale[rows]
+    return QuantizedMatrix(matrix.codes[rows], matrix.scale[rows], channel)
+
+
+def low_rank_factors(error: Array, moments: list[Array], damping: float, rank: int) -> tuple[Array, Array]:
+    """Return FP16 factors (down [r, K], up [O, r]) whose product is nearest to ``error`` float32 [O, K].
+
+    Nearest in the error of the layer's output: with H = L L^T (the mean of x x^T, damped, given as its diagonal blocks
+    ``moments``) the singular vectors are those of error L, so that |(error - up down) L| is least for this rank.
+    """
+    roots = []
+    for block in moments:
+        damped = np.array(block, np.float64)
+        damped[np.diag_indices_from(damped)] += damping * float(np.diagonal(block).mean()) or 1.0
+        roots.append(np.linalg.cholesky(damped))
+    cuts = np.cumsum([len(root) for root in roots])[:-1]
+    parts = np.split(error.astype(np.float64), cuts, axis=1)
+    seen = np.concatenate([part @ root for part, root in zip(parts, roots)], axis=1)
+    # The left singular vectors from the small Gram matrix; projecting on them is the best factorisation.
+    _, vectors = np.linalg.eigh(seen @ seen.T)
+    up = vectors[:, ::-1][:, :rank]
+    # Signs of eigenvectors are free: fixed here, so that equal inputs give equal bytes.
+    up = up * np.where(up[np.abs(up).argmax(axis=0), np.arange(up.shape[1])] < 0, -1.0, 1.0)
+    down = up.T @ error.astype(np.float64)
+    # Both factors of equal size: FP16 keeps the same precision of either.
+    size = np.sqrt(np.maximum(np.linalg.norm(down, axis=1), np.finfo(np.float16).tiny))
+    return (down / size[:, None]).astype(np.float16), (up * size).astype(np.float16)
+
+
+def row_kurtosis(weight: Array, input_amax: Array) -> Array:
+    """Return the Pearson kurtosis of each row of ``weight`` [O, K] after MPQ-DM's pre-scaling, float64 [O].
+
+    ``input_amax`` float [K]: the input's absolute maximum per column. The weight is divided by
+    delta_k = sqrt(max|W_k| / max|X_k|); columns that are zero on either side keep their scale. A constant row has
+    kurtosis 0. Source: MPQ-DM (arXiv 2412.11549) and its published code: mean((w - mu)^4) / std^4.
+    """
+    largest = np.abs(weight).max(axis=0)
+    usable = (largest > 0) & (input_amax > 0)
+    delta = np.sqrt(np.where(usable, largest, 1.0) / np.where(usable, input_amax, 1.0))
+    scaled = weight.astype(np.float64) / delta
+    centred = scaled - scaled.mean(axis=1, keepdims=True)
+    variance = np.mean(np.square(centred), axis=1)
+    fourth = np.mean(np.square(np.square(centred)), axis=1)
+    return np.where(variance > 0, fourth / np.where(variance > 0, np.square(variance), 1.0), 0.0)

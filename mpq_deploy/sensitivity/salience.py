@@ -1,0 +1,95 @@
+"""Which output channels of a layer deserve more precision: the error each causes at the denoiser's output.
+
+With the probes of ``probe``, G_l = d<r, output>/dY_l, the error of output channel c of layer l under the INT4 body is
+estimated as the mean of <G_{l,c}, dY_{l,c}>^2: the same quantity as a scheme's loss, channel by channel, without the
+terms between channels. Our choice; MPQ-DM ranks by the kurtosis of the weight's rows (``precision.branches``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from mpq_deploy.calibrate.stats import CalibrationSet
+from mpq_deploy.denoisers.spec import Array, DenoiserSpec
+from mpq_deploy.graph.layers import Layer, LayerGraph
+from mpq_deploy.precision.candidates import LayerCandidates
+from mpq_deploy.sensitivity.feeds import Calls, MeasureOptions
+from mpq_deploy.sensitivity.torch_graph import TorchGraph
+from mpq_deploy.sensitivity.torch_projection import apply_matrix, canonical_gradients, canonical_input
+from mpq_deploy.sensitivity.weights import float_matrix, node_attributes
+from mpq_deploy.talk import Talk
+
+# Samples evaluated at once.
+BATCH = 4
+
+
+def channel_errors(
+    graph: LayerGraph,
+    bodies: Mapping[str, Array],
+    calibration: CalibrationSet,
+    conditions: dict[str, Array],
+    spec: DenoiserSpec,
+    options: MeasureOptions,
+    talk: Talk,
+) -> dict[str, Array]:
+    """Return layer name -> float64 [O]: the error that each output channel of its body causes.
+
+    ``bodies``: layer name -> the body's deployed weight, float32 [out_channels, reduction]. Raises UnsupportedOperator
+    when torch cannot evaluate the graph.
+    """
+    layers = [layer for layer in graph.layers if layer.name in bodies]
+    calls = Calls(graph, spec, calibration, conditions, options.samples)
+    torch_graph = TorchGraph(graph.model, torch.float32)
+    differences = {n.name: torch.from_numpy(bodies[n.name] - float_matrix(graph, n))[None] for n in layers}
+    attributes = node_attributes(graph)
+    found = {layer.name: np.zeros(layer.out_channels) for layer in layers}
+    uses = [(layer, use) for layer in layers for use in layer.uses]
+    into, out = [use.input for _, use in uses], [use.output for _, use in uses]
+    with talk.bar("salient channels", len(calls.timesteps) * calls.count) as advance:
+        for step_index, chunk in calls.chunks(calls.fixed_batch or min(BATCH, calls.count)):
+            feeds = torch_graph.feed(calls.feeds(step_index, chunk))
+            values = torch_graph.run(feeds, keep=(*into, *out), differentiate=out)
+            output = values[spec.output]
+            noise = np.random.default_rng((options.seed, step_index, chunk.start)).standard_normal(
+                tuple(output.shape), np.float32
+            )
+            gradients = torch.autograd.grad(
+                output, [values[name] for name in out], torch.from_numpy(noise), allow_unused=True
+            )
+            with torch.no_grad():
+                for (layer, use), gradient in zip(uses, gradients, strict=True):
+                    if gradient is not None:
+                        x = values[use.input].detach()
+                        errors = _by_channel(layer, attributes[use.node], x, gradient, differences[layer.name])
+                        found[layer.name] += errors
+            advance(chunk.stop - chunk.start)
+    return found
+
+
+def _by_channel(layer: Layer, attributes: dict[str, Any], x: Any, gradient: Any, difference: Any) -> Array:
+    """Return the sum over samples of <G_c, dY_c>^2, float64 [O].
+
+    Rows of a tensor that all samples share (an embedding computed once) count as one sample.
+    """
+    rows = x.shape[0]
+    errors = apply_matrix(layer, attributes, canonical_input(layer, x, rows), difference)
+    g = canonical_gradients(layer, gradient[:, None], rows)
+    products = (errors * g).reshape(rows, layer.out_channels, -1).sum(-1)
+    return np.asarray(products.double().square().sum(0).numpy())
+
+
+def body_weights(candidates: Mapping[str, LayerCandidates]) -> dict[str, Array]:
+    """Return the INT4 body's weight of every layer that has a ``rows`` scheme."""
+    found = {}
+    for name, candidate in candidates.items():
+        scheme = next((s for s in candidate.schemes if s.branch and s.branch.kind == "rows"), None)
+        if scheme is not None:
+            found[name] = candidate.weight_matrix(scheme.body.weight_form)
+    return found
+
+
+__all__ = ["body_weights", "channel_errors"]
