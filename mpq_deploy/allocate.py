@@ -80,6 +80,12 @@ class PrecisionPlan:
         return cls(**values)
 
 
+def quantizers(layer: LayerChoice, scheme: str) -> tuple[str, ...]:
+    """Name the activation quantizers that ``layer`` reads under ``scheme``; layers share those of equal names."""
+    form = SCHEMES[scheme]
+    return tuple(tensor + form.activation_form for tensor in layer.inputs) if form.activation is INT8 else ()
+
+
 def plan_bytes(problem: Problem, schemes: Mapping[str, str]) -> int:
     """Bytes of all constants when each layer takes its scheme in ``schemes``: shared scales count once."""
     total = problem.fixed_bytes
@@ -87,8 +93,7 @@ def plan_bytes(problem: Problem, schemes: Mapping[str, str]) -> int:
     for layer in problem.layers:
         scheme = schemes[layer.name]
         total += layer.bytes[scheme]
-        if SCHEMES[scheme].activation is INT8:
-            quantized.update(layer.inputs)
+        quantized.update(quantizers(layer, scheme))
     return total + ACTIVATION_SCALE_BYTES * len(quantized)
 
 
@@ -98,7 +103,7 @@ def smallest_plan(problem: Problem) -> dict[str, str]:
     for layer in problem.layers:
         # A scheme with INT8 activations counts its input's scale here; at equal bytes the smaller loss wins.
         def cost(scheme: str, layer: LayerChoice = layer) -> tuple[int, float]:
-            scales = len(layer.inputs) if SCHEMES[scheme].activation is INT8 else 0
+            scales = len(quantizers(layer, scheme))
             return layer.bytes[scheme] + ACTIVATION_SCALE_BYTES * scales, layer.loss[scheme]
 
         smallest[layer.name] = min(layer.bytes, key=cost)
@@ -221,8 +226,7 @@ class _Model:
         self.problem = problem
         self.tensor_cost = float(ACTIVATION_SCALE_BYTES) if scale_cost else 0.0
         self.pairs = [(i, s) for i, layer in enumerate(problem.layers) for s in undominated(layer)]
-        readers = (problem.layers[i] for i, s in self.pairs if SCHEMES[s].activation is INT8)
-        self.tensors = sorted({tensor for layer in readers for tensor in layer.inputs})
+        self.tensors = sorted({name for i, s in self.pairs for name in quantizers(problem.layers[i], s)})
         self.loss = np.array([problem.layers[i].loss[s] for i, s in self.pairs], np.float64)
         if not np.all(np.isfinite(self.loss)):
             bad = self.pairs[int(np.flatnonzero(~np.isfinite(self.loss))[0])]
@@ -300,9 +304,8 @@ class _Model:
         by_reader: dict[str, dict[int, list[int]]] = {tensor: {} for tensor in self.tensors}
         for column, (i, scheme) in enumerate(self.pairs):
             by_layer.setdefault(i, []).append(column)
-            if SCHEMES[scheme].activation is INT8:
-                for tensor in self.problem.layers[i].inputs:
-                    by_reader[tensor].setdefault(i, []).append(column)
+            for name in quantizers(self.problem.layers[i], scheme):
+                by_reader[name].setdefault(i, []).append(column)
         rows = [(1.0, 1.0, np.array(columns), np.ones(len(columns))) for columns in by_layer.values()]
         room = self.problem.budget_bytes - self.problem.fixed_bytes - allowance
         coefficients = np.concatenate([self.bytes, np.full(len(self.tensors), float(ACTIVATION_SCALE_BYTES))])

@@ -60,8 +60,8 @@ class AllocateSection(Section):
     """What the solver may choose from."""
 
     schemes: tuple[str, ...] = ("fp16", "w8a8", "w8a16", "w4a16", "w4a8")
-    branches: tuple[Literal["rows", "lowrank"], ...] = Field(
-        ("rows",), description="what may stand beside an INT4 body, where the target takes it"
+    branches: tuple[Literal["rows", "cols", "lowrank"], ...] = Field(
+        ("rows",), description="what may stand beside a quantized body, where the target takes it"
     )
     branch_charge: float = Field(
         0.002, ge=0, description="share of the plan's loss that each kernel of a branch must take off to be worth it"

@@ -48,6 +48,7 @@ from mpq_deploy.precision.candidates import (
     round_candidates,
     save_candidates,
     weight_matrix,
+    with_outlier_columns,
     with_promoted_rows,
 )
 from mpq_deploy.precision.deployed import FP16_BYTES, weight_bytes
@@ -66,6 +67,8 @@ LATENCY = "latency.json"
 ROW_ORDERS = "row-orders.npz"
 # Ranking channels needs fewer calls than measuring schemes.
 SALIENCE_TIMESTEPS, SALIENCE_SAMPLES = 8, 12
+# Raised with every change of what calibration leaves behind.
+CALIBRATION_FORMAT = 2
 # Raised with every change of what the candidates' files hold, so that older run folders make theirs again.
 CANDIDATES_FORMAT = 3
 # As above, for evaluation.json: 2 has the PSNR as a mean over images, and the pooled one.
@@ -125,6 +128,7 @@ def path_digest(path: Path) -> str:
 def _calibrate_inputs(pipeline: Pipeline) -> Fields:
     return {
         "export": pipeline.digest("export"),
+        "calibration.format": CALIBRATION_FORMAT,
         **settings(pipeline.recipe.calibrate, "calibrate"),
         "recipe.evaluate.sampler": pipeline.recipe.evaluate.sampler,
         **version_of("onnxruntime", "numpy"),
@@ -409,9 +413,14 @@ def _diagonal_moments(layer: Layer, stats: CalibrationStats) -> Array:
 
 
 def candidates_of(pipeline: Pipeline, graph: LayerGraph) -> dict[str, LayerCandidates]:
-    """Read the candidates of every layer, by layer name, with the rows that each branch promotes."""
+    """Read the candidates of every layer, by layer name, with the channels that each branch takes."""
     folder = pipeline.folder("candidates")
     candidates = _read_candidates(folder, graph)
+    if any(s.activation_form for c in candidates.values() for s in c.schemes):
+        _, stats = load_calibration(pipeline)
+        for layer in graph.layers:
+            order = stats.activations[layer.inputs[0]].outliers
+            candidates[layer.name] = with_outlier_columns(candidates[layer.name], order)
     with np.load(folder / ROW_ORDERS, allow_pickle=False) as orders:
         for number, layer in enumerate(graph.layers):
             if str(number) in orders:
@@ -561,7 +570,8 @@ def write_plan(pipeline: Pipeline, schemes: dict[str, str], folder: Path) -> int
     for layer in exported.graph.layers:
         scheme = SCHEMES[schemes[layer.name]]
         rewrites.append(LayerRewrite(layer, scheme, candidates[layer.name].forms.get(scheme.weight_form)))
-    scales = {name: activation.scale for name, activation in stats.activations.items()}
+    forms = {SCHEMES[scheme].activation_form for scheme in schemes.values()} | {""}
+    scales = {name + form: a.scale_for(form) for name, a in stats.activations.items() for form in forms}
     spec = exported.spec
     return write_quantized(exported.path, spec.timestep.name, spec.sample.name, rewrites, scales, folder)
 

@@ -8,12 +8,13 @@ import numpy as np
 
 from mpq_deploy.calibrate.observers import Observation, observe
 from mpq_deploy.calibrate.options import CalibrationOptions
-from mpq_deploy.calibrate.scales import activation_scale
+from mpq_deploy.calibrate.scales import SMALLEST_SCALE, activation_scale
 from mpq_deploy.calibrate.stats import ActivationStats, CalibrationSet, CalibrationStats
 from mpq_deploy.calibrate.trajectories import record_trajectories
 from mpq_deploy.denoisers.spec import Array, DenoiserSpec
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import LayerGraph
+from mpq_deploy.precision.scheme import COLUMN_SHARES, outlier_count
 from mpq_deploy.runtime.not_finite import first_not_finite
 from mpq_deploy.runtime.ort import OrtDenoiser, model_feeds
 from mpq_deploy.sampling.sampler import make_sampler
@@ -77,6 +78,10 @@ def summarise(seen: Observation, options: CalibrationOptions) -> CalibrationStat
         amax, count = seen.amax[place], seen.counts[number]
         values = seen.values[number]
         scale = activation_scale(options.scale_method, values, float(amax.max()), count * len(amax), options.percentile)
+        # The channels that stretch the range, now and then (range over all timesteps) or often (fourth moment).
+        stretch = amax * np.sqrt(np.sqrt(seen.fourth_sum[place] / count))
+        outliers = np.argsort(-stretch, kind="stable").astype(np.int32)
+        rests = [outliers[outlier_count(len(amax), share) :] for share in COLUMN_SHARES]
         activations[name] = ActivationStats(
             amax,
             seen.square_sum[place] / count,
@@ -84,5 +89,17 @@ def summarise(seen: Observation, options: CalibrationOptions) -> CalibrationStat
             np.asarray(values, np.float32),
             seen.amax_by_timestep[:, number],
             scale,
+            outliers,
+            np.array([_scale_of(rest, seen, number, options) for rest in rests]),
         )
     return CalibrationStats(activations)
+
+
+def _scale_of(channels: Array, seen: Observation, number: int, options: CalibrationOptions) -> float:
+    """Choose the INT8 scale of some channels of activation ``number`` alone; the smallest when there are none."""
+    if not len(channels):
+        return SMALLEST_SCALE
+    amax = seen.amax[seen.offsets[number] : seen.offsets[number + 1]][channels]
+    sample = seen.values[number][np.isin(seen.channels[number], channels)]
+    count = seen.counts[number] * len(channels)
+    return activation_scale(options.scale_method, sample, float(amax.max()), count, options.percentile)

@@ -41,7 +41,7 @@ class Observation:
 
     Per channel, float64 [sum C_i]: ``amax``, ``square_sum`` (of x^2), ``fourth_sum`` (of x^4). ``counts`` float64
     [T]: values seen per channel. ``amax_by_timestep`` float32 [K, T]. The reservoir: ``priorities`` uint64 [R'],
-    rising, common to all tensors, and ``values`` float32 [T, R'].
+    rising, common to all tensors, ``values`` float32 [T, R'] and the ``channels`` int32 [T, R'] they come from.
     """
 
     names: tuple[str, ...]
@@ -53,6 +53,7 @@ class Observation:
     amax_by_timestep: Array
     priorities: Array
     values: Array
+    channels: Array
     reservoir: int
 
 
@@ -65,9 +66,10 @@ def merge(a: Observation, b: Observation) -> Observation:
         raise ValueError("The observations are of different graphs, timesteps or reservoir sizes.")
     if not np.array_equal(a.offsets, b.offsets):
         raise ValueError("The observations are of tensors with different channels.")
-    priorities, values = _smallest(
+    priorities, values, channels = _smallest(
         np.concatenate([a.priorities, b.priorities]),
         np.concatenate([a.values, b.values], axis=1),
+        np.concatenate([a.channels, b.channels], axis=1),
         a.reservoir,
     )
     return Observation(
@@ -80,6 +82,7 @@ def merge(a: Observation, b: Observation) -> Observation:
         np.maximum(a.amax_by_timestep, b.amax_by_timestep),
         priorities,
         values,
+        channels,
         a.reservoir,
     )
 
@@ -111,7 +114,7 @@ def observe(
                 priorities, draws = _draws(options, batch)
                 feed = {**batch.feed, **observed.positions(draws)}
                 results = session.run(observed.outputs, {k: v for k, v in feed.items() if k in wanted})
-                total.add(batch, results, priorities)
+                total.add(batch, results, priorities, draws)
                 advance(len(batch.calls))
     return total.finish()
 
@@ -254,11 +257,20 @@ def _draws(options: CalibrationOptions, batch: Batch) -> tuple[Array, Array]:
     return priorities, draws
 
 
-def _smallest(priorities: Array, values: Array, count: int) -> tuple[Array, Array]:
-    """Keep the columns of ``values`` [T, n] with the ``count`` smallest priorities, in rising order."""
+def _smallest(priorities: Array, values: Array, channels: Array, count: int) -> tuple[Array, Array, Array]:
+    """Keep the columns of ``values`` and ``channels`` [T, n] with the ``count`` smallest priorities, rising."""
     # Equal priorities (one in 2^64) are ordered by the first tensor's value, so that no order of merging shows.
     order = np.lexsort((values[0], priorities))[:count] if len(values) else np.argsort(priorities)[:count]
-    return priorities[order], values[:, order]
+    return priorities[order], values[:, order], channels[:, order]
+
+
+def _channel_of(draws: Array, shape: ActivationShape, convolved: bool) -> Array:
+    """Return the channel of each gathered value, int32 [draws], in the order in which the graph flattens a call."""
+    axes = list(range(len(shape.shape)))
+    if shape.batch_axis:
+        axes.insert(0, axes.pop(shape.batch_axis))
+    place = np.unravel_index(draws.ravel() % shape.elements, [shape.shape[axis] for axis in axes])
+    return place[axes.index(1 if convolved else len(axes) - 1)].astype(np.int32)
 
 
 class _Total:
@@ -273,8 +285,10 @@ class _Total:
         self.by_timestep = np.zeros((timesteps, len(self.shapes)), np.float32)
         self.priorities = np.empty(0, np.uint64)
         self.values = np.empty((len(self.shapes), 0), np.float32)
+        self.channels = np.empty((len(self.shapes), 0), np.int32)
+        self.convolved = {use.input for layer in graph.layers if layer.op == "Conv" for use in layer.uses}
 
-    def add(self, batch: Batch, results: list[Array], priorities: Array) -> None:
+    def add(self, batch: Batch, results: list[Array], priorities: Array, draws: Array) -> None:
         """Add the outputs of one run."""
         calls = len(batch.calls)
         for number, (name, shape) in enumerate(self.shapes):
@@ -301,9 +315,11 @@ class _Total:
             self.counts[number] += calls * (shape.elements // channels)
             self.by_timestep[batch.step, number] = max(self.by_timestep[batch.step, number], amax.max())
         values = np.stack([r.ravel() for r in results[3::4]]) if results else self.values[:, :0]
-        self.priorities, self.values = _smallest(
+        found = [_channel_of(draws, shape, name in self.convolved) for name, shape in self.shapes]
+        self.priorities, self.values, self.channels = _smallest(
             np.concatenate([self.priorities, priorities.ravel()]),
             np.concatenate([self.values, values], axis=1),
+            np.concatenate([self.channels, *([np.stack(found)] if found else [])], axis=1),
             self.reservoir,
         )
 
@@ -329,5 +345,6 @@ class _Total:
             self.by_timestep,
             self.priorities,
             self.values,
+            self.channels,
             self.reservoir,
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from mpq_deploy.denoisers.spec import Array
+from mpq_deploy.precision.scheme import COLUMN_SHARES, outlier_count
 
 SPLIT_SEED = 3
 
@@ -70,6 +71,8 @@ class ActivationStats:
     Per channel (axis 1 of a tensor that a Conv reads, else the last axis): ``amax``, ``second_moment`` (mean of x^2),
     ``fourth_moment`` (mean of x^4), float64 [C]. ``reservoir`` float32 [R]: a fixed-size uniform random sample of
     the values. ``scale``: the INT8 scale, already rounded to FP16; ``amax_by_timestep`` float32 [K].
+    ``outliers`` int32 [C]: the channels, those that stretch the range most first; ``scales_without`` float64 [S]: the
+    scale when the first 1, 2 ... thirty-seconds of them are left out (``precision.scheme.COLUMN_SHARES``).
     """
 
     amax: Array
@@ -78,6 +81,20 @@ class ActivationStats:
     reservoir: Array
     amax_by_timestep: Array
     scale: float
+    outliers: Array
+    scales_without: Array
+
+    def scale_for(self, form: str) -> float:
+        """Return the INT8 scale for an ``activation_form`` of a scheme: all channels, or without the outliers."""
+        if not form:
+            return self.scale
+        share = int(form.removeprefix("+cols"))
+        return float(self.scales_without[COLUMN_SHARES.index(share)])
+
+    def left_out(self, form: str) -> Array:
+        """Return the channels that ``form`` leaves out of INT8, int32, rising."""
+        share = int(form.removeprefix("+cols")) if form else 0
+        return np.sort(self.outliers[: outlier_count(len(self.outliers), share)])
 
 
 @dataclass(frozen=True)

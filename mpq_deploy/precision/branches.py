@@ -3,6 +3,8 @@
 ``rows``: the salient output channels leave the INT4 body and are stored in INT8 (MPQ-DM promotes such channels by a
 bit; the deployable form is ours). ``lowrank``: two FP16 factors beside the INT4 body take the largest part of what its
 rounding destroys, as the layer's input sees it (after SVDQuant, which splits the weight before rounding; ours).
+``cols``: the outlier input channels go through a Gather and a small FP16 product, so that the INT8 activation's scale
+need not reach them.
 """
 
 from __future__ import annotations
@@ -39,6 +41,40 @@ class RowsMatrix:
     def dequantize(self) -> Array:
         """Return the deployed weight, float32 [O, K]."""
         return np.concatenate([self.body.dequantize(), self.promoted.dequantize()])[self.order]
+
+
+@dataclass(frozen=True)
+class ColsMatrix:
+    """A body whose columns of the input channels ``columns`` (int32 [n], rising) are zero, and their FP16 weights.
+
+    ``weight`` float16 [O, n * taps] holds those columns, ``taps`` of each channel together.
+    """
+
+    body: QuantizedMatrix
+    weight: Array
+    columns: Array
+
+    def dequantize(self) -> Array:
+        """Return the deployed weight, float32 [O, K]."""
+        whole = self.body.dequantize()
+        taps = self.weight.shape[1] // len(self.columns)
+        whole[:, columns_of(self.columns, taps)] = self.weight.astype(np.float32)
+        return whole
+
+
+def columns_of(channels: Array, taps: int) -> Array:
+    """Return the columns of the weight matrix that multiply the input ``channels``, ``taps`` for each."""
+    return np.asarray((channels[:, None] * taps + np.arange(taps)).reshape(-1))
+
+
+def split_columns(body: QuantizedMatrix, weight: Array, channels: Array, taps: int) -> ColsMatrix:
+    """Take the input ``channels`` out of ``body``; ``weight`` is the float matrix [O, K]."""
+    chosen = np.sort(np.asarray(channels, np.int32))
+    columns = columns_of(chosen, taps)
+    codes = body.codes.copy()
+    codes[:, columns] = 0
+    rest = QuantizedMatrix(codes, body.scale, body.channel_scale)
+    return ColsMatrix(rest, weight[:, columns].astype(np.float16), chosen)
 
 
 @dataclass(frozen=True)

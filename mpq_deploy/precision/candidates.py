@@ -16,8 +16,15 @@ import numpy as np
 from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import Layer
-from mpq_deploy.precision.branches import LowRankMatrix, RowsMatrix, low_rank_factors, promote_rows
-from mpq_deploy.precision.deployed import block_size, promoted_rows
+from mpq_deploy.precision.branches import (
+    ColsMatrix,
+    LowRankMatrix,
+    RowsMatrix,
+    low_rank_factors,
+    promote_rows,
+    split_columns,
+)
+from mpq_deploy.precision.deployed import block_size, input_channels, outlier_columns, promoted_rows
 from mpq_deploy.precision.quantizers import (
     QuantizedMatrix,
     RoundingProblem,
@@ -30,7 +37,7 @@ from mpq_deploy.precision.quantizers import (
 from mpq_deploy.precision.scheme import FP16, INT4, INT8, SCHEMES, W8A8, W8A16, Scheme
 
 Refusal = Callable[[Layer, Scheme], str]
-DeployedMatrix = QuantizedMatrix | RowsMatrix | LowRankMatrix
+DeployedMatrix = QuantizedMatrix | RowsMatrix | ColsMatrix | LowRankMatrix
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,8 @@ def _branch_refusal(layer: Layer, scheme: Scheme) -> str:
         return "branches are written for convolutions of one group"
     if branch.kind == "rows" and not promoted_rows(layer, scheme):
         return f"a tenth of its {layer.out_channels} output channels is none"
+    if branch.kind == "cols" and 2 * outlier_columns(layer, scheme) > input_channels(layer):
+        return f"its {input_channels(layer)} input channels are too few to take some out"
     if branch.kind == "lowrank" and 2 * branch.amount > min(layer.out_channels, layer.reduction):
         return f"a rank of {branch.amount} is no small part of its {layer.out_channels} x {layer.reduction} weight"
     return ""
@@ -232,14 +241,27 @@ def _joined(pieces: list[QuantizedMatrix]) -> QuantizedMatrix:
     )
 
 
+def with_outlier_columns(candidates: LayerCandidates, order: Array) -> LayerCandidates:
+    """Return ``candidates`` with the forms of its ``cols`` schemes, for the first input channels of ``order`` [C]."""
+    layer, forms = candidates.layer, dict(candidates.forms)
+    for scheme in candidates.schemes:
+        if scheme.branch and scheme.branch.kind == "cols":
+            body = forms[scheme.body.weight_form]
+            assert isinstance(body, QuantizedMatrix)
+            chosen = order[: outlier_columns(layer, scheme)]
+            taps = layer.reduction // input_channels(layer)
+            forms[scheme.weight_form] = split_columns(body, candidates.weight, chosen, taps)
+    return replace(candidates, forms=forms)
+
+
 def save_candidates(candidates: LayerCandidates, path: Path) -> None:
     """Write the codes and scales of one layer as safetensors (the float weight stays in the model)."""
     from safetensors.numpy import save
 
     arrays: dict[str, Array] = {}
     for form, matrix in candidates.forms.items():
-        if isinstance(matrix, RowsMatrix):
-            continue  # two other forms and an order of the channels make it
+        if isinstance(matrix, (RowsMatrix, ColsMatrix)):
+            continue  # other forms and an order of the channels make it
         if isinstance(matrix, LowRankMatrix):
             arrays[f"{form}.down"], arrays[f"{form}.up"] = matrix.down, matrix.up
             continue

@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import cache
 
 from mpq_deploy.graph.layers import Layer
-from mpq_deploy.precision.scheme import FP16, INT8, W8A8, W8A16, Scheme
+from mpq_deploy.precision.scheme import FP16, INT8, W8A8, W8A16, Scheme, outlier_count
 
 FP16_BYTES = 2
 INT64_BYTES = 8
@@ -68,6 +68,18 @@ def promoted_rows(layer: Layer, scheme: Scheme) -> int:
     return scheme.branch.amount * (layer.out_channels // 10) if scheme.branch and scheme.branch.kind == "rows" else 0
 
 
+def input_channels(layer: Layer) -> int:
+    """How many channels the layer's input has (of one group)."""
+    return layer.weight_shape[1 - layer.out_axis]
+
+
+def outlier_columns(layer: Layer, scheme: Scheme) -> int:
+    """How many input channels a ``cols`` branch takes: so many thirty-seconds of them, at least one (our choice)."""
+    if not scheme.branch or scheme.branch.kind != "cols":
+        return 0
+    return outlier_count(input_channels(layer), scheme.branch.amount)
+
+
 def branch_parts(layer: Layer, scheme: Scheme) -> tuple[tuple[Layer, Scheme], ...]:
     """Return the body and the branch of ``layer`` under ``scheme`` as layers of their own, with what each becomes.
 
@@ -80,6 +92,10 @@ def branch_parts(layer: Layer, scheme: Scheme) -> tuple[tuple[Layer, Scheme], ..
         promoted = promoted_rows(layer, scheme)
         rows = W8A8 if scheme.activation is INT8 else W8A16
         return (_part(layer, layer.out_channels - promoted, ""), body), (_part(layer, promoted, "promoted"), rows)
+    if branch.kind == "cols":
+        shape = list(layer.weight_shape)
+        shape[1 - layer.out_axis] = outlier_columns(layer, scheme)
+        return (layer, body), (replace(_part(layer, layer.out_channels, "outliers"), weight_shape=tuple(shape)), FP16)
     down = _part(layer, branch.amount, "lowrank_down")
     up = replace(_part(layer, layer.out_channels, "lowrank_up"), weight_shape=_factor_shape(layer, branch.amount))
     return (layer, body), (down, FP16), (up, FP16)
@@ -104,5 +120,6 @@ def _factor_shape(layer: Layer, rank: int) -> tuple[int, ...]:
 
 
 def _joining_bytes(layer: Layer, scheme: Scheme) -> int:
-    """Bytes of the constants that bring body and branch together: the order of the channels."""
-    return INT32_BYTES * layer.out_channels if scheme.branch and scheme.branch.kind == "rows" else 0
+    """Bytes of the constants that bring body and branch together: the channels to gather."""
+    indices = {"rows": layer.out_channels, "cols": outlier_columns(layer, scheme)}
+    return INT32_BYTES * indices.get(scheme.branch.kind, 0) if scheme.branch else 0

@@ -28,7 +28,8 @@ BLOCK_SIZES = (32, 64, 128, 256)
 class Branch:
     """A part of a layer that gets more precision, beside its body, and how much.
 
-    ``rows``: ``amount`` tenths of the output channels have INT8 weights. ``lowrank``: two FP16 factors of rank
+    ``rows``: ``amount`` tenths of the output channels have INT8 weights. ``cols``: ``amount`` thirty-seconds of the
+    input channels stay out of the INT8 activation, and have FP16 weights. ``lowrank``: two FP16 factors of rank
     ``amount``.
     """
 
@@ -41,10 +42,10 @@ class Branch:
         return f"+{self.kind}{self.amount}"
 
 
-BRANCH_KINDS = ("rows", "lowrank")
-# What a branch launches beside the body's kernel: the second product and the joining of channels; the two factors
-# (TensorRT-RTX fuses the addition into the last).
-BRANCH_KERNELS = {"rows": 2, "lowrank": 2}
+BRANCH_KINDS = ("rows", "cols", "lowrank")
+# What a branch launches beside the body's kernel: the second product and the joining of channels; the gathering and the
+# small product; the two factors (TensorRT-RTX fuses an addition into the product before it).
+BRANCH_KERNELS = {"rows": 2, "cols": 2, "lowrank": 2}
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,15 @@ class Scheme:
         """Schemes with equal forms hold the same codes and scales for the same layer: ``w8a8`` and ``w8a16``."""
         if self.weight is None:
             return "fp16"
-        if self.weight is INT8:
-            return "int8"
         suffix = self.branch.suffix if self.branch else ""
+        if self.weight is INT8:
+            return f"int8{suffix}"
         return f"{'int4x8' if self.requantized else 'int4'}-b{self.block_size}{suffix}"
+
+    @property
+    def activation_form(self) -> str:
+        """Schemes with equal forms share the quantizer of an input: which channels it leaves out; "" for none."""
+        return self.branch.suffix if self.branch and self.branch.kind == "cols" else ""
 
     @property
     def body(self) -> Scheme:
@@ -105,6 +111,7 @@ BRANCH_BLOCK = 128
 # MPQ-DM's group search: m = 0, k, 2k, ... of the output channels, k = c_out // 10, up to half of them.
 ROW_TENTHS = (1, 2, 3, 4, 5)
 RANKS = (8, 16)
+COLUMN_SHARES = (1, 2)
 
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
@@ -120,6 +127,12 @@ SCHEMES: dict[str, Scheme] = {
             for tenths in ROW_TENTHS
         ),
         *(
+            body.with_branch(Branch("cols", share))
+            for body in (W8A8, *_INT4_BODIES)
+            if body.activation is INT8 and body.block_size in (None, BRANCH_BLOCK)
+            for share in COLUMN_SHARES
+        ),
+        *(
             body.with_branch(Branch("lowrank", rank))
             for body in _INT4_BODIES
             if body.block_size == BRANCH_BLOCK and body.activation is None
@@ -128,6 +141,11 @@ SCHEMES: dict[str, Scheme] = {
     )
 }
 FAMILIES = ("fp16", "w8a8", "w8a16", "w4a16", "w4a8")
+
+
+def outlier_count(channels: int, share: int) -> int:
+    """How many of ``channels`` are ``share`` thirty-seconds: at least one, if any (our choice)."""
+    return max(1, share * channels // 32) if share else 0
 
 
 def branches_of(bodies: tuple[Scheme, ...], kinds: tuple[str, ...]) -> tuple[Scheme, ...]:

@@ -18,6 +18,7 @@ import numpy as np
 from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
 from mpq_deploy.denoisers.spec import Array, DenoiserSpec
 from mpq_deploy.graph.layers import Layer, LayerGraph, dataflow
+from mpq_deploy.precision.scheme import SCHEMES
 from mpq_deploy.sensitivity.feeds import Calls, MeasureOptions
 from mpq_deploy.sensitivity.local_error import LayerErrors, Taps, batch_for, tap_names
 from mpq_deploy.sensitivity.ort_graph import noisy_graph, tapped_graph
@@ -25,8 +26,9 @@ from mpq_deploy.sensitivity.table import SensitivityTable, table_from_losses
 from mpq_deploy.sensitivity.weights import (
     CandidateWeights,
     FormStack,
+    InputRounding,
     StackStore,
-    activation_scale,
+    input_roundings,
     measured_layers,
     numpy_stacks,
 )
@@ -131,20 +133,24 @@ def _rewire(
     from mpq_deploy.sensitivity.torch_projection import fake_quantize
 
     stack = stacks[layer]
-    rounds = scheme in stack.with_activation
-    row = stack.with_activation[scheme] if rounds else stack.weights_only[scheme]
+    row = {**stack.weights_only, **stack.with_activation, **_flat(stack.with_kept)}[scheme]
     matrix = stack.weight + stack.differences[row]
     weight = (matrix if layer.out_axis == 0 else np.ascontiguousarray(matrix.T)).reshape(layer.weight_shape)
     tensor = torch_from_constant(weight, float_type)
 
-    def replace_inputs(scale: float | None) -> Any:
+    def replace_inputs(roundings: dict[str, InputRounding]) -> Any:
         def change(inputs: list[Any]) -> list[Any]:
-            x = inputs[0] if scale is None else fake_quantize(inputs[0], scale)
-            return [x, tensor, *inputs[2:]]
+            # Channels kept in float, with their float columns, are what a branch computes beside the body.
+            found = [fake_quantize(inputs[0], rounding, layer) for rounding in roundings.values()]
+            return [*(found or inputs[:1]), tensor, *inputs[2:]]
 
         return change
 
-    return {use.node: replace_inputs(activation_scale(stats, use) if rounds else None) for use in layer.uses}
+    return {use.node: replace_inputs(input_roundings(stats, use, [SCHEMES[scheme]])) for use in layer.uses}
+
+
+def _flat(groups: dict[str, dict[str, int]]) -> dict[str, int]:
+    return {name: row for names in groups.values() for name, row in names.items()}
 
 
 def _with_onnxruntime(

@@ -10,17 +10,23 @@ import numpy as np
 
 from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.graph.layers import Layer
-from mpq_deploy.sensitivity.weights import FormStack
+from mpq_deploy.sensitivity.weights import FormStack, InputRounding
 from mpq_deploy.sensitivity.windows import window_pads
 
 INT8_MIN, INT8_MAX = -128, 127  # what ONNX QuantizeLinear saturates to
 
 
-def fake_quantize(x: Array, scale: float) -> Array:
-    """Round ``x`` to INT8 codes times ``scale``, as QuantizeLinear and DequantizeLinear do (half to even)."""
-    step = np.float32(scale)
+def fake_quantize(x: Array, rounding: InputRounding, layer: Layer) -> Array:
+    """Round ``x`` to INT8 codes times the scale, as QuantizeLinear and DequantizeLinear do (half to even).
+
+    The kept channels stay as they are.
+    """
+    step = np.float32(rounding.scale)
     rounded: Array = np.clip(np.rint(x / step), INT8_MIN, INT8_MAX).astype(np.float32) * step
-    return rounded
+    if not len(rounding.kept):
+        return rounded
+    channels = x.shape[1 if layer.op == "Conv" else -1]
+    return np.where(rounding.kept_mask(layer, x.ndim, channels), x, rounded)
 
 
 class LayerInput:
@@ -65,12 +71,12 @@ def _patches(layer: Layer, attributes: Mapping[str, Any], x: Array) -> tuple[Arr
 
 @dataclass(frozen=True)
 class UseErrors:
-    """One use of a layer: its scale and attributes, so that ``errors`` can be taken of any input."""
+    """One use of a layer: its input's roundings and attributes, so that ``errors`` can be taken of any input."""
 
     layer: Layer
     attributes: Mapping[str, Any]
     stack: FormStack
-    scale: float | None
+    roundings: Mapping[str, InputRounding]
 
     def errors(self, x: Array, schemes: Collection[str] | None = None) -> Iterator[tuple[str, Array]]:
         """Yield (scheme, dY) for every scheme, or those in ``schemes``, one at a time."""
@@ -80,11 +86,13 @@ class UseErrors:
             columns = LayerInput(self.layer, self.attributes, x)
             for scheme, row in plain.items():
                 yield scheme, columns.times(stack.differences[row])
-        rounding = _chosen(stack.with_activation, schemes)
-        if rounding:
-            if self.scale is None:
-                raise ValueError("a scheme rounds the activation, but no scale was given")
-            rounded = fake_quantize(x, self.scale)
+        for form, names in {"": stack.with_activation, **stack.with_kept}.items():
+            rounding = _chosen(names, schemes)
+            if not rounding:
+                continue
+            if form not in self.roundings:
+                raise ValueError(f"a scheme rounds the activation{form}, but no scale was given")
+            rounded = fake_quantize(x, self.roundings[form], self.layer)
             shared = LayerInput(self.layer, self.attributes, rounded - x).times(stack.weight)
             columns = LayerInput(self.layer, self.attributes, rounded)
             for scheme, row in rounding.items():

@@ -22,7 +22,7 @@ from mpq_deploy.sensitivity.ort_graph import run_session, tapped_graph
 from mpq_deploy.sensitivity.table import SensitivityTable, table_from_losses
 from mpq_deploy.sensitivity.weights import (
     CandidateWeights,
-    activation_scale,
+    input_roundings,
     measured_layers,
     node_attributes,
     numpy_stacks,
@@ -121,6 +121,7 @@ class LayerErrors:
         self._attributes = node_attributes(graph)
         self._stacks = numpy_stacks(graph, candidates, memory_bytes)
         self._stats = stats
+        self._candidates = candidates
 
     def of(
         self, layer: Layer, values: Mapping[str, Array], schemes: frozenset[str] | None = None
@@ -128,8 +129,8 @@ class LayerErrors:
         """Yield (output name, scheme, dY) for every use and scheme of ``layer``."""
         stack = self._stacks[layer]
         for use in layer.uses:
-            scale = activation_scale(self._stats, use) if stack.with_activation else None
-            errors = UseErrors(layer, self._attributes[use.node], stack, scale)
+            roundings = input_roundings(self._stats, use, self._candidates[layer.name].schemes)
+            errors = UseErrors(layer, self._attributes[use.node], stack, roundings)
             for scheme, error in errors.errors(values[use.input], schemes):
                 yield use.output, scheme, error
 

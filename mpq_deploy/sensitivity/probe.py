@@ -30,8 +30,9 @@ from mpq_deploy.sensitivity.torch_graph import TorchGraph
 from mpq_deploy.sensitivity.torch_projection import TorchStack, project_layer
 from mpq_deploy.sensitivity.weights import (
     CandidateWeights,
+    InputRounding,
     StackStore,
-    activation_scale,
+    input_roundings,
     measured_layers,
     node_attributes,
 )
@@ -85,7 +86,7 @@ def measure_probe(
 class _Use:
     layer: Layer
     use: LayerUse
-    scale: float | None
+    roundings: dict[str, InputRounding]
 
 
 class _Probing:
@@ -109,9 +110,8 @@ class _Probing:
             graph, candidates, lambda stack: TorchStack.of(stack, errors_type), options.memory_bytes
         )
         self._uses = [
-            _Use(layer, use, activation_scale(stats, use) if rounds else None)
+            _Use(layer, use, input_roundings(stats, use, candidates[layer.name].schemes))
             for layer in self.layers
-            for rounds in [any(s.activation is not None for s in candidates[layer.name].schemes)]
             for use in layer.uses
         ]
         self._calls = calls
@@ -210,7 +210,7 @@ class _Probing:
     ) -> None:
         stack, attributes = self._stacks[item.layer], self._attributes[item.use.node]
         samples = chunk.stop - chunk.start
-        found = project_layer(item.layer, attributes, stack, x, gradients, samples, item.scale)
+        found = project_layer(item.layer, attributes, stack, x, gradients, samples, item.roundings)
         for scheme, products in found.items():
             values[item.layer.name][scheme][step_index, :, chunk] += products.float().numpy()
 

@@ -15,6 +15,7 @@ probes; the weight gradient does not depend on the number of schemes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch.nn import functional
 
 from mpq_deploy.graph.layers import Layer
 from mpq_deploy.sensitivity.torch_windows import convolve
-from mpq_deploy.sensitivity.weights import FormStack
+from mpq_deploy.sensitivity.weights import FormStack, InputRounding
 from mpq_deploy.sensitivity.windows import window_pads
 
 Tensor = torch.Tensor
@@ -38,9 +39,13 @@ def quantized_codes(x: Any, scale: float) -> Any:
     return torch.round(x / scale).clamp_(INT8_MIN, INT8_MAX)
 
 
-def fake_quantize(x: Any, scale: float) -> Any:
-    """Round ``x`` to INT8 codes times ``scale``, as QuantizeLinear and DequantizeLinear do."""
-    return quantized_codes(x, scale).mul_(scale)
+def fake_quantize(x: Any, rounding: InputRounding, layer: Layer) -> Any:
+    """Round ``x`` as QuantizeLinear and DequantizeLinear do, to INT8 codes times the scale; kept channels stay."""
+    rounded = quantized_codes(x, rounding.scale).mul_(rounding.scale)
+    if not len(rounding.kept):
+        return rounded
+    channels = x.shape[1 if layer.op == "Conv" else -1]
+    return torch.where(torch.from_numpy(rounding.kept_mask(layer, x.ndim, channels)), x, rounded)
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,8 @@ class TorchStack:
     with_activation: dict[str, int]
     split_start: int
     split_end: int
+    kept_start: int
+    with_kept: dict[str, dict[str, int]]
 
     @classmethod
     def of(cls, stack: FormStack, float_type: torch.dtype) -> TorchStack:
@@ -60,7 +67,8 @@ class TorchStack:
         arrays = (torch.from_numpy(array).to(float_type) for array in (stack.weight, stack.differences))
         weight, differences = arrays
         kinds = (stack.weights_only, stack.with_activation)
-        return cls(weight, differences, *kinds, stack.split_start, stack.split_end)
+        rows = (stack.split_start, stack.split_end, stack.kept_start)
+        return cls(weight, differences, *kinds, *rows, stack.with_kept)
 
     @property
     def bytes(self) -> int:
@@ -115,15 +123,15 @@ def project_layer(
     x: Any,
     gradients: Any,
     samples: int,
-    scale: float | None,
+    roundings: Mapping[str, InputRounding],
     way: str = "",
 ) -> dict[str, Any]:
     """Return scheme -> <G, dY_s> as [P, samples], for one use of a layer.
 
     ``x``: the layer's float input, its leading axis running over samples first; ``gradients``
     [rows, P, *rest]: those of the layer's output, the probes on the second axis.
-    ``scale``: of the INT8 activation, None when no scheme rounds it. ``way``: "forward" or "weights"
-    forces one of the two ways.
+    ``roundings``: of the input, by the schemes' activation form. ``way``: "forward" or "weights" forces one of the two
+    ways.
     """
     float_type = stack.differences.dtype
     x = canonical_input(layer, x, samples)
@@ -136,16 +144,28 @@ def project_layer(
         rows = projected(layer, attributes, x.to(float_type), plain, g, samples)
         found.update({name: rows[row] for name, row in stack.weights_only.items()})
     if stack.with_activation:
-        if scale is None:
-            raise ValueError("a scheme rounds the activation, but no scale was given")
+        scale = _rounding(roundings, "").scale
         # The integer codes are exact even in bfloat16; the scale is multiplied into the products.
         codes = quantized_codes(x, scale)
         rounding = (codes * scale - x).to(float_type)
-        quantized = stack.differences[stack.split_start :]
+        quantized = stack.differences[stack.split_start : stack.kept_start]
         rows = projected(layer, attributes, codes.to(float_type), quantized, g, samples) * scale
         rows = rows + _project_forward(layer, attributes, rounding, stack.weight[None], g, samples)
         found.update({name: rows[row - stack.split_start] for name, row in stack.with_activation.items()})
+    for form, names in stack.with_kept.items():
+        rounded = fake_quantize(x, _rounding(roundings, form), layer)
+        first, last = min(names.values()), max(names.values())
+        forms = stack.differences[first : last + 1]
+        rows = projected(layer, attributes, rounded.to(float_type), forms, g, samples)
+        rows = rows + _project_forward(layer, attributes, (rounded - x).to(float_type), stack.weight[None], g, samples)
+        found.update({name: rows[row - first] for name, row in names.items()})
     return found
+
+
+def _rounding(roundings: Mapping[str, InputRounding], form: str) -> InputRounding:
+    if form not in roundings:
+        raise ValueError(f"a scheme rounds the activation{form}, but no scale was given")
+    return roundings[form]
 
 
 def _project_forward(layer: Layer, attributes: dict[str, Any], x: Any, matrices: Any, g: Any, samples: int) -> Any:

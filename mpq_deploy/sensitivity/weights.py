@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from mpq_deploy.calibrate.stats import CalibrationStats
+from mpq_deploy.calibrate.stats import ActivationStats, CalibrationStats
 from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import Layer, LayerGraph, LayerUse
@@ -39,7 +39,9 @@ class FormStack:
 
     ``differences`` float32 [F, out_channels, reduction]: dequantized minus float weight, one per distinct form.
     ``weights_only``, ``with_activation``: scheme -> row of ``differences``, for schemes whose activation stays
-    float and for those whose activation is INT8. Their rows are consecutive: ``[:split_end]`` and ``[split_start:]``.
+    float and for those whose activation is INT8. Their rows are consecutive: ``[:split_end]`` and
+    ``[split_start:kept_start]``. ``with_kept``: activation form -> scheme -> row, for schemes that leave some channels
+    of the activation in float; their rows follow.
     """
 
     weight: Array
@@ -48,6 +50,8 @@ class FormStack:
     with_activation: dict[str, int]
     split_start: int
     split_end: int
+    kept_start: int
+    with_kept: dict[str, dict[str, int]]
 
     @property
     def bytes(self) -> int:
@@ -69,12 +73,18 @@ def float_matrix(graph: LayerGraph, layer: Layer) -> Array:
 def form_stack(weight: Array, candidate: CandidateWeights) -> FormStack:
     """Stack the distinct weight forms of ``candidate``: weights-only ones first, shared ones in the middle."""
     plain = dict.fromkeys(s.weight_form for s in candidate.schemes if s.activation is None)
-    quantized = dict.fromkeys(s.weight_form for s in candidate.schemes if s.activation is not None)
+    quantized = dict.fromkeys(s.weight_form for s in _rounding_all(candidate))
+    kept: dict[str, list[Scheme]] = {}
+    for scheme in candidate.schemes:
+        if scheme.activation_form:
+            kept.setdefault(scheme.activation_form, []).append(scheme)
     order = [
         *(f for f in plain if f not in quantized),
         *(f for f in plain if f in quantized),
         *(f for f in quantized if f not in plain),
     ]
+    kept_start = len(order)
+    order += [s.weight_form for schemes in kept.values() for s in schemes]
     row = {form: i for i, form in enumerate(order)}
     differences = np.empty((len(order), *weight.shape), np.float32)
     for form, i in row.items():
@@ -83,10 +93,16 @@ def form_stack(weight: Array, candidate: CandidateWeights) -> FormStack:
         weight,
         differences,
         {s.name: row[s.weight_form] for s in candidate.schemes if s.activation is None},
-        {s.name: row[s.weight_form] for s in candidate.schemes if s.activation is not None},
-        len(order) - len(quantized),
+        {s.name: row[s.weight_form] for s in _rounding_all(candidate)},
+        kept_start - len(quantized),
         len(plain),
+        kept_start,
+        {form: {s.name: row[s.weight_form] for s in schemes} for form, schemes in kept.items()},
     )
+
+
+def _rounding_all(candidate: CandidateWeights) -> list[Scheme]:
+    return [s for s in candidate.schemes if s.activation is not None and not s.activation_form]
 
 
 class Stack(Protocol):
@@ -133,15 +149,40 @@ def numpy_stacks(graph: LayerGraph, candidates: Mapping[str, CandidateWeights], 
     return StackStore(graph, candidates, lambda stack: stack, limit)
 
 
-def activation_scale(stats: CalibrationStats, use: LayerUse) -> float:
-    """Return the INT8 scale of the activation that ``use`` reads. Raises ModelError when it was not calibrated."""
+@dataclass(frozen=True)
+class InputRounding:
+    """How schemes round the input of a layer: the INT8 scale, and the channels (int32 [n]) that stay in float."""
+
+    scale: float
+    kept: Array
+
+    def kept_mask(self, layer: Layer, rank: int, channels: int) -> Array:
+        """Return a mask that is True for the channels kept, shaped to broadcast against an input of ``rank``."""
+        mask = np.zeros(channels, bool)
+        mask[self.kept] = True
+        return mask.reshape(1, -1, *(1,) * (rank - 2)) if layer.op == "Conv" else mask
+
+
+def input_roundings(stats: CalibrationStats, use: LayerUse, schemes: Iterable[Scheme]) -> dict[str, InputRounding]:
+    """Return how the activation of ``use`` is rounded, by the activation form of those ``schemes`` that round it.
+
+    Raises ModelError when it was not calibrated.
+    """
+    forms = dict.fromkeys(s.activation_form for s in schemes if s.activation is not None)
+    if not forms:
+        return {}
+    found = _statistics(stats, use)
+    return {form: InputRounding(found.scale_for(form), found.left_out(form)) for form in forms}
+
+
+def _statistics(stats: CalibrationStats, use: LayerUse) -> ActivationStats:
     found = stats.activations.get(use.input)
     if found is None:
         raise ModelError(
             f"Calibration has no statistics of the activation '{use.input}', which node '{use.node}' reads.",
             "Calibrate this graph again.",
         )
-    return float(found.scale)
+    return found
 
 
 def node_attributes(graph: LayerGraph) -> dict[str, dict[str, Any]]:

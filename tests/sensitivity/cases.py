@@ -112,6 +112,9 @@ def setting(
     }
     empty = np.zeros(1, np.float32)
     made.stats = CalibrationStats(
-        {name: ActivationStats(empty, empty, empty, empty, empty, top / 127) for name, top in tops.items()}
+        {
+            name: ActivationStats(empty, empty, empty, empty, empty, top / 127, empty, empty)
+            for name, top in tops.items()
+        }
     )
     return made

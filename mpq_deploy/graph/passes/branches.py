@@ -2,6 +2,8 @@
 
 - ``rows``: the node keeps the body's output channels; a second node of the same kind computes the promoted ones in
   INT8 weights; Concat joins them and Gather restores the order of the channels (one kernel does both).
+- ``cols``: the node reads the INT8 activation, whose scale leaves the outlier channels out, with weights of zero for
+  them; Gather takes those channels from the float activation to a second, FP16 node, and Add joins the two.
 - ``lowrank``: the node is the INT4 body; two FP16 nodes apply the factors to the same input, and Add joins them.
 
 Weight-side forms (adding or concatenating dequantized weights) are not written: TensorRT rebuilds the whole weight at
@@ -18,7 +20,7 @@ import onnx_ir as ir
 
 from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.graph.layers import Layer
-from mpq_deploy.precision.branches import LowRankMatrix, RowsMatrix
+from mpq_deploy.precision.branches import ColsMatrix, LowRankMatrix, RowsMatrix
 
 WriteWeight = Callable[[ir.Node], ir.Value]
 
@@ -68,6 +70,26 @@ def write_rows(
     gather = _node("Gather", [concat.outputs[0], order], {"axis": axis}, f"{node.name}/restore", output)
     model.graph.insert_after(twin, [concat, gather])
     _take_over(model, output, gather, concat)
+
+
+def write_columns(
+    model: ir.Model, node: ir.Node, layer: Layer, matrix: ColsMatrix, x: ir.Value, write_body: WriteWeight
+) -> None:
+    """Add the product of the outlier channels of ``x``, the float input, to the output of ``node``."""
+    node.replace_input_with(1, write_body(node))
+    output = node.outputs[0]
+    shape = list(layer.weight_shape)
+    shape[1 - layer.out_axis] = len(matrix.columns)
+    weight = (matrix.weight if layer.out_axis == 0 else matrix.weight.T).reshape(shape)
+    twin = _copy_of(node, f"{node.name}/outliers", bias=False)
+    indices = _constant(model, f"{layer.weight}//outlier_channels", matrix.columns)
+    axis = 1 if layer.op == "Conv" else -1
+    gather = _node("Gather", [x, indices], {"axis": axis}, f"{node.name}/outlier_channels", x)
+    twin.replace_input_with(0, gather.outputs[0])
+    twin.replace_input_with(1, _constant(model, f"{layer.weight}//outliers", weight.astype(np.float32)))
+    add = _node("Add", [output, twin.outputs[0]], {}, f"{node.name}/outliers_add", output)
+    model.graph.insert_after(node, [gather, twin, add])
+    _take_over(model, output, add, add)
 
 
 def write_low_rank(

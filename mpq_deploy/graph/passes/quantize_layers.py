@@ -27,8 +27,8 @@ import onnx_ir as ir
 from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import Layer
-from mpq_deploy.graph.passes.branches import write_low_rank, write_rows
-from mpq_deploy.precision.branches import LowRankMatrix, RowsMatrix
+from mpq_deploy.graph.passes.branches import write_columns, write_low_rank, write_rows
+from mpq_deploy.precision.branches import ColsMatrix, LowRankMatrix, RowsMatrix
 from mpq_deploy.precision.candidates import DeployedMatrix
 from mpq_deploy.precision.deployed import branch_parts
 from mpq_deploy.precision.quantizers import QuantizedMatrix
@@ -49,7 +49,8 @@ def quantize_layers(
 ) -> tuple[ir.Model, bool]:
     """Rewrite ``model`` in place; return it and whether anything changed.
 
-    ``activation_scales``: activation tensor -> INT8 scale, for every input of a layer with INT8 activations.
+    ``activation_scales``: activation tensor (followed by the scheme's ``activation_form``) -> INT8 scale, for every
+    input of a layer with INT8 activations.
     """
     nodes = {node.name: node for node in model.graph}
     pairs: dict[str, ir.Value] = {}
@@ -62,9 +63,11 @@ def quantize_layers(
             node = nodes[use.node]
             x = node.inputs[0]
             if rewrite.scheme.activation is INT8:
-                if use.input not in pairs:
-                    pairs[use.input] = _quantized_activation(model, node, activation_scales[use.input])
-                node.replace_input_with(0, pairs[use.input])
+                key = use.input + rewrite.scheme.activation_form
+                if key not in pairs:
+                    form = rewrite.scheme.activation_form
+                    pairs[key] = _quantized_activation(model, node, activation_scales[key], form)
+                node.replace_input_with(0, pairs[key])
             assert x is not None
             write(node, number, x)
         _drop_if_unused(model, rewrite.layer.weight)
@@ -80,6 +83,9 @@ def _weight_writing(model: ir.Model, rewrite: LayerRewrite) -> Callable[[ir.Node
         body = _WeightWriter(model, body_layer, body_scheme, matrix.body)
         promoted = _WeightWriter(model, promoted_layer, promoted_scheme, matrix.promoted)
         return lambda node, number, x: write_rows(model, node, layer, matrix, body.write, promoted.write)
+    if isinstance(matrix, ColsMatrix):
+        rest = _WeightWriter(model, layer, scheme.body, matrix.body)
+        return lambda node, number, x: write_columns(model, node, layer, matrix, x, rest.write)
     if isinstance(matrix, LowRankMatrix):
         writer = _WeightWriter(model, layer, scheme.body, matrix.body)
         return lambda node, number, x: write_low_rank(model, node, layer, matrix, x, writer.write)
@@ -153,25 +159,24 @@ class _WeightWriter:
         return output
 
 
-def _quantized_activation(model: ir.Model, reader: ir.Node, scale: float) -> ir.Value:
+def _quantized_activation(model: ir.Model, reader: ir.Node, scale: float, form: str) -> ir.Value:
     """Insert the Q/DQ pair of the activation that ``reader`` reads, right after its producer."""
     value = reader.inputs[0]
     assert value is not None and value.name is not None
     if not np.isfinite(scale) or scale <= 0:
         raise ModelError(f"The INT8 scale of the activation '{value.name}' is {scale}.", "Calibrate again.")
     constant = ir.Value(
-        name=f"{value.name}//scale",
+        name=f"{value.name}//scale{form}",
         shape=ir.Shape(()),
         type=ir.TensorType(ir.DataType.FLOAT),
         # Rank 0: with shape [1] TensorRT silently runs the convolution in FP16.
-        const_value=ir.Tensor(np.asarray(scale, np.float32), name=f"{value.name}//scale"),
+        const_value=ir.Tensor(np.asarray(scale, np.float32), name=f"{value.name}//scale{form}"),
     )
     model.graph.register_initializer(constant)
     to_int8 = {"output_dtype": int(ir.DataType.INT8)}
-    quantize = ir.node("QuantizeLinear", [value, constant], to_int8, name=f"{value.name}/quantize", num_outputs=1)
-    dequantize = ir.node(
-        "DequantizeLinear", [quantize.outputs[0], constant], name=f"{value.name}/dequantize", num_outputs=1
-    )
+    names = (f"{value.name}/quantize{form}", f"{value.name}/dequantize{form}")
+    quantize = ir.node("QuantizeLinear", [value, constant], to_int8, name=names[0], num_outputs=1)
+    dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], constant], name=names[1], num_outputs=1)
     for node, dtype in ((quantize, ir.DataType.INT8), (dequantize, ir.DataType.FLOAT)):
         node.outputs[0].name = f"{node.name}_output"
         node.outputs[0].shape = value.shape
