@@ -34,7 +34,7 @@ from mpq_deploy.precision.quantizers import (
     refine_rounding,
     round_to_nearest,
 )
-from mpq_deploy.precision.scheme import FP16, INT4, INT8, SCHEMES, W8A8, W8A16, Scheme
+from mpq_deploy.precision.scheme import BRANCH_BLOCK, FP16, INT4, INT8, SCHEMES, W8A8, W8A16, Scheme
 
 Refusal = Callable[[Layer, Scheme], str]
 DeployedMatrix = QuantizedMatrix | RowsMatrix | ColsMatrix | LowRankMatrix
@@ -51,7 +51,8 @@ class Choices:
 def choices_for(layer: Layer, wanted: tuple[Scheme, ...], refusal: Refusal) -> Choices:
     """Sort the ``wanted`` schemes into those ``layer`` may take and those it may not, with the reason.
 
-    FP16 is always possible. Two nominal block sizes that give the same real one are one candidate.
+    FP16 is always possible. Two nominal block sizes that give the same real one are one candidate. Branches come after
+    the bodies in ``wanted``; of a family's bodies only the one of blocks nearest to ``BRANCH_BLOCK`` has them.
     """
     allowed: list[Scheme] = [FP16]
     refused: dict[str, str] = {}
@@ -59,13 +60,13 @@ def choices_for(layer: Layer, wanted: tuple[Scheme, ...], refusal: Refusal) -> C
     for scheme in wanted:
         if scheme.weight is None:
             continue
+        if scheme.branch and scheme.body not in _branch_bodies(allowed):
+            continue
         block = block_size(layer, scheme)
         reason = refusal(layer, scheme) or _branch_refusal(layer, scheme)
         if not reason and block is None:
             reason = f"no divisor of its reduction {layer.reduction} lies near {scheme.block_size}"
         twin = seen.get((scheme.family, block))
-        if not reason and scheme.branch and scheme.body not in allowed:
-            reason = f"its body {scheme.body.name} is no candidate"
         if not reason and scheme.branch:
             allowed.append(scheme)
             continue
@@ -77,6 +78,14 @@ def choices_for(layer: Layer, wanted: tuple[Scheme, ...], refusal: Refusal) -> C
         seen[scheme.family, block] = scheme.name
         allowed.append(scheme)
     return Choices(tuple(allowed), refused)
+
+
+def _branch_bodies(allowed: list[Scheme]) -> list[Scheme]:
+    bodies: dict[str, Scheme] = {}
+    for scheme in sorted(allowed, key=lambda s: abs(np.log2((s.block_size or BRANCH_BLOCK) / BRANCH_BLOCK))):
+        if scheme.weight is not None and not scheme.branch:
+            bodies.setdefault(scheme.family, scheme)
+    return list(bodies.values())
 
 
 def _branch_refusal(layer: Layer, scheme: Scheme) -> str:

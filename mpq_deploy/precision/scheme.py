@@ -106,7 +106,8 @@ _INT4_BODIES = (
     *(Scheme(f"w4a16-b{block}", INT4, None, block) for block in BLOCK_SIZES),
     *(Scheme(f"w4a8-b{block}", INT4, INT8, block) for block in BLOCK_SIZES),
 )
-# Branches stand beside blocks of 128 only: the blocks and the branch would otherwise multiply the candidates.
+# A layer's branches stand beside one of its INT4 bodies, that of blocks nearest to this: blocks and branches would
+# otherwise multiply the candidates.
 BRANCH_BLOCK = 128
 # MPQ-DM's group search: m = 0, k, 2k, ... of the output channels, k = c_out // 10, up to half of them.
 ROW_TENTHS = (1, 2, 3, 4, 5)
@@ -120,22 +121,17 @@ SCHEMES: dict[str, Scheme] = {
         W8A8,
         W8A16,
         *_INT4_BODIES,
-        *(
-            body.with_branch(Branch("rows", tenths))
-            for body in _INT4_BODIES
-            if body.block_size == BRANCH_BLOCK
-            for tenths in ROW_TENTHS
-        ),
+        *(body.with_branch(Branch("rows", tenths)) for body in _INT4_BODIES for tenths in ROW_TENTHS),
         *(
             body.with_branch(Branch("cols", share))
             for body in (W8A8, *_INT4_BODIES)
-            if body.activation is INT8 and body.block_size in (None, BRANCH_BLOCK)
+            if body.activation is INT8
             for share in COLUMN_SHARES
         ),
         *(
             body.with_branch(Branch("lowrank", rank))
             for body in _INT4_BODIES
-            if body.block_size == BRANCH_BLOCK and body.activation is None
+            if body.activation is None
             for rank in RANKS
         ),
     )

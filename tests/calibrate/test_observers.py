@@ -53,6 +53,11 @@ def check_against_numpy(case_: Case) -> None:
         gap = np.minimum(abs(ordered[place] - one.reservoir), abs(ordered[place - 1] - one.reservoir))
         assert gap.max() <= 1e-4 * max(1.0, np.abs(ordered).max()), name
         assert len(one.reservoir) == OPTIONS.reservoir
+        # And of the channel that it is said to come from.
+        for channel, row in enumerate(flat):
+            drawn = one.reservoir[observed.channels[number] == channel]
+            nearest = np.abs(drawn[:, None] - row).min(axis=1) if len(drawn) else np.zeros(1)
+            assert nearest.max() <= 1e-4 * max(1.0, np.abs(ordered).max()), (name, channel)
 
 
 def test_every_activation_of_a_denoiser() -> None:
@@ -81,9 +86,28 @@ def test_a_tensor_that_is_the_same_for_all_calls_counts_for_each() -> None:
     check_against_numpy(case(g, (4, 6, 6), batched=False))
 
 
+def test_a_channel_that_stretches_the_range_is_found_and_the_scale_without_it_is_that_of_the_others() -> None:
+    g = GraphBuilder()
+    g.input("sample", ["N", 64, 4, 4])
+    g.input("timestep", ["N"])
+    end(g, g.conv("sample", "conv", 4, 64))
+    stretched = case(g, (64, 4, 4), timesteps=2, calls=16)
+    stretched.recorded.samples[:, :, 5] *= 40
+    stretched.recorded.samples[0, 3, 9] *= 30  # now and then counts as well
+    options = CalibrationOptions(batch_size=8, reservoir=2048)
+    one = summarise(seen(stretched, options), options).activations["sample"]
+    assert set(one.outliers[:2]) == {5, 9}
+    stretched.recorded.samples[:, :, [5, 9]] = 0
+    rest = summarise(seen(stretched, options), options).activations["sample"]
+    # The zeros that now stand in the two channels cost no rounding error, so the best scale is the same.
+    assert one.scale_for("+cols1") == pytest.approx(rest.scale, rel=0.15)
+    assert one.scale_for("+cols1") < one.scale / 2
+    np.testing.assert_array_equal(one.left_out("+cols1"), [5, 9])
+
+
 def same(a: Observation, b: Observation) -> None:
     """Equal, sums up to float64 rounding."""
-    for field in ("amax", "counts", "amax_by_timestep", "priorities", "values", "offsets"):
+    for field in ("amax", "counts", "amax_by_timestep", "priorities", "values", "channels", "offsets"):
         np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
     for field in ("square_sum", "fourth_sum"):
         np.testing.assert_allclose(getattr(a, field), getattr(b, field), rtol=1e-12)

@@ -68,8 +68,12 @@ def local_error(case: Setting, layer: Any, node: Any, x: Any, scheme: Any, tenso
     candidate = case.candidates[layer.name]
     rounded = x
     if scheme.activation is not None:
-        scale = np.float32(case.stats.activations[tensor].scale)
+        stats = case.stats.activations[tensor]
+        scale = np.float32(stats.scale_for(scheme.activation_form))
         rounded = torch.clamp(torch.round(x.float() / scale), -128, 127).double() * float(scale)
+        if scheme.activation_form:
+            place = (slice(None), int(stats.outliers[0])) if layer.op == "Conv" else (..., int(stats.outliers[0]))
+            rounded[place] = x[place]
 
     def apply(inputs: Any, matrix: Any) -> Any:
         w = torch.from_numpy(np.ascontiguousarray(matrix)).double()
