@@ -84,7 +84,7 @@ class QuantizeSection(Section):
     noise_draws: int = Field(
         3, ge=0, description="fresh noises per recorded sample behind the Hessians; 0: the trajectories themselves"
     )
-    damping: float = Field(0.02, gt=0, description="added to the Hessian's diagonal, as a share of its mean")
+    damping: float = Field(0.05, gt=0, description="added to each diagonal element of the Hessian, as a share of it")
     salience: Literal["probe", "kurtosis"] = Field(
         "probe", description="which output channels a rows branch promotes first"
     )

@@ -48,7 +48,6 @@ from mpq_deploy.precision.candidates import (
     round_candidates,
     save_candidates,
     weight_matrix,
-    with_outlier_columns,
     with_promoted_rows,
 )
 from mpq_deploy.precision.deployed import FP16_BYTES, weight_bytes
@@ -303,6 +302,7 @@ def _make_candidates(pipeline: Pipeline, folder: Path) -> str:
         return reason or (bias_refusal(exported.graph.model, layer) if scheme.branch else "")
 
     numbers = {layer.name: number for number, layer in enumerate(exported.graph.layers)}
+    _, stats = load_calibration(pipeline)
     for moments in _moments(pipeline, exported):
         layer = moments.layer
         candidates = round_candidates(
@@ -315,6 +315,7 @@ def _make_candidates(pipeline: Pipeline, folder: Path) -> str:
             damping=section.damping,
             refinements=section.refinements,
             # The controls are what they say whatever the recipe allows the plan.
+            outliers=stats.activations[layer.inputs[0]].outliers,
             also=tuple(s for names in CONTROLS.values() if (s := control_scheme(layer, names, target)).weight),
         )
         save_candidates(candidates, folder / f"{numbers[layer.name]:05d}.safetensors")
@@ -413,14 +414,9 @@ def _diagonal_moments(layer: Layer, stats: CalibrationStats) -> Array:
 
 
 def candidates_of(pipeline: Pipeline, graph: LayerGraph) -> dict[str, LayerCandidates]:
-    """Read the candidates of every layer, by layer name, with the channels that each branch takes."""
+    """Read the candidates of every layer, by layer name, with the rows that branches promote."""
     folder = pipeline.folder("candidates")
     candidates = _read_candidates(folder, graph)
-    if any(s.activation_form for c in candidates.values() for s in c.schemes):
-        _, stats = load_calibration(pipeline)
-        for layer in graph.layers:
-            order = stats.activations[layer.inputs[0]].outliers
-            candidates[layer.name] = with_outlier_columns(candidates[layer.name], order)
     with np.load(folder / ROW_ORDERS, allow_pickle=False) as orders:
         for number, layer in enumerate(graph.layers):
             if str(number) in orders:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mpq_deploy.denoisers.spec import Array
-from mpq_deploy.precision.quantizers import QuantizedMatrix
+from mpq_deploy.precision.quantizers import QuantizedMatrix, damped
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,26 @@ def columns_of(channels: Array, taps: int) -> Array:
     return np.asarray((channels[:, None] * taps + np.arange(taps)).reshape(-1))
 
 
-def split_columns(body: QuantizedMatrix, weight: Array, channels: Array, taps: int) -> ColsMatrix:
-    """Take the input ``channels`` out of ``body``; ``weight`` is the float matrix [O, K]."""
-    chosen = np.sort(np.asarray(channels, np.int32))
-    columns = columns_of(chosen, taps)
-    codes = body.codes.copy()
-    codes[:, columns] = 0
-    rest = QuantizedMatrix(codes, body.scale, body.channel_scale)
-    return ColsMatrix(rest, weight[:, columns].astype(np.float16), chosen)
+def without_columns(weight: Array, moments: list[Array], columns: Array) -> tuple[Array, list[Array]]:
+    """Return the weight [O, K] and the Hessian's diagonal blocks as the body sees them when ``columns`` are taken out.
+
+    The branch leaves no error in those columns, so the others must not be rounded to make up for one.
+    """
+    rest = weight.copy()
+    rest[:, columns] = 0
+    kept, start = [], 0
+    for block in moments:
+        inside = columns[(columns >= start) & (columns < start + len(block))] - start
+        cut = np.array(block)
+        cut[inside], cut[:, inside] = 0, 0
+        kept.append(cut)
+        start += len(block)
+    return rest, kept
+
+
+def beside_body(body: QuantizedMatrix, weight: Array, channels: Array, taps: int) -> ColsMatrix:
+    """Put the FP16 columns of ``weight`` [O, K] for the input ``channels`` (rising) beside a ``body`` without them."""
+    return ColsMatrix(body, weight[:, columns_of(channels, taps)].astype(np.float16), channels)
 
 
 @dataclass(frozen=True)
@@ -109,11 +121,7 @@ def low_rank_factors(error: Array, moments: list[Array], damping: float, rank: i
     Nearest in the error of the layer's output: with H = L L^T (the mean of x x^T, damped, given as its diagonal blocks
     ``moments``) the singular vectors are those of error L, so that |(error - up down) L| is least for this rank.
     """
-    roots = []
-    for block in moments:
-        damped = np.array(block, np.float64)
-        damped[np.diag_indices_from(damped)] += damping * float(np.diagonal(block).mean()) or 1.0
-        roots.append(np.linalg.cholesky(damped))
+    roots = [np.linalg.cholesky(damped(block, damping)) for block in moments]
     cuts = np.cumsum([len(root) for root in roots])[:-1]
     parts = np.split(error.astype(np.float64), cuts, axis=1)
     seen = np.concatenate([part @ root for part, root in zip(parts, roots)], axis=1)

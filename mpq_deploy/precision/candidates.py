@@ -20,9 +20,11 @@ from mpq_deploy.precision.branches import (
     ColsMatrix,
     LowRankMatrix,
     RowsMatrix,
+    beside_body,
+    columns_of,
     low_rank_factors,
     promote_rows,
-    split_columns,
+    without_columns,
 )
 from mpq_deploy.precision.deployed import block_size, input_channels, outlier_columns, promoted_rows
 from mpq_deploy.precision.quantizers import (
@@ -143,12 +145,14 @@ def round_candidates(
     damping: float,
     refinements: int = 0,
     also: tuple[Scheme, ...] = (),
+    outliers: Array | None = None,
 ) -> LayerCandidates:
     """Round ``weight`` float32 [O, K] for every weight form that ``choices`` need, and for the schemes ``also``.
 
     ``moments`` is float [group * B, w, w]: for each group the B diagonal blocks of the mean of x x^T over the layer's
     inputs, of which block b covers ``widths[b]`` columns (their sum is K). With ``gptq`` False only the diagonal is
-    used, as weights of the rounding error. ``refinements``: rounds of ``refine_rounding`` after GPTQ.
+    used, as weights of the rounding error. ``refinements``: rounds of ``refine_rounding`` after GPTQ. ``outliers``: the
+    input channels int32 [C], those to take out of INT8 first, where a scheme does that.
     """
     if not np.all(np.isfinite(weight)):
         raise ModelError(f"The weight '{layer.weight}' holds NaN or Inf.", "Mend the model before quantizing it.")
@@ -171,9 +175,13 @@ def round_candidates(
             parts[form].append(QuantizedMatrix(*rounded[form], scaled[form][1]))
     joined: dict[str, DeployedMatrix] = {form: _joined(pieces) for form, pieces in parts.items()}
     for scheme in choices.schemes:
+        # Branches are for one group, so ``blocks`` are those of the whole layer.
         if scheme.branch and scheme.branch.kind == "lowrank":
-            # Branches are for one group, so ``blocks`` are those of the whole layer.
             joined[scheme.weight_form] = _with_low_rank(weight, joined, scheme, blocks, damping)
+        if scheme.branch and scheme.branch.kind == "cols":
+            assert outliers is not None, "schemes that take outlier channels out need to know them"
+            channels = np.sort(outliers[: outlier_columns(layer, scheme)])
+            joined[scheme.weight_form] = _with_columns(layer, weight, scheme, channels, blocks, gptq, damping)
     return LayerCandidates(layer, choices.schemes, choices.refused, weight, joined)
 
 
@@ -191,6 +199,20 @@ def _with_low_rank(
     assert isinstance(body, QuantizedMatrix) and scheme.branch is not None
     down, up = low_rank_factors(weight - body.dequantize(), blocks, damping, scheme.branch.amount)
     return LowRankMatrix(body, down, up)
+
+
+def _with_columns(
+    layer: Layer, weight: Array, scheme: Scheme, channels: Array, blocks: list[Array], gptq: bool, damping: float
+) -> ColsMatrix:
+    """Round the body without the outlier ``channels``: their errors and their sizes are none of its concern."""
+    taps = layer.reduction // input_channels(layer)
+    rest, moments = without_columns(weight, blocks, columns_of(channels, taps))
+    importance = np.concatenate([np.diagonal(block) for block in moments])
+    body, form = scheme.body, scheme.body.weight_form
+    scaled = {form: _scaled(layer, body, rest, importance)}
+    codes = _rounded(rest, scaled, {form: body}, moments if gptq else None, damping)
+    scale, channel = scaled[form]
+    return beside_body(QuantizedMatrix(codes[form], scale, channel), weight, channels, taps)
 
 
 def with_promoted_rows(candidates: LayerCandidates, order: Array) -> LayerCandidates:
@@ -250,27 +272,17 @@ def _joined(pieces: list[QuantizedMatrix]) -> QuantizedMatrix:
     )
 
 
-def with_outlier_columns(candidates: LayerCandidates, order: Array) -> LayerCandidates:
-    """Return ``candidates`` with the forms of its ``cols`` schemes, for the first input channels of ``order`` [C]."""
-    layer, forms = candidates.layer, dict(candidates.forms)
-    for scheme in candidates.schemes:
-        if scheme.branch and scheme.branch.kind == "cols":
-            body = forms[scheme.body.weight_form]
-            assert isinstance(body, QuantizedMatrix)
-            chosen = order[: outlier_columns(layer, scheme)]
-            taps = layer.reduction // input_channels(layer)
-            forms[scheme.weight_form] = split_columns(body, candidates.weight, chosen, taps)
-    return replace(candidates, forms=forms)
-
-
 def save_candidates(candidates: LayerCandidates, path: Path) -> None:
     """Write the codes and scales of one layer as safetensors (the float weight stays in the model)."""
     from safetensors.numpy import save
 
     arrays: dict[str, Array] = {}
     for form, matrix in candidates.forms.items():
-        if isinstance(matrix, (RowsMatrix, ColsMatrix)):
-            continue  # other forms and an order of the channels make it
+        if isinstance(matrix, RowsMatrix):
+            continue  # two other forms and an order of the channels make it
+        if isinstance(matrix, ColsMatrix):
+            arrays[f"{form}.columns"] = matrix.columns
+            matrix = matrix.body
         if isinstance(matrix, LowRankMatrix):
             arrays[f"{form}.down"], arrays[f"{form}.up"] = matrix.down, matrix.up
             continue
@@ -308,13 +320,17 @@ def load_candidates(layer: Layer, weight: Array, path: Path) -> LayerCandidates:
         choices = _choices(file.metadata())
         for form in sorted({name.rsplit(".", 1)[0] for name in names if name.endswith(".codes")}):
             channel = f"{form}.channel_scale"
-            forms[form] = QuantizedMatrix(
+            body = QuantizedMatrix(
                 file.get_tensor(f"{form}.codes"),
                 file.get_tensor(f"{form}.scale"),
                 file.get_tensor(channel) if channel in names else None,
             )
+            forms[form] = body
+            if f"{form}.columns" in names:
+                taps = layer.reduction // input_channels(layer)
+                forms[form] = beside_body(body, weight, file.get_tensor(f"{form}.columns"), taps)
         for form in sorted({name.rsplit(".", 1)[0] for name in names if name.endswith(".down")}):
-            body = forms[form.split("+")[0]]
-            assert isinstance(body, QuantizedMatrix)
-            forms[form] = LowRankMatrix(body, file.get_tensor(f"{form}.down"), file.get_tensor(f"{form}.up"))
+            beside = forms[form.split("+")[0]]
+            assert isinstance(beside, QuantizedMatrix)
+            forms[form] = LowRankMatrix(beside, file.get_tensor(f"{form}.down"), file.get_tensor(f"{form}.up"))
     return LayerCandidates(layer, choices.schemes, choices.refused, weight, forms)

@@ -110,16 +110,29 @@ def round_to_nearest(weight: Array, step: Array, quant_min: int, quant_max: int)
     return np.clip(np.rint(weight / step), quant_min, quant_max).astype(np.int8)
 
 
+def damped(hessian: Array, damping: float) -> Array:
+    """Return ``hessian`` [K, K] in float64 with every diagonal element raised by the share ``damping``.
+
+    GPTQ adds a share of the diagonal's mean; ours is relative to each column, which shrinks all correlations alike, so
+    that a few columns of large inputs do not damp all the others away. Columns that are always zero get the mean.
+    """
+    matrix = np.array(hessian, np.float64)
+    diagonal = np.diagonal(matrix)
+    positive = diagonal > 0
+    mean = float(diagonal[positive].mean()) if positive.any() else 1.0
+    # A column of hardly any input would leave the factor without accuracy.
+    least = 1e-9 * mean
+    matrix[np.diag_indices_from(matrix)] = np.where(positive, (1 + damping) * np.maximum(diagonal, least), mean)
+    return matrix
+
+
 def gptq_factor(hessian: Array, damping: float) -> Array:
     """Return the upper Cholesky factor U float32 [K, K] of the damped inverse Hessian, U^T U = H^-1.
 
-    ``hessian``: mean of x x^T over the layer's inputs. Columns that are always zero get a unit diagonal.
+    ``hessian``: mean of x x^T over the layer's inputs, damped by ``damped``.
     Source: Frantar et al., GPTQ (2023), section 3; the factor comes from one Cholesky of the reversed matrix.
     """
-    matrix = np.array(hessian, np.float64)
-    diagonal = np.diagonal(matrix).copy()
-    mean = float(diagonal.mean()) or 1.0
-    matrix[np.diag_indices_from(matrix)] = np.where(diagonal > 0, diagonal, mean) + damping * mean
+    matrix = damped(hessian, damping)
     lower = np.linalg.cholesky(matrix[::-1, ::-1])
     return np.asarray(_inverse_of_lower(lower)[::-1, ::-1], np.float32)
 
@@ -190,27 +203,21 @@ def refine_rounding(
     to the best level for the others as they stand (coordinate descent). ``moments``: the diagonal blocks of the
     Hessian, together K wide, damped here as for GPTQ. Neither step makes a row worse. Our choice.
     """
-    damped = [_damped(block, damping) for block in moments]
+    hessians = [damped(block, damping).astype(np.float32) for block in moments]
     columns = weight.shape[1]
     for _ in range(rounds if forms else 0):
-        scales = [_better_scale(weight, codes, scale, damped) for codes, scale in forms]
+        scales = [_better_scale(weight, codes, scale, hessians) for codes, scale in forms]
         # All forms share the Hessian, so their rows are visited together.
         target = np.tile(weight, (len(forms), 1))
         codes = np.concatenate([codes for codes, _ in forms])
         step = np.concatenate([_per_column(scale.astype(np.float32), columns) for scale in scales])
         start = 0
-        for block in damped:
+        for block in hessians:
             span = slice(start, start + len(block))
             start += len(block)
             codes[:, span] = _descended(target[:, span], codes[:, span], step[:, span], block)
         forms = list(zip(np.split(codes, len(forms)), scales))
     return forms
-
-
-def _damped(block: Array, damping: float) -> Array:
-    damped = np.array(block, np.float32)
-    damped[np.diag_indices_from(damped)] += np.float32(damping * float(np.diagonal(block).mean()) or 1.0)
-    return damped
 
 
 def _errors(weight: Array, codes: Array, scale: Array, moments: list[Array]) -> Array:

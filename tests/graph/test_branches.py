@@ -24,7 +24,6 @@ from mpq_deploy.precision.candidates import (
     fold_matrix,
     round_candidates,
     weight_matrix,
-    with_outlier_columns,
     with_promoted_rows,
 )
 from mpq_deploy.precision.deployed import FP16_BYTES, input_channels, outlier_columns, weight_bytes
@@ -78,9 +77,9 @@ def candidates_of(graph: LayerGraph) -> dict[str, LayerCandidates]:
             widths=(layer.reduction,),
             gptq=True,
             damping=0.01,
+            outliers=outlier_order(layer),
         )
-        made = with_promoted_rows(made, rng.permutation(layer.out_channels).astype(np.int32))
-        found[layer.name] = with_outlier_columns(made, outlier_order(layer))
+        found[layer.name] = with_promoted_rows(made, rng.permutation(layer.out_channels).astype(np.int32))
     return found
 
 

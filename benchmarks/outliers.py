@@ -1,0 +1,208 @@
+"""What outlier branches are worth: uniform plans with and without them, on a model and on its rescaled twin.
+
+    python benchmarks/outliers.py [MODEL]
+
+MODEL is what `mpq-deploy build` takes; nothing is the small digits model. The twin is synthetic: before every layer a
+few input channels are multiplied by a large factor and the layer's weights for them divided by it, so that the float
+function stays the same (its largest relative difference is printed) while INT8 activations get outliers and INT4 weight
+blocks get columns of very different size. Every plan gives all layers one scheme where they may take it, the next best
+of its list otherwise. NMSE and PSNR are against the float model from the same noise. The checks are relations between
+results of this very run, and the exit code is 1 when one fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import yaml
+from table import Page, bench_recipe, decibels, markdown, verdict
+
+from mpq_deploy.evaluate.evaluate import evaluate
+from mpq_deploy.evaluate.result import EvaluationOptions, VariantResult
+from mpq_deploy.graph.write import SIMULATED
+from mpq_deploy.pipeline import Pipeline, open_pipeline
+from mpq_deploy.stages import Exported, candidates_of, write_plan
+from mpq_deploy.talk import PlainTalk
+
+# One input channel in SHARE is multiplied by FACTOR.
+SHARE, FACTOR = 48, 32.0
+# Branches must bring per-tensor W8A8 on the twin within so many dB of W8A8 on the model itself.
+WITHIN_DB = 2.0
+PLANS: dict[str, tuple[str, ...]] = {
+    "W8A8, one scale per tensor": ("w8a8", "w8a16"),
+    "W8A8 + cols1": ("w8a8+cols1", "w8a8", "w8a16"),
+    "W8A8 + cols2": ("w8a8+cols2", "w8a8", "w8a16"),
+    "W4A16": ("w4a16-b128", "w4a16-b64", "w4a16-b32"),
+    "W4A16 + rows1": ("+rows1", "w4a16-b128", "w4a16-b64", "w4a16-b32"),
+    "W4A16 + rows3": ("+rows3", "w4a16-b128", "w4a16-b64", "w4a16-b32"),
+    "W4A16 + lowrank8": ("+lowrank8", "w4a16-b128", "w4a16-b64", "w4a16-b32"),
+}
+
+
+def rescaled(pipeline: Pipeline, folder: Path) -> float:
+    """Write the twin of the exported model as an ONNX model; return how far its output is from the model's."""
+    exported = Exported(pipeline)
+    model = onnx.load(exported.path)
+    weights = {t.name: t for t in model.graph.initializer}
+    uses = {use.node: layer for layer in exported.graph.layers for use in layer.uses if len(layer.uses) == 1}
+    factors: dict[str, np.ndarray] = {}
+    nodes = []
+    for node in model.graph.node:
+        layer = uses.get(node.name)
+        if layer is not None and layer.group == 1 and layer.weight_shape[1 - layer.out_axis] >= SHARE // 2:
+            channels = layer.weight_shape[1 - layer.out_axis]
+            x = node.input[0]
+            axes = len(layer.kernel)
+            key = f"{x}/stretched"
+            if key not in factors:
+                rng = np.random.default_rng(len(factors))
+                factors[key] = np.ones(channels, np.float32)
+                factors[key][rng.choice(channels, max(1, channels // SHARE), replace=False)] = FACTOR
+                shaped = factors[key].reshape(-1, *(1,) * axes)
+                model.graph.initializer.append(onnx.numpy_helper.from_array(shaped, f"{key}.factor"))
+                nodes.append(onnx.helper.make_node("Mul", [x, f"{key}.factor"], [key], name=key))
+            shape = [1] * len(layer.weight_shape)
+            shape[1 - layer.out_axis] = channels
+            array = onnx.numpy_helper.to_array(weights[layer.weight]) / factors[key].reshape(shape)
+            weights[layer.weight].CopyFrom(onnx.numpy_helper.from_array(array, layer.weight))
+            node.input[0] = key
+        nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.save(model, folder / "twin.onnx")
+    describe(exported, folder)
+    return difference(exported, folder / "twin.onnx")
+
+
+def describe(exported: Exported, folder: Path) -> None:
+    """Write the twin's YAML and conditions."""
+    spec = exported.spec
+    described: dict[str, Any] = {
+        "sample": {"name": spec.sample.name, "shape": list(spec.sample.shape)},
+        "timestep": spec.timestep.name,
+        "conditions": [condition.name for condition in spec.conditions],
+        "output": spec.output,
+        "prediction_type": spec.prediction_type,
+        "scheduler": spec.scheduler,
+        "labels": list(spec.labels),
+    }
+    if spec.pixel_range:
+        described["pixel_range"] = list(spec.pixel_range)
+    (folder / "twin.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(described))))
+    np.savez(folder / "conditions.npz", **exported.conditions)  # type: ignore[arg-type]
+
+
+def difference(exported: Exported, twin: Path) -> float:
+    """Return the largest difference between the outputs of the model and its twin, relative to the largest output."""
+    outputs = []
+    spec = exported.spec
+    feeds: dict[str, Any] = {
+        spec.sample.name: np.random.default_rng(0).standard_normal((2, *spec.sample.shape)).astype(np.float32),
+        spec.timestep.name: np.full(2, 500, np.float32) if spec.timestep.batched else np.array(500, np.float32),
+        **{name: rows[:2] for name, rows in exported.conditions.items()},
+    }
+    for path in (exported.path, twin):
+        session = ort.InferenceSession(str(path))
+        types = {entry.name: entry.type for entry in session.get_inputs()}
+        cast = {n: v.astype(np.int64) if "int64" in types[n] else v for n, v in feeds.items() if n in types}
+        outputs.append(session.run([spec.output], cast)[0])
+    return float(np.abs(outputs[0] - outputs[1]).max() / np.abs(outputs[0]).max())
+
+
+def measured(pipeline: Pipeline, samples: int) -> dict[str, tuple[VariantResult, float]]:
+    """Return the result of every plan and its size as a share of FP16."""
+    pipeline.run_until("candidates")
+    exported = Exported(pipeline)
+    candidates = candidates_of(pipeline, exported.graph)
+    section = pipeline.recipe.evaluate
+    with tempfile.TemporaryDirectory() as name:
+        variants, sizes = {}, {}
+        for title, preferred in PLANS.items():
+            plan = {
+                layer: next(
+                    (s.name for p in preferred for s in c.schemes if s.name == p or (p[0] == "+" and ends(s.name, p))),
+                    "fp16",
+                )
+                for layer, c in candidates.items()
+            }
+            folder = Path(name) / str(len(variants))
+            folder.mkdir()
+            sizes[title] = write_plan(pipeline, plan, folder)
+            variants[title] = folder / SIMULATED
+        options = EvaluationOptions(
+            samples=samples, steps=section.steps, timesteps=section.timesteps, seed=section.seed, latency_calls=0
+        )
+        found = evaluate(
+            variants, exported.path, exported.spec, exported.conditions, options, pipeline.talk, sizes=sizes
+        )
+    whole = exported.facts["fp16_size_bytes"]
+    return {title: (found.variants[title], sizes[title] / whole) for title in PLANS}
+
+
+def ends(scheme: str, suffix: str) -> bool:
+    """Whether ``scheme`` is a weights-only body with that branch."""
+    return scheme.startswith("w4a16") and scheme.endswith(suffix)
+
+
+def table(found: dict[str, tuple[VariantResult, float]]) -> str:
+    """Return one row per plan."""
+    rows = [
+        [title, f"{share:.4f}", f"{result.measured_nmse:.2e}", decibels(result.psnr_db)]
+        for title, (result, share) in found.items()
+    ]
+    return markdown(("every layer", "of FP16", "measured NMSE", "PSNR dB"), rows)
+
+
+def main() -> int:
+    """Measure, print the page, and return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="digits")
+    parser.add_argument("-o", "--run", type=Path, default=Path("runs/bench-outliers"))
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--page", type=Path, help="also write the page to this file")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="recipe entries")
+    options = parser.parse_args()
+    branches = {"allocate.branches": ["rows", "cols", "lowrank"], "engine.build": False}
+    page = Page(f"Outlier branches: {options.model} and its rescaled twin")
+    talk = PlainTalk()
+    with open_pipeline(
+        bench_recipe(None, options.set, {"model": options.model, **branches}), options.run / "model", talk
+    ) as pipeline:
+        plain = measured(pipeline, options.samples)
+        folder = options.run / "twin-model"
+        folder.mkdir(exist_ok=True)
+        apart = rescaled(pipeline, folder)
+    values = {"model": str(folder / "twin.onnx"), "conditions": str(folder / "conditions.npz"), **branches}
+    with open_pipeline(bench_recipe(None, options.set, values), options.run / "twin", talk) as pipeline:
+        twin = measured(pipeline, options.samples)
+    page.say("## The model itself\n\n" + table(plain))
+    page.say(
+        f"## Its rescaled twin (synthetic)\n\nOne input channel in {SHARE} of every wide enough layer is {FACTOR:g} "
+        "times larger, its weights as much smaller. Largest difference of the float outputs: "
+        f"{apart:.1e} of the largest.\n\n" + table(twin)
+    )
+    first = next(iter(PLANS))
+    best = max(twin[title][0].psnr_db for title in PLANS if "cols" in title)
+    itself, bare = plain[first][0].psnr_db, twin[first][0].psnr_db
+    passed = itself - best <= WITHIN_DB
+    page.say(
+        verdict(
+            passed,
+            f"cols brings W8A8 on the twin within {WITHIN_DB:g} dB of W8A8 on the model",
+            f"{best:.1f} dB against {itself:.1f} dB (without branches {bare:.1f} dB)",
+        )
+    )
+    page.save(options.page)
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
