@@ -36,8 +36,9 @@ HEADER = ("", "held-out NMSE", "applied", "NMSE", "corrected", "PSNR dB", "corre
 HEADER = (*HEADER, "DDPM: PSNR dB", "corrected", "noise taken out")
 
 ABOUT = """\
-Each pair of columns is without and with the correction. The samples of DDPM share the float model's noise, so their PSNR
-counts noise that was taken out as a difference: it does not judge that part, whose aim is the samples' distribution."""
+Each pair of columns is without and with the correction. The samples of DDPM share the float model's noise, so their
+PSNR counts noise that was taken out as a difference: it does not judge that part, whose aim is the samples'
+distribution."""
 
 
 @dataclass(frozen=True)
