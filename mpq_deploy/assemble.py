@@ -28,13 +28,15 @@ from mpq_deploy.report.data import (
     StageRow,
     TargetInfo,
 )
+from mpq_deploy.runtime.correction import FILE as CORRECTION
 from mpq_deploy.sensitivity.table import SensitivityTable
-from mpq_deploy.stages import LATENCY, Exported, version_of
+from mpq_deploy.stages import CORRECTED, LATENCY, Exported, version_of
 
 if TYPE_CHECKING:
     from mpq_deploy.pipeline import Pipeline, Summary
 
 TITLES = {"float": "Float", "ours": "Ours", "int8": "Everything INT8", "int4": "Everything INT4"}
+TITLES[CORRECTED] = "Ours, corrected (PTQD)"
 PACKAGES = ("onnx", "onnx-ir", "onnxruntime", "highspy", "numpy", "torch", "diffusers", "tensorrt-rtx", "tensorrt")
 
 
@@ -77,8 +79,13 @@ def report_data(pipeline: Pipeline) -> ReportData:
             sampler=evaluation.sampler,
             image_kind=evaluation.image_kind,
         ),
+        extras={
+            name: _control(name, variant, plan) for name, variant in evaluation.variants.items() if name == CORRECTED
+        },
         controls={
-            name: _control(name, variant, plan) for name, variant in evaluation.variants.items() if name != "ours"
+            name: _control(name, variant, plan)
+            for name, variant in evaluation.variants.items()
+            if name not in ("ours", CORRECTED)
         },
         curve=_curve(pipeline),
         engine=engine,
@@ -223,21 +230,22 @@ def summarise(pipeline: Pipeline, last: str) -> Summary:
 
 
 def _headline(run: Path, report: dict[str, Any]) -> str:
-    ours = _row("ours", report["size_ratio"], report["size_bytes"], report["psnr_db"], report["measured_nmse"])
-    lines = [f"{'':<6} {'of FP16':>8} {'bytes':>14} {'PSNR dB':>8} {'NMSE':>9}", ours]
-    for name, control in report["controls"].items():
-        row = (control["size_ratio"], control["size_bytes"], control["psnr_db"], control["measured_nmse"])
-        lines.append(_row(name, *row))
+    lines = [f"{'':<9} {'of FP16':>8} {'bytes':>14} {'PSNR dB':>8} {'SSIM':>6} {'NMSE':>9}", _row("ours", report)]
+    lines += [_row(name, found) for name, found in {**report["extras"], **report["controls"]}.items()]
     engine = report["engine"]
     built = f"{run / engine['file']}" if engine else f"none ({report['engine_note']})"
     lines += ["", f"engine: {built}", f"model:  {run / 'quantize' / DEPLOYED}", f"report: {run / 'report.html'}"]
+    if CORRECTED in report["extras"]:
+        lines.append(f"correction of the sampler: {run / 'correction' / CORRECTION}")
     return "\n".join(lines)
 
 
-def _row(name: str, ratio: float, size: int, psnr: float | None, nmse: float | None) -> str:
+def _row(name: str, found: dict[str, Any]) -> str:
+    psnr, ssim, nmse = (found[key] for key in ("psnr_db", "ssim", "measured_nmse"))
     shown = "same" if psnr is None else f"{psnr:.1f}"
+    alike = "-" if ssim is None else f"{ssim:.4f}"
     error = "-" if nmse is None else f"{nmse:.2e}"
-    return f"{name:<6} {ratio:>8.4f} {size:>14,} {shown:>8} {error:>9}"
+    return f"{name:<9} {found['size_ratio']:>8.4f} {found['size_bytes']:>14,} {shown:>8} {alike:>6} {error:>9}"
 
 
 def sample_grid(pipeline: Pipeline, out: Path, count: int, seed: int, steps: int, controls: bool) -> None:

@@ -45,6 +45,13 @@ class Sensitivity(str, Enum):
     exhaustive = "exhaustive"
 
 
+class CorrectionKind(str, Enum):
+    """Values of --correction."""
+
+    none = "none"
+    ptqd = "ptqd"
+
+
 class State:
     """Options that stand before the command."""
 
@@ -208,9 +215,17 @@ def engine(run: RunArgument, target: TargetOption = None, recipe: RecipeOption =
 
 
 @app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy evaluate runs/mine")
-def evaluate(run: RunArgument, recipe: RecipeOption = None) -> None:
+def evaluate(
+    run: RunArgument,
+    recipe: RecipeOption = None,
+    correction: Annotated[
+        Optional[CorrectionKind],  # noqa: UP045
+        typer.Option("--correction", help="Also with the sampler corrected (ptqd), or no more.", show_default=False),
+    ] = None,
+) -> None:
     """Compare the quantized model with the float one, beside everything-INT8 and everything-INT4."""
-    _run_until("evaluate", _recipe_of(run, recipe), run)
+    kind = correction.value if correction else None
+    _run_until("evaluate", _recipe_of(run, recipe, {"evaluate.correction": kind}), run)
 
 
 @app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy report runs/mine")

@@ -24,6 +24,7 @@ STAGES = (
     "allocate",
     "quantize",
     "controls",
+    "correction",
     "engine",
     "evaluate",
     "report",
@@ -37,8 +38,10 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "allocate": ("export", "candidates", "measure"),
     "quantize": ("export", "calibrate", "candidates", "allocate"),
     "controls": ("export", "calibrate", "candidates", "allocate"),
+    # Only where the recipe wants one.
+    "correction": ("export", "calibrate", "quantize"),
     "engine": ("export", "allocate", "quantize"),
-    "evaluate": ("export", "allocate", "quantize", "controls"),
+    "evaluate": ("export", "allocate", "quantize", "controls", "correction"),
     "report": ("export", "calibrate", "measure", "allocate", "quantize", "engine", "evaluate"),
 }
 
@@ -109,6 +112,8 @@ class Pipeline:
         for name in reversed(STAGES):
             if name in wanted:
                 wanted.update(NEEDS[name])
+        if self.recipe.evaluate.correction == "none" and last != "correction":
+            wanted.discard("correction")
         return [name for name in STAGES if name in wanted]
 
     def _cached(self, name: str) -> StageResult:

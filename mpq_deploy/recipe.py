@@ -113,6 +113,8 @@ class EvaluateSection(Section):
     seed: int = 1234
     sampler: Literal["auto", "ddim", "folder"] = "auto"
     controls: bool = True
+    correction: Literal["none", "ptqd"] = Field("none", description="ptqd: also sample with the output corrected")
+    correction_bias: Literal["channel", "scalar"] = "channel"
 
 
 class Recipe(Section):

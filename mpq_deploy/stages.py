@@ -52,6 +52,9 @@ from mpq_deploy.precision.candidates import (
 )
 from mpq_deploy.precision.deployed import FP16_BYTES, weight_bytes
 from mpq_deploy.precision.scheme import FP16, SCHEMES, Scheme, branches_of, schemes_named
+from mpq_deploy.runtime.correction import FILE as CORRECTION
+from mpq_deploy.runtime.correction import FORMAT as CORRECTION_FORMAT
+from mpq_deploy.runtime.correction import Correction, load_correction
 from mpq_deploy.sensitivity.table import SensitivityTable
 
 if TYPE_CHECKING:
@@ -76,6 +79,10 @@ EVALUATION_FORMAT = 2
 # Controls: what a user would get without this tool, at the same rounding: one scheme for every layer that may
 # take it (FP16 for the others).
 CONTROLS = {"int8": ("w8a8", "w8a16"), "int4": ("w4a16-b32", "w4a16-b64", "w4a16-b128")}
+
+
+# The variant that samples the plan's graph with PTQD's correction in front of the sampler.
+CORRECTED = "ours+ptqd"
 
 
 def version_of(*packages: str) -> Fields:
@@ -183,6 +190,17 @@ def _controls_inputs(pipeline: Pipeline) -> Fields:
     }
 
 
+def _correction_inputs(pipeline: Pipeline) -> Fields:
+    return {
+        **{name: pipeline.digest(name) for name in ("export", "calibrate", "quantize")},
+        "correction.format": CORRECTION_FORMAT,
+        "recipe.evaluate.correction_bias": pipeline.recipe.evaluate.correction_bias,
+        "recipe.calibrate.batch_size": pipeline.recipe.calibrate.batch_size,
+        "recipe.measure.samples": pipeline.recipe.measure.samples,
+        **version_of("onnxruntime", "numpy"),
+    }
+
+
 def _engine_inputs(pipeline: Pipeline) -> Fields:
     target = load_target(pipeline.recipe.target)
     return {
@@ -197,6 +215,7 @@ def _evaluate_inputs(pipeline: Pipeline) -> Fields:
     return {
         "evaluation.format": EVALUATION_FORMAT,
         **{name: pipeline.digest(name) for name in ("export", "quantize", "controls")},
+        "correction": None if pipeline.recipe.evaluate.correction == "none" else pipeline.digest("correction"),
         **settings(pipeline.recipe.evaluate, "evaluate"),
         "recipe.calibrate.seed": pipeline.recipe.calibrate.seed,
         **version_of("onnxruntime", "numpy"),
@@ -603,6 +622,38 @@ def _make_controls(pipeline: Pipeline, folder: Path) -> str:
     return ", ".join(f"{name} {size:,} bytes" for name, size in sizes.items()) or "none wanted"
 
 
+def correction_for(pipeline: Pipeline, quantized: Path) -> Correction:
+    """Fit the correction of the graphs in the folder ``quantized``, on calls that their weights were not rounded on."""
+    from mpq_deploy.calibrate.correction import call_moments, fit_correction
+    from mpq_deploy.evaluate.cache import model_digest
+
+    exported = Exported(pipeline)
+    inputs, _ = load_calibration(pipeline)
+    _, held_out = inputs.split(pipeline.recipe.measure.samples)
+    moments = call_moments(
+        exported.path,
+        quantized / SIMULATED,
+        held_out,
+        exported.conditions,
+        exported.spec,
+        pipeline.recipe.calibrate.batch_size,
+        pipeline.talk,
+    )
+    return fit_correction(
+        moments,
+        {name: model_digest(quantized / name) for name in (DEPLOYED, SIMULATED)},
+        exported.spec.prediction_type,
+        pipeline.recipe.evaluate.correction_bias,
+        unseen_by_rounding=held_out is not inputs,
+    )
+
+
+def _make_correction(pipeline: Pipeline, folder: Path) -> str:
+    correction = correction_for(pipeline, pipeline.folder("quantize"))
+    correction.save(folder / CORRECTION)
+    return correction.summary()
+
+
 INPUTS: dict[str, Callable[[Pipeline], Fields]] = {
     "export": _export_inputs,
     "calibrate": _calibrate_inputs,
@@ -611,6 +662,7 @@ INPUTS: dict[str, Callable[[Pipeline], Fields]] = {
     "allocate": _allocate_inputs,
     "quantize": _quantize_inputs,
     "controls": _controls_inputs,
+    "correction": _correction_inputs,
     "engine": _engine_inputs,
     "evaluate": _evaluate_inputs,
 }
@@ -659,8 +711,13 @@ def _no_engine_reason(pipeline: Pipeline, target: Target) -> str:
     return ""
 
 
-def evaluate_variants(pipeline: Pipeline, ours: Path, size_bytes: int, latency: bool) -> Evaluation:
-    """Compare the graph ``ours`` and the controls with the float model; samples are cached by content."""
+def evaluate_variants(
+    pipeline: Pipeline, ours: Path, size_bytes: int, latency: bool, correction: Correction | None = None
+) -> Evaluation:
+    """Compare the graph ``ours`` (without and with ``correction``) and the controls with the float model.
+
+    Samples are cached by content.
+    """
     from mpq_deploy.evaluate.evaluate import evaluate
     from mpq_deploy.evaluate.result import EvaluationOptions
 
@@ -677,27 +734,33 @@ def evaluate_variants(pipeline: Pipeline, ours: Path, size_bytes: int, latency: 
     )
     controls = pipeline.folder("controls")
     sizes: dict[str, int] = json.loads((controls / "sizes.json").read_text())
+    corrected = {} if correction is None else {CORRECTED: correction}
     return evaluate(
-        {"ours": ours, **{name: controls / name / SIMULATED for name in sizes}},
+        {"ours": ours, **dict.fromkeys(corrected, ours), **{name: controls / name / SIMULATED for name in sizes}},
         exported.path,
         exported.spec,
         exported.conditions,
         options,
         pipeline.talk,
-        sizes={**sizes, "ours": size_bytes},
+        sizes={**sizes, "ours": size_bytes, **dict.fromkeys(corrected, size_bytes)},
         cache=pipeline.run.path / ".samples",
+        corrections=corrected,
     )
 
 
 def _make_evaluate(pipeline: Pipeline, folder: Path) -> str:
     size = json.loads((pipeline.folder("quantize") / "size.json").read_text())["size_bytes"]
-    result = evaluate_variants(pipeline, pipeline.folder("quantize") / SIMULATED, size, latency=True)
+    graph, correction = pipeline.folder("quantize") / SIMULATED, None
+    if pipeline.recipe.evaluate.correction != "none":
+        correction = load_correction(pipeline.folder("correction") / CORRECTION, graph)
+    result = evaluate_variants(pipeline, graph, size, latency=True, correction=correction)
     result.save(folder)
     # What a clock said is no part of what must repeat byte for byte.
     if (folder / LATENCY).exists():
         (folder / LATENCY).replace(pipeline.run.path / LATENCY)
-    ours = result.variants["ours"]
-    return f"NMSE {ours.measured_nmse:.2e}, PSNR {ours.psnr_db:.1f} dB"
+    measured = [(name, result.variants[name]) for name in ("ours", CORRECTED) if name in result.variants]
+    said = [f"{name}: NMSE {found.measured_nmse:.2e}, PSNR {found.psnr_db:.1f} dB" for name, found in measured]
+    return "; ".join(said).removeprefix("ours: ")
 
 
 MAKERS: dict[str, Callable[[Pipeline, Path], str]] = {
@@ -708,6 +771,7 @@ MAKERS: dict[str, Callable[[Pipeline, Path], str]] = {
     "allocate": _make_allocate,
     "quantize": _make_quantize,
     "controls": _make_controls,
+    "correction": _make_correction,
     "engine": _make_engine,
     "evaluate": _make_evaluate,
 }

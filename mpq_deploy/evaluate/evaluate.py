@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from mpq_deploy.evaluate.images import data_range, pooled_psnr_db, psnr_db, ssim
 from mpq_deploy.evaluate.latency import cpu_latency
 from mpq_deploy.evaluate.output_error import nmse, stride_midpoints
 from mpq_deploy.evaluate.result import CpuLatency, Evaluation, EvaluationOptions, ImageKind, VariantResult
+from mpq_deploy.runtime.correction import Correction
 from mpq_deploy.runtime.ort import OrtDenoiser
+from mpq_deploy.sampling.corrected import corrected_sampler
 from mpq_deploy.sampling.loop import DenoiserCall, denoise, initial_noise
-from mpq_deploy.sampling.sampler import make_sampler
+from mpq_deploy.sampling.sampler import Sampler, make_sampler
 from mpq_deploy.talk import Talk
 
 # A change here makes every cache entry stale.
@@ -57,11 +60,13 @@ def evaluate(
     *,
     sizes: Mapping[str, int] | None = None,
     cache: Path | None = None,
+    corrections: Mapping[str, Correction] | None = None,
 ) -> Evaluation:
     """Compare each of ``variants`` (name -> ONNX file, such as ours, int8, int4) with ``float_model``.
 
     ``conditions`` hold one row per condition, by input name; ``sizes`` are deployed bytes by variant, passed
     through. ``cache`` is a folder in which samples are kept by content, so that only what changed is sampled.
+    A variant named in ``corrections`` has its output corrected, in the error and before every step of the sampler.
     The decoder, if ``spec`` names one, lies beside ``float_model``. Raises ModelError naming variant and timestep
     for an output that is not finite.
     """
@@ -78,7 +83,11 @@ def evaluate(
     for name, path in variants.items():
         digest = model_digest(path)
         key = {**common, "part": "variant", "variant": digest}
-        arrays = store.get(key, lambda name=name, path=path: _variant(setup, name, path, reference))  # type: ignore[misc]
+        correction = (corrections or {}).get(name)
+        if correction is not None:
+            key["correction"] = correction.as_json()
+        made = partial(_variant, setup, name, path, reference, correction)
+        arrays = store.get(key, made)
         results[name] = _scored(reference, arrays, value_range, digest, (sizes or {}).get(name))
         images[name] = to_uint8(arrays["images"], value_range)
     latency, latency_notes = _latency(setup, float_model, variants, float(reference["timesteps"][-1]))
@@ -92,7 +101,7 @@ def evaluate(
         variants=results,
         images=images,
         latency=latency,
-        notes=(*_notes(setup, kind, value_range), *latency_notes),
+        notes=(*_notes(setup, kind, value_range), *_correction_notes(setup, corrections or {}), *latency_notes),
     )
 
 
@@ -124,7 +133,9 @@ def _reference(setup: Setup, path: Path) -> dict[str, Array]:
     }
 
 
-def _variant(setup: Setup, name: str, path: Path, reference: dict[str, Array]) -> dict[str, Array]:
+def _variant(
+    setup: Setup, name: str, path: Path, reference: dict[str, Array], correction: Correction | None
+) -> dict[str, Array]:
     """Run a variant on the float model's inputs, and sample it from the same noise."""
     # Q/DQ pairs stay as written: integer kernels of some CPUs saturate, which no target does.
     watched = _Watched(OrtDenoiser(path, setup.spec, fake_quant_only=True), name)
@@ -138,15 +149,25 @@ def _variant(setup: Setup, name: str, path: Path, reference: dict[str, Array]) -
             for start in range(0, len(inputs), batch):
                 chunk = slice(start, start + batch)
                 taken = {key: values[rows[chunk]] for key, values in setup.conditions.items()}
-                outputs.append(watched(inputs[chunk], float(timestep), taken))
+                output = watched(inputs[chunk], float(timestep), taken)
+                outputs.append(correction.apply(output, float(timestep)) if correction else output)
             errors.append(nmse(expected, np.concatenate(outputs)))
             advance(1)
-    return {"nmse": np.array(errors), "images": _decoded(setup, _sample(setup, watched))}
+    return {"nmse": np.array(errors), "images": _decoded(setup, _sample(setup, watched, correction=correction))}
 
 
-def _sample(setup: Setup, denoiser: DenoiserCall, watched: _Watched | None = None) -> Array:
+def _sampler(setup: Setup, correction: Correction | None = None) -> tuple[Sampler, str]:
+    """Return the sampler and, with a correction, what of it applies."""
     options = setup.options
     sampler = make_sampler(setup.spec.scheduler, options.steps, options.seed, options.sampler)
+    return (sampler, "") if correction is None else corrected_sampler(sampler, correction, setup.spec)
+
+
+def _sample(
+    setup: Setup, denoiser: DenoiserCall, watched: _Watched | None = None, correction: Correction | None = None
+) -> Array:
+    options = setup.options
+    sampler, _ = _sampler(setup, correction)
     noise = initial_noise(setup.spec, options.samples, options.seed)
     return denoise(
         denoiser,
@@ -283,6 +304,13 @@ def _notes(setup: Setup, kind: ImageKind, value_range: tuple[float, float]) -> l
             "of single calls, conditioned and not."
         )
     return notes
+
+
+def _correction_notes(setup: Setup, corrections: Mapping[str, Correction]) -> list[str]:
+    return [
+        f"{name}: PTQD's correction, {correction.summary()}; {_sampler(setup, correction)[1]}."
+        for name, correction in corrections.items()
+    ]
 
 
 def _common_key(setup: Setup, float_model: Path) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def size_quality_chart(data: ReportData) -> Markup | None:
     None when no PSNR is finite.
     """
     found = [("ours", data.size_ratio, data.psnr_db)]
-    found += [(key, control.size_ratio, control.psnr_db) for key, control in data.controls.items()]
+    found += [(key, control.size_ratio, control.psnr_db) for key, control in data.compared.items()]
     points = [(key, title_of(key, data), ratio, psnr) for key, ratio, psnr in found if psnr is not None]
     if not points:
         return None
@@ -84,7 +84,7 @@ def size_quality_chart(data: ReportData) -> Markup | None:
 
 def timestep_chart(data: ReportData) -> Markup | None:
     """Error of the denoiser's output over timesteps, from noise (left) to image; None when it was not measured."""
-    rows = [("ours", data.nmse_by_timestep), *((k, c.nmse_by_timestep) for k, c in data.controls.items())]
+    rows = [("ours", data.nmse_by_timestep), *((k, c.nmse_by_timestep) for k, c in data.compared.items())]
     series = [
         Series(key, title_of(key, data), tuple((i, v) for i, v in enumerate(values) if v > 0))
         for key, values in rows
@@ -117,7 +117,7 @@ def prediction_chart(data: ReportData) -> Markup | None:
     if not data.measured_nmse or not data.predicted_nmse:
         return None
     rows = [("ours", [("predicted", data.predicted_nmse), ("measured", data.measured_nmse)])]
-    rows += [(key, [("measured", c.measured_nmse)]) for key, c in data.controls.items() if c.measured_nmse]
+    rows += [(key, [("measured", c.measured_nmse)]) for key, c in data.compared.items() if c.measured_nmse]
     decades = log_ticks([value for _, values in rows for _, value in values])
     height = TOP + 44 * len(rows) + BOTTOM
     x = Axis(decades[0], decades[-1], LABEL_WIDTH, WIDTH - RIGHT, log=True)

@@ -205,6 +205,7 @@ class ReportData(Part):
     timesteps: tuple[float, ...] = ()
     nmse_by_timestep: tuple[float, ...] = ()
     evaluation: EvaluationInfo | None = None
+    extras: dict[str, Control] = Field(default_factory=dict, description="this plan, run in another way")
     controls: dict[str, Control] = Field(default_factory=dict)
     curve: tuple[CurvePoint, ...] = ()
     engine: EngineInfo | None = None
@@ -237,6 +238,11 @@ class ReportData(Part):
     def totals(self) -> tuple[SchemeTotal, ...]:
         """Layers and bytes per operator and scheme."""
         return scheme_totals(self.layers)
+
+    @property
+    def compared(self) -> dict[str, Control]:
+        """What stands beside this plan: the extras, then the controls."""
+        return {**self.extras, **self.controls}
 
     @property
     def prediction_ratio(self) -> float | None:

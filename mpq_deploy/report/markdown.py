@@ -80,7 +80,7 @@ def _variants(data: ReportData) -> list[list[str]]:
             error(data.measured_nmse),
         ]
     ]
-    for control in data.controls.values():
+    for control in data.compared.values():
         rows.append(
             [
                 control.title,

@@ -23,7 +23,7 @@ def html_page(data: ReportData) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    titles = {name: words.title_of(name, data) for name in ("float", "ours", *data.controls)}
+    titles = {name: words.title_of(name, data) for name in ("float", "ours", *data.compared)}
     pictures = picture_table(data.images, titles) if data.images is not None and data.images.images else None
     return environment.get_template("report.html.j2").render(
         data=data,

@@ -69,8 +69,8 @@ def count(number: int, noun: str) -> str:
 
 def title_of(name: str, data: ReportData) -> str:
     """Return what a variant is called everywhere: as its control or its pictures say, else our own words."""
-    if name in data.controls:
-        return data.controls[name].title
+    if name in data.compared:
+        return data.compared[name].title
     given = data.images.titles if data.images is not None else {}
     return given.get(name) or {"float": "Original (float)", "ours": "This plan"}.get(name, name)
 

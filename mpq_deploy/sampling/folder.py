@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.errors import MissingDependencyError, UsageError, nearest
+
+if TYPE_CHECKING:
+    from mpq_deploy.runtime.correction import Correction
 
 
 class DiffusersSampler:
@@ -56,6 +60,15 @@ class DiffusersSampler:
         output, sample = self._torch.from_numpy(model_output), self._torch.from_numpy(x)
         moved = self._scheduler.step(output, self._timesteps[step_index], sample, return_dict=False, **options)[0]
         return np.asarray(moved.numpy(), np.float32)
+
+    def corrected(self, correction: Correction, guidance_scale: float) -> tuple[DiffusersSampler, str]:
+        """Return this sampler with the output corrected, and in words what of the correction applies."""
+        from mpq_deploy.runtime.corrected_scheduler import CorrectedScheduler
+
+        found = copy.copy(self)
+        found._scheduler = CorrectedScheduler(self._scheduler, correction, guidance_scale=guidance_scale)
+        found.name = f"{self.name}, corrected"
+        return found, found._scheduler.variance_note
 
     def _begin(self) -> None:
         self._scheduler.set_timesteps(self._steps)

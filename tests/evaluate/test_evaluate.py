@@ -15,6 +15,7 @@ from mpq_deploy.evaluate.evaluate import evaluate, spread_rows
 from mpq_deploy.evaluate.images import psnr_db, to_unit
 from mpq_deploy.evaluate.output_error import nmse
 from mpq_deploy.evaluate.result import Evaluation, EvaluationOptions
+from mpq_deploy.runtime.correction import Correction, CorrectionStep
 from mpq_deploy.runtime.ort import OrtDenoiser
 from mpq_deploy.sampling.loop import denoise, initial_noise
 from mpq_deploy.sampling.sampler import make_sampler
@@ -153,6 +154,44 @@ def test_agrees_with_a_plain_loop(files):
     assert list(found.images) == ["float", "ours", "int4"]
     assert found.images["ours"].shape == (5, 8, 8, 3) and found.images["ours"].dtype == np.uint8
     assert found.labels == ("cat", "dog", "fox", "<b>owl</b>", "cat")
+
+
+def correction(slope):
+    step = CorrectionStep(
+        timestep=0,
+        slope=slope,
+        bias=(0.0,),
+        residual_variance=0,
+        applied=True,
+        heldout_nmse_before=2e-4,
+        heldout_nmse_fitted=1e-4,
+    )
+    return Correction({"m": "0"}, "epsilon", 3, "scalar", (step,))
+
+
+def test_a_correction_changes_the_error_and_the_samples_of_its_variant_only(files, tmp_path):
+    """The float model, "corrected" by a slope that it does not have: its output becomes 1 / (1 + k) of what it was."""
+    same = dict.fromkeys(("ours", "ours+ptqd"), files["float"])
+    options = {"cache": tmp_path / "cache"}
+    for slope in (0.1, 0.25):
+        corrections = {"ours+ptqd": correction(slope)}
+        found = evaluate(same, files["float"], specification(), CONDITIONS, OPTIONS, corrections=corrections, **options)
+        assert found.variants["ours"].measured_nmse == 0
+        expected = (1 / (1 + slope) - 1) ** 2
+        assert found.variants["ours+ptqd"].nmse_by_timestep == pytest.approx([expected] * 3, rel=1e-4)
+        assert found.variants["ours+ptqd"].psnr_db < math.inf
+    note = next(note for note in found.notes if note.startswith("ours+ptqd"))
+    assert "2.00e-04 -> 1.00e-04" in note and "adds no noise" in note
+    untouched = evaluate(
+        same,
+        files["float"],
+        specification(),
+        CONDITIONS,
+        OPTIONS,
+        corrections={"ours+ptqd": Correction.identity(3)},
+        **options,
+    )
+    assert untouched.variants["ours+ptqd"].psnr_db == math.inf
 
 
 def test_a_larger_change_is_worse(files):

@@ -411,3 +411,16 @@ def test_control_with_identical_images():
     control = Control(title="INT8", size_bytes=1, size_ratio=0.5, measured_nmse=0.0, identical=True)
     text = html_page(make_report(controls={"int8": control}))
     assert "and gives identical images" in text
+
+
+def test_the_corrected_variant_stands_beside_the_plan_and_is_no_control() -> None:
+    report = make_report()
+    changed = {"title": "Ours, corrected", "psnr_db": 57.7, "size_bytes": report.size_bytes}
+    extra = report.controls["int8"].model_copy(update={**changed, "size_ratio": report.size_ratio})
+    data = make_report(extras={"ours+ptqd": extra}, controls={})
+    assert list(data.compared) == ["ours+ptqd"]
+    for text in (html_page(data), markdown_report(data)):
+        assert "Ours, corrected" in text
+        assert "57.7 dB" in text
+    # Only a control is what the headline compares with.
+    assert not any("57.7" in sentence for sentence in headline(data))

@@ -1,0 +1,242 @@
+"""A diffusers scheduler with PTQD's correction in front: ``pipe.scheduler = CorrectedScheduler(pipe.scheduler, c)``.
+
+Every scheduler gets the corrected output. A scheduler that adds noise and lets its variance be reached (DDPM; DDIM with
+eta > 0) adds less of it, by the variance that the residual has brought into the sample already; ``variance_note`` says
+whether this one does. Needs torch and diffusers, which are imported with the first step.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from mpq_deploy.errors import UsageError
+from mpq_deploy.runtime.correction import Correction, StepCorrection
+from mpq_deploy.runtime.residual import PREDICTIONS, ddim_effect, ddpm_effect
+
+DDPM = ("DDPMScheduler", "DDPMParallelScheduler")
+DDIM = ("DDIMScheduler", "DDIMParallelScheduler")
+# What DDPM's _get_variance returns, by variance_type: the variance, its root, or its logarithm. (fixed_large_log is
+# left out: diffusers takes the root of a logarithm there.)
+VARIANCE_FORMS = {
+    "fixed_small": "variance",
+    "fixed_large": "variance",
+    "learned": "variance",
+    "fixed_small_log": "root",
+    "learned_range": "logarithm",
+}
+_OWN = frozenset({"correction", "last_step", "variance_note", "_scheduler", "_reach", "_residual_factor"})
+
+
+@dataclass(frozen=True)
+class StepNote:
+    """What one step did.
+
+    ``noise_share``: the residual's part of the noise's variance, mean over elements, before it is cut at 1; 0 where no
+    noise was reached.
+    """
+
+    timestep: float
+    slope: float
+    noise_share: float
+
+
+class CorrectedScheduler:
+    """Any diffusers scheduler, its ``step`` corrected; everything else is the wrapped scheduler's own.
+
+    The output is corrected as PTQD does, for any prediction type and sampler. [paper] The residual's variance comes out
+    of the noise of DDPM and of DDIM with eta > 0, cut at 0, for epsilon prediction. [ours] The same for v and sample
+    prediction (``residual.py``); where x_0 is clipped, the residual's way through it is closed and takes nothing out;
+    DDIM's mean keeps its sigma (the authors' code also puts the reduced sigma into the direction term).
+
+    ``guidance_scale`` w is what the pipeline guides with. The correction is fitted on single calls; the guided output
+    (1 - w) u + w c has the same k and b, because the weights add up to 1, and a residual of variance
+    (1-w)^2 + w^2 + 2 w (1-w) rho = 1 + 2 w (w - 1) (1 - rho) times that of one call, where rho is the correlation of
+    the two calls' residuals. rho is not measured: ``residual_correlation`` 1, the default, takes the least out of the
+    noise (for w > 1). [ours] A guidance rescale after guidance is not linear: correct before it, with
+    ``Correction.apply``.
+
+    Raises UsageError for a scheduler of another prediction type than the correction's, or rho outside [-1, 1].
+    """
+
+    def __init__(
+        self,
+        scheduler: Any,
+        correction: Correction,
+        *,
+        guidance_scale: float = 1.0,
+        residual_correlation: float = 1.0,
+    ) -> None:
+        predicts = scheduler.config.get("prediction_type")
+        if predicts is not None and predicts != correction.prediction_type:
+            raise UsageError(
+                f"The scheduler expects {predicts}, but the correction is for a model of {correction.prediction_type}.",
+                "Set the scheduler's prediction_type to the model's.",
+            )
+        if not -1 <= residual_correlation <= 1:
+            raise UsageError(f"residual_correlation is {residual_correlation}.", "Give one from -1 to 1.")
+        self._scheduler = scheduler
+        self.correction = correction
+        self.last_step: StepNote | None = None
+        self._residual_factor = 1 + 2 * guidance_scale * (guidance_scale - 1) * (1 - residual_correlation)
+        self._reach, self.variance_note = _reach(scheduler)
+
+    def __getattr__(self, name: str) -> Any:
+        # Copying asks for special names before there is a wrapped scheduler.
+        if name.startswith("__") or name == "_scheduler":
+            raise AttributeError(name)
+        return getattr(self._scheduler, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _OWN:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self._scheduler, name, value)
+
+    def __len__(self) -> int:
+        return len(self._scheduler)
+
+    def __repr__(self) -> str:
+        return f"CorrectedScheduler({self._scheduler!r})"
+
+    @property
+    def step(self) -> Callable[..., Any]:
+        """The wrapped scheduler's ``step`` with the same parameters (pipelines look at them), corrected."""
+
+        @functools.wraps(self._scheduler.step)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            return self._step(*args, **kwargs)
+
+        return step
+
+    def _step(self, *args: Any, **kwargs: Any) -> Any:
+        bound = inspect.signature(self._scheduler.step).bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        timestep = _one_timestep(given["timestep"])
+        at = self.correction.at(timestep)
+        given["model_output"] = self._corrected(given["model_output"], at)
+        variance = at.error_variance * self._residual_factor
+        share = 0.0
+        if variance > 0 and self._reach is not None:
+            moved, share = self._reach(self._scheduler, bound, self.correction, variance)
+        else:
+            moved = self._scheduler.step(*bound.args, **bound.kwargs)
+        self.last_step = StepNote(timestep, at.slope, share)
+        return moved
+
+    def _corrected(self, output: Any, at: StepCorrection) -> Any:
+        """Return (m_q - b) / (1 + k) in the output's own type, computed in float32 or better; [N, C or 2C, ...]."""
+        import torch
+
+        self.correction.check_channels(output.shape[1])
+        if not at.changes_output:
+            return output
+        channels = self.correction.channels
+        wide = torch.promote_types(output.dtype, torch.float32)
+        bias = torch.as_tensor(at.bias, dtype=wide, device=output.device).reshape(-1, *[1] * (output.ndim - 2))
+        mean = ((output[:, :channels].to(wide) - bias) / (1 + at.slope)).to(output.dtype)
+        return torch.cat([mean, output[:, channels:]], dim=1) if output.shape[1] > channels else mean
+
+
+Reach = Callable[[Any, inspect.BoundArguments, Correction, float], tuple[Any, float]]
+
+
+def _reach(scheduler: Any) -> tuple[Reach | None, str]:
+    """Return how the noise of ``scheduler`` is reduced (None: not at all), and that in words."""
+    name, config = type(scheduler).__name__, scheduler.config
+    if name not in (*DDPM, *DDIM):
+        return None, f"slope and bias only: {name} adds no noise, or none that can be reached"
+    if config.prediction_type not in PREDICTIONS:
+        return None, f"slope and bias only: the prediction type is {config.prediction_type}"
+    if config.thresholding:
+        return None, "slope and bias only: dynamic thresholding is not linear in the output"
+    if name in DDIM:
+        return _ddim_step, f"slope and bias; where eta > 0 the residual's variance comes out of {name}'s noise"
+    if config.variance_type not in VARIANCE_FORMS:
+        return None, f"slope and bias only: {name} with variance_type {config.variance_type}"
+    return _ddpm_step, f"slope and bias; the residual's variance comes out of {name}'s noise"
+
+
+def _one_timestep(timestep: Any) -> float:
+    import torch
+
+    values = torch.as_tensor(timestep).flatten()
+    if not len(values) or bool((values != values[0]).any()):
+        raise UsageError(
+            f"A step was asked for at {len(values)} timesteps at once.", "Take the step of each timestep by itself."
+        )
+    return float(values[0])
+
+
+def _ddpm_step(scheduler: Any, bound: inspect.BoundArguments, correction: Correction, variance: float) -> Any:
+    """Take a DDPM step with the residual's variance out of the noise's; return it and the residual's share."""
+    import torch
+
+    given = bound.arguments
+    timestep = int(given["timestep"])
+    if timestep == 0:
+        return scheduler.step(*bound.args, **bound.kwargs), 0.0
+    before = scheduler.previous_timestep(timestep)
+    power = float(scheduler.alphas_cumprod[timestep])
+    previous = float(scheduler.alphas_cumprod[before] if before >= 0 else scheduler.one)
+    effect = ddpm_effect(scheduler.config.prediction_type, power, previous)
+    brought = effect**2 * variance * _unclipped(scheduler, given, correction, power)
+    form, original = VARIANCE_FORMS[scheduler.config.variance_type], scheduler._get_variance
+    shares: list[float] = []
+
+    def reduced(*args: Any, **kwargs: Any) -> Any:
+        found = original(*args, **kwargs)
+        own = {"variance": lambda x: x, "root": torch.square, "logarithm": torch.exp}[form](found)
+        shares.append(float((brought / own).mean()))
+        left = torch.clamp(own - brought, min=0)
+        return {"variance": lambda x: x, "root": torch.sqrt, "logarithm": torch.log}[form](left)
+
+    # The instance's attribute hides the method for the time of this step; DDPM reads its variance nowhere else.
+    scheduler._get_variance = reduced
+    try:
+        return scheduler.step(*bound.args, **bound.kwargs), shares[0] if shares else 0.0
+    finally:
+        del scheduler._get_variance
+
+
+def _ddim_step(scheduler: Any, bound: inspect.BoundArguments, correction: Correction, variance: float) -> Any:
+    """Take a DDIM step whose noise is scaled down by the residual's variance; return it and the residual's share."""
+    import torch
+    from diffusers.utils.torch_utils import randn_tensor
+
+    given = bound.arguments
+    timestep, eta = int(given["timestep"]), float(given["eta"])
+    before = timestep - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    sigma = eta * float(scheduler._get_variance(timestep, before)) ** 0.5
+    if sigma == 0:
+        return scheduler.step(*bound.args, **bound.kwargs), 0.0
+    power = float(scheduler.alphas_cumprod[timestep])
+    previous = float(scheduler.alphas_cumprod[before] if before >= 0 else scheduler.final_alpha_cumprod)
+    clean, noise = ddim_effect(scheduler.config.prediction_type, power, previous, sigma)
+    open_ = _unclipped(scheduler, given, correction, power)
+    effect = (clean + noise) * open_ if given["use_clipped_model_output"] else clean * open_ + noise
+    share = torch.as_tensor(effect**2 * variance / sigma**2)
+    drawn = given["variance_noise"]
+    if drawn is None:
+        output = given["model_output"]
+        drawn = randn_tensor(output.shape, generator=given["generator"], device=output.device, dtype=output.dtype)
+    given["variance_noise"] = drawn * torch.sqrt(torch.clamp(1 - share, min=0)).to(drawn)
+    given["generator"] = None
+    return scheduler.step(*bound.args, **bound.kwargs), float(share.mean())
+
+
+def _unclipped(scheduler: Any, given: dict[str, Any], correction: Correction, power: float) -> Any:
+    """Return 1.0, or [N, C, ...] with 0 where the scheduler clips the predicted x_0."""
+    if not scheduler.config.clip_sample:
+        return 1.0
+    output, x = given["model_output"][:, : correction.channels], given["sample"]
+    signal, noise = power**0.5, (1 - power) ** 0.5
+    if scheduler.config.prediction_type == "epsilon":
+        clean = (x - noise * output) / signal
+    else:
+        clean = output if scheduler.config.prediction_type == "sample" else signal * x - noise * output
+    return (clean.abs() <= scheduler.config.clip_sample_range).to(x.dtype)
