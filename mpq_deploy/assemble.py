@@ -8,6 +8,8 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mpq_deploy.allocate import PrecisionPlan
 from mpq_deploy.engine.target import load_target
 from mpq_deploy.evaluate.result import CpuLatency, Evaluation, VariantResult
@@ -20,8 +22,10 @@ from mpq_deploy.report.data import (
     EngineInfo,
     EvaluationInfo,
     ImageSet,
+    ImportanceInfo,
     LayerRow,
     ModelInfo,
+    OrmPictures,
     OtherRow,
     ReportData,
     SolverInfo,
@@ -34,7 +38,14 @@ from mpq_deploy.stages import LATENCY, Exported, version_of
 if TYPE_CHECKING:
     from mpq_deploy.pipeline import Pipeline, Summary
 
-TITLES = {"float": "Float", "ours": "Ours", "int8": "Everything INT8", "int4": "Everything INT4"}
+TITLES = {
+    "float": "Float",
+    "ours": "Ours",
+    "int8": "Everything INT8",
+    "int4": "Everything INT4",
+    "size-only": "Size only, no ORM",
+    "random": "Random importance",
+}
 PACKAGES = ("onnx", "onnx-ir", "onnxruntime", "highspy", "numpy", "torch", "diffusers", "tensorrt-rtx", "tensorrt")
 
 
@@ -96,6 +107,8 @@ def report_data(pipeline: Pipeline) -> ReportData:
         reproduce=_command(pipeline),
         notes=(*plan.notes, *evaluation.notes, *exported.facts["notes"]),
         images=ImageSet(evaluation.images, evaluation.labels, TITLES),
+        importance=_importance(pipeline, plan, table),
+        orm=_orm_pictures(table),
     )
 
 
@@ -185,7 +198,51 @@ def _read_figures(pipeline: Pipeline, path: Path, keys: set[str]) -> dict[str, A
     return figures
 
 
+def _importance(pipeline: Pipeline, plan: PrecisionPlan, table: SensitivityTable) -> ImportanceInfo | None:
+    found, programme = table.importance, plan.bit_programme
+    if found is None or programme is None:
+        return None
+    return ImportanceInfo(
+        settings=_orm_settings(pipeline, table.metric),
+        timesteps=tuple(float(t) for t in found.timesteps),
+        weights=tuple(float(w) for w in found.weights),
+        calls=found.calls,
+        constant=int(found.constant.all(axis=0).sum()),
+        **programme,
+    )
+
+
+def _orm_settings(pipeline: Pipeline, metric: str) -> str:
+    """Say which of the options stand behind the importances."""
+    options = pipeline.recipe.measure.orm
+    activations = {
+        "int8": "INT8 activations wherever the target allows",
+        "fp16": "FP16 activations wherever a layer has the choice",
+        "programme": f"activations by a second programme at {options.activation_budget:g} bits per element",
+    }[options.activation_bits]
+    bits = f"{options.bits} bits, {activations}"
+    if metric != "orm":
+        how = "1 for every layer" if metric == "size-only" else f"drawn with seed {pipeline.recipe.measure.seed}"
+        return f"Importance: {how}; {bits}"
+    reach = "" if options.importance == "layer" else ", mean over a layer and all later ones"
+    grown = f" with eta {options.eta:g}" if options.aggregation == "exponential" else ""
+    return (
+        f"Importance: exp(-{options.beta:g} gamma), {options.estimator} ORM, {options.aggregation} over "
+        f"timesteps{grown}{reach}; {bits}"
+    )
+
+
+def _orm_pictures(table: SensitivityTable) -> OrmPictures | None:
+    found = table.importance
+    if found is None or found.orm is None:
+        return None
+    constant = np.asarray(found.constant.all(axis=0))
+    return OrmPictures(found.layers, found.timesteps, found.weights, found.theta, found.orm, constant)
+
+
 def _layer_row(row: dict[str, Any], table: SensitivityTable) -> LayerRow:
+    if not table.predicts_nmse:
+        return LayerRow(**row)
     by_timestep = table.losses_by_timestep[row["name"]][row["scheme"]]
     return LayerRow(**row, loss_by_timestep=tuple(float(loss) for loss in by_timestep))
 
@@ -224,7 +281,7 @@ def summarise(pipeline: Pipeline, last: str) -> Summary:
 
 def _headline(run: Path, report: dict[str, Any]) -> str:
     ours = _row("ours", report["size_ratio"], report["size_bytes"], report["psnr_db"], report["measured_nmse"])
-    lines = [f"{'':<6} {'of FP16':>8} {'bytes':>14} {'PSNR dB':>8} {'NMSE':>9}", ours]
+    lines = [f"{'':<9} {'of FP16':>8} {'bytes':>14} {'PSNR dB':>8} {'NMSE':>9}", ours]
     for name, control in report["controls"].items():
         row = (control["size_ratio"], control["size_bytes"], control["psnr_db"], control["measured_nmse"])
         lines.append(_row(name, *row))
@@ -237,7 +294,7 @@ def _headline(run: Path, report: dict[str, Any]) -> str:
 def _row(name: str, ratio: float, size: int, psnr: float | None, nmse: float | None) -> str:
     shown = "same" if psnr is None else f"{psnr:.1f}"
     error = "-" if nmse is None else f"{nmse:.2e}"
-    return f"{name:<6} {ratio:>8.4f} {size:>14,} {shown:>8} {error:>9}"
+    return f"{name:<9} {ratio:>8.4f} {size:>14,} {shown:>8} {error:>9}"
 
 
 def sample_grid(pipeline: Pipeline, out: Path, count: int, seed: int, steps: int, controls: bool) -> None:

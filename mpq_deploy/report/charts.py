@@ -20,7 +20,7 @@ LEFT, RIGHT, TOP, BOTTOM = 68, 24, 32, 52
 # Room for series' names at the right end of their lines.
 LABEL_WIDTH = 156
 # A series is known by its marker and dash as well as by the colour that CSS gives to its class.
-DASHES = {"int8": "7 4", "int4": "2 4"}
+DASHES = {"int8": "7 4", "int4": "2 4", "size-only": "9 3 2 3", "random": "1 3"}
 
 
 @dataclass(frozen=True)
@@ -221,12 +221,13 @@ def _segment(key: str, start: float, end: float, y: float) -> Markup:
 
 
 def _marker(key: str, at: tuple[float, float], said: str, radius: float, hollow: bool = False) -> Markup:
-    """Draw a point whose shape tells the series: circle ours, square INT8, triangle INT4, diamond any other."""
+    """Draw a point whose shape tells the series: circle ours, square INT8, triangles INT4 and random, else diamond."""
     (x, y), r = at, radius
     shapes = {
         "ours": f"M{x - r:.1f} {y:.1f}a{r} {r} 0 1 0 {2 * r} 0a{r} {r} 0 1 0 {-2 * r} 0Z",
         "int8": f"M{x - r:.1f} {y - r:.1f}h{2 * r}v{2 * r}h{-2 * r}Z",
         "int4": f"M{x:.1f} {y - 1.2 * r:.1f}l{1.15 * r:.1f} {2 * r:.1f}h{-2.3 * r:.1f}Z",
+        "random": f"M{x:.1f} {y + 1.2 * r:.1f}l{1.15 * r:.1f} {-2 * r:.1f}h{-2.3 * r:.1f}Z",
     }
     d = 1.3 * r
     diamond = f"M{x:.1f} {y - d:.1f}l{d:.1f} {d:.1f}l{-d:.1f} {d:.1f}l{-d:.1f} {-d:.1f}Z"
