@@ -525,7 +525,7 @@ class PlanSolver:
 
     def __init__(self, pipeline: Pipeline, control: str = "") -> None:
         self.section = pipeline.recipe.allocate
-        self.orm_bits = pipeline.recipe.measure.orm.bits
+        self.orm = pipeline.recipe.measure.orm
         self.exported = Exported(pipeline)
         self.layers = self.exported.graph.layers
         self.table = SensitivityTable.load(pipeline.folder("measure") / control)
@@ -565,7 +565,8 @@ class PlanSolver:
             ratio = math.ceil(error.smallest / self.fp16_size * 1e4) / 1e4
             raise InfeasibleBudgetError(
                 f"No plan fits the budget {budget} ({problem.budget_bytes:,} bytes).",
-                f"The smallest feasible budget is {ratio:.4f} ({error.smallest:,} bytes); or allow smaller schemes.",
+                f"The smallest feasible budget is {ratio:.4f} ({error.smallest:,} bytes); or allow smaller schemes."
+                + self._activations_hint(),
                 error.smallest,
             ) from error
         programme, weighed = self._weighed(schemes, problem.budget_bytes - fixed)
@@ -582,6 +583,12 @@ class PlanSolver:
             notes=list(self.table.notes),
             bit_programme=programme,
         )
+
+    def _activations_hint(self) -> str:
+        importance = self.table.importance
+        if importance is None or not importance.activation_bits.any():
+            return ""
+        return f" Mind that measure.orm.activation_bits is {self.orm.activation_bits}: it rules out schemes."
 
     def _ruled_out(self, layer: str, choices: Choices) -> dict[str, str]:
         """Say why the table has no loss for schemes that the layer could take: orm fixes its activations' bits."""
@@ -603,7 +610,7 @@ class PlanSolver:
         from mpq_deploy.sensitivity.orm import scheme_bits
 
         bits = [
-            {name: scheme_bits(layer, SCHEMES[name], self.orm_bits) for name in choice.bytes}
+            {name: scheme_bits(layer, SCHEMES[name], self.orm.bits) for name in choice.bytes}
             for layer, choice in zip(self.layers, self.choices)
         ]
         importance = self.table.importance.total

@@ -104,7 +104,6 @@
   const box = document.getElementById("orm-large");
   if (!box) return;
   const map = document.getElementById("orm-map");
-  const image = document.getElementById("orm-image");
   const slider = document.getElementById("orm-step");
   const shown = document.getElementById("orm-timestep");
   const cell = document.getElementById("orm-cell");
@@ -114,9 +113,7 @@
   const levels = new Map(palette.map((colour, level) => [colour, level]));
   const [low, pooled, layers] = ["low", "pooled", "layers"].map((name) => Number(box.dataset[name]));
   const side = Math.ceil(layers / pooled);
-  const canvas = document.createElement("canvas");
-  canvas.width = canvas.height = side;
-  const pixels = canvas.getContext("2d", { willReadFrequently: true });
+  const pixels = document.getElementById("orm-image").getContext("2d", { willReadFrequently: true });
   let at = [0, 0];
 
   const layersAt = (point) => {
@@ -144,7 +141,6 @@
     for (const picture of small) picture.classList.toggle("chosen", picture === chosen);
     shown.value = chosen.dataset.timestep;
     slider.setAttribute("aria-valuetext", `timestep ${chosen.dataset.timestep}`);
-    image.src = chosen.src;
     chosen.decode().then(() => {
       pixels.drawImage(chosen, 0, 0, side, side);
       tell();
