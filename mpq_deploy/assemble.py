@@ -44,7 +44,7 @@ TITLES = {
     "int8": "Everything INT8",
     "int4": "Everything INT4",
     "size-only": "Size only, no ORM",
-    "random": "Random importance",
+    "random": "Random theta",
 }
 PACKAGES = ("onnx", "onnx-ir", "onnxruntime", "highspy", "numpy", "torch", "diffusers", "tensorrt-rtx", "tensorrt")
 

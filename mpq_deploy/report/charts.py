@@ -19,6 +19,8 @@ WIDTH, HEIGHT = 640, 320
 LEFT, RIGHT, TOP, BOTTOM = 68, 24, 32, 52
 # Room for series' names at the right end of their lines.
 LABEL_WIDTH = 156
+# Points nearer than this stand in one column.
+COLUMN = 12
 # A series is known by its marker and dash as well as by the colour that CSS gives to its class.
 DASHES = {"int8": "7 4", "int4": "2 4", "size-only": "9 3 2 3", "random": "1 3"}
 
@@ -72,12 +74,13 @@ def size_quality_chart(data: ReportData) -> Markup | None:
     ]
     if len(curve) > 1:
         parts.append(_line(x, y, Series("ours", "", curve)))
-    for key, title, ratio, psnr in points:
+    heights = _beside_each_other([(x(ratio), y(psnr)) for _, _, ratio, psnr in points])
+    for (key, title, ratio, psnr), height in zip(points, heights, strict=True):
         at = (x(ratio), y(psnr))
         parts.append(_marker(key, at, f"{title}: {percent(ratio)}, {decibels(psnr)}", 7))
         left = at[0] > WIDTH - LABEL_WIDTH
         offset, anchor = (-13, "end") if left else (13, "start")
-        parts.append(_text(at[0] + offset, at[1] + 4, title, anchor, "label"))
+        parts.append(_text(at[0] + offset, height + 4, title, anchor, "label"))
     said = "; ".join(f"{title} {percent(ratio)}, {decibels(psnr)}" for _, title, ratio, psnr in points)
     return _svg("size-quality", "Image quality over size", said, parts)
 
@@ -174,6 +177,19 @@ def spread_out(heights: Sequence[float], distance: float) -> list[float]:
                 moved[below] += overlap / 2
                 moved[above] -= overlap / 2
     return moved
+
+
+def _beside_each_other(places: Sequence[tuple[float, float]]) -> list[float]:
+    """Return heights for labels beside points: those of points in one column (plans of one size) are moved apart."""
+    heights = [y for _, y in places]
+    columns: dict[int, list[int]] = {}
+    for index, (x, _) in enumerate(places):
+        first = next((i for i in columns if abs(places[i][0] - x) < COLUMN), index)
+        columns.setdefault(first, []).append(index)
+    for column in columns.values():
+        for index, height in zip(column, spread_out([heights[i] for i in column], 16), strict=True):
+            heights[index] = height
+    return heights
 
 
 def _power(decade: float) -> str:

@@ -141,8 +141,8 @@ def importance_chart(pictures: OrmPictures) -> Markup | None:
     ticks = nice_ticks([float(theta[:, varied].min()), float(theta[:, varied].max())], 5)
     x = Axis(0, steps - 1, LEFT, WIDTH - NAME_WIDTH)
     y = Axis(ticks[0], ticks[-1], HEIGHT - BOTTOM, TOP)
-    every = max(1, -(-steps // 8))
-    at = [(float(k), f"{t:g}") for k, t in enumerate(pictures.timesteps) if k % every == 0]
+    every = max(1, -(-steps // 7))
+    at = [(float(k), f"{t:.4g}") for k, t in enumerate(pictures.timesteps) if k % every == 0]
     parts = [
         _y_axis(x, y, [(t, f"{t:g}") for t in ticks], "importance of a layer: theta = exp(-beta gamma)"),
         _x_axis(x, y, at, "timestep: from noise (left) to image (right)"),

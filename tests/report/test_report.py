@@ -17,7 +17,7 @@ from PIL import Image
 from pydantic import ValidationError
 from sample_report import LABELS, make_report, pictures
 
-from mpq_deploy.report.charts import log_ticks, nice_ticks, spread_out
+from mpq_deploy.report.charts import log_ticks, nice_ticks, size_quality_chart, spread_out
 from mpq_deploy.report.data import (
     CHOSEN_FP16,
     Control,
@@ -479,6 +479,15 @@ def test_curve_and_engine_latency_are_drawn():
     text = html_page(make_report(curve=curve, engine=engine))
     assert "12.5 ms" in text and "Orin" in text and "Not verified" in text
     assert text.count('class="line series-ours"') == 3
+
+
+def test_labels_of_plans_of_one_size_do_not_overlap():
+    others = {
+        name: Control(title=name, size_bytes=1, size_ratio=0.35, psnr_db=56.6) for name in ("size-only", "random")
+    }
+    text = size_quality_chart(make_report(controls=others))
+    heights = sorted(float(y) for y in re.findall(r'class="label" x="[\d.]+" y="([\d.]+)"', text))
+    assert len(heights) == 3 and min(b - a for a, b in pairwise(heights)) > 15
 
 
 def test_control_with_identical_images():
