@@ -26,7 +26,7 @@ from mpq_deploy.calibrate.timesteps import adaptive_steps, sampled_steps
 from mpq_deploy.denoisers.spec import Array, DenoiserSpec
 from mpq_deploy.errors import UsageError
 from mpq_deploy.graph.layers import Layer, LayerGraph
-from mpq_deploy.precision.deployed import weight_bytes
+from mpq_deploy.precision.deployed import input_channels, outlier_columns, promoted_rows, weight_bytes
 from mpq_deploy.precision.scheme import Scheme
 from mpq_deploy.sensitivity.bit_programme import chosen_bits
 from mpq_deploy.sensitivity.feeds import Calls, MeasureOptions
@@ -182,11 +182,20 @@ def adapted_steps(
 
 
 def scheme_bits(layer: Layer, scheme: Scheme, bits: Bits) -> float:
-    """Return b of a scheme: its weights' nominal bits, or the deployed bits per weight, at most 16."""
+    """Return b of a scheme: its weights' nominal bits, or the deployed bits per weight, at most 16.
+
+    Nominal bits are the mean over the weights: INT8 rows and FP16 columns of a branch count as such; a low-rank branch
+    corrects weights without widening them, and counts as nothing (our choice).
+    """
     if scheme.weight is None:
         return float(FULL_BITS)
     if bits == "nominal":
-        return float(scheme.weight.bits)
+        body, kind = scheme.weight.bits, scheme.branch.kind if scheme.branch else ""
+        if kind == "rows":
+            return body + (INT8_BITS - body) * promoted_rows(layer, scheme) / layer.out_channels
+        if kind == "cols":
+            return body + (FULL_BITS - body) * outlier_columns(layer, scheme) / input_channels(layer)
+        return float(body)
     # Scales of a tiny reduction can take more than the weights: that is no more than FP16 in precision.
     return min(8 * weight_bytes(layer, scheme) / layer.weights, float(FULL_BITS))
 

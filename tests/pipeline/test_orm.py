@@ -20,6 +20,7 @@ ORM: dict[str, Any] = {
     "measure__batch_size": 8,
     "measure__timesteps": 2,
     "measure__method": "orm",
+    "allocate__branches": [],
 }
 
 

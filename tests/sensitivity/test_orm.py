@@ -312,3 +312,14 @@ def test_shares_weigh_projections_too(mixed: Setting) -> None:
         rows = even.losses_by_timestep[layer]["w4a16-b32"]
         assert weighed.plan_loss(plan) == pytest.approx(np.dot((0.6, 0.3, 0.1), rows), rel=1e-4)
         assert weighed.losses[layer]["w4a16-b32"] == pytest.approx(weighed.plan_loss(plan), rel=1e-4)
+
+
+def test_bits_of_branches_are_means_over_the_weights(mixed: Setting) -> None:
+    layer = replace(mixed.graph.layers[0], weight_shape=(20, 64), out_axis=0)
+    for name, bits in (("w4a16-b128", 4), ("w4a16-b128+rows3", 4 + 4 * 6 / 20), ("w4a16-b128+lowrank8", 4)):
+        assert scheme_bits(layer, SCHEMES[name], "nominal") == pytest.approx(bits)
+    assert scheme_bits(layer, SCHEMES["w8a8+cols1"], "nominal") == pytest.approx(8 + 8 * 2 / 64)
+    for scheme in SCHEMES.values():
+        # More bytes than the nominal bits take: so the linear programme is a bound.
+        nominal = scheme_bits(layer, scheme, "nominal")
+        assert nominal <= scheme_bits(layer, scheme, "deployed") <= 16
