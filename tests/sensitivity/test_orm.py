@@ -27,11 +27,14 @@ from tests.sensitivity.kinds import kinds
 from tests.sensitivity.test_orthogonality import cka, debiased_cka
 
 OPTIONS = MeasureOptions(samples=8, batch_size=8)
+PLAIN = tuple(SCHEMES[name] for name in ("fp16", "w8a8", "w8a16", "w4a16-b32", "w4a8-b32"))
 
 
 @pytest.fixture(scope="module")
 def mixed() -> Setting:
-    return setting(kinds(), (4, 7, 6), steps=3, calls=8)
+    made = setting(kinds(), (4, 7, 6), steps=3, calls=8)
+    made.candidates = {name: replace(one, schemes=PLAIN) for name, one in made.candidates.items()}
+    return made
 
 
 def outputs(case: Setting, step: int) -> dict[str, np.ndarray[Any, Any]]:
@@ -169,6 +172,7 @@ def test_the_plan_maximises_weighted_bits(method: str, bits: Any, mean_bits: flo
     case = setting(denoiser_graph(channels=16, size=8), (3, 8, 8), steps=2, calls=8)
     graph = replace(case.graph, layers=case.graph.layers[3:10])
     candidates = {layer.name: case.candidates[layer.name] for layer in graph.layers}
+    candidates = {name: replace(one, schemes=PLAIN) for name, one in candidates.items()}
     case = replace(case, graph=graph, candidates=candidates)
     orm = OrmOptions(beta=4.0, bits=bits, aggregation="exponential", eta=2.0)
     table = measure(method, *case, replace(OPTIONS, orm=orm), Talk())
