@@ -55,18 +55,24 @@ class SolverReport:
 
 @dataclass(frozen=True)
 class PrecisionPlan:
-    """One scheme per layer. Sizes in bytes; ``predicted_loss`` as in the sensitivity table."""
+    """One scheme per layer. Sizes in bytes.
+
+    ``predicted_loss`` as in the sensitivity table; None where the metric ranks layers without predicting an error.
+    ``bit_programme``, for metrics that weigh bits by importance: ``weighted_bits`` = sum of importance x bits of the
+    plan, and ``linear_bound``, what the linear programme over continuous bits reaches within the same bytes.
+    """
 
     budget_bytes: int
     size_bytes: int
     fp16_size_bytes: int
     fixed_bytes: int
-    predicted_loss: float
+    predicted_loss: float | None
     schemes: dict[str, str]
     layers: list[dict[str, Any]]
     others: list[dict[str, Any]]
     solver: SolverReport
     notes: list[str] = field(default_factory=list)
+    bit_programme: dict[str, float] | None = None
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON with sorted keys."""

@@ -8,6 +8,8 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mpq_deploy.allocate import PrecisionPlan
 from mpq_deploy.engine.target import load_target
 from mpq_deploy.evaluate.result import CpuLatency, Evaluation, VariantResult
@@ -20,8 +22,10 @@ from mpq_deploy.report.data import (
     EngineInfo,
     EvaluationInfo,
     ImageSet,
+    ImportanceInfo,
     LayerRow,
     ModelInfo,
+    OrmPictures,
     OtherRow,
     ReportData,
     SolverInfo,
@@ -35,8 +39,15 @@ from mpq_deploy.stages import CORRECTED, LATENCY, Exported, version_of
 if TYPE_CHECKING:
     from mpq_deploy.pipeline import Pipeline, Summary
 
-TITLES = {"float": "Float", "ours": "Ours", "int8": "Everything INT8", "int4": "Everything INT4"}
-TITLES[CORRECTED] = "Ours, corrected (PTQD)"
+TITLES = {
+    "float": "Float",
+    "ours": "Ours",
+    CORRECTED: "Ours, corrected (PTQD)",
+    "int8": "Everything INT8",
+    "int4": "Everything INT4",
+    "size-only": "Size only, no ORM",
+    "random": "Random theta",
+}
 PACKAGES = ("onnx", "onnx-ir", "onnxruntime", "highspy", "numpy", "torch", "diffusers", "tensorrt-rtx", "tensorrt")
 
 
@@ -103,6 +114,8 @@ def report_data(pipeline: Pipeline) -> ReportData:
         reproduce=_command(pipeline),
         notes=(*plan.notes, *evaluation.notes, *exported.facts["notes"]),
         images=ImageSet(evaluation.images, evaluation.labels, TITLES),
+        importance=_importance(pipeline, plan, table),
+        orm=_orm_pictures(table),
     )
 
 
@@ -192,7 +205,51 @@ def _read_figures(pipeline: Pipeline, path: Path, keys: set[str]) -> dict[str, A
     return figures
 
 
+def _importance(pipeline: Pipeline, plan: PrecisionPlan, table: SensitivityTable) -> ImportanceInfo | None:
+    found, programme = table.importance, plan.bit_programme
+    if found is None or programme is None:
+        return None
+    return ImportanceInfo(
+        settings=_orm_settings(pipeline, table.metric),
+        timesteps=tuple(float(t) for t in found.timesteps),
+        weights=tuple(float(w) for w in found.weights),
+        calls=found.calls,
+        constant=int(found.constant.all(axis=0).sum()),
+        **programme,
+    )
+
+
+def _orm_settings(pipeline: Pipeline, metric: str) -> str:
+    """Say which of the options stand behind the importances."""
+    options = pipeline.recipe.measure.orm
+    activations = {
+        "int8": "INT8 activations wherever the target allows",
+        "fp16": "FP16 activations wherever a layer has the choice",
+        "programme": f"activations by a second programme at {options.activation_budget:g} bits per element",
+    }[options.activation_bits]
+    bits = f"{options.bits} bits, {activations}"
+    if metric != "orm":
+        how = "1 for every layer" if metric == "size-only" else f"drawn with seed {pipeline.recipe.measure.seed}"
+        return f"Importance: {how}; {bits}"
+    reach = "" if options.importance == "layer" else ", mean over a layer and all later ones"
+    grown = f" with eta {options.eta:g}" if options.aggregation == "exponential" else ""
+    return (
+        f"Importance: exp(-{options.beta:g} gamma), {options.estimator} ORM, {options.aggregation} over "
+        f"timesteps{grown}{reach}; {bits}"
+    )
+
+
+def _orm_pictures(table: SensitivityTable) -> OrmPictures | None:
+    found = table.importance
+    if found is None or found.orm is None:
+        return None
+    constant = np.asarray(found.constant.all(axis=0))
+    return OrmPictures(found.layers, found.timesteps, found.weights, found.theta, found.orm, constant)
+
+
 def _layer_row(row: dict[str, Any], table: SensitivityTable) -> LayerRow:
+    if not table.predicts_nmse:
+        return LayerRow(**row)
     by_timestep = table.losses_by_timestep[row["name"]][row["scheme"]]
     return LayerRow(**row, loss_by_timestep=tuple(float(loss) for loss in by_timestep))
 

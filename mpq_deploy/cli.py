@@ -43,6 +43,9 @@ class Sensitivity(str, Enum):
     gain = "gain"
     local_error = "local_error"
     exhaustive = "exhaustive"
+    orm = "orm"
+    size_only = "size-only"
+    random = "random"
 
 
 class CorrectionKind(str, Enum):

@@ -32,15 +32,33 @@ class CalibrateSection(Section):
     reservoir: int = Field(8192, ge=256, description="values kept per activation for choosing its scale")
 
 
+class OrmSection(Section):
+    """MPQ-Diff's importance of layers: settings of the method "orm" and of its controls."""
+
+    beta: float = Field(1.0, ge=0, allow_inf_nan=False, description="theta = exp(-beta gamma), gamma in [0, 1]")
+    estimator: Literal["biased", "debiased"] = "biased"
+    aggregation: Literal["mean", "exponential"] = Field("mean", description="of theta over timesteps")
+    eta: float = Field(1.0, allow_inf_nan=False, description="growth of exponential weights in denoising order")
+    importance: Literal["layer", "later"] = Field("layer", description="later: mean over a layer and all later ones")
+    bits: Literal["nominal", "deployed"] = Field("nominal", description="deployed: scales count as bits")
+    activation_bits: Literal["int8", "programme", "fp16"] = "int8"
+    activation_budget: float = Field(12.0, ge=8, le=16, description="bits per activation element, for programme")
+
+
 class MeasureSection(Section):
     """How the loss of every (layer, scheme) is predicted."""
 
-    method: Literal["probe", "gain", "local_error", "exhaustive"] = "probe"
+    method: Literal["probe", "gain", "local_error", "exhaustive", "orm", "size-only", "random"] = "probe"
     probes: int = Field(1, ge=1)
     timesteps: int = Field(10, ge=1, description="of the calibrated timesteps, those that are measured")
     samples: int = Field(48, ge=1, description="calibration samples kept from rounding and measured on")
     batch_size: int = Field(16, ge=1)
     seed: int = 2
+    sampling: Literal["uniform", "adaptive"] = Field(
+        "uniform", description="adaptive: more timesteps where the layers' importance (ORM) changes fastest"
+    )
+    coarse_timesteps: int = Field(5, ge=2, description="of the first pass that adaptive sampling follows")
+    orm: OrmSection = OrmSection()
 
 
 class ProtectRule(Section):

@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from mpq_deploy.evaluate.result import Evaluation
     from mpq_deploy.pipeline import Pipeline
     from mpq_deploy.recipe import Recipe
+    from mpq_deploy.sensitivity.feeds import MeasureOptions
 
 RTX = "tensorrt_rtx"
 LATENCY = "latency.json"
@@ -79,6 +80,9 @@ EVALUATION_FORMAT = 2
 # Controls: what a user would get without this tool, at the same rounding: one scheme for every layer that may
 # take it (FP16 for the others).
 CONTROLS = {"int8": ("w8a8", "w8a16"), "int4": ("w4a16-b32", "w4a16-b64", "w4a16-b128")}
+
+# What orm is reported beside, at the same budget: the same programme without any ORM.
+ORM_CONTROLS = ("size-only", "random")
 
 
 # The variant that samples the plan's graph with PTQD's correction in front of the sampler.
@@ -122,6 +126,11 @@ def _export_inputs(pipeline: Pipeline) -> Fields:
     return {**fields, **version_of("torch", "diffusers", "onnx", "onnxscript", "onnx-ir")}
 
 
+def weighs_bits(recipe: Recipe) -> bool:
+    """Whether the recipe's method weighs bits by importance: orm, or one of its controls."""
+    return recipe.measure.method in ("orm", *ORM_CONTROLS)
+
+
 def path_digest(path: Path) -> str:
     """Digest of a file, or of a folder's files by name. Raises UsageError when there is none."""
     if path.is_file():
@@ -157,10 +166,19 @@ def _candidates_inputs(pipeline: Pipeline) -> Fields:
 
 
 def _measure_inputs(pipeline: Pipeline) -> Fields:
+    section = pipeline.recipe.measure
+    fields = settings(section, "measure")
+    adaptive = section.sampling == "adaptive"
+    if not adaptive:
+        del fields["recipe.measure.coarse_timesteps"]
+    # What orm is told concerns nobody else: other methods stay as they are.
+    orm = fields.pop("recipe.measure.orm")
+    if adaptive or weighs_bits(pipeline.recipe):
+        fields.update({f"recipe.measure.orm.{key}": value for key, value in orm.items()})
     return {
         **{name: pipeline.digest(name) for name in ("export", "calibrate", "candidates")},
-        **settings(pipeline.recipe.measure, "measure"),
-        **version_of("torch", "onnxruntime", "numpy"),
+        **fields,
+        **version_of("torch", "onnxruntime", "numpy", "highspy"),
     }
 
 
@@ -182,8 +200,10 @@ def _quantize_inputs(pipeline: Pipeline) -> Fields:
 
 
 def _controls_inputs(pipeline: Pipeline) -> Fields:
-    # Not the plan: another budget keeps the controls.
+    # Not the plan: another budget keeps the controls. Those of orm are plans of the same budget.
+    like_the_plan = _allocate_inputs(pipeline) if pipeline.recipe.measure.method == "orm" else {}
     return {
+        **like_the_plan,
         **{name: pipeline.digest(name) for name in ("export", "calibrate", "candidates")},
         "recipe.evaluate.controls": pipeline.recipe.evaluate.controls,
         **version_of("onnx", "onnx-ir", "numpy"),
@@ -459,55 +479,82 @@ def choices_of(pipeline: Pipeline, graph: LayerGraph) -> dict[str, Choices]:
 
 
 def _make_measure(pipeline: Pipeline, folder: Path) -> str:
-    from mpq_deploy.calibrate.timesteps import sampled_steps
-    from mpq_deploy.sensitivity.measure import MeasureOptions, measure
+    from mpq_deploy.sensitivity.measure import measure
 
     exported = Exported(pipeline)
     inputs, stats = load_calibration(pipeline)
     section = pipeline.recipe.measure
     _, held_out = inputs.split(section.samples)
-    count = len(inputs.timesteps)
-    measured_on = held_out.at(sampled_steps(count, min(section.timesteps, count)))
+    chosen, options, said = _measured_steps(pipeline, exported, held_out)
+    candidates = candidates_of(pipeline, exported.graph)
+    arguments = (exported.graph, candidates, stats, held_out.at(chosen), exported.conditions, exported.spec, options)
+    table = measure(section.method, *arguments, pipeline.talk)
+    if held_out is inputs and section.method not in ORM_CONTROLS:
+        note = "losses are measured on the samples that the weights were rounded on, so they are optimistic"
+        said = (*said, note)
+    replace(table, notes=(*table.notes, *said)).save(folder)
+    for control in ORM_CONTROLS if section.method == "orm" else ():
+        (folder / control).mkdir()
+        measure(control, *arguments, pipeline.talk).save(folder / control)
+    return f"{table.metric}, {sum(map(len, table.losses.values()))} layer-scheme pairs"
+
+
+def _measured_steps(
+    pipeline: Pipeline, exported: Exported, calls: CalibrationSet
+) -> tuple[Array, MeasureOptions, tuple[str, ...]]:
+    """Choose which of the calibrated timesteps are measured; return them, the options, and notes about them."""
+    from mpq_deploy.calibrate.timesteps import sampled_steps, stride_shares
+    from mpq_deploy.sensitivity.feeds import MeasureOptions
+    from mpq_deploy.sensitivity.orthogonality import OrmOptions
+
+    section = pipeline.recipe.measure
+    available = len(calls.timesteps)
+    count = min(section.timesteps, available)
     options = MeasureOptions(
         probes=section.probes,
         heldout_probes=0,
         samples=section.samples,
         batch_size=section.batch_size,
         seed=section.seed,
+        orm=OrmOptions(**section.orm.model_dump()),
     )
-    table = measure(
-        section.method,
-        exported.graph,
-        candidates_of(pipeline, exported.graph),
-        stats,
-        measured_on,
-        exported.conditions,
-        exported.spec,
-        options,
-        pipeline.talk,
+    if section.sampling == "uniform" or count == available:
+        return sampled_steps(available, count), options, ()
+    from mpq_deploy.sensitivity.orm import adapted_steps
+
+    arguments = (exported.graph, calls, exported.conditions, exported.spec, options, pipeline.talk)
+    chosen = adapted_steps(*arguments, count, min(section.coarse_timesteps, available))
+    shares = stride_shares(chosen, available)
+    note = (
+        f"{count} of {available} timesteps are measured, more of them where the layers' importance changes fastest "
+        "(our choice); each counts for its share of the trajectory"
     )
-    if held_out is inputs:
-        note = "losses are measured on the samples that the weights were rounded on, so they are optimistic"
-        table = replace(table, notes=(*table.notes, note))
-    table.save(folder)
-    return f"{table.metric}, {sum(map(len, table.losses.values()))} layer-scheme pairs"
+    return chosen, replace(options, shares=tuple(float(share) for share in shares)), (note,)
 
 
 class PlanSolver:
-    """Bytes and losses of every allowed (layer, scheme), gathered once and solved for any budget."""
+    """Bytes and losses of every allowed (layer, scheme), gathered once and solved for any budget.
 
-    def __init__(self, pipeline: Pipeline) -> None:
+    ``control``: one of ``ORM_CONTROLS`` in place of the run's own measurements.
+    """
+
+    def __init__(self, pipeline: Pipeline, control: str = "") -> None:
         self.section = pipeline.recipe.allocate
+        self.orm = pipeline.recipe.measure.orm
         self.exported = Exported(pipeline)
         self.layers = self.exported.graph.layers
-        self.table = SensitivityTable.load(pipeline.folder("measure"))
+        self.table = SensitivityTable.load(pipeline.folder("measure") / control)
         read = choices_of(pipeline, self.exported.graph)
-        self.refused = {name: choices.refused for name, choices in read.items()}
+        self.refused = {name: {**c.refused, **self._ruled_out(name, c)} for name, c in read.items()}
         target = load_target(pipeline.recipe.target)
         rules: list[tuple[str, tuple[str, ...]]]
         rules = [(pattern, ("fp16",)) for pattern in target.protected if any_match(pattern, read)]
         rules += [(rule.layers, rule.schemes) for rule in self.section.protect]
-        names = [(layer.name, tuple(s.name for s in read[layer.name].schemes)) for layer in self.layers]
+        measured = self.table.losses
+        names = [
+            (layer.name, tuple(s.name for s in read[layer.name].schemes if s.name in measured[layer.name]))
+            for layer in self.layers
+        ]
         allowed = protected_schemes(names, rules)
         self.choices = [
             LayerChoice(
@@ -533,21 +580,61 @@ class PlanSolver:
             ratio = math.ceil(error.smallest / self.fp16_size * 1e4) / 1e4
             raise InfeasibleBudgetError(
                 f"No plan fits the budget {budget} ({problem.budget_bytes:,} bytes).",
-                f"The smallest feasible budget is {ratio:.4f} ({error.smallest:,} bytes); or allow smaller schemes.",
+                f"The smallest feasible budget is {ratio:.4f} ({error.smallest:,} bytes); or allow smaller schemes."
+                + self._activations_hint(),
                 error.smallest,
             ) from error
+        programme, weighed = self._weighed(schemes, problem.budget_bytes - fixed)
         return PrecisionPlan(
             budget_bytes=problem.budget_bytes,
             size_bytes=plan_bytes(problem, schemes),
             fp16_size_bytes=self.fp16_size,
             fixed_bytes=problem.fixed_bytes,
-            predicted_loss=self.table.plan_loss(schemes),
+            predicted_loss=self.table.plan_loss(schemes) if self.table.predicts_nmse else None,
             schemes=schemes,
-            layers=[self._row(i, schemes[layer.name]) for i, layer in enumerate(self.layers)],
+            layers=[{**self._row(i, schemes[n.name]), **weighed[i]} for i, n in enumerate(self.layers)],
             others=[vars(other) for other in self.exported.graph.others],
             solver=solver,
             notes=list(self.table.notes),
+            bit_programme=programme,
         )
+
+    def _activations_hint(self) -> str:
+        importance = self.table.importance
+        if importance is None or not importance.activation_bits.any():
+            return ""
+        return f" Mind that measure.orm.activation_bits is {self.orm.activation_bits}: it rules out schemes."
+
+    def _ruled_out(self, layer: str, choices: Choices) -> dict[str, str]:
+        """Say why the table has no loss for schemes that the layer could take: orm fixes its activations' bits."""
+        importance = self.table.importance
+        bits = 0 if importance is None else int(importance.activation_bits[importance.layers.index(layer)])
+        reason = f"the metric {self.table.metric} fixes the activations of this layer at {bits} bits"
+        return {s.name: reason for s in choices.schemes if s.name not in self.table.losses[layer]}
+
+    def _weighed(
+        self, schemes: dict[str, str], weight_bytes: int
+    ) -> tuple[dict[str, float] | None, list[dict[str, float]]]:
+        """Return the plan's weighted bits beside the linear programme's bound, and per layer importance and its bits.
+
+        None and empty entries for a metric without importances. ``weight_bytes``: the budget less all other constants.
+        """
+        if self.table.importance is None:
+            return None, [{} for _ in self.layers]
+        from mpq_deploy.sensitivity.bit_programme import linear_bits
+        from mpq_deploy.sensitivity.orm import scheme_bits
+
+        bits = [
+            {name: scheme_bits(layer, SCHEMES[name], self.orm.bits) for name in choice.bytes}
+            for layer, choice in zip(self.layers, self.choices)
+        ]
+        importance = self.table.importance.total
+        sizes = np.array([layer.weights for layer in self.layers], np.float64)
+        low, high = (np.array([f(row.values()) for row in bits], np.float64) for f in (min, max))
+        bound = linear_bits(importance, sizes, low, high, 8.0 * weight_bytes)
+        taken = np.array([row[schemes[layer.name]] for row, layer in zip(bits, self.layers)])
+        rows = [{"importance": float(c), "linear_bits": float(b)} for c, b in zip(importance, bound.bits)]
+        return {"weighted_bits": float(importance @ taken), "linear_bound": bound.objective}, rows
 
     def _row(self, number: int, scheme: str) -> dict[str, Any]:
         layer, choice = self.layers[number], self.choices[number]
@@ -559,7 +646,7 @@ class PlanSolver:
             "fp16_bytes": FP16_BYTES * layer.weights,
             "weights": layer.weights,
             "weight_shape": list(layer.weight_shape),
-            "predicted_loss": choice.loss[scheme],
+            "predicted_loss": choice.loss[scheme] if self.table.predicts_nmse else None,
             "refused": self.refused[layer.name],
         }
 
@@ -573,7 +660,8 @@ def _make_allocate(pipeline: Pipeline, folder: Path) -> str:
     plan = PlanSolver(pipeline).solve(pipeline.recipe.budget)
     plan.save(folder / "plan.json")
     ratio = plan.size_bytes / plan.fp16_size_bytes
-    return f"{plan.size_bytes:,} bytes ({ratio:.4f} of FP16), predicted NMSE {plan.predicted_loss:.2e}"
+    predicted = "not predicted" if plan.predicted_loss is None else f"predicted NMSE {plan.predicted_loss:.2e}"
+    return f"{plan.size_bytes:,} bytes ({ratio:.4f} of FP16), {predicted}"
 
 
 def write_plan(pipeline: Pipeline, schemes: dict[str, str], folder: Path) -> int:
@@ -618,6 +706,10 @@ def _make_controls(pipeline: Pipeline, folder: Path) -> str:
             schemes = {layer.name: control_scheme(layer, preferred, target).name for layer in layers}
             (folder / name).mkdir()
             sizes[name] = write_plan(pipeline, schemes, folder / name)
+        for name in ORM_CONTROLS if pipeline.recipe.measure.method == "orm" else ():
+            (folder / name).mkdir()
+            plan = PlanSolver(pipeline, name).solve(pipeline.recipe.budget)
+            sizes[name] = write_plan(pipeline, plan.schemes, folder / name)
     (folder / "sizes.json").write_text(canonical_json(sizes))
     return ", ".join(f"{name} {size:,} bytes" for name, size in sizes.items()) or "none wanted"
 
@@ -783,8 +875,29 @@ def check_recipe(recipe: Recipe) -> None:
     if recipe.engine.build and target.builder == RTX and not builder_present(target):
         raise MissingDependencyError("tensorrt-rtx", "rtx", f"Building an engine for '{target.name}'")
     budget_in_bytes(recipe.budget, 1 << 30, 1 << 30)
+    if recipe.measure.method == "orm" or recipe.measure.sampling == "adaptive":
+        _check_timesteps(recipe)
     if recipe.evaluate.seed == recipe.calibrate.seed:
         raise UsageError(
             f"evaluate.seed and calibrate.seed are both {recipe.evaluate.seed}.",
             "Evaluate on noise that was not calibrated on.",
         )
+
+
+def _check_timesteps(recipe: Recipe) -> None:
+    """Refuse more timesteps than there are: the K of orm and of adaptive sampling is not quietly made smaller."""
+    steps, calibrated = recipe.calibrate.steps, recipe.calibrate.timesteps
+    wanted = {"measure.timesteps": recipe.measure.timesteps}
+    if recipe.measure.sampling == "adaptive":
+        wanted["measure.coarse_timesteps"] = recipe.measure.coarse_timesteps
+    for key, count in wanted.items():
+        if count > steps:
+            raise UsageError(
+                f"{key} is {count}, but the sampler takes only {steps} steps (calibrate.steps).",
+                f"Choose at most {steps} timesteps, or more steps.",
+            )
+        if count > calibrated:
+            raise UsageError(
+                f"{key} is {count}, but only {calibrated} timesteps are calibrated (calibrate.timesteps).",
+                f"Choose at most {calibrated}, or calibrate at more.",
+            )

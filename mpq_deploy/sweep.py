@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # Points of FROM:TO when no step is given.
 DEFAULT_POINTS = 13
 MOST_POINTS = 500
+# Controls with one scheme for every layer; any other is a plan.
+UNIFORM = ("int8", "int4")
 
 
 def parse_budgets(text: str) -> list[float]:
@@ -134,11 +136,13 @@ def sweep_table(result: dict[str, Any]) -> str:
             )
             continue
         measured = f"{point['measured_nmse']:.2e}" if "measured_nmse" in point else "-"
+        # None: the metric predicts no error.
+        predicted = "-" if point["predicted_nmse"] is None else f"{point['predicted_nmse']:.2e}"
         psnr = point.get("psnr_db")
         shown = "-" if psnr is None else f"{psnr:.1f}"
         lines.append(
             f"{point['budget']:>8.4f} {point['size_ratio']:>8.4f} {point['size_bytes']:>14,} "
-            f"{point['predicted_nmse']:>10.2e} {measured:>10} {shown:>8}"
+            f"{predicted:>10} {measured:>10} {shown:>8}"
         )
     for name, control in result["controls"].items():
         psnr = control["psnr_db"]
@@ -160,17 +164,22 @@ def _draw(result: dict[str, Any], path: Path) -> None:
     measured = [p for p in points if "measured_nmse" in p]
     with matplotlib.rc_context({"svg.hashsalt": "sweep", "font.size": 10}):
         figure, axes = plt.subplots(figsize=(6.4, 4))
-        axes.plot([p["size_ratio"] for p in points], [p["predicted_nmse"] for p in points], label="predicted")
+        predicted = [p for p in points if p["predicted_nmse"] is not None]
+        if predicted:
+            sizes = [p["size_ratio"] for p in predicted]
+            axes.plot(sizes, [p["predicted_nmse"] for p in predicted], label="predicted")
         axes.plot([p["size_ratio"] for p in measured], [p["measured_nmse"] for p in measured], "o", label="measured")
         for name, control in result["controls"].items():
             axes.plot(control["size_ratio"], control["measured_nmse"], "s", color="0.4")
-            axes.annotate(f"everything {name.upper()}", (control["size_ratio"], control["measured_nmse"]))
-        if points:
+            said = f"everything {name.upper()}" if name in UNIFORM else name
+            axes.annotate(said, (control["size_ratio"], control["measured_nmse"]))
+        if predicted or measured:
             axes.set_yscale("log")
         axes.set_xlabel("bytes of all constants, as a share of FP16")
         axes.set_ylabel("relative squared error of the output")
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
+        if predicted or measured:
+            axes.legend(frameon=False)
         figure.tight_layout()
         figure.savefig(path, metadata={"Date": None})
         plt.close(figure)

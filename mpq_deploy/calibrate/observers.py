@@ -136,7 +136,7 @@ class ObservedGraph:
     def of(cls, graph: LayerGraph, shapes: dict[str, ActivationShape]) -> ObservedGraph:
         """Add the reductions to a copy of ``graph``, each right after the node whose output it reads."""
         model = graph.model.clone()
-        writer = _Writer(model)
+        writer = ObserverWriter(model)
         convolved = {use.input for layer in graph.layers if layer.op == "Conv" for use in layer.uses}
         values = tensors_of(model)
         model.graph.outputs.clear()
@@ -161,7 +161,7 @@ def _positions_name(shape: ActivationShape) -> str:
     return f"observer.positions.{shape.elements}{'' if shape.batch_axis is not None else '.shared'}"
 
 
-class _Writer:
+class ObserverWriter:
     """Adds observer nodes to a model."""
 
     def __init__(self, model: ir.Model) -> None:
@@ -202,14 +202,17 @@ class _Writer:
         self.place(tensor)
 
     def op(self, kind: str, *inputs: ir.Value, **attributes: int | list[int]) -> ir.Value:
+        """Add a node; return its first output."""
         node = ir.node(kind, inputs, attributes=attributes)
         self.pending.append(node)
         return node.outputs[0]
 
     def reduce(self, kind: str, value: ir.Value, axes: list[int]) -> ir.Value:
+        """Add a reduction over ``axes``, which go."""
         return self.op(kind, value, self.constant(axes), keepdims=0)
 
     def constant(self, numbers: list[int]) -> ir.Value:
+        """Return an INT64 vector, one for equal numbers."""
         key = tuple(numbers)
         if key not in self.constants:
             name = f"observer.constant.{len(self.constants)}"
@@ -221,6 +224,7 @@ class _Writer:
         return self.constants[key]
 
     def input(self, name: str) -> ir.Value:
+        """Return the graph's input of positions ``name``, made when it is new."""
         if name not in self.inputs:
             kind = ir.TensorType(ir.DataType.INT64)
             value = ir.Value(name=name, type=kind, shape=ir.Shape(["observed_calls", "candidates"]))
@@ -229,6 +233,7 @@ class _Writer:
         return self.inputs[name]
 
     def output(self, value: ir.Value) -> None:
+        """Make ``value`` an output of the graph, float32."""
         value.name = f"observer.output.{len(self.model.graph.outputs)}"
         value.type = ir.TensorType(ir.DataType.FLOAT)
         self.model.graph.outputs.append(value)

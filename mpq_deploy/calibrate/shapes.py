@@ -42,17 +42,18 @@ def activation_shapes(
     spec: DenoiserSpec,
     talk: Talk,
     scratch: Path | None = None,
+    names: tuple[str, ...] | None = None,
 ) -> dict[str, ActivationShape]:
-    """Return the shapes of all activations that layers read, by tensor name.
+    """Return the shapes of all activations that layers read (or of the tensors ``names``), by tensor name.
 
     Raises ModelError when a shape depends on the number of calls in a way that is no batch axis.
     """
-    declared = _declared(graph, spec)
+    names = tuple(graph.activations) if names is None else names
+    declared = _declared(graph, spec, names)
     if declared is not None:
         return declared
     model = graph.model.clone()
     values = tensors_of(model)
-    names = list(graph.activations)
     model.graph.outputs.clear()
     for number, name in enumerate(names):
         node = ir.node("Shape", [values[name]])
@@ -74,7 +75,7 @@ def activation_shapes(
     return {name: _shape(name, a.tolist(), b.tolist()) for name, a, b in zip(names, one, two, strict=True)}
 
 
-def _declared(graph: LayerGraph, spec: DenoiserSpec) -> dict[str, ActivationShape] | None:
+def _declared(graph: LayerGraph, spec: DenoiserSpec, names: tuple[str, ...]) -> dict[str, ActivationShape] | None:
     """Return the shapes as the graph declares them, or None unless all are known but for the batch axis."""
     values = tensors_of(graph.model)
     sample = values.get(spec.sample.name)
@@ -84,7 +85,7 @@ def _declared(graph: LayerGraph, spec: DenoiserSpec) -> dict[str, ActivationShap
     if not isinstance(batch, ir.SymbolicDim) or batch.value is None:
         return None
     shapes = {}
-    for name in graph.activations:
+    for name in names:
         dims = values[name].shape
         if dims is None or any(not isinstance(dim, int) and dim != batch for dim in dims):
             return None

@@ -19,8 +19,10 @@ WIDTH, HEIGHT = 640, 320
 LEFT, RIGHT, TOP, BOTTOM = 68, 24, 32, 52
 # Room for series' names at the right end of their lines.
 LABEL_WIDTH = 156
+# Points nearer than this stand in one column.
+COLUMN = 12
 # A series is known by its marker and dash as well as by the colour that CSS gives to its class.
-DASHES = {"int8": "7 4", "int4": "2 4"}
+DASHES = {"int8": "7 4", "int4": "2 4", "size-only": "9 3 2 3", "random": "1 3"}
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,13 @@ def size_quality_chart(data: ReportData) -> Markup | None:
     ]
     if len(curve) > 1:
         parts.append(_line(x, y, Series("ours", "", curve)))
-    for key, title, ratio, psnr in points:
+    heights = _beside_each_other([(x(ratio), y(psnr)) for _, _, ratio, psnr in points])
+    for (key, title, ratio, psnr), height in zip(points, heights, strict=True):
         at = (x(ratio), y(psnr))
         parts.append(_marker(key, at, f"{title}: {percent(ratio)}, {decibels(psnr)}", 7))
         left = at[0] > WIDTH - LABEL_WIDTH
         offset, anchor = (-13, "end") if left else (13, "start")
-        parts.append(_text(at[0] + offset, at[1] + 4, title, anchor, "label"))
+        parts.append(_text(at[0] + offset, height + 4, title, anchor, "label"))
     said = "; ".join(f"{title} {percent(ratio)}, {decibels(psnr)}" for _, title, ratio, psnr in points)
     return _svg("size-quality", "Image quality over size", said, parts)
 
@@ -176,6 +179,19 @@ def spread_out(heights: Sequence[float], distance: float) -> list[float]:
     return moved
 
 
+def _beside_each_other(places: Sequence[tuple[float, float]]) -> list[float]:
+    """Return heights for labels beside points: those of points in one column (plans of one size) are moved apart."""
+    heights = [y for _, y in places]
+    columns: dict[int, list[int]] = {}
+    for index, (x, _) in enumerate(places):
+        first = next((i for i in columns if abs(places[i][0] - x) < COLUMN), index)
+        columns.setdefault(first, []).append(index)
+    for column in columns.values():
+        for index, height in zip(column, spread_out([heights[i] for i in column], 16), strict=True):
+            heights[index] = height
+    return heights
+
+
 def _power(decade: float) -> str:
     return error(decade).removeprefix("1.0 × ")
 
@@ -221,12 +237,13 @@ def _segment(key: str, start: float, end: float, y: float) -> Markup:
 
 
 def _marker(key: str, at: tuple[float, float], said: str, radius: float, hollow: bool = False) -> Markup:
-    """Draw a point whose shape tells the series: circle ours, square INT8, triangle INT4, diamond any other."""
+    """Draw a point whose shape tells the series: circle ours, square INT8, triangles INT4 and random, else diamond."""
     (x, y), r = at, radius
     shapes = {
         "ours": f"M{x - r:.1f} {y:.1f}a{r} {r} 0 1 0 {2 * r} 0a{r} {r} 0 1 0 {-2 * r} 0Z",
         "int8": f"M{x - r:.1f} {y - r:.1f}h{2 * r}v{2 * r}h{-2 * r}Z",
         "int4": f"M{x:.1f} {y - 1.2 * r:.1f}l{1.15 * r:.1f} {2 * r:.1f}h{-2.3 * r:.1f}Z",
+        "random": f"M{x:.1f} {y + 1.2 * r:.1f}l{1.15 * r:.1f} {-2 * r:.1f}h{-2.3 * r:.1f}Z",
     }
     d = 1.3 * r
     diamond = f"M{x:.1f} {y - d:.1f}l{d:.1f} {d:.1f}l{-d:.1f} {d:.1f}l{-d:.1f} {-d:.1f}Z"

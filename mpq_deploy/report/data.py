@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, computed_field
 from mpq_deploy.denoisers.spec import Array
 
 # Changes when a reader of report.json must change.
-SCHEMA_VERSION = 1
+# 2: predicted_nmse, and a layer's or a sweep point's, is null for metrics that predict no error.
+SCHEMA_VERSION = 2
 
 IDENTICAL = "identical"
 
@@ -63,7 +64,7 @@ class CurvePoint(Part):
     """One budget of a sweep. ``measured_nmse`` and ``psnr_db`` only where that budget was evaluated."""
 
     size_ratio: float = Field(ge=0)
-    predicted_nmse: float = Field(ge=0)
+    predicted_nmse: float | None = Field(ge=0)
     measured_nmse: float | None = Field(None, ge=0)
     psnr_db: float | None = None
 
@@ -99,7 +100,10 @@ class EngineInfo(Part):
 
 
 class LayerRow(Part):
-    """One layer of the plan, in graph order. ``refused``: scheme -> why this layer may not take it."""
+    """One layer of the plan, in graph order. ``refused``: scheme -> why this layer may not take it.
+
+    ``importance`` and the bits that the linear programme gives it (``linear_bits``): only of metrics that weigh bits.
+    """
 
     name: str
     op: str
@@ -111,6 +115,8 @@ class LayerRow(Part):
     predicted_loss: float | None = Field(None, ge=0)
     refused: dict[str, str] = Field(default_factory=dict)
     loss_by_timestep: tuple[float, ...] = ()
+    importance: float | None = None
+    linear_bits: float | None = Field(None, ge=0)
 
 
 class OtherRow(Part):
@@ -157,6 +163,40 @@ class EvaluationInfo(Part):
     image_kind: Literal["pixels", "decoded", "latents"] = "pixels"
 
 
+class ImportanceInfo(Part):
+    """How a metric that weighs bits by the layers' importance chose the plan.
+
+    ``weighted_bits`` of the plan, the sum of importance x bits; ``linear_bound``: the most that continuous bits reach
+    within the same bytes, by the linear programme. ``settings`` in words; ``timesteps`` in denoising order, each with
+    its weight; ``calls``: least number behind a Gram matrix (0: none was needed); ``constant``: layers whose output
+    was the same for all calls at every timestep.
+    """
+
+    settings: str
+    timesteps: tuple[float, ...]
+    weights: tuple[float, ...]
+    weighted_bits: float
+    linear_bound: float
+    calls: int = Field(0, ge=0)
+    constant: int = Field(0, ge=0)
+
+
+@dataclass(frozen=True)
+class OrmPictures:
+    """What the page draws of the orthogonality of L layers at K timesteps; not in JSON (it lies in measure/orm.npz).
+
+    ``orm`` [K, L, L], ``theta`` [K, L], ``timesteps`` and their ``weights`` [K]; ``constant`` bool [L]: layers that
+    were the same for all calls.
+    """
+
+    layers: tuple[str, ...]
+    timesteps: Array
+    weights: Array
+    theta: Array
+    orm: Array
+    constant: Array
+
+
 class SchemeTotal(Part):
     """How many layers and bytes of one operator took one scheme."""
 
@@ -196,7 +236,7 @@ class ReportData(Part):
     size_bytes: int = Field(ge=0)
     fp16_size_bytes: int = Field(gt=0)
     fixed_bytes: int = Field(0, ge=0, description="constants that are no layers")
-    predicted_nmse: float = Field(ge=0)
+    predicted_nmse: float | None = Field(ge=0, description="None: the metric ranks layers and predicts no error")
     measured_nmse: float | None = Field(None, ge=0)
     psnr_db: float | None = None
     pooled_psnr_db: float | None = None
@@ -220,6 +260,8 @@ class ReportData(Part):
     reproduce: str = ""
     notes: tuple[str, ...] = ()
     images: ImageSet | None = Field(None, exclude=True, repr=False)
+    importance: ImportanceInfo | None = None
+    orm: OrmPictures | None = Field(None, exclude=True, repr=False)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -246,8 +288,10 @@ class ReportData(Part):
 
     @property
     def prediction_ratio(self) -> float | None:
-        """Predicted over measured NMSE; None where there is no measurement, or no error."""
-        return self.predicted_nmse / self.measured_nmse if self.measured_nmse else None
+        """Predicted over measured NMSE; None where there is no prediction, no measurement, or no error."""
+        if self.predicted_nmse is None or not self.measured_nmse:
+            return None
+        return self.predicted_nmse / self.measured_nmse
 
     def as_json(self) -> dict[str, Any]:
         """Return the values of report.json: everything but the pictures."""

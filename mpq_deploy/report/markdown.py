@@ -13,6 +13,7 @@ from mpq_deploy.report.words import (
     engine_state,
     error,
     headline,
+    importance,
     latency,
     percent,
     prediction,
@@ -32,6 +33,7 @@ def markdown_report(data: ReportData) -> str:
         *_warning(data),
         table(("", "size", "of FP16", "PSNR", "SSIM", "output error (NMSE)"), _variants(data)),
         f"Output error: {prediction(data)}. {_engine_line(data)}",
+        *_importance(data),
         "### Precision",
         table(("op", "scheme", "layers", "bytes", "of their FP16"), _totals(data)),
         *_kept(data),
@@ -67,6 +69,10 @@ def _code(text: str) -> str:
 
 def _warning(data: ReportData) -> list[str]:
     return [f"> **Note:** {plain(data.model.synthetic)}"] if data.model.synthetic else []
+
+
+def _importance(data: ReportData) -> list[str]:
+    return [plain(importance(data.importance))] if data.importance is not None else []
 
 
 def _variants(data: ReportData) -> list[list[str]]:

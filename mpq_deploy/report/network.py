@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mpq_deploy.report.data import LayerRow, ReportData
-from mpq_deploy.report.words import error, percent, size
+from mpq_deploy.report.words import NOT_PREDICTED, error, percent, size
 
 # More rows than this and blocks are joined by the first part of their name alone.
 MOST_ROWS = 40
@@ -101,6 +101,7 @@ def layer_details(layers: Sequence[LayerRow]) -> list[dict[str, object]]:
                 ["Scheme", f"{layer.scheme} ({SCHEME_MEANINGS.get(family(layer.scheme), 'custom')})"],
                 ["Size", f"{size(layer.bytes)}, {_of_fp16(layer)}"],
                 ["Predicted error", _loss(layer, total)],
+                *_importance(layer),
             ],
             "refused": [[scheme, reason] for scheme, reason in sorted(layer.refused.items())],
         }
@@ -124,9 +125,16 @@ def _of_fp16(layer: LayerRow) -> str:
 
 def _loss(layer: LayerRow, total: float) -> str:
     if layer.predicted_loss is None:
-        return "unknown"
+        return NOT_PREDICTED
     share = f", {percent(layer.predicted_loss / total)} of all layers' sum" if total else ""
     return f"{error(layer.predicted_loss)}{share}"
+
+
+def _importance(layer: LayerRow) -> list[list[str]]:
+    if layer.importance is None or layer.linear_bits is None:
+        return []
+    bits = f"{layer.importance:.3f}; the linear programme gives it {layer.linear_bits:.3g} bits"
+    return [["Importance", bits]]
 
 
 def _grouped(layers: Sequence[LayerRow], parts: int) -> list[tuple[str, list[tuple[int, LayerRow]]]]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
-from mpq_deploy.report.data import Control, ReportData
+from mpq_deploy.report.data import Control, ImportanceInfo, ReportData
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _SIZE_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 NOT_MEASURED = "not measured"
+NOT_PREDICTED = "not predicted"
 
 
 def size(count: int | None) -> str:
@@ -109,11 +110,22 @@ def against_control(data: ReportData) -> str:
 
 
 def prediction(data: ReportData) -> str:
-    """Say how the predicted error compares with the measured one."""
+    """Say how the predicted error compares with the measured one, or that the metric predicts none."""
+    if data.predicted_nmse is None:
+        return f"not predicted by the metric {data.sensitivity}".rstrip()
     ratio = data.prediction_ratio
     if ratio is None:
         return f"predicted {error(data.predicted_nmse)}"
     return f"predicted {error(data.predicted_nmse)}, that is {ratio:.2f} times the measured error"
+
+
+def importance(info: ImportanceInfo) -> str:
+    """Say by what a plan was chosen that weighs bits by importance, and how near it is to the linear bound."""
+    share = percent(info.weighted_bits / info.linear_bound) if info.linear_bound else "all"
+    return (
+        f"The plan gives the most bits, weighted by the layers' importance, that its bytes allow: {share} of what the "
+        f"linear programme over continuous bits reaches, which no plan of whole bits exceeds. {info.settings}."
+    )
 
 
 def engine_state(data: ReportData) -> tuple[str, str]:

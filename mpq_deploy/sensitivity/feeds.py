@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from mpq_deploy.calibrate.stats import CalibrationSet
 from mpq_deploy.denoisers.spec import Array, DenoiserSpec
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.graph.layers import LayerGraph
+from mpq_deploy.sensitivity.orthogonality import OrmOptions
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class MeasureOptions:
     type in which torch evaluates the graph, "float32" or "bfloat16". ``errors_dtype``: the type in which it takes
     the local errors and their products with the gradients; "auto" is bfloat16 where the processor multiplies it
     natively (about a fifth less time, 0.2 % of noise on each projection, so plans may differ between processors),
-    else float32.
+    else float32. ``orm``: settings of the orm metric and its controls. ``shares``: the part of the trajectory that
+    each timestep stands for, of sum 1; None: equal ones.
     """
 
     probes: int = 8
@@ -38,6 +40,8 @@ class MeasureOptions:
     memory_bytes: int = 1 << 30
     noise: float = 0.05
     gain_samples: int = 4
+    orm: OrmOptions = field(default_factory=OrmOptions)
+    shares: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.probes < 1 or not 0 <= self.heldout_probes < self.probes:

@@ -6,6 +6,8 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+import numpy as np
+
 from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
 from mpq_deploy.denoisers.spec import Array, DenoiserSpec
 from mpq_deploy.errors import UsageError, nearest
@@ -15,7 +17,9 @@ from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.sensitivity.weights import CandidateWeights
 from mpq_deploy.talk import Talk
 
-METHODS = ("probe", "gain", "local_error", "exhaustive")
+METHODS = ("probe", "gain", "local_error", "exhaustive", "orm", "size-only", "random")
+# They weigh bits by an importance of their own, and the timesteps with it.
+IMPORTANCE_METHODS = ("orm", "size-only", "random")
 Metric = Callable[..., SensitivityTable]
 
 
@@ -30,7 +34,7 @@ def measure(
     options: MeasureOptions,
     talk: Talk,
 ) -> SensitivityTable:
-    """Return the table of ``method``: "probe", "gain", "local_error" or "exhaustive".
+    """Return the table of ``method``, one of ``METHODS``. ``options.shares``: what each timestep counts for.
 
     Where torch is missing, or the graph holds an operator that torch cannot evaluate here, "probe" becomes "gain":
     the table's ``metric`` and ``notes`` say so. ``conditions``: all rows of each condition input; call n of the
@@ -40,6 +44,9 @@ def measure(
         known = ", ".join(METHODS)
         raise UsageError(f"Unknown sensitivity '{method}'.", f"{nearest(method, METHODS)}Known: {known}.")
     arguments = (graph, candidates, stats, calibration, conditions, spec, options, talk)
+    if options.shares is not None and method not in IMPORTANCE_METHODS:
+        even = (*arguments[:6], replace(options, shares=None), talk)
+        return measure(method, *even).weighted(np.asarray(options.shares))
     if method != "probe":
         return _metric(method)(*arguments)
     if importlib.util.find_spec("torch") is None:
@@ -72,9 +79,13 @@ def _metric(method: str) -> Metric:
         from mpq_deploy.sensitivity.local_error import measure_local_error
 
         return measure_local_error
+    if method in IMPORTANCE_METHODS:
+        from mpq_deploy.sensitivity import orm
+
+        return {"orm": orm.measure_orm, "size-only": orm.measure_size_only, "random": orm.measure_random}[method]
     from mpq_deploy.sensitivity.exhaustive import measure_exhaustive
 
     return measure_exhaustive
 
 
-__all__ = ["METHODS", "MeasureOptions", "measure"]
+__all__ = ["IMPORTANCE_METHODS", "METHODS", "MeasureOptions", "measure"]

@@ -9,6 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from mpq_deploy.denoisers.spec import Array
+from mpq_deploy.sensitivity.importance import Importance
+
+IMPORTANCE = "orm.npz"
+# Metrics whose losses are expected relative squared errors of the denoiser's output. The others only rank.
+PREDICTING = ("probe", "gain", "exhaustive")
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,10 @@ class SensitivityTable:
     a_{l,s} (one entry per timestep, probe and sample, already divided by the output's norm of its timestep and by
     sqrt(P), so that the loss of a plan is ||sum_l a_{l,s_l}||^2, cross terms included); None for metrics without
     probes. ``heldout`` bool [P] marks entries of probes that the allocation does not see.
-    ``losses_by_timestep``: layer -> scheme -> float32 [K].
+    ``losses_by_timestep``: layer -> scheme -> float32 [K]; their mean is the loss, so timesteps that stand for more of
+    the trajectory than others (see ``weighted``) have that factor in them. A metric that is not in ``PREDICTING`` ranks
+    layers by a loss of its own unit; ``importance`` is what orm and its controls make theirs of, and such a table lacks
+    the schemes that their activation bits rule out.
     """
 
     metric: str
@@ -29,6 +37,31 @@ class SensitivityTable:
     projections: dict[str, dict[str, Array]] | None = None
     heldout: Array | None = None
     notes: tuple[str, ...] = field(default=())
+    importance: Importance | None = None
+
+    @property
+    def predicts_nmse(self) -> bool:
+        """Whether a plan's loss is a prediction of the error that evaluation measures."""
+        return self.metric in PREDICTING
+
+    def weighted(self, shares: Array) -> SensitivityTable:
+        """Return the table with timestep k counting for ``shares[k]`` [K] of the mean, where 1 / K was its share."""
+        factor = np.asarray(shares, np.float64) / np.sum(shares) * len(self.timesteps)
+        rows = {
+            layer: {scheme: values * factor for scheme, values in by_scheme.items()}
+            for layer, by_scheme in self.losses_by_timestep.items()
+        }
+        made = table_from_losses(self.metric, self.timesteps, rows, self.notes)
+        if self.projections is None:
+            return replace(made, importance=self.importance)
+        # Entries are ordered by timestep first; a loss is a sum of their squares.
+        size = len(next(iter(next(iter(self.projections.values())).values()), ())) // len(factor)
+        roots = np.repeat(np.sqrt(factor), size).astype(np.float32)
+        vectors = {
+            layer: {scheme: vector * roots for scheme, vector in by_scheme.items()}
+            for layer, by_scheme in self.projections.items()
+        }
+        return replace(made, projections=vectors, heldout=self.heldout)
 
     def plan_loss(self, schemes: dict[str, str]) -> float:
         """Predict the loss of a whole plan (layer -> scheme): with cross terms where there are projections."""
@@ -69,6 +102,8 @@ class SensitivityTable:
             arrays["projections"] = np.stack([self.projections[a][s] for a, s in pairs]).astype(np.float32)
             arrays["heldout"] = self.heldout
         np.savez(folder / "projections.npz", **arrays)  # type: ignore[arg-type]
+        if self.importance is not None:
+            self.importance.save(folder / IMPORTANCE)
         text = {
             "metric": self.metric,
             "timesteps": [float(t) for t in self.timesteps],
@@ -87,6 +122,7 @@ class SensitivityTable:
             by_timestep = _by_pair(pairs, data["by_timestep"])
             projections = _by_pair(pairs, data["projections"]) if "projections" in data else None
             heldout = data.get("heldout", None)
+        stored = folder / IMPORTANCE
         return cls(
             text["metric"],
             np.array(text["timesteps"], np.float32),
@@ -95,6 +131,7 @@ class SensitivityTable:
             projections,
             heldout,
             tuple(text["notes"]),
+            Importance.load(stored) if stored.exists() else None,
         )
 
 

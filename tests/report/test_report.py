@@ -1,5 +1,7 @@
 """The three reports: complete, finite, escaped, self-contained; and the page alive in a real browser."""
 
+import base64
+import io
 import json
 import math
 import re
@@ -11,23 +13,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from pydantic import ValidationError
 from sample_report import LABELS, make_report, pictures
 
-from mpq_deploy.report.charts import log_ticks, nice_ticks, spread_out
+from mpq_deploy.report.charts import log_ticks, nice_ticks, size_quality_chart, spread_out
 from mpq_deploy.report.data import (
     CHOSEN_FP16,
     Control,
     CurvePoint,
     EngineInfo,
     ImageSet,
+    ImportanceInfo,
     LayerRow,
     ModelInfo,
+    OrmPictures,
     TargetInfo,
     kept_in_fp16,
 )
 from mpq_deploy.report.markdown import markdown_report, plain
 from mpq_deploy.report.network import network_rows
+from mpq_deploy.report.orthogonality import orm_view, pool
 from mpq_deploy.report.page import html_page
 from mpq_deploy.report.pictures import picture_table
 from mpq_deploy.report.words import decibels, digits, duration, error, headline, size
@@ -110,6 +116,38 @@ def identical_report():
     return make_report(psnr_db=None, identical=True, measured_nmse=0.0, nmse_by_timestep=(0.0,) * 10)
 
 
+def orm_report(layers=60, steps=4, **changes):
+    """A plan by orm: no prediction, importances, and matrices of ``layers`` layers, the first ones constant."""
+    rng = np.random.default_rng(4)
+    row = make_report().layers[5]
+    names = tuple(f"blocks.{i}.attn.to_q" for i in range(layers))
+    orm = rng.uniform(-0.05, 1, (steps, layers, layers))
+    orm = (orm + orm.transpose(0, 2, 1)) / 2
+    orm[:, [0, 1], [1, 0]] = -0.05
+    orm[:, range(layers), range(layers)] = 1
+    pictures = OrmPictures(
+        names,
+        np.linspace(900, 50, steps),
+        np.full(steps, 1 / steps),
+        rng.uniform(0.4, 0.6, (steps, layers)),
+        orm,
+        np.arange(layers) < 2,
+    )
+    info = ImportanceInfo(
+        settings="Importance: exp(-1 gamma), debiased ORM",
+        timesteps=tuple(np.linspace(900, 50, steps)),
+        weights=(1 / steps,) * steps,
+        weighted_bits=90.0,
+        linear_bound=100.0,
+        calls=16,
+        constant=2,
+    )
+    given = {"predicted_loss": None, "importance": 0.5, "linear_bits": 6.25}
+    rows = tuple(row.model_copy(update={"name": name, **given}) for name in names)
+    values = {"layers": rows, "predicted_nmse": None, "sensitivity": "orm", "importance": info, "orm": pictures}
+    return make_report(**{**values, **changes})
+
+
 # JSON
 
 
@@ -137,14 +175,14 @@ def test_json_has_the_promised_keys(report, tmp_path):
     assert {"name", "seconds", "peak_rss_bytes", "cached"} == set(found["stages"][0])
     assert {"name", "source", "labels", "synthetic"} <= set(found["model"])
     assert {"status", "gap", "seconds"} == set(found["solver"])
-    assert found["versions"] and found["reproduce"] and found["target"] and found["schema_version"] == 1
+    assert found["versions"] and found["reproduce"] and found["target"] and found["schema_version"] == 2
     assert "images" not in found
     assert list(found) == sorted(found)
     assert found["size_ratio"] == found["size_bytes"] / found["fp16_size_bytes"] <= found["budget"]
     assert sum(t["bytes"] for t in found["totals"]) + found["fixed_bytes"] == found["size_bytes"]
 
 
-@pytest.mark.parametrize("make", [make_report, bare_report, identical_report])
+@pytest.mark.parametrize("make", [make_report, bare_report, identical_report, orm_report])
 def test_json_is_strict_and_repeats(make, tmp_path):
     def refuse(token):
         raise AssertionError(token)
@@ -287,6 +325,37 @@ def test_a_thousand_layers_fit():
     assert len(network_rows(many)) == 1
 
 
+def test_orthogonality_of_many_layers_and_timesteps_fits():
+    text = html_page(orm_report(layers=800, steps=50))
+    assert len(text.encode()) < 4_000_000
+    assert "12 timesteps of 50 measured" in text and "4 × 4 layers" in text
+    assert "a point is the mean" not in html_page(orm_report())
+
+
+def test_a_plan_by_orm_claims_no_prediction():
+    for text in (html_page(orm_report()), markdown_report(orm_report())):
+        assert "not predicted" in text and "90.0 %" in text and "predicted 1.4" not in text
+    text = html_page(orm_report())
+    assert "Chart of predicted" not in text and 'id="orthogonality"' in text and "6.25 bits" in text
+    assert "2 layers that are the same for all calls" in " ".join(text.split())
+    assert orm_report().prediction_ratio is None
+    page = Page(text)
+    assert len(page.ids) == len(set(page.ids)) and set(page.references) <= set(page.ids)
+    assert all("alt" in image for image in page.images)
+
+
+def test_heat_maps_keep_their_values():
+    data = orm_report(layers=7).orm
+    view = orm_view(data)
+    assert view.pooled == 1 and view.low == -0.1
+    image = Image.open(io.BytesIO(base64.b64decode(view.maps[2].uri.split(",")[1])))
+    colours = [",".join(map(str, colour)) for colour in np.asarray(image.convert("RGB")).reshape(-1, 3)]
+    read = view.low + (1 - view.low) * np.array([view.palette.index(colour) for colour in colours]) / 100
+    assert np.abs(read.reshape(7, 7) - data.orm[2]).max() <= 0.0056
+    assert np.allclose(pool(np.arange(9.0).reshape(3, 3), 2), [[2, 3.5], [6.5, 8]])
+    assert len(set(view.palette)) == len(view.palette)
+
+
 @pytest.mark.parametrize("channels", [1, 2, 4])
 def test_pictures_of_any_channels(channels):
     batch = pictures(0)[..., :1].repeat(channels, axis=-1)
@@ -322,7 +391,7 @@ def contrast(first, second):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [make_report, bare_report])
+@pytest.mark.parametrize("make", [make_report, bare_report, orm_report])
 def test_page_lives_in_a_browser(make, tmp_path):
     if CHROMIUM is None:
         pytest.skip("chromium is not installed: apt-get install chromium")
@@ -335,6 +404,11 @@ def test_page_lives_in_a_browser(make, tmp_path):
     panel = re.search(r'<div class="layer-panel".*?>(.*?)</div></dl>', done.stdout, re.DOTALL)
     assert panel and "Predicted error" in panel.group(1)
     assert re.search(r'class="block[^>]*aria-current="true"', done.stdout)
+    if make is orm_report:
+        # The first layer with itself, read back from the picture's colours.
+        cell = re.search(r'id="orm-cell"[^>]*>([^<]*)<', done.stdout)
+        assert cell and cell.group(1) == "blocks.0.attn.to_q and blocks.0.attn.to_q: 1.00"
+        assert not re.search(r'id="orm-large"[^>]* hidden', done.stdout)
     if make is make_report:
         assert not re.search(r'id="image-modes"[^>]*hidden', done.stdout)
 
@@ -405,6 +479,15 @@ def test_curve_and_engine_latency_are_drawn():
     text = html_page(make_report(curve=curve, engine=engine))
     assert "12.5 ms" in text and "Orin" in text and "Not verified" in text
     assert text.count('class="line series-ours"') == 3
+
+
+def test_labels_of_plans_of_one_size_do_not_overlap():
+    others = {
+        name: Control(title=name, size_bytes=1, size_ratio=0.35, psnr_db=56.6) for name in ("size-only", "random")
+    }
+    text = size_quality_chart(make_report(controls=others))
+    heights = sorted(float(y) for y in re.findall(r'class="label" x="[\d.]+" y="([\d.]+)"', text))
+    assert len(heights) == 3 and min(b - a for a, b in pairwise(heights)) > 15
 
 
 def test_control_with_identical_images():

@@ -97,3 +97,77 @@
   panel.hidden = false;
   tell(blocks.reduce((widest, block) => (parseFloat(block.style.getPropertyValue("--share")) > parseFloat(widest.style.getPropertyValue("--share")) ? block : widest)));
 })();
+
+// Orthogonality: one matrix large, its timestep by the slider, two layers by pointer or arrow keys. The values are read
+// back from the picture's colours.
+(() => {
+  const box = document.getElementById("orm-large");
+  if (!box) return;
+  const map = document.getElementById("orm-map");
+  const slider = document.getElementById("orm-step");
+  const shown = document.getElementById("orm-timestep");
+  const cell = document.getElementById("orm-cell");
+  const small = [...document.querySelectorAll(".orm-maps img")];
+  const details = JSON.parse(document.getElementById("layer-details").textContent);
+  const palette = JSON.parse(document.getElementById("orm-palette").textContent);
+  const levels = new Map(palette.map((colour, level) => [colour, level]));
+  const [low, pooled, layers] = ["low", "pooled", "layers"].map((name) => Number(box.dataset[name]));
+  const side = Math.ceil(layers / pooled);
+  const pixels = document.getElementById("orm-image").getContext("2d", { willReadFrequently: true });
+  let at = [0, 0];
+
+  const layersAt = (point) => {
+    const first = point * pooled;
+    const last = Math.min(first + pooled, layers) - 1;
+    const names = details[first].name + (last > first ? ` to ${details[last].name}` : "");
+    return { first, last, names };
+  };
+  const tell = () => {
+    const [across, down] = at.map(layersAt);
+    const colour = [...pixels.getImageData(at[0], at[1], 1, 1).data.slice(0, 3)].join(",");
+    const level = levels.get(colour);
+    const value = level === undefined ? "" : `: ${(low + ((1 - low) * level) / (palette.length - 1)).toFixed(2)}`;
+    cell.textContent = `${down.names} and ${across.names}${value}`;
+    map.querySelector(".down").style.left = `${((at[0] + 0.5) / side) * 100}%`;
+    map.querySelector(".across").style.top = `${((at[1] + 0.5) / side) * 100}%`;
+    for (const line of document.querySelectorAll("#orthogonality .trace")) {
+      const layer = Number(line.dataset.layer);
+      const picked = [across, down].some((part) => layer >= part.first && layer <= part.last);
+      line.classList.toggle("picked", picked);
+    }
+  };
+  const show = () => {
+    const chosen = small[Number(slider.value)];
+    for (const picture of small) picture.classList.toggle("chosen", picture === chosen);
+    shown.value = chosen.dataset.timestep;
+    slider.setAttribute("aria-valuetext", `timestep ${chosen.dataset.timestep}`);
+    chosen.decode().then(() => {
+      pixels.drawImage(chosen, 0, 0, side, side);
+      tell();
+    });
+  };
+  const inside = (value) => Math.min(Math.max(value, 0), side - 1);
+  for (const name of ["pointermove", "pointerdown"]) {
+    map.addEventListener(name, (event) => {
+      const edges = map.getBoundingClientRect();
+      at = [inside(Math.floor(((event.clientX - edges.left) / edges.width) * side)), inside(Math.floor(((event.clientY - edges.top) / edges.height) * side))];
+      tell();
+    });
+  }
+  map.addEventListener("keydown", (event) => {
+    const moves = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowDown: [0, 1], ArrowUp: [0, -1] };
+    if (!(event.key in moves)) return;
+    event.preventDefault();
+    at = at.map((value, axis) => inside(value + moves[event.key][axis]));
+    tell();
+  });
+  small.forEach((picture, number) => {
+    picture.addEventListener("click", () => {
+      slider.value = String(number);
+      show();
+    });
+  });
+  slider.addEventListener("input", show);
+  box.hidden = false;
+  show();
+})();

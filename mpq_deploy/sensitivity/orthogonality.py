@@ -1,0 +1,146 @@
+"""MPQ-Diff's layer importance from Gram matrices, in NumPy alone (arXiv 2412.00144; OMPQ, arXiv 2109.07865).
+
+In: for every layer the Gram matrix of its outputs over the N calls of a batch, G_i = F_i F_i^T with F_i of shape
+[N, d_i]. Out: the orthogonality matrix ORM [L, L] of each timestep, which is linear centred kernel alignment (CKA),
+each layer's importance theta at each timestep, and one importance per layer over all timesteps.
+
+What comes from where: ORM and theta = exp(-beta gamma) are as in OMPQ's published code, and so is the mean of theta
+over a layer and all later ones. MPQ-Diff says that it weights uniformly sampled timesteps exponentially, without a
+formula: both readings here are ours, and so is dividing gamma by L - 1. The unbiased estimator is HSIC_1 of Song et
+al. 2012, and its mean over batches that of Nguyen et al. 2021 (arXiv 2010.15327).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from mpq_deploy.denoisers.spec import Array
+from mpq_deploy.errors import UsageError
+
+Estimator = Literal["biased", "debiased"]
+Aggregation = Literal["mean", "exponential"]
+Reach = Literal["layer", "later"]
+ActivationBits = Literal["int8", "programme", "fp16"]
+Bits = Literal["nominal", "deployed"]
+
+# HSIC_1 divides by N (N - 3); and with two calls every biased ORM is 1, whatever the layers do.
+LEAST_CALLS = {"biased": 3, "debiased": 4}
+# With fewer calls the biased estimator is near 1 for unrelated layers, and the other one is mostly noise.
+ENOUGH_CALLS = 8
+
+
+@dataclass(frozen=True)
+class OrmOptions:
+    """How Gram matrices become importances, and importances losses.
+
+    ``beta``: theta = exp(-beta gamma), with gamma in [0, 1] after division by L - 1. ``eta``: growth of the
+    timesteps' weights over the whole denoising trajectory under ``aggregation`` "exponential". ``importance``: a
+    layer's own theta, or the mean of theta over the "layer" and all "later" ones. ``bits`` that the objective counts:
+    "nominal" (4, 8, 16) or "deployed" (scales included, so that finer blocks count as more). ``activation_bits``:
+    "int8" where a layer may have them, "fp16" where it may, or by a second "programme" whose budget is
+    ``activation_budget`` bits per element, over the activations that have the choice.
+    """
+
+    beta: float = 1.0
+    eta: float = 1.0
+    aggregation: Aggregation = "mean"
+    estimator: Estimator = "biased"
+    importance: Reach = "layer"
+    bits: Bits = "nominal"
+    activation_bits: ActivationBits = "int8"
+    activation_budget: float = 12.0
+
+
+def centred(grams: Array) -> Array:
+    """Return H G H with H = I - 11^T / N, for Gram matrices float64 [..., N, N]."""
+    rows = grams - grams.mean(axis=-2, keepdims=True)
+    return np.asarray(rows - rows.mean(axis=-1, keepdims=True))
+
+
+def u_centred(grams: Array) -> Array:
+    """Return the U-centred Gram matrices [..., N, N]: their inner products, over N (N - 3), are HSIC_1.
+
+    The diagonal is taken out, and rows and columns are centred so that every row sums to zero without it (Székely
+    and Rizzo 2014). ValueError for N below 4.
+    """
+    count = grams.shape[-1]
+    if count < LEAST_CALLS["debiased"]:
+        raise ValueError(f"The debiased estimator needs 4 calls or more, not {count}.")
+    off = ~np.eye(count, dtype=bool)
+    bare = np.where(off, grams, 0.0)
+    rows = bare.sum(axis=-1, keepdims=True) / (count - 2)
+    columns = bare.sum(axis=-2, keepdims=True) / (count - 2)
+    total = bare.sum(axis=(-2, -1), keepdims=True) / ((count - 1) * (count - 2))
+    return np.asarray(np.where(off, bare - rows - columns + total, 0.0))
+
+
+def dependence(grams: Array, estimator: Estimator) -> Array:
+    """Return the HSIC of every pair of layers, float64 [L, L], from Gram matrices float64 [L, N, N] of one batch.
+
+    "biased": <H G_i H, H G_j H> / (N - 1)^2. "debiased": HSIC_1, whose expectation is 0 for independent layers. Sums
+    over batches merge in any order; their ratio is the CKA (see ``orthogonality``).
+    """
+    count = grams.shape[-1]
+    biased = estimator == "biased"
+    flat = (centred(grams) if biased else u_centred(grams)).reshape(len(grams), -1)
+    return np.asarray(flat @ flat.T / ((count - 1) ** 2 if biased else count * (count - 3)))
+
+
+def orthogonality(hsic: Array) -> Array:
+    """Return ORM [..., L, L], symmetric with 1 on the diagonal, from (sums of) HSIC [..., L, L].
+
+    ORM_ij = HSIC_ij / sqrt(HSIC_ii HSIC_jj): in [0, 1] when biased, in [-1, 1] when debiased. A layer whose outputs do
+    not differ between calls (HSIC_ii = 0) is orthogonal to all others: 0 (our choice).
+    """
+    norms = np.sqrt(np.clip(np.diagonal(hsic, axis1=-2, axis2=-1), 0, None))
+    scale = norms[..., :, None] * norms[..., None, :]
+    # The two products of a pair may round differently: the mean is exactly symmetric.
+    even = (hsic + np.swapaxes(hsic, -2, -1)) / 2
+    orm = np.clip(np.divide(even, scale, out=np.zeros_like(even), where=scale > 0), -1, 1)
+    return np.asarray(np.where(np.eye(hsic.shape[-1], dtype=bool), 1.0, orm))
+
+
+def gamma(orm: Array) -> Array:
+    """Return [..., L]: the mean of ORM_ij over the L - 1 other layers j (0 for a single layer).
+
+    OMPQ takes the sum; divided by L - 1, one beta means the same for networks of any depth (our choice).
+    """
+    others = orm.shape[-1] - 1
+    return np.asarray((orm.sum(axis=-1) - 1) / max(others, 1))
+
+
+def importances(gammas: Array, beta: float, reach: Reach = "layer") -> Array:
+    """Return theta = exp(-beta gamma), or with ``reach`` "later" its mean over each layer and all after it.
+
+    ``gammas`` [..., L] with the layers in graph order. Raises UsageError when beta is so large that all vanish.
+    """
+    theta = np.asarray(np.exp(-beta * gammas))
+    if not np.all(theta.max(axis=-1) > 0):
+        raise UsageError(
+            f"With measure.orm.beta {beta:g} every layer's importance is 0.",
+            f"Choose a beta below {700 / max(float(gammas.max()), 1e-3):.0f}.",
+        )
+    if reach == "layer":
+        return theta
+    reverse = np.cumsum(theta[..., ::-1], axis=-1)[..., ::-1]
+    return np.asarray(reverse / np.arange(theta.shape[-1], 0, -1))
+
+
+def timestep_weights(shares: Array, aggregation: Aggregation, eta: float) -> Array:
+    """Return the weight of each sampled timestep, float64 [K], of sum 1.
+
+    ``shares`` [K]: the part of the trajectory that each stands for, in denoising order; 1 / K when they are sampled
+    uniformly. "mean" is reading (a): the shares themselves. "exponential" is reading (b): times exp(eta p), where p in
+    [0, 1] is the position of the timestep in the denoising order, the middle of its share; with equal shares that is
+    exp(eta k / K) up to a constant. Both readings are ours.
+    """
+    parts = np.asarray(np.asarray(shares, np.float64) / np.sum(shares))
+    if aggregation == "mean":
+        return parts
+    position = np.cumsum(parts) - parts / 2
+    # The largest exponent is 0: no eta overflows.
+    weights = parts * np.exp(eta * position - np.max(eta * position))
+    return np.asarray(weights / weights.sum())
