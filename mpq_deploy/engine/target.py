@@ -113,11 +113,11 @@ class Target(BaseModel):
             return ""
         # A rule without condition explains what `schemes` leaves out; a file that extends this one may allow it.
         left_out = scheme.family not in self.schemes[layer.op]
-        if scheme.branch and scheme.branch.kind not in self.branches.get(layer.op, ()):
-            return f"{self.name} does not say that a {layer.op} takes a branch of {scheme.branch.kind}"
         for rule in self.rules:
             if (rule.when == "always") == left_out and rule.concerns(layer, scheme):
                 return rule.reason
+        if scheme.branch and scheme.branch.kind not in self.branches.get(layer.op, ()):
+            return f"a {scheme.branch.kind} branch beside a {layer.op} is unproven on {self.name}"
         return ""
 
 

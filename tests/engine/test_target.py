@@ -29,7 +29,8 @@ def test_every_shipped_target_loads_and_explains_what_it_leaves_out(name: str) -
     assert target.proven, "a target says what is proven"
     for layer in (conv(64, 64, 3, 3), matmul(64, 64)):
         for scheme in SCHEMES.values():
-            allowed = scheme.family in target.schemes[layer.op]
+            kinds = target.branches.get(layer.op, ())
+            allowed = scheme.family in target.schemes[layer.op] and (not scheme.branch or scheme.branch.kind in kinds)
             assert bool(target.refusal(layer, scheme)) != allowed
 
 

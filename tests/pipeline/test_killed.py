@@ -16,17 +16,21 @@ from tests.pipeline import kills
 from tests.pipeline.runs import Built, build, command, environment, recipe_for, stage_bytes, write_recipe
 
 
+# The tiny recipe asks for no correction of the sampler.
+MADE = tuple(name for name in STAGES if name != "correction")
+
+
 @pytest.mark.parametrize("prepare", [kills.kill_while_making, kills.kill_after], ids=["while", "after"])
 def test_killed_at_every_stage(
     model: Path, tmp_path: Path, finished: Built, prepare: kills.Callable[[str], None]
 ) -> None:
     """One run folder is killed at each stage in turn: every call makes just the stages that the last one did not."""
     recipe, run = recipe_for(model), tmp_path / "run"
-    for stage in STAGES:
+    for stage in MADE:
         code, _ = kills.build_in_child(recipe, run, prepare, stage)
         assert code == -signal.SIGKILL
-        done = STAGES[: STAGES.index(stage) + (prepare is kills.kill_after)]
-        present = [name for name in STAGES[:-1] if (run / name).exists()]
+        done = MADE[: MADE.index(stage) + (prepare is kills.kill_after)]
+        present = [name for name in MADE[:-1] if (run / name).exists()]
         assert present == [name for name in done if name != "report"]
     code, made = kills.build_in_child(recipe, run)
     assert (code, made) == (0, ["report"])
