@@ -133,6 +133,12 @@ class LayerCandidates:
             return np.asarray(self.weight.astype(np.float16), np.float32)
         return self.forms[form].dequantize()
 
+    def promoted(self, form: str) -> Array:
+        """Return the output channels that ``form``, of a scheme with a ``rows`` branch, takes from INT8: int32 [m]."""
+        matrix = self.forms[form]
+        assert isinstance(matrix, RowsMatrix)
+        return matrix.rows
+
 
 def round_candidates(
     layer: Layer,

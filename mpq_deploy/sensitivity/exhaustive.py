@@ -133,8 +133,7 @@ def _rewire(
     from mpq_deploy.sensitivity.torch_projection import fake_quantize
 
     stack = stacks[layer]
-    row = {**stack.weights_only, **stack.with_activation, **_flat(stack.with_kept)}[scheme]
-    matrix = stack.weight + stack.differences[row]
+    matrix = stack.weight + stack.difference(scheme)
     weight = (matrix if layer.out_axis == 0 else np.ascontiguousarray(matrix.T)).reshape(layer.weight_shape)
     tensor = torch_from_constant(weight, float_type)
 
@@ -147,10 +146,6 @@ def _rewire(
         return change
 
     return {use.node: replace_inputs(input_roundings(stats, use, [SCHEMES[scheme]])) for use in layer.uses}
-
-
-def _flat(groups: dict[str, dict[str, int]]) -> dict[str, int]:
-    return {name: row for names in groups.values() for name, row in names.items()}
 
 
 def _with_onnxruntime(

@@ -81,12 +81,14 @@ class UseErrors:
     def errors(self, x: Array, schemes: Collection[str] | None = None) -> Iterator[tuple[str, Array]]:
         """Yield (scheme, dY) for every scheme, or those in ``schemes``, one at a time."""
         stack = self.stack
-        plain = _chosen(stack.weights_only, schemes)
+        promoted = [(p.body, scheme) for p in stack.promotions for scheme in p.counts]
+        plain = _chosen([*stack.weights_only, *(s for body, s in promoted if body in stack.weights_only)], schemes)
         if plain:
             columns = LayerInput(self.layer, self.attributes, x)
-            for scheme, row in plain.items():
-                yield scheme, columns.times(stack.differences[row])
-        for form, names in {"": stack.with_activation, **stack.with_kept}.items():
+            for scheme in plain:
+                yield scheme, columns.times(stack.difference(scheme))
+        rounded_all = [*stack.with_activation, *(s for body, s in promoted if body in stack.with_activation)]
+        for form, names in {"": rounded_all, **{f: list(rows) for f, rows in stack.with_kept.items()}}.items():
             rounding = _chosen(names, schemes)
             if not rounding:
                 continue
@@ -95,9 +97,9 @@ class UseErrors:
             rounded = fake_quantize(x, self.roundings[form], self.layer)
             shared = LayerInput(self.layer, self.attributes, rounded - x).times(stack.weight)
             columns = LayerInput(self.layer, self.attributes, rounded)
-            for scheme, row in rounding.items():
-                yield scheme, columns.times(stack.differences[row]) + shared
+            for scheme in rounding:
+                yield scheme, columns.times(stack.difference(scheme)) + shared
 
 
-def _chosen(rows: dict[str, int], schemes: Collection[str] | None) -> dict[str, int]:
-    return {scheme: row for scheme, row in rows.items() if schemes is None or scheme in schemes}
+def _chosen(names: list[str], schemes: Collection[str] | None) -> list[str]:
+    return [scheme for scheme in names if schemes is None or scheme in schemes]

@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.graph.layers import Layer
 from mpq_deploy.sensitivity.torch_windows import convolve
-from mpq_deploy.sensitivity.weights import FormStack, InputRounding
+from mpq_deploy.sensitivity.weights import FormStack, InputRounding, Promotion
 from mpq_deploy.sensitivity.windows import window_pads
 
 Tensor = torch.Tensor
@@ -60,6 +61,8 @@ class TorchStack:
     split_end: int
     kept_start: int
     with_kept: dict[str, dict[str, int]]
+    promotions: tuple[Promotion, ...]
+    promoted_differences: tuple[Any, ...]
 
     @classmethod
     def of(cls, stack: FormStack, float_type: torch.dtype) -> TorchStack:
@@ -68,12 +71,13 @@ class TorchStack:
         weight, differences = arrays
         kinds = (stack.weights_only, stack.with_activation)
         rows = (stack.split_start, stack.split_end, stack.kept_start)
-        return cls(weight, differences, *kinds, *rows, stack.with_kept)
+        promoted = tuple(torch.from_numpy(p.differences).to(float_type) for p in stack.promotions)
+        return cls(weight, differences, *kinds, *rows, stack.with_kept, stack.promotions, promoted)
 
     @property
     def bytes(self) -> int:
         """Memory held by the tensors."""
-        return int(self.weight.nbytes + self.differences.nbytes)
+        return int(self.weight.nbytes + self.differences.nbytes + sum(d.nbytes for d in self.promoted_differences))
 
 
 def apply_matrix(layer: Layer, attributes: dict[str, Any], x: Any, matrices: Any) -> Any:
@@ -152,6 +156,13 @@ def project_layer(
         rows = projected(layer, attributes, codes.to(float_type), quantized, g, samples) * scale
         rows = rows + _project_forward(layer, attributes, rounding, stack.weight[None], g, samples)
         found.update({name: rows[row - stack.split_start] for name, row in stack.with_activation.items()})
+    for promotion, differences in zip(stack.promotions, stack.promoted_differences, strict=True):
+        rounds = promotion.body in stack.with_activation
+        scale = _rounding(roundings, "").scale if rounds else 1.0
+        rows = (quantized_codes(x, scale) if rounds else x).to(float_type)
+        more = _project_channels(layer, attributes, rows, differences, promotion.channels, g, samples) * scale
+        for name, count in promotion.counts.items():
+            found[name] = found[promotion.body] + more[..., :count].sum(-1)
     for form, names in stack.with_kept.items():
         rounded = fake_quantize(x, _rounding(roundings, form), layer)
         first, last = min(names.values()), max(names.values())
@@ -180,6 +191,20 @@ def _project_forward(layer: Layer, attributes: dict[str, Any], x: Any, matrices:
         errors = apply_matrix(layer, attributes, x[rows], matrices)
         found.append(_project(errors, g[rows], count))
     return torch.cat(found, -1) if len(found) > 1 else found[0]
+
+
+def _project_channels(
+    layer: Layer, attributes: dict[str, Any], x: Any, matrix: Any, channels: Array, g: Any, samples: int
+) -> Any:
+    """Return <G_c, dY_c> as [P, samples, m] of m output ``channels`` whose weights differ by ``matrix`` [m, reduction].
+
+    Layers with such branches have one group.
+    """
+    rows, _, probes, _ = g.shape
+    errors = apply_matrix(layer, attributes, x, matrix[None]).reshape(rows, len(channels), 1, -1)
+    chosen = g.reshape(rows, probes, layer.out_channels, -1)[:, :, torch.from_numpy(channels)].transpose(1, 2)
+    products = torch.matmul(errors, chosen.transpose(2, 3)).float().reshape(samples, -1, len(channels), probes)
+    return products.sum(1).permute(2, 0, 1)
 
 
 def _project_by_weights(layer: Layer, attributes: dict[str, Any], x: Any, matrices: Any, g: Any, samples: int) -> Any:

@@ -32,6 +32,23 @@ class CandidateWeights(Protocol):
         "fp16" is the weight rounded to FP16. A Conv's weight is reshaped, that of a product has outputs first.
         """
 
+    def promoted(self, form: str) -> Array:
+        """Return the output channels that ``form``, of a scheme with a ``rows`` branch, takes from INT8: int [m]."""
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """What the ``rows`` schemes of one body change: more and more of the same channels, from the body's weight to INT8.
+
+    ``channels`` int [m], those that the smallest branch promotes first; ``differences`` float32 [m, reduction]: INT8
+    minus the body for them; ``counts``: scheme -> how many of them it promotes.
+    """
+
+    body: str
+    channels: Array
+    differences: Array
+    counts: dict[str, int]
+
 
 @dataclass(frozen=True)
 class FormStack:
@@ -41,7 +58,7 @@ class FormStack:
     ``weights_only``, ``with_activation``: scheme -> row of ``differences``, for schemes whose activation stays
     float and for those whose activation is INT8. Their rows are consecutive: ``[:split_end]`` and
     ``[split_start:kept_start]``. ``with_kept``: activation form -> scheme -> row, for schemes that leave some channels
-    of the activation in float; their rows follow.
+    of the activation in float; their rows follow. Schemes with a ``rows`` branch are in ``promotions``.
     """
 
     weight: Array
@@ -52,11 +69,24 @@ class FormStack:
     split_end: int
     kept_start: int
     with_kept: dict[str, dict[str, int]]
+    promotions: tuple[Promotion, ...] = ()
 
     @property
     def bytes(self) -> int:
         """Memory held by the arrays."""
-        return int(self.weight.nbytes + self.differences.nbytes)
+        more = sum(p.differences.nbytes for p in self.promotions)
+        return int(self.weight.nbytes + self.differences.nbytes + more)
+
+    def difference(self, scheme: str) -> Array:
+        """Return the weight error of any scheme, float32 [out_channels, reduction]."""
+        for promotion in self.promotions:
+            if scheme in promotion.counts:
+                count = promotion.counts[scheme]
+                whole: Array = self.difference(promotion.body).copy()
+                whole[promotion.channels[:count]] += promotion.differences[:count]
+                return whole
+        groups = (self.weights_only, self.with_activation, *self.with_kept.values())
+        return np.asarray(self.differences[next(names[scheme] for names in groups if scheme in names)])
 
 
 def float_matrix(graph: LayerGraph, layer: Layer) -> Array:
@@ -72,7 +102,7 @@ def float_matrix(graph: LayerGraph, layer: Layer) -> Array:
 
 def form_stack(weight: Array, candidate: CandidateWeights) -> FormStack:
     """Stack the distinct weight forms of ``candidate``: weights-only ones first, shared ones in the middle."""
-    plain = dict.fromkeys(s.weight_form for s in candidate.schemes if s.activation is None)
+    plain = dict.fromkeys(s.weight_form for s in _weights_only(candidate))
     quantized = dict.fromkeys(s.weight_form for s in _rounding_all(candidate))
     kept: dict[str, list[Scheme]] = {}
     for scheme in candidate.schemes:
@@ -92,17 +122,47 @@ def form_stack(weight: Array, candidate: CandidateWeights) -> FormStack:
     return FormStack(
         weight,
         differences,
-        {s.name: row[s.weight_form] for s in candidate.schemes if s.activation is None},
+        {s.name: row[s.weight_form] for s in _weights_only(candidate)},
         {s.name: row[s.weight_form] for s in _rounding_all(candidate)},
         kept_start - len(quantized),
         len(plain),
         kept_start,
         {form: {s.name: row[s.weight_form] for s in schemes} for form, schemes in kept.items()},
+        _promotions(candidate),
     )
 
 
+def _promotions(candidate: CandidateWeights) -> tuple[Promotion, ...]:
+    """Group the ``rows`` schemes by their body: a larger branch promotes the channels of the smaller ones, and more."""
+    by_body: dict[str, list[Scheme]] = {}
+    for scheme in candidate.schemes:
+        if _promotes(scheme):
+            by_body.setdefault(scheme.body.name, []).append(scheme)
+    found = []
+    for body, schemes in by_body.items():
+        counts: dict[str, int] = {}
+        channels = np.empty(0, np.int64)
+        for scheme in sorted(schemes, key=lambda s: len(candidate.promoted(s.weight_form))):
+            more = np.setdiff1d(candidate.promoted(scheme.weight_form), channels)
+            channels = np.concatenate([channels, more])
+            counts[scheme.name] = len(channels)
+        largest = candidate.weight_matrix(schemes[-1].weight_form)
+        assert len(candidate.promoted(schemes[-1].weight_form)) == len(channels)
+        differences = (largest - candidate.weight_matrix(schemes[-1].body.weight_form))[channels]
+        found.append(Promotion(body, channels, np.asarray(differences, np.float32), counts))
+    return tuple(found)
+
+
+def _promotes(scheme: Scheme) -> bool:
+    return scheme.branch is not None and scheme.branch.kind == "rows"
+
+
+def _weights_only(candidate: CandidateWeights) -> list[Scheme]:
+    return [s for s in candidate.schemes if s.activation is None and not _promotes(s)]
+
+
 def _rounding_all(candidate: CandidateWeights) -> list[Scheme]:
-    return [s for s in candidate.schemes if s.activation is not None and not s.activation_form]
+    return [s for s in candidate.schemes if s.activation is not None and not s.activation_form and not _promotes(s)]
 
 
 class Stack(Protocol):

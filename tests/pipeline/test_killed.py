@@ -15,7 +15,6 @@ from mpq_deploy.pipeline import STAGES
 from tests.pipeline import kills
 from tests.pipeline.runs import Built, build, command, environment, recipe_for, stage_bytes, write_recipe
 
-
 # The tiny recipe asks for no correction of the sampler.
 MADE = tuple(name for name in STAGES if name != "correction")
 

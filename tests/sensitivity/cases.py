@@ -19,6 +19,7 @@ from mpq_deploy.sensitivity.weights import float_matrix
 from tests.graphs import GraphBuilder
 
 NAMES = ("fp16", "w8a8", "w8a16", "w4a16-b32", "w4a8-b32", "w8a8+cols1", "w4a8-b32+cols1")
+ROWS = tuple(f"{body}+rows{tenths}" for body in ("w4a16-b32", "w4a8-b32") for tenths in (1, 2, 3))
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,10 @@ class Rounded:
     def weight_matrix(self, form: str) -> Any:
         if form == "fp16":
             return self.weight.astype(np.float16).astype(np.float32)
+        if "+rows" in form:
+            whole = self.weight_matrix(form.split("+")[0])
+            whole[self.promoted(form)] = self.weight_matrix("int8")[self.promoted(form)]
+            return whole
         bits = 8 if form.startswith("int8") else 4
         width = self.weight.shape[1]
         block = width if bits == 8 or width % 32 else 32
@@ -39,6 +44,12 @@ class Rounded:
         top = 2 ** (bits - 1) - 1
         scale = np.maximum(np.abs(blocks).max(-1, keepdims=True) / top, 1e-12)
         return (np.rint(blocks / scale) * scale).reshape(self.weight.shape).astype(np.float32)
+
+    def promoted(self, form: str) -> Any:
+        """One, two or three channels (of three or more), from an order of their own."""
+        tenths = int(form.split("+rows")[1])
+        order = np.random.default_rng(len(self.weight)).permutation(len(self.weight))
+        return np.sort(order[: min(tenths, len(order))])
 
 
 @dataclass
@@ -104,7 +115,11 @@ def setting(
         timestep=InputSpec(name="timestep", batched=batched_time),
         scheduler={},
     )
-    candidates = {n.name: Rounded(n, schemes, float_matrix(graph, n)) for n in graph.layers}
+    rows = tuple(SCHEMES[name] for name in ROWS)
+    candidates = {
+        n.name: Rounded(n, schemes + rows * (n.out_channels > 2 and n.group == 1), float_matrix(graph, n))
+        for n in graph.layers
+    }
     made = Setting(graph, candidates, CalibrationStats({}), calibration, {}, spec, model)
     tensors = list(graph.activations)
     tops = {

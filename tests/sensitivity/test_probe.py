@@ -37,7 +37,9 @@ def brute_force(case: Setting, options: MeasureOptions) -> dict[str, dict[str, A
     graph = TorchGraph(case.graph.model, torch.float64)
     uses = [(n, use) for n in case.graph.layers for use in n.uses]
     steps = len(case.calibration.timesteps)
-    found = {n.name: {s: np.zeros((steps, options.probes, calls)) for s in NAMES} for n in case.graph.layers}
+    found = {
+        n: {s.name: np.zeros((steps, options.probes, calls)) for s in c.schemes} for n, c in case.candidates.items()
+    }
     nodes = {node.name: node for node in case.model.graph.node}
     for step in range(steps):
         feeds = {n: torch.from_numpy(v).double() for n, v in case.feeds(step).items()}
