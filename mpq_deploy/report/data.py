@@ -350,7 +350,9 @@ def _reason(layer: LayerRow, known_schemes: set[str]) -> str:
 
     A refusal may name a scheme, or a family for all its block sizes.
     """
-    open_schemes = {s for s in known_schemes if s not in layer.refused and s.split("-")[0] not in layer.refused}
+    open_schemes = {
+        s for s in known_schemes if s not in layer.refused and s.split("+")[0].split("-")[0] not in layer.refused
+    }
     if open_schemes or not layer.refused:
         return CHOSEN_FP16
     return "; ".join(dict.fromkeys(layer.refused.values()))

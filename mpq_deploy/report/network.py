@@ -17,6 +17,11 @@ SCHEME_MEANINGS = {
     "w4a16": "4-bit weights, FP16 arithmetic",
     "w4a8": "4-bit weights, INT8 arithmetic",
 }
+BRANCH_MEANINGS = {
+    "rows": "the salient output channels in 8-bit weights beside it",
+    "cols": "the outlier input channels in FP16 beside it",
+    "lowrank": "two FP16 factors beside it",
+}
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class Block:
     scheme: str
     width: float
     said: str
+    branch: str
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,14 @@ def network_rows(layers: Sequence[LayerRow]) -> list[Row]:
             name,
             sum(layer.bytes for _, layer in group),
             tuple(
-                Block(i, family(layer.scheme), layer.scheme, 100 * layer.bytes / widest, layer_said(layer))
+                Block(
+                    i,
+                    family(layer.scheme),
+                    layer.scheme,
+                    100 * layer.bytes / widest,
+                    layer_said(layer),
+                    branch(layer.scheme),
+                )
                 for i, layer in group
             ),
         )
@@ -98,7 +111,7 @@ def layer_details(layers: Sequence[LayerRow]) -> list[dict[str, object]]:
             "facts": [
                 ["Operator", layer.op],
                 ["Weight", " × ".join(map(str, layer.weight_shape)) or f"{layer.weights:,} elements"],
-                ["Scheme", f"{layer.scheme} ({SCHEME_MEANINGS.get(family(layer.scheme), 'custom')})"],
+                ["Scheme", f"{layer.scheme} ({meaning(layer.scheme)})"],
                 ["Size", f"{size(layer.bytes)}, {_of_fp16(layer)}"],
                 ["Predicted error", _loss(layer, total)],
                 *_importance(layer),
@@ -115,8 +128,25 @@ def layer_said(layer: LayerRow) -> str:
 
 
 def family(scheme: str) -> str:
-    """Return a scheme's name without its block size."""
-    return scheme.split("-")[0]
+    """Return a scheme's name without its block size and branch."""
+    return scheme.split("+")[0].split("-")[0]
+
+
+def branch(scheme: str) -> str:
+    """Return the kind of a scheme's branch, such as rows; empty without one."""
+    return scheme.partition("+")[2].rstrip("0123456789")
+
+
+def meaning(scheme: str) -> str:
+    """Say in words what a scheme is."""
+    beside = BRANCH_MEANINGS.get(branch(scheme))
+    return SCHEME_MEANINGS.get(family(scheme), "custom") + (f"; {beside}" if beside else "")
+
+
+def branched(data: ReportData) -> tuple[int, int]:
+    """Return how many layers have a branch, and their bytes, body and branch."""
+    found = [layer for layer in data.layers if branch(layer.scheme)]
+    return len(found), sum(layer.bytes for layer in found)
 
 
 def _of_fp16(layer: LayerRow) -> str:

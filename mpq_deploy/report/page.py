@@ -10,7 +10,7 @@ from markupsafe import Markup
 from mpq_deploy.report import words
 from mpq_deploy.report.charts import prediction_chart, size_quality_chart, timestep_chart
 from mpq_deploy.report.data import ReportData, SchemeTotal, kept_in_fp16
-from mpq_deploy.report.network import layer_details, legend, network_rows
+from mpq_deploy.report.network import branched, layer_details, legend, network_rows
 from mpq_deploy.report.orthogonality import orm_view
 from mpq_deploy.report.pictures import picture_table
 
@@ -38,6 +38,7 @@ def html_page(data: ReportData) -> str:
         prediction_chart=prediction_chart(data),
         network=network_rows(data.layers),
         legend=legend(data),
+        branched=branched(data),
         details=layer_details(data.layers),
         scheme_table=scheme_table(data.totals),
         kept=kept_in_fp16(data),
