@@ -22,6 +22,8 @@ LARGEST_SCALE = 65504.0
 CLIP_RATIOS = np.linspace(0.5, 1.05, 23)
 # Largest multiple of the INT8 scale that an INT4 block scale may be: |-8| * 15 = 120 <= 127.
 LARGEST_MULTIPLE = 15
+# Memory for the normal equations of block scales.
+NORMAL_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,7 @@ def refine_rounding(
     hessians = [damped(block, damping).astype(np.float32) for block in moments]
     columns = weight.shape[1]
     for _ in range(rounds if forms else 0):
-        scales = [_better_scale(weight, codes, scale, hessians) for codes, scale in forms]
+        scales = [_better_scales(weight, codes, scale, hessians) for codes, scale in forms]
         # All forms share the Hessian, so their rows are visited together.
         target = np.tile(weight, (len(forms), 1))
         codes = np.concatenate([codes for codes, _ in forms])
@@ -230,6 +232,13 @@ def _times(rows: Array, moments: list[Array]) -> Array:
     """Return rows [O, K] times the block-diagonal Hessian."""
     cuts = np.cumsum([len(block) for block in moments])[:-1]
     return np.concatenate([part @ block for part, block in zip(np.split(rows, cuts, axis=1), moments)], axis=1)
+
+
+def _better_scales(weight: Array, codes: Array, scale: Array, moments: list[Array]) -> Array:
+    """Fit the scales of some rows at a time: the normal equations of all rows of a wide layer take gigabytes."""
+    rows = max(1, NORMAL_BYTES // (4 * scale.shape[1] ** 2))
+    parts = [slice(start, start + rows) for start in range(0, len(weight), rows)]
+    return np.concatenate([_better_scale(weight[p], codes[p], scale[p], moments) for p in parts])
 
 
 def _better_scale(weight: Array, codes: Array, scale: Array, moments: list[Array]) -> Array:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mpq_deploy.precision import quantizers
 from mpq_deploy.precision.quantizers import (
     QuantizedMatrix,
     RoundingProblem,
@@ -248,3 +249,13 @@ def test_rounding_hardly_depends_on_how_large_a_column_s_input_is() -> None:
     # Columns are visited by falling diagonal, so the order differs, and with it the last bit of some codes.
     error = [np.einsum("ok,kj,oj->", w - c * step, hessian, w - c * step) for c in (plain, scaled)]
     assert error[1] == pytest.approx(error[0], rel=0.15)
+
+
+def test_fitting_scales_some_rows_at_a_time_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    w, hessian = random_weight(13, rows=7), random_hessian(14)
+    form = nearest_form(w, 4)
+    whole = refine_rounding(w, [form], [hessian], 0.02, 2)[0]
+    monkeypatch.setattr(quantizers, "NORMAL_BYTES", 2 * 4 * 4**2)  # two rows at once
+    parts = refine_rounding(w, [form], [hessian], 0.02, 2)[0]
+    for one, other in zip(whole, parts, strict=True):
+        np.testing.assert_array_equal(one, other)
