@@ -138,7 +138,9 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path, help="run folder (default: runs/bench-probe-quality-NAME)")
     parser.add_argument("--page", type=Path, help="keep the result as a Markdown page")
     chosen = parser.parse_args()
-    recipe = bench_recipe(chosen.recipe, chosen.set, {"model": chosen.model, "engine.build": False})
+    # Branches would multiply the single layers to quantize, which take minutes as it is; --set brings them back.
+    values = {"model": chosen.model, "engine.build": False, "allocate.branches": []}
+    recipe = bench_recipe(chosen.recipe, chosen.set, values)
     name = Path(chosen.model).stem
     with open_pipeline(recipe, chosen.out or Path("runs") / f"bench-probe-quality-{name}", PlainTalk()) as pipeline:
         pipeline.run_until("candidates")
