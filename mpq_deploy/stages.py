@@ -455,12 +455,16 @@ def _diagonal_moments(layer: Layer, stats: CalibrationStats) -> Array:
 def candidates_of(pipeline: Pipeline, graph: LayerGraph) -> dict[str, LayerCandidates]:
     """Read the candidates of every layer, by layer name, with the rows that branches promote."""
     folder = pipeline.folder("candidates")
-    candidates = _read_candidates(folder, graph)
+    return {candidates.layer.name: candidates for candidates in iterate_candidates(folder, graph)}
+
+
+def iterate_candidates(folder: Path, graph: LayerGraph) -> Iterator[LayerCandidates]:
+    """Read the candidates stage ``folder`` layer by layer, in graph order."""
     with np.load(folder / ROW_ORDERS, allow_pickle=False) as orders:
         for number, layer in enumerate(graph.layers):
-            if str(number) in orders:
-                candidates[layer.name] = with_promoted_rows(candidates[layer.name], orders[str(number)])
-    return candidates
+            weight = weight_matrix(layer, weight_array(graph.model, layer))
+            candidates = load_candidates(layer, weight, folder / f"{number:05d}.safetensors")
+            yield with_promoted_rows(candidates, orders[str(number)]) if str(number) in orders else candidates
 
 
 def _read_candidates(folder: Path, graph: LayerGraph) -> dict[str, LayerCandidates]:
@@ -668,11 +672,10 @@ def write_plan(pipeline: Pipeline, schemes: dict[str, str], folder: Path) -> int
     """Write the graphs of a plan (layer -> scheme) into ``folder``; return the bytes counted from the file."""
     exported = Exported(pipeline)
     _, stats = load_calibration(pipeline)
-    candidates = candidates_of(pipeline, exported.graph)
     rewrites = []
-    for layer in exported.graph.layers:
-        scheme = SCHEMES[schemes[layer.name]]
-        rewrites.append(LayerRewrite(layer, scheme, candidates[layer.name].forms.get(scheme.weight_form)))
+    for candidates in iterate_candidates(pipeline.folder("candidates"), exported.graph):
+        scheme = SCHEMES[schemes[candidates.layer.name]]
+        rewrites.append(LayerRewrite(candidates.layer, scheme, candidates.forms.get(scheme.weight_form)))
     forms = {SCHEMES[scheme].activation_form for scheme in schemes.values()} | {""}
     scales = {name + form: a.scale_for(form) for name, a in stats.activations.items() for form in forms}
     spec = exported.spec

@@ -19,28 +19,40 @@ from mpq_deploy.precision.quantizers import QuantizedMatrix, damped
 
 @dataclass(frozen=True)
 class RowsMatrix:
-    """An INT4 body and INT8 rows: output channel ``rows[i]`` (int32 [m], rising) is row i of ``promoted`` [m, K].
+    """An INT4 body and INT8 rows for the output channels ``rows`` (int32 [m], rising).
 
-    ``body`` [O - m, K] holds the other channels in their order.
+    ``every_body`` and ``every_int8`` hold all O channels in either form, and are shared with other schemes: what is
+    deployed is cut out of them when it is asked for.
     """
 
-    body: QuantizedMatrix
-    promoted: QuantizedMatrix
+    every_body: QuantizedMatrix
+    every_int8: QuantizedMatrix
     rows: Array
+
+    @property
+    def body(self) -> QuantizedMatrix:
+        """The other channels in their order, [O - m, K]."""
+        return _rows_of(self.every_body, self._others)
+
+    @property
+    def promoted(self) -> QuantizedMatrix:
+        """The promoted channels, [m, K]."""
+        return _rows_of(self.every_int8, self.rows)
 
     @property
     def order(self) -> Array:
         """Where each output channel lies when the promoted ones follow the body, int32 [O]."""
-        joined = np.concatenate([np.setdiff1d(np.arange(self._channels), self.rows), self.rows])
-        return np.argsort(joined).astype(np.int32)
+        return np.argsort(np.concatenate([self._others, self.rows])).astype(np.int32)
 
     @property
-    def _channels(self) -> int:
-        return len(self.body.codes) + len(self.rows)
+    def _others(self) -> Array:
+        return np.setdiff1d(np.arange(len(self.every_body.codes)), self.rows)
 
     def dequantize(self) -> Array:
         """Return the deployed weight, float32 [O, K]."""
-        return np.concatenate([self.body.dequantize(), self.promoted.dequantize()])[self.order]
+        whole = self.every_body.dequantize()
+        whole[self.rows] = self.promoted.dequantize()
+        return whole
 
 
 @dataclass(frozen=True)
@@ -105,9 +117,7 @@ class LowRankMatrix:
 
 def promote_rows(body: QuantizedMatrix, int8: QuantizedMatrix, rows: Array) -> RowsMatrix:
     """Take the output channels ``rows`` from ``int8`` and the others from ``body``; both hold the whole weight."""
-    chosen = np.sort(np.asarray(rows, np.int32))
-    others = np.setdiff1d(np.arange(len(body.codes)), chosen)
-    return RowsMatrix(_rows_of(body, others), _rows_of(int8, chosen), chosen)
+    return RowsMatrix(body, int8, np.sort(np.asarray(rows, np.int32)))
 
 
 def _rows_of(matrix: QuantizedMatrix, rows: Array) -> QuantizedMatrix:
