@@ -62,7 +62,7 @@ def measure_probe(
     for name in (options.dtype, options.errors_dtype):
         if name not in FLOAT_TYPES and (name != AUTO or name is options.dtype):
             raise UsageError(f"Probes do not run in '{name}'.", f"Use {' or '.join(FLOAT_TYPES)}.")
-    calls = Calls(graph, spec, calibration, conditions, options.samples)
+    calls = Calls(graph, spec, calibration, conditions, options.samples, options.rotate)
     work = _Probing(graph, candidates, stats, calls, spec, options)
     batch, notes = work.batch_size()
     steps = len(calls.timesteps)
@@ -79,7 +79,7 @@ def measure_probe(
     for by_scheme in values.values():
         for projections in by_scheme.values():
             projections /= norm
-    return table_from_projections(calls.timesteps, values, options.heldout_probes, notes)
+    return table_from_projections(calls.timesteps, values, options.heldout_probes, notes, calls.turns)
 
 
 @dataclass(frozen=True)
