@@ -60,6 +60,7 @@ class PrecisionPlan:
     ``predicted_loss`` as in the sensitivity table; None where the metric ranks layers without predicting an error.
     ``bit_programme``, for metrics that weigh bits by importance: ``weighted_bits`` = sum of importance x bits of the
     plan, and ``linear_bound``, what the linear programme over continuous bits reaches within the same bytes.
+    ``cross_terms``, for metrics with probes: the fields of ``refine.CrossTerms``.
     """
 
     budget_bytes: int
@@ -73,6 +74,7 @@ class PrecisionPlan:
     solver: SolverReport
     notes: list[str] = field(default_factory=list)
     bit_programme: dict[str, float] | None = None
+    cross_terms: dict[str, Any] | None = None
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON with sorted keys."""
@@ -157,7 +159,13 @@ def allocate_charged(
 
     The charge is that of ``kernel_charge``; the report's loss and bound are without the charges.
     """
-    fee = kernel_charge(problem, charge, gap, time_limit)
+    return allocate_with_fee(problem, kernel_charge(problem, charge, gap, time_limit), gap, time_limit)
+
+
+def allocate_with_fee(
+    problem: Problem, fee: float, gap: float = 1e-4, time_limit: float = 60.0
+) -> tuple[dict[str, str], SolverReport]:
+    """As ``allocate_charged``, with the charge per kernel as a loss."""
     if not fee:
         return allocate(problem, gap, time_limit)
     charged = replace(problem, layers=[_charged(layer, fee) for layer in problem.layers])

@@ -24,10 +24,12 @@ from mpq_deploy.precision.deployed import ACTIVATION_SCALE_BYTES
 from mpq_deploy.sensitivity.table import SensitivityTable
 
 MOST_MOVES = 12
-MOST_ROUNDS = 24
+MOST_ROUNDS = 12
+# The gap of the small MILPs: what they propose is judged by the quadratic.
+GAP = 1e-2
 # Bounds of the exact search: rounds, changes that are paired, pairs whose bytes are counted. On 1,000 layers x 8
 # schemes a round takes 0.1 s.
-MOST_PAIRS = 60
+MOST_PAIRS = 40
 MOST_CANDIDATES = 800
 MOST_TRIED = 64
 # Layers whose products the shrinkage is estimated from: those of the largest errors.
@@ -58,6 +60,8 @@ class Quadratic:
         self.vectors = vectors[:, vectors.any(axis=0)]
         self.bytes = np.array([size for layer in problem.layers for size in layer.bytes.values()], np.int64)
         self._squares = np.einsum("mp,mp->m", self.vectors, self.vectors)
+        self._starts = np.append(np.flatnonzero(np.diff(self.layer, prepend=-1)), len(self.moves))
+        self._overlaps: dict[int, Array] = {}
         self._fees = fee * np.array([kernels(scheme) for _, scheme in self.moves], np.float64)
 
     def chosen(self, schemes: Mapping[str, str]) -> Array:
@@ -76,13 +80,19 @@ class Quadratic:
         chosen = self.chosen(schemes)
         instead_of = chosen[self.layer]
         along = self.vectors @ self.vectors[chosen].sum(0)
-        overlap = np.einsum("mp,mp->m", self.vectors, self.vectors[instead_of])
+        overlap = np.concatenate([self._overlap(layer, int(move)) for layer, move in enumerate(chosen)])
         apart = self._squares - self._squares[instead_of]
         steps = self._squares + self._squares[instead_of] - 2 * overlap
         change = (1 - self.rho) * apart + self.rho * (2 * (along - along[instead_of]) + steps)
         change += self._fees - self._fees[instead_of]
         change[chosen] = 0.0
         return np.asarray(change)
+
+    def _overlap(self, layer: int, move: int) -> Array:
+        """Return the products of all moves of a layer with one of them."""
+        if move not in self._overlaps:
+            self._overlaps[move] = self.vectors[self._starts[layer] : self._starts[layer + 1]] @ self.vectors[move]
+        return self._overlaps[move]
 
     @cached_property
     def byte_price(self) -> float:
@@ -92,12 +102,12 @@ class Quadratic:
         its logarithm.
         """
         room = self.problem.budget_bytes - self.problem.fixed_bytes
-        starts = np.flatnonzero(np.diff(self.layer, prepend=-1))
+        starts, sizes = self._starts[:-1], np.diff(self._starts)
         low, high = -40.0, 10.0
         for _ in range(60):
             middle = (low + high) / 2
             paid = self._squares + 10.0**middle * self.bytes
-            best = np.repeat(np.minimum.reduceat(paid, starts), np.diff([*starts, len(paid)]))
+            best = np.repeat(np.minimum.reduceat(paid, starts), sizes)
             if np.minimum.reduceat(np.where(paid <= best, self.bytes, np.iinfo(np.int64).max), starts).sum() > room:
                 low = middle
             else:
@@ -110,20 +120,20 @@ def shrinkage(vectors: Array, calls: Array, steps: int) -> float:
 
     With G_lm = <a_l, a_m>, rho = 1 - sum Var(G_lm) / sum G_lm^2 over l != m: Ledoit and Wolf (2004) with the diagonal
     as target, as Schaefer and Strimmer (2005) estimate it, but on the products instead of correlations, since the
-    large errors are those that matter. Our reading. The independent units are the calls (``calls`` int [P]), which come
-    back at several of the ``steps`` timesteps (the entries' first axis); timesteps are strata.
+    large errors are those that matter. Our reading. The independent units are the calls (``calls`` int [P], -1 for
+    none), which come back at several of the ``steps`` timesteps (the entries' first axis); timesteps are strata.
     """
     by_step = calls.reshape(steps, -1)
-    if len(vectors) < 2 or any(len(np.unique(row)) < 2 for row in by_step):
+    sizes = np.array([len(np.unique(row[row >= 0])) for row in by_step])
+    if len(vectors) < 2 or sizes.min() < 2:
         return 0.0
     largest = np.argsort(-np.einsum("lp,lp->l", vectors, vectors), kind="stable")[:MOST_SHRUNK]
     rows = vectors[np.sort(largest)].reshape(min(len(vectors), MOST_SHRUNK), steps, -1)
     # The mean product of the calls of each timestep, and n / (n - 1) for having estimated it.
-    sizes = np.array([len(np.unique(row)) for row in by_step])
     means = np.einsum("lkp,mkp->klm", rows, rows, optimize=True) / sizes[:, None, None]
     roots = np.sqrt(sizes / (sizes - 1))
     variance = np.zeros(means.shape[1:])
-    for call in np.unique(calls):
+    for call in np.unique(calls[calls >= 0]):
         at = np.flatnonzero((by_step == call).any(axis=1))
         rest = np.zeros_like(variance)
         for step in at:
@@ -156,18 +166,27 @@ def refine(quadratic: Quadratic, schemes: Mapping[str, str], time_limit: float =
             moves //= 2
     for _ in range(MOST_PAIRS):
         better = _best_pair(quadratic, current, loss)
-        if better is None:
+        found = loss if better is None else quadratic.loss(better)
+        if better is None or found >= loss:
             break
-        current, loss = better, quadratic.loss(better)
+        current, loss = better, found
     return current
 
 
 def _best_moves(quadratic: Quadratic, current: Mapping[str, str], moves: int, time_limit: float) -> dict[str, str]:
     """Solve for at most ``moves`` changes, each charged what it alone would change the quadratic by."""
-    problem, changes = quadratic.problem, quadratic.changes(current)
-    by_move = dict(zip(quadratic.moves, changes.tolist()))
-    layers = [replace(layer, loss={s: by_move[layer.name, s] for s in layer.bytes}) for layer in problem.layers]
-    return solve_exactly(replace(problem, layers=layers), 1e-4, time_limit, MostMoves(current, moves))[0]
+    problem, chosen, changes = quadratic.problem, quadratic.chosen(current), quadratic.changes(current)
+    added = quadratic.bytes - quadratic.bytes[chosen[quadratic.layer]]
+    kept = np.sort(np.concatenate([chosen, _promising(quadratic, changes, added, chosen)]))
+    losses: dict[str, dict[str, float]] = {layer.name: {} for layer in problem.layers}
+    for move in kept:
+        name, scheme = quadratic.moves[move]
+        losses[name][scheme] = float(changes[move])
+    layers = [
+        replace(layer, bytes={s: layer.bytes[s] for s in losses[layer.name]}, loss=losses[layer.name])
+        for layer in problem.layers
+    ]
+    return solve_exactly(replace(problem, layers=layers), GAP, time_limit, MostMoves(current, moves))[0]
 
 
 def _best_pair(quadratic: Quadratic, current: Mapping[str, str], loss: float) -> dict[str, str] | None:
@@ -243,8 +262,9 @@ class CrossTerms:
     @property
     def predicted_loss(self) -> float:
         """The prediction for the resulting plan: from held-back calls where there are any."""
-        seen, apart = (self.refined_seen, self.refined_held_back) if self.kept else (self.milp_seen, self.milp_held_back)
-        return seen if apart is None else apart
+        if self.kept:
+            return self.refined_seen if self.refined_held_back is None else self.refined_held_back
+        return self.milp_seen if self.milp_held_back is None else self.milp_held_back
 
 
 def allocate_with_cross_terms(
@@ -259,17 +279,15 @@ def allocate_with_cross_terms(
     parts = table.folds(FOLDS)
     milp = solve(problem)
     refined, rho = _refined(problem, table, milp, improve and bool(parts))
+    moves = sum(refined[name] != scheme for name, scheme in milp.schemes.items())
     before, after = [], []
     for seen, apart in parts:
-        layers = [
-            replace(layer, loss={s: seen.losses[layer.name][s] for s in layer.bytes}) for layer in problem.layers
-        ]
+        layers = [replace(layer, loss={s: seen.losses[layer.name][s] for s in layer.bytes}) for layer in problem.layers]
         part = replace(problem, layers=layers)
         found = solve(part)
-        better, _ = _refined(part, seen, found, improve)
+        better, _ = _refined(part, seen, found, moves > 0)
         before.append(apart.plan_loss(found.schemes))
         after.append(apart.plan_loss(better) if better != found.schemes else before[-1])
-    moves = sum(refined[name] != scheme for name, scheme in milp.schemes.items())
     kept = moves > 0 and sum(after) < sum(before)
     result = CrossTerms(
         rho=rho,

@@ -58,7 +58,7 @@ class CalibrationSet:
 
 
 def dealt(rows: Array, order: Array) -> Array:
-    """Return ``order`` (positions of calls, int [N]) so that every stretch of it has all conditions about equally often.
+    """Return ``order`` (positions of calls, int [N]) dealt out so that every stretch has all conditions about equally.
 
     Conditions differ in how hard they are: each gives its first call before any gives its second.
     """

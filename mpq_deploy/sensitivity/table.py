@@ -24,7 +24,8 @@ class SensitivityTable:
     a_{l,s} (one entry per timestep, probe and sample, already divided by the output's norm of its timestep and by
     sqrt(P), so that the loss of a plan is ||sum_l a_{l,s_l}||^2, cross terms included); None for metrics without
     probes. ``heldout`` bool [P] marks entries of probes that the allocation does not see; ``calls`` int [P] numbers the
-    calibration call behind each entry (``Calls.turns``), None where that is not known.
+    calibration call behind each entry (``Calls.turns``; -1: an entry that was taken out, and is 0), None where that is
+    not known.
     ``losses_by_timestep``: layer -> scheme -> float32 [K]; their mean is the loss, so timesteps that stand for more of
     the trajectory than others (see ``weighted``) have that factor in them. A metric that is not in ``PREDICTING`` ranks
     layers by a loss of its own unit; ``importance`` is what orm and its controls make theirs of, and such a table lacks
@@ -97,13 +98,13 @@ class SensitivityTable:
         by_step = kept.reshape(len(self.timesteps), -1)
         factor = np.sqrt(by_step.shape[1] / by_step.sum(axis=1, keepdims=True)) * by_step
         roots = factor.reshape(-1).astype(np.float32)
-        assert self.projections is not None
+        assert self.projections is not None and self.calls is not None
         vectors = {
             layer: {scheme: vector * roots for scheme, vector in by_scheme.items()}
             for layer, by_scheme in self.projections.items()
         }
         part = _from_vectors(self.metric, self.timesteps, vectors, self.notes)
-        return replace(part, heldout=self.heldout, calls=self.calls)
+        return replace(part, heldout=self.heldout, calls=np.where(kept, self.calls, -1).astype(np.int32))
 
     def _restricted(self, keep_heldout: bool) -> SensitivityTable:
         if self.projections is None or self.heldout is None or not self.heldout.any():

@@ -301,9 +301,7 @@ def _patches(layer: Layer, attributes: dict[str, Any], x: Any) -> Any:
     before, after = window_pads(attributes, tuple(x.shape[2:]), layer.kernel)
     x = functional.pad(x, (before[1], after[1], before[0], after[0])) if any((*before, *after)) else x.contiguous()
     strides, dilations = attributes.get("strides", (1, 1)), attributes.get("dilations", (1, 1))
-    sizes = [
-        (size - d * (k - 1) - 1) // s + 1 for size, k, s, d in zip(x.shape[2:], layer.kernel, strides, dilations)
-    ]
+    sizes = [(size - d * (k - 1) - 1) // s + 1 for size, k, s, d in zip(x.shape[2:], layer.kernel, strides, dilations)]
     # A view [n, C, kh, kw, H, W] copied once: two to three times as fast as unfold.
     n, c, h, w = x.stride()
     steps = (n, c, h * dilations[0], w * dilations[1], h * strides[0], w * strides[1])
