@@ -21,8 +21,8 @@ class MeasureOptions:
 
     ``samples``: calls of the calibration set used at each timestep: evenly spaced ones, the same at every timestep;
     with ``rotate`` the next ones at each, so that more of the set is seen for the same time. ``probes`` per timestep
-    and sample, of which the last ``heldout_probes`` are kept from the allocation. ``batch_size``: samples at once; None
-    lets ``memory_bytes`` decide. ``noise``: relative size of the noise of the gain metric, and ``gain_samples`` the
+    and sample, of which the last ``heldout_probes`` are kept from the allocation. ``batch_size``: most samples at once;
+    ``memory_bytes`` may make it fewer. ``noise``: relative size of the gain metric's noise, and ``gain_samples`` the
     calls it takes per timestep (its noise already averages over all elements of a layer's output). ``dtype``: the
     type in which torch evaluates the graph, "float32" or "bfloat16". ``errors_dtype``: the type in which it takes
     the local errors and their products with the gradients; "auto" is bfloat16 where the processor multiplies it
