@@ -60,6 +60,7 @@ class PrecisionPlan:
     ``predicted_loss`` as in the sensitivity table; None where the metric ranks layers without predicting an error.
     ``bit_programme``, for metrics that weigh bits by importance: ``weighted_bits`` = sum of importance x bits of the
     plan, and ``linear_bound``, what the linear programme over continuous bits reaches within the same bytes.
+    ``cross_terms``, for metrics with probes: the fields of ``refine.CrossTerms``.
     """
 
     budget_bytes: int
@@ -73,6 +74,7 @@ class PrecisionPlan:
     solver: SolverReport
     notes: list[str] = field(default_factory=list)
     bit_programme: dict[str, float] | None = None
+    cross_terms: dict[str, Any] | None = None
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON with sorted keys."""
@@ -138,13 +140,13 @@ def allocate(problem: Problem, gap: float = 1e-4, time_limit: float = 60.0) -> t
             "Raise the budget, allow smaller schemes in the recipe, or protect fewer layers.",
             least,
         )
-    schemes, report = _solve_exactly(problem, gap, time_limit)
+    schemes, report = solve_exactly(problem, gap, time_limit)
     largest = max(loss for layer in problem.layers for loss in layer.loss.values())
     if 0 < report.loss < SMALL_OBJECTIVE * largest:
         # The solver's tolerances are absolute, and set by the largest loss. No choice that alone costs more than a
         # known plan can be part of a better one: without those the numbers are of one size.
         affordable = [_affordable(layer, schemes[layer.name], report.loss) for layer in problem.layers]
-        finer, fine_report = _solve_exactly(replace(problem, layers=affordable), gap, time_limit)
+        finer, fine_report = solve_exactly(replace(problem, layers=affordable), gap, time_limit)
         if fine_report.loss <= report.loss:
             return finer, fine_report
     return schemes, report
@@ -155,29 +157,47 @@ def allocate_charged(
 ) -> tuple[dict[str, str], SolverReport]:
     """Allocate with every branch charged for its kernels: each must take a share ``charge`` off the plan's loss.
 
+    The charge is that of ``kernel_charge``; the report's loss and bound are without the charges.
+    """
+    return allocate_with_fee(problem, kernel_charge(problem, charge, gap, time_limit), gap, time_limit)
+
+
+def allocate_with_fee(
+    problem: Problem, fee: float, gap: float = 1e-4, time_limit: float = 60.0
+) -> tuple[dict[str, str], SolverReport]:
+    """As ``allocate_charged``, with the charge per kernel as a loss."""
+    if not fee:
+        return allocate(problem, gap, time_limit)
+    charged = replace(problem, layers=[_charged(layer, fee) for layer in problem.layers])
+    schemes, solved = allocate(charged, gap, time_limit)
+    fees = sum(kernels(scheme) for scheme in schemes.values()) * fee
+    loss = sum(layer.loss[schemes[layer.name]] for layer in problem.layers)
+    return schemes, SolverReport(solved.status, solved.gap, loss, min(loss, solved.bound - fees))
+
+
+def kernel_charge(problem: Problem, charge: float, gap: float = 1e-4, time_limit: float = 60.0) -> float:
+    """Return what one kernel of a branch is charged, as a loss: a share ``charge`` of the plan's.
+
     The share is of the loss of the best plan without branches (with free ones, where no such plan fits), so the charge
-    needs no unit and holds for every budget. Our choice; the report's loss and bound are without the charges.
+    needs no unit and holds for every budget. Our choice. 0 where no layer may take a branch.
     """
     if not charge or not any(SCHEMES[s].branch for layer in problem.layers for s in layer.bytes):
-        return allocate(problem, gap, time_limit)
+        return 0.0
     try:
         report = allocate(_without_branches(problem), gap, time_limit)[1]
     except InfeasibleBudgetError:
         report = allocate(problem, gap, time_limit)[1]
-    charged = replace(problem, layers=[_charged(layer, charge * report.loss) for layer in problem.layers])
-    schemes, solved = allocate(charged, gap, time_limit)
-    fee = sum(_kernels(scheme) for scheme in schemes.values()) * charge * report.loss
-    loss = sum(layer.loss[schemes[layer.name]] for layer in problem.layers)
-    return schemes, SolverReport(solved.status, solved.gap, loss, min(loss, solved.bound - fee))
+    return charge * report.loss
 
 
-def _kernels(scheme: str) -> int:
+def kernels(scheme: str) -> int:
+    """Return how many kernels the branch of ``scheme`` adds; 0 without one."""
     branch = SCHEMES[scheme].branch
     return BRANCH_KERNELS[branch.kind] if branch else 0
 
 
 def _charged(layer: LayerChoice, per_kernel: float) -> LayerChoice:
-    return replace(layer, loss={s: loss + per_kernel * _kernels(s) for s, loss in layer.loss.items()})
+    return replace(layer, loss={s: loss + per_kernel * kernels(s) for s, loss in layer.loss.items()})
 
 
 def _without_branches(problem: Problem) -> Problem:
@@ -196,9 +216,22 @@ def _affordable(layer: LayerChoice, chosen: str, limit: float) -> LayerChoice:
     return replace(layer, bytes={s: layer.bytes[s] for s in kept}, loss={s: layer.loss[s] for s in kept})
 
 
-def _solve_exactly(problem: Problem, gap: float, time_limit: float) -> tuple[dict[str, str], SolverReport]:
-    """Solve; HiGHS holds constraints only to a tolerance, so exact integer bytes are checked and enforced here."""
-    model = _Model(problem)
+@dataclass(frozen=True)
+class MostMoves:
+    """A limit on how far a plan may be from ``current``: at most ``moves`` layers change their scheme."""
+
+    current: Mapping[str, str]
+    moves: int
+
+
+def solve_exactly(
+    problem: Problem, gap: float, time_limit: float, limit: MostMoves | None = None
+) -> tuple[dict[str, str], SolverReport]:
+    """Solve a problem that has a solution; losses may be negative (changes of a loss).
+
+    HiGHS holds constraints only to a tolerance, so exact integer bytes are checked and enforced here.
+    """
+    model = _Model(problem, limit=limit)
     allowance = excess = 0
     for _ in range(4):
         schemes, report = model.solve(gap, time_limit, allowance)
@@ -228,10 +261,17 @@ def undominated(layer: LayerChoice) -> list[str]:
 class _Model:
     """The MILP in arrays: one column per (layer, scheme), then one per activation tensor."""
 
-    def __init__(self, problem: Problem, scale_cost: bool = False) -> None:
+    def __init__(self, problem: Problem, scale_cost: bool = False, limit: MostMoves | None = None) -> None:
         self.problem = problem
+        self.limit = limit
         self.tensor_cost = float(ACTIVATION_SCALE_BYTES) if scale_cost else 0.0
-        self.pairs = [(i, s) for i, layer in enumerate(problem.layers) for s in undominated(layer)]
+        # The current scheme of a layer must stay a choice even where another beats it: moves are limited.
+        held = limit.current if limit else {}
+        self.pairs = [
+            (i, s)
+            for i, layer in enumerate(problem.layers)
+            for s in dict.fromkeys([*undominated(layer), *([held[layer.name]] if held else [])])
+        ]
         self.tensors = sorted({name for i, s in self.pairs for name in quantizers(problem.layers[i], s)})
         self.loss = np.array([problem.layers[i].loss[s] for i, s in self.pairs], np.float64)
         if not np.all(np.isfinite(self.loss)):
@@ -271,7 +311,7 @@ class _Model:
                 best[name], schemes[name] = float(value), scheme
         loss = sum(layer.loss[schemes[layer.name]] for layer in self.problem.layers)
         bound = min(loss, float(info.mip_dual_bound) * self.scale)
-        return schemes, SolverReport(status, (loss - bound) / loss if loss > 0 else 0.0, loss, bound)
+        return schemes, SolverReport(status, (loss - bound) / abs(loss) if loss else 0.0, loss, bound)
 
     def _load(self, highs: Any, allowance: int) -> None:
         """Hand the columns and rows to HiGHS as one sparse matrix by rows."""
@@ -279,7 +319,7 @@ class _Model:
 
         count = len(self.pairs)
         columns = count + len(self.tensors)
-        self.scale = float(self.loss.max()) or 1.0
+        self.scale = float(np.abs(self.loss).max()) or 1.0
         # HiGHS compares costs with absolute tolerances: the largest budgeted saving is brought to about 1e3.
         self.scale /= 1e3
         lp = highspy.HighsLp()
@@ -317,6 +357,11 @@ class _Model:
         coefficients = np.concatenate([self.bytes, np.full(len(self.tensors), float(ACTIVATION_SCALE_BYTES))])
         unit = max(1.0, float(self.bytes.max()))
         rows.append((-infinity, room / unit, np.arange(len(coefficients)), coefficients / unit))
+        if self.limit is not None:
+            names = [layer.name for layer in self.problem.layers]
+            kept = [c for c, (i, scheme) in enumerate(self.pairs) if self.limit.current[names[i]] == scheme]
+            low = float(len(names) - self.limit.moves)
+            rows.append((low, infinity, np.array(kept), np.ones(len(kept))))
         for number, tensor in enumerate(self.tensors):
             for columns in by_reader[tensor].values():
                 index = np.array([*columns, count + number])

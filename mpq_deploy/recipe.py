@@ -23,7 +23,8 @@ class CalibrateSection(Section):
     """Which inputs the float model is observed on, and how activation scales are chosen."""
 
     timesteps: int = Field(20, ge=1, description="K: timesteps, midpoints of equal strides of the sampler's steps")
-    samples: int = Field(80, ge=1, description="trajectories")
+    samples: int = Field(160, ge=1, description="trajectories")
+    observed: int = Field(48, ge=1, description="of the recorded calls, those that activations are observed on")
     steps: int = Field(20, ge=1, description="steps of the sampler")
     batch_size: int = Field(16, ge=1)
     seed: int = 1
@@ -49,9 +50,10 @@ class MeasureSection(Section):
     """How the loss of every (layer, scheme) is predicted."""
 
     method: Literal["probe", "gain", "local_error", "exhaustive", "orm", "size-only", "random"] = "probe"
-    probes: int = Field(1, ge=1)
-    timesteps: int = Field(10, ge=1, description="of the calibrated timesteps, those that are measured")
-    samples: int = Field(48, ge=1, description="calibration samples kept from rounding and measured on")
+    probes: int = Field(4, ge=1)
+    timesteps: int = Field(20, ge=1, description="of the calibrated timesteps, those that are measured")
+    samples: int = Field(128, ge=1, description="calibration samples kept from rounding and measured on")
+    calls: int = Field(24, ge=1, description="of these samples, those measured at each timestep; others at the next")
     batch_size: int = Field(16, ge=1)
     seed: int = 2
     sampling: Literal["uniform", "adaptive"] = Field(
@@ -84,6 +86,7 @@ class AllocateSection(Section):
     branch_charge: float = Field(
         0.002, ge=0, description="share of the plan's loss that each kernel of a branch must take off to be worth it"
     )
+    cross_terms: bool = Field(True, description="refine the plan with the cross terms between layers, where that helps")
     protect: tuple[ProtectRule, ...] = ()
     gap: float = Field(1e-4, ge=0, lt=1, description="relative gap at which the solver may stop")
     time_limit: float = Field(60.0, gt=0, description="seconds")

@@ -10,7 +10,7 @@ import importlib.util
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +21,14 @@ from mpq_deploy.allocate import (
     LayerChoice,
     PrecisionPlan,
     Problem,
-    allocate_charged,
+    allocate_with_fee,
     budget_in_bytes,
+    kernel_charge,
     plan_bytes,
     protected_schemes,
 )
 from mpq_deploy.artefacts import Fields, canonical_json, file_digest
-from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
+from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats, dealt
 from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.engine.expected import ExpectedLayers
 from mpq_deploy.engine.target import Target, load_target
@@ -52,6 +53,7 @@ from mpq_deploy.precision.candidates import (
 )
 from mpq_deploy.precision.deployed import FP16_BYTES, weight_bytes
 from mpq_deploy.precision.scheme import FP16, SCHEMES, Scheme, branches_of, schemes_named
+from mpq_deploy.refine import CrossTerms, Solved, allocate_with_cross_terms
 from mpq_deploy.runtime.correction import FILE as CORRECTION
 from mpq_deploy.runtime.correction import FORMAT as CORRECTION_FORMAT
 from mpq_deploy.runtime.correction import Correction, load_correction
@@ -72,6 +74,8 @@ ROW_ORDERS = "row-orders.npz"
 SALIENCE_TIMESTEPS, SALIENCE_SAMPLES = 8, 12
 # Raised with every change of what calibration leaves behind.
 CALIBRATION_FORMAT = 2
+# Calls that the correction is fitted on.
+CORRECTION_CALLS = 48
 # Raised with every change of what the candidates' files hold, so that older run folders make theirs again.
 CANDIDATES_FORMAT = 3
 # As above, for evaluation.json: 2 has the PSNR as a mean over images, and the pooled one.
@@ -286,6 +290,7 @@ def _make_calibrate(pipeline: Pipeline, folder: Path) -> str:
     options = CalibrationOptions(
         timesteps=section.timesteps,
         samples=section.samples,
+        observed=section.observed,
         steps=section.steps,
         batch_size=section.batch_size,
         seed=section.seed,
@@ -517,7 +522,8 @@ def _measured_steps(
     options = MeasureOptions(
         probes=section.probes,
         heldout_probes=0,
-        samples=section.samples,
+        samples=min(section.calls, section.samples),
+        rotate=True,
         batch_size=section.batch_size,
         seed=section.seed,
         orm=OrmOptions(**section.orm.model_dump()),
@@ -577,9 +583,7 @@ class PlanSolver:
         fixed = self.fp16_size - FP16_BYTES * self.weights
         problem = Problem(self.choices, fixed, budget_in_bytes(budget, self.fp16_size, self.weights))
         try:
-            schemes, solver = allocate_charged(
-                problem, self.section.branch_charge, self.section.gap, self.section.time_limit
-            )
+            solved, cross_terms = self._solved(problem)
         except InfeasibleBudgetError as error:
             ratio = math.ceil(error.smallest / self.fp16_size * 1e4) / 1e4
             raise InfeasibleBudgetError(
@@ -588,20 +592,39 @@ class PlanSolver:
                 + self._activations_hint(),
                 error.smallest,
             ) from error
+        schemes = solved.schemes
         programme, weighed = self._weighed(schemes, problem.budget_bytes - fixed)
         return PrecisionPlan(
             budget_bytes=problem.budget_bytes,
             size_bytes=plan_bytes(problem, schemes),
             fp16_size_bytes=self.fp16_size,
             fixed_bytes=problem.fixed_bytes,
-            predicted_loss=self.table.plan_loss(schemes) if self.table.predicts_nmse else None,
+            predicted_loss=self._predicted(schemes, cross_terms),
             schemes=schemes,
             layers=[{**self._row(i, schemes[n.name]), **weighed[i]} for i, n in enumerate(self.layers)],
             others=[vars(other) for other in self.exported.graph.others],
-            solver=solver,
+            solver=solved.report,
             notes=list(self.table.notes),
             bit_programme=programme,
+            cross_terms=None if cross_terms is None else asdict(cross_terms),
         )
+
+    def _solved(self, problem: Problem) -> tuple[Solved, CrossTerms | None]:
+        """Solve without cross terms, then with them where the metric knows them and the recipe wants them."""
+        section = self.section
+
+        def solve(part: Problem) -> Solved:
+            fee = kernel_charge(part, section.branch_charge, section.gap, section.time_limit)
+            return Solved(*allocate_with_fee(part, fee, section.gap, section.time_limit), fee)
+
+        if self.table.projections is None:
+            return solve(problem), None
+        return allocate_with_cross_terms(problem, self.table, solve, section.cross_terms)
+
+    def _predicted(self, schemes: dict[str, str], cross_terms: CrossTerms | None) -> float | None:
+        if cross_terms is not None:
+            return cross_terms.predicted_loss
+        return self.table.plan_loss(schemes) if self.table.predicts_nmse else None
 
     def _activations_hint(self) -> str:
         importance = self.table.importance
@@ -728,7 +751,7 @@ def correction_for(pipeline: Pipeline, quantized: Path) -> Correction:
     moments = call_moments(
         exported.path,
         quantized / SIMULATED,
-        held_out,
+        held_out.take(dealt(held_out.rows, np.arange(len(held_out.rows)))[:CORRECTION_CALLS]),
         exported.conditions,
         exported.spec,
         pipeline.recipe.calibrate.batch_size,

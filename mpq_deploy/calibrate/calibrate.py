@@ -9,7 +9,7 @@ import numpy as np
 from mpq_deploy.calibrate.observers import Observation, observe
 from mpq_deploy.calibrate.options import CalibrationOptions
 from mpq_deploy.calibrate.scales import SMALLEST_SCALE, activation_scale
-from mpq_deploy.calibrate.stats import ActivationStats, CalibrationSet, CalibrationStats
+from mpq_deploy.calibrate.stats import ActivationStats, CalibrationSet, CalibrationStats, dealt
 from mpq_deploy.calibrate.trajectories import record_trajectories
 from mpq_deploy.denoisers.spec import Array, DenoiserSpec
 from mpq_deploy.errors import ModelError
@@ -44,12 +44,19 @@ def calibrate(
     denoiser = _Checked(model, OrtDenoiser(model, spec, options.threads))
     recorded = record_trajectories(denoiser, sampler, spec, conditions, options, talk)
     del denoiser
-    seen = observe(graph, recorded, conditions, spec, options, talk, scratch=scratch)
+    seen = observe(graph, _observed(recorded, options.observed), conditions, spec, options, talk, scratch=scratch)
     stats = summarise(seen, options)
     for name, one in stats.activations.items():
         if one.amax.max() > LARGEST_FP16:
             talk.warn(f"the activation '{name}' reaches {one.amax.max():.3g}: it overflows in FP16")
     return recorded, stats
+
+
+def _observed(recorded: CalibrationSet, count: int | None) -> CalibrationSet:
+    """Return the set with ``count`` of its calls, conditions evenly: scales need fewer calls than measuring does."""
+    if count is None or count >= len(recorded.rows):
+        return recorded
+    return recorded.take(np.sort(dealt(recorded.rows, np.arange(len(recorded.rows)))[:count]))
 
 
 class _Checked:

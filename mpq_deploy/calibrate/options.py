@@ -14,7 +14,8 @@ SCALE_METHODS = ("mse", "percentile", "absmax")
 class CalibrationOptions:
     """How many calls are recorded, and how activations are summarised.
 
-    ``timesteps`` of the sampler's ``steps`` are recorded for ``samples`` trajectories, ``batch_size`` at a time.
+    ``timesteps`` of the sampler's ``steps`` are recorded for ``samples`` trajectories, ``batch_size`` at a time;
+    activations are observed on ``observed`` of the calls (None: all).
     ``scale_method``: mse, percentile (of the absolute values, ``percentile`` in per cent) or absmax.
     ``reservoir``: values kept of each activation. ``threads``: of ONNX Runtime; 0 leaves the choice to it.
     ``sampler``: auto, ddim or folder, as ``make_sampler`` takes it.
@@ -22,6 +23,7 @@ class CalibrationOptions:
 
     timesteps: int = 10
     samples: int = 16
+    observed: int | None = None
     steps: int = 20
     batch_size: int = 8
     seed: int = 0

@@ -38,19 +38,12 @@ class CalibrationSet:
         """Split the calls into those that weights are rounded on and ``measured`` others, conditions evenly in both.
 
         Rounding fits its own inputs (GPTQ most of all), so a loss measured on them is too small. Where the others
-        would leave less than a third of the calls to round on, both parts are the whole set.
+        would leave less than a fifth of the calls to round on, both parts are the whole set.
         """
         count = len(self.rows)
-        if count - measured < count / 3:
+        if count - measured < count / 5:
             return self, self
-        shuffled = np.random.default_rng(SPLIT_SEED).permutation(count)
-        # Conditions differ in how hard they are: each gives its first call before any gives its second.
-        seen: dict[int, int] = {}
-        turns = []
-        for row in self.rows[shuffled]:
-            turns.append(seen.get(int(row), 0))
-            seen[int(row)] = turns[-1] + 1
-        order = shuffled[np.argsort(turns, kind="stable")]
+        order = dealt(self.rows, np.random.default_rng(SPLIT_SEED).permutation(count))
         return self.take(np.sort(order[measured:])), self.take(np.sort(order[:measured]))
 
     def save(self, path: Path) -> None:
@@ -62,6 +55,19 @@ class CalibrationSet:
         """Read what ``save`` wrote."""
         with np.load(path, allow_pickle=False) as data:
             return cls(data["samples"], data["timesteps"], data["rows"])
+
+
+def dealt(rows: Array, order: Array) -> Array:
+    """Return ``order`` (positions of calls, int [N]) dealt out so that every stretch has all conditions about equally.
+
+    Conditions differ in how hard they are: each gives its first call before any gives its second.
+    """
+    seen: dict[int, int] = {}
+    turns = []
+    for row in rows[order]:
+        turns.append(seen.get(int(row), 0))
+        seen[int(row)] = turns[-1] + 1
+    return np.asarray(order[np.argsort(turns, kind="stable")])
 
 
 @dataclass(frozen=True)

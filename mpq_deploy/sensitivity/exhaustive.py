@@ -57,7 +57,7 @@ def measure_exhaustive(
 
     ``use_torch`` None takes torch where it is installed and knows every operator of the graph.
     """
-    calls = Calls(graph, spec, calibration, conditions, options.samples)
+    calls = Calls(graph, spec, calibration, conditions, options.samples, options.rotate)
     layers = measured_layers(graph, candidates)
     wanted = {
         layer: frozenset(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mpq_deploy.calibrate.feeds import feed_rows
-from mpq_deploy.calibrate.stats import CalibrationSet
+from mpq_deploy.calibrate.stats import CalibrationSet, dealt
 from mpq_deploy.denoisers.spec import Array, DenoiserSpec
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.graph.layers import LayerGraph
@@ -19,9 +19,10 @@ from mpq_deploy.sensitivity.orthogonality import OrmOptions
 class MeasureOptions:
     """How much is measured, and with how much memory.
 
-    ``samples``: calls of the calibration set used at each timestep, evenly spaced. ``probes`` per timestep and
-    sample, of which the last ``heldout_probes`` are kept from the allocation. ``batch_size``: samples at once; None
-    lets ``memory_bytes`` decide. ``noise``: relative size of the noise of the gain metric, and ``gain_samples`` the
+    ``samples``: calls of the calibration set used at each timestep: evenly spaced ones, the same at every timestep;
+    with ``rotate`` the next ones at each, so that more of the set is seen for the same time. ``probes`` per timestep
+    and sample, of which the last ``heldout_probes`` are kept from the allocation. ``batch_size``: most samples at once;
+    ``memory_bytes`` may make it fewer. ``noise``: relative size of the gain metric's noise, and ``gain_samples`` the
     calls it takes per timestep (its noise already averages over all elements of a layer's output). ``dtype``: the
     type in which torch evaluates the graph, "float32" or "bfloat16". ``errors_dtype``: the type in which it takes
     the local errors and their products with the gradients; "auto" is bfloat16 where the processor multiplies it
@@ -42,6 +43,7 @@ class MeasureOptions:
     gain_samples: int = 4
     orm: OrmOptions = field(default_factory=OrmOptions)
     shares: tuple[float, ...] | None = None
+    rotate: bool = False
 
     def __post_init__(self) -> None:
         if self.probes < 1 or not 0 <= self.heldout_probes < self.probes:
@@ -56,8 +58,11 @@ class MeasureOptions:
 
 
 class Calls:
-    """The calls that are measured: ``count`` of the calibration set's, the same ones at every timestep.
+    """The calls that are measured: ``count`` of the calibration set's at every timestep.
 
+    ``picked`` int64 [K, count]: which ones; ``turns`` int64 [K, count]: their places in an order in which any stretch
+    has all conditions about equally often. ``rotate``: others at each timestep, as far as there are others; a call's
+    error at one timestep says much about its error at the next, and little about that of other calls.
     ``fixed_batch``: how many calls the graph takes at once, where its file or an input without a batch axis fixes
     that; None where any number goes. Raises ModelError for a missing condition or too few calls for the batch.
     """
@@ -69,6 +74,7 @@ class Calls:
         calibration: CalibrationSet,
         conditions: dict[str, Array],
         samples: int,
+        rotate: bool = False,
     ) -> None:
         missing = [c.name for c in spec.conditions if c.name not in conditions]
         if missing:
@@ -90,7 +96,12 @@ class Calls:
         self._spec = spec
         self._calibration = calibration
         self._conditions = conditions
-        self._picked = np.linspace(0, recorded - 1, self.count).round().astype(np.int64)
+        even = np.linspace(0, recorded - 1, self.count).round().astype(np.int64)
+        self.picked = np.tile(even, (len(self.timesteps), 1))
+        order = dealt(calibration.rows, np.arange(recorded)).astype(np.int64)
+        if rotate and self.count < recorded:
+            self.picked = order[np.arange(self.picked.size).reshape(self.picked.shape) % recorded]
+        self.turns = np.argsort(order)[self.picked]
 
     def chunks(self, batch: int) -> Iterator[tuple[int, slice]]:
         """Yield (step index, slice of the calls) over all timesteps, at most ``batch`` calls at a time."""
@@ -100,7 +111,7 @@ class Calls:
 
     def feeds(self, step_index: int, calls: slice) -> dict[str, Array]:
         """Return the graph's inputs of ``calls`` (a slice of 0..count) at a timestep."""
-        picked = self._picked[calls]
+        picked = self.picked[step_index, calls]
         return feed_rows(
             self._spec,
             self._calibration.samples[step_index][picked],

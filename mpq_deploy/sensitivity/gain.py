@@ -36,11 +36,11 @@ def measure_gain(
     talk: Talk,
 ) -> SensitivityTable:
     """Measure all schemes of all layers by propagation gain times local error."""
-    calls = Calls(graph, spec, calibration, conditions, options.samples)
+    calls = Calls(graph, spec, calibration, conditions, options.samples, options.rotate)
     local = local_errors(graph, candidates, stats, calls, options, talk)
     layers = measured_layers(graph, candidates)
     samples = min(calls.count, max(options.gain_samples, calls.fixed_batch or 1))
-    fewer = Calls(graph, spec, calibration, conditions, samples)
+    fewer = Calls(graph, spec, calibration, conditions, samples, options.rotate)
     gains = propagation_gains(graph, layers, local, fewer, spec, options, talk)
     losses = {
         name: {scheme: gains[name] * error for scheme, error in by_scheme.items()}

@@ -61,7 +61,7 @@ def measure_local_error(
     talk: Talk,
 ) -> SensitivityTable:
     """Take the layer's own error as the loss. It ignores what the network makes of it: a baseline, not a default."""
-    calls = Calls(graph, spec, calibration, conditions, options.samples)
+    calls = Calls(graph, spec, calibration, conditions, options.samples, options.rotate)
     found = local_errors(graph, candidates, stats, calls, options, talk)
     note = "losses are relative errors of the layers' own outputs, not of the denoiser's"
     return table_from_losses("local_error", calls.timesteps, found.relative, (note,))

@@ -62,7 +62,7 @@ def measure_probe(
     for name in (options.dtype, options.errors_dtype):
         if name not in FLOAT_TYPES and (name != AUTO or name is options.dtype):
             raise UsageError(f"Probes do not run in '{name}'.", f"Use {' or '.join(FLOAT_TYPES)}.")
-    calls = Calls(graph, spec, calibration, conditions, options.samples)
+    calls = Calls(graph, spec, calibration, conditions, options.samples, options.rotate)
     work = _Probing(graph, candidates, stats, calls, spec, options)
     batch, notes = work.batch_size()
     steps = len(calls.timesteps)
@@ -79,7 +79,7 @@ def measure_probe(
     for by_scheme in values.values():
         for projections in by_scheme.values():
             projections /= norm
-    return table_from_projections(calls.timesteps, values, options.heldout_probes, notes)
+    return table_from_projections(calls.timesteps, values, options.heldout_probes, notes, calls.turns)
 
 
 @dataclass(frozen=True)
@@ -133,15 +133,14 @@ class _Probing:
         mixed = [name for name in names if not _starts_with(pair[name], first[name])]
         if mixed:
             return 1, (f"samples were measured one by one: '{mixed[0]}' does not keep them apart",)
-        if self._options.batch_size:
-            return min(self._options.batch_size, self._calls.count), ()
         distinct = {v.data_ptr(): v for v in first.values()}  # views of one tensor share its memory
         every = sum(v.numel() * v.element_size() for v in distinct.values())
         outputs = sum(first[u.use.output].numel() * first[u.use.output].element_size() for u in self._uses)
         # autograd keeps less than twice the values themselves
         size = self._errors_type.itemsize / self._float_type.itemsize
         per_sample = int(2 * every + self._options.probes * outputs * size)
-        return max(1, min(self._calls.count, self._options.memory_bytes // max(per_sample, 1))), ()
+        wanted = min(self._options.batch_size or self._calls.count, self._calls.count)
+        return max(1, min(wanted, self._options.memory_bytes // max(per_sample, 1))), ()
 
     def _evaluate(self, chunk: slice, keep: tuple[str, ...] | list[str]) -> dict[str, Any]:
         with torch.no_grad():

@@ -23,7 +23,9 @@ class SensitivityTable:
     ``losses``: layer name -> scheme name -> loss. ``projections``: layer -> scheme -> float32 [P] vectors of
     a_{l,s} (one entry per timestep, probe and sample, already divided by the output's norm of its timestep and by
     sqrt(P), so that the loss of a plan is ||sum_l a_{l,s_l}||^2, cross terms included); None for metrics without
-    probes. ``heldout`` bool [P] marks entries of probes that the allocation does not see.
+    probes. ``heldout`` bool [P] marks entries of probes that the allocation does not see; ``calls`` int [P] numbers the
+    calibration call behind each entry (``Calls.turns``; -1: an entry that was taken out, and is 0), None where that is
+    not known.
     ``losses_by_timestep``: layer -> scheme -> float32 [K]; their mean is the loss, so timesteps that stand for more of
     the trajectory than others (see ``weighted``) have that factor in them. A metric that is not in ``PREDICTING`` ranks
     layers by a loss of its own unit; ``importance`` is what orm and its controls make theirs of, and such a table lacks
@@ -38,6 +40,7 @@ class SensitivityTable:
     heldout: Array | None = None
     notes: tuple[str, ...] = field(default=())
     importance: Importance | None = None
+    calls: Array | None = None
 
     @property
     def predicts_nmse(self) -> bool:
@@ -61,7 +64,7 @@ class SensitivityTable:
             layer: {scheme: vector * roots for scheme, vector in by_scheme.items()}
             for layer, by_scheme in self.projections.items()
         }
-        return replace(made, projections=vectors, heldout=self.heldout)
+        return replace(made, projections=vectors, heldout=self.heldout, calls=self.calls)
 
     def plan_loss(self, schemes: dict[str, str]) -> float:
         """Predict the loss of a whole plan (layer -> scheme): with cross terms where there are projections."""
@@ -78,6 +81,31 @@ class SensitivityTable:
         """Return the table from the held-out probes alone; itself where none were held out."""
         return self._restricted(keep_heldout=True)
 
+    def folds(self, count: int) -> list[tuple[SensitivityTable, SensitivityTable]]:
+        """Split the calls into ``count`` parts; for each, return the table without it and the table of it alone.
+
+        Both hold all entries, those of other calls as zeros. Empty where a part would miss a timestep.
+        """
+        if self.projections is None or self.calls is None:
+            return []
+        parts = [self.calls % count == number for number in range(count)]
+        steps = len(self.timesteps)
+        if any(not part.reshape(steps, -1).any(axis=1).all() for part in parts) or count < 2:
+            return []
+        return [(self._of_calls(~part), self._of_calls(part)) for part in parts]
+
+    def _of_calls(self, kept: Array) -> SensitivityTable:
+        by_step = kept.reshape(len(self.timesteps), -1)
+        factor = np.sqrt(by_step.shape[1] / by_step.sum(axis=1, keepdims=True)) * by_step
+        roots = factor.reshape(-1).astype(np.float32)
+        assert self.projections is not None and self.calls is not None
+        vectors = {
+            layer: {scheme: vector * roots for scheme, vector in by_scheme.items()}
+            for layer, by_scheme in self.projections.items()
+        }
+        part = _from_vectors(self.metric, self.timesteps, vectors, self.notes)
+        return replace(part, heldout=self.heldout, calls=np.where(kept, self.calls, -1).astype(np.int32))
+
     def _restricted(self, keep_heldout: bool) -> SensitivityTable:
         if self.projections is None or self.heldout is None or not self.heldout.any():
             return self
@@ -89,7 +117,8 @@ class SensitivityTable:
             for layer, by_scheme in self.projections.items()
         }
         part = _from_vectors(self.metric, self.timesteps, vectors, self.notes)
-        return replace(part, heldout=self.heldout[chosen])
+        calls = None if self.calls is None else self.calls[chosen]
+        return replace(part, heldout=self.heldout[chosen], calls=calls)
 
     def save(self, folder: Path) -> None:
         """Write ``table.json`` and ``projections.npz`` into ``folder``."""
@@ -101,6 +130,8 @@ class SensitivityTable:
         if self.projections is not None and self.heldout is not None:
             arrays["projections"] = np.stack([self.projections[a][s] for a, s in pairs]).astype(np.float32)
             arrays["heldout"] = self.heldout
+        if self.calls is not None:
+            arrays["calls"] = self.calls
         np.savez(folder / "projections.npz", **arrays)  # type: ignore[arg-type]
         if self.importance is not None:
             self.importance.save(folder / IMPORTANCE)
@@ -121,7 +152,7 @@ class SensitivityTable:
         with np.load(folder / "projections.npz", allow_pickle=False) as data:
             by_timestep = _by_pair(pairs, data["by_timestep"])
             projections = _by_pair(pairs, data["projections"]) if "projections" in data else None
-            heldout = data.get("heldout", None)
+            heldout, calls = data.get("heldout", None), data.get("calls", None)
         stored = folder / IMPORTANCE
         return cls(
             text["metric"],
@@ -132,6 +163,7 @@ class SensitivityTable:
             heldout,
             tuple(text["notes"]),
             Importance.load(stored) if stored.exists() else None,
+            calls,
         )
 
 
@@ -140,10 +172,12 @@ def table_from_projections(
     values: dict[str, dict[str, Array]],
     heldout_probes: int,
     notes: tuple[str, ...] = (),
+    calls: Array | None = None,
 ) -> SensitivityTable:
     """Make a table from layer -> scheme -> projections float32 [K, probes, N], divided by the output's rms norm.
 
     ``losses`` are means over all probes; ``heldout`` marks the entries of the last ``heldout_probes`` of them.
+    ``calls`` int [K, N]: the call behind each.
     """
     shape = next(iter(next(iter(values.values())).values())).shape if values else (len(timesteps), 1, 1)
     mask = np.zeros(shape, bool)
@@ -154,7 +188,10 @@ def table_from_projections(
         layer: {scheme: a.reshape(-1).astype(np.float32) * factor for scheme, a in by_scheme.items()}
         for layer, by_scheme in values.items()
     }
-    return replace(_from_vectors("probe", timesteps, vectors, notes), heldout=mask.reshape(-1))
+    made = replace(_from_vectors("probe", timesteps, vectors, notes), heldout=mask.reshape(-1))
+    if calls is None:
+        return made
+    return replace(made, calls=np.broadcast_to(calls[:, None], shape).reshape(-1).astype(np.int32))
 
 
 def table_from_losses(

@@ -7,10 +7,10 @@ With X the layer's float input, Qa its INT8 rounding, W the float weight and D_s
 
 Both are sums of small terms, never a difference of two large ones, so float32 is enough, and bfloat16 changes a
 product by about 0.2 % of its spread. The products are taken
-one of two ways, whichever needs fewer operations: *forward*, applying the stacked D_s of all schemes and projecting
+one of two ways, whichever takes less time: *forward*, applying the stacked D_s of all schemes and projecting
 the results on the gradients of all probes; or by *weight gradient*, <G, layer(X; D)> = <D, wgrad(X, G)>, one weight
-gradient per probe and sample serving all schemes. Forward wins when there are fewer schemes than about twice the
-probes; the weight gradient does not depend on the number of schemes.
+gradient per probe, sample and rounding of the input serving all schemes. Forward wins with many probes and at small
+resolutions; the weight gradient hardly depends on the number of schemes.
 """
 
 from __future__ import annotations
@@ -33,6 +33,13 @@ INT8_MIN, INT8_MAX = -128, 127  # what ONNX QuantizeLinear saturates to
 # Stacked errors larger than this were written to memory and read back: 64 -> 640 channels at 32x32 ran at 70 instead
 # of 98 GFLOP/s.
 PIECE_BYTES = 24 << 20
+# Weight gradients, and patches of their inputs, held at once: larger ones leave the caches.
+GRADIENT_BYTES = 16 << 20
+PATCH_BYTES = 4 << 20
+# What a weight gradient costs beside its multiplications: writing and reading one takes as long as it does to sum it
+# over so many positions, and gathering the patches as long as such a share of all positions (measured).
+GRADIENT_POSITIONS = 64
+PATCH_POSITIONS = 0.5
 
 
 def quantized_codes(x: Any, scale: float) -> Any:
@@ -137,15 +144,28 @@ def project_layer(
     ``roundings``: of the input, by the schemes' activation form. ``way``: "forward" or "weights" forces one of the two
     ways.
     """
-    float_type = stack.differences.dtype
     x = canonical_input(layer, x, samples)
-    g = canonical_gradients(layer, gradients.to(float_type), samples)
-    found: dict[str, Any] = {}
+    g = canonical_gradients(layer, gradients.to(stack.differences.dtype), samples)
     chosen = way or _cheaper_way(layer, stack, x, g, samples)
-    projected = _project_by_weights if chosen == "weights" and _has_weight_way(layer) else _project_forward
+    projected = _project_by_weights if chosen == "weights" and _has_weight_way(layer) else _project_all_forward
+    return projected(layer, attributes, stack, x, g, samples, roundings)
+
+
+def _project_all_forward(
+    layer: Layer,
+    attributes: dict[str, Any],
+    stack: TorchStack,
+    x: Any,
+    g: Any,
+    samples: int,
+    roundings: Mapping[str, InputRounding],
+) -> dict[str, Any]:
+    """Apply all schemes' errors to their inputs, and project what comes out."""
+    float_type = stack.differences.dtype
+    found: dict[str, Any] = {}
     if stack.weights_only:
         plain = stack.differences[: stack.split_end]
-        rows = projected(layer, attributes, x.to(float_type), plain, g, samples)
+        rows = _project_forward(layer, attributes, x.to(float_type), plain, g, samples)
         found.update({name: rows[row] for name, row in stack.weights_only.items()})
     if stack.with_activation:
         scale = _rounding(roundings, "").scale
@@ -153,7 +173,7 @@ def project_layer(
         codes = quantized_codes(x, scale)
         rounding = (codes * scale - x).to(float_type)
         quantized = stack.differences[stack.split_start : stack.kept_start]
-        rows = projected(layer, attributes, codes.to(float_type), quantized, g, samples) * scale
+        rows = _project_forward(layer, attributes, codes.to(float_type), quantized, g, samples) * scale
         rows = rows + _project_forward(layer, attributes, rounding, stack.weight[None], g, samples)
         found.update({name: rows[row - stack.split_start] for name, row in stack.with_activation.items()})
     for promotion, differences in zip(stack.promotions, stack.promoted_differences, strict=True):
@@ -167,7 +187,7 @@ def project_layer(
         rounded = fake_quantize(x, _rounding(roundings, form), layer)
         first, last = min(names.values()), max(names.values())
         forms = stack.differences[first : last + 1]
-        rows = projected(layer, attributes, rounded.to(float_type), forms, g, samples)
+        rows = _project_forward(layer, attributes, rounded.to(float_type), forms, g, samples)
         rows = rows + _project_forward(layer, attributes, (rounded - x).to(float_type), stack.weight[None], g, samples)
         found.update({name: rows[row - first] for name, row in names.items()})
     return found
@@ -207,29 +227,86 @@ def _project_channels(
     return products.sum(1).permute(2, 0, 1)
 
 
-def _project_by_weights(layer: Layer, attributes: dict[str, Any], x: Any, matrices: Any, g: Any, samples: int) -> Any:
-    """Take <D, wgrad(x, G)> sample by sample, so that only one sample's weight gradients are held."""
-    patches = _patches(layer, attributes, x, samples)
-    forms, out, reduction = matrices.shape
-    probes = g.shape[2]
-    flat = matrices.reshape(forms, out * reduction)
-    rows = []
-    for index in range(samples):
-        # [P, m] of one sample -> [P, out, L] -> weight gradients [P, out * reduction]
-        gradient = g[index, 0].reshape(probes, out, -1)
-        weight_gradient = torch.matmul(gradient, patches[index])
-        rows.append((flat @ weight_gradient.reshape(probes, -1).T).float())
-    return torch.stack(rows, -1)
+def _project_by_weights(
+    layer: Layer,
+    attributes: dict[str, Any],
+    stack: TorchStack,
+    x: Any,
+    g: Any,
+    samples: int,
+    roundings: Mapping[str, InputRounding],
+) -> dict[str, Any]:
+    """Take the weight gradients of the float input and of each rounding's error, and project all schemes on them.
+
+    <G, layer(Qa(X); D) + layer(Qa(X) - X; W)> = <D, wgrad(X, G) + wgrad(Qa(X) - X, G)> + <W, wgrad(Qa(X) - X, G)>: one
+    more weight gradient for each rounding serves all schemes that share it. Some samples at a time, so that only their
+    weight gradients are held.
+    """
+    weights = stack.weight.reshape(-1)
+    inputs: list[tuple[dict[str, int], Any]] = []
+    if stack.with_activation:
+        scale = _rounding(roundings, "").scale
+        inputs.append((stack.with_activation, quantized_codes(x, scale).mul_(scale).sub_(x)))
+    for form, names in stack.with_kept.items():
+        inputs.append((names, fake_quantize(x, _rounding(roundings, form), layer) - x))
+    piece = max(1, GRADIENT_BYTES // (g.shape[2] * weights.numel() * weights.element_size()))
+    parts = []
+    for start in range(0, samples, piece):
+        chunk = slice(start, min(start + piece, samples))
+        plain = _weight_gradients(layer, attributes, x[chunk], g[chunk])
+        found = _rows(stack, stack.weights_only, plain)
+        for names, error in inputs:
+            rounding = _weight_gradients(layer, attributes, error[chunk], g[chunk])
+            from_weight = (rounding @ weights).float()
+            found.update({s: v + from_weight for s, v in _rows(stack, names, rounding.add_(plain)).items()})
+        parts.append({name: values.reshape(-1, g.shape[2]).T for name, values in found.items()})
+    return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
 
 
-def _patches(layer: Layer, attributes: dict[str, Any], x: Any, samples: int) -> Any:
+def _rows(stack: TorchStack, names: Mapping[str, int], gradients: Any) -> dict[str, Any]:
+    """Return scheme -> <D_s, gradient> [n P] for gradients [n P, weights], promotions of these schemes included."""
+    if not names:
+        return {}
+    first, last = min(names.values()), max(names.values())
+    products = (gradients @ stack.differences[first : last + 1].flatten(1).T).float()
+    found = {name: products[:, row - first] for name, row in names.items()}
+    for promotion, differences in zip(stack.promotions, stack.promoted_differences, strict=True):
+        if promotion.body in names:
+            by_channel = gradients.reshape(len(gradients), stack.weight.shape[0], -1)
+            chosen = by_channel[:, torch.from_numpy(promotion.channels)]
+            more = torch.einsum("nmr,mr->nm", chosen, differences).float()
+            for name, count in promotion.counts.items():
+                found[name] = found[promotion.body] + more[:, :count].sum(-1)
+    return found
+
+
+def _weight_gradients(layer: Layer, attributes: dict[str, Any], x: Any, g: Any) -> Any:
+    """Return the weight gradients [n P, out_channels * reduction] of n samples, each with its P gradients."""
+    samples, probes = g.shape[0], g.shape[2]
+    # [n, 1, P, out * L] -> [n, P * out, L]
+    gradients = g.reshape(samples, probes * layer.out_channels, -1)
+    found = gradients.new_empty(samples, gradients.shape[1], layer.reduction)
+    per_sample = gradients.shape[2] * layer.reduction * g.element_size()
+    piece = max(1, PATCH_BYTES // per_sample)
+    for start in range(0, samples, piece):
+        chunk = slice(start, min(start + piece, samples))
+        torch.bmm(gradients[chunk], _patches(layer, attributes, x[chunk].to(g.dtype)), out=found[chunk])
+    return found.reshape(samples * probes, -1)
+
+
+def _patches(layer: Layer, attributes: dict[str, Any], x: Any) -> Any:
     """Return the rows that the weight multiplies, [samples, L, reduction]."""
     if layer.op != "Conv":
         return x
     before, after = window_pads(attributes, tuple(x.shape[2:]), layer.kernel)
-    x = functional.pad(x, (before[1], after[1], before[0], after[0]))
+    x = functional.pad(x, (before[1], after[1], before[0], after[0])) if any((*before, *after)) else x.contiguous()
     strides, dilations = attributes.get("strides", (1, 1)), attributes.get("dilations", (1, 1))
-    return functional.unfold(x, layer.kernel, tuple(dilations), 0, tuple(strides)).transpose(1, 2)
+    sizes = [(size - d * (k - 1) - 1) // s + 1 for size, k, s, d in zip(x.shape[2:], layer.kernel, strides, dilations)]
+    # A view [n, C, kh, kw, H, W] copied once: two to three times as fast as unfold.
+    n, c, h, w = x.stride()
+    steps = (n, c, h * dilations[0], w * dilations[1], h * strides[0], w * strides[1])
+    windows = x.as_strided((*x.shape[:2], *layer.kernel, *sizes), steps)
+    return windows.reshape(x.shape[0], layer.reduction, -1).transpose(1, 2)
 
 
 def _has_weight_way(layer: Layer) -> bool:
@@ -237,12 +314,13 @@ def _has_weight_way(layer: Layer) -> bool:
 
 
 def _cheaper_way(layer: Layer, stack: TorchStack, x: Any, g: Any, samples: int) -> str:
-    """Compare multiplications per weight element: F per position forward, P per position by weight gradients."""
+    """Compare multiplications per weight element: F per position forward, P per position and input by gradients."""
     if not _has_weight_way(layer) or x.shape[0] != samples:
         return "forward"
     probes, positions = g.shape[2], g.shape[3] / layer.out_channels
+    roundings = int(bool(stack.with_activation)) + len(stack.with_kept)
     forms = stack.split_end + len(stack.differences) - stack.split_start
-    inputs = int(bool(stack.weights_only)) + int(bool(stack.with_activation))
-    # Unfolding and the short products of single samples run at about half the speed of a convolution.
-    by_weights = 2 * inputs * probes * positions + forms * probes
-    return "weights" if by_weights < forms * positions else "forward"
+    promoted = sum(len(p.channels) for p in stack.promotions) / layer.out_channels
+    forward = (forms + promoted + roundings) * positions
+    by_weights = (1 + roundings) * (probes * (positions + GRADIENT_POSITIONS) + PATCH_POSITIONS * positions)
+    return "weights" if by_weights + forms * probes < forward else "forward"

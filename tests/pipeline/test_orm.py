@@ -126,7 +126,7 @@ def test_every_method_is_an_option_of_the_command_line(option: str, run: Path, c
     if option in ("probe", "exhaustive"):
         pytest.importorskip("torch")
     recipe = run / "recipe.yaml"
-    text = recipe.read_text().replace("  timesteps: 10\n", "  timesteps: 2\n")
+    text = recipe.read_text().replace("  timesteps: 20\n", "  timesteps: 2\n")
     recipe.write_text(text)
     outcome = cli("--json", "measure", run, "--sensitivity", option)
     if option == "orm":

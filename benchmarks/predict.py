@@ -1,0 +1,230 @@
+"""How near the predicted error comes to the measured one, and what the cross terms between layers are worth.
+
+    python benchmarks/predict.py [MODEL ...] --budgets 0.26:0.5
+
+The bundled models by default. For every budget: the MILP's plan and the plan refined with the cross terms, each with
+its predicted error (the full quadratic, on calls that the plan was not chosen on) and the error measured on fresh
+trajectories: the squared error of the denoiser's output relative to the float model's, averaged over the sampler's
+timesteps. Images differ much in how hard they are, so a measured error has a standard error of its own (between
+images), which the table shows; that of the difference between the two plans is smaller: both see the same images.
+"change" and its error are of the measured error. PSNR (mean over images, 64 of each of two seeds) stands where the
+plans differ. Exit code 1 when a prediction of the resulting plan is off by more than 10 %, when refining makes any plan
+worse by more than two standard errors, or when it brings no model a gain of that size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from table import Page, bench_recipe, made_by_stages, markdown, verdict, weights_digest
+
+from mpq_deploy import stages
+from mpq_deploy.calibrate.options import CalibrationOptions
+from mpq_deploy.calibrate.stats import CalibrationSet
+from mpq_deploy.calibrate.trajectories import record_trajectories
+from mpq_deploy.denoisers.spec import Array
+from mpq_deploy.errors import InfeasibleBudgetError
+from mpq_deploy.evaluate.evaluate import evaluate
+from mpq_deploy.evaluate.result import EvaluationOptions
+from mpq_deploy.pipeline import Pipeline, open_pipeline
+from mpq_deploy.runtime.ort import OrtDenoiser
+from mpq_deploy.sampling.sampler import make_sampler
+from mpq_deploy.sweep import parse_budgets
+from mpq_deploy.talk import PlainTalk, Talk
+
+TOLERANCE = 0.1
+STEPS = 20
+SIGNIFICANT = 2.0  # standard errors
+PSNR_SEEDS, PSNR_IMAGES = (777, 4242), 64
+STAGES = ("export", "calibrate", "candidates", "measure")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One budget: predicted and measured errors of both plans, relative standard errors, and the cross terms."""
+
+    budget: float
+    predicted: float
+    measured: float
+    error: float
+    milp_measured: float
+    change_error: float
+    cross_terms: dict[str, Any]
+    psnr_db: tuple[float, float] | None
+
+    @property
+    def change(self) -> float:
+        """By how much refining changes the measured error, relative to the MILP's plan."""
+        return self.measured / self.milp_measured - 1
+
+
+class Truth:
+    """The float model on fresh trajectories, and the error of any plan there."""
+
+    def __init__(self, pipeline: Pipeline, images: int, seed: int) -> None:
+        self.pipeline, self.exported = pipeline, stages.Exported(pipeline)
+        spec = self.exported.spec
+        sampler = make_sampler(spec.scheduler, STEPS, seed, pipeline.recipe.evaluate.sampler)
+        options = CalibrationOptions(
+            timesteps=len(sampler.timesteps), steps=STEPS, samples=images, batch_size=16, seed=seed
+        )
+        denoiser = OrtDenoiser(self.exported.path, spec)
+        self.inputs = record_trajectories(denoiser, sampler, spec, self.exported.conditions, options, Talk())
+        self._outputs = [self._run(denoiser, step) for step in range(len(self.inputs.timesteps))]
+        self._power = np.array([np.square(output).sum() / len(output) for output in self._outputs])
+        self._kept: dict[str, Array] = {}
+
+    def _run(self, denoiser: OrtDenoiser, step: int) -> Array:
+        calls: CalibrationSet = self.inputs
+        outputs = []
+        for start in range(0, len(calls.rows), 16):
+            chunk = slice(start, start + 16)
+            taken = {name: values[calls.rows[chunk]] for name, values in self.exported.conditions.items()}
+            outputs.append(denoiser(calls.samples[step][chunk], float(calls.timesteps[step]), taken))
+        return np.concatenate(outputs)
+
+    def errors(self, schemes: dict[str, str]) -> Array:
+        """Return each call's relative squared error, mean over timesteps; their mean is the measured error."""
+        key = repr(sorted(schemes.items()))
+        if key not in self._kept:
+            with tempfile.TemporaryDirectory(dir=self.pipeline.run.scratch()) as folder:
+                stages.write_plan(self.pipeline, schemes, Path(folder))
+                denoiser = OrtDenoiser(Path(folder) / stages.SIMULATED, self.exported.spec, fake_quant_only=True)
+            squares = []
+            for step, expected in enumerate(self._outputs):
+                error = np.square((self._run(denoiser, step) - expected).astype(np.float64))
+                squares.append(error.reshape(len(error), -1).sum(axis=1) / self._power[step])
+            self._kept[key] = np.mean(squares, axis=0)
+        return self._kept[key]
+
+
+def relative_error(values: Array, of: float) -> float:
+    """Return the standard error of the mean of ``values``, relative to ``of``."""
+    return float(values.std(ddof=1) / np.sqrt(len(values)) / of)
+
+
+def psnr(pipeline: Pipeline, plans: list[dict[str, str]]) -> tuple[float, ...]:
+    """Return the PSNR of each plan: mean over the images of all seeds."""
+    exported = stages.Exported(pipeline)
+    found = []
+    with tempfile.TemporaryDirectory(dir=pipeline.run.scratch()) as folder:
+        variants = {}
+        for number, schemes in enumerate(plans):
+            place = Path(folder) / str(number)
+            place.mkdir()
+            stages.write_plan(pipeline, schemes, place)
+            variants[str(number)] = place / stages.SIMULATED
+        for seed in PSNR_SEEDS:
+            options = EvaluationOptions(
+                samples=PSNR_IMAGES, steps=STEPS, timesteps=1, batch_size=16, seed=seed, latency_calls=0
+            )
+            cache = pipeline.run.path / ".samples"
+            arguments = (variants, exported.path, exported.spec, exported.conditions, options, Talk())
+            result = evaluate(*arguments, cache=cache)
+            found.append([result.variants[name].psnr_db for name in variants])
+    return tuple(float(value) for value in np.mean(found, axis=0))
+
+
+def row_of(pipeline: Pipeline, truth: Truth, solvers: dict[bool, stages.PlanSolver], budget: float) -> Row | None:
+    """Solve one budget with and without the cross terms, and measure both plans; None when no plan fits."""
+    try:
+        plan, plain = (solvers[refined].solve(str(budget)) for refined in (True, False))
+    except InfeasibleBudgetError:
+        return None
+    errors, plain_errors = truth.errors(plan.schemes), truth.errors(plain.schemes)
+    measured, base = float(errors.mean()), float(plain_errors.mean())
+    assert plan.predicted_loss is not None and plan.cross_terms is not None
+    differ = plan.schemes != plain.schemes
+    return Row(
+        budget,
+        plan.predicted_loss,
+        measured,
+        relative_error(errors, measured),
+        base,
+        relative_error(errors - plain_errors, base),
+        plan.cross_terms,
+        psnr(pipeline, [plain.schemes, plan.schemes])[:2] if differ else None,  # type: ignore[arg-type]
+    )
+
+
+def cells(row: Row) -> list[str]:
+    crossed = row.cross_terms
+    held = [crossed["milp_held_back"], crossed["refined_held_back"]]
+    predicted = "-" if None in held else f"{held[1] / held[0] - 1:+.1%}"
+    return [
+        f"{row.budget:g}",
+        f"{row.predicted:.2e}",
+        f"{row.measured:.2e} ± {row.error:.0%}",
+        f"{row.predicted / row.measured:.2f}",
+        f"{crossed['rho']:.2f}",
+        f"{crossed['moves']}" + ("" if crossed["kept"] or not crossed["moves"] else " (not kept)"),
+        predicted,
+        f"{row.change:+.1%} ± {row.change_error:.1%}" if crossed["kept"] else "",
+        f"{row.psnr_db[0]:.1f} → {row.psnr_db[1]:.1f}" if row.psnr_db else "",
+    ]
+
+
+def checks(model: str, rows: list[Row]) -> list[tuple[bool, str]]:
+    """Judge the rows of one model."""
+    ratios = {row.budget: row.predicted / row.measured for row in rows}
+    low, high = min(ratios, key=ratios.__getitem__), max(ratios, key=ratios.__getitem__)
+    near = all(abs(ratio - 1) <= TOLERANCE for ratio in ratios.values())
+    found = f"{ratios[low]:.2f} (at {low:g}) to {ratios[high]:.2f} (at {high:g})"
+    worst = max(rows, key=lambda row: row.change)
+    harmless = all(row.change <= SIGNIFICANT * row.change_error for row in rows)
+    return [
+        (near, verdict(near, f"{model}: predictions lie within {TOLERANCE:.0%} of what was measured", found)),
+        (
+            harmless,
+            verdict(
+                harmless,
+                f"{model}: refining makes no plan worse beyond noise",
+                f"{worst.change:+.1%} ± {worst.change_error:.1%} at most (at {worst.budget:g})",
+            ),
+        ),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("models", nargs="*", default=["emoji", "digits"], help="what `mpq-deploy build` takes")
+    parser.add_argument("--budgets", default="0.26:0.5", help="FROM:TO, FROM:TO:STEP or a comma-separated list")
+    parser.add_argument("--images", type=int, default=256, help="fresh trajectories behind every measured error")
+    parser.add_argument("--seed", type=int, default=20260)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe entry, repeatable")
+    parser.add_argument("-o", "--out", type=Path, default=Path("runs"), help="where the run folders are")
+    parser.add_argument("--page", type=Path, help="keep the result as a Markdown page")
+    chosen = parser.parse_args()
+    page = Page("Predicted and measured error, and the cross terms between layers")
+    judged, best = [], []
+    for model in chosen.models:
+        recipe = bench_recipe(None, chosen.set, {"model": model, "engine.build": False, "allocate.cross_terms": True})
+        name = Path(model).stem
+        with open_pipeline(recipe, chosen.out / f"bench-predict-{name}", PlainTalk()) as pipeline:
+            pipeline.run_until("measure")
+            page.say(f"## {name}\n\n{weights_digest(pipeline)}\n{made_by_stages(pipeline, STAGES)}")
+            truth = Truth(pipeline, chosen.images, chosen.seed)
+            solvers = {refined: stages.PlanSolver(pipeline) for refined in (True, False)}
+            solvers[False].section = recipe.allocate.model_copy(update={"cross_terms": False})
+            found = [row_of(pipeline, truth, solvers, budget) for budget in parse_budgets(chosen.budgets)]
+        rows = [row for row in found if row is not None]
+        header = ("budget", "predicted", "measured", "predicted / measured", "rho", "moves", "change held back")
+        page.say(markdown((*header, "change measured", "PSNR dB"), [cells(row) for row in rows]))
+        judged += checks(name, rows)
+        best.append(min(rows, key=lambda row: row.change / max(row.change_error, 1e-12) if row.change else 0.0))
+    gains = any(row.change < -SIGNIFICANT * row.change_error for row in best)
+    said = ", ".join(f"{row.change:+.1%} ± {row.change_error:.1%} (at {row.budget:g})" for row in best)
+    judged.append((gains, verdict(gains, "refining gains somewhere beyond noise", said)))
+    page.say("\n".join(line for _, line in judged))
+    page.save(chosen.page)
+    sys.exit(0 if all(passed for passed, _ in judged) else 1)
+
+
+if __name__ == "__main__":
+    main()
