@@ -27,7 +27,11 @@ from mpq_deploy.evaluate.result import EvaluationOptions, VariantResult
 from mpq_deploy.graph.write import SIMULATED
 from mpq_deploy.pipeline import Pipeline, open_pipeline
 from mpq_deploy.runtime.correction import Correction
-from mpq_deploy.stages import CONTROLS, Exported, PlanSolver, correction_for, write_plan
+from mpq_deploy.stages.allocate import PlanSolver
+from mpq_deploy.stages.candidates import CONTROLS
+from mpq_deploy.stages.common import Exported
+from mpq_deploy.stages.evaluate import correction_for
+from mpq_deploy.stages.quantize import write_plan
 from mpq_deploy.talk import PlainTalk
 
 BUDGETS = (0.265, 0.28, 0.35, 0.5)

@@ -29,7 +29,9 @@ from mpq_deploy.evaluate.evaluate import evaluate
 from mpq_deploy.evaluate.result import EvaluationOptions, VariantResult
 from mpq_deploy.graph.write import SIMULATED
 from mpq_deploy.pipeline import Pipeline, open_pipeline
-from mpq_deploy.stages import Exported, candidates_of, write_plan
+from mpq_deploy.stages.candidates import candidates_of
+from mpq_deploy.stages.common import Exported
+from mpq_deploy.stages.quantize import write_plan
 from mpq_deploy.talk import PlainTalk
 
 # One input channel in SHARE is multiplied by FACTOR.

@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 from table import Page, bench_recipe, made_by_stages, markdown, verdict, weights_digest
 
-from mpq_deploy import stages
 from mpq_deploy.calibrate.options import CalibrationOptions
 from mpq_deploy.calibrate.stats import CalibrationSet
 from mpq_deploy.calibrate.trajectories import record_trajectories
@@ -32,9 +31,13 @@ from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.errors import InfeasibleBudgetError
 from mpq_deploy.evaluate.evaluate import evaluate
 from mpq_deploy.evaluate.result import EvaluationOptions
+from mpq_deploy.graph.write import SIMULATED
 from mpq_deploy.pipeline import Pipeline, open_pipeline
 from mpq_deploy.runtime.ort import OrtDenoiser
 from mpq_deploy.sampling.sampler import make_sampler
+from mpq_deploy.stages.allocate import PlanSolver
+from mpq_deploy.stages.common import Exported
+from mpq_deploy.stages.quantize import write_plan
 from mpq_deploy.sweep import parse_budgets
 from mpq_deploy.talk import PlainTalk, Talk
 
@@ -68,7 +71,7 @@ class Truth:
     """The float model on fresh trajectories, and the error of any plan there."""
 
     def __init__(self, pipeline: Pipeline, images: int, seed: int) -> None:
-        self.pipeline, self.exported = pipeline, stages.Exported(pipeline)
+        self.pipeline, self.exported = pipeline, Exported(pipeline)
         spec = self.exported.spec
         sampler = make_sampler(spec.scheduler, STEPS, seed, pipeline.recipe.evaluate.sampler)
         options = CalibrationOptions(
@@ -94,8 +97,8 @@ class Truth:
         key = repr(sorted(schemes.items()))
         if key not in self._kept:
             with tempfile.TemporaryDirectory(dir=self.pipeline.run.scratch()) as folder:
-                stages.write_plan(self.pipeline, schemes, Path(folder))
-                denoiser = OrtDenoiser(Path(folder) / stages.SIMULATED, self.exported.spec, fake_quant_only=True)
+                write_plan(self.pipeline, schemes, Path(folder))
+                denoiser = OrtDenoiser(Path(folder) / SIMULATED, self.exported.spec, fake_quant_only=True)
             squares = []
             for step, expected in enumerate(self._outputs):
                 error = np.square((self._run(denoiser, step) - expected).astype(np.float64))
@@ -111,15 +114,15 @@ def relative_error(values: Array, of: float) -> float:
 
 def psnr(pipeline: Pipeline, plans: list[dict[str, str]]) -> tuple[float, ...]:
     """Return the PSNR of each plan: mean over the images of all seeds."""
-    exported = stages.Exported(pipeline)
+    exported = Exported(pipeline)
     found = []
     with tempfile.TemporaryDirectory(dir=pipeline.run.scratch()) as folder:
         variants = {}
         for number, schemes in enumerate(plans):
             place = Path(folder) / str(number)
             place.mkdir()
-            stages.write_plan(pipeline, schemes, place)
-            variants[str(number)] = place / stages.SIMULATED
+            write_plan(pipeline, schemes, place)
+            variants[str(number)] = place / SIMULATED
         for seed in PSNR_SEEDS:
             options = EvaluationOptions(
                 samples=PSNR_IMAGES, steps=STEPS, timesteps=1, batch_size=16, seed=seed, latency_calls=0
@@ -131,7 +134,7 @@ def psnr(pipeline: Pipeline, plans: list[dict[str, str]]) -> tuple[float, ...]:
     return tuple(float(value) for value in np.mean(found, axis=0))
 
 
-def row_of(pipeline: Pipeline, truth: Truth, solvers: dict[bool, stages.PlanSolver], budget: float) -> Row | None:
+def row_of(pipeline: Pipeline, truth: Truth, solvers: dict[bool, PlanSolver], budget: float) -> Row | None:
     """Solve one budget with and without the cross terms, and measure both plans; None when no plan fits."""
     try:
         plan, plain = (solvers[refined].solve(str(budget)) for refined in (True, False))
@@ -210,7 +213,7 @@ def main() -> None:
             pipeline.run_until("measure")
             page.say(f"## {name}\n\n{weights_digest(pipeline)}\n{made_by_stages(pipeline, STAGES)}")
             truth = Truth(pipeline, chosen.images, chosen.seed)
-            solvers = {refined: stages.PlanSolver(pipeline) for refined in (True, False)}
+            solvers = {refined: PlanSolver(pipeline) for refined in (True, False)}
             solvers[False].section = recipe.allocate.model_copy(update={"cross_terms": False})
             found = [row_of(pipeline, truth, solvers, budget) for budget in parse_budgets(chosen.budgets)]
         rows = [row for row in found if row is not None]

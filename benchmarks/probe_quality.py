@@ -33,7 +33,9 @@ from mpq_deploy.precision.scheme import SCHEMES
 from mpq_deploy.sensitivity.exhaustive import measure_exhaustive
 from mpq_deploy.sensitivity.measure import MeasureOptions, measure
 from mpq_deploy.sensitivity.table import SensitivityTable
-from mpq_deploy.stages import INPUTS, Exported, candidates_of, load_calibration
+from mpq_deploy.stages import INPUTS
+from mpq_deploy.stages.candidates import candidates_of
+from mpq_deploy.stages.common import Exported, load_calibration
 from mpq_deploy.talk import PlainTalk
 
 TRUTH, CHEAP = "exhaustive", ("probe", "gain", "local_error")

@@ -34,7 +34,8 @@ from mpq_deploy.report.data import (
 )
 from mpq_deploy.runtime.correction import FILE as CORRECTION
 from mpq_deploy.sensitivity.table import SensitivityTable
-from mpq_deploy.stages import CORRECTED, LATENCY, Exported, version_of
+from mpq_deploy.stages.common import Exported, version_of
+from mpq_deploy.stages.evaluate import CORRECTED, LATENCY
 
 if TYPE_CHECKING:
     from mpq_deploy.pipeline import Pipeline, Summary

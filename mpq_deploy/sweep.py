@@ -58,7 +58,7 @@ def run_sweep(pipeline: Pipeline, budgets: list[float], evaluate: bool) -> dict[
 
     A budget that no plan fits is a point of its own kind: it names the smallest feasible budget.
     """
-    from mpq_deploy.stages import PlanSolver
+    from mpq_deploy.stages.allocate import PlanSolver
 
     pipeline.run_until("measure")
     solver = PlanSolver(pipeline)
@@ -91,7 +91,8 @@ def run_sweep(pipeline: Pipeline, budgets: list[float], evaluate: bool) -> dict[
 def _measure(pipeline: Pipeline, plans: dict[float, Any], points: list[dict[str, Any]]) -> dict[str, Any]:
     """Quantize and evaluate every plan beside the controls; fill in the points. Returns the controls' figures."""
     from mpq_deploy.graph.write import SIMULATED
-    from mpq_deploy.stages import evaluate_variants, write_plan
+    from mpq_deploy.stages.evaluate import evaluate_variants
+    from mpq_deploy.stages.quantize import write_plan
 
     pipeline.run_until("controls")
     figures: dict[str, Any] = {}

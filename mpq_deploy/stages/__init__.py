@@ -1,0 +1,86 @@
+"""What each stage reads (``INPUTS``: digests and settings) and how it is made (``MAKERS``), for the pipeline.
+
+Every maker gets the pipeline and an empty folder, fills the folder, and returns a few words for the log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpq_deploy.allocate import budget_in_bytes
+from mpq_deploy.artefacts import Fields
+from mpq_deploy.engine.target import load_target
+from mpq_deploy.errors import MissingDependencyError, UsageError
+from mpq_deploy.stages.allocate import allocate_inputs, make_allocate
+from mpq_deploy.stages.calibrate import calibrate_inputs, make_calibrate
+from mpq_deploy.stages.candidates import candidates_inputs, make_candidates
+from mpq_deploy.stages.engine import RTX, builder_present, engine_inputs, make_engine
+from mpq_deploy.stages.evaluate import correction_inputs, evaluate_inputs, make_correction, make_evaluate
+from mpq_deploy.stages.export import export_inputs, make_export
+from mpq_deploy.stages.measure import make_measure, measure_inputs
+from mpq_deploy.stages.quantize import controls_inputs, make_controls, make_quantize, quantize_inputs
+
+if TYPE_CHECKING:
+    from mpq_deploy.pipeline import Pipeline
+    from mpq_deploy.recipe import Recipe
+
+INPUTS: dict[str, Callable[[Pipeline], Fields]] = {
+    "export": export_inputs,
+    "calibrate": calibrate_inputs,
+    "candidates": candidates_inputs,
+    "measure": measure_inputs,
+    "allocate": allocate_inputs,
+    "quantize": quantize_inputs,
+    "controls": controls_inputs,
+    "correction": correction_inputs,
+    "engine": engine_inputs,
+    "evaluate": evaluate_inputs,
+}
+MAKERS: dict[str, Callable[[Pipeline, Path], str]] = {
+    "export": make_export,
+    "calibrate": make_calibrate,
+    "candidates": make_candidates,
+    "measure": make_measure,
+    "allocate": make_allocate,
+    "quantize": make_quantize,
+    "controls": make_controls,
+    "correction": make_correction,
+    "engine": make_engine,
+    "evaluate": make_evaluate,
+}
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Find mistakes that need neither the model nor a run folder: an unknown target, a budget that is no size."""
+    target = load_target(recipe.target)
+    if recipe.engine.build and target.builder == RTX and not builder_present(target):
+        raise MissingDependencyError("tensorrt-rtx", "rtx", f"Building an engine for '{target.name}'")
+    budget_in_bytes(recipe.budget, 1 << 30, 1 << 30)
+    if recipe.measure.method == "orm" or recipe.measure.sampling == "adaptive":
+        _check_timesteps(recipe)
+    if recipe.evaluate.seed == recipe.calibrate.seed:
+        raise UsageError(
+            f"evaluate.seed and calibrate.seed are both {recipe.evaluate.seed}.",
+            "Evaluate on noise that was not calibrated on.",
+        )
+
+
+def _check_timesteps(recipe: Recipe) -> None:
+    """Refuse more timesteps than there are: the K of orm and of adaptive sampling is not quietly made smaller."""
+    steps, calibrated = recipe.calibrate.steps, recipe.calibrate.timesteps
+    wanted = {"measure.timesteps": recipe.measure.timesteps}
+    if recipe.measure.sampling == "adaptive":
+        wanted["measure.coarse_timesteps"] = recipe.measure.coarse_timesteps
+    for key, count in wanted.items():
+        if count > steps:
+            raise UsageError(
+                f"{key} is {count}, but the sampler takes only {steps} steps (calibrate.steps).",
+                f"Choose at most {steps} timesteps, or more steps.",
+            )
+        if count > calibrated:
+            raise UsageError(
+                f"{key} is {count}, but only {calibrated} timesteps are calibrated (calibrate.timesteps).",
+                f"Choose at most {calibrated}, or calibrate at more.",
+            )

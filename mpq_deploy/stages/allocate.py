@@ -1,0 +1,197 @@
+"""The stage allocate: a scheme per layer within the budget."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpq_deploy.allocate import (
+    LayerChoice,
+    PrecisionPlan,
+    Problem,
+    allocate_with_fee,
+    budget_in_bytes,
+    kernel_charge,
+    plan_bytes,
+    protected_schemes,
+)
+from mpq_deploy.artefacts import Fields
+from mpq_deploy.engine.target import load_target
+from mpq_deploy.errors import InfeasibleBudgetError
+from mpq_deploy.precision.candidates import Choices
+from mpq_deploy.precision.deployed import FP16_BYTES, weight_bytes
+from mpq_deploy.precision.scheme import SCHEMES
+from mpq_deploy.refine import CrossTerms, Solved, allocate_with_cross_terms
+from mpq_deploy.sensitivity.table import SensitivityTable
+from mpq_deploy.stages.candidates import choices_of
+from mpq_deploy.stages.common import Exported, settings, version_of
+
+if TYPE_CHECKING:
+    from mpq_deploy.pipeline import Pipeline
+
+
+def allocate_inputs(pipeline: Pipeline) -> Fields:
+    """Return what the stage allocate reads: digests and settings."""
+    return {
+        **{name: pipeline.digest(name) for name in ("export", "candidates", "measure")},
+        "recipe.budget": pipeline.recipe.budget,
+        "target.protected": list(load_target(pipeline.recipe.target).protected),
+        **settings(pipeline.recipe.allocate, "allocate"),
+        **version_of("highspy", "numpy"),
+    }
+
+
+class PlanSolver:
+    """Bytes and losses of every allowed (layer, scheme), gathered once and solved for any budget.
+
+    ``control``: one of ``ORM_CONTROLS`` in place of the run's own measurements.
+    """
+
+    def __init__(self, pipeline: Pipeline, control: str = "") -> None:
+        self.section = pipeline.recipe.allocate
+        self.orm = pipeline.recipe.measure.orm
+        self.exported = Exported(pipeline)
+        self.layers = self.exported.graph.layers
+        self.table = SensitivityTable.load(pipeline.folder("measure") / control)
+        read = choices_of(pipeline, self.exported.graph)
+        self.refused = {name: {**c.refused, **self._ruled_out(name, c)} for name, c in read.items()}
+        target = load_target(pipeline.recipe.target)
+        rules: list[tuple[str, tuple[str, ...]]]
+        rules = [(pattern, ("fp16",)) for pattern in target.protected if any_match(pattern, read)]
+        rules += [(rule.layers, rule.schemes) for rule in self.section.protect]
+        measured = self.table.losses
+        names = [
+            (layer.name, tuple(s.name for s in read[layer.name].schemes if s.name in measured[layer.name]))
+            for layer in self.layers
+        ]
+        allowed = protected_schemes(names, rules)
+        self.choices = [
+            LayerChoice(
+                layer.name,
+                layer.inputs,
+                {name: weight_bytes(layer, SCHEMES[name]) for name in allowed[layer.name]},
+                {name: self.table.losses[layer.name][name] for name in allowed[layer.name]},
+            )
+            for layer in self.layers
+        ]
+        self.fp16_size = int(self.exported.facts["fp16_size_bytes"])
+        self.weights = sum(layer.weights for layer in self.layers)
+
+    def solve(self, budget: str) -> PrecisionPlan:
+        """Solve the allocation for ``budget`` (as the user writes it) and describe the plan."""
+        fixed = self.fp16_size - FP16_BYTES * self.weights
+        problem = Problem(self.choices, fixed, budget_in_bytes(budget, self.fp16_size, self.weights))
+        try:
+            solved, cross_terms = self._solved(problem)
+        except InfeasibleBudgetError as error:
+            ratio = math.ceil(error.smallest / self.fp16_size * 1e4) / 1e4
+            raise InfeasibleBudgetError(
+                f"No plan fits the budget {budget} ({problem.budget_bytes:,} bytes).",
+                f"The smallest feasible budget is {ratio:.4f} ({error.smallest:,} bytes); or allow smaller schemes."
+                + self._activations_hint(),
+                error.smallest,
+            ) from error
+        schemes = solved.schemes
+        programme, weighed = self._weighed(schemes, problem.budget_bytes - fixed)
+        return PrecisionPlan(
+            budget_bytes=problem.budget_bytes,
+            size_bytes=plan_bytes(problem, schemes),
+            fp16_size_bytes=self.fp16_size,
+            fixed_bytes=problem.fixed_bytes,
+            predicted_loss=self._predicted(schemes, cross_terms),
+            schemes=schemes,
+            layers=[{**self._row(i, schemes[n.name]), **weighed[i]} for i, n in enumerate(self.layers)],
+            others=[vars(other) for other in self.exported.graph.others],
+            solver=solved.report,
+            notes=list(self.table.notes),
+            bit_programme=programme,
+            cross_terms=None if cross_terms is None else asdict(cross_terms),
+        )
+
+    def _solved(self, problem: Problem) -> tuple[Solved, CrossTerms | None]:
+        """Solve without cross terms, then with them where the metric knows them and the recipe wants them."""
+        section = self.section
+
+        def solve(part: Problem) -> Solved:
+            fee = kernel_charge(part, section.branch_charge, section.gap, section.time_limit)
+            return Solved(*allocate_with_fee(part, fee, section.gap, section.time_limit), fee)
+
+        if self.table.projections is None:
+            return solve(problem), None
+        return allocate_with_cross_terms(problem, self.table, solve, section.cross_terms)
+
+    def _predicted(self, schemes: dict[str, str], cross_terms: CrossTerms | None) -> float | None:
+        if cross_terms is not None:
+            return cross_terms.predicted_loss
+        return self.table.plan_loss(schemes) if self.table.predicts_nmse else None
+
+    def _activations_hint(self) -> str:
+        importance = self.table.importance
+        if importance is None or not importance.activation_bits.any():
+            return ""
+        return f" Mind that measure.orm.activation_bits is {self.orm.activation_bits}: it rules out schemes."
+
+    def _ruled_out(self, layer: str, choices: Choices) -> dict[str, str]:
+        """Say why the table has no loss for schemes that the layer could take: orm fixes its activations' bits."""
+        importance = self.table.importance
+        bits = 0 if importance is None else int(importance.activation_bits[importance.layers.index(layer)])
+        reason = f"the metric {self.table.metric} fixes the activations of this layer at {bits} bits"
+        return {s.name: reason for s in choices.schemes if s.name not in self.table.losses[layer]}
+
+    def _weighed(
+        self, schemes: dict[str, str], weight_bytes: int
+    ) -> tuple[dict[str, float] | None, list[dict[str, float]]]:
+        """Return the plan's weighted bits beside the linear programme's bound, and per layer importance and its bits.
+
+        None and empty entries for a metric without importances. ``weight_bytes``: the budget less all other constants.
+        """
+        if self.table.importance is None:
+            return None, [{} for _ in self.layers]
+        from mpq_deploy.sensitivity.bit_programme import linear_bits
+        from mpq_deploy.sensitivity.orm import scheme_bits
+
+        bits = [
+            {name: scheme_bits(layer, SCHEMES[name], self.orm.bits) for name in choice.bytes}
+            for layer, choice in zip(self.layers, self.choices)
+        ]
+        importance = self.table.importance.total
+        sizes = np.array([layer.weights for layer in self.layers], np.float64)
+        low, high = (np.array([f(row.values()) for row in bits], np.float64) for f in (min, max))
+        bound = linear_bits(importance, sizes, low, high, 8.0 * weight_bytes)
+        taken = np.array([row[schemes[layer.name]] for row, layer in zip(bits, self.layers)])
+        rows = [{"importance": float(c), "linear_bits": float(b)} for c, b in zip(importance, bound.bits)]
+        return {"weighted_bits": float(importance @ taken), "linear_bound": bound.objective}, rows
+
+    def _row(self, number: int, scheme: str) -> dict[str, Any]:
+        layer, choice = self.layers[number], self.choices[number]
+        return {
+            "name": layer.name,
+            "op": layer.op,
+            "scheme": scheme,
+            "bytes": choice.bytes[scheme],
+            "fp16_bytes": FP16_BYTES * layer.weights,
+            "weights": layer.weights,
+            "weight_shape": list(layer.weight_shape),
+            "predicted_loss": choice.loss[scheme] if self.table.predicts_nmse else None,
+            "refused": self.refused[layer.name],
+        }
+
+
+def any_match(pattern: str, names: Mapping[str, Any]) -> bool:
+    """Whether a target's pattern concerns this model: targets protect by name, models name as they like."""
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names)
+
+
+def make_allocate(pipeline: Pipeline, folder: Path) -> str:
+    """Make the stage allocate in ``folder``; return a few words for the log."""
+    plan = PlanSolver(pipeline).solve(pipeline.recipe.budget)
+    plan.save(folder / "plan.json")
+    ratio = plan.size_bytes / plan.fp16_size_bytes
+    predicted = "not predicted" if plan.predicted_loss is None else f"predicted NMSE {plan.predicted_loss:.2e}"
+    return f"{plan.size_bytes:,} bytes ({ratio:.4f} of FP16), {predicted}"

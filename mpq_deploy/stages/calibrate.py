@@ -1,0 +1,60 @@
+"""The stage calibrate: the inputs of the sampler's trajectories, and what activations looked like on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpq_deploy.artefacts import Fields
+from mpq_deploy.stages.common import Exported, settings, version_of
+
+if TYPE_CHECKING:
+    from mpq_deploy.pipeline import Pipeline
+
+
+# Raised with every change of what calibration leaves behind.
+CALIBRATION_FORMAT = 2
+
+
+def calibrate_inputs(pipeline: Pipeline) -> Fields:
+    """Return what the stage calibrate reads: digests and settings."""
+    return {
+        "export": pipeline.digest("export"),
+        "calibration.format": CALIBRATION_FORMAT,
+        **settings(pipeline.recipe.calibrate, "calibrate"),
+        "recipe.evaluate.sampler": pipeline.recipe.evaluate.sampler,
+        **version_of("onnxruntime", "numpy"),
+    }
+
+
+def make_calibrate(pipeline: Pipeline, folder: Path) -> str:
+    """Make the stage calibrate in ``folder``; return a few words for the log."""
+    from mpq_deploy.calibrate.calibrate import calibrate
+    from mpq_deploy.calibrate.options import CalibrationOptions
+
+    section = pipeline.recipe.calibrate
+    options = CalibrationOptions(
+        timesteps=section.timesteps,
+        samples=section.samples,
+        observed=section.observed,
+        steps=section.steps,
+        batch_size=section.batch_size,
+        seed=section.seed,
+        scale_method=section.scale,
+        percentile=section.percentile,
+        reservoir=section.reservoir,
+        sampler=pipeline.recipe.evaluate.sampler,
+    )
+    exported = Exported(pipeline)
+    inputs, stats = calibrate(
+        exported.path,
+        exported.graph,
+        exported.spec,
+        exported.conditions,
+        options,
+        pipeline.talk,
+        scratch=pipeline.run.scratch(),
+    )
+    inputs.save(folder / "inputs.npz")
+    stats.save(folder / "stats.npz")
+    return f"{len(inputs.timesteps)} timesteps x {len(inputs.rows)} calls, {len(stats.activations)} activations"

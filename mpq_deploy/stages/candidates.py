@@ -1,0 +1,223 @@
+"""The stage candidates: every weight form of every layer, rounded once for all budgets."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mpq_deploy.artefacts import Fields
+from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
+from mpq_deploy.denoisers.spec import Array
+from mpq_deploy.engine.target import Target, load_target
+from mpq_deploy.graph.layers import Layer, LayerGraph
+from mpq_deploy.graph.passes.branches import bias_refusal
+from mpq_deploy.graph.passes.quantize_layers import weight_array
+from mpq_deploy.precision.branches import row_kurtosis
+from mpq_deploy.precision.candidates import (
+    Choices,
+    LayerCandidates,
+    choices_for,
+    load_candidates,
+    load_choices,
+    round_candidates,
+    save_candidates,
+    weight_matrix,
+    with_promoted_rows,
+)
+from mpq_deploy.precision.scheme import FP16, Scheme, branches_of, schemes_named
+from mpq_deploy.stages.common import Exported, load_calibration, settings, version_of
+
+if TYPE_CHECKING:
+    from mpq_deploy.calibrate.hessian import Hessian
+    from mpq_deploy.pipeline import Pipeline
+    from mpq_deploy.recipe import Recipe
+
+
+# Layer number -> its output channels, most salient first, beside the candidates' files.
+ROW_ORDERS = "row-orders.npz"
+# Ranking channels needs fewer calls than measuring schemes.
+SALIENCE_TIMESTEPS, SALIENCE_SAMPLES = 8, 12
+# Raised with every change of what the candidates' files hold, so that older run folders make theirs again.
+CANDIDATES_FORMAT = 3
+# Controls: what a user would get without this tool, at the same rounding: one scheme for every layer that may
+# take it (FP16 for the others).
+CONTROLS = {"int8": ("w8a8", "w8a16"), "int4": ("w4a16-b32", "w4a16-b64", "w4a16-b128")}
+
+
+def candidates_inputs(pipeline: Pipeline) -> Fields:
+    """Return what the stage candidates reads: digests and settings."""
+    target = load_target(pipeline.recipe.target)
+    return {
+        "export": pipeline.digest("export"),
+        "calibrate": pipeline.digest("calibrate"),
+        "recipe.allocate.schemes": list(pipeline.recipe.allocate.schemes),
+        "recipe.allocate.branches": list(pipeline.recipe.allocate.branches),
+        "recipe.measure.samples": pipeline.recipe.measure.samples,
+        "candidates.format": CANDIDATES_FORMAT,
+        "target.schemes": target.model_dump(mode="json", include={"schemes", "branches", "rules"}),
+        **settings(pipeline.recipe.quantize, "quantize"),
+        **version_of("onnxruntime", "numpy", "torch"),
+    }
+
+
+def make_candidates(pipeline: Pipeline, folder: Path) -> str:
+    """Make the stage candidates in ``folder``; return a few words for the log."""
+    exported = Exported(pipeline)
+    target = load_target(pipeline.recipe.target)
+    wanted = wanted_schemes(pipeline.recipe)
+    section = pipeline.recipe.quantize
+
+    def refusal(layer: Layer, scheme: Scheme) -> str:
+        reason = target.refusal(layer, scheme)
+        return reason or (bias_refusal(exported.graph.model, layer) if scheme.branch else "")
+
+    numbers = {layer.name: number for number, layer in enumerate(exported.graph.layers)}
+    _, stats = load_calibration(pipeline)
+    for moments in _moments(pipeline, exported):
+        layer = moments.layer
+        candidates = round_candidates(
+            layer,
+            choices_for(layer, wanted, refusal),
+            weight_matrix(layer, weight_array(exported.graph.model, layer)),
+            moments.blocks,
+            widths=moments.widths,
+            gptq=section.rounding == "gptq",
+            damping=section.damping,
+            refinements=section.refinements,
+            # The controls are what they say whatever the recipe allows the plan.
+            outliers=stats.activations[layer.inputs[0]].outliers,
+            also=tuple(s for names in CONTROLS.values() if (s := control_scheme(layer, names, target)).weight),
+        )
+        save_candidates(candidates, folder / f"{numbers[layer.name]:05d}.safetensors")
+    orders, how = _salient_first(pipeline, exported, folder)
+    np.savez(folder / ROW_ORDERS, **{str(numbers[name]): order for name, order in orders.items()})  # type: ignore[arg-type]
+    return f"{len(wanted)} schemes, rounding {section.rounding}{how}"
+
+
+def _salient_first(pipeline: Pipeline, exported: Exported, folder: Path) -> tuple[dict[str, Array], str]:
+    """Order the output channels of layers with a rows branch, most salient first: layer name -> int32 [O]."""
+    candidates = _read_candidates(folder, exported.graph)
+    chosen = {n: c for n, c in candidates.items() if any(s.branch and s.branch.kind == "rows" for s in c.schemes)}
+    if not chosen:
+        return {}, ""
+    inputs, stats = load_calibration(pipeline)
+    method = pipeline.recipe.quantize.salience
+    saliences = _probed_salience(pipeline, exported, chosen, inputs) if method == "probe" else None
+    if saliences is None:
+        saliences = {name: _kurtosis(c, stats) for name, c in chosen.items()}
+        why = ", salient rows by kurtosis" + (" (torch cannot evaluate this graph)" if method == "probe" else "")
+    else:
+        why = ", salient rows by probes"
+    # Equal saliences keep the channels' order, so equal inputs give equal plans.
+    return {name: np.argsort(-s, kind="stable").astype(np.int32) for name, s in saliences.items()}, why
+
+
+def _kurtosis(candidates: LayerCandidates, stats: CalibrationStats) -> Array:
+    layer = candidates.layer
+    amax = np.max([stats.activations[tensor].amax for tensor in layer.inputs], axis=0)
+    return row_kurtosis(candidates.weight, np.repeat(amax, layer.reduction // len(amax)))
+
+
+def _probed_salience(
+    pipeline: Pipeline, exported: Exported, candidates: dict[str, LayerCandidates], inputs: CalibrationSet
+) -> dict[str, Array] | None:
+    """Return the channels' errors by probes on the calls that weights are rounded on; None where torch cannot."""
+    if importlib.util.find_spec("torch") is None:
+        return None
+    from mpq_deploy.calibrate.timesteps import sampled_steps
+    from mpq_deploy.sensitivity.feeds import MeasureOptions
+    from mpq_deploy.sensitivity.salience import body_weights, channel_errors
+    from mpq_deploy.sensitivity.torch_graph import UnsupportedOperator
+
+    rounded_on, _ = inputs.split(pipeline.recipe.measure.samples)
+    count = len(inputs.timesteps)
+    some = rounded_on.at(sampled_steps(count, min(SALIENCE_TIMESTEPS, count)))
+    options = MeasureOptions(probes=1, heldout_probes=0, samples=SALIENCE_SAMPLES)
+    bodies = body_weights(candidates)
+    try:
+        return channel_errors(exported.graph, bodies, some, exported.conditions, exported.spec, options, pipeline.talk)
+    except UnsupportedOperator:
+        return None
+
+
+def wanted_schemes(recipe: Recipe) -> tuple[Scheme, ...]:
+    """Return the schemes that the solver may choose from by the recipe, branches included."""
+    bodies = schemes_named(recipe.allocate.schemes)
+    return (*bodies, *branches_of(bodies, recipe.allocate.branches))
+
+
+def control_scheme(layer: Layer, preferred: tuple[str, ...], target: Target) -> Scheme:
+    """Return the first of the ``preferred`` schemes that ``layer`` may take on ``target``; FP16 when none."""
+    allowed = {s.name: s for s in choices_for(layer, schemes_named(preferred), target.refusal).schemes}
+    return next((allowed[name] for name in preferred if name in allowed), FP16)
+
+
+def _moments(pipeline: Pipeline, exported: Exported) -> Iterator[Hessian]:
+    """Yield the second moments of every layer's input: Hessians for GPTQ, else only their diagonals."""
+    from mpq_deploy.calibrate.hessian import Hessian, HessianOptions, iterate_hessians
+    from mpq_deploy.calibrate.trajectories import renoised
+
+    section = pipeline.recipe.quantize
+    inputs, stats = load_calibration(pipeline)
+    rounded_on, _ = inputs.split(pipeline.recipe.measure.samples)
+    if section.rounding == "nearest":
+        for layer in exported.graph.layers:
+            yield Hessian(layer, _diagonal_moments(layer, stats), (1,) * layer.reduction, 0)
+        return
+    rounded_on = renoised(rounded_on, exported.spec, section.noise_draws)
+    options = HessianOptions(
+        memory_cap_bytes=section.memory_mb * 2**20,
+        min_rows=section.hessian_rows,
+        max_width=section.hessian_width,
+        max_calls=rounded_on.samples.shape[0] * rounded_on.samples.shape[1],
+    )
+    yield from iterate_hessians(
+        exported.graph,
+        rounded_on,
+        exported.conditions,
+        exported.spec,
+        options,
+        pipeline.talk,
+        scratch=pipeline.run.scratch(),
+    )
+
+
+def _diagonal_moments(layer: Layer, stats: CalibrationStats) -> Array:
+    """Second moments of each input channel, as a stack of 1x1 blocks [group * K, 1, 1]."""
+    by_channel = sum(stats.activations[tensor].second_moment for tensor in layer.inputs)
+    channels = np.asarray(by_channel).reshape(layer.group, -1)
+    return np.repeat(channels, layer.reduction // channels.shape[1], axis=1).reshape(-1, 1, 1)
+
+
+def candidates_of(pipeline: Pipeline, graph: LayerGraph) -> dict[str, LayerCandidates]:
+    """Read the candidates of every layer, by layer name, with the rows that branches promote."""
+    folder = pipeline.folder("candidates")
+    return {candidates.layer.name: candidates for candidates in iterate_candidates(folder, graph)}
+
+
+def iterate_candidates(folder: Path, graph: LayerGraph) -> Iterator[LayerCandidates]:
+    """Read the candidates stage ``folder`` layer by layer, in graph order."""
+    with np.load(folder / ROW_ORDERS, allow_pickle=False) as orders:
+        for number, layer in enumerate(graph.layers):
+            weight = weight_matrix(layer, weight_array(graph.model, layer))
+            candidates = load_candidates(layer, weight, folder / f"{number:05d}.safetensors")
+            yield with_promoted_rows(candidates, orders[str(number)]) if str(number) in orders else candidates
+
+
+def _read_candidates(folder: Path, graph: LayerGraph) -> dict[str, LayerCandidates]:
+    return {
+        layer.name: load_candidates(
+            layer, weight_matrix(layer, weight_array(graph.model, layer)), folder / f"{number:05d}.safetensors"
+        )
+        for number, layer in enumerate(graph.layers)
+    }
+
+
+def choices_of(pipeline: Pipeline, graph: LayerGraph) -> dict[str, Choices]:
+    """Read which schemes every layer may take, by layer name, without its weights."""
+    folder = pipeline.folder("candidates")
+    return {layer.name: load_choices(folder / f"{i:05d}.safetensors") for i, layer in enumerate(graph.layers)}

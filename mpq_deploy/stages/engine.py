@@ -1,0 +1,77 @@
+"""The stage engine: built in a child process and verified from its log."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpq_deploy.allocate import PrecisionPlan
+from mpq_deploy.artefacts import Fields, canonical_json
+from mpq_deploy.engine.expected import ExpectedLayers
+from mpq_deploy.engine.target import Target, load_target
+from mpq_deploy.engine.trtexec import find_trtexec
+from mpq_deploy.graph.write import DEPLOYED
+from mpq_deploy.precision.scheme import SCHEMES
+from mpq_deploy.stages.common import Exported, settings, version_of
+
+if TYPE_CHECKING:
+    from mpq_deploy.pipeline import Pipeline
+
+
+RTX = "tensorrt_rtx"
+
+
+def engine_inputs(pipeline: Pipeline) -> Fields:
+    """Return what the stage engine reads: digests and settings."""
+    target = load_target(pipeline.recipe.target)
+    return {
+        "quantize": pipeline.digest("quantize"),
+        "target": target.model_dump(mode="json"),
+        **settings(pipeline.recipe.engine, "engine"),
+        **version_of("tensorrt-rtx", "tensorrt"),
+    }
+
+
+def make_engine(pipeline: Pipeline, folder: Path) -> str:
+    """Make the stage engine in ``folder``; return a few words for the log."""
+    target = load_target(pipeline.recipe.target)
+    reason = _no_engine_reason(pipeline, target)
+    if reason:
+        (folder / "none.json").write_text(canonical_json({"reason": reason}))
+        return f"none: {reason}"
+    from mpq_deploy.engine.builder import BatchProfile, build_engine
+
+    exported = Exported(pipeline)
+    plan = PrecisionPlan.load(pipeline.folder("allocate") / "plan.json")
+    schemes = {name: SCHEMES[scheme] for name, scheme in plan.schemes.items()}
+    section, spec = pipeline.recipe.engine, exported.spec
+    inputs = (spec.sample, spec.timestep, *spec.conditions)
+    record = build_engine(
+        pipeline.folder("quantize") / DEPLOYED,
+        folder,
+        target,
+        BatchProfile(section.batch_min, section.batch_opt, section.batch_max, {i.name: i.shape for i in inputs}),
+        ExpectedLayers.of(exported.graph.layers, schemes, plan.size_bytes),
+        pipeline.talk,
+        log=pipeline.run.path / "engine.log",
+    )
+    record.require_verified()
+    return f"{record.backend} {record.version}, {record.weights_bytes or 0:,} bytes of weights, verified"
+
+
+def builder_present(target: Target) -> bool:
+    """Whether this machine has what builds engines for ``target``."""
+    if target.builder == "trtexec":
+        return find_trtexec() is not None
+    return importlib.util.find_spec(target.builder) is not None
+
+
+def _no_engine_reason(pipeline: Pipeline, target: Target) -> str:
+    if not pipeline.recipe.engine.build:
+        return "the recipe says engine.build: false"
+    if target.builder == "none":
+        return f"the target {target.name} has no engine: ONNX Runtime runs the graph"
+    if target.builder != RTX and not builder_present(target):
+        return f"an engine for {target.name} is built on the device: TensorRT is not on this machine"
+    return ""

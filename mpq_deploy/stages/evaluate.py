@@ -1,0 +1,140 @@
+"""The stages correction and evaluate: PTQD's fit, and the comparison with the float model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mpq_deploy.artefacts import Fields
+from mpq_deploy.calibrate.stats import dealt
+from mpq_deploy.graph.write import DEPLOYED, SIMULATED
+from mpq_deploy.runtime.correction import FILE as CORRECTION
+from mpq_deploy.runtime.correction import FORMAT as CORRECTION_FORMAT
+from mpq_deploy.runtime.correction import Correction, load_correction
+from mpq_deploy.stages.common import Exported, load_calibration, settings, version_of
+
+if TYPE_CHECKING:
+    from mpq_deploy.evaluate.result import Evaluation
+    from mpq_deploy.pipeline import Pipeline
+
+
+LATENCY = "latency.json"
+# As above, for evaluation.json: 2 has the PSNR as a mean over images, and the pooled one.
+EVALUATION_FORMAT = 2
+# Calls that the correction is fitted on.
+CORRECTION_CALLS = 48
+# The variant that samples the plan's graph with PTQD's correction in front of the sampler.
+CORRECTED = "ours+ptqd"
+
+
+def correction_inputs(pipeline: Pipeline) -> Fields:
+    """Return what the stage correction reads: digests and settings."""
+    return {
+        **{name: pipeline.digest(name) for name in ("export", "calibrate", "quantize")},
+        "correction.format": CORRECTION_FORMAT,
+        "recipe.evaluate.correction_bias": pipeline.recipe.evaluate.correction_bias,
+        "recipe.calibrate.batch_size": pipeline.recipe.calibrate.batch_size,
+        "recipe.measure.samples": pipeline.recipe.measure.samples,
+        **version_of("onnxruntime", "numpy"),
+    }
+
+
+def correction_for(pipeline: Pipeline, quantized: Path) -> Correction:
+    """Fit the correction of the graphs in the folder ``quantized``, on calls that their weights were not rounded on."""
+    from mpq_deploy.calibrate.correction import call_moments, fit_correction
+    from mpq_deploy.evaluate.cache import model_digest
+
+    exported = Exported(pipeline)
+    inputs, _ = load_calibration(pipeline)
+    _, held_out = inputs.split(pipeline.recipe.measure.samples)
+    moments = call_moments(
+        exported.path,
+        quantized / SIMULATED,
+        held_out.take(dealt(held_out.rows, np.arange(len(held_out.rows)))[:CORRECTION_CALLS]),
+        exported.conditions,
+        exported.spec,
+        pipeline.recipe.calibrate.batch_size,
+        pipeline.talk,
+    )
+    return fit_correction(
+        moments,
+        {name: model_digest(quantized / name) for name in (DEPLOYED, SIMULATED)},
+        exported.spec.prediction_type,
+        pipeline.recipe.evaluate.correction_bias,
+        unseen_by_rounding=held_out is not inputs,
+    )
+
+
+def make_correction(pipeline: Pipeline, folder: Path) -> str:
+    """Make the stage correction in ``folder``; return a few words for the log."""
+    correction = correction_for(pipeline, pipeline.folder("quantize"))
+    correction.save(folder / CORRECTION)
+    return correction.summary()
+
+
+def evaluate_inputs(pipeline: Pipeline) -> Fields:
+    """Return what the stage evaluate reads: digests and settings."""
+    return {
+        "evaluation.format": EVALUATION_FORMAT,
+        **{name: pipeline.digest(name) for name in ("export", "quantize", "controls")},
+        "correction": None if pipeline.recipe.evaluate.correction == "none" else pipeline.digest("correction"),
+        **settings(pipeline.recipe.evaluate, "evaluate"),
+        "recipe.calibrate.seed": pipeline.recipe.calibrate.seed,
+        **version_of("onnxruntime", "numpy"),
+    }
+
+
+def evaluate_variants(
+    pipeline: Pipeline, ours: Path, size_bytes: int, latency: bool, correction: Correction | None = None
+) -> Evaluation:
+    """Compare the graph ``ours`` (without and with ``correction``) and the controls with the float model.
+
+    Samples are cached by content.
+    """
+    from mpq_deploy.evaluate.evaluate import evaluate
+    from mpq_deploy.evaluate.result import EvaluationOptions
+
+    exported = Exported(pipeline)
+    section = pipeline.recipe.evaluate
+    options = EvaluationOptions(
+        samples=section.samples,
+        steps=section.steps,
+        timesteps=min(section.timesteps, section.steps),
+        batch_size=section.batch_size,
+        seed=section.seed,
+        sampler=section.sampler,
+        **({} if latency else {"latency_calls": 0}),
+    )
+    controls = pipeline.folder("controls")
+    sizes: dict[str, int] = json.loads((controls / "sizes.json").read_text())
+    corrected = {} if correction is None else {CORRECTED: correction}
+    return evaluate(
+        {"ours": ours, **dict.fromkeys(corrected, ours), **{name: controls / name / SIMULATED for name in sizes}},
+        exported.path,
+        exported.spec,
+        exported.conditions,
+        options,
+        pipeline.talk,
+        sizes={**sizes, "ours": size_bytes, **dict.fromkeys(corrected, size_bytes)},
+        cache=pipeline.run.path / ".samples",
+        corrections=corrected,
+    )
+
+
+def make_evaluate(pipeline: Pipeline, folder: Path) -> str:
+    """Make the stage evaluate in ``folder``; return a few words for the log."""
+    size = json.loads((pipeline.folder("quantize") / "size.json").read_text())["size_bytes"]
+    graph, correction = pipeline.folder("quantize") / SIMULATED, None
+    if pipeline.recipe.evaluate.correction != "none":
+        correction = load_correction(pipeline.folder("correction") / CORRECTION, graph)
+    result = evaluate_variants(pipeline, graph, size, latency=True, correction=correction)
+    result.save(folder)
+    # What a clock said is no part of what must repeat byte for byte.
+    if (folder / LATENCY).exists():
+        (folder / LATENCY).replace(pipeline.run.path / LATENCY)
+    measured = [(name, result.variants[name]) for name in ("ours", CORRECTED) if name in result.variants]
+    said = [f"{name}: NMSE {found.measured_nmse:.2e}, PSNR {found.psnr_db:.1f} dB" for name, found in measured]
+    return "; ".join(said).removeprefix("ours: ")

@@ -1,0 +1,67 @@
+"""The stage export: the model as ONNX, with what it takes to run it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpq_deploy.artefacts import Fields, canonical_json, file_digest
+from mpq_deploy.errors import UsageError
+from mpq_deploy.graph.layers import layer_graph
+from mpq_deploy.graph.load import load_model
+from mpq_deploy.graph.write import fp16_bytes
+from mpq_deploy.stages.common import path_digest, version_of
+
+if TYPE_CHECKING:
+    from mpq_deploy.pipeline import Pipeline
+
+
+def export_inputs(pipeline: Pipeline) -> Fields:
+    """Return what the stage export reads: digests and settings."""
+    from mpq_deploy.denoisers.open import source_files
+
+    recipe = pipeline.recipe
+    files = source_files(recipe.model, Path(recipe.description) if recipe.description else None)
+    fields: Fields = {
+        "recipe.model": recipe.model,
+        "recipe.guidance_scale": recipe.guidance_scale,
+        "model.files": {name: file_digest(path) for name, path in files},
+    }
+    for name in ("conditions", "scheduler", "prompts", "description"):
+        given = getattr(recipe, name)
+        fields[f"recipe.{name}"] = path_digest(Path(given)) if given else None
+    return {**fields, **version_of("torch", "diffusers", "onnx", "onnxscript", "onnx-ir")}
+
+
+def make_export(pipeline: Pipeline, folder: Path) -> str:
+    """Make the stage export in ``folder``; return a few words for the log."""
+    from mpq_deploy.denoisers.export import export_denoiser
+    from mpq_deploy.denoisers.open import open_denoiser
+
+    recipe = pipeline.recipe
+    denoiser = open_denoiser(
+        recipe.model,
+        conditions=Path(recipe.conditions) if recipe.conditions else None,
+        scheduler=Path(recipe.scheduler) if recipe.scheduler else None,
+        prompts=Path(recipe.prompts) if recipe.prompts else None,
+        description=Path(recipe.description) if recipe.description else None,
+        guidance_scale=recipe.guidance_scale,
+        talk=pipeline.talk,
+    )
+    report = export_denoiser(denoiser, folder, pipeline.talk)
+    graph = layer_graph(load_model(folder / "model.onnx"))
+    if not graph.layers:
+        raise UsageError(
+            f"{recipe.model} has no layer to quantize: no Conv, Gemm or MatMul with a constant weight.",
+            "Is it a denoiser?",
+        )
+    spec = denoiser.spec
+    size = fp16_bytes(load_model(folder / "model.onnx"), spec.timestep.name, spec.sample.name)
+    facts = {
+        "fp16_size_bytes": size,
+        "layers": len(graph.layers),
+        "max_relative_error": report.max_relative_error,
+        "notes": list(report.notes),
+    }
+    (folder / "facts.json").write_text(canonical_json(facts))
+    return f"{len(graph.layers)} layers, {size / 1e6:.2f} MB in FP16, max error {report.max_relative_error:.1e}"

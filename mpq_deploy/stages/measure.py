@@ -1,0 +1,91 @@
+"""The stage measure: the loss of every (layer, scheme)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpq_deploy.artefacts import Fields
+from mpq_deploy.calibrate.stats import CalibrationSet
+from mpq_deploy.denoisers.spec import Array
+from mpq_deploy.stages.candidates import candidates_of
+from mpq_deploy.stages.common import ORM_CONTROLS, Exported, load_calibration, settings, version_of, weighs_bits
+
+if TYPE_CHECKING:
+    from mpq_deploy.pipeline import Pipeline
+    from mpq_deploy.sensitivity.feeds import MeasureOptions
+
+
+def measure_inputs(pipeline: Pipeline) -> Fields:
+    """Return what the stage measure reads: digests and settings."""
+    section = pipeline.recipe.measure
+    fields = settings(section, "measure")
+    adaptive = section.sampling == "adaptive"
+    if not adaptive:
+        del fields["recipe.measure.coarse_timesteps"]
+    # What orm is told concerns nobody else: other methods stay as they are.
+    orm = fields.pop("recipe.measure.orm")
+    if adaptive or weighs_bits(pipeline.recipe):
+        fields.update({f"recipe.measure.orm.{key}": value for key, value in orm.items()})
+    return {
+        **{name: pipeline.digest(name) for name in ("export", "calibrate", "candidates")},
+        **fields,
+        **version_of("torch", "onnxruntime", "numpy", "highspy"),
+    }
+
+
+def make_measure(pipeline: Pipeline, folder: Path) -> str:
+    """Make the stage measure in ``folder``; return a few words for the log."""
+    from mpq_deploy.sensitivity.measure import measure
+
+    exported = Exported(pipeline)
+    inputs, stats = load_calibration(pipeline)
+    section = pipeline.recipe.measure
+    _, held_out = inputs.split(section.samples)
+    chosen, options, said = _measured_steps(pipeline, exported, held_out)
+    candidates = candidates_of(pipeline, exported.graph)
+    arguments = (exported.graph, candidates, stats, held_out.at(chosen), exported.conditions, exported.spec, options)
+    table = measure(section.method, *arguments, pipeline.talk)
+    if held_out is inputs and section.method not in ORM_CONTROLS:
+        note = "losses are measured on the samples that the weights were rounded on, so they are optimistic"
+        said = (*said, note)
+    replace(table, notes=(*table.notes, *said)).save(folder)
+    for control in ORM_CONTROLS if section.method == "orm" else ():
+        (folder / control).mkdir()
+        measure(control, *arguments, pipeline.talk).save(folder / control)
+    return f"{table.metric}, {sum(map(len, table.losses.values()))} layer-scheme pairs"
+
+
+def _measured_steps(
+    pipeline: Pipeline, exported: Exported, calls: CalibrationSet
+) -> tuple[Array, MeasureOptions, tuple[str, ...]]:
+    """Choose which of the calibrated timesteps are measured; return them, the options, and notes about them."""
+    from mpq_deploy.calibrate.timesteps import sampled_steps, stride_shares
+    from mpq_deploy.sensitivity.feeds import MeasureOptions
+    from mpq_deploy.sensitivity.orthogonality import OrmOptions
+
+    section = pipeline.recipe.measure
+    available = len(calls.timesteps)
+    count = min(section.timesteps, available)
+    options = MeasureOptions(
+        probes=section.probes,
+        heldout_probes=0,
+        samples=min(section.calls, section.samples),
+        rotate=True,
+        batch_size=section.batch_size,
+        seed=section.seed,
+        orm=OrmOptions(**section.orm.model_dump()),
+    )
+    if section.sampling == "uniform" or count == available:
+        return sampled_steps(available, count), options, ()
+    from mpq_deploy.sensitivity.orm import adapted_steps
+
+    arguments = (exported.graph, calls, exported.conditions, exported.spec, options, pipeline.talk)
+    chosen = adapted_steps(*arguments, count, min(section.coarse_timesteps, available))
+    shares = stride_shares(chosen, available)
+    note = (
+        f"{count} of {available} timesteps are measured, more of them where the layers' importance changes fastest "
+        "(our choice); each counts for its share of the trajectory"
+    )
+    return chosen, replace(options, shares=tuple(float(share) for share in shares)), (note,)

@@ -1,0 +1,85 @@
+"""The stages quantize and controls: the graphs of the plan, and of what it is compared with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpq_deploy.allocate import PrecisionPlan
+from mpq_deploy.artefacts import Fields, canonical_json
+from mpq_deploy.engine.target import load_target
+from mpq_deploy.errors import MpqError
+from mpq_deploy.graph.passes.quantize_layers import LayerRewrite
+from mpq_deploy.graph.write import write_quantized
+from mpq_deploy.precision.scheme import SCHEMES
+from mpq_deploy.stages.allocate import PlanSolver, allocate_inputs
+from mpq_deploy.stages.candidates import CONTROLS, control_scheme, iterate_candidates
+from mpq_deploy.stages.common import ORM_CONTROLS, Exported, load_calibration, version_of
+
+if TYPE_CHECKING:
+    from mpq_deploy.pipeline import Pipeline
+
+
+def quantize_inputs(pipeline: Pipeline) -> Fields:
+    """Return what the stage quantize reads: digests and settings."""
+    return {
+        **{name: pipeline.digest(name) for name in ("export", "calibrate", "candidates", "allocate")},
+        **version_of("onnx", "onnx-ir", "numpy"),
+    }
+
+
+def write_plan(pipeline: Pipeline, schemes: dict[str, str], folder: Path) -> int:
+    """Write the graphs of a plan (layer -> scheme) into ``folder``; return the bytes counted from the file."""
+    exported = Exported(pipeline)
+    _, stats = load_calibration(pipeline)
+    rewrites = []
+    for candidates in iterate_candidates(pipeline.folder("candidates"), exported.graph):
+        scheme = SCHEMES[schemes[candidates.layer.name]]
+        rewrites.append(LayerRewrite(candidates.layer, scheme, candidates.forms.get(scheme.weight_form)))
+    forms = {SCHEMES[scheme].activation_form for scheme in schemes.values()} | {""}
+    scales = {name + form: a.scale_for(form) for name, a in stats.activations.items() for form in forms}
+    spec = exported.spec
+    return write_quantized(exported.path, spec.timestep.name, spec.sample.name, rewrites, scales, folder)
+
+
+def make_quantize(pipeline: Pipeline, folder: Path) -> str:
+    """Make the stage quantize in ``folder``; return a few words for the log."""
+    plan = PrecisionPlan.load(pipeline.folder("allocate") / "plan.json")
+    written = write_plan(pipeline, plan.schemes, folder)
+    if written != plan.size_bytes:
+        raise MpqError(
+            f"The quantized file holds {written:,} bytes of constants, the plan says {plan.size_bytes:,}.",
+            "This is a defect: please report it with the model's structure.",
+        )
+    (folder / "size.json").write_text(canonical_json({"size_bytes": written}))
+    return f"{written:,} bytes of constants, as planned"
+
+
+def controls_inputs(pipeline: Pipeline) -> Fields:
+    """Return what the stage controls reads: digests and settings."""
+    # Not the plan: another budget keeps the controls. Those of orm are plans of the same budget.
+    like_the_plan = allocate_inputs(pipeline) if pipeline.recipe.measure.method == "orm" else {}
+    return {
+        **like_the_plan,
+        **{name: pipeline.digest(name) for name in ("export", "calibrate", "candidates")},
+        "recipe.evaluate.controls": pipeline.recipe.evaluate.controls,
+        **version_of("onnx", "onnx-ir", "numpy"),
+    }
+
+
+def make_controls(pipeline: Pipeline, folder: Path) -> str:
+    """Make the stage controls in ``folder``; return a few words for the log."""
+    sizes = {}
+    if pipeline.recipe.evaluate.controls:
+        layers = Exported(pipeline).graph.layers
+        target = load_target(pipeline.recipe.target)
+        for name, preferred in CONTROLS.items():
+            schemes = {layer.name: control_scheme(layer, preferred, target).name for layer in layers}
+            (folder / name).mkdir()
+            sizes[name] = write_plan(pipeline, schemes, folder / name)
+        for name in ORM_CONTROLS if pipeline.recipe.measure.method == "orm" else ():
+            (folder / name).mkdir()
+            plan = PlanSolver(pipeline, name).solve(pipeline.recipe.budget)
+            sizes[name] = write_plan(pipeline, plan.schemes, folder / name)
+    (folder / "sizes.json").write_text(canonical_json(sizes))
+    return ", ".join(f"{name} {size:,} bytes" for name, size in sizes.items()) or "none wanted"
