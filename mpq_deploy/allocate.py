@@ -26,21 +26,29 @@ SMALL_OBJECTIVE = 1e-4
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """What the solver knows of one layer: its input tensors, and bytes and loss per scheme."""
+    """What the solver knows of one layer: its input tensors, and bytes and loss per scheme.
+
+    ``input_bytes``: scheme -> bytes of what quantizes one input, where that is more than a scale.
+    """
 
     name: str
     inputs: tuple[str, ...]
     bytes: Mapping[str, int]
     loss: Mapping[str, float]
+    input_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """An allocation: layers to decide, the bytes of all other constants, and the budget in bytes."""
+    """An allocation: layers to decide, the bytes of all other constants, and the budget in bytes.
+
+    ``foldable``: input tensors whose producer can take the factors of their channels -> the layers that read them.
+    """
 
     layers: Sequence[LayerChoice]
     fixed_bytes: int
     budget_bytes: int
+    foldable: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -88,21 +96,31 @@ class PrecisionPlan:
         return cls(**values)
 
 
-def quantizers(layer: LayerChoice, scheme: str) -> tuple[str, ...]:
-    """Name the activation quantizers that ``layer`` reads under ``scheme``; layers share those of equal names."""
+def quantizers(layer: LayerChoice, scheme: str) -> dict[str, int]:
+    """Name the activation quantizers that ``layer`` reads under ``scheme``, with their bytes.
+
+    Layers share those of equal names. Factors of channels are counted here even where a producer may take them.
+    """
     form = SCHEMES[scheme]
-    return tuple(tensor + form.activation_form for tensor in layer.inputs) if form.activation is INT8 else ()
+    if form.activation is not INT8:
+        return {}
+    size = layer.input_bytes.get(scheme, ACTIVATION_SCALE_BYTES)
+    return {tensor + form.activation_form: size for tensor in layer.inputs}
 
 
 def plan_bytes(problem: Problem, schemes: Mapping[str, str]) -> int:
     """Bytes of all constants when each layer takes its scheme in ``schemes``: shared scales count once."""
     total = problem.fixed_bytes
-    quantized: set[str] = set()
+    quantized: dict[str, int] = {}
     for layer in problem.layers:
         scheme = schemes[layer.name]
         total += layer.bytes[scheme]
         quantized.update(quantizers(layer, scheme))
-    return total + ACTIVATION_SCALE_BYTES * len(quantized)
+    for tensor, readers in problem.foldable.items():
+        forms = {SCHEMES[schemes[name]].activation_form for name in readers}
+        if len(forms) == 1 and (form := forms.pop()).startswith("+scale"):
+            quantized[tensor + form] = ACTIVATION_SCALE_BYTES
+    return total + sum(quantized.values())
 
 
 def smallest_plan(problem: Problem) -> dict[str, str]:
@@ -111,8 +129,7 @@ def smallest_plan(problem: Problem) -> dict[str, str]:
     for layer in problem.layers:
         # A scheme with INT8 activations counts its input's scale here; at equal bytes the smaller loss wins.
         def cost(scheme: str, layer: LayerChoice = layer) -> tuple[int, float]:
-            scales = len(quantizers(layer, scheme))
-            return layer.bytes[scheme] + ACTIVATION_SCALE_BYTES * scales, layer.loss[scheme]
+            return layer.bytes[scheme] + sum(quantizers(layer, scheme).values()), layer.loss[scheme]
 
         smallest[layer.name] = min(layer.bytes, key=cost)
     return smallest
@@ -264,7 +281,6 @@ class _Model:
     def __init__(self, problem: Problem, scale_cost: bool = False, limit: MostMoves | None = None) -> None:
         self.problem = problem
         self.limit = limit
-        self.tensor_cost = float(ACTIVATION_SCALE_BYTES) if scale_cost else 0.0
         # The current scheme of a layer must stay a choice even where another beats it: moves are limited.
         held = limit.current if limit else {}
         self.pairs = [
@@ -272,7 +288,10 @@ class _Model:
             for i, layer in enumerate(problem.layers)
             for s in dict.fromkeys([*undominated(layer), *([held[layer.name]] if held else [])])
         ]
-        self.tensors = sorted({name for i, s in self.pairs for name in quantizers(problem.layers[i], s)})
+        read = {n: size for i, s in self.pairs for n, size in quantizers(problem.layers[i], s).items()}
+        self.tensors = sorted(read)
+        self.tensor_bytes = np.array([read[name] for name in self.tensors], np.float64)
+        self.tensor_cost = self.tensor_bytes if scale_cost else np.zeros(len(read))
         self.loss = np.array([problem.layers[i].loss[s] for i, s in self.pairs], np.float64)
         if not np.all(np.isfinite(self.loss)):
             bad = self.pairs[int(np.flatnonzero(~np.isfinite(self.loss))[0])]
@@ -354,7 +373,7 @@ class _Model:
                 by_reader[name].setdefault(i, []).append(column)
         rows = [(1.0, 1.0, np.array(columns), np.ones(len(columns))) for columns in by_layer.values()]
         room = self.problem.budget_bytes - self.problem.fixed_bytes - allowance
-        coefficients = np.concatenate([self.bytes, np.full(len(self.tensors), float(ACTIVATION_SCALE_BYTES))])
+        coefficients = np.concatenate([self.bytes, self.tensor_bytes])
         unit = max(1.0, float(self.bytes.max()))
         rows.append((-infinity, room / unit, np.arange(len(coefficients)), coefficients / unit))
         if self.limit is not None:

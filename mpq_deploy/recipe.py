@@ -80,7 +80,7 @@ class AllocateSection(Section):
     """What the solver may choose from."""
 
     schemes: tuple[str, ...] = ("fp16", "w8a8", "w8a16", "w4a16", "w4a8")
-    branches: tuple[Literal["rows", "cols", "lowrank"], ...] = Field(
+    branches: tuple[Literal["rows", "cols", "lowrank", "scale"], ...] = Field(
         ("rows",), description="what may stand beside a quantized body, where the target takes it"
     )
     branch_charge: float = Field(

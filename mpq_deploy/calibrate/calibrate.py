@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,9 @@ from mpq_deploy.calibrate.trajectories import record_trajectories
 from mpq_deploy.denoisers.spec import Array, DenoiserSpec
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import LayerGraph
-from mpq_deploy.precision.scheme import COLUMN_SHARES, outlier_count
+from mpq_deploy.graph.passes.quantize_layers import weight_array
+from mpq_deploy.precision.branches import scale_factors
+from mpq_deploy.precision.scheme import COLUMN_SHARES, SCALE_TENTHS, outlier_count
 from mpq_deploy.runtime.not_finite import first_not_finite
 from mpq_deploy.runtime.ort import OrtDenoiser, model_feeds
 from mpq_deploy.sampling.sampler import make_sampler
@@ -45,7 +48,7 @@ def calibrate(
     recorded = record_trajectories(denoiser, sampler, spec, conditions, options, talk)
     del denoiser
     seen = observe(graph, _observed(recorded, options.observed), conditions, spec, options, talk, scratch=scratch)
-    stats = summarise(seen, options)
+    stats = summarise(seen, weight_ranges(graph), options)
     for name, one in stats.activations.items():
         if one.amax.max() > LARGEST_FP16:
             talk.warn(f"the activation '{name}' reaches {one.amax.max():.3g}: it overflows in FP16")
@@ -77,8 +80,30 @@ class _Checked:
         return output
 
 
-def summarise(seen: Observation, options: CalibrationOptions) -> CalibrationStats:
-    """Turn sums into moments and choose each tensor's INT8 scale, from all timesteps and samples together."""
+def weight_ranges(graph: LayerGraph) -> dict[str, Array]:
+    """Return the absolute maximum of all weights that each channel of an activation meets: tensor -> float64 [C].
+
+    Over all layers that read the tensor, so that they can share what is made of it; grouped convolutions apart, and
+    products of a tensor that convolutions read too, whose channels lie on another axis.
+    """
+    ranges: dict[str, Array] = {}
+    convolved = {tensor for layer in graph.layers if layer.op == "Conv" for tensor in layer.inputs}
+    for layer in graph.layers:
+        if layer.group > 1 or (layer.op != "Conv" and convolved.intersection(layer.inputs)):
+            continue
+        axis = 1 - layer.out_axis
+        weight = np.abs(weight_array(graph.model, layer))
+        largest = weight.max(axis=tuple(a for a in range(weight.ndim) if a != axis)).astype(np.float64)
+        for tensor in layer.inputs:
+            ranges[tensor] = np.maximum(ranges[tensor], largest) if tensor in ranges else largest
+    return ranges
+
+
+def summarise(seen: Observation, weights: Mapping[str, Array], options: CalibrationOptions) -> CalibrationStats:
+    """Turn sums into moments and choose each tensor's INT8 scale, from all timesteps and samples together.
+
+    ``weights``: as ``weight_ranges`` returns them.
+    """
     activations = {}
     for number, name in enumerate(seen.names):
         place = slice(seen.offsets[number], seen.offsets[number + 1])
@@ -89,6 +114,9 @@ def summarise(seen: Observation, options: CalibrationOptions) -> CalibrationStat
         stretch = amax * np.sqrt(np.sqrt(seen.fourth_sum[place] / count))
         outliers = np.argsort(-stretch, kind="stable").astype(np.int32)
         rests = [outliers[outlier_count(len(amax), share) :] for share in COLUMN_SHARES]
+        # A tensor that only grouped convolutions read has no weights of its own channels: its factors are 1.
+        ranges = weights.get(name, amax)
+        factors = np.array([scale_factors(ranges, amax, tenths / 10) for tenths in SCALE_TENTHS])
         activations[name] = ActivationStats(
             amax,
             seen.square_sum[place] / count,
@@ -98,8 +126,18 @@ def summarise(seen: Observation, options: CalibrationOptions) -> CalibrationStat
             scale,
             outliers,
             np.array([_scale_of(rest, seen, number, options) for rest in rests]),
+            factors,
+            np.array([_rescaled_scale(row.astype(np.float64), seen, number, options) for row in factors]),
         )
     return CalibrationStats(activations)
+
+
+def _rescaled_scale(factors: Array, seen: Observation, number: int, options: CalibrationOptions) -> float:
+    """Choose the INT8 scale of activation ``number`` once its channels are multiplied by ``factors`` [C]."""
+    amax = seen.amax[seen.offsets[number] : seen.offsets[number + 1]] * factors
+    sample = seen.values[number] * factors[seen.channels[number]]
+    count = seen.counts[number] * len(factors)
+    return activation_scale(options.scale_method, sample, float(amax.max()), count, options.percentile)
 
 
 def _scale_of(channels: Array, seen: Observation, number: int, options: CalibrationOptions) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from mpq_deploy.denoisers.spec import Array
-from mpq_deploy.precision.scheme import COLUMN_SHARES, outlier_count
+from mpq_deploy.precision.scheme import COLUMN_SHARES, SCALE_TENTHS, outlier_count
 
 SPLIT_SEED = 3
 
@@ -79,6 +79,8 @@ class ActivationStats:
     the values. ``scale``: the INT8 scale, already rounded to FP16; ``amax_by_timestep`` float32 [K].
     ``outliers`` int32 [C]: the channels, those that stretch the range most first; ``scales_without`` float64 [S]: the
     scale when the first 1, 2 ... thirty-seconds of them are left out (``precision.scheme.COLUMN_SHARES``).
+    ``factors`` float16 [A, C]: by what the channels are multiplied to even out their ranges, for each of
+    ``precision.scheme.SCALE_TENTHS``, and ``scales_rescaled`` float64 [A]: the scale then.
     """
 
     amax: Array
@@ -89,18 +91,30 @@ class ActivationStats:
     scale: float
     outliers: Array
     scales_without: Array
+    factors: Array
+    scales_rescaled: Array
 
     def scale_for(self, form: str) -> float:
-        """Return the INT8 scale for an ``activation_form`` of a scheme: all channels, or without the outliers."""
+        """Return the INT8 scale for an ``activation_form``: all channels, without the outliers, or rescaled."""
         if not form:
             return self.scale
+        if form.startswith("+scale"):
+            return float(self.scales_rescaled[_rescaling(form)])
         share = int(form.removeprefix("+cols"))
         return float(self.scales_without[COLUMN_SHARES.index(share)])
 
     def left_out(self, form: str) -> Array:
         """Return the channels that ``form`` leaves out of INT8, int32, rising."""
-        share = int(form.removeprefix("+cols")) if form else 0
+        share = int(form.removeprefix("+cols")) if form.startswith("+cols") else 0
         return np.sort(self.outliers[: outlier_count(len(self.outliers), share)])
+
+    def factors_for(self, form: str) -> Array | None:
+        """Return by what ``form`` multiplies the channels before rounding, float16 [C]; None for none."""
+        return np.asarray(self.factors[_rescaling(form)]) if form.startswith("+scale") else None
+
+
+def _rescaling(form: str) -> int:
+    return SCALE_TENTHS.index(int(form.removeprefix("+scale")))
 
 
 @dataclass(frozen=True)

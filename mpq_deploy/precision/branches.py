@@ -4,7 +4,8 @@
 bit; the deployable form is ours). ``lowrank``: two FP16 factors beside the INT4 body take the largest part of what its
 rounding destroys, as the layer's input sees it (after SVDQuant, which splits the weight before rounding; ours).
 ``cols``: the outlier input channels go through a Gather and a small FP16 product, so that the INT8 activation's scale
-need not reach them.
+need not reach them. ``scale``: channels of the input are multiplied by factors that even out their ranges, and the
+weight's divided by them (MPQ-DM's pre-scaling, as SmoothQuant's).
 """
 
 from __future__ import annotations
@@ -72,6 +73,49 @@ class ColsMatrix:
         taps = self.weight.shape[1] // len(self.columns)
         whole[:, columns_of(self.columns, taps)] = self.weight.astype(np.float32)
         return whole
+
+
+@dataclass(frozen=True)
+class ScaledMatrix:
+    """A body: the weight divided by the ``factors`` float16 [C] by which the input's channels are multiplied."""
+
+    body: QuantizedMatrix
+    factors: Array
+
+    def dequantize(self) -> Array:
+        """Return the weight that acts on the input as it was, float32 [O, K]."""
+        taps = self.body.codes.shape[1] // len(self.factors)
+        return np.asarray(self.body.dequantize() * by_column(self.factors, taps), np.float32)
+
+
+def by_column(factors: Array, taps: int) -> Array:
+    """Return the factors of the input channels for each column of the weight matrix, float32 [C * taps]."""
+    return np.repeat(factors.astype(np.float32), taps)
+
+
+def rescaled(weight: Array, moments: list[Array], columns: Array) -> tuple[Array, list[Array]]:
+    """Return the weight [O, K] and the Hessian's diagonal blocks once the input is multiplied by ``columns`` [K]."""
+    scaled, start = [], 0
+    for block in moments:
+        part = columns[start : start + len(block)]
+        scaled.append(block * np.outer(part, part).astype(block.dtype))
+        start += len(block)
+    return weight / columns, scaled
+
+
+def scale_factors(weight_amax: Array, input_amax: Array, share: float) -> Array:
+    """Return by what to multiply each input channel so that its range and that of its weights meet, float16 [C].
+
+    With ``share`` a in [0, 1] the factors are max|W_c|^(1-a) / max|X_c|^a, brought to a geometric mean of 1: for
+    a = 0.5 MPQ-DM's delta = sqrt(max|W_c| / max|X_c|) (arXiv 2412.11549 and its published code) but for that mean,
+    which the scales take up. Channels that are zero on either side keep 1. Bounded to 2^-10 .. 2^10, so that FP16 holds both
+    the factors and what they make (our choice).
+    """
+    usable = (weight_amax > 0) & (input_amax > 0)
+    logs = np.zeros(len(usable))
+    logs[usable] = (1 - share) * np.log2(weight_amax[usable]) - share * np.log2(input_amax[usable])
+    logs[usable] -= logs[usable].mean() if usable.any() else 0.0
+    return np.asarray(np.exp2(np.clip(logs, -10, 10)), np.float16)
 
 
 def columns_of(channels: Array, taps: int) -> Array:

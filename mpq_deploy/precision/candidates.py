@@ -20,10 +20,13 @@ from mpq_deploy.precision.branches import (
     ColsMatrix,
     LowRankMatrix,
     RowsMatrix,
+    ScaledMatrix,
     beside_body,
+    by_column,
     columns_of,
     low_rank_factors,
     promote_rows,
+    rescaled,
     without_columns,
 )
 from mpq_deploy.precision.deployed import block_size, input_channels, outlier_columns, promoted_rows
@@ -39,7 +42,7 @@ from mpq_deploy.precision.quantizers import (
 from mpq_deploy.precision.scheme import BRANCH_BLOCK, FP16, INT4, INT8, SCHEMES, W8A8, W8A16, Scheme
 
 Refusal = Callable[[Layer, Scheme], str]
-DeployedMatrix = QuantizedMatrix | RowsMatrix | ColsMatrix | LowRankMatrix
+DeployedMatrix = QuantizedMatrix | RowsMatrix | ColsMatrix | LowRankMatrix | ScaledMatrix
 
 
 @dataclass(frozen=True)
@@ -152,13 +155,15 @@ def round_candidates(
     refinements: int = 0,
     also: tuple[Scheme, ...] = (),
     outliers: Array | None = None,
+    factors: Array | None = None,
 ) -> LayerCandidates:
     """Round ``weight`` float32 [O, K] for every weight form that ``choices`` need, and for the schemes ``also``.
 
     ``moments`` is float [group * B, w, w]: for each group the B diagonal blocks of the mean of x x^T over the layer's
     inputs, of which block b covers ``widths[b]`` columns (their sum is K). With ``gptq`` False only the diagonal is
     used, as weights of the rounding error. ``refinements``: rounds of ``refine_rounding`` after GPTQ. ``outliers``: the
-    input channels int32 [C], those to take out of INT8 first, where a scheme does that.
+    input channels int32 [C], those to take out of INT8 first, where a scheme does that. ``factors`` float16 [C]: by
+    what the input's channels are multiplied, where a scheme does that.
     """
     if not np.all(np.isfinite(weight)):
         raise ModelError(f"The weight '{layer.weight}' holds NaN or Inf.", "Mend the model before quantizing it.")
@@ -188,6 +193,9 @@ def round_candidates(
             assert outliers is not None, "schemes that take outlier channels out need to know them"
             channels = np.sort(outliers[: outlier_columns(layer, scheme)])
             joined[scheme.weight_form] = _with_columns(layer, weight, scheme, channels, blocks, gptq, damping)
+        if scheme.branch and scheme.branch.kind == "scale":
+            assert factors is not None, "schemes that rescale the input's channels need the factors"
+            joined[scheme.weight_form] = _with_factors(layer, weight, scheme, factors, blocks, gptq, damping)
     return LayerCandidates(layer, choices.schemes, choices.refused, weight, joined)
 
 
@@ -213,12 +221,27 @@ def _with_columns(
     """Round the body without the outlier ``channels``: their errors and their sizes are none of its concern."""
     taps = layer.reduction // input_channels(layer)
     rest, moments = without_columns(weight, blocks, columns_of(channels, taps))
+    return beside_body(_rounded_alone(layer, rest, scheme.body, moments, gptq, damping), weight, channels, taps)
+
+
+def _with_factors(
+    layer: Layer, weight: Array, scheme: Scheme, factors: Array, blocks: list[Array], gptq: bool, damping: float
+) -> ScaledMatrix:
+    """Round the weight that the rescaled input sees."""
+    taps = layer.reduction // input_channels(layer)
+    divided, moments = rescaled(weight, blocks, by_column(factors, taps))
+    return ScaledMatrix(_rounded_alone(layer, divided, scheme.body, moments, gptq, damping), factors)
+
+
+def _rounded_alone(
+    layer: Layer, weight: Array, body: Scheme, moments: list[Array], gptq: bool, damping: float
+) -> QuantizedMatrix:
+    """Round a weight of its own, which shares nothing with the other forms."""
     importance = np.concatenate([np.diagonal(block) for block in moments])
-    body, form = scheme.body, scheme.body.weight_form
-    scaled = {form: _scaled(layer, body, rest, importance)}
-    codes = _rounded(rest, scaled, {form: body}, moments if gptq else None, damping)
-    scale, channel = scaled[form]
-    return beside_body(QuantizedMatrix(codes[form], scale, channel), weight, channels, taps)
+    form = body.weight_form
+    scaled = {form: _scaled(layer, body, weight, importance)}
+    codes = _rounded(weight, scaled, {form: body}, moments if gptq else None, damping)
+    return QuantizedMatrix(codes[form], *scaled[form])
 
 
 def with_promoted_rows(candidates: LayerCandidates, order: Array) -> LayerCandidates:
@@ -289,6 +312,9 @@ def save_candidates(candidates: LayerCandidates, path: Path) -> None:
         if isinstance(matrix, ColsMatrix):
             arrays[f"{form}.columns"] = matrix.columns
             matrix = matrix.body
+        if isinstance(matrix, ScaledMatrix):
+            arrays[f"{form}.factors"] = matrix.factors
+            matrix = matrix.body
         if isinstance(matrix, LowRankMatrix):
             arrays[f"{form}.down"], arrays[f"{form}.up"] = matrix.down, matrix.up
             continue
@@ -335,6 +361,8 @@ def load_candidates(layer: Layer, weight: Array, path: Path) -> LayerCandidates:
             if f"{form}.columns" in names:
                 taps = layer.reduction // input_channels(layer)
                 forms[form] = beside_body(body, weight, file.get_tensor(f"{form}.columns"), taps)
+            if f"{form}.factors" in names:
+                forms[form] = ScaledMatrix(body, file.get_tensor(f"{form}.factors"))
         for form in sorted({name.rsplit(".", 1)[0] for name in names if name.endswith(".down")}):
             beside = forms[form.split("+")[0]]
             assert isinstance(beside, QuantizedMatrix)

@@ -44,7 +44,7 @@ def weight_bytes(layer: Layer, scheme: Scheme) -> int:
 
     The activation's scale is not among them: layers that share an input share it (``ACTIVATION_SCALE_BYTES``).
     """
-    if scheme.branch is not None:
+    if scheme.branch is not None and scheme.branch.kind != "scale":
         parts = branch_parts(layer, scheme)
         return sum(weight_bytes(part, form) for part, form in parts) + _joining_bytes(layer, scheme)
     if scheme.weight is None:
@@ -73,6 +73,17 @@ def input_channels(layer: Layer) -> int:
     return layer.weight_shape[1 - layer.out_axis]
 
 
+def activation_bytes(layer: Layer, scheme: Scheme) -> int:
+    """Bytes of the constants that quantize the input of ``layer``: layers that share the quantizer share them.
+
+    The scale, and the channels' factors, where the scheme has any and the producer does not take them.
+    """
+    if scheme.activation is not INT8:
+        return 0
+    factors = input_channels(layer) if scheme.branch and scheme.branch.kind == "scale" else 0
+    return ACTIVATION_SCALE_BYTES + FP16_BYTES * factors
+
+
 def outlier_columns(layer: Layer, scheme: Scheme) -> int:
     """How many input channels a ``cols`` branch takes: so many thirty-seconds of them, at least one (our choice)."""
     if not scheme.branch or scheme.branch.kind != "cols":
@@ -86,8 +97,8 @@ def branch_parts(layer: Layer, scheme: Scheme) -> tuple[tuple[Layer, Scheme], ..
     Their names and nodes are those that the graph writer gives: the body keeps the layer's.
     """
     branch, body = scheme.branch, scheme.body
-    if branch is None:
-        return ((layer, scheme),)
+    if branch is None or branch.kind == "scale":
+        return ((layer, body),)
     if branch.kind == "rows":
         promoted = promoted_rows(layer, scheme)
         rows = W8A8 if scheme.activation is INT8 else W8A16

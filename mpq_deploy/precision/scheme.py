@@ -30,7 +30,8 @@ class Branch:
 
     ``rows``: ``amount`` tenths of the output channels have INT8 weights. ``cols``: ``amount`` thirty-seconds of the
     input channels stay out of the INT8 activation, and have FP16 weights. ``lowrank``: two FP16 factors of rank
-    ``amount``.
+    ``amount``. ``scale``: the input's channels are multiplied, and the weight's divided, by a factor each that evens
+    out their ranges; ``amount`` tenths is how much of the activation's range moves to the weight (MPQ-DM: half).
     """
 
     kind: str
@@ -42,10 +43,11 @@ class Branch:
         return f"+{self.kind}{self.amount}"
 
 
-BRANCH_KINDS = ("rows", "cols", "lowrank")
+BRANCH_KINDS = ("rows", "cols", "lowrank", "scale")
 # What a branch launches beside the body's kernel: the second product and the joining of channels; the gathering and the
-# small product; the two factors (TensorRT-RTX fuses an addition into the product before it).
-BRANCH_KERNELS = {"rows": 2, "cols": 2, "lowrank": 2}
+# small product; the two factors (TensorRT-RTX fuses an addition into the product before it); the multiplication, where
+# the producer cannot take it.
+BRANCH_KERNELS = {"rows": 2, "cols": 2, "lowrank": 2, "scale": 1}
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,8 @@ class Scheme:
 
     @property
     def activation_form(self) -> str:
-        """Schemes with equal forms share the quantizer of an input: which channels it leaves out; "" for none."""
-        return self.branch.suffix if self.branch and self.branch.kind == "cols" else ""
+        """Schemes with equal forms share the quantizer of an input: which channels it leaves out or rescales."""
+        return self.branch.suffix if self.branch and self.branch.kind in ("cols", "scale") else ""
 
     @property
     def body(self) -> Scheme:
@@ -113,6 +115,8 @@ BRANCH_BLOCK = 128
 ROW_TENTHS = (1, 2, 3, 4, 5)
 RANKS = (8, 16)
 COLUMN_SHARES = (1, 2)
+# MPQ-DM's pre-scaling: factors of (max|W| / max|X|) ** 0.5.
+SCALE_TENTHS = (5,)
 
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
@@ -127,6 +131,12 @@ SCHEMES: dict[str, Scheme] = {
             for body in (W8A8, *_INT4_BODIES)
             if body.activation is INT8
             for share in COLUMN_SHARES
+        ),
+        *(
+            body.with_branch(Branch("scale", tenths))
+            for body in (W8A8, *_INT4_BODIES)
+            if body.activation is INT8
+            for tenths in SCALE_TENTHS
         ),
         *(
             body.with_branch(Branch("lowrank", rank))

@@ -21,7 +21,7 @@ def fake_quantize(x: Array, rounding: InputRounding, layer: Layer) -> Array:
 
     The kept channels stay as they are.
     """
-    step = np.float32(rounding.scale)
+    step = rounding.step(layer, x.ndim)
     rounded: Array = np.clip(np.rint(x / step), INT8_MIN, INT8_MAX).astype(np.float32) * step
     if not len(rounding.kept):
         return rounded

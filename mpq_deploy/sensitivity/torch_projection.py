@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional
 
@@ -42,14 +43,18 @@ GRADIENT_POSITIONS = 64
 PATCH_POSITIONS = 0.5
 
 
-def quantized_codes(x: Any, scale: float) -> Any:
+def quantized_codes(x: Any, scale: Any) -> Any:
     """Return the INT8 codes of ``x`` as floats, as QuantizeLinear makes them (half to even, saturating)."""
     return torch.round(x / scale).clamp_(INT8_MIN, INT8_MAX)
 
 
 def fake_quantize(x: Any, rounding: InputRounding, layer: Layer) -> Any:
     """Round ``x`` as QuantizeLinear and DequantizeLinear do, to INT8 codes times the scale; kept channels stay."""
-    rounded = quantized_codes(x, rounding.scale).mul_(rounding.scale)
+    if rounding.factors is None:
+        rounded = quantized_codes(x, rounding.scale).mul_(rounding.scale)
+    else:
+        step = torch.from_numpy(np.asarray(rounding.step(layer, x.ndim))).to(x.dtype)
+        rounded = quantized_codes(x, step).mul_(step)
     if not len(rounding.kept):
         return rounded
     channels = x.shape[1 if layer.op == "Conv" else -1]

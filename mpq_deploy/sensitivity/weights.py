@@ -58,7 +58,7 @@ class FormStack:
     ``weights_only``, ``with_activation``: scheme -> row of ``differences``, for schemes whose activation stays
     float and for those whose activation is INT8. Their rows are consecutive: ``[:split_end]`` and
     ``[split_start:kept_start]``. ``with_kept``: activation form -> scheme -> row, for schemes that leave some channels
-    of the activation in float; their rows follow. Schemes with a ``rows`` branch are in ``promotions``.
+    of the activation in float or rescale them; their rows follow. Schemes with a ``rows`` branch are in ``promotions``.
     """
 
     weight: Array
@@ -211,10 +211,21 @@ def numpy_stacks(graph: LayerGraph, candidates: Mapping[str, CandidateWeights], 
 
 @dataclass(frozen=True)
 class InputRounding:
-    """How schemes round the input of a layer: the INT8 scale, and the channels (int32 [n]) that stay in float."""
+    """How schemes round the input of a layer: the INT8 scale, and the channels (int32 [n]) that stay in float.
+
+    ``factors`` float [C]: by what the channels are multiplied before; the weight is divided by them. None for none.
+    """
 
     scale: float
     kept: Array
+    factors: Array | None = None
+
+    def step(self, layer: Layer, rank: int) -> Array:
+        """Return the rounding step of the input as it was, float32: one number, or one per channel, to broadcast."""
+        if self.factors is None:
+            return np.asarray(self.scale, np.float32)
+        steps: Array = np.float32(self.scale) / self.factors.astype(np.float32)
+        return steps.reshape(1, -1, *(1,) * (rank - 2)) if layer.op == "Conv" else steps
 
     def kept_mask(self, layer: Layer, rank: int, channels: int) -> Array:
         """Return a mask that is True for the channels kept, shaped to broadcast against an input of ``rank``."""
@@ -232,7 +243,7 @@ def input_roundings(stats: CalibrationStats, use: LayerUse, schemes: Iterable[Sc
     if not forms:
         return {}
     found = _statistics(stats, use)
-    return {form: InputRounding(found.scale_for(form), found.left_out(form)) for form in forms}
+    return {f: InputRounding(found.scale_for(f), found.left_out(f), found.factors_for(f)) for f in forms}
 
 
 def _statistics(stats: CalibrationStats, use: LayerUse) -> ActivationStats:

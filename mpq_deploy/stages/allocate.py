@@ -24,8 +24,9 @@ from mpq_deploy.allocate import (
 from mpq_deploy.artefacts import Fields
 from mpq_deploy.engine.target import load_target
 from mpq_deploy.errors import InfeasibleBudgetError
+from mpq_deploy.graph.passes.prescale import foldable_inputs
 from mpq_deploy.precision.candidates import Choices
-from mpq_deploy.precision.deployed import FP16_BYTES, weight_bytes
+from mpq_deploy.precision.deployed import FP16_BYTES, activation_bytes, weight_bytes
 from mpq_deploy.precision.scheme import SCHEMES
 from mpq_deploy.refine import CrossTerms, Solved, allocate_with_cross_terms
 from mpq_deploy.sensitivity.table import SensitivityTable
@@ -77,16 +78,19 @@ class PlanSolver:
                 layer.inputs,
                 {name: weight_bytes(layer, SCHEMES[name]) for name in allowed[layer.name]},
                 {name: self.table.losses[layer.name][name] for name in allowed[layer.name]},
+                {name: activation_bytes(layer, SCHEMES[name]) for name in allowed[layer.name]},
             )
             for layer in self.layers
         ]
         self.fp16_size = int(self.exported.facts["fp16_size_bytes"])
         self.weights = sum(layer.weights for layer in self.layers)
+        self.foldable = foldable_inputs(self.exported.graph)
 
     def solve(self, budget: str) -> PrecisionPlan:
         """Solve the allocation for ``budget`` (as the user writes it) and describe the plan."""
         fixed = self.fp16_size - FP16_BYTES * self.weights
-        problem = Problem(self.choices, fixed, budget_in_bytes(budget, self.fp16_size, self.weights))
+        limit = budget_in_bytes(budget, self.fp16_size, self.weights)
+        problem = Problem(self.choices, fixed, limit, self.foldable)
         try:
             solved, cross_terms = self._solved(problem)
         except InfeasibleBudgetError as error:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 # Raised with every change of what calibration leaves behind.
-CALIBRATION_FORMAT = 2
+CALIBRATION_FORMAT = 3
 
 
 def calibrate_inputs(pipeline: Pipeline) -> Fields:

@@ -42,7 +42,7 @@ ROW_ORDERS = "row-orders.npz"
 # Ranking channels needs fewer calls than measuring schemes.
 SALIENCE_TIMESTEPS, SALIENCE_SAMPLES = 8, 12
 # Raised with every change of what the candidates' files hold, so that older run folders make theirs again.
-CANDIDATES_FORMAT = 3
+CANDIDATES_FORMAT = 4
 # Controls: what a user would get without this tool, at the same rounding: one scheme for every layer that may
 # take it (FP16 for the others).
 CONTROLS = {"int8": ("w8a8", "w8a16"), "int4": ("w4a16-b32", "w4a16-b64", "w4a16-b128")}
@@ -71,9 +71,15 @@ def make_candidates(pipeline: Pipeline, folder: Path) -> str:
     wanted = wanted_schemes(pipeline.recipe)
     section = pipeline.recipe.quantize
 
+    convolved = {tensor for layer in exported.graph.layers if layer.op == "Conv" for tensor in layer.inputs}
+
     def refusal(layer: Layer, scheme: Scheme) -> str:
         reason = target.refusal(layer, scheme)
-        return reason or (bias_refusal(exported.graph.model, layer) if scheme.branch else "")
+        if reason or not scheme.branch:
+            return reason
+        if scheme.activation_form and layer.op != "Conv" and convolved.intersection(layer.inputs):
+            return "convolutions read its input too, whose channels lie on another axis"
+        return bias_refusal(exported.graph.model, layer)
 
     numbers = {layer.name: number for number, layer in enumerate(exported.graph.layers)}
     _, stats = load_calibration(pipeline)
@@ -90,6 +96,7 @@ def make_candidates(pipeline: Pipeline, folder: Path) -> str:
             refinements=section.refinements,
             # The controls are what they say whatever the recipe allows the plan.
             outliers=stats.activations[layer.inputs[0]].outliers,
+            factors=stats.activations[layer.inputs[0]].factors[0],
             also=tuple(s for names in CONTROLS.values() if (s := control_scheme(layer, names, target)).weight),
         )
         save_candidates(candidates, folder / f"{numbers[layer.name]:05d}.safetensors")

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpq_deploy.calibrate.calibrate import summarise
+from mpq_deploy.calibrate.calibrate import summarise, weight_ranges
 from mpq_deploy.calibrate.observers import Observation, merge, observe
 from mpq_deploy.calibrate.options import CalibrationOptions
 from mpq_deploy.calibrate.sessions import open_session
@@ -32,7 +32,7 @@ def seen(given_case: Case, options: CalibrationOptions = OPTIONS, **part) -> Obs
 
 def check_against_numpy(case_: Case) -> None:
     observed, graph = seen(case_), case_.graph
-    stats = summarise(observed, OPTIONS)
+    stats = summarise(observed, weight_ranges(graph), OPTIONS)
     values = case_.activations(list(graph.activations))
     convolved = {use.input for layer in graph.layers if layer.op == "Conv" for use in layer.uses}
     for number, name in enumerate(observed.names):
@@ -95,10 +95,10 @@ def test_a_channel_that_stretches_the_range_is_found_and_the_scale_without_it_is
     stretched.recorded.samples[:, :, 5] *= 40
     stretched.recorded.samples[0, 3, 9] *= 30  # now and then counts as well
     options = CalibrationOptions(batch_size=8, reservoir=2048)
-    one = summarise(seen(stretched, options), options).activations["sample"]
+    one = summarise(seen(stretched, options), {}, options).activations["sample"]
     assert set(one.outliers[:2]) == {5, 9}
     stretched.recorded.samples[:, :, [5, 9]] = 0
-    rest = summarise(seen(stretched, options), options).activations["sample"]
+    rest = summarise(seen(stretched, options), {}, options).activations["sample"]
     # The zeros that now stand in the two channels cost no rounding error, so the best scale is the same.
     assert one.scale_for("+cols1") == pytest.approx(rest.scale, rel=0.15)
     assert one.scale_for("+cols1") < one.scale / 2

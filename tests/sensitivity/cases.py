@@ -18,7 +18,7 @@ from mpq_deploy.precision.scheme import SCHEMES, Scheme
 from mpq_deploy.sensitivity.weights import float_matrix
 from tests.graphs import GraphBuilder
 
-NAMES = ("fp16", "w8a8", "w8a16", "w4a16-b32", "w4a8-b32", "w8a8+cols1", "w4a8-b32+cols1")
+NAMES = ("fp16", "w8a8", "w8a16", "w4a16-b32", "w4a8-b32", "w8a8+cols1", "w4a8-b32+cols1", "w8a8+scale5")
 ROWS = tuple(f"{body}+rows{tenths}" for body in ("w4a16-b32", "w4a8-b32") for tenths in (1, 2, 3))
 
 
@@ -135,6 +135,8 @@ def setting(
                 scale=top / 127,
                 outliers=np.roll(np.arange(channels[name], dtype=np.int32), 1),
                 scales_without=np.array([top / 187, top / 200]),
+                factors=np.linspace(0.5, 2, channels[name], dtype=np.float16)[None],
+                scales_rescaled=np.array([top / 170]),
             )
             for name, top in tops.items()
         }

@@ -72,8 +72,9 @@ def test_gemm_local_error_by_hand() -> None:
     for scheme in NAMES:
         kind = SCHEMES[scheme]
         scale = np.float32(stats.scale_for(kind.activation_form))
-        rounded = np.clip(np.rint(x / scale), -128, 127) * scale
-        kept = stats.outliers[:1] if kind.activation_form else []
+        factors = stats.factors[0].astype(np.float32) if "+scale" in scheme else np.float32(1)
+        rounded = np.clip(np.rint(x * factors / scale), -128, 127) * scale / factors
+        kept = stats.outliers[:1] if "+cols" in scheme else []
         rounded[:, kept] = x[:, kept]
         quantized = case.candidates["first"].weight_matrix(kind.weight_form)
         error = (rounded if kind.activation else x) @ quantized.T - x @ weight.T

@@ -7,7 +7,7 @@
 4. INT4 weights (w4a16): codes -> DequantizeLinear in blocks along the reduction; a Conv's weight is the matrix
    [O, I*kh*kw], brought back to four dimensions by a Reshape.
 5. w4a8: as 4, then QuantizeLinear to INT8 per output channel and DequantizeLinear: 4-bit storage, INT8 compute.
-6. A branch beside an INT4 body: see ``branches``.
+6. A branch beside an INT4 body: see ``branches``. Factors of the input's channels: see ``prescale``.
 7. A weight used by several nodes: each node gets its own copy of the codes, which the file holds once. (One blocked
    INT4 initializer that feeds products of different shapes crashes TensorRT's builder.)
 
@@ -26,9 +26,10 @@ import onnx_ir as ir
 
 from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.errors import ModelError
-from mpq_deploy.graph.layers import Layer
+from mpq_deploy.graph.layers import Layer, LayerGraph
 from mpq_deploy.graph.passes.branches import write_columns, write_low_rank, write_rows
-from mpq_deploy.precision.branches import ColsMatrix, LowRankMatrix, RowsMatrix
+from mpq_deploy.graph.passes.prescale import fold_factors, foldable_inputs, multiply_channels
+from mpq_deploy.precision.branches import ColsMatrix, LowRankMatrix, RowsMatrix, ScaledMatrix
 from mpq_deploy.precision.candidates import DeployedMatrix
 from mpq_deploy.precision.deployed import branch_parts
 from mpq_deploy.precision.quantizers import QuantizedMatrix
@@ -55,6 +56,7 @@ def quantize_layers(
     nodes = {node.name: node for node in model.graph}
     pairs: dict[str, ir.Value] = {}
     changed = False
+    folded = _fold_factors(model, rewrites)
     for rewrite in rewrites:
         if rewrite.matrix is None:
             continue
@@ -62,17 +64,36 @@ def quantize_layers(
         for number, use in enumerate(rewrite.layer.uses):
             node = nodes[use.node]
             x = node.inputs[0]
+            assert x is not None and x.name is not None
             if rewrite.scheme.activation is INT8:
                 key = use.input + rewrite.scheme.activation_form
                 if key not in pairs:
                     form = rewrite.scheme.activation_form
-                    pairs[key] = _quantized_activation(model, node, activation_scales[key], form)
+                    value = x
+                    if isinstance(rewrite.matrix, ScaledMatrix) and use.input not in folded:
+                        value = multiply_channels(model, x, rewrite.layer, rewrite.matrix.factors, form)
+                    pairs[key] = _quantized_activation(model, value, activation_scales[key], x.name, form)
                 node.replace_input_with(0, pairs[key])
-            assert x is not None
             write(node, number, x)
         _drop_if_unused(model, rewrite.layer.weight)
         changed = True
     return model, changed
+
+
+def _fold_factors(model: ir.Model, rewrites: list[LayerRewrite]) -> set[str]:
+    """Fold the factors of every activation that can take them and whose readers all want them; return these tensors."""
+    scaled = {r.layer.name: r for r in rewrites if isinstance(r.matrix, ScaledMatrix)}
+    if not scaled:
+        return set()
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    folded = set()
+    for tensor, readers in foldable_inputs(LayerGraph(model, tuple(r.layer for r in rewrites), ())).items():
+        wanted = [scaled[name] for name in sorted(readers) if name in scaled]
+        if len(wanted) == len(readers) and len({r.scheme.activation_form for r in wanted}) == 1:
+            assert isinstance(wanted[0].matrix, ScaledMatrix)
+            fold_factors(values[tensor], wanted[0].layer, wanted[0].matrix.factors)
+            folded.add(tensor)
+    return folded
 
 
 def _weight_writing(model: ir.Model, rewrite: LayerRewrite) -> Callable[[ir.Node, int, ir.Value], None]:
@@ -90,7 +111,8 @@ def _weight_writing(model: ir.Model, rewrite: LayerRewrite) -> Callable[[ir.Node
         writer = _WeightWriter(model, layer, scheme.body, matrix.body)
         return lambda node, number, x: write_low_rank(model, node, layer, matrix, x, writer.write)
     assert matrix is not None
-    plain = _WeightWriter(model, layer, scheme, matrix)
+    held = matrix.body if isinstance(matrix, ScaledMatrix) else matrix
+    plain = _WeightWriter(model, layer, scheme.body, held)
     return lambda node, number, x: node.replace_input_with(1, plain.write(node, number))
 
 
@@ -159,22 +181,20 @@ class _WeightWriter:
         return output
 
 
-def _quantized_activation(model: ir.Model, reader: ir.Node, scale: float, form: str) -> ir.Value:
-    """Insert the Q/DQ pair of the activation that ``reader`` reads, right after its producer."""
-    value = reader.inputs[0]
-    assert value is not None and value.name is not None
+def _quantized_activation(model: ir.Model, value: ir.Value, scale: float, tensor: str, form: str) -> ir.Value:
+    """Insert the Q/DQ pair of ``value``, the activation ``tensor`` in a scheme's ``form``, right after its producer."""
     if not np.isfinite(scale) or scale <= 0:
-        raise ModelError(f"The INT8 scale of the activation '{value.name}' is {scale}.", "Calibrate again.")
+        raise ModelError(f"The INT8 scale of the activation '{tensor}' is {scale}.", "Calibrate again.")
     constant = ir.Value(
-        name=f"{value.name}//scale{form}",
+        name=f"{tensor}//scale{form}",
         shape=ir.Shape(()),
         type=ir.TensorType(ir.DataType.FLOAT),
         # Rank 0: with shape [1] TensorRT silently runs the convolution in FP16.
-        const_value=ir.Tensor(np.asarray(scale, np.float32), name=f"{value.name}//scale{form}"),
+        const_value=ir.Tensor(np.asarray(scale, np.float32), name=f"{tensor}//scale{form}"),
     )
     model.graph.register_initializer(constant)
     to_int8 = {"output_dtype": int(ir.DataType.INT8)}
-    names = (f"{value.name}/quantize{form}", f"{value.name}/dequantize{form}")
+    names = (f"{tensor}/quantize{form}", f"{tensor}/dequantize{form}")
     quantize = ir.node("QuantizeLinear", [value, constant], to_int8, name=names[0], num_outputs=1)
     dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], constant], name=names[1], num_outputs=1)
     for node, dtype in ((quantize, ir.DataType.INT8), (dequantize, ir.DataType.FLOAT)):
