@@ -108,8 +108,8 @@ def scale_factors(weight_amax: Array, input_amax: Array, share: float) -> Array:
 
     With ``share`` a in [0, 1] the factors are max|W_c|^(1-a) / max|X_c|^a, brought to a geometric mean of 1: for
     a = 0.5 MPQ-DM's delta = sqrt(max|W_c| / max|X_c|) (arXiv 2412.11549 and its published code) but for that mean,
-    which the scales take up. Channels that are zero on either side keep 1. Bounded to 2^-10 .. 2^10, so that FP16 holds both
-    the factors and what they make (our choice).
+    which the scales take up. Channels that are zero on either side keep 1. Bounded to 2^-10 .. 2^10, so that FP16
+    holds both the factors and what they make (our choice).
     """
     usable = (weight_amax > 0) & (input_amax > 0)
     logs = np.zeros(len(usable))
