@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpq_deploy.talk import PlainTalk, Talk
+
+if TYPE_CHECKING:
+    from mpq_deploy.runtime.drop_in import RuntimeUNet
 
 
 @dataclass(frozen=True)
@@ -53,3 +56,20 @@ def build(
     with open_pipeline(chosen, run, Talk() if quiet else PlainTalk()) as pipeline:
         summary = pipeline.run_until("report")
     return BuildResult(run, summary.values["report"])
+
+
+def load(source: str | Path, *, backend: str = "auto", device: str | None = None, threads: int = 0) -> RuntimeUNet:
+    """Open a run folder, an engine or an ONNX file as a denoiser that replaces ``pipe.unet`` of a diffusers pipeline.
+
+    ``backend``: auto, onnxruntime, tensorrt_rtx or tensorrt; auto takes the engine where a GPU and its library are.
+    Raises as ``runtime.drop_in.load`` does. Needs PyTorch.
+    """
+    import importlib.util
+
+    from mpq_deploy.errors import MissingDependencyError
+
+    if importlib.util.find_spec("torch") is None:
+        raise MissingDependencyError("torch", "torch", "Replacing a diffusers UNet")
+    from mpq_deploy.runtime.drop_in import load as open_runtime
+
+    return open_runtime(source, backend=backend, device=device, threads=threads)

@@ -82,6 +82,7 @@ def open_folder(folder: Path, source: str, additions: Additions, talk: Talk) -> 
         uncond_row=conditions.uncond_row,
         labels=conditions.labels,
         pixel_range=None if latent else IMAGE_RANGE,
+        config=config,
     )
     decoder, notes = _decoder(folder, shape, talk)
     return Denoiser(spec, conditions, unet_network(unet, sample, inputs), decoder, notes)

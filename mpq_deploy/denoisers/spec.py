@@ -30,6 +30,7 @@ class DenoiserSpec(BaseModel):
     ``scheduler`` is a diffusers scheduler configuration (with ``_class_name``). ``labels`` name the rows of
     conditions.npz, and ``uncond_row`` is the row for classifier-free guidance (used when ``guidance_scale`` is
     not 1). ``pixel_range`` is given when samples are images; latents have a decoder file or are compared as such.
+    ``config`` is the diffusers model's own configuration; empty for an ONNX file.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,6 +49,7 @@ class DenoiserSpec(BaseModel):
     pixel_range: tuple[float, float] | None = None
     decoder: str | None = None
     synthetic: str = ""
+    config: dict[str, Any] = {}
 
     def save(self, path: Path) -> None:
         """Write the specification as JSON with sorted keys."""

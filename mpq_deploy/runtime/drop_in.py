@@ -1,0 +1,189 @@
+"""A quantized denoiser in the place of a diffusers UNet: ``pipe.unet = mpq_deploy.load(RUN)``."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from mpq_deploy.denoisers.spec import DenoiserSpec, InputSpec
+from mpq_deploy.errors import UsageError, nearest
+from mpq_deploy.runtime.backends import Backend, EngineBackend, OrtBackend
+
+BACKENDS = ("auto", "onnxruntime", "tensorrt_rtx", "tensorrt")
+SPEC = "denoiser.json"
+ENGINE, SIMULATED, DEPLOYED = "model.engine", "model.fp32.onnx", "model.onnx"
+
+
+class RuntimeUNet(torch.nn.Module):  # type: ignore[misc]
+    """Called like the diffusers UNet that it replaces; the arithmetic is the backend's.
+
+    ``config`` has the entries of the UNet's configuration (``config.in_channels``, ``config["sample_size"]``); for an
+    ONNX model those that follow from its inputs. ``dtype`` is what the sample is cast to, ``device`` where the result
+    lies: a pipeline may move and cast this module as it does its others, the backend stays where it was opened.
+    """
+
+    def __init__(self, spec: DenoiserSpec, backend: Backend) -> None:
+        super().__init__()
+        self.spec, self.backend = spec, backend
+        channels, *size = spec.sample.shape
+        known = {"in_channels": channels, "sample_size": size[0] if len(set(size)) == 1 else size}
+        self.config = Config({"time_cond_proj_dim": None, "addition_embed_type": None, **known, **spec.config})
+        self.dtype = torch.float32
+        self.device = backend.device
+        width = self.config.get("projection_class_embeddings_input_dim")
+        # Stable Diffusion XL's pipelines read the width of the added conditions from this layer.
+        self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width)) if width else None
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float,
+        encoder_hidden_states: torch.Tensor | None = None,
+        class_labels: torch.Tensor | None = None,
+        timestep_cond: torch.Tensor | None = None,
+        added_cond_kwargs: dict[str, torch.Tensor] | None = None,
+        return_dict: bool = True,
+        **others: Any,
+    ) -> Any:
+        """Return the denoiser's output as diffusers does: ``.sample``, or a tuple without ``return_dict``.
+
+        ``sample`` [N, C, H, W]; ``timestep`` one number or [N]. Raises UsageError for an input that the exported model
+        does not take (a mask, ControlNet's residuals) or lacks.
+        """
+        given = {
+            "encoder_hidden_states": encoder_hidden_states,
+            "class_labels": class_labels,
+            "timestep_cond": timestep_cond,
+            **(added_cond_kwargs or {}),
+            **others,
+        }
+        given = {name: value for name, value in given.items() if value is not None and not _empty(value)}
+        wanted = {item.name: item for item in self.spec.conditions}
+        unknown = [name for name in given if name not in wanted]
+        if unknown:
+            raise UsageError(
+                f"The exported denoiser takes no '{unknown[0]}'.",
+                f"It takes {', '.join(wanted) or 'no conditions'}; export the model with that input to use it.",
+            )
+        missing = [name for name in wanted if name not in given]
+        if missing:
+            raise UsageError(f"The denoiser needs '{missing[0]}', which was not given.")
+        count = len(sample)
+        times = torch.as_tensor(timestep)
+        times = times.expand(count) if times.ndim == 0 and self.spec.timestep.batched else times
+        if not self.spec.timestep.batched:
+            times = self._one_time(times)
+        feeds = {
+            self.spec.sample.name: self._cast(sample, self.spec.sample),
+            self.spec.timestep.name: self._cast(times, self.spec.timestep),
+            **{name: self._cast(given[name], item) for name, item in wanted.items()},
+        }
+        output = self.backend(feeds).to(sample.device, sample.dtype)
+        if not return_dict:
+            return (output,)
+        from diffusers.models.unets.unet_2d import UNet2DOutput
+
+        return UNet2DOutput(sample=output)
+
+    def _one_time(self, times: torch.Tensor) -> torch.Tensor:
+        if times.ndim and len(torch.unique(times)) > 1:
+            raise UsageError(f"The model takes one timestep per call, but {len(torch.unique(times))} were given.")
+        return times.reshape(-1)[0].reshape(self.spec.timestep.shape)
+
+    def _cast(self, value: torch.Tensor, item: InputSpec) -> torch.Tensor:
+        return value.to(self.backend.device, getattr(torch, item.dtype)).contiguous()
+
+    def to(self, *args: Any, **kwargs: Any) -> RuntimeUNet:
+        """Take note of the device and type that a pipeline wants; the backend stays on its own device."""
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, torch.dtype):
+                self.dtype = value
+            elif isinstance(value, (str, int, torch.device)) and not isinstance(value, bool):
+                self.device = torch.device(value)
+        return self
+
+    def extra_repr(self) -> str:
+        """Say what runs, for print()."""
+        return f"{self.spec.name}, {self.backend.name} on {self.backend.device}"
+
+
+class Config(dict):  # type: ignore[type-arg]
+    """A configuration whose entries are attributes too, as in diffusers."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError as error:
+            raise AttributeError(name) from error
+
+
+def _empty(value: Any) -> bool:
+    return isinstance(value, dict) and not value
+
+
+def load(
+    source: str | Path,
+    *,
+    backend: str = "auto",
+    device: str | torch.device | None = None,
+    threads: int = 0,
+) -> RuntimeUNet:
+    """Open what was built as a denoiser that replaces ``pipe.unet`` in a diffusers pipeline.
+
+    ``source``: a run folder, an engine, or an ONNX file with ``denoiser.json`` beside it (or in a run folder).
+    ``backend`` "auto" takes the engine where its library and a GPU are present, else ONNX Runtime; ``device`` None is
+    cuda where the backend runs there. ``threads`` 0: one per core. Raises UsageError for a source that is none of these
+    or a backend that cannot run it here.
+    """
+    if backend not in BACKENDS:
+        raise UsageError(f"There is no backend '{backend}'.", f"{nearest(backend, BACKENDS)}One of {BACKENDS}.")
+    path = Path(source)
+    if not path.exists():
+        raise UsageError(f"There is no {path}.", "Give a run folder, an engine, or an ONNX file.")
+    spec, engine, model = _found(path)
+    library = _library(engine, backend)
+    if library:
+        if engine is None:
+            raise UsageError(f"{path} holds no engine.", "Build one, or take backend='onnxruntime'.")
+        if not torch.cuda.is_available():
+            raise UsageError("No CUDA device is here: an engine cannot run.", "Take backend='onnxruntime'.")
+        return RuntimeUNet(spec, EngineBackend(engine, spec, torch.device(device or "cuda"), library))
+    if model is None:
+        raise UsageError(f"{path} holds no ONNX model that can run here.", "Give its run folder.")
+    chosen = torch.device(device or "cpu")
+    return RuntimeUNet(spec, OrtBackend(model, spec, chosen, threads))
+
+
+def _found(path: Path) -> tuple[DenoiserSpec, Path | None, Path | None]:
+    """Return the specification, the engine if there is one, and the ONNX graph if there is one."""
+    run = path if path.is_dir() else path.parent.parent
+    places = [run / "export" / SPEC, (path if path.is_dir() else path.parent) / SPEC]
+    described = next((place for place in places if place.is_file()), None)
+    if described is None:
+        raise UsageError(f"Nothing beside {path} says what it takes ({SPEC}).", "Give a run folder, or put it there.")
+    spec = DenoiserSpec.load(described)
+    if path.is_file():
+        return (spec, path, None) if path.suffix != ".onnx" else (spec, None, path)
+    folders = [path / "engine", path / "quantize", path]
+    engine = next((f / ENGINE for f in folders if (f / ENGINE).is_file()), None)
+    names = (DEPLOYED, SIMULATED) if torch.cuda.is_available() else (SIMULATED, DEPLOYED)
+    model = next((f / name for name in names for f in folders if (f / name).is_file()), None)
+    return spec, engine, model
+
+
+def _library(engine: Path | None, backend: str) -> str | None:
+    """Return which TensorRT runs the engine; None for ONNX Runtime."""
+    if backend in ("tensorrt_rtx", "tensorrt"):
+        return backend
+    if backend == "onnxruntime" or engine is None:
+        return None
+    if not torch.cuda.is_available():
+        return None
+    record = engine.with_name("build.json")
+    text = record.read_text() if record.is_file() else ""
+    library = "tensorrt_rtx" if "tensorrt_rtx" in text else "tensorrt"
+    return library if importlib.util.find_spec(library) else None
