@@ -15,22 +15,22 @@ from PIL import Image
 
 from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.evaluate.output_error import stride_midpoints
-from mpq_deploy.report.charts import (
+from mpq_deploy.report.data import OrmPictures
+from mpq_deploy.report.pictures import data_uri
+from mpq_deploy.report.svg import (
     BOTTOM,
     HEIGHT,
     LEFT,
     TOP,
     WIDTH,
     Axis,
-    _svg,
-    _text,
-    _x_axis,
-    _y_axis,
+    chart,
+    label,
     nice_ticks,
     spread_out,
+    x_axis,
+    y_axis,
 )
-from mpq_deploy.report.data import OrmPictures
-from mpq_deploy.report.pictures import _uri
 
 MOST_SIDE = 200
 MOST_MAPS = 12
@@ -105,7 +105,7 @@ def _heat_map(timestep: float, orm: Array, pooled: int, low: float) -> HeatMap:
     image.save(buffer, format="PNG", optimize=True)
     others = orm[~np.eye(len(orm), dtype=bool)]
     said = f"mean {others.mean():.2f}, from {others.min():.2f} to {others.max():.2f}" if len(others) else "one layer"
-    return HeatMap(timestep, _uri(buffer.getvalue()), said)
+    return HeatMap(timestep, data_uri(buffer.getvalue()), said)
 
 
 def pool(matrix: Array, size: int) -> Array:
@@ -144,16 +144,16 @@ def importance_chart(pictures: OrmPictures) -> Markup | None:
     every = max(1, -(-steps // 7))
     at = [(float(k), f"{t:.4g}") for k, t in enumerate(pictures.timesteps) if k % every == 0]
     parts = [
-        _y_axis(x, y, [(t, f"{t:g}") for t in ticks], "importance of a layer: theta = exp(-beta gamma)"),
-        _x_axis(x, y, at, "timestep: from noise (left) to image (right)"),
+        y_axis(x, y, [(t, f"{t:g}") for t in ticks], "importance of a layer: theta = exp(-beta gamma)"),
+        x_axis(x, y, at, "timestep: from noise (left) to image (right)"),
         *(_trace(x, y, i, theta[:, i], pictures.layers[i], i in named) for i in drawn),
     ]
     heights = spread_out([y(theta[-1, i]) for i in named], 15)
     for i, height in zip(named, heights, strict=True):
-        parts.append(_text(x.end + 10, height + 4, _short(pictures.layers[i]), "start", "tick"))
+        parts.append(label(x.end + 10, height + 4, _short(pictures.layers[i]), "start", "tick"))
     most, least = (", ".join(pictures.layers[i] for i in part) for part in (order[:NAMED], order[-NAMED:]))
     said = f"Most important: {most}. Least important: {least}."
-    return _svg("importance", "Importance of each layer over timesteps", said, parts)
+    return chart("importance", "Importance of each layer over timesteps", said, parts)
 
 
 def _trace(x: Axis, y: Axis, index: int, values: Array, name: str, named: bool) -> Markup:

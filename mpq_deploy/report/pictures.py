@@ -58,7 +58,7 @@ def picture_table(images: ImageSet, titles: dict[str, str], limit: int = PICTURE
             break
         reduction *= 2
     rows = tuple(
-        PictureRow(name, titles.get(name, name), tuple(_uri(png) for png in pngs)) for name, pngs in encoded.items()
+        PictureRow(name, titles.get(name, name), tuple(data_uri(png) for png in pngs)) for name, pngs in encoded.items()
     )
     height, width = (side // reduction for side in first.shape[1:3])
     labels = tuple(images.labels[column] if column < len(images.labels) else "" for column in columns)
@@ -74,5 +74,6 @@ def _png(pixels: np.ndarray[tuple[int, ...], np.dtype[np.uint8]], reduction: int
     return buffer.getvalue()
 
 
-def _uri(png: bytes) -> str:
+def data_uri(png: bytes) -> str:
+    """Return a PNG as a data URI."""
     return "data:image/png;base64," + base64.b64encode(png).decode()

@@ -17,7 +17,7 @@ from PIL import Image
 from pydantic import ValidationError
 from sample_report import LABELS, make_report, pictures
 
-from mpq_deploy.report.charts import log_ticks, nice_ticks, size_quality_chart, spread_out
+from mpq_deploy.report.charts import size_quality_chart
 from mpq_deploy.report.data import (
     CHOSEN_FP16,
     Control,
@@ -36,6 +36,7 @@ from mpq_deploy.report.network import network_rows
 from mpq_deploy.report.orthogonality import orm_view, pool
 from mpq_deploy.report.page import html_page
 from mpq_deploy.report.pictures import picture_table
+from mpq_deploy.report.svg import log_ticks, nice_ticks, spread_out
 from mpq_deploy.report.words import decibels, digits, duration, error, headline, size
 from mpq_deploy.report.write import write_reports
 
