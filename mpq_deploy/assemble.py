@@ -230,7 +230,11 @@ def _orm_settings(pipeline: Pipeline, metric: str) -> str:
     }[options.activation_bits]
     bits = f"{options.bits} bits, {activations}"
     if metric != "orm":
-        how = "1 for every layer" if metric == "size-only" else f"drawn with seed {pipeline.recipe.measure.seed}"
+        how = {
+            "kurtosis": "mean kurtosis of the weight's rows times the number of weights",
+            "size-only": "1 for every layer",
+            "random": f"drawn with seed {pipeline.recipe.measure.seed}",
+        }[metric]
         return f"Importance: {how}; {bits}"
     reach = "" if options.importance == "layer" else ", mean over a layer and all later ones"
     grown = f" with eta {options.eta:g}" if options.aggregation == "exponential" else ""

@@ -43,6 +43,7 @@ class Sensitivity(str, Enum):
     gain = "gain"
     local_error = "local_error"
     exhaustive = "exhaustive"
+    kurtosis = "kurtosis"
     orm = "orm"
     size_only = "size-only"
     random = "random"

@@ -49,7 +49,7 @@ class OrmSection(Section):
 class MeasureSection(Section):
     """How the loss of every (layer, scheme) is predicted."""
 
-    method: Literal["probe", "gain", "local_error", "exhaustive", "orm", "size-only", "random"] = "probe"
+    method: Literal["probe", "gain", "local_error", "exhaustive", "kurtosis", "orm", "size-only", "random"] = "probe"
     probes: int = Field(4, ge=1)
     timesteps: int = Field(20, ge=1, description="of the calibrated timesteps, those that are measured")
     samples: int = Field(128, ge=1, description="calibration samples kept from rounding and measured on")

@@ -17,9 +17,9 @@ from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.sensitivity.weights import CandidateWeights
 from mpq_deploy.talk import Talk
 
-METHODS = ("probe", "gain", "local_error", "exhaustive", "orm", "size-only", "random")
+METHODS = ("probe", "gain", "local_error", "exhaustive", "kurtosis", "orm", "size-only", "random")
 # They weigh bits by an importance of their own, and the timesteps with it.
-IMPORTANCE_METHODS = ("orm", "size-only", "random")
+IMPORTANCE_METHODS = ("kurtosis", "orm", "size-only", "random")
 Metric = Callable[..., SensitivityTable]
 
 
@@ -79,6 +79,10 @@ def _metric(method: str) -> Metric:
         from mpq_deploy.sensitivity.local_error import measure_local_error
 
         return measure_local_error
+    if method == "kurtosis":
+        from mpq_deploy.sensitivity.kurtosis import measure_kurtosis
+
+        return measure_kurtosis
     if method in IMPORTANCE_METHODS:
         from mpq_deploy.sensitivity import orm
 

@@ -85,8 +85,8 @@ def measure_orm(
             f"{always} of {len(layers)} layers give the same output for every call at a timestep (the timestep's "
             "embedding and the like): their ORM with every other layer is taken as 0 (our choice)"
         )
-    elements = _elements(graph, layers, calibration, conditions, spec, talk)
-    parts = _Parts(layers, candidates, elements, calibration.timesteps, options)
+    elements = input_elements(graph, layers, calibration, conditions, spec, talk)
+    parts = BitLosses(layers, candidates, elements, calibration.timesteps, options)
     return parts.table("orm", theta, tuple(notes), seen.constant, seen.calls, orm)
 
 
@@ -102,8 +102,8 @@ def measure_size_only(
 ) -> SensitivityTable:
     """Give every layer the importance 1: the control that knows only sizes. Nothing is run."""
     layers = measured_layers(graph, candidates)
-    elements = _elements(graph, layers, calibration, conditions, spec, talk)
-    parts = _Parts(layers, candidates, elements, calibration.timesteps, options)
+    elements = input_elements(graph, layers, calibration, conditions, spec, talk)
+    parts = BitLosses(layers, candidates, elements, calibration.timesteps, options)
     return parts.table("size-only", np.ones((len(calibration.timesteps), len(layers))))
 
 
@@ -119,8 +119,8 @@ def measure_random(
 ) -> SensitivityTable:
     """Draw every layer's importance evenly from (0, 1], by ``options.seed``: the control that knows nothing."""
     layers = measured_layers(graph, candidates)
-    elements = _elements(graph, layers, calibration, conditions, spec, talk)
-    parts = _Parts(layers, candidates, elements, calibration.timesteps, options)
+    elements = input_elements(graph, layers, calibration, conditions, spec, talk)
+    parts = BitLosses(layers, candidates, elements, calibration.timesteps, options)
     drawn = 1 - np.random.default_rng(options.seed).random(len(layers))
     return parts.table("random", np.tile(drawn, (len(calibration.timesteps), 1)))
 
@@ -220,7 +220,7 @@ def _batches(calls: Calls, options: MeasureOptions) -> list[slice]:
     return parts
 
 
-def _elements(
+def input_elements(
     graph: LayerGraph,
     layers: tuple[Layer, ...],
     calibration: CalibrationSet,
@@ -234,7 +234,7 @@ def _elements(
 
 
 @dataclass(frozen=True)
-class _Parts:
+class BitLosses:
     """What turns importances into a table: the layers with their schemes and input ``elements`` [L]."""
 
     layers: tuple[Layer, ...]

@@ -51,15 +51,15 @@ def allocate_inputs(pipeline: Pipeline) -> Fields:
 class PlanSolver:
     """Bytes and losses of every allowed (layer, scheme), gathered once and solved for any budget.
 
-    ``control``: one of ``ORM_CONTROLS`` in place of the run's own measurements.
+    ``control``: one of ``ORM_CONTROLS`` in place of the run's own measurements; or a ``table`` in place of either.
     """
 
-    def __init__(self, pipeline: Pipeline, control: str = "") -> None:
+    def __init__(self, pipeline: Pipeline, control: str = "", table: SensitivityTable | None = None) -> None:
         self.section = pipeline.recipe.allocate
         self.orm = pipeline.recipe.measure.orm
         self.exported = Exported(pipeline)
         self.layers = self.exported.graph.layers
-        self.table = SensitivityTable.load(pipeline.folder("measure") / control)
+        self.table = table or SensitivityTable.load(pipeline.folder("measure") / control)
         read = choices_of(pipeline, self.exported.graph)
         self.refused = {name: {**c.refused, **self._ruled_out(name, c)} for name, c in read.items()}
         target = load_target(pipeline.recipe.target)
@@ -144,8 +144,10 @@ class PlanSolver:
     def _ruled_out(self, layer: str, choices: Choices) -> dict[str, str]:
         """Say why the table has no loss for schemes that the layer could take: orm fixes its activations' bits."""
         importance = self.table.importance
-        bits = 0 if importance is None else int(importance.activation_bits[importance.layers.index(layer)])
-        reason = f"the metric {self.table.metric} fixes the activations of this layer at {bits} bits"
+        reason = f"the metric {self.table.metric} has not measured it"
+        if importance is not None:
+            bits = int(importance.activation_bits[importance.layers.index(layer)])
+            reason = f"the metric {self.table.metric} fixes the activations of this layer at {bits} bits"
         return {s.name: reason for s in choices.schemes if s.name not in self.table.losses[layer]}
 
     def _weighed(

@@ -16,7 +16,6 @@ from mpq_deploy.engine.target import Target, load_target
 from mpq_deploy.graph.layers import Layer, LayerGraph
 from mpq_deploy.graph.passes.branches import bias_refusal
 from mpq_deploy.graph.passes.quantize_layers import weight_array
-from mpq_deploy.precision.branches import row_kurtosis
 from mpq_deploy.precision.candidates import (
     Choices,
     LayerCandidates,
@@ -124,9 +123,9 @@ def _salient_first(pipeline: Pipeline, exported: Exported, folder: Path) -> tupl
 
 
 def _kurtosis(candidates: LayerCandidates, stats: CalibrationStats) -> Array:
-    layer = candidates.layer
-    amax = np.max([stats.activations[tensor].amax for tensor in layer.inputs], axis=0)
-    return row_kurtosis(candidates.weight, np.repeat(amax, layer.reduction // len(amax)))
+    from mpq_deploy.sensitivity.kurtosis import channel_kurtosis
+
+    return channel_kurtosis(candidates.layer, candidates.weight, stats)
 
 
 def _probed_salience(

@@ -68,8 +68,8 @@ def load_calibration(pipeline: Pipeline) -> tuple[CalibrationSet, CalibrationSta
 
 
 def weighs_bits(recipe: Recipe) -> bool:
-    """Whether the recipe's method weighs bits by importance: orm, or one of its controls."""
-    return recipe.measure.method in ("orm", *ORM_CONTROLS)
+    """Whether the recipe's method weighs bits by importance: orm, one of its controls, or kurtosis."""
+    return recipe.measure.method in ("orm", "kurtosis", *ORM_CONTROLS)
 
 
 # What orm is reported beside, at the same budget: the same programme without any ORM.

@@ -98,7 +98,7 @@ def test_few_calls_and_adaptive_timesteps_are_said_in_the_report(model: Path, tm
     assert sum(found["importance"]["weights"]) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("method", ["local_error", "size-only", "random"])
+@pytest.mark.parametrize("method", ["local_error", "kurtosis", "size-only", "random"])
 def test_other_metrics_that_only_rank_predict_nothing_either(method: str, model: Path, run: Path) -> None:
     found = build(recipe_for(model, measure__method=method), run)
     assert found.report["predicted_nmse"] is None and found.report["sensitivity"] == method
@@ -121,7 +121,9 @@ def test_more_timesteps_than_there_are(model: Path, changes: dict[str, Any], wor
         check_recipe(recipe_for(model, **{**ORM, **changes}))
 
 
-@pytest.mark.parametrize("option", ["probe", "gain", "local_error", "exhaustive", "orm", "size-only", "random"])
+@pytest.mark.parametrize(
+    "option", ["probe", "gain", "local_error", "exhaustive", "kurtosis", "orm", "size-only", "random"]
+)
 def test_every_method_is_an_option_of_the_command_line(option: str, run: Path, cli: Any) -> None:
     if option in ("probe", "exhaustive"):
         pytest.importorskip("torch")

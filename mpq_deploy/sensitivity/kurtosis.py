@@ -1,0 +1,65 @@
+"""The kurtosis of a layer's weights as its importance.
+
+MPQ-DM (arXiv 2412.11549) ranks the output channels *within* a layer by the Pearson kurtosis of their weights after
+pre-scaling, and gives those of highest kurtosis one bit more. As a metric *between* layers it is our reading: the
+importance of a layer is the mean kurtosis of its rows times its number of weights, so that a byte is worth most where
+the kurtosis is highest, whatever the layer's size. Like orm it weighs bits and predicts no error: the loss of scheme s
+is n_i kappa_i (16 - b_s), with the settings of ``measure.orm`` for bits and activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
+from mpq_deploy.denoisers.spec import Array, DenoiserSpec
+from mpq_deploy.graph.layers import Layer, LayerGraph
+from mpq_deploy.precision.branches import row_kurtosis
+from mpq_deploy.precision.deployed import input_channels
+from mpq_deploy.sensitivity.feeds import MeasureOptions
+from mpq_deploy.sensitivity.orm import BitLosses, input_elements
+from mpq_deploy.sensitivity.table import SensitivityTable
+from mpq_deploy.sensitivity.weights import CandidateWeights, float_matrix, measured_layers
+from mpq_deploy.talk import Talk
+
+
+def measure_kurtosis(
+    graph: LayerGraph,
+    candidates: Mapping[str, CandidateWeights],
+    stats: CalibrationStats,
+    calibration: CalibrationSet,
+    conditions: dict[str, Array],
+    spec: DenoiserSpec,
+    options: MeasureOptions,
+    talk: Talk,
+) -> SensitivityTable:
+    """Weigh bits by the mean kurtosis of each layer's rows, from weights and activation maxima: nothing is run."""
+    layers = measured_layers(graph, candidates)
+    found = np.array([layer_kurtosis(layer, float_matrix(graph, layer), stats) for layer in layers])
+    elements = input_elements(graph, layers, calibration, conditions, spec, talk)
+    parts = BitLosses(layers, candidates, elements, calibration.timesteps, options)
+    sizes = np.array([layer.weights for layer in layers], np.float64)
+    note = "kurtosis between layers is our reading: MPQ-DM ranks the channels of one layer by it"
+    return parts.table("kurtosis", np.tile(found * sizes, (len(calibration.timesteps), 1)), (note,))
+
+
+def layer_kurtosis(layer: Layer, weight: Array, stats: CalibrationStats) -> float:
+    """Return the mean of ``channel_kurtosis``; that of a normal distribution is 3."""
+    return float(np.mean(channel_kurtosis(layer, weight, stats)))
+
+
+def channel_kurtosis(layer: Layer, weight: Array, stats: CalibrationStats) -> Array:
+    """Return the Pearson kurtosis of each row of ``weight`` [O, K] after MPQ-DM's pre-scaling, float64 [O].
+
+    The input's absolute maxima are the largest over all of the layer's inputs; each group has its own channels.
+    """
+    channels = input_channels(layer)
+    amax = np.max([stats.activations[tensor].amax for tensor in layer.inputs], axis=0)
+    by_group = np.broadcast_to(amax, (layer.group * channels,)).reshape(layer.group, channels)
+    parts = [
+        row_kurtosis(rows, np.repeat(maxima, layer.reduction // channels))
+        for rows, maxima in zip(np.split(weight, layer.group), by_group)
+    ]
+    return np.concatenate(parts)
