@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 from enum import Enum
@@ -259,6 +260,55 @@ def sweep(
     else:
         print(sweep_table(result))
         print(f"\ncurve: {run / 'sweep.svg'}")
+
+
+@app.command(rich_help_panel=LOOK, epilog="Example: mpq-deploy audit ./my-pipeline --budgets 0.28,0.35 --pairs 200")
+def audit(
+    model: ModelArgument = None,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--out", "-o", metavar="RUN", help="A run folder of its own.", show_default="runs/audit-<model>"),
+    ] = None,
+    budgets: Annotated[
+        str, typer.Option("--budgets", metavar="LIST", help="FROM:TO:STEP, or a comma-separated list.")
+    ] = "0.27,0.3,0.35,0.42",
+    methods: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--methods", metavar="LIST", help="Metrics, comma-separated.", show_default="all"),
+    ] = None,
+    pairs: Annotated[int, typer.Option("--pairs", min=1, help="Layer-scheme pairs of the truth, at most.")] = 600,
+    samples: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--samples", min=1, help="Calls measured at each timestep.", show_default="measure.calls: 24"),
+    ] = None,
+    changes: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--set", metavar="KEY=VALUE", help="An entry of the recipe; repeatable.", show_default=False),
+    ] = None,
+    recipe: RecipeOption = None,
+    json: Annotated[bool, typer.Option("--json", help="The result on stdout as JSON.")] = False,
+) -> None:
+    """Compare every sensitivity with exhaustive measurement, and by the quality of the plans it leads to.
+
+    Takes minutes for the bundled models, hours for large ones; stopped, it goes on where it was.
+    """
+    from mpq_deploy.audit.audit import AUDITED, AuditOptions, audit_recipe, audit_run, parse_methods, run_audit
+    from mpq_deploy.pipeline import open_pipeline
+    from mpq_deploy.report.audit import audit_table, write_audit
+    from mpq_deploy.sweep import parse_budgets
+
+    chosen = parse_methods(methods) if methods is not None else AUDITED
+    options = AuditOptions(tuple(parse_budgets(budgets)), chosen, pairs, samples)
+    settings = audit_recipe(recipe, model, changes or [])
+    run = audit_run(settings, out)
+    with open_pipeline(settings, run, _talk()) as pipeline:
+        result = run_audit(pipeline, options, shlex.join(["mpq-deploy", *sys.argv[1:]]))
+        write_audit(result, run)
+    if State.json or json:
+        _print_json(result.as_json())
+    else:
+        print(audit_table(result))
+        print(f"\nreport: {run / 'audit.html'}")
 
 
 @app.command(rich_help_panel=LOOK, epilog="Example: mpq-deploy sample runs/emoji -o grid.png --count 8")

@@ -29,8 +29,8 @@ def html_page(data: ReportData) -> str:
     return environment.get_template("report.html.j2").render(
         data=data,
         words=words,
-        style=_asset("style.css"),
-        script=_asset("page.js"),
+        style=asset("style.css"),
+        script=asset("page.js"),
         pictures=pictures,
         titles=titles,
         size_chart=size_quality_chart(data),
@@ -60,6 +60,6 @@ def scheme_table(
     return schemes, rows
 
 
-def _asset(name: str) -> Markup:
+def asset(name: str) -> Markup:
     """Return a file of ``templates/`` as it is: it is ours, and holds nothing of the user's."""
     return Markup((resources.files("mpq_deploy.report") / "templates" / name).read_text(encoding="utf-8"))

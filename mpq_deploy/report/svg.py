@@ -20,7 +20,28 @@ LEFT, RIGHT, TOP, BOTTOM = 68, 24, 32, 52
 # Room for series' names at the right end of their lines.
 LABEL_WIDTH = 156
 # A series is known by its marker and dash as well as by the colour that CSS gives to its class.
-DASHES = {"int8": "7 4", "int4": "2 4", "size-only": "9 3 2 3", "random": "1 3"}
+DASHES = {
+    "int8": "7 4",
+    "int4": "2 4",
+    "size-only": "9 3 2 3",
+    "random": "1 3",
+    "exhaustive": "2 3",
+    "probe-cross": "7 3",
+    "gain": "11 3",
+    "kurtosis": "5 2 1 2",
+}
+CIRCLE, SQUARE, UP, DOWN, DIAMOND = "circle", "square", "triangle up", "triangle down", "diamond"
+SHAPES = {
+    "ours": CIRCLE,
+    "int8": SQUARE,
+    "int4": UP,
+    "random": DOWN,
+    "probe": CIRCLE,
+    "probe-cross": CIRCLE,
+    "gain": SQUARE,
+    "local_error": UP,
+    "exhaustive": SQUARE,
+}
 
 
 @dataclass(frozen=True)
@@ -127,19 +148,19 @@ def segment(key: str, start: float, end: float, y: float) -> Markup:
 
 
 def marker(key: str, at: tuple[float, float], said: str, radius: float, hollow: bool = False) -> Markup:
-    """Draw a point whose shape tells the series: circle ours, square INT8, triangles INT4 and random, else diamond."""
+    """Draw a point whose shape (``SHAPES``, else a diamond) tells the series."""
     (x, y), r = at, radius
     shapes = {
-        "ours": f"M{x - r:.1f} {y:.1f}a{r} {r} 0 1 0 {2 * r} 0a{r} {r} 0 1 0 {-2 * r} 0Z",
-        "int8": f"M{x - r:.1f} {y - r:.1f}h{2 * r}v{2 * r}h{-2 * r}Z",
-        "int4": f"M{x:.1f} {y - 1.2 * r:.1f}l{1.15 * r:.1f} {2 * r:.1f}h{-2.3 * r:.1f}Z",
-        "random": f"M{x:.1f} {y + 1.2 * r:.1f}l{1.15 * r:.1f} {-2 * r:.1f}h{-2.3 * r:.1f}Z",
+        CIRCLE: f"M{x - r:.1f} {y:.1f}a{r} {r} 0 1 0 {2 * r} 0a{r} {r} 0 1 0 {-2 * r} 0Z",
+        SQUARE: f"M{x - r:.1f} {y - r:.1f}h{2 * r}v{2 * r}h{-2 * r}Z",
+        UP: f"M{x:.1f} {y - 1.2 * r:.1f}l{1.15 * r:.1f} {2 * r:.1f}h{-2.3 * r:.1f}Z",
+        DOWN: f"M{x:.1f} {y + 1.2 * r:.1f}l{1.15 * r:.1f} {-2 * r:.1f}h{-2.3 * r:.1f}Z",
     }
     d = 1.3 * r
-    diamond = f"M{x:.1f} {y - d:.1f}l{d:.1f} {d:.1f}l{-d:.1f} {d:.1f}l{-d:.1f} {-d:.1f}Z"
+    shapes[DIAMOND] = f"M{x:.1f} {y - d:.1f}l{d:.1f} {d:.1f}l{-d:.1f} {d:.1f}l{-d:.1f} {-d:.1f}Z"
     kind = "marker hollow" if hollow else "marker"
     return Markup('<path class="{} series-{}" d="{}"><title>{}</title></path>').format(
-        kind, key, shapes.get(key, diamond), said
+        kind, key, shapes[SHAPES.get(key, DIAMOND)], said
     )
 
 

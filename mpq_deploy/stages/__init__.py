@@ -59,7 +59,7 @@ def check_recipe(recipe: Recipe) -> None:
         raise MissingDependencyError("tensorrt-rtx", "rtx", f"Building an engine for '{target.name}'")
     budget_in_bytes(recipe.budget, 1 << 30, 1 << 30)
     if recipe.measure.method == "orm" or recipe.measure.sampling == "adaptive":
-        _check_timesteps(recipe)
+        check_timesteps(recipe)
     if recipe.evaluate.seed == recipe.calibrate.seed:
         raise UsageError(
             f"evaluate.seed and calibrate.seed are both {recipe.evaluate.seed}.",
@@ -67,7 +67,7 @@ def check_recipe(recipe: Recipe) -> None:
         )
 
 
-def _check_timesteps(recipe: Recipe) -> None:
+def check_timesteps(recipe: Recipe) -> None:
     """Refuse more timesteps than there are: the K of orm and of adaptive sampling is not quietly made smaller."""
     steps, calibrated = recipe.calibrate.steps, recipe.calibrate.timesteps
     wanted = {"measure.timesteps": recipe.measure.timesteps}

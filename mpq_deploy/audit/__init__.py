@@ -1,0 +1,1 @@
+"""Which sensitivity to trust: every metric against the exhaustive truth, and the plans that each of them makes."""

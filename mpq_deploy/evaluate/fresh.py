@@ -1,0 +1,78 @@
+"""The float model on trajectories that nothing was fitted on, and the error of a quantized graph there, image by image.
+
+In: the float ONNX file with its description and conditions. Out: the squared error of a graph's output relative to the
+float model's, for every image: their mean is the measured NMSE, their spread its standard error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mpq_deploy.calibrate.options import CalibrationOptions
+from mpq_deploy.calibrate.stats import CalibrationSet
+from mpq_deploy.calibrate.trajectories import record_trajectories
+from mpq_deploy.denoisers.spec import Array, DenoiserSpec
+from mpq_deploy.runtime.ort import OrtDenoiser
+from mpq_deploy.sampling.sampler import SamplerKind, make_sampler
+from mpq_deploy.talk import Talk
+
+
+@dataclass(frozen=True)
+class FreshOptions:
+    """``images`` trajectories of ``steps`` steps from the noise of ``seed``, ``batch_size`` at once."""
+
+    images: int
+    steps: int
+    seed: int
+    sampler: SamplerKind = "auto"
+    batch_size: int = 16
+
+
+class FreshCalls:
+    """The float model's calls at every step of fresh trajectories, and its outputs."""
+
+    def __init__(
+        self, model: Path, spec: DenoiserSpec, conditions: Mapping[str, Array], options: FreshOptions, talk: Talk
+    ) -> None:
+        self._spec, self._conditions, self._options = spec, dict(conditions), options
+        sampler = make_sampler(spec.scheduler, options.steps, options.seed, options.sampler)
+        recorded = CalibrationOptions(
+            timesteps=len(sampler.timesteps),
+            steps=options.steps,
+            samples=options.images,
+            batch_size=options.batch_size,
+            seed=options.seed,
+        )
+        denoiser = OrtDenoiser(model, spec)
+        self.inputs: CalibrationSet = record_trajectories(denoiser, sampler, spec, self._conditions, recorded, talk)
+        self._outputs = [self._run(denoiser, step) for step in range(len(self.inputs.timesteps))]
+        self._power = np.array([np.square(output).sum() / len(output) for output in self._outputs])
+
+    def errors(self, model: Path) -> Array:
+        """Return each call's squared error relative to the mean output of its timestep, float64 [N], mean over those.
+
+        ``model`` is a quantized graph of FP32 arithmetic. The mean of the result is the NMSE.
+        """
+        denoiser = OrtDenoiser(model, self._spec, fake_quant_only=True)
+        squares = []
+        for step, expected in enumerate(self._outputs):
+            error = np.square((self._run(denoiser, step) - expected).astype(np.float64))
+            squares.append(error.reshape(len(error), -1).sum(axis=1) / self._power[step])
+        return np.asarray(np.mean(squares, axis=0))
+
+    def _run(self, denoiser: OrtDenoiser, step: int) -> Array:
+        outputs = []
+        for start in range(0, len(self.inputs.rows), self._options.batch_size):
+            chunk = slice(start, start + self._options.batch_size)
+            taken = {name: values[self.inputs.rows[chunk]] for name, values in self._conditions.items()}
+            outputs.append(denoiser(self.inputs.samples[step][chunk], float(self.inputs.timesteps[step]), taken))
+        return np.concatenate(outputs)
+
+
+def standard_error(values: Array) -> float:
+    """Return the standard error of the mean of ``values`` [N]; 0 for a single one."""
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
