@@ -24,17 +24,13 @@ from typing import Any
 import numpy as np
 from table import Page, bench_recipe, made_by_stages, markdown, verdict, weights_digest
 
-from mpq_deploy.calibrate.options import CalibrationOptions
-from mpq_deploy.calibrate.stats import CalibrationSet
-from mpq_deploy.calibrate.trajectories import record_trajectories
 from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.errors import InfeasibleBudgetError
 from mpq_deploy.evaluate.evaluate import evaluate
+from mpq_deploy.evaluate.fresh import FreshCalls, FreshOptions, standard_error
 from mpq_deploy.evaluate.result import EvaluationOptions
 from mpq_deploy.graph.write import SIMULATED
 from mpq_deploy.pipeline import Pipeline, open_pipeline
-from mpq_deploy.runtime.ort import OrtDenoiser
-from mpq_deploy.sampling.sampler import make_sampler
 from mpq_deploy.stages.allocate import PlanSolver
 from mpq_deploy.stages.common import Exported
 from mpq_deploy.stages.quantize import write_plan
@@ -72,25 +68,9 @@ class Truth:
 
     def __init__(self, pipeline: Pipeline, images: int, seed: int) -> None:
         self.pipeline, self.exported = pipeline, Exported(pipeline)
-        spec = self.exported.spec
-        sampler = make_sampler(spec.scheduler, STEPS, seed, pipeline.recipe.evaluate.sampler)
-        options = CalibrationOptions(
-            timesteps=len(sampler.timesteps), steps=STEPS, samples=images, batch_size=16, seed=seed
-        )
-        denoiser = OrtDenoiser(self.exported.path, spec)
-        self.inputs = record_trajectories(denoiser, sampler, spec, self.exported.conditions, options, Talk())
-        self._outputs = [self._run(denoiser, step) for step in range(len(self.inputs.timesteps))]
-        self._power = np.array([np.square(output).sum() / len(output) for output in self._outputs])
+        options = FreshOptions(images, STEPS, seed, pipeline.recipe.evaluate.sampler)
+        self._calls = FreshCalls(self.exported.path, self.exported.spec, self.exported.conditions, options, Talk())
         self._kept: dict[str, Array] = {}
-
-    def _run(self, denoiser: OrtDenoiser, step: int) -> Array:
-        calls: CalibrationSet = self.inputs
-        outputs = []
-        for start in range(0, len(calls.rows), 16):
-            chunk = slice(start, start + 16)
-            taken = {name: values[calls.rows[chunk]] for name, values in self.exported.conditions.items()}
-            outputs.append(denoiser(calls.samples[step][chunk], float(calls.timesteps[step]), taken))
-        return np.concatenate(outputs)
 
     def errors(self, schemes: dict[str, str]) -> Array:
         """Return each call's relative squared error, mean over timesteps; their mean is the measured error."""
@@ -98,18 +78,13 @@ class Truth:
         if key not in self._kept:
             with tempfile.TemporaryDirectory(dir=self.pipeline.run.scratch()) as folder:
                 write_plan(self.pipeline, schemes, Path(folder))
-                denoiser = OrtDenoiser(Path(folder) / SIMULATED, self.exported.spec, fake_quant_only=True)
-            squares = []
-            for step, expected in enumerate(self._outputs):
-                error = np.square((self._run(denoiser, step) - expected).astype(np.float64))
-                squares.append(error.reshape(len(error), -1).sum(axis=1) / self._power[step])
-            self._kept[key] = np.mean(squares, axis=0)
+                self._kept[key] = self._calls.errors(Path(folder) / SIMULATED)
         return self._kept[key]
 
 
 def relative_error(values: Array, of: float) -> float:
     """Return the standard error of the mean of ``values``, relative to ``of``."""
-    return float(values.std(ddof=1) / np.sqrt(len(values)) / of)
+    return standard_error(values) / of
 
 
 def psnr(pipeline: Pipeline, plans: list[dict[str, str]]) -> tuple[float, ...]:

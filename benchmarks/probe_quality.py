@@ -20,12 +20,11 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-from scipy.stats import spearmanr
 from table import Page, bench_recipe, markdown, verdict, weights_digest
 
 import mpq_deploy.sensitivity
 from mpq_deploy.artefacts import file_digest
+from mpq_deploy.audit.agreement import Compared, moments, rho_of
 from mpq_deploy.graph.layers import Layer
 from mpq_deploy.meter import metered
 from mpq_deploy.pipeline import Pipeline, open_pipeline
@@ -86,15 +85,13 @@ def code_digest() -> list[str]:
 def compare(truth: SensitivityTable, table: SensitivityTable, scheme: str) -> tuple[int, float, list[float]]:
     """Return the number of layers, Spearman, and the 10th, 50th and 90th percentile of prediction / truth.
 
-    Layers that a scheme changes nothing of (FP16, where the file holds FP16 weights) are left out.
+    Layers that a scheme changes nothing of, and FP16 weights, are left out.
     """
-    layers = [name for name, losses in truth.losses.items() if losses.get(scheme, 0.0) > 0]
-    expected = np.array([truth.losses[name][scheme] for name in layers])
-    found = np.array([table.losses[name][scheme] for name in layers])
-    rank = float(spearmanr(expected, found).statistic) if len(layers) > 2 else float("nan")
-    ratios = found / expected
-    spread = [float(value) for value in np.percentile(ratios, [10, 50, 90])] if len(ratios) else [float("nan")] * 3
-    return len(layers), rank, spread
+    pairs = [(name, scheme) for name, losses in truth.losses.items() if scheme in losses]
+    compared = Compared.of(pairs, truth.losses, table.losses)
+    rank = float(rho_of(moments(compared.true, compared.found)))
+    spread = compared.calibration()
+    return len(compared.true), rank, [spread.low, spread.median, spread.high] if spread else [float("nan")] * 3
 
 
 def agreement(found: Found) -> tuple[str, list[tuple[str, int, float]]]:

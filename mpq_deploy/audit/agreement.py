@@ -55,8 +55,9 @@ class Compared:
         truth: dict[str, dict[str, float]],
         found: dict[str, dict[str, float]],
     ) -> Compared:
-        """Take the pairs that the truth says change something and that the metric has a loss for."""
-        kept = [(n, s) for n, s in pairs if truth[n].get(s, 0.0) > 0 and s in found.get(n, {})]
+        """Take the pairs of quantized weights that change something in truth and that the metric has a loss for."""
+        quantized = [(n, s) for n, s in pairs if SCHEMES[s].weight is not None]
+        kept = [(n, s) for n, s in quantized if truth[n].get(s, 0.0) > 0 and s in found.get(n, {})]
         return cls(
             tuple(n for n, _ in kept),
             tuple(s for _, s in kept),

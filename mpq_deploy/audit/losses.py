@@ -7,7 +7,7 @@ kept when the audit is stopped, and found again when it goes on.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -168,7 +168,7 @@ class Losses:
             **version_of("torch", "onnxruntime", "numpy", "highspy"),
         }
 
-    def _kept(self, name: str, fields: Fields, make: Any) -> SensitivityTable:
+    def _kept(self, name: str, fields: Fields, make: Callable[[], SensitivityTable]) -> SensitivityTable:
         """Return the table of a stage folder, made by ``make`` where it is not current."""
         run = self._pipeline.run
         if run.changed_fields(name, fields) != []:

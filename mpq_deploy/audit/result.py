@@ -14,7 +14,7 @@ TITLES = {
     "gain": "gain × local error",
     "local_error": "local error",
     "kurtosis": "kurtosis",
-    "orm": "orthogonality (orm)",
+    "orm": "orthogonality",
     "size-only": "size only",
     "random": "random",
     "exhaustive": "exhaustive",

@@ -134,13 +134,13 @@ def _verdict(found: Correlation) -> str:
 def _orm_plans(result: AuditResult, orm: MetricResult) -> list[str]:
     """Compare orm's plans with those of its controls and of the best metric, budget by budget."""
     others = [row for key in ("size-only", "random", "probe") if (row := result.metric(key)) is not None and row.plans]
-    lines = []
+    said = []
     for number, point in enumerate(orm.plans):
         beside = [(row.title, row.plans[number].nmse) for row in others if row.plans[number].nmse is not None]
         if point.nmse is not None and beside:
             listed = ", ".join(f"{title} {words.error(found)}" for title, found in beside)
-            lines.append(f"At {point.budget:g} the error of its plan is {words.error(point.nmse)}; {listed}.")
-    return lines
+            said.append(f"at {point.budget:g} {words.error(point.nmse)} ({listed})")
+    return [f"The error of its plans: {'; '.join(said)}."] if said else []
 
 
 def class_names(result: AuditResult) -> list[str]:

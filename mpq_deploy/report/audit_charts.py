@@ -92,7 +92,7 @@ def correlation_chart(result: AuditResult) -> Markup | None:
 def scatter_chart(result: AuditResult) -> Markup | None:
     """Draw each metric's losses over the true ones, a panel per metric, both axes logarithmic."""
     rows = [row for row in result.metrics if row.pooled is not None]
-    true = [loss[TRUTH] for loss in result.losses if loss[TRUTH] > 0]
+    true = [loss[TRUTH] for loss in result.losses if loss[TRUTH] > 0 and SCHEMES[loss["scheme"]].weight is not None]
     if not rows or not true:
         return None
     lines = -(-len(rows) // COLUMNS)
@@ -112,10 +112,12 @@ def _panel(result: AuditResult, row: MetricResult, true: Sequence[float], left: 
     points: dict[str, list[tuple[float, float]]] = {}
     for loss in result.losses:
         found = loss.get(row.key)
-        if found and loss[TRUTH] > 0:
+        if found and loss[TRUTH] > 0 and SCHEMES[loss["scheme"]].weight is not None:
             points.setdefault(SCHEMES[loss["scheme"]].family, []).append((loss[TRUTH], found))
     values = [found for family in points.values() for _, found in family] or [1.0]
-    across, up = log_ticks(true), log_ticks([*values, *true] if row.calibration else values)
+    across = log_ticks(true)
+    # Losses that predict no error have a unit of their own: only their order counts, so there are no ticks.
+    up = log_ticks([*values, *true]) if row.calibration else [min(values) / 1.2, max(values) * 1.2]
     x = Axis(across[0], across[-1], left, left + PANEL - 36, log=True)
     y = Axis(up[0], up[-1], upper + PANEL_HEIGHT - 40, upper + 24, log=True)
     parts = [
@@ -126,7 +128,7 @@ def _panel(result: AuditResult, row: MetricResult, true: Sequence[float], left: 
     ]
     for value, at in ((across[0], "start"), (across[-1], "end")):
         parts.append(label(x(value), y.start + 15, power_label(value), at, "tick small"))
-    for value in (up[0], up[-1]):
+    for value in (up[0], up[-1]) if row.calibration else ():
         parts.append(label(x.start - 4, y(value) + 4, power_label(value), "end", "tick small"))
     if row.calibration:
         low, high = max(across[0], up[0]), min(across[-1], up[-1])
@@ -190,7 +192,7 @@ def _said(point: PlanPoint, psnr: bool) -> str:
 
 
 def _families(result: AuditResult) -> list[str]:
-    used = {SCHEMES[loss["scheme"]].family for loss in result.losses}
+    used = {SCHEMES[loss["scheme"]].family for loss in result.losses if SCHEMES[loss["scheme"]].weight is not None}
     return [family for family in dict.fromkeys(s.family for s in SCHEMES.values()) if family in used]
 
 

@@ -78,7 +78,8 @@ def _measured_steps(
         orm=OrmOptions(**section.orm.model_dump()),
     )
     if section.sampling == "uniform" or count == available:
-        return sampled_steps(available, count), options, ()
+        fewer = f"all {available} calibrated timesteps are measured: measure.timesteps asks for {section.timesteps}"
+        return sampled_steps(available, count), options, (fewer,) if section.timesteps > available else ()
     from mpq_deploy.sensitivity.orm import adapted_steps
 
     arguments = (exported.graph, calls, exported.conditions, exported.spec, options, pipeline.talk)

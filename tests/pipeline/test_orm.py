@@ -98,6 +98,12 @@ def test_few_calls_and_adaptive_timesteps_are_said_in_the_report(model: Path, tm
     assert sum(found["importance"]["weights"]) == pytest.approx(1)
 
 
+def test_fewer_timesteps_than_asked_for_are_said_in_the_report(finished: Built) -> None:
+    """Methods other than orm take what was calibrated, and do not hide it."""
+    said = "all 2 calibrated timesteps are measured: measure.timesteps asks for 20"
+    assert said in finished.report["notes"] and said in (finished.run / "report.html").read_text()
+
+
 @pytest.mark.parametrize("method", ["local_error", "kurtosis", "size-only", "random"])
 def test_other_metrics_that_only_rank_predict_nothing_either(method: str, model: Path, run: Path) -> None:
     found = build(recipe_for(model, measure__method=method), run)
