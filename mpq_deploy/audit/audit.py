@@ -86,16 +86,16 @@ def audit_run(recipe: Recipe, out: Path | None) -> Path:
     return run
 
 
-def check_audit(recipe: Recipe, options: AuditOptions) -> None:
+def check_audit(recipe: Recipe) -> None:
     """Find mistakes before anything runs: timesteps that do not exist, settings that an audit does not know."""
     from mpq_deploy.stages import check_timesteps
 
-    check_timesteps(recipe)
     if recipe.measure.sampling != "uniform":
         raise UsageError(
             f"measure.sampling is {recipe.measure.sampling}, but an audit measures evenly spaced timesteps.",
             "Leave measure.sampling at uniform.",
         )
+    check_timesteps(recipe)
 
 
 def run_audit(pipeline: Pipeline, options: AuditOptions, command: str = "") -> AuditResult:
@@ -104,7 +104,7 @@ def run_audit(pipeline: Pipeline, options: AuditOptions, command: str = "") -> A
     ``command``: how the user called it, for the report. A metric that refuses its settings (orm with too few calls)
     and a budget that no plan of a metric fits are part of the result and do not end the audit.
     """
-    check_audit(pipeline.recipe, options)
+    check_audit(pipeline.recipe)
     pipeline.run_until("candidates")
     losses = Losses(pipeline, options.samples or min(pipeline.recipe.measure.calls, pipeline.recipe.measure.samples))
     tables: dict[str, SensitivityTable] = {}
