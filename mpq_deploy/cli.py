@@ -283,13 +283,13 @@ def targets(name: Annotated[Optional[str], typer.Argument(help="Show one target 
     from mpq_deploy.engine.target import known_targets, load_target
 
     if name is not None:
-        described = load_target(name).model_dump(mode="json")
+        target = load_target(name)
         if State.json:
-            _print_json(described)
+            _print_json(target.model_dump(mode="json"))
         else:
-            import yaml
+            from mpq_deploy.engine.target_text import describe_target
 
-            print(yaml.safe_dump(described, sort_keys=False, allow_unicode=True, width=96), end="")
+            print(describe_target(target))
         return
     rows = [load_target(known) for known in known_targets()]
     if State.json:

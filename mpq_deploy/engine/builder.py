@@ -164,7 +164,7 @@ def _check_version(target: Target) -> None:
         version = package_version(target.builder)
     except PackageNotFoundError:
         return  # installed without metadata (JetPack's own): the worker's result names the version
-    if target.versions and not any(version.startswith(prefix) for prefix in target.versions):
+    if not target.takes_version(version):
         raise EngineError(
             f"The target '{target.name}' is for {target.builder} {' or '.join(target.versions)}; {version} is here.",
             "Choose the target of that version (mpq-deploy targets), or extend it in a YAML with 'versions: []'.",

@@ -71,7 +71,7 @@ def build_with_trtexec(
         done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False)
     text = log.read_text(errors="replace")
     version = trtexec_version(text)
-    if target.versions and version and not any(version.startswith(prefix) for prefix in target.versions):
+    if version and not target.takes_version(version):
         raise EngineError(
             f"The target '{target.name}' is for TensorRT {' or '.join(target.versions)}, but trtexec is {version}.",
             "Choose the target of that version (mpq-deploy targets).",
