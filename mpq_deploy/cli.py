@@ -300,6 +300,29 @@ def targets(name: Annotated[Optional[str], typer.Argument(help="Show one target 
         print(f"{row.name:<{width}}  {row.dialect:<12}  {row.title}")
 
 
+@app.command(rich_help_panel=LOOK, epilog="Example: mpq-deploy check model.onnx --target jetson-agx-orin")
+def check(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="Any ONNX file.", show_default=False)],
+    target: TargetOption = "rtx",
+    strict: Annotated[bool, typer.Option("--strict", help="Warnings fail, too (exit code 1).")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Results on stdout as JSON.")] = False,
+) -> None:
+    """Say per node what a target's TensorRT refuses, gets wrong, runs in FP16 or slowly.
+
+    Exit code 1 when something is refused or wrong; with --strict also for warnings.
+    """
+    from mpq_deploy.check.check import check_model
+    from mpq_deploy.engine.target import load_target
+
+    result = check_model(model, load_target(target or "rtx"))
+    if State.json or json:
+        _print_json(result.as_json(strict))
+    else:
+        print(result.text())
+    if not result.passes(strict):
+        raise typer.Exit(1)
+
+
 @app.command(rich_help_panel=MACHINE, epilog="Example: mpq-deploy doctor")
 def doctor() -> None:
     """Say what this machine has, what it can build and what it can run."""
