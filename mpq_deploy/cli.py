@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 STAGES = "Stages (over one run folder)"
 LOOK = "Look at results"
+DEVICE = "To a device"
 MACHINE = "This machine"
 OF_MODEL = "What the model does not bring"
 
@@ -275,6 +276,57 @@ def sample(
     with open_pipeline(_recipe_of(run, None), run, _talk()) as pipeline:
         pipeline.sample(out, count, seed, steps, controls)
     print(out)
+
+
+@app.command(rich_help_panel=DEVICE, epilog="Example: mpq-deploy package runs/mine --target jetson-agx-orin")
+def package(
+    run: RunArgument,
+    target: TargetOption = None,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--out", "-o", metavar="FILE", help="The archive.", show_default="<run>.mpq.tar"),
+    ] = None,
+) -> None:
+    """Pack what a device needs into one archive: the graph, its checks, an installer."""
+    from mpq_deploy.engine.target import load_target
+    from mpq_deploy.package import make_package
+    from mpq_deploy.pipeline import open_pipeline
+
+    recipe = _recipe_of(run, None)
+    with open_pipeline(recipe, run, _talk()) as pipeline:
+        written = make_package(pipeline, load_target(target or recipe.target), out or Path(f"{run.name}.mpq.tar"))
+    if State.json:
+        _print_json(written)
+    else:
+        print(f"{written['file']}  {written['bytes']:,} bytes\nsha256 {written['sha256']}")
+
+
+@app.command(rich_help_panel=DEVICE, epilog="Example: mpq-deploy install model.mpq.tar")
+def install(
+    archive: Annotated[Path, typer.Argument(metavar="MODEL.mpq.tar", help="The package.", show_default=False)],
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--out", "-o", metavar="FOLDER", help="Where to.", show_default="beside the archive"),
+    ] = None,
+    force_memory: Annotated[
+        bool, typer.Option("--force-memory", help="Build even if memory is estimated to be too small.")
+    ] = False,
+) -> None:
+    """On the device: verify, build, check the layers, run the references, measure.
+
+    Without mpq-deploy on the device: tar xf MODEL.mpq.tar, then ./build.sh. Exit code 1 when something differs.
+    """
+    from mpq_deploy.device.install import default_out, summary
+    from mpq_deploy.device.install import install as install_package
+
+    folder = out or default_out(archive)
+    results = install_package(archive, folder, _talk(), force_memory)
+    if State.json:
+        _print_json(results)
+    else:
+        print(summary(results, folder))
+    if not results["passed"]:
+        raise typer.Exit(1)
 
 
 @app.command(rich_help_panel=MACHINE, epilog="Example: mpq-deploy targets rtx")
