@@ -233,9 +233,26 @@ def evaluate(
 
 
 @app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy report runs/mine")
-def report(run: RunArgument, recipe: RecipeOption = None) -> None:
+def report(
+    run: RunArgument,
+    recipe: RecipeOption = None,
+    device: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option("--device", metavar="FILE", help="A results.json from a device, to take in.", show_default=False),
+    ] = None,
+) -> None:
     """Write report.html, report.md and report.json."""
-    _run_until("report", _recipe_of(run, recipe), run)
+    from mpq_deploy.pipeline import open_pipeline
+
+    settings = _recipe_of(run, recipe)
+    if device:
+        from mpq_deploy.home_results import take_in
+
+        with open_pipeline(settings, run, _talk()) as pipeline:
+            pipeline.run_until("quantize")
+            for path in device:
+                take_in(pipeline, path)
+    _run_until("report", settings, run)
 
 
 @app.command(rich_help_panel=LOOK, epilog="Example: mpq-deploy sweep runs/emoji --budgets 0.26:0.5 --evaluate")
