@@ -346,6 +346,39 @@ def install(
         raise typer.Exit(1)
 
 
+@app.command(rich_help_panel=DEVICE, epilog="Example: mpq-deploy deploy runs/mine --ssh nvidia@orin.local")
+def deploy(
+    run: RunArgument,
+    ssh: Annotated[str, typer.Option("--ssh", metavar="USER@HOST", help="The device, as for ssh.")],
+    target: TargetOption = None,
+    ssh_command: Annotated[str, typer.Option("--ssh-command", help="The client, with options.")] = "ssh",
+    folder: Annotated[str, typer.Option("--folder", help="The folder on the device.")] = "mpq-deploy",
+    python: Annotated[str, typer.Option("--python", help="What runs the installer there.")] = "python3",
+) -> None:
+    """Package, copy, install on the device and fetch the results, over your own ssh.
+
+    Host keys are checked as your ssh configuration says. A broken call goes on when repeated.
+    """
+    import shlex
+
+    from mpq_deploy.deploy import Remote
+    from mpq_deploy.deploy import deploy as deploy_run
+    from mpq_deploy.device.install import summary
+    from mpq_deploy.engine.target import load_target
+    from mpq_deploy.pipeline import open_pipeline
+
+    recipe = _recipe_of(run, None)
+    remote = Remote(ssh, tuple(shlex.split(ssh_command)), folder, python)
+    with open_pipeline(recipe, run, _talk()) as pipeline:
+        results = deploy_run(pipeline, load_target(target or recipe.target), remote)
+    if State.json:
+        _print_json(results)
+    else:
+        print(summary(results, Path(folder)))
+    if not results["passed"]:
+        raise typer.Exit(1)
+
+
 @app.command(rich_help_panel=MACHINE, epilog="Example: mpq-deploy targets rtx")
 def targets(name: Annotated[Optional[str], typer.Argument(help="Show one target in full.")] = None) -> None:  # noqa: UP045
     """List the targets, or show what one target may take and what is proven of it."""
