@@ -1,7 +1,7 @@
 """Package, copy, install and fetch in one go, over the user's own ssh client and configuration.
 
 Only ``ssh`` is used, with a shell, cat, head, sha256sum and python3 on the other side. Each step looks at what is there
-already, so that a call after a broken one goes on where it stopped: at the last byte that arrived, or after the install.
+already, so that a call after a broken one goes on where it stopped: at the last byte that came, or after the install.
 """
 
 from __future__ import annotations

@@ -52,6 +52,15 @@ def test_every_rule_has_a_form_and_every_verdict_a_dialect() -> None:
         assert all(proof != "built here" for name, proof in proofs.items() if DIALECTS[name].proper), rule.name
 
 
+def test_every_rule_is_documented_with_what_it_does_where() -> None:
+    rows = [line.split("|") for line in Path("docs/targets.md").read_text().splitlines() if line.startswith("| `")]
+    documented = {row[1].strip(" `"): [cell.strip() for cell in row[3:8]] for row in rows if len(row) == 9}
+    marks = {"built here": "", "documented": " (d)", "unproven": " (u)"}
+    for rule in RULES:
+        cells = [rule.verdicts.get(name) for name in ("trt-10.3", "trt-10.13", "trt-11", "trt-rtx", "onnxruntime")]
+        assert documented[rule.name] == [one.effect + marks[one.proof] if one else "" for one in cells]
+
+
 def built(form: Form, folder: Path) -> EngineLog | None:
     """The engine's log; None when the builder refuses or crashes."""
     onnx.save(model_of(form), folder / "m.onnx")

@@ -28,7 +28,7 @@ def gpu() -> None:
 
 @pytest.mark.parametrize("schemes", [["w8a8"], ["w4a16", "fp16"], ["w4a8", "w8a8"]], ids="-".join)
 def test_a_package_runs_and_agrees(schemes: list[str], tmp_path: Path) -> None:
-    recipe = recipe_for(save_denoiser(tmp_path), schemes=schemes, budget=0.6)
+    recipe = recipe_for(save_denoiser(tmp_path), allocate__schemes=schemes, budget=0.6)
     build(recipe, tmp_path / "run", "quantize")
     with open_pipeline(recipe, tmp_path / "run", Talk()) as pipeline:
         make_package(pipeline, load_target("rtx"), tmp_path / "a.mpq.tar")
