@@ -69,6 +69,21 @@ def uint8_codes(context: Context) -> Iterator[Found]:
             yield Found(node, "it dequantizes UINT8")
 
 
+def int32_codes(context: Context) -> Iterator[Found]:
+    """DequantizeLinear of INT32 codes: biases as ONNX Runtime's quantizer writes them."""
+    for node in _nodes(context, "DequantizeLinear"):
+        if context.view.dtype(node.input(0)) == "INT32":
+            yield Found(node, "it dequantizes INT32")
+
+
+def scalar_codes(context: Context) -> Iterator[Found]:
+    """DequantizeLinear of a single number: the parser reshapes it first, which quantized constants do not survive."""
+    for node in _nodes(context, "DequantizeLinear"):
+        constant = context.view.constants.get(node.input(0))
+        if constant is not None and constant.shape == ():
+            yield Found(node, f"it dequantizes the single number '{constant.name}'")
+
+
 def uint8_zero_point(context: Context) -> Iterator[Found]:
     """QuantizeLinear to UINT8, by its zero point."""
     for node in _nodes(context, "QuantizeLinear"):
@@ -238,6 +253,18 @@ TYPE_RULES = (
         built_here("refused", "documented"),
     ),
     Rule("uint8-codes", uint8_codes, SYMMETRIC, built_here("refused", "documented")),
+    Rule(
+        "int32-codes",
+        int32_codes,
+        "leave biases in float (onnxruntime's quantize_static: extra_options QuantizeBias False)",
+        built_here("refused", "documented"),
+    ),
+    Rule(
+        "scalar-codes",
+        scalar_codes,
+        "leave single numbers in float (quantize only Conv, Gemm and MatMul)",
+        built_here("refused"),
+    ),
     Rule("uint8-zero-point", uint8_zero_point, SYMMETRIC, documented("wrong")),
     Rule(
         "uint8-by-default",

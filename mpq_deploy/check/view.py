@@ -161,30 +161,20 @@ class View:
         for node in self.nodes:
             for index, name in enumerate(node.inputs):
                 self.readers.setdefault(name, []).append((node, index))
-        self._static: dict[str, bool] = {}
+        self._static = set(self.constants)
+        # ONNX lists nodes in an order in which each comes after what it reads.
+        for node in self.nodes:
+            made_of = [name for name in node.inputs if name]
+            if node.op == "Constant" or (made_of and self._static.issuperset(made_of)):
+                self._static.update(name for name in node.outputs if name)
 
     def producer(self, name: str) -> Node | None:
         """The node that makes a tensor; None for constants and graph inputs."""
         return None if name in self.constants else self.producers.get(name)
 
     def static(self, name: str) -> bool:
-        """Whether a tensor depends on constants only (a graph that feeds itself has no such tensor)."""
-        stack = [name]
-        while stack:
-            top = stack[-1]
-            node = self.producer(top)
-            if top in self._static or top in self.constants or node is None:
-                self._static.setdefault(top, top in self.constants)
-                stack.pop()
-                continue
-            inputs = [one for one in node.inputs if one]
-            open_ = [one for one in inputs if one not in self._static and one not in stack]
-            if open_:
-                stack.extend(open_)
-                continue
-            self._static[top] = bool(inputs) and all(self._static.get(one, False) for one in inputs)
-            stack.pop()
-        return self._static[name]
+        """Whether a tensor depends on constants only."""
+        return name in self._static
 
     def stored(self, name: str) -> Stored | None:
         """How the constant operand ``name`` is stored; None when it depends on the model's inputs."""
@@ -193,7 +183,7 @@ class View:
         path: list[Node] = []
         while name not in self.constants:
             node = self.producers[name]
-            if node.op not in HANDING_ON or node.domain not in STANDARD:
+            if node.op not in HANDING_ON or node.domain not in STANDARD or not node.inputs:
                 return Stored(None, tuple(reversed(path)), node)
             path.append(node)
             name = node.inputs[0]

@@ -192,6 +192,15 @@ def wrong_scale_type(d: Draft) -> str:
     return d.op("DequantizeLinear", q, d.scale())
 
 
+def int32_bias(d: Draft) -> str:
+    bias = d.op("DequantizeLinear", d.const(np.ones(64, np.int32)), d.scale(0.01, (64,)), axis=0)
+    return d.op("Conv", d.act(d.relu()), d.int8(*W8), bias, pads=[1] * 4)
+
+
+def scalar_int8(d: Draft) -> str:
+    return d.op("Mul", d.relu(), d.op("DequantizeLinear", d.const(np.asarray(np.int8(3))), d.scale()))
+
+
 def float32_conv(d: Draft) -> str:
     w = d.const(np.ones((64, 64, 3, 3), np.float32))
     return d.conv(d.relu(), w)
@@ -263,6 +272,8 @@ BAD = [
     Form("constant-type", lambda d: raw_codes(d, TensorProto.UINT4, 4), ROWS, build="fails"),
     Form("constant-type", lambda d: raw_codes(d, TensorProto.INT2, 2), ROWS, build="fails", opset=25),
     Form("uint8-codes", lambda d: raw_codes(d, TensorProto.UINT8, 8), ROWS, build="fails"),
+    Form("int32-codes", int32_bias, build="fails"),
+    Form("scalar-codes", scalar_int8, build="fails"),
     Form("uint8-zero-point", lambda d: d.op("Relu", act_with(d, d.scale(), d.const(np.asarray(np.uint8(0)))))),
     Form("uint8-by-default", lambda d: conv8(d, act_with(d, d.scale()))),
     Form("zero-point", lambda d: conv8(d, act_with(d, d.scale(), d.const(np.asarray(np.int8(3))))), build="fails"),

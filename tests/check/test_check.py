@@ -162,3 +162,46 @@ def test_weights_are_not_read(tmp_path: Path) -> None:
     size = (tmp_path / "m.data").stat().st_size
     (tmp_path / "m.data").write_bytes(bytes(size))
     assert "conv-unpacked" in {finding.rule for finding in check_model(path, load_target("rtx")).findings}
+
+
+def test_a_weight_made_twice_of_the_same_constant_is_still_a_weight(tmp_path: Path) -> None:
+    d = Draft(16, 128)
+    w = d.int4(128, 128)
+    twice = d.op("Add", w, d.op("Mul", w, d.scale(0.5)))
+    found = {
+        finding.rule for finding in check_model(d.save(mm(d, twice), tmp_path / "m.onnx"), load_target("rtx")).findings
+    }
+    assert "weight-sum" in found
+
+
+@pytest.mark.parametrize(
+    ("options", "rules"),
+    [
+        ({}, {"zero-point"}),
+        ({"ActivationSymmetric": True, "WeightSymmetric": True}, {"int32-codes", "scalar-codes"}),
+        ({"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False}, {"scalar-codes"}),
+    ],
+)
+def test_models_that_onnxruntime_quantized_are_refused_as_tensorrt_refuses_them(
+    options: dict[str, bool], rules: set[str], tmp_path: Path
+) -> None:
+    """What users of its quantizer hand to TensorRT; the builder of TensorRT-RTX was seen to fail on each."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.left = 2
+
+        def get_next(self) -> dict[str, np.ndarray] | None:  # type: ignore[type-arg]
+            self.left -= 1
+            rng = np.random.default_rng(self.left + 1)
+            shapes = {"sample": (1, 3, 8, 8), "timestep": (1,)}
+            return {n: rng.random(s, np.float32) for n, s in shapes.items()} if self.left >= 0 else None
+
+    denoiser_graph().save(tmp_path / "m.onnx")
+    quantize_static(
+        tmp_path / "m.onnx", tmp_path / "q.onnx", Reader(), quant_format=QuantFormat.QDQ, extra_options=options
+    )
+    result = check_model(tmp_path / "q.onnx", load_target("rtx"))
+    refused = {finding.rule for finding in result.findings if finding.effect == "refused"}
+    assert refused >= rules if not options else refused == rules
