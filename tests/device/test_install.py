@@ -115,6 +115,16 @@ def test_the_blocked_packages_are_really_blocked(tmp_path: Path) -> None:
     assert "blocked: onnx" in done.stderr
 
 
+def test_the_module_runs_without_what_a_device_lacks(orin: Path, mock_device: Path, tmp_path: Path) -> None:
+    """``python -m mpq_deploy.install`` from an installed mpq-deploy, with a MOCK trtexec."""
+    package = Path(install_module.__file__).parents[2]
+    environment = {**isolated(tmp_path), "PYTHONPATH": f"{tmp_path}:{package}"}
+    command = [sys.executable, "-m", "mpq_deploy.install", str(orin), "-o", str(tmp_path / "out"), "--force-memory"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "outputs  agree" in done.stdout
+
+
 def test_with_a_mock_trtexec_everything_is_checked_and_measured(orin: Path, mock_device: Path, tmp_path: Path) -> None:
     results = install(orin, tmp_path / "out", Talk(), force_memory=True)
     assert results["passed"]
