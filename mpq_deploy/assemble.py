@@ -14,6 +14,7 @@ from mpq_deploy.allocate import PrecisionPlan
 from mpq_deploy.engine.target import load_target
 from mpq_deploy.evaluate.result import CpuLatency, Evaluation, VariantResult
 from mpq_deploy.graph.write import DEPLOYED, SIMULATED
+from mpq_deploy.home_results import device_infos
 from mpq_deploy.report.data import (
     Check,
     Control,
@@ -103,6 +104,7 @@ def report_data(pipeline: Pipeline) -> ReportData:
         engine=engine,
         engine_note=engine_note,
         cpu_latency=_cpu_latency(pipeline),
+        devices=device_infos(pipeline),
         layers=tuple(_layer_row(row, table) for row in plan.layers),
         others=tuple(OtherRow(**row) for row in plan.others),
         stages=tuple(

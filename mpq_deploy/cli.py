@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 STAGES = "Stages (over one run folder)"
 LOOK = "Look at results"
+DEVICE = "To a device"
 MACHINE = "This machine"
 OF_MODEL = "What the model does not bring"
 
@@ -234,9 +235,26 @@ def evaluate(
 
 
 @app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy report runs/mine")
-def report(run: RunArgument, recipe: RecipeOption = None) -> None:
+def report(
+    run: RunArgument,
+    recipe: RecipeOption = None,
+    device: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option("--device", metavar="FILE", help="A results.json from a device, to take in.", show_default=False),
+    ] = None,
+) -> None:
     """Write report.html, report.md and report.json."""
-    _run_until("report", _recipe_of(run, recipe), run)
+    from mpq_deploy.pipeline import open_pipeline
+
+    settings = _recipe_of(run, recipe)
+    if device:
+        from mpq_deploy.home_results import take_in
+
+        with open_pipeline(settings, run, _talk()) as pipeline:
+            pipeline.run_until("quantize")
+            for path in device:
+                take_in(pipeline, path)
+    _run_until("report", settings, run)
 
 
 @app.command(rich_help_panel=LOOK, epilog="Example: mpq-deploy sweep runs/emoji --budgets 0.26:0.5 --evaluate")
@@ -328,19 +346,103 @@ def sample(
     print(out)
 
 
+@app.command(rich_help_panel=DEVICE, epilog="Example: mpq-deploy package runs/mine --target jetson-agx-orin")
+def package(
+    run: RunArgument,
+    target: TargetOption = None,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--out", "-o", metavar="FILE", help="The archive.", show_default="<run>.mpq.tar"),
+    ] = None,
+) -> None:
+    """Pack what a device needs into one archive: the graph, its checks, an installer."""
+    from mpq_deploy.engine.target import load_target
+    from mpq_deploy.package import make_package
+    from mpq_deploy.pipeline import open_pipeline
+
+    recipe = _recipe_of(run, None)
+    with open_pipeline(recipe, run, _talk()) as pipeline:
+        written = make_package(pipeline, load_target(target or recipe.target), out or Path(f"{run.name}.mpq.tar"))
+    if State.json:
+        _print_json(written)
+    else:
+        print(f"{written['file']}  {written['bytes']:,} bytes\nsha256 {written['sha256']}")
+
+
+@app.command(rich_help_panel=DEVICE, epilog="Example: mpq-deploy install model.mpq.tar")
+def install(
+    archive: Annotated[Path, typer.Argument(metavar="MODEL.mpq.tar", help="The package.", show_default=False)],
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--out", "-o", metavar="FOLDER", help="Where to.", show_default="beside the archive"),
+    ] = None,
+    force_memory: Annotated[
+        bool, typer.Option("--force-memory", help="Build even if memory is estimated to be too small.")
+    ] = False,
+) -> None:
+    """On the device: verify, build, check the layers, run the references, measure.
+
+    Without mpq-deploy on the device: tar xf MODEL.mpq.tar, then ./build.sh. Exit code 1 when something differs.
+    """
+    from mpq_deploy.device.install import default_out, summary
+    from mpq_deploy.device.install import install as install_package
+
+    folder = out or default_out(archive)
+    results = install_package(archive, folder, _talk(), force_memory)
+    if State.json:
+        _print_json(results)
+    else:
+        print(summary(results, folder))
+    if not results["passed"]:
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=DEVICE, epilog="Example: mpq-deploy deploy runs/mine --ssh nvidia@orin.local")
+def deploy(
+    run: RunArgument,
+    ssh: Annotated[str, typer.Option("--ssh", metavar="USER@HOST", help="The device, as for ssh.")],
+    target: TargetOption = None,
+    ssh_command: Annotated[str, typer.Option("--ssh-command", help="The client, with options.")] = "ssh",
+    folder: Annotated[str, typer.Option("--folder", help="The folder on the device.")] = "mpq-deploy",
+    python: Annotated[str, typer.Option("--python", help="What runs the installer there.")] = "python3",
+) -> None:
+    """Package, copy, install on the device and fetch the results, over your own ssh.
+
+    Host keys are checked as your ssh configuration says. A broken call goes on when repeated.
+    """
+    import shlex
+
+    from mpq_deploy.deploy import Remote
+    from mpq_deploy.deploy import deploy as deploy_run
+    from mpq_deploy.device.install import summary
+    from mpq_deploy.engine.target import load_target
+    from mpq_deploy.pipeline import open_pipeline
+
+    recipe = _recipe_of(run, None)
+    remote = Remote(ssh, tuple(shlex.split(ssh_command)), folder, python)
+    with open_pipeline(recipe, run, _talk()) as pipeline:
+        results = deploy_run(pipeline, load_target(target or recipe.target), remote)
+    if State.json:
+        _print_json(results)
+    else:
+        print(summary(results, Path(folder)))
+    if not results["passed"]:
+        raise typer.Exit(1)
+
+
 @app.command(rich_help_panel=MACHINE, epilog="Example: mpq-deploy targets rtx")
 def targets(name: Annotated[Optional[str], typer.Argument(help="Show one target in full.")] = None) -> None:  # noqa: UP045
     """List the targets, or show what one target may take and what is proven of it."""
     from mpq_deploy.engine.target import known_targets, load_target
 
     if name is not None:
-        described = load_target(name).model_dump(mode="json")
+        target = load_target(name)
         if State.json:
-            _print_json(described)
+            _print_json(target.model_dump(mode="json"))
         else:
-            import yaml
+            from mpq_deploy.engine.target_text import describe_target
 
-            print(yaml.safe_dump(described, sort_keys=False, allow_unicode=True, width=96), end="")
+            print(describe_target(target))
         return
     rows = [load_target(known) for known in known_targets()]
     if State.json:
@@ -349,6 +451,29 @@ def targets(name: Annotated[Optional[str], typer.Argument(help="Show one target 
     width = max(len(row.name) for row in rows)
     for row in rows:
         print(f"{row.name:<{width}}  {row.dialect:<12}  {row.title}")
+
+
+@app.command(rich_help_panel=LOOK, epilog="Example: mpq-deploy check model.onnx --target jetson-agx-orin")
+def check(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="Any ONNX file.", show_default=False)],
+    target: TargetOption = "rtx",
+    strict: Annotated[bool, typer.Option("--strict", help="Warnings fail, too (exit code 1).")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Results on stdout as JSON.")] = False,
+) -> None:
+    """Say per node what a target's TensorRT refuses, gets wrong, runs in FP16 or slowly.
+
+    Exit code 1 when something is refused or wrong; with --strict also for warnings.
+    """
+    from mpq_deploy.check.check import check_model
+    from mpq_deploy.engine.target import load_target
+
+    result = check_model(model, load_target(target or "rtx"))
+    if State.json or json:
+        _print_json(result.as_json(strict))
+    else:
+        print(result.text())
+    if not result.passes(strict):
+        raise typer.Exit(1)
 
 
 @app.command(rich_help_panel=MACHINE, epilog="Example: mpq-deploy doctor")

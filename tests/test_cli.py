@@ -15,7 +15,7 @@ from mpq_deploy.cli import app
 RUNNER = CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"})
 COMMANDS = [
     *("build", "export", "calibrate", "measure", "allocate", "quantize", "engine", "evaluate", "report"),
-    *("sweep", "sample", "targets", "doctor"),
+    *("sweep", "sample", "check", "package", "install", "deploy", "targets", "doctor"),
 ]
 
 
@@ -56,3 +56,9 @@ def test_targets_are_listed_and_shown_as_json() -> None:
 def test_doctor_finds_onnxruntime() -> None:
     findings = json.loads(RUNNER.invoke(app, ["--json", "doctor"]).stdout)
     assert any(f["name"] == "onnxruntime" and f["status"] == "ok" for f in findings)
+
+
+def test_a_target_is_printed_in_80_columns() -> None:
+    shown = RUNNER.invoke(app, ["targets", "jetson-agx-orin"]).stdout
+    assert "TensorRT documents no INT4 convolution" in shown
+    assert max(map(len, shown.splitlines())) <= 80

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -20,12 +21,12 @@ from pathlib import Path
 
 from mpq_deploy.artefacts import file_digest
 from mpq_deploy.engine.build_log import EngineLog, layers_text, parse_engine_log
+from mpq_deploy.engine.build_target import BuildTarget
 from mpq_deploy.engine.build_worker import REPORTED_FAILURE, BuildJob, InputShapes
 from mpq_deploy.engine.expected import ExpectedLayers
 from mpq_deploy.engine.failure import crashed, refused
 from mpq_deploy.engine.layer_information import parse_layer_information
 from mpq_deploy.engine.record import BuildTiming, EngineRecord
-from mpq_deploy.engine.target import Target
 from mpq_deploy.engine.trtexec import build_with_trtexec
 from mpq_deploy.engine.verify import verify
 from mpq_deploy.errors import EngineError, MissingDependencyError, UsageError
@@ -71,7 +72,7 @@ class RawBuild:
 def build_engine(
     model: Path,
     out: Path,
-    target: Target,
+    target: BuildTarget,
     profile: BatchProfile,
     expected: ExpectedLayers,
     talk: Talk,
@@ -104,10 +105,10 @@ def build_engine(
     return record
 
 
-Backend = Callable[[Path, Path, Target, BatchProfile, Path], RawBuild]
+Backend = Callable[[Path, Path, BuildTarget, BatchProfile, Path], RawBuild]
 
 
-def _backend(target: Target) -> Backend:
+def _backend(target: BuildTarget) -> Backend:
     if target.builder == "none":
         raise UsageError(
             f"The target '{target.name}' has no engine builder: its dialect {target.dialect} runs the graph itself.",
@@ -121,13 +122,13 @@ def _backend(target: Target) -> Backend:
     return _build_in_child
 
 
-def _build_trtexec(model: Path, engine: Path, target: Target, profile: BatchProfile, log: Path) -> RawBuild:
+def _build_trtexec(model: Path, engine: Path, target: BuildTarget, profile: BatchProfile, log: Path) -> RawBuild:
     """Unproven here: written against the documented command line (no device was at hand)."""
     version, layers, seconds, peak = build_with_trtexec(model, engine, target, profile.inputs(), log)
     return RawBuild(version, parse_layer_information(layers, log.read_text()), layers, BuildTiming(seconds, peak))
 
 
-def _build_in_child(model: Path, engine: Path, target: Target, profile: BatchProfile, log: Path) -> RawBuild:
+def _build_in_child(model: Path, engine: Path, target: BuildTarget, profile: BatchProfile, log: Path) -> RawBuild:
     _check_version(target)
     result = engine.with_name("result.json")
     job_file = engine.with_name("job.json")
@@ -141,7 +142,7 @@ def _build_in_child(model: Path, engine: Path, target: Target, profile: BatchPro
         shapes=profile.inputs(),
     ).save(job_file)
     command = [sys.executable, "-m", "mpq_deploy.engine.build_worker", str(job_file)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=child_environment())
     if done.stderr and log.is_file():
         with log.open("a") as stream:
             stream.write(f"[stderr] {done.stderr}")
@@ -158,20 +159,25 @@ def _build_in_child(model: Path, engine: Path, target: Target, profile: BatchPro
     return RawBuild(values["version"], parse_engine_log(text), layers_text(text), timing)
 
 
-def _check_version(target: Target) -> None:
+def child_environment() -> dict[str, str]:
+    """The environment of a child process that imports what this one does (the package may lie in a zip file)."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
+def _check_version(target: BuildTarget) -> None:
     """Refuse a builder of a version that the target's dialect was not written for."""
     try:
         version = package_version(target.builder)
     except PackageNotFoundError:
         return  # installed without metadata (JetPack's own): the worker's result names the version
-    if target.versions and not any(version.startswith(prefix) for prefix in target.versions):
+    if not target.takes_version(version):
         raise EngineError(
             f"The target '{target.name}' is for {target.builder} {' or '.join(target.versions)}; {version} is here.",
             "Choose the target of that version (mpq-deploy targets), or extend it in a YAML with 'versions: []'.",
         )
 
 
-def _record(engine: Path, target: Target, raw: RawBuild, expected: ExpectedLayers) -> EngineRecord:
+def _record(engine: Path, target: BuildTarget, raw: RawBuild, expected: ExpectedLayers) -> EngineRecord:
     problems = tuple(verify(raw.log, expected))
     return EngineRecord(
         target=target.name,

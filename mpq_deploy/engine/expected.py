@@ -6,10 +6,12 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mpq_deploy.graph.layers import Layer
-from mpq_deploy.precision.deployed import block_size, branch_parts, weight_bytes
 from mpq_deploy.precision.scheme import SCHEMES, Scheme
+
+if TYPE_CHECKING:
+    from mpq_deploy.graph.layers import Layer
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,9 @@ class ExpectedLayer:
     @classmethod
     def of(cls, layer: Layer, scheme: Scheme) -> ExpectedLayer:
         """Describe ``layer`` under ``scheme``."""
+        # A device reads what was described at home, without the ONNX packages that this needs.
+        from mpq_deploy.precision.deployed import block_size, weight_bytes
+
         block = block_size(layer, scheme)
         blocks = layer.reduction // block if block else 1
         nodes = tuple(use.node for use in layer.uses)
@@ -61,6 +66,8 @@ class ExpectedLayers:
     @classmethod
     def of(cls, layers: Iterable[Layer], schemes: Mapping[str, Scheme], total_bytes: int) -> ExpectedLayers:
         """Describe ``layers`` under ``schemes`` (by layer name); a branch is a layer of its own."""
+        from mpq_deploy.precision.deployed import branch_parts
+
         parts = (part for layer in layers for part in branch_parts(layer, schemes[layer.name]))
         return cls(tuple(ExpectedLayer.of(layer, scheme) for layer, scheme in parts), total_bytes)
 

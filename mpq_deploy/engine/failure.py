@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import signal
 from pathlib import Path
 from typing import Any
-
-import onnx
 
 from mpq_deploy.errors import EngineError
 
@@ -41,8 +40,12 @@ def crashed(model: Path, log: Path, returncode: int, stderr: str) -> EngineError
         return EngineError(
             f"{message}. Its last words: {' / '.join(last)}", f"Build on a machine with more memory. Log: {log}"
         )
-    nodes = suspects(model)
-    blame = f" Suspect nodes: {', '.join(nodes)}." if nodes else " No node has a form that is known to crash it."
+    if importlib.util.find_spec("onnx") is None:
+        # On a device: 'mpq-deploy check' names them at home.
+        blame = " Its graph cannot be looked at here: onnx is not installed."
+    else:
+        nodes = suspects(model)
+        blame = f" Suspect nodes: {', '.join(nodes)}." if nodes else " No node has a form that is known to crash it."
     return EngineError(
         f"The builder crashed ({name}).{blame} Its last words: {' / '.join(last)}",
         f"Leave the suspect layers in FP16 (recipe: protect). The whole log: {log}",
@@ -55,6 +58,8 @@ def suspects(model: Path) -> list[str]:
     1. A product whose left operand is an INT4 weight in blocks.
     2. Products that share one INT4 weight in blocks (their own copies of it are fine).
     """
+    import onnx
+
     graph = onnx.load(model, load_external_data=False).graph
     types = {tensor.name: tensor.data_type for tensor in graph.initializer}
     blocked: dict[str, str] = {}

@@ -6,14 +6,16 @@ scheme and why not (``refusal``), and what is known about the device.
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from mpq_deploy.engine.versions import version_matches
 from mpq_deploy.errors import UsageError, nearest
 from mpq_deploy.graph.layers import LAYER_OPS, Layer
 from mpq_deploy.precision.scheme import BRANCH_KINDS, FAMILIES, Scheme
@@ -26,12 +28,13 @@ SUFFIXES = (".yaml", ".yml")
 
 
 class Figure(BaseModel):
-    """A figure of the hardware and where it comes from."""
+    """A figure of the hardware, where it comes from, and whether that source was looked up (else: unconfirmed)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    value: float
-    source: str
+    value: float = Field(gt=0)
+    source: str = Field(min_length=1)
+    confirmed: bool = False
 
 
 class Rule(BaseModel):
@@ -70,8 +73,10 @@ class Target(BaseModel):
 
     ``schemes``: op -> families that its layers may take; every family left out has a rule with the reason.
     ``branches``: op -> kinds of branches that may stand beside a body.
-    ``versions``: prefixes of the builder's version that the dialect holds for; empty accepts any. Rates are peak
-    and dense. ``protected``: shell patterns of layer names that stay FP16 unless the recipe says otherwise.
+    ``versions``: the builder's versions that the dialect holds for, as far as they are given (``10.3`` is 10.3.x);
+    empty accepts any. ``jetpack``: the JetPack releases that bring them. Rates are peak and dense; ``figures_of`` is
+    the device that they belong to, where the target is a family. ``protected``: shell patterns of layer names that stay
+    FP16 unless the recipe says otherwise.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -81,7 +86,9 @@ class Target(BaseModel):
     dialect: Dialect
     builder: Builder
     versions: tuple[str, ...] = ()
+    jetpack: str = ""
     compute_capabilities: tuple[str, ...] = ()
+    figures_of: str = ""
     memory_bytes: Figure | None = None
     bandwidth_bytes_per_s: Figure | None = None
     int8_ops_per_s: Figure | None = None
@@ -91,6 +98,16 @@ class Target(BaseModel):
     rules: tuple[Rule, ...] = ()
     protected: tuple[str, ...] = ()
     proven: tuple[Evidence, ...] = ()
+
+    @model_validator(mode="after")
+    def _well_formed(self) -> Target:
+        for name in self.compute_capabilities:
+            if not re.fullmatch(r"SM\d{2,3}", name):
+                raise ValueError(f"compute_capabilities: '{name}' is not of the form SM87")
+        for version in self.versions:
+            if not re.fullmatch(r"\d+(\.\d+)*\.?", version):
+                raise ValueError(f"versions: '{version}' is not of the form '10.3' (in quotes)")
+        return self
 
     @model_validator(mode="after")
     def _complete(self) -> Target:
@@ -106,6 +123,10 @@ class Target(BaseModel):
             if silent:
                 raise ValueError(f"schemes.{op} leaves out {', '.join(silent)}, and no rule gives the reason")
         return self
+
+    def takes_version(self, version: str) -> bool:
+        """Tell whether the dialect holds for the builder's ``version``."""
+        return not self.versions or any(version_matches(version, wanted) for wanted in self.versions)
 
     def refusal(self, layer: Layer, scheme: Scheme) -> str:
         """Return why ``layer`` may not take ``scheme`` on this target; empty when it may."""
@@ -185,6 +206,8 @@ def _extended(fields: dict[str, Any], seen: tuple[str, ...], where: str) -> dict
         )
     inherited = _extended(_shipped_fields(base), (*seen, base), base)
     merged = {**inherited, **{key: value for key, value in fields.items() if key != "extends"}}
+    if isinstance(fields.get("name"), str) and "title" not in fields and where not in known_targets():
+        merged["title"] = f"{inherited['title']} (as {fields['name']})"
     for key in ("rules", "proven"):
         if isinstance(fields.get(key, []), list):
             merged[key] = [*fields.get(key, []), *inherited.get(key, [])]
@@ -205,6 +228,9 @@ def _validated(fields: dict[str, Any], where: str) -> Target:
 
 def _one_line(error: Any) -> str:
     place = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = Target.model_fields if len(error["loc"]) == 1 else ()
+        return f"{place}: there is no such field. {nearest(str(error['loc'][-1]), known)}".strip()
     message = str(error["msg"]).removeprefix("Value error, ")
     found = error["input"]
     shown = f" (found {found!r})" if isinstance(found, (str, int, float, bool)) else ""

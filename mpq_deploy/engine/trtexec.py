@@ -13,9 +13,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from mpq_deploy.engine.build_target import BuildTarget
 from mpq_deploy.engine.build_worker import InputShapes
 from mpq_deploy.engine.failure import crashed
-from mpq_deploy.engine.target import Target
 from mpq_deploy.errors import EngineError
 
 # Where JetPack and the Debian packages put it, beside the search path.
@@ -52,7 +52,7 @@ def trtexec_command(
 
 
 def build_with_trtexec(
-    model: Path, engine: Path, target: Target, shapes: Mapping[str, InputShapes], log: Path
+    model: Path, engine: Path, target: BuildTarget, shapes: Mapping[str, InputShapes], log: Path
 ) -> tuple[str, str, float, int]:
     """Run trtexec; return its version, the layer information (JSON), the seconds and the peak memory in bytes.
 
@@ -71,7 +71,7 @@ def build_with_trtexec(
         done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False)
     text = log.read_text(errors="replace")
     version = trtexec_version(text)
-    if target.versions and version and not any(version.startswith(prefix) for prefix in target.versions):
+    if version and not target.takes_version(version):
         raise EngineError(
             f"The target '{target.name}' is for TensorRT {' or '.join(target.versions)}, but trtexec is {version}.",
             "Choose the target of that version (mpq-deploy targets).",

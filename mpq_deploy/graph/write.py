@@ -1,6 +1,6 @@
 """From a plan to files: the FP16 graph for TensorRT and its FP32-arithmetic twin for ONNX Runtime.
 
-In: the exported model, the scheme and codes of every layer, the activation scales. Out: ``model.onnx`` and
+In: the exported model, the scheme and codes of every layer, the activation scales, the dialect. Out: ``model.onnx`` and
 ``model.fp32.onnx`` over one ``weights.bin``. Both hold the same integers and scales, because they are the same bytes.
 """
 
@@ -11,12 +11,16 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from mpq_deploy.errors import ModelError
+from mpq_deploy.graph.dialects import Dialect
 from mpq_deploy.graph.load import load_model
 from mpq_deploy.graph.passes.fp16_arithmetic import fp16_arithmetic
 from mpq_deploy.graph.passes.fp16_region import Fp16Region, fp16_region
 from mpq_deploy.graph.passes.fp16_storage import fp16_storage
+from mpq_deploy.graph.passes.lower_opset import lower_opset
 from mpq_deploy.graph.passes.quantize_layers import LayerRewrite, quantize_layers
 from mpq_deploy.graph.save import constant_bytes, save_sharing
+from mpq_deploy.precision.scheme import INT4
 
 DEPLOYED = "model.onnx"
 SIMULATED = "model.fp32.onnx"
@@ -30,21 +34,45 @@ def write_quantized(
     rewrites: Sequence[LayerRewrite],
     scales: Mapping[str, float],
     folder: Path,
+    dialect: Dialect | None = None,
 ) -> int:
     """Write both graphs of a plan into ``folder``; return the bytes of all constants, counted from the file.
 
     ``exported`` is the FP32 model; ``timestep`` and ``sample`` name its inputs; ``scales`` are INT8 scales by
-    activation tensor.
+    activation tensor. ``dialect``: what the target reads (default: whatever is written).
+    Raises ModelError for a layer or node that the dialect cannot take.
     """
+    if dialect is not None:
+        refuse_schemes(rewrites, dialect)
     models = {}
     for name, finish in ((DEPLOYED, fp16_arithmetic), (SIMULATED, fp16_storage)):
         model = load_model(exported)
         region = fp16_region(model, timestep, sample)
         quantize_layers(model, list(rewrites), scales)
         finish(model, region)
+        if dialect is not None:
+            lower_opset(model, dialect.opsets[1])
         models[name] = model
     save_sharing(models, folder, WEIGHTS)
     return constant_bytes(folder / DEPLOYED)
+
+
+def refuse_schemes(rewrites: Sequence[LayerRewrite], dialect: Dialect) -> None:
+    """Raise ModelError when a layer takes a form that the builder of ``dialect`` is documented to refuse.
+
+    Forms that are only unproven there are the target's business, which a user's own YAML may decide otherwise.
+    """
+    for rewrite in rewrites:
+        layer, scheme = rewrite.layer, rewrite.scheme
+        if not dialect.tensorrt or scheme.weight is not INT4:
+            continue
+        last = layer.reduction if layer.op == "Conv" else layer.weight_shape[-1]
+        if layer.weights % 2 or (last % 2 and not dialect.odd_rows):
+            odd = "size" if layer.weights % 2 else "last dimension"
+            raise ModelError(
+                f"{dialect.runtime} refuses the INT4 weight of '{layer.name}': its {odd} is odd.",
+                "Protect the layer (recipe: protect), or exclude INT4 for it in the target's YAML.",
+            )
 
 
 def fp16_bytes(model: ir.Model, timestep: str, sample: str) -> int:

@@ -99,6 +99,28 @@ class EngineInfo(Part):
     notes: tuple[str, ...] = ()
 
 
+class DeviceInfo(Part):
+    """What a device said when the package was installed there. What it did not measure is None.
+
+    ``outputs_agree``: the outputs lie within the tolerance of the references; ``not_run`` says why nothing ran.
+    """
+
+    target: str
+    device: str
+    builder: str
+    engine_bytes: int = Field(ge=0)
+    weights_bytes: int | None = Field(None, ge=0)
+    activation_bytes: int | None = Field(None, ge=0)
+    layers_verified: bool
+    problems: tuple[str, ...] = ()
+    outputs_agree: bool | None = None
+    output_nmse: float | None = Field(None, ge=0)
+    not_run: str = ""
+    median_ms: float | None = Field(None, ge=0)
+    p99_ms: float | None = Field(None, ge=0)
+    calls: int | None = Field(None, ge=0)
+
+
 class LayerRow(Part):
     """One layer of the plan, in graph order. ``refused``: scheme -> why this layer may not take it.
 
@@ -251,6 +273,7 @@ class ReportData(Part):
     engine: EngineInfo | None = None
     engine_note: str = ""
     cpu_latency: CpuLatencyInfo | None = None
+    devices: tuple[DeviceInfo, ...] = Field((), description="from installed packages")
     layers: tuple[LayerRow, ...]
     others: tuple[OtherRow, ...] = ()
     stages: tuple[StageRow, ...] = ()

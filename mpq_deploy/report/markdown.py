@@ -7,8 +7,10 @@ from collections.abc import Iterable, Sequence
 
 from mpq_deploy.report.data import ReportData, kept_in_fp16
 from mpq_deploy.report.words import (
+    DEVICE_COLUMNS,
     count,
     decibels,
+    device_row,
     duration,
     engine_state,
     error,
@@ -34,6 +36,7 @@ def markdown_report(data: ReportData) -> str:
         table(("", "size", "of FP16", "PSNR", "SSIM", "output error (NMSE)"), _variants(data)),
         f"Output error: {prediction(data)}. {_engine_line(data)}",
         *_importance(data),
+        *_devices(data),
         "### Precision",
         table(("op", "scheme", "layers", "bytes", "of their FP16"), _totals(data)),
         *_kept(data),
@@ -108,6 +111,10 @@ def _engine_line(data: ReportData) -> str:
     word, line = engine_state(data)
     speed, where = latency(data)
     return f"Engine: {word} ({plain(line)}). Latency: {speed} ({plain(where)})."
+
+
+def _devices(data: ReportData) -> list[str]:
+    return ["### On devices", table(DEVICE_COLUMNS, map(device_row, data.devices))] if data.devices else []
 
 
 def _totals(data: ReportData) -> list[list[str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from mpq_deploy.report.data import Control, ImportanceInfo, ReportData
+from mpq_deploy.report.data import Control, DeviceInfo, ImportanceInfo, ReportData
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _SIZE_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
@@ -142,6 +142,22 @@ def latency(data: ReportData) -> tuple[str, str]:
     if data.engine is not None and data.engine.latency_ms is not None:
         return f"{digits(data.engine.latency_ms)} ms", data.engine.latency_source
     return "not measured here", "this machine did not run the engine"
+
+
+DEVICE_COLUMNS = ("device", "engine", "layers", "outputs", "latency (median, p99)")
+
+
+def device_row(info: DeviceInfo) -> tuple[str, str, str, str, str]:
+    """Return the cells of ``DEVICE_COLUMNS`` for one device."""
+    layers = "as planned" if info.layers_verified else f"not as planned: {'; '.join(info.problems[:2])}"
+    if info.outputs_agree is None:
+        outputs = f"not run: {info.not_run}"
+    else:
+        shown = "not finite" if info.output_nmse is None else f"NMSE {error(info.output_nmse)}"
+        outputs = f"{'agree' if info.outputs_agree else 'differ'} ({shown})"
+    times = f"{digits(info.median_ms)} ms, {digits(info.p99_ms)} ms" if info.median_ms and info.p99_ms else NOT_MEASURED
+    where = f"{info.device} ({info.target})"
+    return where, f"{info.builder}, {size(info.engine_bytes)}", layers, outputs, times
 
 
 def _within(title: str) -> str:

@@ -51,7 +51,9 @@ def make_engine(pipeline: Pipeline, folder: Path) -> str:
         pipeline.folder("quantize") / DEPLOYED,
         folder,
         target,
-        BatchProfile(section.batch_min, section.batch_opt, section.batch_max, {i.name: i.shape for i in inputs}),
+        BatchProfile(
+            section.batch_min, section.batch_opt, section.batch_max, {i.name: i.shape for i in inputs if i.batched}
+        ),
         ExpectedLayers.of(exported.graph.layers, schemes, plan.size_bytes),
         pipeline.talk,
         log=pipeline.run.path / "engine.log",
@@ -73,5 +75,6 @@ def _no_engine_reason(pipeline: Pipeline, target: Target) -> str:
     if target.builder == "none":
         return f"the target {target.name} has no engine: ONNX Runtime runs the graph"
     if target.builder != RTX and not builder_present(target):
-        return f"an engine for {target.name} is built on the device: TensorRT is not on this machine"
+        # No name of the run here: what a stage writes is the same wherever it lies.
+        return f"an engine for {target.name} is built on the device, from what 'mpq-deploy package' makes"
     return ""

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from mpq_deploy.allocate import PrecisionPlan
 from mpq_deploy.artefacts import Fields, canonical_json
 from mpq_deploy.engine.target import load_target
-from mpq_deploy.errors import MpqError
+from mpq_deploy.errors import ModelError, MpqError
+from mpq_deploy.graph.dialects import dialect_named
 from mpq_deploy.graph.passes.quantize_layers import LayerRewrite
-from mpq_deploy.graph.write import write_quantized
+from mpq_deploy.graph.write import DEPLOYED, write_quantized
 from mpq_deploy.precision.scheme import SCHEMES
 from mpq_deploy.stages.allocate import PlanSolver, allocate_inputs
 from mpq_deploy.stages.candidates import CONTROLS, control_scheme, iterate_candidates
@@ -24,6 +25,7 @@ def quantize_inputs(pipeline: Pipeline) -> Fields:
     """Return what the stage quantize reads: digests and settings."""
     return {
         **{name: pipeline.digest(name) for name in ("export", "calibrate", "candidates", "allocate")},
+        "dialect": load_target(pipeline.recipe.target).dialect,
         **version_of("onnx", "onnx-ir", "numpy"),
     }
 
@@ -39,7 +41,8 @@ def write_plan(pipeline: Pipeline, schemes: dict[str, str], folder: Path) -> int
     forms = {SCHEMES[scheme].activation_form for scheme in schemes.values()} | {""}
     scales = {name + form: a.scale_for(form) for name, a in stats.activations.items() for form in forms}
     spec = exported.spec
-    return write_quantized(exported.path, spec.timestep.name, spec.sample.name, rewrites, scales, folder)
+    dialect = dialect_named(load_target(pipeline.recipe.target).dialect)
+    return write_quantized(exported.path, spec.timestep.name, spec.sample.name, rewrites, scales, folder, dialect)
 
 
 def make_quantize(pipeline: Pipeline, folder: Path) -> str:
@@ -51,8 +54,24 @@ def make_quantize(pipeline: Pipeline, folder: Path) -> str:
             f"The quantized file holds {written:,} bytes of constants, the plan says {plan.size_bytes:,}.",
             "This is a defect: please report it with the model's structure.",
         )
+    _check_dialect(pipeline, folder / DEPLOYED)
     (folder / "size.json").write_text(canonical_json({"size_bytes": written}))
     return f"{written:,} bytes of constants, as planned"
+
+
+def _check_dialect(pipeline: Pipeline, model: Path) -> None:
+    """Raise ModelError when the graph that was written has a form that the target's TensorRT refuses or gets wrong."""
+    from mpq_deploy.check.check import check_model
+    from mpq_deploy.check.rule import ERRORS
+
+    result = check_model(model, load_target(pipeline.recipe.target))
+    bad = [finding for finding in result.findings if finding.effect in ERRORS]
+    if bad:
+        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+        where = f"The node '{bad[0].node}' ({bad[0].op})" if bad[0].node else "The model"
+        raise ModelError(
+            f"{where} cannot be deployed on {result.target}: {bad[0].message}{more}.", f"{bad[0].fix}.".capitalize()
+        )
 
 
 def controls_inputs(pipeline: Pipeline) -> Fields:
@@ -62,6 +81,7 @@ def controls_inputs(pipeline: Pipeline) -> Fields:
     return {
         **like_the_plan,
         **{name: pipeline.digest(name) for name in ("export", "calibrate", "candidates")},
+        "dialect": load_target(pipeline.recipe.target).dialect,
         "recipe.evaluate.controls": pipeline.recipe.evaluate.controls,
         **version_of("onnx", "onnx-ir", "numpy"),
     }

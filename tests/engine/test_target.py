@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from mpq_deploy.engine.target import Target, known_targets, load_target
+from mpq_deploy.engine.target_text import describe_target
+from mpq_deploy.engine.versions import version_matches
 from mpq_deploy.errors import UsageError
 from mpq_deploy.graph.layers import LAYER_OPS, Layer, LayerUse
 from mpq_deploy.precision.scheme import FAMILIES, SCHEMES, schemes_named
@@ -100,7 +102,14 @@ def test_a_users_file_extends_a_shipped_target_and_may_allow_what_it_forbids(tmp
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("extends: rtx\ntitel: x\n", "titel"),
+        ("extends: rtx\ntitel: x\n", "titel: there is no such field. Did you mean 'title'?"),
+        ("extends: rtx\nversions: [ten]\n", "'ten' is not of the form"),
+        ("extends: rtx\nversions: [10.3]\n", "versions.0"),
+        ("extends: rtx\ncompute_capabilities: [8.7]\n", "compute_capabilities.0"),
+        ("extends: rtx\ncompute_capabilities: ['8.7']\n", "'8.7' is not of the form SM87"),
+        ("extends: rtx\nmemory_bytes: {value: -1, source: mine}\n", "memory_bytes.value"),
+        ("extends: rtx\nmemory_bytes: {value: .inf, source: mine}\n", "memory_bytes.value"),
+        ("extends: rtx\ndialect: trt-9\n", "(found 'trt-9')"),
         ("extends: rtx\nname: 3\n", "name: Input should be a valid string (found 3)"),
         ("extends: rtx\nschemes: {Conv: [fp16, w8a9]}\n", "Did you mean 'w8a8'?"),
         ("extends: rtx\nschemes: {Conv: [fp16]}\n", "leaves out w8a8, w8a16, w4a16, w4a8"),
@@ -133,3 +142,50 @@ def test_a_missing_file_is_a_usage_error(tmp_path: Path) -> None:
 def test_the_words_of_the_targets_are_those_of_the_schemes() -> None:
     assert set(Target.model_validate(load_target("rtx").model_dump()).schemes) == set(LAYER_OPS)
     assert set(load_target("rtx").schemes["Conv"]) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", known_targets())
+def test_a_target_prints_in_80_columns_with_its_reasons_and_doubts(name: str) -> None:
+    target = load_target(name)
+    text = describe_target(target)
+    assert max(map(len, text.splitlines())) <= 80
+    flat = " ".join(text.split())
+    for said in (*(rule.reason for rule in target.rules), *(one.what for one in target.proven)):
+        assert " ".join(said.split()) in flat
+    figures = (target.memory_bytes, target.bandwidth_bytes_per_s, target.int8_ops_per_s, target.fp16_ops_per_s)
+    assert text.count("(unconfirmed)") == sum(figure is not None and not figure.confirmed for figure in figures)
+
+
+@pytest.mark.parametrize("name", [name for name in known_targets() if name.startswith(("jetson", "rtx"))])
+def test_every_device_has_its_figures(name: str) -> None:
+    target = load_target(name)
+    assert target.memory_bytes is not None
+    assert target.bandwidth_bytes_per_s is not None
+    assert target.int8_ops_per_s is not None
+    assert target.fp16_ops_per_s is not None
+    assert target.int8_ops_per_s.value >= target.fp16_ops_per_s.value
+    assert target.compute_capabilities
+    assert target.versions
+
+
+def test_each_jetpack_has_a_target_of_its_own_and_no_version_belongs_to_two() -> None:
+    jetsons = [load_target(name) for name in known_targets() if name.startswith("jetson")]
+    for version, dialect in (("10.3.0", "trt-10.3"), ("10.13.3", "trt-10.13"), ("11.4.1", "trt-11")):
+        found = {target.dialect for target in jetsons if target.takes_version(version)}
+        assert found == {dialect}
+    assert all(target.jetpack for target in jetsons)
+
+
+@pytest.mark.parametrize(
+    ("version", "wanted", "same"),
+    [
+        ("10.3.0", "10.3", True),
+        ("10.30.1", "10.3", False),
+        ("10.13.3", "10.1", False),
+        ("1.7.1.116", "1.", True),
+        ("11.4.1", "11.", True),
+        ("10.3", "10.3.0", False),
+    ],
+)
+def test_versions_match_number_by_number(version: str, wanted: str, same: bool) -> None:
+    assert version_matches(version, wanted) is same

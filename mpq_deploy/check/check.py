@@ -1,0 +1,103 @@
+"""Check an ONNX file against a target: every rule, over every node.
+
+In: the path of any ONNX file, a target. Out: a ``CheckResult``, as text in 80 columns or as JSON.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from textwrap import wrap
+from typing import Any
+
+from mpq_deploy.check.rule import EFFECTS, ERRORS, WARNINGS, Context, Finding, findings_of
+from mpq_deploy.check.rules_activations import ACTIVATION_RULES
+from mpq_deploy.check.rules_graph import GRAPH_RULES
+from mpq_deploy.check.rules_types import TYPE_RULES
+from mpq_deploy.check.rules_weights import WEIGHT_RULES
+from mpq_deploy.check.view import open_view
+from mpq_deploy.engine.target import Target
+from mpq_deploy.graph.dialects import dialect_named
+
+RULES = (*GRAPH_RULES, *TYPE_RULES, *WEIGHT_RULES, *ACTIVATION_RULES)
+WIDTH = 80
+NAMED = 6
+WORDS = {
+    "refused": "is refused",
+    "wrong": "gives wrong numbers",
+    "fp16": "runs in FP16",
+    "slow": "runs slowly",
+    "doubtful": "may fail",
+    "note": "note",
+}
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What was found in a model, the gravest first."""
+
+    model: str
+    target: str
+    dialect: str
+    nodes: int
+    findings: tuple[Finding, ...]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Findings by effect."""
+        counts = Counter(finding.effect for finding in self.findings)
+        return {effect: counts[effect] for effect in EFFECTS}
+
+    def passes(self, strict: bool) -> bool:
+        """Whether CI should go on: no errors, and with ``strict`` no warnings either."""
+        bad = (*ERRORS, *WARNINGS) if strict else ERRORS
+        return not any(finding.effect in bad for finding in self.findings)
+
+    def as_json(self, strict: bool) -> dict[str, Any]:
+        """Return plain values for scripts."""
+        return {
+            "model": self.model,
+            "target": self.target,
+            "dialect": self.dialect,
+            "nodes": self.nodes,
+            "passes": self.passes(strict),
+            "counts": self.counts,
+            "findings": [asdict(finding) for finding in self.findings],
+        }
+
+    def text(self) -> str:
+        """Return the findings for people: grouped by rule, no line over 80 columns."""
+        lines = _wrapped(f"{self.model}: {self.nodes} nodes, for {self.target} (dialect {self.dialect})", "")
+        for effect in EFFECTS:
+            for rule in dict.fromkeys(finding.rule for finding in self.findings if finding.effect == effect):
+                lines += ["", *_group([finding for finding in self.findings if finding.rule == rule])]
+        said = [f"{count} {effect}" for effect, count in self.counts.items() if count]
+        return "\n".join([*lines, "", "found: " + (", ".join(said) or "nothing to object to")])
+
+
+def check_model(path: Path, target: Target) -> CheckResult:
+    """Apply every rule to the model at ``path``. Raises ModelError when it cannot be read."""
+    view = open_view(path)
+    dialect = dialect_named(target.dialect)
+    capabilities = tuple(int(name.removeprefix("SM")) for name in target.compute_capabilities)
+    context = Context(view, dialect, capabilities)
+    found = [finding for rule in RULES for finding in findings_of(rule, context)]
+    ordered = sorted(found, key=lambda finding: EFFECTS.index(finding.effect))
+    return CheckResult(str(path), target.name, dialect.name, len(view.nodes), tuple(ordered))
+
+
+def _group(findings: list[Finding]) -> list[str]:
+    """The findings of one rule: what happens at which nodes (the first few of each message), and how to change it."""
+    first = findings[0]
+    lines = [f"{WORDS[first.effect]}: {first.rule} [{first.proof}]"]
+    for message in dict.fromkeys(finding.message for finding in findings):
+        nodes = [f"{one.node} ({one.op})" for one in findings if one.message == message and one.node]
+        more = [f"and {len(nodes) - NAMED} more (see --json)"] if len(nodes) > NAMED else []
+        where = ", ".join([*nodes[:NAMED], *more])
+        lines += _wrapped(f"{where}: {message}" if where else message, "  ")
+    return [*lines, *_wrapped(f"-> {first.fix}", "  ")]
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    return wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent + "  ") or [indent]

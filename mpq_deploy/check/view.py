@@ -1,0 +1,302 @@
+"""An ONNX file as the rules see it: who makes and reads a tensor, what is constant, how a weight is stored.
+
+In: a path. Out: a ``View``. Weights stay on disk; only scales, zero points and small constants are ever read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.inliner
+from onnx import TensorProto, numpy_helper
+
+from mpq_deploy.errors import ModelError
+from mpq_deploy.graph.load import read_proto
+
+LAYER_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+PRODUCTS = ("Gemm", "MatMul")
+STANDARD = ("", "ai.onnx")
+# What hands a weight on without mixing it with another tensor.
+HANDING_ON = (
+    *("Reshape", "Transpose", "Cast", "Identity", "Squeeze", "Unsqueeze", "Flatten"),
+    *("QuantizeLinear", "DequantizeLinear"),
+)
+# Constants up to this are handed to shape inference: shapes, axes.
+SMALL_BYTES = 1024
+# The narrow floats of ONNX all begin so.
+QUANTIZED_TYPES = ("INT4", "INT8", "UINT8", "FLOAT8", "FLOAT4")
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A constant: its element type by ONNX's name, its shape, and where its numbers are."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    tensor: TensorProto = field(repr=False, compare=False)
+    folder: Path = field(repr=False, compare=False)
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    def array(self) -> np.ndarray[Any, np.dtype[Any]]:
+        """Read the numbers."""
+        array: np.ndarray[Any, np.dtype[Any]] = numpy_helper.to_array(self.tensor, str(self.folder))
+        return array
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node with a label that people can find, and its attributes as plain values."""
+
+    label: str
+    op: str
+    domain: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: dict[str, Any]
+    named: bool
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return an attribute's value."""
+        return self.attributes.get(name, default)
+
+    def input(self, index: int) -> str:
+        """Return the name of an input; empty when it is left out."""
+        return self.inputs[index] if index < len(self.inputs) else ""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How the weight of a layer is stored and brought to it.
+
+    ``constant``: where it begins; ``path``: the nodes from there to the layer; ``mixed``: the node that makes it from
+    several constants, when one does (``constant`` is then None).
+    """
+
+    constant: Constant | None
+    path: tuple[Node, ...]
+    mixed: Node | None = None
+
+    @property
+    def dq(self) -> Node | None:
+        """The node that dequantizes the stored codes."""
+        return self.path[0] if self.path and self.path[0].op == "DequantizeLinear" else None
+
+    @property
+    def dtype(self) -> str:
+        """The stored type; empty for a weight made of several constants."""
+        return self.constant.dtype if self.constant else ""
+
+    @property
+    def quantized(self) -> bool:
+        """Stored as codes that a DequantizeLinear turns into numbers."""
+        return self.dq is not None and self.dtype.startswith(QUANTIZED_TYPES)
+
+    @property
+    def requantized(self) -> bool:
+        """Dequantized, then quantized again (4-bit storage with 8-bit compute)."""
+        return any(node.op == "QuantizeLinear" for node in self.path[1:])
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The QuantizeLinear and DequantizeLinear of an activation; ``source`` is the float tensor."""
+
+    q: Node
+    dq: Node
+    source: str
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """A Conv, ConvTranspose, Gemm or MatMul with one constant operand. ``side`` is the weight's input (0 or 1)."""
+
+    node: Node
+    weight: Stored
+    side: int
+    x: str
+    pair: Pair | None
+
+    @property
+    def product(self) -> bool:
+        """A Gemm or MatMul."""
+        return self.node.op in PRODUCTS
+
+    @property
+    def weight_only(self) -> bool:
+        """Its weight is quantized, its activation is not."""
+        return self.weight.quantized and self.pair is None
+
+
+class View:
+    """A model and the questions that rules ask about it. Make one with ``open_view``."""
+
+    def __init__(self, proto: onnx.ModelProto, folder: Path) -> None:
+        self.proto, self.folder = proto, folder
+        self.opset = next((o.version for o in proto.opset_import if o.domain in STANDARD), 0)
+        self.inputs = tuple(v for v in proto.graph.input if v.name not in {t.name for t in proto.graph.initializer})
+        self.nodes = tuple(_nodes(proto.graph))
+        self.constants = {t.name: self._constant(t.name, t) for t in proto.graph.initializer}
+        for raw in proto.graph.node:
+            if (
+                raw.op_type == "Constant"
+                and raw.domain in STANDARD
+                and raw.attribute
+                and raw.attribute[0].name == "value"
+            ):
+                self.constants[raw.output[0]] = self._constant(raw.output[0], raw.attribute[0].t)
+        self.producers = {name: node for node in self.nodes for name in node.outputs if name}
+        self.readers: dict[str, list[tuple[Node, int]]] = {}
+        for node in self.nodes:
+            for index, name in enumerate(node.inputs):
+                self.readers.setdefault(name, []).append((node, index))
+        self._static = set(self.constants)
+        # ONNX lists nodes in an order in which each comes after what it reads.
+        for node in self.nodes:
+            made_of = [name for name in node.inputs if name]
+            if node.op == "Constant" or (made_of and self._static.issuperset(made_of)):
+                self._static.update(name for name in node.outputs if name)
+
+    def producer(self, name: str) -> Node | None:
+        """The node that makes a tensor; None for constants and graph inputs."""
+        return None if name in self.constants else self.producers.get(name)
+
+    def static(self, name: str) -> bool:
+        """Whether a tensor depends on constants only."""
+        return name in self._static
+
+    def stored(self, name: str) -> Stored | None:
+        """How the constant operand ``name`` is stored; None when it depends on the model's inputs."""
+        if not self.static(name):
+            return None
+        path: list[Node] = []
+        while name not in self.constants:
+            node = self.producers[name]
+            if node.op not in HANDING_ON or node.domain not in STANDARD or not node.inputs:
+                return Stored(None, tuple(reversed(path)), node)
+            path.append(node)
+            name = node.inputs[0]
+        return Stored(self.constants[name], tuple(reversed(path)))
+
+    def pair(self, name: str) -> Pair | None:
+        """The activation quantizer that ends in the tensor ``name``; a Cast may follow or precede it."""
+        dq = self._past(name, "Cast")
+        if dq is None or dq.op != "DequantizeLinear" or self.static(name):
+            return None
+        q = self.producer(dq.inputs[0])
+        if q is None or q.op != "QuantizeLinear":
+            return None
+        return Pair(q, dq, q.inputs[0])
+
+    def scale(self, node: Node) -> Constant | None:
+        """The constant scale of a Q or DQ, through a Cast; None when it is computed."""
+        found = self.stored(node.input(1)) if node.input(1) else None
+        return found.constant if found else None
+
+    def shape(self, name: str) -> tuple[int | None, ...] | None:
+        """The shape as far as shape inference knows it; None for an unknown rank."""
+        if name in self.constants:
+            return self.constants[name].shape
+        value = self._types.get(name)
+        if value is None or not value.type.tensor_type.HasField("shape"):
+            return None
+        return tuple(d.dim_value if d.HasField("dim_value") else None for d in value.type.tensor_type.shape.dim)
+
+    def dtype(self, name: str) -> str:
+        """The element type as far as it is known; empty when not."""
+        if name in self.constants:
+            return self.constants[name].dtype
+        value = self._types.get(name)
+        return TensorProto.DataType.Name(value.type.tensor_type.elem_type) if value is not None else ""
+
+    @cached_property
+    def layers(self) -> tuple[LayerView, ...]:
+        """Every Conv, ConvTranspose, Gemm and MatMul with exactly one constant operand, in order."""
+        found = []
+        for node in self.nodes:
+            if node.op not in LAYER_OPS or node.domain not in STANDARD or len(node.inputs) < 2:
+                continue
+            static = [self.static(name) for name in node.inputs[:2]]
+            if sum(static) != 1:
+                continue
+            side = static.index(True)
+            weight = self.stored(node.inputs[side])
+            assert weight is not None
+            x = node.inputs[1 - side]
+            found.append(LayerView(node, weight, side, x, self.pair(x)))
+        return tuple(found)
+
+    def _constant(self, name: str, tensor: TensorProto) -> Constant:
+        return Constant(name, TensorProto.DataType.Name(tensor.data_type), tuple(tensor.dims), tensor, self.folder)
+
+    def _past(self, name: str, op: str) -> Node | None:
+        node = self.producer(name)
+        return self.producer(node.inputs[0]) if node is not None and node.op == op else node
+
+    @cached_property
+    def _types(self) -> dict[str, onnx.ValueInfoProto]:
+        """What shape inference says, run on a copy whose weights are graph inputs."""
+        graph = self.proto.graph
+        light = onnx.ModelProto(ir_version=self.proto.ir_version, opset_import=self.proto.opset_import)
+        light.graph.name = "light"
+        light.graph.node.extend(graph.node)
+        light.graph.input.extend(self.inputs)
+        light.graph.output.extend(graph.output)
+        light.graph.value_info.extend(graph.value_info)
+        for tensor in graph.initializer:
+            inside = tensor.data_location != TensorProto.EXTERNAL and tensor.ByteSize() <= SMALL_BYTES
+            if inside:
+                light.graph.initializer.append(tensor)
+            else:
+                value = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+                light.graph.input.append(value)
+        inferred = onnx.shape_inference.infer_shapes(light).graph
+        return {v.name: v for v in (*inferred.value_info, *inferred.input, *inferred.output)}
+
+
+def open_view(path: Path) -> View:
+    """Read the model at ``path``. Raises ModelError when it is missing, cut short, no ONNX, or newer than onnx is."""
+    proto = read_proto(path)
+    newest = onnx.defs.onnx_opset_version()
+    versions = [o.version for o in proto.opset_import if o.domain in STANDARD]
+    if not versions or not 1 <= max(versions) <= newest:
+        raise ModelError(
+            f"{path} declares the ONNX opset {versions[0] if versions else 'none'}; onnx here knows 1 to {newest}.",
+            "Update onnx, or export the model again with an older opset.",
+        )
+    if proto.functions:
+        proto = onnx.inliner.inline_local_functions(proto)
+    return View(proto, path.resolve().parent)
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[Node]:
+    """Yield every node, those of subgraphs (If, Loop, Scan) after the node that holds them."""
+    for index, raw in enumerate(graph.node):
+        label = raw.name or f"{raw.op_type} number {index} (makes '{next(iter(raw.output), '')}')"
+        values = {a.name: _plain(a) for a in raw.attribute if a.type not in _GRAPHS}
+        yield Node(label, raw.op_type, raw.domain, tuple(raw.input), tuple(raw.output), values, bool(raw.name))
+        for attribute in raw.attribute:
+            if attribute.type in _GRAPHS:
+                for inner in (attribute.g, *attribute.graphs):
+                    yield from _nodes(inner)
+
+
+_GRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
+
+
+def _plain(attribute: onnx.AttributeProto) -> Any:
+    """An attribute's value; a tensor's numbers are not read."""
+    if attribute.type in (onnx.AttributeProto.TENSOR, onnx.AttributeProto.SPARSE_TENSOR):
+        return None
+    return onnx.helper.get_attribute_value(attribute)

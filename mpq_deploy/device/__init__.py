@@ -1,0 +1,1 @@
+"""What runs on a device: unpack, build, check, run, measure. Standard library, NumPy and TensorRT only."""

@@ -1,0 +1,226 @@
+"""The package file: a tar archive with one possible form, so that equal parts give equal bytes and any change shows.
+
+Parts are regular files with plain names; every header field but name and size is fixed. Reading compares each header
+and each byte of padding with that form: links, paths, owners and times cannot occur, and a byte altered anywhere is
+found. ``SHA256SUMS`` comes first, in the form of ``sha256sum``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import tarfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from mpq_deploy.errors import MpqError, UsageError
+
+SUMS, MANIFEST = "SHA256SUMS", "manifest.json"
+BLOCK = tarfile.BLOCKSIZE
+PIECE = 1 << 20
+# hashlib names no type for what sha256() returns.
+Digest = Any
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,98}")
+# The size field of a ustar header has eleven octal digits.
+LARGEST = 8**11 - 1
+EXECUTABLE = (".sh",)
+AGAIN = "Copy the archive again; its SHA-256 is printed by 'mpq-deploy package'."
+
+
+class ArchiveError(MpqError):
+    """The archive is cut short, altered, or no package."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A part: where its bytes lie, and their SHA-256 as read."""
+
+    name: str
+    offset: int
+    size: int
+    sha256: str
+
+
+Source = Path | bytes
+
+
+def write_archive(path: Path, parts: Mapping[str, Source]) -> str:
+    """Write ``parts`` (name -> file or content) to ``path``; return the archive's SHA-256.
+
+    The manifest comes first, the others follow by name; the digests of all stand before them.
+    Raises UsageError for a name that is not plain, or a part of 8 GB or more.
+    """
+    order = sorted(parts, key=lambda name: (name != MANIFEST, name))
+    digests = {name: _digest(parts[name]) for name in order}
+    sums = "".join(f"{digests[name]}  {name}\n" for name in order).encode()
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    whole = hashlib.sha256()
+    try:
+        with aside.open("wb") as file:
+            for name, source in ((SUMS, sums), *((name, parts[name]) for name in order)):
+                _write_part(file, whole, name, source)
+            _put(file, whole, bytes(2 * BLOCK))
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return whole.hexdigest()
+
+
+def read_archive(path: Path) -> dict[str, Entry]:
+    """Return the parts of the archive at ``path``, every byte of it verified.
+
+    Raises ArchiveError naming the part that is cut short, altered, missing or not expected.
+    """
+    if not path.is_file():
+        raise ArchiveError(f"There is no archive at {path}.", "Check the path.")
+    with path.open("rb") as file:
+        entries = _entries(file, path)
+        _check_sums(file, entries, path)
+    return entries
+
+
+def extract(path: Path, entries: Mapping[str, Entry], folder: Path) -> None:
+    """Write the parts into ``folder``; each is digested again while it is written.
+
+    Raises ArchiveError when a part is no longer what was verified.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with path.open("rb") as file:
+        for entry in entries.values():
+            target = folder / entry.name
+            found = hashlib.sha256()
+            file.seek(entry.offset)
+            # A link that lies there already is replaced, not followed.
+            target.unlink(missing_ok=True)
+            with target.open("xb") as out:
+                for piece in _pieces(file, entry.size):
+                    found.update(piece)
+                    out.write(piece)
+            if found.hexdigest() != entry.sha256:
+                raise ArchiveError(f"The part '{entry.name}' of {path} changed while it was unpacked.", AGAIN)
+            target.chmod(_mode(entry.name))
+
+
+def _write_part(file: BinaryIO, whole: Digest, name: str, source: Source) -> None:
+    size = len(source) if isinstance(source, bytes) else source.stat().st_size
+    if not NAME.fullmatch(name) or size > LARGEST:
+        raise UsageError(f"'{name}' ({size:,} bytes) cannot be a part of a package.", "Parts are files below 8 GB.")
+    _put(file, whole, _header(name, size))
+    if isinstance(source, bytes):
+        _put(file, whole, source)
+    else:
+        with source.open("rb") as part:
+            for piece in _pieces(part, size):
+                _put(file, whole, piece)
+    _put(file, whole, bytes(-size % BLOCK))
+
+
+def _put(file: BinaryIO, whole: Digest, content: bytes) -> None:
+    file.write(content)
+    whole.update(content)
+
+
+def _header(name: str, size: int) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = size, _mode(name)
+    return info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
+
+
+def _mode(name: str) -> int:
+    return 0o755 if name.endswith(EXECUTABLE) else 0o644
+
+
+def _entries(file: BinaryIO, path: Path) -> dict[str, Entry]:
+    entries: dict[str, Entry] = {}
+    last = "its beginning"
+    while True:
+        header = file.read(BLOCK)
+        if len(header) < BLOCK:
+            raise ArchiveError(f"{path} is cut short after {last}.", AGAIN)
+        if not any(header):
+            break
+        entry = _entry(file, header, last, path)
+        if entry.name in entries:
+            raise ArchiveError(f"{path} holds the part '{entry.name}' twice.", AGAIN)
+        entries[entry.name] = entry
+        last = f"the part '{entry.name}'"
+    if file.read(BLOCK + 1) != bytes(BLOCK):
+        raise ArchiveError(f"The end of {path}, after {last}, is altered.", AGAIN)
+    return entries
+
+
+def _entry(file: BinaryIO, header: bytes, last: str, path: Path) -> Entry:
+    try:
+        info = tarfile.TarInfo.frombuf(header, "ascii", "strict")
+    except (tarfile.HeaderError, UnicodeDecodeError) as error:
+        raise ArchiveError(f"The header after {last} of {path} is altered, or this is no package.", AGAIN) from error
+    if not NAME.fullmatch(info.name) or not 0 <= info.size <= LARGEST:
+        raise ArchiveError(f"{path} holds a part with the name {info.name!r}, which no package has.", AGAIN)
+    if _header(info.name, info.size) != header:
+        raise ArchiveError(f"The header of the part '{info.name}' of {path} is altered.", AGAIN)
+    offset, found, read = file.tell(), hashlib.sha256(), 0
+    for piece in _pieces(file, info.size):
+        found.update(piece)
+        read += len(piece)
+    padding = -info.size % BLOCK
+    filler = file.read(padding)
+    if read < info.size or len(filler) < padding:
+        raise ArchiveError(
+            f"{path} is cut short in the part '{info.name}' ({read:,} of {info.size:,} bytes are there).", AGAIN
+        )
+    if any(filler):
+        raise ArchiveError(f"The padding of the part '{info.name}' of {path} is altered.", AGAIN)
+    return Entry(info.name, offset, info.size, found.hexdigest())
+
+
+def _check_sums(file: BinaryIO, entries: Mapping[str, Entry], path: Path) -> None:
+    for name in (SUMS, MANIFEST):
+        if name not in entries:
+            raise ArchiveError(
+                f"{path} has no part '{name}': it is no package of mpq-deploy.", "See mpq-deploy package."
+            )
+    file.seek(entries[SUMS].offset)
+    text = file.read(entries[SUMS].size).decode("ascii", "replace")
+    listed = {name: digest for digest, _, name in (line.partition("  ") for line in text.splitlines())}
+    others = [name for name in entries if name != SUMS]
+    if list(listed) != others or text != "".join(f"{listed[name]}  {name}\n" for name in others):
+        raise ArchiveError(f"The part '{SUMS}' of {path} is altered: it does not list the parts that are there.", AGAIN)
+    wrong = [name for name in others if entries[name].sha256 != listed[name]]
+    if not wrong:
+        return
+    # The manifest repeats the digests of the other parts: that tells whether the part or the list was altered.
+    file.seek(entries[MANIFEST].offset)
+    manifest = file.read(entries[MANIFEST].size).decode("utf-8", "replace")
+    altered = wrong[0]
+    if altered != MANIFEST and f'"{entries[altered].sha256}"' in manifest:
+        altered = SUMS
+    raise ArchiveError(
+        f"The part '{altered}' of {path} is altered: its SHA-256 is not the one it was packed with.", AGAIN
+    )
+
+
+def _digest(source: Source) -> str:
+    found = hashlib.sha256()
+    if isinstance(source, bytes):
+        found.update(source)
+        return found.hexdigest()
+    with source.open("rb") as file:
+        for piece in _pieces(file, source.stat().st_size):
+            found.update(piece)
+    return found.hexdigest()
+
+
+def _pieces(file: BinaryIO, size: int) -> Iterator[bytes]:
+    """Yield ``size`` bytes in pieces; fewer when the file ends before."""
+    left = size
+    while left > 0:
+        piece = file.read(min(PIECE, left))
+        if not piece:
+            return
+        left -= len(piece)
+        yield piece

@@ -1,0 +1,102 @@
+"""The few calls of the CUDA driver that running an engine needs, through ctypes: a device needs no other package.
+
+Unproven here: written against the documented driver API; no GPU was at hand.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+from mpq_deploy.errors import EngineError
+
+LIBRARY = "libcuda.so.1"
+MAJOR, MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+NAME_BYTES = 256
+
+
+def why_no_gpu() -> str:
+    """Return why no engine can run here; empty when one can."""
+    try:
+        Cuda()
+    except EngineError as error:
+        return error.message.rstrip(".")
+    return ""
+
+
+class Cuda:
+    """The first GPU: its memory, one stream, and events that measure time. Raises EngineError where there is none."""
+
+    def __init__(self) -> None:
+        try:
+            self._driver: Any = ctypes.CDLL(LIBRARY)
+        except OSError as error:
+            raise EngineError(f"No NVIDIA driver is here ({LIBRARY} cannot be loaded).") from error
+        self._call("cuInit", 0)
+        device, context = ctypes.c_int(), ctypes.c_void_p()
+        self._call("cuDeviceGet", ctypes.byref(device), 0)
+        self._device = device
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+        self._call("cuCtxSetCurrent", context)
+        stream = ctypes.c_void_p()
+        self._call("cuStreamCreate", ctypes.byref(stream), 0)
+        self.stream = int(stream.value or 0)
+
+    def name(self) -> str:
+        """The GPU's name."""
+        text = ctypes.create_string_buffer(NAME_BYTES)
+        self._call("cuDeviceGetName", text, NAME_BYTES, self._device)
+        return text.value.decode()
+
+    def compute_capability(self) -> str:
+        """Such as SM87."""
+        parts = []
+        for attribute in (MAJOR, MINOR):
+            value = ctypes.c_int()
+            self._call("cuDeviceGetAttribute", ctypes.byref(value), attribute, self._device)
+            parts.append(value.value)
+        return f"SM{parts[0]}{parts[1]}"
+
+    def free_bytes(self) -> int:
+        """Free memory of the GPU (on a Jetson: of the board)."""
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self._call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+        return free.value
+
+    def allocate(self, size: int) -> int:
+        """Return the address of ``size`` bytes; they live as long as the process."""
+        pointer = ctypes.c_uint64()
+        self._call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(max(size, 1)))
+        return pointer.value
+
+    def to_device(self, address: int, host: Any) -> None:
+        """Copy a contiguous array."""
+        source = ctypes.c_void_p(host.ctypes.data)
+        self._call("cuMemcpyHtoD_v2", ctypes.c_uint64(address), source, ctypes.c_size_t(host.nbytes))
+
+    def to_host(self, host: Any, address: int) -> None:
+        """Copy into a contiguous array."""
+        target = ctypes.c_void_p(host.ctypes.data)
+        self._call("cuMemcpyDtoH_v2", target, ctypes.c_uint64(address), ctypes.c_size_t(host.nbytes))
+
+    def synchronize(self) -> None:
+        """Wait for the stream."""
+        self._call("cuStreamSynchronize", ctypes.c_void_p(self.stream))
+
+    def event(self) -> ctypes.c_void_p:
+        """Return a new event, recorded now."""
+        event = ctypes.c_void_p()
+        self._call("cuEventCreate", ctypes.byref(event), 0)
+        self._call("cuEventRecord", event, ctypes.c_void_p(self.stream))
+        return event
+
+    def milliseconds(self, start: ctypes.c_void_p, end: ctypes.c_void_p) -> float:
+        """Time between two events that have happened."""
+        value = ctypes.c_float()
+        self._call("cuEventElapsedTime", ctypes.byref(value), start, end)
+        return value.value
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        code = getattr(self._driver, name)(*arguments)
+        if code != 0:
+            raise EngineError(f"The CUDA driver's {name} failed with code {code}.")

@@ -1,0 +1,102 @@
+"""The manifest of a package: what it is for, what its engine must look like, and how it is checked."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mpq_deploy.device.archive import MANIFEST, ArchiveError
+from mpq_deploy.engine.expected import ExpectedLayer, ExpectedLayers
+from mpq_deploy.engine.versions import version_matches
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class PackagedTarget:
+    """What a device needs to know of the target: the same fields as in its YAML."""
+
+    name: str
+    title: str
+    dialect: str
+    builder: str
+    versions: tuple[str, ...]
+    jetpack: str
+    compute_capabilities: tuple[str, ...]
+
+    def takes_version(self, version: str) -> bool:
+        """Tell whether the dialect holds for the builder's ``version``."""
+        return not self.versions or any(version_matches(version, wanted) for wanted in self.versions)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Inputs with the outputs that they must give.
+
+    ``file`` holds ``<case>/<tensor>`` for each of ``cases``; the outputs come from ``made_by`` in FP32 arithmetic with
+    the same integers and scales. ``fp16_nmse`` is the error of the FP16 graph itself in ONNX Runtime (None where that
+    cannot run it), ``tolerance_nmse`` what a device may differ by.
+    """
+
+    file: str
+    cases: tuple[str, ...]
+    inputs: tuple[str, ...]
+    output: str
+    made_by: str
+    fp16_nmse: float | None
+    tolerance_nmse: float
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """``parts``: name -> SHA-256 of every other part. ``shapes``: input -> shape without its batch axis.
+
+    ``batches``: smallest, usual and largest batch. ``alternatives``: target -> versions, of the same device with other
+    TensorRT. ``digests`` say which plan and graph this is, for the report at home.
+    """
+
+    name: str
+    made_by: str
+    target: PackagedTarget
+    model: str
+    parts: dict[str, str]
+    expected: ExpectedLayers
+    fp16_bytes: int
+    batches: tuple[int, int, int]
+    shapes: dict[str, tuple[int, ...]]
+    reference: Reference
+    digests: dict[str, str]
+    alternatives: dict[str, tuple[str, ...]]
+    versions: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        """Return JSON with sorted keys."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+    @classmethod
+    def load(cls, path: Path) -> Manifest:
+        """Read what ``to_json`` gave. Raises ArchiveError for another format or a field that is missing."""
+        try:
+            values: dict[str, Any] = json.loads(path.read_text())
+            found = values.pop("format")
+            if found != FORMAT:
+                raise ArchiveError(
+                    f"{path} has format {found}; this mpq-deploy reads format {FORMAT}.",
+                    f"Install the mpq-deploy that made it ({values.get('made_by')}) on the device.",
+                )
+            values["target"] = PackagedTarget(**_tuples(values["target"], "versions", "compute_capabilities"))
+            values["reference"] = Reference(**_tuples(values["reference"], "cases", "inputs"))
+            layers = [ExpectedLayer(**_tuples(one, "nodes", "kernel")) for one in values["expected"]["layers"]]
+            values["expected"] = ExpectedLayers(tuple(layers), values["expected"]["total_bytes"])
+            for key in ("shapes", "alternatives"):
+                values[key] = {name: tuple(one) for name, one in values[key].items()}
+            return cls(**_tuples(values, "batches", "notes"))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ArchiveError(f"The part '{MANIFEST}' cannot be read: {error!r}.", "Package the run again.") from error
+
+
+def _tuples(values: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {**values, **{name: tuple(values[name]) for name in names}}

@@ -1,0 +1,49 @@
+"""Pass: declare an older opset, where every node means the same under it.
+
+1. A model at or below the wanted opset is left alone.
+2. A node whose operator has the same schema under both opsets is left alone; so is one whose newer schema differs only
+   in what the node does not use: its attributes and its numbers of inputs and outputs fit the older schema. (Between
+   opsets 21 and 25 ONNX only added types, attributes and operators; no default changed its meaning.)
+3. Any other node is a ModelError that names it.
+"""
+
+from __future__ import annotations
+
+import onnx
+import onnx_ir as ir
+
+from mpq_deploy.errors import ModelError
+
+# Below this the meaning of unchanged attributes did change (axes became inputs): such models are not lowered.
+LOWEST = 21
+
+
+def lower_opset(model: ir.Model, opset: int) -> tuple[ir.Model, bool]:
+    """Bring ``model`` to ``opset`` in place if it declares a newer one; return it and whether anything changed."""
+    declared = model.graph.opset_imports.get("", 0)
+    wanted = max(opset, LOWEST)
+    if declared <= wanted:
+        return model, False
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        reason = _reason(node, wanted)
+        if reason:
+            raise ModelError(
+                f"The node '{node.name}' ({node.op_type}) {reason}, and the target reads no newer one.",
+                f"Export the model again with opset {wanted} or lower.",
+            )
+    model.graph.opset_imports[""] = wanted
+    return model, True
+
+
+def _reason(node: ir.Node, opset: int) -> str:
+    """Why ``node`` has no meaning under ``opset``; empty when it has."""
+    if node.domain not in ("", "ai.onnx"):
+        return ""
+    if not onnx.defs.has(node.op_type, max_inclusive_version=opset):
+        return f"has no counterpart in opset {opset}"
+    schema = onnx.defs.get_schema(node.op_type, max_inclusive_version=opset)
+    unknown = [name for name in node.attributes if name not in schema.attributes]
+    if unknown:
+        return f"has the attribute {unknown[0]}, which opset {opset} does not know"
+    fits = len(node.inputs) <= schema.max_input and len(node.outputs) <= schema.max_output
+    return "" if fits else f"has more inputs or outputs than opset {opset} knows"
