@@ -18,7 +18,7 @@ import numpy as np
 
 from mpq_deploy.errors import InfeasibleBudgetError, MpqError, UsageError, nearest
 from mpq_deploy.precision.deployed import ACTIVATION_SCALE_BYTES
-from mpq_deploy.precision.scheme import BRANCH_KERNELS, INT8, SCHEMES
+from mpq_deploy.precision.scheme import BRANCH_KERNELS, SCHEMES
 
 # A plan whose loss is a smaller share of the largest single loss is solved again at its own scale (our choice).
 SMALL_OBJECTIVE = 1e-4
@@ -68,7 +68,8 @@ class PrecisionPlan:
     ``predicted_loss`` as in the sensitivity table; None where the metric ranks layers without predicting an error.
     ``bit_programme``, for metrics that weigh bits by importance: ``weighted_bits`` = sum of importance x bits of the
     plan, and ``linear_bound``, what the linear programme over continuous bits reaches within the same bytes.
-    ``cross_terms``, for metrics with probes: the fields of ``refine.CrossTerms``.
+    ``cross_terms``, for metrics with probes: the fields of ``refine.CrossTerms``. ``simulated``: some layers have
+    schemes that no engine can hold, and bytes are nominal.
     """
 
     budget_bytes: int
@@ -83,6 +84,7 @@ class PrecisionPlan:
     notes: list[str] = field(default_factory=list)
     bit_programme: dict[str, float] | None = None
     cross_terms: dict[str, Any] | None = None
+    simulated: bool = False
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON with sorted keys."""
@@ -102,7 +104,7 @@ def quantizers(layer: LayerChoice, scheme: str) -> dict[str, int]:
     Layers share those of equal names. Factors of channels are counted here even where a producer may take them.
     """
     form = SCHEMES[scheme]
-    if form.activation is not INT8:
+    if form.activation is None:
         return {}
     size = layer.input_bytes.get(scheme, ACTIVATION_SCALE_BYTES)
     return {tensor + form.activation_form: size for tensor in layer.inputs}
@@ -260,16 +262,14 @@ def solve_exactly(
 
 
 def undominated(layer: LayerChoice) -> list[str]:
-    """Leave out every scheme that another beats or equals in bytes and in loss without needing an INT8 input.
+    """Leave out every scheme that another beats or equals in bytes and in loss without needing another input.
 
     This never removes all optimal plans, and shrinks the MILP by half.
     """
     kept: list[str] = []
     for scheme in sorted(layer.bytes, key=lambda s: (layer.bytes[s], layer.loss[s], s)):
-        needs_scale = SCHEMES[scheme].activation is INT8
-        beaten = any(
-            layer.loss[k] <= layer.loss[scheme] and (needs_scale or SCHEMES[k].activation is None) for k in kept
-        )
+        readable: tuple[dict[str, int], ...] = ({}, quantizers(layer, scheme))
+        beaten = any(layer.loss[k] <= layer.loss[scheme] and quantizers(layer, k) in readable for k in kept)
         if not beaten:
             kept.append(scheme)
     return kept

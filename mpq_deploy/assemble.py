@@ -50,6 +50,15 @@ TITLES = {
     "size-only": "Size only, no ORM",
     "random": "Random theta",
 }
+# The controls of the target simulate are simulated too.
+SIMULATED_TITLES = {
+    "ours": "Ours, simulated",
+    CORRECTED: "Ours, simulated, corrected (PTQD)",
+    "int8": "Everything 8-bit, simulated",
+    "int4": "Everything 4-bit, simulated",
+    "size-only": "Size only, no ORM, simulated",
+    "random": "Random theta, simulated",
+}
 PACKAGES = ("onnx", "onnx-ir", "onnxruntime", "highspy", "numpy", "torch", "diffusers", "tensorrt-rtx", "tensorrt")
 
 
@@ -116,10 +125,15 @@ def report_data(pipeline: Pipeline) -> ReportData:
         versions=_versions(),
         reproduce=_command(pipeline),
         notes=(*plan.notes, *evaluation.notes, *exported.facts["notes"]),
-        images=ImageSet(evaluation.images, evaluation.labels, TITLES),
+        images=ImageSet(evaluation.images, evaluation.labels, _titles(plan)),
         importance=_importance(pipeline, plan, table),
         orm=_orm_pictures(table),
+        simulated=plan.simulated,
     )
+
+
+def _titles(plan: PrecisionPlan) -> dict[str, str]:
+    return {**TITLES, **SIMULATED_TITLES} if plan.simulated else TITLES
 
 
 def write_report(pipeline: Pipeline) -> None:
@@ -164,7 +178,7 @@ def _engine(pipeline: Pipeline) -> tuple[EngineInfo | None, str]:
 def _control(name: str, variant: VariantResult, plan: PrecisionPlan) -> Control:
     size = variant.size_bytes or 0
     return Control(
-        title=TITLES.get(name, name),
+        title=_titles(plan).get(name, name),
         size_bytes=size,
         size_ratio=size / plan.fp16_size_bytes,
         measured_nmse=variant.measured_nmse,
@@ -296,6 +310,8 @@ def summarise(pipeline: Pipeline, last: str) -> Summary:
 def _headline(run: Path, report: dict[str, Any]) -> str:
     lines = [f"{'':<9} {'of FP16':>8} {'bytes':>14} {'PSNR dB':>8} {'SSIM':>6} {'NMSE':>9}", _row("ours", report)]
     lines += [_row(name, found) for name, found in {**report["extras"], **report["controls"]}.items()]
+    if report["simulated"]:
+        lines = [lines[0], *(f"{line}  simulated, nominal bytes" for line in lines[1:])]
     engine = report["engine"]
     built = f"{run / engine['file']}" if engine else f"none ({report['engine_note']})"
     lines += ["", f"engine: {built}", f"model:  {run / 'quantize' / DEPLOYED}", f"report: {run / 'report.html'}"]
@@ -340,4 +356,5 @@ def sample_grid(pipeline: Pipeline, out: Path, count: int, seed: int, steps: int
         options,
         pipeline.talk,
     )
-    save_grid(out, {TITLES[name]: images for name, images in result.images.items()}, result.labels)
+    plan = PrecisionPlan.load(pipeline.folder("allocate") / "plan.json")
+    save_grid(out, {_titles(plan)[name]: images for name, images in result.images.items()}, result.labels)

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mpq_deploy.errors import UsageError
 from mpq_deploy.precision.scheme import schemes_named
+
+# What the target simulate chooses from unless the recipe says otherwise: few enough to measure quickly (our choice).
+SIMULATED_DEFAULT = ("fp16", *(f"w{bits}a{a}-sim" for bits in (2, 3, 4, 5, 6, 8) for a in (8, 16)))
 
 
 class Section(BaseModel):
@@ -80,8 +83,9 @@ class AllocateSection(Section):
     """What the solver may choose from."""
 
     schemes: tuple[str, ...] = ("fp16", "w8a8", "w8a16", "w4a16", "w4a8")
-    branches: tuple[Literal["rows", "cols", "lowrank", "scale"], ...] = Field(
-        ("rows",), description="what may stand beside a quantized body, where the target takes it"
+    branches: tuple[Literal["rows", "cols", "lowrank", "scale", "omq", "zres"], ...] = Field(
+        ("rows",),
+        description="what may stand beside a quantized body, where the target takes it; omq and zres: simulated alone",
     )
     branch_charge: float = Field(
         0.002, ge=0, description="share of the plan's loss that each kernel of a branch must take off to be worth it"
@@ -155,6 +159,17 @@ class Recipe(Section):
     quantize: QuantizeSection = QuantizeSection()
     engine: EngineSection = EngineSection()
     evaluate: EvaluateSection = EvaluateSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _simulated_by_default(cls, values: Any) -> Any:
+        """Let the target simulate choose from simulated schemes where the recipe names none."""
+        if not isinstance(values, dict) or values.get("target") != "simulate":
+            return values
+        section = values.get("allocate", {})
+        if not isinstance(section, dict) or "schemes" in section:
+            return values
+        return {**values, "allocate": {**section, "schemes": SIMULATED_DEFAULT}}
 
     @field_validator("budget", mode="before")
     @classmethod

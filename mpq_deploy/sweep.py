@@ -82,7 +82,8 @@ def run_sweep(pipeline: Pipeline, budgets: list[float], evaluate: bool) -> dict[
                 )
             advance(1)
     controls = _measure(pipeline, plans, points) if evaluate else {}
-    result = {"measure": pipeline.digest("measure"), "points": points, "controls": controls}
+    simulated = any(plan.simulated for plan in plans.values())
+    result = {"measure": pipeline.digest("measure"), "points": points, "controls": controls, "simulated": simulated}
     write_text(pipeline.run.path / "sweep.json", canonical_json(result))
     _draw(result, pipeline.run.path / "sweep.svg")
     return result
@@ -151,6 +152,8 @@ def sweep_table(result: dict[str, Any]) -> str:
         lines.append(
             f"{name:>8} {control['size_ratio']:>8.4f} {'':>14} {'':>10} {control['measured_nmse']:>10.2e} {shown:>8}"
         )
+    if result.get("simulated"):
+        lines.append("simulated: bytes are nominal, no engine can hold these plans")
     return "\n".join(lines)
 
 
@@ -176,7 +179,8 @@ def _draw(result: dict[str, Any], path: Path) -> None:
             axes.annotate(said, (control["size_ratio"], control["measured_nmse"]))
         if predicted or measured:
             axes.set_yscale("log")
-        axes.set_xlabel("bytes of all constants, as a share of FP16")
+        nominal = "nominal bytes (simulated)" if result.get("simulated") else "bytes"
+        axes.set_xlabel(f"{nominal} of all constants, as a share of FP16")
         axes.set_ylabel("relative squared error of the output")
         axes.grid(alpha=0.3)
         if predicted or measured:

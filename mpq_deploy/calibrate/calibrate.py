@@ -128,6 +128,7 @@ def summarise(seen: Observation, weights: Mapping[str, Array], options: Calibrat
             np.array([_scale_of(rest, seen, number, options) for rest in rests]),
             factors,
             np.array([_rescaled_scale(row.astype(np.float64), seen, number, options) for row in factors]),
+            float(count * len(amax)),
         )
     return CalibrationStats(activations)
 

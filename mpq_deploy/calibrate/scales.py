@@ -5,6 +5,8 @@ The quantizer is q = clip(round_half_even(x / scale), -128, 127), as QuantizeLin
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from mpq_deploy.denoisers.spec import Array
@@ -20,6 +22,8 @@ COARSE_RATIOS = 2.0 ** (-np.arange(65) / 8)
 FINE_RATIOS = 1.0 + 0.01 * np.arange(-12, 13)
 # Points that stand for the part of the distribution between the sample's maximum and the exact one.
 TAIL_POINTS = 16
+# Points behind the choice of a simulated quantizer, which tries many zero points (our choice).
+SEARCH_POINTS = 4096
 
 
 def activation_scale(method: str, sample: Array, amax: float, count: float, percentile: float = 99.99) -> float:
@@ -65,15 +69,49 @@ def with_tail(sample: Array, amax: float, count: float) -> tuple[Array, Array]:
     return np.append(sample, tail), weights / weights.sum()
 
 
-def mse_scale(points: Array, weights: Array, amax: float) -> float:
-    """Return the FP16 scale with the least expected squared error of clipping and rounding."""
-    coarse = _rounded(amax / QUANT_MAX * COARSE_RATIOS)
-    best = coarse[np.argmin(quantization_error(points, weights, coarse))]
+def mse_scale(points: Array, weights: Array, amax: float, limits: tuple[int, int] = (QUANT_MIN, QUANT_MAX)) -> float:
+    """Return the FP16 scale with the least expected squared error of clipping and rounding to codes in ``limits``."""
+    coarse = _rounded(amax / limits[1] * COARSE_RATIOS)
+    best = coarse[np.argmin(quantization_error(points, weights, coarse, limits))]
     fine = _rounded(best * FINE_RATIOS)
-    return float(fine[np.argmin(quantization_error(points, weights, fine))])
+    return float(fine[np.argmin(quantization_error(points, weights, fine, limits))])
 
 
-def quantization_error(points: Array, weights: Array, scales: Array) -> Array:
+@dataclass(frozen=True)
+class ActivationGrid:
+    """A quantizer of an activation: codes ``quant_min`` to ``quant_max``, the zero point taken off, times ``scale``."""
+
+    scale: float
+    quant_min: int = QUANT_MIN
+    quant_max: int = QUANT_MAX
+
+
+def simulated_grid(bits: int, sample: Array, amax: float, count: float) -> ActivationGrid:
+    """Return the grid of 2^``bits`` levels, zero among them, with the least expected squared error.
+
+    ``sample``, ``amax`` and ``count`` as for ``activation_scale``; the tail beyond the sample gets the sign of its
+    largest value (our choice). The scale is searched for each of some zero points (at most 17, from none of the levels
+    below zero to half of them; above zero where the largest is negative), on at most ``SEARCH_POINTS`` of the sample.
+    """
+    levels = 2**bits - 1
+    if amax == 0:
+        return ActivationGrid(SMALLEST_SCALE, 0, levels)
+    sign = 1.0 if sample[np.argmax(np.abs(sample))] >= 0 else -1.0
+    points, weights = with_tail(sign * sample[:: -(-len(sample) // SEARCH_POINTS)], amax, count)
+    best, least = ActivationGrid(round_scale(2 * amax / levels), -(levels // 2), levels - levels // 2), np.inf
+    for below in np.unique(np.rint(np.linspace(0, (levels + 1) / 2, min(17, 2 ** (bits - 1) + 1))).astype(int)):
+        limits = (-int(below), levels - int(below))
+        scale = mse_scale(points, weights, amax, limits)
+        error = float(quantization_error(points, weights, np.array([scale]), limits)[0])
+        if error < least:
+            low, high = limits if sign > 0 else (-limits[1], -limits[0])
+            best, least = ActivationGrid(scale, low, high), error
+    return best
+
+
+def quantization_error(
+    points: Array, weights: Array, scales: Array, limits: tuple[int, int] = (QUANT_MIN, QUANT_MAX)
+) -> Array:
     """Return the weighted mean squared error of the quantizer for each of ``scales``, float64 [S].
 
     Computed in float32, in units of the greatest point, so that nothing overflows.
@@ -83,7 +121,7 @@ def quantization_error(points: Array, weights: Array, scales: Array) -> Array:
     step = np.asarray(np.asarray(scales, np.float64)[:, None] / unit, np.float32)
     codes = x / step
     np.rint(codes, out=codes)
-    np.clip(codes, QUANT_MIN, QUANT_MAX, out=codes)
+    np.clip(codes, *limits, out=codes)
     codes *= step
     codes -= x
     return unit**2 * np.asarray(np.square(codes, out=codes) @ np.asarray(weights, np.float32), np.float64)

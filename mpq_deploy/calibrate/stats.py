@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from mpq_deploy.calibrate.scales import ActivationGrid, simulated_grid
 from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.precision.scheme import COLUMN_SHARES, SCALE_TENTHS, outlier_count
 
@@ -81,6 +83,7 @@ class ActivationStats:
     scale when the first 1, 2 ... thirty-seconds of them are left out (``precision.scheme.COLUMN_SHARES``).
     ``factors`` float16 [A, C]: by what the channels are multiplied to even out their ranges, for each of
     ``precision.scheme.SCALE_TENTHS``, and ``scales_rescaled`` float64 [A]: the scale then.
+    ``count``: the number of values behind it all.
     """
 
     amax: Array
@@ -93,6 +96,20 @@ class ActivationStats:
     scales_without: Array
     factors: Array
     scales_rescaled: Array
+    count: float
+
+    def grid_for(self, form: str) -> ActivationGrid:
+        """Return the quantizer for an ``activation_form`` of a scheme; simulated ones by their own search."""
+        if not form.startswith("+a"):
+            return ActivationGrid(self.scale_for(form))
+        if form not in self._searched:
+            bits = int(form.removeprefix("+a"))
+            self._searched[form] = simulated_grid(bits, self.reservoir, float(self.amax.max()), self.count)
+        return self._searched[form]
+
+    @cached_property
+    def _searched(self) -> dict[str, ActivationGrid]:
+        return {}
 
     def scale_for(self, form: str) -> float:
         """Return the INT8 scale for an ``activation_form``: all channels, without the outliers, or rescaled."""
@@ -128,8 +145,8 @@ class CalibrationStats:
         names = sorted(self.activations)
         arrays: dict[str, Array] = {"index": np.array(json.dumps(names))}
         for number, name in enumerate(names):
-            for field, value in vars(self.activations[name]).items():
-                arrays[f"{number}.{field}"] = np.asarray(value)
+            for field in ActivationStats.__dataclass_fields__:
+                arrays[f"{number}.{field}"] = np.asarray(getattr(self.activations[name], field))
         np.savez(path, **arrays)  # type: ignore[arg-type]
 
     @classmethod
@@ -140,7 +157,9 @@ class CalibrationStats:
             names = json.loads(str(data["index"]))
             read = {
                 name: ActivationStats(
-                    **{f: data[f"{i}.{f}"] for f in fields if f != "scale"}, scale=float(data[f"{i}.scale"])
+                    **{f: data[f"{i}.{f}"] for f in fields if f not in ("scale", "count")},
+                    scale=float(data[f"{i}.scale"]),
+                    count=float(data[f"{i}.count"]),
                 )
                 for i, name in enumerate(names)
             }

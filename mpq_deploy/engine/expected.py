@@ -65,9 +65,15 @@ class ExpectedLayers:
 
     @classmethod
     def of(cls, layers: Iterable[Layer], schemes: Mapping[str, Scheme], total_bytes: int) -> ExpectedLayers:
-        """Describe ``layers`` under ``schemes`` (by layer name); a branch is a layer of its own."""
+        """Describe ``layers`` under ``schemes`` (by layer name); a branch is a layer of its own.
+
+        Raises ValueError for a simulated scheme: no builder may ever see one.
+        """
         from mpq_deploy.precision.deployed import branch_parts
 
+        simulated = sorted({scheme.name for scheme in schemes.values() if scheme.simulated})
+        if simulated:
+            raise ValueError(f"{', '.join(simulated)}: no engine can hold simulated schemes")
         parts = (part for layer in layers for part in branch_parts(layer, schemes[layer.name]))
         return cls(tuple(ExpectedLayer.of(layer, scheme) for layer, scheme in parts), total_bytes)
 

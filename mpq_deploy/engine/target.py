@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from mpq_deploy.engine.versions import version_matches
 from mpq_deploy.errors import UsageError, nearest
 from mpq_deploy.graph.layers import LAYER_OPS, Layer
-from mpq_deploy.precision.scheme import BRANCH_KINDS, FAMILIES, Scheme
+from mpq_deploy.precision.scheme import BRANCH_KINDS, FAMILIES, SCHEMES, SIMULATED, Scheme, nearest_scheme
 
 Dialect = Literal["trt-rtx", "trt-10.3", "trt-10.13", "trt-11", "onnxruntime"]
 Builder = Literal["tensorrt_rtx", "tensorrt", "trtexec", "none"]
@@ -115,18 +115,30 @@ class Target(BaseModel):
         for op in LAYER_OPS:
             _check_known("branch", self.branches.get(op, ()), BRANCH_KINDS)
             allowed = self.schemes.get(op, ())
-            _check_known("scheme family", allowed, FAMILIES)
+            _check_known("scheme family", allowed, (*FAMILIES, SIMULATED))
             if "fp16" not in allowed:
                 raise ValueError(f"schemes.{op} must list fp16, which every layer may fall back to")
             explained = {f for r in self.rules if op in r.ops and r.when == "always" for f in r.families}
             silent = [family for family in FAMILIES if family not in allowed and family not in explained]
             if silent:
                 raise ValueError(f"schemes.{op} leaves out {', '.join(silent)}, and no rule gives the reason")
+        if self.simulated and self.builder != "none":
+            raise ValueError(f"simulated schemes never reach a builder, and this target has '{self.builder}'")
         return self
 
     def takes_version(self, version: str) -> bool:
         """Tell whether the dialect holds for the builder's ``version``."""
         return not self.versions or any(version_matches(version, wanted) for wanted in self.versions)
+
+    @property
+    def simulated(self) -> bool:
+        """Whether it takes schemes that no engine can hold, so that its bytes are nominal."""
+        return any(SIMULATED in families for families in self.schemes.values())
+
+    def nearest(self, op: str, scheme: Scheme) -> str:
+        """Name the nearest to ``scheme`` that layers of ``op`` may take: a family, or a simulated scheme by itself."""
+        offered = tuple(s for s in SCHEMES.values() if s.weight and not s.branch and s.family in self.schemes[op])
+        return nearest_scheme(scheme, offered).series if offered else "fp16"
 
     def refusal(self, layer: Layer, scheme: Scheme) -> str:
         """Return why ``layer`` may not take ``scheme`` on this target; empty when it may."""
@@ -134,12 +146,26 @@ class Target(BaseModel):
             return ""
         # A rule without condition explains what `schemes` leaves out; a file that extends this one may allow it.
         left_out = scheme.family not in self.schemes[layer.op]
+        if left_out and scheme.simulated:
+            return f"{_not_in_tensorrt(scheme)}; nearest: {self.nearest(layer.op, scheme)}"
         for rule in self.rules:
             if (rule.when == "always") == left_out and rule.concerns(layer, scheme):
-                return rule.reason
+                return rule.reason + (f"; nearest: {self.nearest(layer.op, scheme)}" if left_out else "")
         if scheme.branch and scheme.branch.kind not in self.branches.get(layer.op, ()):
             return f"a {scheme.branch.kind} branch beside a {layer.op} is unproven on {self.name}"
         return ""
+
+
+def _not_in_tensorrt(scheme: Scheme) -> str:
+    """Say why a simulated scheme is none that an engine could hold."""
+    weight, activation = scheme.bits
+    if weight not in (4, 8):
+        return f"{weight}-bit weights do not exist in TensorRT"
+    if activation not in (8, 16):
+        return f"{activation}-bit activations do not exist in TensorRT"
+    if scheme.branch is not None:
+        return f"{scheme.branch.kind} gives channels different bits, which does not exist in TensorRT"
+    return "it is simulated, with zero points and nominal bytes, for the target simulate alone"
 
 
 def known_targets() -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Collection
 from math import prod
 from pathlib import Path
 
@@ -66,15 +67,15 @@ def _write_data(model: ir.Model, path: Path) -> dict[str, ir.ExternalTensor]:
     return written
 
 
-def constant_bytes(path: Path) -> int:
+def constant_bytes(path: Path, skipped: Collection[str] = ()) -> int:
     """Bytes of all constants in the file, as stored: initializers and Constant nodes, 4-bit ones packed.
 
-    Tensors that lie at the same place of the external data count once.
+    Tensors that lie at the same place of the external data count once; initializers named in ``skipped`` not at all.
     """
     model = onnx.load(path, load_external_data=False)
     places: set[tuple[str, int]] = set()
     total = 0
-    constants = list(model.graph.initializer)
+    constants = [tensor for tensor in model.graph.initializer if tensor.name not in skipped]
     for node in model.graph.node:
         constants += [attribute.t for attribute in node.attribute if attribute.type == onnx.AttributeProto.TENSOR]
     for tensor in constants:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from mpq_deploy.calibrate.scales import ActivationGrid
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.dialects import Dialect
 from mpq_deploy.graph.load import load_model
@@ -19,7 +20,8 @@ from mpq_deploy.graph.passes.fp16_region import Fp16Region, fp16_region
 from mpq_deploy.graph.passes.fp16_storage import fp16_storage
 from mpq_deploy.graph.passes.lower_opset import lower_opset
 from mpq_deploy.graph.passes.quantize_layers import LayerRewrite, quantize_layers
-from mpq_deploy.graph.save import constant_bytes, save_sharing
+from mpq_deploy.graph.passes.simulated import nominal_bytes
+from mpq_deploy.graph.save import save_sharing
 from mpq_deploy.precision.scheme import INT4
 
 DEPLOYED = "model.onnx"
@@ -32,14 +34,15 @@ def write_quantized(
     timestep: str,
     sample: str,
     rewrites: Sequence[LayerRewrite],
-    scales: Mapping[str, float],
+    scales: Mapping[str, float | ActivationGrid],
     folder: Path,
     dialect: Dialect | None = None,
 ) -> int:
     """Write both graphs of a plan into ``folder``; return the bytes of all constants, counted from the file.
 
     ``exported`` is the FP32 model; ``timestep`` and ``sample`` name its inputs; ``scales`` are INT8 scales by
-    activation tensor. ``dialect``: what the target reads (default: whatever is written).
+    activation tensor. What is simulated has nominal bytes, checked against its codes in the file.
+    ``dialect``: what the target reads (default: whatever is written).
     Raises ModelError for a layer or node that the dialect cannot take.
     """
     if dialect is not None:
@@ -54,7 +57,7 @@ def write_quantized(
             lower_opset(model, dialect.opsets[1])
         models[name] = model
     save_sharing(models, folder, WEIGHTS)
-    return constant_bytes(folder / DEPLOYED)
+    return nominal_bytes(folder / DEPLOYED, [rewrite.layer for rewrite in rewrites])
 
 
 def refuse_schemes(rewrites: Sequence[LayerRewrite], dialect: Dialect) -> None:

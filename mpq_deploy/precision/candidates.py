@@ -27,6 +27,7 @@ from mpq_deploy.precision.branches import (
     low_rank_factors,
     promote_rows,
     rescaled,
+    row_kurtosis,
     without_columns,
 )
 from mpq_deploy.precision.deployed import block_size, input_channels, outlier_columns, promoted_rows
@@ -40,9 +41,22 @@ from mpq_deploy.precision.quantizers import (
     round_to_nearest,
 )
 from mpq_deploy.precision.scheme import BRANCH_BLOCK, FP16, INT4, INT8, SCHEMES, W8A8, W8A16, Scheme
+from mpq_deploy.precision.simulated import (
+    Rounding,
+    RowForm,
+    RowGrids,
+    SimulatedMatrix,
+    assemble,
+    needed_forms,
+    round_forms,
+    row_errors,
+    stacked,
+)
+
+GRID_ARRAYS = ("low", "high", "scale", "residual")
 
 Refusal = Callable[[Layer, Scheme], str]
-DeployedMatrix = QuantizedMatrix | RowsMatrix | ColsMatrix | LowRankMatrix | ScaledMatrix
+DeployedMatrix = QuantizedMatrix | RowsMatrix | ColsMatrix | LowRankMatrix | ScaledMatrix | SimulatedMatrix
 
 
 @dataclass(frozen=True)
@@ -71,7 +85,7 @@ def choices_for(layer: Layer, wanted: tuple[Scheme, ...], refusal: Refusal) -> C
         reason = refusal(layer, scheme) or _branch_refusal(layer, scheme)
         if not reason and block is None:
             reason = f"no divisor of its reduction {layer.reduction} lies near {scheme.block_size}"
-        twin = seen.get((scheme.family, block))
+        twin = seen.get((scheme.series, block))
         if not reason and scheme.branch:
             allowed.append(scheme)
             continue
@@ -80,7 +94,7 @@ def choices_for(layer: Layer, wanted: tuple[Scheme, ...], refusal: Refusal) -> C
         if reason:
             refused[scheme.name] = reason
             continue
-        seen[scheme.family, block] = scheme.name
+        seen[scheme.series, block] = scheme.name
         allowed.append(scheme)
     return Choices(tuple(allowed), refused)
 
@@ -89,7 +103,7 @@ def _branch_bodies(allowed: list[Scheme]) -> list[Scheme]:
     bodies: dict[str, Scheme] = {}
     for scheme in sorted(allowed, key=lambda s: abs(np.log2((s.block_size or BRANCH_BLOCK) / BRANCH_BLOCK))):
         if scheme.weight is not None and not scheme.branch:
-            bodies.setdefault(scheme.family, scheme)
+            bodies.setdefault(scheme.series, scheme)
     return list(bodies.values())
 
 
@@ -156,6 +170,7 @@ def round_candidates(
     also: tuple[Scheme, ...] = (),
     outliers: Array | None = None,
     factors: Array | None = None,
+    input_amax: Array | None = None,
 ) -> LayerCandidates:
     """Round ``weight`` float32 [O, K] for every weight form that ``choices`` need, and for the schemes ``also``.
 
@@ -163,11 +178,13 @@ def round_candidates(
     inputs, of which block b covers ``widths[b]`` columns (their sum is K). With ``gptq`` False only the diagonal is
     used, as weights of the rounding error. ``refinements``: rounds of ``refine_rounding`` after GPTQ. ``outliers``: the
     input channels int32 [C], those to take out of INT8 first, where a scheme does that. ``factors`` float16 [C]: by
-    what the input's channels are multiplied, where a scheme does that.
+    what the input's channels are multiplied, where a scheme does that. ``input_amax`` [K]: the input's absolute maximum
+    per column, for schemes that share out bits by the channels' kurtosis.
     """
     if not np.all(np.isfinite(weight)):
         raise ModelError(f"The weight '{layer.weight}' holds NaN or Inf.", "Mend the model before quantizing it.")
-    forms = _rounded_forms((*choices.schemes, *also))
+    simulated = [scheme for scheme in (*choices.schemes, *also) if scheme.simulated]
+    forms = _rounded_forms(tuple(s for s in (*choices.schemes, *also) if not s.simulated))
     rows = layer.out_channels // layer.group
     per_group = len(moments) // layer.group
     parts: dict[str, list[QuantizedMatrix]] = {form: [] for form in forms}
@@ -185,6 +202,10 @@ def round_candidates(
         for form in forms:
             parts[form].append(QuantizedMatrix(*rounded[form], scaled[form][1]))
     joined: dict[str, DeployedMatrix] = {form: _joined(pieces) for form, pieces in parts.items()}
+    if simulated:
+        kurtosis = None if input_amax is None else row_kurtosis(weight, input_amax)
+        how = Rounding(gptq, damping, refinements)
+        joined.update(_simulated_forms(layer, weight, simulated, moments, widths, how, kurtosis))
     for scheme in choices.schemes:
         # Branches are for one group, so ``blocks`` are those of the whole layer.
         if scheme.branch and scheme.branch.kind == "lowrank":
@@ -242,6 +263,33 @@ def _rounded_alone(
     scaled = {form: _scaled(layer, body, weight, importance)}
     codes = _rounded(weight, scaled, {form: body}, moments if gptq else None, damping)
     return QuantizedMatrix(codes[form], *scaled[form])
+
+
+def _simulated_forms(
+    layer: Layer,
+    weight: Array,
+    schemes: list[Scheme],
+    moments: Array,
+    widths: tuple[int, ...],
+    how: Rounding,
+    kurtosis: Array | None,
+) -> dict[str, DeployedMatrix]:
+    """Round ``weight`` for the simulated ``schemes``; the arguments are those of ``round_candidates``."""
+    distinct = {scheme.weight_form: scheme for scheme in schemes}
+    wanted = needed_forms(list(distinct.values()))
+    rows, per_group = layer.out_channels // layer.group, len(moments) // layer.group
+    parts: dict[RowForm, list[SimulatedMatrix]] = {form: [] for form in wanted}
+    errors: dict[RowForm, list[Array]] = {form: [] for form in wanted}
+    for group in range(layer.group):
+        part = weight[group * rows : (group + 1) * rows]
+        padded = moments[group * per_group : (group + 1) * per_group]
+        blocks = [block[:width, :width] for block, width in zip(padded, widths, strict=True)]
+        for form, matrix in round_forms(part, wanted, blocks, how).items():
+            parts[form].append(matrix)
+            errors[form].append(row_errors(part, matrix, blocks))
+    rounded = {form: stacked(found) for form, found in parts.items()}
+    lost = {form: np.concatenate(found) for form, found in errors.items()}
+    return {name: assemble(scheme, rounded, lost, kurtosis) for name, scheme in distinct.items()}
 
 
 def with_promoted_rows(candidates: LayerCandidates, order: Array) -> LayerCandidates:
@@ -309,6 +357,11 @@ def save_candidates(candidates: LayerCandidates, path: Path) -> None:
     for form, matrix in candidates.forms.items():
         if isinstance(matrix, RowsMatrix):
             continue  # two other forms and an order of the channels make it
+        if isinstance(matrix, SimulatedMatrix):
+            parts = {**vars(matrix.grids), "levels": matrix.codes, "signs": matrix.signs}
+            # Channels were picked from several forms; safetensors writes an array's memory as it lies.
+            arrays.update({f"{form}.simulated.{name}": np.ascontiguousarray(a) for name, a in parts.items()})
+            continue
         if isinstance(matrix, ColsMatrix):
             arrays[f"{form}.columns"] = matrix.columns
             matrix = matrix.body
@@ -363,6 +416,10 @@ def load_candidates(layer: Layer, weight: Array, path: Path) -> LayerCandidates:
                 forms[form] = beside_body(body, weight, file.get_tensor(f"{form}.columns"), taps)
             if f"{form}.factors" in names:
                 forms[form] = ScaledMatrix(body, file.get_tensor(f"{form}.factors"))
+        for form in sorted({name.split(".")[0] for name in names if ".simulated." in name}):
+            parts = {key: file.get_tensor(f"{form}.simulated.{key}") for key in (*GRID_ARRAYS, "levels", "signs")}
+            grids = RowGrids(*(parts[key] for key in GRID_ARRAYS))
+            forms[form] = SimulatedMatrix(grids, parts["levels"], parts["signs"])
         for form in sorted({name.rsplit(".", 1)[0] for name in names if name.endswith(".down")}):
             beside = forms[form.split("+")[0]]
             assert isinstance(beside, QuantizedMatrix)

@@ -13,6 +13,10 @@ INT64_BYTES = 8
 INT32_BYTES = 4
 # One FP16 scale per activation tensor that is quantized, shared by all its INT8 readers.
 ACTIVATION_SCALE_BYTES = FP16_BYTES
+# A zero point of a simulated scheme: of each output channel, and of the input of each layer that reads it (our choice).
+ZERO_POINT_BYTES = 1
+# What tells how the bits are shared out: which of three widths a channel has, and with residuals which of five forms.
+FORM_BITS = {"omq": 2, "zres": 3}
 
 
 @cache
@@ -43,7 +47,10 @@ def weight_bytes(layer: Layer, scheme: Scheme) -> int:
     """Bytes of all constants that ``scheme`` writes for ``layer``: codes, scales and shape constants.
 
     The activation's scale is not among them: layers that share an input share it (``ACTIVATION_SCALE_BYTES``).
+    A simulated scheme's bytes are nominal: those that a packed form would take, if there were one.
     """
+    if scheme.simulated:
+        return _nominal_bytes(layer, scheme)
     if scheme.branch is not None and scheme.branch.kind != "scale":
         parts = branch_parts(layer, scheme)
         return sum(weight_bytes(part, form) for part, form in parts) + _joining_bytes(layer, scheme)
@@ -61,6 +68,26 @@ def weight_bytes(layer: Layer, scheme: Scheme) -> int:
     if layer.op == "Conv":
         total += INT64_BYTES * len(layer.weight_shape)  # the shape to which the [O, K] matrix is brought back
     return total
+
+
+def _nominal_bytes(layer: Layer, scheme: Scheme) -> int:
+    """Bits x weights, one FP16 scale and one zero point per output channel, and a zero point for the input.
+
+    Channels that share out bits have ``scheme.bits`` on average and say which form they have; with residuals there is
+    room for one FP16 residual size per channel: one of two orders takes the place of one with none.
+    """
+    channels = layer.out_channels
+    total = _packed(scheme.bits[0] * layer.weights) + channels * (FP16_BYTES + ZERO_POINT_BYTES)
+    if scheme.activation is not None:
+        total += ZERO_POINT_BYTES * len(layer.inputs)
+    if scheme.branch is not None:
+        total += _packed(FORM_BITS[scheme.branch.kind] * channels)
+        total += FP16_BYTES * channels * (scheme.branch.kind == "zres")
+    return total
+
+
+def _packed(bits: int) -> int:
+    return (bits + 7) // 8
 
 
 def promoted_rows(layer: Layer, scheme: Scheme) -> int:

@@ -6,6 +6,7 @@ FP16, so every scale here is rounded to FP16 before codes are computed; what is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -177,20 +178,36 @@ def gptq_codes(problems: list[RoundingProblem], hessian: Array, damping: float, 
     low = np.concatenate([np.full(len(p.weight), p.quant_min, np.float32) for p in problems])
     high = np.concatenate([np.full(len(p.weight), p.quant_max, np.float32) for p in problems])
     codes = np.empty(remaining.shape, np.int8)
-    columns = len(order)
+
+    def nearest(i: int, wanted: Array) -> Array:
+        code = np.clip(np.rint(wanted / step[i]), low, high)
+        codes[i] = code
+        return np.asarray(code * step[i])
+
+    compensate(remaining, factor, nearest, chunk)
+    restored = np.empty_like(codes)
+    restored[order] = codes
+    return _keep_better(problems, restored.T, hessian)
+
+
+# (column, wanted values of all rows [R]) -> the values that they get.
+Nearest = Callable[[int, Array], Array]
+
+
+def compensate(remaining: Array, factor: Array, nearest: Nearest, chunk: int = 32) -> None:
+    """GPTQ's pass over the columns of ``remaining`` [K, R] (overwritten): those that follow make up for each error.
+
+    ``factor`` [K, K]: that of ``gptq_factor``. The number format is ``nearest``, which is called once per column.
+    """
+    columns = len(factor)
     for start in range(0, columns, chunk):
         stop = min(start + chunk, columns)
         errors = np.empty((stop - start, remaining.shape[1]), np.float32)
         for i in range(start, stop):
-            code = np.clip(np.rint(remaining[i] / step[i]), low, high)
-            codes[i] = code
-            error = (remaining[i] - code * step[i]) / factor[i, i]
+            error = (remaining[i] - nearest(i, remaining[i])) / factor[i, i]
             errors[i - start] = error
             remaining[i + 1 : stop] -= factor[i, i + 1 : stop, None] * error
         remaining[stop:] -= factor[start:stop, stop:].T @ errors
-    restored = np.empty_like(codes)
-    restored[order] = codes
-    return _keep_better(problems, restored.T, hessian)
 
 
 Rounded = tuple[Array, Array]
@@ -277,18 +294,28 @@ def _normal_equations(weight: Array, levels: Array, blocks: int, moments: list[A
 def _descended(weight: Array, codes: Array, step: Array, hessian: Array, chunk: int = 64) -> Array:
     """Visit every column once: set its codes [O, K] to the best level given all the others."""
     target, levels, step = (np.ascontiguousarray(a.T, np.float32) for a in (weight, codes, step))
-    error = target - levels * step
+    values = levels * step
+
+    def nearest(i: int, wanted: Array) -> Array:
+        levels[i] = np.clip(np.rint(wanted / step[i]), INT4.quant_min, INT4.quant_max)
+        return np.asarray(levels[i] * step[i])
+
+    descend(target, values, hessian, nearest, chunk)
+    return np.asarray(levels.T, np.int8)
+
+
+def descend(target: Array, values: Array, hessian: Array, nearest: Nearest, chunk: int = 64) -> None:
+    """Visit every column of ``values`` [K, R] (overwritten) once: set it to the best for the others as they stand."""
+    error = target - values
     for start in range(0, len(hessian), chunk):
         stop = min(start + chunk, len(hessian))
         slope = hessian[start:stop] @ error
         for i in range(start, stop):
-            best = target[i] - error[i] + slope[i - start] / hessian[i, i]
-            level = np.clip(np.rint(best / step[i]), INT4.quant_min, INT4.quant_max)
-            moved = (levels[i] - level) * step[i]
+            found = nearest(i, target[i] - error[i] + slope[i - start] / hessian[i, i])
+            moved = values[i] - found
             error[i] += moved
-            levels[i] = level
+            values[i] = found
             slope[i + 1 - start :] += hessian[i + 1 : stop, i, None] * moved
-    return np.asarray(levels.T, np.int8)
 
 
 def _keep_better(problems: list[RoundingProblem], codes: Array, hessian: Array) -> list[Array]:

@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import log2
 
 from mpq_deploy.errors import UsageError, nearest
 
 
 @dataclass(frozen=True)
 class Precision:
-    """A signed integer format: ``bits`` wide, codes in [quant_min, quant_max], zero point 0."""
+    """An integer format: ``bits`` wide, codes in [quant_min, quant_max].
+
+    The deployable ones are signed, with zero point 0. A ``simulated`` one has no type in TensorRT that is this wide: it
+    has zero points, and its codes lie in wider types.
+    """
 
     name: str
     bits: int
     quant_min: int
     quant_max: int
+    simulated: bool = False
 
 
 INT4 = Precision("int4", 4, -8, 7)
 # -128 is left out so that the range is symmetric, as TensorRT's own calibrators do.
 INT8 = Precision("int8", 8, -127, 127)
+
+# What the target simulate may take: weights with one scale and zero point per output channel, activations with one of
+# each per tensor.
+SIMULATED_BITS = (2, 3, 4, 5, 6, 7, 8)
+SIMULATED_PRECISIONS = {bits: Precision(f"sim{bits}", bits, 0, 2**bits - 1, True) for bits in SIMULATED_BITS}
 
 BLOCK_SIZES = (32, 64, 128, 256)
 
@@ -32,22 +43,25 @@ class Branch:
     input channels stay out of the INT8 activation, and have FP16 weights. ``lowrank``: two FP16 factors of rank
     ``amount``. ``scale``: the input's channels are multiplied, and the weight's divided, by a factor each that evens
     out their ranges; ``amount`` tenths is how much of the activation's range moves to the weight (MPQ-DM: half).
+    Simulated: ``omq`` and ``zres`` share out the bits among the output channels, whose mean stays that of the body;
+    they have no amount.
     """
 
     kind: str
-    amount: int
+    amount: int = 0
 
     @property
     def suffix(self) -> str:
         """How a scheme's name ends with this branch."""
-        return f"+{self.kind}{self.amount}"
+        return f"+{self.kind}{self.amount or ''}"
 
 
-BRANCH_KINDS = ("rows", "cols", "lowrank", "scale")
+SIMULATED_KINDS = ("omq", "zres")
+BRANCH_KINDS = ("rows", "cols", "lowrank", "scale", *SIMULATED_KINDS)
 # What a branch launches beside the body's kernel: the second product and the joining of channels; the gathering and the
 # small product; the two factors (TensorRT-RTX fuses an addition into the product before it); the multiplication, where
-# the producer cannot take it.
-BRANCH_KERNELS = {"rows": 2, "cols": 2, "lowrank": 2, "scale": 1}
+# the producer cannot take it. Simulated: none.
+BRANCH_KERNELS = {"rows": 2, "cols": 2, "lowrank": 2, "scale": 1, "omq": 0, "zres": 0}
 
 
 @dataclass(frozen=True)
@@ -71,9 +85,25 @@ class Scheme:
         return self.weight is INT4 and self.activation is INT8
 
     @property
+    def simulated(self) -> bool:
+        """Whether no engine can hold this scheme: it runs as Q/DQ in ONNX Runtime, and its bytes are nominal."""
+        return self.weight is not None and self.weight.simulated
+
+    @property
     def family(self) -> str:
-        """The scheme's name without its block size and branch, such as ``w4a16``."""
-        return self.name.split("+")[0].split("-")[0]
+        """The scheme's name without its block size and branch, such as ``w4a16``; ``simulated`` for all of those."""
+        return SIMULATED if self.simulated else self.series
+
+    @property
+    def series(self) -> str:
+        """What schemes share that differ only in their block size or branch: ``w4a16``, ``w2a4-sim``."""
+        body = self.name.split("+")[0]
+        return body if self.simulated else body.split("-")[0]
+
+    @property
+    def bits(self) -> tuple[int, int]:
+        """Bits of the weights and of the activations, 16 for FP16."""
+        return (self.weight.bits if self.weight else 16), (self.activation.bits if self.activation else 16)
 
     @property
     def weight_form(self) -> str:
@@ -81,13 +111,20 @@ class Scheme:
         if self.weight is None:
             return "fp16"
         suffix = self.branch.suffix if self.branch else ""
+        if self.weight.simulated:
+            return f"{self.weight.name}{suffix}"
         if self.weight is INT8:
             return f"int8{suffix}"
         return f"{'int4x8' if self.requantized else 'int4'}-b{self.block_size}{suffix}"
 
     @property
     def activation_form(self) -> str:
-        """Schemes with equal forms share the quantizer of an input: which channels it leaves out or rescales."""
+        """Schemes with equal forms share the quantizer of an input: which channels it leaves out or rescales.
+
+        "" for none. Of simulated schemes: how wide it is, such as ``+a4``.
+        """
+        if self.activation is not None and self.activation.simulated:
+            return f"+a{self.activation.bits}"
         return self.branch.suffix if self.branch and self.branch.kind in ("cols", "scale") else ""
 
     @property
@@ -118,6 +155,16 @@ COLUMN_SHARES = (1, 2)
 # MPQ-DM's pre-scaling: factors of (max|W| / max|X|) ** 0.5.
 SCALE_TENTHS = (5,)
 
+SIMULATED = "simulated"
+# w2a2-sim to w8a8-sim, and w2a16-sim to w8a16-sim.
+_SIMULATED_BODIES = tuple(
+    Scheme(f"w{weight.bits}a{activation.bits if activation else 16}-sim", weight, activation)
+    for weight in SIMULATED_PRECISIONS.values()
+    for activation in (*SIMULATED_PRECISIONS.values(), None)
+)
+# Mean bits of the layers that share out bits among their channels: {1, 2, 3} to {3, 4, 5} bits per channel.
+SHARED_OUT_BITS = (2, 3, 4)
+
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
@@ -144,6 +191,13 @@ SCHEMES: dict[str, Scheme] = {
             if body.activation is None
             for rank in RANKS
         ),
+        *_SIMULATED_BODIES,
+        *(
+            body.with_branch(Branch(kind))
+            for body in _SIMULATED_BODIES
+            if body.bits[0] in SHARED_OUT_BITS
+            for kind in SIMULATED_KINDS
+        ),
     )
 }
 FAMILIES = ("fp16", "w8a8", "w8a16", "w4a16", "w4a8")
@@ -169,10 +223,24 @@ def schemes_named(names: list[str] | tuple[str, ...]) -> tuple[Scheme, ...]:
     for name in names:
         found = [s for s in SCHEMES.values() if name == s.name or (name == s.family and not s.branch)]
         if not found:
-            known = [*SCHEMES, *FAMILIES]
+            known = [*SCHEMES, *FAMILIES, SIMULATED]
+            deployable = ", ".join(s.name for s in SCHEMES.values() if not s.simulated)
             raise UsageError(
                 f"Unknown scheme '{name}'.",
-                f"{nearest(name, known)}Known schemes: {', '.join(SCHEMES)}.",
+                f"{nearest(name, known)}Known schemes: {deployable}; and for the target simulate, w2a2-sim to w8a8-sim "
+                "and w2a16-sim to w8a16-sim.",
             )
         chosen.update({s.name: s for s in found})
     return tuple(s for s in SCHEMES.values() if s.name in chosen)
+
+
+def nearest_scheme(scheme: Scheme, offered: tuple[Scheme, ...]) -> Scheme:
+    """Return the one of ``offered`` (not empty) that comes nearest to ``scheme`` in its weights' bits, then in its
+    activations'; of two as near, the wider. Our choice.
+    """
+
+    def distance(other: Scheme) -> tuple[float, ...]:
+        pairs = list(zip(other.bits, scheme.bits))
+        return (*(abs(log2(a / b)) for a, b in pairs), -other.bits[0], -other.bits[1], len(other.name))
+
+    return min(offered, key=distance)

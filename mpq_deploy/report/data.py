@@ -285,6 +285,7 @@ class ReportData(Part):
     images: ImageSet | None = Field(None, exclude=True, repr=False)
     importance: ImportanceInfo | None = None
     orm: OrmPictures | None = Field(None, exclude=True, repr=False)
+    simulated: bool = Field(False, description="no engine can hold the plan's schemes: bytes are nominal")
 
     @computed_field  # type: ignore[prop-decorator]
     @property

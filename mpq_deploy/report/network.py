@@ -21,6 +21,8 @@ BRANCH_MEANINGS = {
     "rows": "the salient output channels in 8-bit weights beside it",
     "cols": "the outlier input channels in FP16 beside it",
     "lowrank": "two FP16 factors beside it",
+    "omq": "the outlier channels have a bit more, as many others a bit less",
+    "zres": "channels have binary residuals over a grid of a bit less, or grids, where either is better",
 }
 
 
@@ -93,7 +95,7 @@ def legend(data: ReportData) -> list[LegendEntry]:
     return [
         LegendEntry(
             name,
-            SCHEME_MEANINGS.get(name, ""),
+            meaning(name) if simulated(name) else SCHEME_MEANINGS.get(name, ""),
             len(used[name]),
             sum(layer.bytes for layer in used[name]),
             percent(sum(layer.bytes for layer in used[name]) / total),
@@ -128,8 +130,14 @@ def layer_said(layer: LayerRow) -> str:
 
 
 def family(scheme: str) -> str:
-    """Return a scheme's name without its block size and branch."""
-    return scheme.split("+")[0].split("-")[0]
+    """Return a scheme's name without its block size and branch; simulated ones keep their ``-sim``."""
+    body = scheme.split("+")[0]
+    return body if body.endswith("-sim") else body.split("-")[0]
+
+
+def simulated(scheme: str) -> bool:
+    """Tell by its name whether no engine can hold a scheme."""
+    return scheme.split("+")[0].endswith("-sim")
 
 
 def branch(scheme: str) -> str:
@@ -140,6 +148,10 @@ def branch(scheme: str) -> str:
 def meaning(scheme: str) -> str:
     """Say in words what a scheme is."""
     beside = BRANCH_MEANINGS.get(branch(scheme))
+    if simulated(scheme):
+        weight, activation = family(scheme).removesuffix("-sim").removeprefix("w").split("a")
+        said = f"simulated: {weight}-bit weights, {'FP16' if activation == '16' else activation + '-bit'} activations"
+        return said + (f"; {beside}" if beside else "")
     return SCHEME_MEANINGS.get(family(scheme), "custom") + (f"; {beside}" if beside else "")
 
 

@@ -73,13 +73,16 @@ def title_of(name: str, data: ReportData) -> str:
     if name in data.compared:
         return data.compared[name].title
     given = data.images.titles if data.images is not None else {}
-    return given.get(name) or {"float": "Original (float)", "ours": "This plan"}.get(name, name)
+    plan = "This plan (simulated)" if data.simulated else "This plan"
+    return given.get(name) or {"float": "Original (float)", "ours": plan}.get(name, name)
 
 
 def headline(data: ReportData) -> list[str]:
     """Return the result in at most three sentences that need no knowledge of this project."""
+    nominal = " (simulated: nominal bytes, which no engine reaches)" if data.simulated else ""
     said = [
-        f"{percent(data.size_ratio)} of the FP16 size: {size(data.size_bytes)} instead of {size(data.fp16_size_bytes)}."
+        f"{percent(data.size_ratio)} of the FP16 size: {size(data.size_bytes)} instead of "
+        f"{size(data.fp16_size_bytes)}{nominal}."
     ]
     if data.identical:
         said.append("The images are identical to the original model's.")

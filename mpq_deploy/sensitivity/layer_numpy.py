@@ -13,16 +13,14 @@ from mpq_deploy.graph.layers import Layer
 from mpq_deploy.sensitivity.weights import FormStack, InputRounding
 from mpq_deploy.sensitivity.windows import window_pads
 
-INT8_MIN, INT8_MAX = -128, 127  # what ONNX QuantizeLinear saturates to
-
 
 def fake_quantize(x: Array, rounding: InputRounding, layer: Layer) -> Array:
-    """Round ``x`` to INT8 codes times the scale, as QuantizeLinear and DequantizeLinear do (half to even).
+    """Round ``x`` to codes times the scale, as QuantizeLinear and DequantizeLinear do (half to even).
 
     The kept channels stay as they are.
     """
     step = rounding.step(layer, x.ndim)
-    rounded: Array = np.clip(np.rint(x / step), INT8_MIN, INT8_MAX).astype(np.float32) * step
+    rounded: Array = np.clip(np.rint(x / step), rounding.quant_min, rounding.quant_max).astype(np.float32) * step
     if not len(rounding.kept):
         return rounded
     channels = x.shape[1 if layer.op == "Conv" else -1]

@@ -49,9 +49,9 @@ def quantized_codes(x: Any, scale: Any) -> Any:
 
 
 def fake_quantize(x: Any, rounding: InputRounding, layer: Layer) -> Any:
-    """Round ``x`` as QuantizeLinear and DequantizeLinear do, to INT8 codes times the scale; kept channels stay."""
+    """Round ``x`` as QuantizeLinear and DequantizeLinear do, to codes times the scale; kept channels stay."""
     if rounding.factors is None:
-        rounded = quantized_codes(x, rounding.scale).mul_(rounding.scale)
+        rounded = torch.round(x / rounding.scale).clamp_(rounding.quant_min, rounding.quant_max).mul_(rounding.scale)
     else:
         step = torch.from_numpy(np.asarray(rounding.step(layer, x.ndim))).to(x.dtype)
         rounded = quantized_codes(x, step).mul_(step)

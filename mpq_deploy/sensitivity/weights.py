@@ -114,11 +114,18 @@ def form_stack(weight: Array, candidate: CandidateWeights) -> FormStack:
         *(f for f in quantized if f not in plain),
     ]
     kept_start = len(order)
-    order += [s.weight_form for schemes in kept.values() for s in schemes]
     row = {form: i for i, form in enumerate(order)}
-    differences = np.empty((len(order), *weight.shape), np.float32)
-    for form, i in row.items():
-        np.subtract(candidate.weight_matrix(form), weight, out=differences[i])
+    # One weight form may stand behind several activation forms: rows of one activation form are consecutive.
+    apart = [(form, s.weight_form) for form, schemes in kept.items() for s in schemes]
+    row_apart = {key: kept_start + i for i, key in enumerate(dict.fromkeys(apart))}
+    differences = np.empty((kept_start + len(row_apart), *weight.shape), np.float32)
+    rows_of_form: dict[str, list[int]] = {form: [i] for form, i in row.items()}
+    for (_, form), i in row_apart.items():
+        rows_of_form.setdefault(form, []).append(i)
+    for form, rows in rows_of_form.items():
+        error = candidate.weight_matrix(form) - weight
+        for i in rows:
+            differences[i] = error
     return FormStack(
         weight,
         differences,
@@ -127,7 +134,7 @@ def form_stack(weight: Array, candidate: CandidateWeights) -> FormStack:
         kept_start - len(quantized),
         len(plain),
         kept_start,
-        {form: {s.name: row[s.weight_form] for s in schemes} for form, schemes in kept.items()},
+        {form: {s.name: row_apart[form, s.weight_form] for s in schemes} for form, schemes in kept.items()},
         _promotions(candidate),
     )
 
@@ -211,14 +218,18 @@ def numpy_stacks(graph: LayerGraph, candidates: Mapping[str, CandidateWeights], 
 
 @dataclass(frozen=True)
 class InputRounding:
-    """How schemes round the input of a layer: the INT8 scale, and the channels (int32 [n]) that stay in float.
+    """How schemes round the input of a layer: to ``quant_min`` ... ``quant_max`` times the scale.
 
-    ``factors`` float [C]: by what the channels are multiplied before; the weight is divided by them. None for none.
+    ``kept`` int32 [n]: the channels that stay in float. ``factors`` float [C]: by what the channels are multiplied
+    before; the weight is divided by them. None for none. The range is INT8's by default, as QuantizeLinear saturates
+    to; that of a simulated quantizer lies around its zero point.
     """
 
     scale: float
     kept: Array
     factors: Array | None = None
+    quant_min: int = -128
+    quant_max: int = 127
 
     def step(self, layer: Layer, rank: int) -> Array:
         """Return the rounding step of the input as it was, float32: one number, or one per channel, to broadcast."""
@@ -243,7 +254,13 @@ def input_roundings(stats: CalibrationStats, use: LayerUse, schemes: Iterable[Sc
     if not forms:
         return {}
     found = _statistics(stats, use)
-    return {f: InputRounding(found.scale_for(f), found.left_out(f), found.factors_for(f)) for f in forms}
+    return {form: _rounding(found, form) for form in forms}
+
+
+def _rounding(found: ActivationStats, form: str) -> InputRounding:
+    grid = found.grid_for(form)
+    factors = found.factors_for(form)
+    return InputRounding(grid.scale, found.left_out(form), factors, grid.quant_min, grid.quant_max)
 
 
 def _statistics(stats: CalibrationStats, use: LayerUse) -> ActivationStats:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 
 from mpq_deploy.allocate import budget_in_bytes
 from mpq_deploy.artefacts import Fields
-from mpq_deploy.engine.target import load_target
+from mpq_deploy.engine.target import Target, load_target
 from mpq_deploy.errors import MissingDependencyError, UsageError
+from mpq_deploy.graph.layers import Layer
 from mpq_deploy.stages.allocate import allocate_inputs, make_allocate
 from mpq_deploy.stages.calibrate import calibrate_inputs, make_calibrate
-from mpq_deploy.stages.candidates import candidates_inputs, make_candidates
+from mpq_deploy.stages.candidates import candidates_inputs, make_candidates, wanted_schemes
 from mpq_deploy.stages.engine import RTX, builder_present, engine_inputs, make_engine
 from mpq_deploy.stages.evaluate import correction_inputs, evaluate_inputs, make_correction, make_evaluate
 from mpq_deploy.stages.export import export_inputs, make_export
@@ -57,6 +58,7 @@ def check_recipe(recipe: Recipe) -> None:
     target = load_target(recipe.target)
     if recipe.engine.build and target.builder == RTX and not builder_present(target):
         raise MissingDependencyError("tensorrt-rtx", "rtx", f"Building an engine for '{target.name}'")
+    _check_schemes(recipe, target)
     budget_in_bytes(recipe.budget, 1 << 30, 1 << 30)
     if recipe.measure.method == "orm" or recipe.measure.sampling == "adaptive":
         check_timesteps(recipe)
@@ -64,6 +66,19 @@ def check_recipe(recipe: Recipe) -> None:
         raise UsageError(
             f"evaluate.seed and calibrate.seed are both {recipe.evaluate.seed}.",
             "Evaluate on noise that was not calibrated on.",
+        )
+
+
+def _check_schemes(recipe: Recipe, target: Target) -> None:
+    """Refuse a simulated scheme where bytes are real, and schemes of which the target takes none at all."""
+    asked = [scheme for scheme in wanted_schemes(recipe) if scheme.weight is not None]
+    taken = [s for s in asked if any(s.family in families for families in target.schemes.values())]
+    wrong = next((s for s in asked if s not in taken and (s.simulated or target.simulated or not taken)), None)
+    if wrong is not None:
+        reason = target.refusal(Layer("any", "MatMul", "any", (64, 64), 1, 1, ()), wrong)
+        raise UsageError(
+            f"The target {target.name} does not take '{wrong.name}' (allocate.schemes): {reason}.",
+            "Simulated schemes are for --target simulate, deployable ones for the other targets.",
         )
 
 

@@ -116,6 +116,7 @@ class PlanSolver:
             notes=list(self.table.notes),
             bit_programme=programme,
             cross_terms=None if cross_terms is None else asdict(cross_terms),
+            simulated=any(SCHEMES[name].simulated for name in schemes.values()),
         )
 
     def _solved(self, problem: Problem) -> tuple[Solved, CrossTerms | None]:
@@ -200,4 +201,5 @@ def make_allocate(pipeline: Pipeline, folder: Path) -> str:
     plan.save(folder / "plan.json")
     ratio = plan.size_bytes / plan.fp16_size_bytes
     predicted = "not predicted" if plan.predicted_loss is None else f"predicted NMSE {plan.predicted_loss:.2e}"
-    return f"{plan.size_bytes:,} bytes ({ratio:.4f} of FP16), {predicted}"
+    kind = "nominal bytes, simulated" if plan.simulated else "bytes"
+    return f"{plan.size_bytes:,} {kind} ({ratio:.4f} of FP16), {predicted}"

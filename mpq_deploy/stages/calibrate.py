@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 # Raised with every change of what calibration leaves behind.
-CALIBRATION_FORMAT = 3
+CALIBRATION_FORMAT = 4
 
 
 def calibrate_inputs(pipeline: Pipeline) -> Fields:

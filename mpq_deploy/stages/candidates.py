@@ -41,10 +41,14 @@ ROW_ORDERS = "row-orders.npz"
 # Ranking channels needs fewer calls than measuring schemes.
 SALIENCE_TIMESTEPS, SALIENCE_SAMPLES = 8, 12
 # Raised with every change of what the candidates' files hold, so that older run folders make theirs again.
-CANDIDATES_FORMAT = 4
+CANDIDATES_FORMAT = 5
 # Controls: what a user would get without this tool, at the same rounding: one scheme for every layer that may
 # take it (FP16 for the others).
-CONTROLS = {"int8": ("w8a8", "w8a16"), "int4": ("w4a16-b32", "w4a16-b64", "w4a16-b128")}
+# The last of each is what the target simulate takes instead.
+CONTROLS = {
+    "int8": ("w8a8", "w8a16", "w8a8-sim"),
+    "int4": ("w4a16-b32", "w4a16-b64", "w4a16-b128", "w4a16-sim"),
+}
 
 
 def candidates_inputs(pipeline: Pipeline) -> Fields:
@@ -74,7 +78,7 @@ def make_candidates(pipeline: Pipeline, folder: Path) -> str:
 
     def refusal(layer: Layer, scheme: Scheme) -> str:
         reason = target.refusal(layer, scheme)
-        if reason or not scheme.branch:
+        if reason or not scheme.branch or scheme.simulated:
             return reason
         if scheme.activation_form and layer.op != "Conv" and convolved.intersection(layer.inputs):
             return "convolutions read its input too, whose channels lie on another axis"
@@ -96,6 +100,7 @@ def make_candidates(pipeline: Pipeline, folder: Path) -> str:
             # The controls are what they say whatever the recipe allows the plan.
             outliers=stats.activations[layer.inputs[0]].outliers,
             factors=stats.activations[layer.inputs[0]].factors[0],
+            input_amax=_column_amax(layer, stats) if layer.group == 1 else None,
             also=tuple(s for names in CONTROLS.values() if (s := control_scheme(layer, names, target)).weight),
         )
         save_candidates(candidates, folder / f"{numbers[layer.name]:05d}.safetensors")
@@ -126,6 +131,12 @@ def _kurtosis(candidates: LayerCandidates, stats: CalibrationStats) -> Array:
     from mpq_deploy.sensitivity.kurtosis import channel_kurtosis
 
     return channel_kurtosis(candidates.layer, candidates.weight, stats)
+
+
+def _column_amax(layer: Layer, stats: CalibrationStats) -> Array:
+    """Return the absolute maximum of what each column of the weight multiplies, [K]; for layers of one group."""
+    amax = np.max([stats.activations[tensor].amax for tensor in layer.inputs], axis=0)
+    return np.repeat(amax, layer.reduction // len(amax))
 
 
 def _probed_salience(

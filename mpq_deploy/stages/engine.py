@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 RTX = "tensorrt_rtx"
+SIMULATED_PLAN = "the plan is simulated: no engine can hold its schemes, ONNX Runtime runs the graph"
 
 
 def engine_inputs(pipeline: Pipeline) -> Fields:
@@ -36,14 +37,14 @@ def engine_inputs(pipeline: Pipeline) -> Fields:
 def make_engine(pipeline: Pipeline, folder: Path) -> str:
     """Make the stage engine in ``folder``; return a few words for the log."""
     target = load_target(pipeline.recipe.target)
-    reason = _no_engine_reason(pipeline, target)
+    plan = PrecisionPlan.load(pipeline.folder("allocate") / "plan.json")
+    reason = SIMULATED_PLAN if plan.simulated else _no_engine_reason(pipeline, target)
     if reason:
         (folder / "none.json").write_text(canonical_json({"reason": reason}))
         return f"none: {reason}"
     from mpq_deploy.engine.builder import BatchProfile, build_engine
 
     exported = Exported(pipeline)
-    plan = PrecisionPlan.load(pipeline.folder("allocate") / "plan.json")
     schemes = {name: SCHEMES[scheme] for name, scheme in plan.schemes.items()}
     section, spec = pipeline.recipe.engine, exported.spec
     inputs = (spec.sample, spec.timestep, *spec.conditions)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from mpq_deploy.allocate import PrecisionPlan
 from mpq_deploy.artefacts import Fields, canonical_json
+from mpq_deploy.calibrate.scales import ActivationGrid
 from mpq_deploy.engine.target import load_target
 from mpq_deploy.errors import ModelError, MpqError
 from mpq_deploy.graph.dialects import dialect_named
@@ -39,7 +40,13 @@ def write_plan(pipeline: Pipeline, schemes: dict[str, str], folder: Path) -> int
         scheme = SCHEMES[schemes[candidates.layer.name]]
         rewrites.append(LayerRewrite(candidates.layer, scheme, candidates.forms.get(scheme.weight_form)))
     forms = {SCHEMES[scheme].activation_form for scheme in schemes.values()} | {""}
-    scales = {name + form: a.scale_for(form) for name, a in stats.activations.items() for form in forms}
+    wanted = {t + SCHEMES[schemes[n.name]].activation_form for n in exported.graph.layers for t in n.inputs}
+    scales: dict[str, float | ActivationGrid] = {
+        name + form: a.grid_for(form) if form.startswith("+a") else a.scale_for(form)
+        for name, a in stats.activations.items()
+        for form in forms
+        if name + form in wanted
+    }
     spec = exported.spec
     dialect = dialect_named(load_target(pipeline.recipe.target).dialect)
     return write_quantized(exported.path, spec.timestep.name, spec.sample.name, rewrites, scales, folder, dialect)

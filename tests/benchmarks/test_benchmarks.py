@@ -17,7 +17,7 @@ import pytest
 from mpq_deploy.allocate import Problem, plan_bytes
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-SCRIPTS = ("budgets", "probe_quality", "allocate", "peers", "correction")
+SCRIPTS = ("budgets", "probe_quality", "allocate", "peers", "correction", "seeds")
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mpq_deploy.engine.expected import ExpectedLayers
 from mpq_deploy.engine.target import Target, known_targets, load_target
 from mpq_deploy.engine.target_text import describe_target
 from mpq_deploy.engine.versions import version_matches
@@ -34,6 +35,42 @@ def test_every_shipped_target_loads_and_explains_what_it_leaves_out(name: str) -
             kinds = target.branches.get(layer.op, ())
             allowed = scheme.family in target.schemes[layer.op] and (not scheme.branch or scheme.branch.kind in kinds)
             assert bool(target.refusal(layer, scheme)) != allowed
+
+
+@pytest.mark.parametrize("name", known_targets())
+def test_a_scheme_that_is_not_offered_names_the_nearest(name: str) -> None:
+    target = load_target(name)
+    layer = matmul(64, 64)
+    for scheme in SCHEMES.values():
+        if scheme.weight and scheme.family not in target.schemes["MatMul"]:
+            reason, _, nearest = target.refusal(layer, scheme).rpartition("; nearest: ")
+            assert reason and any(not target.refusal(layer, s) for s in schemes_named([nearest]))
+
+
+@pytest.mark.parametrize(
+    ("target", "scheme", "says"),
+    [
+        ("rtx", "w2a4-sim", "2-bit weights do not exist in TensorRT; nearest: w4a8"),
+        ("rtx", "w4a6-sim", "6-bit activations do not exist in TensorRT; nearest: w4a8"),
+        ("rtx", "w8a8-sim", "simulated, with zero points and nominal bytes"),
+        ("rtx", "w4a8-sim+omq", "channels different bits"),
+        ("simulate", "w8a16", "nearest: w8a16-sim"),
+        ("simulate", "w4a8-b64", "nearest: w4a8-sim"),
+        ("tensorrt-10", "w8a16", "unproven); nearest: w8a8"),
+    ],
+)
+def test_refusals_say_why_and_what_is_nearest(target: str, scheme: str, says: str) -> None:
+    assert says in load_target(target).refusal(matmul(64, 64), SCHEMES[scheme])
+
+
+def test_simulated_schemes_never_reach_a_builder(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("extends: simulate\nname: mine\nbuilder: tensorrt_rtx\n")
+    with pytest.raises(UsageError, match="never reach a builder"):
+        load_target(file)
+    layer = matmul(64, 64)
+    with pytest.raises(ValueError, match="no engine can hold"):
+        ExpectedLayers.of([layer], {layer.name: SCHEMES["w2a4-sim"]}, 1000)
 
 
 @pytest.mark.parametrize("name", known_targets())

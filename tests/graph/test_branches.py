@@ -74,7 +74,7 @@ def candidates_of(graph: LayerGraph) -> dict[str, LayerCandidates]:
         rng = np.random.default_rng(number)
         made = round_candidates(
             layer,
-            choices_for(layer, tuple(SCHEMES.values()), refusal),
+            choices_for(layer, tuple(s for s in SCHEMES.values() if not s.simulated), refusal),
             weight_matrix(layer, weight_array(graph.model, layer)),
             np.eye(layer.reduction, dtype=np.float32)[None],
             widths=(layer.reduction,),

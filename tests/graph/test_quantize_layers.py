@@ -39,7 +39,7 @@ def even(layer: Layer, scheme: Scheme) -> str:
 def candidates_for(graph: LayerGraph) -> dict[str, LayerCandidates]:
     found = {}
     for layer in graph.layers:
-        choices = choices_for(layer, tuple(s for s in SCHEMES.values() if not s.branch), even)
+        choices = choices_for(layer, tuple(s for s in SCHEMES.values() if not s.branch and not s.simulated), even)
         weight = weight_matrix(layer, weight_array(graph.model, layer))
         moments = np.ones((layer.group * layer.reduction, 1, 1))
         widths = (1,) * layer.reduction

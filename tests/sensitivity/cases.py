@@ -19,12 +19,14 @@ from mpq_deploy.sensitivity.weights import float_matrix
 from tests.graphs import GraphBuilder
 
 NAMES = ("fp16", "w8a8", "w8a16", "w4a16-b32", "w4a8-b32", "w8a8+cols1", "w4a8-b32+cols1", "w8a8+scale5")
+# One weight form behind two activation forms, and two behind one.
+NAMES = (*NAMES, "w5a16-sim", "w5a7-sim", "w6a7-sim")
 ROWS = tuple(f"{body}+rows{tenths}" for body in ("w4a16-b32", "w4a8-b32") for tenths in (1, 2, 3))
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """Candidates by rounding to the nearest: INT8 per channel, INT4 in blocks of 32 (rows where they do not divide)."""
+    """Candidates by rounding to the nearest: per channel, INT4 in blocks of 32 (rows where they do not divide)."""
 
     layer: Layer
     schemes: tuple[Scheme, ...]
@@ -37,9 +39,9 @@ class Rounded:
             whole = self.weight_matrix(form.split("+")[0])
             whole[self.promoted(form)] = self.weight_matrix("int8")[self.promoted(form)]
             return whole
-        bits = 8 if form.startswith("int8") else 4
+        bits = int(form[3:]) if form.startswith("sim") else 8 if form.startswith("int8") else 4
         width = self.weight.shape[1]
-        block = width if bits == 8 or width % 32 else 32
+        block = width if bits != 4 or width % 32 else 32
         blocks = self.weight.reshape(len(self.weight), -1, block)
         top = 2 ** (bits - 1) - 1
         scale = np.maximum(np.abs(blocks).max(-1, keepdims=True) / top, 1e-12)
@@ -122,21 +124,25 @@ def setting(
     }
     made = Setting(graph, candidates, CalibrationStats({}), calibration, {}, spec, model)
     tensors = list(graph.activations)
-    tops = {
-        name: max(float(np.abs(made.values(step, tensors)[name]).max()) for step in range(steps)) for name in tensors
-    }
+    seen = [made.values(step, tensors) for step in range(steps)]
+    reservoirs = {name: np.concatenate([np.ravel(values[name]) for values in seen]) for name in tensors}
+    tops = {name: float(np.abs(values).max()) for name, values in reservoirs.items()}
     empty = np.zeros(1, np.float32)
     channels = {t: _channels(n) for n in graph.layers for t in n.inputs}
     # Without its first channel a tensor is said to reach only two thirds as far: rounding then differs visibly.
     made.stats = CalibrationStats(
         {
             name: ActivationStats(
-                *[empty] * 5,
+                np.array([top]),
+                *[empty] * 2,
+                reservoir=reservoirs[name],
+                amax_by_timestep=empty,
                 scale=top / 127,
                 outliers=np.roll(np.arange(channels[name], dtype=np.int32), 1),
                 scales_without=np.array([top / 187, top / 200]),
                 factors=np.linspace(0.5, 2, channels[name], dtype=np.float16)[None],
                 scales_rescaled=np.array([top / 170]),
+                count=float(len(reservoirs[name])),
             )
             for name, top in tops.items()
         }

@@ -71,9 +71,11 @@ def test_gemm_local_error_by_hand() -> None:
     stats = case.stats.activations["sample"]
     for scheme in NAMES:
         kind = SCHEMES[scheme]
-        scale = np.float32(stats.scale_for(kind.activation_form))
+        grid = stats.grid_for(kind.activation_form if kind.activation else "")
+        scale = np.float32(grid.scale)
         factors = stats.factors[0].astype(np.float32) if "+scale" in scheme else np.float32(1)
-        rounded = np.clip(np.rint(x * factors / scale), -128, 127) * scale / factors
+        rounded = np.clip(np.rint(x * factors / scale), grid.quant_min, grid.quant_max) * scale / factors
+        assert not kind.simulated or kind.activation is None or grid.quant_max - grid.quant_min == 127
         kept = stats.outliers[:1] if "+cols" in scheme else []
         rounded[:, kept] = x[:, kept]
         quantized = case.candidates["first"].weight_matrix(kind.weight_form)

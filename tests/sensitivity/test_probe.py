@@ -71,13 +71,14 @@ def local_error(case: Setting, layer: Any, node: Any, x: Any, scheme: Any, tenso
     rounded = x
     if scheme.activation is not None:
         stats = case.stats.activations[tensor]
-        scale = np.float32(stats.scale_for(scheme.activation_form))
+        grid = stats.grid_for(scheme.activation_form)
         factors = torch.ones(1)
         if "+scale" in scheme.name:
             factors = torch.from_numpy(stats.factors[0].astype(np.float32))
             factors = factors.reshape(-1, 1, 1) if layer.op == "Conv" else factors
-        step = float(scale) / factors
-        rounded = torch.clamp(torch.round(x.float() / step), -128, 127).double() * step.double()
+        step = float(np.float32(grid.scale)) / factors
+        codes = torch.round(x.float() / step)
+        rounded = torch.clamp(codes, grid.quant_min, grid.quant_max).double() * step.double()
         if "+cols" in scheme.name:
             place = (slice(None), int(stats.outliers[0])) if layer.op == "Conv" else (..., int(stats.outliers[0]))
             rounded[place] = x[place]

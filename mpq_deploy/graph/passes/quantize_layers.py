@@ -8,7 +8,8 @@
    [O, I*kh*kw], brought back to four dimensions by a Reshape.
 5. w4a8: as 4, then QuantizeLinear to INT8 per output channel and DequantizeLinear: 4-bit storage, INT8 compute.
 6. A branch beside an INT4 body: see ``branches``. Factors of the input's channels: see ``prescale``.
-7. A weight used by several nodes: each node gets its own copy of the codes, which the file holds once. (One blocked
+7. Simulated schemes, for ONNX Runtime alone: see ``simulated``.
+8. A weight used by several nodes: each node gets its own copy of the codes, which the file holds once. (One blocked
    INT4 initializer that feeds products of different shapes crashes TensorRT's builder.)
 
 Everything is written in FP32 here; the FP16 passes turn scales into what is deployed.
@@ -24,16 +25,19 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from mpq_deploy.calibrate.scales import ActivationGrid
 from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import Layer, LayerGraph
 from mpq_deploy.graph.passes.branches import write_columns, write_low_rank, write_rows
 from mpq_deploy.graph.passes.prescale import fold_factors, foldable_inputs, multiply_channels
+from mpq_deploy.graph.passes.simulated import SimulatedWriter, write_activation
 from mpq_deploy.precision.branches import ColsMatrix, LowRankMatrix, RowsMatrix, ScaledMatrix
 from mpq_deploy.precision.candidates import DeployedMatrix
 from mpq_deploy.precision.deployed import branch_parts
 from mpq_deploy.precision.quantizers import QuantizedMatrix
 from mpq_deploy.precision.scheme import INT8, Scheme
+from mpq_deploy.precision.simulated import SimulatedMatrix
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,12 @@ class LayerRewrite:
 
 
 def quantize_layers(
-    model: ir.Model, rewrites: list[LayerRewrite], activation_scales: Mapping[str, float]
+    model: ir.Model, rewrites: list[LayerRewrite], activation_scales: Mapping[str, float | ActivationGrid]
 ) -> tuple[ir.Model, bool]:
     """Rewrite ``model`` in place; return it and whether anything changed.
 
-    ``activation_scales``: activation tensor (followed by the scheme's ``activation_form``) -> INT8 scale, for every
-    input of a layer with INT8 activations.
+    ``activation_scales``: activation tensor (followed by the scheme's ``activation_form``) -> INT8 scale, or the grid
+    of a simulated quantizer, for every input of a layer with quantized activations.
     """
     nodes = {node.name: node for node in model.graph}
     pairs: dict[str, ir.Value] = {}
@@ -65,7 +69,7 @@ def quantize_layers(
             node = nodes[use.node]
             x = node.inputs[0]
             assert x is not None and x.name is not None
-            if rewrite.scheme.activation is INT8:
+            if rewrite.scheme.activation is not None:
                 key = use.input + rewrite.scheme.activation_form
                 if key not in pairs:
                     form = rewrite.scheme.activation_form
@@ -110,6 +114,9 @@ def _weight_writing(model: ir.Model, rewrite: LayerRewrite) -> Callable[[ir.Node
     if isinstance(matrix, LowRankMatrix):
         writer = _WeightWriter(model, layer, scheme.body, matrix.body)
         return lambda node, number, x: write_low_rank(model, node, layer, matrix, x, writer.write)
+    if isinstance(matrix, SimulatedMatrix):
+        simulated = SimulatedWriter(model, layer, scheme, matrix)
+        return lambda node, number, x: node.replace_input_with(1, simulated.write(node, number))
     assert matrix is not None
     held = matrix.body if isinstance(matrix, ScaledMatrix) else matrix
     plain = _WeightWriter(model, layer, scheme.body, held)
@@ -181,10 +188,15 @@ class _WeightWriter:
         return output
 
 
-def _quantized_activation(model: ir.Model, value: ir.Value, scale: float, tensor: str, form: str) -> ir.Value:
+def _quantized_activation(
+    model: ir.Model, value: ir.Value, found: float | ActivationGrid, tensor: str, form: str
+) -> ir.Value:
     """Insert the Q/DQ pair of ``value``, the activation ``tensor`` in a scheme's ``form``, right after its producer."""
+    scale = found.scale if isinstance(found, ActivationGrid) else found
     if not np.isfinite(scale) or scale <= 0:
-        raise ModelError(f"The INT8 scale of the activation '{tensor}' is {scale}.", "Calibrate again.")
+        raise ModelError(f"The scale of the activation '{tensor}' is {scale}.", "Calibrate again.")
+    if isinstance(found, ActivationGrid):
+        return _after_producer(model, value, write_activation(model, value, found, form))
     constant = ir.Value(
         name=f"{tensor}//scale{form}",
         shape=ir.Shape(()),
@@ -201,12 +213,17 @@ def _quantized_activation(model: ir.Model, value: ir.Value, scale: float, tensor
         node.outputs[0].name = f"{node.name}_output"
         node.outputs[0].shape = value.shape
         node.outputs[0].type = ir.TensorType(dtype)
+    return _after_producer(model, value, [quantize, dequantize])
+
+
+def _after_producer(model: ir.Model, value: ir.Value, nodes: list[ir.Node]) -> ir.Value:
+    """Insert ``nodes`` where ``value`` comes from; return what the last of them gives."""
     producer = value.producer()
     if producer is None:
-        model.graph.insert_before(model.graph[0], [quantize, dequantize])
+        model.graph.insert_before(model.graph[0], nodes)
     else:
-        model.graph.insert_after(producer, [quantize, dequantize])
-    return dequantize.outputs[0]
+        model.graph.insert_after(producer, nodes)
+    return nodes[-1].outputs[0]
 
 
 def _drop_if_unused(model: ir.Model, name: str) -> None:

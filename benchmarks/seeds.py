@@ -1,0 +1,351 @@
+"""The seeds' claims in kind: MPQ-Diff's, MPQ-DM's and MPQ-DMv2's methods against uniform bits and our default.
+
+    python benchmarks/seeds.py [--models digits emoji]
+
+Three questions on each bundled model, every plan sampled from the same noise as the float model:
+
+- MPQ-Diff (arXiv 2412.00144): of what uniform 4 bits add to the Frechet distance, how much goes with 16.5 % more bytes,
+  shared out by ORM's importances and by our default (the paper, on LSUN: FID 65.73 -> 15.39)? Once among the deployable
+  schemes (uniform: INT4 blocks), once simulated with INT8 activations at 4 and at 3 bits per channel.
+- MPQ-DM (arXiv 2412.11549): W2A4 and W3A6, without and with its outlier-driven bits (omq). Simulated.
+- MPQ-DMv2 (arXiv 2507.04290, by our reading of its abstract): the same with binary residuals (zres). Simulated.
+
+Beside each stands our default allocation, at the same bytes or fewer and the same activation bits, among the same
+grids, and where it may also take omq and zres. As in MPQ-DM's code the first two linears of the time embedding, the
+first and the last convolution have 8 bits in the W2A4 and W3A6 plans; ours may take what it likes there. All are
+without training, so the papers' own figures are not to be expected. The Frechet distance is on the model's own small
+feature network (docs/demo-model.md) and is no FID. Checks compare plans of this very run; the exit code is 1 when one
+fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from frechet import FeatureNetwork, Moments, frechet_distance
+from table import Page, bench_recipe, decibels, made_by_stages, markdown, verdict, weights_digest
+
+from mpq_deploy.allocate import Problem, plan_bytes
+from mpq_deploy.denoisers.bundled import DEMOS
+from mpq_deploy.evaluate.evaluate import evaluate
+from mpq_deploy.evaluate.result import EvaluationOptions
+from mpq_deploy.graph.write import SIMULATED
+from mpq_deploy.pipeline import Pipeline, open_pipeline
+from mpq_deploy.precision.deployed import FP16_BYTES
+from mpq_deploy.precision.scheme import SCHEMES, Scheme
+from mpq_deploy.precision.simulated import SimulatedMatrix
+from mpq_deploy.stages.allocate import PlanSolver
+from mpq_deploy.stages.candidates import candidates_of
+from mpq_deploy.stages.quantize import write_plan
+from mpq_deploy.talk import PlainTalk
+
+# MPQ-Diff's headline: so many more bytes than uniform bits.
+MORE = 1.165
+INT4 = ("w4a16-b32", "w4a16-b64", "w4a16-b128")
+GRIDS = (2, 3, 4, 5, 6, 8)
+# MPQ-DM's layers of 8 bits.
+EIGHT_BITS = ("time_embedding.linear_1", "time_embedding.linear_2", "conv_in", "conv_out")
+STAGES = ("export", "calibrate", "candidates", "measure")
+HEADER = (
+    "plan",
+    "of FP16",
+    "bytes",
+    "NMSE",
+    "PSNR dB",
+    "Frechet to real",
+    "Frechet to float",
+    "increase that goes",
+)
+Allowed = Callable[[str, Scheme], bool]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan to compare: its name, its schemes by layer, its bytes."""
+
+    name: str
+    schemes: dict[str, str]
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """A plan and what came out of it. Distances to the real images and to the float model's samples."""
+
+    plan: Plan
+    of_fp16: float
+    nmse: float
+    psnr_db: float
+    to_real: float
+    to_float: float
+
+
+class Bench:
+    """One finished measurement: plans by solver or by rule, and their evaluation."""
+
+    def __init__(self, pipeline: Pipeline, model: str, samples: int) -> None:
+        self.pipeline, self.samples = pipeline, samples
+        self.solver = PlanSolver(pipeline)
+        self.choices = list(self.solver.choices)
+        self.fixed = self.solver.fp16_size - FP16_BYTES * self.solver.weights
+        self.network = FeatureNetwork(model)
+        self.float_real = float("nan")
+
+    def uniform(self, name: str, *preferred: str, eight: str = "") -> Plan:
+        """Give each layer the first of ``preferred`` that it may take, those of ``EIGHT_BITS`` the scheme ``eight``."""
+        wanted = {c.name: (eight, *preferred) if eight and c.name in EIGHT_BITS else preferred for c in self.choices}
+        return self._sized(
+            name, {c.name: next(s for s in (*wanted[c.name], "fp16") if s in c.bytes) for c in self.choices}
+        )
+
+    def ours(self, name: str, budget: int, allowed: Allowed) -> Plan:
+        """Solve for ``budget`` bytes among the allowed schemes, FP16 always among them."""
+        self.solver.choices = [
+            replace(
+                c,
+                bytes={s: b for s, b in c.bytes.items() if s == "fp16" or allowed(c.name, SCHEMES[s])},
+                loss={s: v for s, v in c.loss.items() if s == "fp16" or allowed(c.name, SCHEMES[s])},
+            )
+            for c in self.choices
+        ]
+        plan = self.solver.solve(f"{budget}b")
+        return Plan(name, plan.schemes, plan.size_bytes)
+
+    def _sized(self, name: str, schemes: dict[str, str]) -> Plan:
+        return Plan(name, schemes, plan_bytes(Problem(self.choices, self.fixed, 0), schemes))
+
+    def evaluate(self, plans: list[Plan]) -> list[Result]:
+        """Sample every plan and the float model from the same noise, and compare."""
+        section, exported = self.pipeline.recipe.evaluate, self.solver.exported
+        options = EvaluationOptions(
+            samples=self.samples,
+            steps=section.steps,
+            timesteps=min(section.timesteps, section.steps),
+            batch_size=section.batch_size,
+            seed=section.seed,
+            sampler=section.sampler,
+            latency_calls=0,
+        )
+        results = []
+        for plan in plans:
+            with tempfile.TemporaryDirectory(dir=self.pipeline.run.scratch()) as folder:
+                written = write_plan(self.pipeline, plan.schemes, Path(folder))
+                assert written == plan.size_bytes, f"{written} bytes written, {plan.size_bytes} planned"
+                found = evaluate(
+                    {"plan": Path(folder) / SIMULATED},
+                    exported.path,
+                    exported.spec,
+                    exported.conditions,
+                    options,
+                    self.pipeline.talk,
+                    cache=self.pipeline.run.path / ".samples",
+                )
+            floats, ours = (self.network.moments(found.images[name]) for name in ("float", "plan"))
+            self.float_real = frechet_distance(floats, self.network.real)
+            results.append(
+                self._result(plan, found.variants["plan"].measured_nmse, found.variants["plan"].psnr_db, ours, floats)
+            )
+        return results
+
+    def _result(self, plan: Plan, nmse: float, psnr_db: float, ours: Moments, floats: Moments) -> Result:
+        share = plan.size_bytes / self.solver.fp16_size
+        distances = frechet_distance(ours, self.network.real), frechet_distance(ours, floats)
+        return Result(plan, share, nmse, psnr_db, *distances)
+
+    def table(self, results: list[Result]) -> str:
+        """Return the rows; the increase is of the distance to the real images, against the first row's."""
+        first = results[0].to_real - self.float_real
+        rows = []
+        for result in results:
+            gone = f"{100 * (1 - (result.to_real - self.float_real) / first):.0f} %" if first > 0 else "no increase"
+            rows.append(
+                [
+                    result.plan.name,
+                    f"{result.of_fp16:.4f}",
+                    f"{result.plan.size_bytes:,}",
+                    f"{result.nmse:.2e}",
+                    decibels(result.psnr_db),
+                    f"{result.to_real:.4f}",
+                    f"{result.to_float:.5f}",
+                    "" if result is results[0] else gone,
+                ]
+            )
+        rows.append(["float model", "", "", "", "", f"{self.float_real:.4f}", "0", ""])
+        return markdown(HEADER, rows)
+
+
+def grids(activation: int) -> Allowed:
+    """Allow plain grids with activations of so many bits."""
+    return lambda layer, s: s.branch is None and s.bits[1] == activation
+
+
+def with_shared_bits(activation: int) -> Allowed:
+    """Allow grids, omq and zres with activations of so many bits, and 8 bits where MPQ-DM has them."""
+    return lambda layer, s: s.bits[1] == activation or (s.name == "w8a8-sim" and layer in EIGHT_BITS)
+
+
+def simulated_schemes() -> list[str]:
+    """Return what the simulated run measures."""
+    return ["fp16", *(f"w{bits}a{a}-sim" for a in (4, 6, 8) for bits in GRIDS)]
+
+
+def other_method(source: Path, method: str) -> Path:
+    """Copy a finished run folder, so that another metric can be measured on the same candidates."""
+    target = source.with_name(f"{source.name}-{method}")
+    if not target.exists():
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns(".samples", "lock*"))
+    return target
+
+
+def best_of(results: list[Result]) -> Result:
+    """Return the one with the least error of the output."""
+    return min(results, key=lambda result: result.nmse)
+
+
+def check(name: str, ours: Result, seeds: list[Result]) -> tuple[bool, str]:
+    """Whether our default's output error is below that of the seeds' best plan."""
+    best = best_of(seeds)
+    found = f"{ours.nmse:.2e} ({decibels(ours.psnr_db)} dB) against {best.nmse:.2e} ({decibels(best.psnr_db)} dB)"
+    return ours.nmse < best.nmse, verdict(ours.nmse < best.nmse, f"{name}: our default beats {best.plan.name}", found)
+
+
+def against_orm(
+    model: str,
+    recipe_values: dict[str, object],
+    changes: list[str],
+    out: Path,
+    samples: int,
+    page: Page,
+    cases: dict[str, tuple[tuple[str, ...], Allowed]],
+) -> list[tuple[bool, str]]:
+    """Answer MPQ-Diff's question for each of ``cases``: uniform schemes, and what the mixes may choose from."""
+    checks = []
+    budgets: dict[str, int] = {}
+    mixed: dict[str, Plan] = {}
+    orm = other_method(out, "orm")
+    with open_pipeline(
+        bench_recipe(None, changes, {**recipe_values, "measure.method": "orm"}), orm, PlainTalk()
+    ) as pipe:
+        pipe.run_until("measure")
+        bench = Bench(pipe, model, samples)
+        for name, (preferred, allowed) in cases.items():
+            budgets[name] = int(MORE * bench.uniform(name, *preferred).size_bytes)
+            mixed[name] = bench.ours("MPQ-Diff: ORM's allocation, +16.5 %", budgets[name], allowed)
+    with open_pipeline(bench_recipe(None, changes, recipe_values), out, PlainTalk()) as pipe:
+        pipe.run_until("measure")
+        bench = Bench(pipe, model, samples)
+        for name, (preferred, allowed) in cases.items():
+            plans = [
+                bench.uniform(name, *preferred),
+                mixed[name],
+                bench.ours("our default, +16.5 %", budgets[name], allowed),
+            ]
+            results = bench.evaluate(plans)
+            page.say(f"### MPQ-Diff against {name}\n\n{bench.table(results)}")
+            checks.append(check(f"{model}, {name} +16.5 %", results[2], results[:2]))
+    return checks
+
+
+def low_bits(bench: Bench, model: str, bits: int, activation: int, page: Page) -> list[tuple[bool, str]]:
+    """Answer MPQ-DM's and MPQ-DMv2's questions for W``bits``A``activation``."""
+    body = f"w{bits}a{activation}-sim"
+    plain = bench.uniform(f"uniform {body}", body, eight="w8a8-sim")
+    omq = bench.uniform(f"MPQ-DM: {body}+omq", f"{body}+omq", body, eight="w8a8-sim")
+    zres = bench.uniform(f"MPQ-DMv2: {body}+zres", f"{body}+zres", body, eight="w8a8-sim")
+    everything = with_shared_bits(activation)
+    plans = [
+        plain,
+        omq,
+        zres,
+        bench.ours(
+            "our default among grids, bytes of omq",
+            omq.size_bytes,
+            lambda layer, s: everything(layer, s) and s.branch is None,
+        ),
+        bench.ours("our default among all, bytes of omq", omq.size_bytes, everything),
+        bench.ours("our default among all, bytes of zres", zres.size_bytes, everything),
+    ]
+    results = bench.evaluate(plans)
+    page.say(f"### W{bits}A{activation}, simulated\n\n{bench.table(results)}\n\n{residual_share(bench, body)}")
+    name = f"{model} W{bits}A{activation}"
+    return [
+        check(f"{name}, bytes of omq", results[4], results[:2]),
+        check(f"{name}, bytes of zres", results[5], results[:3]),
+    ]
+
+
+def residual_share(bench: Bench, body: str) -> str:
+    """Say how many channels of all layers take residuals where they may, and how many get other than the mean bits."""
+    channels = residuals = promoted = 0
+    form = SCHEMES[f"{body}+zres"].weight_form
+    bits = SCHEMES[body].bits[0]
+    for candidates in candidates_of(bench.pipeline, bench.solver.exported.graph).values():
+        matrix = candidates.forms.get(form)
+        if isinstance(matrix, SimulatedMatrix):
+            channels += len(matrix.codes)
+            extra = matrix.orders - (matrix.grid_bits == 0)
+            residuals += int((extra > 0).sum())
+            promoted += int((matrix.grid_bits + matrix.orders != bits).sum())
+    return (
+        f"Where zres lets each channel choose, {residuals:,} of {channels:,} channels take binary residuals "
+        f"({100 * residuals / channels:.0f} %), and {promoted:,} have a bit more or less than the mean."
+    )
+
+
+def measure_model(model: str, changes: list[str], out: Path, samples: int, page: Page) -> list[tuple[bool, str]]:
+    """Measure one model and say its tables; return the checks."""
+    page.say(f"## {model}")
+    common: dict[str, object] = {"model": model, "engine.build": False}
+    deployable = {**common, "target": "onnxruntime-cpu"}
+    checks = []
+    simulated = {
+        **common,
+        "target": "simulate",
+        "allocate.schemes": simulated_schemes(),
+        "allocate.branches": ["omq", "zres"],
+    }
+    with open_pipeline(bench_recipe(None, changes, simulated), out / f"{model}-simulate", PlainTalk()) as pipeline:
+        pipeline.run_until("measure")
+        page.say(
+            f"{weights_digest(pipeline)}\n{made_by_stages(pipeline, STAGES)} {samples} samples for every plan, "
+            f"{pipeline.recipe.evaluate.steps} steps."
+        )
+        bench = Bench(pipeline, model, samples)
+        for bits, activation in ((2, 4), (3, 6)):
+            checks += low_bits(bench, model, bits, activation, page)
+    cases = {f"uniform w{bits}a8-sim (simulated)": ((f"w{bits}a8-sim",), grids(8)) for bits in (4, 3)}
+    checks += against_orm(model, simulated, changes, out / f"{model}-simulate", samples, page, cases)
+    with open_pipeline(bench_recipe(None, changes, deployable), out / model, PlainTalk()) as pipeline:
+        pipeline.run_until("measure")
+    everything: dict[str, tuple[tuple[str, ...], Allowed]] = {
+        "uniform INT4 blocks (w4a16, deployable)": (INT4, lambda layer, scheme: True)
+    }
+    return checks + against_orm(model, deployable, changes, out / model, samples, page, everything)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=DEMOS, default=list(DEMOS), help="bundled models")
+    parser.add_argument("--samples", type=int, default=256, help="images per plan (default 256)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe entry, repeatable")
+    parser.add_argument("-o", "--out", type=Path, default=Path("runs/bench-seeds"), help="folder of run folders")
+    parser.add_argument("--page", type=Path, help="keep the result as a Markdown page")
+    chosen = parser.parse_args()
+    page = Page("The seeds' claims in kind")
+    page.say("\n\n".join(part for part in (__doc__ or "").split("\n\n")[2:]))
+    checks = [
+        one for model in chosen.models for one in measure_model(model, chosen.set, chosen.out, chosen.samples, page)
+    ]
+    page.say("## Checks\n\n" + "\n".join(line for _, line in checks))
+    page.save(chosen.page)
+    sys.exit(0 if all(passed for passed, _ in checks) else 1)
+
+
+if __name__ == "__main__":
+    main()
