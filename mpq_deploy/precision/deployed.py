@@ -103,9 +103,10 @@ def input_channels(layer: Layer) -> int:
 def activation_bytes(layer: Layer, scheme: Scheme) -> int:
     """Bytes of the constants that quantize the input of ``layer``: layers that share the quantizer share them.
 
-    The scale, and the channels' factors, where the scheme has any and the producer does not take them.
+    The scale, and the channels' factors, where the scheme has any and the producer does not take them. A simulated
+    quantizer's zero point counts with each layer that reads it.
     """
-    if scheme.activation is not INT8:
+    if scheme.activation is None:
         return 0
     factors = input_channels(layer) if scheme.branch and scheme.branch.kind == "scale" else 0
     return ACTIVATION_SCALE_BYTES + FP16_BYTES * factors
