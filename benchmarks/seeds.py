@@ -51,6 +51,8 @@ INT4 = ("w4a16-b32", "w4a16-b64", "w4a16-b128")
 GRIDS = (2, 3, 4, 5, 6, 8)
 # MPQ-DM's layers of 8 bits.
 EIGHT_BITS = ("time_embedding.linear_1", "time_embedding.linear_2", "conv_in", "conv_out")
+# MPQ-DM and MPQ-DMv2; MPQ-Diff among simulated and among deployable schemes.
+PARTS = ("low-bits", "orm-simulated", "orm")
 STAGES = ("export", "calibrate", "candidates", "measure")
 HEADER = (
     "plan",
@@ -272,7 +274,7 @@ def low_bits(bench: Bench, model: str, bits: int, activation: int, page: Page) -
         bench.ours("our default among all, bytes of zres", zres.size_bytes, everything),
     ]
     results = bench.evaluate(plans)
-    page.say(f"### W{bits}A{activation}, simulated\n\n{bench.table(results)}\n\n{residual_share(bench, body)}")
+    page.say(f"### W{bits}A{activation}, simulated\n\n{bench.table(results)}\n\n{shared_bits(bench, body)}")
     name = f"{model} W{bits}A{activation}"
     return [
         check(f"{name}, bytes of omq", results[4], results[:2]),
@@ -280,58 +282,72 @@ def low_bits(bench: Bench, model: str, bits: int, activation: int, page: Page) -
     ]
 
 
-def residual_share(bench: Bench, body: str) -> str:
+def shared_bits(bench: Bench, body: str) -> str:
     """Say how many channels of all layers take residuals where they may, and how many get other than the mean bits."""
-    channels = residuals = promoted = 0
-    form = SCHEMES[f"{body}+zres"].weight_form
+    channels = residuals = 0
+    moved = {"omq": 0, "zres": 0}
     bits = SCHEMES[body].bits[0]
     for candidates in candidates_of(bench.pipeline, bench.solver.exported.graph).values():
-        matrix = candidates.forms.get(form)
-        if isinstance(matrix, SimulatedMatrix):
-            channels += len(matrix.codes)
-            extra = matrix.orders - (matrix.grid_bits == 0)
-            residuals += int((extra > 0).sum())
-            promoted += int((matrix.grid_bits + matrix.orders != bits).sum())
+        for kind in moved:
+            matrix = candidates.forms.get(SCHEMES[f"{body}+{kind}"].weight_form)
+            if isinstance(matrix, SimulatedMatrix):
+                moved[kind] += int((matrix.grid_bits + matrix.orders != bits).sum())
+                if kind == "zres":
+                    channels += len(matrix.codes)
+                    residuals += int((matrix.orders - (matrix.grid_bits == 0) > 0).sum())
     return (
-        f"Where zres lets each channel choose, {residuals:,} of {channels:,} channels take binary residuals "
-        f"({100 * residuals / channels:.0f} %), and {promoted:,} have a bit more or less than the mean."
+        f"Of {channels:,} channels omq gives {moved['omq']:,} a bit more or less than the mean, by the error of the "
+        f"layer's output (0: it chose m = 0 everywhere), and zres {moved['zres']:,}; {residuals:,} take binary residuals "
+        f"({100 * residuals / channels:.0f} %)."
     )
 
 
-def measure_model(model: str, changes: list[str], out: Path, samples: int, page: Page) -> list[tuple[bool, str]]:
+def measure_model(
+    model: str, parts: list[str], changes: list[str], out: Path, samples: int, page: Page
+) -> list[tuple[bool, str]]:
     """Measure one model and say its tables; return the checks."""
     page.say(f"## {model}")
     common: dict[str, object] = {"model": model, "engine.build": False}
     deployable = {**common, "target": "onnxruntime-cpu"}
-    checks = []
     simulated = {
         **common,
         "target": "simulate",
         "allocate.schemes": simulated_schemes(),
         "allocate.branches": ["omq", "zres"],
     }
-    with open_pipeline(bench_recipe(None, changes, simulated), out / f"{model}-simulate", PlainTalk()) as pipeline:
-        pipeline.run_until("measure")
-        page.say(
-            f"{weights_digest(pipeline)}\n{made_by_stages(pipeline, STAGES)} {samples} samples for every plan, "
-            f"{pipeline.recipe.evaluate.steps} steps."
-        )
-        bench = Bench(pipeline, model, samples)
-        for bits, activation in ((2, 4), (3, 6)):
-            checks += low_bits(bench, model, bits, activation, page)
-    cases = {f"uniform w{bits}a8-sim (simulated)": ((f"w{bits}a8-sim",), grids(8)) for bits in (4, 3)}
-    checks += against_orm(model, simulated, changes, out / f"{model}-simulate", samples, page, cases)
-    with open_pipeline(bench_recipe(None, changes, deployable), out / model, PlainTalk()) as pipeline:
-        pipeline.run_until("measure")
-    everything: dict[str, tuple[tuple[str, ...], Allowed]] = {
-        "uniform INT4 blocks (w4a16, deployable)": (INT4, lambda layer, scheme: True)
-    }
-    return checks + against_orm(model, deployable, changes, out / model, samples, page, everything)
+    checks = []
+    if "low-bits" in parts or "orm-simulated" in parts:
+        with open_pipeline(bench_recipe(None, changes, simulated), out / f"{model}-simulate", PlainTalk()) as pipeline:
+            pipeline.run_until("measure")
+            page.say(about(pipeline, samples))
+            bench = Bench(pipeline, model, samples)
+            for bits, activation in ((2, 4), (3, 6)) if "low-bits" in parts else ():
+                checks += low_bits(bench, model, bits, activation, page)
+    if "orm-simulated" in parts:
+        cases = {f"uniform w{bits}a8-sim (simulated)": ((f"w{bits}a8-sim",), grids(8)) for bits in (4, 3)}
+        checks += against_orm(model, simulated, changes, out / f"{model}-simulate", samples, page, cases)
+    if "orm" in parts:
+        with open_pipeline(bench_recipe(None, changes, deployable), out / model, PlainTalk()) as pipeline:
+            pipeline.run_until("measure")
+            page.say(about(pipeline, samples))
+        everything: dict[str, tuple[tuple[str, ...], Allowed]] = {
+            "uniform INT4 blocks (w4a16, deployable)": (INT4, lambda layer, scheme: True)
+        }
+        checks += against_orm(model, deployable, changes, out / model, samples, page, everything)
+    return checks
+
+
+def about(pipeline: Pipeline, samples: int) -> str:
+    """Say what was measured, and what it took."""
+    steps = pipeline.recipe.evaluate.steps
+    made = f"{weights_digest(pipeline)}\n{made_by_stages(pipeline, STAGES)}"
+    return f"{made} {samples} samples for every plan, {steps} steps."
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=DEMOS, default=list(DEMOS), help="bundled models")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="which questions (default: all)")
     parser.add_argument("--samples", type=int, default=256, help="images per plan (default 256)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe entry, repeatable")
     parser.add_argument("-o", "--out", type=Path, default=Path("runs/bench-seeds"), help="folder of run folders")
@@ -339,9 +355,9 @@ def main() -> None:
     chosen = parser.parse_args()
     page = Page("The seeds' claims in kind")
     page.say("\n\n".join(part for part in (__doc__ or "").split("\n\n")[2:]))
-    checks = [
-        one for model in chosen.models for one in measure_model(model, chosen.set, chosen.out, chosen.samples, page)
-    ]
+    checks = []
+    for model in chosen.models:
+        checks += measure_model(model, chosen.parts, chosen.set, chosen.out, chosen.samples, page)
     page.say("## Checks\n\n" + "\n".join(line for _, line in checks))
     page.save(chosen.page)
     sys.exit(0 if all(passed for passed, _ in checks) else 1)
