@@ -297,8 +297,8 @@ def shared_bits(bench: Bench, body: str) -> str:
                     residuals += int((matrix.orders - (matrix.grid_bits == 0) > 0).sum())
     return (
         f"Of {channels:,} channels omq gives {moved['omq']:,} a bit more or less than the mean, by the error of the "
-        f"layer's output (0: it chose m = 0 everywhere), and zres {moved['zres']:,}; {residuals:,} take binary residuals "
-        f"({100 * residuals / channels:.0f} %)."
+        f"layer's output (0: it chose m = 0 everywhere), and zres {moved['zres']:,}; {residuals:,} take binary "
+        f"residuals ({100 * residuals / channels:.0f} %)."
     )
 
 
