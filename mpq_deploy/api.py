@@ -28,7 +28,7 @@ class BuildResult:
     @property
     def model(self) -> Path:
         """The quantized FP16 ONNX graph."""
-        return self.run / "quantize" / "model.onnx"
+        return self.run / ("recover" if self.report["recovery"] else "quantize") / "model.onnx"
 
 
 def build(

@@ -28,6 +28,7 @@ from mpq_deploy.report.data import (
     ModelInfo,
     OrmPictures,
     OtherRow,
+    RecoveryInfo,
     ReportData,
     SolverInfo,
     StageRow,
@@ -35,8 +36,8 @@ from mpq_deploy.report.data import (
 )
 from mpq_deploy.runtime.correction import FILE as CORRECTION
 from mpq_deploy.sensitivity.table import SensitivityTable
-from mpq_deploy.stages.common import Exported, version_of
-from mpq_deploy.stages.evaluate import CORRECTED, LATENCY
+from mpq_deploy.stages.common import Exported, deployed_stage, version_of
+from mpq_deploy.stages.evaluate import BEFORE, CORRECTED, LATENCY
 
 if TYPE_CHECKING:
     from mpq_deploy.pipeline import Pipeline, Summary
@@ -45,6 +46,7 @@ TITLES = {
     "float": "Float",
     "ours": "Ours",
     CORRECTED: "Ours, corrected (PTQD)",
+    BEFORE: "Ours, before recovery",
     "int8": "Everything INT8",
     "int4": "Everything INT4",
     "size-only": "Size only, no ORM",
@@ -102,12 +104,14 @@ def report_data(pipeline: Pipeline) -> ReportData:
             image_kind=evaluation.image_kind,
         ),
         extras={
-            name: _control(name, variant, plan) for name, variant in evaluation.variants.items() if name == CORRECTED
+            name: _control(name, variant, plan)
+            for name, variant in evaluation.variants.items()
+            if name in (CORRECTED, BEFORE)
         },
         controls={
             name: _control(name, variant, plan)
             for name, variant in evaluation.variants.items()
-            if name not in ("ours", CORRECTED)
+            if name not in ("ours", CORRECTED, BEFORE)
         },
         curve=_curve(pipeline),
         engine=engine,
@@ -129,6 +133,7 @@ def report_data(pipeline: Pipeline) -> ReportData:
         importance=_importance(pipeline, plan, table),
         orm=_orm_pictures(table),
         simulated=plan.simulated,
+        recovery=_recovery(pipeline),
     )
 
 
@@ -187,6 +192,22 @@ def _control(name: str, variant: VariantResult, plan: PrecisionPlan) -> Control:
         ssim=variant.ssim,
         nmse_by_timestep=variant.nmse_by_timestep,
         identical=math.isinf(variant.psnr_db),
+    )
+
+
+def _recovery(pipeline: Pipeline) -> RecoveryInfo | None:
+    if not pipeline.recipe.recover.steps:
+        return None
+    from mpq_deploy.recover.result import Recovery
+
+    found = Recovery.load(pipeline.folder("recover"))
+    return RecoveryInfo(
+        steps=found.steps,
+        best_step=found.best_step,
+        before=found.before,
+        after=found.after,
+        curve=tuple((point.step, point.held_out_nmse) for point in found.curve),
+        summary=found.summary(),
     )
 
 
@@ -314,7 +335,8 @@ def _headline(run: Path, report: dict[str, Any]) -> str:
         lines = [lines[0], *(f"{line}  simulated, nominal bytes" for line in lines[1:])]
     engine = report["engine"]
     built = f"{run / engine['file']}" if engine else f"none ({report['engine_note']})"
-    lines += ["", f"engine: {built}", f"model:  {run / 'quantize' / DEPLOYED}", f"report: {run / 'report.html'}"]
+    model = run / ("recover" if report["recovery"] else "quantize") / DEPLOYED
+    lines += ["", f"engine: {built}", f"model:  {model}", f"report: {run / 'report.html'}"]
     if CORRECTED in report["extras"]:
         lines.append(f"correction of the sampler: {run / 'correction' / CORRECTION}")
     return "\n".join(lines)
@@ -343,7 +365,7 @@ def sample_grid(pipeline: Pipeline, out: Path, count: int, seed: int, steps: int
         sampler=pipeline.recipe.evaluate.sampler,
         latency_calls=0,
     )
-    variants = {"ours": pipeline.folder("quantize") / SIMULATED}
+    variants = {"ours": pipeline.folder(deployed_stage(pipeline)) / SIMULATED}
     if controls:
         folder = pipeline.folder("controls")
         sizes: dict[str, int] = json.loads((folder / "sizes.json").read_text())

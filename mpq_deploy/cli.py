@@ -165,6 +165,10 @@ def build(
     conditions: ConditionsOption = None,
     scheduler: SchedulerOption = None,
     prompts: PromptsOption = None,
+    recover: Annotated[
+        bool,
+        typer.Option("--recover", help="Also train the plan's model back towards the float one.", show_default=False),
+    ] = False,
 ) -> None:
     """Do everything: export, measure, fit the budget, quantize, build the engine, compare, report.
 
@@ -172,7 +176,7 @@ def build(
     """
     additions = {"conditions": conditions, "scheduler": scheduler, "prompts": prompts}
     settings = _recipe(recipe, model, budget, target, sensitivity, additions)
-    _run_until("report", settings, out)
+    _run_until("report", _recovering(settings) if recover else settings, out)
 
 
 @app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy export ./my-pipeline -o runs/mine")
@@ -214,6 +218,32 @@ def quantize(run: RunArgument, recipe: RecipeOption = None) -> None:
     _run_until("quantize", _recipe_of(run, recipe), run)
 
 
+@app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy recover runs/mine --steps 300")
+def recover(
+    run: RunArgument,
+    steps: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--steps", min=0, help="Updates; 0 goes back to the plan's weights.", show_default="the recipe's"),
+    ] = None,
+    loss: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            "--loss",
+            metavar="NAME[=WEIGHT]",
+            help="What is matched: output, eps, v, sample, relation, memory. May be given several times.",
+            show_default="output",
+        ),
+    ] = None,
+    recipe: RecipeOption = None,
+) -> None:
+    """Train the plan's model back towards the float one: same plan, same bytes, less error."""
+    settings = _recipe_of(run, recipe, {"recover.steps": steps, "recover.losses": _losses(loss)})
+    if steps == 0:
+        _run_until("quantize", settings, run)
+    else:
+        _run_until("recover", _recovering(settings), run)
+
+
 @app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy engine runs/mine --target rtx")
 def engine(run: RunArgument, target: TargetOption = None, recipe: RecipeOption = None) -> None:
     """Build the TensorRT engine and verify it from its build log."""
@@ -249,9 +279,10 @@ def report(
     settings = _recipe_of(run, recipe)
     if device:
         from mpq_deploy.home_results import take_in
+        from mpq_deploy.stages.common import deployed_stage
 
         with open_pipeline(settings, run, _talk()) as pipeline:
-            pipeline.run_until("quantize")
+            pipeline.run_until(deployed_stage(pipeline))
             for path in device:
                 take_in(pipeline, path)
     _run_until("report", settings, run)
@@ -538,6 +569,26 @@ def _recipe_of(run: Path, recipe: Path | None, overrides: dict[str, Any] | None 
     if recipe is None and not stored.is_file():
         raise UsageError(f"{run} is no run folder: it has no recipe.yaml.", "Make one with 'mpq-deploy build -o RUN'.")
     return load_recipe(recipe or stored, overrides)
+
+
+def _recovering(settings: Recipe) -> Recipe:
+    """Return the recipe with recovery on: its own number of steps, or the default."""
+    from mpq_deploy.recipe import RECOVER_STEPS
+
+    steps = settings.recover.steps or RECOVER_STEPS
+    return settings.model_copy(update={"recover": settings.recover.model_copy(update={"steps": steps})})
+
+
+def _losses(given: list[str] | None) -> dict[str, float] | None:
+    """Read NAME or NAME=WEIGHT; None where none was given."""
+    losses = {}
+    for text in given or ():
+        name, _, weight = text.partition("=")
+        try:
+            losses[name] = float(weight or 1.0)
+        except ValueError as error:
+            raise UsageError(f"The weight in --loss {text} is no number.", "Write for example relation=0.1.") from error
+    return losses or None
 
 
 def _run_until(stage: str, settings: Recipe, out: Path | None) -> None:

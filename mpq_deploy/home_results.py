@@ -13,6 +13,7 @@ from mpq_deploy.artefacts import write_text
 from mpq_deploy.device.install import read_results
 from mpq_deploy.errors import UsageError
 from mpq_deploy.report.data import DeviceInfo
+from mpq_deploy.stages.common import deployed_stage
 
 if TYPE_CHECKING:
     from mpq_deploy.pipeline import Pipeline
@@ -78,4 +79,5 @@ def device_info(results: dict[str, Any]) -> DeviceInfo:
 def _stale(pipeline: Pipeline, results: dict[str, Any]) -> str:
     """The first stage whose outputs are not those that were packaged; empty when all are."""
     digests = results["package"].get("digests", {})
-    return next((name for name in STAGES if digests.get(name) != pipeline.digest(name)), "")
+    made_by = {name: deployed_stage(pipeline) if name == "quantize" else name for name in STAGES}
+    return next((name for name in STAGES if digests.get(name) != pipeline.digest(made_by[name])), "")

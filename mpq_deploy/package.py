@@ -32,7 +32,7 @@ from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.graph.write import DEPLOYED, SIMULATED, WEIGHTS
 from mpq_deploy.precision.scheme import SCHEMES
 from mpq_deploy.runtime.correction import FILE as CORRECTION
-from mpq_deploy.stages.common import Exported, load_calibration
+from mpq_deploy.stages.common import Exported, deployed_stage, load_calibration
 
 if TYPE_CHECKING:
     from mpq_deploy.denoisers.spec import Array, InputSpec
@@ -66,7 +66,7 @@ def make_package(pipeline: Pipeline, target: Target, out: Path) -> dict[str, Any
             f"The target '{target.name}' has no engine to build on a device: ONNX Runtime runs quantize/{SIMULATED}.",
             "Package for a target with a builder (mpq-deploy targets).",
         )
-    pipeline.run_until("quantize")
+    pipeline.run_until(deployed_stage(pipeline))
     corrected = pipeline.recipe.evaluate.correction != "none"
     if corrected:
         pipeline.run_until("correction")
@@ -97,7 +97,7 @@ def check_plan(pipeline: Pipeline, target: Target) -> None:
     if named:
         more = f" (and {len(named) - 1} more layers)" if len(named) > 1 else ""
         raise UsageError(f"The plan is not for '{target.name}': {named[0]}{more}.", again)
-    result = check_model(pipeline.folder("quantize") / DEPLOYED, target)
+    result = check_model(pipeline.folder(deployed_stage(pipeline)) / DEPLOYED, target)
     bad = [one for one in result.findings if one.effect in ERRORS or one.rule == "opset"]
     if bad:
         raise ModelError(f"{target.title} does not take the graph: {bad[0].node or 'opset'}: {bad[0].message}.", again)
@@ -111,7 +111,7 @@ def make_reference(pipeline: Pipeline) -> tuple[Reference, bytes]:
     """
     from mpq_deploy.runtime.ort import OrtDenoiser, model_feeds
 
-    exported, quantized = Exported(pipeline), pipeline.folder("quantize")
+    exported, quantized = Exported(pipeline), pipeline.folder(deployed_stage(pipeline))
     spec, section = exported.spec, pipeline.recipe.engine
     calls, _ = load_calibration(pipeline)
     types = _input_types(quantized / DEPLOYED)
@@ -187,7 +187,7 @@ def _shape_flags(manifest: Manifest) -> list[str]:
 
 
 def _files(pipeline: Pipeline, corrected: bool) -> dict[str, Source]:
-    quantized = pipeline.folder("quantize")
+    quantized = pipeline.folder(deployed_stage(pipeline))
     spec = Exported(pipeline).spec
     parts: dict[str, Source] = {
         DEPLOYED: quantized / DEPLOYED,
@@ -218,7 +218,8 @@ def _manifest(pipeline: Pipeline, target: Target, reference: Reference, parts: d
         batches=(section.batch_min, section.batch_opt, section.batch_max),
         shapes={item.name: item.shape for item in inputs if item.batched},
         reference=reference,
-        digests={name: pipeline.digest(name) for name in ("allocate", "quantize")},
+        # What is deployed goes by one name, whichever stage made it.
+        digests={"allocate": pipeline.digest("allocate"), "quantize": pipeline.digest(deployed_stage(pipeline))},
         alternatives=_alternatives(target),
         versions={name: version(name) for name in ("numpy", "onnx", "onnxruntime")},
         notes=tuple(plan.notes),

@@ -14,6 +14,7 @@ from mpq_deploy.artefacts import RunFolder, open_run, write_text
 from mpq_deploy.errors import MpqError, UsageError
 from mpq_deploy.meter import metered
 from mpq_deploy.recipe import Recipe
+from mpq_deploy.stages.common import deployed_stage
 from mpq_deploy.talk import Talk
 
 STAGES = (
@@ -23,6 +24,7 @@ STAGES = (
     "measure",
     "allocate",
     "quantize",
+    "recover",
     "controls",
     "correction",
     "engine",
@@ -37,11 +39,13 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "measure": ("export", "calibrate", "candidates"),
     "allocate": ("export", "candidates", "measure"),
     "quantize": ("export", "calibrate", "candidates", "allocate"),
+    # Only where the recipe wants it.
+    "recover": ("export", "calibrate", "candidates", "allocate", "quantize"),
     "controls": ("export", "calibrate", "candidates", "allocate"),
     # Only where the recipe wants one.
-    "correction": ("export", "calibrate", "quantize"),
-    "engine": ("export", "allocate", "quantize"),
-    "evaluate": ("export", "allocate", "quantize", "controls", "correction"),
+    "correction": ("export", "calibrate", "quantize", "recover"),
+    "engine": ("export", "allocate", "quantize", "recover"),
+    "evaluate": ("export", "allocate", "quantize", "recover", "controls", "correction"),
     "report": ("export", "calibrate", "measure", "allocate", "quantize", "engine", "evaluate"),
 }
 
@@ -103,7 +107,8 @@ class Pipeline:
 
     def sample(self, out: Path, count: int, seed: int, steps: int, controls: bool = False) -> None:
         """Sample the float and the quantized model (and the controls) side by side into the picture ``out``."""
-        for name in ("quantize", "controls") if controls else ("quantize",):
+        deployed = deployed_stage(self)
+        for name in (deployed, "controls") if controls else (deployed,):
             self.run_until(name)
         assemble.sample_grid(self, out, count, seed, steps, controls)
 
@@ -114,6 +119,8 @@ class Pipeline:
                 wanted.update(NEEDS[name])
         if self.recipe.evaluate.correction == "none" and last != "correction":
             wanted.discard("correction")
+        if not self.recipe.recover.steps and last != "recover":
+            wanted.discard("recover")
         return [name for name in STAGES if name in wanted]
 
     def _cached(self, name: str) -> StageResult:

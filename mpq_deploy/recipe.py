@@ -119,6 +119,40 @@ class QuantizeSection(Section):
     memory_mb: int = Field(512, ge=16, description="cap on the Hessians held at once")
 
 
+# Updates where recovery is asked for without a number: ``build --recover``.
+RECOVER_STEPS = 600
+
+
+class RecoverSection(Section):
+    """How the plan's model is trained back towards the float one; ``steps`` 0: not at all."""
+
+    steps: int = Field(0, ge=0, description="updates; 0: recovery is off")
+    batch_size: int = Field(16, ge=1)
+    trajectories: int = Field(160, ge=1, description="float trajectories to learn from, recorded anew every round")
+    round_steps: int = Field(100, ge=1, description="updates per round")
+    held_out: int = Field(32, ge=1, description="trajectories never trained on: they decide which state is kept")
+    check_every: int = Field(50, ge=1, description="updates between measurements on them, each with a checkpoint")
+    rank: int = Field(32, ge=1, description="of the low-rank adapters, at most")
+    margin: float = Field(0.0, ge=0, le=0.499, description="how far a latent weight may start off its code, in steps")
+    initialization: Literal["zero", "svd"] = "zero"
+    losses: dict[Literal["output", "eps", "v", "sample", "relation", "memory"], float] = {"output": 1.0}
+    timesteps: Literal["uniform", "sensitivity"] = "sensitivity"
+    # Learning rates for a plan whose NMSE is 1e-3; they follow the root of the measured one.
+    adapter_rate: float = Field(100.0, ge=0, description="learning rate, in units of the layer's weight step / 2500")
+    scale_rate: float = Field(0.003, ge=0, description="learning rate of the logarithms of scales")
+    constant_rate: float = Field(0.003, ge=0, description="learning rate of FP16 constants, in units of their rms")
+    warmup: int = Field(10, ge=0, description="updates")
+    segments: int = Field(1, ge=1, description="of the graph, computed again in the backward pass to save memory")
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    relation_pixels: int = Field(
+        256, ge=1, description="most pixels of a map in the relation loss: a grid of larger ones"
+    )
+    memory_size: int = Field(20000, ge=1, description="pixels in the memory loss's ring buffer")
+    memory_pixels: int = Field(128, ge=1, description="pixels compared and then remembered at each update")
+    memory_anchors: int = Field(4096, ge=1, description="remembered pixels that they are compared with")
+    seed: int = Field(4, ge=0)
+
+
 class EngineSection(Section):
     """How the engine is built."""
 
@@ -157,6 +191,7 @@ class Recipe(Section):
     measure: MeasureSection = MeasureSection()
     allocate: AllocateSection = AllocateSection()
     quantize: QuantizeSection = QuantizeSection()
+    recover: RecoverSection = RecoverSection()
     engine: EngineSection = EngineSection()
     evaluate: EvaluateSection = EvaluateSection()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from mpq_deploy.calibrate.scales import ActivationGrid
+from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.dialects import Dialect
 from mpq_deploy.graph.load import load_model
@@ -37,19 +38,24 @@ def write_quantized(
     scales: Mapping[str, float | ActivationGrid],
     folder: Path,
     dialect: Dialect | None = None,
+    constants: Mapping[str, Array] | None = None,
 ) -> int:
     """Write both graphs of a plan into ``folder``; return the bytes of all constants, counted from the file.
 
     ``exported`` is the FP32 model; ``timestep`` and ``sample`` name its inputs; ``scales`` are INT8 scales by
     activation tensor. What is simulated has nominal bytes, checked against its codes in the file.
     ``dialect``: what the target reads (default: whatever is written).
+    ``constants`` take the place of the exported model's, by name: values that recovery has learned.
     Raises ModelError for a layer or node that the dialect cannot take.
     """
     if dialect is not None:
         refuse_schemes(rewrites, dialect)
+    learned = {name: ir.tensor(array, name=name) for name, array in (constants or {}).items()}
     models = {}
     for name, finish in ((DEPLOYED, fp16_arithmetic), (SIMULATED, fp16_storage)):
         model = load_model(exported)
+        for constant, tensor in learned.items():
+            model.graph.initializers[constant].const_value = tensor
         region = fp16_region(model, timestep, sample)
         quantize_layers(model, list(rewrites), scales)
         finish(model, region)

@@ -122,6 +122,29 @@ def prediction_chart(data: ReportData) -> Markup | None:
     return chart("prediction", "Predicted and measured error", said, parts, height)
 
 
+def recovery_chart(data: ReportData) -> Markup | None:
+    """Held-out error while training, over updates; None without recovery, or where there was no error."""
+    if data.recovery is None or len(data.recovery.curve) < 2 or min(e for _, e in data.recovery.curve) <= 0:
+        return None
+    points = tuple((float(step), value) for step, value in data.recovery.curve)
+    ticks = nice_ticks([step for step, _ in points], 6)
+    ticks = [t for t in ticks if 0 <= t <= points[-1][0]]
+    decades = log_ticks([value for _, value in points])
+    x = Axis(0, points[-1][0], LEFT + 12, WIDTH - RIGHT - 12)
+    y = Axis(decades[0], decades[-1], HEIGHT - BOTTOM, TOP, log=True)
+    parts = [
+        y_axis(x, y, [(d, power_label(d)) for d in decades], "relative squared error of the output"),
+        x_axis(x, y, [(t, f"{t:g}") for t in ticks], "updates"),
+        polyline(x, y, Series("ours", "", points)),
+    ]
+    for step, value in points:
+        kept = step == data.recovery.best_step
+        said = f"{'kept: ' if kept else ''}update {step:g}: {error(value)}"
+        parts.append(marker("ours", (x(step), y(value)), said, 7 if kept else 4, hollow=not kept))
+    said = f"from {error(points[0][1])} to {error(data.recovery.after)} at update {data.recovery.best_step}"
+    return chart("recovery", "Error while training", said, parts)
+
+
 def _beside(x: Axis, values: Sequence[tuple[str, float]], level: float) -> Markup:
     """Write a row's values on the side of its markers where there is more room."""
     said = ", ".join(f"{what} {error(value)}" for what, value in values)

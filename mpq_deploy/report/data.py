@@ -203,6 +203,20 @@ class ImportanceInfo(Part):
     constant: int = Field(0, ge=0)
 
 
+class RecoveryInfo(Part):
+    """What training brought: the output's error on trajectories never trained on, before and after ``best_step``.
+
+    ``curve``: (update, error on them) at each measurement; ``best_step`` 0: the plan's weights stayed.
+    """
+
+    steps: int = Field(ge=1)
+    best_step: int = Field(ge=0)
+    before: float = Field(ge=0)
+    after: float = Field(ge=0)
+    curve: tuple[tuple[int, float], ...]
+    summary: str
+
+
 @dataclass(frozen=True)
 class OrmPictures:
     """What the page draws of the orthogonality of L layers at K timesteps; not in JSON (it lies in measure/orm.npz).
@@ -286,6 +300,7 @@ class ReportData(Part):
     importance: ImportanceInfo | None = None
     orm: OrmPictures | None = Field(None, exclude=True, repr=False)
     simulated: bool = Field(False, description="no engine can hold the plan's schemes: bytes are nominal")
+    recovery: RecoveryInfo | None = None
 
     @computed_field  # type: ignore[prop-decorator]
     @property

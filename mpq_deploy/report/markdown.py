@@ -37,6 +37,7 @@ def markdown_report(data: ReportData) -> str:
         f"Output error: {prediction(data)}. {_engine_line(data)}",
         *_importance(data),
         *_devices(data),
+        *([plain(f"Recovery: {data.recovery.summary}.")] if data.recovery is not None else []),
         "### Precision",
         table(("op", "scheme", "layers", "bytes", "of their FP16"), _totals(data)),
         *_kept(data),

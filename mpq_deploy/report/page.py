@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mpq_deploy.report import words
-from mpq_deploy.report.charts import prediction_chart, size_quality_chart, timestep_chart
+from mpq_deploy.report.charts import prediction_chart, recovery_chart, size_quality_chart, timestep_chart
 from mpq_deploy.report.data import ReportData, SchemeTotal, kept_in_fp16
 from mpq_deploy.report.network import branched, layer_details, legend, network_rows
 from mpq_deploy.report.orthogonality import orm_view
@@ -36,6 +36,7 @@ def html_page(data: ReportData) -> str:
         size_chart=size_quality_chart(data),
         timestep_chart=timestep_chart(data),
         prediction_chart=prediction_chart(data),
+        recovery_chart=recovery_chart(data),
         network=network_rows(data.layers),
         legend=legend(data),
         branched=branched(data),

@@ -168,11 +168,19 @@ def _found(path: Path) -> tuple[DenoiserSpec, Path | None, Path | None]:
     spec = DenoiserSpec.load(described)
     if path.is_file():
         return (spec, path, None) if path.suffix != ".onnx" else (spec, None, path)
-    folders = [path / "engine", path / "quantize", path]
+    folders = [path / "engine", path / ("recover" if _recovers(path) else "quantize"), path]
     engine = next((f / ENGINE for f in folders if (f / ENGINE).is_file()), None)
     names = (DEPLOYED, SIMULATED) if torch.cuda.is_available() else (SIMULATED, DEPLOYED)
     model = next((f / name for name in names for f in folders if (f / name).is_file()), None)
     return spec, engine, model
+
+
+def _recovers(run: Path) -> bool:
+    """Whether the recipe of a run folder has the plan's model recovered, so that this is what is deployed."""
+    from mpq_deploy.recipe import load_recipe
+
+    recipe = run / "recipe.yaml"
+    return recipe.is_file() and load_recipe(recipe).recover.steps > 0
 
 
 def _library(engine: Path | None, backend: str) -> str | None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from mpq_deploy.errors import ModelError
 from mpq_deploy.sensitivity.torch_ops import DOUBLE, FLOATS, Call, Operator, UnsupportedForm
@@ -82,18 +84,41 @@ class TorchGraph:
         differentiate: Collection[str] = (),
         rewire: Mapping[str, Rewire] | None = None,
         known: Mapping[str, Any] | None = None,
+        segments: int = 1,
     ) -> dict[str, Any]:
         """Evaluate and return the graph's outputs and the values named in ``keep``, by name.
 
         A value is dropped after its last use. Values in ``differentiate`` require a gradient from there on.
         ``rewire`` replaces the inputs of single nodes, by the node's name. ``known`` holds values that need not be
-        computed again; nodes whose outputs are all known are not run.
+        computed again; nodes whose outputs are all known are not run. With ``segments`` above 1 the backward pass
+        computes each stretch of nodes again from what it began with, instead of holding every value (gradient
+        checkpointing).
         """
         rewire = rewire or {}
         known = known or {}
         kept = {*keep, *self.outputs, *feeds}
         values: dict[str, Any] = {**feeds, **known}
-        for step in self._steps:
+        length = max(1, -(-len(self._steps) // segments))
+        for start in range(0, len(self._steps), length):
+            part = partial(self._run_steps, slice(start, start + length), kept, differentiate, rewire, known)
+            values = checkpoint(part, values, use_reentrant=False) if segments > 1 else part(values)
+        return {name: self._value(values, name) for name in dict.fromkeys((*self.outputs, *keep))}
+
+    def apply(self, node: str, inputs: list[Any]) -> Any:
+        """Return the first output of one node, by its name, for other inputs."""
+        return _evaluate(next(step for step in self._steps if step.node == node), inputs)[0]
+
+    def _run_steps(
+        self,
+        steps: slice,
+        kept: Collection[str],
+        differentiate: Collection[str],
+        rewire: Mapping[str, Rewire],
+        known: Mapping[str, Any],
+        before: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        values = dict(before)
+        for step in self._steps[steps]:
             if known and all(name in known for name in step.outputs):
                 continue
             inputs = [self._value(values, name) for name in step.inputs]
@@ -106,7 +131,7 @@ class TorchGraph:
             for name in step.last_uses:
                 if name not in kept:
                     values.pop(name, None)
-        return {name: self._value(values, name) for name in dict.fromkeys((*self.outputs, *keep))}
+        return values
 
     def affected_by(self, nodes: Iterable[str]) -> set[str]:
         """Return the names of all values that depend on the outputs of ``nodes``, those outputs included."""

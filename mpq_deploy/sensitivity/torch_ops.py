@@ -209,7 +209,7 @@ def _slice(call: Call, x: Inputs) -> Outputs:
 
 def _gather(call: Call, x: Inputs) -> Outputs:
     axis = axis_index(x[0], call.get("axis", 0))
-    index = x[1].to(torch.int64)
+    index = x[1].to(x[0].device, torch.int64)
     index = torch.where(index < 0, index + x[0].shape[axis], index)
     picked = x[0].index_select(axis, index.reshape(-1))
     return picked.reshape(*x[0].shape[:axis], *index.shape, *x[0].shape[axis + 1 :])

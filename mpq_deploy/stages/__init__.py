@@ -22,6 +22,7 @@ from mpq_deploy.stages.evaluate import correction_inputs, evaluate_inputs, make_
 from mpq_deploy.stages.export import export_inputs, make_export
 from mpq_deploy.stages.measure import make_measure, measure_inputs
 from mpq_deploy.stages.quantize import controls_inputs, make_controls, make_quantize, quantize_inputs
+from mpq_deploy.stages.recover import make_recover, recover_inputs
 
 if TYPE_CHECKING:
     from mpq_deploy.pipeline import Pipeline
@@ -34,6 +35,7 @@ INPUTS: dict[str, Callable[[Pipeline], Fields]] = {
     "measure": measure_inputs,
     "allocate": allocate_inputs,
     "quantize": quantize_inputs,
+    "recover": recover_inputs,
     "controls": controls_inputs,
     "correction": correction_inputs,
     "engine": engine_inputs,
@@ -46,6 +48,7 @@ MAKERS: dict[str, Callable[[Pipeline, Path], str]] = {
     "measure": make_measure,
     "allocate": make_allocate,
     "quantize": make_quantize,
+    "recover": make_recover,
     "controls": make_controls,
     "correction": make_correction,
     "engine": make_engine,

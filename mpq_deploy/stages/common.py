@@ -67,6 +67,11 @@ def load_calibration(pipeline: Pipeline) -> tuple[CalibrationSet, CalibrationSta
     return CalibrationSet.load(folder / "inputs.npz"), CalibrationStats.load(folder / "stats.npz")
 
 
+def deployed_stage(pipeline: Pipeline) -> str:
+    """Return the stage whose graphs are deployed and compared: recover where the recipe wants it, else quantize."""
+    return "recover" if pipeline.recipe.recover.steps else "quantize"
+
+
 def weighs_bits(recipe: Recipe) -> bool:
     """Whether the recipe's method weighs bits by importance: orm, one of its controls, or kurtosis."""
     return recipe.measure.method in ("orm", "kurtosis", *ORM_CONTROLS)

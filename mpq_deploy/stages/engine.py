@@ -13,7 +13,7 @@ from mpq_deploy.engine.target import Target, load_target
 from mpq_deploy.engine.trtexec import find_trtexec
 from mpq_deploy.graph.write import DEPLOYED
 from mpq_deploy.precision.scheme import SCHEMES
-from mpq_deploy.stages.common import Exported, settings, version_of
+from mpq_deploy.stages.common import Exported, deployed_stage, settings, version_of
 
 if TYPE_CHECKING:
     from mpq_deploy.pipeline import Pipeline
@@ -27,7 +27,7 @@ def engine_inputs(pipeline: Pipeline) -> Fields:
     """Return what the stage engine reads: digests and settings."""
     target = load_target(pipeline.recipe.target)
     return {
-        "quantize": pipeline.digest("quantize"),
+        "quantize": pipeline.digest(deployed_stage(pipeline)),
         "target": target.model_dump(mode="json"),
         **settings(pipeline.recipe.engine, "engine"),
         **version_of("tensorrt-rtx", "tensorrt"),
@@ -49,7 +49,7 @@ def make_engine(pipeline: Pipeline, folder: Path) -> str:
     section, spec = pipeline.recipe.engine, exported.spec
     inputs = (spec.sample, spec.timestep, *spec.conditions)
     record = build_engine(
-        pipeline.folder("quantize") / DEPLOYED,
+        pipeline.folder(deployed_stage(pipeline)) / DEPLOYED,
         folder,
         target,
         BatchProfile(

@@ -14,7 +14,7 @@ from mpq_deploy.graph.write import DEPLOYED, SIMULATED
 from mpq_deploy.runtime.correction import FILE as CORRECTION
 from mpq_deploy.runtime.correction import FORMAT as CORRECTION_FORMAT
 from mpq_deploy.runtime.correction import Correction, load_correction
-from mpq_deploy.stages.common import Exported, load_calibration, settings, version_of
+from mpq_deploy.stages.common import Exported, deployed_stage, load_calibration, settings, version_of
 
 if TYPE_CHECKING:
     from mpq_deploy.evaluate.result import Evaluation
@@ -28,12 +28,15 @@ EVALUATION_FORMAT = 2
 CORRECTION_CALLS = 48
 # The variant that samples the plan's graph with PTQD's correction in front of the sampler.
 CORRECTED = "ours+ptqd"
+# The plan as it was before recovery, where there was one.
+BEFORE = "plan"
 
 
 def correction_inputs(pipeline: Pipeline) -> Fields:
     """Return what the stage correction reads: digests and settings."""
     return {
-        **{name: pipeline.digest(name) for name in ("export", "calibrate", "quantize")},
+        **{name: pipeline.digest(name) for name in ("export", "calibrate")},
+        "quantize": pipeline.digest(deployed_stage(pipeline)),
         "correction.format": CORRECTION_FORMAT,
         "recipe.evaluate.correction_bias": pipeline.recipe.evaluate.correction_bias,
         "recipe.calibrate.batch_size": pipeline.recipe.calibrate.batch_size,
@@ -70,7 +73,7 @@ def correction_for(pipeline: Pipeline, quantized: Path) -> Correction:
 
 def make_correction(pipeline: Pipeline, folder: Path) -> str:
     """Make the stage correction in ``folder``; return a few words for the log."""
-    correction = correction_for(pipeline, pipeline.folder("quantize"))
+    correction = correction_for(pipeline, pipeline.folder(deployed_stage(pipeline)))
     correction.save(folder / CORRECTION)
     return correction.summary()
 
@@ -79,7 +82,9 @@ def evaluate_inputs(pipeline: Pipeline) -> Fields:
     """Return what the stage evaluate reads: digests and settings."""
     return {
         "evaluation.format": EVALUATION_FORMAT,
-        **{name: pipeline.digest(name) for name in ("export", "quantize", "controls")},
+        **{name: pipeline.digest(name) for name in ("export", "controls")},
+        "quantize": pipeline.digest("quantize"),
+        **({"recover": pipeline.digest("recover")} if pipeline.recipe.recover.steps else {}),
         "correction": None if pipeline.recipe.evaluate.correction == "none" else pipeline.digest("correction"),
         **settings(pipeline.recipe.evaluate, "evaluate"),
         "recipe.calibrate.seed": pipeline.recipe.calibrate.seed,
@@ -88,9 +93,16 @@ def evaluate_inputs(pipeline: Pipeline) -> Fields:
 
 
 def evaluate_variants(
-    pipeline: Pipeline, ours: Path, size_bytes: int, latency: bool, correction: Correction | None = None
+    pipeline: Pipeline,
+    ours: Path,
+    size_bytes: int,
+    latency: bool,
+    correction: Correction | None = None,
+    before: Path | None = None,
 ) -> Evaluation:
     """Compare the graph ``ours`` (without and with ``correction``) and the controls with the float model.
+
+    ``before``: the plan's graph where ``ours`` is the recovered one, of the same size.
 
     Samples are cached by content.
     """
@@ -111,14 +123,20 @@ def evaluate_variants(
     controls = pipeline.folder("controls")
     sizes: dict[str, int] = json.loads((controls / "sizes.json").read_text())
     corrected = {} if correction is None else {CORRECTED: correction}
+    plan = {} if before is None else {BEFORE: before}
     return evaluate(
-        {"ours": ours, **dict.fromkeys(corrected, ours), **{name: controls / name / SIMULATED for name in sizes}},
+        {
+            "ours": ours,
+            **dict.fromkeys(corrected, ours),
+            **plan,
+            **{name: controls / name / SIMULATED for name in sizes},
+        },
         exported.path,
         exported.spec,
         exported.conditions,
         options,
         pipeline.talk,
-        sizes={**sizes, "ours": size_bytes, **dict.fromkeys(corrected, size_bytes)},
+        sizes={**sizes, "ours": size_bytes, **dict.fromkeys((*corrected, *plan), size_bytes)},
         cache=pipeline.run.path / ".samples",
         corrections=corrected,
     )
@@ -126,15 +144,17 @@ def evaluate_variants(
 
 def make_evaluate(pipeline: Pipeline, folder: Path) -> str:
     """Make the stage evaluate in ``folder``; return a few words for the log."""
-    size = json.loads((pipeline.folder("quantize") / "size.json").read_text())["size_bytes"]
-    graph, correction = pipeline.folder("quantize") / SIMULATED, None
+    deployed = pipeline.folder(deployed_stage(pipeline))
+    size = json.loads((deployed / "size.json").read_text())["size_bytes"]
+    graph, correction = deployed / SIMULATED, None
     if pipeline.recipe.evaluate.correction != "none":
         correction = load_correction(pipeline.folder("correction") / CORRECTION, graph)
-    result = evaluate_variants(pipeline, graph, size, latency=True, correction=correction)
+    before = pipeline.folder("quantize") / SIMULATED if pipeline.recipe.recover.steps else None
+    result = evaluate_variants(pipeline, graph, size, latency=True, correction=correction, before=before)
     result.save(folder)
     # What a clock said is no part of what must repeat byte for byte.
     if (folder / LATENCY).exists():
         (folder / LATENCY).replace(pipeline.run.path / LATENCY)
-    measured = [(name, result.variants[name]) for name in ("ours", CORRECTED) if name in result.variants]
+    measured = [(name, result.variants[name]) for name in ("ours", CORRECTED, BEFORE) if name in result.variants]
     said = [f"{name}: NMSE {found.measured_nmse:.2e}, PSNR {found.psnr_db:.1f} dB" for name, found in measured]
     return "; ".join(said).removeprefix("ours: ")

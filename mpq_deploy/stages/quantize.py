@@ -61,12 +61,12 @@ def make_quantize(pipeline: Pipeline, folder: Path) -> str:
             f"The quantized file holds {written:,} bytes of constants, the plan says {plan.size_bytes:,}.",
             "This is a defect: please report it with the model's structure.",
         )
-    _check_dialect(pipeline, folder / DEPLOYED)
+    check_dialect(pipeline, folder / DEPLOYED)
     (folder / "size.json").write_text(canonical_json({"size_bytes": written}))
     return f"{written:,} bytes of constants, as planned"
 
 
-def _check_dialect(pipeline: Pipeline, model: Path) -> None:
+def check_dialect(pipeline: Pipeline, model: Path) -> None:
     """Raise ModelError when the graph that was written has a form that the target's TensorRT refuses or gets wrong."""
     from mpq_deploy.check.check import check_model
     from mpq_deploy.check.rule import ERRORS

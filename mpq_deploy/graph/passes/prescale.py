@@ -39,15 +39,20 @@ def foldable_inputs(graph: LayerGraph) -> dict[str, frozenset[str]]:
 
 def fold_factors(value: ir.Value, layer: Layer, factors: Array) -> None:
     """Multiply the channels of ``value`` (one of ``foldable_inputs``, read by ``layer``) by ``factors`` float16 [C]."""
-    constants = _constants(value, channel_axis(value, layer))
-    assert constants is not None, "only foldable activations are folded"
-    for constant, axis in constants:
+    for constant, axis in factor_constants(value, layer):
         assert constant.const_value is not None
         array = constant.const_value.numpy()
         shape = [1] * array.ndim
         shape[axis] = len(factors)
         scaled = array * factors.astype(np.float32).reshape(shape)
         constant.const_value = ir.Tensor(scaled.astype(array.dtype), name=constant.name)
+
+
+def factor_constants(value: ir.Value, layer: Layer) -> list[tuple[ir.Value, int]]:
+    """Return the constants that take the factors of ``value`` (as for ``fold_factors``), each with its channel axis."""
+    constants = _constants(value, channel_axis(value, layer))
+    assert constants is not None, "only foldable activations are folded"
+    return constants
 
 
 def multiply_channels(model: ir.Model, value: ir.Value, layer: Layer, factors: Array, suffix: str) -> ir.Value:

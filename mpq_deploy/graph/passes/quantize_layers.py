@@ -84,20 +84,27 @@ def quantize_layers(
     return model, changed
 
 
-def _fold_factors(model: ir.Model, rewrites: list[LayerRewrite]) -> set[str]:
-    """Fold the factors of every activation that can take them and whose readers all want them; return these tensors."""
+def folded_activations(model: ir.Model, rewrites: list[LayerRewrite]) -> dict[str, LayerRewrite]:
+    """Return the activations that can take their factors and whose readers all want them, each with one of these."""
     scaled = {r.layer.name: r for r in rewrites if isinstance(r.matrix, ScaledMatrix)}
     if not scaled:
-        return set()
-    values = {value.name: value for node in model.graph for value in node.outputs}
-    folded = set()
+        return {}
+    folded = {}
     for tensor, readers in foldable_inputs(LayerGraph(model, tuple(r.layer for r in rewrites), ())).items():
         wanted = [scaled[name] for name in sorted(readers) if name in scaled]
         if len(wanted) == len(readers) and len({r.scheme.activation_form for r in wanted}) == 1:
-            assert isinstance(wanted[0].matrix, ScaledMatrix)
-            fold_factors(values[tensor], wanted[0].layer, wanted[0].matrix.factors)
-            folded.add(tensor)
+            folded[tensor] = wanted[0]
     return folded
+
+
+def _fold_factors(model: ir.Model, rewrites: list[LayerRewrite]) -> set[str]:
+    """Fold the factors of all ``folded_activations``; return these tensors."""
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    folded = folded_activations(model, rewrites)
+    for tensor, rewrite in folded.items():
+        assert isinstance(rewrite.matrix, ScaledMatrix)
+        fold_factors(values[tensor], rewrite.layer, rewrite.matrix.factors)
+    return set(folded)
 
 
 def _weight_writing(model: ir.Model, rewrite: LayerRewrite) -> Callable[[ir.Node, int, ir.Value], None]:

@@ -1,0 +1,90 @@
+"""Checkpoints of training: one safetensors file with everything that changes, moved into place when it is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mpq_deploy.recover.result import CurvePoint
+from mpq_deploy.recover.train import Trainer
+
+# Raised with every change of what a checkpoint holds.
+CHECKPOINT_FORMAT = 1
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def save_checkpoint(trainer: Trainer, path: Path, key: str) -> None:
+    """Write the state of ``trainer`` to ``path``; ``key`` says what it is training on what."""
+    from safetensors.torch import save
+
+    progress = trainer.progress
+    tensors = {f"now.{name}": value.detach() for name, value in trainer.student.named_parameters()}
+    tensors.update({f"best.{name}": value for name, value in progress.best.items()})
+    for number, parameter in enumerate(_optimized(trainer)):
+        for name, value in trainer.optimizer.state[parameter].items():
+            tensors[f"optimizer.{number}.{name}"] = torch.as_tensor(value)
+    if trainer.losses.memory is not None:
+        tensors.update({f"memory.{name}": value for name, value in trainer.losses.memory.state().items()})
+    said = {
+        "format": CHECKPOINT_FORMAT,
+        "key": key,
+        "step": progress.step,
+        "before": progress.before.tolist(),
+        "best_error": progress.best_error,
+        "best_by_timestep": progress.best_by_timestep.tolist(),
+        "best_step": progress.best_step,
+        "curve": [asdict(point) for point in progress.curve],
+    }
+    copies = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with aside.open("wb") as file:
+            file.write(save(copies, metadata={"progress": json.dumps(said)}))
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def restore_checkpoint(trainer: Trainer, path: Path, key: str) -> bool:
+    """Take over the state at ``path``, if there is one and it is of the same training; say whether it was."""
+    from safetensors import safe_open
+
+    if not path.is_file():
+        return False
+    with safe_open(path, framework="pt") as file:
+        said: dict[str, Any] = json.loads((file.metadata() or {}).get("progress", "{}"))
+        if said.get("format") != CHECKPOINT_FORMAT or said.get("key") != key:
+            return False
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    progress = trainer.progress
+    device = trainer.student.device
+    with torch.no_grad():
+        for name, parameter in trainer.student.named_parameters():
+            parameter.copy_(tensors[f"now.{name}"])
+    for number, parameter in enumerate(_optimized(trainer)):
+        held = {m: tensors[f"optimizer.{number}.{m}"] for m in MOMENTS if f"optimizer.{number}.{m}" in tensors}
+        trainer.optimizer.state[parameter] = {m: v if m == "step" else v.to(device) for m, v in held.items()}
+    if trainer.losses.memory is not None:
+        trainer.losses.memory.restore(_under("memory.", tensors))
+    progress.best = _under("best.", tensors)
+    progress.step, progress.best_step = said["step"], said["best_step"]
+    progress.best_error = said["best_error"]
+    progress.before, progress.best_by_timestep = np.array(said["before"]), np.array(said["best_by_timestep"])
+    progress.curve = [CurvePoint(**point) for point in said["curve"]]
+    return True
+
+
+def _optimized(trainer: Trainer) -> list[Any]:
+    return [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]
+
+
+def _under(prefix: str, tensors: dict[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,75 @@
+"""What training will need of memory, before it starts, and whether the machine has it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpq_deploy.errors import UsageError
+
+# Of the float32 size of the weights: the graph's own, the latent's start, and what autograd holds of the way to a
+# weight (the adapter's product, codes, the mask of the clipping, the weight and its gradient). Our choice, measured.
+FLOAT32_BYTES = 4
+WEIGHT_COPIES = 7
+# An adapter, its gradient, AdamW's two moments, and the best state so far.
+PARAMETER_COPIES = 5
+# Autograd keeps less than twice the values that a pass computes.
+VALUE_COPIES = 2
+# The interpreter, torch, ONNX Runtime's copy of the float model aside.
+FIXED_BYTES = 600 << 20
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes by what they hold."""
+
+    weights: int
+    adapters: int
+    values: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.adapters + self.values + FIXED_BYTES
+
+
+def estimate_memory(
+    shapes: Sequence[tuple[int, int]], rank: int, value_bytes: int, batch_size: int, segments: int
+) -> MemoryEstimate:
+    """Estimate the bytes of training layers with weights of ``shapes`` (O, K) under adapters of ``rank``.
+
+    ``value_bytes``: of all values that the float model computes for one sample. With ``segments`` above 1 only one
+    stretch of them is held at a time, and what passes between stretches (taken as a stretch's share again).
+    """
+    weights = sum(rows * columns for rows, columns in shapes)
+    adapters = sum(min(rank, rows, columns) * (rows + columns) for rows, columns in shapes)
+    share = 1.0 if segments == 1 else min(1.0, 2.0 / segments)
+    return MemoryEstimate(
+        # One copy more: ONNX Runtime's, for the trajectories.
+        weights=FLOAT32_BYTES * weights * (WEIGHT_COPIES + 1),
+        adapters=FLOAT32_BYTES * adapters * PARAMETER_COPIES,
+        values=int(VALUE_COPIES * value_bytes * batch_size * share),
+    )
+
+
+def refuse_too_large(estimate: MemoryEstimate, available: int, where: str) -> None:
+    """Raise UsageError when ``estimate`` exceeds the ``available`` bytes of memory ``where`` (this machine, a GPU)."""
+    if estimate.total <= available:
+        return
+    raise UsageError(
+        f"Recovery would need about {estimate.total / 1e9:.1f} GB ({estimate.weights / 1e9:.1f} for weights, "
+        f"{estimate.adapters / 1e9:.1f} for adapters, {estimate.values / 1e9:.1f} for values), and {where} has "
+        f"{available / 1e9:.1f} GB free.",
+        "Lower recover.batch_size or recover.rank, raise recover.segments, or use a machine with more memory.",
+    )
+
+
+def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int | None:
+    """Return the bytes that new work may take without swapping; None where the system does not say."""
+    if not meminfo.is_file():
+        return None
+    for line in meminfo.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None

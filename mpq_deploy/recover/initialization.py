@@ -1,0 +1,64 @@
+"""Where adapters start: at zero, or from the plan's own quantization error.
+
+MPQ-DMv2's "object-oriented low-rank initialization ... use prior quantization error", in our reading: with
+E = W - Q(W) ~ U S V^T the adapter starts as g U_r S_r V_r^T. Since it sits inside the quantizer, the gain g is the one
+of {0, 0.5, 1, -0.5, -1} with the least error of the layer's output; 0 is EfficientDM's start, so no layer is worse.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from mpq_deploy.recover.student import Student
+from mpq_deploy.recover.weights import LayerWeight
+
+Tensor = Any  # torch.Tensor; torch is not followed by mypy here
+GAINS = (0.0, 0.5, 1.0, -0.5, -1.0)
+
+
+def initialize_from_error(student: Student, calls: Sequence[Mapping[str, Tensor]]) -> Counter[float]:
+    """Start every adapter from its layer's quantization error where that helps; return how many took which gain.
+
+    ``calls``: inputs of some calls of the float model, on whose values each layer's output error is measured.
+    """
+    factors = [_factors(weight) for weight in student.layer_weights]
+    errors = np.zeros((len(factors), len(GAINS)))
+    for feeds in calls:
+        student.observe(feeds, partial(_add_errors, student, factors, errors))
+    chosen: Counter[float] = Counter()
+    for weight, pair, row in zip(student.layer_weights, factors, errors, strict=True):
+        # The first of equal ones: zero where nothing is gained.
+        gain = GAINS[int(np.argmin(row))] if np.isfinite(row).all() else 0.0
+        chosen[gain] += 1
+        if gain:
+            weight.adapter.start_from(gain * pair[0], pair[1])
+    return chosen
+
+
+def _factors(weight: LayerWeight) -> tuple[Tensor, Tensor]:
+    """Return U sqrt(S) [O, r] and sqrt(S) V^T [r, K] of the layer's quantization error."""
+    rank = weight.adapter.up.shape[1]
+    with torch.no_grad():
+        error = torch.from_numpy(weight.target) - weight.through(torch.zeros_like(weight.adapter())).cpu()
+        u, s, v = torch.linalg.svd(error, full_matrices=False)
+    root = s[:rank].sqrt()
+    return u[:, :rank] * root, root[:, None] * v[:rank]
+
+
+def _add_errors(
+    student: Student, factors: list[tuple[Tensor, Tensor]], errors: Any, number: int, node: str, inputs: list[Any]
+) -> None:
+    """Add the squared output error of layer ``number`` at ``node`` under every gain to its row of ``errors``."""
+    weight = student.layer_weights[number]
+    up, down = (factor.to(inputs[1].device) for factor in factors[number])
+    exact = student.graph.apply(node, inputs)
+    for place, gain in enumerate(GAINS):
+        quantized = weight.folded(weight.through(gain * (up @ down)))
+        found = student.graph.apply(node, student.rewired(node, quantized, inputs, of_float=True))
+        errors[number, place] += float((found - exact).double().square().sum())

@@ -1,0 +1,149 @@
+"""The losses, each under its name: what of the student is compared with the float model.
+
+- ``output``: squared error of the output over the float output's energy at that timestep, so that its mean is the NMSE
+  that evaluation measures (our choice, the default).
+- ``eps``, ``v``, ``sample``: mean squared error of the noise, the velocity or the clean sample that the outputs stand
+  for. Both models see the same x_t, so each is the output's error times a factor of the timestep.
+- ``relation``: MPQ-DM's relation distillation between pixels, smoothed over two sampler steps.
+- ``memory``: relations to pixels of earlier calls at any timestep (our reading of MPQ-DMv2; see ``memory``).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from mpq_deploy.denoisers.spec import Array, DenoiserSpec
+from mpq_deploy.errors import UsageError
+from mpq_deploy.recover.batches import Batch
+from mpq_deploy.recover.memory import PixelMemory
+from mpq_deploy.recover.options import RecoverOptions
+from mpq_deploy.recover.student import Student
+from mpq_deploy.sampling.betas import alphas_cumprod
+
+Tensor = Any  # torch.Tensor; torch is not followed by mypy here
+# Loss -> (its value, its weight).
+Terms = dict[str, tuple[Tensor, float]]
+# MPQ-DM's code multiplies the divergence by this.
+RELATION_FACTOR = 100.0
+SPACES = ("eps", "v", "sample")
+
+
+def output_loss(output: Tensor, expected: Tensor, factors: Tensor) -> Tensor:
+    """Return the mean over calls of factor x squared error; ``output``, ``expected`` [M, ...], ``factors`` [M]."""
+    return torch.mean((output - expected).square().flatten(1).sum(1) * factors)
+
+
+def space_factor(prediction: str, space: str, signal: Array) -> Array:
+    """Return how much larger an error is in ``space`` (eps, v, sample) than in what the model predicts, float64 [M].
+
+    ``signal`` [M]: alpha-bar of the timesteps. With x_t = sqrt(a) x_0 + sqrt(1 - a) eps the same for both, an error d
+    of eps is one of sqrt((1 - a) / a) d of x_0 and of d / sqrt(a) of v = sqrt(a) eps - sqrt(1 - a) x_0.
+    """
+    a = np.clip(np.asarray(signal, np.float64), 1e-6, 1 - 1e-6)
+    of_eps = {"eps": np.ones_like(a), "v": 1 / np.sqrt(a), "sample": np.sqrt((1 - a) / a)}
+    own = {"epsilon": "eps", "v_prediction": "v", "sample": "sample"}[prediction]
+    return np.asarray(of_eps[space] / of_eps[own])
+
+
+def pixels_of(feature: Tensor, channel_axis: int, most: int) -> Tensor:
+    """Return the feature's pixels of unit length, [M, P, C]: of large maps those on a grid, at most ``most`` (ours).
+
+    ``feature`` [M, C, *space], or [M, ..., C] for a ``channel_axis`` of -1.
+    """
+    if channel_axis == -1:
+        feature = feature.movedim(-1, 1)
+    space = feature.ndim - 2
+    if space > 0:
+        stride = max(1, math.ceil((math.prod(feature.shape[2:]) / most) ** (1 / space) - 1e-9))
+        places = tuple([slice(None)] * 2 + [slice(None, None, stride)] * space)
+        feature = feature[places]
+    return functional.normalize(feature.flatten(2) if space else feature[:, :, None], dim=1).transpose(1, 2)
+
+
+def relation_loss(expected: Tensor, found: Tensor) -> Tensor:
+    """Return 100 KL(softmax(R) || softmax(R^)) summed over rows, mean over calls; R = cosines between pixels.
+
+    ``expected``, ``found``: unit pixels [M, P, C]. Source: MPQ-DM (arXiv 2412.11549), its code; there the quantized
+    features are detached, so that the loss has no gradient: here they are not.
+    """
+    target = functional.log_softmax(expected @ expected.transpose(1, 2), dim=-1)
+    given = functional.log_softmax(found @ found.transpose(1, 2), dim=-1)
+    divergence = functional.kl_div(given, target, reduction="none", log_target=True)
+    return RELATION_FACTOR * divergence.sum(dim=(1, 2)).mean()
+
+
+class LossTerms:
+    """The losses that the options weigh, on one batch after the other. ``memory`` is state: it is saved with the rest.
+
+    ``energy`` [K]: mean squared norm of the float output at each timestep.
+    """
+
+    def __init__(self, spec: DenoiserSpec, options: RecoverOptions, energy: Array, elements: int) -> None:
+        self._weights = {name: weight for name, weight in options.losses.items() if weight > 0}
+        self._options, self._spec = options, spec
+        self._energy, self._elements = np.maximum(energy, np.finfo(np.float64).tiny), elements
+        self.memory = PixelMemory(options.memory_size) if "memory" in self._weights else None
+        wanted = [name for name in self._weights if name in SPACES]
+        self._alphas: Array = np.empty(0)
+        if wanted:
+            if spec.prediction_type == "flow_prediction":
+                raise UsageError(
+                    f"The loss '{wanted[0]}' needs a noise schedule, and this model predicts flow.",
+                    "Use the loss 'output'.",
+                )
+            self._alphas = np.asarray(alphas_cumprod(spec.scheduler), np.float64)
+
+    def terms(self, student: Student, batch: Batch, weights: Array, rng: np.random.Generator) -> Terms:
+        """Return each loss on ``batch`` with its weight. ``weights`` [M]: of the draws (see ``timesteps``)."""
+        related = [name for name in ("relation", "memory") if name in self._weights]
+        keep = (student.feature,) if related else ()
+        found = student.run(student.feed(batch.feeds), keep)
+        expected = student.place(batch.expected)
+        made: dict[str, Tensor] = {}
+        for name in self._weights:
+            if name in ("output", *SPACES):
+                factors = student.place((weights * self._factors(name, batch)).astype(np.float32))
+                made[name] = output_loss(found[student.output], expected, factors)
+        if related:
+            float_feature = student.teach(student.feed(batch.feeds), keep)[student.feature]
+            feature = found[student.feature]
+            if "relation" in self._weights:
+                made["relation"] = self._relation(student, batch, float_feature, feature)
+            if self.memory is not None:
+                made["memory"] = self._remembered(student, batch, float_feature, feature, rng)
+        return {name: (made[name], weight) for name, weight in self._weights.items()}
+
+    def _factors(self, name: str, batch: Batch) -> Array:
+        if name == "output":
+            return np.asarray(1.0 / self._energy[batch.steps])
+        signal = np.interp(batch.timesteps.astype(np.float64), np.arange(len(self._alphas)), self._alphas)
+        return space_factor(self._spec.prediction_type, name, signal) ** 2 / self._elements
+
+    def _relation(self, student: Student, batch: Batch, float_feature: Tensor, feature: Tensor) -> Tensor:
+        """Smooth both features over this and the step before (MPQ-DM's window of 2); only this step has a gradient."""
+        earlier = student.feed(batch.earlier)
+        with torch.no_grad():
+            before = student.run(earlier, (student.feature,))[student.feature]
+        float_before = student.teach(earlier, (student.feature,))[student.feature]
+        axis, most = student.feature_axis, self._options.relation_pixels
+        expected = pixels_of((float_feature + float_before) / 2, axis, most)
+        return relation_loss(expected, pixels_of((feature + before) / 2, axis, most))
+
+    def _remembered(
+        self, student: Student, batch: Batch, float_feature: Tensor, feature: Tensor, rng: np.random.Generator
+    ) -> Tensor:
+        assert self.memory is not None
+        options = self._options
+        everything = math.prod(float_feature.shape)
+        expected, found = (pixels_of(f, student.feature_axis, everything) for f in (float_feature, feature))
+        count = expected.shape[0] * expected.shape[1]
+        picked = torch.from_numpy(rng.choice(count, min(options.memory_pixels, count), replace=False))
+        some = expected.flatten(0, 1)[picked]
+        loss = self.memory.loss(some, found.flatten(0, 1)[picked], options.memory_anchors, rng)
+        self.memory.enqueue(some, np.repeat(batch.timesteps, expected.shape[1])[picked.numpy()])
+        return loss

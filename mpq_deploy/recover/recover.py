@@ -1,0 +1,191 @@
+"""Recover a plan's model: train, keep the best state, write it in the forms of the plan.
+
+In: the exported float model, a plan's codes and scales. Out: the graphs of the plan with other numbers in them, and a
+``Recovery`` that says what it brought. Nothing is added to the graph, so the bytes are the plan's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mpq_deploy.calibrate.shapes import activation_shapes, tensors_of
+from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
+from mpq_deploy.denoisers.spec import Array, DenoiserSpec
+from mpq_deploy.errors import MpqError
+from mpq_deploy.graph.dialects import Dialect
+from mpq_deploy.graph.layers import LayerGraph
+from mpq_deploy.graph.write import SIMULATED, write_quantized
+from mpq_deploy.recover.checkpoint import restore_checkpoint, save_checkpoint
+from mpq_deploy.recover.estimate import FLOAT32_BYTES, available_memory, estimate_memory, refuse_too_large
+from mpq_deploy.recover.initialization import initialize_from_error
+from mpq_deploy.recover.options import RecoverOptions
+from mpq_deploy.recover.result import Recovery
+from mpq_deploy.recover.student import Student, StudentOptions
+from mpq_deploy.recover.train import INITIAL_ROUND, Progress, Trainer
+from mpq_deploy.recover.trajectories import Trajectories, TrajectoryRecorder
+from mpq_deploy.recover.weights import StartingWeight
+from mpq_deploy.runtime.ort import OrtDenoiser
+from mpq_deploy.talk import Talk
+
+# The written graph's error may differ from the trained one's by this share of it: values on a rounding boundary.
+WRITTEN_TOLERANCE = 0.02
+# Calls on which the adapters' start is chosen.
+INITIAL_CALLS, INITIAL_STEPS = 8, 4
+
+
+@dataclass(frozen=True)
+class RecoverTask:
+    """What is recovered: the exported model at ``model``, its description, and where a plan starts from.
+
+    ``recorded`` and ``stats`` are calibration's.
+    """
+
+    model: Path
+    graph: LayerGraph
+    spec: DenoiserSpec
+    conditions: dict[str, Array]
+    starts: Sequence[StartingWeight]
+    recorded: CalibrationSet
+    stats: CalibrationStats
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """The student in its best state, what was measured, and the trajectories that decided."""
+
+    student: Student
+    recovery: Recovery
+    held_out: Trajectories
+
+
+def recover(
+    task: RecoverTask, options: RecoverOptions, recorder: TrajectoryRecorder, talk: Talk, checkpoint: Path, key: str
+) -> Recovered:
+    """Train and return the student in its best state, with what was measured.
+
+    ``checkpoint``: where to save the state after every check, and to go on from if a state of the same ``key`` is
+    there; removed at the end by whoever keeps the result. Raises UsageError where memory will not do.
+    """
+    check_memory(task, options, talk)
+    student = Student(
+        task.model,
+        task.spec,
+        task.starts,
+        task.stats,
+        StudentOptions(options.rank, options.margin, options.seed, options.segments),
+    )
+    _place(student, options)
+    starts: dict[str, int] | None = None
+    trainer = Trainer(student, recorder, task.spec, task.conditions, options, talk)
+    if options.initialization == "svd":
+        pool = recorder.record(INITIAL_CALLS, options.seed, INITIAL_ROUND)
+        chosen = initialize_from_error(student, _some_calls(student, trainer, pool))
+        starts = {f"{gain:g}": count for gain, count in sorted(chosen.items())}
+    if restore_checkpoint(trainer, checkpoint, key):
+        talk.line(f"  recovery goes on from step {trainer.progress.step}")
+    progress = trainer.train(lambda: save_checkpoint(trainer, checkpoint, key))
+    if progress.stopped:
+        talk.warn(f"recovery stopped: {progress.stopped}; the best state before it is kept")
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            parameter.copy_(progress.best[name])
+    return Recovered(student, _recovery(progress, options, trainer.held_out, starts), trainer.held_out)
+
+
+def write_recovered(task: RecoverTask, recovered: Recovered, folder: Path, dialect: Dialect | None = None) -> int:
+    """Write the graphs of the student's best state into ``folder``; return their bytes of constants.
+
+    Raises MpqError when ONNX Runtime does not measure on the written graph what torch measured while training.
+    """
+    student, after = recovered.student, recovered.recovery.after
+    written = write_quantized(
+        task.model,
+        task.spec.timestep.name,
+        task.spec.sample.name,
+        student.rewrites(task.starts),
+        student.activation_scales(),
+        folder,
+        dialect,
+        constants=student.learned_constants(),
+    )
+    found = measured_error(folder / SIMULATED, task, recovered.held_out)
+    if abs(found - after) > WRITTEN_TOLERANCE * after:
+        raise MpqError(
+            f"The recovered graph has a held-out NMSE of {found:.3e} in ONNX Runtime, {after:.3e} in torch.",
+            "This is a defect: please report it with the model's structure.",
+        )
+    return written
+
+
+def measured_error(graph: Path, task: RecoverTask, held_out: Trajectories) -> float:
+    """Return the NMSE of a written graph on ``held_out``, mean over timesteps, by ONNX Runtime."""
+    denoiser = OrtDenoiser(graph, task.spec, fake_quant_only=True)
+    batch = 16 if all(item.batched for item in task.spec.conditions) else 1
+    errors = []
+    for step, timestep in enumerate(held_out.timesteps):
+        squared = 0.0
+        for start in range(0, len(held_out.rows), batch):
+            calls = slice(start, start + batch)
+            taken = {name: values[held_out.rows[calls]] for name, values in task.conditions.items()}
+            output = denoiser(held_out.inputs[step, calls], float(timestep), taken)
+            squared += float(np.square(output - held_out.outputs[step, calls], dtype=np.float64).sum())
+        errors.append(squared / (float(held_out.energy[step]) * len(held_out.rows)))
+    return float(np.mean(errors))
+
+
+def _place(student: Student, options: RecoverOptions) -> None:
+    """Move to a GPU where there is one; bfloat16 there by itself, elsewhere on demand."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        student.move(torch.device("cuda"))
+    half = options.precision == "bfloat16" or (options.precision == "auto" and cuda and torch.cuda.is_bf16_supported())
+    student.training_type = torch.bfloat16 if half else torch.float32
+
+
+def check_memory(task: RecoverTask, options: RecoverOptions, talk: Talk) -> None:
+    """Refuse training that will not fit into the memory that is free. Raises UsageError."""
+    names = tuple(name for name in tensors_of(task.graph.model) if name)
+    shapes = activation_shapes(task.graph, task.recorded, task.conditions, task.spec, talk, names=names)
+    estimate = estimate_memory(
+        [(len(start.weight), start.weight.shape[1]) for start in task.starts],
+        options.rank,
+        FLOAT32_BYTES * sum(shape.elements for shape in shapes.values()),
+        options.batch_size,
+        options.segments,
+    )
+    if torch.cuda.is_available():
+        refuse_too_large(estimate, torch.cuda.mem_get_info()[0], "the GPU")
+        return
+    available = available_memory()
+    if available is not None:
+        refuse_too_large(estimate, available, "this machine")
+
+
+def _some_calls(student: Student, trainer: Trainer, pool: Trajectories) -> list[dict[str, Any]]:
+    """Return inputs at four timesteps spread over the trajectory."""
+    calls = np.arange(min(trainer.batches.size, len(pool.rows)))
+    steps = np.linspace(0, len(pool.timesteps) - 1, INITIAL_STEPS).round().astype(np.int64)
+    return [student.feed(trainer.batches.of(pool, np.full(len(calls), step), calls).feeds) for step in steps]
+
+
+def _recovery(
+    progress: Progress, options: RecoverOptions, held_out: Trajectories, starts: dict[str, int] | None
+) -> Recovery:
+    return Recovery(
+        steps=options.steps,
+        best_step=progress.best_step,
+        before=float(progress.before.mean()),
+        after=progress.best_error,
+        timesteps=tuple(float(t) for t in held_out.timesteps),
+        before_by_timestep=tuple(float(e) for e in progress.before),
+        after_by_timestep=tuple(float(e) for e in progress.best_by_timestep),
+        curve=tuple(progress.curve),
+        stopped=progress.stopped,
+        starts=starts,
+    )

@@ -1,0 +1,277 @@
+"""The quantized model in torch, with what can be learned of it: the exported graph, its layers' inputs rewired.
+
+Evaluated in float32 it computes what ONNX Runtime computes on the written graph (``model.fp32.onnx``), to rounding.
+The float model, the teacher, is the same graph without the rewiring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from mpq_deploy.calibrate.stats import CalibrationStats
+from mpq_deploy.denoisers.spec import Array, DenoiserSpec
+from mpq_deploy.graph.layers import Layer, layer_graph
+from mpq_deploy.graph.load import load_model
+from mpq_deploy.graph.passes.fp16_region import fp16_region, split_initializers
+from mpq_deploy.graph.passes.prescale import NORM_AXES, factor_constants
+from mpq_deploy.graph.passes.quantize_layers import LayerRewrite, folded_activations
+from mpq_deploy.precision.branches import ScaledMatrix
+from mpq_deploy.recover.quantizers import ActivationScale, halved
+from mpq_deploy.recover.weights import LayerWeight, ScaledWeight, StartingWeight, layer_weight
+from mpq_deploy.sensitivity.torch_graph import TorchGraph
+
+Tensor = Any  # torch.Tensor; torch is not followed by mypy here
+# Constants of these nodes are biases, norms' affines and the like: stored in FP16 whatever their values are.
+AFFINE = ("Add", "Mul", *NORM_AXES)
+KINDS = ("adapters", "weight_scales", "activation_scales", "constants", "factors")
+
+
+@dataclass(frozen=True)
+class StudentOptions:
+    """``rank`` of the adapters, at most; ``margin`` of the latent weights (see ``Grid``); ``seed`` of the adapters.
+
+    ``segments``: stretches of the graph that are computed again in the backward pass instead of held; 1: none.
+    """
+
+    rank: int = 32
+    margin: float = 0.499
+    seed: int = 0
+    segments: int = 1
+
+
+class Student(torch.nn.Module):  # type: ignore[misc]
+    """A plan's model whose codes, scales and FP16 constants are functions of parameters."""
+
+    def __init__(
+        self,
+        exported: Path,
+        spec: DenoiserSpec,
+        starts: Sequence[StartingWeight],
+        stats: CalibrationStats,
+        options: StudentOptions,
+    ) -> None:
+        super().__init__()
+        model = load_model(exported)
+        self.layers = {start.layer.name: start.layer for start in starts}
+        self._folds = _folds(model, starts)
+        self._folded_tensors = set(folded_activations(model, _rewrites(starts)))
+        halves = split_initializers(model, fp16_region(model, spec.timestep.name, spec.sample.name))
+        self.graph = TorchGraph(model)
+        self.output = spec.output
+        self.feature, self.feature_axis = last_features(model)
+        self.segments, self.training_type = options.segments, torch.float32
+        weights = [
+            layer_weight(start, options.rank, options.margin, np.random.default_rng((options.seed, number)))
+            for number, start in enumerate(starts)
+        ]
+        self.weights = torch.nn.ModuleList(weights)
+        self._scale_keys: list[str] = []
+        self.scales = torch.nn.ModuleList(self._activation_scales(starts, stats))
+        self._uses = self._layer_uses(starts)
+        self._inputs = {use.node: use.input for start in starts for use in start.layer.uses}
+        own = {layer.weight for layer in self.layers.values()}
+        stored = {value.name or "": value for value in halves if value.name not in own}
+        self._constant_names = sorted(name for name, value in stored.items() if self._learns(value))
+        self.constants = torch.nn.ParameterList(
+            [torch.nn.Parameter(self.graph.constants[name].clone()) for name in self._constant_names]
+        )
+        fixed = [name for name in stored if name not in self._constant_names and name in self.graph.constants]
+        self._fixed = {name: self._stored(name, self.graph.constants[name]) for name in fixed}
+
+    def _activation_scales(self, starts: Sequence[StartingWeight], stats: CalibrationStats) -> list[ActivationScale]:
+        made = []
+        for start in starts:
+            if start.matrix is None or start.scheme.activation is None:
+                continue
+            form = start.scheme.activation_form
+            for tensor in start.layer.inputs:
+                if tensor + form not in self._scale_keys:
+                    found = stats.activations[tensor]
+                    self._scale_keys.append(tensor + form)
+                    made.append(ActivationScale(found.scale_for(form), found.left_out(form) if form else np.empty(0)))
+        return made
+
+    def _layer_uses(self, starts: Sequence[StartingWeight]) -> dict[str, tuple[int, str | None]]:
+        """Node -> (number of its layer, key of its activation's scale or None)."""
+        uses = {}
+        for number, start in enumerate(starts):
+            rounds = start.matrix is not None and start.scheme.activation is not None
+            for use in start.layer.uses:
+                uses[use.node] = (number, use.input + start.scheme.activation_form if rounds else None)
+        return uses
+
+    def _learns(self, value: ir.Value) -> bool:
+        """Whether a constant is a bias, a norm's affine or the like, with more than one finite number."""
+        tensor = self.graph.constants.get(value.name or "")
+        if tensor is None or tensor.numel() < 2 or not bool(torch.isfinite(halved(tensor)).all()):
+            return False
+        slots = [(node.op_type, node.name in self._uses and index == 2, index) for node, index in value.uses()]
+        return all(bias or (op in AFFINE and (index > 0 or op in ("Add", "Mul"))) for op, bias, index in slots)
+
+    def feed(self, arrays: Mapping[str, Array]) -> dict[str, Tensor]:
+        """Turn NumPy inputs into tensors where the model is."""
+        return {name: value.to(self.device) for name, value in self.graph.feed(arrays).items()}
+
+    def place(self, array: Array) -> Tensor:
+        """Turn an array into a tensor where the model is."""
+        return torch.from_numpy(array).to(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    def move(self, device: torch.device) -> None:
+        """Move parameters and the graph's floats to ``device``; shapes and indices stay on the CPU."""
+        self.to(device)
+        for held in (self.graph.constants, self._fixed):
+            for name, value in held.items():
+                if value.is_floating_point():
+                    held[name] = value.to(device)
+
+    def run(self, feeds: Mapping[str, Tensor], keep: Collection[str] = ()) -> dict[str, Tensor]:
+        """Evaluate the quantized model; return the output and the values named in ``keep``.
+
+        With a gradient it is evaluated in ``training_type`` and in ``segments``; without one in float32 and at once.
+        """
+        learning = torch.is_grad_enabled()
+        made = [weight() for weight in self.weights]
+        rewire = {node: partial(self.rewired, node, made[number]) for node, (number, _) in self._uses.items()}
+        known = {**self._fixed, **{n: self._stored(n, c) for n, c in zip(self._constant_names, self.constants)}}
+        half = learning and self.training_type != torch.float32
+        with torch.autocast(self.device.type, self.training_type, enabled=half):
+            found = self.graph.run(
+                feeds, keep=keep, rewire=rewire, known=known, segments=self.segments if learning else 1
+            )
+        return {name: value.float() for name, value in found.items()}
+
+    def teach(self, feeds: Mapping[str, Tensor], keep: Collection[str] = ()) -> dict[str, Tensor]:
+        """Evaluate the float model."""
+        with torch.no_grad():
+            return self.graph.run(feeds, keep=keep)
+
+    def observe(self, feeds: Mapping[str, Tensor], see: Callable[[int, str, list[Any]], None]) -> None:
+        """Evaluate the float model and call ``see`` with each layer's number, node and inputs."""
+
+        def seen(number: int, node: str, inputs: list[Any]) -> list[Any]:
+            see(number, node, inputs)
+            return inputs
+
+        with torch.no_grad():
+            self.graph.run(
+                feeds, rewire={node: partial(seen, number, node) for node, (number, _) in self._uses.items()}
+            )
+
+    def _stored(self, name: str, constant: Tensor) -> Tensor:
+        """Return a constant as the written graph holds it: in FP16, times the factors that it takes, if any."""
+        fold = self._folds.get(name)
+        return halved(constant if fold is None else constant * fold.to(constant.device))
+
+    def rewired(self, node: str, weight: Tensor, inputs: list[Any], of_float: bool = False) -> list[Any]:
+        """Return what a layer's ``node`` gets in the quantized model: its activation rounded, and ``weight``.
+
+        ``of_float``: the inputs are the float model's, whose norms have taken no factors.
+        """
+        number, key = self._uses[node]
+        x = inputs[0]
+        layer_weight = self.layer_weights[number]
+        if isinstance(layer_weight, ScaledWeight) and (of_float or self._inputs[node] not in self._folded_tensors):
+            x = x * _channels(layer_weight.factors, layer_weight.layer).to(x.device)
+        if key is not None:
+            scale = self.scales[self._scale_keys.index(key)]
+            assert isinstance(scale, ActivationScale)
+            x = scale.quantize(x, 1 if layer_weight.layer.op == "Conv" else -1)
+        return [x, weight, *inputs[2:]]
+
+    def kinds(self) -> dict[str, list[tuple[torch.nn.Parameter, float]]]:
+        """Return every parameter by kind, with the unit of its learning rate.
+
+        The mean weight step of its layer for adapters, 1 for the logarithms of scales, the rms of a constant.
+        """
+        found: dict[str, list[tuple[torch.nn.Parameter, float]]] = {kind: [] for kind in KINDS}
+        for weight in self.layer_weights:
+            for name, parameter in weight.named_parameters():
+                if name.startswith("adapter."):
+                    found["adapters"].append((parameter, weight.step))
+                elif name.endswith("log_ratio"):
+                    found["weight_scales"].append((parameter, 1.0))
+                else:
+                    found["factors"].append((parameter, _rms(parameter)))
+        found["activation_scales"] = [(p, 1.0) for p in self.scales.parameters()]
+        found["constants"] = [(p, _rms(p)) for p in self.constants]
+        return found
+
+    @property
+    def layer_weights(self) -> list[LayerWeight]:
+        """The layers' weights, in graph order."""
+        return [weight for weight in self.weights if isinstance(weight, LayerWeight)]
+
+    def rewrites(self, starts: Sequence[StartingWeight]) -> list[LayerRewrite]:
+        """Return what to write of every layer."""
+        return [
+            LayerRewrite(start.layer, start.scheme, weight.deployed())
+            for start, weight in zip(starts, self.layer_weights, strict=True)
+        ]
+
+    def activation_scales(self) -> dict[str, float]:
+        """Return the INT8 scales to write, by tensor and activation form."""
+        modules = [scale for scale in self.scales if isinstance(scale, ActivationScale)]
+        return {key: float(scale.stored()) for key, scale in zip(self._scale_keys, modules, strict=True)}
+
+    def learned_constants(self) -> dict[str, Array]:
+        """Return the constants of the exported graph that were learned, biases and FP16 weights, float32."""
+        # Those that take factors are rounded when they have them.
+        found = {
+            name: (constant if name in self._folds else halved(constant)).detach().cpu().numpy()
+            for name, constant in zip(self._constant_names, self.constants)
+        }
+        for weight in self.layer_weights:
+            found.update(weight.constants())
+        return found
+
+
+def _rewrites(starts: Sequence[StartingWeight]) -> list[LayerRewrite]:
+    return [LayerRewrite(start.layer, start.scheme, start.matrix) for start in starts]
+
+
+def _folds(model: ir.Model, starts: Sequence[StartingWeight]) -> dict[str, Tensor]:
+    """Return by what the constants of norms are multiplied when factors are folded into them, by name."""
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    folds = {}
+    for tensor, rewrite in folded_activations(model, _rewrites(starts)).items():
+        assert isinstance(rewrite.matrix, ScaledMatrix)
+        factors = rewrite.matrix.factors.astype(np.float32)
+        for constant, axis in factor_constants(values[tensor], rewrite.layer):
+            assert constant.const_value is not None
+            shape = [1] * len(constant.const_value.shape.numpy())
+            shape[axis] = len(factors)
+            folds[constant.name or ""] = torch.from_numpy(factors.reshape(shape))
+    return folds
+
+
+def _channels(factors: Array, layer: Layer) -> Tensor:
+    """Shape factors [C] to multiply the channels of the input of ``layer``."""
+    return torch.from_numpy(factors.astype(np.float32).reshape(-1, *(1,) * len(layer.kernel)))
+
+
+def last_features(model: ir.Model) -> tuple[str, int]:
+    """Return the tensor that the last Conv reads (the features before the final projection, ours), its channel axis.
+
+    A model without a Conv has its last layer's input, whose channels come last.
+    """
+    inputs = [node.inputs[0].name for node in model.graph if node.op_type == "Conv" and node.inputs[0] is not None]
+    if inputs:
+        return inputs[-1] or "", 1
+    return layer_graph(model).layers[-1].uses[-1].input, -1
+
+
+def _rms(parameter: torch.nn.Parameter) -> float:
+    return float(parameter.detach().square().mean().sqrt()) or 1.0

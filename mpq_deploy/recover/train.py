@@ -1,0 +1,194 @@
+"""The training loop: distil the float model into the quantized one, and keep the state with the least held-out error.
+
+Everything random comes from (seed, step), so a step depends on the state before it and on nothing else: interrupted
+training goes on from its last checkpoint and ends as if it had not been interrupted.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from mpq_deploy.denoisers.spec import Array, DenoiserSpec
+from mpq_deploy.recover.batches import Batch, Batches
+from mpq_deploy.recover.losses import LossTerms
+from mpq_deploy.recover.options import RecoverOptions
+from mpq_deploy.recover.result import CurvePoint
+from mpq_deploy.recover.student import Student
+from mpq_deploy.recover.timesteps import draw_weights, timestep_shares
+from mpq_deploy.recover.trajectories import Trajectories, TrajectoryRecorder
+from mpq_deploy.talk import Talk
+
+Tensor = Any  # torch.Tensor; torch is not followed by mypy here
+# Rounds of noise: these are held out and for the start of adapters; training takes 0, 1, 2 ...
+HELD_OUT_ROUND, INITIAL_ROUND = 1 << 30, 1 + (1 << 30)
+State = dict[str, Tensor]
+BETAS = (0.9, 0.99)
+# The NMSE for which learning rates are given, and the range in which they follow it.
+REFERENCE_ERROR, SMALLEST_ERROR, LARGEST_ERROR = 1e-3, 1e-7, 1e-1
+
+
+@dataclass
+class Progress:
+    """All that changes while training: with the parameters, the optimizer and the memory it is the whole state.
+
+    ``step``: updates made. ``best``: the parameters of least held-out error. ``stopped``: why training ended early.
+    """
+
+    step: int = 0
+    before: Array = field(default_factory=lambda: np.empty(0))
+    best_error: float = math.inf
+    best_by_timestep: Array = field(default_factory=lambda: np.empty(0))
+    best_step: int = 0
+    best: State = field(default_factory=dict)
+    curve: list[CurvePoint] = field(default_factory=list)
+    stopped: str = ""
+
+
+class Trainer:
+    """One student, its optimizer and its data. ``train`` takes it to the end."""
+
+    def __init__(
+        self,
+        student: Student,
+        recorder: TrajectoryRecorder,
+        spec: DenoiserSpec,
+        conditions: dict[str, Array],
+        options: RecoverOptions,
+        talk: Talk,
+    ) -> None:
+        self.student, self.options, self.talk = student, options, talk
+        self._recorder = recorder
+        self.batches = Batches(spec, conditions, options.batch_size)
+        self.held_out = recorder.record(options.held_out, options.seed, HELD_OUT_ROUND)
+        self._pool: tuple[int, Trajectories] | None = None
+        self.losses = LossTerms(spec, options, self.held_out.energy, int(np.prod(self.held_out.outputs.shape[2:])))
+        self.optimizer = _optimizer(student, options)
+        self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self.progress = Progress()
+        self._error_factor = 1.0
+
+    def train(self, save: Callable[[], None] | None = None) -> Progress:
+        """Train from where ``progress`` stands to the last step; ``save`` is called after every check."""
+        progress, options = self.progress, self.options
+        if not len(progress.before):
+            self._check()
+        self._error_factor = error_factor(float(progress.before.mean()))
+        shares = timestep_shares(progress.before, options.timesteps)
+        weights = draw_weights(shares)
+        started, first = time.monotonic(), progress.step
+        with self.talk.bar("recover", options.steps) as advance:
+            advance(progress.step)
+            while progress.step < options.steps and not progress.stopped:
+                rng = np.random.default_rng((options.seed, 1, progress.step))
+                batch = self.batches.draw(self._trajectories(progress.step), shares, rng)
+                values = self._update(batch, weights[batch.steps], rng)
+                bad = [name for name, value in values.items() if not math.isfinite(value)]
+                if bad:
+                    progress.stopped = f"the loss '{bad[0]}' is {values[bad[0]]} at step {progress.step + 1}"
+                    break
+                progress.step += 1
+                advance(1)
+                if progress.step % options.check_every == 0 or progress.step == options.steps:
+                    self._check(values)
+                    self._say(values, (time.monotonic() - started) / (progress.step - first))
+                    if save is not None:
+                        save()
+        return progress
+
+    def _update(self, batch: Batch, weights: Array, rng: np.random.Generator) -> dict[str, float]:
+        """Take one step of the optimizer; return the losses by name. A loss that is not finite changes nothing."""
+        factor = _schedule(self.progress.step, self.options) * self._error_factor
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        self.optimizer.zero_grad(set_to_none=True)
+        terms = self.losses.terms(self.student, batch, weights, rng)
+        values = {name: float(term.detach()) for name, (term, _) in terms.items()}
+        if all(math.isfinite(value) for value in values.values()):
+            total = sum(weight * term for term, weight in terms.values())
+            assert isinstance(total, torch.Tensor)
+            total.backward()
+            self.optimizer.step()
+        return values
+
+    def _trajectories(self, step: int) -> Trajectories:
+        number = step // self.options.round_steps
+        if self._pool is None or self._pool[0] != number:
+            self._pool = (number, self._recorder.record(self.options.trajectories, self.options.seed, number))
+        return self._pool[1]
+
+    def _check(self, losses: dict[str, float] | None = None) -> None:
+        """Measure the held-out error, and keep the state if it is the best so far."""
+        progress = self.progress
+        by_timestep = self.held_out_error()
+        error = float(by_timestep.mean())
+        if not len(progress.before):
+            progress.before = by_timestep
+        progress.curve.append(CurvePoint(progress.step, error, dict(losses or {})))
+        if error < progress.best_error:
+            progress.best_error, progress.best_step, progress.best_by_timestep = error, progress.step, by_timestep
+            progress.best = {name: value.detach().clone() for name, value in self.student.named_parameters()}
+
+    def held_out_error(self) -> Array:
+        """Return the NMSE of the student's output on the held-out trajectories, float64 [K]."""
+        pool, errors = self.held_out, []
+        count = len(pool.rows)
+        with torch.no_grad():
+            for step in range(len(pool.timesteps)):
+                squared = 0.0
+                for start in range(0, count, self.batches.size):
+                    calls = np.arange(start, min(start + self.batches.size, count))
+                    batch = self.batches.of(pool, np.full(len(calls), step), calls)
+                    output = self.student.run(self.student.feed(batch.feeds))[self.student.output]
+                    squared += float((output - self.student.place(batch.expected)).double().square().sum())
+                errors.append(squared / max(float(pool.energy[step]) * count, 1e-300))
+        return np.array(errors)
+
+    def _say(self, values: dict[str, float], seconds_per_step: float) -> None:
+        progress = self.progress
+        left = (self.options.steps - progress.step) * seconds_per_step
+        said = ", ".join(f"{name} {value:.2e}" for name, value in values.items())
+        before, now = float(progress.before.mean()), progress.curve[-1].held_out_nmse
+        self.talk.line(
+            f"  step {progress.step} of {self.options.steps}: {said}; held-out NMSE {now:.2e} (plan {before:.2e}); "
+            f"{left:.0f} s left"
+        )
+
+
+def _optimizer(student: Student, options: RecoverOptions) -> torch.optim.AdamW:
+    rates = {
+        "adapters": options.adapter_rate / 2500,
+        "weight_scales": options.scale_rate,
+        "activation_scales": options.scale_rate,
+        "constants": options.constant_rate,
+        "factors": options.constant_rate,
+    }
+    groups: dict[float, list[torch.nn.Parameter]] = {}
+    for kind, parameters in student.kinds().items():
+        for parameter, unit in parameters:
+            parameter.requires_grad_(rates[kind] > 0)
+            if rates[kind] > 0:
+                groups.setdefault(rates[kind] * unit, []).append(parameter)
+    made = [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
+    return torch.optim.AdamW(made, betas=BETAS, weight_decay=0.0, foreach=False)
+
+
+def error_factor(error: float) -> float:
+    """Return by what all learning rates are multiplied for a plan of NMSE ``error``: its root, 1 at an NMSE of 1e-3.
+
+    A step that moves the output by a hundredth is small where the plan's error is a tenth and undoes a plan whose error
+    is a hundredth (our choice, from both bundled models).
+    """
+    return math.sqrt(min(max(error, SMALLEST_ERROR), LARGEST_ERROR) / REFERENCE_ERROR)
+
+
+def _schedule(step: int, options: RecoverOptions) -> float:
+    """Return the factor of all learning rates: a linear warm-up, then half a cosine to zero."""
+    warm = min(1.0, (step + 1) / max(options.warmup, 1))
+    return warm * 0.5 * (1 + math.cos(math.pi * step / options.steps))

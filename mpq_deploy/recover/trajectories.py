@@ -1,0 +1,94 @@
+"""Float trajectories to learn from: recorded through ONNX Runtime, from fresh noise in every round.
+
+Both models see the same x_t; the next x_t comes from the float one (EfficientDM), so trajectories do not depend on the
+student and are recorded beforehand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from mpq_deploy.calibrate.trajectories import cycled_rows
+from mpq_deploy.denoisers.spec import Array, DenoiserSpec
+from mpq_deploy.runtime.ort import OrtDenoiser
+from mpq_deploy.sampling.loop import denoise, initial_noise
+from mpq_deploy.sampling.sampler import SamplerKind, make_sampler
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """Calls of the float denoiser along M trajectories of K steps (with guidance 2 M calls).
+
+    ``inputs`` and ``outputs`` float32 [K, N, ...], ``timesteps`` float32 [K] in denoising order, ``rows`` int64 [N]:
+    each call's row of the conditions. ``energy`` float64 [K]: mean over calls of the output's squared norm.
+    """
+
+    inputs: Array
+    outputs: Array
+    timesteps: Array
+    rows: Array
+
+    @property
+    def energy(self) -> Array:
+        """Mean over calls of the squared norm of the output, float64 [K]."""
+        axes = tuple(range(2, self.outputs.ndim))
+        return np.asarray(np.square(self.outputs, dtype=np.float64).sum(axis=axes).mean(axis=1))
+
+
+class TrajectoryRecorder:
+    """Runs the float denoiser from noise. Its seeds come from (``seed``, round), so rounds share no noise."""
+
+    def __init__(
+        self, model: Path, spec: DenoiserSpec, conditions: dict[str, Array], steps: int, sampler: SamplerKind
+    ) -> None:
+        self._denoiser = OrtDenoiser(model, spec)
+        self._spec, self._conditions, self._steps, self._kind = spec, conditions, steps, sampler
+
+    def record(self, count: int, seed: int, number: int) -> Trajectories:
+        """Return ``count`` trajectories from the noise of round ``number``."""
+        noise_seed = int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
+        sampler = make_sampler(self._spec.scheduler, self._steps, noise_seed, self._kind)
+        kept = _Kept(self._denoiser)
+        batch = 16 if all(item.batched for item in self._spec.conditions) else 1
+        denoise(
+            kept,
+            sampler,
+            initial_noise(self._spec, count, noise_seed),
+            cycled_rows(self._spec, self._conditions, count, noise_seed),
+            self._conditions,
+            self._spec,
+            batch,
+            on_call=kept.on_call,
+        )
+        return kept.finish()
+
+
+@dataclass
+class _Kept:
+    """A denoiser whose inputs and outputs are kept, by step."""
+
+    denoiser: OrtDenoiser
+    steps: dict[int, list[tuple[float, Array, Array, Array]]] = field(default_factory=dict)
+    pending: tuple[int, float, Array, Array] | None = None
+
+    def on_call(self, step_index: int, timestep: float, model_input: Array, rows: Array) -> None:
+        self.pending = (step_index, timestep, model_input.astype(np.float32), rows.copy())
+
+    def __call__(self, sample: Array, timestep: float | Array, conditions: dict[str, Array]) -> Array:
+        output = self.denoiser(sample, timestep, conditions)
+        assert self.pending is not None
+        step_index, at, model_input, rows = self.pending
+        self.steps.setdefault(step_index, []).append((at, model_input, output, rows))
+        return output
+
+    def finish(self) -> Trajectories:
+        calls = list(self.steps.values())
+        return Trajectories(
+            np.stack([np.concatenate([call[1] for call in step]) for step in calls]),
+            np.stack([np.concatenate([call[2] for call in step]) for step in calls]),
+            np.array([step[0][0] for step in calls], np.float32),
+            np.concatenate([call[3] for call in calls[0]]).astype(np.int64),
+        )

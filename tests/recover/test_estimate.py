@@ -1,0 +1,40 @@
+"""The memory estimate: near what a tiny training takes is not measurable, so its parts are counted by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mpq_deploy.errors import UsageError
+from mpq_deploy.recover.estimate import available_memory, estimate_memory, refuse_too_large
+
+
+def test_the_parts_are_counted() -> None:
+    found = estimate_memory([(64, 576), (10, 20)], rank=32, value_bytes=1000, batch_size=8, segments=1)
+    assert found.weights == 4 * 8 * (64 * 576 + 10 * 20)
+    assert found.adapters == 4 * 5 * (32 * (64 + 576) + 10 * 30)
+    assert found.values == 2 * 1000 * 8
+    assert found.total > found.weights + found.adapters + found.values
+
+
+def test_segments_hold_fewer_values_and_nothing_else() -> None:
+    one, ten = (estimate_memory([(64, 64)], 4, 10**6, 4, segments) for segments in (1, 10))
+    assert ten.values == one.values // 5 and ten.weights == one.weights
+
+
+def test_a_unet_of_860_million_parameters_is_refused_on_a_small_machine() -> None:
+    shapes = [(1280, 11520)] * 58  # 860 M weights
+    estimate = estimate_memory(shapes, 32, 2 << 30, 4, 1)
+    assert 30e9 < estimate.total < 60e9
+    with pytest.raises(UsageError, match=r"about \d\d\.\d GB \(\d\d\.\d for weights.*has 16\.0 GB free") as caught:
+        refuse_too_large(estimate, 16 * 10**9, "this machine")
+    assert "recover.segments" in caught.value.hint
+    refuse_too_large(estimate, 80 * 10**9, "this machine")
+
+
+def test_what_is_free_is_read_from_the_system(tmp_path: Path) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:  100 kB\nMemAvailable:   42 kB\n")
+    assert available_memory(meminfo) == 42 * 1024
+    assert available_memory(tmp_path / "none") is None

@@ -1,0 +1,193 @@
+"""The student computes what the written graph computes, before and after its parameters moved, for every scheme."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from mpq_deploy.graph.save import constant_bytes
+from mpq_deploy.graph.write import DEPLOYED, SIMULATED, write_quantized
+from mpq_deploy.precision.branches import ColsMatrix, LowRankMatrix, RowsMatrix, ScaledMatrix
+from mpq_deploy.precision.quantizers import QuantizedMatrix
+from mpq_deploy.recover.recover import RecoverTask
+from mpq_deploy.recover.student import Student, StudentOptions
+from mpq_deploy.runtime.ort import make_session
+from tests.recover.cases import Case, make_case, normed_denoiser
+
+pytestmark = pytest.mark.torch
+FORMS = (
+    "fp16",
+    "w8a8",
+    "w8a16",
+    "w4a16",
+    "w4a8",
+    "w4a16+rows2",
+    "w4a8+rows1",
+    "w8a8+cols1",
+    "w4a8+cols2",
+    "w4a16+lowrank8",
+    "w8a8+scale5",
+    "w4a8+scale5",
+)
+
+
+def student_of(task: RecoverTask, margin: float = 0.0, segments: int = 1) -> Student:
+    return Student(task.model, task.spec, task.starts, task.stats, StudentOptions(4, margin, 0, segments))
+
+
+def move(student: Student, size: float) -> None:
+    """Move every parameter, as training would: adapters by up to some steps, scales and constants by some per cent."""
+    rng = np.random.default_rng(0)
+    with torch.no_grad():
+        for kind, parameters in student.kinds().items():
+            for parameter, unit in parameters:
+                noise = torch.from_numpy(rng.standard_normal(tuple(parameter.shape)).astype(np.float32))
+                unit = 1.0 if kind == "adapters" else min(unit, 1.0)
+                parameter.add_(size * unit * noise)
+
+
+def write(task: RecoverTask, student: Student, folder: Path) -> Path:
+    folder.mkdir()
+    scales, constants = student.activation_scales(), student.learned_constants()
+    write_quantized(
+        task.model, "timestep", "sample", student.rewrites(task.starts), scales, folder, constants=constants
+    )
+    return folder
+
+
+def write_start(task: RecoverTask, folder: Path) -> Path:
+    """Write the plan as the stage quantize does: nothing of the student."""
+    from mpq_deploy.graph.passes.quantize_layers import LayerRewrite
+
+    folder.mkdir()
+    forms = ("", "+cols1", "+cols2", "+scale5")
+    scales = {name + form: a.scale_for(form) for name, a in task.stats.activations.items() for form in forms}
+    rewrites = [LayerRewrite(s.layer, s.scheme, s.matrix) for s in task.starts]
+    write_quantized(task.model, "timestep", "sample", rewrites, scales, folder)
+    return folder
+
+
+def feeds(count: int = 3) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(5)
+    sample = rng.standard_normal((count, 3, 8, 8)).astype(np.float32)
+    return {"sample": sample, "timestep": np.array([900.0, 400.0, 20.0], np.float32)[:count]}
+
+
+def by_runtime(path: Path) -> np.ndarray:
+    return np.asarray(make_session(path, fake_quant_only=True).run(["out_sample"], feeds())[0])
+
+
+def by_torch(student: Student) -> np.ndarray:
+    with torch.no_grad():
+        return np.asarray(student.run(student.feed(feeds()))["out_sample"].numpy())
+
+
+def assert_same(found: np.ndarray, expected: np.ndarray, rounds_activations: bool) -> None:
+    if not rounds_activations:
+        np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+        return
+    # A value on a rounding boundary may fall to either side: one step of one activation, of one sample in three.
+    errors = np.sum((found - expected) ** 2, axis=(1, 2, 3)) / np.sum(expected**2, axis=(1, 2, 3))
+    assert np.median(errors) <= 1e-9 and errors.max() <= 1e-3
+
+
+@pytest.mark.parametrize("wanted", FORMS)
+@pytest.mark.parametrize("margin", [0.0, 0.499])
+def test_at_the_start_the_student_is_the_plan(case: Case, tmp_path: Path, wanted: str, margin: float) -> None:
+    task = case.planned(wanted)
+    assert wanted == "fp16" or any(start.matrix is not None for start in task.starts)
+    student = student_of(task, margin)
+    assert_same(by_torch(student), by_runtime(write_start(task, tmp_path / "plan") / SIMULATED), "a8" in wanted)
+    for start, rewrite in zip(task.starts, student.rewrites(task.starts)):
+        if start.matrix is not None:
+            assert rewrite.matrix is not None
+            np.testing.assert_array_equal(rewrite.matrix.dequantize(), start.matrix.dequantize())
+    write(task, student, tmp_path / "student")
+    for name in (DEPLOYED, SIMULATED):
+        before, after = (onnx.load(tmp_path / folder / name) for folder in ("plan", "student"))
+        assert before == after  # constants included: not a bit differs
+
+
+@pytest.mark.parametrize("wanted", FORMS)
+def test_merged_parameters_compute_what_was_trained_in_the_same_bytes(case: Case, tmp_path: Path, wanted: str) -> None:
+    task = case.planned(wanted)
+    student = student_of(task)
+    start = by_torch(student)
+    move(student, 0.03)
+    moved = by_torch(student)
+    assert np.abs(moved - start).max() > 0.01 * np.abs(start).max()
+    written = write(task, student, tmp_path / "student")
+    assert_same(moved, by_runtime(written / SIMULATED), "a8" in wanted)
+    plan = write_start(task, tmp_path / "plan")
+    assert constant_bytes(written / DEPLOYED) == constant_bytes(plan / DEPLOYED)
+    kinds = {node.op_type for node in onnx.load(written / DEPLOYED).graph.node}
+    assert kinds == {node.op_type for node in onnx.load(plan / DEPLOYED).graph.node}
+
+
+@pytest.mark.parametrize("wanted", ["w8a8+scale5", "w4a8+scale5"])
+def test_factors_that_a_norm_takes_are_in_its_constants(tmp_path: Path, wanted: str) -> None:
+    task = make_case(tmp_path / "case", normed_denoiser()).planned(wanted)
+    student = student_of(task)
+    plan = write_start(task, tmp_path / "plan")
+    muls = [node.name for node in onnx.load(plan / DEPLOYED).graph.node if "prescale" in node.name]
+    assert muls and not any("norm" in name for name in muls)
+    assert_same(by_torch(student), by_runtime(plan / SIMULATED), True)
+    first = write(task, student, tmp_path / "first")
+    assert onnx.load(plan / DEPLOYED) == onnx.load(first / DEPLOYED)
+    move(student, 0.03)
+    moved = write(task, student, tmp_path / "moved")
+    assert_same(by_torch(student), by_runtime(moved / SIMULATED), True)
+    assert constant_bytes(moved / DEPLOYED) == constant_bytes(plan / DEPLOYED)
+
+
+def test_codes_of_every_form_move_and_stay_in_range(case: Case) -> None:
+    for wanted in FORMS[1:]:
+        task = case.planned(wanted)
+        student = student_of(task)
+        move(student, 0.3)
+        changed = 0
+        for start, rewrite in zip(task.starts, student.rewrites(task.starts)):
+            for before, after in zip(grids(start.matrix), grids(rewrite.matrix)):
+                changed += int((before.codes != after.codes).sum())
+                limit = 7 if "w4" in wanted and before.codes.min() >= -8 and before.codes.max() <= 7 else 127
+                assert after.codes.max() <= limit
+                assert after.scale.dtype == np.float16 and np.all(after.scale > 0)
+        assert changed
+
+
+def grids(matrix: object) -> list[QuantizedMatrix]:
+    if matrix is None:
+        return []
+    if isinstance(matrix, RowsMatrix):
+        return [matrix.body, matrix.promoted]
+    if isinstance(matrix, (ColsMatrix, LowRankMatrix, ScaledMatrix)):
+        return [matrix.body]
+    assert isinstance(matrix, QuantizedMatrix)
+    return [matrix]
+
+
+def test_checkpointed_segments_give_the_same_gradients(case: Case) -> None:
+    task = case.planned("w4a8")
+    found = []
+    for segments in (1, 5):
+        student = student_of(task, segments=segments)
+        student.run(student.feed(feeds()))["out_sample"].square().sum().backward()
+        found.append({name: p.grad for name, p in student.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 20
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name])
+
+
+def test_every_parameter_learns(case: Case) -> None:
+    """After one step of the output's error all kinds have gradients; A has none while B is zero."""
+    silent: Callable[[str], bool] = lambda name: name.endswith("adapter.down")  # noqa: E731
+    for wanted in ("w4a16", "w4a8+cols1", "w4a16+lowrank8", "w4a8+rows1"):
+        student = student_of(case.planned(wanted))
+        student.run(student.feed(feeds()))["out_sample"].square().sum().backward()
+        dead = [n for n, p in student.named_parameters() if p.grad is None or not bool(p.grad.abs().sum() > 0)]
+        assert all(silent(name) or "bias" in name for name in dead), dead

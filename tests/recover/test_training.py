@@ -1,0 +1,144 @@
+"""Training: it helps, repeats, survives being cut short, and says why it stopped."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mpq_deploy.errors import MpqError, UsageError
+from mpq_deploy.graph.write import SIMULATED
+from mpq_deploy.recover.checkpoint import restore_checkpoint, save_checkpoint
+from mpq_deploy.recover.options import RecoverOptions
+from mpq_deploy.recover.recover import RecoverTask, measured_error, recover, write_recovered
+from mpq_deploy.recover.student import Student, StudentOptions
+from mpq_deploy.recover.train import HELD_OUT_ROUND, Trainer, error_factor
+from mpq_deploy.talk import Talk
+from tests.recover.cases import Case
+
+pytestmark = pytest.mark.torch
+OPTIONS = RecoverOptions(
+    steps=12, batch_size=4, trajectories=4, round_steps=5, held_out=4, check_every=4, rank=4, warmup=2
+)
+ALL_LOSSES = {"output": 1.0, "relation": 0.01, "memory": 0.1}
+
+
+def trainer_of(case: Case, task: RecoverTask, options: RecoverOptions) -> Trainer:
+    student = Student(task.model, task.spec, task.starts, task.stats, StudentOptions(4, options.margin))
+    return Trainer(student, case.recorder(), task.spec, {}, options, Talk())
+
+
+def test_training_lowers_the_error_that_the_written_graph_has(case: Case, tmp_path: Path) -> None:
+    task = case.planned("w4a16")
+    recovered = recover(task, replace(OPTIONS, steps=40), case.recorder(), Talk(), tmp_path / "checkpoint", "key")
+    recovery = recovered.recovery
+    assert recovery.improved and recovery.after < 0.9 * recovery.before
+    (tmp_path / "out").mkdir()
+    write_recovered(task, recovered, tmp_path / "out")
+    found = measured_error(tmp_path / "out" / SIMULATED, task, recovered.held_out)
+    assert found == pytest.approx(recovery.after, rel=1e-3)
+    assert recovery.before == pytest.approx(recovery.curve[0].held_out_nmse)
+    assert f"{100 * recovery.removed:.0f} % removed" in recovery.summary()
+
+
+def test_held_out_noise_is_never_trained_on(case: Case) -> None:
+    recorder = case.recorder()
+    rounds = [recorder.record(3, 0, number) for number in (0, 1, HELD_OUT_ROUND)]
+    starts = np.concatenate([r.inputs[0].reshape(len(r.rows), -1) for r in rounds])
+    assert len(np.unique(starts.round(5), axis=0)) == len(starts)
+    again = case.recorder().record(3, 0, 1)
+    np.testing.assert_array_equal(again.inputs, rounds[1].inputs)
+
+
+@pytest.mark.parametrize("losses", [{"output": 1.0}, ALL_LOSSES], ids=["output", "all"])
+def test_interrupted_training_ends_as_if_it_had_not_been(case: Case, tmp_path: Path, losses: dict[str, float]) -> None:
+    task, options = case.planned("w4a8+rows1"), replace(OPTIONS, losses=losses)
+    whole = trainer_of(case, task, options)
+    whole.train()
+
+    class Killed(Exception):
+        pass
+
+    first = trainer_of(case, task, options)
+
+    def save() -> None:
+        save_checkpoint(first, tmp_path / "state", "key")
+        if first.progress.step == 8:
+            raise Killed
+
+    with pytest.raises(Killed):
+        first.train(save)
+    second = trainer_of(case, task, options)
+    assert not restore_checkpoint(second, tmp_path / "state", "another key")
+    assert restore_checkpoint(second, tmp_path / "state", "key")
+    assert second.progress.step == 8
+    second.train()
+    assert second.progress.curve == whole.progress.curve
+    assert second.progress.best_step == whole.progress.best_step
+    for (name, one), (_, other) in zip(whole.student.named_parameters(), second.student.named_parameters()):
+        assert torch.equal(one, other), name
+
+
+def test_nan_stops_with_step_and_loss_and_keeps_the_best(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mpq_deploy.recover import losses
+
+    real, calls = losses.relation_loss, []
+
+    def broken(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return real(expected, found) * (float("nan") if len(calls) == 6 else 1.0)
+
+    monkeypatch.setattr(losses, "relation_loss", broken)
+    options = replace(OPTIONS, losses={"output": 1.0, "relation": 0.001})
+    recovered = recover(case.planned("w4a16"), options, case.recorder(), Talk(), tmp_path / "state", "key")
+    assert recovered.recovery.stopped == "the loss 'relation' is nan at step 6"
+    assert recovered.recovery.best_step in (0, 4)
+    assert "step 6" in recovered.recovery.summary()
+    for parameter in recovered.student.parameters():
+        assert bool(torch.isfinite(parameter).all())
+
+
+def test_without_improvement_the_plan_stays(case: Case, tmp_path: Path) -> None:
+    """Rates so large that every state is worse than the plan."""
+    options = replace(OPTIONS, scale_rate=3.0, constant_rate=3.0, adapter_rate=1e5)
+    recovery = recover(case.planned("w8a16"), options, case.recorder(), Talk(), tmp_path / "state", "key").recovery
+    assert not recovery.improved and recovery.after == recovery.before
+    assert "those stay" in recovery.summary()
+
+
+def test_learning_rates_follow_the_root_of_the_plan_s_error() -> None:
+    assert error_factor(1e-3) == 1
+    assert error_factor(4e-5) == pytest.approx(0.2)
+    assert 0 < error_factor(0.0) < error_factor(1e-6)
+
+
+def test_a_wrong_graph_is_noticed(case: Case, tmp_path: Path) -> None:
+    task = case.planned("w4a16")
+    recovered = recover(task, OPTIONS, case.recorder(), Talk(), tmp_path / "state", "key")
+    other = replace(recovered, recovery=replace(recovered.recovery, after=2 * recovered.recovery.after))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(MpqError, match="in ONNX Runtime"):
+        write_recovered(task, other, tmp_path / "out")
+
+
+def test_what_cannot_be_trained_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"Unknown loss 'relations'.*relation"):
+        RecoverOptions(losses={"relations": 1.0})
+    with pytest.raises(UsageError, match="none has a weight"):
+        RecoverOptions(losses={"output": 0.0})
+
+
+def test_too_little_memory_is_refused_before_anything_is_made(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mpq_deploy.recover import recover as module
+
+    monkeypatch.setattr(module, "available_memory", lambda: 10 << 20)
+    monkeypatch.setattr(module, "Student", None)
+    with pytest.raises(UsageError, match=r"needs? about|would need about .* GB .* and this machine has 0\.0 GB free"):
+        recover(case.planned("w4a16"), OPTIONS, case.recorder(), Talk(), tmp_path / "state", "key")
