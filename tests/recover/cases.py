@@ -97,7 +97,7 @@ def make_case(folder: Path, graph: GraphBuilder | None = None, **spec: Any) -> C
         moments = np.stack([x.T @ x / len(x)] * layer.group)
         made = round_candidates(
             layer,
-            choices_for(layer, tuple(SCHEMES.values()), refusal),
+            choices_for(layer, tuple(s for s in SCHEMES.values() if not s.simulated), refusal),
             weight_matrix(layer, weight_array(layers.model, layer)),
             moments,
             widths=(layer.reduction,),
@@ -157,4 +157,5 @@ def _stats(layers: tuple[Layer, ...], tensor: str) -> ActivationStats:
         np.array([np.float16(0.025), np.float16(0.02)], np.float64),
         factors_of(layer)[None],
         np.array([np.float16(0.035)], np.float64),
+        4,
     )
