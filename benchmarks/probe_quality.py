@@ -31,6 +31,7 @@ from mpq_deploy.pipeline import Pipeline, open_pipeline
 from mpq_deploy.precision.scheme import SCHEMES
 from mpq_deploy.sensitivity.exhaustive import measure_exhaustive
 from mpq_deploy.sensitivity.measure import MeasureOptions, measure
+from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.stages import INPUTS
 from mpq_deploy.stages.candidates import candidates_of
@@ -70,11 +71,12 @@ def measure_one(pipeline: Pipeline, metric: str, layers: list[Layer]) -> Sensiti
         seed=section.seed,
     )
     candidates = candidates_of(pipeline, exported.graph)
-    rest = (inputs.split(section.samples)[1], exported.conditions, exported.spec, options, pipeline.talk)
+    calls = (inputs.split(section.samples)[1], exported.conditions, exported.spec, options, pipeline.talk)
+    subject = Subject(exported.graph, candidates, stats, *calls)
     if metric != TRUTH:
-        return measure(metric, exported.graph, candidates, stats, *rest)
+        return measure(metric, subject)
     pairs = {(layer.name, scheme.name) for layer in layers for scheme in candidates[layer.name].schemes}
-    return measure_exhaustive(exported.graph, candidates, stats, *rest, pairs=pairs)
+    return measure_exhaustive(subject, pairs=pairs)
 
 
 def code_digest() -> list[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from mpq_deploy.sensitivity.exhaustive import measure_exhaustive
 from mpq_deploy.sensitivity.feeds import MeasureOptions
 from mpq_deploy.sensitivity.measure import IMPORTANCE_METHODS, measure
 from mpq_deploy.sensitivity.orthogonality import OrmOptions
+from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.sensitivity.weights import float_matrix
 from mpq_deploy.stages.candidates import candidates_of
@@ -90,7 +90,7 @@ class Losses:
             fields.update({f"recipe.measure.orm.{key}": value for key, value in section.orm.model_dump().items()})
 
         def make() -> SensitivityTable:
-            return measure(method, *self._arguments())
+            return measure(method, self._subject())
 
         return self._kept(f"audit-{method}", {**self._fields(), "method": method, **fields}, make)
 
@@ -129,7 +129,7 @@ class Losses:
         fields = {**self._fields(), "method": TRUTH, "pairs": [list(pair) for pair in pairs]}
 
         def make() -> SensitivityTable:
-            return partial(measure_exhaustive, pairs=set(pairs))(*self._arguments())
+            return measure_exhaustive(self._subject(), pairs=set(pairs))
 
         return self._kept(f"audit-{TRUTH}-{number:03d}", fields, make)
 
@@ -142,7 +142,7 @@ class Losses:
             candidate.weight_matrix(scheme.weight_form), float_matrix(self.graph, candidate.layer)
         )
 
-    def _arguments(self) -> tuple[Any, ...]:
+    def _subject(self) -> Subject:
         section = self._pipeline.recipe.measure
         options = MeasureOptions(
             probes=section.probes,
@@ -153,8 +153,8 @@ class Losses:
             orm=OrmOptions(**section.orm.model_dump()),
         )
         exported = self.exported
-        before = (self.graph, self.candidates, self._stats, self.calls)
-        return (*before, exported.conditions, exported.spec, options, self._pipeline.talk)
+        calls = (self.calls, exported.conditions, exported.spec, options, self._pipeline.talk)
+        return Subject(self.graph, self.candidates, self._stats, *calls)
 
     def _fields(self) -> Fields:
         section = self._pipeline.recipe.measure

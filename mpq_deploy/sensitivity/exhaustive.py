@@ -9,30 +9,28 @@ of which feeds another: there later uses are taken on float inputs, and a note s
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import networkx as nx
 import numpy as np
 
-from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
-from mpq_deploy.denoisers.spec import Array, DenoiserSpec
+from mpq_deploy.calibrate.stats import CalibrationStats
+from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.graph.layers import Layer, LayerGraph, dataflow
 from mpq_deploy.precision.scheme import SCHEMES
-from mpq_deploy.sensitivity.feeds import Calls, MeasureOptions
+from mpq_deploy.sensitivity.feeds import Calls
 from mpq_deploy.sensitivity.local_error import LayerErrors, Taps, batch_for, tap_names
 from mpq_deploy.sensitivity.ort_graph import noisy_graph, tapped_graph
+from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.sensitivity.table import SensitivityTable, table_from_losses
 from mpq_deploy.sensitivity.weights import (
-    CandidateWeights,
     FormStack,
     InputRounding,
     StackStore,
     input_roundings,
-    measured_layers,
     numpy_stacks,
 )
-from mpq_deploy.talk import Talk
 
 if TYPE_CHECKING:
     from mpq_deploy.sensitivity.torch_graph import TorchGraph
@@ -42,14 +40,7 @@ Losses = dict[str, dict[str, Array]]
 
 
 def measure_exhaustive(
-    graph: LayerGraph,
-    candidates: Mapping[str, CandidateWeights],
-    stats: CalibrationStats,
-    calibration: CalibrationSet,
-    conditions: dict[str, Array],
-    spec: DenoiserSpec,
-    options: MeasureOptions,
-    talk: Talk,
+    subject: Subject,
     pairs: Pairs | None = None,
     use_torch: bool | None = None,
 ) -> SensitivityTable:
@@ -57,24 +48,24 @@ def measure_exhaustive(
 
     ``use_torch`` None takes torch where it is installed and knows every operator of the graph.
     """
-    calls = Calls(graph, spec, calibration, conditions, options.samples, options.rotate)
-    layers = measured_layers(graph, candidates)
+    calls = subject.calls()
+    layers = subject.layers
     wanted = {
         layer: frozenset(
-            s.name for s in candidates[layer.name].schemes if pairs is None or (layer.name, s.name) in pairs
+            s.name for s in subject.candidates[layer.name].schemes if pairs is None or (layer.name, s.name) in pairs
         )
         for layer in layers
     }
     wanted = {layer: schemes for layer, schemes in wanted.items() if schemes}
-    torch_graph = _torch_graph(graph) if use_torch is not False else None
+    torch_graph = _torch_graph(subject.graph) if use_torch is not False else None
     if torch_graph is not None:
-        stacks = numpy_stacks(graph, candidates, options.memory_bytes)
-        errors, power = _with_torch(torch_graph, wanted, stacks, stats, calls, spec, options, talk)
+        stacks = numpy_stacks(subject.graph, subject.candidates, subject.options.memory_bytes)
+        errors, power = _with_torch(torch_graph, wanted, stacks, calls, subject)
         notes: tuple[str, ...] = ()
     else:
-        layer_errors = LayerErrors(graph, candidates, stats, options.memory_bytes)
-        errors, power = _with_onnxruntime(graph, wanted, layer_errors, calls, spec, options, talk)
-        notes = _chained_uses(graph, tuple(wanted))
+        layer_errors = LayerErrors(subject.graph, subject.candidates, subject.stats, subject.options.memory_bytes)
+        errors, power = _with_onnxruntime(wanted, layer_errors, calls, subject)
+        notes = _chained_uses(subject.graph, tuple(wanted))
     safe = np.where(power > 0, power, 1.0)
     losses = {layer: {s: total / safe for s, total in row.items()} for layer, row in errors.items()}
     return table_from_losses("exhaustive", calls.timesteps, losses, notes)
@@ -95,20 +86,19 @@ def _with_torch(
     torch_graph: TorchGraph,
     wanted: dict[Layer, frozenset[str]],
     stacks: StackStore[FormStack],
-    stats: CalibrationStats,
     calls: Calls,
-    spec: DenoiserSpec,
-    options: MeasureOptions,
-    talk: Talk,
+    subject: Subject,
 ) -> tuple[Losses, Array]:
     import torch
+
+    spec = subject.spec
 
     errors, power = _empty(wanted, calls)
     downstream = {layer: torch_graph.affected_by(use.node for use in layer.uses) for layer in wanted}
     pairs = sum(map(len, wanted.values()))
-    with torch.no_grad(), talk.bar("single layers", len(calls.timesteps) * calls.count * pairs) as advance:
+    with torch.no_grad(), subject.talk.bar("single layers", len(calls.timesteps) * calls.count * pairs) as advance:
         first = torch_graph.run(torch_graph.feed(calls.feeds(0, calls.first)), keep=torch_graph.values)
-        batch = batch_for({name: tuple(v.shape) for name, v in first.items()}, calls, options)
+        batch = batch_for({name: tuple(v.shape) for name, v in first.items()}, calls, subject.options)
         for step_index, chunk in calls.chunks(batch):
             feeds = torch_graph.feed(calls.feeds(step_index, chunk))
             values = torch_graph.run(feeds, keep=torch_graph.values)
@@ -117,7 +107,7 @@ def _with_torch(
             for layer, schemes in wanted.items():
                 known = {name: v for name, v in values.items() if name not in downstream[layer]}
                 for scheme in sorted(schemes):
-                    rewire = _rewire(layer, scheme, stacks, stats, torch_graph.float_type)
+                    rewire = _rewire(layer, scheme, stacks, subject.stats, torch_graph.float_type)
                     output = torch_graph.run(feeds, rewire=rewire, known=known)[spec.output]
                     difference = (output.double() - reference).square().sum()
                     errors[layer.name][scheme][step_index] += float(difference)
@@ -149,14 +139,9 @@ def _rewire(
 
 
 def _with_onnxruntime(
-    graph: LayerGraph,
-    wanted: dict[Layer, frozenset[str]],
-    layer_errors: LayerErrors,
-    calls: Calls,
-    spec: DenoiserSpec,
-    options: MeasureOptions,
-    talk: Talk,
+    wanted: dict[Layer, frozenset[str]], layer_errors: LayerErrors, calls: Calls, subject: Subject
 ) -> tuple[Losses, Array]:
+    graph, talk = subject.graph, subject.talk
     errors, power = _empty(wanted, calls)
     layers = tuple(wanted)
     names = tap_names(layers)
@@ -164,10 +149,10 @@ def _with_onnxruntime(
     with tapped_graph(graph, names, talk) as tapping:
         taps = Taps(tapping, names)
         shapes = {name: value.shape for name, value in taps.values(calls.feeds(0, calls.first)).items()}
-        batch = batch_for(shapes, calls, options)
+        batch = batch_for(shapes, calls, subject.options)
         ranks = {name: len(shape) for name, shape in shapes.items()}
         with (
-            noisy_graph(graph, layers, spec.output, ranks, talk) as noisy,
+            noisy_graph(graph, layers, subject.spec.output, ranks, talk) as noisy,
             talk.bar("single layers", len(calls.timesteps) * calls.count * pairs) as advance,
         ):
             for step_index, chunk in calls.chunks(batch):

@@ -9,39 +9,27 @@ timestep, whatever the number of schemes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 
-from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
 from mpq_deploy.denoisers.spec import Array, DenoiserSpec
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import Layer, LayerGraph
 from mpq_deploy.sensitivity.feeds import Calls, MeasureOptions
 from mpq_deploy.sensitivity.local_error import LocalErrors, local_errors
 from mpq_deploy.sensitivity.ort_graph import noisy_graph
+from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.sensitivity.table import SensitivityTable, table_from_losses
-from mpq_deploy.sensitivity.weights import CandidateWeights, measured_layers
 from mpq_deploy.talk import Talk
 
 
-def measure_gain(
-    graph: LayerGraph,
-    candidates: Mapping[str, CandidateWeights],
-    stats: CalibrationStats,
-    calibration: CalibrationSet,
-    conditions: dict[str, Array],
-    spec: DenoiserSpec,
-    options: MeasureOptions,
-    talk: Talk,
-) -> SensitivityTable:
+def measure_gain(subject: Subject) -> SensitivityTable:
     """Measure all schemes of all layers by propagation gain times local error."""
-    calls = Calls(graph, spec, calibration, conditions, options.samples, options.rotate)
-    local = local_errors(graph, candidates, stats, calls, options, talk)
-    layers = measured_layers(graph, candidates)
-    samples = min(calls.count, max(options.gain_samples, calls.fixed_batch or 1))
-    fewer = Calls(graph, spec, calibration, conditions, samples, options.rotate)
-    gains = propagation_gains(graph, layers, local, fewer, spec, options, talk)
+    calls = subject.calls()
+    local = local_errors(subject.graph, subject.candidates, subject.stats, calls, subject.options, subject.talk)
+    layers = subject.layers
+    samples = min(calls.count, max(subject.options.gain_samples, calls.fixed_batch or 1))
+    fewer = subject.calls(samples)
+    gains = propagation_gains(subject.graph, layers, local, fewer, subject.spec, subject.options, subject.talk)
     losses = {
         name: {scheme: gains[name] * error for scheme, error in by_scheme.items()}
         for name, by_scheme in local.relative.items()

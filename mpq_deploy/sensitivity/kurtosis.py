@@ -9,40 +9,27 @@ is n_i kappa_i (16 - b_s), with the settings of ``measure.orm`` for bits and act
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 
-from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
-from mpq_deploy.denoisers.spec import Array, DenoiserSpec
-from mpq_deploy.graph.layers import Layer, LayerGraph
+from mpq_deploy.calibrate.stats import CalibrationStats
+from mpq_deploy.denoisers.spec import Array
+from mpq_deploy.graph.layers import Layer
 from mpq_deploy.precision.branches import row_kurtosis
 from mpq_deploy.precision.deployed import input_channels
-from mpq_deploy.sensitivity.feeds import MeasureOptions
-from mpq_deploy.sensitivity.orm import BitLosses, input_elements
+from mpq_deploy.sensitivity.orm import bit_losses
+from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.sensitivity.table import SensitivityTable
-from mpq_deploy.sensitivity.weights import CandidateWeights, float_matrix, measured_layers
-from mpq_deploy.talk import Talk
+from mpq_deploy.sensitivity.weights import float_matrix
 
 
-def measure_kurtosis(
-    graph: LayerGraph,
-    candidates: Mapping[str, CandidateWeights],
-    stats: CalibrationStats,
-    calibration: CalibrationSet,
-    conditions: dict[str, Array],
-    spec: DenoiserSpec,
-    options: MeasureOptions,
-    talk: Talk,
-) -> SensitivityTable:
+def measure_kurtosis(subject: Subject) -> SensitivityTable:
     """Weigh bits by the mean kurtosis of each layer's rows, from weights and activation maxima: nothing is run."""
-    layers = measured_layers(graph, candidates)
-    found = np.array([layer_kurtosis(layer, float_matrix(graph, layer), stats) for layer in layers])
-    elements = input_elements(graph, layers, calibration, conditions, spec, talk)
-    parts = BitLosses(layers, candidates, elements, calibration.timesteps, options)
+    layers = subject.layers
+    found = np.array([layer_kurtosis(layer, float_matrix(subject.graph, layer), subject.stats) for layer in layers])
+    parts = bit_losses(subject)
     sizes = np.array([layer.weights for layer in layers], np.float64)
     note = "kurtosis between layers is our reading: MPQ-DM ranks the channels of one layer by it"
-    return parts.table("kurtosis", np.tile(found * sizes, (len(calibration.timesteps), 1)), (note,))
+    return parts.table("kurtosis", np.tile(found * sizes, (len(subject.calibration.timesteps), 1)), (note,))
 
 
 def layer_kurtosis(layer: Layer, weight: Array, stats: CalibrationStats) -> float:

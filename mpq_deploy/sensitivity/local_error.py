@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 import onnxruntime as ort
 
-from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
-from mpq_deploy.denoisers.spec import Array, DenoiserSpec
+from mpq_deploy.calibrate.stats import CalibrationStats
+from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.graph.layers import Layer, LayerGraph
 from mpq_deploy.sensitivity.feeds import Calls, MeasureOptions
 from mpq_deploy.sensitivity.layer_numpy import UseErrors
 from mpq_deploy.sensitivity.ort_graph import run_session, tapped_graph
+from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.sensitivity.table import SensitivityTable, table_from_losses
 from mpq_deploy.sensitivity.weights import (
     CandidateWeights,
@@ -50,19 +51,10 @@ class LocalErrors:
         return shape if output in self.shared else (shape[0] * batches, *shape[1:])
 
 
-def measure_local_error(
-    graph: LayerGraph,
-    candidates: Mapping[str, CandidateWeights],
-    stats: CalibrationStats,
-    calibration: CalibrationSet,
-    conditions: dict[str, Array],
-    spec: DenoiserSpec,
-    options: MeasureOptions,
-    talk: Talk,
-) -> SensitivityTable:
+def measure_local_error(subject: Subject) -> SensitivityTable:
     """Take the layer's own error as the loss. It ignores what the network makes of it: a baseline, not a default."""
-    calls = Calls(graph, spec, calibration, conditions, options.samples, options.rotate)
-    found = local_errors(graph, candidates, stats, calls, options, talk)
+    calls = subject.calls()
+    found = local_errors(subject.graph, subject.candidates, subject.stats, calls, subject.options, subject.talk)
     note = "losses are relative errors of the layers' own outputs, not of the denoiser's"
     return table_from_losses("local_error", calls.timesteps, found.relative, (note,))
 

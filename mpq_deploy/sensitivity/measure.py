@@ -3,66 +3,53 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 
-from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
-from mpq_deploy.denoisers.spec import Array, DenoiserSpec
 from mpq_deploy.errors import UsageError, nearest
-from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.sensitivity.feeds import MeasureOptions
+from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.sensitivity.table import SensitivityTable
-from mpq_deploy.sensitivity.weights import CandidateWeights
-from mpq_deploy.talk import Talk
 
 METHODS = ("probe", "gain", "local_error", "exhaustive", "kurtosis", "orm", "size-only", "random")
 # They weigh bits by an importance of their own, and the timesteps with it.
 IMPORTANCE_METHODS = ("kurtosis", "orm", "size-only", "random")
-Metric = Callable[..., SensitivityTable]
+Metric = Callable[[Subject], SensitivityTable]
 
 
 def measure(
     method: str,
-    graph: LayerGraph,
-    candidates: Mapping[str, CandidateWeights],
-    stats: CalibrationStats,
-    calibration: CalibrationSet,
-    conditions: dict[str, Array],
-    spec: DenoiserSpec,
-    options: MeasureOptions,
-    talk: Talk,
+    subject: Subject,
 ) -> SensitivityTable:
     """Return the table of ``method``, one of ``METHODS``. ``options.shares``: what each timestep counts for.
 
     Where torch is missing, or the graph holds an operator that torch cannot evaluate here, "probe" becomes "gain":
-    the table's ``metric`` and ``notes`` say so. ``conditions``: all rows of each condition input; call n of the
-    calibration set uses row ``calibration.rows[n]``. Raises UsageError for an unknown method.
+    the table's ``metric`` and ``notes`` say so. Raises UsageError for an unknown method.
     """
     if method not in METHODS:
         known = ", ".join(METHODS)
         raise UsageError(f"Unknown sensitivity '{method}'.", f"{nearest(method, METHODS)}Known: {known}.")
-    arguments = (graph, candidates, stats, calibration, conditions, spec, options, talk)
-    if options.shares is not None and method not in IMPORTANCE_METHODS:
-        even = (*arguments[:6], replace(options, shares=None), talk)
-        return measure(method, *even).weighted(np.asarray(options.shares))
+    if subject.options.shares is not None and method not in IMPORTANCE_METHODS:
+        even = replace(subject, options=replace(subject.options, shares=None))
+        return measure(method, even).weighted(np.asarray(subject.options.shares))
     if method != "probe":
-        return _metric(method)(*arguments)
+        return _metric(method)(subject)
     if importlib.util.find_spec("torch") is None:
-        return _instead("torch is not installed", talk, arguments)
+        return _instead("torch is not installed", subject)
     from mpq_deploy.sensitivity.torch_graph import UnsupportedOperator
 
     try:
-        return _metric("probe")(*arguments)
+        return _metric("probe")(subject)
     except UnsupportedOperator as error:
-        return _instead(error.message, talk, arguments)
+        return _instead(error.message, subject)
 
 
-def _instead(reason: str, talk: Talk, arguments: tuple[object, ...]) -> SensitivityTable:
+def _instead(reason: str, subject: Subject) -> SensitivityTable:
     note = f"losses are from the gain metric instead of probes: {reason}"
-    talk.warn(note)
-    table = _metric("gain")(*arguments)
+    subject.talk.warn(note)
+    table = _metric("gain")(subject)
     return replace(table, notes=(*table.notes, note))
 
 

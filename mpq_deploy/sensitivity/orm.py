@@ -21,7 +21,7 @@ import numpy as np
 from mpq_deploy.calibrate.gram import GramGraph
 from mpq_deploy.calibrate.sessions import open_session
 from mpq_deploy.calibrate.shapes import ActivationShape, activation_shapes
-from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
+from mpq_deploy.calibrate.stats import CalibrationSet
 from mpq_deploy.calibrate.timesteps import adaptive_steps, sampled_steps
 from mpq_deploy.denoisers.spec import Array, DenoiserSpec
 from mpq_deploy.errors import UsageError
@@ -42,8 +42,9 @@ from mpq_deploy.sensitivity.orthogonality import (
     orthogonality,
     timestep_weights,
 )
+from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.sensitivity.table import SensitivityTable, table_from_losses
-from mpq_deploy.sensitivity.weights import CandidateWeights, measured_layers
+from mpq_deploy.sensitivity.weights import CandidateWeights
 from mpq_deploy.talk import Talk
 
 FULL_BITS = 16
@@ -52,25 +53,18 @@ INT8_BITS = 8
 DEFAULT_CALLS = 16
 
 
-def measure_orm(
-    graph: LayerGraph,
-    candidates: Mapping[str, CandidateWeights],
-    stats: CalibrationStats,
-    calibration: CalibrationSet,
-    conditions: dict[str, Array],
-    spec: DenoiserSpec,
-    options: MeasureOptions,
-    talk: Talk,
-) -> SensitivityTable:
+def measure_orm(subject: Subject) -> SensitivityTable:
     """Weigh bits by orthogonality: theta of every layer at every timestep, from ``options.batch_size`` calls at once.
 
     With more samples than that, the dependence of several batches is averaged (Nguyen et al. 2021). ``stats`` are
     not used. Raises UsageError when the model or the options leave too few calls for one Gram matrix.
     """
-    layers = measured_layers(graph, candidates)
-    seen = observe_orthogonality(graph, layers, calibration, conditions, spec, options, talk)
+    layers = subject.layers
+    seen = observe_orthogonality(
+        subject.graph, layers, subject.calibration, subject.conditions, subject.spec, subject.options, subject.talk
+    )
     orm = orthogonality(seen.hsic)
-    theta = importances(gamma(orm), options.orm.beta, options.orm.importance)
+    theta = importances(gamma(orm), subject.options.orm.beta, subject.options.orm.importance)
     notes = []
     if seen.calls < ENOUGH_CALLS:
         notes.append(
@@ -78,51 +72,30 @@ def measure_orm(
             "estimator is large for unrelated layers, the debiased one noisy); raise measure.batch_size and "
             "measure.samples"
         )
-        talk.warn(notes[0])
+        subject.talk.warn(notes[0])
     always = int(seen.constant.all(axis=0).sum())
     if always:
         notes.append(
             f"{always} of {len(layers)} layers give the same output for every call at a timestep (the timestep's "
             "embedding and the like): their ORM with every other layer is taken as 0 (our choice)"
         )
-    elements = input_elements(graph, layers, calibration, conditions, spec, talk)
-    parts = BitLosses(layers, candidates, elements, calibration.timesteps, options)
+    parts = bit_losses(subject)
     return parts.table("orm", theta, tuple(notes), seen.constant, seen.calls, orm)
 
 
-def measure_size_only(
-    graph: LayerGraph,
-    candidates: Mapping[str, CandidateWeights],
-    stats: CalibrationStats,
-    calibration: CalibrationSet,
-    conditions: dict[str, Array],
-    spec: DenoiserSpec,
-    options: MeasureOptions,
-    talk: Talk,
-) -> SensitivityTable:
+def measure_size_only(subject: Subject) -> SensitivityTable:
     """Give every layer the importance 1: the control that knows only sizes. Nothing is run."""
-    layers = measured_layers(graph, candidates)
-    elements = input_elements(graph, layers, calibration, conditions, spec, talk)
-    parts = BitLosses(layers, candidates, elements, calibration.timesteps, options)
-    return parts.table("size-only", np.ones((len(calibration.timesteps), len(layers))))
+    layers = subject.layers
+    parts = bit_losses(subject)
+    return parts.table("size-only", np.ones((len(subject.calibration.timesteps), len(layers))))
 
 
-def measure_random(
-    graph: LayerGraph,
-    candidates: Mapping[str, CandidateWeights],
-    stats: CalibrationStats,
-    calibration: CalibrationSet,
-    conditions: dict[str, Array],
-    spec: DenoiserSpec,
-    options: MeasureOptions,
-    talk: Talk,
-) -> SensitivityTable:
+def measure_random(subject: Subject) -> SensitivityTable:
     """Draw every layer's importance evenly from (0, 1], by ``options.seed``: the control that knows nothing."""
-    layers = measured_layers(graph, candidates)
-    elements = input_elements(graph, layers, calibration, conditions, spec, talk)
-    parts = BitLosses(layers, candidates, elements, calibration.timesteps, options)
-    drawn = 1 - np.random.default_rng(options.seed).random(len(layers))
-    return parts.table("random", np.tile(drawn, (len(calibration.timesteps), 1)))
+    layers = subject.layers
+    parts = bit_losses(subject)
+    drawn = 1 - np.random.default_rng(subject.options.seed).random(len(layers))
+    return parts.table("random", np.tile(drawn, (len(subject.calibration.timesteps), 1)))
 
 
 @dataclass(frozen=True)
@@ -220,17 +193,14 @@ def _batches(calls: Calls, options: MeasureOptions) -> list[slice]:
     return parts
 
 
-def input_elements(
-    graph: LayerGraph,
-    layers: tuple[Layer, ...],
-    calibration: CalibrationSet,
-    conditions: dict[str, Array],
-    spec: DenoiserSpec,
-    talk: Talk,
-) -> Array:
-    """Return the elements of each layer's distinct inputs for one call, float64 [L]."""
-    shapes: dict[str, ActivationShape] = activation_shapes(graph, calibration, conditions, spec, talk)
-    return np.array([sum(shapes[name].elements for name in layer.inputs) for layer in layers], np.float64)
+def bit_losses(subject: Subject) -> BitLosses:
+    """Return what turns importances of the subject's layers into a table; observes the shapes of their inputs."""
+    shapes: dict[str, ActivationShape] = activation_shapes(
+        subject.graph, subject.calibration, subject.conditions, subject.spec, subject.talk
+    )
+    elements = [sum(shapes[name].elements for name in layer.inputs) for layer in subject.layers]
+    timesteps = subject.calibration.timesteps
+    return BitLosses(subject.layers, subject.candidates, np.array(elements, np.float64), timesteps, subject.options)
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
+from mpq_deploy.calibrate.stats import CalibrationStats
 from mpq_deploy.denoisers.spec import Array, DenoiserSpec
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.graph.layers import Layer, LayerGraph, LayerUse
 from mpq_deploy.sensitivity.feeds import Calls, MeasureOptions
+from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.sensitivity.table import SensitivityTable, table_from_projections
 from mpq_deploy.sensitivity.torch_graph import TorchGraph
 from mpq_deploy.sensitivity.torch_projection import TorchStack, project_layer
@@ -36,22 +37,12 @@ from mpq_deploy.sensitivity.weights import (
     measured_layers,
     node_attributes,
 )
-from mpq_deploy.talk import Talk
 
 FLOAT_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 AUTO = "auto"
 
 
-def measure_probe(
-    graph: LayerGraph,
-    candidates: Mapping[str, CandidateWeights],
-    stats: CalibrationStats,
-    calibration: CalibrationSet,
-    conditions: dict[str, Array],
-    spec: DenoiserSpec,
-    options: MeasureOptions,
-    talk: Talk,
-) -> SensitivityTable:
+def measure_probe(subject: Subject) -> SensitivityTable:
     """Measure all schemes of all layers with random adjoint probes.
 
     ``conditions``: rows of each condition input; call n uses row ``calibration.rows[n]``. ``losses`` of the result
@@ -59,19 +50,19 @@ def measure_probe(
     ``SensitivityTable.seen`` and ``held_back``). Raises UnsupportedOperator when the graph holds a node that torch
     cannot evaluate here, ModelError when its output is not finite.
     """
-    for name in (options.dtype, options.errors_dtype):
-        if name not in FLOAT_TYPES and (name != AUTO or name is options.dtype):
+    for name in (subject.options.dtype, subject.options.errors_dtype):
+        if name not in FLOAT_TYPES and (name != AUTO or name is subject.options.dtype):
             raise UsageError(f"Probes do not run in '{name}'.", f"Use {' or '.join(FLOAT_TYPES)}.")
-    calls = Calls(graph, spec, calibration, conditions, options.samples, options.rotate)
-    work = _Probing(graph, candidates, stats, calls, spec, options)
+    calls = subject.calls()
+    work = _Probing(subject.graph, subject.candidates, subject.stats, calls, subject.spec, subject.options)
     batch, notes = work.batch_size()
     steps = len(calls.timesteps)
     values = {
-        layer.name: {s.name: np.zeros((steps, options.probes, calls.count), np.float32) for s in c.schemes}
-        for layer, c in ((layer, candidates[layer.name]) for layer in work.layers)
+        layer.name: {s.name: np.zeros((steps, subject.options.probes, calls.count), np.float32) for s in c.schemes}
+        for layer, c in ((layer, subject.candidates[layer.name]) for layer in work.layers)
     }
     power = np.zeros(steps)
-    with talk.bar("probes", steps * calls.count) as advance:
+    with subject.talk.bar("probes", steps * calls.count) as advance:
         for step_index, chunk in calls.chunks(batch):
             power[step_index] += work.probe(step_index, chunk, values)
             advance(chunk.stop - chunk.start)
@@ -79,7 +70,7 @@ def measure_probe(
     for by_scheme in values.values():
         for projections in by_scheme.values():
             projections /= norm
-    return table_from_projections(calls.timesteps, values, options.heldout_probes, notes, calls.turns)
+    return table_from_projections(calls.timesteps, values, subject.options.heldout_probes, notes, calls.turns)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mpq_deploy.artefacts import Fields
 from mpq_deploy.calibrate.stats import CalibrationSet
 from mpq_deploy.denoisers.spec import Array
+from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.stages.candidates import candidates_of
 from mpq_deploy.stages.common import ORM_CONTROLS, Exported, load_calibration, settings, version_of, weighs_bits
 
@@ -44,16 +45,16 @@ def make_measure(pipeline: Pipeline, folder: Path) -> str:
     section = pipeline.recipe.measure
     _, held_out = inputs.split(section.samples)
     chosen, options, said = _measured_steps(pipeline, exported, held_out)
-    candidates = candidates_of(pipeline, exported.graph)
-    arguments = (exported.graph, candidates, stats, held_out.at(chosen), exported.conditions, exported.spec, options)
-    table = measure(section.method, *arguments, pipeline.talk)
+    calls = (held_out.at(chosen), exported.conditions, exported.spec, options, pipeline.talk)
+    subject = Subject(exported.graph, candidates_of(pipeline, exported.graph), stats, *calls)
+    table = measure(section.method, subject)
     if held_out is inputs and section.method not in ORM_CONTROLS:
         note = "losses are measured on the samples that the weights were rounded on, so they are optimistic"
         said = (*said, note)
     replace(table, notes=(*table.notes, *said)).save(folder)
     for control in ORM_CONTROLS if section.method == "orm" else ():
         (folder / control).mkdir()
-        measure(control, *arguments, pipeline.talk).save(folder / control)
+        measure(control, subject).save(folder / control)
     return f"{table.metric}, {sum(map(len, table.losses.values()))} layer-scheme pairs"
 
 

@@ -19,6 +19,7 @@ from mpq_deploy.audit.result import AuditResult
 from mpq_deploy.pipeline import open_pipeline
 from mpq_deploy.report.audit import audit_table, write_audit
 from mpq_deploy.sensitivity.exhaustive import measure_exhaustive
+from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.stages.allocate import PlanSolver
 from tests.pipeline.conftest import Outcome
 from tests.pipeline.runs import Notes, recipe_for, write_recipe
@@ -141,11 +142,11 @@ def test_killed_in_the_truth_it_keeps_the_parts(
     monkeypatch.setattr(losses_module, "SHARD", 20)
     calls = []
 
-    def second_dies(*arguments: Any, **more: Any) -> Any:
+    def second_dies(subject: Subject, **more: Any) -> Any:
         calls.append(more)
         if len(calls) == 2:
             raise Killed
-        return measure_exhaustive(*arguments, **more)
+        return measure_exhaustive(subject, **more)
 
     options = AuditOptions((BUDGET,), ("random",), pairs=40)
     with monkeypatch.context() as patch:
@@ -166,8 +167,8 @@ def test_killed_in_the_truth_it_keeps_the_parts(
 def test_a_perfect_metric_has_correlation_one_and_the_best_plan(
     model: Path, place: Path, found: AuditResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def perfect(method: str, *arguments: Any) -> Any:
-        return measure_exhaustive(*arguments)
+    def perfect(method: str, subject: Subject) -> Any:
+        return measure_exhaustive(subject)
 
     monkeypatch.setattr(losses_module, "measure", perfect)
     result, _ = audit(model, tmp_path / "run", AuditOptions((BUDGET,), ("gain",)))

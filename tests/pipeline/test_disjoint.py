@@ -11,6 +11,7 @@ from mpq_deploy.calibrate import hessian
 from mpq_deploy.calibrate.stats import CalibrationSet
 from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.sensitivity import measure as measuring
+from mpq_deploy.sensitivity.subject import Subject
 from tests.pipeline.runs import build, recipe_for, save_denoiser
 
 
@@ -29,9 +30,9 @@ def test_rounding_sees_fresh_noise_of_calls_that_are_not_measured(
         seen["rounded"] = recorded
         return iterate(graph, recorded, *rest, **named)  # type: ignore[arg-type]
 
-    def measured(method: str, *given: object, **named: object) -> object:
-        seen["measured"] = next(value for value in given if isinstance(value, CalibrationSet))
-        return measure(method, *given, **named)  # type: ignore[arg-type]
+    def measured(method: str, subject: Subject) -> object:
+        seen["measured"] = subject.calibration
+        return measure(method, subject)
 
     monkeypatch.setattr(hessian, "iterate_hessians", rounding)
     monkeypatch.setattr(measuring, "measure", measured)

@@ -22,6 +22,7 @@ from mpq_deploy.sensitivity.gain import measure_gain, propagation_gains
 from mpq_deploy.sensitivity.local_error import local_errors, measure_local_error
 from mpq_deploy.sensitivity.measure import METHODS, MeasureOptions, measure
 from mpq_deploy.sensitivity.ort_graph import noisy_graph
+from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.sensitivity.weights import float_matrix, form_stack
 from mpq_deploy.talk import Talk
@@ -64,7 +65,7 @@ class Remarks(Talk):
 
 def test_gemm_local_error_by_hand() -> None:
     case = setting(linear(), (12,), calls=3)
-    table = measure_local_error(*case, OPTIONS, Talk())
+    table = measure_local_error(Subject(*case, OPTIONS, Talk()))
     weight = case.candidates["first"].weight
     bias = next(numpy_helper.to_array(w) for w in case.model.graph.initializer if w.name == "first.bias")
     x = case.calibration.samples[1]
@@ -88,8 +89,8 @@ def test_gemm_local_error_by_hand() -> None:
 def test_exhaustive_is_the_same_in_torch_and_in_onnxruntime(mixed: Setting, batch_size: int | None) -> None:
     pytest.importorskip("torch")
     options = MeasureOptions(samples=3, batch_size=batch_size)
-    one = measure_exhaustive(*mixed, options, Talk(), use_torch=True)
-    two = measure_exhaustive(*mixed, options, Talk(), use_torch=False)
+    one = measure_exhaustive(Subject(*mixed, options, Talk()), use_torch=True)
+    two = measure_exhaustive(Subject(*mixed, options, Talk()), use_torch=False)
     for layer, row in one.losses.items():
         # One use of to_k's weight feeds the other's neighbour, not the other: injection is exact for it as well.
         for scheme, loss in row.items():
@@ -98,7 +99,7 @@ def test_exhaustive_is_the_same_in_torch_and_in_onnxruntime(mixed: Setting, batc
 
 def test_exhaustive_of_chosen_pairs_measures_only_those(mixed: Setting) -> None:
     remarks = Remarks()
-    table = measure_exhaustive(*mixed, OPTIONS, remarks, pairs={("to_q", "w8a8"), ("conv_in", "fp16")})
+    table = measure_exhaustive(Subject(*mixed, OPTIONS, remarks), pairs={("to_q", "w8a8"), ("conv_in", "fp16")})
     assert {layer: set(row) for layer, row in table.losses.items()} == {"to_q": {"w8a8"}, "conv_in": {"fp16"}}
     total, done = remarks.bars["single layers"]
     assert total == done == 2 * 2 * 3
@@ -112,14 +113,14 @@ def test_exhaustive_says_where_uses_feed_one_another() -> None:
     g.op("MatMul", [x, "again.weight"], "last")
     g.nodes[-1].output[0] = "out_sample"
     g.output("out_sample", ["N", 8])
-    table = measure_exhaustive(*setting(g, (8,)), OPTIONS, Talk(), use_torch=False)
+    table = measure_exhaustive(Subject(*setting(g, (8,)), OPTIONS, Talk()), use_torch=False)
     assert len(table.notes) == 1 and "'again'" in table.notes[0]
 
 
 def test_gain_predicts_weight_errors(denoiser: Setting) -> None:
     options = MeasureOptions(samples=4)
-    gained = measure_gain(*denoiser, options, Talk())
-    truth = measure_exhaustive(*denoiser, options, Talk())
+    gained = measure_gain(Subject(*denoiser, options, Talk()))
+    truth = measure_exhaustive(Subject(*denoiser, options, Talk()))
     for scheme in ("w8a16", "w4a16-b32"):
         a = np.array([gained.losses[n.name][scheme] for n in denoiser.graph.layers])
         b = np.array([truth.losses[n.name][scheme] for n in denoiser.graph.layers])
@@ -154,7 +155,7 @@ def test_noise_enters_where_it_is_put(mixed: Setting) -> None:
 
 @pytest.mark.parametrize("method", ["gain", "local_error"])
 def test_no_torch_is_needed_and_nothing_is_random(mixed: Setting, method: str) -> None:
-    one, two = (measure(method, *mixed, OPTIONS, Talk()) for _ in range(2))
+    one, two = (measure(method, Subject(*mixed, OPTIONS, Talk())) for _ in range(2))
     assert one.metric == method
     assert one.losses == two.losses
     assert one.projections is None
@@ -176,14 +177,17 @@ def test_a_scalar_timestep_is_measured_too() -> None:
     g.output("out_sample", ["N", 3, 5, 5])
     case = setting(g, (3, 5, 5), calls=4, batched_time=False)
     options = MeasureOptions(samples=4)
-    gained, truth = measure_gain(*case, options, Talk()), measure_exhaustive(*case, options, Talk(), use_torch=False)
+    gained, truth = (
+        measure_gain(Subject(*case, options, Talk())),
+        measure_exhaustive(Subject(*case, options, Talk()), use_torch=False),
+    )
     assert 0.1 < gained.losses["time"]["w4a16-b32"] / truth.losses["time"]["w4a16-b32"] < 10
 
 
 def test_probe_falls_back_without_torch(mixed: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure_module.importlib.util, "find_spec", lambda name: None)
     remarks = Remarks()
-    table = measure("probe", *mixed, OPTIONS, remarks)
+    table = measure("probe", Subject(*mixed, OPTIONS, remarks))
     assert table.metric == "gain"
     assert "torch is not installed" in table.notes[-1]
     assert remarks.warnings == [table.notes[-1]]
@@ -198,14 +202,14 @@ def test_probe_falls_back_on_an_unknown_operator() -> None:
     g.gemm(x, "second", 8, 8)
     g.nodes[-1].output[0] = "out_sample"
     g.output("out_sample", ["N", 8])
-    table = measure("probe", *setting(g, (8,)), OPTIONS, Talk())
+    table = measure("probe", Subject(*setting(g, (8,)), OPTIONS, Talk()))
     assert table.metric == "gain"
     assert "LpNormalization" in table.notes[-1] and "'odd'" in table.notes[-1]
 
 
 def test_an_unknown_method_names_the_nearest(mixed: Setting) -> None:
     with pytest.raises(UsageError) as caught:
-        measure("local-error", *mixed, OPTIONS, Talk())
+        measure("local-error", Subject(*mixed, OPTIONS, Talk()))
     assert "local_error" in caught.value.hint
     assert all(name in caught.value.hint for name in METHODS)
 
@@ -216,7 +220,7 @@ def test_progress_reaches_its_end(mixed: Setting) -> None:
         if method == "probe":
             pytest.importorskip("torch")
         remarks = Remarks()
-        measure(method, *mixed, OPTIONS, remarks)
+        measure(method, Subject(*mixed, OPTIONS, remarks))
         assert remarks.bars and all(total == done for total, done in remarks.bars.values()), method
 
 
@@ -224,7 +228,7 @@ def test_tables_are_saved_and_loaded(mixed: Setting, tmp_path: Any) -> None:
     for method in ("local_error", "probe"):
         if method == "probe":
             pytest.importorskip("torch")
-        table = measure(method, *mixed, OPTIONS, Talk())
+        table = measure(method, Subject(*mixed, OPTIONS, Talk()))
         table.save(tmp_path)
         loaded = SensitivityTable.load(tmp_path)
         assert loaded.losses == table.losses
@@ -238,14 +242,14 @@ def test_candidates_of_another_graph_are_refused(mixed: Setting) -> None:
     stranger = {**mixed.candidates, "nowhere": mixed.candidates["to_q"]}
     graph, _, *rest = mixed
     with pytest.raises(ModelError, match="nowhere"):
-        measure("local_error", graph, stranger, *rest, OPTIONS, Talk())
+        measure("local_error", Subject(graph, stranger, *rest, OPTIONS, Talk()))
 
 
 def test_missing_conditions_are_named(mixed: Setting) -> None:
     graph, candidates, stats, calibration, conditions, spec = mixed
     wanted = spec.model_copy(update={"conditions": (spec.timestep.model_copy(update={"name": "prompt"}),)})
     with pytest.raises(ModelError, match="prompt"):
-        measure("gain", graph, candidates, stats, calibration, conditions, wanted, OPTIONS, Talk())
+        measure("gain", Subject(graph, candidates, stats, calibration, conditions, wanted, OPTIONS, Talk()))
 
 
 def test_stacks_hold_each_form_once() -> None:

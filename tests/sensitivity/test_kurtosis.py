@@ -12,6 +12,7 @@ from mpq_deploy.calibrate.stats import CalibrationStats
 from mpq_deploy.sensitivity.kurtosis import channel_kurtosis, layer_kurtosis
 from mpq_deploy.sensitivity.measure import MeasureOptions, measure
 from mpq_deploy.sensitivity.orthogonality import OrmOptions
+from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.talk import Talk
 from tests.sensitivity.cases import Setting, setting
 from tests.sensitivity.kinds import kinds
@@ -59,7 +60,7 @@ def test_heavy_tails_come_first(mixed: Setting) -> None:
 
 
 def test_losses_are_bits_not_given_times_weights_times_kurtosis(mixed: Setting) -> None:
-    table = measure("kurtosis", *mixed, OPTIONS, Talk())
+    table = measure("kurtosis", Subject(*mixed, OPTIONS, Talk()))
     assert table.metric == "kurtosis" and not table.predicts_nmse
     assert any("our reading" in note for note in table.notes)
     for layer in mixed.graph.layers:

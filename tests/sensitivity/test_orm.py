@@ -19,6 +19,7 @@ from mpq_deploy.sensitivity.bit_programme import linear_bits
 from mpq_deploy.sensitivity.measure import MeasureOptions, measure
 from mpq_deploy.sensitivity.orm import adapted_steps, kept_schemes, scheme_bits
 from mpq_deploy.sensitivity.orthogonality import OrmOptions
+from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.talk import Talk
 from tests.graphs import GraphBuilder, awkward_graph, denoiser_graph
@@ -56,7 +57,7 @@ def outputs(case: Setting, step: int) -> dict[str, np.ndarray[Any, Any]]:
 @pytest.mark.parametrize(("estimator", "reference"), [("biased", cka), ("debiased", debiased_cka)])
 def test_orm_of_a_graph_is_cka_of_its_outputs(mixed: Setting, estimator: Any, reference: Any) -> None:
     options = replace(OPTIONS, orm=OrmOptions(estimator=estimator))
-    found = measure("orm", *mixed, options, Talk()).importance
+    found = measure("orm", Subject(*mixed, options, Talk())).importance
     assert found is not None and found.orm is not None
     assert found.layers == tuple(layer.name for layer in mixed.graph.layers)
     for step in range(3):
@@ -72,7 +73,7 @@ def test_orm_of_a_graph_is_cka_of_its_outputs(mixed: Setting, estimator: Any, re
 
 def test_a_timestep_for_the_whole_batch_has_outputs_without_a_batch_axis() -> None:
     case = setting(awkward_graph(), (3, 7, 9), steps=1, calls=6, batched_time=False)
-    found = measure("orm", *case, replace(OPTIONS, batch_size=6), Talk()).importance
+    found = measure("orm", Subject(*case, replace(OPTIONS, batch_size=6), Talk())).importance
     assert found is not None and found.orm is not None
     same = {name for name, constant in zip(found.layers, found.constant[0]) if constant}
     # A layer of zeros is the same for all calls as well.
@@ -94,7 +95,7 @@ def test_small_differences_beside_a_large_mean_are_kept() -> None:
     g.nodes[-1].output[0] = "out_sample"
     g.output("out_sample", ["N", 70])
     case = setting(g, (12,), steps=1, calls=8)
-    found = measure("orm", *case, OPTIONS, Talk()).importance
+    found = measure("orm", Subject(*case, OPTIONS, Talk())).importance
     assert found is not None and found.orm is not None and not found.constant.any()
     rows = outputs(case, 0)
     # float32 itself leaves 1e-4 of such differences.
@@ -104,7 +105,7 @@ def test_small_differences_beside_a_large_mean_are_kept() -> None:
 def test_batches_are_even_and_their_dependence_is_averaged(mixed: Setting) -> None:
     bar: list[int] = []
     options = replace(OPTIONS, batch_size=5, orm=OrmOptions(estimator="debiased"))
-    found = measure("orm", *mixed, options, Talk()).importance
+    found = measure("orm", Subject(*mixed, options, Talk())).importance
     assert found is not None and found.calls == 4 and found.orm is not None and not bar
     halves = [replace_calls(mixed, slice(0, 4)), replace_calls(mixed, slice(4, 8))]
     rows = [outputs(half, 1) for half in halves]
@@ -121,23 +122,23 @@ def replace_calls(case: Setting, calls: slice) -> Setting:
 
 
 def test_fewer_than_eight_calls_are_said_in_the_result(mixed: Setting) -> None:
-    few = measure("orm", *mixed, replace(OPTIONS, batch_size=4), Talk())
+    few = measure("orm", Subject(*mixed, replace(OPTIONS, batch_size=4), Talk()))
     assert any("only 4 calls" in note and "batch_size" in note for note in few.notes)
-    assert not any("calls at a time" in note for note in measure("orm", *mixed, OPTIONS, Talk()).notes)
+    assert not any("calls at a time" in note for note in measure("orm", Subject(*mixed, OPTIONS, Talk())).notes)
 
 
 @pytest.mark.parametrize(("estimator", "calls"), [("biased", 2), ("debiased", 3)])
 def test_too_few_calls_for_any_orm_are_refused(mixed: Setting, estimator: Any, calls: int) -> None:
     options = replace(OPTIONS, samples=calls, orm=OrmOptions(estimator=estimator))
     with pytest.raises(UsageError, match=f"here are {calls}"):
-        measure("orm", *mixed, options, Talk())
+        measure("orm", Subject(*mixed, options, Talk()))
 
 
 def test_a_model_that_takes_one_call_at_once_is_refused(mixed: Setting) -> None:
     fixed = mixed.spec.model_copy(update={"conditions": (InputSpec(name="text", shape=(1,), batched=False),)})
     case = replace(mixed, spec=fixed, conditions={"text": np.zeros((1, 1), np.float32)})
     with pytest.raises(UsageError, match="takes 1 at once"):
-        measure("orm", *case, OPTIONS, Talk())
+        measure("orm", Subject(*case, OPTIONS, Talk()))
 
 
 def test_an_activation_that_is_not_finite_is_named(mixed: Setting) -> None:
@@ -145,7 +146,7 @@ def test_an_activation_that_is_not_finite_is_named(mixed: Setting) -> None:
     samples[2, 3, 0, 0, 0] = np.inf
     case = replace(mixed, calibration=replace(mixed.calibration, samples=samples))
     with pytest.raises(ModelError, match=r"'conv_in'.*timestep 20"):
-        measure("orm", *case, OPTIONS, Talk())
+        measure("orm", Subject(*case, OPTIONS, Talk()))
 
 
 # From importances to a plan
@@ -175,7 +176,7 @@ def test_the_plan_maximises_weighted_bits(method: str, bits: Any, mean_bits: flo
     candidates = {name: replace(one, schemes=PLAIN) for name, one in candidates.items()}
     case = replace(case, graph=graph, candidates=candidates)
     orm = OrmOptions(beta=4.0, bits=bits, aggregation="exponential", eta=2.0)
-    table = measure(method, *case, replace(OPTIONS, orm=orm), Talk())
+    table = measure(method, Subject(*case, replace(OPTIONS, orm=orm), Talk()))
     problem = problem_of(case, table, mean_bits)
     schemes, _ = allocate(problem, gap=0.0)
     assert table.importance is not None
@@ -194,8 +195,8 @@ def test_the_plan_maximises_weighted_bits(method: str, bits: Any, mean_bits: flo
 
 
 def test_the_controls_know_sizes_and_nothing(mixed: Setting) -> None:
-    even = measure("size-only", *mixed, OPTIONS, Talk()).importance
-    drawn = [measure("random", *mixed, replace(OPTIONS, seed=seed), Talk()).importance for seed in (1, 1, 2)]
+    even = measure("size-only", Subject(*mixed, OPTIONS, Talk())).importance
+    drawn = [measure("random", Subject(*mixed, replace(OPTIONS, seed=seed), Talk())).importance for seed in (1, 1, 2)]
     assert even is not None and np.array_equal(even.total, np.ones(len(even.layers)))
     one, again, other = (found.total for found in drawn if found is not None)
     assert np.array_equal(one, again) and not np.allclose(one, other)
@@ -204,7 +205,7 @@ def test_the_controls_know_sizes_and_nothing(mixed: Setting) -> None:
 
 def test_activation_bits(mixed: Setting) -> None:
     def kept(**options: Any) -> tuple[dict[str, set[str]], np.ndarray[Any, Any]]:
-        table = measure("orm", *mixed, replace(OPTIONS, orm=OrmOptions(**options)), Talk())
+        table = measure("orm", Subject(*mixed, replace(OPTIONS, orm=OrmOptions(**options)), Talk()))
         assert table.importance is not None
         return {name: set(row) for name, row in table.losses.items()}, table.importance.activation_bits
 
@@ -227,7 +228,7 @@ def test_activation_bits(mixed: Setting) -> None:
 
 def test_losses_by_timestep_average_to_the_loss_and_survive_the_disk(mixed: Setting, tmp_path: Any) -> None:
     options = replace(OPTIONS, shares=(0.5, 0.3, 0.2), orm=OrmOptions(beta=2, aggregation="exponential", eta=1))
-    table = measure("orm", *mixed, options, Talk())
+    table = measure("orm", Subject(*mixed, options, Talk()))
     table.save(tmp_path)
     read = SensitivityTable.load(tmp_path)
     assert not read.predicts_nmse and read.importance is not None and table.importance is not None
@@ -298,9 +299,9 @@ def test_the_first_pass_follows_the_graph() -> None:
 
 
 def test_shares_weigh_the_other_metrics(mixed: Setting) -> None:
-    even = measure("local_error", *mixed, OPTIONS, Talk())
+    even = measure("local_error", Subject(*mixed, OPTIONS, Talk()))
     shares = (0.6, 0.3, 0.1)
-    weighed = measure("local_error", *mixed, replace(OPTIONS, shares=shares), Talk())
+    weighed = measure("local_error", Subject(*mixed, replace(OPTIONS, shares=shares), Talk()))
     for layer, row in even.losses_by_timestep.items():
         for scheme, values in row.items():
             assert weighed.losses[layer][scheme] == pytest.approx(np.dot(shares, values), rel=1e-5)
@@ -309,8 +310,8 @@ def test_shares_weigh_the_other_metrics(mixed: Setting) -> None:
 def test_shares_weigh_projections_too(mixed: Setting) -> None:
     pytest.importorskip("torch")
     options = replace(OPTIONS, samples=4, probes=2, heldout_probes=1)
-    even = measure("probe", *mixed, options, Talk())
-    weighed = measure("probe", *mixed, replace(options, shares=(0.6, 0.3, 0.1)), Talk())
+    even = measure("probe", Subject(*mixed, options, Talk()))
+    weighed = measure("probe", Subject(*mixed, replace(options, shares=(0.6, 0.3, 0.1)), Talk()))
     for layer in ("conv_in", "to_k"):
         plan = {layer: "w4a16-b32"}
         rows = even.losses_by_timestep[layer]["w4a16-b32"]

@@ -17,6 +17,7 @@ from mpq_deploy.sensitivity import probe as probe_module  # noqa: E402
 from mpq_deploy.sensitivity.exhaustive import measure_exhaustive  # noqa: E402
 from mpq_deploy.sensitivity.measure import MeasureOptions, measure  # noqa: E402
 from mpq_deploy.sensitivity.probe import measure_probe  # noqa: E402
+from mpq_deploy.sensitivity.subject import Subject  # noqa: E402
 from mpq_deploy.sensitivity.torch_graph import TorchGraph  # noqa: E402
 from mpq_deploy.talk import Talk  # noqa: E402
 from tests.graphs import GraphBuilder, denoiser_graph  # noqa: E402
@@ -103,7 +104,7 @@ def test_projections_are_the_inner_products(
     original = probe_module.project_layer
     monkeypatch.setattr(probe_module, "project_layer", lambda *a: original(*a, way=way))
     options = MeasureOptions(probes=2, heldout_probes=1, samples=3, batch_size=batch_size, errors_dtype="float32")
-    table = measure_probe(*mixed, options, Talk())
+    table = measure_probe(Subject(*mixed, options, Talk()))
     expected = brute_force(mixed, options)
     assert table.projections is not None
     for layer, row in expected.items():
@@ -123,8 +124,8 @@ def test_the_kinds_are_all_there(mixed: Setting) -> None:
 def test_losses_agree_with_the_exhaustive_ones() -> None:
     case = setting(denoiser_graph(channels=16, size=8, image_channels=3), (3, 8, 8), steps=2, calls=4)
     options = MeasureOptions(probes=48, samples=4)
-    probed = measure_probe(*case, options, Talk())
-    truth = measure_exhaustive(*case, options, Talk())
+    probed = measure_probe(Subject(*case, options, Talk()))
+    truth = measure_exhaustive(Subject(*case, options, Talk()))
     for scheme in NAMES:
         a = np.array([probed.losses[n.name][scheme] for n in case.graph.layers])
         b = np.array([truth.losses[n.name][scheme] for n in case.graph.layers])
@@ -136,8 +137,8 @@ def test_losses_agree_with_the_exhaustive_ones() -> None:
 def test_a_linear_layer_is_exact_in_expectation() -> None:
     case = setting(linear(), (12,), steps=2, calls=4)
     options = MeasureOptions(probes=4000, samples=4)
-    probed = measure_probe(*case, options, Talk())
-    truth = measure_exhaustive(*case, options, Talk())
+    probed = measure_probe(Subject(*case, options, Talk()))
+    truth = measure_exhaustive(Subject(*case, options, Talk()))
     for layer in ("first", "second"):
         for scheme in NAMES:
             assert probed.losses[layer][scheme] == pytest.approx(truth.losses[layer][scheme], rel=0.06)
@@ -149,7 +150,7 @@ def test_a_linear_layer_is_exact_in_expectation() -> None:
 def test_cross_terms_predict_a_plan_that_the_sum_of_losses_misses() -> None:
     """Weights only, in a network linear in each weight: the plan's output error is the sum of the layers' errors."""
     case = setting(linear(), (12,), steps=1, calls=4)
-    table = measure_probe(*case, MeasureOptions(probes=4000, samples=4), Talk())
+    table = measure_probe(Subject(*case, MeasureOptions(probes=4000, samples=4), Talk()))
     first, second = (case.candidates[n].weight for n in ("first", "second"))
     biases = {w.name: numpy_helper.to_array(w) for w in case.model.graph.initializer}
     x = case.calibration.samples[0].astype(np.float64)
@@ -178,7 +179,7 @@ def test_opposite_errors_cancel_in_a_plan() -> None:
     g.nodes[-1].output[0] = "out_sample"
     g.output("out_sample", ["N", 8])
     case = setting(g, (16,))
-    table = measure_probe(*case, MeasureOptions(probes=8, samples=3), Talk())
+    table = measure_probe(Subject(*case, MeasureOptions(probes=8, samples=3), Talk()))
     lone = table.plan_loss({"b": "w4a16-b32"})
     # out = a - 2b + c: with the error of a added, half of that of b goes.
     assert table.plan_loss({"a": "w4a16-b32", "b": "w4a16-b32"}) == pytest.approx(lone / 4, rel=1e-3)
@@ -198,8 +199,8 @@ def test_a_timestep_that_all_samples_share_is_measured_one_by_one() -> None:
     g.output("out_sample", ["N", 3, 5, 5])
     case = setting(g, (3, 5, 5), calls=4, batched_time=False)
     options = MeasureOptions(probes=64, samples=4)
-    table = measure_probe(*case, options, Talk())
-    truth = measure_exhaustive(*case, options, Talk())
+    table = measure_probe(Subject(*case, options, Talk()))
+    truth = measure_exhaustive(Subject(*case, options, Talk()))
     assert any("one by one" in note for note in table.notes)
     for scheme in ("w8a8", "w4a16-b32"):
         assert table.losses["time"][scheme] == pytest.approx(truth.losses["time"][scheme], rel=0.5)
@@ -207,7 +208,7 @@ def test_a_timestep_that_all_samples_share_is_measured_one_by_one() -> None:
 
 def test_heldout_entries_are_those_of_the_last_probes(mixed: Setting) -> None:
     options = MeasureOptions(probes=5, heldout_probes=2, samples=3)
-    table = measure_probe(*mixed, options, Talk())
+    table = measure_probe(Subject(*mixed, options, Talk()))
     assert table.heldout is not None
     mask = table.heldout.reshape(2, 5, 3)
     assert mask[:, 3:].all() and not mask[:, :3].any()
@@ -217,7 +218,7 @@ def test_heldout_entries_are_those_of_the_last_probes(mixed: Setting) -> None:
             mean = (3 * seen.losses[layer][scheme] + 2 * back.losses[layer][scheme]) / 5
             assert mean == pytest.approx(loss, rel=1e-5)
     # The first probes do not depend on how many follow them.
-    fewer = measure_probe(*mixed, replace(options, probes=3, heldout_probes=0), Talk())
+    fewer = measure_probe(Subject(*mixed, replace(options, probes=3, heldout_probes=0), Talk()))
     assert fewer.seen() is fewer
     for layer, row in fewer.losses.items():
         for scheme, loss in row.items():
@@ -227,8 +228,8 @@ def test_heldout_entries_are_those_of_the_last_probes(mixed: Setting) -> None:
 
 def test_same_seed_same_table_and_another_seed_another(mixed: Setting) -> None:
     options = MeasureOptions(probes=2, heldout_probes=0, samples=2)
-    one, two = measure_probe(*mixed, options, Talk()), measure_probe(*mixed, options, Talk())
-    other = measure_probe(*mixed, replace(options, seed=1), Talk())
+    one, two = measure_probe(Subject(*mixed, options, Talk())), measure_probe(Subject(*mixed, options, Talk()))
+    other = measure_probe(Subject(*mixed, replace(options, seed=1), Talk()))
     assert one.losses == two.losses
     assert one.losses != other.losses
 
@@ -237,7 +238,7 @@ def test_a_layer_that_reaches_no_output_costs_nothing() -> None:
     g = linear()
     g.gemm("sample", "dead", 3, 12)
     case = setting(g, (12,))
-    table = measure_probe(*case, MeasureOptions(probes=2, heldout_probes=0, samples=2), Talk())
+    table = measure_probe(Subject(*case, MeasureOptions(probes=2, heldout_probes=0, samples=2), Talk()))
     assert set(table.losses["dead"].values()) == {0.0}
 
 
@@ -246,7 +247,7 @@ def test_a_missing_scale_is_named(mixed: Setting) -> None:
     tensor = next(iter(case.stats.activations))
     case.stats = type(case.stats)({k: v for k, v in case.stats.activations.items() if k != tensor})
     with pytest.raises(ModelError, match=tensor):
-        measure_probe(*case, MeasureOptions(samples=2), Talk())
+        measure_probe(Subject(*case, MeasureOptions(samples=2), Talk()))
 
 
 def test_nan_names_the_tensor(mixed: Setting) -> None:
@@ -255,13 +256,13 @@ def test_nan_names_the_tensor(mixed: Setting) -> None:
     samples[0, 0, 0, 0, 0] = np.nan
     case.calibration = replace(case.calibration, samples=samples)
     with pytest.raises(ModelError, match="conv_in_out"):
-        measure_probe(*case, MeasureOptions(samples=3), Talk())
+        measure_probe(Subject(*case, MeasureOptions(samples=3), Talk()))
 
 
 def test_local_errors_in_bfloat16_are_close(mixed: Setting) -> None:
     options = MeasureOptions(probes=4, samples=3, errors_dtype="float32")
-    fine = measure_probe(*mixed, options, Talk())
-    coarse = measure_probe(*mixed, replace(options, errors_dtype="bfloat16"), Talk())
+    fine = measure_probe(Subject(*mixed, options, Talk()))
+    coarse = measure_probe(Subject(*mixed, replace(options, errors_dtype="bfloat16"), Talk()))
     for layer, row in fine.losses.items():
         for scheme, loss in row.items():
             assert coarse.losses[layer][scheme] == pytest.approx(loss, rel=0.03)
@@ -269,8 +270,8 @@ def test_local_errors_in_bfloat16_are_close(mixed: Setting) -> None:
 
 def test_a_graph_in_bfloat16_is_near(mixed: Setting) -> None:
     options = MeasureOptions(probes=4, samples=3, errors_dtype="float32")
-    fine = measure_probe(*mixed, options, Talk())
-    coarse = measure_probe(*mixed, replace(options, dtype="bfloat16"), Talk())
+    fine = measure_probe(Subject(*mixed, options, Talk()))
+    coarse = measure_probe(Subject(*mixed, replace(options, dtype="bfloat16"), Talk()))
     for layer in fine.losses:
         assert coarse.losses[layer]["w4a16-b32"] == pytest.approx(fine.losses[layer]["w4a16-b32"], rel=0.5)
 
@@ -279,6 +280,6 @@ def test_unusable_options_are_refused(mixed: Setting) -> None:
     with pytest.raises(UsageError):
         MeasureOptions(probes=2, heldout_probes=2)
     with pytest.raises(UsageError):
-        measure_probe(*mixed, MeasureOptions(dtype="float8"), Talk())
+        measure_probe(Subject(*mixed, MeasureOptions(dtype="float8"), Talk()))
     with pytest.raises(UsageError, match="prob"):
-        measure("prob", *mixed, MeasureOptions(), Talk())
+        measure("prob", Subject(*mixed, MeasureOptions(), Talk()))
