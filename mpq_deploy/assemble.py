@@ -12,6 +12,7 @@ import numpy as np
 
 from mpq_deploy.allocate import PrecisionPlan
 from mpq_deploy.engine.target import load_target
+from mpq_deploy.evaluate.interval import mean_interval
 from mpq_deploy.evaluate.result import CpuLatency, Evaluation, VariantResult
 from mpq_deploy.graph.write import DEPLOYED, SIMULATED
 from mpq_deploy.home_results import device_infos
@@ -24,6 +25,7 @@ from mpq_deploy.report.data import (
     EvaluationInfo,
     ImageSet,
     ImportanceInfo,
+    Interval,
     LayerRow,
     ModelInfo,
     OrmPictures,
@@ -81,6 +83,7 @@ def report_data(pipeline: Pipeline) -> ReportData:
             synthetic=exported.spec.synthetic,
             weights=sum(layer.weights for layer in exported.graph.layers),
             sample_shape=exported.spec.sample.shape,
+            digest=evaluation.float_digest,
         ),
         target=TargetInfo(name=target.name, title=target.title, dialect=target.dialect),
         budget=plan.budget_bytes / plan.fp16_size_bytes,
@@ -93,6 +96,10 @@ def report_data(pipeline: Pipeline) -> ReportData:
         psnr_db=_finite(ours.psnr_db),
         pooled_psnr_db=_finite(ours.pooled_psnr_db),
         ssim=ours.ssim,
+        psnr_db_interval=_psnr_interval(ours),
+        ssim_interval=_interval(ours.ssim_each),
+        psnr_db_each=ours.psnr_db_each,
+        ssim_each=ours.ssim_each,
         identical=math.isinf(ours.psnr_db),
         timesteps=evaluation.timesteps,
         nmse_by_timestep=ours.nmse_by_timestep,
@@ -190,6 +197,10 @@ def _control(name: str, variant: VariantResult, plan: PrecisionPlan) -> Control:
         psnr_db=_finite(variant.psnr_db),
         pooled_psnr_db=_finite(variant.pooled_psnr_db),
         ssim=variant.ssim,
+        psnr_db_interval=_psnr_interval(variant),
+        ssim_interval=_interval(variant.ssim_each),
+        psnr_db_each=variant.psnr_db_each,
+        ssim_each=variant.ssim_each,
         nmse_by_timestep=variant.nmse_by_timestep,
         identical=math.isinf(variant.psnr_db),
     )
@@ -209,6 +220,16 @@ def _recovery(pipeline: Pipeline) -> RecoveryInfo | None:
         curve=tuple((point.step, point.held_out_nmse) for point in found.curve),
         summary=found.summary(),
     )
+
+
+def _interval(values: tuple[float, ...]) -> Interval | None:
+    found = mean_interval(values)
+    return None if found is None else Interval(low=found[0], high=found[1])
+
+
+def _psnr_interval(variant: VariantResult) -> Interval | None:
+    # Images that are all identical have no finite mean.
+    return None if math.isinf(variant.psnr_db) else _interval(variant.psnr_db_each)
 
 
 def _curve(pipeline: Pipeline) -> tuple[CurvePoint, ...]:

@@ -20,7 +20,7 @@ from mpq_deploy.denoisers.spec import Array, DenoiserSpec
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.evaluate.cache import SampleCache, arrays_digest, model_digest
 from mpq_deploy.evaluate.decode import decode, decoder_path
-from mpq_deploy.evaluate.images import data_range, pooled_psnr_db, psnr_db, ssim, to_uint8, to_unit
+from mpq_deploy.evaluate.images import data_range, pooled_psnr_db, psnr_db, psnr_db_each, ssim_each, to_uint8, to_unit
 from mpq_deploy.evaluate.latency import cpu_latency
 from mpq_deploy.evaluate.output_error import nmse, stride_midpoints
 from mpq_deploy.evaluate.result import CpuLatency, Evaluation, EvaluationOptions, ImageKind, VariantResult
@@ -100,6 +100,7 @@ def evaluate(
         image_kind=kind,
         variants=results,
         images=images,
+        float_digest=str(common["float"]),
         latency=latency,
         notes=(*_notes(setup, kind, value_range), *_correction_notes(setup, corrections or {}), *latency_notes),
     )
@@ -244,6 +245,7 @@ def _scored(
 ) -> VariantResult:
     expected, found = to_unit(reference["images"], value_range), to_unit(arrays["images"], value_range)
     errors = tuple(float(error) for error in arrays["nmse"])
+    alike = ssim_each(expected, found)
     return VariantResult(
         digest=digest,
         size_bytes=size_bytes,
@@ -251,7 +253,9 @@ def _scored(
         measured_nmse=float(np.mean(errors)),
         psnr_db=psnr_db(expected, found),
         pooled_psnr_db=pooled_psnr_db(expected, found),
-        ssim=ssim(expected, found),
+        ssim=float(np.mean(alike)),
+        psnr_db_each=tuple(float(value) for value in psnr_db_each(expected, found)),
+        ssim_each=tuple(float(value) for value in alike),
     )
 
 

@@ -58,12 +58,18 @@ def psnr_db(reference: Array, images: Array) -> float:
     when all are equal. See ``pooled_psnr_db`` for the other convention.
     """
     _same_shape(reference, images)
+    if np.array_equal(np.asarray(reference, np.float64), np.asarray(images, np.float64)):
+        return math.inf
+    return float(np.mean(psnr_db_each(reference, images)))
+
+
+def psnr_db_each(reference: Array, images: Array) -> Array:
+    """PSNR of each image, in dB, float64 [N]; both [N, ...] in [0, 1]. An equal pair has ``EQUAL_IMAGE_DB``."""
+    _same_shape(reference, images)
     difference = np.asarray(reference, np.float64) - np.asarray(images, np.float64)
     errors = np.square(difference).reshape(len(difference), -1).mean(axis=1)
-    if not errors.any():
-        return math.inf
     floor = 10.0 ** (-EQUAL_IMAGE_DB / 10)
-    return float(np.mean(-10.0 * np.log10(np.maximum(errors, floor))))
+    return np.asarray(-10.0 * np.log10(np.maximum(errors, floor)))
 
 
 def pooled_psnr_db(reference: Array, images: Array) -> float:
@@ -83,6 +89,11 @@ def ssim(reference: Array, images: Array) -> float:
     the image; each channel by itself, then the mean over positions, channels and images. Images smaller than
     the window get the largest odd window that fits [our choice].
     """
+    return float(np.mean(ssim_each(reference, images)))
+
+
+def ssim_each(reference: Array, images: Array) -> Array:
+    """Structural similarity of each image, float64 [N]: see ``ssim``, which is their mean."""
     _same_shape(reference, images)
     x, y = np.asarray(reference, np.float64), np.asarray(images, np.float64)
     kernel = gaussian_kernel(_window(min(x.shape[-2:])), SSIM_SIGMA)
@@ -93,7 +104,7 @@ def ssim(reference: Array, images: Array) -> float:
     c1, c2 = SSIM_K1**2, SSIM_K2**2
     luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
     structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
-    return float(np.mean(luminance * structure))
+    return np.asarray((luminance * structure).reshape(len(x), -1).mean(axis=1))
 
 
 def gaussian_kernel(size: int, sigma: float) -> Array:

@@ -58,7 +58,9 @@ class VariantResult:
     squared error of all together; both are ``inf`` for identical images.
 
     ``nmse_by_timestep`` is the output's error at each of the evaluation's timesteps, on the float model's
-    inputs; ``measured_nmse`` their mean, which the predicted loss estimates.
+    inputs; ``measured_nmse`` their mean, which the predicted loss estimates. ``psnr_db_each`` and ``ssim_each`` are
+    those of each image, in the order of the evaluation's rows: what an interval or a paired difference needs. An image
+    equal to its reference has ``EQUAL_IMAGE_DB`` there.
     """
 
     digest: str
@@ -68,6 +70,8 @@ class VariantResult:
     psnr_db: float
     pooled_psnr_db: float
     ssim: float
+    psnr_db_each: tuple[float, ...]
+    ssim_each: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,8 @@ class Evaluation:
     """Every variant, sampled from the same noise as the float model.
 
     ``timesteps`` are scheduler values in sampling order; ``rows`` and ``labels`` tell each sample's condition;
-    ``sampler`` names the sampler and its steps; ``images`` uint8 [N, H, W, C] by variant, with ``float`` first.
+    ``sampler`` names the sampler and its steps; ``float_digest``: SHA-256 of the float graph and its weights;
+    ``images`` uint8 [N, H, W, C] by variant, with ``float`` first.
     """
 
     options: EvaluationOptions
@@ -101,6 +106,7 @@ class Evaluation:
     image_kind: ImageKind
     variants: dict[str, VariantResult]
     images: dict[str, Array]
+    float_digest: str
     latency: CpuLatency | None = None
     notes: tuple[str, ...] = field(default=())
 
@@ -123,6 +129,7 @@ class Evaluation:
             "image_kind": self.image_kind,
             "variants": {name: _variant_json(result) for name, result in self.variants.items()},
             "order": list(self.images),
+            "float_digest": self.float_digest,
             "notes": list(self.notes),
         }
 
@@ -144,14 +151,19 @@ class Evaluation:
                 name: _variant_from_json(text["variants"][name]) for name in text["order"] if name in text["variants"]
             },
             images=images,
+            float_digest=text["float_digest"],
             latency=CpuLatency(**json.loads(latency.read_text())) if latency.exists() else None,
             notes=tuple(text["notes"]),
         )
 
 
+_LISTS = ("nmse_by_timestep", "psnr_db_each", "ssim_each")
+
+
 def _variant_json(result: VariantResult) -> dict[str, Any]:
     text = asdict(result)
-    text["nmse_by_timestep"] = list(result.nmse_by_timestep)
+    for name in _LISTS:
+        text[name] = list(text[name])
     if math.isinf(result.psnr_db):
         text["psnr_db"], text["pooled_psnr_db"], text["psnr_note"] = None, None, IDENTICAL
     return text
@@ -159,7 +171,8 @@ def _variant_json(result: VariantResult) -> dict[str, Any]:
 
 def _variant_from_json(text: dict[str, Any]) -> VariantResult:
     fields = {name: value for name, value in text.items() if name != "psnr_note"}
-    fields["nmse_by_timestep"] = tuple(fields["nmse_by_timestep"])
+    for name in _LISTS:
+        fields[name] = tuple(fields[name])
     for name in ("psnr_db", "pooled_psnr_db"):
         fields[name] = math.inf if fields[name] is None else fields[name]
     return VariantResult(**fields)

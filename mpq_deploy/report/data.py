@@ -28,7 +28,10 @@ class Part(BaseModel):
 
 
 class ModelInfo(Part):
-    """The denoiser. ``synthetic`` says in words what about it is not real (random weights); empty when nothing."""
+    """The denoiser. ``synthetic`` says in words what about it is not real (random weights); empty when nothing.
+
+    ``digest``: SHA-256 of the float graph and its weights, which every image was compared with; empty when unknown.
+    """
 
     name: str
     source: str
@@ -36,6 +39,7 @@ class ModelInfo(Part):
     synthetic: str = ""
     weights: int | None = Field(None, ge=0, description="number of weight elements of all layers")
     sample_shape: tuple[int, ...] = ()
+    digest: str = ""
 
 
 class TargetInfo(Part):
@@ -46,8 +50,18 @@ class TargetInfo(Part):
     dialect: str = ""
 
 
+class Interval(Part):
+    """The 95 % interval of a mean over images, by a bootstrap over them (``evaluate.interval``)."""
+
+    low: float
+    high: float
+
+
 class Control(Part):
-    """A uniform variant made in the same run, titled as in "Everything INT8". None: that was not measured."""
+    """A uniform variant made in the same run, titled as in "Everything INT8". None: that was not measured.
+
+    The intervals are None below two images and where the images are identical.
+    """
 
     title: str
     size_bytes: int = Field(ge=0)
@@ -56,6 +70,10 @@ class Control(Part):
     psnr_db: float | None = None
     pooled_psnr_db: float | None = None
     ssim: float | None = None
+    psnr_db_interval: Interval | None = None
+    ssim_interval: Interval | None = None
+    psnr_db_each: tuple[float, ...] = Field((), description="of each image, in the order of the noise")
+    ssim_each: tuple[float, ...] = ()
     nmse_by_timestep: tuple[float, ...] = ()
     identical: bool = Field(False, description="images equal to the float model's: psnr_db is infinite and so None")
 
@@ -277,6 +295,10 @@ class ReportData(Part):
     psnr_db: float | None = None
     pooled_psnr_db: float | None = None
     ssim: float | None = None
+    psnr_db_interval: Interval | None = None
+    ssim_interval: Interval | None = None
+    psnr_db_each: tuple[float, ...] = Field((), description="of each image, in the order of the noise")
+    ssim_each: tuple[float, ...] = ()
     identical: bool = Field(False, description="images equal to the float model's: psnr_db is infinite and so None")
     timesteps: tuple[float, ...] = ()
     nmse_by_timestep: tuple[float, ...] = ()

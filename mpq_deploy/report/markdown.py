@@ -9,16 +9,18 @@ from mpq_deploy.report.data import ReportData, kept_in_fp16
 from mpq_deploy.report.words import (
     DEVICE_COLUMNS,
     count,
-    decibels,
     device_row,
     duration,
     engine_state,
     error,
     headline,
     importance,
+    intervals_note,
     latency,
     percent,
     prediction,
+    psnr,
+    similarity,
     size,
     title_of,
 )
@@ -34,6 +36,7 @@ def markdown_report(data: ReportData) -> str:
         " ".join(headline(data)),
         *_warning(data),
         table(("", "size", "of FP16", "PSNR", "SSIM", "output error (NMSE)"), _variants(data)),
+        intervals_note(data),
         f"Output error: {prediction(data)}. {_engine_line(data)}",
         *_importance(data),
         *_devices(data),
@@ -85,8 +88,8 @@ def _variants(data: ReportData) -> list[list[str]]:
             title_of("ours", data),
             size(data.size_bytes),
             percent(data.size_ratio),
-            decibels(data.psnr_db, data.identical),
-            _ssim(data.ssim),
+            psnr(data),
+            similarity(data),
             error(data.measured_nmse),
         ]
     ]
@@ -96,16 +99,12 @@ def _variants(data: ReportData) -> list[list[str]]:
                 control.title,
                 size(control.size_bytes),
                 percent(control.size_ratio),
-                decibels(control.psnr_db, control.identical),
-                _ssim(control.ssim),
+                psnr(control),
+                similarity(control),
                 error(control.measured_nmse),
             ]
         )
     return rows
-
-
-def _ssim(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.4f}"
 
 
 def _engine_line(data: ReportData) -> str:

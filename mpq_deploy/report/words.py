@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from mpq_deploy.report.data import Control, DeviceInfo, ImportanceInfo, ReportData
+from mpq_deploy.report.data import Control, DeviceInfo, ImportanceInfo, Interval, ReportData
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _SIZE_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
@@ -51,6 +51,28 @@ def decibels(value: float | None, identical: bool = False) -> str:
     if value is None:
         return "identical images" if identical else NOT_MEASURED
     return f"{value:.1f} dB"
+
+
+def psnr(row: Control | ReportData) -> str:
+    """Return a PSNR with its interval where it has one: ``51.4 dB (49.8 to 53.1)``."""
+    return decibels(row.psnr_db, row.identical) + _between(row.psnr_db_interval, 1)
+
+
+def similarity(row: Control | ReportData) -> str:
+    """Return an SSIM with its interval where it has one: ``0.9991 (0.9988 to 0.9993)``."""
+    return NOT_MEASURED if row.ssim is None else f"{row.ssim:.4f}" + _between(row.ssim_interval, 4)
+
+
+def _between(interval: Interval | None, places: int) -> str:
+    return "" if interval is None else f" ({interval.low:.{places}f} to {interval.high:.{places}f})"
+
+
+def intervals_note(data: ReportData) -> str:
+    """Say what stands in brackets behind a quality figure; empty where nothing does."""
+    if data.psnr_db_interval is None and data.ssim_interval is None:
+        return ""
+    number = f" over {count(data.evaluation.samples, 'image')}" if data.evaluation is not None else " over the images"
+    return f"In brackets: the 95 % interval of the mean, by a bootstrap{number}."
 
 
 def duration(seconds: float | None) -> str:

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 
 LATENCY = "latency.json"
-# As above, for evaluation.json: 2 has the PSNR as a mean over images, and the pooled one.
-EVALUATION_FORMAT = 2
+# As above, for evaluation.json: 2 has the PSNR as a mean over images, and the pooled one; 3 also those of each image
+# and the float graph's digest.
+EVALUATION_FORMAT = 3
 # Calls that the correction is fitted on.
 CORRECTION_CALLS = 48
 # The variant that samples the plan's graph with PTQD's correction in front of the sampler.
