@@ -76,6 +76,9 @@ ModelArgument = Annotated[
     ),
 ]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.", show_default=False)]
+ReportArgument = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run folder, or a report.json.", show_default=False)
+]
 BudgetOption = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(
@@ -375,6 +378,69 @@ def sample(
     with open_pipeline(_recipe_of(run, None), run, _talk()) as pipeline:
         pipeline.sample(out, count, seed, steps, controls)
     print(out)
+
+
+@app.command(rich_help_panel=LOOK, epilog="Example: mpq-deploy gate runs/mine --max-size 0.36 --min-psnr 40")
+def gate(
+    run: ReportArgument,
+    max_size: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--max-size", metavar="SIZE", help="As a budget: 0.36, 36%, 600MB.", show_default=False),
+    ] = None,
+    min_psnr: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option("--min-psnr", metavar="DB", help="Mean over images.", show_default=False),
+    ] = None,
+    min_ssim: Annotated[Optional[float], typer.Option("--min-ssim", show_default=False)] = None,  # noqa: UP045
+    max_nmse: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option("--max-nmse", help="Error of the output.", show_default=False),
+    ] = None,
+    max_frechet_increase: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option("--max-frechet-increase", help="Over the float model's, or the baseline's.", show_default=False),
+    ] = None,
+    max_latency: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--max-latency", metavar="TIME", help="Of one call: 120ms, 0.12s.", show_default=False),
+    ] = None,
+    max_psnr_drop: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option("--max-psnr-drop", metavar="DB", help="Below the baseline.", show_default=False),
+    ] = None,
+    baseline: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--baseline", metavar="RUN", help="A run folder or report.json.", show_default=False),
+    ] = None,
+    junit: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--junit", metavar="FILE", help="JUnit XML to write.", show_default=False),
+    ] = None,
+    markdown: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--markdown", metavar="FILE", help="A summary to write.", show_default=False),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Results on stdout as JSON.")] = False,
+) -> None:
+    """Hold a run against limits, for CI. What was not measured fails its limit.
+
+    Exit code 0: every limit is kept; 1: one is not; 2: bad input.
+    """
+    from mpq_deploy.gate import Limits, check_gate, gate_junit, gate_markdown, gate_text, parse_latency
+    from mpq_deploy.report.read import read_report
+
+    latency = None if max_latency is None else parse_latency(max_latency)
+    limits = Limits(max_size, min_psnr, min_ssim, max_nmse, max_frechet_increase, latency, max_psnr_drop)
+    result = check_gate(read_report(run), limits, None if baseline is None else read_report(baseline))
+    for path, text in ((junit, gate_junit(result)), (markdown, gate_markdown(result))):
+        if path is not None:
+            path.write_text(text, encoding="utf-8")
+    if State.json or json:
+        _print_json(result.as_json())
+    else:
+        print(gate_text(result))
+    if not result.passed:
+        raise typer.Exit(1)
 
 
 @app.command(rich_help_panel=DEVICE, epilog="Example: mpq-deploy package runs/mine --target jetson-agx-orin")

@@ -1,0 +1,254 @@
+"""What differs between runs: size, quality, latency, and the plan, layer by layer.
+
+In: reports (``report.read``). Out: a ``Comparison`` of the first with each other one. Quality figures are only
+subtracted where both come from the same float model and the same noise; image by image where both reports keep them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from mpq_deploy.errors import UsageError
+from mpq_deploy.evaluate.interval import paired_interval
+from mpq_deploy.report.read import ReadReport, slowest
+
+# How many layers a comparison names (our choice): the largest of those that changed.
+LARGEST = 8
+_CONDITIONS = {
+    "sampler": "samplers",
+    "steps": "numbers of steps",
+    "seed": "seeds of the noise",
+    "samples": "numbers of images",
+    "image_kind": "kinds of image",
+}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """``value``: the other's figure minus the first's; with its 95 % interval where both keep the figure per image."""
+
+    value: float
+    interval: tuple[float, float] | None = None
+
+    @property
+    def within_noise(self) -> bool:
+        """Whether 0 lies inside the interval: the images do not tell the two apart."""
+        return self.interval is not None and self.interval[0] <= 0.0 <= self.interval[1]
+
+
+@dataclass(frozen=True)
+class Move:
+    """Layers that went from one scheme to another, and their bytes before and after."""
+
+    before: str
+    after: str
+    layers: int
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True)
+class ChangedLayer:
+    """One layer whose scheme differs."""
+
+    name: str
+    before: str
+    after: str
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True)
+class PlanChange:
+    """How one plan differs from another: moves by bytes, the largest layers, and layers that only one of them has."""
+
+    changed: int
+    common: int
+    moves: tuple[Move, ...]
+    largest: tuple[ChangedLayer, ...]
+    only_first: tuple[str, ...]
+    only_other: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The first report against another. ``obstacles``: why quality is not compared, each a sentence.
+
+    ``psnr_db`` and ``ssim`` are None where they cannot be subtracted or were not measured; ``nmse_ratio`` is the
+    other's error divided by the first's; ``plan`` None for models of other layers.
+    """
+
+    label: str
+    obstacles: tuple[str, ...]
+    size_bytes: int
+    psnr_db: Difference | None
+    ssim: Difference | None
+    nmse_ratio: float | None
+    plan: PlanChange | None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The reports in the order given, and the first against each other."""
+
+    reports: tuple[ReadReport, ...]
+    pairs: tuple[Pair, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {"runs": [_run_json(report) for report in self.reports], "against_first": list(map(asdict, self.pairs))}
+
+
+def compare_reports(reports: Sequence[ReadReport]) -> Comparison:
+    """Compare the first report with each other one; UsageError below two."""
+    if len(reports) < 2:
+        raise UsageError(
+            f"There is {len(reports)} run to compare.", "Give two or more run folders or report.json files."
+        )
+    first = reports[0]
+    return Comparison(tuple(reports), tuple(_pair(first, other) for other in reports[1:]))
+
+
+def model_obstacle(first: ReadReport, other: ReadReport) -> str:
+    """Say why two reports are not about the same float model; empty when they are, as far as they tell."""
+    a, b = first.model, other.model
+    if a.digest and b.digest:
+        if a.digest == b.digest:
+            return ""
+        if a.name == b.name and _shapes(first) == _shapes(other):
+            digests = f"SHA-256 {a.digest[:8]} and {b.digest[:8]}"
+            return f"The float models differ ({digests}): other weights, or another export."
+        return f"The models differ: {a.name} and {b.name}."
+    if a.name != b.name:
+        return f"The models differ: {a.name} and {b.name}."
+    return (
+        ""
+        if _shapes(first) == _shapes(other)
+        else f"The models differ: both are named {a.name}, but their layers differ."
+    )
+
+
+def obstacles(first: ReadReport, other: ReadReport) -> tuple[str, ...]:
+    """Say why the quality figures of two reports cannot be subtracted; empty when they can."""
+    found = [model_obstacle(first, other)]
+    a, b = first.evaluation, other.evaluation
+    if a is None or b is None:
+        missing = [report.label for report in (first, other) if report.evaluation is None]
+        found.append(f"Not evaluated: {' and '.join(missing)}.")
+    else:
+        for field, words in _CONDITIONS.items():
+            if getattr(a, field) != getattr(b, field):
+                found.append(f"The {words} differ: {getattr(a, field)} and {getattr(b, field)}.")
+    return tuple(obstacle for obstacle in found if obstacle)
+
+
+def figure_difference(first: ReadReport, other: ReadReport, name: Literal["psnr_db", "ssim"]) -> Difference | None:
+    """Return ``other`` minus ``first`` of a comparable pair; paired where both keep the figure of each image.
+
+    None where one was not measured, or where images are identical to the float model's (an infinite PSNR).
+    """
+    before, after = getattr(first, name), getattr(other, name)
+    if before is None or after is None:
+        return None
+    each = getattr(first, f"{name}_each"), getattr(other, f"{name}_each")
+    interval = paired_interval(each[1], each[0]) if all(each) and len(each[0]) == len(each[1]) else None
+    return Difference(after - before, interval)
+
+
+def plan_change(first: ReadReport, other: ReadReport) -> PlanChange | None:
+    """Compare two plans by the names of their layers; None where they have none in common."""
+    before = {layer.name: layer for layer in first.layers}
+    after = {layer.name: layer for layer in other.layers}
+    common = [name for name in before if name in after]
+    if not common:
+        return None
+    changed = [
+        ChangedLayer(name, before[name].scheme, after[name].scheme, before[name].bytes, after[name].bytes)
+        for name in common
+        if before[name].scheme != after[name].scheme
+    ]
+    by_size = sorted(changed, key=lambda layer: (-max(layer.bytes_before, layer.bytes_after), layer.name))
+    return PlanChange(
+        changed=len(changed),
+        common=len(common),
+        moves=_moves(changed),
+        largest=tuple(by_size[:LARGEST]),
+        only_first=tuple(name for name in before if name not in after),
+        only_other=tuple(name for name in after if name not in before),
+    )
+
+
+def _moves(changed: list[ChangedLayer]) -> tuple[Move, ...]:
+    groups: dict[tuple[str, str], list[ChangedLayer]] = defaultdict(list)
+    for layer in changed:
+        groups[layer.before, layer.after].append(layer)
+    moves = [
+        Move(before, after, len(rows), sum(row.bytes_before for row in rows), sum(row.bytes_after for row in rows))
+        for (before, after), rows in groups.items()
+    ]
+    return tuple(sorted(moves, key=lambda m: (-max(m.bytes_before, m.bytes_after), m.before, m.after)))
+
+
+def _pair(first: ReadReport, other: ReadReport) -> Pair:
+    found = obstacles(first, other)
+    comparable = not found
+    ratio = None
+    if comparable and first.measured_nmse and other.measured_nmse is not None:
+        ratio = other.measured_nmse / first.measured_nmse
+    return Pair(
+        label=other.label,
+        obstacles=found,
+        size_bytes=other.size_bytes - first.size_bytes,
+        psnr_db=figure_difference(first, other, "psnr_db") if comparable else None,
+        ssim=figure_difference(first, other, "ssim") if comparable else None,
+        nmse_ratio=ratio,
+        plan=plan_change(first, other),
+        notes=tuple(_notes(first, other, comparable)),
+    )
+
+
+def _notes(first: ReadReport, other: ReadReport, comparable: bool) -> list[str]:
+    said = []
+    if first.target.name != other.target.name:
+        said.append(f"The targets differ: {first.target.name} and {other.target.name}.")
+    if first.simulated != other.simulated:
+        said.append("One of the plans is simulated: its bytes are nominal.")
+    if comparable and not (first.model.digest and other.model.digest):
+        said.append("An older report does not record the float model's digest: the models agree in name and layers.")
+    if comparable and not (first.psnr_db_each and other.psnr_db_each):
+        said.append("Not both reports keep the PSNR of each image, so the difference has no interval.")
+    if comparable and first.identical != other.identical:
+        same = first if first.identical else other
+        said.append(f"The images of {same.label} are identical to the float model's: no difference in dB.")
+    return said
+
+
+def _shapes(report: ReadReport) -> list[tuple[str, tuple[int, ...]]]:
+    return [(layer.name, layer.weight_shape) for layer in report.layers]
+
+
+def _run_json(report: ReadReport) -> dict[str, Any]:
+    latency = slowest(report)
+    names = ("label", "schema_version", "budget", "size_bytes", "fp16_size_bytes", "measured_nmse", "psnr_db")
+    kept = (
+        *names,
+        "pooled_psnr_db",
+        "ssim",
+        "psnr_db_interval",
+        "ssim_interval",
+        "identical",
+        "evaluation",
+        "simulated",
+    )
+    plain = report.model_dump(mode="json", include={*kept, "frechet", "remarks"})
+    return {
+        **plain,
+        "size_ratio": report.size_ratio,
+        "model": report.model.name,
+        "target": report.target.name,
+        "latency": None if latency is None else asdict(latency),
+    }
