@@ -1,8 +1,8 @@
 """Limits that a run must keep before it is released: size, quality, latency, and quality against a baseline.
 
-In: a report (``report.read``), limits, and a baseline's report. Out: a ``GateResult``, as text, Markdown, JSON and JUnit
-XML. A figure that was not measured fails its limit. The point estimate decides; where the limit lies inside the 95 %
-interval, that is said.
+In: a report (``report.read``), limits, and a baseline's report. Out: a ``GateResult``, as text, Markdown, JSON and
+JUnit XML. A figure that was not measured fails its limit. The point estimate decides; where the limit lies inside the
+95 % interval, that is said.
 """
 
 from __future__ import annotations
@@ -156,7 +156,10 @@ def _size(report: ReadReport, limit: str) -> Outcome:
     weights = (
         report.model.weights if report.model.weights is not None else sum(layer.weights for layer in report.layers)
     )
-    most = budget_in_bytes(limit, report.fp16_size_bytes, weights)
+    try:
+        most = budget_in_bytes(limit, report.fp16_size_bytes, weights)
+    except UsageError as error:
+        raise UsageError(f"--max-size: {error.message}", error.hint) from None
     measured = f"{report.size_ratio:.4f} of FP16, {report.size_bytes:,} bytes"
     status: Status = "passed" if report.size_bytes <= most else "failed"
     return Outcome("size", f"at most {limit} ({most:,} bytes)", measured, status, report.size_bytes, most)
@@ -170,8 +173,9 @@ def _psnr(report: ReadReport, limit: float) -> Outcome:
         return Outcome("PSNR", asked, words.NOT_MEASURED, "not measured", None, limit, detail=_why(report))
     status: Status = "passed" if report.psnr_db >= limit else "failed"
     interval = _ends(report.psnr_db_interval)
-    said = _inside(limit, interval, "dB", _images(report)) or _unknown_interval(interval)
-    return Outcome("PSNR", asked, f"{report.psnr_db:.2f} dB", status, report.psnr_db, limit, interval, said)
+    said = _about(limit, interval, " dB", _images(report))
+    shown = f"{_shown(report.psnr_db, limit, 2)} dB"
+    return Outcome("PSNR", asked, shown, status, report.psnr_db, limit, interval, said)
 
 
 def _ssim(report: ReadReport, limit: float) -> Outcome:
@@ -180,8 +184,8 @@ def _ssim(report: ReadReport, limit: float) -> Outcome:
         return Outcome("SSIM", asked, words.NOT_MEASURED, "not measured", None, limit, detail=_why(report))
     status: Status = "passed" if report.ssim >= limit else "failed"
     interval = _ends(report.ssim_interval)
-    said = _inside(limit, interval, "", _images(report)) or _unknown_interval(interval)
-    return Outcome("SSIM", asked, f"{report.ssim:.4f}", status, report.ssim, limit, interval, said)
+    said = _about(limit, interval, "", _images(report))
+    return Outcome("SSIM", asked, _shown(report.ssim, limit, 4), status, report.ssim, limit, interval, said)
 
 
 def _nmse(report: ReadReport, limit: float) -> Outcome:
@@ -207,7 +211,7 @@ def _frechet(report: ReadReport, limit: float, baseline: ReadReport | None) -> O
     interval = None if of.interval is None else (of.interval.low - floor, of.interval.high - floor)
     over = "the baseline's" if baseline is not None else "the float model's own"
     said = f"Of {of.network}, {of.samples:,} images, to the {of.against} images; over {over} {floor:.3g}."
-    said = " ".join(part for part in (said, _inside(limit, interval, "", f"{of.samples:,} images")) if part)
+    said = f"{said} {_about(limit, interval, '', f'{of.samples:,} images')}"
     return Outcome(name, asked, f"{worst:+.3g}", "passed" if worst <= limit else "failed", worst, limit, interval, said)
 
 
@@ -230,7 +234,7 @@ def _latency(report: ReadReport, limit: float) -> Outcome:
             said = f"The report's {report.cpu_latency.ours_ms:g} ms are no latency of the engine"
             remedy = f"{remedy} {said} ({report.cpu_latency.source})."
         return Outcome("latency", asked, words.NOT_MEASURED, "not measured", None, limit, detail=remedy)
-    said = f"{_capital(found.source)}, not on the machine of this gate."
+    said = f"{_capital(found.source)}; the gate itself measures nothing."
     if found.target != report.target.name:
         said += f" That is the target {found.target}; the report's is {report.target.name}."
     shown = f"{words.digits(found.milliseconds)} ms"
@@ -264,15 +268,13 @@ def _psnr_drop(report: ReadReport, limit: float, baseline: ReadReport | None) ->
     interval = difference.interval
     if interval is None:
         said = "Not paired by image: not both reports keep the PSNR of each, so there is no interval."
-    elif difference.within_noise:
-        said = (
-            f"No difference is shown: 0 lies inside the 95 % interval {_range(interval)} dB, {_images(report)} paired."
-        )
     else:
-        said = f"95 % interval {_range(interval)} dB, {_images(report)} paired."
-    said = " ".join(part for part in (said, _inside(-limit, interval, "dB", _images(report))) if part)
+        said = _about(-limit, interval, " dB", f"{_images(report)}, paired")
+        if difference.within_noise:
+            said = f"No difference is shown: 0 lies inside the interval. {said}"
     status: Status = "passed" if -difference.value <= limit else "failed"
-    return Outcome(name, asked, f"{difference.value:+.2f} dB", status, difference.value, -limit, interval, said)
+    shown = f"{_shown(difference.value, -limit, 2, '+')} dB"
+    return Outcome(name, asked, shown, status, difference.value, -limit, interval, said)
 
 
 def _why(report: ReadReport) -> str:
@@ -284,22 +286,21 @@ def _ends(interval: Interval | None) -> tuple[float, float] | None:
     return None if interval is None else (interval.low, interval.high)
 
 
-def _range(interval: tuple[float, float]) -> str:
-    return f"{interval[0]:.4g} to {interval[1]:.4g}"
+def _about(limit: float, interval: tuple[float, float] | None, unit: str, over: str) -> str:
+    """State the interval, and say where the limit lies inside it, so that other images might decide otherwise."""
+    if interval is None:
+        return "No interval: the report keeps no figure of each image, or of one only."
+    said = f"95 % interval {interval[0]:.4g} to {interval[1]:.4g}{unit} over {over}."
+    if interval[0] <= limit <= interval[1]:
+        said += " The limit lies inside it: other noise might decide otherwise. Raise evaluate.samples to be surer."
+    return said
 
 
-def _inside(limit: float, interval: tuple[float, float] | None, unit: str, over: str) -> str:
-    """Say that the limit lies inside the interval, so that other images might decide otherwise."""
-    if interval is None or not interval[0] <= limit <= interval[1]:
-        return ""
-    return (
-        f"The limit lies inside the 95 % interval {_range(interval)}{f' {unit}' if unit else ''} over {over}: "
-        "other noise might decide otherwise. Raise evaluate.samples to be surer."
-    )
-
-
-def _unknown_interval(interval: tuple[float, float] | None) -> str:
-    return "" if interval is not None else "No interval: the report keeps no figure of each image, or of one only."
+def _shown(value: float, limit: float, places: int, sign: str = "") -> str:
+    """Return ``value`` with ``places`` decimals, or as many more as tell it from the limit."""
+    while places < 12 and value != limit and round(value, places) == round(limit, places):
+        places += 1
+    return f"{value:{sign}.{places}f}"
 
 
 def _images(report: ReadReport) -> str:
@@ -364,7 +365,7 @@ def gate_junit(result: GateResult) -> str:
     for name, value in stated.items():
         ET.SubElement(properties, "property", {"name": name, "value": _xml(value)})
     for outcome in result.outcomes:
-        named = {"classname": _xml(f"{SUITE}.{result.model}"), "name": _xml(f"{outcome.name} {outcome.limit}")}
+        named = {"classname": _xml(f"mpq-deploy.gate.{result.model}"), "name": _xml(f"{outcome.name} {outcome.limit}")}
         case = ET.SubElement(suite, "testcase", {**named, "time": "0"})
         said = f"{outcome.name}: {outcome.measured}, limit: {outcome.limit}"
         if not outcome.passed:
