@@ -380,6 +380,32 @@ def sample(
     print(out)
 
 
+@app.command(rich_help_panel=LOOK, epilog="Example: mpq-deploy compare runs/old runs/new --html compare.html")
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run folders, or report.json files.", show_default=False)
+    ],
+    markdown: Annotated[bool, typer.Option("--markdown", help="Markdown on stdout.")] = False,
+    html: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--html", metavar="FILE", help="A page to write.", show_default=False),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Results on stdout as JSON.")] = False,
+) -> None:
+    """Compare the first run with the others: size, quality, latency, and what changed in the plan."""
+    from mpq_deploy.compare import compare_reports
+    from mpq_deploy.report.comparison import comparison_markdown, comparison_page, comparison_text
+    from mpq_deploy.report.read import read_report
+
+    comparison = compare_reports([read_report(path) for path in runs])
+    if html is not None:
+        html.write_text(comparison_page(comparison), encoding="utf-8")
+    if State.json or json:
+        _print_json(comparison.as_json())
+    else:
+        print(comparison_markdown(comparison) if markdown else comparison_text(comparison))
+
+
 @app.command(rich_help_panel=LOOK, epilog="Example: mpq-deploy gate runs/mine --max-size 0.36 --min-psnr 40")
 def gate(
     run: ReportArgument,
