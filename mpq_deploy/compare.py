@@ -78,7 +78,7 @@ class Pair:
     """The first report against another. ``obstacles``: why quality is not compared, each a sentence.
 
     ``psnr_db`` and ``ssim`` are None where they cannot be subtracted or were not measured; ``nmse_ratio`` is the
-    other's error divided by the first's; ``plan`` None for models of other layers.
+    other's error divided by the first's; ``plan`` is None for two models without the same layers.
     """
 
     label: str
@@ -160,16 +160,21 @@ def figure_difference(first: ReadReport, other: ReadReport, name: Literal["psnr_
 
 
 def plan_change(first: ReadReport, other: ReadReport) -> PlanChange | None:
-    """Compare two plans by the names of their layers; None where they have none in common."""
-    before = {layer.name: layer for layer in first.layers}
-    after = {layer.name: layer for layer in other.layers}
-    common = [name for name in before if name in after]
+    """Compare two plans by the names of their layers; None for two models, and where no layer is in both.
+
+    A layer whose weight has another shape is another layer.
+    """
+    before = {(layer.name, layer.weight_shape): layer for layer in first.layers}
+    after = {(layer.name, layer.weight_shape): layer for layer in other.layers}
+    if first.model.name != other.model.name and set(before) != set(after):
+        return None
+    common = [key for key in before if key in after]
     if not common:
         return None
     changed = [
-        ChangedLayer(name, before[name].scheme, after[name].scheme, before[name].bytes, after[name].bytes)
-        for name in common
-        if before[name].scheme != after[name].scheme
+        ChangedLayer(key[0], before[key].scheme, after[key].scheme, before[key].bytes, after[key].bytes)
+        for key in common
+        if before[key].scheme != after[key].scheme
     ]
     by_size = sorted(changed, key=lambda layer: (-max(layer.bytes_before, layer.bytes_after), layer.name))
     return PlanChange(
@@ -177,8 +182,8 @@ def plan_change(first: ReadReport, other: ReadReport) -> PlanChange | None:
         common=len(common),
         moves=_moves(changed),
         largest=tuple(by_size[:LARGEST]),
-        only_first=tuple(name for name in before if name not in after),
-        only_other=tuple(name for name in after if name not in before),
+        only_first=tuple(key[0] for key in before if key not in after),
+        only_other=tuple(key[0] for key in after if key not in before),
     )
 
 

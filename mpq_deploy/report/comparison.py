@@ -133,7 +133,7 @@ def layer_rows(plan: PlanChange) -> list[list[str]]:
 
 def _plan_sentences(plan: PlanChange | None) -> list[str]:
     if plan is None:
-        return ["Plan: no layer of one is in the other."]
+        return ["Plan: not compared, for the models' layers differ."]
     said = [f"Plan: {plan.changed} of {words.count(plan.common, 'common layer')} changed scheme."]
     for names, where in ((plan.only_first, "the first"), (plan.only_other, "this one")):
         if names:
@@ -150,7 +150,8 @@ def _plan_lines(plan: PlanChange | None) -> list[str]:
     for move in plan.moves:
         bytes_ = f"{move.bytes_before:>14,} {move.bytes_after:>14,}"
         lines.append(f"    {move.layers:>6} {bytes_}  {_cut(f'{move.before} -> {move.after}', WIDTH - 42)}")
-    lines.append(f"    the largest{f' {len(plan.largest)}' if len(plan.largest) < plan.changed else ''}:")
+    some = f" {len(plan.largest)} of {plan.changed}" if len(plan.largest) < plan.changed else ""
+    lines.append(f"    the largest{some}, by bytes:")
     for one in plan.largest:
         moved = f"{one.before} -> {one.after}"
         lines.append(f"    {_cut(one.name, _NAME):<{_NAME}}  {_cut(moved, WIDTH - 6 - _NAME)}")
