@@ -150,6 +150,8 @@ def test_agrees_with_a_plain_loop(files):
     assert ours.measured_nmse == pytest.approx(np.mean(errors), rel=1e-4)
     expected = psnr_db(*(to_unit(images[n], (-1, 1)) for n in ("float", "ours")))
     assert ours.psnr_db == pytest.approx(expected, abs=1e-3)
+    assert (len(ours.psnr_db_each), np.mean(ours.psnr_db_each)) == (len(images["ours"]), pytest.approx(ours.psnr_db))
+    assert (len(ours.ssim_each), np.mean(ours.ssim_each)) == (len(images["ours"]), pytest.approx(ours.ssim))
     assert ours.size_bytes == 123 and found.variants["int4"].size_bytes is None
     assert list(found.images) == ["float", "ours", "int4"]
     assert found.images["ours"].shape == (5, 8, 8, 3) and found.images["ours"].dtype == np.uint8
@@ -210,6 +212,7 @@ def test_an_identical_variant_has_no_error_and_survives_json(files, tmp_path):
     assert text["variants"]["ours"]["psnr_db"] is None
     assert "identical" in text["variants"]["ours"]["psnr_note"]
     assert Evaluation.load(tmp_path / "evaluate").variants == found.variants
+    assert Evaluation.load(tmp_path / "evaluate").float_digest == found.float_digest != ""
 
 
 def test_saved_and_loaded_are_equal_and_repeat_byte_for_byte(files, tmp_path):
