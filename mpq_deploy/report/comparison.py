@@ -14,7 +14,7 @@ from mpq_deploy.report.page import asset
 from mpq_deploy.report.read import ReadReport, slowest
 
 WIDTH = 80
-COLUMNS = ("run", "size", "of FP16", "PSNR", "SSIM", "output error (NMSE)", "latency")
+COLUMNS = ("run", "size", "of FP16", "PSNR", "SSIM", "NMSE", "latency")
 MOVES = ("from", "to", "layers", "bytes before", "bytes after")
 LARGEST = ("layer", "from", "to", "bytes before", "bytes after")
 # Names longer than this are cut in the middle in the terminal's table of layers.
@@ -165,9 +165,9 @@ def _rows(comparison: Comparison) -> list[list[str]]:
             words.size(report.size_bytes),
             words.percent(report.size_ratio),
             words.psnr(report),
-            words.similarity(report),
+            words.NOT_MEASURED if report.ssim is None else f"{report.ssim:.4f}",
             words.error(report.measured_nmse),
-            _milliseconds(report),
+            words.NOT_MEASURED if slowest(report) is None else _milliseconds(report),
         ]
         for report in comparison.reports
     ]
