@@ -399,6 +399,7 @@ def compare(
 
     comparison = compare_reports([read_report(path) for path in runs])
     if html is not None:
+        html.parent.mkdir(parents=True, exist_ok=True)
         html.write_text(comparison_page(comparison), encoding="utf-8")
     if State.json or json:
         _print_json(comparison.as_json())
@@ -460,6 +461,7 @@ def gate(
     result = check_gate(read_report(run), limits, None if baseline is None else read_report(baseline))
     for path, text in ((junit, gate_junit(result)), (markdown, gate_markdown(result))):
         if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
     if State.json or json:
         _print_json(result.as_json())

@@ -238,7 +238,9 @@ def _check_current(run: Path, report: ReadReport) -> None:
     if not plan.is_file():
         return
     rows = _object(plan).get("layers")
-    planned = {row.get("name"): row.get("scheme") for row in rows or () if isinstance(row, dict)}
+    planned = (
+        {row.get("name"): row.get("scheme") for row in rows if isinstance(row, dict)} if isinstance(rows, list) else {}
+    )
     if planned != {layer.name: layer.scheme for layer in report.layers}:
         raise UsageError(
             f"{run / REPORT} is that of a former plan: {plan} has been made again since.",

@@ -207,9 +207,10 @@ def test_a_run_folder_is_read_and_a_former_plan_s_report_refused(tmp_path):
     plan.write_text(json.dumps({"layers": rows}))
     assert read_report(tmp_path).size_bytes == data.size_bytes
     rows[0]["scheme"] = "w8a8"
-    plan.write_text(json.dumps({"layers": rows}))
-    with pytest.raises(UsageError, match="former plan"):
-        read_report(tmp_path)
+    for other in ({"layers": rows}, {"layers": 3}, {}):
+        plan.write_text(json.dumps(other))
+        with pytest.raises(UsageError, match="former plan"):
+            read_report(tmp_path)
 
 
 def test_one_run_alone_is_refused(reported):

@@ -302,15 +302,15 @@ def test_a_baseline_that_nothing_uses_is_refused(reported):
 def test_the_command_line_exits_with_0_1_and_2(tmp_path, reported):
     reported()
     path = str(tmp_path / "report.json")
-    files = ["--junit", str(tmp_path / "gate.xml"), "--markdown", str(tmp_path / "gate.md")]
+    files = ["--junit", str(tmp_path / "new" / "gate.xml"), "--markdown", str(tmp_path / "gate.md")]
     good = RUNNER.invoke(app, ["gate", path, "--max-size", "0.9", "--min-psnr", "40", *files])
     assert good.exit_code == 0, good.output
-    assert ET.parse(tmp_path / "gate.xml").getroot().get("failures") == "0"
+    assert ET.parse(tmp_path / "new" / "gate.xml").getroot().get("failures") == "0"
     assert "Passed: 2 of 2" in (tmp_path / "gate.md").read_text()
     bad = RUNNER.invoke(app, ["gate", path, "--max-size", "0.9", "--max-latency", "120ms", "--json", *files])
     assert bad.exit_code == 1
     assert json.loads(bad.stdout)["passed"] is False
-    assert ET.parse(tmp_path / "gate.xml").getroot().get("failures") == "1"
+    assert ET.parse(tmp_path / "new" / "gate.xml").getroot().get("failures") == "1"
     for wrong in (["--max-latency", "120"], []):
         found = RUNNER.invoke(app, ["gate", path, *wrong])
         assert isinstance(found.exception, UsageError)
