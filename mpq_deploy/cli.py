@@ -431,6 +431,9 @@ def gate(
         Optional[str],  # noqa: UP045
         typer.Option("--max-latency", metavar="TIME", help="Of one call: 120ms, 0.12s.", show_default=False),
     ] = None,
+    allow_estimate: Annotated[
+        bool, typer.Option("--allow-estimate", help="Take an estimated latency where none was measured.")
+    ] = False,
     max_psnr_drop: Annotated[
         Optional[float],  # noqa: UP045
         typer.Option("--max-psnr-drop", metavar="DB", help="Below the baseline.", show_default=False),
@@ -458,7 +461,8 @@ def gate(
 
     latency = None if max_latency is None else parse_latency(max_latency)
     limits = Limits(max_size, min_psnr, min_ssim, max_nmse, max_frechet_increase, latency, max_psnr_drop)
-    result = check_gate(read_report(run), limits, None if baseline is None else read_report(baseline))
+    former = None if baseline is None else read_report(baseline)
+    result = check_gate(read_report(run), limits, former, allow_estimate)
     for path, text in ((junit, gate_junit(result)), (markdown, gate_markdown(result))):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -99,8 +99,10 @@ class GateResult:
         return {**asdict(self), "passed": self.passed}
 
 
-def check_gate(report: ReadReport, limits: Limits, baseline: ReadReport | None = None) -> GateResult:
-    """Hold ``report`` against ``limits``.
+def check_gate(
+    report: ReadReport, limits: Limits, baseline: ReadReport | None = None, allow_estimate: bool = False
+) -> GateResult:
+    """Hold ``report`` against ``limits``; ``allow_estimate`` takes an expected latency where none was measured.
 
     Raises UsageError when there is no limit, when a limit needs a baseline or a baseline has no limit that uses it, and
     when the baseline is that of another model.
@@ -112,7 +114,7 @@ def check_gate(report: ReadReport, limits: Limits, baseline: ReadReport | None =
         "min_ssim": lambda limit: _ssim(report, limit),
         "max_nmse": lambda limit: _nmse(report, limit),
         "max_frechet_increase": lambda limit: _frechet(report, limit, baseline),
-        "max_latency_ms": lambda limit: _latency(report, limit),
+        "max_latency_ms": lambda limit: _latency(report, limit, allow_estimate),
         "max_psnr_drop": lambda limit: _psnr_drop(report, limit, baseline),
     }
     asked = {name: getattr(limits, name) for name in checks}
@@ -223,17 +225,10 @@ def _frechet_floor(one: FrechetDistance, baseline: ReadReport | None) -> float |
     return next((b.distance for b in baseline.frechet if (b.network, b.against, b.samples) == kind), None)
 
 
-def _latency(report: ReadReport, limit: float) -> Outcome:
+def _latency(report: ReadReport, limit: float, allow_estimate: bool) -> Outcome:
     asked, found = f"at most {limit:g} ms", slowest(report)
     if found is None:
-        remedy = (
-            "No engine latency was measured. Run 'mpq-deploy package RUN', install the package on the device, and take "
-            "its results in with 'mpq-deploy report RUN --device results.json'."
-        )
-        if report.cpu_latency is not None:
-            said = f"The report's {report.cpu_latency.ours_ms:g} ms are no latency of the engine"
-            remedy = f"{remedy} {said} ({report.cpu_latency.source})."
-        return Outcome("latency", asked, words.NOT_MEASURED, "not measured", None, limit, detail=remedy)
+        return _no_latency(report, limit, asked, allow_estimate)
     said = f"{_capital(found.source)}; the gate itself measures nothing."
     if found.target != report.target.name:
         said += f" That is the target {found.target}; the report's is {report.target.name}."
@@ -243,6 +238,25 @@ def _latency(report: ReadReport, limit: float) -> Outcome:
         return Outcome("latency", asked, shown, "failed", found.milliseconds, limit, detail=said)
     status: Status = "passed" if found.milliseconds <= limit else "failed"
     return Outcome("latency", asked, shown, status, found.milliseconds, limit, detail=said)
+
+
+def _no_latency(report: ReadReport, limit: float, asked: str, allow_estimate: bool) -> Outcome:
+    """Fail for want of a measurement, unless there is an expectation and it is to be taken."""
+    expected = report.expected_latency
+    if expected is not None and allow_estimate:
+        status: Status = "passed" if expected.ours_ms <= limit else "failed"
+        shown = f"{words.digits(expected.ours_ms)} ms, estimated"
+        return Outcome("latency", asked, shown, status, expected.ours_ms, limit, detail=f"{expected.words}.")
+    said = [
+        "No engine latency was measured. Run 'mpq-deploy package RUN', install the package on the device, and take its "
+        "results in with 'mpq-deploy report RUN --device results.json'."
+    ]
+    if expected is not None:
+        said.append(f"There is only an estimate, which --allow-estimate would take: {expected.words}.")
+    if report.cpu_latency is not None:
+        cpu = report.cpu_latency
+        said.append(f"The report's {cpu.ours_ms:g} ms are no latency of the engine ({cpu.source}).")
+    return Outcome("latency", asked, words.NOT_MEASURED, "not measured", None, limit, detail=" ".join(said))
 
 
 def _psnr_drop(report: ReadReport, limit: float, baseline: ReadReport | None) -> Outcome:

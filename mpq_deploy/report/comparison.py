@@ -95,6 +95,8 @@ def about(report: ReadReport) -> list[str]:
     latency = slowest(report)
     if latency is None:
         said.append("latency not measured on a device")
+        if report.expected_latency is not None:
+            said.append(report.expected_latency.words)
     else:
         other = "" if latency.target == report.target.name else f" (another target than {report.target.name})"
         wrong = f", but {latency.problem}" if latency.problem else ""

@@ -81,6 +81,28 @@ class FrechetDistance(BaseModel):
         return self.distance - self.floor
 
 
+class ExpectedCall(BaseModel):
+    """What the plan is expected to take per call: a sum over single layers, never a measurement of the engine.
+
+    ``source``: how the layers' times are known; ``basis`` on what, in words.
+    """
+
+    model_config = _LENIENT
+
+    ours_ms: float = Field(ge=0)
+    source: str
+    basis: str = ""
+    batch: int = Field(1, ge=1)
+
+    @property
+    def words(self) -> str:
+        """The expectation as a clause that says that it is none of the engine's latencies."""
+        basis = f"; {self.basis}" if self.basis else ""
+        return (
+            f"{self.ours_ms:.3g} ms expected at batch {self.batch} ({self.source} layer by layer{basis}), not measured"
+        )
+
+
 class ReadReport(BaseModel):
     """What a report says, and where it lies. ``remarks``: what this form of the report says in another way.
 
@@ -108,6 +130,7 @@ class ReadReport(BaseModel):
     evaluation: _Evaluation | None = None
     engine: _Engine | None = None
     cpu_latency: _Cpu | None = None
+    expected_latency: ExpectedCall | None = None
     devices: tuple[_Device, ...] = ()
     layers: tuple[_Layer, ...]
     frechet: tuple[FrechetDistance, ...] = ()

@@ -125,6 +125,23 @@ def test_a_cpu_s_time_is_no_latency_of_the_engine(reported):
     assert "9.4 ms are no latency of the engine" in found.detail
 
 
+def test_an_estimate_counts_only_when_asked_for_and_says_so(reported):
+    expected = {"ours_ms": 3.2, "source": "estimated", "basis": "a roofline", "batch": 2, "news": 1}
+    report = reported(expected_latency=expected)
+    found = outcome(report, max_latency_ms=5.0)
+    assert found.status == "not measured"
+    assert "--allow-estimate" in found.detail
+    for limit, passes in ((5.0, True), (3.0, False)):
+        (taken,) = check_gate(report, Limits(max_latency_ms=limit), allow_estimate=True).outcomes
+        assert taken.passed == passes
+        assert "estimated" in taken.measured
+        assert "a roofline" in taken.detail
+    measured = reported(make_report(devices=(device(),)), expected_latency=expected)
+    (taken,) = check_gate(measured, Limits(max_latency_ms=50.0), allow_estimate=True).outcomes
+    assert (taken.status, taken.value) == ("failed", 80.0)
+    assert not check_gate(reported(), Limits(max_latency_ms=1e9), allow_estimate=True).passed
+
+
 def test_a_device_s_latency_counts_and_is_named(reported):
     slow = device(device="RTX 3050", median_ms=110.0)
     report = reported(make_report(devices=(device(), slow)))
