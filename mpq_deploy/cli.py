@@ -136,6 +136,35 @@ SensitivityOption = Annotated[
 ]
 
 
+class Objective(str, Enum):
+    """Values of --objective."""
+
+    loss = "loss"
+    latency = "latency"
+
+
+MaxLatencyOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--max-latency", metavar="TIME", help="Limit on one call, such as 120ms.", show_default=False),
+]
+ObjectiveOption = Annotated[
+    Optional[Objective],  # noqa: UP045
+    typer.Option("--objective", help="What is least within the budget.", show_default="loss"),
+]
+LatencyTableOption = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--latency-table", metavar="FILE", help="From 'mpq-deploy profile'.", show_default="estimates"),
+]
+
+
+def _latency_settings(max_latency: str | None, objective: Objective | None, table: Path | None) -> dict[str, Any]:
+    return {
+        "allocate.max_latency": max_latency,
+        "allocate.objective": objective.value if objective else None,
+        "allocate.latency_table": str(table) if table else None,
+    }
+
+
 def _version(asked: bool) -> None:
     if asked:
         print(__version__)
@@ -169,13 +198,17 @@ def build(
         bool,
         typer.Option("--recover", help="Also train the plan's model back towards the float one.", show_default=False),
     ] = False,
+    max_latency: MaxLatencyOption = None,
+    objective: ObjectiveOption = None,
+    latency_table: LatencyTableOption = None,
 ) -> None:
     """Do everything: export, measure, fit the budget, quantize, build the engine, compare, report.
 
     A second call on the same run folder repeats only what changed: another budget takes seconds.
     """
     additions = {"conditions": conditions, "scheduler": scheduler, "prompts": prompts}
-    settings = _recipe(recipe, model, budget, target, sensitivity, additions)
+    latency = _latency_settings(max_latency, objective, latency_table)
+    settings = _recipe(recipe, model, budget, target, sensitivity, additions, latency)
     _run_until("report", _recovering(settings) if recover else settings, out)
 
 
@@ -207,9 +240,17 @@ def measure(run: RunArgument, recipe: RecipeOption = None, sensitivity: Sensitiv
 
 
 @app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy allocate runs/mine --budget 0.3")
-def allocate(run: RunArgument, budget: BudgetOption = None, recipe: RecipeOption = None) -> None:
-    """Choose a scheme for every layer within the budget."""
-    _run_until("allocate", _recipe_of(run, recipe, {"budget": budget}), run)
+def allocate(
+    run: RunArgument,
+    budget: BudgetOption = None,
+    recipe: RecipeOption = None,
+    max_latency: MaxLatencyOption = None,
+    objective: ObjectiveOption = None,
+    latency_table: LatencyTableOption = None,
+) -> None:
+    """Choose a scheme for every layer within the budget, and within a latency where one is given."""
+    latency = _latency_settings(max_latency, objective, latency_table)
+    _run_until("allocate", _recipe_of(run, recipe, {"budget": budget, **latency}), run)
 
 
 @app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy quantize runs/mine")
@@ -547,6 +588,7 @@ def _recipe(
     target: str | None,
     sensitivity: Sensitivity | None,
     additions: dict[str, Path | None],
+    settings: dict[str, Any] | None = None,
 ) -> Recipe:
     from mpq_deploy.recipe import load_recipe
 
@@ -558,6 +600,7 @@ def _recipe(
             "target": target,
             "measure.method": sensitivity.value if sensitivity else None,
             **{name: str(path) for name, path in additions.items() if path},
+            **(settings or {}),
         },
     )
 

@@ -14,6 +14,7 @@ from mpq_deploy.report.words import (
     duration,
     engine_state,
     error,
+    expected_latency,
     headline,
     importance,
     latency,
@@ -111,7 +112,8 @@ def _ssim(value: float | None) -> str:
 def _engine_line(data: ReportData) -> str:
     word, line = engine_state(data)
     speed, where = latency(data)
-    return f"Engine: {word} ({plain(line)}). Latency: {speed} ({plain(where)})."
+    expected = f" {plain(expected_latency(data.expected_latency))}." if data.expected_latency else ""
+    return f"Engine: {word} ({plain(line)}). Latency: {speed} ({plain(where)}).{expected}"
 
 
 def _devices(data: ReportData) -> list[str]:
