@@ -502,6 +502,48 @@ def deploy(
         raise typer.Exit(1)
 
 
+@app.command(rich_help_panel=MACHINE, epilog="Example: mpq-deploy profile runs/mine --target rtx-ada")
+def profile(
+    run: Annotated[
+        Path, typer.Argument(metavar="[RUN]", help="The run folder whose layers are timed.", show_default=True)
+    ] = Path("runs/emoji"),
+    target: TargetOption = None,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--out", "-o", metavar="FILE", help="The table.", show_default="<target>.latency.json"),
+    ] = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Write the estimates instead: needs no hardware, measures nothing.")
+    ] = False,
+) -> None:
+    """Time every distinct layer under every scheme on this GPU, for --latency-table.
+
+    Stopped, it goes on with the same file. Without the hardware it says what would be measured.
+    """
+    from mpq_deploy.engine.target import load_target
+    from mpq_deploy.latency.profile import Profile
+    from mpq_deploy.pipeline import open_pipeline
+
+    recipe = _recipe_of(run, None)
+    chosen = load_target(target or recipe.target)
+    path = out or Path(f"{chosen.name}.latency.json")
+    with open_pipeline(recipe, run, _talk()) as pipeline:
+        pipeline.run_until("calibrate")
+        wanted = Profile(pipeline, chosen)
+        if estimate:
+            table = wanted.estimate()
+            table.save(path)
+        else:
+            wanted.refuse_without_hardware()
+            table = wanted.measure(path)
+    if State.json:
+        _print_json({"file": str(path), "entries": len(table.entries), "source": table.source, "device": table.device})
+    else:
+        left = len(wanted.jobs) - len(table.entries)
+        missing = f", {left} left out" if left > 0 else ""
+        print(f"{path}  {len(table.entries)} rows {table.source}, of {table.device or 'no device'}{missing}")
+
+
 @app.command(rich_help_panel=MACHINE, epilog="Example: mpq-deploy targets rtx")
 def targets(name: Annotated[Optional[str], typer.Argument(help="Show one target in full.")] = None) -> None:  # noqa: UP045
     """List the targets, or show what one target may take and what is proven of it."""

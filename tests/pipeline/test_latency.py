@@ -103,3 +103,73 @@ def test_a_limit_on_the_loss_needs_latency_as_the_objective(model: Path, tmp_pat
     recipe = recipe_for(model, allocate__max_loss=0.1)
     with pytest.raises(UsageError, match="max_loss"), open_pipeline(recipe, tmp_path / "run", Talk()):
         pass
+
+
+def estimated_table(run: Path, cli: Cli, path: Path) -> LatencyTable:
+    done = cli("profile", run, "--estimate", "-o", path)
+    assert done.code == 0, done.err
+    return LatencyTable.load(path)
+
+
+def test_a_table_of_the_estimates_gives_the_estimates_back(run: Path, cli: Cli, tmp_path: Path) -> None:
+    before = plan_of(run)
+    table = estimated_table(run, cli, tmp_path / "table.json")
+    assert table.source == "estimated"
+    assert cli("allocate", run, "--latency-table", tmp_path / "table.json").code == 0
+    after = plan_of(run)
+    assert after["latency"]["source"] == "estimated"
+    assert "itself an estimate" in after["latency"]["basis"]
+    for key in ("ours_ms", "fp16_ms", "int8_ms"):
+        # A row is rounded up with its quantizer, in nanoseconds.
+        assert after["latency"][key] == pytest.approx(before["latency"][key], abs=1e-5)
+
+
+def test_measured_rows_are_taken_and_what_is_missing_is_counted_and_said(run: Path, cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    whole = estimated_table(run, cli, path)
+    # INT8 on this device is ten times slower than anything else; one in three rows is missing.
+    kept = {key: 10.0 if "a8" in key[1] else 0.01 for number, key in enumerate(whole.entries) if number % 3}
+    replace(whole, source="measured", device="a slow GPU", builder="a builder 1.0", entries=kept).save(path)
+    assert cli("allocate", run, "--latency-table", path, "--objective", "latency", "--budget", "1.0").code == 0
+    plan = plan_of(run)
+    latency = plan["latency"]
+    assert latency["source"] == "measured and estimated"
+    assert latency["measured"] > 0 and latency["estimated"] > 0
+    assert f"{latency['measured']:,} of {latency['measured'] + latency['estimated']:,}" in latency["basis"]
+    assert "a slow GPU (a builder 1.0)" in latency["basis"]
+    assert latency["ours_ms"] < 1.0 < latency["int8_ms"]
+
+
+def test_another_date_makes_nothing_again_and_another_time_does(run: Path, cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    table = estimated_table(run, cli, path)
+    cli("allocate", run, "--latency-table", path)
+    replace(table, date="2030-01-01").save(path)
+    assert "allocate   up to date" in cli("allocate", run).err
+    key = next(iter(table.entries))
+    replace(table, entries={**table.entries, key: 3.0}).save(path)
+    assert "allocate   again: latency_table changed" in cli("allocate", run).err
+
+
+def test_a_table_of_another_target_is_refused_before_anything_is_made(run: Path, cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    replace(estimated_table(run, cli, path), target="rtx-ada").save(path)
+    before = (run / "allocate" / "plan.json").read_bytes()
+    refused = cli("allocate", run, "--latency-table", path)
+    assert refused.code == 2
+    assert "rtx-ada, not of rtx" in refused.err
+    assert (run / "allocate" / "plan.json").read_bytes() == before
+
+
+def test_profiling_without_the_hardware_says_what_would_be_measured(
+    run: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpq_deploy.latency.profile.why_no_gpu", lambda: "No NVIDIA driver is here")
+    monkeypatch.setattr("mpq_deploy.latency.profile.find_trtexec", lambda: None)
+    count = len(estimated_table(run, cli, tmp_path / "table.json").entries)
+    refused = cli("profile", run, "-o", tmp_path / "measured.json")
+    assert refused.code == 2
+    assert f"no NVIDIA driver is here. It would be {count} engines, of " in refused.err
+    refused = cli("profile", run, "--target", "jetson-agx-orin", "-o", tmp_path / "measured.json")
+    assert "trtexec is not on this machine" in refused.err
+    assert not (tmp_path / "measured.json").exists()
