@@ -219,7 +219,11 @@ def _curve(pipeline: Pipeline) -> tuple[CurvePoint, ...]:
     if sweep is None or sweep["measure"] != pipeline.digest("measure"):
         return ()
     known = CurvePoint.model_fields
-    return tuple(CurvePoint(**{k: v for k, v in point.items() if k in known}) for point in sweep["points"])
+    return tuple(
+        CurvePoint(**{k: v for k, v in point.items() if k in known})
+        for point in sweep["points"]
+        if "size_ratio" in point
+    )
 
 
 def _cpu_latency(pipeline: Pipeline) -> CpuLatencyInfo | None:

@@ -124,7 +124,7 @@ class LatencyCosts:
         if self.rates is not None:
             doubt = f"; not confirmed: {', '.join(self.rates.unconfirmed)}" if self.rates.unconfirmed else ""
             all_or_rest = "the rest estimated" if self.measured else "estimated"
-            said.append(f"{all_or_rest} by a roofline of {self.rates.device}'s peak figures{doubt}")
+            said.append(f"{all_or_rest} by a roofline of peak figures ({self.rates.device}{doubt})")
         return "; ".join(said)
 
     def _use_ns(self, layer: Layer, use: LayerUse, scheme: Scheme) -> int:

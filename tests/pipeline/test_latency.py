@@ -80,6 +80,15 @@ def test_a_limit_too_small_names_the_least_which_then_works(run: Path, cli: Cli)
     assert plan_of(run)["latency"]["ours_ms"] <= float(least)
 
 
+def test_a_sweep_says_which_budgets_no_plan_is_fast_enough_for(run: Path, cli: Cli) -> None:
+    least = cli("allocate", run, "--max-latency", "1us", "--budget", "1.0").err.split("the fastest takes ")[1]
+    limited = float(least.split(" ms")[0]) * 1.0001
+    assert cli("allocate", run, "--max-latency", f"{limited}ms", "--budget", "1.0").code == 0
+    swept = cli("sweep", run, "--budgets", "0.4,1.0")
+    assert swept.code == 0, swept.err
+    assert "no plan is fast enough" in swept.out
+
+
 @pytest.mark.parametrize("text", ["120", "fast", "-1ms", "0ms", "nan ms", "ms", ""])
 def test_a_latency_that_is_no_time_is_refused_with_what_was_found(text: str) -> None:
     with pytest.raises(UsageError, match=f"'{text}'"):
