@@ -1,7 +1,7 @@
 """Choose one scheme per layer so that the predicted loss is least and the bytes fit: one MILP, solved by HiGHS.
 
-In: what each (layer, scheme) costs in bytes and in loss. Out: a ``PrecisionPlan``. Bytes are exact: the plan's
-total is what the quantized file holds, and it never exceeds the budget.
+In: what each (layer, scheme) costs in bytes and in loss, and where a limit on latency is set, in nanoseconds. Out: a
+``PrecisionPlan``. Bytes are exact: the plan's total is what the quantized file holds, and it never exceeds the budget.
 """
 
 from __future__ import annotations
@@ -16,9 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from mpq_deploy.errors import InfeasibleBudgetError, MpqError, UsageError, nearest
+from mpq_deploy.errors import InfeasibleBudgetError, InfeasibleLatencyError, MpqError, UsageError, nearest
 from mpq_deploy.precision.deployed import ACTIVATION_SCALE_BYTES
 from mpq_deploy.precision.scheme import BRANCH_KERNELS, SCHEMES
+
+Array = np.ndarray[Any, Any]
+# Lower and upper limit, columns, coefficients.
+Row = tuple[float, float, Array, Array]
 
 # A plan whose loss is a smaller share of the largest single loss is solved again at its own scale (our choice).
 SMALL_OBJECTIVE = 1e-4
@@ -28,7 +32,8 @@ SMALL_OBJECTIVE = 1e-4
 class LayerChoice:
     """What the solver knows of one layer: its input tensors, and bytes and loss per scheme.
 
-    ``input_bytes``: scheme -> bytes of what quantizes one input, where that is more than a scale.
+    ``input_bytes``: scheme -> bytes of what quantizes one input, where that is more than a scale. ``latency``: scheme
+    -> nanoseconds of one call, without the quantizers of its inputs; empty where none is known.
     """
 
     name: str
@@ -36,6 +41,7 @@ class LayerChoice:
     bytes: Mapping[str, int]
     loss: Mapping[str, float]
     input_bytes: Mapping[str, int] = field(default_factory=dict)
+    latency: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -43,12 +49,17 @@ class Problem:
     """An allocation: layers to decide, the bytes of all other constants, and the budget in bytes.
 
     ``foldable``: input tensors whose producer can take the factors of their channels -> the layers that read them.
+    ``quantizer_latency``: name of an activation quantizer (``quantizers``) -> nanoseconds, once for all its readers;
+    ``fixed_latency``: of what is no layer. ``max_latency``: the limit on the sum of all, in nanoseconds; None: none.
     """
 
     layers: Sequence[LayerChoice]
     fixed_bytes: int
     budget_bytes: int
     foldable: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    quantizer_latency: Mapping[str, int] = field(default_factory=dict)
+    fixed_latency: int = 0
+    max_latency: int | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +80,8 @@ class PrecisionPlan:
     ``bit_programme``, for metrics that weigh bits by importance: ``weighted_bits`` = sum of importance x bits of the
     plan, and ``linear_bound``, what the linear programme over continuous bits reaches within the same bytes.
     ``cross_terms``, for metrics with probes: the fields of ``refine.CrossTerms``. ``simulated``: some layers have
-    schemes that no engine can hold, and bytes are nominal.
+    schemes that no engine can hold, and bytes are nominal. ``latency``: the fields of ``latency.costs.PlanLatency``;
+    None where nothing is known of the target's speed.
     """
 
     budget_bytes: int
@@ -85,6 +97,7 @@ class PrecisionPlan:
     bit_programme: dict[str, float] | None = None
     cross_terms: dict[str, Any] | None = None
     simulated: bool = False
+    latency: dict[str, Any] | None = None
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON with sorted keys."""
@@ -125,6 +138,22 @@ def plan_bytes(problem: Problem, schemes: Mapping[str, str]) -> int:
     return total + sum(quantized.values())
 
 
+def plan_latency(problem: Problem, schemes: Mapping[str, str]) -> int:
+    """Nanoseconds of one call when each layer takes its scheme in ``schemes``: shared quantizers count once."""
+    total = problem.fixed_latency
+    shared: set[str] = set()
+    for layer in problem.layers:
+        total += layer.latency.get(schemes[layer.name], 0)
+        shared.update(quantizers(layer, schemes[layer.name]))
+    return total + sum(problem.quantizer_latency.get(name, 0) for name in shared)
+
+
+def fits(problem: Problem, schemes: Mapping[str, str]) -> bool:
+    """Tell whether a plan holds the budget and the limit on latency."""
+    in_time = problem.max_latency is None or plan_latency(problem, schemes) <= problem.max_latency
+    return in_time and plan_bytes(problem, schemes) <= problem.budget_bytes
+
+
 def smallest_plan(problem: Problem) -> dict[str, str]:
     """The plan of fewest bytes (the smallest feasible budget is its ``plan_bytes``)."""
     smallest = {}
@@ -145,20 +174,24 @@ def allocate(problem: Problem, gap: float = 1e-4, time_limit: float = 60.0) -> t
     fewer bytes by a term of at most 1e-9 of the largest loss over all layers together, so equal inputs give
     equal plans; HiGHS runs with one thread and a fixed seed.
 
-    Raises InfeasibleBudgetError, which names the smallest feasible budget, when nothing fits.
+    With ``max_latency``, latency is a row like the bytes, its shared quantizers included.
+
+    Raises InfeasibleBudgetError, which names the smallest feasible budget, when nothing fits, and
+    InfeasibleLatencyError, which names the least latency within the budget.
     """
     least = plan_bytes(problem, smallest_plan(problem))
     if least > problem.budget_bytes:
         # Sharing activation scales may save a few bytes more than choosing layer by layer.
         frugal = [replace(layer, loss={s: float(b) for s, b in layer.bytes.items()}) for layer in problem.layers]
-        unlimited = replace(problem, layers=frugal, budget_bytes=least)
-        least = plan_bytes(problem, _Model(unlimited, scale_cost=True).solve(0.0, time_limit, 0)[0])
+        unlimited = replace(problem, layers=frugal, budget_bytes=least, max_latency=None)
+        least = plan_bytes(problem, _Model(unlimited, scale_cost=True).solve(0.0, time_limit, Allowance())[0])
     if least > problem.budget_bytes:
         raise InfeasibleBudgetError(
             f"No plan fits {problem.budget_bytes:,} bytes: the smallest takes {least:,} bytes.",
             "Raise the budget, allow smaller schemes in the recipe, or protect fewer layers.",
             least,
         )
+    _check_latency(problem, time_limit)
     schemes, report = solve_exactly(problem, gap, time_limit)
     largest = max(loss for layer in problem.layers for loss in layer.loss.values())
     if 0 < report.loss < SMALL_OBJECTIVE * largest:
@@ -169,6 +202,45 @@ def allocate(problem: Problem, gap: float = 1e-4, time_limit: float = 60.0) -> t
         if fine_report.loss <= report.loss:
             return finer, fine_report
     return schemes, report
+
+
+def _check_latency(problem: Problem, time_limit: float) -> None:
+    """Raise InfeasibleLatencyError when no plan within the budget holds the limit on latency."""
+    if problem.max_latency is None or fits(problem, smallest_plan(problem)):
+        return
+    least = plan_latency(problem, fastest_plan(problem, time_limit))
+    if least > problem.max_latency:
+        raise InfeasibleLatencyError(
+            f"No plan within the budget takes at most {problem.max_latency / 1e6:,.6g} ms: "
+            f"the fastest takes {ceil_ms(least)} ms.",
+            "Raise the limit on latency or the budget, or allow more schemes in the recipe.",
+            least,
+        )
+
+
+def ceil_ms(nanoseconds: int) -> str:
+    """Return milliseconds with three decimals, rounded up, so that the figure holds as a limit: ``1.235``."""
+    return f"{-(-nanoseconds // 1000) / 1000:,.3f}"
+
+
+def fastest_plan(problem: Problem, time_limit: float = 60.0, max_loss: float | None = None) -> dict[str, str]:
+    """Return the plan of least latency within the budget, whatever its ``max_latency``; the budget must be feasible.
+
+    ``max_loss``: limit on the sum of the layers' losses. Raises UsageError, which names the least, where nothing holds
+    it. To a gap of 0 within ``time_limit`` seconds.
+    """
+    free = replace(problem, max_latency=None)
+    if max_loss is not None:
+        least = allocate(free, time_limit=time_limit)[1].loss
+        if least > max_loss:
+            raise UsageError(
+                f"No plan within the budget has a predicted loss of at most {max_loss:.3g}.",
+                f"The least is {least:.3g} (allocate.max_loss).",
+            )
+    timed = [replace(layer, loss={s: float(layer.latency.get(s, 0)) for s in layer.bytes}) for layer in free.layers]
+    ceiling = None if max_loss is None else LossCeiling({n.name: n.loss for n in problem.layers}, max_loss)
+    model = _Model(replace(free, layers=timed), ceiling=ceiling, tensor_cost=problem.quantizer_latency)
+    return _within_budget(model, 0.0, time_limit)[0]
 
 
 def allocate_charged(
@@ -204,7 +276,7 @@ def kernel_charge(problem: Problem, charge: float, gap: float = 1e-4, time_limit
         return 0.0
     try:
         report = allocate(_without_branches(problem), gap, time_limit)[1]
-    except InfeasibleBudgetError:
+    except (InfeasibleBudgetError, InfeasibleLatencyError):
         report = allocate(problem, gap, time_limit)[1]
     return charge * report.loss
 
@@ -243,33 +315,63 @@ class MostMoves:
     moves: int
 
 
+@dataclass(frozen=True)
+class LossCeiling:
+    """A limit on the sum of ``losses`` (layer -> scheme -> loss) where something else is minimised."""
+
+    losses: Mapping[str, Mapping[str, float]]
+    limit: float
+
+
 def solve_exactly(
     problem: Problem, gap: float, time_limit: float, limit: MostMoves | None = None
 ) -> tuple[dict[str, str], SolverReport]:
     """Solve a problem that has a solution; losses may be negative (changes of a loss).
 
-    HiGHS holds constraints only to a tolerance, so exact integer bytes are checked and enforced here.
+    HiGHS holds constraints only to a tolerance, so exact integer bytes and nanoseconds are checked and enforced here.
     """
-    model = _Model(problem, limit=limit)
-    allowance = excess = 0
+    return _within_budget(_Model(problem, limit=limit), gap, time_limit)
+
+
+def _within_budget(model: _Model, gap: float, time_limit: float) -> tuple[dict[str, str], SolverReport]:
+    problem = model.problem
+    allowance = Allowance()
     for _ in range(4):
         schemes, report = model.solve(gap, time_limit, allowance)
-        excess = plan_bytes(problem, schemes) - problem.budget_bytes
-        if excess <= 0:
+        if fits(problem, schemes):
             return schemes, report
-        allowance += excess
-    raise MpqError(f"The solver exceeds the budget by {excess} bytes.", "This is a defect: please report the plan.")
+        excess = max(plan_bytes(problem, schemes) - problem.budget_bytes, 0)
+        late = 0 if problem.max_latency is None else max(plan_latency(problem, schemes) - problem.max_latency, 0)
+        allowance = Allowance(allowance.bytes + excess, allowance.nanoseconds + late)
+    raise MpqError(
+        f"The solver exceeds its limits by {excess} bytes and {late} ns.", "This is a defect: please report the plan."
+    )
 
 
-def undominated(layer: LayerChoice) -> list[str]:
+@dataclass(frozen=True)
+class Allowance:
+    """By how much the solver's limits are tightened, to undo its tolerances."""
+
+    bytes: int = 0
+    nanoseconds: int = 0
+
+
+def undominated(layer: LayerChoice, also: Mapping[str, float] | None = None) -> list[str]:
     """Leave out every scheme that another beats or equals in bytes and in loss without needing another input.
 
-    This never removes all optimal plans, and shrinks the MILP by half.
+    ``also``: scheme -> what else it costs, where that is limited. This never removes all optimal plans, and shrinks the
+    MILP by half.
     """
+    further = also or {}
     kept: list[str] = []
     for scheme in sorted(layer.bytes, key=lambda s: (layer.bytes[s], layer.loss[s], s)):
         readable: tuple[dict[str, int], ...] = ({}, quantizers(layer, scheme))
-        beaten = any(layer.loss[k] <= layer.loss[scheme] and quantizers(layer, k) in readable for k in kept)
+        beaten = any(
+            layer.loss[k] <= layer.loss[scheme]
+            and further.get(k, 0.0) <= further.get(scheme, 0.0)
+            and quantizers(layer, k) in readable
+            for k in kept
+        )
         if not beaten:
             kept.append(scheme)
     return kept
@@ -278,28 +380,46 @@ def undominated(layer: LayerChoice) -> list[str]:
 class _Model:
     """The MILP in arrays: one column per (layer, scheme), then one per activation tensor."""
 
-    def __init__(self, problem: Problem, scale_cost: bool = False, limit: MostMoves | None = None) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        scale_cost: bool = False,
+        limit: MostMoves | None = None,
+        ceiling: LossCeiling | None = None,
+        tensor_cost: Mapping[str, int] | None = None,
+    ) -> None:
         self.problem = problem
         self.limit = limit
+        self.ceiling = ceiling
         # The current scheme of a layer must stay a choice even where another beats it: moves are limited.
         held = limit.current if limit else {}
         self.pairs = [
             (i, s)
             for i, layer in enumerate(problem.layers)
-            for s in dict.fromkeys([*undominated(layer), *([held[layer.name]] if held else [])])
+            for s in dict.fromkeys([*undominated(layer, self._also(layer)), *([held[layer.name]] if held else [])])
         ]
         read = {n: size for i, s in self.pairs for n, size in quantizers(problem.layers[i], s).items()}
         self.tensors = sorted(read)
         self.tensor_bytes = np.array([read[name] for name in self.tensors], np.float64)
+        self.tensor_latency = np.array([problem.quantizer_latency.get(n, 0) for n in self.tensors], np.float64)
         self.tensor_cost = self.tensor_bytes if scale_cost else np.zeros(len(read))
+        if tensor_cost is not None:
+            self.tensor_cost = np.array([tensor_cost.get(name, 0) for name in self.tensors], np.float64)
         self.loss = np.array([problem.layers[i].loss[s] for i, s in self.pairs], np.float64)
         if not np.all(np.isfinite(self.loss)):
             bad = self.pairs[int(np.flatnonzero(~np.isfinite(self.loss))[0])]
             name = problem.layers[bad[0]].name
             raise MpqError(f"The measured loss of {name} under {bad[1]} is not finite.", "Measure again.")
         self.bytes = np.array([problem.layers[i].bytes[s] for i, s in self.pairs], np.float64)
+        self.latency = np.array([problem.layers[i].latency.get(s, 0) for i, s in self.pairs], np.float64)
 
-    def solve(self, gap: float, time_limit: float, allowance: int) -> tuple[dict[str, str], SolverReport]:
+    def _also(self, layer: LayerChoice) -> Mapping[str, float] | None:
+        """What a scheme costs that is limited, beside bytes: at most one of latency and loss is."""
+        if self.ceiling is not None:
+            return self.ceiling.losses[layer.name]
+        return None if self.problem.max_latency is None else layer.latency
+
+    def solve(self, gap: float, time_limit: float, allowance: Allowance) -> tuple[dict[str, str], SolverReport]:
         """Build the rows, run HiGHS and read the chosen columns."""
         import highspy
 
@@ -332,7 +452,7 @@ class _Model:
         bound = min(loss, float(info.mip_dual_bound) * self.scale)
         return schemes, SolverReport(status, (loss - bound) / abs(loss) if loss else 0.0, loss, bound)
 
-    def _load(self, highs: Any, allowance: int) -> None:
+    def _load(self, highs: Any, allowance: Allowance) -> None:
         """Hand the columns and rows to HiGHS as one sparse matrix by rows."""
         import highspy
 
@@ -359,7 +479,7 @@ class _Model:
         lp.a_matrix_.value_ = np.concatenate([value for _, _, _, value in rows])
         highs.passModel(lp)
 
-    def _rows(self, allowance: int) -> list[tuple[float, float, np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+    def _rows(self, allowance: Allowance) -> list[Row]:
         """Rows (lower, upper, columns, coefficients): one choice per layer, the bytes, the shared scales."""
         import highspy
 
@@ -372,10 +492,15 @@ class _Model:
             for name in quantizers(self.problem.layers[i], scheme):
                 by_reader[name].setdefault(i, []).append(column)
         rows = [(1.0, 1.0, np.array(columns), np.ones(len(columns))) for columns in by_layer.values()]
-        room = self.problem.budget_bytes - self.problem.fixed_bytes - allowance
-        coefficients = np.concatenate([self.bytes, self.tensor_bytes])
-        unit = max(1.0, float(self.bytes.max()))
-        rows.append((-infinity, room / unit, np.arange(len(coefficients)), coefficients / unit))
+        room = self.problem.budget_bytes - self.problem.fixed_bytes - allowance.bytes
+        rows.append(self._at_most(room, np.concatenate([self.bytes, self.tensor_bytes])))
+        if self.problem.max_latency is not None:
+            left = self.problem.max_latency - self.problem.fixed_latency - allowance.nanoseconds
+            rows.append(self._at_most(left, np.concatenate([self.latency, self.tensor_latency])))
+        if self.ceiling is not None:
+            names = [self.problem.layers[i].name for i, _ in self.pairs]
+            losses = [self.ceiling.losses[name][s] for name, (_, s) in zip(names, self.pairs)]
+            rows.append(self._at_most(self.ceiling.limit, np.array([*losses, *np.zeros(len(self.tensors))])))
         if self.limit is not None:
             names = [layer.name for layer in self.problem.layers]
             kept = [c for c, (i, scheme) in enumerate(self.pairs) if self.limit.current[names[i]] == scheme]
@@ -386,6 +511,13 @@ class _Model:
                 index = np.array([*columns, count + number])
                 rows.append((-infinity, 0.0, index, np.array([1.0] * len(columns) + [-1.0])))
         return rows
+
+    def _at_most(self, limit: float, coefficients: Array) -> Row:
+        """A row over all columns, of the size of one: HiGHS' tolerances are absolute."""
+        import highspy
+
+        unit = float(coefficients.max(initial=0.0)) or 1.0
+        return -highspy.kHighsInf, limit / unit, np.arange(len(coefficients)), coefficients / unit
 
 
 def budget_in_bytes(budget: str | float, fp16_size_bytes: int, weights: int) -> int:

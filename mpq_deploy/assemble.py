@@ -23,6 +23,7 @@ from mpq_deploy.report.data import (
     CurvePoint,
     EngineInfo,
     EvaluationInfo,
+    ExpectedLatency,
     ImageSet,
     ImportanceInfo,
     Interval,
@@ -124,6 +125,7 @@ def report_data(pipeline: Pipeline) -> ReportData:
         engine=engine,
         engine_note=engine_note,
         cpu_latency=_cpu_latency(pipeline),
+        expected_latency=ExpectedLatency(**plan.latency) if plan.latency else None,
         devices=device_infos(pipeline),
         layers=tuple(_layer_row(row, table) for row in plan.layers),
         others=tuple(OtherRow(**row) for row in plan.others),
@@ -238,7 +240,11 @@ def _curve(pipeline: Pipeline) -> tuple[CurvePoint, ...]:
     if sweep is None or sweep["measure"] != pipeline.digest("measure"):
         return ()
     known = CurvePoint.model_fields
-    return tuple(CurvePoint(**{k: v for k, v in point.items() if k in known}) for point in sweep["points"])
+    return tuple(
+        CurvePoint(**{k: v for k, v in point.items() if k in known})
+        for point in sweep["points"]
+        if "size_ratio" in point
+    )
 
 
 def _cpu_latency(pipeline: Pipeline) -> CpuLatencyInfo | None:
@@ -358,6 +364,12 @@ def _headline(run: Path, report: dict[str, Any]) -> str:
     built = f"{run / engine['file']}" if engine else f"none ({report['engine_note']})"
     model = run / ("recover" if report["recovery"] else "quantize") / DEPLOYED
     lines += ["", f"engine: {built}", f"model:  {model}", f"report: {run / 'report.html'}"]
+    expected = report["expected_latency"]
+    if expected:
+        lines.append(
+            f"latency: {expected['ours_ms']:.3g} ms per call, FP16 {expected['fp16_ms']:.3g} ms, INT8 "
+            f"{expected['int8_ms']:.3g} ms ({expected['source']} layer by layer, not measured as a whole)"
+        )
     if CORRECTED in report["extras"]:
         lines.append(f"correction of the sampler: {run / 'correction' / CORRECTION}")
     return "\n".join(lines)

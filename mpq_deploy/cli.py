@@ -139,6 +139,35 @@ SensitivityOption = Annotated[
 ]
 
 
+class Objective(str, Enum):
+    """Values of --objective."""
+
+    loss = "loss"
+    latency = "latency"
+
+
+MaxLatencyOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--max-latency", metavar="TIME", help="Limit on one call, such as 120ms.", show_default=False),
+]
+ObjectiveOption = Annotated[
+    Optional[Objective],  # noqa: UP045
+    typer.Option("--objective", help="What is least within the budget.", show_default="loss"),
+]
+LatencyTableOption = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--latency-table", metavar="FILE", help="From 'mpq-deploy profile'.", show_default="estimates"),
+]
+
+
+def _latency_settings(max_latency: str | None, objective: Objective | None, table: Path | None) -> dict[str, Any]:
+    return {
+        "allocate.max_latency": max_latency,
+        "allocate.objective": objective.value if objective else None,
+        "allocate.latency_table": str(table) if table else None,
+    }
+
+
 def _version(asked: bool) -> None:
     if asked:
         print(__version__)
@@ -172,13 +201,17 @@ def build(
         bool,
         typer.Option("--recover", help="Also train the plan's model back towards the float one.", show_default=False),
     ] = False,
+    max_latency: MaxLatencyOption = None,
+    objective: ObjectiveOption = None,
+    latency_table: LatencyTableOption = None,
 ) -> None:
     """Do everything: export, measure, fit the budget, quantize, build the engine, compare, report.
 
     A second call on the same run folder repeats only what changed: another budget takes seconds.
     """
     additions = {"conditions": conditions, "scheduler": scheduler, "prompts": prompts}
-    settings = _recipe(recipe, model, budget, target, sensitivity, additions)
+    latency = _latency_settings(max_latency, objective, latency_table)
+    settings = _recipe(recipe, model, budget, target, sensitivity, additions, latency)
     _run_until("report", _recovering(settings) if recover else settings, out)
 
 
@@ -210,9 +243,17 @@ def measure(run: RunArgument, recipe: RecipeOption = None, sensitivity: Sensitiv
 
 
 @app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy allocate runs/mine --budget 0.3")
-def allocate(run: RunArgument, budget: BudgetOption = None, recipe: RecipeOption = None) -> None:
-    """Choose a scheme for every layer within the budget."""
-    _run_until("allocate", _recipe_of(run, recipe, {"budget": budget}), run)
+def allocate(
+    run: RunArgument,
+    budget: BudgetOption = None,
+    recipe: RecipeOption = None,
+    max_latency: MaxLatencyOption = None,
+    objective: ObjectiveOption = None,
+    latency_table: LatencyTableOption = None,
+) -> None:
+    """Choose a scheme for every layer within the budget, and within a latency where one is given."""
+    latency = _latency_settings(max_latency, objective, latency_table)
+    _run_until("allocate", _recipe_of(run, recipe, {"budget": budget, **latency}), run)
 
 
 @app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy quantize runs/mine")
@@ -559,6 +600,48 @@ def deploy(
         raise typer.Exit(1)
 
 
+@app.command(rich_help_panel=MACHINE, epilog="Example: mpq-deploy profile runs/mine --target rtx-ada")
+def profile(
+    run: Annotated[
+        Path, typer.Argument(metavar="[RUN]", help="The run folder whose layers are timed.", show_default=True)
+    ] = Path("runs/emoji"),
+    target: TargetOption = None,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--out", "-o", metavar="FILE", help="The table.", show_default="<target>.latency.json"),
+    ] = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Write the estimates instead: needs no hardware, measures nothing.")
+    ] = False,
+) -> None:
+    """Time every distinct layer under every scheme on this GPU, for --latency-table.
+
+    Stopped, it goes on with the same file. Without the hardware it says what would be measured.
+    """
+    from mpq_deploy.engine.target import load_target
+    from mpq_deploy.latency.profile import Profile
+    from mpq_deploy.pipeline import open_pipeline
+
+    recipe = _recipe_of(run, None)
+    chosen = load_target(target or recipe.target)
+    path = out or Path(f"{chosen.name}.latency.json")
+    with open_pipeline(recipe, run, _talk()) as pipeline:
+        pipeline.run_until("calibrate")
+        wanted = Profile(pipeline, chosen)
+        if estimate:
+            table = wanted.estimate()
+            table.save(path)
+        else:
+            wanted.refuse_without_hardware()
+            table = wanted.measure(path)
+    if State.json:
+        _print_json({"file": str(path), "entries": len(table.entries), "source": table.source, "device": table.device})
+    else:
+        left = len(wanted.jobs) - len(table.entries)
+        missing = f", {left} left out" if left > 0 else ""
+        print(f"{path}  {len(table.entries)} rows {table.source}, of {table.device or 'no device'}{missing}")
+
+
 @app.command(rich_help_panel=MACHINE, epilog="Example: mpq-deploy targets rtx")
 def targets(name: Annotated[Optional[str], typer.Argument(help="Show one target in full.")] = None) -> None:  # noqa: UP045
     """List the targets, or show what one target may take and what is proven of it."""
@@ -645,6 +728,7 @@ def _recipe(
     target: str | None,
     sensitivity: Sensitivity | None,
     additions: dict[str, Path | None],
+    settings: dict[str, Any] | None = None,
 ) -> Recipe:
     from mpq_deploy.recipe import load_recipe
 
@@ -656,6 +740,7 @@ def _recipe(
             "target": target,
             "measure.method": sensitivity.value if sensitivity else None,
             **{name: str(path) for name, path in additions.items() if path},
+            **(settings or {}),
         },
     )
 

@@ -46,6 +46,14 @@ class InfeasibleBudgetError(UsageError):
         self.smallest = smallest
 
 
+class InfeasibleLatencyError(UsageError):
+    """No plan within the budget is fast enough. ``least_ns`` is the least latency there, in nanoseconds."""
+
+    def __init__(self, message: str, hint: str, least_ns: int) -> None:
+        super().__init__(message, hint)
+        self.least_ns = least_ns
+
+
 class EngineError(MpqError):
     """A builder failed, crashed, or built something other than the plan."""
 

@@ -91,6 +91,14 @@ class AllocateSection(Section):
         0.002, ge=0, description="share of the plan's loss that each kernel of a branch must take off to be worth it"
     )
     cross_terms: bool = Field(True, description="refine the plan with the cross terms between layers, where that helps")
+    objective: Literal["loss", "latency"] = Field("loss", description="what is least, within the budget")
+    max_latency: str | None = Field(
+        None, description="of one call at engine.batch_opt: 120ms; a limit beside the budget"
+    )
+    max_loss: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="with objective latency: limit on the sum of the predicted losses"
+    )
+    latency_table: str | None = Field(None, description="file of 'mpq-deploy profile'; what it lacks is estimated")
     protect: tuple[ProtectRule, ...] = ()
     gap: float = Field(1e-4, ge=0, lt=1, description="relative gap at which the solver may stop")
     time_limit: float = Field(60.0, gt=0, description="seconds")

@@ -18,7 +18,16 @@ from functools import cached_property
 
 import numpy as np
 
-from mpq_deploy.allocate import MostMoves, Problem, SolverReport, kernels, plan_bytes, solve_exactly
+from mpq_deploy.allocate import (
+    MostMoves,
+    Problem,
+    SolverReport,
+    fits,
+    kernels,
+    plan_bytes,
+    plan_latency,
+    solve_exactly,
+)
 from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.precision.deployed import ACTIVATION_SCALE_BYTES
 from mpq_deploy.sensitivity.table import SensitivityTable
@@ -59,6 +68,7 @@ class Quadratic:
         # Entries of calls that are held back are zeros.
         self.vectors = vectors[:, vectors.any(axis=0)]
         self.bytes = np.array([size for layer in problem.layers for size in layer.bytes.values()], np.int64)
+        self.latency = np.array([n.latency.get(s, 0) for n in problem.layers for s in n.bytes], np.int64)
         self._squares = np.einsum("mp,mp->m", self.vectors, self.vectors)
         self._starts = np.append(np.flatnonzero(np.diff(self.layer, prepend=-1)), len(self.moves))
         self._overlaps: dict[int, Array] = {}
@@ -209,6 +219,7 @@ def _best_pair(quadratic: Quadratic, current: Mapping[str, str], loss: float) ->
     # Shared activation scales may give back a few bytes: the plan's own count decides below.
     spare = problem.budget_bytes - plan_bytes(problem, current) + 4 * ACTIVATION_SCALE_BYTES
     gain[(room > spare) | (gain >= -SMALLEST_GAIN * abs(loss))] = np.inf
+    _rule_out_slow(quadratic, current, moves, gain)
     flat = gain.reshape(-1)
     best = np.argpartition(flat, min(MOST_TRIED, len(flat) - 1))[:MOST_TRIED]
     for place in best[np.argsort(flat[best], kind="stable")]:
@@ -216,9 +227,22 @@ def _best_pair(quadratic: Quadratic, current: Mapping[str, str], loss: float) ->
             return None
         pair = [quadratic.moves[moves[i]] for i in np.unravel_index(place, gain.shape)]
         plan = {**current, **dict(pair)}
-        if plan_bytes(problem, plan) <= problem.budget_bytes:
+        if fits(problem, plan):
             return plan
     return None
+
+
+def _rule_out_slow(quadratic: Quadratic, current: Mapping[str, str], moves: Array, gain: Array) -> None:
+    """Set the ``gain`` [moves, moves] of pairs that cannot hold the limit on latency to infinity, in place."""
+    problem = quadratic.problem
+    if problem.max_latency is None:
+        return
+    slower = (quadratic.latency - quadratic.latency[quadratic.chosen(current)][quadratic.layer])[moves]
+    added = slower[:, None] + slower[None]
+    np.fill_diagonal(added, slower)
+    # Quantizers that nobody reads any more give back their time: the plan's own count decides.
+    shared = 4 * max(problem.quantizer_latency.values(), default=0)
+    gain[added > problem.max_latency - plan_latency(problem, current) + shared] = np.inf
 
 
 def _promising(quadratic: Quadratic, alone: Array, added: Array, chosen: Array) -> Array:

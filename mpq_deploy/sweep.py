@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpq_deploy.artefacts import canonical_json, write_text
-from mpq_deploy.errors import InfeasibleBudgetError, UsageError
+from mpq_deploy.errors import InfeasibleBudgetError, InfeasibleLatencyError, UsageError
 
 if TYPE_CHECKING:
     from mpq_deploy.pipeline import Pipeline
@@ -70,6 +70,8 @@ def run_sweep(pipeline: Pipeline, budgets: list[float], evaluate: bool) -> dict[
                 plan = solver.solve(str(budget))
             except InfeasibleBudgetError as error:
                 points.append({"budget": budget, "smallest_feasible_bytes": error.smallest})
+            except InfeasibleLatencyError as error:
+                points.append({"budget": budget, "least_latency_ms": error.least_ns / 1e6})
             else:
                 plans[budget] = plan
                 points.append(
@@ -132,6 +134,9 @@ def sweep_table(result: dict[str, Any]) -> str:
     """The points as a table for the terminal."""
     lines = [f"{'budget':>8} {'of FP16':>8} {'bytes':>14} {'predicted':>10} {'measured':>10} {'PSNR dB':>8}"]
     for point in result["points"]:
+        if "least_latency_ms" in point:
+            lines.append(f"{point['budget']:>8.4f} no plan is fast enough: the fastest takes {_ms(point)} ms")
+            continue
         if "size_bytes" not in point:
             lines.append(
                 f"{point['budget']:>8.4f} no plan fits: the smallest is {point['smallest_feasible_bytes']:,} bytes"
@@ -155,6 +160,10 @@ def sweep_table(result: dict[str, Any]) -> str:
     if result.get("simulated"):
         lines.append("simulated: bytes are nominal, no engine can hold these plans")
     return "\n".join(lines)
+
+
+def _ms(point: dict[str, Any]) -> str:
+    return f"{point['least_latency_ms']:.3f}"
 
 
 def _draw(result: dict[str, Any], path: Path) -> None:

@@ -155,6 +155,7 @@ class LayerRow(Part):
     predicted_loss: float | None = Field(None, ge=0)
     refused: dict[str, str] = Field(default_factory=dict)
     loss_by_timestep: tuple[float, ...] = ()
+    latency_ms: float | None = Field(None, ge=0, description="alone; estimated or measured as ExpectedLatency says")
     importance: float | None = None
     linear_bits: float | None = Field(None, ge=0)
 
@@ -191,6 +192,30 @@ class CpuLatencyInfo(Part):
     float_ms: float = Field(ge=0)
     ours_ms: float = Field(ge=0)
     source: str
+
+
+class ExpectedLatency(Part):
+    """What the plan is expected to take per call at ``batch``, beside everything FP16 and everything INT8.
+
+    Sums over single layers: never a measurement of the engine. ``source``: estimated, measured (layer by layer), or
+    both; ``basis`` on what, in words. ``others_ms``: what is no layer, always estimated. ``slower_in_int8``: layers
+    that are expected to be slower in INT8 than in FP16, and ``taken``, those that the plan has in INT8. ``limit_ms``:
+    asked for.
+    """
+
+    ours_ms: float = Field(ge=0)
+    fp16_ms: float = Field(ge=0)
+    int8_ms: float = Field(ge=0)
+    others_ms: float = Field(ge=0)
+    batch: int = Field(ge=1)
+    source: str
+    basis: str
+    measured: int = Field(ge=0)
+    estimated: int = Field(ge=0)
+    slower_in_int8: tuple[str, ...] = ()
+    taken: tuple[str, ...] = ()
+    objective: str = "loss"
+    limit_ms: float | None = Field(None, gt=0)
 
 
 class EvaluationInfo(Part):
@@ -309,6 +334,7 @@ class ReportData(Part):
     engine: EngineInfo | None = None
     engine_note: str = ""
     cpu_latency: CpuLatencyInfo | None = None
+    expected_latency: ExpectedLatency | None = Field(None, description="None: nothing is known of the target's speed")
     devices: tuple[DeviceInfo, ...] = Field((), description="from installed packages")
     layers: tuple[LayerRow, ...]
     others: tuple[OtherRow, ...] = ()

@@ -13,6 +13,7 @@ from mpq_deploy.report.words import (
     duration,
     engine_state,
     error,
+    expected_latency,
     headline,
     importance,
     intervals_note,
@@ -110,7 +111,8 @@ def _variants(data: ReportData) -> list[list[str]]:
 def _engine_line(data: ReportData) -> str:
     word, line = engine_state(data)
     speed, where = latency(data)
-    return f"Engine: {word} ({plain(line)}). Latency: {speed} ({plain(where)})."
+    expected = f" {plain(expected_latency(data.expected_latency))}." if data.expected_latency else ""
+    return f"Engine: {word} ({plain(line)}). Latency: {speed} ({plain(where)}).{expected}"
 
 
 def _devices(data: ReportData) -> list[str]:

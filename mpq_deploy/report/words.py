@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Protocol
 
-from mpq_deploy.report.data import Control, DeviceInfo, ImportanceInfo, Interval, ReportData
+from mpq_deploy.report.data import Control, DeviceInfo, ExpectedLatency, ImportanceInfo, Interval, ReportData
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _SIZE_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
@@ -183,6 +183,18 @@ def latency(data: ReportData) -> tuple[str, str]:
     if data.engine is not None and data.engine.latency_ms is not None:
         return f"{digits(data.engine.latency_ms)} ms", data.engine.latency_source
     return "not measured here", "this machine did not run the engine"
+
+
+def expected_latency(info: ExpectedLatency) -> str:
+    """Say what a call is expected to take, and that this is no measurement of the engine."""
+    word = {"estimated": "Estimated", "measured": "Summed from measured layers"}.get(
+        info.source, "Summed from measured and estimated layers"
+    )
+    limit = f", at most {digits(info.limit_ms)} ms asked for" if info.limit_ms is not None else ""
+    return (
+        f"{word}, not measured: {digits(info.ours_ms)} ms per call at batch {info.batch}{limit}; everything FP16 "
+        f"{digits(info.fp16_ms)} ms, everything INT8 {digits(info.int8_ms)} ms ({info.basis})"
+    )
 
 
 DEVICE_COLUMNS = ("device", "engine", "layers", "outputs", "latency (median, p99)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +17,21 @@ from mpq_deploy.allocate import (
     Problem,
     allocate_with_fee,
     budget_in_bytes,
+    fastest_plan,
     kernel_charge,
     plan_bytes,
+    plan_latency,
     protected_schemes,
+    quantizers,
+    smallest_plan,
 )
 from mpq_deploy.artefacts import Fields
 from mpq_deploy.engine.target import load_target
 from mpq_deploy.errors import InfeasibleBudgetError
+from mpq_deploy.graph.layers import Layer
 from mpq_deploy.graph.passes.prescale import foldable_inputs
+from mpq_deploy.latency.costs import PlanLatency, int8_warning
+from mpq_deploy.latency.table import parse_latency
 from mpq_deploy.precision.candidates import Choices
 from mpq_deploy.precision.deployed import FP16_BYTES, activation_bytes, weight_bytes
 from mpq_deploy.precision.scheme import SCHEMES
@@ -32,6 +39,7 @@ from mpq_deploy.refine import CrossTerms, Solved, allocate_with_cross_terms
 from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.stages.candidates import choices_of
 from mpq_deploy.stages.common import Exported, settings, version_of
+from mpq_deploy.stages.latency import latency_costs, latency_inputs, plan_latency_info
 
 if TYPE_CHECKING:
     from mpq_deploy.pipeline import Pipeline
@@ -44,6 +52,7 @@ def allocate_inputs(pipeline: Pipeline) -> Fields:
         "recipe.budget": pipeline.recipe.budget,
         "target.protected": list(load_target(pipeline.recipe.target).protected),
         **settings(pipeline.recipe.allocate, "allocate"),
+        **latency_inputs(pipeline.recipe),
         **version_of("highspy", "numpy"),
     }
 
@@ -55,6 +64,7 @@ class PlanSolver:
     """
 
     def __init__(self, pipeline: Pipeline, control: str = "", table: SensitivityTable | None = None) -> None:
+        self.recipe = pipeline.recipe
         self.section = pipeline.recipe.allocate
         self.orm = pipeline.recipe.measure.orm
         self.exported = Exported(pipeline)
@@ -72,19 +82,44 @@ class PlanSolver:
             for layer in self.layers
         ]
         allowed = protected_schemes(names, rules)
-        self.choices = [
-            LayerChoice(
-                layer.name,
-                layer.inputs,
-                {name: weight_bytes(layer, SCHEMES[name]) for name in allowed[layer.name]},
-                {name: self.table.losses[layer.name][name] for name in allowed[layer.name]},
-                {name: activation_bytes(layer, SCHEMES[name]) for name in allowed[layer.name]},
-            )
-            for layer in self.layers
-        ]
+        self.costs, self.no_latency = latency_costs(pipeline, self.exported)
+        self.choices = [self._choice(layer, allowed[layer.name]) for layer in self.layers]
         self.fp16_size = int(self.exported.facts["fp16_size_bytes"])
         self.weights = sum(layer.weights for layer in self.layers)
         self.foldable = foldable_inputs(self.exported.graph)
+
+    def _choice(self, layer: Layer, names: tuple[str, ...]) -> LayerChoice:
+        return LayerChoice(
+            layer.name,
+            layer.inputs,
+            {name: weight_bytes(layer, SCHEMES[name]) for name in names},
+            {name: self.table.losses[layer.name][name] for name in names},
+            {name: activation_bytes(layer, SCHEMES[name]) for name in names},
+            {name: self.costs.layer_ns(layer, SCHEMES[name]) for name in names} if self.costs else {},
+        )
+
+    def _with_latency(self, problem: Problem) -> Problem:
+        """Add what is known of latency and the limit on it; with latency as the objective, that is the least."""
+        if self.costs is None:
+            return problem
+        section = self.section
+        shared = {
+            name: self.costs.quantizer_ns(tensor, SCHEMES[scheme])
+            for choice in problem.layers
+            for scheme in choice.bytes
+            for tensor in choice.inputs
+            for name in quantizers(choice, scheme)
+            if name == tensor + SCHEMES[scheme].activation_form
+        }
+        limit = None if section.max_latency is None else parse_latency(section.max_latency)
+        timed = replace(problem, quantizer_latency=shared, fixed_latency=self.costs.others_ns, max_latency=limit)
+        if section.objective == "loss":
+            return timed
+        smallest = plan_bytes(problem, smallest_plan(problem))
+        if smallest > problem.budget_bytes:
+            return timed  # the solver says what the smallest feasible budget is
+        least = plan_latency(timed, fastest_plan(timed, section.time_limit, section.max_loss))
+        return timed if limit is not None and limit < least else replace(timed, max_latency=least)
 
     def solve(self, budget: str) -> PrecisionPlan:
         """Solve the allocation for ``budget`` (as the user writes it) and describe the plan."""
@@ -92,6 +127,7 @@ class PlanSolver:
         limit = budget_in_bytes(budget, self.fp16_size, self.weights)
         problem = Problem(self.choices, fixed, limit, self.foldable)
         try:
+            problem = self._with_latency(problem)
             solved, cross_terms = self._solved(problem)
         except InfeasibleBudgetError as error:
             ratio = math.ceil(error.smallest / self.fp16_size * 1e4) / 1e4
@@ -103,6 +139,7 @@ class PlanSolver:
             ) from error
         schemes = solved.schemes
         programme, weighed = self._weighed(schemes, problem.budget_bytes - fixed)
+        latency = self._latency(problem, schemes)
         return PrecisionPlan(
             budget_bytes=problem.budget_bytes,
             size_bytes=plan_bytes(problem, schemes),
@@ -113,11 +150,23 @@ class PlanSolver:
             layers=[{**self._row(i, schemes[n.name]), **weighed[i]} for i, n in enumerate(self.layers)],
             others=[vars(other) for other in self.exported.graph.others],
             solver=solved.report,
-            notes=list(self.table.notes),
+            notes=[*self.table.notes, *self._latency_notes(latency)],
             bit_programme=programme,
             cross_terms=None if cross_terms is None else asdict(cross_terms),
             simulated=any(SCHEMES[name].simulated for name in schemes.values()),
+            latency=None if latency is None else asdict(latency),
         )
+
+    def _latency(self, problem: Problem, schemes: dict[str, str]) -> PlanLatency | None:
+        if self.costs is None:
+            return None
+        limit = None if self.section.max_latency is None else parse_latency(self.section.max_latency)
+        ours = plan_latency(problem, schemes)
+        return plan_latency_info(self.costs, self.exported, schemes, ours, limit, self.recipe)
+
+    def _latency_notes(self, latency: PlanLatency | None) -> list[str]:
+        said = [self.no_latency, int8_warning(latency, len(self.layers)) if latency else ""]
+        return [note for note in said if note]
 
     def _solved(self, problem: Problem) -> tuple[Solved, CrossTerms | None]:
         """Solve without cross terms, then with them where the metric knows them and the recipe wants them."""
@@ -186,6 +235,7 @@ class PlanSolver:
             "weights": layer.weights,
             "weight_shape": list(layer.weight_shape),
             "predicted_loss": choice.loss[scheme] if self.table.predicts_nmse else None,
+            "latency_ms": choice.latency[scheme] / 1e6 if choice.latency else None,
             "refused": self.refused[layer.name],
         }
 
@@ -202,4 +252,13 @@ def make_allocate(pipeline: Pipeline, folder: Path) -> str:
     ratio = plan.size_bytes / plan.fp16_size_bytes
     predicted = "not predicted" if plan.predicted_loss is None else f"predicted NMSE {plan.predicted_loss:.2e}"
     kind = "nominal bytes, simulated" if plan.simulated else "bytes"
-    return f"{plan.size_bytes:,} {kind} ({ratio:.4f} of FP16), {predicted}"
+    warned = int8_warning(PlanLatency(**plan.latency), len(plan.layers)) if plan.latency else ""
+    if warned:
+        pipeline.talk.warn(warned)
+    return f"{plan.size_bytes:,} {kind} ({ratio:.4f} of FP16), {predicted}{_speed(plan)}"
+
+
+def _speed(plan: PrecisionPlan) -> str:
+    if plan.latency is None:
+        return ""
+    return f", {plan.latency['ours_ms']:.3g} ms of layers and other kernels ({plan.latency['source']})"

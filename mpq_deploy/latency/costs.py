@@ -1,0 +1,167 @@
+"""What every (layer, scheme) takes on a target, in nanoseconds: measured where a table says so, else estimated.
+
+In: the graph, the shapes of its activations at the deployed batch, the target, a latency table if there is one. Out:
+``LatencyCosts``, which the solver's problem and the plan's ``PlanLatency`` are filled from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import ceil, prod
+
+from mpq_deploy.engine.target import Target
+from mpq_deploy.errors import UsageError
+from mpq_deploy.graph.layers import Layer, LayerGraph, LayerUse
+from mpq_deploy.latency.others import others_seconds
+from mpq_deploy.latency.roofline import Rates, Traffic, layer_seconds, quantizer_seconds
+from mpq_deploy.latency.table import LatencyTable, LayerShape
+from mpq_deploy.precision.scheme import FP16, Scheme
+
+NANOSECONDS = 1e9
+# How many names a warning gives.
+NAMED = 4
+
+
+@dataclass(frozen=True)
+class PlanLatency:
+    """Milliseconds per call of a plan, beside everything FP16 and everything INT8 (where a layer may take it).
+
+    All are sums over single layers and of ``others_ms``, what is no layer: nothing here was measured as a whole.
+    ``source``: estimated, measured, or "measured and estimated" for the layers; ``basis`` says in words on what.
+    ``measured`` and ``estimated`` count the solver's (layer, scheme) entries. ``slower_in_int8``: layers that are
+    expected to be slower in INT8 than in FP16; ``taken``: those among them that the plan has in INT8 all the same.
+    """
+
+    ours_ms: float
+    fp16_ms: float
+    int8_ms: float
+    others_ms: float
+    batch: int
+    source: str
+    basis: str
+    measured: int
+    estimated: int
+    slower_in_int8: tuple[str, ...]
+    taken: tuple[str, ...]
+    objective: str
+    limit_ms: float | None
+
+
+class LatencyCosts:
+    """Nanoseconds of layers, of shared quantizers, and of what is no layer.
+
+    ``shapes``: activation -> shape with the batch in it, of all that layers read and write (and of the others).
+    Raises UsageError where a layer has neither a row in ``table`` nor figures of ``target`` to estimate it from.
+    """
+
+    def __init__(
+        self,
+        graph: LayerGraph,
+        shapes: Mapping[str, tuple[int, ...]],
+        target: Target,
+        batch: int,
+        table: LatencyTable | None = None,
+    ) -> None:
+        self.shapes, self.target, self.batch, self.table = shapes, target, batch, table
+        self.rates = Rates.of(target)
+        if table is not None:
+            table.require(target.name, batch)
+        self.others_ns = _ns(others_seconds(graph, shapes, self.rates)) if self.rates else 0
+        self.estimated: set[tuple[str, str]] = set()
+        self.measured: set[tuple[str, str]] = set()
+
+    def layer_ns(self, layer: Layer, scheme: Scheme) -> int:
+        """Return what all uses of ``layer`` take under ``scheme``, without the quantizers that it may share."""
+        return sum(self._use_ns(layer, use, scheme) for use in layer.uses)
+
+    def quantizer_ns(self, tensor: str, scheme: Scheme) -> int:
+        """Return what quantizing the activation ``tensor`` takes under ``scheme``, once for all readers: an estimate.
+
+        0 without figures: then each reader's own row holds it.
+        """
+        if self.rates is None:
+            return 0
+        return _ns(quantizer_seconds(prod(self.shapes[tensor]), scheme, self.rates))
+
+    def alone_ns(self, layer: Layer, scheme: Scheme) -> int:
+        """Return what ``layer`` takes when it shares no quantizer."""
+        return self.layer_ns(layer, scheme) + sum(self.quantizer_ns(tensor, scheme) for tensor in layer.inputs)
+
+    def shape(self, layer: Layer, use: LayerUse) -> LayerShape:
+        """Return the key of one use of ``layer`` in latency tables."""
+        return LayerShape(layer.op, self.shapes[use.input], self.shapes[use.output], layer.weight_shape, layer.group)
+
+    def plan_ns(self, layers: Iterable[Layer], schemes: Mapping[str, Scheme]) -> int:
+        """Return what a plan (layer -> scheme) takes, what is no layer included."""
+        total, shared = self.others_ns, {}
+        for layer in layers:
+            scheme = schemes[layer.name]
+            total += self.layer_ns(layer, scheme)
+            for tensor in layer.inputs if scheme.activation else ():
+                shared[tensor + scheme.activation_form] = self.quantizer_ns(tensor, scheme)
+        return total + sum(shared.values())
+
+    def slower_in_int8(self, layers: Iterable[Layer], int8: Mapping[str, Scheme]) -> tuple[str, ...]:
+        """Return the layers that alone are slower under ``int8`` (layer -> scheme) than in FP16."""
+        return tuple(n.name for n in layers if self.alone_ns(n, int8[n.name]) > self.alone_ns(n, FP16))
+
+    def source(self) -> str:
+        """Say in a word where the layers' times come from, as far as they were asked for."""
+        if not self.measured:
+            return "estimated"
+        return "measured and estimated" if self.estimated else "measured"
+
+    def basis(self) -> str:
+        """Say on what the times rest."""
+        said = []
+        if self.measured and self.table is not None:
+            rows = len(self.measured)
+            of = f" of {rows + len(self.estimated):,}" if self.estimated else ""
+            said.append(f"{rows:,}{of} (layer, scheme) times measured on {self.table.device} ({self.table.builder})")
+        if self.table is not None and self.table.source == "estimated":
+            said.append(f"the table given is itself an estimate, of {self.table.device}")
+        if self.rates is not None:
+            doubt = f"; not confirmed: {', '.join(self.rates.unconfirmed)}" if self.rates.unconfirmed else ""
+            all_or_rest = "the rest estimated" if self.measured else "estimated"
+            said.append(f"{all_or_rest} by a roofline of peak figures ({self.rates.device}{doubt})")
+        return "; ".join(said)
+
+    def _use_ns(self, layer: Layer, use: LayerUse, scheme: Scheme) -> int:
+        found = self.table.entries.get((self.shape(layer, use), scheme.name)) if self.table else None
+        if found is not None:
+            assert self.table is not None
+            (self.measured if self.table.source == "measured" else self.estimated).add((layer.name, scheme.name))
+            # A row is of the layer alone, its quantizer included; that is charged apart, once for all readers.
+            own = self.quantizer_ns(use.input, scheme)
+            return max(ceil(found * 1e6) - own, 0)
+        if self.rates is None:
+            raise UsageError(
+                f"Nothing is known of the time of {layer.name} under {scheme.name} on {self.target.name}: "
+                "the target has no figures to estimate it from"
+                + (", and the latency table no such row." if self.table else "."),
+                "Give --latency-table with every layer's rows (mpq-deploy profile), or a target with its figures.",
+            )
+        self.estimated.add((layer.name, scheme.name))
+        traffic = Traffic(prod(self.shapes[use.input]), prod(self.shapes[use.output]))
+        return _ns(layer_seconds(layer, scheme, traffic, self.rates))
+
+
+def int8_warning(latency: PlanLatency, layers: int) -> str:
+    """Say which layers are expected to be slower in INT8 than in FP16; empty when none is."""
+    slower = latency.slower_in_int8
+    if not slower:
+        return ""
+    word = "measured" if latency.source == "measured" else "estimated"
+    more = f" and {len(slower) - NAMED} more" if len(slower) > NAMED else ""
+    said = (
+        f"INT8 is expected to be slower than FP16 ({word}) for {len(slower)} of {layers} layers: "
+        f"{', '.join(slower[:NAMED])}{more}"
+    )
+    if not latency.taken:
+        return f"{said}; the plan has none of them in INT8"
+    return f"{said}; the plan has {len(latency.taken)} of them in INT8 for its bytes (--objective latency weighs this)"
+
+
+def _ns(seconds: float) -> int:
+    return ceil(seconds * NANOSECONDS)

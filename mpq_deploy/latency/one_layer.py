@@ -1,0 +1,110 @@
+"""A graph of one layer under one scheme, in the target's dialect: what is built and timed for a latency table.
+
+In: a layer of a model, its scheme, its shapes. Out: a folder with the deployed ONNX file. Weights are random (seeded):
+times do not depend on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from mpq_deploy.denoisers.spec import Array
+from mpq_deploy.graph.dialects import Dialect
+from mpq_deploy.graph.layers import Layer, LayerUse
+from mpq_deploy.graph.passes.quantize_layers import LayerRewrite
+from mpq_deploy.graph.write import write_quantized
+from mpq_deploy.latency.table import LayerShape
+from mpq_deploy.precision.candidates import (
+    Choices,
+    LayerCandidates,
+    round_candidates,
+    weight_matrix,
+    with_promoted_rows,
+)
+from mpq_deploy.precision.deployed import input_channels
+from mpq_deploy.precision.scheme import FP16, Scheme
+
+INPUT, OUTPUT = "x", "y"
+FLOAT_MODEL = "float.onnx"
+# Any scale does: it is what an activation of the size of one would have.
+SCALE = 1 / 32
+OPSET, IR_VERSION = 21, 10
+SEED = 0
+
+
+@dataclass(frozen=True)
+class OneLayer:
+    """A layer to write alone: the node in its model, its shapes with the batch in them, and its scheme."""
+
+    layer: Layer
+    node: ir.Node
+    shape: LayerShape
+    scheme: Scheme
+
+    @property
+    def alone(self) -> Layer:
+        """The layer in its own graph."""
+        return replace(self.layer, uses=(LayerUse(self.node.name or "layer", INPUT, OUTPUT),))
+
+
+def write_one_layer(one: OneLayer, folder: Path, dialect: Dialect) -> int:
+    """Write ``model.onnx`` of one layer into ``folder``; return the bytes of its constants."""
+    rng = np.random.default_rng(SEED)
+    weight = rng.standard_normal(one.layer.weight_shape).astype(np.float32)
+    ir.save(_float_model(one, weight), folder / FLOAT_MODEL)
+    matrix = None
+    if one.scheme.weight is not None:
+        matrix = _candidates(one, weight).forms[one.scheme.weight_form]
+    scales: Mapping[str, float] = {INPUT + one.scheme.activation_form: SCALE}
+    rewrite = LayerRewrite(one.alone, one.scheme, matrix)
+    return write_quantized(folder / FLOAT_MODEL, "", INPUT, [rewrite], dict(scales), folder, dialect)
+
+
+def _float_model(one: OneLayer, weight: Array) -> ir.Model:
+    x = _value(INPUT, one.shape.input_shape)
+    held = _constant(one.layer.weight, weight)
+    constants = [held]
+    inputs: list[ir.Value | None] = [x, held]
+    for number, given in enumerate(one.node.inputs[2:]):
+        if given is None or given.const_value is None:
+            inputs.append(None)
+            continue
+        constants.append(_constant(f"bias{number}", np.zeros(given.const_value.shape.numpy(), np.float32)))
+        inputs.append(constants[-1])
+    node = ir.Node("", one.layer.op, inputs, one.node.attributes.values(), num_outputs=1, name=one.alone.uses[0].node)
+    y = node.outputs[0]
+    y.name, y.shape, y.type = OUTPUT, ir.Shape(one.shape.output_shape), ir.TensorType(ir.DataType.FLOAT)
+    opsets = {"": OPSET}
+    graph = ir.Graph([x], [y], nodes=[node], initializers=constants, opset_imports=opsets, name="one_layer")
+    return ir.Model(graph, ir_version=IR_VERSION)
+
+
+def _candidates(one: OneLayer, weight: Array) -> LayerCandidates:
+    """Round to the nearest, with every choice of channels as it comes."""
+    layer, channels = one.alone, input_channels(one.layer)
+    found = round_candidates(
+        layer,
+        Choices((FP16, one.scheme), {}),
+        weight_matrix(layer, weight),
+        np.ones((layer.group * layer.reduction, 1, 1)),
+        widths=(1,) * layer.reduction,
+        gptq=False,
+        damping=0.05,
+        outliers=np.arange(channels, dtype=np.int32),
+        factors=np.full(channels, 0.5, np.float16),
+    )
+    return with_promoted_rows(found, np.arange(layer.out_channels, dtype=np.int32))
+
+
+def _value(name: str, shape: tuple[int, ...]) -> ir.Value:
+    return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
+
+
+def _constant(name: str, array: Array) -> ir.Value:
+    tensor = ir.Tensor(np.asarray(array), name=name)
+    return ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)

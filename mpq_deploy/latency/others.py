@@ -1,0 +1,57 @@
+"""Estimate what is no layer: products of two activations, norms, and what only moves values. Always FP16.
+
+In: the graph, the shapes of activations, the target's figures. Out: seconds per call. Pointwise operators count
+nothing: TensorRT fuses them into their neighbours. Our choice, and a rough one: it is the same for every plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+
+import onnx_ir as ir
+
+from mpq_deploy.graph.layers import LayerGraph
+from mpq_deploy.latency.roofline import Rates, fp16_seconds
+from mpq_deploy.precision.deployed import FP16_BYTES
+
+NORMS = ("InstanceNormalization", "GroupNormalization", "LayerNormalization", "RMSNormalization", "BatchNormalization")
+MOVES = ("Resize", "Concat", "ConvTranspose", "AveragePool", "MaxPool")
+
+
+def weighed_nodes(graph: LayerGraph) -> list[ir.Node]:
+    """Return the nodes that count: no layer, and of floats."""
+    layers = {use.node for layer in graph.layers for use in layer.uses}
+    return [
+        node
+        for node in graph.model.graph
+        if node.name not in layers
+        and node.op_type in ("MatMul", *NORMS, *MOVES)
+        and node.outputs[0].dtype in (None, ir.DataType.FLOAT)
+    ]
+
+
+def activations_of(node: ir.Node) -> list[str]:
+    """Return the names of the tensors that a node reads and writes, constants left out."""
+    read = [v for v in node.inputs if v is not None and not v.is_initializer() and v.dtype in (None, ir.DataType.FLOAT)]
+    return [value.name or "" for value in (*read, *node.outputs)]
+
+
+def others_seconds(graph: LayerGraph, shapes: Mapping[str, tuple[int, ...]], rates: Rates) -> float:
+    """Estimate one call of everything that is no layer. ``shapes``: tensor -> shape with the batch in it.
+
+    Of the three tensors of a product of two activations, the largest counts no bytes: in fused attention it is never
+    written.
+    """
+    total = 0.0
+    for node in weighed_nodes(graph):
+        names = [name for name in activations_of(node) if name in shapes]
+        sizes = [prod(shapes[name]) for name in names]
+        if not sizes:
+            continue
+        if node.op_type == "MatMul" and len(sizes) == 3:
+            operations = 2.0 * sizes[-1] * shapes[names[0]][-1]
+            total += fp16_seconds(operations, FP16_BYTES * (sum(sizes) - max(sizes)), rates)
+        else:
+            total += fp16_seconds(0.0, FP16_BYTES * sum(sizes), rates)
+    return total
