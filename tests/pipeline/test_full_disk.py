@@ -16,12 +16,12 @@ from tests.pipeline.runs import Built, build, recipe_for, stage_bytes, write_rec
 from tests.pipeline.test_bad_input import refused
 
 Cli = Callable[..., Outcome]
-SIZE = 1 << 20
+SIZE = 2 << 20
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MB of its own."""
+    """A file system of 2 MB of its own."""
     place = tmp_path / "disk"
     place.mkdir()
     if shutil.which("mount") is None or os.geteuid() != 0:

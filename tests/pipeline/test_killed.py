@@ -15,8 +15,8 @@ from mpq_deploy.pipeline import STAGES
 from tests.pipeline import kills
 from tests.pipeline.runs import Built, build, command, environment, recipe_for, stage_bytes, write_recipe
 
-# The tiny recipe asks for no correction of the sampler.
-MADE = tuple(name for name in STAGES if name != "correction")
+# The tiny recipe asks for no correction of the sampler and no training.
+MADE = tuple(name for name in STAGES if name not in ("correction", "recover"))
 
 
 @pytest.mark.parametrize("prepare", [kills.kill_while_making, kills.kill_after], ids=["while", "after"])
