@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mpq_deploy.audit.agreement import Correlation
@@ -24,7 +23,7 @@ from mpq_deploy.report.audit_charts import (
     standalone,
 )
 from mpq_deploy.report.markdown import plain, table
-from mpq_deploy.report.page import asset
+from mpq_deploy.report.page import rendered
 
 NAMES = ("audit.json", "audit.md", "audit.html")
 # Budgets side by side in the terminal's table of plans: 80 columns hold no more.
@@ -54,17 +53,9 @@ def _charts(result: AuditResult) -> dict[str, Markup | None]:
 
 def audit_page(result: AuditResult) -> str:
     """Return audit.html: one page that fetches nothing."""
-    environment = Environment(
-        loader=PackageLoader("mpq_deploy.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("audit.html.j2").render(
+    return rendered(
+        "audit.html.j2",
         result=result,
-        words=words,
-        style=asset("style.css"),
         charts=_charts(result),
         findings=findings(result),
         agreement=agreement_rows(result),

@@ -5,12 +5,10 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from mpq_deploy.compare import Comparison, Difference, Pair, PlanChange
 from mpq_deploy.report import words
 from mpq_deploy.report.markdown import plain, table
-from mpq_deploy.report.page import asset
+from mpq_deploy.report.page import rendered
 from mpq_deploy.report.read import ReadReport, slowest
 
 WIDTH = 80
@@ -53,18 +51,10 @@ def comparison_markdown(comparison: Comparison) -> str:
 
 def comparison_page(comparison: Comparison) -> str:
     """Return one self-contained page that fetches nothing; every string of the reports is escaped."""
-    environment = Environment(
-        loader=PackageLoader("mpq_deploy.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("comparison.html.j2").render(
+    return rendered(
+        "comparison.html.j2",
         comparison=comparison,
         title=page_title(comparison.reports),
-        words=words,
-        style=asset("style.css"),
         columns=COLUMNS,
         rows=_rows(comparison),
         about=[(report.label, about(report)) for report in comparison.reports],

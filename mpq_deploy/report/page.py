@@ -17,19 +17,11 @@ from mpq_deploy.report.pictures import picture_table
 
 def html_page(data: ReportData) -> str:
     """Return the page. Every string of ``data`` is escaped by the templates."""
-    environment = Environment(
-        loader=PackageLoader("mpq_deploy.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     titles = {name: words.title_of(name, data) for name in ("float", "ours", *data.compared)}
     pictures = picture_table(data.images, titles) if data.images is not None and data.images.images else None
-    return environment.get_template("report.html.j2").render(
+    return rendered(
+        "report.html.j2",
         data=data,
-        words=words,
-        style=asset("style.css"),
         script=asset("page.js"),
         pictures=pictures,
         titles=titles,
@@ -45,6 +37,18 @@ def html_page(data: ReportData) -> str:
         kept=kept_in_fp16(data),
         orm=orm_view(data.orm) if data.orm is not None else None,
     )
+
+
+def rendered(template: str, **values: object) -> str:
+    """Return a page from one of the templates, with the style and the words that all pages share."""
+    environment = Environment(
+        loader=PackageLoader("mpq_deploy.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(words=words, style=asset("style.css"), **values)
 
 
 def scheme_table(

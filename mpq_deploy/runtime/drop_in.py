@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
+from mpq_deploy.denoisers.export import SPEC
 from mpq_deploy.denoisers.spec import DenoiserSpec, InputSpec
+from mpq_deploy.engine.builder import ENGINE
 from mpq_deploy.errors import UsageError, nearest
+from mpq_deploy.graph.write import DEPLOYED, SIMULATED
 from mpq_deploy.runtime.backends import Backend, EngineBackend, OrtBackend
 
 BACKENDS = ("auto", "onnxruntime", "tensorrt_rtx", "tensorrt")
-SPEC = "denoiser.json"
-ENGINE, SIMULATED, DEPLOYED = "model.engine", "model.fp32.onnx", "model.onnx"
 
 
 class RuntimeUNet(torch.nn.Module):  # type: ignore[misc]
@@ -144,7 +145,7 @@ def load(
     path = Path(source)
     if not path.exists():
         raise UsageError(f"There is no {path}.", "Give a run folder, an engine, or an ONNX file.")
-    spec, engine, model = _found(path)
+    spec, engine, models = _found(path)
     library = _library(engine, backend)
     if library:
         if engine is None:
@@ -152,14 +153,16 @@ def load(
         if not torch.cuda.is_available():
             raise UsageError("No CUDA device is here: an engine cannot run.", "Take backend='onnxruntime'.")
         return RuntimeUNet(spec, EngineBackend(engine, spec, torch.device(device or "cuda"), library))
-    if model is None:
-        raise UsageError(f"{path} holds no ONNX model that can run here.", "Give its run folder.")
+    if not models:
+        raise UsageError(f"{path} holds no quantized ONNX model.", "Finish the build of that run, or give another.")
     chosen = torch.device(device or "cpu")
+    # On a CPU the twin with FP32 arithmetic: what the deployed graph computes, without FP16 kernels.
+    model = models.get(DEPLOYED if chosen.type == "cuda" else SIMULATED) or next(iter(models.values()))
     return RuntimeUNet(spec, OrtBackend(model, spec, chosen, threads))
 
 
-def _found(path: Path) -> tuple[DenoiserSpec, Path | None, Path | None]:
-    """Return the specification, the engine if there is one, and the ONNX graph if there is one."""
+def _found(path: Path) -> tuple[DenoiserSpec, Path | None, dict[str, Path]]:
+    """Return the specification, the engine if there is one, and the ONNX graphs by file name."""
     run = path if path.is_dir() else path.parent.parent
     places = [run / "export" / SPEC, (path if path.is_dir() else path.parent) / SPEC]
     described = next((place for place in places if place.is_file()), None)
@@ -167,12 +170,14 @@ def _found(path: Path) -> tuple[DenoiserSpec, Path | None, Path | None]:
         raise UsageError(f"Nothing beside {path} says what it takes ({SPEC}).", "Give a run folder, or put it there.")
     spec = DenoiserSpec.load(described)
     if path.is_file():
-        return (spec, path, None) if path.suffix != ".onnx" else (spec, None, path)
+        if path.suffix not in (".onnx", ".engine"):
+            raise UsageError(f"{path} is no .onnx and no .engine file.", "Give one of these, or the run folder.")
+        return (spec, path, {}) if path.suffix == ".engine" else (spec, None, {path.name: path})
     folders = [path / "engine", path / ("recover" if _recovers(path) else "quantize"), path]
     engine = next((f / ENGINE for f in folders if (f / ENGINE).is_file()), None)
-    names = (DEPLOYED, SIMULATED) if torch.cuda.is_available() else (SIMULATED, DEPLOYED)
-    model = next((f / name for name in names for f in folders if (f / name).is_file()), None)
-    return spec, engine, model
+    found = [f / name for name in (DEPLOYED, SIMULATED) for f in folders if (f / name).is_file()]
+    # The first folder that has a file wins.
+    return spec, engine, {file.name: file for file in reversed(found)}
 
 
 def _recovers(run: Path) -> bool:

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from mpq_deploy.recipe import Recipe
 
 
+# What orm is reported beside, at the same budget: the same programme without any ORM.
+ORM_CONTROLS = ("size-only", "random")
+
+
 def version_of(*packages: str) -> Fields:
     """Return ``version.NAME`` for each installed package, and this tool's own version."""
     from importlib.metadata import PackageNotFoundError, version
@@ -75,7 +79,3 @@ def deployed_stage(pipeline: Pipeline) -> str:
 def weighs_bits(recipe: Recipe) -> bool:
     """Whether the recipe's method weighs bits by importance: orm, one of its controls, or kurtosis."""
     return recipe.measure.method in ("orm", "kurtosis", *ORM_CONTROLS)
-
-
-# What orm is reported beside, at the same budget: the same programme without any ORM.
-ORM_CONTROLS = ("size-only", "random")

@@ -1,0 +1,45 @@
+"""A finished run in the place of a denoiser: the quantized graph answers, as it was evaluated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import mpq_deploy
+from mpq_deploy.denoisers.export import load_exported
+from mpq_deploy.errors import UsageError
+from mpq_deploy.graph.write import DEPLOYED, SIMULATED
+from mpq_deploy.runtime.ort import OrtDenoiser
+from tests.pipeline.runs import Built
+
+torch = pytest.importorskip("torch")
+
+
+def answers(run: Path, **conditions: Any) -> Any:
+    unet = mpq_deploy.load(run, device="cpu")
+    sample = torch.randn(3, *unet.spec.sample.shape, generator=torch.Generator().manual_seed(0))
+    return sample, unet(sample, 300, **conditions).sample
+
+
+def test_a_run_answers_with_its_quantized_graph(finished: Built) -> None:
+    exported = load_exported(finished.run / "export")
+    rows = {name: values[:3] for name, values in exported.conditions.arrays.items()}
+    sample, found = answers(finished.run, **{name: torch.from_numpy(values) for name, values in rows.items()})
+    plan, whole = (
+        OrtDenoiser(path, exported.spec, fake_quant_only=True)(sample.numpy(), 300.0, rows)
+        for path in (finished.run / "quantize" / SIMULATED, exported.model)
+    )
+    np.testing.assert_array_equal(found.numpy(), plan)
+    assert not np.array_equal(found.numpy(), whole)
+
+
+def test_a_run_that_is_not_done_or_a_file_of_another_kind(run: Path) -> None:
+    for name in (DEPLOYED, SIMULATED):
+        (run / "quantize" / name).unlink()
+    with pytest.raises(UsageError, match="no quantized ONNX model"):
+        mpq_deploy.load(run, backend="onnxruntime")
+    with pytest.raises(UsageError, match=r"no \.onnx and no \.engine"):
+        mpq_deploy.load(run / "quantize" / "weights.bin")
