@@ -28,7 +28,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from frechet import FeatureNetwork, Moments, frechet_distance
+from frechet import FeatureNetwork, frechet_distance
 from table import Page, bench_recipe, decibels, made_by_stages, markdown, verdict, weights_digest
 
 from mpq_deploy.allocate import Problem, plan_bytes
@@ -124,6 +124,16 @@ class Bench:
 
     def evaluate(self, plans: list[Plan]) -> list[Result]:
         """Sample every plan and the float model from the same noise, and compare."""
+        results = []
+        for plan in plans:
+            with tempfile.TemporaryDirectory(dir=self.pipeline.run.scratch()) as folder:
+                written = write_plan(self.pipeline, plan.schemes, Path(folder))
+                assert written == plan.size_bytes, f"{written} bytes written, {plan.size_bytes} planned"
+                results.append(self.evaluate_graph(plan, Path(folder) / SIMULATED))
+        return results
+
+    def evaluate_graph(self, plan: Plan, graph: Path) -> Result:
+        """Sample ``graph``, written for ``plan``, and the float model from the same noise, and compare."""
         section, exported = self.pipeline.recipe.evaluate, self.solver.exported
         options = EvaluationOptions(
             samples=self.samples,
@@ -134,31 +144,21 @@ class Bench:
             sampler=section.sampler,
             latency_calls=0,
         )
-        results = []
-        for plan in plans:
-            with tempfile.TemporaryDirectory(dir=self.pipeline.run.scratch()) as folder:
-                written = write_plan(self.pipeline, plan.schemes, Path(folder))
-                assert written == plan.size_bytes, f"{written} bytes written, {plan.size_bytes} planned"
-                found = evaluate(
-                    {"plan": Path(folder) / SIMULATED},
-                    exported.path,
-                    exported.spec,
-                    exported.conditions,
-                    options,
-                    self.pipeline.talk,
-                    cache=self.pipeline.run.path / ".samples",
-                )
-            floats, ours = (self.network.moments(found.images[name]) for name in ("float", "plan"))
-            self.float_real = frechet_distance(floats, self.network.real)
-            results.append(
-                self._result(plan, found.variants["plan"].measured_nmse, found.variants["plan"].psnr_db, ours, floats)
-            )
-        return results
-
-    def _result(self, plan: Plan, nmse: float, psnr_db: float, ours: Moments, floats: Moments) -> Result:
+        found = evaluate(
+            {"plan": graph},
+            exported.path,
+            exported.spec,
+            exported.conditions,
+            options,
+            self.pipeline.talk,
+            cache=self.pipeline.run.path / ".samples",
+        )
+        floats, ours = (self.network.moments(found.images[name]) for name in ("float", "plan"))
+        self.float_real = frechet_distance(floats, self.network.real)
         share = plan.size_bytes / self.solver.fp16_size
         distances = frechet_distance(ours, self.network.real), frechet_distance(ours, floats)
-        return Result(plan, share, nmse, psnr_db, *distances)
+        variant = found.variants["plan"]
+        return Result(plan, share, variant.measured_nmse, variant.psnr_db, *distances)
 
     def table(self, results: list[Result]) -> str:
         """Return the rows; the increase is of the distance to the real images, against the first row's."""

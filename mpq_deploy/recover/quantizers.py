@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from mpq_deploy.calibrate.scales import LARGEST_SCALE as LARGEST_ACTIVATION_SCALE
-from mpq_deploy.calibrate.scales import QUANT_MAX, QUANT_MIN
+from mpq_deploy.calibrate.scales import QUANT_MAX, QUANT_MIN, ActivationGrid
 from mpq_deploy.calibrate.scales import SMALLEST_SCALE as SMALLEST_ACTIVATION_SCALE
 from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.precision.quantizers import LARGEST_SCALE, SMALLEST_SCALE
+from mpq_deploy.precision.simulated import RowGrids, SimulatedMatrix
 
 Tensor = Any  # torch.Tensor; torch is not followed by mypy here
 LARGEST_HALF = 65504.0
@@ -121,12 +122,101 @@ class Grid(torch.nn.Module):  # type: ignore[misc]
         return (codes * self.multiples[:, :, None] * self.scale()[:, :, None]).reshape(delta.shape)
 
 
-class ActivationScale(LearnedScale):
-    """The scale of one activation tensor, rounded to integers within ``codes`` but for the channels ``kept``."""
+class Levels(torch.nn.Module):  # type: ignore[misc]
+    """A weight matrix [O, K] whose every row has levels of its own: a grid and binary residuals (``SimulatedMatrix``).
 
-    def __init__(self, scale: float, kept: Array, codes: tuple[int, int] = (QUANT_MIN, QUANT_MAX)) -> None:
-        super().__init__(np.float32(scale), SMALLEST_ACTIVATION_SCALE, LARGEST_ACTIVATION_SCALE)
-        self.kept, self.code_limits = kept, codes
+    A latent takes the nearest of its row's 2^bits levels, where these lay at the start, so learning sizes moves no code
+    (as with ``Grid``), and what training starts from is exactly the given matrix. ``target`` and ``margin``: as for
+    ``Grid``, in units of the row's mean distance between levels; no latent starts nearer to another level.
+    """
+
+    def __init__(self, matrix: SimulatedMatrix, target: Array, margin: float) -> None:
+        super().__init__()
+        values, codes, signs = _levels(matrix)
+        held = matrix.dequantize()
+        # Rows of fewer levels end in infinities.
+        counts = np.isfinite(values).sum(axis=1)
+        last = np.take_along_axis(values, counts[:, None] - 1, axis=1)
+        self.step = np.maximum((last - values[:, :1]) / np.maximum(counts - 1, 1)[:, None], np.finfo(np.float32).tiny)
+        middles = (values[:, 1:] + values[:, :-1]) / 2
+        self.register_buffer("middles", torch.from_numpy(np.ascontiguousarray(middles)))
+        self.register_buffer("lowest", torch.from_numpy(values[:, :1].copy()))
+        self.register_buffer("highest", torch.from_numpy(last.copy()))
+        self.register_buffer("code_of", torch.from_numpy(codes))
+        self.register_buffer("sign_of", torch.from_numpy(signs))
+        beyond = np.clip(target - held, -margin * self.step, margin * self.step)
+        moved, start = torch.from_numpy(np.asarray(held + beyond, np.float32)), torch.from_numpy(held)
+        same = torch.searchsorted(self.middles, moved) == torch.searchsorted(self.middles, start)
+        self.register_buffer("start", torch.where(same, moved, start))
+        self.scale = LearnedScale(matrix.grids.scale[:, None], SMALLEST_SCALE, LARGEST_SCALE)
+        sizes = np.where(matrix.grids.residual > 0, matrix.grids.residual, SMALLEST_SCALE)
+        some = bool(matrix.grids.residual.any())
+        self.residual = LearnedScale(sizes[:, :, None], SMALLEST_SCALE, LARGEST_SCALE) if some else None
+        self._limits = matrix.grids
+
+    def _places(self, delta: Tensor) -> Tensor:
+        """Return each weight's level, int64 [O, K], for a latent moved by ``delta``."""
+        return torch.searchsorted(self.middles, (self.start + delta).detach().contiguous())
+
+    def forward(self, delta: Tensor) -> Tensor:
+        """Return the weight [O, K]; the gradient passes to ``delta`` between the lowest level and the highest."""
+        places = self._places(delta)
+        value = torch.gather(self.code_of, 1, places) * self.scale()
+        for signs, size in zip(self.sign_of, () if self.residual is None else self.residual()):
+            value = value + torch.gather(signs, 1, places) * size
+        latent = torch.clamp(self.start + delta, self.lowest, self.highest)
+        return value + (latent - latent.detach())
+
+    def merged(self, delta: Tensor) -> SimulatedMatrix:
+        """Return codes, signs and sizes for a latent moved by ``delta`` [O, K]."""
+        with torch.no_grad():
+            places = self._places(delta)
+            codes = torch.gather(self.code_of, 1, places).cpu().numpy().astype(np.int8)
+            signs = [torch.gather(table, 1, places).cpu().numpy().astype(np.int8) for table in self.sign_of]
+        old = self._limits
+        sizes = old.residual if self.residual is None else self.residual.stored()[:, :, 0]
+        sizes = np.where(old.residual > 0, sizes, 0).astype(np.float16)
+        grids = RowGrids(old.low, old.high, self.scale.stored()[:, 0], sizes)
+        return SimulatedMatrix(grids, codes, np.asarray(signs, np.int8).reshape(len(signs), *codes.shape))
+
+
+def _levels(matrix: SimulatedMatrix) -> tuple[Array, Array, Array]:
+    """Return the levels of each row, rising, float32 [O, L] (infinity where a row has fewer), their codes [O, L] and
+    the signs of their residuals [Z, O, L], float32.
+    """
+    grids = matrix.grids
+    rows, orders = len(grids.scale), len(grids.residual)
+    low, high = int(grids.low.min()), int(grids.high.max())
+    choices = [np.arange(low, high + 1), *[np.array([-1, 1])] * orders]
+    combined = np.stack([axis.ravel() for axis in np.meshgrid(*choices, indexing="ij")]).astype(np.float32)
+    codes = np.repeat(combined[:1], rows, axis=0)
+    signs = np.repeat(combined[1:, None], rows, axis=1)
+    sizes = grids.residual.astype(np.float32)[:, :, None]
+    # A residual that a row lacks is one level, not two.
+    there = (codes >= grids.low[:, None]) & (codes <= grids.high[:, None]) & ((sizes > 0) | (signs > 0)).all(axis=0)
+    signs = signs * (sizes > 0)
+    values = codes * grids.scale.astype(np.float32)[:, None]
+    for sign, size in zip(signs, sizes):
+        values = values + sign * size
+    values = np.where(there, values, np.inf).astype(np.float32)
+    order = np.argsort(values, axis=1, kind="stable")[:, : int(there.sum(axis=1).max())]
+    return (
+        np.take_along_axis(values, order, axis=1),
+        np.take_along_axis(codes, order, axis=1).astype(np.float32),
+        np.take_along_axis(signs, order[None], axis=2).astype(np.float32),
+    )
+
+
+class ActivationScale(LearnedScale):
+    """The scale of one activation tensor, rounded to the integers of ``grid`` but for the channels ``kept``."""
+
+    def __init__(self, grid: ActivationGrid, kept: Array) -> None:
+        super().__init__(np.float32(grid.scale), SMALLEST_ACTIVATION_SCALE, LARGEST_ACTIVATION_SCALE)
+        self.kept, self.code_limits = kept, (grid.quant_min, grid.quant_max)
+
+    def grid(self) -> ActivationGrid:
+        """Return the quantizer as it is stored."""
+        return ActivationGrid(float(self.stored()), *self.code_limits)
 
     def quantize(self, x: Tensor, channel_axis: int) -> Tensor:
         """Return ``x`` fake-quantized, but for the kept channels."""

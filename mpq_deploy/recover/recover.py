@@ -17,7 +17,7 @@ import torch
 from mpq_deploy.calibrate.shapes import activation_shapes, tensors_of
 from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
 from mpq_deploy.denoisers.spec import Array, DenoiserSpec
-from mpq_deploy.errors import MpqError, UsageError
+from mpq_deploy.errors import MpqError
 from mpq_deploy.graph.dialects import Dialect
 from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.graph.write import SIMULATED, write_quantized
@@ -72,7 +72,6 @@ def recover(
     ``checkpoint``: where to save the state after every check, and to go on from if a state of the same ``key`` is
     there; removed at the end by whoever keeps the result. Raises UsageError where memory will not do.
     """
-    _refuse_simulated(task)
     check_memory(task, options, talk)
     student = Student(
         task.model,
@@ -147,15 +146,6 @@ def _place(student: Student, options: RecoverOptions) -> None:
         student.move(torch.device("cuda"))
     half = options.precision == "bfloat16" or (options.precision == "auto" and cuda and torch.cuda.is_bf16_supported())
     student.training_type = torch.bfloat16 if half else torch.float32
-
-
-def _refuse_simulated(task: RecoverTask) -> None:
-    simulated = next((start for start in task.starts if start.scheme.simulated), None)
-    if simulated is not None:
-        raise UsageError(
-            f"Recovery does not train simulated schemes, and '{simulated.layer.name}' takes {simulated.scheme.name}.",
-            "Build for a target that an engine can be made for, or leave recovery off.",
-        )
 
 
 def check_memory(task: RecoverTask, options: RecoverOptions, talk: Talk) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from mpq_deploy.calibrate.scales import ActivationGrid
 from mpq_deploy.calibrate.stats import CalibrationStats
 from mpq_deploy.denoisers.spec import Array, DenoiserSpec
 from mpq_deploy.graph.layers import Layer, layer_graph
@@ -74,6 +75,7 @@ class Student(torch.nn.Module):  # type: ignore[misc]
         ]
         self.weights = torch.nn.ModuleList(weights)
         self._scale_keys: list[str] = []
+        self._simulated: list[bool] = []
         self.scales = torch.nn.ModuleList(self._activation_scales(starts, stats))
         self._uses = self._layer_uses(starts)
         self._inputs = {use.node: use.input for start in starts for use in start.layer.uses}
@@ -95,8 +97,10 @@ class Student(torch.nn.Module):  # type: ignore[misc]
             for tensor in start.layer.inputs:
                 if tensor + form not in self._scale_keys:
                     found = stats.activations[tensor]
+                    grid = found.grid_for(form)
                     self._scale_keys.append(tensor + form)
-                    made.append(ActivationScale(found.scale_for(form), found.left_out(form) if form else np.empty(0)))
+                    self._simulated.append(start.scheme.simulated)
+                    made.append(ActivationScale(grid, found.left_out(form) if form else np.empty(0)))
         return made
 
     def _layer_uses(self, starts: Sequence[StartingWeight]) -> dict[str, tuple[int, str | None]]:
@@ -221,10 +225,13 @@ class Student(torch.nn.Module):  # type: ignore[misc]
             for start, weight in zip(starts, self.layer_weights, strict=True)
         ]
 
-    def activation_scales(self) -> dict[str, float]:
-        """Return the INT8 scales to write, by tensor and activation form."""
+    def activation_scales(self) -> dict[str, float | ActivationGrid]:
+        """Return the INT8 scales to write, by tensor and activation form; of simulated quantizers the grids."""
         modules = [scale for scale in self.scales if isinstance(scale, ActivationScale)]
-        return {key: float(scale.stored()) for key, scale in zip(self._scale_keys, modules, strict=True)}
+        return {
+            key: scale.grid() if simulated else float(scale.stored())
+            for key, simulated, scale in zip(self._scale_keys, self._simulated, modules, strict=True)
+        }
 
     def learned_constants(self) -> dict[str, Array]:
         """Return the constants of the exported graph that were learned, biases and FP16 weights, float32."""

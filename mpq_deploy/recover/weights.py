@@ -1,7 +1,7 @@
 """The weight of one layer as training sees it: a latent moved by an adapter, through the quantizer of its scheme.
 
-One class per deployed form (plain, rows, cols, scale, lowrank, FP16). Each gives the deployed weight in torch, and at
-the end the codes and scales to write.
+One class per deployed form (plain, rows, cols, scale, lowrank, FP16), one for simulated ones. Each gives the deployed
+weight in torch, and at the end the codes and scales to write.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from mpq_deploy.precision.branches import (
 from mpq_deploy.precision.candidates import DeployedMatrix, fold_matrix
 from mpq_deploy.precision.quantizers import QuantizedMatrix
 from mpq_deploy.precision.scheme import INT4, INT8, Precision, Scheme
+from mpq_deploy.precision.simulated import SimulatedMatrix
 from mpq_deploy.recover.adapters import Adapter
-from mpq_deploy.recover.quantizers import Grid, halved
+from mpq_deploy.recover.quantizers import Grid, Levels, halved
 
 Tensor = Any  # torch.Tensor; torch is not followed by mypy here
 
@@ -190,6 +191,24 @@ class LowRankWeight(LayerWeight):
         return LowRankMatrix(merged(self.grid, self.adapter()), down, up)
 
 
+class SimulatedWeight(LayerWeight):
+    """A weight that no engine can hold: each output channel has its own levels."""
+
+    def __init__(self, start: StartingWeight, adapter: Adapter, margin: float) -> None:
+        assert isinstance(start.matrix, SimulatedMatrix)
+        levels = Levels(start.matrix, start.weight, margin)
+        super().__init__(start, adapter, float(levels.step.mean()))
+        self.levels = levels
+
+    def through(self, delta: Tensor) -> Tensor:
+        """See the base."""
+        return self.levels(delta)
+
+    def deployed(self) -> SimulatedMatrix:
+        """See the base."""
+        return self.levels.merged(self.adapter())
+
+
 class HalfWeight(LayerWeight):
     """An FP16 layer: it can make up for what others lost, at no byte more."""
 
@@ -222,6 +241,7 @@ def layer_weight(start: StartingWeight, rank: int, margin: float, rng: np.random
         ColsMatrix: ColsWeight,
         LowRankMatrix: LowRankWeight,
         ScaledMatrix: ScaledWeight,
+        SimulatedMatrix: SimulatedWeight,
     }
     return forms[type(start.matrix)](start, adapter, margin)
 

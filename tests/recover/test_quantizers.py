@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from mpq_deploy.recover.quantizers import ActivationScale, Grid, fake_quantize, halved, rounded
+from mpq_deploy.calibrate.scales import ActivationGrid
+from mpq_deploy.precision.simulated import RowGrids, SimulatedMatrix
+from mpq_deploy.recover.quantizers import ActivationScale, Grid, Levels, fake_quantize, halved, rounded
 
 pytestmark = pytest.mark.torch
 
@@ -32,8 +34,63 @@ def test_channels_may_have_grids_of_their_own() -> None:
     up, down = (grid.codes(torch.full((3, 8), far)).detach().numpy() for far in (100.0, -100.0))
     np.testing.assert_array_equal(up[:, :1], high)
     np.testing.assert_array_equal(down[:, :1], low)
-    scale = ActivationScale(0.5, np.empty(0), (-8, 7))
+    scale = ActivationScale(ActivationGrid(0.5, -8, 7), np.empty(0))
     np.testing.assert_array_equal(scale.quantize(torch.tensor([[-9.0, 0.6, 9.0]]), 1).detach(), [[-4.0, 0.5, 3.5]])
+
+
+def mixed_levels(rng: np.random.Generator) -> SimulatedMatrix:
+    """Rows of four levels, of one sign, of a grid with one residual, and with two; codes and signs at random."""
+    low, high = np.array([-1, 0, -3, -2], np.int16), np.array([2, 0, 4, 1], np.int16)
+    residual = np.array([[0, 0.3, 0.21, 0.25], [0, 0, 0, 0.09]], np.float16)
+    grids = RowGrids(low, high, np.array([0.2, 1, 0.5, 0.35], np.float16), residual)
+    codes = np.stack([rng.integers(a, b + 1, 24) for a, b in zip(low, high)]).astype(np.int8)
+    signs = rng.choice(np.array([-1, 1], np.int8), (2, 4, 24)) * (residual > 0)[:, :, None].astype(np.int8)
+    return SimulatedMatrix(grids, codes, signs)
+
+
+def test_levels_start_at_the_given_matrix_and_take_the_nearest_one() -> None:
+    rng = np.random.default_rng(1)
+    matrix = mixed_levels(rng)
+    target = rng.standard_normal((4, 24)).astype(np.float32)
+    for margin in (0.0, 0.3):
+        levels = Levels(matrix, target, margin)
+        zero = torch.zeros(4, 24)
+        np.testing.assert_array_equal(levels(zero).detach(), matrix.dequantize())
+        np.testing.assert_array_equal(levels.merged(zero).dequantize(), matrix.dequantize())
+    delta = torch.from_numpy(rng.standard_normal((4, 24)).astype(np.float32)).requires_grad_()
+    levels = Levels(matrix, target, 0.0)
+    found = levels(delta)
+    for row in range(4):
+        sizes = matrix.grids.residual[:, row].astype(np.float64)
+        values = [
+            code * float(matrix.grids.scale[row]) + first * sizes[0] + second * sizes[1]
+            for code in range(matrix.grids.low[row], matrix.grids.high[row] + 1)
+            for first in ((-1, 1) if sizes[0] else (0,))
+            for second in ((-1, 1) if sizes[1] else (0,))
+        ]
+        wanted = matrix.dequantize()[row] + delta.detach().numpy()[row]
+        nearest = np.min(np.abs(np.array(values)[:, None] - wanted), axis=0)
+        np.testing.assert_allclose(np.abs(found.detach().numpy()[row] - wanted), nearest, atol=1e-6)
+        found[row].sum().backward(retain_graph=True)
+        inside = (wanted >= min(values)) & (wanted <= max(values))
+        np.testing.assert_array_equal(delta.grad[row] != 0, inside)
+    merged = levels.merged(delta)
+    np.testing.assert_array_equal(merged.dequantize(), found.detach().numpy())
+    assert (merged.codes >= merged.grids.low[:, None]).all() and (merged.codes <= merged.grids.high[:, None]).all()
+    assert (np.abs(merged.signs) == (matrix.grids.residual > 0)[:, :, None]).all()
+
+
+def test_learned_sizes_of_levels_move_the_weight_and_no_code() -> None:
+    matrix = mixed_levels(np.random.default_rng(2))
+    levels = Levels(matrix, np.zeros((4, 24), np.float32), 0.0)
+    with torch.no_grad():
+        levels.scale.log_ratio.fill_(np.log(1.5))
+        levels.residual.log_ratio.fill_(np.log(0.5))
+    merged = levels.merged(torch.zeros(4, 24))
+    np.testing.assert_array_equal(merged.codes, matrix.codes)
+    np.testing.assert_array_equal(merged.signs, matrix.signs)
+    np.testing.assert_allclose(merged.grids.residual, 0.5 * matrix.grids.residual, rtol=2e-3)
+    np.testing.assert_array_equal(merged.dequantize(), levels(torch.zeros(4, 24)).detach())
 
 
 def test_a_learned_scale_moves_the_weight_and_no_code() -> None:

@@ -11,7 +11,6 @@ import torch
 
 from mpq_deploy.errors import MpqError, UsageError
 from mpq_deploy.graph.write import SIMULATED
-from mpq_deploy.precision.scheme import SCHEMES
 from mpq_deploy.recover.checkpoint import restore_checkpoint, save_checkpoint
 from mpq_deploy.recover.options import RecoverOptions
 from mpq_deploy.recover.recover import RecoverTask, measured_error, recover, write_recovered
@@ -132,14 +131,6 @@ def test_what_cannot_be_trained_is_refused() -> None:
         RecoverOptions(losses={"relations": 1.0})
     with pytest.raises(UsageError, match="none has a weight"):
         RecoverOptions(losses={"output": 0.0})
-
-
-def test_simulated_schemes_are_refused_by_name(case: Case, tmp_path: Path) -> None:
-    task = case.planned("w4a16")
-    simulated = next(scheme for scheme in SCHEMES.values() if scheme.simulated)
-    starts = [replace(task.starts[0], scheme=simulated), *task.starts[1:]]
-    with pytest.raises(UsageError, match=simulated.name):
-        recover(replace(task, starts=starts), OPTIONS, case.recorder(), Talk(), tmp_path / "state", "key")
 
 
 def test_too_little_memory_is_refused_before_anything_is_made(
