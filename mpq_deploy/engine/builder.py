@@ -192,5 +192,6 @@ def _record(engine: Path, target: BuildTarget, raw: RawBuild, expected: Expected
         kernels=raw.log.summary(),
         verified=not any(problem.severity == "wrong" for problem in problems),
         problems=problems,
+        compute_capabilities=target.compute_capabilities,
         timing=raw.timing,
     )
