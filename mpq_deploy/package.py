@@ -46,9 +46,9 @@ REFERENCE, DENOISER, PLAN, INSTALLER, SCRIPT = (
 # that lie between two INT8 codes round to either; and never less than -40 dB (both our choice).
 TOLERANCE_FACTOR, TOLERANCE_FLOOR = 10.0, 1e-4
 # What runs on a device, and nothing that needs more than NumPy: tests run it with everything else blocked.
-DEVICE_ROOMS = ("device",)
+DEVICE_ROOMS = ("bench", "device")
 DEVICE_MODULES = (
-    *("__init__.py", "api.py", "artefacts.py", "errors.py", "install.py", "talk.py"),
+    *("__init__.py", "api.py", "artefacts.py", "errors.py", "install.py", "meter.py", "talk.py"),
     *("precision/__init__.py", "precision/scheme.py", "engine/__init__.py"),
     *(f"engine/{name}.py" for name in ("build_log", "build_target", "build_worker", "builder", "expected", "failure")),
     *(f"engine/{name}.py" for name in ("layer_information", "record", "trtexec", "verify", "versions")),

@@ -189,7 +189,7 @@ def _results(manifest: Manifest, record: EngineRecord, run: Run, out: Path) -> d
         "target": manifest.target.name,
         "dialect": manifest.target.dialect,
         "device": {
-            "board": _board(),
+            "board": board(),
             "machine": platform.machine(),
             "python": platform.python_version(),
             "gpu": run.gpu,
@@ -208,7 +208,8 @@ def _results(manifest: Manifest, record: EngineRecord, run: Run, out: Path) -> d
     }
 
 
-def _board(path: Path = Path("/proc/device-tree/model")) -> str:
+def board(path: Path = Path("/proc/device-tree/model")) -> str:
+    """The board's name where the kernel tells it (Jetson); else empty."""
     return path.read_text(errors="replace").strip("\0\n ") if path.is_file() else ""
 
 

@@ -1,4 +1,4 @@
-"""Buffers, CUDA graphs and the runtime cache, with a FAKE of TensorRT and of the GPU: nothing of it is proven on one."""
+"""Buffers, CUDA graphs, the runtime cache, with a FAKE of TensorRT and of the GPU: nothing of it is proven on one."""
 
 from __future__ import annotations
 
