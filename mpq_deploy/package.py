@@ -50,8 +50,8 @@ DEVICE_ROOMS = ("bench", "device")
 DEVICE_MODULES = (
     *("__init__.py", "api.py", "artefacts.py", "errors.py", "install.py", "meter.py", "talk.py"),
     *("precision/__init__.py", "precision/scheme.py", "engine/__init__.py"),
-    *(f"engine/{name}.py" for name in ("build_log", "build_target", "build_worker", "builder", "expected", "failure")),
-    *(f"engine/{name}.py" for name in ("layer_information", "record", "trtexec", "verify", "versions")),
+    *(f"engine/{name}.py" for name in ("bisect", "build_log", "build_target", "build_worker", "builder", "expected")),
+    *(f"engine/{name}.py" for name in ("failure", "layer_information", "record", "trtexec", "verify", "versions")),
 )
 
 
