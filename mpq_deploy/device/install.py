@@ -71,6 +71,7 @@ def install(archive: Path, out: Path, talk: Talk, force_memory: bool = False) ->
     talk.line(f"{runtime.builder} {runtime.version or '(version unknown)'} for {manifest.target.name}")
     check_gpu(manifest)
     check_memory(manifest, force_memory)
+    check_gpu_memory(manifest, force_memory)
     record = _build(manifest, runtime, out, talk)
     run = run_engine(runtime.builder, out / ENGINE_FOLDER / record.file, out, manifest.reference)
     text = json.dumps(_results(manifest, record, run, out), indent=1, sort_keys=True, allow_nan=False) + "\n"
@@ -143,6 +144,20 @@ def check_memory(manifest: Manifest, force: bool, meminfo: Path = Path("/proc/me
         "available.",
         "End other programs, add swap, or go on anyway with --force-memory.",
     )
+
+
+def check_gpu_memory(manifest: Manifest, force: bool) -> None:
+    """Refuse a GPU with less free memory than the engine is estimated to take; without a GPU nothing is refused."""
+    if force or not manifest.needed_bytes or why_no_gpu():
+        return
+    cuda = Cuda()
+    free = cuda.free_bytes()
+    if free < manifest.needed_bytes:
+        raise EngineError(
+            f"The engine is estimated to take {manifest.needed_bytes / 1e9:.2f} GB at batch {manifest.batches[2]}; "
+            f"{cuda.name()} has {free / 1e9:.2f} of {cuda.total_bytes() / 1e9:.2f} GB free.",
+            "End other programs, package with a smaller engine.batch_max or budget, or go on with --force-memory.",
+        )
 
 
 def _runtime(builder: str) -> Runtime | None:
