@@ -2,7 +2,8 @@
 
 In: the deployment graph, the shapes of its inputs at the largest batch, the bytes of its constants. Out: a
 ``MemoryEstimate``. It is an estimate: the builder fuses operators (less) and keeps copies (more). TensorRT-RTX
-1.7's own figure of activations lay between 0.35 and 2 of it on the bundled models and four random ones (docs/devices.md).
+1.7's own figure of activations lay between 0.35 and 2 of it on the bundled models and on four random ones
+(docs/devices.md).
 """
 
 from __future__ import annotations
