@@ -14,13 +14,16 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mpq_deploy.bench.subject import ORT, Subject
 from mpq_deploy.errors import MissingDependencyError, MpqError, UsageError
 from mpq_deploy.meter import peak_rss_bytes
+
+if TYPE_CHECKING:
+    from mpq_deploy.device.cuda import Cuda
 
 SEED = 0
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -136,18 +139,17 @@ def random_feeds(inputs: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]) ->
     return feeds
 
 
-def gpu_free_bytes(subject: Subject) -> int | None:
-    """Free memory of the GPU; None for a subject on the CPU."""
-    if subject.device != "cuda":
-        return None
+def gpu_of(subject: Subject) -> Cuda | None:
+    """The GPU whose memory is watched; None for a subject on the CPU."""
     from mpq_deploy.device.cuda import Cuda
 
-    return Cuda().free_bytes()
+    return Cuda() if subject.device == "cuda" else None
 
 
 def serve(subject: Subject, orders: Callable[[], str], answer: Callable[[dict[str, Any]], None]) -> None:
     """Open the subject, then run as many calls as each order says, until there are no more orders."""
-    interpreter, free = peak_rss_bytes(), gpu_free_bytes(subject)
+    interpreter, gpu = peak_rss_bytes(), gpu_of(subject)
+    free = gpu.free_bytes() if gpu else 0
     started = time.perf_counter()
     call = OrtCall(subject) if subject.backend == ORT else EngineCall(subject)
     inputs = call.inputs(subject)
@@ -162,13 +164,12 @@ def serve(subject: Subject, orders: Callable[[], str], answer: Callable[[dict[st
     )
     while order := orders().strip():
         times = [call.milliseconds() for _ in range(int(order))]
-        left = gpu_free_bytes(subject)
         answer(
             {
                 "milliseconds": times,
                 "peak_rss_bytes": peak_rss_bytes(),
                 "interpreter_rss_bytes": interpreter,
-                "gpu_bytes": None if free is None or left is None else max(free - left, 0),
+                "gpu_bytes": max(free - gpu.free_bytes(), 0) if gpu else None,
             }
         )
     call.close()

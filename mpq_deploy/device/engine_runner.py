@@ -40,7 +40,8 @@ class EngineRunner:
 
     def dtype(self, name: str) -> np.dtype[Any]:
         """NumPy's type of a tensor."""
-        return np.dtype(self._trt.nptype(self.opened.engine.get_tensor_dtype(name)))
+        kind: np.dtype[Any] = np.dtype(self._trt.nptype(self.opened.engine.get_tensor_dtype(name)))
+        return kind
 
     def usual_shape(self, name: str) -> tuple[int, ...]:
         """The shape that the engine was optimised for."""
@@ -82,8 +83,10 @@ class EngineRunner:
 
     def output(self, name: str) -> Array:
         """Copy an output of the last call."""
-        self._cuda.to_host(self._host[name], self._place[name])
-        return self._host[name].copy()
+        host = self._host[name]
+        self._cuda.to_host(host, self._place[name])
+        copied: Array = host.copy()
+        return copied
 
     def _address(self, name: str, size: int) -> int:
         self._place[name] = self._cuda.allocate(size)

@@ -55,7 +55,7 @@ def run(job: RunJob, trt: Any, cuda: Cuda, logger: Any) -> dict[str, Any]:
     """Run every case, time the last one; return what ``result`` is to hold."""
     before = cuda.free_bytes()
     runner = EngineRunner(trt, cuda, Path(job.engine), logger)
-    outputs = {}
+    outputs: dict[str, Any] = {}
     timed: list[float] = []
     with np.load(job.references, allow_pickle=False) as references:
         for number, case in enumerate(job.cases):

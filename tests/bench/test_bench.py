@@ -214,3 +214,28 @@ def test_the_engine_side_needs_numpy_alone(tmp_path: Path) -> None:
     assert done.stderr.startswith("mpq-bench: ")
     assert "Traceback" not in done.stderr
     shutil.rmtree(tmp_path)
+
+
+def test_the_engine_side_serves_orders_with_a_fake_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a FAKE of TensorRT and of the GPU: what is asked, answered and kept; no time here means anything."""
+    from mpq_deploy.bench.worker import serve
+    from mpq_deploy.device import cuda
+    from tests.device import fake_tensorrt
+
+    gpu = fake_tensorrt.FakeCuda()
+    monkeypatch.setattr(cuda, "Cuda", lambda: gpu)
+    monkeypatch.setitem(sys.modules, "fake_tensorrt", fake_tensorrt)
+    (tmp_path / "m.engine").write_bytes(b"rtx")
+    answers: list[dict[str, Any]] = []
+    orders = iter(["3", "5", ""])
+    serve(
+        Subject("ours", str(tmp_path / "m.engine"), "fake_tensorrt", "cuda", batch=3),
+        lambda: next(orders),
+        answers.append,
+    )
+    opened, *timed = answers
+    assert opened["shapes"] == {"x": [3, 3], "t": [3]} and opened["clock"] == "GPU events"
+    assert [one["milliseconds"] for one in timed] == [[1.5] * 3, [1.5] * 5]
+    # Two inputs and an output, of three rows.
+    assert timed[-1]["gpu_bytes"] == 4 * (9 + 3 + 9)
+    assert (tmp_path / "model.runtime-cache").read_bytes() == b"fake:3,3"
