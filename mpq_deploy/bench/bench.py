@@ -33,7 +33,7 @@ ON_CPU = (
     "This is ONNX Runtime on a CPU: Q/DQ nodes there are rounded in float arithmetic and take time of their own. It "
     "says nothing about the engine's speed."
 )
-NOT_COMPARED = "bench times calls and compares no outputs: 'mpq-deploy install' does"
+NOT_COMPARED = "bench compares no outputs"
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,17 @@ from mpq_deploy.bench import bench as bench_module
 from mpq_deploy.bench import sources
 from mpq_deploy.bench.__main__ import main
 from mpq_deploy.bench.bench import Schedule, bench_text, measure, origin_of, ratio_text, results
+from mpq_deploy.bench.from_run import fp16_engine, subjects_of
 from mpq_deploy.bench.sources import Wish, parse_shapes, subject_of
 from mpq_deploy.bench.statistics import ratio, summary
 from mpq_deploy.bench.subject import Subject
 from mpq_deploy.bench.worker import random_feeds
 from mpq_deploy.device.install import read_results
+from mpq_deploy.engine.record import EngineRecord
+from mpq_deploy.engine.target import load_target
 from mpq_deploy.errors import EngineError, MpqError
+from mpq_deploy.pipeline import open_pipeline
+from mpq_deploy.recipe import load_recipe
 from mpq_deploy.report.read import read_report
 from mpq_deploy.talk import Talk
 from tests.graphs import GraphBuilder
@@ -239,3 +244,31 @@ def test_the_engine_side_serves_orders_with_a_fake_library(tmp_path: Path, monke
     # Two inputs and an output, of three rows.
     assert timed[-1]["gpu_bytes"] == 4 * (9 + 3 + 9)
     assert (tmp_path / "model.runtime-cache").read_bytes() == b"fake:3,3"
+
+
+@pytest.mark.rtx
+def test_a_run_with_an_engine_is_held_against_an_fp16_engine_that_is_built_once(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The FP16 graph and engine are really made; that a GPU is here is made up, so nothing is run."""
+    pytest.importorskip("tensorrt_rtx")
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    recipe = load_recipe(copy / "recipe.yaml")
+    with open_pipeline(recipe, copy, Talk()) as pipeline:
+        built = fp16_engine(pipeline, load_target("rtx"))
+        record = EngineRecord.load(built.with_name("build.json"))
+        assert record.verified and record.kernels
+        assert not any("Int8" in kernel or "Int4" in kernel for kernel in record.kernels)
+        shutil.copy(built, copy / "engine" / "model.engine")
+        shutil.copy(built.with_name("build.json"), copy / "engine")
+        before = built.stat().st_mtime_ns
+        subjects, origin = subjects_of(pipeline, Wish())
+        assert [one.backend for one in subjects] == ["onnxruntime"] * 2  # no GPU is here
+        monkeypatch.setattr(sources, "why_no_gpu", lambda: "")
+        subjects, origin = subjects_of(pipeline, Wish())
+        assert [(one.name, one.backend) for one in subjects] == [("ours", "tensorrt_rtx"), ("FP16", "tensorrt_rtx")]
+        assert subjects[1].file == str(built.resolve())
+        assert (origin.target, set(origin.digests)) == ("rtx", {"allocate", "quantize"})
+        assert built.stat().st_mtime_ns == before
+        cuda, _ = subjects_of(pipeline, Wish(device="cuda", backend="onnxruntime"))
+        assert [Path(one.file).parent.name for one in cuda] == ["quantize", "fp16"]
