@@ -642,6 +642,66 @@ def profile(
         print(f"{path}  {len(table.entries)} rows {table.source}, of {table.device or 'no device'}{missing}")
 
 
+@app.command(rich_help_panel=MACHINE, epilog="Example: mpq-deploy bench runs/mine --calls 200")
+def bench(
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run folder, an engine, or an ONNX file.", show_default=False)
+    ],
+    against: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--against", metavar="FILE", help="What to alternate with.", show_default="the float model"),
+    ] = None,
+    backend: Annotated[
+        str, typer.Option("--backend", metavar="NAME", help="onnxruntime, tensorrt_rtx, tensorrt, or auto.")
+    ] = "auto",
+    device: Annotated[str, typer.Option("--device", metavar="NAME", help="cpu, cuda, or auto.")] = "auto",
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Samples per call.")] = 1,
+    calls: Annotated[int, typer.Option("--calls", min=1, help="Timed calls of each.")] = 100,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Turns into which they are split.")] = 20,
+    warm_up: Annotated[int, typer.Option("--warm-up", min=1, help="Calls before, told apart.")] = 10,
+    threads: Annotated[int, typer.Option("--threads", min=0, help="On a CPU; 0: one per core.")] = 0,
+    shape: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--shape", metavar="NAME:1x4x8x8", help="Where a file leaves it open.", show_default=False),
+    ] = None,
+    cuda_graphs: Annotated[bool, typer.Option(help="Launch engines by CUDA graphs.")] = True,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--out", "-o", metavar="FILE", help="Results, for 'report --device'.", show_default=False),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Results on stdout as JSON.")] = False,
+) -> None:
+    """Time what this machine can run, in turns with the float model: latency, throughput, memory.
+
+    Without a GPU that is ONNX Runtime on the CPU, which says nothing about an engine.
+    """
+    from mpq_deploy.artefacts import canonical_json, write_text
+    from mpq_deploy.bench.bench import Schedule, bench_text, measure, origin_of, results
+    from mpq_deploy.bench.sources import Wish, parse_shapes, subject_of
+
+    schedule = Schedule(calls, rounds, warm_up)
+    wish = Wish(backend, device, batch, threads, cuda_graphs, parse_shapes(shape or []))
+    if source.is_dir():
+        from mpq_deploy.bench.from_run import subjects_of
+        from mpq_deploy.pipeline import open_pipeline
+
+        with open_pipeline(_recipe_of(source, None), source, _talk()) as pipeline:
+            subjects, origin = subjects_of(pipeline, wish)
+    else:
+        subjects = [subject_of(source, "ours", wish)]
+        origin = origin_of(source, subjects[0].backend, subjects[0].device)
+    if against is not None:
+        subjects = [subjects[0], subject_of(against, "other", wish)]
+    found = results(measure(subjects, schedule, _talk()), origin)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(out, canonical_json(found))
+    if State.json or json:
+        _print_json(found)
+    else:
+        print(bench_text(found))
+
+
 @app.command(rich_help_panel=MACHINE, epilog="Example: mpq-deploy targets rtx")
 def targets(name: Annotated[Optional[str], typer.Argument(help="Show one target in full.")] = None) -> None:  # noqa: UP045
     """List the targets, or show what one target may take and what is proven of it."""

@@ -1,6 +1,7 @@
-"""results.json of a device, taken in at home: checked against the run that was packaged, kept, and read for the report.
+"""results.json of a device or of 'mpq-deploy bench', taken in at home: checked, kept, and read for the report.
 
-They lie in ``RUN/devices/<target>.json``, outside the stages: what a clock said is no part of what must repeat.
+It must be of the plan that the run has now. They lie in ``RUN/devices/<target>.json``, outside the stages: what a clock
+said is no part of what must repeat.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpq_deploy.artefacts import write_text
+from mpq_deploy.bench.subject import ORT
 from mpq_deploy.device.install import read_results
 from mpq_deploy.errors import UsageError
-from mpq_deploy.report.data import DeviceInfo
+from mpq_deploy.report.data import DeviceInfo, Ratio
 from mpq_deploy.stages.common import deployed_stage
 
 if TYPE_CHECKING:
@@ -34,7 +36,8 @@ def take_in(pipeline: Pipeline, path: Path) -> Path:
             f"{path} was measured with another {stale} than that of {pipeline.run.path}.",
             "Give the run that was packaged, or package this one and install it again.",
         )
-    kept = pipeline.run.path / FOLDER / f"{results['target']}.json"
+    kind = ".bench" if "bench" in results else ""
+    kept = pipeline.run.path / FOLDER / f"{results['target']}{kind}.json"
     kept.parent.mkdir(exist_ok=True)
     write_text(kept, json.dumps(results, indent=1, sort_keys=True, allow_nan=False) + "\n")
     return kept
@@ -73,7 +76,15 @@ def device_info(results: dict[str, Any]) -> DeviceInfo:
         median_ms=times.get("p50_ms"),
         p99_ms=times.get("p99_ms"),
         calls=times.get("calls"),
+        graph=engine["backend"] == ORT,
+        ratio=_ratio(results.get("bench")),
     )
+
+
+def _ratio(bench: dict[str, Any] | None) -> Ratio | None:
+    if bench is None or bench["ratio"] is None:
+        return None
+    return Ratio(against=bench["subjects"][1]["name"], **{key: bench["ratio"][key] for key in ("value", "low", "high")})
 
 
 def _stale(pipeline: Pipeline, results: dict[str, Any]) -> str:

@@ -26,7 +26,7 @@ def metered() -> Iterator[Reading]:
     process's own since its start. Child processes count with their largest peak so far, when that is larger.
     """
     reading = Reading()
-    _reset_peak()
+    _resetpeak_rss_bytes()
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     started = time.monotonic()
     try:
@@ -34,10 +34,10 @@ def metered() -> Iterator[Reading]:
     finally:
         reading.seconds = time.monotonic() - started
         after = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-        reading.peak_rss_bytes = max(_peak(), after * 1024 if after > children else 0)
+        reading.peak_rss_bytes = max(peak_rss_bytes(), after * 1024 if after > children else 0)
 
 
-def _reset_peak() -> None:
+def _resetpeak_rss_bytes() -> None:
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -45,7 +45,8 @@ def _reset_peak() -> None:
         return
 
 
-def _peak() -> int:
+def peak_rss_bytes() -> int:
+    """The peak resident memory of this process so far."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:

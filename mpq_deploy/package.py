@@ -12,6 +12,7 @@ import json
 import shlex
 import zipfile
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
@@ -33,6 +34,7 @@ from mpq_deploy.graph.write import DEPLOYED, SIMULATED, WEIGHTS
 from mpq_deploy.precision.scheme import SCHEMES
 from mpq_deploy.runtime.correction import FILE as CORRECTION
 from mpq_deploy.stages.common import Exported, deployed_stage, load_calibration
+from mpq_deploy.stages.engine import check_target_memory
 
 if TYPE_CHECKING:
     from mpq_deploy.denoisers.spec import Array, InputSpec
@@ -46,12 +48,12 @@ REFERENCE, DENOISER, PLAN, INSTALLER, SCRIPT = (
 # that lie between two INT8 codes round to either; and never less than -40 dB (both our choice).
 TOLERANCE_FACTOR, TOLERANCE_FLOOR = 10.0, 1e-4
 # What runs on a device, and nothing that needs more than NumPy: tests run it with everything else blocked.
-DEVICE_ROOMS = ("device",)
+DEVICE_ROOMS = ("bench", "device")
 DEVICE_MODULES = (
-    *("__init__.py", "api.py", "artefacts.py", "errors.py", "install.py", "talk.py"),
+    *("__init__.py", "api.py", "artefacts.py", "errors.py", "install.py", "meter.py", "talk.py"),
     *("precision/__init__.py", "precision/scheme.py", "engine/__init__.py"),
-    *(f"engine/{name}.py" for name in ("build_log", "build_target", "build_worker", "builder", "expected", "failure")),
-    *(f"engine/{name}.py" for name in ("layer_information", "record", "trtexec", "verify", "versions")),
+    *(f"engine/{name}.py" for name in ("bisect", "build_log", "build_target", "build_worker", "builder", "expected")),
+    *(f"engine/{name}.py" for name in ("failure", "layer_information", "record", "trtexec", "verify", "versions")),
 )
 
 
@@ -71,11 +73,12 @@ def make_package(pipeline: Pipeline, target: Target, out: Path) -> dict[str, Any
     if corrected:
         pipeline.run_until("correction")
     check_plan(pipeline, target)
+    needed = check_target_memory(pipeline, target)
     reference, arrays = make_reference(pipeline)
     parts = _files(pipeline, corrected)
     parts[REFERENCE] = arrays
     parts[INSTALLER] = installer()
-    manifest = _manifest(pipeline, target, reference, parts)
+    manifest = replace(_manifest(pipeline, target, reference, parts), needed_bytes=needed.total_bytes)
     parts[SCRIPT] = build_script(manifest).encode()
     parts[MANIFEST] = _with_digests(manifest, parts).to_json().encode()
     digest = write_archive(out, parts)
@@ -228,7 +231,6 @@ def _manifest(pipeline: Pipeline, target: Target, reference: Reference, parts: d
 
 def _with_digests(manifest: Manifest, parts: dict[str, Source]) -> Manifest:
     import hashlib
-    from dataclasses import replace
 
     digests = {
         name: hashlib.sha256(part).hexdigest() if isinstance(part, bytes) else file_digest(part)

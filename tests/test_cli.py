@@ -15,7 +15,7 @@ from mpq_deploy.cli import app
 RUNNER = CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"})
 COMMANDS = [
     *("build", "export", "calibrate", "measure", "allocate", "quantize", "engine", "evaluate", "report"),
-    *("sweep", "sample", "check", "compare", "gate", "package", "install", "deploy", "targets", "doctor"),
+    *("sweep", "sample", "check", "compare", "gate", "package", "install", "deploy", "bench", "targets", "doctor"),
 ]
 
 

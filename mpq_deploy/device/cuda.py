@@ -6,6 +6,7 @@ Unproven here: written against the documented driver API; no GPU was at hand.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 from mpq_deploy.errors import EngineError
@@ -13,6 +14,7 @@ from mpq_deploy.errors import EngineError
 LIBRARY = "libcuda.so.1"
 MAJOR, MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 NAME_BYTES = 256
+CAPTURE_THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 
 
 def why_no_gpu() -> str:
@@ -63,6 +65,12 @@ class Cuda:
         self._call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
         return free.value
 
+    def total_bytes(self) -> int:
+        """All memory of the GPU (on a Jetson: of the board)."""
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self._call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+        return total.value
+
     def allocate(self, size: int) -> int:
         """Return the address of ``size`` bytes; they live as long as the process."""
         pointer = ctypes.c_uint64()
@@ -95,6 +103,22 @@ class Cuda:
         value = ctypes.c_float()
         self._call("cuEventElapsedTime", ctypes.byref(value), start, end)
         return value.value
+
+    def capture(self, work: Callable[[], None]) -> ctypes.c_void_p:
+        """Record what ``work`` puts into the stream as a CUDA graph; return what ``launch`` takes."""
+        graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
+        stream = ctypes.c_void_p(self.stream)
+        self._call("cuStreamBeginCapture_v2", stream, CAPTURE_THREAD_LOCAL)
+        try:
+            work()
+        finally:
+            self._call("cuStreamEndCapture", stream, ctypes.byref(graph))
+        self._call("cuGraphInstantiateWithFlags", ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
+        return executable
+
+    def launch(self, graph: ctypes.c_void_p) -> None:
+        """Put a recorded graph into the stream."""
+        self._call("cuGraphLaunch", graph, ctypes.c_void_p(self.stream))
 
     def _call(self, name: str, *arguments: Any) -> None:
         code = getattr(self._driver, name)(*arguments)

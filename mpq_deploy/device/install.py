@@ -71,6 +71,7 @@ def install(archive: Path, out: Path, talk: Talk, force_memory: bool = False) ->
     talk.line(f"{runtime.builder} {runtime.version or '(version unknown)'} for {manifest.target.name}")
     check_gpu(manifest)
     check_memory(manifest, force_memory)
+    check_gpu_memory(manifest, force_memory)
     record = _build(manifest, runtime, out, talk)
     run = run_engine(runtime.builder, out / ENGINE_FOLDER / record.file, out, manifest.reference)
     text = json.dumps(_results(manifest, record, run, out), indent=1, sort_keys=True, allow_nan=False) + "\n"
@@ -145,6 +146,20 @@ def check_memory(manifest: Manifest, force: bool, meminfo: Path = Path("/proc/me
     )
 
 
+def check_gpu_memory(manifest: Manifest, force: bool) -> None:
+    """Refuse a GPU with less free memory than the engine is estimated to take; without a GPU nothing is refused."""
+    if force or not manifest.needed_bytes or why_no_gpu():
+        return
+    cuda = Cuda()
+    free = cuda.free_bytes()
+    if free < manifest.needed_bytes:
+        raise EngineError(
+            f"The engine is estimated to take {manifest.needed_bytes / 1e9:.2f} GB at batch {manifest.batches[2]}; "
+            f"{cuda.name()} has {free / 1e9:.2f} of {cuda.total_bytes() / 1e9:.2f} GB free.",
+            "End other programs, package with a smaller engine.batch_max or budget, or go on with --force-memory.",
+        )
+
+
 def _runtime(builder: str) -> Runtime | None:
     """What builds here for a target that wants ``builder``: trtexec and the Python package stand in for each other."""
     order = {"trtexec": ("trtexec", "tensorrt"), "tensorrt": ("tensorrt", "trtexec")}.get(builder, (builder,))
@@ -189,7 +204,7 @@ def _results(manifest: Manifest, record: EngineRecord, run: Run, out: Path) -> d
         "target": manifest.target.name,
         "dialect": manifest.target.dialect,
         "device": {
-            "board": _board(),
+            "board": board(),
             "machine": platform.machine(),
             "python": platform.python_version(),
             "gpu": run.gpu,
@@ -208,7 +223,8 @@ def _results(manifest: Manifest, record: EngineRecord, run: Run, out: Path) -> d
     }
 
 
-def _board(path: Path = Path("/proc/device-tree/model")) -> str:
+def board(path: Path = Path("/proc/device-tree/model")) -> str:
+    """The board's name where the kernel tells it (Jetson); else empty."""
     return path.read_text(errors="replace").strip("\0\n ") if path.is_file() else ""
 
 

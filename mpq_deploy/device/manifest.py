@@ -54,7 +54,8 @@ class Manifest:
     """``parts``: name -> SHA-256 of every other part. ``shapes``: input -> shape without its batch axis.
 
     ``batches``: smallest, usual and largest batch. ``alternatives``: target -> versions, of the same device with other
-    TensorRT. ``digests`` say which plan and graph this is, for the report at home.
+    TensorRT. ``digests`` say which plan and graph this is, for the report at home. ``needed_bytes``: memory that the
+    running engine is estimated to take at the largest batch (0: not estimated).
     """
 
     name: str
@@ -71,6 +72,7 @@ class Manifest:
     alternatives: dict[str, tuple[str, ...]]
     versions: dict[str, str]
     notes: tuple[str, ...] = ()
+    needed_bytes: int = 0
 
     def to_json(self) -> str:
         """Return JSON with sorted keys."""

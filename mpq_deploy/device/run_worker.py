@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from mpq_deploy.device.cuda import Cuda
+from mpq_deploy.device.engine_runner import EngineRunner
 from mpq_deploy.engine.build_worker import make_logger
 from mpq_deploy.errors import EngineError
 
@@ -53,22 +54,19 @@ class RunJob:
 def run(job: RunJob, trt: Any, cuda: Cuda, logger: Any) -> dict[str, Any]:
     """Run every case, time the last one; return what ``result`` is to hold."""
     before = cuda.free_bytes()
-    engine = trt.Runtime(logger).deserialize_cuda_engine(Path(job.engine).read_bytes())
-    if engine is None:
-        raise EngineError("The engine does not load on this machine's GPU.", f"Log: {job.log}")
-    context = engine.create_execution_context()
-    outputs = {}
+    runner = EngineRunner(trt, cuda, Path(job.engine), logger)
+    outputs: dict[str, Any] = {}
     timed: list[float] = []
     with np.load(job.references, allow_pickle=False) as references:
         for number, case in enumerate(job.cases):
-            feeds = {name: np.ascontiguousarray(references[f"{case}/{name}"]) for name in job.inputs}
-            host, address = _bind(job, trt, cuda, engine, context, feeds)
-            _execute(context, cuda)
+            runner.bind({name: np.ascontiguousarray(references[f"{case}/{name}"]) for name in job.inputs})
+            runner.call()
             if number == len(job.cases) - 1:
-                timed = _timed(context, cuda, job.calls)
-            cuda.to_host(host, address)
-            outputs[f"{case}/{job.output}"] = host.astype(np.float32)
+                timed = _timed(runner, job.calls)
+            outputs[f"{case}/{job.output}"] = runner.output(job.output).astype(np.float32)
     np.savez(job.outputs, **outputs)
+    # What it compiled for this GPU is there at the next start.
+    runner.opened.keep_cache()
     return {
         "version": trt.__version__,
         "milliseconds": timed,
@@ -78,41 +76,11 @@ def run(job: RunJob, trt: Any, cuda: Cuda, logger: Any) -> dict[str, Any]:
     }
 
 
-def _bind(job: RunJob, trt: Any, cuda: Cuda, engine: Any, context: Any, feeds: dict[str, Any]) -> tuple[Any, int]:
-    """Copy the inputs to the GPU; return an array for the output and its address there."""
-    for name, values in feeds.items():
-        wanted = np.dtype(trt.nptype(engine.get_tensor_dtype(name)))
-        if values.dtype != wanted:
-            raise EngineError(f"The engine takes '{name}' as {wanted}, the package holds {values.dtype}.")
-        context.set_input_shape(name, values.shape)
-        address = cuda.allocate(values.nbytes)
-        cuda.to_device(address, values)
-        context.set_tensor_address(name, address)
-    shape = tuple(context.get_tensor_shape(job.output))
-    host = np.empty(shape, trt.nptype(engine.get_tensor_dtype(job.output)))
-    address = cuda.allocate(host.nbytes)
-    context.set_tensor_address(job.output, address)
-    return host, address
-
-
-def _execute(context: Any, cuda: Cuda) -> None:
-    if not context.execute_async_v3(cuda.stream):
-        raise EngineError("The engine could not be started.")
-    cuda.synchronize()
-
-
-def _timed(context: Any, cuda: Cuda, calls: int) -> list[float]:
+def _timed(runner: EngineRunner, calls: int) -> list[float]:
     """Milliseconds of each call on the GPU, warm-up apart."""
     for _ in range(WARM_UP):
-        _execute(context, cuda)
-    times = []
-    for _ in range(calls):
-        start = cuda.event()
-        context.execute_async_v3(cuda.stream)
-        end = cuda.event()
-        cuda.synchronize()
-        times.append(cuda.milliseconds(start, end))
-    return times
+        runner.call()
+    return [runner.timed() for _ in range(calls)]
 
 
 def main(arguments: list[str]) -> int:

@@ -156,7 +156,7 @@ def _add_profile(builder: Any, config: Any, network: Any, job: BuildJob) -> None
 
 def main(arguments: list[str]) -> int:
     """Build the job named on the command line; return the exit code."""
-    _die_with_parent()
+    die_with_parent()
     job = BuildJob.load(Path(arguments[0]))
     trt = importlib.import_module(job.module)
     result: dict[str, Any] = {"version": trt.__version__}
@@ -177,7 +177,7 @@ def main(arguments: list[str]) -> int:
     return REPORTED_FAILURE if "errors" in result else 0
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Have Linux kill this process when its parent is killed: it would go on writing into the next build's files."""
     if not sys.platform.startswith("linux"):
         return

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,7 @@ from mpq_deploy.engine.build_log import EngineLog, layers_text, parse_engine_log
 from mpq_deploy.engine.build_target import BuildTarget
 from mpq_deploy.engine.build_worker import REPORTED_FAILURE, BuildJob, InputShapes
 from mpq_deploy.engine.expected import ExpectedLayers
-from mpq_deploy.engine.failure import crashed, refused
+from mpq_deploy.engine.failure import BuilderCrashedError, crashed, located, refused
 from mpq_deploy.engine.layer_information import parse_layer_information
 from mpq_deploy.engine.record import BuildTiming, EngineRecord
 from mpq_deploy.engine.trtexec import build_with_trtexec
@@ -33,6 +34,8 @@ from mpq_deploy.errors import EngineError, MissingDependencyError, UsageError
 from mpq_deploy.talk import Talk
 
 ENGINE, LAYERS, RECORD = "model.engine", "layers.txt", "build.json"
+# One build while a crash is looked into; a longer one counts as not crashed (our choice).
+TRIAL_SECONDS = 300.0
 EXTRAS = {"tensorrt_rtx": "rtx", "tensorrt": "tensorrt"}
 PACKAGES = {"tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
 
@@ -93,7 +96,10 @@ def build_engine(
     talk.line(f"building the engine for {target.name} with {target.builder}")
     with tempfile.TemporaryDirectory(dir=out, prefix=".build-") as folder:
         built = Path(folder) / ENGINE
-        raw = backend(model.resolve(), built.resolve(), target, profile, log.resolve())
+        try:
+            raw = backend(model.resolve(), built.resolve(), target, profile, log.resolve())
+        except BuilderCrashedError as crash:
+            raise _located(crash, model, Path(folder), target, profile, talk) from crash
         record = _record(built, target, raw, expected)
         built.replace(out / ENGINE)
     (out / LAYERS).write_text(raw.layers)
@@ -130,19 +136,8 @@ def _build_trtexec(model: Path, engine: Path, target: BuildTarget, profile: Batc
 
 def _build_in_child(model: Path, engine: Path, target: BuildTarget, profile: BatchProfile, log: Path) -> RawBuild:
     _check_version(target)
-    result = engine.with_name("result.json")
-    job_file = engine.with_name("job.json")
-    BuildJob(
-        module=target.builder,
-        model=str(model),
-        engine=str(engine),
-        log=str(log),
-        result=str(result),
-        compute_capabilities=target.compute_capabilities,
-        shapes=profile.inputs(),
-    ).save(job_file)
-    command = [sys.executable, "-m", "mpq_deploy.engine.build_worker", str(job_file)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=child_environment())
+    job_file, result = _save_job(model, engine, target, profile, log)
+    done = subprocess.run(_worker(job_file), capture_output=True, text=True, check=False, env=child_environment())
     if done.stderr and log.is_file():
         with log.open("a") as stream:
             stream.write(f"[stderr] {done.stderr}")
@@ -157,6 +152,50 @@ def _build_in_child(model: Path, engine: Path, target: BuildTarget, profile: Bat
         layers = values["layer_information"]
         return RawBuild(values["version"], parse_layer_information(layers, text), layers, timing)
     return RawBuild(values["version"], parse_engine_log(text), layers_text(text), timing)
+
+
+def _save_job(model: Path, engine: Path, target: BuildTarget, profile: BatchProfile, log: Path) -> tuple[Path, Path]:
+    """Write what a child is to build; return the job's file and where its result will be."""
+    job_file, result = engine.with_name("job.json"), engine.with_name("result.json")
+    BuildJob(
+        module=target.builder,
+        model=str(model),
+        engine=str(engine),
+        log=str(log),
+        result=str(result),
+        compute_capabilities=target.compute_capabilities,
+        shapes=profile.inputs(),
+    ).save(job_file)
+    return job_file, result
+
+
+def _worker(job_file: Path) -> list[str]:
+    return [sys.executable, "-m", "mpq_deploy.engine.build_worker", str(job_file)]
+
+
+def _located(
+    crash: BuilderCrashedError, model: Path, folder: Path, target: BuildTarget, profile: BatchProfile, talk: Talk
+) -> EngineError:
+    """Look for the nodes that crash the builder, where graphs can be cut (a device has no onnx)."""
+    if importlib.util.find_spec("onnx") is None:
+        return crash
+    from mpq_deploy.engine.bisect import MOST_TRIALS, find_suspects
+
+    trials = folder / "trials"
+    trials.mkdir()
+    job_file, _ = _save_job(trials / "trial.onnx", trials / ENGINE, target, profile, trials / "trial.log")
+
+    def crashes(graph: Path) -> bool:
+        try:
+            done = subprocess.run(
+                _worker(job_file), capture_output=True, check=False, env=child_environment(), timeout=TRIAL_SECONDS
+            )
+        except subprocess.TimeoutExpired:
+            return False
+        return done.returncode < 0 and -done.returncode != signal.SIGKILL
+
+    talk.line(f"the builder crashed; looking for the nodes by up to {MOST_TRIALS} smaller builds")
+    return located(crash, find_suspects(model, trials, crashes))
 
 
 def child_environment() -> dict[str, str]:
@@ -192,5 +231,6 @@ def _record(engine: Path, target: BuildTarget, raw: RawBuild, expected: Expected
         kernels=raw.log.summary(),
         verified=not any(problem.severity == "wrong" for problem in problems),
         problems=problems,
+        compute_capabilities=target.compute_capabilities,
         timing=raw.timing,
     )

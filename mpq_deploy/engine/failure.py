@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib.util
 import signal
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpq_deploy.errors import EngineError
+
+if TYPE_CHECKING:
+    from mpq_deploy.engine.bisect import Suspects
 
 LAST_LINES = 4
 NAMED_NODES = 4
@@ -25,6 +28,10 @@ def refused(result: dict[str, Any], builder: str, log: Path) -> EngineError:
         result["stage"], "refuses the graph"
     )
     return EngineError(f"{builder} {result['version']} {verb}: {shown}.", f"The whole log: {log}")
+
+
+class BuilderCrashedError(EngineError):
+    """The builder's process was ended by a signal that tells of a fault in it, not of memory that ran out."""
 
 
 def crashed(model: Path, log: Path, returncode: int, stderr: str) -> EngineError:
@@ -46,10 +53,27 @@ def crashed(model: Path, log: Path, returncode: int, stderr: str) -> EngineError
     else:
         nodes = suspects(model)
         blame = f" Suspect nodes: {', '.join(nodes)}." if nodes else " No node has a form that is known to crash it."
-    return EngineError(
+    return BuilderCrashedError(
         f"The builder crashed ({name}).{blame} Its last words: {' / '.join(last)}",
         f"Leave the suspect layers in FP16 (recipe: protect). The whole log: {log}",
     )
+
+
+def located(crash: BuilderCrashedError, found: Suspects | None) -> EngineError:
+    """Add to ``crash`` what building smaller graphs has found."""
+    if found is None:
+        return EngineError(f"{crash.message} A second build of the same graph did not crash.", crash.hint)
+    named = ", ".join(found.nodes[:NAMED_NODES]) + (
+        f" and {len(found.nodes) - NAMED_NODES} more" if len(found.nodes) > NAMED_NODES else ""
+    )
+    if not found.quantized:
+        said = f"It crashes without any quantization too, when the graph has come to {named}"
+    elif len(found.nodes) == 1:
+        said = f"It crashes when {named} alone is quantized, and not when nothing is"
+    else:
+        said = f"It crashes when these are quantized together: {named}; and not when nothing is"
+    sure = "" if found.certain else "; the search ended early, so fewer may be enough"
+    return EngineError(f"{crash.message} Suspects by {found.trials} smaller builds: {said}{sure}.", crash.hint)
 
 
 def suspects(model: Path) -> list[str]:

@@ -26,6 +26,7 @@ class EngineRecord:
     """An engine that was built: what it is, what it holds, and how it differs from the plan.
 
     ``kernels`` counts the engine's kernels by type. ``verified`` means that no problem is ``wrong``.
+    ``compute_capabilities``: the GPUs that it is for; empty: the one that it was built on.
     """
 
     target: str
@@ -40,6 +41,7 @@ class EngineRecord:
     kernels: dict[str, int]
     verified: bool
     problems: tuple[Problem, ...] = ()
+    compute_capabilities: tuple[str, ...] = ()
     timing: BuildTiming | None = field(default=None, compare=False)
 
     def require_verified(self) -> EngineRecord:
@@ -63,6 +65,7 @@ class EngineRecord:
     def load(cls, path: Path, timing: Path | None = None) -> EngineRecord:
         """Read what ``save`` wrote, with the timing where there is one."""
         values = json.loads(path.read_text())
+        values["compute_capabilities"] = tuple(values.get("compute_capabilities", ()))
         values["problems"] = tuple(Problem(**problem) for problem in values["problems"])
         if timing is not None and timing.is_file():
             values["timing"] = BuildTiming(**json.loads(timing.read_text()))

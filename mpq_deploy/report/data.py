@@ -117,6 +117,15 @@ class EngineInfo(Part):
     notes: tuple[str, ...] = ()
 
 
+class Ratio(Part):
+    """A median time over another's, both timed in turns. ``low`` and ``high`` end its 95 % bootstrap interval."""
+
+    against: str
+    value: float = Field(gt=0)
+    low: float | None = Field(None, gt=0)
+    high: float | None = Field(None, gt=0)
+
+
 class DeviceInfo(Part):
     """What a device said when the package was installed there. What it did not measure is None.
 
@@ -137,6 +146,8 @@ class DeviceInfo(Part):
     median_ms: float | None = Field(None, ge=0)
     p99_ms: float | None = Field(None, ge=0)
     calls: int | None = Field(None, ge=0)
+    graph: bool = Field(False, description="no engine: ONNX Runtime ran the graph itself")
+    ratio: Ratio | None = Field(None, description="from 'mpq-deploy bench': beside the float or FP16 model")
 
 
 class LayerRow(Part):

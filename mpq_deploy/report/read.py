@@ -201,10 +201,10 @@ def read_report(path: Path) -> ReadReport:
 
 
 def latencies(report: ReadReport) -> list[Latency]:
-    """Return every measured latency of the engine, by device; ONNX Runtime on a CPU is none of it."""
+    """Return every measured latency of the engine, by device; ONNX Runtime is none of it, unless it is the target."""
     found = []
     for device in report.devices:
-        if device.median_ms is not None:
+        if device.median_ms is not None and (not device.graph or device.target == report.target.name):
             calls = f"median of {device.calls} calls" if device.calls else "median"
             source = f"measured on {device.device} ({device.target}, {device.builder}; {calls})"
             found.append(Latency(device.median_ms, source, device.target, _problem(device)))

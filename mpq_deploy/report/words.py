@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Protocol
 
-from mpq_deploy.report.data import Control, DeviceInfo, ExpectedLatency, ImportanceInfo, Interval, ReportData
+from mpq_deploy.report.data import Control, DeviceInfo, ExpectedLatency, ImportanceInfo, Interval, Ratio, ReportData
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _SIZE_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
@@ -203,6 +203,7 @@ DEVICE_COLUMNS = ("device", "engine", "layers", "outputs", "latency (median, p99
 def device_row(info: DeviceInfo) -> tuple[str, str, str, str, str]:
     """Return the cells of ``DEVICE_COLUMNS`` for one device."""
     layers = "as planned" if info.layers_verified else f"not as planned: {'; '.join(info.problems[:2])}"
+    layers = "the graph itself" if info.graph else layers
     if info.outputs_agree is None:
         outputs = f"not run: {info.not_run}"
     else:
@@ -210,7 +211,13 @@ def device_row(info: DeviceInfo) -> tuple[str, str, str, str, str]:
         outputs = f"{'agree' if info.outputs_agree else 'differ'} ({shown})"
     times = f"{digits(info.median_ms)} ms, {digits(info.p99_ms)} ms" if info.median_ms and info.p99_ms else NOT_MEASURED
     where = f"{info.device} ({info.target})"
+    times += f"; {_ratio(info.ratio)}" if info.ratio else ""
     return where, f"{info.builder}, {size(info.engine_bytes)}", layers, outputs, times
+
+
+def _ratio(ratio: Ratio) -> str:
+    ends = f" ({ratio.low:.2f} to {ratio.high:.2f})" if ratio.low is not None and ratio.high is not None else ""
+    return f"{ratio.value:.2f}{ends} of {ratio.against}'s time"
 
 
 def _within(title: str) -> str:

@@ -15,10 +15,12 @@ import numpy as np
 import torch
 
 from mpq_deploy.denoisers.spec import DenoiserSpec
+from mpq_deploy.device.context import RUNTIME_CACHE, load_engine, open_context, refuse_other_gpu
 from mpq_deploy.errors import EngineError, MissingDependencyError, ModelError
 from mpq_deploy.runtime.ort import ORT_ERRORS, OrtDenoiser
 
-RUNTIME_CACHE = "model.runtime-cache"
+__all__ = ["RUNTIME_CACHE", "Backend", "EngineBackend", "OrtBackend"]
+
 DTYPES = {"FLOAT": torch.float32, "HALF": torch.float16, "INT64": torch.int64, "INT32": torch.int32, "BOOL": torch.bool}
 
 
@@ -77,43 +79,29 @@ class OrtBackend:
 class EngineBackend:
     """A TensorRT or TensorRT-RTX engine on a CUDA device. ``library``: ``tensorrt_rtx`` or ``tensorrt``.
 
-    TensorRT-RTX finishes an engine on the GPU when it is first run; what it compiled is kept in ``RUNTIME_CACHE``
-    beside the engine, and CUDA graphs are used where the library offers them. Batches above the engine's largest are
-    run in parts. Nothing here has run on a GPU yet (docs/devices.md).
+    Tensors lie in buffers that stay bound while the shapes stay; calls are launched as CUDA graphs, by TensorRT-RTX
+    itself, or captured here for TensorRT (``graphs`` False: never). TensorRT-RTX finishes an engine on the GPU when it
+    is first run; what it compiled is kept in ``RUNTIME_CACHE`` beside the engine. Batches above the engine's largest
+    are run in parts. Nothing here has run on a GPU yet (docs/devices.md).
     """
 
-    def __init__(self, path: Path, spec: DenoiserSpec, device: torch.device, library: str) -> None:
+    def __init__(self, path: Path, spec: DenoiserSpec, device: torch.device, library: str, graphs: bool = True) -> None:
         try:
-            self._trt: Any = importlib.import_module(library)
+            trt: Any = importlib.import_module(library)
         except ImportError as error:
             raise MissingDependencyError(library.replace("_", "-"), "rtx", f"Running {path.name}") from error
-        self.name, self.device, self._output, self._path = library, device, spec.output, path
-        runtime = self._trt.Runtime(self._trt.Logger(self._trt.Logger.WARNING))
-        self._engine = runtime.deserialize_cuda_engine(path.read_bytes())
-        if self._engine is None:
-            raise EngineError(
-                f"{library} {self._trt.__version__} cannot load {path}.",
-                "Engines run on the GPUs and the version they were built for: build it again here.",
-            )
+        self.name, self.device, self._output = library, device, spec.output
+        refuse_other_gpu(path, "SM{}{}".format(*torch.cuda.get_device_capability(device)))
+        engine = load_engine(trt, trt.Logger(trt.Logger.WARNING), path)
+        self._opened = open_context(trt, engine, path, graphs)
+        self._capture = graphs and not self._opened.builtin_graphs
         self._sample = spec.sample.name
-        self._largest = int(self._engine.get_tensor_profile_shape(self._sample, 0)[2][0])
-        self._cache: Any = None
-        self._context = self._new_context()
-
-    def _new_context(self) -> Any:
-        if not hasattr(self._engine, "create_runtime_config"):
-            return self._engine.create_execution_context()
-        config = self._engine.create_runtime_config()
-        if hasattr(config, "create_runtime_cache"):
-            self._cache = config.create_runtime_cache()
-            kept = self._path.with_name(RUNTIME_CACHE)
-            if kept.is_file():
-                # A cache of another GPU or version is refused by the library, and made anew.
-                self._cache.deserialize(kept.read_bytes())
-            config.set_runtime_cache(self._cache)
-        if hasattr(self._trt, "CudaGraphStrategy"):
-            config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        return self._engine.create_execution_context(config)
+        self._largest = int(engine.get_tensor_profile_shape(self._sample, 0)[2][0])
+        # Graphs cannot be captured on the default stream.
+        self._stream = torch.cuda.Stream(device)
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._graph: Any = None
+        self._seen: set[tuple[tuple[int, ...], ...]] = set()
 
     def __call__(self, feeds: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """See ``Backend``. Raises EngineError when the engine refuses the shapes or fails."""
@@ -126,20 +114,48 @@ class EngineBackend:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _run(self, feeds: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        for name, tensor in feeds.items():
-            if not self._context.set_input_shape(name, tuple(tensor.shape)):
-                raise EngineError(f"The engine does not take {name} of shape {tuple(tensor.shape)}.")
-            self._context.set_tensor_address(name, tensor.data_ptr())
-        kind = DTYPES[self._engine.get_tensor_dtype(self._output).name]
-        output = torch.empty(tuple(self._context.get_tensor_shape(self._output)), dtype=kind, device=self.device)
-        self._context.set_tensor_address(self._output, output.data_ptr())
-        stream = torch.cuda.current_stream(self.device)
-        if not self._context.execute_async_v3(stream.cuda_stream):
-            raise EngineError("The engine failed.", "Its log above says why.")
-        stream.synchronize()
+        same = all(name in self._buffers and self._buffers[name].shape == t.shape for name, t in feeds.items())
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            if not same:
+                self._bind(feeds)
+            for name, tensor in feeds.items():
+                self._buffers[name].copy_(tensor)
+            if same and self._capture and self._graph is None:
+                # The call before, with the same shapes, has settled them, as TensorRT asks for before a capture.
+                self._graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self._graph, stream=self._stream):
+                    self._enqueue()
+            if self._graph is None:
+                self._enqueue()
+            else:
+                self._graph.replay()
+            # A sampler may keep former outputs, and the buffer is written again by the next call.
+            output = self._buffers[self._output].clone()
+        self._stream.synchronize()
+        shapes = tuple(tuple(tensor.shape) for tensor in feeds.values())
+        if shapes not in self._seen:
+            self._seen.add(shapes)
+            self.keep_cache()
         return output
 
+    def _bind(self, feeds: Mapping[str, torch.Tensor]) -> None:
+        """Make buffers of the shapes of ``feeds`` and hand their addresses over; a graph of other shapes goes."""
+        context, self._graph = self._opened.context, None
+        self._buffers = {name: torch.empty_like(tensor) for name, tensor in feeds.items()}
+        for name, tensor in feeds.items():
+            if not context.set_input_shape(name, tuple(tensor.shape)):
+                raise EngineError(f"The engine does not take {name} of shape {tuple(tensor.shape)}.")
+        kind = DTYPES[self._opened.engine.get_tensor_dtype(self._output).name]
+        shape = tuple(context.get_tensor_shape(self._output))
+        self._buffers[self._output] = torch.empty(shape, dtype=kind, device=self.device)
+        for name, buffer in self._buffers.items():
+            context.set_tensor_address(name, buffer.data_ptr())
+
+    def _enqueue(self) -> None:
+        if not self._opened.context.execute_async_v3(self._stream.cuda_stream):
+            raise EngineError("The engine failed.", "Its log above says why.")
+
     def keep_cache(self) -> None:
-        """Write what the library compiled for this GPU beside the engine, for the next start."""
-        if self._cache is not None:
-            self._path.with_name(RUNTIME_CACHE).write_bytes(bytes(self._cache.serialize()))
+        """Write what the library compiled for this GPU beside the engine; also done after the first call of a shape."""
+        self._opened.keep_cache()

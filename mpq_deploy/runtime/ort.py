@@ -49,6 +49,13 @@ def make_session(
     Raises ModelError for a file that is truncated, no ONNX, has data outside its folder, or that ONNX Runtime
     refuses; UsageError for an unknown execution provider.
     """
+    return make_session_with(model, session_options(threads, fake_quant_only), providers)
+
+
+def make_session_with(
+    model: Path | bytes, options: ort.SessionOptions, providers: Sequence[str] | None = None
+) -> ort.InferenceSession:
+    """Open ``model`` as ``make_session`` does, under the given options."""
     if isinstance(model, bytes):
         parse_proto(model, "The model in memory")
     else:
@@ -64,7 +71,7 @@ def make_session(
     try:
         return ort.InferenceSession(
             model if isinstance(model, bytes) else str(model.resolve()),
-            session_options(threads, fake_quant_only),
+            options,
             providers=chosen,
         )
     except ORT_ERRORS as error:

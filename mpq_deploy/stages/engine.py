@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mpq_deploy.allocate import PrecisionPlan
 from mpq_deploy.artefacts import Fields, canonical_json
 from mpq_deploy.engine.expected import ExpectedLayers
+from mpq_deploy.engine.memory import MemoryEstimate, estimate_memory, refuse_too_large
 from mpq_deploy.engine.target import Target, load_target
 from mpq_deploy.engine.trtexec import find_trtexec
 from mpq_deploy.graph.write import DEPLOYED
@@ -44,6 +45,7 @@ def make_engine(pipeline: Pipeline, folder: Path) -> str:
         return f"none: {reason}"
     from mpq_deploy.engine.builder import BatchProfile, build_engine
 
+    check_target_memory(pipeline, target)
     exported = Exported(pipeline)
     schemes = {name: SCHEMES[scheme] for name, scheme in plan.schemes.items()}
     section, spec = pipeline.recipe.engine, exported.spec
@@ -61,6 +63,17 @@ def make_engine(pipeline: Pipeline, folder: Path) -> str:
     )
     record.require_verified()
     return f"{record.backend} {record.version}, {record.weights_bytes or 0:,} bytes of weights, verified"
+
+
+def check_target_memory(pipeline: Pipeline, target: Target) -> MemoryEstimate:
+    """Estimate what the engine takes; raises UsageError when that is more than the target has."""
+    plan = PrecisionPlan.load(pipeline.folder("allocate") / "plan.json")
+    spec, batch = Exported(pipeline).spec, pipeline.recipe.engine.batch_max
+    inputs = (spec.sample, spec.timestep, *spec.conditions)
+    shapes = {item.name: (batch, *item.shape) if item.batched else item.shape for item in inputs}
+    estimate = estimate_memory(pipeline.folder(deployed_stage(pipeline)) / DEPLOYED, shapes, plan.size_bytes)
+    refuse_too_large(estimate, target, batch)
+    return estimate
 
 
 def builder_present(target: Target) -> bool:

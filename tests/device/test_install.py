@@ -14,7 +14,16 @@ import pytest
 from mpq_deploy.device import install as install_module
 from mpq_deploy.device.archive import ArchiveError
 from mpq_deploy.device.compare import latency, relative_squared_error
-from mpq_deploy.device.install import Runtime, check_gpu, check_memory, install, main, probe, read_results
+from mpq_deploy.device.install import (
+    Runtime,
+    check_gpu,
+    check_gpu_memory,
+    check_memory,
+    install,
+    main,
+    probe,
+    read_results,
+)
 from mpq_deploy.device.manifest import Manifest
 from mpq_deploy.device.run import Run
 from mpq_deploy.errors import EngineError, UsageError
@@ -268,6 +277,30 @@ def test_too_little_memory_is_refused_before_building(orin: Path, tmp_path: Path
         check_memory(manifest, False, meminfo)
     check_memory(manifest, True, meminfo)
     check_memory(manifest, False, tmp_path / "none")
+
+
+def test_too_little_gpu_memory_is_refused_before_building(
+    orin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full:
+        def name(self) -> str:
+            return "Orin"
+
+        def free_bytes(self) -> int:
+            return 100_000_000
+
+        def total_bytes(self) -> int:
+            return 64_000_000_000
+
+    manifest = unpacked(orin, tmp_path)
+    assert manifest.needed_bytes > 500_000_000
+    check_gpu_memory(manifest, False)  # no GPU is here: nothing to refuse
+    monkeypatch.setattr(install_module, "why_no_gpu", lambda: "")
+    monkeypatch.setattr(install_module, "Cuda", Full)
+    with pytest.raises(EngineError, match=r"take 0\.51 GB at batch 8; Orin has 0\.10 of 64\.00 GB free") as caught:
+        check_gpu_memory(manifest, False)
+    assert "--force-memory" in caught.value.hint
+    check_gpu_memory(manifest, True)
 
 
 def test_a_manifest_of_another_format_or_without_a_field_is_refused(orin: Path, tmp_path: Path) -> None:

@@ -92,3 +92,16 @@ def test_the_other_jetpacks_of_a_device_are_alternatives(orin: Path, tmp_path: P
     extract(orin, read_archive(orin), tmp_path)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert set(manifest["alternatives"]) == {"jetson-agx-orin-jp7"}
+
+
+def test_a_device_with_too_little_memory_is_refused_before_packing(
+    rtx_run: tuple[Recipe, Path], tmp_path: Path
+) -> None:
+    small = tmp_path / "small.yaml"
+    small.write_text('extends: rtx\nname: small\nmemory_bytes: {value: 0.2e9, source: "a small board"}\n')
+    with open_pipeline(*rtx_run, Talk()) as pipeline, pytest.raises(UsageError) as caught:
+        make_package(pipeline, load_target(str(small)), tmp_path / "x.mpq.tar")
+    assert "estimated to take 0.51 GB at batch 8" in caught.value.message
+    assert "small has 0.20 GB" in caught.value.message
+    assert "engine.batch_max" in caught.value.hint
+    assert [path.name for path in tmp_path.iterdir()] == ["small.yaml"]

@@ -2,14 +2,11 @@
 
 import json
 import math
-import re
 import xml.etree.ElementTree as ET
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sample_report import make_report
@@ -332,14 +329,3 @@ def test_the_command_line_exits_with_0_1_and_2(tmp_path, reported):
         found = RUNNER.invoke(app, ["gate", path, *wrong])
         assert isinstance(found.exception, UsageError)
         assert found.exception.exit_code == 2
-
-
-def test_the_workflow_of_the_documentation_parses_and_uses_options_that_exist():
-    text = (Path(__file__).parents[2] / "docs" / "ci.md").read_text()
-    workflow = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.S).group(1))
-    runs = [step["run"] for step in workflow["jobs"]["model"]["steps"] if "run" in step]
-    commands = [line.split() for run in runs for line in run.splitlines() if line.startswith("mpq-deploy ")]
-    assert [words[1] for words in commands] == ["build", "gate", "package"]
-    for words in commands:
-        shown = RUNNER.invoke(app, [words[1], "--help"]).stdout
-        assert all(re.search(rf"{word}\b", shown) for word in words if word.startswith("-")), words

@@ -1,0 +1,295 @@
+"""Time one or two subjects, alternated call by call in rounds, and say what was measured.
+
+In: ``Subject`` objects (ours first, then what it is held against). Out: a ``Measured`` each, the ratio, and results in
+the form of the installer's results.json, which 'mpq-deploy report RUN --device FILE' takes in.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpq_deploy import __version__
+from mpq_deploy.bench.statistics import ratio, summary
+from mpq_deploy.bench.subject import ORT, Subject
+from mpq_deploy.device.cuda import Cuda, why_no_gpu
+from mpq_deploy.device.install import RESULTS_FORMAT, board
+from mpq_deploy.device.manifest import Manifest
+from mpq_deploy.engine.builder import RECORD, child_environment
+from mpq_deploy.engine.record import EngineRecord
+from mpq_deploy.errors import EngineError, MpqError, UsageError
+from mpq_deploy.talk import Talk
+
+ON_CPU = (
+    "This is ONNX Runtime on a CPU: Q/DQ nodes there are rounded in float arithmetic and take time of their own. It "
+    "says nothing about the engine's speed."
+)
+NOT_COMPARED = "bench compares no outputs"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """``calls`` are timed in ``rounds`` equal rounds, after ``warm_up`` calls that are told apart."""
+
+    calls: int = 100
+    rounds: int = 20
+    warm_up: int = 10
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.rounds <= self.calls or self.calls % self.rounds or self.warm_up < 1:
+            raise UsageError(
+                f"{self.calls} calls in {self.rounds} rounds after {self.warm_up} to warm up cannot be done.",
+                "The calls must be a multiple of the rounds, and one call or more must warm up.",
+            )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """``milliseconds`` [rounds, calls per round]; ``warm_up`` [calls], the first one compiles and allocates."""
+
+    subject: Subject
+    version: str
+    clock: str
+    load_seconds: float
+    shapes: dict[str, list[int]]
+    warm_up: list[float]
+    milliseconds: list[list[float]]
+    peak_rss_bytes: int
+    interpreter_rss_bytes: int
+    gpu_bytes: int | None
+
+    def all_calls(self) -> list[float]:
+        """Every timed call."""
+        return [one for each in self.milliseconds for one in each]
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything that was measured of this subject."""
+        return {
+            "name": self.subject.name,
+            "file": Path(self.subject.file).name,
+            "backend": f"{self.subject.backend} {self.version}",
+            "device": self.subject.device,
+            "threads": self.subject.threads,
+            "batch": self.subject.batch,
+            "clock": self.clock,
+            "cuda_graphs": self.subject.graphs and self.subject.backend != ORT,
+            "shapes": self.shapes,
+            "load_seconds": self.load_seconds,
+            "warm_up": {"first_ms": self.warm_up[0], "calls": len(self.warm_up), "last_ms": self.warm_up[-1]},
+            "latency": summary(self.all_calls(), self.subject.batch),
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "model_rss_bytes": self.peak_rss_bytes - self.interpreter_rss_bytes,
+            "gpu_bytes": self.gpu_bytes,
+        }
+
+
+def measure(subjects: Sequence[Subject], schedule: Schedule, talk: Talk) -> list[Measured]:
+    """Time every subject, in turns: first to last in one round, last to first in the next.
+
+    Raises what the subject's process reports, EngineError where it crashes.
+    """
+    with ExitStack() as stack:
+        workers = [stack.enter_context(_worker(subject)) for subject in subjects]
+        opened = [worker.answer() for worker in workers]
+        warm_up = [worker.run(schedule.warm_up)["milliseconds"] for worker in workers]
+        times: list[list[list[float]]] = [[] for _ in workers]
+        last: list[dict[str, Any]] = [{} for _ in workers]
+        with talk.bar("time rounds", schedule.rounds) as advance:
+            for number in range(schedule.rounds):
+                order = range(len(workers)) if number % 2 == 0 else reversed(range(len(workers)))
+                for index in order:
+                    last[index] = workers[index].run(schedule.calls // schedule.rounds)
+                    times[index].append(last[index].pop("milliseconds"))
+                advance(1)
+    return [
+        Measured(subject, warm_up=warm, milliseconds=found, **first, **memory)
+        for subject, warm, found, first, memory in zip(subjects, warm_up, times, opened, last, strict=True)
+    ]
+
+
+class _Worker:
+    def __init__(self, subject: Subject, process: subprocess.Popen[str], errors: Any) -> None:
+        self._subject, self._process, self._errors = subject, process, errors
+
+    def run(self, calls: int) -> dict[str, Any]:
+        """Have it run so many calls."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(f"{calls}\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has ended: the missing answer says so
+        return self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        """Read one answer. Raises its error, or EngineError where the process is gone."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            code = self._process.wait()
+            self._errors.seek(0)
+            words = " ".join(self._errors.read().split())[-400:]
+            what = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
+            raise EngineError(f"The process that ran {self._subject.file} {what}: {words}")
+        values: dict[str, Any] = json.loads(line)
+        if "error" in values:
+            raise MpqError(values["error"], values["hint"])
+        return values
+
+
+@contextmanager
+def _worker(subject: Subject) -> Iterator[_Worker]:
+    command = [sys.executable, "-m", "mpq_deploy.bench.worker"]
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=child_environment(),
+        )
+        try:
+            assert process.stdin is not None
+            process.stdin.write(subject.to_json() + "\n")
+            process.stdin.flush()
+            yield _Worker(subject, process, errors)
+            process.stdin.close()
+            process.wait()
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Whose results these are: ``target`` with its dialect, and the digests of the plan where they are known."""
+
+    name: str
+    target: str
+    dialect: str
+    digests: dict[str, str]
+
+
+def origin_of(file: Path, backend: str, device: str) -> Origin:
+    """Find the origin of a file: from the package that it was installed from, else from what runs it."""
+    manifest = file.resolve().parent.parent / "manifest.json"
+    if backend != ORT and manifest.is_file():
+        packed = Manifest.load(manifest)
+        return Origin(packed.name, packed.target.name, packed.target.dialect, packed.digests)
+    if backend == ORT:
+        return Origin(file.stem, f"onnxruntime-{device}", ORT, {})
+    record = _record(file)
+    return Origin(file.stem, record.target if record else backend, "", {})
+
+
+def results(measured: Sequence[Measured], origin: Origin) -> dict[str, Any]:
+    """Return what results.json holds, with the section ``bench`` that only this command writes."""
+    ours = measured[0]
+    against = ratio(ours.milliseconds, measured[1].milliseconds) if len(measured) > 1 else None
+    cpu = ours.subject.backend == ORT and ours.subject.device == "cpu"
+    return {
+        "format": RESULTS_FORMAT,
+        "made_by": __version__,
+        "package": {"name": origin.name, "manifest_sha256": "", "digests": origin.digests},
+        "target": origin.target,
+        "dialect": origin.dialect,
+        "device": _device(ours.subject.device),
+        "engine": _engine(ours),
+        "build": None,
+        "reference": {"ran": False, "why": NOT_COMPARED, "passed": None, "cases": {}},
+        "latency": summary(ours.all_calls(), ours.subject.batch),
+        "memory": {
+            "weights_bytes": None,
+            "activation_bytes": None,
+            "taken_bytes": ours.peak_rss_bytes - ours.interpreter_rss_bytes if cpu else ours.gpu_bytes,
+        },
+        "passed": True,
+        "bench": {
+            "subjects": [one.as_json() for one in measured],
+            "ratio": against,
+            "note": ON_CPU if cpu else "",
+        },
+    }
+
+
+def _device(kind: str) -> dict[str, str]:
+    found = {"board": board(), "machine": f"{platform.machine()} CPU", "python": platform.python_version()}
+    if kind == "cpu" or why_no_gpu():
+        return {**found, "gpu": "", "compute_capability": ""}
+    cuda = Cuda()
+    return {**found, "gpu": cuda.name(), "compute_capability": cuda.compute_capability()}
+
+
+def _record(engine: Path) -> EngineRecord | None:
+    path = engine.with_name(RECORD)
+    return EngineRecord.load(path) if path.is_file() else None
+
+
+def _bytes(subject: Subject) -> int:
+    """Size of the engine, or of the graph with its weights."""
+    file = Path(subject.file)
+    if subject.backend != ORT:
+        return file.stat().st_size
+    from mpq_deploy.evaluate.cache import model_files
+
+    return sum(one.stat().st_size for one in model_files(file))
+
+
+def _engine(ours: Measured) -> dict[str, Any]:
+    file = Path(ours.subject.file)
+    record = None if ours.subject.backend == ORT else _record(file)
+    problems = (
+        []
+        if record is None
+        else [{"layer": p.layer, "message": p.message, "severity": p.severity} for p in record.problems]
+    )
+    return {
+        "backend": ours.subject.backend,
+        "version": ours.version,
+        "file": file.name,
+        "bytes": _bytes(ours.subject),
+        "weights_bytes": record.weights_bytes if record else None,
+        "activation_bytes": record.activation_bytes if record else None,
+        "verified": ours.subject.backend == ORT or (record is not None and record.verified),
+        "problems": problems,
+    }
+
+
+def bench_text(found: dict[str, Any]) -> str:
+    """Return the results as a table of at most 80 columns, with what the ratio says."""
+    rows = [("", "p50", "p90", "p99", "per second", "memory", "first call")]
+    for one in found["bench"]["subjects"]:
+        times, memory = one["latency"], one["gpu_bytes"] or one["model_rss_bytes"]
+        cells = (f"{times[key]:.2f} ms" for key in ("p50_ms", "p90_ms", "p99_ms"))
+        first = f"{one['warm_up']['first_ms']:.1f} ms"
+        rows.append((one["name"], *cells, f"{times['samples_per_second']:.1f}", f"{memory / 1e6:,.0f} MB", first))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths)))
+        for row in rows
+    ]
+    first = found["bench"]["subjects"][0]
+    device = found["device"]["board"] or found["device"]["gpu"] or found["device"]["machine"]
+    lines += ["", f"{first['backend']} on {device}, batch {first['batch']}, {first['latency']['calls']} calls each"]
+    if found["bench"]["ratio"]:
+        lines.append(ratio_text(found["bench"]["ratio"], *(one["name"] for one in found["bench"]["subjects"][:2])))
+    return "\n".join([*lines, *textwrap.wrap(found["bench"]["note"], 79)])
+
+
+def ratio_text(value: dict[str, Any], ours: str, other: str) -> str:
+    """Say how the medians compare, and whether that is more than noise."""
+    if value["low"] is None:
+        return f"{ours} takes {value['value']:.3f} of {other}'s time (too few rounds for an interval)"
+    said = f"{ours} takes {value['value']:.3f} of {other}'s time (95 %: {value['low']:.3f} to {value['high']:.3f})"
+    return f"{said}: no difference is shown" if value["low"] <= 1 <= value["high"] else said

@@ -1,0 +1,108 @@
+"""What of a run is timed here, at home: the engine where a GPU can run it, else its graph in ONNX Runtime.
+
+Ours is held against the same model without quantization: the float export on a CPU, the FP16 graph on CUDA, an FP16
+engine of the same builder. The last two are made for this, in ``RUN/bench``, and kept until the export changes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpq_deploy.allocate import PrecisionPlan
+from mpq_deploy.bench.bench import Origin
+from mpq_deploy.bench.sources import Wish, cuda_provider, library_of, subject_of
+from mpq_deploy.bench.subject import ORT, Subject
+from mpq_deploy.engine.builder import ENGINE, BatchProfile, build_engine
+from mpq_deploy.engine.expected import ExpectedLayers
+from mpq_deploy.engine.target import Target, load_target
+from mpq_deploy.errors import UsageError
+from mpq_deploy.graph.dialects import dialect_named
+from mpq_deploy.graph.passes.quantize_layers import LayerRewrite
+from mpq_deploy.graph.write import DEPLOYED, SIMULATED, write_quantized
+from mpq_deploy.precision.scheme import FP16
+from mpq_deploy.stages.common import Exported, deployed_stage
+
+if TYPE_CHECKING:
+    from mpq_deploy.pipeline import Pipeline
+
+FOLDER, STAMP = "bench", "made-from"
+
+
+def subjects_of(pipeline: Pipeline, wish: Wish) -> tuple[list[Subject], Origin]:
+    """Return ours and the float model's, and where the results belong. Raises UsageError where nothing runs here."""
+    stage = deployed_stage(pipeline)
+    pipeline.run_until(stage)
+    quantized, target = pipeline.folder(stage), load_target(pipeline.recipe.target)
+    digests = {"allocate": pipeline.digest("allocate"), "quantize": pipeline.digest(stage)}
+    engine = pipeline.run.path / "engine" / ENGINE
+    name = Exported(pipeline).spec.name
+    if _takes_engine(engine, wish):
+        files = {"ours": engine, "FP16": fp16_engine(pipeline, target)}
+        origin = Origin(name, target.name, target.dialect, digests)
+    elif wish.device == "cuda" or (wish.device == "auto" and cuda_provider()):
+        files = {"ours": quantized / DEPLOYED, "FP16": fp16_graph(pipeline, target)}
+        origin = Origin(name, "onnxruntime-cuda", ORT, digests)
+    else:
+        files = {"ours": quantized / SIMULATED, "float": Exported(pipeline).path}
+        origin = Origin(name, "onnxruntime-cpu", ORT, digests)
+        wish = replace(wish, device="cpu")
+    return [subject_of(file, label, wish) for label, file in files.items()], origin
+
+
+def _takes_engine(engine: Path, wish: Wish) -> bool:
+    if wish.backend == ORT or wish.device == "cpu":
+        return False
+    if wish.backend != "auto" and not engine.is_file():
+        raise UsageError(f"There is no engine at {engine}.", "Build it, or give --backend onnxruntime.")
+    if not engine.is_file():
+        return False
+    try:
+        subject_of(engine, "ours", wish)
+    except UsageError:
+        if wish.backend != "auto":
+            raise
+        return False
+    import importlib.util
+
+    return importlib.util.find_spec(library_of(engine)) is not None
+
+
+def fp16_graph(pipeline: Pipeline, target: Target) -> Path:
+    """Write the FP16 graph without quantization, once per export; return its path."""
+    folder = pipeline.run.path / FOLDER / "fp16"
+    stamp = f"{pipeline.digest('export')} {target.dialect}"
+    if not _current(folder, stamp):
+        exported = Exported(pipeline)
+        folder.mkdir(parents=True, exist_ok=True)
+        rewrites = [LayerRewrite(layer, FP16, None) for layer in exported.graph.layers]
+        spec, dialect = exported.spec, dialect_named(target.dialect)
+        write_quantized(exported.path, spec.timestep.name, spec.sample.name, rewrites, {}, folder, dialect)
+        (folder / SIMULATED).unlink()
+        (folder / STAMP).write_text(stamp)
+    return folder / DEPLOYED
+
+
+def fp16_engine(pipeline: Pipeline, target: Target) -> Path:
+    """Build the engine of the FP16 graph, once per export and target; return its path."""
+    graph = fp16_graph(pipeline, target)
+    folder = pipeline.run.path / FOLDER / f"fp16-{target.name}"
+    stamp = (graph.parent / STAMP).read_text()
+    if not _current(folder, stamp):
+        exported, section = Exported(pipeline), pipeline.recipe.engine
+        spec = exported.spec
+        inputs = (spec.sample, spec.timestep, *spec.conditions)
+        shapes = {item.name: item.shape for item in inputs if item.batched}
+        layers = exported.graph.layers
+        size = PrecisionPlan.load(pipeline.folder("allocate") / "plan.json").fp16_size_bytes
+        expected = ExpectedLayers.of(layers, {layer.name: FP16 for layer in layers}, size)
+        profile = BatchProfile(section.batch_min, section.batch_opt, section.batch_max, shapes)
+        build_engine(graph, folder, target, profile, expected, pipeline.talk)
+        (folder / STAMP).write_text(stamp)
+    return folder / ENGINE
+
+
+def _current(folder: Path, stamp: str) -> bool:
+    path = folder / STAMP
+    return path.is_file() and path.read_text() == stamp

@@ -1,0 +1,100 @@
+"""An engine opened for running: its execution context, what TensorRT-RTX compiled for this GPU, and CUDA graphs.
+
+In: the library (tensorrt_rtx or tensorrt), an engine. Out: an ``OpenEngine``. Both runtimes share it: torch tensors
+(``runtime.backends``) and the device's own (``device.engine_runner``). The names are those of the 1.7 bindings and of
+NVIDIA's documents; nothing here has run on a GPU yet (docs/devices.md).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpq_deploy.errors import EngineError
+
+RUNTIME_CACHE = "model.runtime-cache"
+# What ``engine.builder`` writes beside an engine.
+RECORD = "build.json"
+
+
+@dataclass
+class OpenEngine:
+    """``cache`` is TensorRT-RTX's IRuntimeCache, None where the library has none.
+
+    ``builtin_graphs``: the library captures CUDA graphs itself (TensorRT-RTX from 1.2). Elsewhere the caller does.
+    """
+
+    engine: Any
+    context: Any
+    cache: Any
+    cache_file: Path
+    builtin_graphs: bool
+
+    def keep_cache(self) -> None:
+        """Write what the library compiled for this GPU beside the engine, for the next start.
+
+        A folder that cannot be written is a warning: the engine runs all the same, its next start takes longer.
+        """
+        if self.cache is None:
+            return
+        aside = self.cache_file.with_name(f".{self.cache_file.name}.{os.getpid()}")
+        try:
+            aside.write_bytes(bytes(self.cache.serialize()))
+            aside.replace(self.cache_file)
+        except OSError as error:
+            warnings.warn(f"The runtime cache {self.cache_file} is not kept: {error.strerror}.", stacklevel=2)
+
+
+def refuse_other_gpu(engine: Path, found: str) -> None:
+    """Raise EngineError when the record beside ``engine`` says that it is for other GPUs than ``found``, such as SM87.
+
+    Without a record (an engine of another tool) the library itself decides.
+    """
+    record = engine.with_name(RECORD)
+    values = json.loads(record.read_text()) if record.is_file() else {}
+    wanted = values.get("compute_capabilities", ())
+    if wanted and found not in wanted:
+        raise EngineError(
+            f"{engine} is for {', '.join(wanted)} (target {values.get('target')}); the GPU here is {found}.",
+            "Build for this GPU's target: mpq-deploy targets lists them, mpq-deploy doctor says which fit.",
+        )
+
+
+def load_engine(trt: Any, logger: Any, path: Path) -> Any:
+    """Return the deserialized engine. Raises EngineError where the library cannot load it on this GPU."""
+    engine = trt.Runtime(logger).deserialize_cuda_engine(path.read_bytes())
+    if engine is None:
+        raise EngineError(
+            f"{trt.__name__} {trt.__version__} cannot load {path}.",
+            "Engines run on the GPUs and the version they were built for: build it again here.",
+        )
+    return engine
+
+
+def open_context(trt: Any, engine: Any, path: Path, graphs: bool = True) -> OpenEngine:
+    """Make the execution context of ``engine`` (from ``path``), with the runtime cache that lies beside it.
+
+    A cache of another GPU or an older version is refused by the library, which then compiles anew and replaces it.
+    """
+    kept = path.with_name(RUNTIME_CACHE)
+    if not hasattr(engine, "create_runtime_config"):
+        return OpenEngine(engine, engine.create_execution_context(), None, kept, False)
+    config, cache = engine.create_runtime_config(), None
+    if hasattr(config, "create_runtime_cache"):
+        cache = config.create_runtime_cache()
+        if kept.is_file() and not cache.deserialize(kept.read_bytes()):
+            cache.reset()
+        if not config.set_runtime_cache(cache):
+            cache = None
+    builtin = hasattr(trt, "CudaGraphStrategy")
+    if builtin:
+        strategies = trt.CudaGraphStrategy
+        config.cuda_graph_strategy = strategies.WHOLE_GRAPH_CAPTURE if graphs else strategies.DISABLED
+    context = engine.create_execution_context(config)
+    if context is None:
+        raise EngineError(f"{trt.__name__} cannot make a context for {path}.", "Its log says why; memory may be short.")
+    return OpenEngine(engine, context, cache, kept, builtin)

@@ -1,0 +1,264 @@
+"""Which nodes make a builder crash? Found by building smaller graphs, each in a child process with a time limit.
+
+In: a graph that crashed the builder, and a trial (does this graph crash?). Out: ``Suspects``. Two questions:
+
+1. Does it still crash without any quantization? No: the smallest set of quantized layers that crashes together is
+   looked for by delta debugging (Zeller, Hildebrandt 2002, "Simplifying and isolating failure-inducing input", ddmin);
+   all other layers are given float weights.
+2. Yes: the shortest beginning of the graph that crashes is looked for by halving; its last node is the suspect.
+
+Weights that become float are zeros in one sparse file, so that a trial of a large model writes nothing large.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import onnx
+from onnx import TensorProto, helper
+
+# Our choices: builds at most, and seconds for all of them.
+MOST_TRIALS, MOST_SECONDS = 40, 900.0
+LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+MODEL, ZEROS = "trial.onnx", "zeros.bin"
+QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
+# What may stand between a weight's DequantizeLinear and its layer.
+MOVES = ("Reshape", "Transpose", "Cast", "Identity", "Concat", "Gather", DEQUANTIZE, QUANTIZE)
+
+Trial = Callable[[Path], bool]
+
+
+@dataclass(frozen=True)
+class Suspects:
+    """``nodes`` crash the builder together. ``certain``: no smaller set of them was left untried.
+
+    ``quantized``: it is their quantization that does it (they build in float). ``trials``: builds that this took.
+    """
+
+    nodes: tuple[str, ...]
+    quantized: bool
+    certain: bool
+    trials: int
+
+
+class OutOfTrialsError(Exception):
+    """The number of trials or the time is used up."""
+
+
+class _Counted:
+    def __init__(self, trial: Trial, folder: Path, most: int, seconds: float) -> None:
+        self.trial, self.folder, self.most = trial, folder, most
+        self.end = time.monotonic() + seconds
+        self.count = 0
+
+    def crashes(self, graph: onnx.ModelProto) -> bool:
+        """Write and try a graph. Raises OutOfTrialsError."""
+        if self.count >= self.most or time.monotonic() > self.end:
+            raise OutOfTrialsError
+        self.count += 1
+        path = self.folder / MODEL
+        onnx.save(graph, path)
+        return self.trial(path)
+
+
+def find_suspects(
+    model: Path, folder: Path, trial: Trial, most: int = MOST_TRIALS, seconds: float = MOST_SECONDS
+) -> Suspects | None:
+    """Find what crashes; None where the graph as it is does not crash when tried again.
+
+    ``folder`` is empty and takes the trials. At most ``most`` trials are begun, none after ``seconds``.
+    """
+    proto = onnx.load(model, load_external_data=False)
+    _link_weights(proto, model, folder)
+    counted = _Counted(trial, folder, most, seconds)
+    layers = quantized_layers(proto)
+    found: tuple[str, ...] = tuple(layers)
+    quantized, certain = True, False
+    try:
+        if not counted.crashes(proto):
+            return None
+        quantized = not counted.crashes(_keeping(proto, (), folder))
+        if quantized:
+            for smaller in _minimised(layers, lambda kept: counted.crashes(_keeping(proto, kept, folder))):
+                found = smaller
+        else:
+            for name in _shortest(_keeping(proto, (), folder), counted.crashes):
+                found = (name,)
+        certain = True
+    except OutOfTrialsError:
+        pass  # what is known by now is the answer, and is not called certain
+    return Suspects(found, quantized, certain, counted.count)
+
+
+def quantized_layers(proto: onnx.ModelProto) -> list[str]:
+    """Names of the layers that read a DequantizeLinear, directly or through what moves a weight."""
+    made = {output: node for node in proto.graph.node for output in node.output}
+    return [
+        node.name
+        for node in proto.graph.node
+        if node.op_type in LAYERS and any(_dequantize(name, made) is not None for name in node.input)
+    ]
+
+
+def _dequantize(name: str, made: dict[str, onnx.NodeProto]) -> onnx.NodeProto | None:
+    """The DequantizeLinear from which the tensor ``name`` comes through moves alone."""
+    node = made.get(name)
+    while node is not None and node.op_type != DEQUANTIZE:
+        node = made.get(node.input[0]) if node.op_type in MOVES and node.input else None
+    return node
+
+
+def _minimised(layers: Sequence[str], crashes: Callable[[Sequence[str]], bool]) -> Iterator[tuple[str, ...]]:
+    """ddmin: yield each smaller set that crashes; the last one crashes no more without any one of its parts."""
+    current, parts = list(layers), 2
+    while len(current) > 1:
+        size = -(-len(current) // parts)
+        chunks = [current[i : i + size] for i in range(0, len(current), size)]
+        rests = [[name for name in current if name not in chunk] for chunk in chunks] if len(chunks) > 2 else []
+        tries = [*((chunk, 2) for chunk in chunks), *((rest, max(parts - 1, 2)) for rest in rests)]
+        hit = next(((kept, fewer) for kept, fewer in tries if crashes(kept)), None)
+        if hit is not None:
+            current, parts = hit
+            yield tuple(current)
+        elif parts >= len(current):
+            return
+        else:
+            parts = min(2 * parts, len(current))
+
+
+def _keeping(proto: onnx.ModelProto, kept: Sequence[str], folder: Path) -> onnx.ModelProto:
+    """Return the graph with only the layers ``kept`` quantized: others read zeros, or what Q/DQ nodes were given."""
+    changed = onnx.ModelProto()
+    changed.CopyFrom(proto)
+    graph = changed.graph
+    made = {output: node for node in graph.node for output in node.output}
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    shapes = _constant_shapes(proto, constants)
+    floats: dict[str, TensorProto] = {}
+    for node in graph.node:
+        if node.op_type not in LAYERS or node.name in kept:
+            continue
+        for index, name in enumerate(node.input):
+            source = _dequantize(name, made)
+            if source is None:
+                continue
+            if name in shapes:
+                zeros = _zeros(f"{name}//float", shapes[name], _float_type(source, constants), folder)
+                floats[zeros.name] = zeros
+                node.input[index] = zeros.name
+            else:
+                node.input[index] = _before(name, made)
+    graph.initializer.extend(floats.values())
+    _prune(graph)
+    return changed
+
+
+def _before(name: str, made: dict[str, onnx.NodeProto]) -> str:
+    """The activation that was quantized to give ``name``."""
+    node = made[name]
+    while node.op_type in (DEQUANTIZE, QUANTIZE):
+        name = node.input[0]
+        if name not in made:
+            break
+        node = made[name]
+    return name
+
+
+def _float_type(source: onnx.NodeProto, constants: dict[str, TensorProto]) -> int:
+    scale = constants.get(source.input[1])
+    return int(scale.data_type) if scale is not None else int(TensorProto.FLOAT16)
+
+
+def _constant_shapes(proto: onnx.ModelProto, constants: dict[str, TensorProto]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that follow from constants alone through Q/DQ and moves of them."""
+    shapes = {name: tuple(tensor.dims) for name, tensor in constants.items()}
+    inferred = _inferred_shapes(proto)
+    known = set(constants)
+    for node in proto.graph.node:
+        if node.op_type in MOVES and all(name in known or not name for name in node.input):
+            known.update(node.output)
+            shape = inferred.get(node.output[0])
+            if node.op_type in (DEQUANTIZE, QUANTIZE):
+                shape = shapes.get(node.input[0])
+            if shape is not None:
+                shapes[node.output[0]] = shape
+    return shapes
+
+
+def _inferred_shapes(proto: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
+    found = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
+    return {
+        value.name: tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim)
+        for value in (*found.value_info, *found.output)
+        if all(dim.HasField("dim_value") for dim in value.type.tensor_type.shape.dim)
+    }
+
+
+def _zeros(name: str, shape: tuple[int, ...], kind: int, folder: Path) -> TensorProto:
+    """A constant of zeros: all of them read the beginning of one sparse file."""
+    length = prod(shape) * helper.tensor_dtype_to_np_dtype(kind).itemsize
+    file = folder / ZEROS
+    with file.open("ab"):
+        if file.stat().st_size < length:
+            os.truncate(file, length)
+    tensor = TensorProto(name=name, data_type=kind, dims=shape, data_location=TensorProto.EXTERNAL)
+    for key, value in (("location", ZEROS), ("offset", "0"), ("length", str(length))):
+        tensor.external_data.add(key=key, value=value)
+    return tensor
+
+
+def _shortest(graph: onnx.ModelProto, crashes: Callable[[onnx.ModelProto], bool]) -> Iterator[str]:
+    """Yield the last node of ever shorter beginnings of ``graph`` that crash."""
+    low, high = 0, len(graph.graph.node)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if crashes(_beginning(graph, middle)):
+            high = middle
+        else:
+            low = middle
+        yield graph.graph.node[high - 1].name
+
+
+def _beginning(proto: onnx.ModelProto, count: int) -> onnx.ModelProto:
+    """The first ``count`` nodes; what they leave unread becomes an output."""
+    cut = onnx.ModelProto()
+    cut.CopyFrom(proto)
+    graph = cut.graph
+    known = onnx.shape_inference.infer_shapes(proto).graph
+    typed = {value.name: value for value in (*known.value_info, *known.output)}
+    del graph.node[count:]
+    read = {name for node in graph.node for name in node.input}
+    del graph.output[:]
+    for node in graph.node:
+        for name in node.output:
+            if name and name not in read:
+                graph.output.append(typed.get(name) or helper.make_tensor_value_info(name, TensorProto.FLOAT16, None))
+    _prune(graph)
+    return cut
+
+
+def _prune(graph: onnx.GraphProto) -> None:
+    """Drop nodes, constants and inputs that nothing reads."""
+    wanted = {value.name for value in graph.output}
+    for node in reversed(list(graph.node)):
+        if not wanted.intersection(node.output):
+            graph.node.remove(node)
+        else:
+            wanted.update(node.input)
+    for tensors in (graph.initializer, graph.input):
+        for one in [one for one in tensors if one.name not in wanted]:
+            tensors.remove(one)
+
+
+def _link_weights(proto: onnx.ModelProto, model: Path, folder: Path) -> None:
+    """Let the trials read the model's own weight files."""
+    names = {
+        entry.value for tensor in proto.graph.initializer for entry in tensor.external_data if entry.key == "location"
+    }
+    for name in sorted(names):
+        (folder / name).symlink_to((model.resolve().parent / name).resolve())

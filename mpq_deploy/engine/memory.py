@@ -1,0 +1,107 @@
+"""How much memory an engine will take on its device, estimated from the graph before anything is built there.
+
+In: the deployment graph, the shapes of its inputs at the largest batch, the bytes of its constants. Out: a
+``MemoryEstimate``. It is an estimate: the builder fuses operators (less) and keeps copies (more). TensorRT-RTX
+1.7's own figure of activations lay between 0.35 and 2 of it on the bundled models and on four random ones
+(docs/devices.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import onnx
+
+from mpq_deploy.engine.target import Target
+from mpq_deploy.errors import UsageError
+
+# Context, library and compiled kernels of a process that runs one engine (our choice, not measured).
+RUNTIME_BYTES = 500_000_000
+# Activations: what TensorRT-RTX 1.7 takes for the smallest graph, and what for each byte that lives at once (read off
+# its builds of the bundled models: 8.7 MB for 0.36 MB alive, 28.6 MB for 6.8 MB).
+WORKSPACE_BYTES, COPIES = 8_400_000, 3
+WEIGHT_FORMS = ("DequantizeLinear", "QuantizeLinear", "Reshape", "Transpose", "Cast", "Identity", "Concat", "Gather")
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes: constants as stored, activations that live at once, the largest weight unpacked, the runtime."""
+
+    weights_bytes: int
+    activation_bytes: int
+    unpacked_bytes: int
+    runtime_bytes: int = RUNTIME_BYTES
+
+    @property
+    def total_bytes(self) -> int:
+        """What the device must have free."""
+        return self.weights_bytes + self.activation_bytes + self.unpacked_bytes + self.runtime_bytes
+
+
+def estimate_memory(model: Path, shapes: Mapping[str, tuple[int, ...]], weights_bytes: int) -> MemoryEstimate:
+    """Estimate for ``model`` at inputs of ``shapes``; tensors live from the node that makes them to the last reader.
+
+    Tensors whose shape cannot be inferred count nothing, so the estimate is then too low.
+    """
+    proto = onnx.load(model, load_external_data=False)
+    for value in proto.graph.input:
+        if value.name in shapes:
+            for dim, size in zip(value.type.tensor_type.shape.dim, shapes[value.name]):
+                dim.dim_value = size
+    for value in proto.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    del proto.graph.value_info[:]
+    graph = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
+    sizes = {value.name: _bytes(value) for value in (*graph.input, *graph.value_info, *graph.output)}
+    constant = {tensor.name for tensor in graph.initializer}
+    unpacked = 0
+    for node in graph.node:
+        if node.op_type in WEIGHT_FORMS and all(name in constant or not name for name in node.input):
+            constant.update(node.output)
+            unpacked = max(unpacked, *(sizes.get(name, 0) for name in node.output))
+    activations = WORKSPACE_BYTES + COPIES * peak_alive(graph, sizes, constant)
+    return MemoryEstimate(weights_bytes, activations, unpacked)
+
+
+def refuse_too_large(estimate: MemoryEstimate, target: Target, batch: int) -> None:
+    """Raise UsageError when the estimate is more than the target's memory; nothing where that is not known."""
+    if target.memory_bytes is None or estimate.total_bytes <= target.memory_bytes.value:
+        return
+    whose = f" ({target.figures_of})" if target.figures_of else ""
+    raise UsageError(
+        f"The engine is estimated to take {_gb(estimate.total_bytes)} at batch {batch} (constants "
+        f"{_gb(estimate.weights_bytes)}, activations {_gb(estimate.activation_bytes)}, runtime "
+        f"{_gb(estimate.runtime_bytes)}), but {target.name} has {_gb(target.memory_bytes.value)}{whose}.",
+        "Lower the budget or engine.batch_max; for a device with more memory give its memory_bytes in a YAML.",
+    )
+
+
+def peak_alive(graph: onnx.GraphProto, sizes: Mapping[str, int], constant: set[str]) -> int:
+    """The most bytes of activations that live at the same node, in the graph's order."""
+    last = {name: index for index, node in enumerate(graph.node) for name in node.input}
+    last.update({value.name: len(graph.node) for value in graph.output})
+    live = {value.name: sizes.get(value.name, 0) for value in graph.input}
+    peak = 0
+    for index, node in enumerate(graph.node):
+        live.update({name: sizes.get(name, 0) for name in node.output if name and name not in constant})
+        peak = max(peak, sum(live.values()))
+        for name in {*node.input, *node.output}:
+            if last.get(name, index) <= index:
+                live.pop(name, None)
+    return peak
+
+
+def _bytes(value: onnx.ValueInfoProto) -> int:
+    tensor = value.type.tensor_type
+    if not all(dim.HasField("dim_value") for dim in tensor.shape.dim) or not tensor.elem_type:
+        return 0
+    elements = prod(dim.dim_value for dim in tensor.shape.dim)
+    # Half a byte for INT4 is rounded up: such tensors are small.
+    return int(elements * max(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).itemsize, 1))
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"

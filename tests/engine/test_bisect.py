@@ -1,0 +1,130 @@
+"""Looking for what crashes a builder: the search against made-up crashes, and against TensorRT-RTX's real ones."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper
+
+from mpq_deploy.engine.bisect import ZEROS, find_suspects, quantized_layers
+from mpq_deploy.engine.builder import BatchProfile, build_engine
+from mpq_deploy.engine.expected import ExpectedLayers
+from mpq_deploy.engine.target import load_target
+from mpq_deploy.errors import EngineError
+from mpq_deploy.talk import Talk
+from tests.engine.plans import FAMILIES, write_plan
+from tests.graphs import GraphBuilder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A denoiser whose layers take all families in turns."""
+    return write_plan(tmp_path_factory.mktemp("plan"), lambda number, layer: FAMILIES[number % len(FAMILIES)]).model
+
+
+def crashing_when(together: set[str]) -> Callable[[Path], bool]:
+    """A made-up builder that crashes when all these layers are quantized at once."""
+
+    def trial(path: Path) -> bool:
+        # Every trial is a whole graph: ONNX Runtime takes it (not through links, so from a copy).
+        with tempfile.TemporaryDirectory() as folder:
+            whole = shutil.copytree(path.parent, Path(folder) / "copy")
+            onnxruntime.InferenceSession(str(whole / path.name))
+        return together <= set(quantized_layers(onnx.load(path, load_external_data=False)))
+
+    return trial
+
+
+def test_the_smallest_crashing_set_is_found_whatever_it_is(model: Path, tmp_path: Path) -> None:
+    layers = quantized_layers(onnx.load(model, load_external_data=False))
+    assert len(layers) >= 8
+    cases = ({layers[0]}, {layers[-1]}, {layers[1], layers[-2]}, {layers[0], layers[3], layers[5]})
+    for number, together in enumerate(cases):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        found = find_suspects(model, folder, crashing_when(together), most=200)
+        assert found is not None
+        assert set(found.nodes) == together
+        assert found.quantized and found.certain
+        assert found.trials < 2 ** min(len(layers), 7)
+        if (folder / ZEROS).exists():
+            # Sparse: no disk for the weights that became float.
+            assert (folder / ZEROS).stat().st_blocks == 0
+
+
+def test_trials_and_time_are_bounded_and_that_is_said(model: Path, tmp_path: Path) -> None:
+    layers = quantized_layers(onnx.load(model, load_external_data=False))
+    together = {layers[0], layers[4]}
+    for number, (most, seconds) in enumerate(((4, 60.0), (100, 0.0))):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        found = find_suspects(model, folder, crashing_when(together), most, seconds)
+        assert found is not None and not found.certain
+        assert found.trials <= most
+        assert together <= set(found.nodes)
+
+
+def test_a_crash_that_does_not_come_again_is_none(model: Path, tmp_path: Path) -> None:
+    assert find_suspects(model, tmp_path, lambda path: False) is None
+
+
+def test_a_crash_without_quantization_is_found_by_halving(model: Path, tmp_path: Path) -> None:
+    proto = onnx.load(model, load_external_data=False)
+    plain = [node.name for node in proto.graph.node if node.op_type in ("Sigmoid", "Mul", "Add", "Softmax")]
+    bad = plain[len(plain) // 2]
+
+    def trial(path: Path) -> bool:
+        return bad in {node.name for node in onnx.load(path, load_external_data=False).graph.node}
+
+    found = find_suspects(model, tmp_path, trial)
+    assert found is not None and not found.quantized and found.certain
+    assert found.nodes == (bad,)
+
+
+def shared_weight(products: int) -> onnx.ModelProto:
+    """Products that each have an INT4 weight of their own, but the last two, which share one at unlike shapes."""
+    import ml_dtypes
+
+    g = GraphBuilder()
+
+    def weight(name: str) -> str:
+        codes = g.weight(f"{name}//codes", g.rng.integers(-7, 8, (128, 128)).astype(ml_dtypes.int4))
+        scale = g.weight(f"{name}//scale", np.full((2, 128), 0.01, np.float16))
+        return g.op("DequantizeLinear", [codes, scale], f"{name}/dequantize", axis=0, block_size=64)
+
+    x = "x"
+    for number in range(products):
+        x = g.op("MatMul", [x, weight(f"w{number}")], f"fine{number}")
+    both = weight("shared")
+    mean = g.op("ReduceMean", [x, g.weight("axes", np.array([1], np.int64))], "mean", keepdims=1)
+    g.op("Add", [g.op("MatMul", [x, both], "fc.long"), g.op("MatMul", [mean, both], "fc.short")], "y")
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT16, ["N", 128, 128])]
+    outputs = [helper.make_tensor_value_info("y_out", TensorProto.FLOAT16, None)]
+    graph = helper.make_graph(g.nodes, "shared", inputs, outputs, g.weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+@pytest.mark.rtx
+def test_two_products_that_share_an_int4_weight_are_found_by_the_real_builder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT-RTX really crashes on it; our list of known forms is emptied, so that only the search can tell."""
+    pytest.importorskip("tensorrt_rtx")
+    monkeypatch.setattr("mpq_deploy.engine.failure.suspects", lambda model: [])
+    onnx.save(shared_weight(3), tmp_path / "model.onnx")
+    profile = BatchProfile(1, 1, 2, {"x": (128, 128)})
+    with pytest.raises(EngineError) as caught:
+        build_engine(
+            tmp_path / "model.onnx", tmp_path / "engine", load_target("rtx"), profile, ExpectedLayers((), 0), Talk()
+        )
+    assert "crashed (SIGSEGV)" in caught.value.message
+    assert "these are quantized together: fc.long, fc.short; and not when nothing is" in caught.value.message
+    assert "fine" not in caught.value.message.split("Suspects by")[1]
+    assert list((tmp_path / "engine").iterdir()) == []
