@@ -208,7 +208,7 @@ def _marks(x: Axis, y: Axis, marks: Sequence[Mark]) -> list[Markup]:
 
 
 def _said(line: Sequence[tuple[float, float]], marks: Sequence[Mark]) -> str:
-    ends = [f"predicted {error(loss)} at {percent(ratio)}" for ratio, loss in (line[:1] + line[-1:] if line else [])]
+    ends = [f"predicted {error(loss)} at {percent(ratio)}" for ratio, loss in [*line[:1], *line[-1:]]]
     told = [
         f"{mark.title or 'a swept budget'} {percent(mark.size_ratio)}: measured {error(mark.measured)}"
         for mark in marks

@@ -132,14 +132,17 @@ class PlanSolver:
         """Bytes of the constants that are no layers."""
         return self.fp16_size - FP16_BYTES * self.weights
 
-    def unrefined(self, budget_bytes: int, gap: float, time_limit: float) -> tuple[dict[str, str], int, float | None]:
+    def unrefined(self, budget_bytes: int, gap: float) -> tuple[dict[str, str], int, float | None] | None:
         """Solve for ``budget_bytes`` by the integer programme alone: schemes, bytes and predicted loss.
 
-        Quicker than ``solve``, which refines the plan with the cross terms; the prediction has them all the same.
+        Quicker than ``solve``, which refines the plan with the cross terms; the prediction has them all the same. None
+        where the solver's time was up before it came within ``gap``.
         """
         problem = self._with_latency(Problem(self.choices, self.fixed_bytes, budget_bytes, self.foldable))
-        fee = kernel_charge(problem, self.section.branch_charge, gap, time_limit)
-        schemes, _ = allocate_with_fee(problem, fee, gap, time_limit)
+        fee = kernel_charge(problem, self.section.branch_charge, gap, self.section.time_limit)
+        schemes, report = allocate_with_fee(problem, fee, gap, self.section.time_limit)
+        if report.status != "Optimal":
+            return None
         return schemes, plan_bytes(problem, schemes), self._predicted(schemes, None)
 
     def solve(self, budget: str) -> PrecisionPlan:

@@ -18,13 +18,16 @@ from pydantic import ValidationError
 
 from mpq_deploy.allocate import LayerChoice, PrecisionPlan
 from mpq_deploy.artefacts import canonical_json, write_text
-from mpq_deploy.errors import InfeasibleLatencyError, MpqError
+from mpq_deploy.errors import InfeasibleLatencyError
 from mpq_deploy.report.data import BudgetPlan, BudgetPlans, LayerOption
 from mpq_deploy.stages.allocate import PlanSolver, allocate_inputs
 from mpq_deploy.stages.common import Exported, load_calibration
 
 if TYPE_CHECKING:
     from mpq_deploy.pipeline import Pipeline
+
+# Schemes by layer, bytes, predicted loss.
+Plan = tuple[dict[str, str], int, float | None]
 
 CACHE = "page.json"
 # Changes when the file's form or the way to its values does.
@@ -34,9 +37,9 @@ CACHE_FORMAT = 1
 STEP, HIGH, SPAN, ROOM = 0.01, 0.6, 0.3, 0.05
 # A plan on the curve may cost this share more than the best one; nobody builds it.
 GAP = 1e-3
-# The whole grid's limit in seconds of this process, and that of one budget's MILP. Coarse budgets come first: what is
-# there when the time is up is spread evenly.
-MOST_SECONDS, MILP_SECONDS = 20.0, 5.0
+# The whole grid's limit in seconds of this process. Coarse budgets come first: what is there when the time is up is
+# spread evenly.
+MOST_SECONDS = 20.0
 
 
 def budget_plans(pipeline: Pipeline, plan: PrecisionPlan) -> BudgetPlans:
@@ -64,7 +67,7 @@ def budget_plans(pipeline: Pipeline, plan: PrecisionPlan) -> BudgetPlans:
 def grid_plans(pipeline: Pipeline, solver: PlanSolver, ratio: float) -> BudgetPlans:
     """Solve the grid of budgets, coarse first, within ``MOST_SECONDS``. ``ratio``: a budget that it must reach."""
     budgets = grid(solver.smallest, solver.fp16_size, ratio)
-    solved: dict[int, tuple[dict[str, str], int, float | None]] = {}
+    solved: dict[int, Plan] = {}
     started = time.process_time()
     stopped = False
     with pipeline.talk.bar("plans of other budgets", len(budgets)) as advance:
@@ -73,13 +76,13 @@ def grid_plans(pipeline: Pipeline, solver: PlanSolver, ratio: float) -> BudgetPl
             if stopped:
                 break
             try:
-                solved[budget] = solver.unrefined(budget, GAP, MILP_SECONDS)
+                found = solver.unrefined(budget, GAP)
             except InfeasibleLatencyError:
-                pass  # no plan of this size is fast enough: the curve starts later
-            except MpqError as error:
-                pipeline.talk.warn(f"the curve of budgets lacks {budget:,} bytes: {error.message}")
+                found = None  # no plan of this size is fast enough: the curve starts later
+            if found is not None:
+                solved[budget] = found
             advance(1)
-    return packed(solver, list(solved.values()), len(budgets) if stopped else 0)
+    return packed(solver, undominated(solved.values()), len(budgets) if stopped else 0)
 
 
 def grid(smallest: int, fp16_size: int, ratio: float) -> list[int]:
@@ -115,8 +118,21 @@ def layer_kurtoses(pipeline: Pipeline, exported: Exported) -> dict[str, float]:
     return values
 
 
-def packed(solver: PlanSolver, solved: Iterable[tuple[dict[str, str], int, float | None]], wanted: int) -> BudgetPlans:
-    """Number the schemes in use. Of plans of one size only one is kept, and none that predicts a loss not finite."""
+def undominated(plans: Iterable[Plan]) -> list[Plan]:
+    """Leave out every plan that a smaller one equals in predicted loss; all stay where none is predicted."""
+    kept: list[Plan] = []
+    for plan in sorted(plans, key=lambda plan: plan[1]):
+        if not kept or plan[2] is None or kept[-1][2] is None or plan[2] < kept[-1][2]:
+            kept.append(plan)
+    return kept
+
+
+def packed(solver: PlanSolver, solved: Iterable[Plan], wanted: int = 0) -> BudgetPlans:
+    """Return plans as the page reads them, with the schemes in use numbered.
+
+    Of plans of one size only one is kept, and none that predicts a loss not finite. ``wanted``: how many there would
+    be, where some are missing.
+    """
     by_size = {size: (schemes, loss) for schemes, size, loss in solved if loss is None or math.isfinite(loss)}
     used = sorted({scheme for schemes, _ in by_size.values() for scheme in schemes.values()})
     number = {scheme: i for i, scheme in enumerate(used)}

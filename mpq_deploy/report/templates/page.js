@@ -116,7 +116,10 @@
     return made;
   };
   const timesteps = JSON.parse(panel.dataset.timesteps);
-  const power = (value) => value.toExponential(1).replace("e", " × 10^").replace("+", "");
+  const power = (value) => {
+    const [mantissa, exponent] = value.toExponential(1).split("e");
+    return `${mantissa} × 10${[...exponent.replace("+", "")].map((sign) => (sign === "-" ? "⁻" : "⁰¹²³⁴⁵⁶⁷⁸⁹"[Number(sign)])).join("")}`;
+  };
   // Bars on a logarithmic axis of three decades below the largest.
   const overTime = (steps) => {
     const list = document.createElement("div");
