@@ -156,8 +156,8 @@ def test_the_budget_slider_shows_the_plan_of_each_budget(open_page):
 def test_the_wipe_goes_from_the_variant_to_the_original(open_page):
     page = open_page(html_page(make_report()))
     images = make_report().images.images
-    page.get_by_label("Sample").select_option("2")
-    page.get_by_label("Against").select_option("int4")
+    page.get_by_role("combobox", name="Sample").select_option("2")
+    page.get_by_role("combobox", name="Against").select_option("int4")
     wipe = page.get_by_role("slider", name="How much of the original is shown")
     for key, variant in (("Home", "int4"), ("End", "float")):
         wipe.press(key)
