@@ -225,6 +225,9 @@ def test_light_and_dark_differ_and_print_leaves_controls_out(open_page):
     assert grounds[0] != grounds[1]
     page.emulate_media(media="print")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == grounds[0]
+    # A4 without its margins.
+    page.set_viewport_size({"width": 700, "height": 900})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 700
     for hidden in ("#image-modes", "#viewer", "#budget", "#layer-panel", "nav"):
         assert not page.locator(hidden).is_visible(), hidden
     for shown in ("h1", "#budget-strip", "#pictures", ".chart >> nth=0", "#provenance pre"):
