@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ from mpq_deploy.report.data import (
 )
 from mpq_deploy.runtime.correction import FILE as CORRECTION
 from mpq_deploy.sensitivity.table import SensitivityTable
+from mpq_deploy.stages.budgets import budget_plans, layer_kurtoses
 from mpq_deploy.stages.common import Exported, deployed_stage, version_of
 from mpq_deploy.stages.evaluate import BEFORE, CORRECTED, LATENCY
 
@@ -72,10 +74,10 @@ def report_data(pipeline: Pipeline) -> ReportData:
     exported = Exported(pipeline)
     plan = PrecisionPlan.load(pipeline.folder("allocate") / "plan.json")
     table = SensitivityTable.load(pipeline.folder("measure"))
-    evaluation = Evaluation.load(pipeline.folder("evaluate"))
-    ours = evaluation.variants["ours"]
     target = load_target(pipeline.recipe.target)
     engine, engine_note = _engine(pipeline)
+    evaluated = _Evaluated.of(pipeline, plan)
+    kurtoses = layer_kurtoses(pipeline, exported)
     return ReportData(
         model=ModelInfo(
             name=exported.spec.name,
@@ -84,7 +86,7 @@ def report_data(pipeline: Pipeline) -> ReportData:
             synthetic=exported.spec.synthetic,
             weights=sum(layer.weights for layer in exported.graph.layers),
             sample_shape=exported.spec.sample.shape,
-            digest=evaluation.float_digest,
+            digest=evaluated.digest,
         ),
         target=TargetInfo(name=target.name, title=target.title, dialect=target.dialect),
         budget=plan.budget_bytes / plan.fp16_size_bytes,
@@ -93,41 +95,15 @@ def report_data(pipeline: Pipeline) -> ReportData:
         fp16_size_bytes=plan.fp16_size_bytes,
         fixed_bytes=plan.fixed_bytes,
         predicted_nmse=plan.predicted_loss,
-        measured_nmse=ours.measured_nmse,
-        psnr_db=_finite(ours.psnr_db),
-        pooled_psnr_db=_finite(ours.pooled_psnr_db),
-        ssim=ours.ssim,
-        psnr_db_interval=_psnr_interval(ours),
-        ssim_interval=_interval(ours.ssim_each),
-        psnr_db_each=ours.psnr_db_each,
-        ssim_each=ours.ssim_each,
-        identical=math.isinf(ours.psnr_db),
-        timesteps=evaluation.timesteps,
-        nmse_by_timestep=ours.nmse_by_timestep,
-        evaluation=EvaluationInfo(
-            samples=evaluation.options.samples,
-            steps=evaluation.options.steps,
-            seed=evaluation.options.seed,
-            sampler=evaluation.sampler,
-            image_kind=evaluation.image_kind,
-        ),
-        extras={
-            name: _control(name, variant, plan)
-            for name, variant in evaluation.variants.items()
-            if name in (CORRECTED, BEFORE)
-        },
-        controls={
-            name: _control(name, variant, plan)
-            for name, variant in evaluation.variants.items()
-            if name not in ("ours", CORRECTED, BEFORE)
-        },
+        **evaluated.fields,
         curve=_curve(pipeline),
         engine=engine,
         engine_note=engine_note,
         cpu_latency=_cpu_latency(pipeline),
         expected_latency=ExpectedLatency(**plan.latency) if plan.latency else None,
         devices=device_infos(pipeline),
-        layers=tuple(_layer_row(row, table) for row in plan.layers),
+        layers=tuple(_layer_row(row, table, kurtoses) for row in plan.layers),
+        loss_timesteps=tuple(float(t) for t in table.timesteps) if table.predicts_nmse else (),
         others=tuple(OtherRow(**row) for row in plan.others),
         stages=tuple(
             StageRow(name=r.name, seconds=r.seconds, peak_rss_bytes=r.peak_rss_bytes or None, cached=r.cached)
@@ -137,8 +113,8 @@ def report_data(pipeline: Pipeline) -> ReportData:
         sensitivity=table.metric,
         versions=_versions(),
         reproduce=_command(pipeline),
-        notes=(*plan.notes, *evaluation.notes, *exported.facts["notes"]),
-        images=ImageSet(evaluation.images, evaluation.labels, _titles(plan)),
+        notes=(*plan.notes, *evaluated.notes, *exported.facts["notes"]),
+        budgets=budget_plans(pipeline, plan),
         importance=_importance(pipeline, plan, table),
         orm=_orm_pictures(table),
         simulated=plan.simulated,
@@ -146,7 +122,54 @@ def report_data(pipeline: Pipeline) -> ReportData:
     )
 
 
-def _titles(plan: PrecisionPlan) -> dict[str, str]:
+@dataclass(frozen=True)
+class _Evaluated:
+    """What evaluation says, as fields of the report; empty where the run has none (``report --as-is``)."""
+
+    fields: dict[str, Any]
+    digest: str
+    notes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, pipeline: Pipeline, plan: PrecisionPlan) -> _Evaluated:
+        if "evaluate" not in pipeline.results:
+            return cls({}, "", ("evaluation is missing: 'mpq-deploy report RUN' without --as-is makes it",))
+        found = Evaluation.load(pipeline.folder("evaluate"))
+        variants = {name: _control(name, variant, plan) for name, variant in found.variants.items()}
+        ours = variants.pop("ours")
+        fields: dict[str, Any] = {
+            name: getattr(ours, name) for name in type(ours).model_fields if name not in ("title", *_SIZES)
+        }
+        fields.update(
+            timesteps=found.timesteps,
+            evaluation=EvaluationInfo(
+                samples=found.options.samples,
+                steps=found.options.steps,
+                seed=found.options.seed,
+                sampler=found.sampler,
+                image_kind=found.image_kind,
+            ),
+            extras={name: control for name, control in variants.items() if name in (CORRECTED, BEFORE)},
+            controls={name: control for name, control in variants.items() if name not in (CORRECTED, BEFORE)},
+            images=ImageSet(found.images, found.labels, titles(plan)),
+        )
+        return cls(fields, found.float_digest, (*found.notes, *_not_finite(found)))
+
+
+_SIZES = ("size_bytes", "size_ratio")
+
+
+def _not_finite(found: Evaluation) -> list[str]:
+    """Name what evaluation measured that is no number: it is left out, and must not look as if nobody had measured."""
+    return [
+        f"the measured error of {name} is not finite and is left out"
+        for name, variant in found.variants.items()
+        if not math.isfinite(variant.measured_nmse) or math.isnan(variant.psnr_db)
+    ]
+
+
+def titles(plan: PrecisionPlan) -> dict[str, str]:
+    """Return what each variant is called; those of a simulated plan say so."""
     return {**TITLES, **SIMULATED_TITLES} if plan.simulated else TITLES
 
 
@@ -158,6 +181,8 @@ def write_report(pipeline: Pipeline) -> None:
 
 
 def _engine(pipeline: Pipeline) -> tuple[EngineInfo | None, str]:
+    if "engine" not in pipeline.results:
+        return None, "This run has no engine yet."
     folder = pipeline.folder("engine")
     none = folder / "none.json"
     if none.exists():
@@ -192,24 +217,24 @@ def _engine(pipeline: Pipeline) -> tuple[EngineInfo | None, str]:
 def _control(name: str, variant: VariantResult, plan: PrecisionPlan) -> Control:
     size = variant.size_bytes or 0
     return Control(
-        title=_titles(plan).get(name, name),
+        title=titles(plan).get(name, name),
         size_bytes=size,
         size_ratio=size / plan.fp16_size_bytes,
-        measured_nmse=variant.measured_nmse,
+        measured_nmse=_finite(variant.measured_nmse),
         psnr_db=_finite(variant.psnr_db),
         pooled_psnr_db=_finite(variant.pooled_psnr_db),
-        ssim=variant.ssim,
+        ssim=_finite(variant.ssim),
         psnr_db_interval=_psnr_interval(variant),
         ssim_interval=_interval(variant.ssim_each),
-        psnr_db_each=variant.psnr_db_each,
-        ssim_each=variant.ssim_each,
-        nmse_by_timestep=variant.nmse_by_timestep,
-        identical=math.isinf(variant.psnr_db),
+        psnr_db_each=_all_finite(variant.psnr_db_each),
+        ssim_each=_all_finite(variant.ssim_each),
+        nmse_by_timestep=_all_finite(variant.nmse_by_timestep),
+        identical=variant.psnr_db == math.inf,
     )
 
 
 def _recovery(pipeline: Pipeline) -> RecoveryInfo | None:
-    if not pipeline.recipe.recover.steps:
+    if not pipeline.recipe.recover.steps or "recover" not in pipeline.results:
         return None
     from mpq_deploy.recover.result import Recovery
 
@@ -225,13 +250,13 @@ def _recovery(pipeline: Pipeline) -> RecoveryInfo | None:
 
 
 def _interval(values: tuple[float, ...]) -> Interval | None:
-    found = mean_interval(values)
+    found = mean_interval(_all_finite(values))
     return None if found is None else Interval(low=found[0], high=found[1])
 
 
 def _psnr_interval(variant: VariantResult) -> Interval | None:
     # Images that are all identical have no finite mean.
-    return None if math.isinf(variant.psnr_db) else _interval(variant.psnr_db_each)
+    return _interval(variant.psnr_db_each) if math.isfinite(variant.psnr_db) else None
 
 
 def _curve(pipeline: Pipeline) -> tuple[CurvePoint, ...]:
@@ -241,7 +266,7 @@ def _curve(pipeline: Pipeline) -> tuple[CurvePoint, ...]:
         return ()
     known = CurvePoint.model_fields
     return tuple(
-        CurvePoint(**{k: v for k, v in point.items() if k in known})
+        CurvePoint(**{k: _known(v) for k, v in point.items() if k in known})
         for point in sweep["points"]
         if "size_ratio" in point
     )
@@ -316,11 +341,13 @@ def _orm_pictures(table: SensitivityTable) -> OrmPictures | None:
     return OrmPictures(found.layers, found.timesteps, found.weights, found.theta, found.orm, constant)
 
 
-def _layer_row(row: dict[str, Any], table: SensitivityTable) -> LayerRow:
+def _layer_row(row: dict[str, Any], table: SensitivityTable, kurtoses: dict[str, float]) -> LayerRow:
+    kurtosis = kurtoses.get(row["name"])
     if not table.predicts_nmse:
-        return LayerRow(**row)
+        return LayerRow(**row, kurtosis=kurtosis)
     by_timestep = table.losses_by_timestep[row["name"]][row["scheme"]]
-    return LayerRow(**row, loss_by_timestep=tuple(float(loss) for loss in by_timestep))
+    losses = _all_finite(tuple(float(loss) for loss in by_timestep))
+    return LayerRow(**row, kurtosis=kurtosis, loss_by_timestep=losses)
 
 
 def _versions() -> dict[str, str]:
@@ -337,6 +364,15 @@ def _command(pipeline: Pipeline) -> str:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def _all_finite(values: tuple[float, ...]) -> tuple[float, ...]:
+    """Return ``values``, or none of them: they stand for images or timesteps in order."""
+    return values if all(map(math.isfinite, values)) else ()
+
+
+def _known(value: float | None) -> float | None:
+    return None if value is None else _finite(value)
 
 
 def summarise(pipeline: Pipeline, last: str) -> Summary:
@@ -377,7 +413,7 @@ def _headline(run: Path, report: dict[str, Any]) -> str:
 
 def _row(name: str, found: dict[str, Any]) -> str:
     psnr, ssim, nmse = (found[key] for key in ("psnr_db", "ssim", "measured_nmse"))
-    shown = "same" if psnr is None else f"{psnr:.1f}"
+    shown = f"{psnr:.1f}" if psnr is not None else "same" if found["identical"] else "-"
     alike = "-" if ssim is None else f"{ssim:.4f}"
     error = "-" if nmse is None else f"{nmse:.2e}"
     return f"{name:<9} {found['size_ratio']:>8.4f} {found['size_bytes']:>14,} {shown:>8} {alike:>6} {error:>9}"
@@ -412,4 +448,4 @@ def sample_grid(pipeline: Pipeline, out: Path, count: int, seed: int, steps: int
         pipeline.talk,
     )
     plan = PrecisionPlan.load(pipeline.folder("allocate") / "plan.json")
-    save_grid(out, {_titles(plan)[name]: images for name, images in result.images.items()}, result.labels)
+    save_grid(out, {titles(plan)[name]: images for name, images in result.images.items()}, result.labels)

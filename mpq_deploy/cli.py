@@ -16,6 +16,7 @@ from mpq_deploy.errors import MpqError, UsageError
 
 if TYPE_CHECKING:
     from mpq_deploy.doctor import Finding
+    from mpq_deploy.pipeline import Summary
     from mpq_deploy.recipe import Recipe
     from mpq_deploy.talk import Talk
 
@@ -316,6 +317,7 @@ def report(
         Optional[list[Path]],  # noqa: UP045
         typer.Option("--device", metavar="FILE", help="A results.json from a device, to take in.", show_default=False),
     ] = None,
+    as_is: Annotated[bool, typer.Option("--as-is", help="Of what is there; make no stage.")] = False,
 ) -> None:
     """Write report.html, report.md and report.json."""
     from mpq_deploy.pipeline import open_pipeline
@@ -329,7 +331,11 @@ def report(
             pipeline.run_until(deployed_stage(pipeline))
             for path in device:
                 take_in(pipeline, path)
-    _run_until("report", settings, run)
+    if as_is:
+        with open_pipeline(settings, run, _talk()) as pipeline:
+            _print_summary(pipeline.report_as_is())
+    else:
+        _run_until("report", settings, run)
 
 
 @app.command(rich_help_panel=LOOK, epilog="Example: mpq-deploy sweep runs/emoji --budgets 0.26:0.5 --evaluate")
@@ -339,6 +345,17 @@ def sweep(
         str, typer.Option("--budgets", metavar="LIST", help="FROM:TO, FROM:TO:STEP, or a comma-separated list.")
     ] = "0.26:0.5",
     evaluate: Annotated[bool, typer.Option("--evaluate", help="Also quantize and measure at each budget.")] = False,
+    points: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            "--points",
+            min=2,
+            max=100,
+            metavar="N",
+            help="In place of --budgets: measure N budgets spread over the predicted curve.",
+            show_default=False,
+        ),
+    ] = None,
     recipe: RecipeOption = None,
 ) -> None:
     """Draw the curve of size against quality: measured once, each budget solved in seconds."""
@@ -347,12 +364,12 @@ def sweep(
 
     chosen = parse_budgets(budgets)
     with open_pipeline(_recipe_of(run, recipe), run, _talk()) as pipeline:
-        result = run_sweep(pipeline, chosen, evaluate)
+        result = run_sweep(pipeline, chosen, evaluate, points, shlex.join(["mpq-deploy", *sys.argv[1:]]))
     if State.json:
         _print_json(result)
     else:
         print(sweep_table(result))
-        print(f"\ncurve: {run / 'sweep.svg'}")
+        print(f"\ncurve: {run / 'sweep.svg'}\npage:  {run / 'sweep.html'}")
 
 
 @app.command(rich_help_panel=LOOK, epilog="Example: mpq-deploy audit ./my-pipeline --budgets 0.28,0.35 --pairs 200")
@@ -840,6 +857,10 @@ def _run_until(stage: str, settings: Recipe, out: Path | None) -> None:
     run = out or default_run(settings)
     with open_pipeline(settings, run, _talk()) as pipeline:
         summary = pipeline.run_until(stage)
+    _print_summary(summary)
+
+
+def _print_summary(summary: Summary) -> None:
     if State.json:
         _print_json(summary.values)
     else:

@@ -94,6 +94,25 @@ class Pipeline:
         self.results[name] = result
         return result
 
+    def report_as_is(self) -> Summary:
+        """Write the reports from the stages that are current, and make none.
+
+        Raises UsageError when not even the plan is there.
+        """
+        for name in self._order("report")[:-1]:
+            if not all(need in self.results for need in NEEDS[name] if need in self._order(name)):
+                continue
+            if self.run.changed_fields(name, stages.INPUTS[name](self)) == []:
+                self.results[name] = self._cached(name)
+        missing = [name for name in self._order("allocate") if name not in self.results]
+        if missing:
+            raise UsageError(
+                f"There is nothing to report in {self.run.path}: the stage '{missing[0]}' is missing or out of date.",
+                f"Make the plan with 'mpq-deploy allocate {self.run.path}'.",
+            )
+        self.ensure("report")
+        return assemble.summarise(self, "report")
+
     def digest(self, name: str) -> str:
         """Digest of a finished stage's outputs."""
         record = self.run.record(name)

@@ -1,13 +1,18 @@
 """The curve of size against quality: one measured run, solved for many budgets.
 
 Without ``evaluate`` each point is the plan's predicted loss; with it each budget is also quantized and compared with
-the float model (in a folder of its own, so the run's plan stays).
+the float model (in a folder of its own, so the run's plan stays). The budgets are given, or a number of points spread
+over the predicted curve.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import shlex
 import tempfile
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +23,14 @@ from mpq_deploy.errors import InfeasibleBudgetError, InfeasibleLatencyError, Usa
 
 if TYPE_CHECKING:
     from mpq_deploy.pipeline import Pipeline
+    from mpq_deploy.report.data import BudgetPlans
+    from mpq_deploy.stages.allocate import PlanSolver
 
 # Points of FROM:TO when no step is given.
 DEFAULT_POINTS = 13
 MOST_POINTS = 500
-# Controls with one scheme for every layer; any other is a plan.
-UNIFORM = ("int8", "int4")
+# Up to here --points spreads its budgets: about where everything INT8 is, in shares of FP16 (our choice).
+HIGHEST = 0.5
 
 
 def parse_budgets(text: str) -> list[float]:
@@ -53,15 +60,56 @@ def parse_budgets(text: str) -> list[float]:
     return budgets
 
 
-def run_sweep(pipeline: Pipeline, budgets: list[float], evaluate: bool) -> dict[str, Any]:
-    """Solve (and with ``evaluate`` measure) every budget; write sweep.json and sweep.svg into the run folder.
+def spread_over(sizes: Sequence[float], losses: Sequence[float | None], count: int) -> list[int]:
+    """Choose ``count`` points of a curve, positions rising: its ends, and others evenly along it as it is drawn.
 
-    A budget that no plan fits is a point of its own kind: it names the smallest feasible budget.
+    ``sizes`` rise; ``losses`` are on a logarithmic axis. Points that a smaller plan equals are none of the curve; those
+    without a positive loss count by their size alone. Our choice.
     """
+    frontier: list[int] = []
+    for number, loss in enumerate(losses):
+        lowest = losses[frontier[-1]] if frontier else None
+        if lowest is None or loss is None or loss < lowest:
+            frontier.append(number)
+    width = (sizes[frontier[-1]] - sizes[frontier[0]]) or 1.0
+    logs = [np.log10(loss) if loss else None for loss in (losses[i] for i in frontier)]
+    known = [log for log in logs if log is not None]
+    height = (max(known) - min(known) if known else 0.0) or 1.0
+    along = [0.0]
+    for (first, one), (second, other) in pairwise(zip(frontier, logs)):
+        across = (sizes[second] - sizes[first]) / width
+        down = (one - other) / height if one is not None and other is not None else 0.0
+        along.append(along[-1] + float(np.hypot(across, down)))
+    wanted = np.linspace(0.0, along[-1], min(count, len(frontier)))
+    return sorted({frontier[int(np.argmin(np.abs(np.array(along) - at)))] for at in wanted})
+
+
+def points_on_curve(plans: BudgetPlans, fp16_size: int, count: int, highest: float = HIGHEST) -> list[float]:
+    """Return ``count`` budgets spread over the predicted curve, up to ``highest`` of the FP16 size, rising."""
+    kept = [plan for plan in plans.plans if plan.size_bytes <= highest * fp16_size] or list(plans.plans[:1])
+    chosen = spread_over([p.size_bytes / fp16_size for p in kept], [p.predicted_nmse for p in kept], count)
+    # Rounded up, so that the plan still fits.
+    return sorted({math.ceil(kept[i].size_bytes / fp16_size * 1e4) / 1e4 for i in chosen})
+
+
+def run_sweep(
+    pipeline: Pipeline, budgets: list[float], evaluate: bool, points_wanted: int | None = None, command: str = ""
+) -> dict[str, Any]:
+    """Solve (and with ``evaluate`` measure) every budget; write sweep.json, .svg and .html into the run folder.
+
+    A budget that no plan fits is a point of its own kind: it names the smallest feasible budget. ``points_wanted``:
+    in place of ``budgets``, that many of the predicted curve, measured.
+    """
+    from mpq_deploy.report.sweep import sweep_page
     from mpq_deploy.stages.allocate import PlanSolver
+    from mpq_deploy.stages.budgets import grid_plans, packed
 
     pipeline.run_until("measure")
     solver = PlanSolver(pipeline)
+    curve: BudgetPlans | None = None
+    if points_wanted is not None:
+        curve = grid_plans(pipeline, solver, HIGHEST)
+        budgets, evaluate = points_on_curve(curve, solver.fp16_size, points_wanted), True
     points: list[dict[str, Any]] = []
     plans = {}
     with pipeline.talk.bar("solve budgets", len(budgets)) as advance:
@@ -86,13 +134,30 @@ def run_sweep(pipeline: Pipeline, budgets: list[float], evaluate: bool) -> dict[
     controls = _measure(pipeline, plans, points) if evaluate else {}
     simulated = any(plan.simulated for plan in plans.values())
     result = {"measure": pipeline.digest("measure"), "points": points, "controls": controls, "simulated": simulated}
+    if curve is not None:
+        result["curve"] = [
+            {"size_ratio": plan.size_bytes / solver.fp16_size, "predicted_nmse": plan.predicted_nmse}
+            for plan in curve.plans
+        ]
     write_text(pipeline.run.path / "sweep.json", canonical_json(result))
     _draw(result, pipeline.run.path / "sweep.svg")
+    shown = curve or packed(solver, [(p.schemes, p.size_bytes, p.predicted_loss) for p in plans.values()])
+    write_text(pipeline.run.path / "sweep.html", sweep_page(result, shown, _about(pipeline, solver, command)))
     return result
+
+
+def _about(pipeline: Pipeline, solver: PlanSolver, command: str) -> dict[str, str]:
+    """Say what was swept, for the page."""
+    from mpq_deploy.engine.target import load_target
+
+    spec, target = solver.exported.spec, load_target(pipeline.recipe.target)
+    said = {"model": spec.name, "synthetic": spec.synthetic, "target": target.title or target.name}
+    return {**said, "command": command or f"mpq-deploy sweep {shlex.quote(str(pipeline.run.path))}"}
 
 
 def _measure(pipeline: Pipeline, plans: dict[float, Any], points: list[dict[str, Any]]) -> dict[str, Any]:
     """Quantize and evaluate every plan beside the controls; fill in the points. Returns the controls' figures."""
+    from mpq_deploy.assemble import titles
     from mpq_deploy.graph.write import SIMULATED
     from mpq_deploy.stages.evaluate import evaluate_variants
     from mpq_deploy.stages.quantize import write_plan
@@ -114,6 +179,7 @@ def _measure(pipeline: Pipeline, plans: dict[float, Any], points: list[dict[str,
         )
         figures = {
             name: {
+                "title": titles(plan).get(name, name),
                 "size_ratio": (variant.size_bytes or 0) / plan.fp16_size_bytes,
                 "measured_nmse": variant.measured_nmse,
                 "psnr_db": _finite(variant.psnr_db),
@@ -177,15 +243,14 @@ def _draw(result: dict[str, Any], path: Path) -> None:
     measured = [p for p in points if "measured_nmse" in p]
     with matplotlib.rc_context({"svg.hashsalt": "sweep", "font.size": 10}):
         figure, axes = plt.subplots(figsize=(6.4, 4))
-        predicted = [p for p in points if p["predicted_nmse"] is not None]
+        predicted = [p for p in result.get("curve", points) if p["predicted_nmse"] is not None]
         if predicted:
             sizes = [p["size_ratio"] for p in predicted]
             axes.plot(sizes, [p["predicted_nmse"] for p in predicted], label="predicted")
         axes.plot([p["size_ratio"] for p in measured], [p["measured_nmse"] for p in measured], "o", label="measured")
         for name, control in result["controls"].items():
             axes.plot(control["size_ratio"], control["measured_nmse"], "s", color="0.4")
-            said = f"everything {name.upper()}" if name in UNIFORM else name
-            axes.annotate(said, (control["size_ratio"], control["measured_nmse"]))
+            axes.annotate(control.get("title", name), (control["size_ratio"], control["measured_nmse"]))
         if predicted or measured:
             axes.set_yscale("log")
         nominal = "nominal bytes (simulated)" if result.get("simulated") else "bytes"

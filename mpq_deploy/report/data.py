@@ -165,7 +165,8 @@ class LayerRow(Part):
     weight_shape: tuple[int, ...] = ()
     predicted_loss: float | None = Field(None, ge=0)
     refused: dict[str, str] = Field(default_factory=dict)
-    loss_by_timestep: tuple[float, ...] = ()
+    loss_by_timestep: tuple[float, ...] = Field((), description="at the report's loss_timesteps")
+    kurtosis: float | None = Field(None, ge=0, description="mean over the weight's rows, pre-scaled; normal: 3")
     latency_ms: float | None = Field(None, ge=0, description="alone; estimated or measured as ExpectedLatency says")
     importance: float | None = None
     linear_bits: float | None = Field(None, ge=0)
@@ -287,6 +288,54 @@ class OrmPictures:
     constant: Array
 
 
+class LayerOption(Part):
+    """What a layer could have taken instead: its bytes and its predicted loss then."""
+
+    scheme: str
+    bytes: int = Field(ge=0)
+    predicted_loss: float | None = Field(None, ge=0)
+
+
+class BudgetPlan(Part):
+    """One budget's plan. ``schemes``: per layer, the position of its scheme in ``BudgetPlans.schemes``."""
+
+    size_bytes: int = Field(ge=0)
+    predicted_nmse: float | None = Field(ge=0)
+    schemes: tuple[int, ...]
+
+
+class BudgetPlans(Part):
+    """The plans of a grid of budgets by the integer programme alone, by rising size; not in JSON.
+
+    ``layer_bytes``: per layer, scheme's position -> bytes, for the schemes in use. ``smaller``, ``larger``: by layer,
+    the best option of fewer and of more bytes than this run's plan has there. ``wanted``: with
+    fewer plans than that the time was up. ``command``: builds the plan of another budget on this run.
+    """
+
+    layers: tuple[str, ...]
+    schemes: tuple[str, ...]
+    layer_bytes: tuple[dict[int, int], ...]
+    plans: tuple[BudgetPlan, ...]
+    wanted: int = Field(ge=0)
+    smaller: dict[str, LayerOption] = Field(default_factory=dict)
+    larger: dict[str, LayerOption] = Field(default_factory=dict)
+    command: str = ""
+
+
+class FrechetRow(Part):
+    """A Frechet distance of this plan's images, named by its feature network and number of images.
+
+    ``against``: the float model's own images, or real ones; ``floor``: the float model's own distance to the same.
+    """
+
+    network: str
+    against: Literal["float", "real"]
+    samples: int = Field(ge=2)
+    distance: float = Field(ge=0)
+    floor: float = Field(0.0, ge=0)
+    interval: Interval | None = None
+
+
 class SchemeTotal(Part):
     """How many layers and bytes of one operator took one scheme."""
 
@@ -313,8 +362,8 @@ class ReportData(Part):
     """The whole report. Sizes in bytes; NMSE as in the sensitivity table; PSNR in dB against the float images.
 
     ``nmse_by_timestep`` belongs to ``timesteps`` (scheduler values, in sampling order), like those of the
-    controls. ``reproduce`` is the exact command. ``engine`` is None where none was built: ``engine_note`` says
-    why.
+    controls; ``loss_timesteps`` are those of the layers' predicted losses. ``reproduce`` is the exact command.
+    ``engine`` is None where none was built: ``engine_note`` says why.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
@@ -339,6 +388,8 @@ class ReportData(Part):
     timesteps: tuple[float, ...] = ()
     nmse_by_timestep: tuple[float, ...] = ()
     evaluation: EvaluationInfo | None = None
+    frechet: tuple[FrechetRow, ...] = ()
+    loss_timesteps: tuple[float, ...] = ()
     extras: dict[str, Control] = Field(default_factory=dict, description="this plan, run in another way")
     controls: dict[str, Control] = Field(default_factory=dict)
     curve: tuple[CurvePoint, ...] = ()
@@ -358,6 +409,7 @@ class ReportData(Part):
     images: ImageSet | None = Field(None, exclude=True, repr=False)
     importance: ImportanceInfo | None = None
     orm: OrmPictures | None = Field(None, exclude=True, repr=False)
+    budgets: BudgetPlans | None = Field(None, exclude=True, repr=False)
     simulated: bool = Field(False, description="no engine can hold the plan's schemes: bytes are nominal")
     recovery: RecoveryInfo | None = None
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from mpq_deploy.report.data import LayerRow, ReportData
+from mpq_deploy.report.data import LayerOption, LayerRow, ReportData
 from mpq_deploy.report.words import NOT_PREDICTED, error, percent, size
 
 # More rows than this and blocks are joined by the first part of their name alone.
@@ -90,8 +90,7 @@ def legend(data: ReportData) -> list[LegendEntry]:
     used: dict[str, list[LayerRow]] = {}
     for layer in data.layers:
         used.setdefault(family(layer.scheme), []).append(layer)
-    order = list(SCHEME_MEANINGS)
-    names = sorted(used, key=lambda name: (order.index(name) if name in order else len(order), name))
+    names = in_order(used)
     return [
         LegendEntry(
             name,
@@ -104,9 +103,19 @@ def legend(data: ReportData) -> list[LegendEntry]:
     ]
 
 
-def layer_details(layers: Sequence[LayerRow]) -> list[dict[str, object]]:
-    """Return what the page shows of a layer when it is pointed at, in graph order."""
-    total = sum(layer.predicted_loss or 0.0 for layer in layers)
+def in_order(names: Iterable[str]) -> list[str]:
+    """Return families, the widest format first, simulated ones last."""
+    order = list(SCHEME_MEANINGS)
+    return sorted(names, key=lambda name: (order.index(name) if name in order else len(order), name))
+
+
+def layer_details(data: ReportData) -> list[dict[str, object]]:
+    """Return what the page shows of a layer when it is pointed at, in graph order.
+
+    ``steps``: its predicted error at each of ``loss_timesteps``; empty where the metric predicts none.
+    """
+    total = sum(layer.predicted_loss or 0.0 for layer in data.layers)
+    price = byte_price(data)
     return [
         {
             "name": layer.name,
@@ -116,12 +125,73 @@ def layer_details(layers: Sequence[LayerRow]) -> list[dict[str, object]]:
                 ["Scheme", f"{layer.scheme} ({meaning(layer.scheme)})"],
                 ["Size", f"{size(layer.bytes)}, {_of_fp16(layer)}"],
                 ["Predicted error", _loss(layer, total)],
+                *_kurtosis(layer),
                 *_importance(layer),
             ],
+            "why": why(layer, data, price),
+            "steps": [float(f"{loss:.2e}") for loss in layer.loss_by_timestep],
             "refused": [[scheme, reason] for scheme, reason in sorted(layer.refused.items())],
         }
-        for layer in layers
+        for layer in data.layers
     ]
+
+
+def byte_price(data: ReportData) -> float | None:
+    """Return what a byte is worth at this run's size, as predicted error: the slope of the curve of budgets there.
+
+    Between the nearest plans of the grid on both sides; None where one is missing, or the curve does not fall.
+    """
+    if data.budgets is None:
+        return None
+    known = [(p.size_bytes, p.predicted_nmse) for p in data.budgets.plans if p.predicted_nmse is not None]
+    below = max((p for p in known if p[0] < data.size_bytes), default=None)
+    above = min((p for p in known if p[0] > data.size_bytes), default=None)
+    if below is None or above is None or above[1] >= below[1]:
+        return None
+    return (below[1] - above[1]) / (above[0] - below[0])
+
+
+def why(layer: LayerRow, data: ReportData, price: float | None) -> list[str]:
+    """Say why a layer has its scheme: what a smaller and a larger one would change, and what a byte is worth."""
+    if data.budgets is None:
+        return []
+    smaller, larger = data.budgets.smaller.get(layer.name), data.budgets.larger.get(layer.name)
+    said = []
+    if smaller is not None:
+        said.append(f"{smaller.scheme} would save {size(layer.bytes - smaller.bytes)}{_change(layer, smaller, 'add')}.")
+    if larger is not None:
+        said.append(
+            f"{larger.scheme} would cost {size(larger.bytes - layer.bytes)}{_change(layer, larger, 'take off')}."
+        )
+    if smaller is None and larger is None:
+        return ["It is the only scheme that this layer may take, or no other is of use."]
+    if smaller is None:
+        said.append("Nothing smaller is open to it.")
+    if larger is None and layer.predicted_loss is not None:
+        said.append("Nothing larger would lower its predicted error.")
+    if price is not None and layer.predicted_loss is not None:
+        said.append(
+            f"At this size 1 kB is worth about {error(1000 * price)} of predicted error anywhere in the network."
+        )
+    return said
+
+
+def _change(layer: LayerRow, option: LayerOption, verb: str) -> str:
+    """Say what an option does to the predicted error, in all and per kB."""
+    if layer.predicted_loss is None or option.predicted_loss is None:
+        return ""
+    change = option.predicted_loss - layer.predicted_loss
+    apart = abs(option.bytes - layer.bytes)
+    if change <= 0 and verb == "add":
+        return (
+            " without more predicted error of its own; what speaks against it is a quantizer or branch that it needs, "
+            "or how its error adds up with other layers'"
+        )
+    return f" and {verb} {error(abs(change))} ({error(1000 * abs(change) / apart)} per kB)"
+
+
+def _kurtosis(layer: LayerRow) -> list[list[str]]:
+    return [] if layer.kurtosis is None else [["Kurtosis", f"{layer.kurtosis:.3g} (normal: 3; more means outliers)"]]
 
 
 def layer_said(layer: LayerRow) -> str:

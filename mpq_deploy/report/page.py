@@ -8,6 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mpq_deploy.report import words
+from mpq_deploy.report.budgets import budget_view
 from mpq_deploy.report.charts import prediction_chart, recovery_chart, size_quality_chart, timestep_chart
 from mpq_deploy.report.data import ReportData, SchemeTotal, kept_in_fp16
 from mpq_deploy.report.network import branched, layer_details, legend, network_rows
@@ -22,7 +23,7 @@ def html_page(data: ReportData) -> str:
     return rendered(
         "report.html.j2",
         data=data,
-        script=asset("page.js"),
+        script=asset("page.js") + asset("budgets.js"),
         pictures=pictures,
         titles=titles,
         size_chart=size_quality_chart(data),
@@ -32,7 +33,9 @@ def html_page(data: ReportData) -> str:
         network=network_rows(data.layers),
         legend=legend(data),
         branched=branched(data),
-        details=layer_details(data.layers),
+        details=layer_details(data),
+        budgets=budget_view(data),
+        curve_note=words.curve_note(data),
         scheme_table=scheme_table(data.totals),
         kept=kept_in_fp16(data),
         orm=orm_view(data.orm) if data.orm is not None else None,

@@ -5,7 +5,16 @@ from __future__ import annotations
 import math
 from typing import Protocol
 
-from mpq_deploy.report.data import Control, DeviceInfo, ExpectedLatency, ImportanceInfo, Interval, Ratio, ReportData
+from mpq_deploy.report.data import (
+    Control,
+    DeviceInfo,
+    ExpectedLatency,
+    FrechetRow,
+    ImportanceInfo,
+    Interval,
+    Ratio,
+    ReportData,
+)
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _SIZE_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
@@ -160,6 +169,18 @@ def prediction(data: ReportData) -> str:
     return f"predicted {error(data.predicted_nmse)}, that is {ratio:.2f} times the measured error"
 
 
+def curve_note(data: ReportData) -> str:
+    """Say what the predictions of the curve of budgets are, and what the build does beyond them."""
+    if data.predicted_nmse is None:
+        return f"The metric {data.sensitivity} predicts no error.".replace("  ", " ")
+    if data.sensitivity == "probe":
+        return (
+            "These are the integer programme's plans, and their predictions have the cross terms between layers; a "
+            "build also refines its plan with those terms, so this run's own point may lie a little below the line."
+        )
+    return "These are the integer programme's plans."
+
+
 def importance(info: ImportanceInfo) -> str:
     """Say by what a plan was chosen that weighs bits by importance, and how near it is to the linear bound."""
     share = percent(info.weighted_bits / info.linear_bound) if info.linear_bound else "all"
@@ -195,6 +216,100 @@ def expected_latency(info: ExpectedLatency) -> str:
         f"{word}, not measured: {digits(info.ours_ms)} ms per call at batch {info.batch}{limit}; everything FP16 "
         f"{digits(info.fp16_ms)} ms, everything INT8 {digits(info.int8_ms)} ms ({info.basis})"
     )
+
+
+def glance_rows(data: ReportData) -> list[list[str]]:
+    """Return the headline's table: this plan, FP16 and the uniform plans, with size, quality and expected latency."""
+    expected = data.expected_latency
+    times = {"fp16": expected.fp16_ms, "ours": expected.ours_ms, "int8": expected.int8_ms} if expected else {}
+
+    def row(key: str, title: str, bytes_: int, quality: str) -> list[str]:
+        time = [f"{digits(times[key])} ms" if key in times else "–"] if times else []
+        return [title, size(bytes_), percent(bytes_ / data.fp16_size_bytes), quality, *time]
+
+    rows = [row("ours", title_of("ours", data), data.size_bytes, decibels(data.psnr_db, data.identical))]
+    rows.append(row("fp16", "Everything FP16", data.fp16_size_bytes, "the reference"))
+    rows += [
+        row(key, control.title, control.size_bytes, decibels(control.psnr_db, control.identical))
+        for key, control in data.controls.items()
+    ]
+    return rows
+
+
+def glance_columns(data: ReportData) -> list[str]:
+    """Return the header of ``glance_rows``; the column of latencies says how they are known."""
+    bytes_ = "Size (nominal)" if data.simulated else "Size"
+    expected = data.expected_latency
+    source = {"measured": "summed from measured layers", "estimated": "estimated"}
+    time = [f"Latency, {source.get(expected.source, 'partly estimated')}"] if expected else []
+    return ["", bytes_, "Of FP16", "PSNR", *time]
+
+
+def latency_rows(data: ReportData) -> list[list[str]]:
+    """Return every figure about latency with what it is of and how it is known; measurements first."""
+    rows = []
+    if data.engine is not None and data.engine.latency_ms is not None:
+        rows.append(["This engine", f"{digits(data.engine.latency_ms)} ms", f"measured: {data.engine.latency_source}"])
+    for device in data.devices:
+        if device.median_ms:
+            calls = f", median of {device.calls:,} calls" if device.calls else ""
+            rows.append([f"This plan on {device.device}", f"{digits(device.median_ms)} ms", f"measured there{calls}"])
+    expected = data.expected_latency
+    if expected is not None:
+        known = {
+            "estimated": "estimated layer by layer, not measured",
+            "measured": "summed from measured layers, not measured as a whole",
+        }.get(expected.source, "summed from measured and estimated layers, not measured as a whole")
+        figures = (
+            ("This plan", expected.ours_ms),
+            ("Everything FP16", expected.fp16_ms),
+            ("Everything INT8", expected.int8_ms),
+        )
+        rows += [[title, f"{digits(ms)} ms", known] for title, ms in figures]
+    if data.cpu_latency is not None:
+        cpu = data.cpu_latency
+        rows.append(["Float, on the building machine's CPU", f"{digits(cpu.float_ms)} ms", cpu.source])
+        rows.append(["This plan, on that CPU", f"{digits(cpu.ours_ms)} ms", "as above; says nothing about the device"])
+    return rows
+
+
+def measured_latency(data: ReportData) -> bool:
+    """Tell whether the engine was timed anywhere."""
+    here = data.engine is not None and data.engine.latency_ms is not None
+    return here or any(device.median_ms for device in data.devices)
+
+
+def latency_line(data: ReportData) -> str:
+    """Return what the latency is expected to be, in a few words for the headline; empty where nothing is known."""
+    expected = data.expected_latency
+    if expected is None:
+        return ""
+    how = "estimated" if expected.source == "estimated" else "expected from single layers"
+    return f"{how}: {digits(expected.ours_ms)} ms, FP16 {digits(expected.fp16_ms)} ms"
+
+
+FRECHET_COLUMNS = ("Features", "Against", "Images", "Distance", "Float model's own", "Added")
+
+
+def frechet_row(row: FrechetRow) -> tuple[str, ...]:
+    """Return the cells of ``FRECHET_COLUMNS``. Only a distance of the Inception network is ever called FID."""
+    against = "the float model's images" if row.against == "float" else "real images"
+    between = f" ({row.interval.low:.3g} to {row.interval.high:.3g})" if row.interval is not None else ""
+    added = row.distance - row.floor
+    inside = row.interval is not None and row.interval.low <= row.floor <= row.interval.high
+    return (
+        row.network,
+        against,
+        f"{row.samples:,}",
+        f"{row.distance:.3g}{between}",
+        f"{row.floor:.3g}",
+        f"{added:+.3g}{', within its interval' if inside else ''}",
+    )
+
+
+def frechet_rows(data: ReportData) -> list[tuple[str, ...]]:
+    """Return the rows of ``FRECHET_COLUMNS``."""
+    return [frechet_row(row) for row in data.frechet]
 
 
 DEVICE_COLUMNS = ("device", "engine", "layers", "outputs", "latency (median, p99)")

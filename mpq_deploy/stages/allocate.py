@@ -121,9 +121,33 @@ class PlanSolver:
         least = plan_latency(timed, fastest_plan(timed, section.time_limit, section.max_loss))
         return timed if limit is not None and limit < least else replace(timed, max_latency=least)
 
+    @property
+    def smallest(self) -> int:
+        """Bytes of the plan of each layer's smallest scheme: the smallest feasible budget, or a few bytes more."""
+        problem = Problem(self.choices, self.fixed_bytes, 0, self.foldable)
+        return plan_bytes(problem, smallest_plan(problem))
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Bytes of the constants that are no layers."""
+        return self.fp16_size - FP16_BYTES * self.weights
+
+    def unrefined(self, budget_bytes: int, gap: float) -> tuple[dict[str, str], int, float | None] | None:
+        """Solve for ``budget_bytes`` by the integer programme alone: schemes, bytes and predicted loss.
+
+        Quicker than ``solve``, which refines the plan with the cross terms; the prediction has them all the same. None
+        where the solver's time was up before it came within ``gap``.
+        """
+        problem = self._with_latency(Problem(self.choices, self.fixed_bytes, budget_bytes, self.foldable))
+        fee = kernel_charge(problem, self.section.branch_charge, gap, self.section.time_limit)
+        schemes, report = allocate_with_fee(problem, fee, gap, self.section.time_limit)
+        if report.status != "Optimal":
+            return None
+        return schemes, plan_bytes(problem, schemes), self._predicted(schemes, None)
+
     def solve(self, budget: str) -> PrecisionPlan:
         """Solve the allocation for ``budget`` (as the user writes it) and describe the plan."""
-        fixed = self.fp16_size - FP16_BYTES * self.weights
+        fixed = self.fixed_bytes
         limit = budget_in_bytes(budget, self.fp16_size, self.weights)
         problem = Problem(self.choices, fixed, limit, self.foldable)
         try:

@@ -4,12 +4,15 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from mpq_deploy.report.data import (
+    BudgetPlan,
+    BudgetPlans,
     Check,
     Control,
     CpuLatencyInfo,
     EngineInfo,
     EvaluationInfo,
     ImageSet,
+    LayerOption,
     LayerRow,
     ModelInfo,
     OtherRow,
@@ -91,9 +94,35 @@ def layer_rows():
                 weight_shape=shape,
                 predicted_loss=0.0 if scheme == "fp16" else float(10 ** rng.uniform(-9, -7)),
                 refused=refused,
+                loss_by_timestep=tuple(float(loss) for loss in 10 ** rng.uniform(-9, -7, 10)),
+                kurtosis=float(rng.uniform(2, 9)),
             )
         )
     return tuple(rows)
+
+
+def make_budgets(layers, command="mpq-deploy build --recipe runs/emoji/recipe.yaml -o runs/emoji --budget"):
+    """Nine plans: from every layer in w4a16-b64 to the first half of them in w8a16, and an eighth more each time."""
+    forms = {"w4a16-b64": 4.25, "w8a16": 8.1}
+    sizes = tuple({i: int(row.weights * bits / 8) for i, bits in enumerate(forms.values())} for row in layers)
+    plans = []
+    for step in range(9):
+        large = step * len(layers) // 16
+        schemes = tuple(int(number < large) for number in range(len(layers)))
+        total = sum(row[scheme] for row, scheme in zip(sizes, schemes, strict=True)) + 25_000 + step
+        plans.append(BudgetPlan(size_bytes=total, predicted_nmse=3e-5 * 0.5**step, schemes=schemes))
+    smaller = {row.name: LayerOption(scheme="w4a16-b64", bytes=row.bytes // 2, predicted_loss=1e-5) for row in layers}
+    larger = {row.name: LayerOption(scheme="fp16", bytes=2 * row.weights + 1, predicted_loss=0.0) for row in layers}
+    return BudgetPlans(
+        layers=tuple(row.name for row in layers),
+        schemes=tuple(forms),
+        layer_bytes=sizes,
+        plans=tuple(plans),
+        wanted=len(plans),
+        smaller=smaller,
+        larger=larger,
+        command=command,
+    )
 
 
 def pictures(noise):
@@ -187,6 +216,7 @@ def make_report(**changes):
             float_ms=6.1, ours_ms=9.4, source="ONNX Runtime on this CPU, fake-quantized, batch 1; not the target device"
         ),
         "layers": layers,
+        "loss_timesteps": timesteps,
         "others": (
             OtherRow(
                 name="class_embedding.weight", op="Gather", elements=8 * 256, reason="Gather is no Conv, Gemm or MatMul"
@@ -225,4 +255,7 @@ def make_report(**changes):
             {"float": pictures(0), "ours": pictures(0.4), "int8": pictures(2), "int4": pictures(11)}, LABELS
         ),
     }
-    return ReportData(**{**values, **changes})
+    given = {**values, **changes}
+    # Plans of other budgets are of the same layers.
+    given.setdefault("budgets", make_budgets(layers) if given["layers"] is layers else None)
+    return ReportData(**given)

@@ -38,9 +38,65 @@
     gainValue.value = String(factor);
     gain.setAttribute("aria-valuetext", `${factor} times`);
     table.style.setProperty("--gain", String(factor));
+    table.dispatchEvent(new CustomEvent("gain", { detail: factor }));
     hint.textContent = mode === "difference" ? `${hints[mode]} Amplified ${factor} times.` : hints[mode];
   };
   modes.addEventListener("input", show);
+  show();
+})();
+
+// One sample, enlarged: a slider wipes between the original and a variant; their difference stands beside it.
+(() => {
+  const viewer = document.getElementById("viewer");
+  const table = document.getElementById("pictures");
+  if (!viewer || !table) return;
+  const [sample, variant, wipe] = ["viewer-sample", "viewer-variant", "wipe"].map((id) => document.getElementById(id));
+  const [wiped, difference] = ["wipe-picture", "difference-picture"].map((id) => document.getElementById(id));
+  const shownGain = document.getElementById("difference-gain");
+  const said = document.getElementById("wipe-said");
+  const picturesOf = (key) => [...table.querySelectorAll("tbody tr")].find((row) => row.dataset.variant === key)?.querySelectorAll("td .picture img:first-child") ?? [];
+  const originals = picturesOf("float");
+  if (variant.options.length === 0 || originals.length === 0) return;
+  const copy = (image, over) => {
+    const made = new Image(image.width, image.height);
+    made.src = image.src;
+    made.alt = over ? "" : image.alt;
+    made.className = over ? "over" : "";
+    return made;
+  };
+  const move = () => {
+    const share = Number(wipe.value);
+    wiped.style.setProperty("--wipe", `${share}%`);
+    wipe.setAttribute("aria-valuetext", `${share} % original, ${100 - share} % ${variant.selectedOptions[0].textContent}`);
+  };
+  const show = () => {
+    const at = Number(sample.value);
+    const [original, other] = [originals[at], picturesOf(variant.value)[at]];
+    wiped.replaceChildren(copy(other, false), copy(original, true));
+    difference.replaceChildren(copy(other, false), copy(original, true));
+    difference.firstChild.alt = `Difference between the original and ${other.alt}`;
+    document.getElementById("wipe-title").textContent = variant.selectedOptions[0].textContent;
+    said.textContent = `Left of the line the original, right of it ${variant.selectedOptions[0].textContent}`;
+    move();
+  };
+  const amplify = (factor) => {
+    difference.style.setProperty("--gain", String(factor));
+    shownGain.textContent = String(factor);
+  };
+  table.addEventListener("gain", (event) => amplify(event.detail));
+  table.addEventListener("click", (event) => {
+    const cell = event.target.closest("td");
+    const row = cell?.closest("tr");
+    if (!cell?.querySelector(".picture") || !row.dataset.variant) return;
+    sample.value = String([...row.querySelectorAll("td")].indexOf(cell));
+    if (row.dataset.variant !== "float") variant.value = row.dataset.variant;
+    show();
+    viewer.scrollIntoView({ block: "nearest" });
+  });
+  for (const choice of [sample, variant]) choice.addEventListener("input", show);
+  wipe.addEventListener("input", move);
+  amplify(2 ** Number(document.getElementById("gain").value));
+  viewer.hidden = false;
   show();
 })();
 
@@ -59,6 +115,31 @@
     made.textContent = text;
     return made;
   };
+  const timesteps = JSON.parse(panel.dataset.timesteps);
+  const power = (value) => {
+    const [mantissa, exponent] = value.toExponential(1).split("e");
+    return `${mantissa} × 10${[...exponent.replace("+", "")].map((sign) => (sign === "-" ? "⁻" : "⁰¹²³⁴⁵⁶⁷⁸⁹"[Number(sign)])).join("")}`;
+  };
+  // Bars on a logarithmic axis of three decades below the largest.
+  const overTime = (steps) => {
+    const list = document.createElement("div");
+    list.className = "steps";
+    list.setAttribute("role", "img");
+    const largest = Math.max(...steps);
+    const at = steps.indexOf(largest);
+    steps.forEach((loss, number) => {
+      const bar = document.createElement("span");
+      const height = loss > 0 && largest > 0 ? Math.max(1 + Math.log10(loss / largest) / 3, 0.04) : 0.02;
+      bar.style.height = `${100 * height}%`;
+      bar.title = `timestep ${timesteps[number]}: ${power(loss)}`;
+      list.append(bar);
+    });
+    const said = largest > 0 ? `largest at timestep ${timesteps[at]}: ${power(largest)}` : "none";
+    list.setAttribute("aria-label", `From timestep ${timesteps[0]} to ${timesteps[timesteps.length - 1]}, ${said}`);
+    const figure = document.createElement("figure");
+    figure.append(list, element("figcaption", `Timestep ${timesteps[0]} (noise) to ${timesteps[timesteps.length - 1]} (image); ${said}. Logarithmic.`));
+    return figure;
+  };
   const tell = (block) => {
     current.removeAttribute("aria-current");
     current.tabIndex = -1;
@@ -74,6 +155,12 @@
       facts.append(pair);
     }
     panel.replaceChildren(element("h4", layer.name), facts);
+    if (layer.steps.length > 1) panel.append(element("p", "Predicted error over timesteps:"), overTime(layer.steps));
+    if (layer.why.length > 0) {
+      const reasons = document.createElement("ul");
+      for (const reason of layer.why) reasons.append(element("li", reason));
+      panel.append(element("p", "Why this scheme:"), reasons);
+    }
     if (layer.refused.length > 0) {
       const list = document.createElement("ul");
       for (const [scheme, reason] of layer.refused) list.append(element("li", `${scheme}: ${reason}`));

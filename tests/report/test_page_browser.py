@@ -1,0 +1,277 @@
+"""The pages alive in a real browser: sliders, toggles, keyboard, narrow and printed, with nothing fetched."""
+
+import io
+import os
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from sample_report import make_budgets, make_report, pictures
+from test_report import HOSTILE, bare_report, identical_report, orm_report
+
+from mpq_deploy.report.data import EvaluationInfo, FrechetRow, ImageSet, Interval
+from mpq_deploy.report.page import html_page
+from mpq_deploy.report.sweep import sweep_page
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        CHROMIUM is None, reason="no chromium here: apt-get install chromium, or set CHROMIUM to its path"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=120_000)
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def open_page(browser, tmp_path):
+    """Open a page; at the end nothing may have been said on the console, asked of the network, or popped up."""
+    wrong, contexts = [], []
+
+    def call(text, **options):
+        path = tmp_path / f"page{len(contexts)}.html"
+        path.write_text(text, encoding="utf-8")
+        context = browser.new_context(viewport={"width": 1200, "height": 900}, **options)
+        context.set_default_timeout(60_000)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: wrong.append(f"console: {message.text}"))
+        page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
+        page.on("dialog", lambda dialog: (wrong.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        page.on("request", lambda request: wrong.append(request.url) if not own(request.url, path) else None)
+        page.goto(path.as_uri())
+        return page
+
+    def own(url, path):
+        return url == path.as_uri() or url.startswith("data:")
+
+    yield call
+    for context in contexts:
+        context.close()
+    assert wrong == []
+
+
+def shot(locator):
+    """What is seen of an element, uint8 [H, W, 3]."""
+    return np.asarray(Image.open(io.BytesIO(locator.screenshot())).convert("RGB"))
+
+
+def cells(locator, side):
+    """The colours in the middle of each of ``side`` x ``side`` enlarged pixels, int [side, side, 3]."""
+    seen = shot(locator)
+    rows, columns = (((np.arange(side) + 0.5) / side * size).astype(int) for size in seen.shape[:2])
+    return seen[np.ix_(rows, columns)].astype(int)
+
+
+def one_layer():
+    report = make_report()
+    row = report.layers[5]
+    return make_report(layers=(row,), others=(), budgets=make_budgets((row,)))
+
+
+def thousand_layers():
+    row = make_report().layers[5]
+    rows = tuple(
+        row.model_copy(update={"name": f"blocks.{i}.attn.to_q", "loss_by_timestep": (1e-7,) * 20}) for i in range(1000)
+    )
+    return make_report(layers=rows, budgets=make_budgets(rows), loss_timesteps=tuple(map(float, range(20))))
+
+
+def latents():
+    batch = np.random.default_rng(2).integers(0, 256, (3, 8, 8, 4), np.uint8)
+    info = EvaluationInfo(samples=3, steps=2, seed=1, sampler="DDIM", image_kind="latents")
+    return make_report(images=ImageSet({"float": batch, "ours": batch}), evaluation=info)
+
+
+def hostile():
+    row = make_report().layers[0].model_copy(update={"name": HOSTILE, "op": HOSTILE, "refused": {HOSTILE: HOSTILE}})
+    return make_report(
+        layers=(row,),
+        budgets=make_budgets((row,), command=HOSTILE),
+        notes=(HOSTILE,),
+        images=ImageSet({"float": pictures(0), "ours": pictures(1)}, (HOSTILE,) * 8, {"ours": HOSTILE}),
+        frechet=(FrechetRow(network=HOSTILE, against="real", samples=100, distance=2.0, floor=1.0),),
+    )
+
+
+@pytest.mark.parametrize(
+    "make", [make_report, bare_report, identical_report, orm_report, one_layer, thousand_layers, latents, hostile]
+)
+def test_every_kind_of_report_opens_and_fits_any_width(make, open_page):
+    text = html_page(make())
+    assert len(text.encode()) < 5_000_000
+    for width in (400, 1200):
+        page = open_page(text)
+        page.set_viewport_size({"width": width, "height": 800})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.locator("#layer-panel h4").inner_text() in [layer.name for layer in make().layers]
+
+
+def test_orthogonality_is_read_back_from_the_colours(open_page):
+    page = open_page(html_page(orm_report()))
+    cell = page.locator("#orm-cell")
+    sync_api.expect(cell).to_have_text("blocks.0.attn.to_q and blocks.0.attn.to_q: 1.00")
+    page.locator("#orm-map").press("ArrowDown")
+    sync_api.expect(cell).to_have_text("blocks.1.attn.to_q and blocks.0.attn.to_q: -0.05")
+    page.get_by_role("slider", name="Timestep").press("End")
+    sync_api.expect(page.locator("#orm-timestep")).to_have_text("50")
+
+
+def test_the_budget_slider_shows_the_plan_of_each_budget(open_page):
+    report = make_report()
+    page = open_page(html_page(report))
+    slider = page.get_by_role("slider", name="Budget")
+    stops = page.evaluate("JSON.parse(document.getElementById('budget-plans').textContent).stops")
+    own = next(number for number, stop in enumerate(stops) if stop["own"])
+    assert slider.input_value() == str(own)
+    assert page.locator("#budget-changed").inner_text() == "this run's plan"
+    seen = set()
+    slider.press("Home")
+    for number, stop in enumerate(stops):
+        assert slider.input_value() == str(number)
+        assert page.locator("#budget-loss").inner_text() == stop["loss"]
+        assert stop["loss"] in slider.get_attribute("aria-valuetext")
+        seen.add(page.locator("#budget-cursor circle").get_attribute("transform"))
+        slider.press("ArrowRight")
+    assert len(seen) == len(stops)
+    # The last plan's layers, as wide as their bytes.
+    last, layers = report.budgets.plans[-1], report.budgets.layer_bytes
+    grown = page.eval_on_selector_all("#budget-strip span", "spans => spans.map(one => Number(one.style.flexGrow))")
+    assert grown == [row[scheme] for row, scheme in zip(layers, last.schemes, strict=True)]
+    page.get_by_role("button", name="Back to this run").click()
+    assert slider.input_value() == str(own)
+    assert page.evaluate("document.activeElement.id") == "budget"
+
+
+def test_the_wipe_goes_from_the_variant_to_the_original(open_page):
+    page = open_page(html_page(make_report()))
+    images = make_report().images.images
+    page.get_by_role("combobox", name="Sample").select_option("2")
+    page.get_by_role("combobox", name="Against").select_option("int4")
+    wipe = page.get_by_role("slider", name="How much of the original is shown")
+    for key, variant in (("Home", "int4"), ("End", "float")):
+        wipe.press(key)
+        seen = cells(page.locator("#wipe-picture"), 32)
+        # The line at the edge covers a column.
+        assert np.abs(seen - images[variant][2].astype(int))[:, 1:-1].max() <= 2
+    assert wipe.get_attribute("aria-valuetext").startswith("100 % original")
+
+
+def test_the_difference_is_the_amplified_difference(open_page):
+    page = open_page(html_page(make_report()))
+    images = make_report().images.images
+    page.locator('tr[data-variant="int8"] img').nth(4).click()
+    seen = cells(page.locator("#difference-picture"), 32)
+    apart = np.abs(images["int8"][4].astype(int) - images["float"][4].astype(int))
+    assert apart.max() > 2
+    assert np.abs(seen - np.minimum(16 * apart, 255)).max() <= 2
+
+
+def test_modes_and_gain_by_keyboard(open_page):
+    page = open_page(html_page(make_report()))
+    table, gain = page.locator("#pictures"), page.get_by_role("slider", name="Gain of the difference")
+    assert gain.is_disabled()
+    page.get_by_role("radio", name="Images").focus()
+    page.keyboard.press("ArrowRight")
+    assert table.get_attribute("data-mode") == "original"
+    page.keyboard.press("ArrowRight")
+    assert table.get_attribute("data-mode") == "difference" and gain.is_enabled()
+    gain.press("End")
+    assert page.locator("#gain-value").inner_text() == page.locator("#difference-gain").inner_text() == "128"
+    assert "Amplified 128 times" in page.locator("#image-hint").inner_text()
+
+
+def test_layers_by_keyboard_with_their_reasons(open_page):
+    report = make_report()
+    page = open_page(html_page(report))
+    page.locator("#layers .block").first.focus()
+    page.keyboard.press("End")
+    assert page.locator("#layer-panel h4").inner_text() == report.layers[-1].name
+    page.keyboard.press("ArrowLeft")
+    panel = page.locator("#layer-panel")
+    assert panel.locator("h4").inner_text() == report.layers[-2].name
+    for said in ("Kurtosis", "Why this scheme:", "would save", "1 kB is worth about", "largest at timestep"):
+        assert said in panel.inner_text(), said
+    assert panel.locator(".steps span").count() == len(report.loss_timesteps)
+    # One tab stop for all layers.
+    assert page.locator('#layers .block[tabindex="0"]').count() == 1
+
+
+def test_everything_that_takes_focus_has_a_name(open_page):
+    page = open_page(html_page(make_report()))
+    for kind in ("slider", "button", "radio", "combobox", "link", "region"):
+        assert page.get_by_role(kind).count() > 0, kind
+        for line in page.locator("body").aria_snapshot().splitlines():
+            bare = line.strip().removeprefix("- ").rstrip(":")
+            assert bare != kind, f"a {kind} without a name"
+
+
+def test_light_and_dark_differ_and_print_leaves_controls_out(open_page):
+    text = html_page(make_report())
+    grounds = []
+    for scheme in ("light", "dark"):
+        page = open_page(text, color_scheme=scheme)
+        grounds.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+    assert grounds[0] != grounds[1]
+    page.emulate_media(media="print")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == grounds[0]
+    # A4 without its margins.
+    page.set_viewport_size({"width": 700, "height": 900})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 700
+    for hidden in ("#image-modes", "#viewer", "#budget", "#layer-panel", "nav"):
+        assert not page.locator(hidden).is_visible(), hidden
+    for shown in ("h1", "#budget-strip", "#pictures", ".chart >> nth=0", "#provenance pre"):
+        assert page.locator(shown).is_visible(), shown
+
+
+def test_the_page_is_whole_without_scripts(open_page):
+    page = open_page(html_page(make_report()), java_script_enabled=False)
+    assert not page.locator("#budget-box").is_visible() and not page.locator("#viewer").is_visible()
+    page.get_by_text("All budgets as a table").click()
+    assert page.locator("#budgets tbody tr").count() == len(make_report().budgets.plans) + 1
+
+
+def test_the_sweep_page_has_its_own_slider(open_page):
+    rows = make_report().layers
+    points = [
+        {"budget": 0.3, "size_ratio": 0.3, "size_bytes": 300, "predicted_nmse": 2e-5, "measured_nmse": 1.8e-5},
+        {"budget": 0.4, "size_ratio": 0.4, "size_bytes": 400, "predicted_nmse": 2e-6, "measured_nmse": 2.2e-6},
+        {"budget": 0.1, "smallest_feasible_bytes": 200},
+    ]
+    points[0]["psnr_db"] = 50.0
+    control = {"title": "Everything INT8", "size_ratio": 0.5, "measured_nmse": 1e-3, "psnr_db": 41.0}
+    about = {"model": HOSTILE, "target": "rtx", "synthetic": "", "command": HOSTILE}
+    result = {"points": points, "controls": {"int8": control}, "simulated": True}
+    page = open_page(sweep_page(result, make_budgets(rows), about))
+    before = page.locator("#budget-size").inner_text()
+    page.get_by_role("slider", name="Budget").press("ArrowRight")
+    assert page.locator("#budget-size").inner_text() != before
+    text = page.locator("main").inner_text()
+    for said in ("2 budgets measured", "between 0.91 and 1.11", "50.0 dB", "no plan fits", "nominal", "Simulated"):
+        assert said in text, said
+    assert not page.get_by_role("button", name="Back to this run").is_visible()
+
+
+def test_frechet_distances_are_a_table_with_network_count_and_interval(open_page):
+    row = FrechetRow(
+        network="EfficientNet-Lite0",
+        against="float",
+        samples=1000,
+        distance=0.123,
+        floor=0.1,
+        interval=Interval(low=0.09, high=0.15),
+    )
+    page = open_page(html_page(make_report(frechet=(row,))))
+    cells_ = page.get_by_role("table", name="Frechet distances").get_by_role("row").nth(1).inner_text().split("\t")
+    assert cells_[0] == "EfficientNet-Lite0" and cells_[2] == "1,000" and cells_[3] == "0.123 (0.09 to 0.15)"
+    assert cells_[-1].endswith("within its interval")
