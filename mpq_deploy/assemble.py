@@ -43,6 +43,7 @@ from mpq_deploy.stages.common import Exported, deployed_stage, version_of
 from mpq_deploy.stages.evaluate import BEFORE, CORRECTED, LATENCY
 
 if TYPE_CHECKING:
+    from mpq_deploy.metrics.measure import ImageMetrics
     from mpq_deploy.pipeline import Pipeline, Summary
 
 TITLES = {
@@ -76,6 +77,7 @@ def report_data(pipeline: Pipeline) -> ReportData:
     ours = evaluation.variants["ours"]
     target = load_target(pipeline.recipe.target)
     engine, engine_note = _engine(pipeline)
+    metrics = _metrics(pipeline, ours.digest)
     return ReportData(
         model=ModelInfo(
             name=exported.spec.name,
@@ -137,12 +139,14 @@ def report_data(pipeline: Pipeline) -> ReportData:
         sensitivity=table.metric,
         versions=_versions(),
         reproduce=_command(pipeline),
-        notes=(*plan.notes, *evaluation.notes, *exported.facts["notes"]),
+        notes=(*plan.notes, *evaluation.notes, *exported.facts["notes"], *(metrics.notes if metrics else ())),
         images=ImageSet(evaluation.images, evaluation.labels, _titles(plan)),
         importance=_importance(pipeline, plan, table),
         orm=_orm_pictures(table),
         simulated=plan.simulated,
         recovery=_recovery(pipeline),
+        frechet=metrics.frechet if metrics else (),
+        frechet_controls=metrics.controls if metrics else {},
     )
 
 
@@ -232,6 +236,23 @@ def _interval(values: tuple[float, ...]) -> Interval | None:
 def _psnr_interval(variant: VariantResult) -> Interval | None:
     # Images that are all identical have no finite mean.
     return None if math.isinf(variant.psnr_db) else _interval(variant.psnr_db_each)
+
+
+def _metrics(pipeline: Pipeline, graph: str) -> ImageMetrics | None:
+    """Return what 'mpq-deploy metrics' kept, if it is of the plan's present graph (by digest)."""
+    from mpq_deploy.metrics.measure import FILE, ImageMetrics
+
+    path = pipeline.run.path / FILE
+    try:
+        found = ImageMetrics.load(pipeline.run.path)
+    # pydantic's ValidationError is a ValueError.
+    except (ValueError, TypeError, KeyError) as error:
+        pipeline.talk.warn(f"{path} cannot be read and is left out of the report: {str(error).splitlines()[0]}")
+        return None
+    if found is not None and found.ours_digest != graph:
+        pipeline.talk.warn(f"{path} is of a former plan and is left out; measure again with 'mpq-deploy metrics'")
+        return None
+    return found
 
 
 def _curve(pipeline: Pipeline) -> tuple[CurvePoint, ...]:
