@@ -74,7 +74,7 @@ class MetricsOptions:
 class ImageMetrics:
     """The distances of the plan's images (``frechet``) and of the controls', and for whose graph they hold (digests).
 
-    Seconds of sampling and of all; they are not kept.
+    Seconds of sampling and of all, and whether every image was ``fresh`` (none cached), are not kept.
     """
 
     frechet: tuple[FrechetInfo, ...]
@@ -84,6 +84,7 @@ class ImageMetrics:
     notes: tuple[str, ...] = ()
     sampling_seconds: float = field(default=0.0, compare=False)
     seconds: float = field(default=0.0, compare=False)
+    fresh: bool = field(default=False, compare=False)
 
     def save(self, run: Path) -> None:
         """Write metrics.json into the run folder."""
@@ -157,6 +158,7 @@ def measure_metrics(pipeline: Pipeline, options: MetricsOptions) -> ImageMetrics
         _notes(networks, reals, options.images),
         sampled.seconds,
         time.monotonic() - started,
+        sampled.made == sampled.shards,
     )
     metrics.save(pipeline.run.path)
     return metrics

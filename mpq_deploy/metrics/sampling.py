@@ -82,11 +82,12 @@ class Shard:
 
 @dataclass(frozen=True)
 class Sampled:
-    """Pixels uint8 [N, H, W, C] by model, each image's condition, the sampler's name, and how many shards were made."""
+    """Pixels uint8 [N, H, W, C] by model, each image's condition, the sampler's name; shards, and how many were made."""
 
     images: dict[str, Array]
     rows: Array
     sampler: str
+    shards: int
     made: int
     seconds: float
 
@@ -137,7 +138,7 @@ def sample_many(
         name: np.concatenate([found[name, start] for start in range(0, options.images, SHARD)]) for name in sources
     }
     sampler = make_sampler(spec.scheduler, options.steps, options.seed, options.sampler).name
-    return Sampled(whole, rows, sampler, len(wanted), time.monotonic() - started)
+    return Sampled(whole, rows, sampler, len(found), len(wanted), time.monotonic() - started)
 
 
 def sample_shard(shard: Shard) -> Array:
