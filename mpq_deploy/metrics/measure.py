@@ -1,6 +1,6 @@
 """Measure how a run's images are distributed, beside the float model's and real ones.
 
-In: a pipeline whose run is evaluated. Out: ``ImageMetrics``, kept as metrics.json in the run folder, from where the
+In: a pipeline whose graphs are written. Out: ``ImageMetrics``, kept as metrics.json in the run folder, from where the
 report and the gate take it.
 """
 
@@ -19,7 +19,6 @@ from mpq_deploy.artefacts import canonical_json, write_text
 from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.errors import UsageError
 from mpq_deploy.evaluate.cache import SampleCache, arrays_digest, model_digest
-from mpq_deploy.evaluate.result import Evaluation
 from mpq_deploy.graph.write import SIMULATED
 from mpq_deploy.metrics.frechet import (
     Moments,
@@ -42,7 +41,7 @@ from mpq_deploy.metrics.networks import (
     open_network,
 )
 from mpq_deploy.metrics.real import RealSet, real_set
-from mpq_deploy.metrics.sampling import Sampled, SamplingOptions, Source, sample_many
+from mpq_deploy.metrics.sampling import Sampled, SamplingOptions, Source, image_shape, sample_many
 from mpq_deploy.report.data import FrechetInfo, Interval
 from mpq_deploy.stages.common import Exported, deployed_stage
 from mpq_deploy.talk import Talk
@@ -124,8 +123,8 @@ class ImageMetrics:
 def measure_metrics(pipeline: Pipeline, options: MetricsOptions) -> ImageMetrics:
     """Sample the float model twice, the plan and, if asked for, the controls; measure, keep and return the distances.
 
-    The stage evaluate must be current. Raises UsageError before anything is sampled where a network cannot be had, the
-    images are too few for its covariance, or the real images do not fit.
+    The deployed graphs, and the controls where asked for, must be current. Raises UsageError before anything is sampled
+    where a network cannot be had, the images are too few for its covariance, or the real images do not fit.
     """
     started = time.monotonic()
     exported = Exported(pipeline)
@@ -141,7 +140,7 @@ def measure_metrics(pipeline: Pipeline, options: MetricsOptions) -> ImageMetrics
         options.images, section.steps, seed, section.sampler, section.batch_size, options.workers
     )
     cache = pipeline.run.path / ".samples"
-    shape = _image_shape(pipeline)
+    shape = image_shape(exported.spec, exported.path.parent)
     reals = {network.name: real_set(options.real, network, found, shape) for network in networks}
     sources = _sources(pipeline, exported.path, seed, options.controls)
     sampled = sample_many(sources, exported.path, exported.spec, exported.conditions, sampling, cache, pipeline.talk)
@@ -162,12 +161,6 @@ def measure_metrics(pipeline: Pipeline, options: MetricsOptions) -> ImageMetrics
     )
     metrics.save(pipeline.run.path)
     return metrics
-
-
-def _image_shape(pipeline: Pipeline) -> tuple[int, ...]:
-    """Return [H, W, C] of the run's images, as the evaluation made them."""
-    images = Evaluation.load(pipeline.folder("evaluate")).images["float"]
-    return tuple(int(size) for size in images.shape[1:])
 
 
 def _sources(pipeline: Pipeline, float_model: Path, seed: int, controls: bool) -> dict[str, Source]:

@@ -7,6 +7,7 @@ killed call goes on with the shards that are finished, and a damaged one is made
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -82,7 +83,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Sampled:
-    """Pixels uint8 [N, H, W, C] by model, each image's condition, the sampler's name; shards, and how many were made."""
+    """Pixels uint8 [N, H, W, C] by model, each image's condition, the sampler's name; shards, and those made now."""
 
     images: dict[str, Array]
     rows: Array
@@ -103,11 +104,9 @@ def sample_many(
 ) -> Sampled:
     """Sample every one of ``sources``; image i of two sources of the same seed comes from the same noise.
 
-    Raises UsageError where the samples are no images (latents without a decoder), ModelError for an output that is not
+    Raises UsageError where the samples are no images (latents without a decoder), ModelError for samples that are not
     finite.
     """
-    import time
-
     _check_pixels(spec)
     started = time.monotonic()
     decoder = decoder_path(spec, float_model.parent)
@@ -139,6 +138,19 @@ def sample_many(
     }
     sampler = make_sampler(spec.scheduler, options.steps, options.seed, options.sampler).name
     return Sampled(whole, rows, sampler, len(found), len(wanted), time.monotonic() - started)
+
+
+def image_shape(spec: DenoiserSpec, folder: Path) -> tuple[int, ...]:
+    """Return [H, W, C] of the images; ``folder`` holds the decoder, if there is one.
+
+    Raises UsageError where the samples are no images: latents without a decoder.
+    """
+    _check_pixels(spec)
+    decoder = decoder_path(spec, folder)
+    shape = spec.sample.shape
+    if decoder is not None:
+        shape = decode(decoder, np.zeros((1, *shape), np.float32), 1, Talk()).shape[1:]
+    return (*shape[1:], shape[0])
 
 
 def sample_shard(shard: Shard) -> Array:
