@@ -28,7 +28,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from frechet import FeatureNetwork, frechet_distance
 from table import Page, bench_recipe, decibels, made_by_stages, markdown, verdict, weights_digest
 
 from mpq_deploy.allocate import Problem, plan_bytes
@@ -36,6 +35,9 @@ from mpq_deploy.denoisers.bundled import DEMOS
 from mpq_deploy.evaluate.evaluate import evaluate
 from mpq_deploy.evaluate.result import EvaluationOptions
 from mpq_deploy.graph.write import SIMULATED
+from mpq_deploy.metrics.frechet import Moments, frechet_distance
+from mpq_deploy.metrics.networks import DEMO, NetworkOptions, open_network
+from mpq_deploy.metrics.real import real_set
 from mpq_deploy.pipeline import Pipeline, open_pipeline
 from mpq_deploy.precision.deployed import FP16_BYTES
 from mpq_deploy.precision.scheme import SCHEMES, Scheme
@@ -96,7 +98,11 @@ class Bench:
         self.solver = PlanSolver(pipeline)
         self.choices = list(self.solver.choices)
         self.fixed = self.solver.fp16_size - FP16_BYTES * self.solver.weights
-        self.network = FeatureNetwork(model)
+        options = NetworkOptions(demo=model)
+        self.network = open_network(DEMO, options)
+        real = real_set(None, self.network, options, ())
+        assert real is not None, "the bundled models ship statistics of their real images"
+        self.real = real.moments
         self.float_real = float("nan")
 
     def uniform(self, name: str, *preferred: str, eight: str = "") -> Plan:
@@ -153,10 +159,10 @@ class Bench:
             self.pipeline.talk,
             cache=self.pipeline.run.path / ".samples",
         )
-        floats, ours = (self.network.moments(found.images[name]) for name in ("float", "plan"))
-        self.float_real = frechet_distance(floats, self.network.real)
+        floats, ours = (Moments.of(self.network.features(found.images[name])) for name in ("float", "plan"))
+        self.float_real = frechet_distance(floats, self.real)
         share = plan.size_bytes / self.solver.fp16_size
-        distances = frechet_distance(ours, self.network.real), frechet_distance(ours, floats)
+        distances = frechet_distance(ours, self.real), frechet_distance(ours, floats)
         variant = found.variants["plan"]
         return Result(plan, share, variant.measured_nmse, variant.psnr_db, *distances)
 

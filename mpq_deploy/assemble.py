@@ -45,6 +45,7 @@ from mpq_deploy.stages.common import Exported, deployed_stage, version_of
 from mpq_deploy.stages.evaluate import BEFORE, CORRECTED, LATENCY
 
 if TYPE_CHECKING:
+    from mpq_deploy.metrics.measure import ImageMetrics
     from mpq_deploy.pipeline import Pipeline, Summary
 
 TITLES = {
@@ -78,6 +79,7 @@ def report_data(pipeline: Pipeline) -> ReportData:
     engine, engine_note = _engine(pipeline)
     evaluated = _Evaluated.of(pipeline, plan)
     kurtoses = layer_kurtoses(pipeline, exported)
+    metrics = _metrics(pipeline, evaluated.graph) if evaluated.graph else None
     return ReportData(
         model=ModelInfo(
             name=exported.spec.name,
@@ -113,27 +115,33 @@ def report_data(pipeline: Pipeline) -> ReportData:
         sensitivity=table.metric,
         versions=_versions(),
         reproduce=_command(pipeline),
-        notes=(*plan.notes, *evaluated.notes, *exported.facts["notes"]),
+        notes=(*plan.notes, *evaluated.notes, *exported.facts["notes"], *(metrics.notes if metrics else ())),
         budgets=budget_plans(pipeline, plan),
         importance=_importance(pipeline, plan, table),
         orm=_orm_pictures(table),
         simulated=plan.simulated,
         recovery=_recovery(pipeline),
+        frechet=metrics.frechet if metrics else (),
+        frechet_controls=metrics.controls if metrics else {},
     )
 
 
 @dataclass(frozen=True)
 class _Evaluated:
-    """What evaluation says, as fields of the report; empty where the run has none (``report --as-is``)."""
+    """What evaluation says, as fields of the report; empty where the run has none (``report --as-is``).
+
+    ``digest`` of the float graph, ``graph``: that of the plan's.
+    """
 
     fields: dict[str, Any]
     digest: str
+    graph: str
     notes: tuple[str, ...]
 
     @classmethod
     def of(cls, pipeline: Pipeline, plan: PrecisionPlan) -> _Evaluated:
         if "evaluate" not in pipeline.results:
-            return cls({}, "", ("evaluation is missing: 'mpq-deploy report RUN' without --as-is makes it",))
+            return cls({}, "", "", ("evaluation is missing: 'mpq-deploy report RUN' without --as-is makes it",))
         found = Evaluation.load(pipeline.folder("evaluate"))
         variants = {name: _control(name, variant, plan) for name, variant in found.variants.items()}
         ours = variants.pop("ours")
@@ -153,7 +161,7 @@ class _Evaluated:
             controls={name: control for name, control in variants.items() if name not in (CORRECTED, BEFORE)},
             images=ImageSet(found.images, found.labels, titles(plan)),
         )
-        return cls(fields, found.float_digest, (*found.notes, *_not_finite(found)))
+        return cls(fields, found.float_digest, found.variants["ours"].digest, (*found.notes, *_not_finite(found)))
 
 
 _SIZES = ("size_bytes", "size_ratio")
@@ -257,6 +265,23 @@ def _interval(values: tuple[float, ...]) -> Interval | None:
 def _psnr_interval(variant: VariantResult) -> Interval | None:
     # Images that are all identical have no finite mean.
     return _interval(variant.psnr_db_each) if math.isfinite(variant.psnr_db) else None
+
+
+def _metrics(pipeline: Pipeline, graph: str) -> ImageMetrics | None:
+    """Return what 'mpq-deploy metrics' kept, if it is of the plan's present graph (by digest)."""
+    from mpq_deploy.metrics.measure import FILE, ImageMetrics
+
+    path = pipeline.run.path / FILE
+    try:
+        found = ImageMetrics.load(pipeline.run.path)
+    # pydantic's ValidationError is a ValueError.
+    except (ValueError, TypeError, KeyError) as error:
+        pipeline.talk.warn(f"{path} cannot be read and is left out of the report: {str(error).splitlines()[0]}")
+        return None
+    if found is not None and found.ours_digest != graph:
+        pipeline.talk.warn(f"{path} is of a former plan and is left out; measure again with 'mpq-deploy metrics'")
+        return None
+    return found
 
 
 def _curve(pipeline: Pipeline) -> tuple[CurvePoint, ...]:

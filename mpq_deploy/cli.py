@@ -465,6 +465,58 @@ def compare(
         print(comparison_markdown(comparison) if markdown else comparison_text(comparison))
 
 
+@app.command(rich_help_panel=LOOK, epilog="Example: mpq-deploy metrics runs/mine --images 2048 --real photos/")
+def metrics(
+    run: RunArgument,
+    network: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            "--network",
+            metavar="NAME",
+            help="demo, efficientnet-lite0, inception, clip or dinov2; repeatable.",
+            show_default="demo for the bundled models, else efficientnet-lite0",
+        ),
+    ] = None,
+    images: Annotated[int, typer.Option("--images", min=2, help="Images of each model.")] = 512,
+    real: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--real", metavar="PATH", help="Real images: a folder or .npz.", show_default=False),
+    ] = None,
+    weights: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--weights", metavar="NAME=PATH", help="A network's weights; repeatable.", show_default=False),
+    ] = None,
+    seed: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--seed", min=0, help="Of the noise.", show_default="evaluate.seed"),
+    ] = None,
+    workers: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--workers", min=1, help="Processes that sample.", show_default="one per core"),
+    ] = None,
+    controls: Annotated[bool, typer.Option("--controls", help="Also the run's controls (INT8, INT4).")] = False,
+) -> None:
+    """Measure how the images are distributed: FID or another Frechet distance, KID, precision, recall.
+
+    To the float model's images from the same noise, and to real ones. Stopped, it goes on with the images that are
+    finished. The result goes into the run's reports, and so before 'mpq-deploy gate'.
+    """
+    from mpq_deploy.metrics.measure import MetricsOptions, measure_metrics
+    from mpq_deploy.metrics.networks import parse_weights
+    from mpq_deploy.metrics.text import metrics_text
+    from mpq_deploy.pipeline import open_pipeline
+
+    options = MetricsOptions(tuple(network or ()), images, real, parse_weights(weights or []), seed, workers, controls)
+    with open_pipeline(_recipe_of(run, None), run, _talk()) as pipeline:
+        pipeline.run_until("evaluate")
+        found = measure_metrics(pipeline, options)
+        pipeline.run_until("report")
+    if State.json:
+        _print_json(found.as_json())
+    else:
+        print(metrics_text(found))
+
+
 @app.command(rich_help_panel=LOOK, epilog="Example: mpq-deploy gate runs/mine --max-size 0.36 --min-psnr 40")
 def gate(
     run: ReportArgument,

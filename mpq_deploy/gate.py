@@ -201,19 +201,23 @@ def _nmse(report: ReadReport, limit: float) -> Outcome:
 def _frechet(report: ReadReport, limit: float, baseline: ReadReport | None) -> Outcome:
     name, asked = "Frechet increase", f"at most {limit:g}"
     if not report.frechet:
-        said = "The report holds no Frechet distance: 'mpq-deploy evaluate' of this release measures none."
+        said = "The report holds no Frechet distance of this plan. Measure it with 'mpq-deploy metrics RUN'."
         return Outcome(name, asked, words.NOT_MEASURED, "not measured", None, limit, detail=said)
     found = [(one, _frechet_floor(one, baseline)) for one in report.frechet]
     increases = [(one.distance - floor, one) for one, floor in found if floor is not None]
     if len(increases) < len(found):
-        said = "The baseline has no distance of the same network, kind and number of images; measure it there, too."
+        said = (
+            "The baseline has no distance of the same network, kind, number of images, sampler and seed; measure it "
+            "there, too."
+        )
         return Outcome(name, asked, "not comparable", "not measured", None, limit, detail=said)
     worst, of = max(increases, key=lambda pair: pair[0])
     floor = of.distance - worst
-    interval = None if of.interval is None else (of.interval.low - floor, of.interval.high - floor)
+    interval = _increase_interval(of, floor, baseline is not None)
     over = "the baseline's" if baseline is not None else "the float model's own"
-    said = f"Of {of.network}, {of.samples:,} images, to the {of.against} images; over {over} {floor:.3g}."
-    said = f"{said} {_about(limit, interval, '', f'{of.samples:,} images')}"
+    noise = "" if of.seed is None else f", {of.sampler}, seed {of.seed}"
+    said = f"{of.called}, {of.samples:,} images{noise}, to the {of.against} images; over {over} {floor:.3g}."
+    said = f"{said} {_about(limit, interval, '', f'{of.samples:,} images', '--images')}"
     return Outcome(name, asked, f"{worst:+.3g}", "passed" if worst <= limit else "failed", worst, limit, interval, said)
 
 
@@ -221,8 +225,14 @@ def _frechet_floor(one: FrechetDistance, baseline: ReadReport | None) -> float |
     """What a distance is held against: the float model's own, or the baseline's of the same kind."""
     if baseline is None:
         return one.floor
-    kind = (one.network, one.against, one.samples)
-    return next((b.distance for b in baseline.frechet if (b.network, b.against, b.samples) == kind), None)
+    return next((other.distance for other in baseline.frechet if other.kind == one.kind), None)
+
+
+def _increase_interval(one: FrechetDistance, floor: float, against_baseline: bool) -> tuple[float, float] | None:
+    """The paired interval of the increase over the float model; over a baseline only the distance's own is known."""
+    if one.increase_interval is not None and not against_baseline:
+        return _ends(one.increase_interval)
+    return None if one.interval is None else (one.interval.low - floor, one.interval.high - floor)
 
 
 def _latency(report: ReadReport, limit: float, allow_estimate: bool) -> Outcome:
@@ -300,13 +310,15 @@ def _ends(interval: Interval | None) -> tuple[float, float] | None:
     return None if interval is None else (interval.low, interval.high)
 
 
-def _about(limit: float, interval: tuple[float, float] | None, unit: str, over: str) -> str:
+def _about(
+    limit: float, interval: tuple[float, float] | None, unit: str, over: str, more: str = "evaluate.samples"
+) -> str:
     """State the interval, and say where the limit lies inside it, so that other images might decide otherwise."""
     if interval is None:
         return "No interval: the report keeps no figure of each image, or of one only."
     said = f"95 % interval {interval[0]:.4g} to {interval[1]:.4g}{unit} over {over}."
     if interval[0] <= limit <= interval[1]:
-        said += " The limit lies inside it: other noise might decide otherwise. Raise evaluate.samples to be surer."
+        said += f" The limit lies inside it: other noise might decide otherwise. Raise {more} to be surer."
     return said
 
 

@@ -34,17 +34,26 @@ class SampleCache:
 
     def get(self, key: Mapping[str, Any], make: Callable[[], dict[str, Array]]) -> dict[str, Array]:
         """Return the arrays of ``key``: those kept, or else what ``make`` returns, which is then kept."""
-        if self._folder is None:
-            return make()
+        kept = self.find(key)
+        return self.keep(key, make()) if kept is None else kept
+
+    def find(self, key: Mapping[str, Any]) -> dict[str, Array] | None:
+        """Return the arrays kept for ``key``; None where there are none that can be read."""
+        path, text = self._entry(key)
+        return None if path is None else self._read(path, text)
+
+    def keep(self, key: Mapping[str, Any], arrays: dict[str, Array]) -> dict[str, Array]:
+        """Keep ``arrays`` for ``key``, and return them."""
+        path, text = self._entry(key)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_aside(path, npz_bytes({**arrays, "key": np.array(text)}))
+        return arrays
+
+    def _entry(self, key: Mapping[str, Any]) -> tuple[Path | None, str]:
         text = json.dumps(key, sort_keys=True)
-        path = self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz"
-        kept = self._read(path, text)
-        if kept is not None:
-            return kept
-        made = make()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        write_aside(path, npz_bytes({**made, "key": np.array(text)}))
-        return made
+        name = f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz"
+        return None if self._folder is None else self._folder / name, text
 
     def _read(self, path: Path, text: str) -> dict[str, Array] | None:
         if not path.exists():

@@ -93,7 +93,7 @@ def about(report: ReadReport) -> list[str]:
         said.append(f"latency {words.digits(latency.milliseconds)} ms: {latency.source}{other}{wrong}")
     for one in report.frechet:
         said.append(
-            f"Frechet distance {one.distance:.3g} to the {one.against} images ({one.network}, {one.samples:,} images; "
+            f"{one.called} {one.distance:.3g} to the {one.against} images ({one.samples:,} images; "
             f"the float model's {one.floor:.3g})"
         )
     return [*said, *report.remarks]

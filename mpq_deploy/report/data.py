@@ -240,6 +240,59 @@ class EvaluationInfo(Part):
     image_kind: Literal["pixels", "decoded", "latents"] = "pixels"
 
 
+class FrechetInfo(Part):
+    """A Frechet distance of one model's images, with all that its value depends on (``metrics.measure``).
+
+    ``title`` is FID on the standard Inception alone. ``against`` the float model's images from the same noise, or real
+    ones (``against_source``, ``against_samples``; 0: unknown). ``floor``: the float model's own distance to the same (0
+    to its own images); ``interval`` is that of the distance, ``increase_interval`` that of distance - floor, both at
+    this number of samples. ``other_noise``: the float model's images from other noise against the same;
+    ``real_floor``: two halves of the real images. ``extrapolated``: to infinitely many images, with that of the float
+    model. KID, precision and recall are against the real images, or else the float model's from other noise; each with
+    the float model's own. None: not measured.
+    """
+
+    variant: str
+    title: str
+    network: str
+    network_digest: str
+    against: Literal["float", "real"]
+    against_source: str
+    against_samples: int = Field(ge=0)
+    against_digest: str
+    samples: int = Field(ge=2)
+    sampler: str
+    steps: int = Field(ge=1)
+    seed: int
+    distance: float = Field(ge=0)
+    floor: float = Field(ge=0)
+    interval: Interval
+    increase_interval: Interval
+    other_noise: float = Field(ge=0)
+    real_floor: float | None = Field(None, ge=0)
+    real_floor_samples: int | None = None
+    extrapolated: float | None = None
+    extrapolated_floor: float | None = None
+    kid: float | None = None
+    kid_floor: float | None = None
+    precision: float | None = Field(None, ge=0, le=1)
+    precision_floor: float | None = Field(None, ge=0, le=1)
+    recall: float | None = Field(None, ge=0, le=1)
+    recall_floor: float | None = Field(None, ge=0, le=1)
+
+    @property
+    def increase(self) -> float:
+        """What quantization adds to the distance."""
+        return self.distance - self.floor
+
+    @property
+    def within_noise(self) -> bool:
+        """Whether the distance lies in its interval around the float model's own (real), or below other noise's."""
+        if self.against == "float":
+            return self.interval.high < self.other_noise
+        return self.increase_interval.low <= 0 <= self.increase_interval.high
+
+
 class ImportanceInfo(Part):
     """How a metric that weighs bits by the layers' importance chose the plan.
 
@@ -322,20 +375,6 @@ class BudgetPlans(Part):
     command: str = ""
 
 
-class FrechetRow(Part):
-    """A Frechet distance of this plan's images, named by its feature network and number of images.
-
-    ``against``: the float model's own images, or real ones; ``floor``: the float model's own distance to the same.
-    """
-
-    network: str
-    against: Literal["float", "real"]
-    samples: int = Field(ge=2)
-    distance: float = Field(ge=0)
-    floor: float = Field(0.0, ge=0)
-    interval: Interval | None = None
-
-
 class SchemeTotal(Part):
     """How many layers and bytes of one operator took one scheme."""
 
@@ -388,7 +427,6 @@ class ReportData(Part):
     timesteps: tuple[float, ...] = ()
     nmse_by_timestep: tuple[float, ...] = ()
     evaluation: EvaluationInfo | None = None
-    frechet: tuple[FrechetRow, ...] = ()
     loss_timesteps: tuple[float, ...] = ()
     extras: dict[str, Control] = Field(default_factory=dict, description="this plan, run in another way")
     controls: dict[str, Control] = Field(default_factory=dict)
@@ -412,6 +450,8 @@ class ReportData(Part):
     budgets: BudgetPlans | None = Field(None, exclude=True, repr=False)
     simulated: bool = Field(False, description="no engine can hold the plan's schemes: bytes are nominal")
     recovery: RecoveryInfo | None = None
+    frechet: tuple[FrechetInfo, ...] = Field((), description="of this plan's images; from 'mpq-deploy metrics'")
+    frechet_controls: dict[str, tuple[FrechetInfo, ...]] = Field(default_factory=dict, description="of the controls'")
 
     @computed_field  # type: ignore[prop-decorator]
     @property

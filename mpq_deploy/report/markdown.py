@@ -8,12 +8,14 @@ from collections.abc import Iterable, Sequence
 from mpq_deploy.report.data import ReportData, kept_in_fp16
 from mpq_deploy.report.words import (
     DEVICE_COLUMNS,
+    FRECHET_COLUMNS,
     count,
     device_row,
     duration,
     engine_state,
     error,
     expected_latency,
+    frechet_groups,
     headline,
     importance,
     intervals_note,
@@ -39,6 +41,7 @@ def markdown_report(data: ReportData) -> str:
         table(("", "size", "of FP16", "PSNR", "SSIM", "output error (NMSE)"), _variants(data)),
         intervals_note(data),
         f"Output error: {prediction(data)}. {_engine_line(data)}",
+        *_frechet(data),
         *_importance(data),
         *_devices(data),
         *([plain(f"Recovery: {data.recovery.summary}.")] if data.recovery is not None else []),
@@ -81,6 +84,13 @@ def _warning(data: ReportData) -> list[str]:
 
 def _importance(data: ReportData) -> list[str]:
     return [plain(importance(data.importance))] if data.importance is not None else []
+
+
+def _frechet(data: ReportData) -> list[str]:
+    parts = ["### Distribution of the images"] if data.frechet else []
+    for about, rows, other in frechet_groups(data):
+        parts += [plain(about), table(FRECHET_COLUMNS, rows), plain(other)]
+    return parts
 
 
 def _variants(data: ReportData) -> list[list[str]]:

@@ -74,6 +74,24 @@ class FrechetDistance(BaseModel):
     distance: float = Field(ge=0)
     floor: float = Field(0.0, ge=0)
     interval: Interval | None = None
+    increase_interval: Interval | None = None
+    title: str = ""
+    network_digest: str = ""
+    against_digest: str = ""
+    sampler: str = ""
+    steps: int | None = None
+    seed: int | None = None
+
+    @property
+    def called(self) -> str:
+        """FID, or the distance's network: what it is called wherever it stands."""
+        return self.title or f"Frechet distance ({self.network})"
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What two distances must share to be comparable; against the float model its images are what the seed says."""
+        against = (self.against, self.against_digest if self.against == "real" else "")
+        return (self.network, self.network_digest, *against, self.samples, self.sampler, self.steps, self.seed)
 
     @property
     def increase(self) -> float:

@@ -9,7 +9,7 @@ from mpq_deploy.report.data import (
     Control,
     DeviceInfo,
     ExpectedLatency,
-    FrechetRow,
+    FrechetInfo,
     ImportanceInfo,
     Interval,
     Ratio,
@@ -98,6 +98,79 @@ def intervals_note(data: ReportData) -> str:
         return ""
     number = f" over {count(data.evaluation.samples, 'image')}" if data.evaluation is not None else " over the images"
     return f"In brackets: the 95 % interval of the mean, by a bootstrap{number}."
+
+
+FRECHET_COLUMNS = ("", "distance", "95 % interval", "over the float model's", "95 % interval", "")
+
+
+def frechet_about(row: FrechetInfo) -> str:
+    """Say what a Frechet distance depends on, and the distances that it is to be held against."""
+    named = f"{row.against_samples:,}" in row.against_source
+    known = f" ({count(row.against_samples, 'image')})" if row.against_samples and not named else ""
+    said = [
+        f"{row.title}, {count(row.samples, 'image')}, {_sampler(row)}, seed {row.seed}, to "
+        f"{row.against_source}{known if row.against == 'real' else ''}."
+    ]
+    if row.against == "float":
+        said.append(f"Other noise alone makes {digits(row.other_noise)} between two sets of the float model.")
+    else:
+        said.append(f"The float model's own: {digits(row.floor)}, from other noise {digits(row.other_noise)}.")
+    if row.real_floor is not None and row.real_floor_samples is not None:
+        said.append(f"Real against real: {digits(row.real_floor)} (halves of {row.real_floor_samples:,}).")
+    if row.extrapolated is not None and row.extrapolated_floor is not None:
+        said.append(
+            f"Extrapolated to infinitely many images: {row.extrapolated:.3g}, the float model "
+            f"{row.extrapolated_floor:.3g}."
+        )
+    return " ".join(said)
+
+
+def _sampler(row: FrechetInfo) -> str:
+    """Name the sampler with its steps, which most names hold already."""
+    return row.sampler if f"{row.steps} steps" in row.sampler else f"{row.sampler}, {row.steps} steps"
+
+
+def frechet_verdict(row: FrechetInfo) -> str:
+    """Say in a few words whether a distance shows a difference from the float model."""
+    if row.against == "float":
+        return "below other noise's" if row.within_noise else "not below other noise's"
+    if row.within_noise:
+        return "no difference shown"
+    return "further away" if row.increase > 0 else "nearer"
+
+
+def frechet_row(title: str, row: FrechetInfo) -> list[str]:
+    """Return the cells of ``FRECHET_COLUMNS``."""
+    ends = [f"{one.low:.3g} to {one.high:.3g}" for one in (row.interval, row.increase_interval)]
+    return [title, f"{row.distance:.4g}", ends[0], f"{row.increase:+.3g}", ends[1], frechet_verdict(row)]
+
+
+def frechet_other(row: FrechetInfo) -> str:
+    """Return KID, precision and recall, each with the float model's own; empty where none was measured."""
+    figures = (
+        ("KID", row.kid, row.kid_floor),
+        ("precision", row.precision, row.precision_floor),
+        ("recall", row.recall, row.recall_floor),
+    )
+    said = [
+        f"{name} {ours:.3g} (float {own:.3g})" for name, ours, own in figures if ours is not None and own is not None
+    ]
+    against = "the float model's images from other noise" if row.against == "float" else "the real images"
+    return f"Against {against}: {', '.join(said)}." if said else ""
+
+
+def frechet_groups(data: ReportData) -> list[tuple[str, list[list[str]], str]]:
+    """Return for each of this plan's distances: what it is, its row with those of the controls, KID and the like."""
+    groups = []
+    for own in data.frechet:
+        same = [
+            (title_of(name, data), row)
+            for name, rows in (("ours", (own,)), *data.frechet_controls.items())
+            for row in rows
+            if (row.network, row.against) == (own.network, own.against)
+        ]
+        groups.append((frechet_about(own), [frechet_row(title, row) for title, row in same], frechet_other(own)))
+    return groups
 
 
 def duration(seconds: float | None) -> str:
@@ -286,30 +359,6 @@ def latency_line(data: ReportData) -> str:
         return ""
     how = "estimated" if expected.source == "estimated" else "expected from single layers"
     return f"{how}: {digits(expected.ours_ms)} ms, FP16 {digits(expected.fp16_ms)} ms"
-
-
-FRECHET_COLUMNS = ("Features", "Against", "Images", "Distance", "Float model's own", "Added")
-
-
-def frechet_row(row: FrechetRow) -> tuple[str, ...]:
-    """Return the cells of ``FRECHET_COLUMNS``. Only a distance of the Inception network is ever called FID."""
-    against = "the float model's images" if row.against == "float" else "real images"
-    between = f" ({row.interval.low:.3g} to {row.interval.high:.3g})" if row.interval is not None else ""
-    added = row.distance - row.floor
-    inside = row.interval is not None and row.interval.low <= row.floor <= row.interval.high
-    return (
-        row.network,
-        against,
-        f"{row.samples:,}",
-        f"{row.distance:.3g}{between}",
-        f"{row.floor:.3g}",
-        f"{added:+.3g}{', within its interval' if inside else ''}",
-    )
-
-
-def frechet_rows(data: ReportData) -> list[tuple[str, ...]]:
-    """Return the rows of ``FRECHET_COLUMNS``."""
-    return [frechet_row(row) for row in data.frechet]
 
 
 DEVICE_COLUMNS = ("device", "engine", "layers", "outputs", "latency (median, p99)")

@@ -12,7 +12,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 
 from mpq_deploy.allocate import Problem, plan_bytes
@@ -149,20 +148,3 @@ def test_agreement_is_perfect_with_itself_and_knows_a_factor(script: ModuleType)
     count, rank, _ = script.compare(*tables, "fp16")
     assert count == 0
     assert math.isnan(rank)
-
-
-@using("frechet")
-def test_frechet_distance_by_hand(script: ModuleType) -> None:
-    def moments(mean: list[float], covariance: list[list[float]]) -> Any:
-        return script.Moments(np.array(mean), np.array(covariance))
-
-    a = moments([1.0, 2.0], [[4.0, 0.0], [0.0, 9.0]])
-    b = moments([0.0, 0.0], [[1.0, 0.0], [0.0, 1.0]])
-    assert script.frechet_distance(a, b) == pytest.approx(5 + (2 - 1) ** 2 + (3 - 1) ** 2)
-    turn = np.array([[0.6, -0.8], [0.8, 0.6]])
-    turned = moments([0.0, 0.0], (turn @ a.covariance @ turn.T).tolist())
-    # tr (A B)^(1/2) of two matrices of 2 x 2: the root of tr(A B) + 2 det(A B)^(1/2).
-    product = a.covariance @ turned.covariance
-    shared = math.sqrt(np.trace(product) + 2 * math.sqrt(np.linalg.det(product)))
-    assert script.frechet_distance(a, turned) == pytest.approx(5 + 26 - 2 * shared)
-    assert script.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)

@@ -10,7 +10,7 @@ from PIL import Image
 from sample_report import make_budgets, make_report, pictures
 from test_report import HOSTILE, bare_report, identical_report, orm_report
 
-from mpq_deploy.report.data import EvaluationInfo, FrechetRow, ImageSet, Interval
+from mpq_deploy.report.data import EvaluationInfo, FrechetInfo, ImageSet, Interval
 from mpq_deploy.report.page import html_page
 from mpq_deploy.report.sweep import sweep_page
 
@@ -93,6 +93,29 @@ def latents():
     return make_report(images=ImageSet({"float": batch, "ours": batch}), evaluation=info)
 
 
+def frechet_info(**changes):
+    values = {
+        "variant": "ours",
+        "title": "Frechet distance (EfficientNet-Lite0)",
+        "network": "EfficientNet-Lite0",
+        "network_digest": "0" * 64,
+        "against": "float",
+        "against_source": "the float model's images from the same noise",
+        "against_samples": 1000,
+        "against_digest": "1" * 64,
+        "samples": 1000,
+        "sampler": "DDIM",
+        "steps": 20,
+        "seed": 5,
+        "distance": 0.123,
+        "floor": 0.1,
+        "interval": Interval(low=0.09, high=0.15),
+        "increase_interval": Interval(low=-0.01, high=0.05),
+        "other_noise": 0.2,
+    }
+    return FrechetInfo(**{**values, **changes})
+
+
 def hostile():
     row = make_report().layers[0].model_copy(update={"name": HOSTILE, "op": HOSTILE, "refused": {HOSTILE: HOSTILE}})
     return make_report(
@@ -100,7 +123,7 @@ def hostile():
         budgets=make_budgets((row,), command=HOSTILE),
         notes=(HOSTILE,),
         images=ImageSet({"float": pictures(0), "ours": pictures(1)}, (HOSTILE,) * 8, {"ours": HOSTILE}),
-        frechet=(FrechetRow(network=HOSTILE, against="real", samples=100, distance=2.0, floor=1.0),),
+        frechet=(frechet_info(title=HOSTILE, network=HOSTILE, against="real", against_source=HOSTILE),),
     )
 
 
@@ -263,15 +286,8 @@ def test_the_sweep_page_has_its_own_slider(open_page):
 
 
 def test_frechet_distances_are_a_table_with_network_count_and_interval(open_page):
-    row = FrechetRow(
-        network="EfficientNet-Lite0",
-        against="float",
-        samples=1000,
-        distance=0.123,
-        floor=0.1,
-        interval=Interval(low=0.09, high=0.15),
-    )
-    page = open_page(html_page(make_report(frechet=(row,))))
-    cells_ = page.get_by_role("table", name="Frechet distances").get_by_role("row").nth(1).inner_text().split("\t")
-    assert cells_[0] == "EfficientNet-Lite0" and cells_[2] == "1,000" and cells_[3] == "0.123 (0.09 to 0.15)"
-    assert cells_[-1].endswith("within its interval")
+    page = open_page(html_page(make_report(frechet=(frechet_info(),))))
+    section = page.get_by_role("region", name="Distribution of the images")
+    assert "EfficientNet-Lite0" in section.inner_text() and "1,000 images" in section.inner_text()
+    cells_ = section.get_by_role("table").get_by_role("row").nth(1).inner_text().split("\t")
+    assert cells_[1:3] == ["0.123", "0.09 to 0.15"] and cells_[-1] == "below other noise's"

@@ -1,0 +1,313 @@
+"""Measure how a run's images are distributed, beside the float model's and real ones.
+
+In: a pipeline whose graphs are written. Out: ``ImageMetrics``, kept as metrics.json in the run folder, from where the
+report and the gate take it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpq_deploy.artefacts import canonical_json, write_text
+from mpq_deploy.denoisers.spec import Array
+from mpq_deploy.errors import UsageError
+from mpq_deploy.evaluate.cache import SampleCache, arrays_digest, model_digest
+from mpq_deploy.graph.write import SIMULATED
+from mpq_deploy.metrics.frechet import (
+    Moments,
+    Spread,
+    check_count,
+    extrapolated,
+    frechet_distance,
+    minimum_images,
+    spread_to_reference,
+    strata_of,
+)
+from mpq_deploy.metrics.kernel import kernel_distance
+from mpq_deploy.metrics.neighbours import precision_recall
+from mpq_deploy.metrics.networks import (
+    FeatureNetwork,
+    NetworkOptions,
+    check_networks,
+    default_network,
+    demo_of,
+    open_network,
+)
+from mpq_deploy.metrics.real import RealSet, real_set
+from mpq_deploy.metrics.sampling import Sampled, SamplingOptions, Source, image_shape, sample_many
+from mpq_deploy.report.data import FrechetInfo, Interval
+from mpq_deploy.stages.common import Exported, deployed_stage
+from mpq_deploy.talk import Talk
+
+if TYPE_CHECKING:
+    from mpq_deploy.pipeline import Pipeline
+
+FILE = "metrics.json"
+FORMAT = 1
+FLOAT, OTHER, OURS = "float", "float, other noise", "ours"
+# Images between two steps of the progress of features.
+CHUNK = 64
+
+
+@dataclass(frozen=True)
+class MetricsOptions:
+    """What to measure. ``networks`` empty: the default one; ``seed`` None: the evaluation's."""
+
+    networks: tuple[str, ...] = ()
+    images: int = 512
+    real: Path | None = None
+    weights: tuple[tuple[str, Path], ...] = ()
+    seed: int | None = None
+    workers: int | None = None
+    controls: bool = False
+
+
+@dataclass(frozen=True)
+class ImageMetrics:
+    """The distances of the plan's images (``frechet``) and of the controls', and for whose graph they hold (digests).
+
+    Seconds of sampling and of all, and whether every image was ``fresh`` (none cached), are not kept.
+    """
+
+    frechet: tuple[FrechetInfo, ...]
+    controls: dict[str, tuple[FrechetInfo, ...]]
+    ours_digest: str
+    float_digest: str
+    notes: tuple[str, ...] = ()
+    sampling_seconds: float = field(default=0.0, compare=False)
+    seconds: float = field(default=0.0, compare=False)
+    fresh: bool = field(default=False, compare=False)
+
+    def save(self, run: Path) -> None:
+        """Write metrics.json into the run folder."""
+        write_text(run / FILE, canonical_json({"format": FORMAT, **self.as_json()}))
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain values, without what a clock said."""
+        return {
+            "frechet": [one.model_dump(mode="json") for one in self.frechet],
+            "controls": {name: [one.model_dump(mode="json") for one in rows] for name, rows in self.controls.items()},
+            "ours_digest": self.ours_digest,
+            "float_digest": self.float_digest,
+            "notes": list(self.notes),
+        }
+
+    @classmethod
+    def load(cls, run: Path) -> ImageMetrics | None:
+        """Read metrics.json; None where there is none. Raises ValueError (also of pydantic) for a damaged one."""
+        path = run / FILE
+        if not path.is_file():
+            return None
+        text = json.loads(path.read_text())
+        if not isinstance(text, dict) or text.get("format") != FORMAT:
+            raise ValueError(f"it is not of format {FORMAT}")
+        missing = {"frechet", "controls", "ours_digest", "float_digest", "notes"} - set(text)
+        if missing:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        return cls(
+            tuple(FrechetInfo(**row) for row in text["frechet"]),
+            {name: tuple(FrechetInfo(**row) for row in rows) for name, rows in text["controls"].items()},
+            text["ours_digest"],
+            text["float_digest"],
+            tuple(text["notes"]),
+        )
+
+
+def measure_metrics(pipeline: Pipeline, options: MetricsOptions) -> ImageMetrics:
+    """Sample the float model twice, the plan and, if asked for, the controls; measure, keep and return the distances.
+
+    The deployed graphs, and the controls where asked for, must be current. Raises UsageError before anything is sampled
+    where a network cannot be had, the images are too few for its covariance, or the real images do not fit.
+    """
+    started = time.monotonic()
+    exported = Exported(pipeline)
+    found = NetworkOptions(demo_of(exported.spec.source), options.weights)
+    names = tuple(dict.fromkeys(options.networks)) or (default_network(found),)
+    check_networks(names, found)
+    networks = [open_network(name, found) for name in names]
+    for network in networks:
+        check_count(options.images, network.width, "images", network.name)
+    section = pipeline.recipe.evaluate
+    seed = section.seed if options.seed is None else options.seed
+    sampling = SamplingOptions(
+        options.images, section.steps, seed, section.sampler, section.batch_size, options.workers
+    )
+    cache = pipeline.run.path / ".samples"
+    shape = image_shape(exported.spec, exported.path.parent)
+    reals = {network.name: real_set(options.real, network, found, shape) for network in networks}
+    sources = _sources(pipeline, exported.path, seed, options.controls)
+    sampled = sample_many(sources, exported.path, exported.spec, exported.conditions, sampling, cache, pipeline.talk)
+    measure = _Measure(sampled, sampling, SampleCache(cache, pipeline.talk), pipeline.talk)
+    rows = {name: [] for name in sources if name not in (FLOAT, OTHER)}  # type: dict[str, list[FrechetInfo]]
+    for network in networks:
+        for name, made in measure.on(network, reals[network.name], tuple(rows)).items():
+            rows[name] += made
+    metrics = ImageMetrics(
+        tuple(rows.pop(OURS)),
+        {name: tuple(made) for name, made in rows.items()},
+        model_digest(sources[OURS].model),
+        model_digest(exported.path),
+        _notes(networks, reals, options.images),
+        sampled.seconds,
+        time.monotonic() - started,
+        sampled.made == sampled.shards,
+    )
+    metrics.save(pipeline.run.path)
+    return metrics
+
+
+def _sources(pipeline: Pipeline, float_model: Path, seed: int, controls: bool) -> dict[str, Source]:
+    deployed = pipeline.folder(deployed_stage(pipeline)) / SIMULATED
+    sources = {
+        FLOAT: Source(float_model, seed, True),
+        # Noise that neither the calibration nor the comparison uses.
+        OTHER: Source(float_model, _other_seed(seed, pipeline.recipe.calibrate.seed), True),
+        OURS: Source(deployed, seed),
+    }
+    if controls:
+        folder = pipeline.folder("controls")
+        sizes = json.loads((folder / "sizes.json").read_text())
+        if not sizes:
+            raise UsageError(
+                "The run has no controls.", "Set evaluate.controls in its recipe, or leave --controls out."
+            )
+        sources.update({name: Source(folder / name / SIMULATED, seed) for name in sorted(sizes, reverse=True)})
+    return sources
+
+
+def _other_seed(seed: int, calibration: int) -> int:
+    return seed + 1 if seed + 1 != calibration else seed + 2
+
+
+class _Measure:
+    """Features and distances of one set of samples."""
+
+    def __init__(self, sampled: Sampled, options: SamplingOptions, store: SampleCache, talk: Talk) -> None:
+        self._sampled, self._options, self._store, self._talk = sampled, options, store, talk
+        self._strata = strata_of(sampled.rows)
+
+    def on(
+        self, network: FeatureNetwork, real: RealSet | None, variants: tuple[str, ...]
+    ) -> dict[str, list[FrechetInfo]]:
+        """Return for each variant its distances to the float model's images and, where there are some, real ones."""
+        features = {name: self._features(network, name) for name in (FLOAT, OTHER, *variants)}
+        rows: dict[str, list[FrechetInfo]] = {}
+        with self._talk.bar(f"distances on {network.name}", len(variants) * (2 if real else 1)) as advance:
+            for name in variants:
+                rows[name] = [self._to_float(network, features, name)]
+                advance(1)
+                if real is not None:
+                    rows[name].append(self._to_real(network, features, name, real))
+                    advance(1)
+        return rows
+
+    def _features(self, network: FeatureNetwork, name: str) -> Array:
+        images = self._sampled.images[name]
+        key = {"part": "features", "network": network.digest, "images": arrays_digest({"images": images})}
+        kept = self._store.find(key)
+        if kept is not None:
+            return kept["features"]
+        parts = []
+        with self._talk.bar(f"features of {name} ({network.name})", len(images)) as advance:
+            for start in range(0, len(images), CHUNK):
+                parts.append(network.features(images[start : start + CHUNK]))
+                advance(len(parts[-1]))
+        return self._store.keep(key, {"features": np.concatenate(parts)})["features"]
+
+    def _to_float(self, network: FeatureNetwork, features: Mapping[str, Array], name: str) -> FrechetInfo:
+        ours, reference, other = features[name], features[FLOAT], features[OTHER]
+        distance = frechet_distance(Moments.of(ours), Moments.of(reference))
+        spread = spread_to_reference(ours, reference, self._strata)
+        interval = _interval(distance, spread.distance, 0.0)
+        return FrechetInfo(
+            **self._about(network, name),
+            against="float",
+            against_source="the float model's images from the same noise",
+            against_samples=len(reference),
+            against_digest=arrays_digest({"images": self._sampled.images[FLOAT]}),
+            distance=distance,
+            floor=0.0,
+            interval=interval,
+            increase_interval=interval,
+            other_noise=frechet_distance(Moments.of(other), Moments.of(reference)),
+            **_sets(ours, reference, other),
+        )
+
+    def _to_real(self, network: FeatureNetwork, features: Mapping[str, Array], name: str, real: RealSet) -> FrechetInfo:
+        ours, reference = features[name], features[FLOAT]
+        distance, floor = (frechet_distance(Moments.of(one), real.moments) for one in (ours, reference))
+        spread = spread_to_reference(ours, reference, self._strata, real.moments)
+        return FrechetInfo(
+            **self._about(network, name),
+            against="real",
+            against_source=real.source,
+            against_samples=real.moments.count,
+            against_digest=real.digest,
+            distance=distance,
+            floor=floor,
+            interval=_interval(distance, spread.distance, 0.0),
+            increase_interval=_interval(distance - floor, spread.increase),
+            other_noise=frechet_distance(Moments.of(features[OTHER]), real.moments),
+            real_floor=real.floor,
+            real_floor_samples=real.floor_count,
+            extrapolated=extrapolated(ours, self._strata, real.moments),
+            extrapolated_floor=extrapolated(reference, self._strata, real.moments),
+            **(_sets(ours, reference, real.features) if real.features is not None else {}),
+        )
+
+    def _about(self, network: FeatureNetwork, name: str) -> dict[str, Any]:
+        options = self._options
+        return {
+            "variant": name,
+            "title": network.title,
+            "network": network.name,
+            "network_digest": network.digest,
+            "samples": options.images,
+            "sampler": self._sampled.sampler,
+            "steps": options.steps,
+            "seed": options.seed,
+        }
+
+
+def _sets(ours: Array, reference: Array, against: Array) -> dict[str, float | None]:
+    """KID, precision and recall of ours against other images, with those of the float model."""
+    # Images from the same noise are no independent sets, which all three presume: hence never float's own.
+    precision, recall = precision_recall(ours, against)
+    precision_floor, recall_floor = precision_recall(reference, against)
+    return {
+        "kid": kernel_distance(ours, against),
+        "kid_floor": kernel_distance(reference, against),
+        "precision": precision,
+        "recall": recall,
+        "precision_floor": precision_floor,
+        "recall_floor": recall_floor,
+    }
+
+
+def _interval(value: float, error: float, least: float | None = None) -> Interval:
+    low, high = Spread.around(value, error)
+    return Interval(low=low if least is None else max(low, least), high=high)
+
+
+def _notes(networks: list[FeatureNetwork], reals: Mapping[str, RealSet | None], images: int) -> tuple[str, ...]:
+    notes = [
+        f"Frechet distances are too large with few images, most where these are few beside the features (here "
+        f"{images:,} images on {', '.join(f'the {n.width:,} features of {n.name}' for n in networks)}): compare equal "
+        "numbers alone."
+    ]
+    for network in networks:
+        if reals[network.name] is None:
+            notes.append(f"{network.name}: no real images were given (--real), so none are compared with.")
+        elif images // 2 < minimum_images(network.width):
+            notes.append(
+                f"{network.name}: no extrapolation to infinitely many images, which takes "
+                f"{2 * minimum_images(network.width):,}."
+            )
+    return tuple(notes)

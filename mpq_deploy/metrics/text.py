@@ -1,0 +1,35 @@
+"""What was measured, as a terminal table of at most 80 columns, and as sentences for reports."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable
+
+from mpq_deploy.metrics.measure import ImageMetrics
+from mpq_deploy.report.data import FrechetInfo
+from mpq_deploy.report.words import frechet_about, frechet_other, frechet_verdict
+
+
+def metrics_text(metrics: ImageMetrics) -> str:
+    """Return every distance, grouped by what it is to, with what it depends on."""
+    everything = [*metrics.frechet, *(row for rows in metrics.controls.values() for row in rows)]
+    lines: list[str] = []
+    for first in metrics.frechet:
+        group = [row for row in everything if (row.network, row.against) == (first.network, first.against)]
+        lines += [*_wrapped(frechet_about(first)), *_table(group), *_wrapped(frechet_other(first)), ""]
+    for note in metrics.notes:
+        lines += _wrapped(note)
+    return "\n".join(lines)
+
+
+def _table(rows: Iterable[FrechetInfo]) -> list[str]:
+    lines = [f"  {'':<9} {'distance':>9} {'over float':>10}  95 % interval"]
+    for row in rows:
+        interval = f"{row.increase_interval.low:+.3g} to {row.increase_interval.high:+.3g}"
+        figures = f"{row.distance:>9.4g} {row.increase:>+10.3g}  {interval:<24}"
+        lines.append(f"  {row.variant:<9} {figures}{frechet_verdict(row)}")
+    return lines
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, 80, break_long_words=False, break_on_hyphens=False)

@@ -1,0 +1,77 @@
+"""CLIP's and DINOv2's image towers from a local folder of the transformers library."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from mpq_deploy.artefacts import file_digest
+from mpq_deploy.denoisers.spec import Array
+from mpq_deploy.errors import MissingDependencyError, UsageError
+from mpq_deploy.metrics.efficientnet import torch_features
+from mpq_deploy.metrics.networks import CLIP, digest_of, title_of
+
+CONFIG, PREPROCESSOR, WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
+
+
+def check_vision(name: str, path: Path | None, offline: str) -> None:
+    """Say what is missing: the package, the folder, or a file of it. Raises MissingDependencyError, UsageError."""
+    if importlib.util.find_spec("transformers") is None:
+        raise MissingDependencyError("transformers", "torch", f"The network '{name}'")
+    if path is None:
+        raise UsageError(
+            f"The network '{name}' needs weights of your own.",
+            f"Give a local folder of the transformers library: --weights {name}=FOLDER. {offline}",
+        )
+    for file in (CONFIG, PREPROCESSOR, WEIGHTS):
+        if not (path / file).is_file():
+            raise UsageError(
+                f"{path} holds no {file}.", f"Give a folder with {CONFIG}, {PREPROCESSOR} and {WEIGHTS}. {offline}"
+            )
+
+
+class VisionNetwork:
+    """CLIP: the projected image embedding; DINOv2: the class token behind the last norm.
+
+    The whole image is made as large as the network's crop, by bicubic interpolation, with the folder's mean and
+    deviation; nothing is cropped (our choice: the samples are square).
+    """
+
+    def __init__(self, name: str, folder: Path) -> None:
+        settings = json.loads((folder / PREPROCESSOR).read_text())
+        crop = settings.get("crop_size") or settings.get("size") or {}
+        try:
+            self._side = int(crop if isinstance(crop, int) else crop["height"])
+            self._mean, self._deviation = settings["image_mean"], settings["image_std"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(
+                f"{folder / PREPROCESSOR} does not say {error}.", "It must name crop_size, image_mean and image_std."
+            ) from error
+        self._model = _model(name, folder)
+        self._projects = name == CLIP
+        config = self._model.config
+        self.width = int(config.projection_dim if self._projects else config.hidden_size)
+        self.name, self.title = name, title_of(name)
+        self.digest = digest_of(file_digest(folder / WEIGHTS), repr((self._side, self._mean, self._deviation)))
+
+    def features(self, images: Array) -> Array:
+        """Return float64 [N, width] of ``images`` uint8 [N, H, W, C] with 1 or 3 channels."""
+        return torch_features(self._embed, images, self._side, self._mean, self._deviation)
+
+    def _embed(self, pixels: Any) -> Any:
+        found = self._model(pixel_values=pixels)
+        return found.image_embeds if self._projects else found.last_hidden_state[:, 0]
+
+
+def _model(name: str, folder: Path) -> Any:
+    import transformers
+
+    kind = transformers.CLIPVisionModelWithProjection if name == CLIP else transformers.Dinov2Model
+    try:
+        return kind.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UsageError(
+            f"{folder} is no '{name}' of the transformers library: {error}", "Give a folder that it saved."
+        ) from error

@@ -1,0 +1,114 @@
+"""'mpq-deploy metrics' on a finished run: into metrics.json, the reports and the gate, and out again when stale."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mpq_deploy.denoisers.spec import Array
+from mpq_deploy.metrics import measure
+from mpq_deploy.metrics.measure import ImageMetrics
+from tests.pipeline.conftest import Outcome
+from tests.pipeline.runs import build, recipe_for
+
+Cli = Callable[..., Outcome]
+IMAGES = 24
+
+
+class Quarters:
+    """Four features: the mean of each quarter of an image."""
+
+    name, digest, width, title = "quarters", "d", 4, "Frechet distance (quarters)"
+
+    def features(self, images: Array) -> Array:
+        """Return [N, 4]."""
+        return np.asarray(images.reshape(len(images), 4, -1).mean(axis=2), np.float64)
+
+
+@pytest.fixture
+def quarters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the run be measured on ``Quarters``."""
+    monkeypatch.setattr(measure, "check_networks", lambda names, options: None)
+    monkeypatch.setattr(measure, "open_network", lambda name, options: Quarters())
+
+
+def test_distances_reach_the_reports_and_the_gate(quarters: None, run: Path, cli: Cli, tmp_path: Path) -> None:
+    channels, height, width = json.loads((run / "report.json").read_text())["model"]["sample_shape"]
+    real = np.random.default_rng(0).integers(0, 256, (40, height, width, channels), dtype=np.uint8)
+    np.savez(tmp_path / "real.npz", images=real)
+    gate = ("gate", run, "--max-frechet-increase", "1e9")
+    assert cli(*gate).code == 1
+    said = cli("metrics", run, "--images", IMAGES, "--real", tmp_path / "real.npz", "--workers", 1, "--controls")
+    assert said.code == 0, said.err
+    assert max(map(len, said.out.splitlines())) <= 80
+    assert f"Frechet distance (quarters), {IMAGES} images" in said.out
+    report = json.loads((run / "report.json").read_text())
+    assert [row["against"] for row in report["frechet"]] == ["float", "real"]
+    paired, against_real = report["frechet"]
+    assert 0 < paired["distance"] < paired["other_noise"]
+    assert paired["interval"]["low"] <= paired["distance"] <= paired["interval"]["high"]
+    assert against_real["real_floor"] > 0
+    assert against_real["against_samples"] == 40
+    assert all(row["samples"] == IMAGES and row["seed"] == 1234 and row["steps"] == 3 for row in report["frechet"])
+    assert set(report["frechet_controls"]) == {"int8", "int4"}
+    for name in ("report.md", "report.html"):
+        assert "Distribution of the images" in (run / name).read_text()
+    passed = cli(*gate)
+    assert passed.code == 0
+    assert f"{IMAGES} images" in passed.out
+    assert cli("gate", run, "--max-frechet-increase", "-1e9").code == 1
+
+    kept = (run / "metrics.json").read_bytes()
+    assert cli("metrics", run, "--images", IMAGES, "--real", tmp_path / "real.npz", "--controls").code == 0
+    assert (run / "metrics.json").read_bytes() == kept
+
+
+def test_a_baseline_from_other_noise_is_not_compared(quarters: None, run: Path, cli: Cli, tmp_path: Path) -> None:
+    for seed in (50, 60):
+        assert cli("metrics", run, "--images", IMAGES, "--seed", seed, "--workers", 1).code == 0
+        (tmp_path / f"{seed}.json").write_text((run / "report.json").read_text())
+    gate = ("gate", run, "--max-frechet-increase", "0.001", "--baseline")
+    same, other = (cli(*gate, tmp_path / f"{seed}.json") for seed in (60, 50))
+    assert same.code == 0
+    assert "+0" in same.out
+    assert other.code == 1
+    assert "not comparable" in other.out
+
+
+def test_too_few_images_are_refused_before_sampling(quarters: None, run: Path, cli: Cli) -> None:
+    said = cli("metrics", run, "--images", 4, "--workers", 1)
+    assert said.code == 2
+    assert "at least 5" in said.err
+    assert not (run / "metrics.json").exists()
+    assert "Traceback" not in said.err
+
+
+def test_a_stale_or_damaged_result_is_left_out_and_said(quarters: None, run: Path, cli: Cli, model: Path) -> None:
+    assert cli("metrics", run, "--images", IMAGES, "--workers", 1).code == 0
+    other = build(recipe_for(model, budget=0.6), run)
+    assert any("metrics.json is of a former plan" in line for line in other.said)
+    assert other.report["frechet"] == []
+    (run / "metrics.json").write_text('{"format": 1, "frechet": [{}]}')
+    damaged = build(recipe_for(model, budget=0.6), run)
+    assert any("metrics.json cannot be read" in line for line in damaged.said)
+    assert damaged.report["frechet"] == []
+
+
+def test_a_foreign_model_is_told_which_networks_there_are(run: Path, cli: Cli) -> None:
+    said = cli("metrics", run, "--network", "demo")
+    assert said.code == 2
+    assert "efficientnet-lite0" in said.err
+
+
+def test_what_is_kept_is_read_again(quarters: None, run: Path, cli: Cli) -> None:
+    assert cli("metrics", run, "--images", IMAGES, "--workers", 1).code == 0
+    found = ImageMetrics.load(run)
+    assert found is not None
+    before = (run / "metrics.json").read_text()
+    found.save(run)
+    assert (run / "metrics.json").read_text() == before
+    assert ImageMetrics.load(run.parent) is None
