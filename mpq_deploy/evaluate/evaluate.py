@@ -27,7 +27,7 @@ from mpq_deploy.evaluate.result import CpuLatency, Evaluation, EvaluationOptions
 from mpq_deploy.runtime.correction import Correction
 from mpq_deploy.runtime.ort import OrtDenoiser
 from mpq_deploy.sampling.corrected import corrected_sampler
-from mpq_deploy.sampling.loop import DenoiserCall, denoise, initial_noise
+from mpq_deploy.sampling.loop import DenoiserCall, denoise, first_samples
 from mpq_deploy.sampling.sampler import Sampler, make_sampler
 from mpq_deploy.talk import Talk
 
@@ -72,7 +72,8 @@ def evaluate(
     """
     options, talk = options or EvaluationOptions(), talk or Talk()
     _check(variants, spec)
-    rows = spread_rows(_condition_count(conditions), options.samples, spec.uncond_row)
+    first = spec.calibration_rows or 0
+    rows = first + spread_rows(_condition_count(conditions) - first, options.samples, spec.uncond_row)
     setup = Setup(spec, dict(conditions), options, rows, decoder_path(spec, float_model.parent), talk)
     store = SampleCache(cache, talk)
     common = _common_key(setup, float_model)
@@ -169,7 +170,7 @@ def _sample(
 ) -> Array:
     options = setup.options
     sampler, _ = _sampler(setup, correction)
-    noise = initial_noise(setup.spec, options.samples, options.seed)
+    noise = first_samples(setup.spec, setup.rows, setup.conditions, options.seed)
     return denoise(
         denoiser,
         sampler,

@@ -56,7 +56,7 @@ def make_export(pipeline: Pipeline, folder: Path) -> str:
             "Is it a denoiser?",
         )
     spec = denoiser.spec
-    size = fp16_bytes(load_model(folder / "model.onnx"), spec.timestep.name, spec.sample.name)
+    size = fp16_bytes(load_model(folder / "model.onnx"), spec.timestep_name, spec.sample.name)
     facts = {
         "fp16_size_bytes": size,
         "layers": len(graph.layers),
