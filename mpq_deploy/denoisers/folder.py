@@ -21,6 +21,7 @@ from mpq_deploy.denoisers.conditions import Conditions
 from mpq_deploy.denoisers.decoder import decoder_network, decoder_upscale
 from mpq_deploy.denoisers.denoiser import Denoiser
 from mpq_deploy.denoisers.model_form import OUTPUT, ModelForm, model_class, model_form, network
+from mpq_deploy.denoisers.open import DENOISERS
 from mpq_deploy.denoisers.spec import DenoiserSpec, InputSpec
 from mpq_deploy.denoisers.torch_export import TorchNetwork
 from mpq_deploy.denoisers.transformer import DIT, FLUX, TIMESTEP
@@ -30,8 +31,6 @@ from mpq_deploy.sampling.folder import IMAGE_TOKENS
 from mpq_deploy.talk import Talk
 
 INDEX, CONFIG, CARD = "model_index.json", "config.json", "demo.json"
-# Parts of a pipeline that denoise, the first that is there.
-DENOISERS = ("unet", "transformer")
 # Channels of a sample that is an image; others are latents.
 IMAGE_CHANNELS = (1, 3)
 IMAGE_RANGE = (-1.0, 1.0)
@@ -76,7 +75,7 @@ def open_folder(folder: Path, source: str, additions: Additions, talk: Talk) -> 
     decoder, notes = _decoder(folder, form, talk)
     if not form.known:
         notes = (*notes, f"{form.class_name} is called as its signature says, with the scheduler's own timesteps")
-    return Denoiser(spec, conditions, network(module, form, config, inputs), decoder, notes)
+    return Denoiser(spec, conditions, network(module, form, config, inputs), decoder, notes, form.unpack)
 
 
 def _latent(folder: Path, shape: tuple[int, ...]) -> bool:
@@ -186,8 +185,10 @@ def _guidance(additions: Additions, card: dict[str, Any], conditions: Conditions
     distilled = any(name in names for name in GUIDING_INPUTS)
     if distilled and additions.conditions is None:
         return 1.0  # the scale has become an input, see text.py
-    guided = conditions.uncond_row is not None and not distilled and (
-        "encoder_hidden_states" in names or form.class_name == DIT
+    guided = (
+        conditions.uncond_row is not None
+        and not distilled
+        and ("encoder_hidden_states" in names or form.class_name == DIT)
     )
     default = form.guidance if guided else 1.0
     scale = additions.guidance_scale if additions.guidance_scale is not None else card.get("guidance", default)

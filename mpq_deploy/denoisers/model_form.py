@@ -55,7 +55,7 @@ TEXT_GUIDANCE = 7.5
 @dataclass(frozen=True)
 class ModelForm:
     """``wanted``: the conditions; ``timestep_scale``: by what the sampler's timesteps are multiplied for the model;
-    ``guidance``: the scale of its own pipeline; ``unpack``: turns samples into latents [N, C, H, W], where they are not.
+    ``guidance``: the scale of its own pipeline; ``unpack``: turns packed samples into latents [N, C, H, W].
     """
 
     class_name: str
@@ -86,8 +86,8 @@ def model_class(config: dict[str, Any], folder: Path) -> Any:
     if not denoises:
         raise UsageError(
             f"{folder} holds a {name or 'model without _class_name'}, which is no denoiser of diffusers.",
-            f"{nearest(name, known)}Supported: {', '.join(known)}, and other models of diffusers that take a sample and "
-            "a timestep; export others to ONNX and give the ONNX file with a YAML.",
+            f"{nearest(name, known)}Supported: {', '.join(known)}, and other models of diffusers that take a "
+            "sample and a timestep; export others to ONNX and give the ONNX file with a YAML.",
         )
     return found
 

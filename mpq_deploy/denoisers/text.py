@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpq_deploy.denoisers.additions import WantedInput, list_inputs
+from mpq_deploy.denoisers.additions import WantedInput, list_inputs, read_json
 from mpq_deploy.denoisers.conditions import Conditions
+from mpq_deploy.denoisers.model_form import model_form
+from mpq_deploy.denoisers.open import DENOISERS
 from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.denoisers.unet import find_weights
 from mpq_deploy.errors import ModelError, UsageError
@@ -52,7 +54,7 @@ FROM_TEXT = (
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a denoiser of ``class_name`` takes; ``image_size`` in pixels, height first; ``guidance`` the user's scale."""
+    """What a denoiser of ``class_name`` takes; ``image_size``: height and width in pixels; ``guidance``: the user's."""
 
     class_name: str
     inputs: tuple[WantedInput, ...]
@@ -105,7 +107,7 @@ def text_conditions(
     for suffix in ("", "_2", "_3"):
         # Stable Diffusion 3 may come without its third encoder.
         if (folder / f"text_encoder{suffix}").is_dir():
-            encoder = _Encoder(folder, pipeline, suffix, wanted)
+            encoder = Encoder(folder, pipeline, suffix, wanted)
             talk.line(f"  encoding {len(prompts)} prompts with {encoder.name}")
             encoded.append(encoder.encode(texts))
     if "pooled_projections" in names:
@@ -183,7 +185,7 @@ def _needed(pooled: Array | None, folder: Path) -> Array:
 
 @dataclass(frozen=True)
 class _Encoded:
-    """What an encoder made of the prompts: states [texts, tokens, width], mask [texts, tokens], pooled [texts, width]."""
+    """What an encoder made of the prompts: states [texts, tokens, width], mask [texts, tokens], pooled [texts, K]."""
 
     states: Array
     mask: Array
@@ -191,7 +193,7 @@ class _Encoded:
     t5: bool
 
 
-class _Encoder:
+class Encoder:
     """A tokenizer with its text encoder, called as the denoiser's own pipeline does.
 
     SDXL and Stable Diffusion 3 take the last hidden layer but one of CLIP; Flux its pooled vector alone.
@@ -208,6 +210,26 @@ class _Encoder:
         self.masked = (self.t5 and not joint) or bool(getattr(self.model.config, "use_attention_mask", False))
         longest = T5_TOKENS.get(wanted.class_name, LENGTH_LIMIT) if self.t5 else LENGTH_LIMIT
         self._tokens = min(self._tokenizer.model_max_length, longest)
+
+    @classmethod
+    def of_pipeline(cls, folder: Path, pipeline: dict[str, Any], name: str) -> Encoder:
+        """Open the text encoder ``name`` of a pipeline, as its own denoiser's class has it called."""
+        denoiser = next((part for part in DENOISERS if part in pipeline), "")
+        config = folder / denoiser / "config.json"
+        values = read_json(config) if denoiser and config.is_file() else {}
+        form = model_form(values, config.parent, None) if values else None
+        wanted = Wanted(form.class_name, form.wanted, (0, 0)) if form else Wanted("", (), (0, 0))
+        return cls(folder, pipeline, name.removeprefix("text_encoder"), wanted)
+
+    @property
+    def layer(self) -> str:
+        """What of the model's output is taken, in words."""
+        return "last hidden layer but one" if self.penultimate else "last hidden layer"
+
+    def states(self, output: Any) -> torch.Tensor:
+        """Return the hidden states that the denoiser takes, [texts, tokens, width]."""
+        found: torch.Tensor = output.hidden_states[-2] if self.penultimate else output.last_hidden_state
+        return found
 
     def tokenize(self, texts: tuple[str, ...]) -> tuple[Array, Array]:
         """Return token ids and mask, int64 [texts, tokens] each."""
@@ -228,7 +250,7 @@ class _Encoder:
                     attention_mask=torch.from_numpy(mask[chunk]) if self.masked else None,
                     output_hidden_states=True,
                 )
-            states.append(output.hidden_states[-2] if self.penultimate else output.last_hidden_state)
+            states.append(self.states(output))
             vector = output.get("text_embeds", output.get("pooler_output"))
             if vector is not None:
                 pooled.append(vector)

@@ -85,7 +85,9 @@ def sample_shape(config: dict[str, Any], folder: Path) -> tuple[int, ...]:
         )
     size = config.get("sample_size")
     if size is None:
-        raise UsageError(f"The model in {folder} does not say its sample_size.", 'Add "sample_size" to its config.json.')
+        raise UsageError(
+            f"The model in {folder} does not say its sample_size.", 'Add "sample_size" to its config.json.'
+        )
     sizes = size if isinstance(size, (list, tuple)) else (size, size)
     return channels, *(int(one) for one in sizes)
 

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from statistics import median
 
+import numpy as np
+
 from mpq_deploy.denoisers.spec import Array, DenoiserSpec
 from mpq_deploy.evaluate.cache import model_files
 from mpq_deploy.evaluate.result import CpuLatency, EvaluationOptions

@@ -57,7 +57,8 @@ def make_sampler(scheduler: dict[str, Any], steps: int, seed: int = 0, kind: Sam
     """Make the sampler for a diffusers scheduler configuration (with ``_class_name``).
 
     ``auto`` takes the built-in DDIM for DDIM and DDPM configurations and the folder's own class, run by diffusers,
-    for any other; ``ddim`` and ``folder`` insist. A component without timesteps has one call, whatever is asked for. ``seed`` is for samplers that add noise.
+    for any other; ``ddim`` and ``folder`` insist. A component without timesteps has one call,
+    whatever is asked for. ``seed`` is for samplers that add noise.
     Raises UsageError for an unknown class or option, MissingDependencyError where diffusers is needed and missing.
     """
     if kind not in ("auto", "ddim", "folder"):
