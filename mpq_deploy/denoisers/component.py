@@ -88,14 +88,13 @@ def _latents(folder: Path, source: str, module: Any, additions: Additions, talk:
         return np.random.default_rng(SEED).standard_normal((count, *shape), np.float32), note
     spec = denoiser.spec
     sampler = make_sampler(spec.scheduler, STEPS, SEED)
-    rows = np.arange(count) % denoiser.conditions.rows
-    if spec.uncond_row is not None and denoiser.conditions.rows > 1:
-        rows = np.delete(np.arange(denoiser.conditions.rows), spec.uncond_row)[
-            np.arange(count) % (denoiser.conditions.rows - 1)
-        ]
+    usable = np.arange(denoiser.conditions.rows)
+    if spec.uncond_row is not None and len(usable) > 1:
+        usable = np.delete(usable, spec.uncond_row)
+    rows = usable[np.arange(count) % len(usable)]
 
-    def call(sample: Array, timestep: float | Array, given: dict[str, Array]) -> Array:
-        return denoiser.network.reference(model_feeds(spec, sample, timestep, given))
+    def call(sample: Array, timestep: float | Array, conditions: dict[str, Array]) -> Array:
+        return denoiser.network.reference(model_feeds(spec, sample, timestep, conditions))
 
     noise = initial_noise(spec, count, SEED)
     made = denoise(call, sampler, noise, rows, denoiser.conditions.arrays, spec, BATCH, talk=talk)

@@ -35,7 +35,7 @@ from mpq_deploy.errors import UsageError, nearest
 
 OUTPUT = "out_sample"
 # Parameters that a known class may do without: they become inputs where the user's conditions hold them.
-OPTIONAL = {
+OPTIONAL: dict[str, tuple[str, ...]] = {
     "UNet2DModel": (),
     "UNet2DConditionModel": (
         "encoder_attention_mask",
