@@ -134,6 +134,15 @@ PromptsOption = Annotated[
         show_default=False,
     ),
 ]
+ComponentOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--component",
+        metavar="PART",
+        help="A part of a pipeline: vae, text_encoder ...",
+        show_default="the one that denoises",
+    ),
+]
 SensitivityOption = Annotated[
     Optional[Sensitivity],  # noqa: UP045
     typer.Option("--sensitivity", help="How losses are predicted.", show_default="probe"),
@@ -198,6 +207,7 @@ def build(
     conditions: ConditionsOption = None,
     scheduler: SchedulerOption = None,
     prompts: PromptsOption = None,
+    component: ComponentOption = None,
     recover: Annotated[
         bool,
         typer.Option("--recover", help="Also train the plan's model back towards the float one.", show_default=False),
@@ -210,7 +220,7 @@ def build(
 
     A second call on the same run folder repeats only what changed: another budget takes seconds.
     """
-    additions = {"conditions": conditions, "scheduler": scheduler, "prompts": prompts}
+    additions = {"conditions": conditions, "scheduler": scheduler, "prompts": prompts, "component": component}
     latency = _latency_settings(max_latency, objective, latency_table)
     settings = _recipe(recipe, model, budget, target, sensitivity, additions, latency)
     _run_until("report", _recovering(settings) if recover else settings, out)
@@ -224,9 +234,10 @@ def export(
     conditions: ConditionsOption = None,
     scheduler: SchedulerOption = None,
     prompts: PromptsOption = None,
+    component: ComponentOption = None,
 ) -> None:
     """Export the denoiser to ONNX and check it against the original."""
-    additions = {"conditions": conditions, "scheduler": scheduler, "prompts": prompts}
+    additions = {"conditions": conditions, "scheduler": scheduler, "prompts": prompts, "component": component}
     _run_until("export", _recipe(recipe, model, None, None, None, additions), out)
 
 

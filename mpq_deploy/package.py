@@ -128,9 +128,7 @@ def make_reference(pipeline: Pipeline) -> tuple[Reference, bytes]:
         conditions = {name: values[calls.rows[chosen]] for name, values in exported.conditions.items()}
         feeds = model_feeds(spec, calls.samples[step][chosen], float(calls.timesteps[step]), conditions)
         feeds = {name: values.astype(types[name]) for name, values in feeds.items()}
-        wide = {
-            item.name: feeds[item.name].astype(item.dtype) for item in (spec.sample, spec.timestep, *spec.conditions)
-        }
+        wide = {item.name: feeds[item.name].astype(item.dtype) for item in spec.inputs}
         output = np.asarray(twin.session.run([spec.output], wide)[0], np.float32)
         arrays.update({f"{case}/{name}": values for name, values in feeds.items()}, **{f"{case}/{spec.output}": output})
         if half is not None:
@@ -209,7 +207,7 @@ def _manifest(pipeline: Pipeline, target: Target, reference: Reference, parts: d
     plan = PrecisionPlan.load(pipeline.folder("allocate") / "plan.json")
     schemes = {name: SCHEMES[scheme] for name, scheme in plan.schemes.items()}
     section, spec = pipeline.recipe.engine, exported.spec
-    inputs: Sequence[InputSpec] = (spec.sample, spec.timestep, *spec.conditions)
+    inputs: Sequence[InputSpec] = spec.inputs
     return Manifest(
         name=spec.name,
         made_by=__version__,

@@ -194,6 +194,10 @@ class Recipe(Section):
     conditions: str | None = Field(None, description=".npz: arrays by input name, one row per condition")
     scheduler: str | None = Field(None, description="scheduler_config.json, or the folder that holds it")
     prompts: str | None = Field(None, description="text file, one prompt per line")
+    component: str | None = Field(
+        None, description="part of a pipeline: unet, transformer, vae, text_encoder ...; None: the one that denoises"
+    )
+    component_samples: int = Field(64, ge=8, description="inputs that a vae is calibrated and compared with")
     guidance_scale: float | None = Field(None, description="classifier-free guidance; None: the model's own")
     calibrate: CalibrateSection = CalibrateSection()
     measure: MeasureSection = MeasureSection()

@@ -17,6 +17,38 @@ CLASSES = 5
 PROMPT_LETTERS = "abcdefghijklmnopqrstuvwxyz"
 TEXT_WIDTH = 12
 TOKENS = 8
+POOLED_WIDTH = 10
+# Two heads of eight channels, two blocks, 8 x 8 latents of four channels.
+BLOCKS: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2}
+PATCHES: dict[str, Any] = {**BLOCKS, "in_channels": 4, "sample_size": 8, "patch_size": 2}
+TEXT: dict[str, Any] = {"joint_attention_dim": TEXT_WIDTH, "pooled_projection_dim": POOLED_WIDTH}
+TRANSFORMERS: dict[str, dict[str, Any]] = {
+    "DiTTransformer2DModel": {**PATCHES, "out_channels": 8, "num_embeds_ada_norm": CLASSES, "norm_num_groups": 4},
+    "PixArtTransformer2DModel": {
+        **PATCHES,
+        "out_channels": 8,
+        "cross_attention_dim": 16,
+        "caption_channels": TEXT_WIDTH,
+        "norm_num_groups": 4,
+    },
+    "SD3Transformer2DModel": {
+        **PATCHES,
+        **TEXT,
+        "out_channels": 4,
+        "caption_projection_dim": 16,
+        "pos_embed_max_size": 8,
+    },
+    "FluxTransformer2DModel": {
+        **BLOCKS,
+        **TEXT,
+        "in_channels": 16,
+        "patch_size": 1,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "guidance_embeds": True,
+        "axes_dims_rope": (2, 2, 4),
+    },
+}
 
 
 def tiny_scheduler(**options: Any) -> dict[str, Any]:
@@ -163,9 +195,6 @@ def tiny_text_pipeline_folder(tmp_path: Path, seed: int = 0, xl: bool = False, *
 
     ``xl``: two text encoders, pooled text and time ids as SDXL has them.
     """
-    import torch
-    from diffusers import AutoencoderKL
-
     folder = tmp_path / ("tiny_xl" if xl else "tiny_text")
     parts = {"unet": ("diffusers", "UNet2DConditionModel"), "vae": ("diffusers", "AutoencoderKL")}
     parts["scheduler"] = ("diffusers", "PNDMScheduler")
@@ -193,16 +222,7 @@ def tiny_text_pipeline_folder(tmp_path: Path, seed: int = 0, xl: bool = False, *
         }
     model = tiny_conditional_unet(seed, **{**extra, **unet})
     model.save_pretrained(folder / "unet", safe_serialization=True)
-    torch.manual_seed(seed)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        latent_channels=4,
-        sample_size=16,
-    )
-    randomize(vae, seed).save_pretrained(folder / "vae", safe_serialization=True)
+    tiny_vae(4, seed).save_pretrained(folder / "vae", safe_serialization=True)
     write_scheduler(
         folder,
         {
@@ -218,6 +238,72 @@ def tiny_text_pipeline_folder(tmp_path: Path, seed: int = 0, xl: bool = False, *
     )
     write_index(folder, "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline", **parts)
     return folder
+
+
+def tiny_transformer(class_name: str, seed: int = 0, **options: Any) -> Any:
+    """A diffusion transformer of two blocks, of one of the classes in ``TRANSFORMERS``; ``options`` replace entries."""
+    import diffusers
+    import torch
+
+    torch.manual_seed(seed)
+    return randomize(getattr(diffusers, class_name)(**{**TRANSFORMERS[class_name], **options}), seed)
+
+
+def tiny_transformer_folder(
+    tmp_path: Path, class_name: str, scheduler: dict[str, Any] | None = None, vae: bool = False, **options: Any
+) -> Path:
+    """A pipeline folder with such a transformer, its scheduler and perhaps an AutoencoderKL."""
+    flow = class_name in ("SD3Transformer2DModel", "FluxTransformer2DModel")
+    config = scheduler or (tiny_flow_scheduler() if flow else tiny_scheduler(clip_sample=False))
+    folder = tmp_path / f"tiny_{class_name}"
+    tiny_transformer(class_name, **options).save_pretrained(folder / "transformer", safe_serialization=True)
+    if class_name == "FluxTransformer2DModel":
+        # Its own configuration does not say how large its images are.
+        path = folder / "transformer" / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "sample_size": 8}))
+    write_scheduler(folder, config)
+    parts = {"transformer": ("diffusers", class_name), "scheduler": ("diffusers", config["_class_name"])}
+    if vae:
+        tiny_vae(4).save_pretrained(folder / "vae", safe_serialization=True)
+        parts["vae"] = ("diffusers", "AutoencoderKL")
+    write_index(folder, "DiffusionPipeline", **parts)
+    return folder
+
+
+def tiny_transformer_conditions(path: Path, class_name: str, rows: int = 3, seed: int = 0) -> Path:
+    """Random text for such a transformer as --conditions takes it, the last row the empty prompt's."""
+    rng = np.random.default_rng(seed)
+    arrays: dict[str, Any] = {"encoder_hidden_states": rng.standard_normal((rows, 6, TEXT_WIDTH), np.float32)}
+    if class_name == "PixArtTransformer2DModel":
+        arrays["encoder_attention_mask"] = (np.arange(6) < 2 + np.arange(rows)[:, None]).astype(np.float32)
+    else:
+        arrays["pooled_projections"] = rng.standard_normal((rows, POOLED_WIDTH), np.float32)
+    if class_name == "FluxTransformer2DModel":
+        arrays["guidance"] = np.full(rows, 3.5, np.float32)
+    np.savez(path, **arrays, _uncond_row=np.array(rows - 1))
+    return path
+
+
+def tiny_flow_scheduler(**options: Any) -> dict[str, Any]:
+    """A flow-matching configuration; ``options`` replace entries."""
+    return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0, **options}
+
+
+def tiny_vae(latent_channels: int, seed: int = 0) -> Any:
+    """An AutoencoderKL that doubles the size once."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(seed)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=latent_channels,
+        sample_size=16,
+    )
+    return randomize(vae, seed)
 
 
 def tiny_onnx_denoiser(opset: int = 17, size: int = 9) -> onnx.ModelProto:

@@ -16,7 +16,7 @@ from mpq_deploy.calibrate.timesteps import sampled_steps
 from mpq_deploy.denoisers.spec import Array, DenoiserSpec
 from mpq_deploy.errors import UsageError
 from mpq_deploy.sampling.betas import alphas_cumprod
-from mpq_deploy.sampling.loop import DenoiserCall, denoise, initial_noise
+from mpq_deploy.sampling.loop import DenoiserCall, denoise, first_samples
 from mpq_deploy.sampling.sampler import Sampler
 from mpq_deploy.talk import Talk
 
@@ -33,13 +33,14 @@ def record_trajectories(
 
     Stops after the last step that is kept. Raises UsageError when the sampler has fewer steps than timesteps.
     """
-    kept = sampled_steps(len(sampler.timesteps), options.timesteps)
+    kept = sampled_steps(len(sampler.timesteps), 1 if spec.timestep is None else options.timesteps)
     recorder = _Recorder({int(step): [] for step in kept})
+    rows = cycled_rows(spec, conditions, options.samples, options.seed)
     denoise(
         denoiser,
         _FirstSteps(sampler, int(kept[-1]) + 1),
-        initial_noise(spec, options.samples, options.seed),
-        cycled_rows(spec, conditions, options.samples, options.seed),
+        first_samples(spec, rows, conditions, options.seed),
+        rows,
         conditions,
         spec,
         options.batch_size,
@@ -61,7 +62,7 @@ def cycled_rows(spec: DenoiserSpec, conditions: dict[str, Array], samples: int, 
             f"The conditions have different numbers of rows: {counts}.", "Give each one row per condition."
         )
     count = next(iter(counts.values()), 1)
-    rows = np.arange(count)
+    rows = np.arange(spec.calibration_rows or count)
     if spec.uncond_row is not None and count > 1:
         rows = np.delete(rows, spec.uncond_row)
     if not len(rows):
@@ -114,17 +115,30 @@ def renoised(recorded: CalibrationSet, spec: DenoiserSpec, draws: int, seed: int
     The calls of one trajectory share one noise, so their activations are much alike, and rounding fits them closely
     and others less. The forward process takes the last, nearly clean sample of each trajectory back to every timestep:
     x_t = sqrt(p) x_last + sqrt(1 - p) noise with p = alpha-bar_t / alpha-bar_last (Ho et al. 2020, equation 4). Our
-    choice. The last timestep itself stays as recorded. A scheduler without betas (flow matching) has no such process:
-    the set is returned as it is.
+    choice. The last timestep itself stays as recorded. Flow matching goes along straight lines instead:
+    x_t = (1 - s) x_0 + s noise with s = t / T (Lipman et al. 2023, equation 22), so the last sample is shrunk by
+    (1 - s) / (1 - s_last) and what noise lacks to s is added. A component without timesteps is returned as it is.
     """
-    if spec.prediction_type == "flow_prediction" or not draws:
+    if spec.timestep is None or not draws:
         return recorded
-    power = np.asarray(alphas_cumprod(spec.scheduler), np.float64)
-    at = np.interp(recorded.timesteps.astype(np.float64), np.arange(len(power)), power)
+    times = recorded.timesteps.astype(np.float64)
+    if spec.prediction_type == "flow_prediction":
+        shares = _flow_shares(times / float(spec.scheduler.get("num_train_timesteps", 1000)))
+    else:
+        power = np.asarray(alphas_cumprod(spec.scheduler), np.float64)
+        at = np.interp(times, np.arange(len(power)), power)
+        kept = np.minimum(at / at[-1], 1.0)
+        shares = np.sqrt(kept), np.sqrt(1 - kept)
     last = np.tile(recorded.samples[-1], (draws, *[1] * (recorded.samples.ndim - 2)))
-    samples = np.empty((len(at), *last.shape), np.float32)
-    for step_index, signal in enumerate(at):
-        kept = min(signal / at[-1], 1.0)
+    samples = np.empty((len(times), *last.shape), np.float32)
+    for step_index, (signal, added) in enumerate(zip(*shares, strict=True)):
         noise = np.random.default_rng((seed, step_index)).standard_normal(last.shape, np.float32)
-        samples[step_index] = np.sqrt(kept) * last + np.sqrt(1 - kept) * noise
+        samples[step_index] = signal * last + added * noise
     return CalibrationSet(samples, recorded.timesteps, np.tile(recorded.rows, draws))
+
+
+def _flow_shares(sigmas: Array) -> tuple[Array, Array]:
+    """Return, for each noise level s in denoising order, what is kept of the last sample and the noise to add."""
+    signal = (1 - sigmas) / max(1 - sigmas[-1], float(np.finfo(np.float64).tiny))
+    kept = np.minimum(signal, 1.0)
+    return kept, np.sqrt(np.maximum(sigmas**2 - (kept * sigmas[-1]) ** 2, 0.0))

@@ -19,13 +19,18 @@ SCHEDULER_FILE = "scheduler_config.json"
 
 @dataclass(frozen=True)
 class Additions:
-    """Options of ``open_denoiser``: each None when the model's own is to be used."""
+    """Options of ``open_denoiser``: each None when the model's own is to be used.
+
+    ``component``: which part of a pipeline; None is the one that denoises.
+    """
 
     conditions: Path | None = None
     scheduler: Path | None = None
     prompts: Path | None = None
     guidance_scale: float | None = None
     description: Path | None = None
+    component: str | None = None
+    component_samples: int = 64
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import onnx_ir as ir
 
@@ -36,6 +37,8 @@ class Denoiser:
     network: Network
     decoder: Network | None = None
     notes: tuple[str, ...] = ()
+    # Turns samples into latents [N, C, H, W] where they are packed into tokens (Flux).
+    unpack: Callable[[Any], Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,9 @@ def _largest_error(denoiser: Denoiser, path: Path) -> float:
         sample = random.standard_normal((count, *spec.sample.shape), np.float32)
         timesteps = random.integers(0, CHECK_TIMESTEPS, count).astype(np.float32)
         rows = random.integers(0, denoiser.conditions.rows, count)
-        timestep = timesteps if spec.timestep.batched else float(timesteps[0])
+        if spec.timestep is None:
+            sample = denoiser.conditions.arrays[spec.sample.name][rows]
+        timestep = timesteps if spec.timestep is None or spec.timestep.batched else float(timesteps[0])
         feeds = model_feeds(spec, sample, timestep, denoiser.conditions.take(rows))
         output, reference = session.run([spec.output], feeds)[0], denoiser.network.reference(feeds)
         if not np.isfinite(reference).all():

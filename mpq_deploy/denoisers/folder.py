@@ -1,4 +1,4 @@
-"""A diffusers pipeline folder, or the folder of its UNet, as a denoiser."""
+"""A diffusers pipeline folder, or the folder of its UNet or transformer, as a denoiser."""
 
 from __future__ import annotations
 
@@ -20,91 +20,89 @@ from mpq_deploy.denoisers.additions import (
 from mpq_deploy.denoisers.conditions import Conditions
 from mpq_deploy.denoisers.decoder import decoder_network, decoder_upscale
 from mpq_deploy.denoisers.denoiser import Denoiser
+from mpq_deploy.denoisers.model_form import OUTPUT, ModelForm, model_class, model_form, network
+from mpq_deploy.denoisers.open import DENOISERS
 from mpq_deploy.denoisers.spec import DenoiserSpec, InputSpec
 from mpq_deploy.denoisers.torch_export import TorchNetwork
-from mpq_deploy.denoisers.unet import (
-    OUTPUT,
-    SAMPLE,
-    TIMESTEP,
-    WEIGHTS_NAME,
-    find_weights,
-    load_unet,
-    sample_shape,
-    unet_class_name,
-    unet_network,
-    wanted_inputs,
-)
+from mpq_deploy.denoisers.transformer import DIT, FLUX, TIMESTEP
+from mpq_deploy.denoisers.unet import WEIGHTS_NAME, find_weights, load_pretrained
 from mpq_deploy.errors import ModelError, UsageError
+from mpq_deploy.sampling.folder import IMAGE_TOKENS
 from mpq_deploy.talk import Talk
 
 INDEX, CONFIG, CARD = "model_index.json", "config.json", "demo.json"
 # Channels of a sample that is an image; others are latents.
 IMAGE_CHANNELS = (1, 3)
 IMAGE_RANGE = (-1.0, 1.0)
-# The default guidance scale of diffusers' Stable Diffusion pipelines.
-TEXT_GUIDANCE = 7.5
+# Inputs that carry the guidance scale of a distilled model, which must not be guided again.
+GUIDING_INPUTS = ("timestep_cond", "guidance")
 
 
 def open_folder(folder: Path, source: str, additions: Additions, talk: Talk) -> Denoiser:
-    """Open a pipeline folder (model_index.json) or a UNet folder (config.json).
+    """Open a pipeline folder (model_index.json) or the folder of a UNet or transformer (config.json).
 
     Raises UsageError for a folder that is neither, for an unsupported class, and when something is missing that
     the folder cannot provide; ModelError for weights that cannot be loaded.
     """
     pipeline = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
-    unet_folder = _unet_folder(folder, pipeline)
-    config = read_json(unet_folder / CONFIG)
-    unet_class_name(config, unet_folder)
-    shape = sample_shape(config, unet_folder)
-    find_weights(unet_folder, WEIGHTS_NAME)
-    wanted = wanted_inputs(config)
+    part = _denoiser_folder(folder, pipeline, additions.component)
+    config = read_json(part / CONFIG)
+    given = Conditions.load(additions.conditions) if additions.conditions is not None else None
+    form = model_form(config, part, given)
+    find_weights(part, WEIGHTS_NAME)
     card = read_json(folder / CARD) if (folder / CARD).is_file() else {}
-    _check_nothing_missing(folder, wanted, additions)
-    scheduler = read_scheduler(additions.scheduler or folder)
-    conditions = _conditions(folder, pipeline, config, card, wanted, additions, talk)
-    inputs = check_conditions(conditions, wanted, str(additions.conditions or folder))
-    # A timestep_cond input carries the guidance scale of a distilled model, which must not be guided again.
-    text = any(item.name == "encoder_hidden_states" for item in wanted)
-    text = text and not any(item.name == "timestep_cond" for item in wanted)
-    unet = load_unet(unet_folder, config)
-    sample = InputSpec(name=SAMPLE, shape=shape)
-    latent = (folder / "vae").is_dir() or (folder / "vqvae").is_dir() or shape[0] not in IMAGE_CHANNELS
+    _check_nothing_missing(folder, form.wanted, additions)
+    scheduler = _scheduler(additions.scheduler or folder, form, config)
+    conditions = given or _conditions(folder, pipeline, config, card, form, additions, talk)
+    inputs = check_conditions(conditions, form.wanted, str(additions.conditions or folder))
+    module = load_pretrained(model_class(config, part), part, find_weights(part, WEIGHTS_NAME))
     spec = DenoiserSpec(
         name=str(card.get("name") or folder.resolve().name),
         source=source,
-        sample=sample,
+        sample=form.sample,
         timestep=InputSpec(name=TIMESTEP),
+        timestep_scale=form.timestep_scale,
         conditions=inputs,
         output=OUTPUT,
         prediction_type=predicted(scheduler),
         scheduler=scheduler,
-        guidance_scale=_guidance(additions, card, conditions, text),
+        guidance_scale=_guidance(additions, card, conditions, form),
         uncond_row=conditions.uncond_row,
         labels=conditions.labels,
-        pixel_range=None if latent else IMAGE_RANGE,
+        pixel_range=None if _latent(folder, form.sample.shape) else IMAGE_RANGE,
         config=config,
     )
-    decoder, notes = _decoder(folder, shape, talk)
-    return Denoiser(spec, conditions, unet_network(unet, sample, inputs), decoder, notes)
+    decoder, notes = _decoder(folder, form, talk)
+    if not form.known:
+        notes = (*notes, f"{form.class_name} is called as its signature says, with the scheduler's own timesteps")
+    return Denoiser(spec, conditions, network(module, form, config, inputs), decoder, notes, form.unpack)
 
 
-def _decoder(folder: Path, latents: tuple[int, ...], talk: Talk) -> tuple[TorchNetwork | None, tuple[str, ...]]:
+def _latent(folder: Path, shape: tuple[int, ...]) -> bool:
+    """Whether samples are latents: there is a decoder, or they have no shape of an image."""
+    decoded = (folder / "vae").is_dir() or (folder / "vqvae").is_dir()
+    return decoded or len(shape) != 3 or shape[0] not in IMAGE_CHANNELS
+
+
+def _decoder(folder: Path, form: ModelForm, talk: Talk) -> tuple[TorchNetwork | None, tuple[str, ...]]:
     """Return the pipeline's decoder; when it cannot be used, None and the reason."""
     try:
-        return decoder_network(folder, latents), ()
+        return decoder_network(folder, form.sample.shape, form.unpack), ()
     except ModelError as error:
         talk.warn(f"samples are compared as latents: {error.message}")
         return None, (f"No decoder, samples are compared as latents: {error.message}",)
 
 
-def _unet_folder(folder: Path, pipeline: dict[str, Any]) -> Path:
+def _denoiser_folder(folder: Path, pipeline: dict[str, Any], component: str | None) -> Path:
     if pipeline:
-        if (folder / "unet" / CONFIG).is_file():
-            return folder / "unet"
+        wanted = DENOISERS if component is None else (component,)
+        found = next((folder / name for name in wanted if (folder / name / CONFIG).is_file()), None)
+        if found is not None:
+            return found
         parts = ", ".join(name for name in pipeline if not name.startswith("_"))
         raise UsageError(
-            f"The pipeline in {folder} has no unet/ with a {CONFIG}; its parts are: {parts or 'none'}.",
-            "Only UNet pipelines are opened directly; export others to ONNX and give the ONNX file with a YAML.",
+            f"The pipeline in {folder} has no {' or '.join(wanted)} with a {CONFIG}; its parts are: {parts or 'none'}.",
+            "Name the part with --component; export others to ONNX and give the ONNX file with a YAML.",
         )
     if (folder / CONFIG).is_file():
         return folder
@@ -112,6 +110,18 @@ def _unet_folder(folder: Path, pipeline: dict[str, Any]) -> Path:
         f"{folder} is no diffusers model: it has neither {INDEX} nor {CONFIG}.",
         "Give the folder that save_pretrained wrote, or an .onnx file.",
     )
+
+
+def _scheduler(path: Path, form: ModelForm, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the scheduler's configuration, with the number of image tokens where its timesteps depend on that."""
+    scheduler = read_scheduler(path)
+    if form.class_name == FLUX:
+        return {**scheduler, IMAGE_TOKENS: form.sample.shape[0]}
+    if scheduler.get("use_dynamic_shifting"):
+        patch = int(config.get("patch_size", 1))
+        tokens = int(np.prod([size // patch for size in form.sample.shape[1:]]))
+        return {**scheduler, IMAGE_TOKENS: tokens}
+    return scheduler
 
 
 def _check_nothing_missing(folder: Path, wanted: tuple[WantedInput, ...], additions: Additions) -> None:
@@ -133,24 +143,32 @@ def _conditions(
     pipeline: dict[str, Any],
     config: dict[str, Any],
     card: dict[str, Any],
-    wanted: tuple[WantedInput, ...],
+    form: ModelForm,
     additions: Additions,
     talk: Talk,
 ) -> Conditions:
-    """Return the user's conditions, else every class, else the prompts through the folder's text encoder."""
-    if additions.conditions is not None:
-        return Conditions.load(additions.conditions)
-    if not wanted:
+    """Return every class, else the prompts through the folder's text encoders; nothing for an unconditional model."""
+    if not form.wanted:
         return Conditions()
-    if [item.name for item in wanted] == ["class_labels"]:
+    if [item.name for item in form.wanted] == ["class_labels"]:
+        if form.class_name == DIT:
+            return _dit_classes(int(config.get("num_embeds_ada_norm", 1000)), pipeline)
         return _every_class(int(config["num_class_embeds"]), card)
-    from mpq_deploy.denoisers.text import prompts_file, read_prompts, text_conditions
+    from mpq_deploy.denoisers.text import Wanted, prompts_file, read_prompts, text_conditions
 
     prompts = read_prompts(additions.prompts or prompts_file())
-    channels_size = sample_shape(config, folder)[1:]
     pixels = decoder_upscale(folder)
-    image_size = (channels_size[0] * pixels, channels_size[1] * pixels)
-    return text_conditions(folder, pipeline, wanted, image_size, prompts, talk)
+    height, width = (form.sample.shape[-2] * pixels, form.sample.shape[-1] * pixels)
+    wanted = Wanted(form.class_name, form.wanted, (height, width), additions.guidance_scale)
+    return text_conditions(folder, pipeline, wanted, prompts, talk)
+
+
+def _dit_classes(count: int, pipeline: dict[str, Any]) -> Conditions:
+    """Return one row per class of a DiT and a last one for its empty class, named as the pipeline's index says."""
+    names = pipeline.get("id2label") or {}
+    labels = tuple(str(names.get(str(i), f"class {i}")).split(",")[0] for i in range(count))
+    rows = np.arange(count + 1, dtype=np.int64)
+    return Conditions({"class_labels": rows}, count + 1, count, (*labels, "(no class)"))
 
 
 def _every_class(count: int, card: dict[str, Any]) -> Conditions:
@@ -161,9 +179,18 @@ def _every_class(count: int, card: dict[str, Any]) -> Conditions:
     return Conditions({"class_labels": np.arange(count, dtype=np.int64)}, count, empty, labels)
 
 
-def _guidance(additions: Additions, card: dict[str, Any], conditions: Conditions, text: bool) -> float:
-    """Return the guidance scale: the user's, else the card's, else diffusers' for text, else 1 (none)."""
-    default = TEXT_GUIDANCE if text and conditions.uncond_row is not None else 1.0
+def _guidance(additions: Additions, card: dict[str, Any], conditions: Conditions, form: ModelForm) -> float:
+    """Return the guidance scale: the user's, else the card's, else that of the class's pipeline, else 1 (none)."""
+    names = [item.name for item in form.wanted]
+    distilled = any(name in names for name in GUIDING_INPUTS)
+    if distilled and additions.conditions is None:
+        return 1.0  # the scale has become an input, see text.py
+    guided = (
+        conditions.uncond_row is not None
+        and not distilled
+        and ("encoder_hidden_states" in names or form.class_name == DIT)
+    )
+    default = form.guidance if guided else 1.0
     scale = additions.guidance_scale if additions.guidance_scale is not None else card.get("guidance", default)
     if scale != 1 and conditions.uncond_row is None:
         raise UsageError(

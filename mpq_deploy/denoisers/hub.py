@@ -10,7 +10,14 @@ from mpq_deploy.errors import MissingDependencyError, UsageError
 from mpq_deploy.talk import Talk
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-PARTS = ("unet", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae", "vqvae")
+PARTS = (
+    "unet",
+    "transformer",
+    "scheduler",
+    *(f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")),
+    "vae",
+    "vqvae",
+)
 # Formats that run code when they are loaded.
 PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 KINDS = ("*.json", "*.safetensors", "merges.txt", "vocab.txt", "spiece.model")

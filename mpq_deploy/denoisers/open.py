@@ -12,6 +12,8 @@ from mpq_deploy.denoisers.hub import PARTS, PICKLE_ENDINGS, fetch, is_hub_id
 from mpq_deploy.errors import MissingDependencyError, ModelError, UsageError, nearest
 from mpq_deploy.talk import Talk
 
+# Parts of a pipeline that denoise, the first that is there by default.
+DENOISERS = ("unet", "transformer")
 # Files of a diffusers folder that are read: configurations, weights, tokenizers.
 SOURCE_ENDINGS = (".json", ".safetensors", ".txt", ".model")
 
@@ -24,23 +26,28 @@ def open_denoiser(
     prompts: Path | None = None,
     guidance_scale: float | None = None,
     description: Path | None = None,
+    component: str | None = None,
+    component_samples: int = 64,
     talk: Talk | None = None,
 ) -> Denoiser:
     """Open the denoiser that ``source`` names.
 
     ``source``: None, ``emoji`` or ``digits`` (bundled); a diffusers pipeline or UNet folder; an ONNX file with a
-    YAML beside it (or at ``description``); a hub id. ``conditions``, ``scheduler``, ``prompts`` and
+    YAML beside it (or at ``description``); a hub id. ``component``: a part of a pipeline folder, such as ``vae``, which
+    gets ``component_samples`` inputs. ``conditions``, ``scheduler``, ``prompts`` and
     ``guidance_scale`` replace or add to what the model brings.
     Raises UsageError when there is no such model or something is missing, ModelError when it cannot be read.
     """
     talk = talk or Talk()
-    additions = Additions(conditions, scheduler, prompts, guidance_scale, description)
+    additions = Additions(conditions, scheduler, prompts, guidance_scale, description, component, component_samples)
     if source is None or str(source) in DEMOS:
         folder = bundled_demo(None if source is None else str(source))
         return _open_folder(folder, f"bundled:{folder.name}", additions, talk)
     path = locate(source, talk)
     if path.is_dir():
         return _open_folder(path, str(source), additions, talk)
+    if component is not None:
+        raise UsageError(f"{path} is an ONNX file, which has no component '{component}'.", "Give a pipeline folder.")
     from mpq_deploy.denoisers.onnx_file import open_onnx
 
     return open_onnx(path, str(source), additions, talk)
@@ -99,6 +106,10 @@ def _open_folder(folder: Path, source: str, additions: Additions, talk: Talk) ->
     for package in ("torch", "diffusers"):
         if importlib.util.find_spec(package) is None:
             raise MissingDependencyError(package, "torch", "Opening a diffusers folder")
+    if additions.component is not None and additions.component not in DENOISERS:
+        from mpq_deploy.denoisers.component import open_component
+
+        return open_component(folder, source, additions, talk)
     from mpq_deploy.denoisers.folder import open_folder
 
     return open_folder(folder, source, additions, talk)

@@ -31,6 +31,10 @@ class DenoiserSpec(BaseModel):
     conditions.npz, and ``uncond_row`` is the row for classifier-free guidance (used when ``guidance_scale`` is
     not 1). ``pixel_range`` is given when samples are images; latents have a decoder file or are compared as such.
     ``config`` is the diffusers model's own configuration; empty for an ONNX file.
+
+    ``timestep`` None: a component that is called once (a VAE's decoder, a text encoder). Its samples are rows of
+    conditions.npz by their input's name: the first ``calibration_rows`` to calibrate with, the others to compare with.
+    The model is fed the sampler's timestep times ``timestep_scale``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,7 +42,9 @@ class DenoiserSpec(BaseModel):
     name: str
     source: str
     sample: InputSpec
-    timestep: InputSpec
+    timestep: InputSpec | None
+    timestep_scale: float = 1.0
+    calibration_rows: int | None = None
     conditions: tuple[InputSpec, ...] = ()
     output: str = "out_sample"
     prediction_type: PredictionType = "epsilon"
@@ -50,6 +56,16 @@ class DenoiserSpec(BaseModel):
     decoder: str | None = None
     synthetic: str = ""
     config: dict[str, Any] = {}
+
+    @property
+    def inputs(self) -> tuple[InputSpec, ...]:
+        """All inputs of the graph: the sample, the timestep where there is one, the conditions."""
+        return (self.sample, *(() if self.timestep is None else (self.timestep,)), *self.conditions)
+
+    @property
+    def timestep_name(self) -> str:
+        """The timestep's input; empty where there is none."""
+        return "" if self.timestep is None else self.timestep.name
 
     def save(self, path: Path) -> None:
         """Write the specification as JSON with sorted keys."""

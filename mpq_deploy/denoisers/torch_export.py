@@ -22,6 +22,7 @@ import torch
 from mpq_deploy.denoisers.spec import Array, InputSpec
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.load import normalise
+from mpq_deploy.graph.passes.drop_squeezes import DropSqueezesPass
 from mpq_deploy.graph.passes.fold_constants import FoldConstantsPass
 from mpq_deploy.graph.passes.name_nodes import NameNodesPass
 from mpq_deploy.talk import Talk
@@ -58,6 +59,7 @@ class TorchNetwork:
         model = self._exported()
         common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         strip_prefix(model)
+        DropSqueezesPass()(model)
         FoldConstantsPass()(model)
         model = optimized(model)
         FoldConstantsPass()(model)
@@ -113,6 +115,9 @@ class _Wrapper(torch.nn.Module):  # type: ignore[misc]
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         """Call the module."""
+        for values in inputs[1:]:
+            # One batch for all: the exporter would take each input's own axis for another size.
+            torch._check(values.shape[0] == inputs[0].shape[0])
         return self._call(self.network, *inputs)
 
 

@@ -1,8 +1,7 @@
-"""The two UNet classes of diffusers: loading their weights, and which inputs each configuration takes."""
+"""The two UNet classes of diffusers: which inputs each configuration takes; and loading weights of any class."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,33 +9,15 @@ import torch
 
 from mpq_deploy.denoisers.additions import WantedInput
 from mpq_deploy.denoisers.hub import PICKLE_ENDINGS
-from mpq_deploy.denoisers.spec import InputSpec
-from mpq_deploy.denoisers.torch_export import TorchNetwork
-from mpq_deploy.errors import ModelError, UsageError, nearest
+from mpq_deploy.errors import ModelError, UsageError
 
 UNET_CLASSES = ("UNet2DModel", "UNet2DConditionModel")
-OUTPUT = "out_sample"
 WEIGHTS_NAME = "diffusion_pytorch_model"
-# Inputs that UNet2DConditionModel takes in its dictionary added_cond_kwargs.
-ADDED_INPUTS = ("text_embeds", "time_ids", "image_embeds")
 # Original size, crop corner and target size (Podell et al. 2023, section 2.2).
 TIME_IDS = 6
-SAMPLE, TIMESTEP = "sample", "timestep"
 
 
-def unet_class_name(config: dict[str, Any], folder: Path) -> str:
-    """Return which of ``UNET_CLASSES`` a configuration is of. Raises UsageError for any other class."""
-    name = str(config.get("_class_name", ""))
-    if name not in UNET_CLASSES:
-        raise UsageError(
-            f"{folder} holds a {name or 'model without _class_name'}, which cannot be opened directly.",
-            f"{nearest(name, UNET_CLASSES)}Supported: {', '.join(UNET_CLASSES)}; export others to ONNX and give "
-            "the ONNX file with a YAML.",
-        )
-    return name
-
-
-def wanted_inputs(config: dict[str, Any]) -> tuple[WantedInput, ...]:
+def unet_inputs(config: dict[str, Any]) -> tuple[WantedInput, ...]:
     """Return the conditions that a UNet of this configuration takes. Raises UsageError for unknown kinds."""
     wanted = []
     if config["_class_name"] == "UNet2DConditionModel":
@@ -89,31 +70,26 @@ def _added_inputs(config: dict[str, Any]) -> list[WantedInput]:
     )
 
 
-def sample_shape(config: dict[str, Any], folder: Path) -> tuple[int, int, int]:
-    """Return (channels, height, width). Raises UsageError for extra input channels or a missing size."""
-    channels, given = int(config.get("in_channels", 3)), int(config.get("out_channels", 3))
+def sample_shape(config: dict[str, Any], folder: Path) -> tuple[int, ...]:
+    """Return (channels, height, width), or as many sizes as the configuration's sample_size lists.
+
+    Raises UsageError for extra input channels or a missing size.
+    """
+    channels = int(config.get("in_channels", 3))
+    given = int(config.get("out_channels") or channels)
     if given not in (channels, 2 * channels):
         raise UsageError(
-            f"The UNet in {folder} takes {channels} channels and gives {given}: it needs extra image channels "
+            f"The model in {folder} takes {channels} channels and gives {given}: it needs extra image channels "
             "(inpainting, super-resolution), which are not supported.",
             "Use a model that denoises all its input channels.",
         )
     size = config.get("sample_size")
     if size is None:
-        raise UsageError(f"The UNet in {folder} does not say its sample_size.", 'Add "sample_size" to its config.json.')
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    return channels, int(height), int(width)
-
-
-def load_unet(folder: Path, config: dict[str, Any]) -> torch.nn.Module:
-    """Return the UNet with its safetensors weights in float32.
-
-    Raises ModelError when the weights are missing, incomplete, damaged, or pickled (refused).
-    """
-    import diffusers
-
-    variant = find_weights(folder, WEIGHTS_NAME)
-    return load_pretrained(getattr(diffusers, unet_class_name(config, folder)), folder, variant)
+        raise UsageError(
+            f"The model in {folder} does not say its sample_size.", 'Add "sample_size" to its config.json.'
+        )
+    sizes = size if isinstance(size, (list, tuple)) else (size, size)
+    return channels, *(int(one) for one in sizes)
 
 
 def load_pretrained(model_class: Any, folder: Path, variant: str | None) -> torch.nn.Module:
@@ -164,20 +140,6 @@ def find_weights(folder: Path, stem: str) -> str | None:
             "save_pretrained(FOLDER, safe_serialization=True).",
         )
     raise ModelError(f"{folder} holds no weights ({stem}.safetensors).", "Copy the weights into the folder.")
-
-
-def unet_network(unet: torch.nn.Module, sample: InputSpec, conditions: Sequence[InputSpec]) -> TorchNetwork:
-    """Return the UNet as a network of plain tensors: sample, timestep [N], then the conditions by name."""
-    names = [item.name for item in conditions]
-    timestep = InputSpec(name=TIMESTEP)
-
-    def call(module: torch.nn.Module, x: torch.Tensor, t: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
-        given = dict(zip(names, values, strict=True))
-        added = {name: given.pop(name) for name in ADDED_INPUTS if name in given}
-        options: dict[str, Any] = {"added_cond_kwargs": added} if added else {}
-        return module(x, t, **given, **options, return_dict=False)[0]
-
-    return TorchNetwork(unet, (sample, timestep, *conditions), OUTPUT, call)
 
 
 def _first(value: Any) -> int:

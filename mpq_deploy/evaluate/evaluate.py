@@ -27,7 +27,7 @@ from mpq_deploy.evaluate.result import CpuLatency, Evaluation, EvaluationOptions
 from mpq_deploy.runtime.correction import Correction
 from mpq_deploy.runtime.ort import OrtDenoiser
 from mpq_deploy.sampling.corrected import corrected_sampler
-from mpq_deploy.sampling.loop import DenoiserCall, denoise, initial_noise
+from mpq_deploy.sampling.loop import DenoiserCall, denoise, first_samples
 from mpq_deploy.sampling.sampler import Sampler, make_sampler
 from mpq_deploy.talk import Talk
 
@@ -72,7 +72,8 @@ def evaluate(
     """
     options, talk = options or EvaluationOptions(), talk or Talk()
     _check(variants, spec)
-    rows = spread_rows(_condition_count(conditions), options.samples, spec.uncond_row)
+    first = spec.calibration_rows or 0
+    rows = first + spread_rows(_condition_count(conditions) - first, options.samples, spec.uncond_row)
     setup = Setup(spec, dict(conditions), options, rows, decoder_path(spec, float_model.parent), talk)
     store = SampleCache(cache, talk)
     common = _common_key(setup, float_model)
@@ -169,7 +170,7 @@ def _sample(
 ) -> Array:
     options = setup.options
     sampler, _ = _sampler(setup, correction)
-    noise = initial_noise(setup.spec, options.samples, options.seed)
+    noise = first_samples(setup.spec, setup.rows, setup.conditions, options.seed)
     return denoise(
         denoiser,
         sampler,
@@ -219,21 +220,26 @@ class _Watched:
 
 def _decoded(setup: Setup, samples: Array) -> Array:
     if setup.decoder is None:
-        return samples
+        return _as_maps(samples)
     return decode(setup.decoder, samples, setup.options.batch_size, setup.talk)
 
 
 def _pixels(setup: Setup, reference: Array) -> tuple[ImageKind, tuple[float, float]]:
     """Return what the compared arrays are, and the range that is mapped to [0, 1]."""
-    if reference.ndim != 4:
-        raise ModelError(
-            f"The samples have the shape {list(reference.shape[1:])}.", "Images are [channels, height, width]."
-        )
     if setup.decoder is not None:
         return "decoded", setup.spec.pixel_range or DECODED_RANGE
     if setup.spec.pixel_range is not None:
         return "pixels", setup.spec.pixel_range
-    return "latents", data_range(reference)
+    return "features" if setup.spec.timestep is None else "latents", data_range(reference)
+
+
+def _as_maps(values: Array) -> Array:
+    """Return samples as [N, C, H, W]: tokens [N, T, C] as one map, frames [N, C, F, H, W] below each other."""
+    if values.ndim == 4:
+        return values
+    if values.ndim > 4:
+        return values.reshape(*values.shape[:2], -1, values.shape[-1])
+    return values.reshape(len(values), 1, -1, values.shape[-1])
 
 
 def _scored(
@@ -299,6 +305,11 @@ def _notes(setup: Setup, kind: ImageKind, value_range: tuple[float, float]) -> l
             "The samples are latents and there is no decoder: PSNR and SSIM compare latents, with the float "
             f"samples' range [{value_range[0]:.3g}, {value_range[1]:.3g}] as the peak, and pictures show their "
             "first channels."
+        )
+    if kind == "features":
+        notes.append(
+            "The outputs are no images: PSNR and SSIM compare them as maps of tokens by channels, with the float "
+            f"outputs' range [{value_range[0]:.3g}, {value_range[1]:.3g}] as the peak."
         )
     if kind == "decoded":
         notes.append(f"The samples are latents, decoded in float by {setup.spec.decoder} for every variant alike.")

@@ -7,11 +7,13 @@ import time
 from pathlib import Path
 from statistics import median
 
+import numpy as np
+
 from mpq_deploy.denoisers.spec import Array, DenoiserSpec
 from mpq_deploy.evaluate.cache import model_files
 from mpq_deploy.evaluate.result import CpuLatency, EvaluationOptions
 from mpq_deploy.runtime.ort import OrtDenoiser
-from mpq_deploy.sampling.loop import initial_noise
+from mpq_deploy.sampling.loop import first_samples
 
 # Both graphs are held at once so that their calls can alternate; beyond this the memory is not worth the number.
 LARGEST_PAIR_BYTES = 2 * 2**30
@@ -37,7 +39,7 @@ def cpu_latency(
     if pair > LARGEST_PAIR_BYTES:
         return None, (f"CPU latency not measured: both graphs together take {pair / 1e9:.1f} GB.",)
     denoisers = (OrtDenoiser(float_model, spec), OrtDenoiser(variant, spec, fake_quant_only=True))
-    noise = initial_noise(spec, 1, options.seed)
+    noise = first_samples(spec, np.zeros(1, np.int64), dict(conditions), options.seed)
     first = {key: values[:1] for key, values in conditions.items()}
     times: tuple[list[float], list[float]] = ([], [])
     for call in range(WARM_UP_CALLS + options.latency_calls):

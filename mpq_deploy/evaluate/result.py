@@ -22,7 +22,7 @@ from mpq_deploy.sampling.sampler import SamplerKind
 IDENTICAL = "identical to the float model's, so the PSNR is infinite"
 
 # How the compared images came about: samples that are pixels, latents through the decoder, or latents as such.
-ImageKind = Literal["pixels", "decoded", "latents"]
+ImageKind = Literal["pixels", "decoded", "latents", "features"]
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ class Batches:
     def draw(self, pool: Trajectories, shares: Array, rng: np.random.Generator) -> Batch:
         """Return a batch with timesteps by ``shares`` [K] and any of the pool's calls."""
         steps = drawn_timesteps(shares, self.size, rng)
-        if not self._spec.timestep.batched:
+        if self._spec.timestep is not None and not self._spec.timestep.batched:
             steps = np.full(self.size, rng.choice(steps))
         return self.of(pool, steps, rng.integers(len(pool.rows), size=self.size))
 

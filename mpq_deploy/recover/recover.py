@@ -106,7 +106,7 @@ def write_recovered(task: RecoverTask, recovered: Recovered, folder: Path, diale
     student, after = recovered.student, recovered.recovery.after
     written = write_quantized(
         task.model,
-        task.spec.timestep.name,
+        task.spec.timestep_name,
         task.spec.sample.name,
         student.rewrites(task.starts),
         student.activation_scales(),

@@ -64,7 +64,7 @@ class Student(torch.nn.Module):  # type: ignore[misc]
         self.layers = {start.layer.name: start.layer for start in starts}
         self._folds = _folds(model, starts)
         self._folded_tensors = set(folded_activations(model, _rewrites(starts)))
-        halves = split_initializers(model, fp16_region(model, spec.timestep.name, spec.sample.name))
+        halves = split_initializers(model, fp16_region(model, spec.timestep_name, spec.sample.name))
         self.graph = TorchGraph(model)
         self.output = spec.output
         self.feature, self.feature_axis = last_features(model)

@@ -14,7 +14,7 @@ import numpy as np
 from mpq_deploy.calibrate.trajectories import cycled_rows
 from mpq_deploy.denoisers.spec import Array, DenoiserSpec
 from mpq_deploy.runtime.ort import OrtDenoiser
-from mpq_deploy.sampling.loop import denoise, initial_noise
+from mpq_deploy.sampling.loop import denoise, first_samples
 from mpq_deploy.sampling.sampler import SamplerKind, make_sampler
 
 
@@ -53,11 +53,12 @@ class TrajectoryRecorder:
         sampler = make_sampler(self._spec.scheduler, self._steps, noise_seed, self._kind)
         kept = _Kept(self._denoiser)
         batch = 16 if all(item.batched for item in self._spec.conditions) else 1
+        rows = cycled_rows(self._spec, self._conditions, count, noise_seed)
         denoise(
             kept,
             sampler,
-            initial_noise(self._spec, count, noise_seed),
-            cycled_rows(self._spec, self._conditions, count, noise_seed),
+            first_samples(self._spec, rows, self._conditions, noise_seed),
+            rows,
             self._conditions,
             self._spec,
             batch,

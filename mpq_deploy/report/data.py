@@ -237,7 +237,7 @@ class EvaluationInfo(Part):
     steps: int = Field(ge=1)
     seed: int
     sampler: str
-    image_kind: Literal["pixels", "decoded", "latents"] = "pixels"
+    image_kind: Literal["pixels", "decoded", "latents", "features"] = "pixels"
 
 
 class FrechetInfo(Part):

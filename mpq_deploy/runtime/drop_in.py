@@ -1,8 +1,10 @@
-"""A quantized denoiser in the place of a diffusers UNet: ``pipe.unet = mpq_deploy.load(RUN)``."""
+"""A quantized denoiser in the place of a diffusers UNet or transformer: ``pipe.unet = mpq_deploy.load(RUN)``."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,11 +18,15 @@ from mpq_deploy.errors import UsageError, nearest
 from mpq_deploy.graph.write import DEPLOYED, SIMULATED
 from mpq_deploy.runtime.backends import Backend, EngineBackend, OrtBackend
 
+# What the first input is called here; a transformer's pipeline calls it hidden_states.
+SAMPLE = "sample"
+# What pipelines hand over and the exported graph holds as constants: the positions of Flux' tokens.
+FIXED_INPUTS = {"FluxTransformer2DModel": ("img_ids", "txt_ids")}
 BACKENDS = ("auto", "onnxruntime", "tensorrt_rtx", "tensorrt")
 
 
 class RuntimeUNet(torch.nn.Module):  # type: ignore[misc]
-    """Called like the diffusers UNet that it replaces; the arithmetic is the backend's.
+    """Called like the diffusers UNet or transformer that it replaces; the arithmetic is the backend's.
 
     ``config`` has the entries of the UNet's configuration (``config.in_channels``, ``config["sample_size"]``); for an
     ONNX model those that follow from its inputs. ``dtype`` is what the sample is cast to, ``device`` where the result
@@ -30,8 +36,10 @@ class RuntimeUNet(torch.nn.Module):  # type: ignore[misc]
     def __init__(self, spec: DenoiserSpec, backend: Backend) -> None:
         super().__init__()
         self.spec, self.backend = spec, backend
-        channels, *size = spec.sample.shape
-        known = {"in_channels": channels, "sample_size": size[0] if len(set(size)) == 1 else size}
+        known: dict[str, Any] = {}
+        if len(spec.sample.shape) == 3:
+            channels, *size = spec.sample.shape
+            known = {"in_channels": channels, "sample_size": size[0] if len(set(size)) == 1 else size}
         self.config = Config({"time_cond_proj_dim": None, "addition_embed_type": None, **known, **spec.config})
         self.dtype = torch.float32
         self.device = backend.device
@@ -41,28 +49,29 @@ class RuntimeUNet(torch.nn.Module):  # type: ignore[misc]
 
     def forward(
         self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor | float,
-        encoder_hidden_states: torch.Tensor | None = None,
-        class_labels: torch.Tensor | None = None,
-        timestep_cond: torch.Tensor | None = None,
+        *leading: torch.Tensor,
+        timestep: torch.Tensor | float | None = None,
         added_cond_kwargs: dict[str, torch.Tensor] | None = None,
         return_dict: bool = True,
         **others: Any,
     ) -> Any:
         """Return the denoiser's output as diffusers does: ``.sample``, or a tuple without ``return_dict``.
 
-        ``sample`` [N, C, H, W]; ``timestep`` one number or [N]. Raises UsageError for an input that the exported model
-        does not take (a mask, ControlNet's residuals) or lacks.
+        The sample [N, ...] and the timestep (one number or [N]) come first or by name; ControlNet's lists of residuals
+        are one input per element. Raises UsageError for an input that the exported model does not take or lacks.
         """
-        given = {
-            "encoder_hidden_states": encoder_hidden_states,
-            "class_labels": class_labels,
-            "timestep_cond": timestep_cond,
-            **(added_cond_kwargs or {}),
-            **others,
-        }
-        given = {name: value for name, value in given.items() if value is not None and not _empty(value)}
+        named = dict(zip((SAMPLE, "timestep", "encoder_hidden_states"), leading))
+        if len(leading) > len(named):
+            raise UsageError(f"{len(leading)} inputs were given without a name.", "Name all but sample and timestep.")
+        given = _flat({**named, **({} if timestep is None else {"timestep": timestep}), **others})
+        given |= _flat(added_cond_kwargs or {})
+        names = (SAMPLE, self.spec.sample.name, "hidden_states")
+        sample = next((given.pop(name) for name in names if name in given), None)
+        times = given.pop("timestep", None)
+        if sample is None or times is None:
+            raise UsageError(f"The denoiser needs a {'sample' if sample is None else 'timestep'}, and none was given.")
+        for name in FIXED_INPUTS.get(str(self.config.get("_class_name")), ()):
+            given.pop(name, None)
         wanted = {item.name: item for item in self.spec.conditions}
         unknown = [name for name in given if name not in wanted]
         if unknown:
@@ -74,26 +83,35 @@ class RuntimeUNet(torch.nn.Module):  # type: ignore[misc]
         if missing:
             raise UsageError(f"The denoiser needs '{missing[0]}', which was not given.")
         count = len(sample)
-        times = torch.as_tensor(timestep)
-        times = times.expand(count) if times.ndim == 0 and self.spec.timestep.batched else times
-        if not self.spec.timestep.batched:
-            times = self._one_time(times)
+        declared = self.spec.timestep
+        assert declared is not None  # load refuses a component without timesteps
+        times = torch.as_tensor(times)
+        times = times.expand(count) if times.ndim == 0 and declared.batched else times
+        if not declared.batched:
+            times = self._one_time(times, declared)
         feeds = {
             self.spec.sample.name: self._cast(sample, self.spec.sample),
-            self.spec.timestep.name: self._cast(times, self.spec.timestep),
+            declared.name: self._cast(times, declared),
             **{name: self._cast(given[name], item) for name, item in wanted.items()},
         }
         output = self.backend(feeds).to(sample.device, sample.dtype)
         if not return_dict:
             return (output,)
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
         from diffusers.models.unets.unet_2d import UNet2DOutput
 
-        return UNet2DOutput(sample=output)
+        kind = UNet2DOutput if self.spec.sample.name == "sample" else Transformer2DModelOutput
+        return kind(sample=output)
 
-    def _one_time(self, times: torch.Tensor) -> torch.Tensor:
+    @contextmanager
+    def cache_context(self, name: str) -> Iterator[None]:
+        """Do nothing: pipelines of transformers name their guided and unguided calls, for caches that are not here."""
+        yield
+
+    def _one_time(self, times: torch.Tensor, declared: InputSpec) -> torch.Tensor:
         if times.ndim and len(torch.unique(times)) > 1:
             raise UsageError(f"The model takes one timestep per call, but {len(torch.unique(times))} were given.")
-        return times.reshape(-1)[0].reshape(self.spec.timestep.shape)
+        return times.reshape(-1)[0].reshape(declared.shape)
 
     def _cast(self, value: torch.Tensor, item: InputSpec) -> torch.Tensor:
         return value.to(self.backend.device, getattr(torch, item.dtype)).contiguous()
@@ -122,8 +140,15 @@ class Config(dict):  # type: ignore[type-arg]
             raise AttributeError(name) from error
 
 
-def _empty(value: Any) -> bool:
-    return isinstance(value, dict) and not value
+def _flat(given: dict[str, Any]) -> dict[str, Any]:
+    """Return what was given without None and empty dictionaries; a list as one entry per element."""
+    flat: dict[str, Any] = {}
+    for name, value in given.items():
+        if isinstance(value, (list, tuple)):
+            flat.update({f"{name}.{number}": element for number, element in enumerate(value)})
+        elif value is not None and not (isinstance(value, dict) and not value):
+            flat[name] = value
+    return flat
 
 
 def load(
@@ -133,7 +158,7 @@ def load(
     device: str | torch.device | None = None,
     threads: int = 0,
 ) -> RuntimeUNet:
-    """Open what was built as a denoiser that replaces ``pipe.unet`` in a diffusers pipeline.
+    """Open what was built as a denoiser that replaces ``pipe.unet`` or ``pipe.transformer`` in a diffusers pipeline.
 
     ``source``: a run folder, an engine, or an ONNX file with ``denoiser.json`` beside it (or in a run folder).
     ``backend`` "auto" takes the engine where its library and a GPU are present, else ONNX Runtime; ``device`` None is
@@ -146,6 +171,11 @@ def load(
     if not path.exists():
         raise UsageError(f"There is no {path}.", "Give a run folder, an engine, or an ONNX file.")
     spec, engine, models = _found(path)
+    if spec.timestep is None:
+        raise UsageError(
+            f"{path} holds a component without timesteps ({spec.name}), not a denoiser.",
+            "Run its ONNX graph (quantize/model.onnx) or its engine yourself: inputs as in export/denoiser.json.",
+        )
     library = _library(engine, backend)
     if library:
         if engine is None:

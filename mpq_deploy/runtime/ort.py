@@ -93,7 +93,7 @@ class OrtDenoiser:
         self.spec = spec
         self.session = make_session(model, threads, providers, fake_quant_only)
         declared = {value.name for value in self.session.get_inputs()}
-        wanted = {spec.sample.name, spec.timestep.name, *(item.name for item in spec.conditions)}
+        wanted = {item.name for item in spec.inputs}
         if declared != wanted:
             raise ModelError(
                 f"The model's inputs are {sorted(declared)}, but its description names {sorted(wanted)}.",
@@ -127,10 +127,11 @@ def model_feeds(
 ) -> dict[str, Array]:
     """Return every input by name, cast and shaped as the model declares it."""
     count = len(sample)
-    feeds = {
-        spec.sample.name: _cast(sample, spec.sample),
-        spec.timestep.name: _cast(_timestep_rows(timestep, count, spec.timestep), spec.timestep),
-    }
+    feeds = {spec.sample.name: _cast(sample, spec.sample)}
+    if spec.timestep is not None:
+        rows = _timestep_rows(timestep, count, spec.timestep)
+        scaled = rows if spec.timestep_scale == 1 else rows * spec.timestep_scale
+        feeds[spec.timestep.name] = _cast(scaled, spec.timestep)
     for item in spec.conditions:
         if item.name not in conditions:
             raise ModelError(f"The condition '{item.name}' is missing.", f"Its shape is [N, {item.shape}].")

@@ -33,6 +33,16 @@ def initial_noise(spec: DenoiserSpec, count: int, seed: int) -> Array:
     return np.stack(noise) if noise else np.empty((0, *shape), np.float32)
 
 
+def first_samples(spec: DenoiserSpec, rows: Array, conditions: dict[str, Array], seed: int) -> Array:
+    """Return what each trajectory begins with, float32 [len(rows), *sample shape].
+
+    Noise (see ``initial_noise``); for a component without timesteps the given rows of its own inputs.
+    """
+    if spec.timestep is not None:
+        return initial_noise(spec, len(rows), seed)
+    return np.asarray(conditions[spec.sample.name][rows], np.float32)
+
+
 def denoise(
     denoiser: DenoiserCall,
     sampler: Sampler,
@@ -101,5 +111,7 @@ class _Call:
             self.on_call(self.step_index, self.timestep, fed, rows)
         taken = {name: values[rows] for name, values in self.conditions.items()}
         output = self.denoiser(fed, self.timestep, taken)
+        if self.spec.timestep is None:
+            return output
         channels = fed.shape[1]
         return output[:, :channels] if output.shape[1] == 2 * channels else output

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal, Protocol
 
+import numpy as np
+
 from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.errors import UsageError
 from mpq_deploy.sampling.ddim import DdimSampler
@@ -11,6 +13,8 @@ from mpq_deploy.sampling.ddim import DdimSampler
 SamplerKind = Literal["auto", "ddim", "folder"]
 # Classes whose models the built-in DDIM samples by default: the same betas, the same predictions.
 BUILT_IN_CLASSES = ("DDIMScheduler", "DDPMScheduler")
+# The "scheduler" of a component without timesteps: its output is the result.
+ONE_CALL = "OneCall"
 
 
 class Sampler(Protocol):
@@ -31,11 +35,30 @@ class Sampler(Protocol):
         """Return the sample of the next, less noisy timestep."""
 
 
+class OneCallSampler:
+    """One call, whose output is the result: a VAE's decoder, a text encoder."""
+
+    name = "one call"
+    init_noise_sigma = 1.0
+
+    def __init__(self) -> None:
+        self.timesteps: Array = np.zeros(1)
+
+    def scale_model_input(self, x: Array, step_index: int) -> Array:
+        """Return ``x``."""
+        return x
+
+    def step(self, model_output: Array, step_index: int, x: Array) -> Array:
+        """Return the output."""
+        return model_output
+
+
 def make_sampler(scheduler: dict[str, Any], steps: int, seed: int = 0, kind: SamplerKind = "auto") -> Sampler:
     """Make the sampler for a diffusers scheduler configuration (with ``_class_name``).
 
     ``auto`` takes the built-in DDIM for DDIM and DDPM configurations and the folder's own class, run by diffusers,
-    for any other; ``ddim`` and ``folder`` insist. ``seed`` is for samplers that add noise.
+    for any other; ``ddim`` and ``folder`` insist. A component without timesteps has one call,
+    whatever is asked for. ``seed`` is for samplers that add noise.
     Raises UsageError for an unknown class or option, MissingDependencyError where diffusers is needed and missing.
     """
     if kind not in ("auto", "ddim", "folder"):
@@ -48,6 +71,8 @@ def make_sampler(scheduler: dict[str, Any], steps: int, seed: int = 0, kind: Sam
             "The scheduler's configuration has no _class_name.",
             'Name it, for example "_class_name": "DDIMScheduler".',
         )
+    if class_name == ONE_CALL:
+        return OneCallSampler()
     if kind == "ddim" or (kind == "auto" and class_name in BUILT_IN_CLASSES):
         return _built_in(scheduler, steps)
     from mpq_deploy.sampling.folder import DiffusersSampler

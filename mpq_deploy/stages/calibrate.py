@@ -33,9 +33,12 @@ def make_calibrate(pipeline: Pipeline, folder: Path) -> str:
     from mpq_deploy.calibrate.options import CalibrationOptions
 
     section = pipeline.recipe.calibrate
+    exported = Exported(pipeline)
+    # A component without timesteps has so many inputs and no more.
+    rows = exported.spec.calibration_rows
     options = CalibrationOptions(
         timesteps=section.timesteps,
-        samples=section.samples,
+        samples=section.samples if rows is None else min(section.samples, rows),
         observed=section.observed,
         steps=section.steps,
         batch_size=section.batch_size,
@@ -45,7 +48,6 @@ def make_calibrate(pipeline: Pipeline, folder: Path) -> str:
         reservoir=section.reservoir,
         sampler=pipeline.recipe.evaluate.sampler,
     )
-    exported = Exported(pipeline)
     inputs, stats = calibrate(
         exported.path,
         exported.graph,

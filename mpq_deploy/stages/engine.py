@@ -49,7 +49,7 @@ def make_engine(pipeline: Pipeline, folder: Path) -> str:
     exported = Exported(pipeline)
     schemes = {name: SCHEMES[scheme] for name, scheme in plan.schemes.items()}
     section, spec = pipeline.recipe.engine, exported.spec
-    inputs = (spec.sample, spec.timestep, *spec.conditions)
+    inputs = spec.inputs
     record = build_engine(
         pipeline.folder(deployed_stage(pipeline)) / DEPLOYED,
         folder,

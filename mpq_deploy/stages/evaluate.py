@@ -112,10 +112,14 @@ def evaluate_variants(
 
     exported = Exported(pipeline)
     section = pipeline.recipe.evaluate
+    known, steps, samples = exported.spec.calibration_rows, section.steps, section.samples
+    if exported.spec.timestep is None:
+        held_out = len(exported.conditions[exported.spec.sample.name]) - (known or 0)
+        steps, samples = 1, min(samples, held_out)
     options = EvaluationOptions(
-        samples=section.samples,
-        steps=section.steps,
-        timesteps=min(section.timesteps, section.steps),
+        samples=samples,
+        steps=steps,
+        timesteps=min(section.timesteps, steps),
         batch_size=section.batch_size,
         seed=section.seed,
         sampler=section.sampler,

@@ -25,6 +25,8 @@ def export_inputs(pipeline: Pipeline) -> Fields:
     fields: Fields = {
         "recipe.model": recipe.model,
         "recipe.guidance_scale": recipe.guidance_scale,
+        "recipe.component": recipe.component,
+        "recipe.component_samples": recipe.component_samples if recipe.component else None,
         "model.files": {name: file_digest(path) for name, path in files},
     }
     for name in ("conditions", "scheduler", "prompts", "description"):
@@ -46,6 +48,8 @@ def make_export(pipeline: Pipeline, folder: Path) -> str:
         prompts=Path(recipe.prompts) if recipe.prompts else None,
         description=Path(recipe.description) if recipe.description else None,
         guidance_scale=recipe.guidance_scale,
+        component=recipe.component,
+        component_samples=recipe.component_samples,
         talk=pipeline.talk,
     )
     report = export_denoiser(denoiser, folder, pipeline.talk)
@@ -56,7 +60,7 @@ def make_export(pipeline: Pipeline, folder: Path) -> str:
             "Is it a denoiser?",
         )
     spec = denoiser.spec
-    size = fp16_bytes(load_model(folder / "model.onnx"), spec.timestep.name, spec.sample.name)
+    size = fp16_bytes(load_model(folder / "model.onnx"), spec.timestep_name, spec.sample.name)
     facts = {
         "fp16_size_bytes": size,
         "layers": len(graph.layers),

@@ -49,7 +49,7 @@ def write_plan(pipeline: Pipeline, schemes: dict[str, str], folder: Path) -> int
     }
     spec = exported.spec
     dialect = dialect_named(load_target(pipeline.recipe.target).dialect)
-    return write_quantized(exported.path, spec.timestep.name, spec.sample.name, rewrites, scales, folder, dialect)
+    return write_quantized(exported.path, spec.timestep_name, spec.sample.name, rewrites, scales, folder, dialect)
 
 
 def make_quantize(pipeline: Pipeline, folder: Path) -> str:

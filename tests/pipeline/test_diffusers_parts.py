@@ -1,0 +1,88 @@
+"""Whole builds from diffusers folders: diffusion transformers, a text-conditional pipeline and its parts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+import mpq_deploy  # noqa: E402
+from mpq_deploy.denoisers.spec import DenoiserSpec  # noqa: E402
+from mpq_deploy.errors import UsageError  # noqa: E402
+from tests.models import (  # noqa: E402
+    tiny_text_pipeline_folder,
+    tiny_transformer_conditions,
+    tiny_transformer_folder,
+)
+from tests.pipeline.runs import Built, build, recipe_for  # noqa: E402
+
+pytestmark = pytest.mark.torch
+
+
+def built(model: Path, run: Path, **changes: Any) -> Built:
+    """Build ``model`` without an engine, and check what holds for every run."""
+    found = build(recipe_for(model, **{"target": "onnxruntime-cpu", **changes}), run)
+    report = found.report
+    assert report["size_bytes"] <= report["budget_bytes"]
+    assert 0 < report["measured_nmse"] < report["controls"]["int4"]["measured_nmse"]
+    return found
+
+
+def test_a_transformer_becomes_a_denoiser_that_its_pipeline_runs(tmp_path: Path) -> None:
+    folder = tiny_transformer_folder(tmp_path, "DiTTransformer2DModel", vae=True)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "DiTPipeline"}))
+    found = built(folder, tmp_path / "run", guidance_scale=2.0)
+    assert found.report["evaluation"]["image_kind"] == "decoded"
+    schemes = {row["scheme"] for row in found.report["layers"]}
+    assert schemes > {"fp16"}
+    pipe = diffusers.DiTPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+
+    def image() -> Any:
+        # The pipeline's own empty class is number 1,000, whatever the model has: no guidance here.
+        options = {"guidance_scale": 1.0, "num_inference_steps": 3, "output_type": "np"}
+        return pipe([1], generator=torch.Generator().manual_seed(3), **options).images
+
+    before = image()
+    pipe.transformer = mpq_deploy.load(tmp_path / "run")
+    after = image()
+    error = np.square(after - before).mean() / np.square(before - before.mean()).mean()
+    assert 0 < error < 0.1
+
+
+def test_a_flow_matching_transformer_builds(tmp_path: Path) -> None:
+    folder = tiny_transformer_folder(tmp_path, "SD3Transformer2DModel")
+    conditions = tiny_transformer_conditions(tmp_path / "c.npz", "SD3Transformer2DModel")
+    found = built(folder, tmp_path / "run", conditions=str(conditions))
+    spec = DenoiserSpec.load(tmp_path / "run" / "export" / "denoiser.json")
+    assert spec.prediction_type == "flow_prediction" and spec.guidance_scale == 7.0
+    assert "FlowMatchEulerDiscreteScheduler" in found.report["evaluation"]["sampler"]
+
+
+def test_a_text_pipeline_and_its_parts_build(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    folder = tiny_text_pipeline_folder(tmp_path)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("abc\ndef\nghi\njkl\nmno\npqr\nstu\n")
+    options = {"prompts": str(prompts), "component_samples": 8}
+    whole = built(folder, tmp_path / "unet", **options)
+    assert whole.report["evaluation"]["image_kind"] == "decoded"
+    decoder = built(folder, tmp_path / "vae", component="vae", **options)
+    assert decoder.report["evaluation"]["image_kind"] == "pixels"
+    assert any("samples of the float denoiser" in note for note in decoder.report["notes"])
+    encoder = built(folder, tmp_path / "text", component="text_encoder", budget=0.7, **options)
+    assert encoder.report["evaluation"]["image_kind"] == "features"
+    # What was calibrated on is not what is compared on.
+    with np.load(tmp_path / "text" / "calibrate" / "inputs.npz") as inputs:
+        assert inputs["rows"].max() < 6 and inputs["samples"].shape[0] == 1
+    evaluation = json.loads((tmp_path / "text" / "evaluate" / "evaluation.json").read_text())
+    assert min(evaluation["rows"]) >= 6
+    with pytest.raises(UsageError, match="component without timesteps"):
+        mpq_deploy.load(tmp_path / "vae")
