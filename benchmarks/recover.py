@@ -37,11 +37,12 @@ from mpq_deploy.talk import PlainTalk
 # Settings that differ from the recipe's. "base" is EfficientDM's training as its code has it: adapters and scales at
 # its learning rate, the noise as target, all timesteps alike.
 PARTS: dict[str, dict[str, Any]] = {
-    "base": {"losses": {"eps": 1.0}, "timesteps": "uniform", "adapter_rate": 1.0, "constant_rate": 0.0},
+    "base": {"losses": {"eps": 1.0}, "timesteps": "uniform", "rank": 32, "adapter_rate": 1.0, "constant_rate": 0.0},
     "scales alone": {"adapter_rate": 0.0, "constant_rate": 0.0},
     "scales, constants": {"adapter_rate": 0.0},
     "recovery": {},
-    "+ latents off their codes": {"margin": 0.499},
+    "low-rank adapters": {"rank": 32, "adapter_rate": 100.0},
+    "+ latents off their codes": {"margin": 0.499, "adapter_rate": 3.0},
     "+ SVD start": {"initialization": "svd"},
     "+ relation": {"losses": {"output": 1.0, "relation": 1e-3}},
     "+ memory": {"losses": {"output": 1.0, "memory": 1e-2}},

@@ -41,6 +41,7 @@ EPS = {"eps": 1.0}
 BASE: dict[str, Any] = {
     "losses": EPS,
     "timesteps": "uniform",
+    "rank": 32,
     "adapter_rate": 1.0,
     "constant_rate": 0.0,
     "initialization": "zero",

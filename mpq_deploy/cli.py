@@ -15,6 +15,8 @@ from mpq_deploy import __version__
 from mpq_deploy.errors import MpqError, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from mpq_deploy.doctor import Finding
     from mpq_deploy.pipeline import Summary
     from mpq_deploy.recipe import Recipe
@@ -867,7 +869,7 @@ def _recipe(
     budget: str | None,
     target: str | None,
     sensitivity: Sensitivity | None,
-    additions: dict[str, Path | None],
+    additions: Mapping[str, Path | str | None],
     settings: dict[str, Any] | None = None,
 ) -> Recipe:
     from mpq_deploy.recipe import load_recipe

@@ -140,13 +140,13 @@ class RecoverSection(Section):
     round_steps: int = Field(100, ge=1, description="updates per round")
     held_out: int = Field(32, ge=1, description="trajectories never trained on: they decide which state is kept")
     check_every: int = Field(50, ge=1, description="updates between measurements on them, each with a checkpoint")
-    rank: int = Field(32, ge=1, description="of the low-rank adapters, at most")
+    rank: int = Field(0, ge=0, description="of the low-rank adapters, at most; 0: full, for what memory allows")
     margin: float = Field(0.0, ge=0, le=0.499, description="how far a latent weight may start off its code, in steps")
     initialization: Literal["zero", "svd"] = "zero"
     losses: dict[Literal["output", "eps", "v", "sample", "relation", "memory"], float] = {"output": 1.0}
     timesteps: Literal["uniform", "sensitivity"] = "sensitivity"
-    # Learning rates for a plan whose NMSE is 1e-3; they follow the root of the measured one.
-    adapter_rate: float = Field(100.0, ge=0, description="learning rate, in units of the layer's weight step / 2500")
+    # Learning rates for a plan whose NMSE is 1e-3 or more; below they follow the root of the measured one.
+    adapter_rate: float = Field(60.0, ge=0, description="learning rate, in units of the layer's weight step / 2500")
     scale_rate: float = Field(0.003, ge=0, description="learning rate of the logarithms of scales")
     constant_rate: float = Field(0.003, ge=0, description="learning rate of FP16 constants, in units of their rms")
     warmup: int = Field(10, ge=0, description="updates")

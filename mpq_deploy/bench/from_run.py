@@ -78,7 +78,7 @@ def fp16_graph(pipeline: Pipeline, target: Target) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         rewrites = [LayerRewrite(layer, FP16, None) for layer in exported.graph.layers]
         spec, dialect = exported.spec, dialect_named(target.dialect)
-        write_quantized(exported.path, spec.timestep.name, spec.sample.name, rewrites, {}, folder, dialect)
+        write_quantized(exported.path, spec.timestep_name, spec.sample.name, rewrites, {}, folder, dialect)
         (folder / SIMULATED).unlink()
         (folder / STAMP).write_text(stamp)
     return folder / DEPLOYED
@@ -92,7 +92,7 @@ def fp16_engine(pipeline: Pipeline, target: Target) -> Path:
     if not _current(folder, stamp):
         exported, section = Exported(pipeline), pipeline.recipe.engine
         spec = exported.spec
-        inputs = (spec.sample, spec.timestep, *spec.conditions)
+        inputs = spec.inputs
         shapes = {item.name: item.shape for item in inputs if item.batched}
         layers = exported.graph.layers
         size = PrecisionPlan.load(pipeline.folder("allocate") / "plan.json").fp16_size_bytes

@@ -37,13 +37,13 @@ class MemoryEstimate:
 def estimate_memory(
     shapes: Sequence[tuple[int, int]], rank: int, value_bytes: int, batch_size: int, segments: int
 ) -> MemoryEstimate:
-    """Estimate the bytes of training layers with weights of ``shapes`` (O, K) under adapters of ``rank``.
+    """Estimate the bytes of training layers with weights of ``shapes`` (O, K) under adapters of ``rank`` (0: full).
 
     ``value_bytes``: of all values that the float model computes for one sample. With ``segments`` above 1 only one
     stretch of them is held at a time, and what passes between stretches (taken as a stretch's share again).
     """
     weights = sum(rows * columns for rows, columns in shapes)
-    adapters = sum(min(rank, rows, columns) * (rows + columns) for rows, columns in shapes)
+    adapters = sum(min(rank, rows, columns) * (rows + columns) for rows, columns in shapes) if rank else weights
     share = 1.0 if segments == 1 else min(1.0, 2.0 / segments)
     return MemoryEstimate(
         # One copy more: ONNX Runtime's, for the trajectories.
@@ -61,7 +61,8 @@ def refuse_too_large(estimate: MemoryEstimate, available: int, where: str) -> No
         f"Recovery would need about {estimate.total / 1e9:.1f} GB ({estimate.weights / 1e9:.1f} for weights, "
         f"{estimate.adapters / 1e9:.1f} for adapters, {estimate.values / 1e9:.1f} for values), and {where} has "
         f"{available / 1e9:.1f} GB free.",
-        "Lower recover.batch_size or recover.rank, raise recover.segments, or use a machine with more memory.",
+        "Lower recover.batch_size, set recover.rank (to 32, or lower), raise recover.segments, or use a machine with "
+        "more memory.",
     )
 
 

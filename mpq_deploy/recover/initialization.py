@@ -42,8 +42,8 @@ def initialize_from_error(student: Student, calls: Sequence[Mapping[str, Tensor]
 
 
 def _factors(weight: LayerWeight) -> tuple[Tensor, Tensor]:
-    """Return U sqrt(S) [O, r] and sqrt(S) V^T [r, K] of the layer's quantization error."""
-    rank = weight.adapter.up.shape[1]
+    """Return U sqrt(S) [O, r] and sqrt(S) V^T [r, K] of the layer's quantization error; all of it for a full matrix."""
+    rank = weight.adapter.up.shape[1] if weight.adapter.down is not None else min(weight.target.shape)
     with torch.no_grad():
         error = torch.from_numpy(weight.target) - weight.through(torch.zeros_like(weight.adapter())).cpu()
         u, s, v = torch.linalg.svd(error, full_matrices=False)

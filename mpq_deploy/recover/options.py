@@ -20,8 +20,8 @@ class RecoverOptions:
     best.
     ``losses``: name -> weight. ``timesteps``: "uniform", or "sensitivity" (see ``timesteps``).
 
-    Learning rates of AdamW, each with a warm-up and a cosine to zero, for a plan whose NMSE is 1e-3 (they follow the
-    root of the measured one): ``adapter_rate`` in units of EfficientDM's, a layer's mean weight step / 2500;
+    Learning rates of AdamW, each with a warm-up and a cosine to zero, for a plan whose NMSE is 1e-3 or more (below they
+    follow the root of the measured one): ``adapter_rate`` in units of EfficientDM's, a layer's mean weight step / 2500;
     ``scale_rate`` of the logarithm of a scale; ``constant_rate`` in units of the constant's rms. A rate of 0 keeps that
     kind of parameter as it is.
 
@@ -36,12 +36,12 @@ class RecoverOptions:
     round_steps: int = 100
     held_out: int = 32
     check_every: int = 50
-    rank: int = 32
+    rank: int = 0
     margin: float = 0.0
     initialization: Literal["zero", "svd"] = "zero"
     losses: dict[str, float] = field(default_factory=lambda: {"output": 1.0})
     timesteps: Literal["uniform", "sensitivity"] = "sensitivity"
-    adapter_rate: float = 100.0
+    adapter_rate: float = 60.0
     scale_rate: float = 3e-3
     constant_rate: float = 3e-3
     warmup: int = 10

@@ -30,8 +30,8 @@ Tensor = Any  # torch.Tensor; torch is not followed by mypy here
 HELD_OUT_ROUND, INITIAL_ROUND = 1 << 30, 1 + (1 << 30)
 State = dict[str, Tensor]
 BETAS = (0.9, 0.99)
-# The NMSE for which learning rates are given, and the range in which they follow it.
-REFERENCE_ERROR, SMALLEST_ERROR, LARGEST_ERROR = 1e-3, 1e-7, 1e-1
+# The NMSE for which learning rates are given, and down to which they follow it.
+REFERENCE_ERROR, SMALLEST_ERROR = 1e-3, 1e-7
 
 
 @dataclass
@@ -180,12 +180,12 @@ def _optimizer(student: Student, options: RecoverOptions) -> torch.optim.AdamW:
 
 
 def error_factor(error: float) -> float:
-    """Return by what all learning rates are multiplied for a plan of NMSE ``error``: its root, 1 at an NMSE of 1e-3.
+    """Return by what all learning rates are multiplied for a plan of NMSE ``error``: its root, at most 1 (from 1e-3).
 
     A step that moves the output by a hundredth is small where the plan's error is a tenth and undoes a plan whose error
-    is a hundredth (our choice, from both bundled models).
+    is a hundredth. Above, at two bits, larger rates only unsettle codes (our choice, from both bundled models).
     """
-    return math.sqrt(min(max(error, SMALLEST_ERROR), LARGEST_ERROR) / REFERENCE_ERROR)
+    return math.sqrt(min(max(error, SMALLEST_ERROR) / REFERENCE_ERROR, 1.0))
 
 
 def _schedule(step: int, options: RecoverOptions) -> float:

@@ -69,7 +69,7 @@ def check_target_memory(pipeline: Pipeline, target: Target) -> MemoryEstimate:
     """Estimate what the engine takes; raises UsageError when that is more than the target has."""
     plan = PrecisionPlan.load(pipeline.folder("allocate") / "plan.json")
     spec, batch = Exported(pipeline).spec, pipeline.recipe.engine.batch_max
-    inputs = (spec.sample, spec.timestep, *spec.conditions)
+    inputs = spec.inputs
     shapes = {item.name: (batch, *item.shape) if item.batched else item.shape for item in inputs}
     estimate = estimate_memory(pipeline.folder(deployed_stage(pipeline)) / DEPLOYED, shapes, plan.size_bytes)
     refuse_too_large(estimate, target, batch)

@@ -15,6 +15,7 @@ def test_the_parts_are_counted() -> None:
     assert found.weights == 4 * 8 * (64 * 576 + 10 * 20)
     assert found.adapters == 4 * 5 * (32 * (64 + 576) + 10 * 30)
     assert found.values == 2 * 1000 * 8
+    assert estimate_memory([(64, 576)], 0, 1000, 8, 1).adapters == 4 * 5 * 64 * 576
     assert found.total > found.weights + found.adapters + found.values
 
 

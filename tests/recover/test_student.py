@@ -38,8 +38,8 @@ FORMS = (
 )
 
 
-def student_of(task: RecoverTask, margin: float = 0.0, segments: int = 1) -> Student:
-    return Student(task.model, task.spec, task.starts, task.stats, StudentOptions(4, margin, 0, segments))
+def student_of(task: RecoverTask, margin: float = 0.0, segments: int = 1, rank: int = 4) -> Student:
+    return Student(task.model, task.spec, task.starts, task.stats, StudentOptions(rank, margin, 0, segments))
 
 
 def move(student: Student, size: float) -> None:
@@ -138,6 +138,21 @@ def test_merged_parameters_compute_what_was_trained_in_the_same_bytes(case: Case
     assert constant_bytes(written / DEPLOYED) == constant_bytes(plan / DEPLOYED)
     kinds = {node.op_type for node in onnx.load(written / DEPLOYED).graph.node}
     assert kinds == {node.op_type for node in onnx.load(plan / DEPLOYED).graph.node}
+
+
+def test_a_full_adapter_moves_every_code_by_itself(case: Case, tmp_path: Path) -> None:
+    task = case.planned("w4a16")
+    student = student_of(task, rank=0)
+    weight = next(w for w in student.layer_weights if w.layer.op == "Conv")
+    before = weight.matrix().detach()
+    with torch.no_grad():
+        weight.adapter.up[0, 1] = 1e6
+    changed = torch.nonzero(weight.matrix() != before)
+    assert weight.adapter.down is None and changed.tolist() == [[0, 1]]
+    assert_same(by_torch(student), by_runtime(write(task, student, tmp_path / "student") / SIMULATED), False)
+    factors = torch.ones(len(before), 2), torch.full((2, before.shape[1]), 0.5)
+    weight.adapter.start_from(*factors)
+    torch.testing.assert_close(weight.adapter(), torch.ones_like(before))
 
 
 @pytest.mark.parametrize("wanted", ["w8a8+scale5", "w4a8+scale5"])

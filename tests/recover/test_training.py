@@ -112,7 +112,7 @@ def test_without_improvement_the_plan_stays(case: Case, tmp_path: Path) -> None:
 
 
 def test_learning_rates_follow_the_root_of_the_plan_s_error() -> None:
-    assert error_factor(1e-3) == 1
+    assert error_factor(1e-3) == error_factor(0.2) == 1
     assert error_factor(4e-5) == pytest.approx(0.2)
     assert 0 < error_factor(0.0) < error_factor(1e-6)
 
