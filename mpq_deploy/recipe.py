@@ -128,7 +128,7 @@ class QuantizeSection(Section):
 
 
 # Updates where recovery is asked for without a number: ``build --recover``.
-RECOVER_STEPS = 600
+RECOVER_STEPS = 1800
 
 
 class RecoverSection(Section):
@@ -136,10 +136,10 @@ class RecoverSection(Section):
 
     steps: int = Field(0, ge=0, description="updates; 0: recovery is off")
     batch_size: int = Field(16, ge=1)
-    trajectories: int = Field(160, ge=1, description="float trajectories to learn from, recorded anew every round")
+    trajectories: int = Field(80, ge=1, description="float trajectories to learn from, recorded anew every round")
     round_steps: int = Field(100, ge=1, description="updates per round")
     held_out: int = Field(32, ge=1, description="trajectories never trained on: they decide which state is kept")
-    check_every: int = Field(50, ge=1, description="updates between measurements on them, each with a checkpoint")
+    check_every: int = Field(100, ge=1, description="updates between measurements on them, each with a checkpoint")
     rank: int = Field(0, ge=0, description="of the low-rank adapters, at most; 0: full, for what memory allows")
     margin: float = Field(0.0, ge=0, le=0.499, description="how far a latent weight may start off its code, in steps")
     initialization: Literal["zero", "svd"] = "zero"
@@ -147,8 +147,8 @@ class RecoverSection(Section):
     timesteps: Literal["uniform", "sensitivity"] = "sensitivity"
     # Learning rates for a plan whose NMSE is 1e-3 or more; below they follow the root of the measured one.
     adapter_rate: float = Field(60.0, ge=0, description="learning rate, in units of the layer's weight step / 2500")
-    scale_rate: float = Field(0.003, ge=0, description="learning rate of the logarithms of scales")
-    constant_rate: float = Field(0.003, ge=0, description="learning rate of FP16 constants, in units of their rms")
+    scale_rate: float = Field(0.0015, ge=0, description="learning rate of the logarithms of scales")
+    constant_rate: float = Field(0.0015, ge=0, description="learning rate of FP16 constants, in units of their rms")
     warmup: int = Field(10, ge=0, description="updates")
     segments: int = Field(1, ge=1, description="of the graph, computed again in the backward pass to save memory")
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
