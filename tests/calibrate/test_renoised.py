@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from mpq_deploy.calibrate.stats import CalibrationSet
 from mpq_deploy.calibrate.trajectories import renoised
@@ -50,5 +51,19 @@ def test_noise_is_fresh_at_every_timestep_and_draw_and_rows_stay_with_their_samp
 
 def test_what_has_no_forward_process_stays_as_recorded() -> None:
     one = recorded()
-    assert renoised(one, spec("flow_prediction"), 3) is one
+    assert renoised(one, spec().model_copy(update={"timestep": None}), 3) is one
     assert renoised(one, spec(), 0) is one
+
+
+def test_flow_matching_goes_along_straight_lines() -> None:
+    """From the last sample (1 - s_0) x + s_0 e the line leads to (1 - s) x + s e': its variance says so."""
+    flow = spec("flow_prediction").model_copy(update={"scheduler": {"num_train_timesteps": 1000}})
+    one = recorded()
+    rng = np.random.default_rng(3)
+    clean = 2 * np.sign(rng.standard_normal((4, 2, 40, 40)))
+    last = 0.02
+    one.samples[-1] = (1 - last) * clean + last * rng.standard_normal(clean.shape)
+    found = renoised(one, flow, 2)
+    for step, s in enumerate((0.9, 0.4, 0.02)):
+        rest = found.samples[step] - (1 - s) * np.tile(clean, (2, 1, 1, 1))
+        assert np.std(rest) == pytest.approx(s, rel=0.02)

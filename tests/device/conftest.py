@@ -18,8 +18,6 @@ from mpq_deploy.recipe import Recipe
 from mpq_deploy.talk import Talk
 from tests.pipeline.runs import build, recipe_for, save_denoiser
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 
 def packed(recipe: Recipe, run: Path, out: Path) -> Path:
     with open_pipeline(recipe, run, Talk()) as pipeline:

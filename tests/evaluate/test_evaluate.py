@@ -252,7 +252,8 @@ def test_a_damaged_cache_entry_is_made_again(files, tmp_path, damage):
     assert len(entries) == 3
     for entry in entries:
         content = bytearray(entry.read_bytes())
-        content[len(content) // 2] ^= 0xFF
+        # In the values of the first array: what the zip says of its members may change without harm.
+        content[content.index(b"\x93NUMPY") + 130] ^= 0xFF
         entry.write_bytes(bytes(content) if damage is None else damage)
     heard = Heard()
     assert run(files, cache=tmp_path / "cache", talk=heard).as_json() == cold.as_json()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import sys
@@ -13,9 +12,6 @@ from pathlib import Path
 import pytest
 
 from tests.pipeline.runs import Built, build, recipe_for, save_denoiser
-
-# Runs must not differ by the machine's load; one thread is also what two busy cores can give.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @dataclass(frozen=True)
