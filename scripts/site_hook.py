@@ -1,4 +1,4 @@
-"""Hook of mkdocs (see mkdocs.yml): adds the pages made from the code, and makes the repository's links work in the site.
+"""Hook of mkdocs (see mkdocs.yml): adds the pages made from the code, and makes the repository's links work there.
 
 Documents are written for a code host: links are relative files, some of them outside docs/. Here these become links of
 the site; a link to a file that is no part of it is a warning, which ``mkdocs build --strict`` fails on.
@@ -84,7 +84,9 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
 def _expanded(nav: Any, named: set[str]) -> Any:
     """Replace entries ``commands/*`` and ``*`` by the pages of that folder which the navigation does not name."""
     if isinstance(nav, list):
-        return [one for entry in nav for one in (_matching(entry, named) if _is_glob(entry) else [_expanded(entry, named)])]
+        return [
+            one for entry in nav for one in (_matching(entry, named) if _is_glob(entry) else [_expanded(entry, named)])
+        ]
     return {title: _expanded(inner, named) for title, inner in nav.items()} if isinstance(nav, dict) else nav
 
 

@@ -83,7 +83,9 @@ def commands_page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-EXIT_CODES = "Exit codes: 0 done, 1 failed (or a limit of `gate` not kept), 2 wrong command or input, 130 stopped by Ctrl-C."
+EXIT_CODES = (
+    "Exit codes: 0 done, 1 failed (or a limit of `gate` not kept), 2 wrong command or input, 130 stopped by Ctrl-C."
+)
 
 
 def recipe_page() -> str:
@@ -102,7 +104,7 @@ def recipe_page() -> str:
 RECIPE_HEAD = """# Recipe: every key
 
 A recipe is a YAML file with any of these keys; what it leaves out has the default. Options of the command line win over
-it, and a run folder keeps the whole of it in `recipe.yaml`. An unknown key is an error that names the nearest known one.
+it, and a run folder keeps the whole of it in `recipe.yaml`. An unknown key is an error that names the nearest one.
 
     mpq-deploy build ./my-pipeline --recipe mine.yaml
 
@@ -120,9 +122,13 @@ This page is made from the model that validates recipes."""
 def targets_page() -> str:
     """All targets side by side, then each in full as ``mpq-deploy targets NAME`` prints it."""
     targets = [load_target(name) for name in known_targets()]
-    head = "| target | dialect | builder | memory | bandwidth | INT8, dense | FP16, dense |\n|---|---|---|---:|---:|---:|---:|"
+    head = "| target | dialect | builder | memory | bandwidth | INT8, dense | FP16, dense |\n"
+    head += "|---|---|---|---:|---:|---:|---:|"
     parts = [TARGETS_HEAD, "\n".join((head, *map(_target_row, targets))), "## Which layer may take what"]
-    rows = [f"| [`{t.name}`](#{t.name}) | " + " | ".join(", ".join(t.schemes[op]) for op in LAYER_OPS) + " |" for t in targets]
+    rows = [
+        f"| [`{t.name}`](#{t.name}) | " + " | ".join(", ".join(t.schemes[op]) for op in LAYER_OPS) + " |"
+        for t in targets
+    ]
     parts.append("\n".join((f"| target | {' | '.join(LAYER_OPS)} |", "|---" * (len(LAYER_OPS) + 1) + "|", *rows)))
     parts.append("What a target leaves out has its reason below.")
     parts += [f"## {target.name}\n\n```text\n{describe_target(target)}\n```" for target in targets]
@@ -131,8 +137,8 @@ def targets_page() -> str:
 
 TARGETS_HEAD = """# Every target
 
-Made from the YAML files in `mpq_deploy/engine/targets/`. What a target is, how to write your own and what differs between
-the dialects of TensorRT: [targets](targets.md). A figure with `?` was not looked up in the source that it names."""
+Made from the YAML files in `mpq_deploy/engine/targets/`. What a target is, how to write your own and what
+differs between the dialects of TensorRT: [targets](targets.md). A figure with `?` was not looked up in the source that it names."""
 
 
 def recipe_keys() -> Iterator[str]:
@@ -164,7 +170,10 @@ def _is_model(annotation: Any) -> bool:
 
 def _key_row(key: str, field: FieldInfo) -> str:
     limits = ", ".join(
-        f"{words} {getattr(limit, name)}" for limit in field.metadata for name, words in LIMITS.items() if hasattr(limit, name)
+        f"{words} {getattr(limit, name)}"
+        for limit in field.metadata
+        for name, words in LIMITS.items()
+        if hasattr(limit, name)
     )
     kind = type_text(field.annotation) + (f", {limits}" if limits else "")
     default = "required" if field.is_required() else f"`{_yaml(field.default)}`"
@@ -192,7 +201,9 @@ def _shipped(path: Path) -> str:
     comment = " ".join(line.lstrip("# ") for line in text.splitlines()[:3] if line.startswith("#"))
     defaults = _flat(Recipe().model_dump(mode="json"))
     changed = {k: v for k, v in _flat(yaml.safe_load(text)).items() if v != defaults[k]}
-    lines = "\n".join(f"{key}: {_yaml(value)}" for key, value in changed.items()) or "(nothing: the defaults, written out)"
+    lines = (
+        "\n".join(f"{key}: {_yaml(value)}" for key, value in changed.items()) or "(nothing: the defaults, written out)"
+    )
     return f"### {path.name}\n\n{comment}\n\n```text\n{lines}\n```"
 
 

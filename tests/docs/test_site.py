@@ -81,6 +81,8 @@ def test_every_recipe_key_stands_there_with_its_default(site: Path) -> None:
     row = next(line for line in re.findall(r"<tr>.*?</tr>", text, re.DOTALL) if 'id="calibrate.samples"' in line)
     assert all(word in row for word in ("integer", "at least 1", "<code>160</code>", "trajectories"))
     assert 'id="allocate.protect[].schemes"' in text
+    described = re.findall(r'id="([^"]+)">[^<]*</code></td>\s*<td>.*?</td>\s*<td>.*?</td>\s*<td>(.*?)</td>', text)
+    assert len(described) >= 80 and all(words for _, words in described), [key for key, words in described if not words]
 
 
 @needs_mkdocs
