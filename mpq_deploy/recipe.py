@@ -178,7 +178,7 @@ class RecoverSection(Section):
 class EngineSection(Section):
     """How the engine is built."""
 
-    build: bool = Field(True, description="false: stop at the quantized graph")
+    build: bool = Field(True, description="false: no engine, all else")
     batch_min: int = Field(1, ge=1, description="smallest batch that the engine takes")
     batch_opt: int = Field(2, ge=1, description="batch that it is tuned for")
     batch_max: int = Field(8, ge=1, description="largest batch")

@@ -138,7 +138,8 @@ def targets_page() -> str:
 TARGETS_HEAD = """# Every target
 
 Made from the YAML files in `mpq_deploy/engine/targets/`. What a target is, how to write your own and what
-differs between the dialects of TensorRT: [targets](targets.md). A figure with `?` was not looked up in the source that it names."""
+differs between the dialects of TensorRT: [targets](targets.md). A figure with `?` was not looked up in
+the source that it names."""
 
 
 def recipe_keys() -> Iterator[str]:
