@@ -29,10 +29,12 @@ class CalibrateSection(Section):
     samples: int = Field(160, ge=1, description="trajectories")
     observed: int = Field(48, ge=1, description="of the recorded calls, those that activations are observed on")
     steps: int = Field(20, ge=1, description="steps of the sampler")
-    batch_size: int = Field(16, ge=1)
-    seed: int = 1
-    scale: Literal["mse", "percentile", "absmax"] = "mse"
-    percentile: float = Field(99.99, gt=50, le=100)
+    batch_size: int = Field(16, ge=1, description="samples per call")
+    seed: int = Field(1, description="of the noise that trajectories start from")
+    scale: Literal["mse", "percentile", "absmax"] = Field(
+        "mse", description="how INT8 scales of activations are chosen"
+    )
+    percentile: float = Field(99.99, gt=50, le=100, description="of absolute values, for scale percentile")
     reservoir: int = Field(8192, ge=256, description="values kept per activation for choosing its scale")
 
 
@@ -40,25 +42,29 @@ class OrmSection(Section):
     """MPQ-Diff's importance of layers: settings of the method "orm" and of its controls."""
 
     beta: float = Field(1.0, ge=0, allow_inf_nan=False, description="theta = exp(-beta gamma), gamma in [0, 1]")
-    estimator: Literal["biased", "debiased"] = "biased"
+    estimator: Literal["biased", "debiased"] = Field("biased", description="of linear CKA between two layers' outputs")
     aggregation: Literal["mean", "exponential"] = Field("mean", description="of theta over timesteps")
     eta: float = Field(1.0, allow_inf_nan=False, description="growth of exponential weights in denoising order")
     importance: Literal["layer", "later"] = Field("layer", description="later: mean over a layer and all later ones")
     bits: Literal["nominal", "deployed"] = Field("nominal", description="deployed: scales count as bits")
-    activation_bits: Literal["int8", "programme", "fp16"] = "int8"
+    activation_bits: Literal["int8", "programme", "fp16"] = Field(
+        "int8", description="of every layer that may have them; programme: by a second one"
+    )
     activation_budget: float = Field(12.0, ge=8, le=16, description="bits per activation element, for programme")
 
 
 class MeasureSection(Section):
     """How the loss of every (layer, scheme) is predicted."""
 
-    method: Literal["probe", "gain", "local_error", "exhaustive", "kurtosis", "orm", "size-only", "random"] = "probe"
-    probes: int = Field(4, ge=1)
+    method: Literal["probe", "gain", "local_error", "exhaustive", "kurtosis", "orm", "size-only", "random"] = Field(
+        "probe", description="sensitivity: what the solver's losses are"
+    )
+    probes: int = Field(4, ge=1, description="random directions per call, for probe")
     timesteps: int = Field(20, ge=1, description="of the calibrated timesteps, those that are measured")
     samples: int = Field(128, ge=1, description="calibration samples kept from rounding and measured on")
     calls: int = Field(24, ge=1, description="of these samples, those measured at each timestep; others at the next")
-    batch_size: int = Field(16, ge=1)
-    seed: int = 2
+    batch_size: int = Field(16, ge=1, description="samples per call")
+    seed: int = Field(2, description="of probes, noise and random losses")
     sampling: Literal["uniform", "adaptive"] = Field(
         "uniform", description="adaptive: more timesteps where the layers' importance (ORM) changes fastest"
     )
@@ -69,8 +75,8 @@ class MeasureSection(Section):
 class ProtectRule(Section):
     """Layers whose name matches ``layers`` (shell pattern) may only take ``schemes``."""
 
-    layers: str
-    schemes: tuple[str, ...]
+    layers: str = Field(description="shell pattern of layer names, such as up_blocks.*")
+    schemes: tuple[str, ...] = Field(description="what those layers may take")
 
     @field_validator("schemes")
     @classmethod
@@ -82,7 +88,9 @@ class ProtectRule(Section):
 class AllocateSection(Section):
     """What the solver may choose from."""
 
-    schemes: tuple[str, ...] = ("fp16", "w8a8", "w8a16", "w4a16", "w4a8")
+    schemes: tuple[str, ...] = Field(
+        ("fp16", "w8a8", "w8a16", "w4a16", "w4a8"), description="what a layer may take, where the target takes it"
+    )
     branches: tuple[Literal["rows", "cols", "lowrank", "scale", "omq", "zres"], ...] = Field(
         ("rows",),
         description="what may stand beside a quantized body, where the target takes it; omq and zres: simulated alone",
@@ -99,7 +107,7 @@ class AllocateSection(Section):
         None, gt=0, allow_inf_nan=False, description="with objective latency: limit on the sum of the predicted losses"
     )
     latency_table: str | None = Field(None, description="file of 'mpq-deploy profile'; what it lacks is estimated")
-    protect: tuple[ProtectRule, ...] = ()
+    protect: tuple[ProtectRule, ...] = Field((), description="layers that may only take some schemes")
     gap: float = Field(1e-4, ge=0, lt=1, description="relative gap at which the solver may stop")
     time_limit: float = Field(60.0, gt=0, description="seconds")
 
@@ -113,7 +121,7 @@ class AllocateSection(Section):
 class QuantizeSection(Section):
     """How weights are rounded."""
 
-    rounding: Literal["gptq", "nearest"] = "gptq"
+    rounding: Literal["gptq", "nearest"] = Field("gptq", description="nearest: for comparing")
     noise_draws: int = Field(
         3, ge=0, description="fresh noises per recorded sample behind the Hessians; 0: the trajectories themselves"
     )
@@ -135,61 +143,71 @@ class RecoverSection(Section):
     """How the plan's model is trained back towards the float one; ``steps`` 0: not at all."""
 
     steps: int = Field(0, ge=0, description="updates; 0: recovery is off")
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(16, ge=1, description="samples per update")
     trajectories: int = Field(80, ge=1, description="float trajectories to learn from, recorded anew every round")
     round_steps: int = Field(100, ge=1, description="updates per round")
     held_out: int = Field(32, ge=1, description="trajectories never trained on: they decide which state is kept")
     check_every: int = Field(100, ge=1, description="updates between measurements on them, each with a checkpoint")
     rank: int = Field(0, ge=0, description="of the low-rank adapters, at most; 0: full, for what memory allows")
     margin: float = Field(0.0, ge=0, le=0.499, description="how far a latent weight may start off its code, in steps")
-    initialization: Literal["zero", "svd"] = "zero"
-    losses: dict[Literal["output", "eps", "v", "sample", "relation", "memory"], float] = {"output": 1.0}
-    timesteps: Literal["uniform", "sensitivity"] = "sensitivity"
+    initialization: Literal["zero", "svd"] = Field("zero", description="of the adapters; svd: our reading of MPQ-DMv2")
+    losses: dict[Literal["output", "eps", "v", "sample", "relation", "memory"], float] = Field(
+        {"output": 1.0}, description="what is matched, with weights"
+    )
+    timesteps: Literal["uniform", "sensitivity"] = Field(
+        "sensitivity", description="which are drawn more often: all alike, or where the plan's error is larger"
+    )
     # Learning rates for a plan whose NMSE is 1e-3 or more; below they follow the root of the measured one.
     adapter_rate: float = Field(60.0, ge=0, description="learning rate, in units of the layer's weight step / 2500")
     scale_rate: float = Field(0.0015, ge=0, description="learning rate of the logarithms of scales")
     constant_rate: float = Field(0.0015, ge=0, description="learning rate of FP16 constants, in units of their rms")
     warmup: int = Field(10, ge=0, description="updates")
     segments: int = Field(1, ge=1, description="of the graph, computed again in the backward pass to save memory")
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of training; auto: bfloat16 on a GPU that has it"
+    )
     relation_pixels: int = Field(
         256, ge=1, description="most pixels of a map in the relation loss: a grid of larger ones"
     )
     memory_size: int = Field(20000, ge=1, description="pixels in the memory loss's ring buffer")
     memory_pixels: int = Field(128, ge=1, description="pixels compared and then remembered at each update")
     memory_anchors: int = Field(4096, ge=1, description="remembered pixels that they are compared with")
-    seed: int = Field(4, ge=0)
+    seed: int = Field(4, ge=0, description="of batches and noise")
 
 
 class EngineSection(Section):
     """How the engine is built."""
 
-    build: bool = True
-    batch_min: int = Field(1, ge=1)
-    batch_opt: int = Field(2, ge=1)
-    batch_max: int = Field(8, ge=1)
+    build: bool = Field(True, description="false: no engine, all else")
+    batch_min: int = Field(1, ge=1, description="smallest batch that the engine takes")
+    batch_opt: int = Field(2, ge=1, description="batch that it is tuned for")
+    batch_max: int = Field(8, ge=1, description="largest batch")
 
 
 class EvaluateSection(Section):
     """How the quantized model is compared with the float one."""
 
-    samples: int = Field(32, ge=1)
-    steps: int = Field(20, ge=1)
-    timesteps: int = Field(20, ge=1)
-    batch_size: int = Field(16, ge=1)
-    seed: int = 1234
-    sampler: Literal["auto", "ddim", "folder"] = "auto"
-    controls: bool = True
+    samples: int = Field(32, ge=1, description="images compared with the float model's")
+    steps: int = Field(20, ge=1, description="steps of the sampler")
+    timesteps: int = Field(20, ge=1, description="at which the error of the output is measured")
+    batch_size: int = Field(16, ge=1, description="samples per call")
+    seed: int = Field(1234, description="of the noise; not that of calibration")
+    sampler: Literal["auto", "ddim", "folder"] = Field(
+        "auto", description="auto: the built-in DDIM for DDIM and DDPM, else the folder's own class"
+    )
+    controls: bool = Field(True, description="also everything INT8 and everything INT4")
     correction: Literal["none", "ptqd"] = Field("none", description="ptqd: also sample with the output corrected")
-    correction_bias: Literal["channel", "scalar"] = "channel"
+    correction_bias: Literal["channel", "scalar"] = Field("channel", description="one bias per channel, or one")
 
 
 class Recipe(Section):
     """All settings of a run. ``model`` None is the bundled demo."""
 
-    model: str | None = None
-    budget: str = "0.35"
-    target: str = "rtx"
+    model: str | None = Field(None, description="folder, ONNX file, hub id or bundled name; null: emoji")
+    budget: str = Field(
+        "0.35", description="of all constants: share of FP16, a size (600MB), or bits per weight (4.5bits)"
+    )
+    target: str = Field("rtx", description="name of a shipped target, or a YAML file")
     description: str | None = Field(None, description="YAML of an ONNX model, when it does not lie beside it")
     conditions: str | None = Field(None, description=".npz: arrays by input name, one row per condition")
     scheduler: str | None = Field(None, description="scheduler_config.json, or the folder that holds it")
