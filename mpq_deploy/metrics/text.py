@@ -25,8 +25,8 @@ def metrics_text(metrics: ImageMetrics) -> str:
 def _table(rows: Iterable[FrechetInfo]) -> list[str]:
     lines = [f"  {'':<9} {'distance':>9} {'over float':>10}  95 % interval"]
     for row in rows:
-        interval = f"{row.increase_interval.low:+.3g} to {row.increase_interval.high:+.3g}"
-        figures = f"{row.distance:>9.4g} {row.increase:>+10.3g}  {interval:<23}"
+        interval = f"{row.increase_interval.low:+.2g} to {row.increase_interval.high:+.2g}"
+        figures = f"{row.distance:>9.4g} {row.increase:>+10.3g}  {interval:<22}"
         lines.append(f"  {row.variant:<9} {figures}{frechet_verdict(row)}")
     return lines
 
