@@ -173,7 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("models", nargs="*", default=["emoji", "digits"], help="what `mpq-deploy build` takes")
     parser.add_argument("--budgets", default="0.26:0.5", help="FROM:TO, FROM:TO:STEP or a comma-separated list")
-    parser.add_argument("--images", type=int, default=256, help="fresh trajectories behind every measured error")
+    parser.add_argument("--images", type=int, default=640, help="fresh trajectories behind every measured error")
     parser.add_argument("--seed", type=int, default=20260)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe entry, repeatable")
     parser.add_argument("-o", "--out", type=Path, default=Path("runs"), help="where the run folders are")
