@@ -1,0 +1,131 @@
+"""The command line application: what stands before a command, and what every command uses."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mpq_deploy import __version__
+from mpq_deploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from mpq_deploy.pipeline import Summary
+    from mpq_deploy.recipe import Recipe
+    from mpq_deploy.talk import Talk
+
+STAGES = "Stages (over one run folder)"
+LOOK = "Look at results"
+DEVICE = "To a device"
+MACHINE = "This machine"
+
+app = typer.Typer(
+    name="mpq-deploy",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    help="Put a diffusion model on an edge GPU: a TensorRT engine of the size you ask for, with the least damage "
+    "to its images, and a report that proves it.\n\n"
+    "Start with: [bold]mpq-deploy build --budget 0.35[/bold] (the bundled demo model).",
+)
+
+
+class State:
+    """Options that stand before the command."""
+
+    quiet = False
+    json = False
+    debug = False
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def _main(
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Results on stdout as JSON.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    State.quiet, State.json, State.debug = quiet, json, debug
+
+
+def recipe_for(
+    recipe: Path | None,
+    model: str | None,
+    budget: str | None,
+    target: str | None,
+    sensitivity: str | None,
+    additions: Mapping[str, Path | str | None],
+    settings: dict[str, Any] | None = None,
+) -> Recipe:
+    """Return the recipe of a file with the options of a command over it; ``settings`` are recipe entries."""
+    from mpq_deploy.recipe import load_recipe
+
+    return load_recipe(
+        recipe,
+        {
+            "model": model,
+            "budget": budget,
+            "target": target,
+            "measure.method": sensitivity,
+            **{name: str(path) for name, path in additions.items() if path},
+            **(settings or {}),
+        },
+    )
+
+
+def recipe_of(run: Path, recipe: Path | None, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Return the recipe of a run folder, or another one for it, with ``overrides`` of its entries."""
+    from mpq_deploy.recipe import load_recipe
+
+    stored = run / "recipe.yaml"
+    if recipe is None and not stored.is_file():
+        raise UsageError(f"{run} is no run folder: it has no recipe.yaml.", "Make one with 'mpq-deploy build -o RUN'.")
+    return load_recipe(recipe or stored, overrides)
+
+
+def run_until(stage: str, settings: Recipe, out: Path | None) -> None:
+    """Run all stages up to ``stage`` and print what came of it."""
+    from mpq_deploy.pipeline import default_run, open_pipeline
+
+    run = out or default_run(settings)
+    with open_pipeline(settings, run, make_talk()) as pipeline:
+        summary = pipeline.run_until(stage)
+    print_summary(summary)
+
+
+def print_summary(summary: Summary) -> None:
+    """Print what a call found: text, or JSON with --json."""
+    if State.json:
+        print_json(summary.values)
+    else:
+        print(summary.text)
+
+
+def make_talk() -> Talk:
+    """Return what progress goes to: nothing, a terminal, or plain lines."""
+    from mpq_deploy.talk import PlainTalk, RichTalk, Talk
+
+    if State.quiet:
+        return Talk()
+    return RichTalk() if sys.stderr.isatty() else PlainTalk()
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON on stdout."""
+    import json
+
+    print(json.dumps(value, indent=1, sort_keys=True))

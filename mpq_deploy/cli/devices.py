@@ -1,0 +1,95 @@
+"""Commands that bring a run to a device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from mpq_deploy.cli.app import DEVICE, State, app, make_talk, print_json, recipe_of
+from mpq_deploy.cli.options import RunArgument, TargetOption
+
+
+@app.command(rich_help_panel=DEVICE, epilog="Example: mpq-deploy package runs/mine --target jetson-agx-orin")
+def package(
+    run: RunArgument,
+    target: TargetOption = None,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--out", "-o", metavar="FILE", help="The archive.", show_default="<run>.mpq.tar"),
+    ] = None,
+) -> None:
+    """Pack what a device needs into one archive: the graph, its checks, an installer."""
+    from mpq_deploy.engine.target import load_target
+    from mpq_deploy.package import make_package
+    from mpq_deploy.pipeline import open_pipeline
+
+    recipe = recipe_of(run, None)
+    with open_pipeline(recipe, run, make_talk()) as pipeline:
+        written = make_package(pipeline, load_target(target or recipe.target), out or Path(f"{run.name}.mpq.tar"))
+    if State.json:
+        print_json(written)
+    else:
+        print(f"{written['file']}  {written['bytes']:,} bytes\nsha256 {written['sha256']}")
+
+
+@app.command(rich_help_panel=DEVICE, epilog="Example: mpq-deploy install model.mpq.tar")
+def install(
+    archive: Annotated[Path, typer.Argument(metavar="MODEL.mpq.tar", help="The package.", show_default=False)],
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--out", "-o", metavar="FOLDER", help="Where to.", show_default="beside the archive"),
+    ] = None,
+    force_memory: Annotated[
+        bool, typer.Option("--force-memory", help="Build even if memory is estimated to be too small.")
+    ] = False,
+) -> None:
+    """On the device: verify, build, check the layers, run the references, measure.
+
+    Without mpq-deploy on the device: tar xf MODEL.mpq.tar, then ./build.sh. Exit code 1 when something differs.
+    """
+    from mpq_deploy.device.install import default_out, summary
+    from mpq_deploy.device.install import install as install_package
+
+    folder = out or default_out(archive)
+    results = install_package(archive, folder, make_talk(), force_memory)
+    if State.json:
+        print_json(results)
+    else:
+        print(summary(results, folder))
+    if not results["passed"]:
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=DEVICE, epilog="Example: mpq-deploy deploy runs/mine --ssh nvidia@orin.local")
+def deploy(
+    run: RunArgument,
+    ssh: Annotated[str, typer.Option("--ssh", metavar="USER@HOST", help="The device, as for ssh.")],
+    target: TargetOption = None,
+    ssh_command: Annotated[str, typer.Option("--ssh-command", help="The client, with options.")] = "ssh",
+    folder: Annotated[str, typer.Option("--folder", help="The folder on the device.")] = "mpq-deploy",
+    python: Annotated[str, typer.Option("--python", help="What runs the installer there.")] = "python3",
+) -> None:
+    """Package, copy, install on the device and fetch the results, over your own ssh.
+
+    Host keys are checked as your ssh configuration says. A broken call goes on when repeated.
+    """
+    import shlex
+
+    from mpq_deploy.deploy import Remote
+    from mpq_deploy.deploy import deploy as deploy_run
+    from mpq_deploy.device.install import summary
+    from mpq_deploy.engine.target import load_target
+    from mpq_deploy.pipeline import open_pipeline
+
+    recipe = recipe_of(run, None)
+    remote = Remote(ssh, tuple(shlex.split(ssh_command)), folder, python)
+    with open_pipeline(recipe, run, make_talk()) as pipeline:
+        results = deploy_run(pipeline, load_target(target or recipe.target), remote)
+    if State.json:
+        print_json(results)
+    else:
+        print(summary(results, Path(folder)))
+    if not results["passed"]:
+        raise typer.Exit(1)
