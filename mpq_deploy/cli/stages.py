@@ -26,7 +26,7 @@ from mpq_deploy.cli.options import (
     TargetOption,
     latency_settings,
 )
-from mpq_deploy.errors import UsageError
+from mpq_deploy.errors import UsageError, nearest
 
 if TYPE_CHECKING:
     from mpq_deploy.recipe import Recipe
@@ -195,9 +195,13 @@ def recovering(settings: Recipe) -> Recipe:
 
 def losses_of(given: list[str] | None) -> dict[str, float] | None:
     """Read NAME or NAME=WEIGHT; None where none was given."""
+    from mpq_deploy.recover.options import LOSSES
+
     losses = {}
     for text in given or ():
         name, _, weight = text.partition("=")
+        if name not in LOSSES:
+            raise UsageError(f"--loss {text} names no loss.", f"{nearest(name, LOSSES)}Known: {', '.join(LOSSES)}.")
         try:
             losses[name] = float(weight or 1.0)
         except ValueError as error:

@@ -22,7 +22,13 @@ from mpq_deploy.graph.dialects import Dialect
 from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.graph.write import SIMULATED, write_quantized
 from mpq_deploy.recover.checkpoint import restore_checkpoint, save_checkpoint
-from mpq_deploy.recover.estimate import FLOAT32_BYTES, available_memory, estimate_memory, refuse_too_large
+from mpq_deploy.recover.estimate import (
+    FLOAT32_BYTES,
+    MemoryEstimate,
+    available_memory,
+    estimate_memory,
+    refuse_too_large,
+)
 from mpq_deploy.recover.initialization import initialize_from_error
 from mpq_deploy.recover.options import RecoverOptions
 from mpq_deploy.recover.result import Recovery
@@ -148,17 +154,22 @@ def _place(student: Student, options: RecoverOptions) -> None:
     student.training_type = torch.bfloat16 if half else torch.float32
 
 
-def check_memory(task: RecoverTask, options: RecoverOptions, talk: Talk) -> None:
-    """Refuse training that will not fit into the memory that is free. Raises UsageError."""
+def expected_memory(task: RecoverTask, options: RecoverOptions, talk: Talk) -> MemoryEstimate:
+    """Estimate what training takes of memory, from the layers' shapes and one call of the float model."""
     names = tuple(name for name in tensors_of(task.graph.model) if name)
     shapes = activation_shapes(task.graph, task.recorded, task.conditions, task.spec, talk, names=names)
-    estimate = estimate_memory(
+    return estimate_memory(
         [(len(start.weight), start.weight.shape[1]) for start in task.starts],
         options.rank,
         FLOAT32_BYTES * sum(shape.elements for shape in shapes.values()),
         options.batch_size,
         options.segments,
     )
+
+
+def check_memory(task: RecoverTask, options: RecoverOptions, talk: Talk) -> None:
+    """Refuse training that will not fit into the memory that is free. Raises UsageError."""
+    estimate = expected_memory(task, options, talk)
     if torch.cuda.is_available():
         refuse_too_large(estimate, torch.cuda.mem_get_info()[0], "the GPU")
         return

@@ -66,7 +66,7 @@ class Trainer:
         self.student, self.options, self.talk = student, options, talk
         self._recorder = recorder
         self.batches = Batches(spec, conditions, options.batch_size)
-        self.held_out = recorder.record(options.held_out, options.seed, HELD_OUT_ROUND)
+        self.held_out = recorder.record(options.held_out, options.seed, HELD_OUT_ROUND, held_out=True)
         self._pool: tuple[int, Trajectories] | None = None
         self.losses = LossTerms(spec, options, self.held_out.energy, int(np.prod(self.held_out.outputs.shape[2:])))
         self.optimizer = _optimizer(student, options)

@@ -13,6 +13,7 @@ import numpy as np
 
 from mpq_deploy.calibrate.trajectories import cycled_rows
 from mpq_deploy.denoisers.spec import Array, DenoiserSpec
+from mpq_deploy.errors import UsageError
 from mpq_deploy.runtime.ort import OrtDenoiser
 from mpq_deploy.sampling.loop import denoise, first_samples
 from mpq_deploy.sampling.sampler import SamplerKind, make_sampler
@@ -47,13 +48,18 @@ class TrajectoryRecorder:
         self._denoiser = OrtDenoiser(model, spec)
         self._spec, self._conditions, self._steps, self._kind = spec, conditions, steps, sampler
 
-    def record(self, count: int, seed: int, number: int) -> Trajectories:
-        """Return ``count`` trajectories from the noise of round ``number``."""
+    def record(self, count: int, seed: int, number: int, held_out: bool = False) -> Trajectories:
+        """Return ``count`` trajectories from the noise of round ``number``.
+
+        A component without timesteps has no noise but inputs of its own: the last fourth of those that it may be
+        calibrated on is for ``held_out``, and then there may be fewer than ``count``. Raises UsageError where it has
+        fewer than two.
+        """
         noise_seed = int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
         sampler = make_sampler(self._spec.scheduler, self._steps, noise_seed, self._kind)
         kept = _Kept(self._denoiser)
         batch = 16 if all(item.batched for item in self._spec.conditions) else 1
-        rows = cycled_rows(self._spec, self._conditions, count, noise_seed)
+        rows = self._rows(count, noise_seed, held_out)
         denoise(
             kept,
             sampler,
@@ -65,6 +71,22 @@ class TrajectoryRecorder:
             on_call=kept.on_call,
         )
         return kept.finish()
+
+    def _rows(self, count: int, seed: int, held_out: bool) -> Array:
+        known = self._spec.calibration_rows
+        if known is None:
+            return cycled_rows(self._spec, self._conditions, count, seed)
+        if known < 2:
+            raise UsageError(
+                f"Recovery needs two inputs at least, one to learn from and one held out; there is {known}.",
+                "Raise component_samples.",
+            )
+        apart = max(1, known // 4)
+        if held_out:
+            return np.arange(known - apart, known, dtype=np.int64)[:count]
+        return cycled_rows(
+            self._spec.model_copy(update={"calibration_rows": known - apart}), self._conditions, count, seed
+        )
 
 
 @dataclass

@@ -77,7 +77,10 @@ def test_a_text_pipeline_and_its_parts_build(tmp_path: Path) -> None:
     decoder = built(folder, tmp_path / "vae", component="vae", **options)
     assert decoder.report["evaluation"]["image_kind"] == "pixels"
     assert any("samples of the float denoiser" in note for note in decoder.report["notes"])
-    encoder = built(folder, tmp_path / "text", component="text_encoder", budget=0.7, **options)
+    training = {"steps": 4, "check_every": 2, "batch_size": 2, "held_out": 4, "trajectories": 4}
+    encoder = built(folder, tmp_path / "text", component="text_encoder", budget=0.7, recover=training, **options)
+    recovery = encoder.report["recovery"]
+    assert recovery["after"] <= recovery["before"]
     assert encoder.report["evaluation"]["image_kind"] == "features"
     # What was calibrated on is not what is compared on.
     with np.load(tmp_path / "text" / "calibrate" / "inputs.npz") as inputs:
