@@ -123,6 +123,7 @@ def report_data(pipeline: Pipeline) -> ReportData:
         recovery=_recovery(pipeline),
         frechet=metrics.frechet if metrics else (),
         frechet_controls=metrics.controls if metrics else {},
+        scores=metrics.scores if metrics else (),
     )
 
 

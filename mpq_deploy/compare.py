@@ -249,7 +249,7 @@ def _run_json(report: ReadReport) -> dict[str, Any]:
         "evaluation",
         "simulated",
     )
-    plain = report.model_dump(mode="json", include={*kept, "frechet", "remarks"})
+    plain = report.model_dump(mode="json", include={*kept, "frechet", "scores", "remarks"})
     return {
         **plain,
         "size_ratio": report.size_ratio,

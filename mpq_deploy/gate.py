@@ -21,7 +21,7 @@ from mpq_deploy.errors import UsageError
 from mpq_deploy.report import words
 from mpq_deploy.report.data import Interval
 from mpq_deploy.report.markdown import plain, table
-from mpq_deploy.report.read import FrechetDistance, ReadReport, slowest
+from mpq_deploy.report.read import FrechetDistance, ReadReport, Score, slowest
 
 Status = Literal["passed", "failed", "not measured"]
 SUITE = "mpq-deploy gate"
@@ -36,7 +36,8 @@ class Limits:
     """What is asked for; None: not asked. ``max_size`` as a budget is written (0.36, 35%, 600MB).
 
     PSNR in dB; NMSE of the output; ``max_frechet_increase`` over the float model's own distance, or over the
-    baseline's; ``max_psnr_drop`` in dB below the baseline.
+    baseline's; ``max_psnr_drop`` in dB below the baseline. ``max_lpips`` to the float model's images;
+    ``max_clip_drop`` below the float model's own CLIP score.
     """
 
     max_size: str | None = None
@@ -46,13 +47,15 @@ class Limits:
     max_frechet_increase: float | None = None
     max_latency_ms: float | None = None
     max_psnr_drop: float | None = None
+    max_lpips: float | None = None
+    max_clip_drop: float | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise UsageError(f"--{field.name.replace('_', '-')} is {value}.", "Give a finite number.")
-        for name in ("max_nmse", "max_latency_ms", "min_ssim"):
+        for name in ("max_nmse", "max_latency_ms", "min_ssim", "max_lpips"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 option = name.removesuffix("_ms").replace("_", "-")
@@ -116,6 +119,8 @@ def check_gate(
         "max_frechet_increase": lambda limit: _frechet(report, limit, baseline),
         "max_latency_ms": lambda limit: _latency(report, limit, allow_estimate),
         "max_psnr_drop": lambda limit: _psnr_drop(report, limit, baseline),
+        "max_lpips": lambda limit: _lpips(report, limit),
+        "max_clip_drop": lambda limit: _clip_drop(report, limit),
     }
     asked = {name: getattr(limits, name) for name in checks}
     outcomes = tuple(check(asked[name]) for name, check in checks.items() if asked[name] is not None)
@@ -299,6 +304,34 @@ def _psnr_drop(report: ReadReport, limit: float, baseline: ReadReport | None) ->
     status: Status = "passed" if -difference.value <= limit else "failed"
     shown = f"{_shown(difference.value, -limit, 2, '+')} dB"
     return Outcome(name, asked, shown, status, difference.value, -limit, interval, said)
+
+
+def _lpips(report: ReadReport, limit: float) -> Outcome:
+    asked, found = f"at most {limit:g}", _score(report, "lpips")
+    if found is None:
+        said = "The report holds no LPIPS of this plan. Measure it with 'mpq-deploy metrics RUN --lpips'."
+        return Outcome("LPIPS", asked, words.NOT_MEASURED, "not measured", None, limit, detail=said)
+    interval = _ends(found.interval)
+    said = f"{found.title}. {_about(limit, interval, '', words.count(found.samples, 'image'), '--images')}"
+    status: Status = "passed" if found.value <= limit else "failed"
+    return Outcome("LPIPS", asked, _shown(found.value, limit, 4), status, found.value, limit, interval, said)
+
+
+def _clip_drop(report: ReadReport, limit: float) -> Outcome:
+    """Hold the CLIP score against the float model's own, of the same noise and prompts."""
+    name, asked, found = "CLIP score", f"at most {limit:g} below the float model's", _score(report, "clip-score")
+    if found is None:
+        said = "The report holds no CLIP score of this plan. Measure it with 'mpq-deploy metrics RUN --clip-score'."
+        return Outcome(name, asked, words.NOT_MEASURED, "not measured", None, limit, detail=said)
+    change, interval = found.value - found.floor, _ends(found.increase_interval)
+    said = f"{found.title}: {found.value:.4g}, the float model's {found.floor:.4g}."
+    said = f"{said} {_about(-limit, interval, '', f'{found.samples:,} images, paired', '--images')}"
+    status: Status = "passed" if -change <= limit else "failed"
+    return Outcome(name, asked, _shown(change, -limit, 3, "+"), status, change, -limit, interval, said)
+
+
+def _score(report: ReadReport, kind: str) -> Score | None:
+    return next((one for one in report.scores if one.variant == "ours" and one.score == kind), None)
 
 
 def _why(report: ReadReport) -> str:

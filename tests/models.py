@@ -190,6 +190,27 @@ def write_text_encoder(folder: Path, vocabulary: int, end: int, projected: bool,
     randomize(model, seed).save_pretrained(folder, safe_serialization=True)
 
 
+def tiny_clip_folder(tmp_path: Path, seed: int = 0) -> Path:
+    """A whole CLIP of random weights with its tokenizer: images of 28 x 28 pixels, both towers of one layer."""
+    import torch
+    from transformers import CLIPConfig, CLIPModel
+
+    folder = tmp_path / "tiny_clip"
+    tokenizer = write_tokenizer(folder)
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    end = tokenizer.eos_token_id
+    text = {**shape, "vocab_size": len(tokenizer), "max_position_embeddings": TOKENS}
+    text |= {"bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end}
+    vision = {**shape, "image_size": 28, "patch_size": 14}
+    torch.manual_seed(seed)
+    model = randomize(CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)), seed)
+    model.save_pretrained(folder, safe_serialization=True)
+    half = [0.5, 0.5, 0.5]
+    settings = {"crop_size": {"height": 28, "width": 28}, "image_mean": half, "image_std": half}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return folder
+
+
 def tiny_text_pipeline_folder(tmp_path: Path, seed: int = 0, xl: bool = False, **unet: Any) -> Path:
     """A Stable-Diffusion-like folder: CLIP tokenizer and text model, cross-attention UNet, AutoencoderKL.
 

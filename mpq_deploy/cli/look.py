@@ -170,18 +170,24 @@ def metrics(
         typer.Option("--workers", min=1, help="Processes that sample.", show_default="one per core"),
     ] = None,
     controls: Annotated[bool, typer.Option("--controls", help="Also the run's controls (INT8, INT4).")] = False,
+    lpips: Annotated[bool, typer.Option("--lpips", help="Also LPIPS, image by image.")] = False,
+    clip_score: Annotated[bool, typer.Option("--clip-score", help="Also how well images fit their prompts.")] = False,
 ) -> None:
     """Measure how the images are distributed: FID or another Frechet distance, KID, precision, recall.
 
-    To the float model's images from the same noise, and to real ones. Stopped, it goes on with the images that are
-    finished. The result goes into the run's reports, and so before 'mpq-deploy gate'.
+    To the float model's images from the same noise, and to real ones; image by image with --lpips and --clip-score.
+    Stopped, it goes on with the images that are finished. The result goes into the run's reports, and so before
+    'mpq-deploy gate'.
     """
     from mpq_deploy.metrics.measure import MetricsOptions, measure_metrics
-    from mpq_deploy.metrics.networks import parse_weights
+    from mpq_deploy.metrics.networks import LPIPS, parse_weights
+    from mpq_deploy.metrics.scores import CLIP_SCORE
     from mpq_deploy.metrics.text import metrics_text
     from mpq_deploy.pipeline import open_pipeline
 
-    options = MetricsOptions(tuple(network or ()), images, real, parse_weights(weights or []), seed, workers, controls)
+    scores = tuple(name for name, asked in ((LPIPS, lpips), (CLIP_SCORE, clip_score)) if asked)
+    given = parse_weights(weights or [])
+    options = MetricsOptions(tuple(network or ()), images, real, given, seed, workers, controls, scores)
     with open_pipeline(recipe_of(run, None), run, make_talk()) as pipeline:
         pipeline.run_until("evaluate")
         found = measure_metrics(pipeline, options)
@@ -223,6 +229,14 @@ def gate(
         Optional[float],  # noqa: UP045
         typer.Option("--max-psnr-drop", metavar="DB", help="Below the baseline.", show_default=False),
     ] = None,
+    max_lpips: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option("--max-lpips", help="To the float model's images.", show_default=False),
+    ] = None,
+    max_clip_drop: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option("--max-clip-drop", help="CLIP score below the float model's.", show_default=False),
+    ] = None,
     baseline: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option("--baseline", metavar="RUN", help="A run folder or report.json.", show_default=False),
@@ -245,7 +259,17 @@ def gate(
     from mpq_deploy.report.read import read_report
 
     latency = None if max_latency is None else parse_latency(max_latency)
-    limits = Limits(max_size, min_psnr, min_ssim, max_nmse, max_frechet_increase, latency, max_psnr_drop)
+    limits = Limits(
+        max_size,
+        min_psnr,
+        min_ssim,
+        max_nmse,
+        max_frechet_increase,
+        latency,
+        max_psnr_drop,
+        max_lpips,
+        max_clip_drop,
+    )
     former = None if baseline is None else read_report(baseline)
     result = check_gate(read_report(run), limits, former, allow_estimate)
     for path, text in ((junit, gate_junit(result)), (markdown, gate_markdown(result))):

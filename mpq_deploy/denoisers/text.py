@@ -258,7 +258,7 @@ class Encoder:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
+def no_bars() -> Iterator[None]:
     """Keep transformers' own progress bars out of the output."""
     from transformers.utils import logging
 
@@ -292,7 +292,7 @@ def load_part(folder: Path, pipeline: dict[str, Any], name: str, allowed: tuple[
         options["dtype"] = torch.float32
         options["output_loading_info"] = True
     try:
-        with _no_bars():
+        with no_bars():
             loaded = getattr(transformers, class_name).from_pretrained(folder / name, **options)
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise ModelError(f"The {name} of {folder} cannot be loaded: {str(error).splitlines()[0]}") from error

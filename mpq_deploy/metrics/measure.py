@@ -19,6 +19,7 @@ from mpq_deploy.artefacts import canonical_json, write_text
 from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.errors import UsageError
 from mpq_deploy.evaluate.cache import SampleCache, arrays_digest, model_digest
+from mpq_deploy.evaluate.interval import mean_interval, paired_interval
 from mpq_deploy.graph.write import SIMULATED
 from mpq_deploy.metrics.frechet import (
     Moments,
@@ -42,7 +43,8 @@ from mpq_deploy.metrics.networks import (
 )
 from mpq_deploy.metrics.real import RealSet, real_set
 from mpq_deploy.metrics.sampling import Sampled, SamplingOptions, Source, image_shape, sample_many
-from mpq_deploy.report.data import FrechetInfo, Interval
+from mpq_deploy.metrics.scores import ImageScore, open_scores, prompts_of
+from mpq_deploy.report.data import FrechetInfo, Interval, ScoreInfo
 from mpq_deploy.stages.common import Exported, deployed_stage
 from mpq_deploy.talk import Talk
 
@@ -58,7 +60,10 @@ CHUNK = 64
 
 @dataclass(frozen=True)
 class MetricsOptions:
-    """What to measure. ``networks`` empty: the default one; ``seed`` None: the evaluation's."""
+    """What to measure. ``networks`` empty: the default one; ``seed`` None: the evaluation's.
+
+    ``scores``: names of ``metrics.scores.SCORES``.
+    """
 
     networks: tuple[str, ...] = ()
     images: int = 512
@@ -67,11 +72,14 @@ class MetricsOptions:
     seed: int | None = None
     workers: int | None = None
     controls: bool = False
+    scores: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class ImageMetrics:
     """The distances of the plan's images (``frechet``) and of the controls', and for whose graph they hold (digests).
+
+    ``scores``: LPIPS and CLIP scores, those of the plan and of the controls, where they were asked for.
 
     Seconds of sampling and of all, and whether every image was ``fresh`` (none cached), are not kept.
     """
@@ -81,6 +89,7 @@ class ImageMetrics:
     ours_digest: str
     float_digest: str
     notes: tuple[str, ...] = ()
+    scores: tuple[ScoreInfo, ...] = ()
     sampling_seconds: float = field(default=0.0, compare=False)
     seconds: float = field(default=0.0, compare=False)
     fresh: bool = field(default=False, compare=False)
@@ -97,6 +106,7 @@ class ImageMetrics:
             "ours_digest": self.ours_digest,
             "float_digest": self.float_digest,
             "notes": list(self.notes),
+            "scores": [one.model_dump(mode="json") for one in self.scores],
         }
 
     @classmethod
@@ -117,6 +127,8 @@ class ImageMetrics:
             text["ours_digest"],
             text["float_digest"],
             tuple(text["notes"]),
+            # Files of earlier releases have none.
+            tuple(ScoreInfo(**row) for row in text.get("scores", ())),
         )
 
 
@@ -141,6 +153,7 @@ def measure_metrics(pipeline: Pipeline, options: MetricsOptions) -> ImageMetrics
     )
     cache = pipeline.run.path / ".samples"
     shape = image_shape(exported.spec, exported.path.parent)
+    scores = open_scores(options.scores, found, exported.spec, shape)
     reals = {network.name: real_set(options.real, network, found, shape) for network in networks}
     sources = _sources(pipeline, exported.path, seed, options.controls)
     sampled = sample_many(sources, exported.path, exported.spec, exported.conditions, sampling, cache, pipeline.talk)
@@ -149,12 +162,15 @@ def measure_metrics(pipeline: Pipeline, options: MetricsOptions) -> ImageMetrics
     for network in networks:
         for name, made in measure.on(network, reals[network.name], tuple(rows)).items():
             rows[name] += made
+    prompts = prompts_of(exported.spec, sampled.rows) if scores else ()
+    scored = tuple(row for score in scores for row in measure.scored(score, (OURS, *rows), prompts))
     metrics = ImageMetrics(
         tuple(rows.pop(OURS)),
         {name: tuple(made) for name, made in rows.items()},
         model_digest(sources[OURS].model),
         model_digest(exported.path),
         _notes(networks, reals, options.images),
+        scored,
         sampled.seconds,
         time.monotonic() - started,
         sampled.made == sampled.shards,
@@ -262,13 +278,52 @@ class _Measure:
             **(_sets(ours, reference, real.features) if real.features is not None else {}),
         )
 
+    def scored(self, score: ImageScore, variants: tuple[str, ...], prompts: tuple[str, ...]) -> list[ScoreInfo]:
+        """Return the mean score of each of ``variants``, beside the float model's; ``prompts``: one per image."""
+        found = {name: self._scores(score, name, prompts) for name in dict.fromkeys((FLOAT, OTHER, *variants))}
+        own = found[FLOAT]
+        return [
+            ScoreInfo(
+                **self._from(name),
+                title=score.title,
+                score=score.name,
+                score_digest=score.digest,
+                value=float(np.mean(found[name])),
+                floor=float(np.mean(own)),
+                interval=_ends(mean_interval(found[name].tolist())),
+                increase_interval=_ends(paired_interval(found[name].tolist(), own.tolist())),
+                other_noise=float(np.mean(found[OTHER])),
+            )
+            for name in dict.fromkeys(variants)
+        ]
+
+    def _scores(self, score: ImageScore, name: str, prompts: tuple[str, ...]) -> Array:
+        images, reference = self._sampled.images[name], self._sampled.images[FLOAT]
+        key = {"part": "scores", "score": score.digest, "prompts": list(prompts)}
+        key |= {"images": arrays_digest({"images": images, "reference": reference})}
+        kept = self._store.find(key)
+        if kept is not None:
+            return kept["scores"]
+        parts = []
+        with self._talk.bar(f"{score.title} of {name}", len(images)) as advance:
+            for start in range(0, len(images), CHUNK):
+                chunk = slice(start, start + CHUNK)
+                parts.append(score.scores(images[chunk], reference[chunk], prompts[chunk]))
+                advance(len(parts[-1]))
+        return self._store.keep(key, {"scores": np.concatenate(parts)})["scores"]
+
     def _about(self, network: FeatureNetwork, name: str) -> dict[str, Any]:
-        options = self._options
         return {
-            "variant": name,
+            **self._from(name),
             "title": network.title,
             "network": network.name,
             "network_digest": network.digest,
+        }
+
+    def _from(self, name: str) -> dict[str, Any]:
+        options = self._options
+        return {
+            "variant": name,
             "samples": options.images,
             "sampler": self._sampled.sampler,
             "steps": options.steps,
@@ -289,6 +344,10 @@ def _sets(ours: Array, reference: Array, against: Array) -> dict[str, float | No
         "precision_floor": precision_floor,
         "recall_floor": recall_floor,
     }
+
+
+def _ends(interval: tuple[float, float] | None) -> Interval | None:
+    return None if interval is None else Interval(low=interval[0], high=interval[1])
 
 
 def _interval(value: float, error: float, least: float | None = None) -> Interval:

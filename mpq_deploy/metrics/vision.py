@@ -40,15 +40,7 @@ class VisionNetwork:
     """
 
     def __init__(self, name: str, folder: Path) -> None:
-        settings = json.loads((folder / PREPROCESSOR).read_text())
-        crop = settings.get("crop_size") or settings.get("size") or {}
-        try:
-            self._side = int(crop if isinstance(crop, int) else crop["height"])
-            self._mean, self._deviation = settings["image_mean"], settings["image_std"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise UsageError(
-                f"{folder / PREPROCESSOR} does not say {error}.", "It must name crop_size, image_mean and image_std."
-            ) from error
+        self._side, self._mean, self._deviation = preprocessing(folder)
         self._model = _model(name, folder)
         self._projects = name == CLIP
         config = self._model.config
@@ -65,12 +57,32 @@ class VisionNetwork:
         return found.image_embeds if self._projects else found.last_hidden_state[:, 0]
 
 
+def preprocessing(folder: Path) -> tuple[int, list[float], list[float]]:
+    """Return the side of the crop, the mean and the deviation that a folder's preprocessor_config.json names.
+
+    Raises UsageError for one that does not.
+    """
+    path = folder / PREPROCESSOR
+    try:
+        settings = json.loads(path.read_text())
+        crop = settings.get("crop_size") or settings.get("size") or {}
+        side = int(crop if isinstance(crop, int) else crop["height"])
+        return side, settings["image_mean"], settings["image_std"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{path} does not say {error}.", "It must name crop_size, image_mean and image_std."
+        ) from error
+
+
 def _model(name: str, folder: Path) -> Any:
     import transformers
 
+    from mpq_deploy.denoisers.text import no_bars
+
     kind = transformers.CLIPVisionModelWithProjection if name == CLIP else transformers.Dinov2Model
     try:
-        return kind.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+        with no_bars():
+            return kind.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UsageError(
             f"{folder} is no '{name}' of the transformers library: {error}", "Give a folder that it saved."

@@ -96,6 +96,10 @@ def about(report: ReadReport) -> list[str]:
             f"{one.called} {one.distance:.3g} to the {one.against} images ({one.samples:,} images; "
             f"the float model's {one.floor:.3g})"
         )
+    for score in report.scores:
+        if score.variant == "ours":
+            own = f"; the float model's {score.floor:.4g}" if score.score == "clip-score" else ""
+            said.append(f"{score.title} {score.value:.3g} ({score.samples:,} images{own})")
     return [*said, *report.remarks]
 
 

@@ -293,6 +293,34 @@ class FrechetInfo(Part):
         return self.increase_interval.low <= 0 <= self.increase_interval.high
 
 
+class ScoreInfo(Part):
+    """A score of one model's images, the mean over images (``metrics.scores``), with all that its value depends on.
+
+    ``floor``: the float model's own (LPIPS: 0, for it is the distance to the float model's image); ``interval`` is that
+    of the mean, ``increase_interval`` that of value - floor, image by image; both None for one image. ``other_noise``:
+    the same of the float model's images from other noise, condition by condition.
+    """
+
+    variant: str
+    title: str
+    score: Literal["lpips", "clip-score"]
+    score_digest: str
+    samples: int = Field(ge=1)
+    sampler: str
+    steps: int = Field(ge=1)
+    seed: int
+    value: float = Field(ge=0)
+    floor: float = Field(ge=0)
+    interval: Interval | None = None
+    increase_interval: Interval | None = None
+    other_noise: float = Field(ge=0)
+
+    @property
+    def increase(self) -> float:
+        """What quantization adds: an LPIPS above 0 is worse, a CLIP score below the float model's is."""
+        return self.value - self.floor
+
+
 class ImportanceInfo(Part):
     """How a metric that weighs bits by the layers' importance chose the plan.
 
@@ -452,6 +480,9 @@ class ReportData(Part):
     recovery: RecoveryInfo | None = None
     frechet: tuple[FrechetInfo, ...] = Field((), description="of this plan's images; from 'mpq-deploy metrics'")
     frechet_controls: dict[str, tuple[FrechetInfo, ...]] = Field(default_factory=dict, description="of the controls'")
+    scores: tuple[ScoreInfo, ...] = Field(
+        (), description="LPIPS and CLIP scores of this plan's images and the controls'"
+    )
 
     @computed_field  # type: ignore[prop-decorator]
     @property

@@ -9,6 +9,7 @@ from mpq_deploy.report.data import ReportData, kept_in_fp16
 from mpq_deploy.report.words import (
     DEVICE_COLUMNS,
     FRECHET_COLUMNS,
+    SCORE_COLUMNS,
     count,
     device_row,
     duration,
@@ -23,6 +24,7 @@ from mpq_deploy.report.words import (
     percent,
     prediction,
     psnr,
+    score_groups,
     similarity,
     size,
     title_of,
@@ -42,6 +44,7 @@ def markdown_report(data: ReportData) -> str:
         intervals_note(data),
         f"Output error: {prediction(data)}. {_engine_line(data)}",
         *_frechet(data),
+        *_scores(data),
         *_importance(data),
         *_devices(data),
         *([plain(f"Recovery: {data.recovery.summary}.")] if data.recovery is not None else []),
@@ -90,6 +93,13 @@ def _frechet(data: ReportData) -> list[str]:
     parts = ["### Distribution of the images"] if data.frechet else []
     for about, rows, other in frechet_groups(data):
         parts += [plain(about), table(FRECHET_COLUMNS, rows), plain(other)]
+    return parts
+
+
+def _scores(data: ReportData) -> list[str]:
+    parts = ["### Image by image"] if data.scores else []
+    for about, rows in score_groups(data):
+        parts += [plain(about), table(SCORE_COLUMNS, rows)]
     return parts
 
 

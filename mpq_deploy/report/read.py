@@ -99,6 +99,25 @@ class FrechetDistance(BaseModel):
         return self.distance - self.floor
 
 
+class Score(BaseModel):
+    """LPIPS or a CLIP score of a model's images, the mean over images; ``floor``: the float model's own (LPIPS: 0)."""
+
+    model_config = _LENIENT
+
+    variant: str
+    score: Literal["lpips", "clip-score"]
+    title: str
+    score_digest: str
+    samples: int = Field(ge=1)
+    value: float = Field(ge=0)
+    floor: float = Field(ge=0)
+    interval: Interval | None = None
+    increase_interval: Interval | None = None
+    sampler: str = ""
+    steps: int | None = None
+    seed: int | None = None
+
+
 class ExpectedCall(BaseModel):
     """What the plan is expected to take per call: a sum over single layers, never a measurement of the engine.
 
@@ -152,6 +171,7 @@ class ReadReport(BaseModel):
     devices: tuple[_Device, ...] = ()
     layers: tuple[_Layer, ...]
     frechet: tuple[FrechetDistance, ...] = ()
+    scores: tuple[Score, ...] = ()
     simulated: bool = False
     remarks: tuple[str, ...] = ()
 

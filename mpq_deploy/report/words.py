@@ -14,6 +14,7 @@ from mpq_deploy.report.data import (
     Interval,
     Ratio,
     ReportData,
+    ScoreInfo,
 )
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -125,7 +126,7 @@ def frechet_about(row: FrechetInfo) -> str:
     return " ".join(said)
 
 
-def _sampler(row: FrechetInfo) -> str:
+def _sampler(row: FrechetInfo | ScoreInfo) -> str:
     """Name the sampler with its steps, which most names hold already."""
     return row.sampler if f"{row.steps} steps" in row.sampler else f"{row.sampler}, {row.steps} steps"
 
@@ -171,6 +172,50 @@ def frechet_groups(data: ReportData) -> list[tuple[str, list[list[str]], str]]:
         ]
         groups.append((frechet_about(own), [frechet_row(title, row) for title, row in same], frechet_other(own)))
     return groups
+
+
+SCORE_COLUMNS = ("", "mean", "95 % interval", "over the float model's", "95 % interval", "")
+
+
+def score_about(row: ScoreInfo) -> str:
+    """Say what a score depends on, and what it is to be held against."""
+    said = f"{row.title}, {count(row.samples, 'image')}, {_sampler(row)}, seed {row.seed}"
+    if row.score == "lpips":
+        return (
+            f"{said}, each to the float model's image from the same noise; less is better. The float model's images "
+            f"from other noise have {row.other_noise:.3g}."
+        )
+    return (
+        f"{said}, each image with its prompt; more is better. The float model's own: {row.floor:.4g}, from other noise "
+        f"{row.other_noise:.4g}."
+    )
+
+
+def score_verdict(row: ScoreInfo) -> str:
+    """Say in a few words what a score shows."""
+    if row.score == "lpips":
+        return "below other noise's" if row.value < row.other_noise else "not below other noise's"
+    if row.increase_interval is None or row.increase_interval.low <= 0 <= row.increase_interval.high:
+        return "no difference shown"
+    return "fits better" if row.increase > 0 else "fits worse"
+
+
+def score_row(title: str, row: ScoreInfo) -> list[str]:
+    """Return the cells of ``SCORE_COLUMNS``."""
+    ends = ["" if one is None else f"{one.low:.3g} to {one.high:.3g}" for one in (row.interval, row.increase_interval)]
+    return [title, f"{row.value:.4g}", ends[0], f"{row.increase:+.3g}", ends[1], score_verdict(row)]
+
+
+def score_groups(data: ReportData) -> list[tuple[str, list[list[str]]]]:
+    """Return for each score of this plan's images: what it is, its row with those of the controls."""
+    return [
+        (
+            score_about(own),
+            [score_row(title_of(row.variant, data), row) for row in data.scores if row.score == own.score],
+        )
+        for own in data.scores
+        if own.variant == "ours"
+    ]
 
 
 def duration(seconds: float | None) -> str:

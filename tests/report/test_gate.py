@@ -247,6 +247,32 @@ def test_a_baseline_of_another_model_is_refused(reported, digests, name, refused
         assert outcome(report, baseline, max_psnr_drop=1.0).passed
 
 
+SCORES = (
+    {"variant": "int4", "score": "lpips", "title": "LPIPS", "score_digest": "d", "samples": 64, "value": 0.9},
+    {"variant": "ours", "score": "lpips", "title": "LPIPS", "score_digest": "d", "samples": 64, "value": 0.05},
+    {
+        **{"variant": "ours", "score": "clip-score", "title": "CLIP score", "score_digest": "d", "samples": 64},
+        **{"value": 25.8, "floor": 26.0, "increase_interval": {"low": -0.4, "high": 0.1}},
+    },
+)
+
+
+@pytest.mark.parametrize(("name", "kept", "broken"), [("max_lpips", 0.06, 0.04), ("max_clip_drop", 0.3, 0.1)])
+def test_scores_of_the_plan_are_held_and_fail_where_they_are_missing(reported, name, kept, broken):
+    report = reported(scores=list(SCORES))
+    assert outcome(report, **{name: kept}).passed
+    assert outcome(report, **{name: broken}).status == "failed"
+    missing = outcome(reported(scores=[SCORES[0]]), **{name: kept})
+    assert missing.status == "not measured"
+    assert "mpq-deploy metrics RUN --" in missing.detail
+
+
+def test_a_clip_score_that_shows_no_drop_says_so(reported):
+    found = outcome(reported(scores=list(SCORES)), max_clip_drop=0.1)
+    assert found.value == pytest.approx(-0.2)
+    assert "The limit lies inside" in found.detail
+
+
 DISTANCE = {"network": "efficientnet-lite0", "against": "real", "samples": 1000, "distance": 12.0, "floor": 11.6}
 
 
