@@ -217,6 +217,10 @@ class Recipe(Section):
     )
     component_samples: int = Field(64, ge=8, description="inputs that a vae is calibrated and compared with")
     guidance_scale: float | None = Field(None, description="classifier-free guidance; None: the model's own")
+    first_token: Literal["quantized", "precomputed"] = Field(
+        "quantized",
+        description="of a text in cross-attention; precomputed: its keys and values are FP16 constants (MixDQ)",
+    )
     calibrate: CalibrateSection = CalibrateSection()
     measure: MeasureSection = MeasureSection()
     allocate: AllocateSection = AllocateSection()

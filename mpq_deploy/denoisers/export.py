@@ -16,7 +16,8 @@ import onnx_ir as ir
 from mpq_deploy.denoisers.conditions import Conditions
 from mpq_deploy.denoisers.denoiser import Denoiser, ExportReport, Network
 from mpq_deploy.denoisers.spec import Array, DenoiserSpec
-from mpq_deploy.errors import ModelError
+from mpq_deploy.errors import ModelError, UsageError
+from mpq_deploy.graph.passes.first_token import common_first_token, precompute_first_token, projects
 from mpq_deploy.runtime.not_finite import first_not_finite
 from mpq_deploy.runtime.ort import make_session, model_feeds
 from mpq_deploy.talk import Talk
@@ -41,8 +42,13 @@ class ExportedModel:
     decoder: Path | None
 
 
-def export_denoiser(denoiser: Denoiser, folder: Path, talk: Talk | None = None) -> ExportReport:
+def export_denoiser(
+    denoiser: Denoiser, folder: Path, talk: Talk | None = None, *, first_token_apart: bool = False
+) -> ExportReport:
     """Write ``denoiser`` into ``folder`` and compare the file, run by ONNX Runtime, with its source.
+
+    ``first_token_apart``: cross-attention gets the keys and values of the text's first token as constants
+    (``graph.passes.first_token``).
 
     Raises ModelError when a weight is not finite, when the graph cannot be exported, or when the outputs differ by
     more than the network's tolerance (1e-3 of the largest output for a PyTorch module).
@@ -52,6 +58,10 @@ def export_denoiser(denoiser: Denoiser, folder: Path, talk: Talk | None = None) 
     folder.mkdir(parents=True, exist_ok=True)
     model = denoiser.network.to_onnx(talk)
     check_finite(model)
+    spec, notes, decoder_error = denoiser.spec, list(denoiser.notes), None
+    if first_token_apart:
+        spec, note = keep_first_token_apart(model, spec, denoiser.conditions)
+        notes.append(note)
     save_model(model, folder / MODEL)
     error = _largest_error(denoiser, folder / MODEL)
     if not error <= denoiser.network.tolerance:
@@ -59,7 +69,6 @@ def export_denoiser(denoiser: Denoiser, folder: Path, talk: Talk | None = None) 
             f"The exported model differs from its source by {error:.2e} of the largest output.",
             f"At most {denoiser.network.tolerance:g} is expected: please report the model's configuration.",
         )
-    spec, notes, decoder_error = denoiser.spec, list(denoiser.notes), None
     if denoiser.decoder is not None:
         try:
             decoder_error = _export_decoder(denoiser.decoder, spec, folder / DECODER, talk)
@@ -80,6 +89,31 @@ def export_denoiser(denoiser: Denoiser, folder: Path, talk: Talk | None = None) 
         decoder_error=decoder_error,
         notes=tuple(notes),
     )
+
+
+def keep_first_token_apart(model: ir.Model, spec: DenoiserSpec, conditions: Conditions) -> tuple[DenoiserSpec, str]:
+    """Rewrite ``model`` by ``graph.passes.first_token``; return the description that says so, and a note.
+
+    Raises UsageError where there is no text that cross-attention reads itself, or its first token is not always the
+    same.
+    """
+    tokens: dict[str, tuple[float, ...]] = {}
+    nodes: list[str] = []
+    for name in (item.name for item in spec.conditions if len(item.shape) == 2):
+        if any(value.name == name and any(projects(node) for node, _ in value.uses()) for value in model.graph.inputs):
+            token = common_first_token(name, conditions.arrays[name])
+            nodes += precompute_first_token(model, name, token)
+            tokens[name] = tuple(float(np.float32(value)) for value in token)
+    if not tokens:
+        raise UsageError(
+            "first_token: precomputed found no product that reads a text's tokens itself.",
+            "It is for the keys and values of cross-attention, as in UNet2DConditionModel; leave it quantized.",
+        )
+    note = (
+        f"The first token of {', '.join(tokens)} is kept apart (MixDQ): its rows of {len(nodes)} products are FP16 "
+        "constants, for that token alone."
+    )
+    return spec.model_copy(update={"first_tokens": tokens}), note
 
 
 def load_exported(folder: Path) -> ExportedModel:

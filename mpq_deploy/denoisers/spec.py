@@ -34,7 +34,8 @@ class DenoiserSpec(BaseModel):
 
     ``timestep`` None: a component that is called once (a VAE's decoder, a text encoder). Its samples are rows of
     conditions.npz by their input's name: the first ``calibration_rows`` to calibrate with, the others to compare with.
-    The model is fed the sampler's timestep times ``timestep_scale``.
+    The model is fed the sampler's timestep times ``timestep_scale``. ``first_tokens``: by condition, the first token of
+    every text, for which alone the graph holds (``graph.passes.first_token``).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -55,6 +56,7 @@ class DenoiserSpec(BaseModel):
     pixel_range: tuple[float, float] | None = None
     decoder: str | None = None
     synthetic: str = ""
+    first_tokens: dict[str, tuple[float, ...]] = {}
     config: dict[str, Any] = {}
 
     @property

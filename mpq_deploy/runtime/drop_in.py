@@ -9,12 +9,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 
 from mpq_deploy.denoisers.export import SPEC
 from mpq_deploy.denoisers.spec import DenoiserSpec, InputSpec
 from mpq_deploy.engine.builder import ENGINE
 from mpq_deploy.errors import UsageError, nearest
+from mpq_deploy.graph.passes.first_token import SAME_TOKEN, token_distance
 from mpq_deploy.graph.write import DEPLOYED, SIMULATED
 from mpq_deploy.runtime.backends import Backend, EngineBackend, OrtBackend
 
@@ -36,6 +38,7 @@ class RuntimeUNet(torch.nn.Module):  # type: ignore[misc]
     def __init__(self, spec: DenoiserSpec, backend: Backend) -> None:
         super().__init__()
         self.spec, self.backend = spec, backend
+        self._checked: dict[str, torch.Tensor] = {}
         known: dict[str, Any] = {}
         if len(spec.sample.shape) == 3:
             channels, *size = spec.sample.shape
@@ -82,6 +85,7 @@ class RuntimeUNet(torch.nn.Module):  # type: ignore[misc]
         missing = [name for name in wanted if name not in given]
         if missing:
             raise UsageError(f"The denoiser needs '{missing[0]}', which was not given.")
+        self._check_first_tokens(given)
         count = len(sample)
         declared = self.spec.timestep
         assert declared is not None  # load refuses a component without timesteps
@@ -102,6 +106,22 @@ class RuntimeUNet(torch.nn.Module):  # type: ignore[misc]
 
         kind = UNet2DOutput if self.spec.sample.name == "sample" else Transformer2DModelOutput
         return kind(sample=output)
+
+    def _check_first_tokens(self, given: dict[str, Any]) -> None:
+        """Refuse a text that begins with another token than the one whose keys and values the graph holds."""
+        for name, token in self.spec.first_tokens.items():
+            # A pipeline hands over the same tensor at every step.
+            if self._checked.get(name) is given[name]:
+                continue
+            apart = token_distance(given[name][:, 0].double().cpu().numpy(), np.array(token))
+            if apart > SAME_TOKEN:
+                raise UsageError(
+                    f"The first token of '{name}' is not the one that the model was built for: it differs by "
+                    f"{apart:.2g} of its largest value.",
+                    "Use the text encoder that the model was built with, and no weights on its first token; or build "
+                    "with first_token: quantized.",
+                )
+            self._checked[name] = given[name]
 
     @contextmanager
     def cache_context(self, name: str) -> Iterator[None]:

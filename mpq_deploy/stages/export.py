@@ -29,6 +29,8 @@ def export_inputs(pipeline: Pipeline) -> Fields:
         "recipe.component_samples": recipe.component_samples if recipe.component else None,
         "model.files": {name: file_digest(path) for name, path in files},
     }
+    if recipe.first_token != "quantized":
+        fields["recipe.first_token"] = recipe.first_token
     for name in ("conditions", "scheduler", "prompts", "description"):
         given = getattr(recipe, name)
         fields[f"recipe.{name}"] = path_digest(Path(given)) if given else None
@@ -52,7 +54,8 @@ def make_export(pipeline: Pipeline, folder: Path) -> str:
         component_samples=recipe.component_samples,
         talk=pipeline.talk,
     )
-    report = export_denoiser(denoiser, folder, pipeline.talk)
+    apart = recipe.first_token == "precomputed"
+    report = export_denoiser(denoiser, folder, pipeline.talk, first_token_apart=apart)
     graph = layer_graph(load_model(folder / "model.onnx"))
     if not graph.layers:
         raise UsageError(
