@@ -15,12 +15,11 @@ import numpy as np
 
 from mpq_deploy.artefacts import file_digest
 from mpq_deploy.denoisers.spec import Array
-from mpq_deploy.denoisers.text import no_bars
 from mpq_deploy.errors import MissingDependencyError, UsageError
 from mpq_deploy.metrics.efficientnet import torch_features
 from mpq_deploy.metrics.networks import BATCH, CLIP, digest_of
 from mpq_deploy.metrics.scores import ScoreKind
-from mpq_deploy.metrics.vision import CONFIG, PREPROCESSOR, WEIGHTS, preprocessing
+from mpq_deploy.metrics.vision import CONFIG, PREPROCESSOR, WEIGHTS, from_folder, preprocessing
 
 # What a CLIP tokenizer is saved as; the fast form holds all in one file.
 TOKENIZER, VOCABULARY = "tokenizer.json", "vocab.json"
@@ -86,22 +85,11 @@ def _opened(folder: Path) -> tuple[Any, Any]:
     """Return the model and its tokenizer. Raises UsageError for a folder that holds no whole CLIP."""
     import transformers
 
+    model = from_folder(transformers.CLIPModel, folder, CLIP)
     try:
-        with no_bars():
-            model, info = transformers.CLIPModel.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, output_loading_info=True
-            )
-            tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        return model, transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
-            f"{folder} is no CLIP of the transformers library: {str(error).splitlines()[0]}",
+            f"The tokenizer in {folder} cannot be read: {str(error).splitlines()[0]}",
             "Give a folder that CLIPModel and its tokenizer were saved in.",
         ) from error
-    # transformers fills what is missing with random numbers, and only warns.
-    if info["missing_keys"]:
-        first = sorted(info["missing_keys"])[0]
-        raise UsageError(
-            f"{folder / WEIGHTS} lacks {len(info['missing_keys'])} of CLIP's tensors, such as {first}.",
-            "Give a folder that holds both towers (CLIPModel), not only one of them.",
-        )
-    return model.eval(), tokenizer

@@ -74,16 +74,48 @@ def preprocessing(folder: Path) -> tuple[int, list[float], list[float]]:
         ) from error
 
 
-def _model(name: str, folder: Path) -> Any:
-    import transformers
+def from_folder(kind: Any, folder: Path, name: str, **options: Any) -> Any:
+    """Return a model of transformers' class ``kind`` with all its weights from ``folder``, in evaluation mode.
+
+    Raises UsageError where the folder does not hold them all.
+    """
+    from transformers.utils import logging
 
     from mpq_deploy.denoisers.text import no_bars
 
-    kind = transformers.CLIPVisionModelWithProjection if name == CLIP else transformers.Dinov2Model
+    level = logging.get_verbosity()
+    # Weights of the other tower are listed as unexpected, line by line; what is missing is told below.
+    logging.set_verbosity_error()
     try:
         with no_bars():
-            return kind.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+            model, info = kind.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise UsageError(
-            f"{folder} is no '{name}' of the transformers library: {error}", "Give a folder that it saved."
+            f"{folder} is no '{name}' of the transformers library: {str(error).splitlines()[0]}",
+            "Give a folder that it saved.",
         ) from error
+    finally:
+        logging.set_verbosity(level)
+    # transformers fills what is missing with random numbers, and only warns.
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UsageError(
+            f"{folder / WEIGHTS} lacks {len(missing)} of the tensors of {kind.__name__}, such as {missing[0]}.",
+            f"Give the whole folder of a {kind.__name__}.",
+        )
+    return model.eval()
+
+
+def _model(name: str, folder: Path) -> Any:
+    import transformers
+
+    if name != CLIP:
+        return from_folder(transformers.Dinov2Model, folder, name)
+    settings = json.loads((folder / CONFIG).read_text())
+    tower = settings.get("vision_config", settings)
+    # A whole CLIP says how wide its embeddings are beside its towers, not in them.
+    width = settings.get("projection_dim", tower.get("projection_dim"))
+    config = transformers.CLIPVisionConfig(**{**tower, **({} if width is None else {"projection_dim": width})})
+    return from_folder(transformers.CLIPVisionModelWithProjection, folder, name, config=config)

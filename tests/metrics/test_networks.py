@@ -25,6 +25,7 @@ from mpq_deploy.metrics.networks import (
     parse_weights,
 )
 from mpq_deploy.metrics.real import real_set
+from tests.models import tiny_clip_folder
 
 DIGITS = NetworkOptions(demo="digits")
 
@@ -182,6 +183,33 @@ def test_a_saved_image_tower_is_read(name, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text("{}")
     with pytest.raises(MpqError, match="does not say"):
         open_network(name, NetworkOptions(weights=((name, tmp_path),)))
+
+
+def test_the_image_tower_of_a_whole_clip_is_read_with_its_own_weights(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    folder = tiny_clip_folder(tmp_path)
+    images = pictures(3, 28, 3)
+    network = open_network(CLIP, NetworkOptions(weights=((CLIP, folder),)))
+    found = network.features(images)
+    model = transformers.CLIPModel.from_pretrained(folder).eval()
+    pixels = torch.from_numpy(images / 127.5 - 1).float().permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        expected = model.visual_projection(model.vision_model(pixels).pooler_output).numpy()
+    assert found.shape == (3, network.width)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_weights_that_a_folder_lacks_are_not_made_up(tmp_path):
+    pytest.importorskip("transformers")
+    from safetensors.numpy import load_file, save_file
+
+    folder = tiny_clip_folder(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if name != "visual_projection.weight"}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=r"lacks 1 of the tensors .* visual_projection.weight"):
+        open_network(CLIP, NetworkOptions(weights=((CLIP, folder),)))
 
 
 def test_weights_are_named():
