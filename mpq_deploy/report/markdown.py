@@ -9,7 +9,6 @@ from mpq_deploy.report.data import ReportData, kept_in_fp16
 from mpq_deploy.report.words import (
     DEVICE_COLUMNS,
     FRECHET_COLUMNS,
-    SCORE_COLUMNS,
     count,
     device_row,
     duration,
@@ -98,8 +97,8 @@ def _frechet(data: ReportData) -> list[str]:
 
 def _scores(data: ReportData) -> list[str]:
     parts = ["### Image by image"] if data.scores else []
-    for about, rows in score_groups(data):
-        parts += [plain(about), table(SCORE_COLUMNS, rows)]
+    for about, columns, rows in score_groups(data):
+        parts += [plain(about), table(columns, rows)]
     return parts
 
 

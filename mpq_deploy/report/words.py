@@ -174,7 +174,11 @@ def frechet_groups(data: ReportData) -> list[tuple[str, list[list[str]], str]]:
     return groups
 
 
-SCORE_COLUMNS = ("", "mean", "95 % interval", "over the float model's", "95 % interval", "")
+# The float model's own LPIPS is 0: nothing to be over.
+SCORE_COLUMNS: dict[str, tuple[str, ...]] = {
+    "lpips": ("", "mean", "95 % interval", ""),
+    "clip-score": ("", "mean", "95 % interval", "over the float model's", "95 % interval", ""),
+}
 
 
 def score_about(row: ScoreInfo) -> str:
@@ -203,14 +207,16 @@ def score_verdict(row: ScoreInfo) -> str:
 def score_row(title: str, row: ScoreInfo) -> list[str]:
     """Return the cells of ``SCORE_COLUMNS``."""
     ends = ["" if one is None else f"{one.low:.3g} to {one.high:.3g}" for one in (row.interval, row.increase_interval)]
-    return [title, f"{row.value:.4g}", ends[0], f"{row.increase:+.3g}", ends[1], score_verdict(row)]
+    over = [] if row.score == "lpips" else [f"{row.increase:+.3g}", ends[1]]
+    return [title, f"{row.value:.4g}", ends[0], *over, score_verdict(row)]
 
 
-def score_groups(data: ReportData) -> list[tuple[str, list[list[str]]]]:
-    """Return for each score of this plan's images: what it is, its row with those of the controls."""
+def score_groups(data: ReportData) -> list[tuple[str, tuple[str, ...], list[list[str]]]]:
+    """Return for each score of this plan's images: what it is, the columns, its row with those of the controls."""
     return [
         (
             score_about(own),
+            SCORE_COLUMNS[own.score],
             [score_row(title_of(row.variant, data), row) for row in data.scores if row.score == own.score],
         )
         for own in data.scores

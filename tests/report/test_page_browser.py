@@ -10,7 +10,7 @@ from PIL import Image
 from sample_report import make_budgets, make_report, pictures
 from test_report import HOSTILE, bare_report, identical_report, orm_report
 
-from mpq_deploy.report.data import EvaluationInfo, FrechetInfo, ImageSet, Interval
+from mpq_deploy.report.data import EvaluationInfo, FrechetInfo, ImageSet, Interval, ScoreInfo
 from mpq_deploy.report.page import html_page
 from mpq_deploy.report.sweep import sweep_page
 
@@ -125,6 +125,23 @@ def hostile():
         images=ImageSet({"float": pictures(0), "ours": pictures(1)}, (HOSTILE,) * 8, {"ours": HOSTILE}),
         frechet=(frechet_info(title=HOSTILE, network=HOSTILE, against="real", against_source=HOSTILE),),
     )
+
+
+def scores():
+    """LPIPS and the CLIP score of the plan and of everything INT4."""
+    common = {"score_digest": "d", "samples": 64, "sampler": "DDIM, 20 steps", "steps": 20, "seed": 7}
+    found = []
+    for variant, lpips, clip in (("ours", 0.01, 25.0), ("int4", 0.2, 20.0)):
+        about = {"variant": variant, **common}
+        near = Interval(low=0.9 * lpips, high=1.1 * lpips)
+        kinds = {"title": "LPIPS (AlexNet)", "score": "lpips"}
+        found.append(
+            ScoreInfo(**about, **kinds, value=lpips, floor=0, other_noise=0.5, interval=near, increase_interval=near)
+        )
+        lower = Interval(low=clip - 26.5, high=clip - 25.5)
+        kinds = {"title": "CLIP score (clip)", "score": "clip-score"}
+        found.append(ScoreInfo(**about, **kinds, value=clip, floor=26, other_noise=26, increase_interval=lower))
+    return tuple(found)
 
 
 @pytest.mark.parametrize(
@@ -259,6 +276,9 @@ def test_light_and_dark_differ_and_print_leaves_controls_out(open_page):
 
 def test_the_page_is_whole_without_scripts(open_page):
     page = open_page(html_page(make_report()), java_script_enabled=False)
+    asking = page.locator(".needs-script")
+    assert asking.count() >= 2
+    assert not any(asking.nth(number).is_visible() for number in range(asking.count()))
     assert not page.locator("#budget-box").is_visible() and not page.locator("#viewer").is_visible()
     page.get_by_text("All budgets as a table").click()
     assert page.locator("#budgets tbody tr").count() == len(make_report().budgets.plans) + 1
@@ -291,3 +311,23 @@ def test_frechet_distances_are_a_table_with_network_count_and_interval(open_page
     assert "EfficientNet-Lite0" in section.inner_text() and "1,000 images" in section.inner_text()
     cells_ = section.get_by_role("table").get_by_role("row").nth(1).inner_text().split("\t")
     assert cells_[1:3] == ["0.123", "0.09 to 0.15"] and cells_[-1] == "below other noise's"
+
+
+def test_scores_are_tables_of_the_plan_and_the_controls(open_page):
+    page = open_page(html_page(make_report(scores=scores())))
+    lpips, clip = (page.locator("#scores table").nth(number) for number in (0, 1))
+    assert "less is better" in page.locator("#scores p").first.inner_text()
+    assert lpips.locator("tbody tr").count() == clip.locator("tbody tr").count() == 2
+    assert lpips.locator("thead th").count() == 4
+    assert "fits worse" in clip.locator("tbody tr").first.inner_text()
+    assert page.locator('nav a[href="#scores"]').is_visible()
+
+
+def test_long_prompts_fit_a_narrow_page(open_page):
+    report = make_report()
+    labels = tuple(
+        f"a photograph of number {number}, in the style of an old master, " + "very " * 20 for number in range(4)
+    )
+    page = open_page(html_page(make_report(images=ImageSet(report.images.images, labels, report.images.titles))))
+    page.set_viewport_size({"width": 400, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400

@@ -1,4 +1,7 @@
 
+// What asks for a slider or a pointer is shown from here on.
+document.documentElement.classList.add("scripted");
+
 // Budgets: the slider picks a plan; the point on the curve, the figures and the strip of layers follow at once.
 (() => {
   const box = document.getElementById("budget-box");

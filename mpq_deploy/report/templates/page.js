@@ -1,5 +1,8 @@
 "use strict";
 
+// What asks for a slider or a pointer is shown from here on.
+document.documentElement.classList.add("scripted");
+
 // Pictures: lay the original over every variant, either as it is or as a difference with a gain.
 (() => {
   const table = document.getElementById("pictures");
