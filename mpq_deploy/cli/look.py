@@ -148,7 +148,7 @@ def metrics(
         typer.Option(
             "--network",
             metavar="NAME",
-            help="demo, efficientnet-lite0, inception, clip or dinov2; repeatable.",
+            help="demo, efficientnet-lite0, inception, clip or dinov2; repeatable. none: scores alone.",
             show_default="demo for the bundled models, else efficientnet-lite0",
         ),
     ] = None,

@@ -54,13 +54,15 @@ if TYPE_CHECKING:
 FILE = "metrics.json"
 FORMAT = 1
 FLOAT, OTHER, OURS = "float", "float, other noise", "ours"
+# In the place of a network: scores alone.
+NO_NETWORK = "none"
 # Images between two steps of the progress of features.
 CHUNK = 64
 
 
 @dataclass(frozen=True)
 class MetricsOptions:
-    """What to measure. ``networks`` empty: the default one; ``seed`` None: the evaluation's.
+    """What to measure. ``networks`` empty: the default one, ``none``: scores alone; ``seed`` None: the evaluation's.
 
     ``scores``: names of ``metrics.scores.SCORES``.
     """
@@ -141,7 +143,7 @@ def measure_metrics(pipeline: Pipeline, options: MetricsOptions) -> ImageMetrics
     started = time.monotonic()
     exported = Exported(pipeline)
     found = NetworkOptions(demo_of(exported.spec.source), options.weights)
-    names = tuple(dict.fromkeys(options.networks)) or (default_network(found),)
+    names = _names(options, found)
     check_networks(names, found)
     networks = [open_network(name, found) for name in names]
     for network in networks:
@@ -177,6 +179,18 @@ def measure_metrics(pipeline: Pipeline, options: MetricsOptions) -> ImageMetrics
     )
     metrics.save(pipeline.run.path)
     return metrics
+
+
+def _names(options: MetricsOptions, found: NetworkOptions) -> tuple[str, ...]:
+    """Return the networks to measure on. Raises UsageError where nothing at all would be measured."""
+    if NO_NETWORK not in options.networks:
+        return tuple(dict.fromkeys(options.networks)) or (default_network(found),)
+    if len(set(options.networks)) > 1 or not options.scores:
+        also = f" beside {', '.join(sorted(set(options.networks) - {NO_NETWORK}))}" if len(options.networks) > 1 else ""
+        raise UsageError(
+            f"--network is {NO_NETWORK}{also}.", "It stands alone, for --lpips or --clip-score without distances."
+        )
+    return ()
 
 
 def _sources(pipeline: Pipeline, float_model: Path, seed: int, controls: bool) -> dict[str, Source]:
@@ -356,6 +370,8 @@ def _interval(value: float, error: float, least: float | None = None) -> Interva
 
 
 def _notes(networks: list[FeatureNetwork], reals: Mapping[str, RealSet | None], images: int) -> tuple[str, ...]:
+    if not networks:
+        return ()
     notes = [
         f"Frechet distances are too large with few images, most where these are few beside the features (here "
         f"{images:,} images on {', '.join(f'the {n.width:,} features of {n.name}' for n in networks)}): compare equal "

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.metrics import measure
@@ -113,3 +114,76 @@ def test_what_is_kept_is_read_again(quarters: None, run: Path, cli: Cli) -> None
     found.save(run)
     assert (run / "metrics.json").read_text() == before
     assert ImageMetrics.load(run.parent) is None
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "swapped"])
+def test_every_damaged_entry_of_the_cache_is_made_again(quarters: None, run: Path, cli: Cli, damage: str) -> None:
+    asked = ("metrics", run, "--images", IMAGES, "--workers", 1)
+    assert cli(*asked).code == 0
+    kept, entries = (run / "metrics.json").read_bytes(), sorted((run / ".samples").glob("*.npz"))
+    contents = [path.read_bytes() for path in entries]
+    damaged = {
+        "cut": [content[: len(content) // 2] for content in contents],
+        "empty": [b"" for _ in contents],
+        "text": [b"no archive" for _ in contents],
+        # Whole archives in each other's place: names alone would not tell.
+        "swapped": contents[1:] + contents[:1],
+    }
+    for path, content in zip(entries, damaged[damage], strict=True):
+        path.write_bytes(content)
+    (run / "metrics.json").unlink()
+    said = cli(*asked)
+    assert said.code == 0, said.err
+    assert "made again" in " ".join(said.err.split())
+    assert (run / "metrics.json").read_bytes() == kept
+    # Sampled, looked at and kept as before.
+    mended = {path: path.read_bytes() for path in entries}
+    assert sum(mended[path] == content for path, content in zip(entries, contents, strict=True)) >= 4
+
+
+def test_real_pictures_of_two_sizes_are_refused_before_sampling(
+    quarters: None, run: Path, cli: Cli, tmp_path: Path
+) -> None:
+    for number, side in enumerate((8, 8, 9)):
+        Image.fromarray(np.zeros((side, 8, 3), np.uint8)).save(tmp_path / f"{number}.png")
+    said = cli("metrics", run, "--images", IMAGES, "--workers", 1, "--real", tmp_path)
+    assert said.code == 2
+    text = " ".join(said.err.split())
+    assert "differ in size" in text and "8 x 8 pixels" in text and "8 x 9 pixels" in text
+    assert not (run / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--network", "inception"), "weights-inception-2015-12-05-6726825d.pth"),
+        (("--network", "clip"), "--weights clip=FOLDER"),
+        (("--lpips",), "--weights lpips=FILE"),
+        (("--clip-score",), "has no prompts"),
+        (("--network", "none"), "for --lpips or --clip-score"),
+        (("--network", "none", "--network", "clip", "--lpips"), "none beside clip"),
+        (("--weights", "alexnet=x.pth"), "Only inception, clip, dinov2 and lpips take weights"),
+    ],
+)
+def test_what_is_missing_is_one_line_before_sampling(
+    run: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], said: str
+) -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    before = sorted((run / ".samples").iterdir())
+    found = cli("metrics", run, *options, "--images", 1300)
+    assert found.code == 2
+    assert said in " ".join(found.err.split())
+    assert "Traceback" not in found.err
+    assert sorted((run / ".samples").iterdir()) == before
+
+
+def test_a_baseline_of_another_model_ends_the_gate_with_2(quarters: None, run: Path, cli: Cli, tmp_path: Path) -> None:
+    assert cli("metrics", run, "--images", IMAGES, "--workers", 1).code == 0
+    report = json.loads((run / "report.json").read_text())
+    (tmp_path / "other.json").write_text(json.dumps({**report, "model": {**report["model"], "digest": "f" * 64}}))
+    for limit in ("--max-psnr-drop", "--max-frechet-increase"):
+        found = cli("gate", run, limit, 1, "--baseline", tmp_path / "other.json")
+        assert found.code == 2
+        assert "that of another model" in " ".join(found.err.split())

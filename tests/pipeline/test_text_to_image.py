@@ -148,6 +148,12 @@ def test_scores_reach_reports_and_gate(built: Built, cli: Cli, tmp_path: Path) -
     assert cli("gate", run, "--max-lpips", 1, "--max-clip-drop", 100).code == 0
     assert cli("gate", run, "--max-lpips", 0).code == 1
     assert "LPIPS (AlexNet, other weights)" in cli("compare", run, run).out
+    alone = cli("metrics", run, "--network", "none", "--images", 3, "--workers", 1, "--lpips", *weights)
+    assert alone.code == 0, alone.err
+    report = json.loads((run / "report.json").read_text())
+    assert report["frechet"] == [] and [row["samples"] for row in report["scores"]] == [3]
+    assert "Frechet" not in alone.out
+    assert cli(*asked, *weights).code == 0
     kept = (run / "metrics.json").read_bytes()
     assert cli(*asked, *weights).code == 0
     assert (run / "metrics.json").read_bytes() == kept
