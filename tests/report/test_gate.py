@@ -247,12 +247,14 @@ def test_a_baseline_of_another_model_is_refused(reported, digests, name, refused
         assert outcome(report, baseline, max_psnr_drop=1.0).passed
 
 
+SCORE = {"variant": "ours", "score_digest": "d", "samples": 64, "floor": 0.0}
 SCORES = (
-    {"variant": "int4", "score": "lpips", "title": "LPIPS", "score_digest": "d", "samples": 64, "value": 0.9},
-    {"variant": "ours", "score": "lpips", "title": "LPIPS", "score_digest": "d", "samples": 64, "value": 0.05},
+    {**SCORE, "variant": "int4", "score": "lpips", "title": "LPIPS", "value": 0.9},
+    {**SCORE, "score": "lpips", "title": "LPIPS", "value": 0.05},
     {
-        **{"variant": "ours", "score": "clip-score", "title": "CLIP score", "score_digest": "d", "samples": 64},
-        **{"value": 25.8, "floor": 26.0, "increase_interval": {"low": -0.4, "high": 0.1}},
+        **SCORE,
+        **{"score": "clip-score", "title": "CLIP score", "value": 25.8, "floor": 26.0},
+        "increase_interval": {"low": -0.4, "high": 0.1},
     },
 )
 
