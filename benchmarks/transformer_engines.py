@@ -2,11 +2,11 @@
 
     python benchmarks/transformer_engines.py [--models dit,pixart,sd3,sd3.5,flux] [--plans mix,w8a8,...]
 
-Each model is a diffusers folder with random weights, two blocks of width 128, and goes through every stage. The engine is
-held against its plan in the builder's own log: each layer's kernel, the type that it computes in, the type in which its
-weight lies in the engine, and the bytes of all constants. Nothing is run on a GPU; the errors are ONNX Runtime's, of a
-model that nobody trained, so they say that the graph works and nothing of quality. Exit code 1 unless all engines
-are as planned.
+Each model is a diffusers folder with random weights, two blocks of width 128, and goes through every stage. The engine
+is held against its plan in the builder's own log: each layer's kernel, the type that it computes in, the type in which
+its weight lies in the engine, and the bytes of all constants. Nothing is run on a GPU; the errors are ONNX Runtime's, of
+a model that nobody trained, so they say that the graph works and nothing of quality. Exit code 1 unless all engines are
+as planned.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from table import PACKAGES, Page, bench_recipe, markdown, verdict
+from table import Page, bench_recipe, markdown, verdict
 
 from mpq_deploy.engine.record import EngineRecord
 from mpq_deploy.errors import EngineError

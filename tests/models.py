@@ -319,9 +319,7 @@ def tiny_transformer_folder(
     write_scheduler(folder, config)
     parts = {"transformer": ("diffusers", class_name), "scheduler": ("diffusers", config["_class_name"])}
     if vae:
-        tiny_vae(4, **({"shift_factor": 0.1} if flow else {})).save_pretrained(
-            folder / "vae", safe_serialization=True
-        )
+        tiny_vae(4, **({"shift_factor": 0.1} if flow else {})).save_pretrained(folder / "vae", safe_serialization=True)
         parts["vae"] = ("diffusers", "AutoencoderKL")
     write_index(folder, "DiffusionPipeline", **parts)
     return folder

@@ -150,7 +150,7 @@ def _joint(encoded: list[_Encoded], wanted: Wanted, folder: Path) -> dict[str, A
         if clip.shape[-1] > width:
             raise ModelError(f"The text encoders of {folder} give {clip.shape[-1]} values per token, not {width}.")
         padded = np.pad(clip, ((0, 0), (0, 0), (0, width - clip.shape[-1])))
-        nothing = np.zeros((len(padded), T5_TOKENS.get(wanted.class_name, padded.shape[1]), width), np.float32)
+        nothing = np.zeros((len(padded), T5_TOKENS[SD3], width), np.float32)
         tokens = [padded, *(t5 or [nothing])]
     if not tokens or not pooled:
         raise UsageError(

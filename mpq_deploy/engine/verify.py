@@ -124,7 +124,7 @@ def _check_node(
         return [Problem(layer.name, f"no kernel of the engine names its node '{node}'")]
     computing = [pair for pair in candidates if pair[0].compute] or [_together(node, candidates)]
     problems = []
-    for kernel, constants in computing:
+    for kernel, _ in computing:
         int8 = _multiplies_int8(kernel)
         if layer.form.activation is INT8 and not int8:
             types = "/".join(dict.fromkeys(tensor.dtype for tensor in kernel.inputs))

@@ -99,7 +99,7 @@ def test_flux_is_told_a_guidance_and_is_not_guided_again(tmp_path: Path) -> None
 def test_encoders_that_do_not_fit_their_denoiser_are_named(tmp_path: Path) -> None:
     folder = tiny_text_transformer_folder(tmp_path, SD3)
     write_t5(folder, "_3", 16, 0)
-    with pytest.raises(ModelError, match="T5 of .* gives 16 values per token, not 12"):
+    with pytest.raises(ModelError, match=r"T5 of .* gives 16 values per token, not 12"):
         opened(folder)
     flux = tiny_text_transformer_folder(tmp_path, FLUX, t5=False)
     with pytest.raises(UsageError, match=r"no CLIP text encoder, or no T5.*pooled_projections: float32 \[rows, 10\]"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -112,16 +113,13 @@ def build_by_trtexec(model: Path, folder: Path) -> EngineError:
     return caught.value
 
 
-@pytest.mark.parametrize("shell", [False, True])
 def test_a_crash_of_trtexec_is_searched_too(
-    model: Path, stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shell: bool
+    model: Path, stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a STAND-IN that dies of a signal: no trtexec was at hand."""
     layers = quantized_layers(onnx.load(model, load_external_data=False))
     bad = [layers[1], layers[-2]]
     monkeypatch.setenv("CRASH_WHEN", json.dumps({"quantized": bad}))
-    if shell:
-        monkeypatch.setenv("CRASH_VIA_SHELL", "1")
     said = build_by_trtexec(model, tmp_path / "engine").message
     assert "crashed (SIGSEGV)" in said
     assert f"these are quantized together: {', '.join(bad)}; and not when nothing is" in said
@@ -133,11 +131,33 @@ def test_a_crash_of_trtexec_is_searched_too(
 def test_a_crash_of_trtexec_without_quantization(
     model: Path, stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beginnings of the graph may lack an input, whose name trtexec would refuse."""
+    """Beginnings of the graph may lack an input, whose name trtexec would refuse; here a shell script runs it."""
+    monkeypatch.setenv("CRASH_VIA_SHELL", "1")
     nodes = [node.name for node in onnx.load(model, load_external_data=False).graph.node if node.op_type == "Sigmoid"]
     monkeypatch.setenv("CRASH_WHEN", json.dumps({"present": nodes[:1]}))
     said = build_by_trtexec(model, tmp_path / "engine").message
     assert f"without any quantization too, when the graph has come to {nodes[0]}." in said
+
+
+def test_a_device_without_onnx_is_told_what_happened_and_no_more(
+    model: Path, stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "onnx" else real(name, *more))
+    monkeypatch.setenv("CRASH_WHEN", json.dumps({"present": []}))
+    said = build_by_trtexec(model, tmp_path / "engine").message
+    assert "crashed (SIGSEGV)" in said and "onnx is not installed" in said and "smaller builds" not in said
+    assert stand_in.read_text() == "x"
+
+
+def test_a_trtexec_that_the_dialect_is_not_written_for_is_refused(
+    model: Path, stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The STAND-IN says 10.3, as JetPack 6 does."""
+    monkeypatch.setenv("CRASH_WHEN", json.dumps({"present": ["nothing"]}))
+    profile = BatchProfile(1, 1, 2, {"sample": (3, SIZE, SIZE), "timestep": ()})
+    with pytest.raises(EngineError, match=r"'jetson-thor' is for TensorRT 10\.13, but trtexec is 10\.3\.0"):
+        build_engine(model, tmp_path / "engine", load_target("jetson-thor"), profile, ExpectedLayers((), 0), Talk())
 
 
 def test_a_refusal_of_trtexec_is_no_crash(
@@ -146,9 +166,7 @@ def test_a_refusal_of_trtexec_is_no_crash(
     monkeypatch.setenv("CRASH_WHEN", json.dumps({"present": ["nothing"]}))
     profile = BatchProfile(1, 1, 2, {"nobody": (3, SIZE, SIZE)})
     with pytest.raises(EngineError, match=r"trtexec refuses the graph: .*Cannot find input tensor with name 'nobody'"):
-        build_engine(
-            model, tmp_path / "engine", load_target("jetson-agx-orin"), profile, ExpectedLayers((), 0), Talk()
-        )
+        build_engine(model, tmp_path / "engine", load_target("jetson-agx-orin"), profile, ExpectedLayers((), 0), Talk())
     assert stand_in.read_text() == "x"
 
 
