@@ -4,9 +4,9 @@
 
 Each model is a diffusers folder with random weights, two blocks of width 128, and goes through every stage. The engine
 is held against its plan in the builder's own log: each layer's kernel, the type that it computes in, the type in which
-its weight lies in the engine, and the bytes of all constants. Nothing is run on a GPU; the errors are ONNX Runtime's, of
-a model that nobody trained, so they say that the graph works and nothing of quality. Exit code 1 unless all engines are
-as planned.
+its weight lies in the engine, and the bytes of all constants. Nothing is run on a GPU; the errors are ONNX Runtime's,
+of a model that nobody trained, so they say that the graph works and nothing of quality. Exit code 1 unless all engines
+are as planned.
 """
 
 from __future__ import annotations
