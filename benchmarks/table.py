@@ -17,7 +17,7 @@ from mpq_deploy.pipeline import Pipeline
 from mpq_deploy.recipe import Recipe, load_recipe
 from mpq_deploy.stages import INPUTS
 
-PACKAGES = ("mpq-deploy", "numpy", "onnx", "onnxruntime", "torch", "diffusers", "highspy", "scipy")
+PACKAGES = ("mpq-deploy", "numpy", "onnx", "onnxruntime", "torch", "diffusers", "highspy", "scipy", "tensorrt-rtx")
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -261,6 +261,61 @@ def tiny_text_pipeline_folder(tmp_path: Path, seed: int = 0, xl: bool = False, *
     return folder
 
 
+def write_t5(folder: Path, suffix: str, width: int, seed: int) -> None:
+    """A T5 tokenizer whose vocabulary is the letters, and a random T5 encoder of one layer."""
+    import torch
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    special = ["<pad>", "</s>", "<unk>"]
+    words = [*special, *(f"\u2581{letter}" for letter in PROMPT_LETTERS), *PROMPT_LETTERS, "\u2581"]
+    vocabulary = [(word, 0.0 if word in special else -2.0) for word in words]
+    # Its own limit says nothing: pipelines pad to their own.
+    tokenizer = T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=TOKENS)
+    tokenizer.save_pretrained(folder / f"tokenizer{suffix}")
+    torch.manual_seed(seed)
+    config = T5Config(vocab_size=len(words), d_model=width, d_kv=4, d_ff=2 * width, num_layers=1, num_heads=2)
+    encoder = randomize(T5EncoderModel(config), seed)
+    encoder.save_pretrained(folder / f"text_encoder{suffix}", safe_serialization=True)
+
+
+# Per class of transformer: the pipeline, and the width (projected or not) of each text encoder; None is a T5.
+TEXT_PIPELINES: dict[str, tuple[str, tuple[tuple[bool, int] | None, ...]]] = {
+    "PixArtTransformer2DModel": ("PixArtSigmaPipeline", (None,)),
+    "SD3Transformer2DModel": ("StableDiffusion3Pipeline", ((True, 4), (True, 6), None)),
+    "FluxTransformer2DModel": ("FluxPipeline", ((False, POOLED_WIDTH), None)),
+}
+
+
+def tiny_text_transformer_folder(
+    tmp_path: Path, class_name: str, t5: bool = True, pipeline: str | None = None, **options: Any
+) -> Path:
+    """A pipeline folder as diffusers writes it: transformer, VAE, and its CLIP and T5 text encoders.
+
+    ``t5``: whether its T5 is there; ``pipeline``: another class of pipeline; ``options`` are the transformer's.
+    """
+    folder = tiny_transformer_folder(tmp_path, class_name, vae=True, **options)
+    index = json.loads((folder / "model_index.json").read_text())
+    usual, encoders = TEXT_PIPELINES[class_name]
+    index["_class_name"] = pipeline or usual
+    for number, encoder in enumerate(encoders):
+        suffix = f"_{number + 1}" if number else ""
+        if encoder is None and not t5:
+            index |= {f"tokenizer{suffix}": (None, None), f"text_encoder{suffix}": (None, None)}
+        elif encoder is None:
+            write_t5(folder, suffix, TEXT_WIDTH, number)
+            index |= {f"tokenizer{suffix}": ("transformers", "T5Tokenizer")}
+            index |= {f"text_encoder{suffix}": ("transformers", "T5EncoderModel")}
+        else:
+            tokenizer = write_tokenizer(folder / f"tokenizer{suffix}")
+            projected, width = encoder
+            place = folder / f"text_encoder{suffix}"
+            write_text_encoder(place, len(tokenizer), tokenizer.eos_token_id, projected, width, number)
+            kind = "CLIPTextModelWithProjection" if projected else "CLIPTextModel"
+            index |= {f"tokenizer{suffix}": ("transformers", "CLIPTokenizer"), place.name: ("transformers", kind)}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
 def tiny_transformer(class_name: str, seed: int = 0, **options: Any) -> Any:
     """A diffusion transformer of two blocks, of one of the classes in ``TRANSFORMERS``; ``options`` replace entries."""
     import diffusers
@@ -285,7 +340,7 @@ def tiny_transformer_folder(
     write_scheduler(folder, config)
     parts = {"transformer": ("diffusers", class_name), "scheduler": ("diffusers", config["_class_name"])}
     if vae:
-        tiny_vae(4).save_pretrained(folder / "vae", safe_serialization=True)
+        tiny_vae(4, **({"shift_factor": 0.1} if flow else {})).save_pretrained(folder / "vae", safe_serialization=True)
         parts["vae"] = ("diffusers", "AutoencoderKL")
     write_index(folder, "DiffusionPipeline", **parts)
     return folder
@@ -310,8 +365,8 @@ def tiny_flow_scheduler(**options: Any) -> dict[str, Any]:
     return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0, **options}
 
 
-def tiny_vae(latent_channels: int, seed: int = 0) -> Any:
-    """An AutoencoderKL that doubles the size once."""
+def tiny_vae(latent_channels: int, seed: int = 0, **options: Any) -> Any:
+    """An AutoencoderKL that doubles the size once; ``options`` are added to its configuration."""
     import torch
     from diffusers import AutoencoderKL
 
@@ -323,6 +378,7 @@ def tiny_vae(latent_channels: int, seed: int = 0) -> Any:
         norm_num_groups=4,
         latent_channels=latent_channels,
         sample_size=16,
+        **options,
     )
     return randomize(vae, seed)
 

@@ -21,6 +21,7 @@ from mpq_deploy.denoisers.conditions import Conditions
 from mpq_deploy.denoisers.model_form import model_form
 from mpq_deploy.denoisers.open import DENOISERS
 from mpq_deploy.denoisers.spec import Array
+from mpq_deploy.denoisers.transformer import FLUX, PIXART, SD3
 from mpq_deploy.denoisers.unet import find_weights
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.talk import Talk
@@ -31,10 +32,16 @@ TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerF
 WEIGHTS_STEM = "model"
 BATCH = 8
 EMPTY_LABEL = "(empty prompt)"
-# Denoisers that take T5's tokens and CLIP's pooled vector.
-FLUX_LIKE = ("FluxTransformer2DModel",)
-# T5 has no length limit of its own: tokens to which the pipelines of diffusers pad its prompts.
-T5_TOKENS = {"PixArtTransformer2DModel": 300, "SD3Transformer2DModel": 256, "FluxTransformer2DModel": 512}
+# Denoisers whose pipelines hand T5 the prompts in lower case, without blanks around them.
+LOWER_CASE = (PIXART,)
+# T5 has no length limit of its own: tokens to which the pipelines of diffusers pad its prompts, by the pipeline's class
+# where denoisers of one class differ in it, else by the denoiser's.
+T5_TOKENS = {
+    "PixArtAlphaPipeline": 120,
+    PIXART: 300,
+    SD3: 256,
+    FLUX: 512,
+}
 LENGTH_LIMIT = 77
 # The scales that Flux and latent consistency models are told where the user names none (their pipelines' defaults).
 TOLD_GUIDANCE = {"guidance": 3.5, "timestep_cond": 8.5}
@@ -129,18 +136,22 @@ def _joint(encoded: list[_Encoded], wanted: Wanted, folder: Path) -> dict[str, A
     """Return the conditions of Stable Diffusion 3 and Flux: pooled CLIP vectors, and tokens of one width.
 
     Flux takes T5's tokens alone. Stable Diffusion 3 puts CLIP's (side by side, filled up with zeros) before them, and
-    zeros in their place where there is no T5 (Esser et al. 2024, section 4).
+    as many tokens of zeros in their place where there is no T5 (Esser et al. 2024, section 4).
     """
     pooled = [_needed(one.pooled, folder) for one in encoded if not one.t5]
     t5 = [one.states for one in encoded if one.t5]
     width = int((wanted.shape("encoder_hidden_states") or (None, 0))[1] or 0)
+    unlike = next((states.shape[-1] for states in t5 if states.shape[-1] != width), None)
+    if unlike is not None:
+        raise ModelError(f"The T5 of {folder} gives {unlike} values per token, not {width} as its denoiser takes.")
     tokens = t5
-    if wanted.class_name not in FLUX_LIKE:
+    if wanted.class_name != FLUX and pooled:
         clip = np.concatenate([one.states for one in encoded if not one.t5], axis=-1)
         if clip.shape[-1] > width:
             raise ModelError(f"The text encoders of {folder} give {clip.shape[-1]} values per token, not {width}.")
         padded = np.pad(clip, ((0, 0), (0, 0), (0, width - clip.shape[-1])))
-        tokens = [padded, *(t5 or [np.zeros_like(padded)])]
+        nothing = np.zeros((len(padded), T5_TOKENS[SD3], width), np.float32)
+        tokens = [padded, *(t5 or [nothing])]
     if not tokens or not pooled:
         raise UsageError(
             f"{folder} has no CLIP text encoder, or no T5, which its {wanted.class_name} needs.",
@@ -208,8 +219,11 @@ class Encoder:
         self.penultimate = not self.t5 and (joint or wanted.shape("text_embeds") is not None)
         # Stable Diffusion 3 and Flux let T5 see its padding.
         self.masked = (self.t5 and not joint) or bool(getattr(self.model.config, "use_attention_mask", False))
-        longest = T5_TOKENS.get(wanted.class_name, LENGTH_LIMIT) if self.t5 else LENGTH_LIMIT
-        self._tokens = min(self._tokenizer.model_max_length, longest)
+        self._tokens = min(self._tokenizer.model_max_length, LENGTH_LIMIT)
+        if self.t5:
+            of_class = T5_TOKENS.get(wanted.class_name, self._tokens)
+            self._tokens = T5_TOKENS.get(str(pipeline.get("_class_name")), of_class)
+        self._lower_case = wanted.class_name in LOWER_CASE
 
     @classmethod
     def of_pipeline(cls, folder: Path, pipeline: dict[str, Any], name: str) -> Encoder:
@@ -233,8 +247,9 @@ class Encoder:
 
     def tokenize(self, texts: tuple[str, ...]) -> tuple[Array, Array]:
         """Return token ids and mask, int64 [texts, tokens] each."""
+        handed = [text.lower().strip() for text in texts] if self._lower_case else list(texts)
         found = self._tokenizer(
-            list(texts), padding="max_length", max_length=self._tokens, truncation=True, return_tensors="np"
+            handed, padding="max_length", max_length=self._tokens, truncation=True, return_tensors="np"
         )
         return np.asarray(found.input_ids, np.int64), np.asarray(found.attention_mask, np.int64)
 

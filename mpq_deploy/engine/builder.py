@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -25,15 +26,17 @@ from mpq_deploy.engine.build_log import EngineLog, layers_text, parse_engine_log
 from mpq_deploy.engine.build_target import BuildTarget
 from mpq_deploy.engine.build_worker import REPORTED_FAILURE, BuildJob, InputShapes
 from mpq_deploy.engine.expected import ExpectedLayers
-from mpq_deploy.engine.failure import BuilderCrashedError, crashed, located, refused
+from mpq_deploy.engine.failure import BuilderCrashedError, crashed, fatal_signal, located, refused
 from mpq_deploy.engine.layer_information import parse_layer_information
 from mpq_deploy.engine.record import BuildTiming, EngineRecord
-from mpq_deploy.engine.trtexec import build_with_trtexec
+from mpq_deploy.engine.trtexec import build_with_trtexec, trtexec_trial
 from mpq_deploy.engine.verify import verify
 from mpq_deploy.errors import EngineError, MissingDependencyError, UsageError
 from mpq_deploy.talk import Talk
 
 ENGINE, LAYERS, RECORD = "model.engine", "layers.txt", "build.json"
+# The file that ``bisect`` writes its smaller graphs to.
+TRIAL = "trial.onnx"
 # One build while a crash is looked into; a longer one counts as not crashed (our choice).
 TRIAL_SECONDS = 300.0
 EXTRAS = {"tensorrt_rtx": "rtx", "tensorrt": "tensorrt"}
@@ -183,19 +186,28 @@ def _located(
 
     trials = folder / "trials"
     trials.mkdir()
-    job_file, _ = _save_job(trials / "trial.onnx", trials / ENGINE, target, profile, trials / "trial.log")
+    if target.builder == "trtexec":
+        run = partial(trtexec_trial, shapes=profile.inputs(), seconds=TRIAL_SECONDS)
+    else:
+        job_file, _ = _save_job(trials / TRIAL, trials / ENGINE, target, profile, trials / "trial.log")
+        run = partial(_trial, job_file)
 
     def crashes(graph: Path) -> bool:
-        try:
-            done = subprocess.run(
-                _worker(job_file), capture_output=True, check=False, env=child_environment(), timeout=TRIAL_SECONDS
-            )
-        except subprocess.TimeoutExpired:
-            return False
-        return done.returncode < 0 and -done.returncode != signal.SIGKILL
+        return fatal_signal(run(graph)) not in (0, signal.SIGKILL)
 
     talk.line(f"the builder crashed; looking for the nodes by up to {MOST_TRIALS} smaller builds")
     return located(crash, find_suspects(model, trials, crashes))
+
+
+def _trial(job_file: Path, graph: Path) -> int:
+    """Build the graph that ``job_file`` names; return the child's exit code, 0 where it takes longer than allowed."""
+    assert graph.name == TRIAL
+    try:
+        return subprocess.run(
+            _worker(job_file), capture_output=True, check=False, env=child_environment(), timeout=TRIAL_SECONDS
+        ).returncode
+    except subprocess.TimeoutExpired:
+        return 0
 
 
 def child_environment() -> dict[str, str]:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 LAST_LINES = 4
 NAMED_NODES = 4
 PRODUCTS = ("MatMul", "Gemm")
+# What a shell adds to the signal that ended the program that it ran; what faults in a program raise.
+SHELL_SIGNALS = 128
+FAULTS = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
 
 
 def refused(result: dict[str, Any], builder: str, log: Path) -> EngineError:
@@ -30,6 +33,13 @@ def refused(result: dict[str, Any], builder: str, log: Path) -> EngineError:
     return EngineError(f"{builder} {result['version']} {verb}: {shown}.", f"The whole log: {log}")
 
 
+def fatal_signal(returncode: int) -> int:
+    """Return the signal that ended a process, 0 for none: -n from the system, 128 + n where a shell script ran it."""
+    if returncode < 0:
+        return -returncode
+    return returncode - SHELL_SIGNALS if returncode - SHELL_SIGNALS in FAULTS else 0
+
+
 class BuilderCrashedError(EngineError):
     """The builder's process was ended by a signal that tells of a fault in it, not of memory that ran out."""
 
@@ -38,11 +48,12 @@ def crashed(model: Path, log: Path, returncode: int, stderr: str) -> EngineError
     """Say how the builder's process died, with the nodes that are known to kill it and its last words."""
     text = log.read_text(errors="replace") if log.is_file() else ""
     last = " / ".join(line for line in text.splitlines() if line.strip()).split(" / ")[-LAST_LINES:]
-    if returncode > 0:
+    ended_by = fatal_signal(returncode)
+    if not ended_by:
         words = " ".join(stderr.split())[-400:]
         return EngineError(f"The builder's process ended with code {returncode}: {words}", f"The whole log: {log}")
-    name = signal.Signals(-returncode).name
-    if -returncode == signal.SIGKILL:
+    name = signal.Signals(ended_by).name
+    if ended_by == signal.SIGKILL:
         message = "The builder was killed (SIGKILL), most likely because memory ran out"
         return EngineError(
             f"{message}. Its last words: {' / '.join(last)}", f"Build on a machine with more memory. Log: {log}"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mpq_deploy.engine.build_target import BuildTarget
 from mpq_deploy.engine.build_worker import InputShapes
-from mpq_deploy.engine.failure import crashed
+from mpq_deploy.engine.failure import crashed, fatal_signal
 from mpq_deploy.errors import EngineError
 
 # Where JetPack and the Debian packages put it, beside the search path.
@@ -76,13 +76,31 @@ def build_with_trtexec(
             f"The target '{target.name}' is for TensorRT {' or '.join(target.versions)}, but trtexec is {version}.",
             "Choose the target of that version (mpq-deploy targets).",
         )
-    if done.returncode < 0:
+    if fatal_signal(done.returncode):
         raise crashed(model, log, done.returncode, "")
     if done.returncode or not engine.is_file():
         errors = [line for line in text.splitlines() if "[E]" in line][:3]
         raise EngineError(f"trtexec refuses the graph: {' / '.join(errors) or 'no reason given'}.", f"Log: {log}")
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     return version, layers.read_text(), round(time.monotonic() - started, 3), peak
+
+
+def trtexec_trial(graph: Path, shapes: Mapping[str, InputShapes], seconds: float) -> int:
+    """Build a smaller graph by trtexec, keep nothing; return its exit code, 0 where it takes longer than ``seconds``.
+
+    ``shapes`` are those of the whole graph: trtexec refuses the name of an input that the smaller one lost.
+    """
+    import onnx
+
+    trtexec = find_trtexec()
+    assert trtexec is not None  # it has crashed before
+    left = {value.name for value in onnx.load(graph, load_external_data=False).graph.input}
+    kept = {name: shape for name, shape in shapes.items() if name in left}
+    command = trtexec_command(trtexec, graph, graph.with_name("trial.engine"), graph.with_name("trial.json"), kept)
+    try:
+        return subprocess.run(command, capture_output=True, check=False, timeout=seconds).returncode
+    except subprocess.TimeoutExpired:
+        return 0
 
 
 def trtexec_version(text: str) -> str:

@@ -32,6 +32,8 @@ WEIGHTS_TOLERANCE = 0.02
 INT8_CHANNEL_BYTES = {"Conv": 3 * 4, "Gemm": 2 * 2, "MatMul": 2 * 2}
 # It aligns each constant to 128 bytes: half of that is lost on average, by codes, scales, bias and channel scales.
 ALIGNMENT_BYTES = 4 * 64
+# A product in INT8 has two FP32 factors of one element beside them, each alone in its 128 bytes (seen in every build).
+INT8_FACTOR_BYTES = {"Conv": 0, "Gemm": 2 * 128, "MatMul": 2 * 128}
 # It pads the channels of a convolution to 4, and those of odd products to 2.
 CHANNEL_MULTIPLE = 4
 BYTES_PER_ELEMENT = {"fp16": 2, "w8a8": 1, "w8a16": 2, "w4a16": 2, "w4a8": 1}
@@ -122,15 +124,39 @@ def _check_node(
         return [Problem(layer.name, f"no kernel of the engine names its node '{node}'")]
     computing = [pair for pair in candidates if pair[0].compute] or [_together(node, candidates)]
     problems = []
-    for kernel, constants in computing:
+    for kernel, _ in computing:
         int8 = _multiplies_int8(kernel)
         if layer.form.activation is INT8 and not int8:
             types = "/".join(dict.fromkeys(tensor.dtype for tensor in kernel.inputs))
             problems.append(Problem(layer.name, f"planned {layer.scheme}, but it computes in {types} ({kernel.name})"))
         if layer.form.activation is None and int8:
             problems.append(Problem(layer.name, f"planned {layer.scheme}, but it computes in Int8 ({kernel.name})"))
+    for kernel, constants in _whole(layer, computing):
         problems += _check_storage(layer, kernel, constants, planned)
     return problems
+
+
+def _whole(
+    layer: ExpectedLayer, computing: list[tuple[EngineLayer, tuple[EngineTensor, ...]]]
+) -> list[tuple[EngineLayer, tuple[EngineTensor, ...]]]:
+    """Kernels with the weights that each must hold: parts of one product count as one kernel.
+
+    Where a model splits the output of a product (scale and shift of an adaptive norm), the builder makes one kernel per
+    piece, each with its own columns of the weight: none of them holds all, every one holds some.
+    """
+    held = [_held(layer, constants) for _, constants in computing]
+    if len(computing) < 2 or not all(0 < count < layer.weights for count in held):
+        return computing
+    nodes = tuple(dict.fromkeys(node for kernel, _ in computing for node in kernel.nodes))
+    direct = _union(kernel.constants for kernel, _ in computing)
+    whole = replace(computing[0][0], nodes=nodes, constants=direct)
+    return [(whole, _union(constants for _, constants in computing))]
+
+
+def _held(layer: ExpectedLayer, constants: Iterable[EngineTensor]) -> int:
+    """Elements of ``constants`` of the type in which the weight of ``layer`` is stored."""
+    stored = STORED[layer.form.weight.name if layer.form.weight else "fp16"]
+    return sum(tensor.elements for tensor in constants if tensor.dtype in stored)
 
 
 def _together(
@@ -164,13 +190,11 @@ def _check_storage(
     stored = STORED[weight.name if weight else "fp16"]
     together = {planned[node].name: planned[node] for node in kernel.nodes if node in planned}
     needed = sum(one.weights for one in together.values() if one.form.weight is weight)
-    held = sum(tensor.elements for tensor in constants if tensor.dtype in stored)
-    if held < needed:
+    if _held(layer, constants) < needed:
         kinds = ", ".join(f"{t.dtype} {list(t.shape)}" for t in constants if t.elements >= layer.weights) or "none"
         message = f"planned {layer.scheme}, but its weight does not lie in the engine as {stored[0]} (found: {kinds})"
         return [Problem(layer.name, message)]
-    direct = sum(tensor.elements for tensor in kernel.constants if tensor.dtype in stored)
-    if can_fuse(layer) and direct < needed:
+    if can_fuse(layer) and _held(layer, kernel.constants) < needed:
         message = f"its {stored[0]} weight is unpacked as a whole at each call, though its form could be fused"
         return [Problem(layer.name, message, "slow")]
     return []
@@ -197,5 +221,7 @@ def _layer_allowance(layer: ExpectedLayer) -> int:
         area *= size
     channels = layer.reduction // area
     padded = -channels % multiple * area * layer.out_channels + -layer.out_channels % multiple * layer.reduction
-    factors = INT8_CHANNEL_BYTES[layer.op] * layer.out_channels if layer.form.activation is INT8 else 0
+    factors = 0
+    if layer.form.activation is INT8:
+        factors = INT8_CHANNEL_BYTES[layer.op] * layer.out_channels + INT8_FACTOR_BYTES[layer.op]
     return ALIGNMENT_BYTES + factors + padded * BYTES_PER_ELEMENT[layer.form.family]

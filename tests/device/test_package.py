@@ -21,6 +21,7 @@ from mpq_deploy.pipeline import open_pipeline
 from mpq_deploy.recipe import Recipe
 from mpq_deploy.runtime.correction import load_correction
 from mpq_deploy.talk import Talk
+from tests.models import tiny_text_transformer_folder
 from tests.pipeline.runs import call, write_recipe
 
 
@@ -43,6 +44,29 @@ def test_two_clean_runs_give_the_same_archive(model: Path, rtx: Path, tmp_path: 
     assert done.returncode == 0, done.stderr
     assert archive.read_bytes() == rtx.read_bytes()
     assert json.loads(done.stdout)["sha256"] == hashlib.sha256(archive.read_bytes()).hexdigest()
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+def test_two_clean_runs_of_a_text_transformer_give_the_same_archive(tmp_path: Path) -> None:
+    """From its pipeline folder: prompts through CLIP and T5, export, GPTQ and the plan, in two processes."""
+    for package in ("torch", "diffusers", "transformers"):
+        pytest.importorskip(package)
+    made = []
+    for seed in ("1", "2"):
+        place = tmp_path / seed
+        folder = tiny_text_transformer_folder(place, "SD3Transformer2DModel")
+        (place / "prompts.txt").write_text("abc\ndef\n")
+        (place / "run").mkdir()
+        given = {"model": str(folder), "prompts": str(place / "prompts.txt"), "target": "rtx"}
+        write_recipe(place / "run" / "recipe.yaml", **given)
+        done = call("--json", "package", place / "run", "-o", place / "made.mpq.tar", PYTHONHASHSEED=seed)
+        assert done.returncode == 0, done.stderr
+        made.append((place / "made.mpq.tar").read_bytes())
+    assert made[0] == made[1]
+    extract(tmp_path / "1" / "made.mpq.tar", read_archive(tmp_path / "1" / "made.mpq.tar"), tmp_path / "out")
+    inputs = Manifest.load(tmp_path / "out" / "manifest.json").reference.inputs
+    assert {"encoder_hidden_states", "pooled_projections"} <= set(inputs)
 
 
 def test_the_manifest_says_what_the_engine_must_be(unpacked: Path) -> None:

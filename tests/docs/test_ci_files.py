@@ -108,7 +108,7 @@ def test_the_container_file_copies_what_is_there_and_runs_as_nobody_special() ->
         if name in ("ENTRYPOINT", "CMD", "SHELL"):
             assert isinstance(json.loads(rest), list)
     last = dict(found[[i for i, (name, _) in enumerate(found) if name == "FROM"][-1] :])
-    assert last["USER"] == "mpq"
+    assert last["USER"] == "10001" and "--uid 10001 " in last["RUN"]
     parse(shlex.join([*json.loads(last["ENTRYPOINT"]), *json.loads(last["CMD"])]))
     example = re.search(r"mpq-deploy (build .*)", CONTAINER.read_text())
     assert example is not None

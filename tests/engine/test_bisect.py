@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +23,7 @@ from mpq_deploy.engine.expected import ExpectedLayers
 from mpq_deploy.engine.target import load_target
 from mpq_deploy.errors import EngineError
 from mpq_deploy.talk import Talk
-from tests.engine.plans import FAMILIES, write_plan
+from tests.engine.plans import FAMILIES, SIZE, write_plan
 from tests.graphs import GraphBuilder
 
 
@@ -86,6 +90,84 @@ def test_a_crash_without_quantization_is_found_by_halving(model: Path, tmp_path:
     found = find_suspects(model, tmp_path, trial)
     assert found is not None and not found.quantized and found.certain
     assert found.nodes == (bad,)
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A STAND-IN for trtexec on the path, which dies when told to; returns the file that counts its calls."""
+    (tmp_path / "bin").mkdir()
+    script = Path(__file__).with_name("crashing_trtexec.py")
+    trtexec = tmp_path / "bin" / "trtexec"
+    trtexec.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{script}" "$@"\n')
+    trtexec.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("CRASH_COUNT", str(tmp_path / "count"))
+    return tmp_path / "count"
+
+
+def build_by_trtexec(model: Path, folder: Path) -> EngineError:
+    profile = BatchProfile(1, 1, 2, {"sample": (3, SIZE, SIZE), "timestep": ()})
+    with pytest.raises(EngineError) as caught:
+        build_engine(model, folder, load_target("jetson-agx-orin"), profile, ExpectedLayers((), 0), Talk())
+    assert list(folder.iterdir()) == []
+    return caught.value
+
+
+def test_a_crash_of_trtexec_is_searched_too(
+    model: Path, stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a STAND-IN that dies of a signal: no trtexec was at hand."""
+    layers = quantized_layers(onnx.load(model, load_external_data=False))
+    bad = [layers[1], layers[-2]]
+    monkeypatch.setenv("CRASH_WHEN", json.dumps({"quantized": bad}))
+    said = build_by_trtexec(model, tmp_path / "engine").message
+    assert "crashed (SIGSEGV)" in said
+    assert f"these are quantized together: {', '.join(bad)}; and not when nothing is" in said
+    # The first call was the build itself.
+    trials = len(stand_in.read_text()) - 1
+    assert f"Suspects by {trials} smaller builds" in said and "ended early" not in said
+
+
+def test_a_crash_of_trtexec_without_quantization(
+    model: Path, stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beginnings of the graph may lack an input, whose name trtexec would refuse; here a shell script runs it."""
+    monkeypatch.setenv("CRASH_VIA_SHELL", "1")
+    nodes = [node.name for node in onnx.load(model, load_external_data=False).graph.node if node.op_type == "Sigmoid"]
+    monkeypatch.setenv("CRASH_WHEN", json.dumps({"present": nodes[:1]}))
+    said = build_by_trtexec(model, tmp_path / "engine").message
+    assert f"without any quantization too, when the graph has come to {nodes[0]}." in said
+
+
+def test_a_device_without_onnx_is_told_what_happened_and_no_more(
+    model: Path, stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "onnx" else real(name, *more))
+    monkeypatch.setenv("CRASH_WHEN", json.dumps({"present": []}))
+    said = build_by_trtexec(model, tmp_path / "engine").message
+    assert "crashed (SIGSEGV)" in said and "onnx is not installed" in said and "smaller builds" not in said
+    assert stand_in.read_text() == "x"
+
+
+def test_a_trtexec_that_the_dialect_is_not_written_for_is_refused(
+    model: Path, stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The STAND-IN says 10.3, as JetPack 6 does."""
+    monkeypatch.setenv("CRASH_WHEN", json.dumps({"present": ["nothing"]}))
+    profile = BatchProfile(1, 1, 2, {"sample": (3, SIZE, SIZE), "timestep": ()})
+    with pytest.raises(EngineError, match=r"'jetson-thor' is for TensorRT 10\.13, but trtexec is 10\.3\.0"):
+        build_engine(model, tmp_path / "engine", load_target("jetson-thor"), profile, ExpectedLayers((), 0), Talk())
+
+
+def test_a_refusal_of_trtexec_is_no_crash(
+    model: Path, stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CRASH_WHEN", json.dumps({"present": ["nothing"]}))
+    profile = BatchProfile(1, 1, 2, {"nobody": (3, SIZE, SIZE)})
+    with pytest.raises(EngineError, match=r"trtexec refuses the graph: .*Cannot find input tensor with name 'nobody'"):
+        build_engine(model, tmp_path / "engine", load_target("jetson-agx-orin"), profile, ExpectedLayers((), 0), Talk())
+    assert stand_in.read_text() == "x"
 
 
 def shared_weight(products: int) -> onnx.ModelProto:

@@ -96,6 +96,48 @@ def test_chains_of_shape_operators_fold() -> None:
     np.testing.assert_allclose(run(model, x=feed), before, atol=1e-6)
 
 
+def sliced(shared: bool) -> ir.Model:
+    """A table whose middle is read, by indices that are cast first, and its last rows backwards from there."""
+    graph = GraphBuilder()
+    x = graph.input("x", ["n", 2, 3])
+    table = graph.random("positions", 6, 5, scale=1.0)
+
+    def index(name: str, *values: int) -> str:
+        return graph.op("Cast", [graph.weight(f"{name}.int", np.array(values, np.int32))], name, to=TensorProto.INT64)
+
+    rows = graph.op("Slice", [table, index("a", -5), index("b", 1 << 30), index("c", 0), index("d", 1)], "rows")
+    both = [index("e", -1, 0), index("f", -3, 3), index("g", 0, -1), index("h", -1, 1)]
+    part = graph.op("Slice", [rows, *both], "part")
+    total = graph.op("Add", [x, part], "add")
+    if shared:
+        whole = graph.op("ReduceSum", [table], "sum", keepdims=0)
+        total = graph.op("Add", [total, whole], "add_whole")
+    return finished(graph, total, ["n", 2, 3])
+
+
+def test_a_part_of_a_table_is_all_that_is_kept() -> None:
+    model = sliced(shared=False)
+    feed = np.ones((2, 2, 3), np.float32)
+    before = run(model, x=feed)
+    model = normalise(model)
+    assert list(model.graph.initializers) == ["positions"]
+    assert initializer(model, "positions").shape == (2, 3)
+    assert [node.op_type for node in model.graph] == ["Add", "Neg"]
+    np.testing.assert_array_equal(run(model, x=feed), before)
+    assert not FoldConstantsPass()(model).modified
+
+
+def test_a_table_that_is_read_as_a_whole_too_is_not_stored_twice() -> None:
+    model = sliced(shared=True)
+    feed = np.ones((2, 2, 3), np.float32)
+    before = run(model, x=feed)
+    model = normalise(model)
+    assert initializer(model, "positions").shape == (6, 5)
+    assert [name for name in model.graph.initializers if "positions" in name] == ["positions"]
+    np.testing.assert_allclose(run(model, x=feed), before, rtol=1e-6)
+    assert not FoldConstantsPass()(model).modified
+
+
 def test_a_fold_that_is_an_output_stays() -> None:
     graph = GraphBuilder()
     graph.input("x", ["n"])
