@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class MpqError(Exception):
@@ -22,6 +23,18 @@ class MpqError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message} {self.hint}".strip()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Errors come back from worker processes, and constructors of subclasses take other arguments.
+        return _remade, (type(self), self.__dict__)
+
+
+def _remade(kind: type[MpqError], values: dict[str, Any]) -> MpqError:
+    """Return an error of ``kind`` that says ``values``, without its constructor."""
+    error = kind.__new__(kind)
+    Exception.__init__(error, values["message"])
+    error.__dict__.update(values)
+    return error
 
 
 class UsageError(MpqError):

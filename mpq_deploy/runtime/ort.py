@@ -11,6 +11,7 @@ import onnxruntime as ort
 from mpq_deploy.denoisers.spec import Array, DenoiserSpec, InputSpec
 from mpq_deploy.errors import ModelError, UsageError, nearest
 from mpq_deploy.graph.load import parse_proto, read_proto
+from mpq_deploy.runtime.threads import may_spin, runtime_threads
 
 # ONNX Runtime's errors have no common base class: these are all it raises for a model it cannot run.
 ORT_ERRORS = tuple(
@@ -24,15 +25,17 @@ ERROR_SEVERITY = 3
 def session_options(threads: int = 0, fake_quant_only: bool = False) -> ort.SessionOptions:
     """Return the options under which every graph of this package is run.
 
-    ``threads`` 0 takes one per core. MatMul with 4- or 8-bit weights must not quantize its activations on its own
+    ``threads`` 0 takes one per physical core (``runtime.threads``). MatMul with 4- or 8-bit weights must not quantize its activations on its own
     (accuracy level 0: the default costs 5e-3 of accuracy); ``fake_quant_only`` keeps Q/DQ pairs as they are
     written, in float arithmetic, instead of fusing them into integer kernels.
     """
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads or runtime_threads()
     options.inter_op_num_threads = 1
     options.log_severity_level = ERROR_SEVERITY
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+    if not may_spin():
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if fake_quant_only:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     return options

@@ -1,0 +1,88 @@
+"""How many threads compute. The last digits of a result may depend on it, so it is chosen in one place.
+
+Sums that are split over other numbers of threads round otherwise. A worker process gets the numbers of the process that
+started it, through its environment: so both compute the same bits.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+# Set for worker processes: threads of ONNX Runtime, which waits for them sleeping where the variable is set.
+RUNTIME_THREADS = "MPQ_DEPLOY_THREADS"
+TORCH_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "BLIS_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class Threads:
+    """Threads of ONNX Runtime, of torch, and of NumPy's BLAS."""
+
+    runtime: int
+    torch: int
+    blas: int
+
+    def environment(self) -> dict[str, str]:
+        """Return what a process must find in its environment to compute with these threads.
+
+        Several processes share the cores, so threads that wait sleep: how they wait changes no result.
+        """
+        return {
+            RUNTIME_THREADS: str(self.runtime),
+            **dict.fromkeys(TORCH_THREADS, str(self.torch)),
+            **dict.fromkeys(BLAS_THREADS, str(self.blas)),
+            "OMP_WAIT_POLICY": "PASSIVE",
+        }
+
+
+def threads_here() -> Threads:
+    """Return the threads that this process computes with."""
+    torch, cores = sys.modules.get("torch"), physical_cores()
+    given = _number(os.environ, TORCH_THREADS[0])
+    return Threads(
+        runtime_threads(),
+        int(torch.get_num_threads()) if torch is not None else given or cores,
+        _number(os.environ, BLAS_THREADS[0]) or given or available_cores(),
+    )
+
+
+def runtime_threads() -> int:
+    """Return the threads of an ONNX Runtime session: one per physical core, which is also that library's choice."""
+    return _number(os.environ, RUNTIME_THREADS) or physical_cores()
+
+
+def may_spin() -> bool:
+    """Whether threads of ONNX Runtime may wait by spinning: fast for one process, wasteful for several."""
+    return RUNTIME_THREADS not in os.environ
+
+
+def available_cores() -> int:
+    """Return the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def physical_cores() -> int:
+    """Return the physical cores among those that this process may use; all of them where the system does not say."""
+    if not hasattr(os, "sched_getaffinity"):
+        return available_cores()
+    places = set()
+    for cpu in os.sched_getaffinity(0):
+        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+        try:
+            names = ("physical_package_id", "core_id")
+            places.add(tuple((topology / name).read_text().strip() for name in names))
+        except OSError:
+            # A container may hide it.
+            return available_cores()
+    return len(places)
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    """Return the positive number in an environment variable; 0 where there is none."""
+    # OMP_NUM_THREADS may be a list, by level of nesting.
+    text = environment.get(name, "").split(",")[0].strip()
+    return int(text) if text.isdigit() else 0
