@@ -14,6 +14,7 @@ from mpq_deploy.artefacts import RunFolder, open_run, write_text
 from mpq_deploy.errors import MpqError, UsageError
 from mpq_deploy.meter import metered
 from mpq_deploy.recipe import Recipe
+from mpq_deploy.shards.work import Alone, Crew
 from mpq_deploy.stages.common import deployed_stage
 from mpq_deploy.talk import Talk
 
@@ -72,8 +73,10 @@ class Summary:
 class Pipeline:
     """One recipe on one open run folder."""
 
-    def __init__(self, run: RunFolder, recipe: Recipe, talk: Talk) -> None:
+    def __init__(self, run: RunFolder, recipe: Recipe, talk: Talk, crew: Crew | None = None) -> None:
         self.run, self.recipe, self.talk = run, recipe, talk
+        # Who computes shards. No result depends on it, so it is no part of the recipe.
+        self.crew: Crew = crew or Alone()
         self.results: dict[str, StageResult] = {}
 
     def run_until(self, last: str) -> Summary:
@@ -166,15 +169,18 @@ class Pipeline:
 
 
 @contextmanager
-def open_pipeline(recipe: Recipe, run: Path, talk: Talk) -> Iterator[Pipeline]:
-    """Open (and lock) the run folder for ``recipe``, and write the recipe with every default into it."""
+def open_pipeline(recipe: Recipe, run: Path, talk: Talk, crew: Crew | None = None) -> Iterator[Pipeline]:
+    """Open (and lock) the run folder for ``recipe``, and write the recipe with every default into it.
+
+    ``crew``: who computes what can be spread over workers; None: this process.
+    """
     # Mistakes that need no run folder to be found are found before one is made.
     stages.check_recipe(recipe)
     with open_run(run) as folder:
         stored = run / "recipe.yaml"
         before = stored.read_text() if stored.is_file() else None
         write_text(stored, recipe.to_yaml())
-        pipeline = Pipeline(folder, recipe, talk)
+        pipeline = Pipeline(folder, recipe, talk, crew)
         try:
             yield pipeline
         except MpqError as error:

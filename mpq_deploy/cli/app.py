@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from mpq_deploy.pipeline import Summary
     from mpq_deploy.recipe import Recipe
+    from mpq_deploy.shards.work import Crew
     from mpq_deploy.talk import Talk
 
 STAGES = "Stages (over one run folder)"
@@ -97,12 +98,12 @@ def recipe_of(run: Path, recipe: Path | None, overrides: dict[str, Any] | None =
     return load_recipe(recipe or stored, overrides)
 
 
-def run_until(stage: str, settings: Recipe, out: Path | None) -> None:
+def run_until(stage: str, settings: Recipe, out: Path | None, crew: Crew | None = None) -> None:
     """Run all stages up to ``stage`` and print what came of it."""
     from mpq_deploy.pipeline import default_run, open_pipeline
 
     run = out or default_run(settings)
-    with open_pipeline(settings, run, make_talk()) as pipeline:
+    with open_pipeline(settings, run, make_talk(), crew) as pipeline:
         summary = pipeline.run_until(stage)
     print_summary(summary)
 

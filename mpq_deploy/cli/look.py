@@ -10,7 +10,18 @@ from typing import Annotated, Optional
 import typer
 
 from mpq_deploy.cli.app import LOOK, State, app, make_talk, print_json, recipe_of
-from mpq_deploy.cli.options import ModelArgument, RecipeOption, ReportArgument, RunArgument, TargetOption
+from mpq_deploy.cli.options import (
+    WORKERS,
+    ModelArgument,
+    RayOption,
+    RecipeOption,
+    ReportArgument,
+    RunArgument,
+    TargetOption,
+    ThreadsOption,
+    WorkersOption,
+    crew_for,
+)
 
 
 @app.command(rich_help_panel=LOOK, epilog="Example: mpq-deploy sweep runs/emoji --budgets 0.26:0.5 --evaluate")
@@ -32,13 +43,17 @@ def sweep(
         ),
     ] = None,
     recipe: RecipeOption = None,
+    workers: WorkersOption = None,
+    ray: RayOption = None,
+    threads: ThreadsOption = None,
 ) -> None:
     """Draw the curve of size against quality: measured once, each budget solved in seconds."""
     from mpq_deploy.pipeline import open_pipeline
     from mpq_deploy.sweep import parse_budgets, run_sweep, sweep_table
 
     chosen = parse_budgets(budgets)
-    with open_pipeline(recipe_of(run, recipe), run, make_talk()) as pipeline:
+    crew = crew_for(workers, ray, threads)
+    with open_pipeline(recipe_of(run, recipe), run, make_talk(), crew) as pipeline:
         result = run_sweep(pipeline, chosen, evaluate, points, shlex.join(["mpq-deploy", *sys.argv[1:]]))
     if State.json:
         print_json(result)
@@ -72,6 +87,9 @@ def audit(
     ] = None,
     recipe: RecipeOption = None,
     json: Annotated[bool, typer.Option("--json", help="The result on stdout as JSON.")] = False,
+    workers: WorkersOption = None,
+    ray: RayOption = None,
+    threads: ThreadsOption = None,
 ) -> None:
     """Compare every sensitivity with exhaustive measurement, and by the quality of the plans it leads to.
 
@@ -86,7 +104,7 @@ def audit(
     options = AuditOptions(tuple(parse_budgets(budgets)), chosen, pairs, samples)
     settings = audit_recipe(recipe, model, changes or [])
     run = audit_run(settings, out)
-    with open_pipeline(settings, run, make_talk()) as pipeline:
+    with open_pipeline(settings, run, make_talk(), crew_for(workers, ray, threads)) as pipeline:
         result = run_audit(pipeline, options, shlex.join(["mpq-deploy", *sys.argv[1:]]))
         write_audit(result, run)
     if State.json or json:
@@ -167,8 +185,17 @@ def metrics(
     ] = None,
     workers: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option("--workers", min=1, help="Processes that sample.", show_default="one per core"),
+        typer.Option(
+            "--workers",
+            min=1,
+            metavar="N",
+            help="Processes that sample.",
+            rich_help_panel=WORKERS,
+            show_default="one per core",
+        ),
     ] = None,
+    ray: RayOption = None,
+    threads: ThreadsOption = None,
     controls: Annotated[bool, typer.Option("--controls", help="Also the run's controls (INT8, INT4).")] = False,
     lpips: Annotated[bool, typer.Option("--lpips", help="Also LPIPS, image by image.")] = False,
     clip_score: Annotated[bool, typer.Option("--clip-score", help="Also how well images fit their prompts.")] = False,
@@ -188,7 +215,8 @@ def metrics(
     scores = tuple(name for name, asked in ((LPIPS, lpips), (CLIP_SCORE, clip_score)) if asked)
     given = parse_weights(weights or [])
     options = MetricsOptions(tuple(network or ()), images, real, given, seed, workers, controls, scores)
-    with open_pipeline(recipe_of(run, None), run, make_talk()) as pipeline:
+    crew = crew_for(workers, ray, threads)
+    with open_pipeline(recipe_of(run, None), run, make_talk(), crew) as pipeline:
         pipeline.run_until("evaluate")
         found = measure_metrics(pipeline, options)
         pipeline.run_until("report")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
+
+if TYPE_CHECKING:
+    from mpq_deploy.shards.work import Crew
 
 OF_MODEL = "What the model does not bring"
 
@@ -130,6 +133,52 @@ LatencyTableOption = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option("--latency-table", metavar="FILE", help="From 'mpq-deploy profile'.", show_default="estimates"),
 ]
+WORKERS = "Where it is computed"
+WorkersOption = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(
+        "--workers",
+        min=1,
+        metavar="N",
+        help="Processes that share the work.",
+        rich_help_panel=WORKERS,
+        show_default="this one",
+    ),
+]
+RayOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        help="A Ray cluster that shares the work: HOST:PORT, or auto.",
+        rich_help_panel=WORKERS,
+        show_default=False,
+    ),
+]
+ThreadsOption = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(
+        "--threads",
+        min=1,
+        metavar="T",
+        help="Of each worker. Last digits depend on it, not on how many workers there are.",
+        rich_help_panel=WORKERS,
+        show_default="as many as this process has",
+    ),
+]
+
+
+def crew_for(workers: int | None, ray: str | None, threads: int | None) -> Crew | None:
+    """Return who computes what can be spread: processes, a Ray cluster, or None where nothing was asked for."""
+    if ray is not None:
+        from mpq_deploy.shards.cluster import Cluster
+
+        return Cluster(ray, workers, threads)
+    if threads is None and workers in (None, 1):
+        return None
+    from mpq_deploy.shards.processes import Processes
+
+    return Processes(workers or 1, threads)
 
 
 def latency_settings(max_latency: str | None, objective: Objective | None, table: Path | None) -> dict[str, Any]:

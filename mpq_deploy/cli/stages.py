@@ -19,11 +19,15 @@ from mpq_deploy.cli.options import (
     ObjectiveOption,
     OutOption,
     PromptsOption,
+    RayOption,
     RecipeOption,
     RunArgument,
     SchedulerOption,
     SensitivityOption,
     TargetOption,
+    ThreadsOption,
+    WorkersOption,
+    crew_for,
     latency_settings,
 )
 from mpq_deploy.errors import UsageError, nearest
@@ -51,6 +55,9 @@ def build(
     max_latency: MaxLatencyOption = None,
     objective: ObjectiveOption = None,
     latency_table: LatencyTableOption = None,
+    workers: WorkersOption = None,
+    ray: RayOption = None,
+    threads: ThreadsOption = None,
 ) -> None:
     """Do everything: export, measure, fit the budget, quantize, build the engine, compare, report.
 
@@ -59,7 +66,7 @@ def build(
     additions = {"conditions": conditions, "scheduler": scheduler, "prompts": prompts, "component": component}
     latency = latency_settings(max_latency, objective, latency_table)
     settings = recipe_for(recipe, model, budget, target, sensitivity, additions, latency)
-    run_until("report", recovering(settings) if recover else settings, out)
+    run_until("report", recovering(settings) if recover else settings, out, crew_for(workers, ray, threads))
 
 
 @app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy export ./my-pipeline -o runs/mine")
@@ -78,16 +85,30 @@ def export(
 
 
 @app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy calibrate runs/mine")
-def calibrate(run: RunArgument, recipe: RecipeOption = None) -> None:
+def calibrate(
+    run: RunArgument,
+    recipe: RecipeOption = None,
+    workers: WorkersOption = None,
+    ray: RayOption = None,
+    threads: ThreadsOption = None,
+) -> None:
     """Record float trajectories and the statistics of every activation."""
-    run_until("calibrate", recipe_of(run, recipe), run)
+    run_until("calibrate", recipe_of(run, recipe), run, crew_for(workers, ray, threads))
 
 
 @app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy measure runs/mine --sensitivity probe")
-def measure(run: RunArgument, recipe: RecipeOption = None, sensitivity: SensitivityOption = None) -> None:
+def measure(
+    run: RunArgument,
+    recipe: RecipeOption = None,
+    sensitivity: SensitivityOption = None,
+    workers: WorkersOption = None,
+    ray: RayOption = None,
+    threads: ThreadsOption = None,
+) -> None:
     """Round every candidate weight and predict what each scheme of each layer costs."""
     method = sensitivity.value if sensitivity else None
-    run_until("measure", recipe_of(run, recipe, {"measure.method": method}), run)
+    settings = recipe_of(run, recipe, {"measure.method": method})
+    run_until("measure", settings, run, crew_for(workers, ray, threads))
 
 
 @app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy allocate runs/mine --budget 0.3")
@@ -150,10 +171,14 @@ def evaluate(
         Optional[CorrectionKind],  # noqa: UP045
         typer.Option("--correction", help="Also with the sampler corrected (ptqd), or no more.", show_default=False),
     ] = None,
+    workers: WorkersOption = None,
+    ray: RayOption = None,
+    threads: ThreadsOption = None,
 ) -> None:
     """Compare the quantized model with the float one, beside everything-INT8 and everything-INT4."""
     kind = correction.value if correction else None
-    run_until("evaluate", recipe_of(run, recipe, {"evaluate.correction": kind}), run)
+    settings = recipe_of(run, recipe, {"evaluate.correction": kind})
+    run_until("evaluate", settings, run, crew_for(workers, ray, threads))
 
 
 @app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy report runs/mine")

@@ -45,6 +45,7 @@ from mpq_deploy.metrics.real import RealSet, real_set
 from mpq_deploy.metrics.sampling import Sampled, SamplingOptions, Source, image_shape, sample_many
 from mpq_deploy.metrics.scores import ImageScore, open_scores, prompts_of
 from mpq_deploy.report.data import FrechetInfo, Interval, ScoreInfo
+from mpq_deploy.shards.work import Alone
 from mpq_deploy.stages.common import Exported, deployed_stage
 from mpq_deploy.talk import Talk
 
@@ -158,7 +159,9 @@ def measure_metrics(pipeline: Pipeline, options: MetricsOptions) -> ImageMetrics
     scores = open_scores(options.scores, found, exported.spec, shape)
     reals = {network.name: real_set(options.real, network, found, shape) for network in networks}
     sources = _sources(pipeline, exported.path, seed, options.controls)
-    sampled = sample_many(sources, exported.path, exported.spec, exported.conditions, sampling, cache, pipeline.talk)
+    crew = None if isinstance(pipeline.crew, Alone) else pipeline.crew
+    about = (exported.path, exported.spec, exported.conditions, sampling, cache, pipeline.talk, crew)
+    sampled = sample_many(sources, *about)
     measure = _Measure(sampled, sampling, SampleCache(cache, pipeline.talk), pipeline.talk)
     rows = {name: [] for name in sources if name not in (FLOAT, OTHER)}  # type: dict[str, list[FrechetInfo]]
     for network in networks:

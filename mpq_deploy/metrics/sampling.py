@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +24,12 @@ from mpq_deploy.evaluate.decode import decode, decoder_path
 from mpq_deploy.evaluate.evaluate import DECODED_RANGE, spread_rows
 from mpq_deploy.evaluate.images import to_uint8
 from mpq_deploy.runtime.ort import OrtDenoiser
+from mpq_deploy.runtime.threads import available_cores
 from mpq_deploy.sampling.loop import denoise
 from mpq_deploy.sampling.sampler import SamplerKind, make_sampler
+from mpq_deploy.shards.processes import Processes
+from mpq_deploy.shards.work import Alone, Crew, Job, Result, Work, run_shards
+from mpq_deploy.shards.work import Shard as ShardOf
 from mpq_deploy.talk import Talk
 
 # A change here makes every shard stale.
@@ -101,8 +102,11 @@ def sample_many(
     options: SamplingOptions,
     cache: Path | None,
     talk: Talk,
+    crew: Crew | None = None,
 ) -> Sampled:
     """Sample every one of ``sources``; image i of two sources of the same seed comes from the same noise.
+
+    ``crew``: who samples; None: as many processes of this machine as ``options`` say.
 
     Raises UsageError where the samples are no images (latents without a decoder), ModelError for samples that are not
     finite.
@@ -111,33 +115,56 @@ def sample_many(
     started = time.monotonic()
     decoder = decoder_path(spec, float_model.parent)
     rows = spread_rows(len(next(iter(conditions.values()), ())), options.images, spec.uncond_row)
-    workers, threads = _workers(options, [source.model for source in sources.values()])
-    store = SampleCache(cache, talk)
-    common = _common_key(spec, conditions, decoder, options)
-    digests = {source.model: model_digest(source.model) for source in sources.values()}
-    found: dict[tuple[str, int], Array] = {}
-    wanted: dict[tuple[str, int], tuple[dict[str, Any], Shard]] = {}
-    for name, source in sources.items():
-        for start in range(0, options.images, SHARD):
-            part = tuple(int(row) for row in rows[start : start + SHARD])
-            shard = Shard(source, spec, dict(conditions), decoder, part, start, options, threads)
-            key = {**common, "model": digests[source.model], "float": source.is_float, "seed": source.seed}
-            key = {**key, "start": start, "rows": list(part)}
-            kept = store.find(key)
-            if kept is None:
-                wanted[name, start] = (key, shard)
-            else:
-                found[name, start] = kept["images"]
-    with talk.bar(f"sample {len(sources)} sets of {options.images}", len(found) + len(wanted)) as advance:
-        advance(len(found))
-        for place, images in _made({place: shard for place, (_, shard) in wanted.items()}, workers):
-            found[place] = store.keep(wanted[place][0], {"images": images})["images"]
-            advance(1)
-    whole = {
-        name: np.concatenate([found[name, start] for start in range(0, options.images, SHARD)]) for name in sources
-    }
+    models = list({source.model: None for source in sources.values()})
+    crew, threads = _crew(options, models, crew)
+    store, job = _Counting(cache, talk), _job(models, decoder)
+    shared = _Shared(spec, dict(conditions), decoder, rows, options, threads)
+    shards = [shard for name, source in sources.items() for shard in _shards(name, source, shared, job.root)]
+    with crew.open(job, talk) as pool:
+        title = f"sample {len(sources)} sets of {options.images}"
+        found = [result["images"] for result in run_shards(pool, title, shards, talk, store)]
+    each = len(shards) // len(sources)
+    whole = {name: np.concatenate(found[number * each : (number + 1) * each]) for number, name in enumerate(sources)}
     sampler = make_sampler(spec.scheduler, options.steps, options.seed, options.sampler).name
-    return Sampled(whole, rows, sampler, len(found), len(wanted), time.monotonic() - started)
+    return Sampled(whole, rows, sampler, len(shards), store.made, time.monotonic() - started)
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What the shards of all sources have in common."""
+
+    spec: DenoiserSpec
+    conditions: dict[str, Array]
+    decoder: Path | None
+    rows: Array
+    options: SamplingOptions
+    threads: int
+
+
+def _shards(name: str, source: Source, shared: _Shared, root: Path) -> list[ShardOf]:
+    """Cut the images of ``source`` into shards, with paths relative to ``root``."""
+    options = shared.options
+    moved = replace(source, model=source.model.resolve().relative_to(root))
+    decoder = None if shared.decoder is None else shared.decoder.resolve().relative_to(root)
+    common = _common_key(shared.spec, shared.conditions, shared.decoder, options)
+    key = {**common, "model": model_digest(source.model), "float": source.is_float, "seed": source.seed}
+    shards = []
+    for start in range(0, options.images, SHARD):
+        rows = tuple(int(row) for row in shared.rows[start : start + SHARD])
+        task = Shard(moved, shared.spec, shared.conditions, decoder, rows, start, options, shared.threads)
+        title = f"{name}, images {start} to {start + len(rows) - 1}"
+        shards.append(ShardOf(title, task, 1, {**key, "start": start, "rows": list(rows)}))
+    return shards
+
+
+class _Counting(SampleCache):
+    """A cache that counts what was made for it."""
+
+    made = 0
+
+    def keep(self, key: Mapping[str, Any], arrays: dict[str, Array]) -> dict[str, Array]:
+        self.made += 1
+        return super().keep(key, arrays)
 
 
 def image_shape(spec: DenoiserSpec, folder: Path) -> tuple[int, ...]:
@@ -185,29 +212,38 @@ def shard_noise(spec: DenoiserSpec, start: int, count: int, seed: int) -> Array:
     )
 
 
-def _made(shards: dict[tuple[str, int], Shard], workers: int) -> Iterator[tuple[tuple[str, int], Array]]:
-    """Yield images by place as they are finished."""
-    if workers == 1 or len(shards) < 2:
-        for place, shard in shards.items():
-            yield place, sample_shard(shard)
-        return
-    with _pool(min(workers, len(shards))) as pool:
-        places: dict[Future[Array], tuple[str, int]] = {
-            pool.submit(sample_shard, shard): place for place, shard in shards.items()
-        }
-        for future in as_completed(places):
-            yield places[future], future.result()
+def open_sampler(root: Path, talk: Talk) -> Work:
+    """Return what makes the images of a ``Shard``, whose paths are relative to ``root``."""
+
+    def work(shard: Shard, inner: Talk) -> Result:
+        source = replace(shard.source, model=root / shard.source.model)
+        decoder = None if shard.decoder is None else root / shard.decoder
+        return {"images": sample_shard(replace(shard, source=source, decoder=decoder))}
+
+    return work
 
 
-@contextmanager
-def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """A pool of fresh processes; what has not begun is dropped when the block is left early."""
-    # Forked processes would share the state of ONNX Runtime's threads, which does not survive it.
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+def _crew(options: SamplingOptions, models: list[Path], crew: Crew | None) -> tuple[Crew, int]:
+    """Return who samples, and the threads of a shard, which do not depend on the number of workers."""
+    cores = available_cores()
+    shared = max(map(_bytes, models)) * cores <= LARGEST_SHARED_BYTES
+    if crew is not None:
+        return crew, crew.threads_of_shard().runtime
+    workers = options.workers or (cores if shared else 1)
+    threads = 1 if shared else cores
+    return Alone() if workers == 1 else Processes(workers), threads
+
+
+def _job(models: list[Path], decoder: Path | None) -> Job:
+    files = [file.resolve() for model in [*models, *([decoder] if decoder else [])] for file in model_files(model)]
+    root = Path(os.path.commonpath([file.parent for file in files]))
+    names = tuple(dict.fromkeys(str(file.relative_to(root)) for file in files))
+    # The graph is held as it is and prepared for the kernels; activations of one batch are far smaller.
+    return Job("sampling", open_sampler, root, names, 2 * max(map(_bytes, models)))
+
+
+def _bytes(model: Path) -> int:
+    return sum(file.stat().st_size for file in model_files(model))
 
 
 @lru_cache(maxsize=1)
@@ -216,17 +252,6 @@ def _opened(model: Path, changed: int, spec: str, threads: int, is_float: bool) 
     described = DenoiserSpec.model_validate_json(spec)
     # As in evaluate: the float graph as it is, Q/DQ pairs of a variant in float arithmetic.
     return OrtDenoiser(model, described, threads=threads, fake_quant_only=not is_float)
-
-
-def _workers(options: SamplingOptions, models: list[Path]) -> tuple[int, int]:
-    """Return processes, and threads of each."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if options.workers is not None:
-        workers = options.workers
-    else:
-        largest = max(sum(file.stat().st_size for file in model_files(model)) for model in models)
-        workers = 1 if largest * cores > LARGEST_SHARED_BYTES else cores
-    return workers, max(1, cores // workers)
 
 
 def _check_pixels(spec: DenoiserSpec) -> None:

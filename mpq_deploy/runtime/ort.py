@@ -25,9 +25,9 @@ ERROR_SEVERITY = 3
 def session_options(threads: int = 0, fake_quant_only: bool = False) -> ort.SessionOptions:
     """Return the options under which every graph of this package is run.
 
-    ``threads`` 0 takes one per physical core (``runtime.threads``). MatMul with 4- or 8-bit weights must not quantize its activations on its own
-    (accuracy level 0: the default costs 5e-3 of accuracy); ``fake_quant_only`` keeps Q/DQ pairs as they are
-    written, in float arithmetic, instead of fusing them into integer kernels.
+    ``threads`` 0 takes one per physical core (``runtime.threads``). MatMul with 4- or 8-bit weights must not quantize
+    its activations on its own (accuracy level 0: the default costs 5e-3 of accuracy); ``fake_quant_only`` keeps Q/DQ
+    pairs as they are written, in float arithmetic, instead of fusing them into integer kernels.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or runtime_threads()

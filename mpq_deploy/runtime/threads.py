@@ -16,6 +16,8 @@ from pathlib import Path
 RUNTIME_THREADS = "MPQ_DEPLOY_THREADS"
 TORCH_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "BLIS_NUM_THREADS")
+# Several processes share the cores, so threads that wait should sleep: how they wait changes no result.
+SLEEPING = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 @dataclass(frozen=True)
@@ -26,16 +28,18 @@ class Threads:
     torch: int
     blas: int
 
-    def environment(self) -> dict[str, str]:
-        """Return what a process must find in its environment to compute with these threads.
+    @classmethod
+    def equal(cls, count: int) -> Threads:
+        """Return ``count`` threads of each."""
+        return cls(count, count, count)
 
-        Several processes share the cores, so threads that wait sleep: how they wait changes no result.
-        """
+    def environment(self) -> dict[str, str]:
+        """Return what a worker process must find in its environment to compute with these threads."""
         return {
             RUNTIME_THREADS: str(self.runtime),
             **dict.fromkeys(TORCH_THREADS, str(self.torch)),
             **dict.fromkeys(BLAS_THREADS, str(self.blas)),
-            "OMP_WAIT_POLICY": "PASSIVE",
+            **SLEEPING,
         }
 
 

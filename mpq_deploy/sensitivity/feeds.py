@@ -106,8 +106,13 @@ class Calls:
     def chunks(self, batch: int) -> Iterator[tuple[int, slice]]:
         """Yield (step index, slice of the calls) over all timesteps, at most ``batch`` calls at a time."""
         for step_index in range(len(self.timesteps)):
-            for start in range(0, self.count, batch):
-                yield step_index, slice(start, min(start + batch, self.count))
+            for chunk in self.chunks_of_step(batch):
+                yield step_index, chunk
+
+    def chunks_of_step(self, batch: int) -> Iterator[slice]:
+        """Yield the slices of the calls of one timestep."""
+        for start in range(0, self.count, batch):
+            yield slice(start, min(start + batch, self.count))
 
     def feeds(self, step_index: int, calls: slice) -> dict[str, Array]:
         """Return the graph's inputs of ``calls`` (a slice of 0..count) at a timestep."""

@@ -37,6 +37,8 @@ from mpq_deploy.sensitivity.weights import (
     measured_layers,
     node_attributes,
 )
+from mpq_deploy.shards.work import Result, Within, Work, run_shards
+from mpq_deploy.talk import Talk
 
 FLOAT_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 AUTO = "auto"
@@ -53,24 +55,63 @@ def measure_probe(subject: Subject) -> SensitivityTable:
     for name in (subject.options.dtype, subject.options.errors_dtype):
         if name not in FLOAT_TYPES and (name != AUTO or name is subject.options.dtype):
             raise UsageError(f"Probes do not run in '{name}'.", f"Use {' or '.join(FLOAT_TYPES)}.")
-    calls = subject.calls()
-    work = _Probing(subject.graph, subject.candidates, subject.stats, calls, subject.spec, subject.options)
-    batch, notes = work.batch_size()
-    steps = len(calls.timesteps)
-    values = {
-        layer.name: {s.name: np.zeros((steps, subject.options.probes, calls.count), np.float32) for s in c.schemes}
-        for layer, c in ((layer, subject.candidates[layer.name]) for layer in work.layers)
-    }
-    power = np.zeros(steps)
-    with subject.talk.bar("probes", steps * calls.count) as advance:
-        for step_index, chunk in calls.chunks(batch):
-            power[step_index] += work.probe(step_index, chunk, values)
-            advance(chunk.stop - chunk.start)
+    calls, shape = subject.calls(), (subject.options.probes, subject.calls().count)
+    pairs = _pairs(subject)
+    timesteps = [f"timestep {t:g}" for t in calls.timesteps]
+    with subject.crew.open(subject.job("probes", _probing), subject.talk) as pool:
+        first = subject.shard("probes, size of batches", _Task(), 0, part="probes, batch")
+        (plan,) = run_shards(pool, "", [first], Within.silent(subject.talk), subject.store)
+        batch, notes = int(plan["batch"]), tuple(str(note) for note in plan["notes"])
+        shards = [
+            subject.shard(f"probes, {name}", _Task(step, batch), calls.count, part="probes", step=step, batch=batch)
+            for step, name in enumerate(timesteps)
+        ]
+        found = list(run_shards(pool, "probes", shards, subject.talk, subject.store))
+    power = np.array([float(result["power"]) for result in found])
     norm = np.sqrt(np.where(power > 0, power / calls.count, 1.0)).astype(np.float32)[:, None, None]
-    for by_scheme in values.values():
-        for projections in by_scheme.values():
-            projections /= norm
+    values: dict[str, dict[str, Array]] = {layer.name: {} for layer in subject.layers}
+    for number, (layer, scheme) in enumerate(pairs):
+        values[layer][scheme] = np.stack([result["values"][number] for result in found]).reshape(-1, *shape) / norm
     return table_from_projections(calls.timesteps, values, subject.options.heldout_probes, notes, calls.turns)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A timestep, in batches of so many calls; without one: find out how many."""
+
+    step_index: int | None = None
+    batch: int = 0
+
+
+def _pairs(subject: Subject) -> list[tuple[str, str]]:
+    """Return every (layer, scheme), in the order in which their projections are stacked."""
+    return [(layer.name, s.name) for layer in subject.layers for s in subject.candidates[layer.name].schemes]
+
+
+def _probing(subject: Subject) -> Work:
+    """Return what computes a ``_Task`` on the subject: ``batch`` and ``notes``, or the sums of one timestep.
+
+    Those are ``power``, the sum of ||output||^2 over the calls, and ``values`` float32 [pairs, probes, calls].
+    """
+    calls, pairs = subject.calls(), _pairs(subject)
+    work = _Probing(subject.graph, subject.candidates, subject.stats, calls, subject.spec, subject.options)
+
+    def compute(task: _Task, talk: Talk) -> Result:
+        if task.step_index is None:
+            batch, notes = work.batch_size()
+            return {"batch": np.array(batch), "notes": np.array(notes, np.str_)}
+        stacked = np.zeros((len(pairs), subject.options.probes, calls.count), np.float32)
+        values: dict[str, dict[str, Array]] = {}
+        for row, (layer, scheme) in zip(stacked, pairs, strict=True):
+            values.setdefault(layer, {})[scheme] = row
+        power = 0.0
+        with talk.bar("probes", calls.count) as advance:
+            for chunk in calls.chunks_of_step(task.batch):
+                power += work.probe(task.step_index, chunk, values)
+                advance(chunk.stop - chunk.start)
+        return {"power": np.array(power), "values": stacked}
+
+    return compute
 
 
 @dataclass(frozen=True)
@@ -150,7 +191,7 @@ class _Probing:
                 rows, gradients[number] = gradients[number], []
                 if not rows:
                     continue
-                self._project(item, inputs[item.use.input], torch.stack(rows, 1), chunk, step_index, values)
+                self._project(item, inputs[item.use.input], torch.stack(rows, 1), chunk, values)
         return power
 
     def _forward(self, step_index: int, chunk: slice) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -195,14 +236,13 @@ class _Probing:
         x: Any,
         gradients: Any,
         chunk: slice,
-        step_index: int,
         values: dict[str, dict[str, Array]],
     ) -> None:
         stack, attributes = self._stacks[item.layer], self._attributes[item.use.node]
         samples = chunk.stop - chunk.start
         found = project_layer(item.layer, attributes, stack, x, gradients, samples, item.roundings)
         for scheme, products in found.items():
-            values[item.layer.name][scheme][step_index, :, chunk] += products.float().numpy()
+            values[item.layer.name][scheme][:, chunk] += products.float().numpy()
 
     def _refuse_non_finite(self, outputs: dict[str, Any]) -> None:
         for name, value in outputs.items():

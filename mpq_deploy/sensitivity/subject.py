@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
 from mpq_deploy.denoisers.spec import Array, DenoiserSpec
 from mpq_deploy.graph.layers import Layer, LayerGraph
 from mpq_deploy.sensitivity.feeds import Calls, MeasureOptions
 from mpq_deploy.sensitivity.weights import CandidateWeights, measured_layers
+from mpq_deploy.shards.work import Alone, Crew, Job, Shard, Work
 from mpq_deploy.talk import Talk
+
+if TYPE_CHECKING:
+    from mpq_deploy.evaluate.cache import SampleCache
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Who measures, and how a worker comes by the same subject: ``open(root, talk, options)``, which can be pickled.
+
+    ``files``: what it reads under ``root``. Finished shards are kept in ``store`` by ``key`` and what they are.
+    """
+
+    crew: Crew
+    root: Path
+    files: tuple[str, ...]
+    open: Callable[[Path, Talk, MeasureOptions], Subject]
+    store: SampleCache | None = None
+    key: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -19,6 +41,7 @@ class Subject:
 
     ``candidates``: layer name -> the weights it may be deployed with; ``stats``: of its activations; ``calibration``:
     the calls to measure on; ``conditions``: all rows of each condition input (call n uses row ``calibration.rows[n]``).
+    ``spread``: over which workers measuring is spread; None: this process.
     """
 
     graph: LayerGraph
@@ -29,6 +52,38 @@ class Subject:
     spec: DenoiserSpec
     options: MeasureOptions
     talk: Talk
+    spread: Spread | None = None
+
+    @property
+    def crew(self) -> Crew:
+        """Who measures."""
+        return self.spread.crew if self.spread else Alone()
+
+    @property
+    def store(self) -> SampleCache | None:
+        """Where finished shards are kept."""
+        return self.spread.store if self.spread else None
+
+    def job(self, name: str, work: Callable[[Subject], Work]) -> Job:
+        """Return the job whose workers open this subject and do ``work`` (a function of a module) on it."""
+        if self.spread is None or isinstance(self.spread.crew, Alone):
+            return Job(name, partial(_work_on, work, self), Path())
+        opener = partial(_opened, work, self.spread.open, self.options)
+        return Job(name, opener, self.spread.root, self.spread.files, self._memory_bytes())
+
+    def shard(self, name: str, task: Any, size: int, **key: Any) -> Shard:
+        """Return a shard that is kept by ``key``, the options and the number of threads that compute it."""
+        if self.spread is None or self.spread.key is None:
+            return Shard(name, task, size)
+        threads = asdict(self.crew.threads_of_shard())
+        options = {**asdict(self.options), "timesteps": [float(t) for t in self.calibration.timesteps]}
+        return Shard(name, task, size, {**self.spread.key, **key, "options": options, "threads": threads})
+
+    def _memory_bytes(self) -> int:
+        """Estimate what a worker holds: candidates, their errors and a batch of activations, both capped."""
+        weights = 4 * sum(layer.weights for layer in self.layers)
+        forms = max((len(c.schemes) for c in self.candidates.values()), default=0)
+        return 2 * weights + min(forms * weights, self.options.memory_bytes) + self.options.memory_bytes
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -39,3 +94,17 @@ class Subject:
         """Return the calls that are measured: ``samples`` of them at each timestep (None: as the options say)."""
         count = self.options.samples if samples is None else samples
         return Calls(self.graph, self.spec, self.calibration, self.conditions, count, self.options.rotate)
+
+
+def _work_on(work: Callable[[Subject], Work], subject: Subject, root: Path, talk: Talk) -> Work:
+    return work(subject)
+
+
+def _opened(
+    work: Callable[[Subject], Work],
+    open_subject: Callable[[Path, Talk, MeasureOptions], Subject],
+    options: MeasureOptions,
+    root: Path,
+    talk: Talk,
+) -> Work:
+    return work(open_subject(root, talk, options))

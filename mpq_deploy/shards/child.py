@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from mpq_deploy.errors import MpqError
-from mpq_deploy.shards.work import Result, ShardError, Within, Work, stepper
+from mpq_deploy.shards.work import TRACEBACK, Result, ShardError, Within, Work, stepper
 
 
 class Worker:
@@ -59,10 +59,8 @@ def sendable(error: Exception) -> MpqError:
     """Return ``error`` itself where it is ours, else a ShardError that says what it was."""
     if isinstance(error, MpqError):
         return error
-    last = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     found = ShardError(f"A worker failed: {type(error).__name__}: {error}.", "--debug shows where.")
-    found.__cause__ = None
-    found.__dict__["traceback"] = last
+    found.__dict__[TRACEBACK] = "\n" + "".join(traceback.format_exception(type(error), error, error.__traceback__))
     return found
 
 

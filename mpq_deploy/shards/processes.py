@@ -1,6 +1,6 @@
 """Shards in several processes of this machine. A process that is killed loses its shard to another one.
 
-Processes are started with ``python -m`` in a session of their own, not forked: ONNX Runtime's and torch's threads do not
+Processes are started with ``python -m`` in a session of their own, not forked: threads of ONNX Runtime and torch do not
 survive a fork, a user's script needs no guard around its main code, and Ctrl-C reaches this process alone, which ends
 the others.
 """
@@ -17,11 +17,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any
 
 from mpq_deploy.errors import UsageError
-from mpq_deploy.runtime.threads import BLAS_THREADS, RUNTIME_THREADS, TORCH_THREADS, runtime_threads
+from mpq_deploy.runtime.threads import RUNTIME_THREADS, SLEEPING, Threads, runtime_threads, threads_here
 from mpq_deploy.shards.memory import say_memory
 from mpq_deploy.shards.work import Job, Pool, Progress, Result, Shard, in_shard, lost_too_often
 from mpq_deploy.talk import Talk
@@ -45,10 +44,13 @@ class Processes:
             if value is not None and value < 1:
                 raise UsageError(f"{option} is {value}.", "Give at least 1.")
 
+    def threads_of_shard(self) -> Threads:
+        """Return the threads asked for, or those of this process."""
+        return threads_here() if self.threads is None else Threads.equal(self.threads)
+
     @contextmanager
     def open(self, job: Job, talk: Talk) -> Iterator[Pool]:
         """Open ``job`` in as many processes as there are shards to compute, at most ``workers``."""
-        say_memory(self.workers, job, talk)
         pool = _ProcessPool(self, job, talk)
         try:
             yield pool
@@ -60,11 +62,11 @@ class Processes:
 
         torch and BLAS find the same environment and machine as here, and so take the same number of threads.
         """
-        names = [RUNTIME_THREADS] if self.threads is None else [RUNTIME_THREADS, *TORCH_THREADS, *BLAS_THREADS]
-        threads = dict.fromkeys(names, str(self.threads or runtime_threads()))
-        # Threads that wait sleep: more threads than cores are busy. No result depends on how they wait.
+        threads = {RUNTIME_THREADS: str(runtime_threads()), **SLEEPING}
+        if self.threads is not None:
+            threads = Threads.equal(self.threads).environment()
         path = os.pathsep.join(entry for entry in sys.path if entry)
-        return {**os.environ, **threads, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": path}
+        return {**os.environ, **threads, "PYTHONPATH": path}
 
 
 @dataclass
@@ -122,6 +124,7 @@ class _ProcessPool:
     talk: Talk
     workers: list[_Process] = field(default_factory=list)
     said: set[str] = field(default_factory=set)
+    told: bool = False
 
     def run(self, shards: Sequence[Shard], progress: Progress) -> Iterator[tuple[int, Result]]:
         waiting, lost = deque(range(len(shards))), Counter[int]()
@@ -168,6 +171,9 @@ class _ProcessPool:
                 worker.orders.send(("run", worker.busy, shards[worker.busy].task))
 
     def _opened(self) -> _Process:
+        if not self.told:
+            self.told = True
+            say_memory(self.crew.workers, self.job, self.talk)
         worker = _Process.start(self.crew.environment())
         self.workers.append(worker)
         with suppress(OSError):
@@ -205,5 +211,3 @@ class _ProcessPool:
         if text not in self.said:
             self.said.add(text)
             (self.talk.warn if kind == "warn" else self.talk.line)(text)
-
-

@@ -14,18 +14,31 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from mpq_deploy.denoisers.spec import Array
+import numpy.typing as npt
+
 from mpq_deploy.errors import MpqError
-from mpq_deploy.evaluate.cache import SampleCache
+from mpq_deploy.runtime.threads import Threads, threads_here
 from mpq_deploy.talk import Advance, Talk
 
-Result = dict[str, Array]
+# What a worker process imports before its job: no more than this room, so that it starts fast.
+if TYPE_CHECKING:
+    from mpq_deploy.evaluate.cache import SampleCache
+
+Result = dict[str, npt.NDArray[Any]]
 # What computes a shard: its task -> arrays by name. Bars of the talk it is given move the shard's own bar.
 Work = Callable[[Any, Talk], Result]
 # What a worker does first, once: opens the model under a folder. A function of a module, or a partial of one.
 Opener = Callable[[Path, Talk], Work]
+
+
+# The attribute of an error in which a worker sends where it came from.
+TRACEBACK = "traceback"
+
+
+class RemoteError(Exception):
+    """The traceback of another process, as text."""
 
 
 class ShardError(MpqError):
@@ -38,7 +51,7 @@ class Job:
 
     ``opener`` can be pickled; it is called as ``opener(root, talk)``, where ``root`` holds the ``files`` (files or
     folders, relative to it): the folder itself on this machine, a copy of it on another. ``memory_bytes``: estimate of
-    what a worker holds. ``here``: the work of this process, where it is open already.
+    what a worker holds.
     """
 
     name: str
@@ -46,7 +59,6 @@ class Job:
     root: Path
     files: tuple[str, ...] = ()
     memory_bytes: int = 0
-    here: Work | None = None
 
 
 @dataclass(frozen=True)
@@ -76,21 +88,30 @@ class Pool(Protocol):
 class Crew(Protocol):
     """Who computes: ``workers`` at once."""
 
-    workers: int
+    @property
+    def workers(self) -> int:
+        """How many shards are computed at once, at most."""
+
+    def threads_of_shard(self) -> Threads:
+        """Return the threads that every shard is computed with, whatever the number of workers."""
 
     def open(self, job: Job, talk: Talk) -> AbstractContextManager[Pool]:
         """Open ``job`` for the time of the block; at its end, however it ends, no worker is left."""
 
 
 class Alone:
-    """This process, one shard after the other."""
+    """The crew of one: this process, one shard after the other."""
 
     workers = 1
+
+    def threads_of_shard(self) -> Threads:
+        """Return the threads of this process."""
+        return threads_here()
 
     @contextmanager
     def open(self, job: Job, talk: Talk) -> Iterator[Pool]:
         """Open the job here."""
-        yield _Here(job.here or job.opener(job.root, talk), talk)
+        yield _Here(job.opener(job.root, talk), talk)
 
 
 @dataclass(frozen=True)
@@ -156,6 +177,11 @@ class Within(Talk):
         """Pass the warning on."""
         self._warn(text)
 
+    @classmethod
+    def silent(cls, talk: Talk) -> Within:
+        """Return ``talk`` without bars."""
+        return cls(talk.line, talk.warn, lambda steps: None)
+
     @contextmanager
     def bar(self, what: str, total: int) -> Iterator[Advance]:
         """Move the shard's bar."""
@@ -187,6 +213,8 @@ def named(shard: Shard) -> Iterator[None]:
 def in_shard(error: MpqError, shard: Shard) -> MpqError:
     """Return ``error`` with the shard's name in its hint: what a message says may become part of a result."""
     error.hint = f"{error.hint} It came from the shard '{shard.name}'.".strip()
+    if TRACEBACK in error.__dict__:
+        error.__cause__ = RemoteError(error.__dict__[TRACEBACK])
     return error
 
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from mpq_deploy.artefacts import Fields
 from mpq_deploy.calibrate.stats import CalibrationSet
 from mpq_deploy.denoisers.spec import Array
-from mpq_deploy.sensitivity.subject import Subject
+from mpq_deploy.sensitivity.subject import Spread, Subject
 from mpq_deploy.stages.candidates import candidates_of
 from mpq_deploy.stages.common import ORM_CONTROLS, Exported, load_calibration, settings, version_of, weighs_bits
+from mpq_deploy.stages.spread import RECIPE, forget_shards, kept_shards, opened_run
+from mpq_deploy.talk import Talk
 
 if TYPE_CHECKING:
     from mpq_deploy.pipeline import Pipeline
@@ -41,12 +46,12 @@ def make_measure(pipeline: Pipeline, folder: Path) -> str:
     from mpq_deploy.sensitivity.measure import measure
 
     exported = Exported(pipeline)
-    inputs, stats = load_calibration(pipeline)
+    inputs, _ = load_calibration(pipeline)
     section = pipeline.recipe.measure
     _, held_out = inputs.split(section.samples)
     chosen, options, said = _measured_steps(pipeline, exported, held_out)
-    calls = (held_out.at(chosen), exported.conditions, exported.spec, options, pipeline.talk)
-    subject = Subject(exported.graph, candidates_of(pipeline, exported.graph), stats, *calls)
+    subject = measured_subject(tuple(int(step) for step in chosen), pipeline, options)
+    subject = replace(subject, spread=_spread(pipeline, tuple(int(step) for step in chosen)))
     table = measure(section.method, subject)
     if held_out is inputs and section.method not in ORM_CONTROLS:
         note = "losses are measured on the samples that the weights were rounded on, so they are optimistic"
@@ -55,7 +60,32 @@ def make_measure(pipeline: Pipeline, folder: Path) -> str:
     for control in ORM_CONTROLS if section.method == "orm" else ():
         (folder / control).mkdir()
         measure(control, subject).save(folder / control)
+    forget_shards(pipeline, "measure")
     return f"{table.metric}, {sum(map(len, table.losses.values()))} layer-scheme pairs"
+
+
+def measured_subject(chosen: tuple[int, ...], pipeline: Pipeline, options: MeasureOptions) -> Subject:
+    """Return what the stage measures: the run's candidates, at positions ``chosen`` of the calibrated timesteps."""
+    exported = Exported(pipeline)
+    inputs, stats = load_calibration(pipeline)
+    _, held_out = inputs.split(pipeline.recipe.measure.samples)
+    calls = (held_out.at(np.array(chosen)), exported.conditions, exported.spec, options, pipeline.talk)
+    return Subject(exported.graph, candidates_of(pipeline, exported.graph), stats, *calls)
+
+
+def _spread(pipeline: Pipeline, chosen: tuple[int, ...]) -> Spread:
+    return Spread(
+        pipeline.crew,
+        pipeline.run.path,
+        (RECIPE, "export", "calibrate", "candidates"),
+        partial(_opened_subject, chosen),
+        kept_shards(pipeline, "measure"),
+        measure_inputs(pipeline),
+    )
+
+
+def _opened_subject(chosen: tuple[int, ...], root: Path, talk: Talk, options: MeasureOptions) -> Subject:
+    return measured_subject(chosen, opened_run(root, talk), options)
 
 
 def _measured_steps(
