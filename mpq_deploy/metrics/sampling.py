@@ -24,7 +24,7 @@ from mpq_deploy.evaluate.decode import decode, decoder_path
 from mpq_deploy.evaluate.evaluate import DECODED_RANGE, spread_rows
 from mpq_deploy.evaluate.images import to_uint8
 from mpq_deploy.runtime.ort import OrtDenoiser
-from mpq_deploy.runtime.threads import available_cores
+from mpq_deploy.runtime.threads import available_cores, runtime_threads
 from mpq_deploy.sampling.loop import denoise
 from mpq_deploy.sampling.sampler import SamplerKind, make_sampler
 from mpq_deploy.shards.processes import Processes
@@ -227,11 +227,10 @@ def _crew(options: SamplingOptions, models: list[Path], crew: Crew | None) -> tu
     """Return who samples, and the threads of a shard, which do not depend on the number of workers."""
     cores = available_cores()
     shared = max(map(_bytes, models)) * cores <= LARGEST_SHARED_BYTES
-    if crew is not None:
-        return crew, crew.threads_of_shard().runtime
-    workers = options.workers or (cores if shared else 1)
-    threads = 1 if shared else cores
-    return Alone() if workers == 1 else Processes(workers), threads
+    if crew is None:
+        workers = options.workers or (cores if shared else 1)
+        crew = Alone() if workers == 1 else Processes(workers)
+    return crew, crew.threads or (1 if shared else runtime_threads())
 
 
 def _job(models: list[Path], decoder: Path | None) -> Job:

@@ -86,11 +86,11 @@ class Pool(Protocol):
 
 
 class Crew(Protocol):
-    """Who computes: ``workers`` at once."""
+    """Who computes."""
 
     @property
-    def workers(self) -> int:
-        """How many shards are computed at once, at most."""
+    def threads(self) -> int | None:
+        """The threads that were asked for, for every worker; None: those of this process."""
 
     def threads_of_shard(self) -> Threads:
         """Return the threads that every shard is computed with, whatever the number of workers."""
@@ -102,7 +102,7 @@ class Crew(Protocol):
 class Alone:
     """The crew of one: this process, one shard after the other."""
 
-    workers = 1
+    threads = None
 
     def threads_of_shard(self) -> Threads:
         """Return the threads of this process."""
