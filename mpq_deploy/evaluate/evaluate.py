@@ -8,7 +8,7 @@ from another seed than calibration's.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import onnxruntime as ort
 
 from mpq_deploy.denoisers.spec import Array, DenoiserSpec
 from mpq_deploy.errors import ModelError, UsageError
-from mpq_deploy.evaluate.cache import SampleCache, arrays_digest, model_digest
+from mpq_deploy.evaluate.cache import SampleCache, arrays_digest, model_digest, model_files
 from mpq_deploy.evaluate.decode import decode, decoder_path
 from mpq_deploy.evaluate.images import data_range, pooled_psnr_db, psnr_db, psnr_db_each, ssim_each, to_uint8, to_unit
 from mpq_deploy.evaluate.latency import cpu_latency
@@ -29,6 +29,8 @@ from mpq_deploy.runtime.ort import OrtDenoiser
 from mpq_deploy.sampling.corrected import corrected_sampler
 from mpq_deploy.sampling.loop import DenoiserCall, denoise, first_samples
 from mpq_deploy.sampling.sampler import Sampler, make_sampler
+from mpq_deploy.shards.files import Files
+from mpq_deploy.shards.work import Alone, Crew, Job, Result, Shard, Work, run_shards
 from mpq_deploy.talk import Talk
 
 # A change here makes every cache entry stale.
@@ -61,12 +63,14 @@ def evaluate(
     sizes: Mapping[str, int] | None = None,
     cache: Path | None = None,
     corrections: Mapping[str, Correction] | None = None,
+    crew: Crew | None = None,
 ) -> Evaluation:
     """Compare each of ``variants`` (name -> ONNX file, such as ours, int8, int4) with ``float_model``.
 
     ``conditions`` hold one row per condition, by input name; ``sizes`` are deployed bytes by variant, passed
     through. ``cache`` is a folder in which samples are kept by content, so that only what changed is sampled.
     A variant named in ``corrections`` has its output corrected, in the error and before every step of the sampler.
+    ``crew``: who samples, one model each (None: this process).
     The decoder, if ``spec`` names one, lies beside ``float_model``. Raises ModelError naming variant and timestep
     for an output that is not finite.
     """
@@ -75,22 +79,23 @@ def evaluate(
     first = spec.calibration_rows or 0
     rows = first + spread_rows(_condition_count(conditions) - first, options.samples, spec.uncond_row)
     setup = Setup(spec, dict(conditions), options, rows, decoder_path(spec, float_model.parent), talk)
-    store = SampleCache(cache, talk)
-    common = _common_key(setup, float_model)
-    reference = store.get({**common, "part": "float"}, lambda: _reference(setup, float_model))
-    kind, value_range = _pixels(setup, reference["images"])
+    store, common = SampleCache(cache, talk), _common_key(setup, float_model)
+    decoder = [] if setup.decoder is None else [setup.decoder]
+    models = (float_model, *variants.values(), *decoder)
+    files = Files.of(file for model in dict.fromkeys(models) for file in model_files(model))
+    # A worker has the float model and then a variant, as it is and prepared for the kernels.
+    largest = 2 * max(sum(file.stat().st_size for file in model_files(model)) for model in models)
+    job = Job("evaluation", partial(_open, _moved(setup, files)), files.root, files.names, largest)
     results: dict[str, VariantResult] = {}
-    images = {FLOAT: to_uint8(reference["images"], value_range)}
-    for name, path in variants.items():
-        digest = model_digest(path)
-        key = {**common, "part": "variant", "variant": digest}
-        correction = (corrections or {}).get(name)
-        if correction is not None:
-            key["correction"] = correction.as_json()
-        made = partial(_variant, setup, name, path, reference, correction)
-        arrays = store.get(key, made)
-        results[name] = _scored(reference, arrays, value_range, digest, (sizes or {}).get(name))
-        images[name] = to_uint8(arrays["images"], value_range)
+    with (crew or Alone()).open(job, talk) as pool:
+        part = Shard("float", _Part(FLOAT, files.below(float_model)), options.steps, {**common, "part": "float"})
+        (reference,) = run_shards(pool, "sample the float model", [part], talk, store)
+        kind, value_range = _pixels(setup, reference["images"])
+        images = {FLOAT: to_uint8(reference["images"], value_range)}
+        shards, digests = _variant_shards(variants, files, reference, corrections or {}, common, options)
+        for name, arrays in zip(variants, run_shards(pool, "evaluate", shards, talk, store), strict=True):
+            results[name] = _scored(reference, arrays, value_range, digests[name], (sizes or {}).get(name))
+            images[name] = to_uint8(arrays["images"], value_range)
     latency, latency_notes = _latency(setup, float_model, variants, float(reference["timesteps"][-1]))
     return Evaluation(
         options=options,
@@ -116,6 +121,57 @@ def spread_rows(available: int, samples: int, uncond_row: int | None = None) -> 
     if samples <= len(rows):
         return rows[stride_midpoints(len(rows), samples)]
     return rows[np.arange(samples) % len(rows)]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a worker makes: the float model's samples, or those of a variant and its error on the float inputs.
+
+    ``path`` is relative to the job's root.
+    """
+
+    name: str
+    path: Path
+    reference: dict[str, Array] | None = None
+    correction: Correction | None = None
+
+
+def _variant_shards(
+    variants: Mapping[str, Path],
+    files: Files,
+    reference: dict[str, Array],
+    corrections: Mapping[str, Correction],
+    common: dict[str, Any],
+    options: EvaluationOptions,
+) -> tuple[list[Shard], dict[str, str]]:
+    """Return a shard for each variant, and the digests of their files."""
+    known = {name: array for name, array in reference.items() if name != "images"}
+    digests = {name: model_digest(path) for name, path in variants.items()}
+    shards = []
+    for name, path in variants.items():
+        key, correction = {**common, "part": "variant", "variant": digests[name]}, corrections.get(name)
+        if correction is not None:
+            key["correction"] = correction.as_json()
+        task = _Part(name, files.below(path), known, correction)
+        shards.append(Shard(name, task, len(reference["timesteps"]) + options.steps, key))
+    return shards, digests
+
+
+def _moved(setup: Setup, files: Files) -> Setup:
+    """Return what workers are told: paths relative to the root, and nobody to talk to."""
+    return replace(setup, decoder=None if setup.decoder is None else files.below(setup.decoder), talk=Talk())
+
+
+def _open(setup: Setup, root: Path, talk: Talk) -> Work:
+    """Return what makes a ``_Part``."""
+
+    def work(part: _Part, inner: Talk) -> Result:
+        here = replace(setup, decoder=None if setup.decoder is None else root / setup.decoder, talk=inner)
+        if part.reference is None:
+            return _reference(here, root / part.path)
+        return _variant(here, part.name, root / part.path, part.reference, part.correction)
+
+    return work
 
 
 def _reference(setup: Setup, path: Path) -> dict[str, Array]:

@@ -6,7 +6,6 @@ killed call goes on with the shards that are finished, and a damaged one is made
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -27,6 +26,7 @@ from mpq_deploy.runtime.ort import OrtDenoiser
 from mpq_deploy.runtime.threads import available_cores, runtime_threads
 from mpq_deploy.sampling.loop import denoise
 from mpq_deploy.sampling.sampler import SamplerKind, make_sampler
+from mpq_deploy.shards.files import Files
 from mpq_deploy.shards.processes import Processes
 from mpq_deploy.shards.work import Alone, Crew, Job, Result, Work, run_shards
 from mpq_deploy.shards.work import Shard as ShardOf
@@ -117,9 +117,10 @@ def sample_many(
     rows = spread_rows(len(next(iter(conditions.values()), ())), options.images, spec.uncond_row)
     models = list({source.model: None for source in sources.values()})
     crew, threads = _crew(options, models, crew)
-    store, job = _Counting(cache, talk), _job(models, decoder)
+    files = Files.of(file for model in [*models, *([decoder] if decoder else [])] for file in model_files(model))
+    store, job = _Counting(cache, talk), _job(files, models)
     shared = _Shared(spec, dict(conditions), decoder, rows, options, threads)
-    shards = [shard for name, source in sources.items() for shard in _shards(name, source, shared, job.root)]
+    shards = [shard for name, source in sources.items() for shard in _shards(name, source, shared, files)]
     with crew.open(job, talk) as pool:
         title = f"sample {len(sources)} sets of {options.images}"
         found = [result["images"] for result in run_shards(pool, title, shards, talk, store)]
@@ -141,11 +142,11 @@ class _Shared:
     threads: int
 
 
-def _shards(name: str, source: Source, shared: _Shared, root: Path) -> list[ShardOf]:
-    """Cut the images of ``source`` into shards, with paths relative to ``root``."""
+def _shards(name: str, source: Source, shared: _Shared, files: Files) -> list[ShardOf]:
+    """Cut the images of ``source`` into shards, with paths relative to the root of ``files``."""
     options = shared.options
-    moved = replace(source, model=source.model.resolve().relative_to(root))
-    decoder = None if shared.decoder is None else shared.decoder.resolve().relative_to(root)
+    moved = replace(source, model=files.below(source.model))
+    decoder = None if shared.decoder is None else files.below(shared.decoder)
     common = _common_key(shared.spec, shared.conditions, shared.decoder, options)
     key = {**common, "model": model_digest(source.model), "float": source.is_float, "seed": source.seed}
     shards = []
@@ -233,12 +234,9 @@ def _crew(options: SamplingOptions, models: list[Path], crew: Crew | None) -> tu
     return crew, crew.threads or (1 if shared else runtime_threads())
 
 
-def _job(models: list[Path], decoder: Path | None) -> Job:
-    files = [file.resolve() for model in [*models, *([decoder] if decoder else [])] for file in model_files(model)]
-    root = Path(os.path.commonpath([file.parent for file in files]))
-    names = tuple(dict.fromkeys(str(file.relative_to(root)) for file in files))
+def _job(files: Files, models: list[Path]) -> Job:
     # The graph is held as it is and prepared for the kernels; activations of one batch are far smaller.
-    return Job("sampling", open_sampler, root, names, 2 * max(map(_bytes, models)))
+    return Job("sampling", open_sampler, files.root, files.names, 2 * max(map(_bytes, models)))
 
 
 def _bytes(model: Path) -> int:

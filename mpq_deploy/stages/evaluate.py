@@ -144,6 +144,7 @@ def evaluate_variants(
         sizes={**sizes, "ours": size_bytes, **dict.fromkeys((*corrected, *plan), size_bytes)},
         cache=pipeline.run.path / ".samples",
         corrections=corrected,
+        crew=pipeline.crew,
     )
 
 
