@@ -7,20 +7,21 @@ from pathlib import Path
 
 import numpy as np
 
+from mpq_deploy.calibrate.checked import CheckedDenoiser
 from mpq_deploy.calibrate.observers import Observation, observe
 from mpq_deploy.calibrate.options import CalibrationOptions
 from mpq_deploy.calibrate.scales import SMALLEST_SCALE, activation_scale
+from mpq_deploy.calibrate.shards import calibration_job, observe_in_shards, record_in_shards
 from mpq_deploy.calibrate.stats import ActivationStats, CalibrationSet, CalibrationStats, dealt
 from mpq_deploy.calibrate.trajectories import record_trajectories
 from mpq_deploy.denoisers.spec import Array, DenoiserSpec
-from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.graph.passes.quantize_layers import weight_array
 from mpq_deploy.precision.branches import scale_factors
 from mpq_deploy.precision.scheme import COLUMN_SHARES, SCALE_TENTHS, outlier_count
-from mpq_deploy.runtime.not_finite import first_not_finite
-from mpq_deploy.runtime.ort import OrtDenoiser, model_feeds
+from mpq_deploy.runtime.ort import OrtDenoiser
 from mpq_deploy.sampling.sampler import make_sampler
+from mpq_deploy.shards.work import Alone, Crew
 from mpq_deploy.talk import Talk
 
 # The largest FP16 number: an activation beyond it overflows in an FP16 engine.
@@ -36,18 +37,26 @@ def calibrate(
     talk: Talk,
     *,
     scratch: Path | None = None,
+    crew: Crew | None = None,
 ) -> tuple[CalibrationSet, CalibrationStats]:
     """Return the recorded calls and the statistics of every activation that a layer reads.
 
     ``model`` is the float ONNX file and ``graph`` its layers. ``scratch``: an existing folder, best on the disk of
-    the weights, for a graph file that is removed at the end (None: the system's).
+    the weights, for a graph file that is removed at the end (None: the system's). ``crew``: who computes (None: this
+    process).
     Raises UsageError for options that do not fit together, ModelError for an activation that is not finite.
     """
-    sampler = make_sampler(spec.scheduler, options.steps, options.seed, options.sampler)
-    denoiser = _Checked(model, OrtDenoiser(model, spec, options.threads))
-    recorded = record_trajectories(denoiser, sampler, spec, conditions, options, talk)
-    del denoiser
-    seen = observe(graph, _observed(recorded, options.observed), conditions, spec, options, talk, scratch=scratch)
+    if crew is None or isinstance(crew, Alone):
+        sampler = make_sampler(spec.scheduler, options.steps, options.seed, options.sampler)
+        denoiser = CheckedDenoiser(model, OrtDenoiser(model, spec, options.threads))
+        recorded = record_trajectories(denoiser, sampler, spec, conditions, options, talk)
+        del denoiser
+        seen = observe(graph, _observed(recorded, options.observed), conditions, spec, options, talk, scratch=scratch)
+    else:
+        with crew.open(calibration_job(model, spec, conditions, options, scratch), talk) as pool:
+            recorded = record_in_shards(pool, model, spec, conditions, options, talk)
+            observed = _observed(recorded, options.observed)
+            seen = observe_in_shards(pool, graph, observed, conditions, spec, options, talk, scratch)
     stats = summarise(seen, weight_ranges(graph), options)
     for name, one in stats.activations.items():
         if one.amax.max() > LARGEST_FP16:
@@ -60,24 +69,6 @@ def _observed(recorded: CalibrationSet, count: int | None) -> CalibrationSet:
     if count is None or count >= len(recorded.rows):
         return recorded
     return recorded.take(np.sort(dealt(recorded.rows, np.arange(len(recorded.rows)))[:count]))
-
-
-class _Checked:
-    """The float denoiser; when its output is not finite, the error names the node where that begins."""
-
-    def __init__(self, model: Path, denoiser: OrtDenoiser) -> None:
-        self._model, self._denoiser = model, denoiser
-
-    def __call__(self, sample: Array, timestep: float | Array, conditions: dict[str, Array]) -> Array:
-        output = self._denoiser(sample, timestep, conditions)
-        if not np.isfinite(output).all():
-            feeds = model_feeds(self._denoiser.spec, sample, timestep, conditions)
-            where = first_not_finite(self._model, feeds) or "its output"
-            raise ModelError(
-                f"The float model gives NaN or Inf at timestep {np.ravel(timestep)[0]:g}: first in {where}.",
-                "Check the weights up to there, and that the scheduler is the one the model was trained with.",
-            )
-        return output
 
 
 def weight_ranges(graph: LayerGraph) -> dict[str, Array]:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 
 from mpq_deploy.calibrate.feeds import Batch, batches
 from mpq_deploy.calibrate.options import CalibrationOptions
@@ -106,16 +107,14 @@ def observe(
     shapes = activation_shapes(graph, recorded, conditions, spec, talk, scratch)
     observed = ObservedGraph.of(graph, shapes)
     chosen = list(batches(recorded, conditions, spec, options.batch_size, steps, calls))
-    total = _Total(graph, observed, len(recorded.timesteps), options)
-    with open_session(observed.model, talk, scratch=scratch, threads=options.threads) as session:
-        wanted = {entry.name for entry in session.get_inputs()}
-        with talk.bar("observe activations", sum(len(batch.calls) for batch in chosen)) as advance:
-            for batch in chosen:
-                priorities, draws = _draws(options, batch)
-                feed = {**batch.feed, **observed.positions(draws)}
-                results = session.run(observed.outputs, {k: v for k, v in feed.items() if k in wanted})
-                total.add(batch, results, priorities, draws)
-                advance(len(batch.calls))
+    total = Totals(graph, observed, len(recorded.timesteps), options)
+    with (
+        open_session(observed.model, talk, scratch=scratch, threads=options.threads) as session,
+        talk.bar("observe activations", sum(len(batch.calls) for batch in chosen)) as advance,
+    ):
+        for batch in chosen:
+            total.add(batch, observed.run(session, batch, options), *draws_of(options, batch))
+            advance(len(batch.calls))
     return total.finish()
 
 
@@ -146,6 +145,13 @@ class ObservedGraph:
             writer.observe(values[tensor], shape, tensor in convolved)
         outputs = tuple(value.name or "" for value in model.graph.outputs)
         return cls(model, shapes, tuple(channels), outputs)
+
+    def run(self, session: ort.InferenceSession, batch: Batch, options: CalibrationOptions) -> list[Array]:
+        """Return what the graph, opened as ``session``, gives for a batch, in the order of ``outputs``."""
+        _, draws = draws_of(options, batch)
+        feed = {**batch.feed, **self.positions(draws)}
+        wanted = {entry.name for entry in session.get_inputs()}
+        return list(session.run(self.outputs, {k: v for k, v in feed.items() if k in wanted}))
 
     def positions(self, draws: Array) -> dict[str, Array]:
         """Turn random integers ``draws`` int64 [M, candidates] into the flat positions that the graph gathers."""
@@ -250,7 +256,7 @@ class ObserverWriter:
         self.pending = []
 
 
-def _draws(options: CalibrationOptions, batch: Batch) -> tuple[Array, Array]:
+def draws_of(options: CalibrationOptions, batch: Batch) -> tuple[Array, Array]:
     """Return priorities uint64 and draws int64, [M, candidates]: functions of seed, timestep and call alone."""
     candidates = max(LEAST_CANDIDATES, options.reservoir // CANDIDATE_SHARE)
     priorities = np.empty((len(batch.calls), candidates), np.uint64)
@@ -278,7 +284,7 @@ def _channel_of(draws: Array, shape: ActivationShape, convolved: bool) -> Array:
     return place[axes.index(1 if convolved else len(axes) - 1)].astype(np.int32)
 
 
-class _Total:
+class Totals:
     """Sums what each batch gives into one Observation."""
 
     def __init__(self, graph: LayerGraph, observed: ObservedGraph, timesteps: int, options: CalibrationOptions) -> None:
@@ -339,6 +345,7 @@ class _Total:
         )
 
     def finish(self) -> Observation:
+        """Return the observation."""
         names = tuple(name for name, _ in self.shapes)
         return Observation(
             names,

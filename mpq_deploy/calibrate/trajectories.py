@@ -28,19 +28,22 @@ def record_trajectories(
     conditions: dict[str, Array],
     options: CalibrationOptions,
     talk: Talk,
+    part: slice | None = None,
 ) -> CalibrationSet:
     """Denoise ``options.samples`` samples and keep the model's inputs at ``options.timesteps`` of the steps.
 
-    Stops after the last step that is kept. Raises UsageError when the sampler has fewer steps than timesteps.
+    ``part`` denoises only these samples, which is the same for samplers that keep samples apart. Stops after the
+    last step that is kept. Raises UsageError when the sampler has fewer steps than timesteps.
     """
     kept = sampled_steps(len(sampler.timesteps), 1 if spec.timestep is None else options.timesteps)
     recorder = _Recorder({int(step): [] for step in kept})
     rows = cycled_rows(spec, conditions, options.samples, options.seed)
+    chosen = part or slice(None)
     denoise(
         denoiser,
         _FirstSteps(sampler, int(kept[-1]) + 1),
-        first_samples(spec, rows, conditions, options.seed),
-        rows,
+        first_samples(spec, rows, conditions, options.seed)[chosen],
+        rows[chosen],
         conditions,
         spec,
         options.batch_size,

@@ -80,6 +80,11 @@ def make_sampler(scheduler: dict[str, Any], steps: int, seed: int = 0, kind: Sam
     return DiffusersSampler(scheduler, steps, seed)
 
 
+def keeps_samples_apart(sampler: Sampler) -> bool:
+    """Whether each sample moves on its own, without noise or state: then any part of them may be sampled alone."""
+    return isinstance(sampler, (DdimSampler, OneCallSampler))
+
+
 def _built_in(scheduler: dict[str, Any], steps: int) -> DdimSampler:
     class_name = str(scheduler["_class_name"])
     if "FlowMatch" in class_name or scheduler.get("prediction_type") == "flow_prediction":

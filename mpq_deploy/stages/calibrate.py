@@ -56,6 +56,7 @@ def make_calibrate(pipeline: Pipeline, folder: Path) -> str:
         options,
         pipeline.talk,
         scratch=pipeline.run.scratch(),
+        crew=pipeline.crew,
     )
     inputs.save(folder / "inputs.npz")
     stats.save(folder / "stats.npz")
