@@ -11,7 +11,8 @@ import json
 import math
 import shlex
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +21,14 @@ import numpy as np
 
 from mpq_deploy.artefacts import canonical_json, write_text
 from mpq_deploy.errors import InfeasibleBudgetError, InfeasibleLatencyError, UsageError
+from mpq_deploy.stages.spread import RECIPE, SAMPLES, forget_shards, kept_shards, opened_run
+from mpq_deploy.talk import Talk
 
 if TYPE_CHECKING:
+    from mpq_deploy.allocate import PrecisionPlan
     from mpq_deploy.pipeline import Pipeline
     from mpq_deploy.report.data import BudgetPlans
+    from mpq_deploy.shards.work import Result, Work
     from mpq_deploy.stages.allocate import PlanSolver
 
 # Points of FROM:TO when no step is given.
@@ -158,38 +163,99 @@ def _about(pipeline: Pipeline, solver: PlanSolver, command: str) -> dict[str, st
 def _measure(pipeline: Pipeline, plans: dict[float, Any], points: list[dict[str, Any]]) -> dict[str, Any]:
     """Quantize and evaluate every plan beside the controls; fill in the points. Returns the controls' figures."""
     from mpq_deploy.assemble import titles
+
+    pipeline.run_until("controls")
+    figures: dict[str, Any] = {}
+    chosen = [point for point in points if point["budget"] in plans]
+    measured = _measured_plans(pipeline, [plans[point["budget"]] for point in chosen])
+    for point, variants in zip(chosen, measured):
+        plan, ours = plans[point["budget"]], variants["ours"]
+        point.update({name: _finite(value) for name, value in ours.items() if name != "size_bytes"})
+        point["measured_nmse"] = ours["measured_nmse"]
+        figures = {
+            name: {
+                "title": titles(plan).get(name, name),
+                "size_ratio": found["size_bytes"] / plan.fp16_size_bytes,
+                "measured_nmse": found["measured_nmse"],
+                "psnr_db": _finite(found["psnr_db"]),
+                "pooled_psnr_db": _finite(found["pooled_psnr_db"]),
+            }
+            for name, found in variants.items()
+            if name != "ours"
+        }
+        pipeline.talk.line(f"  {point['size_ratio']:.4f} of FP16: PSNR {ours['psnr_db']:.1f} dB")
+    forget_shards(pipeline, "sweep")
+    return figures
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A plan to quantize and measure: layer -> scheme, and its bytes."""
+
+    schemes: dict[str, str]
+    size_bytes: int
+
+
+FIGURES = ("measured_nmse", "psnr_db", "pooled_psnr_db", "size_bytes")
+
+
+def _measured_plans(pipeline: Pipeline, plans: Sequence[PrecisionPlan]) -> Iterator[dict[str, dict[str, float]]]:
+    """Yield for each plan its ``FIGURES`` and those of the controls, by variant. The first plan is measured here.
+
+    By then the float model's samples and the controls' are in the cache that workers read.
+    """
+    from mpq_deploy.shards.work import Job, Shard, run_shards
+    from mpq_deploy.stages.common import settings, version_of
+
+    tasks = [_Plan(plan.schemes, plan.size_bytes) for plan in plans]
+    if not tasks:
+        return
+    store = kept_shards(pipeline, "sweep")
+    stages = ("export", "calibrate", "candidates", "controls")
+    made_of: dict[str, Any] = {name: pipeline.digest(name) for name in stages}
+    made_of |= {**settings(pipeline.recipe.evaluate, "evaluate"), **version_of("onnxruntime", "numpy")}
+    made_of |= {"threads": asdict(pipeline.crew.threads_of_shard())}
+    shards = [
+        Shard(f"{task.size_bytes:,} bytes", task, 1, {"part": "sweep", **made_of, "schemes": task.schemes})
+        for task in tasks
+    ]
+    yield _figures(_measure_plan(pipeline, tasks[0]))
+    files = (RECIPE, "export", "calibrate", "candidates", "controls", SAMPLES)
+    size = sum(file.stat().st_size for file in pipeline.folder("export").iterdir())
+    job = Job("measuring plans", _open_plans, pipeline.run.path, files, 4 * size)
+    with pipeline.crew.open(job, pipeline.talk) as pool:
+        for result in run_shards(pool, "measure plans", shards[1:], pipeline.talk, store):
+            yield _figures(result)
+
+
+def _open_plans(root: Path, talk: Talk) -> Work:
+    """Return what quantizes and measures a ``_Plan`` of the run folder ``root``."""
+    pipeline = opened_run(root, talk)
+
+    def work(task: _Plan, inner: Talk) -> Result:
+        pipeline.talk = inner
+        return _measure_plan(pipeline, task)
+
+    return work
+
+
+def _measure_plan(pipeline: Pipeline, task: _Plan) -> Result:
+    """Return the ``FIGURES`` of a plan and of the controls, float64 [4], by variant."""
     from mpq_deploy.graph.write import SIMULATED
     from mpq_deploy.stages.evaluate import evaluate_variants
     from mpq_deploy.stages.quantize import write_plan
 
-    pipeline.run_until("controls")
-    figures: dict[str, Any] = {}
-    for point in points:
-        plan = plans.get(point["budget"])
-        if plan is None:
-            continue
-        with tempfile.TemporaryDirectory(dir=pipeline.run.scratch()) as folder:
-            write_plan(pipeline, plan.schemes, Path(folder))
-            result = evaluate_variants(pipeline, Path(folder) / SIMULATED, plan.size_bytes, latency=False)
-        ours = result.variants["ours"]
-        point.update(
-            measured_nmse=ours.measured_nmse,
-            psnr_db=_finite(ours.psnr_db),
-            pooled_psnr_db=_finite(ours.pooled_psnr_db),
-        )
-        figures = {
-            name: {
-                "title": titles(plan).get(name, name),
-                "size_ratio": (variant.size_bytes or 0) / plan.fp16_size_bytes,
-                "measured_nmse": variant.measured_nmse,
-                "psnr_db": _finite(variant.psnr_db),
-                "pooled_psnr_db": _finite(variant.pooled_psnr_db),
-            }
-            for name, variant in result.variants.items()
-            if name != "ours"
-        }
-        pipeline.talk.line(f"  {point['size_ratio']:.4f} of FP16: PSNR {ours.psnr_db:.1f} dB")
-    return figures
+    with tempfile.TemporaryDirectory(dir=pipeline.run.scratch()) as folder:
+        write_plan(pipeline, task.schemes, Path(folder))
+        result = evaluate_variants(pipeline, Path(folder) / SIMULATED, task.size_bytes, latency=False)
+    return {
+        name: np.array([getattr(variant, figure) or 0 for figure in FIGURES], np.float64)
+        for name, variant in result.variants.items()
+    }
+
+
+def _figures(result: Result) -> dict[str, dict[str, float]]:
+    return {name: dict(zip(FIGURES, values.tolist())) for name, values in result.items()}
 
 
 def _finite(value: float) -> float | None:

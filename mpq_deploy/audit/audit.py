@@ -12,7 +12,7 @@ import yaml
 
 from mpq_deploy.audit.agreement import Compared, correlations, scheme_classes
 from mpq_deploy.audit.losses import TRUTH, Losses, Truth
-from mpq_deploy.audit.plans import PlanQuality, plan_points
+from mpq_deploy.audit.plans import PlanQuality, Solved, plan_points, solved_plans
 from mpq_deploy.audit.result import AuditResult, MetricResult, TruthInfo
 from mpq_deploy.errors import UsageError, nearest
 from mpq_deploy.pipeline import default_run
@@ -117,19 +117,22 @@ def run_audit(pipeline: Pipeline, options: AuditOptions, command: str = "") -> A
             pipeline.talk.warn(f"{method} is not measured: {error}")
     truth = losses.truth(options.pairs)
     quality = PlanQuality(pipeline)
-    rows = []
+    rows: list[tuple[MetricResult, tuple[Solved, ...]]] = []
     for method in options.methods:
         if method in refused:
-            rows.append(MetricResult(method, method, None, refused=refused[method]))
+            rows.append((MetricResult(method, method, None, refused=refused[method]), ()))
             continue
         row = _agreement(method, tables[method], truth, losses, pipeline.recipe.measure.seed)
-        rows.append(_with_plans(pipeline, row, tables[method], options, quality, cross=False))
+        rows.append((row, solved_plans(pipeline, tables[method], options.budgets, cross_terms=False)))
         if method == "probe" and tables[method].projections is not None and pipeline.recipe.allocate.cross_terms:
-            again = MetricResult(CROSS, row.metric, None)
-            rows.append(_with_plans(pipeline, again, tables[method], options, quality, cross=True))
+            again = solved_plans(pipeline, tables[method], options.budgets, cross_terms=True)
+            rows.append((MetricResult(CROSS, row.metric, None), again))
     row = MetricResult(TRUTH, TRUTH, truth.seconds, notes=truth.table.notes)
-    rows.append(_with_plans(pipeline, row, truth.table, options, quality, cross=False) if truth.complete else row)
-    return _result(pipeline, options, losses, truth, rows, tables, command)
+    own = solved_plans(pipeline, truth.table, options.budgets, cross_terms=False) if truth.complete else ()
+    rows.append((row, own))
+    quality.prepare([one.plan.schemes for _, solved in rows for one in solved if one.plan is not None])
+    measured = [_with_plans(pipeline, row, solved, quality) for row, solved in rows]
+    return _result(pipeline, options, losses, truth, measured, tables, command)
 
 
 def _agreement(method: str, table: SensitivityTable, truth: Truth, losses: Losses, seed: int) -> MetricResult:
@@ -149,15 +152,8 @@ def _agreement(method: str, table: SensitivityTable, truth: Truth, losses: Losse
     )
 
 
-def _with_plans(
-    pipeline: Pipeline,
-    row: MetricResult,
-    table: SensitivityTable,
-    options: AuditOptions,
-    quality: PlanQuality,
-    cross: bool,
-) -> MetricResult:
-    points = plan_points(pipeline, table, options.budgets, quality, cross)
+def _with_plans(pipeline: Pipeline, row: MetricResult, solved: Sequence[Solved], quality: PlanQuality) -> MetricResult:
+    points = plan_points(solved, quality)
     for point in points:
         said = point.refused or f"NMSE {point.nmse:.2e}"
         pipeline.talk.line(f"  {row.title:<22} {point.budget:g}: {said}")

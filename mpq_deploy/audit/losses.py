@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,19 +18,23 @@ import numpy as np
 from mpq_deploy.artefacts import Fields
 from mpq_deploy.calibrate.stats import CalibrationSet, dealt
 from mpq_deploy.calibrate.timesteps import sampled_steps
+from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.errors import UsageError
 from mpq_deploy.meter import metered
 from mpq_deploy.precision.candidates import LayerCandidates
 from mpq_deploy.precision.scheme import SCHEMES
-from mpq_deploy.sensitivity.exhaustive import measure_exhaustive
+from mpq_deploy.sensitivity.exhaustive import evaluates_in_torch, measure_exhaustive
 from mpq_deploy.sensitivity.feeds import MeasureOptions
 from mpq_deploy.sensitivity.measure import IMPORTANCE_METHODS, measure
 from mpq_deploy.sensitivity.orthogonality import OrmOptions
-from mpq_deploy.sensitivity.subject import Subject
+from mpq_deploy.sensitivity.subject import Spread, Subject
 from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.sensitivity.weights import float_matrix
+from mpq_deploy.shards.work import Alone, Job, Result, Shard, Within, Work, run_shards
 from mpq_deploy.stages.candidates import candidates_of
 from mpq_deploy.stages.common import Exported, load_calibration, version_of
+from mpq_deploy.stages.spread import RECIPE, opened_run
+from mpq_deploy.talk import Talk
 
 if TYPE_CHECKING:
     from mpq_deploy.pipeline import Pipeline
@@ -90,7 +96,7 @@ class Losses:
             fields.update({f"recipe.measure.orm.{key}": value for key, value in section.orm.model_dump().items()})
 
         def make() -> SensitivityTable:
-            return measure(method, self._subject())
+            return measure(method, self.subject())
 
         return self._kept(f"audit-{method}", {**self._fields(), "method": method, **fields}, make)
 
@@ -105,10 +111,11 @@ class Losses:
         chosen = sampled_pairs(
             [p for p in everything if p not in set(still)], count, self._pipeline.recipe.measure.seed
         )
-        tables, names = [], []
-        for number, start in enumerate(range(0, len(chosen), SHARD)):
-            tables.append(self._shard(number, chosen[start : start + SHARD]))
-            names.append(f"{TRUTH}-{number:03d}")
+        starts = range(0, len(chosen), SHARD)
+        names = [f"{TRUTH}-{number:03d}" for number in range(len(starts))]
+        parts = {name: tuple(chosen[start : start + SHARD]) for name, start in zip(names, starts)}
+        self._spread_out(parts)
+        tables = [self._shard(name, pairs) for name, pairs in parts.items()]
         losses: dict[str, dict[str, float]] = {}
         by_timestep: dict[str, dict[str, Any]] = {}
         zeros = np.zeros(len(self.calls.timesteps), np.float32)
@@ -125,13 +132,32 @@ class Losses:
         seconds = sum(self.seconds(name) for name in names)
         return Truth(found, tuple(chosen), len(everything) - len(still), seconds)
 
-    def _shard(self, number: int, pairs: Sequence[Pair]) -> SensitivityTable:
-        fields = {**self._fields(), "method": TRUTH, "pairs": [list(pair) for pair in pairs]}
-
+    def _shard(self, name: str, pairs: Sequence[Pair]) -> SensitivityTable:
         def make() -> SensitivityTable:
-            return measure_exhaustive(self._subject(), pairs=set(pairs))
+            return measure_exhaustive(self.subject(), pairs=set(pairs))
 
-        return self._kept(f"audit-{TRUTH}-{number:03d}", fields, make)
+        return self._kept(f"audit-{name}", self._truth_fields(pairs), make)
+
+    def _truth_fields(self, pairs: Sequence[Pair]) -> Fields:
+        return {**self._fields(), "method": TRUTH, "pairs": [list(pair) for pair in pairs]}
+
+    def _spread_out(self, parts: dict[str, tuple[Pair, ...]]) -> None:
+        """Have workers measure and keep what is missing of ``parts``, where there are workers."""
+        run, crew = self._pipeline.run, self._pipeline.crew
+        missing = [n for n, pairs in parts.items() if run.changed_fields(f"audit-{n}", self._truth_fields(pairs)) != []]
+        # Sessions of ONNX Runtime link the weights while they are open, which other readers of them refuse.
+        if isinstance(crew, Alone) or len(missing) < 2 or not evaluates_in_torch(self.graph):
+            return
+        subject = self.subject()
+        assert subject.spread is not None
+        opener = partial(_open_truth, self.samples)
+        job = Job("exhaustive", opener, subject.spread.root, subject.spread.files, subject.memory_bytes())
+        shards = [Shard(name, parts[name], len(parts[name])) for name in missing]
+        with crew.open(job, self._pipeline.talk) as pool:
+            results = run_shards(pool, "single layers", shards, self._pipeline.talk)
+            for name, result in zip(missing, results, strict=True):
+                fields, table = self._truth_fields(parts[name]), _table_of(result, self.calls.timesteps)
+                self._kept(f"audit-{name}", fields, lambda made=table: made, float(result["seconds"]))  # type: ignore[misc]
 
     def _changes(self, pair: Pair) -> bool:
         scheme = SCHEMES[pair[1]]
@@ -142,7 +168,8 @@ class Losses:
             candidate.weight_matrix(scheme.weight_form), float_matrix(self.graph, candidate.layer)
         )
 
-    def _subject(self) -> Subject:
+    def subject(self) -> Subject:
+        """Return what all metrics and the truth are measured on."""
         section = self._pipeline.recipe.measure
         options = MeasureOptions(
             probes=section.probes,
@@ -154,7 +181,9 @@ class Losses:
         )
         exported = self.exported
         calls = (self.calls, exported.conditions, exported.spec, options, self._pipeline.talk)
-        return Subject(self.graph, self.candidates, self._stats, *calls)
+        files = (RECIPE, "export", "calibrate", "candidates")
+        spread = Spread(self._pipeline.crew, self._pipeline.run.path, files, partial(_open_subject, self.samples))
+        return Subject(self.graph, self.candidates, self._stats, *calls, spread)
 
     def _fields(self) -> Fields:
         section = self._pipeline.recipe.measure
@@ -168,17 +197,56 @@ class Losses:
             **version_of("torch", "onnxruntime", "numpy", "highspy"),
         }
 
-    def _kept(self, name: str, fields: Fields, make: Callable[[], SensitivityTable]) -> SensitivityTable:
-        """Return the table of a stage folder, made by ``make`` where it is not current."""
+    def _kept(
+        self, name: str, fields: Fields, make: Callable[[], SensitivityTable], elsewhere: float = 0.0
+    ) -> SensitivityTable:
+        """Return the table of a stage folder, made by ``make`` where it is not current.
+
+        ``elsewhere``: processor seconds that a worker spent on it.
+        """
         run = self._pipeline.run
         if run.changed_fields(name, fields) != []:
             started = time.process_time()
             with metered() as reading, run.writing(name, fields) as folder:
                 make().save(folder)
-            spent = time.process_time() - started
+            spent = time.process_time() - started + elsewhere
             run.save_timing(name, spent, reading.peak_rss_bytes)
             self._pipeline.talk.line(f"  {name:<22} {spent:6.1f} s of processor time")
         return SensitivityTable.load(run.stage(name))
+
+
+def _open_subject(samples: int, root: Path, talk: Talk, options: MeasureOptions) -> Subject:
+    """Return the subject of ``Losses`` in a worker."""
+    return replace(Losses(opened_run(root, talk), samples).subject(), options=options)
+
+
+def _open_truth(samples: int, root: Path, talk: Talk) -> Work:
+    """Return what measures pairs exhaustively: ``pairs``, their losses, ``notes`` and the ``seconds`` of processor."""
+    losses = Losses(opened_run(root, talk), samples)
+
+    def work(pairs: tuple[Pair, ...], inner: Talk) -> Result:
+        started = time.process_time()
+        table = measure_exhaustive(replace(losses.subject(), talk=Within.silent(inner)), pairs=set(pairs))
+        found = [(layer, scheme) for layer, row in table.losses.items() for scheme in row]
+        return {
+            "pairs": np.array(found, np.str_),
+            "losses": np.array([table.losses[layer][scheme] for layer, scheme in found]),
+            "by_timestep": np.array([table.losses_by_timestep[layer][scheme] for layer, scheme in found]),
+            "notes": np.array(table.notes, np.str_),
+            "seconds": np.array(time.process_time() - started),
+        }
+
+    return work
+
+
+def _table_of(result: Result, timesteps: Array) -> SensitivityTable:
+    losses: dict[str, dict[str, float]] = {}
+    by_timestep: dict[str, dict[str, Array]] = {}
+    for (layer, scheme), loss, row in zip(result["pairs"], result["losses"], result["by_timestep"], strict=True):
+        losses.setdefault(str(layer), {})[str(scheme)] = float(loss)
+        by_timestep.setdefault(str(layer), {})[str(scheme)] = row
+    notes = tuple(str(note) for note in result["notes"])
+    return SensitivityTable(TRUTH, np.asarray(timesteps, np.float32), losses, by_timestep, notes=notes)
 
 
 def bodies(candidates: Collection[LayerCandidates]) -> list[Pair]:

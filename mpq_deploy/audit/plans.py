@@ -10,8 +10,12 @@ import hashlib
 import json
 import math
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from mpq_deploy.artefacts import canonical_json, write_text
 from mpq_deploy.audit.result import PlanPoint
@@ -20,12 +24,15 @@ from mpq_deploy.evaluate.evaluate import evaluate
 from mpq_deploy.evaluate.fresh import FreshCalls, FreshOptions, standard_error
 from mpq_deploy.evaluate.result import EvaluationOptions
 from mpq_deploy.graph.write import SIMULATED
+from mpq_deploy.shards.work import Alone, Job, Result, Shard, Within, Work, run_shards
 from mpq_deploy.stages.allocate import PlanSolver
 from mpq_deploy.stages.common import Exported, version_of
 from mpq_deploy.stages.quantize import write_plan
+from mpq_deploy.stages.spread import RECIPE, SAMPLES, opened_run
 from mpq_deploy.talk import Talk
 
 if TYPE_CHECKING:
+    from mpq_deploy.allocate import PrecisionPlan
     from mpq_deploy.pipeline import Pipeline
     from mpq_deploy.sensitivity.table import SensitivityTable
 
@@ -57,7 +64,24 @@ class PlanQuality:
             write_text(path, canonical_json(kept))
         return kept
 
+    def prepare(self, plans: Sequence[dict[str, str]]) -> None:
+        """Have workers measure the plans that are not kept yet, where there are workers."""
+        missing = {self._key(schemes): schemes for schemes in plans}
+        missing = {key: schemes for key, schemes in missing.items() if _read(self._place / f"{key}.json") is None}
+        pipeline = self._pipeline
+        if isinstance(pipeline.crew, Alone) or len(missing) < 2:
+            return
+        files = (RECIPE, "export", "calibrate", "candidates", SAMPLES)
+        size = sum(file.stat().st_size for file in pipeline.folder("export").iterdir())
+        job = Job("measuring plans", _open_plans, pipeline.run.path, files, 4 * size)
+        shards = [Shard(f"plan {key[:8]}", schemes) for key, schemes in missing.items()]
+        with pipeline.crew.open(job, pipeline.talk) as pool:
+            results = run_shards(pool, "measure plans", shards, pipeline.talk)
+            for key, result in zip(missing, results, strict=True):
+                write_text(self._place / f"{key}.json", canonical_json(_figures(result)))
+
     def _measure(self, schemes: dict[str, str]) -> dict[str, Any]:
+        """Measure a plan, kept or not."""
         exported, options = self._exported, self.options
         if self._calls is None:
             arguments = (exported.path, exported.spec, exported.conditions)
@@ -111,26 +135,45 @@ def _read(path: Path) -> dict[str, Any] | None:
     return kept if isinstance(kept, dict) and {"nmse", "nmse_error", "errors", "psnr_db"} <= set(kept) else None
 
 
-def plan_points(
-    pipeline: Pipeline, table: SensitivityTable, budgets: tuple[float, ...], quality: PlanQuality, cross_terms: bool
-) -> tuple[PlanPoint, ...]:
-    """Solve every budget with the losses of ``table`` and measure the plans; a budget that none fits says so."""
+@dataclass(frozen=True)
+class Solved:
+    """The plan of a metric at a budget, or why there is none."""
+
+    budget: float
+    plan: PrecisionPlan | None = None
+    refused: InfeasibleBudgetError | None = None
+
+
+def solved_plans(
+    pipeline: Pipeline, table: SensitivityTable, budgets: tuple[float, ...], cross_terms: bool
+) -> tuple[Solved, ...]:
+    """Solve every budget with the losses of ``table``."""
     solver = PlanSolver(pipeline, table=table)
     solver.section = pipeline.recipe.allocate.model_copy(update={"cross_terms": cross_terms})
-    points = []
+    found = []
     for budget in budgets:
         try:
-            plan = solver.solve(str(budget))
+            found.append(Solved(budget, solver.solve(str(budget))))
         except InfeasibleBudgetError as error:
-            points.append(PlanPoint(budget, refused=str(error), smallest_bytes=error.smallest))
+            found.append(Solved(budget, refused=error))
+    return tuple(found)
+
+
+def plan_points(solved: Sequence[Solved], quality: PlanQuality) -> tuple[PlanPoint, ...]:
+    """Measure the plans; a budget that none fits says so."""
+    points = []
+    for one in solved:
+        if one.refused is not None:
+            points.append(PlanPoint(one.budget, refused=str(one.refused), smallest_bytes=one.refused.smallest))
+        if one.plan is None:
             continue
-        found = quality.of(plan.schemes)
+        found = quality.of(one.plan.schemes)
         points.append(
             PlanPoint(
-                budget,
-                plan.size_bytes,
-                plan.size_bytes / plan.fp16_size_bytes,
-                plan.predicted_loss,
+                one.budget,
+                one.plan.size_bytes,
+                one.plan.size_bytes / one.plan.fp16_size_bytes,
+                one.plan.predicted_loss,
                 found["nmse"],
                 found["nmse_error"],
                 found["psnr_db"],
@@ -138,3 +181,26 @@ def plan_points(
             )
         )
     return tuple(points)
+
+
+def _open_plans(root: Path, talk: Talk) -> Work:
+    """Return what measures plans (layer -> scheme) of the run folder ``root``."""
+    pipeline = opened_run(root, talk)
+    quality = PlanQuality(pipeline)
+
+    def work(schemes: dict[str, str], inner: Talk) -> Result:
+        pipeline.talk = Within.silent(inner)
+        found = quality._measure(schemes)
+        psnr = math.nan if found["psnr_db"] is None else found["psnr_db"]
+        return {
+            "nmse": np.array([found["nmse"], found["nmse_error"], psnr]),
+            "errors": np.array(found["errors"]),
+        }
+
+    return work
+
+
+def _figures(result: Result) -> dict[str, Any]:
+    nmse, error, psnr = result["nmse"].tolist()
+    errors = result["errors"].tolist()
+    return {"nmse": nmse, "nmse_error": error, "errors": errors, "psnr_db": None if math.isnan(psnr) else psnr}

@@ -71,6 +71,11 @@ def measure_exhaustive(
     return table_from_losses("exhaustive", calls.timesteps, losses, notes)
 
 
+def evaluates_in_torch(graph: LayerGraph) -> bool:
+    """Whether torch is installed and knows every operator of the graph."""
+    return _torch_graph(graph) is not None
+
+
 def _torch_graph(graph: LayerGraph) -> TorchGraph | None:
     if importlib.util.find_spec("torch") is None:
         return None

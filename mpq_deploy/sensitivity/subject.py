@@ -69,7 +69,7 @@ class Subject:
         if self.spread is None or isinstance(self.spread.crew, Alone):
             return Job(name, partial(_work_on, work, self), Path())
         opener = partial(_opened, work, self.spread.open, self.options)
-        return Job(name, opener, self.spread.root, self.spread.files, self._memory_bytes())
+        return Job(name, opener, self.spread.root, self.spread.files, self.memory_bytes())
 
     def shard(self, name: str, task: Any, size: int, **key: Any) -> Shard:
         """Return a shard that is kept by ``key``, the options and the number of threads that compute it."""
@@ -79,7 +79,7 @@ class Subject:
         options = {**asdict(self.options), "timesteps": [float(t) for t in self.calibration.timesteps]}
         return Shard(name, task, size, {**self.spread.key, **key, "options": options, "threads": threads})
 
-    def _memory_bytes(self) -> int:
+    def memory_bytes(self) -> int:
         """Estimate what a worker holds: candidates, their errors and a batch of activations, both capped."""
         weights = 4 * sum(layer.weights for layer in self.layers)
         forms = max((len(c.schemes) for c in self.candidates.values()), default=0)

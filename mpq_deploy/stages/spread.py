@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 # Under the run folder: finished shards of a stage that is not finished.
 KEPT = ".shards"
+# The samples of models, by content.
+SAMPLES = ".samples"
 # What the description of a run consists of, beside its stages.
 RECIPE = "recipe.yaml"
 
