@@ -120,8 +120,7 @@ class _ClusterPool:
 
     def run(self, shards: Sequence[Shard], progress: Progress) -> Iterator[tuple[int, Result]]:
         waiting, lost, left = deque(range(len(shards))), Counter[int](), len(shards)
-        if left and not self.actors:
-            self._start(left)
+        self._grow(left)
         self.last_sign = time.monotonic()
         while left:
             self._assign(waiting, shards)
@@ -132,6 +131,7 @@ class _ClusterPool:
                     continue
                 for answer in answers:
                     if answer[0] == "failed":
+                        actor.busy = None
                         raise answer[2] if answer[1] is None else in_shard(answer[2], shards[answer[1]])
                     if answer[0] == "done":
                         actor.busy = None
@@ -152,15 +152,19 @@ class _ClusterPool:
             self.ray.kill(actor.handle)
         self.actors.clear()
 
-    def _start(self, shards: int) -> None:
-        """Start as many workers as the cluster's processors allow, spread over its nodes."""
+    def _grow(self, shards: int) -> None:
+        """Start workers for so many shards, as far as the cluster's processors allow, spread over its nodes."""
         sizes = [int(node["Resources"].get("CPU", 0)) for node in self.ray.nodes() if node["Alive"]]
         each = self._processors(sizes)
         fit = self.crew.workers or max(1, sum(size // each for size in sizes))
         count = min(fit, shards)
+        if count <= len(self.actors):
+            return
         on = f"{len(sizes)} nodes" if len(sizes) > 1 else "1 node"
-        self.talk.line(f"  {self.job.name} on {count} workers of a Ray cluster of {on}, {each} processors each")
-        for _ in range(count):
+        many = f"{count} workers" if count > 1 else "1 worker"
+        processors = f"{each} processors" if each > 1 else "1 processor"
+        self.talk.line(f"  {self.job.name} on {many} of a Ray cluster of {on}, {processors} each")
+        for _ in range(count - len(self.actors)):
             self._add(each)
 
     def _processors(self, sizes: list[int]) -> int:

@@ -72,6 +72,7 @@ class NodeWorker:
         """Remove the files from this node."""
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+            _lock_of(self._folder).unlink(missing_ok=True)
 
     def _taken(self) -> list[Any]:
         answers = list(self._answers)
@@ -84,7 +85,7 @@ def unpacked(packed: Packed, node: str, fetch: Callable[[Any], Any]) -> Path:
     above = Path(tempfile.gettempdir()) / f"mpq-deploy-{os.getuid()}"
     above.mkdir(mode=0o700, exist_ok=True)
     folder = above / f"{node[:16]}-{packed.name}"
-    with (above / f".{folder.name}.lock").open("a") as lock:
+    with _lock_of(folder).open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / COMPLETE).exists():
             for name, pieces in packed.files.items():
@@ -95,6 +96,10 @@ def unpacked(packed: Packed, node: str, fetch: Callable[[Any], Any]) -> Path:
                         file.write(memoryview(fetch(piece)))
             (folder / COMPLETE).touch()
     return folder
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
 
 
 def _version(name: str) -> str:

@@ -1,33 +1,160 @@
-"""Builds over several processes: every stage has the bytes of a build in one."""
+"""Builds over several processes: every stage has the bytes of a build in one, also when a worker is killed."""
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mpq_deploy.pipeline import open_pipeline
+from mpq_deploy.audit import losses as losses_module
+from mpq_deploy.audit.audit import AuditOptions, run_audit
+from mpq_deploy.metrics.sampling import SamplingOptions, Source, sample_many
+from mpq_deploy.pipeline import Pipeline, open_pipeline
+from mpq_deploy.sensitivity import probe
 from mpq_deploy.shards.processes import Processes
+from mpq_deploy.shards.work import Crew
+from mpq_deploy.stages.common import Exported
+from mpq_deploy.stages.spread import KEPT
+from mpq_deploy.sweep import run_sweep
+from mpq_deploy.talk import Talk
+from tests.pipeline.conftest import Outcome
 from tests.pipeline.runs import Built, Notes, recipe_for, stage_bytes
+from tests.pipeline.test_audit import CHANGES, without_seconds
 
 
-def build_over(crew: object, model: Path, run: Path, **changes: object) -> list[str]:
+def over(crew: Crew | None, model: Path, run: Path, do: Callable[[Pipeline], Any], **changes: Any) -> tuple[Any, str]:
+    """Open the run folder with ``crew``; return what ``do`` returns, and what was said."""
     notes = Notes()
     with open_pipeline(recipe_for(model, **changes), run, notes, crew) as pipeline:
-        pipeline.run_until("report")
-    return notes.lines
+        found = do(pipeline)
+    return found, "\n".join(notes.lines)
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
+def remade(run: Path, *stages: str) -> Path:
+    for stage in stages:
+        shutil.rmtree(run / stage)
+    return run
+
+
+@pytest.mark.parametrize("workers", [2, 3])
 def test_a_build_has_the_same_bytes_over_any_number_of_workers(
     model: Path, finished: Built, tmp_path: Path, workers: int
 ) -> None:
-    said = build_over(Processes(workers), model, tmp_path / "run")
+    _, said = over(Processes(workers), model, tmp_path / "run", lambda pipeline: pipeline.run_until("report"))
     assert stage_bytes(tmp_path / "run") == stage_bytes(finished.run)
     for name in ("calibration", "probes", "evaluation"):
-        assert any(line.startswith(f"  {name} on {workers} worker") for line in said), said
-    assert not (tmp_path / "run" / ".shards").exists()
+        assert f"  {name} on {workers} workers, an estimated " in said
+    assert not (tmp_path / "run" / KEPT).exists()
+
+
+def test_a_worker_killed_while_it_measures_changes_nothing(model: Path, run: Path, finished: Built) -> None:
+    remade(run, "measure")
+    ended = threading.Event()
+    killed: list[int] = []
+
+    def kill() -> None:
+        while not killed and not ended.is_set():
+            for pid in workers_of(os.getpid()):
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
+            time.sleep(0.02)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    _, said = over(Processes(2), model, run, lambda pipeline: pipeline.run_until("measure"))
+    ended.set()
+    killer.join()
+    assert killed and "a worker was killed by SIGKILL; the shard 'probes" in said
+    assert stage_bytes(run) == stage_bytes(finished.run)
+    assert not workers_of(os.getpid())
+
+
+def workers_of(parent: int) -> list[int]:
+    """The worker processes that ``parent`` started."""
+    found = []
+    for place in Path("/proc").iterdir():
+        try:
+            status, line = (place / "status").read_text(), (place / "cmdline").read_bytes()
+        except (OSError, ValueError):
+            continue
+        if f"PPid:\t{parent}\n" in status and b"mpq_deploy.shards.child" in line:
+            found.append(int(place.name))
+    return found
+
+
+def test_a_stopped_measurement_goes_on_with_the_timesteps_that_are_finished(
+    model: Path, run: Path, finished: Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remade(run, "measure")
+    real, seen = probe._Probing.probe, []
+
+    def stopping(self: Any, step_index: int, *rest: Any) -> float:
+        seen.append(step_index)
+        if step_index == 1:
+            raise KeyboardInterrupt
+        return real(self, step_index, *rest)
+
+    monkeypatch.setattr(probe._Probing, "probe", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        over(None, model, run, lambda pipeline: pipeline.run_until("measure"))
+    assert seen == [0, 1] and len(list((run / KEPT / "measure").glob("*.npz"))) == 2  # the batch size, and one timestep
+    seen.clear()
+    monkeypatch.setattr(
+        probe._Probing, "probe", lambda self, step, *rest: (seen.append(step), real(self, step, *rest))[1]
+    )
+    over(None, model, run, lambda pipeline: pipeline.run_until("measure"))
+    assert seen == [1]
+    assert stage_bytes(run) == stage_bytes(finished.run)
+    assert not (run / KEPT).exists()
+
+
+def test_a_sweep_over_workers_is_the_same_sweep(model: Path, run: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(run, tmp_path / "other"))
+    budgets = [0.35, 0.45, 0.6]
+    alone, _ = over(None, model, run, lambda pipeline: run_sweep(pipeline, budgets, True))
+    spread, said = over(Processes(2), model, other, lambda pipeline: run_sweep(pipeline, budgets, True))
+    assert alone == spread and all("measured_nmse" in point for point in alone["points"])
+    assert (run / "sweep.json").read_bytes() == (other / "sweep.json").read_bytes()
+    assert "measuring plans on 2 workers" in said
+
+
+def test_an_audit_over_workers_is_the_same_audit(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses_module, "SHARD", 12)
+    options, found = AuditOptions((0.35, 0.5), ("probe", "size-only"), 30), []
+    for crew in (None, Processes(2)):
+        run = tmp_path / str(len(found))
+        result, said = over(crew, model, run, lambda pipeline: run_audit(pipeline, options), **CHANGES)
+        found.append(without_seconds(json.loads(json.dumps(result.as_json()))))
+    assert found[0] == found[1]
+    assert "exhaustive on 2 workers" in said and "measuring plans on 2 workers" in said
+    assert stage_bytes(tmp_path / "0", ("audit-exhaustive-000", "audit-exhaustive-002", "audit-probe")) == stage_bytes(
+        tmp_path / "1", ("audit-exhaustive-000", "audit-exhaustive-002", "audit-probe")
+    )
+
+
+def test_images_are_the_same_with_any_crew_of_as_many_threads(model: Path, run: Path) -> None:
+    def sampled(pipeline: Pipeline) -> Any:
+        exported = Exported(pipeline)
+        source = {"float": Source(exported.path, 3, True)}
+        options = SamplingOptions(40, 3, 3, batch_size=8, workers=1)
+        crew = pipeline.crew if isinstance(pipeline.crew, Processes) else None
+        about = (exported.path, exported.spec, exported.conditions, options, None, Talk(), crew)
+        return sample_many(source, *about).images["float"]
+
+    alone, _ = over(None, model, run, sampled)
+    assert (alone == over(Processes(2), model, run, sampled)[0]).all()
+
+
+def test_the_options_reach_the_stages(model: Path, run: Path, finished: Built, cli: Callable[..., Outcome]) -> None:
+    said = cli("measure", remade(run, "measure"), "--workers", 2)
+    assert said.code == 0 and "probes on 2 workers" in said.err, said.err
+    assert stage_bytes(run) == stage_bytes(finished.run)
+    assert cli("measure", run, "--workers", 0).code == 2

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from mpq_deploy.errors import ModelError, UsageError
+from mpq_deploy.pipeline import open_pipeline
 from mpq_deploy.shards import cluster as module
 from mpq_deploy.shards.cluster import Cluster
 from mpq_deploy.shards.node import Facts
-from mpq_deploy.shards.work import Alone, ShardError
+from mpq_deploy.shards.work import Alone
+from tests.pipeline.runs import Notes, build, recipe_for, save_denoiser, stage_bytes
 from tests.shards.tasks import Task, job, shards
 from tests.shards.test_processes import Heard, merged, same
 
@@ -57,7 +59,9 @@ def test_a_cluster_gives_the_bits_of_one_process(tmp_path, nodes):
 def test_a_killed_worker_changes_nothing(tmp_path, nodes):
     heard = Heard()
     once = shards(PARTS, at3=Task(3, "killed", tmp_path / "happened"))
-    same(merged(Cluster(nodes.address), tmp_path / "job", once, heard), merged(Alone(), tmp_path / "job", shards(PARTS)))
+    same(
+        merged(Cluster(nodes.address), tmp_path / "job", once, heard), merged(Alone(), tmp_path / "job", shards(PARTS))
+    )
     assert (tmp_path / "happened").exists()
     assert sum("part 3" in text for text in heard.warnings) == 1
 
@@ -66,18 +70,21 @@ def test_an_error_names_the_shard(tmp_path, nodes):
     with pytest.raises(ModelError) as caught:
         merged(Cluster(nodes.address), tmp_path / "job", shards(3, at1=Task(1, "model")))
     assert caught.value.hint == "Check the weights. It came from the shard 'part 1'."
-    with pytest.raises(ShardError, match="ZeroDivisionError"):
-        merged(Cluster(nodes.address), tmp_path / "job", shards(3, at1=Task(1, "bug")))
 
 
-def test_other_versions_are_refused(tmp_path, nodes, monkeypatch):
-    ours = Facts.here()
-    older = replace(ours, versions=tuple((name, "0.1") for name, _ in ours.versions))
-    monkeypatch.setattr(module.Facts, "here", classmethod(lambda cls: older))
-    with pytest.raises(UsageError, match=r"mpq-deploy .*this machine 0\.1"):
-        merged(Cluster(nodes.address), tmp_path / "job", shards(2))
+@pytest.mark.slow
+def test_a_build_on_the_cluster_has_the_bytes_of_one_process(tmp_path, nodes):
+    model = save_denoiser(tmp_path)
+    alone = build(recipe_for(model), tmp_path / "alone", "measure")
+    notes, run = Notes(), tmp_path / "run"
+    with open_pipeline(recipe_for(model), run, notes, Cluster(nodes.address)) as pipeline:
+        pipeline.run_until("measure")
+    made = ("export", "calibrate", "candidates", "measure")
+    assert stage_bytes(run, made) == stage_bytes(alone.run, made)
+    assert any("probes on 2 workers of a Ray cluster of 3 nodes" in line for line in notes.lines), notes.lines
 
 
+@pytest.mark.slow
 def test_a_killed_node_changes_nothing(tmp_path, nodes):
     """Last, since the cluster has one node less then."""
     told, heard = tmp_path / "pid", Heard()
@@ -87,7 +94,9 @@ def test_a_killed_node_changes_nothing(tmp_path, nodes):
         while not (told.exists() and told.read_text()):
             time.sleep(0.05)
         # The node's raylet has started the worker: without it the node is gone, as when its machine is.
-        raylet = next(line for line in Path(f"/proc/{told.read_text()}/status").read_text().splitlines() if "PPid" in line)
+        raylet = next(
+            line for line in Path(f"/proc/{told.read_text()}/status").read_text().splitlines() if "PPid" in line
+        )
         os.kill(int(raylet.split()[1]), signal.SIGKILL)
 
     killer = threading.Thread(target=kill)
@@ -107,7 +116,7 @@ def test_no_cluster_is_one_message(monkeypatch):
         raise ConnectionError("nothing listens there")
 
     monkeypatch.setattr(ray, "init", refused)
-    with pytest.raises(UsageError, match="no Ray cluster at '127.0.0.1:1': nothing listens"):
+    with pytest.raises(UsageError, match=r"no Ray cluster at '127\.0\.0\.1:1': nothing listens"):
         module.connected("127.0.0.1:1")
 
 
@@ -131,3 +140,15 @@ def test_files_arrive_whole_in_pieces(tmp_path, monkeypatch):
     assert (folder / "empty").read_bytes() == b""
     assert unpacked(packed, "node", fetch) == folder and len(fetched) == 2
     assert unpacked(packed, "other", fetch) != folder and len(fetched) == 4
+
+
+def test_other_versions_are_refused_and_another_processor_is_said(tmp_path):
+    ours, heard = Facts.here(), Heard()
+    pool = module._ClusterPool(None, Cluster("auto"), job(tmp_path / "job"), heard, None)
+    pool._compare(ours)
+    assert not heard.warnings
+    pool._compare(replace(ours, processor="none"))
+    assert "another processor" in heard.warnings[0]
+    older = replace(ours, versions=tuple((name, "0.1") for name, _ in ours.versions))
+    with pytest.raises(UsageError, match=r"has mpq-deploy 0\.1, this machine"):
+        pool._compare(older)
