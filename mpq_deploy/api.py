@@ -40,20 +40,26 @@ def build(
     out: Path | str | None = None,
     settings: dict[str, Any] | None = None,
     quiet: bool = False,
+    workers: int | None = None,
+    ray: str | None = None,
+    threads: int | None = None,
 ) -> BuildResult:
     """Build a quantized engine of the wanted size and its report, as ``mpq-deploy build`` does.
 
     ``model``, ``budget`` and ``target`` as on the command line; ``recipe``: a YAML file under them; ``settings``: any
     other values of the recipe by dotted key, such as ``{"evaluate.samples": 32}``; ``out``: the run folder.
+    ``workers``, ``ray``, ``threads``: who computes what can be spread, as ``--workers``, ``--ray``, ``--threads``.
     Raises the errors of ``mpq_deploy.errors``: UsageError for what the caller can mend, MpqError for the rest.
     """
     from mpq_deploy.pipeline import default_run, open_pipeline
     from mpq_deploy.recipe import load_recipe
+    from mpq_deploy.shards.crew import crew_for
 
     given = {"model": None if model is None else str(model), "budget": budget, "target": target, **(settings or {})}
     chosen = load_recipe(Path(recipe) if recipe else None, given)
     run = Path(out) if out else default_run(chosen)
-    with open_pipeline(chosen, run, Talk() if quiet else PlainTalk()) as pipeline:
+    crew = crew_for(workers, ray, threads)
+    with open_pipeline(chosen, run, Talk() if quiet else PlainTalk(), crew) as pipeline:
         summary = pipeline.run_until("report")
     return BuildResult(run, summary.values["report"])
 

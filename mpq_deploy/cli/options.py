@@ -169,16 +169,10 @@ ThreadsOption = Annotated[
 
 
 def crew_for(workers: int | None, ray: str | None, threads: int | None) -> Crew | None:
-    """Return who computes what can be spread: processes, a Ray cluster, or None where nothing was asked for."""
-    if ray is not None:
-        from mpq_deploy.shards.cluster import Cluster
+    """Return who computes what can be spread over workers; None: this process."""
+    from mpq_deploy.shards.crew import crew_for as crew_of
 
-        return Cluster(ray, workers, threads)
-    if threads is None and workers in (None, 1):
-        return None
-    from mpq_deploy.shards.processes import Processes
-
-    return Processes(workers or 1, threads)
+    return crew_of(workers, ray, threads)
 
 
 def latency_settings(max_latency: str | None, objective: Objective | None, table: Path | None) -> dict[str, Any]:
