@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from mpq_deploy.stages.spread import KEPT
 from mpq_deploy.sweep import run_sweep
 from mpq_deploy.talk import Talk
 from tests.pipeline.conftest import Outcome
-from tests.pipeline.runs import Built, Notes, recipe_for, stage_bytes
+from tests.pipeline.runs import Built, Notes, call, command, environment, recipe_for, stage_bytes, write_recipe
 from tests.pipeline.test_audit import CHANGES, without_seconds
 
 
@@ -158,3 +159,20 @@ def test_the_options_reach_the_stages(model: Path, run: Path, finished: Built, c
     assert said.code == 0 and "probes on 2 workers" in said.err, said.err
     assert stage_bytes(run) == stage_bytes(finished.run)
     assert cli("measure", run, "--workers", 0).code == 2
+
+
+def test_two_builds_at_once_do_not_meet(model: Path, finished: Built, tmp_path: Path) -> None:
+    """In different run folders both end with the reference bytes; in one and the same the second is refused."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", model=str(model))
+    runs = [tmp_path / "one", tmp_path / "two"]
+    ways = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True, "env": environment()}
+    builds = [subprocess.Popen(command("build", "-r", recipe, "-o", run), **ways) for run in runs]
+    while not (runs[0] / "export").exists():
+        assert builds[0].poll() is None, builds[0].communicate()[1]
+        time.sleep(0.02)
+    refused = call("build", "-r", recipe, "-o", runs[0])
+    assert refused.returncode == 1 and f"in use by another process (pid {builds[0].pid})" in refused.stderr
+    for build, run in zip(builds, runs, strict=True):
+        _, said = build.communicate(timeout=300)
+        assert build.returncode == 0, said
+        assert stage_bytes(run) == stage_bytes(finished.run)
