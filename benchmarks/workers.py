@@ -58,7 +58,7 @@ def main() -> None:
         for count in (0, *counts):
             wall, own, theirs, digest = measured(chosen.model, run, Processes(count) if count else None)
             peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1000 if count else 0
-            name = f"{count} workers" if count else "this process"
+            name = f"{count} worker{'s' if count > 1 else ''}" if count else "this process"
             print(f"| {name} | {wall:.1f} | {own:.1f} | {theirs:.1f} | {peak:.0f} | {digest} |", flush=True)
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from mpq_deploy.shards.work import Job
 from mpq_deploy.talk import Talk
 
-# What a worker with a tiny model held, mostly torch's code: measured on Linux with torch's CPU build.
-PROCESS_BYTES = 350 << 20
+# What a worker with a tiny model holds at most (benchmarks/workers.py), mostly torch's code, here its CPU build.
+PROCESS_BYTES = 400_000_000
 
 
 def say_memory(workers: int, job: Job, talk: Talk) -> None:
