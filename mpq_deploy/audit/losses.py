@@ -7,7 +7,7 @@ kept when the audit is stopped, and found again when it goes on.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -73,7 +73,7 @@ class Losses:
         self._pipeline, self.samples = pipeline, samples
         self.exported = Exported(pipeline)
         self.graph = self.exported.graph
-        self.candidates: dict[str, LayerCandidates] = candidates_of(pipeline, self.graph)
+        self.candidates: Mapping[str, LayerCandidates] = candidates_of(pipeline, self.graph)
         inputs, self._stats = load_calibration(pipeline)
         _, held_out = inputs.split(section.samples)
         self.unseen = held_out is not inputs

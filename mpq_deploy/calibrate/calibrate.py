@@ -16,6 +16,7 @@ from mpq_deploy.calibrate.stats import ActivationStats, CalibrationSet, Calibrat
 from mpq_deploy.calibrate.trajectories import record_trajectories
 from mpq_deploy.denoisers.spec import Array, DenoiserSpec
 from mpq_deploy.graph.layers import LayerGraph
+from mpq_deploy.graph.mapped import drop_pages
 from mpq_deploy.graph.passes.quantize_layers import weight_array
 from mpq_deploy.precision.branches import scale_factors
 from mpq_deploy.precision.scheme import COLUMN_SHARES, SCALE_TENTHS, outlier_count
@@ -85,6 +86,7 @@ def weight_ranges(graph: LayerGraph) -> dict[str, Array]:
         axis = 1 - layer.out_axis
         weight = np.abs(weight_array(graph.model, layer))
         largest = weight.max(axis=tuple(a for a in range(weight.ndim) if a != axis)).astype(np.float64)
+        drop_pages(graph.model.graph.initializers[layer.weight].const_value)
         for tensor in layer.inputs:
             ranges[tensor] = np.maximum(ranges[tensor], largest) if tensor in ranges else largest
     return ranges

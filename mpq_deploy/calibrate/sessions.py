@@ -18,7 +18,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from mpq_deploy.errors import ModelError
-from mpq_deploy.runtime.ort import ORT_ERRORS, session_options
+from mpq_deploy.runtime.ort import LARGE_WEIGHTS_BYTES, ORT_ERRORS, session_options, spare_memory
 from mpq_deploy.talk import Talk
 
 # Graphs whose constants are all in memory and below this are handed over as bytes, without any file.
@@ -46,7 +46,10 @@ def open_session(
     options = _options(threads, optimize)
     tensors = [v.const_value for g in model.graphs() for v in g.initializers.values() if v.const_value]
     external = any(isinstance(tensor, ir.ExternalTensor) for tensor in tensors)
-    if not external and sum(tensor.nbytes for tensor in tensors) < IN_MEMORY_BYTES:
+    weights = sum(tensor.nbytes for tensor in tensors)
+    if optimize and weights >= LARGE_WEIGHTS_BYTES:
+        spare_memory(options)
+    if not external and weights < IN_MEMORY_BYTES:
         yield _session(ir.to_proto(model).SerializeToString(), options)
         return
     with tempfile.TemporaryDirectory(prefix="session-", dir=scratch) as folder:

@@ -25,6 +25,9 @@ class Network(Protocol):
     def reference(self, feeds: dict[str, Array]) -> Array:
         """Return the network's own output for ``feeds``, float32."""
 
+    def release(self) -> None:
+        """Let go of the weights in memory: neither of the above is called again."""
+
 
 @dataclass(frozen=True)
 class Denoiser:

@@ -43,12 +43,18 @@ class ExportedModel:
 
 
 def export_denoiser(
-    denoiser: Denoiser, folder: Path, talk: Talk | None = None, *, first_token_apart: bool = False
+    denoiser: Denoiser,
+    folder: Path,
+    talk: Talk | None = None,
+    *,
+    first_token_apart: bool = False,
+    release: bool = False,
 ) -> ExportReport:
     """Write ``denoiser`` into ``folder`` and compare the file, run by ONNX Runtime, with its source.
 
     ``first_token_apart``: cross-attention gets the keys and values of the text's first token as constants
-    (``graph.passes.first_token``).
+    (``graph.passes.first_token``). ``release``: let go of the denoiser's own weights on the way, so that those of the
+    file are not held beside them.
 
     Raises ModelError when a weight is not finite, when the graph cannot be exported, or when the outputs differ by
     more than the network's tolerance (1e-3 of the largest output for a PyTorch module).
@@ -63,7 +69,11 @@ def export_denoiser(
         spec, note = keep_first_token_apart(model, spec, denoiser.conditions)
         notes.append(note)
     save_model(model, folder / MODEL)
-    error = _largest_error(denoiser, folder / MODEL)
+    sizes = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
+    opset, parameters = model.graph.opset_imports[""], sum(int(tensor.size) for tensor in sizes)
+    weight_bytes = sum(tensor.nbytes for tensor in sizes)
+    del model, sizes
+    error = _largest_error(denoiser, folder / MODEL, release)
     if not error <= denoiser.network.tolerance:
         raise ModelError(
             f"The exported model differs from its source by {error:.2e} of the largest output.",
@@ -78,13 +88,12 @@ def export_denoiser(
             talk.warn(notes[-1])
     spec.save(folder / SPEC)
     denoiser.conditions.save(folder / CONDITIONS)
-    sizes = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
     return ExportReport(
         max_relative_error=error,
         batch_sizes=CHECK_BATCHES,
-        opset=model.graph.opset_imports[""],
-        parameters=sum(int(tensor.size) for tensor in sizes),
-        weight_bytes=sum(tensor.nbytes for tensor in sizes),
+        opset=opset,
+        parameters=parameters,
+        weight_bytes=weight_bytes,
         seconds=time.monotonic() - started,
         decoder_error=decoder_error,
         notes=tuple(notes),
@@ -142,29 +151,42 @@ def check_finite(model: ir.Model) -> None:
             )
 
 
-def _largest_error(denoiser: Denoiser, path: Path) -> float:
+def _largest_error(denoiser: Denoiser, path: Path, release: bool) -> float:
     """Return the largest relative error of the file against the source over random inputs at two batch sizes."""
-    spec, random = denoiser.spec, np.random.default_rng(CHECK_SEED)
-    session = make_session(path)
-    errors = []
-    for count in CHECK_BATCHES:
-        sample = random.standard_normal((count, *spec.sample.shape), np.float32)
-        timesteps = random.integers(0, CHECK_TIMESTEPS, count).astype(np.float32)
-        rows = random.integers(0, denoiser.conditions.rows, count)
-        if spec.timestep is None:
-            sample = denoiser.conditions.arrays[spec.sample.name][rows]
-        timestep = timesteps if spec.timestep is None or spec.timestep.batched else float(timesteps[0])
-        feeds = model_feeds(spec, sample, timestep, denoiser.conditions.take(rows))
-        output, reference = session.run([spec.output], feeds)[0], denoiser.network.reference(feeds)
+    random = np.random.default_rng(CHECK_SEED)
+    cases = [_case(denoiser, count, random) for count in CHECK_BATCHES]
+    references = [denoiser.network.reference(feeds) for feeds in cases]
+    if release:
+        denoiser.network.release()
+    for feeds, reference in zip(cases, references):
         if not np.isfinite(reference).all():
-            where = first_not_finite(path, feeds) or f"'{spec.output}'"
-            raise ModelError(
-                f"The model gives NaN or Inf on standard normal noise at timestep {np.ravel(timestep)[0]:g}: "
-                f"first in {where}.",
-                "Check the weights up to there: the model may have diverged, or need another input range.",
-            )
-        errors.append(relative_error(output, reference))
-    return max(errors)
+            raise _not_finite(denoiser.spec, path, feeds)
+    session = make_session(path)
+    outputs = [session.run([denoiser.spec.output], feeds)[0] for feeds in cases]
+    return max(relative_error(output, reference) for output, reference in zip(outputs, references))
+
+
+def _case(denoiser: Denoiser, count: int, random: np.random.Generator) -> dict[str, Array]:
+    """Return random inputs of ``count`` calls."""
+    spec = denoiser.spec
+    sample = random.standard_normal((count, *spec.sample.shape), np.float32)
+    timesteps = random.integers(0, CHECK_TIMESTEPS, count).astype(np.float32)
+    rows = random.integers(0, denoiser.conditions.rows, count)
+    if spec.timestep is None:
+        sample = denoiser.conditions.arrays[spec.sample.name][rows]
+    timestep = timesteps if spec.timestep is None or spec.timestep.batched else float(timesteps[0])
+    return model_feeds(spec, sample, timestep, denoiser.conditions.take(rows))
+
+
+def _not_finite(spec: DenoiserSpec, path: Path, feeds: dict[str, Array]) -> ModelError:
+    where = first_not_finite(path, feeds) or f"'{spec.output}'"
+    at = ""
+    if spec.timestep is not None:
+        at = f" at timestep {np.ravel(feeds[spec.timestep.name])[0] / spec.timestep_scale:g}"
+    return ModelError(
+        f"The model gives NaN or Inf on standard normal noise{at}: first in {where}.",
+        "Check the weights up to there: the model may have diverged, or need another input range.",
+    )
 
 
 def _export_decoder(decoder: Network, spec: DenoiserSpec, path: Path, talk: Talk) -> float:

@@ -118,6 +118,9 @@ class OnnxNetwork:
         given = {i.name: feeds[i.name].astype(types.get(i.type, feeds[i.name].dtype)) for i in session.get_inputs()}
         return np.asarray(session.run(None, given)[0], np.float32)
 
+    def release(self) -> None:
+        """Nothing is held between calls."""
+
 
 def description_path(model: Path, given: Path | None) -> Path:
     """Return the YAML of an ONNX file. Raises UsageError when there is none."""

@@ -8,6 +8,7 @@ own names (``graph.passes.fold_constants``), and only then it is optimized.
 from __future__ import annotations
 
 import ast
+import gc
 import logging
 import re
 import warnings
@@ -72,6 +73,12 @@ class TorchNetwork:
         tensors = [torch.from_numpy(np.ascontiguousarray(feeds[item.name])) for item in self.inputs]
         with torch.no_grad():
             return np.asarray(self._call(self.module, *tensors).numpy(), np.float32)
+
+    def release(self) -> None:
+        """Take the parameters out of memory; the module keeps their shapes."""
+        self.module.to("meta")
+        # The exporter leaves cycles behind that hold them.
+        gc.collect()
 
     def _exported(self) -> ir.Model:
         example = tuple(self._example(item) for item in self.inputs)

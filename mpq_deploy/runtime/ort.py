@@ -10,7 +10,7 @@ import onnxruntime as ort
 
 from mpq_deploy.denoisers.spec import Array, DenoiserSpec, InputSpec
 from mpq_deploy.errors import ModelError, UsageError, nearest
-from mpq_deploy.graph.load import parse_proto, read_proto
+from mpq_deploy.graph.load import external_files, parse_proto, read_proto
 from mpq_deploy.runtime.threads import may_spin, runtime_threads
 
 # ONNX Runtime's errors have no common base class: these are all it raises for a model it cannot run.
@@ -20,6 +20,10 @@ ORT_ERRORS = tuple(
     if isinstance(error, type) and issubclass(error, Exception)
 )
 ERROR_SEVERITY = 3
+CPU = "CPUExecutionProvider"
+# From so many bytes of weights on, sessions on the CPU leave them where the file is mapped (our choice: smaller models
+# run faster with weights in the layout of each kernel, which are copies).
+LARGE_WEIGHTS_BYTES = 1 << 30
 
 
 def session_options(threads: int = 0, fake_quant_only: bool = False) -> ort.SessionOptions:
@@ -41,6 +45,13 @@ def session_options(threads: int = 0, fake_quant_only: bool = False) -> ort.Sess
     return options
 
 
+def spare_memory(options: ort.SessionOptions) -> None:
+    """Make a session hold no copies of its weights: those are used as they are mapped from the file."""
+    # The level above brings the weights of convolutions into blocks of channels.
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.add_session_config_entry("session.disable_prepacking", "1")
+
+
 def make_session(
     model: Path | bytes,
     threads: int = 0,
@@ -59,11 +70,13 @@ def make_session_with(
     model: Path | bytes, options: ort.SessionOptions, providers: Sequence[str] | None = None
 ) -> ort.InferenceSession:
     """Open ``model`` as ``make_session`` does, under the given options."""
+    chosen = list(providers or [CPU])
     if isinstance(model, bytes):
         parse_proto(model, "The model in memory")
     else:
-        read_proto(model)
-    chosen = list(providers or ["CPUExecutionProvider"])
+        files = external_files(read_proto(model), model)
+        if chosen == [CPU] and sum(file.stat().st_size for file in files) >= LARGE_WEIGHTS_BYTES:
+            spare_memory(options)
     available = ort.get_available_providers()
     for provider in chosen:
         if provider not in available:

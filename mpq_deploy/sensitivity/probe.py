@@ -42,6 +42,8 @@ from mpq_deploy.talk import Talk
 
 FLOAT_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 AUTO = "auto"
+# Where so many times the memory for stacks would be needed, keeping that part of them saves hardly any time.
+HELD_SHARE = 4
 
 
 def measure_probe(subject: Subject) -> SensitivityTable:
@@ -138,9 +140,8 @@ class _Probing:
         self._graph = TorchGraph(graph.model, self._float_type)
         self._attributes = node_attributes(graph)
         self._errors_type = errors_type = _errors_type(options)
-        self._stacks = StackStore(
-            graph, candidates, lambda stack: TorchStack.of(stack, errors_type), options.memory_bytes
-        )
+        held = options.memory_bytes if _stack_bytes(self.layers, candidates) < HELD_SHARE * options.memory_bytes else 0
+        self._stacks = StackStore(graph, candidates, lambda stack: TorchStack.of(stack, errors_type), held)
         self._uses = [
             _Use(layer, use, input_roundings(stats, use, candidates[layer.name].schemes))
             for layer in self.layers
@@ -251,6 +252,12 @@ class _Probing:
                     f"The float model's tensor '{name}' holds NaN or Inf on calibration inputs.",
                     "Check the model's weights and the calibration inputs.",
                 )
+
+
+def _stack_bytes(layers: tuple[Layer, ...], candidates: Mapping[str, CandidateWeights]) -> int:
+    """Return what the stacks of all layers would take in float32."""
+    forms = {layer.name: len({s.weight_form for s in candidates[layer.name].schemes}) for layer in layers}
+    return sum(4 * layer.weights * (1 + forms[layer.name]) for layer in layers)
 
 
 def _errors_type(options: MeasureOptions) -> torch.dtype:

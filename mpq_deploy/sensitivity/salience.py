@@ -7,7 +7,7 @@ terms between channels. Our choice; MPQ-DM ranks by the kurtosis of the weight's
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from mpq_deploy.precision.candidates import LayerCandidates
 from mpq_deploy.sensitivity.feeds import Calls, MeasureOptions
 from mpq_deploy.sensitivity.torch_graph import TorchGraph
 from mpq_deploy.sensitivity.torch_projection import apply_matrix, canonical_gradients, canonical_input
-from mpq_deploy.sensitivity.weights import float_matrix, node_attributes
+from mpq_deploy.sensitivity.weights import Kept, float_matrix, node_attributes
 from mpq_deploy.talk import Talk
 
 # Samples evaluated at once.
@@ -44,7 +44,11 @@ def channel_errors(
     layers = [layer for layer in graph.layers if layer.name in bodies]
     calls = Calls(graph, spec, calibration, conditions, options.samples)
     torch_graph = TorchGraph(graph.model, torch.float32)
-    differences = {n.name: torch.from_numpy(bodies[n.name] - float_matrix(graph, n))[None] for n in layers}
+    differences: Kept[Any] = Kept(
+        lambda layer: torch.from_numpy(bodies[layer.name] - float_matrix(graph, layer))[None],
+        lambda difference: int(difference.nbytes),
+        options.memory_bytes,
+    )
     attributes = node_attributes(graph)
     found = {layer.name: np.zeros(layer.out_channels) for layer in layers}
     uses = [(layer, use) for layer in layers for use in layer.uses]
@@ -64,7 +68,7 @@ def channel_errors(
                 for (layer, use), gradient in zip(uses, gradients, strict=True):
                     if gradient is not None:
                         x = values[use.input].detach()
-                        errors = _by_channel(layer, attributes[use.node], x, gradient, differences[layer.name])
+                        errors = _by_channel(layer, attributes[use.node], x, gradient, differences[layer])
                         found[layer.name] += errors
             advance(chunk.stop - chunk.start)
     return found
@@ -82,14 +86,28 @@ def _by_channel(layer: Layer, attributes: dict[str, Any], x: Any, gradient: Any,
     return np.asarray(products.double().square().sum(0).numpy())
 
 
-def body_weights(candidates: Mapping[str, LayerCandidates]) -> dict[str, Array]:
-    """Return the INT4 body's weight of every layer that has a ``rows`` scheme."""
-    found = {}
+def body_weights(candidates: Mapping[str, LayerCandidates]) -> Mapping[str, Array]:
+    """Return the INT4 body's weight of every layer that has a ``rows`` scheme, dequantized when it is asked for."""
+    forms = {}
     for name, candidate in candidates.items():
         scheme = next((s for s in candidate.schemes if s.branch and s.branch.kind == "rows"), None)
         if scheme is not None:
-            found[name] = candidate.weight_matrix(scheme.body.weight_form)
-    return found
+            forms[name] = scheme.body.weight_form
+    return _Bodies(candidates, forms)
+
+
+class _Bodies(Mapping[str, Array]):
+    def __init__(self, candidates: Mapping[str, LayerCandidates], forms: Mapping[str, str]) -> None:
+        self._candidates, self._forms = candidates, forms
+
+    def __getitem__(self, name: str) -> Array:
+        return self._candidates[name].weight_matrix(self._forms[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._forms)
+
+    def __len__(self) -> int:
+        return len(self._forms)
 
 
 __all__ = ["body_weights", "channel_errors"]

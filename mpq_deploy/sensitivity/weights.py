@@ -180,10 +180,31 @@ class Stack(Protocol):
         """Memory held."""
 
 
+Value = TypeVar("Value")
 StackType = TypeVar("StackType", bound=Stack)
 
 
-class StackStore(Generic[StackType]):
+class Kept(Generic[Value]):
+    """Values by layer, made when they are asked for; kept in memory up to ``limit`` bytes, made again beyond that."""
+
+    def __init__(self, make: Callable[[Layer], Value], size: Callable[[Value], int], limit: int) -> None:
+        self._make, self._size, self._limit = make, size, limit
+        self._held: dict[str, Value] = {}
+        self._bytes = 0
+
+    def __getitem__(self, layer: Layer) -> Value:
+        held = self._held.get(layer.name)
+        if held is not None:
+            return held
+        value = self._make(layer)
+        size = self._size(value)
+        if self._bytes + size <= self._limit:
+            self._held[layer.name] = value
+            self._bytes += size
+        return value
+
+
+class StackStore(Kept[StackType]):
     """Stacks by layer, each passed through ``prepare``; kept in memory up to ``limit`` bytes, rebuilt beyond that."""
 
     def __init__(
@@ -193,22 +214,10 @@ class StackStore(Generic[StackType]):
         prepare: Callable[[FormStack], StackType],
         limit: int,
     ) -> None:
-        self._graph = graph
-        self._candidates = candidates
-        self._prepare = prepare
-        self._limit = limit
-        self._held: dict[str, StackType] = {}
-        self._bytes = 0
+        def make(layer: Layer) -> StackType:
+            return prepare(form_stack(float_matrix(graph, layer), candidates[layer.name]))
 
-    def __getitem__(self, layer: Layer) -> StackType:
-        held = self._held.get(layer.name)
-        if held is not None:
-            return held
-        stack = self._prepare(form_stack(float_matrix(self._graph, layer), self._candidates[layer.name]))
-        if self._bytes + stack.bytes <= self._limit:
-            self._held[layer.name] = stack
-            self._bytes += stack.bytes
-        return stack
+        super().__init__(make, lambda stack: stack.bytes, limit)
 
 
 def numpy_stacks(graph: LayerGraph, candidates: Mapping[str, CandidateWeights], limit: int) -> StackStore[FormStack]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from mpq_deploy.artefacts import Fields
 from mpq_deploy.stages.common import Exported, settings, version_of
+from mpq_deploy.stages.memory import check_memory
 
 if TYPE_CHECKING:
     from mpq_deploy.pipeline import Pipeline
@@ -34,6 +35,7 @@ def make_calibrate(pipeline: Pipeline, folder: Path) -> str:
 
     section = pipeline.recipe.calibrate
     exported = Exported(pipeline)
+    check_memory(pipeline, "calibrate", exported.graph)
     # A component without timesteps has so many inputs and no more.
     rows = exported.spec.calibration_rows
     options = CalibrationOptions(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
 from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.engine.target import Target, load_target
 from mpq_deploy.graph.layers import Layer, LayerGraph
+from mpq_deploy.graph.mapped import drop_pages
 from mpq_deploy.graph.passes.branches import bias_refusal
 from mpq_deploy.graph.passes.quantize_layers import weight_array
 from mpq_deploy.precision.candidates import (
@@ -29,6 +30,7 @@ from mpq_deploy.precision.candidates import (
 )
 from mpq_deploy.precision.scheme import FP16, Scheme, branches_of, schemes_named
 from mpq_deploy.stages.common import Exported, load_calibration, settings, version_of
+from mpq_deploy.stages.memory import check_memory
 
 if TYPE_CHECKING:
     from mpq_deploy.calibrate.hessian import Hessian
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 ROW_ORDERS = "row-orders.npz"
 # Ranking channels needs fewer calls than measuring schemes.
 SALIENCE_TIMESTEPS, SALIENCE_SAMPLES = 8, 12
+# Candidates that are kept in memory once they were read (our choice).
+HELD_BYTES = 512 << 20
 # Raised with every change of what the candidates' files hold, so that older run folders make theirs again.
 CANDIDATES_FORMAT = 5
 # Controls: what a user would get without this tool, at the same rounding: one scheme for every layer that may
@@ -70,6 +74,7 @@ def candidates_inputs(pipeline: Pipeline) -> Fields:
 def make_candidates(pipeline: Pipeline, folder: Path) -> str:
     """Make the stage candidates in ``folder``; return a few words for the log."""
     exported = Exported(pipeline)
+    check_memory(pipeline, "candidates", exported.graph)
     target = load_target(pipeline.recipe.target)
     wanted = wanted_schemes(pipeline.recipe)
     section = pipeline.recipe.quantize
@@ -103,7 +108,8 @@ def make_candidates(pipeline: Pipeline, folder: Path) -> str:
             input_amax=_column_amax(layer, stats) if layer.group == 1 else None,
             also=tuple(s for names in CONTROLS.values() if (s := control_scheme(layer, names, target)).weight),
         )
-        save_candidates(candidates, folder / f"{numbers[layer.name]:05d}.safetensors")
+        save_candidates(candidates, _file(folder, numbers[layer.name]))
+        drop_pages(exported.graph.model.graph.initializers[layer.weight].const_value)
     orders, how = _salient_first(pipeline, exported, folder)
     np.savez(folder / ROW_ORDERS, **{str(numbers[name]): order for name, order in orders.items()})  # type: ignore[arg-type]
     return f"{len(wanted)} schemes, rounding {section.rounding}{how}"
@@ -111,10 +117,14 @@ def make_candidates(pipeline: Pipeline, folder: Path) -> str:
 
 def _salient_first(pipeline: Pipeline, exported: Exported, folder: Path) -> tuple[dict[str, Array], str]:
     """Order the output channels of layers with a rows branch, most salient first: layer name -> int32 [O]."""
-    candidates = _read_candidates(folder, exported.graph)
-    chosen = {n: c for n, c in candidates.items() if any(s.branch and s.branch.kind == "rows" for s in c.schemes)}
-    if not chosen:
+    layers = [
+        layer
+        for number, layer in enumerate(exported.graph.layers)
+        if any(s.branch and s.branch.kind == "rows" for s in load_choices(_file(folder, number)).schemes)
+    ]
+    if not layers:
         return {}, ""
+    chosen = StoredCandidates(folder, exported.graph, {}, tuple(layers))
     inputs, stats = load_calibration(pipeline)
     method = pipeline.recipe.quantize.salience
     saliences = _probed_salience(pipeline, exported, chosen, inputs) if method == "probe" else None
@@ -140,7 +150,7 @@ def _column_amax(layer: Layer, stats: CalibrationStats) -> Array:
 
 
 def _probed_salience(
-    pipeline: Pipeline, exported: Exported, candidates: dict[str, LayerCandidates], inputs: CalibrationSet
+    pipeline: Pipeline, exported: Exported, candidates: Mapping[str, LayerCandidates], inputs: CalibrationSet
 ) -> dict[str, Array] | None:
     """Return the channels' errors by probes on the calls that weights are rounded on; None where torch cannot."""
     if importlib.util.find_spec("torch") is None:
@@ -210,31 +220,80 @@ def _diagonal_moments(layer: Layer, stats: CalibrationStats) -> Array:
     return np.repeat(channels, layer.reduction // channels.shape[1], axis=1).reshape(-1, 1, 1)
 
 
-def candidates_of(pipeline: Pipeline, graph: LayerGraph) -> dict[str, LayerCandidates]:
-    """Read the candidates of every layer, by layer name, with the rows that branches promote."""
-    folder = pipeline.folder("candidates")
-    return {candidates.layer.name: candidates for candidates in iterate_candidates(folder, graph)}
+class StoredCandidates(Mapping[str, LayerCandidates]):
+    """The candidates of ``layers`` (None: all) in a stage ``folder``, by layer name, read when they are asked for.
+
+    Those asked for first are kept in memory, up to ``limit`` bytes (None: ``HELD_BYTES``): all forms of 860 M weights
+    are gigabytes of codes. ``orders``: layer name -> its output channels, most salient first, where a scheme promotes
+    them.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        graph: LayerGraph,
+        orders: Mapping[str, Array],
+        layers: tuple[Layer, ...] | None = None,
+        limit: int | None = None,
+    ) -> None:
+        self._folder, self._graph, self._orders = folder, graph, orders
+        self._limit = HELD_BYTES if limit is None else limit
+        chosen = {layer.name for layer in (graph.layers if layers is None else layers)}
+        self._numbers = {layer.name: i for i, layer in enumerate(graph.layers) if layer.name in chosen}
+        self._held: dict[str, LayerCandidates] = {}
+        self._bytes = 0
+
+    @classmethod
+    def of(cls, folder: Path, graph: LayerGraph, limit: int | None = None) -> StoredCandidates:
+        """Open a finished stage ``folder``."""
+        names = {str(number): layer.name for number, layer in enumerate(graph.layers)}
+        with np.load(folder / ROW_ORDERS, allow_pickle=False) as orders:
+            return cls(folder, graph, {names[number]: orders[number] for number in orders.files}, limit=limit)
+
+    def __getitem__(self, name: str) -> LayerCandidates:
+        held = self._held.get(name)
+        if held is not None:
+            return held
+        number = self._numbers[name]
+        found = self._read(number)
+        size = _file(self._folder, number).stat().st_size + found.weight.nbytes
+        if self._bytes + size <= self._limit:
+            self._held[name] = found
+            self._bytes += size
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def _read(self, number: int) -> LayerCandidates:
+        layer = self._graph.layers[number]
+        weight = weight_matrix(layer, weight_array(self._graph.model, layer))
+        candidates = load_candidates(layer, weight, _file(self._folder, number))
+        order = self._orders.get(layer.name)
+        return candidates if order is None else with_promoted_rows(candidates, order)
+
+
+def _file(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}.safetensors"
+
+
+def candidates_of(pipeline: Pipeline, graph: LayerGraph) -> StoredCandidates:
+    """Open the candidates of every layer, by layer name, with the rows that branches promote."""
+    return StoredCandidates.of(pipeline.folder("candidates"), graph)
 
 
 def iterate_candidates(folder: Path, graph: LayerGraph) -> Iterator[LayerCandidates]:
-    """Read the candidates stage ``folder`` layer by layer, in graph order."""
-    with np.load(folder / ROW_ORDERS, allow_pickle=False) as orders:
-        for number, layer in enumerate(graph.layers):
-            weight = weight_matrix(layer, weight_array(graph.model, layer))
-            candidates = load_candidates(layer, weight, folder / f"{number:05d}.safetensors")
-            yield with_promoted_rows(candidates, orders[str(number)]) if str(number) in orders else candidates
-
-
-def _read_candidates(folder: Path, graph: LayerGraph) -> dict[str, LayerCandidates]:
-    return {
-        layer.name: load_candidates(
-            layer, weight_matrix(layer, weight_array(graph.model, layer)), folder / f"{number:05d}.safetensors"
-        )
-        for number, layer in enumerate(graph.layers)
-    }
+    """Read the candidates stage ``folder`` layer by layer, in graph order; float weights are dropped on the way."""
+    stored = StoredCandidates.of(folder, graph, limit=0)
+    for layer in graph.layers:
+        yield stored[layer.name]
+        drop_pages(graph.model.graph.initializers[layer.weight].const_value)
 
 
 def choices_of(pipeline: Pipeline, graph: LayerGraph) -> dict[str, Choices]:
     """Read which schemes every layer may take, by layer name, without its weights."""
     folder = pipeline.folder("candidates")
-    return {layer.name: load_choices(folder / f"{i:05d}.safetensors") for i, layer in enumerate(graph.layers)}
+    return {layer.name: load_choices(_file(folder, i)) for i, layer in enumerate(graph.layers)}

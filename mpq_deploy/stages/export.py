@@ -55,7 +55,7 @@ def make_export(pipeline: Pipeline, folder: Path) -> str:
         talk=pipeline.talk,
     )
     apart = recipe.first_token == "precomputed"
-    report = export_denoiser(denoiser, folder, pipeline.talk, first_token_apart=apart)
+    report = export_denoiser(denoiser, folder, pipeline.talk, first_token_apart=apart, release=True)
     graph = layer_graph(load_model(folder / "model.onnx"))
     if not graph.layers:
         raise UsageError(

@@ -15,6 +15,7 @@ from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.sensitivity.subject import Spread, Subject
 from mpq_deploy.stages.candidates import candidates_of
 from mpq_deploy.stages.common import ORM_CONTROLS, Exported, load_calibration, settings, version_of, weighs_bits
+from mpq_deploy.stages.memory import check_memory
 from mpq_deploy.stages.spread import RECIPE, forget_shards, kept_shards, opened_run
 from mpq_deploy.talk import Talk
 
@@ -46,6 +47,7 @@ def make_measure(pipeline: Pipeline, folder: Path) -> str:
     from mpq_deploy.sensitivity.measure import measure
 
     exported = Exported(pipeline)
+    check_memory(pipeline, "measure", exported.graph)
     inputs, _ = load_calibration(pipeline)
     section = pipeline.recipe.measure
     _, held_out = inputs.split(section.samples)

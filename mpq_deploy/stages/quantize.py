@@ -17,6 +17,7 @@ from mpq_deploy.precision.scheme import SCHEMES
 from mpq_deploy.stages.allocate import PlanSolver, allocate_inputs
 from mpq_deploy.stages.candidates import CONTROLS, control_scheme, iterate_candidates
 from mpq_deploy.stages.common import ORM_CONTROLS, Exported, load_calibration, version_of
+from mpq_deploy.stages.memory import check_memory
 
 if TYPE_CHECKING:
     from mpq_deploy.pipeline import Pipeline
@@ -34,6 +35,7 @@ def quantize_inputs(pipeline: Pipeline) -> Fields:
 def write_plan(pipeline: Pipeline, schemes: dict[str, str], folder: Path) -> int:
     """Write the graphs of a plan (layer -> scheme) into ``folder``; return the bytes counted from the file."""
     exported = Exported(pipeline)
+    check_memory(pipeline, "quantize", exported.graph)
     _, stats = load_calibration(pipeline)
     rewrites = []
     for candidates in iterate_candidates(pipeline.folder("candidates"), exported.graph):

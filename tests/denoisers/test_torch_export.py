@@ -46,6 +46,16 @@ def class_conditional(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return denoiser, folder / "export", export_denoiser(denoiser, folder / "export")
 
 
+def test_weights_that_are_let_go_of_change_nothing(class_conditional: Any, tmp_path: Path) -> None:
+    _, folder, report = class_conditional
+    denoiser = open_denoiser(tiny_unet_folder(tmp_path, half=True))
+    again = export_denoiser(denoiser, tmp_path / "export", release=True)
+    assert all(parameter.is_meta for parameter in denoiser.network.module.parameters())  # type: ignore[attr-defined]
+    assert again.max_relative_error == report.max_relative_error
+    for file in ("model.onnx", "model.onnx.data"):
+        assert (tmp_path / "export" / file).read_bytes() == (folder / file).read_bytes()
+
+
 def test_a_unet_exports_equal_and_complete(class_conditional: Any) -> None:
     denoiser, folder, report = class_conditional
     assert report.max_relative_error < 1e-5 and report.opset == 21 and report.batch_sizes == (2, 3)

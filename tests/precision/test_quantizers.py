@@ -57,6 +57,17 @@ def test_the_chosen_scale_is_never_worse_than_the_plain_ones(seed: int, blocks: 
         assert np.sum(error(scale)) <= np.sum(error(plain)) * 1.02
 
 
+@pytest.mark.parametrize("piece_bytes", [1, 3 * 4 * 32, 1 << 30], ids=["a row", "three rows", "all rows"])
+def test_scales_do_not_depend_on_the_rows_searched_together(piece_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, importance = random_weight(3, rows=7), np.random.default_rng(4).uniform(0.1, 2, 32)
+    block_scale = choose_scale(weight, importance, 2, 4)
+    multiples = choose_multiple_scale(weight, importance, block_scale)
+    monkeypatch.setattr(quantizers, "PIECE_BYTES", piece_bytes)
+    np.testing.assert_array_equal(choose_scale(weight, importance, 2, 4), block_scale)
+    for again, before in zip(choose_multiple_scale(weight, importance, block_scale), multiples, strict=True):
+        np.testing.assert_array_equal(again, before)
+
+
 def test_a_zero_channel_quantizes_to_zeros_with_a_valid_scale() -> None:
     weight = random_weight(0)
     weight[2] = 0

@@ -12,7 +12,8 @@ from mpq_deploy.denoisers.export import ExportedModel, export_denoiser, load_exp
 from mpq_deploy.denoisers.open import open_denoiser
 from mpq_deploy.denoisers.spec import InputSpec
 from mpq_deploy.errors import ModelError, UsageError
-from mpq_deploy.runtime.ort import OrtDenoiser, make_session
+from mpq_deploy.runtime import ort
+from mpq_deploy.runtime.ort import OrtDenoiser, make_session, spare_memory
 from tests.graphs import GraphBuilder
 from tests.models import tiny_onnx_with_yaml
 
@@ -35,6 +36,21 @@ def test_one_timestep_stands_for_all_rows(exported: ExportedModel) -> None:
     assert one.dtype == np.float32 and one.shape == (4, 3, 9, 9)
     np.testing.assert_array_equal(one, run(sample(4), np.full(4, 250.0), y))
     assert np.abs(one - run(sample(4), np.array([250, 250, 250, 900]), y))[3].max() > 1e-4
+
+
+def test_a_session_without_copies_of_its_weights_computes_the_same(
+    exported: ExportedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    y = {"y": np.arange(4)}
+    usual = OrtDenoiser(exported.model, exported.spec)(sample(4), 250.0, y)
+    spared = []
+    monkeypatch.setattr(ort, "spare_memory", lambda options: spared.append(spare_memory(options)))
+    OrtDenoiser(exported.model, exported.spec)
+    assert not spared
+    monkeypatch.setattr(ort, "LARGE_WEIGHTS_BYTES", 1)
+    found = OrtDenoiser(exported.model, exported.spec)(sample(4), 250.0, y)
+    assert spared
+    np.testing.assert_allclose(found, usual, rtol=1e-4, atol=1e-5)
 
 
 def test_inputs_are_cast_to_the_declared_types(exported: ExportedModel) -> None:

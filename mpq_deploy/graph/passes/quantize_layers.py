@@ -137,15 +137,19 @@ class _WeightWriter:
         self.model, self.layer, self.scheme = model, layer, scheme
         first = layer.out_axis == 0
         int8 = scheme.weight is INT8
-        codes, scale = matrix.codes, matrix.scale.astype(np.float32)
+        codes, scale = matrix.codes if first else matrix.codes.T, matrix.scale.astype(np.float32)
         if int8:
-            shape = layer.weight_shape if first else matrix.codes.T.shape
-            codes = (codes if first else codes.T).reshape(shape)
-            scale = scale[:, 0]
+            codes, scale = (codes.reshape(layer.weight_shape) if first else codes), scale[:, 0]
         elif not first:
-            codes, scale = codes.T, scale.T
-        stored = codes if int8 else codes.astype(ml_dtypes.int4)
-        self.codes = ir.Tensor(np.asarray(stored, order="C"), name=layer.weight)
+            scale = scale.T
+
+        def stored() -> ir.Tensor[Any]:
+            found = codes if int8 else codes.astype(ml_dtypes.int4)
+            return ir.Tensor(np.asarray(found, order="C"), name=layer.weight)
+
+        # Brought to what is stored when it is written: two graphs share the codes, which are the bulk of all memory.
+        dtype = ir.DataType.INT8 if int8 else ir.DataType.INT4
+        self.codes = ir.LazyTensor(stored, dtype=dtype, shape=ir.Shape(codes.shape), name=layer.weight)
         self.scale = ir.Tensor(np.asarray(scale, np.float32, order="C"))
         self.block = None if int8 else layer.reduction // matrix.scale.shape[1]
         self.channel = None
@@ -176,7 +180,7 @@ class _WeightWriter:
             weight = self._insert(node, "DequantizeLinear", [weight, channel], by_channel, f"{name}_back")
         return weight
 
-    def _constant(self, name: str, tensor: ir.Tensor[Any]) -> ir.Value:
+    def _constant(self, name: str, tensor: ir.Tensor[Any] | ir.LazyTensor) -> ir.Value:
         found = self.model.graph.initializers.get(name)
         if found is not None:
             return found
