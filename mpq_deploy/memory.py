@@ -66,10 +66,15 @@ def model_size(graph: LayerGraph) -> ModelSize:
 
 
 def _bytes(value: ir.Value) -> int:
-    """Return the bytes of ``value`` for one call, its batch axis being 1."""
+    """Return the bytes of ``value`` for one call: its leading axis is 1 where it is free.
+
+    One other free axis (exporters leave that of the keys of an attention open) counts as the longest of the others.
+    """
     if value.shape is None:
         return 0
-    return FLOAT32_BYTES * prod(size if isinstance(size, int) else 1 for size in value.shape)
+    known = [size for size in value.shape if isinstance(size, int)]
+    free = any(not isinstance(size, int) for size in list(value.shape)[1:])
+    return FLOAT32_BYTES * prod(known) * (max(known, default=1) if free else 1)
 
 
 @dataclass(frozen=True)
@@ -87,12 +92,14 @@ class StageMemory:
         return self.weights + self.values + self.work
 
 
-# The interpreter with NumPy, ONNX and ONNX Runtime; with torch; with torch's exporter and diffusers.
-BARE_BYTES, TORCH_BYTES, EXPORTER_BYTES = 150 << 20, 400 << 20, 700 << 20
+# The interpreter with NumPy, ONNX and ONNX Runtime; with torch.
+BARE_BYTES, TORCH_BYTES = 200 << 20, 400 << 20
 # ONNX Runtime's copies of the weights, in the layouts of its kernels, beside the mapped ones; large models have none.
 SESSION_COPIES = 1.5
+# Its arena grows by steps, so it holds more than lives at once.
+ARENA_SHARE = 1.5
 # Arrays of a layer's size that rounding it holds, beside those of each form; and that stacking its errors holds.
-ROUNDING_ARRAYS, FORM_ARRAYS, STACK_ARRAYS = 6, 3, 4
+ROUNDING_ARRAYS, FORM_ARRAYS, STACK_ARRAYS = 3, 1, 4
 # Autograd holds less than twice the values that a pass computes.
 VALUE_COPIES = 2
 # Calls at once behind the Hessians; the probes' share for values, and the candidates that are kept.
@@ -104,13 +111,15 @@ def estimate_stage(stage: str, size: ModelSize, recipe: Recipe, forms: int) -> S
     layer = FLOAT32_BYTES * size.largest
     session = size.weights if size.weights >= LARGE_WEIGHTS_BYTES else int((1 + SESSION_COPIES) * size.weights)
     if stage == "calibrate":
-        return StageMemory(stage, session, recipe.calibrate.batch_size * size.alive, BARE_BYTES)
+        return StageMemory(stage, session, int(ARENA_SHARE * recipe.calibrate.batch_size * size.alive), BARE_BYTES)
     if stage == "candidates":
-        hessians = recipe.quantize.memory_mb << 20 if recipe.quantize.rounding == "gptq" else 0
-        rounding = hessians + layer * (ROUNDING_ARRAYS + FORM_ARRAYS * forms)
-        running = session + HESSIAN_BATCH * size.alive + hessians
-        work = BARE_BYTES + max(rounding, running) - session
-        return StageMemory(stage, session, 0, work)
+        rounding = layer * (ROUNDING_ARRAYS + FORM_ARRAYS * forms)
+        if recipe.quantize.rounding == "nearest":
+            return StageMemory(stage, 0, 0, BARE_BYTES + rounding)
+        hessians, values = recipe.quantize.memory_mb << 20, int(ARENA_SHARE * HESSIAN_BATCH * size.alive)
+        if rounding > session + values:
+            return StageMemory(stage, 0, 0, BARE_BYTES + hessians + rounding)
+        return StageMemory(stage, session, values, BARE_BYTES + hessians)
     if stage == "measure":
         batch = min(recipe.measure.batch_size, recipe.measure.calls)
         one = VALUE_COPIES * size.values + recipe.measure.probes * size.outputs
