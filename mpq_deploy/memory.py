@@ -99,10 +99,12 @@ SESSION_COPIES = 1.5
 # Its arena grows by steps, so it holds more than lives at once.
 ARENA_SHARE = 1.5
 # Arrays of a layer's size that rounding it holds, beside those of each form; and that stacking its errors holds.
-ROUNDING_ARRAYS, FORM_ARRAYS, STACK_ARRAYS = 3, 1, 4
-# Autograd holds less than twice the values that a pass computes.
-VALUE_COPIES = 2
-# Calls at once behind the Hessians; the probes' share for values, and the candidates that are kept.
+ROUNDING_ARRAYS, FORM_ARRAYS, STACK_ARRAYS = 3, 1, 2
+# Of all values of a pass, what autograd holds (many are views of others).
+VALUE_SHARE = 0.6
+# Where stacks would take so many times their bound, none are kept (``sensitivity.probe``).
+HELD_SHARE = 4
+# Calls at once behind the Hessians; what the probes bound values and kept stacks by; the candidates that are kept.
 HESSIAN_BATCH, MEASURE_BYTES, HELD_BYTES = 8, 1 << 30, 512 << 20
 
 
@@ -122,9 +124,13 @@ def estimate_stage(stage: str, size: ModelSize, recipe: Recipe, forms: int) -> S
         return StageMemory(stage, session, values, BARE_BYTES + hessians)
     if stage == "measure":
         batch = min(recipe.measure.batch_size, recipe.measure.calls)
-        one = VALUE_COPIES * size.values + recipe.measure.probes * size.outputs
-        values = max(one, min(batch * one, MEASURE_BYTES))
-        return StageMemory(stage, size.weights, values, TORCH_BYTES + layer * (STACK_ARRAYS + 2 * forms) + HELD_BYTES)
+        one = int(VALUE_SHARE * size.values) + recipe.measure.probes * size.outputs
+        values = max(one, min(batch * one, int(VALUE_SHARE * MEASURE_BYTES)))
+        stacks = size.weights * (1 + forms)
+        kept = min(stacks, MEASURE_BYTES) if stacks < HELD_SHARE * MEASURE_BYTES else 0
+        kept += min(HELD_BYTES, size.weights * (FLOAT32_BYTES + forms) // FLOAT32_BYTES)
+        work = TORCH_BYTES + layer * (STACK_ARRAYS + forms) + kept
+        return StageMemory(stage, size.weights, values, work)
     # Codes of one byte per weight, of all layers.
     return StageMemory(stage, size.weights // FLOAT32_BYTES, 0, BARE_BYTES + layer * ROUNDING_ARRAYS)
 
