@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import itertools
 import math
+import os
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +19,7 @@ import pytest
 from mpq_deploy.allocate import Problem, plan_bytes
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-SCRIPTS = ("budgets", "probe_quality", "allocate", "peers", "correction", "seeds", "recover")
+SCRIPTS = ("budgets", "probe_quality", "allocate", "peers", "correction", "seeds", "recover", "scale")
 
 
 @pytest.fixture
@@ -148,3 +150,35 @@ def test_agreement_is_perfect_with_itself_and_knows_a_factor(script: ModuleType)
     count, rank, _ = script.compare(*tables, "fp16")
     assert count == 0
     assert math.isnan(rank)
+
+
+@using("scale")
+def test_goals_of_scale_need_every_stage_and_enough_measuring(script: ModuleType) -> None:
+    def recipe(**measure: int) -> Any:
+        return script.bench_recipe(None, [], {f"measure.{key}": value for key, value in measure.items()})
+
+    def costs(minutes: float, peak: float) -> list[Any]:
+        return [script.StageCost(stage, 60 * minutes, 0.0, int(peak), 0, 0) for stage in ("model", *script.STAGES)]
+
+    enough = recipe(timesteps=4, probes=4)
+    assert [passed for passed, _ in script.goals("860M", costs(1, 7e9), enough)] == [True] * 3
+    assert [passed for passed, _ in script.goals("860M", costs(11, 9e9), enough)] == [False] * 3
+    assert len(script.goals("860M", costs(1, 7e9), recipe(timesteps=1, probes=4))) == 1
+    assert len(script.goals("860M", costs(1, 7e9)[:3], enough)) == 1
+    assert [passed for passed, _ in script.goals("2570M", costs(100, 19e9), enough)] == [True]
+    assert script.goals("20M", costs(1, 1e9), enough) == []
+
+
+@using("scale")
+def test_memory_of_a_process_tree_includes_its_children(script: ModuleType) -> None:
+    held = "import time; block = b'x' * (64 << 20); print(1, flush=True); time.sleep(60)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {held!r}])"
+    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        resident, private = script.tree_memory(process.pid)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for child in (*map(int, children), process.pid):
+            os.kill(child, signal.SIGKILL)
+    assert private > 64 << 20
+    assert resident > private
