@@ -66,15 +66,14 @@ def model_size(graph: LayerGraph) -> ModelSize:
 
 
 def _bytes(value: ir.Value) -> int:
-    """Return the bytes of ``value`` for one call: its leading axis is 1 where it is free.
+    """Return the bytes of ``value`` for one call; axes that are not declared count 1.
 
-    One other free axis (exporters leave that of the keys of an attention open) counts as the longest of the others.
+    Exporters leave the keys' axis of an attention open, so long attention is underestimated: a stage that would fit is
+    not refused.
     """
     if value.shape is None:
         return 0
-    known = [size for size in value.shape if isinstance(size, int)]
-    free = any(not isinstance(size, int) for size in list(value.shape)[1:])
-    return FLOAT32_BYTES * prod(known) * (max(known, default=1) if free else 1)
+    return FLOAT32_BYTES * prod(size if isinstance(size, int) else 1 for size in value.shape)
 
 
 @dataclass(frozen=True)
