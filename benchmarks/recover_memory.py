@@ -54,7 +54,7 @@ QUICK: dict[str, Any] = {
     "recover.check_every": 2,
 }
 NEAR = 0.25
-HEADER = ("", "estimate MB", "weights", "adapters", "values", "peak MB", "peak / estimate")
+HEADER = ("", "estimate MB", "weights", "adapters", "values", "trajectories", "peak MB", "peak / estimate")
 
 
 def child(recipe_text: str, run: Path) -> None:
@@ -63,13 +63,12 @@ def child(recipe_text: str, run: Path) -> None:
     with open_pipeline(recipe, run, PlainTalk()) as pipeline, tempfile.TemporaryDirectory() as folder:
         plan = PrecisionPlan.load(pipeline.folder("allocate") / "plan.json")
         task, options = recover_task(pipeline, plan.schemes), recover_options(pipeline)
-        estimate = expected_memory(task, options, pipeline.talk)
-        recorder = TrajectoryRecorder(
-            task.model, task.spec, task.conditions, recipe.calibrate.steps, recipe.evaluate.sampler
-        )
+        steps, sampler = recipe.calibrate.steps, recipe.evaluate.sampler
+        recorder = TrajectoryRecorder(task.model, task.spec, task.conditions, steps, sampler)
+        estimate = expected_memory(task, options, recorder.calls, pipeline.talk)
         recover(task, options, recorder, pipeline.talk, Path(folder) / "checkpoint", "memory")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    parts = {key: getattr(estimate, key) for key in ("total", "weights", "adapters", "values")}
+    parts = {key: getattr(estimate, key) for key in ("total", "weights", "adapters", "values", "trajectories")}
     print(json.dumps({**parts, "peak": peak}))
 
 
@@ -87,7 +86,9 @@ def measure_model(model: str, changes: Sequence[str], out: Path, page: Page) -> 
         found = json.loads(done.stdout.splitlines()[-1])
         share = found["peak"] / found["total"]
         near.append(abs(share - 1) <= NEAR)
-        sizes = [f"{found[key] / 1e6:,.0f}" for key in ("total", "weights", "adapters", "values", "peak")]
+        sizes = [
+            f"{found[key] / 1e6:,.0f}" for key in ("total", "weights", "adapters", "values", "trajectories", "peak")
+        ]
         rows.append([name, *sizes, f"{share:.2f}"])
     page.say(f"## {Path(model).stem}\n\n{markdown(HEADER, rows)}")
     page.say(verdict(all(near), f"{Path(model).stem}: every peak is within 25 % of the estimate", f"{sum(near)} are"))

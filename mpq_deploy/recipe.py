@@ -146,6 +146,7 @@ class RecoverSection(Section):
     batch_size: int = Field(16, ge=1, description="samples per update")
     trajectories: int = Field(80, ge=1, description="float trajectories to learn from, recorded anew every round")
     round_steps: int = Field(100, ge=1, description="updates per round")
+    replay: int = Field(6, ge=1, description="rounds, the present one included, whose trajectories are drawn from")
     held_out: int = Field(32, ge=1, description="trajectories never trained on: they decide which state is kept")
     check_every: int = Field(100, ge=1, description="updates between measurements on them, each with a checkpoint")
     rank: int = Field(0, ge=0, description="of the low-rank adapters, at most; 0: full, for what memory allows")

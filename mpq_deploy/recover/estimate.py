@@ -27,20 +27,22 @@ class MemoryEstimate:
     weights: int
     adapters: int
     values: int
+    trajectories: int
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.adapters + self.values + FIXED_BYTES
+        return self.weights + self.adapters + self.values + self.trajectories + FIXED_BYTES
 
 
 def estimate_memory(
-    shapes: Sequence[tuple[int, int]], rank: int, value_bytes: int, batch_size: int, segments: int
+    shapes: Sequence[tuple[int, int]], rank: int, value_bytes: int, batch_size: int, segments: int, pool_bytes: int = 0
 ) -> MemoryEstimate:
     """Estimate the bytes of training layers with weights of ``shapes`` (O, K) under adapters of ``rank`` (0: full).
 
     ``value_bytes``: of all values that the float model computes for one sample. With ``segments`` above 1 only one
     stretch of them is held at a time, and what passes between stretches (taken as a stretch's share again).
+    ``pool_bytes``: of the trajectories that are drawn from; while a round joins them they are there twice.
     """
     weights = sum(rows * columns for rows, columns in shapes)
     adapters = sum(min(rank, rows, columns) * (rows + columns) for rows, columns in shapes) if rank else weights
@@ -50,6 +52,7 @@ def estimate_memory(
         weights=FLOAT32_BYTES * weights * (WEIGHT_COPIES + 1),
         adapters=FLOAT32_BYTES * adapters * PARAMETER_COPIES,
         values=int(VALUE_COPIES * value_bytes * batch_size * share),
+        trajectories=2 * pool_bytes,
     )
 
 
@@ -59,10 +62,11 @@ def refuse_too_large(estimate: MemoryEstimate, available: int, where: str) -> No
         return
     raise UsageError(
         f"Recovery would need about {estimate.total / 1e9:.1f} GB ({estimate.weights / 1e9:.1f} for weights, "
-        f"{estimate.adapters / 1e9:.1f} for adapters, {estimate.values / 1e9:.1f} for values), and {where} has "
+        f"{estimate.adapters / 1e9:.1f} for adapters, {estimate.values / 1e9:.1f} for values, "
+        f"{estimate.trajectories / 1e9:.1f} for trajectories), and {where} has "
         f"{available / 1e9:.1f} GB free.",
-        "Lower recover.batch_size, set recover.rank (to 32, or lower), raise recover.segments, or use a machine with "
-        "more memory.",
+        "Lower recover.batch_size or recover.trajectories, set recover.rank (to 32, or lower), raise "
+        "recover.segments, or use a machine with more memory.",
     )
 
 

@@ -16,8 +16,8 @@ class RecoverOptions:
     """How the student is trained.
 
     ``steps`` updates on ``batch_size`` calls each, out of ``trajectories`` float trajectories that are recorded anew
-    every ``round_steps``; ``held_out`` others, never trained on, decide every ``check_every`` steps which state is
-    best.
+    every ``round_steps``, and of those of earlier rounds, ``replay`` rounds in all; ``held_out`` others, never trained
+    on, decide every ``check_every`` steps which state is best.
     ``losses``: name -> weight. ``timesteps``: "uniform", or "sensitivity" (see ``timesteps``).
 
     Learning rates of AdamW, each with a warm-up and a cosine to zero, for a plan whose NMSE is 1e-3 or more (below they
@@ -34,6 +34,7 @@ class RecoverOptions:
     batch_size: int = 16
     trajectories: int = 80
     round_steps: int = 100
+    replay: int = 6
     held_out: int = 32
     check_every: int = 100
     rank: int = 0

@@ -6,6 +6,7 @@ In: the exported float model, a plan's codes and scales. Out: the graphs of the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,7 @@ def recover(
     ``checkpoint``: where to save the state after every check, and to go on from if a state of the same ``key`` is
     there; removed at the end by whoever keeps the result. Raises UsageError where memory will not do.
     """
-    check_memory(task, options, talk)
+    check_memory(task, options, recorder.calls, talk)
     student = Student(
         task.model,
         task.spec,
@@ -154,8 +155,11 @@ def _place(student: Student, options: RecoverOptions) -> None:
     student.training_type = torch.bfloat16 if half else torch.float32
 
 
-def expected_memory(task: RecoverTask, options: RecoverOptions, talk: Talk) -> MemoryEstimate:
-    """Estimate what training takes of memory, from the layers' shapes and one call of the float model."""
+def expected_memory(task: RecoverTask, options: RecoverOptions, steps: int, talk: Talk) -> MemoryEstimate:
+    """Estimate what training takes of memory, from the layers' shapes and one call of the float model.
+
+    ``steps``: calls of a trajectory, or twice as many with guidance.
+    """
     names = tuple(name for name in tensors_of(task.graph.model) if name)
     shapes = activation_shapes(task.graph, task.recorded, task.conditions, task.spec, talk, names=names)
     return estimate_memory(
@@ -164,12 +168,14 @@ def expected_memory(task: RecoverTask, options: RecoverOptions, talk: Talk) -> M
         FLOAT32_BYTES * sum(shape.elements for shape in shapes.values()),
         options.batch_size,
         options.segments,
+        # Inputs and outputs.
+        2 * FLOAT32_BYTES * math.prod(task.spec.sample.shape) * steps * options.trajectories * options.replay,
     )
 
 
-def check_memory(task: RecoverTask, options: RecoverOptions, talk: Talk) -> None:
+def check_memory(task: RecoverTask, options: RecoverOptions, steps: int, talk: Talk) -> None:
     """Refuse training that will not fit into the memory that is free. Raises UsageError."""
-    estimate = expected_memory(task, options, talk)
+    estimate = expected_memory(task, options, steps, talk)
     if torch.cuda.is_available():
         refuse_too_large(estimate, torch.cuda.mem_get_info()[0], "the GPU")
         return

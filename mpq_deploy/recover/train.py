@@ -67,7 +67,9 @@ class Trainer:
         self._recorder = recorder
         self.batches = Batches(spec, conditions, options.batch_size)
         self.held_out = recorder.record(options.held_out, options.seed, HELD_OUT_ROUND, held_out=True)
-        self._pool: tuple[int, Trajectories] | None = None
+        # The trajectories that are drawn from, and the number of the newest round among them.
+        self._pool: Trajectories | None = None
+        self._newest = -1
         self.losses = LossTerms(spec, options, self.held_out.energy, int(np.prod(self.held_out.outputs.shape[2:])))
         self.optimizer = _optimizer(student, options)
         self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
@@ -118,10 +120,21 @@ class Trainer:
         return values
 
     def _trajectories(self, step: int) -> Trajectories:
-        number = step // self.options.round_steps
-        if self._pool is None or self._pool[0] != number:
-            self._pool = (number, self._recorder.record(self.options.trajectories, self.options.seed, number))
-        return self._pool[1]
+        """Return what ``step`` learns from: its round's trajectories and those of the rounds before that are kept.
+
+        A round depends on the seed and its number alone, so training that goes on records the same ones again.
+        """
+        options, number = self.options, step // self.options.round_steps
+        if self._pool is None or self._newest != number:
+            wanted = range(max(0, number + 1 - options.replay), number + 1)
+            if self._newest not in wanted:
+                self._pool = None
+            for new in range(wanted[0] if self._pool is None else self._newest + 1, number + 1):
+                found = self._recorder.record(options.trajectories, options.seed, new)
+                self._pool = found if self._pool is None else self._pool.followed_by(found, options.replay)
+            self._newest = number
+        assert self._pool is not None
+        return self._pool
 
     def _check(self, losses: dict[str, float] | None = None) -> None:
         """Measure the held-out error, and keep the state if it is the best so far."""

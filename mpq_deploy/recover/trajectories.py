@@ -38,6 +38,16 @@ class Trajectories:
         axes = tuple(range(2, self.outputs.ndim))
         return np.asarray(np.square(self.outputs, dtype=np.float64).sum(axis=axes).mean(axis=1))
 
+    def followed_by(self, other: Trajectories, most: int) -> Trajectories:
+        """Return these calls and those of ``other`` along the same timesteps: the last ``most`` times its number."""
+        kept = max(0, len(self.rows) - (most - 1) * len(other.rows))
+        return Trajectories(
+            np.concatenate([self.inputs[:, kept:], other.inputs], axis=1),
+            np.concatenate([self.outputs[:, kept:], other.outputs], axis=1),
+            self.timesteps,
+            np.concatenate([self.rows[kept:], other.rows]),
+        )
+
 
 class TrajectoryRecorder:
     """Runs the float denoiser from noise. Its seeds come from (``seed``, round), so rounds share no noise."""
@@ -47,6 +57,12 @@ class TrajectoryRecorder:
     ) -> None:
         self._denoiser = OrtDenoiser(model, spec)
         self._spec, self._conditions, self._steps, self._kind = spec, conditions, steps, sampler
+
+    @property
+    def calls(self) -> int:
+        """Calls along one trajectory: its steps, twice with guidance."""
+        guided = self._spec.uncond_row is not None and self._spec.guidance_scale != 1
+        return (1 if self._spec.timestep is None else self._steps) * (1 + guided)
 
     def record(self, count: int, seed: int, number: int, held_out: bool = False) -> Trajectories:
         """Return ``count`` trajectories from the noise of round ``number``.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mpq_deploy.recover.recover import RecoverTask
 
 # Raised with every change of what training does.
-RECOVER_FORMAT = 2
+RECOVER_FORMAT = 3
 # The state of training that has not ended yet, outside the stage's folder, which appears only when it is whole.
 CHECKPOINT = "recover.checkpoint"
 

@@ -16,7 +16,10 @@ def test_the_parts_are_counted() -> None:
     assert found.adapters == 4 * 5 * (32 * (64 + 576) + 10 * 30)
     assert found.values == 2 * 1000 * 8
     assert estimate_memory([(64, 576)], 0, 1000, 8, 1).adapters == 4 * 5 * 64 * 576
+    assert found.trajectories == 0
     assert found.total > found.weights + found.adapters + found.values
+    more = estimate_memory([(64, 576), (10, 20)], 32, 1000, 8, 1, pool_bytes=500)
+    assert more.total - found.total == more.trajectories == 1000
 
 
 def test_segments_hold_fewer_values_and_nothing_else() -> None:

@@ -53,6 +53,17 @@ def test_held_out_noise_is_never_trained_on(case: Case) -> None:
     np.testing.assert_array_equal(again.inputs, rounds[1].inputs)
 
 
+def test_the_last_rounds_are_drawn_from(case: Case) -> None:
+    options = replace(OPTIONS, trajectories=3, round_steps=2, replay=2)
+    trainer, later = (trainer_of(case, case.planned("w4a16"), options) for _ in range(2))
+    rounds = [case.recorder().record(3, options.seed, number).inputs for number in range(4)]
+    for step, expected in ((0, rounds[:1]), (1, rounds[:1]), (2, rounds[:2]), (4, rounds[1:3]), (6, rounds[2:])):
+        np.testing.assert_array_equal(trainer._trajectories(step).inputs, np.concatenate(expected, axis=1))
+    # Training that goes on from there draws from the same calls in the same order.
+    for name in ("inputs", "outputs", "rows"):
+        np.testing.assert_array_equal(getattr(later._trajectories(6), name), getattr(trainer._trajectories(6), name))
+
+
 @pytest.mark.parametrize("losses", [{"output": 1.0}, ALL_LOSSES], ids=["output", "all"])
 def test_interrupted_training_ends_as_if_it_had_not_been(case: Case, tmp_path: Path, losses: dict[str, float]) -> None:
     task, options = case.planned("w4a8+rows1"), replace(OPTIONS, losses=losses)
