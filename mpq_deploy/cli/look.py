@@ -203,7 +203,7 @@ def metrics(
     """Measure how the images are distributed: FID or another Frechet distance, KID, precision, recall.
 
     To the float model's images from the same noise, and to real ones; image by image with --lpips and --clip-score.
-    Stopped, it goes on with the images that are finished. The result goes into the run's reports, and so before
+    Stopped, it goes on with the images that are finished. The result goes into the run's reports: run it before
     'mpq-deploy gate'.
     """
     from mpq_deploy.metrics.measure import MetricsOptions, measure_metrics

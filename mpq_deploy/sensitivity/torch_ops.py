@@ -391,6 +391,7 @@ BASIC: dict[str, Operator] = {
     "HardSigmoid": _hard_sigmoid,
     "HardSwish": _unary(functional.hardswish),
     "Identity": _unary(lambda x: x),
+    "IsNaN": _unary(torch.isnan),
     "LeakyRelu": _leaky_relu,
     "Less": _binary(torch.lt),
     "LessOrEqual": _binary(torch.le),

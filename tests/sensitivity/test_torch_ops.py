@@ -64,6 +64,7 @@ def elementwise() -> list[Case]:
     cases += [Case(op, [X, X[:1], floats(5)]) for op in ("Max", "Mean", "Min", "Sum")]
     cases += [Case(op, PAIR) for op in ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")]
     cases += [Case(op, BOOLS) for op in ("And", "Or", "Xor")]
+    cases += [Case("IsNaN", [np.array([1.0, np.nan, np.inf], np.float32)])]
     cases += [Case("Not", BOOLS[:1]), Case("Where", [BOOLS[0], floats(2, 3), floats(3, seed=2)])]
     cases += [
         Case("Div", [ints(7, -7, 7, -7), ints(2, 2, -2, -2)]),
