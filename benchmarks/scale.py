@@ -6,7 +6,7 @@ SIZE is one of 2M, 20M, 100M, 860M (Stable Diffusion 1.5) and 2570M (SDXL); noth
 a process of its own; memory is the peak of the resident memory of that process and its children together, every page
 of a mapped file that is in memory included ("private": without those). CPU minutes are those of all its threads.
 Goals: each stage of 860M under 8 GB, measuring under 10 minutes (4 timesteps, 4 probes, a latent of 32 x 32) and all
-stages under 40 minutes on two cores; each stage of 2570M under 20 GB. The exit code is 1 when one is missed.
+stages under 40 minutes on two cores; allocate, quantize and engine of 2570M under 20 GB. The exit code is 1 when one is missed.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ SETTINGS: dict[str, Any] = {
     "engine.batch_max": 2,
     "budget": "0.3",
 }
-# Size -> most bytes of a stage.
-MOST_BYTES = {"860M": 8e9, "2570M": 20e9}
+# Size -> most bytes of a stage, and the stages that are held to it.
+MOST_BYTES = {"860M": (8e9, STAGES), "2570M": (20e9, ("allocate", "quantize", "engine"))}
 MOST_MINUTES, MOST_MEASURE_MINUTES = 40, 10
 MEASURED_TIMESTEPS, MEASURED_PROBES = 4, 4
 POLL_SECONDS = 0.1
@@ -171,9 +171,11 @@ def goals(size: str, costs: Sequence[StageCost], recipe: Recipe) -> list[tuple[b
     made = [cost for cost in costs if cost.stage != "model"]
     found = []
     if size in MOST_BYTES:
-        most = max(made, key=lambda cost: cost.peak_bytes)
-        passed = most.peak_bytes < MOST_BYTES[size]
-        what = f"{size}: every stage stays under {MOST_BYTES[size] / 1e9:g} GB"
+        limit, stages = MOST_BYTES[size]
+        most = max((cost for cost in made if cost.stage in stages), key=lambda cost: cost.peak_bytes)
+        passed = most.peak_bytes < limit
+        which = "every stage stays" if stages == STAGES else f"{', '.join(stages)} stay"
+        what = f"{size}: {which} under {limit / 1e9:g} GB"
         found.append((passed, verdict(passed, what, f"{most.peak_bytes / 1e9:.2f} GB ({most.stage})")))
     minutes = {cost.stage: cost.seconds / 60 for cost in made}
     wanted = recipe.measure.timesteps >= MEASURED_TIMESTEPS and recipe.measure.probes >= MEASURED_PROBES

@@ -136,7 +136,7 @@ class QuantizeSection(Section):
 
 
 # Updates where recovery is asked for without a number: ``build --recover``.
-RECOVER_STEPS = 1800
+RECOVER_STEPS = 2300
 
 
 class RecoverSection(Section):
@@ -148,7 +148,7 @@ class RecoverSection(Section):
     round_steps: int = Field(100, ge=1, description="updates per round")
     replay: int = Field(6, ge=1, description="rounds, the present one included, whose trajectories are drawn from")
     held_out: int = Field(32, ge=1, description="trajectories never trained on: they decide which state is kept")
-    check_every: int = Field(100, ge=1, description="updates between measurements on them, each with a checkpoint")
+    check_every: int = Field(150, ge=1, description="updates between measurements on them, each with a checkpoint")
     rank: int = Field(0, ge=0, description="of the low-rank adapters, at most; 0: full, for what memory allows")
     margin: float = Field(0.0, ge=0, le=0.499, description="how far a latent weight may start off its code, in steps")
     initialization: Literal["zero", "svd"] = Field("zero", description="of the adapters; svd: our reading of MPQ-DMv2")
@@ -159,7 +159,7 @@ class RecoverSection(Section):
         "sensitivity", description="which are drawn more often: all alike, or where the plan's error is larger"
     )
     # Learning rates for a plan whose NMSE is 1e-3 or more; below they follow the root of the measured one.
-    adapter_rate: float = Field(60.0, ge=0, description="learning rate, in units of the layer's weight step / 2500")
+    adapter_rate: float = Field(45.0, ge=0, description="learning rate, in units of the layer's weight step / 2500")
     scale_rate: float = Field(0.0015, ge=0, description="learning rate of the logarithms of scales")
     constant_rate: float = Field(0.0015, ge=0, description="learning rate of FP16 constants, in units of their rms")
     warmup: int = Field(10, ge=0, description="updates")

@@ -30,19 +30,19 @@ class RecoverOptions:
     a GPU that has it, else float32; errors are measured in float32. The rest are sizes of the losses of those names.
     """
 
-    steps: int = 1800
+    steps: int = 2300
     batch_size: int = 16
     trajectories: int = 80
     round_steps: int = 100
     replay: int = 6
     held_out: int = 32
-    check_every: int = 100
+    check_every: int = 150
     rank: int = 0
     margin: float = 0.0
     initialization: Literal["zero", "svd"] = "zero"
     losses: dict[str, float] = field(default_factory=lambda: {"output": 1.0})
     timesteps: Literal["uniform", "sensitivity"] = "sensitivity"
-    adapter_rate: float = 60.0
+    adapter_rate: float = 45.0
     scale_rate: float = 1.5e-3
     constant_rate: float = 1.5e-3
     warmup: int = 10

@@ -189,7 +189,7 @@ def _optimizer(student: Student, options: RecoverOptions) -> torch.optim.AdamW:
             if rates[kind] > 0:
                 groups.setdefault(rates[kind] * unit, []).append(parameter)
     made = [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
-    return torch.optim.AdamW(made, betas=BETAS, weight_decay=0.0, foreach=False)
+    return torch.optim.AdamW(made, betas=BETAS, weight_decay=0.0, fused=True)
 
 
 def error_factor(error: float) -> float:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from mpq_deploy.errors import ModelError
@@ -174,7 +175,9 @@ def _converted(array: Any, float_type: torch.dtype) -> Any:
 
 def _steps(graph: ir.Graph, opset: int, float_type: torch.dtype) -> tuple[_Step, ...]:
     last: dict[str, int] = {}
-    nodes = list(graph)
+    gates = {id(node): sigmoid for node in graph if (sigmoid := _gate(node)) is not None}
+    dropped = {id(sigmoid) for sigmoid in gates.values()}
+    nodes = [node for node in graph if id(node) not in dropped]
     for number, node in enumerate(nodes):
         for value in (*node.inputs, *node.outputs):
             if value is not None and value.name:
@@ -182,7 +185,31 @@ def _steps(graph: ir.Graph, opset: int, float_type: torch.dtype) -> tuple[_Step,
     ends: dict[int, list[str]] = {}
     for name, number in last.items():
         ends.setdefault(number, []).append(name)
-    return tuple(_step(node, n, opset, float_type, tuple(ends.get(n, ()))) for n, node in enumerate(nodes))
+    steps = [_step(node, n, opset, float_type, tuple(ends.get(n, ()))) for n, node in enumerate(nodes)]
+    for number, node in enumerate(nodes):
+        if id(node) in gates:
+            whole = gates[id(node)].inputs[0]
+            assert whole is not None
+            steps[number] = replace(steps[number], function=_silu, inputs=(whole.name,))
+    return tuple(steps)
+
+
+def _gate(node: ir.Node) -> ir.Node | None:
+    """Return the Sigmoid of x that ``node`` multiplies x by and nothing else reads: the two are one SiLU."""
+    if node.op_type != "Mul" or node.domain not in ("", "ai.onnx"):
+        return None
+    for factor, other in (node.inputs, reversed(node.inputs)):
+        made = None if factor is None else factor.producer()
+        if made is None or factor is None or made.op_type != "Sigmoid" or made.domain not in ("", "ai.onnx"):
+            continue
+        if made.inputs[0] is other and len(list(factor.uses())) == 1 and not factor.is_graph_output():
+            return made
+    return None
+
+
+def _silu(call: Call, x: Sequence[Any]) -> Any:
+    # A third of the time of its two nodes, and in half precision rounded once.
+    return functional.silu(x[0])
 
 
 def _step(node: ir.Node, number: int, opset: int, float_type: torch.dtype, last_uses: tuple[str, ...]) -> _Step:

@@ -201,7 +201,12 @@ def _nearest(form: str, where: Any) -> Any:
 
 
 def _instance_norm(call: Call, x: Inputs) -> Outputs:
-    return functional.instance_norm(x[0], weight=x[1], bias=x[2], eps=call.get("epsilon", 1e-5))
+    # Torch's layer norm over the space takes less than half the time of its instance norm, forward and backward.
+    normed = functional.layer_norm(x[0], x[0].shape[2:], eps=call.get("epsilon", 1e-5))
+    if not (x[1].requires_grad or x[2].requires_grad or bool((x[1] != 1).any()) or bool(x[2].any())):
+        return normed  # as exporters write a group norm, whose factors follow
+    channels = (-1, *(1,) * (x[0].ndim - 2))
+    return normed * x[1].reshape(channels) + x[2].reshape(channels)
 
 
 def _group_norm(call: Call, x: Inputs) -> Outputs:

@@ -229,6 +229,8 @@ def norms() -> list[Case]:
     return [
         Case("InstanceNormalization", [IMAGE, c4, c4b], {"epsilon": 0.01}),
         Case("InstanceNormalization", [floats(2, 4, 30), c4, c4b]),
+        Case("InstanceNormalization", [IMAGE, np.ones(4, np.float32), np.zeros(4, np.float32)]),
+        Case("InstanceNormalization", [IMAGE, np.ones(4, np.float32), c4b]),
         Case("GroupNormalization", [IMAGE, c4, c4b], {"num_groups": 2, "epsilon": 0.01}),
         Case("GroupNormalization", [IMAGE, c4, c4b], {"num_groups": 1}),
         Case("LayerNormalization", [floats(2, 3, 8), floats(8), floats(8, seed=1)]),
@@ -318,6 +320,32 @@ def test_group_norm_before_opset_21_has_one_scale_per_group() -> None:
     newer = TorchGraph(ir.from_proto(model_of(Case("GroupNormalization", wide, {"num_groups": 2}))))
     expected = newer.run(newer.feed({f"in{i}": x for i, x in enumerate(wide)}))["out0"].numpy()
     np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "fused"),
+    [
+        ([("Sigmoid", "x", "s"), ("Mul", "x s", "y")], True),
+        ([("Sigmoid", "x", "s"), ("Mul", "s x", "y")], True),
+        ([("Sigmoid", "x", "s"), ("Mul", "x s", "t"), ("Sigmoid", "t", "u"), ("Mul", "u t", "y")], True),
+        ([("Sigmoid", "x", "s"), ("Neg", "x", "n"), ("Mul", "n s", "y")], False),
+        ([("Sigmoid", "x", "s"), ("Mul", "x s", "t"), ("Add", "t s", "y")], False),
+        ([("Sigmoid", "x", "s"), ("Mul", "s s", "y")], False),
+        ([("Sigmoid", "x", "y"), ("Mul", "x y", "z")], False),
+    ],
+)
+def test_a_gated_sigmoid_is_one_operator_where_nothing_else_reads_it(
+    nodes: list[tuple[str, str, str]], fused: bool
+) -> None:
+    made = [helper.make_node(op, given.split(), [out], name=f"{op}_{out}") for op, given, out in nodes]
+    ends = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, X.shape) for name in ("x", "y")]
+    graph = helper.make_graph(made, "gates", ends[:1], ends[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    evaluated = TorchGraph(ir.from_proto(model))
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    found = evaluated.run(evaluated.feed({"x": X}), keep=evaluated.values)
+    np.testing.assert_allclose(found["y"].numpy(), session.run(None, {"x": X})[0], rtol=1e-5, atol=1e-6)
+    assert ("s" not in evaluated.values) == (fused or "s" not in {out for _, _, out in nodes})
 
 
 def test_weights_share_memory_with_the_model() -> None:
