@@ -100,7 +100,7 @@ def main() -> None:
     with open_pipeline(recipe, chosen.out or Path("runs") / f"bench-budgets-{name}", PlainTalk()) as pipeline:
         result = run_sweep(pipeline, budgets, evaluate=True)
         page = Page(f"Size against quality: {name}")
-        page.say(f"{weights_digest(pipeline)}\n{made_by_stages(pipeline, STAGES)}")
+        page.say(f"{weights_digest(pipeline)}\n\n{made_by_stages(pipeline, STAGES)}")
     page.say(budget_table(result["points"], result["controls"]))
     checks = [*lead_checks(result["points"], result["controls"]["int8"]), ratio_check(result["points"])]
     page.say("\n".join(line for _, line in checks))

@@ -144,7 +144,7 @@ def measure_model(model: str, changes: list[str], out: Path, page: Page) -> list
         for name in CONTROLS:
             rows.append(compare(pipeline, f"everything {name.upper()}", pipeline.folder("controls") / name))
         page.say(f"## {Path(model).stem}")
-        page.say(f"{weights_digest(pipeline)}\n{made_by_stages(pipeline, STAGES)}")
+        page.say(f"{weights_digest(pipeline)}\n\n{made_by_stages(pipeline, STAGES)}")
     page.say("\n\n".join([markdown(HEADER, [row.cells() for row in rows]), *missing]))
     return rows
 

@@ -18,7 +18,8 @@ from pathlib import Path
 from table import Page, bench_recipe, markdown, verdict, weights_digest
 
 from mpq_deploy.denoisers.bundled import DEMOS
-from mpq_deploy.metrics.measure import ImageMetrics, MetricsOptions, measure_metrics
+from mpq_deploy.metrics.kept import ImageMetrics
+from mpq_deploy.metrics.measure import MetricsOptions, measure_metrics
 from mpq_deploy.pipeline import open_pipeline
 from mpq_deploy.report.data import FrechetInfo
 from mpq_deploy.report.words import FRECHET_COLUMNS, frechet_about, frechet_other, frechet_row

@@ -186,7 +186,7 @@ def main() -> None:
         name = Path(model).stem
         with open_pipeline(recipe, chosen.out / f"bench-predict-{name}", PlainTalk()) as pipeline:
             pipeline.run_until("measure")
-            page.say(f"## {name}\n\n{weights_digest(pipeline)}\n{made_by_stages(pipeline, STAGES)}")
+            page.say(f"## {name}\n\n{weights_digest(pipeline)}\n\n{made_by_stages(pipeline, STAGES)}")
             truth = Truth(pipeline, chosen.images, chosen.seed)
             solvers = {refined: PlanSolver(pipeline) for refined in (True, False)}
             solvers[False].section = recipe.allocate.model_copy(update={"cross_terms": False})

@@ -177,7 +177,7 @@ def measure_model(model: str, chosen: argparse.Namespace, page: Page) -> list[bo
         pipeline.run_until("measure")
         bench = LowBits(pipeline, model, body, chosen.samples)
         page.say(
-            f"## {model}, {chosen.bits.upper()}, simulated\n\n{weights_digest(pipeline)}\n{chosen.steps} updates, "
+            f"## {model}, {chosen.bits.upper()}, simulated\n\n{weights_digest(pipeline)}\n\n{chosen.steps} updates, "
             f"seeds {', '.join(map(str, chosen.seeds))}; {chosen.samples} images."
         )
         for seed in chosen.seeds:

@@ -348,7 +348,7 @@ def measure_model(
 def about(pipeline: Pipeline, samples: int) -> str:
     """Say what was measured, and what it took."""
     steps = pipeline.recipe.evaluate.steps
-    made = f"{weights_digest(pipeline)}\n{made_by_stages(pipeline, STAGES)}"
+    made = f"{weights_digest(pipeline)}\n\n{made_by_stages(pipeline, STAGES)}"
     return f"{made} {samples} samples for every plan, {steps} steps."
 
 

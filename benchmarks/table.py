@@ -85,14 +85,14 @@ def bench_recipe(path: Path | None, changes: Sequence[str], values: dict[str, An
 
 
 def weights_digest(pipeline: Pipeline) -> str:
-    """Say which weights were measured: the start of the SHA-256 of each weights file."""
+    """Say which weights were measured, as a paragraph: the start of the SHA-256 of each weights file."""
     files: dict[str, str] = INPUTS["export"](pipeline)["model.files"]
     named = [f"{name} {digest[:12]}" for name, digest in files.items() if name.endswith((".safetensors", ".onnx"))]
-    return "Weights (SHA-256): " + ", ".join(named)
+    return f"Weights (SHA-256): {', '.join(named)}."
 
 
 def made_by_stages(pipeline: Pipeline, stages: Iterable[str]) -> str:
-    """Say what each stage took when it was last made."""
+    """Say what each stage took when it was last made, as a paragraph."""
     timings = pipeline.run.timings()
     parts = [
         f"{name} {timings[name]['seconds']:.1f} s, {timings[name]['peak_rss_bytes'] / 1e6:.0f} MB"

@@ -81,7 +81,7 @@ class PrecisionPlan:
     plan, and ``linear_bound``, what the linear programme over continuous bits reaches within the same bytes.
     ``cross_terms``, for metrics with probes: the fields of ``refine.CrossTerms``. ``simulated``: some layers have
     schemes that no engine can hold, and bytes are nominal. ``latency``: the fields of ``latency.costs.PlanLatency``;
-    None where nothing is known of the target's speed.
+    None where nothing is known of the target's speed. ``groups``: what ``stages.groups`` found; None without groups.
     """
 
     budget_bytes: int
@@ -98,6 +98,7 @@ class PrecisionPlan:
     cross_terms: dict[str, Any] | None = None
     simulated: bool = False
     latency: dict[str, Any] | None = None
+    groups: dict[str, Any] | None = None
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON with sorted keys."""

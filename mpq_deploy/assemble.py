@@ -45,7 +45,7 @@ from mpq_deploy.stages.common import Exported, deployed_stage, version_of
 from mpq_deploy.stages.evaluate import BEFORE, CORRECTED, LATENCY
 
 if TYPE_CHECKING:
-    from mpq_deploy.metrics.measure import ImageMetrics
+    from mpq_deploy.metrics.kept import ImageMetrics
     from mpq_deploy.pipeline import Pipeline, Summary
 
 TITLES = {
@@ -79,7 +79,7 @@ def report_data(pipeline: Pipeline) -> ReportData:
     engine, engine_note = _engine(pipeline)
     evaluated = _Evaluated.of(pipeline, plan)
     kurtoses = layer_kurtoses(pipeline, exported)
-    metrics = _metrics(pipeline, evaluated.graph) if evaluated.graph else None
+    metrics = _metrics(pipeline, exported, evaluated) if evaluated.graph else None
     return ReportData(
         model=ModelInfo(
             name=exported.spec.name,
@@ -268,21 +268,18 @@ def _psnr_interval(variant: VariantResult) -> Interval | None:
     return _interval(variant.psnr_db_each) if math.isfinite(variant.psnr_db) else None
 
 
-def _metrics(pipeline: Pipeline, graph: str) -> ImageMetrics | None:
-    """Return what 'mpq-deploy metrics' kept, if it is of the plan's present graph (by digest)."""
-    from mpq_deploy.metrics.measure import FILE, ImageMetrics
+def _metrics(pipeline: Pipeline, exported: Exported, evaluated: _Evaluated) -> ImageMetrics | None:
+    """Return what 'mpq-deploy metrics' kept, as far as it is of the plan's present graph and images (by digest)."""
+    from mpq_deploy.metrics.kept import read_kept
+    from mpq_deploy.metrics.measure import made_from
 
-    path = pipeline.run.path / FILE
-    try:
-        found = ImageMetrics.load(pipeline.run.path)
-    # pydantic's ValidationError is a ValueError.
-    except (ValueError, TypeError, KeyError) as error:
-        pipeline.talk.warn(f"{path} cannot be read and is left out of the report: {str(error).splitlines()[0]}")
+    found = read_kept(pipeline.run.path, pipeline.talk, "is left out of the report")
+    if found is None:
         return None
-    if found is not None and found.ours_digest != graph:
-        pipeline.talk.warn(f"{path} is of a former plan and is left out; measure again with 'mpq-deploy metrics'")
-        return None
-    return found
+    held, stale = found.still_true(made_from(pipeline, exported, evaluated.graph, evaluated.digest))
+    if stale:
+        pipeline.talk.warn(f"{stale}: left out; measure again with 'mpq-deploy metrics'")
+    return held
 
 
 def _curve(pipeline: Pipeline) -> tuple[CurvePoint, ...]:

@@ -307,10 +307,11 @@ def _psnr_drop(report: ReadReport, limit: float, baseline: ReadReport | None) ->
 
 
 def _lpips(report: ReadReport, limit: float) -> Outcome:
-    asked, found = f"at most {limit:g}", _score(report, "lpips")
-    if found is None:
+    asked, measured = f"at most {limit:g}", _scores(report, "lpips")
+    if not measured:
         said = "The report holds no LPIPS of this plan. Measure it with 'mpq-deploy metrics RUN --lpips'."
         return Outcome("LPIPS", asked, words.NOT_MEASURED, "not measured", None, limit, detail=said)
+    found = max(measured, key=lambda one: one.value)
     interval = _ends(found.interval)
     said = f"{found.title}. {_about(limit, interval, '', words.count(found.samples, 'image'), '--images')}"
     status: Status = "passed" if found.value <= limit else "failed"
@@ -319,10 +320,11 @@ def _lpips(report: ReadReport, limit: float) -> Outcome:
 
 def _clip_drop(report: ReadReport, limit: float) -> Outcome:
     """Hold the CLIP score against the float model's own, of the same noise and prompts."""
-    name, asked, found = "CLIP score", f"at most {limit:g} below the float model's", _score(report, "clip-score")
-    if found is None:
+    name, asked, measured = "CLIP score", f"at most {limit:g} below the float model's", _scores(report, "clip-score")
+    if not measured:
         said = "The report holds no CLIP score of this plan. Measure it with 'mpq-deploy metrics RUN --clip-score'."
         return Outcome(name, asked, words.NOT_MEASURED, "not measured", None, limit, detail=said)
+    found = min(measured, key=lambda one: one.value - one.floor)
     change, interval = found.value - found.floor, _ends(found.increase_interval)
     said = f"{found.title}: {found.value:.4g}, the float model's {found.floor:.4g}."
     said = f"{said} {_about(-limit, interval, '', f'{found.samples:,} images, paired', '--images')}"
@@ -330,8 +332,9 @@ def _clip_drop(report: ReadReport, limit: float) -> Outcome:
     return Outcome(name, asked, _shown(change, -limit, 3, "+"), status, change, -limit, interval, said)
 
 
-def _score(report: ReadReport, kind: str) -> Score | None:
-    return next((one for one in report.scores if one.variant == "ours" and one.score == kind), None)
+def _scores(report: ReadReport, kind: str) -> list[Score]:
+    """Return this plan's scores of a kind: one for each number of images, seed and weights."""
+    return [one for one in report.scores if one.variant == "ours" and one.score == kind]
 
 
 def _why(report: ReadReport) -> str:

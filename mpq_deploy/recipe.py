@@ -99,6 +99,9 @@ class AllocateSection(Section):
         0.002, ge=0, description="share of the plan's loss that each kernel of a branch must take off to be worth it"
     )
     cross_terms: bool = Field(True, description="refine the plan with the cross terms between layers, where that helps")
+    groups: Literal["none", "mixdq"] = Field(
+        "none", description="mixdq: cross-attention and its feed-forward by SSIM, with a budget of their own"
+    )
     objective: Literal["loss", "latency"] = Field("loss", description="what is least, within the budget")
     max_latency: str | None = Field(
         None, description="of one call at engine.batch_opt: 120ms; a limit beside the budget"

@@ -203,10 +203,10 @@ def metrics(
     """Measure how the images are distributed: FID or another Frechet distance, KID, precision, recall.
 
     To the float model's images from the same noise, and to real ones; image by image with --lpips and --clip-score.
-    Stopped, it goes on with the images that are finished. The result goes into the run's reports: run it before
-    'mpq-deploy gate'.
+    Stopped, it goes on with the images that are finished. The result goes into the run's reports, beside what earlier
+    calls measured otherwise: run it before 'mpq-deploy gate'.
     """
-    from mpq_deploy.metrics.measure import MetricsOptions, measure_metrics
+    from mpq_deploy.metrics.measure import MetricsOptions, check_metrics, measure_metrics
     from mpq_deploy.metrics.networks import LPIPS, parse_weights
     from mpq_deploy.metrics.scores import CLIP_SCORE
     from mpq_deploy.metrics.text import metrics_text
@@ -215,8 +215,11 @@ def metrics(
     scores = tuple(name for name, asked in ((LPIPS, lpips), (CLIP_SCORE, clip_score)) if asked)
     given = parse_weights(weights or [])
     options = MetricsOptions(tuple(network or ()), images, real, given, seed, workers, controls, scores)
+    settings = recipe_of(run, None)
+    # A stage may take minutes: what is missing is said before.
+    check_metrics(settings.model, options)
     crew = crew_for(workers, ray, threads)
-    with open_pipeline(recipe_of(run, None), run, make_talk(), crew) as pipeline:
+    with open_pipeline(settings, run, make_talk(), crew) as pipeline:
         pipeline.run_until("evaluate")
         found = measure_metrics(pipeline, options)
         pipeline.run_until("report")

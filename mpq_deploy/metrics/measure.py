@@ -1,7 +1,7 @@
 """Measure how a run's images are distributed, beside the float model's and real ones.
 
-In: a pipeline whose graphs are written. Out: ``ImageMetrics``, kept as metrics.json in the run folder, from where the
-report and the gate take it.
+In: a pipeline whose graphs are written. Out: ``ImageMetrics``, added to those that the run folder keeps
+(``metrics.kept``).
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpq_deploy.artefacts import canonical_json, write_text
 from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.errors import UsageError
 from mpq_deploy.evaluate.cache import SampleCache, arrays_digest, model_digest
@@ -27,24 +26,26 @@ from mpq_deploy.metrics.frechet import (
     check_count,
     extrapolated,
     frechet_distance,
-    minimum_images,
     spread_to_reference,
     strata_of,
 )
+from mpq_deploy.metrics.kept import OURS, ImageMetrics, MadeFrom, conditions_digest, read_kept
 from mpq_deploy.metrics.kernel import kernel_distance
 from mpq_deploy.metrics.neighbours import precision_recall
 from mpq_deploy.metrics.networks import (
     FeatureNetwork,
     NetworkOptions,
+    bundled_name,
     check_networks,
     default_network,
     demo_of,
     open_network,
 )
-from mpq_deploy.metrics.real import RealSet, real_set
+from mpq_deploy.metrics.real import RealSet, check_real, real_set
 from mpq_deploy.metrics.sampling import Sampled, SamplingOptions, Source, image_shape, sample_many
-from mpq_deploy.metrics.scores import ImageScore, open_scores, prompts_of
+from mpq_deploy.metrics.scores import ImageScore, check_scores, open_scores, prompts_of
 from mpq_deploy.report.data import FrechetInfo, Interval, ScoreInfo
+from mpq_deploy.report.words import count
 from mpq_deploy.shards.work import Alone
 from mpq_deploy.stages.common import Exported, deployed_stage
 from mpq_deploy.talk import Talk
@@ -52,9 +53,7 @@ from mpq_deploy.talk import Talk
 if TYPE_CHECKING:
     from mpq_deploy.pipeline import Pipeline
 
-FILE = "metrics.json"
-FORMAT = 1
-FLOAT, OTHER, OURS = "float", "float, other noise", "ours"
+FLOAT, OTHER = "float", "float, other noise"
 # In the place of a network: scores alone.
 NO_NETWORK = "none"
 # Images between two steps of the progress of features.
@@ -78,68 +77,24 @@ class MetricsOptions:
     scores: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class ImageMetrics:
-    """The distances of the plan's images (``frechet``) and of the controls', and for whose graph they hold (digests).
+def check_metrics(model: str | None, options: MetricsOptions) -> None:
+    """Find what is missing before any stage of a run of ``model`` is made: weights, packages, real images.
 
-    ``scores``: LPIPS and CLIP scores, those of the plan and of the controls, where they were asked for.
-
-    Seconds of sampling and of all, and whether every image was ``fresh`` (none cached), are not kept.
+    ``model`` as in the recipe. What takes the model itself (prompts, the images' size) shows later. Raises UsageError,
+    MissingDependencyError.
     """
-
-    frechet: tuple[FrechetInfo, ...]
-    controls: dict[str, tuple[FrechetInfo, ...]]
-    ours_digest: str
-    float_digest: str
-    notes: tuple[str, ...] = ()
-    scores: tuple[ScoreInfo, ...] = ()
-    sampling_seconds: float = field(default=0.0, compare=False)
-    seconds: float = field(default=0.0, compare=False)
-    fresh: bool = field(default=False, compare=False)
-
-    def save(self, run: Path) -> None:
-        """Write metrics.json into the run folder."""
-        write_text(run / FILE, canonical_json({"format": FORMAT, **self.as_json()}))
-
-    def as_json(self) -> dict[str, Any]:
-        """Return plain values, without what a clock said."""
-        return {
-            "frechet": [one.model_dump(mode="json") for one in self.frechet],
-            "controls": {name: [one.model_dump(mode="json") for one in rows] for name, rows in self.controls.items()},
-            "ours_digest": self.ours_digest,
-            "float_digest": self.float_digest,
-            "notes": list(self.notes),
-            "scores": [one.model_dump(mode="json") for one in self.scores],
-        }
-
-    @classmethod
-    def load(cls, run: Path) -> ImageMetrics | None:
-        """Read metrics.json; None where there is none. Raises ValueError (also of pydantic) for a damaged one."""
-        path = run / FILE
-        if not path.is_file():
-            return None
-        text = json.loads(path.read_text())
-        if not isinstance(text, dict) or text.get("format") != FORMAT:
-            raise ValueError(f"it is not of format {FORMAT}")
-        missing = {"frechet", "controls", "ours_digest", "float_digest", "notes"} - set(text)
-        if missing:
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        return cls(
-            tuple(FrechetInfo(**row) for row in text["frechet"]),
-            {name: tuple(FrechetInfo(**row) for row in rows) for name, rows in text["controls"].items()},
-            text["ours_digest"],
-            text["float_digest"],
-            tuple(text["notes"]),
-            # Files of earlier releases have none.
-            tuple(ScoreInfo(**row) for row in text.get("scores", ())),
-        )
+    found = NetworkOptions(bundled_name(model), options.weights)
+    check_networks(_names(options, found), found)
+    check_scores(options.scores, found)
+    check_real(options.real)
 
 
 def measure_metrics(pipeline: Pipeline, options: MetricsOptions) -> ImageMetrics:
-    """Sample the float model twice, the plan and, if asked for, the controls; measure, keep and return the distances.
+    """Sample the float model twice, the plan and, if asked for, the controls; measure, and return what was measured.
 
-    The deployed graphs, and the controls where asked for, must be current. Raises UsageError before anything is sampled
-    where a network cannot be had, the images are too few for its covariance, or the real images do not fit.
+    It is added to what the run folder keeps. The deployed graphs, and the controls where asked for, must be current.
+    Raises UsageError before anything is sampled where a network cannot be had, the images are too few for its
+    covariance, or the real images do not fit.
     """
     started = time.monotonic()
     exported = Exported(pipeline)
@@ -172,16 +127,34 @@ def measure_metrics(pipeline: Pipeline, options: MetricsOptions) -> ImageMetrics
     metrics = ImageMetrics(
         tuple(rows.pop(OURS)),
         {name: tuple(made) for name, made in rows.items()},
-        model_digest(sources[OURS].model),
-        model_digest(exported.path),
-        _notes(networks, reals, options.images),
+        made_from(pipeline, exported, *map(model_digest, (sources[OURS].model, exported.path))),
         scored,
         sampled.seconds,
         time.monotonic() - started,
         sampled.made == sampled.shards,
     )
-    metrics.save(pipeline.run.path)
+    _keep(pipeline, metrics)
     return metrics
+
+
+def made_from(pipeline: Pipeline, exported: Exported, ours: str, float_model: str) -> MadeFrom:
+    """Return what images of the run are made from now; ``ours``, ``float_model``: digests of the graphs."""
+    conditions = conditions_digest(exported.spec, exported.conditions, exported.path.parent)
+    controls = pipeline.run.record("controls")
+    return MadeFrom(ours, float_model, conditions, "" if controls is None else controls.digest)
+
+
+def _keep(pipeline: Pipeline, metrics: ImageMetrics) -> None:
+    """Add ``metrics`` to what the run folder keeps; say what of that stays and what goes."""
+    run, talk = pipeline.run.path, pipeline.talk
+    nothing = replace(metrics, frechet=(), controls={}, scores=())
+    merged, dropped = metrics.added_to(read_kept(run, talk, "is made anew") or nothing)
+    if dropped:
+        talk.warn(f"{dropped}: dropped")
+    more = merged.count - metrics.count
+    if more:
+        talk.line(f"{count(more, 'figure')} of this plan from earlier calls stay{'s' if more == 1 else ''}")
+    merged.save(run)
 
 
 def _names(options: MetricsOptions, found: NetworkOptions) -> tuple[str, ...]:
@@ -335,6 +308,7 @@ class _Measure:
             "title": network.title,
             "network": network.name,
             "network_digest": network.digest,
+            "network_features": network.width,
         }
 
     def _from(self, name: str) -> dict[str, Any]:
@@ -370,22 +344,3 @@ def _ends(interval: tuple[float, float] | None) -> Interval | None:
 def _interval(value: float, error: float, least: float | None = None) -> Interval:
     low, high = Spread.around(value, error)
     return Interval(low=low if least is None else max(low, least), high=high)
-
-
-def _notes(networks: list[FeatureNetwork], reals: Mapping[str, RealSet | None], images: int) -> tuple[str, ...]:
-    if not networks:
-        return ()
-    notes = [
-        f"Frechet distances are too large with few images, most where these are few beside the features (here "
-        f"{images:,} images on {', '.join(f'the {n.width:,} features of {n.name}' for n in networks)}): compare equal "
-        "numbers alone."
-    ]
-    for network in networks:
-        if reals[network.name] is None:
-            notes.append(f"{network.name}: no real images were given (--real), so none are compared with.")
-        elif images // 2 < minimum_images(network.width):
-            notes.append(
-                f"{network.name}: no extrapolation to infinitely many images, which takes "
-                f"{2 * minimum_images(network.width):,}."
-            )
-    return tuple(notes)

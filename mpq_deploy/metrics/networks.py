@@ -75,6 +75,11 @@ def demo_of(source: str) -> str | None:
     return name if name != source and name in DEMOS else None
 
 
+def bundled_name(model: str | None) -> str | None:
+    """Return the bundled model that a recipe's ``model`` names (None: the default one); None for any other."""
+    return bundled_demo(model).name if model is None or model in DEMOS else None
+
+
 def default_network(options: NetworkOptions) -> str:
     """Return the network that a model is measured on unless one is named: the bundled models have their own."""
     return DEMO if options.demo is not None else LITE

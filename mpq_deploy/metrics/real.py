@@ -37,6 +37,12 @@ class RealSet:
     floor_count: int | None = None
 
 
+def check_real(path: Path | None) -> None:
+    """Find real images that are not there, before anything is made. Raises UsageError."""
+    if path is not None and not path.exists():
+        raise UsageError(f"There are no real images at {path}.", HINT)
+
+
 def real_set(
     path: Path | None, network: FeatureNetwork, options: NetworkOptions, shape: tuple[int, ...]
 ) -> RealSet | None:

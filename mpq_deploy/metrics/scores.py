@@ -34,35 +34,53 @@ class ImageScore(Protocol):
         """Return float64 [N] of ``images`` uint8 [N, H, W, C]; ``reference``: the float model's, of the same noise."""
 
 
+def check_scores(names: Sequence[str], options: NetworkOptions) -> None:
+    """Find a score that cannot be had, before anything is made: names, packages, weights.
+
+    Raises UsageError, MissingDependencyError.
+    """
+    for name in names:
+        if name == LPIPS:
+            from mpq_deploy.metrics.lpips import check_lpips
+
+            check_lpips(options.path(LPIPS), offline_now(options))
+        elif name == CLIP_SCORE:
+            from mpq_deploy.metrics.clip_score import check_clip_score
+
+            check_clip_score(options.path(CLIP), offline_now(options))
+        else:
+            raise UsageError(f"There is no score '{name}'.", f"Scores: {', '.join(SCORES)}.")
+
+
 def open_scores(
     names: Sequence[str], options: NetworkOptions, spec: DenoiserSpec, shape: tuple[int, ...]
 ) -> tuple[ImageScore, ...]:
     """Open the scores ``names``, before anything is sampled; ``shape``: [H, W, C] of the images.
 
-    Raises UsageError, MissingDependencyError for what cannot be had, and for images or models that have no such score.
+    Raises what ``check_scores`` does, and UsageError for images or models that have no such score.
     """
-    found: list[ImageScore] = []
-    for name in dict.fromkeys(names):
-        if name == LPIPS:
-            from mpq_deploy.metrics.lpips import Lpips, check_lpips
-
-            check_lpips(options.path(LPIPS), offline_now(options))
-            found.append(Lpips(options.path(LPIPS)))
-        elif name == CLIP_SCORE:
-            from mpq_deploy.metrics.clip_score import ClipScore, check_clip_score
-
-            _check_prompts(spec)
-            folder = check_clip_score(options.path(CLIP), offline_now(options))
-            found.append(ClipScore(folder))
-        else:
-            raise UsageError(f"There is no score '{name}'.", f"Scores: {', '.join(SCORES)}.")
-        if min(shape[:2]) < found[-1].least_side:
+    if CLIP_SCORE in names:
+        _check_prompts(spec)
+    check_scores(names, options)
+    found = tuple(_opened(name, options) for name in dict.fromkeys(names))
+    for score in found:
+        if min(shape[:2]) < score.least_side:
             raise UsageError(
-                f"The images have {shape[1]} x {shape[0]} pixels; {found[-1].title} takes at least "
-                f"{found[-1].least_side} on each side.",
+                f"The images have {shape[1]} x {shape[0]} pixels; {score.title} takes at least "
+                f"{score.least_side} on each side.",
                 "Leave --lpips out: images are not resized for it. PSNR and SSIM take any size.",
             )
-    return tuple(found)
+    return found
+
+
+def _opened(name: str, options: NetworkOptions) -> ImageScore:
+    if name == LPIPS:
+        from mpq_deploy.metrics.lpips import Lpips
+
+        return Lpips(options.path(LPIPS))
+    from mpq_deploy.metrics.clip_score import ClipScore, check_clip_score
+
+    return ClipScore(check_clip_score(options.path(CLIP), offline_now(options)))
 
 
 def has_prompts(spec: DenoiserSpec) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable
 
-from mpq_deploy.metrics.measure import OURS, ImageMetrics
+from mpq_deploy.metrics.kept import OURS, ImageMetrics
 from mpq_deploy.report.data import FrechetInfo, ScoreInfo
 from mpq_deploy.report.words import frechet_about, frechet_other, frechet_verdict, score_about, score_verdict
 
@@ -15,12 +15,12 @@ def metrics_text(metrics: ImageMetrics) -> str:
     everything = [*metrics.frechet, *(row for rows in metrics.controls.values() for row in rows)]
     lines: list[str] = []
     for first in metrics.frechet:
-        group = [row for row in everything if (row.network, row.against) == (first.network, first.against)]
+        group = [row for row in everything if row.kind == first.kind]
         lines += [*_wrapped(frechet_about(first)), *_table(group), *_wrapped(frechet_other(first)), ""]
     for own in (row for row in metrics.scores if row.variant == OURS):
         lines += [
             *_wrapped(score_about(own)),
-            *_score_table(row for row in metrics.scores if row.score == own.score),
+            *_score_table(row for row in metrics.scores if row.kind == own.kind),
             "",
         ]
     for note in metrics.notes:

@@ -243,19 +243,20 @@ class EvaluationInfo(Part):
 class FrechetInfo(Part):
     """A Frechet distance of one model's images, with all that its value depends on (``metrics.measure``).
 
-    ``title`` is FID on the standard Inception alone. ``against`` the float model's images from the same noise, or real
-    ones (``against_source``, ``against_samples``; 0: unknown). ``floor``: the float model's own distance to the same (0
-    to its own images); ``interval`` is that of the distance, ``increase_interval`` that of distance - floor, both at
-    this number of samples. ``other_noise``: the float model's images from other noise against the same;
-    ``real_floor``: two halves of the real images. ``extrapolated``: to infinitely many images, with that of the float
-    model. KID, precision and recall are against the real images, or else the float model's from other noise; each with
-    the float model's own. None: not measured.
+    ``title`` is FID on the standard Inception alone; ``network_features``: how many it has. ``against`` the float
+    model's images from the same noise, or real ones (``against_source``, ``against_samples``; 0: unknown). ``floor``:
+    the float model's own distance to the same (0 to its own images); ``interval`` is that of the distance,
+    ``increase_interval`` that of distance - floor, both at this number of samples. ``other_noise``: the float model's
+    images from other noise against the same; ``real_floor``: two halves of the real images. ``extrapolated``: to
+    infinitely many images, with that of the float model. KID, precision and recall are against the real images, or else
+    the float model's from other noise; each with the float model's own. None: not measured.
     """
 
     variant: str
     title: str
     network: str
     network_digest: str
+    network_features: int = Field(ge=1)
     against: Literal["float", "real"]
     against_source: str
     against_samples: int = Field(ge=0)
@@ -279,6 +280,12 @@ class FrechetInfo(Part):
     precision_floor: float | None = Field(None, ge=0, le=1)
     recall: float | None = Field(None, ge=0, le=1)
     recall_floor: float | None = Field(None, ge=0, le=1)
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What the same distance of another variant shares; the float model's images are what the seed says."""
+        against = (self.against, self.against_digest if self.against == "real" else "")
+        return (self.network, self.network_digest, *against, self.samples, self.sampler, self.steps, self.seed)
 
     @property
     def increase(self) -> float:
@@ -314,6 +321,11 @@ class ScoreInfo(Part):
     interval: Interval | None = None
     increase_interval: Interval | None = None
     other_noise: float = Field(ge=0)
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What the same score of another variant shares."""
+        return (self.score, self.score_digest, self.samples, self.sampler, self.steps, self.seed)
 
     @property
     def increase(self) -> float:

@@ -168,7 +168,7 @@ def frechet_groups(data: ReportData) -> list[tuple[str, list[list[str]], str]]:
             (title_of(name, data), row)
             for name, rows in (("ours", (own,)), *data.frechet_controls.items())
             for row in rows
-            if (row.network, row.against) == (own.network, own.against)
+            if row.kind == own.kind
         ]
         groups.append((frechet_about(own), [frechet_row(title, row) for title, row in same], frechet_other(own)))
     return groups
@@ -217,7 +217,7 @@ def score_groups(data: ReportData) -> list[tuple[str, tuple[str, ...], list[list
         (
             score_about(own),
             SCORE_COLUMNS[own.score],
-            [score_row(title_of(row.variant, data), row) for row in data.scores if row.score == own.score],
+            [score_row(title_of(row.variant, data), row) for row in data.scores if row.kind == own.kind],
         )
         for own in data.scores
         if own.variant == "ours"

@@ -9,7 +9,7 @@ of which feeds another: there later uses are taken on float inputs, and a note s
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 import networkx as nx
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 Pairs = Collection[tuple[str, str]]
 Losses = dict[str, dict[str, Array]]
+# Of the calls of a slice at a position of the timesteps: (position, slice, float output, output) -> a sum over calls.
+Compare = Callable[[int, slice, Array, Array], float]
 
 
 def measure_exhaustive(
@@ -48,27 +50,40 @@ def measure_exhaustive(
 
     ``use_torch`` None takes torch where it is installed and knows every operator of the graph.
     """
-    calls = subject.calls()
-    layers = subject.layers
     wanted = {
         layer: frozenset(
             s.name for s in subject.candidates[layer.name].schemes if pairs is None or (layer.name, s.name) in pairs
         )
-        for layer in layers
+        for layer in subject.layers
     }
     wanted = {layer: schemes for layer, schemes in wanted.items() if schemes}
+    errors, power, notes = _measured(subject, wanted, None, use_torch)
+    safe = np.where(power > 0, power, 1.0)
+    losses = {layer: {s: total / safe for s, total in row.items()} for layer, row in errors.items()}
+    return table_from_losses("exhaustive", subject.calls().timesteps, losses, notes)
+
+
+def measure_singly(
+    subject: Subject, layers: Collection[str], compare: Compare, use_torch: bool | None = None
+) -> Losses:
+    """Return layer -> scheme -> what ``compare`` finds, summed over the calls of each timestep, float64 [K]."""
+    chosen = [layer for layer in subject.layers if layer.name in layers]
+    wanted = {layer: frozenset(s.name for s in subject.candidates[layer.name].schemes) for layer in chosen}
+    return _measured(subject, wanted, compare, use_torch)[0]
+
+
+def _measured(
+    subject: Subject, wanted: dict[Layer, frozenset[str]], compare: Compare | None, use_torch: bool | None
+) -> tuple[Losses, Array, tuple[str, ...]]:
+    """Return what is found for each of ``wanted`` (None: squared differences), the outputs' power, and notes."""
+    calls = subject.calls()
     torch_graph = _torch_graph(subject.graph) if use_torch is not False else None
     if torch_graph is not None:
         stacks = numpy_stacks(subject.graph, subject.candidates, subject.options.memory_bytes)
-        errors, power = _with_torch(torch_graph, wanted, stacks, calls, subject)
-        notes: tuple[str, ...] = ()
-    else:
-        layer_errors = LayerErrors(subject.graph, subject.candidates, subject.stats, subject.options.memory_bytes)
-        errors, power = _with_onnxruntime(wanted, layer_errors, calls, subject)
-        notes = _chained_uses(subject.graph, tuple(wanted))
-    safe = np.where(power > 0, power, 1.0)
-    losses = {layer: {s: total / safe for s, total in row.items()} for layer, row in errors.items()}
-    return table_from_losses("exhaustive", calls.timesteps, losses, notes)
+        return *_with_torch(torch_graph, wanted, stacks, calls, subject, compare), ()
+    layer_errors = LayerErrors(subject.graph, subject.candidates, subject.stats, subject.options.memory_bytes)
+    found = _with_onnxruntime(wanted, layer_errors, calls, subject, compare)
+    return *found, _chained_uses(subject.graph, tuple(wanted))
 
 
 def evaluates_in_torch(graph: LayerGraph) -> bool:
@@ -93,6 +108,7 @@ def _with_torch(
     stacks: StackStore[FormStack],
     calls: Calls,
     subject: Subject,
+    compare: Compare | None = None,
 ) -> tuple[Losses, Array]:
     import torch
 
@@ -114,8 +130,11 @@ def _with_torch(
                 for scheme in sorted(schemes):
                     rewire = _rewire(layer, scheme, stacks, subject.stats, torch_graph.float_type)
                     output = torch_graph.run(feeds, rewire=rewire, known=known)[spec.output]
-                    difference = (output.double() - reference).square().sum()
-                    errors[layer.name][scheme][step_index] += float(difference)
+                    if compare is None:
+                        found = float((output.double() - reference).square().sum())
+                    else:
+                        found = compare(step_index, chunk, reference.numpy(), output.double().numpy())
+                    errors[layer.name][scheme][step_index] += found
                     advance(chunk.stop - chunk.start)
     return errors, power
 
@@ -144,7 +163,11 @@ def _rewire(
 
 
 def _with_onnxruntime(
-    wanted: dict[Layer, frozenset[str]], layer_errors: LayerErrors, calls: Calls, subject: Subject
+    wanted: dict[Layer, frozenset[str]],
+    layer_errors: LayerErrors,
+    calls: Calls,
+    subject: Subject,
+    compare: Compare | None = None,
 ) -> tuple[Losses, Array]:
     graph, talk = subject.graph, subject.talk
     errors, power = _empty(wanted, calls)
@@ -170,8 +193,12 @@ def _with_onnxruntime(
                     for output, scheme, error in layer_errors.of(layer, values, schemes):
                         by_scheme.setdefault(scheme, {})[output] = error
                     for scheme, added in by_scheme.items():
-                        difference = noisy.run(feeds, added) - reference
-                        errors[layer.name][scheme][step_index] += float(np.sum(np.square(difference)))
+                        changed = noisy.run(feeds, added)
+                        if compare is None:
+                            found = float(np.sum(np.square(changed - reference)))
+                        else:
+                            found = compare(step_index, chunk, reference, changed)
+                        errors[layer.name][scheme][step_index] += found
                         advance(chunk.stop - chunk.start)
     return errors, power
 

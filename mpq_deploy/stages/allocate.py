@@ -39,6 +39,7 @@ from mpq_deploy.refine import CrossTerms, Solved, allocate_with_cross_terms
 from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.stages.candidates import choices_of
 from mpq_deploy.stages.common import Exported, settings, version_of
+from mpq_deploy.stages.groups import MIXDQ, allocate_groups, groups_note
 from mpq_deploy.stages.latency import latency_costs, latency_inputs, plan_latency_info
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ def allocate_inputs(pipeline: Pipeline) -> Fields:
     """Return what the stage allocate reads: digests and settings."""
     return {
         **{name: pipeline.digest(name) for name in ("export", "candidates", "measure")},
+        # Plans of groups are also measured, on calibration calls.
+        **({"calibrate": pipeline.digest("calibrate")} if pipeline.recipe.allocate.groups == MIXDQ else {}),
         "recipe.budget": pipeline.recipe.budget,
         "target.protected": list(load_target(pipeline.recipe.target).protected),
         **settings(pipeline.recipe.allocate, "allocate"),
@@ -64,11 +67,14 @@ class PlanSolver:
     """
 
     def __init__(self, pipeline: Pipeline, control: str = "", table: SensitivityTable | None = None) -> None:
+        self.pipeline = pipeline
         self.recipe = pipeline.recipe
         self.section = pipeline.recipe.allocate
         self.orm = pipeline.recipe.measure.orm
         self.exported = Exported(pipeline)
         self.layers = self.exported.graph.layers
+        # Controls and other tables are to show what a metric is worth, so all layers are allocated by it alone.
+        self.grouped = self.section.groups == MIXDQ and not control and table is None
         self.table = table or SensitivityTable.load(pipeline.folder("measure") / control)
         read = choices_of(pipeline, self.exported.graph)
         self.refused = {name: {**c.refused, **self._ruled_out(name, c)} for name, c in read.items()}
@@ -153,6 +159,10 @@ class PlanSolver:
         try:
             problem = self._with_latency(problem)
             solved, cross_terms = self._solved(problem)
+            groups = None
+            if self.grouped:
+                solved, groups = allocate_groups(self.pipeline, self.table, problem, solved, self._solved_apart)
+                cross_terms = None
         except InfeasibleBudgetError as error:
             ratio = math.ceil(error.smallest / self.fp16_size * 1e4) / 1e4
             raise InfeasibleBudgetError(
@@ -174,11 +184,12 @@ class PlanSolver:
             layers=[{**self._row(i, schemes[n.name]), **weighed[i]} for i, n in enumerate(self.layers)],
             others=[vars(other) for other in self.exported.graph.others],
             solver=solved.report,
-            notes=[*self.table.notes, *self._latency_notes(latency)],
+            notes=[*self.table.notes, *self._latency_notes(latency), *([groups_note(groups)] if groups else [])],
             bit_programme=programme,
             cross_terms=None if cross_terms is None else asdict(cross_terms),
             simulated=any(SCHEMES[name].simulated for name in schemes.values()),
             latency=None if latency is None else asdict(latency),
+            groups=groups,
         )
 
     def _latency(self, problem: Problem, schemes: dict[str, str]) -> PlanLatency | None:
@@ -194,15 +205,15 @@ class PlanSolver:
 
     def _solved(self, problem: Problem) -> tuple[Solved, CrossTerms | None]:
         """Solve without cross terms, then with them where the metric knows them and the recipe wants them."""
-        section = self.section
-
-        def solve(part: Problem) -> Solved:
-            fee = kernel_charge(part, section.branch_charge, section.gap, section.time_limit)
-            return Solved(*allocate_with_fee(part, fee, section.gap, section.time_limit), fee)
-
         if self.table.projections is None:
-            return solve(problem), None
-        return allocate_with_cross_terms(problem, self.table, solve, section.cross_terms)
+            return self._solved_apart(problem), None
+        return allocate_with_cross_terms(problem, self.table, self._solved_apart, self.section.cross_terms)
+
+    def _solved_apart(self, part: Problem) -> Solved:
+        """Solve without cross terms."""
+        section = self.section
+        fee = kernel_charge(part, section.branch_charge, section.gap, section.time_limit)
+        return Solved(*allocate_with_fee(part, fee, section.gap, section.time_limit), fee)
 
     def _predicted(self, schemes: dict[str, str], cross_terms: CrossTerms | None) -> float | None:
         if cross_terms is not None:

@@ -46,16 +46,12 @@ def make_measure(pipeline: Pipeline, folder: Path) -> str:
     """Make the stage measure in ``folder``; return a few words for the log."""
     from mpq_deploy.sensitivity.measure import measure
 
-    exported = Exported(pipeline)
-    check_memory(pipeline, "measure", exported.graph)
-    inputs, _ = load_calibration(pipeline)
+    check_memory(pipeline, "measure", Exported(pipeline).graph)
     section = pipeline.recipe.measure
-    _, held_out = inputs.split(section.samples)
-    chosen, options, said = _measured_steps(pipeline, exported, held_out)
-    subject = measured_subject(tuple(int(step) for step in chosen), pipeline, options)
-    subject = replace(subject, spread=_spread(pipeline, tuple(int(step) for step in chosen)))
+    subject, said = stage_subject(pipeline)
     table = measure(section.method, subject)
-    if held_out is inputs and section.method not in ORM_CONTROLS:
+    inputs, _ = load_calibration(pipeline)
+    if inputs.split(section.samples)[1] is inputs and section.method not in ORM_CONTROLS:
         note = "losses are measured on the samples that the weights were rounded on, so they are optimistic"
         said = (*said, note)
     replace(table, notes=(*table.notes, *said)).save(folder)
@@ -64,6 +60,15 @@ def make_measure(pipeline: Pipeline, folder: Path) -> str:
         measure(control, subject).save(folder / control)
     forget_shards(pipeline, "measure")
     return f"{table.metric}, {sum(map(len, table.losses.values()))} layer-scheme pairs"
+
+
+def stage_subject(pipeline: Pipeline) -> tuple[Subject, tuple[str, ...]]:
+    """Return what the run's recipe measures, spread over its workers, and notes about the timesteps."""
+    inputs, _ = load_calibration(pipeline)
+    _, held_out = inputs.split(pipeline.recipe.measure.samples)
+    found, options, said = _measured_steps(pipeline, Exported(pipeline), held_out)
+    chosen = tuple(int(step) for step in found)
+    return replace(measured_subject(chosen, pipeline, options), spread=_spread(pipeline, chosen)), said
 
 
 def measured_subject(chosen: tuple[int, ...], pipeline: Pipeline, options: MeasureOptions) -> Subject:

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -182,3 +182,31 @@ def test_memory_of_a_process_tree_includes_its_children(script: ModuleType) -> N
             os.kill(child, signal.SIGKILL)
     assert private > 64 << 20
     assert resident > private
+
+
+@using("seeds")
+def test_what_was_measured_and_how_long_it_took_are_paragraphs_of_their_own(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = importlib.import_module("table")
+    files = {"unet/w.safetensors": "a5074f9d676f" + "0" * 52, "unet/config.json": "b" * 64}
+    monkeypatch.setattr(table, "INPUTS", {"export": lambda pipeline: {"model.files": files}})
+    timings = {script.STAGES[0]: {"seconds": 1.0, "peak_rss_bytes": 5e6}}
+    run = SimpleNamespace(timings=lambda: timings)
+    evaluate = SimpleNamespace(steps=20)
+    pipeline = SimpleNamespace(run=run, recipe=SimpleNamespace(evaluate=evaluate))
+    weights, stages = script.about(pipeline, 8).split("\n\n")
+    assert weights == "Weights (SHA-256): unet/w.safetensors a5074f9d676f."
+    assert stages.startswith("Stages, when they were last made:")
+
+
+def test_no_kept_page_runs_the_two_together() -> None:
+    pages = sorted((FOLDER.parent / "docs" / "results").glob("*.md"))
+    following = [
+        (page.name, after)
+        for page in pages
+        for line, after in itertools.pairwise(page.read_text().splitlines())
+        if line.startswith("Weights (SHA-256)")
+    ]
+    assert len(following) > 10
+    assert {after for _, after in following} == {""}, following

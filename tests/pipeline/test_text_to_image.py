@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from mpq_deploy.graph.load import load_model  # noqa: E402
 from mpq_deploy.metrics.lpips import CONVOLUTIONS  # noqa: E402
 from tests.models import tiny_clip_folder, tiny_text_pipeline_folder, tiny_unet_folder  # noqa: E402
 from tests.pipeline.conftest import Outcome  # noqa: E402
-from tests.pipeline.runs import Built, build, recipe_for  # noqa: E402
+from tests.pipeline.runs import Built, build, recipe_for, save_denoiser  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -101,6 +102,34 @@ def test_the_choice_makes_another_export(built: Built, folder: Path, tmp_path: P
     assert {key for key in fields[0] if fields[0].get(key) != fields[1].get(key)} == {"recipe.first_token"}
 
 
+def test_groups_are_found_measured_and_said(built: Built, folder: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(built.run, tmp_path / "run"))
+    options = {"target": "onnxruntime-cpu", "first_token": "precomputed", "evaluate__samples": 4}
+    again = build(recipe_for(folder, **options, allocate__groups="mixdq"), run, last="quantize")
+    assert again.made[0] == "allocate"
+    plan = json.loads((run / "allocate" / "plan.json").read_text())
+    groups = plan["groups"]
+    roles = {name.split("transformer_blocks.0.")[1] for name in groups["content"]}
+    assert roles == {*(f"attn2.to_{part}" for part in ("q", "k", "v", "out.0")), "ff.net.0.proj", "ff.net.2"}
+    assert plan["size_bytes"] <= plan["budget_bytes"]
+    errors = [row["measured_nmse"] for row in groups["splits"] if row["measured_nmse"] is not None]
+    assert groups["chosen"]["measured_nmse"] == min(errors) and len(errors) <= 4
+    assert groups["without_groups"]["measured_nmse"] > 0
+    assert any("MixDQ's groups: " in note for note in plan["notes"])
+    # A second budget measures no layer again, and without groups nothing of it is left.
+    entries = sorted((run / ".samples").iterdir())
+    build(recipe_for(folder, **{**options, "budget": 0.45}, allocate__groups="mixdq"), run, last="allocate")
+    assert sorted((run / ".samples").iterdir()) == entries
+    build(recipe_for(folder, **options), run, last="allocate")
+    assert (run / "allocate" / "plan.json").read_bytes() == (built.run / "allocate" / "plan.json").read_bytes()
+
+
+def test_groups_need_cross_attention(tmp_path: Path) -> None:
+    model = save_denoiser(tmp_path)
+    with pytest.raises(UsageError, match="no cross-attention"):
+        build(recipe_for(model, allocate__groups="mixdq"), tmp_path / "run", last="allocate")
+
+
 def test_a_model_without_text_has_no_first_token(tmp_path: Path) -> None:
     model = tiny_unet_folder(tmp_path)
     with pytest.raises(UsageError, match="no product that reads a text's tokens"):
@@ -152,9 +181,11 @@ def test_scores_reach_reports_and_gate(built: Built, cli: Cli, tmp_path: Path) -
     alone = cli("metrics", run, "--network", "none", "--images", 3, "--workers", 1, "--lpips", *weights)
     assert alone.code == 0, alone.err
     report = json.loads((run / "report.json").read_text())
-    assert report["frechet"] == [] and [row["samples"] for row in report["scores"]] == [3]
-    assert "Frechet" not in alone.out
-    assert cli(*asked, *weights).code == 0
+    # What the first call measured otherwise stays; only what this one measured is printed.
+    assert [row["network"] for row in report["frechet"]] == ["clip"]
+    lpips = [row["samples"] for row in report["scores"] if (row["score"], row["variant"]) == ("lpips", "ours")]
+    assert sorted(lpips) == [3, 16]
+    assert "Frechet" not in alone.out and "16 images" not in alone.out
     kept = (run / "metrics.json").read_bytes()
     assert cli(*asked, *weights).code == 0
     assert (run / "metrics.json").read_bytes() == kept

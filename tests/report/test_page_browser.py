@@ -99,6 +99,7 @@ def frechet_info(**changes):
         "title": "Frechet distance (EfficientNet-Lite0)",
         "network": "EfficientNet-Lite0",
         "network_digest": "0" * 64,
+        "network_features": 1280,
         "against": "float",
         "against_source": "the float model's images from the same noise",
         "against_samples": 1000,
