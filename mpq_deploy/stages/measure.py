@@ -47,7 +47,7 @@ def make_measure(pipeline: Pipeline, folder: Path) -> str:
     from mpq_deploy.sensitivity.measure import measure
 
     exported = Exported(pipeline)
-    check_memory(pipeline, "measure", exported.graph)
+    check_memory(pipeline, "measure")
     inputs, _ = load_calibration(pipeline)
     section = pipeline.recipe.measure
     _, held_out = inputs.split(section.samples)
