@@ -1,10 +1,14 @@
-"""Refuse a stage that there is too little memory for, before it starts."""
+"""Refuse a stage that there is too little memory for, before it starts; say so when memory runs out in spite of it."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpq_deploy.errors import MpqError
 from mpq_deploy.precision.scheme import SCHEMES
 
 if TYPE_CHECKING:
@@ -31,6 +35,50 @@ def check_memory(pipeline: Pipeline, stage: str) -> StageMemory:
     estimate = stage_memory(pipeline, stage)
     refuse_too_large(estimate, memory_room(), f"{HINTS[stage]} {MORE}", held_memory())
     return estimate
+
+
+class MemoryRanOutError(MpqError):
+    """An allocation failed in the middle of a stage."""
+
+
+# How NumPy, ONNX Runtime, torch and the system say that an allocation failed.
+FAILED = ("bad_alloc", "bad allocation", "MemoryError", "allocate memory", "Unable to allocate", "out of memory")
+
+
+@contextmanager
+def saying_memory_ran_out(stage: str) -> Iterator[None]:
+    """Turn a failed allocation in the block into MemoryRanOutError; every other error passes as it is."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError, MpqError) as error:
+        _say(error, stage)
+        raise
+    except _runtime_errors() as error:
+        _say(error, stage)
+        raise
+
+
+def _say(error: BaseException, stage: str) -> None:
+    if ran_out(error):
+        raise MemoryRanOutError(
+            f"Memory ran out in the stage '{stage}': {' '.join(str(error).split())[:200] or type(error).__name__}",
+            f"{HINTS[stage] if stage in HINTS else 'End other programs, or'} use a machine with more memory. What is "
+            "finished is kept: the next call goes on from there.",
+        ) from error
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether ``error`` says that an allocation failed."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in FAILED)
+
+
+def _runtime_errors() -> tuple[type[BaseException], ...]:
+    """Return ONNX Runtime's errors, which have no common base class; none where it is not in use."""
+    if "onnxruntime" not in sys.modules:
+        return ()
+    from mpq_deploy.runtime.ort import ORT_ERRORS
+
+    return ORT_ERRORS
 
 
 def stage_memory(pipeline: Pipeline, stage: str) -> StageMemory:
