@@ -62,7 +62,7 @@ def _say(error: BaseException, stage: str) -> None:
     if ran_out(error):
         raise MemoryRanOutError(
             f"Memory ran out in the stage '{stage}': {' '.join(str(error).split())[:200] or type(error).__name__}",
-            f"{HINTS[stage] if stage in HINTS else 'End other programs, or'} use a machine with more memory. What is "
+            f"{HINTS.get(stage, 'End other programs, or')} use a machine with more memory. What is "
             "finished is kept: the next call goes on from there.",
         ) from error
 
