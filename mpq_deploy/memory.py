@@ -69,7 +69,7 @@ def model_size(path: Path, graph: LayerGraph, inputs: Mapping[str, tuple[int, ..
     sizes = {name: FLOAT32_BYTES * prod(shape) for name, shape in shapes.items()}
     model = graph.model.graph
     weights = sum(v.const_value.nbytes for v in model.initializers.values() if v.const_value is not None)
-    made = {name for node in proto.node for name in node.output}
+    made = {name: sizes.get(name, 0) for node in proto.node for name in node.output if name}
     patches = {
         (use.input, layer.group, layer.reduction): Patches(
             layer.group, layer.reduction, prod(shapes.get(use.output, ())) // max(layer.out_channels, 1)
@@ -80,16 +80,16 @@ def model_size(path: Path, graph: LayerGraph, inputs: Mapping[str, tuple[int, ..
     return ModelSize(
         weights,
         max((layer.weights for layer in graph.layers), default=0),
-        sum(size for name, size in sizes.items() if name in made),
-        _most_alive(proto.node, sizes),
-        sum(sizes.get(use.output, 0) for layer in graph.layers for use in layer.uses),
+        sum(made.values()),
+        _most_alive(proto.node, made),
+        sum(made.get(use.output, 0) for layer in graph.layers for use in layer.uses),
         len(proto.node),
         tuple(patches.values()),
     )
 
 
 def _most_alive(nodes: Collection[onnx.NodeProto], sizes: Mapping[str, int]) -> int:
-    """Return the most bytes of values that live at once; a value of ``IN_PLACE`` may take the place of what ends there.
+    """Return the most bytes of computed values that live at once; a value of ``IN_PLACE`` may take the place of what ends there.
 
     ONNX Runtime writes such results over an input of the same size that nothing else reads.
     """

@@ -58,7 +58,13 @@ def onnxruntime_runs_out() -> None:
 
 @pytest.mark.parametrize("fail", [numpy_runs_out, torch_runs_out, onnxruntime_runs_out], ids=lambda fail: fail.__name__)
 def test_memory_that_runs_out_is_said_in_one_line(
-    cli: Cli, model: Path, finished: Built, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail: Callable
+    cli: Cli,
+    model: Path,
+    finished: Built,
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fail: Callable[[], None],
 ) -> None:
     """A real failure of each allocator, in the middle of a stage."""
     shutil.rmtree(run / "quantize")
