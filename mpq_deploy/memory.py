@@ -89,9 +89,9 @@ def model_size(path: Path, graph: LayerGraph, inputs: Mapping[str, tuple[int, ..
 
 
 def _most_alive(nodes: Collection[onnx.NodeProto], sizes: Mapping[str, int]) -> int:
-    """Return the most bytes of computed values that live at once; a value of ``IN_PLACE`` may take the place of what ends there.
+    """Return the most bytes of computed values that live at once.
 
-    ONNX Runtime writes such results over an input of the same size that nothing else reads.
+    ONNX Runtime writes results of ``IN_PLACE`` over an input of the same size that nothing else reads.
     """
     last = {name: number for number, node in enumerate(nodes) for name in node.input}
     alive = most = 0
@@ -221,7 +221,8 @@ def _candidates(size: ModelSize, recipe: Recipe, forms: int) -> StageMemory:
         phases += [StageMemory("candidates", 0, 0, rounding + factor + held[0], code)]
     if "rows" in recipe.allocate.branches and recipe.quantize.salience == "probe":
         values = int(VALUE_SHARE * SALIENCE_BATCH * size.values)
-        phases += [StageMemory("candidates", 2 * size.weights, values, 0, max(TORCH_BYTES, code))]
+        kept = min(size.weights, MEASURE_BYTES)
+        phases += [StageMemory("candidates", size.weights, values, kept, max(TORCH_BYTES, code))]
     return max(phases, key=lambda phase: phase.total)
 
 

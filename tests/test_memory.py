@@ -58,6 +58,7 @@ MEASURED = {
     "calibrate": {"batch_size": 1},
     "measure": {"probes": 4, "calls": 1, "batch_size": 2},
     "quantize": {"rounding": "nearest"},
+    "allocate": {"branches": []},
 }
 
 

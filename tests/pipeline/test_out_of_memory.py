@@ -17,6 +17,7 @@ from tests.pipeline.runs import Built, build, recipe_for, stage_bytes, write_rec
 from tests.pipeline.test_bad_input import refused
 
 Cli = Callable[..., Outcome]
+Fail = Callable[[], None]
 # More than any machine has, and within the range of addresses.
 HUGE = 1 << 45
 
