@@ -94,9 +94,13 @@ FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps":
 DDIM = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "clip_sample": False}
 
 
-def write_model(name: str, folder: Path, seed: int) -> dict[str, str]:
-    """Write a model with random weights and its conditions; return what the recipe says of it."""
+def write_model(name: str, folder: Path, seed: int, larger: dict[str, Any] | None = None) -> dict[str, str]:
+    """Write a model with random weights and its conditions; return what the recipe says of it.
+
+    ``larger``: options in place of the small ones.
+    """
     class_name, options = MODELS[name]
+    options = {**options, **(larger or {})}
     torch.manual_seed(seed)
     model = getattr(diffusers, class_name)(**options)
     with torch.no_grad():

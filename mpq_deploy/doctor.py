@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
+from mpq_deploy.available import MACHINE, memory_room
 from mpq_deploy.engine.target import Target, known_targets, load_target
 from mpq_deploy.engine.trtexec import find_trtexec
 
@@ -166,13 +167,17 @@ def _machine() -> list[Finding]:
 
 
 def _memory() -> str:
-    """Total and available memory from /proc/meminfo, in GB."""
+    """Total memory from /proc/meminfo and what of it may be taken, in GB, with what else bounds it."""
     path = Path("/proc/meminfo")
     if not path.is_file():
         return "unknown"
     fields = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
-    total, free = (int(fields.get(key, "0 kB").split()[0]) * 1024 / 1e9 for key in ("MemTotal", "MemAvailable"))
-    return f"{total:.1f} GB, {free:.1f} GB available"
+    total = int(fields.get("MemTotal", "0 kB").split()[0]) * 1024 / 1e9
+    room = memory_room()
+    if room is None:
+        return f"{total:.1f} GB"
+    whose = "" if room.whose == MACHINE else f" ({room.whose})"
+    return f"{total:.1f} GB, {room.bytes / 1e9:.1f} GB available{whose}"
 
 
 def _packages() -> list[Finding]:

@@ -1,35 +1,53 @@
-"""What a stage will take of memory, before it starts, and whether the machine has it.
+"""What a stage will take of memory, before it starts, and whether there is so much.
 
 In: the layers of an exported model and the recipe. Out: a ``StageMemory``. What is counted follows from how the stages
 work: weights are mapped from their file and count once; values of one call, Hessians, stacks of candidates and the work
-on one layer are held beside them. The constants were fitted to peaks of resident memory (docs/results/scale.md).
+on one layer are held beside them. The constants were fitted to peaks of resident memory (docs/results/memory.md).
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpq_deploy.available import Room
+from mpq_deploy.engine.memory import known_shapes
 from mpq_deploy.errors import UsageError
 from mpq_deploy.graph.layers import LayerGraph
-from mpq_deploy.recover.estimate import available_memory
 from mpq_deploy.runtime.ort import LARGE_WEIGHTS_BYTES
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
+    import onnx
 
     from mpq_deploy.recipe import Recipe
 
 FLOAT32_BYTES = 4
+IN_PLACE = {
+    *("Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Exp", "Erf", "Tanh", "Sigmoid", "Relu", "Gelu", "Softmax", "Cast"),
+    *("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Dropout", "Neg", "Reciprocal", "Clip", "Where"),
+}
+
+
+@dataclass(frozen=True)
+class Patches:
+    """What a layer's Hessian is made of: ``group`` matrices over ``columns`` inputs, from ``rows`` rows per call."""
+
+    group: int
+    columns: int
+    rows: int
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What memory depends on. Bytes are of float32, values those of one call; shapes that are not declared count 0.
+    """What memory depends on. Bytes are of float32, values those of one call.
 
     ``weights``: bytes of all constants; ``largest``: elements of the largest layer's weight; ``values``: bytes of all
-    values; ``alive``: most bytes of them that live at once; ``outputs``: bytes of the layers' outputs.
+    values; ``alive``: most bytes of them that live at once; ``outputs``: bytes of the layers' outputs; ``nodes``: of
+    the graph; ``patches``: one entry per Hessian.
     """
 
     weights: int
@@ -37,113 +55,228 @@ class ModelSize:
     values: int
     alive: int
     outputs: int
+    nodes: int = 0
+    patches: tuple[Patches, ...] = ()
 
 
-def model_size(graph: LayerGraph) -> ModelSize:
-    """Add up the constants and declared values of ``graph``."""
+def model_size(path: Path, graph: LayerGraph, inputs: Mapping[str, tuple[int, ...]]) -> ModelSize:
+    """Add up the constants and values of ``graph``, read from ``path``, for ``inputs`` of these shapes (one call).
+
+    Shapes are inferred from those of the inputs, computed ones included: exporters leave the keys' axis of an attention
+    open, which is the longest of all. Values whose shape depends on data count nothing.
+    """
+    proto, shapes = known_shapes(path, inputs)
+    sizes = {name: FLOAT32_BYTES * prod(shape) for name, shape in shapes.items()}
     model = graph.model.graph
     weights = sum(v.const_value.nbytes for v in model.initializers.values() if v.const_value is not None)
-    sizes = {value.name or "": _bytes(value) for node in model for value in node.outputs}
-    last = {value.name: number for number, node in enumerate(model) for value in node.inputs if value is not None}
-    alive = most = 0
-    ends: dict[int, int] = {}
-    for number, node in enumerate(model):
-        made = sum(sizes[value.name or ""] for value in node.outputs)
-        alive += made
-        most = max(most, alive)
-        for value in node.outputs:
-            end = last.get(value.name, number)
-            ends[end] = ends.get(end, 0) + sizes[value.name or ""]
-        alive -= ends.pop(number, 0)
-    uses = [use for layer in graph.layers for use in layer.uses]
+    made = {name: sizes.get(name, 0) for node in proto.node for name in node.output if name}
+    patches = {
+        (use.input, layer.group, layer.reduction): Patches(
+            layer.group, layer.reduction, prod(shapes.get(use.output, ())) // max(layer.out_channels, 1)
+        )
+        for layer in graph.layers
+        for use in layer.uses
+    }
     return ModelSize(
         weights,
         max((layer.weights for layer in graph.layers), default=0),
-        sum(sizes.values()),
-        most,
-        sum(sizes.get(use.output, 0) for use in uses),
+        sum(made.values()),
+        _most_alive(proto.node, made),
+        sum(made.get(use.output, 0) for layer in graph.layers for use in layer.uses),
+        len(proto.node),
+        tuple(patches.values()),
     )
 
 
-def _bytes(value: ir.Value) -> int:
-    """Return the bytes of ``value`` for one call; axes that are not declared count 1.
+def _most_alive(nodes: Collection[onnx.NodeProto], sizes: Mapping[str, int]) -> int:
+    """Return the most bytes of computed values that live at once.
 
-    Exporters leave the keys' axis of an attention open, so long attention is underestimated: a stage that would fit is
-    not refused.
+    ONNX Runtime writes results of ``IN_PLACE`` over an input of the same size that nothing else reads.
     """
-    if value.shape is None:
-        return 0
-    return FLOAT32_BYTES * prod(size if isinstance(size, int) else 1 for size in value.shape)
+    last = {name: number for number, node in enumerate(nodes) for name in node.input}
+    alive = most = 0
+    for number, node in enumerate(nodes):
+        ended = [sizes.get(name, 0) for name in dict.fromkeys(node.input) if last.get(name) == number]
+        made = [sizes.get(name, 0) for name in node.output]
+        in_place = node.op_type in IN_PLACE and made[0] in ended
+        alive += sum(made) - (made[0] if in_place else 0)
+        most = max(most, alive)
+        alive -= sum(ended) - (made[0] if in_place else 0)
+        alive -= sum(size for name, size in zip(node.output, made) if name not in last)
+    return most
+
+
+def source_size(files: Iterable[Path]) -> tuple[int, int]:
+    """Return the bytes in float32 and the number of the tensors in safetensors ``files``, read from their headers."""
+    size = count = 0
+    for path in files:
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
+        size += FLOAT32_BYTES * sum(prod(shape) for shape in shapes)
+        count += len(shapes)
+    return size, count
 
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes that a stage holds at its peak: of ``weights``, of ``values`` of its calls, and of its ``work``."""
+    """Bytes that a stage holds at its peak: of ``weights``, ``values`` of its calls, its ``work``, and ``code``.
+
+    ``code`` is what the process holds of the interpreter, libraries and graphs; in a process that has run other stages
+    it is there already.
+    """
 
     stage: str
     weights: int
     values: int
     work: int
+    code: int
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.values + self.work
+        return self.weights + self.values + self.work + self.code
+
+    def still_needed(self, held: int) -> int:
+        """Return what is needed beside the ``held`` bytes of this process, of which no more than ``code`` is of use."""
+        return self.total - min(held, self.code)
 
 
-# The interpreter with NumPy, ONNX and ONNX Runtime; with torch.
-BARE_BYTES, TORCH_BYTES = 200 << 20, 400 << 20
+# The interpreter with NumPy and ONNX; with ONNX Runtime and the solver; with torch; with diffusers and the exporter.
+BARE_BYTES, SOLVER_BYTES, TORCH_BYTES, EXPORT_BYTES = 200 << 20, 290 << 20, 400 << 20, 540 << 20
+# A session with the objects of its graph, and what each node takes of it; what the exporter takes per parameter.
+SESSION_BYTES, NODE_BYTES, PARAMETER_BYTES = 130 << 20, 110_000, 500_000
+# The float module, and of the file's pages and the source's those that are in memory when most of both are.
+EXPORT_COPIES = 1.6
+# An ONNX file as it is read, and beside it the session of the file or of the export (not measured for large files).
+ONNX_COPIES = 2
 # ONNX Runtime's copies of the weights, in the layouts of its kernels, beside the mapped ones; large models have none.
 SESSION_COPIES = 1.5
 # Its arena grows by steps, so it holds more than lives at once.
 ARENA_SHARE = 1.5
 # Arrays of a layer's size that rounding it holds, beside those of each form; and that stacking its errors holds.
 ROUNDING_ARRAYS, FORM_ARRAYS, STACK_ARRAYS = 3, 1, 2
+# A Hessian's inverse factor, per element: the damped matrix, its factor, that one's inverse and a product in float64.
+FACTOR_BYTES = 32
+# Hessians are held within this share of their cap, rows that wait within the rest (``calibrate.hessian``).
+MATRIX_SHARE, HESSIAN_ROWS_PER_COLUMN = 0.75, 2
+# Calls at once behind the order of salient channels (``sensitivity.salience``).
+SALIENCE_BATCH = 4
 # Of all values of a pass, what autograd holds (many are views of others).
 VALUE_SHARE = 0.6
+# Of all values, those that are no views of others.
+DISTINCT_SHARE = 0.7
 # Where stacks would take so many times their bound, none are kept (``sensitivity.probe``).
 HELD_SHARE = 4
 # Calls at once behind the Hessians; what the probes bound values and kept stacks by; the candidates that are kept.
 HESSIAN_BATCH, MEASURE_BYTES, HELD_BYTES = 8, 1 << 30, 512 << 20
+# The child process that builds: the library with its compiler, per node of the graph, and copies of the weights.
+BUILDER_BYTES, BUILDER_NODE_BYTES, BUILDER_COPIES = 380 << 20, 240_000, 3
+
+
+def estimate_export(weights: int, parameters: int, torch: bool) -> StageMemory:
+    """Estimate the export of ``weights`` bytes in float32 in so many tensors: a ``torch`` module, or an ONNX file."""
+    if torch:
+        return StageMemory("export", int(EXPORT_COPIES * weights), 0, 0, EXPORT_BYTES + PARAMETER_BYTES * parameters)
+    return StageMemory("export", ONNX_COPIES * weights + _session(weights), 0, 0, BARE_BYTES + NODE_BYTES * parameters)
+
+
+def estimate_engine(weights: int, nodes: int) -> StageMemory:
+    """Estimate the builder's host memory for ``weights`` bytes as planned and a graph of so many ``nodes``."""
+    child = BUILDER_BYTES + BUILDER_NODE_BYTES * nodes
+    return StageMemory("engine", BUILDER_COPIES * weights, 0, child, BARE_BYTES)
 
 
 def estimate_stage(stage: str, size: ModelSize, recipe: Recipe, forms: int) -> StageMemory:
     """Estimate the peak of a stage from ``calibrate`` to ``quantize``; ``forms``: weight forms per layer, at most."""
-    layer = FLOAT32_BYTES * size.largest
-    session = size.weights if size.weights >= LARGE_WEIGHTS_BYTES else int((1 + SESSION_COPIES) * size.weights)
     if stage == "calibrate":
-        return StageMemory(stage, session, int(ARENA_SHARE * recipe.calibrate.batch_size * size.alive), BARE_BYTES)
+        values = int(ARENA_SHARE * recipe.calibrate.batch_size * size.alive)
+        return StageMemory(stage, _session(size.weights), values, 0, SESSION_BYTES + NODE_BYTES * size.nodes)
     if stage == "candidates":
-        rounding = layer * (ROUNDING_ARRAYS + FORM_ARRAYS * forms)
-        if recipe.quantize.rounding == "nearest":
-            return StageMemory(stage, 0, 0, BARE_BYTES + rounding)
-        hessians, values = recipe.quantize.memory_mb << 20, int(ARENA_SHARE * HESSIAN_BATCH * size.alive)
-        if rounding > session + values:
-            return StageMemory(stage, 0, 0, BARE_BYTES + hessians + rounding)
-        return StageMemory(stage, session, values, BARE_BYTES + hessians)
+        return _candidates(size, recipe, forms)
     if stage == "measure":
-        batch = min(recipe.measure.batch_size, recipe.measure.calls)
-        one = int(VALUE_SHARE * size.values) + recipe.measure.probes * size.outputs
-        values = max(one, min(batch * one, int(VALUE_SHARE * MEASURE_BYTES)))
-        stacks = size.weights * (1 + forms)
-        kept = min(stacks, MEASURE_BYTES) if stacks < HELD_SHARE * MEASURE_BYTES else 0
-        kept += min(HELD_BYTES, size.weights * (FLOAT32_BYTES + forms) // FLOAT32_BYTES)
-        work = TORCH_BYTES + layer * (STACK_ARRAYS + forms) + kept
-        return StageMemory(stage, size.weights, values, work)
+        return _measure(size, recipe, forms)
+    if stage == "allocate":
+        # Every weight is looked at for what may be folded into it, so all of its file is in memory once.
+        return StageMemory(stage, size.weights, 0, 0, SOLVER_BYTES)
     # Codes of one byte per weight, of all layers.
-    return StageMemory(stage, size.weights // FLOAT32_BYTES, 0, BARE_BYTES + layer * ROUNDING_ARRAYS)
+    work = FLOAT32_BYTES * size.largest * ROUNDING_ARRAYS
+    return StageMemory(stage, size.weights // FLOAT32_BYTES, 0, work, BARE_BYTES)
 
 
-def refuse_too_large(estimate: StageMemory, available: int | None, hint: str) -> None:
-    """Raise UsageError when ``estimate`` exceeds the ``available`` bytes; nothing where the system does not say."""
-    if available is None or estimate.total <= available:
+def _session(weights: int) -> int:
+    return weights if weights >= LARGE_WEIGHTS_BYTES else int((1 + SESSION_COPIES) * weights)
+
+
+def _candidates(size: ModelSize, recipe: Recipe, forms: int) -> StageMemory:
+    """Return the largest of the phases: rounding a layer, gathering Hessians, ordering salient channels."""
+    rounding = FLOAT32_BYTES * size.largest * (ROUNDING_ARRAYS + FORM_ARRAYS * forms)
+    code = SESSION_BYTES + NODE_BYTES * size.nodes
+    phases = [StageMemory("candidates", 0, 0, rounding, BARE_BYTES)]
+    if recipe.quantize.rounding != "nearest":
+        held = hessian_bytes(size, recipe)
+        factor = FACTOR_BYTES * max((_blocks(p, recipe)[1] ** 2 for p in size.patches), default=0)
+        values = int(ARENA_SHARE * min(HESSIAN_BATCH, _rounded_on(recipe)) * size.alive)
+        phases = [StageMemory("candidates", _session(size.weights), values, sum(held), code)]
+        phases += [StageMemory("candidates", 0, 0, rounding + factor + held[0], code)]
+    if "rows" in recipe.allocate.branches and recipe.quantize.salience == "probe":
+        values = int(VALUE_SHARE * SALIENCE_BATCH * size.values)
+        kept = min(size.weights, MEASURE_BYTES)
+        phases += [StageMemory("candidates", size.weights, values, kept, max(TORCH_BYTES, code))]
+    return max(phases, key=lambda phase: phase.total)
+
+
+def _blocks(patches: Patches, recipe: Recipe) -> tuple[int, int]:
+    """Return into how many diagonal blocks of which width a Hessian is cut."""
+    count = max(1, ceil(patches.columns / recipe.quantize.hessian_width))
+    return count, ceil(patches.columns / count)
+
+
+def _rounded_on(recipe: Recipe) -> int:
+    """Return the calls of a timestep that weights are rounded on (``calibrate.stats.CalibrationSet.split``)."""
+    samples = recipe.calibrate.samples
+    rest = samples - recipe.measure.samples
+    return (rest if rest >= samples / 5 else samples) * (1 + recipe.quantize.noise_draws)
+
+
+def hessian_bytes(size: ModelSize, recipe: Recipe) -> tuple[int, int]:
+    """Return the bytes of the Hessians held at once and of the rows that wait for them, both within the cap."""
+    section = recipe.quantize
+    cap = section.memory_mb << 20
+    calls = max(1, recipe.calibrate.timesteps * _rounded_on(recipe))
+    matrices = waiting = 0
+    for patches in size.patches:
+        count, width = _blocks(patches, recipe)
+        matrices += FLOAT32_BYTES * (patches.group * count + 1) * width**2
+        wanted = max(section.hessian_rows, HESSIAN_ROWS_PER_COLUMN * width)
+        rows = calls * min(patches.rows, ceil(wanted / calls))
+        waiting += FLOAT32_BYTES * patches.group * patches.columns * rows
+    return min(matrices, int(MATRIX_SHARE * cap)), min(waiting, int((1 - MATRIX_SHARE) * cap))
+
+
+def _measure(size: ModelSize, recipe: Recipe, forms: int) -> StageMemory:
+    batch = min(recipe.measure.batch_size, recipe.measure.calls)
+    one = int(VALUE_SHARE * size.values) + recipe.measure.probes * size.outputs
+    # As the probes choose how many calls to evaluate at once.
+    most = MEASURE_BYTES // max(int(2 * DISTINCT_SHARE * size.values) + recipe.measure.probes * size.outputs, 1)
+    values = one * max(1, min(batch, most))
+    stacks = size.weights * (1 + forms)
+    kept = min(stacks, MEASURE_BYTES) if stacks < HELD_SHARE * MEASURE_BYTES else 0
+    kept += min(HELD_BYTES, size.weights * (FLOAT32_BYTES + forms) // FLOAT32_BYTES)
+    work = FLOAT32_BYTES * size.largest * (STACK_ARRAYS + forms) + kept
+    return StageMemory("measure", size.weights, values, work, TORCH_BYTES)
+
+
+def refuse_too_large(estimate: StageMemory, room: Room | None, hint: str, held: int = 0) -> None:
+    """Raise UsageError when ``estimate`` exceeds the ``room``; nothing where the system does not say.
+
+    ``held``: bytes that this process holds already.
+    """
+    if room is None or estimate.still_needed(held) <= room.bytes:
         return
     raise UsageError(
         f"The stage '{estimate.stage}' would need about {estimate.total / 1e9:.1f} GB of memory "
         f"({estimate.weights / 1e9:.1f} for weights, {estimate.values / 1e9:.1f} for values, "
-        f"{estimate.work / 1e9:.1f} for its work), and this machine has {available / 1e9:.1f} GB free.",
+        f"{(estimate.work + estimate.code) / 1e9:.1f} for its work), and {room}.",
         hint,
     )
-
-
-__all__ = ["ModelSize", "StageMemory", "available_memory", "model_size", "refuse_too_large"]

@@ -50,7 +50,7 @@ TOLERANCE_FACTOR, TOLERANCE_FLOOR = 10.0, 1e-4
 # What runs on a device, and nothing that needs more than NumPy: tests run it with everything else blocked.
 DEVICE_ROOMS = ("bench", "device")
 DEVICE_MODULES = (
-    *("__init__.py", "api.py", "artefacts.py", "errors.py", "install.py", "meter.py", "talk.py"),
+    *("__init__.py", "api.py", "artefacts.py", "available.py", "errors.py", "install.py", "meter.py", "talk.py"),
     *("precision/__init__.py", "precision/scheme.py", "engine/__init__.py"),
     *(f"engine/{name}.py" for name in ("bisect", "build_log", "build_target", "build_worker", "builder", "expected")),
     *(f"engine/{name}.py" for name in ("failure", "layer_information", "record", "trtexec", "verify", "versions")),

@@ -16,6 +16,7 @@ from mpq_deploy.meter import metered
 from mpq_deploy.recipe import Recipe
 from mpq_deploy.shards.work import Alone, Crew
 from mpq_deploy.stages.common import deployed_stage
+from mpq_deploy.stages.memory import saying_memory_ran_out
 from mpq_deploy.talk import Talk
 
 STAGES = (
@@ -154,7 +155,7 @@ class Pipeline:
         if changed:
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
             self.talk.line(f"{name:<10} again: {', '.join(changed[:3])}{more} changed")
-        with metered() as reading, self.run.writing(name, inputs) as folder:
+        with metered() as reading, self.run.writing(name, inputs) as folder, saying_memory_ran_out(name):
             note = stages.MAKERS[name](self, folder)
         self.run.save_timing(name, reading.seconds, reading.peak_rss_bytes)
         self.talk.line(f"{name:<10} {reading.seconds:6.1f} s  {reading.peak_rss_bytes / 1e6:6.0f} MB  {note}")

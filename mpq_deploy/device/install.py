@@ -10,7 +10,6 @@ import argparse
 import importlib.util
 import json
 import platform
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from typing import Any
 
 from mpq_deploy import __version__
 from mpq_deploy.artefacts import file_digest, write_text
+from mpq_deploy.available import memory_room
 from mpq_deploy.device.archive import MANIFEST, ArchiveError, extract, read_archive
 from mpq_deploy.device.compare import compare, latency
 from mpq_deploy.device.cuda import Cuda, why_no_gpu
@@ -133,16 +133,15 @@ def check_gpu(manifest: Manifest) -> None:
         )
 
 
-def check_memory(manifest: Manifest, force: bool, meminfo: Path = Path("/proc/meminfo")) -> None:
+def check_memory(manifest: Manifest, force: bool, root: Path = Path("/")) -> None:
     """Estimate what building takes, and refuse when less is available (where Linux says what is)."""
     needed = BUILD_FACTOR * manifest.expected.total_bytes + BUILD_BASE_BYTES
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.M) if meminfo.is_file() else None
-    if found is None or force or int(found.group(1)) * 1024 >= needed:
+    room = memory_room(root)
+    if room is None or force or room.bytes >= needed:
         return
     raise EngineError(
-        f"Building is estimated to take {needed / 1e9:.1f} GB of memory; {int(found.group(1)) * 1024 / 1e9:.1f} GB are "
-        "available.",
-        "End other programs, add swap, or go on anyway with --force-memory.",
+        f"Building is estimated to take {needed / 1e9:.1f} GB of memory, and {room}.",
+        "End other programs, or go on anyway with --force-memory.",
     )
 
 

@@ -12,13 +12,14 @@ from __future__ import annotations
 import ctypes
 import importlib
 import json
-import resource
 import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
+
+from mpq_deploy.meter import peak_rss_bytes
 
 # A parser or build failure that was reported in ``result``, as opposed to a crash (negative return code).
 REPORTED_FAILURE = 3
@@ -172,7 +173,7 @@ def main(arguments: list[str]) -> int:
         except BuildFailedError as failure:
             result.update(stage=failure.stage, errors=failure.errors)
     result["seconds"] = time.monotonic() - started
-    result["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    result["peak_rss_bytes"] = peak_rss_bytes()
     Path(job.result).write_text(json.dumps(result, indent=1) + "\n")
     return REPORTED_FAILURE if "errors" in result else 0
 

@@ -46,15 +46,7 @@ def estimate_memory(model: Path, shapes: Mapping[str, tuple[int, ...]], weights_
 
     Tensors whose shape cannot be inferred count nothing, so the estimate is then too low.
     """
-    proto = onnx.load(model, load_external_data=False)
-    for value in proto.graph.input:
-        if value.name in shapes:
-            for dim, size in zip(value.type.tensor_type.shape.dim, shapes[value.name]):
-                dim.dim_value = size
-    for value in proto.graph.output:
-        value.type.tensor_type.ClearField("shape")
-    del proto.graph.value_info[:]
-    graph = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
+    graph = _inferred(model, shapes)
     sizes = {value.name: _bytes(value) for value in (*graph.input, *graph.value_info, *graph.output)}
     constant = {tensor.name for tensor in graph.initializer}
     unpacked = 0
@@ -64,6 +56,32 @@ def estimate_memory(model: Path, shapes: Mapping[str, tuple[int, ...]], weights_
             unpacked = max(unpacked, *(sizes.get(name, 0) for name in node.output))
     activations = WORKSPACE_BYTES + COPIES * peak_alive(graph, sizes, constant)
     return MemoryEstimate(weights_bytes, activations, unpacked)
+
+
+def known_shapes(
+    model: Path, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[onnx.GraphProto, dict[str, tuple[int, ...]]]:
+    """Return the graph of ``model`` and every tensor's shape that follows from inputs of ``shapes``, by name."""
+    graph = _inferred(model, shapes)
+    found = {}
+    for value in (*graph.input, *graph.value_info, *graph.output):
+        dims = value.type.tensor_type.shape.dim
+        if value.type.tensor_type.elem_type and all(dim.HasField("dim_value") for dim in dims):
+            found[value.name] = tuple(dim.dim_value for dim in dims)
+    return graph, found
+
+
+def _inferred(model: Path, shapes: Mapping[str, tuple[int, ...]]) -> onnx.GraphProto:
+    """Return the graph with all shapes inferred from those of its inputs, computed shapes included."""
+    proto = onnx.load(model, load_external_data=False)
+    for value in proto.graph.input:
+        if value.name in shapes:
+            for dim, size in zip(value.type.tensor_type.shape.dim, shapes[value.name]):
+                dim.dim_value = size
+    for value in proto.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    del proto.graph.value_info[:]
+    return onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
 
 
 def refuse_too_large(estimate: MemoryEstimate, target: Target, batch: int) -> None:

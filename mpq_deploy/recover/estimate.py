@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from mpq_deploy.available import Room
 from mpq_deploy.errors import UsageError
 
 # Of the float32 size of the weights: the graph's own, the latent's start, and what autograd holds of the way to a
@@ -56,25 +56,14 @@ def estimate_memory(
     )
 
 
-def refuse_too_large(estimate: MemoryEstimate, available: int, where: str) -> None:
-    """Raise UsageError when ``estimate`` exceeds the ``available`` bytes of memory ``where`` (this machine, a GPU)."""
-    if estimate.total <= available:
+def refuse_too_large(estimate: MemoryEstimate, room: Room, held: int = 0) -> None:
+    """Raise UsageError when ``estimate`` exceeds the ``room``; ``held``: bytes that this process holds already."""
+    if estimate.total - min(held, FIXED_BYTES) <= room.bytes:
         return
     raise UsageError(
         f"Recovery would need about {estimate.total / 1e9:.1f} GB ({estimate.weights / 1e9:.1f} for weights, "
         f"{estimate.adapters / 1e9:.1f} for adapters, {estimate.values / 1e9:.1f} for values, "
-        f"{estimate.trajectories / 1e9:.1f} for trajectories), and {where} has "
-        f"{available / 1e9:.1f} GB free.",
+        f"{estimate.trajectories / 1e9:.1f} for trajectories), and {room}.",
         "Lower recover.batch_size or recover.trajectories, set recover.rank (to 32, or lower), raise "
         "recover.segments, or use a machine with more memory.",
     )
-
-
-def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int | None:
-    """Return the bytes that new work may take without swapping; None where the system does not say."""
-    if not meminfo.is_file():
-        return None
-    for line in meminfo.read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mpq_deploy.available import Room, held_memory, memory_room
 from mpq_deploy.calibrate.shapes import activation_shapes, tensors_of
 from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
 from mpq_deploy.denoisers.spec import Array, DenoiserSpec
@@ -26,7 +27,6 @@ from mpq_deploy.recover.checkpoint import restore_checkpoint, save_checkpoint
 from mpq_deploy.recover.estimate import (
     FLOAT32_BYTES,
     MemoryEstimate,
-    available_memory,
     estimate_memory,
     refuse_too_large,
 )
@@ -177,11 +177,11 @@ def check_memory(task: RecoverTask, options: RecoverOptions, steps: int, talk: T
     """Refuse training that will not fit into the memory that is free. Raises UsageError."""
     estimate = expected_memory(task, options, steps, talk)
     if torch.cuda.is_available():
-        refuse_too_large(estimate, torch.cuda.mem_get_info()[0], "the GPU")
+        refuse_too_large(estimate, Room(torch.cuda.mem_get_info()[0], "the GPU"))
         return
-    available = available_memory()
-    if available is not None:
-        refuse_too_large(estimate, available, "this machine")
+    room = memory_room()
+    if room is not None:
+        refuse_too_large(estimate, room, held_memory())
 
 
 def _some_calls(student: Student, trainer: Trainer, pool: Trajectories) -> list[dict[str, Any]]:

@@ -1,9 +1,9 @@
-"""What workers hold in memory, said before they begin."""
+"""What workers hold in memory, said before they begin, and refused where there is less."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
+from mpq_deploy.available import Room, memory_room
+from mpq_deploy.errors import UsageError
 from mpq_deploy.shards.work import Job
 from mpq_deploy.talk import Talk
 
@@ -11,31 +11,26 @@ from mpq_deploy.talk import Talk
 PROCESS_BYTES = 400_000_000
 
 
-def say_memory(workers: int, job: Job, talk: Talk) -> None:
-    """Say what ``workers`` on this machine are estimated to hold; warn where that is more than is available."""
+def check_workers(workers: int, job: Job, talk: Talk) -> None:
+    """Say what ``workers`` on this machine are estimated to hold; raises UsageError where there is less."""
     each = job.memory_bytes + PROCESS_BYTES
-    many = f"{workers} workers" if workers > 1 else "1 worker"
-    talk.line(f"  {job.name} on {many}, an estimated {each / 1e9:.1f} GB each")
-    available = available_bytes()
-    if available is not None and workers * each > available:
-        talk.warn(
-            f"{many} may need {workers * each / 1e9:.1f} GB, and {available / 1e9:.1f} GB are available: "
-            "give fewer --workers"
+    talk.line(f"  {job.name} on {_many(workers)}, an estimated {each / 1e9:.1f} GB each")
+    room = memory_room()
+    if room is not None and workers * each > room.bytes:
+        raise UsageError(
+            f"{_many(workers)} would need about {workers * each / 1e9:.1f} GB of memory for {job.name} "
+            f"({each / 1e9:.1f} GB each), and {room}.",
+            _hint(room.bytes // each, room),
         )
 
 
-def available_bytes() -> int | None:
-    """Return the memory that this process and its children may still take; None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except OSError:
-        return free
-    if free is None or not limit.isdigit():
-        return free
-    return min(free, max(int(limit) - used, 0))
+def _many(workers: int) -> str:
+    return f"{workers} workers" if workers > 1 else "1 worker"
+
+
+def _hint(fitting: int, room: Room) -> str:
+    if fitting > 1:
+        first = f"Give --workers {fitting}, which fit"
+    else:
+        first = "Leave --workers and --threads out: one process holds less" if fitting else "Not one of them fits"
+    return f"{first}; or set MPQ_DEPLOY_MEMORY to what may be taken if you know better."

@@ -21,7 +21,7 @@ from typing import Any
 
 from mpq_deploy.errors import UsageError
 from mpq_deploy.runtime.threads import RUNTIME_THREADS, SLEEPING, Threads, runtime_threads, threads_here
-from mpq_deploy.shards.memory import say_memory
+from mpq_deploy.shards.memory import check_workers
 from mpq_deploy.shards.work import Job, Pool, Progress, Result, Shard, in_shard, lost_too_often
 from mpq_deploy.talk import Talk
 
@@ -173,7 +173,7 @@ class _ProcessPool:
     def _opened(self) -> _Process:
         if not self.told:
             self.told = True
-            say_memory(self.crew.workers, self.job, self.talk)
+            check_workers(self.crew.workers, self.job, self.talk)
         worker = _Process.start(self.crew.environment())
         self.workers.append(worker)
         with suppress(OSError):

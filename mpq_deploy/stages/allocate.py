@@ -41,6 +41,7 @@ from mpq_deploy.stages.candidates import choices_of
 from mpq_deploy.stages.common import Exported, settings, version_of
 from mpq_deploy.stages.groups import MIXDQ, allocate_groups, groups_note
 from mpq_deploy.stages.latency import latency_costs, latency_inputs, plan_latency_info
+from mpq_deploy.stages.memory import check_memory
 
 if TYPE_CHECKING:
     from mpq_deploy.pipeline import Pipeline
@@ -282,6 +283,7 @@ def any_match(pattern: str, names: Mapping[str, Any]) -> bool:
 
 def make_allocate(pipeline: Pipeline, folder: Path) -> str:
     """Make the stage allocate in ``folder``; return a few words for the log."""
+    check_memory(pipeline, "allocate")
     plan = PlanSolver(pipeline).solve(pipeline.recipe.budget)
     plan.save(folder / "plan.json")
     ratio = plan.size_bytes / plan.fp16_size_bytes

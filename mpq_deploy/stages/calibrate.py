@@ -35,7 +35,7 @@ def make_calibrate(pipeline: Pipeline, folder: Path) -> str:
 
     section = pipeline.recipe.calibrate
     exported = Exported(pipeline)
-    check_memory(pipeline, "calibrate", exported.graph)
+    check_memory(pipeline, "calibrate")
     # A component without timesteps has so many inputs and no more.
     rows = exported.spec.calibration_rows
     options = CalibrationOptions(

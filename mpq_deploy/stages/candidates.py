@@ -74,7 +74,7 @@ def candidates_inputs(pipeline: Pipeline) -> Fields:
 def make_candidates(pipeline: Pipeline, folder: Path) -> str:
     """Make the stage candidates in ``folder``; return a few words for the log."""
     exported = Exported(pipeline)
-    check_memory(pipeline, "candidates", exported.graph)
+    check_memory(pipeline, "candidates")
     target = load_target(pipeline.recipe.target)
     wanted = wanted_schemes(pipeline.recipe)
     section = pipeline.recipe.quantize

@@ -15,6 +15,7 @@ from mpq_deploy.engine.trtexec import find_trtexec
 from mpq_deploy.graph.write import DEPLOYED
 from mpq_deploy.precision.scheme import SCHEMES
 from mpq_deploy.stages.common import Exported, deployed_stage, settings, version_of
+from mpq_deploy.stages.memory import check_memory
 
 if TYPE_CHECKING:
     from mpq_deploy.pipeline import Pipeline
@@ -46,6 +47,7 @@ def make_engine(pipeline: Pipeline, folder: Path) -> str:
     from mpq_deploy.engine.builder import BatchProfile, build_engine
 
     check_target_memory(pipeline, target)
+    check_memory(pipeline, "engine")
     exported = Exported(pipeline)
     schemes = {name: SCHEMES[scheme] for name, scheme in plan.schemes.items()}
     section, spec = pipeline.recipe.engine, exported.spec

@@ -11,6 +11,7 @@ from mpq_deploy.graph.layers import layer_graph
 from mpq_deploy.graph.load import load_model
 from mpq_deploy.graph.write import fp16_bytes
 from mpq_deploy.stages.common import path_digest, version_of
+from mpq_deploy.stages.memory import check_memory
 
 if TYPE_CHECKING:
     from mpq_deploy.pipeline import Pipeline
@@ -43,6 +44,7 @@ def make_export(pipeline: Pipeline, folder: Path) -> str:
     from mpq_deploy.denoisers.open import open_denoiser
 
     recipe = pipeline.recipe
+    check_memory(pipeline, "export")
     denoiser = open_denoiser(
         recipe.model,
         conditions=Path(recipe.conditions) if recipe.conditions else None,

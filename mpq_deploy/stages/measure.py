@@ -46,7 +46,7 @@ def make_measure(pipeline: Pipeline, folder: Path) -> str:
     """Make the stage measure in ``folder``; return a few words for the log."""
     from mpq_deploy.sensitivity.measure import measure
 
-    check_memory(pipeline, "measure", Exported(pipeline).graph)
+    check_memory(pipeline, "measure")
     section = pipeline.recipe.measure
     subject, said = stage_subject(pipeline)
     table = measure(section.method, subject)

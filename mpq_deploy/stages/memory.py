@@ -1,33 +1,134 @@
-"""Refuse a stage that this machine has too little memory for, before it starts."""
+"""Refuse a stage that there is too little memory for, before it starts; say so when memory runs out in spite of it."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpq_deploy.graph.layers import LayerGraph
+from mpq_deploy.errors import MpqError
 from mpq_deploy.precision.scheme import SCHEMES
 
 if TYPE_CHECKING:
     from mpq_deploy.memory import StageMemory
     from mpq_deploy.pipeline import Pipeline
 
+MORE = "use a machine with more memory, or set MPQ_DEPLOY_MEMORY to what may be taken if you know better."
 HINTS = {
-    "calibrate": "Lower calibrate.batch_size, or use a machine with more memory.",
-    "candidates": "Lower quantize.memory_mb and quantize.hessian_width, name fewer allocate.schemes, or use a machine "
-    "with more memory.",
-    "measure": "Lower measure.batch_size and measure.probes, name fewer allocate.schemes, or use a machine with more "
-    "memory.",
-    "quantize": "Use a machine with more memory.",
+    "export": "End other programs, export the model to ONNX elsewhere, or",
+    "calibrate": "Lower calibrate.batch_size, or",
+    "candidates": "Lower quantize.memory_mb and quantize.hessian_width, name fewer allocate.schemes, or",
+    "measure": "Lower measure.batch_size and measure.probes, name fewer allocate.schemes, or",
+    "allocate": "End other programs, or",
+    "quantize": "End other programs, or",
+    "engine": "Lower the budget, set engine.build: false and build on the device ('mpq-deploy package'), or",
 }
 
 
-def check_memory(pipeline: Pipeline, stage: str, graph: LayerGraph) -> StageMemory:
-    """Estimate what ``stage`` takes; raises UsageError when this machine has less."""
-    from mpq_deploy.memory import available_memory, estimate_stage, model_size, refuse_too_large
+def check_memory(pipeline: Pipeline, stage: str) -> StageMemory:
+    """Estimate what ``stage`` takes; raises UsageError when there is less."""
+    from mpq_deploy.available import held_memory, memory_room
+    from mpq_deploy.memory import refuse_too_large
 
-    recipe = pipeline.recipe
+    estimate = stage_memory(pipeline, stage)
+    refuse_too_large(estimate, memory_room(), f"{HINTS[stage]} {MORE}", held_memory())
+    return estimate
+
+
+class MemoryRanOutError(MpqError):
+    """An allocation failed in the middle of a stage."""
+
+
+# How NumPy, ONNX Runtime, torch and the system say that an allocation failed.
+FAILED = ("bad_alloc", "bad allocation", "MemoryError", "allocate memory", "Unable to allocate", "out of memory")
+
+
+@contextmanager
+def saying_memory_ran_out(stage: str) -> Iterator[None]:
+    """Turn a failed allocation in the block into MemoryRanOutError; every other error passes as it is."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError, MpqError) as error:
+        _say(error, stage)
+        raise
+    except _runtime_errors() as error:
+        _say(error, stage)
+        raise
+
+
+def _say(error: BaseException, stage: str) -> None:
+    if ran_out(error):
+        raise MemoryRanOutError(
+            f"Memory ran out in the stage '{stage}': {' '.join(str(error).split())[:200] or type(error).__name__}",
+            f"{HINTS.get(stage, 'End other programs, or')} use a machine with more memory. What is "
+            "finished is kept: the next call goes on from there.",
+        ) from error
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether ``error`` says that an allocation failed."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in FAILED)
+
+
+def _runtime_errors() -> tuple[type[BaseException], ...]:
+    """Return ONNX Runtime's errors, which have no common base class; none where it is not in use."""
+    if "onnxruntime" not in sys.modules:
+        return ()
+    from mpq_deploy.runtime.ort import ORT_ERRORS
+
+    return ORT_ERRORS
+
+
+def stage_memory(pipeline: Pipeline, stage: str) -> StageMemory:
+    """Estimate what ``stage`` takes; those before it are current."""
+    from mpq_deploy.memory import estimate_stage, model_size
+    from mpq_deploy.stages.common import Exported
+
+    if stage == "export":
+        return _export(pipeline)
+    if stage == "engine":
+        return _engine(pipeline)
+    exported, recipe = Exported(pipeline), pipeline.recipe
+    inputs = {item.name: (1, *item.shape) if item.batched else item.shape for item in exported.spec.inputs}
     named = recipe.allocate.schemes
     forms = {s.weight_form for s in SCHEMES.values() if not s.branch and (s.name in named or s.family in named)}
-    estimate = estimate_stage(stage, model_size(graph), recipe, len(forms))
-    refuse_too_large(estimate, available_memory(), HINTS[stage])
-    return estimate
+    return estimate_stage(stage, model_size(exported.path, exported.graph, inputs), recipe, len(forms))
+
+
+def _export(pipeline: Pipeline) -> StageMemory:
+    from mpq_deploy.denoisers.open import DENOISERS, locate
+    from mpq_deploy.memory import estimate_export, source_size
+
+    recipe = pipeline.recipe
+    path = locate(recipe.model)
+    if path.is_file():
+        from mpq_deploy.graph.load import external_files, read_proto
+
+        proto = read_proto(path)
+        size = path.stat().st_size + sum(file.stat().st_size for file in external_files(proto, path))
+        return estimate_export(size, len(proto.graph.node), torch=False)
+    parts = (recipe.component,) if recipe.component else DENOISERS
+    part = next((path / name for name in parts if (path / name).is_dir()), path)
+    return estimate_export(*source_size(_weight_files(part)), torch=True)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors of one variant: the plain one where there is one."""
+    files = sorted(folder.glob("*.safetensors"))
+    plain = [file for file in files if file.name.count(".") == 1]
+    return plain or [file for file in files if file.name.split(".")[1] == files[0].name.split(".")[1]]
+
+
+def _engine(pipeline: Pipeline) -> StageMemory:
+    import onnx
+
+    from mpq_deploy.allocate import PrecisionPlan
+    from mpq_deploy.graph.write import DEPLOYED
+    from mpq_deploy.memory import estimate_engine
+    from mpq_deploy.stages.common import deployed_stage
+
+    plan = PrecisionPlan.load(pipeline.folder("allocate") / "plan.json")
+    model = onnx.load(pipeline.folder(deployed_stage(pipeline)) / DEPLOYED, load_external_data=False)
+    return estimate_engine(plan.size_bytes, len(model.graph.node))

@@ -35,7 +35,7 @@ def quantize_inputs(pipeline: Pipeline) -> Fields:
 def write_plan(pipeline: Pipeline, schemes: dict[str, str], folder: Path) -> int:
     """Write the graphs of a plan (layer -> scheme) into ``folder``; return the bytes counted from the file."""
     exported = Exported(pipeline)
-    check_memory(pipeline, "quantize", exported.graph)
+    check_memory(pipeline, "quantize")
     _, stats = load_calibration(pipeline)
     rewrites = []
     for candidates in iterate_candidates(pipeline.folder("candidates"), exported.graph):

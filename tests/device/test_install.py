@@ -271,11 +271,11 @@ def test_another_gpu_is_refused(orin: Path, tmp_path: Path, monkeypatch: pytest.
 
 def test_too_little_memory_is_refused_before_building(orin: Path, tmp_path: Path) -> None:
     manifest = unpacked(orin, tmp_path / "p")
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal: 900000 kB\nMemAvailable:   100000 kB\n")
-    with pytest.raises(EngineError, match=r"estimated to take 0\.5 GB of memory; 0\.1 GB are available"):
-        check_memory(manifest, False, meminfo)
-    check_memory(manifest, True, meminfo)
+    (tmp_path / "root" / "proc").mkdir(parents=True)
+    (tmp_path / "root" / "proc" / "meminfo").write_text("MemTotal: 900000 kB\nMemAvailable:   100000 kB\n")
+    with pytest.raises(EngineError, match=r"estimated to take 0\.5 GB of memory, and this machine has 0\.1 GB free"):
+        check_memory(manifest, False, tmp_path / "root")
+    check_memory(manifest, True, tmp_path / "root")
     check_memory(manifest, False, tmp_path / "none")
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
+from mpq_deploy.available import Room
 from mpq_deploy.errors import UsageError
-from mpq_deploy.recover.estimate import available_memory, estimate_memory, refuse_too_large
+from mpq_deploy.recover.estimate import FIXED_BYTES, estimate_memory, refuse_too_large
 
 
 def test_the_parts_are_counted() -> None:
@@ -32,13 +31,10 @@ def test_a_unet_of_860_million_parameters_is_refused_on_a_small_machine() -> Non
     estimate = estimate_memory(shapes, 32, 2 << 30, 4, 1)
     assert 30e9 < estimate.total < 60e9
     with pytest.raises(UsageError, match=r"about \d\d\.\d GB \(\d\d\.\d for weights.*has 16\.0 GB free") as caught:
-        refuse_too_large(estimate, 16 * 10**9, "this machine")
+        refuse_too_large(estimate, Room(16 * 10**9, "this machine"))
     assert "recover.segments" in caught.value.hint
-    refuse_too_large(estimate, 80 * 10**9, "this machine")
-
-
-def test_what_is_free_is_read_from_the_system(tmp_path: Path) -> None:
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal:  100 kB\nMemAvailable:   42 kB\n")
-    assert available_memory(meminfo) == 42 * 1024
-    assert available_memory(tmp_path / "none") is None
+    refuse_too_large(estimate, Room(80 * 10**9, "this machine"))
+    almost = Room(estimate.total - FIXED_BYTES, "this machine")
+    refuse_too_large(estimate, almost, held=FIXED_BYTES)
+    with pytest.raises(UsageError):
+        refuse_too_large(estimate, almost, held=FIXED_BYTES - 1)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from mpq_deploy.available import Room
 from mpq_deploy.errors import MpqError, UsageError
 from mpq_deploy.graph.write import SIMULATED
 from mpq_deploy.recover.checkpoint import restore_checkpoint, save_checkpoint
@@ -149,7 +150,8 @@ def test_too_little_memory_is_refused_before_anything_is_made(
 ) -> None:
     from mpq_deploy.recover import recover as module
 
-    monkeypatch.setattr(module, "available_memory", lambda: 10 << 20)
+    monkeypatch.setattr(module, "memory_room", lambda: Room(10 << 20, "this machine"))
+    monkeypatch.setattr(module, "held_memory", lambda: 0)
     monkeypatch.setattr(module, "Student", None)
     with pytest.raises(UsageError, match=r"needs? about|would need about .* GB .* and this machine has 0\.0 GB free"):
         recover(case.planned("w4a16"), OPTIONS, case.recorder(), Talk(), tmp_path / "state", "key")
