@@ -45,7 +45,7 @@ SALIENCE_TIMESTEPS, SALIENCE_SAMPLES = 8, 12
 # Candidates that are kept in memory once they were read (our choice).
 HELD_BYTES = 512 << 20
 # Raised with every change of what the candidates' files hold, so that older run folders make theirs again.
-CANDIDATES_FORMAT = 5
+CANDIDATES_FORMAT = 6
 # Controls: what a user would get without this tool, at the same rounding: one scheme for every layer that may
 # take it (FP16 for the others).
 # The last of each is what the target simulate takes instead.
