@@ -162,8 +162,8 @@ def damped(hessian: Array, damping: float) -> Array:
 def gptq_factor(hessian: Array, damping: float) -> Array:
     """Return what earlier columns' errors add to each column, float32 [K, K], zero on and below the diagonal.
 
-    ``hessian``: mean of x x^T over the layer's inputs, damped here by ``damped``. With H = U U^T, U upper triangular, it
-    is U_jk / U_kk, and columns are rounded from the first to the last. That is GPTQ (Frantar et al. 2023, section 3)
+    ``hessian``: mean of x x^T over the layer's inputs, damped here by ``damped``. With H = U U^T, U upper triangular,
+    it is U_jk / U_kk, and columns are rounded from the first to the last. That is GPTQ (Frantar et al. 2023, section 3)
     without its inverse matrix: Chee et al., QuIP (2023), theorem 6. U comes from one Cholesky of the reversed matrix.
     """
     lower = np.linalg.cholesky(damped(hessian, damping)[::-1, ::-1])

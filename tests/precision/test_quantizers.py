@@ -267,9 +267,7 @@ def test_rounding_hardly_depends_on_how_large_a_column_s_input_is() -> None:
     assert error[1] == pytest.approx(error[0], rel=0.15)
 
 
-def naive_refined(
-    w: np.ndarray, codes: np.ndarray, scale: np.ndarray, h: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def naive_refined(w: np.ndarray, codes: np.ndarray, scale: np.ndarray, h: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """One round as its docstring states it, row by row and in float64: all columns together."""
     codes, scale, block = codes.astype(np.float64), scale.astype(np.float64), w.shape[1] // scale.shape[1]
 
