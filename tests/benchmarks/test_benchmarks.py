@@ -19,7 +19,7 @@ import pytest
 from mpq_deploy.allocate import Problem, plan_bytes
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-SCRIPTS = ("budgets", "probe_quality", "allocate", "peers", "correction", "seeds", "recover", "scale")
+SCRIPTS = ("budgets", "probe_quality", "allocate", "peers", "correction", "seeds", "recover", "scale", "speed")
 
 
 @pytest.fixture
@@ -182,3 +182,35 @@ def test_memory_of_a_process_tree_includes_its_children(script: ModuleType) -> N
             os.kill(child, signal.SIGKILL)
     assert private > 64 << 20
     assert resident > private
+
+
+@using("speed")
+def test_goals_of_speed_are_judged_by_wall_and_by_processor_time(script: ModuleType) -> None:
+    fine = {name: script.Cost(1.0, 1.0, 0.0) for name in (*script.ORDER, "bare", "budget")}
+    fine["import"] = script.Cost(0.2, 0.2, 0.0)
+    checks = script.goals("m", fine)
+    assert len(checks) == 5 and all(passed for passed, _ in checks)
+    # A busy machine: wall time is lost, processor time is not.
+    checks = script.goals("m", {**fine, "quantize": script.Cost(30.0, 4.0, 9.0)})
+    assert all(passed for passed, _ in checks)
+    assert any("FAIL by wall 30.00 s" in line and "PASS by CPU / 2 2.00 s" in line for _, line in checks)
+    slow = {**fine, "calibrate": script.Cost(1.5, 1.5, 0.0), "budget": script.Cost(30.0, 30.0, 0.0)}
+    assert [passed for passed, _ in script.goals("m", slow)].count(False) == 2
+    # What was not measured is named where the sum stands.
+    assert "without evaluate" in " ".join(
+        line for _, line in script.goals("m", {k: v for k, v in fine.items() if k != "evaluate"})
+    )
+
+
+@using("speed")
+def test_a_cost_linear_in_the_size_has_exponent_one(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, sizes = [], {}
+    for name, size in (("large", 20_000_000), ("small", 2_000_000)):
+        (tmp_path / name).mkdir()
+        files.append(tmp_path / name / "costs.json")
+        files[-1].write_text(f'[{{"stage": "measure", "cpu_seconds": {size / 1e6}}}]')
+        sizes[tmp_path / name / "run"] = size
+    monkeypatch.setattr(script, "parameters", sizes.__getitem__)
+    assert script.curve(files).splitlines()[-1] == "| measure | 2.0 | 20.0 | 1.00 |"
