@@ -12,8 +12,8 @@ below 5 s; `import mpq_deploy.cli` below 0.3 s.
 Each stage is timed once and kept in FOLDER/costs.json, so a call that was stopped goes on (--fresh measures again); one
 that another call made is not timed. Where others use the cores, wall time says more of them than of us: every goal is
 judged by wall seconds and by processor seconds over two cores. Work of one thread takes its processor seconds in wall
-time, also where nothing else runs. The exit code is 1 when a goal is missed by both, or not measured. --curve adds processor seconds
-over the model's size, from what scale.py --keep left.
+time, also where nothing else runs. The exit code is 1 when a goal is missed by both, or not measured. --curve adds
+processor seconds over the model's size, from what scale.py --keep left.
 """
 
 from __future__ import annotations
