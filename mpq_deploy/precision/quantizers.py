@@ -26,8 +26,9 @@ LARGEST_MULTIPLE = 15
 # Rows of a weight whose scales are searched together take so much, so that the search stays in the cache: a quarter to
 # half of the time that a wide layer takes as a whole (measured).
 PIECE_BYTES = 1 << 18
-# Memory for the normal equations of block scales.
-NORMAL_BYTES = 64 << 20
+# Columns that are refined together, at least: fewer products of more rows each (measured). Their codes are moved in
+# smaller parts, whose slopes stay in the cache.
+REFINED_TOGETHER, CODES_TOGETHER = 128, 32
 
 
 @dataclass(frozen=True)
@@ -159,27 +160,17 @@ def damped(hessian: Array, damping: float) -> Array:
 
 
 def gptq_factor(hessian: Array, damping: float) -> Array:
-    """Return the upper Cholesky factor U float32 [K, K] of the damped inverse Hessian, U^T U = H^-1.
+    """Return what earlier columns' errors add to each column, float32 [K, K], zero on and below the diagonal.
 
-    ``hessian``: mean of x x^T over the layer's inputs, damped by ``damped``.
-    Source: Frantar et al., GPTQ (2023), section 3; the factor comes from one Cholesky of the reversed matrix.
+    ``hessian``: mean of x x^T over the layer's inputs, damped here by ``damped``. With H = U U^T, U upper triangular,
+    it is U_jk / U_kk, and columns are rounded from the first to the last. That is GPTQ (Frantar et al. 2023, section 3)
+    without its inverse matrix: Chee et al., QuIP (2023), theorem 6. U comes from one Cholesky of the reversed matrix.
     """
-    matrix = damped(hessian, damping)
-    lower = np.linalg.cholesky(matrix[::-1, ::-1])
-    return np.asarray(_inverse_of_lower(lower)[::-1, ::-1], np.float32)
-
-
-def _inverse_of_lower(lower: Array, base: int = 64) -> Array:
-    """Invert a lower triangular matrix by halves: NumPy's own inverse does not use the zeros (three times the work)."""
-    size = len(lower)
-    if size <= base:
-        return np.linalg.inv(lower)
-    half = size // 2
-    first, last = _inverse_of_lower(lower[:half, :half], base), _inverse_of_lower(lower[half:, half:], base)
-    inverse = np.zeros_like(lower)
-    inverse[:half, :half], inverse[half:, half:] = first, last
-    inverse[half:, :half] = -last @ (lower[half:, :half] @ first)
-    return inverse
+    lower = np.linalg.cholesky(damped(hessian, damping)[::-1, ::-1])
+    lower /= np.diagonal(lower)
+    factor = lower[::-1, ::-1].astype(np.float32, order="C")
+    np.fill_diagonal(factor, 0)
+    return factor
 
 
 @dataclass(frozen=True)
@@ -224,19 +215,18 @@ Nearest = Callable[[int, Array], Array]
 
 
 def compensate(remaining: Array, factor: Array, nearest: Nearest, chunk: int = 32) -> None:
-    """GPTQ's pass over the columns of ``remaining`` [K, R] (overwritten): those that follow make up for each error.
+    """GPTQ's pass over the columns of ``remaining`` [K, R]: each makes up for the errors of those before it.
 
-    ``factor`` [K, K]: that of ``gptq_factor``. The number format is ``nearest``, which is called once per column.
+    In the end ``remaining`` holds the errors. ``factor`` [K, K]: that of ``gptq_factor``. The number format is
+    ``nearest``, which is called once per column.
     """
     columns = len(factor)
     for start in range(0, columns, chunk):
         stop = min(start + chunk, columns)
-        errors = np.empty((stop - start, remaining.shape[1]), np.float32)
+        wanted = remaining[start:stop] + factor[:start, start:stop].T @ remaining[:start]
         for i in range(start, stop):
-            error = (remaining[i] - nearest(i, remaining[i])) / factor[i, i]
-            errors[i - start] = error
-            remaining[i + 1 : stop] -= factor[i, i + 1 : stop, None] * error
-        remaining[stop:] -= factor[start:stop, stop:].T @ errors
+            remaining[i] -= nearest(i, wanted[i - start])
+            wanted[i + 1 - start :] += factor[i, i + 1 : stop, None] * remaining[i]
 
 
 Rounded = tuple[Array, Array]
@@ -247,90 +237,124 @@ def refine_rounding(
 ) -> list[Rounded]:
     """Lower the error e H e^T of INT4 ``forms`` of one weight [O, K]: (codes [O, K], block scales [O, B]) each.
 
-    Each round first fits all scales of a row to its codes by least squares, then visits every code once and moves it
-    to the best level for the others as they stand (coordinate descent). ``moments``: the diagonal blocks of the
-    Hessian, together K wide, damped here as for GPTQ. Neither step makes a row worse. Our choice.
+    Each round goes over the columns once, some blocks at a time: it fits each block's scale to its codes by least
+    squares, then moves every code to the best level, each for all the others as they stand (coordinate descent).
+    ``moments``: the diagonal blocks of the Hessian, together K wide, damped here as for GPTQ. Neither step makes a row
+    worse. Our choice.
     """
-    hessians = [damped(block, damping).astype(np.float32) for block in moments]
+    if not rounds:
+        return forms
+    hessian = BlockDiagonal([damped(block, damping).astype(np.float32) for block in moments])
     columns = weight.shape[1]
-    for _ in range(rounds if forms else 0):
-        scales = [_better_scales(weight, codes, scale, hessians) for codes, scale in forms]
-        # All forms share the Hessian, so their rows are visited together.
-        target = np.tile(weight, (len(forms), 1))
-        codes = np.concatenate([codes for codes, _ in forms])
-        step = np.concatenate([_per_column(scale.astype(np.float32), columns) for scale in scales])
-        start = 0
-        for block in hessians:
-            span = slice(start, start + len(block))
-            start += len(block)
-            codes[:, span] = _descended(target[:, span], codes[:, span], step[:, span], block)
-        forms = list(zip(np.split(codes, len(forms)), scales))
-    return forms
+    spans = [_refined_together(columns // scale.shape[1]) for _, scale in forms]
+    found: dict[int, Rounded] = {}
+    for span in sorted(set(spans)):
+        # Forms share the Hessian, so the rows of those that are cut alike are visited together.
+        alike = [number for number, own in enumerate(spans) if own == span]
+        state = _Descent(weight, [forms[number] for number in alike])
+        for _ in range(rounds):
+            for start in range(0, columns, span):
+                state.visit(start, min(start + span, columns), hessian)
+        found.update(zip(alike, state.forms()))
+    return [found[number] for number in range(len(forms))]
 
 
-def _errors(weight: Array, codes: Array, scale: Array, moments: list[Array]) -> Array:
-    """Return e H e^T of every row, float32 [O]."""
-    error = weight - codes * _per_column(scale.astype(np.float32), weight.shape[1])
-    return np.asarray(np.einsum("ok,ok->o", _times(error, moments), error))
+def _refined_together(block: int) -> int:
+    """Return how many columns are visited together where blocks are ``block`` wide: whole blocks."""
+    return -(-REFINED_TOGETHER // block) * block
 
 
-def _times(rows: Array, moments: list[Array]) -> Array:
-    """Return rows [O, K] times the block-diagonal Hessian."""
-    cuts = np.cumsum([len(block) for block in moments])[:-1]
-    return np.concatenate([part @ block for part, block in zip(np.split(rows, cuts, axis=1), moments)], axis=1)
+class BlockDiagonal:
+    """A symmetric matrix [K, K] of diagonal ``blocks``, float32."""
+
+    def __init__(self, blocks: list[Array]) -> None:
+        edges = np.cumsum([0, *map(len, blocks)])
+        self._blocks = list(zip(blocks, edges[:-1].tolist(), edges[1:].tolist()))
+
+    def times(self, start: int, stop: int, rows: Array) -> Array:
+        """Return rows ``start`` to ``stop`` of the matrix times ``rows`` [K, R]."""
+        parts = [
+            block[max(start, low) - low : min(stop, high) - low] @ rows[low:high]
+            for block, low, high in self._blocks
+            if low < stop and high > start
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def square(self, start: int, stop: int) -> Array:
+        """Return the part of rows and columns ``start`` to ``stop``."""
+        found = np.zeros((stop - start, stop - start), np.float32)
+        for block, low, high in self._blocks:
+            first, last = max(start, low), min(stop, high)
+            if first < last:
+                own = slice(first - start, last - start)
+                found[own, own] = block[first - low : last - low, first - low : last - low]
+        return found
 
 
-def _better_scales(weight: Array, codes: Array, scale: Array, moments: list[Array]) -> Array:
-    """Fit the scales of some rows at a time: the normal equations of all rows of a wide layer take gigabytes."""
-    rows = max(1, NORMAL_BYTES // (4 * scale.shape[1] ** 2))
-    parts = [slice(start, start + rows) for start in range(0, len(weight), rows)]
-    return np.concatenate([_better_scale(weight[p], codes[p], scale[p], moments) for p in parts])
+class _Descent:
+    """Forms of one weight while they are refined: columns are contiguous, [K, R], forms side by side."""
 
+    def __init__(self, weight: Array, forms: list[Rounded]) -> None:
+        self._rows, columns = len(weight), weight.shape[1]
+        self._blocks = [columns // scale.shape[1] for _, scale in forms]
+        step = np.concatenate([_per_column(scale.astype(np.float32), columns) for _, scale in forms])
+        self._step = np.ascontiguousarray(step.T)
+        self._levels = np.ascontiguousarray(np.concatenate([codes for codes, _ in forms]).T, np.float32)
+        self._error = np.tile(weight.T, (1, len(forms))) - self._levels * self._step
 
-def _better_scale(weight: Array, codes: Array, scale: Array, moments: list[Array]) -> Array:
-    """Return the FP16 scales [O, B] with the least error for these codes; a row's old ones where they are better."""
-    normal, wanted = _normal_equations(weight, codes.astype(np.float32), scale.shape[1], moments)
-    # A block of zero codes leaves its scale open, and nearly equal blocks leave theirs ill-determined.
-    ridge = 1e-6 * np.einsum("oii->o", normal) / scale.shape[1] + np.finfo(np.float32).tiny
-    normal += ridge[:, None, None] * np.eye(scale.shape[1], dtype=np.float32)
-    fitted = np.linalg.solve(normal, wanted[:, :, None])[:, :, 0]
-    old = scale.astype(np.float32)
-    sensible = np.isfinite(fitted) & (fitted > 0.5 * old) & (fitted < 2 * old)
-    fitted = round_scale(np.where(sensible, fitted, old))
-    before, after = (_errors(weight, codes, s, moments) for s in (scale, fitted))
-    return np.where((after < before)[:, None], fitted, scale)
+    def visit(self, start: int, stop: int, hessian: BlockDiagonal) -> None:
+        """Fit the scales of the columns ``start`` to ``stop``, move their codes, and fit the scales to those."""
+        square, slope = hessian.square(start, stop), hessian.times(start, stop, self._error)
+        self._fit_all(start, stop, square, slope)
+        for first in range(start, stop, CODES_TOGETHER):
+            self._move(first, min(first + CODES_TOGETHER, stop), start, square, slope)
+        self._fit_all(start, stop, square, slope)
 
+    def _fit_all(self, start: int, stop: int, square: Array, slope: Array) -> None:
+        for form, block in enumerate(self._blocks):
+            part = slice(form * self._rows, (form + 1) * self._rows)
+            for first in range(start, stop, block):
+                self._fit(slice(first, first + block), part, start, square, slope[:, part])
 
-def _normal_equations(weight: Array, levels: Array, blocks: int, moments: list[Array]) -> tuple[Array, Array]:
-    """Return c_i H c_j^T [O, B, B] and c_i H w^T [O, B]: c_i are a row's ``levels`` in block i, zero elsewhere."""
-    rows, columns = weight.shape
-    normal, wanted = np.zeros((rows, blocks, blocks), np.float32), np.zeros((rows, blocks), np.float32)
-    of = np.arange(columns) // (columns // blocks)
-    start = 0
-    for hessian in moments:
-        span = slice(start, start + len(hessian))
-        start += len(hessian)
-        block_of, local = of[span], levels[:, span]
-        first, edges = block_of[0], np.flatnonzero(np.diff(block_of, prepend=-1))
-        there = slice(first, first + len(edges))
-        wanted[:, there] += np.add.reduceat((weight[:, span] @ hessian) * local, edges, axis=1)
-        for block, low, high in zip(range(first, blocks), edges, [*edges[1:], len(hessian)]):
-            product = (local[:, low:high] @ hessian[low:high]) * local
-            normal[:, block, there] += np.add.reduceat(product, edges, axis=1)
-    return normal, wanted
+    def _fit(self, columns: slice, part: slice, start: int, square: Array, slope: Array) -> None:
+        """Fit one block's scale: the error falls by 2 d g - d^2 h when it changes by d."""
+        local = slice(columns.start - start, columns.stop - start)
+        levels, old = self._levels[columns, part], self._step[columns.start, part]
+        raised = square[:, local] @ levels
+        gradient = np.einsum("kr,kr->r", levels, slope[local])
+        curvature = np.einsum("kr,kr->r", levels, raised[local])
+        # A block of zero codes leaves its scale open.
+        wanted = old + gradient / np.maximum(curvature, np.finfo(np.float32).tiny)
+        sensible = (wanted > 0.5 * old) & (wanted < 2 * old)
+        change = round_scale(np.where(sensible, wanted, old)).astype(np.float32) - old
+        change[change * (2 * gradient - change * curvature) <= 0] = 0
+        self._error[columns, part] -= levels * change
+        self._step[columns, part] += change
+        slope -= raised * change
 
+    def _move(self, first: int, last: int, start: int, square: Array, slope: Array) -> None:
+        """Move the codes of some columns, and let the ``slope`` of all follow."""
+        own = slice(first - start, last - start)
+        factor = np.diagonal(square)[own, None] * self._step[first:last]
+        local, within = slope[own].copy(), square[own, own]
+        levels, moved = self._levels, np.empty_like(local)
+        for i in range(first, last):
+            wanted = local[i - first] / factor[i - first]
+            wanted += levels[i]
+            np.rint(wanted, out=wanted)
+            np.clip(wanted, INT4.quant_min, INT4.quant_max, out=wanted)
+            change = np.multiply(wanted - levels[i], self._step[i], out=moved[i - first])
+            levels[i] = wanted
+            local[i + 1 - first :] -= within[i + 1 - first :, i - first, None] * change
+        self._error[first:last] -= moved
+        slope -= square[:, own] @ moved
 
-def _descended(weight: Array, codes: Array, step: Array, hessian: Array, chunk: int = 64) -> Array:
-    """Visit every column once: set its codes [O, K] to the best level given all the others."""
-    target, levels, step = (np.ascontiguousarray(a.T, np.float32) for a in (weight, codes, step))
-    values = levels * step
-
-    def nearest(i: int, wanted: Array) -> Array:
-        levels[i] = np.clip(np.rint(wanted / step[i]), INT4.quant_min, INT4.quant_max)
-        return np.asarray(levels[i] * step[i])
-
-    descend(target, values, hessian, nearest, chunk)
-    return np.asarray(levels.T, np.int8)
+    def forms(self) -> list[Rounded]:
+        """Return the codes [O, K] and scales [O, B] of each form."""
+        codes, parts = self._levels.T.astype(np.int8), range(len(self._blocks))
+        cut = [slice(form * self._rows, (form + 1) * self._rows) for form in parts]
+        scales = [self._step[:: self._blocks[form], cut[form]].T.astype(np.float16) for form in parts]
+        return [(np.ascontiguousarray(codes[cut[form]]), np.ascontiguousarray(scales[form])) for form in parts]
 
 
 def descend(target: Array, values: Array, hessian: Array, nearest: Nearest, chunk: int = 64) -> None:
@@ -356,11 +380,10 @@ def _keep_better(problems: list[RoundingProblem], codes: Array, hessian: Array) 
         by_gptq = np.ascontiguousarray(codes[first : first + len(problem.weight)])
         first += len(problem.weight)
         by_nearest = round_to_nearest(problem.weight, problem.step, problem.quant_min, problem.quant_max)
-        losses = []
-        for candidate in (by_gptq, by_nearest):
-            error = problem.weight - candidate * problem.step
-            losses.append(np.einsum("ok,ok->o", error @ small, error))
-        kept.append(np.where((losses[0] <= losses[1])[:, None], by_gptq, by_nearest))
+        one, other = (problem.weight - candidate * problem.step for candidate in (by_gptq, by_nearest))
+        # a H a^T - b H b^T = (a - b) H (a + b)^T, for symmetric H: one product for both.
+        excess = np.einsum("ok,ok->o", (one - other) @ small, one + other)
+        kept.append(np.where((excess <= 0)[:, None], by_gptq, by_nearest))
     return kept
 
 

@@ -44,8 +44,11 @@ ROW_ORDERS = "row-orders.npz"
 SALIENCE_TIMESTEPS, SALIENCE_SAMPLES = 8, 12
 # Candidates that are kept in memory once they were read (our choice).
 HELD_BYTES = 512 << 20
+# Layers of fewer weights are rounded by one thread of NumPy's BLAS: their products take microseconds, and threads that
+# wait for each other took up to ten times the processor time (measured).
+THREADED_WEIGHTS = 1 << 18
 # Raised with every change of what the candidates' files hold, so that older run folders make theirs again.
-CANDIDATES_FORMAT = 5
+CANDIDATES_FORMAT = 6
 # Controls: what a user would get without this tool, at the same rounding: one scheme for every layer that may
 # take it (FP16 for the others).
 # The last of each is what the target simulate takes instead.
@@ -73,6 +76,8 @@ def candidates_inputs(pipeline: Pipeline) -> Fields:
 
 def make_candidates(pipeline: Pipeline, folder: Path) -> str:
     """Make the stage candidates in ``folder``; return a few words for the log."""
+    from threadpoolctl import ThreadpoolController
+
     exported = Exported(pipeline)
     check_memory(pipeline, "candidates")
     target = load_target(pipeline.recipe.target)
@@ -91,23 +96,25 @@ def make_candidates(pipeline: Pipeline, folder: Path) -> str:
 
     numbers = {layer.name: number for number, layer in enumerate(exported.graph.layers)}
     _, stats = load_calibration(pipeline)
+    blas = ThreadpoolController()
     for moments in _moments(pipeline, exported):
         layer = moments.layer
-        candidates = round_candidates(
-            layer,
-            choices_for(layer, wanted, refusal),
-            weight_matrix(layer, weight_array(exported.graph.model, layer)),
-            moments.blocks,
-            widths=moments.widths,
-            gptq=section.rounding == "gptq",
-            damping=section.damping,
-            refinements=section.refinements,
-            # The controls are what they say whatever the recipe allows the plan.
-            outliers=stats.activations[layer.inputs[0]].outliers,
-            factors=stats.activations[layer.inputs[0]].factors[0],
-            input_amax=_column_amax(layer, stats) if layer.group == 1 else None,
-            also=tuple(s for names in CONTROLS.values() if (s := control_scheme(layer, names, target)).weight),
-        )
+        with blas.limit(limits=1 if layer.weights < THREADED_WEIGHTS else None, user_api="blas"):
+            candidates = round_candidates(
+                layer,
+                choices_for(layer, wanted, refusal),
+                weight_matrix(layer, weight_array(exported.graph.model, layer)),
+                moments.blocks,
+                widths=moments.widths,
+                gptq=section.rounding == "gptq",
+                damping=section.damping,
+                refinements=section.refinements,
+                # The controls are what they say whatever the recipe allows the plan.
+                outliers=stats.activations[layer.inputs[0]].outliers,
+                factors=stats.activations[layer.inputs[0]].factors[0],
+                input_amax=_column_amax(layer, stats) if layer.group == 1 else None,
+                also=tuple(s for names in CONTROLS.values() if (s := control_scheme(layer, names, target)).weight),
+            )
         save_candidates(candidates, _file(folder, numbers[layer.name]))
         drop_pages(exported.graph.model.graph.initializers[layer.weight].const_value)
     orders, how = _salient_first(pipeline, exported, folder)

@@ -19,7 +19,7 @@ import pytest
 from mpq_deploy.allocate import Problem, plan_bytes
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-SCRIPTS = ("budgets", "probe_quality", "allocate", "peers", "correction", "seeds", "recover", "scale")
+SCRIPTS = ("budgets", "probe_quality", "allocate", "peers", "correction", "seeds", "recover", "scale", "speed")
 
 
 @pytest.fixture
@@ -210,3 +210,36 @@ def test_no_kept_page_runs_the_two_together() -> None:
     ]
     assert len(following) > 10
     assert {after for _, after in following} == {""}, following
+
+
+@using("speed")
+def test_goals_of_speed_are_judged_by_wall_and_by_processor_time(script: ModuleType) -> None:
+    fine = {name: script.Cost(1.0, 1.0, 0.0) for name in (*script.ORDER, "bare", "budget")}
+    fine["import"] = script.Cost(0.2, 0.2, 0.0)
+    checks = script.goals("m", fine)
+    assert len(checks) == 5 and all(passed for passed, _ in checks)
+    # A busy machine: wall time is lost, processor time is not.
+    checks = script.goals("m", {**fine, "quantize": script.Cost(30.0, 4.0, 9.0)})
+    assert all(passed for passed, _ in checks)
+    assert any("FAIL by wall 30.00 s" in line and "PASS by CPU / 2 2.00 s" in line for _, line in checks)
+    slow = {**fine, "calibrate": script.Cost(1.5, 1.5, 0.0), "budget": script.Cost(30.0, 30.0, 0.0)}
+    assert [passed for passed, _ in script.goals("m", slow)].count(False) == 2
+    # A sum that lacks a stage passes nothing.
+    checks = script.goals("m", {name: cost for name, cost in fine.items() if name != "evaluate"})
+    assert [line for passed, line in checks if not passed] == [
+        "- m: not judged as a whole: evaluate not measured in this run"
+    ]
+
+
+@using("speed")
+def test_a_cost_linear_in_the_size_has_exponent_one(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, sizes = [], {}
+    for name, size in (("large", 20_000_000), ("small", 2_000_000)):
+        (tmp_path / name).mkdir()
+        files.append(tmp_path / name / "costs.json")
+        files[-1].write_text(f'[{{"stage": "measure", "cpu_seconds": {size / 1e6}}}]')
+        sizes[tmp_path / name / "run"] = size
+    monkeypatch.setattr(script, "parameters", sizes.__getitem__)
+    assert script.curve(files).splitlines()[-1] == "| measure | 2.0 | 20.0 | 1.00 |"

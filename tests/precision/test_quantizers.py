@@ -151,14 +151,17 @@ def test_rounding_forms_together_or_apart_gives_the_same_codes() -> None:
         np.testing.assert_array_equal(one, other)
 
 
-def test_the_factor_inverts_the_damped_hessian_and_survives_dead_columns() -> None:
+def test_the_factor_makes_the_damped_hessian_diagonal_and_survives_dead_columns() -> None:
     hessian = random_hessian(7)
     hessian[5] = hessian[:, 5] = 0
     factor = gptq_factor(hessian, 0.01).astype(np.float64)
-    assert np.allclose(factor, np.triu(factor))
+    assert np.allclose(factor, np.triu(factor, 1))
     damped = hessian + 0.01 * np.diag(np.diagonal(hessian))
     damped[5, 5] = np.mean(np.diagonal(hessian)[np.diagonal(hessian) > 0])
-    np.testing.assert_allclose(factor.T @ factor @ damped, np.eye(32), atol=2e-4)
+    inverse = np.linalg.inv(np.eye(32) + factor)
+    rest = inverse @ damped @ inverse.T
+    assert np.all(np.diagonal(rest) > 0)
+    np.testing.assert_allclose(rest, np.diag(np.diagonal(rest)), atol=2e-5)
 
 
 def test_dequantize_repeats_each_scale_over_its_block() -> None:
@@ -212,19 +215,21 @@ def test_refining_never_makes_a_row_worse_and_ends_where_no_single_code_helps(
 
 def test_fitted_scales_are_the_least_squares_solution() -> None:
     w, hessian = random_weight(3), random_hessian(4)
-    codes, scale = nearest_form(w, 4)
-    [(_, fitted)] = refine_rounding(w, [(codes, scale)], [hessian], 0.01, 1)
+    codes, scale = nearest_form(w, 1)
+    [(moved, fitted)] = refine_rounding(w, [(codes, scale)], [hessian], 0.01, 1)
     h = hessian.astype(np.float64) + 0.01 * np.diag(np.diagonal(hessian))
     root = np.linalg.cholesky(h).T  # e H e^T = |root e|^2
     for row in range(len(w)):
-        blocks = np.zeros((32, 4))
-        for b in range(4):
-            blocks[8 * b : 8 * b + 8, b] = codes[row, 8 * b : 8 * b + 8]
-        expected = np.linalg.lstsq(root @ blocks, root @ w[row].astype(np.float64), rcond=None)[0]
-        np.testing.assert_allclose(fitted[row].astype(np.float64), expected, rtol=2e-3)
+        basis = (root @ moved[row].astype(np.float64))[:, None]
+        expected = np.linalg.lstsq(basis, root @ w[row].astype(np.float64), rcond=None)[0]
+        np.testing.assert_allclose(fitted[row].astype(np.float64), expected, rtol=1e-3)
 
 
-def test_refining_by_diagonal_blocks_equals_the_whole_block_diagonal_matrix() -> None:
+@pytest.mark.parametrize("together", [16, 128], ids=["a block at a time", "all columns at a time"])
+def test_refining_by_diagonal_blocks_equals_the_whole_block_diagonal_matrix(
+    together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantizers, "REFINED_TOGETHER", together)
     w = random_weight(5, columns=48)
     whole = np.zeros((48, 48), np.float32)
     # One scale's columns lie across the border of the two blocks.
@@ -233,9 +238,9 @@ def test_refining_by_diagonal_blocks_equals_the_whole_block_diagonal_matrix() ->
     codes, scale = nearest_form(w, 3)
     undamped = 1e-12
     apart = refine_rounding(w, [(codes, scale)], parts, undamped, 2)[0]
-    together = refine_rounding(w, [(codes, scale)], [whole], undamped, 2)[0]
-    np.testing.assert_array_equal(apart[0], together[0])
-    np.testing.assert_allclose(apart[1].astype(np.float32), together[1].astype(np.float32), rtol=2e-3)  # one FP16 ulp
+    joined = refine_rounding(w, [(codes, scale)], [whole], undamped, 2)[0]
+    np.testing.assert_array_equal(apart[0], joined[0])
+    np.testing.assert_allclose(apart[1].astype(np.float32), joined[1].astype(np.float32), rtol=2e-3)  # one FP16 ulp
 
 
 def test_refining_forms_together_or_apart_gives_the_same() -> None:
@@ -262,11 +267,50 @@ def test_rounding_hardly_depends_on_how_large_a_column_s_input_is() -> None:
     assert error[1] == pytest.approx(error[0], rel=0.15)
 
 
-def test_fitting_scales_some_rows_at_a_time_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def naive_refined(w: np.ndarray, codes: np.ndarray, scale: np.ndarray, h: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """One round as its docstring states it, row by row and in float64: all columns together."""
+    codes, scale, block = codes.astype(np.float64), scale.astype(np.float64), w.shape[1] // scale.shape[1]
+
+    def fit(row: int) -> None:
+        for b in range(scale.shape[1]):
+            part = np.zeros(w.shape[1])
+            part[b * block : (b + 1) * block] = codes[row, b * block : (b + 1) * block]
+            error = w[row] - codes[row] * np.repeat(scale[row], block)
+            best = scale[row, b] + part @ h @ error / max(part @ h @ part, 1e-30)
+            rounded = float(np.float16(best))
+            change = rounded - scale[row, b]
+            after = error - part * change
+            if 0.5 < best / scale[row, b] < 2 and after @ h @ after < error @ h @ error:
+                scale[row, b] = rounded
+
+    for row in range(len(w)):
+        fit(row)
+        step = np.repeat(scale[row], block)
+        for k in range(w.shape[1]):
+            error = w[row] - codes[row] * step
+            codes[row, k] = np.clip(np.rint(codes[row, k] + h[k] @ error / (h[k, k] * step[k])), -8, 7)
+        fit(row)
+    return codes, scale
+
+
+def test_refining_is_what_it_says() -> None:
     w, hessian = random_weight(13, rows=7), random_hessian(14)
-    form = nearest_form(w, 4)
-    whole = refine_rounding(w, [form], [hessian], 0.02, 2)[0]
-    monkeypatch.setattr(quantizers, "NORMAL_BYTES", 2 * 4 * 4**2)  # two rows at once
-    parts = refine_rounding(w, [form], [hessian], 0.02, 2)[0]
-    for one, other in zip(whole, parts, strict=True):
-        np.testing.assert_array_equal(one, other)
+    codes, scale = nearest_form(w, 4)
+    [(found, fitted)] = refine_rounding(w, [(codes, scale)], [hessian], 0.02, 1)
+    damped = hessian + 0.02 * np.diag(np.diagonal(hessian))
+    expected, wanted = naive_refined(w, codes, scale, damped)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_allclose(fitted.astype(np.float64), wanted, rtol=1e-3)  # one FP16 ulp
+
+
+def test_parts_of_a_block_diagonal_matrix_are_those_of_the_dense_one() -> None:
+    blocks = [random_hessian(seed, size).astype(np.float32) for seed, size in ((1, 5), (2, 9), (3, 4))]
+    dense, start = np.zeros((18, 18), np.float32), 0
+    for block in blocks:
+        dense[start : start + len(block), start : start + len(block)] = block
+        start += len(block)
+    matrix, rows = quantizers.BlockDiagonal(blocks), np.random.default_rng(0).random((18, 3), np.float32)
+    for first in range(18):
+        for last in range(first + 1, 19):
+            np.testing.assert_array_equal(matrix.square(first, last), dense[first:last, first:last])
+            np.testing.assert_allclose(matrix.times(first, last, rows), dense[first:last] @ rows, rtol=1e-5, atol=1e-5)
