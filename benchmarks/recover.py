@@ -140,7 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("models", nargs="*", default=["emoji", "digits"], help="bundled names, folders, ONNX files")
     parser.add_argument("--budget", default="0.27")
-    parser.add_argument("--steps", type=int, default=2300, help="updates of each training")
+    parser.add_argument("--steps", type=int, default=2050, help="updates of each training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[4, 5, 6])
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe entry, repeatable")

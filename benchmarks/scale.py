@@ -6,7 +6,8 @@ SIZE is one of 2M, 20M, 100M, 860M (Stable Diffusion 1.5) and 2570M (SDXL); noth
 a process of its own; memory is the peak of the resident memory of that process and its children together, every page
 of a mapped file that is in memory included ("private": without those). CPU minutes are those of all its threads.
 Goals: each stage of 860M under 8 GB, measuring under 10 minutes (4 timesteps, 4 probes, a latent of 32 x 32) and all
-stages under 40 minutes on two cores; allocate, quantize and engine of 2570M under 20 GB. The exit code is 1 when one is missed.
+stages under 40 minutes on two cores; allocate, quantize and engine of 2570M under 20 GB. The exit code is 1 when one
+is missed.
 """
 
 from __future__ import annotations

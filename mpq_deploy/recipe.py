@@ -139,7 +139,7 @@ class QuantizeSection(Section):
 
 
 # Updates where recovery is asked for without a number: ``build --recover``.
-RECOVER_STEPS = 2300
+RECOVER_STEPS = 2050
 
 
 class RecoverSection(Section):
@@ -151,7 +151,7 @@ class RecoverSection(Section):
     round_steps: int = Field(100, ge=1, description="updates per round")
     replay: int = Field(6, ge=1, description="rounds, the present one included, whose trajectories are drawn from")
     held_out: int = Field(32, ge=1, description="trajectories never trained on: they decide which state is kept")
-    check_every: int = Field(150, ge=1, description="updates between measurements on them, each with a checkpoint")
+    check_every: int = Field(200, ge=1, description="updates between measurements on them, each with a checkpoint")
     rank: int = Field(0, ge=0, description="of the low-rank adapters, at most; 0: full, for what memory allows")
     margin: float = Field(0.0, ge=0, le=0.499, description="how far a latent weight may start off its code, in steps")
     initialization: Literal["zero", "svd"] = Field("zero", description="of the adapters; svd: our reading of MPQ-DMv2")

@@ -30,13 +30,13 @@ class RecoverOptions:
     a GPU that has it, else float32; errors are measured in float32. The rest are sizes of the losses of those names.
     """
 
-    steps: int = 2300
+    steps: int = 2050
     batch_size: int = 16
     trajectories: int = 80
     round_steps: int = 100
     replay: int = 6
     held_out: int = 32
-    check_every: int = 150
+    check_every: int = 200
     rank: int = 0
     margin: float = 0.0
     initialization: Literal["zero", "svd"] = "zero"
