@@ -7,7 +7,6 @@ on one layer are held beside them. The constants were fitted to peaks of residen
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from math import ceil, prod
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from mpq_deploy.available import Room
 from mpq_deploy.engine.memory import known_shapes
-from mpq_deploy.errors import UsageError
+from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.runtime.ort import LARGE_WEIGHTS_BYTES
 
@@ -107,15 +106,23 @@ def _most_alive(nodes: Collection[onnx.NodeProto], sizes: Mapping[str, int]) -> 
 
 
 def source_size(files: Iterable[Path]) -> tuple[int, int]:
-    """Return the bytes in float32 and the number of the tensors in safetensors ``files``, read from their headers."""
-    size = count = 0
+    """Return the bytes in float32 and the number of the tensors in safetensors ``files``, read from their headers.
+
+    Raises ModelError for a file that is none.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    shapes: list[list[int]] = []
     for path in files:
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
-        size += FLOAT32_BYTES * sum(prod(shape) for shape in shapes)
-        count += len(shapes)
-    return size, count
+        try:
+            with safe_open(path, framework="numpy") as file:
+                names = file.keys()
+                shapes += [file.get_slice(name).get_shape() for name in names]
+        except (OSError, SafetensorError) as error:
+            raise ModelError(
+                f"{path} cannot be read: {error}.", "The file is damaged: download or save the model again."
+            ) from error
+    return FLOAT32_BYTES * sum(map(prod, shapes)), len(shapes)
 
 
 @dataclass(frozen=True)

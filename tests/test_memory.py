@@ -13,7 +13,7 @@ from onnx.helper import make_graph, make_model, make_node, make_opsetid, make_te
 from onnx.numpy_helper import from_array
 
 from mpq_deploy.available import Room
-from mpq_deploy.errors import UsageError
+from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.graph.layers import layer_graph
 from mpq_deploy.graph.load import load_model
 from mpq_deploy.memory import (
@@ -143,6 +143,14 @@ def test_tensors_are_counted_from_headers(tmp_path: Path) -> None:
     save_file(arrays, tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert source_size([tmp_path / "model.safetensors"]) == (4 * (15 + 7 + 1), 3)
     assert source_size([]) == (0, 0)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 5000, b"\x00\x20" + bytes(6) + b'{"a": {"dtype": "F16"'])
+def test_a_damaged_file_of_weights_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ModelError, match=r"model\.safetensors cannot be read") as caught:
+        source_size([tmp_path / "model.safetensors"])
+    assert "\n" not in caught.value.message and "damaged" in caught.value.hint
 
 
 def test_constants_and_values_are_those_of_the_graph(tmp_path: Path) -> None:
