@@ -149,10 +149,10 @@ class StageMemory:
         return self.total - min(held, self.code)
 
 
-# The interpreter with NumPy and ONNX; with ONNX Runtime and the solver; with torch; with diffusers and the exporter.
-BARE_BYTES, SOLVER_BYTES, TORCH_BYTES, EXPORT_BYTES = 200 << 20, 290 << 20, 400 << 20, 540 << 20
-# A session with the objects of its graph, and what each node takes of it; what the exporter takes per parameter.
-SESSION_BYTES, NODE_BYTES, PARAMETER_BYTES = 130 << 20, 110_000, 500_000
+# The interpreter with NumPy and ONNX; with the solver or ONNX Runtime; with torch; with diffusers and the exporter.
+BARE_BYTES, SESSION_BYTES, TORCH_BYTES, EXPORT_BYTES = 140 << 20, 85 << 20, 400 << 20, 540 << 20
+# What each node of the graph takes: its objects; those and a session's, or a plan's; the exporter, per parameter.
+OBJECT_BYTES, NODE_BYTES, PARAMETER_BYTES = 37_000, 130_000, 500_000
 # The float module, and of the file's pages and the source's those that are in memory when most of both are.
 EXPORT_COPIES = 1.6
 # An ONNX file as it is read, and beside it the session of the file or of the export (not measured for large files).
@@ -178,7 +178,7 @@ HELD_SHARE = 4
 # Calls at once behind the Hessians; what the probes bound values and kept stacks by; the candidates that are kept.
 HESSIAN_BATCH, MEASURE_BYTES, HELD_BYTES = 8, 1 << 30, 512 << 20
 # The child process that builds: the library with its compiler, per node of the graph, and copies of the weights.
-BUILDER_BYTES, BUILDER_NODE_BYTES, BUILDER_COPIES = 380 << 20, 240_000, 3
+BUILDER_BYTES, BUILDER_NODE_BYTES, BUILDER_COPIES = 220 << 20, 265_000, 3
 
 
 def estimate_export(weights: int, parameters: int, torch: bool) -> StageMemory:
@@ -191,7 +191,7 @@ def estimate_export(weights: int, parameters: int, torch: bool) -> StageMemory:
 def estimate_engine(weights: int, nodes: int) -> StageMemory:
     """Estimate the builder's host memory for ``weights`` bytes as planned and a graph of so many ``nodes``."""
     child = BUILDER_BYTES + BUILDER_NODE_BYTES * nodes
-    return StageMemory("engine", BUILDER_COPIES * weights, 0, child, BARE_BYTES)
+    return StageMemory("engine", BUILDER_COPIES * weights, 0, child, _bare(nodes))
 
 
 def estimate_stage(stage: str, size: ModelSize, recipe: Recipe, forms: int) -> StageMemory:
@@ -205,10 +205,14 @@ def estimate_stage(stage: str, size: ModelSize, recipe: Recipe, forms: int) -> S
         return _measure(size, recipe, forms)
     if stage == "allocate":
         # Every weight is looked at for what may be folded into it, so all of its file is in memory once.
-        return StageMemory(stage, size.weights, 0, 0, SOLVER_BYTES)
+        return StageMemory(stage, size.weights, 0, 0, SESSION_BYTES + NODE_BYTES * size.nodes)
     # Codes of one byte per weight, of all layers.
     work = FLOAT32_BYTES * size.largest * ROUNDING_ARRAYS
-    return StageMemory(stage, size.weights // FLOAT32_BYTES, 0, work, BARE_BYTES)
+    return StageMemory(stage, size.weights // FLOAT32_BYTES, 0, work, _bare(size.nodes))
+
+
+def _bare(nodes: int) -> int:
+    return BARE_BYTES + OBJECT_BYTES * nodes
 
 
 def _session(weights: int) -> int:
@@ -219,7 +223,7 @@ def _candidates(size: ModelSize, recipe: Recipe, forms: int) -> StageMemory:
     """Return the largest of the phases: rounding a layer, gathering Hessians, ordering salient channels."""
     rounding = FLOAT32_BYTES * size.largest * (ROUNDING_ARRAYS + FORM_ARRAYS * forms)
     code = SESSION_BYTES + NODE_BYTES * size.nodes
-    phases = [StageMemory("candidates", 0, 0, rounding, BARE_BYTES)]
+    phases = [StageMemory("candidates", 0, 0, rounding, _bare(size.nodes))]
     if recipe.quantize.rounding != "nearest":
         held = hessian_bytes(size, recipe)
         factor = FACTOR_BYTES * max((_blocks(p, recipe)[1] ** 2 for p in size.patches), default=0)

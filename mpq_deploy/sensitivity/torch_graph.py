@@ -208,7 +208,7 @@ def _gate(node: ir.Node) -> ir.Node | None:
 
 
 def _silu(call: Call, x: Sequence[Any]) -> Any:
-    # A third of the time of its two nodes, and in half precision rounded once.
+    # About half of the time of its two nodes, and in half precision rounded once.
     return functional.silu(x[0])
 
 
