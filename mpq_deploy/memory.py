@@ -155,10 +155,11 @@ BARE_BYTES, SESSION_BYTES, TORCH_BYTES, EXPORT_BYTES = 140 << 20, 85 << 20, 400 
 OBJECT_BYTES, NODE_BYTES, PARAMETER_BYTES = 37_000, 130_000, 500_000
 # The float module, and of the file's pages and the source's those that are in memory when most of both are.
 EXPORT_COPIES = 1.6
-# An ONNX file as it is read, and beside it the session of the file or of the export (not measured for large files).
-ONNX_COPIES = 2
+# For an ONNX file: the interpreter; the sessions of the file and of the export, the second in what the first left free
+# only in part. Per node and per byte of weights; calls of the largest batch of the comparison.
+ONNX_BYTES, ONNX_NODE_BYTES, ONNX_COPIES, ONNX_CALLS = 25 << 20, 250_000, 2.6, 3
 # ONNX Runtime's copies of the weights, in the layouts of its kernels, beside the mapped ones; large models have none.
-SESSION_COPIES = 1.5
+SESSION_COPIES = 0.5
 # Its arena grows by steps, so it holds more than lives at once.
 ARENA_SHARE = 1.5
 # Arrays of a layer's size that rounding it holds, beside those of each form; and that stacking its errors holds.
@@ -181,11 +182,20 @@ HESSIAN_BATCH, MEASURE_BYTES, HELD_BYTES = 8, 1 << 30, 512 << 20
 BUILDER_BYTES, BUILDER_NODE_BYTES, BUILDER_COPIES = 220 << 20, 265_000, 3
 
 
-def estimate_export(weights: int, parameters: int, torch: bool) -> StageMemory:
-    """Estimate the export of ``weights`` bytes in float32 in so many tensors: a ``torch`` module, or an ONNX file."""
-    if torch:
-        return StageMemory("export", int(EXPORT_COPIES * weights), 0, 0, EXPORT_BYTES + PARAMETER_BYTES * parameters)
-    return StageMemory("export", ONNX_COPIES * weights + _session(weights), 0, 0, BARE_BYTES + NODE_BYTES * parameters)
+def estimate_torch_export(weights: int, parameters: int) -> StageMemory:
+    """Estimate the export of a module of PyTorch: ``weights`` bytes in float32, in so many ``parameters``."""
+    return StageMemory("export", int(EXPORT_COPIES * weights), 0, 0, EXPORT_BYTES + PARAMETER_BYTES * parameters)
+
+
+def estimate_onnx_export(path: Path, inputs: Mapping[str, tuple[int, ...]]) -> StageMemory:
+    """Estimate the export of the ONNX file ``path`` for ``inputs`` of these shapes (one call)."""
+    proto, shapes = known_shapes(path, inputs)
+    sizes = {name: FLOAT32_BYTES * prod(shape) for name, shape in shapes.items()}
+    weights = sum(FLOAT32_BYTES * prod(tensor.dims) for tensor in proto.initializer)
+    made = {name: sizes.get(name, 0) for node in proto.node for name in node.output if name}
+    values = int(ARENA_SHARE * ONNX_CALLS * _most_alive(proto.node, made))
+    held = weights if weights >= LARGE_WEIGHTS_BYTES else int(ONNX_COPIES * weights)
+    return StageMemory("export", held, values, 0, ONNX_BYTES + ONNX_NODE_BYTES * len(proto.node))
 
 
 def estimate_engine(weights: int, nodes: int) -> StageMemory:

@@ -20,8 +20,9 @@ from mpq_deploy.memory import (
     ModelSize,
     Patches,
     estimate_engine,
-    estimate_export,
+    estimate_onnx_export,
     estimate_stage,
+    estimate_torch_export,
     hessian_bytes,
     model_size,
     refuse_too_large,
@@ -74,11 +75,10 @@ def test_batches_count() -> None:
 
 
 def test_the_export_and_the_engine_of_large_models() -> None:
-    export = estimate_export(LARGE.weights, 686, torch=True).total / GB
+    export = estimate_torch_export(LARGE.weights, 686).total / GB
     assert 0.75 * 5.64 < export < 1.25 * 5.64
     engine = estimate_engine(518 * 10**6, 2443).total / GB
     assert 0.75 * 2.71 < engine < 1.25 * 2.71
-    assert estimate_export(LARGE.weights, 686, torch=False).total > 2 * LARGE.weights
 
 
 def test_a_stage_that_does_not_fit_is_refused_with_its_figures() -> None:
@@ -164,3 +164,6 @@ def test_constants_and_values_are_those_of_the_graph(tmp_path: Path) -> None:
     assert one <= size.alive <= size.values
     assert size.outputs <= size.values
     assert size.nodes == len(onnx.load(path).graph.node)
+    export = estimate_onnx_export(path, {"sample": (1, 3, 8, 8), "timestep": (1,)})
+    # The file's session and the export's, and a batch of three calls.
+    assert export.weights >= 2 * size.weights and export.values >= 3 * size.alive

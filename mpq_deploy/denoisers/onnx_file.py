@@ -16,7 +16,7 @@ Example, ``model.yaml`` beside ``model.onnx``::
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -39,6 +39,9 @@ from mpq_deploy.graph.load import load_model, normalise
 from mpq_deploy.graph.passes.raise_opset import QUANTIZED_OPSET
 from mpq_deploy.graph.passes.widen import uses_halves
 from mpq_deploy.talk import Talk
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
 
 TOLERANCE = 1e-3
 # The source rounds every activation to half precision, the export does not.
@@ -102,6 +105,7 @@ class OnnxNetwork:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._session: ort.InferenceSession | None = None
         self.tolerance = HALF_TOLERANCE if uses_halves(load_model(path)) else TOLERANCE
 
     def to_onnx(self, talk: Talk) -> ir.Model:
@@ -113,13 +117,16 @@ class OnnxNetwork:
         """Return what the file itself gives, through ONNX Runtime."""
         from mpq_deploy.runtime.ort import make_session
 
-        session = make_session(self.path)
+        if self._session is None:
+            self._session = make_session(self.path)
+        session = self._session
         types = {"tensor(float16)": np.float16}
         given = {i.name: feeds[i.name].astype(types.get(i.type, feeds[i.name].dtype)) for i in session.get_inputs()}
         return np.asarray(session.run(None, given)[0], np.float32)
 
     def release(self) -> None:
-        """Nothing is held between calls."""
+        """Close the file; the next call opens it again."""
+        self._session = None
 
 
 def description_path(model: Path, given: Path | None) -> Path:

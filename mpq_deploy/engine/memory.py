@@ -23,6 +23,8 @@ RUNTIME_BYTES = 500_000_000
 # Activations: what TensorRT-RTX 1.7 takes for the smallest graph, and what for each byte that lives at once (read off
 # its builds of the bundled models: 8.7 MB for 0.36 MB alive, 28.6 MB for 6.8 MB).
 WORKSPACE_BYTES, COPIES = 8_400_000, 3
+# Constants that shapes are computed from are smaller.
+SHAPE_BYTES = 4096
 WEIGHT_FORMS = ("DequantizeLinear", "QuantizeLinear", "Reshape", "Transpose", "Cast", "Identity", "Concat", "Gather")
 
 
@@ -81,6 +83,10 @@ def _inferred(model: Path, shapes: Mapping[str, tuple[int, ...]]) -> onnx.GraphP
     for value in proto.graph.output:
         value.type.tensor_type.ClearField("shape")
     del proto.graph.value_info[:]
+    for tensor in proto.graph.initializer:
+        # Shapes are made of small constants. Large ones in the file itself would be copied, twice.
+        if len(tensor.raw_data) > SHAPE_BYTES:
+            tensor.ClearField("raw_data")
     return onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
 
 

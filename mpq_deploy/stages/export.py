@@ -14,7 +14,10 @@ from mpq_deploy.stages.common import path_digest, version_of
 from mpq_deploy.stages.memory import check_memory
 
 if TYPE_CHECKING:
+    from mpq_deploy.denoisers.denoiser import Denoiser
     from mpq_deploy.pipeline import Pipeline
+    from mpq_deploy.recipe import Recipe
+    from mpq_deploy.talk import Talk
 
 
 def export_inputs(pipeline: Pipeline) -> Fields:
@@ -38,14 +41,11 @@ def export_inputs(pipeline: Pipeline) -> Fields:
     return {**fields, **version_of("torch", "diffusers", "onnx", "onnxscript", "onnx-ir")}
 
 
-def make_export(pipeline: Pipeline, folder: Path) -> str:
-    """Make the stage export in ``folder``; return a few words for the log."""
-    from mpq_deploy.denoisers.export import export_denoiser
+def source_denoiser(recipe: Recipe, talk: Talk) -> Denoiser:
+    """Open the model that ``recipe`` names."""
     from mpq_deploy.denoisers.open import open_denoiser
 
-    recipe = pipeline.recipe
-    check_memory(pipeline, "export")
-    denoiser = open_denoiser(
+    return open_denoiser(
         recipe.model,
         conditions=Path(recipe.conditions) if recipe.conditions else None,
         scheduler=Path(recipe.scheduler) if recipe.scheduler else None,
@@ -54,8 +54,17 @@ def make_export(pipeline: Pipeline, folder: Path) -> str:
         guidance_scale=recipe.guidance_scale,
         component=recipe.component,
         component_samples=recipe.component_samples,
-        talk=pipeline.talk,
+        talk=talk,
     )
+
+
+def make_export(pipeline: Pipeline, folder: Path) -> str:
+    """Make the stage export in ``folder``; return a few words for the log."""
+    from mpq_deploy.denoisers.export import export_denoiser
+
+    recipe = pipeline.recipe
+    check_memory(pipeline, "export")
+    denoiser = source_denoiser(recipe, pipeline.talk)
     apart = recipe.first_token == "precomputed"
     report = export_denoiser(denoiser, folder, pipeline.talk, first_token_apart=apart, release=True)
     graph = layer_graph(load_model(folder / "model.onnx"))

@@ -12,6 +12,7 @@ from mpq_deploy.errors import MpqError
 from mpq_deploy.precision.scheme import SCHEMES
 
 if TYPE_CHECKING:
+    from mpq_deploy.denoisers.spec import DenoiserSpec
     from mpq_deploy.memory import StageMemory
     from mpq_deploy.pipeline import Pipeline
 
@@ -91,27 +92,32 @@ def stage_memory(pipeline: Pipeline, stage: str) -> StageMemory:
     if stage == "engine":
         return _engine(pipeline)
     exported, recipe = Exported(pipeline), pipeline.recipe
-    inputs = {item.name: (1, *item.shape) if item.batched else item.shape for item in exported.spec.inputs}
     named = recipe.allocate.schemes
     forms = {s.weight_form for s in SCHEMES.values() if not s.branch and (s.name in named or s.family in named)}
-    return estimate_stage(stage, model_size(exported.path, exported.graph, inputs), recipe, len(forms))
+    return estimate_stage(
+        stage, model_size(exported.path, exported.graph, input_shapes(exported.spec)), recipe, len(forms)
+    )
+
+
+def input_shapes(spec: DenoiserSpec) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every input of one call."""
+    return {item.name: (1, *item.shape) if item.batched else item.shape for item in spec.inputs}
 
 
 def _export(pipeline: Pipeline) -> StageMemory:
     from mpq_deploy.denoisers.open import DENOISERS, locate
-    from mpq_deploy.memory import estimate_export, source_size
+    from mpq_deploy.memory import estimate_onnx_export, estimate_torch_export, source_size
+    from mpq_deploy.stages.export import source_denoiser
+    from mpq_deploy.talk import Talk
 
     recipe = pipeline.recipe
     path = locate(recipe.model)
     if path.is_file():
-        from mpq_deploy.graph.load import external_files, read_proto
-
-        proto = read_proto(path)
-        size = path.stat().st_size + sum(file.stat().st_size for file in external_files(proto, path))
-        return estimate_export(size, len(proto.graph.node), torch=False)
+        # Its weights stay on the disk, and what it warns of is said when it is opened for good.
+        return estimate_onnx_export(path, input_shapes(source_denoiser(recipe, Talk()).spec))
     parts = (recipe.component,) if recipe.component else DENOISERS
     part = next((path / name for name in parts if (path / name).is_dir()), path)
-    return estimate_export(*source_size(_weight_files(part)), torch=True)
+    return estimate_torch_export(*source_size(_weight_files(part)))
 
 
 def _weight_files(folder: Path) -> list[Path]:
