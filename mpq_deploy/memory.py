@@ -150,14 +150,15 @@ class StageMemory:
 
 
 # The interpreter with NumPy and ONNX; with the solver or ONNX Runtime; with torch; with diffusers and the exporter.
-BARE_BYTES, SESSION_BYTES, TORCH_BYTES, EXPORT_BYTES = 140 << 20, 85 << 20, 400 << 20, 540 << 20
+BARE_BYTES, SESSION_BYTES, TORCH_BYTES, EXPORT_BYTES = 140 << 20, 85 << 20, 400 << 20, 530 << 20
 # What each node of the graph takes: its objects; those and a session's, or a plan's; the exporter, per parameter.
-OBJECT_BYTES, NODE_BYTES, PARAMETER_BYTES = 37_000, 130_000, 500_000
+OBJECT_BYTES, NODE_BYTES, PARAMETER_BYTES = 37_000, 130_000, 280_000
 # The float module, and of the file's pages and the source's those that are in memory when most of both are.
 EXPORT_COPIES = 1.6
-# For an ONNX file: the interpreter; the sessions of the file and of the export, the second in what the first left free
-# only in part. Per node and per byte of weights; calls of the largest batch of the comparison.
-ONNX_BYTES, ONNX_NODE_BYTES, ONNX_COPIES, ONNX_CALLS = 25 << 20, 250_000, 2.6, 3
+# For an ONNX file: the interpreter; per node and per byte of weights, the sessions of the file and of the export.
+ONNX_BYTES, ONNX_NODE_BYTES, ONNX_COPIES = 125 << 20, 72_000, 2.1
+# Calls of the largest batch of the comparison.
+COMPARED_CALLS = 2
 # ONNX Runtime's copies of the weights, in the layouts of its kernels, beside the mapped ones; large models have none.
 SESSION_COPIES = 0.5
 # Its arena grows by steps, so it holds more than lives at once.
@@ -193,7 +194,7 @@ def estimate_onnx_export(path: Path, inputs: Mapping[str, tuple[int, ...]]) -> S
     sizes = {name: FLOAT32_BYTES * prod(shape) for name, shape in shapes.items()}
     weights = sum(FLOAT32_BYTES * prod(tensor.dims) for tensor in proto.initializer)
     made = {name: sizes.get(name, 0) for node in proto.node for name in node.output if name}
-    values = int(ARENA_SHARE * ONNX_CALLS * _most_alive(proto.node, made))
+    values = COMPARED_CALLS * _most_alive(proto.node, made)
     held = weights if weights >= LARGE_WEIGHTS_BYTES else int(ONNX_COPIES * weights)
     return StageMemory("export", held, values, 0, ONNX_BYTES + ONNX_NODE_BYTES * len(proto.node))
 

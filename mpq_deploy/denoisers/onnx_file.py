@@ -115,10 +115,10 @@ class OnnxNetwork:
 
     def reference(self, feeds: dict[str, Array]) -> Array:
         """Return what the file itself gives, through ONNX Runtime."""
-        from mpq_deploy.runtime.ort import make_session
+        from mpq_deploy.runtime.ort import make_session_with, options_for_few_calls
 
         if self._session is None:
-            self._session = make_session(self.path)
+            self._session = make_session_with(self.path, options_for_few_calls())
         session = self._session
         types = {"tensor(float16)": np.float16}
         given = {i.name: feeds[i.name].astype(types.get(i.type, feeds[i.name].dtype)) for i in session.get_inputs()}

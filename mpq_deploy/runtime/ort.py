@@ -52,6 +52,15 @@ def spare_memory(options: ort.SessionOptions) -> None:
     options.add_session_config_entry("session.disable_prepacking", "1")
 
 
+def options_for_few_calls() -> ort.SessionOptions:
+    """Return the options of a session for a few calls: values take what lives at once, and go back when it ends."""
+    options = session_options()
+    # The arena grows by steps, to half as much again, and calls of each size have an area of their own beside it.
+    options.enable_cpu_mem_arena = False
+    options.enable_mem_pattern = False
+    return options
+
+
 def make_session(
     model: Path | bytes,
     threads: int = 0,
