@@ -13,7 +13,7 @@ labels, and the projections kept as vectors give the cross terms between layers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from mpq_deploy.calibrate.stats import CalibrationStats
 from mpq_deploy.denoisers.spec import Array, DenoiserSpec
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.graph.layers import Layer, LayerGraph, LayerUse
+from mpq_deploy.sensitivity.adjoint import layer_gradients, parts_within
 from mpq_deploy.sensitivity.feeds import Calls, MeasureOptions
 from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.sensitivity.table import SensitivityTable, table_from_projections
@@ -64,8 +65,10 @@ def measure_probe(subject: Subject) -> SensitivityTable:
         first = subject.shard("probes, size of batches", _Task(), 0, part="probes, batch")
         (plan,) = run_shards(pool, "", [first], Within.silent(subject.talk), subject.store)
         batch, notes = int(plan["batch"]), tuple(str(note) for note in plan["notes"])
+        ends = tuple(int(end) for end in plan["ends"])
+        how = {"part": "probes", "batch": batch, "ends": list(ends)}
         shards = [
-            subject.shard(f"probes, {name}", _Task(step, batch), calls.count, part="probes", step=step, batch=batch)
+            subject.shard(f"probes, {name}", _Task(step, batch, ends), calls.count, step=step, **how)
             for step, name in enumerate(timesteps)
         ]
         found = list(run_shards(pool, "probes", shards, subject.talk, subject.store))
@@ -79,10 +82,11 @@ def measure_probe(subject: Subject) -> SensitivityTable:
 
 @dataclass(frozen=True)
 class _Task:
-    """A timestep, in batches of so many calls; without one: find out how many."""
+    """A timestep, in batches of so many calls and in parts of the graph that end there; without one: find out both."""
 
     step_index: int | None = None
     batch: int = 0
+    ends: tuple[int, ...] = ()
 
 
 def _pairs(subject: Subject) -> list[tuple[str, str]]:
@@ -91,7 +95,7 @@ def _pairs(subject: Subject) -> list[tuple[str, str]]:
 
 
 def _probing(subject: Subject) -> Work:
-    """Return what computes a ``_Task`` on the subject: ``batch`` and ``notes``, or the sums of one timestep.
+    """Return what computes a ``_Task`` on the subject: ``batch``, ``ends`` and ``notes``, or the sums of one timestep.
 
     Those are ``power``, the sum of ||output||^2 over the calls, and ``values`` float32 [pairs, probes, calls].
     """
@@ -100,8 +104,9 @@ def _probing(subject: Subject) -> Work:
 
     def compute(task: _Task, talk: Talk) -> Result:
         if task.step_index is None:
-            batch, notes = work.batch_size()
-            return {"batch": np.array(batch), "notes": np.array(notes, np.str_)}
+            batch, ends, notes = work.plan()
+            return {"batch": np.array(batch), "ends": np.array(ends, np.int64), "notes": np.array(notes, np.str_)}
+        parts = tuple(slice(start, end) for start, end in zip((0, *task.ends), task.ends))
         stacked = np.zeros((len(pairs), subject.options.probes, calls.count), np.float32)
         values: dict[str, dict[str, Array]] = {}
         for row, (layer, scheme) in zip(stacked, pairs, strict=True):
@@ -109,7 +114,7 @@ def _probing(subject: Subject) -> Work:
         power = 0.0
         with talk.bar("probes", calls.count) as advance:
             for chunk in calls.chunks_of_step(task.batch):
-                power += work.probe(task.step_index, chunk, values)
+                power += work.probe(task.step_index, chunk, parts, values)
                 advance(chunk.stop - chunk.start)
         return {"power": np.array(power), "values": stacked}
 
@@ -151,75 +156,68 @@ class _Probing:
         self._output = spec.output
         self._options = options
 
-    def batch_size(self) -> tuple[int, tuple[str, ...]]:
-        """Choose how many samples to evaluate at once, and check that every layer keeps samples apart.
+    def plan(self) -> tuple[int, tuple[int, ...], tuple[str, ...]]:
+        """Choose how many samples to evaluate at once, and in which parts of the graph; check the first one's values.
 
         A layer whose values are not [samples, ...] in the order of the samples (such as the embedding of a scalar
-        timestep, computed once for all of them) is measured rightly only one sample at a time.
+        timestep, computed once for all of them) is measured rightly only one sample at a time. Parts, given by the
+        numbers of nodes where they end, are more than one only where one batch takes several times the memory allowed.
         """
-        names = list(dict.fromkeys(name for u in self._uses for name in (u.use.input, u.use.output)))
-        if self._calls.fixed_batch or self._calls.count == 1:
-            return self._calls.fixed_batch or 1, ()
-        first = self._evaluate(self._calls.first, keep=(*self._graph.values, *names))
-        self._refuse_non_finite({name: first[name] for name in self._graph.values if name in first})
-        pair = self._evaluate(slice(0, 2), keep=names)
-        mixed = [name for name in names if not _starts_with(pair[name], first[name])]
-        if mixed:
-            return 1, (f"samples were measured one by one: '{mixed[0]}' does not keep them apart",)
-        distinct = {v.data_ptr(): v for v in first.values()}  # views of one tensor share its memory
-        every = sum(v.numel() * v.element_size() for v in distinct.values())
-        outputs = sum(first[u.use.output].numel() * first[u.use.output].element_size() for u in self._uses)
+        outputs = {u.use.output: 0 for u in self._uses}
+
+        def see(name: str, value: Any) -> None:
+            _refuse_non_finite(name, value)
+            if name in outputs:
+                outputs[name] = value.numel() * value.element_size()
+
+        with torch.no_grad():
+            footprint, _ = self._graph.footprint(self._graph.feed(self._calls.feeds(0, self._calls.first)), see)
         # autograd keeps less than twice the values themselves
         size = self._errors_type.itemsize / self._float_type.itemsize
-        per_sample = int(2 * every + self._options.probes * outputs * size)
+        gradients = int(sum(outputs[u.use.output] for u in self._uses) * self._options.probes * size)
+        one, most = 2 * sum(footprint.made) + gradients, self._options.memory_bytes
+        whole, parts = (len(footprint.made),), parts_within(footprint, gradients, most)
+        if len(parts) > 1:
+            return self._calls.fixed_batch or 1, tuple(part.stop for part in parts), ()
+        if self._calls.fixed_batch or self._calls.count == 1:
+            return self._calls.fixed_batch or 1, whole, ()
         wanted = min(self._options.batch_size or self._calls.count, self._calls.count)
-        return max(1, min(wanted, self._options.memory_bytes // max(per_sample, 1))), ()
+        batch = max(1, min(wanted, most // max(one, 1)))
+        mixed = self._mixed() if batch > 1 else ""
+        if mixed:
+            return 1, whole, (f"samples were measured one by one: '{mixed}' does not keep them apart",)
+        return batch, whole, ()
 
-    def _evaluate(self, chunk: slice, keep: tuple[str, ...] | list[str]) -> dict[str, Any]:
+    def _mixed(self) -> str:
+        """Return the first value of a layer that does not keep samples apart; empty when all do."""
+        names = list(dict.fromkeys(name for u in self._uses for name in (u.use.input, u.use.output)))
         with torch.no_grad():
-            return self._graph.run(self._graph.feed(self._calls.feeds(0, chunk)), keep=keep)
-
-    def probe(self, step_index: int, chunk: slice, values: dict[str, dict[str, Array]]) -> float:
-        """Add the inner products of a chunk of samples into ``values``; return the sum of ||output||^2."""
-        inputs, outputs = self._forward(step_index, chunk)
-        output = outputs[self._output]
-        power = float(output.detach().double().square().sum())
-        if not np.isfinite(power):
-            self._refuse_non_finite(outputs)
-        gradients = self._backward(step_index, chunk, output, outputs)
-        with torch.no_grad():
-            for number, item in enumerate(self._uses):
-                rows, gradients[number] = gradients[number], []
-                if not rows:
-                    continue
-                self._project(item, inputs[item.use.input], torch.stack(rows, 1), chunk, values)
-        return power
-
-    def _forward(self, step_index: int, chunk: slice) -> tuple[dict[str, Any], dict[str, Any]]:
-        into = [u.use.input for u in self._uses]
-        out = [u.use.output for u in self._uses]
-        feeds = self._graph.feed(self._calls.feeds(step_index, chunk))
-        found = self._graph.run(feeds, keep=(*into, *out), differentiate=out)
-        return {name: found[name].detach() for name in into}, {n: found[n] for n in (*out, self._output)}
-
-    def _backward(self, step_index: int, chunk: slice, output: Any, outputs: dict[str, Any]) -> list[list[Any]]:
-        """Return, per use, the gradients of all probes; an empty list where the output does not depend on it."""
-        probes = self._options.probes
-        noise = self._noise(step_index, chunk, tuple(output.shape[1:]))
-        targets = [outputs[u.use.output] for u in self._uses]
-        gradients: list[list[Any]] = [[] for _ in targets]
-        for probe in range(probes):
-            found = torch.autograd.grad(
-                output,
-                targets,
-                noise[probe].reshape(output.shape),
-                retain_graph=probe + 1 < probes,
-                allow_unused=True,
+            first, pair = (
+                self._graph.run(self._graph.feed(self._calls.feeds(0, chunk)), keep=names)
+                for chunk in (self._calls.first, slice(0, 2))
             )
-            for rows, gradient in zip(gradients, found, strict=True):
-                if gradient is not None:
-                    rows.append(gradient.to(self._errors_type))
-        return gradients
+        return next((name for name in names if not _starts_with(pair[name], first[name])), "")
+
+    def probe(
+        self, step_index: int, chunk: slice, parts: Sequence[slice], values: dict[str, dict[str, Array]]
+    ) -> float:
+        """Add the inner products of a chunk of samples into ``values``; return the sum of ||output||^2."""
+        feeds, power = self._graph.feed(self._calls.feeds(step_index, chunk)), 0.0
+
+        def seeds(output: Any) -> list[Any]:
+            nonlocal power
+            power = float(output.double().square().sum())
+            if not np.isfinite(power):
+                with torch.no_grad():
+                    self._graph.footprint(feeds, _refuse_non_finite)
+            noise = self._noise(step_index, chunk, tuple(output.shape[1:]))
+            return [one.reshape(output.shape) for one in noise]
+
+        uses = [item.use for item in self._uses]
+        for number, x, rows in layer_gradients(self._graph, feeds, parts, uses, self._output, seeds, self._errors_type):
+            with torch.no_grad():
+                self._project(self._uses[number], x, torch.stack(rows, 1), chunk, values)
+        return power
 
     def _noise(self, step_index: int, chunk: slice, shape: tuple[int, ...]) -> Any:
         """Draw the probes of each sample from its own seed, so that they do not depend on the batch size."""
@@ -245,13 +243,13 @@ class _Probing:
         for scheme, products in found.items():
             values[item.layer.name][scheme][:, chunk] += products.float().numpy()
 
-    def _refuse_non_finite(self, outputs: dict[str, Any]) -> None:
-        for name, value in outputs.items():
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                raise ModelError(
-                    f"The float model's tensor '{name}' holds NaN or Inf on calibration inputs.",
-                    "Check the model's weights and the calibration inputs.",
-                )
+
+def _refuse_non_finite(name: str, value: Any) -> None:
+    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        raise ModelError(
+            f"The float model's tensor '{name}' holds NaN or Inf on calibration inputs.",
+            "Check the model's weights and the calibration inputs.",
+        )
 
 
 def _stack_bytes(layers: tuple[Layer, ...], candidates: Mapping[str, CandidateWeights]) -> int:

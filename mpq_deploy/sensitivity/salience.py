@@ -17,6 +17,7 @@ from mpq_deploy.calibrate.stats import CalibrationSet
 from mpq_deploy.denoisers.spec import Array, DenoiserSpec
 from mpq_deploy.graph.layers import Layer, LayerGraph
 from mpq_deploy.precision.candidates import LayerCandidates
+from mpq_deploy.sensitivity.adjoint import WHOLE_SHARE, layer_gradients, parts_within
 from mpq_deploy.sensitivity.feeds import Calls, MeasureOptions
 from mpq_deploy.sensitivity.torch_graph import TorchGraph
 from mpq_deploy.sensitivity.torch_projection import apply_matrix, canonical_gradients, canonical_input
@@ -52,24 +53,25 @@ def channel_errors(
     attributes = node_attributes(graph)
     found = {layer.name: np.zeros(layer.out_channels) for layer in layers}
     uses = [(layer, use) for layer in layers for use in layer.uses]
-    into, out = [use.input for _, use in uses], [use.output for _, use in uses]
+    with torch.no_grad():
+        footprint, _ = torch_graph.footprint(torch_graph.feed(calls.feeds(0, calls.first)), lambda *_: None)
+    parts = parts_within(footprint, 0, options.memory_bytes)
+    # One batch of several takes no more than one call may.
+    most = max(1, WHOLE_SHARE * options.memory_bytes // max(1, 2 * sum(footprint.made)))
     with talk.bar("salient channels", len(calls.timesteps) * calls.count) as advance:
-        for step_index, chunk in calls.chunks(calls.fixed_batch or min(BATCH, calls.count)):
+        for step_index, chunk in calls.chunks(calls.fixed_batch or min(BATCH, calls.count, most)):
+
+            def direction(output: Any, seed: Any = (options.seed, step_index, chunk.start)) -> list[Any]:
+                return [torch.from_numpy(np.random.default_rng(seed).standard_normal(tuple(output.shape), np.float32))]
+
             feeds = torch_graph.feed(calls.feeds(step_index, chunk))
-            values = torch_graph.run(feeds, keep=(*into, *out), differentiate=out)
-            output = values[spec.output]
-            noise = np.random.default_rng((options.seed, step_index, chunk.start)).standard_normal(
-                tuple(output.shape), np.float32
-            )
-            gradients = torch.autograd.grad(
-                output, [values[name] for name in out], torch.from_numpy(noise), allow_unused=True
-            )
-            with torch.no_grad():
-                for (layer, use), gradient in zip(uses, gradients, strict=True):
-                    if gradient is not None:
-                        x = values[use.input].detach()
-                        errors = _by_channel(layer, attributes[use.node], x, gradient, differences[layer])
-                        found[layer.name] += errors
+            nodes = [use for _, use in uses]
+            for number, x, (gradient,) in layer_gradients(
+                torch_graph, feeds, parts, nodes, spec.output, direction, torch.float32
+            ):
+                layer, use = uses[number]
+                with torch.no_grad():
+                    found[layer.name] += _by_channel(layer, attributes[use.node], x, gradient, differences[layer])
             advance(chunk.stop - chunk.start)
     return found
 

@@ -48,6 +48,35 @@ class _Step:
     last_uses: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that each node makes, views of its inputs left out, and that are alive after it."""
+
+    made: tuple[int, ...]
+    alive: tuple[int, ...]
+
+    def parts(self, most: int) -> tuple[slice, ...]:
+        """Cut the nodes into parts that make at most ``most`` bytes each, or are one node.
+
+        Cuts lie where least is alive, in the later half of what fits.
+        """
+        found, start, total = [], 0, 0
+        for number, size in enumerate(self.made):
+            total += size
+            while total > most and number > start:
+                last = min(range((start + number) // 2, number), key=lambda i: self.alive[i])
+                found.append(slice(start, last + 1))
+                start = last + 1
+                total = sum(self.made[start : number + 1])
+        return (*found, slice(start, len(self.made)))
+
+
+def _storages(values: Mapping[str, Any]) -> dict[int, int]:
+    """Return the bytes of each piece of memory that holds some of ``values``, by its place."""
+    pieces = (value.untyped_storage() for value in values.values())
+    return {piece.data_ptr(): piece.nbytes() for piece in pieces}
+
+
 class TorchGraph:
     """An ONNX model (opset 13 or later) as a function in torch.
 
@@ -104,6 +133,37 @@ class TorchGraph:
             part = partial(self._run_steps, slice(start, start + length), kept, differentiate, rewire, known)
             values = checkpoint(part, values, use_reentrant=False) if segments > 1 else part(values)
         return {name: self._value(values, name) for name in dict.fromkeys((*self.outputs, *keep))}
+
+    def run_part(
+        self, part: slice, values: Mapping[str, Any], keep: Collection[str] = (), differentiate: Collection[str] = ()
+    ) -> dict[str, Any]:
+        """Evaluate the nodes ``part`` on the ``values`` that those before them left.
+
+        Returns what those after them need, the outputs and the values named in ``keep``, by name.
+        """
+        return self._run_steps(part, {*keep, *self.outputs}, differentiate, {}, {}, values)
+
+    def made_by(self, part: slice) -> set[str]:
+        """Return the names of the values that the nodes ``part`` compute."""
+        return {name for step in self._steps[part] for name in step.outputs}
+
+    def footprint(self, feeds: Mapping[str, Any], see: Callable[[str, Any], None]) -> tuple[Footprint, dict[str, Any]]:
+        """Evaluate node by node, holding no more than is needed, and show each value to ``see``.
+
+        Returns what each node takes, and the graph's outputs.
+        """
+        values, made, alive = dict(feeds), [], []
+        for number, step in enumerate(self._steps):
+            before = _storages(values)
+            values = self.run_part(slice(number, number + 1), values, step.outputs)
+            for name in step.outputs:
+                see(name, values[name])
+            made.append(sum(size for place, size in _storages(values).items() if place not in before))
+            for name in step.outputs:
+                if name in step.last_uses and name not in self.outputs:
+                    del values[name]
+            alive.append(sum(_storages(values).values()))
+        return Footprint(tuple(made), tuple(alive)), values
 
     def apply(self, node: str, inputs: list[Any]) -> Any:
         """Return the first output of one node, by its name, for other inputs."""
@@ -249,4 +309,4 @@ def _evaluate(step: _Step, inputs: list[Any]) -> tuple[Any, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
-__all__ = ["DOUBLE", "FLOATS", "TorchGraph", "UnsupportedOperator", "torch_from_constant"]
+__all__ = ["DOUBLE", "FLOATS", "Footprint", "TorchGraph", "UnsupportedOperator", "torch_from_constant"]

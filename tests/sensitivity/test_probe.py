@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch")
 
 from mpq_deploy.errors import ModelError, UsageError  # noqa: E402
 from mpq_deploy.sensitivity import probe as probe_module  # noqa: E402
+from mpq_deploy.sensitivity.adjoint import parts_within  # noqa: E402
 from mpq_deploy.sensitivity.exhaustive import measure_exhaustive  # noqa: E402
 from mpq_deploy.sensitivity.measure import MeasureOptions, measure  # noqa: E402
 from mpq_deploy.sensitivity.probe import measure_probe  # noqa: E402
@@ -111,6 +112,31 @@ def test_projections_are_the_inner_products(
         for scheme, vector in row.items():
             error = np.linalg.norm(table.projections[layer][scheme] - vector)
             assert error <= 2e-4 * np.linalg.norm(vector) + 1e-9, (layer, scheme)
+
+
+@pytest.mark.parametrize("memory_bytes", [20_000, 1])
+def test_parts_of_the_graph_give_the_same_products(mixed: Setting, memory_bytes: int) -> None:
+    """Down to every node on its own: skips, layers read twice and values that pass through a part are all there."""
+    options = MeasureOptions(probes=2, heldout_probes=1, samples=2, batch_size=1, errors_dtype="float32")
+    whole = measure_probe(Subject(*mixed, options, Talk())).projections
+    parts = measure_probe(Subject(*mixed, replace(options, memory_bytes=memory_bytes), Talk())).projections
+    assert whole is not None and parts is not None
+    for layer, row in whole.items():
+        for scheme, vector in row.items():
+            assert np.linalg.norm(parts[layer][scheme] - vector) <= 1e-4 * np.linalg.norm(vector) + 1e-9
+    number = len(parts_of(mixed, memory_bytes))
+    assert number > 2 and (memory_bytes > 1 or number > 0.8 * len(mixed.model.graph.node))
+
+
+def parts_of(case: Setting, memory_bytes: int) -> tuple[slice, ...]:
+    graph = TorchGraph(case.graph.model)
+    with torch.no_grad():
+        footprint, _ = graph.footprint(graph.feed({n: v[:1] for n, v in case.feeds(0).items()}), lambda *_: None)
+    found = parts_within(footprint, 0, memory_bytes)
+    assert [part.start for part in found] == [0, *(part.stop for part in found[:-1])]
+    most = max(memory_bytes // 2, *footprint.made)
+    assert all(sum(footprint.made[part]) <= most for part in found)
+    return found
 
 
 def test_the_kinds_are_all_there(mixed: Setting) -> None:
