@@ -175,6 +175,10 @@ SALIENCE_BATCH = 4
 VALUE_SHARE = 0.6
 # Of all values, those that are no views of others.
 DISTINCT_SHARE = 0.7
+# Values count so often where a pass is planned; beyond so many times its bound it goes in parts (sensitivity.adjoint).
+PASS_COPIES, PASS_SHARE = 2, 4
+# What the parts began with, of the values of a call that live at once.
+BOUNDARY_SHARE = 2
 # Where stacks would take so many times their bound, none are kept (``sensitivity.probe``).
 HELD_SHARE = 4
 # Calls at once behind the Hessians; what the probes bound values and kept stacks by; the candidates that are kept.
@@ -242,7 +246,8 @@ def _candidates(size: ModelSize, recipe: Recipe, forms: int) -> StageMemory:
         phases = [StageMemory("candidates", _session(size.weights), values, sum(held), code)]
         phases += [StageMemory("candidates", 0, 0, rounding + factor + held[0], code)]
     if "rows" in recipe.allocate.branches and recipe.quantize.salience == "probe":
-        values = int(VALUE_SHARE * SALIENCE_BATCH * size.values)
+        calls = int(PASS_SHARE * MEASURE_BYTES / max(PASS_COPIES * DISTINCT_SHARE * size.values, 1))
+        values = _adjoint(size, 1, max(1, min(SALIENCE_BATCH, calls)))
         kept = min(size.weights, MEASURE_BYTES)
         phases += [StageMemory("candidates", size.weights, values, kept, max(TORCH_BYTES, code))]
     return max(phases, key=lambda phase: phase.total)
@@ -276,12 +281,19 @@ def hessian_bytes(size: ModelSize, recipe: Recipe) -> tuple[int, int]:
     return min(matrices, int(MATRIX_SHARE * cap)), min(waiting, int((1 - MATRIX_SHARE) * cap))
 
 
+def _adjoint(size: ModelSize, directions: int, calls: int) -> int:
+    """Return what a pass back through the graph holds: all of it, or a part where it takes several times its bound."""
+    if PASS_COPIES * DISTINCT_SHARE * size.values + directions * size.outputs > PASS_SHARE * MEASURE_BYTES:
+        return MEASURE_BYTES + int(BOUNDARY_SHARE * size.alive)
+    return calls * (int(VALUE_SHARE * size.values) + directions * size.outputs)
+
+
 def _measure(size: ModelSize, recipe: Recipe, forms: int) -> StageMemory:
     batch = min(recipe.measure.batch_size, recipe.measure.calls)
-    one = int(VALUE_SHARE * size.values) + recipe.measure.probes * size.outputs
+    probes = recipe.measure.probes
     # As the probes choose how many calls to evaluate at once.
-    most = MEASURE_BYTES // max(int(2 * DISTINCT_SHARE * size.values) + recipe.measure.probes * size.outputs, 1)
-    values = one * max(1, min(batch, most))
+    most = MEASURE_BYTES // max(int(PASS_COPIES * DISTINCT_SHARE * size.values) + probes * size.outputs, 1)
+    values = _adjoint(size, probes, max(1, min(batch, most)))
     stacks = size.weights * (1 + forms)
     kept = min(stacks, MEASURE_BYTES) if stacks < HELD_SHARE * MEASURE_BYTES else 0
     kept += min(HELD_BYTES, size.weights * (FLOAT32_BYTES + forms) // FLOAT32_BYTES)

@@ -62,7 +62,7 @@ def measure_probe(subject: Subject) -> SensitivityTable:
     pairs = _pairs(subject)
     timesteps = [f"timestep {t:g}" for t in calls.timesteps]
     with subject.crew.open(subject.job("probes", _probing), subject.talk) as pool:
-        first = subject.shard("probes, size of batches", _Task(), 0, part="probes, batch")
+        first = subject.shard("probes, size of batches", _Task(), 0, part="probes, plan")
         (plan,) = run_shards(pool, "", [first], Within.silent(subject.talk), subject.store)
         batch, notes = int(plan["batch"]), tuple(str(note) for note in plan["notes"])
         ends = tuple(int(end) for end in plan["ends"])
