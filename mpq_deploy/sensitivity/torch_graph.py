@@ -19,6 +19,7 @@ from mpq_deploy.sensitivity.torch_ops import DOUBLE, FLOATS, Call, Operator, Uns
 from mpq_deploy.sensitivity.torch_windows import OPERATORS
 
 Tensor = torch.Tensor
+STANDARD = ("", "ai.onnx")
 Rewire = Callable[[list[Any]], list[Any]]
 
 
@@ -234,12 +235,13 @@ def _converted(array: Any, float_type: torch.dtype) -> Any:
 
 
 def _steps(graph: ir.Graph, opset: int, float_type: torch.dtype) -> tuple[_Step, ...]:
-    last: dict[str, int] = {}
-    gates = {id(node): sigmoid for node in graph if (sigmoid := _gate(node)) is not None}
-    dropped = {id(sigmoid) for sigmoid in gates.values()}
+    merged = {id(node): found for node in graph if (found := _gate(node) or _attention(node)) is not None}
+    dropped = {id(node) for found in merged.values() for node in found.dropped}
     nodes = [node for node in graph if id(node) not in dropped]
+    last: dict[str, int] = {}
     for number, node in enumerate(nodes):
-        for value in (*node.inputs, *node.outputs):
+        read = merged[id(node)].inputs if id(node) in merged else node.inputs
+        for value in (*read, *node.outputs):
             if value is not None and value.name:
                 last[value.name] = number
     ends: dict[int, list[str]] = {}
@@ -247,24 +249,55 @@ def _steps(graph: ir.Graph, opset: int, float_type: torch.dtype) -> tuple[_Step,
         ends.setdefault(number, []).append(name)
     steps = [_step(node, n, opset, float_type, tuple(ends.get(n, ()))) for n, node in enumerate(nodes)]
     for number, node in enumerate(nodes):
-        if id(node) in gates:
-            whole = gates[id(node)].inputs[0]
-            assert whole is not None
-            steps[number] = replace(steps[number], function=_silu, inputs=(whole.name,))
+        if id(node) in merged:
+            found = merged[id(node)]
+            inputs = tuple(value.name for value in found.inputs)
+            steps[number] = replace(steps[number], function=found.function, inputs=inputs)
     return tuple(steps)
 
 
-def _gate(node: ir.Node) -> ir.Node | None:
-    """Return the Sigmoid of x that ``node`` multiplies x by and nothing else reads: the two are one SiLU."""
-    if node.op_type != "Mul" or node.domain not in ("", "ai.onnx"):
+@dataclass(frozen=True)
+class _Merged:
+    """Nodes that are one operation in torch: ``function`` of ``inputs`` in place of the last of them."""
+
+    function: Operator
+    inputs: tuple[ir.Value, ...]
+    dropped: tuple[ir.Node, ...]
+
+
+def _gate(node: ir.Node) -> _Merged | None:
+    """Find the Sigmoid of x that ``node`` multiplies x by and nothing else reads: the two are one SiLU."""
+    if node.op_type != "Mul" or node.domain not in STANDARD:
         return None
     for factor, other in (node.inputs, reversed(node.inputs)):
-        made = None if factor is None else factor.producer()
-        if made is None or factor is None or made.op_type != "Sigmoid" or made.domain not in ("", "ai.onnx"):
-            continue
-        if made.inputs[0] is other and len(list(factor.uses())) == 1 and not factor.is_graph_output():
-            return made
+        made = _sole_source(factor, "Sigmoid")
+        if made is not None and other is not None and made.inputs[0] is other:
+            return _Merged(_silu, (other,), (made,))
     return None
+
+
+def _attention(node: ir.Node) -> _Merged | None:
+    """Find the MatMul and Softmax that ``node``, a MatMul, reads: the three are one attention without scores."""
+    if node.op_type != "MatMul" or node.domain not in STANDARD:
+        return None
+    softmax = _sole_source(node.inputs[0], "Softmax")
+    scores = _sole_source(softmax.inputs[0], "MatMul") if softmax is not None else None
+    if softmax is None or scores is None:
+        return None
+    axis = softmax.attributes.get("axis")
+    inputs = (scores.inputs[0], scores.inputs[1], node.inputs[1])
+    # Products with constants are layers, whose inputs and outputs are looked at.
+    if (axis is not None and axis.as_int() != -1) or any(value is None or value.is_initializer() for value in inputs):
+        return None
+    return _Merged(_attend, tuple(value for value in inputs if value is not None), (scores, softmax))
+
+
+def _sole_source(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    """Return the node of ``op_type`` that makes ``value``, where one node alone reads it."""
+    made = None if value is None else value.producer()
+    if value is None or made is None or made.op_type != op_type or made.domain not in STANDARD:
+        return None
+    return made if len(list(value.uses())) == 1 and not value.is_graph_output() else None
 
 
 def _silu(call: Call, x: Sequence[Any]) -> Any:
@@ -272,9 +305,17 @@ def _silu(call: Call, x: Sequence[Any]) -> Any:
     return functional.silu(x[0])
 
 
+def _attend(call: Call, x: Sequence[Any]) -> Any:
+    queries, keys, values = x
+    # Only this form has a kernel that holds no scores [..., queries, keys], which grow with the fourth power of a side.
+    if queries.ndim == 4 and keys.shape[:2] == values.shape[:2] == queries.shape[:2]:
+        return functional.scaled_dot_product_attention(queries, keys.transpose(-2, -1), values, scale=1.0)
+    return torch.matmul(torch.softmax(torch.matmul(queries, keys), -1), values)
+
+
 def _step(node: ir.Node, number: int, opset: int, float_type: torch.dtype, last_uses: tuple[str, ...]) -> _Step:
     name = node.name or f"{node.op_type}#{number}"
-    standard = node.domain in ("", "ai.onnx")
+    standard = node.domain in STANDARD
     if not standard or node.op_type not in OPERATORS:
         raise UnsupportedOperator(node.op_type if standard else f"{node.domain}::{node.op_type}", name)
     attributes = {}

@@ -348,6 +348,60 @@ def test_a_gated_sigmoid_is_one_operator_where_nothing_else_reads_it(
     assert ("s" not in evaluated.values) == (fused or "s" not in {out for _, _, out in nodes})
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 5, 4), (2, 5, 4)], ids=["heads", "no heads"])
+@pytest.mark.parametrize(
+    ("nodes", "fused"),
+    [
+        ([("MatMul", "q k", "s"), ("Softmax", "s", "p"), ("MatMul", "p v", "y")], True),
+        ([("MatMul", "q k", "s"), ("Add", "s s", "t"), ("Softmax", "t", "p"), ("MatMul", "p v", "y")], False),
+        ([("MatMul", "q k", "s"), ("Softmax", "s", "p"), ("MatMul", "p v", "t"), ("MatMul", "p t", "y")], False),
+        ([("MatMul", "q k", "s"), ("Softmax", "s", "p"), ("MatMul", "p s", "t"), ("MatMul", "t v", "y")], False),
+        ([("MatMul", "q k", "s"), ("Softmax 1", "s", "p"), ("MatMul", "p v", "y")], False),
+    ],
+)
+def test_attention_is_one_operator_where_nothing_else_reads_its_scores(
+    shape: tuple[int, ...], nodes: list[tuple[str, str, str]], fused: bool
+) -> None:
+    made = []
+    for op, given, out in nodes:
+        op, *axis = op.split()
+        made.append(helper.make_node(op, given.split(), [out], name=f"{op}_{out}", **({"axis": 1} if axis else {})))
+    tokens = shape[-2]
+    shapes = {"q": shape, "k": (*shape[:-2], shape[-1], tokens), "v": shape}
+    random = np.random.default_rng(0)
+    feeds = {name: random.standard_normal(size).astype(np.float32) for name, size in shapes.items()}
+    inputs = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, size) for name, size in shapes.items()]
+    output = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, shape)
+    graph = helper.make_graph(made, "attention", inputs, [output])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    evaluated = TorchGraph(ir.from_proto(model))
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    found = evaluated.run(evaluated.feed(feeds), keep=evaluated.values)
+    np.testing.assert_allclose(found["y"].numpy(), session.run(None, feeds)[0], rtol=1e-4, atol=1e-5)
+    assert ("s" not in evaluated.values) == fused
+
+
+def test_the_gradients_of_attention_are_those_of_its_products() -> None:
+    q, k, v = (torch.randn(2, 3, 5, 4, generator=torch.manual_seed(n), requires_grad=True) for n in range(3))
+    nodes = [
+        helper.make_node("MatMul", ["q", "k"], ["s"]),
+        helper.make_node("Softmax", ["s"], ["p"]),
+        helper.make_node("MatMul", ["p", "v"], ["y"]),
+    ]
+    shapes = {"q": (2, 3, 5, 4), "k": (2, 3, 4, 5), "v": (2, 3, 5, 4)}
+    inputs = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, size) for name, size in shapes.items()]
+    output = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, shapes["q"])
+    model = helper.make_model(
+        helper.make_graph(nodes, "attention", inputs, [output]), opset_imports=[helper.make_opsetid("", 21)]
+    )
+    found = TorchGraph(ir.from_proto(model)).run({"q": q, "k": k.transpose(-2, -1), "v": v})["y"]
+    direct = torch.softmax(q @ k.transpose(-2, -1), -1) @ v
+    for one, other in zip(
+        torch.autograd.grad(found.square().sum(), (q, k, v)), torch.autograd.grad(direct.square().sum(), (q, k, v))
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 def test_weights_share_memory_with_the_model() -> None:
     weight = floats(8, 4)
     model = ir.from_proto(model_of(Case("MatMul", [floats(2, 8), weight], constants=(1,))))
