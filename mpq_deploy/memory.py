@@ -18,6 +18,7 @@ from mpq_deploy.engine.memory import known_shapes
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.runtime.ort import LARGE_WEIGHTS_BYTES
+from mpq_deploy.sensitivity.merged import merged_nodes
 
 if TYPE_CHECKING:
     import onnx
@@ -45,8 +46,8 @@ class ModelSize:
     """What memory depends on. Bytes are of float32, values those of one call.
 
     ``weights``: bytes of all constants; ``largest``: elements of the largest layer's weight; ``values``: bytes of all
-    values; ``alive``: most bytes of them that live at once; ``outputs``: bytes of the layers' outputs; ``nodes``: of
-    the graph; ``patches``: one entry per Hessian.
+    values that torch makes; ``alive``: most bytes that live at once in ONNX Runtime; ``outputs``: bytes of the layers'
+    outputs; ``nodes``: of the graph; ``patches``: one entry per Hessian.
     """
 
     weights: int
@@ -69,6 +70,7 @@ def model_size(path: Path, graph: LayerGraph, inputs: Mapping[str, tuple[int, ..
     model = graph.model.graph
     weights = sum(v.const_value.nbytes for v in model.initializers.values() if v.const_value is not None)
     made = {name: sizes.get(name, 0) for node in proto.node for name in node.output if name}
+    apart = {value.name for found in merged_nodes(model).values() for node in found.dropped for value in node.outputs}
     patches = {
         (use.input, layer.group, layer.reduction): Patches(
             layer.group, layer.reduction, prod(shapes.get(use.output, ())) // max(layer.out_channels, 1)
@@ -79,7 +81,7 @@ def model_size(path: Path, graph: LayerGraph, inputs: Mapping[str, tuple[int, ..
     return ModelSize(
         weights,
         max((layer.weights for layer in graph.layers), default=0),
-        sum(made.values()),
+        sum(size for name, size in made.items() if name not in apart),
         _most_alive(proto.node, made),
         sum(made.get(use.output, 0) for layer in graph.layers for use in layer.uses),
         len(proto.node),

@@ -132,7 +132,8 @@ def test_long_attention_counts(tmp_path: Path) -> None:
     scores, small = 4 * tokens * tokens, 4 * tokens * width
     # Softmax writes over the scores; the input's copy, q and the transposed keys may live beside them.
     assert scores <= size.alive <= scores + 4 * small
-    assert size.values > 2 * scores
+    # Torch makes no scores.
+    assert size.values <= 4 * small + 100
     assert size.patches == (Patches(1, width, tokens),)
 
 

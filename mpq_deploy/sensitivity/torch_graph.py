@@ -15,11 +15,11 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from mpq_deploy.errors import ModelError
+from mpq_deploy.sensitivity.merged import STANDARD, merged_nodes
 from mpq_deploy.sensitivity.torch_ops import DOUBLE, FLOATS, Call, Operator, UnsupportedForm
 from mpq_deploy.sensitivity.torch_windows import OPERATORS
 
 Tensor = torch.Tensor
-STANDARD = ("", "ai.onnx")
 Rewire = Callable[[list[Any]], list[Any]]
 
 
@@ -235,7 +235,7 @@ def _converted(array: Any, float_type: torch.dtype) -> Any:
 
 
 def _steps(graph: ir.Graph, opset: int, float_type: torch.dtype) -> tuple[_Step, ...]:
-    merged = {id(node): found for node in graph if (found := _gate(node) or _attention(node)) is not None}
+    merged = merged_nodes(graph)
     dropped = {id(node) for found in merged.values() for node in found.dropped}
     nodes = [node for node in graph if id(node) not in dropped]
     last: dict[str, int] = {}
@@ -252,52 +252,8 @@ def _steps(graph: ir.Graph, opset: int, float_type: torch.dtype) -> tuple[_Step,
         if id(node) in merged:
             found = merged[id(node)]
             inputs = tuple(value.name for value in found.inputs)
-            steps[number] = replace(steps[number], function=found.function, inputs=inputs)
+            steps[number] = replace(steps[number], function=MERGED[found.kind], inputs=inputs)
     return tuple(steps)
-
-
-@dataclass(frozen=True)
-class _Merged:
-    """Nodes that are one operation in torch: ``function`` of ``inputs`` in place of the last of them."""
-
-    function: Operator
-    inputs: tuple[ir.Value, ...]
-    dropped: tuple[ir.Node, ...]
-
-
-def _gate(node: ir.Node) -> _Merged | None:
-    """Find the Sigmoid of x that ``node`` multiplies x by and nothing else reads: the two are one SiLU."""
-    if node.op_type != "Mul" or node.domain not in STANDARD:
-        return None
-    for factor, other in (node.inputs, reversed(node.inputs)):
-        made = _sole_source(factor, "Sigmoid")
-        if made is not None and other is not None and made.inputs[0] is other:
-            return _Merged(_silu, (other,), (made,))
-    return None
-
-
-def _attention(node: ir.Node) -> _Merged | None:
-    """Find the MatMul and Softmax that ``node``, a MatMul, reads: the three are one attention without scores."""
-    if node.op_type != "MatMul" or node.domain not in STANDARD:
-        return None
-    softmax = _sole_source(node.inputs[0], "Softmax")
-    scores = _sole_source(softmax.inputs[0], "MatMul") if softmax is not None else None
-    if softmax is None or scores is None:
-        return None
-    axis = softmax.attributes.get("axis")
-    inputs = (scores.inputs[0], scores.inputs[1], node.inputs[1])
-    # Products with constants are layers, whose inputs and outputs are looked at.
-    if (axis is not None and axis.as_int() != -1) or any(value is None or value.is_initializer() for value in inputs):
-        return None
-    return _Merged(_attend, tuple(value for value in inputs if value is not None), (scores, softmax))
-
-
-def _sole_source(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    """Return the node of ``op_type`` that makes ``value``, where one node alone reads it."""
-    made = None if value is None else value.producer()
-    if value is None or made is None or made.op_type != op_type or made.domain not in STANDARD:
-        return None
-    return made if len(list(value.uses())) == 1 and not value.is_graph_output() else None
 
 
 def _silu(call: Call, x: Sequence[Any]) -> Any:
@@ -307,10 +263,18 @@ def _silu(call: Call, x: Sequence[Any]) -> Any:
 
 def _attend(call: Call, x: Sequence[Any]) -> Any:
     queries, keys, values = x
-    # Only this form has a kernel that holds no scores [..., queries, keys], which grow with the fourth power of a side.
-    if queries.ndim == 4 and keys.shape[:2] == values.shape[:2] == queries.shape[:2]:
-        return functional.scaled_dot_product_attention(queries, keys.transpose(-2, -1), values, scale=1.0)
-    return torch.matmul(torch.softmax(torch.matmul(queries, keys), -1), values)
+    # The kernel that holds no scores [..., queries, keys], which grow with the fourth power of an image's side, is for
+    # [batch, heads, tokens, channels].
+    lead = queries.shape[:-2]
+    if len(lead) > 2 or keys.shape[:-2] != lead or values.shape[:-2] != lead:
+        return torch.matmul(torch.softmax(torch.matmul(queries, keys), -1), values)
+    four = [part.reshape(*(1,) * (2 - len(lead)), *part.shape) for part in (queries, keys.transpose(-2, -1), values)]
+    found = functional.scaled_dot_product_attention(four[0], four[1], four[2], scale=1.0)
+    return found.reshape(*lead, *found.shape[-2:])
+
+
+# What stands for the last of the nodes that ``merged_nodes`` finds.
+MERGED: dict[str, Operator] = {"silu": _silu, "attention": _attend}
 
 
 def _step(node: ir.Node, number: int, opset: int, float_type: torch.dtype, last_uses: tuple[str, ...]) -> _Step:
