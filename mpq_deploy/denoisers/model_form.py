@@ -14,6 +14,7 @@ from mpq_deploy.denoisers.conditions import Conditions
 from mpq_deploy.denoisers.spec import InputSpec
 from mpq_deploy.denoisers.torch_export import TorchNetwork
 from mpq_deploy.denoisers.transformer import (
+    ELEMENT,
     FLUX,
     FLUX_TIMESTEPS,
     GUIDANCE,
@@ -142,4 +143,6 @@ def network(module: Any, form: ModelForm, config: dict[str, Any], conditions: Se
         output: torch.Tensor = model(**arguments, return_dict=False)[0]
         return output
 
-    return TorchNetwork(module, (form.sample, InputSpec(name=TIMESTEP), *conditions), OUTPUT, call)
+    given = {name.split(ELEMENT)[0] for name in names}
+    left_out = [] if form.known else [name for name in form.signature.others if name not in given]
+    return TorchNetwork(module, (form.sample, InputSpec(name=TIMESTEP), *conditions), OUTPUT, call, left_out)

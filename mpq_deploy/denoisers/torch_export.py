@@ -49,8 +49,17 @@ class TorchNetwork:
 
     tolerance = TOLERANCE
 
-    def __init__(self, module: torch.nn.Module, inputs: Sequence[InputSpec], output: str, call: Forward) -> None:
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        inputs: Sequence[InputSpec],
+        output: str,
+        call: Forward,
+        left_out: Sequence[str] = (),
+    ) -> None:
         self.module = module.eval()
+        # Inputs with defaults that nothing gives.
+        self.left_out = tuple(left_out)
         self.inputs, self.output, self._call = tuple(inputs), output, call
 
     def to_onnx(self, talk: Talk) -> ir.Model:
@@ -100,9 +109,16 @@ class TorchNetwork:
         except torch.onnx.OnnxExporterError as error:
             raise ModelError(
                 f"PyTorch cannot export {type(self.module).__name__} to ONNX: {_first_line(error)}",
-                "Export it to ONNX by other means and give the ONNX file with a YAML.",
+                self._remedy(),
             ) from error
         return program.model  # type: ignore[no-any-return]
+
+    def _remedy(self) -> str:
+        onnx = "xport it to ONNX by other means and give the ONNX file with a YAML."
+        if not self.left_out:
+            return f"E{onnx}"
+        names = ", ".join(self.left_out)
+        return f"It may need inputs that it calls optional ({names}): give them with --conditions FILE.npz; or e{onnx}"
 
     def _example(self, item: InputSpec) -> torch.Tensor:
         shape = (EXAMPLE_BATCH, *item.shape)
@@ -147,10 +163,43 @@ def strip_prefix(model: ir.Model) -> None:
             value.name = name.removeprefix(PREFIX)
 
 
+# The optimizer's tolerances: a term within the first of 0 is none to it, a factor within the second of 1 neither.
+NEAR_ZERO, NEAR_ONE = 1e-8, 1e-5
+
+
+def hide_near_neutral(model: ir.Model) -> None:
+    """Give scalars that are nearly 0 or 1 the shape [1], so that the optimizer leaves their operations alone.
+
+    It takes them for 0 and 1: x / (y + 1e-15), which is 0 where both are 0, would become 0 / 0.
+    """
+    for node in list(model.graph):
+        if node.op_type not in ("Add", "Sub", "Mul", "Div"):
+            continue
+        for number, other in ((0, 1), (1, 0)):
+            value, beside = node.inputs[number], node.inputs[other]
+            constant = None if value is None else ir.convenience.get_const_tensor(value)
+            if constant is None or value is None or constant.size != 1 or len(constant.shape):
+                continue
+            scalar, rank = (
+                float(constant.numpy()),
+                None if beside is None or beside.shape is None else len(beside.shape),
+            )
+            near = 0 < abs(scalar) <= NEAR_ZERO or 0 < abs(scalar - 1) <= NEAR_ONE
+            if near and rank:
+                name = f"{value.name}.near_neutral"
+                if name not in model.graph.initializers:
+                    array = constant.numpy().reshape(1)
+                    hidden = ir.Value(name=name, type=value.type, const_value=ir.Tensor(array, name=name))
+                    hidden.shape = ir.Shape((1,))
+                    model.graph.register_initializer(hidden)
+                node.replace_input_with(number, model.graph.initializers[name])
+
+
 def optimized(model: ir.Model) -> ir.Model:
     """Return ``model`` after the exporter's own optimizer: shape arithmetic and casts that do nothing go."""
     import onnxscript.optimizer
 
+    hide_near_neutral(model)
     with _quiet():
         onnxscript.optimizer.optimize_ir(model)
     return model

@@ -172,6 +172,31 @@ def export_module(module: Any, *shapes: tuple[int, ...]) -> ir.Model:
     return TorchNetwork(module, inputs, "out", lambda m, *xs: m(*xs)).to_onnx(Talk())
 
 
+@pytest.mark.parametrize("term", [0.0, 1e-15, -1e-9, 1e-8])
+def test_terms_near_zero_stay(term: float) -> None:
+    import torch
+
+    class Ratio(torch.nn.Module):
+        def forward(self, x: Any) -> Any:
+            return x / (torch.relu(x) + term)
+
+    model = export_module(Ratio(), (6,))
+    # Without the term, 0 / 0 would be NaN; the term 0 itself is of no use.
+    assert sum(node.op_type == "Add" for node in model.graph) == (term != 0)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1 + 5e-6, 0.999999])
+def test_factors_near_one_stay(factor: float) -> None:
+    import torch
+
+    class Scaled(torch.nn.Module):
+        def forward(self, x: Any) -> Any:
+            return torch.relu(x) * factor
+
+    model = export_module(Scaled(), (6,))
+    assert sum(node.op_type == "Mul" for node in model.graph) == (factor != 1)
+
+
 def test_tied_weights_are_one_layer_and_stored_once() -> None:
     import torch
 

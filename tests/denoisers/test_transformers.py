@@ -14,7 +14,7 @@ diffusers = pytest.importorskip("diffusers")
 
 from mpq_deploy.denoisers.export import export_denoiser  # noqa: E402
 from mpq_deploy.denoisers.open import open_denoiser  # noqa: E402
-from mpq_deploy.errors import UsageError  # noqa: E402
+from mpq_deploy.errors import ModelError, UsageError  # noqa: E402
 from mpq_deploy.graph.layers import layer_graph  # noqa: E402
 from mpq_deploy.graph.load import load_model  # noqa: E402
 from mpq_deploy.runtime.ort import OrtDenoiser  # noqa: E402
@@ -115,6 +115,25 @@ def test_a_denoiser_that_nobody_listed_is_called_as_its_signature_says(tmp_path:
     np.savez(tmp_path / "d.npz", encoder_hidden_state=text)
     with pytest.raises(UsageError, match="no input of the model"):
         open_denoiser(tmp_path / "aura", scheduler=folder, conditions=tmp_path / "d.npz")
+    # It calls its text optional, and fails without it.
+    with pytest.raises(ModelError, match="cannot export AuraFlow") as caught:
+        export_denoiser(open_denoiser(tmp_path / "aura", scheduler=folder), tmp_path / "without")
+    assert "(encoder_hidden_states" in caught.value.hint and "--conditions" in caught.value.hint
+
+
+def test_linear_attention_keeps_what_it_adds_to_its_divisor(tmp_path: Path) -> None:
+    """Sana divides by a sum of rectified products plus 1e-15: of few channels, some sums are 0."""
+    torch.manual_seed(0)
+    sizes = {"attention_head_dim": 4, "num_attention_heads": 2, "num_cross_attention_heads": 2}
+    sizes |= {"cross_attention_head_dim": 4, "cross_attention_dim": 8, "caption_channels": 8}
+    model = diffusers.SanaTransformer2DModel(
+        patch_size=1, in_channels=4, out_channels=4, num_layers=1, sample_size=16, **sizes
+    )
+    model.save_pretrained(tmp_path / "sana", safe_serialization=True)
+    folder = tiny_transformer_folder(tmp_path, "SD3Transformer2DModel")
+    np.savez(tmp_path / "c.npz", encoder_hidden_states=np.random.default_rng(0).standard_normal((3, 6, 8), np.float32))
+    denoiser = open_denoiser(tmp_path / "sana", scheduler=folder, conditions=tmp_path / "c.npz")
+    assert export_denoiser(denoiser, tmp_path / "export").max_relative_error < 1e-4
 
 
 def test_what_is_no_denoiser_is_refused(tmp_path: Path) -> None:
