@@ -2,7 +2,9 @@
 
 The sinusoids of the timestep need FP32: at t = 999 FP16 has steps of 0.5, half a radian. So a node stays in FP32 when
 all its floating-point inputs come from position-like graph inputs (the timestep, and any other input that reaches a
-Sin or Cos) and it lies before the first layer; everything else is FP16.
+Sin or Cos) and it lies before the first layer. So does a node with a scalar that FP16 does not hold: a term such as the
+1e-15 that keeps a divisor from 0 would be 0, a factor of 1e6 another number. Roots and quotients of its result follow.
+Everything else is FP16.
 """
 
 from __future__ import annotations
@@ -17,6 +19,11 @@ from mpq_deploy.graph.layers import LAYER_OPS
 
 # Input slots that ONNX keeps in FP32 whatever the tensor's type: Resize's roi and scales.
 FLOAT32_SLOTS = {"Resize": (1, 2)}
+# Half of the smallest FP16 number: what is less becomes 0. Infinities of masks may be the largest FP16 number.
+VANISHING, LARGEST = 2.0**-25, 65504.0
+TERMS, FACTORS = ("Add", "Sub", "Max", "Clip"), ("Mul", "Div")
+# What takes the result of such a node out of the range near 0.
+FOLLOWING = ("Sqrt", "Pow", "Reciprocal", "Div", "Log")
 
 
 @dataclass(frozen=True)
@@ -54,8 +61,33 @@ def fp16_region(model: ir.Model, timestep: str, sample: str) -> Fp16Region:
         readers = [reader.name for output in node.outputs for reader, _ in output.uses()]
         if sources[node] == set() and readers and all(name in nodes32 for name in readers):
             nodes32.add(node.name or "")
+    nodes32 |= _out_of_range(model)
     inputs32 = {value.name or "" for value in model.graph.inputs if value.name in positions}
     return Fp16Region(frozenset(nodes32), frozenset(inputs32))
+
+
+def _out_of_range(model: ir.Model) -> set[str]:
+    """Return the names of nodes with a scalar beyond FP16, and of those that follow them into a root or quotient."""
+    found: set[str] = set()
+    for node in model.graph:
+        sources = [value.producer() for value in node.inputs if value is not None]
+        follows = node.op_type in FOLLOWING and any(made is not None and made.name in found for made in sources)
+        if follows or _holds_no_half(node):
+            found.add(node.name or "")
+    return found
+
+
+def _holds_no_half(node: ir.Node) -> bool:
+    if node.op_type not in (*TERMS, *FACTORS) or node.domain not in ("", "ai.onnx"):
+        return False
+    for value in node.inputs:
+        tensor = None if value is None else value.const_value
+        if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size != 1:
+            continue
+        size = abs(float(tensor.numpy().reshape(())))
+        if 0 < size <= VANISHING or (node.op_type in FACTORS and size > LARGEST):
+            return True
+    return False
 
 
 def _attributes(node: ir.Node) -> list[ir.Attr]:

@@ -1,0 +1,66 @@
+"""What stays in FP32: scalars that FP16 does not hold, and what follows them."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto
+from onnx.helper import make_graph, make_model, make_node, make_opsetid, make_tensor_value_info
+from onnx.numpy_helper import from_array
+
+from mpq_deploy.graph.passes.fp16_arithmetic import fp16_arithmetic
+from mpq_deploy.graph.passes.fp16_region import fp16_region
+from mpq_deploy.graph.passes.fp16_storage import fp16_storage
+
+
+def ratio(op: str, scalar: float, *between: str) -> ir.Model:
+    """y = x / f(x op scalar), after a convolution's weight would have made x: no position is read."""
+    nodes = [make_node("Relu", ["x"], ["r"], name="relu"), make_node(op, ["r", "c"], ["d0"], name="term")]
+    for number, root in enumerate(between):
+        nodes.append(make_node(root, [f"d{number}"], [f"d{number + 1}"], name=root))
+    nodes.append(make_node("Div", ["x", f"d{len(between)}"], ["q"], name="quotient"))
+    nodes.append(make_node("Neg", ["q"], ["y"], name="after"))
+    values = [make_tensor_value_info(name, TensorProto.FLOAT, [2, 4]) for name in ("r", "q", "y")]
+    values += [make_tensor_value_info(f"d{number}", TensorProto.FLOAT, [2, 4]) for number in range(len(between) + 1)]
+    graph = make_graph(
+        nodes,
+        "g",
+        [make_tensor_value_info("x", TensorProto.FLOAT, [2, 4]), make_tensor_value_info("t", TensorProto.FLOAT, [1])],
+        [make_tensor_value_info("y", TensorProto.FLOAT, [2, 4])],
+        [from_array(np.array(scalar, np.float32), "c")],
+        value_info=[value for value in values if value.name != "y"],
+    )
+    return ir.from_proto(make_model(graph, opset_imports=[make_opsetid("", 21)], ir_version=10))
+
+
+@pytest.mark.parametrize(
+    ("op", "scalar", "between", "kept"),
+    [
+        ("Add", 1e-15, (), {"term", "quotient"}),
+        ("Max", 1e-12, ("Sqrt",), {"term", "Sqrt", "quotient"}),
+        ("Sub", -1e-30, ("Sqrt", "Reciprocal"), {"term", "Sqrt", "Reciprocal", "quotient"}),
+        ("Mul", 1e6, (), {"term", "quotient"}),
+        ("Add", 1e-6, (), set()),  # in FP16 a subnormal number, not 0
+        ("Add", 0.0, (), set()),
+        ("Add", -3.4e38, (), set()),  # a mask's
+        ("Mul", 3.0, ("Sqrt",), set()),
+    ],
+)
+def test_scalars_beyond_fp16_keep_their_nodes_in_fp32(
+    op: str, scalar: float, between: tuple[str, ...], kept: set[str]
+) -> None:
+    assert fp16_region(ratio(op, scalar, *between), "t", "x").nodes32 == kept
+
+
+@pytest.mark.parametrize("finish", [fp16_arithmetic, fp16_storage])
+def test_a_term_that_keeps_a_divisor_from_zero_still_does(finish: object) -> None:
+    model = ratio("Add", 1e-15)
+    region = fp16_region(model, "t", "x")
+    finish(model, region)  # type: ignore[operator]
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    kind = np.float16 if "float16" in session.get_inputs()[0].type else np.float32
+    x = np.array([[0, 0, 1, 2], [0, 3, 0, 4]], kind)
+    (y,) = session.run(None, {"x": x, **({"t": np.zeros(1, np.float32)} if len(session.get_inputs()) > 1 else {})})
+    np.testing.assert_array_equal(y, -(x > 0).astype(kind))
