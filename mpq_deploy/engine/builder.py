@@ -20,7 +20,7 @@ from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
 from pathlib import Path
 
-from mpq_deploy.artefacts import file_digest
+from mpq_deploy.artefacts import file_digest, sealed_json
 from mpq_deploy.engine.build_log import EngineLog, layers_text, parse_engine_log
 from mpq_deploy.engine.build_target import BuildTarget
 from mpq_deploy.engine.build_worker import DISK_FAILURE, REPORTED_FAILURE, BuildJob, InputShapes
@@ -105,8 +105,7 @@ def build_engine(
         record = _record(built, target, raw, expected)
         built.replace(out / ENGINE)
     (out / LAYERS).write_text(raw.layers)
-    timing = json.dumps(asdict(raw.timing), indent=1, sort_keys=True) + "\n"
-    log.with_suffix(".timing.json").write_text(timing)
+    log.with_suffix(".timing.json").write_text(sealed_json(asdict(raw.timing)))
     record.save(out / RECORD)
     for problem in record.problems:
         talk.warn(str(problem))

@@ -285,6 +285,8 @@ def flip(path: Path) -> None:
         (lambda run: (run / "report.json").unlink(), ["report"]),
         (lambda run: (run / "latency.json").write_text("{"), ["report"]),
         (lambda run: (run / "sweep.json").write_text("{"), ["report"]),
+        (lambda run: (run / "page.json").write_text("{"), ["report"]),
+        (lambda run: (run / "engine.timing.json").write_text("{"), ["report"]),
     ],
 )
 def test_damaged_files_are_made_again(

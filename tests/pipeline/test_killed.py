@@ -117,7 +117,7 @@ def builder_of(parent: int) -> list[int]:
 @pytest.mark.rtx
 @pytest.mark.parametrize("moment", ["starting", "building"])
 def test_the_builder_itself_is_killed(model: Path, run: Path, tmp_path: Path, moment: str) -> None:
-    """As the kernel does for want of memory: one message that names the stage, nothing half-written, then it goes on."""
+    """As the kernel does for want of memory: one message that names the stage, nothing half done, then it goes on."""
     pytest.importorskip("tensorrt_rtx")
     recipe = recipe_for(model, engine__build=True)
     expected = build(recipe, Path(shutil.copytree(run, tmp_path / "whole")))
