@@ -6,8 +6,8 @@ One build runs to its end. Then builds of the same recipe, each in a new folder,
 process group, so that no child does its parent's work), started again on the same folder, and so on until all kills are
 spent; the last ones run to their end. The moment is drawn anew each time: within the start of Python, or up to a time
 that lets the longest stage end now and then. Every finished folder must hold the same bytes in every stage. Engines are
-compared by their layers and sizes: two builds of one graph by TensorRT differ in a few bytes. After each kill no
-process of the build may be left.
+compared by the list of their kernels and by their record without the digest: two builds of one graph by TensorRT differ
+in a few bytes. After each kill no process of the build may be left.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ import numpy as np
 import yaml
 from table import Page, bench_recipe, markdown, verdict
 
-from mpq_deploy.artefacts import file_digest
+from mpq_deploy.artefacts import RunFolder, file_digest
+from mpq_deploy.engine.builder import LAYERS, RECORD
 from mpq_deploy.pipeline import STAGES
 
 QUICK: dict[str, Any] = {
@@ -106,9 +107,11 @@ def contents(run: Path) -> dict[str, str]:
     """Return the digest of every compared file of a run, and what is compared of its engine."""
     files = [path for name in COMPARED for path in sorted((run / name).rglob("*")) if path.is_file()]
     found = {path.relative_to(run).as_posix(): file_digest(path) for path in files}
-    engine = run / "engine" / "engine.json"
-    if engine.is_file():
-        found["engine layers"] = json.dumps(json.loads(engine.read_text()).get("layers"), sort_keys=True)
+    record = run / "engine" / RECORD
+    if record.is_file():
+        found[f"engine/{LAYERS}"] = file_digest(run / "engine" / LAYERS)
+        kept = {name: value for name, value in json.loads(record.read_text()).items() if name != "sha256"}
+        found[f"engine/{RECORD}"] = json.dumps(kept, sort_keys=True)
     return found
 
 
@@ -136,7 +139,7 @@ def main() -> None:
         builds = Builds(folder / "recipe.yaml")
         whole = builds.finish(folder / "reference")
         expected = contents(folder / "reference")
-        timings = json.loads((folder / "reference" / "timings.json").read_text())
+        timings = RunFolder(folder / "reference").timings()
         longest = max(float(timing["seconds"]) for timing in timings.values())
         start = max(SHORTEST_START, builds.finish(folder / "reference") / 2)
         while killed.total() < chosen.kills:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,6 +179,21 @@ class RunFolder:
         timings = self.timings()
         timings[name] = {"seconds": round(seconds, 3), "peak_rss_bytes": peak_rss_bytes}
         write_text(self.path / TIMINGS, sealed_json(timings))
+
+
+def refuse_altered(files: Iterable[Path]) -> None:
+    """Raise RunFolderError when one of ``files``, of a finished stage's folder, is not as the stage left it.
+
+    For those who open results without the pipeline, which would make the stage again. Files that lie in no stage's
+    folder are passed over: nothing is known of them.
+    """
+    for path in files:
+        record = RunFolder(path.parent.parent).record(path.parent.name)
+        known = {} if record is None else record.outputs
+        if path.name in known and file_digest(path) != known[path.name]:
+            raise RunFolderError(
+                f"{path} was altered since it was made.", "Run 'mpq-deploy build' on its run folder: it makes it again."
+            )
 
 
 def disk_error(error: OSError, path: Path) -> MpqError:
