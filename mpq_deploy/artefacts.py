@@ -116,7 +116,8 @@ class RunFolder:
         path = self.path / name / RECORD
         try:
             values = json.loads(path.read_text())
-            return StageRecord(values["stage"], values["inputs"], values["outputs"])
+            record = StageRecord(values["stage"], dict(values["inputs"]), dict(values["outputs"]))
+            return record if record.stage == name else None
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, KeyError, TypeError, UnicodeDecodeError):
