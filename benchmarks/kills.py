@@ -6,8 +6,8 @@ One build runs to its end. Then builds of the same recipe, each in a new folder,
 process group, so that no child does its parent's work), started again on the same folder, and so on until all kills are
 spent; the last ones run to their end. The moment is drawn anew each time: within the start of Python, or up to a time
 that lets the longest stage end now and then. Every finished folder must hold the same bytes in every stage. Engines are
-compared by the list of their kernels and by their record without the digest: two builds of one graph by TensorRT differ
-in a few bytes. After each kill no process of the build may be left.
+compared by the list of their kernels and by their record without digest and size of the engine's own file: two builds of
+one graph by TensorRT differ there in a few bytes. After each kill no process of the build may be left.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ QUICK: dict[str, Any] = {
 }
 # Made again each time: the report. Its sources are compared.
 COMPARED = tuple(name for name in STAGES if name not in ("engine", "report"))
+# What the record of an engine says of the engine's own file, of which no two builds by TensorRT are alike.
+OWN_FILE = ("sha256", "bytes")
 SHORTEST_START = 0.5  # seconds
 
 
@@ -110,8 +112,8 @@ def contents(run: Path) -> dict[str, str]:
     record = run / "engine" / RECORD
     if record.is_file():
         found[f"engine/{LAYERS}"] = file_digest(run / "engine" / LAYERS)
-        kept = {name: value for name, value in json.loads(record.read_text()).items() if name != "sha256"}
-        found[f"engine/{RECORD}"] = json.dumps(kept, sort_keys=True)
+        values = json.loads(record.read_text())
+        found[f"engine/{RECORD}"] = json.dumps({k: v for k, v in values.items() if k not in OWN_FILE}, sort_keys=True)
     return found
 
 
