@@ -6,7 +6,7 @@ One build runs to its end. Then builds of the same recipe, each in a new folder,
 process group, so that no child does its parent's work), started again on the same folder, and so on until all kills are
 spent; the last ones run to their end. The moment is drawn anew each time: within the start of Python, or up to a time
 that lets the longest stage end now and then. Every finished folder must hold the same bytes in every stage. Engines are
-compared by the list of their kernels and by their record without digest and size of the engine's own file: two builds of
+compared by the list of their kernels and by their record without digest and size of the engine's file: two builds of
 one graph by TensorRT differ there in a few bytes. After each kill no process of the build may be left.
 """
 
