@@ -6,8 +6,8 @@ One build runs to its end. Then builds of the same recipe, each in a new folder,
 process group, so that no child does its parent's work), started again on the same folder, and so on until all kills are
 spent; the last ones run to their end. The moment is drawn anew each time: within the start of Python, or up to a time
 that lets the longest stage end now and then. Every finished folder must hold the same bytes in every stage. Engines are
-compared by their layers and sizes: two builds of one graph by TensorRT differ in a few bytes. After each kill no
-process of the build may be left.
+compared by the list of their kernels and by their record without digest and size of the engine's file: two builds of
+one graph by TensorRT differ there in a few bytes. After each kill no process of the build may be left.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ import numpy as np
 import yaml
 from table import Page, bench_recipe, markdown, verdict
 
-from mpq_deploy.artefacts import file_digest
+from mpq_deploy.artefacts import RunFolder, file_digest
+from mpq_deploy.engine.builder import LAYERS, RECORD
 from mpq_deploy.pipeline import STAGES
 
 QUICK: dict[str, Any] = {
@@ -48,6 +49,8 @@ QUICK: dict[str, Any] = {
 }
 # Made again each time: the report. Its sources are compared.
 COMPARED = tuple(name for name in STAGES if name not in ("engine", "report"))
+# What the record of an engine says of the engine's own file, of which no two builds by TensorRT are alike.
+OWN_FILE = ("sha256", "bytes")
 SHORTEST_START = 0.5  # seconds
 
 
@@ -106,9 +109,11 @@ def contents(run: Path) -> dict[str, str]:
     """Return the digest of every compared file of a run, and what is compared of its engine."""
     files = [path for name in COMPARED for path in sorted((run / name).rglob("*")) if path.is_file()]
     found = {path.relative_to(run).as_posix(): file_digest(path) for path in files}
-    engine = run / "engine" / "engine.json"
-    if engine.is_file():
-        found["engine layers"] = json.dumps(json.loads(engine.read_text()).get("layers"), sort_keys=True)
+    record = run / "engine" / RECORD
+    if record.is_file():
+        found[f"engine/{LAYERS}"] = file_digest(run / "engine" / LAYERS)
+        values = json.loads(record.read_text())
+        found[f"engine/{RECORD}"] = json.dumps({k: v for k, v in values.items() if k not in OWN_FILE}, sort_keys=True)
     return found
 
 
@@ -136,7 +141,7 @@ def main() -> None:
         builds = Builds(folder / "recipe.yaml")
         whole = builds.finish(folder / "reference")
         expected = contents(folder / "reference")
-        timings = json.loads((folder / "reference" / "timings.json").read_text())
+        timings = RunFolder(folder / "reference").timings()
         longest = max(float(timing["seconds"]) for timing in timings.values())
         start = max(SHORTEST_START, builds.finish(folder / "reference") / 2)
         while killed.total() < chosen.kills:

@@ -29,6 +29,8 @@ from pathlib import Path
 
 from table import Page, markdown, verdict
 
+from mpq_deploy.artefacts import RunFolder
+
 TOOLS = Path(__file__).parent / "peer_tools"
 PACKAGE = Path(__file__).parent.parent / "mpq_deploy"
 STAGES = ("export", "calibrate", "candidates", "measure")
@@ -112,7 +114,7 @@ class Bench:
         self._must("measure", (*ours, "measure", str(self.run)))
         given = str(self.out / "given")
         self._must("inputs", (sys.executable, str(TOOLS / "prepare.py"), "inputs", str(self.run), given))
-        timings = json.loads((self.run / "timings.json").read_text())
+        timings = RunFolder(self.run).timings()
         parts = ((name, timings[name]["seconds"], timings[name]["peak_rss_bytes"] / 1e6) for name in STAGES)
         return ", ".join(f"{name} {seconds:.1f} s {peak:.0f} MB" for name, seconds, peak in parts)
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,8 @@ from mpq_deploy.errors import MpqError, RunFolderError
 FORMAT = 1
 RECORD = "stage.json"
 TIMINGS = "timings.json"
+# The entry of a JSON file outside the stage folders with the digest of all others: no record holds it.
+SEAL = "sha256"
 
 Fields = dict[str, Any]
 
@@ -31,6 +33,26 @@ Fields = dict[str, Any]
 def canonical_json(value: Any) -> str:
     """Return JSON with sorted keys: equal values give equal text."""
     return json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+def sealed_json(values: Fields) -> str:
+    """Return JSON of ``values`` with their digest beside them (``SEAL``), for ``unsealed``."""
+    return canonical_json({**values, SEAL: _values_digest(values)})
+
+
+def unsealed(text: str) -> Fields:
+    """Return the values that ``sealed_json`` wrote. Raises ValueError where they are not those."""
+    values = json.loads(text)
+    if not isinstance(values, dict) or SEAL not in values:
+        raise ValueError(f"it holds no {SEAL}")
+    if values.pop(SEAL) != _values_digest(values):
+        raise ValueError(f"its {SEAL} is not that of its values: it was altered")
+    return values
+
+
+def _values_digest(values: Fields) -> str:
+    # As they will be read: tuples become lists.
+    return hashlib.sha256(canonical_json(json.loads(canonical_json(values))).encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:
@@ -94,7 +116,8 @@ class RunFolder:
         path = self.path / name / RECORD
         try:
             values = json.loads(path.read_text())
-            return StageRecord(values["stage"], values["inputs"], values["outputs"])
+            record = StageRecord(values["stage"], dict(values["inputs"]), dict(values["outputs"]))
+            return record if record.stage == name else None
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, KeyError, TypeError, UnicodeDecodeError):
@@ -147,17 +170,31 @@ class RunFolder:
     def timings(self) -> dict[str, dict[str, float]]:
         """Seconds and peak memory of each stage when it was last made."""
         try:
-            found = json.loads((self.path / TIMINGS).read_text())
+            return unsealed((self.path / TIMINGS).read_text())
         except (FileNotFoundError, ValueError):
+            # Nothing but the report's figures comes from here: damaged ones are left out and made anew with the stages.
             return {}
-        # Nothing but the report's figures comes from here: damaged ones are left out and made anew with the stages.
-        return {k: v for k, v in found.items() if isinstance(v, dict)} if isinstance(found, dict) else {}
 
     def save_timing(self, name: str, seconds: float, peak_rss_bytes: int) -> None:
         """Record what making a stage took."""
         timings = self.timings()
         timings[name] = {"seconds": round(seconds, 3), "peak_rss_bytes": peak_rss_bytes}
-        write_text(self.path / TIMINGS, canonical_json(timings))
+        write_text(self.path / TIMINGS, sealed_json(timings))
+
+
+def refuse_altered(files: Iterable[Path]) -> None:
+    """Raise RunFolderError when one of ``files``, of a finished stage's folder, is not as the stage left it.
+
+    For those who open results without the pipeline, which would make the stage again. Files that lie in no stage's
+    folder are passed over: nothing is known of them.
+    """
+    for path in files:
+        record = RunFolder(path.parent.parent).record(path.parent.name)
+        known = {} if record is None else record.outputs
+        if path.name in known and file_digest(path) != known[path.name]:
+            raise RunFolderError(
+                f"{path} was altered since it was made.", "Run 'mpq-deploy build' on its run folder: it makes it again."
+            )
 
 
 def disk_error(error: OSError, path: Path) -> MpqError:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpq_deploy.allocate import PrecisionPlan
+from mpq_deploy.artefacts import unsealed
 from mpq_deploy.engine.target import load_target
 from mpq_deploy.evaluate.interval import mean_interval
 from mpq_deploy.evaluate.result import CpuLatency, Evaluation, VariantResult
@@ -306,13 +307,13 @@ def _cpu_latency(pipeline: Pipeline) -> CpuLatencyInfo | None:
 def _read_figures(pipeline: Pipeline, path: Path, keys: set[str]) -> dict[str, Any] | None:
     """Read figures that lie outside the stages' digests; None, with a warning, where the file is damaged."""
     try:
-        figures = json.loads(path.read_text())
+        figures = unsealed(path.read_text())
     except FileNotFoundError:
         return None
     except ValueError as error:
         pipeline.talk.warn(f"{path} cannot be read and is left out of the report: {error}")
         return None
-    if not isinstance(figures, dict) or not keys <= set(figures):
+    if not keys <= set(figures):
         pipeline.talk.warn(f"{path} lacks {', '.join(sorted(keys))} and is left out of the report")
         return None
     return figures

@@ -7,7 +7,6 @@ over the predicted curve.
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 import tempfile
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpq_deploy.artefacts import canonical_json, write_text
+from mpq_deploy.artefacts import sealed_json, write_text
 from mpq_deploy.errors import InfeasibleBudgetError, InfeasibleLatencyError, UsageError
 from mpq_deploy.stages.spread import RECIPE, SAMPLES, forget_shards, kept_shards, opened_run
 from mpq_deploy.talk import Talk
@@ -144,7 +143,7 @@ def run_sweep(
             {"size_ratio": plan.size_bytes / solver.fp16_size, "predicted_nmse": plan.predicted_nmse}
             for plan in curve.plans
         ]
-    write_text(pipeline.run.path / "sweep.json", canonical_json(result))
+    write_text(pipeline.run.path / "sweep.json", sealed_json(result))
     _draw(result, pipeline.run.path / "sweep.svg")
     shown = curve or packed(solver, [(p.schemes, p.size_bytes, p.predicted_loss) for p in plans.values()])
     write_text(pipeline.run.path / "sweep.html", sweep_page(result, shown, _about(pipeline, solver, command)))
@@ -328,9 +327,3 @@ def _draw(result: dict[str, Any], path: Path) -> None:
         figure.tight_layout()
         figure.savefig(path, metadata={"Date": None})
         plt.close(figure)
-
-
-def load_sweep(path: Path) -> dict[str, Any]:
-    """Read a sweep.json."""
-    read: dict[str, Any] = json.loads(path.read_text())
-    return read

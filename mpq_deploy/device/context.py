@@ -7,6 +7,7 @@ NVIDIA's documents; nothing here has run on a GPU yet (docs/devices.md).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import warnings
@@ -65,8 +66,16 @@ def refuse_other_gpu(engine: Path, found: str) -> None:
 
 
 def load_engine(trt: Any, logger: Any, path: Path) -> Any:
-    """Return the deserialized engine. Raises EngineError where the library cannot load it on this GPU."""
-    engine = trt.Runtime(logger).deserialize_cuda_engine(path.read_bytes())
+    """Return the deserialized engine.
+
+    Raises EngineError where the record beside it has another digest, before the library sees a byte of it, and where
+    the library cannot load it on this GPU.
+    """
+    content, record = path.read_bytes(), path.with_name(RECORD)
+    built = json.loads(record.read_text()).get("sha256") if record.is_file() else None
+    if built is not None and hashlib.sha256(content).hexdigest() != built:
+        raise EngineError(f"{path} is not the engine that {RECORD} beside it records.", "Build it again.")
+    engine = trt.Runtime(logger).deserialize_cuda_engine(content)
     if engine is None:
         raise EngineError(
             f"{trt.__name__} {trt.__version__} cannot load {path}.",

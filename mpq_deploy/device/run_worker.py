@@ -89,7 +89,7 @@ def main(arguments: list[str]) -> int:
     with Path(job.log).open("w") as stream:
         try:
             trt = importlib.import_module(job.module)
-            result = run(job, trt, Cuda(), make_logger(trt, stream, []))
+            result = run(job, trt, Cuda(), make_logger(trt, stream, [], []))
         except EngineError as error:
             result = {"error": str(error)}
     Path(job.result).write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")

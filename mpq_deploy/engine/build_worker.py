@@ -1,4 +1,4 @@
-"""The child process that builds one engine: ``python -m mpq_deploy.engine.build_worker job.json``.
+"""The child process that builds one engine: ``python -m mpq_deploy.engine.build_worker job.json PARENT``.
 
 In: a job file (``BuildJob``). Out: the serialized engine, the builder's verbose log (one message per line that
 starts with its severity), and ``result``: a JSON object with the version, or the errors. The builder may
@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import json
+import os
 import signal
 import sys
 import time
@@ -23,6 +24,10 @@ from mpq_deploy.meter import peak_rss_bytes
 
 # A parser or build failure that was reported in ``result``, as opposed to a crash (negative return code).
 REPORTED_FAILURE = 3
+# A file could not be written: the last line of stderr is "ERRNO words".
+DISK_FAILURE = 4
+# Its parent is gone.
+ORPHANED = 5
 # From linux/prctl.h: the signal that this process gets when its parent ends.
 PR_SET_PDEATHSIG = 1
 
@@ -74,16 +79,23 @@ class BuildFailedError(Exception):
         self.errors = errors
 
 
-def make_logger(trt: Any, stream: TextIO, problems: list[str]) -> Any:
-    """Return a logger that writes every message to ``stream`` at once and gathers the errors."""
+def make_logger(trt: Any, stream: TextIO, problems: list[str], unwritten: list[OSError]) -> Any:
+    """Return a logger that writes every message to ``stream`` at once and gathers the errors.
+
+    What ``stream`` cannot take goes to ``unwritten``: an exception would pass through the builder, which it crashes.
+    """
 
     class FileLogger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, message: str) -> None:
-            stream.write(f"[{severity.name}] {message}\n")
-            stream.flush()
+            if not unwritten:
+                try:
+                    stream.write(f"[{severity.name}] {message}\n")
+                    stream.flush()
+                except OSError as error:
+                    unwritten.append(error)
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
                 problems.append(message)
 
@@ -156,26 +168,42 @@ def _add_profile(builder: Any, config: Any, network: Any, job: BuildJob) -> None
 
 
 def main(arguments: list[str]) -> int:
-    """Build the job named on the command line; return the exit code."""
+    """Build the job named on the command line, for the process whose id follows it; return the exit code."""
     die_with_parent()
+    if arguments[1:] and os.getppid() != int(arguments[1]):
+        # Killed while this process started: nobody waits for the engine, and the next build writes the same log.
+        return ORPHANED
     job = BuildJob.load(Path(arguments[0]))
     trt = importlib.import_module(job.module)
     result: dict[str, Any] = {"version": trt.__version__}
+    try:
+        _build_and_save(trt, job, result)
+    except OSError as error:
+        sys.stderr.write(f"{error.errno} {error.strerror}\n")
+        return DISK_FAILURE
+    return REPORTED_FAILURE if "errors" in result else 0
+
+
+def _build_and_save(trt: Any, job: BuildJob, result: dict[str, Any]) -> None:
+    """Write the engine, the log and ``result``, to which what came of it is added. Raises OSError."""
     problems: list[str] = []
+    unwritten: list[OSError] = []
     started = time.monotonic()
     with Path(job.log).open("w") as stream:
         try:
-            logger = make_logger(trt, stream, problems)
+            logger = make_logger(trt, stream, problems, unwritten)
             engine = build(trt, job, logger, problems)
-            Path(job.engine).write_bytes(engine)
+            if not unwritten:
+                Path(job.engine).write_bytes(engine)
             if job.module != "tensorrt_rtx":
                 result["layer_information"] = layer_information(trt, engine, logger)
         except BuildFailedError as failure:
             result.update(stage=failure.stage, errors=failure.errors)
+    if unwritten:
+        raise unwritten[0]
     result["seconds"] = time.monotonic() - started
     result["peak_rss_bytes"] = peak_rss_bytes()
     Path(job.result).write_text(json.dumps(result, indent=1) + "\n")
-    return REPORTED_FAILURE if "errors" in result else 0
 
 
 def die_with_parent() -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -21,12 +20,12 @@ from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
 from pathlib import Path
 
-from mpq_deploy.artefacts import file_digest
+from mpq_deploy.artefacts import file_digest, sealed_json
 from mpq_deploy.engine.build_log import EngineLog, layers_text, parse_engine_log
 from mpq_deploy.engine.build_target import BuildTarget
-from mpq_deploy.engine.build_worker import REPORTED_FAILURE, BuildJob, InputShapes
+from mpq_deploy.engine.build_worker import DISK_FAILURE, REPORTED_FAILURE, BuildJob, InputShapes
 from mpq_deploy.engine.expected import ExpectedLayers
-from mpq_deploy.engine.failure import BuilderCrashedError, crashed, fatal_signal, located, refused
+from mpq_deploy.engine.failure import FAULTS, BuilderCrashedError, crashed, fatal_signal, located, refused
 from mpq_deploy.engine.layer_information import parse_layer_information
 from mpq_deploy.engine.record import BuildTiming, EngineRecord
 from mpq_deploy.engine.trtexec import build_with_trtexec, trtexec_trial
@@ -90,8 +89,8 @@ def build_engine(
     the time taken to the file of the same name that ends in .timing.json. Problems are in the record, and said;
     ``EngineRecord.require_verified`` turns them into an error.
 
-    Raises UsageError when the target has no builder, MissingDependencyError when the builder is not installed, and
-    EngineError when it refuses the graph or crashes.
+    Raises UsageError when the target has no builder, MissingDependencyError when the builder is not installed,
+    EngineError when it refuses the graph, crashes or is killed, and OSError when its files cannot be written.
     """
     log = log or out.with_name(f"{out.name.strip('.')}.log")
     backend = _backend(target)
@@ -106,8 +105,7 @@ def build_engine(
         record = _record(built, target, raw, expected)
         built.replace(out / ENGINE)
     (out / LAYERS).write_text(raw.layers)
-    timing = json.dumps(asdict(raw.timing), indent=1, sort_keys=True) + "\n"
-    log.with_suffix(".timing.json").write_text(timing)
+    log.with_suffix(".timing.json").write_text(sealed_json(asdict(raw.timing)))
     record.save(out / RECORD)
     for problem in record.problems:
         talk.warn(str(problem))
@@ -140,7 +138,12 @@ def _build_trtexec(model: Path, engine: Path, target: BuildTarget, profile: Batc
 def _build_in_child(model: Path, engine: Path, target: BuildTarget, profile: BatchProfile, log: Path) -> RawBuild:
     _check_version(target)
     job_file, result = _save_job(model, engine, target, profile, log)
+    # The last words of an earlier build are not those of this one.
+    log.unlink(missing_ok=True)
     done = subprocess.run(_worker(job_file), capture_output=True, text=True, check=False, env=child_environment())
+    if done.returncode == DISK_FAILURE:
+        code, _, text = done.stderr.splitlines()[-1].partition(" ")
+        raise OSError(int(code), text, str(engine))
     if done.stderr and log.is_file():
         with log.open("a") as stream:
             stream.write(f"[stderr] {done.stderr}")
@@ -173,7 +176,7 @@ def _save_job(model: Path, engine: Path, target: BuildTarget, profile: BatchProf
 
 
 def _worker(job_file: Path) -> list[str]:
-    return [sys.executable, "-m", "mpq_deploy.engine.build_worker", str(job_file)]
+    return [sys.executable, "-m", "mpq_deploy.engine.build_worker", str(job_file), str(os.getpid())]
 
 
 def _located(
@@ -193,7 +196,7 @@ def _located(
         run = partial(_trial, job_file)
 
     def crashes(graph: Path) -> bool:
-        return fatal_signal(run(graph)) not in (0, signal.SIGKILL)
+        return fatal_signal(run(graph)) in FAULTS
 
     talk.line(f"the builder crashed; looking for the nodes by up to {MOST_TRIALS} smaller builds")
     return located(crash, find_suspects(model, trials, crashes))

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 LAST_LINES = 4
 NAMED_NODES = 4
 PRODUCTS = ("MatMul", "Gemm")
-# What a shell adds to the signal that ended the program that it ran; what faults in a program raise.
+# What a shell adds to the signal that ended the program that it ran; what faults in a program raise; what others send.
 SHELL_SIGNALS = 128
 FAULTS = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
+KILLS = (signal.SIGKILL, signal.SIGTERM)
 
 
 def refused(result: dict[str, Any], builder: str, log: Path) -> EngineError:
@@ -37,26 +38,33 @@ def fatal_signal(returncode: int) -> int:
     """Return the signal that ended a process, 0 for none: -n from the system, 128 + n where a shell script ran it."""
     if returncode < 0:
         return -returncode
-    return returncode - SHELL_SIGNALS if returncode - SHELL_SIGNALS in FAULTS else 0
+    return returncode - SHELL_SIGNALS if returncode - SHELL_SIGNALS in (*FAULTS, *KILLS) else 0
 
 
 class BuilderCrashedError(EngineError):
     """The builder's process was ended by a signal that tells of a fault in it, not of memory that ran out."""
 
 
+class BuilderKilledError(EngineError):
+    """Somebody else ended the builder's process: the kernel, for want of memory, or a person."""
+
+
 def crashed(model: Path, log: Path, returncode: int, stderr: str) -> EngineError:
     """Say how the builder's process died, with the nodes that are known to kill it and its last words."""
     text = log.read_text(errors="replace") if log.is_file() else ""
-    last = " / ".join(line for line in text.splitlines() if line.strip()).split(" / ")[-LAST_LINES:]
+    last = [line for line in text.splitlines() if line.strip()][-LAST_LINES:]
+    words = f"Its last words: {' / '.join(last)}" if last else "It had said nothing yet."
     ended_by = fatal_signal(returncode)
     if not ended_by:
-        words = " ".join(stderr.split())[-400:]
-        return EngineError(f"The builder's process ended with code {returncode}: {words}", f"The whole log: {log}")
+        said = " ".join(stderr.split())[-400:]
+        return EngineError(f"The builder's process ended with code {returncode}: {said}", f"The whole log: {log}")
     name = signal.Signals(ended_by).name
-    if ended_by == signal.SIGKILL:
-        message = "The builder was killed (SIGKILL), most likely because memory ran out"
-        return EngineError(
-            f"{message}. Its last words: {' / '.join(last)}", f"Build on a machine with more memory. Log: {log}"
+    if ended_by not in FAULTS:
+        why = ", most likely because memory ran out" if ended_by == signal.SIGKILL else ""
+        return BuilderKilledError(
+            f"The builder was killed ({name}){why}. {words}",
+            f"Repeat the command: it goes on with this engine. If it is killed again, build on a machine with more "
+            f"memory. Log: {log}",
         )
     if importlib.util.find_spec("onnx") is None:
         # On a device: 'mpq-deploy check' names them at home.
@@ -65,7 +73,7 @@ def crashed(model: Path, log: Path, returncode: int, stderr: str) -> EngineError
         nodes = suspects(model)
         blame = f" Suspect nodes: {', '.join(nodes)}." if nodes else " No node has a form that is known to crash it."
     return BuilderCrashedError(
-        f"The builder crashed ({name}).{blame} Its last words: {' / '.join(last)}",
+        f"The builder crashed ({name}).{blame} {words}",
         f"Leave the suspect layers in FP16 (recipe: protect). The whole log: {log}",
     )
 

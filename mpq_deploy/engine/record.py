@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from mpq_deploy.artefacts import unsealed
 from mpq_deploy.engine.verify import Problem
 from mpq_deploy.errors import EngineError
 
@@ -19,6 +20,14 @@ class BuildTiming:
 
     build_seconds: float
     peak_rss_bytes: int
+
+    @classmethod
+    def load(cls, path: Path) -> BuildTiming | None:
+        """Read what was written beside a build; None where it was altered."""
+        try:
+            return cls(**unsealed(path.read_text()))
+        except ValueError:
+            return None
 
 
 @dataclass(frozen=True)
@@ -68,5 +77,5 @@ class EngineRecord:
         values["compute_capabilities"] = tuple(values.get("compute_capabilities", ()))
         values["problems"] = tuple(Problem(**problem) for problem in values["problems"])
         if timing is not None and timing.is_file():
-            values["timing"] = BuildTiming(**json.loads(timing.read_text()))
+            values["timing"] = BuildTiming.load(timing)
         return cls(**values)

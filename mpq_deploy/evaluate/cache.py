@@ -1,7 +1,8 @@
 """Results kept by what they were made from, so that float and the controls are not sampled twice.
 
-An entry is one .npz file named by the digest of its key. It is written aside and moved into place; an entry
-that cannot be read is made again.
+An entry is one .npz file named by the digest of its key, with the SHA-256 of that file after it (readers of archives
+pass over what follows one). It is written aside and moved into place; an entry that is cut short or altered is made
+again: an archive's own checksums do not cover all of it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import hashlib
 import io
 import json
 import os
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from mpq_deploy.graph.load import read_proto
 from mpq_deploy.talk import Talk
 
 CHUNK_BYTES = 1 << 20
+# Of the SHA-256 behind an entry.
+SEAL_BYTES = 32
 
 
 class SampleCache:
@@ -47,7 +49,8 @@ class SampleCache:
         path, text = self._entry(key)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_aside(path, npz_bytes({**arrays, "key": np.array(text)}))
+            content = npz_bytes({**arrays, "key": np.array(text)})
+            write_aside(path, content, hashlib.sha256(content).digest())
         return arrays
 
     def _entry(self, key: Mapping[str, Any]) -> tuple[Path | None, str]:
@@ -59,22 +62,36 @@ class SampleCache:
         if not path.exists():
             return None
         try:
-            with np.load(path, allow_pickle=False) as data:
-                arrays = {name: data[name] for name in data.files}
-        except (zipfile.BadZipFile, ValueError, EOFError, KeyError, OSError) as error:
-            self._talk.warn(f"The cache entry {path.name} cannot be read ({error}); it is made again.")
+            damage = "" if _sealed(path) else "it was cut short or altered"
+        except OSError as error:
+            damage = str(error)
+        if damage:
+            self._talk.warn(f"The cache entry {path.name} cannot be read ({damage}); it is made again.")
             return None
+        with np.load(path, allow_pickle=False) as data:
+            arrays = {name: data[name] for name in data.files}
         if str(arrays.pop("key", "")) != text:
             self._talk.warn(f"The cache entry {path.name} belongs to something else; it is made again.")
             return None
         return arrays
 
 
-def write_aside(path: Path, content: bytes) -> None:
-    """Write ``content`` beside ``path``, then move it into place: a killed write leaves nothing half done."""
+def _sealed(path: Path) -> bool:
+    """Whether the file ends with the SHA-256 of all before it."""
+    left, digest = path.stat().st_size - SEAL_BYTES, hashlib.sha256()
+    with path.open("rb") as file:
+        while left > 0 and (chunk := file.read(min(CHUNK_BYTES, left))):
+            digest.update(chunk)
+            left -= len(chunk)
+        return left == 0 and file.read() == digest.digest()
+
+
+def write_aside(path: Path, *parts: bytes) -> None:
+    """Write ``parts`` beside ``path``, then move them into place: a killed write leaves nothing half done."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        aside.write_bytes(content)
+        with aside.open("wb") as file:
+            file.writelines(parts)
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mpq_deploy.artefacts import sealed_json, unsealed
 from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.errors import UsageError
 from mpq_deploy.evaluate.cache import npz_bytes, write_aside
@@ -115,7 +116,7 @@ class Evaluation:
         folder.mkdir(parents=True, exist_ok=True)
         write_aside(folder / "images.npz", npz_bytes({f"image.{k}": v for k, v in self.images.items()}))
         if self.latency is not None:
-            write_aside(folder / "latency.json", _json(asdict(self.latency)))
+            write_aside(folder / "latency.json", sealed_json(asdict(self.latency)).encode())
         write_aside(folder / "evaluation.json", _json(self.as_json()))
 
     def as_json(self) -> dict[str, Any]:
@@ -152,7 +153,7 @@ class Evaluation:
             },
             images=images,
             float_digest=text["float_digest"],
-            latency=CpuLatency(**json.loads(latency.read_text())) if latency.exists() else None,
+            latency=CpuLatency(**unsealed(latency.read_text())) if latency.exists() else None,
             notes=tuple(text["notes"]),
         )
 

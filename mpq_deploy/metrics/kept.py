@@ -5,13 +5,12 @@ In: the rows of one call, and those of earlier ones. Out: ``ImageMetrics``, from
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mpq_deploy.artefacts import canonical_json, write_text
+from mpq_deploy.artefacts import sealed_json, unsealed, write_text
 from mpq_deploy.denoisers.spec import Array, DenoiserSpec
 from mpq_deploy.evaluate.cache import arrays_digest, model_digest
 from mpq_deploy.evaluate.decode import decoder_path
@@ -112,7 +111,7 @@ class ImageMetrics:
 
     def save(self, run: Path) -> None:
         """Write metrics.json into the run folder."""
-        write_text(run / FILE, canonical_json({"format": FORMAT, **self.as_json()}))
+        write_text(run / FILE, sealed_json({"format": FORMAT, **self.as_json()}))
 
     def as_json(self) -> dict[str, Any]:
         """Return plain values, without what a clock said."""
@@ -130,8 +129,8 @@ class ImageMetrics:
         path = run / FILE
         if not path.is_file():
             return None
-        text = json.loads(path.read_text())
-        if not isinstance(text, dict) or text.get("format") != FORMAT:
+        text = unsealed(path.read_text())
+        if text.get("format") != FORMAT:
             raise ValueError(f"it is not of format {FORMAT}")
         missing = {"frechet", "controls", "made_from", "scores"} - set(text)
         if missing:

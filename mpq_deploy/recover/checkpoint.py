@@ -1,7 +1,11 @@
-"""Checkpoints of training: one safetensors file with everything that changes, moved into place when it is whole."""
+"""Checkpoints of training: one safetensors file with everything that changes, moved into place when it is whole.
+
+It holds its own digest: training never goes on from a state that was altered.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import asdict
@@ -13,9 +17,10 @@ import torch
 
 from mpq_deploy.recover.result import CurvePoint
 from mpq_deploy.recover.train import Trainer
+from mpq_deploy.talk import Talk
 
 # Raised with every change of what a checkpoint holds.
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -45,7 +50,8 @@ def save_checkpoint(trainer: Trainer, path: Path, key: str) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with aside.open("wb") as file:
-            file.write(save(copies, metadata={"progress": json.dumps(said)}))
+            text = json.dumps(said)
+            file.write(save(copies, metadata={"progress": text, "sha256": _digest(copies, text)}))
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
@@ -53,17 +59,20 @@ def save_checkpoint(trainer: Trainer, path: Path, key: str) -> None:
         aside.unlink(missing_ok=True)
 
 
-def restore_checkpoint(trainer: Trainer, path: Path, key: str) -> bool:
-    """Take over the state at ``path``, if there is one and it is of the same training; say whether it was."""
-    from safetensors import safe_open
+def restore_checkpoint(trainer: Trainer, path: Path, key: str, talk: Talk) -> bool:
+    """Take over the state at ``path``, if there is one and it is of the same training; say whether it was.
 
+    One that is cut short or altered is as good as none, and that is said.
+    """
     if not path.is_file():
         return False
-    with safe_open(path, framework="pt") as file:
-        said: dict[str, Any] = json.loads((file.metadata() or {}).get("progress", "{}"))
-        if said.get("format") != CHECKPOINT_FORMAT or said.get("key") != key:
-            return False
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    found = _read(path)
+    if found is None:
+        talk.warn(f"{path} was cut short or altered: training starts anew")
+        return False
+    said, tensors = found
+    if said.get("format") != CHECKPOINT_FORMAT or said.get("key") != key:
+        return False
     progress = trainer.progress
     device = trainer.student.device
     with torch.no_grad():
@@ -80,6 +89,28 @@ def restore_checkpoint(trainer: Trainer, path: Path, key: str) -> bool:
     progress.before, progress.best_by_timestep = np.array(said["before"]), np.array(said["best_by_timestep"])
     progress.curve = [CurvePoint(**point) for point in said["curve"]]
     return True
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
+    """Return what a checkpoint says and its tensors; None where its digest is another."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except SafetensorError:
+        return None
+    text = metadata.get("progress", "")
+    if metadata.get("sha256") != _digest(tensors, text):
+        return None
+    return json.loads(text), tensors
+
+
+def _digest(tensors: dict[str, torch.Tensor], text: str) -> str:
+    from safetensors.torch import save
+
+    return hashlib.sha256(save(tensors, metadata={"progress": text})).hexdigest()
 
 
 def _optimized(trainer: Trainer) -> list[Any]:

@@ -94,7 +94,7 @@ def recover(
         pool = recorder.record(INITIAL_CALLS, options.seed, INITIAL_ROUND)
         chosen = initialize_from_error(student, _some_calls(student, trainer, pool))
         starts = {f"{gain:g}": count for gain, count in sorted(chosen.items())}
-    if restore_checkpoint(trainer, checkpoint, key):
+    if restore_checkpoint(trainer, checkpoint, key, talk):
         talk.line(f"  recovery goes on from step {trainer.progress.step}")
     progress = trainer.train(lambda: save_checkpoint(trainer, checkpoint, key))
     if progress.stopped:

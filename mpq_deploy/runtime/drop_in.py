@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from mpq_deploy.artefacts import refuse_altered
 from mpq_deploy.denoisers.export import SPEC
 from mpq_deploy.denoisers.spec import DenoiserSpec, InputSpec
 from mpq_deploy.engine.builder import ENGINE
 from mpq_deploy.errors import UsageError, nearest
+from mpq_deploy.evaluate.cache import model_files
 from mpq_deploy.graph.passes.first_token import SAME_TOKEN, token_distance
 from mpq_deploy.graph.write import DEPLOYED, SIMULATED
 from mpq_deploy.runtime.backends import Backend, EngineBackend, OrtBackend
@@ -183,7 +185,7 @@ def load(
     ``source``: a run folder, an engine, or an ONNX file with ``denoiser.json`` beside it (or in a run folder).
     ``backend`` "auto" takes the engine where its library and a GPU are present, else ONNX Runtime; ``device`` None is
     cuda where the backend runs there. ``threads`` 0: one per core. Raises UsageError for a source that is none of these
-    or a backend that cannot run it here.
+    or a backend that cannot run it here, and RunFolderError for files of a run that were altered since they were made.
     """
     if backend not in BACKENDS:
         raise UsageError(f"There is no backend '{backend}'.", f"{nearest(backend, BACKENDS)}One of {BACKENDS}.")
@@ -202,12 +204,14 @@ def load(
             raise UsageError(f"{path} holds no engine.", "Build one, or take backend='onnxruntime'.")
         if not torch.cuda.is_available():
             raise UsageError("No CUDA device is here: an engine cannot run.", "Take backend='onnxruntime'.")
+        refuse_altered([engine])
         return RuntimeUNet(spec, EngineBackend(engine, spec, torch.device(device or "cuda"), library))
     if not models:
         raise UsageError(f"{path} holds no quantized ONNX model.", "Finish the build of that run, or give another.")
     chosen = torch.device(device or "cpu")
     # On a CPU the twin with FP32 arithmetic: what the deployed graph computes, without FP16 kernels.
     model = models.get(DEPLOYED if chosen.type == "cuda" else SIMULATED) or next(iter(models.values()))
+    refuse_altered(model_files(model))
     return RuntimeUNet(spec, OrtBackend(model, spec, chosen, threads))
 
 

@@ -6,7 +6,6 @@ run folder (``page.json``) under a digest of what they were made from; a damaged
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 import time
@@ -17,7 +16,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from mpq_deploy.allocate import LayerChoice, PrecisionPlan
-from mpq_deploy.artefacts import canonical_json, write_text
+from mpq_deploy.artefacts import canonical_json, sealed_json, unsealed, write_text
 from mpq_deploy.errors import InfeasibleLatencyError
 from mpq_deploy.report.data import BudgetPlan, BudgetPlans, LayerOption
 from mpq_deploy.stages.allocate import PlanSolver, allocate_inputs
@@ -192,12 +191,12 @@ def _stored_plans(stored: dict[str, Any]) -> BudgetPlans | None:
 def _read(pipeline: Pipeline) -> dict[str, Any]:
     """Read what was kept; empty where there is nothing of this form."""
     try:
-        kept = json.loads((pipeline.run.path / CACHE).read_text())
+        kept = unsealed((pipeline.run.path / CACHE).read_text())
     except (FileNotFoundError, ValueError):
         return {}
-    return kept if isinstance(kept, dict) and kept.get("format") == CACHE_FORMAT else {}
+    return kept if kept.get("format") == CACHE_FORMAT else {}
 
 
 def _keep(pipeline: Pipeline, name: str, value: dict[str, Any]) -> None:
     kept = {**_read(pipeline), "format": CACHE_FORMAT, name: value}
-    write_text(pipeline.run.path / CACHE, canonical_json(kept))
+    write_text(pipeline.run.path / CACHE, sealed_json(kept))

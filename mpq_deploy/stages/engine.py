@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 from mpq_deploy.allocate import PrecisionPlan
 from mpq_deploy.artefacts import Fields, canonical_json
 from mpq_deploy.engine.expected import ExpectedLayers
+from mpq_deploy.engine.failure import BuilderKilledError
 from mpq_deploy.engine.memory import MemoryEstimate, estimate_memory, refuse_too_large
 from mpq_deploy.engine.target import Target, load_target
 from mpq_deploy.engine.trtexec import find_trtexec
+from mpq_deploy.errors import EngineError
 from mpq_deploy.graph.write import DEPLOYED
 from mpq_deploy.precision.scheme import SCHEMES
 from mpq_deploy.stages.common import Exported, deployed_stage, settings, version_of
@@ -52,17 +54,20 @@ def make_engine(pipeline: Pipeline, folder: Path) -> str:
     schemes = {name: SCHEMES[scheme] for name, scheme in plan.schemes.items()}
     section, spec = pipeline.recipe.engine, exported.spec
     inputs = spec.inputs
-    record = build_engine(
-        pipeline.folder(deployed_stage(pipeline)) / DEPLOYED,
-        folder,
-        target,
-        BatchProfile(
-            section.batch_min, section.batch_opt, section.batch_max, {i.name: i.shape for i in inputs if i.batched}
-        ),
-        ExpectedLayers.of(exported.graph.layers, schemes, plan.size_bytes),
-        pipeline.talk,
-        log=pipeline.run.path / "engine.log",
-    )
+    try:
+        record = build_engine(
+            pipeline.folder(deployed_stage(pipeline)) / DEPLOYED,
+            folder,
+            target,
+            BatchProfile(
+                section.batch_min, section.batch_opt, section.batch_max, {i.name: i.shape for i in inputs if i.batched}
+            ),
+            ExpectedLayers.of(exported.graph.layers, schemes, plan.size_bytes),
+            pipeline.talk,
+            log=pipeline.run.path / "engine.log",
+        )
+    except BuilderKilledError as error:
+        raise EngineError(f"The stage 'engine' was cut short. {error.message}", error.hint) from error
     record.require_verified()
     return f"{record.backend} {record.version}, {record.weights_bytes or 0:,} bytes of weights, verified"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import json
 import math
 import os
 import resource
@@ -243,3 +244,19 @@ def test_a_cost_linear_in_the_size_has_exponent_one(
         sizes[tmp_path / name / "run"] = size
     monkeypatch.setattr(script, "parameters", sizes.__getitem__)
     assert script.curve(files).splitlines()[-1] == "| measure | 2.0 | 20.0 | 1.00 |"
+
+
+@using("kills")
+def test_killed_builds_are_compared_by_their_engines_too(script: ModuleType, tmp_path: Path) -> None:
+    """All but digest and size of the engine's own file, which no two builds share."""
+
+    def contents(kernels: str = "gemm", **changes: Any) -> Any:
+        (tmp_path / "engine").mkdir(exist_ok=True)
+        (tmp_path / "engine" / "layers.txt").write_text(kernels)
+        record = {"sha256": "a", "weights_bytes": 10, "verified": True, **changes}
+        (tmp_path / "engine" / "build.json").write_text(json.dumps(record))
+        return script.contents(tmp_path)
+
+    assert contents() == contents(sha256="b", bytes=3)
+    assert contents() != contents("correlation")
+    assert contents() != contents(weights_bytes=11)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,16 @@ def test_graphs_can_be_left_out(tmp_path: Path) -> None:
     path = engine_file(tmp_path)
     chosen = [open_context(fake, fake.ICudaEngine(), path, graphs).context.config for graphs in (True, False)]
     assert [config.cuda_graph_strategy for config in chosen] == ["whole", "disabled"]
+
+
+def test_an_altered_engine_is_refused_before_the_library_sees_it(tmp_path: Path) -> None:
+    path = engine_file(tmp_path)
+    (tmp_path / "build.json").write_text(json.dumps({"sha256": hashlib.sha256(b"rtx").hexdigest()}))
+    EngineRunner(fake, fake.FakeCuda(), path, None)  # type: ignore[arg-type]
+    # Another engine that would load.
+    path.write_bytes(b"trt")
+    with pytest.raises(EngineError, match="not the engine that build"):
+        EngineRunner(fake, fake.FakeCuda(), path, None)  # type: ignore[arg-type]
 
 
 def test_an_engine_of_another_gpu_is_refused_before_it_is_loaded(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,9 @@ import pytest
 import yaml
 from onnx import TensorProto, numpy_helper
 
+from mpq_deploy.artefacts import RECORD
 from tests.pipeline.conftest import Outcome
-from tests.pipeline.runs import Built, build, describe, recipe_for, save_denoiser, stage_bytes, write_recipe
+from tests.pipeline.runs import DIGESTED, Built, build, describe, recipe_for, save_denoiser, stage_bytes, write_recipe
 
 Cli = Callable[..., Outcome]
 
@@ -285,6 +287,8 @@ def flip(path: Path) -> None:
         (lambda run: (run / "report.json").unlink(), ["report"]),
         (lambda run: (run / "latency.json").write_text("{"), ["report"]),
         (lambda run: (run / "sweep.json").write_text("{"), ["report"]),
+        (lambda run: (run / "page.json").write_text("{"), ["report"]),
+        (lambda run: (run / "engine.timing.json").write_text("{"), ["report"]),
     ],
 )
 def test_damaged_files_are_made_again(
@@ -294,6 +298,35 @@ def test_damaged_files_are_made_again(
     again = build(recipe_for(model), run)
     assert again.made == made
     assert stage_bytes(run) == stage_bytes(finished.run)
+
+
+@pytest.mark.parametrize("stage", DIGESTED)
+def test_one_altered_bit_of_a_stage_makes_it_again(model: Path, run: Path, finished: Built, stage: str) -> None:
+    """In a graph, in weights, in figures, in a digest of the record: what comes after need not be made again."""
+    rng = np.random.default_rng(len(stage))
+    files = sorted(path for path in (run / stage).rglob("*") if path.is_file())
+    record = run / stage / RECORD
+    for path in {*(files[i] for i in rng.permutation(len(files))[:2]), record}:
+        content = bytearray(path.read_bytes())
+        digest = re.search(rb'": "([0-9a-f]{64})', content) if path == record else None
+        place = int(rng.integers(*digest.span(1)) if digest else rng.integers(len(content)))
+        content[place] ^= 1 << int(rng.integers(4))
+        path.write_bytes(content)
+        again = build(recipe_for(model), run)
+        assert again.made == [stage, "report"], (path, place)
+        assert stage_bytes(run) == stage_bytes(finished.run)
+
+
+def test_altered_figures_outside_the_stages_are_left_out(model: Path, run: Path) -> None:
+    """One digit that is still a number: the figure would go into the report unseen."""
+    path = run / "latency.json"
+    text = path.read_text()
+    found = re.search(r'"float_ms": [^1-8]*([1-8])', text)
+    assert found is not None
+    path.write_text(text[: found.start(1)] + str(int(found[1]) + 1) + text[found.end(1) :])
+    again = build(recipe_for(model), run)
+    assert again.report["cpu_latency"] is None
+    assert any("latency.json cannot be read" in line and "altered" in line for line in again.said)
 
 
 def test_a_damaged_cache_entry_is_made_again(model: Path, run: Path, finished: Built) -> None:

@@ -101,3 +101,18 @@ def test_a_folder_that_cannot_be_written(cli: Cli, model: Path, disk: Path, tmp_
     refused(cli("build", model, "-r", file, "-o", disk / "run"), 1, "cannot be written", "-o")
     refused(cli("build", model, "-r", file, "-o", disk / "new"), 1, "cannot be written", "-o")
     assert stage_bytes(disk / "run") == stage_bytes(finished.run)
+
+
+@pytest.mark.rtx
+@pytest.mark.parametrize("left", [100_000, 400_000])
+def test_a_disk_that_fills_up_while_an_engine_is_built(
+    cli: Cli, model: Path, finished: Built, disk: Path, tmp_path: Path, left: int
+) -> None:
+    """The builder's child finds no room for its log, or for the engine: the same message as everywhere."""
+    pytest.importorskip("tensorrt_rtx")
+    shutil.copytree(finished.run, disk / "run")
+    file = write_recipe(tmp_path / "recipe.yaml", engine__build=True)
+    fill(disk, left)
+    refused(cli("build", model, "-r", file, "-o", disk / "run"), 1, "disk is full", "Free some space")
+    assert stage_bytes(disk / "run") == stage_bytes(finished.run)
+    assert not [path.name for path in (disk / "run").iterdir() if path.name.endswith((".partial", ".old"))]

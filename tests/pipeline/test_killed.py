@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -13,7 +14,7 @@ import pytest
 
 from mpq_deploy.pipeline import STAGES
 from tests.pipeline import kills
-from tests.pipeline.runs import Built, build, command, environment, recipe_for, stage_bytes, write_recipe
+from tests.pipeline.runs import Built, build, call, command, environment, recipe_for, stage_bytes, write_recipe
 
 # The tiny recipe asks for no correction of the sampler and no training.
 MADE = tuple(name for name in STAGES if name not in ("correction", "recover"))
@@ -99,3 +100,80 @@ def test_killed_while_an_engine_is_built(model: Path, run: Path, tmp_path: Path)
     assert build(recipe, run).made == ["engine", "report"]
     layers = [(folder / "engine" / "layers.txt").read_text() for folder in (run, expected.run)]
     assert layers[0] == layers[1]
+
+
+def builder_of(parent: int) -> list[int]:
+    """The process that builds an engine for the process ``parent``."""
+    found = []
+    for place in Path("/proc").iterdir():
+        try:
+            status, line = (place / "status").read_text(), (place / "cmdline").read_bytes()
+        except (OSError, ValueError):
+            continue
+        if f"PPid:\t{parent}\n" in status and b"mpq_deploy.engine.build_worker" in line:
+            found.append(int(place.name))
+    return found
+
+
+@pytest.mark.rtx
+@pytest.mark.parametrize("moment", ["starting", "building"])
+def test_the_builder_itself_is_killed(model: Path, run: Path, tmp_path: Path, moment: str) -> None:
+    """As the kernel does for want of memory: one message that names the stage, nothing half done, then it goes on."""
+    pytest.importorskip("tensorrt_rtx")
+    recipe = recipe_for(model, engine__build=True)
+    expected = build(recipe, Path(shutil.copytree(run, tmp_path / "whole")))
+    file, log = write_recipe(tmp_path / "recipe.yaml", engine__build=True), run / "engine.log"
+    log.write_text("[INFO] words of an earlier build\n")
+    before = stage_bytes(run)
+    process = subprocess.Popen(
+        command("build", model, "-r", file, "-o", run), stderr=subprocess.PIPE, text=True, env=environment()
+    )
+    wait_for(run / ".engine.partial", process)
+    killed: list[int] = []
+    while not killed:
+        assert process.poll() is None, process.communicate()[1]
+        if moment == "starting" or ("earlier" not in (text := log.read_text() if log.exists() else "earlier") and text):
+            for child in builder_of(process.pid):
+                os.kill(child, signal.SIGKILL)
+                killed.append(child)
+        time.sleep(0.01)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 1 and "Traceback" not in said
+    line, hint = said.splitlines()[-2:]
+    assert line.startswith("mpq-deploy: The stage 'engine' was cut short. The builder was killed (SIGKILL)")
+    assert ("said nothing yet" if moment == "starting" else "last words: [") in line and "earlier" not in line
+    assert hint.startswith("  Repeat the command") and str(log) in hint
+    # What was finished is there; the stage engine is the former one, and nothing of the new one is left.
+    assert stage_bytes(run) == before
+    assert not [path.name for path in run.iterdir() if path.name.endswith((".partial", ".old"))]
+    assert build(recipe, run).made == ["engine", "report"]
+    layers = [(folder / "engine" / "layers.txt").read_text() for folder in (run, expected.run)]
+    assert layers[0] == layers[1]
+
+
+@pytest.mark.rtx
+def test_two_engines_are_built_at_once(model: Path, run: Path, tmp_path: Path) -> None:
+    """In two run folders: the kernels and record of an engine that was built alone. In one the second is refused."""
+    pytest.importorskip("tensorrt_rtx")
+    alone, other = (Path(shutil.copytree(run, tmp_path / name)) for name in ("alone", "other"))
+    build(recipe_for(model, engine__build=True), alone)
+    file, ways = write_recipe(tmp_path / "recipe.yaml", engine__build=True), {"stderr": subprocess.PIPE, "text": True}
+    builds = [
+        subprocess.Popen(command("build", model, "-r", file, "-o", folder), env=environment(), **ways)
+        for folder in (run, other)
+    ]
+    wait_for(run / ".engine.partial", builds[0])
+    # It must not be done before the other one asks.
+    builds[0].send_signal(signal.SIGSTOP)
+    refused = call("build", model, "-r", file, "-o", run)
+    builds[0].send_signal(signal.SIGCONT)
+    assert refused.returncode == 1 and f"in use by another process (pid {builds[0].pid})" in refused.stderr
+    for process in builds:
+        assert process.communicate(timeout=120)[1] is not None and process.returncode == 0
+
+    def engine(folder: Path) -> tuple[str, dict[str, object]]:
+        record = json.loads((folder / "engine" / "build.json").read_text())
+        # The engine's own file differs between two builds by TensorRT in a few bytes, and in their number.
+        return (folder / "engine" / "layers.txt").read_text(), {**record, "sha256": "", "bytes": 0}
+
+    assert engine(run) == engine(other) == engine(alone)

@@ -10,7 +10,7 @@ import pytest
 
 import mpq_deploy
 from mpq_deploy.denoisers.export import load_exported
-from mpq_deploy.errors import UsageError
+from mpq_deploy.errors import ModelError, RunFolderError, UsageError
 from mpq_deploy.graph.write import DEPLOYED, SIMULATED
 from mpq_deploy.runtime.ort import OrtDenoiser
 from tests.pipeline.runs import Built
@@ -43,3 +43,14 @@ def test_a_run_that_is_not_done_or_a_file_of_another_kind(run: Path) -> None:
         mpq_deploy.load(run, backend="onnxruntime")
     with pytest.raises(UsageError, match=r"no \.onnx and no \.engine"):
         mpq_deploy.load(run / "quantize" / "weights.bin")
+
+
+@pytest.mark.parametrize("name", [SIMULATED, "weights.bin"])
+def test_what_was_altered_does_not_answer(run: Path, name: str) -> None:
+    """The pipeline would make the stage again; who only loads it is told."""
+    path = run / "quantize" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises((RunFolderError, ModelError), match=f"{name} was altered|is no ONNX"):
+        mpq_deploy.load(run, backend="onnxruntime")

@@ -84,14 +84,46 @@ def test_interrupted_training_ends_as_if_it_had_not_been(case: Case, tmp_path: P
     with pytest.raises(Killed):
         first.train(save)
     second = trainer_of(case, task, options)
-    assert not restore_checkpoint(second, tmp_path / "state", "another key")
-    assert restore_checkpoint(second, tmp_path / "state", "key")
+    assert not restore_checkpoint(second, tmp_path / "state", "another key", Talk())
+    assert restore_checkpoint(second, tmp_path / "state", "key", Talk())
     assert second.progress.step == 8
     second.train()
     assert second.progress.curve == whole.progress.curve
     assert second.progress.best_step == whole.progress.best_step
     for (name, one), (_, other) in zip(whole.student.named_parameters(), second.student.named_parameters()):
         assert torch.equal(one, other), name
+
+
+def test_an_altered_checkpoint_is_as_good_as_none(case: Case, tmp_path: Path) -> None:
+    """One bit anywhere, in the header or the weights, or a file that ends early: said, and nothing is taken over."""
+    trainer, state = trainer_of(case, case.planned("w4a16"), OPTIONS), tmp_path / "state"
+    trainer.train()
+    save_checkpoint(trainer, state, "key")
+    whole = state.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    places = np.random.default_rng(0)
+    damaged = [whole[:-1], whole[:header], whole[:4], b""]
+    for place in (*places.integers(0, header, 40), *places.integers(header, len(whole), 10)):
+        content = bytearray(whole)
+        content[place] ^= 1 << int(places.integers(8))
+        damaged.append(bytes(content))
+    before = {name: value.detach().clone() for name, value in trainer.student.named_parameters()}
+    for content in damaged:
+        state.write_bytes(content)
+        heard = Heard()
+        assert not restore_checkpoint(trainer, state, "key", heard)
+        assert heard.warnings == [f"{state} was cut short or altered: training starts anew"]
+    assert all(torch.equal(before[name], value) for name, value in trainer.student.named_parameters())
+    state.write_bytes(whole)
+    assert restore_checkpoint(trainer, state, "key", Talk())
+
+
+class Heard(Talk):
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
 
 
 def test_nan_stops_with_step_and_loss_and_keeps_the_best(

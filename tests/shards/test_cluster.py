@@ -16,6 +16,7 @@ from mpq_deploy.shards import cluster as module
 from mpq_deploy.shards.cluster import Cluster
 from mpq_deploy.shards.node import Facts
 from mpq_deploy.shards.work import Alone
+from mpq_deploy.sweep import run_sweep
 from tests.pipeline.runs import Notes, build, recipe_for, save_denoiser, stage_bytes
 from tests.shards.tasks import Task, job, shards
 from tests.shards.test_processes import Heard, merged, same
@@ -82,6 +83,49 @@ def test_a_build_on_the_cluster_has_the_bytes_of_one_process(tmp_path, nodes):
     made = ("export", "calibrate", "candidates", "measure")
     assert stage_bytes(run, made) == stage_bytes(alone.run, made)
     assert any("probes on 2 workers of a Ray cluster of 3 nodes" in line for line in notes.lines), notes.lines
+
+
+@pytest.mark.slow
+def test_a_worker_killed_while_it_measures_changes_nothing(tmp_path, nodes):
+    """The stage that loses it, the sweep after it and its images: all of them as one process makes them."""
+    model, changes = save_denoiser(tmp_path), {"measure__probes": 64, "measure__samples": 4}
+    recipe, budgets = recipe_for(model, **changes), [0.35, 0.45, 0.6]
+    with open_pipeline(recipe, tmp_path / "alone", Notes()) as pipeline:
+        expected = run_sweep(pipeline, budgets, True)
+    notes, run, ended, killed = Notes(), tmp_path / "run", threading.Event(), []
+    build(recipe, run, "candidates")
+
+    def kill():
+        while not killed and not ended.is_set():
+            for pid in computing():
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
+                break
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with open_pipeline(recipe, run, notes, Cluster(nodes.address)) as pipeline:
+        pipeline.run_until("measure")
+        ended.set()
+        killer.join()
+        found = run_sweep(pipeline, budgets, True)
+    assert killed and any("node was lost; the shard 'probes" in line for line in notes.lines), notes.lines
+    made = ("export", "calibrate", "candidates", "measure", "controls")
+    assert stage_bytes(run, made) == stage_bytes(tmp_path / "alone", made)
+    assert found == expected and all("measured_nmse" in point for point in found["points"])
+    assert any("measuring plans on 2 workers of a Ray cluster" in line for line in notes.lines), notes.lines
+
+
+def computing():
+    """The processes of Ray that compute a shard now: Ray names a process after what it runs."""
+    found = []
+    for place in Path("/proc").iterdir():
+        try:
+            if place.name.isdigit() and (place / "cmdline").read_bytes().startswith(b"ray::_OnRay.run"):
+                found.append(int(place.name))
+        except OSError:
+            continue
+    return found
 
 
 @pytest.mark.slow
