@@ -11,6 +11,7 @@ import io
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -59,9 +60,12 @@ class SampleCache:
         if not path.exists():
             return None
         try:
+            # NumPy takes any other file for a pickle, and advises to unpickle it.
+            if not zipfile.is_zipfile(path):
+                raise ValueError("it is no whole zip archive")
             with np.load(path, allow_pickle=False) as data:
                 arrays = {name: data[name] for name in data.files}
-        except (zipfile.BadZipFile, ValueError, EOFError, KeyError, OSError) as error:
+        except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, KeyError, OSError) as error:
             self._talk.warn(f"The cache entry {path.name} cannot be read ({error}); it is made again.")
             return None
         if str(arrays.pop("key", "")) != text:

@@ -101,7 +101,7 @@ def intervals_note(data: ReportData) -> str:
     return f"In brackets: the 95 % interval of the mean, by a bootstrap{number}."
 
 
-FRECHET_COLUMNS = ("", "distance", "95 % interval", "over the float model's", "95 % interval", "")
+FRECHET_COLUMNS = ("variant", "distance", "95 % interval", "over the float model's", "95 % interval", "verdict")
 
 
 def frechet_about(row: FrechetInfo) -> str:
@@ -176,8 +176,8 @@ def frechet_groups(data: ReportData) -> list[tuple[str, list[list[str]], str]]:
 
 # The float model's own LPIPS is 0: nothing to be over.
 SCORE_COLUMNS: dict[str, tuple[str, ...]] = {
-    "lpips": ("", "mean", "95 % interval", ""),
-    "clip-score": ("", "mean", "95 % interval", "over the float model's", "95 % interval", ""),
+    "lpips": ("variant", "mean", "95 % interval", "verdict"),
+    "clip-score": ("variant", "mean", "95 % interval", "over the float model's", "95 % interval", "verdict"),
 }
 
 
