@@ -348,7 +348,7 @@ def glance_rows(data: ReportData) -> list[list[str]]:
     times = {"fp16": expected.fp16_ms, "ours": expected.ours_ms, "int8": expected.int8_ms} if expected else {}
 
     def row(key: str, title: str, bytes_: int, quality: str) -> list[str]:
-        time = [f"{digits(times[key])} ms" if key in times else "–"] if times else []
+        time = [f"{digits(times[key])} ms" if key in times else "not estimated"] if times else []
         return [title, size(bytes_), percent(bytes_ / data.fp16_size_bytes), quality, *time]
 
     rows = [row("ours", title_of("ours", data), data.size_bytes, decibels(data.psnr_db, data.identical))]
