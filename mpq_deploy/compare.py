@@ -74,11 +74,31 @@ class PlanChange:
 
 
 @dataclass(frozen=True)
+class DistanceChange:
+    """A Frechet distance of both; ``overlap``: whether their 95 % intervals do, None where one has none."""
+
+    described: str
+    before: float
+    after: float
+    overlap: bool | None
+
+
+@dataclass(frozen=True)
+class LatencyChange:
+    """Milliseconds of a call of both, measured on devices of one target or estimated on one basis."""
+
+    before_ms: float
+    after_ms: float
+    estimated: bool
+
+
+@dataclass(frozen=True)
 class Pair:
     """The first report against another. ``obstacles``: why quality is not compared, each a sentence.
 
     ``psnr_db`` and ``ssim`` are None where they cannot be subtracted or were not measured; ``nmse_ratio`` is the
-    other's error divided by the first's; ``plan`` is None for two models without the same layers.
+    other's error divided by the first's; ``plan`` is None for two models without the same layers. ``distances``:
+    those that both have of one kind; ``latency`` is None where it is not known of both in the same way.
     """
 
     label: str
@@ -89,6 +109,8 @@ class Pair:
     nmse_ratio: float | None
     plan: PlanChange | None
     notes: tuple[str, ...] = ()
+    distances: tuple[DistanceChange, ...] = ()
+    latency: LatencyChange | None = None
 
 
 @dataclass(frozen=True)
@@ -198,6 +220,37 @@ def _moves(changed: list[ChangedLayer]) -> tuple[Move, ...]:
     return tuple(sorted(moves, key=lambda m: (-max(m.bytes_before, m.bytes_after), m.before, m.after)))
 
 
+def distance_changes(first: ReadReport, other: ReadReport) -> tuple[DistanceChange, ...]:
+    """Return the Frechet distances that both have, of one network, number of images, sampler and seed."""
+    if model_obstacle(first, other):
+        return ()
+    before = {one.kind: one for one in first.frechet}
+    found = []
+    for one in other.frechet:
+        own = before.get(one.kind)
+        if own is not None:
+            ends = one.interval, own.interval
+            overlap = None
+            if ends[0] is not None and ends[1] is not None:
+                overlap = ends[0].low <= ends[1].high and ends[1].low <= ends[0].high
+            found.append(DistanceChange(one.described, own.distance, one.distance, overlap))
+    return tuple(found)
+
+
+def latency_change(first: ReadReport, other: ReadReport) -> LatencyChange | None:
+    """Return both latencies where they were measured on one target, or are estimates on one basis; else None."""
+    a, b = slowest(first), slowest(other)
+    if a is not None and b is not None:
+        same = a.target == b.target and not a.problem and not b.problem
+        return LatencyChange(a.milliseconds, b.milliseconds, False) if same else None
+    before, after = first.expected_latency, other.expected_latency
+    if a is not None or b is not None or before is None or after is None:
+        return None
+    if before.model_dump(exclude={"ours_ms"}).items() != after.model_dump(exclude={"ours_ms"}).items():
+        return None
+    return LatencyChange(before.ours_ms, after.ours_ms, True)
+
+
 def _pair(first: ReadReport, other: ReadReport) -> Pair:
     found = obstacles(first, other)
     comparable = not found
@@ -213,6 +266,8 @@ def _pair(first: ReadReport, other: ReadReport) -> Pair:
         nmse_ratio=ratio,
         plan=plan_change(first, other),
         notes=tuple(_notes(first, other, comparable)),
+        distances=distance_changes(first, other),
+        latency=latency_change(first, other),
     )
 
 
@@ -226,6 +281,11 @@ def _notes(first: ReadReport, other: ReadReport, comparable: bool) -> list[str]:
         said.append("An older report does not record the float model's digest: the models agree in name and layers.")
     if comparable and not (first.psnr_db_each and other.psnr_db_each):
         said.append("Not both reports keep the PSNR of each image, so the difference has no interval.")
+    if first.frechet and other.frechet and not distance_changes(first, other) and not model_obstacle(first, other):
+        said.append("Their Frechet distances differ in network, images, sampler or seed: not compared.")
+    if bool(first.frechet) != bool(other.frechet):
+        lacking = other if first.frechet else first
+        said.append(f"{lacking.label} has no Frechet distance to compare: measure it with 'mpq-deploy metrics'.")
     if comparable and first.identical != other.identical:
         same = first if first.identical else other
         said.append(f"The images of {same.label} are identical to the float model's: no difference in dB.")

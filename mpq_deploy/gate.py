@@ -220,8 +220,7 @@ def _frechet(report: ReadReport, limit: float, baseline: ReadReport | None) -> O
     floor = of.distance - worst
     interval = _increase_interval(of, floor, baseline is not None)
     over = "the baseline's" if baseline is not None else "the float model's own"
-    noise = "" if of.seed is None else f", {of.sampler}, seed {of.seed}"
-    said = f"{of.called}, {of.samples:,} images{noise}, to the {of.against} images; over {over} {floor:.3g}."
+    said = f"{of.described}; over {over} {floor:.3g}."
     said = f"{said} {_about(limit, interval, '', f'{of.samples:,} images', '--images')}"
     return Outcome(name, asked, f"{worst:+.3g}", "passed" if worst <= limit else "failed", worst, limit, interval, said)
 

@@ -7,12 +7,16 @@ a bootstrap. They need NumPy only; the tests hold them against torchmetrics and 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.errors import UsageError
+from mpq_deploy.runtime.threads import available_cores
 
 # Our choices: draws of the bootstrap for networks up to that many features and beyond (a draw takes O(D^3)), its seed.
 DRAWS = 200
@@ -27,6 +31,10 @@ NORMAL_95 = 1.959964
 COUNTS = 6
 SUBSETS = 6
 SMALLEST_SHARE = 0.5
+# Draws worked on at once, our choice: each holds half a dozen matrices of D x D.
+MOST_AT_ONCE = 8
+Task = TypeVar("Task")
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -55,9 +63,10 @@ def check_count(count: int, width: int, what: str, network: str) -> None:
     """Refuse fewer images than a covariance takes: a UsageError that says the minimum."""
     least = minimum_images(width)
     if count < least:
+        fewer = ", or use a network with fewer features (demo: 64, for the bundled models)" if width > 64 else ""
         raise UsageError(
             f"{count:,} {what} are too few for the covariance of the {width:,} features of '{network}'.",
-            f"Give at least {least:,}, or use a network with fewer features (demo: 64, for the bundled models).",
+            f"Give at least {least:,}{fewer}.",
         )
 
 
@@ -113,18 +122,36 @@ def spread_to_reference(features: Array, reference: Array, strata: list[Array], 
     """
     generator = np.random.default_rng(SEED)
     root = None if real is None else _root(real.covariance)
-    found = []
-    for _ in range(DRAWS if features.shape[1] <= WIDE_FEATURES else DRAWS_WIDE):
-        drawn = np.concatenate([group[generator.integers(0, len(group), len(group))] for group in strata])
+    draws = [
+        np.concatenate([group[generator.integers(0, len(group), len(group))] for group in strata])
+        for _ in range(DRAWS if features.shape[1] <= WIDE_FEATURES else DRAWS_WIDE)
+    ]
+
+    def measured(drawn: Array) -> tuple[float, float]:
         ours, others = Moments.of(features[drawn]), Moments.of(reference[drawn])
         if real is None or root is None:
             distance = frechet_distance(ours, others)
-            found.append((distance, distance))
-        else:
-            distance = _distance(ours, real, root)
-            found.append((distance, distance - _distance(others, real, root)))
-    distances, increases = np.std(np.array(found), axis=0, ddof=1)
+            return distance, distance
+        distance = _distance(ours, real, root)
+        return distance, distance - _distance(others, real, root)
+
+    distances, increases = np.std(np.array(_side_by_side(measured, draws)), axis=0, ddof=1)
     return Spread(float(distances), float(increases))
+
+
+def _side_by_side(work: Callable[[Task], Made], tasks: Iterable[Task]) -> list[Made]:
+    """Return ``work`` of each task, in their order, a core each.
+
+    BLAS has one thread meanwhile: its threads wait for each other at every step of an eigenvalue problem, so that small
+    ones took eighty times as long on a machine with other work. Nor do values then depend on the number of cores.
+    """
+    from threadpoolctl import ThreadpoolController
+
+    with (
+        ThreadpoolController().limit(limits=1, user_api="blas"),
+        ThreadPoolExecutor(min(available_cores(), MOST_AT_ONCE)) as pool,
+    ):
+        return list(pool.map(work, tasks))
 
 
 def extrapolated(features: Array, strata: list[Array], real: Moments) -> float | None:
@@ -140,11 +167,12 @@ def extrapolated(features: Array, strata: list[Array], real: Moments) -> float |
         return None
     generator = np.random.default_rng(SEED)
     root = _root(real.covariance)
-    inverses, distances = [], []
+    subsets = []
     for inverse in np.linspace(1 / smallest, 1 / count, COUNTS):
         share = 1 / inverse / count
         for _ in range(SUBSETS if share < 1 else 1):
-            taken = np.concatenate([generator.permutation(group)[: round(share * len(group))] for group in strata])
-            inverses.append(1 / len(taken))
-            distances.append(_distance(Moments.of(features[taken]), real, root))
-    return float(np.polyfit(inverses, distances, 1)[1])
+            subsets.append(
+                np.concatenate([generator.permutation(group)[: round(share * len(group))] for group in strata])
+            )
+    distances = _side_by_side(lambda taken: _distance(Moments.of(features[taken]), real, root), subsets)
+    return float(np.polyfit([1 / len(taken) for taken in subsets], distances, 1)[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from mpq_deploy.metrics.networks import DEMO, FeatureNetwork, NetworkOptions, di
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # Seed of the split into halves (our choice).
 SEED = 0
+# What float32 statistics may be off by, relative to the largest entry (our choice: a hundred times its precision).
+ROUNDING = 1e-5
 HINT = "Give a folder of pictures, an .npz with images uint8 [N, H, W, C], or one with mean, cov and count of features."
 
 
@@ -130,11 +133,30 @@ def _statistics(path: Path, arrays: dict[str, Array], network: FeatureNetwork) -
             f"{width} features.",
             "Give statistics of the same network.",
         )
-    values = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
-    if not all(np.isfinite(value).all() for value in values):
-        raise UsageError(f"The statistics in {path} are not finite.", "Make them again.")
-    count = int(arrays["count"]) if "count" in arrays else 0
-    return RealSet(Moments(*values, count), digest_of(file_digest(path)), f"{path} (statistics)")
+    number = arrays.get("count", np.zeros((), np.int64))
+    if any(value.dtype.kind not in "fiu" for value in (mean, covariance, number)) or number.size != 1:
+        kinds = ", ".join(f"{value.dtype} {list(value.shape)}" for value in (mean, covariance, number))
+        raise UsageError(f"Mean, covariance and count in {path} are {kinds}.", "Give real numbers, and one count.")
+    moments = Moments(np.asarray(mean, np.float64), np.asarray(covariance, np.float64), int(number.item()))
+    _check_moments(path, moments, network)
+    if "count" in arrays:
+        check_count(moments.count, network.width, f"real images behind the statistics in {path}", network.name)
+    return RealSet(moments, digest_of(file_digest(path)), f"{path} (statistics)")
+
+
+def _check_moments(path: Path, moments: Moments, network: FeatureNetwork) -> None:
+    """Refuse what is no covariance, of which a distance would be nonsense: even 0. Raises UsageError."""
+    covariance = moments.covariance
+    hint = f"Make them again, of the features of '{network.name}'."
+    if not (np.isfinite(moments.mean).all() and np.isfinite(covariance).all()):
+        raise UsageError(f"The statistics in {path} are not finite.", hint)
+    largest = float(np.abs(covariance).max())
+    apart = float(np.abs(covariance - covariance.T).max())
+    if apart > ROUNDING * largest:
+        raise UsageError(f"The covariance in {path} is not symmetric: entries differ by up to {apart:.3g}.", hint)
+    least = float(np.linalg.eigvalsh(covariance)[0])
+    if least < -ROUNDING * largest * len(covariance):
+        raise UsageError(f"The covariance in {path} has the negative eigenvalue {least:.3g}: it is none.", hint)
 
 
 def _of_features(features: Array, digest: str, source: str) -> RealSet:
@@ -147,10 +169,12 @@ def _of_features(features: Array, digest: str, source: str) -> RealSet:
 
 
 def _arrays(path: Path) -> dict[str, Array]:
+    if not zipfile.is_zipfile(path):
+        raise UsageError(f"{path} is no .npz: it is no zip archive, or not a whole one.", HINT)
     try:
         with np.load(path, allow_pickle=False) as stored:
             return {name: stored[name] for name in stored.files}
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
         raise UsageError(f"{path} cannot be read: {error}.", HINT) from error
 
 

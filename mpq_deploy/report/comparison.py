@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from mpq_deploy.compare import Comparison, Difference, Pair, PlanChange
+from mpq_deploy.compare import Comparison, Difference, DistanceChange, Pair, PlanChange
 from mpq_deploy.report import words
 from mpq_deploy.report.markdown import plain, table
 from mpq_deploy.report.page import rendered
@@ -29,6 +29,8 @@ def comparison_text(comparison: Comparison) -> str:
     lines.append("")
     for number, report in enumerate(comparison.reports, 1):
         lines += _wrapped(f"{number}   {report.label}: {'; '.join(about(report))}", indent=4)
+        for said in distances(report):
+            lines += _wrapped(f"- {said}", lead=4, indent=6)
     for number, pair in enumerate(comparison.pairs, 2):
         lines += ["", f"{number} against 1"]
         for sentence in sentences(pair):
@@ -40,7 +42,11 @@ def comparison_text(comparison: Comparison) -> str:
 def comparison_markdown(comparison: Comparison) -> str:
     """Return the comparison for a pull request."""
     parts = ["## Comparison", table(COLUMNS, _rows(comparison))]
-    parts.append("\n".join(f"- {plain(r.label)}: {plain('; '.join(about(r)))}" for r in comparison.reports))
+    said = []
+    for report in comparison.reports:
+        said.append(f"- {plain(report.label)}: {plain('; '.join(about(report)))}")
+        said += [f"  - {plain(one)}" for one in distances(report)]
+    parts.append("\n".join(said))
     for pair in comparison.pairs:
         parts.append(f"### {plain(pair.label)} against {plain(comparison.reports[0].label)}")
         parts.append("\n".join(f"- {plain(sentence)}" for sentence in sentences(pair)))
@@ -57,7 +63,7 @@ def comparison_page(comparison: Comparison) -> str:
         title=page_title(comparison.reports),
         columns=COLUMNS,
         rows=_rows(comparison),
-        about=[(report.label, about(report)) for report in comparison.reports],
+        about=[(report.label, about(report), distances(report)) for report in comparison.reports],
         pairs=[
             (
                 pair,
@@ -73,7 +79,7 @@ def comparison_page(comparison: Comparison) -> str:
 
 
 def about(report: ReadReport) -> list[str]:
-    """Say what a run's figures rest on: model, target, images, latency and its source, distances."""
+    """Say what a run's figures rest on: model, target, images, latency and its source, scores."""
     said = [f"{report.model.name} for {report.target.name}"]
     if report.simulated:
         said.append("simulated: nominal bytes")
@@ -91,16 +97,19 @@ def about(report: ReadReport) -> list[str]:
         other = "" if latency.target == report.target.name else f" (another target than {report.target.name})"
         wrong = f", but {latency.problem}" if latency.problem else ""
         said.append(f"latency {words.digits(latency.milliseconds)} ms: {latency.source}{other}{wrong}")
-    for one in report.frechet:
-        said.append(
-            f"{one.called} {one.distance:.3g} to the {one.against} images ({one.samples:,} images; "
-            f"the float model's {one.floor:.3g})"
-        )
     for score in report.scores:
         if score.variant == "ours":
             own = f"; the float model's {score.floor:.4g}" if score.score == "clip-score" else ""
             said.append(f"{score.title} {score.value:.3g} ({score.samples:,} images{own})")
     return [*said, *report.remarks]
+
+
+def distances(report: ReadReport) -> list[str]:
+    """Say each Frechet distance of a run, beside the float model's own to the same."""
+    return [
+        f"{one.described}: {one.distance:.4g}" + (f", the float model {one.floor:.4g}" if one.against == "real" else "")
+        for one in report.frechet
+    ]
 
 
 def sentences(pair: Pair) -> list[str]:
@@ -113,8 +122,20 @@ def sentences(pair: Pair) -> list[str]:
             said.append(f"{name}: {_difference(difference, places, unit)}.")
     if pair.nmse_ratio is not None:
         said.append(f"Output error (NMSE): {words.digits(pair.nmse_ratio)} times the first's.")
+    said += [_distance_sentence(change) for change in pair.distances]
+    if pair.latency is not None:
+        known = "Estimated latency" if pair.latency.estimated else "Latency"
+        before, after = pair.latency.before_ms, pair.latency.after_ms
+        said.append(f"{known}: {words.digits(after)} ms, the first's {words.digits(before)} ms.")
     said += pair.notes
     return [*said, *_plan_sentences(pair.plan)]
+
+
+def _distance_sentence(change: DistanceChange) -> str:
+    said = f"{change.described}: {change.after:.4g}, the first's {change.before:.4g}"
+    if change.overlap is None:
+        return f"{said}."
+    return f"{said}; their intervals {'overlap: no difference is shown' if change.overlap else 'lie apart'}."
 
 
 def move_rows(plan: PlanChange) -> list[list[str]]:

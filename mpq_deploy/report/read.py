@@ -78,6 +78,7 @@ class FrechetDistance(BaseModel):
     title: str = ""
     network_digest: str = ""
     against_digest: str = ""
+    against_source: str = ""
     sampler: str = ""
     steps: int | None = None
     seed: int | None = None
@@ -92,6 +93,14 @@ class FrechetDistance(BaseModel):
         """What two distances must share to be comparable; against the float model its images are what the seed says."""
         against = (self.against, self.against_digest if self.against == "real" else "")
         return (self.network, self.network_digest, *against, self.samples, self.sampler, self.steps, self.seed)
+
+    @property
+    def described(self) -> str:
+        """Its name with everything that it depends on, in words."""
+        sampler = "" if not self.sampler else f", {self.sampler}"
+        seed = "" if self.seed is None else f", seed {self.seed}"
+        to = "the float model's images" if self.against == "float" else self.against_source or "real images"
+        return f"{self.called}, {self.samples:,} images{sampler}{seed}, to {to}"
 
     @property
     def increase(self) -> float:

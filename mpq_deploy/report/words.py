@@ -101,7 +101,7 @@ def intervals_note(data: ReportData) -> str:
     return f"In brackets: the 95 % interval of the mean, by a bootstrap{number}."
 
 
-FRECHET_COLUMNS = ("", "distance", "95 % interval", "over the float model's", "95 % interval", "")
+FRECHET_COLUMNS = ("variant", "distance", "95 % interval", "over the float model's", "95 % interval", "verdict")
 
 
 def frechet_about(row: FrechetInfo) -> str:
@@ -176,8 +176,8 @@ def frechet_groups(data: ReportData) -> list[tuple[str, list[list[str]], str]]:
 
 # The float model's own LPIPS is 0: nothing to be over.
 SCORE_COLUMNS: dict[str, tuple[str, ...]] = {
-    "lpips": ("", "mean", "95 % interval", ""),
-    "clip-score": ("", "mean", "95 % interval", "over the float model's", "95 % interval", ""),
+    "lpips": ("variant", "mean", "95 % interval", "verdict"),
+    "clip-score": ("variant", "mean", "95 % interval", "over the float model's", "95 % interval", "verdict"),
 }
 
 
@@ -348,7 +348,7 @@ def glance_rows(data: ReportData) -> list[list[str]]:
     times = {"fp16": expected.fp16_ms, "ours": expected.ours_ms, "int8": expected.int8_ms} if expected else {}
 
     def row(key: str, title: str, bytes_: int, quality: str) -> list[str]:
-        time = [f"{digits(times[key])} ms" if key in times else "–"] if times else []
+        time = [f"{digits(times[key])} ms" if key in times else "not estimated"] if times else []
         return [title, size(bytes_), percent(bytes_ / data.fp16_size_bytes), quality, *time]
 
     rows = [row("ours", title_of("ours", data), data.size_bytes, decibels(data.psnr_db, data.identical))]

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import scipy.linalg
+import threadpoolctl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpq_deploy.errors import UsageError
+from mpq_deploy.metrics import frechet
 from mpq_deploy.metrics.frechet import (
     LEAST_OF_CONDITION,
     Moments,
@@ -167,3 +169,39 @@ def test_precision_and_recall_are_the_slow_definition(tmp_path):
     assert precision_recall(a, b) == pytest.approx((covered(a, b), covered(b, a)))
     assert precision_recall(a, a) == (1.0, 1.0)
     assert precision_recall(a + 1e3, b) == (0.0, 0.0)
+
+
+def blas_threads():
+    return {pool["num_threads"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"}
+
+
+@pytest.mark.parametrize("cores", [1, 3])
+def test_draws_run_side_by_side_on_one_thread_each(monkeypatch, cores):
+    """BLAS threads wait for each other: 64 features took 19 s in place of 0.2 s beside other work."""
+    seen, before = set(), blas_threads()
+    real = Moments.of(features(3))
+    a, b = features(1), features(2)
+    plain = Moments.of
+
+    def watched(found):
+        seen.update(blas_threads())
+        return plain(found)
+
+    monkeypatch.setattr(Moments, "of", watched)
+    monkeypatch.setattr(frechet, "DRAWS", 3)
+    monkeypatch.setattr(frechet, "available_cores", lambda: cores)
+    found = spread_to_reference(a, b, strata_of(np.zeros(len(a))), real)
+    assert seen == {1}
+    assert blas_threads() == before
+    monkeypatch.setattr(frechet, "available_cores", lambda: 8)
+    assert spread_to_reference(a, b, strata_of(np.zeros(len(a))), real) == found
+    assert extrapolated(a, strata_of(np.zeros(len(a))), real) is not None
+
+
+def test_the_smallest_network_is_not_recommended_to_itself():
+    with pytest.raises(UsageError) as small:
+        check_count(10, 64, "images", "demo")
+    with pytest.raises(UsageError) as wide:
+        check_count(10, 1280, "images", "efficientnet-lite0")
+    assert small.value.hint == "Give at least 65."
+    assert "demo: 64" in wide.value.hint

@@ -57,6 +57,13 @@ def test_statistics_are_taken_in_both_spellings(tmp_path):
         assert (real.moments.count, real.features, real.floor) == (count, None, None)
 
 
+def test_statistics_may_lack_rank_and_carry_rounding(tmp_path):
+    """Fewer pictures than features have such a covariance, and pytorch-fid's files say no count."""
+    rows = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
+    np.savez(tmp_path / "low.npz", mu=rows.mean(axis=0), sigma=np.cov(rows, rowvar=False).astype(np.float32))
+    assert taken(tmp_path / "low.npz").moments.count == 0
+
+
 def test_too_few_real_images_for_halves_have_no_floor(tmp_path):
     np.savez(tmp_path / "real.npz", images=pictures(6))
     assert taken(tmp_path / "real.npz").floor is None
@@ -110,13 +117,20 @@ def damaged(path):
         (broken, "bbb.png cannot be read"),
         (empty, "holds no pictures"),
         (lambda path: path / "none", "no real images at"),
-        (damaged, "cannot be read"),
+        (damaged, "is no .npz"),
         (saved(images=pictures(6, 16)), "16 x 16 pixels, 3 channels, the model's samples 8 x 8"),
         (saved(images=pictures(6).astype(np.float32)), "float32"),
         (saved(images=pictures(4)), "too few for the covariance of the 4 features.*at least 5"),
         (saved(numbers=np.zeros(3)), "holds numbers"),
         (saved(mean=np.zeros(5), cov=np.eye(5), count=9), "has 4 features"),
         (saved(mean=np.full(4, np.nan), cov=np.eye(4), count=9), "not finite"),
+        # Each of these has a distance that could pass a gate: of the negative one it is 0.
+        (saved(mean=np.zeros(4), cov=-np.eye(4), count=9), "negative eigenvalue -1: it is none"),
+        (saved(mean=np.zeros(4), cov=np.triu(np.ones((4, 4))), count=9), "not symmetric: .* by up to 1"),
+        (saved(mean=np.zeros(4), cov=np.eye(4), count=4), "4 real images behind .* too few.*at least 5"),
+        (saved(mean=np.zeros(4), cov=np.eye(4), count=-9), "too few"),
+        (saved(mean=np.zeros(4), cov=np.eye(4), count=[3, 9]), "count in .* int64 .2."),
+        (saved(mean=np.array(list("abcd")), cov=np.eye(4), count=9), "are <U1 .4."),
         (saved(images=np.array([{}], dtype=object)), "cannot be read"),
     ],
 )

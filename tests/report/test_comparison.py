@@ -244,3 +244,47 @@ def test_a_report_shows_its_intervals(tmp_path):
         assert "0.9991 (0.9000 to 1.0000)" in text
         assert intervals_note(data) in text
     assert intervals_note(make_report()) == ""
+
+
+def distance(value, **changes):
+    row = {"network": "demo", "network_digest": "n", "against": "float", "samples": 200, "sampler": "DDIM", "steps": 20}
+    row |= {"seed": 5, "distance": value, "interval": {"low": 0.9 * value, "high": 1.1 * value}}
+    return {**row, **changes}
+
+
+@pytest.mark.parametrize(
+    ("value", "ends"),
+    [(2.0, "their intervals lie apart."), (1.1, "their intervals overlap: no difference is shown.")],
+    ids=["apart", "overlapping"],
+)
+def test_frechet_distances_of_one_kind_are_held_against_each_other(reported, value, ends):
+    first = reported(frechet=[distance(1.0), distance(3.0, samples=50)])
+    comparison = compare_reports([first, reported(name="new.json", frechet=[distance(value)])])
+    said = f"Frechet distance (demo), 200 images, DDIM, seed 5, to the float model's images: {value:g}, the first's 1; "
+    for text in (comparison_text(comparison), comparison_markdown(comparison), comparison_page(comparison)):
+        flat = " ".join(text.replace("&#39;", "'").split())
+        assert said + ends in flat
+        assert "50 images" in flat
+    assert len(comparison.pairs[0].distances) == 1
+
+
+def test_distances_that_cannot_be_compared_are_said(reported):
+    first = reported(frechet=[distance(1.0)])
+    fewer = compare_reports([first, reported(name="new.json", frechet=[distance(1.0, samples=50)])])
+    assert "differ in network, images, sampler or seed" in " ".join(comparison_text(fewer).split())
+    none = compare_reports([first, reported(name="new.json")])
+    assert "has no Frechet distance to compare" in " ".join(comparison_text(none).split())
+    other = make_report(model=ModelInfo(name="digits", source=""), layers=layer_rows()[2:])
+    assert compare_reports([first, reported(other, "new.json", frechet=[distance(1.0)])]).pairs[0].distances == ()
+
+
+def test_estimated_latencies_are_compared_on_one_basis_alone(reported):
+    def estimated(name, milliseconds, basis):
+        return reported(
+            name=name, expected_latency={"ours_ms": milliseconds, "source": "estimated", "basis": basis, "batch": 2}
+        )
+
+    same = compare_reports([estimated("a.json", 2.0, "peak figures"), estimated("b.json", 3.0, "peak figures")])
+    assert "Estimated latency: 3.00 ms, the first's 2.00 ms." in " ".join(comparison_text(same).split())
+    apart = compare_reports([estimated("a.json", 2.0, "peak figures"), estimated("b.json", 3.0, "a table")])
+    assert apart.pairs[0].latency is None

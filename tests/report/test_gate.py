@@ -281,6 +281,8 @@ DISTANCE = {"network": "efficientnet-lite0", "against": "real", "samples": 1000,
 def test_a_frechet_increase_is_over_the_float_model_s_or_the_baseline_s(reported):
     report = reported(frechet=[DISTANCE])
     assert outcome(report, max_frechet_increase=0.5).value == pytest.approx(0.4)
+    own = reported(frechet=[{**DISTANCE, "against": "float", "floor": 0.0}])
+    assert "1,000 images, to the float model's images; over" in outcome(own, max_frechet_increase=0.5).detail
     assert not outcome(report, max_frechet_increase=0.3).passed
     baseline = reported(name="old.json", frechet=[{**DISTANCE, "distance": 11.8}])
     assert outcome(report, baseline, max_frechet_increase=0.3).value == pytest.approx(0.2)

@@ -332,3 +332,23 @@ def test_long_prompts_fit_a_narrow_page(open_page):
     page = open_page(html_page(make_report(images=ImageSet(report.images.images, labels, report.images.titles))))
     page.set_viewport_size({"width": 400, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
+
+
+@pytest.mark.parametrize("width", [1280, 1024])
+def test_distances_are_seen_whole_on_a_desktop(open_page, width):
+    """The verdict is the last column: cut off it would be read as nothing said."""
+    long = Interval(low=0.000136, high=0.000342)
+    rows = {
+        name: (frechet_info(variant=name, distance=0.0002391, floor=0.0, interval=long, increase_interval=long),)
+        for name in ("ours", "int4", "int8")
+    }
+    text = html_page(make_report(frechet=rows.pop("ours"), frechet_controls=rows))
+    page = open_page(text)
+    page.set_viewport_size({"width": width, "height": 900})
+    region = page.locator("#distribution .scroll").first
+    assert region.evaluate("one => one.scrollWidth - one.clientWidth") <= 0
+    heads = region.locator("thead th").all_inner_texts()
+    assert heads[-1] == "verdict" and all(heads)
+    last = region.locator("tbody tr").first.locator("td").last
+    box, room = last.bounding_box(), region.bounding_box()
+    assert box["x"] + box["width"] <= room["x"] + room["width"] + 1

@@ -21,6 +21,7 @@ from mpq_deploy.report.data import (
     Control,
     CurvePoint,
     EngineInfo,
+    ExpectedLatency,
     ImageSet,
     ImportanceInfo,
     LayerRow,
@@ -35,7 +36,7 @@ from mpq_deploy.report.orthogonality import orm_view, pool
 from mpq_deploy.report.page import html_page
 from mpq_deploy.report.pictures import picture_table
 from mpq_deploy.report.svg import log_ticks, nice_ticks, spread_out
-from mpq_deploy.report.words import decibels, digits, duration, error, headline, size
+from mpq_deploy.report.words import decibels, digits, duration, error, glance_rows, headline, size
 from mpq_deploy.report.write import write_reports
 
 STYLE = Path(__file__).parents[2] / "mpq_deploy" / "report" / "templates" / "style.css"
@@ -478,3 +479,12 @@ def test_the_corrected_variant_stands_beside_the_plan_and_is_no_control() -> Non
         assert "57.7 dB" in text
     # Only a control is what the headline compares with.
     assert not any("57.7" in sentence for sentence in headline(data))
+
+
+def test_the_headline_says_which_latency_was_not_estimated():
+    """A dash would be read as none."""
+    times = {"ours_ms": 2.0, "fp16_ms": 3.0, "int8_ms": 2.5, "others_ms": 0.1, "batch": 1, "source": "estimated"}
+    expected = ExpectedLatency(**times, basis="peak figures", measured=0, estimated=9, objective="error")
+    rows = {row[0]: row[-1] for row in glance_rows(make_report(expected_latency=expected))}
+    assert rows["Everything FP16"] == "3.00 ms"
+    assert rows["Everything INT4"] == "not estimated"
