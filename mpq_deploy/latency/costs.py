@@ -31,6 +31,8 @@ class PlanLatency:
     ``source``: estimated, measured, or "measured and estimated" for the layers; ``basis`` says in words on what.
     ``measured`` and ``estimated`` count the solver's (layer, scheme) entries. ``slower_in_int8``: layers that are
     expected to be slower in INT8 than in FP16; ``taken``: those among them that the plan has in INT8 all the same.
+    ``int4_ms``: with INT4 weights wherever a layer may have them; None where a table lacks layers and nothing is known
+    to estimate them from.
     """
 
     ours_ms: float
@@ -46,6 +48,7 @@ class PlanLatency:
     taken: tuple[str, ...]
     objective: str
     limit_ms: float | None
+    int4_ms: float | None = None
 
 
 class LatencyCosts:

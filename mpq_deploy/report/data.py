@@ -212,7 +212,7 @@ class ExpectedLatency(Part):
     Sums over single layers: never a measurement of the engine. ``source``: estimated, measured (layer by layer), or
     both; ``basis`` on what, in words. ``others_ms``: what is no layer, always estimated. ``slower_in_int8``: layers
     that are expected to be slower in INT8 than in FP16, and ``taken``, those that the plan has in INT8. ``limit_ms``:
-    asked for.
+    asked for. ``int4_ms``: everything INT4; None where nothing is known of it.
     """
 
     ours_ms: float = Field(ge=0)
@@ -228,6 +228,7 @@ class ExpectedLatency(Part):
     taken: tuple[str, ...] = ()
     objective: str = "loss"
     limit_ms: float | None = Field(None, gt=0)
+    int4_ms: float | None = Field(None, ge=0)
 
 
 class EvaluationInfo(Part):

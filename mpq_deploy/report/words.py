@@ -346,6 +346,8 @@ def glance_rows(data: ReportData) -> list[list[str]]:
     """Return the headline's table: this plan, FP16 and the uniform plans, with size, quality and expected latency."""
     expected = data.expected_latency
     times = {"fp16": expected.fp16_ms, "ours": expected.ours_ms, "int8": expected.int8_ms} if expected else {}
+    if expected is not None and expected.int4_ms is not None:
+        times["int4"] = expected.int4_ms
 
     def row(key: str, title: str, bytes_: int, quality: str) -> list[str]:
         time = [f"{digits(times[key])} ms" if key in times else "not estimated"] if times else []
@@ -388,8 +390,9 @@ def latency_rows(data: ReportData) -> list[list[str]]:
             ("This plan", expected.ours_ms),
             ("Everything FP16", expected.fp16_ms),
             ("Everything INT8", expected.int8_ms),
+            ("Everything INT4", expected.int4_ms),
         )
-        rows += [[title, f"{digits(ms)} ms", known] for title, ms in figures]
+        rows += [[title, f"{digits(ms)} ms", known] for title, ms in figures if ms is not None]
     if data.cpu_latency is not None:
         cpu = data.cpu_latency
         rows.append(["Float, on the building machine's CPU", f"{digits(cpu.float_ms)} ms", cpu.source])

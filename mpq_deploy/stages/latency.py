@@ -118,18 +118,32 @@ def plan_latency_info(
     slower = costs.slower_in_int8(layers, int8)
     fp16_ns = costs.plan_ns(layers, {layer.name: FP16 for layer in layers})
     int8_ns = costs.plan_ns(layers, int8)
+    # Counted before everything INT4 is added up: the solver may not have looked at those entries.
+    measured, estimated = len(costs.measured), len(costs.estimated)
+    source, basis = costs.source(), costs.basis()
     return PlanLatency(
         ours_ms=ours_ns / 1e6,
         fp16_ms=fp16_ns / 1e6,
         int8_ms=int8_ns / 1e6,
         others_ms=costs.others_ns / 1e6,
         batch=costs.batch,
-        source=costs.source(),
-        basis=costs.basis(),
-        measured=len(costs.measured),
-        estimated=len(costs.estimated),
+        source=source,
+        basis=basis,
+        measured=measured,
+        estimated=estimated,
         slower_in_int8=slower,
         taken=tuple(name for name in slower if SCHEMES[schemes[name]].activation is INT8),
         objective=recipe.allocate.objective,
         limit_ms=None if limit_ns is None else limit_ns / 1e6,
+        int4_ms=_everything_int4(costs, exported, target),
     )
+
+
+def _everything_int4(costs: LatencyCosts, exported: Exported, target: Target) -> float | None:
+    layers = exported.graph.layers
+    schemes = {layer.name: control_scheme(layer, CONTROLS["int4"][:-1], target) for layer in layers}
+    try:
+        return costs.plan_ns(layers, schemes) / 1e6
+    except UsageError:
+        # A table that lacks a layer, for a target without figures.
+        return None

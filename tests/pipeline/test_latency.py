@@ -30,7 +30,8 @@ def test_a_plan_says_what_it_is_estimated_to_take(finished: Built) -> None:
     latency = plan_of(finished.run)["latency"]
     assert latency["source"] == "estimated"
     assert "roofline" in latency["basis"] and "not confirmed" in latency["basis"]
-    assert min(latency["ours_ms"], latency["fp16_ms"], latency["int8_ms"]) > latency["others_ms"] > 0
+    names = ("ours_ms", "fp16_ms", "int8_ms", "int4_ms")
+    assert min(latency[name] for name in names) > latency["others_ms"] > 0
     # Layers of a few thousand weights: quantizing their inputs takes longer than INT8 saves.
     assert latency["slower_in_int8"]
     notes = finished.report["notes"]

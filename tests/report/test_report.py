@@ -36,7 +36,7 @@ from mpq_deploy.report.orthogonality import orm_view, pool
 from mpq_deploy.report.page import html_page
 from mpq_deploy.report.pictures import picture_table
 from mpq_deploy.report.svg import log_ticks, nice_ticks, spread_out
-from mpq_deploy.report.words import decibels, digits, duration, error, glance_rows, headline, size
+from mpq_deploy.report.words import decibels, digits, duration, error, glance_rows, headline, latency_rows, size
 from mpq_deploy.report.write import write_reports
 
 STYLE = Path(__file__).parents[2] / "mpq_deploy" / "report" / "templates" / "style.css"
@@ -198,10 +198,10 @@ def test_a_failed_write_leaves_the_former_reports(report, tmp_path, monkeypatch)
     write_reports(report, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-    def full(self, content):
+    def full(self, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(OSError, match="No space"):
         write_reports(bare_report(), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -488,3 +488,6 @@ def test_the_headline_says_which_latency_was_not_estimated():
     rows = {row[0]: row[-1] for row in glance_rows(make_report(expected_latency=expected))}
     assert rows["Everything FP16"] == "3.00 ms"
     assert rows["Everything INT4"] == "not estimated"
+    known = make_report(expected_latency=expected.model_copy(update={"int4_ms": 2.75}))
+    assert {row[0]: row[-1] for row in glance_rows(known)}["Everything INT4"] == "2.75 ms"
+    assert ["Everything INT4", "2.75 ms"] in [row[:2] for row in latency_rows(known)]
