@@ -163,8 +163,8 @@ ONNX_BYTES, ONNX_NODE_BYTES, ONNX_COPIES = 125 << 20, 72_000, 2.1
 COMPARED_CALLS = 2
 # ONNX Runtime's copies of the weights, in the layouts of its kernels, beside the mapped ones; large models have none.
 SESSION_COPIES = 0.5
-# Its arena grows by steps, so it holds more than lives at once.
-ARENA_SHARE = 1.5
+# Its arena grows by steps, so it holds more than lives at once; less more where the graph ends in gathered rows.
+ARENA_SHARE, HESSIAN_ARENA_SHARE = 1.5, 1.2
 # Arrays of a layer's size that rounding it holds, beside those of each form; and that stacking its errors holds.
 ROUNDING_ARRAYS, FORM_ARRAYS, STACK_ARRAYS = 3, 1, 2
 # A Hessian's inverse factor, per element: the damped matrix, its factor, that one's inverse and a product in float64.
@@ -244,7 +244,7 @@ def _candidates(size: ModelSize, recipe: Recipe, forms: int) -> StageMemory:
     if recipe.quantize.rounding != "nearest":
         held = hessian_bytes(size, recipe)
         factor = FACTOR_BYTES * max((_blocks(p, recipe)[1] ** 2 for p in size.patches), default=0)
-        values = int(ARENA_SHARE * min(HESSIAN_BATCH, _rounded_on(recipe)) * size.alive)
+        values = int(HESSIAN_ARENA_SHARE * min(HESSIAN_BATCH, _rounded_on(recipe)) * size.alive)
         phases = [StageMemory("candidates", _session(size.weights), values, sum(held), code)]
         phases += [StageMemory("candidates", 0, 0, rounding + factor + held[0], code)]
     if "rows" in recipe.allocate.branches and recipe.quantize.salience == "probe":

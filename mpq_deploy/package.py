@@ -30,6 +30,7 @@ from mpq_deploy.device.manifest import Manifest, PackagedTarget, Reference
 from mpq_deploy.engine.expected import ExpectedLayers
 from mpq_deploy.engine.target import Target, known_targets, load_target
 from mpq_deploy.errors import ModelError, UsageError
+from mpq_deploy.graph.save import repeated_bytes
 from mpq_deploy.graph.write import DEPLOYED, SIMULATED, WEIGHTS
 from mpq_deploy.precision.scheme import SCHEMES
 from mpq_deploy.runtime.correction import FILE as CORRECTION
@@ -214,7 +215,12 @@ def _manifest(pipeline: Pipeline, target: Target, reference: Reference, parts: d
         target=PackagedTarget(**{name: getattr(target, name) for name in PackagedTarget.__dataclass_fields__}),
         model=DEPLOYED,
         parts={},
-        expected=ExpectedLayers.of(exported.graph.layers, schemes, plan.size_bytes),
+        expected=ExpectedLayers.of(
+            exported.graph.layers,
+            schemes,
+            plan.size_bytes,
+            repeated_bytes(pipeline.folder(deployed_stage(pipeline)) / DEPLOYED),
+        ),
         fp16_bytes=plan.fp16_size_bytes,
         batches=(section.batch_min, section.batch_opt, section.batch_max),
         shapes={item.name: item.shape for item in inputs if item.batched},

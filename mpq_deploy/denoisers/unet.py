@@ -86,7 +86,9 @@ def sample_shape(config: dict[str, Any], folder: Path) -> tuple[int, ...]:
     size = config.get("sample_size")
     if size is None:
         raise UsageError(
-            f"The model in {folder} does not say its sample_size.", 'Add "sample_size" to its config.json.'
+            f"The model in {folder} does not say its sample_size.",
+            'Add "sample_size" to its config.json: the side of a square, or [height, width], or for video [frames, '
+            "height, width], in what the model sees (latents).",
         )
     sizes = size if isinstance(size, (list, tuple)) else (size, size)
     return channels, *(int(one) for one in sizes)
@@ -96,6 +98,9 @@ def load_pretrained(model_class: Any, folder: Path, variant: str | None) -> torc
     """Load a diffusers model in float32, every weight from the file. Raises ModelError when that fails."""
     from safetensors import SafetensorError
 
+    if getattr(model_class, "_keep_in_fp32_modules", None):
+        # All of it is float32 here; diffusers would ask for another package to load only parts so.
+        model_class = type(model_class.__name__, (model_class,), {"_keep_in_fp32_modules": None})
     try:
         model, loaded = model_class.from_pretrained(
             folder,

@@ -92,7 +92,10 @@ class Manifest:
             values["target"] = PackagedTarget(**_tuples(values["target"], "versions", "compute_capabilities"))
             values["reference"] = Reference(**_tuples(values["reference"], "cases", "inputs"))
             layers = [ExpectedLayer(**_tuples(one, "nodes", "kernel")) for one in values["expected"]["layers"]]
-            values["expected"] = ExpectedLayers(tuple(layers), values["expected"]["total_bytes"])
+            expected = values["expected"]
+            values["expected"] = ExpectedLayers(
+                tuple(layers), expected["total_bytes"], expected.get("repeated_bytes", 0)
+            )
             for key in ("shapes", "alternatives"):
                 values[key] = {name: tuple(one) for name, one in values[key].items()}
             return cls(**_tuples(values, "batches", "notes"))

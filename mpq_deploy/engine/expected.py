@@ -58,13 +58,16 @@ class ExpectedLayer:
 
 @dataclass(frozen=True)
 class ExpectedLayers:
-    """All layers of the plan, and the bytes of all constants of the file."""
+    """All layers of the plan, the bytes of all constants of the file, and of those how many repeat others."""
 
     layers: tuple[ExpectedLayer, ...]
     total_bytes: int
+    repeated_bytes: int = 0
 
     @classmethod
-    def of(cls, layers: Iterable[Layer], schemes: Mapping[str, Scheme], total_bytes: int) -> ExpectedLayers:
+    def of(
+        cls, layers: Iterable[Layer], schemes: Mapping[str, Scheme], total_bytes: int, repeated_bytes: int = 0
+    ) -> ExpectedLayers:
         """Describe ``layers`` under ``schemes`` (by layer name); a branch is a layer of its own.
 
         Raises ValueError for a simulated scheme: no builder may ever see one.
@@ -75,7 +78,7 @@ class ExpectedLayers:
         if simulated:
             raise ValueError(f"{', '.join(simulated)}: no engine can hold simulated schemes")
         parts = (part for layer in layers for part in branch_parts(layer, schemes[layer.name]))
-        return cls(tuple(ExpectedLayer.of(layer, scheme) for layer, scheme in parts), total_bytes)
+        return cls(tuple(ExpectedLayer.of(layer, scheme) for layer, scheme in parts), total_bytes, repeated_bytes)
 
     def save(self, path: Path) -> None:
         """Write as JSON with sorted keys."""
@@ -87,4 +90,4 @@ class ExpectedLayers:
         data = json.loads(path.read_text())
         tuples = ("nodes", "kernel")
         layers = [{**one, **{key: tuple(one[key]) for key in tuples}} for one in data["layers"]]
-        return cls(tuple(ExpectedLayer(**one) for one in layers), data["total_bytes"])
+        return cls(tuple(ExpectedLayer(**one) for one in layers), data["total_bytes"], data.get("repeated_bytes", 0))

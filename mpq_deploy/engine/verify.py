@@ -5,7 +5,8 @@ In: an ``EngineLog`` and the ``ExpectedLayers``. Out: ``Problem`` objects; none 
 1. every node of every layer is computed by a kernel that names it;
 2. w8a8 and w4a8 multiply INT8 by INT8, and no other layer does;
 3. the weights of w8* layers lie in the engine as INT8, those of w4* as INT4 (a kernel may unpack them at run time);
-4. all constants together have the planned bytes, within 2 % and a stated allowance for what the builder adds.
+4. all constants together have the planned bytes, equal ones counted once or as often as they are, within 2 % and a
+   stated allowance for what the builder adds.
 
 A layer that is right but slow (its whole weight is unpacked at each call although its form could be fused) is a
 problem of severity ``slow``; all others are ``wrong``.
@@ -205,10 +206,13 @@ def _check_bytes(log: EngineLog, expected: ExpectedLayers) -> list[Problem]:
         return [Problem("", "the builder's log does not give the engine's weight bytes")]
     allowance = weights_allowance(expected)
     bound = WEIGHTS_TOLERANCE * expected.total_bytes + allowance
-    if abs(log.weights_bytes - expected.total_bytes) <= bound:
+    # Equal constants may be stored once.
+    least = expected.total_bytes - expected.repeated_bytes - bound
+    if least <= log.weights_bytes <= expected.total_bytes + bound:
         return []
+    repeated = f", {expected.repeated_bytes:,} of them equal to others" if expected.repeated_bytes else ""
     message = (
-        f"the engine holds {log.weights_bytes:,} bytes of weights, the plan has {expected.total_bytes:,} "
+        f"the engine holds {log.weights_bytes:,} bytes of weights, the plan has {expected.total_bytes:,}{repeated} "
         f"(allowed: {WEIGHTS_TOLERANCE:.0%} and {allowance:,} bytes for padding, alignment and FP32 factors)"
     )
     return [Problem("", message)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Collection
@@ -90,3 +91,29 @@ def constant_bytes(path: Path, skipped: Collection[str] = ()) -> int:
             bits = ir.DataType(tensor.data_type).bitwidth
             total += (prod(tensor.dims) * bits + 7) // 8
     return total
+
+
+def repeated_bytes(path: Path) -> int:
+    """Bytes of the constants of ``constant_bytes`` that equal another one, as fresh norms and zeroed layers do.
+
+    Builders may store them once. Only constants in external data are compared: the others are small.
+    """
+    model = onnx.load(path, load_external_data=False)
+    alike: dict[tuple[int, tuple[int, ...], int], set[tuple[str, int]]] = {}
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            place = {entry.key: entry.value for entry in tensor.external_data}
+            key = (tensor.data_type, tuple(tensor.dims), int(place["length"]))
+            alike.setdefault(key, set()).add((place["location"], int(place.get("offset", 0))))
+    repeated = 0
+    for (_, _, length), places in alike.items():
+        if len(places) > 1:
+            distinct = {_digest(path.parent / location, offset, length) for location, offset in places}
+            repeated += length * (len(places) - len(distinct))
+    return repeated
+
+
+def _digest(path: Path, offset: int, length: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(offset)
+        return hashlib.sha256(file.read(length)).digest()

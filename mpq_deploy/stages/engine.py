@@ -14,6 +14,7 @@ from mpq_deploy.engine.memory import MemoryEstimate, estimate_memory, refuse_too
 from mpq_deploy.engine.target import Target, load_target
 from mpq_deploy.engine.trtexec import find_trtexec
 from mpq_deploy.errors import EngineError
+from mpq_deploy.graph.save import repeated_bytes
 from mpq_deploy.graph.write import DEPLOYED
 from mpq_deploy.precision.scheme import SCHEMES
 from mpq_deploy.stages.common import Exported, deployed_stage, settings, version_of
@@ -54,15 +55,17 @@ def make_engine(pipeline: Pipeline, folder: Path) -> str:
     schemes = {name: SCHEMES[scheme] for name, scheme in plan.schemes.items()}
     section, spec = pipeline.recipe.engine, exported.spec
     inputs = spec.inputs
+    model = pipeline.folder(deployed_stage(pipeline)) / DEPLOYED
+    expected = ExpectedLayers.of(exported.graph.layers, schemes, plan.size_bytes, repeated_bytes(model))
     try:
         record = build_engine(
-            pipeline.folder(deployed_stage(pipeline)) / DEPLOYED,
+            model,
             folder,
             target,
             BatchProfile(
                 section.batch_min, section.batch_opt, section.batch_max, {i.name: i.shape for i in inputs if i.batched}
             ),
-            ExpectedLayers.of(exported.graph.layers, schemes, plan.size_bytes),
+            expected,
             pipeline.talk,
             log=pipeline.run.path / "engine.log",
         )

@@ -121,6 +121,26 @@ def test_a_denoiser_that_nobody_listed_is_called_as_its_signature_says(tmp_path:
     assert "(encoder_hidden_states" in caught.value.hint and "--conditions" in caught.value.hint
 
 
+def test_a_class_that_keeps_parts_in_float32_is_loaded_and_so_is_video(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 8, "ffn_dim": 32, "freq_dim": 32}
+    model = diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2), in_channels=4, out_channels=4, num_layers=1, rope_max_seq_len=16, **sizes
+    )
+    assert model._keep_in_fp32_modules
+    model.save_pretrained(tmp_path / "wan", safe_serialization=True)
+    np.savez(tmp_path / "c.npz", encoder_hidden_states=np.random.default_rng(0).standard_normal((3, 6, 8), np.float32))
+    folder = tiny_transformer_folder(tmp_path, "SD3Transformer2DModel")
+    with pytest.raises(UsageError, match="sample_size") as caught:
+        open_denoiser(tmp_path / "wan", scheduler=folder, conditions=tmp_path / "c.npz")
+    assert "[frames, height, width]" in caught.value.hint
+    config = tmp_path / "wan" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "sample_size": [2, 8, 8]}))
+    denoiser = open_denoiser(tmp_path / "wan", scheduler=folder, conditions=tmp_path / "c.npz")
+    assert denoiser.spec.sample.shape == (4, 2, 8, 8)
+    assert export_denoiser(denoiser, tmp_path / "export").max_relative_error < 1e-3
+
+
 def test_linear_attention_keeps_what_it_adds_to_its_divisor(tmp_path: Path) -> None:
     """Sana divides by a sum of rectified products plus 1e-15: of few channels, some sums are 0."""
     torch.manual_seed(0)

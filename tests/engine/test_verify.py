@@ -129,6 +129,15 @@ def problems_of(*kernels: EngineLayer, layer: ExpectedLayer = LAYER) -> list[Pro
     return verify(EngineLog(kernels, 100, 0), ExpectedLayers((layer,), 100))
 
 
+@pytest.mark.parametrize(("held", "right"), [(1_000_000, True), (600_000, True), (500_000, False), (1_100_000, False)])
+def test_equal_constants_may_be_stored_once(held: int, right: bool) -> None:
+    product = kernel("gemm", "x:Half", (INT4_WEIGHT,), "fc")
+    problems = verify(EngineLog((product,), held, 0), ExpectedLayers((LAYER,), 1_000_000, repeated_bytes=400_000))
+    assert (problems == []) == right
+    if not right:
+        assert "400,000 of them equal to others" in problems[0].message
+
+
 def test_a_fusable_int4_weight_that_is_unpacked_as_a_whole_is_called_slow_not_wrong() -> None:
     unpack = kernel("kgen", "", (INT4_WEIGHT,), "fc/weight_dequantize", out="unpacked")
     product = kernel("gemm", "x:Half unpacked:Half", (), "fc")
