@@ -86,7 +86,7 @@ def model_class(config: dict[str, Any], folder: Path) -> Any:
     denoises = isinstance(found, type) and issubclass(found, diffusers.ModelMixin) and signature_of(found) is not None
     if not denoises:
         raise UsageError(
-            f"{folder} holds a {name or 'model without _class_name'}, which is no denoiser of diffusers.",
+            f"{folder} holds {name or 'a model without _class_name'}, which is no denoiser of diffusers.",
             f"{nearest(name, known)}Supported: {', '.join(known)}, and other models of diffusers that take a "
             "sample and a timestep; export others to ONNX and give the ONNX file with a YAML.",
         )
