@@ -1,7 +1,7 @@
 """What shape each activation has when the denoiser is called once, and along which axis calls are batched.
 
-Read from the shapes that the graph declares where they are complete. Graphs in the wild declare them in part or not
-at all; then the graph runs once with one call and once with two.
+Read from the shapes that the graph declares where they are complete, else inferred for one call and for two. Graphs in
+the wild may give neither: then the graph runs, once with one call and once with two.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from mpq_deploy.calibrate.feeds import feed_rows
 from mpq_deploy.calibrate.sessions import open_session
 from mpq_deploy.calibrate.stats import CalibrationSet
 from mpq_deploy.denoisers.spec import Array, DenoiserSpec
+from mpq_deploy.engine.memory import inferred_shapes
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.talk import Talk
@@ -52,6 +53,10 @@ def activation_shapes(
     declared = _declared(graph, spec, names)
     if declared is not None:
         return declared
+    counts = (1, 2) if all(condition.batched for condition in spec.conditions) else (1,)
+    inferred = _inferred(graph, spec, names, counts)
+    if inferred is not None:
+        return inferred
     model = graph.model.clone()
     values = tensors_of(model)
     model.graph.outputs.clear()
@@ -62,7 +67,6 @@ def activation_shapes(
         output.type = ir.TensorType(ir.DataType.INT64)
         model.graph.append(node)
         model.graph.outputs.append(output)
-    counts = (1, 2) if all(condition.batched for condition in spec.conditions) else (1,)
     found = []
     with open_session(model, talk, scratch=scratch, optimize=False) as session:
         wanted = {entry.name for entry in session.get_inputs()}
@@ -95,6 +99,19 @@ def _declared(graph: LayerGraph, spec: DenoiserSpec, names: tuple[str, ...]) -> 
         sizes = tuple(dim if isinstance(dim, int) else 1 for dim in dims)
         shapes[name] = ActivationShape(sizes, batched[0] if batched else None)
     return shapes
+
+
+def _inferred(
+    graph: LayerGraph, spec: DenoiserSpec, names: tuple[str, ...], counts: tuple[int, ...]
+) -> dict[str, ActivationShape] | None:
+    """Return the shapes as ONNX infers them for each number of calls; None unless all follow."""
+    found = []
+    for count in counts:
+        inputs = {item.name: (count, *item.shape) if item.batched else item.shape for item in spec.inputs}
+        found.append(inferred_shapes(ir.to_proto(graph.model), inputs))
+    if any(name not in known for known in found for name in names):
+        return None
+    return {name: _shape(name, list(found[0][name]), list(found[-1][name])) for name in names}
 
 
 def tensors_of(model: ir.Model) -> dict[str, ir.Value]:

@@ -48,7 +48,7 @@ def estimate_memory(model: Path, shapes: Mapping[str, tuple[int, ...]], weights_
 
     Tensors whose shape cannot be inferred count nothing, so the estimate is then too low.
     """
-    graph = _inferred(model, shapes)
+    graph = _inferred(onnx.load(model, load_external_data=False), shapes)
     sizes = {value.name: _bytes(value) for value in (*graph.input, *graph.value_info, *graph.output)}
     constant = {tensor.name for tensor in graph.initializer}
     unpacked = 0
@@ -64,18 +64,26 @@ def known_shapes(
     model: Path, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[onnx.GraphProto, dict[str, tuple[int, ...]]]:
     """Return the graph of ``model`` and every tensor's shape that follows from inputs of ``shapes``, by name."""
-    graph = _inferred(model, shapes)
+    graph = _inferred(onnx.load(model, load_external_data=False), shapes)
+    return graph, _declared(graph)
+
+
+def inferred_shapes(proto: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Return every shape that follows from inputs of ``shapes``, by tensor; ``proto`` loses its own, and weights."""
+    return _declared(_inferred(proto, shapes))
+
+
+def _declared(graph: onnx.GraphProto) -> dict[str, tuple[int, ...]]:
     found = {}
     for value in (*graph.input, *graph.value_info, *graph.output):
         dims = value.type.tensor_type.shape.dim
         if value.type.tensor_type.elem_type and all(dim.HasField("dim_value") for dim in dims):
             found[value.name] = tuple(dim.dim_value for dim in dims)
-    return graph, found
+    return found
 
 
-def _inferred(model: Path, shapes: Mapping[str, tuple[int, ...]]) -> onnx.GraphProto:
+def _inferred(proto: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> onnx.GraphProto:
     """Return the graph with all shapes inferred from those of its inputs, computed shapes included."""
-    proto = onnx.load(model, load_external_data=False)
     for value in proto.graph.input:
         if value.name in shapes:
             for dim, size in zip(value.type.tensor_type.shape.dim, shapes[value.name]):

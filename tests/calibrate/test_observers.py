@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mpq_deploy.calibrate import shapes as shapes_module
 from mpq_deploy.calibrate.calibrate import summarise, weight_ranges
 from mpq_deploy.calibrate.observers import Observation, merge, observe
 from mpq_deploy.calibrate.options import CalibrationOptions
@@ -239,12 +240,19 @@ def two_convs() -> Case:
     return case(g, (4, 6, 6))
 
 
-def test_shapes_are_the_same_whether_declared_or_found_by_running() -> None:
+def test_shapes_are_the_same_whether_declared_inferred_or_found_by_running(monkeypatch: pytest.MonkeyPatch) -> None:
     declared, bare = two_convs(), two_convs()
     del bare.proto.graph.value_info[:]
+    runs: list[object] = []
+    real = shapes_module.open_session
+    monkeypatch.setattr(shapes_module, "open_session", lambda *a, **k: (runs.append(a), real(*a, **k))[1])
     found = [activation_shapes(c.graph, c.recorded, {}, c.spec, Talk()) for c in (declared, bare)]
+    assert not runs
+    monkeypatch.setattr(shapes_module, "inferred_shapes", lambda *_: {})
+    found.append(activation_shapes(bare.graph, bare.recorded, {}, bare.spec, Talk()))
+    assert len(runs) == 1
     expected = {"with_t_out": ActivationShape((1, 4, 6, 6), 0), "relu_out": ActivationShape((1, 8, 3, 3), 0)}
-    assert found == [expected, expected]
+    assert found == [expected] * 3
 
 
 def test_a_wrongly_declared_shape_is_an_error() -> None:
