@@ -15,8 +15,11 @@ import onnx_ir as ir
 
 from mpq_deploy.denoisers.conditions import Conditions
 from mpq_deploy.denoisers.denoiser import Denoiser, ExportReport, Network
+from mpq_deploy.denoisers.smaller import SMALLER, require_alike, share_weights, smaller_denoiser
 from mpq_deploy.denoisers.spec import Array, DenoiserSpec
 from mpq_deploy.errors import ModelError, UsageError
+from mpq_deploy.graph.layers import layer_graph
+from mpq_deploy.graph.load import load_model
 from mpq_deploy.graph.passes.first_token import common_first_token, precompute_first_token, projects
 from mpq_deploy.runtime.not_finite import first_not_finite
 from mpq_deploy.runtime.ort import make_session_with, model_feeds, options_for_few_calls
@@ -48,12 +51,14 @@ def export_denoiser(
     talk: Talk | None = None,
     *,
     first_token_apart: bool = False,
+    smaller: int | None = None,
     release: bool = False,
 ) -> ExportReport:
     """Write ``denoiser`` into ``folder`` and compare the file, run by ONNX Runtime, with its source.
 
     ``first_token_apart``: cross-attention gets the keys and values of the text's first token as constants
-    (``graph.passes.first_token``). ``release``: let go of the denoiser's own weights on the way, so that those of the
+    (``graph.passes.first_token``). ``smaller``: also write the graph for samples of this height and width
+    (``denoisers.smaller``). ``release``: let go of the denoiser's own weights on the way, so that those of the
     file are not held beside them.
 
     Raises ModelError when a weight is not finite, when the graph cannot be exported, or when the outputs differ by
@@ -73,12 +78,9 @@ def export_denoiser(
     opset, parameters = model.graph.opset_imports[""], sum(int(tensor.size) for tensor in sizes)
     weight_bytes = sum(tensor.nbytes for tensor in sizes)
     del model, sizes
-    error = _largest_error(denoiser, folder / MODEL, release)
-    if not error <= denoiser.network.tolerance:
-        raise ModelError(
-            f"The exported model differs from its source by {error:.2e} of the largest output.",
-            f"At most {denoiser.network.tolerance:g} is expected: please report the model's configuration.",
-        )
+    if smaller is not None:
+        _export_smaller(smaller_denoiser(denoiser, smaller), folder, first_token_apart, talk)
+    error = _checked_error(denoiser, folder / MODEL, release)
     if denoiser.decoder is not None:
         try:
             decoder_error = _export_decoder(denoiser.decoder, spec, folder / DECODER, talk)
@@ -98,6 +100,26 @@ def export_denoiser(
         decoder_error=decoder_error,
         notes=tuple(notes),
     )
+
+
+def _checked_error(denoiser: Denoiser, path: Path, release: bool) -> float:
+    error = _largest_error(denoiser, path, release)
+    if not error <= denoiser.network.tolerance:
+        raise ModelError(
+            f"The exported model differs from its source by {error:.2e} of the largest output.",
+            f"At most {denoiser.network.tolerance:g} is expected: please report the model's configuration.",
+        )
+    return error
+
+
+def _export_smaller(denoiser: Denoiser, folder: Path, first_token_apart: bool, talk: Talk) -> None:
+    model = denoiser.network.to_onnx(talk)
+    if first_token_apart:
+        keep_first_token_apart(model, denoiser.spec, denoiser.conditions)
+    share_weights(model, folder / MODEL)
+    ir.save(model, folder / SMALLER)
+    require_alike(layer_graph(load_model(folder / SMALLER)), layer_graph(load_model(folder / MODEL)))
+    _checked_error(denoiser, folder / SMALLER, release=False)
 
 
 def keep_first_token_apart(model: ir.Model, spec: DenoiserSpec, conditions: Conditions) -> tuple[DenoiserSpec, str]:

@@ -32,7 +32,7 @@ from mpq_deploy.denoisers.additions import (
     read_scheduler,
 )
 from mpq_deploy.denoisers.conditions import Conditions
-from mpq_deploy.denoisers.denoiser import Denoiser
+from mpq_deploy.denoisers.denoiser import Denoiser, Network
 from mpq_deploy.denoisers.spec import Array, DenoiserSpec, InputSpec, PredictionType
 from mpq_deploy.errors import ModelError, UsageError, nearest
 from mpq_deploy.graph.load import load_model, normalise
@@ -123,6 +123,13 @@ class OnnxNetwork:
         types = {"tensor(float16)": np.float16}
         given = {i.name: feeds[i.name].astype(types.get(i.type, feeds[i.name].dtype)) for i in session.get_inputs()}
         return np.asarray(session.run(None, given)[0], np.float32)
+
+    def resized(self, sample: InputSpec) -> Network:
+        """Refuse: the sizes are in the graph."""
+        raise UsageError(
+            f"{self.path} has one size of samples, {list(sample.shape)} is another.",
+            "Leave measure.side out, or give the PyTorch model instead of its ONNX file.",
+        )
 
     def release(self) -> None:
         """Close the file; the next call opens it again."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mpq_deploy import __version__
 from mpq_deploy.artefacts import Fields, canonical_json, file_digest
 from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
-from mpq_deploy.denoisers.spec import Array
+from mpq_deploy.denoisers.spec import Array, DenoiserSpec
 from mpq_deploy.errors import UsageError
 from mpq_deploy.graph.layers import LayerGraph, layer_graph
 from mpq_deploy.graph.load import load_model
@@ -63,6 +63,13 @@ class Exported:
         self.conditions: dict[str, Array] = dict(exported.conditions.arrays)
         self.facts: dict[str, Any] = json.loads((self.folder / "facts.json").read_text())
         self.graph: LayerGraph = layer_graph(load_model(self.path))
+
+    def take_smaller(self, spec: DenoiserSpec) -> None:
+        """Go over to the graph that was exported for the smaller samples of ``spec``."""
+        from mpq_deploy.denoisers.smaller import SMALLER
+
+        self.path, self.spec = self.folder / SMALLER, spec
+        self.graph = layer_graph(load_model(self.path))
 
 
 def load_calibration(pipeline: Pipeline) -> tuple[CalibrationSet, CalibrationStats]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpq_deploy.artefacts import Fields
-from mpq_deploy.calibrate.stats import CalibrationSet
+from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
 from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.sensitivity.subject import Spread, Subject
 from mpq_deploy.stages.candidates import candidates_of
@@ -31,6 +31,8 @@ def measure_inputs(pipeline: Pipeline) -> Fields:
     adaptive = section.sampling == "adaptive"
     if not adaptive:
         del fields["recipe.measure.coarse_timesteps"]
+    if section.side is None:
+        del fields["recipe.measure.side"]
     # What orm is told concerns nobody else: other methods stay as they are.
     orm = fields.pop("recipe.measure.orm")
     if adaptive or weighs_bits(pipeline.recipe):
@@ -54,6 +56,13 @@ def make_measure(pipeline: Pipeline, folder: Path) -> str:
     if inputs.split(section.samples)[1] is inputs and section.method not in ORM_CONTROLS:
         note = "losses are measured on the samples that the weights were rounded on, so they are optimistic"
         said = (*said, note)
+    if section.side is not None:
+        whole = Exported(pipeline).spec.sample.shape[-2:]
+        note = (
+            f"losses are measured on samples of {section.side} x {section.side}, the centres of those of "
+            f"{whole[0]} x {whole[1]}: predictions are of these"
+        )
+        said = (*said, note)
     replace(table, notes=(*table.notes, *said)).save(folder)
     for control in ORM_CONTROLS if section.method == "orm" else ():
         (folder / control).mkdir()
@@ -64,20 +73,31 @@ def make_measure(pipeline: Pipeline, folder: Path) -> str:
 
 def stage_subject(pipeline: Pipeline) -> tuple[Subject, tuple[str, ...]]:
     """Return what the run's recipe measures, spread over its workers, and notes about the timesteps."""
-    inputs, _ = load_calibration(pipeline)
-    _, held_out = inputs.split(pipeline.recipe.measure.samples)
-    found, options, said = _measured_steps(pipeline, Exported(pipeline), held_out)
+    found, options, said = _measured_steps(pipeline, *_measured_model(pipeline)[:2])
     chosen = tuple(int(step) for step in found)
     return replace(measured_subject(chosen, pipeline, options), spread=_spread(pipeline, chosen)), said
 
 
 def measured_subject(chosen: tuple[int, ...], pipeline: Pipeline, options: MeasureOptions) -> Subject:
     """Return what the stage measures: the run's candidates, at positions ``chosen`` of the calibrated timesteps."""
+    exported, held_out, stats = _measured_model(pipeline)
+    calls = (held_out.at(np.array(chosen)), exported.conditions, exported.spec, options, pipeline.talk)
+    return Subject(exported.graph, candidates_of(pipeline, exported.graph), stats, *calls)
+
+
+def _measured_model(pipeline: Pipeline) -> tuple[Exported, CalibrationSet, CalibrationStats]:
+    """Return the model, calls and statistics to measure with: at a smaller sample where the recipe wants that."""
     exported = Exported(pipeline)
     inputs, stats = load_calibration(pipeline)
     _, held_out = inputs.split(pipeline.recipe.measure.samples)
-    calls = (held_out.at(np.array(chosen)), exported.conditions, exported.spec, options, pipeline.talk)
-    return Subject(exported.graph, candidates_of(pipeline, exported.graph), stats, *calls)
+    side = pipeline.recipe.measure.side
+    if side is None:
+        return exported, held_out, stats
+    from mpq_deploy.denoisers.smaller import cropped, smaller_spec, stats_for
+
+    whole = exported.graph
+    exported.take_smaller(smaller_spec(exported.spec, side))
+    return exported, cropped(held_out, exported.spec), stats_for(stats, exported.graph, whole)
 
 
 def _spread(pipeline: Pipeline, chosen: tuple[int, ...]) -> Spread:

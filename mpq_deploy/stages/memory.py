@@ -84,6 +84,7 @@ def _runtime_errors() -> tuple[type[BaseException], ...]:
 
 def stage_memory(pipeline: Pipeline, stage: str) -> StageMemory:
     """Estimate what ``stage`` takes; those before it are current."""
+    from mpq_deploy.denoisers.smaller import smaller_spec
     from mpq_deploy.memory import estimate_stage, model_size
     from mpq_deploy.stages.common import Exported
 
@@ -92,6 +93,8 @@ def stage_memory(pipeline: Pipeline, stage: str) -> StageMemory:
     if stage == "engine":
         return _engine(pipeline)
     exported, recipe = Exported(pipeline), pipeline.recipe
+    if stage == "measure" and recipe.measure.side is not None:
+        exported.take_smaller(smaller_spec(exported.spec, recipe.measure.side))
     named = recipe.allocate.schemes
     forms = {s.weight_form for s in SCHEMES.values() if not s.branch and (s.name in named or s.family in named)}
     return estimate_stage(

@@ -218,7 +218,10 @@ def test_goals_of_speed_are_judged_by_wall_and_by_processor_time(script: ModuleT
     fine = {name: script.Cost(1.0, 1.0, 0.0) for name in (*script.ORDER, "bare", "budget")}
     fine["import"] = script.Cost(0.2, 0.2, 0.0)
     checks = script.goals("m", fine)
-    assert len(checks) == 5 and all(passed for passed, _ in checks)
+    assert len(checks) == 6 and all(passed for passed, _ in checks)
+    # Images count in the whole build, not in what is judged without them.
+    dear = script.goals("m", {**fine, "evaluate": script.Cost(500.0, 500.0, 0.0)})
+    assert [line.split(" below")[0] for passed, line in dear if not passed] == ["- FAIL: m: the whole build"]
     # A busy machine: wall time is lost, processor time is not.
     checks = script.goals("m", {**fine, "quantize": script.Cost(30.0, 4.0, 9.0)})
     assert all(passed for passed, _ in checks)
