@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpq_deploy.available import Room
-from mpq_deploy.engine.memory import known_shapes
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.graph.layers import LayerGraph
+from mpq_deploy.graph.shapes import known_shapes
 from mpq_deploy.runtime.ort import LARGE_WEIGHTS_BYTES
 from mpq_deploy.sensitivity.merged import merged_nodes
 

@@ -17,9 +17,9 @@ from mpq_deploy.calibrate.feeds import feed_rows
 from mpq_deploy.calibrate.sessions import open_session
 from mpq_deploy.calibrate.stats import CalibrationSet
 from mpq_deploy.denoisers.spec import Array, DenoiserSpec
-from mpq_deploy.engine.memory import inferred_shapes
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import LayerGraph
+from mpq_deploy.graph.shapes import inferred_shapes
 from mpq_deploy.talk import Talk
 
 
@@ -107,8 +107,7 @@ def _inferred(
     """Return the shapes as ONNX infers them for each number of calls; None unless all follow."""
     found = []
     for count in counts:
-        inputs = {item.name: (count, *item.shape) if item.batched else item.shape for item in spec.inputs}
-        found.append(inferred_shapes(ir.to_proto(graph.model), inputs))
+        found.append(inferred_shapes(ir.to_proto(graph.model), spec.input_shapes(count)))
     if any(name not in known for known in found for name in names):
         return None
     return {name: _shape(name, list(found[0][name]), list(found[-1][name])) for name in names}

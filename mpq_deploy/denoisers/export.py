@@ -67,6 +67,7 @@ def export_denoiser(
     talk = talk or Talk()
     started = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
+    small = None if smaller is None else smaller_denoiser(denoiser, smaller)
     model = denoiser.network.to_onnx(talk)
     check_finite(model)
     spec, notes, decoder_error = denoiser.spec, list(denoiser.notes), None
@@ -78,8 +79,8 @@ def export_denoiser(
     opset, parameters = model.graph.opset_imports[""], sum(int(tensor.size) for tensor in sizes)
     weight_bytes = sum(tensor.nbytes for tensor in sizes)
     del model, sizes
-    if smaller is not None:
-        _export_smaller(smaller_denoiser(denoiser, smaller), folder, first_token_apart, talk)
+    if small is not None:
+        _export_smaller(small, folder, first_token_apart, talk)
     error = _checked_error(denoiser, folder / MODEL, release)
     if denoiser.decoder is not None:
         try:
@@ -113,7 +114,14 @@ def _checked_error(denoiser: Denoiser, path: Path, release: bool) -> float:
 
 
 def _export_smaller(denoiser: Denoiser, folder: Path, first_token_apart: bool, talk: Talk) -> None:
-    model = denoiser.network.to_onnx(talk)
+    try:
+        model = denoiser.network.to_onnx(talk)
+    except ModelError as error:
+        shape = list(denoiser.spec.sample.shape)
+        raise ModelError(
+            f"The model does not take samples of {shape}, as measure.side asks: {error.message}",
+            "Give a side that the model can halve as often as it does its own, such as half of that; or leave it out.",
+        ) from error
     if first_token_apart:
         keep_first_token_apart(model, denoiser.spec, denoiser.conditions)
     share_weights(model, folder / MODEL)

@@ -64,6 +64,10 @@ class DenoiserSpec(BaseModel):
         """All inputs of the graph: the sample, the timestep where there is one, the conditions."""
         return (self.sample, *(() if self.timestep is None else (self.timestep,)), *self.conditions)
 
+    def input_shapes(self, calls: int = 1) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every input for so many calls, by name."""
+        return {item.name: (calls, *item.shape) if item.batched else item.shape for item in self.inputs}
+
     @property
     def timestep_name(self) -> str:
         """The timestep's input; empty where there is none."""

@@ -17,14 +17,13 @@ import onnx
 
 from mpq_deploy.engine.target import Target
 from mpq_deploy.errors import UsageError
+from mpq_deploy.graph.shapes import inferred_graph
 
 # Context, library and compiled kernels of a process that runs one engine (our choice, not measured).
 RUNTIME_BYTES = 500_000_000
 # Activations: what TensorRT-RTX 1.7 takes for the smallest graph, and what for each byte that lives at once (read off
 # its builds of the bundled models: 8.7 MB for 0.36 MB alive, 28.6 MB for 6.8 MB).
 WORKSPACE_BYTES, COPIES = 8_400_000, 3
-# Constants that shapes are computed from are smaller.
-SHAPE_BYTES = 4096
 WEIGHT_FORMS = ("DequantizeLinear", "QuantizeLinear", "Reshape", "Transpose", "Cast", "Identity", "Concat", "Gather")
 
 
@@ -48,7 +47,7 @@ def estimate_memory(model: Path, shapes: Mapping[str, tuple[int, ...]], weights_
 
     Tensors whose shape cannot be inferred count nothing, so the estimate is then too low.
     """
-    graph = _inferred(onnx.load(model, load_external_data=False), shapes)
+    graph = inferred_graph(onnx.load(model, load_external_data=False), shapes)
     sizes = {value.name: _bytes(value) for value in (*graph.input, *graph.value_info, *graph.output)}
     constant = {tensor.name for tensor in graph.initializer}
     unpacked = 0
@@ -58,44 +57,6 @@ def estimate_memory(model: Path, shapes: Mapping[str, tuple[int, ...]], weights_
             unpacked = max(unpacked, *(sizes.get(name, 0) for name in node.output))
     activations = WORKSPACE_BYTES + COPIES * peak_alive(graph, sizes, constant)
     return MemoryEstimate(weights_bytes, activations, unpacked)
-
-
-def known_shapes(
-    model: Path, shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[onnx.GraphProto, dict[str, tuple[int, ...]]]:
-    """Return the graph of ``model`` and every tensor's shape that follows from inputs of ``shapes``, by name."""
-    graph = _inferred(onnx.load(model, load_external_data=False), shapes)
-    return graph, _declared(graph)
-
-
-def inferred_shapes(proto: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Return every shape that follows from inputs of ``shapes``, by tensor; ``proto`` loses its own, and weights."""
-    return _declared(_inferred(proto, shapes))
-
-
-def _declared(graph: onnx.GraphProto) -> dict[str, tuple[int, ...]]:
-    found = {}
-    for value in (*graph.input, *graph.value_info, *graph.output):
-        dims = value.type.tensor_type.shape.dim
-        if value.type.tensor_type.elem_type and all(dim.HasField("dim_value") for dim in dims):
-            found[value.name] = tuple(dim.dim_value for dim in dims)
-    return found
-
-
-def _inferred(proto: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> onnx.GraphProto:
-    """Return the graph with all shapes inferred from those of its inputs, computed shapes included."""
-    for value in proto.graph.input:
-        if value.name in shapes:
-            for dim, size in zip(value.type.tensor_type.shape.dim, shapes[value.name]):
-                dim.dim_value = size
-    for value in proto.graph.output:
-        value.type.tensor_type.ClearField("shape")
-    del proto.graph.value_info[:]
-    for tensor in proto.graph.initializer:
-        # Shapes are made of small constants. Large ones in the file itself would be copied, twice.
-        if len(tensor.raw_data) > SHAPE_BYTES:
-            tensor.ClearField("raw_data")
-    return onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
 
 
 def refuse_too_large(estimate: MemoryEstimate, target: Target, batch: int) -> None:

@@ -79,9 +79,8 @@ def check_target_memory(pipeline: Pipeline, target: Target) -> MemoryEstimate:
     """Estimate what the engine takes; raises UsageError when that is more than the target has."""
     plan = PrecisionPlan.load(pipeline.folder("allocate") / "plan.json")
     spec, batch = Exported(pipeline).spec, pipeline.recipe.engine.batch_max
-    inputs = spec.inputs
-    shapes = {item.name: (batch, *item.shape) if item.batched else item.shape for item in inputs}
-    estimate = estimate_memory(pipeline.folder(deployed_stage(pipeline)) / DEPLOYED, shapes, plan.size_bytes)
+    model = pipeline.folder(deployed_stage(pipeline)) / DEPLOYED
+    estimate = estimate_memory(model, spec.input_shapes(batch), plan.size_bytes)
     refuse_too_large(estimate, target, batch)
     return estimate
 

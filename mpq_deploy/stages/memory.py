@@ -12,7 +12,6 @@ from mpq_deploy.errors import MpqError
 from mpq_deploy.precision.scheme import SCHEMES
 
 if TYPE_CHECKING:
-    from mpq_deploy.denoisers.spec import DenoiserSpec
     from mpq_deploy.memory import StageMemory
     from mpq_deploy.pipeline import Pipeline
 
@@ -98,13 +97,8 @@ def stage_memory(pipeline: Pipeline, stage: str) -> StageMemory:
     named = recipe.allocate.schemes
     forms = {s.weight_form for s in SCHEMES.values() if not s.branch and (s.name in named or s.family in named)}
     return estimate_stage(
-        stage, model_size(exported.path, exported.graph, input_shapes(exported.spec)), recipe, len(forms)
+        stage, model_size(exported.path, exported.graph, exported.spec.input_shapes()), recipe, len(forms)
     )
-
-
-def input_shapes(spec: DenoiserSpec) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every input of one call."""
-    return {item.name: (1, *item.shape) if item.batched else item.shape for item in spec.inputs}
 
 
 def _export(pipeline: Pipeline) -> StageMemory:
@@ -117,7 +111,7 @@ def _export(pipeline: Pipeline) -> StageMemory:
     path = locate(recipe.model)
     if path.is_file():
         # Its weights stay on the disk, and what it warns of is said when it is opened for good.
-        return estimate_onnx_export(path, input_shapes(source_denoiser(recipe, Talk()).spec))
+        return estimate_onnx_export(path, source_denoiser(recipe, Talk()).spec.input_shapes())
     parts = (recipe.component,) if recipe.component else DENOISERS
     part = next((path / name for name in parts if (path / name).is_dir()), path)
     return estimate_torch_export(*source_size(_weight_files(part)))

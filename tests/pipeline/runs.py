@@ -117,6 +117,19 @@ def call(*arguments: object, **more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(*arguments), capture_output=True, text=True, env=environment(**more), timeout=300)
 
 
+def children_of(parent: int, module: str) -> list[int]:
+    """The processes that ``parent`` started to run a module of the package."""
+    found = []
+    for place in Path("/proc").iterdir():
+        try:
+            status, line = (place / "status").read_text(), (place / "cmdline").read_bytes()
+        except (OSError, ValueError):
+            continue
+        if f"PPid:\t{parent}\n" in status and module.encode() in line:
+            found.append(int(place.name))
+    return found
+
+
 def stage_bytes(run: Path, stages: tuple[str, ...] = DIGESTED) -> dict[str, bytes]:
     """Every file of the stage folders."""
     files = [p for stage in stages for p in sorted((run / stage).rglob("*")) if p.is_file()]

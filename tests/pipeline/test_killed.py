@@ -14,7 +14,17 @@ import pytest
 
 from mpq_deploy.pipeline import STAGES
 from tests.pipeline import kills
-from tests.pipeline.runs import Built, build, call, command, environment, recipe_for, stage_bytes, write_recipe
+from tests.pipeline.runs import (
+    Built,
+    build,
+    call,
+    children_of,
+    command,
+    environment,
+    recipe_for,
+    stage_bytes,
+    write_recipe,
+)
 
 # The tiny recipe asks for no correction of the sampler and no training.
 MADE = tuple(name for name in STAGES if name not in ("correction", "recover"))
@@ -104,15 +114,7 @@ def test_killed_while_an_engine_is_built(model: Path, run: Path, tmp_path: Path)
 
 def builder_of(parent: int) -> list[int]:
     """The process that builds an engine for the process ``parent``."""
-    found = []
-    for place in Path("/proc").iterdir():
-        try:
-            status, line = (place / "status").read_text(), (place / "cmdline").read_bytes()
-        except (OSError, ValueError):
-            continue
-        if f"PPid:\t{parent}\n" in status and b"mpq_deploy.engine.build_worker" in line:
-            found.append(int(place.name))
-    return found
+    return children_of(parent, "mpq_deploy.engine.build_worker")
 
 
 @pytest.mark.rtx

@@ -14,7 +14,7 @@ pytest.importorskip("diffusers")
 from mpq_deploy.calibrate.stats import CalibrationSet  # noqa: E402
 from mpq_deploy.denoisers.smaller import SMALLER, cropped, smaller_spec  # noqa: E402
 from mpq_deploy.denoisers.spec import DenoiserSpec  # noqa: E402
-from mpq_deploy.errors import UsageError  # noqa: E402
+from mpq_deploy.errors import ModelError, UsageError  # noqa: E402
 from mpq_deploy.graph.layers import layer_graph  # noqa: E402
 from mpq_deploy.graph.load import load_model  # noqa: E402
 from mpq_deploy.runtime.ort import make_session  # noqa: E402
@@ -80,6 +80,12 @@ def test_crops_are_the_centres(built: Built) -> None:
 def test_a_side_that_is_no_smaller_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"measure.side is 16, which is no smaller"):
         build(recipe_for(folder, measure__side=16, **OPTIONS), tmp_path / "run")
+
+
+def test_a_side_that_the_model_cannot_take_is_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"does not take samples of \[3, 7, 7\], as measure.side asks") as caught:
+        build(recipe_for(folder, measure__side=7, **OPTIONS), tmp_path / "run")
+    assert "half of that" in caught.value.hint
 
 
 def test_an_onnx_file_has_one_size(tmp_path: Path) -> None:

@@ -27,7 +27,17 @@ from mpq_deploy.stages.spread import KEPT
 from mpq_deploy.sweep import run_sweep
 from mpq_deploy.talk import Talk
 from tests.pipeline.conftest import Outcome
-from tests.pipeline.runs import Built, Notes, call, command, environment, recipe_for, stage_bytes, write_recipe
+from tests.pipeline.runs import (
+    Built,
+    Notes,
+    call,
+    children_of,
+    command,
+    environment,
+    recipe_for,
+    stage_bytes,
+    write_recipe,
+)
 from tests.pipeline.test_audit import CHANGES, without_seconds
 
 
@@ -80,15 +90,7 @@ def test_a_worker_killed_while_it_measures_changes_nothing(model: Path, run: Pat
 
 def workers_of(parent: int) -> list[int]:
     """The worker processes that ``parent`` started."""
-    found = []
-    for place in Path("/proc").iterdir():
-        try:
-            status, line = (place / "status").read_text(), (place / "cmdline").read_bytes()
-        except (OSError, ValueError):
-            continue
-        if f"PPid:\t{parent}\n" in status and b"mpq_deploy.shards.child" in line:
-            found.append(int(place.name))
-    return found
+    return children_of(parent, "mpq_deploy.shards.child")
 
 
 def test_a_stopped_measurement_goes_on_with_the_timesteps_that_are_finished(
