@@ -7,14 +7,12 @@ recorded: a crop keeps the noise as it is. Our choice.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
-from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
 from mpq_deploy.denoisers.denoiser import Denoiser
 from mpq_deploy.denoisers.spec import DenoiserSpec
 from mpq_deploy.errors import ModelError, UsageError
@@ -79,21 +77,3 @@ def require_alike(smaller: LayerGraph, whole: LayerGraph) -> None:
             "At measure.side the model's layers are not those that it has at its own size.",
             "Leave measure.side out: this model cannot be measured at another size.",
         )
-
-
-def cropped(calls: CalibrationSet, spec: DenoiserSpec) -> CalibrationSet:
-    """Return the centres of the samples of ``calls``, of the shape that ``spec`` says."""
-    height, width = spec.sample.shape[-2:]
-    top, left = (calls.samples.shape[-2] - height) // 2, (calls.samples.shape[-1] - width) // 2
-    samples = np.ascontiguousarray(calls.samples[..., top : top + height, left : left + width])
-    return CalibrationSet(samples, calls.timesteps, calls.rows)
-
-
-def stats_for(stats: CalibrationStats, smaller: LayerGraph, whole: LayerGraph) -> CalibrationStats:
-    """Return ``stats`` of the whole samples under the names that the layers' inputs have in ``smaller``."""
-    names: Mapping[str, str] = {
-        own.input: other.input
-        for layer, twin in zip(smaller.layers, whole.layers, strict=True)
-        for own, other in zip(layer.uses, twin.uses, strict=True)
-    }
-    return CalibrationStats({own: stats.activations[other] for own, other in names.items()})

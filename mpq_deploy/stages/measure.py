@@ -93,11 +93,11 @@ def _measured_model(pipeline: Pipeline) -> tuple[Exported, CalibrationSet, Calib
     side = pipeline.recipe.measure.side
     if side is None:
         return exported, held_out, stats
-    from mpq_deploy.denoisers.smaller import cropped, smaller_spec, stats_for
+    from mpq_deploy.denoisers.smaller import smaller_spec
 
     whole = exported.graph
     exported.take_smaller(smaller_spec(exported.spec, side))
-    return exported, cropped(held_out, exported.spec), stats_for(stats, exported.graph, whole)
+    return exported, held_out.cropped(side, side), stats.of_twin(exported.graph, whole)
 
 
 def _spread(pipeline: Pipeline, chosen: tuple[int, ...]) -> Spread:

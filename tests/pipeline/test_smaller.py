@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
 from mpq_deploy.calibrate.stats import CalibrationSet  # noqa: E402
-from mpq_deploy.denoisers.smaller import SMALLER, cropped, smaller_spec  # noqa: E402
+from mpq_deploy.denoisers.smaller import SMALLER  # noqa: E402
 from mpq_deploy.denoisers.spec import DenoiserSpec  # noqa: E402
 from mpq_deploy.errors import ModelError, UsageError  # noqa: E402
 from mpq_deploy.graph.layers import layer_graph  # noqa: E402
@@ -71,8 +71,7 @@ def test_losses_are_those_of_the_crops_and_the_report_says_so(built: Built, fold
 
 def test_crops_are_the_centres(built: Built) -> None:
     calls = CalibrationSet.load(built.run / "calibrate" / "inputs.npz")
-    spec = smaller_spec(DenoiserSpec.load(built.run / "export" / "denoiser.json"), 6)
-    found = cropped(calls, spec)
+    found = calls.cropped(6, 6)
     np.testing.assert_array_equal(found.samples, calls.samples[..., 5:11, 5:11])
     np.testing.assert_array_equal(found.rows, calls.rows)
 
