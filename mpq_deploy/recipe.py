@@ -195,6 +195,9 @@ class EvaluateSection(Section):
     samples: int = Field(32, ge=1, description="images compared with the float model's")
     steps: int = Field(20, ge=1, description="steps of the sampler")
     timesteps: int = Field(20, ge=1, description="at which the error of the output is measured")
+    calls: int = Field(
+        8, ge=1, description="measured at each of them; others at the next, and every image at least once"
+    )
     batch_size: int = Field(16, ge=1, description="samples per call")
     seed: int = Field(1234, description="of the noise; not that of calibration")
     sampler: Literal["auto", "ddim", "folder"] = Field(

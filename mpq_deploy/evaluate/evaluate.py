@@ -22,7 +22,7 @@ from mpq_deploy.evaluate.cache import SampleCache, arrays_digest, model_digest, 
 from mpq_deploy.evaluate.decode import decode, decoder_path
 from mpq_deploy.evaluate.images import data_range, pooled_psnr_db, psnr_db, psnr_db_each, ssim_each, to_uint8, to_unit
 from mpq_deploy.evaluate.latency import cpu_latency
-from mpq_deploy.evaluate.output_error import nmse, stride_midpoints
+from mpq_deploy.evaluate.output_error import nmse, stride_midpoints, taken_turns
 from mpq_deploy.evaluate.result import CpuLatency, Evaluation, EvaluationOptions, ImageKind, VariantResult
 from mpq_deploy.runtime.correction import Correction
 from mpq_deploy.runtime.ort import OrtDenoiser
@@ -34,7 +34,7 @@ from mpq_deploy.shards.work import Alone, Crew, Job, Result, Shard, Work, run_sh
 from mpq_deploy.talk import Talk
 
 # A change here makes every cache entry stale.
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 FLOAT = "float"
 # What a diffusers VAE decodes to, unless the denoiser's description says otherwise.
 DECODED_RANGE = (-1.0, 1.0)
@@ -180,7 +180,7 @@ def _reference(setup: Setup, path: Path) -> dict[str, Array]:
     chosen = stride_midpoints(len(sampler.timesteps), setup.options.timesteps)
     watched = _Watched(OrtDenoiser(path, setup.spec), FLOAT, {int(index) for index in chosen})
     samples = _sample(setup, watched, watched)
-    inputs, outputs, rows = watched.recorded()
+    inputs, outputs, rows = watched.recorded(setup.options.calls)
     return {
         "images": _decoded(setup, samples),
         "inputs": inputs,
@@ -197,11 +197,10 @@ def _variant(
     """Run a variant on the float model's inputs, and sample it from the same noise."""
     # Q/DQ pairs stay as written: integer kernels of some CPUs saturate, which no target does.
     watched = _Watched(OrtDenoiser(path, setup.spec, fake_quant_only=True), name)
-    rows, batch = reference["input_rows"], setup.options.batch_size
-    errors = []
+    errors, batch = [], setup.options.batch_size
     with setup.talk.bar(f"output error of {name}", len(reference["timesteps"])) as advance:
-        for timestep, inputs, expected in zip(
-            reference["timesteps"], reference["inputs"], reference["outputs"], strict=True
+        for timestep, inputs, expected, rows in zip(
+            *(reference[key] for key in ("timesteps", "inputs", "outputs", "input_rows")), strict=True
         ):
             outputs = []
             for start in range(0, len(inputs), batch):
@@ -267,11 +266,17 @@ class _Watched:
             self._pending = None
         return output
 
-    def recorded(self) -> tuple[Array, Array, Array]:
-        """Return inputs [K, M, ...], outputs [K, M, ...] and condition rows [M] of the chosen steps."""
-        steps = [self._calls[index] for index in sorted(self._calls)]
-        inputs, outputs = (np.stack([np.concatenate([c[i] for c in calls]) for calls in steps]) for i in (0, 1))
-        return inputs, outputs, np.concatenate([call[2] for call in steps[0]])
+    def recorded(self, calls: int | None) -> tuple[Array, Array, Array]:
+        """Return inputs [K, M, ...], outputs [K, M, ...] and condition rows [K, M] of the chosen steps.
+
+        Of the M' calls at a step those whose turn it is (``taken_turns``).
+        """
+        steps = [[np.concatenate(part) for part in zip(*self._calls[index])] for index in sorted(self._calls)]
+        turns = taken_turns(len(steps[0][2]), len(steps), calls)
+        inputs, outputs, rows = (
+            np.stack([step[i][turn] for step, turn in zip(steps, turns, strict=True)]) for i in range(3)
+        )
+        return inputs, outputs, rows
 
 
 def _decoded(setup: Setup, samples: Array) -> Array:
@@ -397,6 +402,7 @@ def _common_key(setup: Setup, float_model: Path) -> dict[str, Any]:
         "samples": options.samples,
         "steps": options.steps,
         "timesteps": options.timesteps,
+        "calls": options.calls,
         "batch_size": options.batch_size,
         "seed": options.seed,
         "sampler": options.sampler,

@@ -39,6 +39,19 @@ def sqnr_db(error: float) -> float:
     return math.inf if error == 0.0 else -10.0 * math.log10(error)
 
 
+def taken_turns(available: int, timesteps: int, calls: int | None) -> Array:
+    """Return which of the ``available`` calls are compared at each timestep, int64 [timesteps, M], ascending.
+
+    ``calls`` of them, evenly spread, and at each timestep the next ones, so that all have about equally many turns;
+    more where that would leave some out, and all for None. A call's error at one timestep says much about its error
+    at the next: eight turns of 32 trajectories were within 4 % of all at every timestep, where the trajectories
+    themselves leave an error of 6 to 20 % (measured on the bundled models).
+    """
+    count = available if calls is None else min(available, max(calls, -(-available // timesteps)))
+    first = np.arange(count) * available // count
+    return np.sort((first + np.arange(timesteps)[:, None]) % available, axis=1).astype(np.int64)
+
+
 def stride_midpoints(steps: int, count: int) -> Array:
     """Return the step indices in the middle of ``count`` equal strides of ``steps`` steps, int64, ascending.
 

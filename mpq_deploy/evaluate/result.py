@@ -30,8 +30,9 @@ ImageKind = Literal["pixels", "decoded", "latents", "features"]
 class EvaluationOptions:
     """How much is evaluated, and from which noise.
 
-    ``samples`` images from ``steps`` sampler steps; the output's error at ``timesteps`` of these steps. ``seed``
-    must differ from calibration's, so that the noise is fresh. ``latency_calls`` 0 leaves the clock out.
+    ``samples`` images from ``steps`` sampler steps; the output's error at ``timesteps`` of these steps, on ``calls``
+    of the float model's calls there (None: all), see ``taken_turns``. ``seed`` must differ from calibration's, so that
+    the noise is fresh. ``latency_calls`` 0 leaves the clock out.
     """
 
     samples: int = 16
@@ -41,11 +42,14 @@ class EvaluationOptions:
     seed: int = 1234
     sampler: SamplerKind = "auto"
     latency_calls: int = 7
+    calls: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("samples", "steps", "timesteps", "batch_size"):
             if getattr(self, name) < 1:
                 raise UsageError(f"evaluate.{name} is {getattr(self, name)}.", "It must be at least 1.")
+        if self.calls is not None and self.calls < 1:
+            raise UsageError(f"evaluate.calls is {self.calls}.", "It must be at least 1.")
         if self.seed < 0 or self.latency_calls < 0:
             raise UsageError(
                 f"evaluate.seed is {self.seed} and evaluate.latency_calls {self.latency_calls}.",

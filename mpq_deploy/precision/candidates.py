@@ -32,13 +32,12 @@ from mpq_deploy.precision.branches import (
 )
 from mpq_deploy.precision.deployed import block_size, input_channels, outlier_columns, promoted_rows
 from mpq_deploy.precision.quantizers import (
+    Grid,
     QuantizedMatrix,
-    RoundingProblem,
     choose_multiple_scale,
     choose_scale,
     gptq_codes,
     refine_rounding,
-    round_to_nearest,
 )
 from mpq_deploy.precision.scheme import BRANCH_BLOCK, FP16, INT4, INT8, SCHEMES, W8A8, W8A16, Scheme
 from mpq_deploy.precision.simulated import (
@@ -321,21 +320,21 @@ def _rounded(
     damping: float,
 ) -> dict[str, Array]:
     """Round ``weight`` [O, K] for all forms at once: they share the input, so they share GPTQ's factor."""
-    problems = {}
+    grids = {}
     for form, (scale, channel) in scaled.items():
         precision = forms[form].weight or INT8
         step = QuantizedMatrix(np.zeros_like(weight, np.int8), scale, channel).effective_scale()
-        column_step = np.repeat(step, weight.shape[1] // step.shape[1], axis=1)
-        problems[form] = RoundingProblem(weight, column_step, precision.quant_min, precision.quant_max)
+        columns = np.repeat(np.arange(step.shape[1]), weight.shape[1] // step.shape[1])
+        grids[form] = Grid(step, columns, precision.quant_min, precision.quant_max)
     if blocks is None:
-        return {f: round_to_nearest(p.weight, p.step, p.quant_min, p.quant_max) for f, p in problems.items()}
-    pieces: dict[str, list[Array]] = {form: [] for form in problems}
+        return {form: grid.nearest(weight) for form, grid in grids.items()}
+    pieces: dict[str, list[Array]] = {form: [] for form in grids}
     start = 0
     for block in blocks:
         span = slice(start, start + len(block))
         start += len(block)
-        cut = [RoundingProblem(p.weight[:, span], p.step[:, span], p.quant_min, p.quant_max) for p in problems.values()]
-        for form, codes in zip(problems, gptq_codes(cut, block, damping) if cut else []):
+        cut = [grid.cut(span) for grid in grids.values()]
+        for form, codes in zip(grids, gptq_codes(weight[:, span], cut, block, damping) if cut else []):
             pieces[form].append(codes)
     return {form: np.concatenate(codes, axis=1) for form, codes in pieces.items()}
 

@@ -207,7 +207,7 @@ def round_forms(
     target = np.tile(weight, (len(forms), 1))
     if how.gptq:
         together = _compensated(target, together, moments, how.damping)
-        hessians = [damped(block, how.damping).astype(np.float32) for block in moments]
+        hessians = [damped(block, how.damping, np.float32) for block in moments]
         for _ in range(how.refinements):
             together = _refitted(target, together, hessians)
             together = _descended(target, together, hessians)
@@ -270,9 +270,9 @@ def _compensated(weight: Array, nearest: SimulatedMatrix, moments: list[Array], 
     start = 0
     for block in moments:
         order = np.argsort(-np.diagonal(block), kind="stable")
-        factor = gptq_factor(block[np.ix_(order, order)], damping)
+        factor, pivots = gptq_factor(block[np.ix_(order, order)], damping)
         remaining = np.ascontiguousarray(weight[:, start + order].T)
-        compensate(remaining, factor, _reordered(encoder.over(start), order))
+        compensate(remaining, factor, pivots, _reordered(encoder.over(start), order))
         start += len(block)
     return _better(weight, nearest, encoder.matrix(), moments)
 

@@ -120,6 +120,7 @@ def evaluate_variants(
         samples=samples,
         steps=steps,
         timesteps=min(section.timesteps, steps),
+        calls=section.calls,
         batch_size=section.batch_size,
         seed=section.seed,
         sampler=section.sampler,

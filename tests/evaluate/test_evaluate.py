@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -127,8 +128,12 @@ def run(files, spec=None, options=OPTIONS, **more):
     return evaluate(variants, files["float"], spec or specification(), CONDITIONS, options, **more)
 
 
-def test_agrees_with_a_plain_loop(files):
-    found = run(files, sizes={"ours": 123})
+@pytest.mark.parametrize(
+    ("count", "turns"), [(None, [range(5)] * 3), (2, [[0, 2], [1, 3], [2, 4]]), (1, [[0, 2], [1, 3], [2, 4]])]
+)
+def test_agrees_with_a_plain_loop(files, count, turns):
+    """At three timesteps one call of five at each would leave two out: two are taken."""
+    found = run(files, sizes={"ours": 123}, options=replace(OPTIONS, calls=count))
     spec = specification()
     rows = np.array([0, 1, 2, 3, 0])
     sampler = make_sampler(spec.scheduler, 6)
@@ -139,10 +144,10 @@ def test_agrees_with_a_plain_loop(files):
         hook = (lambda i, t, x, r: calls.append((i, t, x, r))) if name == "float" else None
         images[name] = denoise(OrtDenoiser(files[name], spec), sampler, noise, rows, CONDITIONS, spec, 5, on_call=hook)
     errors = []
-    for index in (1, 3, 5):
+    for index, turn in zip((1, 3, 5), turns, strict=True):
         _, timestep, inputs, _ = calls[index]
-        taken = {"class_labels": CONDITIONS["class_labels"][rows]}
-        outputs = [OrtDenoiser(files[n], spec)(inputs, timestep, taken) for n in ("float", "ours")]
+        taken = {"class_labels": CONDITIONS["class_labels"][rows[turn]]}
+        outputs = [OrtDenoiser(files[n], spec)(inputs[turn], timestep, taken) for n in ("float", "ours")]
         errors.append(nmse(*outputs))
     ours = found.variants["ours"]
     assert found.timesteps == tuple(calls[i][1] for i in (1, 3, 5))
@@ -317,6 +322,8 @@ def test_rows_are_spread(available, samples, uncond, expected):
 def test_bad_input_is_refused(files, tmp_path):
     with pytest.raises(UsageError, match="samples is 0"):
         EvaluationOptions(samples=0)
+    with pytest.raises(UsageError, match=r"evaluate\.calls is 0"):
+        EvaluationOptions(calls=0)
     with pytest.raises(UsageError, match="float"):
         evaluate({"float": files["float"]}, files["float"], specification(), CONDITIONS, OPTIONS)
     with pytest.raises(ModelError, match=r"missing\.onnx"):

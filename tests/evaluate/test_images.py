@@ -4,10 +4,12 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mpq_deploy.errors import ModelError
 from mpq_deploy.evaluate.images import EQUAL_IMAGE_DB, data_range, pooled_psnr_db, psnr_db, ssim, to_uint8, to_unit
-from mpq_deploy.evaluate.output_error import nmse, sqnr_db, stride_midpoints
+from mpq_deploy.evaluate.output_error import nmse, sqnr_db, stride_midpoints, taken_turns
 
 
 def pair(seed, shape=(3, 3, 20, 24), noise=0.05):
@@ -126,3 +128,12 @@ def test_stride_midpoints_are_distinct_and_inside(steps, count):
     indices = stride_midpoints(steps, count)
     assert len(indices) == min(steps, count)
     assert np.all(np.diff(indices) > 0) and indices[0] >= 0 and indices[-1] < steps
+
+
+@given(st.integers(1, 70), st.integers(1, 30), st.none() | st.integers(1, 80))
+def test_every_call_has_its_turn_and_none_twice_at_a_timestep(available, timesteps, calls):
+    turns = taken_turns(available, timesteps, calls)
+    least = -(-available // timesteps)
+    assert turns.shape == (timesteps, available if calls is None else min(available, max(calls, least)))
+    assert all(len(set(turn)) == len(turn) for turn in turns.tolist())
+    assert set(turns.ravel().tolist()) == set(range(available))

@@ -9,14 +9,17 @@ from hypothesis import strategies as st
 
 from mpq_deploy.precision import quantizers
 from mpq_deploy.precision.quantizers import (
+    Grid,
     QuantizedMatrix,
-    RoundingProblem,
     choose_multiple_scale,
     choose_scale,
+    compensate,
+    damped,
     gptq_codes,
     gptq_factor,
     refine_rounding,
     round_to_nearest,
+    seen_error,
 )
 from mpq_deploy.precision.scheme import INT4, INT8
 
@@ -95,6 +98,11 @@ def test_requantizing_the_stored_weight_to_int8_is_exact(seed: int, blocks: int,
         np.testing.assert_allclose(requantized * channel.astype(np.float32)[:, None], expected, rtol=1e-6, atol=0)
 
 
+def by_column(step: np.ndarray, quant_min: int = -8, quant_max: int = 7) -> Grid:
+    """Return the grid of steps [O, K], one for each weight."""
+    return Grid(step, np.arange(step.shape[1]), quant_min, quant_max)
+
+
 def naive_gptq(w: np.ndarray, step: np.ndarray, hessian: np.ndarray, damping: float, order: np.ndarray) -> np.ndarray:
     """GPTQ as the paper states it: round one column, update the rest with H^-1, remove the column, repeat."""
     h = np.array(hessian, np.float64) + damping * np.diag(np.diagonal(hessian))
@@ -115,7 +123,7 @@ def test_gptq_equals_the_paper_s_procedure_where_it_beats_nearest() -> None:
     step = np.repeat(choose_scale(weight, np.diagonal(hessian), 2, 4).astype(np.float32), 16, axis=1)
     order = np.argsort(-np.diagonal(hessian), kind="stable")
     expected = naive_gptq(weight, step, hessian, 0.01, order)
-    (codes,) = gptq_codes([RoundingProblem(weight, step, -8, 7)], hessian, 0.01)
+    (codes,) = gptq_codes(weight, [by_column(step)], hessian, 0.01)
     nearest = round_to_nearest(weight, step, -8, 7)
     same_as_paper = np.all(codes == expected, axis=1)
     assert same_as_paper.sum() >= 5
@@ -130,23 +138,21 @@ def test_gptq_is_never_worse_than_nearest_in_any_row(seed: int) -> None:
 
     def row_error(codes: np.ndarray) -> np.ndarray:
         e = weight - codes * step
-        return np.einsum("ok,kj,oj->o", e, hessian, e)
+        return np.einsum("ok,kj,oj->o", e, damped(hessian, 0.01), e)
 
-    (codes,) = gptq_codes([RoundingProblem(weight, step, -8, 7)], hessian, 0.01)
+    (codes,) = gptq_codes(weight, [by_column(step)], hessian, 0.01)
     assert np.all(row_error(codes) <= row_error(round_to_nearest(weight, step, -8, 7)) * (1 + 1e-5))
     assert codes.min() >= -8 and codes.max() <= 7
 
 
 def test_rounding_forms_together_or_apart_gives_the_same_codes() -> None:
-    hessian = random_hessian(1)
-    problems = []
-    for seed, bits in ((1, 4), (2, 8)):
-        weight = random_weight(seed)
-        precision = INT4 if bits == 4 else INT8
-        step = np.repeat(choose_scale(weight, np.ones(32), 2, bits).astype(np.float32), 16, axis=1)
-        problems.append(RoundingProblem(weight, step, precision.quant_min, precision.quant_max))
-    together = gptq_codes(problems, hessian, 0.01)
-    apart = [gptq_codes([p], hessian, 0.01)[0] for p in problems]
+    weight, hessian = random_weight(1), random_hessian(1)
+    grids = []
+    for blocks, precision in ((2, INT4), (4, INT4), (1, INT8)):
+        step = choose_scale(weight, np.ones(32), blocks, precision.bits).astype(np.float32)
+        grids.append(Grid(step, np.repeat(np.arange(blocks), 32 // blocks), precision.quant_min, precision.quant_max))
+    together = gptq_codes(weight, grids, hessian, 0.01)
+    apart = [gptq_codes(weight, [grid], hessian, 0.01)[0] for grid in grids]
     for one, other in zip(together, apart, strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -154,14 +160,43 @@ def test_rounding_forms_together_or_apart_gives_the_same_codes() -> None:
 def test_the_factor_makes_the_damped_hessian_diagonal_and_survives_dead_columns() -> None:
     hessian = random_hessian(7)
     hessian[5] = hessian[:, 5] = 0
-    factor = gptq_factor(hessian, 0.01).astype(np.float64)
+    factor, pivots = gptq_factor(hessian, 0.01)
+    factor = factor.astype(np.float64)
     assert np.allclose(factor, np.triu(factor, 1))
-    damped = hessian + 0.01 * np.diag(np.diagonal(hessian))
-    damped[5, 5] = np.mean(np.diagonal(hessian)[np.diagonal(hessian) > 0])
+    raised = hessian + 0.01 * np.diag(np.diagonal(hessian))
+    raised[5, 5] = np.mean(np.diagonal(hessian)[np.diagonal(hessian) > 0])
     inverse = np.linalg.inv(np.eye(32) + factor)
-    rest = inverse @ damped @ inverse.T
-    assert np.all(np.diagonal(rest) > 0)
-    np.testing.assert_allclose(rest, np.diag(np.diagonal(rest)), atol=2e-5)
+    rest = inverse @ raised @ inverse.T
+    np.testing.assert_allclose(rest, np.diag(pivots), atol=2e-5)
+    assert np.all(pivots > 0)
+
+
+@pytest.mark.parametrize("columns", [1, 255, 256, 257, 700])
+@pytest.mark.parametrize(("damping", "accuracy"), [(0.05, 1e-4), (1e-4, 1e-8)])
+def test_the_factor_is_that_of_a_whole_cholesky(columns: int, damping: float, accuracy: float) -> None:
+    """Also where columns are few chunks or many, their inputs differ by orders, and correlations are strong."""
+    rng = np.random.default_rng(columns)
+    shared = rng.standard_normal((2000, 3)) @ rng.standard_normal((3, columns))
+    inputs = (shared + 0.1 * rng.standard_normal((2000, columns))) * rng.lognormal(0, 3, columns)
+    hessian = (inputs.T @ inputs / 2000).astype(np.float32)
+    factor, pivots = gptq_factor(hessian, damping)
+    lower = np.linalg.cholesky(damped(hessian, damping)[::-1, ::-1])
+    np.testing.assert_allclose(pivots, np.square(np.diagonal(lower))[::-1], rtol=accuracy)
+    # Errors are those of values of like size: each column's input over its own.
+    sizes = np.sqrt(np.diagonal(hessian)).astype(np.float64)
+    expected = (lower / np.diagonal(lower))[::-1, ::-1] - np.eye(columns)
+    found = factor * sizes[None] / sizes[:, None]
+    np.testing.assert_allclose(found, expected * sizes[None] / sizes[:, None], atol=max(accuracy, 1e-6))
+
+
+def test_errors_are_summed_as_the_damped_hessian_sees_them() -> None:
+    hessian, errors = random_hessian(3), np.random.default_rng(4).standard_normal((32, 5)).astype(np.float32)
+    expected = np.einsum("ko,kj,jo->o", errors, damped(hessian, 0.02), errors)
+    factor, pivots = gptq_factor(hessian, 0.02)
+    np.testing.assert_allclose(seen_error(errors, factor, pivots, chunk=10), expected, rtol=1e-5)
+    remaining = np.ascontiguousarray(random_weight(5).T)
+    found = compensate(remaining, factor, pivots, lambda i, wanted: np.rint(4 * wanted) / 4, chunk=10)
+    np.testing.assert_allclose(found, seen_error(remaining, factor, pivots), rtol=1e-4)
 
 
 def test_dequantize_repeats_each_scale_over_its_block() -> None:
@@ -258,10 +293,8 @@ def test_rounding_hardly_depends_on_how_large_a_column_s_input_is() -> None:
     w, hessian = random_weight(10), random_hessian(11)
     factor = 2.0 ** np.random.default_rng(12).integers(-5, 6, 32).astype(np.float32)
     step = np.full_like(w, 0.02)
-    plain = gptq_codes([RoundingProblem(w, step, -8, 7)], hessian, 0.05)[0]
-    scaled = gptq_codes(
-        [RoundingProblem(w / factor, step / factor, -8, 7)], hessian * factor[:, None] * factor[None], 0.05
-    )[0]
+    plain = gptq_codes(w, [by_column(step)], hessian, 0.05)[0]
+    scaled = gptq_codes(w / factor, [by_column(step / factor)], hessian * factor[:, None] * factor[None], 0.05)[0]
     # Columns are visited by falling diagonal, so the order differs, and with it the last bit of some codes.
     error = [np.einsum("ok,kj,oj->", w - c * step, hessian, w - c * step) for c in (plain, scaled)]
     assert error[1] == pytest.approx(error[0], rel=0.15)
