@@ -5,7 +5,8 @@
 
 The recipe is the default one but for 32 calibration inputs (8 timesteps x 4 samples, two of the samples kept to measure
 on); the engine is built where the RTX builder is installed. Goals for the 21 M UNet: the stage quantize below 10 s; all
-stages together below 120 s, judged also without ``evaluate``, which samples the images; calibrate at most 1.4 times the
+stages together below 120 s, judged with the default 32 images, with 8, and without ``evaluate``, which samples them;
+calibrate at most 1.4 times the
 same number of forward passes of the float model, timed in the same run right after it; another budget on the finished
 run, up to its quantized model and with the start of Python, below 5 s; `import mpq_deploy.cli` below 0.3 s.
 
@@ -58,6 +59,8 @@ OPTIONAL = ("recover", "correction")
 ORDER = tuple(stage for stage in STAGES if stage not in OPTIONAL)
 # Samples images with the float model, ours, and everything in INT8 and in INT4: forward passes and little else.
 IMAGES = "evaluate"
+FEW_IMAGES = 8
+FEW = f"{IMAGES} with {FEW_IMAGES} images"
 CORES = 2
 QUANTIZE_SECONDS, BUILD_SECONDS, BUDGET_SECONDS, IMPORT_SECONDS = 10.0, 120.0, 5.0, 0.3
 CALIBRATE_RATIO = 1.4
@@ -123,10 +126,21 @@ def measure(model: str, work: Path, recipe: Recipe, last: str) -> Costs:
             if stage == "calibrate" and stage in costs.found and "bare" not in costs.found:
                 with costs.timed("bare"):
                     bare_passes(run, recipe)
+    if FEW not in costs.found and IMAGES in costs.found:
+        few_images(run, recipe, costs)
     if "budget" not in costs.found and {"allocate", "quantize"} <= costs.found.keys():
         with costs.timed("budget"):
             subprocess.run([sys.executable, __file__, "--child", str(run), model], check=True)
     return costs
+
+
+def few_images(run: Path, recipe: Recipe, costs: Costs) -> None:
+    """Time ``evaluate`` with fewer images, none of them cached."""
+    shutil.rmtree(run / ".samples", ignore_errors=True)
+    section = recipe.evaluate.model_copy(update={"samples": FEW_IMAGES})
+    fewer = recipe.model_copy(update={"evaluate": section})
+    with open_pipeline(fewer, run, PlainTalk()) as pipeline, costs.timed(FEW):
+        pipeline.ensure(IMAGES)
 
 
 def other_budget(run: Path) -> None:
@@ -166,7 +180,7 @@ def cost_table(costs: dict[str, Cost]) -> str:
     names = {"bare": "forward passes of calibrate", "budget": f"budget {OTHER_BUDGET}", "import": "import of the CLI"}
     rows = [row(stage, costs[stage]) for stage in ORDER if stage in costs]
     rows.append(row("stages together", total(costs)))
-    rows += [row(title, costs[name]) for name, title in names.items() if name in costs]
+    rows += [row(title, costs[name]) for name, title in {FEW: FEW, **names}.items() if name in costs]
     return markdown(("", "wall s", "CPU s", "CPU s / 2", "load"), rows)
 
 
@@ -182,9 +196,11 @@ def total(costs: dict[str, Cost], without: str = "") -> Cost:
 def goals(model: str, costs: dict[str, Cost]) -> list[tuple[bool, str]]:
     """Judge what was measured; what was not is said."""
     missing = [stage for stage in ORDER if stage not in costs]
+    few = None if missing or FEW not in costs else total({**costs, IMAGES: costs[FEW]})
     limits = (
         ("quantize with a given plan", costs.get("quantize"), QUANTIZE_SECONDS),
         ("the whole build", None if missing else total(costs), BUILD_SECONDS),
+        (f"the whole build with {FEW_IMAGES} images", few, BUILD_SECONDS),
         ("the whole build but for its images", None if missing else total(costs, without=IMAGES), BUILD_SECONDS),
         ("another budget, to its quantized model", costs.get("budget"), BUDGET_SECONDS),
         ("import of the CLI", costs.get("import"), IMPORT_SECONDS),

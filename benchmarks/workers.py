@@ -1,40 +1,72 @@
-"""What workers cost and save: the stage measure in this process and over N workers, and whether the bytes are the same.
+"""What workers cost and save: stages in this process and over N workers, and whether the bytes are the same.
 
-    python benchmarks/workers.py digits --workers 1,2
+    python benchmarks/workers.py digits --workers 1,2 --threads 1
 
-Prints wall seconds, processor seconds of this process and of the workers, and the largest worker's peak memory.
+MODEL is what `mpq-deploy build` takes. Each stage of --stages is made by this process and by N workers, at the threads
+that one process takes and at those of --threads. Wall seconds, and processor seconds of this process and of the
+workers; "times" is how many times as fast as one worker of the same threads. The exit code is 1 when the bytes of a
+stage depend on the number of workers.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
+import os
 import resource
 import shutil
+import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-from mpq_deploy.pipeline import open_pipeline
-from mpq_deploy.recipe import load_recipe
+from table import Page, bench_recipe, markdown, verdict
+
+from mpq_deploy.pipeline import STAGES, open_pipeline
+from mpq_deploy.recipe import Recipe
 from mpq_deploy.shards.processes import Processes
 from mpq_deploy.shards.work import Crew
 from mpq_deploy.talk import Talk
 
+STAGES_TIMED = "calibrate,measure,evaluate"
+# Not in the default recipe, and the engine, which is not looked at.
+LEFT_OUT = ("recover", "correction", "engine")
+# What finished shards leave beside the stages.
+KEPT = (".samples", ".shards")
+# What the clock said is not the same for equal inputs.
+CLOCKS = ("latency.json",)
 
-def measured(model: str, run: Path, crew: Crew | None) -> tuple[float, float, float, str]:
-    """Make the stage measure anew; return wall, own and workers' seconds, and the digest of its files."""
-    shutil.rmtree(run / "measure", ignore_errors=True)
-    with open_pipeline(load_recipe(None, {"model": model, "engine.build": False}), run, Talk(), crew) as pipeline:
-        pipeline.run_until("candidates")
-        before, started = [processor(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)], time.monotonic()
-        pipeline.run_until("measure")
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds, and the digest of what a stage made."""
+
+    wall: float
+    own: float
+    theirs: float
+    digest: str
+
+
+def measured(recipe: Recipe, run: Path, stage: str, crew: Crew | None) -> Cost:
+    """Make ``stage`` anew in the folder ``run``."""
+    for name in (stage, *KEPT):
+        shutil.rmtree(run / name, ignore_errors=True)
+    with open_pipeline(recipe, run, Talk(), crew) as pipeline:
+        for before in STAGES[: STAGES.index(stage)]:
+            if before not in LEFT_OUT:
+                pipeline.ensure(before)
+        marks, started = [processor(who) for who in WHO], time.monotonic()
+        pipeline.ensure(stage)
         wall = time.monotonic() - started
-    own, theirs = (
-        processor(who) - was for who, was in zip((resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN), before, strict=True)
-    )
-    digest = hashlib.sha256(b"".join((run / "measure" / n).read_bytes() for n in ("table.json", "projections.npz")))
-    return wall, own, theirs, digest.hexdigest()[:12]
+    own, theirs = (processor(who) - mark for who, mark in zip(WHO, marks, strict=True))
+    outputs = json.loads((run / stage / "stage.json").read_text())["outputs"]
+    kept = json.dumps({name: digest for name, digest in sorted(outputs.items()) if name not in CLOCKS})
+    return Cost(wall, own, theirs, hashlib.sha256(kept.encode()).hexdigest()[:12])
+
+
+WHO = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
 
 
 def processor(who: int) -> float:
@@ -43,23 +75,49 @@ def processor(who: int) -> float:
     return used.ru_utime + used.ru_stime
 
 
+def rows_of(costs: dict[tuple[int, int | None], Cost]) -> list[list[str]]:
+    """Return one row per (workers, threads); 0 workers is this process."""
+    rows = []
+    for (workers, threads), cost in costs.items():
+        name = f"{workers} worker{'s' if workers > 1 else ''}" if workers else "this process"
+        alone = costs.get((1, threads))
+        times = f"{alone.wall / cost.wall:.2f}" if workers and alone else ""
+        seconds = [f"{value:.1f}" for value in (cost.wall, cost.own, cost.theirs)]
+        rows.append([name, str(threads or "default"), *seconds, times, cost.digest])
+    return rows
+
+
 def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("model", nargs="?", default="digits")
+    parser.add_argument("--stages", default=STAGES_TIMED, help=f"comma-separated (default: {STAGES_TIMED})")
     parser.add_argument("--workers", default="1,2", help="numbers of workers, comma-separated")
+    parser.add_argument("--threads", type=int, default=1, help="threads of a worker, beside the default ones")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe entry, repeatable")
     parser.add_argument("--run", type=Path, help="a run folder to use and keep (default: a temporary one)")
+    parser.add_argument("--page", type=Path, help="keep the result as a Markdown page")
     chosen = parser.parse_args()
     counts = [int(text) for text in chosen.workers.split(",")]
+    recipe = bench_recipe(None, chosen.set, {"model": chosen.model, "engine.build": False})
+    page, checks = Page(f"Workers: {Path(chosen.model).name}"), []
     with tempfile.TemporaryDirectory() as folder:
         run = chosen.run or Path(folder) / "run"
-        print("| measure of", chosen.model, "| wall s | own s | workers' s | largest worker MB | digest |")
-        print("|---|---:|---:|---:|---:|---|")
-        for count in (0, *counts):
-            wall, own, theirs, digest = measured(chosen.model, run, Processes(count) if count else None)
-            peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1000 if count else 0
-            name = f"{count} worker{'s' if count > 1 else ''}" if count else "this process"
-            print(f"| {name} | {wall:.1f} | {own:.1f} | {theirs:.1f} | {peak:.0f} | {digest} |", flush=True)
+        for stage in chosen.stages.split(","):
+            costs = {(0, None): measured(recipe, run, stage, None)}
+            for threads in (None, chosen.threads):
+                for count in counts:
+                    costs[count, threads] = measured(recipe, run, stage, Processes(count, threads))
+            header = ("", "threads", "wall s", "own CPU s", "workers' CPU s", "times", "digest")
+            page.say(f"## {stage}\n\n{markdown(header, rows_of(costs))}")
+            for threads in (None, chosen.threads):
+                found = {cost.digest for (_, of), cost in costs.items() if of == threads}
+                said = f"{stage}: the same bytes for every number of workers at {threads or 'the default'} threads"
+                checks.append((len(found) == 1, verdict(len(found) == 1, said, ", ".join(sorted(found)))))
+    page.say(f"{os.cpu_count()} cores. Settings: {', '.join(chosen.set) or 'the default recipe'}.")
+    page.say("\n".join(line for _, line in checks))
+    page.save(chosen.page)
+    sys.exit(0 if all(passed for passed, _ in checks) else 1)
 
 
 if __name__ == "__main__":

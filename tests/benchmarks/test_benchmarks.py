@@ -20,7 +20,7 @@ import pytest
 from mpq_deploy.allocate import Problem, plan_bytes
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-SCRIPTS = ("budgets", "probe_quality", "allocate", "peers", "correction", "seeds", "recover", "scale", "speed")
+SCRIPTS = ("budgets", "probe_quality", "allocate", "peers", "correction", "seeds", "recover", "scale", "speed", "workers")
 
 
 @pytest.fixture
