@@ -1,4 +1,4 @@
-"""The digest in report.json: changed figures are refused, another layout is read, early reports are said to have none."""
+"""The digest in report.json: changed figures are refused, another layout is read, early reports are named as such."""
 
 import json
 import re
