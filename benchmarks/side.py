@@ -6,18 +6,19 @@ The bundled models by default. Each is exported, calibrated and rounded once; it
 times: on the calibrated calls as they are, on their centres of half the height and width (`--side N` for another),
 and on the calls as they are but on fewer of them, as many as have the area that the centres have, with other
 probes. Per kind of scheme: the rank correlation (Spearman, within schemes, pooled) of the layers' losses with those
-of the first, and the factor between them, the median with the 10th and 90th percentile. Per budget: the plan that
-each leads to, its predicted error, the error of the output as measured on whole samples, and the PSNR (mean over
-images) from the same noise, with the 95 % interval of the difference to the first, image by image. Seconds are
-those of measuring alone, on the clock and of all threads. Exit code 1 when the smaller side's Spearman is below
-0.95 for a kind of scheme (fewer than 10 layers are not judged), when its losses are off by more than a factor of
-two, or when a plan of it is more than 1 dB below that of whole samples. A second call reuses the tables while they
-are current.
+of the first, and the factor between them, the median with the 10th and 90th percentile; its median per block of the
+network for one scheme. Per budget: the plan that each leads to, its predicted error, the error of the output as
+measured on whole samples, and the PSNR (mean over images) from the same noise, with the 95 % interval of the
+difference to the first, image by image. Seconds are those of measuring alone, on the clock and of all threads. Exit
+code 1 when the smaller side's Spearman is below 0.95 for a kind of scheme (fewer than 10 layers are not judged),
+when its losses are off by more than a factor of two, or when a plan of it is more than 1 dB below that of whole
+samples. A second call reuses the tables while they are current.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import re
 import sys
 import tempfile
@@ -55,6 +56,7 @@ from mpq_deploy.talk import PlainTalk, Talk
 WANTED, FEWEST = 0.95, 10
 FACTOR = 2.0
 LOST_DB = 1.0
+SHOWN = "w4a16-b32"
 WHOLE, SMALLER, FEWER = "whole", "smaller", "fewer"
 STAGES = ("export", "calibrate", "candidates")
 
@@ -100,6 +102,7 @@ def measured(pipeline: Pipeline, name: str) -> SensitivityTable:
 
 def all_tables(pipeline: Pipeline, whole: int, side: int) -> tuple[Tables, dict[str, str]]:
     """Return what is measured in the three ways, and what each is in words."""
+    importlib.import_module("mpq_deploy.sensitivity.probe")  # torch takes seconds to import: not the first way's
     recipe, section = pipeline.recipe, pipeline.recipe.measure
     calls = max(1, round(section.calls * (side / whole) ** 2))
     ways: dict[str, tuple[str, dict[str, Any]]] = {
@@ -202,6 +205,28 @@ def agreement_table(found: dict[str, list[Agreement]], said: dict[str, str]) -> 
     return markdown(header, rows)
 
 
+def block_of(layer: str) -> str:
+    """Return the block that a layer's name begins with: ``up_blocks.1``, or its first word."""
+    parts = layer.split(".")
+    return ".".join(parts[:2]) if len(parts) > 1 and parts[1].isdigit() else parts[0]
+
+
+def block_table(tables: Tables, said: dict[str, str]) -> str:
+    """Show where in the network the factors lie: the median over each block's layers, for one scheme."""
+    whole = tables[WHOLE].losses
+    rows = []
+    for block in dict.fromkeys(map(block_of, whole)):
+        names = [name for name, row in whole.items() if block_of(name) == block and row.get(SHOWN, 0.0) > 0]
+        factors = [
+            float(np.median([tables[way].losses[name][SHOWN] / whole[name][SHOWN] for name in names]))
+            for way in (SMALLER, FEWER)
+            if names
+        ]
+        if factors:
+            rows.append([block, str(len(names)), *(f"{factor:.2f}" for factor in factors)])
+    return markdown((f"block ({SHOWN})", "layers", *(f"{said[way]}: factor" for way in (SMALLER, FEWER))), rows)
+
+
 def plan_table(found: dict[float, dict[str, Found]], said: dict[str, str]) -> str:
     rows = []
     for budget, by in found.items():
@@ -280,6 +305,7 @@ def main() -> None:
             rows = {name: agreements(tables[WHOLE], tables[name]) for name in (SMALLER, FEWER)}
             page.say(costs(pipeline, said))
             page.say(agreement_table(rows, said))
+            page.say(block_table(tables, said))
             found = plans(pipeline, tables, parse_budgets(chosen.budgets), chosen.images)
         page.say(plan_table(found, said))
         judged += checks(name, rows[SMALLER], found)
