@@ -306,6 +306,7 @@ def _run_json(report: ReadReport) -> dict[str, Any]:
         "psnr_db_interval",
         "ssim_interval",
         "identical",
+        "verified",
         "evaluation",
         "simulated",
     )

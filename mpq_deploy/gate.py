@@ -83,7 +83,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class GateResult:
-    """Every limit's outcome, in the order of the options."""
+    """Every limit's outcome, in the order of the options.
+
+    ``unverified``: which of the reports hold no digest, in words; a terminal has read that on stderr.
+    """
 
     run: str
     model: str
@@ -91,6 +94,7 @@ class GateResult:
     outcomes: tuple[Outcome, ...]
     notes: tuple[str, ...] = ()
     baseline: str | None = None
+    unverified: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -130,7 +134,8 @@ def check_gate(
     if report.model.synthetic:
         notes.append(report.model.synthetic)
     label = None if baseline is None else baseline.label
-    return GateResult(report.label, report.model.name, report.target.name, outcomes, tuple(notes), label)
+    unverified = tuple(one.unverified for one in (report, baseline) if one is not None and one.unverified)
+    return GateResult(report.label, report.model.name, report.target.name, outcomes, tuple(notes), label, unverified)
 
 
 def parse_latency(text: str) -> float:
@@ -402,7 +407,7 @@ def gate_markdown(result: GateResult) -> str:
         f"## Gate: {plain(result.model)} for {plain(result.target)}",
         f"**{headline(result)}** {plain(result.run)}{baseline}.",
         table(("limit", "asked", "measured", ""), rows),
-        "\n".join([*details, *(f"- {plain(note)}" for note in result.notes)]),
+        "\n".join([*details, *(f"- {plain(note)}" for note in (*result.notes, *result.unverified))]),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -69,7 +69,9 @@ class MeasureSection(Section):
         "uniform", description="adaptive: more timesteps where the layers' importance (ORM) changes fastest"
     )
     coarse_timesteps: int = Field(5, ge=2, description="of the first pass that adaptive sampling follows")
-    side: int | None = Field(None, ge=1, description="height and width measured on; default: the samples' own")
+    side: int | None = Field(
+        None, ge=1, description="height and width measured on; default: the samples' own. Try fewer calls before it"
+    )
     orm: OrmSection = OrmSection()
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import onnx
 
 from mpq_deploy.check.rule import Context, Found, Rule, Verdict, built_here, documented
-from mpq_deploy.check.view import STANDARD, Constant, Node
+from mpq_deploy.check.view import Constant, Node
 from mpq_deploy.graph.dialects import FP4
+from mpq_deploy.graph.layers import STANDARD_DOMAINS
 
 QDQ = ("QuantizeLinear", "DequantizeLinear")
 # Data sheets and builds: FP8 from SM89 on; FP4 was built for SM120 only, and is documented from SM100 on.
@@ -25,7 +26,7 @@ INSTEAD = {
 def unsupported_operator(context: Context) -> Iterator[Found]:
     """Operators that the parser does not have."""
     for node in context.view.nodes:
-        if node.domain in STANDARD and node.op in context.dialect.unsupported:
+        if node.domain in STANDARD_DOMAINS and node.op in context.dialect.unsupported:
             instead = INSTEAD.get(node.op, "")
             yield Found(node, f"the parser has no {node.op}{f': {instead}' if instead else ''}")
 
@@ -33,21 +34,21 @@ def unsupported_operator(context: Context) -> Iterator[Found]:
 def doubtful_operator(context: Context) -> Iterator[Found]:
     """Operators of which no source says that this release has them."""
     for node in context.view.nodes:
-        if node.domain in STANDARD and node.op in context.dialect.doubtful:
+        if node.domain in STANDARD_DOMAINS and node.op in context.dialect.doubtful:
             yield Found(node, f"no source says that the parser of this release has {node.op}")
 
 
 def unknown_operator(context: Context) -> Iterator[Found]:
     """Operators that are not in ONNX at the model's opset: a misspelling, or an export with a wrong opset."""
     for node in context.view.nodes:
-        if node.domain in STANDARD and not onnx.defs.has(node.op, max_inclusive_version=context.view.opset):
+        if node.domain in STANDARD_DOMAINS and not onnx.defs.has(node.op, max_inclusive_version=context.view.opset):
             yield Found(node, f"ONNX has no operator {node.op} at opset {context.view.opset}")
 
 
 def foreign_operator(context: Context) -> Iterator[Found]:
     """Operators of another domain, such as com.microsoft: they need a plugin of that name."""
     for node in context.view.nodes:
-        if node.domain not in STANDARD:
+        if node.domain not in STANDARD_DOMAINS:
             yield Found(node, f"{node.domain}::{node.op} is no operator of ONNX: it needs a plugin of that name")
 
 
@@ -215,7 +216,7 @@ def _scales(context: Context) -> Iterator[tuple[Node, np.ndarray[tuple[int, ...]
 
 
 def _nodes(context: Context, *ops: str) -> Iterator[Node]:
-    return (node for node in context.view.nodes if node.op in ops and node.domain in STANDARD)
+    return (node for node in context.view.nodes if node.op in ops and node.domain in STANDARD_DOMAINS)
 
 
 KEEP_FLOAT = "leave the layer in FP16, or use another precision"

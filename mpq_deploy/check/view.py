@@ -18,11 +18,11 @@ import onnx.inliner
 from onnx import TensorProto, numpy_helper
 
 from mpq_deploy.errors import ModelError
+from mpq_deploy.graph.layers import STANDARD_DOMAINS
 from mpq_deploy.graph.load import read_proto
 
 LAYER_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 PRODUCTS = ("Gemm", "MatMul")
-STANDARD = ("", "ai.onnx")
 # What hands a weight on without mixing it with another tensor.
 HANDING_ON = (
     *("Reshape", "Transpose", "Cast", "Identity", "Squeeze", "Unsqueeze", "Flatten"),
@@ -144,14 +144,14 @@ class View:
 
     def __init__(self, proto: onnx.ModelProto, folder: Path) -> None:
         self.proto, self.folder = proto, folder
-        self.opset = next((o.version for o in proto.opset_import if o.domain in STANDARD), 0)
+        self.opset = next((o.version for o in proto.opset_import if o.domain in STANDARD_DOMAINS), 0)
         self.inputs = tuple(v for v in proto.graph.input if v.name not in {t.name for t in proto.graph.initializer})
         self.nodes = tuple(_nodes(proto.graph))
         self.constants = {t.name: self._constant(t.name, t) for t in proto.graph.initializer}
         for raw in proto.graph.node:
             if (
                 raw.op_type == "Constant"
-                and raw.domain in STANDARD
+                and raw.domain in STANDARD_DOMAINS
                 and raw.attribute
                 and raw.attribute[0].name == "value"
             ):
@@ -183,7 +183,7 @@ class View:
         path: list[Node] = []
         while name not in self.constants:
             node = self.producers[name]
-            if node.op not in HANDING_ON or node.domain not in STANDARD or not node.inputs:
+            if node.op not in HANDING_ON or node.domain not in STANDARD_DOMAINS or not node.inputs:
                 return Stored(None, tuple(reversed(path)), node)
             path.append(node)
             name = node.inputs[0]
@@ -225,7 +225,7 @@ class View:
         """Every Conv, ConvTranspose, Gemm and MatMul with exactly one constant operand, in order."""
         found = []
         for node in self.nodes:
-            if node.op not in LAYER_OPS or node.domain not in STANDARD or len(node.inputs) < 2:
+            if node.op not in LAYER_OPS or node.domain not in STANDARD_DOMAINS or len(node.inputs) < 2:
                 continue
             static = [self.static(name) for name in node.inputs[:2]]
             if sum(static) != 1:
@@ -269,7 +269,7 @@ def open_view(path: Path) -> View:
     """Read the model at ``path``. Raises ModelError when it is missing, cut short, no ONNX, or newer than onnx is."""
     proto = read_proto(path)
     newest = onnx.defs.onnx_opset_version()
-    versions = [o.version for o in proto.opset_import if o.domain in STANDARD]
+    versions = [o.version for o in proto.opset_import if o.domain in STANDARD_DOMAINS]
     if not versions or not 1 <= max(versions) <= newest:
         raise ModelError(
             f"{path} declares the ONNX opset {versions[0] if versions else 'none'}; onnx here knows 1 to {newest}.",

@@ -2,7 +2,9 @@
 
 Convolutions cost by the sample's area and attention by its square, weights do not change: where one call of the model
 is dear, the sensitivities of its layers may be taken at a part of the sample. Calls are the centres of what calibration
-recorded: a crop keeps the noise as it is. Our choice.
+recorded: a crop keeps the noise as it is. Our choice. The losses are right for the smaller sample, but layers of low
+resolution count more in it than in the whole one (docs/results/side.md), so that fewer calls at the full size are
+better wherever one call is affordable.
 """
 
 from __future__ import annotations

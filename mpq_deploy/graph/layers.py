@@ -13,6 +13,8 @@ import networkx as nx
 import onnx_ir as ir
 
 LAYER_OPS = ("Conv", "Gemm", "MatMul")
+# The domain of ONNX's own operators, by its two names.
+STANDARD_DOMAINS = ("", "ai.onnx")
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def dataflow(model: ir.Model) -> nx.DiGraph:
 def _refusal(node: ir.Node, index: int, value: ir.Value) -> str:
     """Say why initializer ``value`` at input ``index`` of ``node`` makes no layer; empty when it does."""
     shape = _shape(value)
-    if node.domain not in ("", "ai.onnx"):
+    if node.domain not in STANDARD_DOMAINS:
         return f"the operator {node.domain}::{node.op_type} is not one of ONNX"
     if node.op_type == "ConvTranspose" and index == 1:
         return "TensorRT has no INT8 or INT4 ConvTranspose: it would dequantize the weight on every call"

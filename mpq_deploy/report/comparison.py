@@ -83,6 +83,8 @@ def about(report: ReadReport) -> list[str]:
     said = [f"{report.model.name} for {report.target.name}"]
     if report.simulated:
         said.append("simulated: nominal bytes")
+    if not report.verified:
+        said.append("an earlier release's report, without a digest")
     used = report.evaluation
     if used is None:
         said.append("not evaluated")

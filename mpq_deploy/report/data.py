@@ -16,7 +16,8 @@ from mpq_deploy.denoisers.spec import Array
 
 # Changes when a reader of report.json must change.
 # 2: predicted_nmse, and a layer's or a sweep point's, is null for metrics that predict no error.
-SCHEMA_VERSION = 2
+# 3: sha256, the digest of all other values, which a reader verifies (``report.seal``).
+SCHEMA_VERSION = 3
 
 IDENTICAL = "identical"
 

@@ -1,7 +1,7 @@
 """report.json read again: this release's and earlier ones', for comparing and gating.
 
 In: a run folder or a report.json. Out: a ``ReadReport``, which keeps what a comparison needs and passes over the rest,
-so that a report with more keys is still read.
+so that a report with more keys is still read. One whose values are not those of its digest is refused.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from mpq_deploy.artefacts import SEAL
 from mpq_deploy.errors import UsageError
 from mpq_deploy.report.data import (
     SCHEMA_VERSION,
@@ -25,8 +26,11 @@ from mpq_deploy.report.data import (
     ModelInfo,
     TargetInfo,
 )
+from mpq_deploy.report.seal import values_digest
 
 OLDEST_SCHEMA = 1
+# Reports of this schema and later ones carry their digest.
+SEALED_SCHEMA = 3
 REPORT = "report.json"
 _LENIENT = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
@@ -152,13 +156,15 @@ class ExpectedCall(BaseModel):
 class ReadReport(BaseModel):
     """What a report says, and where it lies. ``remarks``: what this form of the report says in another way.
 
-    ``label`` is the path as it was given; figures are as in ``ReportData``.
+    ``label`` is the path as it was given; figures are as in ``ReportData``. ``verified``: whether the report's own
+    digest was compared with its values; reports of earlier releases hold none.
     """
 
     model_config = _LENIENT
 
     label: str
     schema_version: int
+    verified: bool
     model: _Model
     target: _Target
     budget: float = Field(gt=0)
@@ -196,6 +202,16 @@ class ReadReport(BaseModel):
         return self
 
     @property
+    def unverified(self) -> str:
+        """Say that nothing tells whether this report was changed since it was written; empty where its digest does."""
+        if self.verified:
+            return ""
+        return (
+            f"{self.label} was written by an earlier release, without a digest: whether it was changed since cannot "
+            "be checked. 'mpq-deploy report RUN' on its run folder writes one"
+        )
+
+    @property
     def size_ratio(self) -> float:
         """Deployed bytes divided by the FP16 bytes of the same constants."""
         return self.size_bytes / self.fp16_size_bytes
@@ -217,11 +233,11 @@ class Latency:
 def read_report(path: Path) -> ReadReport:
     """Read the report of a run folder, or a report.json.
 
-    Raises UsageError for a missing, damaged or foreign file, a schema that this release does not know, and a run folder
-    whose plan is no longer the one that was reported.
+    Raises UsageError for a missing, damaged, changed or foreign file, a schema that this release does not know, and a
+    run folder whose plan is no longer the one that was reported.
     """
     file = path / REPORT if path.is_dir() else path
-    raw = _object(file)
+    text, raw = _object(file)
     version = raw.get("schema_version")
     if type(version) is not int or version < OLDEST_SCHEMA:
         raise UsageError(
@@ -233,8 +249,9 @@ def read_report(path: Path) -> ReadReport:
             f"{file} has schema {version}; this release reads {OLDEST_SCHEMA} to {SCHEMA_VERSION}.",
             "Read it with the release of mpq-deploy that wrote it, or a later one.",
         )
+    verified = _verified(file, text, raw)
     try:
-        report = ReadReport(**{**_upgraded(raw), "label": str(path)})
+        report = ReadReport(**{**_upgraded(raw), "label": str(path), "verified": verified})
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -275,11 +292,13 @@ def _problem(device: DeviceInfo) -> str:
     return "the engine's outputs there differ from the references" if device.outputs_agree is False else ""
 
 
-def _object(file: Path) -> dict[str, Any]:
+def _object(file: Path) -> tuple[str, dict[str, Any]]:
+    """Return a file's text and the JSON object that it is."""
     if not file.is_file():
         raise UsageError(f"There is no report at {file}.", "Make it with 'mpq-deploy report RUN'.")
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        raw = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UsageError(
             f"{file} is no complete JSON ({error}).", "Write it again with 'mpq-deploy report RUN'."
@@ -289,7 +308,28 @@ def _object(file: Path) -> dict[str, Any]:
             f"{file} is no report of mpq-deploy: it holds a {type(raw).__name__}.",
             "Give a run folder, or the report.json that 'mpq-deploy report RUN' wrote.",
         )
-    return raw
+    return text, raw
+
+
+def _verified(file: Path, text: str, raw: dict[str, Any]) -> bool:
+    """Whether the file's digest is that of its values; False where it is of an earlier release and has none.
+
+    Raises UsageError where it is another, or where a report that must have one has none.
+    """
+    if SEAL not in raw and raw["schema_version"] < SEALED_SCHEMA:
+        return False
+    try:
+        intact = raw.get(SEAL) == values_digest(text)
+    except (ValueError, RecursionError):
+        # Values that no report holds (NaN, infinity): they came in later.
+        intact = False
+    if not intact:
+        found = f"its {SEAL} is not that of its values" if SEAL in raw else f"its {SEAL} was taken out"
+        raise UsageError(
+            f"{file} was changed after it was written: {found}.",
+            "Write it again with 'mpq-deploy report RUN', or fetch the release's own file again.",
+        )
+    return True
 
 
 def _upgraded(raw: dict[str, Any]) -> dict[str, Any]:
@@ -307,7 +347,7 @@ def _check_current(run: Path, report: ReadReport) -> None:
     plan = run / "allocate" / "plan.json"
     if not plan.is_file():
         return
-    rows = _object(plan).get("layers")
+    rows = _object(plan)[1].get("layers")
     planned = (
         {row.get("name"): row.get("scheme") for row in rows if isinstance(row, dict)} if isinstance(rows, list) else {}
     )

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from mpq_deploy.evaluate.cache import write_aside
 from mpq_deploy.report.data import ReportData
 from mpq_deploy.report.markdown import markdown_report
 from mpq_deploy.report.page import html_page
+from mpq_deploy.report.seal import report_json
 
 
 def write_reports(data: ReportData, folder: Path) -> tuple[Path, Path, Path]:
-    """Write all three into ``folder`` and return their paths: JSON (sorted, finite), Markdown, HTML.
+    """Write all three into ``folder`` and return their paths: JSON (sorted, finite, with its digest), Markdown, HTML.
 
     All are made before the first is written, so that a failure leaves the former three together.
     """
     made = {
-        "report.json": json.dumps(data.as_json(), indent=1, sort_keys=True, allow_nan=False) + "\n",
+        "report.json": report_json(data.as_json()),
         "report.md": markdown_report(data),
         "report.html": html_page(data),
     }

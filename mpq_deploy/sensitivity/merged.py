@@ -8,7 +8,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
-STANDARD = ("", "ai.onnx")
+from mpq_deploy.graph.layers import STANDARD_DOMAINS
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ def merged_nodes(graph: Iterable[ir.Node]) -> dict[int, Merged]:
 
 def _gate(node: ir.Node) -> Merged | None:
     """Find the Sigmoid of x that ``node`` multiplies x by: the two are one SiLU."""
-    if node.op_type != "Mul" or node.domain not in STANDARD:
+    if node.op_type != "Mul" or node.domain not in STANDARD_DOMAINS:
         return None
     for factor, other in (node.inputs, reversed(node.inputs)):
         made = _sole_source(factor, "Sigmoid")
@@ -38,7 +38,7 @@ def _gate(node: ir.Node) -> Merged | None:
 
 def _attention(node: ir.Node) -> Merged | None:
     """Find the MatMul and Softmax that ``node``, a MatMul, reads: with it they are one attention."""
-    if node.op_type != "MatMul" or node.domain not in STANDARD:
+    if node.op_type != "MatMul" or node.domain not in STANDARD_DOMAINS:
         return None
     softmax = _sole_source(node.inputs[0], "Softmax")
     scores = _sole_source(softmax.inputs[0], "MatMul") if softmax is not None else None
@@ -55,9 +55,9 @@ def _attention(node: ir.Node) -> Merged | None:
 def _sole_source(value: ir.Value | None, op_type: str) -> ir.Node | None:
     """Return the node of ``op_type`` that makes ``value``, where one node alone reads it."""
     made = None if value is None else value.producer()
-    if value is None or made is None or made.op_type != op_type or made.domain not in STANDARD:
+    if value is None or made is None or made.op_type != op_type or made.domain not in STANDARD_DOMAINS:
         return None
     return made if len(list(value.uses())) == 1 and not value.is_graph_output() else None
 
 
-__all__ = ["STANDARD", "Merged", "merged_nodes"]
+__all__ = ["Merged", "merged_nodes"]

@@ -15,7 +15,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from mpq_deploy.errors import ModelError
-from mpq_deploy.sensitivity.merged import STANDARD, merged_nodes
+from mpq_deploy.graph.layers import STANDARD_DOMAINS
+from mpq_deploy.sensitivity.merged import merged_nodes
 from mpq_deploy.sensitivity.torch_ops import DOUBLE, FLOATS, Call, Operator, UnsupportedForm
 from mpq_deploy.sensitivity.torch_windows import OPERATORS
 
@@ -279,7 +280,7 @@ MERGED: dict[str, Operator] = {"silu": _silu, "attention": _attend}
 
 def _step(node: ir.Node, number: int, opset: int, float_type: torch.dtype, last_uses: tuple[str, ...]) -> _Step:
     name = node.name or f"{node.op_type}#{number}"
-    standard = node.domain in STANDARD
+    standard = node.domain in STANDARD_DOMAINS
     if not standard or node.op_type not in OPERATORS:
         raise UnsupportedOperator(node.op_type if standard else f"{node.domain}::{node.op_type}", name)
     attributes = {}

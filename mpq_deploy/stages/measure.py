@@ -60,7 +60,7 @@ def make_measure(pipeline: Pipeline, folder: Path) -> str:
         whole = Exported(pipeline).spec.sample.shape[-2:]
         note = (
             f"losses are measured on samples of {section.side} x {section.side}, the centres of those of "
-            f"{whole[0]} x {whole[1]}: predictions are of these"
+            f"{whole[0]} x {whole[1]}: predictions are of these, and layers of low resolution may count too much"
         )
         said = (*said, note)
     replace(table, notes=(*table.notes, *said)).save(folder)

@@ -11,7 +11,8 @@ from mpq_deploy.compare import compare_reports, figure_difference, plan_change
 from mpq_deploy.errors import UsageError
 from mpq_deploy.report.comparison import comparison_markdown, comparison_page, comparison_text
 from mpq_deploy.report.data import SCHEMA_VERSION, Control, EvaluationInfo, Interval, ModelInfo
-from mpq_deploy.report.read import read_report
+from mpq_deploy.report.read import SEALED_SCHEMA, read_report
+from mpq_deploy.report.seal import report_json
 from mpq_deploy.report.words import intervals_note
 from mpq_deploy.report.write import write_reports
 
@@ -27,8 +28,10 @@ def evaluated(**changes):
 def reported(tmp_path):
     def write(data=None, name="report.json", without=(), **changes):
         path = tmp_path / name
-        text = {**(data or make_report()).as_json(), **changes}
-        path.write_text(json.dumps({key: value for key, value in text.items() if key not in without}))
+        values = {**(data or make_report()).as_json(), **changes}
+        values = {key: value for key, value in values.items() if key not in without}
+        early = values["schema_version"] < SEALED_SCHEMA
+        path.write_text(json.dumps(values) if early else report_json(values))
         return read_report(path)
 
     return write
@@ -195,7 +198,7 @@ def test_a_report_that_was_cut_short_is_refused(tmp_path, share):
 )
 def test_impossible_values_are_refused(reported, changes):
     with pytest.raises(UsageError, match="is damaged"):
-        reported(**changes)
+        reported(schema_version=2, **changes)
 
 
 def test_a_run_folder_is_read_and_a_former_plan_s_report_refused(tmp_path):

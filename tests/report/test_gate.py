@@ -18,6 +18,7 @@ from mpq_deploy.evaluate.interval import mean_interval
 from mpq_deploy.gate import Limits, check_gate, gate_junit, gate_markdown, gate_text, parse_latency
 from mpq_deploy.report.data import DeviceInfo, EvaluationInfo, Interval, ModelInfo
 from mpq_deploy.report.read import read_report
+from mpq_deploy.report.seal import report_json
 
 RUNNER = CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"})
 ORIN = {"target": "rtx", "device": "RTX 4070", "builder": "tensorrt_rtx 1.7", "engine_bytes": 1}
@@ -47,8 +48,7 @@ def reported(tmp_path):
 
     def write(data=None, name="report.json", **changes):
         path = tmp_path / name
-        text = (data or make_report()).as_json()
-        path.write_text(json.dumps({**text, **changes}))
+        path.write_text(report_json({**(data or make_report()).as_json(), **changes}))
         return read_report(path)
 
     return write
@@ -87,7 +87,7 @@ def test_the_size_is_held_to_the_byte_and_monotone(tmp_path_factory, limit, loos
 def sample(tmp_path_factory, kept=SimpleNamespace(report=None)):  # noqa: B008
     if kept.report is None:
         path = tmp_path_factory.mktemp("gate") / "report.json"
-        path.write_text(json.dumps(make_report().as_json()))
+        path.write_text(report_json(make_report().as_json()))
         kept.report = read_report(path)
     return kept.report
 

@@ -334,6 +334,27 @@ def test_long_prompts_fit_a_narrow_page(open_page):
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_shade_tells_that_more_of_a_chart_lies_beside(open_page, scheme):
+    page = open_page(html_page(make_report()), color_scheme=scheme)
+    page.set_viewport_size({"width": 390, "height": 900})
+    box = page.locator(".scroll:has(> .chart)").first
+
+    def shaded():
+        # Most of a chart's rows are empty: their colour is the ground's, here and at both edges.
+        seen = shot(box).astype(int)
+        ground, *edges = (np.median(seen[:, x], axis=0) for x in (seen.shape[1] // 2, 1, -2))
+        return [float(abs(edge - ground).max()) > 10 for edge in edges]
+
+    assert shaded() == [False, True]
+    box.evaluate("box => box.scrollLeft = 80")
+    assert shaded() == [True, True]
+    box.evaluate("box => box.scrollLeft = box.scrollWidth")
+    assert shaded() == [True, False]
+    page.set_viewport_size({"width": 1200, "height": 900})
+    assert shaded() == [False, False]
+
+
 @pytest.mark.parametrize("width", [1280, 1024])
 def test_distances_are_seen_whole_on_a_desktop(open_page, width):
     """The verdict is the last column: cut off it would be read as nothing said."""

@@ -170,7 +170,7 @@ def test_json_has_the_promised_keys(report, tmp_path):
     assert {"name", "seconds", "peak_rss_bytes", "cached"} == set(found["stages"][0])
     assert {"name", "source", "labels", "synthetic"} <= set(found["model"])
     assert {"status", "gap", "seconds"} == set(found["solver"])
-    assert found["versions"] and found["reproduce"] and found["target"] and found["schema_version"] == 2
+    assert found["versions"] and found["reproduce"] and found["target"] and found["schema_version"] == 3
     assert "images" not in found
     assert list(found) == sorted(found)
     assert found["size_ratio"] == found["size_bytes"] / found["fp16_size_bytes"] <= found["budget"]

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from mpq_deploy.graph.layers import STANDARD_DOMAINS
+
 
 class DropSqueezesPass(ir.passes.InPlacePass):
     """Take out every Squeeze that does nothing in torch; a second run changes nothing."""
@@ -18,7 +20,7 @@ class DropSqueezesPass(ir.passes.InPlacePass):
         """Rewrite ``model`` in place."""
         modified = False
         for node in list(model.graph):
-            if node.op_type == "Squeeze" and node.domain in ("", "ai.onnx") and _does_nothing(node):
+            if node.op_type == "Squeeze" and node.domain in STANDARD_DOMAINS and _does_nothing(node):
                 source = node.inputs[0]
                 assert source is not None  # Squeeze has its data
                 ir.convenience.replace_all_uses_with(node.outputs[0], source, replace_graph_outputs=True)

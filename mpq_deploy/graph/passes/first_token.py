@@ -21,6 +21,7 @@ import onnx_ir as ir
 
 from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.errors import UsageError
+from mpq_deploy.graph.layers import STANDARD_DOMAINS
 
 # How far the first tokens of prompts may lie apart, as a share of their largest value (our choice): encoders run in
 # half precision and in batches.
@@ -67,7 +68,7 @@ def precompute_first_token(model: ir.Model, name: str, token: Array) -> tuple[st
 
 def projects(node: ir.Node) -> bool:
     """Whether ``node`` multiplies by a constant matrix."""
-    weight = node.inputs[1] if node.op_type == "MatMul" and node.domain in ("", "ai.onnx") else None
+    weight = node.inputs[1] if node.op_type == "MatMul" and node.domain in STANDARD_DOMAINS else None
     return weight is not None and weight.const_value is not None and len(weight.const_value.shape) == 2
 
 

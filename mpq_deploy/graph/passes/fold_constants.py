@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from mpq_deploy.denoisers.spec import Array
+from mpq_deploy.graph.layers import STANDARD_DOMAINS
 
 Key = tuple[object, ...]
 
@@ -82,7 +83,7 @@ def _fold_uses(graph: ir.Graph, value: ir.Value) -> list[ir.Value]:
 
 def _fold_key(graph: ir.Graph, node: ir.Node, index: int) -> Key | None:
     """Return what the fold depends on besides the weight, or None when the node stays."""
-    if index != 0 or node.op_type not in _FOLDS or node.domain not in ("", "ai.onnx") or node.graph is not graph:
+    if index != 0 or node.op_type not in _FOLDS or node.domain not in STANDARD_DOMAINS or node.graph is not graph:
         return None
     if node.outputs[0].is_graph_output():
         return None

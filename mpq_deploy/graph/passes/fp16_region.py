@@ -15,7 +15,7 @@ from typing import Any
 import onnx_ir as ir
 
 from mpq_deploy.errors import ModelError
-from mpq_deploy.graph.layers import LAYER_OPS
+from mpq_deploy.graph.layers import LAYER_OPS, STANDARD_DOMAINS
 
 # Input slots that ONNX keeps in FP32 whatever the tensor's type: Resize's roi and scales.
 FLOAT32_SLOTS = {"Resize": (1, 2)}
@@ -78,7 +78,7 @@ def _out_of_range(model: ir.Model) -> set[str]:
 
 
 def _holds_no_half(node: ir.Node) -> bool:
-    if node.op_type not in (*TERMS, *FACTORS) or node.domain not in ("", "ai.onnx"):
+    if node.op_type not in (*TERMS, *FACTORS) or node.domain not in STANDARD_DOMAINS:
         return False
     for value in node.inputs:
         tensor = None if value is None else value.const_value

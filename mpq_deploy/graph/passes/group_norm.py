@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from mpq_deploy.errors import ModelError
+from mpq_deploy.graph.layers import STANDARD_DOMAINS
 
 # Until opset 20 GroupNormalization has one scale and bias per group, from 21 on one per channel. ONNX's own
 # converter leaves them as they are.
@@ -25,7 +26,7 @@ class GroupNormPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Go through the nodes in graph order."""
         per_group = model.graph.opset_imports.get("", 0) < PER_CHANNEL_OPSET
-        nodes = [n for n in model.graph if n.op_type == "GroupNormalization" and n.domain in ("", "ai.onnx")]
+        nodes = [n for n in model.graph if n.op_type == "GroupNormalization" and n.domain in STANDARD_DOMAINS]
         for node in nodes:
             _replace(model.graph, node, per_group)
         return ir.passes.PassResult(model, bool(nodes))

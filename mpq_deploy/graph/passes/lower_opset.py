@@ -13,6 +13,7 @@ import onnx
 import onnx_ir as ir
 
 from mpq_deploy.errors import ModelError
+from mpq_deploy.graph.layers import STANDARD_DOMAINS
 
 # Below this the meaning of unchanged attributes did change (axes became inputs): such models are not lowered.
 LOWEST = 21
@@ -37,7 +38,7 @@ def lower_opset(model: ir.Model, opset: int) -> tuple[ir.Model, bool]:
 
 def _reason(node: ir.Node, opset: int) -> str:
     """Why ``node`` has no meaning under ``opset``; empty when it has."""
-    if node.domain not in ("", "ai.onnx"):
+    if node.domain not in STANDARD_DOMAINS:
         return ""
     if not onnx.defs.has(node.op_type, max_inclusive_version=opset):
         return f"has no counterpart in opset {opset}"

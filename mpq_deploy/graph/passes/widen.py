@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from mpq_deploy.errors import ModelError
+from mpq_deploy.graph.layers import STANDARD_DOMAINS
 
 HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 # Integer attributes that name an element type (Cast, RandomNormal, EyeLike, QuantizeLinear, ...).
@@ -78,7 +79,7 @@ def _declare_float(value: ir.Value) -> None:
 
 def _remove_idle_casts(graph: ir.Graph) -> None:
     for node in list(graph):
-        if node.op_type != "Cast" or node.domain not in ("", "ai.onnx") or node.outputs[0].is_graph_output():
+        if node.op_type != "Cast" or node.domain not in STANDARD_DOMAINS or node.outputs[0].is_graph_output():
             continue
         source = node.inputs[0]
         if source is not None and source.dtype is not None and int(source.dtype) == node.attributes["to"].value:
