@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.passes.fold_constants import FoldConstantsPass
 from mpq_deploy.graph.passes.group_norm import GroupNormPass
+from mpq_deploy.graph.passes.infer_types import InferTypesPass
 from mpq_deploy.graph.passes.name_nodes import NameNodesPass
 from mpq_deploy.graph.passes.raise_opset import raise_opset
 from mpq_deploy.graph.passes.widen import WidenPass
@@ -127,8 +128,8 @@ def _external_of(tensors: object) -> Iterator[onnx.TensorProto]:
 def normalise(model: ir.Model) -> ir.Model:
     """Return ``model`` with constants as initializers, weights folded, unique node names and opset 21 or later.
 
-    Functions are inlined, Constant nodes become initializers, Identity nodes go, half precision becomes FP32
-    (``graph.passes.widen``), GroupNormalization becomes InstanceNormalization (``graph.passes.group_norm``), shape and
+    Functions are inlined, Constant nodes become initializers, Identity nodes go, types that the file does not declare
+    are inferred (``graph.passes.infer_types``), half precision becomes FP32 (``graph.passes.widen``), GroupNormalization becomes InstanceNormalization (``graph.passes.group_norm``), shape and
     type operators on weights are folded into them, unused nodes and weights are dropped. Doing it twice changes
     nothing. Raises ModelError when the opset, a norm or half precision cannot be converted.
     """
@@ -137,10 +138,11 @@ def normalise(model: ir.Model) -> ir.Model:
         common_passes.RemoveInitializersFromInputsPass(),
         common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common_passes.IdentityEliminationPass(),
+        InferTypesPass(),
         WidenPass(),
         GroupNormPass(),
         FoldConstantsPass(),
         common_passes.RemoveUnusedNodesPass(),
         NameNodesPass(),
     )
-    return raise_opset(passes(model).model)
+    return InferTypesPass()(raise_opset(passes(model).model)).model

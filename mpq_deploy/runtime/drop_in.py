@@ -95,6 +95,8 @@ class RuntimeUNet(torch.nn.Module):  # type: ignore[misc]
         times = times.expand(count) if times.ndim == 0 and declared.batched else times
         if not declared.batched:
             times = self._one_time(times, declared)
+        elif declared.shape:
+            times = times.reshape(count, *declared.shape)
         feeds = {
             self.spec.sample.name: self._cast(sample, self.spec.sample),
             declared.name: self._cast(times, declared),
