@@ -122,14 +122,14 @@ class OnnxNetwork:
 
     def reference(self, feeds: dict[str, Array]) -> Array:
         """Return what the file itself gives, through ONNX Runtime."""
-        from mpq_deploy.runtime.ort import make_session_with, options_for_few_calls
+        from mpq_deploy.runtime.ort import make_session_with, options_for_few_calls, run_session
 
         if self._session is None:
             self._session = make_session_with(self.path, options_for_few_calls())
         session = self._session
         types = {"tensor(float16)": np.float16, "tensor(double)": np.float64}
         given = {i.name: feeds[i.name].astype(types.get(i.type, feeds[i.name].dtype)) for i in session.get_inputs()}
-        return np.asarray(session.run([self._output], given)[0], np.float32)
+        return np.asarray(run_session(session, self._output, given), np.float32)
 
     def resized(self, sample: InputSpec) -> Network:
         """Refuse: the sizes are in the graph."""

@@ -144,12 +144,21 @@ class OrtDenoiser:
         Raises ModelError naming a missing input or a row count that is not N.
         """
         feeds = model_feeds(self.spec, sample, timestep, conditions)
-        try:
-            output = self.session.run([self.spec.output], feeds)[0]
-        except ORT_ERRORS as error:
-            shapes = {name: tuple(value.shape) for name, value in feeds.items()}
-            raise ModelError(f"ONNX Runtime failed on inputs of shapes {shapes}: {error}") from error
-        return np.asarray(output, np.float32)
+        return np.asarray(run_session(self.session, self.spec.output, feeds), np.float32)
+
+
+def run_session(session: ort.InferenceSession, output: str, feeds: dict[str, Array]) -> Array:
+    """Return the output of that name. Raises ModelError with the inputs' shapes when ONNX Runtime fails."""
+    try:
+        found: Array = session.run([output], feeds)[0]
+    except ORT_ERRORS as error:
+        shapes = {name: tuple(value.shape) for name, value in feeds.items()}
+        reason = " ".join(str(error).split())
+        raise ModelError(
+            f"ONNX Runtime failed on inputs of shapes {shapes}: {reason}",
+            "Check that the inputs have the shapes that the model was exported for.",
+        ) from error
+    return found
 
 
 def model_feeds(
