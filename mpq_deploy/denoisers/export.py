@@ -23,6 +23,7 @@ from mpq_deploy.graph.load import load_model
 from mpq_deploy.graph.passes.first_token import common_first_token, precompute_first_token, projects
 from mpq_deploy.runtime.not_finite import first_not_finite
 from mpq_deploy.runtime.ort import make_session_with, model_feeds, options_for_few_calls, run_session
+from mpq_deploy.sampling.sampler import make_sampler
 from mpq_deploy.talk import Talk
 
 MODEL, SPEC, CONDITIONS, DECODER = "model.onnx", "denoiser.json", "conditions.npz", "decoder.onnx"
@@ -31,8 +32,8 @@ INLINE_BYTES = 1024
 # Batch sizes at which the export is compared with its source: two, so that a fixed batch axis fails at one of them.
 CHECK_BATCHES = (1, 2)
 CHECK_SEED = 0
-# Timesteps of the comparison are drawn from those that diffusion models are trained with.
-CHECK_TIMESTEPS = 1000
+# Timesteps of the comparison are drawn from those that diffusion models are trained with, or that are sampled with.
+CHECK_TIMESTEPS, CHECK_STEPS = 1000, 20
 
 
 @dataclass(frozen=True)
@@ -217,12 +218,19 @@ def _case(denoiser: Denoiser, count: int, random: np.random.Generator) -> dict[s
     """Return random inputs of ``count`` calls."""
     spec = denoiser.spec
     sample = random.standard_normal((count, *spec.sample.shape), np.float32)
-    timesteps = random.integers(0, CHECK_TIMESTEPS, count).astype(np.float32)
+    timesteps = random.choice(_timesteps(spec), count).astype(np.float32)
     rows = random.integers(0, denoiser.conditions.rows, count)
     if spec.timestep is None:
         sample = denoiser.conditions.arrays[spec.sample.name][rows]
     timestep = timesteps if spec.timestep is None or spec.timestep.batched else float(timesteps[0])
     return model_feeds(spec, sample, timestep, denoiser.conditions.take(rows))
+
+
+def _timesteps(spec: DenoiserSpec) -> Array:
+    """Return the timesteps to compare at: for a model of diffusers its scheduler's, which may lie between 0 and 1."""
+    if not spec.config or spec.timestep is None:
+        return np.arange(CHECK_TIMESTEPS)
+    return make_sampler(spec.scheduler, CHECK_STEPS).timesteps
 
 
 def _not_finite(spec: DenoiserSpec, path: Path, feeds: dict[str, Array]) -> ModelError:

@@ -143,7 +143,9 @@ def network(module: Any, form: ModelForm, config: dict[str, Any], conditions: Se
     def call(model: Any, x: torch.Tensor, t: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
         given = keyword_arguments(form.signature, dict(zip(names, values, strict=True)))
         arguments = {form.sample.name: x, timestep: t, **fixed, **given}
-        output: torch.Tensor = model(**arguments, return_dict=False)[0]
+        output = model(**arguments, return_dict=False)[0]
+        if not isinstance(output, torch.Tensor):
+            raise TypeError(f"it gives {type(output).__name__}s of tensors, not one as a denoiser does")
         return output
 
     given = {name.split(ELEMENT)[0] for name in names}

@@ -92,3 +92,31 @@ def test_operators_that_take_no_fp16_stay_in_fp32() -> None:
     }
     expected = np.where(x > 0, x, np.exp(np.minimum(x.astype(np.float32), 0)) - 1) * np.arange(4)
     np.testing.assert_allclose(session.run(None, given)[0], expected, rtol=2e-3)
+
+
+def test_positions_that_are_made_of_constants_stay_in_fp32() -> None:
+    """LTX' rotary embedding: Cos of a constant beyond FP16 was Cos(inf), which is NaN."""
+    nodes = [
+        make_node("Shape", ["x"], ["s"], name="shape"),
+        make_node("Expand", ["big", "s"], ["p"], name="expand"),
+        make_node("Mul", ["p", "two"], ["angle"], name="angles"),
+        make_node("Cos", ["angle"], ["c"], name="cos"),
+        make_node("Mul", ["x", "c"], ["y"], name="rotate"),
+    ]
+    graph = make_graph(
+        nodes,
+        "g",
+        [make_tensor_value_info("x", TensorProto.FLOAT, [2, 4]), make_tensor_value_info("t", TensorProto.FLOAT, [1])],
+        [make_tensor_value_info("y", TensorProto.FLOAT, [2, 4])],
+        [from_array(np.array([4e4], np.float32), "big"), from_array(np.array([2.0], np.float32), "two")],
+        value_info=[make_tensor_value_info(n, TensorProto.FLOAT, [2, 4]) for n in ("p", "angle", "c")]
+        + [make_tensor_value_info("s", TensorProto.INT64, [2])],
+    )
+    model = ir.from_proto(make_model(graph, opset_imports=[make_opsetid("", 21)], ir_version=10))
+    region = fp16_region(model, "t", "x")
+    assert region.nodes32 == {"expand", "angles", "cos"} | ({"shape"} & region.nodes32)
+    fp16_arithmetic(model, region)
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    feeds = {"x": np.ones((2, 4), np.float16), "t": np.zeros(1, np.float32)}
+    given = {i.name: feeds[i.name] for i in session.get_inputs()}
+    np.testing.assert_allclose(session.run(None, given)[0], np.cos(8e4), rtol=2e-3)

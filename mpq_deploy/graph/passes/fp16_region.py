@@ -2,7 +2,7 @@
 
 The sinusoids of the timestep need FP32: at t = 999 FP16 has steps of 0.5, half a radian. So a node stays in FP32 when
 all its floating-point inputs come from position-like graph inputs (the timestep, and any other input that reaches a
-Sin or Cos) and it lies before the first layer. So does a node with a scalar that FP16 does not hold: a term such as the
+Sin or Cos) and it lies before the first layer; positions that are made of constants stay too. So does a node with a scalar that FP16 does not hold: a term such as the
 1e-15 that keeps a divisor from 0 would be 0, a factor of 1e6 another number. Roots and quotients of its result follow.
 And so does a node whose operator takes no FP16 in ONNX (Range, Celu). Everything else is FP16.
 """
@@ -57,6 +57,8 @@ def fp16_region(model: ir.Model, timestep: str, sample: str) -> Fp16Region:
         found = sources[node]
         if found and found <= positions:
             nodes32.add(node.name or "")
+    # Positions that are made of constants: rotary embeddings of a video's frames, rows and columns.
+    nodes32 |= {node.name or "" for node in model.graph if node.op_type in ("Sin", "Cos") and sources[node] == set()}
     # Constants made on the way, such as Expand(1, shape), that only the island reads belong to it.
     for node in reversed(model.graph):
         readers = [reader.name for output in node.outputs for reader, _ in output.uses()]
