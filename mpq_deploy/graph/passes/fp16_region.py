@@ -2,9 +2,10 @@
 
 The sinusoids of the timestep need FP32: at t = 999 FP16 has steps of 0.5, half a radian. So a node stays in FP32 when
 all its floating-point inputs come from position-like graph inputs (the timestep, and any other input that reaches a
-Sin or Cos) and it lies before the first layer; positions that are made of constants stay too. So does a node with a scalar that FP16 does not hold: a term such as the
-1e-15 that keeps a divisor from 0 would be 0, a factor of 1e6 another number. Roots and quotients of its result follow.
-And so does a node whose operator takes no FP16 in ONNX (Range, Celu). Everything else is FP16.
+Sin or Cos) and it lies before the first layer; positions that are made of constants stay too. So does a node with a
+scalar that FP16 does not hold: a term such as the 1e-15 that keeps a divisor from 0 would be 0, a factor of 1e6 another
+number. Roots and quotients of its result follow. And so does a node whose operator takes no FP16 in ONNX (Range, Celu).
+Everything else is FP16.
 """
 
 from __future__ import annotations
