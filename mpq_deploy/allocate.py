@@ -422,6 +422,33 @@ class _Model:
 
     def solve(self, gap: float, time_limit: float, allowance: Allowance) -> tuple[dict[str, str], SolverReport]:
         """Build the rows, run HiGHS and read the chosen columns."""
+        started = time.monotonic()
+        highs = self._run(gap, time_limit, allowance, "choose")
+        if highs.modelStatusToString(highs.getModelStatus()) == "Infeasible":
+            # Presolve of HiGHS 1.15.1 says so of problems that have a solution.
+            highs = self._run(gap, time_limit, allowance, "off")
+        status = highs.modelStatusToString(highs.getModelStatus())
+        info = highs.getInfo()
+        values = np.asarray(highs.getSolution().col_value)
+        if not len(values) or status not in ("Optimal", "Time limit reached"):
+            seconds = time.monotonic() - started
+            raise MpqError(
+                f"HiGHS ended with '{status}' after {seconds:.1f} s.",
+                "Loosen the recipe's allocate.time_limit."
+                if "limit" in status
+                else "This is a defect: please report it.",
+            )
+        schemes: dict[str, str] = {}
+        best: dict[str, float] = {}
+        for (i, scheme), value in zip(self.pairs, values):
+            name = self.problem.layers[i].name
+            if value > best.get(name, -1.0):
+                best[name], schemes[name] = float(value), scheme
+        loss = sum(layer.loss[schemes[layer.name]] for layer in self.problem.layers)
+        bound = min(loss, float(info.mip_dual_bound) * self.scale)
+        return schemes, SolverReport(status, (loss - bound) / abs(loss) if loss else 0.0, loss, bound)
+
+    def _run(self, gap: float, time_limit: float, allowance: Allowance, presolve: str) -> Any:
         import highspy
 
         highs = highspy.Highs()
@@ -432,26 +459,12 @@ class _Model:
             "mip_rel_gap": gap,
             "time_limit": time_limit,
             "mip_feasibility_tolerance": 1e-9,
+            "presolve": presolve,
         }.items():
             highs.setOptionValue(option, value)
         self._load(highs, allowance)
-        started = time.monotonic()
         highs.run()
-        status = highs.modelStatusToString(highs.getModelStatus())
-        info = highs.getInfo()
-        values = np.asarray(highs.getSolution().col_value)
-        if not len(values) or status not in ("Optimal", "Time limit reached"):
-            seconds = time.monotonic() - started
-            raise MpqError(f"HiGHS ended with '{status}' after {seconds:.1f} s.", "Loosen the recipe's time limit.")
-        schemes: dict[str, str] = {}
-        best: dict[str, float] = {}
-        for (i, scheme), value in zip(self.pairs, values):
-            name = self.problem.layers[i].name
-            if value > best.get(name, -1.0):
-                best[name], schemes[name] = float(value), scheme
-        loss = sum(layer.loss[schemes[layer.name]] for layer in self.problem.layers)
-        bound = min(loss, float(info.mip_dual_bound) * self.scale)
-        return schemes, SolverReport(status, (loss - bound) / abs(loss) if loss else 0.0, loss, bound)
+        return highs
 
     def _load(self, highs: Any, allowance: Allowance) -> None:
         """Hand the columns and rows to HiGHS as one sparse matrix by rows."""

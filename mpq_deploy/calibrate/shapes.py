@@ -121,6 +121,11 @@ def tensors_of(model: ir.Model) -> dict[str, ir.Value]:
 
 
 def _shape(name: str, one: list[int], two: list[int]) -> ActivationShape:
+    if 0 in one:
+        raise ModelError(
+            f"The activation '{name}', which a layer reads, has the shape {one} for one call: it holds no values.",
+            "Check the inputs' shapes, or export the model without that layer.",
+        )
     changed = [axis for axis, (a, b) in enumerate(zip(one, two)) if a != b]
     if len(one) != len(two) or len(changed) > 1 or any(two[axis] != 2 * one[axis] for axis in changed):
         raise ModelError(

@@ -22,7 +22,8 @@ from mpq_deploy.graph.layers import layer_graph
 from mpq_deploy.graph.load import load_model
 from mpq_deploy.graph.passes.first_token import common_first_token, precompute_first_token, projects
 from mpq_deploy.runtime.not_finite import first_not_finite
-from mpq_deploy.runtime.ort import make_session_with, model_feeds, options_for_few_calls
+from mpq_deploy.runtime.ort import make_session_with, model_feeds, options_for_few_calls, run_session
+from mpq_deploy.sampling.sampler import make_sampler
 from mpq_deploy.talk import Talk
 
 MODEL, SPEC, CONDITIONS, DECODER = "model.onnx", "denoiser.json", "conditions.npz", "decoder.onnx"
@@ -31,8 +32,8 @@ INLINE_BYTES = 1024
 # Batch sizes at which the export is compared with its source: two, so that a fixed batch axis fails at one of them.
 CHECK_BATCHES = (1, 2)
 CHECK_SEED = 0
-# Timesteps of the comparison are drawn from those that diffusion models are trained with.
-CHECK_TIMESTEPS = 1000
+# Timesteps of the comparison are drawn from those that diffusion models are trained with, or that are sampled with.
+CHECK_TIMESTEPS, CHECK_STEPS = 1000, 20
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def export_denoiser(
     small = None if smaller is None else smaller_denoiser(denoiser, smaller)
     model = denoiser.network.to_onnx(talk)
     check_finite(model)
+    check_repeats(model)
     spec, notes, decoder_error = denoiser.spec, list(denoiser.notes), None
     if first_token_apart:
         spec, note = keep_first_token_apart(model, spec, denoiser.conditions)
@@ -167,17 +169,33 @@ def save_model(model: ir.Model, path: Path) -> None:
     ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=INLINE_BYTES)
 
 
+COMPARING = ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")
+RANDOM = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial")
+
+
 def check_finite(model: ir.Model) -> None:
-    """Raise ModelError naming the first weight that holds NaN or Inf."""
+    """Raise ModelError naming the first weight that holds NaN, or Inf where it is not compared with."""
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         if tensor is None or not tensor.dtype.is_floating_point():
             continue
-        wrong = int(np.count_nonzero(~np.isfinite(tensor.numpy())))
+        compared = all(node.op_type in COMPARING for node, _ in value.uses())
+        array = tensor.numpy()
+        wrong = int(np.count_nonzero(np.isnan(array) if compared else ~np.isfinite(array)))
         if wrong:
             raise ModelError(
                 f"The weight '{name}' holds {wrong:,} values that are NaN or infinite.",
                 "The file is damaged, or the model diverged in training: use another checkpoint.",
+            )
+
+
+def check_repeats(model: ir.Model) -> None:
+    """Raise ModelError for a node that draws random numbers: nothing could be compared with such a model."""
+    for node in model.graph:
+        if node.op_type in RANDOM and node.domain in ("", "ai.onnx"):
+            raise ModelError(
+                f"The node '{node.name}' ({node.op_type}) draws random numbers: the model never gives the same twice.",
+                "Export it in evaluation mode, or with that noise as an input (one of conditions).",
             )
 
 
@@ -192,7 +210,7 @@ def _largest_error(denoiser: Denoiser, path: Path, release: bool) -> float:
         if not np.isfinite(reference).all():
             raise _not_finite(denoiser.spec, path, feeds)
     session = make_session_with(path, options_for_few_calls())
-    outputs = [session.run([denoiser.spec.output], feeds)[0] for feeds in cases]
+    outputs = [run_session(session, denoiser.spec.output, feeds) for feeds in cases]
     return max(relative_error(output, reference) for output, reference in zip(outputs, references))
 
 
@@ -200,12 +218,19 @@ def _case(denoiser: Denoiser, count: int, random: np.random.Generator) -> dict[s
     """Return random inputs of ``count`` calls."""
     spec = denoiser.spec
     sample = random.standard_normal((count, *spec.sample.shape), np.float32)
-    timesteps = random.integers(0, CHECK_TIMESTEPS, count).astype(np.float32)
+    timesteps = random.choice(_timesteps(spec), count).astype(np.float32)
     rows = random.integers(0, denoiser.conditions.rows, count)
     if spec.timestep is None:
         sample = denoiser.conditions.arrays[spec.sample.name][rows]
     timestep = timesteps if spec.timestep is None or spec.timestep.batched else float(timesteps[0])
     return model_feeds(spec, sample, timestep, denoiser.conditions.take(rows))
+
+
+def _timesteps(spec: DenoiserSpec) -> Array:
+    """Return the timesteps to compare at: for a model of diffusers its scheduler's, which may lie between 0 and 1."""
+    if not spec.config or spec.timestep is None:
+        return np.arange(CHECK_TIMESTEPS)
+    return make_sampler(spec.scheduler, CHECK_STEPS).timesteps
 
 
 def _not_finite(spec: DenoiserSpec, path: Path, feeds: dict[str, Array]) -> ModelError:

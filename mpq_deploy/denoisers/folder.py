@@ -24,7 +24,7 @@ from mpq_deploy.denoisers.model_form import OUTPUT, ModelForm, model_class, mode
 from mpq_deploy.denoisers.open import DENOISERS
 from mpq_deploy.denoisers.spec import DenoiserSpec, InputSpec
 from mpq_deploy.denoisers.torch_export import TorchNetwork
-from mpq_deploy.denoisers.transformer import DIT, FLUX, TIMESTEP
+from mpq_deploy.denoisers.transformer import DIT, FLUX
 from mpq_deploy.denoisers.unet import WEIGHTS_NAME, find_weights, load_pretrained
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.sampling.folder import IMAGE_TOKENS
@@ -60,7 +60,7 @@ def open_folder(folder: Path, source: str, additions: Additions, talk: Talk) -> 
         name=str(card.get("name") or folder.resolve().name),
         source=source,
         sample=form.sample,
-        timestep=InputSpec(name=TIMESTEP),
+        timestep=InputSpec(name=form.signature.timestep),
         timestep_scale=form.timestep_scale,
         conditions=inputs,
         output=OUTPUT,

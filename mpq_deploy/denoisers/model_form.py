@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,10 @@ from mpq_deploy.denoisers.transformer import (
     FLUX_TIMESTEPS,
     GUIDANCE,
     PIXART,
-    TIMESTEP,
     TRANSFORMER_CLASSES,
     Signature,
     fix_flux_positions,
+    fixed_arguments,
     flux_sample,
     flux_tokens,
     flux_unpacked,
@@ -66,6 +66,8 @@ class ModelForm:
     timestep_scale: float = 1.0
     guidance: float = 1.0
     unpack: Callable[[torch.Tensor], torch.Tensor] | None = None
+    # What the forward is given at every call, beside sample, timestep and conditions.
+    fixed: dict[str, Any] = field(default_factory=dict)
 
     @property
     def known(self) -> bool:
@@ -106,7 +108,7 @@ def model_form(config: dict[str, Any], folder: Path, given: Conditions | None) -
         sample = flux_sample(config)
     else:
         sample = InputSpec(name=signature.sample, shape=sample_shape(config, folder))
-    form = ModelForm(name, signature, sample, ())
+    form = ModelForm(name, signature, sample, (), fixed=fixed_arguments(config, found))
     if name in UNET_CLASSES:
         form = replace(form, wanted=unet_inputs(config), guidance=TEXT_GUIDANCE)
     elif name in TRANSFORMER_CLASSES:
@@ -121,7 +123,7 @@ def model_form(config: dict[str, Any], folder: Path, given: Conditions | None) -
 
 def _further(form: ModelForm, given: Conditions | None) -> tuple[WantedInput, ...]:
     if not form.known:
-        return given_inputs(form.signature, given, form.wanted, form.class_name)
+        return given_inputs(form.signature, given, form.wanted, form.class_name, form.fixed)
     allowed = dict.fromkeys(OPTIONAL[form.class_name], False)
     return given_inputs(Signature(form.sample.name, allowed), given, form.wanted, form.class_name)
 
@@ -129,7 +131,8 @@ def _further(form: ModelForm, given: Conditions | None) -> tuple[WantedInput, ..
 def network(module: Any, form: ModelForm, config: dict[str, Any], conditions: Sequence[InputSpec]) -> TorchNetwork:
     """Return the module as a network of plain tensors: sample, timestep [N], then the conditions by name."""
     names = [item.name for item in conditions]
-    fixed: dict[str, Any] = {}
+    fixed: dict[str, Any] = dict(form.fixed)
+    timestep = form.signature.timestep
     if form.class_name == FLUX:
         tokens = next(item.shape[0] for item in conditions if item.name == "encoder_hidden_states")
         fixed = fix_flux_positions(module, tokens, flux_tokens(config))
@@ -139,10 +142,13 @@ def network(module: Any, form: ModelForm, config: dict[str, Any], conditions: Se
 
     def call(model: Any, x: torch.Tensor, t: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
         given = keyword_arguments(form.signature, dict(zip(names, values, strict=True)))
-        arguments = {form.sample.name: x, TIMESTEP: t, **fixed, **given}
-        output: torch.Tensor = model(**arguments, return_dict=False)[0]
+        arguments = {form.sample.name: x, timestep: t, **fixed, **given}
+        output = model(**arguments, return_dict=False)[0]
+        if not isinstance(output, torch.Tensor):
+            raise TypeError(f"it gives {type(output).__name__}s of tensors, not one as a denoiser does")
         return output
 
     given = {name.split(ELEMENT)[0] for name in names}
+    given |= set(form.fixed)
     left_out = [] if form.known else [name for name in form.signature.others if name not in given]
-    return TorchNetwork(module, (form.sample, InputSpec(name=TIMESTEP), *conditions), OUTPUT, call, left_out)
+    return TorchNetwork(module, (form.sample, InputSpec(name=timestep), *conditions), OUTPUT, call, left_out)

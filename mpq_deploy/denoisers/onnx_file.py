@@ -15,6 +15,7 @@ Example, ``model.yaml`` beside ``model.onnx``::
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-3
 # The source rounds every activation to half precision, the export does not.
 HALF_TOLERANCE = 5e-2
-DTYPES = {"FLOAT": "float32", "FLOAT16": "float32"}
+DTYPES = {"FLOAT": "float32", "FLOAT16": "float32", "BFLOAT16": "float32", "DOUBLE": "float32"}
 DTYPES |= {"INT64": "int64", "INT32": "int32", "BOOL": "bool"}
 
 
@@ -103,26 +104,32 @@ class OnnxDescription(BaseModel):
 class OnnxNetwork:
     """An ONNX file: normalised for the export, run as it is for the comparison."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, output: str) -> None:
+        self.path, self._output = path, output
         self._session: ort.InferenceSession | None = None
         self.tolerance = HALF_TOLERANCE if uses_halves(load_model(path)) else TOLERANCE
 
     def to_onnx(self, talk: Talk) -> ir.Model:
         """Return the file's graph in the form that the export writes."""
         talk.line(f"  reading {self.path.name}")
-        return normalise(load_model(self.path))
+        model = load_model(self.path)
+        outputs = model.graph.outputs
+        # What else the file gives no one asks for; as an output it would be computed and kept on each call.
+        kept = [value for value in outputs if value.name == self._output]
+        outputs.clear()
+        outputs.extend(kept)
+        return normalise(model)
 
     def reference(self, feeds: dict[str, Array]) -> Array:
         """Return what the file itself gives, through ONNX Runtime."""
-        from mpq_deploy.runtime.ort import make_session_with, options_for_few_calls
+        from mpq_deploy.runtime.ort import make_session_with, options_for_few_calls, run_session
 
         if self._session is None:
             self._session = make_session_with(self.path, options_for_few_calls())
         session = self._session
-        types = {"tensor(float16)": np.float16}
+        types = {"tensor(float16)": np.float16, "tensor(double)": np.float64}
         given = {i.name: feeds[i.name].astype(types.get(i.type, feeds[i.name].dtype)) for i in session.get_inputs()}
-        return np.asarray(session.run(None, given)[0], np.float32)
+        return np.asarray(run_session(session, self._output, given), np.float32)
 
     def resized(self, sample: InputSpec) -> Network:
         """Refuse: the sizes are in the graph."""
@@ -181,6 +188,11 @@ def open_onnx(path: Path, source: str, additions: Additions, talk: Talk) -> Deno
     timestep = _input(declared[description.timestep.name], description.timestep, path)
     if not sample.batched:
         raise _fixed_batch(path, sample.name)
+    if prod(timestep.shape) != 1:
+        raise UsageError(
+            f"The timestep '{timestep.name}' of {path} has the shape {list(timestep.shape)} beside the batch axis.",
+            "It must be one number per sample: [N], [N, 1], or a scalar for the whole batch.",
+        )
     wanted = tuple(_wanted(declared[item.name], item, path) for item in description.conditions)
     scheduler = _scheduler(description, yaml_path, additions)
     conditions = _conditions(description, wanted, additions, path)
@@ -202,7 +214,7 @@ def open_onnx(path: Path, source: str, additions: Additions, talk: Talk) -> Deno
         labels=conditions.labels,
         pixel_range=description.pixel_range,
     )
-    return Denoiser(spec, conditions, OnnxNetwork(path), notes=_notes(model, path, talk))
+    return Denoiser(spec, conditions, OnnxNetwork(path, spec.output), notes=_notes(model, path, talk))
 
 
 def _notes(model: ir.Model, path: Path, talk: Talk) -> tuple[str, ...]:

@@ -286,6 +286,7 @@ def _first_line(error: Exception) -> str:
 def _quiet() -> Iterator[None]:
     """Keep what the exporter logs out of the output: remarks on packages, traces of errors. These still raise."""
     loggers = {logging.getLogger("torch.onnx"): logging.ERROR, logging.getLogger("torch.export"): logging.CRITICAL}
+    loggers[logging.getLogger("torch._subclasses.fake_tensor")] = logging.CRITICAL
     before = {logger: logger.level for logger in loggers}
     for logger, level in loggers.items():
         logger.setLevel(level)

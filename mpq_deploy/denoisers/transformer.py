@@ -7,6 +7,7 @@ sample, a timestep and further tensors, the forward's own signature and the user
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from mpq_deploy.denoisers.additions import WantedInput
 from mpq_deploy.denoisers.conditions import Conditions
 from mpq_deploy.denoisers.spec import InputSpec
-from mpq_deploy.errors import UsageError
+from mpq_deploy.errors import UsageError, nearest
 
 DIT, PIXART = "DiTTransformer2DModel", "PixArtTransformer2DModel"
 SD3, FLUX = "SD3Transformer2DModel", "FluxTransformer2DModel"
@@ -23,6 +24,8 @@ TRANSFORMER_CLASSES = (DIT, PIXART, SD3, FLUX)
 # Names that forwards of diffusers have for the noisy sample, and what they call the timestep.
 SAMPLE_NAMES = ("hidden_states", "sample")
 TIMESTEP = "timestep"
+# An entry that a user may add to config.json: what the forward is given at every call.
+ARGUMENTS = "forward_arguments"
 # Inputs that models take in the dictionary ``added_cond_kwargs``.
 ADDED = "added_cond_kwargs"
 ADDED_INPUTS = ("text_embeds", "time_ids", "image_embeds", "resolution", "aspect_ratio")
@@ -40,10 +43,11 @@ FLUX_IDS = 3
 
 @dataclass(frozen=True)
 class Signature:
-    """The forward of a denoiser: the sample's parameter, and those that are conditions (True: has no default)."""
+    """The forward of a denoiser: the parameters of sample and timestep, and the conditions (True: has no default)."""
 
     sample: str
     others: dict[str, bool]
+    timestep: str = TIMESTEP
 
     def takes(self, name: str) -> bool:
         """Say whether an input called ``name`` can be handed over: itself, in a list, or in the dictionary."""
@@ -58,14 +62,34 @@ def signature_of(model_class: Any) -> Signature | None:
     parameters = dict(inspect.signature(model_class.forward).parameters)
     parameters.pop("self", None)
     sample = next((name for name in SAMPLE_NAMES if name in parameters), None)
-    if sample is None or TIMESTEP not in parameters:
+    timestep = next((name for name in parameters if name.startswith(TIMESTEP) and not name.endswith("_cond")), None)
+    if sample is None or timestep is None:
         return None
     taken = {
         name: parameter.default is inspect.Parameter.empty
         for name, parameter in parameters.items()
-        if name not in (sample, TIMESTEP, "return_dict") and (name == ADDED or not name.endswith("_kwargs"))
+        if name not in (sample, timestep, "return_dict") and (name == ADDED or not name.endswith("_kwargs"))
     }
-    return Signature(sample, taken)
+    return Signature(sample, taken, timestep)
+
+
+def fixed_arguments(config: dict[str, Any], model_class: Any) -> dict[str, Any]:
+    """Return what ``forward_arguments`` of the configuration gives the forward at every call, as it takes it.
+
+    Numbers of a video's frames, positions of tokens: what is the same for all samples. Lists become tensors, integers
+    int64 and others float32, where the parameter's annotation says tensor. Raises UsageError for an unknown parameter.
+    """
+    parameters = inspect.signature(model_class.forward).parameters
+    found: dict[str, Any] = {}
+    for name, value in dict(config.get(ARGUMENTS) or {}).items():
+        if name not in parameters:
+            raise UsageError(
+                f"{ARGUMENTS} in config.json names '{name}', which {model_class.__name__} does not take.",
+                f"{nearest(name, parameters)}It takes {', '.join(n for n in parameters if n != 'self')}.",
+            )
+        tensor = "Tensor" in str(parameters[name].annotation) and isinstance(value, (list, tuple))
+        found[name] = torch.tensor(value) if tensor else value
+    return found
 
 
 def transformer_inputs(config: dict[str, Any]) -> tuple[WantedInput, ...]:
@@ -96,20 +120,25 @@ def _with_sizes(config: dict[str, Any]) -> bool:
 
 
 def given_inputs(
-    signature: Signature, conditions: Conditions | None, known: tuple[WantedInput, ...], class_name: str
+    signature: Signature,
+    conditions: Conditions | None,
+    known: tuple[WantedInput, ...],
+    class_name: str,
+    fixed: Collection[str] = (),
 ) -> tuple[WantedInput, ...]:
     """Return, of the user's arrays, those that the forward takes and ``known`` does not name: further inputs.
 
-    Raises UsageError for a parameter without default that nothing gives.
+    ``fixed``: parameters that the configuration gives. Raises UsageError for one without default that nothing gives.
     """
     names = [item.name for item in known]
     arrays = {} if conditions is None else conditions.arrays
     given = {name.split(ELEMENT)[0] for name in (*arrays, *names)}
-    lacking = [name for name, needed in signature.others.items() if needed and name not in given]
+    lacking = [name for name, needed in signature.others.items() if needed and name not in given and name not in fixed]
     if lacking:
         raise UsageError(
             f"{class_name} needs {', '.join(lacking)}, and nothing here makes them.",
-            "Give --conditions FILE.npz with one array per input, one row per condition.",
+            "Give --conditions FILE.npz with one array per input, one row per condition; what is the same for all "
+            f"samples goes into config.json as {ARGUMENTS}.",
         )
     return tuple(
         _as_given(name, values) for name, values in arrays.items() if name not in names and signature.takes(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ UNET_CLASSES = ("UNet2DModel", "UNet2DConditionModel")
 WEIGHTS_NAME = "diffusion_pytorch_model"
 # Original size, crop corner and target size (Podell et al. 2023, section 2.2).
 TIME_IDS = 6
+# An entry that a user may add to config.json: the shape of one sample.
+SHAPE = "sample_shape"
+VIDEO_AXES = 3
 
 
 def unet_inputs(config: dict[str, Any]) -> tuple[WantedInput, ...]:
@@ -71,10 +75,13 @@ def _added_inputs(config: dict[str, Any]) -> list[WantedInput]:
 
 
 def sample_shape(config: dict[str, Any], folder: Path) -> tuple[int, ...]:
-    """Return (channels, height, width), or as many sizes as the configuration's sample_size lists.
+    """Return (channels, sizes): those that ``sample_size`` lists, or one size for every axis that the class has.
 
-    Raises UsageError for extra input channels or a missing size.
+    ``sample_shape`` in the configuration is the shape itself, for samples that are laid out otherwise (tokens
+    [T, C], frames first). Raises UsageError for extra input channels or a missing size.
     """
+    if config.get(SHAPE) is not None:
+        return _whole_shape(config[SHAPE], folder)
     channels = int(config.get("in_channels", 3))
     given = int(config.get("out_channels") or channels)
     if given not in (channels, 2 * channels):
@@ -84,14 +91,33 @@ def sample_shape(config: dict[str, Any], folder: Path) -> tuple[int, ...]:
             "Use a model that denoises all its input channels.",
         )
     size = config.get("sample_size")
-    if size is None:
+    axes = spatial_axes(str(config.get("_class_name")))
+    if size is None or (axes == VIDEO_AXES and not isinstance(size, (list, tuple))):
         raise UsageError(
-            f"The model in {folder} does not say its sample_size.",
+            f"The model in {folder} does not say its sample_size."
+            if size is None
+            else f"The model in {folder} is of a class for videos, and its sample_size {size} names no frames.",
             'Add "sample_size" to its config.json: the side of a square, or [height, width], or for video [frames, '
-            "height, width], in what the model sees (latents).",
+            'height, width], in what the model sees (latents); or "sample_shape", the whole shape of one sample.',
         )
-    sizes = size if isinstance(size, (list, tuple)) else (size, size)
+    sizes = size if isinstance(size, (list, tuple)) else (size,) * axes
     return channels, *(int(one) for one in sizes)
+
+
+def spatial_axes(class_name: str) -> int:
+    """Return how many axes samples of a class have beside channels: 3 for UNet3DConditionModel, 2 unless it says."""
+    found = re.search(r"([123])D", class_name)
+    return int(found[1]) if found else 2
+
+
+def _whole_shape(given: Any, folder: Path) -> tuple[int, ...]:
+    whole = isinstance(given, (list, tuple)) and bool(given)
+    if not whole or not all(isinstance(size, int) and size > 0 for size in given):
+        raise UsageError(
+            f"sample_shape in the config.json of {folder} is {given}.",
+            "Give the sizes of one sample, without the batch axis, such as [16, 4, 8, 8].",
+        )
+    return tuple(given)
 
 
 def load_pretrained(model_class: Any, folder: Path, variant: str | None) -> torch.nn.Module:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from functools import cache
 from importlib import resources
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from mpq_deploy.engine.versions import version_matches
 from mpq_deploy.errors import UsageError, nearest
 from mpq_deploy.graph.layers import LAYER_OPS, Layer
+from mpq_deploy.precision.deployed import int4_shape
 from mpq_deploy.precision.scheme import BRANCH_KINDS, FAMILIES, SCHEMES, SIMULATED, Scheme, nearest_scheme
 
 Dialect = Literal["trt-rtx", "trt-10.3", "trt-10.13", "trt-11", "onnxruntime"]
@@ -55,7 +57,7 @@ class Rule(BaseModel):
 
     def concerns(self, layer: Layer, scheme: Scheme) -> bool:
         """Tell whether the rule forbids ``scheme`` for ``layer``."""
-        return layer.op in self.ops and scheme.family in self.families and _holds(self.when, layer)
+        return layer.op in self.ops and scheme.family in self.families and _holds(self.when, layer, scheme)
 
 
 class Evidence(BaseModel):
@@ -269,16 +271,15 @@ def _check_known(what: str, names: tuple[str, ...], known: tuple[str, ...]) -> N
             raise ValueError(f"unknown {what} '{name}'. {nearest(name, known)}Known: {', '.join(known)}")
 
 
-def _holds(condition: Condition, layer: Layer) -> bool:
+def _holds(condition: Condition, layer: Layer, scheme: Scheme) -> bool:
     dimensions = len(layer.kernel)
     if condition == "odd last dimension":
-        last = layer.reduction if layer.op == "Conv" else layer.weight_shape[-1]
-        return last % 2 == 1
+        return int4_shape(layer, scheme)[-1] % 2 == 1
     return {
         "always": True,
         "depthwise": layer.depthwise,
         "grouped": layer.group > 1,
         "conv1d": layer.op == "Conv" and dimensions == 1,
         "conv3d": layer.op == "Conv" and dimensions == 3,
-        "odd elements": layer.weights % 2 == 1,
+        "odd elements": prod(int4_shape(layer, scheme)) % 2 == 1,
     }[condition]

@@ -158,6 +158,8 @@ def _refusal(node: ir.Node, index: int, value: ir.Value) -> str:
         return "TensorRT has no INT8 or INT4 ConvTranspose: it would dequantize the weight on every call"
     if node.op_type not in LAYER_OPS:
         return f"{node.op_type} is no Conv, Gemm or MatMul"
+    if 0 in shape:
+        return "it holds no values"
     if index == 0:
         return "the weight is the left operand, which TensorRT cannot take in INT4 blocks"
     if index != 1:

@@ -14,8 +14,10 @@ import onnx_ir.passes.common as common_passes
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from mpq_deploy.errors import ModelError
+from mpq_deploy.graph.passes.finite_masks import FiniteMasksPass
 from mpq_deploy.graph.passes.fold_constants import FoldConstantsPass
 from mpq_deploy.graph.passes.group_norm import GroupNormPass
+from mpq_deploy.graph.passes.infer_types import InferTypesPass
 from mpq_deploy.graph.passes.name_nodes import NameNodesPass
 from mpq_deploy.graph.passes.raise_opset import raise_opset
 from mpq_deploy.graph.passes.widen import WidenPass
@@ -31,9 +33,23 @@ def load_model(path: Path) -> ir.Model:
     short or outside the model's folder.
     """
     proto = read_proto(path)
-    model: ir.Model = ir.from_proto(proto)
+    try:
+        model: ir.Model = ir.from_proto(proto)
+    except ir.serde.SerdeError as error:
+        raise ModelError(
+            f"{path} holds a graph that cannot be read: {_root_cause(error)}",
+            "Check it with onnx.checker, and save sparse tensors as dense ones.",
+        ) from error
     ir.external_data.set_base_dir(model.graph, path.resolve().parent)
     return model
+
+
+def _root_cause(error: BaseException) -> str:
+    """Return the first line of what went wrong at first."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def read_proto(path: Path) -> onnx.ModelProto:
@@ -127,20 +143,35 @@ def _external_of(tensors: object) -> Iterator[onnx.TensorProto]:
 def normalise(model: ir.Model) -> ir.Model:
     """Return ``model`` with constants as initializers, weights folded, unique node names and opset 21 or later.
 
-    Functions are inlined, Constant nodes become initializers, Identity nodes go, half precision becomes FP32
-    (``graph.passes.widen``), GroupNormalization becomes InstanceNormalization (``graph.passes.group_norm``), shape and
-    type operators on weights are folded into them, unused nodes and weights are dropped. Doing it twice changes
-    nothing. Raises ModelError when the opset, a norm or half precision cannot be converted.
+    Functions are inlined, Constant nodes become initializers, Identity nodes go, types that the file does not declare
+    are inferred (``graph.passes.infer_types``), half precision becomes FP32 (``graph.passes.widen``), masks become
+    finite (``graph.passes.finite_masks``), GroupNormalization becomes InstanceNormalization
+    (``graph.passes.group_norm``), shape and type operators on weights are folded into them, unused nodes and weights
+    are dropped. Doing it twice changes nothing. Raises ModelError when the opset, a norm or half precision cannot be
+    converted, or a type follows from nothing.
     """
     passes = ir.passes.Sequential(
         common_passes.InlinePass(),
         common_passes.RemoveInitializersFromInputsPass(),
         common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common_passes.IdentityEliminationPass(),
+        InferTypesPass(),
         WidenPass(),
+        FiniteMasksPass(),
         GroupNormPass(),
         FoldConstantsPass(),
         common_passes.RemoveUnusedNodesPass(),
         NameNodesPass(),
     )
-    return raise_opset(passes(model).model)
+    try:
+        normal = passes(model).model
+    except ir.passes.PassError as error:
+        if isinstance(error.__cause__, ModelError):
+            raise error.__cause__ from None
+        raise
+    raised = raise_opset(normal)
+    if raised is not normal:
+        # The converter writes what were attributes (axes, limits) as Constant nodes without names.
+        again = (common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0), NameNodesPass())
+        raised = ir.passes.Sequential(*again)(raised).model
+    return InferTypesPass()(raised).model

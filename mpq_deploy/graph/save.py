@@ -77,7 +77,7 @@ def constant_bytes(path: Path, skipped: Collection[str] = ()) -> int:
     places: set[tuple[str, int]] = set()
     total = 0
     constants = [tensor for tensor in model.graph.initializer if tensor.name not in skipped]
-    for node in model.graph.node:
+    for node in (one for one in model.graph.node if one.op_type == "Constant"):
         constants += [attribute.t for attribute in node.attribute if attribute.type == onnx.AttributeProto.TENSOR]
     for tensor in constants:
         place = {entry.key: entry.value for entry in tensor.external_data}

@@ -27,8 +27,10 @@ def inferred_shapes(proto: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]
 def _complete(graph: onnx.GraphProto) -> dict[str, tuple[int, ...]]:
     found = {}
     for value in (*graph.input, *graph.value_info, *graph.output):
-        dims = value.type.tensor_type.shape.dim
-        if value.type.tensor_type.elem_type and all(dim.HasField("dim_value") for dim in dims):
+        tensor = value.type.tensor_type
+        dims = tensor.shape.dim
+        # Without a shape at all the list of sizes is empty too, as that of a scalar is.
+        if tensor.elem_type and tensor.HasField("shape") and all(dim.HasField("dim_value") for dim in dims):
             found[value.name] = tuple(dim.dim_value for dim in dims)
     return found
 
@@ -37,8 +39,12 @@ def inferred_graph(proto: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]
     """Return the graph with all shapes inferred from those of its inputs, computed shapes included."""
     for value in proto.graph.input:
         if value.name in shapes:
-            for dim, size in zip(value.type.tensor_type.shape.dim, shapes[value.name]):
-                dim.dim_value = size
+            shape = value.type.tensor_type.shape
+            shape.ClearField("dim")
+            # A scalar has a shape, of no sizes.
+            shape.SetInParent()
+            for size in shapes[value.name]:
+                shape.dim.add(dim_value=size)
     for value in proto.graph.output:
         value.type.tensor_type.ClearField("shape")
     del proto.graph.value_info[:]

@@ -7,6 +7,7 @@ In: the exported model, the scheme and codes of every layer, the activation scal
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 
 import onnx_ir as ir
@@ -23,6 +24,7 @@ from mpq_deploy.graph.passes.lower_opset import lower_opset
 from mpq_deploy.graph.passes.quantize_layers import LayerRewrite, quantize_layers
 from mpq_deploy.graph.passes.simulated import nominal_bytes
 from mpq_deploy.graph.save import save_sharing
+from mpq_deploy.precision.deployed import int4_shape
 from mpq_deploy.precision.scheme import INT4
 
 DEPLOYED = "model.onnx"
@@ -75,9 +77,9 @@ def refuse_schemes(rewrites: Sequence[LayerRewrite], dialect: Dialect) -> None:
         layer, scheme = rewrite.layer, rewrite.scheme
         if not dialect.tensorrt or scheme.weight is not INT4:
             continue
-        last = layer.reduction if layer.op == "Conv" else layer.weight_shape[-1]
-        if layer.weights % 2 or (last % 2 and not dialect.odd_rows):
-            odd = "size" if layer.weights % 2 else "last dimension"
+        shape = int4_shape(layer, scheme)
+        if prod(shape) % 2 or (shape[-1] % 2 and not dialect.odd_rows):
+            odd = "size" if prod(shape) % 2 else "last dimension"
             raise ModelError(
                 f"{dialect.runtime} refuses the INT4 weight of '{layer.name}': its {odd} is odd.",
                 "Protect the layer (recipe: protect), or exclude INT4 for it in the target's YAML.",

@@ -32,6 +32,7 @@ from mpq_deploy.precision.branches import (
 )
 from mpq_deploy.precision.deployed import block_size, input_channels, outlier_columns, promoted_rows
 from mpq_deploy.precision.quantizers import (
+    LARGEST_SCALE,
     Grid,
     QuantizedMatrix,
     choose_multiple_scale,
@@ -146,7 +147,8 @@ class LayerCandidates:
     def weight_matrix(self, form: str) -> Array:
         """Return the deployed weight of a form, dequantized, float32 [out_channels, reduction]."""
         if form == FP16.weight_form:
-            return np.asarray(self.weight.astype(np.float16), np.float32)
+            # Clipped as the file's are.
+            return np.asarray(np.clip(self.weight, -LARGEST_SCALE, LARGEST_SCALE).astype(np.float16), np.float32)
         return self.forms[form].dequantize()
 
     def promoted(self, form: str) -> Array:

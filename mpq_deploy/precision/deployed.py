@@ -95,6 +95,15 @@ def promoted_rows(layer: Layer, scheme: Scheme) -> int:
     return scheme.branch.amount * (layer.out_channels // 10) if scheme.branch and scheme.branch.kind == "rows" else 0
 
 
+def int4_shape(layer: Layer, scheme: Scheme) -> tuple[int, int]:
+    """Rows and columns in which the file holds the INT4 body of ``layer``: without the channels that a branch promotes.
+
+    Output channels come first for a Conv, else where the weight has them.
+    """
+    channels = layer.out_channels - promoted_rows(layer, scheme)
+    return (channels, layer.reduction) if layer.out_axis == 0 else (layer.reduction, channels)
+
+
 def input_channels(layer: Layer) -> int:
     """How many channels the layer's input has (of one group)."""
     return layer.weight_shape[1 - layer.out_axis]

@@ -72,10 +72,13 @@ class RuntimeUNet(torch.nn.Module):  # type: ignore[misc]
         given |= _flat(added_cond_kwargs or {})
         names = (SAMPLE, self.spec.sample.name, "hidden_states")
         sample = next((given.pop(name) for name in names if name in given), None)
-        times = given.pop("timestep", None)
+        declared = self.spec.timestep
+        assert declared is not None  # load refuses a component without timesteps
+        times = next((given.pop(name) for name in ("timestep", declared.name) if name in given), None)
         if sample is None or times is None:
             raise UsageError(f"The denoiser needs a {'sample' if sample is None else 'timestep'}, and none was given.")
-        for name in FIXED_INPUTS.get(str(self.config.get("_class_name")), ()):
+        fixed = FIXED_INPUTS.get(str(self.config.get("_class_name")), ())
+        for name in (*fixed, *dict(self.config.get("forward_arguments") or {})):
             given.pop(name, None)
         wanted = {item.name: item for item in self.spec.conditions}
         unknown = [name for name in given if name not in wanted]
@@ -89,12 +92,12 @@ class RuntimeUNet(torch.nn.Module):  # type: ignore[misc]
             raise UsageError(f"The denoiser needs '{missing[0]}', which was not given.")
         self._check_first_tokens(given)
         count = len(sample)
-        declared = self.spec.timestep
-        assert declared is not None  # load refuses a component without timesteps
         times = torch.as_tensor(times)
         times = times.expand(count) if times.ndim == 0 and declared.batched else times
         if not declared.batched:
             times = self._one_time(times, declared)
+        elif declared.shape:
+            times = times.reshape(count, *declared.shape)
         feeds = {
             self.spec.sample.name: self._cast(sample, self.spec.sample),
             declared.name: self._cast(times, declared),

@@ -101,7 +101,12 @@ def make_session_with(
         )
     except ORT_ERRORS as error:
         where = "the model in memory" if isinstance(model, bytes) else str(model)
-        raise ModelError(f"ONNX Runtime cannot load {where}: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ModelError(
+            f"ONNX Runtime cannot load {where}: {reason}",
+            "Check it with onnx.checker; operators and types that ONNX Runtime has not on the CPU must be exported as "
+            "others (bfloat16 as FP32).",
+        ) from error
 
 
 class OrtDenoiser:
@@ -139,12 +144,21 @@ class OrtDenoiser:
         Raises ModelError naming a missing input or a row count that is not N.
         """
         feeds = model_feeds(self.spec, sample, timestep, conditions)
-        try:
-            output = self.session.run([self.spec.output], feeds)[0]
-        except ORT_ERRORS as error:
-            shapes = {name: tuple(value.shape) for name, value in feeds.items()}
-            raise ModelError(f"ONNX Runtime failed on inputs of shapes {shapes}: {error}") from error
-        return np.asarray(output, np.float32)
+        return np.asarray(run_session(self.session, self.spec.output, feeds), np.float32)
+
+
+def run_session(session: ort.InferenceSession, output: str, feeds: dict[str, Array]) -> Array:
+    """Return the output of that name. Raises ModelError with the inputs' shapes when ONNX Runtime fails."""
+    try:
+        found: Array = session.run([output], feeds)[0]
+    except ORT_ERRORS as error:
+        shapes = {name: tuple(value.shape) for name, value in feeds.items()}
+        reason = " ".join(str(error).split())
+        raise ModelError(
+            f"ONNX Runtime failed on inputs of shapes {shapes}: {reason}",
+            "Check that the inputs have the shapes that the model was exported for.",
+        ) from error
+    return found
 
 
 def model_feeds(
@@ -168,10 +182,11 @@ def model_feeds(
 
 
 def _timestep_rows(timestep: float | Array, count: int, item: InputSpec) -> Array:
-    """Return the timestep as [N], or as one number where the model has no batch axis for it."""
+    """Return the timestep as [N] (or [N, 1]), or as one number where the model has no batch axis for it."""
     values = np.asarray(timestep, np.float64)
     if item.batched:
-        return np.broadcast_to(values, (count,)) if values.ndim == 0 else values
+        rows = np.broadcast_to(values, (count,)) if values.ndim == 0 else values
+        return rows.reshape(count, *item.shape)
     if values.ndim and len(np.unique(values)) > 1:
         raise ModelError(
             f"The model takes one timestep per call, but {len(np.unique(values))} different ones were given."

@@ -38,6 +38,11 @@ class DiffusersSampler:
         config = dict(config)
         self._schedule = _schedule(config, config.pop(IMAGE_TOKENS, None), steps)
         self._scheduler = scheduler_class.from_config({**config, **overrides})
+        if "num_train_timesteps" not in self._scheduler.config:
+            raise UsageError(
+                f"{scheduler_class.__name__} counts no timesteps of training, and steps in a way of its own.",
+                "Give another that the model may be sampled with: --scheduler FILE.",
+            )
         self._takes_generator = "generator" in inspect.signature(self._scheduler.step).parameters
         self._begin()
         self._timesteps = self._scheduler.timesteps

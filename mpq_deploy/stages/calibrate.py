@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from mpq_deploy.artefacts import Fields
 from mpq_deploy.stages.common import Exported, settings, version_of
+from mpq_deploy.stages.dialect import OPERATOR_RULES, check_dialect
 from mpq_deploy.stages.memory import check_memory
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def make_calibrate(pipeline: Pipeline, folder: Path) -> str:
     section = pipeline.recipe.calibrate
     exported = Exported(pipeline)
     check_memory(pipeline, "calibrate")
+    check_dialect(pipeline, exported.path, OPERATOR_RULES)
     # A component without timesteps has so many inputs and no more.
     rows = exported.spec.calibration_rows
     options = CalibrationOptions(

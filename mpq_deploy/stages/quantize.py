@@ -9,7 +9,7 @@ from mpq_deploy.allocate import PrecisionPlan
 from mpq_deploy.artefacts import Fields, canonical_json
 from mpq_deploy.calibrate.scales import ActivationGrid
 from mpq_deploy.engine.target import load_target
-from mpq_deploy.errors import ModelError, MpqError
+from mpq_deploy.errors import MpqError
 from mpq_deploy.graph.dialects import dialect_named
 from mpq_deploy.graph.passes.quantize_layers import LayerRewrite
 from mpq_deploy.graph.write import DEPLOYED, write_quantized
@@ -17,6 +17,7 @@ from mpq_deploy.precision.scheme import SCHEMES
 from mpq_deploy.stages.allocate import PlanSolver, allocate_inputs
 from mpq_deploy.stages.candidates import CONTROLS, control_scheme, iterate_candidates
 from mpq_deploy.stages.common import ORM_CONTROLS, Exported, load_calibration, version_of
+from mpq_deploy.stages.dialect import check_dialect
 from mpq_deploy.stages.memory import check_memory
 
 if TYPE_CHECKING:
@@ -66,21 +67,6 @@ def make_quantize(pipeline: Pipeline, folder: Path) -> str:
     check_dialect(pipeline, folder / DEPLOYED)
     (folder / "size.json").write_text(canonical_json({"size_bytes": written}))
     return f"{written:,} bytes of constants, as planned"
-
-
-def check_dialect(pipeline: Pipeline, model: Path) -> None:
-    """Raise ModelError when the graph that was written has a form that the target's TensorRT refuses or gets wrong."""
-    from mpq_deploy.check.check import check_model
-    from mpq_deploy.check.rule import ERRORS
-
-    result = check_model(model, load_target(pipeline.recipe.target))
-    bad = [finding for finding in result.findings if finding.effect in ERRORS]
-    if bad:
-        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-        where = f"The node '{bad[0].node}' ({bad[0].op})" if bad[0].node else "The model"
-        raise ModelError(
-            f"{where} cannot be deployed on {result.target}: {bad[0].message}{more}.", f"{bad[0].fix}.".capitalize()
-        )
 
 
 def controls_inputs(pipeline: Pipeline) -> Fields:

@@ -16,7 +16,8 @@ from mpq_deploy.graph.write import DEPLOYED
 from mpq_deploy.precision.scheme import SCHEMES
 from mpq_deploy.stages.candidates import iterate_candidates
 from mpq_deploy.stages.common import Exported, load_calibration, settings, version_of
-from mpq_deploy.stages.quantize import check_dialect, write_plan
+from mpq_deploy.stages.dialect import check_dialect
+from mpq_deploy.stages.quantize import write_plan
 
 if TYPE_CHECKING:
     from mpq_deploy.pipeline import Pipeline

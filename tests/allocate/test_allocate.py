@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 
 from mpq_deploy.allocate import (
     LayerChoice,
+    MostMoves,
     Problem,
     allocate,
     budget_in_bytes,
     plan_bytes,
     protected_schemes,
     smallest_plan,
+    solve_exactly,
 )
 from mpq_deploy.errors import InfeasibleBudgetError, UsageError
 
@@ -136,3 +138,51 @@ def test_budgets_as_a_user_writes_them(text: str | float, expected: int) -> None
 def test_a_budget_that_is_no_size_is_refused_with_its_value(text: str) -> None:
     with pytest.raises(UsageError, match="budget"):
         budget_in_bytes(text, 1000, 400)
+
+
+def test_what_presolve_takes_for_infeasible_is_solved() -> None:
+    """Four layers of a real model, on which HiGHS 1.15.1 ended with 'Infeasible' although the present plan fits."""
+    rows, int8 = "w4a8-b32+rows", {"w8a8": 2, "w4a8-b32": 2, **{f"w4a8-b32+rows{n}": 2 for n in range(1, 6)}}
+    tables: list[tuple[dict[str, int], list[float]]] = [
+        (
+            {"w8a8": 2176, "w8a16": 2176, "w4a16-b32": 1152, "w4a8-b32": 1280, f"{rows}1": 1620},
+            [-0.0003749713025984079, -0.000350680537079278, 0.0, -0.000187510439570559, -0.00023320777052262227],
+        ),
+        (
+            {
+                "w8a8": 928,
+                "w8a16": 928,
+                "w4a16-b32": 528,
+                "w4a16-b32+rows2": 737,
+                "w4a16-b32+rows4": 818,
+                f"{rows}2": 789,
+                f"{rows}4": 858,
+            },
+            [
+                -0.0019479551474903159,
+                -0.0019475536191457211,
+                0.0,
+                -0.0006805136046251307,
+                -0.0014264544567584546,
+                -0.0013191425275066277,
+                -0.001752693016010736,
+            ],
+        ),
+        ({"w4a16-b32": 576, f"{rows}5": 978}, [0.0, -0.0014481799136573967]),
+        ({"w4a16-b32": 576, f"{rows}3": 894, f"{rows}5": 978}, [0.0, -0.002617007914298305, -0.0027005338910181605]),
+    ]
+    layers = [
+        LayerChoice(f"layer{i}", (f"x{i}",), sizes, dict(zip(sizes, losses)), {s: int8.get(s, 0) for s in sizes})
+        for i, (sizes, losses) in enumerate(tables)
+    ]
+    problem = Problem(layers, 494, 3384)
+    current = {layer.name: "w4a16-b32" for layer in layers}
+    found, _ = solve_exactly(problem, 0.0, 10.0, MostMoves(current, 2))
+    fitting = [
+        plan
+        for plan in every_plan(problem)
+        if plan_bytes(problem, plan) <= problem.budget_bytes
+        and sum(plan[name] != scheme for name, scheme in current.items()) <= 2
+    ]
+    assert found in fitting
+    assert loss_of(problem, found) == pytest.approx(min(loss_of(problem, plan) for plan in fitting), abs=1e-12)

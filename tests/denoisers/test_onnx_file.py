@@ -206,7 +206,99 @@ def test_a_truncated_or_foreign_file_is_named(tmp_path: Path, kept: float) -> No
 def test_an_input_of_an_unknown_type_is_named(tmp_path: Path) -> None:
     path = tiny_onnx_with_yaml(tmp_path)
     model = onnx.load(path)
-    model.graph.input[1].CopyFrom(helper.make_tensor_value_info("t", TensorProto.DOUBLE, ["batch"]))
+    model.graph.input[1].CopyFrom(helper.make_tensor_value_info("t", TensorProto.UINT8, ["batch"]))
     onnx.save(model, path)
-    with pytest.raises(MpqError, match="DOUBLE"):
+    with pytest.raises(MpqError, match="UINT8"):
         open_denoiser(path)
+
+
+def edited(tmp_path: Path, change: Any, **entries: Any) -> Path:
+    """The tiny model after ``change(model)``."""
+    path = tiny_onnx_with_yaml(tmp_path, **entries)
+    model = onnx.load(path)
+    change(model)
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.INT64])
+def test_a_timestep_in_a_column_of_any_type(tmp_path: Path, kind: int) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        model.graph.input[1].CopyFrom(helper.make_tensor_value_info("t", kind, ["batch", 1]))
+        column = next(node for node in model.graph.node if node.name == "column")
+        column.CopyFrom(helper.make_node("Cast", ["t"], list(column.output), name="column", to=TensorProto.FLOAT))
+
+    path = edited(tmp_path, change)
+    denoiser = open_denoiser(path)
+    assert denoiser.spec.timestep is not None and denoiser.spec.timestep.shape == (1,)
+    assert export_denoiser(denoiser, tmp_path / "export").max_relative_error < 1e-5
+    exported = load_exported(tmp_path / "export")
+    x = np.random.default_rng(0).standard_normal((3, 3, 9, 9), np.float32)
+    plain = OrtDenoiser(tiny_onnx_with_yaml(tmp_path / "plain"), open_denoiser(tmp_path / "plain" / "tiny.onnx").spec)
+    found = OrtDenoiser(exported.model, exported.spec)(x, np.array([3.0, 70.0, 900.0]), {"y": np.arange(3)})
+    np.testing.assert_allclose(found, plain(x, np.array([3.0, 70.0, 900.0]), {"y": np.arange(3)}), atol=1e-6)
+
+
+def test_a_timestep_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        model.graph.input[1].CopyFrom(helper.make_tensor_value_info("t", TensorProto.FLOAT, ["batch", 16]))
+
+    with pytest.raises(UsageError, match=r"'t' .* shape \[16\]"):
+        open_denoiser(edited(tmp_path, change))
+
+
+def test_further_outputs_are_left_out(tmp_path: Path) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        model.graph.output.insert(0, helper.make_tensor_value_info("down_out", TensorProto.FLOAT, None))
+        model.graph.output.append(helper.make_tensor_value_info("down.weight", TensorProto.FLOAT, None))
+
+    denoiser = open_denoiser(edited(tmp_path, change, output="out"))
+    assert export_denoiser(denoiser, tmp_path / "export").max_relative_error < 1e-5
+    assert [value.name for value in load_model(tmp_path / "export" / "model.onnx").graph.outputs] == ["out"]
+
+
+def test_a_model_that_draws_random_numbers_is_refused(tmp_path: Path) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        act = next(node for node in model.graph.node if node.name == "act")
+        act.CopyFrom(helper.make_node("RandomNormalLike", list(act.input), list(act.output), name="noise"))
+
+    with pytest.raises(ModelError, match=r"'noise' .* draws random numbers"):
+        export_denoiser(open_denoiser(edited(tmp_path, change)), tmp_path / "export")
+
+
+def test_a_graph_that_is_none_is_named(tmp_path: Path) -> None:
+    def twice(model: onnx.ModelProto) -> None:
+        model.graph.node[-1].output[0] = model.graph.node[0].output[0]
+
+    with pytest.raises(ModelError, match="redeclared") as caught:
+        open_denoiser(edited(tmp_path, twice))
+    assert "onnx.checker" in caught.value.hint
+
+    def unfitting(model: onnx.ModelProto) -> None:
+        tensor = next(t for t in model.graph.initializer if t.name == "last.weight")
+        tensor.CopyFrom(numpy_helper.from_array(np.ones((3, 9, 3, 3), np.float32), tensor.name))
+
+    with pytest.raises(ModelError, match=r"ONNX Runtime (failed|cannot load)"):
+        export_denoiser(open_denoiser(edited(tmp_path / "b", unfitting)), tmp_path / "export")
+
+
+def test_a_weight_without_values_is_no_layer(tmp_path: Path) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        graph = model.graph
+        ends = {"none": [0], "from": [0], "along": [1]}
+        graph.initializer.extend(numpy_helper.from_array(np.array(value), name) for name, value in ends.items())
+        graph.initializer.append(numpy_helper.from_array(np.zeros((0, 8), np.float32), "empty.weight"))
+        place = next(i for i, node in enumerate(graph.node) if node.name == "both")
+        graph.node[place].output[0] = "both_before"
+        added = [
+            helper.make_node("Slice", ["both_before", "from", "none", "along"], ["nothing"], name="slice"),
+            helper.make_node("MatMul", ["nothing", "empty.weight"], ["zeros"], name="empty"),
+            helper.make_node("Add", ["both_before", "zeros"], ["both_out"], name="both_after"),
+        ]
+        for number, node in enumerate(added):
+            graph.node.insert(place + 1 + number, node)
+
+    path = edited(tmp_path, change)
+    export_denoiser(open_denoiser(path), tmp_path / "export")
+    graph = layer_graph(load_model(tmp_path / "export" / "model.onnx"))
+    assert [layer.name for layer in graph.layers] == ["time", "down", "last"]

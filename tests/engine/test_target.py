@@ -100,6 +100,18 @@ def test_int4_needs_an_even_number_of_elements_on_rtx() -> None:
     assert not rtx.refusal(matmul(27, 45), SCHEMES["w8a8"])
 
 
+def test_rows_that_leave_an_odd_body_are_no_candidates() -> None:
+    rtx, orin = load_target("rtx"), load_target("jetson-agx-orin")
+    # Of 32 channels, 3 or 15 are promoted: 29 or 17 rows of 27 are left, of 6 they are 26.
+    assert "odd" in rtx.refusal(conv(32, 3, 3, 3), SCHEMES["w4a16-b32+rows1"])
+    assert "odd" in rtx.refusal(conv(32, 3, 3, 3), SCHEMES["w4a8-b32+rows5"])
+    assert not rtx.refusal(conv(32, 3, 3, 3), SCHEMES["w4a16-b32+rows2"])
+    assert not rtx.refusal(conv(32, 4, 3, 3), SCHEMES["w4a16-b32+rows1"])
+    # TensorRT proper wants the last dimension even, which for a weight [in, out] holds the channels that are left.
+    assert "odd" in orin.refusal(matmul(64, 32), SCHEMES["w4a16-b32+rows1"])
+    assert "odd" not in orin.refusal(matmul(64, 32), SCHEMES["w4a16-b32+rows2"])
+
+
 def test_the_reason_for_leaving_a_family_out_comes_before_that_of_a_special_case() -> None:
     orin = load_target("jetson-agx-orin")
     assert "requantized" in orin.refusal(conv(32, 1, 3, 3, group=32), SCHEMES["w4a8-b64"])

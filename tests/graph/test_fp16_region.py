@@ -64,3 +64,59 @@ def test_a_term_that_keeps_a_divisor_from_zero_still_does(finish: object) -> Non
     x = np.array([[0, 0, 1, 2], [0, 3, 0, 4]], kind)
     (y,) = session.run(None, {"x": x, **({"t": np.zeros(1, np.float32)} if len(session.get_inputs()) > 1 else {})})
     np.testing.assert_array_equal(y, -(x > 0).astype(kind))
+
+
+def test_operators_that_take_no_fp16_stay_in_fp32() -> None:
+    """Range and Celu are defined for FP32 alone: ONNX Runtime refused the FP16 graph."""
+    nodes = [make_node("Celu", ["x"], ["a"], name="celu"), make_node("Range", ["c0", "c4", "c1"], ["r"], name="range")]
+    nodes.append(make_node("Mul", ["a", "r"], ["y"], name="mul"))
+    rows = make_tensor_value_info("x", TensorProto.FLOAT, [2, 4])
+    graph = make_graph(
+        nodes,
+        "g",
+        [rows, make_tensor_value_info("t", TensorProto.FLOAT, [1])],
+        [make_tensor_value_info("y", TensorProto.FLOAT, [2, 4])],
+        [from_array(np.array(n, np.float32), f"c{n}") for n in (0, 1, 4)],
+        value_info=[make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("a", [2, 4]), ("r", [4]))],
+    )
+    model = ir.from_proto(make_model(graph, opset_imports=[make_opsetid("", 21)], ir_version=10))
+    region = fp16_region(model, "t", "x")
+    assert region.nodes32 == {"celu", "range"}
+    fp16_arithmetic(model, region)
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    x = np.array([[1, -1, 2, 0.5], [0, 3, -2, 1]], np.float16)
+    feeds = {"x": x, "t": np.zeros(1, np.float32)}
+    given = {
+        i.name: feeds[i.name].astype({"tensor(float16)": np.float16}.get(i.type, np.float32))
+        for i in session.get_inputs()
+    }
+    expected = np.where(x > 0, x, np.exp(np.minimum(x.astype(np.float32), 0)) - 1) * np.arange(4)
+    np.testing.assert_allclose(session.run(None, given)[0], expected, rtol=2e-3)
+
+
+def test_positions_that_are_made_of_constants_stay_in_fp32() -> None:
+    """LTX' rotary embedding: Cos of a constant beyond FP16 was Cos(inf), which is NaN."""
+    nodes = [
+        make_node("Shape", ["x"], ["s"], name="shape"),
+        make_node("Expand", ["big", "s"], ["p"], name="expand"),
+        make_node("Mul", ["p", "two"], ["angle"], name="angles"),
+        make_node("Cos", ["angle"], ["c"], name="cos"),
+        make_node("Mul", ["x", "c"], ["y"], name="rotate"),
+    ]
+    graph = make_graph(
+        nodes,
+        "g",
+        [make_tensor_value_info("x", TensorProto.FLOAT, [2, 4]), make_tensor_value_info("t", TensorProto.FLOAT, [1])],
+        [make_tensor_value_info("y", TensorProto.FLOAT, [2, 4])],
+        [from_array(np.array([4e4], np.float32), "big"), from_array(np.array([2.0], np.float32), "two")],
+        value_info=[make_tensor_value_info(n, TensorProto.FLOAT, [2, 4]) for n in ("p", "angle", "c")]
+        + [make_tensor_value_info("s", TensorProto.INT64, [2])],
+    )
+    model = ir.from_proto(make_model(graph, opset_imports=[make_opsetid("", 21)], ir_version=10))
+    region = fp16_region(model, "t", "x")
+    assert region.nodes32 == {"expand", "angles", "cos"} | ({"shape"} & region.nodes32)
+    fp16_arithmetic(model, region)
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    feeds = {"x": np.ones((2, 4), np.float16), "t": np.zeros(1, np.float32)}
+    given = {i.name: feeds[i.name] for i in session.get_inputs()}
+    np.testing.assert_allclose(session.run(None, given)[0], np.cos(8e4), rtol=2e-3)

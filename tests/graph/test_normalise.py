@@ -12,6 +12,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import layer_graph
 from mpq_deploy.graph.load import normalise
 from mpq_deploy.graph.passes.fold_constants import FoldConstantsPass
@@ -239,3 +240,116 @@ def test_normalising_twice_changes_nothing(opset: int, tmp_path: Path) -> None:
     once = normalise(ir.from_proto(tiny_onnx_denoiser(opset)))
     first = ir.to_proto(once).SerializeToString(deterministic=True)
     assert ir.to_proto(normalise(once)).SerializeToString(deterministic=True) == first
+
+
+def bare(graph: GraphBuilder) -> ir.Model:
+    """The graph without a single declared type inside, as exporters write it."""
+    model = graph.model()
+    del model.graph.value_info[:]
+    return ir.from_proto(model)
+
+
+def test_types_that_no_one_declared_are_inferred() -> None:
+    graph = GraphBuilder()
+    x = graph.input("x", ["n", 8, 4, 4])
+    scale, bias = graph.random("norm.weight", 8, scale=1.0), graph.random("norm.bias", 8, scale=0.1)
+    # ONNX infers nothing of GroupNormalization, nor of what follows.
+    normal = graph.op("GroupNormalization", [x, scale, bias], "norm", num_groups=2)
+    again = graph.op("GroupNormalization", [graph.conv(normal, "conv", 8, 8), scale, bias], "norm_2", num_groups=4)
+    graph.op("Relu", [again], "relu")
+    graph.nodes[-1].output[0] = graph.output("out", ["n", 8, 4, 4])
+    model = normalise(bare(graph))
+    untyped = [value.name for node in model.graph for value in node.outputs if value.dtype is None]
+    assert not untyped
+    feed = graph.rng.standard_normal((2, 8, 4, 4)).astype(np.float32)
+    np.testing.assert_allclose(run(model, x=feed), run(ir.from_proto(graph.model()), x=feed), atol=1e-5)
+
+
+def test_outputs_of_foreign_operators_take_the_type_of_their_floats() -> None:
+    graph = GraphBuilder()
+    x = graph.input("x", ["n", 4])
+    graph.nodes.append(helper.make_node("QuickGelu", [x], ["g"], name="gelu", domain="com.microsoft"))
+    graph.op("MatMul", ["g", graph.random("w", 4, 4)], "product")
+    graph.nodes[-1].output[0] = graph.output("out", ["n", 4])
+    made = helper.make_graph(graph.nodes, "g", graph.inputs, graph.outputs, graph.weights)
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = normalise(ir.from_proto(helper.make_model(made, opset_imports=opsets, ir_version=10)))
+    assert next(node for node in model.graph if node.op_type == "QuickGelu").outputs[0].dtype == ir.DataType.FLOAT
+
+
+def test_what_the_converter_makes_constants_of_becomes_initializers() -> None:
+    """Limits of Clip are attributes until opset 10: the converter writes them as Constant nodes."""
+    graph = GraphBuilder(opset=10)
+    x = graph.input("x", ["n", 4])
+    graph.op("Clip", [graph.op("MatMul", [x, graph.random("w", 4, 4)], "product")], "clip", min=-0.5, max=0.5)
+    graph.nodes[-1].output[0] = graph.output("out", ["n", 4])
+    made = helper.make_graph(graph.nodes, "g", graph.inputs, graph.outputs, graph.weights)
+    proto = helper.make_model(made, opset_imports=[helper.make_opsetid("", 10)], ir_version=5)
+    feed = graph.rng.standard_normal((3, 4)).astype(np.float32)
+    before = run(ir.from_proto(proto), x=feed)
+    model = normalise(ir.from_proto(proto))
+    assert "Constant" not in [node.op_type for node in model.graph]
+    names = [node.name for node in model.graph]
+    assert all(names) and len(set(names)) == len(names)
+    np.testing.assert_allclose(run(model, x=feed), before, atol=1e-6)
+
+
+def test_double_precision_becomes_single() -> None:
+    graph = GraphBuilder()
+    x = graph.op("Cast", [graph.input("x", ["n", 4])], "to_double", to=TensorProto.DOUBLE)
+    weight = graph.weight("w", graph.rng.standard_normal((4, 6)))
+    single = graph.op("Cast", [graph.op("MatMul", [x, weight], "product")], "to_single", to=TensorProto.FLOAT)
+    model = finished(graph, single, ["n", 6])
+    feed = graph.rng.standard_normal((3, 4)).astype(np.float32)
+    before = run(model, x=feed)
+    model = normalise(model)
+    assert [node.op_type for node in model.graph] == ["MatMul", "Neg"]
+    assert initializer(model, "w").dtype == np.float32
+    np.testing.assert_allclose(run(model, x=feed), before, rtol=1e-5)
+
+
+def test_infinite_masks_become_finite_and_softmax_stays() -> None:
+    graph = GraphBuilder()
+    x = graph.input("x", ["n", 3])
+    mask = graph.weight("mask", np.array([0, -np.inf, 0], np.float32))
+    above = graph.op(
+        "Where",
+        [graph.weight("keep", np.array([True, True, False])), x, graph.weight("low", np.float32(-np.inf))],
+        "where",
+    )
+    model = finished(graph, graph.op("Softmax", [graph.op("Add", [above, mask], "add")], "softmax"), ["n", 3])
+    feed = graph.rng.standard_normal((2, 3)).astype(np.float32)
+    before = run(model, x=feed)
+    model = normalise(model)
+    assert np.isfinite(initializer(model, "mask")).all() and np.isfinite(initializer(model, "low")).all()
+    np.testing.assert_array_equal(run(model, x=feed), before)
+
+
+def test_infinity_that_is_compared_with_stays() -> None:
+    graph = GraphBuilder()
+    x = graph.input("x", ["n", 3])
+    equal = graph.op("Equal", [x, graph.weight("inf", np.float32(np.inf))], "equal")
+    model = normalise(finished(graph, graph.op("Cast", [equal], "cast", to=TensorProto.FLOAT), ["n", 3]))
+    assert np.isinf(initializer(model, "inf"))
+
+
+def test_a_refusal_inside_a_pass_is_said_as_such() -> None:
+    graph = GraphBuilder()
+    graph.input("x", ["n", 3], TensorProto.FLOAT16)
+    then = helper.make_graph(
+        [helper.make_node("Neg", ["x"], ["a"])],
+        "t",
+        [],
+        [helper.make_tensor_value_info("a", TensorProto.FLOAT16, None)],
+    )
+    other = helper.make_graph(
+        [helper.make_node("Abs", ["x"], ["b"])],
+        "e",
+        [],
+        [helper.make_tensor_value_info("b", TensorProto.FLOAT16, None)],
+    )
+    graph.op("If", [graph.weight("yes", np.array(True))], "if", then_branch=then, else_branch=other)
+    graph.op("Cast", ["if_out"], "cast", to=TensorProto.FLOAT)
+    graph.nodes[-1].output[0] = graph.output("out", ["n", 3])
+    with pytest.raises(ModelError, match="control flow"):
+        normalise(ir.from_proto(graph.model()))

@@ -17,7 +17,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from mpq_deploy.errors import InfeasibleBudgetError
+from mpq_deploy.errors import InfeasibleBudgetError, ModelError
 from mpq_deploy.graph.save import constant_bytes
 from tests.graphs import GraphBuilder, awkward_graph, denoiser_graph
 from tests.pipeline.runs import Built, build, describe, recipe_for, save_denoiser
@@ -234,3 +234,30 @@ def test_exported_by_dynamo(tmp_path: Path) -> None:
     folder = tiny_unet_folder(tmp_path)
     # Few samples of a model with conditions: the prediction is rough.
     check(build(recipe_for(folder, **ALIKE), tmp_path / "run"), factor=10)
+
+
+def test_an_operator_that_no_target_takes_is_refused_before_any_work(tmp_path: Path) -> None:
+    model = small(depthwise).model()
+    place = next(i for i, node in enumerate(model.graph.node) if node.op_type == "Relu")
+    relu = model.graph.node[place]
+    model.graph.node[place].CopyFrom(
+        helper.make_node("QuickGelu", list(relu.input), list(relu.output), name="gelu", domain="com.microsoft")
+    )
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(ModelError, match=r"'gelu' \(QuickGelu\) cannot be deployed on rtx") as caught:
+        build(recipe_for(describe(tmp_path / "model.onnx"), **ALIKE), tmp_path / "run")
+    assert "plain ONNX operators" in caught.value.hint
+    assert not (tmp_path / "run" / "calibrate" / "stats.npz").exists()
+
+
+def test_a_file_without_declared_types_gives_a_whole_fp16_graph(tmp_path: Path) -> None:
+    """Where FP32 meets FP16 a Cast stands, although the file says no type: ONNX Runtime opens the deployed graph."""
+    import onnxruntime as ort
+
+    model = small(both_gemms).model()
+    del model.graph.value_info[:]
+    onnx.save(model, tmp_path / "model.onnx")
+    built = build(recipe_for(describe(tmp_path / "model.onnx"), **{**ALIKE, "measure__samples": 2}), tmp_path / "run")
+    check(built, factor=10)
+    ort.InferenceSession(built.run / "quantize" / "model.onnx", providers=["CPUExecutionProvider"])

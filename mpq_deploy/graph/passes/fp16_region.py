@@ -2,8 +2,9 @@
 
 The sinusoids of the timestep need FP32: at t = 999 FP16 has steps of 0.5, half a radian. So a node stays in FP32 when
 all its floating-point inputs come from position-like graph inputs (the timestep, and any other input that reaches a
-Sin or Cos) and it lies before the first layer. So does a node with a scalar that FP16 does not hold: a term such as the
-1e-15 that keeps a divisor from 0 would be 0, a factor of 1e6 another number. Roots and quotients of its result follow.
+Sin or Cos) and it lies before the first layer; positions that are made of constants stay too. So does a node with a
+scalar that FP16 does not hold: a term such as the 1e-15 that keeps a divisor from 0 would be 0, a factor of 1e6 another
+number. Roots and quotients of its result follow. And so does a node whose operator takes no FP16 in ONNX (Range, Celu).
 Everything else is FP16.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 
 from mpq_deploy.errors import ModelError
@@ -56,12 +58,15 @@ def fp16_region(model: ir.Model, timestep: str, sample: str) -> Fp16Region:
         found = sources[node]
         if found and found <= positions:
             nodes32.add(node.name or "")
+    # Positions that are made of constants: rotary embeddings of a video's frames, rows and columns.
+    nodes32 |= {node.name or "" for node in model.graph if node.op_type in ("Sin", "Cos") and sources[node] == set()}
     # Constants made on the way, such as Expand(1, shape), that only the island reads belong to it.
     for node in reversed(model.graph):
         readers = [reader.name for output in node.outputs for reader, _ in output.uses()]
         if sources[node] == set() and readers and all(name in nodes32 for name in readers):
             nodes32.add(node.name or "")
     nodes32 |= _out_of_range(model)
+    nodes32 |= {node.name or "" for node in model.graph if _takes_no_half(node, model.graph.opset_imports.get("", 0))}
     inputs32 = {value.name or "" for value in model.graph.inputs if value.name in positions}
     return Fp16Region(frozenset(nodes32), frozenset(inputs32))
 
@@ -86,6 +91,22 @@ def _holds_no_half(node: ir.Node) -> bool:
             continue
         size = abs(float(tensor.numpy().reshape(())))
         if 0 < size <= VANISHING or (node.op_type in FACTORS and size > LARGEST):
+            return True
+    return False
+
+
+def _takes_no_half(node: ir.Node, opset: int) -> bool:
+    """Whether a float input of ``node`` may be no FP16, as ONNX defines its operator."""
+    if node.domain not in ("", "ai.onnx") or not onnx.defs.has(node.op_type, opset):
+        return False
+    schema = onnx.defs.get_schema(node.op_type, opset)
+    allowed = {constraint.type_param_str: constraint.allowed_type_strs for constraint in schema.type_constraints}
+    for index, value in enumerate(node.inputs):
+        if value is None or value.dtype != ir.DataType.FLOAT or index in FLOAT32_SLOTS.get(node.op_type, ()):
+            continue
+        # The last parameter of a variadic operator stands for all further inputs.
+        parameter = schema.inputs[min(index, len(schema.inputs) - 1)].type_str
+        if "tensor(float16)" not in allowed.get(parameter, [parameter]):
             return True
     return False
 

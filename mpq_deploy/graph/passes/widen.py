@@ -1,4 +1,4 @@
-"""Turn a half-precision graph into an FP32 one: everything is measured and quantized from FP32."""
+"""Turn a graph in half or double precision into an FP32 one: everything is measured and quantized from FP32."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import STANDARD_DOMAINS
 
 HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+OTHERS = (*HALVES, ir.DataType.DOUBLE)
 # Integer attributes that name an element type (Cast, RandomNormal, EyeLike, QuantizeLinear, ...).
 TYPE_ATTRIBUTES = ("to", "dtype", "output_dtype", "stash_type")
 
 
 class WidenPass(ir.passes.InPlacePass):
-    """Replace FLOAT16 and BFLOAT16 by FLOAT everywhere in a graph without control flow.
+    """Replace FLOAT16, BFLOAT16 and DOUBLE by FLOAT everywhere in a graph without control flow.
 
     1. Weights are converted; inputs, outputs and intermediate values are declared FLOAT.
-    2. Attributes that name a half type or hold a half tensor are changed alike.
+    2. Attributes that name such a type or hold such a tensor are changed alike.
     3. A Cast that no longer changes anything is removed, unless it gives a graph output.
-    4. A half-precision model with subgraphs (If, Loop) is refused with a ModelError.
+    4. A model with such types and subgraphs (If, Loop) is refused with a ModelError.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Widen weights, values and attributes."""
-        if not uses_halves(model):
+        if not _uses(model, OTHERS):
             return ir.passes.PassResult(model, False)
         for node in model.graph:
             for attribute in list(node.attributes.values()):
@@ -35,7 +36,7 @@ class WidenPass(ir.passes.InPlacePass):
             _declare_float(value)
         for value in list(model.graph.initializers.values()):
             tensor = value.const_value
-            if tensor is not None and tensor.dtype in HALVES:
+            if tensor is not None and tensor.dtype in OTHERS:
                 value.const_value = ir.tensor(tensor.numpy().astype(np.float32), name=value.name)
             _declare_float(value)
         _remove_idle_casts(model.graph)
@@ -44,26 +45,30 @@ class WidenPass(ir.passes.InPlacePass):
 
 def uses_halves(model: ir.Model) -> bool:
     """Say whether any weight, input, output or attribute of the graph is in half precision."""
+    return _uses(model, HALVES)
+
+
+def _uses(model: ir.Model, kinds: tuple[ir.DataType, ...]) -> bool:
     graph = model.graph
     values = (*graph.inputs, *graph.outputs, *graph.initializers.values())
-    if any(value.dtype in HALVES for value in values):
+    if any(value.dtype in kinds for value in values):
         return True
-    return any(_names_half(attribute) for node in graph for attribute in node.attributes.values())
+    return any(_names(attribute, kinds) for node in graph for attribute in node.attributes.values())
 
 
-def _names_half(attribute: ir.Attr) -> bool:
+def _names(attribute: ir.Attr, kinds: tuple[ir.DataType, ...]) -> bool:
     if attribute.type == ir.AttributeType.INT:
-        return attribute.name in TYPE_ATTRIBUTES and attribute.value in [int(half) for half in HALVES]
-    return attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype in HALVES
+        return attribute.name in TYPE_ATTRIBUTES and attribute.value in [int(kind) for kind in kinds]
+    return attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype in kinds
 
 
 def _widen_attribute(node: ir.Node, attribute: ir.Attr) -> None:
     if attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
         raise ModelError(
-            f"The model is in half precision and has control flow (node '{node.name}', {node.op_type}).",
+            f"The model is in half or double precision and has control flow (node '{node.name}', {node.op_type}).",
             "Export it in FP32.",
         )
-    if not _names_half(attribute):
+    if not _names(attribute, OTHERS):
         return
     if attribute.type == ir.AttributeType.INT:
         node.attributes[attribute.name] = ir.AttrInt64(attribute.name, int(ir.DataType.FLOAT))
@@ -73,7 +78,7 @@ def _widen_attribute(node: ir.Node, attribute: ir.Attr) -> None:
 
 
 def _declare_float(value: ir.Value) -> None:
-    if value.dtype in HALVES:
+    if value.dtype in OTHERS:
         value.dtype = ir.DataType.FLOAT
 
 
