@@ -151,6 +151,8 @@ class StageMemory:
         return self.total - min(held, self.code)
 
 
+# A worker that rounds layers, without its graph: the interpreter with NumPy, ONNX and its runtime.
+ROUNDER_BYTES = 190 << 20
 # The interpreter with NumPy and ONNX; with the solver or ONNX Runtime; with torch; with diffusers and the exporter.
 BARE_BYTES, SESSION_BYTES, TORCH_BYTES, EXPORT_BYTES = 140 << 20, 85 << 20, 400 << 20, 530 << 20
 # What each node of the graph takes: its objects; those and a session's, or a plan's; the exporter, per parameter.
@@ -211,13 +213,16 @@ def estimate_engine(weights: int, nodes: int) -> StageMemory:
     return StageMemory("engine", BUILDER_COPIES * weights, 0, child, _bare(nodes))
 
 
-def estimate_stage(stage: str, size: ModelSize, recipe: Recipe, forms: int) -> StageMemory:
-    """Estimate the peak of a stage from ``calibrate`` to ``quantize``; ``forms``: weight forms per layer, at most."""
+def estimate_stage(stage: str, size: ModelSize, recipe: Recipe, forms: int, workers: int = 0) -> StageMemory:
+    """Estimate the peak of a stage from ``calibrate`` to ``quantize``; ``forms``: weight forms per layer, at most.
+
+    ``workers``: processes of this machine that round layers; what they hold counts as work.
+    """
     if stage == "calibrate":
         values = int(ARENA_SHARE * recipe.calibrate.batch_size * size.alive)
         return StageMemory(stage, _session(size.weights), values, 0, SESSION_BYTES + NODE_BYTES * size.nodes)
     if stage == "candidates":
-        return _candidates(size, recipe, forms)
+        return _candidates(size, recipe, forms, workers)
     if stage == "measure":
         return _measure(size, recipe, forms)
     if stage == "allocate":
@@ -236,23 +241,42 @@ def _session(weights: int) -> int:
     return weights if weights >= LARGE_WEIGHTS_BYTES else int((1 + SESSION_COPIES) * weights)
 
 
-def _candidates(size: ModelSize, recipe: Recipe, forms: int) -> StageMemory:
+def _candidates(size: ModelSize, recipe: Recipe, forms: int, workers: int) -> StageMemory:
     """Return the largest of the phases: rounding a layer, gathering Hessians, ordering salient channels."""
-    rounding = FLOAT32_BYTES * size.largest * (ROUNDING_ARRAYS + FORM_ARRAYS * forms)
-    code = SESSION_BYTES + NODE_BYTES * size.nodes
-    phases = [StageMemory("candidates", 0, 0, rounding, _bare(size.nodes))]
-    if recipe.quantize.rounding != "nearest":
-        held = hessian_bytes(size, recipe)
-        factor = FACTOR_BYTES * max((_blocks(p, recipe)[1] ** 2 for p in size.patches), default=0)
+    rounding = _rounding(size, recipe, forms)
+    code, gptq = SESSION_BYTES + NODE_BYTES * size.nodes, recipe.quantize.rounding != "nearest"
+    held, beside = hessian_bytes(size, recipe) if gptq else (0, 0), code if gptq else _bare(size.nodes)
+    # Hessians of a group lie in files while workers round its layers.
+    rounding = workers * rounding_bytes(size, recipe, forms) if workers else rounding + held[0]
+    phases = [StageMemory("candidates", 0, 0, rounding, beside)]
+    if gptq:
         values = int(HESSIAN_ARENA_SHARE * min(HESSIAN_BATCH, _rounded_on(recipe)) * size.alive)
-        phases = [StageMemory("candidates", _session(size.weights), values, sum(held), code)]
-        phases += [StageMemory("candidates", 0, 0, rounding + factor + held[0], code)]
+        # Workers wait while those of the next group are gathered; the arrays of the last are gone by then.
+        idle = workers * (ROUNDER_BYTES + OBJECT_BYTES * size.nodes)
+        phases += [StageMemory("candidates", _session(size.weights), values, sum(held) + idle, code)]
     if "rows" in recipe.allocate.branches and recipe.quantize.salience == "probe":
         calls = int(PASS_SHARE * MEASURE_BYTES / max(PASS_COPIES * DISTINCT_SHARE * size.values, 1))
         values = _adjoint(size, 1, max(1, min(SALIENCE_BATCH, calls)))
         kept = min(size.weights, MEASURE_BYTES)
         phases += [StageMemory("candidates", size.weights, values, kept, max(TORCH_BYTES, code))]
     return max(phases, key=lambda phase: phase.total)
+
+
+def _rounding(size: ModelSize, recipe: Recipe, forms: int) -> int:
+    """Return the bytes of the arrays that rounding the largest layer takes, beside its Hessian."""
+    arrays = FLOAT32_BYTES * size.largest * (ROUNDING_ARRAYS + FORM_ARRAYS * forms)
+    if recipe.quantize.rounding == "nearest":
+        return arrays
+    return arrays + FACTOR_BYTES * max((_blocks(p, recipe)[1] ** 2 for p in size.patches), default=0)
+
+
+def rounding_bytes(size: ModelSize, recipe: Recipe, forms: int) -> int:
+    """Estimate what a worker holds that rounds layers one by one: its code, a Hessian, and the work on a layer."""
+    hessian = 0
+    if recipe.quantize.rounding != "nearest":
+        shapes = [(p.group * _blocks(p, recipe)[0], _blocks(p, recipe)[1]) for p in size.patches]
+        hessian = FLOAT32_BYTES * max((count * width**2 for count, width in shapes), default=0)
+    return ROUNDER_BYTES + OBJECT_BYTES * size.nodes + hessian + _rounding(size, recipe, forms)
 
 
 def _blocks(patches: Patches, recipe: Recipe) -> tuple[int, int]:

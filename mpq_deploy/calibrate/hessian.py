@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import product
 from math import ceil, prod
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 
 from mpq_deploy.calibrate.feeds import Batch, batches
 from mpq_deploy.calibrate.sessions import open_session
@@ -25,6 +27,7 @@ from mpq_deploy.calibrate.stats import CalibrationSet
 from mpq_deploy.denoisers.spec import Array, DenoiserSpec
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.graph.layers import Layer, LayerGraph, LayerUse
+from mpq_deploy.shards.files import alone_with
 from mpq_deploy.talk import Talk
 
 # Share of the memory cap for rows that wait to be multiplied: a product of many rows costs less per row, because
@@ -84,19 +87,62 @@ def iterate_hessians(
     Layers that read one tensor through the same patches share one array: do not write into ``blocks``.
     Raises UsageError when one layer's matrices exceed the cap, ModelError when an input is not finite.
     """
-    chosen = [layer for layer in graph.layers if layers is None or layer.name in layers]
-    if not chosen:
-        return
-    shapes = activation_shapes(graph, recorded, conditions, spec, talk, scratch)
-    nodes = {node.name: node for node in graph.model.graph}
-    source = _Source(graph, recorded, conditions, spec, options, talk, scratch)
-    planned = [
-        (layer, tuple(_Patches.of(nodes[use.node], use, layer, shapes[use.input]) for use in layer.uses))
-        for layer in chosen
-    ]
-    groups = _groups(planned, options)
-    for number, group in enumerate(groups):
-        label = f"Hessians {number + 1} of {len(groups)}"
+    plan = HessianPlan.of(graph, recorded, conditions, spec, options, talk, layers=layers, scratch=scratch)
+    for number in range(len(plan)):
+        yield from plan.hessians(number)
+
+
+class HessianPlan:
+    """The layers in groups whose distinct matrices fit the cap together: for each the denoiser runs once.
+
+    A group's Hessians have the same bits in whatever order and process the groups are made.
+    """
+
+    def __init__(self, source: _Source, groups: list[list[_Planned]]) -> None:
+        self._source, self._groups = source, groups
+
+    @classmethod
+    def of(
+        cls,
+        graph: LayerGraph,
+        recorded: CalibrationSet,
+        conditions: dict[str, Array],
+        spec: DenoiserSpec,
+        options: HessianOptions,
+        talk: Talk,
+        *,
+        layers: tuple[str, ...] | None = None,
+        scratch: Path | None = None,
+        guard: Path | None = None,
+    ) -> HessianPlan:
+        """Plan the Hessians of ``layers``; the arguments and errors are those of ``iterate_hessians``.
+
+        ``guard``: a file that processes which read the same model lock while its weights are linked for a session.
+        """
+        source = _Source(graph, recorded, conditions, spec, options, talk, scratch, guard)
+        chosen = [layer for layer in graph.layers if layers is None or layer.name in layers]
+        if not chosen:
+            return cls(source, [])
+        with alone_with(guard) if guard else nullcontext():
+            shapes = activation_shapes(graph, recorded, conditions, spec, talk, scratch)
+        nodes = {node.name: node for node in graph.model.graph}
+        planned = [
+            (layer, tuple(_Patches.of(nodes[use.node], use, layer, shapes[use.input]) for use in layer.uses))
+            for layer in chosen
+        ]
+        return cls(source, _groups(planned, options))
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def layers(self, number: int) -> tuple[Layer, ...]:
+        """Return the layers of group ``number``, in graph order."""
+        return tuple(layer for layer, _ in self._groups[number])
+
+    def hessians(self, number: int) -> Iterator[Hessian]:
+        """Yield the Hessians of group ``number``. Raises as ``iterate_hessians`` does."""
+        source, group = self._source, self._groups[number]
+        label = f"Hessians {number + 1} of {len(self)}"
         means = _accumulate(source, list(dict.fromkeys(p for _, uses in group for p in uses)), label)
         last = {patches: layer.name for layer, uses in group for patches in uses}
         for layer, uses in group:
@@ -104,7 +150,7 @@ def iterate_hessians(
             for patches in set(uses):
                 if last[patches] == layer.name:
                     del means[patches]
-            yield Hessian(layer, blocks, _widths(layer.reduction, options.max_width), rows)
+            yield Hessian(layer, blocks, _widths(layer.reduction, source.options.max_width), rows)
             del blocks
 
 
@@ -117,6 +163,7 @@ class _Source:
     options: HessianOptions
     talk: Talk
     scratch: Path | None
+    guard: Path | None = None
 
     def chosen(self) -> list[Batch]:
         """Return the batches to run: as many calls of each timestep as the limit leaves."""
@@ -301,10 +348,7 @@ def _accumulate(source: _Source, jobs: list[_Patches], label: str) -> dict[_Patc
     waiting = _Waiting(sums, options.max_width, WAITING_SHARE * options.memory_cap_bytes)
     model = _gathering_graph(source.graph, jobs)
     wanted = {value.name for value in model.graph.inputs}
-    with (
-        open_session(model, source.talk, scratch=source.scratch, threads=options.threads) as session,
-        source.talk.bar(label, total_calls) as advance,
-    ):
+    with _session(source, model) as session, source.talk.bar(label, total_calls) as advance:
         needed = wanted & {entry.name for entry in session.get_inputs()}
         for batch in chosen:
             taps = [_batch_taps(job, batch, calls, total_calls, options) for job in jobs]
@@ -324,6 +368,19 @@ def _accumulate(source: _Source, jobs: list[_Patches], label: str) -> dict[_Patc
                 "Calibrate again: the observers name the layer and the timestep.",
             )
     return sums
+
+
+@contextmanager
+def _session(source: _Source, model: ir.Model) -> Iterator[ort.InferenceSession]:
+    """Open a session on ``model``; where others may read its weights, these are linked only until they are mapped."""
+    opened = open_session(model, source.talk, scratch=source.scratch, threads=source.options.threads)
+    if source.guard is None:
+        with opened as session:
+            yield session
+        return
+    with alone_with(source.guard), opened as session:
+        pass
+    yield session
 
 
 def _batch_taps(

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -44,6 +44,7 @@ class Cluster:
     workers: int | None = None
     threads: int | None = None
     repeats: int = REPEATS
+    shares_files: ClassVar[bool] = False
 
     def threads_of_shard(self) -> Threads:
         """Return the threads asked for, or those of this process."""

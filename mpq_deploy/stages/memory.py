@@ -12,7 +12,7 @@ from mpq_deploy.errors import MpqError
 from mpq_deploy.precision.scheme import SCHEMES
 
 if TYPE_CHECKING:
-    from mpq_deploy.memory import StageMemory
+    from mpq_deploy.memory import ModelSize, StageMemory
     from mpq_deploy.pipeline import Pipeline
 
 MORE = "use a machine with more memory, or set MPQ_DEPLOY_MEMORY to what may be taken if you know better."
@@ -82,23 +82,40 @@ def _runtime_errors() -> tuple[type[BaseException], ...]:
 
 
 def stage_memory(pipeline: Pipeline, stage: str) -> StageMemory:
-    """Estimate what ``stage`` takes; those before it are current."""
-    from mpq_deploy.denoisers.smaller import smaller_spec
-    from mpq_deploy.memory import estimate_stage, model_size
-    from mpq_deploy.stages.common import Exported
+    """Estimate what ``stage`` takes, workers on this machine included; those before it are current."""
+    from mpq_deploy.memory import estimate_stage
+    from mpq_deploy.shards.processes import Processes
 
     if stage == "export":
         return _export(pipeline)
     if stage == "engine":
         return _engine(pipeline)
+    workers = pipeline.crew.workers if isinstance(pipeline.crew, Processes) else 0
+    size, forms = _sizes(pipeline, stage)
+    return estimate_stage(stage, size, pipeline.recipe, forms, workers if stage == "candidates" else 0)
+
+
+def rounding_worker_bytes(pipeline: Pipeline) -> int:
+    """Estimate what a worker holds that rounds layers, beside what every worker holds (``shards.memory``)."""
+    from mpq_deploy.memory import rounding_bytes
+    from mpq_deploy.shards.memory import PROCESS_BYTES
+
+    size, forms = _sizes(pipeline, "candidates")
+    return max(0, rounding_bytes(size, pipeline.recipe, forms) - PROCESS_BYTES)
+
+
+def _sizes(pipeline: Pipeline, stage: str) -> tuple[ModelSize, int]:
+    """Return the size of the model that ``stage`` works on, and the weight forms per layer, at most."""
+    from mpq_deploy.denoisers.smaller import smaller_spec
+    from mpq_deploy.memory import model_size
+    from mpq_deploy.stages.common import Exported
+
     exported, recipe = Exported(pipeline), pipeline.recipe
     if stage == "measure" and recipe.measure.side is not None:
         exported.take_smaller(smaller_spec(exported.spec, recipe.measure.side))
     named = recipe.allocate.schemes
     forms = {s.weight_form for s in SCHEMES.values() if not s.branch and (s.name in named or s.family in named)}
-    return estimate_stage(
-        stage, model_size(exported.path, exported.graph, exported.spec.input_shapes()), recipe, len(forms)
-    )
+    return model_size(exported.path, exported.graph, exported.spec.input_shapes()), len(forms)
 
 
 def _export(pipeline: Pipeline) -> StageMemory:
