@@ -151,7 +151,7 @@ class StageMemory:
         return self.total - min(held, self.code)
 
 
-# A worker that rounds layers, without its graph: the interpreter with NumPy, ONNX and its runtime.
+# A worker of the stage candidates, without its graph: the interpreter with NumPy, ONNX and its runtime.
 ROUNDER_BYTES = 190 << 20
 # The interpreter with NumPy and ONNX; with the solver or ONNX Runtime; with torch; with diffusers and the exporter.
 BARE_BYTES, SESSION_BYTES, TORCH_BYTES, EXPORT_BYTES = 140 << 20, 85 << 20, 400 << 20, 530 << 20
@@ -243,17 +243,19 @@ def _session(weights: int) -> int:
 
 def _candidates(size: ModelSize, recipe: Recipe, forms: int, workers: int) -> StageMemory:
     """Return the largest of the phases: rounding a layer, gathering Hessians, ordering salient channels."""
-    rounding = _rounding(size, recipe, forms)
     code, gptq = SESSION_BYTES + NODE_BYTES * size.nodes, recipe.quantize.rounding != "nearest"
     held, beside = hessian_bytes(size, recipe) if gptq else (0, 0), code if gptq else _bare(size.nodes)
-    # Hessians of a group lie in files while workers round its layers.
-    rounding = workers * rounding_bytes(size, recipe, forms) if workers else rounding + held[0]
+    rounding = _rounding(size, recipe, forms) + held[0]
+    if workers:
+        # Hessians lie in files then.
+        rounding = workers * _rounder_bytes(size, recipe, forms)
     phases = [StageMemory("candidates", 0, 0, rounding, beside)]
     if gptq:
-        values = int(HESSIAN_ARENA_SHARE * min(HESSIAN_BATCH, _rounded_on(recipe)) * size.alive)
-        # Workers wait while those of the next group are gathered; the arrays of the last are gone by then.
-        idle = workers * (ROUNDER_BYTES + OBJECT_BYTES * size.nodes)
-        phases += [StageMemory("candidates", _session(size.weights), values, sum(held) + idle, code)]
+        # Weights that sessions do not copy are in memory once, whoever has mapped them.
+        sessions = _session(size.weights) * (1 if size.weights >= LARGE_WEIGHTS_BYTES else max(workers, 1))
+        values = max(workers, 1) * _gathered_values(size, recipe)
+        work = sum(held) + workers * _gatherer_bytes(size, recipe)
+        phases += [StageMemory("candidates", sessions, values, work, code)]
     if "rows" in recipe.allocate.branches and recipe.quantize.salience == "probe":
         calls = int(PASS_SHARE * MEASURE_BYTES / max(PASS_COPIES * DISTINCT_SHARE * size.values, 1))
         values = _adjoint(size, 1, max(1, min(SALIENCE_BATCH, calls)))
@@ -270,13 +272,39 @@ def _rounding(size: ModelSize, recipe: Recipe, forms: int) -> int:
     return arrays + FACTOR_BYTES * max((_blocks(p, recipe)[1] ** 2 for p in size.patches), default=0)
 
 
-def rounding_bytes(size: ModelSize, recipe: Recipe, forms: int) -> int:
-    """Estimate what a worker holds that rounds layers one by one: its code, a Hessian, and the work on a layer."""
+def candidates_worker_bytes(size: ModelSize, recipe: Recipe, forms: int) -> int:
+    """Estimate what a worker of the stage holds: as it gathers rows for Hessians, or as it rounds a layer."""
+    rounding = _rounder_bytes(size, recipe, forms)
+    if recipe.quantize.rounding == "nearest":
+        return rounding
+    gathering = _session(size.weights) + _gathered_values(size, recipe) + _gatherer_bytes(size, recipe)
+    return max(rounding, gathering)
+
+
+def _gathered_values(size: ModelSize, recipe: Recipe) -> int:
+    return int(HESSIAN_ARENA_SHARE * min(HESSIAN_BATCH, _rounded_on(recipe)) * size.alive)
+
+
+def _gatherer_bytes(size: ModelSize, recipe: Recipe) -> int:
+    """Return what a worker holds beside its session: its code, and a timestep's rows, twice while they are sent."""
+    rows = sum(_row_bytes(patches, recipe) for patches in size.patches)
+    # At most the rows of as many Hessians as fit the cap.
+    held, _ = hessian_bytes(size, recipe)
+    whole = sum(_matrix_bytes(patches, recipe) for patches in size.patches)
+    return _rounder_code(size) + 2 * int(rows * held / max(whole, 1)) // recipe.calibrate.timesteps
+
+
+def _rounder_bytes(size: ModelSize, recipe: Recipe, forms: int) -> int:
+    """Return what a worker holds that rounds a layer: its code, the layer's Hessian, and the work on it."""
     hessian = 0
     if recipe.quantize.rounding != "nearest":
         shapes = [(p.group * _blocks(p, recipe)[0], _blocks(p, recipe)[1]) for p in size.patches]
         hessian = FLOAT32_BYTES * max((count * width**2 for count, width in shapes), default=0)
-    return ROUNDER_BYTES + OBJECT_BYTES * size.nodes + hessian + _rounding(size, recipe, forms)
+    return _rounder_code(size) + hessian + _rounding(size, recipe, forms)
+
+
+def _rounder_code(size: ModelSize) -> int:
+    return ROUNDER_BYTES + OBJECT_BYTES * size.nodes
 
 
 def _blocks(patches: Patches, recipe: Recipe) -> tuple[int, int]:
@@ -296,15 +324,23 @@ def hessian_bytes(size: ModelSize, recipe: Recipe) -> tuple[int, int]:
     """Return the bytes of the Hessians held at once and of the rows that wait for them, both within the cap."""
     section = recipe.quantize
     cap = section.memory_mb << 20
-    calls = max(1, recipe.calibrate.timesteps * _rounded_on(recipe))
-    matrices = waiting = 0
-    for patches in size.patches:
-        count, width = _blocks(patches, recipe)
-        matrices += FLOAT32_BYTES * (patches.group * count + 1) * width**2
-        wanted = max(section.hessian_rows, HESSIAN_ROWS_PER_COLUMN * width)
-        rows = calls * min(patches.rows, ceil(wanted / calls))
-        waiting += FLOAT32_BYTES * patches.group * patches.columns * rows
+    matrices = sum(_matrix_bytes(patches, recipe) for patches in size.patches)
+    waiting = sum(_row_bytes(patches, recipe) for patches in size.patches)
     return min(matrices, int(MATRIX_SHARE * cap)), min(waiting, int((1 - MATRIX_SHARE) * cap))
+
+
+def _matrix_bytes(patches: Patches, recipe: Recipe) -> int:
+    """Return the bytes of a Hessian, with one more of its blocks for the product on its way."""
+    count, width = _blocks(patches, recipe)
+    return FLOAT32_BYTES * (patches.group * count + 1) * width**2
+
+
+def _row_bytes(patches: Patches, recipe: Recipe) -> int:
+    """Return the bytes of all rows behind a Hessian."""
+    calls = max(1, recipe.calibrate.timesteps * _rounded_on(recipe))
+    wanted = max(recipe.quantize.hessian_rows, HESSIAN_ROWS_PER_COLUMN * _blocks(patches, recipe)[1])
+    rows = calls * min(patches.rows, ceil(wanted / calls))
+    return FLOAT32_BYTES * patches.group * patches.columns * rows
 
 
 def _adjoint(size: ModelSize, directions: int, calls: int) -> int:

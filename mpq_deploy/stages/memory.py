@@ -96,12 +96,12 @@ def stage_memory(pipeline: Pipeline, stage: str) -> StageMemory:
 
 
 def rounding_worker_bytes(pipeline: Pipeline) -> int:
-    """Estimate what a worker holds that rounds layers, beside what every worker holds (``shards.memory``)."""
-    from mpq_deploy.memory import rounding_bytes
+    """Estimate what a worker of the stage candidates holds, beside what every worker does (``shards.memory``)."""
+    from mpq_deploy.memory import candidates_worker_bytes
     from mpq_deploy.shards.memory import PROCESS_BYTES
 
     size, forms = _sizes(pipeline, "candidates")
-    return max(0, rounding_bytes(size, pipeline.recipe, forms) - PROCESS_BYTES)
+    return max(0, candidates_worker_bytes(size, pipeline.recipe, forms) - PROCESS_BYTES)
 
 
 def _sizes(pipeline: Pipeline, stage: str) -> tuple[ModelSize, int]:

@@ -1,10 +1,9 @@
-"""The stage candidates over workers: who makes the Hessians, and which layers a worker rounds.
+"""The stage candidates over workers: they run the calls behind the Hessians, and round the layers.
 
-On one machine this process makes the Hessians, group by group and with all cores, and writes each into the run's
-scratch folder; a shard is a layer, the largest first. On a cluster a shard is a whole group of layers, Hessians
-included, so that the runs of the denoiser behind them are spread too; where all layers are one group, this process
-makes its Hessians and sends each along with its layer. How layers are dealt out changes no bit: a group is the same
-wherever it is made, and a layer is rounded alone.
+Layers come in the groups whose Hessians fit the cap together, as in one process. Of each group workers first gather the
+rows of the layers' inputs, a shard per timestep; this process multiplies them in the order of the timesteps, which is
+where rounding errors would differ. Then a shard is a layer, those with the most weights first. Workers that see this
+machine's files read the Hessian from the run's scratch folder, others are sent it.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpq_deploy.artefacts import disk_error
-from mpq_deploy.calibrate.hessian import Hessian, HessianPlan
+from mpq_deploy.calibrate.hessian import Gathering, Hessian, HessianPlan
 from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.shards.files import alone_with
 from mpq_deploy.shards.work import Job, Pool, Result, Shard, Within, Work, run_shards
@@ -38,7 +37,8 @@ FILES = (RECIPE, "export", "calibrate")
 @dataclass(frozen=True)
 class _Layer:
     """Layer ``number`` and its Hessian, whose columns are cut into ``widths``: in the file ``place`` below the root, or
-    itself (``blocks``). Neither: the layer is rounded to nearest, by what the calibration knows of its inputs."""
+    itself (``blocks``). Neither: the layer is rounded to nearest, by what the calibration knows of its inputs.
+    """
 
     number: int
     widths: tuple[int, ...] = ()
@@ -47,10 +47,11 @@ class _Layer:
 
 
 @dataclass(frozen=True)
-class _Group:
-    """Group ``number`` of the plan of Hessians."""
+class _Gather:
+    """The rows that the calls at position ``step`` of the timesteps give for the Hessians of ``group``."""
 
-    number: int
+    group: int
+    step: int
 
 
 def round_over_workers(pipeline: Pipeline, exported: Exported, folder: Path) -> None:
@@ -58,20 +59,19 @@ def round_over_workers(pipeline: Pipeline, exported: Exported, folder: Path) -> 
     crew, root = pipeline.crew, pipeline.run.path
     opener = partial(_Rounding.open, folder.relative_to(root), crew.shares_files)
     job = Job("rounding", opener, root, FILES, rounding_worker_bytes(pipeline))
+    # Before workers come: it links the weights for a session, which other readers of them refuse.
+    plan = _plan(pipeline, exported, pipeline.talk) if pipeline.recipe.quantize.rounding != "nearest" else None
     with crew.open(job, pipeline.talk) as pool:
         dealing = _Dealing(pipeline, exported, pool, folder)
-        if pipeline.recipe.quantize.rounding == "nearest":
-            dealing.run([dealing.layer(_Layer(number)) for number in range(len(exported.graph.layers))], "")
-            return
-        plan = _plan(pipeline, exported, pipeline.talk)
-        if not crew.shares_files and len(plan) > 1:
-            sizes = [len(plan.layers(number)) for number in range(len(plan))]
-            dealing.run([Shard(f"layers of group {n + 1}", _Group(n), size) for n, size in enumerate(sizes)], "")
+        if plan is None:
+            dealing.round([dealing.layer(_Layer(number)) for number in range(len(exported.graph.layers))])
             return
         for number in range(len(plan)):
-            which = f" {number + 1} of {len(plan)}" if len(plan) > 1 else ""
+            which = f" {number + 1} of {len(plan)}"
             with tempfile.TemporaryDirectory(prefix="hessians-", dir=pipeline.run.scratch()) as scratch:
-                dealing.run(list(dealing.with_hessians(plan.hessians(number), Path(scratch))), which)
+                gathered = dealing.gathered(plan, number, f"Hessians{which}")
+                shards = list(dealing.with_hessians(plan.hessians(number, gathered), Path(scratch)))
+                dealing.round(shards, which if len(plan) > 1 else "")
 
 
 def _plan(pipeline: Pipeline, exported: Exported, talk: Talk, guard: Path | None = None) -> HessianPlan:
@@ -104,10 +104,19 @@ class _Dealing:
             np.save(path, found.blocks)
             yield self.layer(_Layer(number, found.widths, path.relative_to(self.pipeline.run.path)))
 
-    def run(self, shards: Sequence[Shard], which: str) -> None:
-        """Compute ``shards``, layers with the most weights first, so that none is left over at the end."""
+    def gathered(self, plan: HessianPlan, group: int, title: str) -> Iterator[list[Array]]:
+        """Yield the rows of every batch of all timesteps, in order."""
+        steps = range(plan.timesteps)
+        shards = [Shard(f"{title}, timestep {s + 1}", _Gather(group, s), plan.calls(s)) for s in steps]
+        for result in run_shards(self.pool, title, shards, self.pipeline.talk):
+            batches, jobs = (1 + max(int(name.split(".")[place]) for name in result) for place in (0, 1))
+            for batch in range(batches):
+                yield [result.pop(f"{batch}.{job}") for job in range(jobs)]
+
+    def round(self, shards: Sequence[Shard], which: str = "") -> None:
+        """Compute the ``shards`` of layers, those with the most weights first: none is left over at the end."""
         layers = self.exported.graph.layers
-        ordered = sorted(shards, key=lambda s: -layers[s.task.number].weights if isinstance(s.task, _Layer) else 0)
+        ordered = sorted(shards, key=lambda shard: -layers[shard.task.number].weights)
         for result in run_shards(self.pool, f"round layers{which}", ordered, self.pipeline.talk):
             for name, content in result.items():
                 (self.folder / name).write_bytes(content.tobytes())
@@ -123,24 +132,46 @@ class _Rounding:
         with alone_with(root / RECIPE):
             self._exported = Exported(self._pipeline)
         self._rounder = Rounder.of(self._pipeline, self._exported)
-        self._hessians: HessianPlan | None = None
+        self._plan: HessianPlan | None = None
+        self._open: tuple[int, Gathering] | None = None
 
     @classmethod
     def open(cls, out: Path, shares_files: bool, root: Path, talk: Talk) -> Work:
-        """Return what rounds a ``_Layer`` or a ``_Group`` into files of ``root / out``, or returns these files."""
-        return cls(root, out, shares_files, talk)._work
+        """Return what does a ``_Gather``, or rounds a ``_Layer`` into a file of ``root / out`` or returns that file."""
+        worker = cls(root, out, shares_files, talk)
 
-    def _work(self, task: _Layer | _Group, talk: Talk) -> Result:
-        if isinstance(task, _Layer):
-            return self._rounded(self._moments(task))
-        if self._hessians is None:
-            self._hessians = _plan(self._pipeline, self._exported, Within.silent(talk), self._root / RECIPE)
+        def work(task: _Layer | _Gather, inner: Talk) -> Result:
+            return worker.gather(task, inner) if isinstance(task, _Gather) else worker.round(task)
+
+        return work
+
+    def gather(self, task: _Gather, talk: Talk) -> Result:
+        """Return the rows by batch and Hessian."""
+        if self._plan is None:
+            self._plan = _plan(self._pipeline, self._exported, Within.silent(talk), self._root / RECIPE)
+        if self._open is None or self._open[0] != task.group:
+            # Two sessions would hold two copies of the weights.
+            self._open = None
+            self._open = (task.group, self._plan.gathering(task.group))
         found: Result = {}
-        with talk.bar("round layers", len(self._hessians.layers(task.number))) as advance:
-            for moments in self._hessians.hessians(task.number):
-                found |= self._rounded(moments)
-                advance(1)
+        with talk.bar("gather", self._plan.calls(task.step)) as advance:
+            for batch, parts in enumerate(self._open[1].at(task.step, advance)):
+                found |= {f"{batch}.{job}": rows for job, rows in enumerate(parts)}
         return found
+
+    def round(self, task: _Layer) -> Result:
+        """Round a layer; return its file where only this node has it."""
+        self._open = None
+        try:
+            self._out.mkdir(exist_ok=True)
+            path = self._rounder.into(self._out, self._moments(task))
+            if self._shares:
+                return {}
+            content = np.frombuffer(path.read_bytes(), np.uint8)
+            path.unlink()
+        except OSError as error:
+            raise disk_error(error, self._out) from error
+        return {path.name: content}
 
     def _moments(self, task: _Layer) -> Hessian:
         layer = self._exported.graph.layers[task.number]
@@ -149,16 +180,3 @@ class _Rounding:
         # Memory of this process, as where Hessians are made: what lies elsewhere is aligned otherwise.
         blocks = np.load(self._root / task.place) if task.place else np.array(task.blocks)
         return Hessian(layer, blocks, task.widths, 0)
-
-    def _rounded(self, moments: Hessian) -> Result:
-        """Round a layer; return its file where only this node has it."""
-        try:
-            self._out.mkdir(exist_ok=True)
-            path = self._rounder.into(self._out, moments)
-            if self._shares:
-                return {}
-            content = np.frombuffer(path.read_bytes(), np.uint8)
-            path.unlink()
-        except OSError as error:
-            raise disk_error(error, self._out) from error
-        return {path.name: content}
