@@ -57,6 +57,10 @@ def happen(task: Task) -> None:
         raise InfeasibleBudgetError("No plan fits.", "Give more.", 1234)
     if task.accident == "bug":
         raise ZeroDivisionError("one over nothing")
+    if task.accident.startswith("wait for "):
+        while not Path(task.accident.removeprefix("wait for ")).exists():
+            time.sleep(0.02)
+        return
     if task.accident.startswith("full"):
         fill(task)
         return

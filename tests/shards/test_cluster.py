@@ -236,13 +236,26 @@ def small_disk(folder):
         subprocess.run(["umount", folder], check=True)
 
 
-def over_all(nodes, root, heard, **accidents):
-    """Compute shards with a worker on each of three nodes; the job's files are larger than a small disk."""
-    (root / "big").parent.mkdir(exist_ok=True)
-    (root / "big").write_bytes(bytes(1 << 20))
+class Telling(Heard):
+    """Writes a file when a node is left out."""
+
+    def __init__(self, told):
+        super().__init__()
+        self.told = told
+
+    def warn(self, text):
+        super().warn(text)
+        if "the work goes on without it" in text:
+            self.told.touch()
+
+
+def over_all(nodes, root, heard):
+    """Compute shards that wait until a node is left out; the job's files are larger than a small disk."""
     given = job(root, files=("file.txt", "big"))
+    (root / "big").write_bytes(bytes(1 << 20))
+    parts = shards(PARTS, **{f"at{n}": Task(n, f"wait for {heard.told}") for n in range(PARTS)})
     with Cluster(nodes.address).open(given, heard) as pool:
-        return list(run_shards(pool, "parts", shards(PARTS, **accidents), heard))
+        return list(run_shards(pool, "parts", parts, heard))
 
 
 def left_out(heard):
@@ -251,7 +264,7 @@ def left_out(heard):
 
 @pytest.mark.slow
 def test_a_node_with_a_full_disk_is_left_out_by_name(tmp_path, nodes):
-    heard = Heard()
+    heard = Telling(tmp_path / "told")
     with small_disk(tmp_path / "small") as small, another_node(nodes, small) as node:
         found = over_all(nodes, tmp_path / "job", heard)
         assert not list(small.rglob("big")), "half of the files were left behind"
@@ -265,7 +278,7 @@ def test_a_node_whose_folder_cannot_be_used_is_left_out_by_name(tmp_path, nodes)
     """Simulated: a file is where the folder would be made. (Root may write wherever permissions forbid it.)"""
     (tmp_path / "temporary").mkdir()
     (tmp_path / "temporary" / f"mpq-deploy-{os.getuid()}").touch()
-    heard = Heard()
+    heard = Telling(tmp_path / "told")
     with another_node(nodes, tmp_path / "temporary") as node:
         found = over_all(nodes, tmp_path / "job", heard)
     same(found, merged(Alone(), tmp_path / "job", shards(PARTS)))
