@@ -19,6 +19,7 @@ from mpq_deploy.graph.load import load_model
 from mpq_deploy.memory import (
     ModelSize,
     Patches,
+    candidates_worker_bytes,
     estimate_engine,
     estimate_onnx_export,
     estimate_stage,
@@ -44,6 +45,20 @@ def test_more_of_anything_never_takes_less(stage: str) -> None:
     for field in ("largest", "values", "alive", "outputs"):
         assert estimate_stage(stage, replace(SMALL, **{field: 4 * getattr(SMALL, field)}), RECIPE, 4).total >= before
     assert estimate_stage(stage, replace(SMALL, weights=4 * SMALL.weights), RECIPE, 4).total > before
+
+
+def test_every_worker_that_rounds_takes_its_own() -> None:
+    wide = replace(SMALL, patches=(Patches(1, 2048, 1024),), nodes=500)
+    each = candidates_worker_bytes(wide, RECIPE, 4)
+    alone, two, four = (estimate_stage("candidates", wide, RECIPE, 4, n) for n in (0, 2, 4))
+    assert alone.total < two.total < four.total
+    assert 0.9 * 2 * each < four.total - two.total <= 2 * each
+    # Sessions share what they have mapped of large weights.
+    large = replace(wide, weights=4 * GB)
+    two, four = (estimate_stage("candidates", large, RECIPE, 4, n) for n in (2, 4))
+    assert two.weights == four.weights == large.weights
+    nearest = make_recipe({"quantize": {"rounding": "nearest"}})
+    assert candidates_worker_bytes(wide, nearest, 4) < each
 
 
 @pytest.mark.parametrize("stage", ("calibrate", "measure"))

@@ -95,14 +95,17 @@ class _Dealing:
     def with_hessians(self, hessians: Iterator[Hessian], scratch: Path) -> Iterator[Shard]:
         """Yield the shards of a group; each Hessian goes into ``scratch`` where workers can read it there."""
         numbers = {layer.name: number for number, layer in enumerate(self.exported.graph.layers)}
+        last: tuple[Array, Path] | None = None
         for found in hessians:
             number = numbers[found.layer.name]
             if not self.pipeline.crew.shares_files:
                 yield self.layer(_Layer(number, found.widths, blocks=found.blocks))
                 continue
-            path = scratch / f"{number:05d}.npy"
-            np.save(path, found.blocks)
-            yield self.layer(_Layer(number, found.widths, path.relative_to(self.pipeline.run.path)))
+            # Layers in a row often share an input, as an attention's do: one file for all of them.
+            if last is None or last[0] is not found.blocks:
+                last = (found.blocks, scratch / f"{number:05d}.npy")
+                np.save(last[1], found.blocks)
+            yield self.layer(_Layer(number, found.widths, last[1].relative_to(self.pipeline.run.path)))
 
     def gathered(self, plan: HessianPlan, group: int, title: str) -> Iterator[list[Array]]:
         """Yield the rows of every batch of all timesteps, in order."""
