@@ -92,7 +92,21 @@ def test_a_build_on_the_cluster_has_the_bytes_of_one_process(tmp_path, nodes):
         pipeline.run_until("measure")
     made = ("export", "calibrate", "candidates", "measure")
     assert stage_bytes(run, made) == stage_bytes(alone.run, made)
-    assert any("probes on 2 workers of a Ray cluster of 3 nodes" in line for line in notes.lines), notes.lines
+    for name in ("calibration", "rounding", "probes"):
+        assert any(f"{name} on 2 workers of a Ray cluster of 3 nodes" in line for line in notes.lines), notes.lines
+
+
+@pytest.mark.slow
+def test_workers_killed_while_they_round_change_nothing(tmp_path, nodes):
+    model = save_denoiser(tmp_path)
+    alone = build(recipe_for(model), tmp_path / "alone", "candidates")
+    run = Path(shutil.copytree(alone.run, tmp_path / "run"))
+    shutil.rmtree(run / "candidates")
+    notes = Notes()
+    with open_pipeline(recipe_for(model), run, notes, Cluster(nodes.address)) as pipeline, killing(notes) as killed:
+        pipeline.run_until("candidates")
+    assert killed and lost(notes), notes.lines
+    assert stage_bytes(run, ("candidates",)) == stage_bytes(alone.run, ("candidates",))
 
 
 @pytest.mark.slow
