@@ -33,7 +33,8 @@ def check_memory(pipeline: Pipeline, stage: str) -> StageMemory:
     from mpq_deploy.memory import refuse_too_large
 
     estimate = stage_memory(pipeline, stage)
-    refuse_too_large(estimate, memory_room(), f"{HINTS[stage]} {MORE}", held_memory())
+    fewer = "Give fewer --workers. " if _rounding_workers(pipeline, stage) else ""
+    refuse_too_large(estimate, memory_room(), f"{fewer}{HINTS[stage]} {MORE}", held_memory())
     return estimate
 
 
@@ -84,15 +85,20 @@ def _runtime_errors() -> tuple[type[BaseException], ...]:
 def stage_memory(pipeline: Pipeline, stage: str) -> StageMemory:
     """Estimate what ``stage`` takes, workers on this machine included; those before it are current."""
     from mpq_deploy.memory import estimate_stage
-    from mpq_deploy.shards.processes import Processes
 
     if stage == "export":
         return _export(pipeline)
     if stage == "engine":
         return _engine(pipeline)
-    workers = pipeline.crew.workers if isinstance(pipeline.crew, Processes) else 0
     size, forms = _sizes(pipeline, stage)
-    return estimate_stage(stage, size, pipeline.recipe, forms, workers if stage == "candidates" else 0)
+    return estimate_stage(stage, size, pipeline.recipe, forms, _rounding_workers(pipeline, stage))
+
+
+def _rounding_workers(pipeline: Pipeline, stage: str) -> int:
+    """Return how many processes of this machine round layers in ``stage``, beside this one; 0: this one does."""
+    from mpq_deploy.shards.processes import Processes
+
+    return pipeline.crew.workers if stage == "candidates" and isinstance(pipeline.crew, Processes) else 0
 
 
 def rounding_worker_bytes(pipeline: Pipeline) -> int:
