@@ -257,10 +257,10 @@ def _candidates(size: ModelSize, recipe: Recipe, forms: int, workers: int) -> St
         work = sum(held) + workers * _gatherer_bytes(size, recipe)
         phases += [StageMemory("candidates", sessions, values, work, code)]
     if "rows" in recipe.allocate.branches and recipe.quantize.salience == "probe":
-        calls = int(PASS_SHARE * MEASURE_BYTES / max(PASS_COPIES * DISTINCT_SHARE * size.values, 1))
-        values = _adjoint(size, 1, max(1, min(SALIENCE_BATCH, calls)))
-        kept = min(size.weights, MEASURE_BYTES)
-        phases += [StageMemory("candidates", size.weights, values, kept, max(TORCH_BYTES, code))]
+        values, kept = _salience(size)
+        torch = max(TORCH_BYTES, code)
+        work = workers * (kept + torch) if workers else kept
+        phases += [StageMemory("candidates", size.weights, max(workers, 1) * values, work, torch)]
     return max(phases, key=lambda phase: phase.total)
 
 
@@ -279,6 +279,17 @@ def candidates_worker_bytes(size: ModelSize, recipe: Recipe, forms: int) -> int:
         return rounding
     gathering = _session(size.weights) + _gathered_values(size, recipe) + _gatherer_bytes(size, recipe)
     return max(rounding, gathering)
+
+
+def salience_worker_bytes(size: ModelSize) -> int:
+    """Estimate what a worker holds that measures channels, beside its code."""
+    return size.weights + sum(_salience(size))
+
+
+def _salience(size: ModelSize) -> tuple[int, int]:
+    """Return the bytes of a batch's values, and of the differences of weights that are kept."""
+    calls = int(PASS_SHARE * MEASURE_BYTES / max(PASS_COPIES * DISTINCT_SHARE * size.values, 1))
+    return _adjoint(size, 1, max(1, min(SALIENCE_BATCH, calls))), min(size.weights, MEASURE_BYTES)
 
 
 def _gathered_values(size: ModelSize, recipe: Recipe) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 
 from mpq_deploy.artefacts import Fields
 from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
-from mpq_deploy.denoisers.spec import Array
+from mpq_deploy.denoisers.spec import Array, DenoiserSpec
 from mpq_deploy.engine.target import Target, load_target
 from mpq_deploy.graph.layers import Layer, LayerGraph
 from mpq_deploy.graph.mapped import drop_pages
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from mpq_deploy.calibrate.hessian import Hessian, HessianOptions
     from mpq_deploy.pipeline import Pipeline
     from mpq_deploy.recipe import Recipe
+    from mpq_deploy.sensitivity.feeds import MeasureOptions
 
 
 # Layer number -> its output channels, most salient first, beside the candidates' files.
@@ -165,17 +166,12 @@ class Rounder:
 
 def _salient_first(pipeline: Pipeline, exported: Exported, folder: Path) -> tuple[dict[str, Array], str]:
     """Order the output channels of layers with a rows branch, most salient first: layer name -> int32 [O]."""
-    layers = [
-        layer
-        for number, layer in enumerate(exported.graph.layers)
-        if any(s.branch and s.branch.kind == "rows" for s in load_choices(_file(folder, number)).schemes)
-    ]
-    if not layers:
+    chosen = with_rows(folder, exported.graph)
+    if not chosen:
         return {}, ""
-    chosen = StoredCandidates(folder, exported.graph, {}, tuple(layers))
-    inputs, stats = load_calibration(pipeline)
+    _, stats = load_calibration(pipeline)
     method = pipeline.recipe.quantize.salience
-    saliences = _probed_salience(pipeline, exported, chosen, inputs) if method == "probe" else None
+    saliences = _probed_salience(pipeline, exported, chosen) if method == "probe" else None
     if saliences is None:
         saliences = {name: _kurtosis(c, stats) for name, c in chosen.items()}
         why = ", salient rows by kurtosis" + (" (torch cannot evaluate this graph)" if method == "probe" else "")
@@ -183,6 +179,16 @@ def _salient_first(pipeline: Pipeline, exported: Exported, folder: Path) -> tupl
         why = ", salient rows by probes"
     # Equal saliences keep the channels' order, so equal inputs give equal plans.
     return {name: np.argsort(-s, kind="stable").astype(np.int32) for name, s in saliences.items()}, why
+
+
+def with_rows(folder: Path, graph: LayerGraph) -> StoredCandidates:
+    """Open the candidates in ``folder`` of the layers with a rows branch."""
+    layers = [
+        layer
+        for number, layer in enumerate(graph.layers)
+        if any(s.branch and s.branch.kind == "rows" for s in load_choices(_file(folder, number)).schemes)
+    ]
+    return StoredCandidates(folder, graph, {}, tuple(layers))
 
 
 def _kurtosis(candidates: LayerCandidates, stats: CalibrationStats) -> Array:
@@ -197,26 +203,40 @@ def _column_amax(layer: Layer, stats: CalibrationStats) -> Array:
     return np.repeat(amax, layer.reduction // len(amax))
 
 
-def _probed_salience(
-    pipeline: Pipeline, exported: Exported, candidates: Mapping[str, LayerCandidates], inputs: CalibrationSet
-) -> dict[str, Array] | None:
+def _probed_salience(pipeline: Pipeline, exported: Exported, chosen: StoredCandidates) -> dict[str, Array] | None:
     """Return the channels' errors by probes on the calls that weights are rounded on; None where torch cannot."""
     if importlib.util.find_spec("torch") is None:
         return None
-    from mpq_deploy.calibrate.timesteps import sampled_steps
-    from mpq_deploy.sensitivity.feeds import MeasureOptions
-    from mpq_deploy.sensitivity.salience import body_weights, channel_errors
+    from mpq_deploy.sensitivity.exhaustive import evaluates_in_torch
+    from mpq_deploy.sensitivity.salience import channel_errors
     from mpq_deploy.sensitivity.torch_graph import UnsupportedOperator
 
-    rounded_on, _ = inputs.split(pipeline.recipe.measure.samples)
-    count = len(inputs.timesteps)
-    some = rounded_on.at(sampled_steps(count, min(SALIENCE_TIMESTEPS, count)))
-    options = MeasureOptions(probes=1, heldout_probes=0, samples=SALIENCE_SAMPLES)
-    bodies = body_weights(candidates)
     try:
-        return channel_errors(exported.graph, bodies, some, exported.conditions, exported.spec, options, pipeline.talk)
+        if isinstance(pipeline.crew, Alone):
+            return channel_errors(*salience_inputs(pipeline, exported, chosen), pipeline.talk)
+        # No worker is started to find that out.
+        if not evaluates_in_torch(exported.graph):
+            return None
+        from mpq_deploy.stages.rounding import salience_over_workers
+
+        return salience_over_workers(pipeline, exported, chosen)
     except UnsupportedOperator:
         return None
+
+
+def salience_inputs(
+    pipeline: Pipeline, exported: Exported, chosen: StoredCandidates
+) -> tuple[LayerGraph, Mapping[str, Array], CalibrationSet, dict[str, Array], DenoiserSpec, MeasureOptions]:
+    """Return what the errors of channels are measured on."""
+    from mpq_deploy.calibrate.timesteps import sampled_steps
+    from mpq_deploy.sensitivity.feeds import MeasureOptions
+    from mpq_deploy.sensitivity.salience import body_weights
+
+    rounded_on, _ = load_calibration(pipeline)[0].split(pipeline.recipe.measure.samples)
+    count = len(rounded_on.timesteps)
+    some = rounded_on.at(sampled_steps(count, min(SALIENCE_TIMESTEPS, count)))
+    options = MeasureOptions(probes=1, heldout_probes=0, samples=SALIENCE_SAMPLES)
+    return exported.graph, body_weights(chosen), some, exported.conditions, exported.spec, options
 
 
 def wanted_schemes(recipe: Recipe) -> tuple[Scheme, ...]:
@@ -282,7 +302,7 @@ class StoredCandidates(Mapping[str, LayerCandidates]):
         layers: tuple[Layer, ...] | None = None,
         limit: int | None = None,
     ) -> None:
-        self._folder, self._graph, self._orders = folder, graph, orders
+        self.folder, self._graph, self._orders = folder, graph, orders
         self._limit = HELD_BYTES if limit is None else limit
         chosen = {layer.name for layer in (graph.layers if layers is None else layers)}
         self._numbers = {layer.name: i for i, layer in enumerate(graph.layers) if layer.name in chosen}
@@ -302,7 +322,7 @@ class StoredCandidates(Mapping[str, LayerCandidates]):
             return held
         number = self._numbers[name]
         found = self._read(number)
-        size = _file(self._folder, number).stat().st_size + found.weight.nbytes
+        size = _file(self.folder, number).stat().st_size + found.weight.nbytes
         if self._bytes + size <= self._limit:
             self._held[name] = found
             self._bytes += size
@@ -317,7 +337,7 @@ class StoredCandidates(Mapping[str, LayerCandidates]):
     def _read(self, number: int) -> LayerCandidates:
         layer = self._graph.layers[number]
         weight = weight_matrix(layer, weight_array(self._graph.model, layer))
-        candidates = load_candidates(layer, weight, _file(self._folder, number))
+        candidates = load_candidates(layer, weight, _file(self.folder, number))
         order = self._orders.get(layer.name)
         return candidates if order is None else with_promoted_rows(candidates, order)
 

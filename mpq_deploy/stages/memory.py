@@ -110,6 +110,13 @@ def rounding_worker_bytes(pipeline: Pipeline) -> int:
     return max(0, candidates_worker_bytes(size, pipeline.recipe, forms) - PROCESS_BYTES)
 
 
+def salience_worker_bytes(pipeline: Pipeline) -> int:
+    """Estimate what a worker holds that orders salient channels, beside what every worker does."""
+    from mpq_deploy.memory import salience_worker_bytes as worker_bytes
+
+    return worker_bytes(_sizes(pipeline, "candidates")[0])
+
+
 def _sizes(pipeline: Pipeline, stage: str) -> tuple[ModelSize, int]:
     """Return the size of the model that ``stage`` works on, and the weight forms per layer, at most."""
     from mpq_deploy.denoisers.smaller import smaller_spec

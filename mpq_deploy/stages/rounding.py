@@ -22,9 +22,9 @@ from mpq_deploy.calibrate.hessian import Gathering, Hessian, HessianPlan
 from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.shards.files import alone_with
 from mpq_deploy.shards.work import Job, Pool, Result, Shard, Within, Work, run_shards
-from mpq_deploy.stages.candidates import Rounder, hessian_inputs
+from mpq_deploy.stages.candidates import Rounder, StoredCandidates, hessian_inputs, salience_inputs, with_rows
 from mpq_deploy.stages.common import Exported
-from mpq_deploy.stages.memory import rounding_worker_bytes
+from mpq_deploy.stages.memory import rounding_worker_bytes, salience_worker_bytes
 from mpq_deploy.stages.spread import RECIPE, opened_run
 from mpq_deploy.talk import Talk
 
@@ -183,3 +183,39 @@ class _Rounding:
         # Memory of this process, as where Hessians are made: what lies elsewhere is aligned otherwise.
         blocks = np.load(self._root / task.place) if task.place else np.array(task.blocks)
         return Hessian(layer, blocks, task.widths, 0)
+
+
+def salience_over_workers(pipeline: Pipeline, exported: Exported, chosen: StoredCandidates) -> dict[str, Array]:
+    """Return what ``sensitivity.salience.channel_errors`` returns, a shard per timestep."""
+    from mpq_deploy.sensitivity.feeds import Calls
+
+    root, folder = pipeline.run.path, chosen.folder.relative_to(pipeline.run.path)
+    files, size = (*FILES, folder.as_posix()), salience_worker_bytes(pipeline)
+    job = Job("salient channels", partial(_open_salience, folder), root, files, size)
+    graph, _, rounded_on, conditions, spec, options = salience_inputs(pipeline, exported, chosen)
+    calls = Calls(graph, spec, rounded_on, conditions, options.samples)
+    steps = range(len(calls.timesteps))
+    shards = [Shard(f"salient channels, timestep {step + 1}", step, calls.count) for step in steps]
+    names = set(chosen)
+    found = {layer.name: np.zeros(layer.out_channels) for layer in graph.layers if layer.name in names}
+    with pipeline.crew.open(job, pipeline.talk) as pool:
+        for result in run_shards(pool, "salient channels", shards, pipeline.talk):
+            for name, parts in result.items():
+                for part in parts:
+                    found[name] += part
+    return found
+
+
+def _open_salience(folder: Path, root: Path, talk: Talk) -> Work:
+    """Return what gives the parts of the sums of one timestep."""
+    from mpq_deploy.sensitivity.salience import ChannelErrors
+
+    pipeline = opened_run(root, talk)
+    exported = Exported(pipeline)
+    errors = ChannelErrors(*salience_inputs(pipeline, exported, with_rows(root / folder, exported.graph)))
+
+    def work(step: int, inner: Talk) -> Result:
+        with inner.bar("salient channels", errors.calls) as advance:
+            return errors.at(step, advance)
+
+    return work

@@ -62,7 +62,7 @@ def test_a_build_has_the_same_bytes_over_any_number_of_workers(
 ) -> None:
     _, said = over(Processes(workers), model, tmp_path / "run", lambda pipeline: pipeline.run_until("report"))
     assert stage_bytes(tmp_path / "run") == stage_bytes(finished.run)
-    for name in ("calibration", "rounding", "probes", "evaluation"):
+    for name in ("calibration", "rounding", "salient channels", "probes", "evaluation"):
         assert f"  {name} on {workers} workers, an estimated " in said
     assert not (tmp_path / "run" / KEPT).exists()
 

@@ -92,7 +92,7 @@ def test_a_build_on_the_cluster_has_the_bytes_of_one_process(tmp_path, nodes):
         pipeline.run_until("measure")
     made = ("export", "calibrate", "candidates", "measure")
     assert stage_bytes(run, made) == stage_bytes(alone.run, made)
-    for name in ("calibration", "rounding", "probes"):
+    for name in ("calibration", "rounding", "salient channels", "probes"):
         assert any(f"{name} on 2 workers of a Ray cluster of 3 nodes" in line for line in notes.lines), notes.lines
 
 
