@@ -34,6 +34,8 @@ from tests.shards.test_processes import Heard, merged, same
 pytest.importorskip("ray", reason="ray is not installed (pip install mpq-deploy[ray])")
 
 PARTS = 6
+# Seconds that a node may take to come or to go on a busy machine.
+PATIENCE = 120
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,7 @@ def nodes():
     found = Nodes(initialize_head=True, head_node_args={"num_cpus": 0, **small})
     for _ in range(2):
         found.add_node(num_cpus=1, **small)
-    found.wait_for_nodes()
+    found.wait_for_nodes(PATIENCE)
     try:
         yield found
     finally:
@@ -224,12 +226,14 @@ def another_node(nodes, temporary):
     node = nodes.add_node(
         num_cpus=1, object_store_memory=80 << 20, include_dashboard=False, env_vars={"TMPDIR": str(temporary)}
     )
-    nodes.wait_for_nodes()
     try:
+        nodes.wait_for_nodes(PATIENCE)
         yield node.node_id
     finally:
         nodes.remove_node(node)
-        while sum(found["Alive"] for found in ray.nodes()) > 3:
+        until = time.monotonic() + PATIENCE
+        while any(found["NodeID"] == node.node_id and found["Alive"] for found in ray.nodes()):
+            assert time.monotonic() < until, "the node is still there"
             time.sleep(0.1)
 
 
