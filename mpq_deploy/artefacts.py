@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mpq_deploy import __version__
-from mpq_deploy.errors import MpqError, RunFolderError
+from mpq_deploy.errors import DiskError, MpqError, RunFolderError
 
 FORMAT = 1
 RECORD = "stage.json"
@@ -197,16 +197,20 @@ def refuse_altered(files: Iterable[Path]) -> None:
             )
 
 
+# How the system says that a file cannot grow, and that none can be made.
+FULL, FORBIDDEN = (errno.ENOSPC, errno.EDQUOT), (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
 def disk_error(error: OSError, path: Path) -> MpqError:
     """Turn an operating system's error into a message for the user."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in FULL:
         free = shutil.disk_usage(path).free if path.exists() else 0
-        return RunFolderError(
+        return DiskError(
             f"The disk is full: {free / 1e6:.0f} MB are left under {path}.",
             "Free some space, or give another run folder with -o; what is finished is kept.",
         )
-    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return RunFolderError(f"{path} cannot be written: {error.strerror}.", "Give another run folder with -o.")
+    if error.errno in FORBIDDEN:
+        return DiskError(f"{path} cannot be written: {error.strerror}.", "Give another run folder with -o.")
     return MpqError(f"{error.strerror or error}: {error.filename or path}")
 
 

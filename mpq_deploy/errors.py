@@ -51,6 +51,10 @@ class RunFolderError(MpqError):
     """The run folder is in use, of another format, or cannot be written."""
 
 
+class DiskError(RunFolderError):
+    """A disk is full, or a folder cannot be written."""
+
+
 class InfeasibleBudgetError(UsageError):
     """No plan fits the budget. ``smallest`` is the smallest feasible budget, in bytes."""
 

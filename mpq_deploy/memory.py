@@ -151,6 +151,8 @@ class StageMemory:
         return self.total - min(held, self.code)
 
 
+# A worker of the stage candidates, without its graph: the interpreter with NumPy, ONNX and its runtime.
+ROUNDER_BYTES = 190 << 20
 # The interpreter with NumPy and ONNX; with the solver or ONNX Runtime; with torch; with diffusers and the exporter.
 BARE_BYTES, SESSION_BYTES, TORCH_BYTES, EXPORT_BYTES = 140 << 20, 85 << 20, 400 << 20, 530 << 20
 # What each node of the graph takes: its objects; those and a session's, or a plan's; the exporter, per parameter.
@@ -211,13 +213,16 @@ def estimate_engine(weights: int, nodes: int) -> StageMemory:
     return StageMemory("engine", BUILDER_COPIES * weights, 0, child, _bare(nodes))
 
 
-def estimate_stage(stage: str, size: ModelSize, recipe: Recipe, forms: int) -> StageMemory:
-    """Estimate the peak of a stage from ``calibrate`` to ``quantize``; ``forms``: weight forms per layer, at most."""
+def estimate_stage(stage: str, size: ModelSize, recipe: Recipe, forms: int, workers: int = 0) -> StageMemory:
+    """Estimate the peak of a stage from ``calibrate`` to ``quantize``; ``forms``: weight forms per layer, at most.
+
+    ``workers``: processes of this machine that round layers; what they hold counts as work.
+    """
     if stage == "calibrate":
         values = int(ARENA_SHARE * recipe.calibrate.batch_size * size.alive)
         return StageMemory(stage, _session(size.weights), values, 0, SESSION_BYTES + NODE_BYTES * size.nodes)
     if stage == "candidates":
-        return _candidates(size, recipe, forms)
+        return _candidates(size, recipe, forms, workers)
     if stage == "measure":
         return _measure(size, recipe, forms)
     if stage == "allocate":
@@ -236,23 +241,81 @@ def _session(weights: int) -> int:
     return weights if weights >= LARGE_WEIGHTS_BYTES else int((1 + SESSION_COPIES) * weights)
 
 
-def _candidates(size: ModelSize, recipe: Recipe, forms: int) -> StageMemory:
+def _candidates(size: ModelSize, recipe: Recipe, forms: int, workers: int) -> StageMemory:
     """Return the largest of the phases: rounding a layer, gathering Hessians, ordering salient channels."""
-    rounding = FLOAT32_BYTES * size.largest * (ROUNDING_ARRAYS + FORM_ARRAYS * forms)
-    code = SESSION_BYTES + NODE_BYTES * size.nodes
-    phases = [StageMemory("candidates", 0, 0, rounding, _bare(size.nodes))]
-    if recipe.quantize.rounding != "nearest":
-        held = hessian_bytes(size, recipe)
-        factor = FACTOR_BYTES * max((_blocks(p, recipe)[1] ** 2 for p in size.patches), default=0)
-        values = int(HESSIAN_ARENA_SHARE * min(HESSIAN_BATCH, _rounded_on(recipe)) * size.alive)
-        phases = [StageMemory("candidates", _session(size.weights), values, sum(held), code)]
-        phases += [StageMemory("candidates", 0, 0, rounding + factor + held[0], code)]
+    code, gptq = SESSION_BYTES + NODE_BYTES * size.nodes, recipe.quantize.rounding != "nearest"
+    held, beside = hessian_bytes(size, recipe) if gptq else (0, 0), code if gptq else _bare(size.nodes)
+    rounding = _rounding(size, recipe, forms) + held[0]
+    if workers:
+        # Hessians lie in files then.
+        rounding = workers * _rounder_bytes(size, recipe, forms)
+    phases = [StageMemory("candidates", 0, 0, rounding, beside)]
+    if gptq:
+        # Weights that sessions do not copy are in memory once, whoever has mapped them.
+        sessions = _session(size.weights) * (1 if size.weights >= LARGE_WEIGHTS_BYTES else max(workers, 1))
+        values = max(workers, 1) * _gathered_values(size, recipe)
+        work = sum(held) + workers * _gatherer_bytes(size, recipe)
+        phases += [StageMemory("candidates", sessions, values, work, code)]
     if "rows" in recipe.allocate.branches and recipe.quantize.salience == "probe":
-        calls = int(PASS_SHARE * MEASURE_BYTES / max(PASS_COPIES * DISTINCT_SHARE * size.values, 1))
-        values = _adjoint(size, 1, max(1, min(SALIENCE_BATCH, calls)))
-        kept = min(size.weights, MEASURE_BYTES)
-        phases += [StageMemory("candidates", size.weights, values, kept, max(TORCH_BYTES, code))]
+        values, kept = _salience(size)
+        torch = max(TORCH_BYTES, code)
+        work = workers * (kept + torch) if workers else kept
+        phases += [StageMemory("candidates", size.weights, max(workers, 1) * values, work, torch)]
     return max(phases, key=lambda phase: phase.total)
+
+
+def _rounding(size: ModelSize, recipe: Recipe, forms: int) -> int:
+    """Return the bytes of the arrays that rounding the largest layer takes, beside its Hessian."""
+    arrays = FLOAT32_BYTES * size.largest * (ROUNDING_ARRAYS + FORM_ARRAYS * forms)
+    if recipe.quantize.rounding == "nearest":
+        return arrays
+    return arrays + FACTOR_BYTES * max((_blocks(p, recipe)[1] ** 2 for p in size.patches), default=0)
+
+
+def candidates_worker_bytes(size: ModelSize, recipe: Recipe, forms: int) -> int:
+    """Estimate what a worker of the stage holds: as it gathers rows for Hessians, or as it rounds a layer."""
+    rounding = _rounder_bytes(size, recipe, forms)
+    if recipe.quantize.rounding == "nearest":
+        return rounding
+    gathering = _session(size.weights) + _gathered_values(size, recipe) + _gatherer_bytes(size, recipe)
+    return max(rounding, gathering)
+
+
+def salience_worker_bytes(size: ModelSize) -> int:
+    """Estimate what a worker holds that measures channels, beside its code."""
+    return size.weights + sum(_salience(size))
+
+
+def _salience(size: ModelSize) -> tuple[int, int]:
+    """Return the bytes of a batch's values, and of the differences of weights that are kept."""
+    calls = int(PASS_SHARE * MEASURE_BYTES / max(PASS_COPIES * DISTINCT_SHARE * size.values, 1))
+    return _adjoint(size, 1, max(1, min(SALIENCE_BATCH, calls))), min(size.weights, MEASURE_BYTES)
+
+
+def _gathered_values(size: ModelSize, recipe: Recipe) -> int:
+    return int(HESSIAN_ARENA_SHARE * min(HESSIAN_BATCH, _rounded_on(recipe)) * size.alive)
+
+
+def _gatherer_bytes(size: ModelSize, recipe: Recipe) -> int:
+    """Return what a worker holds beside its session: its code, and a timestep's rows, twice while they are sent."""
+    rows = sum(_row_bytes(patches, recipe) for patches in size.patches)
+    # At most the rows of as many Hessians as fit the cap.
+    held, _ = hessian_bytes(size, recipe)
+    whole = sum(_matrix_bytes(patches, recipe) for patches in size.patches)
+    return _rounder_code(size) + 2 * int(rows * held / max(whole, 1)) // recipe.calibrate.timesteps
+
+
+def _rounder_bytes(size: ModelSize, recipe: Recipe, forms: int) -> int:
+    """Return what a worker holds that rounds a layer: its code, the layer's Hessian, and the work on it."""
+    hessian = 0
+    if recipe.quantize.rounding != "nearest":
+        shapes = [(p.group * _blocks(p, recipe)[0], _blocks(p, recipe)[1]) for p in size.patches]
+        hessian = FLOAT32_BYTES * max((count * width**2 for count, width in shapes), default=0)
+    return _rounder_code(size) + hessian + _rounding(size, recipe, forms)
+
+
+def _rounder_code(size: ModelSize) -> int:
+    return ROUNDER_BYTES + OBJECT_BYTES * size.nodes
 
 
 def _blocks(patches: Patches, recipe: Recipe) -> tuple[int, int]:
@@ -272,15 +335,23 @@ def hessian_bytes(size: ModelSize, recipe: Recipe) -> tuple[int, int]:
     """Return the bytes of the Hessians held at once and of the rows that wait for them, both within the cap."""
     section = recipe.quantize
     cap = section.memory_mb << 20
-    calls = max(1, recipe.calibrate.timesteps * _rounded_on(recipe))
-    matrices = waiting = 0
-    for patches in size.patches:
-        count, width = _blocks(patches, recipe)
-        matrices += FLOAT32_BYTES * (patches.group * count + 1) * width**2
-        wanted = max(section.hessian_rows, HESSIAN_ROWS_PER_COLUMN * width)
-        rows = calls * min(patches.rows, ceil(wanted / calls))
-        waiting += FLOAT32_BYTES * patches.group * patches.columns * rows
+    matrices = sum(_matrix_bytes(patches, recipe) for patches in size.patches)
+    waiting = sum(_row_bytes(patches, recipe) for patches in size.patches)
     return min(matrices, int(MATRIX_SHARE * cap)), min(waiting, int((1 - MATRIX_SHARE) * cap))
+
+
+def _matrix_bytes(patches: Patches, recipe: Recipe) -> int:
+    """Return the bytes of a Hessian, with one more of its blocks for the product on its way."""
+    count, width = _blocks(patches, recipe)
+    return FLOAT32_BYTES * (patches.group * count + 1) * width**2
+
+
+def _row_bytes(patches: Patches, recipe: Recipe) -> int:
+    """Return the bytes of all rows behind a Hessian."""
+    calls = max(1, recipe.calibrate.timesteps * _rounded_on(recipe))
+    wanted = max(recipe.quantize.hessian_rows, HESSIAN_ROWS_PER_COLUMN * _blocks(patches, recipe)[1])
+    rows = calls * min(patches.rows, ceil(wanted / calls))
+    return FLOAT32_BYTES * patches.group * patches.columns * rows
 
 
 def _adjoint(size: ModelSize, directions: int, calls: int) -> int:

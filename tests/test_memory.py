@@ -19,6 +19,7 @@ from mpq_deploy.graph.load import load_model
 from mpq_deploy.memory import (
     ModelSize,
     Patches,
+    candidates_worker_bytes,
     estimate_engine,
     estimate_onnx_export,
     estimate_stage,
@@ -26,6 +27,7 @@ from mpq_deploy.memory import (
     hessian_bytes,
     model_size,
     refuse_too_large,
+    salience_worker_bytes,
     source_size,
 )
 from mpq_deploy.recipe import make_recipe
@@ -44,6 +46,28 @@ def test_more_of_anything_never_takes_less(stage: str) -> None:
     for field in ("largest", "values", "alive", "outputs"):
         assert estimate_stage(stage, replace(SMALL, **{field: 4 * getattr(SMALL, field)}), RECIPE, 4).total >= before
     assert estimate_stage(stage, replace(SMALL, weights=4 * SMALL.weights), RECIPE, 4).total > before
+
+
+# Without the order of salient channels, which takes torch.
+UNORDERED = {"quantize": {"salience": "kurtosis"}}
+
+
+def test_every_worker_that_rounds_takes_its_own() -> None:
+    wide, recipe = replace(SMALL, patches=(Patches(1, 2048, 1024),), nodes=500), make_recipe(UNORDERED)
+    each = candidates_worker_bytes(wide, recipe, 4)
+    alone, two, four = (estimate_stage("candidates", wide, recipe, 4, n) for n in (0, 2, 4))
+    assert alone.total < two.total < four.total
+    assert 0.9 * 2 * each < four.total - two.total <= 2 * each
+    # Sessions share what they have mapped of large weights.
+    large = replace(wide, weights=4 * GB)
+    two, four = (estimate_stage("candidates", large, recipe, 4, n) for n in (2, 4))
+    assert two.weights == four.weights == large.weights
+    ordered = [estimate_stage("candidates", wide, RECIPE, 4, n).total for n in (2, 4)]
+    torch = 400 << 20
+    assert 0.8 * (salience_worker_bytes(wide) + torch) < (ordered[1] - ordered[0]) / 2
+    assert (ordered[1] - ordered[0]) / 2 <= salience_worker_bytes(wide) + torch
+    nearest = make_recipe({"quantize": {"rounding": "nearest"}})
+    assert candidates_worker_bytes(wide, nearest, 4) < each
 
 
 @pytest.mark.parametrize("stage", ("calibrate", "measure"))

@@ -9,14 +9,17 @@ so whole activations never leave the runtime, and multiplied by NumPy, whose A^T
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from math import ceil, prod
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 
 from mpq_deploy.calibrate.feeds import Batch, batches
 from mpq_deploy.calibrate.sessions import open_session
@@ -25,7 +28,8 @@ from mpq_deploy.calibrate.stats import CalibrationSet
 from mpq_deploy.denoisers.spec import Array, DenoiserSpec
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.graph.layers import Layer, LayerGraph, LayerUse
-from mpq_deploy.talk import Talk
+from mpq_deploy.shards.files import alone_with
+from mpq_deploy.talk import Advance, Talk
 
 # Share of the memory cap for rows that wait to be multiplied: a product of many rows costs less per row, because
 # each one also touches the whole matrix.
@@ -84,28 +88,93 @@ def iterate_hessians(
     Layers that read one tensor through the same patches share one array: do not write into ``blocks``.
     Raises UsageError when one layer's matrices exceed the cap, ModelError when an input is not finite.
     """
-    chosen = [layer for layer in graph.layers if layers is None or layer.name in layers]
-    if not chosen:
-        return
-    shapes = activation_shapes(graph, recorded, conditions, spec, talk, scratch)
-    nodes = {node.name: node for node in graph.model.graph}
-    source = _Source(graph, recorded, conditions, spec, options, talk, scratch)
-    planned = [
-        (layer, tuple(_Patches.of(nodes[use.node], use, layer, shapes[use.input]) for use in layer.uses))
-        for layer in chosen
-    ]
-    groups = _groups(planned, options)
-    for number, group in enumerate(groups):
-        label = f"Hessians {number + 1} of {len(groups)}"
-        means = _accumulate(source, list(dict.fromkeys(p for _, uses in group for p in uses)), label)
+    plan = HessianPlan.of(graph, recorded, conditions, spec, options, talk, layers=layers, scratch=scratch)
+    for number in range(len(plan)):
+        yield from plan.hessians(number)
+
+
+class HessianPlan:
+    """The layers in groups whose distinct matrices fit the cap together: for each the denoiser runs once.
+
+    A group's Hessians have the same bits in whatever order and process the groups are made.
+    """
+
+    def __init__(self, source: _Source, groups: list[list[_Planned]]) -> None:
+        self._source, self._groups = source, groups
+
+    @classmethod
+    def of(
+        cls,
+        graph: LayerGraph,
+        recorded: CalibrationSet,
+        conditions: dict[str, Array],
+        spec: DenoiserSpec,
+        options: HessianOptions,
+        talk: Talk,
+        *,
+        layers: tuple[str, ...] | None = None,
+        scratch: Path | None = None,
+        guard: Path | None = None,
+    ) -> HessianPlan:
+        """Plan the Hessians of ``layers``; the arguments and errors are those of ``iterate_hessians``.
+
+        ``guard``: a file that processes which read the same model lock while its weights are linked for a session.
+        """
+        source = _Source(graph, recorded, conditions, spec, options, talk, scratch, guard)
+        chosen = [layer for layer in graph.layers if layers is None or layer.name in layers]
+        if not chosen:
+            return cls(source, [])
+        with alone_with(guard) if guard else nullcontext():
+            shapes = activation_shapes(graph, recorded, conditions, spec, talk, scratch)
+        nodes = {node.name: node for node in graph.model.graph}
+        planned = [
+            (layer, tuple(_Patches.of(nodes[use.node], use, layer, shapes[use.input]) for use in layer.uses))
+            for layer in chosen
+        ]
+        return cls(source, _groups(planned, options))
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def layers(self, number: int) -> tuple[Layer, ...]:
+        """Return the layers of group ``number``, in graph order."""
+        return tuple(layer for layer, _ in self._groups[number])
+
+    def hessians(self, number: int, gathered: Iterable[list[Array]] | None = None) -> Iterator[Hessian]:
+        """Yield the Hessians of group ``number``; ``gathered``: what its ``Gathering`` gave elsewhere, in order.
+
+        Raises as ``iterate_hessians`` does.
+        """
+        source, group = self._source, self._groups[number]
+        jobs = self._jobs(number)
+        if gathered is None:
+            gathered = _gathered_here(source, jobs, f"Hessians {number + 1} of {len(self)}")
+        means = _accumulate(source, jobs, gathered)
         last = {patches: layer.name for layer, uses in group for patches in uses}
         for layer, uses in group:
             blocks, rows = _over_uses([means[patches] for patches in uses])
             for patches in set(uses):
                 if last[patches] == layer.name:
                     del means[patches]
-            yield Hessian(layer, blocks, _widths(layer.reduction, options.max_width), rows)
+            yield Hessian(layer, blocks, _widths(layer.reduction, source.options.max_width), rows)
             del blocks
+
+    @property
+    def timesteps(self) -> int:
+        """How many timesteps were recorded."""
+        return len(self._source.recorded.timesteps)
+
+    def calls(self, step: int) -> int:
+        """Return how many calls of a timestep are run."""
+        return sum(len(batch.calls) for batch in self._source.chosen if batch.step == step)
+
+    def gathering(self, number: int) -> Gathering:
+        """Open what gives the rows of group ``number``; one session at a time is enough for all timesteps."""
+        with _session(self._source, _gathering_graph(self._source.graph, self._jobs(number))) as session:
+            return Gathering(self._source, self._jobs(number), session)
+
+    def _jobs(self, number: int) -> list[_Patches]:
+        return list(dict.fromkeys(patches for _, uses in self._groups[number] for patches in uses))
 
 
 @dataclass(frozen=True)
@@ -117,12 +186,24 @@ class _Source:
     options: HessianOptions
     talk: Talk
     scratch: Path | None
+    guard: Path | None = None
 
+    @cached_property
     def chosen(self) -> list[Batch]:
-        """Return the batches to run: as many calls of each timestep as the limit leaves."""
+        """The batches to run: as many calls of each timestep as the limit leaves."""
         timesteps = len(self.recorded.timesteps)
         calls = range(min(len(self.recorded.rows), max(1, self.options.max_calls // timesteps)))
         return list(batches(self.recorded, self.conditions, self.spec, self.options.batch_size, calls=calls))
+
+    @property
+    def calls(self) -> int:
+        """Calls of each timestep."""
+        return 1 + max(int(batch.calls[-1]) for batch in self.chosen)
+
+    @property
+    def total_calls(self) -> int:
+        """Calls of all timesteps."""
+        return self.calls * len(self.recorded.timesteps)
 
 
 @dataclass(frozen=True)
@@ -289,32 +370,66 @@ def _over_uses(means: list[_Sum]) -> tuple[Array, int]:
     return blocks, sum(part.rows for part in means)
 
 
-def _accumulate(source: _Source, jobs: list[_Patches], label: str) -> dict[_Patches, _Sum]:
-    """Run the calls once and return the mean of x x^T for each of ``jobs``."""
-    options, chosen = source.options, source.chosen()
-    calls = 1 + max(int(batch.calls[-1]) for batch in chosen)
-    total_calls = calls * len(source.recorded.timesteps)
+class Gathering:
+    """A group of Hessians being made: an open session, and the rows that a batch gives of each of ``jobs``."""
+
+    def __init__(self, source: _Source, jobs: list[_Patches], session: ort.InferenceSession) -> None:
+        self._source, self._jobs, self._session = source, jobs, session
+        self._needed = {entry.name for entry in session.get_inputs()}
+        self._calls, self._total = source.calls, source.total_calls
+
+    def at(self, step: int, advance: Advance) -> Iterator[list[Array]]:
+        """Yield the rows of each batch of a timestep; ``advance`` is told its calls."""
+        for batch in self._source.chosen:
+            if batch.step == step:
+                yield self.rows(batch)
+                advance(len(batch.calls))
+
+    def rows(self, batch: Batch) -> list[Array]:
+        """Run the calls of ``batch``; return per job float32 [rows, group, columns], zero outside the image."""
+        jobs = self._jobs
+        taps = [_batch_taps(job, batch, self._calls, self._total, self._source.options) for job in jobs]
+        feed = batch.feed | {f"hessian.rows.{i}": flat.ravel() for i, (flat, _) in enumerate(taps)}
+        results = self._session.run(None, {k: v for k, v in feed.items() if k in self._needed})
+        return [
+            _as_rows(job, gathered.reshape(*flat.shape, job.channels), inside)
+            for job, gathered, (flat, inside) in zip(jobs, results, taps, strict=True)
+        ]
+
+
+def _as_rows(job: _Patches, gathered: Array, inside: Array | None) -> Array:
+    """Return pixels ``gathered`` [rows, taps, channels] as rows of matrices; taps outside the image become zeros."""
+    if inside is not None:
+        gathered[~inside] = 0
+    count, taps, channels = gathered.shape
+    # Channel before tap, as in the weight; then one matrix per group of channels.
+    rows: Array = gathered.transpose(0, 2, 1).reshape(count, job.group, channels // job.group * taps)
+    return rows
+
+
+def _gathered_here(source: _Source, jobs: list[_Patches], label: str) -> Iterator[list[Array]]:
+    """Run the calls once; yield the rows of each batch."""
+    model = _gathering_graph(source.graph, jobs)
+    with _session(source, model) as session, source.talk.bar(label, source.total_calls) as advance:
+        gathering = Gathering(source, jobs, session)
+        for batch in source.chosen:
+            yield gathering.rows(batch)
+            advance(len(batch.calls))
+
+
+def _accumulate(source: _Source, jobs: list[_Patches], gathered: Iterable[list[Array]]) -> dict[_Patches, _Sum]:
+    """Return the mean of x x^T for each of ``jobs``; ``gathered``: their rows in every batch."""
+    options = source.options
     sums = {}
     for job in jobs:
         widths = _widths(job.columns, options.max_width)
         sums[job] = _Sum(np.zeros((job.group * len(widths), max(widths), max(widths)), np.float32))
     waiting = _Waiting(sums, options.max_width, WAITING_SHARE * options.memory_cap_bytes)
-    model = _gathering_graph(source.graph, jobs)
-    wanted = {value.name for value in model.graph.inputs}
-    with (
-        open_session(model, source.talk, scratch=source.scratch, threads=options.threads) as session,
-        source.talk.bar(label, total_calls) as advance,
-    ):
-        needed = wanted & {entry.name for entry in session.get_inputs()}
-        for batch in chosen:
-            taps = [_batch_taps(job, batch, calls, total_calls, options) for job in jobs]
-            feed = batch.feed | {f"hessian.rows.{i}": flat.ravel() for i, (flat, _) in enumerate(taps)}
-            results = session.run(None, {k: v for k, v in feed.items() if k in needed})
-            for job, gathered, (flat, inside) in zip(jobs, results, taps, strict=True):
-                repeats = len(batch.calls) if job.shape.batch_axis is not None else 1
-                waiting.add(job, gathered.reshape(*flat.shape, job.channels), inside)
-                sums[job].population += repeats * job.rows_per_call
-            advance(len(batch.calls))
+    for batch, parts in zip(source.chosen, gathered, strict=True):
+        for job, rows in zip(jobs, parts, strict=True):
+            waiting.add(job, rows)
+            repeats = len(batch.calls) if job.shape.batch_axis is not None else 1
+            sums[job].population += repeats * job.rows_per_call
     waiting.finish()
     for job in jobs:
         sums[job].blocks /= np.float32(sums[job].rows)
@@ -324,6 +439,19 @@ def _accumulate(source: _Source, jobs: list[_Patches], label: str) -> dict[_Patc
                 "Calibrate again: the observers name the layer and the timestep.",
             )
     return sums
+
+
+@contextmanager
+def _session(source: _Source, model: ir.Model) -> Iterator[ort.InferenceSession]:
+    """Open a session on ``model``; where others may read its weights, these are linked only until they are mapped."""
+    opened = open_session(model, source.talk, scratch=source.scratch, threads=source.options.threads)
+    if source.guard is None:
+        with opened as session:
+            yield session
+        return
+    with alone_with(source.guard), opened as session:
+        pass
+    yield session
 
 
 def _batch_taps(
@@ -351,16 +479,11 @@ class _Waiting:
         self.rows: dict[_Patches, list[Array]] = {job: [] for job in sums}
         self.bytes = dict.fromkeys(sums, 0)
 
-    def add(self, job: _Patches, gathered: Array, inside: Array | None) -> None:
-        """Add rows ``gathered`` float32 [rows, taps, channels]; taps outside the image are zeros."""
-        if inside is not None:
-            gathered[~inside] = 0
-        count, taps, channels = gathered.shape
-        # Channel before tap, as in the weight; then one matrix per group of channels.
-        rows = gathered.transpose(0, 2, 1).reshape(count, job.group, channels // job.group * taps)
+    def add(self, job: _Patches, rows: Array) -> None:
+        """Add ``rows`` float32 [rows, group, columns]."""
         self.rows[job].append(rows)
         self.bytes[job] += rows.nbytes
-        self.sums[job].rows += count
+        self.sums[job].rows += len(rows)
         while sum(self.bytes.values()) > self.limit:
             self.multiply(max(self.bytes, key=lambda key: self.bytes[key]))
 

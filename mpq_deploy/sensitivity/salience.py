@@ -22,7 +22,7 @@ from mpq_deploy.sensitivity.feeds import Calls, MeasureOptions
 from mpq_deploy.sensitivity.torch_graph import TorchGraph
 from mpq_deploy.sensitivity.torch_projection import apply_matrix, canonical_gradients, canonical_input
 from mpq_deploy.sensitivity.weights import Kept, float_matrix, node_attributes
-from mpq_deploy.talk import Talk
+from mpq_deploy.talk import Advance, Talk
 
 # Samples evaluated at once.
 BATCH = 4
@@ -42,38 +42,69 @@ def channel_errors(
     ``bodies``: layer name -> the body's deployed weight, float32 [out_channels, reduction]. Raises UnsupportedOperator
     when torch cannot evaluate the graph.
     """
-    layers = [layer for layer in graph.layers if layer.name in bodies]
-    calls = Calls(graph, spec, calibration, conditions, options.samples)
-    torch_graph = TorchGraph(graph.model, torch.float32)
-    differences: Kept[Any] = Kept(
-        lambda layer: torch.from_numpy(bodies[layer.name] - float_matrix(graph, layer))[None],
-        lambda difference: int(difference.nbytes),
-        options.memory_bytes,
-    )
-    attributes = node_attributes(graph)
-    found = {layer.name: np.zeros(layer.out_channels) for layer in layers}
-    uses = [(layer, use) for layer in layers for use in layer.uses]
-    with torch.no_grad():
-        footprint, _ = torch_graph.footprint(torch_graph.feed(calls.feeds(0, calls.first)), lambda *_: None)
-    parts = parts_within(footprint, 0, options.memory_bytes)
-    # One batch of several takes no more than one call may.
-    most = max(1, WHOLE_SHARE * options.memory_bytes // max(1, 2 * sum(footprint.made)))
-    with talk.bar("salient channels", len(calls.timesteps) * calls.count) as advance:
-        for step_index, chunk in calls.chunks(calls.fixed_batch or min(BATCH, calls.count, most)):
+    errors = ChannelErrors(graph, bodies, calibration, conditions, spec, options)
+    found = {layer.name: np.zeros(layer.out_channels) for layer in errors.layers}
+    with talk.bar("salient channels", errors.steps * errors.calls) as advance:
+        for step in range(errors.steps):
+            for name, parts in errors.at(step, advance).items():
+                for part in parts:
+                    found[name] += part
+    return found
 
-            def direction(output: Any, seed: Any = (options.seed, step_index, chunk.start)) -> list[Any]:
+
+class ChannelErrors:
+    """The sums that ``channel_errors`` adds up, timestep by timestep; its arguments and errors."""
+
+    def __init__(
+        self,
+        graph: LayerGraph,
+        bodies: Mapping[str, Array],
+        calibration: CalibrationSet,
+        conditions: dict[str, Array],
+        spec: DenoiserSpec,
+        options: MeasureOptions,
+    ) -> None:
+        # To ask a mapping that reads files whether it holds a layer would read it.
+        names = set(bodies)
+        self.layers = [layer for layer in graph.layers if layer.name in names]
+        self._spec, self._options = spec, options
+        self._calls = Calls(graph, spec, calibration, conditions, options.samples)
+        self._graph = TorchGraph(graph.model, torch.float32)
+        self._differences: Kept[Any] = Kept(
+            lambda layer: torch.from_numpy(bodies[layer.name] - float_matrix(graph, layer))[None],
+            lambda difference: int(difference.nbytes),
+            options.memory_bytes,
+        )
+        self._attributes = node_attributes(graph)
+        with torch.no_grad():
+            feeds = self._graph.feed(self._calls.feeds(0, self._calls.first))
+            footprint, _ = self._graph.footprint(feeds, lambda *_: None)
+        self._parts = parts_within(footprint, 0, options.memory_bytes)
+        # One batch of several takes no more than one call may.
+        most = max(1, WHOLE_SHARE * options.memory_bytes // max(1, 2 * sum(footprint.made)))
+        self._batch = self._calls.fixed_batch or min(BATCH, self._calls.count, most)
+        self.steps, self.calls = len(self._calls.timesteps), self._calls.count
+
+    def at(self, step: int, advance: Advance) -> dict[str, Array]:
+        """Return the parts of a timestep's sum in the order in which they are added: layer name -> float64 [n, O]."""
+        uses = [(layer, use) for layer in self.layers for use in layer.uses]
+        nodes = [use for _, use in uses]
+        found: dict[str, list[Array]] = {layer.name: [] for layer in self.layers}
+        for chunk in self._calls.chunks_of_step(self._batch):
+
+            def direction(output: Any, seed: Any = (self._options.seed, step, chunk.start)) -> list[Any]:
                 return [torch.from_numpy(np.random.default_rng(seed).standard_normal(tuple(output.shape), np.float32))]
 
-            feeds = torch_graph.feed(calls.feeds(step_index, chunk))
-            nodes = [use for _, use in uses]
+            feeds = self._graph.feed(self._calls.feeds(step, chunk))
             for number, x, (gradient,) in layer_gradients(
-                torch_graph, feeds, parts, nodes, spec.output, direction, torch.float32
+                self._graph, feeds, self._parts, nodes, self._spec.output, direction, torch.float32
             ):
                 layer, use = uses[number]
                 with torch.no_grad():
-                    found[layer.name] += _by_channel(layer, attributes[use.node], x, gradient, differences[layer])
+                    attributes, difference = self._attributes[use.node], self._differences[layer]
+                    found[layer.name].append(_by_channel(layer, attributes, x, gradient, difference))
             advance(chunk.stop - chunk.start)
-    return found
+        return {name: np.stack(parts) for name, parts in found.items() if parts}
 
 
 def _by_channel(layer: Layer, attributes: dict[str, Any], x: Any, gradient: Any, difference: Any) -> Array:
@@ -112,4 +143,4 @@ class _Bodies(Mapping[str, Array]):
         return len(self._forms)
 
 
-__all__ = ["body_weights", "channel_errors"]
+__all__ = ["ChannelErrors", "body_weights", "channel_errors"]

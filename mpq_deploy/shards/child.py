@@ -14,9 +14,11 @@ import sys
 import threading
 import traceback
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
-from mpq_deploy.errors import MpqError
+from mpq_deploy.artefacts import disk_error
+from mpq_deploy.errors import DiskError, MpqError
 from mpq_deploy.shards.work import TRACEBACK, Result, ShardError, Within, Work, stepper
 
 
@@ -26,17 +28,19 @@ class Worker:
     def __init__(self, send: Any) -> None:
         self._send = send
         self._work: Work | None = None
+        self._root = Path()
 
     def obey(self, order: tuple[Any, ...]) -> None:
         """Do what ``order`` says; an error becomes an answer."""
         number = order[1] if order[0] == "run" else None
         try:
             if order[0] == "open":
+                self._root = order[2]
                 self._work = order[1](order[2], self._talk(None))
             else:
                 self._send(("done", number, self._run(order[1], order[2])))
         except Exception as error:
-            self._send(("failed", number, sendable(error)))
+            self._send(("failed", number, sendable(error, self._root)))
 
     def _run(self, number: int, task: Any) -> Result:
         if self._work is None:
@@ -55,13 +59,15 @@ class Worker:
         )
 
 
-def sendable(error: Exception) -> MpqError:
-    """Return ``error`` itself where it is ours, else a ShardError that says what it was."""
+def sendable(error: Exception, root: Path) -> MpqError:
+    """Return ``error`` itself where it is ours, else what it was: a DiskError about ``root``, or a ShardError."""
     if isinstance(error, MpqError):
         return error
-    found = ShardError(f"A worker failed: {type(error).__name__}: {error}.", "--debug shows where.")
-    found.__dict__[TRACEBACK] = "\n" + "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    return found
+    if isinstance(error, OSError) and isinstance(found := disk_error(error, root), DiskError):
+        return found
+    failed = ShardError(f"A worker failed: {type(error).__name__}: {error}.", "--debug shows where.")
+    failed.__dict__[TRACEBACK] = "\n" + "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    return failed
 
 
 def _end_with(lifeline: int) -> None:

@@ -11,11 +11,12 @@ import importlib.util
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -44,6 +45,7 @@ class Cluster:
     workers: int | None = None
     threads: int | None = None
     repeats: int = REPEATS
+    shares_files: ClassVar[bool] = False
 
     def threads_of_shard(self) -> Threads:
         """Return the threads asked for, or those of this process."""
@@ -53,7 +55,11 @@ class Cluster:
     def open(self, job: Job, talk: Talk) -> Iterator[Pool]:
         """Open ``job`` on the cluster. Raises UsageError where there is none."""
         ray = connected(self.address)
-        pool = _ClusterPool(ray, self, job, talk, _packed(ray, job))
+        try:
+            packed = _packed(ray, job)
+        except (ray.exceptions.OutOfDiskError, ray.exceptions.ObjectStoreFullError) as error:
+            raise _store_is_full(error) from error
+        pool = _ClusterPool(ray, self, job, talk, packed)
         try:
             yield pool
         finally:
@@ -92,18 +98,27 @@ def _packed(ray: Any, job: Job) -> Packed:
     return Packed(digest.hexdigest()[:16], files)
 
 
+def _store_is_full(error: Exception) -> ShardError:
+    return ShardError(
+        f"Ray's object store can take no more: {str(error).splitlines()[0]}",
+        "Free space where Ray spills to ('ray start --temp-dir'), or give it more with --object-store-memory.",
+    )
+
+
 def _files(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
 
 
 @dataclass(eq=False)
 class _Actor:
-    """A worker: its handle, what it is asked now, and the shard that it computes; ``node`` is known once it is open."""
+    """A worker: its handle, what it is asked now, and the shard that it computes; ``node``: its id, once it is open."""
 
     handle: Any
+    started: Any
     asked: Any
     busy: int | None = None
     open: bool = False
+    node: str = ""
 
 
 @dataclass
@@ -115,6 +130,7 @@ class _ClusterPool:
     packed: Packed
     actors: list[_Actor] = field(default_factory=list)
     said: set[str] = field(default_factory=set)
+    unfit: dict[str, str] = field(default_factory=dict)
     losses: int = 0
     last_sign: float = 0.0
 
@@ -130,6 +146,9 @@ class _ClusterPool:
                     self._lost(actor, shards, waiting, lost)
                     continue
                 for answer in answers:
+                    if answer[0] == "unfit":
+                        self._unfit(actor, answer[2], waiting)
+                        break
                     if answer[0] == "failed":
                         actor.busy = None
                         raise answer[2] if answer[1] is None else in_shard(answer[2], shards[answer[1]])
@@ -154,7 +173,7 @@ class _ClusterPool:
 
     def _grow(self, shards: int) -> None:
         """Start workers for so many shards, as far as the cluster's processors allow, spread over its nodes."""
-        sizes = [int(node["Resources"].get("CPU", 0)) for node in self.ray.nodes() if node["Alive"]]
+        sizes = self._sizes()
         each = self._processors(sizes)
         fit = self.crew.workers or max(1, sum(size // each for size in sizes))
         count = min(fit, shards)
@@ -171,13 +190,19 @@ class _ClusterPool:
         """Return the processors that Ray sets aside for a worker: its threads, as far as any node has so many."""
         return max(1, min(self.crew.threads_of_shard().runtime, max(sizes, default=1)))
 
-    def _add(self, processors: int) -> None:
+    def _add(self, processors: int, node: str | None = None) -> None:
+        """Start a worker: anywhere, or on ``node``."""
         environment = self.crew.threads_of_shard().environment()
         # A lost worker is not restarted by Ray but by us: it must open its job again.
         options = {"num_cpus": processors, "max_restarts": 0, "scheduling_strategy": "SPREAD"}
+        if node is not None:
+            from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
         remote = self.ray.remote(_OnRay).options(**options, runtime_env={"env_vars": environment})
         handle = remote.remote()
-        self.actors.append(_Actor(handle, handle.open.remote(self.job.opener, self.packed)))
+        started = handle.__ray_ready__.remote()
+        self.actors.append(_Actor(handle, started, handle.open.remote(self.job.opener, self.packed)))
 
     def _assign(self, waiting: deque[int], shards: Sequence[Shard]) -> None:
         for actor in self.actors:
@@ -189,7 +214,7 @@ class _ClusterPool:
         """Wait a little; return the workers that have answered or are lost."""
         asked = [actor.asked for actor in self.actors if actor.busy is not None or not actor.open]
         found, _ = self.ray.wait(asked, num_returns=1, timeout=LOOK_SECONDS)
-        if found or any(actor.open for actor in self.actors):
+        if found or any(actor.open for actor in self.actors) or self._started():
             self.last_sign = time.monotonic()
         elif time.monotonic() - self.last_sign > WAITING_SECONDS:
             raise ShardError(
@@ -198,6 +223,11 @@ class _ClusterPool:
             )
         return [actor for actor in self.actors if actor.asked in found]
 
+    def _started(self) -> bool:
+        """Whether a worker is there, which may take long to get its files."""
+        started, _ = self.ray.wait([actor.started for actor in self.actors], num_returns=1, timeout=0)
+        return bool(started)
+
     def _answers(self, actor: _Actor) -> list[Any] | None:
         """Return what the worker answers; None where it or its answer is lost."""
         errors = self.ray.exceptions
@@ -205,11 +235,13 @@ class _ClusterPool:
             found = self.ray.get(actor.asked)
         except (errors.RayActorError, errors.ObjectLostError, errors.NodeDiedError, errors.WorkerCrashedError):
             return None
-        except errors.RaySystemError as error:
+        except (errors.RaySystemError, errors.RuntimeEnvSetupError) as error:
             raise ShardError(f"The Ray cluster failed: {error}", "Look at 'ray status'.") from error
+        except (errors.OutOfDiskError, errors.ObjectStoreFullError) as error:
+            raise _store_is_full(error) from error
         if actor.open:
             return list(found)
-        facts, answers = found
+        actor.node, (facts, answers) = found
         self._compare(facts)
         actor.open = True
         return list(answers)
@@ -243,8 +275,34 @@ class _ClusterPool:
                 "Look at 'ray status' and the nodes' memory.",
             )
         # Where the cluster has no room for it, the others go on without.
-        sizes = [int(node["Resources"].get("CPU", 0)) for node in self.ray.nodes() if node["Alive"]]
-        self._add(self._processors(sizes))
+        self._add(self._processors(self._sizes()))
+
+    def _sizes(self) -> list[int]:
+        """Return the processors of the nodes."""
+        return [int(node["Resources"].get("CPU", 0)) for node in self.ray.nodes() if node["Alive"]]
+
+    def _unfit(self, actor: _Actor, why: str, waiting: deque[int]) -> None:
+        """Go on without a node that cannot keep files; its shard waits again, before the others."""
+        self.actors.remove(actor)
+        self.ray.kill(actor.handle)
+        if actor.busy is not None:
+            waiting.appendleft(actor.busy)
+        nodes = {node["NodeID"]: node for node in self.ray.nodes() if node["Alive"]}
+        if actor.node not in self.unfit:
+            self.unfit[actor.node] = f"{_name(actor.node, nodes.get(actor.node))}: {why}"
+            self._say("warn", f"{self.unfit[actor.node]}; the work goes on without it")
+        if self.actors:
+            return
+        fit = [
+            node for node, about in nodes.items() if node not in self.unfit and about["Resources"].get("CPU", 0) >= 1
+        ]
+        if not fit:
+            raise ShardError(
+                f"No node of the Ray cluster can keep the files of {self.job.name}. {'; '.join(self.unfit.values())}.",
+                "Free some space there, or start Ray on it with TMPDIR=FOLDER, a folder on a disk that has some.",
+            )
+        for node in fit[: self.crew.workers]:
+            self._add(self._processors(self._sizes()), node)
 
     def _say(self, kind: str, text: str) -> None:
         if text not in self.said:
@@ -252,11 +310,20 @@ class _ClusterPool:
             (self.talk.warn if kind == "warn" else self.talk.line)(text)
 
 
+def _name(node: str, about: Mapping[str, Any] | None) -> str:
+    """Name a node for people: its address and host, and the begin of its id, since a machine may have several."""
+    if about is None:
+        return f"node {node[:8]}"
+    return f"node {about['NodeManagerAddress']} ({about['NodeManagerHostname']}, {node[:8]})"
+
+
 class _OnRay(NodeWorker):
     """A worker as an actor: knows its node, and gets what references stand for."""
 
-    def open(self, opener: Any, packed: Packed) -> tuple[Facts, list[Any]]:  # type: ignore[override]
-        """Open the job on this node."""
+    def open(self, opener: Any, packed: Packed) -> tuple[str, tuple[Facts, list[Any]]]:  # type: ignore[override]
+        """Open the job on this node; return the node's id with the answers."""
         import ray
 
-        return super().open(ray.get_runtime_context().get_node_id(), opener, packed, ray.get)
+        node = ray.get_runtime_context().get_node_id()
+        # A store that can take no more pieces never answers: TimeoutError is an OSError, so the node is unfit then.
+        return node, super().open(node, opener, packed, partial(ray.get, timeout=WAITING_SECONDS))

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 
 from mpq_deploy import __version__
+from mpq_deploy.artefacts import FULL
+from mpq_deploy.errors import DiskError
 from mpq_deploy.shards.child import Worker
 from mpq_deploy.shards.work import Opener
 
@@ -58,8 +60,14 @@ class NodeWorker:
         self._folder: Path | None = None
 
     def open(self, node: str, opener: Opener, packed: Packed, fetch: Callable[[Any], Any]) -> tuple[Facts, list[Any]]:
-        """Bring the files to this node, open the job, and say what this node is; ``fetch`` gets a reference."""
-        self._folder = unpacked(packed, node, fetch)
+        """Bring the files to this node, open the job, and say what this node is; ``fetch`` gets a reference.
+
+        Where the node cannot keep the files, the answer is ("unfit", None, why).
+        """
+        try:
+            self._folder = unpacked(packed, node, fetch)
+        except OSError as error:
+            return Facts.here(), [("unfit", None, _why(error))]
         self._worker.obey(("open", opener, self._folder))
         return Facts.here(), self._taken()
 
@@ -75,7 +83,7 @@ class NodeWorker:
             _lock_of(self._folder).unlink(missing_ok=True)
 
     def _taken(self) -> list[Any]:
-        answers = list(self._answers)
+        answers = [("unfit", a[1], a[2].message) if _is_disks(a) else a for a in self._answers]
         self._answers.clear()
         return answers
 
@@ -88,14 +96,40 @@ def unpacked(packed: Packed, node: str, fetch: Callable[[Any], Any]) -> Path:
     with _lock_of(folder).open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / COMPLETE).exists():
-            for name, pieces in packed.files.items():
-                path = folder / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with path.open("wb") as file:
-                    for piece in pieces:
-                        file.write(memoryview(fetch(piece)))
-            (folder / COMPLETE).touch()
+            try:
+                _write(packed, folder, fetch)
+            except OSError:
+                # Nobody reads half of them, and the disk is full.
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
     return folder
+
+
+def _write(packed: Packed, folder: Path, fetch: Callable[[Any], Any]) -> None:
+    for name, pieces in packed.files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            for piece in pieces:
+                file.write(memoryview(fetch(piece)))
+    (folder / COMPLETE).touch()
+
+
+def _is_disks(answer: tuple[Any, ...]) -> bool:
+    return answer[0] == "failed" and isinstance(answer[2], DiskError)
+
+
+def _why(error: OSError) -> str:
+    """Say why files cannot be written, and where."""
+    if isinstance(error, TimeoutError):
+        return "its part of the object store gave it no files in time"
+    try:
+        where = tempfile.gettempdir()
+    except OSError as nowhere:
+        return str(nowhere)
+    if error.errno in FULL:
+        return f"its disk is full: {shutil.disk_usage(where).free / 1e6:.0f} MB are left under {where}"
+    return f"its folder {where} cannot be used: {error}"
 
 
 def _lock_of(folder: Path) -> Path:

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, ClassVar
 
 from mpq_deploy.errors import UsageError
 from mpq_deploy.runtime.threads import RUNTIME_THREADS, SLEEPING, Threads, runtime_threads, threads_here
@@ -38,6 +38,7 @@ class Processes:
     workers: int
     threads: int | None = None
     repeats: int = REPEATS
+    shares_files: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for option, value in (("--workers", self.workers), ("--threads", self.threads)):

@@ -92,6 +92,10 @@ class Crew(Protocol):
     def threads(self) -> int | None:
         """The threads that were asked for, for every worker; None: those of this process."""
 
+    @property
+    def shares_files(self) -> bool:
+        """Whether workers read and write a job's folder itself, not a copy of its files."""
+
     def threads_of_shard(self) -> Threads:
         """Return the threads that every shard is computed with, whatever the number of workers."""
 
@@ -103,6 +107,7 @@ class Alone:
     """The crew of one: this process, one shard after the other."""
 
     threads = None
+    shares_files = True
 
     def threads_of_shard(self) -> Threads:
         """Return the threads of this process."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +13,7 @@ import numpy as np
 
 from mpq_deploy.artefacts import Fields
 from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
-from mpq_deploy.denoisers.spec import Array
+from mpq_deploy.denoisers.spec import Array, DenoiserSpec
 from mpq_deploy.engine.target import Target, load_target
 from mpq_deploy.graph.layers import Layer, LayerGraph
 from mpq_deploy.graph.mapped import drop_pages
@@ -29,13 +31,17 @@ from mpq_deploy.precision.candidates import (
     with_promoted_rows,
 )
 from mpq_deploy.precision.scheme import FP16, Scheme, branches_of, schemes_named
+from mpq_deploy.shards.work import Alone
 from mpq_deploy.stages.common import Exported, load_calibration, settings, version_of
 from mpq_deploy.stages.memory import check_memory
 
 if TYPE_CHECKING:
-    from mpq_deploy.calibrate.hessian import Hessian
+    from threadpoolctl import ThreadpoolController
+
+    from mpq_deploy.calibrate.hessian import Hessian, HessianOptions
     from mpq_deploy.pipeline import Pipeline
     from mpq_deploy.recipe import Recipe
+    from mpq_deploy.sensitivity.feeds import MeasureOptions
 
 
 # Layer number -> its output channels, most salient first, beside the candidates' files.
@@ -76,65 +82,96 @@ def candidates_inputs(pipeline: Pipeline) -> Fields:
 
 def make_candidates(pipeline: Pipeline, folder: Path) -> str:
     """Make the stage candidates in ``folder``; return a few words for the log."""
-    from threadpoolctl import ThreadpoolController
-
     exported = Exported(pipeline)
     check_memory(pipeline, "candidates")
-    target = load_target(pipeline.recipe.target)
-    wanted = wanted_schemes(pipeline.recipe)
-    section = pipeline.recipe.quantize
+    if isinstance(pipeline.crew, Alone):
+        rounder = Rounder.of(pipeline, exported)
+        for moments in _moments(pipeline, exported, rounder):
+            rounder.into(folder, moments)
+    else:
+        from mpq_deploy.stages.rounding import round_over_workers
 
-    convolved = {tensor for layer in exported.graph.layers if layer.op == "Conv" for tensor in layer.inputs}
-
-    def refusal(layer: Layer, scheme: Scheme) -> str:
-        reason = target.refusal(layer, scheme)
-        if reason or not scheme.branch or scheme.simulated:
-            return reason
-        if scheme.activation_form and layer.op != "Conv" and convolved.intersection(layer.inputs):
-            return "convolutions read its input too, whose channels lie on another axis"
-        return bias_refusal(exported.graph.model, layer)
-
+        round_over_workers(pipeline, exported, folder)
+    orders, how = _salient_first(pipeline, exported, folder)
     numbers = {layer.name: number for number, layer in enumerate(exported.graph.layers)}
-    _, stats = load_calibration(pipeline)
-    blas = ThreadpoolController()
-    for moments in _moments(pipeline, exported):
-        layer = moments.layer
-        with blas.limit(limits=1 if layer.weights < THREADED_WEIGHTS else None, user_api="blas"):
+    np.savez(folder / ROW_ORDERS, **{str(numbers[name]): order for name, order in orders.items()})  # type: ignore[arg-type]
+    return f"{len(wanted_schemes(pipeline.recipe))} schemes, rounding {pipeline.recipe.quantize.rounding}{how}"
+
+
+@dataclass(frozen=True)
+class Rounder:
+    """Rounds the layers of ``exported`` one by one: the same bytes in any process."""
+
+    exported: Exported
+    recipe: Recipe
+    target: Target
+    stats: CalibrationStats
+    numbers: Mapping[str, int]
+    blas: ThreadpoolController
+
+    @classmethod
+    def of(cls, pipeline: Pipeline, exported: Exported) -> Rounder:
+        """Read what rounding depends on."""
+        from threadpoolctl import ThreadpoolController
+
+        numbers = {layer.name: number for number, layer in enumerate(exported.graph.layers)}
+        stats = load_calibration(pipeline)[1]
+        return cls(
+            exported, pipeline.recipe, load_target(pipeline.recipe.target), stats, numbers, ThreadpoolController()
+        )
+
+    def into(self, folder: Path, moments: Hessian) -> Path:
+        """Round the layer of ``moments`` for all its schemes; return its new file in ``folder``."""
+        layer, graph, section = moments.layer, self.exported.graph, self.recipe.quantize
+        activations = self.stats.activations[layer.inputs[0]]
+        with self.blas.limit(limits=1 if layer.weights < THREADED_WEIGHTS else None, user_api="blas"):
             candidates = round_candidates(
                 layer,
-                choices_for(layer, wanted, refusal),
-                weight_matrix(layer, weight_array(exported.graph.model, layer)),
+                choices_for(layer, wanted_schemes(self.recipe), self._refusal),
+                weight_matrix(layer, weight_array(graph.model, layer)),
                 moments.blocks,
                 widths=moments.widths,
                 gptq=section.rounding == "gptq",
                 damping=section.damping,
                 refinements=section.refinements,
                 # The controls are what they say whatever the recipe allows the plan.
-                outliers=stats.activations[layer.inputs[0]].outliers,
-                factors=stats.activations[layer.inputs[0]].factors[0],
-                input_amax=_column_amax(layer, stats) if layer.group == 1 else None,
-                also=tuple(s for names in CONTROLS.values() if (s := control_scheme(layer, names, target)).weight),
+                outliers=activations.outliers,
+                factors=activations.factors[0],
+                input_amax=_column_amax(layer, self.stats) if layer.group == 1 else None,
+                also=tuple(s for names in CONTROLS.values() if (s := control_scheme(layer, names, self.target)).weight),
             )
-        save_candidates(candidates, _file(folder, numbers[layer.name]))
-        drop_pages(exported.graph.model.graph.initializers[layer.weight].const_value)
-    orders, how = _salient_first(pipeline, exported, folder)
-    np.savez(folder / ROW_ORDERS, **{str(numbers[name]): order for name, order in orders.items()})  # type: ignore[arg-type]
-    return f"{len(wanted)} schemes, rounding {section.rounding}{how}"
+        path = _file(folder, self.numbers[layer.name])
+        save_candidates(candidates, path)
+        drop_pages(graph.model.graph.initializers[layer.weight].const_value)
+        return path
+
+    def diagonal(self, layer: Layer) -> Hessian:
+        """Return the second moments of the layer's input channels: what rounding to nearest looks at."""
+        from mpq_deploy.calibrate.hessian import Hessian
+
+        return Hessian(layer, _diagonal_moments(layer, self.stats), (1,) * layer.reduction, 0)
+
+    def _refusal(self, layer: Layer, scheme: Scheme) -> str:
+        reason = self.target.refusal(layer, scheme)
+        if reason or not scheme.branch or scheme.simulated:
+            return reason
+        if scheme.activation_form and layer.op != "Conv" and self._convolved.intersection(layer.inputs):
+            return "convolutions read its input too, whose channels lie on another axis"
+        return bias_refusal(self.exported.graph.model, layer)
+
+    @cached_property
+    def _convolved(self) -> frozenset[str]:
+        return frozenset(t for layer in self.exported.graph.layers if layer.op == "Conv" for t in layer.inputs)
 
 
 def _salient_first(pipeline: Pipeline, exported: Exported, folder: Path) -> tuple[dict[str, Array], str]:
     """Order the output channels of layers with a rows branch, most salient first: layer name -> int32 [O]."""
-    layers = [
-        layer
-        for number, layer in enumerate(exported.graph.layers)
-        if any(s.branch and s.branch.kind == "rows" for s in load_choices(_file(folder, number)).schemes)
-    ]
-    if not layers:
+    chosen = with_rows(folder, exported.graph)
+    if not chosen:
         return {}, ""
-    chosen = StoredCandidates(folder, exported.graph, {}, tuple(layers))
-    inputs, stats = load_calibration(pipeline)
+    _, stats = load_calibration(pipeline)
     method = pipeline.recipe.quantize.salience
-    saliences = _probed_salience(pipeline, exported, chosen, inputs) if method == "probe" else None
+    saliences = _probed_salience(pipeline, exported, chosen) if method == "probe" else None
     if saliences is None:
         saliences = {name: _kurtosis(c, stats) for name, c in chosen.items()}
         why = ", salient rows by kurtosis" + (" (torch cannot evaluate this graph)" if method == "probe" else "")
@@ -142,6 +179,16 @@ def _salient_first(pipeline: Pipeline, exported: Exported, folder: Path) -> tupl
         why = ", salient rows by probes"
     # Equal saliences keep the channels' order, so equal inputs give equal plans.
     return {name: np.argsort(-s, kind="stable").astype(np.int32) for name, s in saliences.items()}, why
+
+
+def with_rows(folder: Path, graph: LayerGraph) -> StoredCandidates:
+    """Open the candidates in ``folder`` of the layers with a rows branch."""
+    layers = [
+        layer
+        for number, layer in enumerate(graph.layers)
+        if any(s.branch and s.branch.kind == "rows" for s in load_choices(_file(folder, number)).schemes)
+    ]
+    return StoredCandidates(folder, graph, {}, tuple(layers))
 
 
 def _kurtosis(candidates: LayerCandidates, stats: CalibrationStats) -> Array:
@@ -156,26 +203,40 @@ def _column_amax(layer: Layer, stats: CalibrationStats) -> Array:
     return np.repeat(amax, layer.reduction // len(amax))
 
 
-def _probed_salience(
-    pipeline: Pipeline, exported: Exported, candidates: Mapping[str, LayerCandidates], inputs: CalibrationSet
-) -> dict[str, Array] | None:
+def _probed_salience(pipeline: Pipeline, exported: Exported, chosen: StoredCandidates) -> dict[str, Array] | None:
     """Return the channels' errors by probes on the calls that weights are rounded on; None where torch cannot."""
     if importlib.util.find_spec("torch") is None:
         return None
-    from mpq_deploy.calibrate.timesteps import sampled_steps
-    from mpq_deploy.sensitivity.feeds import MeasureOptions
-    from mpq_deploy.sensitivity.salience import body_weights, channel_errors
+    from mpq_deploy.sensitivity.exhaustive import evaluates_in_torch
+    from mpq_deploy.sensitivity.salience import channel_errors
     from mpq_deploy.sensitivity.torch_graph import UnsupportedOperator
 
-    rounded_on, _ = inputs.split(pipeline.recipe.measure.samples)
-    count = len(inputs.timesteps)
-    some = rounded_on.at(sampled_steps(count, min(SALIENCE_TIMESTEPS, count)))
-    options = MeasureOptions(probes=1, heldout_probes=0, samples=SALIENCE_SAMPLES)
-    bodies = body_weights(candidates)
     try:
-        return channel_errors(exported.graph, bodies, some, exported.conditions, exported.spec, options, pipeline.talk)
+        if isinstance(pipeline.crew, Alone):
+            return channel_errors(*salience_inputs(pipeline, exported, chosen), pipeline.talk)
+        # No worker is started to find that out.
+        if not evaluates_in_torch(exported.graph):
+            return None
+        from mpq_deploy.stages.rounding import salience_over_workers
+
+        return salience_over_workers(pipeline, exported, chosen)
     except UnsupportedOperator:
         return None
+
+
+def salience_inputs(
+    pipeline: Pipeline, exported: Exported, chosen: StoredCandidates
+) -> tuple[LayerGraph, Mapping[str, Array], CalibrationSet, dict[str, Array], DenoiserSpec, MeasureOptions]:
+    """Return what the errors of channels are measured on."""
+    from mpq_deploy.calibrate.timesteps import sampled_steps
+    from mpq_deploy.sensitivity.feeds import MeasureOptions
+    from mpq_deploy.sensitivity.salience import body_weights
+
+    rounded_on, _ = load_calibration(pipeline)[0].split(pipeline.recipe.measure.samples)
+    count = len(rounded_on.timesteps)
+    some = rounded_on.at(sampled_steps(count, min(SALIENCE_TIMESTEPS, count)))
+    options = MeasureOptions(probes=1, heldout_probes=0, samples=SALIENCE_SAMPLES)
+    return exported.graph, body_weights(chosen), some, exported.conditions, exported.spec, options
 
 
 def wanted_schemes(recipe: Recipe) -> tuple[Scheme, ...]:
@@ -190,33 +251,31 @@ def control_scheme(layer: Layer, preferred: tuple[str, ...], target: Target) -> 
     return next((allowed[name] for name in preferred if name in allowed), FP16)
 
 
-def _moments(pipeline: Pipeline, exported: Exported) -> Iterator[Hessian]:
+def _moments(pipeline: Pipeline, exported: Exported, rounder: Rounder) -> Iterator[Hessian]:
     """Yield the second moments of every layer's input: Hessians for GPTQ, else only their diagonals."""
-    from mpq_deploy.calibrate.hessian import Hessian, HessianOptions, iterate_hessians
+    from mpq_deploy.calibrate.hessian import iterate_hessians
+
+    if pipeline.recipe.quantize.rounding == "nearest":
+        yield from map(rounder.diagonal, exported.graph.layers)
+        return
+    rounded_on, options = hessian_inputs(pipeline, exported)
+    calls = (exported.graph, rounded_on, exported.conditions, exported.spec, options, pipeline.talk)
+    yield from iterate_hessians(*calls, scratch=pipeline.run.scratch())
+
+
+def hessian_inputs(pipeline: Pipeline, exported: Exported) -> tuple[CalibrationSet, HessianOptions]:
+    """Return the calls that weights are rounded on, and the bounds on their Hessians."""
+    from mpq_deploy.calibrate.hessian import HessianOptions
     from mpq_deploy.calibrate.trajectories import renoised
 
     section = pipeline.recipe.quantize
-    inputs, stats = load_calibration(pipeline)
-    rounded_on, _ = inputs.split(pipeline.recipe.measure.samples)
-    if section.rounding == "nearest":
-        for layer in exported.graph.layers:
-            yield Hessian(layer, _diagonal_moments(layer, stats), (1,) * layer.reduction, 0)
-        return
+    rounded_on, _ = load_calibration(pipeline)[0].split(pipeline.recipe.measure.samples)
     rounded_on = renoised(rounded_on, exported.spec, section.noise_draws)
-    options = HessianOptions(
+    return rounded_on, HessianOptions(
         memory_cap_bytes=section.memory_mb * 2**20,
         min_rows=section.hessian_rows,
         max_width=section.hessian_width,
         max_calls=rounded_on.samples.shape[0] * rounded_on.samples.shape[1],
-    )
-    yield from iterate_hessians(
-        exported.graph,
-        rounded_on,
-        exported.conditions,
-        exported.spec,
-        options,
-        pipeline.talk,
-        scratch=pipeline.run.scratch(),
     )
 
 
@@ -243,7 +302,7 @@ class StoredCandidates(Mapping[str, LayerCandidates]):
         layers: tuple[Layer, ...] | None = None,
         limit: int | None = None,
     ) -> None:
-        self._folder, self._graph, self._orders = folder, graph, orders
+        self.folder, self._graph, self._orders = folder, graph, orders
         self._limit = HELD_BYTES if limit is None else limit
         chosen = {layer.name for layer in (graph.layers if layers is None else layers)}
         self._numbers = {layer.name: i for i, layer in enumerate(graph.layers) if layer.name in chosen}
@@ -263,7 +322,7 @@ class StoredCandidates(Mapping[str, LayerCandidates]):
             return held
         number = self._numbers[name]
         found = self._read(number)
-        size = _file(self._folder, number).stat().st_size + found.weight.nbytes
+        size = _file(self.folder, number).stat().st_size + found.weight.nbytes
         if self._bytes + size <= self._limit:
             self._held[name] = found
             self._bytes += size
@@ -278,7 +337,7 @@ class StoredCandidates(Mapping[str, LayerCandidates]):
     def _read(self, number: int) -> LayerCandidates:
         layer = self._graph.layers[number]
         weight = weight_matrix(layer, weight_array(self._graph.model, layer))
-        candidates = load_candidates(layer, weight, _file(self._folder, number))
+        candidates = load_candidates(layer, weight, _file(self.folder, number))
         order = self._orders.get(layer.name)
         return candidates if order is None else with_promoted_rows(candidates, order)
 

@@ -12,7 +12,7 @@ from mpq_deploy.errors import MpqError
 from mpq_deploy.precision.scheme import SCHEMES
 
 if TYPE_CHECKING:
-    from mpq_deploy.memory import StageMemory
+    from mpq_deploy.memory import ModelSize, StageMemory
     from mpq_deploy.pipeline import Pipeline
 
 MORE = "use a machine with more memory, or set MPQ_DEPLOY_MEMORY to what may be taken if you know better."
@@ -33,7 +33,8 @@ def check_memory(pipeline: Pipeline, stage: str) -> StageMemory:
     from mpq_deploy.memory import refuse_too_large
 
     estimate = stage_memory(pipeline, stage)
-    refuse_too_large(estimate, memory_room(), f"{HINTS[stage]} {MORE}", held_memory())
+    fewer = "Give fewer --workers. " if _rounding_workers(pipeline, stage) else ""
+    refuse_too_large(estimate, memory_room(), f"{fewer}{HINTS[stage]} {MORE}", held_memory())
     return estimate
 
 
@@ -82,23 +83,52 @@ def _runtime_errors() -> tuple[type[BaseException], ...]:
 
 
 def stage_memory(pipeline: Pipeline, stage: str) -> StageMemory:
-    """Estimate what ``stage`` takes; those before it are current."""
-    from mpq_deploy.denoisers.smaller import smaller_spec
-    from mpq_deploy.memory import estimate_stage, model_size
-    from mpq_deploy.stages.common import Exported
+    """Estimate what ``stage`` takes, workers on this machine included; those before it are current."""
+    from mpq_deploy.memory import estimate_stage
 
     if stage == "export":
         return _export(pipeline)
     if stage == "engine":
         return _engine(pipeline)
+    size, forms = _sizes(pipeline, stage)
+    return estimate_stage(stage, size, pipeline.recipe, forms, _rounding_workers(pipeline, stage))
+
+
+def _rounding_workers(pipeline: Pipeline, stage: str) -> int:
+    """Return how many processes of this machine round layers in ``stage``, beside this one; 0: this one does."""
+    from mpq_deploy.shards.processes import Processes
+
+    return pipeline.crew.workers if stage == "candidates" and isinstance(pipeline.crew, Processes) else 0
+
+
+def rounding_worker_bytes(pipeline: Pipeline) -> int:
+    """Estimate what a worker of the stage candidates holds, beside what every worker does (``shards.memory``)."""
+    from mpq_deploy.memory import candidates_worker_bytes
+    from mpq_deploy.shards.memory import PROCESS_BYTES
+
+    size, forms = _sizes(pipeline, "candidates")
+    return max(0, candidates_worker_bytes(size, pipeline.recipe, forms) - PROCESS_BYTES)
+
+
+def salience_worker_bytes(pipeline: Pipeline) -> int:
+    """Estimate what a worker holds that orders salient channels, beside what every worker does."""
+    from mpq_deploy.memory import salience_worker_bytes as worker_bytes
+
+    return worker_bytes(_sizes(pipeline, "candidates")[0])
+
+
+def _sizes(pipeline: Pipeline, stage: str) -> tuple[ModelSize, int]:
+    """Return the size of the model that ``stage`` works on, and the weight forms per layer, at most."""
+    from mpq_deploy.denoisers.smaller import smaller_spec
+    from mpq_deploy.memory import model_size
+    from mpq_deploy.stages.common import Exported
+
     exported, recipe = Exported(pipeline), pipeline.recipe
     if stage == "measure" and recipe.measure.side is not None:
         exported.take_smaller(smaller_spec(exported.spec, recipe.measure.side))
     named = recipe.allocate.schemes
     forms = {s.weight_form for s in SCHEMES.values() if not s.branch and (s.name in named or s.family in named)}
-    return estimate_stage(
-        stage, model_size(exported.path, exported.graph, exported.spec.input_shapes()), recipe, len(forms)
-    )
+    return model_size(exported.path, exported.graph, exported.spec.input_shapes()), len(forms)
 
 
 def _export(pipeline: Pipeline) -> StageMemory:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mpq_deploy.calibrate.hessian import HessianOptions, iterate_hessians
+from mpq_deploy.calibrate.hessian import HessianOptions, HessianPlan, iterate_hessians
 from mpq_deploy.errors import UsageError
 from mpq_deploy.graph.layers import Layer
 from mpq_deploy.talk import Talk
@@ -181,6 +182,29 @@ def test_a_small_cap_means_more_passes_and_the_same_matrices() -> None:
     for hessian in found:
         np.testing.assert_allclose(hessian.blocks, once[hessian.layer.name].blocks, rtol=1e-4, atol=1e-6)
     assert len(bars) > 1
+
+
+@pytest.mark.parametrize("guarded", [False, True])
+def test_rows_that_were_gathered_elsewhere_give_the_same_bits(tmp_path: Path, guarded: bool) -> None:
+    """Timestep by timestep, the last one first, in plans of their own: as workers do it."""
+    given, guard = denoiser_case(), tmp_path / "guard"
+    guard.touch()
+    largest = 4 * 4 * max(layer.reduction for layer in given.graph.layers) ** 2
+    options = HessianOptions(min_rows=40, memory_cap_bytes=largest, batch_size=2)
+    calls = (given.graph, given.recorded, given.conditions, given.spec, options, Talk())
+    here = list(iterate_hessians(*calls))
+    plan, found = HessianPlan.of(*calls), []
+    for number in range(len(plan)):
+        elsewhere = HessianPlan.of(*calls, guard=guard if guarded else None).gathering(number)
+        moved: list[int] = []
+        steps = {step: list(elsewhere.at(step, moved.append)) for step in reversed(range(plan.timesteps))}
+        assert sum(moved) == sum(plan.calls(step) for step in range(plan.timesteps))
+        found += plan.hessians(number, (rows for step in range(plan.timesteps) for rows in steps[step]))
+        assert {layer.name for layer in plan.layers(number)} <= {hessian.layer.name for hessian in found}
+    assert len(plan) > 1 and [h.layer for h in found] == [h.layer for h in here]
+    for one, other in zip(found, here):
+        np.testing.assert_array_equal(one.blocks, other.blocks)
+        assert (one.widths, one.rows) == (other.widths, other.rows)
 
 
 def test_an_impossible_cap_names_the_layer_and_the_need() -> None:

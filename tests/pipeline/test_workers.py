@@ -20,6 +20,7 @@ from mpq_deploy.audit.audit import AuditOptions, run_audit
 from mpq_deploy.metrics.sampling import SamplingOptions, Source, sample_many
 from mpq_deploy.pipeline import Pipeline, open_pipeline
 from mpq_deploy.sensitivity import probe
+from mpq_deploy.shards import processes
 from mpq_deploy.shards.processes import Processes
 from mpq_deploy.shards.work import Crew
 from mpq_deploy.stages.common import Exported
@@ -61,9 +62,44 @@ def test_a_build_has_the_same_bytes_over_any_number_of_workers(
 ) -> None:
     _, said = over(Processes(workers), model, tmp_path / "run", lambda pipeline: pipeline.run_until("report"))
     assert stage_bytes(tmp_path / "run") == stage_bytes(finished.run)
-    for name in ("calibration", "probes", "evaluation"):
+    for name in ("calibration", "rounding", "salient channels", "probes", "evaluation"):
         assert f"  {name} on {workers} workers, an estimated " in said
     assert not (tmp_path / "run" / KEPT).exists()
+
+
+@pytest.mark.parametrize("changes", [{"rounding": "nearest"}, {"memory_mb": 16, "hessian_rows": 8192}], ids=str)
+def test_layers_are_rounded_alike_over_workers(model: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    """To nearest, where there are no Hessians; and with Hessians whose rows do not fit their cap at once."""
+    found = []
+    for crew in (None, Processes(2)):
+        run = tmp_path / f"run-{len(found)}"
+        settings = {f"quantize__{key}": value for key, value in changes.items()}
+        over(crew, model, run, lambda pipeline: pipeline.run_until("candidates"), **settings)
+        found.append(stage_bytes(run, ("candidates",)))
+        assert not list((run / ".scratch").iterdir())
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("task", ["_Gather", "_Layer"])
+def test_a_worker_killed_while_it_rounds_changes_nothing(
+    model: Path, run: Path, finished: Built, monkeypatch: pytest.MonkeyPatch, task: str
+) -> None:
+    """Killed when it has just been given its first timestep, or its first layer."""
+    remade(run, "candidates")
+    real, killed = processes._ProcessPool._assign, []
+
+    def assigning(self: Any, waiting: Any, shards: Any) -> None:
+        real(self, waiting, shards)
+        if not killed and any(w.busy is not None and type(shards[w.busy].task).__name__ == task for w in self.workers):
+            killed.append(self.workers[0].process.pid)
+            os.kill(killed[0], signal.SIGKILL)
+
+    monkeypatch.setattr(processes._ProcessPool, "_assign", assigning)
+    _, said = over(Processes(2), model, run, lambda pipeline: pipeline.run_until("candidates"))
+    what = "Hessians 1 of 1, timestep" if task == "_Gather" else "layer "
+    assert killed and f"a worker was killed by SIGKILL; the shard '{what}" in said
+    assert stage_bytes(run) == stage_bytes(finished.run)
+    assert not workers_of(os.getpid())
 
 
 def test_a_worker_killed_while_it_measures_changes_nothing(model: Path, run: Path, finished: Built) -> None:

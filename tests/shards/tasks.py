@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,7 +57,27 @@ def happen(task: Task) -> None:
         raise InfeasibleBudgetError("No plan fits.", "Give more.", 1234)
     if task.accident == "bug":
         raise ZeroDivisionError("one over nothing")
+    if task.accident.startswith("wait for "):
+        while not Path(task.accident.removeprefix("wait for ")).exists():
+            time.sleep(0.02)
+        return
+    if task.accident.startswith("full"):
+        fill(task)
+        return
     time.sleep(600)
+
+
+def fill(task: Task) -> None:
+    """Say that the disk is full: on every node ("full"), or on the first that comes ("full once", in a file)."""
+    if task.accident != "full":
+        import ray
+
+        node, place = ray.get_runtime_context().get_node_id(), Path(task.accident.removeprefix("full once "))
+        with suppress(FileExistsError), place.open("x") as file:
+            file.write(node)
+        if place.read_text() != node:
+            return
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def opened(word: str, root: Path, talk: Talk) -> Any:
