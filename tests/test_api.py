@@ -24,6 +24,7 @@ def test_build_returns_a_model_that_runs_and_a_report_that_is_true(tmp_path: Pat
     )
     assert result.report["size_bytes"] == constant_bytes(result.model) <= 0.5 * result.report["fp16_size_bytes"]
     assert result.report["evaluation"]["samples"] == 3
+    assert any("The deployed file computes in FP16: on 2 calls" in note for note in result.report["notes"])
     assert result.engine is None and "engine.build" in result.report["engine_note"]
     session = ort.InferenceSession(str(result.model))
     sample = np.zeros((1, 3, 8, 8), np.float16)

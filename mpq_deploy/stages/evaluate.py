@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from mpq_deploy.runtime.correction import Correction, load_correction
 from mpq_deploy.stages.common import Exported, deployed_stage, load_calibration, settings, version_of
 
 if TYPE_CHECKING:
+    from mpq_deploy.evaluate.half import HalfPrecision
     from mpq_deploy.evaluate.result import Evaluation
     from mpq_deploy.pipeline import Pipeline
 
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 LATENCY = "latency.json"
 # As above, for evaluation.json: 2 has the PSNR as a mean over images, and the pooled one; 3 also those of each image
 # and the float graph's digest.
-EVALUATION_FORMAT = 3
+EVALUATION_FORMAT = 4
 # Calls that the correction is fitted on.
 CORRECTION_CALLS = 48
 # The variant that samples the plan's graph with PTQD's correction in front of the sampler.
@@ -83,7 +85,7 @@ def evaluate_inputs(pipeline: Pipeline) -> Fields:
     """Return what the stage evaluate reads: digests and settings."""
     return {
         "evaluation.format": EVALUATION_FORMAT,
-        **{name: pipeline.digest(name) for name in ("export", "controls")},
+        **{name: pipeline.digest(name) for name in ("export", "calibrate", "controls")},
         "quantize": pipeline.digest("quantize"),
         **({"recover": pipeline.digest("recover")} if pipeline.recipe.recover.steps else {}),
         "correction": None if pipeline.recipe.evaluate.correction == "none" else pipeline.digest("correction"),
@@ -149,6 +151,16 @@ def evaluate_variants(
     )
 
 
+def _half_precision(pipeline: Pipeline, deployed: Path) -> HalfPrecision:
+    """Compare the FP16 graph in the folder ``deployed`` with its twin, on calls that were calibrated on."""
+    from mpq_deploy.evaluate.half import half_precision
+
+    exported = Exported(pipeline)
+    recorded, _ = load_calibration(pipeline)
+    files = exported.path, deployed / DEPLOYED, deployed / SIMULATED
+    return half_precision(*files, recorded, exported.conditions, exported.spec, pipeline.talk)
+
+
 def make_evaluate(pipeline: Pipeline, folder: Path) -> str:
     """Make the stage evaluate in ``folder``; return a few words for the log."""
     deployed = pipeline.folder(deployed_stage(pipeline))
@@ -158,7 +170,10 @@ def make_evaluate(pipeline: Pipeline, folder: Path) -> str:
         correction = load_correction(pipeline.folder("correction") / CORRECTION, graph)
     before = pipeline.folder("quantize") / SIMULATED if pipeline.recipe.recover.steps else None
     result = evaluate_variants(pipeline, graph, size, latency=True, correction=correction, before=before)
-    result.save(folder)
+    half = _half_precision(pipeline, deployed)
+    if half.warning:
+        pipeline.talk.warn(half.warning)
+    replace(result, notes=(*result.notes, half.note)).save(folder)
     # What a clock said is no part of what must repeat byte for byte.
     if (folder / LATENCY).exists():
         (folder / LATENCY).replace(pipeline.run.path / LATENCY)

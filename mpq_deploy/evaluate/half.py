@@ -1,0 +1,157 @@
+"""Whether the deployed file's FP16 arithmetic gives what its FP32-arithmetic twin gives: a few calls of both.
+
+In: the float file, the deployed one and its twin, some recorded calls. Out: the output's error of both against the
+float model's, and the values that FP16 does not hold. Images and errors of an evaluation are the twin's, which no
+overflow of FP16 can reach: that would show in the engine alone. ONNX Runtime computes much of an FP16 graph in FP32 on
+the CPU, so values beyond FP16 need not show in its output either, and are looked for in the float model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+
+from mpq_deploy.calibrate.feeds import feed_rows
+from mpq_deploy.calibrate.sessions import open_session
+from mpq_deploy.calibrate.stats import CalibrationSet
+from mpq_deploy.denoisers.spec import Array, DenoiserSpec
+from mpq_deploy.errors import ModelError
+from mpq_deploy.evaluate.output_error import nmse
+from mpq_deploy.graph.load import load_model
+from mpq_deploy.graph.passes.fp16_region import fp16_region
+from mpq_deploy.runtime.ort import make_session, run_session
+from mpq_deploy.talk import Talk
+
+LARGEST_FP16 = 65504.0
+# Timesteps at which one call is compared: the noisiest, the middle and the last.
+TIMESTEPS = 3
+# FP16 arithmetic is worth a warning where it makes the error so many times larger, above so much (our choice).
+WORSE, LEAST = 2.0, 1e-4
+# Nodes named in a message.
+NAMED = 3
+
+
+@dataclass(frozen=True)
+class HalfPrecision:
+    """The error (NMSE) of the deployed file's output in FP16 arithmetic, and of its twin's in FP32, on ``calls``.
+
+    ``beyond``: nodes that the file computes in FP16 and whose values pass its range in the float model, with the
+    largest, in graph order. ``unknown``: why there are no errors, where ONNX Runtime has no kernel for the file.
+    """
+
+    deployed: float = 0.0
+    twin: float = 0.0
+    calls: int = 0
+    beyond: tuple[tuple[str, float], ...] = ()
+    unknown: str = ""
+
+    @property
+    def note(self) -> str:
+        """Both, for the report."""
+        if self.unknown:
+            return f"What the deployed file's FP16 arithmetic costs is not known: {self.unknown}"
+        large = f" {_named(self.beyond)}." if self.beyond else ""
+        return (
+            f"The deployed file computes in FP16: on {self.calls} calls in ONNX Runtime its output's error is "
+            f"{self.deployed:.2e}, that of the graph in FP32 arithmetic that everything else here was measured on "
+            f"{self.twin:.2e}.{large}"
+        )
+
+    @property
+    def warning(self) -> str:
+        """What to warn of; empty for nothing."""
+        if self.beyond:
+            return f"{_named(self.beyond)}: an engine may give NaN, unless TensorRT fuses them with what follows"
+        if self.deployed <= max(WORSE * self.twin, LEAST):
+            return ""
+        return (
+            f"FP16 arithmetic makes the output's error {self.deployed / max(self.twin, 1e-12):.3g} times what was "
+            f"measured in FP32 ({self.deployed:.2e}, {self.twin:.2e}): the engine's images will be worse than shown"
+        )
+
+
+def half_precision(
+    float_model: Path,
+    deployed: Path,
+    twin: Path,
+    recorded: CalibrationSet,
+    conditions: dict[str, Array],
+    spec: DenoiserSpec,
+    talk: Talk,
+) -> HalfPrecision:
+    """Run one recorded call at some timesteps through all three files, one file after the other.
+
+    Raises ModelError, naming the nodes whose values FP16 does not hold, where the deployed file's output is not finite.
+    """
+    steps = np.unique(np.linspace(0, len(recorded.timesteps) - 1, TIMESTEPS).round().astype(int))
+    calls = recorded.at(steps).take(np.zeros(1, np.int64))
+
+    def outputs(session: ort.InferenceSession) -> Array:
+        halves = {entry.name for entry in session.get_inputs() if entry.type == "tensor(float16)"}
+        found = []
+        for sample, timestep in zip(calls.samples, calls.timesteps, strict=True):
+            feed = feed_rows(spec, sample, float(timestep), calls.rows, conditions)
+            feed = {name: values.astype(np.float16) if name in halves else values for name, values in feed.items()}
+            found.append(np.asarray(run_session(session, spec.output, feed), np.float32))
+        return np.stack(found)
+
+    beyond = beyond_half(float_model, calls, conditions, spec, talk)
+    try:
+        half = outputs(make_session(deployed, fake_quant_only=True))
+    except ModelError as error:
+        return HalfPrecision(beyond=beyond, unknown=error.message)
+    for timestep, found in zip(calls.timesteps, half, strict=True):
+        if not np.isfinite(found).all():
+            raise ModelError(
+                f"In FP16 the output is not finite at timestep {float(timestep):g}: {_named(beyond)}.",
+                "An engine would give no images. Such a model needs its weights scaled down where its normalisation "
+                "allows that, or training in FP16 (bfloat16 reaches further).",
+            )
+    expected, single = outputs(make_session(float_model)), outputs(make_session(twin, fake_quant_only=True))
+    errors = [np.mean([nmse(*pair) for pair in zip(expected, found, strict=True)]) for found in (half, single)]
+    return HalfPrecision(float(errors[0]), float(errors[1]), len(steps), beyond)
+
+
+def beyond_half(
+    model: Path, calls: CalibrationSet, conditions: dict[str, Array], spec: DenoiserSpec, talk: Talk
+) -> tuple[tuple[str, float], ...]:
+    """Return the nodes computed in FP16 whose values pass its range in the float ``model``, with the largest.
+
+    In graph order. Only values above zero: masks are as far below it as can be, and do no harm as minus infinity.
+    """
+    watched = load_model(model)
+    region = fp16_region(watched, spec.timestep_name, spec.sample.name)
+    names: list[str] = []
+    outputs = []
+    for node in list(watched.graph):
+        for value in () if node.name in region.nodes32 else node.outputs:
+            if value.name and value.dtype == ir.DataType.FLOAT:
+                most = ir.node("ReduceMax", [value], attributes={"keepdims": 0})
+                most.outputs[0].name = f"half.{len(names)}"
+                most.outputs[0].type, most.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([])
+                watched.graph.insert_after(node, [most])
+                names.append(f"{node.name or value.name} ({node.op_type})")
+                outputs.append(most.outputs[0])
+    watched.graph.outputs.clear()
+    watched.graph.outputs.extend(outputs)
+    largest = np.full(len(names), -np.inf)
+    with open_session(watched, talk) as session:
+        wanted = {entry.name for entry in session.get_inputs()}
+        for sample, timestep in zip(calls.samples, calls.timesteps, strict=True):
+            feed = feed_rows(spec, sample, float(timestep), calls.rows, conditions)
+            found = session.run(None, {name: value for name, value in feed.items() if name in wanted})
+            np.maximum(largest, np.array(found, np.float64), out=largest)
+    return tuple((name, float(most)) for name, most in zip(names, largest, strict=True) if not most <= LARGEST_FP16)
+
+
+def _named(large: Sequence[tuple[str, float]]) -> str:
+    if not large:
+        return f"no value of the float model is above {LARGEST_FP16:,.0f}, so one within an operator must be"
+    said = ", ".join(f"{name} {most:.3g}" for name, most in large[:NAMED])
+    more = f" and {len(large) - NAMED} more" if len(large) > NAMED else ""
+    return f"FP16 ends at {LARGEST_FP16:,.0f}, and in the float model these reach beyond: {said}{more}"
