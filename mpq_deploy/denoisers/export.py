@@ -18,7 +18,7 @@ from mpq_deploy.denoisers.denoiser import Denoiser, ExportReport, Network
 from mpq_deploy.denoisers.smaller import SMALLER, require_alike, share_weights, smaller_denoiser
 from mpq_deploy.denoisers.spec import Array, DenoiserSpec
 from mpq_deploy.errors import ModelError, UsageError
-from mpq_deploy.graph.layers import layer_graph
+from mpq_deploy.graph.layers import STANDARD_DOMAINS, layer_graph
 from mpq_deploy.graph.load import load_model
 from mpq_deploy.graph.passes.first_token import common_first_token, precompute_first_token, projects
 from mpq_deploy.runtime.not_finite import first_not_finite
@@ -192,7 +192,7 @@ def check_finite(model: ir.Model) -> None:
 def check_repeats(model: ir.Model) -> None:
     """Raise ModelError for a node that draws random numbers: nothing could be compared with such a model."""
     for node in model.graph:
-        if node.op_type in RANDOM and node.domain in ("", "ai.onnx"):
+        if node.op_type in RANDOM and node.domain in STANDARD_DOMAINS:
             raise ModelError(
                 f"The node '{node.name}' ({node.op_type}) draws random numbers: the model never gives the same twice.",
                 "Export it in evaluation mode, or with that noise as an input (one of conditions).",

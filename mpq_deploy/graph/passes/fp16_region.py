@@ -97,7 +97,7 @@ def _holds_no_half(node: ir.Node) -> bool:
 
 def _takes_no_half(node: ir.Node, opset: int) -> bool:
     """Whether a float input of ``node`` may be no FP16, as ONNX defines its operator."""
-    if node.domain not in ("", "ai.onnx") or not onnx.defs.has(node.op_type, opset):
+    if node.domain not in STANDARD_DOMAINS or not onnx.defs.has(node.op_type, opset):
         return False
     schema = onnx.defs.get_schema(node.op_type, opset)
     allowed = {constraint.type_param_str: constraint.allowed_type_strs for constraint in schema.type_constraints}

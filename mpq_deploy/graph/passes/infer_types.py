@@ -8,6 +8,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
 from mpq_deploy.errors import ModelError
+from mpq_deploy.graph.layers import STANDARD_DOMAINS
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 
@@ -52,7 +53,7 @@ def _type_others(model: ir.Model) -> bool:
     """Give outputs that ONNX infers nothing of a type by their node's inputs; say whether any had none."""
     changed = False
     for node in model.graph:
-        ours = node.domain in ("", "ai.onnx")
+        ours = node.domain in STANDARD_DOMAINS
         if all(value.type is not None for value in node.outputs) or (ours and node.op_type != "GroupNormalization"):
             continue
         kinds = {value.dtype for value in node.inputs if value is not None and value.dtype in FLOATS}
