@@ -100,7 +100,11 @@ def make_candidates(pipeline: Pipeline, folder: Path) -> str:
 
 @dataclass(frozen=True)
 class Rounder:
-    """Rounds the layers of ``exported`` one by one: the same bytes in any process."""
+    """Rounds the layers of ``exported`` one by one: the same bytes in any process.
+
+    ``blas_threads``: of NumPy's BLAS for large layers; None: as many as it takes by itself. OpenBLAS's threads take
+    parts of a product's rows and columns, never of its sums, so the bytes do not depend on them (tested).
+    """
 
     exported: Exported
     recipe: Recipe
@@ -108,23 +112,24 @@ class Rounder:
     stats: CalibrationStats
     numbers: Mapping[str, int]
     blas: ThreadpoolController
+    blas_threads: int | None = None
 
     @classmethod
-    def of(cls, pipeline: Pipeline, exported: Exported) -> Rounder:
+    def of(cls, pipeline: Pipeline, exported: Exported, blas_threads: int | None = None) -> Rounder:
         """Read what rounding depends on."""
         from threadpoolctl import ThreadpoolController
 
         numbers = {layer.name: number for number, layer in enumerate(exported.graph.layers)}
         stats = load_calibration(pipeline)[1]
-        return cls(
-            exported, pipeline.recipe, load_target(pipeline.recipe.target), stats, numbers, ThreadpoolController()
-        )
+        target, blas = load_target(pipeline.recipe.target), ThreadpoolController()
+        return cls(exported, pipeline.recipe, target, stats, numbers, blas, blas_threads)
 
     def into(self, folder: Path, moments: Hessian) -> Path:
         """Round the layer of ``moments`` for all its schemes; return its new file in ``folder``."""
         layer, graph, section = moments.layer, self.exported.graph, self.recipe.quantize
         activations = self.stats.activations[layer.inputs[0]]
-        with self.blas.limit(limits=1 if layer.weights < THREADED_WEIGHTS else None, user_api="blas"):
+        threads = 1 if layer.weights < THREADED_WEIGHTS else self.blas_threads
+        with self.blas.limit(limits=threads, user_api="blas"):
             candidates = round_candidates(
                 layer,
                 choices_for(layer, wanted_schemes(self.recipe), self._refusal),
