@@ -47,10 +47,6 @@ class Cluster:
     repeats: int = REPEATS
     shares_files: ClassVar[bool] = False
 
-    def blas_share(self) -> int | None:
-        """Return None: Ray sets a worker's processors aside."""
-        return None
-
     def threads_of_shard(self) -> Threads:
         """Return the threads asked for, or those of this process."""
         return threads_here() if self.threads is None else Threads.equal(self.threads)

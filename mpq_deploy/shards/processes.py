@@ -49,10 +49,6 @@ class Processes:
         """Return the threads asked for, or those of this process."""
         return threads_here() if self.threads is None else Threads.equal(self.threads)
 
-    def blas_share(self) -> int | None:
-        """Return this process's BLAS threads over the workers; None where their number was asked for."""
-        return max(1, threads_here().blas // self.workers) if self.threads is None else None
-
     @contextmanager
     def open(self, job: Job, talk: Talk) -> Iterator[Pool]:
         """Open ``job`` in as many processes as there are shards to compute, at most ``workers``."""

@@ -96,12 +96,6 @@ class Crew(Protocol):
     def shares_files(self) -> bool:
         """Whether workers read and write a job's folder itself, not a copy of its files."""
 
-    def blas_share(self) -> int | None:
-        """Return the BLAS threads that leave no worker waiting for a core; None: those of ``threads_of_shard``.
-
-        Only for work whose bits do not depend on them.
-        """
-
     def threads_of_shard(self) -> Threads:
         """Return the threads that every shard is computed with, whatever the number of workers."""
 
@@ -114,10 +108,6 @@ class Alone:
 
     threads = None
     shares_files = True
-
-    def blas_share(self) -> int | None:
-        """Return None: there is nobody to share the cores with."""
-        return None
 
     def threads_of_shard(self) -> Threads:
         """Return the threads of this process."""

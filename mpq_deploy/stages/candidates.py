@@ -50,9 +50,6 @@ ROW_ORDERS = "row-orders.npz"
 SALIENCE_TIMESTEPS, SALIENCE_SAMPLES = 8, 12
 # Candidates that are kept in memory once they were read (our choice).
 HELD_BYTES = 512 << 20
-# Layers of fewer weights are rounded by one thread of NumPy's BLAS: their products take microseconds, and threads that
-# wait for each other took up to ten times the processor time (measured).
-THREADED_WEIGHTS = 1 << 18
 # Raised with every change of what the candidates' files hold, so that older run folders make theirs again.
 CANDIDATES_FORMAT = 6
 # Controls: what a user would get without this tool, at the same rounding: one scheme for every layer that may
@@ -100,10 +97,11 @@ def make_candidates(pipeline: Pipeline, folder: Path) -> str:
 
 @dataclass(frozen=True)
 class Rounder:
-    """Rounds the layers of ``exported`` one by one: the same bytes in any process.
+    """Rounds the layers of ``exported`` one by one: the same bytes in any process, with one thread of NumPy's BLAS.
 
-    ``blas_threads``: of NumPy's BLAS for large layers; None: as many as it takes by itself. OpenBLAS's threads take
-    parts of a product's rows and columns, never of its sums, so the bytes do not depend on them (tested).
+    With other threads some products round otherwise. Two threads took a sixth less time on an idle machine of two
+    cores, but ten to thirty times as long where another process used one of them: they wait for each other thousands
+    of times in a layer.
     """
 
     exported: Exported
@@ -112,24 +110,23 @@ class Rounder:
     stats: CalibrationStats
     numbers: Mapping[str, int]
     blas: ThreadpoolController
-    blas_threads: int | None = None
 
     @classmethod
-    def of(cls, pipeline: Pipeline, exported: Exported, blas_threads: int | None = None) -> Rounder:
+    def of(cls, pipeline: Pipeline, exported: Exported) -> Rounder:
         """Read what rounding depends on."""
         from threadpoolctl import ThreadpoolController
 
         numbers = {layer.name: number for number, layer in enumerate(exported.graph.layers)}
         stats = load_calibration(pipeline)[1]
-        target, blas = load_target(pipeline.recipe.target), ThreadpoolController()
-        return cls(exported, pipeline.recipe, target, stats, numbers, blas, blas_threads)
+        return cls(
+            exported, pipeline.recipe, load_target(pipeline.recipe.target), stats, numbers, ThreadpoolController()
+        )
 
     def into(self, folder: Path, moments: Hessian) -> Path:
         """Round the layer of ``moments`` for all its schemes; return its new file in ``folder``."""
         layer, graph, section = moments.layer, self.exported.graph, self.recipe.quantize
         activations = self.stats.activations[layer.inputs[0]]
-        threads = 1 if layer.weights < THREADED_WEIGHTS else self.blas_threads
-        with self.blas.limit(limits=threads, user_api="blas"):
+        with self.blas.limit(limits=1, user_api="blas"):
             candidates = round_candidates(
                 layer,
                 choices_for(layer, wanted_schemes(self.recipe), self._refusal),

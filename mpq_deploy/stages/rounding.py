@@ -57,7 +57,7 @@ class _Gather:
 def round_over_workers(pipeline: Pipeline, exported: Exported, folder: Path) -> None:
     """Write the candidates of every layer into ``folder``, a folder below the run's."""
     crew, root = pipeline.crew, pipeline.run.path
-    opener = partial(_Rounding.open, folder.relative_to(root), crew.shares_files, crew.blas_share())
+    opener = partial(_Rounding.open, folder.relative_to(root), crew.shares_files)
     job = Job("rounding", opener, root, FILES, rounding_worker_bytes(pipeline))
     # Before workers come: it links the weights for a session, which other readers of them refuse.
     plan = _plan(pipeline, exported, pipeline.talk) if pipeline.recipe.quantize.rounding != "nearest" else None
@@ -128,20 +128,20 @@ class _Dealing:
 class _Rounding:
     """A worker: the model opened once, and the plan of Hessians where it makes them itself."""
 
-    def __init__(self, root: Path, out: Path, shares_files: bool, blas: int | None, talk: Talk) -> None:
+    def __init__(self, root: Path, out: Path, shares_files: bool, talk: Talk) -> None:
         self._root, self._out, self._shares = root, root / out, shares_files
         self._pipeline = opened_run(root, talk)
         # Another worker of this node may have linked the weights for a session, which readers refuse.
         with alone_with(root / RECIPE):
             self._exported = Exported(self._pipeline)
-        self._rounder = Rounder.of(self._pipeline, self._exported, blas)
+        self._rounder = Rounder.of(self._pipeline, self._exported)
         self._plan: HessianPlan | None = None
         self._open: tuple[int, Gathering] | None = None
 
     @classmethod
-    def open(cls, out: Path, shares_files: bool, blas: int | None, root: Path, talk: Talk) -> Work:
+    def open(cls, out: Path, shares_files: bool, root: Path, talk: Talk) -> Work:
         """Return what does a ``_Gather``, or rounds a ``_Layer`` into a file of ``root / out`` or returns that file."""
-        worker = cls(root, out, shares_files, blas, talk)
+        worker = cls(root, out, shares_files, talk)
 
         def work(task: _Layer | _Gather, inner: Talk) -> Result:
             return worker.gather(task, inner) if isinstance(task, _Gather) else worker.round(task)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from threadpoolctl import ThreadpoolController
 
 from mpq_deploy.audit import losses as losses_module
 from mpq_deploy.audit.audit import AuditOptions, run_audit
@@ -23,6 +24,7 @@ from mpq_deploy.sensitivity import probe
 from mpq_deploy.shards import processes
 from mpq_deploy.shards.processes import Processes
 from mpq_deploy.shards.work import Crew
+from mpq_deploy.stages import candidates
 from mpq_deploy.stages.common import Exported
 from mpq_deploy.stages.spread import KEPT
 from mpq_deploy.sweep import run_sweep
@@ -78,6 +80,21 @@ def test_layers_are_rounded_alike_over_workers(model: Path, tmp_path: Path, chan
         found.append(stage_bytes(run, ("candidates",)))
         assert not list((run / ".scratch").iterdir())
     assert found[0] == found[1]
+
+
+def test_layers_are_rounded_by_one_thread_of_blas(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many there are: with others some products round otherwise, and the bytes would depend on the crew."""
+    blas, seen, real = ThreadpoolController().select(user_api="blas"), set(), candidates.round_candidates
+
+    def watched(*arguments: Any, **named: Any) -> Any:
+        seen.update(found["num_threads"] for found in blas.info())
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(candidates, "round_candidates", watched)
+    with blas.limit(limits=2):
+        over(None, model, tmp_path / "run", lambda pipeline: pipeline.run_until("candidates"))
+        assert {found["num_threads"] for found in blas.info()} == {2}
+    assert seen == {1}
 
 
 @pytest.mark.parametrize("task", ["_Gather", "_Layer"])

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from threadpoolctl import ThreadpoolController
 
 from mpq_deploy.precision import quantizers
 from mpq_deploy.precision.quantizers import (
@@ -198,24 +197,6 @@ def test_errors_are_summed_as_the_damped_hessian_sees_them() -> None:
     remaining = np.ascontiguousarray(random_weight(5).T)
     found = compensate(remaining, factor, pivots, lambda i, wanted: np.rint(4 * wanted) / 4, chunk=10)
     np.testing.assert_allclose(found, seen_error(remaining, factor, pivots), rtol=1e-4)
-
-
-def test_rounding_has_the_same_bits_for_any_number_of_blas_threads() -> None:
-    """Workers that share the cores take fewer of them."""
-    rng = np.random.default_rng(6)
-    weight, inputs = random_weight(6, 96, 1152), rng.standard_normal((1500, 1152)).astype(np.float32)
-    scales = [choose_scale(weight, np.ones(1152), blocks, 4) for blocks in (1152 // 64, 1152 // 32)]
-    grids = [Grid(s.astype(np.float32), np.repeat(np.arange(s.shape[1]), 1152 // s.shape[1]), -8, 7) for s in scales]
-    found = []
-    for threads in (1, 2, 3):
-        with ThreadpoolController().limit(limits=threads, user_api="blas"):
-            hessian = inputs.T @ inputs / np.float32(1500)
-            codes = gptq_codes(weight, grids, hessian, 0.05)
-            refined = refine_rounding(weight, list(zip(codes, scales)), [hessian], 0.05, 2)
-        found.append([hessian, *codes, *(array for form in refined for array in form)])
-    for other in found[1:]:
-        for one, array in zip(found[0], other, strict=True):
-            np.testing.assert_array_equal(one, array)
 
 
 def test_dequantize_repeats_each_scale_over_its_block() -> None:
