@@ -14,6 +14,7 @@ from PIL import Image
 from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.metrics import measure
 from mpq_deploy.metrics.kept import ImageMetrics
+from mpq_deploy.report.seal import report_json
 from tests.pipeline.conftest import Outcome
 from tests.pipeline.runs import build, recipe_for
 
@@ -236,7 +237,9 @@ def test_what_is_missing_is_one_line_before_sampling(
 def test_a_baseline_of_another_model_ends_the_gate_with_2(quarters: None, run: Path, cli: Cli, tmp_path: Path) -> None:
     assert cli("metrics", run, "--images", IMAGES, "--workers", 1).code == 0
     report = json.loads((run / "report.json").read_text())
-    (tmp_path / "other.json").write_text(json.dumps({**report, "model": {**report["model"], "digest": "f" * 64}}))
+    del report["sha256"]
+    other = {**report, "model": {**report["model"], "digest": "f" * 64}}
+    (tmp_path / "other.json").write_text(report_json(other))
     for limit in ("--max-psnr-drop", "--max-frechet-increase"):
         found = cli("gate", run, limit, 1, "--baseline", tmp_path / "other.json")
         assert found.code == 2
