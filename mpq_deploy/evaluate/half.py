@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
+from mpq_deploy.calibrate.calibrate import LARGEST_FP16
 from mpq_deploy.calibrate.feeds import feed_rows
 from mpq_deploy.calibrate.sessions import open_session
 from mpq_deploy.calibrate.stats import CalibrationSet
@@ -27,7 +28,6 @@ from mpq_deploy.graph.passes.fp16_region import fp16_region
 from mpq_deploy.runtime.ort import make_session, run_session
 from mpq_deploy.talk import Talk
 
-LARGEST_FP16 = 65504.0
 # Timesteps at which one call is compared: the noisiest, the middle and the last.
 TIMESTEPS = 3
 # FP16 arithmetic is worth a warning where it makes the error so many times larger, above so much (our choice).
@@ -67,6 +67,8 @@ class HalfPrecision:
         """What to warn of; empty for nothing."""
         if self.beyond:
             return f"{_named(self.beyond)}: an engine may give NaN, unless TensorRT fuses them with what follows"
+        if self.unknown:
+            return self.note
         if self.deployed <= max(WORSE * self.twin, LEAST):
             return ""
         return (

@@ -193,7 +193,7 @@ def _upper_cholesky(matrix: Array, chunk: int = 256) -> None:
     """Replace a positive definite ``matrix`` [K, K] by the upper triangular U with U U^T equal to it.
 
     From the last columns to the first, some at a time, so that nearly all of the work is products of matrices: LAPACK's
-    own routine took 1.7 times as long at 4,608 columns (measured with NumPy's OpenBLAS on two cores).
+    own routine, as NumPy's wheels bring it, took longer at thousands of columns.
     """
     for stop in range(len(matrix), 0, -chunk):
         start = max(0, stop - chunk)

@@ -51,7 +51,7 @@ SALIENCE_TIMESTEPS, SALIENCE_SAMPLES = 8, 12
 # Candidates that are kept in memory once they were read (our choice).
 HELD_BYTES = 512 << 20
 # Raised with every change of what the candidates' files hold, so that older run folders make theirs again.
-CANDIDATES_FORMAT = 6
+CANDIDATES_FORMAT = 7
 # Controls: what a user would get without this tool, at the same rounding: one scheme for every layer that may
 # take it (FP16 for the others).
 # The last of each is what the target simulate takes instead.
@@ -99,9 +99,8 @@ def make_candidates(pipeline: Pipeline, folder: Path) -> str:
 class Rounder:
     """Rounds the layers of ``exported`` one by one: the same bytes in any process, with one thread of NumPy's BLAS.
 
-    With other threads some products round otherwise. Two threads took a sixth less time on an idle machine of two
-    cores, but ten to thirty times as long where another process used one of them: they wait for each other thousands
-    of times in a layer.
+    With other threads some products round otherwise. Nor do more help where another process uses the cores: threads
+    that wait for each other thousands of times in a layer then take many times as long as one.
     """
 
     exported: Exported

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 LATENCY = "latency.json"
 # As above, for evaluation.json: 2 has the PSNR as a mean over images, and the pooled one; 3 also those of each image
-# and the float graph's digest.
+# and the float graph's digest; 4 what the deployed file's FP16 arithmetic costs, among its notes.
 EVALUATION_FORMAT = 4
 # Calls that the correction is fitted on.
 CORRECTION_CALLS = 48
