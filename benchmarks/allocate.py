@@ -24,10 +24,10 @@ from pathlib import Path
 import numpy as np
 from table import Page, markdown, verdict
 
-from mpq_deploy.allocate import LayerChoice, Problem, allocate, plan_bytes
-from mpq_deploy.denoisers.spec import Array
-from mpq_deploy.precision.scheme import SCHEMES
-from mpq_deploy.refine import Solved, allocate_with_cross_terms
+from mpq_deploy.allocate.cross_terms import Solved, allocate_with_cross_terms
+from mpq_deploy.allocate.milp import LayerChoice, Problem, allocate, plan_bytes
+from mpq_deploy.formats.scheme import SCHEMES
+from mpq_deploy.models.spec import Array
 from mpq_deploy.sensitivity.table import SensitivityTable, table_from_projections
 
 # Scheme -> relative squared error that it causes in a typical layer (the order of magnitude seen on real ones).

@@ -21,9 +21,9 @@ from typing import Any
 
 from table import Page, bench_recipe, decibels, made_by_stages, markdown, verdict, weights_digest
 
-from mpq_deploy.pipeline import open_pipeline
-from mpq_deploy.sweep import parse_budgets, run_sweep
-from mpq_deploy.talk import PlainTalk
+from mpq_deploy.run.pipeline import open_pipeline
+from mpq_deploy.studies.sweep import parse_budgets, run_sweep
+from mpq_deploy.system.progress import PlainTalk
 
 # Budget -> how many dB everything-INT8 (which takes 0.50 of the FP16 bytes) is to be beaten by, and whether a tie
 # is enough.

@@ -20,15 +20,15 @@ from pathlib import Path
 
 import numpy as np
 
-from mpq_deploy.calibrate.feeds import batches
 from mpq_deploy.calibrate.observers import observe
 from mpq_deploy.calibrate.options import CalibrationOptions
-from mpq_deploy.calibrate.sessions import open_session
 from mpq_deploy.calibrate.stats import CalibrationSet
-from mpq_deploy.denoisers.export import export_denoiser, load_exported
+from mpq_deploy.calls.feeds import batches
 from mpq_deploy.graph.layers import layer_graph
 from mpq_deploy.graph.load import load_model
-from mpq_deploy.talk import Talk
+from mpq_deploy.models.export import export_denoiser, load_exported
+from mpq_deploy.system.progress import Talk
+from mpq_deploy.system.sessions import open_session
 
 WIDTHS = {"4 M": (32, 64, 96, 128), "22 M": (64, 128, 192, 256)}
 TIMESTEPS, SAMPLES, REPEATS = 10, 16, 3
@@ -39,7 +39,7 @@ def export_unet(channels: tuple[int, ...], folder: Path) -> None:
     import torch
     from diffusers import DDPMScheduler, UNet2DModel
 
-    from mpq_deploy.denoisers.open import open_denoiser
+    from mpq_deploy.models.open import open_denoiser
 
     torch.manual_seed(0)
     unet = UNet2DModel(

@@ -23,16 +23,16 @@ from table import Page, bench_recipe, decibels, made_by_stages, markdown, verdic
 
 from mpq_deploy.errors import InfeasibleBudgetError
 from mpq_deploy.evaluate.evaluate import evaluate
-from mpq_deploy.evaluate.result import EvaluationOptions, VariantResult
-from mpq_deploy.graph.write import SIMULATED
-from mpq_deploy.pipeline import Pipeline, open_pipeline
+from mpq_deploy.evaluate.evaluation_result import EvaluationOptions, VariantResult
+from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
+from mpq_deploy.run.common import Exported
+from mpq_deploy.run.pipeline import Pipeline, open_pipeline
 from mpq_deploy.runtime.correction import Correction
 from mpq_deploy.stages.allocate import PlanSolver
 from mpq_deploy.stages.candidates import CONTROLS
-from mpq_deploy.stages.common import Exported
 from mpq_deploy.stages.evaluate import correction_for
 from mpq_deploy.stages.quantize import write_plan
-from mpq_deploy.talk import PlainTalk
+from mpq_deploy.system.progress import PlainTalk
 
 BUDGETS = (0.265, 0.28, 0.35, 0.5)
 STAGES = ("export", "calibrate", "candidates", "measure", "controls")

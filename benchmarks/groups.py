@@ -15,9 +15,9 @@ from pathlib import Path
 
 from table import Page, bench_recipe, markdown, weights_digest
 
-from mpq_deploy.pipeline import Pipeline, open_pipeline
+from mpq_deploy.run.pipeline import Pipeline, open_pipeline
 from mpq_deploy.stages.allocate import PlanSolver
-from mpq_deploy.talk import PlainTalk
+from mpq_deploy.system.progress import PlainTalk
 
 COLUMNS = ("budget", "content, groups", "content, together", "error, groups", "error, together", "ratio", "splits")
 
@@ -25,7 +25,7 @@ COLUMNS = ("budget", "content, groups", "content, together", "error, groups", "e
 def tiny_model(folder: Path) -> Path:
     """Return the pipeline that the tests use; made where it is not there."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from tests.models import tiny_text_pipeline_folder
+    from tests.tiny_models import tiny_text_pipeline_folder
 
     made = folder / "tiny_text"
     return made if (made / "model_index.json").is_file() else tiny_text_pipeline_folder(folder, sample_size=16)

@@ -17,13 +17,13 @@ from pathlib import Path
 
 from table import Page, bench_recipe, markdown, verdict, weights_digest
 
-from mpq_deploy.denoisers.bundled import DEMOS
-from mpq_deploy.metrics.kept import ImageMetrics
-from mpq_deploy.metrics.measure import MetricsOptions, measure_metrics
-from mpq_deploy.pipeline import open_pipeline
+from mpq_deploy.evaluate.metrics.kept import ImageMetrics
+from mpq_deploy.evaluate.metrics.measure_images import MetricsOptions, measure_metrics
+from mpq_deploy.models.bundled import DEMOS
 from mpq_deploy.report.data import FrechetInfo
 from mpq_deploy.report.words import FRECHET_COLUMNS, frechet_about, frechet_other, frechet_row
-from mpq_deploy.talk import PlainTalk
+from mpq_deploy.run.pipeline import open_pipeline
+from mpq_deploy.system.progress import PlainTalk
 
 # Evaluation over its own sampling.
 MOST_TIMES = 1.3

@@ -28,9 +28,9 @@ import numpy as np
 import yaml
 from table import Page, bench_recipe, markdown, verdict
 
-from mpq_deploy.artefacts import RunFolder, file_digest
 from mpq_deploy.engine.builder import LAYERS, RECORD
-from mpq_deploy.pipeline import STAGES
+from mpq_deploy.run.folder import RunFolder, file_digest
+from mpq_deploy.run.pipeline import STAGES
 
 QUICK: dict[str, Any] = {
     "calibrate.samples": 16,

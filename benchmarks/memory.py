@@ -22,12 +22,12 @@ from scale import SETTINGS, STAGES, StageCost, in_child
 from scale_models import SIZES
 from table import Page, bench_recipe, markdown, verdict
 
-from mpq_deploy.artefacts import RunFolder
-from mpq_deploy.memory import StageMemory
-from mpq_deploy.pipeline import Pipeline
 from mpq_deploy.recipe import Recipe, load_recipe
-from mpq_deploy.stages.memory import stage_memory
-from mpq_deploy.talk import Talk
+from mpq_deploy.run.folder import RunFolder
+from mpq_deploy.run.memory_model import StageMemory
+from mpq_deploy.run.pipeline import Pipeline
+from mpq_deploy.run.stage_memory import stage_memory
+from mpq_deploy.system.progress import Talk
 
 DEMOS = ("digits", "emoji")
 # DiT-S/2 (arXiv 2212.09748, table 1).

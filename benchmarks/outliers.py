@@ -27,14 +27,14 @@ import yaml
 from table import Page, bench_recipe, decibels, markdown, verdict
 
 from mpq_deploy.evaluate.evaluate import evaluate
-from mpq_deploy.evaluate.result import EvaluationOptions, VariantResult
-from mpq_deploy.graph.write import SIMULATED
-from mpq_deploy.pipeline import Pipeline, open_pipeline
+from mpq_deploy.evaluate.evaluation_result import EvaluationOptions, VariantResult
+from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
+from mpq_deploy.run.common import Exported, load_calibration
+from mpq_deploy.run.pipeline import Pipeline, open_pipeline
 from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.stages.candidates import candidates_of
-from mpq_deploy.stages.common import Exported, load_calibration
 from mpq_deploy.stages.quantize import write_plan
-from mpq_deploy.talk import PlainTalk
+from mpq_deploy.system.progress import PlainTalk
 
 # One input channel in SHARE is multiplied by FACTOR.
 SHARE, FACTOR = 48, 32.0

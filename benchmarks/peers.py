@@ -29,7 +29,7 @@ from pathlib import Path
 
 from table import Page, markdown, verdict
 
-from mpq_deploy.artefacts import RunFolder
+from mpq_deploy.run.folder import RunFolder
 
 TOOLS = Path(__file__).parent / "peer_tools"
 PACKAGE = Path(__file__).parent.parent / "mpq_deploy"

@@ -24,18 +24,18 @@ from typing import Any
 import numpy as np
 from table import Page, bench_recipe, made_by_stages, markdown, verdict, weights_digest
 
-from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.errors import InfeasibleBudgetError
 from mpq_deploy.evaluate.evaluate import evaluate
+from mpq_deploy.evaluate.evaluation_result import EvaluationOptions
 from mpq_deploy.evaluate.fresh import FreshCalls, FreshOptions, standard_error
-from mpq_deploy.evaluate.result import EvaluationOptions
-from mpq_deploy.graph.write import SIMULATED
-from mpq_deploy.pipeline import Pipeline, open_pipeline
+from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
+from mpq_deploy.models.spec import Array
+from mpq_deploy.run.common import Exported
+from mpq_deploy.run.pipeline import Pipeline, open_pipeline
 from mpq_deploy.stages.allocate import PlanSolver
-from mpq_deploy.stages.common import Exported
 from mpq_deploy.stages.quantize import write_plan
-from mpq_deploy.sweep import parse_budgets
-from mpq_deploy.talk import PlainTalk, Talk
+from mpq_deploy.studies.sweep import parse_budgets
+from mpq_deploy.system.progress import PlainTalk, Talk
 
 TOLERANCE = 0.1
 STEPS = 20

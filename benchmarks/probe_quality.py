@@ -23,20 +23,20 @@ from pathlib import Path
 from table import Page, bench_recipe, markdown, verdict, weights_digest
 
 import mpq_deploy.sensitivity
-from mpq_deploy.artefacts import file_digest
-from mpq_deploy.audit.agreement import Compared, moments, rho_of
+from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.graph.layers import Layer
-from mpq_deploy.meter import metered
-from mpq_deploy.pipeline import Pipeline, open_pipeline
-from mpq_deploy.precision.scheme import SCHEMES
+from mpq_deploy.run.common import Exported, load_calibration
+from mpq_deploy.run.folder import file_digest
+from mpq_deploy.run.pipeline import Pipeline, open_pipeline
 from mpq_deploy.sensitivity.exhaustive import measure_exhaustive
 from mpq_deploy.sensitivity.measure import MeasureOptions, measure
 from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.stages import INPUTS
 from mpq_deploy.stages.candidates import candidates_of
-from mpq_deploy.stages.common import Exported, load_calibration
-from mpq_deploy.talk import PlainTalk
+from mpq_deploy.studies.agreement import Compared, moments, rho_of
+from mpq_deploy.system.progress import PlainTalk
+from mpq_deploy.system.usage import metered
 
 TRUTH, CHEAP = "exhaustive", ("probe", "gain", "local_error")
 TITLES = {"probe": "probes", "gain": "gain x local error", "local_error": "local error"}

@@ -24,15 +24,15 @@ from typing import Any
 import numpy as np
 from table import Page, bench_recipe, decibels, markdown, verdict, weights_digest
 
-from mpq_deploy.allocate import PrecisionPlan
-from mpq_deploy.evaluate.result import Evaluation
-from mpq_deploy.graph.write import SIMULATED
-from mpq_deploy.pipeline import Pipeline, open_pipeline
+from mpq_deploy.allocate.milp import PrecisionPlan
+from mpq_deploy.evaluate.evaluation_result import Evaluation
+from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
 from mpq_deploy.recover.recover import recover, write_recovered
-from mpq_deploy.recover.trajectories import TrajectoryRecorder
+from mpq_deploy.recover.training_trajectories import TrajectoryRecorder
+from mpq_deploy.run.pipeline import Pipeline, open_pipeline
 from mpq_deploy.stages.evaluate import evaluate_variants
 from mpq_deploy.stages.recover import recover_options, recover_task
-from mpq_deploy.talk import PlainTalk
+from mpq_deploy.system.progress import PlainTalk
 
 # Settings that differ from the recipe's. "base" is EfficientDM's training as its code has it: adapters and scales at
 # its learning rate, the noise as target, all timesteps alike.

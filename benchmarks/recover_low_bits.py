@@ -30,12 +30,12 @@ import numpy as np
 from seeds import Bench, Plan, Result, simulated_schemes, with_shared_bits
 from table import Page, bench_recipe, markdown, verdict, weights_digest
 
-from mpq_deploy.graph.write import SIMULATED
-from mpq_deploy.pipeline import Pipeline, open_pipeline
+from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
 from mpq_deploy.recover.recover import recover, write_recovered
-from mpq_deploy.recover.trajectories import TrajectoryRecorder
+from mpq_deploy.recover.training_trajectories import TrajectoryRecorder
+from mpq_deploy.run.pipeline import Pipeline, open_pipeline
 from mpq_deploy.stages.recover import recover_options, recover_task
-from mpq_deploy.talk import PlainTalk
+from mpq_deploy.system.progress import PlainTalk
 
 EPS = {"eps": 1.0}
 BASE: dict[str, Any] = {

@@ -22,12 +22,12 @@ from typing import Any
 
 from table import Page, bench_recipe, markdown, verdict
 
-from mpq_deploy.allocate import PrecisionPlan
-from mpq_deploy.pipeline import open_pipeline
+from mpq_deploy.allocate.milp import PrecisionPlan
 from mpq_deploy.recover.recover import expected_memory, recover
-from mpq_deploy.recover.trajectories import TrajectoryRecorder
+from mpq_deploy.recover.training_trajectories import TrajectoryRecorder
+from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.stages.recover import recover_options, recover_task
-from mpq_deploy.talk import PlainTalk
+from mpq_deploy.system.progress import PlainTalk
 
 CASES: dict[str, dict[str, int]] = {
     "every code, batch 8": {"rank": 0, "batch_size": 8},

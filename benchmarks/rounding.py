@@ -17,9 +17,9 @@ from predict import Truth, relative_error
 from table import Page, bench_recipe, markdown, verdict, weights_digest
 
 from mpq_deploy.engine.target import load_target
-from mpq_deploy.pipeline import open_pipeline
+from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.stages.candidates import control_scheme
-from mpq_deploy.talk import PlainTalk
+from mpq_deploy.system.progress import PlainTalk
 
 WAYS = {
     "nearest": {"quantize.rounding": "nearest"},

@@ -27,9 +27,9 @@ from typing import Any
 from scale_models import SIZES, make_model
 from table import Page, bench_recipe, markdown, verdict
 
-from mpq_deploy.pipeline import open_pipeline
 from mpq_deploy.recipe import Recipe, load_recipe
-from mpq_deploy.talk import PlainTalk
+from mpq_deploy.run.pipeline import open_pipeline
+from mpq_deploy.system.progress import PlainTalk
 
 STAGES = ("export", "calibrate", "candidates", "measure", "allocate", "quantize", "engine")
 # Few timesteps, calls and schemes: what a stage takes is proportional to them, and quality is not looked at.

@@ -30,22 +30,22 @@ from pathlib import Path
 
 from table import Page, bench_recipe, decibels, made_by_stages, markdown, verdict, weights_digest
 
-from mpq_deploy.allocate import Problem, plan_bytes
-from mpq_deploy.denoisers.bundled import DEMOS
+from mpq_deploy.allocate.milp import Problem, plan_bytes
 from mpq_deploy.evaluate.evaluate import evaluate
-from mpq_deploy.evaluate.result import EvaluationOptions
-from mpq_deploy.graph.write import SIMULATED
-from mpq_deploy.metrics.frechet import Moments, frechet_distance
-from mpq_deploy.metrics.networks import DEMO, NetworkOptions, open_network
-from mpq_deploy.metrics.real import real_set
-from mpq_deploy.pipeline import Pipeline, open_pipeline
-from mpq_deploy.precision.deployed import FP16_BYTES
-from mpq_deploy.precision.scheme import SCHEMES, Scheme
-from mpq_deploy.precision.simulated import SimulatedMatrix
+from mpq_deploy.evaluate.evaluation_result import EvaluationOptions
+from mpq_deploy.evaluate.metrics.frechet import Moments, frechet_distance
+from mpq_deploy.evaluate.metrics.networks import DEMO, NetworkOptions, open_network
+from mpq_deploy.evaluate.metrics.real import real_set
+from mpq_deploy.formats.scheme import SCHEMES, Scheme
+from mpq_deploy.formats.simulated import SimulatedMatrix
+from mpq_deploy.formats.sizes import FP16_BYTES
+from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
+from mpq_deploy.models.bundled import DEMOS
+from mpq_deploy.run.pipeline import Pipeline, open_pipeline
 from mpq_deploy.stages.allocate import PlanSolver
 from mpq_deploy.stages.candidates import candidates_of
 from mpq_deploy.stages.quantize import write_plan
-from mpq_deploy.talk import PlainTalk
+from mpq_deploy.system.progress import PlainTalk
 
 # MPQ-Diff's headline: so many more bytes than uniform bits.
 MORE = 1.165

@@ -31,27 +31,27 @@ import numpy as np
 from table import Page, bench_recipe, made_by_stages, markdown, verdict, weights_digest
 
 import mpq_deploy.sensitivity
-from mpq_deploy.artefacts import file_digest
-from mpq_deploy.audit.agreement import Calibration, Compared, moments, rho_of
 from mpq_deploy.errors import InfeasibleBudgetError
 from mpq_deploy.evaluate.evaluate import evaluate
+from mpq_deploy.evaluate.evaluation_result import EvaluationOptions, VariantResult
 from mpq_deploy.evaluate.interval import paired_interval
-from mpq_deploy.evaluate.result import EvaluationOptions, VariantResult
-from mpq_deploy.graph.write import SIMULATED
-from mpq_deploy.meter import metered
-from mpq_deploy.pipeline import Pipeline, open_pipeline
-from mpq_deploy.precision.scheme import SCHEMES
+from mpq_deploy.formats.scheme import SCHEMES
+from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
+from mpq_deploy.run.common import Exported
+from mpq_deploy.run.folder import file_digest
+from mpq_deploy.run.pipeline import Pipeline, open_pipeline
+from mpq_deploy.run.spread import forget_shards
 from mpq_deploy.sensitivity.measure import measure
 from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.stages import INPUTS
 from mpq_deploy.stages.allocate import PlanSolver
-from mpq_deploy.stages.common import Exported
 from mpq_deploy.stages.export import source_denoiser
 from mpq_deploy.stages.measure import stage_subject
 from mpq_deploy.stages.quantize import write_plan
-from mpq_deploy.stages.spread import forget_shards
-from mpq_deploy.sweep import parse_budgets
-from mpq_deploy.talk import PlainTalk, Talk
+from mpq_deploy.studies.agreement import Calibration, Compared, moments, rho_of
+from mpq_deploy.studies.sweep import parse_budgets
+from mpq_deploy.system.progress import PlainTalk, Talk
+from mpq_deploy.system.usage import metered
 
 WANTED, FEWEST = 0.95, 10
 FACTOR = 2.0

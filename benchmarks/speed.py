@@ -37,14 +37,14 @@ from typing import Any
 import numpy as np
 from table import Page, bench_recipe, markdown, verdict
 
-from mpq_deploy.calibrate.feeds import batches
 from mpq_deploy.calibrate.stats import CalibrationSet
-from mpq_deploy.calibrate.timesteps import sampled_steps
-from mpq_deploy.denoisers.export import load_exported
-from mpq_deploy.pipeline import STAGES, open_pipeline
+from mpq_deploy.calls.feeds import batches
+from mpq_deploy.calls.timesteps import sampled_steps
+from mpq_deploy.models.export import load_exported
 from mpq_deploy.recipe import Recipe, load_recipe
+from mpq_deploy.run.pipeline import STAGES, open_pipeline
 from mpq_deploy.runtime.ort import OrtDenoiser
-from mpq_deploy.talk import PlainTalk
+from mpq_deploy.system.progress import PlainTalk
 
 UNET = "unet"
 PREPARE = Path(__file__).parent / "peer_tools" / "prepare.py"

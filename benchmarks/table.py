@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from mpq_deploy.pipeline import Pipeline
 from mpq_deploy.recipe import Recipe, load_recipe
+from mpq_deploy.run.pipeline import Pipeline
 from mpq_deploy.stages import INPUTS
 
 PACKAGES = ("mpq-deploy", "numpy", "onnx", "onnxruntime", "torch", "diffusers", "highspy", "scipy", "tensorrt-rtx")

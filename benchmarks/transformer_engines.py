@@ -25,9 +25,9 @@ from table import Page, bench_recipe, markdown, verdict
 
 from mpq_deploy.engine.record import EngineRecord
 from mpq_deploy.errors import EngineError
-from mpq_deploy.pipeline import open_pipeline
-from mpq_deploy.precision.scheme import SCHEMES
-from mpq_deploy.talk import PlainTalk
+from mpq_deploy.formats.scheme import SCHEMES
+from mpq_deploy.run.pipeline import open_pipeline
+from mpq_deploy.system.progress import PlainTalk
 
 HEADS, WIDTH, TEXT, POOLED, ROWS, TOKENS = 4, 128, 48, 32, 3, 12
 BLOCKS: dict[str, Any] = {"num_attention_heads": HEADS, "attention_head_dim": WIDTH // HEADS}

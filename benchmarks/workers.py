@@ -24,11 +24,11 @@ from pathlib import Path
 
 from table import Page, bench_recipe, markdown, verdict
 
-from mpq_deploy.pipeline import STAGES, open_pipeline
 from mpq_deploy.recipe import Recipe
-from mpq_deploy.shards.processes import Processes
-from mpq_deploy.shards.work import Crew
-from mpq_deploy.talk import Talk
+from mpq_deploy.run.pipeline import STAGES, open_pipeline
+from mpq_deploy.system.parallel.processes import Processes
+from mpq_deploy.system.parallel.work import Crew
+from mpq_deploy.system.progress import Talk
 
 STAGES_TIMED = "calibrate,measure,evaluate"
 # Not in the default recipe, and the engine, which is not looked at.

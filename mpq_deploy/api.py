@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpq_deploy.talk import PlainTalk, Talk
+from mpq_deploy.system.progress import PlainTalk, Talk
 
 if TYPE_CHECKING:
     from mpq_deploy.runtime.drop_in import RuntimeUNet
@@ -51,9 +51,9 @@ def build(
     ``workers``, ``ray``, ``threads``: who computes what can be spread, as ``--workers``, ``--ray``, ``--threads``.
     Raises the errors of ``mpq_deploy.errors``: UsageError for what the caller can mend, MpqError for the rest.
     """
-    from mpq_deploy.pipeline import default_run, open_pipeline
     from mpq_deploy.recipe import load_recipe
-    from mpq_deploy.shards.crew import crew_for
+    from mpq_deploy.run.pipeline import default_run, open_pipeline
+    from mpq_deploy.system.parallel.crew import crew_for
 
     given = {"model": None if model is None else str(model), "budget": budget, "target": target, **(settings or {})}
     chosen = load_recipe(Path(recipe) if recipe else None, given)

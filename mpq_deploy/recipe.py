@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mpq_deploy.errors import UsageError
-from mpq_deploy.precision.scheme import schemes_named
+from mpq_deploy.formats.scheme import schemes_named
 
 # What the target simulate chooses from unless the recipe says otherwise: few enough to measure quickly (our choice).
 SIMULATED_DEFAULT = ("fp16", *(f"w{bits}a{a}-sim" for bits in (2, 3, 4, 5, 6, 8) for a in (8, 16)))

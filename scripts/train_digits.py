@@ -1,7 +1,7 @@
 """Train the bundled 8x8 digits model: `python scripts/train_digits.py --minutes 6 --out DIR`.
 
 Data: scikit-learn's `load_digits` (1,797 grey images of 8x8 pixels, 10 classes), part of that package.
-The result, `DIR/pipeline`, is what lies in mpq_deploy/denoisers/demo/digits.
+The result, `DIR/pipeline`, is what lies in mpq_deploy/models/demo/digits.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ Data: two npm packages, unpacked side by side (`npm pack NAME@16.0.0`, then unpa
     DIR/emoji-datasource-twitter-16.0.0/package   Twemoji images, CC BY 4.0
 
 From the 64x64 PNGs, eight visually homogeneous classes are chosen by subcategory and short name, put on white
-and reduced to 32x32. The result, `OUT/pipeline`, is what lies in mpq_deploy/denoisers/demo/emoji. Run again
+and reduced to 32x32. The result, `OUT/pipeline`, is what lies in mpq_deploy/models/demo/emoji. Run again
 with the same `--out` to go on from the last checkpoint.
 """
 

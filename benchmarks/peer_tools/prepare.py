@@ -43,15 +43,15 @@ def save_inputs(run: Path, folder: Path) -> None:
     """Write the exported model as one file, the calls it was calibrated on, and calls of fresh trajectories."""
     import onnx
 
-    from mpq_deploy.calibrate.feeds import feed_rows
     from mpq_deploy.calibrate.options import CalibrationOptions
     from mpq_deploy.calibrate.stats import CalibrationSet
-    from mpq_deploy.calibrate.trajectories import record_trajectories
-    from mpq_deploy.denoisers.export import load_exported
+    from mpq_deploy.calls.feeds import feed_rows
+    from mpq_deploy.calls.sampler import make_sampler
+    from mpq_deploy.calls.trajectories import record_trajectories
+    from mpq_deploy.models.export import load_exported
     from mpq_deploy.recipe import load_recipe
     from mpq_deploy.runtime.ort import OrtDenoiser
-    from mpq_deploy.sampling.sampler import make_sampler
-    from mpq_deploy.talk import Talk
+    from mpq_deploy.system.progress import Talk
 
     exported = load_exported(run / "export")
     spec, conditions = exported.spec, dict(exported.conditions.arrays)

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import yaml
 
-from mpq_deploy.pipeline import Pipeline, open_pipeline
 from mpq_deploy.recipe import Recipe, load_recipe
+from mpq_deploy.run.common import Exported
+from mpq_deploy.run.pipeline import Pipeline, open_pipeline
 from mpq_deploy.stages.allocate import PlanSolver
 from mpq_deploy.stages.candidates import choices_of
-from mpq_deploy.stages.common import Exported
 from mpq_deploy.stages.quantize import write_plan
-from mpq_deploy.talk import PlainTalk
+from mpq_deploy.system.progress import PlainTalk
 
 
 def export(model: str, run: Path, *changes: str) -> None:

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mpq_deploy.artefacts import write_text
 from mpq_deploy.bench.bench import Schedule, bench_text, measure, origin_of, results
 from mpq_deploy.bench.sources import Wish, parse_shapes, subject_of
 from mpq_deploy.errors import MpqError
-from mpq_deploy.talk import PlainTalk
+from mpq_deploy.run.folder import write_text
+from mpq_deploy.system.progress import PlainTalk
 
 
 def main(arguments: list[str] | None = None, write: Callable[[str], Any] = sys.stdout.write) -> int:

@@ -18,16 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpq_deploy import __version__
 from mpq_deploy.bench.statistics import ratio, summary
-from mpq_deploy.bench.subject import ORT, Subject
+from mpq_deploy.bench.timed_subject import ORT, Subject
 from mpq_deploy.device.cuda import Cuda, why_no_gpu
-from mpq_deploy.device.install import RESULTS_FORMAT, board
+from mpq_deploy.device.installer import RESULTS_FORMAT, board
 from mpq_deploy.device.manifest import Manifest
 from mpq_deploy.engine.builder import RECORD, child_environment
 from mpq_deploy.engine.record import EngineRecord
 from mpq_deploy.errors import EngineError, MpqError, UsageError
-from mpq_deploy.talk import Talk
+from mpq_deploy.system.progress import Talk
+from mpq_deploy.system.release import __version__
 
 ON_CPU = (
     "This is ONNX Runtime on a CPU: Q/DQ nodes there are rounded in float arithmetic and take time of their own. It "

@@ -10,22 +10,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpq_deploy.allocate import PrecisionPlan
+from mpq_deploy.allocate.milp import PrecisionPlan
 from mpq_deploy.bench.bench import Origin
 from mpq_deploy.bench.sources import Wish, cuda_provider, library_of, subject_of
-from mpq_deploy.bench.subject import ORT, Subject
+from mpq_deploy.bench.timed_subject import ORT, Subject
 from mpq_deploy.engine.builder import ENGINE, BatchProfile, build_engine
 from mpq_deploy.engine.expected import ExpectedLayers
 from mpq_deploy.engine.target import Target, load_target
 from mpq_deploy.errors import UsageError
+from mpq_deploy.formats.scheme import FP16
 from mpq_deploy.graph.dialects import dialect_named
-from mpq_deploy.graph.passes.quantize_layers import LayerRewrite
-from mpq_deploy.graph.write import DEPLOYED, SIMULATED, write_quantized
-from mpq_deploy.precision.scheme import FP16
-from mpq_deploy.stages.common import Exported, deployed_stage
+from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED, write_quantized
+from mpq_deploy.graph.writers.quantize_layers import LayerRewrite
+from mpq_deploy.run.common import Exported, deployed_stage
 
 if TYPE_CHECKING:
-    from mpq_deploy.pipeline import Pipeline
+    from mpq_deploy.run.pipeline import Pipeline
 
 FOLDER, STAMP = "bench", "made-from"
 

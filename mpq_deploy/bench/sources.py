@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mpq_deploy.bench.subject import BACKENDS, LIBRARIES, ORT, Subject
+from mpq_deploy.bench.timed_subject import BACKENDS, LIBRARIES, ORT, Subject
 from mpq_deploy.device.cuda import why_no_gpu
 from mpq_deploy.engine.builder import RECORD
 from mpq_deploy.engine.record import EngineRecord

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpq_deploy.bench.subject import ORT, Subject
+from mpq_deploy.bench.timed_subject import ORT, Subject
 from mpq_deploy.errors import MissingDependencyError, MpqError, UsageError
-from mpq_deploy.meter import peak_rss_bytes
+from mpq_deploy.system.usage import peak_rss_bytes
 
 if TYPE_CHECKING:
     from mpq_deploy.device.cuda import Cuda

@@ -11,19 +11,19 @@ from mpq_deploy.calibrate.checked import CheckedDenoiser
 from mpq_deploy.calibrate.observers import Observation, observe
 from mpq_deploy.calibrate.options import CalibrationOptions
 from mpq_deploy.calibrate.scales import SMALLEST_SCALE, activation_scale
-from mpq_deploy.calibrate.shards import calibration_job, observe_in_shards, record_in_shards
+from mpq_deploy.calibrate.spread_calibration import calibration_job, observe_in_shards, record_in_shards
 from mpq_deploy.calibrate.stats import ActivationStats, CalibrationSet, CalibrationStats, dealt
-from mpq_deploy.calibrate.trajectories import record_trajectories
-from mpq_deploy.denoisers.spec import Array, DenoiserSpec
+from mpq_deploy.calls.sampler import make_sampler
+from mpq_deploy.calls.trajectories import record_trajectories
+from mpq_deploy.formats.branch_matrices import scale_factors
+from mpq_deploy.formats.scheme import COLUMN_SHARES, SCALE_TENTHS, outlier_count
 from mpq_deploy.graph.layers import LayerGraph
-from mpq_deploy.graph.mapped import drop_pages
-from mpq_deploy.graph.passes.quantize_layers import weight_array
-from mpq_deploy.precision.branches import scale_factors
-from mpq_deploy.precision.scheme import COLUMN_SHARES, SCALE_TENTHS, outlier_count
+from mpq_deploy.graph.writers.quantize_layers import weight_array
+from mpq_deploy.models.spec import Array, DenoiserSpec
 from mpq_deploy.runtime.ort import OrtDenoiser
-from mpq_deploy.sampling.sampler import make_sampler
-from mpq_deploy.shards.work import Alone, Crew
-from mpq_deploy.talk import Talk
+from mpq_deploy.system.mapped import drop_pages
+from mpq_deploy.system.parallel.work import Alone, Crew
+from mpq_deploy.system.progress import Talk
 
 # The largest FP16 number: an activation beyond it overflows in an FP16 engine.
 LARGEST_FP16 = 65504.0

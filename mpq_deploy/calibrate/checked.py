@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.errors import ModelError
+from mpq_deploy.models.spec import Array
 from mpq_deploy.runtime.not_finite import first_not_finite
 from mpq_deploy.runtime.ort import OrtDenoiser, model_feeds
 

@@ -19,11 +19,11 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
+from mpq_deploy.calibrate.activation_shapes import ActivationShape, tensors_of
 from mpq_deploy.calibrate.observers import ObserverWriter
-from mpq_deploy.calibrate.shapes import ActivationShape, tensors_of
-from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import Layer, LayerGraph
+from mpq_deploy.models.spec import Array
 
 # Calls whose outputs differ by less than this share of their power (1e-5 of their size) count as equal. Kernels may
 # round the rows of a batch differently: about 1e-13 was seen. Our choice.

@@ -18,15 +18,15 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from mpq_deploy.calibrate.feeds import Batch, batches
+from mpq_deploy.calibrate.activation_shapes import ActivationShape, activation_shapes, tensors_of
 from mpq_deploy.calibrate.options import CalibrationOptions
-from mpq_deploy.calibrate.sessions import open_session
-from mpq_deploy.calibrate.shapes import ActivationShape, activation_shapes, tensors_of
 from mpq_deploy.calibrate.stats import CalibrationSet
-from mpq_deploy.denoisers.spec import Array, DenoiserSpec
+from mpq_deploy.calls.feeds import Batch, batches
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import LayerGraph
-from mpq_deploy.talk import Talk
+from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.system.progress import Talk
+from mpq_deploy.system.sessions import open_session
 
 # Candidates that one call offers to a reservoir of R values: R / 16, at least 64. From 16 calls on the reservoir
 # is full. More would cost time; fewer would tie the sample to few positions of few calls.

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.errors import UsageError
+from mpq_deploy.models.spec import Array
 
 QUANT_MIN, QUANT_MAX = -128, 127
 # The smallest normal and the largest FP16 number. A tensor that is always zero gets the smallest scale.

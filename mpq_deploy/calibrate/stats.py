@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from mpq_deploy.calibrate.scales import ActivationGrid, simulated_grid
-from mpq_deploy.denoisers.spec import Array
+from mpq_deploy.formats.scheme import COLUMN_SHARES, SCALE_TENTHS, outlier_count
 from mpq_deploy.graph.layers import LayerGraph
-from mpq_deploy.precision.scheme import COLUMN_SHARES, SCALE_TENTHS, outlier_count
+from mpq_deploy.models.spec import Array
 
 SPLIT_SEED = 3
 

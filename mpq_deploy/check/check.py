@@ -11,12 +11,12 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
+from mpq_deploy.check.graph_view import open_view
 from mpq_deploy.check.rule import EFFECTS, ERRORS, WARNINGS, Context, Finding, findings_of
 from mpq_deploy.check.rules_activations import ACTIVATION_RULES
 from mpq_deploy.check.rules_graph import GRAPH_RULES
 from mpq_deploy.check.rules_types import TYPE_RULES
 from mpq_deploy.check.rules_weights import WEIGHT_RULES
-from mpq_deploy.check.view import open_view
 from mpq_deploy.engine.target import Target
 from mpq_deploy.graph.dialects import dialect_named
 

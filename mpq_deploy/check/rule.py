@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from mpq_deploy.check.view import Node, View
+from mpq_deploy.check.graph_view import Node, View
 from mpq_deploy.graph.dialects import DIALECTS, Dialect
 
 # refused: the parser or builder fails. wrong: it builds something that computes other numbers. fp16: quantized, but

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from mpq_deploy.check.graph_view import LayerView, Node, Pair, View
 from mpq_deploy.check.rule import Context, Found, Rule, built_here, documented
-from mpq_deploy.check.view import LayerView, Node, Pair, View
 
 # Turing's INT8 convolutions are computed in FP16 by TensorRT-RTX.
 INT8_CONV_FROM = 80

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 import onnx
 
+from mpq_deploy.check.graph_view import Constant, Node
 from mpq_deploy.check.rule import Context, Found, Rule, Verdict, built_here, documented
-from mpq_deploy.check.view import Constant, Node
 from mpq_deploy.graph.dialects import FP4
 from mpq_deploy.graph.layers import STANDARD_DOMAINS
 

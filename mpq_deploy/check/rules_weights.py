@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from mpq_deploy.check.graph_view import Constant, LayerView, Node, Stored, View
 from mpq_deploy.check.rule import Context, Found, Rule, built_here, documented
-from mpq_deploy.check.view import Constant, LayerView, Node, Stored, View
 
 # The largest matrix that is read to see whether it only picks channels.
 ONE_HOT_ELEMENTS = 1 << 22

@@ -11,10 +11,10 @@ from mpq_deploy.errors import MpqError
 
 # Importing a group of commands adds it to the application; --help shows the groups in this order.
 # isort: off
-from mpq_deploy.cli import stages, look, devices, machine
+from mpq_deploy.cli import build, results, devices, machine
 # isort: on
 
-__all__ = ["app", "devices", "look", "machine", "main", "stages"]
+__all__ = ["app", "build", "devices", "machine", "main", "results"]
 
 
 class _Stopped(BaseException):
@@ -43,7 +43,7 @@ def main() -> None:
     except OSError as error:
         if State.debug:
             raise
-        from mpq_deploy.artefacts import disk_error
+        from mpq_deploy.run.folder import disk_error
 
         sys.stderr.write(f"mpq-deploy: {disk_error(error, Path())}\n")
         sys.exit(1)

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mpq_deploy import __version__
 from mpq_deploy.errors import UsageError
+from mpq_deploy.system.release import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from mpq_deploy.pipeline import Summary
     from mpq_deploy.recipe import Recipe
-    from mpq_deploy.shards.work import Crew
-    from mpq_deploy.talk import Talk
+    from mpq_deploy.run.pipeline import Summary
+    from mpq_deploy.system.parallel.work import Crew
+    from mpq_deploy.system.progress import Talk
 
 STAGES = "Stages (over one run folder)"
 LOOK = "Look at results"
@@ -100,7 +100,7 @@ def recipe_of(run: Path, recipe: Path | None, overrides: dict[str, Any] | None =
 
 def run_until(stage: str, settings: Recipe, out: Path | None, crew: Crew | None = None) -> None:
     """Run all stages up to ``stage`` and print what came of it."""
-    from mpq_deploy.pipeline import default_run, open_pipeline
+    from mpq_deploy.run.pipeline import default_run, open_pipeline
 
     run = out or default_run(settings)
     with open_pipeline(settings, run, make_talk(), crew) as pipeline:
@@ -118,7 +118,7 @@ def print_summary(summary: Summary) -> None:
 
 def make_talk() -> Talk:
     """Return what progress goes to: nothing, a terminal, or plain lines."""
-    from mpq_deploy.talk import PlainTalk, RichTalk, Talk
+    from mpq_deploy.system.progress import PlainTalk, RichTalk, Talk
 
     if State.quiet:
         return Talk()

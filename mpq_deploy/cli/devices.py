@@ -21,9 +21,9 @@ def package(
     ] = None,
 ) -> None:
     """Pack what a device needs into one archive: the graph, its checks, an installer."""
+    from mpq_deploy.delivery.package import make_package
     from mpq_deploy.engine.target import load_target
-    from mpq_deploy.package import make_package
-    from mpq_deploy.pipeline import open_pipeline
+    from mpq_deploy.run.pipeline import open_pipeline
 
     recipe = recipe_of(run, None)
     with open_pipeline(recipe, run, make_talk()) as pipeline:
@@ -49,8 +49,8 @@ def install(
 
     Without mpq-deploy on the device: tar xf MODEL.mpq.tar, then ./build.sh. Exit code 1 when something differs.
     """
-    from mpq_deploy.device.install import default_out, summary
-    from mpq_deploy.device.install import install as install_package
+    from mpq_deploy.device.installer import default_out, summary
+    from mpq_deploy.device.installer import install as install_package
 
     folder = out or default_out(archive)
     results = install_package(archive, folder, make_talk(), force_memory)
@@ -77,11 +77,11 @@ def deploy(
     """
     import shlex
 
-    from mpq_deploy.deploy import Remote
-    from mpq_deploy.deploy import deploy as deploy_run
-    from mpq_deploy.device.install import summary
+    from mpq_deploy.delivery.deploy import Remote
+    from mpq_deploy.delivery.deploy import deploy as deploy_run
+    from mpq_deploy.device.installer import summary
     from mpq_deploy.engine.target import load_target
-    from mpq_deploy.pipeline import open_pipeline
+    from mpq_deploy.run.pipeline import open_pipeline
 
     recipe = recipe_of(run, None)
     remote = Remote(ssh, tuple(shlex.split(ssh_command)), folder, python)

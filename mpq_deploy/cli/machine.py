@@ -11,7 +11,7 @@ from mpq_deploy.cli.app import MACHINE, State, app, make_talk, print_json, recip
 from mpq_deploy.cli.options import TargetOption
 
 if TYPE_CHECKING:
-    from mpq_deploy.doctor import Finding
+    from mpq_deploy.system.doctor import Finding
 
 
 @app.command(rich_help_panel=MACHINE, epilog="Example: mpq-deploy profile runs/mine --target rtx-ada")
@@ -34,7 +34,7 @@ def profile(
     """
     from mpq_deploy.engine.target import load_target
     from mpq_deploy.latency.profile import Profile
-    from mpq_deploy.pipeline import open_pipeline
+    from mpq_deploy.run.pipeline import open_pipeline
 
     recipe = recipe_of(run, None)
     chosen = load_target(target or recipe.target)
@@ -89,15 +89,15 @@ def bench(
 
     Without a GPU that is ONNX Runtime on the CPU, which says nothing about an engine.
     """
-    from mpq_deploy.artefacts import canonical_json, write_text
     from mpq_deploy.bench.bench import Schedule, bench_text, measure, origin_of, results
     from mpq_deploy.bench.sources import Wish, parse_shapes, subject_of
+    from mpq_deploy.run.folder import canonical_json, write_text
 
     schedule = Schedule(calls, rounds, warm_up)
     wish = Wish(backend, device, batch, threads, cuda_graphs, parse_shapes(shape or []))
     if source.is_dir():
         from mpq_deploy.bench.from_run import subjects_of
-        from mpq_deploy.pipeline import open_pipeline
+        from mpq_deploy.run.pipeline import open_pipeline
 
         with open_pipeline(recipe_of(source, None), source, make_talk()) as pipeline:
             subjects, origin = subjects_of(pipeline, wish)
@@ -144,7 +144,7 @@ def doctor() -> None:
     """Say what this machine has, what it can build and what it can run."""
     from dataclasses import asdict
 
-    from mpq_deploy.doctor import inspect_machine
+    from mpq_deploy.system.doctor import inspect_machine
 
     findings = inspect_machine()
     if State.json:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 if TYPE_CHECKING:
-    from mpq_deploy.shards.work import Crew
+    from mpq_deploy.system.parallel.work import Crew
 
 OF_MODEL = "What the model does not bring"
 
@@ -170,7 +170,7 @@ ThreadsOption = Annotated[
 
 def crew_for(workers: int | None, ray: str | None, threads: int | None) -> Crew | None:
     """Return who computes what can be spread over workers; None: this process."""
-    from mpq_deploy.shards.crew import crew_for as crew_of
+    from mpq_deploy.system.parallel.crew import crew_for as crew_of
 
     return crew_of(workers, ray, threads)
 

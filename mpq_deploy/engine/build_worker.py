@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from mpq_deploy.meter import peak_rss_bytes
+from mpq_deploy.system.usage import peak_rss_bytes
 
 # A parser or build failure that was reported in ``result``, as opposed to a crash (negative return code).
 REPORTED_FAILURE = 3

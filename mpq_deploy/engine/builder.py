@@ -20,7 +20,6 @@ from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
 from pathlib import Path
 
-from mpq_deploy.artefacts import file_digest, sealed_json
 from mpq_deploy.engine.build_log import EngineLog, layers_text, parse_engine_log
 from mpq_deploy.engine.build_target import BuildTarget
 from mpq_deploy.engine.build_worker import DISK_FAILURE, REPORTED_FAILURE, BuildJob, InputShapes
@@ -31,7 +30,8 @@ from mpq_deploy.engine.record import BuildTiming, EngineRecord
 from mpq_deploy.engine.trtexec import build_with_trtexec, trtexec_trial
 from mpq_deploy.engine.verify import verify
 from mpq_deploy.errors import EngineError, MissingDependencyError, UsageError
-from mpq_deploy.talk import Talk
+from mpq_deploy.run.folder import file_digest, sealed_json
+from mpq_deploy.system.progress import Talk
 
 ENGINE, LAYERS, RECORD = "model.engine", "layers.txt", "build.json"
 # The file that ``bisect`` writes its smaller graphs to.

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpq_deploy.precision.scheme import SCHEMES, Scheme
+from mpq_deploy.formats.scheme import SCHEMES, Scheme
 
 if TYPE_CHECKING:
     from mpq_deploy.graph.layers import Layer
@@ -46,7 +46,7 @@ class ExpectedLayer:
     def of(cls, layer: Layer, scheme: Scheme) -> ExpectedLayer:
         """Describe ``layer`` under ``scheme``."""
         # A device reads what was described at home, without the ONNX packages that this needs.
-        from mpq_deploy.precision.deployed import block_size, weight_bytes
+        from mpq_deploy.formats.sizes import block_size, weight_bytes
 
         block = block_size(layer, scheme)
         blocks = layer.reduction // block if block else 1
@@ -72,7 +72,7 @@ class ExpectedLayers:
 
         Raises ValueError for a simulated scheme: no builder may ever see one.
         """
-        from mpq_deploy.precision.deployed import branch_parts
+        from mpq_deploy.formats.sizes import branch_parts
 
         simulated = sorted({scheme.name for scheme in schemes.values() if scheme.simulated})
         if simulated:

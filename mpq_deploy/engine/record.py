@@ -6,9 +6,9 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from mpq_deploy.artefacts import unsealed
 from mpq_deploy.engine.verify import Problem
 from mpq_deploy.errors import EngineError
+from mpq_deploy.run.folder import unsealed
 
 # How many layers an error names before it only counts them.
 NAMED = 5

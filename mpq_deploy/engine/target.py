@@ -18,9 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from mpq_deploy.engine.versions import version_matches
 from mpq_deploy.errors import UsageError, nearest
+from mpq_deploy.formats.scheme import BRANCH_KINDS, FAMILIES, SCHEMES, SIMULATED, Scheme, nearest_scheme
+from mpq_deploy.formats.sizes import int4_shape
 from mpq_deploy.graph.layers import LAYER_OPS, Layer
-from mpq_deploy.precision.deployed import int4_shape
-from mpq_deploy.precision.scheme import BRANCH_KINDS, FAMILIES, SCHEMES, SIMULATED, Scheme, nearest_scheme
 
 Dialect = Literal["trt-rtx", "trt-10.3", "trt-10.13", "trt-11", "onnxruntime"]
 Builder = Literal["tensorrt_rtx", "tensorrt", "trtexec", "none"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from textwrap import wrap
 
 from mpq_deploy.engine.target import Figure, Rule, Target
+from mpq_deploy.formats.scheme import FAMILIES
 from mpq_deploy.graph.layers import LAYER_OPS
-from mpq_deploy.precision.scheme import FAMILIES
 
 WIDTH = 80
 LABEL = 12

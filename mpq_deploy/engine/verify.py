@@ -20,7 +20,7 @@ from typing import Literal
 
 from mpq_deploy.engine.build_log import EngineLayer, EngineLog, EngineTensor
 from mpq_deploy.engine.expected import ExpectedLayer, ExpectedLayers
-from mpq_deploy.precision.scheme import INT4, INT8
+from mpq_deploy.formats.scheme import INT4, INT8
 
 __all__ = ["ExpectedLayer", "ExpectedLayers", "Problem", "can_fuse", "verify", "weights_allowance"]
 

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
-from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.graph.load import read_proto
-from mpq_deploy.talk import Talk
+from mpq_deploy.models.spec import Array
+from mpq_deploy.system.progress import Talk
 
 CHUNK_BYTES = 1 << 20
 # Of the SHA-256 behind an entry.

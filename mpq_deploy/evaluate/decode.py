@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mpq_deploy.denoisers.spec import Array, DenoiserSpec
 from mpq_deploy.errors import ModelError
+from mpq_deploy.models.spec import Array, DenoiserSpec
 from mpq_deploy.runtime.ort import ORT_ERRORS, make_session
-from mpq_deploy.talk import Talk
+from mpq_deploy.system.progress import Talk
 
 
 def decoder_path(spec: DenoiserSpec, folder: Path) -> Path | None:

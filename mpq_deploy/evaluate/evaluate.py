@@ -16,22 +16,22 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from mpq_deploy.denoisers.spec import Array, DenoiserSpec
+from mpq_deploy.calls.corrected import corrected_sampler
+from mpq_deploy.calls.loop import DenoiserCall, denoise, first_samples
+from mpq_deploy.calls.sampler import Sampler, make_sampler
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.evaluate.cache import SampleCache, arrays_digest, model_digest, model_files
+from mpq_deploy.evaluate.cpu_latency import cpu_latency
 from mpq_deploy.evaluate.decode import decode, decoder_path
+from mpq_deploy.evaluate.evaluation_result import CpuLatency, Evaluation, EvaluationOptions, ImageKind, VariantResult
 from mpq_deploy.evaluate.images import data_range, pooled_psnr_db, psnr_db, psnr_db_each, ssim_each, to_uint8, to_unit
-from mpq_deploy.evaluate.latency import cpu_latency
 from mpq_deploy.evaluate.output_error import nmse, stride_midpoints, taken_turns
-from mpq_deploy.evaluate.result import CpuLatency, Evaluation, EvaluationOptions, ImageKind, VariantResult
+from mpq_deploy.models.spec import Array, DenoiserSpec
 from mpq_deploy.runtime.correction import Correction
 from mpq_deploy.runtime.ort import OrtDenoiser
-from mpq_deploy.sampling.corrected import corrected_sampler
-from mpq_deploy.sampling.loop import DenoiserCall, denoise, first_samples
-from mpq_deploy.sampling.sampler import Sampler, make_sampler
-from mpq_deploy.shards.files import Files
-from mpq_deploy.shards.work import Alone, Crew, Job, Result, Shard, Work, run_shards
-from mpq_deploy.talk import Talk
+from mpq_deploy.system.parallel.job_files import Files
+from mpq_deploy.system.parallel.work import Alone, Crew, Job, Result, Shard, Work, run_shards
+from mpq_deploy.system.progress import Talk
 
 # A change here makes every cache entry stale.
 CACHE_FORMAT = 2

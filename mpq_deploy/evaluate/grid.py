@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.errors import UsageError
 from mpq_deploy.evaluate.cache import write_aside
+from mpq_deploy.models.spec import Array
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 

@@ -17,16 +17,16 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from mpq_deploy.calibrate.calibrate import LARGEST_FP16
-from mpq_deploy.calibrate.feeds import feed_rows
-from mpq_deploy.calibrate.sessions import open_session
 from mpq_deploy.calibrate.stats import CalibrationSet
-from mpq_deploy.denoisers.spec import Array, DenoiserSpec
+from mpq_deploy.calls.feeds import feed_rows
 from mpq_deploy.errors import ModelError
 from mpq_deploy.evaluate.output_error import nmse
 from mpq_deploy.graph.load import load_model
 from mpq_deploy.graph.passes.fp16_region import fp16_region
+from mpq_deploy.models.spec import Array, DenoiserSpec
 from mpq_deploy.runtime.ort import make_session, run_session
-from mpq_deploy.talk import Talk
+from mpq_deploy.system.progress import Talk
+from mpq_deploy.system.sessions import open_session
 
 # Timesteps at which one call is compared: the noisiest, the middle and the last.
 TIMESTEPS = 3

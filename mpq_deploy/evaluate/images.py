@@ -10,8 +10,8 @@ import math
 
 import numpy as np
 
-from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.errors import ModelError
+from mpq_deploy.models.spec import Array
 
 # Wang, Bovik, Sheikh, Simoncelli 2004, "Image quality assessment", section III.C: window, sigma, K1 and K2.
 SSIM_WINDOW = 11

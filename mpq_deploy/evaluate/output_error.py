@@ -10,8 +10,8 @@ import math
 
 import numpy as np
 
-from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.errors import ModelError
+from mpq_deploy.models.spec import Array
 
 
 def nmse(reference: Array, output: Array) -> float:

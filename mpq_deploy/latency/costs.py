@@ -12,11 +12,11 @@ from math import ceil, prod
 
 from mpq_deploy.engine.target import Target
 from mpq_deploy.errors import UsageError
+from mpq_deploy.formats.scheme import FP16, Scheme
 from mpq_deploy.graph.layers import Layer, LayerGraph, LayerUse
+from mpq_deploy.latency.latency_table import LatencyTable, LayerShape
 from mpq_deploy.latency.others import others_seconds
 from mpq_deploy.latency.roofline import Rates, Traffic, layer_seconds, quantizer_seconds
-from mpq_deploy.latency.table import LatencyTable, LayerShape
-from mpq_deploy.precision.scheme import FP16, Scheme
 
 NANOSECONDS = 1e9
 # How many names a warning gives.

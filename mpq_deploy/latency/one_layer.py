@@ -13,21 +13,21 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from mpq_deploy.denoisers.spec import Array
-from mpq_deploy.graph.dialects import Dialect
-from mpq_deploy.graph.layers import Layer, LayerUse
-from mpq_deploy.graph.passes.quantize_layers import LayerRewrite
-from mpq_deploy.graph.write import write_quantized
-from mpq_deploy.latency.table import LayerShape
-from mpq_deploy.precision.candidates import (
+from mpq_deploy.formats.candidates import (
     Choices,
     LayerCandidates,
     round_candidates,
     weight_matrix,
     with_promoted_rows,
 )
-from mpq_deploy.precision.deployed import input_channels
-from mpq_deploy.precision.scheme import FP16, Scheme
+from mpq_deploy.formats.scheme import FP16, Scheme
+from mpq_deploy.formats.sizes import input_channels
+from mpq_deploy.graph.dialects import Dialect
+from mpq_deploy.graph.layers import Layer, LayerUse
+from mpq_deploy.graph.writers.deployed_graphs import write_quantized
+from mpq_deploy.graph.writers.quantize_layers import LayerRewrite
+from mpq_deploy.latency.latency_table import LayerShape
+from mpq_deploy.models.spec import Array
 
 INPUT, OUTPUT = "x", "y"
 FLOAT_MODEL = "float.onnx"

@@ -11,9 +11,9 @@ from math import prod
 
 import onnx_ir as ir
 
+from mpq_deploy.formats.sizes import FP16_BYTES
 from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.latency.roofline import Rates, fp16_seconds
-from mpq_deploy.precision.deployed import FP16_BYTES
 
 NORMS = ("InstanceNormalization", "GroupNormalization", "LayerNormalization", "RMSNormalization", "BatchNormalization")
 MOVES = ("Resize", "Concat", "ConvTranspose", "AveragePool", "MaxPool")

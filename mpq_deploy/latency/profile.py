@@ -26,22 +26,22 @@ from mpq_deploy.engine.record import EngineRecord
 from mpq_deploy.engine.target import Target
 from mpq_deploy.engine.trtexec import find_trtexec
 from mpq_deploy.errors import EngineError, UsageError
+from mpq_deploy.formats.candidates import choices_for
+from mpq_deploy.formats.scheme import FP16, SCHEMES, Scheme
 from mpq_deploy.graph.dialects import dialect_named
 from mpq_deploy.graph.layers import Layer
-from mpq_deploy.graph.write import DEPLOYED
+from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED
 from mpq_deploy.latency.costs import LatencyCosts
+from mpq_deploy.latency.latency_table import LatencyTable, LayerShape
 from mpq_deploy.latency.one_layer import INPUT, OUTPUT, OneLayer, write_one_layer
+from mpq_deploy.latency.plan_latency import call_shapes
 from mpq_deploy.latency.roofline import Rates
-from mpq_deploy.latency.table import LatencyTable, LayerShape
-from mpq_deploy.precision.candidates import choices_for
-from mpq_deploy.precision.scheme import FP16, SCHEMES, Scheme
+from mpq_deploy.run.common import Exported
 from mpq_deploy.stages.candidates import CONTROLS, control_scheme, wanted_schemes
-from mpq_deploy.stages.common import Exported
-from mpq_deploy.stages.latency import call_shapes
-from mpq_deploy.talk import Talk
+from mpq_deploy.system.progress import Talk
 
 if TYPE_CHECKING:
-    from mpq_deploy.pipeline import Pipeline
+    from mpq_deploy.run.pipeline import Pipeline
 
 REFERENCE, CASE = "inputs.npz", "timed"
 

@@ -10,15 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mpq_deploy.engine.target import Figure, Target
-from mpq_deploy.graph.layers import Layer
-from mpq_deploy.precision.deployed import (
+from mpq_deploy.formats.scheme import BRANCH_KERNELS, INT8, Scheme
+from mpq_deploy.formats.sizes import (
     FP16_BYTES,
     branch_parts,
     input_channels,
     outlier_columns,
     weight_bytes,
 )
-from mpq_deploy.precision.scheme import BRANCH_KERNELS, INT8, Scheme
+from mpq_deploy.graph.layers import Layer
 
 INT8_BYTES = 1
 # What starting one kernel costs: between a launch inside a CUDA graph (1 to 2 us) and one on a stream (5 us and more).

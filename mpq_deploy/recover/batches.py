@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from mpq_deploy.denoisers.spec import Array, DenoiserSpec
-from mpq_deploy.recover.timesteps import drawn_timesteps
-from mpq_deploy.recover.trajectories import Trajectories
+from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.recover.training_timesteps import drawn_timesteps
+from mpq_deploy.recover.training_trajectories import Trajectories
 from mpq_deploy.runtime.ort import model_feeds
 
 Tensor = Any  # torch.Tensor; torch is not followed by mypy here

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpq_deploy.recover.result import CurvePoint
+from mpq_deploy.recover.recovery_result import CurvePoint
 from mpq_deploy.recover.train import Trainer
-from mpq_deploy.talk import Talk
+from mpq_deploy.system.progress import Talk
 
 # Raised with every change of what a checkpoint holds.
 CHECKPOINT_FORMAT = 2

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mpq_deploy.available import Room
 from mpq_deploy.errors import UsageError
+from mpq_deploy.system.available import Room
 
 # Of the float32 size of the weights: the graph's own, the latent's start, and what autograd holds of the way to a
 # weight (the adapter's product, codes, the mask of the clipping, the weight and its gradient). Our choice, measured.

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from mpq_deploy.recover.student import Student
-from mpq_deploy.recover.weights import LayerWeight
+from mpq_deploy.recover.trained_weights import LayerWeight
 
 Tensor = Any  # torch.Tensor; torch is not followed by mypy here
 GAINS = (0.0, 0.5, 1.0, -0.5, -1.0)

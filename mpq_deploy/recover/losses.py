@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from mpq_deploy.denoisers.spec import Array, DenoiserSpec
+from mpq_deploy.calls.betas import alphas_cumprod
 from mpq_deploy.errors import UsageError
+from mpq_deploy.models.spec import Array, DenoiserSpec
 from mpq_deploy.recover.batches import Batch
-from mpq_deploy.recover.memory import PixelMemory
 from mpq_deploy.recover.options import RecoverOptions
+from mpq_deploy.recover.pixel_memory import PixelMemory
 from mpq_deploy.recover.student import Student
-from mpq_deploy.sampling.betas import alphas_cumprod
 
 Tensor = Any  # torch.Tensor; torch is not followed by mypy here
 # Loss -> (its value, its weight).

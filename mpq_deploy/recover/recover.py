@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpq_deploy.available import Room, held_memory, memory_room
-from mpq_deploy.calibrate.shapes import activation_shapes, tensors_of
+from mpq_deploy.calibrate.activation_shapes import activation_shapes, tensors_of
 from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
-from mpq_deploy.denoisers.spec import Array, DenoiserSpec
 from mpq_deploy.errors import MpqError
 from mpq_deploy.graph.dialects import Dialect
 from mpq_deploy.graph.layers import LayerGraph
-from mpq_deploy.graph.write import SIMULATED, write_quantized
+from mpq_deploy.graph.writers.deployed_graphs import SIMULATED, write_quantized
+from mpq_deploy.models.spec import Array, DenoiserSpec
 from mpq_deploy.recover.checkpoint import restore_checkpoint, save_checkpoint
 from mpq_deploy.recover.estimate import (
     FLOAT32_BYTES,
@@ -32,13 +31,14 @@ from mpq_deploy.recover.estimate import (
 )
 from mpq_deploy.recover.initialization import initialize_from_error
 from mpq_deploy.recover.options import RecoverOptions
-from mpq_deploy.recover.result import Recovery
+from mpq_deploy.recover.recovery_result import Recovery
 from mpq_deploy.recover.student import Student, StudentOptions
 from mpq_deploy.recover.train import INITIAL_ROUND, Progress, Trainer
-from mpq_deploy.recover.trajectories import Trajectories, TrajectoryRecorder
-from mpq_deploy.recover.weights import StartingWeight
+from mpq_deploy.recover.trained_weights import StartingWeight
+from mpq_deploy.recover.training_trajectories import Trajectories, TrajectoryRecorder
 from mpq_deploy.runtime.ort import OrtDenoiser
-from mpq_deploy.talk import Talk
+from mpq_deploy.system.available import Room, held_memory, memory_room
+from mpq_deploy.system.progress import Talk
 
 # The written graph's error may differ from the trained one's by this share of it: values on a rounding boundary.
 WRITTEN_TOLERANCE = 0.02

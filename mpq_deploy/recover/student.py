@@ -18,16 +18,16 @@ import torch
 
 from mpq_deploy.calibrate.scales import ActivationGrid
 from mpq_deploy.calibrate.stats import CalibrationStats
-from mpq_deploy.denoisers.spec import Array, DenoiserSpec
+from mpq_deploy.formats.branch_matrices import ScaledMatrix
 from mpq_deploy.graph.layers import Layer, layer_graph
 from mpq_deploy.graph.load import load_model
 from mpq_deploy.graph.passes.fp16_region import fp16_region, split_initializers
-from mpq_deploy.graph.passes.prescale import NORM_AXES, factor_constants
-from mpq_deploy.graph.passes.quantize_layers import LayerRewrite, folded_activations
-from mpq_deploy.precision.branches import ScaledMatrix
-from mpq_deploy.recover.quantizers import ActivationScale, halved
-from mpq_deploy.recover.weights import LayerWeight, ScaledWeight, StartingWeight, layer_weight
-from mpq_deploy.sensitivity.torch_graph import TorchGraph
+from mpq_deploy.graph.writers.prescale import NORM_AXES, factor_constants
+from mpq_deploy.graph.writers.quantize_layers import LayerRewrite, folded_activations
+from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.onnx_torch.torch_graph import TorchGraph
+from mpq_deploy.recover.torch_quantizers import ActivationScale, halved
+from mpq_deploy.recover.trained_weights import LayerWeight, ScaledWeight, StartingWeight, layer_weight
 
 Tensor = Any  # torch.Tensor; torch is not followed by mypy here
 # Constants of these nodes are biases, norms' affines and the like: stored in FP16 whatever their values are.

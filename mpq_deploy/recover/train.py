@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpq_deploy.denoisers.spec import Array, DenoiserSpec
+from mpq_deploy.models.spec import Array, DenoiserSpec
 from mpq_deploy.recover.batches import Batch, Batches
 from mpq_deploy.recover.losses import LossTerms
 from mpq_deploy.recover.options import RecoverOptions
-from mpq_deploy.recover.result import CurvePoint
+from mpq_deploy.recover.recovery_result import CurvePoint
 from mpq_deploy.recover.student import Student
-from mpq_deploy.recover.timesteps import draw_weights, timestep_shares
-from mpq_deploy.recover.trajectories import Trajectories, TrajectoryRecorder
-from mpq_deploy.talk import Talk
+from mpq_deploy.recover.training_timesteps import draw_weights, timestep_shares
+from mpq_deploy.recover.training_trajectories import Trajectories, TrajectoryRecorder
+from mpq_deploy.system.progress import Talk
 
 Tensor = Any  # torch.Tensor; torch is not followed by mypy here
 # Rounds of noise: these are held out and for the start of adapters; training takes 0, 1, 2 ...

@@ -8,10 +8,7 @@ from importlib import resources
 
 from markupsafe import Markup
 
-from mpq_deploy.audit.agreement import Correlation
-from mpq_deploy.audit.losses import TRUTH
-from mpq_deploy.audit.result import AuditResult, MetricResult, PlanPoint
-from mpq_deploy.precision.scheme import SCHEMES
+from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.report.svg import (
     BOTTOM,
     LABEL_WIDTH,
@@ -33,6 +30,9 @@ from mpq_deploy.report.svg import (
     y_axis,
 )
 from mpq_deploy.report.words import decibels, error, percent
+from mpq_deploy.studies.agreement import Correlation
+from mpq_deploy.studies.audit_result import AuditResult, MetricResult, PlanPoint
+from mpq_deploy.studies.compared_losses import TRUTH
 
 ROW = 40
 CORRELATION_WIDTH = 168

@@ -5,8 +5,8 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from mpq_deploy.compare import Comparison, Difference, DistanceChange, Pair, PlanChange
 from mpq_deploy.report import words
+from mpq_deploy.report.compare import Comparison, Difference, DistanceChange, Pair, PlanChange
 from mpq_deploy.report.markdown import plain, table
 from mpq_deploy.report.page import rendered
 from mpq_deploy.report.read import ReadReport, slowest

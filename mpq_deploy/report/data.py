@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
-from mpq_deploy.denoisers.spec import Array
+from mpq_deploy.models.spec import Array
 
 # Changes when a reader of report.json must change.
 # 2: predicted_nmse, and a layer's or a sweep point's, is null for metrics that predict no error.

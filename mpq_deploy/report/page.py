@@ -8,11 +8,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mpq_deploy.report import words
-from mpq_deploy.report.budgets import budget_view
+from mpq_deploy.report.budget_curve import budget_view
 from mpq_deploy.report.charts import prediction_chart, recovery_chart, size_quality_chart, timestep_chart
 from mpq_deploy.report.data import ReportData, SchemeTotal, kept_in_fp16
 from mpq_deploy.report.network import branched, layer_details, legend, network_rows
-from mpq_deploy.report.orthogonality import orm_view
+from mpq_deploy.report.orthogonality_charts import orm_view
 from mpq_deploy.report.pictures import picture_table
 
 

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mpq_deploy.artefacts import SEAL
 from mpq_deploy.errors import UsageError
 from mpq_deploy.report.data import (
     SCHEMA_VERSION,
@@ -27,6 +26,7 @@ from mpq_deploy.report.data import (
     TargetInfo,
 )
 from mpq_deploy.report.seal import values_digest
+from mpq_deploy.run.folder import SEAL
 
 OLDEST_SCHEMA = 1
 # Reports of this schema and later ones carry their digest.

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from mpq_deploy.denoisers.spec import DenoiserSpec
 from mpq_deploy.device.context import RUNTIME_CACHE, load_engine, open_context, refuse_other_gpu
 from mpq_deploy.errors import EngineError, MissingDependencyError, ModelError
+from mpq_deploy.models.spec import DenoiserSpec
 from mpq_deploy.runtime.ort import ORT_ERRORS, OrtDenoiser
 
 __all__ = ["RUNTIME_CACHE", "Backend", "EngineBackend", "OrtBackend"]

@@ -19,8 +19,8 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.errors import ModelError, UsageError
+from mpq_deploy.models.spec import Array
 
 # Raised with every change of what the file holds.
 FORMAT = 1

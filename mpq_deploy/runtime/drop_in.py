@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpq_deploy.artefacts import refuse_altered
-from mpq_deploy.denoisers.export import SPEC
-from mpq_deploy.denoisers.spec import DenoiserSpec, InputSpec
 from mpq_deploy.engine.builder import ENGINE
 from mpq_deploy.errors import UsageError, nearest
 from mpq_deploy.evaluate.cache import model_files
 from mpq_deploy.graph.passes.first_token import SAME_TOKEN, token_distance
-from mpq_deploy.graph.write import DEPLOYED, SIMULATED
+from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED
+from mpq_deploy.models.export import SPEC
+from mpq_deploy.models.spec import DenoiserSpec, InputSpec
+from mpq_deploy.run.folder import refuse_altered
 from mpq_deploy.runtime.backends import Backend, EngineBackend, OrtBackend
 
 # What the first input is called here; a transformer's pipeline calls it hidden_states.

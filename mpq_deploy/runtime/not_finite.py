@@ -12,8 +12,8 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
-from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.graph.load import load_model
+from mpq_deploy.models.spec import Array
 from mpq_deploy.runtime.ort import make_session
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from mpq_deploy.denoisers.spec import Array, DenoiserSpec, InputSpec
 from mpq_deploy.errors import ModelError, UsageError, nearest
 from mpq_deploy.graph.load import external_files, parse_proto, read_proto
-from mpq_deploy.runtime.threads import may_spin, runtime_threads
+from mpq_deploy.models.spec import Array, DenoiserSpec, InputSpec
+from mpq_deploy.system.threads import may_spin, runtime_threads
 
 # ONNX Runtime's errors have no common base class: these are all it raises for a model it cannot run.
 ORT_ERRORS = tuple(

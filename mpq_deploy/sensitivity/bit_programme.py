@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.errors import MpqError, UsageError
+from mpq_deploy.models.spec import Array
 
 
 @dataclass(frozen=True)

@@ -16,24 +16,24 @@ import networkx as nx
 import numpy as np
 
 from mpq_deploy.calibrate.stats import CalibrationStats
-from mpq_deploy.denoisers.spec import Array
+from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.graph.layers import Layer, LayerGraph, dataflow
-from mpq_deploy.precision.scheme import SCHEMES
-from mpq_deploy.sensitivity.feeds import Calls
-from mpq_deploy.sensitivity.local_error import LayerErrors, Taps, batch_for, tap_names
-from mpq_deploy.sensitivity.ort_graph import noisy_graph, tapped_graph
-from mpq_deploy.sensitivity.subject import Subject
-from mpq_deploy.sensitivity.table import SensitivityTable, table_from_losses
-from mpq_deploy.sensitivity.weights import (
+from mpq_deploy.models.spec import Array
+from mpq_deploy.sensitivity.layer_weights import (
     FormStack,
     InputRounding,
     StackStore,
     input_roundings,
     numpy_stacks,
 )
+from mpq_deploy.sensitivity.local_error import LayerErrors, Taps, batch_for, tap_names
+from mpq_deploy.sensitivity.measured_calls import Calls
+from mpq_deploy.sensitivity.ort_graph import noisy_graph, tapped_graph
+from mpq_deploy.sensitivity.subject import Subject
+from mpq_deploy.sensitivity.table import SensitivityTable, table_from_losses
 
 if TYPE_CHECKING:
-    from mpq_deploy.sensitivity.torch_graph import TorchGraph
+    from mpq_deploy.onnx_torch.torch_graph import TorchGraph
 
 Pairs = Collection[tuple[str, str]]
 Losses = dict[str, dict[str, Array]]
@@ -94,7 +94,7 @@ def evaluates_in_torch(graph: LayerGraph) -> bool:
 def _torch_graph(graph: LayerGraph) -> TorchGraph | None:
     if importlib.util.find_spec("torch") is None:
         return None
-    from mpq_deploy.sensitivity.torch_graph import TorchGraph, UnsupportedOperator
+    from mpq_deploy.onnx_torch.torch_graph import TorchGraph, UnsupportedOperator
 
     try:
         return TorchGraph(graph.model)
@@ -143,7 +143,7 @@ def _rewire(
     layer: Layer, scheme: str, stacks: StackStore[FormStack], stats: CalibrationStats, float_type: Any
 ) -> dict[str, Any]:
     """Return the inputs of the layer's nodes under ``scheme``: the rounded activation, the dequantized weight."""
-    from mpq_deploy.sensitivity.torch_graph import torch_from_constant
+    from mpq_deploy.onnx_torch.torch_graph import torch_from_constant
     from mpq_deploy.sensitivity.torch_projection import fake_quantize
 
     stack = stacks[layer]

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from mpq_deploy.denoisers.spec import Array, DenoiserSpec
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import Layer, LayerGraph
-from mpq_deploy.sensitivity.feeds import Calls, MeasureOptions
+from mpq_deploy.models.spec import Array, DenoiserSpec
 from mpq_deploy.sensitivity.local_error import LocalErrors, local_errors
+from mpq_deploy.sensitivity.measured_calls import Calls, MeasureOptions
 from mpq_deploy.sensitivity.ort_graph import noisy_graph
 from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.sensitivity.table import SensitivityTable, table_from_losses
-from mpq_deploy.talk import Talk
+from mpq_deploy.system.progress import Talk
 
 
 def measure_gain(subject: Subject) -> SensitivityTable:

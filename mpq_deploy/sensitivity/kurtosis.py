@@ -12,14 +12,14 @@ from __future__ import annotations
 import numpy as np
 
 from mpq_deploy.calibrate.stats import CalibrationStats
-from mpq_deploy.denoisers.spec import Array
+from mpq_deploy.formats.branch_matrices import row_kurtosis
+from mpq_deploy.formats.sizes import input_channels
 from mpq_deploy.graph.layers import Layer
-from mpq_deploy.precision.branches import row_kurtosis
-from mpq_deploy.precision.deployed import input_channels
+from mpq_deploy.models.spec import Array
+from mpq_deploy.sensitivity.layer_weights import float_matrix
 from mpq_deploy.sensitivity.orm import bit_losses
 from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.sensitivity.table import SensitivityTable
-from mpq_deploy.sensitivity.weights import float_matrix
 
 
 def measure_kurtosis(subject: Subject) -> SensitivityTable:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.graph.layers import Layer
-from mpq_deploy.sensitivity.weights import FormStack, InputRounding
-from mpq_deploy.sensitivity.windows import window_pads
+from mpq_deploy.models.spec import Array
+from mpq_deploy.onnx_torch.windows import window_pads
+from mpq_deploy.sensitivity.layer_weights import FormStack, InputRounding
 
 
 def fake_quantize(x: Array, rounding: InputRounding, layer: Layer) -> Array:

@@ -14,21 +14,21 @@ import numpy as np
 import onnxruntime as ort
 
 from mpq_deploy.calibrate.stats import CalibrationStats
-from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.graph.layers import Layer, LayerGraph
-from mpq_deploy.sensitivity.feeds import Calls, MeasureOptions
+from mpq_deploy.models.spec import Array
 from mpq_deploy.sensitivity.layer_numpy import UseErrors
-from mpq_deploy.sensitivity.ort_graph import run_session, tapped_graph
-from mpq_deploy.sensitivity.subject import Subject
-from mpq_deploy.sensitivity.table import SensitivityTable, table_from_losses
-from mpq_deploy.sensitivity.weights import (
+from mpq_deploy.sensitivity.layer_weights import (
     CandidateWeights,
     input_roundings,
     measured_layers,
     node_attributes,
     numpy_stacks,
 )
-from mpq_deploy.talk import Talk
+from mpq_deploy.sensitivity.measured_calls import Calls, MeasureOptions
+from mpq_deploy.sensitivity.ort_graph import run_session, tapped_graph
+from mpq_deploy.sensitivity.subject import Subject
+from mpq_deploy.sensitivity.table import SensitivityTable, table_from_losses
+from mpq_deploy.system.progress import Talk
 
 
 @dataclass(frozen=True)

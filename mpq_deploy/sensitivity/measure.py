@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from mpq_deploy.errors import UsageError, nearest
-from mpq_deploy.sensitivity.feeds import MeasureOptions
+from mpq_deploy.sensitivity.measured_calls import MeasureOptions
 from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.sensitivity.table import SensitivityTable
 
@@ -38,7 +38,7 @@ def measure(
         return _metric(method)(subject)
     if importlib.util.find_spec("torch") is None:
         return _instead("torch is not installed", subject)
-    from mpq_deploy.sensitivity.torch_graph import UnsupportedOperator
+    from mpq_deploy.onnx_torch.torch_graph import UnsupportedOperator
 
     try:
         return _metric("probe")(subject)

@@ -18,19 +18,19 @@ from itertools import pairwise
 
 import numpy as np
 
+from mpq_deploy.calibrate.activation_shapes import ActivationShape, activation_shapes
 from mpq_deploy.calibrate.gram import GramGraph
-from mpq_deploy.calibrate.sessions import open_session
-from mpq_deploy.calibrate.shapes import ActivationShape, activation_shapes
 from mpq_deploy.calibrate.stats import CalibrationSet
-from mpq_deploy.calibrate.timesteps import adaptive_steps, sampled_steps
-from mpq_deploy.denoisers.spec import Array, DenoiserSpec
+from mpq_deploy.calls.timesteps import adaptive_steps, sampled_steps
 from mpq_deploy.errors import UsageError
+from mpq_deploy.formats.scheme import Scheme
+from mpq_deploy.formats.sizes import input_channels, outlier_columns, promoted_rows, weight_bytes
 from mpq_deploy.graph.layers import Layer, LayerGraph
-from mpq_deploy.precision.deployed import input_channels, outlier_columns, promoted_rows, weight_bytes
-from mpq_deploy.precision.scheme import Scheme
+from mpq_deploy.models.spec import Array, DenoiserSpec
 from mpq_deploy.sensitivity.bit_programme import chosen_bits
-from mpq_deploy.sensitivity.feeds import Calls, MeasureOptions
 from mpq_deploy.sensitivity.importance import Importance
+from mpq_deploy.sensitivity.layer_weights import CandidateWeights
+from mpq_deploy.sensitivity.measured_calls import Calls, MeasureOptions
 from mpq_deploy.sensitivity.orthogonality import (
     ENOUGH_CALLS,
     LEAST_CALLS,
@@ -44,8 +44,8 @@ from mpq_deploy.sensitivity.orthogonality import (
 )
 from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.sensitivity.table import SensitivityTable, table_from_losses
-from mpq_deploy.sensitivity.weights import CandidateWeights
-from mpq_deploy.talk import Talk
+from mpq_deploy.system.progress import Talk
+from mpq_deploy.system.sessions import open_session
 
 FULL_BITS = 16
 INT8_BITS = 8

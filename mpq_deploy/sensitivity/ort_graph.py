@@ -13,12 +13,12 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from mpq_deploy.calibrate.sessions import open_session
-from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import Layer, LayerGraph
+from mpq_deploy.models.spec import Array
 from mpq_deploy.runtime.ort import ORT_ERRORS
-from mpq_deploy.talk import Talk
+from mpq_deploy.system.progress import Talk
+from mpq_deploy.system.sessions import open_session
 
 
 class NoisyGraph:

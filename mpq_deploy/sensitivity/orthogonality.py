@@ -17,8 +17,8 @@ from typing import Literal
 
 import numpy as np
 
-from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.errors import UsageError
+from mpq_deploy.models.spec import Array
 
 Estimator = Literal["biased", "debiased"]
 Aggregation = Literal["mean", "exponential"]

@@ -21,16 +21,12 @@ import numpy as np
 import torch
 
 from mpq_deploy.calibrate.stats import CalibrationStats
-from mpq_deploy.denoisers.spec import Array, DenoiserSpec
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.graph.layers import Layer, LayerGraph, LayerUse
-from mpq_deploy.sensitivity.adjoint import layer_gradients, parts_within
-from mpq_deploy.sensitivity.feeds import Calls, MeasureOptions
-from mpq_deploy.sensitivity.subject import Subject
-from mpq_deploy.sensitivity.table import SensitivityTable, table_from_projections
-from mpq_deploy.sensitivity.torch_graph import TorchGraph
-from mpq_deploy.sensitivity.torch_projection import TorchStack, project_layer
-from mpq_deploy.sensitivity.weights import (
+from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.onnx_torch.adjoint import layer_gradients, parts_within
+from mpq_deploy.onnx_torch.torch_graph import TorchGraph
+from mpq_deploy.sensitivity.layer_weights import (
     CandidateWeights,
     InputRounding,
     StackStore,
@@ -38,8 +34,12 @@ from mpq_deploy.sensitivity.weights import (
     measured_layers,
     node_attributes,
 )
-from mpq_deploy.shards.work import Result, Within, Work, run_shards
-from mpq_deploy.talk import Talk
+from mpq_deploy.sensitivity.measured_calls import Calls, MeasureOptions
+from mpq_deploy.sensitivity.subject import Subject
+from mpq_deploy.sensitivity.table import SensitivityTable, table_from_projections
+from mpq_deploy.sensitivity.torch_projection import TorchStack, project_layer
+from mpq_deploy.system.parallel.work import Result, Within, Work, run_shards
+from mpq_deploy.system.progress import Talk
 
 FLOAT_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 AUTO = "auto"

@@ -14,15 +14,15 @@ import numpy as np
 import torch
 
 from mpq_deploy.calibrate.stats import CalibrationSet
-from mpq_deploy.denoisers.spec import Array, DenoiserSpec
+from mpq_deploy.formats.candidates import LayerCandidates
 from mpq_deploy.graph.layers import Layer, LayerGraph
-from mpq_deploy.precision.candidates import LayerCandidates
-from mpq_deploy.sensitivity.adjoint import WHOLE_SHARE, layer_gradients, parts_within
-from mpq_deploy.sensitivity.feeds import Calls, MeasureOptions
-from mpq_deploy.sensitivity.torch_graph import TorchGraph
+from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.onnx_torch.adjoint import WHOLE_SHARE, layer_gradients, parts_within
+from mpq_deploy.onnx_torch.torch_graph import TorchGraph
+from mpq_deploy.sensitivity.layer_weights import Kept, float_matrix, node_attributes
+from mpq_deploy.sensitivity.measured_calls import Calls, MeasureOptions
 from mpq_deploy.sensitivity.torch_projection import apply_matrix, canonical_gradients, canonical_input
-from mpq_deploy.sensitivity.weights import Kept, float_matrix, node_attributes
-from mpq_deploy.talk import Advance, Talk
+from mpq_deploy.system.progress import Advance, Talk
 
 # Samples evaluated at once.
 BATCH = 4

@@ -12,10 +12,10 @@ from collections.abc import Callable, Collection
 
 import numpy as np
 
-from mpq_deploy.denoisers.spec import Array, DenoiserSpec
+from mpq_deploy.calls.betas import alphas_cumprod
 from mpq_deploy.errors import UsageError
 from mpq_deploy.evaluate.images import ssim_each
-from mpq_deploy.sampling.betas import alphas_cumprod
+from mpq_deploy.models.spec import Array, DenoiserSpec
 from mpq_deploy.sensitivity.exhaustive import measure_singly
 from mpq_deploy.sensitivity.subject import Subject
 

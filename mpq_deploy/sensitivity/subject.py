@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
-from mpq_deploy.denoisers.spec import Array, DenoiserSpec
 from mpq_deploy.graph.layers import Layer, LayerGraph
-from mpq_deploy.sensitivity.feeds import Calls, MeasureOptions
-from mpq_deploy.sensitivity.weights import CandidateWeights, measured_layers
-from mpq_deploy.shards.work import Alone, Crew, Job, Shard, Work
-from mpq_deploy.talk import Talk
+from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.sensitivity.layer_weights import CandidateWeights, measured_layers
+from mpq_deploy.sensitivity.measured_calls import Calls, MeasureOptions
+from mpq_deploy.system.parallel.work import Alone, Crew, Job, Shard, Work
+from mpq_deploy.system.progress import Talk
 
 if TYPE_CHECKING:
     from mpq_deploy.evaluate.cache import SampleCache

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mpq_deploy.denoisers.spec import Array
+from mpq_deploy.models.spec import Array
 from mpq_deploy.sensitivity.importance import Importance
 
 IMPORTANCE = "orm.npz"

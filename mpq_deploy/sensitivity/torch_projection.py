@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.graph.layers import Layer
-from mpq_deploy.sensitivity.torch_windows import convolve
-from mpq_deploy.sensitivity.weights import FormStack, InputRounding, Promotion
-from mpq_deploy.sensitivity.windows import window_pads
+from mpq_deploy.models.spec import Array
+from mpq_deploy.onnx_torch.torch_windows import convolve
+from mpq_deploy.onnx_torch.windows import window_pads
+from mpq_deploy.sensitivity.layer_weights import FormStack, InputRounding, Promotion
 
 Tensor = torch.Tensor
 INT8_MIN, INT8_MAX = -128, 127  # what ONNX QuantizeLinear saturates to

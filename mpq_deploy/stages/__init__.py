@@ -9,11 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpq_deploy.allocate import budget_in_bytes
-from mpq_deploy.artefacts import Fields
+from mpq_deploy.allocate.milp import budget_in_bytes
 from mpq_deploy.engine.target import Target, load_target
 from mpq_deploy.errors import MissingDependencyError, UsageError
 from mpq_deploy.graph.layers import Layer
+from mpq_deploy.latency.plan_latency import check_latency
+from mpq_deploy.run.folder import Fields
 from mpq_deploy.stages.allocate import allocate_inputs, make_allocate
 from mpq_deploy.stages.calibrate import calibrate_inputs, make_calibrate
 from mpq_deploy.stages.candidates import candidates_inputs, make_candidates, wanted_schemes
@@ -21,14 +22,13 @@ from mpq_deploy.stages.engine import RTX, builder_present, engine_inputs, make_e
 from mpq_deploy.stages.evaluate import correction_inputs, evaluate_inputs, make_correction, make_evaluate
 from mpq_deploy.stages.export import export_inputs, make_export
 from mpq_deploy.stages.groups import check_groups
-from mpq_deploy.stages.latency import check_latency
 from mpq_deploy.stages.measure import make_measure, measure_inputs
 from mpq_deploy.stages.quantize import controls_inputs, make_controls, make_quantize, quantize_inputs
 from mpq_deploy.stages.recover import make_recover, recover_inputs
 
 if TYPE_CHECKING:
-    from mpq_deploy.pipeline import Pipeline
     from mpq_deploy.recipe import Recipe
+    from mpq_deploy.run.pipeline import Pipeline
 
 INPUTS: dict[str, Callable[[Pipeline], Fields]] = {
     "export": export_inputs,

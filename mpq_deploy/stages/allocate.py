@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpq_deploy.allocate import (
+from mpq_deploy.allocate.cross_terms import CrossTerms, Solved, allocate_with_cross_terms
+from mpq_deploy.allocate.milp import (
     LayerChoice,
     PrecisionPlan,
     Problem,
@@ -25,26 +26,25 @@ from mpq_deploy.allocate import (
     quantizers,
     smallest_plan,
 )
-from mpq_deploy.artefacts import Fields
 from mpq_deploy.engine.target import load_target
 from mpq_deploy.errors import InfeasibleBudgetError
+from mpq_deploy.formats.candidates import Choices
+from mpq_deploy.formats.scheme import SCHEMES
+from mpq_deploy.formats.sizes import FP16_BYTES, activation_bytes, weight_bytes
 from mpq_deploy.graph.layers import Layer
-from mpq_deploy.graph.passes.prescale import foldable_inputs
+from mpq_deploy.graph.writers.prescale import foldable_inputs
 from mpq_deploy.latency.costs import PlanLatency, int8_warning
-from mpq_deploy.latency.table import parse_latency
-from mpq_deploy.precision.candidates import Choices
-from mpq_deploy.precision.deployed import FP16_BYTES, activation_bytes, weight_bytes
-from mpq_deploy.precision.scheme import SCHEMES
-from mpq_deploy.refine import CrossTerms, Solved, allocate_with_cross_terms
+from mpq_deploy.latency.latency_table import parse_latency
+from mpq_deploy.latency.plan_latency import latency_costs, latency_inputs, plan_latency_info
+from mpq_deploy.run.common import Exported, settings, version_of
+from mpq_deploy.run.folder import Fields
+from mpq_deploy.run.stage_memory import check_memory
 from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.stages.candidates import choices_of
-from mpq_deploy.stages.common import Exported, settings, version_of
 from mpq_deploy.stages.groups import MIXDQ, allocate_groups, groups_note
-from mpq_deploy.stages.latency import latency_costs, latency_inputs, plan_latency_info
-from mpq_deploy.stages.memory import check_memory
 
 if TYPE_CHECKING:
-    from mpq_deploy.pipeline import Pipeline
+    from mpq_deploy.run.pipeline import Pipeline
 
 
 def allocate_inputs(pipeline: Pipeline) -> Fields:

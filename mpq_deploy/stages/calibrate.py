@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpq_deploy.artefacts import Fields
-from mpq_deploy.stages.common import Exported, settings, version_of
-from mpq_deploy.stages.dialect import OPERATOR_RULES, check_dialect
-from mpq_deploy.stages.memory import check_memory
+from mpq_deploy.graph.dialect_check import OPERATOR_RULES, check_dialect
+from mpq_deploy.run.common import Exported, settings, version_of
+from mpq_deploy.run.folder import Fields
+from mpq_deploy.run.stage_memory import check_memory
 
 if TYPE_CHECKING:
-    from mpq_deploy.pipeline import Pipeline
+    from mpq_deploy.run.pipeline import Pipeline
 
 
 # Raised with every change of what calibration leaves behind.

@@ -11,15 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpq_deploy.artefacts import Fields
 from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
-from mpq_deploy.denoisers.spec import Array, DenoiserSpec
 from mpq_deploy.engine.target import Target, load_target
-from mpq_deploy.graph.layers import Layer, LayerGraph
-from mpq_deploy.graph.mapped import drop_pages
-from mpq_deploy.graph.passes.branches import bias_refusal
-from mpq_deploy.graph.passes.quantize_layers import weight_array
-from mpq_deploy.precision.candidates import (
+from mpq_deploy.formats.candidates import (
     Choices,
     LayerCandidates,
     choices_for,
@@ -30,18 +24,24 @@ from mpq_deploy.precision.candidates import (
     weight_matrix,
     with_promoted_rows,
 )
-from mpq_deploy.precision.scheme import FP16, Scheme, branches_of, schemes_named
-from mpq_deploy.shards.work import Alone
-from mpq_deploy.stages.common import Exported, load_calibration, settings, version_of
-from mpq_deploy.stages.memory import check_memory
+from mpq_deploy.formats.scheme import FP16, Scheme, branches_of, schemes_named
+from mpq_deploy.graph.layers import Layer, LayerGraph
+from mpq_deploy.graph.writers.branches import bias_refusal
+from mpq_deploy.graph.writers.quantize_layers import weight_array
+from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.run.common import Exported, load_calibration, settings, version_of
+from mpq_deploy.run.folder import Fields
+from mpq_deploy.run.stage_memory import check_memory
+from mpq_deploy.system.mapped import drop_pages
+from mpq_deploy.system.parallel.work import Alone
 
 if TYPE_CHECKING:
     from threadpoolctl import ThreadpoolController
 
-    from mpq_deploy.calibrate.hessian import Hessian, HessianOptions
-    from mpq_deploy.pipeline import Pipeline
     from mpq_deploy.recipe import Recipe
-    from mpq_deploy.sensitivity.feeds import MeasureOptions
+    from mpq_deploy.rounding.hessian import Hessian, HessianOptions
+    from mpq_deploy.run.pipeline import Pipeline
+    from mpq_deploy.sensitivity.measured_calls import MeasureOptions
 
 
 # Layer number -> its output channels, most salient first, beside the candidates' files.
@@ -86,7 +86,7 @@ def make_candidates(pipeline: Pipeline, folder: Path) -> str:
         for moments in _moments(pipeline, exported, rounder):
             rounder.into(folder, moments)
     else:
-        from mpq_deploy.stages.rounding import round_over_workers
+        from mpq_deploy.rounding.spread_rounding import round_over_workers
 
         round_over_workers(pipeline, exported, folder)
     orders, how = _salient_first(pipeline, exported, folder)
@@ -148,7 +148,7 @@ class Rounder:
 
     def diagonal(self, layer: Layer) -> Hessian:
         """Return the second moments of the layer's input channels: what rounding to nearest looks at."""
-        from mpq_deploy.calibrate.hessian import Hessian
+        from mpq_deploy.rounding.hessian import Hessian
 
         return Hessian(layer, _diagonal_moments(layer, self.stats), (1,) * layer.reduction, 0)
 
@@ -208,9 +208,9 @@ def _probed_salience(pipeline: Pipeline, exported: Exported, chosen: StoredCandi
     """Return the channels' errors by probes on the calls that weights are rounded on; None where torch cannot."""
     if importlib.util.find_spec("torch") is None:
         return None
+    from mpq_deploy.onnx_torch.torch_graph import UnsupportedOperator
     from mpq_deploy.sensitivity.exhaustive import evaluates_in_torch
     from mpq_deploy.sensitivity.salience import channel_errors
-    from mpq_deploy.sensitivity.torch_graph import UnsupportedOperator
 
     try:
         if isinstance(pipeline.crew, Alone):
@@ -218,7 +218,7 @@ def _probed_salience(pipeline: Pipeline, exported: Exported, chosen: StoredCandi
         # No worker is started to find that out.
         if not evaluates_in_torch(exported.graph):
             return None
-        from mpq_deploy.stages.rounding import salience_over_workers
+        from mpq_deploy.rounding.spread_rounding import salience_over_workers
 
         return salience_over_workers(pipeline, exported, chosen)
     except UnsupportedOperator:
@@ -229,8 +229,8 @@ def salience_inputs(
     pipeline: Pipeline, exported: Exported, chosen: StoredCandidates
 ) -> tuple[LayerGraph, Mapping[str, Array], CalibrationSet, dict[str, Array], DenoiserSpec, MeasureOptions]:
     """Return what the errors of channels are measured on."""
-    from mpq_deploy.calibrate.timesteps import sampled_steps
-    from mpq_deploy.sensitivity.feeds import MeasureOptions
+    from mpq_deploy.calls.timesteps import sampled_steps
+    from mpq_deploy.sensitivity.measured_calls import MeasureOptions
     from mpq_deploy.sensitivity.salience import body_weights
 
     rounded_on, _ = load_calibration(pipeline)[0].split(pipeline.recipe.measure.samples)
@@ -254,7 +254,7 @@ def control_scheme(layer: Layer, preferred: tuple[str, ...], target: Target) -> 
 
 def _moments(pipeline: Pipeline, exported: Exported, rounder: Rounder) -> Iterator[Hessian]:
     """Yield the second moments of every layer's input: Hessians for GPTQ, else only their diagonals."""
-    from mpq_deploy.calibrate.hessian import iterate_hessians
+    from mpq_deploy.rounding.hessian import iterate_hessians
 
     if pipeline.recipe.quantize.rounding == "nearest":
         yield from map(rounder.diagonal, exported.graph.layers)
@@ -266,8 +266,8 @@ def _moments(pipeline: Pipeline, exported: Exported, rounder: Rounder) -> Iterat
 
 def hessian_inputs(pipeline: Pipeline, exported: Exported) -> tuple[CalibrationSet, HessianOptions]:
     """Return the calls that weights are rounded on, and the bounds on their Hessians."""
-    from mpq_deploy.calibrate.hessian import HessianOptions
-    from mpq_deploy.calibrate.trajectories import renoised
+    from mpq_deploy.calls.trajectories import renoised
+    from mpq_deploy.rounding.hessian import HessianOptions
 
     section = pipeline.recipe.quantize
     rounded_on, _ = load_calibration(pipeline)[0].split(pipeline.recipe.measure.samples)

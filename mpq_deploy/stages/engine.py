@@ -6,22 +6,22 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpq_deploy.allocate import PrecisionPlan
-from mpq_deploy.artefacts import Fields, canonical_json
+from mpq_deploy.allocate.milp import PrecisionPlan
+from mpq_deploy.engine.engine_memory import MemoryEstimate, estimate_memory, refuse_too_large
 from mpq_deploy.engine.expected import ExpectedLayers
 from mpq_deploy.engine.failure import BuilderKilledError
-from mpq_deploy.engine.memory import MemoryEstimate, estimate_memory, refuse_too_large
 from mpq_deploy.engine.target import Target, load_target
 from mpq_deploy.engine.trtexec import find_trtexec
 from mpq_deploy.errors import EngineError
+from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.graph.save import repeated_bytes
-from mpq_deploy.graph.write import DEPLOYED
-from mpq_deploy.precision.scheme import SCHEMES
-from mpq_deploy.stages.common import Exported, deployed_stage, settings, version_of
-from mpq_deploy.stages.memory import check_memory
+from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED
+from mpq_deploy.run.common import Exported, deployed_stage, settings, version_of
+from mpq_deploy.run.folder import Fields, canonical_json
+from mpq_deploy.run.stage_memory import check_memory
 
 if TYPE_CHECKING:
-    from mpq_deploy.pipeline import Pipeline
+    from mpq_deploy.run.pipeline import Pipeline
 
 
 RTX = "tensorrt_rtx"

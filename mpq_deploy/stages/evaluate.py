@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpq_deploy.artefacts import Fields
 from mpq_deploy.calibrate.stats import dealt
-from mpq_deploy.graph.write import DEPLOYED, SIMULATED
+from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED
+from mpq_deploy.run.common import Exported, deployed_stage, load_calibration, settings, version_of
+from mpq_deploy.run.folder import Fields
 from mpq_deploy.runtime.correction import FILE as CORRECTION
 from mpq_deploy.runtime.correction import FORMAT as CORRECTION_FORMAT
 from mpq_deploy.runtime.correction import Correction, load_correction
-from mpq_deploy.stages.common import Exported, deployed_stage, load_calibration, settings, version_of
 
 if TYPE_CHECKING:
+    from mpq_deploy.evaluate.evaluation_result import Evaluation
     from mpq_deploy.evaluate.half import HalfPrecision
-    from mpq_deploy.evaluate.result import Evaluation
-    from mpq_deploy.pipeline import Pipeline
+    from mpq_deploy.run.pipeline import Pipeline
 
 
 LATENCY = "latency.json"
@@ -50,7 +50,7 @@ def correction_inputs(pipeline: Pipeline) -> Fields:
 
 def correction_for(pipeline: Pipeline, quantized: Path) -> Correction:
     """Fit the correction of the graphs in the folder ``quantized``, on calls that their weights were not rounded on."""
-    from mpq_deploy.calibrate.correction import call_moments, fit_correction
+    from mpq_deploy.calibrate.fit_correction import call_moments, fit_correction
     from mpq_deploy.evaluate.cache import model_digest
 
     exported = Exported(pipeline)
@@ -110,7 +110,7 @@ def evaluate_variants(
     Samples are cached by content.
     """
     from mpq_deploy.evaluate.evaluate import evaluate
-    from mpq_deploy.evaluate.result import EvaluationOptions
+    from mpq_deploy.evaluate.evaluation_result import EvaluationOptions
 
     exported = Exported(pipeline)
     section = pipeline.recipe.evaluate

@@ -5,24 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpq_deploy.artefacts import Fields, canonical_json, file_digest
 from mpq_deploy.errors import UsageError
 from mpq_deploy.graph.layers import layer_graph
 from mpq_deploy.graph.load import load_model
-from mpq_deploy.graph.write import fp16_bytes
-from mpq_deploy.stages.common import path_digest, version_of
-from mpq_deploy.stages.memory import check_memory
+from mpq_deploy.graph.writers.deployed_graphs import fp16_bytes
+from mpq_deploy.run.common import path_digest, version_of
+from mpq_deploy.run.folder import Fields, canonical_json, file_digest
+from mpq_deploy.run.stage_memory import check_memory
 
 if TYPE_CHECKING:
-    from mpq_deploy.denoisers.denoiser import Denoiser
-    from mpq_deploy.pipeline import Pipeline
+    from mpq_deploy.models.denoiser import Denoiser
     from mpq_deploy.recipe import Recipe
-    from mpq_deploy.talk import Talk
+    from mpq_deploy.run.pipeline import Pipeline
+    from mpq_deploy.system.progress import Talk
 
 
 def export_inputs(pipeline: Pipeline) -> Fields:
     """Return what the stage export reads: digests and settings."""
-    from mpq_deploy.denoisers.open import source_files
+    from mpq_deploy.models.open import source_files
 
     recipe = pipeline.recipe
     files = source_files(recipe.model, Path(recipe.description) if recipe.description else None)
@@ -45,7 +45,7 @@ def export_inputs(pipeline: Pipeline) -> Fields:
 
 def source_denoiser(recipe: Recipe, talk: Talk) -> Denoiser:
     """Open the model that ``recipe`` names."""
-    from mpq_deploy.denoisers.open import open_denoiser
+    from mpq_deploy.models.open import open_denoiser
 
     return open_denoiser(
         recipe.model,
@@ -62,7 +62,7 @@ def source_denoiser(recipe: Recipe, talk: Talk) -> Denoiser:
 
 def make_export(pipeline: Pipeline, folder: Path) -> str:
     """Make the stage export in ``folder``; return a few words for the log."""
-    from mpq_deploy.denoisers.export import export_denoiser
+    from mpq_deploy.models.export import export_denoiser
 
     recipe = pipeline.recipe
     check_memory(pipeline, "export")

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpq_deploy.allocate import Problem, plan_bytes
+from mpq_deploy.allocate.cross_terms import Solved
+from mpq_deploy.allocate.groups import Split, content_bytes, split_plans
+from mpq_deploy.allocate.milp import Problem, plan_bytes
 from mpq_deploy.errors import UsageError
-from mpq_deploy.graph.groups import content_layers
-from mpq_deploy.graph.write import SIMULATED
-from mpq_deploy.groups import Split, content_bytes, split_plans
-from mpq_deploy.refine import Solved
+from mpq_deploy.graph.content_groups import content_layers
+from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
+from mpq_deploy.run.common import Exported, version_of
 from mpq_deploy.sensitivity.table import PREDICTING, SensitivityTable
-from mpq_deploy.stages.common import Exported, version_of
 
 if TYPE_CHECKING:
-    from mpq_deploy.pipeline import Pipeline
     from mpq_deploy.recipe import Recipe
+    from mpq_deploy.run.pipeline import Pipeline
     from mpq_deploy.sensitivity.subject import Subject
 
 MIXDQ = "mixdq"
@@ -133,7 +133,7 @@ def _structure_losses(pipeline: Pipeline, subject: Subject, layers: Collection[s
 
 def plan_error(pipeline: Pipeline, subject: Subject, schemes: dict[str, str]) -> float:
     """Return the output's error (NMSE, mean over timesteps) of a plan's graph, on calls that are measured."""
-    from mpq_deploy.calibrate.correction import call_moments
+    from mpq_deploy.calibrate.fit_correction import call_moments
     from mpq_deploy.stages.quantize import write_plan
 
     float_model = Exported(pipeline).path

@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpq_deploy.artefacts import Fields
 from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
-from mpq_deploy.denoisers.spec import Array
+from mpq_deploy.models.spec import Array
+from mpq_deploy.run.common import ORM_CONTROLS, Exported, load_calibration, settings, version_of, weighs_bits
+from mpq_deploy.run.folder import Fields
+from mpq_deploy.run.spread import RECIPE, forget_shards, kept_shards, opened_run
+from mpq_deploy.run.stage_memory import check_memory
 from mpq_deploy.sensitivity.subject import Spread, Subject
 from mpq_deploy.stages.candidates import candidates_of
-from mpq_deploy.stages.common import ORM_CONTROLS, Exported, load_calibration, settings, version_of, weighs_bits
-from mpq_deploy.stages.memory import check_memory
-from mpq_deploy.stages.spread import RECIPE, forget_shards, kept_shards, opened_run
-from mpq_deploy.talk import Talk
+from mpq_deploy.system.progress import Talk
 
 if TYPE_CHECKING:
-    from mpq_deploy.pipeline import Pipeline
-    from mpq_deploy.sensitivity.feeds import MeasureOptions
+    from mpq_deploy.run.pipeline import Pipeline
+    from mpq_deploy.sensitivity.measured_calls import MeasureOptions
 
 
 def measure_inputs(pipeline: Pipeline) -> Fields:
@@ -93,7 +93,7 @@ def _measured_model(pipeline: Pipeline) -> tuple[Exported, CalibrationSet, Calib
     side = pipeline.recipe.measure.side
     if side is None:
         return exported, held_out, stats
-    from mpq_deploy.denoisers.smaller import smaller_spec
+    from mpq_deploy.models.smaller import smaller_spec
 
     whole = exported.graph
     exported.take_smaller(smaller_spec(exported.spec, side))
@@ -119,8 +119,8 @@ def _measured_steps(
     pipeline: Pipeline, exported: Exported, calls: CalibrationSet
 ) -> tuple[Array, MeasureOptions, tuple[str, ...]]:
     """Choose which of the calibrated timesteps are measured; return them, the options, and notes about them."""
-    from mpq_deploy.calibrate.timesteps import sampled_steps, stride_shares
-    from mpq_deploy.sensitivity.feeds import MeasureOptions
+    from mpq_deploy.calls.timesteps import sampled_steps, stride_shares
+    from mpq_deploy.sensitivity.measured_calls import MeasureOptions
     from mpq_deploy.sensitivity.orthogonality import OrmOptions
 
     section = pipeline.recipe.measure

@@ -5,23 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpq_deploy.allocate import PrecisionPlan
-from mpq_deploy.artefacts import Fields, canonical_json
+from mpq_deploy.allocate.milp import PrecisionPlan
 from mpq_deploy.calibrate.scales import ActivationGrid
 from mpq_deploy.engine.target import load_target
 from mpq_deploy.errors import MpqError
+from mpq_deploy.formats.scheme import SCHEMES
+from mpq_deploy.graph.dialect_check import check_dialect
 from mpq_deploy.graph.dialects import dialect_named
-from mpq_deploy.graph.passes.quantize_layers import LayerRewrite
-from mpq_deploy.graph.write import DEPLOYED, write_quantized
-from mpq_deploy.precision.scheme import SCHEMES
+from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, write_quantized
+from mpq_deploy.graph.writers.quantize_layers import LayerRewrite
+from mpq_deploy.run.common import ORM_CONTROLS, Exported, load_calibration, version_of
+from mpq_deploy.run.folder import Fields, canonical_json
+from mpq_deploy.run.stage_memory import check_memory
 from mpq_deploy.stages.allocate import PlanSolver, allocate_inputs
 from mpq_deploy.stages.candidates import CONTROLS, control_scheme, iterate_candidates
-from mpq_deploy.stages.common import ORM_CONTROLS, Exported, load_calibration, version_of
-from mpq_deploy.stages.dialect import check_dialect
-from mpq_deploy.stages.memory import check_memory
 
 if TYPE_CHECKING:
-    from mpq_deploy.pipeline import Pipeline
+    from mpq_deploy.run.pipeline import Pipeline
 
 
 def quantize_inputs(pipeline: Pipeline) -> Fields:

@@ -7,22 +7,22 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpq_deploy.allocate import PrecisionPlan
-from mpq_deploy.artefacts import Fields, canonical_json
+from mpq_deploy.allocate.milp import PrecisionPlan
 from mpq_deploy.engine.target import load_target
 from mpq_deploy.errors import MissingDependencyError, MpqError
+from mpq_deploy.formats.scheme import SCHEMES
+from mpq_deploy.graph.dialect_check import check_dialect
 from mpq_deploy.graph.dialects import dialect_named
-from mpq_deploy.graph.write import DEPLOYED
-from mpq_deploy.precision.scheme import SCHEMES
+from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED
+from mpq_deploy.run.common import Exported, load_calibration, settings, version_of
+from mpq_deploy.run.folder import Fields, canonical_json
 from mpq_deploy.stages.candidates import iterate_candidates
-from mpq_deploy.stages.common import Exported, load_calibration, settings, version_of
-from mpq_deploy.stages.dialect import check_dialect
 from mpq_deploy.stages.quantize import write_plan
 
 if TYPE_CHECKING:
-    from mpq_deploy.pipeline import Pipeline
     from mpq_deploy.recover.options import RecoverOptions
     from mpq_deploy.recover.recover import RecoverTask
+    from mpq_deploy.run.pipeline import Pipeline
 
 # Raised with every change of what training does.
 RECOVER_FORMAT = 3
@@ -48,7 +48,7 @@ def make_recover(pipeline: Pipeline, folder: Path) -> str:
     if importlib.util.find_spec("torch") is None:
         raise MissingDependencyError("torch", "torch", "Recovering quality by training")
     from mpq_deploy.recover.recover import recover, write_recovered
-    from mpq_deploy.recover.trajectories import TrajectoryRecorder
+    from mpq_deploy.recover.training_trajectories import TrajectoryRecorder
 
     plan = PrecisionPlan.load(pipeline.folder("allocate") / "plan.json")
     task = recover_task(pipeline, plan.schemes)
@@ -78,7 +78,7 @@ def make_recover(pipeline: Pipeline, folder: Path) -> str:
 def recover_task(pipeline: Pipeline, schemes: dict[str, str]) -> RecoverTask:
     """Gather what training starts from: the codes that ``schemes`` (layer -> scheme) deploy."""
     from mpq_deploy.recover.recover import RecoverTask
-    from mpq_deploy.recover.weights import StartingWeight
+    from mpq_deploy.recover.trained_weights import StartingWeight
 
     exported = Exported(pipeline)
     recorded, stats = load_calibration(pipeline)

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpq_deploy.allocate import LayerChoice, Problem, allocate, allocate_charged, plan_bytes
-from mpq_deploy.precision.deployed import ACTIVATION_SCALE_BYTES
+from mpq_deploy.allocate.milp import LayerChoice, Problem, allocate, allocate_charged, plan_bytes
+from mpq_deploy.formats.sizes import ACTIVATION_SCALE_BYTES
 
 NAMES = ("fp16", "w4a16-b32", "w4a16-b128", "w4a16-b128+rows1", "w4a16-b128+rows3")
 

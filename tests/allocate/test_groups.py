@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from mpq_deploy.allocate import LayerChoice, Problem, allocate_with_fee, plan_bytes
+from mpq_deploy.allocate.cross_terms import Solved
+from mpq_deploy.allocate.groups import content_bytes, split_plans
+from mpq_deploy.allocate.milp import LayerChoice, Problem, allocate_with_fee, plan_bytes
 from mpq_deploy.errors import InfeasibleBudgetError, UsageError
-from mpq_deploy.groups import content_bytes, split_plans
 from mpq_deploy.recipe import load_recipe
-from mpq_deploy.refine import Solved
 from mpq_deploy.stages.groups import check_groups
 
 SCHEMES = ("fp16", "w8a8", "w4a16-b32")

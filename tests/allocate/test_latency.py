@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpq_deploy.allocate import (
+from mpq_deploy.allocate.cross_terms import Quadratic, refine
+from mpq_deploy.allocate.milp import (
     LayerChoice,
     Problem,
     allocate,
@@ -22,8 +23,7 @@ from mpq_deploy.allocate import (
     smallest_plan,
 )
 from mpq_deploy.errors import InfeasibleLatencyError, UsageError
-from mpq_deploy.refine import Quadratic, refine
-from tests.allocate.test_allocate import every_plan, loss_of
+from tests.allocate.test_milp import every_plan, loss_of
 
 NAMES = ("fp16", "w8a8", "w4a16-b128", "w4a8-b64", "w4a16-b128+rows1")
 

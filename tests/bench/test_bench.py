@@ -23,16 +23,16 @@ from mpq_deploy.bench.bench import Schedule, bench_text, measure, origin_of, rat
 from mpq_deploy.bench.from_run import fp16_engine, subjects_of
 from mpq_deploy.bench.sources import Wish, parse_shapes, subject_of
 from mpq_deploy.bench.statistics import ratio, summary
-from mpq_deploy.bench.subject import Subject
+from mpq_deploy.bench.timed_subject import Subject
 from mpq_deploy.bench.worker import random_feeds
-from mpq_deploy.device.install import read_results
+from mpq_deploy.device.installer import read_results
 from mpq_deploy.engine.record import EngineRecord
 from mpq_deploy.engine.target import load_target
 from mpq_deploy.errors import EngineError, MpqError
-from mpq_deploy.pipeline import open_pipeline
 from mpq_deploy.recipe import load_recipe
 from mpq_deploy.report.read import read_report
-from mpq_deploy.talk import Talk
+from mpq_deploy.run.pipeline import open_pipeline
+from mpq_deploy.system.progress import Talk
 from tests.graphs import GraphBuilder
 from tests.pipeline.runs import build, call, recipe_for, save_denoiser
 
@@ -208,7 +208,7 @@ def test_an_engine_is_run_by_what_its_record_names(tmp_path: Path, monkeypatch: 
 
 def test_the_engine_side_needs_numpy_alone(tmp_path: Path) -> None:
     """``python -m mpq_deploy.bench`` with torch, onnx, onnxruntime, pydantic and typer blocked."""
-    from tests.device.test_install import isolated
+    from tests.device.test_installer import isolated
 
     package = Path(bench_module.__file__).parents[2]
     environment = {**isolated(tmp_path), "PYTHONPATH": f"{tmp_path}:{package}"}

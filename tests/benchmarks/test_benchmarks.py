@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpq_deploy.allocate import Problem, plan_bytes
+from mpq_deploy.allocate.milp import Problem, plan_bytes
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 SCRIPTS = ("budgets", "probe_quality", "allocate", "peers", "correction", "seeds", "recover", "scale", "speed")

@@ -11,8 +11,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from mpq_deploy.calibrate.stats import CalibrationSet
-from mpq_deploy.denoisers.spec import Array, DenoiserSpec, InputSpec
 from mpq_deploy.graph.layers import LayerGraph, layer_graph
+from mpq_deploy.models.spec import Array, DenoiserSpec, InputSpec
 from tests.graphs import GraphBuilder, denoiser_graph
 
 

@@ -11,16 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpq_deploy.calibrate import shapes as shapes_module
+from mpq_deploy.calibrate import activation_shapes as shapes_module
+from mpq_deploy.calibrate.activation_shapes import ActivationShape, activation_shapes
 from mpq_deploy.calibrate.calibrate import summarise, weight_ranges
 from mpq_deploy.calibrate.observers import Observation, merge, observe
 from mpq_deploy.calibrate.options import CalibrationOptions
-from mpq_deploy.calibrate.sessions import open_session
-from mpq_deploy.calibrate.shapes import ActivationShape, activation_shapes
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import layer_graph
 from mpq_deploy.graph.load import load_model
-from mpq_deploy.talk import Talk
+from mpq_deploy.system.progress import Talk
+from mpq_deploy.system.sessions import open_session
 from tests.calibrate.conftest import Case, case, denoiser_case, end, with_timestep
 from tests.graphs import GraphBuilder
 
@@ -225,7 +225,7 @@ def test_where_links_are_impossible_the_copy_is_said(tmp_path: Path, monkeypatch
     def refuse(*_: object) -> None:
         raise OSError(18, "Invalid cross-device link")
 
-    monkeypatch.setattr("mpq_deploy.calibrate.sessions.os.link", refuse)
+    monkeypatch.setattr("mpq_deploy.system.sessions.os.link", refuse)
     with open_session(load_model(path), Listening(), scratch=tmp_path) as session:
         assert session.get_inputs()
     assert len(lines) == 1 and "Invalid cross-device link" in lines[0]

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 from typer.testing import CliRunner
 
 from mpq_deploy.check.check import check_model
-from mpq_deploy.check.view import open_view
+from mpq_deploy.check.graph_view import open_view
 from mpq_deploy.cli import app
 from mpq_deploy.engine.target import load_target
 from mpq_deploy.errors import ModelError

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from mpq_deploy.delivery.package import REFERENCE, make_package
 from mpq_deploy.device.archive import extract, read_archive
 from mpq_deploy.device.manifest import Manifest
 from mpq_deploy.engine.target import load_target
-from mpq_deploy.package import REFERENCE, make_package
-from mpq_deploy.pipeline import open_pipeline
 from mpq_deploy.recipe import Recipe
-from mpq_deploy.talk import Talk
+from mpq_deploy.run.pipeline import open_pipeline
+from mpq_deploy.system.progress import Talk
 from tests.pipeline.runs import build, recipe_for, save_denoiser
 
 

@@ -11,14 +11,14 @@ import numpy as np
 from mpq_deploy.engine.builder import BatchProfile
 from mpq_deploy.engine.expected import ExpectedLayers
 from mpq_deploy.engine.target import load_target
+from mpq_deploy.formats.candidates import weight_matrix
+from mpq_deploy.formats.scheme import FP16, SCHEMES, Scheme
+from mpq_deploy.formats.sizes import block_size
 from mpq_deploy.graph.layers import Layer, layer_graph
 from mpq_deploy.graph.load import load_model
-from mpq_deploy.graph.passes.quantize_layers import LayerRewrite, weight_array
-from mpq_deploy.graph.write import write_quantized
-from mpq_deploy.precision.candidates import weight_matrix
-from mpq_deploy.precision.deployed import block_size
-from mpq_deploy.precision.quantizers import QuantizedMatrix
-from mpq_deploy.precision.scheme import FP16, SCHEMES, Scheme
+from mpq_deploy.graph.writers.deployed_graphs import write_quantized
+from mpq_deploy.graph.writers.quantize_layers import LayerRewrite, weight_array
+from mpq_deploy.rounding.quantizers import QuantizedMatrix
 from tests.graphs import denoiser_graph
 
 FAMILIES = ("fp16", "w8a8", "w8a16", "w4a16-b32", "w4a8-b32")

@@ -22,7 +22,7 @@ from mpq_deploy.engine.builder import BatchProfile, build_engine
 from mpq_deploy.engine.expected import ExpectedLayers
 from mpq_deploy.engine.target import load_target
 from mpq_deploy.errors import EngineError
-from mpq_deploy.talk import Talk
+from mpq_deploy.system.progress import Talk
 from tests.engine.plans import FAMILIES, SIZE, write_plan
 from tests.graphs import GraphBuilder
 

@@ -22,7 +22,7 @@ from mpq_deploy.engine.target import Target, load_target
 from mpq_deploy.engine.trtexec import trtexec_command, trtexec_version
 from mpq_deploy.engine.verify import Problem
 from mpq_deploy.errors import EngineError, MissingDependencyError, UsageError
-from mpq_deploy.talk import Talk
+from mpq_deploy.system.progress import Talk
 from tests.engine.plans import FAMILIES, Written, profile, write_plan
 from tests.graphs import GraphBuilder
 

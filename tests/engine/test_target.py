@@ -11,8 +11,8 @@ from mpq_deploy.engine.target import Target, known_targets, load_target
 from mpq_deploy.engine.target_text import describe_target
 from mpq_deploy.engine.versions import version_matches
 from mpq_deploy.errors import UsageError
+from mpq_deploy.formats.scheme import FAMILIES, SCHEMES, schemes_named
 from mpq_deploy.graph.layers import LAYER_OPS, Layer, LayerUse
-from mpq_deploy.precision.scheme import FAMILIES, SCHEMES, schemes_named
 
 USE = (LayerUse("node", "x", "y"),)
 

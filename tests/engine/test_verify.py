@@ -14,7 +14,7 @@ from mpq_deploy.engine.build_worker import BuildJob
 from mpq_deploy.engine.expected import ExpectedLayer, ExpectedLayers
 from mpq_deploy.engine.target import load_target
 from mpq_deploy.engine.verify import Problem, verify, weights_allowance
-from mpq_deploy.precision.scheme import SCHEMES
+from mpq_deploy.formats.scheme import SCHEMES
 from tests.engine.plans import FAMILIES, Written, profile, write_plan
 from tests.graphs import GraphBuilder
 

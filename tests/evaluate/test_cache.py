@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mpq_deploy.evaluate.cache import SampleCache
-from mpq_deploy.talk import Talk
+from mpq_deploy.system.progress import Talk
 
 KEY = {"model": "a", "steps": 20}
 # Larger than what a reader of archives takes at once, so that a header that asks for less would go unnoticed.

@@ -9,18 +9,18 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from mpq_deploy.denoisers.spec import DenoiserSpec, InputSpec
+from mpq_deploy.calls.loop import denoise, initial_noise
+from mpq_deploy.calls.sampler import make_sampler
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.evaluate import evaluate as module
 from mpq_deploy.evaluate.evaluate import evaluate, spread_rows
+from mpq_deploy.evaluate.evaluation_result import Evaluation, EvaluationOptions
 from mpq_deploy.evaluate.images import psnr_db, to_unit
 from mpq_deploy.evaluate.output_error import nmse
-from mpq_deploy.evaluate.result import Evaluation, EvaluationOptions
+from mpq_deploy.models.spec import DenoiserSpec, InputSpec
 from mpq_deploy.runtime.correction import Correction, CorrectionStep
 from mpq_deploy.runtime.ort import OrtDenoiser
-from mpq_deploy.sampling.loop import denoise, initial_noise
-from mpq_deploy.sampling.sampler import make_sampler
-from mpq_deploy.talk import Talk
+from mpq_deploy.system.progress import Talk
 
 OPTIONS = EvaluationOptions(samples=5, steps=6, timesteps=3, batch_size=2, latency_calls=0)
 CONDITIONS = {"class_labels": np.eye(4, 4, dtype=np.float32)}

@@ -8,11 +8,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from mpq_deploy.calibrate.stats import CalibrationSet
-from mpq_deploy.denoisers.spec import DenoiserSpec, InputSpec
 from mpq_deploy.errors import ModelError
 from mpq_deploy.evaluate.half import HalfPrecision, half_precision
-from mpq_deploy.graph.write import DEPLOYED, SIMULATED, write_quantized
-from mpq_deploy.talk import Talk
+from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED, write_quantized
+from mpq_deploy.models.spec import DenoiserSpec, InputSpec
+from mpq_deploy.system.progress import Talk
 
 SPEC = DenoiserSpec(
     name="tiny",

@@ -14,7 +14,7 @@ from mpq_deploy.device.cuda import Cuda, why_no_gpu
 from mpq_deploy.device.engine_runner import EngineRunner
 from mpq_deploy.engine.builder import ENGINE, build_engine
 from mpq_deploy.engine.target import load_target
-from mpq_deploy.talk import Talk
+from mpq_deploy.system.progress import Talk
 from tests.engine.plans import FAMILIES, SIZE, profile, write_plan
 
 pytestmark = [pytest.mark.gpu, pytest.mark.rtx]

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from mpq_deploy.doctor import find_gpus, why_not_run
 from mpq_deploy.engine.target import load_target
-from tests.models import tiny_unet_folder
+from mpq_deploy.system.doctor import find_gpus, why_not_run
+from tests.tiny_models import tiny_unet_folder
 
 
 @pytest.mark.gpu

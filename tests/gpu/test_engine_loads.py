@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from mpq_deploy.doctor import find_gpus, why_not_run
 from mpq_deploy.engine.builder import ENGINE, build_engine
 from mpq_deploy.engine.target import load_target
-from mpq_deploy.talk import Talk
+from mpq_deploy.system.doctor import find_gpus, why_not_run
+from mpq_deploy.system.progress import Talk
 from tests.engine.plans import FAMILIES, profile, write_plan
 
 

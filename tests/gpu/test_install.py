@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from mpq_deploy.delivery.package import make_package
 from mpq_deploy.device.cuda import Cuda, why_no_gpu
-from mpq_deploy.device.install import install
+from mpq_deploy.device.installer import install
 from mpq_deploy.engine.target import load_target
-from mpq_deploy.package import make_package
-from mpq_deploy.pipeline import open_pipeline
-from mpq_deploy.talk import Talk
+from mpq_deploy.run.pipeline import open_pipeline
+from mpq_deploy.system.progress import Talk
 from tests.pipeline.runs import build, recipe_for, save_denoiser
 
 pytestmark = [pytest.mark.gpu, pytest.mark.rtx]

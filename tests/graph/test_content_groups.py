@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mpq_deploy.denoisers.spec import DenoiserSpec, InputSpec
-from mpq_deploy.graph.groups import FEED_FORWARD, KEYS, OUTPUT, QUERIES, content_layers
+from mpq_deploy.graph.content_groups import FEED_FORWARD, KEYS, OUTPUT, QUERIES, content_layers
 from mpq_deploy.graph.layers import layer_graph
 from mpq_deploy.graph.load import load_model
+from mpq_deploy.models.spec import DenoiserSpec, InputSpec
 from mpq_deploy.sensitivity.structure import clean_sample
 from tests.graphs import GraphBuilder
 

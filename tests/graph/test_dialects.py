@@ -12,14 +12,14 @@ import pytest
 from mpq_deploy.check.check import check_model
 from mpq_deploy.engine.target import known_targets, load_target
 from mpq_deploy.errors import ModelError, UsageError
+from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.graph.dialects import DIALECTS, dialect_named
 from mpq_deploy.graph.layers import Layer, LayerUse, layer_graph
 from mpq_deploy.graph.load import load_model, normalise
 from mpq_deploy.graph.passes.lower_opset import lower_opset
-from mpq_deploy.graph.passes.quantize_layers import LayerRewrite
 from mpq_deploy.graph.save import save_sharing
-from mpq_deploy.graph.write import refuse_schemes, write_quantized
-from mpq_deploy.precision.scheme import SCHEMES
+from mpq_deploy.graph.writers.deployed_graphs import refuse_schemes, write_quantized
+from mpq_deploy.graph.writers.quantize_layers import LayerRewrite
 from tests.graphs import GraphBuilder, awkward_graph, denoiser_graph
 
 

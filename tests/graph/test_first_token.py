@@ -10,18 +10,18 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from mpq_deploy.calibrate.shapes import activation_shapes
+from mpq_deploy.calibrate.activation_shapes import activation_shapes
 from mpq_deploy.calibrate.stats import CalibrationSet
-from mpq_deploy.denoisers.spec import DenoiserSpec, InputSpec
 from mpq_deploy.errors import UsageError
+from mpq_deploy.formats.candidates import choices_for, round_candidates, weight_matrix
+from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.graph.layers import layer_graph
 from mpq_deploy.graph.passes.first_token import SAME_TOKEN, common_first_token, precompute_first_token
-from mpq_deploy.graph.passes.quantize_layers import LayerRewrite, weight_array
-from mpq_deploy.graph.write import DEPLOYED, SIMULATED, fp16_bytes, write_quantized
-from mpq_deploy.precision.candidates import choices_for, round_candidates, weight_matrix
-from mpq_deploy.precision.scheme import SCHEMES
+from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED, fp16_bytes, write_quantized
+from mpq_deploy.graph.writers.quantize_layers import LayerRewrite, weight_array
+from mpq_deploy.models.spec import DenoiserSpec, InputSpec
 from mpq_deploy.runtime.ort import session_options
-from mpq_deploy.talk import Talk
+from mpq_deploy.system.progress import Talk
 from tests.graphs import GraphBuilder
 
 TOKENS, WIDTH, INNER = 6, 16, 8

@@ -235,7 +235,7 @@ def test_widening_removes_casts_that_do_nothing() -> None:
 
 @pytest.mark.parametrize("opset", [17, 21])
 def test_normalising_twice_changes_nothing(opset: int, tmp_path: Path) -> None:
-    from tests.models import tiny_onnx_denoiser
+    from tests.tiny_models import tiny_onnx_denoiser
 
     once = normalise(ir.from_proto(tiny_onnx_denoiser(opset)))
     first = ir.to_proto(once).SerializeToString(deterministic=True)

@@ -13,15 +13,15 @@ import pytest
 
 from mpq_deploy.device.run import Run
 from mpq_deploy.engine.target import load_target
+from mpq_deploy.formats.scheme import SCHEMES
+from mpq_deploy.formats.sizes import activation_bytes, weight_bytes
 from mpq_deploy.graph.dialects import dialect_named
 from mpq_deploy.graph.layers import Layer, LayerUse
-from mpq_deploy.graph.write import SIMULATED
+from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
 from mpq_deploy.latency import profile
+from mpq_deploy.latency.latency_table import LayerShape
 from mpq_deploy.latency.one_layer import OneLayer, write_one_layer
 from mpq_deploy.latency.profile import build_one_layer
-from mpq_deploy.latency.table import LayerShape
-from mpq_deploy.precision.deployed import activation_bytes, weight_bytes
-from mpq_deploy.precision.scheme import SCHEMES
 
 FORMS = (
     "fp16",

@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpq_deploy.engine.target import load_target
+from mpq_deploy.formats.scheme import SCHEMES
+from mpq_deploy.formats.sizes import block_size
 from mpq_deploy.graph.layers import Layer, LayerUse
 from mpq_deploy.latency.roofline import (
     LAUNCH_SECONDS,
@@ -19,8 +21,6 @@ from mpq_deploy.latency.roofline import (
     quantizer_seconds,
     unpacked_bytes,
 )
-from mpq_deploy.precision.deployed import block_size
-from mpq_deploy.precision.scheme import SCHEMES
 
 RATES = Rates("a device", 100e9, 10e12, 20e12)
 DEPLOYABLE = tuple(s for s in SCHEMES.values() if not s.simulated)

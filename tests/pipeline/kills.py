@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from mpq_deploy import stages
-from mpq_deploy.artefacts import RunFolder
 from mpq_deploy.recipe import Recipe
+from mpq_deploy.run.folder import RunFolder
 from tests.pipeline.runs import build
 
 FORKED = multiprocessing.get_context("forkserver")
-PRELOAD = ["mpq_deploy.pipeline", "mpq_deploy.sensitivity.probe", "mpq_deploy.runtime.ort", "mpq_deploy.report.write"]
+PRELOAD = ["mpq_deploy.run.pipeline", "mpq_deploy.sensitivity.probe", "mpq_deploy.runtime.ort"]
+PRELOAD += ["mpq_deploy.report.write"]
 PRELOAD += ["mpq_deploy.calibrate.calibrate", "mpq_deploy.evaluate.evaluate", "tests.pipeline.kills"]
 
 
@@ -28,7 +29,7 @@ def die() -> None:
 def kill_while_making(stage: str) -> None:
     """Die when the stage's files are written but not yet in place."""
     if stage == "report":
-        from mpq_deploy import assemble
+        from mpq_deploy.report import collect as assemble
 
         assemble.write_report = lambda pipeline: die()
         return

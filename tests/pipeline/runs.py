@@ -12,11 +12,11 @@ from typing import Any
 
 import yaml
 
-from mpq_deploy.pipeline import open_pipeline
 from mpq_deploy.recipe import Recipe, load_recipe
-from mpq_deploy.talk import Talk
+from mpq_deploy.run.pipeline import open_pipeline
+from mpq_deploy.system.progress import Talk
 from tests.graphs import GraphBuilder, denoiser_graph
-from tests.models import tiny_scheduler
+from tests.tiny_models import tiny_scheduler
 
 # The stages whose folders are digested, in order.
 DIGESTED = ("export", "calibrate", "candidates", "measure", "allocate", "quantize", "controls", "engine", "evaluate")

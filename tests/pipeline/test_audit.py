@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
-from mpq_deploy.audit import losses as losses_module
-from mpq_deploy.audit.audit import AUDITED, AuditOptions, run_audit
-from mpq_deploy.audit.losses import Losses
-from mpq_deploy.audit.plans import PlanQuality
-from mpq_deploy.audit.result import AuditResult
-from mpq_deploy.pipeline import open_pipeline
-from mpq_deploy.report.audit import audit_table, write_audit
+from mpq_deploy.report.audit_page import audit_table, write_audit
+from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.sensitivity.exhaustive import measure_exhaustive
 from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.stages.allocate import PlanSolver
+from mpq_deploy.studies import compared_losses as losses_module
+from mpq_deploy.studies.audit import AUDITED, AuditOptions, run_audit
+from mpq_deploy.studies.audit_result import AuditResult
+from mpq_deploy.studies.compared_losses import Losses
+from mpq_deploy.studies.compared_plans import PlanQuality
 from tests.pipeline.conftest import Outcome
 from tests.pipeline.runs import Notes, recipe_for, write_recipe
 

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from onnx import TensorProto, numpy_helper
 
-from mpq_deploy.artefacts import RECORD
+from mpq_deploy.run.folder import RECORD
 from tests.pipeline.conftest import Outcome
 from tests.pipeline.runs import DIGESTED, Built, build, describe, recipe_for, save_denoiser, stage_bytes, write_recipe
 
@@ -58,7 +58,7 @@ def test_a_folder_that_is_no_model(cli: Cli, tmp_path: Path) -> None:
 
 @pytest.mark.torch
 def test_pickled_weights(cli: Cli, tmp_path: Path) -> None:
-    from tests.models import tiny_unet_folder
+    from tests.tiny_models import tiny_unet_folder
 
     folder = tiny_unet_folder(tmp_path)
     weights = next((folder / "unet").glob("*.safetensors"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mpq_deploy.refine import FOLDS
+from mpq_deploy.allocate.cross_terms import FOLDS
 from tests.pipeline.runs import build, recipe_for, save_denoiser
 
 pytestmark = pytest.mark.torch

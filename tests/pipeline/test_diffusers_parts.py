@@ -13,14 +13,14 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
 import mpq_deploy  # noqa: E402
-from mpq_deploy.denoisers.spec import DenoiserSpec  # noqa: E402
 from mpq_deploy.errors import UsageError  # noqa: E402
-from tests.models import (  # noqa: E402
+from mpq_deploy.models.spec import DenoiserSpec  # noqa: E402
+from tests.pipeline.runs import Built, build, recipe_for  # noqa: E402
+from tests.tiny_models import (  # noqa: E402
     tiny_text_pipeline_folder,
     tiny_transformer_conditions,
     tiny_transformer_folder,
 )
-from tests.pipeline.runs import Built, build, recipe_for  # noqa: E402
 
 pytestmark = pytest.mark.torch
 

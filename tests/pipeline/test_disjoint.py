@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mpq_deploy.calibrate import hessian
 from mpq_deploy.calibrate.stats import CalibrationSet
-from mpq_deploy.denoisers.spec import Array
+from mpq_deploy.models.spec import Array
+from mpq_deploy.rounding import hessian
 from mpq_deploy.sensitivity import measure as measuring
 from mpq_deploy.sensitivity.subject import Subject
 from tests.pipeline.runs import build, recipe_for, save_denoiser

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mpq_deploy.pipeline import STAGES
+from mpq_deploy.run.pipeline import STAGES
 from tests.pipeline import kills
 from tests.pipeline.runs import (
     Built,

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from mpq_deploy.errors import UsageError
-from mpq_deploy.latency.table import LatencyTable, parse_latency
-from mpq_deploy.pipeline import open_pipeline
+from mpq_deploy.latency.latency_table import LatencyTable, parse_latency
+from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.stages.allocate import PlanSolver
-from mpq_deploy.talk import Talk
+from mpq_deploy.system.progress import Talk
 from tests.pipeline.conftest import Outcome
 from tests.pipeline.runs import Built, recipe_for
 
@@ -45,7 +45,7 @@ def test_the_plans_total_is_the_sum_of_its_parts(finished: Built, model: Path) -
     with open_pipeline(recipe_for(model), finished.run, Talk()) as pipeline:
         solver = PlanSolver(pipeline)
         plan = solver.solve("0.4")
-    from mpq_deploy.precision.scheme import SCHEMES
+    from mpq_deploy.formats.scheme import SCHEMES
 
     assert solver.costs is not None and plan.latency is not None
     schemes = {name: SCHEMES[scheme] for name, scheme in plan.schemes.items()}

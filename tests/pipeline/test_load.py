@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import mpq_deploy
-from mpq_deploy.denoisers.export import load_exported
 from mpq_deploy.errors import ModelError, RunFolderError, UsageError
-from mpq_deploy.graph.write import DEPLOYED, SIMULATED
+from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED
+from mpq_deploy.models.export import load_exported
 from mpq_deploy.runtime.ort import OrtDenoiser
 from tests.pipeline.runs import Built
 

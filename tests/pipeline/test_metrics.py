@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mpq_deploy.denoisers.spec import Array
-from mpq_deploy.metrics import measure
-from mpq_deploy.metrics.kept import ImageMetrics
+from mpq_deploy.evaluate.metrics import measure_images as measure
+from mpq_deploy.evaluate.metrics.kept import ImageMetrics
+from mpq_deploy.models.spec import Array
 from mpq_deploy.report.seal import report_json
 from tests.pipeline.conftest import Outcome
 from tests.pipeline.runs import build, recipe_for

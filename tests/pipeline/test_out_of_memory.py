@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mpq_deploy import available, stages
+from mpq_deploy import stages
 from mpq_deploy.errors import UsageError
-from mpq_deploy.stages.memory import ran_out
+from mpq_deploy.run.stage_memory import ran_out
+from mpq_deploy.system import available
 from tests.pipeline.conftest import Outcome
 from tests.pipeline.runs import Built, build, recipe_for, stage_bytes, write_recipe
 from tests.pipeline.test_bad_input import refused

@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mpq_deploy import assemble
-from mpq_deploy.allocate import PrecisionPlan
-from mpq_deploy.evaluate.result import Evaluation
-from mpq_deploy.pipeline import open_pipeline
+from mpq_deploy.allocate.milp import PrecisionPlan
+from mpq_deploy.evaluate.evaluation_result import Evaluation
 from mpq_deploy.recipe import load_recipe
+from mpq_deploy.report import budget_grid as budgets
+from mpq_deploy.report import collect as assemble
+from mpq_deploy.run.common import Exported, load_calibration
+from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.sensitivity.table import SensitivityTable
-from mpq_deploy.stages import budgets
-from mpq_deploy.stages.common import Exported, load_calibration
-from mpq_deploy.talk import Talk
+from mpq_deploy.system.progress import Talk
 from tests.pipeline.conftest import Outcome
 
 Cli = Callable[..., Outcome]
@@ -90,7 +90,7 @@ def test_the_plans_of_other_budgets_hold_them_and_are_kept(run: Path, monkeypatc
 
 def test_the_kurtosis_is_that_of_the_weights_rows(run: Path) -> None:
     from mpq_deploy.sensitivity.kurtosis import layer_kurtosis
-    from mpq_deploy.sensitivity.weights import float_matrix
+    from mpq_deploy.sensitivity.layer_weights import float_matrix
 
     with open_pipeline(load_recipe(run / "recipe.yaml"), run, Talk()) as pipeline:
         pipeline.run_until("calibrate")

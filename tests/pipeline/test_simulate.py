@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from mpq_deploy.errors import UsageError
-from mpq_deploy.precision.scheme import SCHEMES
+from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.recipe import SIMULATED_DEFAULT, load_recipe
 from mpq_deploy.stages import check_recipe
 from tests.pipeline.conftest import Outcome

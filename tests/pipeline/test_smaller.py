@@ -12,15 +12,15 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
 from mpq_deploy.calibrate.stats import CalibrationSet  # noqa: E402
-from mpq_deploy.denoisers.smaller import SMALLER  # noqa: E402
-from mpq_deploy.denoisers.spec import DenoiserSpec  # noqa: E402
 from mpq_deploy.errors import ModelError, UsageError  # noqa: E402
 from mpq_deploy.graph.layers import layer_graph  # noqa: E402
 from mpq_deploy.graph.load import load_model  # noqa: E402
+from mpq_deploy.models.smaller import SMALLER  # noqa: E402
+from mpq_deploy.models.spec import DenoiserSpec  # noqa: E402
 from mpq_deploy.runtime.ort import make_session  # noqa: E402
 from mpq_deploy.sensitivity.table import SensitivityTable  # noqa: E402
-from tests.models import tiny_onnx_with_yaml, tiny_unet_folder  # noqa: E402
 from tests.pipeline.runs import Built, build, recipe_for  # noqa: E402
+from tests.tiny_models import tiny_onnx_with_yaml, tiny_unet_folder  # noqa: E402
 
 pytestmark = pytest.mark.torch
 OPTIONS = {"target": "onnxruntime-cpu", "evaluate__samples": 2}

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mpq_deploy.formats.candidates import LayerCandidates
 from mpq_deploy.graph.layers import LayerGraph, layer_graph
 from mpq_deploy.graph.load import load_model
-from mpq_deploy.precision.candidates import LayerCandidates
-from mpq_deploy.sensitivity.weights import Kept
+from mpq_deploy.sensitivity.layer_weights import Kept
 from mpq_deploy.stages import candidates as stage
 from mpq_deploy.stages.candidates import StoredCandidates
 from tests.pipeline.runs import Built, build, recipe_for, save_denoiser, stage_bytes

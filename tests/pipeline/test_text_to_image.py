@@ -15,16 +15,16 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 import mpq_deploy  # noqa: E402
-from mpq_deploy.denoisers.spec import DenoiserSpec  # noqa: E402
-from mpq_deploy.denoisers.text import prompts_file, read_prompts  # noqa: E402
 from mpq_deploy.errors import UsageError  # noqa: E402
-from mpq_deploy.evaluate.result import Evaluation  # noqa: E402
+from mpq_deploy.evaluate.evaluation_result import Evaluation  # noqa: E402
+from mpq_deploy.evaluate.metrics.lpips import CONVOLUTIONS  # noqa: E402
 from mpq_deploy.graph.layers import layer_graph  # noqa: E402
 from mpq_deploy.graph.load import load_model  # noqa: E402
-from mpq_deploy.metrics.lpips import CONVOLUTIONS  # noqa: E402
-from tests.models import tiny_clip_folder, tiny_text_pipeline_folder, tiny_unet_folder  # noqa: E402
+from mpq_deploy.models.prompts import prompts_file, read_prompts  # noqa: E402
+from mpq_deploy.models.spec import DenoiserSpec  # noqa: E402
 from tests.pipeline.conftest import Outcome  # noqa: E402
 from tests.pipeline.runs import Built, build, recipe_for, save_denoiser  # noqa: E402
+from tests.tiny_models import tiny_clip_folder, tiny_text_pipeline_folder, tiny_unet_folder  # noqa: E402
 
 pytestmark = pytest.mark.torch
 

@@ -16,12 +16,12 @@ diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 import mpq_deploy  # noqa: E402
-from mpq_deploy.denoisers.export import load_exported  # noqa: E402
 from mpq_deploy.errors import UsageError  # noqa: E402
 from mpq_deploy.graph.layers import layer_graph  # noqa: E402
 from mpq_deploy.graph.load import load_model  # noqa: E402
-from tests.models import TEXT_PIPELINES, TRANSFORMERS, tiny_text_transformer_folder, tiny_transformer_folder  # noqa: E402
+from mpq_deploy.models.export import load_exported  # noqa: E402
 from tests.pipeline.runs import Built, build, recipe_for  # noqa: E402
+from tests.tiny_models import TEXT_PIPELINES, TRANSFORMERS, tiny_text_transformer_folder, tiny_transformer_folder  # noqa: E402
 
 pytestmark = [pytest.mark.torch, pytest.mark.rtx]
 DIT, PIXART, SD3, FLUX = TRANSFORMERS

@@ -16,19 +16,19 @@ from typing import Any
 import pytest
 from threadpoolctl import ThreadpoolController
 
-from mpq_deploy.audit import losses as losses_module
-from mpq_deploy.audit.audit import AuditOptions, run_audit
-from mpq_deploy.metrics.sampling import SamplingOptions, Source, sample_many
-from mpq_deploy.pipeline import Pipeline, open_pipeline
+from mpq_deploy.evaluate.metrics.sample_images import SamplingOptions, Source, sample_many
+from mpq_deploy.run.common import Exported
+from mpq_deploy.run.pipeline import Pipeline, open_pipeline
+from mpq_deploy.run.spread import KEPT
 from mpq_deploy.sensitivity import probe
-from mpq_deploy.shards import processes
-from mpq_deploy.shards.processes import Processes
-from mpq_deploy.shards.work import Crew
 from mpq_deploy.stages import candidates
-from mpq_deploy.stages.common import Exported
-from mpq_deploy.stages.spread import KEPT
-from mpq_deploy.sweep import run_sweep
-from mpq_deploy.talk import Talk
+from mpq_deploy.studies import compared_losses as losses_module
+from mpq_deploy.studies.audit import AuditOptions, run_audit
+from mpq_deploy.studies.sweep import run_sweep
+from mpq_deploy.system.parallel import processes
+from mpq_deploy.system.parallel.processes import Processes
+from mpq_deploy.system.parallel.work import Crew
+from mpq_deploy.system.progress import Talk
 from tests.pipeline.conftest import Outcome
 from tests.pipeline.runs import (
     Built,
@@ -143,7 +143,7 @@ def test_a_worker_killed_while_it_measures_changes_nothing(model: Path, run: Pat
 
 def workers_of(parent: int) -> list[int]:
     """The worker processes that ``parent`` started."""
-    return children_of(parent, "mpq_deploy.shards.child")
+    return children_of(parent, "mpq_deploy.system.parallel.child")
 
 
 def test_a_stopped_measurement_goes_on_with_the_timesteps_that_are_finished(

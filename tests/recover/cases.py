@@ -9,25 +9,25 @@ from typing import Any
 import numpy as np
 
 from mpq_deploy.calibrate.stats import ActivationStats, CalibrationSet, CalibrationStats
-from mpq_deploy.denoisers.spec import DenoiserSpec, InputSpec
-from mpq_deploy.graph.layers import Layer, layer_graph
-from mpq_deploy.graph.load import load_model
-from mpq_deploy.graph.passes.branches import bias_refusal
-from mpq_deploy.graph.passes.quantize_layers import weight_array
-from mpq_deploy.precision.candidates import (
+from mpq_deploy.formats.candidates import (
     LayerCandidates,
     choices_for,
     round_candidates,
     weight_matrix,
     with_promoted_rows,
 )
-from mpq_deploy.precision.deployed import input_channels
-from mpq_deploy.precision.scheme import SCHEMES, Scheme
+from mpq_deploy.formats.scheme import SCHEMES, Scheme
+from mpq_deploy.formats.sizes import input_channels
+from mpq_deploy.graph.layers import Layer, layer_graph
+from mpq_deploy.graph.load import load_model
+from mpq_deploy.graph.writers.branches import bias_refusal
+from mpq_deploy.graph.writers.quantize_layers import weight_array
+from mpq_deploy.models.spec import DenoiserSpec, InputSpec
 from mpq_deploy.recover.recover import RecoverTask
-from mpq_deploy.recover.trajectories import TrajectoryRecorder
-from mpq_deploy.recover.weights import StartingWeight
+from mpq_deploy.recover.trained_weights import StartingWeight
+from mpq_deploy.recover.training_trajectories import TrajectoryRecorder
 from tests.graphs import GraphBuilder, denoiser_graph
-from tests.models import tiny_scheduler
+from tests.tiny_models import tiny_scheduler
 
 STEPS = 4
 # Few of the many.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from mpq_deploy.available import Room
 from mpq_deploy.errors import UsageError
 from mpq_deploy.recover.estimate import FIXED_BYTES, estimate_memory, refuse_too_large
+from mpq_deploy.system.available import Room
 
 
 def test_the_parts_are_counted() -> None:

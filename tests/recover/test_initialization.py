@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from mpq_deploy.precision.quantizers import QuantizedMatrix
 from mpq_deploy.recover.batches import Batches
 from mpq_deploy.recover.initialization import initialize_from_error
 from mpq_deploy.recover.recover import RecoverTask
 from mpq_deploy.recover.student import Student, StudentOptions
+from mpq_deploy.rounding.quantizers import QuantizedMatrix
 from tests.recover.cases import Case
 
 pytestmark = pytest.mark.torch

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from mpq_deploy.calibrate.scales import ActivationGrid
+from mpq_deploy.formats.branch_matrices import ColsMatrix, LowRankMatrix, RowsMatrix, ScaledMatrix
 from mpq_deploy.graph.save import constant_bytes
-from mpq_deploy.graph.write import DEPLOYED, SIMULATED, write_quantized
-from mpq_deploy.precision.branches import ColsMatrix, LowRankMatrix, RowsMatrix, ScaledMatrix
-from mpq_deploy.precision.quantizers import QuantizedMatrix
+from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED, write_quantized
 from mpq_deploy.recover.recover import RecoverTask
 from mpq_deploy.recover.student import Student, StudentOptions
+from mpq_deploy.rounding.quantizers import QuantizedMatrix
 from mpq_deploy.runtime.ort import make_session
 from tests.recover.cases import SIMULATED_FORMS, Case, make_case, normed_denoiser
 
@@ -64,7 +64,7 @@ def write(task: RecoverTask, student: Student, folder: Path) -> Path:
 
 def write_start(task: RecoverTask, folder: Path) -> Path:
     """Write the plan as the stage quantize does: nothing of the student."""
-    from mpq_deploy.graph.passes.quantize_layers import LayerRewrite
+    from mpq_deploy.graph.writers.quantize_layers import LayerRewrite
 
     folder.mkdir()
     forms = ("", "+cols1", "+cols2", "+scale5")

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from mpq_deploy.available import Room
 from mpq_deploy.errors import MpqError, UsageError
-from mpq_deploy.graph.write import SIMULATED
+from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
 from mpq_deploy.recover.checkpoint import restore_checkpoint, save_checkpoint
 from mpq_deploy.recover.options import RecoverOptions
 from mpq_deploy.recover.recover import RecoverTask, measured_error, recover, write_recovered
 from mpq_deploy.recover.student import Student, StudentOptions
 from mpq_deploy.recover.train import HELD_OUT_ROUND, Trainer, error_factor
-from mpq_deploy.talk import Talk
+from mpq_deploy.system.available import Room
+from mpq_deploy.system.progress import Talk
 from tests.recover.cases import Case
 
 pytestmark = pytest.mark.torch

@@ -3,18 +3,18 @@
 import json
 
 import pytest
-from sample_report import layer_rows, make_report
 from typer.testing import CliRunner
 
 from mpq_deploy.cli import app
-from mpq_deploy.compare import compare_reports, figure_difference, plan_change
 from mpq_deploy.errors import UsageError
+from mpq_deploy.report.compare import compare_reports, figure_difference, plan_change
 from mpq_deploy.report.comparison import comparison_markdown, comparison_page, comparison_text
 from mpq_deploy.report.data import SCHEMA_VERSION, Control, EvaluationInfo, Interval, ModelInfo
 from mpq_deploy.report.read import SEALED_SCHEMA, read_report
 from mpq_deploy.report.seal import report_json
 from mpq_deploy.report.words import intervals_note
 from mpq_deploy.report.write import write_reports
+from tests.report.sample_report import layer_rows, make_report
 
 RUNNER = CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"})
 EACH = (54.0, 56.0, 58.5, 58.06)

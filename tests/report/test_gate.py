@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sample_report import make_report
 from typer.testing import CliRunner
 
 from mpq_deploy.cli import app
 from mpq_deploy.errors import UsageError
 from mpq_deploy.evaluate.interval import mean_interval
-from mpq_deploy.gate import Limits, check_gate, gate_junit, gate_markdown, gate_text, parse_latency
 from mpq_deploy.report.data import DeviceInfo, EvaluationInfo, Interval, ModelInfo
+from mpq_deploy.report.gate import Limits, check_gate, gate_junit, gate_markdown, gate_text, parse_latency
 from mpq_deploy.report.read import read_report
 from mpq_deploy.report.seal import report_json
+from tests.report.sample_report import make_report
 
 RUNNER = CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"})
 ORIN = {"target": "rtx", "device": "RTX 4070", "builder": "tensorrt_rtx 1.7", "engine_bytes": 1}

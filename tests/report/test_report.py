@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from pydantic import ValidationError
-from sample_report import LABELS, make_report, pictures
 
 from mpq_deploy.report.charts import size_quality_chart
 from mpq_deploy.report.data import (
@@ -32,12 +31,13 @@ from mpq_deploy.report.data import (
 )
 from mpq_deploy.report.markdown import markdown_report, plain
 from mpq_deploy.report.network import network_rows
-from mpq_deploy.report.orthogonality import orm_view, pool
+from mpq_deploy.report.orthogonality_charts import orm_view, pool
 from mpq_deploy.report.page import html_page
 from mpq_deploy.report.pictures import picture_table
 from mpq_deploy.report.svg import log_ticks, nice_ticks, spread_out
 from mpq_deploy.report.words import decibels, digits, duration, error, glance_rows, headline, latency_rows, size
 from mpq_deploy.report.write import write_reports
+from tests.report.sample_report import LABELS, make_report, pictures
 
 STYLE = Path(__file__).parents[2] / "mpq_deploy" / "report" / "templates" / "style.css"
 HOSTILE = "<script>alert('x')</script>&\"|`{{7*7}}"

@@ -6,16 +6,16 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sample_report import make_report
 from typer.testing import CliRunner
 
 from mpq_deploy.cli import app
 from mpq_deploy.errors import UsageError
-from mpq_deploy.gate import Limits, check_gate, gate_markdown
 from mpq_deploy.report.data import SCHEMA_VERSION
+from mpq_deploy.report.gate import Limits, check_gate, gate_markdown
 from mpq_deploy.report.read import OLDEST_SCHEMA, SEALED_SCHEMA, read_report
 from mpq_deploy.report.seal import report_json, values_digest
 from mpq_deploy.report.write import write_reports
+from tests.report.sample_report import make_report
 
 RUNNER = CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"})
 NUMBER = re.compile(r"(?<=[ \[])-?\d+(?:\.\d+)?(?:e-?\d+)?(?=[,\n\]])")

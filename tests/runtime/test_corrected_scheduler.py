@@ -315,7 +315,7 @@ def test_in_a_pipeline_of_diffusers() -> None:
     import torch
     from diffusers import DDIMPipeline
 
-    from tests.models import tiny_unet
+    from tests.tiny_models import tiny_unet
 
     pipeline = DDIMPipeline(tiny_unet(num_class_embeds=None), scheduler("DDIMScheduler"))
     pipeline.set_progress_bar_config(disable=True)

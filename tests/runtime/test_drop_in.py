@@ -12,12 +12,12 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
 import mpq_deploy  # noqa: E402
-from mpq_deploy.denoisers.export import export_denoiser  # noqa: E402
-from mpq_deploy.denoisers.open import open_denoiser  # noqa: E402
 from mpq_deploy.errors import UsageError  # noqa: E402
+from mpq_deploy.models.export import export_denoiser  # noqa: E402
+from mpq_deploy.models.open import open_denoiser  # noqa: E402
 from mpq_deploy.runtime.drop_in import RuntimeUNet, load  # noqa: E402
-from mpq_deploy.talk import Talk  # noqa: E402
-from tests.models import tiny_text_pipeline_folder, tiny_unet_folder  # noqa: E402
+from mpq_deploy.system.progress import Talk  # noqa: E402
+from tests.tiny_models import tiny_text_pipeline_folder, tiny_unet_folder  # noqa: E402
 
 TOLERANCE = 2e-4
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from mpq_deploy.denoisers.spec import DenoiserSpec, InputSpec
 from mpq_deploy.errors import EngineError
+from mpq_deploy.models.spec import DenoiserSpec, InputSpec
 from tests.device import fake_tensorrt as fake
-from tests.models import tiny_scheduler
+from tests.tiny_models import tiny_scheduler
 
 torch = pytest.importorskip("torch")
 

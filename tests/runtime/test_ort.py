@@ -8,14 +8,14 @@ import numpy as np
 import onnx
 import pytest
 
-from mpq_deploy.denoisers.export import ExportedModel, export_denoiser, load_exported
-from mpq_deploy.denoisers.open import open_denoiser
-from mpq_deploy.denoisers.spec import InputSpec
 from mpq_deploy.errors import ModelError, UsageError
+from mpq_deploy.models.export import ExportedModel, export_denoiser, load_exported
+from mpq_deploy.models.open import open_denoiser
+from mpq_deploy.models.spec import InputSpec
 from mpq_deploy.runtime import ort
 from mpq_deploy.runtime.ort import OrtDenoiser, make_session, spare_memory
 from tests.graphs import GraphBuilder
-from tests.models import tiny_onnx_with_yaml
+from tests.tiny_models import tiny_onnx_with_yaml
 
 
 @pytest.fixture(scope="module")

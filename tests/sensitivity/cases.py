@@ -12,10 +12,10 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from mpq_deploy.calibrate.stats import ActivationStats, CalibrationSet, CalibrationStats
-from mpq_deploy.denoisers.spec import DenoiserSpec, InputSpec
+from mpq_deploy.formats.scheme import SCHEMES, Scheme
 from mpq_deploy.graph.layers import Layer, LayerGraph, layer_graph
-from mpq_deploy.precision.scheme import SCHEMES, Scheme
-from mpq_deploy.sensitivity.weights import float_matrix
+from mpq_deploy.models.spec import DenoiserSpec, InputSpec
+from mpq_deploy.sensitivity.layer_weights import float_matrix
 from tests.graphs import GraphBuilder
 
 NAMES = ("fp16", "w8a8", "w8a16", "w4a16-b32", "w4a8-b32", "w8a8+cols1", "w4a8-b32+cols1", "w8a8+scale5")

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from mpq_deploy.calibrate.stats import CalibrationSet, dealt
 from mpq_deploy.graph.layers import Layer, layer_graph
-from mpq_deploy.sensitivity.feeds import Calls
+from mpq_deploy.sensitivity.measured_calls import Calls
 from mpq_deploy.sensitivity.torch_projection import _patches
 from tests.graphs import denoiser_graph
 from tests.sensitivity.cases import setting

@@ -13,19 +13,19 @@ from onnx import numpy_helper
 from scipy.stats import spearmanr
 
 from mpq_deploy.errors import ModelError, UsageError
+from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.graph.layers import layer_graph
-from mpq_deploy.precision.scheme import SCHEMES
 from mpq_deploy.sensitivity import measure as measure_module
 from mpq_deploy.sensitivity.exhaustive import measure_exhaustive
-from mpq_deploy.sensitivity.feeds import Calls
 from mpq_deploy.sensitivity.gain import measure_gain, propagation_gains
+from mpq_deploy.sensitivity.layer_weights import float_matrix, form_stack
 from mpq_deploy.sensitivity.local_error import local_errors, measure_local_error
 from mpq_deploy.sensitivity.measure import METHODS, MeasureOptions, measure
+from mpq_deploy.sensitivity.measured_calls import Calls
 from mpq_deploy.sensitivity.ort_graph import noisy_graph
 from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.sensitivity.table import SensitivityTable
-from mpq_deploy.sensitivity.weights import float_matrix, form_stack
-from mpq_deploy.talk import Talk
+from mpq_deploy.system.progress import Talk
 from tests.graphs import GraphBuilder, denoiser_graph
 from tests.sensitivity.cases import NAMES, Rounded, Setting, setting
 from tests.sensitivity.kinds import kinds, linear

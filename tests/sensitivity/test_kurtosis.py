@@ -13,7 +13,7 @@ from mpq_deploy.sensitivity.kurtosis import channel_kurtosis, layer_kurtosis
 from mpq_deploy.sensitivity.measure import MeasureOptions, measure
 from mpq_deploy.sensitivity.orthogonality import OrmOptions
 from mpq_deploy.sensitivity.subject import Subject
-from mpq_deploy.talk import Talk
+from mpq_deploy.system.progress import Talk
 from tests.sensitivity.cases import Setting, setting
 from tests.sensitivity.kinds import kinds
 

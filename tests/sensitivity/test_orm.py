@@ -9,19 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpq_deploy.allocate import LayerChoice, Problem, allocate, plan_bytes
-from mpq_deploy.calibrate.timesteps import adaptive_steps, sampled_steps, stride_shares
-from mpq_deploy.denoisers.spec import InputSpec
+from mpq_deploy.allocate.milp import LayerChoice, Problem, allocate, plan_bytes
+from mpq_deploy.calls.timesteps import adaptive_steps, sampled_steps, stride_shares
 from mpq_deploy.errors import ModelError, UsageError
-from mpq_deploy.precision.deployed import weight_bytes
-from mpq_deploy.precision.scheme import SCHEMES
+from mpq_deploy.formats.scheme import SCHEMES
+from mpq_deploy.formats.sizes import weight_bytes
+from mpq_deploy.models.spec import InputSpec
 from mpq_deploy.sensitivity.bit_programme import linear_bits
 from mpq_deploy.sensitivity.measure import MeasureOptions, measure
 from mpq_deploy.sensitivity.orm import adapted_steps, kept_schemes, scheme_bits
 from mpq_deploy.sensitivity.orthogonality import OrmOptions
 from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.sensitivity.table import SensitivityTable
-from mpq_deploy.talk import Talk
+from mpq_deploy.system.progress import Talk
 from tests.graphs import GraphBuilder, awkward_graph, denoiser_graph
 from tests.sensitivity.cases import Setting, setting
 from tests.sensitivity.kinds import kinds

@@ -13,14 +13,14 @@ from scipy.stats import spearmanr
 torch = pytest.importorskip("torch")
 
 from mpq_deploy.errors import ModelError, UsageError  # noqa: E402
+from mpq_deploy.onnx_torch.adjoint import parts_within  # noqa: E402
+from mpq_deploy.onnx_torch.torch_graph import TorchGraph  # noqa: E402
 from mpq_deploy.sensitivity import probe as probe_module  # noqa: E402
-from mpq_deploy.sensitivity.adjoint import parts_within  # noqa: E402
 from mpq_deploy.sensitivity.exhaustive import measure_exhaustive  # noqa: E402
 from mpq_deploy.sensitivity.measure import MeasureOptions, measure  # noqa: E402
 from mpq_deploy.sensitivity.probe import measure_probe  # noqa: E402
 from mpq_deploy.sensitivity.subject import Subject  # noqa: E402
-from mpq_deploy.sensitivity.torch_graph import TorchGraph  # noqa: E402
-from mpq_deploy.talk import Talk  # noqa: E402
+from mpq_deploy.system.progress import Talk  # noqa: E402
 from tests.graphs import GraphBuilder, denoiser_graph  # noqa: E402
 from tests.sensitivity.cases import NAMES, Setting, setting  # noqa: E402
 from tests.sensitivity.kinds import kinds, linear  # noqa: E402

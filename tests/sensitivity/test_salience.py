@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mpq_deploy.precision.scheme import SCHEMES
-from mpq_deploy.sensitivity.feeds import MeasureOptions
-from mpq_deploy.talk import Talk
+from mpq_deploy.formats.scheme import SCHEMES
+from mpq_deploy.sensitivity.measured_calls import MeasureOptions
+from mpq_deploy.system.progress import Talk
 from tests.sensitivity.cases import Setting, setting
 from tests.sensitivity.kinds import kinds
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from mpq_deploy.denoisers.spec import Array
+from mpq_deploy.models.spec import Array
 
 # Readers that hand a mask's values on, or limit others by them. Comparisons with infinity stay what they are.
 HANDING_ON = ("Add", "Where", "Concat", "Expand", "Pad", "ScatterND", "Trilu", "Max", "Min", "Clip")

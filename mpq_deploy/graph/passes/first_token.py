@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.errors import UsageError
 from mpq_deploy.graph.layers import STANDARD_DOMAINS
+from mpq_deploy.models.spec import Array
 
 # How far the first tokens of prompts may lie apart, as a share of their largest value (our choice): encoders run in
 # half precision and in batches.

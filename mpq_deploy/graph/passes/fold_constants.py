@@ -8,8 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from mpq_deploy.denoisers.spec import Array
 from mpq_deploy.graph.layers import STANDARD_DOMAINS
+from mpq_deploy.models.spec import Array
 
 Key = tuple[object, ...]
 

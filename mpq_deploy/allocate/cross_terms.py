@@ -1,0 +1,337 @@
+"""Improve a plan with the cross terms between layers, which a linear programme does not see.
+
+The probe projections a_{l,s} predict the error of a whole plan as ||sum_l a_{l,s_l}||^2: errors of different layers
+cancel or reinforce each other. From the MILP's plan, the quadratic is linearised around the current plan, a MILP picks
+at most a dozen changes that fit the budget, and what the exact quadratic confirms is kept; then single changes and
+pairs of changes are searched exactly.
+
+A quadratic of few entries is fitted rather than minimised, so its off-diagonal terms are shrunk: minimised is
+(1 - rho) sum_l ||a_{l,s_l}||^2 + rho ||sum_l a_{l,s_l}||^2, with rho from the data (``shrinkage``). Our choice; CLADO
+(arXiv 2307.05657) solves a quadratic programme over measured pairs of layers instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from mpq_deploy.allocate.milp import (
+    MostMoves,
+    Problem,
+    SolverReport,
+    fits,
+    kernels,
+    plan_bytes,
+    plan_latency,
+    solve_exactly,
+)
+from mpq_deploy.formats.sizes import ACTIVATION_SCALE_BYTES
+from mpq_deploy.models.spec import Array
+from mpq_deploy.sensitivity.table import SensitivityTable
+
+MOST_MOVES = 12
+MOST_ROUNDS = 12
+# The gap of the small MILPs: what they propose is judged by the quadratic.
+GAP = 1e-2
+# Bounds of the exact search: rounds, changes that are paired, pairs whose bytes are counted. On 1,000 layers x 8
+# schemes a round takes 0.1 s.
+MOST_PAIRS = 40
+MOST_CANDIDATES = 800
+MOST_TRIED = 64
+# Layers whose products the shrinkage is estimated from: those of the largest errors.
+MOST_SHRUNK = 256
+# Parts into which the measured calls are split to see how a plan does on calls that it was not chosen on.
+FOLDS = 4
+# A relative gain below this is rounding.
+SMALLEST_GAIN = 1e-9
+
+Projections = Mapping[str, Mapping[str, Array]]
+
+
+class Quadratic:
+    """The shrunk quadratic over the schemes that a problem allows, with the charges for branches.
+
+    ``projections``: layer -> scheme -> float [P]. ``fee``: the charge per kernel of a branch (``kernel_charge``).
+    Moves are numbered: one per (layer, scheme), in the problem's order.
+    """
+
+    def __init__(self, problem: Problem, projections: Projections, rho: float = 1.0, fee: float = 0.0) -> None:
+        self.problem = problem
+        self.rho = rho
+        self.moves = [(layer.name, scheme) for layer in problem.layers for scheme in layer.bytes]
+        self._number = {move: i for i, move in enumerate(self.moves)}
+        self.layer = np.array([i for i, layer in enumerate(problem.layers) for _ in layer.bytes])
+        vectors = np.stack([np.asarray(projections[name][s], np.float64) for name, s in self.moves])
+        # Entries of calls that are held back are zeros.
+        self.vectors = vectors[:, vectors.any(axis=0)]
+        self.bytes = np.array([size for layer in problem.layers for size in layer.bytes.values()], np.int64)
+        self.latency = np.array([n.latency.get(s, 0) for n in problem.layers for s in n.bytes], np.int64)
+        self._squares = np.einsum("mp,mp->m", self.vectors, self.vectors)
+        self._starts = np.append(np.flatnonzero(np.diff(self.layer, prepend=-1)), len(self.moves))
+        self._overlaps: dict[int, Array] = {}
+        self._fees = fee * np.array([kernels(scheme) for _, scheme in self.moves], np.float64)
+
+    def chosen(self, schemes: Mapping[str, str]) -> Array:
+        """Return the moves that a plan (layer -> scheme) is made of, int [layers]."""
+        return np.array([self._number[layer.name, schemes[layer.name]] for layer in self.problem.layers])
+
+    def loss(self, schemes: Mapping[str, str]) -> float:
+        """Return what is minimised, for a plan."""
+        chosen = self.chosen(schemes)
+        total = self.vectors[chosen].sum(0)
+        apart = self._squares[chosen].sum()
+        return float((1 - self.rho) * apart + self.rho * (total @ total) + self._fees[chosen].sum())
+
+    def changes(self, schemes: Mapping[str, str]) -> Array:
+        """Return by how much each move alone would change the loss of a plan, [moves]; 0 for its own."""
+        chosen = self.chosen(schemes)
+        instead_of = chosen[self.layer]
+        along = self.vectors @ self.vectors[chosen].sum(0)
+        overlap = np.concatenate([self._overlap(layer, int(move)) for layer, move in enumerate(chosen)])
+        apart = self._squares - self._squares[instead_of]
+        steps = self._squares + self._squares[instead_of] - 2 * overlap
+        change = (1 - self.rho) * apart + self.rho * (2 * (along - along[instead_of]) + steps)
+        change += self._fees - self._fees[instead_of]
+        change[chosen] = 0.0
+        return np.asarray(change)
+
+    def _overlap(self, layer: int, move: int) -> Array:
+        """Return the products of all moves of a layer with one of them."""
+        if move not in self._overlaps:
+            self._overlaps[move] = self.vectors[self._starts[layer] : self._starts[layer + 1]] @ self.vectors[move]
+        return self._overlaps[move]
+
+    @cached_property
+    def byte_price(self) -> float:
+        """The loss that a byte is worth: the multiplier at which the best scheme of each layer fills the budget.
+
+        That of the Lagrangian relaxation of the additive problem (activation scales taken as free), by bisection of
+        its logarithm.
+        """
+        room = self.problem.budget_bytes - self.problem.fixed_bytes
+        starts, sizes = self._starts[:-1], np.diff(self._starts)
+        low, high = -40.0, 10.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            paid = self._squares + 10.0**middle * self.bytes
+            best = np.repeat(np.minimum.reduceat(paid, starts), sizes)
+            if np.minimum.reduceat(np.where(paid <= best, self.bytes, np.iinfo(np.int64).max), starts).sum() > room:
+                low = middle
+            else:
+                high = middle
+        return float(10.0**high)
+
+
+def shrinkage(vectors: Array, calls: Array, steps: int) -> float:
+    """Return rho in [0, 1]: how much of the products between different ``vectors`` float [L, P] is more than noise.
+
+    With G_lm = <a_l, a_m>, rho = 1 - sum Var(G_lm) / sum G_lm^2 over l != m: Ledoit and Wolf (2004) with the diagonal
+    as target, as Schaefer and Strimmer (2005) estimate it, but on the products instead of correlations, since the
+    large errors are those that matter. Our reading. The independent units are the calls (``calls`` int [P], -1 for
+    none), which come back at several of the ``steps`` timesteps (the entries' first axis); timesteps are strata.
+    """
+    by_step = calls.reshape(steps, -1)
+    sizes = np.array([len(np.unique(row[row >= 0])) for row in by_step])
+    if len(vectors) < 2 or sizes.min() < 2:
+        return 0.0
+    largest = np.argsort(-np.einsum("lp,lp->l", vectors, vectors), kind="stable")[:MOST_SHRUNK]
+    rows = vectors[np.sort(largest)].reshape(min(len(vectors), MOST_SHRUNK), steps, -1)
+    # The mean product of the calls of each timestep, and n / (n - 1) for having estimated it.
+    means = np.einsum("lkp,mkp->klm", rows, rows, optimize=True) / sizes[:, None, None]
+    roots = np.sqrt(sizes / (sizes - 1))
+    variance = np.zeros(means.shape[1:])
+    for call in np.unique(calls[calls >= 0]):
+        at = np.flatnonzero((by_step == call).any(axis=1))
+        rest = np.zeros_like(variance)
+        for step in at:
+            block = rows[:, step, by_step[step] == call]
+            rest += roots[step] * (block @ block.T - means[step])
+        variance += np.square(rest)
+    gram = np.einsum("klm,k->lm", means, sizes.astype(np.float64))
+    off = ~np.eye(len(gram), dtype=bool)
+    signal = float(np.square(gram[off]).sum())
+    return float(np.clip(1 - variance[off].sum() / signal, 0.0, 1.0)) if signal > 0 else 0.0
+
+
+def refine(quadratic: Quadratic, schemes: Mapping[str, str], time_limit: float = 10.0) -> dict[str, str]:
+    """Return a plan within the problem's budget whose loss is at most that of ``schemes``.
+
+    The result repeats for equal inputs. ``time_limit``: seconds for each small MILP.
+    """
+    current = dict(schemes)
+    loss = quadratic.loss(current)
+    moves = min(MOST_MOVES, len(current))
+    for _ in range(MOST_ROUNDS):
+        if not moves:
+            break
+        candidate = _best_moves(quadratic, current, moves, time_limit)
+        found = quadratic.loss(candidate)
+        if found < loss * (1 - SMALLEST_GAIN):
+            current, loss = candidate, found
+        else:
+            # Several changes at once were each good, but not together: try fewer.
+            moves //= 2
+    for _ in range(MOST_PAIRS):
+        better = _best_pair(quadratic, current, loss)
+        found = loss if better is None else quadratic.loss(better)
+        if better is None or found >= loss:
+            break
+        current, loss = better, found
+    return current
+
+
+def _best_moves(quadratic: Quadratic, current: Mapping[str, str], moves: int, time_limit: float) -> dict[str, str]:
+    """Solve for at most ``moves`` changes, each charged what it alone would change the quadratic by."""
+    problem, chosen, changes = quadratic.problem, quadratic.chosen(current), quadratic.changes(current)
+    added = quadratic.bytes - quadratic.bytes[chosen[quadratic.layer]]
+    kept = np.sort(np.concatenate([chosen, _promising(quadratic, changes, added, chosen)]))
+    losses: dict[str, dict[str, float]] = {layer.name: {} for layer in problem.layers}
+    for move in kept:
+        name, scheme = quadratic.moves[move]
+        losses[name][scheme] = float(changes[move])
+    layers = [
+        replace(layer, bytes={s: layer.bytes[s] for s in losses[layer.name]}, loss=losses[layer.name])
+        for layer in problem.layers
+    ]
+    return solve_exactly(replace(problem, layers=layers), GAP, time_limit, MostMoves(current, moves))[0]
+
+
+def _best_pair(quadratic: Quadratic, current: Mapping[str, str], loss: float) -> dict[str, str] | None:
+    """Return the plan after the best fitting change or pair of changes, or None when none gains."""
+    problem, chosen = quadratic.problem, quadratic.chosen(current)
+    instead_of = chosen[quadratic.layer]
+    alone = quadratic.changes(current)
+    added = quadratic.bytes - quadratic.bytes[instead_of]
+    moves = _promising(quadratic, alone, added, chosen)
+    if not len(moves):
+        return None
+    steps = quadratic.vectors[moves] - quadratic.vectors[instead_of[moves]]
+    gain = alone[moves][:, None] + alone[moves][None] + 2 * quadratic.rho * (steps @ steps.T)
+    layer = quadratic.layer[moves]
+    gain[layer[:, None] == layer[None]] = np.inf
+    # A change with itself stands for the single change.
+    np.fill_diagonal(gain, alone[moves])
+    room = added[moves][:, None] + added[moves][None]
+    np.fill_diagonal(room, added[moves])
+    # Shared activation scales may give back a few bytes: the plan's own count decides below.
+    spare = problem.budget_bytes - plan_bytes(problem, current) + 4 * ACTIVATION_SCALE_BYTES
+    gain[(room > spare) | (gain >= -SMALLEST_GAIN * abs(loss))] = np.inf
+    _rule_out_slow(quadratic, current, moves, gain)
+    flat = gain.reshape(-1)
+    best = np.argpartition(flat, min(MOST_TRIED, len(flat) - 1))[:MOST_TRIED]
+    for place in best[np.argsort(flat[best], kind="stable")]:
+        if not np.isfinite(flat[place]):
+            return None
+        pair = [quadratic.moves[moves[i]] for i in np.unravel_index(place, gain.shape)]
+        plan = {**current, **dict(pair)}
+        if fits(problem, plan):
+            return plan
+    return None
+
+
+def _rule_out_slow(quadratic: Quadratic, current: Mapping[str, str], moves: Array, gain: Array) -> None:
+    """Set the ``gain`` [moves, moves] of pairs that cannot hold the limit on latency to infinity, in place."""
+    problem = quadratic.problem
+    if problem.max_latency is None:
+        return
+    slower = (quadratic.latency - quadratic.latency[quadratic.chosen(current)][quadratic.layer])[moves]
+    added = slower[:, None] + slower[None]
+    np.fill_diagonal(added, slower)
+    # Quantizers that nobody reads any more give back their time: the plan's own count decides.
+    shared = 4 * max(problem.quantizer_latency.values(), default=0)
+    gain[added > problem.max_latency - plan_latency(problem, current) + shared] = np.inf
+
+
+def _promising(quadratic: Quadratic, alone: Array, added: Array, chosen: Array) -> Array:
+    """Return the moves worth pairing, at most ``MOST_CANDIDATES``: the best once their bytes are paid for."""
+    others = np.ones(len(alone), bool)
+    others[chosen] = False
+    moves = np.flatnonzero(others)
+    if len(moves) <= MOST_CANDIDATES:
+        return moves
+    paid = alone[moves] + quadratic.byte_price * added[moves]
+    return moves[np.sort(np.argsort(paid, kind="stable")[:MOST_CANDIDATES])]
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A plan without cross terms: layer -> scheme, how the solver ended, and the charge per kernel of a branch."""
+
+    schemes: dict[str, str]
+    report: SolverReport
+    fee: float
+
+
+@dataclass(frozen=True)
+class CrossTerms:
+    """What came of the cross terms. Losses are full quadratics: ``..._seen`` of the plan itself, on the calls that it
+    was chosen on; ``..._held_back`` of plans chosen in the same way on all but a part of the calls, on that part, mean
+    over ``folds`` parts (None where the calls cannot be split).
+
+    ``moves``: layers whose scheme the refined plan changes. ``kept``: whether the refined plan is the result.
+    """
+
+    rho: float
+    moves: int
+    kept: bool
+    folds: int
+    milp_seen: float
+    milp_held_back: float | None
+    refined_seen: float
+    refined_held_back: float | None
+
+    @property
+    def predicted_loss(self) -> float:
+        """The prediction for the resulting plan: from held-back calls where there are any."""
+        if self.kept:
+            return self.refined_seen if self.refined_held_back is None else self.refined_held_back
+        return self.milp_seen if self.milp_held_back is None else self.milp_held_back
+
+
+def allocate_with_cross_terms(
+    problem: Problem, table: SensitivityTable, solve: Callable[[Problem], Solved], improve: bool = True
+) -> tuple[Solved, CrossTerms]:
+    """Solve ``problem``, refine the plan with the cross terms, and keep what does better on held-back calls.
+
+    ``solve`` finds the plan without cross terms. ``table`` has projections. With ``improve`` False the plan stays, and
+    only its prediction comes from held-back calls. Without held-back calls nothing is refined: there a plan that fits
+    its own probes could not be told from a better one.
+    """
+    parts = table.folds(FOLDS)
+    milp = solve(problem)
+    refined, rho = _refined(problem, table, milp, improve and bool(parts))
+    moves = sum(refined[name] != scheme for name, scheme in milp.schemes.items())
+    before, after = [], []
+    for seen, apart in parts:
+        layers = [replace(layer, loss={s: seen.losses[layer.name][s] for s in layer.bytes}) for layer in problem.layers]
+        part = replace(problem, layers=layers)
+        found = solve(part)
+        better, _ = _refined(part, seen, found, moves > 0)
+        before.append(apart.plan_loss(found.schemes))
+        after.append(apart.plan_loss(better) if better != found.schemes else before[-1])
+    kept = moves > 0 and sum(after) < sum(before)
+    result = CrossTerms(
+        rho=rho,
+        moves=moves,
+        kept=kept,
+        folds=len(parts),
+        milp_seen=table.plan_loss(milp.schemes),
+        milp_held_back=sum(before) / len(parts) if parts else None,
+        refined_seen=table.plan_loss(refined),
+        refined_held_back=sum(after) / len(parts) if parts else None,
+    )
+    return (replace(milp, schemes=refined) if kept else milp), result
+
+
+def _refined(problem: Problem, table: SensitivityTable, found: Solved, improve: bool) -> tuple[dict[str, str], float]:
+    """Return the refined plan and rho; the plan as it is where the cross terms are no more than noise."""
+    if not improve or table.projections is None or table.calls is None:
+        return found.schemes, 0.0
+    vectors = np.stack([table.projections[name][s].astype(np.float64) for name, s in found.schemes.items()])
+    rho = shrinkage(vectors, table.calls, len(table.timesteps))
+    if not rho:
+        return found.schemes, 0.0
+    return refine(Quadratic(problem, table.projections, rho, found.fee), found.schemes), rho

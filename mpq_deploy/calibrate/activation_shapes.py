@@ -1,0 +1,135 @@
+"""What shape each activation has when the denoiser is called once, and along which axis calls are batched.
+
+Read from the shapes that the graph declares where they are complete, else inferred for one call and for two. Graphs in
+the wild may give neither: then the graph runs, once with one call and once with two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from mpq_deploy.calibrate.stats import CalibrationSet
+from mpq_deploy.calls.feeds import feed_rows
+from mpq_deploy.errors import ModelError
+from mpq_deploy.graph.layers import LayerGraph
+from mpq_deploy.graph.shapes import inferred_shapes
+from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.system.progress import Talk
+from mpq_deploy.system.sessions import open_session
+
+
+@dataclass(frozen=True)
+class ActivationShape:
+    """``shape`` of an activation for one call. ``batch_axis`` is None when it is the same for all calls."""
+
+    shape: tuple[int, ...]
+    batch_axis: int | None
+
+    @property
+    def elements(self) -> int:
+        """Values per call."""
+        return prod(self.shape)
+
+
+def activation_shapes(
+    graph: LayerGraph,
+    recorded: CalibrationSet,
+    conditions: dict[str, Array],
+    spec: DenoiserSpec,
+    talk: Talk,
+    scratch: Path | None = None,
+    names: tuple[str, ...] | None = None,
+) -> dict[str, ActivationShape]:
+    """Return the shapes of all activations that layers read (or of the tensors ``names``), by tensor name.
+
+    Raises ModelError when a shape depends on the number of calls in a way that is no batch axis.
+    """
+    names = tuple(graph.activations) if names is None else names
+    declared = _declared(graph, spec, names)
+    if declared is not None:
+        return declared
+    counts = (1, 2) if all(condition.batched for condition in spec.conditions) else (1,)
+    inferred = _inferred(graph, spec, names, counts)
+    if inferred is not None:
+        return inferred
+    model = graph.model.clone()
+    values = tensors_of(model)
+    model.graph.outputs.clear()
+    for number, name in enumerate(names):
+        node = ir.node("Shape", [values[name]])
+        output = node.outputs[0]
+        output.name = f"observed_shape.{number}"
+        output.type = ir.TensorType(ir.DataType.INT64)
+        model.graph.append(node)
+        model.graph.outputs.append(output)
+    found = []
+    with open_session(model, talk, scratch=scratch, optimize=False) as session:
+        wanted = {entry.name for entry in session.get_inputs()}
+        for count in counts:
+            sample = np.repeat(recorded.samples[0, :1], count, axis=0)
+            rows = np.repeat(recorded.rows[:1], count)
+            feed = feed_rows(spec, sample, float(recorded.timesteps[0]), rows, conditions)
+            found.append(session.run(None, {k: v for k, v in feed.items() if k in wanted}))
+    one, two = found[0], found[-1]
+    return {name: _shape(name, a.tolist(), b.tolist()) for name, a, b in zip(names, one, two, strict=True)}
+
+
+def _declared(graph: LayerGraph, spec: DenoiserSpec, names: tuple[str, ...]) -> dict[str, ActivationShape] | None:
+    """Return the shapes as the graph declares them, or None unless all are known but for the batch axis."""
+    values = tensors_of(graph.model)
+    sample = values.get(spec.sample.name)
+    if sample is None or sample.shape is None or tuple(sample.shape)[1:] != spec.sample.shape:
+        return None
+    batch = sample.shape[0]
+    if not isinstance(batch, ir.SymbolicDim) or batch.value is None:
+        return None
+    shapes = {}
+    for name in names:
+        dims = values[name].shape
+        if dims is None or any(not isinstance(dim, int) and dim != batch for dim in dims):
+            return None
+        batched = [axis for axis, dim in enumerate(dims) if not isinstance(dim, int)]
+        if len(batched) > 1:
+            return None
+        sizes = tuple(dim if isinstance(dim, int) else 1 for dim in dims)
+        shapes[name] = ActivationShape(sizes, batched[0] if batched else None)
+    return shapes
+
+
+def _inferred(
+    graph: LayerGraph, spec: DenoiserSpec, names: tuple[str, ...], counts: tuple[int, ...]
+) -> dict[str, ActivationShape] | None:
+    """Return the shapes as ONNX infers them for each number of calls; None unless all follow."""
+    found = []
+    for count in counts:
+        found.append(inferred_shapes(ir.to_proto(graph.model), spec.input_shapes(count)))
+    if any(name not in known for known in found for name in names):
+        return None
+    return {name: _shape(name, list(found[0][name]), list(found[-1][name])) for name in names}
+
+
+def tensors_of(model: ir.Model) -> dict[str, ir.Value]:
+    """Return the graph's inputs and every node's outputs by name."""
+    values = {value.name or "": value for value in model.graph.inputs}
+    values.update({value.name or "": value for node in model.graph for value in node.outputs})
+    return values
+
+
+def _shape(name: str, one: list[int], two: list[int]) -> ActivationShape:
+    if 0 in one:
+        raise ModelError(
+            f"The activation '{name}', which a layer reads, has the shape {one} for one call: it holds no values.",
+            "Check the inputs' shapes, or export the model without that layer.",
+        )
+    changed = [axis for axis, (a, b) in enumerate(zip(one, two)) if a != b]
+    if len(one) != len(two) or len(changed) > 1 or any(two[axis] != 2 * one[axis] for axis in changed):
+        raise ModelError(
+            f"The activation '{name}' has shape {one} for one call and {two} for two.",
+            "Export the model with a batch axis that every activation follows.",
+        )
+    return ActivationShape(tuple(one), changed[0] if changed else None)

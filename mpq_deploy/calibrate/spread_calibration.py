@@ -1,0 +1,183 @@
+"""Calibration spread over workers: trajectories by batch, observed activations by timestep.
+
+Workers return what a batch gave, not sums of it; the sums are taken here, batch by batch in order. So they are those of
+one process to the bit, whatever number of workers there is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from mpq_deploy.calibrate.activation_shapes import activation_shapes
+from mpq_deploy.calibrate.checked import CheckedDenoiser
+from mpq_deploy.calibrate.observers import Observation, ObservedGraph, Totals, draws_of
+from mpq_deploy.calibrate.options import CalibrationOptions
+from mpq_deploy.calibrate.stats import CalibrationSet
+from mpq_deploy.calls.feeds import batches
+from mpq_deploy.calls.sampler import keeps_samples_apart, make_sampler
+from mpq_deploy.calls.trajectories import record_trajectories
+from mpq_deploy.evaluate.cache import model_files
+from mpq_deploy.graph.layers import LayerGraph, layer_graph
+from mpq_deploy.graph.load import load_model
+from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.runtime.ort import OrtDenoiser
+from mpq_deploy.system.parallel.job_files import Files, alone_with
+from mpq_deploy.system.parallel.work import Job, Pool, Result, Shard, Work, run_shards
+from mpq_deploy.system.progress import Talk
+from mpq_deploy.system.sessions import open_session
+
+
+@dataclass(frozen=True)
+class _Setup:
+    """What workers are told: the model's path below their root, and how to call it."""
+
+    model: Path
+    spec: DenoiserSpec
+    conditions: dict[str, Array]
+    options: CalibrationOptions
+
+
+@dataclass(frozen=True)
+class _Record:
+    """Samples ``start`` to ``stop`` of the trajectories."""
+
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class _Observe:
+    """Position ``step`` of the recorded timesteps; ``recorded`` holds it alone."""
+
+    step: int
+    recorded: CalibrationSet
+
+
+def calibration_job(
+    model: Path, spec: DenoiserSpec, conditions: dict[str, Array], options: CalibrationOptions, scratch: Path | None
+) -> Job:
+    """Return the job of both parts. ``scratch``: as for ``calibrate``."""
+    files = Files.of([*model_files(model), *([scratch / "any"] if scratch else [])])
+    below = scratch.resolve().relative_to(files.root) if scratch else None
+    setup = _Setup(files.below(model), spec, conditions, options)
+    size = sum(file.stat().st_size for file in model_files(model))
+    names = tuple(files.below(file).as_posix() for file in model_files(model))
+    return Job("calibration", partial(_open, setup, below), files.root, names, 2 * size)
+
+
+def record_in_shards(
+    pool: Pool,
+    model: Path,
+    spec: DenoiserSpec,
+    conditions: dict[str, Array],
+    options: CalibrationOptions,
+    talk: Talk,
+) -> CalibrationSet:
+    """Record as ``record_trajectories`` does, batch by batch where the sampler keeps samples apart."""
+    sampler = make_sampler(spec.scheduler, options.steps, options.seed, options.sampler)
+    if not keeps_samples_apart(sampler):
+        denoiser = CheckedDenoiser(model, OrtDenoiser(model, spec, options.threads))
+        return record_trajectories(denoiser, sampler, spec, conditions, options, talk)
+    size, count = options.batch_size, options.samples
+    tasks = [_Record(start, min(start + size, count)) for start in range(0, count, size)]
+    shards = [Shard(f"trajectories {t.start} to {t.stop - 1}", t, len(sampler.timesteps)) for t in tasks]
+    parts = list(run_shards(pool, "record trajectories", shards, talk))
+    return CalibrationSet(
+        np.concatenate([part["samples"] for part in parts], axis=1),
+        parts[0]["timesteps"],
+        np.concatenate([part["rows"] for part in parts]),
+    )
+
+
+def observe_in_shards(
+    pool: Pool,
+    graph: LayerGraph,
+    recorded: CalibrationSet,
+    conditions: dict[str, Array],
+    spec: DenoiserSpec,
+    options: CalibrationOptions,
+    talk: Talk,
+    scratch: Path | None,
+) -> Observation:
+    """Observe as ``observe`` does. Raises as that does."""
+    observed = ObservedGraph.of(graph, activation_shapes(graph, recorded, conditions, spec, talk, scratch))
+    total = Totals(graph, observed, len(recorded.timesteps), options)
+    shards = [
+        Shard(f"timestep {timestep:g}", _Observe(step, recorded.at(np.array([step]))), len(recorded.rows))
+        for step, timestep in enumerate(recorded.timesteps)
+    ]
+    for step, result in enumerate(run_shards(pool, "observe activations", shards, talk)):
+        parts = batches(recorded, conditions, spec, options.batch_size, range(step, step + 1))
+        for number, batch in enumerate(parts):
+            results = [result[_name(number, place)] for place in range(len(observed.outputs))]
+            total.add(batch, results, *draws_of(options, batch))
+    return total.finish()
+
+
+def _name(batch: int, output: int) -> str:
+    return f"{batch}.{output}"
+
+
+def _open(setup: _Setup, scratch: Path | None, root: Path, talk: Talk) -> Work:
+    worker = _Calibrating(setup, root, None if scratch is None else root / scratch)
+
+    def work(task: _Record | _Observe, inner: Talk) -> Result:
+        return worker.record(task, inner) if isinstance(task, _Record) else worker.observe(task, inner)
+
+    return work
+
+
+class _Calibrating:
+    """The float model of a worker: as it is while it records, with observers while it observes, never both."""
+
+    def __init__(self, setup: _Setup, root: Path, scratch: Path | None) -> None:
+        self._setup, self._model, self._scratch = setup, root / setup.model, scratch
+        self._denoiser: CheckedDenoiser | None = None
+        self._observing: tuple[ObservedGraph, ort.InferenceSession] | None = None
+
+    def record(self, task: _Record, talk: Talk) -> Result:
+        """Return the recorded samples, timesteps and rows."""
+        setup = self._setup
+        spec, options = setup.spec, setup.options
+        if self._denoiser is None:
+            self._denoiser = CheckedDenoiser(self._model, OrtDenoiser(self._model, spec, options.threads))
+        sampler = make_sampler(spec.scheduler, options.steps, options.seed, options.sampler)
+        part = slice(task.start, task.stop)
+        found = record_trajectories(self._denoiser, sampler, spec, setup.conditions, options, talk, part)
+        return {"samples": found.samples, "timesteps": found.timesteps, "rows": found.rows}
+
+    def observe(self, task: _Observe, talk: Talk) -> Result:
+        """Return what every batch of the timestep gives."""
+        setup = self._setup
+        self._denoiser = None
+        observed, session = self._session(task.recorded, talk)
+        found = {}
+        parts = batches(task.recorded, setup.conditions, setup.spec, setup.options.batch_size)
+        with talk.bar("observe", len(task.recorded.rows)) as advance:
+            for number, batch in enumerate(replace(part, step=task.step) for part in parts):
+                for place, array in enumerate(observed.run(session, batch, setup.options)):
+                    found[_name(number, place)] = array
+                advance(len(batch.calls))
+        return found
+
+    def _session(self, recorded: CalibrationSet, talk: Talk) -> tuple[ObservedGraph, ort.InferenceSession]:
+        if self._observing is None:
+            # A session is made from a hard link to the weights, which other readers of them refuse: one at a time, and
+            # the link goes as soon as ONNX Runtime has mapped the file.
+            with alone_with(self._model):
+                self._observing = self._opened(recorded, talk)
+        return self._observing
+
+    def _opened(self, recorded: CalibrationSet, talk: Talk) -> tuple[ObservedGraph, ort.InferenceSession]:
+        setup, graph = self._setup, layer_graph(load_model(self._model))
+        if self._scratch is not None:
+            self._scratch.mkdir(exist_ok=True)
+        shapes = activation_shapes(graph, recorded, setup.conditions, setup.spec, talk, self._scratch)
+        observed = ObservedGraph.of(graph, shapes)
+        with open_session(observed.model, talk, scratch=self._scratch, threads=setup.options.threads) as session:
+            return observed, session

@@ -1,0 +1,119 @@
+"""DDIM (Song et al. 2021, equation 12, eta = 0) in NumPy: deterministic, needs neither torch nor diffusers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mpq_deploy.calls.betas import alphas_cumprod
+from mpq_deploy.errors import UsageError, nearest
+from mpq_deploy.models.spec import Array
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+SPACINGS = ("leading", "trailing", "linspace")
+# diffusers clips by default only where the configuration is of one of these classes; latents must not be clipped.
+CLIPPING_CLASSES = ("DDIMScheduler", "DDPMScheduler")
+# Imagen's dynamic thresholding (Saharia et al. 2022, section 2.3), as diffusers sets it by default.
+THRESHOLD_QUANTILE, THRESHOLD_LIMIT = 0.995, 1.0
+
+
+def spaced_timesteps(config: dict[str, Any], steps: int) -> Array:
+    """Return the timesteps of a ``steps``-step trajectory in denoising order, int64 (Lin et al. 2023, table 2).
+
+    Raises UsageError when there are more steps than train timesteps, or when the offset leaves their range.
+    """
+    count = int(config.get("num_train_timesteps", 1000))
+    if not 1 <= steps <= count:
+        raise UsageError(
+            f"{steps} sampling steps were asked for.", f"The scheduler has {count} timesteps: choose 1 to {count}."
+        )
+    spacing = str(config.get("timestep_spacing", "leading"))
+    if spacing == "linspace":
+        timesteps = np.linspace(0, count - 1, steps).round()[::-1]
+    elif spacing == "leading":
+        timesteps = (np.arange(steps) * (count // steps))[::-1] + int(config.get("steps_offset", 0))
+    elif spacing == "trailing":
+        timesteps = np.round(np.arange(count, 0, -count / steps)) - 1
+    else:
+        raise UsageError(
+            f"The scheduler's timestep_spacing is '{spacing}'.",
+            f"{nearest(spacing, SPACINGS)}Known: {', '.join(SPACINGS)}.",
+        )
+    if timesteps[0] >= count:
+        raise UsageError(
+            f"{steps} steps with steps_offset {config.get('steps_offset')} begin at timestep {int(timesteps[0])}.",
+            f"The scheduler has timesteps 0 to {count - 1}: ask for fewer steps.",
+        )
+    return np.asarray(timesteps, np.int64)
+
+
+class DdimSampler:
+    """Deterministic DDIM over the betas of a diffusers configuration."""
+
+    init_noise_sigma = 1.0
+
+    def __init__(self, config: dict[str, Any], steps: int) -> None:
+        self.prediction_type = str(config.get("prediction_type", "epsilon"))
+        if self.prediction_type not in PREDICTIONS:
+            raise UsageError(
+                f"The scheduler's prediction_type is '{self.prediction_type}', which DDIM cannot sample.",
+                f"{nearest(self.prediction_type, PREDICTIONS)}Known: {', '.join(PREDICTIONS)}.",
+            )
+        self._config = config
+        self._power = alphas_cumprod(config)
+        integers = spaced_timesteps(config, steps)
+        self.timesteps: Array = integers.astype(np.float64)
+        self._current = self._power[integers]
+        if self.prediction_type == "epsilon" and not self._current.all():
+            raise UsageError(
+                "The scheduler reaches pure noise (rescale_betas_zero_snr) but the model predicts the noise, "
+                "from which no image follows at the first step.",
+                "Use a v_prediction model, or timestep_spacing 'leading'.",
+            )
+        previous = integers - len(self._power) // steps
+        last = np.float32(1.0) if config.get("set_alpha_to_one", True) else self._power[0]
+        self._previous = np.where(previous >= 0, self._power[np.maximum(previous, 0)], last)
+        self.name = f"DDIM, eta 0, {len(integers)} steps, {self.prediction_type} (built in)"
+
+    def scale_model_input(self, x: Array, step_index: int) -> Array:
+        """Return ``x`` as it is: DDIM does not scale."""
+        return x
+
+    def step(self, model_output: Array, step_index: int, x: Array) -> Array:
+        """Return the sample of the next, less noisy timestep; float32 [N, ...] in and out."""
+        signal, noise = _roots(self._current[step_index])
+        if self.prediction_type == "epsilon":
+            clean, epsilon = (x - noise * model_output) / signal, model_output
+        elif self.prediction_type == "sample":
+            clean, epsilon = model_output, (x - signal * model_output) / noise
+        else:
+            clean, epsilon = signal * x - noise * model_output, signal * model_output + noise * x
+        next_signal, next_noise = _roots(self._previous[step_index])
+        return np.asarray(next_signal * self._clipped(clean) + next_noise * epsilon, np.float32)
+
+    def _clipped(self, clean: Array) -> Array:
+        config = self._config
+        if config.get("thresholding"):
+            return _thresholded(
+                clean,
+                float(config.get("dynamic_thresholding_ratio", THRESHOLD_QUANTILE)),
+                float(config.get("sample_max_value", THRESHOLD_LIMIT)),
+            )
+        if config.get("clip_sample", config.get("_class_name") in CLIPPING_CLASSES):
+            limit = np.float32(config.get("clip_sample_range", 1.0))
+            return np.asarray(np.clip(clean, -limit, limit))
+        return clean
+
+
+def _roots(power: Any) -> tuple[np.float32, np.float32]:
+    """Return sqrt(alpha-bar) and sqrt(1 - alpha-bar)."""
+    return np.sqrt(np.float32(power)), np.sqrt(np.float32(1.0) - np.float32(power))
+
+
+def _thresholded(clean: Array, quantile: float, limit: float) -> Array:
+    """Clip each sample at a quantile of its absolute values (within 1 and ``limit``) and divide by it."""
+    flat = np.abs(clean).reshape(len(clean), -1)
+    bound = np.clip(np.quantile(flat, quantile, axis=1), 1.0, limit).astype(np.float32)
+    bound = bound.reshape(-1, *[1] * (clean.ndim - 1))
+    return np.asarray(np.clip(clean, -bound, bound) / bound)

@@ -1,0 +1,123 @@
+"""Any diffusers scheduler as a sampler: torch and diffusers are imported when one is made."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpq_deploy.errors import MissingDependencyError, UsageError, nearest
+from mpq_deploy.models.spec import Array
+
+# An entry that is added to a scheduler's configuration where the timesteps depend on the image's size.
+IMAGE_TOKENS = "_image_tokens"
+
+if TYPE_CHECKING:
+    from mpq_deploy.runtime.correction import Correction
+
+
+class DiffusersSampler:
+    """A scheduler class of diffusers, named by ``_class_name``, with NumPy float32 arrays in and out.
+
+    Step 0 begins a new trajectory: the scheduler and its random generator are set back, so that one sampler gives
+    the same trajectory each time. A scheduler that adds noise draws it from ``seed``.
+    """
+
+    def __init__(self, config: dict[str, Any], steps: int, seed: int) -> None:
+        import torch
+
+        self._torch = torch
+        self._steps, self._seed = steps, seed
+        scheduler_class = _scheduler_class(str(config.get("_class_name")))
+        # A learned variance is dropped with the model's second half of channels (see sampling.loop).
+        learned = str(config.get("variance_type", "")).startswith("learned")
+        overrides = {"variance_type": "fixed_small"} if learned else {}
+        config = dict(config)
+        self._schedule = _schedule(config, config.pop(IMAGE_TOKENS, None), steps)
+        self._scheduler = scheduler_class.from_config({**config, **overrides})
+        if "num_train_timesteps" not in self._scheduler.config:
+            raise UsageError(
+                f"{scheduler_class.__name__} counts no timesteps of training, and steps in a way of its own.",
+                "Give another that the model may be sampled with: --scheduler FILE.",
+            )
+        self._takes_generator = "generator" in inspect.signature(self._scheduler.step).parameters
+        self._begin()
+        self._timesteps = self._scheduler.timesteps
+        self.timesteps: Array = self._timesteps.numpy().astype(np.float64)
+        self.init_noise_sigma = float(getattr(self._scheduler, "init_noise_sigma", 1.0))
+        self.name = f"{scheduler_class.__name__} of diffusers, {steps} steps"
+
+    def scale_model_input(self, x: Array, step_index: int) -> Array:
+        """Return what the denoiser is fed at this step; step 0 begins a new trajectory."""
+        if step_index == 0:
+            self._begin()
+        if not hasattr(self._scheduler, "scale_model_input"):
+            return x
+        scaled = self._scheduler.scale_model_input(self._torch.from_numpy(x), self._timesteps[step_index])
+        return np.asarray(scaled.numpy(), np.float32)
+
+    def step(self, model_output: Array, step_index: int, x: Array) -> Array:
+        """Return the sample of the next timestep; float32 [N, ...] in and out."""
+        options = {"generator": self._generator} if self._takes_generator else {}
+        output, sample = self._torch.from_numpy(model_output), self._torch.from_numpy(x)
+        moved = self._scheduler.step(output, self._timesteps[step_index], sample, return_dict=False, **options)[0]
+        return np.asarray(moved.numpy(), np.float32)
+
+    def corrected(self, correction: Correction, guidance_scale: float) -> tuple[DiffusersSampler, str]:
+        """Return this sampler with the output corrected, and in words what of the correction applies."""
+        from mpq_deploy.runtime.corrected_scheduler import CorrectedScheduler
+
+        found = copy.copy(self)
+        found._scheduler = CorrectedScheduler(self._scheduler, correction, guidance_scale=guidance_scale)
+        found.name = f"{self.name}, corrected"
+        return found, found._scheduler.variance_note
+
+    def _begin(self) -> None:
+        if self._schedule:
+            self._scheduler.set_timesteps(**self._schedule)
+        else:
+            self._scheduler.set_timesteps(self._steps)
+        self._generator = self._torch.Generator().manual_seed(self._seed)
+
+
+def _schedule(config: dict[str, Any], tokens: int | None, steps: int) -> dict[str, Any]:
+    """Return the arguments of ``set_timesteps`` that Flux' pipeline gives a scheduler; none where ``tokens`` is None.
+
+    Sigmas are spread evenly from 1 to 1 / steps, and the shift mu grows linearly with the number of image tokens
+    (Esser et al. 2024, section 5.3.2, as ``calculate_shift`` of diffusers has it).
+    """
+    dynamic = bool(config.get("use_dynamic_shifting"))
+    if tokens is None:
+        if dynamic:
+            raise UsageError(
+                f"{config.get('_class_name')} with use_dynamic_shifting shifts its timesteps by image size.",
+                "Set use_dynamic_shifting to false in the scheduler's configuration (--scheduler FILE).",
+            )
+        return {}
+    found: dict[str, Any] = {"sigmas": np.linspace(1.0, 1 / steps, steps).tolist()}
+    if dynamic:
+        few, many = int(config.get("base_image_seq_len", 256)), int(config.get("max_image_seq_len", 4096))
+        low, high = float(config.get("base_shift", 0.5)), float(config.get("max_shift", 1.15))
+        found["mu"] = low + (high - low) * (tokens - few) / (many - few)
+    return found
+
+
+def _scheduler_class(name: str) -> Any:
+    """Return the diffusers class called ``name``; only schedulers can be reached this way."""
+    for package in ("torch", "diffusers"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingDependencyError(package, "torch", f"Sampling with {name}")
+    import diffusers
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+    known = [n for n in dir(diffusers) if n.endswith("Scheduler") and "Flax" not in n]
+    found = getattr(diffusers, name) if name in known else None
+    if not (inspect.isclass(found) and issubclass(found, SchedulerMixin)):
+        raise UsageError(
+            f"The scheduler class '{name}' is not one of diffusers.",
+            f"{nearest(name, known)}Check _class_name in the scheduler's configuration.",
+        )
+    return found

@@ -1,0 +1,147 @@
+"""Record what the float denoiser is fed along its own denoising trajectories.
+
+In: a denoiser, a sampler and conditions. Out: a ``CalibrationSet``, whose calls are those that sampling makes:
+with classifier-free guidance the unconditional and the conditional half of each are calls of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mpq_deploy.calibrate.options import CalibrationOptions
+from mpq_deploy.calibrate.stats import CalibrationSet
+from mpq_deploy.calls.betas import alphas_cumprod
+from mpq_deploy.calls.loop import DenoiserCall, denoise, first_samples
+from mpq_deploy.calls.sampler import Sampler
+from mpq_deploy.calls.timesteps import sampled_steps
+from mpq_deploy.errors import UsageError
+from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.system.progress import Talk
+
+
+def record_trajectories(
+    denoiser: DenoiserCall,
+    sampler: Sampler,
+    spec: DenoiserSpec,
+    conditions: dict[str, Array],
+    options: CalibrationOptions,
+    talk: Talk,
+    part: slice | None = None,
+) -> CalibrationSet:
+    """Denoise ``options.samples`` samples and keep the model's inputs at ``options.timesteps`` of the steps.
+
+    ``part`` denoises only these samples, which is the same for samplers that keep samples apart. Stops after the
+    last step that is kept. Raises UsageError when the sampler has fewer steps than timesteps.
+    """
+    kept = sampled_steps(len(sampler.timesteps), 1 if spec.timestep is None else options.timesteps)
+    recorder = _Recorder({int(step): [] for step in kept})
+    rows = cycled_rows(spec, conditions, options.samples, options.seed)
+    chosen = part or slice(None)
+    denoise(
+        denoiser,
+        _FirstSteps(sampler, int(kept[-1]) + 1),
+        first_samples(spec, rows, conditions, options.seed)[chosen],
+        rows[chosen],
+        conditions,
+        spec,
+        options.batch_size,
+        on_call=recorder,
+        talk=talk,
+    )
+    return recorder.finish()
+
+
+def cycled_rows(spec: DenoiserSpec, conditions: dict[str, Array], samples: int, seed: int) -> Array:
+    """Return the row of the conditions for each sample, int64 [samples].
+
+    Rows are dealt out in shuffled rounds, so that each is used as often as any other (or once less). The row for
+    guidance is no condition of its own. A denoiser without conditions has row 0 only.
+    """
+    counts = {name: len(values) for name, values in conditions.items()}
+    if len(set(counts.values())) > 1:
+        raise UsageError(
+            f"The conditions have different numbers of rows: {counts}.", "Give each one row per condition."
+        )
+    count = next(iter(counts.values()), 1)
+    rows = np.arange(spec.calibration_rows or count)
+    if spec.uncond_row is not None and count > 1:
+        rows = np.delete(rows, spec.uncond_row)
+    if not len(rows):
+        raise UsageError("The conditions have no rows.", "Give at least one.")
+    rng = np.random.default_rng((seed, samples))
+    rounds = [rng.permutation(rows) for _ in range(-(-samples // len(rows)))]
+    return np.concatenate(rounds)[:samples].astype(np.int64)
+
+
+@dataclass
+class _Recorder:
+    """Keeps the calls made at some steps: step index -> (timestep, inputs, rows) of each call."""
+
+    calls: dict[int, list[tuple[float, Array, Array]]] = field(default_factory=dict)
+
+    def __call__(self, step_index: int, timestep: float, model_input: Array, rows: Array) -> None:
+        if step_index in self.calls:
+            # A sampler may reuse its arrays.
+            self.calls[step_index].append((timestep, model_input.astype(np.float32), rows.copy()))
+
+    def finish(self) -> CalibrationSet:
+        """Stack the calls, which come in the same order at every step."""
+        steps = list(self.calls.values())
+        return CalibrationSet(
+            np.stack([np.concatenate([sample for _, sample, _ in step]) for step in steps]),
+            np.array([step[0][0] for step in steps], np.float32),
+            np.concatenate([rows for _, _, rows in steps[0]]).astype(np.int64),
+        )
+
+
+class _FirstSteps:
+    """The first ``count`` steps of a sampler."""
+
+    def __init__(self, sampler: Sampler, count: int) -> None:
+        self._sampler = sampler
+        self.name = sampler.name
+        self.timesteps: Array = sampler.timesteps[:count]
+        self.init_noise_sigma = sampler.init_noise_sigma
+
+    def scale_model_input(self, x: Array, step_index: int) -> Array:
+        return self._sampler.scale_model_input(x, step_index)
+
+    def step(self, model_output: Array, step_index: int, x: Array) -> Array:
+        return self._sampler.step(model_output, step_index, x)
+
+
+def renoised(recorded: CalibrationSet, spec: DenoiserSpec, draws: int, seed: int = 0) -> CalibrationSet:
+    """Return ``draws`` times as many calls, each with fresh noise at every timestep, from the recorded last samples.
+
+    The calls of one trajectory share one noise, so their activations are much alike, and rounding fits them closely
+    and others less. The forward process takes the last, nearly clean sample of each trajectory back to every timestep:
+    x_t = sqrt(p) x_last + sqrt(1 - p) noise with p = alpha-bar_t / alpha-bar_last (Ho et al. 2020, equation 4). Our
+    choice. The last timestep itself stays as recorded. Flow matching goes along straight lines instead:
+    x_t = (1 - s) x_0 + s noise with s = t / T (Lipman et al. 2023, equation 22), so the last sample is shrunk by
+    (1 - s) / (1 - s_last) and what noise lacks to s is added. A component without timesteps is returned as it is.
+    """
+    if spec.timestep is None or not draws:
+        return recorded
+    times = recorded.timesteps.astype(np.float64)
+    if spec.prediction_type == "flow_prediction":
+        shares = _flow_shares(times / float(spec.scheduler.get("num_train_timesteps", 1000)))
+    else:
+        power = np.asarray(alphas_cumprod(spec.scheduler), np.float64)
+        at = np.interp(times, np.arange(len(power)), power)
+        kept = np.minimum(at / at[-1], 1.0)
+        shares = np.sqrt(kept), np.sqrt(1 - kept)
+    last = np.tile(recorded.samples[-1], (draws, *[1] * (recorded.samples.ndim - 2)))
+    samples = np.empty((len(times), *last.shape), np.float32)
+    for step_index, (signal, added) in enumerate(zip(*shares, strict=True)):
+        noise = np.random.default_rng((seed, step_index)).standard_normal(last.shape, np.float32)
+        samples[step_index] = signal * last + added * noise
+    return CalibrationSet(samples, recorded.timesteps, np.tile(recorded.rows, draws))
+
+
+def _flow_shares(sigmas: Array) -> tuple[Array, Array]:
+    """Return, for each noise level s in denoising order, what is kept of the last sample and the noise to add."""
+    signal = (1 - sigmas) / max(1 - sigmas[-1], float(np.finfo(np.float64).tiny))
+    kept = np.minimum(signal, 1.0)
+    return kept, np.sqrt(np.maximum(sigmas**2 - (kept * sigmas[-1]) ** 2, 0.0))

@@ -1,0 +1,234 @@
+"""Commands that run stages over a run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from mpq_deploy.cli.app import STAGES, app, make_talk, print_summary, recipe_for, recipe_of, run_until
+from mpq_deploy.cli.options import (
+    BudgetOption,
+    ComponentOption,
+    ConditionsOption,
+    CorrectionKind,
+    LatencyTableOption,
+    MaxLatencyOption,
+    ModelArgument,
+    ObjectiveOption,
+    OutOption,
+    PromptsOption,
+    RayOption,
+    RecipeOption,
+    RunArgument,
+    SchedulerOption,
+    SensitivityOption,
+    TargetOption,
+    ThreadsOption,
+    WorkersOption,
+    crew_for,
+    latency_settings,
+)
+from mpq_deploy.errors import UsageError, nearest
+
+if TYPE_CHECKING:
+    from mpq_deploy.recipe import Recipe
+
+
+@app.command(epilog="Example: mpq-deploy build ./my-pipeline --budget 0.35 --target rtx -o runs/mine")
+def build(
+    model: ModelArgument = None,
+    budget: BudgetOption = None,
+    recipe: RecipeOption = None,
+    target: TargetOption = None,
+    out: OutOption = None,
+    sensitivity: SensitivityOption = None,
+    conditions: ConditionsOption = None,
+    scheduler: SchedulerOption = None,
+    prompts: PromptsOption = None,
+    component: ComponentOption = None,
+    recover: Annotated[
+        bool,
+        typer.Option("--recover", help="Also train the plan's model back towards the float one.", show_default=False),
+    ] = False,
+    max_latency: MaxLatencyOption = None,
+    objective: ObjectiveOption = None,
+    latency_table: LatencyTableOption = None,
+    workers: WorkersOption = None,
+    ray: RayOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Do everything: export, measure, fit the budget, quantize, build the engine, compare, report.
+
+    A second call on the same run folder repeats only what changed: another budget takes seconds.
+    """
+    additions = {"conditions": conditions, "scheduler": scheduler, "prompts": prompts, "component": component}
+    latency = latency_settings(max_latency, objective, latency_table)
+    settings = recipe_for(recipe, model, budget, target, sensitivity, additions, latency)
+    run_until("report", recovering(settings) if recover else settings, out, crew_for(workers, ray, threads))
+
+
+@app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy export ./my-pipeline -o runs/mine")
+def export(
+    model: ModelArgument = None,
+    recipe: RecipeOption = None,
+    out: OutOption = None,
+    conditions: ConditionsOption = None,
+    scheduler: SchedulerOption = None,
+    prompts: PromptsOption = None,
+    component: ComponentOption = None,
+) -> None:
+    """Export the denoiser to ONNX and check it against the original."""
+    additions = {"conditions": conditions, "scheduler": scheduler, "prompts": prompts, "component": component}
+    run_until("export", recipe_for(recipe, model, None, None, None, additions), out)
+
+
+@app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy calibrate runs/mine")
+def calibrate(
+    run: RunArgument,
+    recipe: RecipeOption = None,
+    workers: WorkersOption = None,
+    ray: RayOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Record float trajectories and the statistics of every activation."""
+    run_until("calibrate", recipe_of(run, recipe), run, crew_for(workers, ray, threads))
+
+
+@app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy measure runs/mine --sensitivity probe")
+def measure(
+    run: RunArgument,
+    recipe: RecipeOption = None,
+    sensitivity: SensitivityOption = None,
+    workers: WorkersOption = None,
+    ray: RayOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Round every candidate weight and predict what each scheme of each layer costs."""
+    method = sensitivity.value if sensitivity else None
+    settings = recipe_of(run, recipe, {"measure.method": method})
+    run_until("measure", settings, run, crew_for(workers, ray, threads))
+
+
+@app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy allocate runs/mine --budget 0.3")
+def allocate(
+    run: RunArgument,
+    budget: BudgetOption = None,
+    recipe: RecipeOption = None,
+    max_latency: MaxLatencyOption = None,
+    objective: ObjectiveOption = None,
+    latency_table: LatencyTableOption = None,
+) -> None:
+    """Choose a scheme for every layer within the budget, and within a latency where one is given."""
+    latency = latency_settings(max_latency, objective, latency_table)
+    run_until("allocate", recipe_of(run, recipe, {"budget": budget, **latency}), run)
+
+
+@app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy quantize runs/mine")
+def quantize(run: RunArgument, recipe: RecipeOption = None) -> None:
+    """Write the quantized ONNX graphs of the plan."""
+    run_until("quantize", recipe_of(run, recipe), run)
+
+
+@app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy recover runs/mine --steps 300")
+def recover(
+    run: RunArgument,
+    steps: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--steps", min=0, help="Updates; 0 goes back to the plan's weights.", show_default="the recipe's"),
+    ] = None,
+    loss: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            "--loss",
+            metavar="NAME[=WEIGHT]",
+            help="What is matched: output, eps, v, sample, relation, memory. May be given several times.",
+            show_default="output",
+        ),
+    ] = None,
+    recipe: RecipeOption = None,
+) -> None:
+    """Train the plan's model back towards the float one: same plan, same bytes, less error."""
+    settings = recipe_of(run, recipe, {"recover.steps": steps, "recover.losses": losses_of(loss)})
+    if steps == 0:
+        run_until("quantize", settings, run)
+    else:
+        run_until("recover", recovering(settings), run)
+
+
+@app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy engine runs/mine --target rtx")
+def engine(run: RunArgument, target: TargetOption = None, recipe: RecipeOption = None) -> None:
+    """Build the TensorRT engine and verify it from its build log."""
+    run_until("engine", recipe_of(run, recipe, {"target": target}), run)
+
+
+@app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy evaluate runs/mine")
+def evaluate(
+    run: RunArgument,
+    recipe: RecipeOption = None,
+    correction: Annotated[
+        Optional[CorrectionKind],  # noqa: UP045
+        typer.Option("--correction", help="Also with the sampler corrected (ptqd), or no more.", show_default=False),
+    ] = None,
+    workers: WorkersOption = None,
+    ray: RayOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Compare the quantized model with the float one, beside everything-INT8 and everything-INT4."""
+    kind = correction.value if correction else None
+    settings = recipe_of(run, recipe, {"evaluate.correction": kind})
+    run_until("evaluate", settings, run, crew_for(workers, ray, threads))
+
+
+@app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy report runs/mine")
+def report(
+    run: RunArgument,
+    recipe: RecipeOption = None,
+    device: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option("--device", metavar="FILE", help="A results.json from a device, to take in.", show_default=False),
+    ] = None,
+    as_is: Annotated[bool, typer.Option("--as-is", help="Of what is there; make no stage.")] = False,
+) -> None:
+    """Write report.html, report.md and report.json."""
+    from mpq_deploy.run.pipeline import open_pipeline
+
+    settings = recipe_of(run, recipe)
+    if device:
+        from mpq_deploy.delivery.device_results import take_in
+        from mpq_deploy.run.common import deployed_stage
+
+        with open_pipeline(settings, run, make_talk()) as pipeline:
+            pipeline.run_until(deployed_stage(pipeline))
+            for path in device:
+                take_in(pipeline, path)
+    if as_is:
+        with open_pipeline(settings, run, make_talk()) as pipeline:
+            print_summary(pipeline.report_as_is())
+    else:
+        run_until("report", settings, run)
+
+
+def recovering(settings: Recipe) -> Recipe:
+    """Return the recipe with recovery on: its own number of steps, or the default."""
+    from mpq_deploy.recipe import RECOVER_STEPS
+
+    steps = settings.recover.steps or RECOVER_STEPS
+    return settings.model_copy(update={"recover": settings.recover.model_copy(update={"steps": steps})})
+
+
+def losses_of(given: list[str] | None) -> dict[str, float] | None:
+    """Read NAME or NAME=WEIGHT; None where none was given."""
+    from mpq_deploy.recover.options import LOSSES
+
+    losses = {}
+    for text in given or ():
+        name, _, weight = text.partition("=")
+        if name not in LOSSES:
+            raise UsageError(f"--loss {text} names no loss.", f"{nearest(name, LOSSES)}Known: {', '.join(LOSSES)}.")
+        try:
+            losses[name] = float(weight or 1.0)
+        except ValueError as error:
+            raise UsageError(f"The weight in --loss {text} is no number.", "Write for example relation=0.1.") from error
+    return losses or None

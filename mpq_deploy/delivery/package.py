@@ -1,0 +1,295 @@
+"""Package a finished run for a device: one archive with everything that the device needs, the same bytes each time.
+
+In: a run folder, a target. Out: a ``.mpq.tar`` (``device.archive``) with the graph and its weights, ``manifest.json``,
+reference inputs and outputs, the denoiser's description, the sampler's correction where there is one, ``install.pyz``
+(what 'mpq-deploy install' runs, for devices without mpq-deploy) and ``build.sh``.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shlex
+import zipfile
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib import resources
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+
+from mpq_deploy.allocate.milp import PrecisionPlan
+from mpq_deploy.device.archive import MANIFEST, Source, write_archive
+from mpq_deploy.device.manifest import Manifest, PackagedTarget, Reference
+from mpq_deploy.device.output_check import relative_squared_error
+from mpq_deploy.engine.expected import ExpectedLayers
+from mpq_deploy.engine.target import Target, known_targets, load_target
+from mpq_deploy.errors import ModelError, UsageError
+from mpq_deploy.formats.scheme import SCHEMES
+from mpq_deploy.graph.save import repeated_bytes
+from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED, WEIGHTS
+from mpq_deploy.run.common import Exported, deployed_stage, load_calibration
+from mpq_deploy.run.folder import file_digest
+from mpq_deploy.runtime.correction import FILE as CORRECTION
+from mpq_deploy.stages.engine import check_target_memory
+from mpq_deploy.system.release import __version__
+
+if TYPE_CHECKING:
+    from mpq_deploy.models.spec import Array, InputSpec
+    from mpq_deploy.run.pipeline import Pipeline
+
+REFERENCE, DENOISER, PLAN, INSTALLER, SCRIPT = (
+    *("reference.npz", "denoiser.json", "plan.json"),
+    *("install.pyz", "build.sh"),
+)
+# What a device may differ from the reference by: so many times what FP16 arithmetic alone does on a CPU, since values
+# that lie between two INT8 codes round to either; and never less than -40 dB (both our choice).
+TOLERANCE_FACTOR, TOLERANCE_FLOOR = 10.0, 1e-4
+# What runs on a device, and nothing that needs more than NumPy: tests run it with everything else blocked.
+DEVICE_ROOMS = ("bench", "device")
+DEVICE_MODULES = (
+    *("__init__.py", "api.py", "errors.py", "install.py", "run/__init__.py", "run/folder.py"),
+    *(f"system/{name}.py" for name in ("__init__", "available", "progress", "release", "usage")),
+    *("formats/__init__.py", "formats/scheme.py", "engine/__init__.py"),
+    *(f"engine/{name}.py" for name in ("bisect", "build_log", "build_target", "build_worker", "builder", "expected")),
+    *(f"engine/{name}.py" for name in ("failure", "layer_information", "record", "trtexec", "verify", "versions")),
+)
+
+
+def make_package(pipeline: Pipeline, target: Target, out: Path) -> dict[str, Any]:
+    """Write the package of ``pipeline``'s run for ``target`` to ``out``; return what was written.
+
+    Raises UsageError when the target builds no engine or does not take a scheme of the plan, ModelError when its
+    TensorRT would refuse the graph.
+    """
+    if target.builder == "none":
+        raise UsageError(
+            f"The target '{target.name}' has no engine to build on a device: ONNX Runtime runs quantize/{SIMULATED}.",
+            "Package for a target with a builder (mpq-deploy targets).",
+        )
+    pipeline.run_until(deployed_stage(pipeline))
+    corrected = pipeline.recipe.evaluate.correction != "none"
+    if corrected:
+        pipeline.run_until("correction")
+    check_plan(pipeline, target)
+    needed = check_target_memory(pipeline, target)
+    reference, arrays = make_reference(pipeline)
+    parts = _files(pipeline, corrected)
+    parts[REFERENCE] = arrays
+    parts[INSTALLER] = installer()
+    manifest = replace(_manifest(pipeline, target, reference, parts), needed_bytes=needed.total_bytes)
+    parts[SCRIPT] = build_script(manifest).encode()
+    parts[MANIFEST] = _with_digests(manifest, parts).to_json().encode()
+    digest = write_archive(out, parts)
+    return {"file": str(out), "sha256": digest, "bytes": out.stat().st_size, "parts": sorted(parts)}
+
+
+def check_plan(pipeline: Pipeline, target: Target) -> None:
+    """Refuse to package a plan that was made for another target and does not suit this one."""
+    from mpq_deploy.check.check import check_model
+    from mpq_deploy.check.rule import ERRORS
+
+    plan = PrecisionPlan.load(pipeline.folder("allocate") / "plan.json")
+    again = f"Build for it: mpq-deploy build --target {target.name} --recipe {pipeline.run.path}/recipe.yaml -o RUN."
+    refused = {
+        layer.name: target.refusal(layer, SCHEMES[plan.schemes[layer.name]])
+        for layer in Exported(pipeline).graph.layers
+    }
+    named = [f"{name}: {plan.schemes[name]} ({reason})" for name, reason in refused.items() if reason]
+    if named:
+        more = f" (and {len(named) - 1} more layers)" if len(named) > 1 else ""
+        raise UsageError(f"The plan is not for '{target.name}': {named[0]}{more}.", again)
+    result = check_model(pipeline.folder(deployed_stage(pipeline)) / DEPLOYED, target)
+    bad = [one for one in result.findings if one.effect in ERRORS or one.rule == "opset"]
+    if bad:
+        raise ModelError(f"{target.title} does not take the graph: {bad[0].node or 'opset'}: {bad[0].message}.", again)
+
+
+def make_reference(pipeline: Pipeline) -> tuple[Reference, bytes]:
+    """Run the FP32-arithmetic twin on recorded inputs; return the description, and the arrays as npz.
+
+    Two cases: the smallest batch at the first sampled timestep, the usual batch at the last. Inputs are rounded to the
+    deployed graph's types first, so that both graphs see the same numbers.
+    """
+    from mpq_deploy.runtime.ort import OrtDenoiser, model_feeds
+
+    exported, quantized = Exported(pipeline), pipeline.folder(deployed_stage(pipeline))
+    spec, section = exported.spec, pipeline.recipe.engine
+    calls, _ = load_calibration(pipeline)
+    types = _input_types(quantized / DEPLOYED)
+    twin = OrtDenoiser(quantized / SIMULATED, spec, threads=1)
+    half = _half_session(quantized / DEPLOYED)
+    arrays: dict[str, Array] = {}
+    errors = []
+    cases = {"smallest": (section.batch_min, 0), "usual": (section.batch_opt, len(calls.timesteps) - 1)}
+    for case, (batch, step) in cases.items():
+        chosen = np.arange(batch) % len(calls.rows)
+        conditions = {name: values[calls.rows[chosen]] for name, values in exported.conditions.items()}
+        feeds = model_feeds(spec, calls.samples[step][chosen], float(calls.timesteps[step]), conditions)
+        feeds = {name: values.astype(types[name]) for name, values in feeds.items()}
+        wide = {item.name: feeds[item.name].astype(item.dtype) for item in spec.inputs}
+        output = np.asarray(twin.session.run([spec.output], wide)[0], np.float32)
+        arrays.update({f"{case}/{name}": values for name, values in feeds.items()}, **{f"{case}/{spec.output}": output})
+        if half is not None:
+            errors.append(relative_squared_error(np.asarray(half.run([spec.output], feeds)[0], np.float32), output))
+    fp16 = max(errors) if errors and np.all(np.isfinite(errors)) else None
+    reference = Reference(
+        REFERENCE,
+        tuple(cases),
+        tuple(types),
+        spec.output,
+        f"ONNX Runtime {version('onnxruntime')}, CPU, FP32 arithmetic on the same integers and scales",
+        fp16,
+        max(TOLERANCE_FLOOR, TOLERANCE_FACTOR * (fp16 or 0.0)),
+    )
+    return reference, _npz(arrays)
+
+
+def installer() -> bytes:
+    """The device's part of this package as one file that python3 runs: nothing to install on the device."""
+    root = resources.files("mpq_deploy")
+    names = [*DEVICE_MODULES, *(f"{room}/{one.name}" for room in DEVICE_ROOMS for one in (root / room).iterdir())]
+    content = io.BytesIO()
+    # Stored, not deflated: the bytes must not depend on the version of zlib.
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_STORED) as archive:
+        main = "import sys\n\nfrom mpq_deploy.device.installer import main\n\nsys.exit(main())\n"
+        _add(archive, "__main__.py", main.encode())
+        for name in sorted(name for name in names if name.endswith(".py")):
+            _add(archive, f"mpq_deploy/{name}", (root / name).read_bytes())
+    return b"#!/usr/bin/env python3\n" + content.getvalue()
+
+
+def build_script(manifest: Manifest) -> str:
+    """Return build.sh, filled in from the manifest; every value is quoted for the shell."""
+    text = (resources.files("mpq_deploy") / "device" / "build.sh.in").read_text()
+    versions = " ".join(version.rstrip(".") for version in manifest.target.versions)
+    others = ", ".join(f"{', '.join(found)}: --target {name}" for name, found in sorted(manifest.alternatives.items()))
+    remedy = f"Package the run again at home for the version here ({others or 'see mpq-deploy targets'})."
+    values = {
+        "TARGET": shlex.quote(manifest.target.name),
+        "DIALECT": manifest.target.dialect,
+        "VERSIONS": shlex.quote(versions),
+        "REMEDY": shlex.quote(remedy),
+        "MODEL": shlex.quote(manifest.model),
+        "SHAPES": " ".join(shlex.quote(flag) for flag in _shape_flags(manifest)),
+    }
+    for key, value in values.items():
+        text = text.replace(f"@{key}@", value)
+    return text
+
+
+def _shape_flags(manifest: Manifest) -> list[str]:
+    flags = []
+    for name, batch in zip(("minShapes", "optShapes", "maxShapes"), manifest.batches):
+        shapes = [f"{tensor}:{'x'.join(map(str, (batch, *shape)))}" for tensor, shape in manifest.shapes.items()]
+        flags.append(f"--{name}={','.join(shapes)}")
+    return flags
+
+
+def _files(pipeline: Pipeline, corrected: bool) -> dict[str, Source]:
+    quantized = pipeline.folder(deployed_stage(pipeline))
+    spec = Exported(pipeline).spec
+    parts: dict[str, Source] = {
+        DEPLOYED: quantized / DEPLOYED,
+        WEIGHTS: quantized / WEIGHTS,
+        PLAN: pipeline.folder("allocate") / "plan.json",
+        DENOISER: _json(spec.model_copy(update={"source": Path(spec.source).name}).model_dump(mode="json")),
+        "scheduler_config.json": _json(spec.scheduler),
+    }
+    if corrected:
+        parts[CORRECTION] = pipeline.folder("correction") / CORRECTION
+    return parts
+
+
+def _manifest(pipeline: Pipeline, target: Target, reference: Reference, parts: dict[str, Source]) -> Manifest:
+    exported = Exported(pipeline)
+    plan = PrecisionPlan.load(pipeline.folder("allocate") / "plan.json")
+    schemes = {name: SCHEMES[scheme] for name, scheme in plan.schemes.items()}
+    section, spec = pipeline.recipe.engine, exported.spec
+    inputs: Sequence[InputSpec] = spec.inputs
+    return Manifest(
+        name=spec.name,
+        made_by=__version__,
+        target=PackagedTarget(**{name: getattr(target, name) for name in PackagedTarget.__dataclass_fields__}),
+        model=DEPLOYED,
+        parts={},
+        expected=ExpectedLayers.of(
+            exported.graph.layers,
+            schemes,
+            plan.size_bytes,
+            repeated_bytes(pipeline.folder(deployed_stage(pipeline)) / DEPLOYED),
+        ),
+        fp16_bytes=plan.fp16_size_bytes,
+        batches=(section.batch_min, section.batch_opt, section.batch_max),
+        shapes={item.name: item.shape for item in inputs if item.batched},
+        reference=reference,
+        # What is deployed goes by one name, whichever stage made it.
+        digests={"allocate": pipeline.digest("allocate"), "quantize": pipeline.digest(deployed_stage(pipeline))},
+        alternatives=_alternatives(target),
+        versions={name: version(name) for name in ("numpy", "onnx", "onnxruntime")},
+        notes=tuple(plan.notes),
+    )
+
+
+def _with_digests(manifest: Manifest, parts: dict[str, Source]) -> Manifest:
+    import hashlib
+
+    digests = {
+        name: hashlib.sha256(part).hexdigest() if isinstance(part, bytes) else file_digest(part)
+        for name, part in parts.items()
+    }
+    return replace(manifest, parts=digests)
+
+
+def _alternatives(target: Target) -> dict[str, tuple[str, ...]]:
+    """The shipped targets of the same GPU with other versions of TensorRT."""
+    others = (load_target(name) for name in known_targets() if name != target.name)
+    return {
+        other.name: other.versions
+        for other in others
+        if other.compute_capabilities == target.compute_capabilities
+        and other.versions != target.versions
+        and (other.memory_bytes == target.memory_bytes)
+    }
+
+
+def _input_types(model: Path) -> dict[str, Any]:
+    """NumPy types of the graph's inputs, in its order."""
+    graph = onnx.load(model, load_external_data=False).graph
+    helper = onnx.helper
+    return {value.name: helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type) for value in graph.input}
+
+
+def _half_session(model: Path) -> Any:
+    """The FP16 graph in ONNX Runtime, to see what FP16 alone costs; None where ONNX Runtime lacks a kernel for it."""
+    from mpq_deploy.runtime.ort import make_session
+
+    try:
+        return make_session(model, threads=1)
+    except ModelError:
+        return None
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _npz(arrays: dict[str, Array]) -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_STORED) as archive:
+        for name in sorted(arrays):
+            part = io.BytesIO()
+            np.lib.format.write_array(part, np.asarray(arrays[name], order="C"), allow_pickle=False)
+            _add(archive, f"{name}.npy", part.getvalue())
+    return content.getvalue()
+
+
+def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
+    """Add a file whose time and rights are always the same."""
+    info = zipfile.ZipInfo(name)
+    info.external_attr = 0o644 << 16
+    info.create_system = 3
+    archive.writestr(info, content)

@@ -1,0 +1,305 @@
+"""Install a package on a device: verify, probe, build, check the layers, run the references, measure.
+
+In: a ``.mpq.tar``. Out: a folder with its parts, ``engine/`` and ``results.json``, which 'mpq-deploy report RUN
+--device results.json' takes in at home. Standard library, NumPy and TensorRT only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as package_version
+from pathlib import Path
+from typing import Any
+
+from mpq_deploy.device.archive import MANIFEST, ArchiveError, extract, read_archive
+from mpq_deploy.device.cuda import Cuda, why_no_gpu
+from mpq_deploy.device.manifest import Manifest
+from mpq_deploy.device.output_check import compare, latency
+from mpq_deploy.device.run import Run, run_engine
+from mpq_deploy.engine.builder import BatchProfile, build_engine
+from mpq_deploy.engine.record import EngineRecord
+from mpq_deploy.engine.trtexec import find_trtexec, trtexec_version
+from mpq_deploy.errors import EngineError, MpqError, UsageError
+from mpq_deploy.run.folder import file_digest, write_text
+from mpq_deploy.system.available import memory_room
+from mpq_deploy.system.progress import PlainTalk, Talk
+from mpq_deploy.system.release import __version__
+
+RESULTS, ENGINE_FOLDER = "results.json", "engine"
+RESULTS_FORMAT = 1
+# TensorRT-RTX's builder was measured at about three times the weights, on top of what it needs for itself.
+BUILD_FACTOR, BUILD_BASE_BYTES = 3, 500_000_000
+MODULES = {"tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What builds on this machine: ``builder`` is a Python module or trtexec."""
+
+    builder: str
+    version: str
+
+
+def unpack(archive: Path, out: Path, talk: Talk) -> None:
+    """Verify ``archive`` and write its parts into ``out``. Raises ArchiveError when it is cut short or altered."""
+    talk.line(f"verifying {archive}")
+    extract(archive, read_archive(archive), out)
+
+
+def install(archive: Path, out: Path, talk: Talk, force_memory: bool = False) -> dict[str, Any]:
+    """Install ``archive`` (or the folder that one was unpacked into) into ``out``; return what results.json holds.
+
+    Raises ArchiveError for an archive that is cut short or altered, EngineError for a TensorRT or GPU that the package
+    is not for, for too little memory (unless ``force_memory``), and for a builder that fails. An engine that differs
+    from the plan or from the references does not raise: ``results["passed"]`` is false.
+    """
+    if archive.is_dir():
+        out = archive
+        check_unpacked(archive)
+    else:
+        unpack(archive, out, talk)
+    manifest = Manifest.load(out / MANIFEST)
+    runtime = probe(manifest)
+    talk.line(f"{runtime.builder} {runtime.version or '(version unknown)'} for {manifest.target.name}")
+    check_gpu(manifest)
+    check_memory(manifest, force_memory)
+    check_gpu_memory(manifest, force_memory)
+    record = _build(manifest, runtime, out, talk)
+    run = run_engine(runtime.builder, out / ENGINE_FOLDER / record.file, out, manifest.reference)
+    text = json.dumps(_results(manifest, record, run, out), indent=1, sort_keys=True, allow_nan=False) + "\n"
+    write_text(out / RESULTS, text)
+    results: dict[str, Any] = json.loads(text)
+    return results
+
+
+def check_unpacked(folder: Path) -> None:
+    """Verify the parts of a package that tar unpacked into ``folder``. Raises ArchiveError naming a part."""
+    manifest = Manifest.load(folder / MANIFEST)
+    for name, digest in manifest.parts.items():
+        if not (folder / name).is_file():
+            raise ArchiveError(f"The part '{name}' is missing in {folder}.", "Unpack the package again.")
+        if file_digest(folder / name) != digest:
+            raise ArchiveError(f"The part '{name}' in {folder} is altered.", "Unpack the package again.")
+
+
+def probe(manifest: Manifest) -> Runtime:
+    """Find what builds here and refuse a TensorRT that the package's dialect is not written for.
+
+    Raises EngineError that names the version found, and the target to package for instead where one is known.
+    """
+    runtime = _runtime(manifest.target.builder)
+    if runtime is None:
+        raise EngineError(
+            f"The package is for {manifest.target.title}, but there is no {_wanted(manifest.target.builder)} here.",
+            "JetPack brings it in /usr/src/tensorrt/bin; for RTX targets: pip install tensorrt-rtx.",
+        )
+    if runtime.version and not manifest.target.takes_version(runtime.version):
+        wanted = " or ".join(f"{version.rstrip('.')}.x" for version in manifest.target.versions)
+        fitting = [name for name, versions in manifest.alternatives.items() if _takes(versions, runtime.version)]
+        release = f" (JetPack {manifest.target.jetpack})" if manifest.target.jetpack else ""
+        remedy = (
+            f"Package the run again at home: mpq-deploy package RUN --target {fitting[0]}."
+            if fitting
+            else "No shipped target has that version; see 'mpq-deploy targets', or write a YAML for it."
+        )
+        raise EngineError(
+            f"The package is written for TensorRT {wanted}{release}, dialect {manifest.target.dialect}; "
+            f"{runtime.builder} here is {runtime.version}.",
+            remedy,
+        )
+    return runtime
+
+
+def check_gpu(manifest: Manifest) -> None:
+    """Refuse a GPU that the package is not for; without a GPU nothing is refused (and nothing will run)."""
+    wanted = manifest.target.compute_capabilities
+    if not wanted or why_no_gpu():
+        return
+    cuda = Cuda()
+    found = cuda.compute_capability()
+    # A portable RTX engine holds kernels for the named GPUs; newer ones of the same runtime are left to it.
+    if found not in wanted:
+        raise EngineError(
+            f"The package is for {', '.join(wanted)}; the GPU here is {cuda.name()} ({found}).",
+            "Package the run for this device's target (mpq-deploy targets lists them).",
+        )
+
+
+def check_memory(manifest: Manifest, force: bool, root: Path = Path("/")) -> None:
+    """Estimate what building takes, and refuse when less is available (where Linux says what is)."""
+    needed = BUILD_FACTOR * manifest.expected.total_bytes + BUILD_BASE_BYTES
+    room = memory_room(root)
+    if room is None or force or room.bytes >= needed:
+        return
+    raise EngineError(
+        f"Building is estimated to take {needed / 1e9:.1f} GB of memory, and {room}.",
+        "End other programs, or go on anyway with --force-memory.",
+    )
+
+
+def check_gpu_memory(manifest: Manifest, force: bool) -> None:
+    """Refuse a GPU with less free memory than the engine is estimated to take; without a GPU nothing is refused."""
+    if force or not manifest.needed_bytes or why_no_gpu():
+        return
+    cuda = Cuda()
+    free = cuda.free_bytes()
+    if free < manifest.needed_bytes:
+        raise EngineError(
+            f"The engine is estimated to take {manifest.needed_bytes / 1e9:.2f} GB at batch {manifest.batches[2]}; "
+            f"{cuda.name()} has {free / 1e9:.2f} of {cuda.total_bytes() / 1e9:.2f} GB free.",
+            "End other programs, package with a smaller engine.batch_max or budget, or go on with --force-memory.",
+        )
+
+
+def _runtime(builder: str) -> Runtime | None:
+    """What builds here for a target that wants ``builder``: trtexec and the Python package stand in for each other."""
+    order = {"trtexec": ("trtexec", "tensorrt"), "tensorrt": ("tensorrt", "trtexec")}.get(builder, (builder,))
+    for name in order:
+        if name == "trtexec":
+            path = find_trtexec()
+            if path is not None:
+                return Runtime(name, trtexec_banner_version(path))
+        elif importlib.util.find_spec(name) is not None:
+            return Runtime(name, _module_version(name))
+    return None
+
+
+def trtexec_banner_version(path: str) -> str:
+    """The version that trtexec says of itself in its first line; empty when it says none."""
+    done = subprocess.run([path, "--help"], capture_output=True, text=True, check=False)
+    return trtexec_version(done.stdout + done.stderr)
+
+
+def _module_version(name: str) -> str:
+    """The version of an installed package, or else (JetPack's own has no metadata) what the module says."""
+    try:
+        return package_version(MODULES[name])
+    except PackageNotFoundError:
+        return str(getattr(importlib.import_module(name), "__version__", ""))
+
+
+def _build(manifest: Manifest, runtime: Runtime, out: Path, talk: Talk) -> EngineRecord:
+    target = replace(manifest.target, builder=runtime.builder)
+    profile = BatchProfile(*manifest.batches, shapes=manifest.shapes)
+    return build_engine(out / manifest.model, out / ENGINE_FOLDER, target, profile, manifest.expected, talk)
+
+
+def _results(manifest: Manifest, record: EngineRecord, run: Run, out: Path) -> dict[str, Any]:
+    reference = compare(run, manifest.reference, out)
+    engine = asdict(record)
+    del engine["timing"]
+    return {
+        "format": RESULTS_FORMAT,
+        "made_by": __version__,
+        "package": {"name": manifest.name, "manifest_sha256": file_digest(out / MANIFEST), "digests": manifest.digests},
+        "target": manifest.target.name,
+        "dialect": manifest.target.dialect,
+        "device": {
+            "board": board(),
+            "machine": platform.machine(),
+            "python": platform.python_version(),
+            "gpu": run.gpu,
+            "compute_capability": run.compute_capability,
+        },
+        "engine": engine,
+        "build": asdict(record.timing) if record.timing else None,
+        "reference": reference,
+        "latency": latency(run),
+        "memory": {
+            "weights_bytes": record.weights_bytes,
+            "activation_bytes": record.activation_bytes,
+            "taken_bytes": run.memory_bytes,
+        },
+        "passed": record.verified and reference["passed"] is not False,
+    }
+
+
+def board(path: Path = Path("/proc/device-tree/model")) -> str:
+    """The board's name where the kernel tells it (Jetson); else empty."""
+    return path.read_text(errors="replace").strip("\0\n ") if path.is_file() else ""
+
+
+def _takes(versions: tuple[str, ...], version: str) -> bool:
+    from mpq_deploy.engine.versions import version_matches
+
+    return any(version_matches(version, wanted) for wanted in versions)
+
+
+def _wanted(builder: str) -> str:
+    return (
+        "trtexec and no Python package tensorrt"
+        if builder in ("trtexec", "tensorrt")
+        else MODULES.get(builder, builder)
+    )
+
+
+def summary(results: dict[str, Any], out: Path) -> str:
+    """What is printed at the end."""
+    engine, reference, times = results["engine"], results["reference"], results["latency"]
+    wrong = [one for one in engine["problems"] if one["severity"] == "wrong"]
+    layers = "as planned" if engine["verified"] else f"{len(wrong)} differ from the plan ({wrong[0]['message']})"
+    worst = max((error for error in reference["cases"].values() if error is not None), default=None)
+    if not reference["ran"]:
+        numbers = f"not run: {reference['why']}"
+    else:
+        shown = "not finite" if None in reference["cases"].values() or worst is None else f"NMSE {worst:.2e}"
+        verdict = "agree" if reference["passed"] else "DIFFER"
+        numbers = f"{verdict} ({shown}, allowed {reference['tolerance_nmse']:.2e})"
+    speed = f"{times['p50_ms']:.2f} ms median, {times['p99_ms']:.2f} ms p99" if times else "not measured"
+    rows = (
+        ("engine", f"{out / ENGINE_FOLDER / engine['file']}, {engine['bytes']:,} bytes"),
+        ("layers", layers),
+        ("outputs", numbers),
+        ("latency", speed),
+        ("results", str(out / RESULTS)),
+    )
+    return "\n".join(f"{name:<9}{text}" for name, text in rows)
+
+
+def default_out(archive: Path) -> Path:
+    """The folder beside the archive, named after it."""
+    return archive.with_name(archive.name.removesuffix(".tar").removesuffix(".mpq") + ".installed")
+
+
+def main(arguments: list[str] | None = None, write: Callable[[str], Any] = sys.stdout.write) -> int:
+    """The command line of ``python -m mpq_deploy.install``; return the exit code."""
+    parser = argparse.ArgumentParser(prog="mpq-install", description="Install a package of mpq-deploy on this device.")
+    parser.add_argument("archive", type=Path, nargs="?", help="the .mpq.tar")
+    parser.add_argument("--unpacked", type=Path, metavar="FOLDER", help="a folder that tar unpacked the package into")
+    parser.add_argument("-o", "--out", type=Path, help="the folder to install into (default: beside the archive)")
+    parser.add_argument("--force-memory", action="store_true", help="build even if memory is estimated to be too small")
+    parser.add_argument("--json", action="store_true", help="print results.json")
+    chosen = parser.parse_args(arguments)
+    archive = chosen.unpacked or chosen.archive
+    if archive is None:
+        parser.error("give the .mpq.tar, or --unpacked FOLDER")
+    out = chosen.unpacked or chosen.out or default_out(archive)
+    try:
+        results = install(archive, out, PlainTalk(), chosen.force_memory)
+    except MpqError as error:
+        sys.stderr.write(f"mpq-install: {error.message}\n" + (f"  {error.hint}\n" if error.hint else ""))
+        return error.exit_code
+    write((json.dumps(results, indent=1, sort_keys=True) if chosen.json else summary(results, out)) + "\n")
+    return 0 if results["passed"] else 1
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Read and check a results.json that came home. Raises UsageError when it is none."""
+    hint = "Give the results.json that 'mpq-deploy install' wrote on the device."
+    try:
+        values = json.loads(path.read_text())
+        found = values["format"]
+        complete = {"package", "target", "device", "engine", "reference", "latency", "memory", "passed"} <= set(values)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is no results.json: {error!r}.", hint) from error
+    if found != RESULTS_FORMAT or not complete:
+        raise UsageError(f"{path} is no results.json of format {RESULTS_FORMAT} (found {found!r}).", hint)
+    return dict(values)

@@ -1,0 +1,187 @@
+"""What evaluating leaves behind: the error and the images of every variant, and where they come from.
+
+``evaluation.json`` holds numbers, ``images.npz`` the pixels; both are the same for the same inputs. What this
+machine's clock said is kept apart in ``latency.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from mpq_deploy.calls.sampler import SamplerKind
+from mpq_deploy.errors import UsageError
+from mpq_deploy.evaluate.cache import npz_bytes, write_aside
+from mpq_deploy.models.spec import Array
+from mpq_deploy.run.folder import sealed_json, unsealed
+
+IDENTICAL = "identical to the float model's, so the PSNR is infinite"
+
+# How the compared images came about: samples that are pixels, latents through the decoder, or latents as such.
+ImageKind = Literal["pixels", "decoded", "latents", "features"]
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """How much is evaluated, and from which noise.
+
+    ``samples`` images from ``steps`` sampler steps; the output's error at ``timesteps`` of these steps, on ``calls``
+    of the float model's calls there (None: all), see ``taken_turns``. ``seed`` must differ from calibration's, so that
+    the noise is fresh. ``latency_calls`` 0 leaves the clock out.
+    """
+
+    samples: int = 16
+    steps: int = 20
+    timesteps: int = 10
+    batch_size: int = 16
+    seed: int = 1234
+    sampler: SamplerKind = "auto"
+    latency_calls: int = 7
+    calls: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "steps", "timesteps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"evaluate.{name} is {getattr(self, name)}.", "It must be at least 1.")
+        if self.calls is not None and self.calls < 1:
+            raise UsageError(f"evaluate.calls is {self.calls}.", "It must be at least 1.")
+        if self.seed < 0 or self.latency_calls < 0:
+            raise UsageError(
+                f"evaluate.seed is {self.seed} and evaluate.latency_calls {self.latency_calls}.",
+                "Neither can be negative.",
+            )
+
+
+@dataclass(frozen=True)
+class VariantResult:
+    """One quantized graph against the float one. ``psnr_db`` is the mean over images, ``pooled_psnr_db`` that of the
+    squared error of all together; both are ``inf`` for identical images.
+
+    ``nmse_by_timestep`` is the output's error at each of the evaluation's timesteps, on the float model's
+    inputs; ``measured_nmse`` their mean, which the predicted loss estimates. ``psnr_db_each`` and ``ssim_each`` are
+    those of each image, in the order of the evaluation's rows: what an interval or a paired difference needs. An image
+    equal to its reference has ``EQUAL_IMAGE_DB`` there.
+    """
+
+    digest: str
+    size_bytes: int | None
+    nmse_by_timestep: tuple[float, ...]
+    measured_nmse: float
+    psnr_db: float
+    pooled_psnr_db: float
+    ssim: float
+    psnr_db_each: tuple[float, ...]
+    ssim_each: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class CpuLatency:
+    """Median time of one call of batch 1 in ONNX Runtime on this machine's CPU: not the target device's.
+
+    The quantized graph computes in float what the device would compute in integers, so ``variant`` over
+    ``float`` says what fake quantization costs here, nothing about the engine.
+    """
+
+    float_ms: float
+    variant_ms: dict[str, float]
+    calls: int
+    threads: int
+    source: str = "ONNX Runtime on this CPU, fake-quantized, batch 1; not the target device"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Every variant, sampled from the same noise as the float model.
+
+    ``timesteps`` are scheduler values in sampling order; ``rows`` and ``labels`` tell each sample's condition;
+    ``sampler`` names the sampler and its steps; ``float_digest``: SHA-256 of the float graph and its weights;
+    ``images`` uint8 [N, H, W, C] by variant, with ``float`` first.
+    """
+
+    options: EvaluationOptions
+    timesteps: tuple[float, ...]
+    rows: tuple[int, ...]
+    labels: tuple[str, ...]
+    sampler: str
+    image_kind: ImageKind
+    variants: dict[str, VariantResult]
+    images: dict[str, Array]
+    float_digest: str
+    latency: CpuLatency | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    def save(self, folder: Path) -> None:
+        """Write evaluation.json, images.npz and, where measured, latency.json into ``folder``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_aside(folder / "images.npz", npz_bytes({f"image.{k}": v for k, v in self.images.items()}))
+        if self.latency is not None:
+            write_aside(folder / "latency.json", sealed_json(asdict(self.latency)).encode())
+        write_aside(folder / "evaluation.json", _json(self.as_json()))
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the numbers as plain values; a PSNR of ``inf`` becomes None, with a note."""
+        return {
+            "options": asdict(self.options),
+            "timesteps": list(self.timesteps),
+            "rows": list(self.rows),
+            "labels": list(self.labels),
+            "sampler": self.sampler,
+            "image_kind": self.image_kind,
+            "variants": {name: _variant_json(result) for name, result in self.variants.items()},
+            "order": list(self.images),
+            "float_digest": self.float_digest,
+            "notes": list(self.notes),
+        }
+
+    @classmethod
+    def load(cls, folder: Path) -> Evaluation:
+        """Read what ``save`` wrote."""
+        text = json.loads((folder / "evaluation.json").read_text())
+        with np.load(folder / "images.npz", allow_pickle=False) as data:
+            images = {name: data[f"image.{name}"] for name in text["order"]}
+        latency = folder / "latency.json"
+        return cls(
+            options=EvaluationOptions(**text["options"]),
+            timesteps=tuple(text["timesteps"]),
+            rows=tuple(text["rows"]),
+            labels=tuple(text["labels"]),
+            sampler=text["sampler"],
+            image_kind=text["image_kind"],
+            variants={
+                name: _variant_from_json(text["variants"][name]) for name in text["order"] if name in text["variants"]
+            },
+            images=images,
+            float_digest=text["float_digest"],
+            latency=CpuLatency(**unsealed(latency.read_text())) if latency.exists() else None,
+            notes=tuple(text["notes"]),
+        )
+
+
+_LISTS = ("nmse_by_timestep", "psnr_db_each", "ssim_each")
+
+
+def _variant_json(result: VariantResult) -> dict[str, Any]:
+    text = asdict(result)
+    for name in _LISTS:
+        text[name] = list(text[name])
+    if math.isinf(result.psnr_db):
+        text["psnr_db"], text["pooled_psnr_db"], text["psnr_note"] = None, None, IDENTICAL
+    return text
+
+
+def _variant_from_json(text: dict[str, Any]) -> VariantResult:
+    fields = {name: value for name, value in text.items() if name != "psnr_note"}
+    for name in _LISTS:
+        fields[name] = tuple(fields[name])
+    for name in ("psnr_db", "pooled_psnr_db"):
+        fields[name] = math.inf if fields[name] is None else fields[name]
+    return VariantResult(**fields)
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()

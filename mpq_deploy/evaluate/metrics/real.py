@@ -1,0 +1,188 @@
+"""Real images to compare with: a folder of pictures, an .npz of pictures, or an .npz of a network's statistics."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mpq_deploy.errors import UsageError
+from mpq_deploy.evaluate.metrics.frechet import Moments, check_count, frechet_distance
+from mpq_deploy.evaluate.metrics.networks import DEMO, FeatureNetwork, NetworkOptions, digest_of
+from mpq_deploy.models.bundled import bundled_demo
+from mpq_deploy.models.spec import Array
+from mpq_deploy.run.folder import file_digest
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+# Seed of the split into halves (our choice).
+SEED = 0
+# What float32 statistics may be off by, relative to the largest entry (our choice: a hundred times its precision).
+ROUNDING = 1e-5
+HINT = "Give a folder of pictures, an .npz with images uint8 [N, H, W, C], or one with mean, cov and count of features."
+
+
+@dataclass(frozen=True)
+class RealSet:
+    """What real images are on one network. ``features`` [M, D] where they are known, not only their ``moments``.
+
+    ``floor``: the distance between two random halves of ``floor_count`` images each, or None where a half is too small
+    for a covariance.
+    """
+
+    moments: Moments
+    digest: str
+    source: str
+    features: Array | None = None
+    floor: float | None = None
+    floor_count: int | None = None
+
+
+def check_real(path: Path | None) -> None:
+    """Find real images that are not there, before anything is made. Raises UsageError."""
+    if path is not None and not path.exists():
+        raise UsageError(f"There are no real images at {path}.", HINT)
+
+
+def real_set(
+    path: Path | None, network: FeatureNetwork, options: NetworkOptions, shape: tuple[int, ...]
+) -> RealSet | None:
+    """Return the real images at ``path`` on ``network``; without a path the bundled model's statistics, or None.
+
+    ``shape``: [H, W, C] of the samples, which real images must have. Raises UsageError for what cannot be compared.
+    """
+    if path is None:
+        return _shipped(options.demo, network) if options.demo is not None and network.name == DEMO else None
+    if path.suffix == ".npz" and path.is_file():
+        arrays = _arrays(path)
+        if "images" not in arrays:
+            return _statistics(path, arrays, network)
+        images = arrays["images"]
+    else:
+        images = read_folder(path, shape[2])
+    check_images(images, shape, path)
+    check_count(len(images), network.width, f"real images in {path}", network.name)
+    return _of_features(network.features(images), digest_of(_images_digest(images)), str(path))
+
+
+def read_folder(folder: Path, channels: int) -> Array:
+    """Read every picture of ``folder`` (not of folders in it), in the order of names, uint8 [N, H, W, channels].
+
+    Raises UsageError for an empty folder, a file that is no picture, transparency, and pictures of different sizes.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    if not folder.is_dir():
+        raise UsageError(f"There are no real images at {folder}.", HINT)
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+    if not files:
+        raise UsageError(f"{folder} holds no pictures ({', '.join(SUFFIXES)}).", HINT)
+    found: list[Array] = []
+    for file in files:
+        try:
+            with Image.open(file) as picture:
+                if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+                    raise UsageError(f"{file} has transparency.", "Lay it over a background first.")
+                pixels = np.asarray(picture.convert("RGB" if channels == 3 else "L"))
+        except (UnidentifiedImageError, OSError) as error:
+            raise UsageError(f"{file} cannot be read: {error}.", "Remove or replace it.") from error
+        pixels = pixels.reshape(*pixels.shape[:2], -1)
+        if found and pixels.shape != found[0].shape:
+            raise UsageError(
+                f"The pictures differ in size: {files[0].name} has {_size(found[0].shape)}, {file.name} has "
+                f"{_size(pixels.shape)}.",
+                "Bring all to the size of the model's samples; nothing is resized for you.",
+            )
+        found.append(pixels)
+    return np.stack(found)
+
+
+def check_images(images: Array, shape: tuple[int, ...], source: Path) -> None:
+    """Refuse arrays that are no pictures of the samples' shape. Raises UsageError."""
+    if images.dtype != np.uint8 or images.ndim != 4:
+        raise UsageError(f"The images of {source} are {images.dtype} {list(images.shape)}.", HINT)
+    if images.shape[1:] != shape:
+        raise UsageError(
+            f"The images of {source} have {_size(images.shape[1:])}, the model's samples {_size(shape)}.",
+            "Bring them to the samples' size and channels; nothing is resized for you.",
+        )
+
+
+def _shipped(demo: str, network: FeatureNetwork) -> RealSet:
+    path = bundled_demo(demo) / "features_stats.npz"
+    stored = _arrays(path)
+    whole, first, second = (
+        Moments(stored[f"mean{part}"], stored[f"cov{part}"], int(stored[f"count{part}"])) for part in ("", "_a", "_b")
+    )
+    source = f"the {whole.count:,} real images that '{demo}' was trained on (shipped statistics)"
+    floor = frechet_distance(first, second)
+    return RealSet(whole, digest_of(file_digest(path)), source, None, floor, min(first.count, second.count))
+
+
+def _statistics(path: Path, arrays: dict[str, Array], network: FeatureNetwork) -> RealSet:
+    """Read ``mean``, ``cov`` and ``count``, or ``mu`` and ``sigma`` as pytorch-fid writes them (without a count)."""
+    mean, covariance = arrays.get("mean", arrays.get("mu")), arrays.get("cov", arrays.get("sigma"))
+    if mean is None or covariance is None:
+        raise UsageError(f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}.", HINT)
+    width = network.width
+    if mean.shape != (width,) or covariance.shape != (width, width):
+        raise UsageError(
+            f"The statistics in {path} are of {list(mean.shape)} and {list(covariance.shape)}; '{network.name}' has "
+            f"{width} features.",
+            "Give statistics of the same network.",
+        )
+    number = arrays.get("count", np.zeros((), np.int64))
+    if any(value.dtype.kind not in "fiu" for value in (mean, covariance, number)) or number.size != 1:
+        kinds = ", ".join(f"{value.dtype} {list(value.shape)}" for value in (mean, covariance, number))
+        raise UsageError(f"Mean, covariance and count in {path} are {kinds}.", "Give real numbers, and one count.")
+    moments = Moments(np.asarray(mean, np.float64), np.asarray(covariance, np.float64), int(number.item()))
+    _check_moments(path, moments, network)
+    if "count" in arrays:
+        check_count(moments.count, network.width, f"real images behind the statistics in {path}", network.name)
+    return RealSet(moments, digest_of(file_digest(path)), f"{path} (statistics)")
+
+
+def _check_moments(path: Path, moments: Moments, network: FeatureNetwork) -> None:
+    """Refuse what is no covariance, of which a distance would be nonsense: even 0. Raises UsageError."""
+    covariance = moments.covariance
+    hint = f"Make them again, of the features of '{network.name}'."
+    if not (np.isfinite(moments.mean).all() and np.isfinite(covariance).all()):
+        raise UsageError(f"The statistics in {path} are not finite.", hint)
+    largest = float(np.abs(covariance).max())
+    apart = float(np.abs(covariance - covariance.T).max())
+    if apart > ROUNDING * largest:
+        raise UsageError(f"The covariance in {path} is not symmetric: entries differ by up to {apart:.3g}.", hint)
+    least = float(np.linalg.eigvalsh(covariance)[0])
+    if least < -ROUNDING * largest * len(covariance):
+        raise UsageError(f"The covariance in {path} has the negative eigenvalue {least:.3g}: it is none.", hint)
+
+
+def _of_features(features: Array, digest: str, source: str) -> RealSet:
+    shuffled = features[np.random.default_rng(SEED).permutation(len(features))]
+    half = len(features) // 2
+    floor = None
+    if half > features.shape[1]:
+        floor = frechet_distance(Moments.of(shuffled[:half]), Moments.of(shuffled[half : 2 * half]))
+    return RealSet(Moments.of(features), digest, source, features, floor, None if floor is None else half)
+
+
+def _arrays(path: Path) -> dict[str, Array]:
+    if not zipfile.is_zipfile(path):
+        raise UsageError(f"{path} is no .npz: it is no zip archive, or not a whole one.", HINT)
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
+        raise UsageError(f"{path} cannot be read: {error}.", HINT) from error
+
+
+def _images_digest(images: Array) -> str:
+    from mpq_deploy.evaluate.cache import arrays_digest
+
+    return arrays_digest({"images": images})
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return f"{shape[1]} x {shape[0]} pixels, {shape[2]} channel{'' if shape[2] == 1 else 's'}"

@@ -1,0 +1,278 @@
+"""Many images of several models from the same noise: in shards that are cached by content, over several processes.
+
+In: a run's float graph and variants, their description and conditions. Out: pixels uint8 [N, H, W, C] by model. A
+killed call goes on with the shards that are finished, and a damaged one is made again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from mpq_deploy.calls.loop import denoise
+from mpq_deploy.calls.sampler import SamplerKind, make_sampler
+from mpq_deploy.errors import ModelError, UsageError
+from mpq_deploy.evaluate.cache import SampleCache, arrays_digest, model_digest, model_files
+from mpq_deploy.evaluate.decode import decode, decoder_path
+from mpq_deploy.evaluate.evaluate import DECODED_RANGE, spread_rows
+from mpq_deploy.evaluate.images import to_uint8
+from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.runtime.ort import OrtDenoiser
+from mpq_deploy.system.parallel.job_files import Files
+from mpq_deploy.system.parallel.processes import Processes
+from mpq_deploy.system.parallel.work import Alone, Crew, Job, Result, Work, run_shards
+from mpq_deploy.system.parallel.work import Shard as ShardOf
+from mpq_deploy.system.progress import Talk
+from mpq_deploy.system.threads import available_cores, runtime_threads
+
+# A change here makes every shard stale.
+FORMAT = 1
+# Images of a shard, our choice: seconds to a minute of work, which is what a kill loses.
+SHARD = 32
+# Models above this are held by one process at a time, unless more are asked for.
+LARGEST_SHARED_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """``images`` of ``steps`` steps from the noise of ``seed``. ``workers`` None: one process per core."""
+
+    images: int
+    steps: int
+    seed: int
+    sampler: SamplerKind = "auto"
+    batch_size: int = 16
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("images", "steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}.", "It must be at least 1.")
+        if self.workers is not None and self.workers < 1:
+            raise UsageError(f"--workers is {self.workers}.", "Give at least 1.")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to sample: its graph, whether it is the float one, and the seed of its noise."""
+
+    model: Path
+    seed: int
+    is_float: bool = False
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What one call of a worker makes: images ``start`` to ``start + len(rows)`` of ``source``."""
+
+    source: Source
+    spec: DenoiserSpec
+    conditions: dict[str, Array] = field(repr=False)
+    decoder: Path | None
+    rows: tuple[int, ...]
+    start: int
+    options: SamplingOptions
+    threads: int
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Pixels uint8 [N, H, W, C] by model, each image's condition, the sampler's name; shards, and those made now."""
+
+    images: dict[str, Array]
+    rows: Array
+    sampler: str
+    shards: int
+    made: int
+    seconds: float
+
+
+def sample_many(
+    sources: Mapping[str, Source],
+    float_model: Path,
+    spec: DenoiserSpec,
+    conditions: Mapping[str, Array],
+    options: SamplingOptions,
+    cache: Path | None,
+    talk: Talk,
+    crew: Crew | None = None,
+) -> Sampled:
+    """Sample every one of ``sources``; image i of two sources of the same seed comes from the same noise.
+
+    ``crew``: who samples; None: as many processes of this machine as ``options`` say.
+
+    Raises UsageError where the samples are no images (latents without a decoder), ModelError for samples that are not
+    finite.
+    """
+    _check_pixels(spec)
+    started = time.monotonic()
+    decoder = decoder_path(spec, float_model.parent)
+    rows = spread_rows(len(next(iter(conditions.values()), ())), options.images, spec.uncond_row)
+    models = list({source.model: None for source in sources.values()})
+    crew, threads = _crew(options, models, crew)
+    files = Files.of(file for model in [*models, *([decoder] if decoder else [])] for file in model_files(model))
+    store, job = _Counting(cache, talk), _job(files, models)
+    shared = _Shared(spec, dict(conditions), decoder, rows, options, threads)
+    shards = [shard for name, source in sources.items() for shard in _shards(name, source, shared, files)]
+    with crew.open(job, talk) as pool:
+        title = f"sample {len(sources)} sets of {options.images}"
+        found = [result["images"] for result in run_shards(pool, title, shards, talk, store)]
+    each = len(shards) // len(sources)
+    whole = {name: np.concatenate(found[number * each : (number + 1) * each]) for number, name in enumerate(sources)}
+    sampler = make_sampler(spec.scheduler, options.steps, options.seed, options.sampler).name
+    return Sampled(whole, rows, sampler, len(shards), store.made, time.monotonic() - started)
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What the shards of all sources have in common."""
+
+    spec: DenoiserSpec
+    conditions: dict[str, Array]
+    decoder: Path | None
+    rows: Array
+    options: SamplingOptions
+    threads: int
+
+
+def _shards(name: str, source: Source, shared: _Shared, files: Files) -> list[ShardOf]:
+    """Cut the images of ``source`` into shards, with paths relative to the root of ``files``."""
+    options = shared.options
+    moved = replace(source, model=files.below(source.model))
+    decoder = None if shared.decoder is None else files.below(shared.decoder)
+    common = _common_key(shared.spec, shared.conditions, shared.decoder, options)
+    key = {**common, "model": model_digest(source.model), "float": source.is_float, "seed": source.seed}
+    shards = []
+    for start in range(0, options.images, SHARD):
+        rows = tuple(int(row) for row in shared.rows[start : start + SHARD])
+        task = Shard(moved, shared.spec, shared.conditions, decoder, rows, start, options, shared.threads)
+        title = f"{name}, images {start} to {start + len(rows) - 1}"
+        shards.append(ShardOf(title, task, 1, {**key, "start": start, "rows": list(rows)}))
+    return shards
+
+
+class _Counting(SampleCache):
+    """A cache that counts what was made for it."""
+
+    made = 0
+
+    def keep(self, key: Mapping[str, Any], arrays: dict[str, Array]) -> dict[str, Array]:
+        self.made += 1
+        return super().keep(key, arrays)
+
+
+def image_shape(spec: DenoiserSpec, folder: Path) -> tuple[int, ...]:
+    """Return [H, W, C] of the images; ``folder`` holds the decoder, if there is one.
+
+    Raises UsageError where the samples are no images: latents without a decoder.
+    """
+    _check_pixels(spec)
+    decoder = decoder_path(spec, folder)
+    shape = spec.sample.shape
+    if decoder is not None:
+        shape = decode(decoder, np.zeros((1, *shape), np.float32), 1, Talk()).shape[1:]
+    return (*shape[1:], shape[0])
+
+
+def sample_shard(shard: Shard) -> Array:
+    """Make the images of ``shard``, uint8 [n, H, W, C]: the same ones in any process."""
+    options, spec, source = shard.options, shard.spec, shard.source
+    denoiser = _opened(
+        source.model, source.model.stat().st_mtime_ns, spec.model_dump_json(), shard.threads, source.is_float
+    )
+    # A sampler that adds noise draws it shard by shard: each needs draws of its own.
+    seed = int(np.random.SeedSequence((source.seed, shard.start)).generate_state(1)[0])
+    sampler = make_sampler(spec.scheduler, options.steps, seed, options.sampler)
+    samples = denoise(
+        denoiser,
+        sampler,
+        shard_noise(spec, shard.start, len(shard.rows), source.seed),
+        np.array(shard.rows),
+        shard.conditions,
+        spec,
+        options.batch_size,
+    )
+    if shard.decoder is None:
+        assert spec.pixel_range is not None  # checked by _check_pixels
+        return to_uint8(samples, spec.pixel_range)
+    return to_uint8(decode(shard.decoder, samples, options.batch_size, Talk()), spec.pixel_range or DECODED_RANGE)
+
+
+def shard_noise(spec: DenoiserSpec, start: int, count: int, seed: int) -> Array:
+    """Return the noise of images ``start`` to ``start + count``: that of ``sampling.loop.initial_noise``."""
+    shape = spec.sample.shape
+    return np.stack(
+        [np.random.default_rng((seed, i)).standard_normal(shape, np.float32) for i in range(start, start + count)]
+    )
+
+
+def open_sampler(root: Path, talk: Talk) -> Work:
+    """Return what makes the images of a ``Shard``, whose paths are relative to ``root``."""
+
+    def work(shard: Shard, inner: Talk) -> Result:
+        source = replace(shard.source, model=root / shard.source.model)
+        decoder = None if shard.decoder is None else root / shard.decoder
+        return {"images": sample_shard(replace(shard, source=source, decoder=decoder))}
+
+    return work
+
+
+def _crew(options: SamplingOptions, models: list[Path], crew: Crew | None) -> tuple[Crew, int]:
+    """Return who samples, and the threads of a shard, which do not depend on the number of workers."""
+    cores = available_cores()
+    shared = max(map(_bytes, models)) * cores <= LARGEST_SHARED_BYTES
+    if crew is None:
+        workers = options.workers or (cores if shared else 1)
+        crew = Alone() if workers == 1 else Processes(workers)
+    return crew, crew.threads or (1 if shared else runtime_threads())
+
+
+def _job(files: Files, models: list[Path]) -> Job:
+    # The graph is held as it is and prepared for the kernels; activations of one batch are far smaller.
+    return Job("sampling", open_sampler, files.root, files.names, 2 * max(map(_bytes, models)))
+
+
+def _bytes(model: Path) -> int:
+    return sum(file.stat().st_size for file in model_files(model))
+
+
+@lru_cache(maxsize=1)
+def _opened(model: Path, changed: int, spec: str, threads: int, is_float: bool) -> OrtDenoiser:
+    """Open a graph once for all shards of it in a row; ``changed`` is its time of writing."""
+    described = DenoiserSpec.model_validate_json(spec)
+    # As in evaluate: the float graph as it is, Q/DQ pairs of a variant in float arithmetic.
+    return OrtDenoiser(model, described, threads=threads, fake_quant_only=not is_float)
+
+
+def _check_pixels(spec: DenoiserSpec) -> None:
+    if spec.decoder is None and spec.pixel_range is None:
+        raise UsageError(
+            "The samples are latents and there is no decoder: no feature network can look at them.",
+            "Give the pipeline folder its VAE; an ONNX file's YAML can name a decoder, or a pixel_range.",
+        )
+    if len(spec.sample.shape) != 3:
+        raise ModelError(f"The samples have the shape {list(spec.sample.shape)}.", "Images are [channels, H, W].")
+
+
+def _common_key(
+    spec: DenoiserSpec, conditions: Mapping[str, Array], decoder: Path | None, options: SamplingOptions
+) -> dict[str, Any]:
+    plain = spec.model_dump(mode="json", exclude={"name", "source", "labels", "synthetic"})
+    return {
+        "format": FORMAT,
+        "part": "metrics",
+        "spec": plain,
+        "conditions": arrays_digest(dict(conditions)),
+        "decoder": None if decoder is None else model_digest(decoder),
+        "steps": options.steps,
+        "sampler": options.sampler,
+        "batch_size": options.batch_size,
+        "onnxruntime": ort.__version__,
+    }

@@ -1,0 +1,93 @@
+"""From a plan to files: the FP16 graph for TensorRT and its FP32-arithmetic twin for ONNX Runtime.
+
+In: the exported model, the scheme and codes of every layer, the activation scales, the dialect. Out: ``model.onnx`` and
+``model.fp32.onnx`` over one ``weights.bin``. Both hold the same integers and scales, because they are the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from pathlib import Path
+
+import onnx_ir as ir
+
+from mpq_deploy.calibrate.scales import ActivationGrid
+from mpq_deploy.errors import ModelError
+from mpq_deploy.formats.scheme import INT4
+from mpq_deploy.formats.sizes import int4_shape
+from mpq_deploy.graph.dialects import Dialect
+from mpq_deploy.graph.load import load_model
+from mpq_deploy.graph.passes.fp16_arithmetic import fp16_arithmetic
+from mpq_deploy.graph.passes.fp16_region import Fp16Region, fp16_region
+from mpq_deploy.graph.passes.fp16_storage import fp16_storage
+from mpq_deploy.graph.passes.lower_opset import lower_opset
+from mpq_deploy.graph.save import save_sharing
+from mpq_deploy.graph.writers.quantize_layers import LayerRewrite, quantize_layers
+from mpq_deploy.graph.writers.simulated_nodes import nominal_bytes
+from mpq_deploy.models.spec import Array
+
+DEPLOYED = "model.onnx"
+SIMULATED = "model.fp32.onnx"
+WEIGHTS = "weights.bin"
+
+
+def write_quantized(
+    exported: Path,
+    timestep: str,
+    sample: str,
+    rewrites: Sequence[LayerRewrite],
+    scales: Mapping[str, float | ActivationGrid],
+    folder: Path,
+    dialect: Dialect | None = None,
+    constants: Mapping[str, Array] | None = None,
+) -> int:
+    """Write both graphs of a plan into ``folder``; return the bytes of all constants, counted from the file.
+
+    ``exported`` is the FP32 model; ``timestep`` and ``sample`` name its inputs; ``scales`` are INT8 scales by
+    activation tensor. What is simulated has nominal bytes, checked against its codes in the file.
+    ``dialect``: what the target reads (default: whatever is written).
+    ``constants`` take the place of the exported model's, by name: values that recovery has learned.
+    Raises ModelError for a layer or node that the dialect cannot take.
+    """
+    if dialect is not None:
+        refuse_schemes(rewrites, dialect)
+    learned = {name: ir.tensor(array, name=name) for name, array in (constants or {}).items()}
+    models = {}
+    for name, finish in ((DEPLOYED, fp16_arithmetic), (SIMULATED, fp16_storage)):
+        model = load_model(exported)
+        for constant, tensor in learned.items():
+            model.graph.initializers[constant].const_value = tensor
+        region = fp16_region(model, timestep, sample)
+        quantize_layers(model, list(rewrites), scales)
+        finish(model, region)
+        if dialect is not None:
+            lower_opset(model, dialect.opsets[1])
+        models[name] = model
+    save_sharing(models, folder, WEIGHTS)
+    return nominal_bytes(folder / DEPLOYED, [rewrite.layer for rewrite in rewrites])
+
+
+def refuse_schemes(rewrites: Sequence[LayerRewrite], dialect: Dialect) -> None:
+    """Raise ModelError when a layer takes a form that the builder of ``dialect`` is documented to refuse.
+
+    Forms that are only unproven there are the target's business, which a user's own YAML may decide otherwise.
+    """
+    for rewrite in rewrites:
+        layer, scheme = rewrite.layer, rewrite.scheme
+        if not dialect.tensorrt or scheme.weight is not INT4:
+            continue
+        shape = int4_shape(layer, scheme)
+        if prod(shape) % 2 or (shape[-1] % 2 and not dialect.odd_rows):
+            odd = "size" if prod(shape) % 2 else "last dimension"
+            raise ModelError(
+                f"{dialect.runtime} refuses the INT4 weight of '{layer.name}': its {odd} is odd.",
+                "Protect the layer (recipe: protect), or exclude INT4 for it in the target's YAML.",
+            )
+
+
+def fp16_bytes(model: ir.Model, timestep: str, sample: str) -> int:
+    """Bytes of all constants of ``model`` when deployed in FP16 without quantization; rewrites ``model``."""
+    region: Fp16Region = fp16_region(model, timestep, sample)
+    fp16_arithmetic(model, region)
+    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)

@@ -1,0 +1,150 @@
+"""Latency tables: what each (layer shape, scheme) takes on one target, in milliseconds, and where that comes from.
+
+In and out: a JSON file, made by ``mpq-deploy profile`` on the machine that has the hardware, and read at home.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from math import isfinite
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mpq_deploy.errors import UsageError
+from mpq_deploy.run.folder import canonical_json
+
+FORMAT = 1
+Source = Literal["measured", "estimated"]
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What the time of a layer depends on: its operator, and its shapes with the batch in them."""
+
+    op: str
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    weight_shape: tuple[int, ...]
+    group: int = 1
+
+
+class Entry(BaseModel):
+    """One row of the file: a layer of this shape under ``scheme``, its activation's quantizer included."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    op: str
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    weight_shape: tuple[int, ...]
+    group: int = Field(1, ge=1)
+    scheme: str
+    milliseconds: float = Field(gt=0)
+
+    @property
+    def shape(self) -> LayerShape:
+        """The layer that it is about."""
+        return LayerShape(self.op, self.input_shape, self.output_shape, self.weight_shape, self.group)
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[1]
+    target: str
+    device: str
+    builder: str
+    source: Source
+    batch: int = Field(ge=1)
+    date: str = ""
+    entries: tuple[Entry, ...]
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Milliseconds by (shape, scheme name), and their provenance.
+
+    ``device``: the GPU's name (whose figures, where estimated); ``builder``: its name and version (empty where
+    estimated); ``source``: measured or estimated; ``date``: when, not digested.
+    """
+
+    target: str
+    device: str
+    builder: str
+    source: Source
+    batch: int
+    entries: dict[tuple[LayerShape, str], float] = field(default_factory=dict)
+    date: str = ""
+
+    def save(self, path: Path) -> None:
+        """Write the table as JSON, entries sorted."""
+        path.write_text(canonical_json({**self._values(), "date": self.date}))
+
+    def digest_fields(self) -> str:
+        """Everything that a plan depends on, as text: all but the date."""
+        return canonical_json(self._values())
+
+    def _values(self) -> dict[str, object]:
+        rows = sorted(self.entries.items(), key=lambda item: (repr(item[0][0]), item[0][1]))
+        entries = [{**vars(shape), "scheme": scheme, "milliseconds": value} for (shape, scheme), value in rows]
+        return {
+            "format": FORMAT,
+            "target": self.target,
+            "device": self.device,
+            "builder": self.builder,
+            "source": self.source,
+            "batch": self.batch,
+            "entries": entries,
+        }
+
+    @classmethod
+    def load(cls, path: Path) -> LatencyTable:
+        """Read a table. Raises UsageError for a file that is missing or no latency table."""
+        try:
+            read = _File.model_validate(json.loads(path.read_text()))
+        except OSError as error:
+            raise UsageError(
+                f"The latency table {path} cannot be read: {error.strerror}.", "Make one with 'mpq-deploy profile'."
+            ) from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise UsageError(
+                f"{path} is no latency table: {where}: {first['msg']}.", "Make one with 'mpq-deploy profile'."
+            ) from error
+        except ValueError as error:
+            raise UsageError(f"{path} is no JSON: {error}.", "Make one with 'mpq-deploy profile'.") from error
+        entries = {(entry.shape, entry.scheme): entry.milliseconds for entry in read.entries}
+        return cls(read.target, read.device, read.builder, read.source, read.batch, entries, read.date)
+
+    def require(self, target: str, batch: int) -> None:
+        """Raise UsageError unless the table is of ``target`` and of the ``batch`` that the engine is optimised for."""
+        if self.target != target:
+            raise UsageError(
+                f"The latency table is of the target {self.target}, not of {target}.",
+                f"Times of another device say nothing: make one with 'mpq-deploy profile --target {target}'.",
+            )
+        if self.batch != batch:
+            raise UsageError(
+                f"The latency table is of batch {self.batch}; the engine's usual batch is {batch} (engine.batch_opt).",
+                f"Profile with that batch, or set engine.batch_opt to {self.batch}.",
+            )
+
+
+UNITS_MS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
+
+
+def parse_latency(text: str) -> int:
+    """Turn ``120ms``, ``0.12s`` or ``900us`` into nanoseconds. Raises UsageError for anything else."""
+    lowered = text.strip().lower().replace(" ", "")
+    suffix = next((unit for unit in UNITS_MS if lowered.endswith(unit)), "")
+    try:
+        number = float(lowered.removesuffix(suffix)) if suffix else float("nan")
+    except ValueError:
+        number = float("nan")
+    if not isfinite(number) or number <= 0:
+        raise UsageError(f"The latency '{text}' is no time.", "Give a number with its unit: 120ms, 0.12s or 900us.")
+    return int(round(number * UNITS_MS[suffix] * 1e6, 3))

@@ -1,0 +1,149 @@
+"""What the stages know of a target's speed: costs per layer and scheme at the deployed batch, and a plan's totals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpq_deploy.engine.target import Target, load_target
+from mpq_deploy.errors import ModelError, UsageError
+from mpq_deploy.formats.scheme import FP16, INT8, SCHEMES
+from mpq_deploy.latency.costs import LatencyCosts, PlanLatency
+from mpq_deploy.latency.latency_table import LatencyTable, parse_latency
+from mpq_deploy.latency.others import activations_of, weighed_nodes
+from mpq_deploy.latency.roofline import LAUNCH_SECONDS, Rates
+from mpq_deploy.run.common import Exported, load_calibration
+from mpq_deploy.run.folder import Fields
+from mpq_deploy.stages.candidates import CONTROLS, control_scheme
+
+if TYPE_CHECKING:
+    from mpq_deploy.recipe import Recipe
+    from mpq_deploy.run.pipeline import Pipeline
+
+FIGURES = {"title", "figures_of", "bandwidth_bytes_per_s", "int8_ops_per_s", "fp16_ops_per_s"}
+
+
+def latency_inputs(recipe: Recipe) -> Fields:
+    """Return what latencies depend on beside the graph: figures, batch, table."""
+    table = read_table(recipe)
+    return {
+        "target.figures": load_target(recipe.target).model_dump(mode="json", include=FIGURES),
+        "recipe.engine.batch_opt": recipe.engine.batch_opt,
+        "latency_table": table.digest_fields() if table else None,
+        "latency.launch_seconds": LAUNCH_SECONDS,
+    }
+
+
+def read_table(recipe: Recipe) -> LatencyTable | None:
+    """Read the recipe's latency table, if it has one. Raises UsageError when it is none, or of another target."""
+    path = recipe.allocate.latency_table
+    if path is None:
+        return None
+    table = LatencyTable.load(Path(path))
+    table.require(load_target(recipe.target).name, recipe.engine.batch_opt)
+    return table
+
+
+def limits_latency(recipe: Recipe) -> bool:
+    """Whether the plan depends on latency, and is not only described by it."""
+    return recipe.allocate.max_latency is not None or recipe.allocate.objective == "latency"
+
+
+def check_latency(recipe: Recipe, target: Target) -> None:
+    """Find mistakes about latency that need no run folder."""
+    section = recipe.allocate
+    if section.max_latency is not None:
+        parse_latency(section.max_latency)
+    if section.max_loss is not None and section.objective != "latency":
+        raise UsageError("allocate.max_loss is for allocate.objective: latency.", "The default minimises the loss.")
+    table = read_table(recipe)
+    if limits_latency(recipe) and (target.simulated or (table is None and Rates.of(target) is None)):
+        raise UsageError(
+            f"Nothing is known of the speed of the target {target.name}: it has no figures to estimate latency from.",
+            "Choose a target of one device, give the figures in a YAML that extends it, or give --latency-table.",
+        )
+
+
+def call_shapes(pipeline: Pipeline, exported: Exported) -> dict[str, tuple[int, ...]]:
+    """Return the shapes that layers (and what else counts) read and write at the engine's usual batch, by tensor.
+
+    Raises ModelError where a shape does not follow the batch.
+    """
+    from mpq_deploy.calibrate.activation_shapes import activation_shapes
+
+    graph, batch = exported.graph, pipeline.recipe.engine.batch_opt
+    uses = [name for layer in graph.layers for use in layer.uses for name in (use.input, use.output)]
+    others = [name for node in weighed_nodes(graph) for name in activations_of(node)]
+    names = tuple(dict.fromkeys([*uses, *others]))
+    recorded, _ = load_calibration(pipeline)
+    found = activation_shapes(
+        graph, recorded, exported.conditions, exported.spec, pipeline.talk, pipeline.run.scratch(), names
+    )
+    return {
+        name: tuple(size * batch if axis == one.batch_axis else size for axis, size in enumerate(one.shape))
+        for name, one in found.items()
+    }
+
+
+def latency_costs(pipeline: Pipeline, exported: Exported) -> tuple[LatencyCosts | None, str]:
+    """Return the costs on the recipe's target, or None and why nothing can be said.
+
+    Raises ModelError for a graph without clear shapes where the plan depends on latency.
+    """
+    recipe = pipeline.recipe
+    target, table = load_target(recipe.target), read_table(recipe)
+    if target.simulated or (table is None and Rates.of(target) is None):
+        return None, ""
+    try:
+        shapes = call_shapes(pipeline, exported)
+    except ModelError as error:
+        if limits_latency(recipe):
+            raise
+        return None, f"latency is not estimated: {error.message}"
+    return LatencyCosts(exported.graph, shapes, target, recipe.engine.batch_opt, table), ""
+
+
+def plan_latency_info(
+    costs: LatencyCosts,
+    exported: Exported,
+    schemes: Mapping[str, str],
+    ours_ns: int,
+    limit_ns: int | None,
+    recipe: Recipe,
+) -> PlanLatency:
+    """Describe the latency of a plan (layer -> scheme name), of which the solver counted ``ours_ns``."""
+    layers, target = exported.graph.layers, load_target(recipe.target)
+    int8 = {layer.name: control_scheme(layer, CONTROLS["int8"][:1], target) for layer in layers}
+    slower = costs.slower_in_int8(layers, int8)
+    fp16_ns = costs.plan_ns(layers, {layer.name: FP16 for layer in layers})
+    int8_ns = costs.plan_ns(layers, int8)
+    # Counted before everything INT4 is added up: the solver may not have looked at those entries.
+    measured, estimated = len(costs.measured), len(costs.estimated)
+    source, basis = costs.source(), costs.basis()
+    return PlanLatency(
+        ours_ms=ours_ns / 1e6,
+        fp16_ms=fp16_ns / 1e6,
+        int8_ms=int8_ns / 1e6,
+        others_ms=costs.others_ns / 1e6,
+        batch=costs.batch,
+        source=source,
+        basis=basis,
+        measured=measured,
+        estimated=estimated,
+        slower_in_int8=slower,
+        taken=tuple(name for name in slower if SCHEMES[schemes[name]].activation is INT8),
+        objective=recipe.allocate.objective,
+        limit_ms=None if limit_ns is None else limit_ns / 1e6,
+        int4_ms=_everything_int4(costs, exported, target),
+    )
+
+
+def _everything_int4(costs: LatencyCosts, exported: Exported, target: Target) -> float | None:
+    layers = exported.graph.layers
+    schemes = {layer.name: control_scheme(layer, CONTROLS["int4"][:-1], target) for layer in layers}
+    try:
+        return costs.plan_ns(layers, schemes) / 1e6
+    except UsageError:
+        # A table that lacks a layer, for a target without figures.
+        return None

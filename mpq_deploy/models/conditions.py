@@ -1,0 +1,64 @@
+"""The conditions that a denoiser is called with: arrays by input name, one row per condition."""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from mpq_deploy.errors import ModelError, UsageError
+from mpq_deploy.models.spec import Array
+
+# Entries of the file that are no inputs: the number of rows (an unconditional denoiser has one row and no array),
+# the row for classifier-free guidance, and what the rows are called.
+ROWS, UNCOND_ROW, LABELS = "_rows", "_uncond_row", "_labels"
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """``arrays`` by input name, each with ``rows`` rows; an unconditional denoiser has one row and no array."""
+
+    arrays: dict[str, Array] = field(default_factory=dict)
+    rows: int = 1
+    uncond_row: int | None = None
+    labels: tuple[str, ...] = ()
+
+    def take(self, rows: Array) -> dict[str, Array]:
+        """Return the given rows of every array."""
+        return {name: values[rows] for name, values in self.arrays.items()}
+
+    def save(self, path: Path) -> None:
+        """Write the arrays as one .npz file (no pickle)."""
+        extra: dict[str, Array] = {ROWS: np.array(self.rows)}
+        if self.uncond_row is not None:
+            extra[UNCOND_ROW] = np.array(self.uncond_row)
+        if self.labels:
+            extra[LABELS] = np.array(self.labels)
+        np.savez(path, **self.arrays, **extra)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, path: Path) -> Conditions:
+        """Read what ``save`` wrote, or a user's file. Raises UsageError, ModelError for a file that is none."""
+        if not path.is_file():
+            raise UsageError(f"There is no conditions file at {path}.", "Give a .npz file, one array per input.")
+        try:
+            with np.load(path, allow_pickle=False) as data:
+                entries = {name: data[name] for name in data.files}
+        except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+            raise ModelError(
+                f"{path} cannot be read as conditions: {error}", "Write it with numpy.savez, plain numbers only."
+            ) from error
+        labels = tuple(str(label) for label in entries.pop(LABELS, np.array(())))
+        uncond = entries.pop(UNCOND_ROW, None)
+        declared = entries.pop(ROWS, None)
+        sizes = {len(values) if values.ndim else 0 for values in entries.values()}
+        sizes |= set() if declared is None else {int(declared)}
+        if len(sizes) != 1 or min(sizes) < 1:
+            shapes = {name: values.shape for name, values in entries.items()}
+            raise UsageError(
+                f"The arrays in {path} do not have one common number of rows: {shapes}.",
+                "Give one row per condition in every array.",
+            )
+        return cls(entries, sizes.pop(), None if uncond is None else int(uncond), labels)

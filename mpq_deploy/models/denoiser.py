@@ -1,0 +1,65 @@
+"""A denoiser as it was opened, and what its export reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import onnx_ir as ir
+
+from mpq_deploy.models.conditions import Conditions
+from mpq_deploy.models.spec import Array, DenoiserSpec, InputSpec
+from mpq_deploy.system.progress import Talk
+
+
+class Network(Protocol):
+    """Where the graph comes from: a PyTorch module or an ONNX file."""
+
+    # Largest relative error that the export may show against ``reference``.
+    tolerance: float
+
+    def to_onnx(self, talk: Talk) -> ir.Model:
+        """Return the network as a normalised FP32 ONNX graph with dynamic batch axis."""
+
+    def reference(self, feeds: dict[str, Array]) -> Array:
+        """Return the network's own output for ``feeds``, float32."""
+
+    def resized(self, sample: InputSpec) -> Network:
+        """Return the network for another ``sample``, over the same weights. Raises UsageError where that cannot be."""
+
+    def release(self) -> None:
+        """Let go of the weights in memory: neither of the above is called again."""
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A denoiser with everything that is needed to sample from it. ``decoder`` turns latents into
+    images; ``notes`` say what the user should know, such as why there is none.
+    """
+
+    spec: DenoiserSpec
+    conditions: Conditions
+    network: Network
+    decoder: Network | None = None
+    notes: tuple[str, ...] = ()
+    # Turns samples into latents [N, C, H, W] where they are packed into tokens (Flux).
+    unpack: Callable[[Any], Any] | None = None
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What the export did. ``max_relative_error``: against the source, relative to the output's largest value.
+
+    ``weight_bytes``: bytes of all constants in FP32; ``notes``: what the user should know, such as why there is no
+    decoder.
+    """
+
+    max_relative_error: float
+    batch_sizes: tuple[int, ...]
+    opset: int
+    parameters: int
+    weight_bytes: int
+    seconds: float
+    decoder_error: float | None = None
+    notes: tuple[str, ...] = ()

@@ -1,0 +1,267 @@
+"""Write a denoiser as an ONNX file with its description: what all later stages work from.
+
+In: a ``Denoiser`` and an empty folder. Out: ``model.onnx`` and ``model.onnx.data`` (FP32), ``denoiser.json``,
+``conditions.npz`` and, for latent models, ``decoder.onnx``.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from mpq_deploy.calls.sampler import make_sampler
+from mpq_deploy.errors import ModelError, UsageError
+from mpq_deploy.graph.layers import STANDARD_DOMAINS, layer_graph
+from mpq_deploy.graph.load import load_model
+from mpq_deploy.graph.passes.first_token import common_first_token, precompute_first_token, projects
+from mpq_deploy.models.conditions import Conditions
+from mpq_deploy.models.denoiser import Denoiser, ExportReport, Network
+from mpq_deploy.models.smaller import SMALLER, require_alike, share_weights, smaller_denoiser
+from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.runtime.not_finite import first_not_finite
+from mpq_deploy.runtime.ort import make_session_with, model_feeds, options_for_few_calls, run_session
+from mpq_deploy.system.progress import Talk
+
+MODEL, SPEC, CONDITIONS, DECODER = "model.onnx", "denoiser.json", "conditions.npz", "decoder.onnx"
+# Constants below this stay in the .onnx file: shapes and axes, which readers want at hand.
+INLINE_BYTES = 1024
+# Batch sizes at which the export is compared with its source: two, so that a fixed batch axis fails at one of them.
+CHECK_BATCHES = (1, 2)
+CHECK_SEED = 0
+# Timesteps of the comparison are drawn from those that diffusion models are trained with, or that are sampled with.
+CHECK_TIMESTEPS, CHECK_STEPS = 1000, 20
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """What ``export_denoiser`` wrote, read back. ``decoder`` is None where samples are images."""
+
+    model: Path
+    spec: DenoiserSpec
+    conditions: Conditions
+    decoder: Path | None
+
+
+def export_denoiser(
+    denoiser: Denoiser,
+    folder: Path,
+    talk: Talk | None = None,
+    *,
+    first_token_apart: bool = False,
+    smaller: int | None = None,
+    release: bool = False,
+) -> ExportReport:
+    """Write ``denoiser`` into ``folder`` and compare the file, run by ONNX Runtime, with its source.
+
+    ``first_token_apart``: cross-attention gets the keys and values of the text's first token as constants
+    (``graph.passes.first_token``). ``smaller``: also write the graph for samples of this height and width
+    (``denoisers.smaller``). ``release``: let go of the denoiser's own weights on the way, so that those of the
+    file are not held beside them.
+
+    Raises ModelError when a weight is not finite, when the graph cannot be exported, or when the outputs differ by
+    more than the network's tolerance (1e-3 of the largest output for a PyTorch module).
+    """
+    talk = talk or Talk()
+    started = time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    small = None if smaller is None else smaller_denoiser(denoiser, smaller)
+    model = denoiser.network.to_onnx(talk)
+    check_finite(model)
+    check_repeats(model)
+    spec, notes, decoder_error = denoiser.spec, list(denoiser.notes), None
+    if first_token_apart:
+        spec, note = keep_first_token_apart(model, spec, denoiser.conditions)
+        notes.append(note)
+    save_model(model, folder / MODEL)
+    sizes = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
+    opset, parameters = model.graph.opset_imports[""], sum(int(tensor.size) for tensor in sizes)
+    weight_bytes = sum(tensor.nbytes for tensor in sizes)
+    del model, sizes
+    if small is not None:
+        _export_smaller(small, folder, first_token_apart, talk)
+    error = _checked_error(denoiser, folder / MODEL, release)
+    if denoiser.decoder is not None:
+        try:
+            decoder_error = _export_decoder(denoiser.decoder, spec, folder / DECODER, talk)
+            spec = spec.model_copy(update={"decoder": DECODER})
+        except ModelError as reason:
+            notes.append(f"The decoder was not exported, samples are compared as latents: {reason.message}")
+            talk.warn(notes[-1])
+    spec.save(folder / SPEC)
+    denoiser.conditions.save(folder / CONDITIONS)
+    return ExportReport(
+        max_relative_error=error,
+        batch_sizes=CHECK_BATCHES,
+        opset=opset,
+        parameters=parameters,
+        weight_bytes=weight_bytes,
+        seconds=time.monotonic() - started,
+        decoder_error=decoder_error,
+        notes=tuple(notes),
+    )
+
+
+def _checked_error(denoiser: Denoiser, path: Path, release: bool) -> float:
+    error = _largest_error(denoiser, path, release)
+    if not error <= denoiser.network.tolerance:
+        raise ModelError(
+            f"The exported model differs from its source by {error:.2e} of the largest output.",
+            f"At most {denoiser.network.tolerance:g} is expected: please report the model's configuration.",
+        )
+    return error
+
+
+def _export_smaller(denoiser: Denoiser, folder: Path, first_token_apart: bool, talk: Talk) -> None:
+    try:
+        model = denoiser.network.to_onnx(talk)
+    except ModelError as error:
+        shape = list(denoiser.spec.sample.shape)
+        raise ModelError(
+            f"The model does not take samples of {shape}, as measure.side asks: {error.message}",
+            "Give a side that the model can halve as often as it does its own, such as half of that; or leave it out.",
+        ) from error
+    if first_token_apart:
+        keep_first_token_apart(model, denoiser.spec, denoiser.conditions)
+    share_weights(model, folder / MODEL)
+    ir.save(model, folder / SMALLER)
+    require_alike(layer_graph(load_model(folder / SMALLER)), layer_graph(load_model(folder / MODEL)))
+    _checked_error(denoiser, folder / SMALLER, release=False)
+
+
+def keep_first_token_apart(model: ir.Model, spec: DenoiserSpec, conditions: Conditions) -> tuple[DenoiserSpec, str]:
+    """Rewrite ``model`` by ``graph.passes.first_token``; return the description that says so, and a note.
+
+    Raises UsageError where there is no text that cross-attention reads itself, or its first token is not always the
+    same.
+    """
+    tokens: dict[str, tuple[float, ...]] = {}
+    nodes: list[str] = []
+    for name in (item.name for item in spec.conditions if len(item.shape) == 2):
+        if any(value.name == name and any(projects(node) for node, _ in value.uses()) for value in model.graph.inputs):
+            token = common_first_token(name, conditions.arrays[name])
+            nodes += precompute_first_token(model, name, token)
+            tokens[name] = tuple(float(np.float32(value)) for value in token)
+    if not tokens:
+        raise UsageError(
+            "first_token: precomputed found no product that reads a text's tokens itself.",
+            "It is for the keys and values of cross-attention, as in UNet2DConditionModel; leave it quantized.",
+        )
+    note = (
+        f"The first token of {', '.join(tokens)} is kept apart (MixDQ): its rows of {len(nodes)} products are FP16 "
+        "constants, for that token alone."
+    )
+    return spec.model_copy(update={"first_tokens": tokens}), note
+
+
+def load_exported(folder: Path) -> ExportedModel:
+    """Read back what ``export_denoiser`` wrote into ``folder``."""
+    spec = DenoiserSpec.load(folder / SPEC)
+    decoder = folder / spec.decoder if spec.decoder else None
+    return ExportedModel(folder / MODEL, spec, Conditions.load(folder / CONDITIONS), decoder)
+
+
+def save_model(model: ir.Model, path: Path) -> None:
+    """Write ``model`` to ``path``, its larger constants into one file ``NAME.data`` beside it."""
+    ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=INLINE_BYTES)
+
+
+COMPARING = ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")
+RANDOM = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial")
+
+
+def check_finite(model: ir.Model) -> None:
+    """Raise ModelError naming the first weight that holds NaN, or Inf where it is not compared with."""
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None or not tensor.dtype.is_floating_point():
+            continue
+        compared = all(node.op_type in COMPARING for node, _ in value.uses())
+        array = tensor.numpy()
+        wrong = int(np.count_nonzero(np.isnan(array) if compared else ~np.isfinite(array)))
+        if wrong:
+            raise ModelError(
+                f"The weight '{name}' holds {wrong:,} values that are NaN or infinite.",
+                "The file is damaged, or the model diverged in training: use another checkpoint.",
+            )
+
+
+def check_repeats(model: ir.Model) -> None:
+    """Raise ModelError for a node that draws random numbers: nothing could be compared with such a model."""
+    for node in model.graph:
+        if node.op_type in RANDOM and node.domain in STANDARD_DOMAINS:
+            raise ModelError(
+                f"The node '{node.name}' ({node.op_type}) draws random numbers: the model never gives the same twice.",
+                "Export it in evaluation mode, or with that noise as an input (one of conditions).",
+            )
+
+
+def _largest_error(denoiser: Denoiser, path: Path, release: bool) -> float:
+    """Return the largest relative error of the file against the source over random inputs at two batch sizes."""
+    random = np.random.default_rng(CHECK_SEED)
+    cases = [_case(denoiser, count, random) for count in CHECK_BATCHES]
+    references = [denoiser.network.reference(feeds) for feeds in cases]
+    if release:
+        denoiser.network.release()
+    for feeds, reference in zip(cases, references):
+        if not np.isfinite(reference).all():
+            raise _not_finite(denoiser.spec, path, feeds)
+    session = make_session_with(path, options_for_few_calls())
+    outputs = [run_session(session, denoiser.spec.output, feeds) for feeds in cases]
+    return max(relative_error(output, reference) for output, reference in zip(outputs, references))
+
+
+def _case(denoiser: Denoiser, count: int, random: np.random.Generator) -> dict[str, Array]:
+    """Return random inputs of ``count`` calls."""
+    spec = denoiser.spec
+    sample = random.standard_normal((count, *spec.sample.shape), np.float32)
+    timesteps = random.choice(_timesteps(spec), count).astype(np.float32)
+    rows = random.integers(0, denoiser.conditions.rows, count)
+    if spec.timestep is None:
+        sample = denoiser.conditions.arrays[spec.sample.name][rows]
+    timestep = timesteps if spec.timestep is None or spec.timestep.batched else float(timesteps[0])
+    return model_feeds(spec, sample, timestep, denoiser.conditions.take(rows))
+
+
+def _timesteps(spec: DenoiserSpec) -> Array:
+    """Return the timesteps to compare at: for a model of diffusers its scheduler's, which may lie between 0 and 1."""
+    if not spec.config or spec.timestep is None:
+        return np.arange(CHECK_TIMESTEPS)
+    return make_sampler(spec.scheduler, CHECK_STEPS).timesteps
+
+
+def _not_finite(spec: DenoiserSpec, path: Path, feeds: dict[str, Array]) -> ModelError:
+    where = first_not_finite(path, feeds) or f"'{spec.output}'"
+    at = ""
+    if spec.timestep is not None:
+        at = f" at timestep {np.ravel(feeds[spec.timestep.name])[0] / spec.timestep_scale:g}"
+    return ModelError(
+        f"The model gives NaN or Inf on standard normal noise{at}: first in {where}.",
+        "Check the weights up to there: the model may have diverged, or need another input range.",
+    )
+
+
+def _export_decoder(decoder: Network, spec: DenoiserSpec, path: Path, talk: Talk) -> float:
+    """Export what turns latents into images, with one input; return its largest relative error."""
+    model = decoder.to_onnx(talk)
+    check_finite(model)
+    save_model(model, path)
+    random = np.random.default_rng(CHECK_SEED)
+    latents = random.standard_normal((CHECK_BATCHES[-1], *spec.sample.shape), np.float32)
+    session = make_session_with(path, options_for_few_calls())
+    feeds = {session.get_inputs()[0].name: latents}
+    error = relative_error(session.run(None, feeds)[0], decoder.reference(feeds))
+    if not error <= decoder.tolerance:
+        raise ModelError(f"The exported decoder differs from its source by {error:.2e}.")
+    return error
+
+
+def relative_error(output: Array, reference: Array) -> float:
+    """Return max |output - reference| / max |reference|; Inf when the shapes differ or a value is not finite."""
+    if output.shape != reference.shape or not np.isfinite(output).all():
+        return float("inf")
+    largest = float(np.max(np.abs(reference)))
+    return float(np.max(np.abs(output - reference))) / max(largest, float(np.finfo(np.float32).tiny))

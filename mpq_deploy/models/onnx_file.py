@@ -1,0 +1,346 @@
+"""An ONNX file as a denoiser: a small YAML beside it says what its inputs mean.
+
+Example, ``model.yaml`` beside ``model.onnx``::
+
+    sample: {name: x, shape: [3, 32, 32]}   # the shape may be left out when the file fixes it
+    timestep: t
+    conditions: [class_labels]
+    output: out_sample
+    prediction_type: epsilon
+    scheduler: scheduler_config.json         # or the configuration itself
+    pixel_range: [-1, 1]
+    labels: [cat, dog]
+    guidance: {scale: 3.0, uncond_row: 2}
+"""
+
+from __future__ import annotations
+
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from mpq_deploy.errors import ModelError, UsageError, nearest
+from mpq_deploy.graph.load import load_model, normalise
+from mpq_deploy.graph.passes.raise_opset import QUANTIZED_OPSET
+from mpq_deploy.graph.passes.widen import uses_halves
+from mpq_deploy.models.additions import (
+    Additions,
+    WantedInput,
+    check_conditions,
+    list_inputs,
+    predicted,
+    read_scheduler,
+)
+from mpq_deploy.models.conditions import Conditions
+from mpq_deploy.models.denoiser import Denoiser, Network
+from mpq_deploy.models.spec import Array, DenoiserSpec, InputSpec, PredictionType
+from mpq_deploy.system.progress import Talk
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+TOLERANCE = 1e-3
+# The source rounds every activation to half precision, the export does not.
+HALF_TOLERANCE = 5e-2
+DTYPES = {"FLOAT": "float32", "FLOAT16": "float32", "BFLOAT16": "float32", "DOUBLE": "float32"}
+DTYPES |= {"INT64": "int64", "INT32": "int32", "BOOL": "bool"}
+
+
+class NamedInput(BaseModel):
+    """An input by name; the shape (without batch axis) where the file leaves it open."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    shape: tuple[int, ...] | None = None
+
+
+class Guidance(BaseModel):
+    """Classifier-free guidance: the scale, and the row of the empty condition."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    scale: float = 1.0
+    uncond_row: int | None = Field(None, ge=0)
+
+
+class OnnxDescription(BaseModel):
+    """The YAML beside an ONNX file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str | None = None
+    sample: NamedInput
+    timestep: NamedInput
+    conditions: tuple[NamedInput, ...] = ()
+    output: str | None = None
+    prediction_type: PredictionType | None = None
+    scheduler: str | dict[str, Any] | None = None
+    pixel_range: tuple[float, float] | None = None
+    labels: tuple[str, ...] = ()
+    guidance: Guidance = Guidance()
+
+    @field_validator("sample", "timestep", mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("conditions", mode="before")
+    @classmethod
+    def _short_list(cls, value: Any) -> Any:
+        return [cls._short(item) for item in value] if isinstance(value, list) else value
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _texts(cls, value: Any) -> Any:
+        return [str(item) for item in value] if isinstance(value, list) else value
+
+
+class OnnxNetwork:
+    """An ONNX file: normalised for the export, run as it is for the comparison."""
+
+    def __init__(self, path: Path, output: str) -> None:
+        self.path, self._output = path, output
+        self._session: ort.InferenceSession | None = None
+        self.tolerance = HALF_TOLERANCE if uses_halves(load_model(path)) else TOLERANCE
+
+    def to_onnx(self, talk: Talk) -> ir.Model:
+        """Return the file's graph in the form that the export writes."""
+        talk.line(f"  reading {self.path.name}")
+        model = load_model(self.path)
+        outputs = model.graph.outputs
+        # What else the file gives no one asks for; as an output it would be computed and kept on each call.
+        kept = [value for value in outputs if value.name == self._output]
+        outputs.clear()
+        outputs.extend(kept)
+        return normalise(model)
+
+    def reference(self, feeds: dict[str, Array]) -> Array:
+        """Return what the file itself gives, through ONNX Runtime."""
+        from mpq_deploy.runtime.ort import make_session_with, options_for_few_calls, run_session
+
+        if self._session is None:
+            self._session = make_session_with(self.path, options_for_few_calls())
+        session = self._session
+        types = {"tensor(float16)": np.float16, "tensor(double)": np.float64}
+        given = {i.name: feeds[i.name].astype(types.get(i.type, feeds[i.name].dtype)) for i in session.get_inputs()}
+        return np.asarray(run_session(session, self._output, given), np.float32)
+
+    def resized(self, sample: InputSpec) -> Network:
+        """Refuse: the sizes are in the graph."""
+        raise UsageError(
+            f"{self.path} has one size of samples, {list(sample.shape)} is another.",
+            "Leave measure.side out, or give the PyTorch model instead of its ONNX file.",
+        )
+
+    def release(self) -> None:
+        """Close the file; the next call opens it again."""
+        self._session = None
+
+
+def description_path(model: Path, given: Path | None) -> Path:
+    """Return the YAML of an ONNX file. Raises UsageError when there is none."""
+    candidates = [given] if given is not None else [model.with_suffix(".yaml"), model.with_suffix(".yml")]
+    found = next((path for path in candidates if path.is_file()), None)
+    if found is None:
+        raise UsageError(
+            f"{model} needs a YAML that says what its inputs mean; there is no {candidates[0]}.",
+            "Write one: sample: NAME, timestep: NAME, conditions: [NAME, ...], prediction_type, scheduler.",
+        )
+    return found
+
+
+def read_description(path: Path) -> OnnxDescription:
+    """Return the checked YAML at ``path``. Raises UsageError naming the entry that is wrong."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read as YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} holds no entries.", "Begin with sample: NAME and timestep: NAME.")
+    try:
+        return OnnxDescription.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        entry = ".".join(str(part) for part in first["loc"])
+        known = list(OnnxDescription.model_fields)
+        hint = f"{nearest(entry, known)}Entries: {', '.join(known)}."
+        raise UsageError(f"{path}: '{entry}': {first['msg']} (found {first['input']!r}).", hint) from error
+
+
+def open_onnx(path: Path, source: str, additions: Additions, talk: Talk) -> Denoiser:
+    """Open an ONNX file with its YAML.
+
+    Raises UsageError when the YAML does not fit the file or something is missing, ModelError for a file that
+    cannot be used (no dynamic batch axis, unknown input types).
+    """
+    model = load_model(path)
+    yaml_path = description_path(path, additions.description)
+    description = read_description(yaml_path)
+    declared = {value.name or "": value for value in model.graph.inputs if not value.is_initializer()}
+    _check_names(declared, description, yaml_path)
+    sample = _input(declared[description.sample.name], description.sample, path)
+    timestep = _input(declared[description.timestep.name], description.timestep, path)
+    if not sample.batched:
+        raise _fixed_batch(path, sample.name)
+    if prod(timestep.shape) != 1:
+        raise UsageError(
+            f"The timestep '{timestep.name}' of {path} has the shape {list(timestep.shape)} beside the batch axis.",
+            "It must be one number per sample: [N], [N, 1], or a scalar for the whole batch.",
+        )
+    wanted = tuple(_wanted(declared[item.name], item, path) for item in description.conditions)
+    scheduler = _scheduler(description, yaml_path, additions)
+    conditions = _conditions(description, wanted, additions, path)
+    inputs = check_conditions(conditions, wanted, str(additions.conditions or yaml_path))
+    scale = additions.guidance_scale if additions.guidance_scale is not None else description.guidance.scale
+    if scale != 1 and conditions.uncond_row is None:
+        raise UsageError(f"The guidance scale is {scale}, but no uncond_row is given.", f"Add it in {yaml_path}.")
+    spec = DenoiserSpec(
+        name=description.name or path.stem,
+        source=source,
+        sample=sample,
+        timestep=timestep,
+        conditions=inputs,
+        output=_output(model, description, yaml_path),
+        prediction_type=predicted(scheduler),
+        scheduler=scheduler,
+        guidance_scale=scale,
+        uncond_row=conditions.uncond_row,
+        labels=conditions.labels,
+        pixel_range=description.pixel_range,
+    )
+    return Denoiser(spec, conditions, OnnxNetwork(path, spec.output), notes=_notes(model, path, talk))
+
+
+def _notes(model: ir.Model, path: Path, talk: Talk) -> tuple[str, ...]:
+    """Say what the export will change of the file's form."""
+    opset = model.opset_imports.get("", 0)
+    if opset >= QUANTIZED_OPSET:
+        return ()
+    note = f"{path.name} has opset {opset}; its graph was converted to opset {QUANTIZED_OPSET}."
+    talk.line(f"  {note}")
+    return (note,)
+
+
+def _check_names(declared: dict[str, ir.Value], description: OnnxDescription, yaml_path: Path) -> None:
+    named = [description.sample.name, description.timestep.name, *(item.name for item in description.conditions)]
+    for name in named:
+        if name not in declared:
+            raise UsageError(
+                f"{yaml_path} names an input '{name}', which the model does not have.",
+                f"{nearest(name, declared)}Its inputs are {', '.join(declared)}.",
+            )
+    for name in declared:
+        if name not in named:
+            raise UsageError(
+                f"The model has an input '{name}', which {yaml_path} does not name.",
+                "Name every input: sample, timestep, or one of conditions.",
+            )
+
+
+def _sizes(value: ir.Value, item: NamedInput, path: Path) -> tuple[bool, tuple[int | None, ...]]:
+    """Return whether the first axis is a batch axis, and the other sizes; None where file and YAML leave them open."""
+    if value.shape is None:
+        if item.shape is None:
+            raise UsageError(f"{path} declares no shape for '{item.name}'.", "Give its shape in the YAML.")
+        return True, item.shape
+    sizes = [size if isinstance(size, int) else None for size in value.shape]
+    batched = bool(sizes) and sizes[0] is None
+    rest = tuple(sizes[1:]) if batched else tuple(sizes)
+    if item.shape is None or not batched:
+        return batched, rest
+    if len(item.shape) != len(rest) or any(s not in (None, given) for s, given in zip(rest, item.shape)):
+        raise UsageError(
+            f"The YAML gives '{item.name}' the shape {list(item.shape)}, the file {list(rest)}.",
+            "Leave the batch axis out of the shape.",
+        )
+    return batched, item.shape
+
+
+def _dtype(value: ir.Value, path: Path) -> str:
+    name = value.dtype.name if value.dtype is not None else "unknown"
+    if name not in DTYPES:
+        raise ModelError(f"The input '{value.name}' of {path} has the type {name}.", f"Known: {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
+def _input(value: ir.Value, item: NamedInput, path: Path) -> InputSpec:
+    batched, sizes = _sizes(value, item, path)
+    if None in sizes:
+        shown = ["?" if size is None else size for size in sizes]
+        raise UsageError(
+            f"{path} leaves the size of '{item.name}' open: {shown}.",
+            f"Give it in the YAML, such as {{name: {item.name}, shape: [3, 32, 32]}}.",
+        )
+    fields = {"name": item.name, "shape": sizes, "dtype": _dtype(value, path), "batched": batched}
+    return InputSpec.model_validate(fields)
+
+
+def _wanted(value: ir.Value, item: NamedInput, path: Path) -> WantedInput:
+    batched, sizes = _sizes(value, item, path)
+    if not batched:
+        raise _fixed_batch(path, item.name)
+    return WantedInput(item.name, sizes, _dtype(value, path))
+
+
+def _fixed_batch(path: Path, name: str) -> ModelError:
+    return ModelError(
+        f"The input '{name}' of {path} has no dynamic batch axis.", "Export the model with a dynamic first axis."
+    )
+
+
+def _output(model: ir.Model, description: OnnxDescription, yaml_path: Path) -> str:
+    outputs = [value.name or "" for value in model.graph.outputs]
+    if description.output is None and len(outputs) == 1:
+        return outputs[0]
+    if description.output not in outputs:
+        raise UsageError(
+            f"{yaml_path} names the output '{description.output}'.", f"The model's outputs are {', '.join(outputs)}."
+        )
+    return description.output
+
+
+def _scheduler(description: OnnxDescription, yaml_path: Path, additions: Additions) -> dict[str, Any]:
+    """Return the scheduler's configuration with the description's prediction type in it."""
+    if additions.scheduler is not None:
+        scheduler = read_scheduler(additions.scheduler)
+    elif isinstance(description.scheduler, dict):
+        scheduler = dict(description.scheduler)
+        scheduler.setdefault("_class_name", "DDIMScheduler")
+    elif description.scheduler is not None:
+        scheduler = read_scheduler(yaml_path.parent / description.scheduler)
+    else:
+        raise UsageError(
+            f"{yaml_path} names no scheduler.",
+            "Add scheduler: FILE (a scheduler_config.json) or its entries, or give --scheduler FILE.",
+        )
+    if description.prediction_type is not None:
+        scheduler["prediction_type"] = description.prediction_type
+    return scheduler
+
+
+def _conditions(
+    description: OnnxDescription, wanted: tuple[WantedInput, ...], additions: Additions, path: Path
+) -> Conditions:
+    """Return the given conditions; class labels without a file are counted from the names of the classes."""
+    uncond, labels = description.guidance.uncond_row, description.labels
+    if additions.conditions is not None:
+        given = Conditions.load(additions.conditions)
+        row = given.uncond_row if uncond is None else uncond
+        return Conditions(given.arrays, given.rows, row, given.labels or labels[: given.rows])
+    if not wanted:
+        return Conditions()
+    if labels and len(wanted) == 1 and wanted[0].shape == () and wanted[0].dtype.startswith("int"):
+        count = max(len(labels), 0 if uncond is None else uncond + 1)
+        names = (*labels, *(f"class {i}" for i in range(len(labels), count)))
+        return Conditions({wanted[0].name: np.arange(count)}, count, uncond, names)
+    raise UsageError(
+        f"{path} takes conditions, which no file brings.",
+        f"Give --conditions FILE.npz with the arrays {list_inputs(wanted)}"
+        " (for class labels, labels: [...] in the YAML is enough).",
+    )

@@ -1,0 +1,200 @@
+"""A diffusers pipeline folder, or the folder of its UNet or transformer, as a denoiser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpq_deploy.calls.diffusers_sampler import IMAGE_TOKENS
+from mpq_deploy.errors import ModelError, UsageError
+from mpq_deploy.models.additions import (
+    SCHEDULER_FILE,
+    Additions,
+    WantedInput,
+    check_conditions,
+    list_inputs,
+    predicted,
+    read_json,
+    read_scheduler,
+)
+from mpq_deploy.models.conditions import Conditions
+from mpq_deploy.models.decoder import decoder_network, decoder_upscale
+from mpq_deploy.models.denoiser import Denoiser
+from mpq_deploy.models.model_form import OUTPUT, ModelForm, model_class, model_form, network
+from mpq_deploy.models.open import DENOISERS
+from mpq_deploy.models.spec import DenoiserSpec, InputSpec
+from mpq_deploy.models.torch_export import TorchNetwork
+from mpq_deploy.models.transformer import DIT, FLUX
+from mpq_deploy.models.unet import WEIGHTS_NAME, find_weights, load_pretrained
+from mpq_deploy.system.progress import Talk
+
+INDEX, CONFIG, CARD = "model_index.json", "config.json", "demo.json"
+# Channels of a sample that is an image; others are latents.
+IMAGE_CHANNELS = (1, 3)
+IMAGE_RANGE = (-1.0, 1.0)
+# Inputs that carry the guidance scale of a distilled model, which must not be guided again.
+GUIDING_INPUTS = ("timestep_cond", "guidance")
+
+
+def open_folder(folder: Path, source: str, additions: Additions, talk: Talk) -> Denoiser:
+    """Open a pipeline folder (model_index.json) or the folder of a UNet or transformer (config.json).
+
+    Raises UsageError for a folder that is neither, for an unsupported class, and when something is missing that
+    the folder cannot provide; ModelError for weights that cannot be loaded.
+    """
+    pipeline = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
+    part = _denoiser_folder(folder, pipeline, additions.component)
+    config = read_json(part / CONFIG)
+    given = Conditions.load(additions.conditions) if additions.conditions is not None else None
+    form = model_form(config, part, given)
+    find_weights(part, WEIGHTS_NAME)
+    card = read_json(folder / CARD) if (folder / CARD).is_file() else {}
+    _check_nothing_missing(folder, form.wanted, additions)
+    scheduler = _scheduler(additions.scheduler or folder, form, config)
+    conditions = given or _conditions(folder, pipeline, config, card, form, additions, talk)
+    inputs = check_conditions(conditions, form.wanted, str(additions.conditions or folder))
+    module = load_pretrained(model_class(config, part), part, find_weights(part, WEIGHTS_NAME))
+    spec = DenoiserSpec(
+        name=str(card.get("name") or folder.resolve().name),
+        source=source,
+        sample=form.sample,
+        timestep=InputSpec(name=form.signature.timestep),
+        timestep_scale=form.timestep_scale,
+        conditions=inputs,
+        output=OUTPUT,
+        prediction_type=predicted(scheduler),
+        scheduler=scheduler,
+        guidance_scale=_guidance(additions, card, conditions, form),
+        uncond_row=conditions.uncond_row,
+        labels=conditions.labels,
+        pixel_range=None if _latent(folder, form.sample.shape) else IMAGE_RANGE,
+        config=config,
+    )
+    decoder, notes = _decoder(folder, form, talk)
+    if not form.known:
+        notes = (*notes, f"{form.class_name} is called as its signature says, with the scheduler's own timesteps")
+    return Denoiser(spec, conditions, network(module, form, config, inputs), decoder, notes, form.unpack)
+
+
+def _latent(folder: Path, shape: tuple[int, ...]) -> bool:
+    """Whether samples are latents: there is a decoder, or they have no shape of an image."""
+    decoded = (folder / "vae").is_dir() or (folder / "vqvae").is_dir()
+    return decoded or len(shape) != 3 or shape[0] not in IMAGE_CHANNELS
+
+
+def _decoder(folder: Path, form: ModelForm, talk: Talk) -> tuple[TorchNetwork | None, tuple[str, ...]]:
+    """Return the pipeline's decoder; when it cannot be used, None and the reason."""
+    try:
+        return decoder_network(folder, form.sample.shape, form.unpack), ()
+    except ModelError as error:
+        talk.warn(f"samples are compared as latents: {error.message}")
+        return None, (f"No decoder, samples are compared as latents: {error.message}",)
+
+
+def _denoiser_folder(folder: Path, pipeline: dict[str, Any], component: str | None) -> Path:
+    if pipeline:
+        wanted = DENOISERS if component is None else (component,)
+        found = next((folder / name for name in wanted if (folder / name / CONFIG).is_file()), None)
+        if found is not None:
+            return found
+        parts = ", ".join(name for name in pipeline if not name.startswith("_"))
+        raise UsageError(
+            f"The pipeline in {folder} has no {' or '.join(wanted)} with a {CONFIG}; its parts are: {parts or 'none'}.",
+            "Name the part with --component; export others to ONNX and give the ONNX file with a YAML.",
+        )
+    if (folder / CONFIG).is_file():
+        return folder
+    raise UsageError(
+        f"{folder} is no diffusers model: it has neither {INDEX} nor {CONFIG}.",
+        "Give the folder that save_pretrained wrote, or an .onnx file.",
+    )
+
+
+def _scheduler(path: Path, form: ModelForm, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the scheduler's configuration, with the number of image tokens where its timesteps depend on that."""
+    scheduler = read_scheduler(path)
+    if form.class_name == FLUX:
+        return {**scheduler, IMAGE_TOKENS: form.sample.shape[0]}
+    if scheduler.get("use_dynamic_shifting"):
+        patch = int(config.get("patch_size", 1))
+        tokens = int(np.prod([size // patch for size in form.sample.shape[1:]]))
+        return {**scheduler, IMAGE_TOKENS: tokens}
+    return scheduler
+
+
+def _check_nothing_missing(folder: Path, wanted: tuple[WantedInput, ...], additions: Additions) -> None:
+    """Raise one UsageError that lists everything the folder lacks."""
+    missing = []
+    has_scheduler = any((folder / place / SCHEDULER_FILE).is_file() for place in (".", "scheduler"))
+    if additions.scheduler is None and not has_scheduler:
+        missing.append("a scheduler: --scheduler FILE_or_folder")
+    own_classes = all(item.name == "class_labels" and item.dtype == "int64" for item in wanted)
+    has_text = (folder / "text_encoder").is_dir() and (folder / "tokenizer").is_dir()
+    if wanted and additions.conditions is None and not own_classes and not has_text:
+        missing.append(f"conditions: --conditions FILE.npz with the arrays {list_inputs(wanted)}")
+    if missing:
+        raise UsageError(f"{folder} does not bring everything that is needed.", f"Missing: {'; and '.join(missing)}.")
+
+
+def _conditions(
+    folder: Path,
+    pipeline: dict[str, Any],
+    config: dict[str, Any],
+    card: dict[str, Any],
+    form: ModelForm,
+    additions: Additions,
+    talk: Talk,
+) -> Conditions:
+    """Return every class, else the prompts through the folder's text encoders; nothing for an unconditional model."""
+    if not form.wanted:
+        return Conditions()
+    if [item.name for item in form.wanted] == ["class_labels"]:
+        if form.class_name == DIT:
+            return _dit_classes(int(config.get("num_embeds_ada_norm", 1000)), pipeline)
+        return _every_class(int(config["num_class_embeds"]), card)
+    from mpq_deploy.models.prompts import Wanted, prompts_file, read_prompts, text_conditions
+
+    prompts = read_prompts(additions.prompts or prompts_file())
+    pixels = decoder_upscale(folder)
+    height, width = (form.sample.shape[-2] * pixels, form.sample.shape[-1] * pixels)
+    wanted = Wanted(form.class_name, form.wanted, (height, width), additions.guidance_scale)
+    return text_conditions(folder, pipeline, wanted, prompts, talk)
+
+
+def _dit_classes(count: int, pipeline: dict[str, Any]) -> Conditions:
+    """Return one row per class of a DiT and a last one for its empty class, named as the pipeline's index says."""
+    names = pipeline.get("id2label") or {}
+    labels = tuple(str(names.get(str(i), f"class {i}")).split(",")[0] for i in range(count))
+    rows = np.arange(count + 1, dtype=np.int64)
+    return Conditions({"class_labels": rows}, count + 1, count, (*labels, "(no class)"))
+
+
+def _every_class(count: int, card: dict[str, Any]) -> Conditions:
+    """Return one row per class; the last is the empty class when the card names one class fewer."""
+    names = [str(name) for name in card.get("classes", ())]
+    labels = (*names[:count], *(f"class {i}" for i in range(len(names), count)))
+    empty = count - 1 if len(names) == count - 1 else None
+    return Conditions({"class_labels": np.arange(count, dtype=np.int64)}, count, empty, labels)
+
+
+def _guidance(additions: Additions, card: dict[str, Any], conditions: Conditions, form: ModelForm) -> float:
+    """Return the guidance scale: the user's, else the card's, else that of the class's pipeline, else 1 (none)."""
+    names = [item.name for item in form.wanted]
+    distilled = any(name in names for name in GUIDING_INPUTS)
+    if distilled and additions.conditions is None:
+        return 1.0  # the scale has become an input, see text.py
+    guided = (
+        conditions.uncond_row is not None
+        and not distilled
+        and ("encoder_hidden_states" in names or form.class_name == DIT)
+    )
+    default = form.guidance if guided else 1.0
+    scale = additions.guidance_scale if additions.guidance_scale is not None else card.get("guidance", default)
+    if scale != 1 and conditions.uncond_row is None:
+        raise UsageError(
+            f"The guidance scale is {scale}, but the conditions have no row for the empty condition.",
+            "Put its index as _uncond_row into the conditions file, or use a guidance scale of 1.",
+        )
+    return float(scale)

@@ -1,0 +1,299 @@
+"""A PyTorch module as an ONNX graph: parameters keep their names, nodes are called after their modules.
+
+The exporter stores bias-free Linear weights transposed and norms reshaped, under names such as ``val_215``. Here
+its graph is taken before its optimizer ran, the shape operators are folded into the weights under the parameters'
+own names (``graph.passes.fold_constants``), and only then it is optimized.
+"""
+
+from __future__ import annotations
+
+import ast
+import gc
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
+import torch
+
+from mpq_deploy.errors import ModelError
+from mpq_deploy.graph.load import normalise
+from mpq_deploy.graph.passes.drop_squeezes import DropSqueezesPass
+from mpq_deploy.graph.passes.fold_constants import FoldConstantsPass
+from mpq_deploy.graph.passes.name_nodes import NameNodesPass
+from mpq_deploy.models.spec import Array, InputSpec
+from mpq_deploy.system.progress import Talk
+
+# The last opset at which the exporter writes GroupNorm as InstanceNormalization, the form all TensorRT versions run.
+EXPORT_OPSET = 20
+# Batch of the traced example: 0 and 1 would be taken for constants.
+EXAMPLE_BATCH = 2
+TOLERANCE = 1e-3
+SCOPES = "pkg.torch.onnx.name_scopes"
+PREFIX = "network."
+# What the exporter writes for nodes outside any module.
+OUTSIDE = "_empty_nn_module_stack_from_metadata_hook"
+
+Forward = Callable[..., torch.Tensor]
+
+
+class TorchNetwork:
+    """A PyTorch module with plain tensors in and one tensor out.
+
+    ``call`` gets the module and the inputs in the order of ``inputs`` (batch first), and returns the output.
+    """
+
+    tolerance = TOLERANCE
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        inputs: Sequence[InputSpec],
+        output: str,
+        call: Forward,
+        left_out: Sequence[str] = (),
+    ) -> None:
+        self.module = module.eval()
+        # Inputs with defaults that nothing gives.
+        self.left_out = tuple(left_out)
+        self.inputs, self.output, self._call = tuple(inputs), output, call
+
+    def resized(self, sample: InputSpec) -> TorchNetwork:
+        """Return the same module with another ``sample``, its first input."""
+        return TorchNetwork(self.module, (sample, *self.inputs[1:]), self.output, self._call, self.left_out)
+
+    def to_onnx(self, talk: Talk) -> ir.Model:
+        """Export with ``torch.onnx.export`` (dynamo), name everything, raise the declared opset."""
+        check_parameters(self.module)
+        talk.line(f"  exporting {type(self.module).__name__} to ONNX")
+        model = self._exported()
+        common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        strip_prefix(model)
+        DropSqueezesPass()(model)
+        FoldConstantsPass()(model)
+        model = optimized(model)
+        FoldConstantsPass()(model)
+        name_parameters(model, self.module)
+        name_after_modules(model)
+        return normalise(model)
+
+    def reference(self, feeds: dict[str, Array]) -> Array:
+        """Return the module's output for arrays by input name."""
+        tensors = [torch.from_numpy(np.ascontiguousarray(feeds[item.name])) for item in self.inputs]
+        with torch.no_grad():
+            return np.asarray(self._call(self.module, *tensors).numpy(), np.float32)
+
+    def release(self) -> None:
+        """Take the parameters out of memory; the module keeps their shapes."""
+        self.module.to("meta")
+        # The exporter leaves cycles behind that hold them.
+        gc.collect()
+
+    def _exported(self) -> ir.Model:
+        example = tuple(self._example(item) for item in self.inputs)
+        axes = tuple({0: torch.export.Dim.DYNAMIC} for _ in example)
+        wrapper = _Wrapper(self.module, self._call).eval()
+        try:
+            with _quiet(), torch.no_grad():
+                program = torch.onnx.export(
+                    wrapper,
+                    example,
+                    dynamo=True,
+                    opset_version=EXPORT_OPSET,
+                    dynamic_shapes=(axes,),
+                    input_names=[item.name for item in self.inputs],
+                    output_names=[self.output],
+                    optimize=False,
+                    verbose=False,
+                )
+        except torch.onnx.OnnxExporterError as error:
+            raise ModelError(
+                f"PyTorch cannot export {type(self.module).__name__} to ONNX: {_first_line(error)}",
+                self._remedy(),
+            ) from error
+        return program.model  # type: ignore[no-any-return]
+
+    def _remedy(self) -> str:
+        onnx = "xport it to ONNX by other means and give the ONNX file with a YAML."
+        if not self.left_out:
+            return f"E{onnx}"
+        names = ", ".join(self.left_out)
+        return f"It may need inputs that it calls optional ({names}): give them with --conditions FILE.npz; or e{onnx}"
+
+    def _example(self, item: InputSpec) -> torch.Tensor:
+        shape = (EXAMPLE_BATCH, *item.shape)
+        dtype = getattr(torch, item.dtype)
+        if dtype.is_floating_point:
+            return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+        return torch.zeros(shape, dtype=dtype)
+
+
+class _Wrapper(torch.nn.Module):  # type: ignore[misc]
+    """Gives the module a signature of plain tensors."""
+
+    def __init__(self, network: torch.nn.Module, call: Forward) -> None:
+        super().__init__()
+        self.network = network
+        self._call = call
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """Call the module."""
+        for values in inputs[1:]:
+            # One batch for all: the exporter would take each input's own axis for another size.
+            torch._check(values.shape[0] == inputs[0].shape[0])
+        return self._call(self.network, *inputs)
+
+
+def check_parameters(module: torch.nn.Module) -> None:
+    """Raise ModelError naming the first parameter or buffer that holds NaN or Inf."""
+    for name, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            wrong = int((~torch.isfinite(tensor)).sum())
+            raise ModelError(
+                f"The weight '{name}' holds {wrong:,} values that are NaN or infinite.",
+                "The file is damaged, or the model diverged in training: use another checkpoint.",
+            )
+
+
+def strip_prefix(model: ir.Model) -> None:
+    """Give the initializers the names of the module's own parameters."""
+    graph = model.graph
+    for name, value in list(graph.initializers.items()):
+        if name.startswith(PREFIX):
+            value.name = name.removeprefix(PREFIX)
+
+
+# The optimizer's tolerances: a term within the first of 0 is none to it, a factor within the second of 1 neither.
+NEAR_ZERO, NEAR_ONE = 1e-8, 1e-5
+
+
+def hide_near_neutral(model: ir.Model) -> None:
+    """Give scalars that are nearly 0 or 1 the shape [1], so that the optimizer leaves their operations alone.
+
+    It takes them for 0 and 1: x / (y + 1e-15), which is 0 where both are 0, would become 0 / 0.
+    """
+    for node in list(model.graph):
+        if node.op_type not in ("Add", "Sub", "Mul", "Div"):
+            continue
+        for number, other in ((0, 1), (1, 0)):
+            value, beside = node.inputs[number], node.inputs[other]
+            constant = None if value is None else ir.convenience.get_const_tensor(value)
+            if constant is None or value is None or constant.size != 1 or len(constant.shape):
+                continue
+            scalar, rank = (
+                float(constant.numpy()),
+                None if beside is None or beside.shape is None else len(beside.shape),
+            )
+            near = 0 < abs(scalar) <= NEAR_ZERO or 0 < abs(scalar - 1) <= NEAR_ONE
+            if near and rank:
+                name = f"{value.name}.near_neutral"
+                if name not in model.graph.initializers:
+                    array = constant.numpy().reshape(1)
+                    hidden = ir.Value(name=name, type=value.type, const_value=ir.Tensor(array, name=name))
+                    hidden.shape = ir.Shape((1,))
+                    model.graph.register_initializer(hidden)
+                node.replace_input_with(number, model.graph.initializers[name])
+
+
+def optimized(model: ir.Model) -> ir.Model:
+    """Return ``model`` after the exporter's own optimizer: shape arithmetic and casts that do nothing go."""
+    import onnxscript.optimizer
+
+    hide_near_neutral(model)
+    with _quiet():
+        onnxscript.optimizer.optimize_ir(model)
+    return model
+
+
+def name_parameters(model: ir.Model, module: torch.nn.Module) -> None:
+    """Give a constant that the exporter computed from a parameter of its node's module that parameter's name.
+
+    Such a constant has the parameter's values in another shape (norms: [C] becomes [C, 1, 1]). Of several
+    parameters with equal values (fresh norms, which the exporter merges) the first one in the graph gives the name.
+    """
+    parameters = {name: tensor.detach() for name, tensor in module.state_dict().items()}
+    initializers = model.graph.initializers
+    for node in model.graph:
+        prefix = f"{_module_of(node)}."
+        own = {name: values for name, values in parameters.items() if name.rpartition(".")[0] == prefix[:-1]}
+        for value in node.inputs:
+            if value is None or not value.is_initializer() or value.name in parameters:
+                continue
+            for name, values in own.items():
+                if name not in initializers and _same_values(value.const_value, values):
+                    value.name = name
+                    break
+
+
+def _same_values(constant: ir.TensorProtocol | None, parameter: torch.Tensor) -> bool:
+    if constant is None or constant.size != parameter.numel() or not parameter.is_floating_point():
+        return False
+    return bool(np.array_equal(constant.numpy().ravel(), parameter.numpy().ravel()))
+
+
+def name_after_modules(model: ir.Model) -> None:
+    """Call nodes ``module.path/Op`` and their outputs alike, the batch axis ``batch``; drop traces of the source."""
+    graph = model.graph
+    for node in graph:
+        node.name = f"{_module_of(node)}/{node.op_type}".removeprefix("/")
+    NameNodesPass()(model)
+    kept = {value.name for value in (*graph.inputs, *graph.outputs)} | set(graph.initializers)
+    batch = graph.inputs[0].shape[0]  # type: ignore[index]
+    for value in (*graph.inputs, *graph.outputs):
+        _rename_axis(value, batch)
+    for node in graph:
+        for index, value in enumerate(node.outputs):
+            _rename_axis(value, batch)
+            if value.name not in kept:
+                value.name = node.name if index == 0 else f"{node.name}:{index}"
+    common_passes.ClearMetadataAndDocStringPass()(model)
+    for initializer in graph.initializers.values():
+        initializer.metadata_props.clear()
+    graph.name = "denoiser"
+    model.producer_name, model.producer_version = "mpq-deploy", None
+
+
+def _module_of(node: ir.Node) -> str:
+    """Return the path of the module that a node comes from; empty when the exporter kept none."""
+    scopes = node.metadata_props.get(SCOPES)
+    if not scopes:
+        return ""
+    path = [scope for scope in ast.literal_eval(scopes)[:-1] if scope and scope != OUTSIDE]
+    return path[-1].removeprefix(PREFIX.rstrip(".")).removeprefix(".") if path else ""
+
+
+def _rename_axis(value: ir.Value, batch: object) -> None:
+    """Write the traced symbol of the batch axis as ``batch``."""
+    if value.shape is None:
+        return
+    symbol = re.compile(rf"\b{re.escape(str(batch))}\b")
+    for axis, size in enumerate(value.shape):
+        if isinstance(size, ir.SymbolicDim) and size.value is not None:
+            value.shape[axis] = symbol.sub("batch", str(size.value))
+
+
+def _first_line(error: Exception) -> str:
+    """Return what went wrong without the exporter's own advice."""
+    cause = error.__cause__ or error
+    return str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what the exporter logs out of the output: remarks on packages, traces of errors. These still raise."""
+    loggers = {logging.getLogger("torch.onnx"): logging.ERROR, logging.getLogger("torch.export"): logging.CRITICAL}
+    loggers[logging.getLogger("torch._subclasses.fake_tensor")] = logging.CRITICAL
+    before = {logger: logger.level for logger in loggers}
+    for logger, level in loggers.items():
+        logger.setLevel(level)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in before.items():
+            logger.setLevel(level)

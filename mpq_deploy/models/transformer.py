@@ -1,0 +1,216 @@
+"""Diffusion transformers of diffusers, and any other class that denoises: which inputs a configuration takes.
+
+The four classes here say in their configuration what they need. Of any other class of diffusers whose forward takes a
+sample, a timestep and further tensors, the forward's own signature and the user's arrays say it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mpq_deploy.errors import UsageError, nearest
+from mpq_deploy.models.additions import WantedInput
+from mpq_deploy.models.conditions import Conditions
+from mpq_deploy.models.spec import InputSpec
+
+DIT, PIXART = "DiTTransformer2DModel", "PixArtTransformer2DModel"
+SD3, FLUX = "SD3Transformer2DModel", "FluxTransformer2DModel"
+TRANSFORMER_CLASSES = (DIT, PIXART, SD3, FLUX)
+# Names that forwards of diffusers have for the noisy sample, and what they call the timestep.
+SAMPLE_NAMES = ("hidden_states", "sample")
+TIMESTEP = "timestep"
+# An entry that a user may add to config.json: what the forward is given at every call.
+ARGUMENTS = "forward_arguments"
+# Inputs that models take in the dictionary ``added_cond_kwargs``.
+ADDED = "added_cond_kwargs"
+ADDED_INPUTS = ("text_embeds", "time_ids", "image_embeds", "resolution", "aspect_ratio")
+# A list of tensors is one input per element, ``NAME.0``, ``NAME.1`` and so on (ControlNet's residuals).
+ELEMENT = "."
+# The scales that diffusers' own pipelines guide with.
+GUIDANCE = {DIT: 4.0, PIXART: 4.5, SD3: 7.0}
+# Latent rows and columns that one token of Flux covers, and latents per side in its pipeline (1,024 pixels).
+FLUX_PATCH, FLUX_SIZE = 2, 128
+# The pipeline of Flux divides the scheduler's timesteps by this (the model multiplies them again).
+FLUX_TIMESTEPS = 1000
+# Flux' ids say batch, row and column of a token; text has none of its own.
+FLUX_IDS = 3
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The forward of a denoiser: the parameters of sample and timestep, and the conditions (True: has no default)."""
+
+    sample: str
+    others: dict[str, bool]
+    timestep: str = TIMESTEP
+
+    def takes(self, name: str) -> bool:
+        """Say whether an input called ``name`` can be handed over: itself, in a list, or in the dictionary."""
+        head, _, index = name.partition(ELEMENT)
+        if index:
+            return head in self.others and index.isdigit()
+        return name in self.others or (ADDED in self.others and name in ADDED_INPUTS)
+
+
+def signature_of(model_class: Any) -> Signature | None:
+    """Return how a class is called; None for one whose forward takes no sample and timestep (an autoencoder)."""
+    parameters = dict(inspect.signature(model_class.forward).parameters)
+    parameters.pop("self", None)
+    sample = next((name for name in SAMPLE_NAMES if name in parameters), None)
+    timestep = next((name for name in parameters if name.startswith(TIMESTEP) and not name.endswith("_cond")), None)
+    if sample is None or timestep is None:
+        return None
+    taken = {
+        name: parameter.default is inspect.Parameter.empty
+        for name, parameter in parameters.items()
+        if name not in (sample, timestep, "return_dict") and (name == ADDED or not name.endswith("_kwargs"))
+    }
+    return Signature(sample, taken, timestep)
+
+
+def fixed_arguments(config: dict[str, Any], model_class: Any) -> dict[str, Any]:
+    """Return what ``forward_arguments`` of the configuration gives the forward at every call, as it takes it.
+
+    Numbers of a video's frames, positions of tokens: what is the same for all samples. Lists become tensors, integers
+    int64 and others float32, where the parameter's annotation says tensor. Raises UsageError for an unknown parameter.
+    """
+    parameters = inspect.signature(model_class.forward).parameters
+    found: dict[str, Any] = {}
+    for name, value in dict(config.get(ARGUMENTS) or {}).items():
+        if name not in parameters:
+            raise UsageError(
+                f"{ARGUMENTS} in config.json names '{name}', which {model_class.__name__} does not take.",
+                f"{nearest(name, parameters)}It takes {', '.join(n for n in parameters if n != 'self')}.",
+            )
+        tensor = "Tensor" in str(parameters[name].annotation) and isinstance(value, (list, tuple))
+        found[name] = torch.tensor(value) if tensor else value
+    return found
+
+
+def transformer_inputs(config: dict[str, Any]) -> tuple[WantedInput, ...]:
+    """Return the conditions that a transformer of this configuration takes (of ``TRANSFORMER_CLASSES``)."""
+    name = config["_class_name"]
+    if name == DIT:
+        return (WantedInput("class_labels", (), "int64"),)
+    if name == PIXART:
+        text = WantedInput("encoder_hidden_states", (None, _text_width(config)))
+        mask = WantedInput("encoder_attention_mask", (None,))
+        sizes = (WantedInput("resolution", (2,)), WantedInput("aspect_ratio", (1,)))
+        return (text, mask, *(sizes if _with_sizes(config) else ()))
+    text = WantedInput("encoder_hidden_states", (None, int(config.get("joint_attention_dim", 4096))))
+    pooled = WantedInput("pooled_projections", (int(config.get("pooled_projection_dim", 768)),))
+    if name == FLUX and config.get("guidance_embeds"):
+        return (text, pooled, WantedInput("guidance", ()))
+    return (text, pooled)
+
+
+def _text_width(config: dict[str, Any]) -> int:
+    return int(config.get("caption_channels") or config.get("cross_attention_dim", 1152))
+
+
+def _with_sizes(config: dict[str, Any]) -> bool:
+    """Whether a PixArt takes the image's size: as the class itself decides where the configuration does not."""
+    chosen = config.get("use_additional_conditions")
+    return bool(config.get("sample_size", 128) == 128 if chosen is None else chosen)
+
+
+def given_inputs(
+    signature: Signature,
+    conditions: Conditions | None,
+    known: tuple[WantedInput, ...],
+    class_name: str,
+    fixed: Collection[str] = (),
+) -> tuple[WantedInput, ...]:
+    """Return, of the user's arrays, those that the forward takes and ``known`` does not name: further inputs.
+
+    ``fixed``: parameters that the configuration gives. Raises UsageError for one without default that nothing gives.
+    """
+    names = [item.name for item in known]
+    arrays = {} if conditions is None else conditions.arrays
+    given = {name.split(ELEMENT)[0] for name in (*arrays, *names)}
+    lacking = [name for name, needed in signature.others.items() if needed and name not in given and name not in fixed]
+    if lacking:
+        raise UsageError(
+            f"{class_name} needs {', '.join(lacking)}, and nothing here makes them.",
+            "Give --conditions FILE.npz with one array per input, one row per condition; what is the same for all "
+            f"samples goes into config.json as {ARGUMENTS}.",
+        )
+    return tuple(
+        _as_given(name, values) for name, values in arrays.items() if name not in names and signature.takes(name)
+    )
+
+
+def _as_given(name: str, values: Any) -> WantedInput:
+    kinds = {"i": "int64", "u": "int64", "b": "bool"}
+    return WantedInput(name, tuple(int(size) for size in values.shape[1:]), kinds.get(values.dtype.kind, "float32"))
+
+
+def keyword_arguments(signature: Signature, given: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Return tensors by input name as the forward's keyword arguments: lists and the dictionary put together."""
+    arguments: dict[str, Any] = {}
+    lists: dict[str, dict[int, torch.Tensor]] = {}
+    for name, value in given.items():
+        head, _, index = name.partition(ELEMENT)
+        if index:
+            lists.setdefault(head, {})[int(index)] = value
+        elif name in signature.others:
+            arguments[name] = value
+        else:
+            arguments.setdefault(ADDED, {})[name] = value
+    return {**arguments, **{head: tuple(values[i] for i in sorted(values)) for head, values in lists.items()}}
+
+
+def flux_tokens(config: dict[str, Any]) -> tuple[int, int]:
+    """Return rows and columns of Flux' tokens: its configuration's ``sample_size`` in latents, else 128 as diffusers'.
+
+    Raises UsageError for a size that is no multiple of a token's.
+    """
+    size = config.get("sample_size") or FLUX_SIZE
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    if height % FLUX_PATCH or width % FLUX_PATCH:
+        raise UsageError(f"Flux' sample_size is {size}, but a token covers 2 x 2 latents.", "Choose even numbers.")
+    return int(height) // FLUX_PATCH, int(width) // FLUX_PATCH
+
+
+def flux_unpacked(tokens: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """Return tokens [N, rows * columns, 4 C] as latents [N, C, 2 rows, 2 columns], as Flux' pipeline lays them out."""
+    channels = tokens.shape[-1] // FLUX_PATCH**2
+    grid = tokens.reshape(-1, rows, columns, channels, FLUX_PATCH, FLUX_PATCH)
+    return grid.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, FLUX_PATCH * rows, FLUX_PATCH * columns)
+
+
+class _FixedRotation(torch.nn.Module):  # type: ignore[misc]
+    """Flux' rotary embedding for ids that are known: cosines and sines [tokens, width], no double precision left."""
+
+    def __init__(self, cosines: torch.Tensor, sines: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("cosines", cosines.float(), persistent=False)
+        self.register_buffer("sines", sines.float(), persistent=False)
+
+    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what was computed before; ``ids`` are those of the export."""
+        return self.cosines, self.sines
+
+
+def fix_flux_positions(module: Any, text_tokens: int, tokens: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """Make the positions of ``module`` constant and return its two further arguments, the ids of text and image."""
+    rows, columns = tokens
+    image = torch.zeros(rows, columns, FLUX_IDS)
+    image[..., 1] += torch.arange(rows)[:, None]
+    image[..., 2] += torch.arange(columns)[None]
+    ids = {"txt_ids": torch.zeros(text_tokens, FLUX_IDS), "img_ids": image.reshape(rows * columns, FLUX_IDS)}
+    if not isinstance(module.pos_embed, _FixedRotation):
+        with torch.no_grad():
+            module.pos_embed = _FixedRotation(*module.pos_embed(torch.cat([ids["txt_ids"], ids["img_ids"]])))
+    return ids
+
+
+def flux_sample(config: dict[str, Any]) -> InputSpec:
+    """Return Flux' sample: packed latents [tokens, channels]."""
+    rows, columns = flux_tokens(config)
+    return InputSpec(name="hidden_states", shape=(rows * columns, int(config.get("in_channels", 64))))

@@ -1,0 +1,177 @@
+"""The two UNet classes of diffusers: which inputs each configuration takes; and loading weights of any class."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mpq_deploy.errors import ModelError, UsageError
+from mpq_deploy.models.additions import WantedInput
+from mpq_deploy.models.hub import PICKLE_ENDINGS
+
+UNET_CLASSES = ("UNet2DModel", "UNet2DConditionModel")
+WEIGHTS_NAME = "diffusion_pytorch_model"
+# Original size, crop corner and target size (Podell et al. 2023, section 2.2).
+TIME_IDS = 6
+# An entry that a user may add to config.json: the shape of one sample.
+SHAPE = "sample_shape"
+VIDEO_AXES = 3
+
+
+def unet_inputs(config: dict[str, Any]) -> tuple[WantedInput, ...]:
+    """Return the conditions that a UNet of this configuration takes. Raises UsageError for unknown kinds."""
+    wanted = []
+    if config["_class_name"] == "UNet2DConditionModel":
+        wanted.append(WantedInput("encoder_hidden_states", (None, _cross_attention_width(config))))
+    wanted += _class_inputs(config)
+    if config["_class_name"] == "UNet2DConditionModel":
+        wanted += _added_inputs(config)
+        if config.get("time_cond_proj_dim") is not None:
+            wanted.append(WantedInput("timestep_cond", (int(config["time_cond_proj_dim"]),)))
+    return tuple(wanted)
+
+
+def _cross_attention_width(config: dict[str, Any]) -> int:
+    width = config.get("encoder_hid_dim") or config.get("cross_attention_dim", 1280)
+    if isinstance(width, list):
+        if len(set(width)) > 1:
+            raise UsageError(
+                f"The UNet has cross-attention of different widths per level: {width}.",
+                "Export it to ONNX by other means and give the ONNX file with a YAML.",
+            )
+        width = width[0]
+    return int(width)
+
+
+def _class_inputs(config: dict[str, Any]) -> list[WantedInput]:
+    kind = config.get("class_embed_type")
+    classes = config.get("num_class_embeds")
+    width = 4 * _first(config.get("block_out_channels", (320,)))
+    if kind is None:
+        return [] if classes is None else [WantedInput("class_labels", (), "int64")]
+    if kind == "timestep":
+        return [WantedInput("class_labels", ())]
+    if kind == "identity":
+        return [WantedInput("class_labels", (width,))]
+    if kind in ("projection", "simple_projection"):
+        return [WantedInput("class_labels", (int(config["projection_class_embeddings_input_dim"]),))]
+    raise UsageError(f"The UNet's class_embed_type is '{kind}', which is not supported.")
+
+
+def _added_inputs(config: dict[str, Any]) -> list[WantedInput]:
+    kind = config.get("addition_embed_type")
+    if kind in (None, "text"):
+        return []
+    if kind == "text_time":
+        text = int(config["projection_class_embeddings_input_dim"]) - TIME_IDS * int(config["addition_time_embed_dim"])
+        return [WantedInput("text_embeds", (text,)), WantedInput("time_ids", (TIME_IDS,))]
+    raise UsageError(
+        f"The UNet's addition_embed_type is '{kind}', which is not supported.",
+        "Export it to ONNX by other means and give the ONNX file with a YAML.",
+    )
+
+
+def sample_shape(config: dict[str, Any], folder: Path) -> tuple[int, ...]:
+    """Return (channels, sizes): those that ``sample_size`` lists, or one size for every axis that the class has.
+
+    ``sample_shape`` in the configuration is the shape itself, for samples that are laid out otherwise (tokens
+    [T, C], frames first). Raises UsageError for extra input channels or a missing size.
+    """
+    if config.get(SHAPE) is not None:
+        return _whole_shape(config[SHAPE], folder)
+    channels = int(config.get("in_channels", 3))
+    given = int(config.get("out_channels") or channels)
+    if given not in (channels, 2 * channels):
+        raise UsageError(
+            f"The model in {folder} takes {channels} channels and gives {given}: it needs extra image channels "
+            "(inpainting, super-resolution), which are not supported.",
+            "Use a model that denoises all its input channels.",
+        )
+    size = config.get("sample_size")
+    axes = spatial_axes(str(config.get("_class_name")))
+    if size is None or (axes == VIDEO_AXES and not isinstance(size, (list, tuple))):
+        raise UsageError(
+            f"The model in {folder} does not say its sample_size."
+            if size is None
+            else f"The model in {folder} is of a class for videos, and its sample_size {size} names no frames.",
+            'Add "sample_size" to its config.json: the side of a square, or [height, width], or for video [frames, '
+            'height, width], in what the model sees (latents); or "sample_shape", the whole shape of one sample.',
+        )
+    sizes = size if isinstance(size, (list, tuple)) else (size,) * axes
+    return channels, *(int(one) for one in sizes)
+
+
+def spatial_axes(class_name: str) -> int:
+    """Return how many axes samples of a class have beside channels: 3 for UNet3DConditionModel, 2 unless it says."""
+    found = re.search(r"([123])D", class_name)
+    return int(found[1]) if found else 2
+
+
+def _whole_shape(given: Any, folder: Path) -> tuple[int, ...]:
+    whole = isinstance(given, (list, tuple)) and bool(given)
+    if not whole or not all(isinstance(size, int) and size > 0 for size in given):
+        raise UsageError(
+            f"sample_shape in the config.json of {folder} is {given}.",
+            "Give the sizes of one sample, without the batch axis, such as [16, 4, 8, 8].",
+        )
+    return tuple(given)
+
+
+def load_pretrained(model_class: Any, folder: Path, variant: str | None) -> torch.nn.Module:
+    """Load a diffusers model in float32, every weight from the file. Raises ModelError when that fails."""
+    from safetensors import SafetensorError
+
+    if getattr(model_class, "_keep_in_fp32_modules", None):
+        # All of it is float32 here; diffusers would ask for another package to load only parts so.
+        model_class = type(model_class.__name__, (model_class,), {"_keep_in_fp32_modules": None})
+    try:
+        model, loaded = model_class.from_pretrained(
+            folder,
+            variant=variant,
+            use_safetensors=True,
+            torch_dtype=torch.float32,
+            local_files_only=True,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
+        reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
+        raise ModelError(
+            f"The weights in {folder} cannot be loaded: {reason}",
+            "The file is damaged or belongs to another config.json: download or save the model again.",
+        ) from error
+    if loaded["missing_keys"]:
+        missing = sorted(loaded["missing_keys"])
+        raise ModelError(
+            f"The weights in {folder} lack {len(missing)} tensors, such as '{missing[0]}'.",
+            "The file belongs to another config.json, or was saved incompletely.",
+        )
+    return model.eval()
+
+
+def find_weights(folder: Path, stem: str) -> str | None:
+    """Return the variant (such as ``fp16``; None is the plain one) of the safetensors weights in ``folder``.
+
+    Raises ModelError when there are none; pickled weights are refused, because loading them runs their code.
+    """
+    files = sorted(folder.glob(f"{stem}*.safetensors*"))
+    if (folder / f"{stem}.safetensors").exists() or (folder / f"{stem}.safetensors.index.json").exists():
+        return None
+    if files:
+        parts = files[0].name.removeprefix(f"{stem}.").split(".")
+        return parts[0].split("-")[0]
+    pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_ENDINGS)
+    if pickled:
+        raise ModelError(
+            f"The weights in {folder} are pickled ({pickled[0]}), which is refused: loading them can run any code.",
+            "Where you trust the file, load the model with diffusers and write it again with "
+            "save_pretrained(FOLDER, safe_serialization=True).",
+        )
+    raise ModelError(f"{folder} holds no weights ({stem}.safetensors).", "Copy the weights into the folder.")
+
+
+def _first(value: Any) -> int:
+    return int(value[0]) if isinstance(value, (list, tuple)) else int(value)

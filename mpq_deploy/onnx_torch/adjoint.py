@@ -1,0 +1,102 @@
+"""Gradients of the output at every layer, for several directions of the output at once, in bounded memory.
+
+The graph may be cut into parts: each is evaluated again from the values that it began with, and all directions go back
+through it before the part before it is. That is gradient checkpointing (Chen et al., arXiv 1604.06174), with one
+recomputation for all directions instead of one for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from mpq_deploy.graph.layers import LayerUse
+from mpq_deploy.onnx_torch.torch_graph import Footprint, TorchGraph
+
+# Only where one pass takes so many times the memory allowed is the graph cut: parts are evaluated twice.
+WHOLE_SHARE = 4
+
+
+def parts_within(footprint: Footprint, gradients: int, most: int) -> tuple[slice, ...]:
+    """Cut a graph whose values and ``gradients`` (bytes) take several times ``most``; autograd keeps values twice."""
+    if 2 * sum(footprint.made) + gradients <= WHOLE_SHARE * most:
+        return (slice(0, len(footprint.made)),)
+    return footprint.parts(most // 2)
+
+
+def layer_gradients(
+    graph: TorchGraph,
+    feeds: dict[str, Any],
+    parts: Sequence[slice],
+    uses: Sequence[LayerUse],
+    output: str,
+    directions: Callable[[Any], list[Any]],
+    float_type: torch.dtype,
+) -> Iterator[tuple[int, Any, list[Any]]]:
+    """Yield (number of the use, the layer's input, gradients at its output in ``float_type``, one per direction).
+
+    ``directions`` gets the value of ``output`` and returns tensors like it. Uses come in the order of ``uses`` within a
+    part, the last part first; those that the output does not depend on are left out.
+    """
+    before = [dict(feeds)]
+    with torch.no_grad():
+        for part in parts[:-1]:
+            before.append(graph.run_part(part, before[-1]))
+    gradients: dict[str, list[Any]] | None = None
+    for part in reversed(parts):
+        known, made = before.pop(), graph.made_by(part)
+        leaves = {
+            name: value.detach().requires_grad_()
+            for name, value in known.items()
+            if name not in feeds and value.is_floating_point()
+        }
+        numbers = [number for number, use in enumerate(uses) if use.output in made]
+        targets = [uses[number].output for number in numbers]
+        kept = [*targets, *(uses[number].input for number in numbers)]
+        found = graph.run_part(part, {**known, **leaves}, kept, targets)
+        if gradients is None:
+            gradients = {output: directions(found[output].detach())}
+        inputs = [found[uses[number].input].detach() for number in numbers]
+        gradients, by_use = _back(found, leaves, targets, gradients, float_type)
+        # The part's values go before its layers are looked at, and before the next part's come.
+        del found, leaves, known
+        for place, number in enumerate(numbers):
+            rows, by_use[place] = by_use[place], []
+            if rows:
+                yield number, inputs[place], rows
+
+
+def _back(
+    found: dict[str, Any],
+    leaves: dict[str, Any],
+    targets: list[str],
+    gradients: dict[str, list[Any]],
+    float_type: torch.dtype,
+) -> tuple[dict[str, list[Any]], list[list[Any]]]:
+    """Take ``gradients`` at what a part left (one per direction) to what it began with and to its ``targets``.
+
+    What nothing depends on is left out of the first, and is an empty list in the second.
+    """
+    ends = [name for name in gradients if found[name].requires_grad]
+    into, by_target = dict[str, list[Any]](), [list[Any]() for _ in targets]
+    directions = len(gradients[ends[0]]) if ends else 0
+    for direction in range(directions):
+        rows = torch.autograd.grad(
+            [found[name] for name in ends],
+            [*leaves.values(), *(found[name] for name in targets)],
+            [gradients[name][direction] for name in ends],
+            retain_graph=direction + 1 < directions,
+            allow_unused=True,
+        )
+        for name, row in zip(leaves, rows):
+            if row is not None:
+                into.setdefault(name, []).append(row)
+        for held, row in zip(by_target, rows[len(leaves) :]):
+            if row is not None:
+                held.append(row.to(float_type))
+    return into, by_target
+
+
+__all__ = ["layer_gradients", "parts_within"]

@@ -1,0 +1,75 @@
+"""What recovery did: the curve of the held-out error, before and after, and whether the new weights are kept."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mpq_deploy.run.folder import canonical_json
+
+FILE = "recovery.json"
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """The held-out error after ``step`` updates; ``losses``: the last batch's, by name."""
+
+    step: int
+    held_out_nmse: float
+    losses: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """The result of training, saved as recovery.json.
+
+    ``before``, ``after``: NMSE of the plan's and of the best state's output on held-out trajectories, mean over
+    timesteps, and at each of them (``before_by_timestep``, ``after_by_timestep``; scheduler values in ``timesteps``).
+    ``best_step`` 0: nothing was better than the plan, whose weights stay. ``stopped``: why training ended early.
+    ``starts``: adapters by the gain that they started with.
+    """
+
+    steps: int
+    best_step: int
+    before: float
+    after: float
+    timesteps: tuple[float, ...]
+    before_by_timestep: tuple[float, ...]
+    after_by_timestep: tuple[float, ...]
+    curve: tuple[CurvePoint, ...]
+    stopped: str = ""
+    starts: dict[str, int] | None = None
+
+    @property
+    def improved(self) -> bool:
+        """Whether the recovered weights take the place of the plan's."""
+        return self.best_step > 0
+
+    @property
+    def removed(self) -> float:
+        """Share of the plan's error that was removed."""
+        return 1 - self.after / self.before if self.before else 0.0
+
+    def summary(self) -> str:
+        """Return a few words for the log."""
+        early = f"stopped early: {self.stopped}; " if self.stopped else ""
+        if not self.improved:
+            return f"{early}no state was better than the plan's weights on held-out calls, so those stay"
+        return (
+            f"{early}held-out NMSE {self.before:.2e} -> {self.after:.2e} ({100 * self.removed:.0f} % removed, "
+            f"step {self.best_step} of {self.steps})"
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write recovery.json into ``folder``."""
+        (folder / FILE).write_text(canonical_json(asdict(self)))
+
+    @classmethod
+    def load(cls, folder: Path) -> Recovery:
+        """Read what ``save`` wrote."""
+        values = json.loads((folder / FILE).read_text())
+        values["curve"] = tuple(CurvePoint(**point) for point in values["curve"])
+        for name in ("timesteps", "before_by_timestep", "after_by_timestep"):
+            values[name] = tuple(values[name])
+        return cls(**values)

@@ -1,0 +1,235 @@
+"""Quantizers in torch with straight-through gradients: what they return is what is deployed, to the last bit.
+
+A weight is a matrix [O, K] as in ``precision.quantizers``. Rounding passes the gradient on as if it were not there
+(Bengio et al. 2013, the straight-through estimator); clipping stops it beyond the limits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from mpq_deploy.calibrate.scales import LARGEST_SCALE as LARGEST_ACTIVATION_SCALE
+from mpq_deploy.calibrate.scales import QUANT_MAX, QUANT_MIN, ActivationGrid
+from mpq_deploy.calibrate.scales import SMALLEST_SCALE as SMALLEST_ACTIVATION_SCALE
+from mpq_deploy.formats.simulated import RowGrids, SimulatedMatrix
+from mpq_deploy.models.spec import Array
+from mpq_deploy.rounding.quantizers import LARGEST_SCALE, SMALLEST_SCALE
+
+Tensor = Any  # torch.Tensor; torch is not followed by mypy here
+LARGEST_HALF = 65504.0
+
+
+class _StraightThrough(torch.autograd.Function):  # type: ignore[misc]
+    """Gives ``value`` for ``x``, and hands the gradient of the one on as that of the other."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def rounded(x: Tensor) -> Tensor:
+    """Round half to even, as QuantizeLinear does; the gradient passes."""
+    return _StraightThrough.apply(x, torch.round(x.detach()))
+
+
+def halved(x: Tensor) -> Tensor:
+    """Round to FP16 (what is too large becomes the largest number, as when constants are written); gradient passes."""
+    return _StraightThrough.apply(x, x.detach().clamp(-LARGEST_HALF, LARGEST_HALF).half().to(x.dtype))
+
+
+def fake_quantize(x: Tensor, scale: Tensor, quant_min: int = QUANT_MIN, quant_max: int = QUANT_MAX) -> Tensor:
+    """Return ``x`` through QuantizeLinear and DequantizeLinear with a positive ``scale``; both get gradients.
+
+    The gradient of the scale is LSQ's (Esser et al. 2020): code - x / scale within the limits, the limit beyond.
+    """
+    return torch.clamp(rounded(x / scale), quant_min, quant_max) * scale
+
+
+class LearnedScale(torch.nn.Module):  # type: ignore[misc]
+    """Positive FP16 scales, any shape, learned as the logarithm of their ratio to where they started.
+
+    At the start the scales are exactly those given: exp(0) is 1.
+    """
+
+    def __init__(self, scale: Array, smallest: float, largest: float) -> None:
+        super().__init__()
+        self.register_buffer("start", torch.from_numpy(np.array(scale, np.float32)))
+        self.log_ratio = torch.nn.Parameter(torch.zeros(np.shape(scale)))
+        self.limits = (smallest, largest)
+
+    def forward(self) -> Tensor:
+        """Return the scales as they would be stored, in float32."""
+        return halved((self.start * torch.exp(self.log_ratio)).clamp(*self.limits))
+
+    def stored(self) -> Array:
+        """Return the scales as they are stored, float16."""
+        with torch.no_grad():
+            return np.asarray(self().cpu().numpy(), np.float16)
+
+
+class Grid(torch.nn.Module):  # type: ignore[misc]
+    """A weight matrix [O, K] of integers times scales: scale * clip(round(start + delta / first scale)).
+
+    ``codes`` int [O, K] and ``scale`` float16 [O, B] are what training starts from: for a ``delta`` of zero the
+    result is exactly theirs. ``multiples`` float [O, B], for 4-bit storage with INT8 compute: then ``scale`` is [O, 1]
+    and each block's scale is that many of it. ``quant_min`` and ``quant_max``: numbers, or arrays [O, 1] for grids of
+    different widths per channel.
+
+    The latent weight starts where ``target`` float [O, K] (the float weight) lies, but within ``margin`` steps of the
+    code's middle, so that rounding that compensated errors (GPTQ) is kept. Steps of the latent are measured by the
+    first scale, so learning a scale moves no code (our choice: codes and scales learn apart).
+    """
+
+    def __init__(
+        self,
+        codes: Array,
+        scale: Array,
+        target: Array,
+        quant_min: int | Array,
+        quant_max: int | Array,
+        margin: float,
+        multiples: Array | None = None,
+    ) -> None:
+        super().__init__()
+        blocks = scale.astype(np.float32) * (1 if multiples is None else multiples)
+        step = np.repeat(blocks, codes.shape[1] // blocks.shape[1], axis=1)
+        beyond = np.clip(target / step - codes, -margin, margin)
+        self.register_buffer("start", torch.from_numpy((codes + beyond).astype(np.float32)))
+        self.register_buffer("first", torch.from_numpy(np.asarray(blocks, np.float32)))
+        self.register_buffer("low", torch.as_tensor(quant_min, dtype=torch.float32))
+        self.register_buffer("high", torch.as_tensor(quant_max, dtype=torch.float32))
+        self.register_buffer("multiples", None if multiples is None else torch.from_numpy(np.float32(multiples)))
+        self.scale = LearnedScale(scale, SMALLEST_SCALE, LARGEST_SCALE)
+
+    def codes(self, delta: Tensor) -> Tensor:
+        """Return the integers [O, K] for a latent moved by ``delta`` [O, K], as floats with a gradient."""
+        moved = self.start + (_blocked(delta, self.first) / self.first[:, :, None]).reshape(delta.shape)
+        return torch.clamp(rounded(moved), self.low, self.high)
+
+    def forward(self, delta: Tensor) -> Tensor:
+        """Return the deployed weight [O, K]."""
+        codes = _blocked(self.codes(delta), self.first)
+        if self.multiples is None:
+            return (codes * self.scale()[:, :, None]).reshape(delta.shape)
+        # In this order the integers are exact, as they are when INT8 codes are made of them at run time.
+        return (codes * self.multiples[:, :, None] * self.scale()[:, :, None]).reshape(delta.shape)
+
+
+class Levels(torch.nn.Module):  # type: ignore[misc]
+    """A weight matrix [O, K] whose every row has levels of its own: a grid and binary residuals (``SimulatedMatrix``).
+
+    A latent takes the nearest of its row's 2^bits levels, where these lay at the start, so learning sizes moves no code
+    (as with ``Grid``), and what training starts from is exactly the given matrix. ``target`` and ``margin``: as for
+    ``Grid``, in units of the row's mean distance between levels; no latent starts nearer to another level.
+    """
+
+    def __init__(self, matrix: SimulatedMatrix, target: Array, margin: float) -> None:
+        super().__init__()
+        values, codes, signs = _levels(matrix)
+        held = matrix.dequantize()
+        # Rows of fewer levels end in infinities.
+        counts = np.isfinite(values).sum(axis=1)
+        last = np.take_along_axis(values, counts[:, None] - 1, axis=1)
+        self.step = np.maximum((last - values[:, :1]) / np.maximum(counts - 1, 1)[:, None], np.finfo(np.float32).tiny)
+        middles = (values[:, 1:] + values[:, :-1]) / 2
+        self.register_buffer("middles", torch.from_numpy(np.ascontiguousarray(middles)))
+        self.register_buffer("lowest", torch.from_numpy(values[:, :1].copy()))
+        self.register_buffer("highest", torch.from_numpy(last.copy()))
+        self.register_buffer("code_of", torch.from_numpy(codes))
+        self.register_buffer("sign_of", torch.from_numpy(signs))
+        beyond = np.clip(target - held, -margin * self.step, margin * self.step)
+        moved, start = torch.from_numpy(np.asarray(held + beyond, np.float32)), torch.from_numpy(held)
+        same = torch.searchsorted(self.middles, moved) == torch.searchsorted(self.middles, start)
+        self.register_buffer("start", torch.where(same, moved, start))
+        self.scale = LearnedScale(matrix.grids.scale[:, None], SMALLEST_SCALE, LARGEST_SCALE)
+        sizes = np.where(matrix.grids.residual > 0, matrix.grids.residual, SMALLEST_SCALE)
+        some = bool(matrix.grids.residual.any())
+        self.residual = LearnedScale(sizes[:, :, None], SMALLEST_SCALE, LARGEST_SCALE) if some else None
+        self._limits = matrix.grids
+
+    def _places(self, delta: Tensor) -> Tensor:
+        """Return each weight's level, int64 [O, K], for a latent moved by ``delta``."""
+        return torch.searchsorted(self.middles, (self.start + delta).detach().contiguous())
+
+    def forward(self, delta: Tensor) -> Tensor:
+        """Return the weight [O, K]; the gradient passes to ``delta`` between the lowest level and the highest."""
+        places = self._places(delta)
+        value = torch.gather(self.code_of, 1, places) * self.scale()
+        for signs, size in zip(self.sign_of, () if self.residual is None else self.residual()):
+            value = value + torch.gather(signs, 1, places) * size
+        latent = torch.clamp(self.start + delta, self.lowest, self.highest)
+        return value + (latent - latent.detach())
+
+    def merged(self, delta: Tensor) -> SimulatedMatrix:
+        """Return codes, signs and sizes for a latent moved by ``delta`` [O, K]."""
+        with torch.no_grad():
+            places = self._places(delta)
+            codes = torch.gather(self.code_of, 1, places).cpu().numpy().astype(np.int8)
+            signs = [torch.gather(table, 1, places).cpu().numpy().astype(np.int8) for table in self.sign_of]
+        old = self._limits
+        sizes = old.residual if self.residual is None else self.residual.stored()[:, :, 0]
+        sizes = np.where(old.residual > 0, sizes, 0).astype(np.float16)
+        grids = RowGrids(old.low, old.high, self.scale.stored()[:, 0], sizes)
+        return SimulatedMatrix(grids, codes, np.asarray(signs, np.int8).reshape(len(signs), *codes.shape))
+
+
+def _levels(matrix: SimulatedMatrix) -> tuple[Array, Array, Array]:
+    """Return the levels of each row, rising, float32 [O, L] (infinity where a row has fewer), their codes [O, L] and
+    the signs of their residuals [Z, O, L], float32.
+    """
+    grids = matrix.grids
+    rows, orders = len(grids.scale), len(grids.residual)
+    low, high = int(grids.low.min()), int(grids.high.max())
+    choices = [np.arange(low, high + 1), *[np.array([-1, 1])] * orders]
+    combined = np.stack([axis.ravel() for axis in np.meshgrid(*choices, indexing="ij")]).astype(np.float32)
+    codes = np.repeat(combined[:1], rows, axis=0)
+    signs = np.repeat(combined[1:, None], rows, axis=1)
+    sizes = grids.residual.astype(np.float32)[:, :, None]
+    # A residual that a row lacks is one level, not two.
+    there = (codes >= grids.low[:, None]) & (codes <= grids.high[:, None]) & ((sizes > 0) | (signs > 0)).all(axis=0)
+    signs = signs * (sizes > 0)
+    values = codes * grids.scale.astype(np.float32)[:, None]
+    for sign, size in zip(signs, sizes):
+        values = values + sign * size
+    values = np.where(there, values, np.inf).astype(np.float32)
+    order = np.argsort(values, axis=1, kind="stable")[:, : int(there.sum(axis=1).max())]
+    return (
+        np.take_along_axis(values, order, axis=1),
+        np.take_along_axis(codes, order, axis=1).astype(np.float32),
+        np.take_along_axis(signs, order[None], axis=2).astype(np.float32),
+    )
+
+
+class ActivationScale(LearnedScale):
+    """The scale of one activation tensor, rounded to the integers of ``grid`` but for the channels ``kept``."""
+
+    def __init__(self, grid: ActivationGrid, kept: Array) -> None:
+        super().__init__(np.float32(grid.scale), SMALLEST_ACTIVATION_SCALE, LARGEST_ACTIVATION_SCALE)
+        self.kept, self.code_limits = kept, (grid.quant_min, grid.quant_max)
+
+    def grid(self) -> ActivationGrid:
+        """Return the quantizer as it is stored."""
+        return ActivationGrid(float(self.stored()), *self.code_limits)
+
+    def quantize(self, x: Tensor, channel_axis: int) -> Tensor:
+        """Return ``x`` fake-quantized, but for the kept channels."""
+        quantized = fake_quantize(x, self(), *self.code_limits)
+        if not len(self.kept):
+            return quantized
+        mask = torch.zeros(x.shape[channel_axis], dtype=torch.bool, device=x.device)
+        mask[torch.from_numpy(self.kept.astype(np.int64))] = True
+        shape = [1] * x.ndim
+        shape[channel_axis] = -1
+        return torch.where(mask.reshape(shape), x, quantized)
+
+
+def _blocked(matrix: Tensor, blocks: Any) -> Tensor:
+    """See [O, K] as [O, B, K / B]."""
+    return matrix.reshape(len(matrix), blocks.shape[1], -1)

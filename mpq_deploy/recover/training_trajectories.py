@@ -1,0 +1,133 @@
+"""Float trajectories to learn from: recorded through ONNX Runtime, from fresh noise in every round.
+
+Both models see the same x_t; the next x_t comes from the float one (EfficientDM), so trajectories do not depend on the
+student and are recorded beforehand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from mpq_deploy.calls.loop import denoise, first_samples
+from mpq_deploy.calls.sampler import SamplerKind, make_sampler
+from mpq_deploy.calls.trajectories import cycled_rows
+from mpq_deploy.errors import UsageError
+from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.runtime.ort import OrtDenoiser
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """Calls of the float denoiser along M trajectories of K steps (with guidance 2 M calls).
+
+    ``inputs`` and ``outputs`` float32 [K, N, ...], ``timesteps`` float32 [K] in denoising order, ``rows`` int64 [N]:
+    each call's row of the conditions. ``energy`` float64 [K]: mean over calls of the output's squared norm.
+    """
+
+    inputs: Array
+    outputs: Array
+    timesteps: Array
+    rows: Array
+
+    @property
+    def energy(self) -> Array:
+        """Mean over calls of the squared norm of the output, float64 [K]."""
+        axes = tuple(range(2, self.outputs.ndim))
+        return np.asarray(np.square(self.outputs, dtype=np.float64).sum(axis=axes).mean(axis=1))
+
+    def followed_by(self, other: Trajectories, most: int) -> Trajectories:
+        """Return these calls and those of ``other`` along the same timesteps: the last ``most`` times its number."""
+        kept = max(0, len(self.rows) - (most - 1) * len(other.rows))
+        return Trajectories(
+            np.concatenate([self.inputs[:, kept:], other.inputs], axis=1),
+            np.concatenate([self.outputs[:, kept:], other.outputs], axis=1),
+            self.timesteps,
+            np.concatenate([self.rows[kept:], other.rows]),
+        )
+
+
+class TrajectoryRecorder:
+    """Runs the float denoiser from noise. Its seeds come from (``seed``, round), so rounds share no noise."""
+
+    def __init__(
+        self, model: Path, spec: DenoiserSpec, conditions: dict[str, Array], steps: int, sampler: SamplerKind
+    ) -> None:
+        self._denoiser = OrtDenoiser(model, spec)
+        self._spec, self._conditions, self._steps, self._kind = spec, conditions, steps, sampler
+
+    @property
+    def calls(self) -> int:
+        """Calls along one trajectory: its steps, twice with guidance."""
+        guided = self._spec.uncond_row is not None and self._spec.guidance_scale != 1
+        return (1 if self._spec.timestep is None else self._steps) * (1 + guided)
+
+    def record(self, count: int, seed: int, number: int, held_out: bool = False) -> Trajectories:
+        """Return ``count`` trajectories from the noise of round ``number``.
+
+        A component without timesteps has no noise but inputs of its own: the last fourth of those that it may be
+        calibrated on is for ``held_out``, and then there may be fewer than ``count``. Raises UsageError where it has
+        fewer than two.
+        """
+        noise_seed = int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
+        sampler = make_sampler(self._spec.scheduler, self._steps, noise_seed, self._kind)
+        kept = _Kept(self._denoiser)
+        batch = 16 if all(item.batched for item in self._spec.conditions) else 1
+        rows = self._rows(count, noise_seed, held_out)
+        denoise(
+            kept,
+            sampler,
+            first_samples(self._spec, rows, self._conditions, noise_seed),
+            rows,
+            self._conditions,
+            self._spec,
+            batch,
+            on_call=kept.on_call,
+        )
+        return kept.finish()
+
+    def _rows(self, count: int, seed: int, held_out: bool) -> Array:
+        known = self._spec.calibration_rows
+        if known is None:
+            return cycled_rows(self._spec, self._conditions, count, seed)
+        if known < 2:
+            raise UsageError(
+                f"Recovery needs two inputs at least, one to learn from and one held out; there is {known}.",
+                "Raise component_samples.",
+            )
+        apart = max(1, known // 4)
+        if held_out:
+            return np.arange(known - apart, known, dtype=np.int64)[:count]
+        return cycled_rows(
+            self._spec.model_copy(update={"calibration_rows": known - apart}), self._conditions, count, seed
+        )
+
+
+@dataclass
+class _Kept:
+    """A denoiser whose inputs and outputs are kept, by step."""
+
+    denoiser: OrtDenoiser
+    steps: dict[int, list[tuple[float, Array, Array, Array]]] = field(default_factory=dict)
+    pending: tuple[int, float, Array, Array] | None = None
+
+    def on_call(self, step_index: int, timestep: float, model_input: Array, rows: Array) -> None:
+        self.pending = (step_index, timestep, model_input.astype(np.float32), rows.copy())
+
+    def __call__(self, sample: Array, timestep: float | Array, conditions: dict[str, Array]) -> Array:
+        output = self.denoiser(sample, timestep, conditions)
+        assert self.pending is not None
+        step_index, at, model_input, rows = self.pending
+        self.steps.setdefault(step_index, []).append((at, model_input, output, rows))
+        return output
+
+    def finish(self) -> Trajectories:
+        calls = list(self.steps.values())
+        return Trajectories(
+            np.stack([np.concatenate([call[1] for call in step]) for step in calls]),
+            np.stack([np.concatenate([call[2] for call in step]) for step in calls]),
+            np.array([step[0][0] for step in calls], np.float32),
+            np.concatenate([call[3] for call in calls[0]]).astype(np.int64),
+        )

@@ -1,0 +1,202 @@
+"""What the report says beyond this run's plan: the plans of a grid of budgets, each layer's options, its kurtosis.
+
+In: a run whose plan is made. Out: ``BudgetPlans`` and the layers' kurtosis. Both take seconds, so they are kept in the
+run folder (``page.json``) under a digest of what they were made from; a damaged or foreign file is made again.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+import time
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from mpq_deploy.allocate.milp import LayerChoice, PrecisionPlan
+from mpq_deploy.errors import InfeasibleLatencyError
+from mpq_deploy.report.data import BudgetPlan, BudgetPlans, LayerOption
+from mpq_deploy.run.common import Exported, load_calibration
+from mpq_deploy.run.folder import canonical_json, sealed_json, unsealed, write_text
+from mpq_deploy.stages.allocate import PlanSolver, allocate_inputs
+
+if TYPE_CHECKING:
+    from mpq_deploy.run.pipeline import Pipeline
+
+# Schemes by layer, bytes, predicted loss.
+Plan = tuple[dict[str, str], int, float | None]
+
+CACHE = "page.json"
+# Changes when the file's form or the way to its values does.
+CACHE_FORMAT = 1
+# The grid, in shares of the FP16 size (our choice): from the smallest feasible budget up to HIGH, and at least SPAN
+# beyond that and ROOM beyond the run's own.
+STEP, HIGH, SPAN, ROOM = 0.01, 0.6, 0.3, 0.05
+# A plan on the curve may cost this share more than the best one; nobody builds it.
+GAP = 1e-3
+# The whole grid's limit in seconds of this process. Coarse budgets come first: what is there when the time is up is
+# spread evenly.
+MOST_SECONDS = 20.0
+
+
+def budget_plans(pipeline: Pipeline, plan: PrecisionPlan) -> BudgetPlans:
+    """Return the plans of a grid of budgets around this run's ``plan``, and what its layers could have taken."""
+    solver = PlanSolver(pipeline)
+    fields = {k: v for k, v in allocate_inputs(pipeline).items() if k != "recipe.budget"}
+    ratio = plan.budget_bytes / plan.fp16_size_bytes
+    made_from = canonical_json({**fields, "highest": _highest(solver.smallest / solver.fp16_size, ratio)})
+    stored = _read(pipeline).get("budgets", {})
+    found = _stored_plans(stored) if isinstance(stored, dict) and stored.get("from") == made_from else None
+    if found is None:
+        found = grid_plans(pipeline, solver, ratio)
+        if len(found.plans) == found.wanted:
+            _keep(pipeline, "budgets", {"from": made_from, "plans": found.model_dump(mode="json")})
+    smaller, larger = zip(*(_options(choice, plan, solver.table.predicts_nmse) for choice in solver.choices))
+    return found.model_copy(
+        update={
+            "smaller": {name: option for name, option in zip(found.layers, smaller) if option is not None},
+            "larger": {name: option for name, option in zip(found.layers, larger) if option is not None},
+            "command": _command(pipeline),
+        }
+    )
+
+
+def grid_plans(pipeline: Pipeline, solver: PlanSolver, ratio: float) -> BudgetPlans:
+    """Solve the grid of budgets, coarse first, within ``MOST_SECONDS``. ``ratio``: a budget that it must reach."""
+    budgets = grid(solver.smallest, solver.fp16_size, ratio)
+    solved: dict[int, Plan] = {}
+    started = time.process_time()
+    stopped = False
+    with pipeline.talk.bar("plans of other budgets", len(budgets)) as advance:
+        for budget in coarse_first(budgets):
+            stopped = bool(solved) and time.process_time() - started > MOST_SECONDS
+            if stopped:
+                break
+            try:
+                found = solver.unrefined(budget, GAP)
+            except InfeasibleLatencyError:
+                found = None  # no plan of this size is fast enough: the curve starts later
+            if found is not None:
+                solved[budget] = found
+            advance(1)
+    return packed(solver, undominated(solved.values()), len(budgets) if stopped else 0)
+
+
+def grid(smallest: int, fp16_size: int, ratio: float) -> list[int]:
+    """Return the budgets in bytes, rising: the smallest feasible, then every ``STEP`` of the FP16 size."""
+    low = smallest / fp16_size
+    first, last = math.floor(low / STEP) + 1, round(_highest(low, ratio) / STEP)
+    steps = [int(number * STEP * fp16_size) for number in range(first, last + 1)]
+    return sorted({smallest, *(step for step in steps if step > smallest)})
+
+
+def coarse_first(values: Sequence[int]) -> list[int]:
+    """Return ``values`` in another order, so that every beginning of it is spread evenly: every 16th, 8th, 4th ..."""
+    order: dict[int, None] = {}
+    for stride in (16, 8, 4, 2, 1):
+        order.update(dict.fromkeys(range(0, len(values), stride)))
+    return [values[number] for number in order]
+
+
+def layer_kurtoses(pipeline: Pipeline, exported: Exported) -> dict[str, float]:
+    """Return the mean Pearson kurtosis of each layer's weight rows after MPQ-DM's pre-scaling (arXiv 2412.11549)."""
+    made_from = canonical_json({name: pipeline.digest(name) for name in ("export", "calibrate")})
+    stored = _read(pipeline).get("kurtosis", {})
+    if isinstance(stored, dict) and stored.get("from") == made_from and isinstance(stored.get("values"), dict):
+        return dict(stored["values"])
+    from mpq_deploy.sensitivity.kurtosis import layer_kurtosis
+    from mpq_deploy.sensitivity.layer_weights import float_matrix
+
+    _, stats = load_calibration(pipeline)
+    layers = [layer for layer in exported.graph.layers if all(name in stats.activations for name in layer.inputs)]
+    found = {layer.name: layer_kurtosis(layer, float_matrix(exported.graph, layer), stats) for layer in layers}
+    values = {name: value for name, value in found.items() if np.isfinite(value)}
+    _keep(pipeline, "kurtosis", {"from": made_from, "values": values})
+    return values
+
+
+def undominated(plans: Iterable[Plan]) -> list[Plan]:
+    """Leave out every plan that a smaller one equals in predicted loss; all stay where none is predicted."""
+    kept: list[Plan] = []
+    for plan in sorted(plans, key=lambda plan: plan[1]):
+        if not kept or plan[2] is None or kept[-1][2] is None or plan[2] < kept[-1][2]:
+            kept.append(plan)
+    return kept
+
+
+def packed(solver: PlanSolver, solved: Iterable[Plan], wanted: int = 0) -> BudgetPlans:
+    """Return plans as the page reads them, with the schemes in use numbered.
+
+    Of plans of one size only one is kept, and none that predicts a loss not finite. ``wanted``: how many there would
+    be, where some are missing.
+    """
+    by_size = {size: (schemes, loss) for schemes, size, loss in solved if loss is None or math.isfinite(loss)}
+    used = sorted({scheme for schemes, _ in by_size.values() for scheme in schemes.values()})
+    number = {scheme: i for i, scheme in enumerate(used)}
+    names = tuple(choice.name for choice in solver.choices)
+    return BudgetPlans(
+        layers=names,
+        schemes=tuple(used),
+        layer_bytes=tuple(
+            {number[s]: c.bytes[s] for s in sorted({schemes[c.name] for schemes, _ in by_size.values()})}
+            for c in solver.choices
+        ),
+        plans=tuple(
+            BudgetPlan(size_bytes=size, predicted_nmse=loss, schemes=tuple(number[schemes[name]] for name in names))
+            for size, (schemes, loss) in sorted(by_size.items())
+        ),
+        wanted=max(wanted, len(by_size)),
+    )
+
+
+def _options(choice: LayerChoice, plan: PrecisionPlan, predicts: bool) -> tuple[LayerOption | None, LayerOption | None]:
+    """Return the option of fewer bytes with the least loss, and the one of more bytes that is the next on the frontier.
+
+    The next is the smallest that has less loss than the plan's scheme. None where there is no such option.
+    """
+    taken = plan.schemes[choice.name]
+    size, loss = choice.bytes[taken], choice.loss[taken]
+    below = [s for s in choice.bytes if choice.bytes[s] < size]
+    above = [s for s in choice.bytes if choice.bytes[s] > size and choice.loss[s] < loss]
+
+    def option(scheme: str) -> LayerOption:
+        shown = float(choice.loss[scheme]) if predicts else None
+        return LayerOption(scheme=scheme, bytes=choice.bytes[scheme], predicted_loss=shown)
+
+    return (
+        option(min(below, key=lambda s: (choice.loss[s], choice.bytes[s], s))) if below else None,
+        option(min(above, key=lambda s: (choice.bytes[s], choice.loss[s], s))) if above else None,
+    )
+
+
+def _highest(low: float, ratio: float) -> float:
+    return min(1.0, max(HIGH, low + SPAN, math.ceil((ratio + ROOM) / STEP) * STEP))
+
+
+def _command(pipeline: Pipeline) -> str:
+    """Build another budget on this run folder: measuring is done, so it takes seconds."""
+    run = pipeline.run.path
+    return shlex.join(["mpq-deploy", "build", "--recipe", str(run / "recipe.yaml"), "-o", str(run), "--budget"])
+
+
+def _stored_plans(stored: dict[str, Any]) -> BudgetPlans | None:
+    try:
+        return BudgetPlans.model_validate(stored.get("plans"))
+    except ValidationError:
+        return None
+
+
+def _read(pipeline: Pipeline) -> dict[str, Any]:
+    """Read what was kept; empty where there is nothing of this form."""
+    try:
+        kept = unsealed((pipeline.run.path / CACHE).read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return kept if kept.get("format") == CACHE_FORMAT else {}
+
+
+def _keep(pipeline: Pipeline, name: str, value: dict[str, Any]) -> None:
+    kept = {**_read(pipeline), "format": CACHE_FORMAT, name: value}
+    write_text(pipeline.run.path / CACHE, sealed_json(kept))

@@ -1,0 +1,475 @@
+"""Gather what the stages left behind into the report, the summary on the screen, and the sample picture."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpq_deploy.allocate.milp import PrecisionPlan
+from mpq_deploy.delivery.device_results import device_infos
+from mpq_deploy.engine.target import load_target
+from mpq_deploy.evaluate.evaluation_result import CpuLatency, Evaluation, VariantResult
+from mpq_deploy.evaluate.interval import mean_interval
+from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED
+from mpq_deploy.report.budget_grid import budget_plans, layer_kurtoses
+from mpq_deploy.report.data import (
+    Check,
+    Control,
+    CpuLatencyInfo,
+    CurvePoint,
+    EngineInfo,
+    EvaluationInfo,
+    ExpectedLatency,
+    ImageSet,
+    ImportanceInfo,
+    Interval,
+    LayerRow,
+    ModelInfo,
+    OrmPictures,
+    OtherRow,
+    RecoveryInfo,
+    ReportData,
+    SolverInfo,
+    StageRow,
+    TargetInfo,
+)
+from mpq_deploy.run.common import Exported, deployed_stage, version_of
+from mpq_deploy.run.folder import unsealed
+from mpq_deploy.runtime.correction import FILE as CORRECTION
+from mpq_deploy.sensitivity.table import SensitivityTable
+from mpq_deploy.stages.evaluate import BEFORE, CORRECTED, LATENCY
+
+if TYPE_CHECKING:
+    from mpq_deploy.evaluate.metrics.kept import ImageMetrics
+    from mpq_deploy.run.pipeline import Pipeline, Summary
+
+TITLES = {
+    "float": "Float",
+    "ours": "Ours",
+    CORRECTED: "Ours, corrected (PTQD)",
+    BEFORE: "Ours, before recovery",
+    "int8": "Everything INT8",
+    "int4": "Everything INT4",
+    "size-only": "Size only, no ORM",
+    "random": "Random theta",
+}
+# The controls of the target simulate are simulated too.
+SIMULATED_TITLES = {
+    "ours": "Ours, simulated",
+    CORRECTED: "Ours, simulated, corrected (PTQD)",
+    "int8": "Everything 8-bit, simulated",
+    "int4": "Everything 4-bit, simulated",
+    "size-only": "Size only, no ORM, simulated",
+    "random": "Random theta, simulated",
+}
+PACKAGES = ("onnx", "onnx-ir", "onnxruntime", "highspy", "numpy", "torch", "diffusers", "tensorrt-rtx", "tensorrt")
+
+
+def report_data(pipeline: Pipeline) -> ReportData:
+    """Fill the report from the finished stages."""
+    exported = Exported(pipeline)
+    plan = PrecisionPlan.load(pipeline.folder("allocate") / "plan.json")
+    table = SensitivityTable.load(pipeline.folder("measure"))
+    target = load_target(pipeline.recipe.target)
+    engine, engine_note = _engine(pipeline)
+    evaluated = _Evaluated.of(pipeline, plan)
+    kurtoses = layer_kurtoses(pipeline, exported)
+    metrics = _metrics(pipeline, exported, evaluated) if evaluated.graph else None
+    return ReportData(
+        model=ModelInfo(
+            name=exported.spec.name,
+            source=exported.spec.source,
+            labels=exported.spec.labels,
+            synthetic=exported.spec.synthetic,
+            weights=sum(layer.weights for layer in exported.graph.layers),
+            sample_shape=exported.spec.sample.shape,
+            digest=evaluated.digest,
+        ),
+        target=TargetInfo(name=target.name, title=target.title, dialect=target.dialect),
+        budget=plan.budget_bytes / plan.fp16_size_bytes,
+        budget_bytes=plan.budget_bytes,
+        size_bytes=plan.size_bytes,
+        fp16_size_bytes=plan.fp16_size_bytes,
+        fixed_bytes=plan.fixed_bytes,
+        predicted_nmse=plan.predicted_loss,
+        **evaluated.fields,
+        curve=_curve(pipeline),
+        engine=engine,
+        engine_note=engine_note,
+        cpu_latency=_cpu_latency(pipeline),
+        expected_latency=ExpectedLatency(**plan.latency) if plan.latency else None,
+        devices=device_infos(pipeline),
+        layers=tuple(_layer_row(row, table, kurtoses) for row in plan.layers),
+        loss_timesteps=tuple(float(t) for t in table.timesteps) if table.predicts_nmse else (),
+        others=tuple(OtherRow(**row) for row in plan.others),
+        stages=tuple(
+            StageRow(name=r.name, seconds=r.seconds, peak_rss_bytes=r.peak_rss_bytes or None, cached=r.cached)
+            for r in pipeline.results.values()
+        ),
+        solver=SolverInfo(status=plan.solver.status, gap=max(plan.solver.gap, 0.0)),
+        sensitivity=table.metric,
+        versions=_versions(),
+        reproduce=_command(pipeline),
+        notes=(*plan.notes, *evaluated.notes, *exported.facts["notes"], *(metrics.notes if metrics else ())),
+        budgets=budget_plans(pipeline, plan),
+        importance=_importance(pipeline, plan, table),
+        orm=_orm_pictures(table),
+        simulated=plan.simulated,
+        recovery=_recovery(pipeline),
+        frechet=metrics.frechet if metrics else (),
+        frechet_controls=metrics.controls if metrics else {},
+        scores=metrics.scores if metrics else (),
+    )
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    """What evaluation says, as fields of the report; empty where the run has none (``report --as-is``).
+
+    ``digest`` of the float graph, ``graph``: that of the plan's.
+    """
+
+    fields: dict[str, Any]
+    digest: str
+    graph: str
+    notes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, pipeline: Pipeline, plan: PrecisionPlan) -> _Evaluated:
+        if "evaluate" not in pipeline.results:
+            return cls({}, "", "", ("evaluation is missing: 'mpq-deploy report RUN' without --as-is makes it",))
+        found = Evaluation.load(pipeline.folder("evaluate"))
+        variants = {name: _control(name, variant, plan) for name, variant in found.variants.items()}
+        ours = variants.pop("ours")
+        fields: dict[str, Any] = {
+            name: getattr(ours, name) for name in type(ours).model_fields if name not in ("title", *_SIZES)
+        }
+        fields.update(
+            timesteps=found.timesteps,
+            evaluation=EvaluationInfo(
+                samples=found.options.samples,
+                steps=found.options.steps,
+                seed=found.options.seed,
+                sampler=found.sampler,
+                image_kind=found.image_kind,
+            ),
+            extras={name: control for name, control in variants.items() if name in (CORRECTED, BEFORE)},
+            controls={name: control for name, control in variants.items() if name not in (CORRECTED, BEFORE)},
+            images=ImageSet(found.images, found.labels, titles(plan)),
+        )
+        return cls(fields, found.float_digest, found.variants["ours"].digest, (*found.notes, *_not_finite(found)))
+
+
+_SIZES = ("size_bytes", "size_ratio")
+
+
+def _not_finite(found: Evaluation) -> list[str]:
+    """Name what evaluation measured that is no number: it is left out, and must not look as if nobody had measured."""
+    return [
+        f"the measured error of {name} is not finite and is left out"
+        for name, variant in found.variants.items()
+        if not math.isfinite(variant.measured_nmse) or math.isnan(variant.psnr_db)
+    ]
+
+
+def titles(plan: PrecisionPlan) -> dict[str, str]:
+    """Return what each variant is called; those of a simulated plan say so."""
+    return {**TITLES, **SIMULATED_TITLES} if plan.simulated else TITLES
+
+
+def write_report(pipeline: Pipeline) -> None:
+    """Write report.html, report.md and report.json into the run folder."""
+    from mpq_deploy.report.write import write_reports
+
+    write_reports(report_data(pipeline), pipeline.run.path)
+
+
+def _engine(pipeline: Pipeline) -> tuple[EngineInfo | None, str]:
+    if "engine" not in pipeline.results:
+        return None, "This run has no engine yet."
+    folder = pipeline.folder("engine")
+    none = folder / "none.json"
+    if none.exists():
+        return None, json.loads(none.read_text())["reason"]
+    from mpq_deploy.engine.builder import RECORD
+    from mpq_deploy.engine.record import EngineRecord
+
+    record = EngineRecord.load(folder / RECORD)
+    seconds = pipeline.run.timings().get("engine", {}).get("seconds")
+    wrong = [str(problem) for problem in record.problems if problem.severity == "wrong"]
+    slow = tuple(str(problem) for problem in record.problems if problem.severity == "slow")
+    planned = f"{record.weights_bytes or 0:,} bytes of weights in the engine, {record.planned_bytes:,} in the plan"
+    info = EngineInfo(
+        backend=record.backend,
+        version=record.version,
+        file=f"engine/{record.file}",
+        sha256=record.sha256,
+        weights_bytes=record.weights_bytes,
+        planned_weights_bytes=record.planned_bytes,
+        engine_bytes=record.bytes,
+        verified=record.verified,
+        checks=(
+            Check(what="every layer computes and lies as planned", passed=not wrong, detail="; ".join(wrong)),
+            Check(what="weights memory agrees with the plan", passed=not wrong, detail=planned),
+        ),
+        build_seconds=seconds,
+        notes=slow,
+    )
+    return info, ""
+
+
+def _control(name: str, variant: VariantResult, plan: PrecisionPlan) -> Control:
+    size = variant.size_bytes or 0
+    return Control(
+        title=titles(plan).get(name, name),
+        size_bytes=size,
+        size_ratio=size / plan.fp16_size_bytes,
+        measured_nmse=_finite(variant.measured_nmse),
+        psnr_db=_finite(variant.psnr_db),
+        pooled_psnr_db=_finite(variant.pooled_psnr_db),
+        ssim=_finite(variant.ssim),
+        psnr_db_interval=_psnr_interval(variant),
+        ssim_interval=_interval(variant.ssim_each),
+        psnr_db_each=_all_finite(variant.psnr_db_each),
+        ssim_each=_all_finite(variant.ssim_each),
+        nmse_by_timestep=_all_finite(variant.nmse_by_timestep),
+        identical=variant.psnr_db == math.inf,
+    )
+
+
+def _recovery(pipeline: Pipeline) -> RecoveryInfo | None:
+    if not pipeline.recipe.recover.steps or "recover" not in pipeline.results:
+        return None
+    from mpq_deploy.recover.recovery_result import Recovery
+
+    found = Recovery.load(pipeline.folder("recover"))
+    return RecoveryInfo(
+        steps=found.steps,
+        best_step=found.best_step,
+        before=found.before,
+        after=found.after,
+        curve=tuple((point.step, point.held_out_nmse) for point in found.curve),
+        summary=found.summary(),
+    )
+
+
+def _interval(values: tuple[float, ...]) -> Interval | None:
+    found = mean_interval(_all_finite(values))
+    return None if found is None else Interval(low=found[0], high=found[1])
+
+
+def _psnr_interval(variant: VariantResult) -> Interval | None:
+    # Images that are all identical have no finite mean.
+    return _interval(variant.psnr_db_each) if math.isfinite(variant.psnr_db) else None
+
+
+def _metrics(pipeline: Pipeline, exported: Exported, evaluated: _Evaluated) -> ImageMetrics | None:
+    """Return what 'mpq-deploy metrics' kept, as far as it is of the plan's present graph and images (by digest)."""
+    from mpq_deploy.evaluate.metrics.kept import read_kept
+    from mpq_deploy.evaluate.metrics.measure_images import made_from
+
+    found = read_kept(pipeline.run.path, pipeline.talk, "is left out of the report")
+    if found is None:
+        return None
+    held, stale = found.still_true(made_from(pipeline, exported, evaluated.graph, evaluated.digest))
+    if stale:
+        pipeline.talk.warn(f"{stale}: left out; measure again with 'mpq-deploy metrics'")
+    return held
+
+
+def _curve(pipeline: Pipeline) -> tuple[CurvePoint, ...]:
+    sweep = _read_figures(pipeline, pipeline.run.path / "sweep.json", {"measure", "points"})
+    # A sweep of other measurements says nothing about this plan.
+    if sweep is None or sweep["measure"] != pipeline.digest("measure"):
+        return ()
+    known = CurvePoint.model_fields
+    return tuple(
+        CurvePoint(**{k: _known(v) for k, v in point.items() if k in known})
+        for point in sweep["points"]
+        if "size_ratio" in point
+    )
+
+
+def _cpu_latency(pipeline: Pipeline) -> CpuLatencyInfo | None:
+    figures = _read_figures(pipeline, pipeline.run.path / LATENCY, {"float_ms", "variant_ms", "source"})
+    if figures is None:
+        return None
+    latency = CpuLatency(**figures)
+    return CpuLatencyInfo(float_ms=latency.float_ms, ours_ms=latency.variant_ms["ours"], source=latency.source)
+
+
+def _read_figures(pipeline: Pipeline, path: Path, keys: set[str]) -> dict[str, Any] | None:
+    """Read figures that lie outside the stages' digests; None, with a warning, where the file is damaged."""
+    try:
+        figures = unsealed(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        pipeline.talk.warn(f"{path} cannot be read and is left out of the report: {error}")
+        return None
+    if not keys <= set(figures):
+        pipeline.talk.warn(f"{path} lacks {', '.join(sorted(keys))} and is left out of the report")
+        return None
+    return figures
+
+
+def _importance(pipeline: Pipeline, plan: PrecisionPlan, table: SensitivityTable) -> ImportanceInfo | None:
+    found, programme = table.importance, plan.bit_programme
+    if found is None or programme is None:
+        return None
+    return ImportanceInfo(
+        settings=_orm_settings(pipeline, table.metric),
+        timesteps=tuple(float(t) for t in found.timesteps),
+        weights=tuple(float(w) for w in found.weights),
+        calls=found.calls,
+        constant=int(found.constant.all(axis=0).sum()),
+        **programme,
+    )
+
+
+def _orm_settings(pipeline: Pipeline, metric: str) -> str:
+    """Say which of the options stand behind the importances."""
+    options = pipeline.recipe.measure.orm
+    activations = {
+        "int8": "INT8 activations wherever the target allows",
+        "fp16": "FP16 activations wherever a layer has the choice",
+        "programme": f"activations by a second programme at {options.activation_budget:g} bits per element",
+    }[options.activation_bits]
+    bits = f"{options.bits} bits, {activations}"
+    if metric != "orm":
+        how = {
+            "kurtosis": "mean kurtosis of the weight's rows times the number of weights",
+            "size-only": "1 for every layer",
+            "random": f"drawn with seed {pipeline.recipe.measure.seed}",
+        }[metric]
+        return f"Importance: {how}; {bits}"
+    reach = "" if options.importance == "layer" else ", mean over a layer and all later ones"
+    grown = f" with eta {options.eta:g}" if options.aggregation == "exponential" else ""
+    return (
+        f"Importance: exp(-{options.beta:g} gamma), {options.estimator} ORM, {options.aggregation} over "
+        f"timesteps{grown}{reach}; {bits}"
+    )
+
+
+def _orm_pictures(table: SensitivityTable) -> OrmPictures | None:
+    found = table.importance
+    if found is None or found.orm is None:
+        return None
+    constant = np.asarray(found.constant.all(axis=0))
+    return OrmPictures(found.layers, found.timesteps, found.weights, found.theta, found.orm, constant)
+
+
+def _layer_row(row: dict[str, Any], table: SensitivityTable, kurtoses: dict[str, float]) -> LayerRow:
+    kurtosis = kurtoses.get(row["name"])
+    if not table.predicts_nmse:
+        return LayerRow(**row, kurtosis=kurtosis)
+    by_timestep = table.losses_by_timestep[row["name"]][row["scheme"]]
+    losses = _all_finite(tuple(float(loss) for loss in by_timestep))
+    return LayerRow(**row, kurtosis=kurtosis, loss_by_timestep=losses)
+
+
+def _versions() -> dict[str, str]:
+    import platform
+
+    found = {key.removeprefix("version."): value for key, value in version_of(*PACKAGES).items() if value}
+    return {**found, "python": platform.python_version()}
+
+
+def _command(pipeline: Pipeline) -> str:
+    """The command that repeats this run: the recipe in the run folder holds every setting."""
+    return shlex.join(["mpq-deploy", "build", "--recipe", str(pipeline.run.path / "recipe.yaml"), "-o", "runs/again"])
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _all_finite(values: tuple[float, ...]) -> tuple[float, ...]:
+    """Return ``values``, or none of them: they stand for images or timesteps in order."""
+    return values if all(map(math.isfinite, values)) else ()
+
+
+def _known(value: float | None) -> float | None:
+    return None if value is None else _finite(value)
+
+
+def summarise(pipeline: Pipeline, last: str) -> Summary:
+    """Say what a command ended with: files and figures."""
+    from mpq_deploy.run.pipeline import Summary
+
+    run = pipeline.run.path
+    values: dict[str, Any] = {
+        "run": str(run),
+        "stages": {r.name: {"cached": r.cached, "seconds": r.seconds} for r in pipeline.results.values()},
+    }
+    if last != "report":
+        files = [str(path) for path in sorted(pipeline.folder(last).iterdir()) if path.is_file()][:8]
+        return Summary(str(pipeline.folder(last)), {**values, "files": files})
+    report = json.loads((run / "report.json").read_text())
+    return Summary(_headline(run, report), {**values, "report": report})
+
+
+def _headline(run: Path, report: dict[str, Any]) -> str:
+    lines = [f"{'':<9} {'of FP16':>8} {'bytes':>14} {'PSNR dB':>8} {'SSIM':>6} {'NMSE':>9}", _row("ours", report)]
+    lines += [_row(name, found) for name, found in {**report["extras"], **report["controls"]}.items()]
+    if report["simulated"]:
+        lines = [lines[0], *(f"{line}  simulated, nominal bytes" for line in lines[1:])]
+    engine = report["engine"]
+    built = f"{run / engine['file']}" if engine else f"none ({report['engine_note']})"
+    model = run / ("recover" if report["recovery"] else "quantize") / DEPLOYED
+    lines += ["", f"engine: {built}", f"model:  {model}", f"report: {run / 'report.html'}"]
+    expected = report["expected_latency"]
+    if expected:
+        lines.append(
+            f"latency: {expected['ours_ms']:.3g} ms per call, FP16 {expected['fp16_ms']:.3g} ms, INT8 "
+            f"{expected['int8_ms']:.3g} ms ({expected['source']} layer by layer, not measured as a whole)"
+        )
+    if CORRECTED in report["extras"]:
+        lines.append(f"correction of the sampler: {run / 'correction' / CORRECTION}")
+    return "\n".join(lines)
+
+
+def _row(name: str, found: dict[str, Any]) -> str:
+    psnr, ssim, nmse = (found[key] for key in ("psnr_db", "ssim", "measured_nmse"))
+    shown = f"{psnr:.1f}" if psnr is not None else "same" if found["identical"] else "-"
+    alike = "-" if ssim is None else f"{ssim:.4f}"
+    error = "-" if nmse is None else f"{nmse:.2e}"
+    return f"{name:<9} {found['size_ratio']:>8.4f} {found['size_bytes']:>14,} {shown:>8} {alike:>6} {error:>9}"
+
+
+def sample_grid(pipeline: Pipeline, out: Path, count: int, seed: int, steps: int, controls: bool) -> None:
+    """Sample the float and the quantized models from the same noise into one picture, labelled by condition."""
+    from mpq_deploy.evaluate.evaluate import evaluate
+    from mpq_deploy.evaluate.evaluation_result import EvaluationOptions
+    from mpq_deploy.evaluate.grid import save_grid
+
+    exported = Exported(pipeline)
+    options = EvaluationOptions(
+        samples=count,
+        steps=steps,
+        timesteps=1,
+        seed=seed,
+        sampler=pipeline.recipe.evaluate.sampler,
+        latency_calls=0,
+    )
+    variants = {"ours": pipeline.folder(deployed_stage(pipeline)) / SIMULATED}
+    if controls:
+        folder = pipeline.folder("controls")
+        sizes: dict[str, int] = json.loads((folder / "sizes.json").read_text())
+        variants.update({name: folder / name / SIMULATED for name in sorted(sizes, reverse=True)})
+    result = evaluate(
+        variants,
+        exported.path,
+        exported.spec,
+        exported.conditions,
+        options,
+        pipeline.talk,
+    )
+    plan = PrecisionPlan.load(pipeline.folder("allocate") / "plan.json")
+    save_grid(out, {titles(plan)[name]: images for name, images in result.images.items()}, result.labels)

@@ -1,0 +1,447 @@
+"""Limits that a run must keep before it is released: size, quality, latency, and quality against a baseline.
+
+In: a report (``report.read``), limits, and a baseline's report. Out: a ``GateResult``, as text, Markdown, JSON and
+JUnit XML. A figure that was not measured fails its limit. The point estimate decides; where the limit lies inside the
+95 % interval, that is said.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import textwrap
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from mpq_deploy.allocate.milp import budget_in_bytes
+from mpq_deploy.errors import UsageError
+from mpq_deploy.report import words
+from mpq_deploy.report.compare import figure_difference, model_obstacle, obstacles
+from mpq_deploy.report.data import Interval
+from mpq_deploy.report.markdown import plain, table
+from mpq_deploy.report.read import FrechetDistance, ReadReport, Score, slowest
+
+Status = Literal["passed", "failed", "not measured"]
+SUITE = "mpq-deploy gate"
+_MILLISECONDS = {"us": 1e-3, "µs": 1e-3, "ms": 1.0, "s": 1e3}
+EVALUATE = "Measure it with 'mpq-deploy evaluate RUN', then 'mpq-deploy report RUN'."
+# XML 1.0, section 2.2: what a document may hold.
+_NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is asked for; None: not asked. ``max_size`` as a budget is written (0.36, 35%, 600MB).
+
+    PSNR in dB; NMSE of the output; ``max_frechet_increase`` over the float model's own distance, or over the
+    baseline's; ``max_psnr_drop`` in dB below the baseline. ``max_lpips`` to the float model's images;
+    ``max_clip_drop`` below the float model's own CLIP score.
+    """
+
+    max_size: str | None = None
+    min_psnr: float | None = None
+    min_ssim: float | None = None
+    max_nmse: float | None = None
+    max_frechet_increase: float | None = None
+    max_latency_ms: float | None = None
+    max_psnr_drop: float | None = None
+    max_lpips: float | None = None
+    max_clip_drop: float | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UsageError(f"--{field.name.replace('_', '-')} is {value}.", "Give a finite number.")
+        for name in ("max_nmse", "max_latency_ms", "min_ssim", "max_lpips"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                option = name.removesuffix("_ms").replace("_", "-")
+                raise UsageError(f"--{option} is {value:g}.", "It cannot be negative.")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One limit: the figure as measured (None where there is none), and what is to be known about it."""
+
+    name: str
+    limit: str
+    measured: str
+    status: Status
+    value: float | None = None
+    bound: float | None = None
+    interval: tuple[float, float] | None = None
+    detail: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the limit is kept; what was not measured does not keep it."""
+        return self.status == "passed"
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """Every limit's outcome, in the order of the options.
+
+    ``unverified``: which of the reports hold no digest, in words; a terminal has read that on stderr.
+    """
+
+    run: str
+    model: str
+    target: str
+    outcomes: tuple[Outcome, ...]
+    notes: tuple[str, ...] = ()
+    baseline: str | None = None
+    unverified: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether every limit is kept."""
+        return all(outcome.passed for outcome in self.outcomes)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {**asdict(self), "passed": self.passed}
+
+
+def check_gate(
+    report: ReadReport, limits: Limits, baseline: ReadReport | None = None, allow_estimate: bool = False
+) -> GateResult:
+    """Hold ``report`` against ``limits``; ``allow_estimate`` takes an expected latency where none was measured.
+
+    Raises UsageError when there is no limit, when a limit needs a baseline or a baseline has no limit that uses it, and
+    when the baseline is that of another model.
+    """
+    _check(report, limits, baseline)
+    checks: dict[str, Callable[[Any], Outcome]] = {
+        "max_size": lambda limit: _size(report, limit),
+        "min_psnr": lambda limit: _psnr(report, limit),
+        "min_ssim": lambda limit: _ssim(report, limit),
+        "max_nmse": lambda limit: _nmse(report, limit),
+        "max_frechet_increase": lambda limit: _frechet(report, limit, baseline),
+        "max_latency_ms": lambda limit: _latency(report, limit, allow_estimate),
+        "max_psnr_drop": lambda limit: _psnr_drop(report, limit, baseline),
+        "max_lpips": lambda limit: _lpips(report, limit),
+        "max_clip_drop": lambda limit: _clip_drop(report, limit),
+    }
+    asked = {name: getattr(limits, name) for name in checks}
+    outcomes = tuple(check(asked[name]) for name, check in checks.items() if asked[name] is not None)
+    notes = list(report.remarks)
+    if report.simulated:
+        notes.append("The plan is simulated: its bytes are nominal, and no engine can hold it.")
+    if report.model.synthetic:
+        notes.append(report.model.synthetic)
+    label = None if baseline is None else baseline.label
+    unverified = tuple(one.unverified for one in (report, baseline) if one is not None and one.unverified)
+    return GateResult(report.label, report.model.name, report.target.name, outcomes, tuple(notes), label, unverified)
+
+
+def parse_latency(text: str) -> float:
+    """Return milliseconds of ``120ms``, ``0.12s`` or ``850us``. Raises UsageError without a unit."""
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*([a-zµ]*)\s*", text)
+    unit = found.group(2) if found else ""
+    if found is None or unit not in _MILLISECONDS:
+        why = "has no unit" if found and not unit else "is no latency"
+        raise UsageError(f"The latency '{text}' {why}.", "Give a number with us, ms or s, such as 120ms.")
+    return float(found.group(1)) * _MILLISECONDS[unit]
+
+
+def _check(report: ReadReport, limits: Limits, baseline: ReadReport | None) -> None:
+    if all(getattr(limits, field.name) is None for field in fields(limits)):
+        raise UsageError("There is no limit to hold the run against.", "Give at least one, such as --max-size 0.36.")
+    if limits.max_psnr_drop is not None and baseline is None:
+        raise UsageError("--max-psnr-drop needs a baseline.", "Give one with --baseline report.json.")
+    if baseline is None:
+        return
+    if limits.max_psnr_drop is None and limits.max_frechet_increase is None:
+        raise UsageError("--baseline is given, but no limit uses it.", "Add --max-psnr-drop or --max-frechet-increase.")
+    other = model_obstacle(baseline, report)
+    if other:
+        raise UsageError(
+            f"The baseline {baseline.label} is that of another model. {other}", "Give one of the same model."
+        )
+
+
+def _size(report: ReadReport, limit: str) -> Outcome:
+    weights = (
+        report.model.weights if report.model.weights is not None else sum(layer.weights for layer in report.layers)
+    )
+    try:
+        most = budget_in_bytes(limit, report.fp16_size_bytes, weights)
+    except UsageError as error:
+        raise UsageError(f"--max-size: {error.message}", error.hint) from None
+    measured = f"{report.size_ratio:.4f} of FP16, {report.size_bytes:,} bytes"
+    status: Status = "passed" if report.size_bytes <= most else "failed"
+    return Outcome("size", f"at most {limit} ({most:,} bytes)", measured, status, report.size_bytes, most)
+
+
+def _psnr(report: ReadReport, limit: float) -> Outcome:
+    asked = f"at least {limit:g} dB"
+    if report.identical and report.psnr_db is None:
+        return Outcome("PSNR", asked, "identical images", "passed", None, limit, detail="An infinite PSNR.")
+    if report.psnr_db is None:
+        return Outcome("PSNR", asked, words.NOT_MEASURED, "not measured", None, limit, detail=_why(report))
+    status: Status = "passed" if report.psnr_db >= limit else "failed"
+    interval = _ends(report.psnr_db_interval)
+    said = _about(limit, interval, " dB", _images(report))
+    shown = f"{_shown(report.psnr_db, limit, 2)} dB"
+    return Outcome("PSNR", asked, shown, status, report.psnr_db, limit, interval, said)
+
+
+def _ssim(report: ReadReport, limit: float) -> Outcome:
+    asked = f"at least {limit:g}"
+    if report.ssim is None:
+        return Outcome("SSIM", asked, words.NOT_MEASURED, "not measured", None, limit, detail=_why(report))
+    status: Status = "passed" if report.ssim >= limit else "failed"
+    interval = _ends(report.ssim_interval)
+    said = _about(limit, interval, "", _images(report))
+    return Outcome("SSIM", asked, _shown(report.ssim, limit, 4), status, report.ssim, limit, interval, said)
+
+
+def _nmse(report: ReadReport, limit: float) -> Outcome:
+    asked = f"at most {limit:g}"
+    if report.measured_nmse is None:
+        return Outcome("output error (NMSE)", asked, words.NOT_MEASURED, "not measured", None, limit, detail=EVALUATE)
+    status: Status = "passed" if report.measured_nmse <= limit else "failed"
+    return Outcome("output error (NMSE)", asked, f"{report.measured_nmse:.2e}", status, report.measured_nmse, limit)
+
+
+def _frechet(report: ReadReport, limit: float, baseline: ReadReport | None) -> Outcome:
+    name, asked = "Frechet increase", f"at most {limit:g}"
+    if not report.frechet:
+        said = "The report holds no Frechet distance of this plan. Measure it with 'mpq-deploy metrics RUN'."
+        return Outcome(name, asked, words.NOT_MEASURED, "not measured", None, limit, detail=said)
+    found = [(one, _frechet_floor(one, baseline)) for one in report.frechet]
+    increases = [(one.distance - floor, one) for one, floor in found if floor is not None]
+    if len(increases) < len(found):
+        said = (
+            "The baseline has no distance of the same network, kind, number of images, sampler and seed; measure it "
+            "there, too."
+        )
+        return Outcome(name, asked, "not comparable", "not measured", None, limit, detail=said)
+    worst, of = max(increases, key=lambda pair: pair[0])
+    floor = of.distance - worst
+    interval = _increase_interval(of, floor, baseline is not None)
+    over = "the baseline's" if baseline is not None else "the float model's own"
+    said = f"{of.described}; over {over} {floor:.3g}."
+    said = f"{said} {_about(limit, interval, '', f'{of.samples:,} images', '--images')}"
+    return Outcome(name, asked, f"{worst:+.3g}", "passed" if worst <= limit else "failed", worst, limit, interval, said)
+
+
+def _frechet_floor(one: FrechetDistance, baseline: ReadReport | None) -> float | None:
+    """What a distance is held against: the float model's own, or the baseline's of the same kind."""
+    if baseline is None:
+        return one.floor
+    return next((other.distance for other in baseline.frechet if other.kind == one.kind), None)
+
+
+def _increase_interval(one: FrechetDistance, floor: float, against_baseline: bool) -> tuple[float, float] | None:
+    """The paired interval of the increase over the float model; over a baseline only the distance's own is known."""
+    if one.increase_interval is not None and not against_baseline:
+        return _ends(one.increase_interval)
+    return None if one.interval is None else (one.interval.low - floor, one.interval.high - floor)
+
+
+def _latency(report: ReadReport, limit: float, allow_estimate: bool) -> Outcome:
+    asked, found = f"at most {limit:g} ms", slowest(report)
+    if found is None:
+        return _no_latency(report, limit, asked, allow_estimate)
+    said = f"{_capital(found.source)}; the gate itself measures nothing."
+    if found.target != report.target.name:
+        said += f" That is the target {found.target}; the report's is {report.target.name}."
+    shown = f"{words.digits(found.milliseconds)} ms"
+    if found.problem:
+        said += f" It does not count: {found.problem}."
+        return Outcome("latency", asked, shown, "failed", found.milliseconds, limit, detail=said)
+    status: Status = "passed" if found.milliseconds <= limit else "failed"
+    return Outcome("latency", asked, shown, status, found.milliseconds, limit, detail=said)
+
+
+def _no_latency(report: ReadReport, limit: float, asked: str, allow_estimate: bool) -> Outcome:
+    """Fail for want of a measurement, unless there is an expectation and it is to be taken."""
+    expected = report.expected_latency
+    if expected is not None and allow_estimate:
+        status: Status = "passed" if expected.ours_ms <= limit else "failed"
+        shown = f"{words.digits(expected.ours_ms)} ms, estimated"
+        return Outcome("latency", asked, shown, status, expected.ours_ms, limit, detail=f"{expected.words}.")
+    said = [
+        "No engine latency was measured. Run 'mpq-deploy package RUN', install the package on the device, and take its "
+        "results in with 'mpq-deploy report RUN --device results.json'."
+    ]
+    if expected is not None:
+        said.append(f"There is only an estimate, which --allow-estimate would take: {expected.words}.")
+    if report.cpu_latency is not None:
+        cpu = report.cpu_latency
+        said.append(f"The report's {cpu.ours_ms:g} ms are no latency of the engine ({cpu.source}).")
+    return Outcome("latency", asked, words.NOT_MEASURED, "not measured", None, limit, detail=" ".join(said))
+
+
+def _psnr_drop(report: ReadReport, limit: float, baseline: ReadReport | None) -> Outcome:
+    """Hold the PSNR against the baseline's, image by image where both reports keep them."""
+    assert baseline is not None  # checked by _check
+    name, asked = "PSNR against the baseline", f"at most {limit:g} dB lower"
+    different = obstacles(baseline, report)
+    if different:
+        said = f"{' '.join(different)} Evaluate both with the same evaluate.* entries of the recipe."
+        return Outcome(name, asked, "not comparable", "not measured", None, limit, detail=said)
+    if report.identical:
+        return Outcome(name, asked, "identical images", "passed", None, limit, detail="An infinite PSNR.")
+    if baseline.identical:
+        said = "The baseline's images are identical to the float model's, these are not."
+        return Outcome(
+            name, asked, f"{words.decibels(report.psnr_db)} after infinity", "failed", None, limit, detail=said
+        )
+    difference = figure_difference(baseline, report, "psnr_db")
+    if difference is None:
+        missing = report if report.psnr_db is None else baseline
+        said = f"{missing.label}: {_why(missing)}"
+        return Outcome(name, asked, words.NOT_MEASURED, "not measured", None, limit, detail=said)
+    interval = difference.interval
+    if interval is None:
+        said = "Not paired by image: not both reports keep the PSNR of each, so there is no interval."
+    else:
+        said = _about(-limit, interval, " dB", f"{_images(report)}, paired")
+        if difference.within_noise:
+            said = f"No difference is shown: 0 lies inside the interval. {said}"
+    status: Status = "passed" if -difference.value <= limit else "failed"
+    shown = f"{_shown(difference.value, -limit, 2, '+')} dB"
+    return Outcome(name, asked, shown, status, difference.value, -limit, interval, said)
+
+
+def _lpips(report: ReadReport, limit: float) -> Outcome:
+    asked, measured = f"at most {limit:g}", _scores(report, "lpips")
+    if not measured:
+        said = "The report holds no LPIPS of this plan. Measure it with 'mpq-deploy metrics RUN --lpips'."
+        return Outcome("LPIPS", asked, words.NOT_MEASURED, "not measured", None, limit, detail=said)
+    found = max(measured, key=lambda one: one.value)
+    interval = _ends(found.interval)
+    said = f"{found.title}. {_about(limit, interval, '', words.count(found.samples, 'image'), '--images')}"
+    status: Status = "passed" if found.value <= limit else "failed"
+    return Outcome("LPIPS", asked, _shown(found.value, limit, 4), status, found.value, limit, interval, said)
+
+
+def _clip_drop(report: ReadReport, limit: float) -> Outcome:
+    """Hold the CLIP score against the float model's own, of the same noise and prompts."""
+    name, asked, measured = "CLIP score", f"at most {limit:g} below the float model's", _scores(report, "clip-score")
+    if not measured:
+        said = "The report holds no CLIP score of this plan. Measure it with 'mpq-deploy metrics RUN --clip-score'."
+        return Outcome(name, asked, words.NOT_MEASURED, "not measured", None, limit, detail=said)
+    found = min(measured, key=lambda one: one.value - one.floor)
+    change, interval = found.value - found.floor, _ends(found.increase_interval)
+    said = f"{found.title}: {found.value:.4g}, the float model's {found.floor:.4g}."
+    said = f"{said} {_about(-limit, interval, '', f'{found.samples:,} images, paired', '--images')}"
+    status: Status = "passed" if -change <= limit else "failed"
+    return Outcome(name, asked, _shown(change, -limit, 3, "+"), status, change, -limit, interval, said)
+
+
+def _scores(report: ReadReport, kind: str) -> list[Score]:
+    """Return this plan's scores of a kind: one for each number of images, seed and weights."""
+    return [one for one in report.scores if one.variant == "ours" and one.score == kind]
+
+
+def _why(report: ReadReport) -> str:
+    """Say why a quality figure is missing and how it is measured."""
+    return " ".join([*(f"{_capital(remark)}." for remark in report.remarks), EVALUATE])
+
+
+def _ends(interval: Interval | None) -> tuple[float, float] | None:
+    return None if interval is None else (interval.low, interval.high)
+
+
+def _about(
+    limit: float, interval: tuple[float, float] | None, unit: str, over: str, more: str = "evaluate.samples"
+) -> str:
+    """State the interval, and say where the limit lies inside it, so that other images might decide otherwise."""
+    if interval is None:
+        return "No interval: the report keeps no figure of each image, or of one only."
+    said = f"95 % interval {interval[0]:.4g} to {interval[1]:.4g}{unit} over {over}."
+    if interval[0] <= limit <= interval[1]:
+        said += f" The limit lies inside it: other noise might decide otherwise. Raise {more} to be surer."
+    return said
+
+
+def _shown(value: float, limit: float, places: int, sign: str = "") -> str:
+    """Return ``value`` with ``places`` decimals, or as many more as tell it from the limit."""
+    while places < 12 and value != limit and round(value, places) == round(limit, places):
+        places += 1
+    return f"{value:{sign}.{places}f}"
+
+
+def _images(report: ReadReport) -> str:
+    return "the images" if report.evaluation is None else words.count(report.evaluation.samples, "image")
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def gate_text(result: GateResult) -> str:
+    """Return the outcome for a terminal, at most 80 columns wide."""
+    lines = []
+    for outcome in result.outcomes:
+        lines.append(f"{_MARKS[outcome.status]:<12} {outcome.name}: {outcome.measured}")
+        for part in (f"limit: {outcome.limit}", outcome.detail):
+            lines += textwrap.wrap(part, 80, initial_indent=" " * 13, subsequent_indent=" " * 13)
+    for note in result.notes:
+        lines += textwrap.wrap(f"note: {note}", 80)
+    return "\n".join([*lines, "", headline(result)])
+
+
+_MARKS: dict[Status, str] = {"passed": "passed", "failed": "FAILED", "not measured": "NOT MEASURED"}
+
+
+def headline(result: GateResult) -> str:
+    """Return one sentence: whether the gate is passed, and by how many limits."""
+    kept = sum(outcome.passed for outcome in result.outcomes)
+    return f"{'Passed' if result.passed else 'FAILED'}: {kept} of {words.count(len(result.outcomes), 'limit')} kept."
+
+
+def gate_markdown(result: GateResult) -> str:
+    """Return a summary for a pull request or a job's page."""
+    rows = [[o.name, o.limit, o.measured, _MARKS[o.status]] for o in result.outcomes]
+    details = [f"- {plain(o.name)}: {plain(o.detail)}" for o in result.outcomes if o.detail]
+    baseline = f", against the baseline {plain(result.baseline)}" if result.baseline else ""
+    parts = [
+        f"## Gate: {plain(result.model)} for {plain(result.target)}",
+        f"**{headline(result)}** {plain(result.run)}{baseline}.",
+        table(("limit", "asked", "measured", ""), rows),
+        "\n".join([*details, *(f"- {plain(note)}" for note in (*result.notes, *result.unverified))]),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def gate_junit(result: GateResult) -> str:
+    """Return JUnit XML: a test case per limit, in the form that Jenkins, GitLab and GitHub's actions read.
+
+    A limit without a measurement is a failure of type ``not-measured``, never a skipped case.
+    """
+    counts = {
+        "name": SUITE,
+        "tests": str(len(result.outcomes)),
+        "failures": str(sum(not outcome.passed for outcome in result.outcomes)),
+        "errors": "0",
+        "time": "0",
+    }
+    root = ET.Element("testsuites", counts)
+    suite = ET.SubElement(root, "testsuite", {**counts, "skipped": "0"})
+    properties = ET.SubElement(suite, "properties")
+    stated = {"run": result.run, "model": result.model, "target": result.target, "baseline": result.baseline or ""}
+    for name, value in stated.items():
+        ET.SubElement(properties, "property", {"name": name, "value": _xml(value)})
+    for outcome in result.outcomes:
+        named = {"classname": _xml(f"mpq-deploy.gate.{result.model}"), "name": _xml(f"{outcome.name} {outcome.limit}")}
+        case = ET.SubElement(suite, "testcase", {**named, "time": "0"})
+        said = f"{outcome.name}: {outcome.measured}, limit: {outcome.limit}"
+        if not outcome.passed:
+            kind = outcome.status.replace(" ", "-")
+            failure = ET.SubElement(case, "failure", {"message": _xml(said), "type": kind})
+            failure.text = _xml(outcome.detail or said)
+        ET.SubElement(case, "system-out").text = _xml(f"{said}. {outcome.detail}".strip())
+    ET.indent(root)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
+
+
+def _xml(text: str) -> str:
+    return _NOT_XML.sub("\ufffd", text)

@@ -1,0 +1,88 @@
+"""sweep.html: the measured points on the predicted curve, with the uniform plans beside them and the budgets' slider.
+
+In: what ``run_sweep`` returns (the values of sweep.json) and the plans of the curve. Out: one self-contained page.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mpq_deploy.report import words
+from mpq_deploy.report.budget_curve import Mark, view
+from mpq_deploy.report.data import BudgetPlans
+from mpq_deploy.report.page import asset, rendered
+
+COLUMNS = ("Budget", "Of FP16", "Size", "Predicted error", "Measured error", "PSNR")
+
+
+def sweep_page(result: dict[str, Any], plans: BudgetPlans, about: dict[str, str]) -> str:
+    """Return the page. ``about``: model, target, synthetic and command, in words; all of it is escaped."""
+    points = [point for point in result["points"] if "size_bytes" in point]
+    fp16_size = round(points[0]["size_bytes"] / points[0]["size_ratio"]) if points else 1
+    marks = [
+        Mark("swept", "", point["size_ratio"], point.get("measured_nmse"), point["predicted_nmse"]) for point in points
+    ]
+    marks += [
+        Mark(name, control["title"], control["size_ratio"], control["measured_nmse"])
+        for name, control in result["controls"].items()
+    ]
+    simulated = bool(result.get("simulated"))
+    return rendered(
+        "sweep.html.j2",
+        **about,
+        budgets=view(plans, fp16_size, marks, simulated=simulated) if plans.plans else None,
+        curve_note=_note(result),
+        columns=COLUMNS,
+        rows=[*(_row(point) for point in points), *(_control(c) for c in result["controls"].values())],
+        refused=[_refused(point) for point in result["points"] if "size_bytes" not in point],
+        simulated=simulated,
+        lead=_lead(points, simulated),
+        script=asset("budgets.js"),
+    )
+
+
+def _lead(points: list[dict[str, Any]], simulated: bool) -> str:
+    measured = [point for point in points if point.get("measured_nmse") is not None]
+    nominal = "Simulated, with nominal bytes: " if simulated else ""
+    if not measured:
+        return f"{nominal}{words.count(len(points), 'budget')}, predicted; --evaluate or --points measures them."
+    compared = [
+        p["predicted_nmse"] / p["measured_nmse"] for p in measured if p["predicted_nmse"] and p["measured_nmse"]
+    ]
+    said = f"{nominal}{words.count(len(measured), 'budget')} measured"
+    if not compared:
+        return f"{said}."
+    return f"{said}: the prediction lies between {min(compared):.2f} and {max(compared):.2f} times what was measured."
+
+
+def _note(result: dict[str, Any]) -> str:
+    if result.get("curve"):
+        return (
+            "The line is of the integer programme's plans; the measured ones are also refined with the cross terms "
+            "between layers, so they may lie a little below it."
+        )
+    return "The line joins this sweep's own plans."
+
+
+def _row(point: dict[str, Any]) -> list[str]:
+    predicted = point["predicted_nmse"]
+    psnr = words.decibels(point.get("psnr_db"), point.get("measured_nmse") == 0)
+    return [
+        f"{point['budget']:.4f}",
+        words.percent(point["size_ratio"]),
+        words.size(point["size_bytes"]),
+        words.NOT_PREDICTED if predicted is None else words.error(predicted),
+        words.error(point.get("measured_nmse")),
+        psnr,
+    ]
+
+
+def _control(control: dict[str, Any]) -> list[str]:
+    ratio, psnr = words.percent(control["size_ratio"]), words.decibels(control["psnr_db"])
+    return [control["title"], ratio, "", "", words.error(control["measured_nmse"]), psnr]
+
+
+def _refused(point: dict[str, Any]) -> str:
+    if "least_latency_ms" in point:
+        return f"{point['budget']:.4f}: no plan is fast enough; the fastest takes {point['least_latency_ms']:.3f} ms."
+    return f"{point['budget']:.4f}: no plan fits; the smallest takes {point['smallest_feasible_bytes']:,} bytes."

@@ -1,0 +1,560 @@
+"""X^T X of each layer's inputs, for GPTQ, within a cap on memory.
+
+In: a layer graph and the recorded calls. Out: one ``Hessian`` per layer, in graph order. The denoiser runs once per
+group of layers whose matrices fit the cap together, up to the last of them only. Of each activation a fixed
+random subset of output positions is used, as many per call; their patches (for a Conv) are gathered in the graph,
+so whole activations never leave the runtime, and multiplied by NumPy, whose A^T A does half the work of a product.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from math import ceil, prod
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+
+from mpq_deploy.calibrate.activation_shapes import ActivationShape, activation_shapes, tensors_of
+from mpq_deploy.calibrate.stats import CalibrationSet
+from mpq_deploy.calls.feeds import Batch, batches
+from mpq_deploy.errors import ModelError, UsageError
+from mpq_deploy.graph.layers import Layer, LayerGraph, LayerUse
+from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.system.parallel.job_files import alone_with
+from mpq_deploy.system.progress import Advance, Talk
+from mpq_deploy.system.sessions import open_session
+
+# Share of the memory cap for rows that wait to be multiplied: a product of many rows costs less per row, because
+# each one also touches the whole matrix.
+WAITING_SHARE = 0.25
+# Blocks of a block-diagonal Hessian are a multiple of the largest quantization block, so none is cut.
+WIDTH_MULTIPLE = 256
+
+
+@dataclass(frozen=True)
+class HessianOptions:
+    """Bounds on memory and work.
+
+    ``memory_cap_bytes`` bounds the matrices and rows held at once. A layer of reduction K uses about
+    max(``min_rows``, ``rows_per_column`` * K) rows, or all where there are fewer; the calls that are run are
+    the first ``max_calls``, spread over all timesteps. Beyond ``max_width`` columns a matrix is block-diagonal.
+    """
+
+    memory_cap_bytes: int = 1024**3
+    min_rows: int = 2048
+    rows_per_column: float = 2.0
+    max_calls: int = 160
+    max_width: int = 4096
+    batch_size: int = 8
+    seed: int = 0
+    threads: int = 0
+
+
+@dataclass(frozen=True)
+class Hessian:
+    """Mean of x x^T over the rows of a layer's input, float32 ``blocks`` [group * B, w, w].
+
+    Each of the layer's groups has B = len(widths) diagonal blocks over consecutive columns of its canonical
+    reduction axis (``weight.reshape(O, -1)``); block b covers ``widths[b]`` columns, and w is the widest. What
+    lies beyond a narrower block's width is zero. B is 1 unless the reduction exceeds max_width.
+    """
+
+    layer: Layer
+    blocks: Array
+    widths: tuple[int, ...]
+    rows: int
+
+
+def iterate_hessians(
+    graph: LayerGraph,
+    recorded: CalibrationSet,
+    conditions: dict[str, Array],
+    spec: DenoiserSpec,
+    options: HessianOptions,
+    talk: Talk,
+    *,
+    layers: tuple[str, ...] | None = None,
+    scratch: Path | None = None,
+) -> Iterator[Hessian]:
+    """Yield the Hessian of every layer (or of ``layers``, by name), in graph order.
+
+    Layers that read one tensor through the same patches share one array: do not write into ``blocks``.
+    Raises UsageError when one layer's matrices exceed the cap, ModelError when an input is not finite.
+    """
+    plan = HessianPlan.of(graph, recorded, conditions, spec, options, talk, layers=layers, scratch=scratch)
+    for number in range(len(plan)):
+        yield from plan.hessians(number)
+
+
+class HessianPlan:
+    """The layers in groups whose distinct matrices fit the cap together: for each the denoiser runs once.
+
+    A group's Hessians have the same bits in whatever order and process the groups are made.
+    """
+
+    def __init__(self, source: _Source, groups: list[list[_Planned]]) -> None:
+        self._source, self._groups = source, groups
+
+    @classmethod
+    def of(
+        cls,
+        graph: LayerGraph,
+        recorded: CalibrationSet,
+        conditions: dict[str, Array],
+        spec: DenoiserSpec,
+        options: HessianOptions,
+        talk: Talk,
+        *,
+        layers: tuple[str, ...] | None = None,
+        scratch: Path | None = None,
+        guard: Path | None = None,
+    ) -> HessianPlan:
+        """Plan the Hessians of ``layers``; the arguments and errors are those of ``iterate_hessians``.
+
+        ``guard``: a file that processes which read the same model lock while its weights are linked for a session.
+        """
+        source = _Source(graph, recorded, conditions, spec, options, talk, scratch, guard)
+        chosen = [layer for layer in graph.layers if layers is None or layer.name in layers]
+        if not chosen:
+            return cls(source, [])
+        with alone_with(guard) if guard else nullcontext():
+            shapes = activation_shapes(graph, recorded, conditions, spec, talk, scratch)
+        nodes = {node.name: node for node in graph.model.graph}
+        planned = [
+            (layer, tuple(_Patches.of(nodes[use.node], use, layer, shapes[use.input]) for use in layer.uses))
+            for layer in chosen
+        ]
+        return cls(source, _groups(planned, options))
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def layers(self, number: int) -> tuple[Layer, ...]:
+        """Return the layers of group ``number``, in graph order."""
+        return tuple(layer for layer, _ in self._groups[number])
+
+    def hessians(self, number: int, gathered: Iterable[list[Array]] | None = None) -> Iterator[Hessian]:
+        """Yield the Hessians of group ``number``; ``gathered``: what its ``Gathering`` gave elsewhere, in order.
+
+        Raises as ``iterate_hessians`` does.
+        """
+        source, group = self._source, self._groups[number]
+        jobs = self._jobs(number)
+        if gathered is None:
+            gathered = _gathered_here(source, jobs, f"Hessians {number + 1} of {len(self)}")
+        means = _accumulate(source, jobs, gathered)
+        last = {patches: layer.name for layer, uses in group for patches in uses}
+        for layer, uses in group:
+            blocks, rows = _over_uses([means[patches] for patches in uses])
+            for patches in set(uses):
+                if last[patches] == layer.name:
+                    del means[patches]
+            yield Hessian(layer, blocks, _widths(layer.reduction, source.options.max_width), rows)
+            del blocks
+
+    @property
+    def timesteps(self) -> int:
+        """How many timesteps were recorded."""
+        return len(self._source.recorded.timesteps)
+
+    def calls(self, step: int) -> int:
+        """Return how many calls of a timestep are run."""
+        return sum(len(batch.calls) for batch in self._source.chosen if batch.step == step)
+
+    def gathering(self, number: int) -> Gathering:
+        """Open what gives the rows of group ``number``; one session at a time is enough for all timesteps."""
+        with _session(self._source, _gathering_graph(self._source.graph, self._jobs(number))) as session:
+            return Gathering(self._source, self._jobs(number), session)
+
+    def _jobs(self, number: int) -> list[_Patches]:
+        return list(dict.fromkeys(patches for _, uses in self._groups[number] for patches in uses))
+
+
+@dataclass(frozen=True)
+class _Source:
+    graph: LayerGraph
+    recorded: CalibrationSet
+    conditions: dict[str, Array]
+    spec: DenoiserSpec
+    options: HessianOptions
+    talk: Talk
+    scratch: Path | None
+    guard: Path | None = None
+
+    @cached_property
+    def chosen(self) -> list[Batch]:
+        """The batches to run: as many calls of each timestep as the limit leaves."""
+        timesteps = len(self.recorded.timesteps)
+        calls = range(min(len(self.recorded.rows), max(1, self.options.max_calls // timesteps)))
+        return list(batches(self.recorded, self.conditions, self.spec, self.options.batch_size, calls=calls))
+
+    @property
+    def calls(self) -> int:
+        """Calls of each timestep."""
+        return 1 + max(int(batch.calls[-1]) for batch in self.chosen)
+
+    @property
+    def total_calls(self) -> int:
+        """Calls of all timesteps."""
+        return self.calls * len(self.recorded.timesteps)
+
+
+@dataclass(frozen=True)
+class _Patches:
+    """How a node sees its input as rows: [positions, group, columns]. Equal patches mean equal Hessians.
+
+    For a Conv the spatial attributes are per dimension; for a product ``kernel`` is empty.
+    """
+
+    tensor: str
+    shape: ActivationShape
+    channels: int
+    group: int
+    kernel: tuple[int, ...] = ()
+    strides: tuple[int, ...] = ()
+    pads: tuple[int, ...] = ()
+    dilations: tuple[int, ...] = ()
+    out_size: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, node: ir.Node, use: LayerUse, layer: Layer, shape: ActivationShape) -> _Patches:
+        """Read the geometry of ``node``, the node of ``use``."""
+        if layer.op != "Conv":
+            return cls(use.input, shape, shape.shape[-1], 1)
+        kernel, size = layer.kernel, shape.shape[2:]
+        ones = (1,) * len(kernel)
+        strides = _integers(node, "strides", ones)
+        dilations = _integers(node, "dilations", ones)
+        reach = tuple(d * (k - 1) + 1 for d, k in zip(dilations, kernel))
+        pads = _integers(node, "pads", (0,) * (2 * len(kernel)))
+        automatic = node.attributes.get("auto_pad")
+        mode = automatic.as_string() if automatic is not None else "NOTSET"
+        if mode == "VALID":
+            pads = (0,) * (2 * len(kernel))
+        elif mode != "NOTSET":
+            pads = _same_pads(size, strides, reach, mode == "SAME_UPPER")
+        dims = len(kernel)
+        out_size = tuple((size[d] + pads[d] + pads[d + dims] - reach[d]) // strides[d] + 1 for d in range(dims))
+        return cls(use.input, shape, shape.shape[1], layer.group, kernel, strides, pads[:dims], dilations, out_size)
+
+    @property
+    def columns(self) -> int:
+        """Columns of one group: the layer's reduction."""
+        return self.channels // self.group * prod(self.kernel)
+
+    @property
+    def rows_per_call(self) -> int:
+        """Rows that one call gives."""
+        if not self.kernel:
+            return self.shape.elements // self.channels
+        return self.shape.shape[0] * prod(self.out_size)
+
+    def sampled(self, calls: int, options: HessianOptions) -> int:
+        """Rows to take of each of ``calls`` calls."""
+        width = min(self.columns, options.max_width)
+        wanted = max(options.min_rows, ceil(options.rows_per_column * width))
+        return min(self.rows_per_call, ceil(wanted / calls))
+
+    def bytes(self, max_width: int) -> int:
+        """Memory of the matrices, with one more of the widest for the product on its way."""
+        widths = _widths(self.columns, max_width)
+        return 4 * (self.group * len(widths) + 1) * max(widths) ** 2
+
+    def taps(self, positions: Array, calls: int) -> tuple[Array, Array | None]:
+        """Return where the rows' input pixels lie in the flat [pixels, channels] view, and which are inside.
+
+        ``positions`` int64 [M, r] of rows within a call; M is 1 for a tensor that is the same for all calls.
+        Returns int64 [M * r, taps] (pixels outside point at 0) and bool of the same shape, None for all inside.
+        """
+        per_call = np.arange(len(positions), dtype=np.int64)[:, None]
+        if not self.kernel:
+            return (self._product_rows(calls)[per_call, positions]).reshape(-1, 1), None
+        frames, size = self.shape.shape[0], self.shape.shape[2:]
+        out = np.unravel_index(positions.ravel(), (frames, *self.out_size))
+        image = (per_call * frames).repeat(positions.shape[1], axis=1).ravel() + out[0]
+        flat = np.repeat(image[:, None], prod(self.kernel), axis=1)
+        inside = np.ones(flat.shape, bool)
+        offsets = np.array(list(product(*(range(k) for k in self.kernel))), np.int64)
+        for d, length in enumerate(size):
+            at = out[d + 1][:, None] * self.strides[d] - self.pads[d] + offsets[None, :, d] * self.dilations[d]
+            inside &= (at >= 0) & (at < length)
+            flat = flat * length + at
+        flat[~inside] = 0
+        return flat, (None if inside.all() else inside)
+
+    def _product_rows(self, calls: int) -> Array:
+        """Return int64 [M, rows per call]: the flat row of each call's rows, wherever its batch axis is."""
+        axis = self.shape.batch_axis
+        if axis is None:
+            return np.arange(self.rows_per_call, dtype=np.int64)[None]
+        dims = list(self.shape.shape[:-1])
+        dims[axis : axis + 1] = [calls, dims[axis]]
+        grid = np.arange(prod(dims), dtype=np.int64).reshape(dims)
+        return np.moveaxis(grid, axis, 0).reshape(calls, -1)
+
+
+def _integers(node: ir.Node, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
+    attribute = node.attributes.get(name)
+    return tuple(attribute.as_ints()) if attribute is not None else default
+
+
+def _same_pads(size: tuple[int, ...], strides: tuple[int, ...], reach: tuple[int, ...], upper: bool) -> tuple[int, ...]:
+    """Return the pads of auto_pad SAME_UPPER or SAME_LOWER: output size ceil(size / stride), as ONNX says."""
+    total = [max((ceil(n / s) - 1) * s + r - n, 0) for n, s, r in zip(size, strides, reach)]
+    small, large = [t // 2 for t in total], [t - t // 2 for t in total]
+    return tuple(small + large) if upper else tuple(large + small)
+
+
+def _widths(columns: int, max_width: int) -> tuple[int, ...]:
+    """Split ``columns`` into equal widths up to ``max_width``, multiples of 256 but for the last."""
+    if columns <= max_width:
+        return (columns,)
+    width = ceil(columns / ceil(columns / max_width) / WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+    width = min(width, max_width)
+    return tuple(min(width, columns - start) for start in range(0, columns, width))
+
+
+_Planned = tuple[Layer, tuple[_Patches, ...]]
+
+
+def _groups(planned: list[_Planned], options: HessianOptions) -> list[list[_Planned]]:
+    """Cut the layers, in order, into groups whose distinct matrices fit the cap together."""
+    groups: list[list[_Planned]] = []
+    cap = int((1 - WAITING_SHARE) * options.memory_cap_bytes)
+    held: set[_Patches] = set()
+    used = 0
+    for layer, uses in planned:
+        need = sum(p.bytes(options.max_width) for p in set(uses))
+        if need > cap:
+            raise UsageError(
+                f"The Hessians of layer '{layer.name}' take {need:,} bytes; the cap is {options.memory_cap_bytes:,}.",
+                f"Raise memory_cap_bytes to at least {need}, or lower max_width (now {options.max_width}).",
+            )
+        new = sum(p.bytes(options.max_width) for p in set(uses) - held)
+        if not groups or used + new > cap:
+            groups.append([])
+            held, used, new = set(), 0, need
+        groups[-1].append((layer, uses))
+        held |= set(uses)
+        used += new
+    return groups
+
+
+@dataclass
+class _Sum:
+    """X^T X summed so far, and in the end its mean: ``blocks`` float32 [group * B, w, w].
+
+    Over ``rows`` rows, drawn from ``population`` that there are.
+    """
+
+    blocks: Array
+    rows: int = 0
+    population: int = 0
+
+
+def _over_uses(means: list[_Sum]) -> tuple[Array, int]:
+    """Return the mean of x x^T over all uses of a layer, each weighted by the rows that it really has."""
+    if len(means) == 1:
+        return means[0].blocks, means[0].rows
+    total = sum(part.population for part in means)
+    blocks = np.zeros_like(means[0].blocks)
+    for part in means:
+        blocks += part.blocks * np.float32(part.population / total)
+    return blocks, sum(part.rows for part in means)
+
+
+class Gathering:
+    """A group of Hessians being made: an open session, and the rows that a batch gives of each of ``jobs``."""
+
+    def __init__(self, source: _Source, jobs: list[_Patches], session: ort.InferenceSession) -> None:
+        self._source, self._jobs, self._session = source, jobs, session
+        self._needed = {entry.name for entry in session.get_inputs()}
+        self._calls, self._total = source.calls, source.total_calls
+
+    def at(self, step: int, advance: Advance) -> Iterator[list[Array]]:
+        """Yield the rows of each batch of a timestep; ``advance`` is told its calls."""
+        for batch in self._source.chosen:
+            if batch.step == step:
+                yield self.rows(batch)
+                advance(len(batch.calls))
+
+    def rows(self, batch: Batch) -> list[Array]:
+        """Run the calls of ``batch``; return per job float32 [rows, group, columns], zero outside the image."""
+        jobs = self._jobs
+        taps = [_batch_taps(job, batch, self._calls, self._total, self._source.options) for job in jobs]
+        feed = batch.feed | {f"hessian.rows.{i}": flat.ravel() for i, (flat, _) in enumerate(taps)}
+        results = self._session.run(None, {k: v for k, v in feed.items() if k in self._needed})
+        return [
+            _as_rows(job, gathered.reshape(*flat.shape, job.channels), inside)
+            for job, gathered, (flat, inside) in zip(jobs, results, taps, strict=True)
+        ]
+
+
+def _as_rows(job: _Patches, gathered: Array, inside: Array | None) -> Array:
+    """Return pixels ``gathered`` [rows, taps, channels] as rows of matrices; taps outside the image become zeros."""
+    if inside is not None:
+        gathered[~inside] = 0
+    count, taps, channels = gathered.shape
+    # Channel before tap, as in the weight; then one matrix per group of channels.
+    rows: Array = gathered.transpose(0, 2, 1).reshape(count, job.group, channels // job.group * taps)
+    return rows
+
+
+def _gathered_here(source: _Source, jobs: list[_Patches], label: str) -> Iterator[list[Array]]:
+    """Run the calls once; yield the rows of each batch."""
+    model = _gathering_graph(source.graph, jobs)
+    with _session(source, model) as session, source.talk.bar(label, source.total_calls) as advance:
+        gathering = Gathering(source, jobs, session)
+        for batch in source.chosen:
+            yield gathering.rows(batch)
+            advance(len(batch.calls))
+
+
+def _accumulate(source: _Source, jobs: list[_Patches], gathered: Iterable[list[Array]]) -> dict[_Patches, _Sum]:
+    """Return the mean of x x^T for each of ``jobs``; ``gathered``: their rows in every batch."""
+    options = source.options
+    sums = {}
+    for job in jobs:
+        widths = _widths(job.columns, options.max_width)
+        sums[job] = _Sum(np.zeros((job.group * len(widths), max(widths), max(widths)), np.float32))
+    waiting = _Waiting(sums, options.max_width, WAITING_SHARE * options.memory_cap_bytes)
+    for batch, parts in zip(source.chosen, gathered, strict=True):
+        for job, rows in zip(jobs, parts, strict=True):
+            waiting.add(job, rows)
+            repeats = len(batch.calls) if job.shape.batch_axis is not None else 1
+            sums[job].population += repeats * job.rows_per_call
+    waiting.finish()
+    for job in jobs:
+        sums[job].blocks /= np.float32(sums[job].rows)
+        if not np.isfinite(np.einsum("bii->", sums[job].blocks)):
+            raise ModelError(
+                f"The activation '{job.tensor}' is not finite, or so large that its square is not.",
+                "Calibrate again: the observers name the layer and the timestep.",
+            )
+    return sums
+
+
+@contextmanager
+def _session(source: _Source, model: ir.Model) -> Iterator[ort.InferenceSession]:
+    """Open a session on ``model``; where others may read its weights, these are linked only until they are mapped."""
+    opened = open_session(model, source.talk, scratch=source.scratch, threads=source.options.threads)
+    if source.guard is None:
+        with opened as session:
+            yield session
+        return
+    with alone_with(source.guard), opened as session:
+        pass
+    yield session
+
+
+def _batch_taps(
+    job: _Patches, batch: Batch, calls: int, total_calls: int, options: HessianOptions
+) -> tuple[Array, Array | None]:
+    """Draw this batch's rows of ``job``: one of each of r equal strides of the positions of every call.
+
+    The draw depends on seed, tensor, timestep and call, not on the batch.
+    """
+    count = job.sampled(total_calls, options)
+    seed = (options.seed, zlib.crc32(job.tensor.encode()), batch.step)
+    jitter = np.random.default_rng(seed).random((calls, count))[batch.calls]
+    positions = ((np.arange(count) + jitter) * (job.rows_per_call / count)).astype(np.int64)
+    np.minimum(positions, job.rows_per_call - 1, out=positions)
+    if job.shape.batch_axis is None:
+        positions = positions[:1]
+    return job.taps(positions, len(batch.calls))
+
+
+class _Waiting:
+    """Rows that wait to be multiplied, of all jobs together at most ``limit`` bytes."""
+
+    def __init__(self, sums: dict[_Patches, _Sum], max_width: int, limit: float) -> None:
+        self.sums, self.max_width, self.limit = sums, max_width, limit
+        self.rows: dict[_Patches, list[Array]] = {job: [] for job in sums}
+        self.bytes = dict.fromkeys(sums, 0)
+
+    def add(self, job: _Patches, rows: Array) -> None:
+        """Add ``rows`` float32 [rows, group, columns]."""
+        self.rows[job].append(rows)
+        self.bytes[job] += rows.nbytes
+        self.sums[job].rows += len(rows)
+        while sum(self.bytes.values()) > self.limit:
+            self.multiply(max(self.bytes, key=lambda key: self.bytes[key]))
+
+    def finish(self) -> None:
+        """Multiply all rows that still wait."""
+        for job in self.rows:
+            self.multiply(job)
+
+    def multiply(self, job: _Patches) -> None:
+        """Add X^T X of the waiting rows of ``job`` to its sum."""
+        if not self.rows[job]:
+            return
+        rows = np.concatenate(self.rows[job])
+        self.rows[job], self.bytes[job] = [], 0
+        widths = _widths(job.columns, self.max_width)
+        start = 0
+        for number, width in enumerate(widths):
+            columns = rows[:, :, start : start + width]
+            place = self.sums[job].blocks[number :: len(widths), :width, :width]
+            if job.group == 1:
+                matrix = np.ascontiguousarray(columns[:, 0])
+                place[0] += matrix.T @ matrix
+            else:
+                place += np.matmul(columns.transpose(1, 2, 0), columns.transpose(1, 0, 2))
+            start += width
+
+
+def _gathering_graph(graph: LayerGraph, jobs: list[_Patches]) -> ir.Model:
+    """Return a copy of the graph whose outputs are the gathered pixels [taps, channels] of each job."""
+    model = graph.model.clone()
+    values = tensors_of(model)
+    model.graph.outputs.clear()
+    views: dict[tuple[str, bool], ir.Value] = {}
+    for number, job in enumerate(jobs):
+        key = (job.tensor, bool(job.kernel))
+        if key not in views:
+            views[key] = _pixels(model, values[job.tensor], job)
+        name = f"hessian.rows.{number}"
+        rows = ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([f"rows_{number}"]))
+        model.graph.inputs.append(rows)
+        gather = ir.node("Gather", [views[key], rows], attributes={"axis": 0})
+        gather.outputs[0].name = f"hessian.output.{number}"
+        gather.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        views_producer = views[key].producer()
+        assert views_producer is not None
+        model.graph.insert_after(views_producer, gather)
+        model.graph.outputs.append(gather.outputs[0])
+    return model
+
+
+def _pixels(model: ir.Model, tensor: ir.Value, job: _Patches) -> ir.Value:
+    """Add a view [pixels, channels] of an activation, in float32, right after its producer."""
+    nodes: list[ir.Node] = []
+    value = tensor
+    if tensor.dtype != ir.DataType.FLOAT:
+        nodes.append(ir.node("Cast", [value], attributes={"to": ir.DataType.FLOAT}))
+        value = nodes[-1].outputs[0]
+    if job.kernel:
+        order = [0, *range(2, len(job.shape.shape)), 1]
+        nodes.append(ir.node("Transpose", [value], attributes={"perm": order}))
+        value = nodes[-1].outputs[0]
+    name = f"hessian.view.{job.channels}"
+    if name not in model.graph.initializers:
+        target = ir.tensor(np.asarray([-1, job.channels], np.int64), name=name)
+        shape = ir.Value(name=name, const_value=target, type=ir.TensorType(ir.DataType.INT64))
+        shape.shape = ir.Shape([2])
+        model.graph.register_initializer(shape)
+    nodes.append(ir.node("Reshape", [value, model.graph.initializers[name]]))
+    producer = tensor.producer()
+    if producer is not None:
+        model.graph.insert_after(producer, nodes)
+    else:
+        model.graph.insert_before(model.graph[0], nodes)
+    return nodes[-1].outputs[0]

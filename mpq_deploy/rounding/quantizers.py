@@ -1,0 +1,445 @@
+"""Symmetric weight quantizers in NumPy: scales by weighted error search, rounding to nearest or GPTQ.
+
+A weight is a matrix W float32 [O, K]: O output channels, K products summed into one output. Scales are stored in
+FP16, so every scale here is rounded to FP16 before codes are computed; what is returned is what is deployed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from mpq_deploy.formats.scheme import INT4, INT8
+from mpq_deploy.models.spec import Array
+
+# Smallest scale that is written: the smallest normal FP16 number over 8, so that at least 7 bits of the scale
+# remain. A channel with smaller weights than 127 times this is a channel of zeros for any FP16 network.
+SMALLEST_SCALE = float(2.0**-17)
+LARGEST_SCALE = 65504.0
+# Clipping ratios tried for a scale, of the absolute maximum: our choice, from no clipping (INT4's range reaches
+# -8, so 8/7.5 of the symmetric step) down to half.
+CLIP_RATIOS = np.linspace(0.5, 1.05, 23)
+# Largest multiple of the INT8 scale that an INT4 block scale may be: |-8| * 15 = 120 <= 127.
+LARGEST_MULTIPLE = 15
+# Rows of a weight whose scales are searched together take so much, so that the search stays in the cache: a quarter to
+# half of the time that a wide layer takes as a whole (measured).
+PIECE_BYTES = 1 << 18
+# The least damping of correlations that may be factored in float32 (our choice; the recipe's is 0.05).
+SAFE_DAMPING = 0.01
+# Columns that are refined together, at least: fewer products of more rows each (measured). Their codes are moved in
+# smaller parts, whose slopes stay in the cache.
+REFINED_TOGETHER, CODES_TOGETHER = 128, 64
+
+
+@dataclass(frozen=True)
+class QuantizedMatrix:
+    """Codes int8 [O, K] and FP16 scales of a weight matrix.
+
+    ``scale`` float16 [O, B]: B = 1 for one scale per output channel, else K / B consecutive elements share one.
+    ``channel_scale`` float16 [O] is given for 4-bit storage with INT8 compute: every block scale is an integer
+    multiple of it, so that quantizing the dequantized weight again to INT8 is exact.
+    """
+
+    codes: Array
+    scale: Array
+    channel_scale: Array | None = None
+
+    def dequantize(self) -> Array:
+        """Return the deployed weight, float32 [O, K]."""
+        return np.asarray(self.codes * _per_column(self.effective_scale(), self.codes.shape[1]), np.float32)
+
+    def effective_scale(self) -> Array:
+        """Scales float32 [O, B] with which the codes become the deployed weight."""
+        scale = self.scale.astype(np.float32)
+        if self.channel_scale is None:
+            return scale
+        channel = self.channel_scale.astype(np.float32)[:, None]
+        return np.asarray(np.rint(scale / channel) * channel, np.float32)
+
+
+def round_scale(scale: Array) -> Array:
+    """Round positive scales to FP16 within the range that TensorRT takes (positive and finite)."""
+    return np.clip(scale, SMALLEST_SCALE, LARGEST_SCALE).astype(np.float16)
+
+
+def choose_scale(weight: Array, importance: Array, blocks: int, bits: int) -> Array:
+    """Choose FP16 scales [O, blocks] that minimise sum_k importance_k (w_k - q_k)^2 over clipping ratios.
+
+    ``importance`` float [K]: the input's mean square per column (llama.cpp calls it the importance matrix).
+    """
+    share = importance.reshape(1, blocks, -1).astype(np.float32)
+    return np.concatenate([_chosen_scale(weight[part], share, bits) for part in _pieces(weight)])
+
+
+def _pieces(weight: Array) -> list[slice]:
+    """Cut the rows of ``weight`` [O, K] into pieces; rows are independent in all that is done to them."""
+    rows = max(1, PIECE_BYTES // max(1, 4 * weight.shape[1]))
+    return [slice(start, start + rows) for start in range(0, len(weight), rows)]
+
+
+def _chosen_scale(weight: Array, share: Array, bits: int) -> Array:
+    """Choose the scales of some rows; ``share`` float32 [1, blocks, columns of one]."""
+    precision = INT4 if bits == INT4.bits else INT8
+    blocked = weight.reshape(len(weight), *share.shape[1:])
+    amax = np.abs(blocked).max(axis=2, keepdims=True)
+    best_error = np.full(amax.shape, np.inf, np.float32)
+    best = round_scale(np.where(amax > 0, amax, precision.quant_max) / precision.quant_max)
+    for ratio in CLIP_RATIOS:
+        scale = round_scale(ratio * amax / precision.quant_max)
+        step = scale.astype(np.float32)
+        error = _clipped_error(blocked, step, precision.quant_min, precision.quant_max)
+        error = np.sum(share * np.square(error, out=error), axis=2, keepdims=True)
+        better = (error < best_error) & (amax > 0)
+        best = np.where(better, scale, best)
+        best_error = np.where(better, error, best_error)
+    return best[:, :, 0]
+
+
+def choose_multiple_scale(weight: Array, importance: Array, block_scale: Array) -> tuple[Array, Array]:
+    """Turn free INT4 block scales into integer multiples of one INT8 scale per channel, with the least error.
+
+    Returns (block scales float16 [O, B], channel scales float16 [O]). Tries the multiples 8 to 15 for the
+    largest block of a channel (our choice).
+    """
+    share = importance[None].astype(np.float32)
+    found = [_chosen_multiple(weight[part], share, block_scale[part]) for part in _pieces(weight)]
+    scales, channels = zip(*found)
+    return np.concatenate(scales), np.concatenate(channels)
+
+
+def _chosen_multiple(weight: Array, share: Array, block_scale: Array) -> tuple[Array, Array]:
+    """Choose block scales and channel scales of some rows; ``share`` float32 [1, K]."""
+    rows, columns = weight.shape
+    blocks = block_scale.shape[1]
+    wanted = block_scale.astype(np.float32)
+    best_error = np.full(rows, np.inf, np.float32)
+    best_scale = np.zeros((rows, blocks), np.float16)
+    best_channel = np.ones(rows, np.float16)
+    for largest in range(8, LARGEST_MULTIPLE + 1):
+        channel = round_scale(wanted.max(axis=1) / largest)
+        step = channel.astype(np.float32)[:, None]
+        multiple = np.clip(np.rint(wanted / step), 1, LARGEST_MULTIPLE)
+        column_step = _per_column(multiple * step, columns)
+        error = _clipped_error(weight, column_step, INT4.quant_min, INT4.quant_max)
+        error = np.sum(share * np.square(error, out=error), axis=1)
+        better = error < best_error
+        best_scale[better] = (multiple * step).astype(np.float16)[better]
+        best_channel[better] = channel[better]
+        best_error[better] = error[better]
+    return best_scale, best_channel
+
+
+def _clipped_error(weight: Array, step: Array, quant_min: int, quant_max: int) -> Array:
+    """Return ``weight`` minus what it becomes in multiples of ``step``, in one array of its own."""
+    codes = weight / step
+    np.rint(codes, out=codes)
+    np.clip(codes, quant_min, quant_max, out=codes)
+    codes *= step
+    return np.subtract(weight, codes, out=codes)
+
+
+def round_to_nearest(weight: Array, step: Array, quant_min: int, quant_max: int) -> Array:
+    """Return int8 codes [O, K] of ``weight`` for column steps float32 [O, K]."""
+    return np.clip(np.rint(weight / step), quant_min, quant_max).astype(np.int8)
+
+
+def damped(hessian: Array, damping: float, dtype: type[np.floating[Any]] = np.float64) -> Array:
+    """Return a copy of ``hessian`` [K, K] in ``dtype`` with every diagonal element raised by the share ``damping``.
+
+    GPTQ adds a share of the diagonal's mean; ours is relative to each column, which shrinks all correlations alike, so
+    that a few columns of large inputs do not damp all the others away. Columns that are always zero get the mean.
+    """
+    matrix = np.array(hessian, dtype)
+    np.fill_diagonal(matrix, _damped_diagonal(hessian, damping))
+    return matrix
+
+
+def _damped_diagonal(hessian: Array, damping: float) -> Array:
+    diagonal = np.diagonal(hessian).astype(np.float64)
+    positive = diagonal > 0
+    mean = float(diagonal[positive].mean()) if positive.any() else 1.0
+    # A column of hardly any input would leave the factor without accuracy.
+    least = 1e-9 * mean
+    return np.where(positive, (1 + damping) * np.maximum(diagonal, least), mean)
+
+
+def gptq_factor(hessian: Array, damping: float) -> tuple[Array, Array]:
+    """Return what earlier columns' errors add to each column, float32 [K, K], zero on and below the diagonal.
+
+    And the pivots [K]: a column's share of the error is its pivot times the square of what rounding missed of the
+    value that the column was to make up for. ``hessian``: mean of x x^T over the layer's inputs, damped here by
+    ``damped``. With H = U U^T, U upper triangular, they are U_jk / U_kk and U_kk^2, and columns are rounded from the
+    first to the last. That is GPTQ (Frantar et al. 2023, section 3) without its inverse matrix: Chee et al., QuIP
+    (2023), theorem 6.
+    """
+    size = np.sqrt(_damped_diagonal(hessian, damping))
+    # Correlations: damping keeps their eigenvalues far enough from zero for float32, which takes half the time.
+    upper = hessian.astype(np.float32 if damping >= SAFE_DAMPING else np.float64)
+    upper /= size[:, None].astype(upper.dtype)
+    upper /= size.astype(upper.dtype)
+    np.fill_diagonal(upper, 1)
+    _upper_cholesky(upper)
+    diagonal = size * np.diagonal(upper)
+    upper *= size[:, None].astype(upper.dtype)
+    upper /= diagonal.astype(upper.dtype)
+    np.fill_diagonal(upper, 0)
+    return upper.astype(np.float32, copy=False), np.square(diagonal)
+
+
+def _upper_cholesky(matrix: Array, chunk: int = 256) -> None:
+    """Replace a positive definite ``matrix`` [K, K] by the upper triangular U with U U^T equal to it.
+
+    From the last columns to the first, some at a time, so that nearly all of the work is products of matrices: LAPACK's
+    own routine, as NumPy's wheels bring it, took longer at thousands of columns.
+    """
+    for stop in range(len(matrix), 0, -chunk):
+        start = max(0, stop - chunk)
+        own, above = matrix[start:stop, start:stop], matrix[:start, start:stop]
+        corner = np.linalg.cholesky(own[::-1, ::-1].astype(np.float64))[::-1, ::-1]
+        above[:] = above @ np.linalg.inv(corner).T.astype(matrix.dtype)
+        matrix[:start, :start] -= above @ above.T
+        own[:] = corner
+        matrix[start:stop, :start] = 0
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a weight [O, K] may be rounded to: multiples, ``quant_min`` to ``quant_max``, of its step.
+
+    ``step`` float32 [O, B]; ``columns`` int [K] says which of the B each column has.
+    """
+
+    step: Array
+    columns: Array
+    quant_min: int
+    quant_max: int
+
+    def cut(self, span: slice) -> Grid:
+        """Return the grid of some columns."""
+        return replace(self, columns=self.columns[span])
+
+    def nearest(self, weight: Array) -> Array:
+        """Return the codes int8 [O, K] of ``weight``."""
+        return round_to_nearest(weight, self.step[:, self.columns], self.quant_min, self.quant_max)
+
+
+def gptq_codes(weight: Array, grids: list[Grid], hessian: Array, damping: float) -> list[Array]:
+    """Round ``weight`` [O, K] by GPTQ to each of the ``grids``: codes int8 [O, K]. ``hessian`` [K, K].
+
+    Columns are visited by falling diagonal of the Hessian (GPTQ's act-order; the scales are fixed beforehand, so
+    the order costs nothing at run time). Each output row is kept from GPTQ or from rounding to nearest, whichever
+    has the smaller error e H e^T, H damped, so the result is never worse than nearest.
+    """
+    order = np.argsort(-np.diagonal(hessian), kind="stable")
+    factor, pivots = gptq_factor(hessian[np.ix_(order, order)], damping)
+    # Columns of the weight are contiguous rows, [K, R], and the rows of all grids side by side.
+    ordered = np.ascontiguousarray(weight.T)[order]
+    step = np.concatenate([np.ascontiguousarray(g.step.T)[g.columns[order]] for g in grids], axis=1)
+    limits = np.array([(grid.quant_min, grid.quant_max) for grid in grids], np.float32)
+    low, high = np.repeat(limits.T, len(weight), axis=1)
+    codes, remaining = np.empty(step.shape, np.int8), np.tile(ordered, (1, len(grids)))
+    value = np.empty(len(low), np.float32)
+
+    def nearest(i: int, wanted: Array) -> Array:
+        np.divide(wanted, step[i], out=value)
+        np.rint(value, out=value)
+        np.maximum(value, low, out=value)
+        np.minimum(value, high, out=value)
+        codes[i] = value
+        value[:] *= step[i]
+        return value
+
+    error = compensate(remaining, factor, pivots, nearest)
+    found = []
+    for number, grid in enumerate(grids):
+        part = slice(number * len(weight), (number + 1) * len(weight))
+        own, plain = codes[:, part], np.clip(np.rint(ordered / step[:, part]), grid.quant_min, grid.quant_max)
+        worse = error[part] > seen_error(ordered - plain * step[:, part], factor, pivots)
+        own[:, worse] = plain[:, worse]
+        restored = np.empty_like(own)
+        restored[order] = own
+        found.append(np.ascontiguousarray(restored.T))
+    return found
+
+
+# (column, wanted values of all rows [R]) -> the values that they get.
+Nearest = Callable[[int, Array], Array]
+
+
+def compensate(remaining: Array, factor: Array, pivots: Array, nearest: Nearest, chunk: int = 128) -> Array:
+    """GPTQ's pass over the columns of ``remaining`` [K, R]: each makes up for the errors of those before it.
+
+    In the end ``remaining`` holds the errors e. Returns e H e^T, float64 [R], H being what ``factor`` [K, K] and
+    ``pivots`` [K] come from (``gptq_factor``). The number format is ``nearest``, which is called once per column.
+    """
+    error = np.zeros(remaining.shape[1])
+    for start in range(0, len(factor), chunk):
+        stop = min(start + chunk, len(factor))
+        wanted = remaining[start:stop] + factor[:start, start:stop].T @ remaining[:start]
+        for i, own in enumerate(wanted, start):
+            own += factor[start:i, i] @ remaining[start:i]
+            given = nearest(i, own)
+            remaining[i] -= given
+            own -= given
+        error += pivots[start:stop] @ np.square(wanted, out=wanted)
+    return error
+
+
+def seen_error(errors: Array, factor: Array, pivots: Array, chunk: int = 512) -> Array:
+    """Return e H e^T of every column of ``errors`` [K, R], float64 [R]; the others as for ``compensate``."""
+    error = np.zeros(errors.shape[1])
+    for start in range(0, len(factor), chunk):
+        stop = min(start + chunk, len(factor))
+        missed = errors[start:stop] + factor[:stop, start:stop].T @ errors[:stop]
+        error += pivots[start:stop] @ np.square(missed, out=missed)
+    return error
+
+
+Rounded = tuple[Array, Array]
+
+
+def refine_rounding(
+    weight: Array, forms: list[Rounded], moments: list[Array], damping: float, rounds: int
+) -> list[Rounded]:
+    """Lower the error e H e^T of INT4 ``forms`` of one weight [O, K]: (codes [O, K], block scales [O, B]) each.
+
+    Each round goes over the columns once, some blocks at a time: it fits each block's scale to its codes by least
+    squares, then moves every code to the best level, each for all the others as they stand (coordinate descent).
+    ``moments``: the diagonal blocks of the Hessian, together K wide, damped here as for GPTQ. Neither step makes a row
+    worse. Our choice.
+    """
+    if not rounds:
+        return forms
+    hessian = BlockDiagonal([damped(block, damping, np.float32) for block in moments])
+    columns = weight.shape[1]
+    spans = [_refined_together(columns // scale.shape[1]) for _, scale in forms]
+    found: dict[int, Rounded] = {}
+    for span in sorted(set(spans)):
+        # Forms share the Hessian, so the rows of those that are cut alike are visited together.
+        alike = [number for number, own in enumerate(spans) if own == span]
+        state = _Descent(weight, [forms[number] for number in alike])
+        for _ in range(rounds):
+            for start in range(0, columns, span):
+                state.visit(start, min(start + span, columns), hessian)
+        found.update(zip(alike, state.forms()))
+    return [found[number] for number in range(len(forms))]
+
+
+def _refined_together(block: int) -> int:
+    """Return how many columns are visited together where blocks are ``block`` wide: whole blocks."""
+    return -(-REFINED_TOGETHER // block) * block
+
+
+class BlockDiagonal:
+    """A symmetric matrix [K, K] of diagonal ``blocks``, float32."""
+
+    def __init__(self, blocks: list[Array]) -> None:
+        edges = np.cumsum([0, *map(len, blocks)])
+        self._blocks = list(zip(blocks, edges[:-1].tolist(), edges[1:].tolist()))
+
+    def times(self, start: int, stop: int, rows: Array) -> Array:
+        """Return rows ``start`` to ``stop`` of the matrix times ``rows`` [K, R]."""
+        parts = [
+            block[max(start, low) - low : min(stop, high) - low] @ rows[low:high]
+            for block, low, high in self._blocks
+            if low < stop and high > start
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def square(self, start: int, stop: int) -> Array:
+        """Return the part of rows and columns ``start`` to ``stop``."""
+        found = np.zeros((stop - start, stop - start), np.float32)
+        for block, low, high in self._blocks:
+            first, last = max(start, low), min(stop, high)
+            if first < last:
+                own = slice(first - start, last - start)
+                found[own, own] = block[first - low : last - low, first - low : last - low]
+        return found
+
+
+class _Descent:
+    """Forms of one weight while they are refined: columns are contiguous, [K, R], forms side by side."""
+
+    def __init__(self, weight: Array, forms: list[Rounded]) -> None:
+        self._rows, columns = len(weight), weight.shape[1]
+        self._blocks = [columns // scale.shape[1] for _, scale in forms]
+        step = np.concatenate([_per_column(scale.astype(np.float32), columns) for _, scale in forms])
+        self._step = np.ascontiguousarray(step.T)
+        self._levels = np.ascontiguousarray(np.concatenate([codes for codes, _ in forms]).T, np.float32)
+        self._error = np.tile(weight.T, (1, len(forms))) - self._levels * self._step
+
+    def visit(self, start: int, stop: int, hessian: BlockDiagonal) -> None:
+        """Fit the scales of the columns ``start`` to ``stop``, move their codes, and fit the scales to those."""
+        square, slope = hessian.square(start, stop), hessian.times(start, stop, self._error)
+        self._fit_all(start, stop, square, slope)
+        for first in range(start, stop, CODES_TOGETHER):
+            self._move(first, min(first + CODES_TOGETHER, stop), start, square, slope)
+        self._fit_all(start, stop, square, slope)
+
+    def _fit_all(self, start: int, stop: int, square: Array, slope: Array) -> None:
+        for form, block in enumerate(self._blocks):
+            part = slice(form * self._rows, (form + 1) * self._rows)
+            for first in range(start, stop, block):
+                self._fit(slice(first, first + block), part, start, square, slope[:, part])
+
+    def _fit(self, columns: slice, part: slice, start: int, square: Array, slope: Array) -> None:
+        """Fit one block's scale: the error falls by 2 d g - d^2 h when it changes by d."""
+        local = slice(columns.start - start, columns.stop - start)
+        levels, old = self._levels[columns, part], self._step[columns.start, part]
+        raised = square[:, local] @ levels
+        gradient = np.einsum("kr,kr->r", levels, slope[local])
+        curvature = np.einsum("kr,kr->r", levels, raised[local])
+        # A block of zero codes leaves its scale open.
+        wanted = old + gradient / np.maximum(curvature, np.finfo(np.float32).tiny)
+        sensible = (wanted > 0.5 * old) & (wanted < 2 * old)
+        change = round_scale(np.where(sensible, wanted, old)).astype(np.float32) - old
+        change[change * (2 * gradient - change * curvature) <= 0] = 0
+        self._error[columns, part] -= levels * change
+        self._step[columns, part] += change
+        slope -= raised * change
+
+    def _move(self, first: int, last: int, start: int, square: Array, slope: Array) -> None:
+        """Move the codes of some columns, and let the ``slope`` of all follow."""
+        own = slice(first - start, last - start)
+        levels, step, within = self._levels[first:last], self._step[first:last], square[own, own]
+        wanted, moved = slope[own].copy(), np.empty_like(levels)
+        for i, best in enumerate(wanted):
+            best -= within[i, :i] @ moved[:i]
+            best /= within[i, i] * step[i]
+            best += levels[i]
+            np.rint(best, out=best)
+            np.maximum(best, INT4.quant_min, out=best)
+            np.minimum(best, INT4.quant_max, out=best)
+            np.multiply(best - levels[i], step[i], out=moved[i])
+        levels[:] = wanted
+        self._error[first:last] -= moved
+        slope -= square[:, own] @ moved
+
+    def forms(self) -> list[Rounded]:
+        """Return the codes [O, K] and scales [O, B] of each form."""
+        codes, parts = self._levels.T.astype(np.int8), range(len(self._blocks))
+        cut = [slice(form * self._rows, (form + 1) * self._rows) for form in parts]
+        scales = [self._step[:: self._blocks[form], cut[form]].T.astype(np.float16) for form in parts]
+        return [(np.ascontiguousarray(codes[cut[form]]), np.ascontiguousarray(scales[form])) for form in parts]
+
+
+def descend(target: Array, values: Array, hessian: Array, nearest: Nearest, chunk: int = 64) -> None:
+    """Visit every column of ``values`` [K, R] (overwritten) once: set it to the best for the others as they stand."""
+    error = target - values
+    for start in range(0, len(hessian), chunk):
+        stop = min(start + chunk, len(hessian))
+        slope = hessian[start:stop] @ error
+        for i in range(start, stop):
+            found = nearest(i, target[i] - error[i] + slope[i - start] / hessian[i, i])
+            moved = values[i] - found
+            error[i] += moved
+            values[i] = found
+            slope[i + 1 - start :] += hessian[i + 1 : stop, i, None] * moved
+
+
+def _per_column(scale: Array, columns: int) -> Array:
+    """Repeat scales [O, B] to one per column, [O, columns]."""
+    return np.repeat(scale, columns // scale.shape[1], axis=1)

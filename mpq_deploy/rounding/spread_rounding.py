@@ -1,0 +1,221 @@
+"""The stage candidates over workers: they run the calls behind the Hessians, and round the layers.
+
+Layers come in the groups whose Hessians fit the cap together, as in one process. Of each group workers first gather the
+rows of the layers' inputs, a shard per timestep; this process multiplies them in the order of the timesteps, which is
+where rounding errors would differ. Then a shard is a layer, those with the most weights first. Workers that see this
+machine's files read the Hessian from the run's scratch folder, others are sent it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mpq_deploy.models.spec import Array
+from mpq_deploy.rounding.hessian import Gathering, Hessian, HessianPlan
+from mpq_deploy.run.common import Exported
+from mpq_deploy.run.folder import disk_error
+from mpq_deploy.run.spread import RECIPE, opened_run
+from mpq_deploy.run.stage_memory import rounding_worker_bytes, salience_worker_bytes
+from mpq_deploy.stages.candidates import Rounder, StoredCandidates, hessian_inputs, salience_inputs, with_rows
+from mpq_deploy.system.parallel.job_files import alone_with
+from mpq_deploy.system.parallel.work import Job, Pool, Result, Shard, Within, Work, run_shards
+from mpq_deploy.system.progress import Talk
+
+if TYPE_CHECKING:
+    from mpq_deploy.run.pipeline import Pipeline
+
+FILES = (RECIPE, "export", "calibrate")
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Layer ``number`` and its Hessian, whose columns are cut into ``widths``: in the file ``place`` below the root, or
+    itself (``blocks``). Neither: the layer is rounded to nearest, by what the calibration knows of its inputs.
+    """
+
+    number: int
+    widths: tuple[int, ...] = ()
+    place: Path | None = None
+    blocks: Array | None = None
+
+
+@dataclass(frozen=True)
+class _Gather:
+    """The rows that the calls at position ``step`` of the timesteps give for the Hessians of ``group``."""
+
+    group: int
+    step: int
+
+
+def round_over_workers(pipeline: Pipeline, exported: Exported, folder: Path) -> None:
+    """Write the candidates of every layer into ``folder``, a folder below the run's."""
+    crew, root = pipeline.crew, pipeline.run.path
+    opener = partial(_Rounding.open, folder.relative_to(root), crew.shares_files)
+    job = Job("rounding", opener, root, FILES, rounding_worker_bytes(pipeline))
+    # Before workers come: it links the weights for a session, which other readers of them refuse.
+    plan = _plan(pipeline, exported, pipeline.talk) if pipeline.recipe.quantize.rounding != "nearest" else None
+    with crew.open(job, pipeline.talk) as pool:
+        dealing = _Dealing(pipeline, exported, pool, folder)
+        if plan is None:
+            dealing.round([dealing.layer(_Layer(number)) for number in range(len(exported.graph.layers))])
+            return
+        for number in range(len(plan)):
+            which = f" {number + 1} of {len(plan)}"
+            with tempfile.TemporaryDirectory(prefix="hessians-", dir=pipeline.run.scratch()) as scratch:
+                gathered = dealing.gathered(plan, number, f"Hessians{which}")
+                shards = list(dealing.with_hessians(plan.hessians(number, gathered), Path(scratch)))
+                dealing.round(shards, which if len(plan) > 1 else "")
+
+
+def _plan(pipeline: Pipeline, exported: Exported, talk: Talk, guard: Path | None = None) -> HessianPlan:
+    calls, options = hessian_inputs(pipeline, exported)
+    about = (exported.graph, calls, exported.conditions, exported.spec, options, talk)
+    return HessianPlan.of(*about, scratch=pipeline.run.scratch(), guard=guard)
+
+
+@dataclass(frozen=True)
+class _Dealing:
+    """Makes shards of layers and writes what comes back into ``folder``."""
+
+    pipeline: Pipeline
+    exported: Exported
+    pool: Pool
+    folder: Path
+
+    def layer(self, task: _Layer) -> Shard:
+        return Shard(f"layer {self.exported.graph.layers[task.number].name}", task)
+
+    def with_hessians(self, hessians: Iterator[Hessian], scratch: Path) -> Iterator[Shard]:
+        """Yield the shards of a group; each Hessian goes into ``scratch`` where workers can read it there."""
+        numbers = {layer.name: number for number, layer in enumerate(self.exported.graph.layers)}
+        last: tuple[Array, Path] | None = None
+        for found in hessians:
+            number = numbers[found.layer.name]
+            if not self.pipeline.crew.shares_files:
+                yield self.layer(_Layer(number, found.widths, blocks=found.blocks))
+                continue
+            # Layers in a row often share an input, as an attention's do: one file for all of them.
+            if last is None or last[0] is not found.blocks:
+                last = (found.blocks, scratch / f"{number:05d}.npy")
+                np.save(last[1], found.blocks)
+            yield self.layer(_Layer(number, found.widths, last[1].relative_to(self.pipeline.run.path)))
+
+    def gathered(self, plan: HessianPlan, group: int, title: str) -> Iterator[list[Array]]:
+        """Yield the rows of every batch of all timesteps, in order."""
+        steps = range(plan.timesteps)
+        shards = [Shard(f"{title}, timestep {s + 1}", _Gather(group, s), plan.calls(s)) for s in steps]
+        for result in run_shards(self.pool, title, shards, self.pipeline.talk):
+            batches, jobs = (1 + max(int(name.split(".")[place]) for name in result) for place in (0, 1))
+            for batch in range(batches):
+                yield [result.pop(f"{batch}.{job}") for job in range(jobs)]
+
+    def round(self, shards: Sequence[Shard], which: str = "") -> None:
+        """Compute the ``shards`` of layers, those with the most weights first: none is left over at the end."""
+        layers = self.exported.graph.layers
+        ordered = sorted(shards, key=lambda shard: -layers[shard.task.number].weights)
+        for result in run_shards(self.pool, f"round layers{which}", ordered, self.pipeline.talk):
+            for name, content in result.items():
+                (self.folder / name).write_bytes(content.tobytes())
+
+
+class _Rounding:
+    """A worker: the model opened once, and the plan of Hessians where it makes them itself."""
+
+    def __init__(self, root: Path, out: Path, shares_files: bool, talk: Talk) -> None:
+        self._root, self._out, self._shares = root, root / out, shares_files
+        self._pipeline = opened_run(root, talk)
+        # Another worker of this node may have linked the weights for a session, which readers refuse.
+        with alone_with(root / RECIPE):
+            self._exported = Exported(self._pipeline)
+        self._rounder = Rounder.of(self._pipeline, self._exported)
+        self._plan: HessianPlan | None = None
+        self._open: tuple[int, Gathering] | None = None
+
+    @classmethod
+    def open(cls, out: Path, shares_files: bool, root: Path, talk: Talk) -> Work:
+        """Return what does a ``_Gather``, or rounds a ``_Layer`` into a file of ``root / out`` or returns that file."""
+        worker = cls(root, out, shares_files, talk)
+
+        def work(task: _Layer | _Gather, inner: Talk) -> Result:
+            return worker.gather(task, inner) if isinstance(task, _Gather) else worker.round(task)
+
+        return work
+
+    def gather(self, task: _Gather, talk: Talk) -> Result:
+        """Return the rows by batch and Hessian."""
+        if self._plan is None:
+            self._plan = _plan(self._pipeline, self._exported, Within.silent(talk), self._root / RECIPE)
+        if self._open is None or self._open[0] != task.group:
+            # Two sessions would hold two copies of the weights.
+            self._open = None
+            self._open = (task.group, self._plan.gathering(task.group))
+        found: Result = {}
+        with talk.bar("gather", self._plan.calls(task.step)) as advance:
+            for batch, parts in enumerate(self._open[1].at(task.step, advance)):
+                found |= {f"{batch}.{job}": rows for job, rows in enumerate(parts)}
+        return found
+
+    def round(self, task: _Layer) -> Result:
+        """Round a layer; return its file where only this node has it."""
+        self._open = None
+        try:
+            self._out.mkdir(exist_ok=True)
+            path = self._rounder.into(self._out, self._moments(task))
+            if self._shares:
+                return {}
+            content = np.frombuffer(path.read_bytes(), np.uint8)
+            path.unlink()
+        except OSError as error:
+            raise disk_error(error, self._out) from error
+        return {path.name: content}
+
+    def _moments(self, task: _Layer) -> Hessian:
+        layer = self._exported.graph.layers[task.number]
+        if task.place is None and task.blocks is None:
+            return self._rounder.diagonal(layer)
+        # Memory of this process, as where Hessians are made: what lies elsewhere is aligned otherwise.
+        blocks = np.load(self._root / task.place) if task.place else np.array(task.blocks)
+        return Hessian(layer, blocks, task.widths, 0)
+
+
+def salience_over_workers(pipeline: Pipeline, exported: Exported, chosen: StoredCandidates) -> dict[str, Array]:
+    """Return what ``sensitivity.salience.channel_errors`` returns, a shard per timestep."""
+    from mpq_deploy.sensitivity.measured_calls import Calls
+
+    root, folder = pipeline.run.path, chosen.folder.relative_to(pipeline.run.path)
+    files, size = (*FILES, folder.as_posix()), salience_worker_bytes(pipeline)
+    job = Job("salient channels", partial(_open_salience, folder), root, files, size)
+    graph, _, rounded_on, conditions, spec, options = salience_inputs(pipeline, exported, chosen)
+    calls = Calls(graph, spec, rounded_on, conditions, options.samples)
+    steps = range(len(calls.timesteps))
+    shards = [Shard(f"salient channels, timestep {step + 1}", step, calls.count) for step in steps]
+    names = set(chosen)
+    found = {layer.name: np.zeros(layer.out_channels) for layer in graph.layers if layer.name in names}
+    with pipeline.crew.open(job, pipeline.talk) as pool:
+        for result in run_shards(pool, "salient channels", shards, pipeline.talk):
+            for name, parts in result.items():
+                for part in parts:
+                    found[name] += part
+    return found
+
+
+def _open_salience(folder: Path, root: Path, talk: Talk) -> Work:
+    """Return what gives the parts of the sums of one timestep."""
+    from mpq_deploy.sensitivity.salience import ChannelErrors
+
+    pipeline = opened_run(root, talk)
+    exported = Exported(pipeline)
+    errors = ChannelErrors(*salience_inputs(pipeline, exported, with_rows(root / folder, exported.graph)))
+
+    def work(step: int, inner: Talk) -> Result:
+        with inner.bar("salient channels", errors.calls) as advance:
+            return errors.at(step, advance)
+
+    return work

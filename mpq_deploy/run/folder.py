@@ -1,0 +1,276 @@
+"""The run folder: one folder per stage, written aside and moved into place, with the digests of what it came from.
+
+A stage folder is current when its recorded inputs equal today's; else it is made again, and the fields that changed
+are named. Timings live outside the stage folders, since what is digested must repeat byte for byte.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpq_deploy.errors import DiskError, MpqError, RunFolderError
+from mpq_deploy.system.release import __version__
+
+FORMAT = 1
+RECORD = "stage.json"
+TIMINGS = "timings.json"
+# The entry of a JSON file outside the stage folders with the digest of all others: no record holds it.
+SEAL = "sha256"
+
+Fields = dict[str, Any]
+
+
+def canonical_json(value: Any) -> str:
+    """Return JSON with sorted keys: equal values give equal text."""
+    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+def sealed_json(values: Fields) -> str:
+    """Return JSON of ``values`` with their digest beside them (``SEAL``), for ``unsealed``."""
+    return canonical_json({**values, SEAL: _values_digest(values)})
+
+
+def unsealed(text: str) -> Fields:
+    """Return the values that ``sealed_json`` wrote. Raises ValueError where they are not those."""
+    values = json.loads(text)
+    if not isinstance(values, dict) or SEAL not in values:
+        raise ValueError(f"it holds no {SEAL}")
+    if values.pop(SEAL) != _values_digest(values):
+        raise ValueError(f"its {SEAL} is not that of its values: it was altered")
+    return values
+
+
+def _values_digest(values: Fields) -> str:
+    # As they will be read: tuples become lists.
+    return hashlib.sha256(canonical_json(json.loads(canonical_json(values))).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:
+    found = hashlib.sha256()
+    while piece := file.read(1 << 20):
+        found.update(piece)
+    return found.hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` aside and move it into place, so that a reader or a kill never sees half of it."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with aside.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What a stage folder was made from (``inputs``) and holds (``outputs``: file -> SHA-256)."""
+
+    stage: str
+    inputs: Fields
+    outputs: dict[str, str]
+
+    @property
+    def digest(self) -> str:
+        """One digest of all outputs, for the inputs of later stages."""
+        return hashlib.sha256(canonical_json(self.outputs).encode()).hexdigest()
+
+
+class RunFolder:
+    """One run: its lock, its stages, its timings. Create with ``open_run``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def stage(self, name: str) -> Path:
+        """Folder of a finished stage."""
+        return self.path / name
+
+    def scratch(self) -> Path:
+        """A folder for files that a stage needs only while it runs; emptied when the run folder is opened."""
+        path = self.path / ".scratch"
+        path.mkdir(exist_ok=True)
+        return path
+
+    def record(self, name: str) -> StageRecord | None:
+        """Return the record of a finished stage; None where there is none or it cannot be read."""
+        path = self.path / name / RECORD
+        try:
+            values = json.loads(path.read_text())
+            record = StageRecord(values["stage"], dict(values["inputs"]), dict(values["outputs"]))
+            return record if record.stage == name else None
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (ValueError, KeyError, TypeError, UnicodeDecodeError):
+            # A record cut short or altered: the stage is made again, like one that is absent.
+            return None
+
+    def changed_fields(self, name: str, inputs: Fields) -> list[str] | None:
+        """Name the inputs that differ from those recorded; [] when current, None when the stage is absent.
+
+        An output that is missing or altered makes the stage absent.
+        """
+        record = self.record(name)
+        if record is None:
+            return None
+        now = json.loads(canonical_json(inputs))
+        keys = sorted({*now, *record.inputs})
+        changed = [key for key in keys if now.get(key) != record.inputs.get(key)]
+        if changed:
+            return changed
+        for file, digest in record.outputs.items():
+            path = self.path / name / file
+            if not path.is_file() or file_digest(path) != digest:
+                return [f"{name}/{file} (missing or altered)"]
+        return []
+
+    @contextmanager
+    def writing(self, name: str, inputs: Fields) -> Iterator[Path]:
+        """Yield an empty folder to fill; on success it takes the stage's place, on failure it is removed."""
+        aside = self.path / f".{name}.partial"
+        _remove(aside)
+        try:
+            aside.mkdir()
+            yield aside
+            files = sorted(p.relative_to(aside).as_posix() for p in aside.rglob("*") if p.is_file())
+            outputs = {file: file_digest(aside / file) for file in files}
+            record = {"stage": name, "inputs": inputs, "outputs": outputs}
+            write_text(aside / RECORD, canonical_json(record))
+            final = self.path / name
+            old = self.path / f".{name}.old"
+            _remove(old)
+            if final.exists():
+                final.replace(old)
+            aside.replace(final)
+            _remove(old)
+        except OSError as error:
+            raise disk_error(error, self.path) from error
+        finally:
+            _remove(aside)
+
+    def timings(self) -> dict[str, dict[str, float]]:
+        """Seconds and peak memory of each stage when it was last made."""
+        try:
+            return unsealed((self.path / TIMINGS).read_text())
+        except (FileNotFoundError, ValueError):
+            # Nothing but the report's figures comes from here: damaged ones are left out and made anew with the stages.
+            return {}
+
+    def save_timing(self, name: str, seconds: float, peak_rss_bytes: int) -> None:
+        """Record what making a stage took."""
+        timings = self.timings()
+        timings[name] = {"seconds": round(seconds, 3), "peak_rss_bytes": peak_rss_bytes}
+        write_text(self.path / TIMINGS, sealed_json(timings))
+
+
+def refuse_altered(files: Iterable[Path]) -> None:
+    """Raise RunFolderError when one of ``files``, of a finished stage's folder, is not as the stage left it.
+
+    For those who open results without the pipeline, which would make the stage again. Files that lie in no stage's
+    folder are passed over: nothing is known of them.
+    """
+    for path in files:
+        record = RunFolder(path.parent.parent).record(path.parent.name)
+        known = {} if record is None else record.outputs
+        if path.name in known and file_digest(path) != known[path.name]:
+            raise RunFolderError(
+                f"{path} was altered since it was made.", "Run 'mpq-deploy build' on its run folder: it makes it again."
+            )
+
+
+# How the system says that a file cannot grow, and that none can be made.
+FULL, FORBIDDEN = (errno.ENOSPC, errno.EDQUOT), (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def disk_error(error: OSError, path: Path) -> MpqError:
+    """Turn an operating system's error into a message for the user."""
+    if error.errno in FULL:
+        free = shutil.disk_usage(path).free if path.exists() else 0
+        return DiskError(
+            f"The disk is full: {free / 1e6:.0f} MB are left under {path}.",
+            "Free some space, or give another run folder with -o; what is finished is kept.",
+        )
+    if error.errno in FORBIDDEN:
+        return DiskError(f"{path} cannot be written: {error.strerror}.", "Give another run folder with -o.")
+    return MpqError(f"{error.strerror or error}: {error.filename or path}")
+
+
+@contextmanager
+def open_run(path: Path) -> Iterator[RunFolder]:
+    """Create or open the run folder at ``path`` and hold its lock for the time of the block.
+
+    Raises RunFolderError when another process works in it, when it was made by another format of this tool, when
+    it is no run folder, or when it cannot be written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / ".lock").open("a+")
+    except OSError as error:
+        raise disk_error(error, path) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.seek(0)
+            owner = lock.read().strip() or "unknown"
+            raise RunFolderError(
+                f"The run folder {path} is in use by another process (pid {owner}).",
+                "Wait for it to end, or give another run folder with -o.",
+            ) from error
+        try:
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
+            _check_format(path)
+            _remove(path / ".scratch")
+        except OSError as error:
+            raise disk_error(error, path) from error
+        yield RunFolder(path)
+
+
+def _check_format(path: Path) -> None:
+    marker = path / "run.json"
+    if not marker.exists():
+        strangers = [p.name for p in path.iterdir() if p.name not in (".lock", "recipe.yaml")]
+        if any(not name.startswith(".") for name in strangers):
+            raise RunFolderError(
+                f"{path} is no run folder: it holds {strangers[0]} and no run.json.", "Give an empty or new folder."
+            )
+        write_text(marker, canonical_json({"format": FORMAT, "made_by": __version__}))
+        return
+    try:
+        found = json.loads(marker.read_text())
+        made_format, made_by = int(found["format"]), str(found["made_by"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunFolderError(f"{marker} cannot be read: {error}.", "Give a new run folder with -o.") from error
+    if made_format != FORMAT:
+        raise RunFolderError(
+            f"The run folder {path} was made by mpq-deploy {made_by} (format {made_format}; this is {FORMAT}).",
+            f"Give a new run folder with -o, or use mpq-deploy {made_by}.",
+        )
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,389 @@
+"""What a stage will take of memory, before it starts, and whether there is so much.
+
+In: the layers of an exported model and the recipe. Out: a ``StageMemory``. What is counted follows from how the stages
+work: weights are mapped from their file and count once; values of one call, Hessians, stacks of candidates and the work
+on one layer are held beside them. The constants were fitted to peaks of resident memory (docs/results/memory.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from math import ceil, prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpq_deploy.errors import ModelError, UsageError
+from mpq_deploy.graph.layers import LayerGraph
+from mpq_deploy.graph.shapes import known_shapes
+from mpq_deploy.onnx_torch.merged import merged_nodes
+from mpq_deploy.runtime.ort import LARGE_WEIGHTS_BYTES
+from mpq_deploy.system.available import Room
+
+if TYPE_CHECKING:
+    import onnx
+
+    from mpq_deploy.recipe import Recipe
+
+FLOAT32_BYTES = 4
+IN_PLACE = {
+    *("Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Exp", "Erf", "Tanh", "Sigmoid", "Relu", "Gelu", "Softmax", "Cast"),
+    *("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Dropout", "Neg", "Reciprocal", "Clip", "Where"),
+}
+
+
+@dataclass(frozen=True)
+class Patches:
+    """What a layer's Hessian is made of: ``group`` matrices over ``columns`` inputs, from ``rows`` rows per call."""
+
+    group: int
+    columns: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What memory depends on. Bytes are of float32, values those of one call.
+
+    ``weights``: bytes of all constants; ``largest``: elements of the largest layer's weight; ``values``: bytes of all
+    values that torch makes; ``alive``: most bytes that live at once in ONNX Runtime; ``outputs``: bytes of the layers'
+    outputs; ``nodes``: of the graph; ``patches``: one entry per Hessian.
+    """
+
+    weights: int
+    largest: int
+    values: int
+    alive: int
+    outputs: int
+    nodes: int = 0
+    patches: tuple[Patches, ...] = ()
+
+
+def model_size(path: Path, graph: LayerGraph, inputs: Mapping[str, tuple[int, ...]]) -> ModelSize:
+    """Add up the constants and values of ``graph``, read from ``path``, for ``inputs`` of these shapes (one call).
+
+    Shapes are inferred from those of the inputs, computed ones included: exporters leave the keys' axis of an attention
+    open, which is the longest of all. Values whose shape depends on data count nothing.
+    """
+    proto, shapes = known_shapes(path, inputs)
+    sizes = {name: FLOAT32_BYTES * prod(shape) for name, shape in shapes.items()}
+    model = graph.model.graph
+    weights = sum(v.const_value.nbytes for v in model.initializers.values() if v.const_value is not None)
+    made = {name: sizes.get(name, 0) for node in proto.node for name in node.output if name}
+    apart = {value.name for found in merged_nodes(model).values() for node in found.dropped for value in node.outputs}
+    patches = {
+        (use.input, layer.group, layer.reduction): Patches(
+            layer.group, layer.reduction, prod(shapes.get(use.output, ())) // max(layer.out_channels, 1)
+        )
+        for layer in graph.layers
+        for use in layer.uses
+    }
+    return ModelSize(
+        weights,
+        max((layer.weights for layer in graph.layers), default=0),
+        sum(size for name, size in made.items() if name not in apart),
+        _most_alive(proto.node, made),
+        sum(made.get(use.output, 0) for layer in graph.layers for use in layer.uses),
+        len(proto.node),
+        tuple(patches.values()),
+    )
+
+
+def _most_alive(nodes: Collection[onnx.NodeProto], sizes: Mapping[str, int]) -> int:
+    """Return the most bytes of computed values that live at once.
+
+    ONNX Runtime writes results of ``IN_PLACE`` over an input of the same size that nothing else reads.
+    """
+    last = {name: number for number, node in enumerate(nodes) for name in node.input}
+    alive = most = 0
+    for number, node in enumerate(nodes):
+        ended = [sizes.get(name, 0) for name in dict.fromkeys(node.input) if last.get(name) == number]
+        made = [sizes.get(name, 0) for name in node.output]
+        in_place = node.op_type in IN_PLACE and made[0] in ended
+        alive += sum(made) - (made[0] if in_place else 0)
+        most = max(most, alive)
+        alive -= sum(ended) - (made[0] if in_place else 0)
+        alive -= sum(size for name, size in zip(node.output, made) if name not in last)
+    return most
+
+
+def source_size(files: Iterable[Path]) -> tuple[int, int]:
+    """Return the bytes in float32 and the number of the tensors in safetensors ``files``, read from their headers.
+
+    Raises ModelError for a file that is none.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    shapes: list[list[int]] = []
+    for path in files:
+        try:
+            with safe_open(path, framework="numpy") as file:
+                names = file.keys()
+                shapes += [file.get_slice(name).get_shape() for name in names]
+        except (OSError, SafetensorError) as error:
+            raise ModelError(
+                f"{path} cannot be read: {error}.", "The file is damaged: download or save the model again."
+            ) from error
+    return FLOAT32_BYTES * sum(map(prod, shapes)), len(shapes)
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes that a stage holds at its peak: of ``weights``, ``values`` of its calls, its ``work``, and ``code``.
+
+    ``code`` is what the process holds of the interpreter, libraries and graphs; in a process that has run other stages
+    it is there already.
+    """
+
+    stage: str
+    weights: int
+    values: int
+    work: int
+    code: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.values + self.work + self.code
+
+    def still_needed(self, held: int) -> int:
+        """Return what is needed beside the ``held`` bytes of this process, of which no more than ``code`` is of use."""
+        return self.total - min(held, self.code)
+
+
+# A worker of the stage candidates, without its graph: the interpreter with NumPy, ONNX and its runtime.
+ROUNDER_BYTES = 190 << 20
+# The interpreter with NumPy and ONNX; with the solver or ONNX Runtime; with torch; with diffusers and the exporter.
+BARE_BYTES, SESSION_BYTES, TORCH_BYTES, EXPORT_BYTES = 140 << 20, 85 << 20, 400 << 20, 530 << 20
+# What each node of the graph takes: its objects; those and a session's, or a plan's; the exporter, per parameter.
+OBJECT_BYTES, NODE_BYTES, PARAMETER_BYTES = 37_000, 130_000, 280_000
+# The float module, and of the file's pages and the source's those that are in memory when most of both are.
+EXPORT_COPIES = 1.6
+# For an ONNX file: the interpreter; per node and per byte of weights, the sessions of the file and of the export.
+ONNX_BYTES, ONNX_NODE_BYTES, ONNX_COPIES = 125 << 20, 72_000, 2.1
+# Calls of the largest batch of the comparison.
+COMPARED_CALLS = 2
+# ONNX Runtime's copies of the weights, in the layouts of its kernels, beside the mapped ones; large models have none.
+SESSION_COPIES = 0.5
+# Its arena grows by steps, so it holds more than lives at once; less more where the graph ends in gathered rows.
+ARENA_SHARE, HESSIAN_ARENA_SHARE = 1.5, 1.2
+# Arrays of a layer's size that rounding it holds, beside those of each form; and that stacking its errors holds.
+ROUNDING_ARRAYS, FORM_ARRAYS, STACK_ARRAYS = 3, 1, 2
+# A Hessian's inverse factor, per element: the damped matrix, its factor, that one's inverse and a product in float64.
+FACTOR_BYTES = 32
+# Hessians are held within this share of their cap, rows that wait within the rest (``calibrate.hessian``).
+MATRIX_SHARE, HESSIAN_ROWS_PER_COLUMN = 0.75, 2
+# Calls at once behind the order of salient channels (``sensitivity.salience``).
+SALIENCE_BATCH = 4
+# Of all values of a pass, what autograd holds (many are views of others).
+VALUE_SHARE = 0.6
+# Of all values, those that are no views of others.
+DISTINCT_SHARE = 0.7
+# Values count so often where a pass is planned; beyond so many times its bound it goes in parts (sensitivity.adjoint).
+PASS_COPIES, PASS_SHARE = 2, 4
+# What the parts began with, of the values of a call that live at once.
+BOUNDARY_SHARE = 2
+# Where stacks would take so many times their bound, none are kept (``sensitivity.probe``).
+HELD_SHARE = 4
+# Calls at once behind the Hessians; what the probes bound values and kept stacks by; the candidates that are kept.
+HESSIAN_BATCH, MEASURE_BYTES, HELD_BYTES = 8, 1 << 30, 512 << 20
+# The child process that builds: the library with its compiler, per node of the graph, and copies of the weights.
+BUILDER_BYTES, BUILDER_NODE_BYTES, BUILDER_COPIES = 220 << 20, 265_000, 3
+
+
+def estimate_torch_export(weights: int, parameters: int) -> StageMemory:
+    """Estimate the export of a module of PyTorch: ``weights`` bytes in float32, in so many ``parameters``."""
+    return StageMemory("export", int(EXPORT_COPIES * weights), 0, 0, EXPORT_BYTES + PARAMETER_BYTES * parameters)
+
+
+def estimate_onnx_export(path: Path, inputs: Mapping[str, tuple[int, ...]]) -> StageMemory:
+    """Estimate the export of the ONNX file ``path`` for ``inputs`` of these shapes (one call)."""
+    proto, shapes = known_shapes(path, inputs)
+    sizes = {name: FLOAT32_BYTES * prod(shape) for name, shape in shapes.items()}
+    weights = sum(FLOAT32_BYTES * prod(tensor.dims) for tensor in proto.initializer)
+    made = {name: sizes.get(name, 0) for node in proto.node for name in node.output if name}
+    values = COMPARED_CALLS * _most_alive(proto.node, made)
+    held = weights if weights >= LARGE_WEIGHTS_BYTES else int(ONNX_COPIES * weights)
+    return StageMemory("export", held, values, 0, ONNX_BYTES + ONNX_NODE_BYTES * len(proto.node))
+
+
+def estimate_engine(weights: int, nodes: int) -> StageMemory:
+    """Estimate the builder's host memory for ``weights`` bytes as planned and a graph of so many ``nodes``."""
+    child = BUILDER_BYTES + BUILDER_NODE_BYTES * nodes
+    return StageMemory("engine", BUILDER_COPIES * weights, 0, child, _bare(nodes))
+
+
+def estimate_stage(stage: str, size: ModelSize, recipe: Recipe, forms: int, workers: int = 0) -> StageMemory:
+    """Estimate the peak of a stage from ``calibrate`` to ``quantize``; ``forms``: weight forms per layer, at most.
+
+    ``workers``: processes of this machine that round layers; what they hold counts as work.
+    """
+    if stage == "calibrate":
+        values = int(ARENA_SHARE * recipe.calibrate.batch_size * size.alive)
+        return StageMemory(stage, _session(size.weights), values, 0, SESSION_BYTES + NODE_BYTES * size.nodes)
+    if stage == "candidates":
+        return _candidates(size, recipe, forms, workers)
+    if stage == "measure":
+        return _measure(size, recipe, forms)
+    if stage == "allocate":
+        # Every weight is looked at for what may be folded into it, so all of its file is in memory once.
+        return StageMemory(stage, size.weights, 0, 0, SESSION_BYTES + NODE_BYTES * size.nodes)
+    # Codes of one byte per weight, of all layers.
+    work = FLOAT32_BYTES * size.largest * ROUNDING_ARRAYS
+    return StageMemory(stage, size.weights // FLOAT32_BYTES, 0, work, _bare(size.nodes))
+
+
+def _bare(nodes: int) -> int:
+    return BARE_BYTES + OBJECT_BYTES * nodes
+
+
+def _session(weights: int) -> int:
+    return weights if weights >= LARGE_WEIGHTS_BYTES else int((1 + SESSION_COPIES) * weights)
+
+
+def _candidates(size: ModelSize, recipe: Recipe, forms: int, workers: int) -> StageMemory:
+    """Return the largest of the phases: rounding a layer, gathering Hessians, ordering salient channels."""
+    code, gptq = SESSION_BYTES + NODE_BYTES * size.nodes, recipe.quantize.rounding != "nearest"
+    held, beside = hessian_bytes(size, recipe) if gptq else (0, 0), code if gptq else _bare(size.nodes)
+    rounding = _rounding(size, recipe, forms) + held[0]
+    if workers:
+        # Hessians lie in files then.
+        rounding = workers * _rounder_bytes(size, recipe, forms)
+    phases = [StageMemory("candidates", 0, 0, rounding, beside)]
+    if gptq:
+        # Weights that sessions do not copy are in memory once, whoever has mapped them.
+        sessions = _session(size.weights) * (1 if size.weights >= LARGE_WEIGHTS_BYTES else max(workers, 1))
+        values = max(workers, 1) * _gathered_values(size, recipe)
+        work = sum(held) + workers * _gatherer_bytes(size, recipe)
+        phases += [StageMemory("candidates", sessions, values, work, code)]
+    if "rows" in recipe.allocate.branches and recipe.quantize.salience == "probe":
+        values, kept = _salience(size)
+        torch = max(TORCH_BYTES, code)
+        work = workers * (kept + torch) if workers else kept
+        phases += [StageMemory("candidates", size.weights, max(workers, 1) * values, work, torch)]
+    return max(phases, key=lambda phase: phase.total)
+
+
+def _rounding(size: ModelSize, recipe: Recipe, forms: int) -> int:
+    """Return the bytes of the arrays that rounding the largest layer takes, beside its Hessian."""
+    arrays = FLOAT32_BYTES * size.largest * (ROUNDING_ARRAYS + FORM_ARRAYS * forms)
+    if recipe.quantize.rounding == "nearest":
+        return arrays
+    return arrays + FACTOR_BYTES * max((_blocks(p, recipe)[1] ** 2 for p in size.patches), default=0)
+
+
+def candidates_worker_bytes(size: ModelSize, recipe: Recipe, forms: int) -> int:
+    """Estimate what a worker of the stage holds: as it gathers rows for Hessians, or as it rounds a layer."""
+    rounding = _rounder_bytes(size, recipe, forms)
+    if recipe.quantize.rounding == "nearest":
+        return rounding
+    gathering = _session(size.weights) + _gathered_values(size, recipe) + _gatherer_bytes(size, recipe)
+    return max(rounding, gathering)
+
+
+def salience_worker_bytes(size: ModelSize) -> int:
+    """Estimate what a worker holds that measures channels, beside its code."""
+    return size.weights + sum(_salience(size))
+
+
+def _salience(size: ModelSize) -> tuple[int, int]:
+    """Return the bytes of a batch's values, and of the differences of weights that are kept."""
+    calls = int(PASS_SHARE * MEASURE_BYTES / max(PASS_COPIES * DISTINCT_SHARE * size.values, 1))
+    return _adjoint(size, 1, max(1, min(SALIENCE_BATCH, calls))), min(size.weights, MEASURE_BYTES)
+
+
+def _gathered_values(size: ModelSize, recipe: Recipe) -> int:
+    return int(HESSIAN_ARENA_SHARE * min(HESSIAN_BATCH, _rounded_on(recipe)) * size.alive)
+
+
+def _gatherer_bytes(size: ModelSize, recipe: Recipe) -> int:
+    """Return what a worker holds beside its session: its code, and a timestep's rows, twice while they are sent."""
+    rows = sum(_row_bytes(patches, recipe) for patches in size.patches)
+    # At most the rows of as many Hessians as fit the cap.
+    held, _ = hessian_bytes(size, recipe)
+    whole = sum(_matrix_bytes(patches, recipe) for patches in size.patches)
+    return _rounder_code(size) + 2 * int(rows * held / max(whole, 1)) // recipe.calibrate.timesteps
+
+
+def _rounder_bytes(size: ModelSize, recipe: Recipe, forms: int) -> int:
+    """Return what a worker holds that rounds a layer: its code, the layer's Hessian, and the work on it."""
+    hessian = 0
+    if recipe.quantize.rounding != "nearest":
+        shapes = [(p.group * _blocks(p, recipe)[0], _blocks(p, recipe)[1]) for p in size.patches]
+        hessian = FLOAT32_BYTES * max((count * width**2 for count, width in shapes), default=0)
+    return _rounder_code(size) + hessian + _rounding(size, recipe, forms)
+
+
+def _rounder_code(size: ModelSize) -> int:
+    return ROUNDER_BYTES + OBJECT_BYTES * size.nodes
+
+
+def _blocks(patches: Patches, recipe: Recipe) -> tuple[int, int]:
+    """Return into how many diagonal blocks of which width a Hessian is cut."""
+    count = max(1, ceil(patches.columns / recipe.quantize.hessian_width))
+    return count, ceil(patches.columns / count)
+
+
+def _rounded_on(recipe: Recipe) -> int:
+    """Return the calls of a timestep that weights are rounded on (``calibrate.stats.CalibrationSet.split``)."""
+    samples = recipe.calibrate.samples
+    rest = samples - recipe.measure.samples
+    return (rest if rest >= samples / 5 else samples) * (1 + recipe.quantize.noise_draws)
+
+
+def hessian_bytes(size: ModelSize, recipe: Recipe) -> tuple[int, int]:
+    """Return the bytes of the Hessians held at once and of the rows that wait for them, both within the cap."""
+    section = recipe.quantize
+    cap = section.memory_mb << 20
+    matrices = sum(_matrix_bytes(patches, recipe) for patches in size.patches)
+    waiting = sum(_row_bytes(patches, recipe) for patches in size.patches)
+    return min(matrices, int(MATRIX_SHARE * cap)), min(waiting, int((1 - MATRIX_SHARE) * cap))
+
+
+def _matrix_bytes(patches: Patches, recipe: Recipe) -> int:
+    """Return the bytes of a Hessian, with one more of its blocks for the product on its way."""
+    count, width = _blocks(patches, recipe)
+    return FLOAT32_BYTES * (patches.group * count + 1) * width**2
+
+
+def _row_bytes(patches: Patches, recipe: Recipe) -> int:
+    """Return the bytes of all rows behind a Hessian."""
+    calls = max(1, recipe.calibrate.timesteps * _rounded_on(recipe))
+    wanted = max(recipe.quantize.hessian_rows, HESSIAN_ROWS_PER_COLUMN * _blocks(patches, recipe)[1])
+    rows = calls * min(patches.rows, ceil(wanted / calls))
+    return FLOAT32_BYTES * patches.group * patches.columns * rows
+
+
+def _adjoint(size: ModelSize, directions: int, calls: int) -> int:
+    """Return what a pass back through the graph holds: all of it, or a part where it takes several times its bound."""
+    if PASS_COPIES * DISTINCT_SHARE * size.values + directions * size.outputs > PASS_SHARE * MEASURE_BYTES:
+        return MEASURE_BYTES + int(BOUNDARY_SHARE * size.alive)
+    return calls * (int(VALUE_SHARE * size.values) + directions * size.outputs)
+
+
+def _measure(size: ModelSize, recipe: Recipe, forms: int) -> StageMemory:
+    batch = min(recipe.measure.batch_size, recipe.measure.calls)
+    probes = recipe.measure.probes
+    # As the probes choose how many calls to evaluate at once.
+    most = MEASURE_BYTES // max(int(PASS_COPIES * DISTINCT_SHARE * size.values) + probes * size.outputs, 1)
+    values = _adjoint(size, probes, max(1, min(batch, most)))
+    stacks = size.weights * (1 + forms)
+    kept = min(stacks, MEASURE_BYTES) if stacks < HELD_SHARE * MEASURE_BYTES else 0
+    kept += min(HELD_BYTES, size.weights * (FLOAT32_BYTES + forms) // FLOAT32_BYTES)
+    work = FLOAT32_BYTES * size.largest * (STACK_ARRAYS + forms) + kept
+    return StageMemory("measure", size.weights, values, work, TORCH_BYTES)
+
+
+def refuse_too_large(estimate: StageMemory, room: Room | None, hint: str, held: int = 0) -> None:
+    """Raise UsageError when ``estimate`` exceeds the ``room``; nothing where the system does not say.
+
+    ``held``: bytes that this process holds already.
+    """
+    if room is None or estimate.still_needed(held) <= room.bytes:
+        return
+    raise UsageError(
+        f"The stage '{estimate.stage}' would need about {estimate.total / 1e9:.1f} GB of memory "
+        f"({estimate.weights / 1e9:.1f} for weights, {estimate.values / 1e9:.1f} for values, "
+        f"{(estimate.work + estimate.code) / 1e9:.1f} for its work), and {room}.",
+        hint,
+    )

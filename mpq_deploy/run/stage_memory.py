@@ -1,0 +1,167 @@
+"""Refuse a stage that there is too little memory for, before it starts; say so when memory runs out in spite of it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpq_deploy.errors import MpqError
+from mpq_deploy.formats.scheme import SCHEMES
+
+if TYPE_CHECKING:
+    from mpq_deploy.run.memory_model import ModelSize, StageMemory
+    from mpq_deploy.run.pipeline import Pipeline
+
+MORE = "use a machine with more memory, or set MPQ_DEPLOY_MEMORY to what may be taken if you know better."
+HINTS = {
+    "export": "End other programs, export the model to ONNX elsewhere, or",
+    "calibrate": "Lower calibrate.batch_size, or",
+    "candidates": "Lower quantize.memory_mb and quantize.hessian_width, name fewer allocate.schemes, or",
+    "measure": "Lower measure.batch_size and measure.probes, name fewer allocate.schemes, or",
+    "allocate": "End other programs, or",
+    "quantize": "End other programs, or",
+    "engine": "Lower the budget, set engine.build: false and build on the device ('mpq-deploy package'), or",
+}
+
+
+def check_memory(pipeline: Pipeline, stage: str) -> StageMemory:
+    """Estimate what ``stage`` takes; raises UsageError when there is less."""
+    from mpq_deploy.run.memory_model import refuse_too_large
+    from mpq_deploy.system.available import held_memory, memory_room
+
+    estimate = stage_memory(pipeline, stage)
+    fewer = "Give fewer --workers. " if _rounding_workers(pipeline, stage) else ""
+    refuse_too_large(estimate, memory_room(), f"{fewer}{HINTS[stage]} {MORE}", held_memory())
+    return estimate
+
+
+class MemoryRanOutError(MpqError):
+    """An allocation failed in the middle of a stage."""
+
+
+# How NumPy, ONNX Runtime, torch and the system say that an allocation failed.
+FAILED = ("bad_alloc", "bad allocation", "MemoryError", "allocate memory", "Unable to allocate", "out of memory")
+
+
+@contextmanager
+def saying_memory_ran_out(stage: str) -> Iterator[None]:
+    """Turn a failed allocation in the block into MemoryRanOutError; every other error passes as it is."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError, MpqError) as error:
+        _say(error, stage)
+        raise
+    except _runtime_errors() as error:
+        _say(error, stage)
+        raise
+
+
+def _say(error: BaseException, stage: str) -> None:
+    if ran_out(error):
+        raise MemoryRanOutError(
+            f"Memory ran out in the stage '{stage}': {' '.join(str(error).split())[:200] or type(error).__name__}",
+            f"{HINTS.get(stage, 'End other programs, or')} use a machine with more memory. What is "
+            "finished is kept: the next call goes on from there.",
+        ) from error
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether ``error`` says that an allocation failed."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in FAILED)
+
+
+def _runtime_errors() -> tuple[type[BaseException], ...]:
+    """Return ONNX Runtime's errors, which have no common base class; none where it is not in use."""
+    if "onnxruntime" not in sys.modules:
+        return ()
+    from mpq_deploy.runtime.ort import ORT_ERRORS
+
+    return ORT_ERRORS
+
+
+def stage_memory(pipeline: Pipeline, stage: str) -> StageMemory:
+    """Estimate what ``stage`` takes, workers on this machine included; those before it are current."""
+    from mpq_deploy.run.memory_model import estimate_stage
+
+    if stage == "export":
+        return _export(pipeline)
+    if stage == "engine":
+        return _engine(pipeline)
+    size, forms = _sizes(pipeline, stage)
+    return estimate_stage(stage, size, pipeline.recipe, forms, _rounding_workers(pipeline, stage))
+
+
+def _rounding_workers(pipeline: Pipeline, stage: str) -> int:
+    """Return how many processes of this machine round layers in ``stage``, beside this one; 0: this one does."""
+    from mpq_deploy.system.parallel.processes import Processes
+
+    return pipeline.crew.workers if stage == "candidates" and isinstance(pipeline.crew, Processes) else 0
+
+
+def rounding_worker_bytes(pipeline: Pipeline) -> int:
+    """Estimate what a worker of the stage candidates holds, beside what every worker does (``shards.memory``)."""
+    from mpq_deploy.run.memory_model import candidates_worker_bytes
+    from mpq_deploy.system.parallel.worker_memory import PROCESS_BYTES
+
+    size, forms = _sizes(pipeline, "candidates")
+    return max(0, candidates_worker_bytes(size, pipeline.recipe, forms) - PROCESS_BYTES)
+
+
+def salience_worker_bytes(pipeline: Pipeline) -> int:
+    """Estimate what a worker holds that orders salient channels, beside what every worker does."""
+    from mpq_deploy.run.memory_model import salience_worker_bytes as worker_bytes
+
+    return worker_bytes(_sizes(pipeline, "candidates")[0])
+
+
+def _sizes(pipeline: Pipeline, stage: str) -> tuple[ModelSize, int]:
+    """Return the size of the model that ``stage`` works on, and the weight forms per layer, at most."""
+    from mpq_deploy.models.smaller import smaller_spec
+    from mpq_deploy.run.common import Exported
+    from mpq_deploy.run.memory_model import model_size
+
+    exported, recipe = Exported(pipeline), pipeline.recipe
+    if stage == "measure" and recipe.measure.side is not None:
+        exported.take_smaller(smaller_spec(exported.spec, recipe.measure.side))
+    named = recipe.allocate.schemes
+    forms = {s.weight_form for s in SCHEMES.values() if not s.branch and (s.name in named or s.family in named)}
+    return model_size(exported.path, exported.graph, exported.spec.input_shapes()), len(forms)
+
+
+def _export(pipeline: Pipeline) -> StageMemory:
+    from mpq_deploy.models.open import DENOISERS, locate
+    from mpq_deploy.run.memory_model import estimate_onnx_export, estimate_torch_export, source_size
+    from mpq_deploy.stages.export import source_denoiser
+    from mpq_deploy.system.progress import Talk
+
+    recipe = pipeline.recipe
+    path = locate(recipe.model)
+    if path.is_file():
+        # Its weights stay on the disk, and what it warns of is said when it is opened for good.
+        return estimate_onnx_export(path, source_denoiser(recipe, Talk()).spec.input_shapes())
+    parts = (recipe.component,) if recipe.component else DENOISERS
+    part = next((path / name for name in parts if (path / name).is_dir()), path)
+    return estimate_torch_export(*source_size(_weight_files(part)))
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors of one variant: the plain one where there is one."""
+    files = sorted(folder.glob("*.safetensors"))
+    plain = [file for file in files if file.name.count(".") == 1]
+    return plain or [file for file in files if file.name.split(".")[1] == files[0].name.split(".")[1]]
+
+
+def _engine(pipeline: Pipeline) -> StageMemory:
+    import onnx
+
+    from mpq_deploy.allocate.milp import PrecisionPlan
+    from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED
+    from mpq_deploy.run.common import deployed_stage
+    from mpq_deploy.run.memory_model import estimate_engine
+
+    plan = PrecisionPlan.load(pipeline.folder("allocate") / "plan.json")
+    model = onnx.load(pipeline.folder(deployed_stage(pipeline)) / DEPLOYED, load_external_data=False)
+    return estimate_engine(plan.size_bytes, len(model.graph.node))

@@ -1,0 +1,304 @@
+"""What a metric needs to know about a layer's candidates, whoever makes them, and the layer's node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+
+from mpq_deploy.calibrate.stats import ActivationStats, CalibrationStats
+from mpq_deploy.errors import ModelError
+from mpq_deploy.formats.scheme import Scheme
+from mpq_deploy.graph.layers import Layer, LayerGraph, LayerUse
+from mpq_deploy.models.spec import Array
+
+
+class CandidateWeights(Protocol):
+    """A layer and the schemes it may take, with the dequantized weight of each weight form."""
+
+    @property
+    def layer(self) -> Layer:
+        """The layer."""
+
+    @property
+    def schemes(self) -> tuple[Scheme, ...]:
+        """The schemes that the layer may take."""
+
+    def weight_matrix(self, form: str) -> Array:
+        """Return the dequantized weight of ``form`` (``Scheme.weight_form``), float32 [out_channels, reduction].
+
+        "fp16" is the weight rounded to FP16. A Conv's weight is reshaped, that of a product has outputs first.
+        """
+
+    def promoted(self, form: str) -> Array:
+        """Return the output channels that ``form``, of a scheme with a ``rows`` branch, takes from INT8: int [m]."""
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """What the ``rows`` schemes of one body change: more and more of the same channels, from the body's weight to INT8.
+
+    ``channels`` int [m], those that the smallest branch promotes first; ``differences`` float32 [m, reduction]: INT8
+    minus the body for them; ``counts``: scheme -> how many of them it promotes.
+    """
+
+    body: str
+    channels: Array
+    differences: Array
+    counts: dict[str, int]
+
+
+@dataclass(frozen=True)
+class FormStack:
+    """The weight errors of a layer's candidates, ready for one product with all of them.
+
+    ``differences`` float32 [F, out_channels, reduction]: dequantized minus float weight, one per distinct form.
+    ``weights_only``, ``with_activation``: scheme -> row of ``differences``, for schemes whose activation stays
+    float and for those whose activation is INT8. Their rows are consecutive: ``[:split_end]`` and
+    ``[split_start:kept_start]``. ``with_kept``: activation form -> scheme -> row, for schemes that leave some channels
+    of the activation in float or rescale them; their rows follow. Schemes with a ``rows`` branch are in ``promotions``.
+    """
+
+    weight: Array
+    differences: Array
+    weights_only: dict[str, int]
+    with_activation: dict[str, int]
+    split_start: int
+    split_end: int
+    kept_start: int
+    with_kept: dict[str, dict[str, int]]
+    promotions: tuple[Promotion, ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        """Memory held by the arrays."""
+        more = sum(p.differences.nbytes for p in self.promotions)
+        return int(self.weight.nbytes + self.differences.nbytes + more)
+
+    def difference(self, scheme: str) -> Array:
+        """Return the weight error of any scheme, float32 [out_channels, reduction]."""
+        for promotion in self.promotions:
+            if scheme in promotion.counts:
+                count = promotion.counts[scheme]
+                whole: Array = self.difference(promotion.body).copy()
+                whole[promotion.channels[:count]] += promotion.differences[:count]
+                return whole
+        groups = (self.weights_only, self.with_activation, *self.with_kept.values())
+        return np.asarray(self.differences[next(names[scheme] for names in groups if scheme in names)])
+
+
+def float_matrix(graph: LayerGraph, layer: Layer) -> Array:
+    """Return the float weight of ``layer`` from the graph's file, float32 [out_channels, reduction]."""
+    tensor = graph.model.graph.initializers[layer.weight].const_value
+    if tensor is None:
+        raise ModelError(f"The weight '{layer.weight}' has no data.", "Export the model again.")
+    array = tensor.numpy()
+    if layer.op != "Conv" and layer.out_axis == 1:
+        array = array.T
+    return np.ascontiguousarray(array.reshape(layer.out_channels, layer.reduction), dtype=np.float32)
+
+
+def form_stack(weight: Array, candidate: CandidateWeights) -> FormStack:
+    """Stack the distinct weight forms of ``candidate``: weights-only ones first, shared ones in the middle."""
+    plain = dict.fromkeys(s.weight_form for s in _weights_only(candidate))
+    quantized = dict.fromkeys(s.weight_form for s in _rounding_all(candidate))
+    kept: dict[str, list[Scheme]] = {}
+    for scheme in candidate.schemes:
+        if scheme.activation_form:
+            kept.setdefault(scheme.activation_form, []).append(scheme)
+    order = [
+        *(f for f in plain if f not in quantized),
+        *(f for f in plain if f in quantized),
+        *(f for f in quantized if f not in plain),
+    ]
+    kept_start = len(order)
+    row = {form: i for i, form in enumerate(order)}
+    # One weight form may stand behind several activation forms: rows of one activation form are consecutive.
+    apart = [(form, s.weight_form) for form, schemes in kept.items() for s in schemes]
+    row_apart = {key: kept_start + i for i, key in enumerate(dict.fromkeys(apart))}
+    differences = np.empty((kept_start + len(row_apart), *weight.shape), np.float32)
+    rows_of_form: dict[str, list[int]] = {form: [i] for form, i in row.items()}
+    for (_, form), i in row_apart.items():
+        rows_of_form.setdefault(form, []).append(i)
+    for form, rows in rows_of_form.items():
+        error = candidate.weight_matrix(form) - weight
+        for i in rows:
+            differences[i] = error
+    return FormStack(
+        weight,
+        differences,
+        {s.name: row[s.weight_form] for s in _weights_only(candidate)},
+        {s.name: row[s.weight_form] for s in _rounding_all(candidate)},
+        kept_start - len(quantized),
+        len(plain),
+        kept_start,
+        {form: {s.name: row_apart[form, s.weight_form] for s in schemes} for form, schemes in kept.items()},
+        _promotions(candidate),
+    )
+
+
+def _promotions(candidate: CandidateWeights) -> tuple[Promotion, ...]:
+    """Group the ``rows`` schemes by their body: a larger branch promotes the channels of the smaller ones, and more."""
+    by_body: dict[str, list[Scheme]] = {}
+    for scheme in candidate.schemes:
+        if _promotes(scheme):
+            by_body.setdefault(scheme.body.name, []).append(scheme)
+    found = []
+    for body, schemes in by_body.items():
+        counts: dict[str, int] = {}
+        channels = np.empty(0, np.int64)
+        for scheme in sorted(schemes, key=lambda s: len(candidate.promoted(s.weight_form))):
+            more = np.setdiff1d(candidate.promoted(scheme.weight_form), channels)
+            channels = np.concatenate([channels, more])
+            counts[scheme.name] = len(channels)
+        largest = candidate.weight_matrix(schemes[-1].weight_form)
+        assert len(candidate.promoted(schemes[-1].weight_form)) == len(channels)
+        differences = (largest - candidate.weight_matrix(schemes[-1].body.weight_form))[channels]
+        found.append(Promotion(body, channels, np.asarray(differences, np.float32), counts))
+    return tuple(found)
+
+
+def _promotes(scheme: Scheme) -> bool:
+    return scheme.branch is not None and scheme.branch.kind == "rows"
+
+
+def _weights_only(candidate: CandidateWeights) -> list[Scheme]:
+    return [s for s in candidate.schemes if s.activation is None and not _promotes(s)]
+
+
+def _rounding_all(candidate: CandidateWeights) -> list[Scheme]:
+    return [s for s in candidate.schemes if s.activation is not None and not s.activation_form and not _promotes(s)]
+
+
+class Stack(Protocol):
+    """A FormStack, or what a metric makes of it."""
+
+    @property
+    def bytes(self) -> int:
+        """Memory held."""
+
+
+Value = TypeVar("Value")
+StackType = TypeVar("StackType", bound=Stack)
+
+
+class Kept(Generic[Value]):
+    """Values by layer, made when they are asked for; kept in memory up to ``limit`` bytes, made again beyond that."""
+
+    def __init__(self, make: Callable[[Layer], Value], size: Callable[[Value], int], limit: int) -> None:
+        self._make, self._size, self._limit = make, size, limit
+        self._held: dict[str, Value] = {}
+        self._bytes = 0
+
+    def __getitem__(self, layer: Layer) -> Value:
+        held = self._held.get(layer.name)
+        if held is not None:
+            return held
+        value = self._make(layer)
+        size = self._size(value)
+        if self._bytes + size <= self._limit:
+            self._held[layer.name] = value
+            self._bytes += size
+        return value
+
+
+class StackStore(Kept[StackType]):
+    """Stacks by layer, each passed through ``prepare``; kept in memory up to ``limit`` bytes, rebuilt beyond that."""
+
+    def __init__(
+        self,
+        graph: LayerGraph,
+        candidates: Mapping[str, CandidateWeights],
+        prepare: Callable[[FormStack], StackType],
+        limit: int,
+    ) -> None:
+        def make(layer: Layer) -> StackType:
+            return prepare(form_stack(float_matrix(graph, layer), candidates[layer.name]))
+
+        super().__init__(make, lambda stack: stack.bytes, limit)
+
+
+def numpy_stacks(graph: LayerGraph, candidates: Mapping[str, CandidateWeights], limit: int) -> StackStore[FormStack]:
+    """Return a store of FormStacks as they are."""
+    return StackStore(graph, candidates, lambda stack: stack, limit)
+
+
+@dataclass(frozen=True)
+class InputRounding:
+    """How schemes round the input of a layer: to ``quant_min`` ... ``quant_max`` times the scale.
+
+    ``kept`` int32 [n]: the channels that stay in float. ``factors`` float [C]: by what the channels are multiplied
+    before; the weight is divided by them. None for none. The range is INT8's by default, as QuantizeLinear saturates
+    to; that of a simulated quantizer lies around its zero point.
+    """
+
+    scale: float
+    kept: Array
+    factors: Array | None = None
+    quant_min: int = -128
+    quant_max: int = 127
+
+    def step(self, layer: Layer, rank: int) -> Array:
+        """Return the rounding step of the input as it was, float32: one number, or one per channel, to broadcast."""
+        if self.factors is None:
+            return np.asarray(self.scale, np.float32)
+        steps: Array = np.float32(self.scale) / self.factors.astype(np.float32)
+        return steps.reshape(1, -1, *(1,) * (rank - 2)) if layer.op == "Conv" else steps
+
+    def kept_mask(self, layer: Layer, rank: int, channels: int) -> Array:
+        """Return a mask that is True for the channels kept, shaped to broadcast against an input of ``rank``."""
+        mask = np.zeros(channels, bool)
+        mask[self.kept] = True
+        return mask.reshape(1, -1, *(1,) * (rank - 2)) if layer.op == "Conv" else mask
+
+
+def input_roundings(stats: CalibrationStats, use: LayerUse, schemes: Iterable[Scheme]) -> dict[str, InputRounding]:
+    """Return how the activation of ``use`` is rounded, by the activation form of those ``schemes`` that round it.
+
+    Raises ModelError when it was not calibrated.
+    """
+    forms = dict.fromkeys(s.activation_form for s in schemes if s.activation is not None)
+    if not forms:
+        return {}
+    found = _statistics(stats, use)
+    return {form: _rounding(found, form) for form in forms}
+
+
+def _rounding(found: ActivationStats, form: str) -> InputRounding:
+    grid = found.grid_for(form)
+    factors = found.factors_for(form)
+    return InputRounding(grid.scale, found.left_out(form), factors, grid.quant_min, grid.quant_max)
+
+
+def _statistics(stats: CalibrationStats, use: LayerUse) -> ActivationStats:
+    found = stats.activations.get(use.input)
+    if found is None:
+        raise ModelError(
+            f"Calibration has no statistics of the activation '{use.input}', which node '{use.node}' reads.",
+            "Calibrate this graph again.",
+        )
+    return found
+
+
+def node_attributes(graph: LayerGraph) -> dict[str, dict[str, Any]]:
+    """Return the attributes of every node that applies a layer, by node name."""
+    wanted = {use.node for layer in graph.layers for use in layer.uses}
+    return {
+        node.name: {key: attribute.value for key, attribute in node.attributes.items()}
+        for node in graph.model.graph
+        if node.name in wanted
+    }
+
+
+def measured_layers(graph: LayerGraph, candidates: Mapping[str, CandidateWeights]) -> tuple[Layer, ...]:
+    """Return the layers that have candidates, in graph order. Raises ModelError for a candidate of no layer."""
+    names = {layer.name for layer in graph.layers}
+    strangers = [name for name in candidates if name not in names]
+    if strangers:
+        raise ModelError(
+            f"There are candidates for '{strangers[0]}', which is no layer of the graph.",
+            "The candidates were made for another graph: make them again.",
+        )
+    return tuple(layer for layer in graph.layers if layer.name in candidates)

@@ -1,0 +1,135 @@
+"""The calibration set as inputs of the graph: which calls are measured, and what each feeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mpq_deploy.calibrate.stats import CalibrationSet, dealt
+from mpq_deploy.calls.feeds import feed_rows
+from mpq_deploy.errors import ModelError, UsageError
+from mpq_deploy.graph.layers import LayerGraph
+from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.sensitivity.orthogonality import OrmOptions
+
+
+@dataclass(frozen=True)
+class MeasureOptions:
+    """How much is measured, and with how much memory.
+
+    ``samples``: calls of the calibration set used at each timestep: evenly spaced ones, the same at every timestep;
+    with ``rotate`` the next ones at each, so that more of the set is seen for the same time. ``probes`` per timestep
+    and sample, of which the last ``heldout_probes`` are kept from the allocation. ``batch_size``: most samples at once;
+    ``memory_bytes`` may make it fewer. ``noise``: relative size of the gain metric's noise, and ``gain_samples`` the
+    calls it takes per timestep (its noise already averages over all elements of a layer's output). ``dtype``: the
+    type in which torch evaluates the graph, "float32" or "bfloat16". ``errors_dtype``: the type in which it takes
+    the local errors and their products with the gradients; "auto" is bfloat16 where the processor multiplies it
+    natively (about a fifth less time, 0.2 % of noise on each projection, so plans may differ between processors),
+    else float32. ``orm``: settings of the orm metric and its controls. ``shares``: the part of the trajectory that
+    each timestep stands for, of sum 1; None: equal ones.
+    """
+
+    probes: int = 8
+    heldout_probes: int = 2
+    samples: int = 16
+    batch_size: int | None = None
+    seed: int = 0
+    dtype: str = "float32"
+    errors_dtype: str = "float32"
+    memory_bytes: int = 1 << 30
+    noise: float = 0.05
+    gain_samples: int = 4
+    orm: OrmOptions = field(default_factory=OrmOptions)
+    shares: tuple[float, ...] | None = None
+    rotate: bool = False
+
+    def __post_init__(self) -> None:
+        if self.probes < 1 or not 0 <= self.heldout_probes < self.probes:
+            raise UsageError(
+                f"{self.probes} probes with {self.heldout_probes} of them held out cannot be measured.",
+                "Give at least one probe more than are held out.",
+            )
+        if self.samples < 1 or (self.batch_size is not None and self.batch_size < 1):
+            raise UsageError(
+                f"{self.samples} samples in batches of {self.batch_size} cannot be measured.", "Use 1 or more."
+            )
+
+
+class Calls:
+    """The calls that are measured: ``count`` of the calibration set's at every timestep.
+
+    ``picked`` int64 [K, count]: which ones; ``turns`` int64 [K, count]: their places in an order in which any stretch
+    has all conditions about equally often. ``rotate``: others at each timestep, as far as there are others; a call's
+    error at one timestep says much about its error at the next, and little about that of other calls.
+    ``fixed_batch``: how many calls the graph takes at once, where its file or an input without a batch axis fixes
+    that; None where any number goes. Raises ModelError for a missing condition or too few calls for the batch.
+    """
+
+    def __init__(
+        self,
+        graph: LayerGraph,
+        spec: DenoiserSpec,
+        calibration: CalibrationSet,
+        conditions: dict[str, Array],
+        samples: int,
+        rotate: bool = False,
+    ) -> None:
+        missing = [c.name for c in spec.conditions if c.name not in conditions]
+        if missing:
+            raise ModelError(
+                f"The condition '{missing[0]}' of the denoiser was given no rows.",
+                "Give it with --conditions FILE.npz, one row per condition.",
+            )
+        self.fixed_batch = _fixed_batch(graph, spec)
+        recorded = calibration.samples.shape[1]
+        multiple = self.fixed_batch or 1
+        self.count = min(samples, recorded) // multiple * multiple
+        if not self.count:
+            raise ModelError(
+                f"The model takes {multiple} samples at once, but only {min(samples, recorded)} are to be measured.",
+                "Export it with a free batch axis, or calibrate and measure more samples.",
+            )
+        self.timesteps = calibration.timesteps
+        self.first = slice(0, multiple)
+        self._spec = spec
+        self._calibration = calibration
+        self._conditions = conditions
+        even = np.linspace(0, recorded - 1, self.count).round().astype(np.int64)
+        self.picked = np.tile(even, (len(self.timesteps), 1))
+        order = dealt(calibration.rows, np.arange(recorded)).astype(np.int64)
+        if rotate and self.count < recorded:
+            self.picked = order[np.arange(self.picked.size).reshape(self.picked.shape) % recorded]
+        self.turns = np.argsort(order)[self.picked]
+
+    def chunks(self, batch: int) -> Iterator[tuple[int, slice]]:
+        """Yield (step index, slice of the calls) over all timesteps, at most ``batch`` calls at a time."""
+        for step_index in range(len(self.timesteps)):
+            for chunk in self.chunks_of_step(batch):
+                yield step_index, chunk
+
+    def chunks_of_step(self, batch: int) -> Iterator[slice]:
+        """Yield the slices of the calls of one timestep."""
+        for start in range(0, self.count, batch):
+            yield slice(start, min(start + batch, self.count))
+
+    def feeds(self, step_index: int, calls: slice) -> dict[str, Array]:
+        """Return the graph's inputs of ``calls`` (a slice of 0..count) at a timestep."""
+        picked = self.picked[step_index, calls]
+        return feed_rows(
+            self._spec,
+            self._calibration.samples[step_index][picked],
+            float(self.timesteps[step_index]),
+            self._calibration.rows[picked],
+            {item.name: self._conditions[item.name] for item in self._spec.conditions},
+        )
+
+
+def _fixed_batch(graph: LayerGraph, spec: DenoiserSpec) -> int | None:
+    if not all(item.batched for item in spec.conditions):
+        return 1
+    for value in graph.model.graph.inputs:
+        if value.name == spec.sample.name and value.shape is not None and isinstance(value.shape[0], int):
+            return int(value.shape[0])
+    return None

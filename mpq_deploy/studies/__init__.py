@@ -1,0 +1,1 @@
+"""Studies of a finished run: budgets swept, sensitivities audited."""

@@ -1,0 +1,224 @@
+"""The audit: measure the truth and every metric, let each of them choose plans, and write down what came out."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from mpq_deploy.errors import UsageError, nearest
+from mpq_deploy.recipe import Recipe, load_recipe
+from mpq_deploy.run.common import version_of
+from mpq_deploy.run.pipeline import default_run
+from mpq_deploy.sensitivity.measure import METHODS
+from mpq_deploy.sensitivity.orthogonality import ENOUGH_CALLS
+from mpq_deploy.studies.agreement import Compared, correlations, scheme_classes
+from mpq_deploy.studies.audit_result import AuditResult, MetricResult, TruthInfo
+from mpq_deploy.studies.compared_losses import TRUTH, Losses, Truth
+from mpq_deploy.studies.compared_plans import PlanQuality, Solved, plan_points, solved_plans
+
+if TYPE_CHECKING:
+    from mpq_deploy.run.pipeline import Pipeline
+    from mpq_deploy.sensitivity.table import SensitivityTable
+
+BUDGETS = "0.27,0.3,0.35,0.42"
+AUDITED = tuple(method for method in METHODS if method != TRUTH)
+# Of the small bundled model all pairs are measured; larger models are sampled.
+PAIRS = 600
+CROSS = "probe+cross"
+PACKAGES = ("onnx", "onnxruntime", "highspy", "numpy", "torch")
+
+
+@dataclass(frozen=True)
+class AuditOptions:
+    """What is audited: ``methods`` at ``budgets``; the truth of ``pairs`` (layer, scheme), ``samples`` calls each."""
+
+    budgets: tuple[float, ...]
+    methods: tuple[str, ...] = AUDITED
+    pairs: int = PAIRS
+    samples: int | None = None
+
+
+def parse_methods(text: str) -> tuple[str, ...]:
+    """Turn ``probe,orm`` into methods, in the order of ``AUDITED``. Raises UsageError naming the nearest."""
+    asked = [name.strip() for name in text.split(",") if name.strip()]
+    known = f"Known: {', '.join(AUDITED)}."
+    for name in asked:
+        if name == TRUTH:
+            raise UsageError(f"'{TRUTH}' is what the methods are compared with.", f"Leave it out. {known}")
+        if name not in AUDITED:
+            raise UsageError(f"Unknown method '{name}'.", f"{nearest(name, AUDITED)}{known}")
+    if not asked:
+        raise UsageError("No methods are named.", known)
+    return tuple(name for name in AUDITED if name in asked)
+
+
+def audit_recipe(path: Path | None, model: str | None, changes: Sequence[str]) -> Recipe:
+    """Return the recipe of an audit: the file, or all defaults without branches and engine; then KEY=VALUE changes.
+
+    Branches would multiply the single layers to quantize. Raises UsageError for a change that is none.
+    """
+    given: dict[str, Any] = {"model": model, "engine.build": False, "allocate.branches": []}
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals or not key:
+            raise UsageError(f"'{change}' is no entry of a recipe.", "Write KEY=VALUE, such as measure.timesteps=10.")
+        try:
+            given[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UsageError(f"The value of --set {change} is no YAML.", "Write KEY=VALUE.") from error
+    return load_recipe(path, given)
+
+
+def audit_run(recipe: Recipe, out: Path | None) -> Path:
+    """Return the run folder: ``out``, or runs/audit-NAME. Raises UsageError where it holds a build.
+
+    An audit has a recipe of its own, which would take the place of the build's.
+    """
+    default = default_run(recipe)
+    run = out or default.with_name(f"audit-{default.name}")
+    if (run / "allocate").exists():
+        raise UsageError(f"{run} holds a build.", "Give the audit a run folder of its own.")
+    return run
+
+
+def check_audit(recipe: Recipe) -> None:
+    """Find mistakes before anything runs: timesteps that do not exist, settings that an audit does not know."""
+    from mpq_deploy.stages import check_timesteps
+
+    if recipe.measure.sampling != "uniform":
+        raise UsageError(
+            f"measure.sampling is {recipe.measure.sampling}, but an audit measures evenly spaced timesteps.",
+            "Leave measure.sampling at uniform.",
+        )
+    check_timesteps(recipe)
+
+
+def run_audit(pipeline: Pipeline, options: AuditOptions, command: str = "") -> AuditResult:
+    """Measure everything that is not yet current in the run folder, and return what came out.
+
+    ``command``: how the user called it, for the report. A metric that refuses its settings (orm with too few calls)
+    and a budget that no plan of a metric fits are part of the result and do not end the audit.
+    """
+    check_audit(pipeline.recipe)
+    pipeline.run_until("candidates")
+    losses = Losses(pipeline, options.samples or min(pipeline.recipe.measure.calls, pipeline.recipe.measure.samples))
+    tables: dict[str, SensitivityTable] = {}
+    refused: dict[str, str] = {}
+    for method in options.methods:
+        try:
+            tables[method] = losses.metric(method)
+        except UsageError as error:
+            refused[method] = str(error)
+            pipeline.talk.warn(f"{method} is not measured: {error}")
+    truth = losses.truth(options.pairs)
+    quality = PlanQuality(pipeline)
+    rows: list[tuple[MetricResult, tuple[Solved, ...]]] = []
+    for method in options.methods:
+        if method in refused:
+            rows.append((MetricResult(method, method, None, refused=refused[method]), ()))
+            continue
+        row = _agreement(method, tables[method], truth, losses, pipeline.recipe.measure.seed)
+        rows.append((row, solved_plans(pipeline, tables[method], options.budgets, cross_terms=False)))
+        if method == "probe" and tables[method].projections is not None and pipeline.recipe.allocate.cross_terms:
+            again = solved_plans(pipeline, tables[method], options.budgets, cross_terms=True)
+            rows.append((MetricResult(CROSS, row.metric, None), again))
+    row = MetricResult(TRUTH, TRUTH, truth.seconds, notes=truth.table.notes)
+    own = solved_plans(pipeline, truth.table, options.budgets, cross_terms=False) if truth.complete else ()
+    rows.append((row, own))
+    quality.prepare([one.plan.schemes for _, solved in rows for one in solved if one.plan is not None])
+    measured = [_with_plans(pipeline, row, solved, quality) for row, solved in rows]
+    return _result(pipeline, options, losses, truth, measured, tables, command)
+
+
+def _agreement(method: str, table: SensitivityTable, truth: Truth, losses: Losses, seed: int) -> MetricResult:
+    """Compare a metric with the truth on the pairs of the latter."""
+    compared = Compared.of(truth.pairs, truth.table.losses, table.losses)
+    classes = scheme_classes(set(compared.schemes))
+    everything = [scheme for schemes in classes.values() for scheme in schemes]
+    found = correlations(compared, {**classes, "": everything}, seed)
+    return MetricResult(
+        method,
+        table.metric,
+        losses.seconds(method),
+        found.pop(""),
+        found,
+        compared.calibration() if table.predicts_nmse else None,
+        notes=table.notes,
+    )
+
+
+def _with_plans(pipeline: Pipeline, row: MetricResult, solved: Sequence[Solved], quality: PlanQuality) -> MetricResult:
+    points = plan_points(solved, quality)
+    for point in points:
+        said = point.refused or f"NMSE {point.nmse:.2e}"
+        pipeline.talk.line(f"  {row.title:<22} {point.budget:g}: {said}")
+    return replace(row, plans=points)
+
+
+def _result(
+    pipeline: Pipeline,
+    options: AuditOptions,
+    losses: Losses,
+    truth: Truth,
+    rows: list[MetricResult],
+    tables: dict[str, SensitivityTable],
+    command: str,
+) -> AuditResult:
+    spec, section = losses.exported.spec, pipeline.recipe.evaluate
+    return AuditResult(
+        model=spec.name,
+        weights=sum(layer.weights for layer in losses.graph.layers),
+        layers=len(losses.graph.layers),
+        calls=losses.samples,
+        timesteps=len(losses.calls.timesteps),
+        budgets=options.budgets,
+        truth=TruthInfo(len(truth.pairs), truth.of, truth.seconds, pipeline.recipe.measure.seed),
+        metrics=tuple(rows),
+        losses=tuple(_loss_row(pair, truth, tables) for pair in truth.pairs),
+        evaluation={"images": section.samples, "steps": section.steps, "seed": section.seed},
+        synthetic=spec.synthetic,
+        notes=tuple(_notes(pipeline, losses, truth, rows)),
+        versions={k.removeprefix("version."): str(v) for k, v in version_of(*PACKAGES).items() if v},
+        command=command or shlex.join(["mpq-deploy", "audit", pipeline.recipe.model or "emoji"]),
+    )
+
+
+def _loss_row(pair: tuple[str, str], truth: Truth, tables: dict[str, SensitivityTable]) -> dict[str, Any]:
+    layer, scheme = pair
+    found = {name: table.losses.get(layer, {}).get(scheme) for name, table in tables.items()}
+    return {"layer": layer, "scheme": scheme, TRUTH: truth.table.losses[layer][scheme], **found}
+
+
+def _notes(pipeline: Pipeline, losses: Losses, truth: Truth, rows: Iterable[MetricResult]) -> list[str]:
+    """Say how the comparison was made, and what is doubtful about it."""
+    measure = pipeline.recipe.measure
+    notes = [
+        f"Truth and metrics see the same {losses.samples} calls at each of {len(losses.calls.timesteps)} timesteps, "
+        f"none of which weights were rounded on; gain injects its noise into at most 4 of them."
+        if losses.unseen
+        else "Truth and metrics are measured on the samples that the weights were rounded on: all are optimistic."
+    ]
+    if not truth.complete:
+        notes.append(
+            f"The truth is a sample of {len(truth.pairs)} of {truth.of} pairs (layer, scheme), stratified by scheme "
+            "and layer; so it chooses no plans of its own."
+        )
+    notes.append(
+        "Rank correlations are Spearman's, ranked within each scheme and pooled; intervals (95 %) are a bootstrap over "
+        "layers. All plans are solved without cross terms between layers, except where the row says so."
+    )
+    if any(branch for branch in pipeline.recipe.allocate.branches):
+        notes.append("Truth and correlations leave residual branches out; the metrics' plans may take them.")
+    if measure.orm.activation_bits != "programme" and any(row.key in ("orm", "kurtosis") for row in rows):
+        notes.append(
+            f"kurtosis, orm and its controls cannot compare activations: measure.orm.activation_bits fixes them at "
+            f"{measure.orm.activation_bits}, which rules out schemes that the other metrics may choose."
+        )
+    if losses.samples < ENOUGH_CALLS and any(row.key == "orm" for row in rows):
+        notes.append(f"{losses.samples} calls are few for orm: below {ENOUGH_CALLS} it says little.")
+    return notes

@@ -1,0 +1,107 @@
+"""What an audit found, as plain values for audit.json and the report."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mpq_deploy.studies.agreement import Calibration, Correlation
+
+# How metrics are called wherever people read them.
+TITLES = {
+    "probe": "probes",
+    "probe+cross": "probes, cross terms",
+    "gain": "gain × local error",
+    "local_error": "local error",
+    "kurtosis": "kurtosis",
+    "orm": "orthogonality",
+    "size-only": "size only",
+    "random": "random",
+    "exhaustive": "exhaustive",
+}
+
+
+@dataclass(frozen=True)
+class PlanPoint:
+    """A plan at a budget, measured. ``refused`` says why there is none, and ``smallest_bytes`` what would be feasible.
+
+    ``nmse`` with ``nmse_error``, its standard error over images; ``psnr_db`` None for ``identical`` images.
+    """
+
+    budget: float
+    size_bytes: int | None = None
+    size_ratio: float | None = None
+    predicted: float | None = None
+    nmse: float | None = None
+    nmse_error: float | None = None
+    psnr_db: float | None = None
+    identical: bool = False
+    refused: str = ""
+    smallest_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class MetricResult:
+    """One metric: how it agrees with the truth, and what its plans are worth. ``seconds`` of processor time.
+
+    ``metric`` is what was measured (gain, where probes could not be); ``refused``: why it could not be measured.
+    ``pooled`` over all schemes; None for what is no metric of its own (the truth, cross terms).
+    """
+
+    key: str
+    metric: str
+    seconds: float | None
+    pooled: Correlation | None = None
+    classes: dict[str, Correlation] | None = None
+    calibration: Calibration | None = None
+    plans: tuple[PlanPoint, ...] = ()
+    notes: tuple[str, ...] = ()
+    refused: str = ""
+
+    @property
+    def title(self) -> str:
+        """What the metric is called."""
+        return TITLES.get(self.key, self.key)
+
+
+@dataclass(frozen=True)
+class TruthInfo:
+    """How the truth was measured: ``pairs`` of ``of``; whether by torch or not is in the notes."""
+
+    pairs: int
+    of: int
+    seconds: float
+    seed: int
+
+    @property
+    def complete(self) -> bool:
+        """Whether every pair was measured."""
+        return self.pairs == self.of
+
+
+@dataclass(frozen=True)
+class AuditResult:
+    """Everything. ``losses``: one row per pair of the truth: layer, scheme, exhaustive, and each metric's loss."""
+
+    model: str
+    weights: int
+    layers: int
+    calls: int
+    timesteps: int
+    budgets: tuple[float, ...]
+    truth: TruthInfo
+    metrics: tuple[MetricResult, ...]
+    losses: tuple[dict[str, Any], ...]
+    evaluation: dict[str, Any]
+    synthetic: str
+    notes: tuple[str, ...]
+    versions: dict[str, str]
+    command: str
+
+    def metric(self, key: str) -> MetricResult | None:
+        """Return the row of ``key``, if there is one."""
+        return next((row for row in self.metrics if row.key == key), None)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the values of audit.json."""
+        return asdict(self)

@@ -1,0 +1,281 @@
+"""The losses that are compared: every metric's, and the truth's, on the same calls.
+
+Each metric is a stage of its own in the run folder, and the truth several small ones, so that what was measured is
+kept when the audit is stopped, and found again when it goes on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpq_deploy.calibrate.stats import CalibrationSet, dealt
+from mpq_deploy.calls.timesteps import sampled_steps
+from mpq_deploy.errors import UsageError
+from mpq_deploy.formats.candidates import LayerCandidates
+from mpq_deploy.formats.scheme import SCHEMES
+from mpq_deploy.models.spec import Array
+from mpq_deploy.run.common import Exported, load_calibration, version_of
+from mpq_deploy.run.folder import Fields
+from mpq_deploy.run.spread import RECIPE, opened_run
+from mpq_deploy.sensitivity.exhaustive import evaluates_in_torch, measure_exhaustive
+from mpq_deploy.sensitivity.layer_weights import float_matrix
+from mpq_deploy.sensitivity.measure import IMPORTANCE_METHODS, measure
+from mpq_deploy.sensitivity.measured_calls import MeasureOptions
+from mpq_deploy.sensitivity.orthogonality import OrmOptions
+from mpq_deploy.sensitivity.subject import Spread, Subject
+from mpq_deploy.sensitivity.table import SensitivityTable
+from mpq_deploy.stages.candidates import candidates_of
+from mpq_deploy.system.parallel.work import Alone, Job, Result, Shard, Within, Work, run_shards
+from mpq_deploy.system.progress import Talk
+from mpq_deploy.system.usage import metered
+
+if TYPE_CHECKING:
+    from mpq_deploy.run.pipeline import Pipeline
+
+TRUTH = "exhaustive"
+# Pairs of the truth that are measured between two writes: what a kill may lose.
+SHARD = 48
+Pair = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The exhaustive losses: their ``table``, the ``pairs`` measured ``of`` all that there are, and CPU seconds."""
+
+    table: SensitivityTable
+    pairs: tuple[Pair, ...]
+    of: int
+    seconds: float
+
+    @property
+    def complete(self) -> bool:
+        """Whether every pair was measured, so that the truth can choose plans itself."""
+        return len(self.pairs) == self.of
+
+
+class Losses:
+    """Measures metrics and the truth on ``samples`` calls at each timestep, of those that weights were not rounded on.
+
+    The calls are the same at every timestep, and the same for all metrics and the truth; only gain injects its noise
+    into fewer of them. Conditions are as evenly represented as the count allows. Raises UsageError when there are not
+    so many calls.
+    """
+
+    def __init__(self, pipeline: Pipeline, samples: int) -> None:
+        section = pipeline.recipe.measure
+        self._pipeline, self.samples = pipeline, samples
+        self.exported = Exported(pipeline)
+        self.graph = self.exported.graph
+        self.candidates: Mapping[str, LayerCandidates] = candidates_of(pipeline, self.graph)
+        inputs, self._stats = load_calibration(pipeline)
+        _, held_out = inputs.split(section.samples)
+        self.unseen = held_out is not inputs
+        if samples > len(held_out.rows):
+            raise UsageError(
+                f"The audit is to measure {samples} calls per timestep, but there are {len(held_out.rows)}.",
+                f"Choose --samples {len(held_out.rows)} or fewer, or raise measure.samples and calibrate.samples.",
+            )
+        order = dealt(held_out.rows, np.arange(len(held_out.rows)))
+        steps = sampled_steps(len(inputs.timesteps), min(section.timesteps, len(inputs.timesteps)))
+        self.calls: CalibrationSet = held_out.take(np.sort(order[:samples])).at(steps)
+
+    def metric(self, method: str) -> SensitivityTable:
+        """Return the table of ``method``, one of ``sensitivity.measure.METHODS``."""
+        section = self._pipeline.recipe.measure
+        fields: Fields = {}
+        if method == "probe":
+            fields["recipe.measure.probes"] = section.probes
+        if method in IMPORTANCE_METHODS:
+            fields.update({f"recipe.measure.orm.{key}": value for key, value in section.orm.model_dump().items()})
+
+        def make() -> SensitivityTable:
+            return measure(method, self.subject())
+
+        return self._kept(f"audit-{method}", {**self._fields(), "method": method, **fields}, make)
+
+    def seconds(self, method: str) -> float:
+        """Return the processor seconds that measuring ``method`` took, of all threads, whenever it was measured."""
+        return float(self._pipeline.run.timings().get(f"audit-{method}", {}).get("seconds", 0.0))
+
+    def truth(self, count: int) -> Truth:
+        """Measure ``count`` pairs exhaustively, or all where there are no more."""
+        everything = bodies(self.candidates.values())
+        still = [pair for pair in everything if not self._changes(pair)]
+        chosen = sampled_pairs(
+            [p for p in everything if p not in set(still)], count, self._pipeline.recipe.measure.seed
+        )
+        starts = range(0, len(chosen), SHARD)
+        names = [f"{TRUTH}-{number:03d}" for number in range(len(starts))]
+        parts = {name: tuple(chosen[start : start + SHARD]) for name, start in zip(names, starts)}
+        self._spread_out(parts)
+        tables = [self._shard(name, pairs) for name, pairs in parts.items()]
+        losses: dict[str, dict[str, float]] = {}
+        by_timestep: dict[str, dict[str, Any]] = {}
+        zeros = np.zeros(len(self.calls.timesteps), np.float32)
+        # What changes nothing needs no measuring: FP16 weights of a file that holds FP16.
+        for layer, scheme in still:
+            losses.setdefault(layer, {})[scheme] = 0.0
+            by_timestep.setdefault(layer, {})[scheme] = zeros
+        for table in tables:
+            for layer, row in table.losses.items():
+                losses.setdefault(layer, {}).update(row)
+                by_timestep.setdefault(layer, {}).update(table.losses_by_timestep[layer])
+        notes = tuple(dict.fromkeys(note for table in tables for note in table.notes))
+        found = SensitivityTable(TRUTH, self.calls.timesteps, losses, by_timestep, notes=notes)
+        seconds = sum(self.seconds(name) for name in names)
+        return Truth(found, tuple(chosen), len(everything) - len(still), seconds)
+
+    def _shard(self, name: str, pairs: Sequence[Pair]) -> SensitivityTable:
+        def make() -> SensitivityTable:
+            return measure_exhaustive(self.subject(), pairs=set(pairs))
+
+        return self._kept(f"audit-{name}", self._truth_fields(pairs), make)
+
+    def _truth_fields(self, pairs: Sequence[Pair]) -> Fields:
+        return {**self._fields(), "method": TRUTH, "pairs": [list(pair) for pair in pairs]}
+
+    def _spread_out(self, parts: dict[str, tuple[Pair, ...]]) -> None:
+        """Have workers measure and keep what is missing of ``parts``, where there are workers."""
+        run, crew = self._pipeline.run, self._pipeline.crew
+        missing = [n for n, pairs in parts.items() if run.changed_fields(f"audit-{n}", self._truth_fields(pairs)) != []]
+        # Sessions of ONNX Runtime link the weights while they are open, which other readers of them refuse.
+        if isinstance(crew, Alone) or len(missing) < 2 or not evaluates_in_torch(self.graph):
+            return
+        subject = self.subject()
+        assert subject.spread is not None
+        opener = partial(_open_truth, self.samples)
+        job = Job("exhaustive", opener, subject.spread.root, subject.spread.files, subject.memory_bytes())
+        shards = [Shard(name, parts[name], len(parts[name])) for name in missing]
+        with crew.open(job, self._pipeline.talk) as pool:
+            results = run_shards(pool, "single layers", shards, self._pipeline.talk)
+            for name, result in zip(missing, results, strict=True):
+                fields, table = self._truth_fields(parts[name]), _table_of(result, self.calls.timesteps)
+                self._kept(f"audit-{name}", fields, lambda made=table: made, float(result["seconds"]))  # type: ignore[misc]
+
+    def _changes(self, pair: Pair) -> bool:
+        scheme = SCHEMES[pair[1]]
+        if scheme.weight is not None or scheme.activation is not None:
+            return True
+        candidate = self.candidates[pair[0]]
+        return not np.array_equal(
+            candidate.weight_matrix(scheme.weight_form), float_matrix(self.graph, candidate.layer)
+        )
+
+    def subject(self) -> Subject:
+        """Return what all metrics and the truth are measured on."""
+        section = self._pipeline.recipe.measure
+        options = MeasureOptions(
+            probes=section.probes,
+            heldout_probes=0,
+            samples=self.samples,
+            batch_size=section.batch_size,
+            seed=section.seed,
+            orm=OrmOptions(**section.orm.model_dump()),
+        )
+        exported = self.exported
+        calls = (self.calls, exported.conditions, exported.spec, options, self._pipeline.talk)
+        files = (RECIPE, "export", "calibrate", "candidates")
+        spread = Spread(self._pipeline.crew, self._pipeline.run.path, files, partial(_open_subject, self.samples))
+        return Subject(self.graph, self.candidates, self._stats, *calls, spread)
+
+    def _fields(self) -> Fields:
+        section = self._pipeline.recipe.measure
+        return {
+            **{name: self._pipeline.digest(name) for name in ("export", "calibrate", "candidates")},
+            "audit.samples": self.samples,
+            "recipe.measure.samples": section.samples,
+            "recipe.measure.timesteps": section.timesteps,
+            "recipe.measure.batch_size": section.batch_size,
+            "recipe.measure.seed": section.seed,
+            **version_of("torch", "onnxruntime", "numpy", "highspy"),
+        }
+
+    def _kept(
+        self, name: str, fields: Fields, make: Callable[[], SensitivityTable], elsewhere: float = 0.0
+    ) -> SensitivityTable:
+        """Return the table of a stage folder, made by ``make`` where it is not current.
+
+        ``elsewhere``: processor seconds that a worker spent on it.
+        """
+        run = self._pipeline.run
+        if run.changed_fields(name, fields) != []:
+            started = time.process_time()
+            with metered() as reading, run.writing(name, fields) as folder:
+                make().save(folder)
+            spent = time.process_time() - started + elsewhere
+            run.save_timing(name, spent, reading.peak_rss_bytes)
+            self._pipeline.talk.line(f"  {name:<22} {spent:6.1f} s of processor time")
+        return SensitivityTable.load(run.stage(name))
+
+
+def _open_subject(samples: int, root: Path, talk: Talk, options: MeasureOptions) -> Subject:
+    """Return the subject of ``Losses`` in a worker."""
+    return replace(Losses(opened_run(root, talk), samples).subject(), options=options)
+
+
+def _open_truth(samples: int, root: Path, talk: Talk) -> Work:
+    """Return what measures pairs exhaustively: ``pairs``, their losses, ``notes`` and the ``seconds`` of processor."""
+    losses = Losses(opened_run(root, talk), samples)
+
+    def work(pairs: tuple[Pair, ...], inner: Talk) -> Result:
+        started = time.process_time()
+        table = measure_exhaustive(replace(losses.subject(), talk=Within.silent(inner)), pairs=set(pairs))
+        found = [(layer, scheme) for layer, row in table.losses.items() for scheme in row]
+        return {
+            "pairs": np.array(found, np.str_),
+            "losses": np.array([table.losses[layer][scheme] for layer, scheme in found]),
+            "by_timestep": np.array([table.losses_by_timestep[layer][scheme] for layer, scheme in found]),
+            "notes": np.array(table.notes, np.str_),
+            "seconds": np.array(time.process_time() - started),
+        }
+
+    return work
+
+
+def _table_of(result: Result, timesteps: Array) -> SensitivityTable:
+    losses: dict[str, dict[str, float]] = {}
+    by_timestep: dict[str, dict[str, Array]] = {}
+    for (layer, scheme), loss, row in zip(result["pairs"], result["losses"], result["by_timestep"], strict=True):
+        losses.setdefault(str(layer), {})[str(scheme)] = float(loss)
+        by_timestep.setdefault(str(layer), {})[str(scheme)] = row
+    notes = tuple(str(note) for note in result["notes"])
+    return SensitivityTable(TRUTH, np.asarray(timesteps, np.float32), losses, by_timestep, notes=notes)
+
+
+def bodies(candidates: Collection[LayerCandidates]) -> list[Pair]:
+    """Return every (layer, scheme) without a branch: those would multiply the single layers to quantize."""
+    return [(c.layer.name, scheme.name) for c in candidates for scheme in c.schemes if scheme.branch is None]
+
+
+def sampled_pairs(pairs: Sequence[Pair], count: int, seed: int) -> list[Pair]:
+    """Choose ``count`` of ``pairs``, stratified by scheme and by layer; all of them where there are no more.
+
+    Each scheme gets its share of the count (largest remainder). A scheme takes the layers that were taken least often,
+    drawn by ``seed`` among equals; schemes of few layers choose first.
+    """
+    if count >= len(pairs):
+        return list(pairs)
+    by_scheme: dict[str, list[str]] = {}
+    for layer, scheme in pairs:
+        by_scheme.setdefault(scheme, []).append(layer)
+    exact = {scheme: count * len(layers) / len(pairs) for scheme, layers in by_scheme.items()}
+    quota = {scheme: int(share) for scheme, share in exact.items()}
+    for scheme in sorted(exact, key=lambda s: quota[s] - exact[s])[: count - sum(quota.values())]:
+        quota[scheme] += 1
+    names = list(dict.fromkeys(layer for layer, _ in pairs))
+    random = np.random.default_rng(seed)
+    taken = dict.fromkeys(names, 0)
+    chosen: set[Pair] = set()
+    for scheme in sorted(by_scheme, key=lambda s: len(by_scheme[s])):
+        lots = dict(zip(names, random.permutation(len(names)).tolist()))
+        for layer in sorted(by_scheme[scheme], key=lambda n: (taken[n], lots[n]))[: quota[scheme]]:
+            taken[layer] += 1
+            chosen.add((layer, scheme))
+    return [pair for pair in pairs if pair in chosen]

@@ -1,0 +1,206 @@
+"""The plans that each metric makes at the same budgets, and their measured quality.
+
+A plan is measured once, whoever made it: its figures are kept in the run folder by the digest of its schemes, of the
+stages behind its weights, and of how it was measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpq_deploy.errors import InfeasibleBudgetError
+from mpq_deploy.evaluate.evaluate import evaluate
+from mpq_deploy.evaluate.evaluation_result import EvaluationOptions
+from mpq_deploy.evaluate.fresh import FreshCalls, FreshOptions, standard_error
+from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
+from mpq_deploy.run.common import Exported, version_of
+from mpq_deploy.run.folder import canonical_json, write_text
+from mpq_deploy.run.spread import RECIPE, SAMPLES, opened_run
+from mpq_deploy.stages.allocate import PlanSolver
+from mpq_deploy.stages.quantize import write_plan
+from mpq_deploy.studies.audit_result import PlanPoint
+from mpq_deploy.system.parallel.work import Alone, Job, Result, Shard, Within, Work, run_shards
+from mpq_deploy.system.progress import Talk
+
+if TYPE_CHECKING:
+    from mpq_deploy.allocate.milp import PrecisionPlan
+    from mpq_deploy.run.pipeline import Pipeline
+    from mpq_deploy.sensitivity.table import SensitivityTable
+
+# Under the run folder.
+KEPT = Path("audit") / "plans"
+
+
+class PlanQuality:
+    """Measures plans on fresh trajectories: NMSE image by image, and the images' PSNR from the same noise.
+
+    Images, steps, sampler and noise are the recipe's (``evaluate``); nothing was calibrated on that noise.
+    """
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+        self._exported = Exported(pipeline)
+        section = pipeline.recipe.evaluate
+        self.options = FreshOptions(section.samples, section.steps, section.seed, section.sampler, section.batch_size)
+        self._calls: FreshCalls | None = None
+        self._place = pipeline.run.path / KEPT
+        self._place.mkdir(parents=True, exist_ok=True)
+
+    def of(self, schemes: dict[str, str]) -> dict[str, Any]:
+        """Return ``nmse`` and ``psnr_db`` (None where images are identical) and the ``errors`` of the images."""
+        path = self._place / f"{self._key(schemes)}.json"
+        kept = _read(path)
+        if kept is None:
+            kept = self._measure(schemes)
+            write_text(path, canonical_json(kept))
+        return kept
+
+    def prepare(self, plans: Sequence[dict[str, str]]) -> None:
+        """Have workers measure the plans that are not kept yet, where there are workers."""
+        missing = {self._key(schemes): schemes for schemes in plans}
+        missing = {key: schemes for key, schemes in missing.items() if _read(self._place / f"{key}.json") is None}
+        pipeline = self._pipeline
+        if isinstance(pipeline.crew, Alone) or len(missing) < 2:
+            return
+        files = (RECIPE, "export", "calibrate", "candidates", SAMPLES)
+        size = sum(file.stat().st_size for file in pipeline.folder("export").iterdir())
+        job = Job("measuring plans", _open_plans, pipeline.run.path, files, 4 * size)
+        shards = [Shard(f"plan {key[:8]}", schemes) for key, schemes in missing.items()]
+        with pipeline.crew.open(job, pipeline.talk) as pool:
+            results = run_shards(pool, "measure plans", shards, pipeline.talk)
+            for key, result in zip(missing, results, strict=True):
+                write_text(self._place / f"{key}.json", canonical_json(_figures(result)))
+
+    def _measure(self, schemes: dict[str, str]) -> dict[str, Any]:
+        """Measure a plan, kept or not."""
+        exported, options = self._exported, self.options
+        if self._calls is None:
+            arguments = (exported.path, exported.spec, exported.conditions)
+            self._calls = FreshCalls(*arguments, options, self._pipeline.talk)
+        with tempfile.TemporaryDirectory(dir=self._pipeline.run.scratch()) as folder:
+            write_plan(self._pipeline, schemes, Path(folder))
+            graph = Path(folder) / SIMULATED
+            errors = self._calls.errors(graph)
+            # The error of the output is known by now: one timestep of it is the least that can be asked for.
+            sampled = evaluate(
+                {"plan": graph},
+                exported.path,
+                exported.spec,
+                exported.conditions,
+                EvaluationOptions(
+                    samples=options.images,
+                    steps=options.steps,
+                    timesteps=1,
+                    batch_size=options.batch_size,
+                    seed=options.seed,
+                    sampler=options.sampler,
+                    latency_calls=0,
+                ),
+                Talk(),
+                cache=self._pipeline.run.path / ".samples",
+            )
+        psnr = sampled.variants["plan"].psnr_db
+        return {
+            "nmse": float(errors.mean()),
+            "nmse_error": standard_error(errors),
+            "errors": [float(error) for error in errors],
+            "psnr_db": psnr if math.isfinite(psnr) else None,
+        }
+
+    def _key(self, schemes: dict[str, str]) -> str:
+        made_of = {
+            "schemes": schemes,
+            **{name: self._pipeline.digest(name) for name in ("export", "calibrate", "candidates")},
+            **vars(self.options),
+            **version_of("onnxruntime", "numpy"),
+        }
+        return hashlib.sha256(canonical_json(made_of).encode()).hexdigest()[:32]
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """Return the kept figures; None where there are none, or where the file is damaged: they are measured again."""
+    try:
+        kept = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return kept if isinstance(kept, dict) and {"nmse", "nmse_error", "errors", "psnr_db"} <= set(kept) else None
+
+
+@dataclass(frozen=True)
+class Solved:
+    """The plan of a metric at a budget, or why there is none."""
+
+    budget: float
+    plan: PrecisionPlan | None = None
+    refused: InfeasibleBudgetError | None = None
+
+
+def solved_plans(
+    pipeline: Pipeline, table: SensitivityTable, budgets: tuple[float, ...], cross_terms: bool
+) -> tuple[Solved, ...]:
+    """Solve every budget with the losses of ``table``."""
+    solver = PlanSolver(pipeline, table=table)
+    solver.section = pipeline.recipe.allocate.model_copy(update={"cross_terms": cross_terms})
+    found = []
+    for budget in budgets:
+        try:
+            found.append(Solved(budget, solver.solve(str(budget))))
+        except InfeasibleBudgetError as error:
+            found.append(Solved(budget, refused=error))
+    return tuple(found)
+
+
+def plan_points(solved: Sequence[Solved], quality: PlanQuality) -> tuple[PlanPoint, ...]:
+    """Measure the plans; a budget that none fits says so."""
+    points = []
+    for one in solved:
+        if one.refused is not None:
+            points.append(PlanPoint(one.budget, refused=str(one.refused), smallest_bytes=one.refused.smallest))
+        if one.plan is None:
+            continue
+        found = quality.of(one.plan.schemes)
+        points.append(
+            PlanPoint(
+                one.budget,
+                one.plan.size_bytes,
+                one.plan.size_bytes / one.plan.fp16_size_bytes,
+                one.plan.predicted_loss,
+                found["nmse"],
+                found["nmse_error"],
+                found["psnr_db"],
+                found["psnr_db"] is None,
+            )
+        )
+    return tuple(points)
+
+
+def _open_plans(root: Path, talk: Talk) -> Work:
+    """Return what measures plans (layer -> scheme) of the run folder ``root``."""
+    pipeline = opened_run(root, talk)
+    quality = PlanQuality(pipeline)
+
+    def work(schemes: dict[str, str], inner: Talk) -> Result:
+        pipeline.talk = Within.silent(inner)
+        found = quality._measure(schemes)
+        psnr = math.nan if found["psnr_db"] is None else found["psnr_db"]
+        return {
+            "nmse": np.array([found["nmse"], found["nmse_error"], psnr]),
+            "errors": np.array(found["errors"]),
+        }
+
+    return work
+
+
+def _figures(result: Result) -> dict[str, Any]:
+    nmse, error, psnr = result["nmse"].tolist()
+    errors = result["errors"].tolist()
+    return {"nmse": nmse, "nmse_error": error, "errors": errors, "psnr_db": None if math.isnan(psnr) else psnr}

@@ -1,0 +1,329 @@
+"""The curve of size against quality: one measured run, solved for many budgets.
+
+Without ``evaluate`` each point is the plan's predicted loss; with it each budget is also quantized and compared with
+the float model (in a folder of its own, so the run's plan stays). The budgets are given, or a number of points spread
+over the predicted curve.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpq_deploy.errors import InfeasibleBudgetError, InfeasibleLatencyError, UsageError
+from mpq_deploy.run.folder import sealed_json, write_text
+from mpq_deploy.run.spread import RECIPE, SAMPLES, forget_shards, kept_shards, opened_run
+from mpq_deploy.system.progress import Talk
+
+if TYPE_CHECKING:
+    from mpq_deploy.allocate.milp import PrecisionPlan
+    from mpq_deploy.report.data import BudgetPlans
+    from mpq_deploy.run.pipeline import Pipeline
+    from mpq_deploy.stages.allocate import PlanSolver
+    from mpq_deploy.system.parallel.work import Result, Work
+
+# Points of FROM:TO when no step is given.
+DEFAULT_POINTS = 13
+MOST_POINTS = 500
+# Up to here --points spreads its budgets: about where everything INT8 is, in shares of FP16 (our choice).
+HIGHEST = 0.5
+
+
+def parse_budgets(text: str) -> list[float]:
+    """Turn ``0.26:0.5``, ``0.26:0.5:0.02`` or ``0.28,0.35`` into fractions of the FP16 size, rising."""
+    try:
+        if ":" in text:
+            parts = [float(part) for part in text.split(":")]
+            if len(parts) not in (2, 3):
+                raise ValueError
+            low, high = parts[:2]
+            step = parts[2] if len(parts) == 3 else (high - low) / (DEFAULT_POINTS - 1)
+            if not (0 < low <= high <= 1) or (step <= 0 and high > low):
+                raise ValueError
+            count = 1 if high == low else int((high - low) / step + 1e-9) + 1
+            budgets = [round(low + i * step, 6) for i in range(min(count, MOST_POINTS + 1))]
+        else:
+            budgets = sorted({float(part) for part in text.split(",")})
+    except ValueError as error:
+        raise UsageError(
+            f"'{text}' is no list of budgets.",
+            "Give FROM:TO, FROM:TO:STEP or a comma-separated list of fractions, such as 0.26:0.5:0.02.",
+        ) from error
+    if not budgets or not all(0 < b <= 1 and np.isfinite(b) for b in budgets):
+        raise UsageError(f"The budgets '{text}' are not between 0 and 1.", "Give fractions of the FP16 size.")
+    if len(budgets) > MOST_POINTS:
+        raise UsageError(f"'{text}' is more than {MOST_POINTS} budgets.", "Give a larger step.")
+    return budgets
+
+
+def spread_over(sizes: Sequence[float], losses: Sequence[float | None], count: int) -> list[int]:
+    """Choose ``count`` points of a curve, positions rising: its ends, and others evenly along it as it is drawn.
+
+    ``sizes`` rise; ``losses`` are on a logarithmic axis. Points that a smaller plan equals are none of the curve; those
+    without a positive loss count by their size alone. Our choice.
+    """
+    frontier: list[int] = []
+    for number, loss in enumerate(losses):
+        lowest = losses[frontier[-1]] if frontier else None
+        if lowest is None or loss is None or loss < lowest:
+            frontier.append(number)
+    width = (sizes[frontier[-1]] - sizes[frontier[0]]) or 1.0
+    logs = [np.log10(loss) if loss else None for loss in (losses[i] for i in frontier)]
+    known = [log for log in logs if log is not None]
+    height = (max(known) - min(known) if known else 0.0) or 1.0
+    along = [0.0]
+    for (first, one), (second, other) in pairwise(zip(frontier, logs)):
+        across = (sizes[second] - sizes[first]) / width
+        down = (one - other) / height if one is not None and other is not None else 0.0
+        along.append(along[-1] + float(np.hypot(across, down)))
+    wanted = np.linspace(0.0, along[-1], min(count, len(frontier)))
+    return sorted({frontier[int(np.argmin(np.abs(np.array(along) - at)))] for at in wanted})
+
+
+def points_on_curve(plans: BudgetPlans, fp16_size: int, count: int, highest: float = HIGHEST) -> list[float]:
+    """Return ``count`` budgets spread over the predicted curve, up to ``highest`` of the FP16 size, rising."""
+    kept = [plan for plan in plans.plans if plan.size_bytes <= highest * fp16_size] or list(plans.plans[:1])
+    chosen = spread_over([p.size_bytes / fp16_size for p in kept], [p.predicted_nmse for p in kept], count)
+    # Rounded up, so that the plan still fits.
+    return sorted({math.ceil(kept[i].size_bytes / fp16_size * 1e4) / 1e4 for i in chosen})
+
+
+def run_sweep(
+    pipeline: Pipeline, budgets: list[float], evaluate: bool, points_wanted: int | None = None, command: str = ""
+) -> dict[str, Any]:
+    """Solve (and with ``evaluate`` measure) every budget; write sweep.json, .svg and .html into the run folder.
+
+    A budget that no plan fits is a point of its own kind: it names the smallest feasible budget. ``points_wanted``:
+    in place of ``budgets``, that many of the predicted curve, measured.
+    """
+    from mpq_deploy.report.budget_grid import grid_plans, packed
+    from mpq_deploy.report.sweep_page import sweep_page
+    from mpq_deploy.stages.allocate import PlanSolver
+
+    pipeline.run_until("measure")
+    solver = PlanSolver(pipeline)
+    curve: BudgetPlans | None = None
+    if points_wanted is not None:
+        curve = grid_plans(pipeline, solver, HIGHEST)
+        budgets, evaluate = points_on_curve(curve, solver.fp16_size, points_wanted), True
+    points: list[dict[str, Any]] = []
+    plans = {}
+    with pipeline.talk.bar("solve budgets", len(budgets)) as advance:
+        for budget in budgets:
+            try:
+                plan = solver.solve(str(budget))
+            except InfeasibleBudgetError as error:
+                points.append({"budget": budget, "smallest_feasible_bytes": error.smallest})
+            except InfeasibleLatencyError as error:
+                points.append({"budget": budget, "least_latency_ms": error.least_ns / 1e6})
+            else:
+                plans[budget] = plan
+                points.append(
+                    {
+                        "budget": budget,
+                        "size_bytes": plan.size_bytes,
+                        "size_ratio": plan.size_bytes / plan.fp16_size_bytes,
+                        "predicted_nmse": plan.predicted_loss,
+                    }
+                )
+            advance(1)
+    controls = _measure(pipeline, plans, points) if evaluate else {}
+    simulated = any(plan.simulated for plan in plans.values())
+    result = {"measure": pipeline.digest("measure"), "points": points, "controls": controls, "simulated": simulated}
+    if curve is not None:
+        result["curve"] = [
+            {"size_ratio": plan.size_bytes / solver.fp16_size, "predicted_nmse": plan.predicted_nmse}
+            for plan in curve.plans
+        ]
+    write_text(pipeline.run.path / "sweep.json", sealed_json(result))
+    _draw(result, pipeline.run.path / "sweep.svg")
+    shown = curve or packed(solver, [(p.schemes, p.size_bytes, p.predicted_loss) for p in plans.values()])
+    write_text(pipeline.run.path / "sweep.html", sweep_page(result, shown, _about(pipeline, solver, command)))
+    return result
+
+
+def _about(pipeline: Pipeline, solver: PlanSolver, command: str) -> dict[str, str]:
+    """Say what was swept, for the page."""
+    from mpq_deploy.engine.target import load_target
+
+    spec, target = solver.exported.spec, load_target(pipeline.recipe.target)
+    said = {"model": spec.name, "synthetic": spec.synthetic, "target": target.title or target.name}
+    return {**said, "command": command or f"mpq-deploy sweep {shlex.quote(str(pipeline.run.path))}"}
+
+
+def _measure(pipeline: Pipeline, plans: dict[float, Any], points: list[dict[str, Any]]) -> dict[str, Any]:
+    """Quantize and evaluate every plan beside the controls; fill in the points. Returns the controls' figures."""
+    from mpq_deploy.report.collect import titles
+
+    pipeline.run_until("controls")
+    figures: dict[str, Any] = {}
+    chosen = [point for point in points if point["budget"] in plans]
+    measured = _measured_plans(pipeline, [plans[point["budget"]] for point in chosen])
+    for point, variants in zip(chosen, measured):
+        plan, ours = plans[point["budget"]], variants["ours"]
+        point.update({name: _finite(value) for name, value in ours.items() if name != "size_bytes"})
+        point["measured_nmse"] = ours["measured_nmse"]
+        figures = {
+            name: {
+                "title": titles(plan).get(name, name),
+                "size_ratio": found["size_bytes"] / plan.fp16_size_bytes,
+                "measured_nmse": found["measured_nmse"],
+                "psnr_db": _finite(found["psnr_db"]),
+                "pooled_psnr_db": _finite(found["pooled_psnr_db"]),
+            }
+            for name, found in variants.items()
+            if name != "ours"
+        }
+        pipeline.talk.line(f"  {point['size_ratio']:.4f} of FP16: PSNR {ours['psnr_db']:.1f} dB")
+    forget_shards(pipeline, "sweep")
+    return figures
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A plan to quantize and measure: layer -> scheme, and its bytes."""
+
+    schemes: dict[str, str]
+    size_bytes: int
+
+
+FIGURES = ("measured_nmse", "psnr_db", "pooled_psnr_db", "size_bytes")
+
+
+def _measured_plans(pipeline: Pipeline, plans: Sequence[PrecisionPlan]) -> Iterator[dict[str, dict[str, float]]]:
+    """Yield for each plan its ``FIGURES`` and those of the controls, by variant. The first plan is measured here.
+
+    By then the float model's samples and the controls' are in the cache that workers read.
+    """
+    from mpq_deploy.run.common import settings, version_of
+    from mpq_deploy.system.parallel.work import Job, Shard, run_shards
+
+    tasks = [_Plan(plan.schemes, plan.size_bytes) for plan in plans]
+    if not tasks:
+        return
+    store = kept_shards(pipeline, "sweep")
+    stages = ("export", "calibrate", "candidates", "controls")
+    made_of: dict[str, Any] = {name: pipeline.digest(name) for name in stages}
+    made_of |= {**settings(pipeline.recipe.evaluate, "evaluate"), **version_of("onnxruntime", "numpy")}
+    made_of |= {"threads": asdict(pipeline.crew.threads_of_shard())}
+    shards = [
+        Shard(f"{task.size_bytes:,} bytes", task, 1, {"part": "sweep", **made_of, "schemes": task.schemes})
+        for task in tasks
+    ]
+    yield _figures(_measure_plan(pipeline, tasks[0]))
+    files = (RECIPE, "export", "calibrate", "candidates", "controls", SAMPLES)
+    size = sum(file.stat().st_size for file in pipeline.folder("export").iterdir())
+    job = Job("measuring plans", _open_plans, pipeline.run.path, files, 4 * size)
+    with pipeline.crew.open(job, pipeline.talk) as pool:
+        for result in run_shards(pool, "measure plans", shards[1:], pipeline.talk, store):
+            yield _figures(result)
+
+
+def _open_plans(root: Path, talk: Talk) -> Work:
+    """Return what quantizes and measures a ``_Plan`` of the run folder ``root``."""
+    pipeline = opened_run(root, talk)
+
+    def work(task: _Plan, inner: Talk) -> Result:
+        pipeline.talk = inner
+        return _measure_plan(pipeline, task)
+
+    return work
+
+
+def _measure_plan(pipeline: Pipeline, task: _Plan) -> Result:
+    """Return the ``FIGURES`` of a plan and of the controls, float64 [4], by variant."""
+    from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
+    from mpq_deploy.stages.evaluate import evaluate_variants
+    from mpq_deploy.stages.quantize import write_plan
+
+    with tempfile.TemporaryDirectory(dir=pipeline.run.scratch()) as folder:
+        write_plan(pipeline, task.schemes, Path(folder))
+        result = evaluate_variants(pipeline, Path(folder) / SIMULATED, task.size_bytes, latency=False)
+    return {
+        name: np.array([getattr(variant, figure) or 0 for figure in FIGURES], np.float64)
+        for name, variant in result.variants.items()
+    }
+
+
+def _figures(result: Result) -> dict[str, dict[str, float]]:
+    return {name: dict(zip(FIGURES, values.tolist())) for name, values in result.items()}
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None
+
+
+def sweep_table(result: dict[str, Any]) -> str:
+    """The points as a table for the terminal."""
+    lines = [f"{'budget':>8} {'of FP16':>8} {'bytes':>14} {'predicted':>10} {'measured':>10} {'PSNR dB':>8}"]
+    for point in result["points"]:
+        if "least_latency_ms" in point:
+            lines.append(f"{point['budget']:>8.4f} no plan is fast enough: the fastest takes {_ms(point)} ms")
+            continue
+        if "size_bytes" not in point:
+            lines.append(
+                f"{point['budget']:>8.4f} no plan fits: the smallest is {point['smallest_feasible_bytes']:,} bytes"
+            )
+            continue
+        measured = f"{point['measured_nmse']:.2e}" if "measured_nmse" in point else "-"
+        # None: the metric predicts no error.
+        predicted = "-" if point["predicted_nmse"] is None else f"{point['predicted_nmse']:.2e}"
+        psnr = point.get("psnr_db")
+        shown = "-" if psnr is None else f"{psnr:.1f}"
+        lines.append(
+            f"{point['budget']:>8.4f} {point['size_ratio']:>8.4f} {point['size_bytes']:>14,} "
+            f"{predicted:>10} {measured:>10} {shown:>8}"
+        )
+    for name, control in result["controls"].items():
+        psnr = control["psnr_db"]
+        shown = "-" if psnr is None else f"{psnr:.1f}"
+        lines.append(
+            f"{name:>8} {control['size_ratio']:>8.4f} {'':>14} {'':>10} {control['measured_nmse']:>10.2e} {shown:>8}"
+        )
+    if result.get("simulated"):
+        lines.append("simulated: bytes are nominal, no engine can hold these plans")
+    return "\n".join(lines)
+
+
+def _ms(point: dict[str, Any]) -> str:
+    return f"{point['least_latency_ms']:.3f}"
+
+
+def _draw(result: dict[str, Any], path: Path) -> None:
+    """Draw predicted (line) and measured (dots) error against size; the file repeats byte for byte."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot as plt
+
+    points = [p for p in result["points"] if "size_ratio" in p]
+    measured = [p for p in points if "measured_nmse" in p]
+    with matplotlib.rc_context({"svg.hashsalt": "sweep", "font.size": 10}):
+        figure, axes = plt.subplots(figsize=(6.4, 4))
+        predicted = [p for p in result.get("curve", points) if p["predicted_nmse"] is not None]
+        if predicted:
+            sizes = [p["size_ratio"] for p in predicted]
+            axes.plot(sizes, [p["predicted_nmse"] for p in predicted], label="predicted")
+        axes.plot([p["size_ratio"] for p in measured], [p["measured_nmse"] for p in measured], "o", label="measured")
+        for name, control in result["controls"].items():
+            axes.plot(control["size_ratio"], control["measured_nmse"], "s", color="0.4")
+            axes.annotate(control.get("title", name), (control["size_ratio"], control["measured_nmse"]))
+        if predicted or measured:
+            axes.set_yscale("log")
+        nominal = "nominal bytes (simulated)" if result.get("simulated") else "bytes"
+        axes.set_xlabel(f"{nominal} of all constants, as a share of FP16")
+        axes.set_ylabel("relative squared error of the output")
+        axes.grid(alpha=0.3)
+        if predicted or measured:
+            axes.legend(frameon=False)
+        figure.tight_layout()
+        figure.savefig(path, metadata={"Date": None})
+        plt.close(figure)

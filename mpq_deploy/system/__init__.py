@@ -1,0 +1,1 @@
+"""The machine: progress, memory, processes, locks, threads, sessions of ONNX Runtime, and work over workers."""

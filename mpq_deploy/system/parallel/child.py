@@ -1,0 +1,97 @@
+"""A worker process: opens the job once, then computes one shard after the other. Run with ``python -m``.
+
+It reads its orders from a socket that it inherits and answers there; its own output goes to stderr, which is talk. When
+the process that started it ends, however that ends, so does this one.
+
+Orders: ("open", opener, root), ("run", number, task), None (end). Answers: ("line" or "warn", text), ("steps", number,
+steps), ("done", number, arrays), ("failed", number or None, error).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import traceback
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from mpq_deploy.errors import DiskError, MpqError
+from mpq_deploy.run.folder import disk_error
+from mpq_deploy.system.parallel.work import TRACEBACK, Result, ShardError, Within, Work, stepper
+
+
+class Worker:
+    """Answers orders through ``send``, which takes one tuple."""
+
+    def __init__(self, send: Any) -> None:
+        self._send = send
+        self._work: Work | None = None
+        self._root = Path()
+
+    def obey(self, order: tuple[Any, ...]) -> None:
+        """Do what ``order`` says; an error becomes an answer."""
+        number = order[1] if order[0] == "run" else None
+        try:
+            if order[0] == "open":
+                self._root = order[2]
+                self._work = order[1](order[2], self._talk(None))
+            else:
+                self._send(("done", number, self._run(order[1], order[2])))
+        except Exception as error:
+            self._send(("failed", number, sendable(error, self._root)))
+
+    def _run(self, number: int, task: Any) -> Result:
+        if self._work is None:
+            raise ShardError("A worker was given a shard before its job.", "This is a defect: please report it.")
+        return self._work(task, self._talk(number))
+
+    def _talk(self, number: int | None) -> Within:
+        def progress(index: int, steps: int) -> None:
+            if number is not None:
+                self._send(("steps", index, steps))
+
+        return Within(
+            lambda text: self._send(("line", text)),
+            lambda text: self._send(("warn", text)),
+            stepper(progress, number or 0),
+        )
+
+
+def sendable(error: Exception, root: Path) -> MpqError:
+    """Return ``error`` itself where it is ours, else what it was: a DiskError about ``root``, or a ShardError."""
+    if isinstance(error, MpqError):
+        return error
+    if isinstance(error, OSError) and isinstance(found := disk_error(error, root), DiskError):
+        return found
+    failed = ShardError(f"A worker failed: {type(error).__name__}: {error}.", "--debug shows where.")
+    failed.__dict__[TRACEBACK] = "\n" + "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    return failed
+
+
+def _end_with(lifeline: int) -> None:
+    """End this process when the other end of the pipe ``lifeline`` is closed, which a kill does too."""
+
+    def watch() -> None:
+        os.read(lifeline, 1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main() -> None:
+    """Obey until the order to end comes, or the starter is gone."""
+    orders, lifeline = Connection(int(sys.argv[1])), int(sys.argv[2])
+    _end_with(lifeline)
+    worker = Worker(orders.send)
+    try:
+        while (order := orders.recv()) is not None:
+            worker.obey(order)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        # The starter is gone: nobody waits for an answer.
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""What is recorded is what the sampling loop feeds the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mpq_deploy.calibrate.calibrate import calibrate
+from mpq_deploy.calibrate.options import CalibrationOptions
+from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
+from mpq_deploy.calls.loop import denoise, initial_noise
+from mpq_deploy.calls.sampler import make_sampler
+from mpq_deploy.calls.timesteps import sampled_steps
+from mpq_deploy.calls.trajectories import cycled_rows, record_trajectories
+from mpq_deploy.errors import ModelError, UsageError
+from mpq_deploy.graph.layers import layer_graph
+from mpq_deploy.graph.load import load_model
+from mpq_deploy.models.spec import DenoiserSpec, InputSpec
+from mpq_deploy.system.progress import Talk
+from tests.graphs import denoiser_graph
+
+SCHEDULER = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_schedule": "linear"}
+
+
+def spec_of(**changes) -> DenoiserSpec:
+    fields = {
+        "name": "tiny",
+        "source": "test",
+        "sample": InputSpec(name="sample", shape=(3, 4, 4)),
+        "timestep": InputSpec(name="timestep"),
+        "conditions": (InputSpec(name="label", dtype="int64"),),
+        "scheduler": SCHEDULER,
+    }
+    return DenoiserSpec(**(fields | changes))
+
+
+class Counting:
+    """A denoiser that answers with a fixed linear function and remembers its calls."""
+
+    def __init__(self) -> None:
+        self.calls = []
+
+    def __call__(self, sample, timestep, conditions):
+        self.calls.append((sample.copy(), float(timestep), conditions["label"].copy()))
+        return 0.5 * sample + 0.01 * conditions["label"][:, None, None, None].astype(np.float32)
+
+
+def test_steps_are_midpoints_of_equal_strides() -> None:
+    assert sampled_steps(20, 10).tolist() == list(range(1, 20, 2))
+    assert sampled_steps(20, 20).tolist() == list(range(20))
+    assert sampled_steps(20, 1).tolist() == [10]
+    for steps in range(1, 40):
+        for count in range(1, steps + 1):
+            found = sampled_steps(steps, count)
+            assert len(set(found.tolist())) == count and found[0] >= 0 and found[-1] < steps
+            assert np.ptp(np.diff(found)) <= 1 if count > 1 else True
+
+
+def test_more_timesteps_than_steps_names_both() -> None:
+    with pytest.raises(UsageError, match=r"30 timesteps .* 20 steps"):
+        sampled_steps(20, 30)
+
+
+def test_recorded_calls_are_those_of_the_loop_and_stop_after_the_last() -> None:
+    spec, labels = spec_of(), {"label": np.arange(5)}
+    options = CalibrationOptions(timesteps=3, samples=7, steps=12, batch_size=4, seed=3)
+    denoiser = Counting()
+    recorded = record_trajectories(denoiser, make_sampler(SCHEDULER, 12), spec, labels, options, Talk())
+    steps = sampled_steps(12, 3)
+    assert recorded.samples.shape == (3, 7, 3, 4, 4) and recorded.samples.dtype == np.float32
+    assert len(denoiser.calls) == 2 * (int(steps[-1]) + 1)
+    every = Counting()
+    rows = cycled_rows(spec, labels, 7, 3)
+    sampler = make_sampler(SCHEDULER, 12)
+    denoise(every, sampler, initial_noise(spec, 7, 3), rows, labels, spec, 4)
+    for number, step in enumerate(steps):
+        fed = np.concatenate([sample for sample, _, _ in every.calls[2 * step : 2 * step + 2]])
+        np.testing.assert_array_equal(recorded.samples[number], fed)
+        assert recorded.timesteps[number] == sampler.timesteps[step]
+    np.testing.assert_array_equal(recorded.rows, rows)
+
+
+def test_guidance_records_both_halves() -> None:
+    spec = spec_of(guidance_scale=3.0, uncond_row=2)
+    options = CalibrationOptions(timesteps=2, samples=6, steps=4, batch_size=4)
+    labels = {"label": np.arange(4)}
+    recorded = record_trajectories(Counting(), make_sampler(SCHEDULER, 4), spec, labels, options, Talk())
+    assert recorded.samples.shape[1] == len(recorded.rows) == 12
+    assert (recorded.rows == 2).sum() == 6
+    assert sorted(set(recorded.rows[recorded.rows != 2].tolist())) == [0, 1, 3]
+    # In a batch of four the first four calls are unconditional, of the same samples as the next four.
+    np.testing.assert_array_equal(recorded.samples[:, :4], recorded.samples[:, 4:8])
+
+
+def test_rows_are_dealt_evenly_and_depend_on_the_seed() -> None:
+    spec, labels = spec_of(), {"label": np.arange(5)}
+    counts = np.bincount(cycled_rows(spec, labels, 13, 0))
+    assert counts.tolist() == sorted(counts.tolist(), reverse=True) or set(counts) == {2, 3}
+    assert not np.array_equal(cycled_rows(spec, labels, 13, 0), cycled_rows(spec, labels, 13, 1))
+    assert cycled_rows(spec_of(conditions=()), {}, 4, 0).tolist() == [0] * 4
+    with pytest.raises(UsageError, match="different numbers of rows"):
+        cycled_rows(spec, {"a": np.arange(3), "b": np.arange(4)}, 4, 0)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> tuple[Path, DenoiserSpec]:
+    path = denoiser_graph(channels=16).save(tmp_path / "model.onnx")
+    return path, spec_of(sample=InputSpec(name="sample", shape=(3, 8, 8)), conditions=())
+
+
+def test_calibrate_end_to_end_is_deterministic_and_survives_the_disk(tiny, tmp_path: Path) -> None:
+    path, spec = tiny
+    graph = layer_graph(load_model(path))
+    options = CalibrationOptions(timesteps=3, samples=4, steps=6, batch_size=3)
+    recorded, stats = calibrate(path, graph, spec, {}, options, Talk(), scratch=tmp_path)
+    again = calibrate(path, graph, spec, {}, options, Talk())
+    assert set(stats.activations) == set(graph.activations)
+    recorded.save(tmp_path / "set.npz")
+    stats.save(tmp_path / "stats.npz")
+    read = CalibrationStats.load(tmp_path / "stats.npz")
+    np.testing.assert_array_equal(CalibrationSet.load(tmp_path / "set.npz").samples, again[0].samples)
+    for name, one in again[1].activations.items():
+        for field, value in vars(one).items():
+            np.testing.assert_array_equal(getattr(read.activations[name], field), value)
+        assert one.scale == float(np.float16(one.scale)) > 0
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith("session-")] == []
+
+
+def test_too_many_timesteps_is_refused_before_anything_runs(tiny) -> None:
+    path, spec = tiny
+    options = CalibrationOptions(timesteps=30, steps=20)
+    with pytest.raises(UsageError, match="30"):
+        calibrate(path, layer_graph(load_model(path)), spec, {}, options, Talk())
+
+
+def test_nan_weight_is_named(tmp_path: Path) -> None:
+    builder = denoiser_graph(channels=16)
+    for tensor in builder.weights:
+        if tensor.name == "down.conv1.weight":
+            raw = bytearray(tensor.raw_data)
+            raw[:4] = np.float32(np.nan).tobytes()
+            tensor.raw_data = bytes(raw)
+    path = builder.save(tmp_path / "model.onnx")
+    spec = spec_of(sample=InputSpec(name="sample", shape=(3, 8, 8)), conditions=())
+    options = CalibrationOptions(timesteps=2, samples=2, steps=4)
+    with pytest.raises(ModelError, match=r"NaN or Inf at timestep .*'down.conv1'"):
+        calibrate(path, layer_graph(load_model(path)), spec, {}, options, Talk())
+
+
+@pytest.mark.parametrize("wrong", [{"samples": 0}, {"scale_method": "best"}, {"percentile": 40.0}, {"reservoir": 0}])
+def test_wrong_options(wrong) -> None:
+    with pytest.raises(UsageError):
+        CalibrationOptions(**wrong)

@@ -1,0 +1,100 @@
+"""What a device measured, taken in by the report at home."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpq_deploy.delivery.device_results import device_info, device_infos, take_in
+from mpq_deploy.errors import UsageError
+from mpq_deploy.recipe import Recipe
+from mpq_deploy.report.words import device_row
+from mpq_deploy.run.pipeline import open_pipeline
+from mpq_deploy.system.progress import Talk
+from tests.pipeline.runs import Notes, call
+
+
+def results(digests: dict[str, str], **changes: Any) -> dict[str, Any]:
+    engine = {"backend": "trtexec", "version": "10.3.0", "bytes": 1000, "weights_bytes": 900, "activation_bytes": 50}
+    values = {
+        "format": 1,
+        "package": {"name": "m", "manifest_sha256": "0", "digests": digests},
+        "target": "jetson-agx-orin",
+        "device": {"board": "Jetson <AGX> Orin", "gpu": "Orin", "machine": "aarch64", "compute_capability": "SM87"},
+        "engine": {**engine, "verified": True, "problems": []},
+        "reference": {"ran": True, "why": "", "passed": True, "cases": {"a": 1e-6, "b": 2e-6}},
+        "latency": {"p50_ms": 12.5, "p90_ms": 13.0, "p99_ms": 14.0, "mean_ms": 12.6, "calls": 100},
+        "memory": {},
+        "passed": True,
+    }
+    return {**values, **changes}
+
+
+@pytest.fixture
+def run(rtx_run: tuple[Recipe, Path], tmp_path: Path) -> tuple[Recipe, Path]:
+    return rtx_run[0], Path(shutil.copytree(rtx_run[1], tmp_path / "run"))
+
+
+def digests(run: Path) -> dict[str, str]:
+    from mpq_deploy.run.folder import RunFolder
+
+    found = {name: RunFolder(run).record(name) for name in ("allocate", "quantize")}
+    return {name: record.digest for name, record in found.items() if record}
+
+
+def test_the_report_shows_what_the_device_measured(run: tuple[Recipe, Path], tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(results(digests(run[1]))))
+    done = call("report", run[1], "--device", file)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((run[1] / "report.json").read_text())
+    assert report["devices"][0]["median_ms"] == 12.5
+    assert "12.5 ms, 14.0 ms" in (run[1] / "report.md").read_text()
+    page = (run[1] / "report.html").read_text()
+    assert "Jetson &lt;AGX&gt; Orin (jetson-agx-orin)" in page
+    assert "NMSE 2.0 × 10⁻⁶" in page
+
+
+def test_results_of_another_plan_are_refused_and_former_ones_left_out(run: tuple[Recipe, Path], tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(results({**digests(run[1]), "quantize": "0"})))
+    notes = Notes()
+    with open_pipeline(*run, notes) as pipeline:
+        with pytest.raises(UsageError, match="another quantize"):
+            take_in(pipeline, file)
+        file.write_text(json.dumps(results(digests(run[1]))))
+        kept = take_in(pipeline, file)
+        assert len(device_infos(pipeline)) == 1
+        kept.write_text(json.dumps(results({"allocate": "0", "quantize": "0"})))
+        assert device_infos(pipeline) == ()
+    assert any("former plan" in line for line in notes.lines)
+
+
+def test_a_file_that_is_none_is_refused(run: tuple[Recipe, Path], tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("{}")
+    with open_pipeline(*run, Talk()) as pipeline, pytest.raises(UsageError, match=r"no results\.json"):
+        take_in(pipeline, tmp_path / "x.json")
+
+
+def test_what_was_not_measured_says_so() -> None:
+    silent = results(
+        {},
+        latency=None,
+        reference={"ran": False, "why": "no GPU", "passed": None, "cases": {}},
+        device={"board": "", "gpu": "", "machine": "x86_64"},
+    )
+    row = device_row(device_info(silent))
+    assert row[0] == "x86_64 (jetson-agx-orin)"
+    assert row[3:] == ("not run: no GPU", "not measured")
+    bad = results({}, reference={"ran": True, "why": "", "passed": False, "cases": {"a": None}})
+    bad["engine"] = {
+        **bad["engine"],
+        "verified": False,
+        "problems": [{"layer": "l", "message": "m", "severity": "wrong"}],
+    }
+    row = device_row(device_info(bad))
+    assert row[2:4] == ("not as planned: l: m", "differ (not finite)")

@@ -1,0 +1,304 @@
+"""An ONNX file with a YAML: read without torch, exported, and what is said when the two do not fit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from mpq_deploy.errors import ModelError, MpqError, UsageError
+from mpq_deploy.graph.layers import layer_graph
+from mpq_deploy.graph.load import load_model
+from mpq_deploy.models.export import export_denoiser, load_exported
+from mpq_deploy.models.open import open_denoiser
+from mpq_deploy.runtime.ort import OrtDenoiser
+from tests.tiny_models import tiny_onnx_denoiser, tiny_onnx_with_yaml, tiny_scheduler
+
+
+@pytest.mark.parametrize("opset", [13, 17, 20, 21])
+def test_a_file_of_any_opset_gives_the_same_outputs(tmp_path: Path, opset: int) -> None:
+    denoiser = open_denoiser(tiny_onnx_with_yaml(tmp_path, opset))
+    report = export_denoiser(denoiser, tmp_path / "export")
+    assert report.opset == 21 and report.max_relative_error < 1e-5
+    exported = load_exported(tmp_path / "export")
+    assert exported.spec.labels == ("a", "b", "c", "d") and exported.conditions.rows == 4
+    graph = layer_graph(load_model(exported.model))
+    assert [layer.name for layer in graph.layers] == ["time", "down", "last"]
+    assert ("up.weight", "ConvTranspose") in [(other.name, other.op) for other in graph.others]
+
+
+def test_torch_is_not_needed(tmp_path: Path) -> None:
+    path = tiny_onnx_with_yaml(tmp_path)
+    code = f"""
+import sys
+from pathlib import Path
+from mpq_deploy.models.export import export_denoiser
+from mpq_deploy.models.open import open_denoiser
+export_denoiser(open_denoiser({str(path)!r}), Path({str(tmp_path / "export")!r}))
+assert not {{"torch", "diffusers", "transformers"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_export_equals_the_file(tmp_path: Path) -> None:
+    path = tiny_onnx_with_yaml(tmp_path)
+    denoiser = open_denoiser(path)
+    export_denoiser(denoiser, tmp_path / "export")
+    exported = load_exported(tmp_path / "export")
+    x = np.random.default_rng(0).standard_normal((4, 3, 9, 9), np.float32)
+    runs = [OrtDenoiser(p, exported.spec)(x, 77.0, {"y": np.arange(4)}) for p in (path, exported.model)]
+    np.testing.assert_allclose(runs[0], runs[1], atol=1e-6)
+
+
+def test_half_precision_files_are_widened(tmp_path: Path) -> None:
+    model = tiny_onnx_denoiser()
+    for tensor in model.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT:
+            half = numpy_helper.to_array(tensor).astype(np.float16)
+            tensor.CopyFrom(numpy_helper.from_array(half, tensor.name))
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT16
+    path = tiny_onnx_with_yaml(tmp_path)
+    onnx.save(model, path)
+    denoiser = open_denoiser(path)
+    report = export_denoiser(denoiser, tmp_path / "export")
+    assert 0 < report.max_relative_error < 1e-2
+    exported = load_model(tmp_path / "export" / "model.onnx")
+    values = [*exported.graph.inputs, *exported.graph.outputs, *exported.graph.initializers.values()]
+    values += [value for node in exported.graph for value in node.outputs]
+    assert ir.DataType.FLOAT16 not in {value.dtype for value in values}
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ({"samples": "x"}, "Did you mean 'sample'"),
+        ({"sample": "z"}, "'z'"),
+        ({"conditions": None}, "input 'y'"),
+        ({"scheduler": None}, "--scheduler"),
+        ({"scheduler": "none.json"}, r"none\.json"),
+        ({"labels": None}, r"y: int64 \[rows\]"),
+        ({"prediction_type": "noise"}, "prediction_type"),
+        ({"output": "o"}, "outputs are out"),
+        ({"sample": {"name": "x", "shape": [3, 8, 8]}}, r"\[3, 9, 9\]"),
+        ({"guidance": {"scale": 2.0}}, "uncond_row"),
+        ({"pixel_range": [0]}, "pixel_range"),
+    ],
+)
+def test_a_yaml_that_does_not_fit_is_named(tmp_path: Path, entries: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        open_denoiser(tiny_onnx_with_yaml(tmp_path, **entries))
+
+
+def test_the_yaml_itself(tmp_path: Path) -> None:
+    path = tiny_onnx_with_yaml(tmp_path)
+    description = path.with_suffix(".yaml")
+    for content, said in (("a: [", "YAML"), ("just text", "no entries"), ("", "no entries")):
+        description.write_text(content)
+        with pytest.raises(UsageError, match=said):
+            open_denoiser(path)
+    description.unlink()
+    with pytest.raises(UsageError, match="needs a YAML"):
+        open_denoiser(path)
+
+
+def test_a_yaml_elsewhere_a_scheduler_file_and_guidance(tmp_path: Path) -> None:
+    guidance = {"scale": 2.0, "uncond_row": 3}
+    path = tiny_onnx_with_yaml(
+        tmp_path, scheduler="s.json", labels=["a", "b", "c"], guidance=guidance, prediction_type="v_prediction"
+    )
+    (tmp_path / "s.json").write_text(json.dumps(tiny_scheduler()))
+    description = path.with_suffix(".yaml").rename(tmp_path / "other.yaml")
+    spec = open_denoiser(path, description=description).spec
+    assert spec.uncond_row == 3 and spec.labels == ("a", "b", "c", "class 3")
+    assert spec.prediction_type == "v_prediction" == spec.scheduler["prediction_type"]
+
+
+def test_conditions_from_a_file(tmp_path: Path) -> None:
+    path = tiny_onnx_with_yaml(tmp_path, labels=None)
+    np.savez(tmp_path / "c.npz", y=np.array([3, 1]))
+    denoiser = open_denoiser(path, conditions=tmp_path / "c.npz")
+    np.testing.assert_array_equal(denoiser.conditions.arrays["y"], [3, 1])
+    np.savez(tmp_path / "d.npz", y=np.array([0.5]))
+    with pytest.raises(UsageError, match="float64"):
+        open_denoiser(path, conditions=tmp_path / "d.npz")
+
+
+def test_a_fixed_batch_axis_is_refused(tmp_path: Path) -> None:
+    path = tiny_onnx_with_yaml(tmp_path)
+    model = onnx.load(path)
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    onnx.save(model, path)
+    with pytest.raises(ModelError, match="batch axis"):
+        open_denoiser(path)
+
+
+def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    path = tiny_onnx_with_yaml(tmp_path)
+    model = onnx.load(path)
+    tensor = next(t for t in model.graph.initializer if t.name == "down.weight")
+    values = numpy_helper.to_array(tensor).copy()
+    values[0, 0, 0, :2] = np.inf
+    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    onnx.save(model, path)
+    with pytest.raises(ModelError, match=r"'down\.weight' holds 2 values"):
+        export_denoiser(open_denoiser(path), tmp_path / "export")
+
+
+@pytest.mark.parametrize("location", ["../secret.bin", "/etc/hostname", "sub/../../secret.bin", "link.bin", ""])
+def test_external_data_outside_the_folder_is_refused(tmp_path: Path, location: str) -> None:
+    folder = tmp_path / "model"
+    path = tiny_onnx_with_yaml(folder)
+    (tmp_path / "secret.bin").write_bytes(bytes(4096))
+    (folder / "link.bin").symlink_to(tmp_path / "secret.bin")
+    model = onnx.load(path)
+    tensor = next(t for t in model.graph.initializer if t.name == "down.weight")
+    size = len(tensor.raw_data)
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", location), ("offset", "0"), ("length", str(size))):
+        tensor.external_data.append(onnx.StringStringEntryProto(key=key, value=value))
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(ModelError, match="outside the model's folder"):
+        open_denoiser(path)
+
+
+def test_external_data_that_is_missing_or_cut_is_named(tmp_path: Path) -> None:
+    path = tiny_onnx_with_yaml(tmp_path)
+    onnx.save(onnx.load(path), path, save_as_external_data=True, location="w.bin", size_threshold=64)
+    export_denoiser(open_denoiser(path), tmp_path / "export")
+    content = (tmp_path / "w.bin").read_bytes()
+    (tmp_path / "w.bin").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ModelError, match="truncated"):
+        open_denoiser(path)
+    (tmp_path / "w.bin").unlink()
+    with pytest.raises(ModelError, match=r"w\.bin"):
+        open_denoiser(path)
+
+
+def test_a_linked_model_with_linked_data_opens(tmp_path: Path) -> None:
+    real = tiny_onnx_with_yaml(tmp_path / "real")
+    onnx.save(onnx.load(real), real, save_as_external_data=True, location="w.bin", size_threshold=64)
+    (tmp_path / "links").mkdir()
+    for file in real.parent.iterdir():
+        (tmp_path / "links" / file.name).symlink_to(file)
+    export_denoiser(open_denoiser(tmp_path / "links" / "tiny.onnx"), tmp_path / "export")
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.4, 0.97])
+def test_a_truncated_or_foreign_file_is_named(tmp_path: Path, kept: float) -> None:
+    path = tiny_onnx_with_yaml(tmp_path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content))])
+    with pytest.raises(ModelError, match=r"tiny\.onnx"):
+        open_denoiser(path)
+
+
+def test_an_input_of_an_unknown_type_is_named(tmp_path: Path) -> None:
+    path = tiny_onnx_with_yaml(tmp_path)
+    model = onnx.load(path)
+    model.graph.input[1].CopyFrom(helper.make_tensor_value_info("t", TensorProto.UINT8, ["batch"]))
+    onnx.save(model, path)
+    with pytest.raises(MpqError, match="UINT8"):
+        open_denoiser(path)
+
+
+def edited(tmp_path: Path, change: Any, **entries: Any) -> Path:
+    """The tiny model after ``change(model)``."""
+    path = tiny_onnx_with_yaml(tmp_path, **entries)
+    model = onnx.load(path)
+    change(model)
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.INT64])
+def test_a_timestep_in_a_column_of_any_type(tmp_path: Path, kind: int) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        model.graph.input[1].CopyFrom(helper.make_tensor_value_info("t", kind, ["batch", 1]))
+        column = next(node for node in model.graph.node if node.name == "column")
+        column.CopyFrom(helper.make_node("Cast", ["t"], list(column.output), name="column", to=TensorProto.FLOAT))
+
+    path = edited(tmp_path, change)
+    denoiser = open_denoiser(path)
+    assert denoiser.spec.timestep is not None and denoiser.spec.timestep.shape == (1,)
+    assert export_denoiser(denoiser, tmp_path / "export").max_relative_error < 1e-5
+    exported = load_exported(tmp_path / "export")
+    x = np.random.default_rng(0).standard_normal((3, 3, 9, 9), np.float32)
+    plain = OrtDenoiser(tiny_onnx_with_yaml(tmp_path / "plain"), open_denoiser(tmp_path / "plain" / "tiny.onnx").spec)
+    found = OrtDenoiser(exported.model, exported.spec)(x, np.array([3.0, 70.0, 900.0]), {"y": np.arange(3)})
+    np.testing.assert_allclose(found, plain(x, np.array([3.0, 70.0, 900.0]), {"y": np.arange(3)}), atol=1e-6)
+
+
+def test_a_timestep_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        model.graph.input[1].CopyFrom(helper.make_tensor_value_info("t", TensorProto.FLOAT, ["batch", 16]))
+
+    with pytest.raises(UsageError, match=r"'t' .* shape \[16\]"):
+        open_denoiser(edited(tmp_path, change))
+
+
+def test_further_outputs_are_left_out(tmp_path: Path) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        model.graph.output.insert(0, helper.make_tensor_value_info("down_out", TensorProto.FLOAT, None))
+        model.graph.output.append(helper.make_tensor_value_info("down.weight", TensorProto.FLOAT, None))
+
+    denoiser = open_denoiser(edited(tmp_path, change, output="out"))
+    assert export_denoiser(denoiser, tmp_path / "export").max_relative_error < 1e-5
+    assert [value.name for value in load_model(tmp_path / "export" / "model.onnx").graph.outputs] == ["out"]
+
+
+def test_a_model_that_draws_random_numbers_is_refused(tmp_path: Path) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        act = next(node for node in model.graph.node if node.name == "act")
+        act.CopyFrom(helper.make_node("RandomNormalLike", list(act.input), list(act.output), name="noise"))
+
+    with pytest.raises(ModelError, match=r"'noise' .* draws random numbers"):
+        export_denoiser(open_denoiser(edited(tmp_path, change)), tmp_path / "export")
+
+
+def test_a_graph_that_is_none_is_named(tmp_path: Path) -> None:
+    def twice(model: onnx.ModelProto) -> None:
+        model.graph.node[-1].output[0] = model.graph.node[0].output[0]
+
+    with pytest.raises(ModelError, match="redeclared") as caught:
+        open_denoiser(edited(tmp_path, twice))
+    assert "onnx.checker" in caught.value.hint
+
+    def unfitting(model: onnx.ModelProto) -> None:
+        tensor = next(t for t in model.graph.initializer if t.name == "last.weight")
+        tensor.CopyFrom(numpy_helper.from_array(np.ones((3, 9, 3, 3), np.float32), tensor.name))
+
+    with pytest.raises(ModelError, match=r"ONNX Runtime (failed|cannot load)"):
+        export_denoiser(open_denoiser(edited(tmp_path / "b", unfitting)), tmp_path / "export")
+
+
+def test_a_weight_without_values_is_no_layer(tmp_path: Path) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        graph = model.graph
+        ends = {"none": [0], "from": [0], "along": [1]}
+        graph.initializer.extend(numpy_helper.from_array(np.array(value), name) for name, value in ends.items())
+        graph.initializer.append(numpy_helper.from_array(np.zeros((0, 8), np.float32), "empty.weight"))
+        place = next(i for i, node in enumerate(graph.node) if node.name == "both")
+        graph.node[place].output[0] = "both_before"
+        added = [
+            helper.make_node("Slice", ["both_before", "from", "none", "along"], ["nothing"], name="slice"),
+            helper.make_node("MatMul", ["nothing", "empty.weight"], ["zeros"], name="empty"),
+            helper.make_node("Add", ["both_before", "zeros"], ["both_out"], name="both_after"),
+        ]
+        for number, node in enumerate(added):
+            graph.node.insert(place + 1 + number, node)
+
+    path = edited(tmp_path, change)
+    export_denoiser(open_denoiser(path), tmp_path / "export")
+    graph = layer_graph(load_model(tmp_path / "export" / "model.onnx"))
+    assert [layer.name for layer in graph.layers] == ["time", "down", "last"]

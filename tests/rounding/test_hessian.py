@@ -1,0 +1,236 @@
+"""Hessians against patches taken one by one in NumPy."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mpq_deploy.errors import UsageError
+from mpq_deploy.graph.layers import Layer
+from mpq_deploy.rounding.hessian import HessianOptions, HessianPlan, iterate_hessians
+from mpq_deploy.system.progress import Talk
+from tests.calibrate.conftest import Case, case, denoiser_case, end, with_timestep
+from tests.graphs import GraphBuilder
+
+ALL_ROWS = HessianOptions(min_rows=10**9, batch_size=2)
+
+
+def hessians(given: Case, options: HessianOptions = ALL_ROWS) -> dict:
+    found = iterate_hessians(given.graph, given.recorded, given.conditions, given.spec, options, Talk())
+    return {h.layer.name: h for h in found}
+
+
+def im2col(x: np.ndarray, node, kernel: tuple[int, ...], group: int) -> np.ndarray:
+    """[1, C, H, W] -> [group, positions, C / group * kh * kw], by loops."""
+    attributes = {a.name: a for a in node.attribute}
+    strides = list(attributes["strides"].ints) if "strides" in attributes else [1, 1]
+    dilations = list(attributes["dilations"].ints) if "dilations" in attributes else [1, 1]
+    pads = list(attributes["pads"].ints) if "pads" in attributes else [0, 0, 0, 0]
+    padded = np.pad(x, ((0, 0), (0, 0), (pads[0], pads[2]), (pads[1], pads[3])))
+    high, wide = ((padded.shape[2 + d] - dilations[d] * (kernel[d] - 1) - 1) // strides[d] + 1 for d in (0, 1))
+    rows = []
+    for i, j in product(range(high), range(wide)):
+        taps = [
+            padded[0, :, i * strides[0] + a * dilations[0], j * strides[1] + b * dilations[1]]
+            for a, b in product(range(kernel[0]), range(kernel[1]))
+        ]
+        rows.append(np.stack(taps, axis=1).reshape(group, -1))
+    return np.stack(rows, axis=1)
+
+
+def brute_force(given: Case, layer: Layer) -> np.ndarray:
+    nodes = {node.name: node for node in given.proto.graph.node}
+    rows = []
+    for use in layer.uses:
+        for values in given.activations([use.input])[use.input]:
+            for x in values:
+                x = x.astype(np.float64)
+                if layer.op == "Conv":
+                    rows.append(im2col(x, nodes[use.node], layer.kernel, layer.group))
+                else:
+                    rows.append(x.reshape(1, -1, x.shape[-1]))
+    stacked = np.concatenate(rows, axis=1)
+    return stacked.transpose(0, 2, 1) @ stacked / stacked.shape[1]
+
+
+def check(given: Case) -> None:
+    found = hessians(given)
+    assert list(found) == [layer.name for layer in given.graph.layers]
+    for layer in given.graph.layers:
+        expected = brute_force(given, layer)
+        assert found[layer.name].blocks.shape == expected.shape
+        np.testing.assert_allclose(
+            found[layer.name].blocks, expected, rtol=2e-4, atol=1e-5 * np.abs(expected).max(), err_msg=layer.name
+        )
+
+
+def test_every_layer_of_a_denoiser() -> None:
+    check(denoiser_case())
+
+
+@pytest.mark.parametrize(
+    ("size", "attributes", "group"),
+    [
+        ((7, 9), {"pads": [1, 0, 2, 1], "strides": [2, 1]}, 1),
+        ((9, 8), {"pads": [2, 2, 2, 2], "dilations": [2, 3]}, 2),
+        ((6, 6), {"pads": [1, 1, 1, 1]}, 8),
+        ((5, 5), {"pads": [0, 0, 0, 0], "strides": [3, 2]}, 1),
+    ],
+)
+def test_conv_geometry(size: tuple[int, int], attributes: dict, group: int) -> None:
+    g = GraphBuilder()
+    g.input("sample", ["N", 8, *size])
+    x = with_timestep(g, "sample", 8)
+    end(g, g.conv(x, "odd.conv", 16, 8, group=group, **attributes))
+    check(case(g, (8, *size)))
+
+
+@pytest.mark.parametrize("mode", ["SAME_UPPER", "SAME_LOWER", "VALID"])
+def test_automatic_pads_are_those_of_the_runtime(mode: str) -> None:
+    g = GraphBuilder()
+    g.input("sample", ["N", 4, 6, 7])
+    x = with_timestep(g, "sample", 4)
+    w, b = g.random("auto.weight", 8, 4, 3, 3), g.random("auto.bias", 8)
+    end(g, g.op("Conv", [x, w, b], "auto", auto_pad=mode, strides=[2, 2], kernel_shape=[3, 3]))
+    given = case(g, (4, 6, 7))
+    found = hessians(given)["auto"]
+    # An independent way: outputs without bias have the second moment w H w^T, summed over positions.
+    matrix = np.asarray(given.graph.model.graph.initializers["auto.weight"].const_value).reshape(8, -1)
+    bias = np.asarray(given.graph.model.graph.initializers["auto.bias"].const_value)
+    outputs = [y[0] - bias[:, None, None] for step in given.activations(["auto_out"])["auto_out"] for y in step]
+    measured = np.mean([np.square(y).mean(axis=(1, 2)) for y in outputs], axis=0)
+    expected = np.einsum("ok,kl,ol->o", matrix, found.blocks[0], matrix)
+    np.testing.assert_allclose(expected, measured, rtol=1e-3)
+
+
+def test_products_of_two_three_and_four_dimensions() -> None:
+    g = GraphBuilder()
+    g.input("sample", ["N", 4, 6, 8])
+    x = with_timestep(g, "sample", 4)
+    four = g.matmul(x, "four", 8, 8)
+    three = g.matmul(g.op("Reshape", [four, g.weight("s3", np.array([0, 24, 8]))], "r3"), "three", 10, 8)
+    two = g.op("Reshape", [three, g.weight("s2", np.array([-1, 10]))], "r2")
+    end(g, g.gemm(two, "two.transposed", 12, 10, trans_b=1), rank=2)
+    end(g, g.gemm(two, "two.plain", 7, 10, trans_b=0), rank=2)
+    check(case(g, (4, 6, 8)))
+
+
+def test_shared_weight_sums_over_its_uses() -> None:
+    g = GraphBuilder()
+    g.input("sample", ["N", 8, 6, 6])
+    x = with_timestep(g, "sample", 8)
+    once = g.conv(x, "shared", 8, 8)
+    pooled = g.op("AveragePool", [once], "pool", kernel_shape=[2, 2], strides=[2, 2])
+    w, b = "shared.weight", "shared.bias"
+    end(g, g.op("Conv", [pooled, w, b], "again", pads=[1, 1, 1, 1], kernel_shape=[3, 3]))
+    given = case(g, (8, 6, 6))
+    assert len(given.graph.layers[0].uses) == 2
+    check(given)
+
+
+def test_batch_axis_need_not_be_the_first() -> None:
+    g = GraphBuilder()
+    g.input("sample", ["N", 4, 6, 8])
+    x = with_timestep(g, "sample", 4)
+    moved = g.op("Transpose", [x], "moved", perm=[2, 0, 1, 3])
+    end(g, g.matmul(moved, "moved.product", 8, 8))
+    check(case(g, (4, 6, 8)))
+
+
+def test_timestep_without_batch_axis() -> None:
+    g = GraphBuilder()
+    g.input("sample", ["N", 4, 6, 6])
+    g.input("timestep", [])
+    scaled = g.op("Mul", [g.weight("f", np.linspace(0.001, 0.01, 8, dtype=np.float32)[None]), "timestep"], "angle")
+    shift = g.gemm(g.op("Sin", [scaled], "sin"), "time.proj", 4, 8)
+    axes = g.weight("axes23", np.array([2, 3], np.int64))
+    end(g, g.conv(g.op("Add", ["sample", g.op("Unsqueeze", [shift, axes], "u")], "add"), "conv", 4, 4))
+    check(case(g, (4, 6, 6), batched=False))
+
+
+def test_wide_layers_become_block_diagonal() -> None:
+    given = denoiser_case()
+    full = hessians(given)
+    name = max(full, key=lambda n: full[n].layer.reduction)
+    cut = hessians(given, HessianOptions(min_rows=10**9, max_width=256))[name]
+    assert full[name].layer.reduction > 256 and sum(cut.widths) == full[name].layer.reduction
+    start = 0
+    for number, width in enumerate(cut.widths):
+        place = slice(start, start + width)
+        np.testing.assert_allclose(
+            cut.blocks[number, :width, :width], full[name].blocks[0, place, place], rtol=1e-4, atol=1e-6
+        )
+        start += width
+
+
+def test_a_small_cap_means_more_passes_and_the_same_matrices() -> None:
+    given = denoiser_case()
+    bars: list[str] = []
+
+    class Listening(Talk):
+        def bar(self, what, total):
+            bars.append(what)
+            return super().bar(what, total)
+
+    largest = 4 * 4 * max(layer.reduction for layer in given.graph.layers) ** 2
+    options = HessianOptions(min_rows=10**9, memory_cap_bytes=largest)
+    found = iterate_hessians(given.graph, given.recorded, {}, given.spec, options, Listening())
+    once = hessians(given)
+    for hessian in found:
+        np.testing.assert_allclose(hessian.blocks, once[hessian.layer.name].blocks, rtol=1e-4, atol=1e-6)
+    assert len(bars) > 1
+
+
+@pytest.mark.parametrize("guarded", [False, True])
+def test_rows_that_were_gathered_elsewhere_give_the_same_bits(tmp_path: Path, guarded: bool) -> None:
+    """Timestep by timestep, the last one first, in plans of their own: as workers do it."""
+    given, guard = denoiser_case(), tmp_path / "guard"
+    guard.touch()
+    largest = 4 * 4 * max(layer.reduction for layer in given.graph.layers) ** 2
+    options = HessianOptions(min_rows=40, memory_cap_bytes=largest, batch_size=2)
+    calls = (given.graph, given.recorded, given.conditions, given.spec, options, Talk())
+    here = list(iterate_hessians(*calls))
+    plan, found = HessianPlan.of(*calls), []
+    for number in range(len(plan)):
+        elsewhere = HessianPlan.of(*calls, guard=guard if guarded else None).gathering(number)
+        moved: list[int] = []
+        steps = {step: list(elsewhere.at(step, moved.append)) for step in reversed(range(plan.timesteps))}
+        assert sum(moved) == sum(plan.calls(step) for step in range(plan.timesteps))
+        found += plan.hessians(number, (rows for step in range(plan.timesteps) for rows in steps[step]))
+        assert {layer.name for layer in plan.layers(number)} <= {hessian.layer.name for hessian in found}
+    assert len(plan) > 1 and [h.layer for h in found] == [h.layer for h in here]
+    for one, other in zip(found, here):
+        np.testing.assert_array_equal(one.blocks, other.blocks)
+        assert (one.widths, one.rows) == (other.widths, other.rows)
+
+
+def test_an_impossible_cap_names_the_layer_and_the_need() -> None:
+    with pytest.raises(UsageError, match=r"'time.linear_1'.* bytes"):
+        hessians(denoiser_case(), HessianOptions(memory_cap_bytes=10))
+
+
+def test_layers_that_share_an_input_share_one_array() -> None:
+    found = hessians(denoiser_case())
+    assert found["attn.to_q"].blocks is found["attn.to_k"].blocks is found["attn.to_v"].blocks
+    assert found["attn.to_q"].blocks is not found["attn.to_out"].blocks
+
+
+def test_a_subset_of_rows_does_not_depend_on_the_batch() -> None:
+    given = denoiser_case()
+    few = {size: hessians(given, HessianOptions(min_rows=40, rows_per_column=0, batch_size=size)) for size in (1, 5)}
+    for name, hessian in few[1].items():
+        assert hessian.rows == few[5][name].rows <= 45
+        np.testing.assert_allclose(hessian.blocks, few[5][name].blocks, rtol=1e-4, atol=1e-5)
+
+
+def test_a_subset_of_rows_is_unbiased() -> None:
+    given = denoiser_case()
+    exact = np.trace(hessians(given)["up.conv2"].blocks[0])
+    drawn = [
+        np.trace(hessians(given, HessianOptions(min_rows=60, rows_per_column=0, seed=seed))["up.conv2"].blocks[0])
+        for seed in range(20)
+    ]
+    assert abs(np.mean(drawn) / exact - 1) < 4 * np.std(drawn) / exact / np.sqrt(20) + 1e-3
