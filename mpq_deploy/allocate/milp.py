@@ -449,19 +449,9 @@ class _Model:
         return schemes, SolverReport(status, (loss - bound) / abs(loss) if loss else 0.0, loss, bound)
 
     def _run(self, gap: float, time_limit: float, allowance: Allowance, presolve: str) -> Any:
-        import highspy
+        from mpq_deploy.system.highs import QuietHighs
 
-        highs = highspy.Highs()
-        for option, value in {
-            "output_flag": False,
-            "threads": 1,
-            "random_seed": 1,
-            "mip_rel_gap": gap,
-            "time_limit": time_limit,
-            "mip_feasibility_tolerance": 1e-9,
-            "presolve": presolve,
-        }.items():
-            highs.setOptionValue(option, value)
+        highs = QuietHighs(mip_rel_gap=gap, time_limit=time_limit, mip_feasibility_tolerance=1e-9, presolve=presolve)
         self._load(highs, allowance)
         highs.run()
         return highs

@@ -77,9 +77,9 @@ def _solve(benefit: Array, cost: Array, low: Array, high: Array, budget: float, 
     """
     import highspy
 
-    highs = highspy.Highs()
-    for option, value in {"output_flag": False, "threads": 1, "random_seed": 1, "mip_rel_gap": 0.0}.items():
-        highs.setOptionValue(option, value)
+    from mpq_deploy.system.highs import QuietHighs
+
+    highs = QuietHighs(mip_rel_gap=0.0)
     groups = [] if owner is None else [np.flatnonzero(owner == layer) for layer in np.unique(owner)]
     rows: list[tuple[float, float, Array, Array]] = [(1.0, 1.0, group, np.ones(len(group))) for group in groups]
     rows.append((-highspy.kHighsInf, budget, np.arange(len(cost)), cost))

@@ -7,12 +7,12 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
-from tests.report.test_report import HOSTILE, bare_report, identical_report, orm_report
 
 from mpq_deploy.report.data import EvaluationInfo, FrechetInfo, ImageSet, Interval, ScoreInfo
 from mpq_deploy.report.page import html_page
 from mpq_deploy.report.sweep_page import sweep_page
 from tests.report.sample_report import make_budgets, make_report, pictures
+from tests.report.test_report import HOSTILE, bare_report, identical_report, orm_report
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
