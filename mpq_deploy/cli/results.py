@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import Annotated, Optional
 
 import typer
 
@@ -22,9 +22,6 @@ from mpq_deploy.cli.options import (
     WorkersOption,
     crew_for,
 )
-
-if TYPE_CHECKING:
-    from mpq_deploy.report.read import ReadReport
 
 
 @app.command(rich_help_panel=LOOK, epilog="Example: mpq-deploy sweep runs/emoji --budgets 0.26:0.5 --evaluate")
@@ -134,16 +131,6 @@ def sample(
     print(out)
 
 
-def _report(path: Path) -> ReadReport:
-    """Read a report; say on stderr where nothing tells whether it was changed."""
-    from mpq_deploy.report.read import read_report
-
-    report = read_report(path)
-    if not report.verified:
-        make_talk().warn(report.unverified)
-    return report
-
-
 @app.command(rich_help_panel=LOOK, epilog="Example: mpq-deploy compare runs/old runs/new --html compare.html")
 def compare(
     runs: Annotated[
@@ -159,8 +146,9 @@ def compare(
     """Compare the first run with the others: size, quality, latency, and what changed in the plan."""
     from mpq_deploy.report.compare import compare_reports
     from mpq_deploy.report.comparison import comparison_markdown, comparison_page, comparison_text
+    from mpq_deploy.report.read import read_report
 
-    comparison = compare_reports([_report(path) for path in runs])
+    comparison = compare_reports([read_report(path) for path in runs])
     if html is not None:
         html.parent.mkdir(parents=True, exist_ok=True)
         html.write_text(comparison_page(comparison), encoding="utf-8")
@@ -299,6 +287,7 @@ def gate(
     Exit code 0: every limit is kept; 1: one is not; 2: bad input.
     """
     from mpq_deploy.report.gate import Limits, check_gate, gate_junit, gate_markdown, gate_text, parse_latency
+    from mpq_deploy.report.read import read_report
 
     latency = None if max_latency is None else parse_latency(max_latency)
     limits = Limits(
@@ -312,8 +301,8 @@ def gate(
         max_lpips,
         max_clip_drop,
     )
-    former = None if baseline is None else _report(baseline)
-    result = check_gate(_report(run), limits, former, allow_estimate)
+    former = None if baseline is None else read_report(baseline)
+    result = check_gate(read_report(run), limits, former, allow_estimate)
     for path, text in ((junit, gate_junit(result)), (markdown, gate_markdown(result))):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -246,7 +246,7 @@ def latency_change(first: ReadReport, other: ReadReport) -> LatencyChange | None
     before, after = first.expected_latency, other.expected_latency
     if a is not None or b is not None or before is None or after is None:
         return None
-    if before.model_dump(exclude={"ours_ms"}).items() != after.model_dump(exclude={"ours_ms"}).items():
+    if any(getattr(before, name) != getattr(after, name) for name in ("source", "basis", "batch")):
         return None
     return LatencyChange(before.ours_ms, after.ours_ms, True)
 
@@ -278,7 +278,7 @@ def _notes(first: ReadReport, other: ReadReport, comparable: bool) -> list[str]:
     if first.simulated != other.simulated:
         said.append("One of the plans is simulated: its bytes are nominal.")
     if comparable and not (first.model.digest and other.model.digest):
-        said.append("An older report does not record the float model's digest: the models agree in name and layers.")
+        said.append("A report does not record the float model's digest: the models agree in name and layers.")
     if comparable and not (first.psnr_db_each and other.psnr_db_each):
         said.append("Not both reports keep the PSNR of each image, so the difference has no interval.")
     if first.frechet and other.frechet and not distance_changes(first, other) and not model_obstacle(first, other):
@@ -299,18 +299,8 @@ def _shapes(report: ReadReport) -> list[tuple[str, tuple[int, ...]]]:
 def _run_json(report: ReadReport) -> dict[str, Any]:
     latency = slowest(report)
     names = ("label", "schema_version", "budget", "size_bytes", "fp16_size_bytes", "measured_nmse", "psnr_db")
-    kept = (
-        *names,
-        "pooled_psnr_db",
-        "ssim",
-        "psnr_db_interval",
-        "ssim_interval",
-        "identical",
-        "verified",
-        "evaluation",
-        "simulated",
-    )
-    plain = report.model_dump(mode="json", include={*kept, "frechet", "scores", "remarks"})
+    kept = ("pooled_psnr_db", "ssim", "psnr_db_interval", "ssim_interval", "identical", "evaluation", "simulated")
+    plain = report.model_dump(mode="json", include={*names, *kept, "frechet", "scores"})
     return {
         **plain,
         "size_ratio": report.size_ratio,

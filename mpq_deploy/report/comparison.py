@@ -83,8 +83,6 @@ def about(report: ReadReport) -> list[str]:
     said = [f"{report.model.name} for {report.target.name}"]
     if report.simulated:
         said.append("simulated: nominal bytes")
-    if not report.verified:
-        said.append("an earlier release's report, without a digest")
     used = report.evaluation
     if used is None:
         said.append("not evaluated")
@@ -103,7 +101,7 @@ def about(report: ReadReport) -> list[str]:
         if score.variant == "ours":
             own = f"; the float model's {score.floor:.4g}" if score.score == "clip-score" else ""
             said.append(f"{score.title} {score.value:.3g} ({score.samples:,} images{own})")
-    return [*said, *report.remarks]
+    return said
 
 
 def distances(report: ReadReport) -> list[str]:

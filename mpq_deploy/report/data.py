@@ -231,6 +231,14 @@ class ExpectedLatency(Part):
     limit_ms: float | None = Field(None, gt=0)
     int4_ms: float | None = Field(None, ge=0)
 
+    @property
+    def words(self) -> str:
+        """The expectation as a clause that says that it is no measurement."""
+        return (
+            f"{self.ours_ms:.3g} ms expected at batch {self.batch} "
+            f"({self.source} layer by layer; {self.basis}), not measured"
+        )
+
 
 class EvaluationInfo(Part):
     """How the images and errors were measured."""
@@ -288,6 +296,12 @@ class FrechetInfo(Part):
         """What the same distance of another variant shares; the float model's images are what the seed says."""
         against = (self.against, self.against_digest if self.against == "real" else "")
         return (self.network, self.network_digest, *against, self.samples, self.sampler, self.steps, self.seed)
+
+    @property
+    def described(self) -> str:
+        """Its name with everything that it depends on, in words."""
+        to = "the float model's images" if self.against == "float" else self.against_source or "real images"
+        return f"{self.title}, {self.samples:,} images, {self.sampler}, seed {self.seed}, to {to}"
 
     @property
     def increase(self) -> float:

@@ -19,9 +19,9 @@ from mpq_deploy.allocate.milp import budget_in_bytes
 from mpq_deploy.errors import UsageError
 from mpq_deploy.report import words
 from mpq_deploy.report.compare import figure_difference, model_obstacle, obstacles
-from mpq_deploy.report.data import Interval
+from mpq_deploy.report.data import FrechetInfo, Interval, ScoreInfo
 from mpq_deploy.report.markdown import plain, table
-from mpq_deploy.report.read import FrechetDistance, ReadReport, Score, slowest
+from mpq_deploy.report.read import ReadReport, slowest
 
 Status = Literal["passed", "failed", "not measured"]
 SUITE = "mpq-deploy gate"
@@ -83,10 +83,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class GateResult:
-    """Every limit's outcome, in the order of the options.
-
-    ``unverified``: which of the reports hold no digest, in words; a terminal has read that on stderr.
-    """
+    """Every limit's outcome, in the order of the options."""
 
     run: str
     model: str
@@ -94,7 +91,6 @@ class GateResult:
     outcomes: tuple[Outcome, ...]
     notes: tuple[str, ...] = ()
     baseline: str | None = None
-    unverified: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -128,14 +124,13 @@ def check_gate(
     }
     asked = {name: getattr(limits, name) for name in checks}
     outcomes = tuple(check(asked[name]) for name, check in checks.items() if asked[name] is not None)
-    notes = list(report.remarks)
+    notes = []
     if report.simulated:
         notes.append("The plan is simulated: its bytes are nominal, and no engine can hold it.")
     if report.model.synthetic:
         notes.append(report.model.synthetic)
     label = None if baseline is None else baseline.label
-    unverified = tuple(one.unverified for one in (report, baseline) if one is not None and one.unverified)
-    return GateResult(report.label, report.model.name, report.target.name, outcomes, tuple(notes), label, unverified)
+    return GateResult(report.label, report.model.name, report.target.name, outcomes, tuple(notes), label)
 
 
 def parse_latency(text: str) -> float:
@@ -173,46 +168,53 @@ def _size(report: ReadReport, limit: str) -> Outcome:
     except UsageError as error:
         raise UsageError(f"--max-size: {error.message}", error.hint) from None
     measured = f"{report.size_ratio:.4f} of FP16, {report.size_bytes:,} bytes"
-    status: Status = "passed" if report.size_bytes <= most else "failed"
+    status = _status(report.size_bytes <= most)
     return Outcome("size", f"at most {limit} ({most:,} bytes)", measured, status, report.size_bytes, most)
+
+
+def _missing(name: str, asked: str, bound: float, why: str, shown: str = words.NOT_MEASURED) -> Outcome:
+    """Return the outcome of a limit whose figure is missing: it is not kept."""
+    return Outcome(name, asked, shown, "not measured", None, bound, detail=why)
+
+
+def _status(kept: bool) -> Status:
+    return "passed" if kept else "failed"
 
 
 def _psnr(report: ReadReport, limit: float) -> Outcome:
     asked = f"at least {limit:g} dB"
     if report.identical and report.psnr_db is None:
         return Outcome("PSNR", asked, "identical images", "passed", None, limit, detail="An infinite PSNR.")
-    if report.psnr_db is None:
-        return Outcome("PSNR", asked, words.NOT_MEASURED, "not measured", None, limit, detail=_why(report))
-    status: Status = "passed" if report.psnr_db >= limit else "failed"
-    interval = _ends(report.psnr_db_interval)
-    said = _about(limit, interval, " dB", _images(report))
-    shown = f"{_shown(report.psnr_db, limit, 2)} dB"
-    return Outcome("PSNR", asked, shown, status, report.psnr_db, limit, interval, said)
+    return _at_least("PSNR", report.psnr_db, report.psnr_db_interval, limit, report)
 
 
 def _ssim(report: ReadReport, limit: float) -> Outcome:
-    asked = f"at least {limit:g}"
-    if report.ssim is None:
-        return Outcome("SSIM", asked, words.NOT_MEASURED, "not measured", None, limit, detail=_why(report))
-    status: Status = "passed" if report.ssim >= limit else "failed"
-    interval = _ends(report.ssim_interval)
-    said = _about(limit, interval, "", _images(report))
-    return Outcome("SSIM", asked, _shown(report.ssim, limit, 4), status, report.ssim, limit, interval, said)
+    return _at_least("SSIM", report.ssim, report.ssim_interval, limit, report)
+
+
+def _at_least(name: str, value: float | None, ends: Interval | None, limit: float, report: ReadReport) -> Outcome:
+    """Hold a mean over images against its lower limit."""
+    unit, places = (" dB", 2) if name == "PSNR" else ("", 4)
+    asked, interval = f"at least {limit:g}{unit}", _ends(ends)
+    if value is None:
+        return _missing(name, asked, limit, EVALUATE)
+    said = _about(limit, interval, unit, _images(report))
+    shown = f"{_shown(value, limit, places)}{unit}"
+    return Outcome(name, asked, shown, _status(value >= limit), value, limit, interval, said)
 
 
 def _nmse(report: ReadReport, limit: float) -> Outcome:
-    asked = f"at most {limit:g}"
-    if report.measured_nmse is None:
-        return Outcome("output error (NMSE)", asked, words.NOT_MEASURED, "not measured", None, limit, detail=EVALUATE)
-    status: Status = "passed" if report.measured_nmse <= limit else "failed"
-    return Outcome("output error (NMSE)", asked, f"{report.measured_nmse:.2e}", status, report.measured_nmse, limit)
+    name, asked, value = "output error (NMSE)", f"at most {limit:g}", report.measured_nmse
+    if value is None:
+        return _missing(name, asked, limit, EVALUATE)
+    return Outcome(name, asked, f"{value:.2e}", _status(value <= limit), value, limit)
 
 
 def _frechet(report: ReadReport, limit: float, baseline: ReadReport | None) -> Outcome:
     name, asked = "Frechet increase", f"at most {limit:g}"
     if not report.frechet:
         said = "The report holds no Frechet distance of this plan. Measure it with 'mpq-deploy metrics RUN'."
-        return Outcome(name, asked, words.NOT_MEASURED, "not measured", None, limit, detail=said)
+        return _missing(name, asked, limit, said)
     found = [(one, _frechet_floor(one, baseline)) for one in report.frechet]
     increases = [(one.distance - floor, one) for one, floor in found if floor is not None]
     if len(increases) < len(found):
@@ -220,7 +222,7 @@ def _frechet(report: ReadReport, limit: float, baseline: ReadReport | None) -> O
             "The baseline has no distance of the same network, kind, number of images, sampler and seed; measure it "
             "there, too."
         )
-        return Outcome(name, asked, "not comparable", "not measured", None, limit, detail=said)
+        return _missing(name, asked, limit, said, "not comparable")
     worst, of = max(increases, key=lambda pair: pair[0])
     floor = of.distance - worst
     interval = _increase_interval(of, floor, baseline is not None)
@@ -230,14 +232,14 @@ def _frechet(report: ReadReport, limit: float, baseline: ReadReport | None) -> O
     return Outcome(name, asked, f"{worst:+.3g}", "passed" if worst <= limit else "failed", worst, limit, interval, said)
 
 
-def _frechet_floor(one: FrechetDistance, baseline: ReadReport | None) -> float | None:
+def _frechet_floor(one: FrechetInfo, baseline: ReadReport | None) -> float | None:
     """What a distance is held against: the float model's own, or the baseline's of the same kind."""
     if baseline is None:
         return one.floor
     return next((other.distance for other in baseline.frechet if other.kind == one.kind), None)
 
 
-def _increase_interval(one: FrechetDistance, floor: float, against_baseline: bool) -> tuple[float, float] | None:
+def _increase_interval(one: FrechetInfo, floor: float, against_baseline: bool) -> tuple[float, float] | None:
     """The paired interval of the increase over the float model; over a baseline only the distance's own is known."""
     if one.increase_interval is not None and not against_baseline:
         return _ends(one.increase_interval)
@@ -255,7 +257,7 @@ def _latency(report: ReadReport, limit: float, allow_estimate: bool) -> Outcome:
     if found.problem:
         said += f" It does not count: {found.problem}."
         return Outcome("latency", asked, shown, "failed", found.milliseconds, limit, detail=said)
-    status: Status = "passed" if found.milliseconds <= limit else "failed"
+    status = _status(found.milliseconds <= limit)
     return Outcome("latency", asked, shown, status, found.milliseconds, limit, detail=said)
 
 
@@ -263,7 +265,7 @@ def _no_latency(report: ReadReport, limit: float, asked: str, allow_estimate: bo
     """Fail for want of a measurement, unless there is an expectation and it is to be taken."""
     expected = report.expected_latency
     if expected is not None and allow_estimate:
-        status: Status = "passed" if expected.ours_ms <= limit else "failed"
+        status = _status(expected.ours_ms <= limit)
         shown = f"{words.digits(expected.ours_ms)} ms, estimated"
         return Outcome("latency", asked, shown, status, expected.ours_ms, limit, detail=f"{expected.words}.")
     said = [
@@ -275,7 +277,7 @@ def _no_latency(report: ReadReport, limit: float, asked: str, allow_estimate: bo
     if report.cpu_latency is not None:
         cpu = report.cpu_latency
         said.append(f"The report's {cpu.ours_ms:g} ms are no latency of the engine ({cpu.source}).")
-    return Outcome("latency", asked, words.NOT_MEASURED, "not measured", None, limit, detail=" ".join(said))
+    return _missing("latency", asked, limit, " ".join(said))
 
 
 def _psnr_drop(report: ReadReport, limit: float, baseline: ReadReport | None) -> Outcome:
@@ -285,7 +287,7 @@ def _psnr_drop(report: ReadReport, limit: float, baseline: ReadReport | None) ->
     different = obstacles(baseline, report)
     if different:
         said = f"{' '.join(different)} Evaluate both with the same evaluate.* entries of the recipe."
-        return Outcome(name, asked, "not comparable", "not measured", None, limit, detail=said)
+        return _missing(name, asked, limit, said, "not comparable")
     if report.identical:
         return Outcome(name, asked, "identical images", "passed", None, limit, detail="An infinite PSNR.")
     if baseline.identical:
@@ -296,8 +298,8 @@ def _psnr_drop(report: ReadReport, limit: float, baseline: ReadReport | None) ->
     difference = figure_difference(baseline, report, "psnr_db")
     if difference is None:
         missing = report if report.psnr_db is None else baseline
-        said = f"{missing.label}: {_why(missing)}"
-        return Outcome(name, asked, words.NOT_MEASURED, "not measured", None, limit, detail=said)
+        said = f"{missing.label}: {EVALUATE}"
+        return _missing(name, asked, limit, said)
     interval = difference.interval
     if interval is None:
         said = "Not paired by image: not both reports keep the PSNR of each, so there is no interval."
@@ -305,20 +307,19 @@ def _psnr_drop(report: ReadReport, limit: float, baseline: ReadReport | None) ->
         said = _about(-limit, interval, " dB", f"{_images(report)}, paired")
         if difference.within_noise:
             said = f"No difference is shown: 0 lies inside the interval. {said}"
-    status: Status = "passed" if -difference.value <= limit else "failed"
     shown = f"{_shown(difference.value, -limit, 2, '+')} dB"
-    return Outcome(name, asked, shown, status, difference.value, -limit, interval, said)
+    return Outcome(name, asked, shown, _status(-difference.value <= limit), difference.value, -limit, interval, said)
 
 
 def _lpips(report: ReadReport, limit: float) -> Outcome:
     asked, measured = f"at most {limit:g}", _scores(report, "lpips")
     if not measured:
         said = "The report holds no LPIPS of this plan. Measure it with 'mpq-deploy metrics RUN --lpips'."
-        return Outcome("LPIPS", asked, words.NOT_MEASURED, "not measured", None, limit, detail=said)
+        return _missing("LPIPS", asked, limit, said)
     found = max(measured, key=lambda one: one.value)
     interval = _ends(found.interval)
     said = f"{found.title}. {_about(limit, interval, '', words.count(found.samples, 'image'), '--images')}"
-    status: Status = "passed" if found.value <= limit else "failed"
+    status = _status(found.value <= limit)
     return Outcome("LPIPS", asked, _shown(found.value, limit, 4), status, found.value, limit, interval, said)
 
 
@@ -327,23 +328,18 @@ def _clip_drop(report: ReadReport, limit: float) -> Outcome:
     name, asked, measured = "CLIP score", f"at most {limit:g} below the float model's", _scores(report, "clip-score")
     if not measured:
         said = "The report holds no CLIP score of this plan. Measure it with 'mpq-deploy metrics RUN --clip-score'."
-        return Outcome(name, asked, words.NOT_MEASURED, "not measured", None, limit, detail=said)
+        return _missing(name, asked, limit, said)
     found = min(measured, key=lambda one: one.value - one.floor)
     change, interval = found.value - found.floor, _ends(found.increase_interval)
     said = f"{found.title}: {found.value:.4g}, the float model's {found.floor:.4g}."
     said = f"{said} {_about(-limit, interval, '', f'{found.samples:,} images, paired', '--images')}"
-    status: Status = "passed" if -change <= limit else "failed"
+    status = _status(-change <= limit)
     return Outcome(name, asked, _shown(change, -limit, 3, "+"), status, change, -limit, interval, said)
 
 
-def _scores(report: ReadReport, kind: str) -> list[Score]:
+def _scores(report: ReadReport, kind: str) -> list[ScoreInfo]:
     """Return this plan's scores of a kind: one for each number of images, seed and weights."""
     return [one for one in report.scores if one.variant == "ours" and one.score == kind]
-
-
-def _why(report: ReadReport) -> str:
-    """Say why a quality figure is missing and how it is measured."""
-    return " ".join([*(f"{_capital(remark)}." for remark in report.remarks), EVALUATE])
 
 
 def _ends(interval: Interval | None) -> tuple[float, float] | None:
@@ -407,7 +403,7 @@ def gate_markdown(result: GateResult) -> str:
         f"## Gate: {plain(result.model)} for {plain(result.target)}",
         f"**{headline(result)}** {plain(result.run)}{baseline}.",
         table(("limit", "asked", "measured", ""), rows),
-        "\n".join([*details, *(f"- {plain(note)}" for note in (*result.notes, *result.unverified))]),
+        "\n".join([*details, *(f"- {plain(note)}" for note in result.notes)]),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

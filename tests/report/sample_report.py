@@ -259,3 +259,18 @@ def make_report(**changes):
     # Plans of other budgets are of the same layers.
     given.setdefault("budgets", make_budgets(layers) if given["layers"] is layers else None)
     return ReportData(**given)
+
+
+def distance_row(**changes):
+    """A Frechet distance as report.json holds it."""
+    row = {"variant": "ours", "title": "Frechet distance (demo)", "network": "demo", "network_digest": "n"}
+    row |= {"network_features": 64, "against": "float", "against_source": "", "against_samples": 200}
+    row |= {"against_digest": "", "samples": 200, "sampler": "DDIM", "steps": 20, "seed": 5, "distance": 1.0}
+    row |= {"floor": 0.0, "interval": {"low": 0.9, "high": 1.1}, "increase_interval": {"low": 0.9, "high": 1.1}}
+    return {**row, "other_noise": 2.0, **changes}
+
+
+def expected_row(milliseconds, basis):
+    """An estimated latency as report.json holds it."""
+    row = {"ours_ms": milliseconds, "fp16_ms": 4.0, "int8_ms": 3.5, "others_ms": 1.0, "batch": 2}
+    return {**row, "source": "estimated", "basis": basis, "measured": 0, "estimated": 4}

@@ -18,7 +18,7 @@ from mpq_deploy.report.data import DeviceInfo, EvaluationInfo, Interval, ModelIn
 from mpq_deploy.report.gate import Limits, check_gate, gate_junit, gate_markdown, gate_text, parse_latency
 from mpq_deploy.report.read import read_report
 from mpq_deploy.report.seal import report_json
-from tests.report.sample_report import make_report
+from tests.report.sample_report import distance_row, expected_row, make_report
 
 RUNNER = CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"})
 ORIN = {"target": "rtx", "device": "RTX 4070", "builder": "tensorrt_rtx 1.7", "engine_bytes": 1}
@@ -123,7 +123,7 @@ def test_a_cpu_s_time_is_no_latency_of_the_engine(reported):
 
 
 def test_an_estimate_counts_only_when_asked_for_and_says_so(reported):
-    expected = {"ours_ms": 3.2, "source": "estimated", "basis": "a roofline", "batch": 2, "news": 1}
+    expected = {**expected_row(3.2, "a roofline"), "news": 1}
     report = reported(expected_latency=expected)
     found = outcome(report, max_latency_ms=5.0)
     assert found.status == "not measured"
@@ -247,7 +247,8 @@ def test_a_baseline_of_another_model_is_refused(reported, digests, name, refused
         assert outcome(report, baseline, max_psnr_drop=1.0).passed
 
 
-SCORE = {"variant": "ours", "score_digest": "d", "samples": 64, "floor": 0.0}
+SCORE = {"variant": "ours", "score_digest": "d", "samples": 64, "floor": 0.0, "other_noise": 0.5}
+SCORE |= {"sampler": "DDIM", "steps": 20, "seed": 1}
 SCORES = (
     {**SCORE, "variant": "int4", "score": "lpips", "title": "LPIPS", "value": 0.9},
     {**SCORE, "score": "lpips", "title": "LPIPS", "value": 0.05},
@@ -275,14 +276,19 @@ def test_a_clip_score_that_shows_no_drop_says_so(reported):
     assert "The limit lies inside" in found.detail
 
 
-DISTANCE = {"network": "efficientnet-lite0", "against": "real", "samples": 1000, "distance": 12.0, "floor": 11.6}
+DISTANCE = distance_row(
+    against="real", samples=1000, distance=12.0, floor=11.6, increase_interval={"low": 0.3, "high": 0.5}
+)
 
 
 def test_a_frechet_increase_is_over_the_float_model_s_or_the_baseline_s(reported):
     report = reported(frechet=[DISTANCE])
     assert outcome(report, max_frechet_increase=0.5).value == pytest.approx(0.4)
     own = reported(frechet=[{**DISTANCE, "against": "float", "floor": 0.0}])
-    assert "1,000 images, to the float model's images; over" in outcome(own, max_frechet_increase=0.5).detail
+    assert (
+        "1,000 images, DDIM, seed 5, to the float model's images; over the float"
+        in outcome(own, max_frechet_increase=0.5).detail
+    )
     assert not outcome(report, max_frechet_increase=0.3).passed
     baseline = reported(name="old.json", frechet=[{**DISTANCE, "distance": 11.8}])
     assert outcome(report, baseline, max_frechet_increase=0.3).value == pytest.approx(0.2)
