@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +19,7 @@ import numpy as np
 
 from mpq_deploy.bench.timed_subject import ORT, Subject
 from mpq_deploy.errors import MissingDependencyError, MpqError, UsageError
+from mpq_deploy.system.stdout import claim_stdout
 from mpq_deploy.system.usage import peak_rss_bytes
 
 if TYPE_CHECKING:
@@ -180,13 +180,11 @@ def main() -> int:
     from mpq_deploy.engine.build_worker import die_with_parent
 
     die_with_parent()
-    # Libraries may write to stdout, which belongs to the answers: theirs goes to stderr.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    claim_stdout()
 
     def answer(values: dict[str, Any]) -> None:
-        answers.write(json.dumps(values) + "\n")
-        answers.flush()
+        sys.stdout.write(json.dumps(values) + "\n")
+        sys.stdout.flush()
 
     try:
         serve(Subject.from_json(sys.stdin.readline()), sys.stdin.readline, answer)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mpq_deploy.cli.app import State, app
 from mpq_deploy.errors import MpqError
+from mpq_deploy.system.stdout import claim_stdout
 
 # Importing a group of commands adds it to the application; --help shows the groups in this order.
 # isort: off
@@ -27,6 +28,7 @@ def _stop(number: int, frame: object) -> None:
 
 def main() -> None:
     """Run the command line; our own errors become one message and an exit code, without a traceback."""
+    claim_stdout()
     signal.signal(signal.SIGINT, _stop)
     try:
         app()
