@@ -125,7 +125,7 @@ def with_projections(choices: list[LayerChoice], seed: int) -> tuple[list[LayerC
             for scheme, loss in layer.loss.items()
         }
     turns = np.tile(np.arange(CALLS), (STEPS, 1))
-    table = table_from_projections(np.arange(STEPS, dtype=np.float32), values, 0, (), turns)
+    table = table_from_projections(np.arange(STEPS, dtype=np.float32), values, (), turns)
     return [replace(layer, loss=table.losses[layer.name]) for layer in choices], table
 
 

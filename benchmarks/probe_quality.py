@@ -65,7 +65,6 @@ def measure_one(pipeline: Pipeline, metric: str, layers: list[Layer]) -> Sensiti
     inputs, stats = load_calibration(pipeline)
     options = MeasureOptions(
         probes=section.probes,
-        heldout_probes=0,
         samples=section.samples,
         batch_size=section.batch_size,
         seed=section.seed,

@@ -69,9 +69,6 @@ class MeasureSection(Section):
         "uniform", description="adaptive: more timesteps where the layers' importance (ORM) changes fastest"
     )
     coarse_timesteps: int = Field(5, ge=2, description="of the first pass that adaptive sampling follows")
-    side: int | None = Field(
-        None, ge=1, description="height and width measured on; default: the samples' own. Try fewer calls before it"
-    )
     orm: OrmSection = OrmSection()
 
 
@@ -102,9 +99,6 @@ class AllocateSection(Section):
         0.002, ge=0, description="share of the plan's loss that each kernel of a branch must take off to be worth it"
     )
     cross_terms: bool = Field(True, description="refine the plan with the cross terms between layers, where that helps")
-    groups: Literal["none", "mixdq"] = Field(
-        "none", description="mixdq: cross-attention and its feed-forward by SSIM, with a budget of their own"
-    )
     objective: Literal["loss", "latency"] = Field("loss", description="what is least, within the budget")
     max_latency: str | None = Field(
         None, description="of one call at engine.batch_opt: 120ms; a limit beside the budget"

@@ -81,7 +81,7 @@ class PrecisionPlan:
     plan, and ``linear_bound``, what the linear programme over continuous bits reaches within the same bytes.
     ``cross_terms``, for metrics with probes: the fields of ``refine.CrossTerms``. ``simulated``: some layers have
     schemes that no engine can hold, and bytes are nominal. ``latency``: the fields of ``latency.costs.PlanLatency``;
-    None where nothing is known of the target's speed. ``groups``: what ``stages.groups`` found; None without groups.
+    None where nothing is known of the target's speed.
     """
 
     budget_bytes: int
@@ -98,7 +98,6 @@ class PrecisionPlan:
     cross_terms: dict[str, Any] | None = None
     simulated: bool = False
     latency: dict[str, Any] | None = None
-    groups: dict[str, Any] | None = None
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON with sorted keys."""
@@ -244,20 +243,13 @@ def fastest_plan(problem: Problem, time_limit: float = 60.0, max_loss: float | N
     return _within_budget(model, 0.0, time_limit)[0]
 
 
-def allocate_charged(
-    problem: Problem, charge: float, gap: float = 1e-4, time_limit: float = 60.0
-) -> tuple[dict[str, str], SolverReport]:
-    """Allocate with every branch charged for its kernels: each must take a share ``charge`` off the plan's loss.
-
-    The charge is that of ``kernel_charge``; the report's loss and bound are without the charges.
-    """
-    return allocate_with_fee(problem, kernel_charge(problem, charge, gap, time_limit), gap, time_limit)
-
-
 def allocate_with_fee(
     problem: Problem, fee: float, gap: float = 1e-4, time_limit: float = 60.0
 ) -> tuple[dict[str, str], SolverReport]:
-    """As ``allocate_charged``, with the charge per kernel as a loss."""
+    """Allocate with every kernel of a branch charged the loss ``fee`` (``kernel_charge``).
+
+    The report's loss and bound are without the fees.
+    """
     if not fee:
         return allocate(problem, gap, time_limit)
     charged = replace(problem, layers=[_charged(layer, fee) for layer in problem.layers])

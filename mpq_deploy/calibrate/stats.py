@@ -11,7 +11,6 @@ import numpy as np
 
 from mpq_deploy.calibrate.scales import ActivationGrid, simulated_grid
 from mpq_deploy.formats.scheme import COLUMN_SHARES, SCALE_TENTHS, outlier_count
-from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.models.spec import Array
 
 SPLIT_SEED = 3
@@ -36,12 +35,6 @@ class CalibrationSet:
     def at(self, steps: Array) -> CalibrationSet:
         """Return the set at only the given positions of its timesteps, int64 [M]."""
         return CalibrationSet(self.samples[steps], self.timesteps[steps], self.rows)
-
-    def cropped(self, height: int, width: int) -> CalibrationSet:
-        """Return the set with the centres of its samples, of this height and width."""
-        top, left = (self.samples.shape[-2] - height) // 2, (self.samples.shape[-1] - width) // 2
-        samples = np.ascontiguousarray(self.samples[..., top : top + height, left : left + width])
-        return CalibrationSet(samples, self.timesteps, self.rows)
 
     def split(self, measured: int) -> tuple[CalibrationSet, CalibrationSet]:
         """Split the calls into those that weights are rounded on and ``measured`` others, conditions evenly in both.
@@ -146,12 +139,6 @@ class CalibrationStats:
     """Statistics of every activation that a layer reads, by tensor name."""
 
     activations: dict[str, ActivationStats]
-
-    def of_twin(self, twin: LayerGraph, own: LayerGraph) -> CalibrationStats:
-        """Return the statistics of ``own`` under the names that the inputs of the same layers have in ``twin``."""
-        pairs = zip(twin.layers, own.layers, strict=True)
-        uses = (pair for layer, other in pairs for pair in zip(layer.uses, other.uses, strict=True))
-        return CalibrationStats({use.input: self.activations[other.input] for use, other in uses})
 
     def save(self, path: Path) -> None:
         """Write all arrays into one .npz file; names of tensors go into an index array."""

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import onnx_ir as ir
 
 from mpq_deploy.models.conditions import Conditions
-from mpq_deploy.models.spec import Array, DenoiserSpec, InputSpec
+from mpq_deploy.models.spec import Array, DenoiserSpec
 from mpq_deploy.system.progress import Talk
 
 
@@ -24,9 +24,6 @@ class Network(Protocol):
 
     def reference(self, feeds: dict[str, Array]) -> Array:
         """Return the network's own output for ``feeds``, float32."""
-
-    def resized(self, sample: InputSpec) -> Network:
-        """Return the network for another ``sample``, over the same weights. Raises UsageError where that cannot be."""
 
     def release(self) -> None:
         """Let go of the weights in memory: neither of the above is called again."""

@@ -15,12 +15,10 @@ import onnx_ir as ir
 
 from mpq_deploy.calls.sampler import make_sampler
 from mpq_deploy.errors import ModelError, UsageError
-from mpq_deploy.graph.layers import STANDARD_DOMAINS, layer_graph
-from mpq_deploy.graph.load import load_model
+from mpq_deploy.graph.layers import STANDARD_DOMAINS
 from mpq_deploy.graph.passes.first_token import common_first_token, precompute_first_token, projects
 from mpq_deploy.models.conditions import Conditions
 from mpq_deploy.models.denoiser import Denoiser, ExportReport, Network
-from mpq_deploy.models.smaller import SMALLER, require_alike, share_weights, smaller_denoiser
 from mpq_deploy.models.spec import Array, DenoiserSpec
 from mpq_deploy.runtime.not_finite import first_not_finite
 from mpq_deploy.runtime.ort import make_session_with, model_feeds, options_for_few_calls, run_session
@@ -52,15 +50,13 @@ def export_denoiser(
     talk: Talk | None = None,
     *,
     first_token_apart: bool = False,
-    smaller: int | None = None,
     release: bool = False,
 ) -> ExportReport:
     """Write ``denoiser`` into ``folder`` and compare the file, run by ONNX Runtime, with its source.
 
     ``first_token_apart``: cross-attention gets the keys and values of the text's first token as constants
-    (``graph.passes.first_token``). ``smaller``: also write the graph for samples of this height and width
-    (``denoisers.smaller``). ``release``: let go of the denoiser's own weights on the way, so that those of the
-    file are not held beside them.
+    (``graph.passes.first_token``). ``release``: let go of the denoiser's own weights on the way, so that those
+    of the file are not held beside them.
 
     Raises ModelError when a weight is not finite, when the graph cannot be exported, or when the outputs differ by
     more than the network's tolerance (1e-3 of the largest output for a PyTorch module).
@@ -68,7 +64,6 @@ def export_denoiser(
     talk = talk or Talk()
     started = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
-    small = None if smaller is None else smaller_denoiser(denoiser, smaller)
     model = denoiser.network.to_onnx(talk)
     check_finite(model)
     check_repeats(model)
@@ -81,8 +76,6 @@ def export_denoiser(
     opset, parameters = model.graph.opset_imports[""], sum(int(tensor.size) for tensor in sizes)
     weight_bytes = sum(tensor.nbytes for tensor in sizes)
     del model, sizes
-    if small is not None:
-        _export_smaller(small, folder, first_token_apart, talk)
     error = _checked_error(denoiser, folder / MODEL, release)
     if denoiser.decoder is not None:
         try:
@@ -113,23 +106,6 @@ def _checked_error(denoiser: Denoiser, path: Path, release: bool) -> float:
             f"At most {denoiser.network.tolerance:g} is expected: please report the model's configuration.",
         )
     return error
-
-
-def _export_smaller(denoiser: Denoiser, folder: Path, first_token_apart: bool, talk: Talk) -> None:
-    try:
-        model = denoiser.network.to_onnx(talk)
-    except ModelError as error:
-        shape = list(denoiser.spec.sample.shape)
-        raise ModelError(
-            f"The model does not take samples of {shape}, as measure.side asks: {error.message}",
-            "Give a side that the model can halve as often as it does its own, such as half of that; or leave it out.",
-        ) from error
-    if first_token_apart:
-        keep_first_token_apart(model, denoiser.spec, denoiser.conditions)
-    share_weights(model, folder / MODEL)
-    ir.save(model, folder / SMALLER)
-    require_alike(layer_graph(load_model(folder / SMALLER)), layer_graph(load_model(folder / MODEL)))
-    _checked_error(denoiser, folder / SMALLER, release=False)
 
 
 def keep_first_token_apart(model: ir.Model, spec: DenoiserSpec, conditions: Conditions) -> tuple[DenoiserSpec, str]:

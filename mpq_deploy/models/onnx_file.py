@@ -37,7 +37,7 @@ from mpq_deploy.models.additions import (
     read_scheduler,
 )
 from mpq_deploy.models.conditions import Conditions
-from mpq_deploy.models.denoiser import Denoiser, Network
+from mpq_deploy.models.denoiser import Denoiser
 from mpq_deploy.models.spec import Array, DenoiserSpec, InputSpec, PredictionType
 from mpq_deploy.system.progress import Talk
 
@@ -130,13 +130,6 @@ class OnnxNetwork:
         types = {"tensor(float16)": np.float16, "tensor(double)": np.float64}
         given = {i.name: feeds[i.name].astype(types.get(i.type, feeds[i.name].dtype)) for i in session.get_inputs()}
         return np.asarray(run_session(session, self._output, given), np.float32)
-
-    def resized(self, sample: InputSpec) -> Network:
-        """Refuse: the sizes are in the graph."""
-        raise UsageError(
-            f"{self.path} has one size of samples, {list(sample.shape)} is another.",
-            "Leave measure.side out, or give the PyTorch model instead of its ONNX file.",
-        )
 
     def release(self) -> None:
         """Close the file; the next call opens it again."""

@@ -62,10 +62,6 @@ class TorchNetwork:
         self.left_out = tuple(left_out)
         self.inputs, self.output, self._call = tuple(inputs), output, call
 
-    def resized(self, sample: InputSpec) -> TorchNetwork:
-        """Return the same module with another ``sample``, its first input."""
-        return TorchNetwork(self.module, (sample, *self.inputs[1:]), self.output, self._call, self.left_out)
-
     def to_onnx(self, talk: Talk) -> ir.Model:
         """Export with ``torch.onnx.export`` (dynamo), name everything, raise the declared opset."""
         check_parameters(self.module)

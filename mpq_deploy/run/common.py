@@ -10,7 +10,7 @@ from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
 from mpq_deploy.errors import UsageError
 from mpq_deploy.graph.layers import LayerGraph, layer_graph
 from mpq_deploy.graph.load import load_model
-from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.models.spec import Array
 from mpq_deploy.run.folder import Fields, canonical_json, file_digest
 from mpq_deploy.system.release import __version__
 
@@ -63,13 +63,6 @@ class Exported:
         self.conditions: dict[str, Array] = dict(exported.conditions.arrays)
         self.facts: dict[str, Any] = json.loads((self.folder / "facts.json").read_text())
         self.graph: LayerGraph = layer_graph(load_model(self.path))
-
-    def take_smaller(self, spec: DenoiserSpec) -> None:
-        """Go over to the graph that was exported for the smaller samples of ``spec``."""
-        from mpq_deploy.models.smaller import SMALLER
-
-        self.path, self.spec = self.folder / SMALLER, spec
-        self.graph = layer_graph(load_model(self.path))
 
 
 def load_calibration(pipeline: Pipeline) -> tuple[CalibrationSet, CalibrationStats]:

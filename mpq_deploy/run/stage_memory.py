@@ -90,7 +90,7 @@ def stage_memory(pipeline: Pipeline, stage: str) -> StageMemory:
         return _export(pipeline)
     if stage == "engine":
         return _engine(pipeline)
-    size, forms = _sizes(pipeline, stage)
+    size, forms = _sizes(pipeline)
     return estimate_stage(stage, size, pipeline.recipe, forms, _rounding_workers(pipeline, stage))
 
 
@@ -106,7 +106,7 @@ def rounding_worker_bytes(pipeline: Pipeline) -> int:
     from mpq_deploy.run.memory_model import candidates_worker_bytes
     from mpq_deploy.system.parallel.worker_memory import PROCESS_BYTES
 
-    size, forms = _sizes(pipeline, "candidates")
+    size, forms = _sizes(pipeline)
     return max(0, candidates_worker_bytes(size, pipeline.recipe, forms) - PROCESS_BYTES)
 
 
@@ -114,18 +114,15 @@ def salience_worker_bytes(pipeline: Pipeline) -> int:
     """Estimate what a worker holds that orders salient channels, beside what every worker does."""
     from mpq_deploy.run.memory_model import salience_worker_bytes as worker_bytes
 
-    return worker_bytes(_sizes(pipeline, "candidates")[0])
+    return worker_bytes(_sizes(pipeline)[0])
 
 
-def _sizes(pipeline: Pipeline, stage: str) -> tuple[ModelSize, int]:
-    """Return the size of the model that ``stage`` works on, and the weight forms per layer, at most."""
-    from mpq_deploy.models.smaller import smaller_spec
+def _sizes(pipeline: Pipeline) -> tuple[ModelSize, int]:
+    """Return the size of the exported model, and the weight forms per layer, at most."""
     from mpq_deploy.run.common import Exported
     from mpq_deploy.run.memory_model import model_size
 
     exported, recipe = Exported(pipeline), pipeline.recipe
-    if stage == "measure" and recipe.measure.side is not None:
-        exported.take_smaller(smaller_spec(exported.spec, recipe.measure.side))
     named = recipe.allocate.schemes
     forms = {s.weight_form for s in SCHEMES.values() if not s.branch and (s.name in named or s.family in named)}
     return model_size(exported.path, exported.graph, exported.spec.input_shapes()), len(forms)

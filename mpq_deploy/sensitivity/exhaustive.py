@@ -9,7 +9,7 @@ of which feeds another: there later uses are taken on float inputs, and a note s
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import networkx as nx
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
 Pairs = Collection[tuple[str, str]]
 Losses = dict[str, dict[str, Array]]
-# Of the calls of a slice at a position of the timesteps: (position, slice, float output, output) -> a sum over calls.
-Compare = Callable[[int, slice, Array, Array], float]
 
 
 def measure_exhaustive(
@@ -57,32 +55,23 @@ def measure_exhaustive(
         for layer in subject.layers
     }
     wanted = {layer: schemes for layer, schemes in wanted.items() if schemes}
-    errors, power, notes = _measured(subject, wanted, None, use_torch)
+    errors, power, notes = _measured(subject, wanted, use_torch)
     safe = np.where(power > 0, power, 1.0)
     losses = {layer: {s: total / safe for s, total in row.items()} for layer, row in errors.items()}
     return table_from_losses("exhaustive", subject.calls().timesteps, losses, notes)
 
 
-def measure_singly(
-    subject: Subject, layers: Collection[str], compare: Compare, use_torch: bool | None = None
-) -> Losses:
-    """Return layer -> scheme -> what ``compare`` finds, summed over the calls of each timestep, float64 [K]."""
-    chosen = [layer for layer in subject.layers if layer.name in layers]
-    wanted = {layer: frozenset(s.name for s in subject.candidates[layer.name].schemes) for layer in chosen}
-    return _measured(subject, wanted, compare, use_torch)[0]
-
-
 def _measured(
-    subject: Subject, wanted: dict[Layer, frozenset[str]], compare: Compare | None, use_torch: bool | None
+    subject: Subject, wanted: dict[Layer, frozenset[str]], use_torch: bool | None
 ) -> tuple[Losses, Array, tuple[str, ...]]:
-    """Return what is found for each of ``wanted`` (None: squared differences), the outputs' power, and notes."""
+    """Return the squared differences for each of ``wanted``, the outputs' power, and notes."""
     calls = subject.calls()
     torch_graph = _torch_graph(subject.graph) if use_torch is not False else None
     if torch_graph is not None:
         stacks = numpy_stacks(subject.graph, subject.candidates, subject.options.memory_bytes)
-        return *_with_torch(torch_graph, wanted, stacks, calls, subject, compare), ()
+        return *_with_torch(torch_graph, wanted, stacks, calls, subject), ()
     layer_errors = LayerErrors(subject.graph, subject.candidates, subject.stats, subject.options.memory_bytes)
-    found = _with_onnxruntime(wanted, layer_errors, calls, subject, compare)
+    found = _with_onnxruntime(wanted, layer_errors, calls, subject)
     return *found, _chained_uses(subject.graph, tuple(wanted))
 
 
@@ -108,7 +97,6 @@ def _with_torch(
     stacks: StackStore[FormStack],
     calls: Calls,
     subject: Subject,
-    compare: Compare | None = None,
 ) -> tuple[Losses, Array]:
     import torch
 
@@ -130,10 +118,7 @@ def _with_torch(
                 for scheme in sorted(schemes):
                     rewire = _rewire(layer, scheme, stacks, subject.stats, torch_graph.float_type)
                     output = torch_graph.run(feeds, rewire=rewire, known=known)[spec.output]
-                    if compare is None:
-                        found = float((output.double() - reference).square().sum())
-                    else:
-                        found = compare(step_index, chunk, reference.numpy(), output.double().numpy())
+                    found = float((output.double() - reference).square().sum())
                     errors[layer.name][scheme][step_index] += found
                     advance(chunk.stop - chunk.start)
     return errors, power
@@ -167,7 +152,6 @@ def _with_onnxruntime(
     layer_errors: LayerErrors,
     calls: Calls,
     subject: Subject,
-    compare: Compare | None = None,
 ) -> tuple[Losses, Array]:
     graph, talk = subject.graph, subject.talk
     errors, power = _empty(wanted, calls)
@@ -194,10 +178,7 @@ def _with_onnxruntime(
                         by_scheme.setdefault(scheme, {})[output] = error
                     for scheme, added in by_scheme.items():
                         changed = noisy.run(feeds, added)
-                        if compare is None:
-                            found = float(np.sum(np.square(changed - reference)))
-                        else:
-                            found = compare(step_index, chunk, reference, changed)
+                        found = float(np.sum(np.square(changed - reference)))
                         errors[layer.name][scheme][step_index] += found
                         advance(chunk.stop - chunk.start)
     return errors, power

@@ -19,20 +19,19 @@ from mpq_deploy.sensitivity.orthogonality import OrmOptions
 class MeasureOptions:
     """How much is measured, and with how much memory.
 
-    ``samples``: calls of the calibration set used at each timestep: evenly spaced ones, the same at every timestep;
-    with ``rotate`` the next ones at each, so that more of the set is seen for the same time. ``probes`` per timestep
-    and sample, of which the last ``heldout_probes`` are kept from the allocation. ``batch_size``: most samples at once;
-    ``memory_bytes`` may make it fewer. ``noise``: relative size of the gain metric's noise, and ``gain_samples`` the
-    calls it takes per timestep (its noise already averages over all elements of a layer's output). ``dtype``: the
-    type in which torch evaluates the graph, "float32" or "bfloat16". ``errors_dtype``: the type in which it takes
-    the local errors and their products with the gradients; "auto" is bfloat16 where the processor multiplies it
-    natively (about a fifth less time, 0.2 % of noise on each projection, so plans may differ between processors),
-    else float32. ``orm``: settings of the orm metric and its controls. ``shares``: the part of the trajectory that
-    each timestep stands for, of sum 1; None: equal ones.
+    ``samples``: calls of the calibration set used at each timestep: evenly spaced ones, the same at
+    every timestep; with ``rotate`` the next ones at each, so that more of the set is seen for the same
+    time. ``probes`` per timestep and sample. ``batch_size``: most samples at once; ``memory_bytes`` may
+    make it fewer. ``noise``: relative size of the gain metric's noise, and ``gain_samples`` the calls it
+    takes per timestep (its noise already averages over all elements of a layer's output). ``dtype``: the
+    type in which torch evaluates the graph, "float32" or "bfloat16". ``errors_dtype``: the type in which
+    it takes the local errors and their products with the gradients; "auto" is bfloat16 where the
+    processor multiplies it natively (about a fifth less time, 0.2 % of noise on each projection, so plans
+    may differ between processors), else float32. ``orm``: settings of the orm metric and its controls.
+    ``shares``: the part of the trajectory that each timestep stands for, of sum 1; None: equal ones.
     """
 
     probes: int = 8
-    heldout_probes: int = 2
     samples: int = 16
     batch_size: int | None = None
     seed: int = 0
@@ -46,11 +45,8 @@ class MeasureOptions:
     rotate: bool = False
 
     def __post_init__(self) -> None:
-        if self.probes < 1 or not 0 <= self.heldout_probes < self.probes:
-            raise UsageError(
-                f"{self.probes} probes with {self.heldout_probes} of them held out cannot be measured.",
-                "Give at least one probe more than are held out.",
-            )
+        if self.probes < 1:
+            raise UsageError(f"{self.probes} probes cannot be measured.", "Use 1 or more.")
         if self.samples < 1 or (self.batch_size is not None and self.batch_size < 1):
             raise UsageError(
                 f"{self.samples} samples in batches of {self.batch_size} cannot be measured.", "Use 1 or more."

@@ -51,9 +51,8 @@ def measure_probe(subject: Subject) -> SensitivityTable:
     """Measure all schemes of all layers with random adjoint probes.
 
     ``conditions``: rows of each condition input; call n uses row ``calibration.rows[n]``. ``losses`` of the result
-    are from all probes; ``heldout`` marks the entries of the last ``options.heldout_probes`` (see
-    ``SensitivityTable.seen`` and ``held_back``). Raises UnsupportedOperator when the graph holds a node that torch
-    cannot evaluate here, ModelError when its output is not finite.
+    are means over all probes. Raises UnsupportedOperator when the graph holds a node that torch cannot evaluate here,
+    ModelError when its output is not finite.
     """
     for name in (subject.options.dtype, subject.options.errors_dtype):
         if name not in FLOAT_TYPES and (name != AUTO or name is subject.options.dtype):
@@ -77,7 +76,7 @@ def measure_probe(subject: Subject) -> SensitivityTable:
     values: dict[str, dict[str, Array]] = {layer.name: {} for layer in subject.layers}
     for number, (layer, scheme) in enumerate(pairs):
         values[layer][scheme] = np.stack([result["values"][number] for result in found]).reshape(-1, *shape) / norm
-    return table_from_projections(calls.timesteps, values, subject.options.heldout_probes, notes, calls.turns)
+    return table_from_projections(calls.timesteps, values, notes, calls.turns)
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,8 @@ class SensitivityTable:
     ``losses``: layer name -> scheme name -> loss. ``projections``: layer -> scheme -> float32 [P] vectors of
     a_{l,s} (one entry per timestep, probe and sample, already divided by the output's norm of its timestep and by
     sqrt(P), so that the loss of a plan is ||sum_l a_{l,s_l}||^2, cross terms included); None for metrics without
-    probes. ``heldout`` bool [P] marks entries of probes that the allocation does not see; ``calls`` int [P] numbers the
-    calibration call behind each entry (``Calls.turns``; -1: an entry that was taken out, and is 0), None where that is
-    not known.
+    probes. ``calls`` int [P] numbers the calibration call behind each entry (``Calls.turns``; -1: an entry
+    that was taken out, and is 0), None where that is not known.
     ``losses_by_timestep``: layer -> scheme -> float32 [K]; their mean is the loss, so timesteps that stand for more of
     the trajectory than others (see ``weighted``) have that factor in them. A metric that is not in ``PREDICTING`` ranks
     layers by a loss of its own unit; ``importance`` is what orm and its controls make theirs of, and such a table lacks
@@ -37,7 +36,6 @@ class SensitivityTable:
     losses: dict[str, dict[str, float]]
     losses_by_timestep: dict[str, dict[str, Array]]
     projections: dict[str, dict[str, Array]] | None = None
-    heldout: Array | None = None
     notes: tuple[str, ...] = field(default=())
     importance: Importance | None = None
     calls: Array | None = None
@@ -64,7 +62,7 @@ class SensitivityTable:
             layer: {scheme: vector * roots for scheme, vector in by_scheme.items()}
             for layer, by_scheme in self.projections.items()
         }
-        return replace(made, projections=vectors, heldout=self.heldout, calls=self.calls)
+        return replace(made, projections=vectors, calls=self.calls)
 
     def plan_loss(self, schemes: dict[str, str]) -> float:
         """Predict the loss of a whole plan (layer -> scheme): with cross terms where there are projections."""
@@ -72,14 +70,6 @@ class SensitivityTable:
             return float(sum(self.losses[layer][scheme] for layer, scheme in schemes.items()))
         total = sum(self.projections[layer][scheme].astype(np.float64) for layer, scheme in schemes.items())
         return float(np.sum(np.square(total)))
-
-    def seen(self) -> SensitivityTable:
-        """Return the table from the probes that an allocation may see; itself for metrics without probes."""
-        return self._restricted(keep_heldout=False)
-
-    def held_back(self) -> SensitivityTable:
-        """Return the table from the held-out probes alone; itself where none were held out."""
-        return self._restricted(keep_heldout=True)
 
     def folds(self, count: int) -> list[tuple[SensitivityTable, SensitivityTable]]:
         """Split the calls into ``count`` parts; for each, return the table without it and the table of it alone.
@@ -104,21 +94,7 @@ class SensitivityTable:
             for layer, by_scheme in self.projections.items()
         }
         part = _from_vectors(self.metric, self.timesteps, vectors, self.notes)
-        return replace(part, heldout=self.heldout, calls=np.where(kept, self.calls, -1).astype(np.int32))
-
-    def _restricted(self, keep_heldout: bool) -> SensitivityTable:
-        if self.projections is None or self.heldout is None or not self.heldout.any():
-            return self
-        # Entries are ordered [timestep, probe, sample]; every timestep has equally many of either kind.
-        chosen = np.flatnonzero(self.heldout == keep_heldout)
-        factor = np.float32(np.sqrt(len(self.heldout) / len(chosen)))
-        vectors = {
-            layer: {scheme: vector[chosen] * factor for scheme, vector in by_scheme.items()}
-            for layer, by_scheme in self.projections.items()
-        }
-        part = _from_vectors(self.metric, self.timesteps, vectors, self.notes)
-        calls = None if self.calls is None else self.calls[chosen]
-        return replace(part, heldout=self.heldout[chosen], calls=calls)
+        return replace(part, calls=np.where(kept, self.calls, -1).astype(np.int32))
 
     def save(self, folder: Path) -> None:
         """Write ``table.json`` and ``projections.npz`` into ``folder``."""
@@ -127,9 +103,8 @@ class SensitivityTable:
         arrays: dict[str, Array] = {
             "by_timestep": np.stack([self.losses_by_timestep[a][s] for a, s in pairs]).astype(np.float32)
         }
-        if self.projections is not None and self.heldout is not None:
+        if self.projections is not None:
             arrays["projections"] = np.stack([self.projections[a][s] for a, s in pairs]).astype(np.float32)
-            arrays["heldout"] = self.heldout
         if self.calls is not None:
             arrays["calls"] = self.calls
         np.savez(folder / "projections.npz", **arrays)  # type: ignore[arg-type]
@@ -152,7 +127,7 @@ class SensitivityTable:
         with np.load(folder / "projections.npz", allow_pickle=False) as data:
             by_timestep = _by_pair(pairs, data["by_timestep"])
             projections = _by_pair(pairs, data["projections"]) if "projections" in data else None
-            heldout, calls = data.get("heldout", None), data.get("calls", None)
+            calls = data.get("calls", None)
         stored = folder / IMPORTANCE
         return cls(
             text["metric"],
@@ -160,7 +135,6 @@ class SensitivityTable:
             text["losses"],
             by_timestep,
             projections,
-            heldout,
             tuple(text["notes"]),
             Importance.load(stored) if stored.exists() else None,
             calls,
@@ -170,25 +144,20 @@ class SensitivityTable:
 def table_from_projections(
     timesteps: Array,
     values: dict[str, dict[str, Array]],
-    heldout_probes: int,
     notes: tuple[str, ...] = (),
     calls: Array | None = None,
 ) -> SensitivityTable:
     """Make a table from layer -> scheme -> projections float32 [K, probes, N], divided by the output's rms norm.
 
-    ``losses`` are means over all probes; ``heldout`` marks the entries of the last ``heldout_probes`` of them.
-    ``calls`` int [K, N]: the call behind each.
+    ``losses`` are means over all probes. ``calls`` int [K, N]: the call behind each.
     """
     shape = next(iter(next(iter(values.values())).values())).shape if values else (len(timesteps), 1, 1)
-    mask = np.zeros(shape, bool)
-    if heldout_probes:
-        mask[:, -heldout_probes:] = True
-    factor = np.float32(1 / np.sqrt(mask.size))
+    factor = np.float32(1 / np.sqrt(np.prod(shape)))
     vectors = {
         layer: {scheme: a.reshape(-1).astype(np.float32) * factor for scheme, a in by_scheme.items()}
         for layer, by_scheme in values.items()
     }
-    made = replace(_from_vectors("probe", timesteps, vectors, notes), heldout=mask.reshape(-1))
+    made = _from_vectors("probe", timesteps, vectors, notes)
     if calls is None:
         return made
     return replace(made, calls=np.broadcast_to(calls[:, None], shape).reshape(-1).astype(np.int32))

@@ -21,7 +21,6 @@ from mpq_deploy.stages.candidates import candidates_inputs, make_candidates, wan
 from mpq_deploy.stages.engine import RTX, builder_present, engine_inputs, make_engine
 from mpq_deploy.stages.evaluate import correction_inputs, evaluate_inputs, make_correction, make_evaluate
 from mpq_deploy.stages.export import export_inputs, make_export
-from mpq_deploy.stages.groups import check_groups
 from mpq_deploy.stages.measure import make_measure, measure_inputs
 from mpq_deploy.stages.quantize import controls_inputs, make_controls, make_quantize, quantize_inputs
 from mpq_deploy.stages.recover import make_recover, recover_inputs
@@ -66,7 +65,6 @@ def check_recipe(recipe: Recipe) -> None:
     _check_schemes(recipe, target)
     budget_in_bytes(recipe.budget, 1 << 30, 1 << 30)
     check_latency(recipe, target)
-    check_groups(recipe)
     if recipe.measure.method == "orm" or recipe.measure.sampling == "adaptive":
         check_timesteps(recipe)
     if recipe.evaluate.seed == recipe.calibrate.seed:

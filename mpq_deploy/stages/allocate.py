@@ -41,7 +41,6 @@ from mpq_deploy.run.folder import Fields
 from mpq_deploy.run.stage_memory import check_memory
 from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.stages.candidates import choices_of
-from mpq_deploy.stages.groups import MIXDQ, allocate_groups, groups_note
 
 if TYPE_CHECKING:
     from mpq_deploy.run.pipeline import Pipeline
@@ -51,8 +50,6 @@ def allocate_inputs(pipeline: Pipeline) -> Fields:
     """Return what the stage allocate reads: digests and settings."""
     return {
         **{name: pipeline.digest(name) for name in ("export", "candidates", "measure")},
-        # Plans of groups are also measured, on calibration calls.
-        **({"calibrate": pipeline.digest("calibrate")} if pipeline.recipe.allocate.groups == MIXDQ else {}),
         "recipe.budget": pipeline.recipe.budget,
         "target.protected": list(load_target(pipeline.recipe.target).protected),
         **settings(pipeline.recipe.allocate, "allocate"),
@@ -74,8 +71,6 @@ class PlanSolver:
         self.orm = pipeline.recipe.measure.orm
         self.exported = Exported(pipeline)
         self.layers = self.exported.graph.layers
-        # Controls and other tables are to show what a metric is worth, so all layers are allocated by it alone.
-        self.grouped = self.section.groups == MIXDQ and not control and table is None
         self.table = table or SensitivityTable.load(pipeline.folder("measure") / control)
         read = choices_of(pipeline, self.exported.graph)
         self.refused = {name: {**c.refused, **self._ruled_out(name, c)} for name, c in read.items()}
@@ -160,10 +155,6 @@ class PlanSolver:
         try:
             problem = self._with_latency(problem)
             solved, cross_terms = self._solved(problem)
-            groups = None
-            if self.grouped:
-                solved, groups = allocate_groups(self.pipeline, self.table, problem, solved, self._solved_apart)
-                cross_terms = None
         except InfeasibleBudgetError as error:
             ratio = math.ceil(error.smallest / self.fp16_size * 1e4) / 1e4
             raise InfeasibleBudgetError(
@@ -185,12 +176,11 @@ class PlanSolver:
             layers=[{**self._row(i, schemes[n.name]), **weighed[i]} for i, n in enumerate(self.layers)],
             others=[vars(other) for other in self.exported.graph.others],
             solver=solved.report,
-            notes=[*self.table.notes, *self._latency_notes(latency), *([groups_note(groups)] if groups else [])],
+            notes=[*self.table.notes, *self._latency_notes(latency)],
             bit_programme=programme,
             cross_terms=None if cross_terms is None else asdict(cross_terms),
             simulated=any(SCHEMES[name].simulated for name in schemes.values()),
             latency=None if latency is None else asdict(latency),
-            groups=groups,
         )
 
     def _latency(self, problem: Problem, schemes: dict[str, str]) -> PlanLatency | None:

@@ -236,7 +236,7 @@ def salience_inputs(
     rounded_on, _ = load_calibration(pipeline)[0].split(pipeline.recipe.measure.samples)
     count = len(rounded_on.timesteps)
     some = rounded_on.at(sampled_steps(count, min(SALIENCE_TIMESTEPS, count)))
-    options = MeasureOptions(probes=1, heldout_probes=0, samples=SALIENCE_SAMPLES)
+    options = MeasureOptions(probes=1, samples=SALIENCE_SAMPLES)
     return exported.graph, body_weights(chosen), some, exported.conditions, exported.spec, options
 
 

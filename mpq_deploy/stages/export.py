@@ -35,8 +35,6 @@ def export_inputs(pipeline: Pipeline) -> Fields:
     }
     if recipe.first_token != "quantized":
         fields["recipe.first_token"] = recipe.first_token
-    if recipe.measure.side is not None:
-        fields["recipe.measure.side"] = recipe.measure.side
     for name in ("conditions", "scheduler", "prompts", "description"):
         given = getattr(recipe, name)
         fields[f"recipe.{name}"] = path_digest(Path(given)) if given else None
@@ -68,9 +66,7 @@ def make_export(pipeline: Pipeline, folder: Path) -> str:
     check_memory(pipeline, "export")
     denoiser = source_denoiser(recipe, pipeline.talk)
     apart = recipe.first_token == "precomputed"
-    report = export_denoiser(
-        denoiser, folder, pipeline.talk, first_token_apart=apart, smaller=recipe.measure.side, release=True
-    )
+    report = export_denoiser(denoiser, folder, pipeline.talk, first_token_apart=apart, release=True)
     graph = layer_graph(load_model(folder / "model.onnx"))
     if not graph.layers:
         raise UsageError(

@@ -31,8 +31,6 @@ def measure_inputs(pipeline: Pipeline) -> Fields:
     adaptive = section.sampling == "adaptive"
     if not adaptive:
         del fields["recipe.measure.coarse_timesteps"]
-    if section.side is None:
-        del fields["recipe.measure.side"]
     # What orm is told concerns nobody else: other methods stay as they are.
     orm = fields.pop("recipe.measure.orm")
     if adaptive or weighs_bits(pipeline.recipe):
@@ -55,13 +53,6 @@ def make_measure(pipeline: Pipeline, folder: Path) -> str:
     inputs, _ = load_calibration(pipeline)
     if inputs.split(section.samples)[1] is inputs and section.method not in ORM_CONTROLS:
         note = "losses are measured on the samples that the weights were rounded on, so they are optimistic"
-        said = (*said, note)
-    if section.side is not None:
-        whole = Exported(pipeline).spec.sample.shape[-2:]
-        note = (
-            f"losses are measured on samples of {section.side} x {section.side}, the centres of those of "
-            f"{whole[0]} x {whole[1]}: predictions are of these, and layers of low resolution may count too much"
-        )
         said = (*said, note)
     replace(table, notes=(*table.notes, *said)).save(folder)
     for control in ORM_CONTROLS if section.method == "orm" else ():
@@ -86,18 +77,11 @@ def measured_subject(chosen: tuple[int, ...], pipeline: Pipeline, options: Measu
 
 
 def _measured_model(pipeline: Pipeline) -> tuple[Exported, CalibrationSet, CalibrationStats]:
-    """Return the model, calls and statistics to measure with: at a smaller sample where the recipe wants that."""
+    """Return the model, calls and statistics to measure with."""
     exported = Exported(pipeline)
     inputs, stats = load_calibration(pipeline)
     _, held_out = inputs.split(pipeline.recipe.measure.samples)
-    side = pipeline.recipe.measure.side
-    if side is None:
-        return exported, held_out, stats
-    from mpq_deploy.models.smaller import smaller_spec
-
-    whole = exported.graph
-    exported.take_smaller(smaller_spec(exported.spec, side))
-    return exported, held_out.cropped(side, side), stats.of_twin(exported.graph, whole)
+    return exported, held_out, stats
 
 
 def _spread(pipeline: Pipeline, chosen: tuple[int, ...]) -> Spread:
@@ -128,7 +112,6 @@ def _measured_steps(
     count = min(section.timesteps, available)
     options = MeasureOptions(
         probes=section.probes,
-        heldout_probes=0,
         samples=min(section.calls, section.samples),
         rotate=True,
         batch_size=section.batch_size,

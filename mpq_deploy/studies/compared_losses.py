@@ -173,7 +173,6 @@ class Losses:
         section = self._pipeline.recipe.measure
         options = MeasureOptions(
             probes=section.probes,
-            heldout_probes=0,
             samples=self.samples,
             batch_size=section.batch_size,
             seed=section.seed,

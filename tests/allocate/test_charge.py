@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpq_deploy.allocate.milp import LayerChoice, Problem, allocate, allocate_charged, plan_bytes
+from mpq_deploy.allocate.milp import LayerChoice, Problem, allocate, plan_bytes
 from mpq_deploy.formats.sizes import ACTIVATION_SCALE_BYTES
+from tests.allocate.penalized import allocate_charged
 
 NAMES = ("fp16", "w4a16-b32", "w4a16-b128", "w4a16-b128+rows1", "w4a16-b128+rows3")
 

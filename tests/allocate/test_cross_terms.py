@@ -212,7 +212,7 @@ def made_table(
         factors = {"fp16": 1e-3, "w8a8": 0.3, "w4a16-b32": 1.0}
         values[f"l{number}"] = {s: (f * size * direction).astype(np.float32) for s, f in factors.items()}
     turns = np.tile(np.arange(calls), (steps, 1))
-    table = table_from_projections(np.arange(steps, dtype=np.float32), values, 0, (), turns)
+    table = table_from_projections(np.arange(steps, dtype=np.float32), values, (), turns)
     choices = [LayerChoice(n, (n,), SIZES, table.losses[n]) for n in values]
     return Problem(choices, 0, 45 * layers), table
 

@@ -14,7 +14,6 @@ from mpq_deploy.allocate.milp import (
     LayerChoice,
     Problem,
     allocate,
-    allocate_charged,
     fastest_plan,
     fits,
     plan_bytes,
@@ -23,6 +22,7 @@ from mpq_deploy.allocate.milp import (
     smallest_plan,
 )
 from mpq_deploy.errors import InfeasibleLatencyError, UsageError
+from tests.allocate.penalized import allocate_charged
 from tests.allocate.test_milp import every_plan, loss_of
 
 NAMES = ("fp16", "w8a8", "w4a16-b128", "w4a8-b64", "w4a16-b128+rows1")

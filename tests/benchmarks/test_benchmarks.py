@@ -15,14 +15,13 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from mpq_deploy.allocate.milp import Problem, plan_bytes
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 SCRIPTS = ("budgets", "probe_quality", "allocate", "peers", "correction", "seeds", "recover", "scale", "speed")
-SCRIPTS += ("workers", "side")
+SCRIPTS += ("workers",)
 
 
 @pytest.fixture
@@ -265,22 +264,3 @@ def test_killed_builds_are_compared_by_their_engines_too(script: ModuleType, tmp
     assert contents() == contents(sha256="b", bytes=3)
     assert contents() != contents("correlation")
     assert contents() != contents(weights_bytes=11)
-
-
-@using("side")
-def test_losses_in_another_order_or_of_another_size_are_found(script: ModuleType) -> None:
-    from mpq_deploy.sensitivity.table import table_from_losses
-
-    def table(losses: list[float]) -> Any:
-        rows = {
-            f"layer{number}": {s: np.full(2, loss) for s in ("w8a8", "w4a16-b64+rows1", "w4a16-b64+rows2")}
-            for number, loss in enumerate(losses)
-        }
-        return table_from_losses("probe", np.array([10.0, 20.0]), rows, ())
-
-    whole = [2.0**number for number in range(12)]
-    same = script.agreements(table(whole), table([3 * loss for loss in whole]))
-    assert [(row.kind, row.layers) for row in same] == [("w8a8", 12), ("w4a16-b64+rows", 12)]
-    assert all(row.spearman == pytest.approx(1) and row.factor.median == pytest.approx(3) for row in same)
-    for row in script.agreements(table(whole), table(whole[::-1])):
-        assert row.spearman == pytest.approx(-1) and row.factor.low < 1 < row.factor.high

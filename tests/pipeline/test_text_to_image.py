@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from mpq_deploy.graph.load import load_model  # noqa: E402
 from mpq_deploy.models.prompts import prompts_file, read_prompts  # noqa: E402
 from mpq_deploy.models.spec import DenoiserSpec  # noqa: E402
 from tests.pipeline.conftest import Outcome  # noqa: E402
-from tests.pipeline.runs import Built, build, recipe_for, save_denoiser  # noqa: E402
+from tests.pipeline.runs import Built, build, recipe_for  # noqa: E402
 from tests.tiny_models import tiny_clip_folder, tiny_text_pipeline_folder, tiny_unet_folder  # noqa: E402
 
 pytestmark = pytest.mark.torch
@@ -100,34 +99,6 @@ def test_the_choice_makes_another_export(built: Built, folder: Path, tmp_path: P
     assert not DenoiserSpec.load(plain.run / "export" / "denoiser.json").first_tokens
     fields = [json.loads((run / "export" / "stage.json").read_text())["inputs"] for run in (built.run, plain.run)]
     assert {key for key in fields[0] if fields[0].get(key) != fields[1].get(key)} == {"recipe.first_token"}
-
-
-def test_groups_are_found_measured_and_said(built: Built, folder: Path, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(built.run, tmp_path / "run"))
-    options = {"target": "onnxruntime-cpu", "first_token": "precomputed", "evaluate__samples": 4}
-    again = build(recipe_for(folder, **options, allocate__groups="mixdq"), run, last="quantize")
-    assert again.made[0] == "allocate"
-    plan = json.loads((run / "allocate" / "plan.json").read_text())
-    groups = plan["groups"]
-    roles = {name.split("transformer_blocks.0.")[1] for name in groups["content"]}
-    assert roles == {*(f"attn2.to_{part}" for part in ("q", "k", "v", "out.0")), "ff.net.0.proj", "ff.net.2"}
-    assert plan["size_bytes"] <= plan["budget_bytes"]
-    errors = [row["measured_nmse"] for row in groups["splits"] if row["measured_nmse"] is not None]
-    assert groups["chosen"]["measured_nmse"] == min(errors) and len(errors) <= 4
-    assert groups["without_groups"]["measured_nmse"] > 0
-    assert any("MixDQ's groups: " in note for note in plan["notes"])
-    # A second budget measures no layer again, and without groups nothing of it is left.
-    entries = sorted((run / ".samples").iterdir())
-    build(recipe_for(folder, **{**options, "budget": 0.45}, allocate__groups="mixdq"), run, last="allocate")
-    assert sorted((run / ".samples").iterdir()) == entries
-    build(recipe_for(folder, **options), run, last="allocate")
-    assert (run / "allocate" / "plan.json").read_bytes() == (built.run / "allocate" / "plan.json").read_bytes()
-
-
-def test_groups_need_cross_attention(tmp_path: Path) -> None:
-    model = save_denoiser(tmp_path)
-    with pytest.raises(UsageError, match="no cross-attention"):
-        build(recipe_for(model, allocate__groups="mixdq"), tmp_path / "run", last="allocate")
 
 
 def test_a_model_without_text_has_no_first_token(tmp_path: Path) -> None:

@@ -235,7 +235,6 @@ def test_tables_are_saved_and_loaded(mixed: Setting, tmp_path: Any) -> None:
         assert loaded.notes == table.notes
         plan = {"to_q": "w8a8", "to_k": "w4a16-b32"}
         assert loaded.plan_loss(plan) == table.plan_loss(plan)
-        assert loaded.held_back().plan_loss(plan) == table.held_back().plan_loss(plan)
 
 
 def test_candidates_of_another_graph_are_refused(mixed: Setting) -> None:

@@ -309,7 +309,7 @@ def test_shares_weigh_the_other_metrics(mixed: Setting) -> None:
 
 def test_shares_weigh_projections_too(mixed: Setting) -> None:
     pytest.importorskip("torch")
-    options = replace(OPTIONS, samples=4, probes=2, heldout_probes=1)
+    options = replace(OPTIONS, samples=4, probes=2)
     even = measure("probe", Subject(*mixed, options, Talk()))
     weighed = measure("probe", Subject(*mixed, replace(options, shares=(0.6, 0.3, 0.1)), Talk()))
     for layer in ("conv_in", "to_k"):

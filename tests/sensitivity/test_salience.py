@@ -25,7 +25,7 @@ def mixed() -> Setting:
 def errors(case: Setting, bodies: dict[str, np.ndarray], samples: int = 3) -> dict[str, np.ndarray]:
     from mpq_deploy.sensitivity.salience import channel_errors
 
-    options = MeasureOptions(probes=1, heldout_probes=0, samples=samples)
+    options = MeasureOptions(probes=1, samples=samples)
     return channel_errors(case.graph, bodies, case.calibration, case.conditions, case.spec, options, Talk())
 
 
