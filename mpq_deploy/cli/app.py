@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mpq_deploy.errors import UsageError
+from mpq_deploy.system.libraries import quiet_libraries
 from mpq_deploy.system.release import __version__
 
 if TYPE_CHECKING:
@@ -55,12 +56,14 @@ def _version(asked: bool) -> None:
 def _main(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Results on stdout as JSON.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks, and what libraries log.")] = False,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
     State.quiet, State.json, State.debug = quiet, json, debug
+    if not debug:
+        quiet_libraries()
 
 
 def recipe_for(

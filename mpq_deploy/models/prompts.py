@@ -6,8 +6,6 @@ the empty prompt.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -24,6 +22,7 @@ from mpq_deploy.models.open import DENOISERS
 from mpq_deploy.models.spec import Array
 from mpq_deploy.models.transformer import FLUX, PIXART, SD3
 from mpq_deploy.models.unet import find_weights
+from mpq_deploy.system.libraries import no_bars
 from mpq_deploy.system.progress import Talk
 
 # Classes of transformers that are opened: encoders and tokenizers of the Stable Diffusion and T5 families.
@@ -272,20 +271,6 @@ class Encoder:
         return _Encoded(_rows(states), mask, _rows(pooled) if pooled else None, self.t5)
 
 
-@contextmanager
-def no_bars() -> Iterator[None]:
-    """Keep transformers' own progress bars out of the output."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
 def _rows(parts: list[torch.Tensor]) -> Array:
     return np.array(torch.cat(parts).float().numpy(), np.float32)
 
@@ -307,7 +292,7 @@ def load_part(folder: Path, pipeline: dict[str, Any], name: str, allowed: tuple[
         options["dtype"] = torch.float32
         options["output_loading_info"] = True
     try:
-        with no_bars():
+        with no_bars("transformers"):
             loaded = getattr(transformers, class_name).from_pretrained(folder / name, **options)
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise ModelError(f"The {name} of {folder} cannot be loaded: {str(error).splitlines()[0]}") from error

@@ -11,6 +11,7 @@ import torch
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.models.additions import WantedInput
 from mpq_deploy.models.hub import PICKLE_ENDINGS
+from mpq_deploy.system.libraries import no_bars
 
 UNET_CLASSES = ("UNet2DModel", "UNet2DConditionModel")
 WEIGHTS_NAME = "diffusion_pytorch_model"
@@ -128,25 +129,28 @@ def load_pretrained(model_class: Any, folder: Path, variant: str | None) -> torc
         # All of it is float32 here; diffusers would ask for another package to load only parts so.
         model_class = type(model_class.__name__, (model_class,), {"_keep_in_fp32_modules": None})
     try:
-        model, loaded = model_class.from_pretrained(
-            folder,
-            variant=variant,
-            use_safetensors=True,
-            torch_dtype=torch.float32,
-            local_files_only=True,
-            low_cpu_mem_usage=False,
-            output_loading_info=True,
-        )
+        with no_bars("diffusers"):
+            model, loaded = model_class.from_pretrained(
+                folder,
+                variant=variant,
+                use_safetensors=True,
+                torch_dtype=torch.float32,
+                local_files_only=True,
+                low_cpu_mem_usage=False,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
         reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
         raise ModelError(
             f"The weights in {folder} cannot be loaded: {reason}",
             "The file is damaged or belongs to another config.json: download or save the model again.",
         ) from error
-    if loaded["missing_keys"]:
-        missing = sorted(loaded["missing_keys"])
+    missing, unexpected = sorted(loaded["missing_keys"]), sorted(loaded["unexpected_keys"])
+    if missing or unexpected:
+        names = missing or unexpected
+        problem = "lack" if missing else f"hold, and {model_class.__name__} does not take,"
         raise ModelError(
-            f"The weights in {folder} lack {len(missing)} tensors, such as '{missing[0]}'.",
+            f"The weights in {folder} {problem} {len(names)} tensors, such as '{names[0]}'.",
             "The file belongs to another config.json, or was saved incompletely.",
         )
     return model.eval()

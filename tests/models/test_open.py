@@ -250,6 +250,17 @@ def test_a_tensor_that_is_missing_from_the_file_is_named(tmp_path: Path) -> None
         open_denoiser(folder)
 
 
+def test_a_tensor_that_the_class_does_not_take_is_named(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tiny_unet_folder(tmp_path)
+    weights = load_file(folder / "unet" / WEIGHTS)
+    weights["adapter.weight"] = weights["conv_in.bias"].clone()
+    save_file(weights, folder / "unet" / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"does not take, 1 tensors, such as 'adapter\.weight'"):
+        open_denoiser(folder)
+
+
 def test_inpainting_and_unknown_sizes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="takes 6 channels and gives 3"):
         open_denoiser(tiny_unet_folder(tmp_path / "a", in_channels=6))

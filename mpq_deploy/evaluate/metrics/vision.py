@@ -12,6 +12,7 @@ from mpq_deploy.evaluate.metrics.efficientnet import torch_features
 from mpq_deploy.evaluate.metrics.networks import CLIP, digest_of, title_of
 from mpq_deploy.models.spec import Array
 from mpq_deploy.run.folder import file_digest
+from mpq_deploy.system.libraries import no_bars
 
 CONFIG, PREPROCESSOR, WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
 
@@ -81,13 +82,11 @@ def from_folder(kind: Any, folder: Path, name: str, **options: Any) -> Any:
     """
     from transformers.utils import logging
 
-    from mpq_deploy.models.prompts import no_bars
-
     level = logging.get_verbosity()
     # Weights of the other tower are listed as unexpected, line by line; what is missing is told below.
     logging.set_verbosity_error()
     try:
-        with no_bars():
+        with no_bars("transformers"):
             model, info = kind.from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
             )

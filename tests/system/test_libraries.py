@@ -1,0 +1,61 @@
+"""What other libraries log and warn stays out of the output, unless it is asked for."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("diffusers", reason="needs diffusers: pip install mpq-deploy[torch]")
+
+from mpq_deploy.system.libraries import no_bars
+from tests.tiny_models import tiny_unet_folder
+
+pytestmark = pytest.mark.torch
+# ``doctor`` opens a model whose configuration has an entry that its class does not know, after a library's warning.
+CODE = """
+import sys, warnings
+from pathlib import Path
+
+import mpq_deploy.system.doctor as doctor
+from mpq_deploy.cli import main
+from mpq_deploy.models.open import open_denoiser
+
+find_gpus, folder = doctor.find_gpus, sys.argv.pop()
+
+def opened():
+    open_denoiser(Path(folder))
+    warnings.warn_explicit("outdated", FutureWarning, "lib.py", 1, "lib")
+    warnings.warn_explicit("doubtful", UserWarning, "lib.py", 1, "diffusers.lib")
+    warnings.warn_explicit("ours", UserWarning, "ours.py", 1, "mpq_deploy.ours")
+    return find_gpus()
+
+doctor.find_gpus = opened
+main()
+"""
+
+
+@pytest.mark.parametrize("debug", [False, True], ids=["usual", "debug"])
+def test_lines_of_libraries_are_shown_with_debug_alone(debug: bool, tmp_path: Path) -> None:
+    folder = tiny_unet_folder(tmp_path)
+    config = folder / "unet" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "made_up": 1}))
+    arguments = ["--debug"] if debug else []
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, *arguments, "doctor", str(folder)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert all((line in done.stderr) == debug for line in ("made_up", "outdated", "doubtful")), done.stderr
+    assert "ours" in done.stderr
+
+
+@pytest.mark.parametrize("library", ["diffusers", "transformers"])
+def test_progress_bars_come_back(library: str) -> None:
+    logging = pytest.importorskip(f"{library}.utils.logging")
+    assert logging.is_progress_bar_enabled()
+    with no_bars(library):
+        assert not logging.is_progress_bar_enabled()
+    assert logging.is_progress_bar_enabled()
