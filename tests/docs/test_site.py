@@ -136,6 +136,22 @@ def test_links_work_on_a_code_host_too(document: Path) -> None:
             assert (document.parent / target.split("#")[0]).exists(), target
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_paths_that_a_document_names_are_there(document: Path) -> None:
+    """Paths in code such as `tests/graph`; in CONTRIBUTING also those inside the package, such as `graph/save.py`."""
+    folders = "tests|scripts|benchmarks|mpq_deploy|recipes|docker"
+    text = document.read_text(encoding="utf-8")
+    for path in re.findall(rf"(?<![\w/.-])(?:{folders})/[\w/.-]*\w", text):
+        # The wheel has that folder, the repository keeps it as calibration/.
+        assert (ROOT / path).exists() or path.startswith("mpq_deploy/calibration_data"), path
+    if document.name == "CONTRIBUTING.md":
+        rooms = "|".join(path.name for path in (ROOT / "mpq_deploy").iterdir() if path.is_dir())
+        for path in re.findall(rf"`((?:{rooms})/[\w/.]*)`", text):
+            assert (ROOT / "mpq_deploy" / path).exists(), path
+        named = set(re.findall(r"^\| `(\w+)/` \|", text, re.MULTILINE))
+        assert named == {path.parent.name for path in (ROOT / "mpq_deploy").glob("*/__init__.py")}
+
+
 def messages() -> list[str]:
     """Every text in the package, with … for what is put into it."""
     found = []
