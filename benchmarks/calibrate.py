@@ -54,7 +54,7 @@ def export_unet(channels: tuple[int, ...], folder: Path) -> None:
     DDPMScheduler().save_pretrained(folder / "source" / "scheduler")
     index = {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}
     index["scheduler"] = ["diffusers", "DDPMScheduler"]
-    (folder / "source" / "model_index.json").write_text(json.dumps(index))
+    (folder / "source" / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     (folder / "export").mkdir()
     export_denoiser(open_denoiser(str(folder / "source")), folder / "export", Talk())
 
@@ -81,7 +81,7 @@ def measure(folder: Path, mode: str, samples: int) -> dict[str, float]:
 
 def child(folder: Path, mode: str, samples: int) -> dict[str, float]:
     command = [sys.executable, __file__, "--measure", mode, "--samples", str(samples), str(folder)]
-    return dict(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    return dict(json.loads(subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout))
 
 
 def report(label: str, folder: Path) -> bool:

@@ -372,14 +372,14 @@ def build(model: onnx.ModelProto, shape: tuple[int, ...], sm: tuple[str, ...]) -
         files = [str(folder / part) for part in ("form.onnx", "engine", "log", "result")]
         BuildJob("tensorrt_rtx", *files, sm, shapes).save(folder / "job.json")
         command = [sys.executable, "-m", "mpq_deploy.engine.build_worker", str(folder / "job.json")]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
         if done.returncode < 0:
             return {"builds": "CRASH", "bytes": "", "how": f"signal {-done.returncode}"}
-        result = json.loads((folder / "result").read_text())
+        result = json.loads((folder / "result").read_text(encoding="utf-8"))
         if "errors" in result:
             why = min((e["message"] for e in result["errors"]), key=len)
             return {"builds": f"FAIL {result['stage']}", "bytes": "", "how": " ".join(why.split())[:110]}
-        log = parse_engine_log((folder / "log").read_text())
+        log = parse_engine_log((folder / "log").read_text(encoding="utf-8"))
         return {"builds": "yes", "bytes": f"{log.weights_bytes} ({constant_bytes(model)})", "how": kernels(log)}
 
 
@@ -425,7 +425,7 @@ def main() -> None:
     rows = measured(None, chosen.only, chosen.sm)
     if chosen.out:
         chosen.out.parent.mkdir(parents=True, exist_ok=True)
-        chosen.out.write_text(page(rows, chosen.sm, measured(TURING, "", ["SM75"])))
+        chosen.out.write_text(page(rows, chosen.sm, measured(TURING, "", ["SM75"])), encoding="utf-8")
 
 
 def page(rows: list[str], sm: list[str], turing: list[str]) -> str:

@@ -97,7 +97,7 @@ def processes_of(group: int) -> list[int]:
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:
-                state, _, member = (folder / "stat").read_text().rsplit(")", 1)[1].split()[:3]
+                state, _, member = (folder / "stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[:3]
             except OSError:
                 continue
             if int(member) == group and state != "Z":
@@ -112,7 +112,7 @@ def contents(run: Path) -> dict[str, str]:
     record = run / "engine" / RECORD
     if record.is_file():
         found[f"engine/{LAYERS}"] = file_digest(run / "engine" / LAYERS)
-        values = json.loads(record.read_text())
+        values = json.loads(record.read_text(encoding="utf-8"))
         found[f"engine/{RECORD}"] = json.dumps({k: v for k, v in values.items() if k not in OWN_FILE}, sort_keys=True)
     return found
 
@@ -137,7 +137,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         recipe = bench_recipe(None, chosen.set, {**QUICK, "model": chosen.model})
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")), encoding="utf-8")
         builds = Builds(folder / "recipe.yaml")
         whole = builds.finish(folder / "reference")
         expected = contents(folder / "reference")

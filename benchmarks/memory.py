@@ -51,14 +51,18 @@ def prepare(name: str, work: Path, changes: Sequence[str]) -> Recipe:
         in_child(["--child", "model", "--out", str(work), "--latent", str(LATENT), name])
         given = {"model": str(work / "model"), "conditions": str(work / "model" / "conditions.npz")}
     recipe = bench_recipe(None, list(changes), {**SETTINGS, **given})
-    (work / RECIPE).write_text(recipe.to_yaml())
+    (work / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
     return recipe
 
 
 def beside(work: Path, recipe: Recipe, run: bool) -> list[tuple[StageMemory, StageCost]]:
     """Return the estimate and the cost of every stage; those without a kept cost are run, or left out."""
     kept = work / COSTS
-    costs = {cost["stage"]: StageCost(**cost) for cost in json.loads(kept.read_text())} if kept.is_file() else {}
+    costs = (
+        {cost["stage"]: StageCost(**cost) for cost in json.loads(kept.read_text(encoding="utf-8"))}
+        if kept.is_file()
+        else {}
+    )
     pipeline = Pipeline(RunFolder(work / "run"), recipe, Talk())
     found = []
     for stage in STAGES:
@@ -67,7 +71,7 @@ def beside(work: Path, recipe: Recipe, run: bool) -> list[tuple[StageMemory, Sta
         estimate = stage_memory(pipeline, stage)
         if stage not in costs:
             costs[stage] = in_child(["--child", stage, "--out", str(work)])
-            kept.write_text(json.dumps([asdict(cost) for cost in costs.values()], indent=1) + "\n")
+            kept.write_text(json.dumps([asdict(cost) for cost in costs.values()], indent=1) + "\n", encoding="utf-8")
         found.append((estimate, costs[stage]))
     return found
 

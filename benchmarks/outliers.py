@@ -104,7 +104,7 @@ def describe(exported: Exported, folder: Path) -> None:
     }
     if spec.pixel_range:
         described["pixel_range"] = list(spec.pixel_range)
-    (folder / "twin.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(described))))
+    (folder / "twin.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(described))), encoding="utf-8")
     np.savez(folder / "conditions.npz", **exported.conditions)  # type: ignore[arg-type]
 
 

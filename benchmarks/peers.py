@@ -77,7 +77,7 @@ class Result:
 def run_child(command: tuple[str, ...], log: Path) -> tuple[int, float, float]:
     """Run a command and return its exit code, wall seconds, and peak resident MB of it and its children."""
     started = time.perf_counter()
-    with log.open("w") as file:
+    with log.open("w", encoding="utf-8") as file:
         child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
         _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
@@ -85,7 +85,7 @@ def run_child(command: tuple[str, ...], log: Path) -> tuple[int, float, float]:
 
 
 def last_line(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [line.strip() for line in log.read_text(errors="replace", encoding="utf-8").splitlines() if line.strip()]
     return lines[-1] if lines else ""
 
 
@@ -130,14 +130,14 @@ class Bench:
         folder = job.model.parent
         key = self._key(job)
         record = self.out / "results" / f"{folder.name}.json"
-        if record.is_file() and (known := json.loads(record.read_text()))["key"] == key:
+        if record.is_file() and (known := json.loads(record.read_text(encoding="utf-8")))["key"] == key:
             return Result(**known["result"])
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.iterdir():
             old.unlink()
         result = self._run(job)
         record.parent.mkdir(exist_ok=True)
-        record.write_text(json.dumps({"key": key, "result": asdict(result)}))
+        record.write_text(json.dumps({"key": key, "result": asdict(result)}), encoding="utf-8")
         return result
 
     def _run(self, job: Job) -> Result:
@@ -288,7 +288,7 @@ def all_jobs(bench: Bench, chosen: argparse.Namespace) -> tuple[list[Job], list[
 def package_version(python: str, package: str) -> str:
     """Version of a package in another environment."""
     code = f"from importlib.metadata import version; print(version('{package}'))"
-    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run([python, "-c", code], capture_output=True, encoding="utf-8", check=True).stdout.strip()
 
 
 def main() -> None:

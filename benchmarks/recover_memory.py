@@ -82,7 +82,7 @@ def measure_model(model: str, changes: Sequence[str], out: Path, page: Page) -> 
     for name, case in CASES.items():
         given = {**values, **{f"recover.{key}": value for key, value in case.items()}}
         command = (sys.executable, __file__, "--child", json.dumps(given), "--out", str(run))
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
         found = json.loads(done.stdout.splitlines()[-1])
         share = found["peak"] / found["total"]
         near.append(abs(share - 1) <= NEAR)

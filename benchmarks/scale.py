@@ -81,8 +81,8 @@ def tree_memory(pid: int) -> tuple[int, int]:
     while waiting:
         one = waiting.pop()
         try:
-            status = Path(f"/proc/{one}/status").read_text()
-            waiting += [int(c) for c in Path(f"/proc/{one}/task/{one}/children").read_text().split()]
+            status = Path(f"/proc/{one}/status").read_text(encoding="utf-8")
+            waiting += [int(c) for c in Path(f"/proc/{one}/task/{one}/children").read_text(encoding="utf-8").split()]
         except (FileNotFoundError, ProcessLookupError):
             continue
         sizes = {line.split(":")[0]: line.split()[1] for line in status.splitlines() if line.startswith("Rss")}
@@ -118,8 +118,8 @@ def stage_costs(size: str, work: Path, recipe: Recipe, stages: Sequence[str]) ->
     """Make the model and run the stages, each in a child; those measured before by the same call are kept."""
     kept = work / "costs.json"
     work.mkdir(parents=True, exist_ok=True)
-    costs = [StageCost(**values) for values in json.loads(kept.read_text())] if kept.is_file() else []
-    (work / "recipe.yaml").write_text(recipe.to_yaml())
+    costs = [StageCost(**values) for values in json.loads(kept.read_text(encoding="utf-8"))] if kept.is_file() else []
+    (work / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     for stage in ("model", *stages):
         if any(cost.stage == stage for cost in costs):
             continue
@@ -127,7 +127,7 @@ def stage_costs(size: str, work: Path, recipe: Recipe, stages: Sequence[str]) ->
         folder = work / "model" if stage == "model" else work / "run" / stage
         cost.written_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         costs.append(cost)
-        kept.write_text(json.dumps([asdict(c) for c in costs], indent=1) + "\n")
+        kept.write_text(json.dumps([asdict(c) for c in costs], indent=1) + "\n", encoding="utf-8")
         print(f"{size} {cost}", file=sys.stderr, flush=True)
     return [cost for cost in costs if cost.stage in ("model", *stages)]
 

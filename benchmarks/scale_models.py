@@ -91,9 +91,9 @@ def make_model(size: Size, latent: int, folder: Path, seed: int = 0) -> int:
     (folder / "scheduler").mkdir()
     module.save_config(folder / "unet")
     save_file(weights, folder / "unet" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER), encoding="utf-8")
     index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
-    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     np.savez(folder / "conditions.npz", **_conditions(size, random))  # type: ignore[arg-type]
     return sum(map(prod, shapes.values()))
 

@@ -93,7 +93,7 @@ class Costs:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        kept = json.loads(path.read_text()) if path.is_file() else {}
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         self.found = {name: Cost(**values) for name, values in kept.items()}
 
     @contextmanager
@@ -106,7 +106,9 @@ class Costs:
     def keep(self, name: str, cost: Cost) -> None:
         """Keep and say a cost."""
         self.found[name] = cost
-        self._path.write_text(json.dumps({n: asdict(c) for n, c in self.found.items()}, indent=1) + "\n")
+        self._path.write_text(
+            json.dumps({n: asdict(c) for n, c in self.found.items()}, indent=1) + "\n", encoding="utf-8"
+        )
         print(f"{name}: {cost.wall:.1f} s, {cost.cpu:.1f} CPU s", file=sys.stderr, flush=True)
 
 
@@ -170,7 +172,7 @@ def bare_passes(run: Path, recipe: Recipe) -> None:
 def import_cost() -> Cost:
     """Return the least wall and processor seconds of importing the command line, of several fresh processes."""
     command = [sys.executable, "-c", IMPORT]
-    texts = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(IMPORTS)]
+    texts = [subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout for _ in range(IMPORTS)]
     found = np.array([[float(number) for number in text.split()] for text in texts])
     return Cost(float(found[:, 0].min()), float(found[:, 1].min()), os.getloadavg()[0])
 
@@ -231,7 +233,7 @@ def curve(files: list[Path]) -> str:
     sizes, found = [], []
     for path in files:
         sizes.append(parameters(path.parent / "run"))
-        found.append({one["stage"]: one["cpu_seconds"] for one in json.loads(path.read_text())})
+        found.append({one["stage"]: one["cpu_seconds"] for one in json.loads(path.read_text(encoding="utf-8"))})
     order = np.argsort(sizes)
     rows = []
     for stage in (s for s in STAGES if all(s in costs for costs in found)):

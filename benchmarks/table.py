@@ -72,7 +72,7 @@ class Page:
             return
         head = [f"# {self._title}", f"```sh\n{command()}\n```", versions() + "."]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n\n".join([*head, *self._parts]) + "\n")
+        path.write_text("\n\n".join([*head, *self._parts]) + "\n", encoding="utf-8")
 
 
 def bench_recipe(path: Path | None, changes: Sequence[str], values: dict[str, Any]) -> Recipe:

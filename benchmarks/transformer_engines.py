@@ -109,10 +109,10 @@ def write_model(name: str, folder: Path, seed: int, larger: dict[str, Any] | Non
             parameter.add_(0.02 * torch.randn(parameter.shape))
     model.save_pretrained(folder, safe_serialization=True)
     if name == "flux":
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, "sample_size": 16}))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        (folder / "config.json").write_text(json.dumps({**config, "sample_size": 16}), encoding="utf-8")
     scheduler = folder / "scheduler_config.json"
-    scheduler.write_text(json.dumps(FLOW if name.startswith(("sd3", "flux")) else DDIM))
+    scheduler.write_text(json.dumps(FLOW if name.startswith(("sd3", "flux")) else DDIM), encoding="utf-8")
     described = {"model": str(folder), "scheduler": str(scheduler)}
     if name == "dit":
         return described
@@ -131,7 +131,7 @@ def write_model(name: str, folder: Path, seed: int, larger: dict[str, Any] | Non
 def row_of(run: Path) -> list[str]:
     """Describe a finished run: layers by family, bytes, kernels that compute, error."""
     record = EngineRecord.load(run / "engine" / "build.json")
-    report = json.loads((run / "report.json").read_text())
+    report = json.loads((run / "report.json").read_text(encoding="utf-8"))
     layers = [SCHEMES[layer["scheme"]] for layer in report["layers"]]
     families = Counter(scheme.family for scheme in layers)
     branched = sum(scheme.branch is not None for scheme in layers)

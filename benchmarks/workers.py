@@ -61,7 +61,7 @@ def measured(recipe: Recipe, run: Path, stage: str, crew: Crew | None) -> Cost:
         pipeline.ensure(stage)
         wall = time.monotonic() - started
     own, theirs = (processor(who) - mark for who, mark in zip(WHO, marks, strict=True))
-    outputs = json.loads((run / stage / "stage.json").read_text())["outputs"]
+    outputs = json.loads((run / stage / "stage.json").read_text(encoding="utf-8"))["outputs"]
     kept = json.dumps({name: digest for name, digest in sorted(outputs.items()) if name not in CLOCKS})
     return Cost(wall, own, theirs, hashlib.sha256(kept.encode()).hexdigest()[:12])
 

@@ -285,7 +285,7 @@ def load_recipe(path: Path | None, overrides: dict[str, Any] | None = None) -> R
     if path is not None:
         source = path.name
         try:
-            read = yaml.safe_load(path.read_text())
+            read = yaml.safe_load(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise UsageError(f"There is no recipe {path}.", "Give the path of a YAML file.") from error
         except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:

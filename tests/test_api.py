@@ -18,7 +18,7 @@ from tests.pipeline.runs import RECIPE, save_denoiser
 def test_build_returns_a_model_that_runs_and_a_report_that_is_true(tmp_path: Path) -> None:
     model = save_denoiser(tmp_path / "model")
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(RECIPE))
+    recipe.write_text(yaml.safe_dump(RECIPE), encoding="utf-8")
     result = mpq_deploy.build(
         model, budget=0.5, recipe=recipe, out=tmp_path / "run", settings={"evaluate.samples": 3}, quiet=True
     )

@@ -38,7 +38,7 @@ def test_help_loads_nothing_heavy() -> None:
         "heavy = {'torch', 'diffusers', 'onnx', 'onnxruntime', 'numpy', 'pydantic', 'matplotlib', 'tensorrt_rtx'}; "
         "print(sorted(heavy & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, encoding="utf-8", check=True)
     assert done.stdout.strip() == "[]"
 
 

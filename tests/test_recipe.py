@@ -16,7 +16,7 @@ RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_shipped_recipe_loads_and_is_complete(path: Path) -> None:
     recipe = load_recipe(path)
-    written = yaml.safe_load(path.read_text())
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
 
     def keys(values: dict[str, object]) -> dict[str, object]:
         return {k: keys(v) if isinstance(v, dict) else None for k, v in values.items()}
@@ -54,7 +54,7 @@ def test_a_mistake_is_named_with_what_was_found(key: str, value: object, words: 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "just words", "a: [1"])
 def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "recipe.yaml"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     with pytest.raises(UsageError, match=r"recipe\.yaml"):
         load_recipe(path)
 

@@ -123,13 +123,13 @@ def tiny_conditional_unet(seed: int = 0, **options: Any) -> Any:
 def write_index(folder: Path, class_name: str, **parts: tuple[str, str]) -> None:
     """Write model_index.json."""
     index = {"_class_name": class_name, "_diffusers_version": "0.42.1", **parts}
-    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
 def write_scheduler(folder: Path, scheduler: dict[str, Any]) -> None:
     """Write scheduler/scheduler_config.json."""
     (folder / "scheduler").mkdir(parents=True, exist_ok=True)
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler), encoding="utf-8")
 
 
 def tiny_unet_folder(
@@ -207,7 +207,7 @@ def tiny_clip_folder(tmp_path: Path, seed: int = 0) -> Path:
     model.save_pretrained(folder, safe_serialization=True)
     half = [0.5, 0.5, 0.5]
     settings = {"crop_size": {"height": 28, "width": 28}, "image_mean": half, "image_std": half}
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return folder
 
 
@@ -294,7 +294,7 @@ def tiny_text_transformer_folder(
     ``t5``: whether its T5 is there; ``pipeline``: another class of pipeline; ``options`` are the transformer's.
     """
     folder = tiny_transformer_folder(tmp_path, class_name, vae=True, **options)
-    index = json.loads((folder / "model_index.json").read_text())
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     usual, encoders = TEXT_PIPELINES[class_name]
     index["_class_name"] = pipeline or usual
     for number, encoder in enumerate(encoders):
@@ -312,7 +312,7 @@ def tiny_text_transformer_folder(
             write_text_encoder(place, len(tokenizer), tokenizer.eos_token_id, projected, width, number)
             kind = "CLIPTextModelWithProjection" if projected else "CLIPTextModel"
             index |= {f"tokenizer{suffix}": ("transformers", "CLIPTokenizer"), place.name: ("transformers", kind)}
-    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     return folder
 
 
@@ -336,7 +336,9 @@ def tiny_transformer_folder(
     if class_name == "FluxTransformer2DModel":
         # Its own configuration does not say how large its images are.
         path = folder / "transformer" / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "sample_size": 8}))
+        path.write_text(
+            json.dumps({**json.loads(path.read_text(encoding="utf-8")), "sample_size": 8}), encoding="utf-8"
+        )
     write_scheduler(folder, config)
     parts = {"transformer": ("diffusers", class_name), "scheduler": ("diffusers", config["_class_name"])}
     if vae:
@@ -421,5 +423,5 @@ def tiny_onnx_with_yaml(tmp_path: Path, opset: int = 17, **entries: Any) -> Path
         **entries,
     }
     kept = {name: value for name, value in description.items() if value is not None}
-    path.with_suffix(".yaml").write_text(yaml.safe_dump(kept))
+    path.with_suffix(".yaml").write_text(yaml.safe_dump(kept), encoding="utf-8")
     return path

@@ -35,7 +35,7 @@ def save_unet(folder: Path) -> None:
     DDIMScheduler().save_pretrained(folder / "scheduler")
     index = {"_class_name": "DDIMPipeline", "unet": ["diffusers", "UNet2DModel"]}
     index["scheduler"] = ["diffusers", "DDIMScheduler"]
-    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     print(f"{sum(p.numel() for p in unet.parameters()):,} parameters", file=sys.stderr)
 
 

@@ -60,11 +60,11 @@ def uniform(run: Path, schemes: str, out: Path) -> None:
 def within(run: Path, recipe: Recipe, work: Callable[[Pipeline], object]) -> None:
     """Do ``work`` in the run folder; the recipe stored there is what ``export`` was given."""
     stored = run / "recipe.yaml"
-    before = stored.read_text() if stored.is_file() else None
+    before = stored.read_text(encoding="utf-8") if stored.is_file() else None
     with open_pipeline(recipe, run, PlainTalk()) as pipeline:
         work(pipeline)
     if before is not None:
-        stored.write_text(before)
+        stored.write_text(before, encoding="utf-8")
 
 
 def say_shares(pipeline: Pipeline, chosen: dict[str, str]) -> None:

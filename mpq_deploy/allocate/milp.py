@@ -101,12 +101,12 @@ class PrecisionPlan:
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON with sorted keys."""
-        path.write_text(json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
+        path.write_text(json.dumps(asdict(self), indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> PrecisionPlan:
         """Read what ``save`` wrote."""
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
         values["solver"] = SolverReport(**values["solver"])
         return cls(**values)
 

@@ -149,13 +149,13 @@ class _Worker:
 @contextmanager
 def _worker(subject: Subject) -> Iterator[_Worker]:
     command = [sys.executable, "-m", "mpq_deploy.bench.worker"]
-    with tempfile.TemporaryFile("w+") as errors:
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
-            text=True,
+            encoding="utf-8",
             env=child_environment(),
         )
         try:

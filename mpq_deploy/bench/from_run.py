@@ -80,7 +80,7 @@ def fp16_graph(pipeline: Pipeline, target: Target) -> Path:
         spec, dialect = exported.spec, dialect_named(target.dialect)
         write_quantized(exported.path, spec.timestep_name, spec.sample.name, rewrites, {}, folder, dialect)
         (folder / SIMULATED).unlink()
-        (folder / STAMP).write_text(stamp)
+        (folder / STAMP).write_text(stamp, encoding="utf-8")
     return folder / DEPLOYED
 
 
@@ -88,7 +88,7 @@ def fp16_engine(pipeline: Pipeline, target: Target) -> Path:
     """Build the engine of the FP16 graph, once per export and target; return its path."""
     graph = fp16_graph(pipeline, target)
     folder = pipeline.run.path / FOLDER / f"fp16-{target.name}"
-    stamp = (graph.parent / STAMP).read_text()
+    stamp = (graph.parent / STAMP).read_text(encoding="utf-8")
     if not _current(folder, stamp):
         exported, section = Exported(pipeline), pipeline.recipe.engine
         spec = exported.spec
@@ -99,10 +99,10 @@ def fp16_engine(pipeline: Pipeline, target: Target) -> Path:
         expected = ExpectedLayers.of(layers, {layer.name: FP16 for layer in layers}, size)
         profile = BatchProfile(section.batch_min, section.batch_opt, section.batch_max, shapes)
         build_engine(graph, folder, target, profile, expected, pipeline.talk)
-        (folder / STAMP).write_text(stamp)
+        (folder / STAMP).write_text(stamp, encoding="utf-8")
     return folder / ENGINE
 
 
 def _current(folder: Path, stamp: str) -> bool:
     path = folder / STAMP
-    return path.is_file() and path.read_text() == stamp
+    return path.is_file() and path.read_text(encoding="utf-8") == stamp

@@ -57,7 +57,7 @@ class Remote:
     def run(self, script: str, accept: tuple[int, ...] = (0,)) -> subprocess.CompletedProcess[str]:
         """Run ``script``; raises EngineError when ssh fails or the script ends with another code than ``accept``."""
         try:
-            done = subprocess.run(self.argv(script), capture_output=True, text=True, check=False)
+            done = subprocess.run(self.argv(script), capture_output=True, encoding="utf-8", check=False)
         except FileNotFoundError as error:
             raise UsageError(f"There is no '{self.command[0]}' here.", "Install an ssh client.") from error
         if done.returncode not in accept:
@@ -97,7 +97,7 @@ def deploy(pipeline: Pipeline, target: Target, remote: Remote) -> dict[str, Any]
     if fetched is None:
         raise EngineError(f"The installer on {remote.destination} left no {RESULTS} of this package.")
     results = kept / RESULTS
-    results.write_text(fetched)
+    results.write_text(fetched, encoding="utf-8")
     take_in(pipeline, results)
     return read_results(results)
 

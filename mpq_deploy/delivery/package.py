@@ -164,7 +164,7 @@ def installer() -> bytes:
 
 def build_script(manifest: Manifest) -> str:
     """Return build.sh, filled in from the manifest; every value is quoted for the shell."""
-    text = (resources.files("mpq_deploy") / "device" / "build.sh.in").read_text()
+    text = (resources.files("mpq_deploy") / "device" / "build.sh.in").read_text(encoding="utf-8")
     versions = " ".join(version.rstrip(".") for version in manifest.target.versions)
     others = ", ".join(f"{', '.join(found)}: --target {name}" for name, found in sorted(manifest.alternatives.items()))
     remedy = f"Package the run again at home for the version here ({others or 'see mpq-deploy targets'})."

@@ -56,7 +56,7 @@ def refuse_other_gpu(engine: Path, found: str) -> None:
     Without a record (an engine of another tool) the library itself decides.
     """
     record = engine.with_name(RECORD)
-    values = json.loads(record.read_text()) if record.is_file() else {}
+    values = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     wanted = values.get("compute_capabilities", ())
     if wanted and found not in wanted:
         raise EngineError(
@@ -72,7 +72,7 @@ def load_engine(trt: Any, logger: Any, path: Path) -> Any:
     the library cannot load it on this GPU.
     """
     content, record = path.read_bytes(), path.with_name(RECORD)
-    built = json.loads(record.read_text()).get("sha256") if record.is_file() else None
+    built = json.loads(record.read_text(encoding="utf-8")).get("sha256") if record.is_file() else None
     if built is not None and hashlib.sha256(content).hexdigest() != built:
         raise EngineError(f"{path} is not the engine that {RECORD} beside it records.", "Build it again.")
     engine = trt.Runtime(logger).deserialize_cuda_engine(content)

@@ -174,7 +174,7 @@ def _runtime(builder: str) -> Runtime | None:
 
 def trtexec_banner_version(path: str) -> str:
     """The version that trtexec says of itself in its first line; empty when it says none."""
-    done = subprocess.run([path, "--help"], capture_output=True, text=True, check=False)
+    done = subprocess.run([path, "--help"], capture_output=True, encoding="utf-8", check=False)
     return trtexec_version(done.stdout + done.stderr)
 
 
@@ -224,7 +224,7 @@ def _results(manifest: Manifest, record: EngineRecord, run: Run, out: Path) -> d
 
 def board(path: Path = Path("/proc/device-tree/model")) -> str:
     """The board's name where the kernel tells it (Jetson); else empty."""
-    return path.read_text(errors="replace").strip("\0\n ") if path.is_file() else ""
+    return path.read_text(errors="replace", encoding="utf-8").strip("\0\n ") if path.is_file() else ""
 
 
 def _takes(versions: tuple[str, ...], version: str) -> bool:
@@ -295,7 +295,7 @@ def read_results(path: Path) -> dict[str, Any]:
     """Read and check a results.json that came home. Raises UsageError when it is none."""
     hint = "Give the results.json that 'mpq-deploy install' wrote on the device."
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
         found = values["format"]
         complete = {"package", "target", "device", "engine", "reference", "latency", "memory", "passed"} <= set(values)
     except (OSError, ValueError, KeyError, TypeError) as error:

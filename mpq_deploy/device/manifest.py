@@ -82,7 +82,7 @@ class Manifest:
     def load(cls, path: Path) -> Manifest:
         """Read what ``to_json`` gave. Raises ArchiveError for another format or a field that is missing."""
         try:
-            values: dict[str, Any] = json.loads(path.read_text())
+            values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             found = values.pop("format")
             if found != FORMAT:
                 raise ArchiveError(

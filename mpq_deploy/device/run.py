@@ -64,11 +64,11 @@ def _in_child(module: str, engine: Path, folder: Path, reference: Reference) -> 
     )
     job.save(folder / "run.job.json")
     command = [sys.executable, "-m", "mpq_deploy.device.run_worker", str(folder / "run.job.json")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=child_environment())
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False, env=child_environment())
     if done.returncode:
         words = " ".join(done.stderr.split())[-400:]
         raise EngineError(f"The engine's process ended with code {done.returncode}: {words}", f"Log: {files['log']}")
-    result = json.loads(Path(files["result"]).read_text())
+    result = json.loads(Path(files["result"]).read_text(encoding="utf-8"))
     if "error" in result:
         raise EngineError(str(result["error"]), f"Log: {files['log']}")
     with np.load(files["outputs"], allow_pickle=False) as data:
@@ -92,15 +92,15 @@ def _with_trtexec(engine: Path, folder: Path, reference: Reference) -> Run:
         done = subprocess.run(
             _trtexec_command(engine, folder, case, feeds, exported, timed),
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             check=False,
         )
         log = done.stdout
-        (folder / f"{case}.run.log").write_text(log + done.stderr)
+        (folder / f"{case}.run.log").write_text(log + done.stderr, encoding="utf-8")
         if done.returncode or not exported.is_file():
             raise EngineError(f"trtexec failed on the case '{case}'.", f"Log: {folder / f'{case}.run.log'}")
         outputs[case] = read_trtexec_output(exported, reference.output, shape)
-        times = tuple(float(one["computeMs"]) for one in json.loads(timed.read_text()))
+        times = tuple(float(one["computeMs"]) for one in json.loads(timed.read_text(encoding="utf-8")))
     found = re.search(r"Compute Capability: (\d+)\.(\d+)", log)
     named = re.search(r"Selected Device: (.+)", log)
     capability = f"SM{found.group(1)}{found.group(2)}" if found else ""
@@ -131,7 +131,7 @@ def _trtexec_command(
 def read_trtexec_output(path: Path, name: str, shape: tuple[int, ...]) -> Array:
     """Read the tensor ``name`` from what ``--exportOutput`` wrote. Raises EngineError when it is not there."""
     try:
-        found = {one["name"]: one["values"] for one in json.loads(path.read_text())}
+        found = {one["name"]: one["values"] for one in json.loads(path.read_text(encoding="utf-8"))}
         return np.asarray(found[name], np.float32).reshape(shape)
     except (ValueError, KeyError, TypeError) as error:
         raise EngineError(f"trtexec's output {path} has no tensor '{name}' of shape {shape}.") from error

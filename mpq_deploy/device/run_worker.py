@@ -42,12 +42,12 @@ class RunJob:
 
     def save(self, path: Path) -> None:
         """Write the job as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
+        path.write_text(json.dumps(asdict(self), indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> RunJob:
         """Read what ``save`` wrote."""
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
         return cls(**{**values, "cases": tuple(values["cases"]), "inputs": tuple(values["inputs"])})
 
 
@@ -86,13 +86,13 @@ def _timed(runner: EngineRunner, calls: int) -> list[float]:
 def main(arguments: list[str]) -> int:
     """Run the job named on the command line; return the exit code."""
     job = RunJob.load(Path(arguments[0]))
-    with Path(job.log).open("w") as stream:
+    with Path(job.log).open("w", encoding="utf-8") as stream:
         try:
             trt = importlib.import_module(job.module)
             result = run(job, trt, Cuda(), make_logger(trt, stream, [], []))
         except EngineError as error:
             result = {"error": str(error)}
-    Path(job.result).write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
+    Path(job.result).write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return 0
 
 

@@ -56,12 +56,12 @@ class BuildJob:
 
     def save(self, path: Path) -> None:
         """Write the job as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
+        path.write_text(json.dumps(asdict(self), indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> BuildJob:
         """Read what ``save`` wrote."""
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
         data["compute_capabilities"] = tuple(data["compute_capabilities"])
         data["shapes"] = {
             name: InputShapes(**{key: tuple(value) for key, value in shapes.items()})
@@ -189,7 +189,7 @@ def _build_and_save(trt: Any, job: BuildJob, result: dict[str, Any]) -> None:
     problems: list[str] = []
     unwritten: list[OSError] = []
     started = time.monotonic()
-    with Path(job.log).open("w") as stream:
+    with Path(job.log).open("w", encoding="utf-8") as stream:
         try:
             logger = make_logger(trt, stream, problems, unwritten)
             engine = build(trt, job, logger, problems)
@@ -203,7 +203,7 @@ def _build_and_save(trt: Any, job: BuildJob, result: dict[str, Any]) -> None:
         raise unwritten[0]
     result["seconds"] = time.monotonic() - started
     result["peak_rss_bytes"] = peak_rss_bytes()
-    Path(job.result).write_text(json.dumps(result, indent=1) + "\n")
+    Path(job.result).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def die_with_parent() -> None:

@@ -104,8 +104,8 @@ def build_engine(
             raise _located(crash, model, Path(folder), target, profile, talk) from crash
         record = _record(built, target, raw, expected)
         built.replace(out / ENGINE)
-    (out / LAYERS).write_text(raw.layers)
-    log.with_suffix(".timing.json").write_text(sealed_json(asdict(raw.timing)))
+    (out / LAYERS).write_text(raw.layers, encoding="utf-8")
+    log.with_suffix(".timing.json").write_text(sealed_json(asdict(raw.timing)), encoding="utf-8")
     record.save(out / RECORD)
     for problem in record.problems:
         talk.warn(str(problem))
@@ -132,7 +132,9 @@ def _backend(target: BuildTarget) -> Backend:
 def _build_trtexec(model: Path, engine: Path, target: BuildTarget, profile: BatchProfile, log: Path) -> RawBuild:
     """Unproven here: written against the documented command line (no device was at hand)."""
     version, layers, seconds, peak = build_with_trtexec(model, engine, target, profile.inputs(), log)
-    return RawBuild(version, parse_layer_information(layers, log.read_text()), layers, BuildTiming(seconds, peak))
+    return RawBuild(
+        version, parse_layer_information(layers, log.read_text(encoding="utf-8")), layers, BuildTiming(seconds, peak)
+    )
 
 
 def _build_in_child(model: Path, engine: Path, target: BuildTarget, profile: BatchProfile, log: Path) -> RawBuild:
@@ -140,19 +142,21 @@ def _build_in_child(model: Path, engine: Path, target: BuildTarget, profile: Bat
     job_file, result = _save_job(model, engine, target, profile, log)
     # The last words of an earlier build are not those of this one.
     log.unlink(missing_ok=True)
-    done = subprocess.run(_worker(job_file), capture_output=True, text=True, check=False, env=child_environment())
+    done = subprocess.run(
+        _worker(job_file), capture_output=True, encoding="utf-8", check=False, env=child_environment()
+    )
     if done.returncode == DISK_FAILURE:
         code, _, text = done.stderr.splitlines()[-1].partition(" ")
         raise OSError(int(code), text, str(engine))
     if done.stderr and log.is_file():
-        with log.open("a") as stream:
+        with log.open("a", encoding="utf-8") as stream:
             stream.write(f"[stderr] {done.stderr}")
     if done.returncode not in (0, REPORTED_FAILURE):
         raise crashed(model, log, done.returncode, done.stderr)
-    values = json.loads(result.read_text())
+    values = json.loads(result.read_text(encoding="utf-8"))
     if "errors" in values:
         raise refused(values, target.builder, log)
-    text = log.read_text()
+    text = log.read_text(encoding="utf-8")
     timing = BuildTiming(round(values["seconds"], 3), values["peak_rss_bytes"])
     if "layer_information" in values:
         layers = values["layer_information"]

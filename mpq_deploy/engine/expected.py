@@ -82,12 +82,12 @@ class ExpectedLayers:
 
     def save(self, path: Path) -> None:
         """Write as JSON with sorted keys."""
-        path.write_text(json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
+        path.write_text(json.dumps(asdict(self), indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> ExpectedLayers:
         """Read what ``save`` wrote."""
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
         tuples = ("nodes", "kernel")
         layers = [{**one, **{key: tuple(one[key]) for key in tuples}} for one in data["layers"]]
         return cls(tuple(ExpectedLayer(**one) for one in layers), data["total_bytes"], data.get("repeated_bytes", 0))

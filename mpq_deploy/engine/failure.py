@@ -51,7 +51,7 @@ class BuilderKilledError(EngineError):
 
 def crashed(model: Path, log: Path, returncode: int, stderr: str) -> EngineError:
     """Say how the builder's process died, with the nodes that are known to kill it and its last words."""
-    text = log.read_text(errors="replace") if log.is_file() else ""
+    text = log.read_text(errors="replace", encoding="utf-8") if log.is_file() else ""
     last = [line for line in text.splitlines() if line.strip()][-LAST_LINES:]
     words = f"Its last words: {' / '.join(last)}" if last else "It had said nothing yet."
     ended_by = fatal_signal(returncode)

@@ -25,7 +25,7 @@ class BuildTiming:
     def load(cls, path: Path) -> BuildTiming | None:
         """Read what was written beside a build; None where it was altered."""
         try:
-            return cls(**unsealed(path.read_text()))
+            return cls(**unsealed(path.read_text(encoding="utf-8")))
         except ValueError:
             return None
 
@@ -68,12 +68,12 @@ class EngineRecord:
         """Write as JSON with sorted keys, without the timing."""
         values = asdict(self)
         del values["timing"]
-        path.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n")
+        path.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path, timing: Path | None = None) -> EngineRecord:
         """Read what ``save`` wrote, with the timing where there is one."""
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
         values["compute_capabilities"] = tuple(values.get("compute_capabilities", ()))
         values["problems"] = tuple(Problem(**problem) for problem in values["problems"])
         if timing is not None and timing.is_file():

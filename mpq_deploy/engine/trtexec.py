@@ -66,10 +66,10 @@ def build_with_trtexec(
         )
     layers = engine.with_name("layers.json")
     started = time.monotonic()
-    with log.open("w") as stream:
+    with log.open("w", encoding="utf-8") as stream:
         command = trtexec_command(trtexec, model, engine, layers, shapes)
         done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False)
-    text = log.read_text(errors="replace")
+    text = log.read_text(errors="replace", encoding="utf-8")
     version = trtexec_version(text)
     if version and not target.takes_version(version):
         raise EngineError(
@@ -82,7 +82,7 @@ def build_with_trtexec(
         errors = [line for line in text.splitlines() if "[E]" in line][:3]
         raise EngineError(f"trtexec refuses the graph: {' / '.join(errors) or 'no reason given'}.", f"Log: {log}")
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    return version, layers.read_text(), round(time.monotonic() - started, 3), peak
+    return version, layers.read_text(encoding="utf-8"), round(time.monotonic() - started, 3), peak
 
 
 def trtexec_trial(graph: Path, shapes: Mapping[str, InputShapes], seconds: float) -> int:

@@ -141,7 +141,7 @@ class Evaluation:
     @classmethod
     def load(cls, folder: Path) -> Evaluation:
         """Read what ``save`` wrote."""
-        text = json.loads((folder / "evaluation.json").read_text())
+        text = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
         with np.load(folder / "images.npz", allow_pickle=False) as data:
             images = {name: data[f"image.{name}"] for name in text["order"]}
         latency = folder / "latency.json"
@@ -157,7 +157,7 @@ class Evaluation:
             },
             images=images,
             float_digest=text["float_digest"],
-            latency=CpuLatency(**unsealed(latency.read_text())) if latency.exists() else None,
+            latency=CpuLatency(**unsealed(latency.read_text(encoding="utf-8"))) if latency.exists() else None,
             notes=tuple(text["notes"]),
         )
 

@@ -81,7 +81,7 @@ class LatencyTable:
 
     def save(self, path: Path) -> None:
         """Write the table as JSON, entries sorted."""
-        path.write_text(canonical_json({**self._values(), "date": self.date}))
+        path.write_text(canonical_json({**self._values(), "date": self.date}), encoding="utf-8")
 
     def digest_fields(self) -> str:
         """Everything that a plan depends on, as text: all but the date."""
@@ -104,7 +104,7 @@ class LatencyTable:
     def load(cls, path: Path) -> LatencyTable:
         """Read a table. Raises UsageError for a file that is missing or no latency table."""
         try:
-            read = _File.model_validate(json.loads(path.read_text()))
+            read = _File.model_validate(json.loads(path.read_text(encoding="utf-8")))
         except OSError as error:
             raise UsageError(
                 f"The latency table {path} cannot be read: {error.strerror}.", "Make one with 'mpq-deploy profile'."

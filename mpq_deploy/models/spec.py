@@ -77,9 +77,9 @@ class DenoiserSpec(BaseModel):
         """Write the specification as JSON with sorted keys."""
         import json
 
-        path.write_text(json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n")
+        path.write_text(json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> DenoiserSpec:
         """Read what ``save`` wrote."""
-        return cls.model_validate_json(path.read_text())
+        return cls.model_validate_json(path.read_text(encoding="utf-8"))

@@ -63,12 +63,12 @@ class Recovery:
 
     def save(self, folder: Path) -> None:
         """Write recovery.json into ``folder``."""
-        (folder / FILE).write_text(canonical_json(asdict(self)))
+        (folder / FILE).write_text(canonical_json(asdict(self)), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Recovery:
         """Read what ``save`` wrote."""
-        values = json.loads((folder / FILE).read_text())
+        values = json.loads((folder / FILE).read_text(encoding="utf-8"))
         values["curve"] = tuple(CurvePoint(**point) for point in values["curve"])
         for name in ("timesteps", "before_by_timestep", "after_by_timestep"):
             values[name] = tuple(values[name])

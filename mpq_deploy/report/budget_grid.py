@@ -191,7 +191,7 @@ def _stored_plans(stored: dict[str, Any]) -> BudgetPlans | None:
 def _read(pipeline: Pipeline) -> dict[str, Any]:
     """Read what was kept; empty where there is nothing of this form."""
     try:
-        kept = unsealed((pipeline.run.path / CACHE).read_text())
+        kept = unsealed((pipeline.run.path / CACHE).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
     return kept if kept.get("format") == CACHE_FORMAT else {}

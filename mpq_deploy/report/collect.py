@@ -196,7 +196,7 @@ def _engine(pipeline: Pipeline) -> tuple[EngineInfo | None, str]:
     folder = pipeline.folder("engine")
     none = folder / "none.json"
     if none.exists():
-        return None, json.loads(none.read_text())["reason"]
+        return None, json.loads(none.read_text(encoding="utf-8"))["reason"]
     from mpq_deploy.engine.builder import RECORD
     from mpq_deploy.engine.record import EngineRecord
 
@@ -307,7 +307,7 @@ def _cpu_latency(pipeline: Pipeline) -> CpuLatencyInfo | None:
 def _read_figures(pipeline: Pipeline, path: Path, keys: set[str]) -> dict[str, Any] | None:
     """Read figures that lie outside the stages' digests; None, with a warning, where the file is damaged."""
     try:
-        figures = unsealed(path.read_text())
+        figures = unsealed(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError as error:
@@ -411,7 +411,7 @@ def summarise(pipeline: Pipeline, last: str) -> Summary:
     if last != "report":
         files = [str(path) for path in sorted(pipeline.folder(last).iterdir()) if path.is_file()][:8]
         return Summary(str(pipeline.folder(last)), {**values, "files": files})
-    report = json.loads((run / "report.json").read_text())
+    report = json.loads((run / "report.json").read_text(encoding="utf-8"))
     return Summary(_headline(run, report), {**values, "report": report})
 
 
@@ -461,7 +461,7 @@ def sample_grid(pipeline: Pipeline, out: Path, count: int, seed: int, steps: int
     variants = {"ours": pipeline.folder(deployed_stage(pipeline)) / SIMULATED}
     if controls:
         folder = pipeline.folder("controls")
-        sizes: dict[str, int] = json.loads((folder / "sizes.json").read_text())
+        sizes: dict[str, int] = json.loads((folder / "sizes.json").read_text(encoding="utf-8"))
         variants.update({name: folder / name / SIMULATED for name in sorted(sizes, reverse=True)})
     result = evaluate(
         variants,

@@ -72,7 +72,7 @@ def write_text(path: Path, text: str) -> None:
     """Write ``text`` aside and move it into place, so that a reader or a kill never sees half of it."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with aside.open("w") as file:
+        with aside.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -115,7 +115,7 @@ class RunFolder:
         """Return the record of a finished stage; None where there is none or it cannot be read."""
         path = self.path / name / RECORD
         try:
-            values = json.loads(path.read_text())
+            values = json.loads(path.read_text(encoding="utf-8"))
             record = StageRecord(values["stage"], dict(values["inputs"]), dict(values["outputs"]))
             return record if record.stage == name else None
         except (FileNotFoundError, NotADirectoryError):
@@ -170,7 +170,7 @@ class RunFolder:
     def timings(self) -> dict[str, dict[str, float]]:
         """Seconds and peak memory of each stage when it was last made."""
         try:
-            return unsealed((self.path / TIMINGS).read_text())
+            return unsealed((self.path / TIMINGS).read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             # Nothing but the report's figures comes from here: damaged ones are left out and made anew with the stages.
             return {}
@@ -223,7 +223,7 @@ def open_run(path: Path) -> Iterator[RunFolder]:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = (path / ".lock").open("a+")
+        lock = (path / ".lock").open("a+", encoding="utf-8")
     except OSError as error:
         raise disk_error(error, path) from error
     with lock:
@@ -258,7 +258,7 @@ def _check_format(path: Path) -> None:
         write_text(marker, canonical_json({"format": FORMAT, "made_by": __version__}))
         return
     try:
-        found = json.loads(marker.read_text())
+        found = json.loads(marker.read_text(encoding="utf-8"))
         made_format, made_by = int(found["format"]), str(found["made_by"])
     except (ValueError, KeyError, TypeError) as error:
         raise RunFolderError(f"{marker} cannot be read: {error}.", "Give a new run folder with -o.") from error

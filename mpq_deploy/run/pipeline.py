@@ -180,7 +180,7 @@ def open_pipeline(recipe: Recipe, run: Path, talk: Talk, crew: Crew | None = Non
     stages.check_recipe(recipe)
     with open_run(run) as folder:
         stored = run / "recipe.yaml"
-        before = stored.read_text() if stored.is_file() else None
+        before = stored.read_text(encoding="utf-8") if stored.is_file() else None
         write_text(stored, recipe.to_yaml())
         pipeline = Pipeline(folder, recipe, talk, crew)
         try:
@@ -201,4 +201,4 @@ def default_run(recipe: Recipe) -> Path:
 
 def read_json(path: Path) -> Any:
     """Read a JSON file that a stage wrote."""
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -188,7 +188,7 @@ class Correction:
 
     def save(self, path: Path) -> None:
         """Write the file: JSON with sorted keys, the same bytes for the same correction."""
-        path.write_text(json.dumps(self.as_json(), indent=1, sort_keys=True, allow_nan=False) + "\n")
+        path.write_text(json.dumps(self.as_json(), indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
 
     def require_model(self, model: Path) -> Correction:
         """Return self. Raises ModelError unless the ONNX file ``model`` is one that the correction belongs to."""
@@ -217,7 +217,7 @@ def load_correction(path: Path | str, model: Path | str) -> Correction:
 def read_correction(path: Path) -> Correction:
     """Read ``correction.json`` without asking whose it is; raises as ``load_correction``."""
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UsageError(f"There is no correction {path}.", "Set evaluate.correction: ptqd, and build.") from error
     except (ValueError, IsADirectoryError) as error:

@@ -254,6 +254,6 @@ def _library(engine: Path | None, backend: str) -> str | None:
     if not torch.cuda.is_available():
         return None
     record = engine.with_name("build.json")
-    text = record.read_text() if record.is_file() else ""
+    text = record.read_text(encoding="utf-8") if record.is_file() else ""
     library = "tensorrt_rtx" if "tensorrt_rtx" in text else "tensorrt"
     return library if importlib.util.find_spec(library) else None

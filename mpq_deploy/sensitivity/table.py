@@ -117,12 +117,12 @@ class SensitivityTable:
             "pairs": pairs,
             "notes": list(self.notes),
         }
-        (folder / "table.json").write_text(json.dumps(text, indent=1) + "\n")
+        (folder / "table.json").write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> SensitivityTable:
         """Read what ``save`` wrote."""
-        text = json.loads((folder / "table.json").read_text())
+        text = json.loads((folder / "table.json").read_text(encoding="utf-8"))
         pairs = [tuple(pair) for pair in text["pairs"]]
         with np.load(folder / "projections.npz", allow_pickle=False) as data:
             by_timestep = _by_pair(pairs, data["by_timestep"])

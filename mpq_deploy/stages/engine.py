@@ -45,7 +45,7 @@ def make_engine(pipeline: Pipeline, folder: Path) -> str:
     plan = PrecisionPlan.load(pipeline.folder("allocate") / "plan.json")
     reason = SIMULATED_PLAN if plan.simulated else _no_engine_reason(pipeline, target)
     if reason:
-        (folder / "none.json").write_text(canonical_json({"reason": reason}))
+        (folder / "none.json").write_text(canonical_json({"reason": reason}), encoding="utf-8")
         return f"none: {reason}"
     from mpq_deploy.engine.builder import BatchProfile, build_engine
 

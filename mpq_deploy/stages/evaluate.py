@@ -129,7 +129,7 @@ def evaluate_variants(
         **({} if latency else {"latency_calls": 0}),
     )
     controls = pipeline.folder("controls")
-    sizes: dict[str, int] = json.loads((controls / "sizes.json").read_text())
+    sizes: dict[str, int] = json.loads((controls / "sizes.json").read_text(encoding="utf-8"))
     corrected = {} if correction is None else {CORRECTED: correction}
     plan = {} if before is None else {BEFORE: before}
     return evaluate(
@@ -164,7 +164,7 @@ def _half_precision(pipeline: Pipeline, deployed: Path) -> HalfPrecision:
 def make_evaluate(pipeline: Pipeline, folder: Path) -> str:
     """Make the stage evaluate in ``folder``; return a few words for the log."""
     deployed = pipeline.folder(deployed_stage(pipeline))
-    size = json.loads((deployed / "size.json").read_text())["size_bytes"]
+    size = json.loads((deployed / "size.json").read_text(encoding="utf-8"))["size_bytes"]
     graph, correction = deployed / SIMULATED, None
     if pipeline.recipe.evaluate.correction != "none":
         correction = load_correction(pipeline.folder("correction") / CORRECTION, graph)

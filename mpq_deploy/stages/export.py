@@ -81,5 +81,5 @@ def make_export(pipeline: Pipeline, folder: Path) -> str:
         "max_relative_error": report.max_relative_error,
         "notes": list(report.notes),
     }
-    (folder / "facts.json").write_text(canonical_json(facts))
+    (folder / "facts.json").write_text(canonical_json(facts), encoding="utf-8")
     return f"{len(graph.layers)} layers, {size / 1e6:.2f} MB in FP16, max error {report.max_relative_error:.1e}"

@@ -65,7 +65,7 @@ def make_quantize(pipeline: Pipeline, folder: Path) -> str:
             "This is a defect: please report it with the model's structure.",
         )
     check_dialect(pipeline, folder / DEPLOYED)
-    (folder / "size.json").write_text(canonical_json({"size_bytes": written}))
+    (folder / "size.json").write_text(canonical_json({"size_bytes": written}), encoding="utf-8")
     return f"{written:,} bytes of constants, as planned"
 
 
@@ -96,5 +96,5 @@ def make_controls(pipeline: Pipeline, folder: Path) -> str:
             (folder / name).mkdir()
             plan = PlanSolver(pipeline, name).solve(pipeline.recipe.budget)
             sizes[name] = write_plan(pipeline, plan.schemes, folder / name)
-    (folder / "sizes.json").write_text(canonical_json(sizes))
+    (folder / "sizes.json").write_text(canonical_json(sizes), encoding="utf-8")
     return ", ".join(f"{name} {size:,} bytes" for name, size in sizes.items()) or "none wanted"

@@ -69,7 +69,7 @@ def make_recover(pipeline: Pipeline, folder: Path) -> str:
             f"The recovered file holds {written:,} bytes of constants, the plan says {plan.size_bytes:,}.",
             "This is a defect: please report it with the model's structure.",
         )
-    (folder / "size.json").write_text(canonical_json({"size_bytes": written}))
+    (folder / "size.json").write_text(canonical_json({"size_bytes": written}), encoding="utf-8")
     recovery.save(folder)
     checkpoint.unlink(missing_ok=True)
     return recovery.summary()

@@ -129,7 +129,7 @@ class PlanQuality:
 def _read(path: Path) -> dict[str, Any] | None:
     """Return the kept figures; None where there are none, or where the file is damaged: they are measured again."""
     try:
-        kept = json.loads(path.read_text())
+        kept = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
     return kept if isinstance(kept, dict) and {"nmse", "nmse_error", "errors", "psnr_db"} <= set(kept) else None

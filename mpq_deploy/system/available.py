@@ -159,6 +159,6 @@ def _unescaped(field: str) -> str:
 def _text(path: Path) -> str:
     """Return what a file of the kernel says; "" where there is none or it may not be read."""
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except OSError:
         return ""

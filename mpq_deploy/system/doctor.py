@@ -74,7 +74,7 @@ def find_gpus() -> list[Gpu]:
             done = subprocess.run(
                 [smi, query, "--format=csv,noheader"],
                 capture_output=True,
-                text=True,
+                encoding="utf-8",
                 check=False,
                 timeout=NVIDIA_SMI_SECONDS,
             )
@@ -171,7 +171,7 @@ def _memory() -> str:
     path = Path("/proc/meminfo")
     if not path.is_file():
         return "unknown"
-    fields = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
+    fields = dict(line.split(":", 1) for line in path.read_text(encoding="utf-8").splitlines() if ":" in line)
     total = int(fields.get("MemTotal", "0 kB").split()[0]) * 1024 / 1e9
     room = memory_room()
     if room is None:
@@ -215,7 +215,9 @@ def _gpu_findings(gpus: list[Gpu]) -> list[Finding]:
     board = Path("/proc/device-tree/model")
     findings = []
     if board.is_file():
-        findings.append(Finding("gpu", "board", "note", board.read_text(errors="replace").strip("\0\n ")))
+        findings.append(
+            Finding("gpu", "board", "note", board.read_text(errors="replace", encoding="utf-8").strip("\0\n "))
+        )
     if not gpus:
         detail = "none with a driver: engines can be built for RTX targets, not run"
         return [*findings, Finding("gpu", "NVIDIA GPU", "missing", detail)]
@@ -230,11 +232,15 @@ def _gpus_of_proc(folder: Path) -> list[Gpu]:
     stated = folder / "version"
     if not stated.is_file():
         return []
-    words = stated.read_text(errors="replace").split()
+    words = stated.read_text(errors="replace", encoding="utf-8").split()
     driver = next((word for word in words if word[:1].isdigit() and "." in word), "unknown")
     gpus = []
     for path in sorted(folder.glob("gpus/*/information")):
-        fields = dict(line.split(":", 1) for line in path.read_text(errors="replace").splitlines() if ":" in line)
+        fields = dict(
+            line.split(":", 1)
+            for line in path.read_text(errors="replace", encoding="utf-8").splitlines()
+            if ":" in line
+        )
         gpus.append(Gpu(fields.get("Model", "NVIDIA GPU").strip(), driver, "", "memory unknown"))
     return gpus
 

@@ -78,7 +78,7 @@ def physical_cores() -> int:
         topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
         try:
             names = ("physical_package_id", "core_id")
-            places.add(tuple((topology / name).read_text().strip() for name in names))
+            places.add(tuple((topology / name).read_text(encoding="utf-8").strip() for name in names))
         except OSError:
             # A container may hide it.
             return available_cores()

@@ -39,7 +39,7 @@ def metered() -> Iterator[Reading]:
 
 def _resetpeak_rss_bytes() -> None:
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except OSError:
         # No such file (not Linux) or forbidden (containers): the peak is then that of the whole process.
         return
@@ -48,7 +48,7 @@ def _resetpeak_rss_bytes() -> None:
 def peak_rss_bytes() -> int:
     """The peak resident memory of this process so far."""
     try:
-        status = Path("/proc/self/status").read_text()
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     line = next(line for line in status.splitlines() if line.startswith("VmHWM"))

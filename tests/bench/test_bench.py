@@ -142,8 +142,8 @@ def test_a_run_is_held_against_its_float_model_and_the_report_takes_it_in(run: P
     device = report.devices[0]
     assert device.graph and device.ratio is not None and device.ratio.against == "float"
     assert device.median_ms == found["latency"]["p50_ms"]
-    assert "of float's time" in (run / "report.md").read_text()
-    assert "the graph itself" in (run / "report.html").read_text()
+    assert "of float's time" in (run / "report.md").read_text(encoding="utf-8")
+    assert "the graph itself" in (run / "report.html").read_text(encoding="utf-8")
     # A CPU's milliseconds are no latency of the engine that the run is for.
     gated = call("gate", run, "--max-latency", "10s")
     assert gated.returncode == 1
@@ -152,7 +152,9 @@ def test_a_run_is_held_against_its_float_model_and_the_report_takes_it_in(run: P
 
 def test_a_process_that_dies_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    (tmp_path / "sitecustomize.py").write_text("import os, sys; sys.stderr.write('the end'); os.kill(os.getpid(), 11)")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys; sys.stderr.write('the end'); os.kill(os.getpid(), 11)", encoding="utf-8"
+    )
     monkeypatch.setattr(bench_module, "child_environment", lambda: environment)
     with pytest.raises(EngineError, match=r"was ended by signal 11: the end"):
         measure([subject_of(product(tmp_path, 8), "a", Wish())], SHORT, Talk())
@@ -183,7 +185,7 @@ def test_bad_input_is_one_message(
     monkeypatch.setattr(sources, "why_no_gpu", lambda: "No NVIDIA driver is here")
     monkeypatch.chdir(tmp_path)
     for name in ("m.onnx", "m.engine", "readme.txt"):
-        (tmp_path / name).write_text("no model")
+        (tmp_path / name).write_text("no model", encoding="utf-8")
     assert main(arguments) in (1, 2)
     assert re.search(words, capsys.readouterr().err)
 
@@ -197,11 +199,11 @@ def test_an_engine_is_run_by_what_its_record_names(tmp_path: Path, monkeypatch: 
         **{"kernels": {}, "verified": True, "problems": [], "backend": "tensorrt_rtx"},
     }
     (tmp_path / "model.engine").write_bytes(b"e")
-    (tmp_path / "build.json").write_text(json.dumps(record))
+    (tmp_path / "build.json").write_text(json.dumps(record), encoding="utf-8")
     subject = subject_of(tmp_path / "model.engine", "ours", Wish())
     assert (subject.backend, subject.device, subject.graphs) == ("tensorrt_rtx", "cuda", True)
     assert origin_of(tmp_path / "model.engine", "tensorrt_rtx", "cuda").target == "rtx"
-    (tmp_path / "build.json").write_text(json.dumps({**record, "backend": "trtexec"}))
+    (tmp_path / "build.json").write_text(json.dumps({**record, "backend": "trtexec"}), encoding="utf-8")
     assert subject_of(tmp_path / "model.engine", "ours", Wish()).backend == "tensorrt"
     assert Subject.from_json(replace(subject, shapes={"x": (1, 2)}).to_json()).shapes == {"x": (1, 2)}
 
@@ -214,7 +216,7 @@ def test_the_engine_side_needs_numpy_alone(tmp_path: Path) -> None:
     environment = {**isolated(tmp_path), "PYTHONPATH": f"{tmp_path}:{package}"}
     (tmp_path / "m.engine").write_bytes(b"no engine")
     command = [sys.executable, "-m", "mpq_deploy.bench", str(tmp_path / "m.engine")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, cwd=tmp_path, check=False)
     assert done.returncode in (1, 2)
     assert done.stderr.startswith("mpq-bench: ")
     assert "Traceback" not in done.stderr

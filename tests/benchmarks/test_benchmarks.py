@@ -37,7 +37,7 @@ def using(name: str) -> Any:
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_says_what_it_shows(name: str) -> None:
     done = subprocess.run(
-        [sys.executable, str(FOLDER / f"{name}.py"), "--help"], capture_output=True, text=True, timeout=60
+        [sys.executable, str(FOLDER / f"{name}.py"), "--help"], capture_output=True, encoding="utf-8", timeout=60
     )
     assert done.returncode == 0, done.stderr
     assert f"python benchmarks/{name}.py" in done.stdout
@@ -179,7 +179,7 @@ def test_memory_of_a_process_tree_includes_its_children(script: ModuleType) -> N
         assert process.stdout is not None
         process.stdout.readline()
         resident, private = script.tree_memory(process.pid)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()
         for child in (*map(int, children), process.pid):
             os.kill(child, signal.SIGKILL)
     assert private > 64 << 20
@@ -207,7 +207,7 @@ def test_no_kept_page_runs_the_two_together() -> None:
     following = [
         (page.name, after)
         for page in pages
-        for line, after in itertools.pairwise(page.read_text().splitlines())
+        for line, after in itertools.pairwise(page.read_text(encoding="utf-8").splitlines())
         if line.startswith("Weights (SHA-256)")
     ]
     assert len(following) > 10
@@ -244,7 +244,7 @@ def test_a_cost_linear_in_the_size_has_exponent_one(
     for name, size in (("large", 20_000_000), ("small", 2_000_000)):
         (tmp_path / name).mkdir()
         files.append(tmp_path / name / "costs.json")
-        files[-1].write_text(f'[{{"stage": "measure", "cpu_seconds": {size / 1e6}}}]')
+        files[-1].write_text(f'[{{"stage": "measure", "cpu_seconds": {size / 1e6}}}]', encoding="utf-8")
         sizes[tmp_path / name / "run"] = size
     monkeypatch.setattr(script, "parameters", sizes.__getitem__)
     assert script.curve(files).splitlines()[-1] == "| measure | 2.0 | 20.0 | 1.00 |"
@@ -256,9 +256,9 @@ def test_killed_builds_are_compared_by_their_engines_too(script: ModuleType, tmp
 
     def contents(kernels: str = "gemm", **changes: Any) -> Any:
         (tmp_path / "engine").mkdir(exist_ok=True)
-        (tmp_path / "engine" / "layers.txt").write_text(kernels)
+        (tmp_path / "engine" / "layers.txt").write_text(kernels, encoding="utf-8")
         record = {"sha256": "a", "weights_bytes": 10, "verified": True, **changes}
-        (tmp_path / "engine" / "build.json").write_text(json.dumps(record))
+        (tmp_path / "engine" / "build.json").write_text(json.dumps(record), encoding="utf-8")
         return script.contents(tmp_path)
 
     assert contents() == contents(sha256="b", bytes=3)

@@ -128,7 +128,7 @@ def broken(kind: str, folder: Path) -> Path:
         model.opset_import[0].version = 999
         onnx.save(model, path)
     elif kind == "text":
-        path.write_text("hello")
+        path.write_text("hello", encoding="utf-8")
     return path
 
 

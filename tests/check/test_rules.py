@@ -53,7 +53,11 @@ def test_every_rule_has_a_form_and_every_verdict_a_dialect() -> None:
 
 
 def test_every_rule_is_documented_with_what_it_does_where() -> None:
-    rows = [line.split("|") for line in Path("docs/targets.md").read_text().splitlines() if line.startswith("| `")]
+    rows = [
+        line.split("|")
+        for line in Path("docs/targets.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith("| `")
+    ]
     documented = {row[1].strip(" `"): [cell.strip() for cell in row[3:8]] for row in rows if len(row) == 9}
     marks = {"built here": "", "documented": " (d)", "unproven": " (u)"}
     for rule in RULES:
@@ -69,9 +73,9 @@ def built(form: Form, folder: Path) -> EngineLog | None:
     BuildJob("tensorrt_rtx", *names, load_target(form.target).compute_capabilities, shapes).save(folder / "job.json")
     command = [sys.executable, "-m", "mpq_deploy.engine.build_worker", str(folder / "job.json")]
     done = subprocess.run(command, capture_output=True, check=False)
-    if done.returncode < 0 or "errors" in json.loads((folder / "result").read_text()):
+    if done.returncode < 0 or "errors" in json.loads((folder / "result").read_text(encoding="utf-8")):
         return None
-    return parse_engine_log((folder / "log").read_text())
+    return parse_engine_log((folder / "log").read_text(encoding="utf-8"))
 
 
 @pytest.mark.rtx

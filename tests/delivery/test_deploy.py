@@ -44,14 +44,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     settings = f"Port {port}\nListenAddress 127.0.0.1\nHostKey {host}\nAuthorizedKeysFile {folder / 'authorized'}\n"
-    (folder / "sshd").write_text(f"{settings}StrictModes no\nUsePAM no\nPidFile none\nPasswordAuthentication no\n")
+    (folder / "sshd").write_text(
+        f"{settings}StrictModes no\nUsePAM no\nPidFile none\nPasswordAuthentication no\n", encoding="utf-8"
+    )
     if os.geteuid() == 0:
         Path("/run/sshd").mkdir(exist_ok=True)
-    known = " ".join(host.with_suffix(".pub").read_text().split()[:2])
-    (folder / "known").write_text(f"[127.0.0.1]:{port} {known}\n")
+    known = " ".join(host.with_suffix(".pub").read_text(encoding="utf-8").split()[:2])
+    (folder / "known").write_text(f"[127.0.0.1]:{port} {known}\n", encoding="utf-8")
     (folder / "config").write_text(
         f"Host device\n HostName 127.0.0.1\n Port {port}\n User {getpass.getuser()}\n IdentityFile {user}\n"
-        f" IdentitiesOnly yes\n UserKnownHostsFile {folder / 'known'}\n BatchMode yes\n"
+        f" IdentitiesOnly yes\n UserKnownHostsFile {folder / 'known'}\n BatchMode yes\n",
+        encoding="utf-8",
     )
     process = subprocess.Popen([SSHD, "-D", "-e", "-f", str(folder / "sshd")], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 10
@@ -119,7 +122,8 @@ def test_a_connection_that_breaks_in_the_middle_is_resumed(server: Path, tmp_pat
     broken.write_text(
         '#!/bin/sh\ncase "$*" in\n'
         f'*"cat >>"*) head -c 400000 | {real} "$@"; exit 255 ;;\n'
-        f'*) exec {real} "$@" ;;\nesac\n'
+        f'*) exec {real} "$@" ;;\nesac\n',
+        encoding="utf-8",
     )
     broken.chmod(0o755)
     with pytest.raises(EngineError) as caught:
@@ -134,11 +138,11 @@ def test_a_connection_that_breaks_in_the_middle_is_resumed(server: Path, tmp_pat
 
 @needs_sshd
 def test_an_unknown_host_key_is_refused(server: Path, tmp_path: Path) -> None:
-    other = key(tmp_path / "other").with_suffix(".pub").read_text().split()[1]
-    line = (server / "known").read_text().split()
-    (tmp_path / "known").write_text(f"{line[0]} {line[1]} {other}\n")
-    config = (server / "config").read_text().replace(str(server / "known"), str(tmp_path / "known"))
-    (tmp_path / "config").write_text(config)
+    other = key(tmp_path / "other").with_suffix(".pub").read_text(encoding="utf-8").split()[1]
+    line = (server / "known").read_text(encoding="utf-8").split()
+    (tmp_path / "known").write_text(f"{line[0]} {line[1]} {other}\n", encoding="utf-8")
+    config = (server / "config").read_text(encoding="utf-8").replace(str(server / "known"), str(tmp_path / "known"))
+    (tmp_path / "config").write_text(config, encoding="utf-8")
     with pytest.raises(EngineError, match=r"ssh failed on device: .*[Hh]ost key verification failed"):
         Remote("device", ("ssh", "-F", str(tmp_path / "config"))).run("true")
 

@@ -48,34 +48,34 @@ def digests(run: Path) -> dict[str, str]:
 
 def test_the_report_shows_what_the_device_measured(run: tuple[Recipe, Path], tmp_path: Path) -> None:
     file = tmp_path / "results.json"
-    file.write_text(json.dumps(results(digests(run[1]))))
+    file.write_text(json.dumps(results(digests(run[1]))), encoding="utf-8")
     done = call("report", run[1], "--device", file)
     assert done.returncode == 0, done.stderr
-    report = json.loads((run[1] / "report.json").read_text())
+    report = json.loads((run[1] / "report.json").read_text(encoding="utf-8"))
     assert report["devices"][0]["median_ms"] == 12.5
-    assert "12.5 ms, 14.0 ms" in (run[1] / "report.md").read_text()
-    page = (run[1] / "report.html").read_text()
+    assert "12.5 ms, 14.0 ms" in (run[1] / "report.md").read_text(encoding="utf-8")
+    page = (run[1] / "report.html").read_text(encoding="utf-8")
     assert "Jetson &lt;AGX&gt; Orin (jetson-agx-orin)" in page
     assert "NMSE 2.0 × 10⁻⁶" in page
 
 
 def test_results_of_another_plan_are_refused_and_former_ones_left_out(run: tuple[Recipe, Path], tmp_path: Path) -> None:
     file = tmp_path / "results.json"
-    file.write_text(json.dumps(results({**digests(run[1]), "quantize": "0"})))
+    file.write_text(json.dumps(results({**digests(run[1]), "quantize": "0"})), encoding="utf-8")
     notes = Notes()
     with open_pipeline(*run, notes) as pipeline:
         with pytest.raises(UsageError, match="another quantize"):
             take_in(pipeline, file)
-        file.write_text(json.dumps(results(digests(run[1]))))
+        file.write_text(json.dumps(results(digests(run[1]))), encoding="utf-8")
         kept = take_in(pipeline, file)
         assert len(device_infos(pipeline)) == 1
-        kept.write_text(json.dumps(results({"allocate": "0", "quantize": "0"})))
+        kept.write_text(json.dumps(results({"allocate": "0", "quantize": "0"})), encoding="utf-8")
         assert device_infos(pipeline) == ()
     assert any("former plan" in line for line in notes.lines)
 
 
 def test_a_file_that_is_none_is_refused(run: tuple[Recipe, Path], tmp_path: Path) -> None:
-    (tmp_path / "x.json").write_text("{}")
+    (tmp_path / "x.json").write_text("{}", encoding="utf-8")
     with open_pipeline(*run, Talk()) as pipeline, pytest.raises(UsageError, match=r"no results\.json"):
         take_in(pipeline, tmp_path / "x.json")
 

@@ -39,7 +39,7 @@ def test_two_clean_runs_give_the_same_archive(model: Path, rtx: Path, tmp_path: 
     # 'package' makes the stages that are missing.
     run, archive = tmp_path / "elsewhere", tmp_path / "b.mpq.tar"
     run.mkdir()
-    (run / "recipe.yaml").write_text(recipe.read_text())
+    (run / "recipe.yaml").write_text(recipe.read_text(encoding="utf-8"), encoding="utf-8")
     done = call("--json", "package", run, "-o", archive, PYTHONHASHSEED="5")
     assert done.returncode == 0, done.stderr
     assert archive.read_bytes() == rtx.read_bytes()
@@ -56,7 +56,7 @@ def test_two_clean_runs_of_a_text_transformer_give_the_same_archive(tmp_path: Pa
     for seed in ("1", "2"):
         place = tmp_path / seed
         folder = tiny_text_transformer_folder(place, "SD3Transformer2DModel")
-        (place / "prompts.txt").write_text("abc\ndef\n")
+        (place / "prompts.txt").write_text("abc\ndef\n", encoding="utf-8")
         (place / "run").mkdir()
         given = {"model": str(folder), "prompts": str(place / "prompts.txt"), "target": "rtx"}
         write_recipe(place / "run" / "recipe.yaml", **given)
@@ -77,8 +77,8 @@ def test_the_manifest_says_what_the_engine_must_be(unpacked: Path) -> None:
     assert manifest.expected.total_bytes < manifest.fp16_bytes
     assert set(manifest.parts) == {p.name for p in unpacked.iterdir()} - {"manifest.json", "SHA256SUMS"}
     assert {INSTALLER, SCRIPT, REFERENCE, "correction.json", "scheduler_config.json"} <= set(manifest.parts)
-    assert manifest.to_json() == (unpacked / "manifest.json").read_text()
-    assert str(Path.home()) not in (unpacked / "denoiser.json").read_text()
+    assert manifest.to_json() == (unpacked / "manifest.json").read_text(encoding="utf-8")
+    assert str(Path.home()) not in (unpacked / "denoiser.json").read_text(encoding="utf-8")
 
 
 def test_the_references_are_what_the_packed_graph_gives(unpacked: Path) -> None:
@@ -114,7 +114,7 @@ def test_a_target_without_engine_is_refused(rtx_run: tuple[Recipe, Path], tmp_pa
 
 def test_the_other_jetpacks_of_a_device_are_alternatives(orin: Path, tmp_path: Path) -> None:
     extract(orin, read_archive(orin), tmp_path)
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest = json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8"))
     assert set(manifest["alternatives"]) == {"jetson-agx-orin-jp7"}
 
 
@@ -122,7 +122,9 @@ def test_a_device_with_too_little_memory_is_refused_before_packing(
     rtx_run: tuple[Recipe, Path], tmp_path: Path
 ) -> None:
     small = tmp_path / "small.yaml"
-    small.write_text('extends: rtx\nname: small\nmemory_bytes: {value: 0.2e9, source: "a small board"}\n')
+    small.write_text(
+        'extends: rtx\nname: small\nmemory_bytes: {value: 0.2e9, source: "a small board"}\n', encoding="utf-8"
+    )
     with open_pipeline(*rtx_run, Talk()) as pipeline, pytest.raises(UsageError) as caught:
         make_package(pipeline, load_target(str(small)), tmp_path / "x.mpq.tar")
     assert "estimated to take 0.51 GB at batch 8" in caught.value.message

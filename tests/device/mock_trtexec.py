@@ -21,7 +21,7 @@ def flag(name):
 
 
 def layers():
-    expected = json.loads(Path(os.environ["MOCK_MANIFEST"]).read_text())["expected"]
+    expected = json.loads(Path(os.environ["MOCK_MANIFEST"]).read_text(encoding="utf-8"))["expected"]
     half = os.environ.get("MOCK_FAULT") == "half"
     made = []
     for layer in expected["layers"]:
@@ -81,16 +81,16 @@ def main():
             return 1
         Path(flag("saveEngine")).write_bytes(b"MOCK ENGINE" + Path(flag("onnx")).read_bytes()[:64])
         listed, total = layers()
-        Path(flag("exportLayerInfo")).write_text(json.dumps(listed))
+        Path(flag("exportLayerInfo")).write_text(json.dumps(listed), encoding="utf-8")
         say(f"[I] [TRT] Total Weights Memory: {total} bytes")
         say("[I] GPU Compute Time: min = 1.1 ms, max = 2 ms, mean = 1.3 ms, median = 1.25 ms, percentile(99%) = 2 ms")
     if flag("loadInputs"):
         say("[I] Selected Device: MOCK Orin\n[I] Compute Capability: 8.7")
         for pair in flag("loadInputs").split(","):
             assert Path(pair.split(":", 1)[1]).stat().st_size > 0
-        Path(flag("exportOutput")).write_text(json.dumps(outputs(flag("exportOutput"))))
+        Path(flag("exportOutput")).write_text(json.dumps(outputs(flag("exportOutput"))), encoding="utf-8")
         Path(flag("exportTimes")).write_text(
-            json.dumps([{"computeMs": 1.0 + 0.01 * i, "latencyMs": 2.0} for i in range(100)])
+            json.dumps([{"computeMs": 1.0 + 0.01 * i, "latencyMs": 2.0} for i in range(100)]), encoding="utf-8"
         )
     return 0
 

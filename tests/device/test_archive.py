@@ -133,12 +133,12 @@ def test_no_path_link_or_device_gets_in(member: tarfile.TarInfo, tmp_path: Path)
 
 def test_a_link_that_lies_in_the_folder_is_not_followed(archive: Path, tmp_path: Path) -> None:
     victim = tmp_path / "victim"
-    victim.write_text("keep")
+    victim.write_text("keep", encoding="utf-8")
     out = tmp_path / "out"
     out.mkdir()
     (out / "weights.bin").symlink_to(victim)
     extract(archive, read_archive(archive), out)
-    assert victim.read_text() == "keep"
+    assert victim.read_text(encoding="utf-8") == "keep"
     assert (out / "weights.bin").read_bytes() == WEIGHTS
 
 

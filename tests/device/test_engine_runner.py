@@ -104,7 +104,7 @@ def test_graphs_can_be_left_out(tmp_path: Path) -> None:
 
 def test_an_altered_engine_is_refused_before_the_library_sees_it(tmp_path: Path) -> None:
     path = engine_file(tmp_path)
-    (tmp_path / "build.json").write_text(json.dumps({"sha256": hashlib.sha256(b"rtx").hexdigest()}))
+    (tmp_path / "build.json").write_text(json.dumps({"sha256": hashlib.sha256(b"rtx").hexdigest()}), encoding="utf-8")
     EngineRunner(fake, fake.FakeCuda(), path, None)  # type: ignore[arg-type]
     # Another engine that would load.
     path.write_bytes(b"trt")
@@ -114,9 +114,13 @@ def test_an_altered_engine_is_refused_before_the_library_sees_it(tmp_path: Path)
 
 def test_an_engine_of_another_gpu_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
     path = engine_file(tmp_path, b"would not load")
-    (tmp_path / "build.json").write_text(json.dumps({"compute_capabilities": ["SM120"], "target": "rtx-blackwell"}))
+    (tmp_path / "build.json").write_text(
+        json.dumps({"compute_capabilities": ["SM120"], "target": "rtx-blackwell"}), encoding="utf-8"
+    )
     with pytest.raises(EngineError, match=r"is for SM120 \(target rtx-blackwell\); the GPU here is SM89"):
         EngineRunner(fake, fake.FakeCuda(), path, None)  # type: ignore[arg-type]
     refuse_other_gpu(path, "SM120")
-    (tmp_path / "build.json").write_text(json.dumps({"compute_capabilities": [], "target": "tensorrt-10"}))
+    (tmp_path / "build.json").write_text(
+        json.dumps({"compute_capabilities": [], "target": "tensorrt-10"}), encoding="utf-8"
+    )
     refuse_other_gpu(path, "SM70")

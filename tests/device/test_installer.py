@@ -60,7 +60,7 @@ def unpacked(archive: Path, folder: Path) -> Manifest:
 
 def isolated(folder: Path) -> dict[str, str]:
     """An environment whose every Python process, children included, cannot import what a device lacks."""
-    (folder / "sitecustomize.py").write_text(BLOCKER)
+    (folder / "sitecustomize.py").write_text(BLOCKER, encoding="utf-8")
     return {**os.environ, "PYTHONPATH": str(folder)}
 
 
@@ -75,7 +75,7 @@ def test_the_installer_in_the_package_builds_with_numpy_and_tensorrt_alone(rtx: 
     where = subprocess.run(
         [sys.executable, "-c", probe_code],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=True,
         env={**environment, "PYTHONPATH": f"{tmp_path}:{parts / 'install.pyz'}"},
         cwd=tmp_path,
@@ -84,7 +84,7 @@ def test_the_installer_in_the_package_builds_with_numpy_and_tensorrt_alone(rtx: 
     done = subprocess.run(
         [sys.executable, str(parts / "install.pyz"), str(rtx), "-o", str(tmp_path / "out"), "--json"],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=False,
         env=environment,
         cwd=tmp_path,
@@ -120,7 +120,9 @@ def test_an_engine_that_is_not_as_planned_fails(rtx: Path, tmp_path: Path, monke
 
 
 def test_the_blocked_packages_are_really_blocked(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", "import onnx"], env=isolated(tmp_path), capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", "import onnx"], env=isolated(tmp_path), capture_output=True, encoding="utf-8"
+    )
     assert "blocked: onnx" in done.stderr
 
 
@@ -129,7 +131,7 @@ def test_the_module_runs_without_what_a_device_lacks(orin: Path, mock_device: Pa
     package = Path(install_module.__file__).parents[2]
     environment = {**isolated(tmp_path), "PYTHONPATH": f"{tmp_path}:{package}"}
     command = [sys.executable, "-m", "mpq_deploy.install", str(orin), "-o", str(tmp_path / "out"), "--force-memory"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     assert "outputs  agree" in done.stdout
 
@@ -196,24 +198,29 @@ def test_build_sh_does_the_same_with_python_and_builds_without(
     environment = {**isolated(tmp_path), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     environment["PATH"] = f"{mock_device}:{environment['PATH']}"
     whole = subprocess.run(
-        ["./build.sh", "--force-memory"], cwd=parts, capture_output=True, text=True, env=environment, check=False
+        ["./build.sh", "--force-memory"], cwd=parts, capture_output=True, encoding="utf-8", env=environment, check=False
     )
     assert whole.returncode == 0, whole.stderr
     assert "outputs  agree" in whole.stdout
     assert read_results(parts / "results.json")["passed"]
     plain = subprocess.run(
-        ["./build.sh"], cwd=parts, capture_output=True, text=True, env={**environment, "MPQ_PLAIN": "1"}, check=False
+        ["./build.sh"],
+        cwd=parts,
+        capture_output=True,
+        encoding="utf-8",
+        env={**environment, "MPQ_PLAIN": "1"},
+        check=False,
     )
     assert plain.returncode == 0, plain.stderr
     assert "latency  1.25 ms median" in plain.stdout
     assert "NOT checked" in plain.stdout
-    assert json.loads((parts / "build.json").read_text())["trtexec"] == "10.3.0"
+    assert json.loads((parts / "build.json").read_text(encoding="utf-8"))["trtexec"] == "10.3.0"
     monkeypatch.setenv("MOCK_VERSION", "110401")
     wrong = subprocess.run(
         ["./build.sh"],
         cwd=parts,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         env={**environment, "MPQ_PLAIN": "1", "MOCK_VERSION": "110401"},
         check=False,
     )
@@ -221,7 +228,9 @@ def test_build_sh_does_the_same_with_python_and_builds_without(
     assert "trtexec here is 11.4.1" in wrong.stderr
     assert "--target jetson-agx-orin-jp7" in wrong.stderr
     (parts / "weights.bin").write_bytes(b"x")
-    damaged = subprocess.run(["./build.sh"], cwd=parts, capture_output=True, text=True, env=environment, check=False)
+    damaged = subprocess.run(
+        ["./build.sh"], cwd=parts, capture_output=True, encoding="utf-8", env=environment, check=False
+    )
     assert damaged.returncode == 1
     assert "weights.bin" in damaged.stdout + damaged.stderr
 
@@ -238,7 +247,7 @@ def test_an_altered_archive_is_refused_before_anything_is_written(orin: Path, tm
 
 def test_an_altered_part_of_an_unpacked_package_is_named(orin: Path, tmp_path: Path) -> None:
     unpacked(orin, tmp_path / "p")
-    (tmp_path / "p" / "plan.json").write_text("{}")
+    (tmp_path / "p" / "plan.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ArchiveError, match=r"The part 'plan\.json' in .* is altered"):
         install(tmp_path / "p", tmp_path / "p", Talk())
     (tmp_path / "p" / "plan.json").unlink()
@@ -272,7 +281,9 @@ def test_another_gpu_is_refused(orin: Path, tmp_path: Path, monkeypatch: pytest.
 def test_too_little_memory_is_refused_before_building(orin: Path, tmp_path: Path) -> None:
     manifest = unpacked(orin, tmp_path / "p")
     (tmp_path / "root" / "proc").mkdir(parents=True)
-    (tmp_path / "root" / "proc" / "meminfo").write_text("MemTotal: 900000 kB\nMemAvailable:   100000 kB\n")
+    (tmp_path / "root" / "proc" / "meminfo").write_text(
+        "MemTotal: 900000 kB\nMemAvailable:   100000 kB\n", encoding="utf-8"
+    )
     with pytest.raises(EngineError, match=r"estimated to take 0\.5 GB of memory, and this machine has 0\.1 GB free"):
         check_memory(manifest, False, tmp_path / "root")
     check_memory(manifest, True, tmp_path / "root")
@@ -305,12 +316,12 @@ def test_too_little_gpu_memory_is_refused_before_building(
 
 def test_a_manifest_of_another_format_or_without_a_field_is_refused(orin: Path, tmp_path: Path) -> None:
     unpacked(orin, tmp_path)
-    values = json.loads((tmp_path / "manifest.json").read_text())
-    (tmp_path / "m1").write_text(json.dumps({**values, "format": 9}))
+    values = json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8"))
+    (tmp_path / "m1").write_text(json.dumps({**values, "format": 9}), encoding="utf-8")
     with pytest.raises(ArchiveError, match="format 9"):
         Manifest.load(tmp_path / "m1")
     del values["reference"]
-    (tmp_path / "m2").write_text(json.dumps(values))
+    (tmp_path / "m2").write_text(json.dumps(values), encoding="utf-8")
     with pytest.raises(ArchiveError, match="reference"):
         Manifest.load(tmp_path / "m2")
 
@@ -330,7 +341,7 @@ def test_errors_and_latencies_are_summed_up() -> None:
 
 @pytest.mark.parametrize("text", ["", "[]", '{"format": 2}', '{"format": 1}'])
 def test_what_is_no_results_file_says_so(text: str, tmp_path: Path) -> None:
-    (tmp_path / "r.json").write_text(text)
+    (tmp_path / "r.json").write_text(text, encoding="utf-8")
     with pytest.raises(UsageError, match=r"no results\.json"):
         read_results(tmp_path / "r.json")
 

@@ -31,7 +31,7 @@ def parse(line: str) -> None:
 
 
 def steps() -> list[dict[str, object]]:
-    found = yaml.safe_load(WORKFLOW.read_text())["jobs"]["model"]["steps"]
+    found = yaml.safe_load(WORKFLOW.read_text(encoding="utf-8"))["jobs"]["model"]["steps"]
     assert isinstance(found, list)
     return found
 
@@ -56,7 +56,7 @@ def test_a_wrong_command_would_be_noticed(wrong: str) -> None:
 
 
 def test_the_workflow_gates_before_it_packages_and_keeps_its_evidence() -> None:
-    workflow = yaml.safe_load(WORKFLOW.read_text())
+    workflow = yaml.safe_load(WORKFLOW.read_text(encoding="utf-8"))
     assert workflow["permissions"] == {"contents": "read"}
     names = [str(step.get("name", step.get("uses"))) for step in steps()]
     assert names.index("Build") < names.index("Gate") < names.index("Package") < names.index("Digests")
@@ -77,17 +77,19 @@ def test_the_workflow_gates_before_it_packages_and_keeps_its_evidence() -> None:
 
 def test_the_workflow_installs_what_the_project_declares() -> None:
     installed = " ".join(str(step.get("run", "")) for step in steps())
-    project = (ROOT / "pyproject.toml").read_text()
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     torch = re.search(r"torch==[\d.]+", project)
     assert torch is not None
-    for text in (installed, CONTAINER.read_text()):
+    for text in (installed, CONTAINER.read_text(encoding="utf-8")):
         assert torch.group() in text
         for extras in re.findall(r"\[([a-z,]+)\]\"", text):
             assert all(f"\n{extra} = [" in project for extra in extras.split(","))
 
 
 def instructions() -> list[tuple[str, str]]:
-    joined = re.sub(r"\\\n", " ", "\n".join(x for x in CONTAINER.read_text().splitlines() if not x.startswith("#")))
+    joined = re.sub(
+        r"\\\n", " ", "\n".join(x for x in CONTAINER.read_text(encoding="utf-8").splitlines() if not x.startswith("#"))
+    )
     return [tuple(line.split(maxsplit=1)) for line in joined.splitlines() if line.strip()]  # type: ignore[misc]
 
 
@@ -96,7 +98,7 @@ def test_the_container_file_copies_what_is_there_and_runs_as_nobody_special() ->
     found = instructions()
     assert {name for name, _ in found} <= set(known)
     assert found[0][0] == "FROM"
-    ignored = (ROOT / ".dockerignore").read_text().split()
+    ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
     for name, rest in found:
         if name == "FROM":
             assert re.search(r":\d+\.\d+\.\d+-", rest), "an image with a whole version"
@@ -110,7 +112,7 @@ def test_the_container_file_copies_what_is_there_and_runs_as_nobody_special() ->
     last = dict(found[[i for i, (name, _) in enumerate(found) if name == "FROM"][-1] :])
     assert last["USER"] == "10001" and "--uid 10001 " in last["RUN"]
     parse(shlex.join([*json.loads(last["ENTRYPOINT"]), *json.loads(last["CMD"])]))
-    example = re.search(r"mpq-deploy (build .*)", CONTAINER.read_text())
+    example = re.search(r"mpq-deploy (build .*)", CONTAINER.read_text(encoding="utf-8"))
     assert example is not None
     parse(f"mpq-deploy {example.group(1)}")
 
@@ -118,6 +120,6 @@ def test_the_container_file_copies_what_is_there_and_runs_as_nobody_special() ->
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_command_of_the_documents_is_one(document: Path) -> None:
     """Lines of code blocks (indented by four) that begin with the command."""
-    for line in document.read_text().splitlines():
+    for line in document.read_text(encoding="utf-8").splitlines():
         if line.startswith("    mpq-deploy "):
             parse(line.strip())

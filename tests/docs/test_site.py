@@ -49,7 +49,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -66,8 +66,10 @@ def keys(values: dict[str, object], path: str = "") -> list[str]:
 def test_every_command_has_a_page_with_every_option(site: Path) -> None:
     root = typer.main.get_command(app)
     for name in COMMANDS:
-        text = html.unescape((site / "commands" / f"{name}.html").read_text())
-        assert f"commands/{name}.html" in (site / "index.html").read_text(), "the navigation leads there"
+        text = html.unescape((site / "commands" / f"{name}.html").read_text(encoding="utf-8"))
+        assert f"commands/{name}.html" in (site / "index.html").read_text(encoding="utf-8"), (
+            "the navigation leads there"
+        )
         options = [option for one in root.commands[name].params for option in one.opts if option[0] == "-"]  # type: ignore[attr-defined]
         for option in options:
             assert re.search(rf"<code>[^<]*{option}\b", text), f"{name} {option}"
@@ -75,7 +77,7 @@ def test_every_command_has_a_page_with_every_option(site: Path) -> None:
 
 @needs_mkdocs
 def test_every_recipe_key_stands_there_with_its_default(site: Path) -> None:
-    text = (site / "recipe.html").read_text()
+    text = (site / "recipe.html").read_text(encoding="utf-8")
     for key in keys(Recipe().model_dump(mode="json")):
         assert f'id="{key}"' in text, key
     row = next(line for line in re.findall(r"<tr>.*?</tr>", text, re.DOTALL) if 'id="calibrate.samples"' in line)
@@ -87,18 +89,18 @@ def test_every_recipe_key_stands_there_with_its_default(site: Path) -> None:
 
 @needs_mkdocs
 def test_every_target_stands_there(site: Path) -> None:
-    text = (site / "every-target.html").read_text()
+    text = (site / "every-target.html").read_text(encoding="utf-8")
     for name in known_targets():
         assert f'id="{name}"' in text
 
 
 @needs_mkdocs
 def test_inline_commands_and_keys_are_links_to_their_pages(site: Path) -> None:
-    text = (site / "troubleshooting.html").read_text()
+    text = (site / "troubleshooting.html").read_text(encoding="utf-8")
     assert '<a href="commands/doctor.html"><code>mpq-deploy doctor</code></a>' in text
     assert '<a href="recipe.html#recover.rank"><code>recover.rank</code></a>' in text
     for target, anchor in set(re.findall(r'href="([\w/.-]*recipe\.html)#([\w.]+)"', text)):
-        assert f'id="{anchor}"' in (site / target).read_text()
+        assert f'id="{anchor}"' in (site / target).read_text(encoding="utf-8")
 
 
 @needs_mkdocs
@@ -107,30 +109,30 @@ def test_viewing_fetches_nothing_from_elsewhere(site: Path) -> None:
     assert len(pages) > len(COMMANDS) + 20
     for page in pages:
         requests = Requests()
-        requests.feed(page.read_text())
+        requests.feed(page.read_text(encoding="utf-8"))
         assert any(one.endswith(".css") for one in requests.found)
         assert not [one for one in requests.found if "//" in one and not one.startswith("data:")], page
     for sheet in site.rglob("*.css"):
-        assert not re.search(r"(url\(|@import)\s*[\"']?(https?:)?//", sheet.read_text()), sheet
+        assert not re.search(r"(url\(|@import)\s*[\"']?(https?:)?//", sheet.read_text(encoding="utf-8")), sheet
 
 
 @needs_mkdocs
 def test_a_broken_link_would_fail_the_build(tmp_path: Path) -> None:
     docs = tmp_path / "docs"
     docs.mkdir()
-    (docs / "index.md").write_text("# Page\n\n[there](nowhere.md)\n")
-    settings = (ROOT / "mkdocs.yml").read_text()
+    (docs / "index.md").write_text("# Page\n\n[there](nowhere.md)\n", encoding="utf-8")
+    settings = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     validation = settings[settings.index("validation:") : settings.index("# An entry")]
-    (tmp_path / "mkdocs.yml").write_text(f"site_name: x\nstrict: true\n{validation}")
+    (tmp_path / "mkdocs.yml").write_text(f"site_name: x\nstrict: true\n{validation}", encoding="utf-8")
     command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(tmp_path / "site")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode != 0 and "nowhere.md" in done.stderr
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_links_work_on_a_code_host_too(document: Path) -> None:
     """Relative links of plain Markdown lead to files of the repository."""
-    text = re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)
+    text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if not re.match(r"[a-z]+:", target) and not target.startswith("#"):
             assert (document.parent / target.split("#")[0]).exists(), target
@@ -156,7 +158,7 @@ def messages() -> list[str]:
     """Every text in the package, with … for what is put into it."""
     found = []
     for path in (ROOT / "mpq_deploy").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 found.append("".join(one.value if isinstance(one, ast.Constant) else "…" for one in node.values))  # type: ignore[misc]
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -165,7 +167,7 @@ def messages() -> list[str]:
 
 
 def test_troubleshooting_quotes_what_the_program_says() -> None:
-    quoted = re.findall(r"^### `(.+)`$", TROUBLE.read_text(), re.MULTILINE)
+    quoted = re.findall(r"^### `(.+)`$", TROUBLE.read_text(encoding="utf-8"), re.MULTILINE)
     assert len(quoted) > 25
     said = messages()
     for quote in quoted:

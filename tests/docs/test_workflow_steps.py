@@ -34,7 +34,7 @@ def runner(tmp_path: Path) -> Path:
     write_recipe(tmp_path / "recipe.yaml", engine__build=True, evaluate__controls=False)
     (tmp_path / "bin").mkdir()
     program = tmp_path / "bin" / "mpq-deploy"
-    program.write_text(f"#!{sys.executable}\nfrom mpq_deploy.cli import main\nmain()\n")
+    program.write_text(f"#!{sys.executable}\nfrom mpq_deploy.cli import main\nmain()\n", encoding="utf-8")
     program.chmod(0o755)
     return tmp_path
 
@@ -51,7 +51,12 @@ def run_step(step: dict[str, Any], folder: Path) -> None:
         "CI": "true",
     }
     done = subprocess.run(
-        ["bash", "-e", "-c", str(step["run"])], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+        ["bash", "-e", "-c", str(step["run"])],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=600,
     )
     assert done.returncode == 0, f"{step['name']}: {done.stdout}{done.stderr}"
 
@@ -62,7 +67,7 @@ def run_step(step: dict[str, Any], folder: Path) -> None:
 def test_the_steps_build_gate_package_and_keep_what_they_promise(runner: Path) -> None:
     for package in ("torch", "diffusers", "tensorrt_rtx"):
         pytest.importorskip(package)
-    steps = yaml.safe_load(WORKFLOW.read_text())["jobs"]["model"]["steps"]
+    steps = yaml.safe_load(WORKFLOW.read_text(encoding="utf-8"))["jobs"]["model"]["steps"]
     ran = []
     for step in steps:
         if "run" not in step or step["name"] in LEFT_OUT:
@@ -77,23 +82,23 @@ def test_the_steps_build_gate_package_and_keep_what_they_promise(runner: Path) -
     upload = next(step for step in steps if str(step.get("uses", "")).startswith("actions/upload-artifact"))
     kept = [runner / name for name in str(upload["with"]["path"]).split()]
     assert [path for path in kept if not path.is_file()] == []
-    for line in (runner / "SHA256SUMS").read_text().splitlines():
+    for line in (runner / "SHA256SUMS").read_text(encoding="utf-8").splitlines():
         digest, name = line.split()
         assert hashlib.sha256((runner / name).read_bytes()).hexdigest() == digest
-    summary = (runner / "summary.md").read_text()
-    assert "### Digests" in summary and (runner / "runs" / "model" / "report.md").read_text() in summary
+    summary = (runner / "summary.md").read_text(encoding="utf-8")
+    assert "### Digests" in summary and (runner / "runs" / "model" / "report.md").read_text(encoding="utf-8") in summary
     for name in ("gate.xml", "baseline.xml"):
         assert next(ElementTree.parse(runner / name).iter("testsuite")).get("failures") == "0"
     with tarfile.open(runner / "model.mpq.tar") as archive:
         assert "model.onnx" in archive.getnames()
-    assert json.loads((runner / "runs" / "model" / "engine" / "build.json").read_text())["verified"]
+    assert json.loads((runner / "runs" / "model" / "engine" / "build.json").read_text(encoding="utf-8"))["verified"]
 
 
 @pytest.mark.slow
 @pytest.mark.rtx
 @pytest.mark.torch
 def test_a_step_that_fails_fails_the_job(runner: Path) -> None:
-    steps = yaml.safe_load(WORKFLOW.read_text())["jobs"]["model"]["steps"]
+    steps = yaml.safe_load(WORKFLOW.read_text(encoding="utf-8"))["jobs"]["model"]["steps"]
     gate = next(step for step in steps if step.get("name") == "Gate")
     with pytest.raises(AssertionError, match="Gate: "):
         run_step(gate, runner)

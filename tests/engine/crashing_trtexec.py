@@ -35,7 +35,7 @@ def quantized(graph):
 
 sys.stdout.write("&&&& RUNNING TensorRT.trtexec [TensorRT v100300] # STAND-IN\n")
 graph = onnx.load(flag("onnx"), load_external_data=False).graph
-with Path(os.environ["CRASH_COUNT"]).open("a") as count:
+with Path(os.environ["CRASH_COUNT"]).open("a", encoding="utf-8") as count:
     count.write("x")
 inputs = {value.name for value in graph.input}
 for shape in (flag("minShapes") or "").split(","):
@@ -50,4 +50,4 @@ if set(wanted.get("quantized", wanted.get("present"))) <= found:
     sys.stdout.flush()
     os.kill(os.getpid(), signal.SIGSEGV)
 Path(flag("saveEngine")).write_bytes(b"STAND-IN")
-Path(flag("exportLayerInfo")).write_text("{}")
+Path(flag("exportLayerInfo")).write_text("{}", encoding="utf-8")

@@ -98,7 +98,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "bin").mkdir()
     script = Path(__file__).with_name("crashing_trtexec.py")
     trtexec = tmp_path / "bin" / "trtexec"
-    trtexec.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{script}" "$@"\n')
+    trtexec.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{script}" "$@"\n', encoding="utf-8")
     trtexec.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     monkeypatch.setenv("CRASH_COUNT", str(tmp_path / "count"))
@@ -124,7 +124,7 @@ def test_a_crash_of_trtexec_is_searched_too(
     assert "crashed (SIGSEGV)" in said
     assert f"these are quantized together: {', '.join(bad)}; and not when nothing is" in said
     # The first call was the build itself.
-    trials = len(stand_in.read_text()) - 1
+    trials = len(stand_in.read_text(encoding="utf-8")) - 1
     assert f"Suspects by {trials} smaller builds" in said and "ended early" not in said
 
 
@@ -147,7 +147,7 @@ def test_a_device_without_onnx_is_told_what_happened_and_no_more(
     monkeypatch.setenv("CRASH_WHEN", json.dumps({"present": []}))
     said = build_by_trtexec(model, tmp_path / "engine").message
     assert "crashed (SIGSEGV)" in said and "onnx is not installed" in said and "smaller builds" not in said
-    assert stand_in.read_text() == "x"
+    assert stand_in.read_text(encoding="utf-8") == "x"
 
 
 def test_a_trtexec_that_the_dialect_is_not_written_for_is_refused(
@@ -167,7 +167,7 @@ def test_a_refusal_of_trtexec_is_no_crash(
     profile = BatchProfile(1, 1, 2, {"nobody": (3, SIZE, SIZE)})
     with pytest.raises(EngineError, match=r"trtexec refuses the graph: .*Cannot find input tensor with name 'nobody'"):
         build_engine(model, tmp_path / "engine", load_target("jetson-agx-orin"), profile, ExpectedLayers((), 0), Talk())
-    assert stand_in.read_text() == "x"
+    assert stand_in.read_text(encoding="utf-8") == "x"
 
 
 def shared_weight(products: int) -> onnx.ModelProto:

@@ -60,8 +60,8 @@ def test_an_engine_is_built_verified_and_recorded(written: Written, tmp_path: Pa
     loaded = EngineRecord.load(tmp_path / "engine" / RECORD, tmp_path / "engine.timing.json")
     assert loaded == record
     assert loaded.timing == record.timing
-    assert "Layers:" in (tmp_path / "engine.log").read_text()
-    assert "timing" not in json.loads((tmp_path / "engine" / RECORD).read_text())
+    assert "Layers:" in (tmp_path / "engine.log").read_text(encoding="utf-8")
+    assert "timing" not in json.loads((tmp_path / "engine" / RECORD).read_text(encoding="utf-8"))
 
 
 @pytest.mark.rtx

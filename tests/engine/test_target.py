@@ -65,7 +65,7 @@ def test_refusals_say_why_and_what_is_nearest(target: str, scheme: str, says: st
 
 def test_simulated_schemes_never_reach_a_builder(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
-    file.write_text("extends: simulate\nname: mine\nbuilder: tensorrt_rtx\n")
+    file.write_text("extends: simulate\nname: mine\nbuilder: tensorrt_rtx\n", encoding="utf-8")
     with pytest.raises(UsageError, match="never reach a builder"):
         load_target(file)
     layer = matmul(64, 64)
@@ -138,7 +138,8 @@ def test_a_users_file_extends_a_shipped_target_and_may_allow_what_it_forbids(tmp
     file.write_text(
         "extends: jetson-agx-orin\nname: my-orin\nversions: ['10.16']\n"
         "schemes: {Conv: [fp16, w8a8, w4a8]}\n"
-        "rules: [{ops: [Conv], families: [w8a8], when: conv3d, reason: tried on my board}]\n"
+        "rules: [{ops: [Conv], families: [w8a8], when: conv3d, reason: tried on my board}]\n",
+        encoding="utf-8",
     )
     mine = load_target(file)
     assert (mine.name, mine.versions, mine.dialect) == ("my-orin", ("10.16",), "trt-10.3")
@@ -176,7 +177,7 @@ def test_a_users_file_extends_a_shipped_target_and_may_allow_what_it_forbids(tmp
 )
 def test_a_users_wrong_file_is_one_clear_line(tmp_path: Path, text: str, says: str) -> None:
     file = tmp_path / "mine.yaml"
-    file.write_text(text)
+    file.write_text(text, encoding="utf-8")
     with pytest.raises(UsageError) as caught:
         load_target(file)
     assert says in caught.value.message

@@ -25,9 +25,9 @@ def engine_log(written: Written, folder: Path) -> EngineLog:
     job = BuildJob("tensorrt_rtx", str(written.model), **files, compute_capabilities=sm, shapes=profile().inputs())
     job.save(folder / "job.json")
     command = [sys.executable, "-m", "mpq_deploy.engine.build_worker", str(folder / "job.json")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, (folder / "result").read_text()
-    return parse_engine_log((folder / "log").read_text())
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+    assert done.returncode == 0, (folder / "result").read_text(encoding="utf-8")
+    return parse_engine_log((folder / "log").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module", params=["mix0", "mix1", *FAMILIES])

@@ -213,7 +213,7 @@ def test_an_identical_variant_has_no_error_and_survives_json(files, tmp_path):
     assert found.variants["ours"].measured_nmse == 0
     assert found.variants["ours"].psnr_db == math.inf
     found.save(tmp_path / "evaluate")
-    text = json.loads((tmp_path / "evaluate" / "evaluation.json").read_text())
+    text = json.loads((tmp_path / "evaluate" / "evaluation.json").read_text(encoding="utf-8"))
     assert text["variants"]["ours"]["psnr_db"] is None
     assert "identical" in text["variants"]["ours"]["psnr_note"]
     assert Evaluation.load(tmp_path / "evaluate").variants == found.variants
@@ -301,7 +301,7 @@ def test_latency_is_labelled_as_the_cpus(files, tmp_path):
     assert "not the target device" in found.latency.source
     found.save(tmp_path)
     assert Evaluation.load(tmp_path).latency == found.latency
-    assert "latency_ms" not in (tmp_path / "evaluation.json").read_text()
+    assert "latency_ms" not in (tmp_path / "evaluation.json").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def test_a_table_of_another_target_or_batch_is_refused() -> None:
 def test_a_file_that_is_no_table_is_refused_by_its_field(change: dict[str, Any], words: str, tmp_path: Path) -> None:
     path = tmp_path / "table.json"
     TABLE.save(path)
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **change}), encoding="utf-8")
     with pytest.raises(UsageError, match=words):
         LatencyTable.load(path)
 
@@ -57,7 +57,7 @@ def test_a_file_that_is_no_table_is_refused_by_its_field(change: dict[str, Any],
 def test_a_time_that_is_none_is_refused(milliseconds: object, tmp_path: Path) -> None:
     path = tmp_path / "table.json"
     TABLE.save(path)
-    path.write_text(path.read_text().replace("0.25", str(milliseconds)))
+    path.write_text(path.read_text(encoding="utf-8").replace("0.25", str(milliseconds)), encoding="utf-8")
     with pytest.raises(UsageError, match="milliseconds"):
         LatencyTable.load(path)
 
@@ -65,6 +65,6 @@ def test_a_time_that_is_none_is_refused(milliseconds: object, tmp_path: Path) ->
 def test_a_file_that_is_missing_or_cut_short_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be read"):
         LatencyTable.load(tmp_path / "none.json")
-    (tmp_path / "cut.json").write_text('{"format": 1, "entr')
+    (tmp_path / "cut.json").write_text('{"format": 1, "entr', encoding="utf-8")
     with pytest.raises(UsageError, match="no JSON"):
         LatencyTable.load(tmp_path / "cut.json")

@@ -27,7 +27,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_decoder_gets_samples_of_the_float_denoiser(text: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("abc\ndef\n")
+    prompts.write_text("abc\ndef\n", encoding="utf-8")
     vae = open_denoiser(text, component="vae", component_samples=8, prompts=prompts)
     assert vae.spec.timestep is None and vae.spec.calibration_rows == 6 and vae.spec.pixel_range == (-1, 1)
     rows = vae.conditions.arrays["latent_sample"]
@@ -53,7 +53,7 @@ def test_without_a_denoiser_it_gets_noise_and_says_so(text: Path, tmp_path: Path
 def test_a_text_encoder_gets_the_prompts(tmp_path: Path, xl: bool) -> None:
     folder = tiny_text_pipeline_folder(tmp_path, xl=xl)
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("abc\ndef\nghi\n")
+    prompts.write_text("abc\ndef\nghi\n", encoding="utf-8")
     encoder = open_denoiser(folder, component="text_encoder", prompts=prompts)
     assert sorted(encoder.spec.labels) == ["(empty prompt)", "abc", "def", "ghi"]
     assert encoder.spec.sample.dtype == "int64" and encoder.spec.calibration_rows == 3

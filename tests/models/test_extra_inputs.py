@@ -55,7 +55,7 @@ def test_a_consistency_model_is_told_its_guidance(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     folder = tiny_text_pipeline_folder(tmp_path, time_cond_proj_dim=9)
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("abc\n")
+    prompts.write_text("abc\n", encoding="utf-8")
     denoiser = open_denoiser(folder, prompts=prompts, guidance_scale=3.0)
     assert denoiser.spec.guidance_scale == 1.0
     pipeline = diffusers.LatentConsistencyModelPipeline

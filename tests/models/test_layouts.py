@@ -30,7 +30,7 @@ def saved(folder: Path, model: Any, scheduler: dict[str, Any], config: dict[str,
     """Write ``model`` with further entries in its configuration; return the arguments of ``open_denoiser``."""
     randomize(model).save_pretrained(folder / "model", safe_serialization=True)
     path = folder / "model" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **config}), encoding="utf-8")
     write_scheduler(folder, scheduler)
     if not arrays:
         return {"source": folder / "model", "scheduler": folder}

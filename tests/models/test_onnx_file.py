@@ -103,7 +103,7 @@ def test_the_yaml_itself(tmp_path: Path) -> None:
     path = tiny_onnx_with_yaml(tmp_path)
     description = path.with_suffix(".yaml")
     for content, said in (("a: [", "YAML"), ("just text", "no entries"), ("", "no entries")):
-        description.write_text(content)
+        description.write_text(content, encoding="utf-8")
         with pytest.raises(UsageError, match=said):
             open_denoiser(path)
     description.unlink()
@@ -116,7 +116,7 @@ def test_a_yaml_elsewhere_a_scheduler_file_and_guidance(tmp_path: Path) -> None:
     path = tiny_onnx_with_yaml(
         tmp_path, scheduler="s.json", labels=["a", "b", "c"], guidance=guidance, prediction_type="v_prediction"
     )
-    (tmp_path / "s.json").write_text(json.dumps(tiny_scheduler()))
+    (tmp_path / "s.json").write_text(json.dumps(tiny_scheduler()), encoding="utf-8")
     description = path.with_suffix(".yaml").rename(tmp_path / "other.yaml")
     spec = open_denoiser(path, description=description).spec
     assert spec.uncond_row == 3 and spec.labels == ("a", "b", "c", "class 3")

@@ -106,7 +106,7 @@ def test_everything_that_is_missing_is_listed_at_once(tmp_path: Path) -> None:
 )
 def test_conditions_that_do_not_fit_are_named(tmp_path: Path, arrays: dict[str, Any], said: str) -> None:
     folder = tiny_conditional_folder(tmp_path, num_class_embeds=3)
-    (folder / "scheduler_config.json").write_text(json.dumps(tiny_scheduler()))
+    (folder / "scheduler_config.json").write_text(json.dumps(tiny_scheduler()), encoding="utf-8")
     np.savez(tmp_path / "c.npz", **arrays)
     with pytest.raises((UsageError, ModelError), match=said):
         open_denoiser(folder, conditions=tmp_path / "c.npz")
@@ -114,7 +114,7 @@ def test_conditions_that_do_not_fit_are_named(tmp_path: Path, arrays: dict[str, 
 
 def test_a_conditions_file_may_name_rows_and_the_empty_one(tmp_path: Path) -> None:
     folder = tiny_conditional_folder(tmp_path)
-    (folder / "scheduler_config.json").write_text(json.dumps(tiny_scheduler()))
+    (folder / "scheduler_config.json").write_text(json.dumps(tiny_scheduler()), encoding="utf-8")
     states = np.zeros((2, 7, 12), np.float32)
     np.savez(tmp_path / "c.npz", encoder_hidden_states=states, _uncond_row=1, _labels=np.array(["a", "none"]))
     spec = open_denoiser(folder, conditions=tmp_path / "c.npz", guidance_scale=2.0).spec
@@ -126,7 +126,7 @@ def test_a_conditions_file_may_name_rows_and_the_empty_one(tmp_path: Path) -> No
 
 def test_a_pickled_conditions_file_is_refused(tmp_path: Path) -> None:
     folder = tiny_conditional_folder(tmp_path)
-    (folder / "scheduler_config.json").write_text(json.dumps(tiny_scheduler()))
+    (folder / "scheduler_config.json").write_text(json.dumps(tiny_scheduler()), encoding="utf-8")
     np.savez(tmp_path / "c.npz", encoder_hidden_states=np.array([{}], object))
     (tmp_path / "d.npz").write_bytes(pickle.dumps([1]))
     for name in ("c.npz", "d.npz"):
@@ -136,7 +136,7 @@ def test_a_pickled_conditions_file_is_refused(tmp_path: Path) -> None:
 
 def test_a_text_pipeline_encodes_its_prompts(tmp_path: Path) -> None:
     folder = tiny_text_pipeline_folder(tmp_path)
-    (tmp_path / "prompts.txt").write_text("# two\na cat\n\nthe dog\n")
+    (tmp_path / "prompts.txt").write_text("# two\na cat\n\nthe dog\n", encoding="utf-8")
     denoiser = open_denoiser(folder, prompts=tmp_path / "prompts.txt")
     assert denoiser.spec.labels == ("a cat", "the dog", "(empty prompt)")
     assert denoiser.spec.uncond_row == 2 and denoiser.spec.guidance_scale == 7.5
@@ -162,7 +162,7 @@ def test_the_prompts_give_what_the_text_model_gives(tmp_path: Path) -> None:
 
 def test_an_sdxl_like_folder_has_pooled_text_and_time_ids(tmp_path: Path) -> None:
     folder = tiny_text_pipeline_folder(tmp_path, xl=True)
-    (tmp_path / "prompts.txt").write_text("a cat\n")
+    (tmp_path / "prompts.txt").write_text("a cat\n", encoding="utf-8")
     arrays = open_denoiser(folder, prompts=tmp_path / "prompts.txt").conditions.arrays
     assert {name: values.shape for name, values in arrays.items()} == {
         "encoder_hidden_states": (2, 8, 12),
@@ -174,7 +174,7 @@ def test_an_sdxl_like_folder_has_pooled_text_and_time_ids(tmp_path: Path) -> Non
 
 def test_an_empty_or_missing_prompts_file_is_named(tmp_path: Path) -> None:
     folder = tiny_text_pipeline_folder(tmp_path)
-    (tmp_path / "empty.txt").write_text("# nothing\n")
+    (tmp_path / "empty.txt").write_text("# nothing\n", encoding="utf-8")
     for name in ("empty.txt", "none.txt"):
         with pytest.raises(UsageError, match=name):
             open_denoiser(folder, prompts=tmp_path / name)
@@ -194,16 +194,16 @@ def test_a_near_name_is_suggested() -> None:
 def test_a_folder_that_is_no_diffusers_model(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"model_index\.json"):
         open_denoiser(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}', encoding="utf-8")
     with pytest.raises(UsageError, match="UNet2DModel"):
         open_denoiser(tmp_path)
-    (tmp_path / "config.json").write_text('{"_class_name": "UNet2DConditionalModel"}')
+    (tmp_path / "config.json").write_text('{"_class_name": "UNet2DConditionalModel"}', encoding="utf-8")
     with pytest.raises(UsageError, match="Did you mean 'UNet2DConditionModel'"):
         open_denoiser(tmp_path)
-    (tmp_path / "config.json").write_text('{"_class')
+    (tmp_path / "config.json").write_text('{"_class', encoding="utf-8")
     with pytest.raises(ModelError, match="JSON"):
         open_denoiser(tmp_path)
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline", "transformer": []}')
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline", "transformer": []}', encoding="utf-8")
     with pytest.raises(UsageError, match="transformer"):
         open_denoiser(tmp_path)
 
@@ -227,11 +227,13 @@ def test_weights_that_are_missing_cut_or_of_another_model(tmp_path: Path) -> Non
     with pytest.raises(ModelError, match="cannot be loaded"):
         open_denoiser(folder)
     file.write_bytes(whole)
-    config = json.loads((folder / "unet" / "config.json").read_text())
-    (folder / "unet" / "config.json").write_text(json.dumps({**config, "layers_per_block": 2}))
+    config = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+    (folder / "unet" / "config.json").write_text(json.dumps({**config, "layers_per_block": 2}), encoding="utf-8")
     with pytest.raises(ModelError, match="cannot be loaded"):
         open_denoiser(folder)
-    (folder / "unet" / "config.json").write_text(json.dumps({**config, "block_out_channels": [8, 32]}))
+    (folder / "unet" / "config.json").write_text(
+        json.dumps({**config, "block_out_channels": [8, 32]}), encoding="utf-8"
+    )
     with pytest.raises(ModelError, match="cannot be loaded"):
         open_denoiser(folder)
     file.unlink()
@@ -272,7 +274,7 @@ def test_source_files_change_with_the_model_only(tmp_path: Path) -> None:
     folder = tiny_unet_folder(tmp_path)
     names = [name for name, _ in source_files(folder)]
     assert names == sorted(names) and f"unet/{WEIGHTS}" in names and "scheduler/scheduler_config.json" in names
-    (folder / "notes.md").write_text("read me")
+    (folder / "notes.md").write_text("read me", encoding="utf-8")
     assert [name for name, _ in source_files(folder)] == names
     path = tiny_onnx_with_yaml(tmp_path / "onnx")
     assert [name for name, _ in source_files(path)] == ["tiny.onnx", "tiny.yaml"]

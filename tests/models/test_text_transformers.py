@@ -23,7 +23,7 @@ PIXART, SD3, FLUX = TEXT_PIPELINES
 
 def prompts_file(tmp_path: Path) -> Path:
     path = tmp_path / "prompts.txt"
-    path.write_text("\n".join(PROMPTS))
+    path.write_text("\n".join(PROMPTS), encoding="utf-8")
     return path
 
 
@@ -34,7 +34,7 @@ def opened(folder: Path, **options: Any) -> Any:
 def of_the_pipeline(folder: Path) -> dict[str, Any]:
     """What the pipeline's own encode_prompt makes of the prompts and the empty one, by the denoiser's inputs."""
     absent = {} if (folder / "text_encoder_3").is_dir() else {"text_encoder_3": None, "tokenizer_3": None}
-    three = "text_encoder_3" in (folder / "model_index.json").read_text()
+    three = "text_encoder_3" in (folder / "model_index.json").read_text(encoding="utf-8")
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **(absent if three else {}))
     texts = [*PROMPTS, ""]
     with torch.no_grad():

@@ -141,7 +141,9 @@ def test_cross_attention_exports_equal(tmp_path: Path, unet: dict[str, Any], siz
     if "num_class_embeds" in unet:
         arrays["class_labels"] = np.arange(3)
     np.savez(tmp_path / "conditions.npz", **arrays)
-    (tmp_path / "scheduler_config.json").write_text(json.dumps(tiny_scheduler(prediction_type="v_prediction")))
+    (tmp_path / "scheduler_config.json").write_text(
+        json.dumps(tiny_scheduler(prediction_type="v_prediction")), encoding="utf-8"
+    )
     denoiser = open_denoiser(folder, conditions=tmp_path / "conditions.npz", scheduler=tmp_path)
     assert denoiser.spec.prediction_type == "v_prediction" and denoiser.spec.pixel_range is None
     report = export_denoiser(denoiser, tmp_path / "export")
@@ -155,7 +157,7 @@ def test_cross_attention_exports_equal(tmp_path: Path, unet: dict[str, Any], siz
 @pytest.mark.slow
 def test_a_text_pipeline_exports_with_its_decoder(tmp_path: Path) -> None:
     folder = tiny_text_pipeline_folder(tmp_path, **ONE_LEVEL)
-    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n", encoding="utf-8")
     denoiser = open_denoiser(folder, prompts=tmp_path / "prompts.txt")
     report = export_denoiser(denoiser, tmp_path / "export")
     assert report.max_relative_error < 1e-4 and report.decoder_error is not None and report.decoder_error < 1e-4

@@ -69,8 +69,10 @@ def test_the_export_gives_what_the_transformer_gives(tmp_path: Path, class_name:
 
 def test_a_dit_has_one_row_per_class_and_one_for_none(tmp_path: Path) -> None:
     folder = tiny_transformer_folder(tmp_path, "DiTTransformer2DModel")
-    index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps({**index, "id2label": {"0": "tench, Tinca tinca"}}))
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    (folder / "model_index.json").write_text(
+        json.dumps({**index, "id2label": {"0": "tench, Tinca tinca"}}), encoding="utf-8"
+    )
     denoiser = open_denoiser(folder)
     assert denoiser.spec.labels == ("tench", "class 1", "class 2", "class 3", "class 4", "(no class)")
     assert denoiser.spec.uncond_row == CLASSES and denoiser.spec.guidance_scale == 4.0
@@ -135,7 +137,9 @@ def test_a_class_that_keeps_parts_in_float32_is_loaded_and_so_is_video(tmp_path:
         open_denoiser(tmp_path / "wan", scheduler=folder, conditions=tmp_path / "c.npz")
     assert "[frames, height, width]" in caught.value.hint
     config = tmp_path / "wan" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "sample_size": [2, 8, 8]}))
+    config.write_text(
+        json.dumps({**json.loads(config.read_text(encoding="utf-8")), "sample_size": [2, 8, 8]}), encoding="utf-8"
+    )
     denoiser = open_denoiser(tmp_path / "wan", scheduler=folder, conditions=tmp_path / "c.npz")
     assert denoiser.spec.sample.shape == (4, 2, 8, 8)
     assert export_denoiser(denoiser, tmp_path / "export").max_relative_error < 1e-3
@@ -161,6 +165,8 @@ def test_what_is_no_denoiser_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"AutoencoderKL, which is no denoiser.*take a sample and a timestep"):
         open_denoiser(folder / "vae", scheduler=folder)
     config = folder / "transformer" / "config.json"
-    config.write_text(config.read_text().replace("DiTTransformer2DModel", "DiTTransformer2D"))
+    config.write_text(
+        config.read_text(encoding="utf-8").replace("DiTTransformer2DModel", "DiTTransformer2D"), encoding="utf-8"
+    )
     with pytest.raises(UsageError, match="Did you mean 'DiTTransformer2DModel'"):
         open_denoiser(folder)

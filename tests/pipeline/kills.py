@@ -70,7 +70,7 @@ def kill_between_renames(stage: str) -> None:
 def _child(recipe: Recipe, run: Path, prepare: Callable[[str], None] | None, stage: str, told: Path) -> None:
     if prepare is not None:
         prepare(stage)
-    told.write_text(json.dumps(build(recipe, run).made))
+    told.write_text(json.dumps(build(recipe, run).made), encoding="utf-8")
 
 
 def build_in_child(
@@ -84,4 +84,4 @@ def build_in_child(
     process.start()
     process.join(300)
     assert process.exitcode is not None, "the build does not end"
-    return process.exitcode, json.loads(told.read_text()) if told.exists() else []
+    return process.exitcode, json.loads(told.read_text(encoding="utf-8")) if told.exists() else []

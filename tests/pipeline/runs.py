@@ -53,7 +53,7 @@ def describe(path: Path, **entries: Any) -> Path:
     """Write the YAML beside an ONNX file and return the file's path."""
     described: dict[str, Any] = {"sample": "sample", "timestep": "timestep", "prediction_type": "epsilon"}
     described |= {"scheduler": tiny_scheduler(), "pixel_range": [-1, 1], **entries}
-    path.with_suffix(".yaml").write_text(yaml.safe_dump(described))
+    path.with_suffix(".yaml").write_text(yaml.safe_dump(described), encoding="utf-8")
     return path
 
 
@@ -66,7 +66,7 @@ def write_recipe(path: Path, **changes: Any) -> Path:
         for parent in parents:
             place = place.setdefault(parent, {})
         place[last] = value
-    path.write_text(yaml.safe_dump(values))
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
     return path
 
 
@@ -78,7 +78,7 @@ def recipe_for(model: Path | str, **changes: Any) -> Recipe:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "recipe.yaml"
-        path.write_text(yaml.safe_dump(values))
+        path.write_text(yaml.safe_dump(values), encoding="utf-8")
         return load_recipe(path, {"model": str(model), **overrides})
 
 
@@ -98,7 +98,7 @@ def build(recipe: Recipe, run: Path, last: str = "report") -> Built:
     with open_pipeline(recipe, run, notes) as pipeline:
         pipeline.run_until(last)
         made = [result.name for result in pipeline.results.values() if not result.cached]
-    report = json.loads((run / "report.json").read_text()) if (run / "report.json").exists() else {}
+    report = json.loads((run / "report.json").read_text(encoding="utf-8")) if (run / "report.json").exists() else {}
     return Built(run, made, notes.lines, report)
 
 
@@ -114,7 +114,9 @@ def command(*arguments: object) -> list[str]:
 
 def call(*arguments: object, **more: str) -> subprocess.CompletedProcess[str]:
     """Run ``mpq-deploy`` in a child."""
-    return subprocess.run(command(*arguments), capture_output=True, text=True, env=environment(**more), timeout=300)
+    return subprocess.run(
+        command(*arguments), capture_output=True, encoding="utf-8", env=environment(**more), timeout=300
+    )
 
 
 def children_of(parent: int, module: str) -> list[int]:
@@ -122,7 +124,7 @@ def children_of(parent: int, module: str) -> list[int]:
     found = []
     for place in Path("/proc").iterdir():
         try:
-            status, line = (place / "status").read_text(), (place / "cmdline").read_bytes()
+            status, line = (place / "status").read_text(encoding="utf-8"), (place / "cmdline").read_bytes()
         except (OSError, ValueError):
             continue
         if f"PPid:\t{parent}\n" in status and module.encode() in line:

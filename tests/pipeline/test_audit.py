@@ -81,15 +81,15 @@ def test_every_metric_and_the_truth_have_plans_within_the_budget(found: AuditRes
 
 
 def test_the_three_reports_hold_it(found: AuditResult, place: Path) -> None:
-    written = json.loads((place / "audit.json").read_text())
+    written = json.loads((place / "audit.json").read_text(encoding="utf-8"))
     assert without_seconds(written) == without_seconds(json.loads(json.dumps(found.as_json())))
-    html, text = ((place / f"audit.{kind}").read_text() for kind in ("html", "md"))
+    html, text = ((place / f"audit.{kind}").read_text(encoding="utf-8") for kind in ("html", "md"))
     for page in (html, text):
         assert "Does orthogonality capture quantization sensitivity?" in page
         assert "the same 8 calls at each of 2 timesteps" in page and "our reading" in page
     assert html.count("<svg") == 4 and "://" not in html
     for name in ("correlation", "scatter", "nmse", "psnr"):
-        drawn = (place / f"audit-{name}.svg").read_text()
+        drawn = (place / f"audit-{name}.svg").read_text(encoding="utf-8")
         assert drawn.startswith("<svg xmlns=") and f"audit-{name}.svg" in text
 
 
@@ -188,13 +188,13 @@ def test_a_perfect_metric_has_correlation_one_and_the_best_plan(
 
 def test_few_calls_are_said_in_the_result(model: Path, tmp_path: Path) -> None:
     audit(model, tmp_path / "run", AuditOptions((BUDGET,), ("orm",), pairs=10, samples=4))
-    written = (tmp_path / "run" / "audit.json").read_text()
+    written = (tmp_path / "run" / "audit.json").read_text(encoding="utf-8")
     assert "only 4 calls" in written and "4 calls are few for orm" in written
     again, said = audit(model, tmp_path / "run", AuditOptions((BUDGET,), ("orm", "size-only"), pairs=10, samples=2))
     orm, size = again.metric("orm"), again.metric("size-only")
     assert orm is not None and "needs 3" in orm.refused and orm.plans == ()
     assert size is not None and size.plans[0].nmse
-    assert "needs 3" in (tmp_path / "run" / "audit.md").read_text()
+    assert "needs 3" in (tmp_path / "run" / "audit.md").read_text(encoding="utf-8")
     assert any("orm is not measured" in line for line in said)
 
 

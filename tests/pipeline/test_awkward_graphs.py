@@ -39,7 +39,7 @@ FAMILIES = ("w8a8", "w8a16", "w4a16", "w4a8")
 def check(built: Built, factor: float = 4.0) -> dict[str, dict[str, Any]]:
     """Check sizes and errors of a finished run; return the report's layers by name."""
     report = built.report
-    plan = json.loads((built.run / "allocate" / "plan.json").read_text())
+    plan = json.loads((built.run / "allocate" / "plan.json").read_text(encoding="utf-8"))
     assert constant_bytes(built.run / "quantize" / "model.onnx") == plan["size_bytes"] == report["size_bytes"]
     assert report["size_bytes"] <= plan["budget_bytes"]
     measured = report["measured_nmse"]
@@ -113,7 +113,7 @@ def test_the_engine_holds_what_was_planned(awkward: tuple[Path, Built], tmp_path
     recipe = smallest_of(path, tmp_path / "run", family)
     engine = recipe.engine.model_copy(update={"build": True})
     build(recipe.model_copy(update={"engine": engine}), tmp_path / "run", "engine")
-    record = json.loads((tmp_path / "run" / "engine" / "build.json").read_text())
+    record = json.loads((tmp_path / "run" / "engine" / "build.json").read_text(encoding="utf-8"))
     assert not [problem for problem in record["problems"] if problem["severity"] == "wrong"]
 
 

@@ -52,7 +52,7 @@ def test_no_such_model(cli: Cli, tmp_path: Path, name: str) -> None:
 
 def test_a_folder_that_is_no_model(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "a.txt").write_text("a")
+    (tmp_path / "photos" / "a.txt").write_text("a", encoding="utf-8")
     refused(bad_model(cli, tmp_path, tmp_path / "photos"), 2, "is no diffusers model", "model_index.json")
 
 
@@ -188,8 +188,8 @@ def test_no_scheme_is_allowed(cli: Cli, tmp_path: Path, model: Path) -> None:
 
 def usable(cli: Cli, run: Path, finished: Built) -> None:
     """The run folder is as it was: its recipe, its stages, and the commands that go on from it."""
-    assert yaml.safe_load((run / "recipe.yaml").read_text()) == yaml.safe_load(
-        (finished.run / "recipe.yaml").read_text()
+    assert yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8")) == yaml.safe_load(
+        (finished.run / "recipe.yaml").read_text(encoding="utf-8")
     )
     assert stage_bytes(run) == stage_bytes(finished.run)
     assert not [path.name for path in run.iterdir() if path.name.endswith((".partial", ".old"))]
@@ -211,14 +211,14 @@ def test_an_infeasible_budget_names_one_that_works(
     usable(cli, run, finished)
     smallest = outcome.err.split("smallest feasible budget is ")[1].split(" ")[0]
     assert cli("allocate", run, "--budget", smallest).code == 0
-    size = json.loads((run / "allocate" / "plan.json").read_text())["size_bytes"]
+    size = json.loads((run / "allocate" / "plan.json").read_text(encoding="utf-8"))["size_bytes"]
     named = int(outcome.err.split("(")[-1].split(" bytes")[0].replace(",", ""))
     assert size == named
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "just words", "{: :", "\x00"])
 def test_a_recipe_that_is_no_mapping(cli: Cli, tmp_path: Path, model: Path, text: str) -> None:
-    (tmp_path / "recipe.yaml").write_text(text)
+    (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
     refused(cli("build", model, "-r", tmp_path / "recipe.yaml", "-o", tmp_path / "new"), 2, "recipe.yaml")
     assert not (tmp_path / "new").exists()
 
@@ -232,7 +232,7 @@ def test_no_such_recipe(cli: Cli, tmp_path: Path, model: Path) -> None:
 
 
 def test_a_folder_in_use(cli: Cli, run: Path, finished: Built) -> None:
-    with (run / ".lock").open("r+") as held:
+    with (run / ".lock").open("r+", encoding="utf-8") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         held.write("4242")
         held.flush()
@@ -242,10 +242,10 @@ def test_a_folder_in_use(cli: Cli, run: Path, finished: Built) -> None:
 
 
 def test_a_folder_of_another_format(cli: Cli, run: Path) -> None:
-    (run / "run.json").write_text(json.dumps({"format": 99, "made_by": "9.9"}))
+    (run / "run.json").write_text(json.dumps({"format": 99, "made_by": "9.9"}), encoding="utf-8")
     before = stage_bytes(run)
     refused(cli("allocate", run, "--budget", "0.5"), 1, "mpq-deploy 9.9", "format 99")
-    (run / "run.json").write_text("{")
+    (run / "run.json").write_text("{", encoding="utf-8")
     refused(cli("allocate", run, "--budget", "0.5"), 1, "run.json cannot be read")
     assert stage_bytes(run) == before
 
@@ -253,7 +253,7 @@ def test_a_folder_of_another_format(cli: Cli, run: Path) -> None:
 def test_a_folder_of_something_else(cli: Cli, tmp_path: Path, model: Path) -> None:
     holiday = tmp_path / "holiday"
     holiday.mkdir()
-    (holiday / "beach.jpg").write_text("sand")
+    (holiday / "beach.jpg").write_text("sand", encoding="utf-8")
     refused(cli("build", model, "-o", holiday), 1, "is no run folder", "beach.jpg")
     assert sorted(path.name for path in holiday.iterdir() if path.name != ".lock") == ["beach.jpg"]
     refused(cli("allocate", holiday), 2, "is no run folder", "recipe.yaml")
@@ -262,7 +262,7 @@ def test_a_folder_of_something_else(cli: Cli, tmp_path: Path, model: Path) -> No
 
 
 def test_a_file_instead_of_a_folder(cli: Cli, tmp_path: Path, model: Path) -> None:
-    (tmp_path / "file").write_text("a")
+    (tmp_path / "file").write_text("a", encoding="utf-8")
     refused(cli("build", model, "-o", tmp_path / "file"), 1, str(tmp_path / "file"))
     refused(cli("build", model, "-o", tmp_path / "file" / "run"), 1, str(tmp_path / "file"))
 
@@ -276,19 +276,22 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "made"),
     [
-        (lambda run: (run / "quantize" / "stage.json").write_text('{"stage": "qu'), ["quantize", "report"]),
-        (lambda run: (run / "quantize" / "stage.json").write_text("[]"), ["quantize", "report"]),
+        (
+            lambda run: (run / "quantize" / "stage.json").write_text('{"stage": "qu', encoding="utf-8"),
+            ["quantize", "report"],
+        ),
+        (lambda run: (run / "quantize" / "stage.json").write_text("[]", encoding="utf-8"), ["quantize", "report"]),
         (lambda run: (run / "quantize" / "stage.json").write_bytes(b"\xff\xfe"), ["quantize", "report"]),
         (lambda run: flip(run / "quantize" / "weights.bin"), ["quantize", "report"]),
         (lambda run: (run / "measure" / "stage.json").unlink(), ["measure", "report"]),
         (lambda run: shutil.rmtree(run / "calibrate"), ["calibrate", "report"]),
-        (lambda run: (run / "timings.json").write_text("{"), ["report"]),
-        (lambda run: (run / "timings.json").write_text("[1]"), ["report"]),
+        (lambda run: (run / "timings.json").write_text("{", encoding="utf-8"), ["report"]),
+        (lambda run: (run / "timings.json").write_text("[1]", encoding="utf-8"), ["report"]),
         (lambda run: (run / "report.json").unlink(), ["report"]),
-        (lambda run: (run / "latency.json").write_text("{"), ["report"]),
-        (lambda run: (run / "sweep.json").write_text("{"), ["report"]),
-        (lambda run: (run / "page.json").write_text("{"), ["report"]),
-        (lambda run: (run / "engine.timing.json").write_text("{"), ["report"]),
+        (lambda run: (run / "latency.json").write_text("{", encoding="utf-8"), ["report"]),
+        (lambda run: (run / "sweep.json").write_text("{", encoding="utf-8"), ["report"]),
+        (lambda run: (run / "page.json").write_text("{", encoding="utf-8"), ["report"]),
+        (lambda run: (run / "engine.timing.json").write_text("{", encoding="utf-8"), ["report"]),
     ],
 )
 def test_damaged_files_are_made_again(
@@ -320,10 +323,10 @@ def test_one_altered_bit_of_a_stage_makes_it_again(model: Path, run: Path, finis
 def test_altered_figures_outside_the_stages_are_left_out(model: Path, run: Path) -> None:
     """One digit that is still a number: the figure would go into the report unseen."""
     path = run / "latency.json"
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     found = re.search(r'"float_ms": [^1-8]*([1-8])', text)
     assert found is not None
-    path.write_text(text[: found.start(1)] + str(int(found[1]) + 1) + text[found.end(1) :])
+    path.write_text(text[: found.start(1)] + str(int(found[1]) + 1) + text[found.end(1) :], encoding="utf-8")
     again = build(recipe_for(model), run)
     assert again.report["cpu_latency"] is None
     assert any("latency.json cannot be read" in line and "altered" in line for line in again.said)
@@ -354,17 +357,17 @@ def test_a_bad_model_leaves_the_run_usable(cli: Cli, tmp_path: Path, run: Path, 
 def test_damaged_sources_are_named(cli: Cli, tmp_path: Path) -> None:
     """A YAML that does not fit the file says which entry, and what the model has."""
     path = save_denoiser(tmp_path / "model")
-    described = yaml.safe_load(path.with_suffix(".yaml").read_text())
-    path.with_suffix(".yaml").write_text(yaml.safe_dump({**described, "timestep": "timestop"}))
+    described = yaml.safe_load(path.with_suffix(".yaml").read_text(encoding="utf-8"))
+    path.with_suffix(".yaml").write_text(yaml.safe_dump({**described, "timestep": "timestop"}), encoding="utf-8")
     refused(bad_model(cli, tmp_path, path), 2, "'timestop'", "Did you mean 'timestep'?")
 
 
 def test_candidates_of_an_older_form_are_made_again(model: Path, run: Path) -> None:
     """A run folder of a version that wrote its candidates otherwise is not misread."""
     record = run / "candidates" / "stage.json"
-    values = json.loads(record.read_text())
+    values = json.loads(record.read_text(encoding="utf-8"))
     del values["inputs"]["candidates.format"]
-    record.write_text(json.dumps(values))
+    record.write_text(json.dumps(values), encoding="utf-8")
     again = build(recipe_for(model), run)
     assert again.made == ["candidates", "report"]
     assert any("candidates.format changed" in line for line in again.said)

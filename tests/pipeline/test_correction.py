@@ -35,7 +35,7 @@ def test_it_makes_the_correction_and_evaluates_with_it(corrected: Built, finishe
     assert corrected.report["measured_nmse"] == finished.report["measured_nmse"]
     assert any("ours+ptqd: PTQD's correction" in note for note in corrected.report["notes"])
     for page in ("report.md", "report.html"):
-        assert "Ours, corrected (PTQD)" in (corrected.run / page).read_text()
+        assert "Ours, corrected (PTQD)" in (corrected.run / page).read_text(encoding="utf-8")
 
 
 def test_the_file_belongs_to_both_graphs_and_to_no_other(corrected: Built) -> None:
@@ -56,7 +56,9 @@ def test_another_budget_makes_another_correction(model: Path, corrected: Built, 
     run = Path(shutil.copytree(corrected.run, tmp_path / "run"))
     again = build(recipe_for(model, evaluate__correction="ptqd", budget=0.6), run)
     assert again.made == ["allocate", "quantize", "correction", "engine", "evaluate", "report"]
-    old, new = (json.loads((r / "correction" / "correction.json").read_text()) for r in (corrected.run, run))
+    old, new = (
+        json.loads((r / "correction" / "correction.json").read_text(encoding="utf-8")) for r in (corrected.run, run)
+    )
     assert old["models"] != new["models"]
     back = build(recipe_for(model, evaluate__correction="ptqd"), run)
     assert "correction" in back.made
@@ -67,7 +69,7 @@ def test_one_bias_for_all_channels_is_another_correction(model: Path, corrected:
     run = Path(shutil.copytree(corrected.run, tmp_path / "run"))
     again = build(recipe_for(model, evaluate__correction="ptqd", evaluate__correction_bias="scalar"), run)
     assert again.made == ["correction", "evaluate", "report"]
-    steps = json.loads((run / "correction" / "correction.json").read_text())["steps"]
+    steps = json.loads((run / "correction" / "correction.json").read_text(encoding="utf-8"))["steps"]
     assert {len(step["bias"]) for step in steps} == {1}
 
 

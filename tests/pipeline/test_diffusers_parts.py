@@ -36,8 +36,8 @@ def built(model: Path, run: Path, **changes: Any) -> Built:
 
 def test_a_transformer_becomes_a_denoiser_that_its_pipeline_runs(tmp_path: Path) -> None:
     folder = tiny_transformer_folder(tmp_path, "DiTTransformer2DModel", vae=True)
-    index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "DiTPipeline"}))
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "DiTPipeline"}), encoding="utf-8")
     found = built(folder, tmp_path / "run", guidance_scale=2.0)
     assert found.report["evaluation"]["image_kind"] == "decoded"
     schemes = {row["scheme"] for row in found.report["layers"]}
@@ -70,7 +70,7 @@ def test_a_text_pipeline_and_its_parts_build(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     folder = tiny_text_pipeline_folder(tmp_path)
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("abc\ndef\nghi\njkl\nmno\npqr\nstu\n")
+    prompts.write_text("abc\ndef\nghi\njkl\nmno\npqr\nstu\n", encoding="utf-8")
     options = {"prompts": str(prompts), "component_samples": 8}
     whole = built(folder, tmp_path / "unet", **options)
     assert whole.report["evaluation"]["image_kind"] == "decoded"
@@ -85,7 +85,7 @@ def test_a_text_pipeline_and_its_parts_build(tmp_path: Path) -> None:
     # What was calibrated on is not what is compared on.
     with np.load(tmp_path / "text" / "calibrate" / "inputs.npz") as inputs:
         assert inputs["rows"].max() < 6 and inputs["samples"].shape[0] == 1
-    evaluation = json.loads((tmp_path / "text" / "evaluate" / "evaluation.json").read_text())
+    evaluation = json.loads((tmp_path / "text" / "evaluate" / "evaluation.json").read_text(encoding="utf-8"))
     assert min(evaluation["rows"]) >= 6
     with pytest.raises(UsageError, match="component without timesteps"):
         mpq_deploy.load(tmp_path / "vae")

@@ -73,7 +73,7 @@ def test_stopped_by_the_user(model: Path, tmp_path: Path, finished: Built) -> No
     """Ctrl-C through the command line: one line, exit code 130, and the run goes on afterwards."""
     recipe, run = write_recipe(tmp_path / "recipe.yaml"), tmp_path / "run"
     process = subprocess.Popen(
-        command("build", model, "-r", recipe, "-o", run), stderr=subprocess.PIPE, text=True, env=environment()
+        command("build", model, "-r", recipe, "-o", run), stderr=subprocess.PIPE, encoding="utf-8", env=environment()
     )
     wait_for(run / ".measure.partial", process)
     process.send_signal(signal.SIGINT)
@@ -102,13 +102,13 @@ def test_killed_while_an_engine_is_built(model: Path, run: Path, tmp_path: Path)
     expected = build(recipe, Path(shutil.copytree(run, tmp_path / "whole")))
     file = write_recipe(tmp_path / "recipe.yaml", engine__build=True)
     process = subprocess.Popen(
-        command("build", model, "-r", file, "-o", run), stderr=subprocess.PIPE, text=True, env=environment()
+        command("build", model, "-r", file, "-o", run), stderr=subprocess.PIPE, encoding="utf-8", env=environment()
     )
     wait_for(run / ".engine.partial", process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert build(recipe, run).made == ["engine", "report"]
-    layers = [(folder / "engine" / "layers.txt").read_text() for folder in (run, expected.run)]
+    layers = [(folder / "engine" / "layers.txt").read_text(encoding="utf-8") for folder in (run, expected.run)]
     assert layers[0] == layers[1]
 
 
@@ -125,16 +125,18 @@ def test_the_builder_itself_is_killed(model: Path, run: Path, tmp_path: Path, mo
     recipe = recipe_for(model, engine__build=True)
     expected = build(recipe, Path(shutil.copytree(run, tmp_path / "whole")))
     file, log = write_recipe(tmp_path / "recipe.yaml", engine__build=True), run / "engine.log"
-    log.write_text("[INFO] words of an earlier build\n")
+    log.write_text("[INFO] words of an earlier build\n", encoding="utf-8")
     before = stage_bytes(run)
     process = subprocess.Popen(
-        command("build", model, "-r", file, "-o", run), stderr=subprocess.PIPE, text=True, env=environment()
+        command("build", model, "-r", file, "-o", run), stderr=subprocess.PIPE, encoding="utf-8", env=environment()
     )
     wait_for(run / ".engine.partial", process)
     killed: list[int] = []
     while not killed:
         assert process.poll() is None, process.communicate()[1]
-        if moment == "starting" or ("earlier" not in (text := log.read_text() if log.exists() else "earlier") and text):
+        if moment == "starting" or (
+            "earlier" not in (text := log.read_text(encoding="utf-8") if log.exists() else "earlier") and text
+        ):
             for child in builder_of(process.pid):
                 os.kill(child, signal.SIGKILL)
                 killed.append(child)
@@ -149,7 +151,7 @@ def test_the_builder_itself_is_killed(model: Path, run: Path, tmp_path: Path, mo
     assert stage_bytes(run) == before
     assert not [path.name for path in run.iterdir() if path.name.endswith((".partial", ".old"))]
     assert build(recipe, run).made == ["engine", "report"]
-    layers = [(folder / "engine" / "layers.txt").read_text() for folder in (run, expected.run)]
+    layers = [(folder / "engine" / "layers.txt").read_text(encoding="utf-8") for folder in (run, expected.run)]
     assert layers[0] == layers[1]
 
 
@@ -174,8 +176,8 @@ def test_two_engines_are_built_at_once(model: Path, run: Path, tmp_path: Path) -
         assert process.communicate(timeout=120)[1] is not None and process.returncode == 0
 
     def engine(folder: Path) -> tuple[str, dict[str, object]]:
-        record = json.loads((folder / "engine" / "build.json").read_text())
+        record = json.loads((folder / "engine" / "build.json").read_text(encoding="utf-8"))
         # The engine's own file differs between two builds by TensorRT in a few bytes, and in their number.
-        return (folder / "engine" / "layers.txt").read_text(), {**record, "sha256": "", "bytes": 0}
+        return (folder / "engine" / "layers.txt").read_text(encoding="utf-8"), {**record, "sha256": "", "bytes": 0}
 
     assert engine(run) == engine(other) == engine(alone)

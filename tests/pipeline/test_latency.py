@@ -22,7 +22,7 @@ Cli = Callable[..., Outcome]
 
 
 def plan_of(run: Path) -> dict[str, Any]:
-    read: dict[str, Any] = json.loads((run / "allocate" / "plan.json").read_text())
+    read: dict[str, Any] = json.loads((run / "allocate" / "plan.json").read_text(encoding="utf-8"))
     return read
 
 
@@ -38,7 +38,7 @@ def test_a_plan_says_what_it_is_estimated_to_take(finished: Built) -> None:
     assert any("INT8 is expected to be slower than FP16 (estimated)" in note for note in notes)
     assert finished.report["expected_latency"]["ours_ms"] == latency["ours_ms"]
     for name in ("report.md", "report.html"):
-        assert "Estimated, not measured:" in (finished.run / name).read_text()
+        assert "Estimated, not measured:" in (finished.run / name).read_text(encoding="utf-8")
 
 
 def test_the_plans_total_is_the_sum_of_its_parts(finished: Built, model: Path) -> None:
@@ -102,8 +102,8 @@ def test_latencies_as_a_user_writes_them(text: str, expected: int) -> None:
 
 
 def test_a_target_without_figures_is_refused_where_latency_counts(run: Path, cli: Cli) -> None:
-    recipe = (run / "recipe.yaml").read_text().replace("target: rtx", "target: onnxruntime-cpu")
-    (run / "recipe.yaml").write_text(recipe)
+    recipe = (run / "recipe.yaml").read_text(encoding="utf-8").replace("target: rtx", "target: onnxruntime-cpu")
+    (run / "recipe.yaml").write_text(recipe, encoding="utf-8")
     refused = cli("allocate", run, "--max-latency", "5ms")
     assert refused.code == 2
     assert "no figures" in refused.err

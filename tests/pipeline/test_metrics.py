@@ -40,7 +40,7 @@ def quarters(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_distances_reach_the_reports_and_the_gate(quarters: None, run: Path, cli: Cli, tmp_path: Path) -> None:
-    channels, height, width = json.loads((run / "report.json").read_text())["model"]["sample_shape"]
+    channels, height, width = json.loads((run / "report.json").read_text(encoding="utf-8"))["model"]["sample_shape"]
     real = np.random.default_rng(0).integers(0, 256, (40, height, width, channels), dtype=np.uint8)
     np.savez(tmp_path / "real.npz", images=real)
     gate = ("gate", run, "--max-frechet-increase", "1e9")
@@ -50,7 +50,7 @@ def test_distances_reach_the_reports_and_the_gate(quarters: None, run: Path, cli
     # A path is not broken, however long it is.
     assert all(len(line) <= 80 or " " not in line.strip() for line in said.out.splitlines()), said.out
     assert f"Frechet distance (quarters), {IMAGES} images" in said.out
-    report = json.loads((run / "report.json").read_text())
+    report = json.loads((run / "report.json").read_text(encoding="utf-8"))
     assert [row["against"] for row in report["frechet"]] == ["float", "real"]
     paired, against_real = report["frechet"]
     assert 0 < paired["distance"] < paired["other_noise"]
@@ -60,7 +60,7 @@ def test_distances_reach_the_reports_and_the_gate(quarters: None, run: Path, cli
     assert all(row["samples"] == IMAGES and row["seed"] == 1234 and row["steps"] == 3 for row in report["frechet"])
     assert set(report["frechet_controls"]) == {"int8", "int4"}
     for name in ("report.md", "report.html"):
-        assert "Distribution of the images" in (run / name).read_text()
+        assert "Distribution of the images" in (run / name).read_text(encoding="utf-8")
     passed = cli(*gate)
     assert passed.code == 0
     assert f"{IMAGES} images" in passed.out
@@ -74,7 +74,7 @@ def test_distances_reach_the_reports_and_the_gate(quarters: None, run: Path, cli
 def test_a_baseline_from_other_noise_is_not_compared(quarters: None, run: Path, cli: Cli, tmp_path: Path) -> None:
     for seed in (50, 60):
         assert cli("metrics", run, "--images", IMAGES, "--seed", seed, "--workers", 1).code == 0
-        (tmp_path / f"{seed}.json").write_text((run / "report.json").read_text())
+        (tmp_path / f"{seed}.json").write_text((run / "report.json").read_text(encoding="utf-8"), encoding="utf-8")
     gate = ("gate", run, "--max-frechet-increase", "0.001", "--baseline")
     same, other = (cli(*gate, tmp_path / f"{seed}.json") for seed in (60, 50))
     assert same.code == 0
@@ -90,10 +90,10 @@ def test_calls_add_up_in_any_order(quarters: None, run: Path, cli: Cli) -> None:
     assert said.code == 0
     assert "1 figure of this plan from earlier calls stays" in " ".join(said.err.split())
     assert "seed 60" in said.out and "seed 50" not in said.out
-    report = json.loads((run / "report.json").read_text())
+    report = json.loads((run / "report.json").read_text(encoding="utf-8"))
     assert [row["seed"] for row in report["frechet"]] == [50, 60]
     assert [row["seed"] for row in report["frechet_controls"]["int4"]] == [50]
-    page = (run / "report.md").read_text()
+    page = (run / "report.md").read_text(encoding="utf-8")
     assert "seed 50, to" in page and "seed 60, to" in page
     kept = (run / "metrics.json").read_bytes()
     assert cli(*asked[50]).code == 0
@@ -106,7 +106,7 @@ def test_what_a_former_plan_measured_is_dropped_in_one_line(quarters: None, run:
     said = cli("metrics", run, "--images", IMAGES, "--seed", 60, "--workers", 1)
     assert said.code == 0
     assert "metrics.json is of a former plan: dropped" in " ".join(said.err.split())
-    assert [row["seed"] for row in json.loads((run / "report.json").read_text())["frechet"]] == [60]
+    assert [row["seed"] for row in json.loads((run / "report.json").read_text(encoding="utf-8"))["frechet"]] == [60]
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_a_stale_or_damaged_result_is_left_out_and_said(quarters: None, run: Pat
     other = build(recipe_for(model, budget=0.6), run)
     assert any("metrics.json is of a former plan" in line for line in other.said)
     assert other.report["frechet"] == []
-    (run / "metrics.json").write_text('{"format": 1, "frechet": [{}]}')
+    (run / "metrics.json").write_text('{"format": 1, "frechet": [{}]}', encoding="utf-8")
     damaged = build(recipe_for(model, budget=0.6), run)
     assert any("metrics.json cannot be read" in line for line in damaged.said)
     assert damaged.report["frechet"] == []
@@ -165,9 +165,9 @@ def test_what_is_kept_is_read_again(quarters: None, run: Path, cli: Cli) -> None
     assert cli("metrics", run, "--images", IMAGES, "--workers", 1).code == 0
     found = ImageMetrics.load(run)
     assert found is not None
-    before = (run / "metrics.json").read_text()
+    before = (run / "metrics.json").read_text(encoding="utf-8")
     found.save(run)
-    assert (run / "metrics.json").read_text() == before
+    assert (run / "metrics.json").read_text(encoding="utf-8") == before
     assert ImageMetrics.load(run.parent) is None
 
 
@@ -236,10 +236,10 @@ def test_what_is_missing_is_one_line_before_sampling(
 
 def test_a_baseline_of_another_model_ends_the_gate_with_2(quarters: None, run: Path, cli: Cli, tmp_path: Path) -> None:
     assert cli("metrics", run, "--images", IMAGES, "--workers", 1).code == 0
-    report = json.loads((run / "report.json").read_text())
+    report = json.loads((run / "report.json").read_text(encoding="utf-8"))
     del report["sha256"]
     other = {**report, "model": {**report["model"], "digest": "f" * 64}}
-    (tmp_path / "other.json").write_text(report_json(other))
+    (tmp_path / "other.json").write_text(report_json(other), encoding="utf-8")
     for limit in ("--max-psnr-drop", "--max-frechet-increase"):
         found = cli("gate", run, limit, 1, "--baseline", tmp_path / "other.json")
         assert found.code == 2

@@ -30,10 +30,10 @@ def built(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
 
 
 def test_a_plan_by_orm_predicts_nothing(built: Built) -> None:
-    plan = json.loads((built.run / "allocate" / "plan.json").read_text())
+    plan = json.loads((built.run / "allocate" / "plan.json").read_text(encoding="utf-8"))
     assert plan["predicted_loss"] is None and all(row["predicted_loss"] is None for row in plan["layers"])
     assert built.report["predicted_nmse"] is None and built.report["measured_nmse"] > 0
-    assert "not predicted by the metric orm" in (built.run / "report.md").read_text()
+    assert "not predicted by the metric orm" in (built.run / "report.md").read_text(encoding="utf-8")
     assert any("does not predict an error" in note for note in built.report["notes"])
     info = built.report["importance"]
     assert 0 < info["weighted_bits"] <= info["linear_bound"] and info["calls"] == 8 and info["constant"] > 0
@@ -58,7 +58,7 @@ def test_the_matrices_and_importances_are_kept(built: Built) -> None:
     with np.load(built.run / "measure" / "orm.npz", allow_pickle=False) as data:
         assert data["orm"].shape == (2, layers, layers) and data["theta"].shape == (2, layers)
     assert table.importance is not None and table.importance.layers == tuple(r["name"] for r in built.report["layers"])
-    html = (built.run / "report.html").read_text()
+    html = (built.run / "report.html").read_text(encoding="utf-8")
     assert 'id="orthogonality"' in html and html.count('<figure><img src="data:image/png') == 2
 
 
@@ -101,7 +101,7 @@ def test_few_calls_and_adaptive_timesteps_are_said_in_the_report(model: Path, tm
 def test_fewer_timesteps_than_asked_for_are_said_in_the_report(finished: Built) -> None:
     """Methods other than orm take what was calibrated, and do not hide it."""
     said = "all 2 calibrated timesteps are measured: measure.timesteps asks for 20"
-    assert said in finished.report["notes"] and said in (finished.run / "report.html").read_text()
+    assert said in finished.report["notes"] and said in (finished.run / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("method", ["local_error", "kurtosis", "size-only", "random"])
@@ -134,8 +134,8 @@ def test_every_method_is_an_option_of_the_command_line(option: str, run: Path, c
     if option in ("probe", "exhaustive"):
         pytest.importorskip("torch")
     recipe = run / "recipe.yaml"
-    text = recipe.read_text().replace("  timesteps: 20\n", "  timesteps: 2\n")
-    recipe.write_text(text)
+    text = recipe.read_text(encoding="utf-8").replace("  timesteps: 20\n", "  timesteps: 2\n")
+    recipe.write_text(text, encoding="utf-8")
     outcome = cli("--json", "measure", run, "--sensitivity", option)
     if option == "orm":
         # Two samples are too few for it, and it says so.

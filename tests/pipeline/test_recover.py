@@ -49,10 +49,10 @@ def test_the_recovered_graph_takes_the_place_of_the_plan_s(recovered: Built, fin
     assert report["recovery"]["after"] < report["recovery"]["before"]
     assert stage_bytes(recovered.run, ("quantize", "allocate")) == stage_bytes(finished.run, ("quantize", "allocate"))
     assert not (recovered.run / CHECKPOINT).exists()
-    assert "Error while training" in (recovered.run / "report.html").read_text()
+    assert "Error while training" in (recovered.run / "report.html").read_text(encoding="utf-8")
     for page in ("report.md", "report.html"):
-        assert "Ours, before recovery" in (recovered.run / page).read_text()
-        assert "removed" in (recovered.run / page).read_text()
+        assert "Ours, before recovery" in (recovered.run / page).read_text(encoding="utf-8")
+        assert "removed" in (recovered.run / page).read_text(encoding="utf-8")
 
 
 def test_nothing_changed_makes_nothing_again(model: Path, recovered: Built, tmp_path: Path) -> None:
@@ -100,14 +100,14 @@ def test_the_command_line_turns_it_on_and_off(model: Path, run: Path, cli: Any) 
     settings = json.loads(json.dumps({k.split("__")[1]: v for k, v in SETTINGS.items() if not k.endswith("steps")}))
     import yaml
 
-    stored = yaml.safe_load((run / "recipe.yaml").read_text())
+    stored = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
     stored["recover"].update(settings, round_steps=6)
-    (run / "recipe.yaml").write_text(yaml.safe_dump(stored))
+    (run / "recipe.yaml").write_text(yaml.safe_dump(stored), encoding="utf-8")
     done = cli("--quiet", "recover", run, "--steps", 3, "--loss", "output", "--loss", "relation=0.01")
     assert done.code == 0 and done.out.strip() == str(run / "recover")
-    kept = yaml.safe_load((run / "recipe.yaml").read_text())["recover"]
+    kept = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))["recover"]
     assert kept["steps"] == 3 and kept["losses"] == {"output": 1.0, "relation": 0.01}
     assert cli("recover", run, "--loss", "relation=much").code == 2
     assert cli("recover", run, "--loss", "colour").code == 2
     assert cli("--quiet", "recover", run, "--steps", 0).code == 0
-    assert yaml.safe_load((run / "recipe.yaml").read_text())["recover"]["steps"] == 0
+    assert yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))["recover"]["steps"] == 0

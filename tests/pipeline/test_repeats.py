@@ -37,7 +37,9 @@ def test_threads_do_not_change_what_is_chosen(model: Path, tmp_path: Path, finis
     recipe = write_recipe(tmp_path / "recipe.yaml")
     done = call("--quiet", "build", model, "-r", recipe, "-o", tmp_path / "run", OMP_NUM_THREADS="2")
     assert (done.returncode, done.stderr) == (0, "")
-    here, there = (json.loads((run / "allocate/plan.json").read_text()) for run in (tmp_path / "run", finished.run))
+    here, there = (
+        json.loads((run / "allocate/plan.json").read_text(encoding="utf-8")) for run in (tmp_path / "run", finished.run)
+    )
     assert here["schemes"] == there["schemes"]
     assert here["size_bytes"] == there["size_bytes"]
     assert here["predicted_loss"] == pytest.approx(there["predicted_loss"], rel=1e-4)

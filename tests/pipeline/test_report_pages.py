@@ -31,7 +31,10 @@ def test_a_run_without_evaluation_is_reported_as_it_is(run: Path, cli: Cli) -> N
         shutil.rmtree(run / stage)
     done = cli("report", run, "--as-is")
     assert done.code == 0, done.err
-    page, values = (run / "report.html").read_text(), json.loads((run / "report.json").read_text())
+    page, values = (
+        (run / "report.html").read_text(encoding="utf-8"),
+        json.loads((run / "report.json").read_text(encoding="utf-8")),
+    )
     assert "have not been compared" in page and "without --as-is makes it" in page and 'id="budgets"' in page
     assert values["psnr_db"] is None and values["evaluation"] is None and values["controls"] == {}
     assert not (run / "evaluate").exists() and not (run / "engine").exists()
@@ -57,11 +60,11 @@ def test_what_is_no_number_is_left_out_and_named(run: Path, cli: Cli, monkeypatc
     monkeypatch.setattr(assemble.Evaluation, "load", classmethod(lambda cls, folder: wrong))
     done = cli("report", run)
     assert done.code == 0, done.err
-    values = json.loads((run / "report.json").read_text())
+    values = json.loads((run / "report.json").read_text(encoding="utf-8"))
     assert values["measured_nmse"] is None and values["psnr_db"] is None and not values["identical"]
     assert values["controls"]["int8"]["nmse_by_timestep"] == []
-    assert "the measured error of ours is not finite" in (run / "report.html").read_text()
-    assert "the measured error of int8 is not finite" in (run / "report.md").read_text()
+    assert "the measured error of ours is not finite" in (run / "report.html").read_text(encoding="utf-8")
+    assert "the measured error of int8 is not finite" in (run / "report.md").read_text(encoding="utf-8")
 
 
 def test_the_plans_of_other_budgets_hold_them_and_are_kept(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +86,7 @@ def test_the_plans_of_other_budgets_hold_them_and_are_kept(run: Path, monkeypatc
 
         monkeypatch.setattr(budgets, "grid_plans", refuse)
         assert budgets.budget_plans(pipeline, plan) == found
-        (run / budgets.CACHE).write_text("{")
+        (run / budgets.CACHE).write_text("{", encoding="utf-8")
         with pytest.raises(AssertionError, match="solved again"):
             budgets.budget_plans(pipeline, plan)
 
@@ -105,20 +108,20 @@ def test_the_kurtosis_is_that_of_the_weights_rows(run: Path) -> None:
 def test_a_sweep_measures_points_of_the_curve_onto_its_page(run: Path, cli: Cli) -> None:
     done = cli("sweep", run, "--points", "3")
     assert done.code == 0, done.err
-    swept = json.loads((run / "sweep.json").read_text())
+    swept = json.loads((run / "sweep.json").read_text(encoding="utf-8"))
     assert len(swept["points"]) == 3 and all(point["measured_nmse"] > 0 for point in swept["points"])
     sizes = np.array([point["size_ratio"] for point in swept["curve"]])
     for point in swept["points"]:
         assert np.abs(sizes - point["size_ratio"]).min() < 0.02
         assert point["size_ratio"] <= point["budget"]
-    page = (run / "sweep.html").read_text()
+    page = (run / "sweep.html").read_text(encoding="utf-8")
     assert page.count('class="marker series-swept"') == 3 and "Everything INT8" in page and "sweep.html" in done.out
     cli("report", run)
-    assert (run / "report.html").read_text().count('class="marker series-swept"') == 3
+    assert (run / "report.html").read_text(encoding="utf-8").count('class="marker series-swept"') == 3
 
 
 def test_a_predicted_sweep_has_a_page_too(run: Path, cli: Cli) -> None:
     done = cli("sweep", run, "--budgets", "0.1,0.4,0.5")
     assert done.code == 0, done.err
-    page = (run / "sweep.html").read_text()
+    page = (run / "sweep.html").read_text(encoding="utf-8")
     assert "2 budgets, predicted" in page and "no plan fits" in page and 'id="budget-box"' in page

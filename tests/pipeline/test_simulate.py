@@ -33,12 +33,15 @@ def built(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
 
 
 def test_the_plan_is_simulated_and_within_its_nominal_bytes(built: Built) -> None:
-    plan = json.loads((built.run / "allocate" / "plan.json").read_text())
+    plan = json.loads((built.run / "allocate" / "plan.json").read_text(encoding="utf-8"))
     assert plan["simulated"] is True
     assert plan["size_bytes"] <= plan["budget_bytes"]
     used = {row["scheme"] for row in plan["layers"]} - {"fp16"}
     assert used and all("-sim" in name for name in used)
-    assert json.loads((built.run / "quantize" / "size.json").read_text())["size_bytes"] == plan["size_bytes"]
+    assert (
+        json.loads((built.run / "quantize" / "size.json").read_text(encoding="utf-8"))["size_bytes"]
+        == plan["size_bytes"]
+    )
     assert built.report["predicted_nmse"] > 0 and built.report["measured_nmse"] > 0
 
 
@@ -48,7 +51,7 @@ def test_every_report_says_simulated(built: Built) -> None:
         "Everything 8-bit, simulated",
         "Everything 4-bit, simulated",
     }
-    markdown, page = ((built.run / f"report.{kind}").read_text() for kind in ("md", "html"))
+    markdown, page = ((built.run / f"report.{kind}").read_text(encoding="utf-8") for kind in ("md", "html"))
     for row in (line for line in markdown.splitlines() if " dB |" in line):
         assert "simulated" in row
     assert "nominal bytes, which no engine reaches" in markdown and "nominal bytes, which no engine reaches" in page

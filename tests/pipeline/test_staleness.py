@@ -84,9 +84,9 @@ def test_back_to_the_first_budget_gives_the_first_bytes(model: Path, run: Path, 
 
 def test_a_version_of_a_tool_that_changed_is_named(model: Path, run: Path) -> None:
     record = run / "evaluate" / "stage.json"
-    values = json.loads(record.read_text())
+    values = json.loads(record.read_text(encoding="utf-8"))
     values["inputs"]["version.onnxruntime"] = "1.0.0"
-    record.write_text(json.dumps(values))
+    record.write_text(json.dumps(values), encoding="utf-8")
     again = build(recipe_for(model), run)
     assert again.made == ["evaluate", "report"]
     assert any("version.onnxruntime changed" in line for line in again.said)

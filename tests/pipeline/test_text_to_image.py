@@ -64,7 +64,7 @@ def test_prompts_of_the_package_become_images_through_the_vae(built: Built) -> N
     assert set(evaluation.labels) <= set(read_prompts(prompts_file()))
     assert evaluation.images["ours"].shape == (4, 32, 32, 3)
     assert evaluation.images["float"].std() > 0
-    page = (built.run / "report.html").read_text()
+    page = (built.run / "report.html").read_text(encoding="utf-8")
     assert all(label in page for label in evaluation.labels)
 
 
@@ -76,7 +76,7 @@ def test_the_first_token_is_kept_apart_and_said(built: Built) -> None:
     layers = layer_graph(load_model(exported / "model.onnx")).layers
     read = {tensor for layer in layers if "attn2.to_k" in layer.name for tensor in layer.inputs}
     assert read == {"encoder_hidden_states/others_output"}
-    assert json.loads((exported / "facts.json").read_text())["max_relative_error"] < 1e-3
+    assert json.loads((exported / "facts.json").read_text(encoding="utf-8"))["max_relative_error"] < 1e-3
 
 
 def test_another_first_token_is_refused_at_run_time(built: Built) -> None:
@@ -97,7 +97,10 @@ def test_another_first_token_is_refused_at_run_time(built: Built) -> None:
 def test_the_choice_makes_another_export(built: Built, folder: Path, tmp_path: Path) -> None:
     plain = build(recipe_for(folder, target="onnxruntime-cpu"), tmp_path / "run", last="export")
     assert not DenoiserSpec.load(plain.run / "export" / "denoiser.json").first_tokens
-    fields = [json.loads((run / "export" / "stage.json").read_text())["inputs"] for run in (built.run, plain.run)]
+    fields = [
+        json.loads((run / "export" / "stage.json").read_text(encoding="utf-8"))["inputs"]
+        for run in (built.run, plain.run)
+    ]
     assert {key for key in fields[0] if fields[0].get(key) != fields[1].get(key)} == {"recipe.first_token"}
 
 
@@ -134,7 +137,7 @@ def test_scores_reach_reports_and_gate(built: Built, cli: Cli, tmp_path: Path) -
     said = cli(*asked, *weights)
     assert said.code == 0, said.err
     assert all(len(line) <= 80 or " " not in line.strip() for line in said.out.splitlines()), said.out
-    report = json.loads((run / "report.json").read_text())
+    report = json.loads((run / "report.json").read_text(encoding="utf-8"))
     scores = {(row["score"], row["variant"]): row for row in report["scores"]}
     assert set(scores) == {(score, name) for score in ("lpips", "clip-score") for name in ("ours", "int8", "int4")}
     ours = scores["lpips", "ours"]
@@ -144,14 +147,14 @@ def test_scores_reach_reports_and_gate(built: Built, cli: Cli, tmp_path: Path) -
     assert ours["interval"]["low"] <= ours["value"] <= ours["interval"]["high"]
     assert scores["lpips", "int4"]["value"] > ours["value"]
     for name in ("report.md", "report.html"):
-        assert "Image by image" in (run / name).read_text()
+        assert "Image by image" in (run / name).read_text(encoding="utf-8")
     assert cli("gate", run, "--max-lpips", 1, "--max-clip-drop", 100).code == 0
     assert cli("gate", run, "--max-lpips", 0).code == 1
     # Lines are broken to the terminal, where depends on the run's path.
     assert "LPIPS (AlexNet, other weights)" in " ".join(cli("compare", run, run).out.split())
     alone = cli("metrics", run, "--network", "none", "--images", 3, "--workers", 1, "--lpips", *weights)
     assert alone.code == 0, alone.err
-    report = json.loads((run / "report.json").read_text())
+    report = json.loads((run / "report.json").read_text(encoding="utf-8"))
     # What the first call measured otherwise stays; only what this one measured is printed.
     assert [row["network"] for row in report["frechet"]] == ["clip"]
     lpips = [row["samples"] for row in report["scores"] if (row["score"], row["variant"]) == ("lpips", "ours")]

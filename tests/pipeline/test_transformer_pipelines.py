@@ -48,12 +48,12 @@ class Case:
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     pytest.importorskip("tensorrt_rtx")
     place = tmp_path_factory.mktemp("pipeline")
-    (place / "prompts.txt").write_text(PROMPTS)
+    (place / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
     given: dict[str, Any] = {"prompts": str(place / "prompts.txt")}
     if request.param == DIT:
         folder, given = tiny_transformer_folder(place, DIT, vae=True), {}
-        index = json.loads((folder / "model_index.json").read_text())
-        (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "DiTPipeline"}))
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "DiTPipeline"}), encoding="utf-8")
     else:
         folder = tiny_text_transformer_folder(place, request.param)
     options = {"target": "rtx", "engine__build": True, "engine__batch_max": 2, "evaluate__controls": False}
@@ -72,14 +72,14 @@ def elements(log: str, dtype: str) -> int:
 
 
 def test_every_stage_runs_and_the_engine_is_packed(case: Case) -> None:
-    record = json.loads((case.built.run / "engine" / "build.json").read_text())
+    record = json.loads((case.built.run / "engine" / "build.json").read_text(encoding="utf-8"))
     assert record["verified"] and record["problems"] == []
     assert case.built.made[0] == "export" and case.built.made[-1] == "report" and "calibrate" in case.built.made
     layers = {layer.name: layer for layer in layer_graph(load_model(case.built.run / "export" / "model.onnx")).layers}
     schemes = {row["name"]: row["scheme"] for row in case.built.report["layers"]}
     assert set(schemes) == set(layers)
     weights = {name: layer.out_channels * layer.reduction for name, layer in layers.items()}
-    log = (case.built.run / "engine.log").read_text()
+    log = (case.built.run / "engine.log").read_text(encoding="utf-8")
     for start, dtype in (("w4", "Int4"), ("w8", "Int8")):
         planned = sum(weights[name] for name, scheme in schemes.items() if scheme.startswith(start))
         assert planned > 0

@@ -38,7 +38,7 @@ def reported(tmp_path):
         path = tmp_path / name
         values = {**(data or make_report()).as_json(), **changes}
         values = {key: value for key, value in values.items() if key not in without}
-        path.write_text(report_json(values) if finite(values) else json.dumps(values))
+        path.write_text(report_json(values) if finite(values) else json.dumps(values), encoding="utf-8")
         return read_report(path)
 
     return write
@@ -179,7 +179,7 @@ def test_what_is_no_report_is_refused_in_one_line(tmp_path, content, said):
 def test_a_report_that_was_cut_short_is_refused(tmp_path, share):
     text = json.dumps(make_report().as_json())
     path = tmp_path / "report.json"
-    path.write_text(text[: int(share * len(text))])
+    path.write_text(text[: int(share * len(text))], encoding="utf-8")
     with pytest.raises(UsageError, match="no complete JSON"):
         read_report(path)
 
@@ -206,11 +206,11 @@ def test_a_run_folder_is_read_and_a_former_plan_s_report_refused(tmp_path):
     plan = tmp_path / "allocate" / "plan.json"
     plan.parent.mkdir()
     rows = [{"name": row.name, "scheme": row.scheme} for row in data.layers]
-    plan.write_text(json.dumps({"layers": rows}))
+    plan.write_text(json.dumps({"layers": rows}), encoding="utf-8")
     assert read_report(tmp_path).size_bytes == data.size_bytes
     rows[0]["scheme"] = "w8a8"
     for other in ({"layers": rows}, {"layers": 3}, {}):
-        plan.write_text(json.dumps(other))
+        plan.write_text(json.dumps(other), encoding="utf-8")
         with pytest.raises(UsageError, match="an earlier plan"):
             read_report(tmp_path)
 
@@ -227,7 +227,7 @@ def test_the_command_line_prints_every_form(tmp_path, reported):
     plain = RUNNER.invoke(app, ["compare", *paths, "--html", str(page)])
     assert plain.exit_code == 0, plain.output
     assert "2 against 1" in plain.stdout
-    assert page.read_text().startswith("<!doctype html>")
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
     assert RUNNER.invoke(app, ["compare", *paths, "--markdown"]).stdout.startswith("## Comparison")
     found = json.loads(RUNNER.invoke(app, ["compare", *paths, "--json"]).stdout)
     assert [run["label"] for run in found["runs"]] == paths
@@ -240,7 +240,7 @@ def test_a_report_shows_its_intervals(tmp_path):
     data = make_report(psnr_db_interval=interval, ssim_interval=Interval(low=0.9, high=1), controls={"int8": control})
     _, markdown, page = write_reports(data, tmp_path)
     for path in (markdown, page):
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         assert "56.6 dB (55.3 to 57.9)" in text
         assert "42.2 dB (55.3 to 57.9)" in text
         assert "0.9991 (0.9000 to 1.0000)" in text

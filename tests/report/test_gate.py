@@ -48,7 +48,7 @@ def reported(tmp_path):
 
     def write(data=None, name="report.json", **changes):
         path = tmp_path / name
-        path.write_text(report_json({**(data or make_report()).as_json(), **changes}))
+        path.write_text(report_json({**(data or make_report()).as_json(), **changes}), encoding="utf-8")
         return read_report(path)
 
     return write
@@ -87,7 +87,7 @@ def test_the_size_is_held_to_the_byte_and_monotone(tmp_path_factory, limit, loos
 def sample(tmp_path_factory, kept=SimpleNamespace(report=None)):  # noqa: B008
     if kept.report is None:
         path = tmp_path_factory.mktemp("gate") / "report.json"
-        path.write_text(report_json(make_report().as_json()))
+        path.write_text(report_json(make_report().as_json()), encoding="utf-8")
         kept.report = read_report(path)
     return kept.report
 
@@ -356,7 +356,7 @@ def test_the_command_line_exits_with_0_1_and_2(tmp_path, reported):
     good = RUNNER.invoke(app, ["gate", path, "--max-size", "0.9", "--min-psnr", "40", *files])
     assert good.exit_code == 0, good.output
     assert ET.parse(tmp_path / "new" / "gate.xml").getroot().get("failures") == "0"
-    assert "Passed: 2 of 2" in (tmp_path / "gate.md").read_text()
+    assert "Passed: 2 of 2" in (tmp_path / "gate.md").read_text(encoding="utf-8")
     bad = RUNNER.invoke(app, ["gate", path, "--max-size", "0.9", "--max-latency", "120ms", "--json", *files])
     assert bad.exit_code == 1
     assert json.loads(bad.stdout)["passed"] is False

@@ -149,7 +149,7 @@ def orm_report(layers=60, steps=4, **changes):
 def test_json_has_the_promised_keys(report, tmp_path):
     written = write_reports(report, tmp_path)
     assert [path.name for path in written] == ["report.json", "report.md", "report.html"]
-    found = json.loads((tmp_path / "report.json").read_text())
+    found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     for key in [
         "budget",
         "size_bytes",
@@ -182,7 +182,7 @@ def test_json_is_strict_and_repeats(make, tmp_path):
     def refuse(token):
         raise AssertionError(token)
 
-    first, second = (write_reports(make(), tmp_path / name)[0].read_text() for name in "ab")
+    first, second = (write_reports(make(), tmp_path / name)[0].read_text(encoding="utf-8") for name in "ab")
     assert first == second
     json.loads(first, parse_constant=refuse)
 
@@ -359,7 +359,7 @@ def test_pictures_of_any_channels(channels):
 
 
 def test_colours_have_enough_contrast():
-    blocks = re.findall(r":root \{(.*?)\}", STYLE.read_text(), re.DOTALL)
+    blocks = re.findall(r":root \{(.*?)\}", STYLE.read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) == 3
     light = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", blocks[0]))
     for changes in blocks:

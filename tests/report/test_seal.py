@@ -36,16 +36,16 @@ def test_a_report_as_it_was_written_is_verified(report):
 
 
 def test_any_digit_that_was_changed_is_noticed(report):
-    text = report.read_text()
+    text = report.read_text(encoding="utf-8")
     places = list(NUMBER.finditer(text))
     assert len(places) > 100
     for found in places[:: len(places) // 25]:
         # Another first digit: the JSON is whole, and the value another (which a seventeenth digit need not change).
         at = found.start() + found.group().startswith("-")
-        report.write_text(text[:at] + str(int(text[at]) % 9 + 1) + text[at + 1 :])
+        report.write_text(text[:at] + str(int(text[at]) % 9 + 1) + text[at + 1 :], encoding="utf-8")
         # A schema that this release does not know is refused as such.
         refused(report, "has schema" if '"schema_version": ' in text[at - 20 : at] else "was changed after it was")
-    report.write_text(text)
+    report.write_text(text, encoding="utf-8")
     assert read_report(report).label == str(report)
 
 
@@ -65,16 +65,16 @@ def test_any_digit_that_was_changed_is_noticed(report):
     ids=["word", "key lost", "key more", "order", "null", "NaN", "digest", "no digest", "digest lost"],
 )
 def test_every_other_change_is_noticed(report, change):
-    values = json.loads(report.read_text())
+    values = json.loads(report.read_text(encoding="utf-8"))
     change(values)
-    report.write_text(json.dumps(values))
+    report.write_text(json.dumps(values), encoding="utf-8")
     refused(report, "was changed after it was written: its sha256")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.999])
 def test_a_report_cut_short_is_no_json(report, share):
-    text = report.read_text()
-    report.write_text(text[: int(share * len(text))])
+    text = report.read_text(encoding="utf-8")
+    report.write_text(text[: int(share * len(text))], encoding="utf-8")
     refused(report, "no complete JSON")
 
 
@@ -102,9 +102,9 @@ def as_javascript(value):
 def test_another_layout_of_the_same_values_is_verified(tmp_path, layout):
     data = make_report(psnr_db=57.0, ssim=1.0, measured_nmse=1.7e-06, psnr_db_interval={"low": 0.1 + 0.2, "high": 60})
     path = write_reports(data, tmp_path)[0]
-    before, figures = path.read_text(), read_report(path)
-    path.write_text(layout(json.loads(before)))
-    assert path.read_text() != before
+    before, figures = path.read_text(encoding="utf-8"), read_report(path)
+    path.write_text(layout(json.loads(before)), encoding="utf-8")
+    assert path.read_text(encoding="utf-8") != before
     assert read_report(path) == figures
 
 
@@ -133,7 +133,9 @@ def test_neighbouring_numbers_and_types_differ():
 
 
 def test_the_commands_refuse_a_changed_report(report):
-    report.write_text(report.read_text().replace('"psnr_db": 56.64', '"psnr_db": 66.64'))
+    report.write_text(
+        report.read_text(encoding="utf-8").replace('"psnr_db": 56.64', '"psnr_db": 66.64'), encoding="utf-8"
+    )
     gate = ["gate", str(report), "--min-psnr", "40"]
     for command in (gate, ["compare", str(report), str(report)]):
         changed = RUNNER.invoke(app, command)

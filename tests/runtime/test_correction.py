@@ -87,9 +87,9 @@ def test_another_models_correction_is_refused(tmp_path: Path, model: Path) -> No
 def test_every_truncation_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "correction.json"
     two_steps().save(path)
-    whole = path.read_text()
+    whole = path.read_text(encoding="utf-8")
     for length in range(0, len(whole) - 2, 7):
-        path.write_text(whole[:length])
+        path.write_text(whole[:length], encoding="utf-8")
         with pytest.raises(ModelError, match="cut short"):
             read_correction(path)
 
@@ -107,7 +107,7 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
 )
 def test_damage_is_named(tmp_path: Path, key: str, value: Any, words: str) -> None:
     path = tmp_path / "correction.json"
-    path.write_text(json.dumps({**two_steps().as_json(), key: value}))
+    path.write_text(json.dumps({**two_steps().as_json(), key: value}), encoding="utf-8")
     with pytest.raises(ModelError, match=words):
         read_correction(path)
 
@@ -125,7 +125,7 @@ def test_a_damaged_step_is_named(tmp_path: Path, change: dict[str, Any], words: 
     values = two_steps().as_json()
     values["steps"][0].update(change)
     path = tmp_path / "correction.json"
-    path.write_text(json.dumps(values))
+    path.write_text(json.dumps(values), encoding="utf-8")
     with pytest.raises(ModelError, match=words):
         read_correction(path)
 
@@ -133,7 +133,7 @@ def test_a_damaged_step_is_named(tmp_path: Path, change: dict[str, Any], words: 
 def test_an_absent_file_and_one_that_is_no_object_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no correction"):
         read_correction(tmp_path / "correction.json")
-    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "list.json").write_text("[1]", encoding="utf-8")
     with pytest.raises(ModelError, match="format None"):
         read_correction(tmp_path / "list.json")
 

@@ -39,7 +39,7 @@ def test_a_text_pipeline_gives_the_same_images(tmp_path: Path, xl: bool) -> None
     pytest.importorskip("transformers")
     folder = tiny_text_pipeline_folder(tmp_path, xl=xl)
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("abc\ndef\n")
+    prompts.write_text("abc\ndef\n", encoding="utf-8")
     replaced = exported(folder, tmp_path / "run" / "export", prompts=prompts)
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)

@@ -115,6 +115,6 @@ def test_rtx_captures_by_itself_and_its_cache_is_kept_per_shape(cuda: None, tmp_
 
 
 def test_an_engine_of_another_gpu_is_refused(cuda: None, tmp_path: Path) -> None:
-    (tmp_path / "build.json").write_text('{"compute_capabilities": ["SM75"], "target": "rtx-turing"}')
+    (tmp_path / "build.json").write_text('{"compute_capabilities": ["SM75"], "target": "rtx-turing"}', encoding="utf-8")
     with pytest.raises(EngineError, match="the GPU here is SM89"):
         backend(tmp_path, b"rtx")

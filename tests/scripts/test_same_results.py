@@ -38,7 +38,7 @@ def run(tmp_path: Path) -> Path:
     }
     for name, value in texts.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(json.dumps(value))
+        (folder / name).write_text(json.dumps(value), encoding="utf-8")
     for name in BY_DIGEST:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(name.encode())
@@ -52,7 +52,7 @@ def twin(run: Path) -> Path:
 
 
 def change(file: Path, **values: Any) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | values), encoding="utf-8")
 
 
 def test_a_copy_is_the_same(run: Path, twin: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,7 +119,7 @@ def test_what_is_set_aside(run: Path, twin: Path) -> None:
 def test_renamed_and_removed_fields(run: Path, twin: Path) -> None:
     report = {k: v for k, v in REPORT.items() if k != "groups"}
     report["layers"] = [{"name": "conv", "predicted_loss": 1e-9}]
-    (twin / "report.json").write_text(json.dumps(report))
+    (twin / "report.json").write_text(json.dumps(report), encoding="utf-8")
     assert len(differing_runs(run, twin, Rules())) == 3
     assert main([str(run), str(twin), "--renamed", "loss=predicted_loss", "--removed", "groups"]) == 0
 

@@ -29,7 +29,7 @@ class Tree:
     def write(self, name: str, text: str) -> None:
         path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
 
     def second(self, group: str = "/", mounted: str = "/") -> None:
         """Be in ``group`` of the second version, of which ``mounted`` is what is seen at /sys/fs/cgroup."""
@@ -133,7 +133,9 @@ def test_the_variable_goes_first(tree: Tree, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def child(before: str = "") -> tuple[int, str]:
-    done = subprocess.run([sys.executable, "-c", f"{before}\n{CHILD}"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", f"{before}\n{CHILD}"], capture_output=True, encoding="utf-8", check=True
+    )
     size, _, whose = done.stdout.strip().partition(" ")
     return int(size), whose
 
@@ -160,7 +162,7 @@ def test_a_group_of_the_kernel() -> None:
     try:
         if not (group / limit).is_file():
             pytest.skip("the control groups here do not limit memory")
-        (group / limit).write_text(str(200 << 20))
+        (group / limit).write_text(str(200 << 20), encoding="utf-8")
         size, whose = child(f"import os; open({str(group / 'cgroup.procs')!r}, 'w').write(str(os.getpid()))")
         assert 100 << 20 < size <= 200 << 20
         assert group.name in whose

@@ -42,8 +42,10 @@ def test_nvidia_smi_is_read() -> None:
 def test_the_drivers_files_are_read_without_nvidia_smi(tmp_path: Path) -> None:
     folder = tmp_path / "gpus" / "0000:01:00.0"
     folder.mkdir(parents=True)
-    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release\n")
-    (folder / "information").write_text("Model: \t\t NVIDIA GeForce RTX 3060\nIRQ: 3\n")
+    (tmp_path / "version").write_text(
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release\n", encoding="utf-8"
+    )
+    (folder / "information").write_text("Model: \t\t NVIDIA GeForce RTX 3060\nIRQ: 3\n", encoding="utf-8")
     (gpu,) = doctor._gpus_of_proc(tmp_path)
     assert (gpu.name, gpu.driver) == ("NVIDIA GeForce RTX 3060", "570.86.15")
     assert doctor._gpus_of_proc(tmp_path / "none") == []

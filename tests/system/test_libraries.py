@@ -42,10 +42,13 @@ main()
 def test_lines_of_libraries_are_shown_with_debug_alone(debug: bool, tmp_path: Path) -> None:
     folder = tiny_unet_folder(tmp_path)
     config = folder / "unet" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "made_up": 1}))
+    config.write_text(json.dumps({**json.loads(config.read_text(encoding="utf-8")), "made_up": 1}), encoding="utf-8")
     arguments = ["--debug"] if debug else []
     done = subprocess.run(
-        [sys.executable, "-c", CODE, *arguments, "doctor", str(folder)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", CODE, *arguments, "doctor", str(folder)],
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert all((line in done.stderr) == debug for line in ("made_up", "outdated", "doubtful")), done.stderr

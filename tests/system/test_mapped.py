@@ -15,7 +15,7 @@ BYTES = 32 << 20
 
 
 def resident_bytes() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith("RssFile")))
 
 

@@ -129,7 +129,7 @@ class ImageMetrics:
         path = run / FILE
         if not path.is_file():
             return None
-        text = unsealed(path.read_text())
+        text = unsealed(path.read_text(encoding="utf-8"))
         if text.get("format") != FORMAT:
             raise ValueError(f"it is not of format {FORMAT}")
         missing = {"frechet", "controls", "made_from", "scores"} - set(text)

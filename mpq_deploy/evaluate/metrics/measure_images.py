@@ -179,7 +179,7 @@ def _sources(pipeline: Pipeline, float_model: Path, seed: int, controls: bool) -
     }
     if controls:
         folder = pipeline.folder("controls")
-        sizes = json.loads((folder / "sizes.json").read_text())
+        sizes = json.loads((folder / "sizes.json").read_text(encoding="utf-8"))
         if not sizes:
             raise UsageError(
                 "The run has no controls.", "Set evaluate.controls in its recipe, or leave --controls out."

@@ -65,7 +65,7 @@ def preprocessing(folder: Path) -> tuple[int, list[float], list[float]]:
     """
     path = folder / PREPROCESSOR
     try:
-        settings = json.loads(path.read_text())
+        settings = json.loads(path.read_text(encoding="utf-8"))
         crop = settings.get("crop_size") or settings.get("size") or {}
         side = int(crop if isinstance(crop, int) else crop["height"])
         return side, settings["image_mean"], settings["image_std"]
@@ -112,7 +112,7 @@ def _model(name: str, folder: Path) -> Any:
 
     if name != CLIP:
         return from_folder(transformers.Dinov2Model, folder, name)
-    settings = json.loads((folder / CONFIG).read_text())
+    settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     tower = settings.get("vision_config", settings)
     # A whole CLIP says how wide its embeddings are beside its towers, not in them.
     width = settings.get("projection_dim", tower.get("projection_dim"))

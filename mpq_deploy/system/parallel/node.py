@@ -93,7 +93,7 @@ def unpacked(packed: Packed, node: str, fetch: Callable[[Any], Any]) -> Path:
     above = Path(tempfile.gettempdir()) / f"mpq-deploy-{os.getuid()}"
     above.mkdir(mode=0o700, exist_ok=True)
     folder = above / f"{node[:16]}-{packed.name}"
-    with _lock_of(folder).open("a") as lock:
+    with _lock_of(folder).open("a", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / COMPLETE).exists():
             try:

@@ -169,7 +169,7 @@ def test_a_saved_image_tower_is_read(name, tmp_path):
         model = transformers.Dinov2Model(transformers.Dinov2Config(**small))
     model.save_pretrained(tmp_path)
     settings = '{"crop_size": {"height": 28, "width": 28}, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}'
-    (tmp_path / "preprocessor_config.json").write_text(settings)
+    (tmp_path / "preprocessor_config.json").write_text(settings, encoding="utf-8")
     network = open_network(name, NetworkOptions(weights=parse_weights([f"{name}={tmp_path}"])))
     images = pictures(3, 28, 3)
     found = network.features(images)
@@ -180,7 +180,7 @@ def test_a_saved_image_tower_is_read(name, tmp_path):
     expected = output.image_embeds if name == CLIP else output.pooler_output
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-3, atol=1e-5)
     assert network.title == f"Frechet distance ({name})"
-    (tmp_path / "preprocessor_config.json").write_text("{}")
+    (tmp_path / "preprocessor_config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(MpqError, match="does not say"):
         open_network(name, NetworkOptions(weights=((name, tmp_path),)))
 

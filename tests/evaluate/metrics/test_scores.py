@@ -142,7 +142,7 @@ class Trap:
 def test_a_wrong_file_is_refused(tmp_path, content, said):
     path, marker = tmp_path / "w.pth", tmp_path / "ran"
     if content == "text":
-        path.write_text("weights")
+        path.write_text("weights", encoding="utf-8")
     elif content == "trap":
         torch.save({"features.0.weight": Trap(marker)}, path)
     elif content == "small":

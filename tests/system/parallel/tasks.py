@@ -41,7 +41,7 @@ def noise(task: Task, talk: Talk) -> Result:
 
 def happen(task: Task) -> None:
     if task.until:
-        task.until.write_text(str(os.getpid()))
+        task.until.write_text(str(os.getpid()), encoding="utf-8")
     if task.accident == "meet":
         # Until another shard is computed at the same time.
         while len(list(task.until.parent.glob("met-*"))) < 2:
@@ -73,9 +73,9 @@ def fill(task: Task) -> None:
         import ray
 
         node, place = ray.get_runtime_context().get_node_id(), Path(task.accident.removeprefix("full once "))
-        with suppress(FileExistsError), place.open("x") as file:
+        with suppress(FileExistsError), place.open("x", encoding="utf-8") as file:
             file.write(node)
-        if place.read_text() != node:
+        if place.read_text(encoding="utf-8") != node:
             return
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -83,7 +83,7 @@ def fill(task: Task) -> None:
 def opened(word: str, root: Path, talk: Talk) -> Any:
     """Open: say so, and read what the job's file holds."""
     talk.warn(f"opened with {word}")
-    text = (root / "file.txt").read_text()
+    text = (root / "file.txt").read_text(encoding="utf-8")
 
     def work(task: Task, inner: Talk) -> Result:
         return {**noise(task, inner), "text": np.array(text), "threads": np.array(os.environ.get("OMP_NUM_THREADS"))}
@@ -93,7 +93,7 @@ def opened(word: str, root: Path, talk: Talk) -> Any:
 
 def job(root: Path, **changes: Any) -> Job:
     root.mkdir(exist_ok=True)
-    (root / "file.txt").write_text("a model")
+    (root / "file.txt").write_text("a model", encoding="utf-8")
     return Job(**{"name": "noise", "opener": partial(opened, "care"), "root": root, "files": ("file.txt",), **changes})
 
 

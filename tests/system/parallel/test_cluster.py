@@ -311,7 +311,7 @@ def test_a_disk_that_fills_in_the_middle_of_a_shard_leaves_its_node_out(tmp_path
     found = merged(Cluster(nodes.address, workers=1), tmp_path / "job", parts, heard)
     same(found, merged(Alone(), tmp_path / "job", shards(PARTS)))
     (said,) = left_out(heard)
-    assert (tmp_path / "node").read_text()[:8] in said and "disk is full" in said
+    assert (tmp_path / "node").read_text(encoding="utf-8")[:8] in said and "disk is full" in said
 
 
 def test_no_node_with_room_on_its_disk_is_one_message(tmp_path, nodes):
@@ -332,11 +332,15 @@ def test_a_killed_node_changes_nothing(tmp_path, nodes):
     parts = shards(PARTS, at2=Task(2, "hang", told))
 
     def kill():
-        while not (told.exists() and told.read_text()):
+        while not (told.exists() and told.read_text(encoding="utf-8")):
             time.sleep(0.05)
         # The node's raylet has started the worker: without it the node is gone, as when its machine is.
         raylet = next(
-            line for line in Path(f"/proc/{told.read_text()}/status").read_text().splitlines() if "PPid" in line
+            line
+            for line in Path(f"/proc/{told.read_text(encoding='utf-8')}/status")
+            .read_text(encoding="utf-8")
+            .splitlines()
+            if "PPid" in line
         )
         os.kill(int(raylet.split()[1]), signal.SIGKILL)
 

@@ -92,9 +92,9 @@ def test_a_worker_killed_from_outside_changes_nothing(tmp_path):
     alone, told = merged(Alone(), tmp_path / "job", shards(PARTS)), tmp_path / "pid"
 
     def kill():
-        while not (told.exists() and told.read_text()):
+        while not (told.exists() and told.read_text(encoding="utf-8")):
             time.sleep(0.02)
-        os.kill(int(told.read_text()), signal.SIGKILL)
+        os.kill(int(told.read_text(encoding="utf-8")), signal.SIGKILL)
 
     killer = threading.Thread(target=kill)
     killer.start()
@@ -185,10 +185,10 @@ def test_no_process_outlives_a_stopped_call(tmp_path, number):
     )
     told = [root / "a", root / "b"]
     until = time.monotonic() + 60
-    while not all(path.exists() and path.read_text() for path in told):
+    while not all(path.exists() and path.read_text(encoding="utf-8") for path in told):
         assert process.poll() is None and time.monotonic() < until
         time.sleep(0.05)
-    pids = [int(path.read_text()) for path in told]
+    pids = [int(path.read_text(encoding="utf-8")) for path in told]
     assert all(alive(pid) for pid in pids)
     # As a terminal does it for SIGINT: the whole foreground group gets it.
     os.killpg(process.pid, number)
