@@ -46,14 +46,14 @@ def main(arguments: list[str] | None = None, write: Callable[[str], Any] = sys.s
         subjects = [subject_of(file, name, wish) for name, file in named]
         measured = measure(subjects, Schedule(chosen.calls, chosen.rounds), PlainTalk())
         origin = origin_of(chosen.file, subjects[0].backend, subjects[0].device)
-        found = results(measured, origin)
-        text = json.dumps(found, indent=1, sort_keys=True, allow_nan=False) + "\n"
+        values = results(measured, origin)
+        text = json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n"
         if chosen.out:
             write_text(chosen.out, text)
     except MpqError as error:
         sys.stderr.write(f"mpq-bench: {error.message}\n" + (f"  {error.hint}\n" if error.hint else ""))
         return error.exit_code
-    write(text if chosen.json else bench_text(found) + "\n")
+    write(text if chosen.json else bench_text(values) + "\n")
     return 0
 
 

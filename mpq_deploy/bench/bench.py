@@ -224,11 +224,11 @@ def results(measured: Sequence[Measured], origin: Origin) -> dict[str, Any]:
 
 
 def _device(kind: str) -> dict[str, str]:
-    found = {"board": board(), "machine": f"{platform.machine()} CPU", "python": platform.python_version()}
+    facts = {"board": board(), "machine": f"{platform.machine()} CPU", "python": platform.python_version()}
     if kind == "cpu" or why_no_gpu():
-        return {**found, "gpu": "", "compute_capability": ""}
+        return {**facts, "gpu": "", "compute_capability": ""}
     cuda = Cuda()
-    return {**found, "gpu": cuda.name(), "compute_capability": cuda.compute_capability()}
+    return {**facts, "gpu": cuda.name(), "compute_capability": cuda.compute_capability()}
 
 
 def _record(engine: Path) -> EngineRecord | None:
@@ -291,5 +291,5 @@ def ratio_text(value: dict[str, Any], ours: str, other: str) -> str:
     """Say how the medians compare, and whether that is more than noise."""
     if value["low"] is None:
         return f"{ours} takes {value['value']:.3f} of {other}'s time (too few rounds for an interval)"
-    said = f"{ours} takes {value['value']:.3f} of {other}'s time (95 %: {value['low']:.3f} to {value['high']:.3f})"
-    return f"{said}: no difference is shown" if value["low"] <= 1 <= value["high"] else said
+    text = f"{ours} takes {value['value']:.3f} of {other}'s time (95 %: {value['low']:.3f} to {value['high']:.3f})"
+    return f"{text}: no difference is shown" if value["low"] <= 1 <= value["high"] else text

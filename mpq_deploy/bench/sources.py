@@ -70,10 +70,10 @@ def library_of(engine: Path) -> str:
     record = engine.with_name(RECORD)
     if record.is_file():
         return "tensorrt_rtx" if EngineRecord.load(record).backend == "tensorrt_rtx" else "tensorrt"
-    found = [name for name in LIBRARIES if importlib.util.find_spec(name)]
-    if not found:
+    installed = [name for name in LIBRARIES if importlib.util.find_spec(name)]
+    if not installed:
         raise UsageError("Neither tensorrt_rtx nor tensorrt is installed here.", "Install what built the engine.")
-    return found[0]
+    return installed[0]
 
 
 def cuda_provider() -> bool:
@@ -87,10 +87,10 @@ def cuda_provider() -> bool:
 
 def parse_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """Read NAME:1x4x64x64. Raises UsageError."""
-    found = {}
+    shapes = {}
     for text in texts:
         name, _, sizes = text.rpartition(":")
         if not name or not all(one.isdecimal() and int(one) for one in sizes.split("x")):
             raise UsageError(f"'{text}' is no shape of an input.", "Write for example --shape sample:1x4x64x64.")
-        found[name] = tuple(int(one) for one in sizes.split("x"))
-    return found
+        shapes[name] = tuple(int(one) for one in sizes.split("x"))
+    return shapes

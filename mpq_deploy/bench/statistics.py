@@ -16,9 +16,9 @@ LEAST_ROUNDS = 5
 def summary(milliseconds: Sequence[float], batch: int) -> dict[str, float]:
     """Return mean and percentiles in milliseconds, the number of calls, and samples per second."""
     times = np.asarray(milliseconds, np.float64)
-    found = {f"p{percentile}_ms": float(np.percentile(times, percentile)) for percentile in PERCENTILES}
+    percentiles = {f"p{percentile}_ms": float(np.percentile(times, percentile)) for percentile in PERCENTILES}
     rate = 1e3 * batch / float(times.mean())
-    return {"mean_ms": float(times.mean()), "calls": len(times), **found, "samples_per_second": rate}
+    return {"mean_ms": float(times.mean()), "calls": len(times), **percentiles, "samples_per_second": rate}
 
 
 def ratio(ours: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> dict[str, float | int | None]:
@@ -28,11 +28,11 @@ def ratio(ours: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> 
     round meets both alike. Percentile bootstrap (Efron 1979), seeded; no interval below ``LEAST_ROUNDS`` rounds.
     """
     a, b = np.asarray(ours, np.float64), np.asarray(other, np.float64)
-    found: dict[str, float | int | None] = {"value": float(np.median(a) / np.median(b)), "rounds": len(a)}
+    ratio: dict[str, float | int | None] = {"value": float(np.median(a) / np.median(b)), "rounds": len(a)}
     if len(a) < LEAST_ROUNDS:
-        return {**found, "low": None, "high": None}
+        return {**ratio, "low": None, "high": None}
     rows = np.random.default_rng(SEED).integers(0, len(a), (DRAWS, len(a)))
     drawn = np.median(a[rows].reshape(DRAWS, -1), axis=1) / np.median(b[rows].reshape(DRAWS, -1), axis=1)
     tail = 100 * (1 - LEVEL) / 2
     low, high = np.percentile(drawn, [tail, 100 - tail])
-    return {**found, "low": float(low), "high": float(high)}
+    return {**ratio, "low": float(low), "high": float(high)}

@@ -56,7 +56,7 @@ class OrtCall:
 
     def inputs(self, subject: Subject) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
         """Shape and type of each input; an open first dimension is the batch."""
-        found = {}
+        entries = {}
         for value in self._session.get_inputs():
             shape = [subject.batch if i == 0 and not isinstance(n, int) else n for i, n in enumerate(value.shape)]
             shape = list(subject.shapes.get(value.name, shape))
@@ -66,8 +66,8 @@ class OrtCall:
                     f"Give it: --shape {value.name}:{'x'.join(str(n) if isinstance(n, int) else 'N' for n in shape)}.",
                 )
             kind = value.type.removeprefix("tensor(").removesuffix(")")
-            found[value.name] = (tuple(shape), np.dtype({"float": "float32", "double": "float64"}.get(kind, kind)))
-        return found
+            entries[value.name] = (tuple(shape), np.dtype({"float": "float32", "double": "float64"}.get(kind, kind)))
+        return entries
 
     def bind(self, feeds: Mapping[str, Array]) -> None:
         """Put the inputs on the device; outputs stay there."""
@@ -108,13 +108,13 @@ class EngineCall:
 
     def inputs(self, subject: Subject) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
         """Shape and type of each input: as the engine was optimised, with the subject's batch."""
-        found = {}
+        entries = {}
         for name in self._runner.tensors()[0]:
             shape = self._runner.usual_shape(name)
             dynamic = -1 in tuple(self._runner.opened.engine.get_tensor_shape(name))
             shape = (subject.batch, *shape[1:]) if dynamic else shape
-            found[name] = (subject.shapes.get(name, shape), self._runner.dtype(name))
-        return found
+            entries[name] = (subject.shapes.get(name, shape), self._runner.dtype(name))
+        return entries
 
     def bind(self, feeds: Mapping[str, Array]) -> None:
         """Copy the inputs to the GPU."""

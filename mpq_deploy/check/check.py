@@ -72,8 +72,8 @@ class CheckResult:
         for effect in EFFECTS:
             for rule in dict.fromkeys(finding.rule for finding in self.findings if finding.effect == effect):
                 lines += ["", *_group([finding for finding in self.findings if finding.rule == rule])]
-        said = [f"{count} {effect}" for effect, count in self.counts.items() if count]
-        return "\n".join([*lines, "", "found: " + (", ".join(said) or "nothing to object to")])
+        parts = [f"{count} {effect}" for effect, count in self.counts.items() if count]
+        return "\n".join([*lines, "", "found: " + (", ".join(parts) or "nothing to object to")])
 
 
 def check_model(path: Path, target: Target) -> CheckResult:
@@ -82,8 +82,8 @@ def check_model(path: Path, target: Target) -> CheckResult:
     dialect = dialect_named(target.dialect)
     capabilities = tuple(int(name.removeprefix("SM")) for name in target.compute_capabilities)
     context = Context(view, dialect, capabilities)
-    found = [finding for rule in RULES for finding in findings_of(rule, context)]
-    ordered = sorted(found, key=lambda finding: EFFECTS.index(finding.effect))
+    findings = [finding for rule in RULES for finding in findings_of(rule, context)]
+    ordered = sorted(findings, key=lambda finding: EFFECTS.index(finding.effect))
     return CheckResult(str(path), target.name, dialect.name, len(view.nodes), tuple(ordered))
 
 

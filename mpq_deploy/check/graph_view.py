@@ -201,8 +201,8 @@ class View:
 
     def scale(self, node: Node) -> Constant | None:
         """The constant scale of a Q or DQ, through a Cast; None when it is computed."""
-        found = self.stored(node.input(1)) if node.input(1) else None
-        return found.constant if found else None
+        stored = self.stored(node.input(1)) if node.input(1) else None
+        return stored.constant if stored else None
 
     def shape(self, name: str) -> tuple[int | None, ...] | None:
         """The shape as far as shape inference knows it; None for an unknown rank."""
@@ -223,7 +223,7 @@ class View:
     @cached_property
     def layers(self) -> tuple[LayerView, ...]:
         """Every Conv, ConvTranspose, Gemm and MatMul with exactly one constant operand, in order."""
-        found = []
+        layers = []
         for node in self.nodes:
             if node.op not in LAYER_OPS or node.domain not in STANDARD_DOMAINS or len(node.inputs) < 2:
                 continue
@@ -234,8 +234,8 @@ class View:
             weight = self.stored(node.inputs[side])
             assert weight is not None
             x = node.inputs[1 - side]
-            found.append(LayerView(node, weight, side, x, self.pair(x)))
-        return tuple(found)
+            layers.append(LayerView(node, weight, side, x, self.pair(x)))
+        return tuple(layers)
 
     def _constant(self, name: str, tensor: TensorProto) -> Constant:
         return Constant(name, TensorProto.DataType.Name(tensor.data_type), tuple(tensor.dims), tensor, self.folder)

@@ -300,8 +300,8 @@ def _mixed(context: Context, *ops: str) -> Iterator[tuple[LayerView, Node]]:
 
 def _quantized_kinds(view: View, node: Node) -> set[str]:
     """The stored types of what a node joins; "" for a part that is not quantized."""
-    found = (view.stored(name) for name in node.inputs)
-    return {one.dtype if one and one.quantized else "" for one in found}
+    weights = (view.stored(name) for name in node.inputs)
+    return {one.dtype if one and one.quantized else "" for one in weights}
 
 
 def _block_codes(view: View) -> Iterator[tuple[Node, Constant]]:

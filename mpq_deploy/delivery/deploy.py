@@ -64,9 +64,9 @@ class Remote:
             raise self.failure(done.returncode, done.stderr)
         return done
 
-    def failure(self, code: int, said: str) -> EngineError:
+    def failure(self, code: int, text: str) -> EngineError:
         """Say what went wrong, and that the next call goes on."""
-        words = " ".join(said.split())[-300:] or "no reason given"
+        words = " ".join(text.split())[-300:] or "no reason given"
         what = "ssh failed" if code == SSH_FAILED else f"A command ended with code {code}"
         again = "Repeat the command when the connection is back: it goes on where it stopped."
         return EngineError(f"{what} on {self.destination}: {words}", again if code == SSH_FAILED else "")
@@ -125,21 +125,21 @@ def upload(remote: Remote, archive: Path, name: str, talk: Talk) -> None:
     remote.run(f"mv {part} {whole}")
 
 
-def _good_bytes(remote: Remote, archive: Path, part: str, said: str) -> int:
+def _good_bytes(remote: Remote, archive: Path, part: str, listed: str) -> int:
     """How many bytes of ``archive`` are there: all that arrived, if they are a beginning of it; else none."""
-    first = (said.split() or ["0"])[0]
+    first = (listed.split() or ["0"])[0]
     count = int(first) if first.isdecimal() else 0
     if not 0 < count <= archive.stat().st_size:
         return 0
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     with archive.open("rb") as file:
         left = count
         while left:
             piece = file.read(min(PIECE, left))
-            found.update(piece)
+            digest.update(piece)
             left -= len(piece)
     there = remote.run(f"head -c {count} {part} | sha256sum").stdout.split()[:1]
-    return count if there == [found.hexdigest()] else 0
+    return count if there == [digest.hexdigest()] else 0
 
 
 def _send(remote: Remote, archive: Path, part: str, start: int, size: int, talk: Talk) -> None:
@@ -147,9 +147,9 @@ def _send(remote: Remote, archive: Path, part: str, start: int, size: int, talk:
     with talk.bar("bytes to the device", size - start) as advance, _process(remote.argv(f"cat >> {part}")) as process:
         assert process.stdin is not None
         sent = _feed(process.stdin.write, archive, start, advance)
-        said = _ended(process)
+        text = _ended(process)
     if process.returncode != 0 or not sent:
-        raise remote.failure(process.returncode or SSH_FAILED, said)
+        raise remote.failure(process.returncode or SSH_FAILED, text)
 
 
 def _feed(write: Callable[[bytes], Any], archive: Path, start: int, advance: Callable[[int], None]) -> bool:

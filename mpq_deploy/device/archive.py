@@ -93,15 +93,15 @@ def extract(path: Path, entries: Mapping[str, Entry], folder: Path) -> None:
     with path.open("rb") as file:
         for entry in entries.values():
             target = folder / entry.name
-            found = hashlib.sha256()
+            digest = hashlib.sha256()
             file.seek(entry.offset)
             # A link that lies there already is replaced, not followed.
             target.unlink(missing_ok=True)
             with target.open("xb") as out:
                 for piece in _pieces(file, entry.size):
-                    found.update(piece)
+                    digest.update(piece)
                     out.write(piece)
-            if found.hexdigest() != entry.sha256:
+            if digest.hexdigest() != entry.sha256:
                 raise ArchiveError(f"The part '{entry.name}' of {path} changed while it was unpacked.", AGAIN)
             target.chmod(_mode(entry.name))
 
@@ -205,14 +205,14 @@ def _check_sums(file: BinaryIO, entries: Mapping[str, Entry], path: Path) -> Non
 
 
 def _digest(source: Source) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     if isinstance(source, bytes):
-        found.update(source)
-        return found.hexdigest()
+        digest.update(source)
+        return digest.hexdigest()
     with source.open("rb") as file:
         for piece in _pieces(file, source.stat().st_size):
-            found.update(piece)
-    return found.hexdigest()
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _pieces(file: BinaryIO, size: int) -> Iterator[bytes]:

@@ -124,11 +124,11 @@ def check_gpu(manifest: Manifest) -> None:
     if not wanted or why_no_gpu():
         return
     cuda = Cuda()
-    found = cuda.compute_capability()
+    capability = cuda.compute_capability()
     # A portable RTX engine holds kernels for the named GPUs; newer ones of the same runtime are left to it.
-    if found not in wanted:
+    if capability not in wanted:
         raise EngineError(
-            f"The package is for {', '.join(wanted)}; the GPU here is {cuda.name()} ({found}).",
+            f"The package is for {', '.join(wanted)}; the GPU here is {cuda.name()} ({capability}).",
             "Package the run for this device's target (mpq-deploy targets lists them).",
         )
 
@@ -296,10 +296,10 @@ def read_results(path: Path) -> dict[str, Any]:
     hint = "Give the results.json that 'mpq-deploy install' wrote on the device."
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        found = values["format"]
+        found_format = values["format"]
         complete = {"package", "target", "device", "engine", "reference", "latency", "memory", "passed"} <= set(values)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} is no results.json: {error!r}.", hint) from error
-    if found != RESULTS_FORMAT or not complete:
-        raise UsageError(f"{path} is no results.json of format {RESULTS_FORMAT} (found {found!r}).", hint)
+    if found_format != RESULTS_FORMAT or not complete:
+        raise UsageError(f"{path} is no results.json of format {RESULTS_FORMAT} (found_format {found_format!r}).", hint)
     return dict(values)

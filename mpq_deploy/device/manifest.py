@@ -83,10 +83,10 @@ class Manifest:
         """Read what ``to_json`` gave. Raises ArchiveError for another format or a field that is missing."""
         try:
             values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            found = values.pop("format")
-            if found != FORMAT:
+            found_format = values.pop("format")
+            if found_format != FORMAT:
                 raise ArchiveError(
-                    f"{path} has format {found}; this mpq-deploy reads format {FORMAT}.",
+                    f"{path} has format {found_format}; this mpq-deploy reads format {FORMAT}.",
                     f"Install the mpq-deploy that made it ({values.get('made_by')}) on the device.",
                 )
             values["target"] = PackagedTarget(**_tuples(values["target"], "versions", "compute_capabilities"))

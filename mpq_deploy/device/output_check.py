@@ -47,5 +47,5 @@ def latency(run: Run) -> Mapping[str, float] | None:
     if not run.milliseconds:
         return None
     times = np.asarray(run.milliseconds, np.float64)
-    found = {f"p{percentile}_ms": float(np.percentile(times, percentile)) for percentile in PERCENTILES}
-    return {"mean_ms": float(times.mean()), "calls": len(times), **found}
+    percentiles = {f"p{percentile}_ms": float(np.percentile(times, percentile)) for percentile in PERCENTILES}
+    return {"mean_ms": float(times.mean()), "calls": len(times), **percentiles}

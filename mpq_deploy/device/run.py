@@ -101,9 +101,9 @@ def _with_trtexec(engine: Path, folder: Path, reference: Reference) -> Run:
             raise EngineError(f"trtexec failed on the case '{case}'.", f"Log: {folder / f'{case}.run.log'}")
         outputs[case] = read_trtexec_output(exported, reference.output, shape)
         times = tuple(float(one["computeMs"]) for one in json.loads(timed.read_text(encoding="utf-8")))
-    found = re.search(r"Compute Capability: (\d+)\.(\d+)", log)
+    match = re.search(r"Compute Capability: (\d+)\.(\d+)", log)
     named = re.search(r"Selected Device: (.+)", log)
-    capability = f"SM{found.group(1)}{found.group(2)}" if found else ""
+    capability = f"SM{match.group(1)}{match.group(2)}" if match else ""
     return Run(outputs, times, None, named.group(1).strip() if named else "", capability)
 
 
@@ -131,7 +131,7 @@ def _trtexec_command(
 def read_trtexec_output(path: Path, name: str, shape: tuple[int, ...]) -> Array:
     """Read the tensor ``name`` from what ``--exportOutput`` wrote. Raises EngineError when it is not there."""
     try:
-        found = {one["name"]: one["values"] for one in json.loads(path.read_text(encoding="utf-8"))}
-        return np.asarray(found[name], np.float32).reshape(shape)
+        outputs = {one["name"]: one["values"] for one in json.loads(path.read_text(encoding="utf-8"))}
+        return np.asarray(outputs[name], np.float32).reshape(shape)
     except (ValueError, KeyError, TypeError) as error:
         raise EngineError(f"trtexec's output {path} has no tensor '{name}' of shape {shape}.") from error

@@ -77,7 +77,7 @@ def find_suspects(
     _link_weights(proto, model, folder)
     counted = _Counted(trial, folder, most, seconds)
     layers = quantized_layers(proto)
-    found: tuple[str, ...] = tuple(layers)
+    nodes: tuple[str, ...] = tuple(layers)
     quantized, certain = True, False
     try:
         if not counted.crashes(proto):
@@ -85,14 +85,14 @@ def find_suspects(
         quantized = not counted.crashes(_keeping(proto, (), folder))
         if quantized:
             for smaller in _minimised(layers, lambda kept: counted.crashes(_keeping(proto, kept, folder))):
-                found = smaller
+                nodes = smaller
         else:
             for name in _shortest(_keeping(proto, (), folder), counted.crashes):
-                found = (name,)
+                nodes = (name,)
         certain = True
     except OutOfTrialsError:
         pass  # what is known by now is the answer, and is not called certain
-    return Suspects(found, quantized, certain, counted.count)
+    return Suspects(nodes, quantized, certain, counted.count)
 
 
 def quantized_layers(proto: onnx.ModelProto) -> list[str]:
@@ -191,10 +191,10 @@ def _constant_shapes(proto: onnx.ModelProto, constants: dict[str, TensorProto]) 
 
 
 def _inferred_shapes(proto: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
-    found = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
+    inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
     return {
         value.name: tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim)
-        for value in (*found.value_info, *found.output)
+        for value in (*inferred.value_info, *inferred.output)
         if all(dim.HasField("dim_value") for dim in value.type.tensor_type.shape.dim)
     }
 

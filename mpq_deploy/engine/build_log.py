@@ -100,8 +100,8 @@ def parse_engine_log(text: str) -> EngineLog:
     Raises EngineError when there is no ``Layers:`` message, or a line of it cannot be read: a check that
     understands half of a log proves nothing.
     """
-    found = totals(text)
-    return EngineLog(_layers(text), found.get("Weights"), found.get("Activation"))
+    memory = totals(text)
+    return EngineLog(_layers(text), memory.get("Weights"), memory.get("Activation"))
 
 
 def totals(text: str) -> dict[str, int]:
@@ -136,15 +136,15 @@ def _layer(line: str) -> EngineLayer:
             f"A layer in the builder's log cannot be read: {line[:160]!r}.",
             "The builder's version may write another form; report it with the log.",
         )
-    found = match.groupdict()
-    nodes = tuple(dict.fromkeys(ONNX_NODE.findall(found["metadata"])))
+    fields = match.groupdict()
+    nodes = tuple(dict.fromkeys(ONNX_NODE.findall(fields["metadata"])))
     return EngineLayer(
-        found["name"],
-        found["type"],
-        _tensors(found["inputs"]),
-        _tensors(found["constants"]),
-        _tensors(found["outputs"]),
-        found["tactic"],
+        fields["name"],
+        fields["type"],
+        _tensors(fields["inputs"]),
+        _tensors(fields["constants"]),
+        _tensors(fields["outputs"]),
+        fields["tactic"],
         nodes,
     )
 

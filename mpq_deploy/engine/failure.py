@@ -24,10 +24,10 @@ KILLS = (signal.SIGKILL, signal.SIGTERM)
 def refused(result: dict[str, Any], builder: str, log: Path) -> EngineError:
     """Say what the parser or builder refused, node by node, from the worker's result."""
     errors = result["errors"]
-    said = [
+    parts = [
         f"{e['node']} ({e['operator']}): {_short(e['message'])}" if e["node"] else _short(e["message"]) for e in errors
     ]
-    shown = "; ".join(dict.fromkeys(said[:NAMED_NODES])) or "it gave no reason"
+    shown = "; ".join(dict.fromkeys(parts[:NAMED_NODES])) or "it gave no reason"
     verb = {"parse": "cannot read the graph", "profile": "cannot be told the input shapes"}.get(
         result["stage"], "refuses the graph"
     )
@@ -53,11 +53,11 @@ def crashed(model: Path, log: Path, returncode: int, stderr: str) -> EngineError
     """Say how the builder's process died, with the nodes that are known to kill it and its last words."""
     text = log.read_text(errors="replace", encoding="utf-8") if log.is_file() else ""
     last = [line for line in text.splitlines() if line.strip()][-LAST_LINES:]
-    words = f"Its last words: {' / '.join(last)}" if last else "It had said nothing yet."
+    words = f"Its last words: {' / '.join(last)}" if last else "It had printed nothing yet."
     ended_by = fatal_signal(returncode)
     if not ended_by:
-        said = " ".join(stderr.split())[-400:]
-        return EngineError(f"The builder's process ended with code {returncode}: {said}", f"The whole log: {log}")
+        message = " ".join(stderr.split())[-400:]
+        return EngineError(f"The builder's process ended with code {returncode}: {message}", f"The whole log: {log}")
     name = signal.Signals(ended_by).name
     if ended_by not in FAULTS:
         why = ", most likely because memory ran out" if ended_by == signal.SIGKILL else ""
@@ -86,13 +86,13 @@ def located(crash: BuilderCrashedError, found: Suspects | None) -> EngineError:
         f" and {len(found.nodes) - NAMED_NODES} more" if len(found.nodes) > NAMED_NODES else ""
     )
     if not found.quantized:
-        said = f"It crashes without any quantization too, when the graph has come to {named}"
+        text = f"It crashes without any quantization too, when the graph has come to {named}"
     elif len(found.nodes) == 1:
-        said = f"It crashes when {named} alone is quantized, and not when nothing is"
+        text = f"It crashes when {named} alone is quantized, and not when nothing is"
     else:
-        said = f"It crashes when these are quantized together: {named}; and not when nothing is"
+        text = f"It crashes when these are quantized together: {named}; and not when nothing is"
     sure = "" if found.certain else "; the search ended early, so fewer may be enough"
-    return EngineError(f"{crash.message} Suspects by {found.trials} smaller builds: {said}{sure}.", crash.hint)
+    return EngineError(f"{crash.message} Suspects by {found.trials} smaller builds: {text}{sure}.", crash.hint)
 
 
 def suspects(model: Path) -> list[str]:
@@ -110,19 +110,19 @@ def suspects(model: Path) -> list[str]:
         is_int4 = node.op_type == "DequantizeLinear" and types.get(node.input[0]) == onnx.TensorProto.INT4
         if is_int4 and any(attribute.name == "block_size" and attribute.i for attribute in node.attribute):
             blocked[node.output[0]] = node.input[0]
-    found = []
+    suspects = []
     readers: dict[str, list[str]] = {}
     for node in graph.node:
         if node.op_type not in PRODUCTS:
             continue
         if node.input[0] in blocked:
-            found.append(f"{node.name} (its left operand is an INT4 weight in blocks)")
+            suspects.append(f"{node.name} (its left operand is an INT4 weight in blocks)")
         if node.input[1] in blocked:
             readers.setdefault(blocked[node.input[1]], []).append(node.name)
     for weight, nodes in readers.items():
         if len(nodes) > 1:
-            found.append(f"{' and '.join(nodes)} (they share the INT4 weight {weight})")
-    return found
+            suspects.append(f"{' and '.join(nodes)} (they share the INT4 weight {weight})")
+    return suspects
 
 
 def _short(message: str) -> str:

@@ -34,8 +34,8 @@ def parse_layer_information(text: str, log: str) -> EngineLog:
             "The builder's layer information holds only names, so the engine cannot be checked.",
             "Build with --profilingVerbosity=detailed.",
         )
-    found = totals(log)
-    return EngineLog(tuple(_layer(layer) for layer in listed), found.get("Weights"), found.get("Activation"))
+    memory = totals(log)
+    return EngineLog(tuple(_layer(layer) for layer in listed), memory.get("Weights"), memory.get("Activation"))
 
 
 def _layer(layer: dict[str, Any]) -> EngineLayer:

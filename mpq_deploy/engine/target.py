@@ -260,8 +260,8 @@ def _one_line(error: Any) -> str:
         known = Target.model_fields if len(error["loc"]) == 1 else ()
         return f"{place}: there is no such field. {nearest(str(error['loc'][-1]), known)}".strip()
     message = str(error["msg"]).removeprefix("Value error, ")
-    found = error["input"]
-    shown = f" (found {found!r})" if isinstance(found, (str, int, float, bool)) else ""
+    value = error["input"]
+    shown = f" (value {value!r})" if isinstance(value, (str, int, float, bool)) else ""
     return f"{place}: {message}{shown}" if place else message
 
 

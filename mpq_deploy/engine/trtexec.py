@@ -105,10 +105,10 @@ def trtexec_trial(graph: Path, shapes: Mapping[str, InputShapes], seconds: float
 
 def trtexec_version(text: str) -> str:
     """Read the version from trtexec's output: ``[TensorRT v100300]`` is 10.3.0, ``v8603`` is 8.6.3."""
-    found = re.search(r"\[TensorRT v(\d+)\]", text)
-    if found is None:
+    match = re.search(r"\[TensorRT v(\d+)\]", text)
+    if match is None:
         return ""
-    digits = found.group(1)
+    digits = match.group(1)
     if len(digits) <= 4:
         return ".".join((digits[0], digits[1], digits[2:].lstrip("0") or "0"))
     return ".".join(str(int(part)) for part in (digits[:-4], digits[-4:-2], digits[-2:]))

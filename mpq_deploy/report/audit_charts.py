@@ -75,18 +75,18 @@ def correlation_chart(result: AuditResult) -> Markup | None:
         if pooled.rho is None or pooled.low is None or pooled.high is None:
             continue
         left, right = sorted((x(0.0), x(pooled.rho)))
-        said = f"{row.title}: {interval(pooled)}"
+        text = f"{row.title}: {interval(pooled)}"
         parts.append(
             Markup('<path class="bar series-{}" d="M{:.1f} {:.1f}H{:.1f}v18H{:.1f}Z"><title>{}</title></path>').format(
-                key, left, level - 9, right, left, said
+                key, left, level - 9, right, left, text
             )
         )
         parts.append(_whisker_across(key, x(pooled.low), x(pooled.high), level))
         for family, found in (row.classes or {}).items():
             if found.rho is not None:
                 parts.append(_dots(family, [(x(found.rho), level + 14)], large=True))
-    said = "; ".join(f"{row.title} {interval(pooled)}" for row, pooled in rows)
-    return chart("correlation", "Rank correlation with the truth", said, parts, height)
+    text = "; ".join(f"{row.title} {interval(pooled)}" for row, pooled in rows)
+    return chart("correlation", "Rank correlation with the truth", text, parts, height)
 
 
 def scatter_chart(result: AuditResult) -> Markup | None:
@@ -103,9 +103,9 @@ def scatter_chart(result: AuditResult) -> Markup | None:
         upper = top + (number // COLUMNS) * PANEL_HEIGHT
         parts.append(_panel(result, row, true, left, upper))
     parts.append(label(WIDTH / 2, top + lines * PANEL_HEIGHT + 14, "true loss (exhaustive)", "middle", "axis-title"))
-    said = "; ".join(f"{row.title}: {interval(row.pooled)}" for row in rows if row.pooled is not None)
+    text = "; ".join(f"{row.title}: {interval(row.pooled)}" for row in rows if row.pooled is not None)
     height = top + lines * PANEL_HEIGHT + 26
-    return chart("scatter", "Losses of each metric over the true ones", f"Rank correlations: {said}", parts, height)
+    return chart("scatter", "Losses of each metric over the true ones", f"Rank correlations: {text}", parts, height)
 
 
 def _panel(result: AuditResult, row: MetricResult, true: Sequence[float], left: float, upper: float) -> Markup:
@@ -161,9 +161,9 @@ def quality_chart(result: AuditResult, psnr: bool) -> Markup | None:
     for (row, points), place in zip(rows, places, strict=True):
         parts.append(_curve(x, y, row, points, psnr))
         parts.append(label(x.end + 12, place + 4, row.title, "start", "label"))
-    said = "; ".join(f"{row.title}: {', '.join(_said(p, psnr) for p in points)}" for row, points in rows)
+    text = "; ".join(f"{row.title}: {', '.join(_said(p, psnr) for p in points)}" for row, points in rows)
     name = "quality-psnr" if psnr else "quality-nmse"
-    return chart(name, "Quality of each metric's plans over size", said, parts, QUALITY_HEIGHT)
+    return chart(name, "Quality of each metric's plans over size", text, parts, QUALITY_HEIGHT)
 
 
 def _curve(x: Axis, y: Axis, row: MetricResult, points: Sequence[PlanPoint], psnr: bool) -> Markup:
@@ -178,8 +178,8 @@ def _curve(x: Axis, y: Axis, row: MetricResult, points: Sequence[PlanPoint], psn
                     key, x(size), y(low), y(high)
                 )
             )
-        said = f"{row.title}, {percent(size)}: {_said(point, psnr)}"
-        parts.append(marker(key, (x(size), y(height)), said, 4, hollow=row.key == "probe+cross"))
+        text = f"{row.title}, {percent(size)}: {_said(point, psnr)}"
+        parts.append(marker(key, (x(size), y(height)), text, 4, hollow=row.key == "probe+cross"))
     return Markup("").join(parts)
 
 

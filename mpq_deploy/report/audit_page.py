@@ -98,18 +98,18 @@ def audit_markdown(result: AuditResult, pictures: Sequence[str] = ()) -> str:
 def findings(result: AuditResult) -> list[str]:
     """Say what came out, in sentences: which metric orders layers best, and what orthogonality is worth."""
     ordered = [(row, row.pooled) for row in result.metrics if row.pooled is not None and row.pooled.rho is not None]
-    said = []
+    parts = []
     if ordered:
-        best, found = max(ordered, key=lambda pair: pair[1].rho or -1.0)
-        said.append(f"Best agreement with the truth: {best.title}, rank correlation {interval(found)}.")
+        best, correlation = max(ordered, key=lambda pair: pair[1].rho or -1.0)
+        parts.append(f"Best agreement with the truth: {best.title}, rank correlation {interval(correlation)}.")
     orm = result.metric("orm")
     if orm is not None and orm.pooled is not None and orm.pooled.rho is not None:
-        said.append(
+        parts.append(
             f"Does orthogonality capture quantization sensitivity? {_verdict(orm.pooled)}: its rank correlation is "
             f"{interval(orm.pooled)}."
         )
-        said += _orm_plans(result, orm)
-    return said
+        parts += _orm_plans(result, orm)
+    return parts
 
 
 def _verdict(found: Correlation) -> str:
@@ -125,13 +125,13 @@ def _verdict(found: Correlation) -> str:
 def _orm_plans(result: AuditResult, orm: MetricResult) -> list[str]:
     """Compare orm's plans with those of its controls and of the best metric, budget by budget."""
     others = [row for key in ("size-only", "random", "probe") if (row := result.metric(key)) is not None and row.plans]
-    said = []
+    parts = []
     for number, point in enumerate(orm.plans):
         beside = [(row.title, row.plans[number].nmse) for row in others if row.plans[number].nmse is not None]
         if point.nmse is not None and beside:
             listed = ", ".join(f"{title} {words.error(found)}" for title, found in beside)
-            said.append(f"at {point.budget:g} {words.error(point.nmse)} ({listed})")
-    return [f"The error of its plans: {'; '.join(said)}."] if said else []
+            parts.append(f"at {point.budget:g} {words.error(point.nmse)} ({listed})")
+    return [f"The error of its plans: {'; '.join(parts)}."] if parts else []
 
 
 def class_names(result: AuditResult) -> list[str]:
@@ -177,11 +177,11 @@ def psnr_cell(point: PlanPoint) -> str:
 
 def metric_notes(result: AuditResult) -> list[str]:
     """Return what the metrics themselves have to say, why some could not be measured, and which budgets none fits."""
-    said = []
+    parts = []
     for row in result.metrics:
         refused = [point.refused for point in row.plans if point.refused]
-        said += [f"{row.title}: {note}" for note in (*row.notes, row.refused, *refused) if note]
-    return said
+        parts += [f"{row.title}: {note}" for note in (*row.notes, row.refused, *refused) if note]
+    return parts
 
 
 def audit_table(result: AuditResult) -> str:
@@ -215,8 +215,8 @@ def _rho(found: Correlation | None) -> str:
 
 
 def _calibration(row: MetricResult) -> str:
-    found = row.calibration
-    return "–" if found is None else f"{found.median:.2f} ({found.low:.2f} to {found.high:.2f})"
+    calibration = row.calibration
+    return "–" if calibration is None else f"{calibration.median:.2f} ({calibration.low:.2f} to {calibration.high:.2f})"
 
 
 def _seconds(seconds: float | None) -> str:
@@ -242,5 +242,5 @@ def _about_plans(result: AuditResult) -> str:
     )
 
 
-def _picture(name: str, said: str, pictures: Sequence[str]) -> list[str]:
-    return [f"![{said}](audit-{name}.svg)"] if name in pictures else []
+def _picture(name: str, alt: str, pictures: Sequence[str]) -> list[str]:
+    return [f"![{alt}](audit-{name}.svg)"] if name in pictures else []

@@ -64,8 +64,8 @@ def size_quality_chart(data: ReportData) -> Markup | None:
         left = at[0] > WIDTH - LABEL_WIDTH
         offset, anchor = (-13, "end") if left else (13, "start")
         parts.append(label(at[0] + offset, height + 4, title, anchor, "label"))
-    said = "; ".join(f"{title} {percent(ratio)}, {decibels(psnr)}" for _, title, ratio, psnr in points)
-    return chart("size-quality", "Image quality over size", said, parts)
+    text = "; ".join(f"{title} {percent(ratio)}, {decibels(psnr)}" for _, title, ratio, psnr in points)
+    return chart("size-quality", "Image quality over size", text, parts)
 
 
 def timestep_chart(data: ReportData) -> Markup | None:
@@ -91,11 +91,11 @@ def timestep_chart(data: ReportData) -> Markup | None:
     for one, height in zip(series, heights, strict=True):
         parts.append(polyline(x, y, one))
         for index, value in one.points:
-            said = f"{one.title}, timestep {data.timesteps[int(index)]:g}: {error(value)}"
-            parts.append(marker(one.key, (x(index), y(value)), said, 4))
+            text = f"{one.title}, timestep {data.timesteps[int(index)]:g}: {error(value)}"
+            parts.append(marker(one.key, (x(index), y(value)), text, 4))
         parts.append(label(x.end + 12, height + 4, one.title, "start", "label"))
-    said = "; ".join(f"{s.title} from {error(s.points[0][1])} to {error(s.points[-1][1])}" for s in series)
-    return chart("timesteps", "Error of the output over timesteps", said, parts)
+    text = "; ".join(f"{s.title} from {error(s.points[0][1])} to {error(s.points[-1][1])}" for s in series)
+    return chart("timesteps", "Error of the output over timesteps", text, parts)
 
 
 def prediction_chart(data: ReportData) -> Markup | None:
@@ -115,11 +115,11 @@ def prediction_chart(data: ReportData) -> Markup | None:
         if len(values) == 2:
             parts.append(segment(key, x(values[0][1]), x(values[1][1]), level))
         for what, value in values:
-            said = f"{title_of(key, data)}, {what}: {error(value)}"
-            parts.append(marker(key, (x(value), level), said, 7, hollow=what == "predicted"))
+            text = f"{title_of(key, data)}, {what}: {error(value)}"
+            parts.append(marker(key, (x(value), level), text, 7, hollow=what == "predicted"))
         parts.append(_beside(x, values, level))
-    said = "; ".join(f"{title_of(key, data)}, {what} {error(value)}" for key, values in rows for what, value in values)
-    return chart("prediction", "Predicted and measured error", said, parts, height)
+    text = "; ".join(f"{title_of(key, data)}, {what} {error(value)}" for key, values in rows for what, value in values)
+    return chart("prediction", "Predicted and measured error", text, parts, height)
 
 
 def recovery_chart(data: ReportData) -> Markup | None:
@@ -139,19 +139,19 @@ def recovery_chart(data: ReportData) -> Markup | None:
     ]
     for step, value in points:
         kept = step == data.recovery.best_step
-        said = f"{'kept: ' if kept else ''}update {step:g}: {error(value)}"
-        parts.append(marker("ours", (x(step), y(value)), said, 7 if kept else 4, hollow=not kept))
-    said = f"from {error(points[0][1])} to {error(data.recovery.after)} at update {data.recovery.best_step}"
-    return chart("recovery", "Error while training", said, parts)
+        text = f"{'kept: ' if kept else ''}update {step:g}: {error(value)}"
+        parts.append(marker("ours", (x(step), y(value)), text, 7 if kept else 4, hollow=not kept))
+    text = f"from {error(points[0][1])} to {error(data.recovery.after)} at update {data.recovery.best_step}"
+    return chart("recovery", "Error while training", text, parts)
 
 
 def _beside(x: Axis, values: Sequence[tuple[str, float]], level: float) -> Markup:
     """Write a row's values on the side of its markers where there is more room."""
-    said = ", ".join(f"{what} {error(value)}" for what, value in values)
+    text = ", ".join(f"{what} {error(value)}" for what, value in values)
     places = [x(value) for _, value in values]
     if x.end - max(places) > min(places) - x.start:
-        return label(max(places) + 14, level + 4, said, "start")
-    return label(min(places) - 14, level + 4, said, "end")
+        return label(max(places) + 14, level + 4, text, "start")
+    return label(min(places) - 14, level + 4, text, "end")
 
 
 def _beside_each_other(places: Sequence[tuple[float, float]]) -> list[float]:

@@ -156,16 +156,16 @@ def model_obstacle(first: ReadReport, other: ReadReport) -> str:
 
 def obstacles(first: ReadReport, other: ReadReport) -> tuple[str, ...]:
     """Say why the quality figures of two reports cannot be subtracted; empty when they can."""
-    found = [model_obstacle(first, other)]
+    reasons = [model_obstacle(first, other)]
     a, b = first.evaluation, other.evaluation
     if a is None or b is None:
         missing = [report.label for report in (first, other) if report.evaluation is None]
-        found.append(f"Not evaluated: {' and '.join(missing)}.")
+        reasons.append(f"Not evaluated: {' and '.join(missing)}.")
     else:
         for field, words in _CONDITIONS.items():
             if getattr(a, field) != getattr(b, field):
-                found.append(f"The {words} differ: {getattr(a, field)} and {getattr(b, field)}.")
-    return tuple(obstacle for obstacle in found if obstacle)
+                reasons.append(f"The {words} differ: {getattr(a, field)} and {getattr(b, field)}.")
+    return tuple(obstacle for obstacle in reasons if obstacle)
 
 
 def figure_difference(first: ReadReport, other: ReadReport, name: Literal["psnr_db", "ssim"]) -> Difference | None:
@@ -225,7 +225,7 @@ def distance_changes(first: ReadReport, other: ReadReport) -> tuple[DistanceChan
     if model_obstacle(first, other):
         return ()
     before = {one.kind: one for one in first.frechet}
-    found = []
+    changes = []
     for one in other.frechet:
         own = before.get(one.kind)
         if own is not None:
@@ -233,8 +233,8 @@ def distance_changes(first: ReadReport, other: ReadReport) -> tuple[DistanceChan
             overlap = None
             if ends[0] is not None and ends[1] is not None:
                 overlap = ends[0].low <= ends[1].high and ends[1].low <= ends[0].high
-            found.append(DistanceChange(one.described, own.distance, one.distance, overlap))
-    return tuple(found)
+            changes.append(DistanceChange(one.described, own.distance, one.distance, overlap))
+    return tuple(changes)
 
 
 def latency_change(first: ReadReport, other: ReadReport) -> LatencyChange | None:
@@ -252,14 +252,14 @@ def latency_change(first: ReadReport, other: ReadReport) -> LatencyChange | None
 
 
 def _pair(first: ReadReport, other: ReadReport) -> Pair:
-    found = obstacles(first, other)
-    comparable = not found
+    reasons = obstacles(first, other)
+    comparable = not reasons
     ratio = None
     if comparable and first.measured_nmse and other.measured_nmse is not None:
         ratio = other.measured_nmse / first.measured_nmse
     return Pair(
         label=other.label,
-        obstacles=found,
+        obstacles=reasons,
         size_bytes=other.size_bytes - first.size_bytes,
         psnr_db=figure_difference(first, other, "psnr_db") if comparable else None,
         ssim=figure_difference(first, other, "ssim") if comparable else None,
@@ -272,24 +272,24 @@ def _pair(first: ReadReport, other: ReadReport) -> Pair:
 
 
 def _notes(first: ReadReport, other: ReadReport, comparable: bool) -> list[str]:
-    said = []
+    parts = []
     if first.target.name != other.target.name:
-        said.append(f"The targets differ: {first.target.name} and {other.target.name}.")
+        parts.append(f"The targets differ: {first.target.name} and {other.target.name}.")
     if first.simulated != other.simulated:
-        said.append("One of the plans is simulated: its bytes are nominal.")
+        parts.append("One of the plans is simulated: its bytes are nominal.")
     if comparable and not (first.model.digest and other.model.digest):
-        said.append("A report does not record the float model's digest: the models agree in name and layers.")
+        parts.append("A report does not record the float model's digest: the models agree in name and layers.")
     if comparable and not (first.psnr_db_each and other.psnr_db_each):
-        said.append("Not both reports keep the PSNR of each image, so the difference has no interval.")
+        parts.append("Not both reports keep the PSNR of each image, so the difference has no interval.")
     if first.frechet and other.frechet and not distance_changes(first, other) and not model_obstacle(first, other):
-        said.append("Their Frechet distances differ in network, images, sampler or seed: not compared.")
+        parts.append("Their Frechet distances differ in network, images, sampler or seed: not compared.")
     if bool(first.frechet) != bool(other.frechet):
         lacking = other if first.frechet else first
-        said.append(f"{lacking.label} has no Frechet distance to compare: measure it with 'mpq-deploy metrics'.")
+        parts.append(f"{lacking.label} has no Frechet distance to compare: measure it with 'mpq-deploy metrics'.")
     if comparable and first.identical != other.identical:
         same = first if first.identical else other
-        said.append(f"The images of {same.label} are identical to the float model's: no difference in dB.")
-    return said
+        parts.append(f"The images of {same.label} are identical to the float model's: no difference in dB.")
+    return parts
 
 
 def _shapes(report: ReadReport) -> list[tuple[str, tuple[int, ...]]]:

@@ -29,8 +29,8 @@ def comparison_text(comparison: Comparison) -> str:
     lines.append("")
     for number, report in enumerate(comparison.reports, 1):
         lines += _wrapped(f"{number}   {report.label}: {'; '.join(about(report))}", indent=4)
-        for said in distances(report):
-            lines += _wrapped(f"- {said}", lead=4, indent=6)
+        for text in distances(report):
+            lines += _wrapped(f"- {text}", lead=4, indent=6)
     for number, pair in enumerate(comparison.pairs, 2):
         lines += ["", f"{number} against 1"]
         for sentence in sentences(pair):
@@ -42,11 +42,11 @@ def comparison_text(comparison: Comparison) -> str:
 def comparison_markdown(comparison: Comparison) -> str:
     """Return the comparison for a pull request."""
     parts = ["## Comparison", table(COLUMNS, _rows(comparison))]
-    said = []
+    pieces = []
     for report in comparison.reports:
-        said.append(f"- {plain(report.label)}: {plain('; '.join(about(report)))}")
-        said += [f"  - {plain(one)}" for one in distances(report)]
-    parts.append("\n".join(said))
+        pieces.append(f"- {plain(report.label)}: {plain('; '.join(about(report)))}")
+        pieces += [f"  - {plain(one)}" for one in distances(report)]
+    parts.append("\n".join(pieces))
     for pair in comparison.pairs:
         parts.append(f"### {plain(pair.label)} against {plain(comparison.reports[0].label)}")
         parts.append("\n".join(f"- {plain(sentence)}" for sentence in sentences(pair)))
@@ -80,28 +80,28 @@ def comparison_page(comparison: Comparison) -> str:
 
 def about(report: ReadReport) -> list[str]:
     """Say what a run's figures rest on: model, target, images, latency and its source, scores."""
-    said = [f"{report.model.name} for {report.target.name}"]
+    parts = [f"{report.model.name} for {report.target.name}"]
     if report.simulated:
-        said.append("simulated: nominal bytes")
+        parts.append("simulated: nominal bytes")
     used = report.evaluation
     if used is None:
-        said.append("not evaluated")
+        parts.append("not evaluated")
     else:
-        said.append(f"{words.count(used.samples, 'image')}, {used.sampler}, seed {used.seed}")
+        parts.append(f"{words.count(used.samples, 'image')}, {used.sampler}, seed {used.seed}")
     latency = slowest(report)
     if latency is None:
-        said.append("latency not measured on a device")
+        parts.append("latency not measured on a device")
         if report.expected_latency is not None:
-            said.append(report.expected_latency.words)
+            parts.append(report.expected_latency.words)
     else:
         other = "" if latency.target == report.target.name else f" (another target than {report.target.name})"
         wrong = f", but {latency.problem}" if latency.problem else ""
-        said.append(f"latency {words.digits(latency.milliseconds)} ms: {latency.source}{other}{wrong}")
+        parts.append(f"latency {words.digits(latency.milliseconds)} ms: {latency.source}{other}{wrong}")
     for score in report.scores:
         if score.variant == "ours":
             own = f"; the float model's {score.floor:.4g}" if score.score == "clip-score" else ""
-            said.append(f"{score.title} {score.value:.3g} ({score.samples:,} images{own})")
-    return said
+            parts.append(f"{score.title} {score.value:.3g} ({score.samples:,} images{own})")
+    return parts
 
 
 def distances(report: ReadReport) -> list[str]:
@@ -114,28 +114,28 @@ def distances(report: ReadReport) -> list[str]:
 
 def sentences(pair: Pair) -> list[str]:
     """Say what a run is against the first: bytes, quality where it compares, why not where it does not, the plan."""
-    said = [f"Size: {_more(pair.size_bytes, 'bytes')}."]
+    parts = [f"Size: {_more(pair.size_bytes, 'bytes')}."]
     if pair.obstacles:
-        said += [*pair.obstacles, "So the quality figures are not subtracted."]
+        parts += [*pair.obstacles, "So the quality figures are not subtracted."]
     for name, difference, places, unit in (("PSNR", pair.psnr_db, 2, " dB"), ("SSIM", pair.ssim, 5, "")):
         if difference is not None:
-            said.append(f"{name}: {_difference(difference, places, unit)}.")
+            parts.append(f"{name}: {_difference(difference, places, unit)}.")
     if pair.nmse_ratio is not None:
-        said.append(f"Output error (NMSE): {words.digits(pair.nmse_ratio)} times the first's.")
-    said += [_distance_sentence(change) for change in pair.distances]
+        parts.append(f"Output error (NMSE): {words.digits(pair.nmse_ratio)} times the first's.")
+    parts += [_distance_sentence(change) for change in pair.distances]
     if pair.latency is not None:
         known = "Estimated latency" if pair.latency.estimated else "Latency"
         before, after = pair.latency.before_ms, pair.latency.after_ms
-        said.append(f"{known}: {words.digits(after)} ms, the first's {words.digits(before)} ms.")
-    said += pair.notes
-    return [*said, *_plan_sentences(pair.plan)]
+        parts.append(f"{known}: {words.digits(after)} ms, the first's {words.digits(before)} ms.")
+    parts += pair.notes
+    return [*parts, *_plan_sentences(pair.plan)]
 
 
 def _distance_sentence(change: DistanceChange) -> str:
-    said = f"{change.described}: {change.after:.4g}, the first's {change.before:.4g}"
+    text = f"{change.described}: {change.after:.4g}, the first's {change.before:.4g}"
     if change.overlap is None:
-        return f"{said}."
-    return f"{said}; their intervals {'overlap: no difference is shown' if change.overlap else 'lie apart'}."
+        return f"{text}."
+    return f"{text}; their intervals {'overlap: no difference is shown' if change.overlap else 'lie apart'}."
 
 
 def move_rows(plan: PlanChange) -> list[list[str]]:
@@ -151,12 +151,12 @@ def layer_rows(plan: PlanChange) -> list[list[str]]:
 def _plan_sentences(plan: PlanChange | None) -> list[str]:
     if plan is None:
         return ["Plan: not compared, for the models' layers differ."]
-    said = [f"Plan: {plan.changed} of {words.count(plan.common, 'common layer')} changed scheme."]
+    parts = [f"Plan: {plan.changed} of {words.count(plan.common, 'common layer')} changed scheme."]
     for names, where in ((plan.only_first, "the first"), (plan.only_other, "this one")):
         if names:
             listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            said.append(f"{words.count(len(names), 'layer')} only in {where}: {listed}.")
-    return said
+            parts.append(f"{words.count(len(names), 'layer')} only in {where}: {listed}.")
+    return parts
 
 
 def _plan_lines(plan: PlanChange | None) -> list[str]:
@@ -218,12 +218,12 @@ def _more(number: int, noun: str) -> str:
 
 
 def _difference(difference: Difference, places: int, unit: str) -> str:
-    said = f"{difference.value:+.{places}f}{unit}"
+    text = f"{difference.value:+.{places}f}{unit}"
     if difference.interval is None:
-        return said
+        return text
     low, high = difference.interval
-    said += f" (95 % interval {low:+.{places}f} to {high:+.{places}f}, paired by image)"
-    return f"{said}: no difference is shown" if difference.within_noise else said
+    text += f" (95 % interval {low:+.{places}f} to {high:+.{places}f}, paired by image)"
+    return f"{text}: no difference is shown" if difference.within_noise else text
 
 
 def _wrapped(text: str, lead: int = 0, indent: int = 0) -> list[str]:

@@ -549,9 +549,9 @@ class ReportData(Part):
 
 def scheme_totals(layers: Iterable[LayerRow]) -> tuple[SchemeTotal, ...]:
     """Count layers and bytes per (operator, scheme), sorted."""
-    found: dict[tuple[str, str], list[LayerRow]] = {}
+    groups: dict[tuple[str, str], list[LayerRow]] = {}
     for layer in layers:
-        found.setdefault((layer.op, layer.scheme), []).append(layer)
+        groups.setdefault((layer.op, layer.scheme), []).append(layer)
     return tuple(
         SchemeTotal(
             op=op,
@@ -560,7 +560,7 @@ def scheme_totals(layers: Iterable[LayerRow]) -> tuple[SchemeTotal, ...]:
             bytes=sum(row.bytes for row in rows),
             fp16_bytes=sum(row.fp16_bytes for row in rows),
         )
-        for (op, scheme), rows in sorted(found.items())
+        for (op, scheme), rows in sorted(groups.items())
     )
 
 

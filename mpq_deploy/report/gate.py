@@ -135,12 +135,12 @@ def check_gate(
 
 def parse_latency(text: str) -> float:
     """Return milliseconds of ``120ms``, ``0.12s`` or ``850us``. Raises UsageError without a unit."""
-    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*([a-zµ]*)\s*", text)
-    unit = found.group(2) if found else ""
-    if found is None or unit not in _MILLISECONDS:
-        why = "has no unit" if found and not unit else "is no latency"
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*([a-zµ]*)\s*", text)
+    unit = match.group(2) if match else ""
+    if match is None or unit not in _MILLISECONDS:
+        why = "has no unit" if match and not unit else "is no latency"
         raise UsageError(f"The latency '{text}' {why}.", "Give a number with us, ms or s, such as 120ms.")
-    return float(found.group(1)) * _MILLISECONDS[unit]
+    return float(match.group(1)) * _MILLISECONDS[unit]
 
 
 def _check(report: ReadReport, limits: Limits, baseline: ReadReport | None) -> None:
@@ -198,9 +198,9 @@ def _at_least(name: str, value: float | None, ends: Interval | None, limit: floa
     asked, interval = f"at least {limit:g}{unit}", _ends(ends)
     if value is None:
         return _missing(name, asked, limit, EVALUATE)
-    said = _about(limit, interval, unit, _images(report))
+    text = _about(limit, interval, unit, _images(report))
     shown = f"{_shown(value, limit, places)}{unit}"
-    return Outcome(name, asked, shown, _status(value >= limit), value, limit, interval, said)
+    return Outcome(name, asked, shown, _status(value >= limit), value, limit, interval, text)
 
 
 def _nmse(report: ReadReport, limit: float) -> Outcome:
@@ -213,23 +213,23 @@ def _nmse(report: ReadReport, limit: float) -> Outcome:
 def _frechet(report: ReadReport, limit: float, baseline: ReadReport | None) -> Outcome:
     name, asked = "Frechet increase", f"at most {limit:g}"
     if not report.frechet:
-        said = "The report holds no Frechet distance of this plan. Measure it with 'mpq-deploy metrics RUN'."
-        return _missing(name, asked, limit, said)
-    found = [(one, _frechet_floor(one, baseline)) for one in report.frechet]
-    increases = [(one.distance - floor, one) for one, floor in found if floor is not None]
-    if len(increases) < len(found):
-        said = (
+        text = "The report holds no Frechet distance of this plan. Measure it with 'mpq-deploy metrics RUN'."
+        return _missing(name, asked, limit, text)
+    floors = [(one, _frechet_floor(one, baseline)) for one in report.frechet]
+    increases = [(one.distance - floor, one) for one, floor in floors if floor is not None]
+    if len(increases) < len(floors):
+        text = (
             "The baseline has no distance of the same network, kind, number of images, sampler and seed; measure it "
             "there, too."
         )
-        return _missing(name, asked, limit, said, "not comparable")
+        return _missing(name, asked, limit, text, "not comparable")
     worst, of = max(increases, key=lambda pair: pair[0])
     floor = of.distance - worst
     interval = _increase_interval(of, floor, baseline is not None)
     over = "the baseline's" if baseline is not None else "the float model's own"
-    said = f"{of.described}; over {over} {floor:.3g}."
-    said = f"{said} {_about(limit, interval, '', f'{of.samples:,} images', '--images')}"
-    return Outcome(name, asked, f"{worst:+.3g}", "passed" if worst <= limit else "failed", worst, limit, interval, said)
+    text = f"{of.described}; over {over} {floor:.3g}."
+    text = f"{text} {_about(limit, interval, '', f'{of.samples:,} images', '--images')}"
+    return Outcome(name, asked, f"{worst:+.3g}", "passed" if worst <= limit else "failed", worst, limit, interval, text)
 
 
 def _frechet_floor(one: FrechetInfo, baseline: ReadReport | None) -> float | None:
@@ -247,18 +247,18 @@ def _increase_interval(one: FrechetInfo, floor: float, against_baseline: bool) -
 
 
 def _latency(report: ReadReport, limit: float, allow_estimate: bool) -> Outcome:
-    asked, found = f"at most {limit:g} ms", slowest(report)
-    if found is None:
+    asked, latency = f"at most {limit:g} ms", slowest(report)
+    if latency is None:
         return _no_latency(report, limit, asked, allow_estimate)
-    said = f"{_capital(found.source)}; the gate itself measures nothing."
-    if found.target != report.target.name:
-        said += f" That is the target {found.target}; the report's is {report.target.name}."
-    shown = f"{words.digits(found.milliseconds)} ms"
-    if found.problem:
-        said += f" It does not count: {found.problem}."
-        return Outcome("latency", asked, shown, "failed", found.milliseconds, limit, detail=said)
-    status = _status(found.milliseconds <= limit)
-    return Outcome("latency", asked, shown, status, found.milliseconds, limit, detail=said)
+    text = f"{_capital(latency.source)}; the gate itself measures nothing."
+    if latency.target != report.target.name:
+        text += f" That is the target {latency.target}; the report's is {report.target.name}."
+    shown = f"{words.digits(latency.milliseconds)} ms"
+    if latency.problem:
+        text += f" It does not count: {latency.problem}."
+        return Outcome("latency", asked, shown, "failed", latency.milliseconds, limit, detail=text)
+    status = _status(latency.milliseconds <= limit)
+    return Outcome("latency", asked, shown, status, latency.milliseconds, limit, detail=text)
 
 
 def _no_latency(report: ReadReport, limit: float, asked: str, allow_estimate: bool) -> Outcome:
@@ -268,16 +268,16 @@ def _no_latency(report: ReadReport, limit: float, asked: str, allow_estimate: bo
         status = _status(expected.ours_ms <= limit)
         shown = f"{words.digits(expected.ours_ms)} ms, estimated"
         return Outcome("latency", asked, shown, status, expected.ours_ms, limit, detail=f"{expected.words}.")
-    said = [
+    parts = [
         "No engine latency was measured. Run 'mpq-deploy package RUN', install the package on the device, and take its "
         "results in with 'mpq-deploy report RUN --device results.json'."
     ]
     if expected is not None:
-        said.append(f"There is only an estimate, which --allow-estimate would take: {expected.words}.")
+        parts.append(f"There is only an estimate, which --allow-estimate would take: {expected.words}.")
     if report.cpu_latency is not None:
         cpu = report.cpu_latency
-        said.append(f"The report's {cpu.ours_ms:g} ms are no latency of the engine ({cpu.source}).")
-    return _missing("latency", asked, limit, " ".join(said))
+        parts.append(f"The report's {cpu.ours_ms:g} ms are no latency of the engine ({cpu.source}).")
+    return _missing("latency", asked, limit, " ".join(parts))
 
 
 def _psnr_drop(report: ReadReport, limit: float, baseline: ReadReport | None) -> Outcome:
@@ -286,55 +286,55 @@ def _psnr_drop(report: ReadReport, limit: float, baseline: ReadReport | None) ->
     name, asked = "PSNR against the baseline", f"at most {limit:g} dB lower"
     different = obstacles(baseline, report)
     if different:
-        said = f"{' '.join(different)} Evaluate both with the same evaluate.* entries of the recipe."
-        return _missing(name, asked, limit, said, "not comparable")
+        text = f"{' '.join(different)} Evaluate both with the same evaluate.* entries of the recipe."
+        return _missing(name, asked, limit, text, "not comparable")
     if report.identical:
         return Outcome(name, asked, "identical images", "passed", None, limit, detail="An infinite PSNR.")
     if baseline.identical:
-        said = "The baseline's images are identical to the float model's, these are not."
+        text = "The baseline's images are identical to the float model's, these are not."
         return Outcome(
-            name, asked, f"{words.decibels(report.psnr_db)} after infinity", "failed", None, limit, detail=said
+            name, asked, f"{words.decibels(report.psnr_db)} after infinity", "failed", None, limit, detail=text
         )
     difference = figure_difference(baseline, report, "psnr_db")
     if difference is None:
         missing = report if report.psnr_db is None else baseline
-        said = f"{missing.label}: {EVALUATE}"
-        return _missing(name, asked, limit, said)
+        text = f"{missing.label}: {EVALUATE}"
+        return _missing(name, asked, limit, text)
     interval = difference.interval
     if interval is None:
-        said = "Not paired by image: not both reports keep the PSNR of each, so there is no interval."
+        text = "Not paired by image: not both reports keep the PSNR of each, so there is no interval."
     else:
-        said = _about(-limit, interval, " dB", f"{_images(report)}, paired")
+        text = _about(-limit, interval, " dB", f"{_images(report)}, paired")
         if difference.within_noise:
-            said = f"No difference is shown: 0 lies inside the interval. {said}"
+            text = f"No difference is shown: 0 lies inside the interval. {text}"
     shown = f"{_shown(difference.value, -limit, 2, '+')} dB"
-    return Outcome(name, asked, shown, _status(-difference.value <= limit), difference.value, -limit, interval, said)
+    return Outcome(name, asked, shown, _status(-difference.value <= limit), difference.value, -limit, interval, text)
 
 
 def _lpips(report: ReadReport, limit: float) -> Outcome:
     asked, measured = f"at most {limit:g}", _scores(report, "lpips")
     if not measured:
-        said = "The report holds no LPIPS of this plan. Measure it with 'mpq-deploy metrics RUN --lpips'."
-        return _missing("LPIPS", asked, limit, said)
-    found = max(measured, key=lambda one: one.value)
-    interval = _ends(found.interval)
-    said = f"{found.title}. {_about(limit, interval, '', words.count(found.samples, 'image'), '--images')}"
-    status = _status(found.value <= limit)
-    return Outcome("LPIPS", asked, _shown(found.value, limit, 4), status, found.value, limit, interval, said)
+        text = "The report holds no LPIPS of this plan. Measure it with 'mpq-deploy metrics RUN --lpips'."
+        return _missing("LPIPS", asked, limit, text)
+    worst = max(measured, key=lambda one: one.value)
+    interval = _ends(worst.interval)
+    text = f"{worst.title}. {_about(limit, interval, '', words.count(worst.samples, 'image'), '--images')}"
+    status = _status(worst.value <= limit)
+    return Outcome("LPIPS", asked, _shown(worst.value, limit, 4), status, worst.value, limit, interval, text)
 
 
 def _clip_drop(report: ReadReport, limit: float) -> Outcome:
     """Hold the CLIP score against the float model's own, of the same noise and prompts."""
     name, asked, measured = "CLIP score", f"at most {limit:g} below the float model's", _scores(report, "clip-score")
     if not measured:
-        said = "The report holds no CLIP score of this plan. Measure it with 'mpq-deploy metrics RUN --clip-score'."
-        return _missing(name, asked, limit, said)
-    found = min(measured, key=lambda one: one.value - one.floor)
-    change, interval = found.value - found.floor, _ends(found.increase_interval)
-    said = f"{found.title}: {found.value:.4g}, the float model's {found.floor:.4g}."
-    said = f"{said} {_about(-limit, interval, '', f'{found.samples:,} images, paired', '--images')}"
+        text = "The report holds no CLIP score of this plan. Measure it with 'mpq-deploy metrics RUN --clip-score'."
+        return _missing(name, asked, limit, text)
+    worst = min(measured, key=lambda one: one.value - one.floor)
+    change, interval = worst.value - worst.floor, _ends(worst.increase_interval)
+    text = f"{worst.title}: {worst.value:.4g}, the float model's {worst.floor:.4g}."
+    text = f"{text} {_about(-limit, interval, '', f'{worst.samples:,} images, paired', '--images')}"
     status = _status(-change <= limit)
-    return Outcome(name, asked, _shown(change, -limit, 3, "+"), status, change, -limit, interval, said)
+    return Outcome(name, asked, _shown(change, -limit, 3, "+"), status, change, -limit, interval, text)
 
 
 def _scores(report: ReadReport, kind: str) -> list[ScoreInfo]:
@@ -352,10 +352,10 @@ def _about(
     """State the interval, and say where the limit lies inside it, so that other images might decide otherwise."""
     if interval is None:
         return "No interval: the report keeps no figure of each image, or of one only."
-    said = f"95 % interval {interval[0]:.4g} to {interval[1]:.4g}{unit} over {over}."
+    text = f"95 % interval {interval[0]:.4g} to {interval[1]:.4g}{unit} over {over}."
     if interval[0] <= limit <= interval[1]:
-        said += f" The limit lies inside it: other noise might decide otherwise. Raise {more} to be surer."
-    return said
+        text += f" The limit lies inside it: other noise might decide otherwise. Raise {more} to be surer."
+    return text
 
 
 def _shown(value: float, limit: float, places: int, sign: str = "") -> str:
@@ -429,12 +429,12 @@ def gate_junit(result: GateResult) -> str:
     for outcome in result.outcomes:
         named = {"classname": _xml(f"mpq-deploy.gate.{result.model}"), "name": _xml(f"{outcome.name} {outcome.limit}")}
         case = ET.SubElement(suite, "testcase", {**named, "time": "0"})
-        said = f"{outcome.name}: {outcome.measured}, limit: {outcome.limit}"
+        text = f"{outcome.name}: {outcome.measured}, limit: {outcome.limit}"
         if not outcome.passed:
             kind = outcome.status.replace(" ", "-")
-            failure = ET.SubElement(case, "failure", {"message": _xml(said), "type": kind})
-            failure.text = _xml(outcome.detail or said)
-        ET.SubElement(case, "system-out").text = _xml(f"{said}. {outcome.detail}".strip())
+            failure = ET.SubElement(case, "failure", {"message": _xml(text), "type": kind})
+            failure.text = _xml(outcome.detail or text)
+        ET.SubElement(case, "system-out").text = _xml(f"{text}. {outcome.detail}".strip())
     ET.indent(root)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
 

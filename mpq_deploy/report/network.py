@@ -34,7 +34,7 @@ class Block:
     family: str
     scheme: str
     width: float
-    said: str
+    text: str
     branch: str
 
 
@@ -74,7 +74,7 @@ def network_rows(layers: Sequence[LayerRow]) -> list[Row]:
                     family(layer.scheme),
                     layer.scheme,
                     100 * layer.bytes / widest,
-                    layer_said(layer),
+                    layer_label(layer),
                     branch(layer.scheme),
                 )
                 for i, layer in group
@@ -156,24 +156,25 @@ def why(layer: LayerRow, data: ReportData, price: float | None) -> list[str]:
     if data.budgets is None:
         return []
     smaller, larger = data.budgets.smaller.get(layer.name), data.budgets.larger.get(layer.name)
-    said = []
+    parts = []
     if smaller is not None:
-        said.append(f"{smaller.scheme} would save {size(layer.bytes - smaller.bytes)}{_change(layer, smaller, 'add')}.")
+        saved = size(layer.bytes - smaller.bytes)
+        parts.append(f"{smaller.scheme} would save {saved}{_change(layer, smaller, 'add')}.")
     if larger is not None:
-        said.append(
+        parts.append(
             f"{larger.scheme} would cost {size(larger.bytes - layer.bytes)}{_change(layer, larger, 'take off')}."
         )
     if smaller is None and larger is None:
         return ["It is the only scheme that this layer may take, or no other is of use."]
     if smaller is None:
-        said.append("Nothing smaller is open to it.")
+        parts.append("Nothing smaller is open to it.")
     if larger is None and layer.predicted_loss is not None:
-        said.append("Nothing larger would lower its predicted error.")
+        parts.append("Nothing larger would lower its predicted error.")
     if price is not None and layer.predicted_loss is not None:
-        said.append(
+        parts.append(
             f"At this size 1 kB is worth about {error(1000 * price)} of predicted error anywhere in the network."
         )
-    return said
+    return parts
 
 
 def _change(layer: LayerRow, option: LayerOption, verb: str) -> str:
@@ -194,7 +195,7 @@ def _kurtosis(layer: LayerRow) -> list[list[str]]:
     return [] if layer.kurtosis is None else [["Kurtosis", f"{layer.kurtosis:.3g} (normal: 3; more means outliers)"]]
 
 
-def layer_said(layer: LayerRow) -> str:
+def layer_label(layer: LayerRow) -> str:
     """Return a layer in one line, for screen readers and tooltips."""
     return f"{layer.name}, {layer.op}, {layer.scheme}, {size(layer.bytes)}"
 
@@ -220,15 +221,15 @@ def meaning(scheme: str) -> str:
     beside = BRANCH_MEANINGS.get(branch(scheme))
     if simulated(scheme):
         weight, activation = family(scheme).removesuffix("-sim").removeprefix("w").split("a")
-        said = f"simulated: {weight}-bit weights, {'FP16' if activation == '16' else activation + '-bit'} activations"
-        return said + (f"; {beside}" if beside else "")
+        text = f"simulated: {weight}-bit weights, {'FP16' if activation == '16' else activation + '-bit'} activations"
+        return text + (f"; {beside}" if beside else "")
     return SCHEME_MEANINGS.get(family(scheme), "custom") + (f"; {beside}" if beside else "")
 
 
 def branched(data: ReportData) -> tuple[int, int]:
     """Return how many layers have a branch, and their bytes, body and branch."""
-    found = [layer for layer in data.layers if branch(layer.scheme)]
-    return len(found), sum(layer.bytes for layer in found)
+    branched = [layer for layer in data.layers if branch(layer.scheme)]
+    return len(branched), sum(layer.bytes for layer in branched)
 
 
 def _of_fp16(layer: LayerRow) -> str:

@@ -51,7 +51,7 @@ class HeatMap:
 
     timestep: float
     uri: str
-    said: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ def _heat_map(timestep: float, orm: Array, pooled: int, low: float) -> HeatMap:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)
     others = orm[~np.eye(len(orm), dtype=bool)]
-    said = f"mean {others.mean():.2f}, from {others.min():.2f} to {others.max():.2f}" if len(others) else "one layer"
-    return HeatMap(timestep, data_uri(buffer.getvalue()), said)
+    text = f"mean {others.mean():.2f}, from {others.min():.2f} to {others.max():.2f}" if len(others) else "one layer"
+    return HeatMap(timestep, data_uri(buffer.getvalue()), text)
 
 
 def pool(matrix: Array, size: int) -> Array:
@@ -152,15 +152,15 @@ def importance_chart(pictures: OrmPictures) -> Markup | None:
     for i, height in zip(named, heights, strict=True):
         parts.append(label(x.end + 10, height + 4, _short(pictures.layers[i]), "start", "tick"))
     most, least = (", ".join(pictures.layers[i] for i in part) for part in (order[:NAMED], order[-NAMED:]))
-    said = f"Most important: {most}. Least important: {least}."
-    return chart("importance", "Importance of each layer over timesteps", said, parts)
+    text = f"Most important: {most}. Least important: {least}."
+    return chart("importance", "Importance of each layer over timesteps", text, parts)
 
 
 def _trace(x: Axis, y: Axis, index: int, values: Array, name: str, named: bool) -> Markup:
     path = "M" + "L".join(f"{x(k):.0f} {y(float(v)):.1f}" for k, v in enumerate(values))
-    said = f"{name}: {values[0]:.3f} to {values[-1]:.3f}"
+    text = f"{name}: {values[0]:.3f} to {values[-1]:.3f}"
     return Markup('<path class="{}" data-layer="{}" d="{}"><title>{}</title></path>').format(
-        "trace named" if named else "trace", index, path, said
+        "trace named" if named else "trace", index, path, text
     )
 
 

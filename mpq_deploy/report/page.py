@@ -63,8 +63,8 @@ def scheme_table(
     rows = []
     for op in sorted({total.op for total in totals}):
         cells = [by_pair.get((op, scheme)) for scheme in schemes]
-        found = [cell for cell in cells if cell is not None]
-        rows.append((op, cells, sum(cell.layers for cell in found), sum(cell.bytes for cell in found)))
+        present = [cell for cell in cells if cell is not None]
+        rows.append((op, cells, sum(cell.layers for cell in present), sum(cell.bytes for cell in present)))
     return schemes, rows
 
 

@@ -87,24 +87,24 @@ def latencies(report: ReadReport) -> list[Latency]:
 
     ONNX Runtime's counts only where it is the target.
     """
-    found = []
+    measured = []
     for device in report.devices:
         if device.median_ms is not None and (not device.graph or device.target == report.target.name):
             calls = f"median of {device.calls} calls" if device.calls else "median"
             source = f"measured on {device.device} ({device.target}, {device.builder}; {calls})"
-            found.append(Latency(device.median_ms, source, device.target, _problem(device)))
+            measured.append(Latency(device.median_ms, source, device.target, _problem(device)))
     engine = report.engine
     if engine is not None and engine.latency_ms is not None:
         source = f"engine of {engine.backend} {engine.version}, {engine.latency_source or 'source not recorded'}"
-        found.append(Latency(engine.latency_ms, source, report.target.name))
-    return found
+        measured.append(Latency(engine.latency_ms, source, report.target.name))
+    return measured
 
 
 def slowest(report: ReadReport) -> Latency | None:
     """Return the slowest latency of the report's own target, else of any; None if none was measured."""
-    found = latencies(report)
-    own = [one for one in found if one.target == report.target.name]
-    return max(own or found, key=lambda one: one.milliseconds, default=None)
+    measured = latencies(report)
+    own = [one for one in measured if one.target == report.target.name]
+    return max(own or measured, key=lambda one: one.milliseconds, default=None)
 
 
 def _problem(device: DeviceInfo) -> str:
@@ -135,9 +135,9 @@ def _check_digest(file: Path, text: str, raw: dict[str, Any]) -> None:
         # Values that no report holds (NaN, infinity): they came in later.
         intact = False
     if not intact:
-        found = f"its {SEAL} does not match its values" if SEAL in raw else f"its {SEAL} was removed"
+        problem = f"its {SEAL} does not match its values" if SEAL in raw else f"its {SEAL} was removed"
         raise UsageError(
-            f"{file} was changed after it was written: {found}.",
+            f"{file} was changed after it was written: {problem}.",
             "Write it again with 'mpq-deploy report RUN', or fetch the release's own file again.",
         )
 

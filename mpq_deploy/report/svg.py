@@ -147,7 +147,7 @@ def segment(key: str, start: float, end: float, y: float) -> Markup:
     return Markup('<path class="line series-{}" d="M{:.1f} {:.1f}H{:.1f}"/>').format(key, start, y, end)
 
 
-def marker(key: str, at: tuple[float, float], said: str, radius: float, hollow: bool = False) -> Markup:
+def marker(key: str, at: tuple[float, float], title: str, radius: float, hollow: bool = False) -> Markup:
     """Draw a point whose shape (``SHAPES``, else a diamond) tells the series."""
     (x, y), r = at, radius
     shapes = {
@@ -160,14 +160,14 @@ def marker(key: str, at: tuple[float, float], said: str, radius: float, hollow: 
     shapes[DIAMOND] = f"M{x:.1f} {y - d:.1f}l{d:.1f} {d:.1f}l{-d:.1f} {d:.1f}l{-d:.1f} {-d:.1f}Z"
     kind = "marker hollow" if hollow else "marker"
     return Markup('<path class="{} series-{}" d="{}"><title>{}</title></path>').format(
-        kind, key, shapes[SHAPES.get(key, DIAMOND)], said
+        kind, key, shapes[SHAPES.get(key, DIAMOND)], title
     )
 
 
-def chart(name: str, title: str, said: str, parts: Sequence[Markup], height: float = HEIGHT) -> Markup:
-    """Put the parts into the frame of a chart; ``said`` is what a reader who does not see it is told."""
+def chart(name: str, title: str, described: str, parts: Sequence[Markup], height: float = HEIGHT) -> Markup:
+    """Put the parts into the frame of a chart; ``described`` is its text for screen readers."""
     head = Markup(
         '<svg class="chart" viewBox="0 0 {} {:g}" role="img" aria-labelledby="{}-title {}-desc">'
         '<title id="{}-title">{}</title><desc id="{}-desc">{}</desc>'
-    ).format(WIDTH, height, name, name, name, title, name, said)
+    ).format(WIDTH, height, name, name, name, title, name, described)
     return head + Markup("").join(parts) + Markup("</svg>")

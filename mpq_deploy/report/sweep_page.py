@@ -49,10 +49,10 @@ def _lead(points: list[dict[str, Any]], simulated: bool) -> str:
     compared = [
         p["predicted_nmse"] / p["measured_nmse"] for p in measured if p["predicted_nmse"] and p["measured_nmse"]
     ]
-    said = f"{nominal}{words.count(len(measured), 'budget')} measured"
+    text = f"{nominal}{words.count(len(measured), 'budget')} measured"
     if not compared:
-        return f"{said}."
-    return f"{said}: the prediction lies between {min(compared):.2f} and {max(compared):.2f} times what was measured."
+        return f"{text}."
+    return f"{text}: the prediction lies between {min(compared):.2f} and {max(compared):.2f} times what was measured."
 
 
 def _note(result: dict[str, Any]) -> str:

@@ -108,22 +108,22 @@ def frechet_about(row: FrechetInfo) -> str:
     """Say what a Frechet distance depends on, and the distances that it is to be held against."""
     named = f"{row.against_samples:,}" in row.against_source
     known = f" ({count(row.against_samples, 'image')})" if row.against_samples and not named else ""
-    said = [
+    parts = [
         f"{row.title}, {count(row.samples, 'image')}, {_sampler(row)}, seed {row.seed}, to "
         f"{row.against_source}{known if row.against == 'real' else ''}."
     ]
     if row.against == "float":
-        said.append(f"Other noise alone makes {digits(row.other_noise)} between two sets of the float model.")
+        parts.append(f"Other noise alone makes {digits(row.other_noise)} between two sets of the float model.")
     else:
-        said.append(f"The float model's own: {digits(row.floor)}, from other noise {digits(row.other_noise)}.")
+        parts.append(f"The float model's own: {digits(row.floor)}, from other noise {digits(row.other_noise)}.")
     if row.real_floor is not None and row.real_floor_samples is not None:
-        said.append(f"Real against real: {digits(row.real_floor)} (halves of {row.real_floor_samples:,}).")
+        parts.append(f"Real against real: {digits(row.real_floor)} (halves of {row.real_floor_samples:,}).")
     if row.extrapolated is not None and row.extrapolated_floor is not None:
-        said.append(
+        parts.append(
             f"Extrapolated to infinitely many images: {row.extrapolated:.3g}, the float model "
             f"{row.extrapolated_floor:.3g}."
         )
-    return " ".join(said)
+    return " ".join(parts)
 
 
 def _sampler(row: FrechetInfo | ScoreInfo) -> str:
@@ -153,11 +153,11 @@ def frechet_other(row: FrechetInfo) -> str:
         ("precision", row.precision, row.precision_floor),
         ("recall", row.recall, row.recall_floor),
     )
-    said = [
+    parts = [
         f"{name} {ours:.3g} (float {own:.3g})" for name, ours, own in figures if ours is not None and own is not None
     ]
     against = "the float model's images from other noise" if row.against == "float" else "the real images"
-    return f"Against {against}: {', '.join(said)}." if said else ""
+    return f"Against {against}: {', '.join(parts)}." if parts else ""
 
 
 def frechet_groups(data: ReportData) -> list[tuple[str, list[list[str]], str]]:
@@ -183,14 +183,14 @@ SCORE_COLUMNS: dict[str, tuple[str, ...]] = {
 
 def score_about(row: ScoreInfo) -> str:
     """Say what a score depends on, and what it is to be held against."""
-    said = f"{row.title}, {count(row.samples, 'image')}, {_sampler(row)}, seed {row.seed}"
+    text = f"{row.title}, {count(row.samples, 'image')}, {_sampler(row)}, seed {row.seed}"
     if row.score == "lpips":
         return (
-            f"{said}, each to the float model's image from the same noise; less is better. The float model's images "
+            f"{text}, each to the float model's image from the same noise; less is better. The float model's images "
             f"from other noise have {row.other_noise:.3g}."
         )
     return (
-        f"{said}, each image with its prompt; more is better. The float model's own: {row.floor:.4g}, from other noise "
+        f"{text}, each image with its prompt; more is better. The float model's own: {row.floor:.4g}, from other noise "
         f"{row.other_noise:.4g}."
     )
 
@@ -251,21 +251,21 @@ def title_of(name: str, data: ReportData) -> str:
 def headline(data: ReportData) -> list[str]:
     """Return the result in at most three sentences that need no knowledge of this project."""
     nominal = " (simulated: nominal bytes, which no engine reaches)" if data.simulated else ""
-    said = [
+    parts = [
         f"{percent(data.size_ratio)} of the FP16 size: {size(data.size_bytes)} instead of "
         f"{size(data.fp16_size_bytes)}{nominal}."
     ]
     if data.identical:
-        said.append("The images are identical to the original model's.")
+        parts.append("The images are identical to the original model's.")
     elif data.psnr_db is not None:
-        said.append(f"The images match the original model's to {decibels(data.psnr_db)} PSNR (more is closer).")
+        parts.append(f"The images match the original model's to {decibels(data.psnr_db)} PSNR (more is closer).")
     else:
-        said.append("The images have not been compared with the original model's.")
+        parts.append("The images have not been compared with the original model's.")
     reference = _reference_control(data)
     if reference is not None:
         reached = "gives identical images" if reference.identical else f"reaches {decibels(reference.psnr_db)}"
-        said.append(f"{reference.title} takes {percent(reference.size_ratio)} and {reached}.")
-    return said
+        parts.append(f"{reference.title} takes {percent(reference.size_ratio)} and {reached}.")
+    return parts
 
 
 def against_control(data: ReportData) -> str:
