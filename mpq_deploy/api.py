@@ -46,8 +46,9 @@ def build(
 ) -> BuildResult:
     """Build a quantized engine of the wanted size and its report, as ``mpq-deploy build`` does.
 
-    ``model``, ``budget`` and ``target`` as on the command line; ``recipe``: a YAML file under them; ``settings``: any
-    other values of the recipe by dotted key, such as ``{"evaluate.samples": 32}``; ``out``: the run folder.
+    ``model``, ``budget`` and ``target`` as on the command line; ``recipe``: a YAML file or the name of a bundled
+    recipe; ``settings``: any other values of the recipe by dotted key, such as ``{"evaluate.samples": 32}``;
+    ``out``: the run folder.
     ``workers``, ``ray``, ``threads``: who computes what can be spread, as ``--workers``, ``--ray``, ``--threads``.
     Raises the errors of ``mpq_deploy.errors``: UsageError for what the caller can mend, MpqError for the rest.
     """
@@ -56,7 +57,7 @@ def build(
     from mpq_deploy.system.parallel.crew import crew_for
 
     given = {"model": None if model is None else str(model), "budget": budget, "target": target, **(settings or {})}
-    chosen = load_recipe(Path(recipe) if recipe else None, given)
+    chosen = load_recipe(recipe, given)
     run = Path(out) if out else default_run(chosen)
     crew = crew_for(workers, ray, threads)
     with open_pipeline(chosen, run, Talk() if quiet else PlainTalk(), crew) as pipeline:

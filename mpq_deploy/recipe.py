@@ -1,19 +1,34 @@
-"""The recipe: everything a user may set, validated once. From a YAML file, command-line options, or Python."""
+"""The recipe: every setting of a run, validated once; its sections are the options that rooms take.
+
+In: a YAML file, the name of a bundled recipe, command-line options, or values from Python. Out: a frozen
+Recipe, its YAML with every default, and the same with a comment per setting.
+"""
 
 from __future__ import annotations
 
 import difflib
+import itertools
+import textwrap
+from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from mpq_deploy.errors import UsageError
+from mpq_deploy.errors import UsageError, nearest
 from mpq_deploy.formats.scheme import schemes_named
 
+Loss = Literal["output", "eps", "v", "sample", "relation", "memory"]
+# Losses of recovery: see ``recover.losses``.
+LOSSES: tuple[Loss, ...] = get_args(Loss)
 # What the target simulate chooses from unless the recipe says otherwise: few enough to measure quickly (our choice).
 SIMULATED_DEFAULT = ("fp16", *(f"w{bits}a{a}-sim" for bits in (2, 3, 4, 5, 6, 8) for a in (8, 16)))
+
+
+# Columns of a recipe that is printed with comments (our choice).
+COLUMNS = 100
 
 
 class Section(BaseModel):
@@ -22,61 +37,59 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class CalibrateSection(Section):
-    """Which inputs the float model is observed on, and how activation scales are chosen."""
+class CalibrateSettings(Section):
+    """The calls that the float model is observed on, and how activation scales are chosen."""
 
-    timesteps: int = Field(20, ge=1, description="K: timesteps, midpoints of equal strides of the sampler's steps")
+    timesteps: int = Field(20, ge=1, description="recorded timesteps, spread evenly over the steps")
     samples: int = Field(160, ge=1, description="trajectories")
-    observed: int = Field(48, ge=1, description="of the recorded calls, those that activations are observed on")
-    steps: int = Field(20, ge=1, description="steps of the sampler")
+    observed: int = Field(48, ge=1, description="recorded calls that activations are observed on")
+    steps: int = Field(20, ge=1, description="sampler steps per trajectory")
     batch_size: int = Field(16, ge=1, description="samples per call")
-    seed: int = Field(1, description="of the noise that trajectories start from")
-    scale: Literal["mse", "percentile", "absmax"] = Field(
-        "mse", description="how INT8 scales of activations are chosen"
-    )
-    percentile: float = Field(99.99, gt=50, le=100, description="of absolute values, for scale percentile")
-    reservoir: int = Field(8192, ge=256, description="values kept per activation for choosing its scale")
+    seed: int = Field(1, description="seed of the initial noise")
+    scale: Literal["mse", "percentile", "absmax"] = Field("mse", description="how INT8 scales are chosen")
+    percentile: float = Field(99.99, gt=50, le=100, description="of absolute values, for scale: percentile")
+    reservoir: int = Field(8192, ge=256, description="values kept per activation to choose its scale")
 
 
-class OrmSection(Section):
-    """MPQ-Diff's importance of layers: settings of the method "orm" and of its controls."""
+class OrmSettings(Section):
+    """Orthogonality (MPQ-Diff): settings of measure.method orm and of its controls."""
 
-    beta: float = Field(1.0, ge=0, allow_inf_nan=False, description="theta = exp(-beta gamma), gamma in [0, 1]")
-    estimator: Literal["biased", "debiased"] = Field("biased", description="of linear CKA between two layers' outputs")
+    beta: float = Field(1.0, ge=0, allow_inf_nan=False, description="theta = exp(-beta gamma)")
+    estimator: Literal["biased", "debiased"] = Field("biased", description="of linear CKA between layer outputs")
     aggregation: Literal["mean", "exponential"] = Field("mean", description="of theta over timesteps")
-    eta: float = Field(1.0, allow_inf_nan=False, description="growth of exponential weights in denoising order")
+    eta: float = Field(1.0, allow_inf_nan=False, description="growth rate of the exponential weights")
     importance: Literal["layer", "later"] = Field("layer", description="later: mean over a layer and all later ones")
     bits: Literal["nominal", "deployed"] = Field("nominal", description="deployed: scales count as bits")
     activation_bits: Literal["int8", "programme", "fp16"] = Field(
-        "int8", description="of every layer that may have them; programme: by a second one"
+        "int8", description="of layers that may have INT8 activations; programme: chosen by a second program"
     )
     activation_budget: float = Field(12.0, ge=8, le=16, description="bits per activation element, for programme")
 
 
-class MeasureSection(Section):
+class MeasureSettings(Section):
     """How the loss of every (layer, scheme) is predicted."""
 
     method: Literal["probe", "gain", "local_error", "exhaustive", "kurtosis", "orm", "size-only", "random"] = Field(
-        "probe", description="sensitivity: what the solver's losses are"
+        "probe", description="sensitivity metric"
     )
-    probes: int = Field(4, ge=1, description="random directions per call, for probe")
-    timesteps: int = Field(20, ge=1, description="of the calibrated timesteps, those that are measured")
-    samples: int = Field(128, ge=1, description="calibration samples kept from rounding and measured on")
-    calls: int = Field(24, ge=1, description="of these samples, those measured at each timestep; others at the next")
+    probes: int = Field(4, ge=1, description="random adjoint directions per call")
+    timesteps: int = Field(20, ge=1, description="calibrated timesteps that are measured")
+    samples: int = Field(128, ge=1, description="calibration samples measured on and kept from rounding")
+    calls: int = Field(24, ge=1, description="samples measured at each timestep, in turn")
     batch_size: int = Field(16, ge=1, description="samples per call")
-    seed: int = Field(2, description="of probes, noise and random losses")
+    seed: int = Field(2, description="seed of probes, noise and random losses")
     sampling: Literal["uniform", "adaptive"] = Field(
         "uniform", description="adaptive: more timesteps where the layers' importance (ORM) changes fastest"
     )
-    coarse_timesteps: int = Field(5, ge=2, description="of the first pass that adaptive sampling follows")
-    orm: OrmSection = OrmSection()
+    coarse_timesteps: int = Field(5, ge=2, description="timesteps of adaptive sampling's first pass")
+    orm: OrmSettings = OrmSettings()
 
 
 class ProtectRule(Section):
     """Layers whose name matches ``layers`` (shell pattern) may only take ``schemes``."""
 
     layers: str = Field(description="shell pattern of layer names, such as up_blocks.*")
-    schemes: tuple[str, ...] = Field(description="what those layers may take")
+    schemes: tuple[str, ...] = Field(description="the only schemes that those layers may take")
 
     @field_validator("schemes")
     @classmethod
@@ -85,7 +98,7 @@ class ProtectRule(Section):
         return names
 
 
-class AllocateSection(Section):
+class AllocateSettings(Section):
     """What the solver may choose from."""
 
     schemes: tuple[str, ...] = Field(
@@ -118,120 +131,119 @@ class AllocateSection(Section):
         return names
 
 
-class QuantizeSection(Section):
+class QuantizeSettings(Section):
     """How weights are rounded."""
 
-    rounding: Literal["gptq", "nearest"] = Field("gptq", description="nearest: for comparing")
+    rounding: Literal["gptq", "nearest"] = Field("gptq", description="nearest is a baseline")
     noise_draws: int = Field(
-        3, ge=0, description="fresh noises per recorded sample behind the Hessians; 0: the trajectories themselves"
+        3, ge=0, description="fresh noises per recorded sample for the Hessians; 0: the recorded ones"
     )
-    damping: float = Field(0.05, gt=0, description="added to each diagonal element of the Hessian, as a share of it")
-    salience: Literal["probe", "kurtosis"] = Field(
-        "probe", description="which output channels a rows branch promotes first"
-    )
-    refinements: int = Field(2, ge=0, description="after GPTQ, rounds of fitting INT4 scales and revisiting codes")
-    hessian_rows: int = Field(8192, ge=64, description="input vectors per layer behind its Hessian, at least 4 K")
-    hessian_width: int = Field(4096, ge=64, description="beyond this width the Hessian is block-diagonal")
-    memory_mb: int = Field(512, ge=16, description="cap on the Hessians held at once")
+    damping: float = Field(0.05, gt=0, description="added to the Hessian's diagonal, relative to each element")
+    salience: Literal["probe", "kurtosis"] = Field("probe", description="order of channels in a rows branch")
+    refinements: int = Field(2, ge=0, description="rounds of refitting INT4 scales and codes after GPTQ")
+    hessian_rows: int = Field(8192, ge=64, description="input vectors per layer's Hessian, at least 4 K")
+    hessian_width: int = Field(4096, ge=64, description="above this width the Hessian is block-diagonal")
+    memory_mb: int = Field(512, ge=16, description="limit on the Hessians held at once")
 
 
 # Updates where recovery is asked for without a number: ``build --recover``.
 RECOVER_STEPS = 2050
 
 
-class RecoverSection(Section):
-    """How the plan's model is trained back towards the float one; ``steps`` 0: not at all."""
+class RecoverSettings(Section):
+    """Training of the quantized model towards the float one (AdamW); steps 0: none.
 
-    steps: int = Field(0, ge=0, description="updates; 0: recovery is off")
-    batch_size: int = Field(16, ge=1, description="samples per update")
-    trajectories: int = Field(80, ge=1, description="float trajectories to learn from, recorded anew every round")
+    Learning rates hold for a plan with a measured NMSE of 1e-3 or more, below which they follow its square
+    root; each has a warm-up and a cosine to zero, and a rate of 0 freezes that kind of parameter.
+    """
+
+    steps: int = Field(0, ge=0, description="updates; 0: no recovery")
+    batch_size: int = Field(16, ge=1, description="calls per update")
+    trajectories: int = Field(80, ge=1, description="float trajectories per round, recorded anew")
     round_steps: int = Field(100, ge=1, description="updates per round")
-    replay: int = Field(6, ge=1, description="rounds, the present one included, whose trajectories are drawn from")
-    held_out: int = Field(32, ge=1, description="trajectories never trained on: they decide which state is kept")
-    check_every: int = Field(200, ge=1, description="updates between measurements on them, each with a checkpoint")
-    rank: int = Field(0, ge=0, description="of the low-rank adapters, at most; 0: full, for what memory allows")
-    margin: float = Field(0.0, ge=0, le=0.499, description="how far a latent weight may start off its code, in steps")
-    initialization: Literal["zero", "svd"] = Field("zero", description="of the adapters; svd: our reading of MPQ-DMv2")
-    losses: dict[Literal["output", "eps", "v", "sample", "relation", "memory"], float] = Field(
-        {"output": 1.0}, description="what is matched, with weights"
-    )
+    replay: int = Field(6, ge=1, description="rounds drawn from, the current one included")
+    held_out: int = Field(32, ge=1, description="validation trajectories: they choose the state kept")
+    check_every: int = Field(200, ge=1, description="updates between validations, each with a checkpoint")
+    rank: int = Field(0, ge=0, description="maximum rank of the adapters; 0: full, as memory allows")
+    margin: float = Field(0.0, ge=0, le=0.499, description="initial distance of weights from their code, in steps")
+    initialization: Literal["zero", "svd"] = Field("zero", description="of the adapters; svd as in MPQ-DMv2")
+    losses: dict[Loss, float] = Field({"output": 1.0}, description=f"weights, by name: {', '.join(LOSSES)}")
     timesteps: Literal["uniform", "sensitivity"] = Field(
-        "sensitivity", description="which are drawn more often: all alike, or where the plan's error is larger"
+        "sensitivity", description="sensitivity: drawn more often where the plan's error is larger"
     )
-    # Learning rates for a plan whose NMSE is 1e-3 or more; below they follow the root of the measured one.
-    adapter_rate: float = Field(45.0, ge=0, description="learning rate, in units of the layer's weight step / 2500")
-    scale_rate: float = Field(0.0015, ge=0, description="learning rate of the logarithms of scales")
+    adapter_rate: float = Field(45.0, ge=0, description="learning rate, in units of a layer's mean step / 2500")
+    scale_rate: float = Field(0.0015, ge=0, description="learning rate of log scales")
     constant_rate: float = Field(0.0015, ge=0, description="learning rate of FP16 constants, in units of their rms")
     warmup: int = Field(10, ge=0, description="updates")
-    segments: int = Field(1, ge=1, description="of the graph, computed again in the backward pass to save memory")
+    segments: int = Field(1, ge=1, description="graph parts recomputed in the backward pass, to save memory")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of training; auto: bfloat16 on a GPU that has it"
     )
-    relation_pixels: int = Field(
-        256, ge=1, description="most pixels of a map in the relation loss: a grid of larger ones"
-    )
+    relation_pixels: int = Field(256, ge=1, description="maximum pixels per map in the relation loss")
     memory_size: int = Field(20000, ge=1, description="pixels in the memory loss's ring buffer")
-    memory_pixels: int = Field(128, ge=1, description="pixels compared and then remembered at each update")
-    memory_anchors: int = Field(4096, ge=1, description="remembered pixels that they are compared with")
-    seed: int = Field(4, ge=0, description="of batches and noise")
+    memory_pixels: int = Field(128, ge=1, description="pixels compared and then stored at each update")
+    memory_anchors: int = Field(4096, ge=1, description="stored pixels that they are compared with")
+    seed: int = Field(4, ge=0, description="seed of batches and noise")
+
+    @field_validator("losses")
+    @classmethod
+    def _any_weight(cls, losses: dict[Loss, float]) -> dict[Loss, float]:
+        if not any(weight > 0 for weight in losses.values()):
+            raise ValueError("at least one loss needs a weight above 0")
+        return losses
 
 
-class EngineSection(Section):
+class EngineSettings(Section):
     """How the engine is built."""
 
-    build: bool = Field(True, description="false: no engine, all else")
-    batch_min: int = Field(1, ge=1, description="smallest batch that the engine takes")
-    batch_opt: int = Field(2, ge=1, description="batch that it is tuned for")
+    build: bool = Field(True, description="false: everything but the engine")
+    batch_min: int = Field(1, ge=1, description="smallest batch")
+    batch_opt: int = Field(2, ge=1, description="batch that the engine is tuned for")
     batch_max: int = Field(8, ge=1, description="largest batch")
 
 
-class EvaluateSection(Section):
+class EvaluateSettings(Section):
     """How the quantized model is compared with the float one."""
 
-    samples: int = Field(32, ge=1, description="images compared with the float model's")
-    steps: int = Field(20, ge=1, description="steps of the sampler")
-    timesteps: int = Field(20, ge=1, description="at which the error of the output is measured")
-    calls: int = Field(
-        8, ge=1, description="measured at each of them; others at the next, and every image at least once"
-    )
+    samples: int = Field(32, ge=1, description="images per model, from the same noise")
+    steps: int = Field(20, ge=1, description="sampler steps per image")
+    timesteps: int = Field(20, ge=1, description="timesteps at which the output's error is measured")
+    calls: int = Field(8, ge=1, description="images measured at each timestep, in turn; each at least once")
     batch_size: int = Field(16, ge=1, description="samples per call")
-    seed: int = Field(1234, description="of the noise; not that of calibration")
+    seed: int = Field(1234, description="seed of the initial noise; not calibration's")
     sampler: Literal["auto", "ddim", "folder"] = Field(
-        "auto", description="auto: the built-in DDIM for DDIM and DDPM, else the folder's own class"
+        "auto", description="auto: built-in DDIM for DDIM and DDPM, else the folder's own class"
     )
-    controls: bool = Field(True, description="also everything INT8 and everything INT4")
-    correction: Literal["none", "ptqd"] = Field("none", description="ptqd: also sample with the output corrected")
+    controls: bool = Field(True, description="also evaluate everything-INT8 and everything-INT4")
+    correction: Literal["none", "ptqd"] = Field("none", description="ptqd: also sample with corrected outputs")
     correction_bias: Literal["channel", "scalar"] = Field("channel", description="one bias per channel, or one")
 
 
 class Recipe(Section):
-    """All settings of a run. ``model`` None is the bundled demo."""
+    """All settings of a run."""
 
-    model: str | None = Field(None, description="folder, ONNX file, hub id or bundled name; null: emoji")
-    budget: str = Field(
-        "0.35", description="of all constants: share of FP16, a size (600MB), or bits per weight (4.5bits)"
-    )
-    target: str = Field("rtx", description="name of a shipped target, or a YAML file")
-    description: str | None = Field(None, description="YAML of an ONNX model, when it does not lie beside it")
+    model: str | None = Field(None, description="folder, ONNX file, hub id or bundled model; null: emoji")
+    budget: str = Field("0.35", description="of all constants: share of FP16, size (600MB) or 4.5bits per weight")
+    target: str = Field("rtx", description="name of a target (mpq-deploy targets), or a YAML file")
+    description: str | None = Field(None, description="YAML of an ONNX model, where it is not beside it")
     conditions: str | None = Field(None, description=".npz: arrays by input name, one row per condition")
-    scheduler: str | None = Field(None, description="scheduler_config.json, or the folder that holds it")
+    scheduler: str | None = Field(None, description="scheduler_config.json, or its folder")
     prompts: str | None = Field(None, description="text file, one prompt per line")
     component: str | None = Field(
-        None, description="part of a pipeline: unet, transformer, vae, text_encoder ...; None: the one that denoises"
+        None, description="pipeline part: unet, transformer, vae, text_encoder ...; null: the denoiser"
     )
     component_samples: int = Field(64, ge=8, description="inputs that a vae is calibrated and compared with")
-    guidance_scale: float | None = Field(None, description="classifier-free guidance; None: the model's own")
+    guidance_scale: float | None = Field(None, description="classifier-free guidance; null: the model's own")
     first_token: Literal["quantized", "precomputed"] = Field(
-        "quantized",
-        description="of a text in cross-attention; precomputed: its keys and values are FP16 constants (MixDQ)",
+        "quantized", description="precomputed: a text's first token has FP16 keys and values (MixDQ)"
     )
-    calibrate: CalibrateSection = CalibrateSection()
-    measure: MeasureSection = MeasureSection()
-    allocate: AllocateSection = AllocateSection()
-    quantize: QuantizeSection = QuantizeSection()
-    recover: RecoverSection = RecoverSection()
-    engine: EngineSection = EngineSection()
-    evaluate: EvaluateSection = EvaluateSection()
+    calibrate: CalibrateSettings = CalibrateSettings()
+    measure: MeasureSettings = MeasureSettings()
+    allocate: AllocateSettings = AllocateSettings()
+    quantize: QuantizeSettings = QuantizeSettings()
+    recover: RecoverSettings = RecoverSettings()
+    engine: EngineSettings = EngineSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
 
     @model_validator(mode="before")
     @classmethod
@@ -252,6 +264,43 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """Return the whole recipe, every default written out."""
         return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+
+    def explained(self) -> str:
+        """Return the whole recipe as YAML with a comment for every setting."""
+        return "\n".join(_explained(self)) + "\n"
+
+
+def _explained(section: Section, indent: str = "") -> Iterator[str]:
+    """Yield the lines of a section: nested ones with their docstring, others with choices and default."""
+    values = section.model_dump(mode="json")
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            heading = (type(value).__doc__ or "").splitlines()[0]
+            yield from ("", f"{indent}{name}:  # {heading}")
+            yield from _explained(value, indent + "  ")
+            continue
+        choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+        notes = [" | ".join(map(str, choices)), field.description or ""]
+        if value != field.default:
+            notes.append(f"default: {_flow(field.default)}")
+        yield from _commented(f"{indent}{name}: {_flow(values[name])}", "; ".join(filter(None, notes)))
+
+
+def _commented(entry: str, comment: str) -> list[str]:
+    """Put the comment behind the entry where 100 columns hold both, else above it."""
+    line = f"{entry:<30}  # {comment}"
+    if len(line) <= COLUMNS:
+        return [line]
+    start = entry[: len(entry) - len(entry.lstrip())] + "# "
+    return [*textwrap.wrap(comment, COLUMNS, initial_indent=start, subsequent_indent=start), entry]
+
+
+def _flow(value: Any) -> str:
+    """Return a value as YAML on one line."""
+    plain = list(value) if isinstance(value, tuple) else value
+    text = str(yaml.safe_dump(plain, default_flow_style=True, width=10_000, sort_keys=False))
+    return text.strip().removesuffix("...").strip()
 
 
 def _check_schemes(names: tuple[str, ...]) -> None:
@@ -278,18 +327,15 @@ def make_recipe(values: dict[str, Any], source: str = "the recipe") -> Recipe:
         raise UsageError(f"{where} in {source}: {message} (found {first['input']!r}).") from error
 
 
-def load_recipe(path: Path | None, overrides: dict[str, Any] | None = None) -> Recipe:
-    """Read a recipe file (None: all defaults) and lay ``overrides`` (dotted keys) over it."""
+def load_recipe(source: str | Path | None, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Read a recipe (a YAML file or a bundled name; None: all defaults) and lay ``overrides`` (dotted keys) over it."""
     values: dict[str, Any] = {}
-    source = "the options"
-    if path is not None:
-        source = path.name
+    if source is not None:
+        path = recipe_file(source)
         try:
             read = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise UsageError(f"There is no recipe {path}.", "Give the path of a YAML file.") from error
         except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
-            raise UsageError(f"{path} is no YAML: {str(error).splitlines()[0]}.") from error
+            raise UsageError(f"{path} is not valid YAML: {str(error).splitlines()[0]}.") from error
         if read is not None and not isinstance(read, dict):
             raise UsageError(f"{path} holds a {type(read).__name__}, not keys and values.")
         values = read or {}
@@ -301,7 +347,33 @@ def load_recipe(path: Path | None, overrides: dict[str, Any] | None = None) -> R
         for parent in parents:
             place = place.setdefault(parent, {})
         place[last] = value
-    return make_recipe(values, source)
+    return make_recipe(values, "the options" if source is None else path.name)
+
+
+def recipe_file(source: str | Path) -> Path:
+    """Return the file of a bundled recipe's name, or the given file; UsageError where there is neither."""
+    bundled = bundled_recipes()
+    if isinstance(source, str) and source in bundled:
+        return bundled[source]
+    path = Path(source)
+    if path.exists():
+        return path
+    hint = f"{nearest(path.stem, bundled)}Give a YAML file, or one of {', '.join(bundled)}."
+    raise UsageError(f"There is no recipe '{source}'.", hint)
+
+
+def bundled_recipes() -> dict[str, Path]:
+    """Return the recipes that come with the package, by name (``recipes/`` of the source tree)."""
+    package = Path(str(resources.files("mpq_deploy")))
+    folders = (package / "recipe_files", package.parent / "recipes")
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
+
+
+def recipe_heading(path: Path) -> list[str]:
+    """Return the lines of the comment that a recipe begins with, without their #."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    heading = itertools.takewhile(lambda line: line.startswith("#"), lines)
+    return [line.removeprefix("#").strip() for line in heading]
 
 
 def _keys_at(path: tuple[str, ...]) -> list[str]:

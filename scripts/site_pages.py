@@ -21,7 +21,7 @@ from mpq_deploy.cli import app
 from mpq_deploy.engine.target import Figure, Target, known_targets, load_target
 from mpq_deploy.engine.target_text import describe_target
 from mpq_deploy.graph.layers import LAYER_OPS
-from mpq_deploy.recipe import Recipe
+from mpq_deploy.recipe import Recipe, bundled_recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -90,21 +90,22 @@ EXIT_CODES = (
 
 
 def recipe_page() -> str:
-    """Every key of a recipe with type, default and description, and what each shipped recipe changes."""
+    """Every key of a recipe with type, default and description, and the bundled recipes."""
     parts = [RECIPE_HEAD]
     for path, model in _sections(Recipe):
         title = f"## {path}" if path else "## The run"
         rows = [_key_row(f"{path}.{name}" if path else name, field) for name, field in _own_keys(model)]
         head = "| key | type | default | what it is |\n|---|---|---|---|"
         parts.append("\n".join((f"{title}\n", *([model.__doc__ + "\n"] if model.__doc__ else []), head, *rows)))
-    parts.append("## Shipped recipes\n\nWhat each one in `recipes/` changes of the defaults:")
-    parts += [_shipped(path) for path in sorted((ROOT / "recipes").glob("*.yaml"))]
+    parts.append("## Bundled recipes\n\nEach holds what differs from the defaults: `mpq-deploy build --recipe NAME`.")
+    parts += [_shipped(name, path) for name, path in bundled_recipes().items()]
     return "\n\n".join(parts) + "\n"
 
 
 RECIPE_HEAD = """# Recipe: every key
 
-A recipe is a YAML file with any of these keys; what it leaves out has the default. Options of the command line win over
+A recipe is a YAML file with any of these keys; what it leaves out has the default. `mpq-deploy recipe` lists those that
+come with the package and prints one in full, with a comment per key. Options of the command line win over
 it, and a run folder keeps the whole of it in `recipe.yaml`. An unknown key is an error that names the nearest one.
 
     mpq-deploy build ./my-pipeline --recipe mine.yaml
@@ -198,24 +199,8 @@ def type_text(annotation: Any) -> str:
     return PLAIN_TYPES[annotation]
 
 
-def _shipped(path: Path) -> str:
-    text = path.read_text(encoding="utf-8")
-    comment = " ".join(line.lstrip("# ") for line in text.splitlines()[:3] if line.startswith("#"))
-    defaults = _flat(Recipe().model_dump(mode="json"))
-    changed = {k: v for k, v in _flat(yaml.safe_load(text)).items() if v != defaults[k]}
-    lines = (
-        "\n".join(f"{key}: {_yaml(value)}" for key, value in changed.items()) or "(nothing: the defaults, written out)"
-    )
-    return f"### {path.name}\n\n{comment}\n\n```text\n{lines}\n```"
-
-
-def _flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
-    """Nested mappings by dotted key; the losses of recovery, a mapping itself, stay one value."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        key = f"{path}{name}"
-        found |= _flat(value, f"{key}.") if isinstance(value, dict) and key != "recover.losses" else {key: value}
-    return found
+def _shipped(name: str, path: Path) -> str:
+    return f"### {name}\n\n```yaml\n{path.read_text(encoding='utf-8').strip()}\n```"
 
 
 def _yaml(value: Any) -> str:

@@ -1,36 +1,84 @@
-"""Recipes: every shipped file loads, and a mistake is answered with the nearest right thing."""
+"""Recipes: every bundled file loads and is printed in full, and a mistake is answered with the nearest right thing."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from mpq_deploy.cli import app
 from mpq_deploy.errors import UsageError
-from mpq_deploy.recipe import Recipe, load_recipe
+from mpq_deploy.recipe import Recipe, bundled_recipes, load_recipe, recipe_heading
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_shipped_recipe_loads_and_is_complete(path: Path) -> None:
-    recipe = load_recipe(path)
-    written = yaml.safe_load(path.read_text(encoding="utf-8"))
-
-    def keys(values: dict[str, object]) -> dict[str, object]:
-        return {k: keys(v) if isinstance(v, dict) else None for k, v in values.items()}
-
-    assert keys(written) == keys(recipe.model_dump(mode="json"))
+RUNNER = CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"})
+RECIPES = bundled_recipes()
+NEEDED = {"sd15-jetson-orin-nano", "sdxl-rtx", "sd3-rtx-blackwell", "flux-rtx-blackwell"}
 
 
-def test_there_are_recipes() -> None:
-    assert len(RECIPES) >= 3
+def flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{path}{name}"
+        found |= flat(value, f"{key}.") if isinstance(value, dict) and name != "losses" else {key: value}
+    return found
+
+
+def test_the_recipes_are_named_after_what_is_deployed() -> None:
+    assert set(RECIPES) == NEEDED | {"demo", "ci", "quick", "simulate"}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_bundled_recipe_says_for_whom_it_is_and_holds_only_what_differs(name: str) -> None:
+    heading = recipe_heading(RECIPES[name])
+    assert 20 < len(heading[0]) <= 56
+    written = yaml.safe_load(RECIPES[name].read_text(encoding="utf-8")) or {}
+    complete, default = (flat(r.model_dump(mode="json")) for r in (load_recipe(name), Recipe()))
+    assert load_recipe(name) == load_recipe(RECIPES[name])
+    assert all(complete[key] != default[key] for key in flat(written))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_printed_recipe_has_every_setting_with_a_comment_and_is_the_same_recipe(name: str, tmp_path: Path) -> None:
+    shown = RUNNER.invoke(app, ["recipe", name])
+    assert shown.exit_code == 0, shown.output
+    (tmp_path / "mine.yaml").write_text(shown.stdout, encoding="utf-8")
+    assert load_recipe(tmp_path / "mine.yaml") == load_recipe(name)
+    assert set(flat(yaml.safe_load(shown.stdout))) == set(flat(Recipe().model_dump(mode="json")))
+    lines = shown.stdout.splitlines()
+    settings = [number for number, line in enumerate(lines) if line and not line.strip().startswith("#")]
+    assert all("  # " in lines[n] or lines[n - 1].strip().startswith("# ") for n in settings)
+    values = json.loads(RUNNER.invoke(app, ["--json", "recipe", name]).stdout)
+    assert values == load_recipe(name).model_dump(mode="json")
+
+
+def test_what_differs_from_the_default_is_said() -> None:
+    shown = RUNNER.invoke(app, ["recipe", "ci"]).stdout.splitlines()
+    assert any(line.startswith("  samples: 8 ") and line.endswith("default: 32") for line in shown)
+    assert sum("default: " in line for line in shown) == 2
+
+
+def test_recipes_are_listed_in_80_columns() -> None:
+    listed = RUNNER.invoke(app, ["recipe"]).stdout.splitlines()
+    assert [line.split()[0] for line in listed] == sorted(RECIPES)
+    assert max(map(len, listed)) <= 80
+    assert set(json.loads(RUNNER.invoke(app, ["--json", "recipe"]).stdout)) == set(RECIPES)
+
+
+def test_a_file_wins_over_a_bundled_name_where_it_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quick").write_text("budget: 0.9\n", encoding="utf-8")
+    assert load_recipe("./quick").budget == "0.9"
+    assert load_recipe("quick").budget == "0.35"
 
 
 def test_a_recipe_survives_its_own_yaml() -> None:
     recipe = load_recipe(None, {"budget": "0.3", "allocate.protect": [{"layers": "conv_in", "schemes": ["fp16"]}]})
-    assert Recipe.model_validate(yaml.safe_load(recipe.to_yaml())) == recipe
+    for text in (recipe.to_yaml(), recipe.explained()):
+        assert Recipe.model_validate(yaml.safe_load(text)) == recipe
 
 
 @pytest.mark.parametrize(
@@ -43,6 +91,7 @@ def test_a_recipe_survives_its_own_yaml() -> None:
         ("calibrate.timesteps", 0, "found 0"),
         ("calibrate.timesteps", "many", "found 'many'"),
         ("measure.method", "guess", "probe"),
+        ("recover.losses", {"output": 0}, "weight above 0"),
     ],
 )
 def test_a_mistake_is_named_with_what_was_found(key: str, value: object, words: str) -> None:
@@ -59,6 +108,8 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str) -> None:
         load_recipe(path)
 
 
-def test_an_absent_recipe_is_refused(tmp_path: Path) -> None:
+def test_an_absent_recipe_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no recipe"):
         load_recipe(tmp_path / "none.yaml")
+    with pytest.raises(UsageError, match="Did you mean 'sdxl-rtx'"):
+        load_recipe("sdxl")

@@ -67,7 +67,7 @@ def _main(
 
 
 def recipe_for(
-    recipe: Path | None,
+    recipe: str | None,
     model: str | None,
     budget: str | None,
     target: str | None,
@@ -91,7 +91,7 @@ def recipe_for(
     )
 
 
-def recipe_of(run: Path, recipe: Path | None, overrides: dict[str, Any] | None = None) -> Recipe:
+def recipe_of(run: Path, recipe: str | None, overrides: dict[str, Any] | None = None) -> Recipe:
     """Return the recipe of a run folder, or another one for it, with ``overrides`` of its entries."""
     from mpq_deploy.recipe import load_recipe
 
@@ -112,11 +112,8 @@ def run_until(stage: str, settings: Recipe, out: Path | None, crew: Crew | None 
 
 
 def print_summary(summary: Summary) -> None:
-    """Print what a call found: text, or JSON with --json."""
-    if State.json:
-        print_json(summary.values)
-    else:
-        print(summary.text)
+    """Print the result of stages."""
+    print_result(summary.values, summary.text)
 
 
 def make_talk() -> Talk:
@@ -128,8 +125,16 @@ def make_talk() -> Talk:
     return RichTalk() if sys.stderr.isatty() else PlainTalk()
 
 
+def print_result(values: Any, text: str, json: bool = False) -> None:
+    """Print a result on stdout: its text, or its values as JSON where the command or the call asks for it."""
+    if not (State.json or json):
+        print(text)
+        return
+    from json import dumps
+
+    print(dumps(values, indent=1, sort_keys=True))
+
+
 def print_json(value: Any) -> None:
     """Print a value as JSON on stdout."""
-    import json
-
-    print(json.dumps(value, indent=1, sort_keys=True))
+    print_result(value, "", json=True)

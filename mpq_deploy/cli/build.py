@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from mpq_deploy.cli.app import STAGES, app, make_talk, print_summary, recipe_for, recipe_of, run_until
+from mpq_deploy.cli.app import STAGES, app, make_talk, print_result, print_summary, recipe_for, recipe_of, run_until
 from mpq_deploy.cli.options import (
     BudgetOption,
     ComponentOption,
@@ -67,6 +67,27 @@ def build(
     latency = latency_settings(max_latency, objective, latency_table)
     settings = recipe_for(recipe, model, budget, target, sensitivity, additions, latency)
     run_until("report", recovering(settings) if recover else settings, out, crew_for(workers, ray, threads))
+
+
+@app.command(epilog="Example: mpq-deploy recipe sdxl-rtx > mine.yaml")
+def recipe(
+    name: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(metavar="NAME|FILE", help="Print this recipe in full.", show_default=False),
+    ] = None,
+) -> None:
+    """List the bundled recipes, or print one with every default and a comment per setting."""
+    from mpq_deploy.recipe import bundled_recipes, load_recipe, recipe_file, recipe_heading
+
+    if name is None:
+        rows = {known: recipe_heading(path)[0] for known, path in bundled_recipes().items()}
+        width = max(map(len, rows))
+        lines = "\n".join(f"{known:<{width}}  {about}" for known, about in rows.items())
+        print_result(rows, lines)
+        return
+    settings = load_recipe(name)
+    heading = "\n".join(f"# {line}".rstrip() for line in recipe_heading(recipe_file(name)))
+    print_result(settings.model_dump(mode="json"), f"{heading}\n\n{settings.explained()}".strip())
 
 
 @app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy export ./my-pipeline -o runs/mine")
@@ -220,9 +241,9 @@ def recovering(settings: Recipe) -> Recipe:
 
 def losses_of(given: list[str] | None) -> dict[str, float] | None:
     """Read NAME or NAME=WEIGHT; None where none was given."""
-    from mpq_deploy.recover.options import LOSSES
+    from mpq_deploy.recipe import LOSSES
 
-    losses = {}
+    losses: dict[str, float] = {}
     for text in given or ():
         name, _, weight = text.partition("=")
         if name not in LOSSES:

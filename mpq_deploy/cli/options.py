@@ -65,8 +65,14 @@ BudgetOption = Annotated[
     ),
 ]
 RecipeOption = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option("--recipe", "-r", metavar="FILE", help="A recipe (YAML). Options win over it.", show_default=False),
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--recipe",
+        "-r",
+        metavar="NAME|FILE",
+        help="A bundled recipe (see 'mpq-deploy recipe') or a YAML file. Options override it.",
+        show_default=False,
+    ),
 ]
 TargetOption = Annotated[
     Optional[str],  # noqa: UP045

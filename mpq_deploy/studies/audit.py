@@ -57,8 +57,8 @@ def parse_methods(text: str) -> tuple[str, ...]:
     return tuple(name for name in AUDITED if name in asked)
 
 
-def audit_recipe(path: Path | None, model: str | None, changes: Sequence[str]) -> Recipe:
-    """Return the recipe of an audit: the file, or all defaults without branches and engine; then KEY=VALUE changes.
+def audit_recipe(source: str | None, model: str | None, changes: Sequence[str]) -> Recipe:
+    """Return the recipe of an audit: the given one, or all defaults without branches and engine; then KEY=VALUE.
 
     Branches would multiply the single layers to quantize. Raises UsageError for a change that is none.
     """
@@ -71,7 +71,7 @@ def audit_recipe(path: Path | None, model: str | None, changes: Sequence[str]) -
             given[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise UsageError(f"The value of --set {change} is no YAML.", "Write KEY=VALUE.") from error
-    return load_recipe(path, given)
+    return load_recipe(source, given)
 
 
 def audit_run(recipe: Recipe, out: Path | None) -> Path:
