@@ -23,6 +23,7 @@ from mpq_deploy.calibrate.options import CalibrationOptions
 from mpq_deploy.calibrate.stats import CalibrationSet
 from mpq_deploy.calls.feeds import Batch, batches
 from mpq_deploy.errors import ModelError
+from mpq_deploy.graph.constants import add_constant
 from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.models.spec import Array, DenoiserSpec
 from mpq_deploy.system.progress import Talk
@@ -222,11 +223,7 @@ class ObserverWriter:
         key = tuple(numbers)
         if key not in self.constants:
             name = f"observer.constant.{len(self.constants)}"
-            tensor = ir.tensor(np.asarray(numbers, np.int64), name=name)
-            value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(ir.DataType.INT64))
-            value.shape = ir.Shape([len(numbers)])
-            self.model.graph.register_initializer(value)
-            self.constants[key] = value
+            self.constants[key] = add_constant(self.model, name, np.asarray(numbers, np.int64))
         return self.constants[key]
 
     def input(self, name: str) -> ir.Value:

@@ -22,6 +22,7 @@ from mpq_deploy.formats.candidates import (
 )
 from mpq_deploy.formats.scheme import FP16, Scheme
 from mpq_deploy.formats.sizes import input_channels
+from mpq_deploy.graph.constants import constant
 from mpq_deploy.graph.dialects import Dialect
 from mpq_deploy.graph.layers import Layer, LayerUse
 from mpq_deploy.graph.writers.deployed_graphs import write_quantized
@@ -67,14 +68,14 @@ def write_one_layer(one: OneLayer, folder: Path, dialect: Dialect) -> int:
 
 def _float_model(one: OneLayer, weight: Array) -> ir.Model:
     x = _value(INPUT, one.shape.input_shape)
-    held = _constant(one.layer.weight, weight)
+    held = constant(one.layer.weight, weight)
     constants = [held]
     inputs: list[ir.Value | None] = [x, held]
     for number, given in enumerate(one.node.inputs[2:]):
         if given is None or given.const_value is None:
             inputs.append(None)
             continue
-        constants.append(_constant(f"bias{number}", np.zeros(given.const_value.shape.numpy(), np.float32)))
+        constants.append(constant(f"bias{number}", np.zeros(given.const_value.shape.numpy(), np.float32)))
         inputs.append(constants[-1])
     node = ir.Node("", one.layer.op, inputs, one.node.attributes.values(), num_outputs=1, name=one.alone.uses[0].node)
     y = node.outputs[0]
@@ -103,8 +104,3 @@ def _candidates(one: OneLayer, weight: Array) -> LayerCandidates:
 
 def _value(name: str, shape: tuple[int, ...]) -> ir.Value:
     return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
-
-
-def _constant(name: str, array: Array) -> ir.Value:
-    tensor = ir.Tensor(np.asarray(array), name=name)
-    return ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)

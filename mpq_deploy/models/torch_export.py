@@ -21,6 +21,7 @@ import onnx_ir.passes.common as common_passes
 import torch
 
 from mpq_deploy.errors import ModelError
+from mpq_deploy.graph.constants import add_constant
 from mpq_deploy.graph.load import normalise
 from mpq_deploy.graph.passes.drop_squeezes import DropSqueezesPass
 from mpq_deploy.graph.passes.fold_constants import FoldConstantsPass
@@ -186,13 +187,8 @@ def hide_near_neutral(model: ir.Model) -> None:
             )
             near = 0 < abs(scalar) <= NEAR_ZERO or 0 < abs(scalar - 1) <= NEAR_ONE
             if near and rank:
-                name = f"{value.name}.near_neutral"
-                if name not in model.graph.initializers:
-                    array = constant.numpy().reshape(1)
-                    hidden = ir.Value(name=name, type=value.type, const_value=ir.Tensor(array, name=name))
-                    hidden.shape = ir.Shape((1,))
-                    model.graph.register_initializer(hidden)
-                node.replace_input_with(number, model.graph.initializers[name])
+                hidden = add_constant(model, f"{value.name}.near_neutral", constant.numpy().reshape(1))
+                node.replace_input_with(number, hidden)
 
 
 def optimized(model: ir.Model) -> ir.Model:

@@ -25,6 +25,7 @@ from mpq_deploy.calibrate.activation_shapes import ActivationShape, activation_s
 from mpq_deploy.calibrate.stats import CalibrationSet
 from mpq_deploy.calls.feeds import Batch, batches
 from mpq_deploy.errors import ModelError, UsageError
+from mpq_deploy.graph.constants import add_constant
 from mpq_deploy.graph.layers import Layer, LayerGraph, LayerUse
 from mpq_deploy.models.spec import Array, DenoiserSpec
 from mpq_deploy.system.parallel.job_files import alone_with
@@ -545,13 +546,8 @@ def _pixels(model: ir.Model, tensor: ir.Value, job: _Patches) -> ir.Value:
         order = [0, *range(2, len(job.shape.shape)), 1]
         nodes.append(ir.node("Transpose", [value], attributes={"perm": order}))
         value = nodes[-1].outputs[0]
-    name = f"hessian.view.{job.channels}"
-    if name not in model.graph.initializers:
-        target = ir.tensor(np.asarray([-1, job.channels], np.int64), name=name)
-        shape = ir.Value(name=name, const_value=target, type=ir.TensorType(ir.DataType.INT64))
-        shape.shape = ir.Shape([2])
-        model.graph.register_initializer(shape)
-    nodes.append(ir.node("Reshape", [value, model.graph.initializers[name]]))
+    shape = add_constant(model, f"hessian.view.{job.channels}", np.asarray([-1, job.channels], np.int64))
+    nodes.append(ir.node("Reshape", [value, shape]))
     producer = tensor.producer()
     if producer is not None:
         model.graph.insert_after(producer, nodes)

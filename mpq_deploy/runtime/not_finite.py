@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
+from mpq_deploy.graph.constants import add_constant
 from mpq_deploy.graph.load import load_model
 from mpq_deploy.models.spec import Array
 from mpq_deploy.runtime.ort import make_session
@@ -29,7 +30,7 @@ def first_not_finite(path: Path, feeds: Mapping[str, Array]) -> str | None:
     model = common_passes.ShapeInferencePass()(load_model(path)).model
     outputs = [value for node in model.graph for value in node.outputs if value.type is not None]
     watched = {value.name or "": value for value in outputs if value.dtype in FLOATS}
-    zero = _constant(model, "not_finite.zero", np.zeros((), np.float32))
+    zero = add_constant(model, "not_finite.zero", np.zeros((), np.float32))
     names = [_watch(model, value, zero, number) for number, value in enumerate(watched.values())]
     aside = path.with_name(f".{path.name}.watched")
     try:
@@ -68,10 +69,3 @@ def _watch(model: ir.Model, value: ir.Value, zero: ir.Value, number: int) -> str
     total.type, total.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([])
     model.graph.outputs.append(total)
     return total.name
-
-
-def _constant(model: ir.Model, name: str, array: Array) -> ir.Value:
-    tensor = ir.Tensor(array, name=name)
-    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-    model.graph.register_initializer(value)
-    return value

@@ -20,6 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from mpq_deploy.errors import UsageError
+from mpq_deploy.graph.constants import add_constant
 from mpq_deploy.graph.layers import STANDARD_DOMAINS
 from mpq_deploy.models.spec import Array
 
@@ -74,7 +75,7 @@ def projects(node: ir.Node) -> bool:
 
 def _others(model: ir.Model, text: ir.Value) -> ir.Value:
     """Return tokens 1 to T - 1 of ``text``."""
-    bounds = [_constant(model, f"{text.name}//others_{part}", np.array([value])) for part, value in _BOUNDS.items()]
+    bounds = [add_constant(model, f"{text.name}//others_{part}", np.array([value])) for part, value in _BOUNDS.items()]
     node = _node("Slice", [text, *bounds], {}, f"{text.name}/others", ir.DataType.FLOAT)
     if text.shape is not None and isinstance(text.shape[1], int):
         node.outputs[0].shape = ir.Shape([text.shape[0], text.shape[1] - 1, text.shape[2]])
@@ -89,7 +90,7 @@ _BOUNDS = {"start": 1, "end": np.iinfo(np.int32).max, "axis": 1}
 def _batch(model: ir.Model, text: ir.Value) -> ir.Value:
     """Return the shape [B, 1, 1] that a constant row is repeated to, once for each sample."""
     shape = _node("Shape", [text], {"start": 0, "end": 1}, f"{text.name}/batch", ir.DataType.INT64)
-    ones = _constant(model, f"{text.name}//one_row", np.array([1, 1]))
+    ones = add_constant(model, f"{text.name}//one_row", np.array([1, 1]))
     join = _node("Concat", [shape.outputs[0], ones], {"axis": 0}, f"{text.name}/row_shape", ir.DataType.INT64)
     model.graph.insert_before(model.graph[0], [shape, join])
     return join.outputs[0]
@@ -100,7 +101,7 @@ def _join(model: ir.Model, node: ir.Node, rest: ir.Value, batch: ir.Value, token
     output, weight = node.outputs[0], node.inputs[1]
     assert weight is not None and weight.const_value is not None  # projects
     row = token @ weight.const_value.numpy().astype(np.float64)
-    constant = _constant(model, f"{weight.name}//first_token", row.astype(np.float32).reshape(1, 1, -1))
+    constant = add_constant(model, f"{weight.name}//first_token", row.astype(np.float32).reshape(1, 1, -1))
     repeat = _node("Expand", [constant, batch], {}, f"{node.name}/first_token", ir.DataType.FLOAT)
     join = _node("Concat", [repeat.outputs[0], output], {"axis": 1}, f"{node.name}/first_token_join", ir.DataType.FLOAT)
     joined = join.outputs[0]
@@ -120,10 +121,3 @@ def _node(op: str, inputs: list[ir.Value], attributes: dict[str, Any], name: str
     node = ir.node(op, inputs, attributes, name=name, num_outputs=1)
     node.outputs[0].name, node.outputs[0].type = f"{name}_output", ir.TensorType(dtype)
     return node
-
-
-def _constant(model: ir.Model, name: str, array: Array) -> ir.Value:
-    tensor = ir.Tensor(np.asarray(array, order="C"), name=name)
-    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-    model.graph.register_initializer(value)
-    return value

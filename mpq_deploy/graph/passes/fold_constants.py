@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
+from mpq_deploy.graph.constants import constant
 from mpq_deploy.graph.layers import STANDARD_DOMAINS
 from mpq_deploy.models.spec import Array
 
@@ -67,10 +68,7 @@ def _fold_uses(graph: ir.Graph, value: ir.Value) -> list[ir.Value]:
         if not sole:
             name = _free_name(graph, f"{name}.{_SUFFIXES[op]}")
         array = _FOLDS[op](value.const_value.numpy(), nodes[0])  # type: ignore[union-attr]
-        tensor = ir.tensor(array, name=name)
-        replacement = ir.Value(
-            name=name, shape=ir.Shape(list(array.shape)), type=ir.TensorType(tensor.dtype), const_value=tensor
-        )
+        replacement = constant(name, array)
         for node in nodes:
             node.outputs[0].replace_all_uses_with(replacement)
             graph.remove(node, safe=True)

@@ -17,6 +17,7 @@ import onnx
 import onnx_ir as ir
 
 from mpq_deploy.errors import ModelError
+from mpq_deploy.graph.constants import add_constant
 from mpq_deploy.graph.layers import LAYER_OPS, STANDARD_DOMAINS
 
 # Input slots that ONNX keeps in FP32 whatever the tensor's type: Resize's roi and scales.
@@ -146,9 +147,8 @@ def split_initializers(model: ir.Model, region: Fp16Region) -> list[ir.Value]:
         if len(in32) < len(uses):
             chosen.append(value)
             if in32:
-                copy = ir.Value(name=f"{value.name}//fp32", shape=value.shape, type=value.type)
-                copy.const_value = value.const_value
-                model.graph.register_initializer(copy)
+                assert value.const_value is not None
+                copy = add_constant(model, f"{value.name}//fp32", value.const_value)
                 for node, index in in32:
                     node.replace_input_with(index, copy)
     return chosen

@@ -6,7 +6,9 @@ import numpy as np
 import onnx_ir as ir
 
 from mpq_deploy.errors import ModelError
+from mpq_deploy.graph.constants import add_constant
 from mpq_deploy.graph.layers import STANDARD_DOMAINS
+from mpq_deploy.models.spec import Array
 
 # Until opset 20 GroupNormalization has one scale and bias per group, from 21 on one per channel. ONNX's own
 # converter leaves them as they are.
@@ -28,11 +30,11 @@ class GroupNormPass(ir.passes.InPlacePass):
         per_group = model.graph.opset_imports.get("", 0) < PER_CHANNEL_OPSET
         nodes = [n for n in model.graph if n.op_type == "GroupNormalization" and n.domain in STANDARD_DOMAINS]
         for node in nodes:
-            _replace(model.graph, node, per_group)
+            _replace(model, node, per_group)
         return ir.passes.PassResult(model, bool(nodes))
 
 
-def _replace(graph: ir.Graph, node: ir.Node, per_group: bool) -> None:
+def _replace(model: ir.Model, node: ir.Node, per_group: bool) -> None:
     x, scale, bias = node.inputs
     shape = x.shape if x is not None else None
     if shape is None or not isinstance(shape[1], int):
@@ -44,36 +46,32 @@ def _replace(graph: ir.Graph, node: ir.Node, per_group: bool) -> None:
     groups = int(node.attributes["num_groups"].value)
     attribute = node.attributes.get("epsilon")
     epsilon = EPSILON if attribute is None else float(attribute.value)
-    name, made = node.name or "GroupNormalization", _Maker(node.name or "GroupNormalization")
+    name = node.name or "GroupNormalization"
+    if per_group:
+        scale, bias = (_repeated(model, value, channels // groups, name) for value in (scale, bias))
+    made = _Maker(model, name)
     grouped = made.op("Reshape", x, made.constant("groups", np.array([0, groups, -1])))
-    ones, zeros = (
-        made.constant("ones", np.ones(groups, np.float32)),
-        made.constant("zeros", np.zeros(groups, np.float32)),
-    )
+    ones = made.constant("ones", np.ones(groups, np.float32))
+    zeros = made.constant("zeros", np.zeros(groups, np.float32))
     normal = made.op("InstanceNormalization", grouped, ones, zeros, epsilon=epsilon)
     back = made.op("Reshape", normal, made.op("Shape", x))
     column = made.constant("column", np.array([-1, *[1] * (rank - 2)]))
-    if per_group:
-        scale, bias = (_repeated(graph, value, channels // groups, name) for value in (scale, bias))
     scaled = made.op("Mul", back, made.op("Reshape", scale, column))
     shifted = made.op("Add", scaled, made.op("Reshape", bias, column))
     shifted.shape, shifted.type = node.outputs[0].shape, node.outputs[0].type
-    for value in made.constants:
-        graph.register_initializer(value)
-    graph.insert_before(node, made.nodes)
+    model.graph.insert_before(node, made.nodes)
     old = node.outputs[0]
     shifted.name = old.name
     old.replace_all_uses_with(shifted, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
+    model.graph.remove(node, safe=True)
 
 
 class _Maker:
     """Makes the nodes and constants of one replacement, named after the node that is replaced."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, model: ir.Model, name: str) -> None:
+        self.model, self.name = model, name
         self.nodes: list[ir.Node] = []
-        self.constants: list[ir.Value] = []
 
     def op(self, op: str, *inputs: ir.Value | None, **attributes: float) -> ir.Value:
         node = ir.node(op, list(inputs), attributes, name=f"{self.name}/{op}")
@@ -81,16 +79,11 @@ class _Maker:
         self.nodes.append(node)
         return node.outputs[0]
 
-    def constant(self, name: str, array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> ir.Value:
-        tensor = ir.tensor(array, name=f"{self.name}/{name}")
-        value = ir.Value(
-            name=tensor.name, shape=ir.Shape(list(array.shape)), type=ir.TensorType(tensor.dtype), const_value=tensor
-        )
-        self.constants.append(value)
-        return value
+    def constant(self, name: str, array: Array) -> ir.Value:
+        return add_constant(self.model, f"{self.name}/{name}", array)
 
 
-def _repeated(graph: ir.Graph, value: ir.Value | None, times: int, node: str) -> ir.Value:
+def _repeated(model: ir.Model, value: ir.Value | None, times: int, node: str) -> ir.Value:
     """Return a per-group weight with one entry per channel; the same one when groups are channels."""
     if value is None or value.const_value is None:
         raise ModelError(
@@ -99,11 +92,4 @@ def _repeated(graph: ir.Graph, value: ir.Value | None, times: int, node: str) ->
         )
     if times == 1:
         return value
-    array = np.repeat(value.const_value.numpy(), times)
-    name = f"{value.name}.per_channel"
-    if name not in graph.initializers:
-        tensor = ir.tensor(array, name=name)
-        graph.register_initializer(
-            ir.Value(name=name, shape=ir.Shape(list(array.shape)), type=value.type, const_value=tensor)
-        )
-    return graph.initializers[name]
+    return add_constant(model, f"{value.name}.per_channel", np.repeat(value.const_value.numpy(), times))
