@@ -98,9 +98,9 @@ def main() -> None:
     budgets = sorted({*parse_budgets(chosen.budgets), *LEADS})
     name = Path(recipe.model).stem if recipe.model else "demo"
     with open_pipeline(recipe, chosen.out or Path("runs") / f"bench-budgets-{name}", PlainTalk()) as pipeline:
-        result = run_sweep(pipeline, budgets, evaluate=True)
+        result = run_sweep(pipeline.current("measure", "controls"), budgets, evaluate=True)
         page = Page(f"Size against quality: {name}")
-        page.say(f"{weights_digest(pipeline)}\n\n{made_by_stages(pipeline, STAGES)}")
+        page.say(f"{weights_digest(pipeline.run)}\n\n{made_by_stages(pipeline.run, STAGES)}")
     page.say(budget_table(result["points"], result["controls"]))
     checks = [*lead_checks(result["points"], result["controls"]["int8"]), ratio_check(result["points"])]
     page.say("\n".join(line for _, line in checks))

@@ -25,8 +25,8 @@ from mpq_deploy.errors import InfeasibleBudgetError
 from mpq_deploy.evaluate.evaluate import evaluate
 from mpq_deploy.evaluate.evaluation_result import EvaluationOptions, VariantResult
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
-from mpq_deploy.run.common import Exported
-from mpq_deploy.run.pipeline import Pipeline, open_pipeline
+from mpq_deploy.run.pipeline import open_pipeline
+from mpq_deploy.run.view import Run
 from mpq_deploy.runtime.correction import Correction
 from mpq_deploy.stages.allocate import PlanSolver
 from mpq_deploy.stages.candidates import CONTROLS
@@ -73,10 +73,10 @@ class Row:
         return [self.name, held, f"{used}/{len(self.correction.steps)}", *pairs, f"{100 * self.noise_share:.2g} %"]
 
 
-def compare(pipeline: Pipeline, name: str, folder: Path) -> Row:
+def compare(run: Run, name: str, folder: Path) -> Row:
     """Fit the correction of the graphs in ``folder`` and evaluate it."""
-    exported, section = Exported(pipeline), pipeline.recipe.evaluate
-    correction = correction_for(pipeline, folder)
+    exported, section = run.exported, run.recipe.evaluate
+    correction = correction_for(run, folder)
     options = EvaluationOptions(
         samples=section.samples,
         steps=section.steps,
@@ -95,8 +95,8 @@ def compare(pipeline: Pipeline, name: str, folder: Path) -> Row:
             spec,
             exported.conditions,
             chosen,
-            pipeline.talk,
-            cache=pipeline.run.path / ".samples",
+            run.talk,
+            cache=run.path / ".samples",
             corrections={"corrected": correction},
         )
         found.append((result.variants["plain"], result.variants["corrected"]))
@@ -131,7 +131,7 @@ def measure_model(model: str, changes: list[str], out: Path, page: Page) -> list
     missing = []
     with open_pipeline(recipe, out, PlainTalk()) as pipeline:
         pipeline.run_until("controls")
-        solver = PlanSolver(pipeline)
+        solver = PlanSolver(pipeline.run)
         for budget in BUDGETS:
             try:
                 plan = solver.solve(str(budget))
@@ -139,12 +139,12 @@ def measure_model(model: str, changes: list[str], out: Path, page: Page) -> list
                 missing.append(f"At {budget:g} no plan fits {model}: the smallest takes {error.smallest:,} bytes.")
                 continue
             with tempfile.TemporaryDirectory(dir=pipeline.run.scratch()) as folder:
-                write_plan(pipeline, plan.schemes, Path(folder))
-                rows.append(compare(pipeline, f"ours, {budget:g}", Path(folder)))
+                write_plan(pipeline.run, plan.schemes, Path(folder))
+                rows.append(compare(pipeline.run, f"ours, {budget:g}", Path(folder)))
         for name in CONTROLS:
-            rows.append(compare(pipeline, f"everything {name.upper()}", pipeline.folder("controls") / name))
+            rows.append(compare(pipeline.run, f"everything {name.upper()}", pipeline.run.stage("controls") / name))
         page.say(f"## {Path(model).stem}")
-        page.say(f"{weights_digest(pipeline)}\n\n{made_by_stages(pipeline, STAGES)}")
+        page.say(f"{weights_digest(pipeline.run)}\n\n{made_by_stages(pipeline.run, STAGES)}")
     page.say("\n\n".join([markdown(HEADER, [row.cells() for row in rows]), *missing]))
     return rows
 

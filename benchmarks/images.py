@@ -73,11 +73,9 @@ def main() -> None:
     recipe = bench_recipe(None, chosen.set, {"model": chosen.model, "budget": "0.35", "engine.build": False})
     options = MetricsOptions(images=chosen.images, workers=chosen.workers, controls=True)
     with open_pipeline(recipe, chosen.out or Path(f"runs/bench-images-{chosen.model}"), PlainTalk()) as pipeline:
-        for stage in ("quantize", "controls"):
-            pipeline.run_until(stage)
-        metrics = measure_metrics(pipeline, options)
+        metrics = measure_metrics(pipeline.current("quantize", "controls"), options)
         page = Page(f"Distribution of the images: {chosen.model}")
-        page.say(weights_digest(pipeline))
+        page.say(weights_digest(pipeline.run))
     for against in ("real", "float"):
         rows = of_kind(metrics, against)
         page.say(frechet_about(rows[OURS]))

@@ -25,8 +25,8 @@ from table import Page, bench_recipe, markdown, verdict
 from mpq_deploy.recipe import Recipe, load_recipe
 from mpq_deploy.run.folder import RunFolder
 from mpq_deploy.run.memory_model import StageMemory
-from mpq_deploy.run.pipeline import Pipeline
 from mpq_deploy.run.stage_memory import stage_memory
+from mpq_deploy.run.view import Run
 from mpq_deploy.system.progress import Talk
 
 DEMOS = ("digits", "emoji")
@@ -63,12 +63,12 @@ def beside(work: Path, recipe: Recipe, run: bool) -> list[tuple[StageMemory, Sta
         if kept.is_file()
         else {}
     )
-    pipeline = Pipeline(RunFolder(work / "run"), recipe, Talk())
+    view = Run(recipe, RunFolder(work / "run"), Talk())
     found = []
     for stage in STAGES:
         if stage not in costs and not run:
             continue
-        estimate = stage_memory(pipeline, stage)
+        estimate = stage_memory(view, stage)
         if stage not in costs:
             costs[stage] = in_child(["--child", stage, "--out", str(work)])
             kept.write_text(json.dumps([asdict(cost) for cost in costs.values()], indent=1) + "\n", encoding="utf-8")

@@ -29,8 +29,8 @@ from table import Page, bench_recipe, decibels, markdown, verdict
 from mpq_deploy.evaluate.evaluate import evaluate
 from mpq_deploy.evaluate.evaluation_result import EvaluationOptions, VariantResult
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
-from mpq_deploy.run.common import Exported, load_calibration
-from mpq_deploy.run.pipeline import Pipeline, open_pipeline
+from mpq_deploy.run.pipeline import open_pipeline
+from mpq_deploy.run.view import Exported, Run
 from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.stages.candidates import candidates_of
 from mpq_deploy.stages.quantize import write_plan
@@ -55,9 +55,9 @@ OUTLIER_LAYERS = 10
 IN_PLACE_OF = ("w8a8+cols1", "w8a8+cols2", "w8a8+scale5", "w8a16")
 
 
-def rescaled(pipeline: Pipeline, folder: Path) -> float:
+def rescaled(run: Run, folder: Path) -> float:
     """Write the twin of the exported model as an ONNX model; return how far its output is from the model's."""
-    exported = Exported(pipeline)
+    exported = run.exported
     model = onnx.load(exported.path)
     weights = {t.name: t for t in model.graph.initializer}
     uses = {use.node: layer for layer in exported.graph.layers for use in layer.uses if len(layer.uses) == 1}
@@ -125,12 +125,11 @@ def difference(exported: Exported, twin: Path) -> float:
     return float(np.abs(outputs[0] - outputs[1]).max() / np.abs(outputs[0]).max())
 
 
-def measured(pipeline: Pipeline, samples: int) -> dict[str, tuple[VariantResult, float]]:
+def measured(run: Run, samples: int) -> dict[str, tuple[VariantResult, float]]:
     """Return the result of every plan and its size as a share of FP16."""
-    pipeline.run_until("candidates")
-    exported = Exported(pipeline)
-    candidates = candidates_of(pipeline, exported.graph)
-    section = pipeline.recipe.evaluate
+    exported = run.exported
+    candidates = candidates_of(run, exported.graph)
+    section = run.recipe.evaluate
     with tempfile.TemporaryDirectory() as name:
         variants, sizes = {}, {}
         for title, preferred in PLANS.items():
@@ -143,25 +142,22 @@ def measured(pipeline: Pipeline, samples: int) -> dict[str, tuple[VariantResult,
             }
             folder = Path(name) / str(len(variants))
             folder.mkdir()
-            sizes[title] = write_plan(pipeline, plan, folder)
+            sizes[title] = write_plan(run, plan, folder)
             variants[title] = folder / SIMULATED
         options = EvaluationOptions(
             samples=samples, steps=section.steps, timesteps=section.timesteps, seed=section.seed, latency_calls=0
         )
-        found = evaluate(
-            variants, exported.path, exported.spec, exported.conditions, options, pipeline.talk, sizes=sizes
-        )
+        found = evaluate(variants, exported.path, exported.spec, exported.conditions, options, run.talk, sizes=sizes)
     whole = exported.facts["fp16_size_bytes"]
     return {title: (found.variants[title], sizes[title] / whole) for title in PLANS}
 
 
-def strongest(pipeline: Pipeline) -> str:
+def strongest(run: Run) -> str:
     """Return a table of the layers whose inputs have the strongest outliers, and their predicted losses."""
-    pipeline.run_until("measure")
-    losses = SensitivityTable.load(pipeline.folder("measure")).losses
-    _, stats = load_calibration(pipeline)
+    losses = SensitivityTable.load(run.stage("measure")).losses
+    stats = run.calibration.stats
     stretch = {}
-    for layer in Exported(pipeline).graph.layers:
+    for layer in run.exported.graph.layers:
         amax = np.max([stats.activations[tensor].amax for tensor in layer.inputs], axis=0)
         if len(amax) >= SHARE // 2 and "w8a8+cols1" in losses[layer.name]:
             stretch[layer.name] = float(amax.max() / np.median(amax))
@@ -204,14 +200,14 @@ def main() -> int:
     with open_pipeline(
         bench_recipe(None, options.set, {"model": options.model, **branches}), options.run / "model", talk
     ) as pipeline:
-        plain = measured(pipeline, options.samples)
-        real = strongest(pipeline)
+        plain = measured(pipeline.current("candidates"), options.samples)
+        real = strongest(pipeline.current("measure"))
         folder = options.run / "twin-model"
         folder.mkdir(exist_ok=True)
-        apart = rescaled(pipeline, folder)
+        apart = rescaled(pipeline.run, folder)
     values = {"model": str(folder / "twin.onnx"), "conditions": str(folder / "conditions.npz"), **branches}
     with open_pipeline(bench_recipe(None, options.set, values), options.run / "twin", talk) as pipeline:
-        twin = measured(pipeline, options.samples)
+        twin = measured(pipeline.current("candidates"), options.samples)
     page.say("## The model itself\n\n" + table(plain))
     page.say(
         f"## Its rescaled twin (synthetic)\n\nOne input channel in {SHARE} of every wide enough layer is {FACTOR:g} "

@@ -30,8 +30,8 @@ from mpq_deploy.evaluate.evaluation_result import EvaluationOptions
 from mpq_deploy.evaluate.fresh import FreshCalls, FreshOptions, standard_error
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
 from mpq_deploy.models.spec import Array
-from mpq_deploy.run.common import Exported
-from mpq_deploy.run.pipeline import Pipeline, open_pipeline
+from mpq_deploy.run.pipeline import open_pipeline
+from mpq_deploy.run.view import Run
 from mpq_deploy.stages.allocate import PlanSolver
 from mpq_deploy.stages.quantize import write_plan
 from mpq_deploy.studies.sweep import parse_budgets
@@ -66,9 +66,9 @@ class Row:
 class Truth:
     """The float model on fresh trajectories, and the error of any plan there."""
 
-    def __init__(self, pipeline: Pipeline, images: int, seed: int) -> None:
-        self.pipeline, self.exported = pipeline, Exported(pipeline)
-        options = FreshOptions(images, STEPS, seed, pipeline.recipe.evaluate.sampler)
+    def __init__(self, run: Run, images: int, seed: int) -> None:
+        self.run, self.exported = run, run.exported
+        options = FreshOptions(images, STEPS, seed, run.recipe.evaluate.sampler)
         self._calls = FreshCalls(self.exported.path, self.exported.spec, self.exported.conditions, options, Talk())
         self._kept: dict[str, Array] = {}
 
@@ -76,8 +76,8 @@ class Truth:
         """Return each call's relative squared error, mean over timesteps; their mean is the measured error."""
         key = repr(sorted(schemes.items()))
         if key not in self._kept:
-            with tempfile.TemporaryDirectory(dir=self.pipeline.run.scratch()) as folder:
-                write_plan(self.pipeline, schemes, Path(folder))
+            with tempfile.TemporaryDirectory(dir=self.run.scratch()) as folder:
+                write_plan(self.run, schemes, Path(folder))
                 self._kept[key] = self._calls.errors(Path(folder) / SIMULATED)
         return self._kept[key]
 
@@ -87,29 +87,29 @@ def relative_error(values: Array, of: float) -> float:
     return standard_error(values) / of
 
 
-def psnr(pipeline: Pipeline, plans: list[dict[str, str]]) -> tuple[float, ...]:
+def psnr(run: Run, plans: list[dict[str, str]]) -> tuple[float, ...]:
     """Return the PSNR of each plan: mean over the images of all seeds."""
-    exported = Exported(pipeline)
+    exported = run.exported
     found = []
-    with tempfile.TemporaryDirectory(dir=pipeline.run.scratch()) as folder:
+    with tempfile.TemporaryDirectory(dir=run.scratch()) as folder:
         variants = {}
         for number, schemes in enumerate(plans):
             place = Path(folder) / str(number)
             place.mkdir()
-            write_plan(pipeline, schemes, place)
+            write_plan(run, schemes, place)
             variants[str(number)] = place / SIMULATED
         for seed in PSNR_SEEDS:
             options = EvaluationOptions(
                 samples=PSNR_IMAGES, steps=STEPS, timesteps=1, batch_size=16, seed=seed, latency_calls=0
             )
-            cache = pipeline.run.path / ".samples"
+            cache = run.path / ".samples"
             arguments = (variants, exported.path, exported.spec, exported.conditions, options, Talk())
             result = evaluate(*arguments, cache=cache)
             found.append([result.variants[name].psnr_db for name in variants])
     return tuple(float(value) for value in np.mean(found, axis=0))
 
 
-def row_of(pipeline: Pipeline, truth: Truth, solvers: dict[bool, PlanSolver], budget: float) -> Row | None:
+def row_of(run: Run, truth: Truth, solvers: dict[bool, PlanSolver], budget: float) -> Row | None:
     """Solve one budget with and without the cross terms, and measure both plans; None when no plan fits."""
     try:
         plan, plain = (solvers[refined].solve(str(budget)) for refined in (True, False))
@@ -127,7 +127,7 @@ def row_of(pipeline: Pipeline, truth: Truth, solvers: dict[bool, PlanSolver], bu
         base,
         relative_error(errors - plain_errors, base),
         plan.cross_terms,
-        psnr(pipeline, [plain.schemes, plan.schemes])[:2] if differ else None,  # type: ignore[arg-type]
+        psnr(run, [plain.schemes, plan.schemes])[:2] if differ else None,  # type: ignore[arg-type]
     )
 
 
@@ -186,11 +186,11 @@ def main() -> None:
         name = Path(model).stem
         with open_pipeline(recipe, chosen.out / f"bench-predict-{name}", PlainTalk()) as pipeline:
             pipeline.run_until("measure")
-            page.say(f"## {name}\n\n{weights_digest(pipeline)}\n\n{made_by_stages(pipeline, STAGES)}")
-            truth = Truth(pipeline, chosen.images, chosen.seed)
-            solvers = {refined: PlanSolver(pipeline) for refined in (True, False)}
+            page.say(f"## {name}\n\n{weights_digest(pipeline.run)}\n\n{made_by_stages(pipeline.run, STAGES)}")
+            truth = Truth(pipeline.run, chosen.images, chosen.seed)
+            solvers = {refined: PlanSolver(pipeline.run) for refined in (True, False)}
             solvers[False].section = recipe.allocate.model_copy(update={"cross_terms": False})
-            found = [row_of(pipeline, truth, solvers, budget) for budget in parse_budgets(chosen.budgets)]
+            found = [row_of(pipeline.run, truth, solvers, budget) for budget in parse_budgets(chosen.budgets)]
         rows = [row for row in found if row is not None]
         header = ("budget", "predicted", "measured", "predicted / measured", "rho", "moves", "change held back")
         page.say(markdown((*header, "change measured", "PSNR dB"), [cells(row) for row in rows]))

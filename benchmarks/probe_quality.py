@@ -25,9 +25,9 @@ from table import Page, bench_recipe, markdown, verdict, weights_digest
 import mpq_deploy.sensitivity
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.graph.layers import Layer
-from mpq_deploy.run.common import Exported, load_calibration
 from mpq_deploy.run.folder import file_digest
-from mpq_deploy.run.pipeline import Pipeline, open_pipeline
+from mpq_deploy.run.pipeline import open_pipeline
+from mpq_deploy.run.view import Run
 from mpq_deploy.sensitivity.exhaustive import measure_exhaustive
 from mpq_deploy.sensitivity.measure import MeasureOptions, measure
 from mpq_deploy.sensitivity.subject import Subject
@@ -45,32 +45,32 @@ WANTED, FEWEST = 0.98, 10
 Found = dict[str, SensitivityTable]
 
 
-def measured(pipeline: Pipeline, metric: str, layers: list[Layer]) -> SensitivityTable:
+def measured(run: Run, metric: str, layers: list[Layer]) -> SensitivityTable:
     """Return the table of a metric, kept in the run folder as a stage of its own."""
     name = f"bench-{metric}"
-    inputs = {**INPUTS["measure"](pipeline), "recipe.measure.method": metric, "code": code_digest()}
+    inputs = {**INPUTS["measure"](run), "recipe.measure.method": metric, "code": code_digest()}
     if metric == TRUTH:
         inputs["layers"] = [layer.name for layer in layers]
-    if pipeline.run.changed_fields(name, inputs) != []:
+    if run.folder.changed_fields(name, inputs) != []:
         started = time.process_time()
-        with metered() as reading, pipeline.run.writing(name, inputs) as folder:
-            measure_one(pipeline, metric, layers).save(folder)
-        pipeline.run.save_timing(name, time.process_time() - started, reading.peak_rss_bytes)
-    return SensitivityTable.load(pipeline.run.stage(name))
+        with metered() as reading, run.folder.writing(name, inputs) as folder:
+            measure_one(run, metric, layers).save(folder)
+        run.folder.save_timing(name, time.process_time() - started, reading.peak_rss_bytes)
+    return SensitivityTable.load(run.stage(name))
 
 
-def measure_one(pipeline: Pipeline, metric: str, layers: list[Layer]) -> SensitivityTable:
-    """Measure ``metric`` on the calls that the pipeline measures on; the truth only for ``layers``."""
-    exported, section = Exported(pipeline), pipeline.recipe.measure
-    inputs, stats = load_calibration(pipeline)
+def measure_one(run: Run, metric: str, layers: list[Layer]) -> SensitivityTable:
+    """Measure ``metric`` on the calls that the run measures on; the truth only for ``layers``."""
+    exported, section = run.exported, run.recipe.measure
+    inputs, stats = run.calibration
     options = MeasureOptions(
         probes=section.probes,
         samples=section.samples,
         batch_size=section.batch_size,
         seed=section.seed,
     )
-    candidates = candidates_of(pipeline, exported.graph)
-    calls = (inputs.split(section.samples)[1], exported.conditions, exported.spec, options, pipeline.talk)
+    candidates = candidates_of(run, exported.graph)
+    calls = (inputs.split(section.samples)[1], exported.conditions, exported.spec, options, run.talk)
     subject = Subject(exported.graph, candidates, stats, *calls)
     if metric != TRUTH:
         return measure(metric, subject)
@@ -116,9 +116,9 @@ def agreement(found: Found) -> tuple[str, list[tuple[str, int, float]]]:
     return markdown(header, rows), probes
 
 
-def costs(pipeline: Pipeline, found: Found) -> str:
+def costs(run: Run, found: Found) -> str:
     """Return the table of seconds and memory."""
-    timings = pipeline.run.timings()
+    timings = run.folder.timings()
     rows = []
     for metric in (*CHEAP, TRUTH):
         timing = timings[f"bench-{metric}"]
@@ -144,19 +144,19 @@ def main() -> None:
     name = Path(chosen.model).stem
     with open_pipeline(recipe, chosen.out or Path("runs") / f"bench-probe-quality-{name}", PlainTalk()) as pipeline:
         pipeline.run_until("candidates")
-        every = [n for n in Exported(pipeline).graph.layers if fnmatch.fnmatchcase(n.name, chosen.layers)]
+        every = [n for n in pipeline.run.exported.graph.layers if fnmatch.fnmatchcase(n.name, chosen.layers)]
         layers = every[:: chosen.every]
         if not layers:
             parser.error(f"no layer is named like {chosen.layers}")
-        found = {metric: measured(pipeline, metric, layers) for metric in (*CHEAP, TRUTH)}
+        found = {metric: measured(pipeline.run, metric, layers) for metric in (*CHEAP, TRUTH)}
         section = recipe.measure
         page = Page(f"Sensitivity metrics against the truth: {name}")
-        page.say(weights_digest(pipeline))
+        page.say(weights_digest(pipeline.run))
         calls = f"{recipe.calibrate.timesteps} timesteps x {section.samples} samples"
         page.say(f"{calls}, {section.probes} probes, rounding {recipe.quantize.rounding}, {len(layers)} layers.")
         table, probes = agreement(found)
         page.say(table)
-        page.say(costs(pipeline, found))
+        page.say(costs(pipeline.run, found))
     judged = [(scheme, rank) for scheme, count, rank in probes if count >= FEWEST]
     passed = bool(judged) and all(rank >= WANTED for _, rank in judged)
     worst = min(judged, key=lambda item: item[1], default=("none", float("nan")))

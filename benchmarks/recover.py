@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 from table import Page, bench_recipe, decibels, markdown, verdict, weights_digest
 
-from mpq_deploy.allocate.milp import PrecisionPlan
 from mpq_deploy.evaluate.evaluation_result import Evaluation
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
 from mpq_deploy.recover.recover import recover, write_recovered
 from mpq_deploy.recover.training_trajectories import TrajectoryRecorder
-from mpq_deploy.run.pipeline import Pipeline, open_pipeline
+from mpq_deploy.run.pipeline import open_pipeline
+from mpq_deploy.run.view import Run
 from mpq_deploy.stages.evaluate import evaluate_variants
 from mpq_deploy.stages.recover import recover_options, recover_task
 from mpq_deploy.system.progress import PlainTalk
@@ -67,21 +67,21 @@ class Row:
     minutes: float
 
 
-def train_and_evaluate(pipeline: Pipeline, part: str, seed: int, folder: Path) -> Row:
+def train_and_evaluate(run: Run, part: str, seed: int, folder: Path) -> Row:
     """Train the plan of an open run as ``part`` says, and evaluate what is written."""
-    plan = PrecisionPlan.load(pipeline.folder("allocate") / "plan.json")
-    task = recover_task(pipeline, plan.schemes)
-    options = replace(recover_options(pipeline), seed=seed, **PARTS[part])
-    steps, sampler = pipeline.recipe.calibrate.steps, pipeline.recipe.evaluate.sampler
+    plan = run.plan
+    task = recover_task(run, plan.schemes)
+    options = replace(recover_options(run), seed=seed, **PARTS[part])
+    steps, sampler = run.recipe.calibrate.steps, run.recipe.evaluate.sampler
     recorder = TrajectoryRecorder(task.model, task.spec, task.conditions, steps, sampler)
     started, cpu = time.monotonic(), time.process_time()
-    recovered = recover(task, options, recorder, pipeline.talk, folder / "checkpoint", part)
+    recovered = recover(task, options, recorder, run.talk, folder / "checkpoint", part)
     minutes, cpu_minutes = (time.monotonic() - started) / 60, (time.process_time() - cpu) / 60
-    graph = pipeline.folder("quantize") / SIMULATED
+    graph = run.stage("quantize") / SIMULATED
     if recovered.recovery.improved:
         write_recovered(task, recovered, folder)
         graph = folder / SIMULATED
-    result = evaluate_variants(pipeline, graph, plan.size_bytes, latency=False).variants["ours"]
+    result = evaluate_variants(run, graph, plan.size_bytes, latency=False).variants["ours"]
     held_out = (recovered.recovery.before, recovered.recovery.after)
     return Row(held_out, result.measured_nmse, result.psnr_db, cpu_minutes, minutes)
 
@@ -106,13 +106,13 @@ def measure_model(model: str, chosen: argparse.Namespace, page: Page) -> bool:
     with open_pipeline(recipe, chosen.out / Path(model).stem, PlainTalk()) as pipeline:
         for stage in ("quantize", "controls"):
             pipeline.run_until(stage)
-        page.say(f"## {Path(model).stem}, budget {chosen.budget}\n\n{weights_digest(pipeline)}")
-        plan = planned(pipeline)
+        page.say(f"## {Path(model).stem}, budget {chosen.budget}\n\n{weights_digest(pipeline.run)}")
+        plan = planned(pipeline.run)
         for part in chosen.parts:
             for seed in chosen.seeds:
                 with tempfile.TemporaryDirectory(dir=pipeline.run.scratch()) as folder:
-                    rows[part].append(train_and_evaluate(pipeline, part, seed, Path(folder)))
-                    pipeline.talk.line(" | ".join(cells(part, rows[part][-1:], plan.nmse)))
+                    rows[part].append(train_and_evaluate(pipeline.run, part, seed, Path(folder)))
+                    pipeline.run.talk.line(" | ".join(cells(part, rows[part][-1:], plan.nmse)))
     first = ["the plan", "", f"{plan.nmse:.2e}", "", "", decibels(plan.psnr_db), "", ""]
     page.say(markdown(HEADER, [first, *(cells(part, found, plan.nmse) for part, found in rows.items())]))
     if "recovery" not in rows:
@@ -128,11 +128,11 @@ def measure_model(model: str, chosen: argparse.Namespace, page: Page) -> bool:
     return passed
 
 
-def planned(pipeline: Pipeline) -> Row:
+def planned(run: Run) -> Row:
     """Evaluate the plan as it is."""
-    plan = PrecisionPlan.load(pipeline.folder("allocate") / "plan.json")
-    graph = pipeline.folder("quantize") / SIMULATED
-    found: Evaluation = evaluate_variants(pipeline, graph, plan.size_bytes, latency=False)
+    plan = run.plan
+    graph = run.stage("quantize") / SIMULATED
+    found: Evaluation = evaluate_variants(run, graph, plan.size_bytes, latency=False)
     return Row((0.0, 0.0), found.variants["ours"].measured_nmse, found.variants["ours"].psnr_db, 0.0, 0.0)
 
 

@@ -33,7 +33,8 @@ from table import Page, bench_recipe, markdown, verdict, weights_digest
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
 from mpq_deploy.recover.recover import recover, write_recovered
 from mpq_deploy.recover.training_trajectories import TrajectoryRecorder
-from mpq_deploy.run.pipeline import Pipeline, open_pipeline
+from mpq_deploy.run.pipeline import open_pipeline
+from mpq_deploy.run.view import Run
 from mpq_deploy.stages.recover import recover_options, recover_task
 from mpq_deploy.system.progress import PlainTalk
 
@@ -98,9 +99,9 @@ class Row:
 class LowBits:
     """One run of the target simulate: plans, their training and evaluation."""
 
-    def __init__(self, pipeline: Pipeline, model: str, body: str, samples: int) -> None:
-        self.pipeline, self.body = pipeline, body
-        self.bench = Bench(pipeline, model, samples)
+    def __init__(self, run: Run, model: str, body: str, samples: int) -> None:
+        self.run, self.body = run, body
+        self.bench = Bench(run, model, samples)
         self._untrained: dict[str, float] = {}
 
     def plan(self, name: str, part: Part) -> Plan:
@@ -114,16 +115,16 @@ class LowBits:
 
     def train(self, name: str, part: Part, seed: int, steps: int) -> Row:
         """Train and evaluate one part."""
-        pipeline, plan = self.pipeline, self.plan(name, part)
-        recipe = pipeline.recipe
-        task = recover_task(pipeline, plan.schemes)
-        options = replace(recover_options(pipeline), steps=steps, seed=seed, **part.settings)
+        run, plan = self.run, self.plan(name, part)
+        recipe = run.recipe
+        task = recover_task(run, plan.schemes)
+        options = replace(recover_options(run), steps=steps, seed=seed, **part.settings)
         args = (task.model, task.spec, task.conditions, recipe.calibrate.steps, recipe.evaluate.sampler)
         cpu = time.process_time()
-        with tempfile.TemporaryDirectory(dir=pipeline.run.scratch()) as scratch:
+        with tempfile.TemporaryDirectory(dir=run.scratch()) as scratch:
             folder = Path(scratch)
             state = folder / "checkpoint"
-            recovered = recover(task, options, TrajectoryRecorder(*args), pipeline.talk, state, f"{name} {seed}")
+            recovered = recover(task, options, TrajectoryRecorder(*args), run.talk, state, f"{name} {seed}")
             minutes = (time.process_time() - cpu) / 60
             write_recovered(task, recovered, folder)
             return Row(recovered.recovery.before, self.bench.evaluate_graph(plan, folder / SIMULATED), minutes)
@@ -175,15 +176,16 @@ def measure_model(model: str, chosen: argparse.Namespace, page: Page) -> list[bo
     rows: dict[str, list[Row]] = {name: [] for name in PARTS if name in chosen.parts}
     with open_pipeline(recipe, chosen.out / f"{model}-simulate", PlainTalk()) as pipeline:
         pipeline.run_until("measure")
-        bench = LowBits(pipeline, model, body, chosen.samples)
+        bench = LowBits(pipeline.run, model, body, chosen.samples)
         page.say(
-            f"## {model}, {chosen.bits.upper()}, simulated\n\n{weights_digest(pipeline)}\n\n{chosen.steps} updates, "
+            f"## {model}, {chosen.bits.upper()}, simulated\n\n{weights_digest(pipeline.run)}\n\n"
+            f"{chosen.steps} updates, "
             f"seeds {', '.join(map(str, chosen.seeds))}; {chosen.samples} images."
         )
         for seed in chosen.seeds:
             for name, found in rows.items():
                 found.append(bench.train(name, PARTS[name], seed, chosen.steps))
-                pipeline.talk.line(" | ".join(cells(name, found[-1:], [], 0.0)))
+                pipeline.run.talk.line(" | ".join(cells(name, found[-1:], [], 0.0)))
         float_real = bench.bench.float_real
     base = rows.get("base", [])
     page.say(markdown(HEADER, [cells(name, found, base, float_real) for name, found in rows.items()]))

@@ -22,7 +22,6 @@ from typing import Any
 
 from table import Page, bench_recipe, markdown, verdict
 
-from mpq_deploy.allocate.milp import PrecisionPlan
 from mpq_deploy.recover.recover import expected_memory, recover
 from mpq_deploy.recover.training_trajectories import TrajectoryRecorder
 from mpq_deploy.run.pipeline import open_pipeline
@@ -61,12 +60,12 @@ def child(recipe_text: str, run: Path) -> None:
     """Train two updates; print what was expected and the peak, bytes."""
     recipe = bench_recipe(None, [], json.loads(recipe_text))
     with open_pipeline(recipe, run, PlainTalk()) as pipeline, tempfile.TemporaryDirectory() as folder:
-        plan = PrecisionPlan.load(pipeline.folder("allocate") / "plan.json")
-        task, options = recover_task(pipeline, plan.schemes), recover_options(pipeline)
+        plan = pipeline.run.plan
+        task, options = recover_task(pipeline.run, plan.schemes), recover_options(pipeline.run)
         steps, sampler = recipe.calibrate.steps, recipe.evaluate.sampler
         recorder = TrajectoryRecorder(task.model, task.spec, task.conditions, steps, sampler)
-        estimate = expected_memory(task, options, recorder.calls, pipeline.talk)
-        recover(task, options, recorder, pipeline.talk, Path(folder) / "checkpoint", "memory")
+        estimate = expected_memory(task, options, recorder.calls, pipeline.run.talk)
+        recover(task, options, recorder, pipeline.run.talk, Path(folder) / "checkpoint", "memory")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     parts = {key: getattr(estimate, key) for key in ("total", "weights", "adapters", "values", "trajectories")}
     print(json.dumps({**parts, "peak": peak}))

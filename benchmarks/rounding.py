@@ -16,7 +16,6 @@ from pathlib import Path
 from predict import Truth, relative_error
 from table import Page, bench_recipe, markdown, verdict, weights_digest
 
-from mpq_deploy.engine.target import load_target
 from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.stages.candidates import control_scheme
 from mpq_deploy.system.progress import PlainTalk
@@ -38,9 +37,9 @@ def measure_model(model: str, chosen: argparse.Namespace, page: Page) -> bool:
         with open_pipeline(recipe, chosen.out / f"bench-rounding-{Path(model).stem}", PlainTalk()) as pipeline:
             pipeline.run_until("candidates")
             if not rows:
-                page.say(f"## {Path(model).stem}\n\n{weights_digest(pipeline)}")
-            truth = Truth(pipeline, chosen.images, chosen.seed)
-            target = load_target(pipeline.recipe.target)
+                page.say(f"## {Path(model).stem}\n\n{weights_digest(pipeline.run)}")
+            truth = Truth(pipeline.run, chosen.images, chosen.seed)
+            target = pipeline.run.target
             schemes = {layer.name: control_scheme(layer, BODY, target).name for layer in truth.exported.graph.layers}
             found = truth.errors(schemes)
             errors.append(float(found.mean()))

@@ -41,7 +41,8 @@ from mpq_deploy.formats.simulated import SimulatedMatrix
 from mpq_deploy.formats.sizes import FP16_BYTES
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
 from mpq_deploy.models.bundled import DEMOS
-from mpq_deploy.run.pipeline import Pipeline, open_pipeline
+from mpq_deploy.run.pipeline import open_pipeline
+from mpq_deploy.run.view import Run
 from mpq_deploy.stages.allocate import PlanSolver
 from mpq_deploy.stages.candidates import candidates_of
 from mpq_deploy.stages.quantize import write_plan
@@ -93,9 +94,9 @@ class Result:
 class Bench:
     """One finished measurement: plans by solver or by rule, and their evaluation."""
 
-    def __init__(self, pipeline: Pipeline, model: str, samples: int) -> None:
-        self.pipeline, self.samples = pipeline, samples
-        self.solver = PlanSolver(pipeline)
+    def __init__(self, run: Run, model: str, samples: int) -> None:
+        self.run, self.samples = run, samples
+        self.solver = PlanSolver(run)
         self.choices = list(self.solver.choices)
         self.fixed = self.solver.fp16_size - FP16_BYTES * self.solver.weights
         options = NetworkOptions(demo=model)
@@ -132,15 +133,15 @@ class Bench:
         """Sample every plan and the float model from the same noise, and compare."""
         results = []
         for plan in plans:
-            with tempfile.TemporaryDirectory(dir=self.pipeline.run.scratch()) as folder:
-                written = write_plan(self.pipeline, plan.schemes, Path(folder))
+            with tempfile.TemporaryDirectory(dir=self.run.scratch()) as folder:
+                written = write_plan(self.run, plan.schemes, Path(folder))
                 assert written == plan.size_bytes, f"{written} bytes written, {plan.size_bytes} planned"
                 results.append(self.evaluate_graph(plan, Path(folder) / SIMULATED))
         return results
 
     def evaluate_graph(self, plan: Plan, graph: Path) -> Result:
         """Sample ``graph``, written for ``plan``, and the float model from the same noise, and compare."""
-        section, exported = self.pipeline.recipe.evaluate, self.solver.exported
+        section, exported = self.run.recipe.evaluate, self.solver.exported
         options = EvaluationOptions(
             samples=self.samples,
             steps=section.steps,
@@ -156,8 +157,8 @@ class Bench:
             exported.spec,
             exported.conditions,
             options,
-            self.pipeline.talk,
-            cache=self.pipeline.run.path / ".samples",
+            self.run.talk,
+            cache=self.run.path / ".samples",
         )
         floats, ours = (Moments.of(self.network.features(found.images[name])) for name in ("float", "plan"))
         self.float_real = frechet_distance(floats, self.real)
@@ -238,18 +239,18 @@ def against_orm(
     plain = bench_recipe(None, changes, recipe_values)
     with open_pipeline(plain, out, PlainTalk()) as pipe:
         pipe.run_until("measure")
-        bench = Bench(pipe, model, samples)
+        bench = Bench(pipe.run, model, samples)
         # Not from the run by orm, which leaves out schemes whose activations have other bits than it fixes.
         uniforms = {name: bench.uniform(name, *preferred) for name, (preferred, _) in cases.items()}
     budgets = {name: int(MORE * uniform.size_bytes) for name, uniform in uniforms.items()}
     by_orm = bench_recipe(None, changes, {**recipe_values, "measure.method": "orm"})
     with open_pipeline(by_orm, other_method(out, "orm"), PlainTalk()) as pipe:
         pipe.run_until("measure")
-        bench = Bench(pipe, model, samples)
+        bench = Bench(pipe.run, model, samples)
         for name, (_, allowed) in cases.items():
             mixed[name] = bench.ours("MPQ-Diff: ORM's allocation, +16.5 %", budgets[name], allowed)
     with open_pipeline(plain, out, PlainTalk()) as pipe:
-        bench = Bench(pipe, model, samples)
+        bench = Bench(pipe.run, model, samples)
         for name, (_, allowed) in cases.items():
             plans = [
                 uniforms[name],
@@ -295,7 +296,7 @@ def shared_bits(bench: Bench, body: str) -> str:
     channels = residuals = 0
     moved = {"omq": 0, "zres": 0}
     bits = SCHEMES[body].bits[0]
-    for candidates in candidates_of(bench.pipeline, bench.solver.exported.graph).values():
+    for candidates in candidates_of(bench.run, bench.solver.exported.graph).values():
         for kind in moved:
             matrix = candidates.forms.get(SCHEMES[f"{body}+{kind}"].weight_form)
             if isinstance(matrix, SimulatedMatrix):
@@ -327,8 +328,8 @@ def measure_model(
     if "low-bits" in parts or "orm-simulated" in parts:
         with open_pipeline(bench_recipe(None, changes, simulated), out / f"{model}-simulate", PlainTalk()) as pipeline:
             pipeline.run_until("measure")
-            page.say(about(pipeline, samples))
-            bench = Bench(pipeline, model, samples)
+            page.say(about(pipeline.run, samples))
+            bench = Bench(pipeline.run, model, samples)
             for bits, activation in ((2, 4), (3, 6)) if "low-bits" in parts else ():
                 checks += low_bits(bench, model, bits, activation, page)
     if "orm-simulated" in parts:
@@ -337,7 +338,7 @@ def measure_model(
     if "orm" in parts:
         with open_pipeline(bench_recipe(None, changes, deployable), out / model, PlainTalk()) as pipeline:
             pipeline.run_until("measure")
-            page.say(about(pipeline, samples))
+            page.say(about(pipeline.run, samples))
         everything: dict[str, tuple[tuple[str, ...], Allowed]] = {
             "uniform INT4 blocks (w4a16, deployable)": (INT4, lambda layer, scheme: True)
         }
@@ -345,10 +346,10 @@ def measure_model(
     return checks
 
 
-def about(pipeline: Pipeline, samples: int) -> str:
+def about(run: Run, samples: int) -> str:
     """Say what was measured, and what it took."""
-    steps = pipeline.recipe.evaluate.steps
-    made = f"{weights_digest(pipeline)}\n\n{made_by_stages(pipeline, STAGES)}"
+    steps = run.recipe.evaluate.steps
+    made = f"{weights_digest(run)}\n\n{made_by_stages(run, STAGES)}"
     return f"{made} {samples} samples for every plan, {steps} steps."
 
 

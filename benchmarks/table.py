@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from mpq_deploy.recipe import Recipe, load_recipe
-from mpq_deploy.run.pipeline import Pipeline
+from mpq_deploy.run.view import Run
 from mpq_deploy.stages import INPUTS
 
 PACKAGES = ("mpq-deploy", "numpy", "onnx", "onnxruntime", "torch", "diffusers", "highspy", "scipy", "tensorrt-rtx")
@@ -84,16 +84,16 @@ def bench_recipe(path: Path | None, changes: Sequence[str], values: dict[str, An
     return load_recipe(path, {**values, **given})
 
 
-def weights_digest(pipeline: Pipeline) -> str:
+def weights_digest(run: Run) -> str:
     """Say which weights were measured, as a paragraph: the start of the SHA-256 of each weights file."""
-    files: dict[str, str] = INPUTS["export"](pipeline)["model.files"]
+    files: dict[str, str] = INPUTS["export"](run)["model.files"]
     named = [f"{name} {digest[:12]}" for name, digest in files.items() if name.endswith((".safetensors", ".onnx"))]
     return f"Weights (SHA-256): {', '.join(named)}."
 
 
-def made_by_stages(pipeline: Pipeline, stages: Iterable[str]) -> str:
+def made_by_stages(run: Run, stages: Iterable[str]) -> str:
     """Say what each stage took when it was last made, as a paragraph."""
-    timings = pipeline.run.timings()
+    timings = run.folder.timings()
     parts = [
         f"{name} {timings[name]['seconds']:.1f} s, {timings[name]['peak_rss_bytes'] / 1e6:.0f} MB"
         for name in stages

@@ -15,8 +15,8 @@ from pathlib import Path
 import yaml
 
 from mpq_deploy.recipe import Recipe, load_recipe
-from mpq_deploy.run.common import Exported
 from mpq_deploy.run.pipeline import Pipeline, open_pipeline
+from mpq_deploy.run.view import Run
 from mpq_deploy.stages.allocate import PlanSolver
 from mpq_deploy.stages.candidates import choices_of
 from mpq_deploy.stages.quantize import write_plan
@@ -26,35 +26,35 @@ from mpq_deploy.system.progress import PlainTalk
 def export(model: str, run: Path, *changes: str) -> None:
     values = {key: yaml.safe_load(value) for key, value in (change.split("=", 1) for change in changes)}
     recipe = load_recipe(None, {"model": model, "engine.build": False, **values})
-    within(run, recipe, lambda pipeline: pipeline.run_until("export"))
+    within(run, recipe, lambda pipeline: pipeline.current("export"))
 
 
 def measure(run: Path) -> None:
-    within(run, load_recipe(run / "recipe.yaml"), lambda pipeline: pipeline.run_until("measure"))
+    within(run, load_recipe(run / "recipe.yaml"), lambda pipeline: pipeline.current("measure"))
 
 
 def plan(run: Path, budget: str, schemes: str, out: Path) -> None:
     rule = {"layers": "*", "schemes": schemes.split(",")}
     recipe = load_recipe(run / "recipe.yaml", {"allocate.protect": [rule]})
 
-    def write(pipeline: Pipeline) -> None:
-        solved = PlanSolver(pipeline).solve(budget)
-        write_plan(pipeline, solved.schemes, out)
-        say_shares(pipeline, solved.schemes)
+    def write(run: Run) -> None:
+        solved = PlanSolver(run).solve(budget)
+        write_plan(run, solved.schemes, out)
+        say_shares(run, solved.schemes)
 
-    within(run, recipe, write)
+    within(run, recipe, lambda pipeline: write(pipeline.run))
 
 
 def uniform(run: Path, schemes: str, out: Path) -> None:
-    def write(pipeline: Pipeline) -> None:
-        graph, chosen = Exported(pipeline).graph, {}
-        for name, choices in choices_of(pipeline, graph).items():
+    def write(run: Run) -> None:
+        graph, chosen = run.exported.graph, {}
+        for name, choices in choices_of(run, graph).items():
             present = {scheme.name for scheme in choices.schemes}
             chosen[name] = next((s for s in schemes.split(",") if s in present), "fp16")
-        write_plan(pipeline, chosen, out)
-        say_shares(pipeline, chosen)
+        write_plan(run, chosen, out)
+        say_shares(run, chosen)
 
-    within(run, load_recipe(run / "recipe.yaml"), write)
+    within(run, load_recipe(run / "recipe.yaml"), lambda pipeline: write(pipeline.run))
 
 
 def within(run: Path, recipe: Recipe, work: Callable[[Pipeline], object]) -> None:
@@ -67,10 +67,10 @@ def within(run: Path, recipe: Recipe, work: Callable[[Pipeline], object]) -> Non
         stored.write_text(before, encoding="utf-8")
 
 
-def say_shares(pipeline: Pipeline, chosen: dict[str, str]) -> None:
+def say_shares(run: Run, chosen: dict[str, str]) -> None:
     """Print the share of the weights by scheme family, for the log."""
     weights: dict[str, int] = {}
-    for layer in Exported(pipeline).graph.layers:
+    for layer in run.exported.graph.layers:
         family = chosen[layer.name].split("-")[0]
         weights[family] = weights.get(family, 0) + layer.weights
     total = sum(weights.values())

@@ -10,42 +10,39 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpq_deploy.allocate.milp import PrecisionPlan
 from mpq_deploy.bench.bench import Origin
 from mpq_deploy.bench.sources import Wish, cuda_provider, library_of, subject_of
 from mpq_deploy.bench.timed_subject import ORT, Subject
 from mpq_deploy.engine.builder import ENGINE, BatchProfile, build_engine
 from mpq_deploy.engine.expected import ExpectedLayers
-from mpq_deploy.engine.target import Target, load_target
+from mpq_deploy.engine.target import Target
 from mpq_deploy.errors import UsageError
 from mpq_deploy.formats.scheme import FP16
 from mpq_deploy.graph.dialects import dialect_named
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED, write_quantized
 from mpq_deploy.graph.writers.quantize_layers import LayerRewrite
-from mpq_deploy.run.common import Exported, deployed_stage
 
 if TYPE_CHECKING:
-    from mpq_deploy.run.pipeline import Pipeline
+    from mpq_deploy.run.view import Run
 
 FOLDER, STAMP = "bench", "made-from"
 
 
-def subjects_of(pipeline: Pipeline, wish: Wish) -> tuple[list[Subject], Origin]:
+def subjects_of(run: Run, wish: Wish) -> tuple[list[Subject], Origin]:
     """Return ours and the float model's, and where the results belong. Raises UsageError where nothing runs here."""
-    stage = deployed_stage(pipeline)
-    pipeline.run_until(stage)
-    quantized, target = pipeline.folder(stage), load_target(pipeline.recipe.target)
-    digests = {"allocate": pipeline.digest("allocate"), "quantize": pipeline.digest(stage)}
-    engine = pipeline.run.path / "engine" / ENGINE
-    name = Exported(pipeline).spec.name
+    stage = run.deployed_stage
+    quantized, target = run.stage(stage), run.target
+    digests = {"allocate": run.digest("allocate"), "quantize": run.digest(stage)}
+    engine = run.path / "engine" / ENGINE
+    name = run.exported.spec.name
     if _takes_engine(engine, wish):
-        files = {"ours": engine, "FP16": fp16_engine(pipeline, target)}
+        files = {"ours": engine, "FP16": fp16_engine(run, target)}
         origin = Origin(name, target.name, target.dialect, digests)
     elif wish.device == "cuda" or (wish.device == "auto" and cuda_provider()):
-        files = {"ours": quantized / DEPLOYED, "FP16": fp16_graph(pipeline, target)}
+        files = {"ours": quantized / DEPLOYED, "FP16": fp16_graph(run, target)}
         origin = Origin(name, "onnxruntime-cuda", ORT, digests)
     else:
-        files = {"ours": quantized / SIMULATED, "float": Exported(pipeline).path}
+        files = {"ours": quantized / SIMULATED, "float": run.exported.path}
         origin = Origin(name, "onnxruntime-cpu", ORT, digests)
         wish = replace(wish, device="cpu")
     return [subject_of(file, label, wish) for label, file in files.items()], origin
@@ -69,12 +66,12 @@ def _takes_engine(engine: Path, wish: Wish) -> bool:
     return importlib.util.find_spec(library_of(engine)) is not None
 
 
-def fp16_graph(pipeline: Pipeline, target: Target) -> Path:
+def fp16_graph(run: Run, target: Target) -> Path:
     """Write the FP16 graph without quantization, once per export; return its path."""
-    folder = pipeline.run.path / FOLDER / "fp16"
-    stamp = f"{pipeline.digest('export')} {target.dialect}"
+    folder = run.path / FOLDER / "fp16"
+    stamp = f"{run.digest('export')} {target.dialect}"
     if not _current(folder, stamp):
-        exported = Exported(pipeline)
+        exported = run.exported
         folder.mkdir(parents=True, exist_ok=True)
         rewrites = [LayerRewrite(layer, FP16, None) for layer in exported.graph.layers]
         spec, dialect = exported.spec, dialect_named(target.dialect)
@@ -84,21 +81,21 @@ def fp16_graph(pipeline: Pipeline, target: Target) -> Path:
     return folder / DEPLOYED
 
 
-def fp16_engine(pipeline: Pipeline, target: Target) -> Path:
+def fp16_engine(run: Run, target: Target) -> Path:
     """Build the engine of the FP16 graph, once per export and target; return its path."""
-    graph = fp16_graph(pipeline, target)
-    folder = pipeline.run.path / FOLDER / f"fp16-{target.name}"
+    graph = fp16_graph(run, target)
+    folder = run.path / FOLDER / f"fp16-{target.name}"
     stamp = (graph.parent / STAMP).read_text(encoding="utf-8")
     if not _current(folder, stamp):
-        exported, section = Exported(pipeline), pipeline.recipe.engine
+        exported, section = run.exported, run.recipe.engine
         spec = exported.spec
         inputs = spec.inputs
         shapes = {item.name: item.shape for item in inputs if item.batched}
         layers = exported.graph.layers
-        size = PrecisionPlan.load(pipeline.folder("allocate") / "plan.json").fp16_size_bytes
+        size = run.plan.fp16_size_bytes
         expected = ExpectedLayers.of(layers, {layer.name: FP16 for layer in layers}, size)
         profile = BatchProfile(section.batch_min, section.batch_opt, section.batch_max, shapes)
-        build_engine(graph, folder, target, profile, expected, pipeline.talk)
+        build_engine(graph, folder, target, profile, expected, run.talk)
         (folder / STAMP).write_text(stamp, encoding="utf-8")
     return folder / ENGINE
 

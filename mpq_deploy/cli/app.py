@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mpq_deploy.recipe import Recipe
-    from mpq_deploy.run.pipeline import Summary
+    from mpq_deploy.report.collect import Summary
     from mpq_deploy.system.parallel.work import Crew
     from mpq_deploy.system.progress import Talk
 

@@ -218,12 +218,10 @@ def report(
     settings = recipe_of(run, recipe)
     if device:
         from mpq_deploy.delivery.device_results import take_in
-        from mpq_deploy.run.common import deployed_stage
 
         with open_pipeline(settings, run, make_talk()) as pipeline:
-            pipeline.run_until(deployed_stage(pipeline))
             for path in device:
-                take_in(pipeline, path)
+                take_in(pipeline.deployed(), path)
     if as_is:
         with open_pipeline(settings, run, make_talk()) as pipeline:
             print_summary(pipeline.report_as_is())

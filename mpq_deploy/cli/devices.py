@@ -21,13 +21,15 @@ def package(
     ] = None,
 ) -> None:
     """Pack what a device needs into one archive: the graph, its checks, an installer."""
-    from mpq_deploy.delivery.package import make_package
+    from mpq_deploy.delivery.package import check_builder, make_package
     from mpq_deploy.engine.target import load_target
     from mpq_deploy.run.pipeline import open_pipeline
 
     recipe = recipe_of(run, None)
+    device = load_target(target or recipe.target)
+    check_builder(device)
     with open_pipeline(recipe, run, make_talk()) as pipeline:
-        written = make_package(pipeline, load_target(target or recipe.target), out or Path(f"{run.name}.mpq.tar"))
+        written = make_package(pipeline.deployed(corrected=True), device, out or Path(f"{run.name}.mpq.tar"))
     if State.json:
         print_json(written)
     else:
@@ -79,14 +81,17 @@ def deploy(
 
     from mpq_deploy.delivery.deploy import Remote
     from mpq_deploy.delivery.deploy import deploy as deploy_run
+    from mpq_deploy.delivery.package import check_builder
     from mpq_deploy.device.installer import summary
     from mpq_deploy.engine.target import load_target
     from mpq_deploy.run.pipeline import open_pipeline
 
     recipe = recipe_of(run, None)
+    device = load_target(target or recipe.target)
+    check_builder(device)
     remote = Remote(ssh, tuple(shlex.split(ssh_command)), folder, python)
     with open_pipeline(recipe, run, make_talk()) as pipeline:
-        results = deploy_run(pipeline, load_target(target or recipe.target), remote)
+        results = deploy_run(pipeline.deployed(corrected=True), device, remote)
     if State.json:
         print_json(results)
     else:

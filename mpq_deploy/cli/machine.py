@@ -40,8 +40,7 @@ def profile(
     chosen = load_target(target or recipe.target)
     path = out or Path(f"{chosen.name}.latency.json")
     with open_pipeline(recipe, run, make_talk()) as pipeline:
-        pipeline.run_until("calibrate")
-        wanted = Profile(pipeline, chosen)
+        wanted = Profile(pipeline.current("calibrate"), chosen)
         if estimate:
             table = wanted.estimate()
             table.save(path)
@@ -100,7 +99,7 @@ def bench(
         from mpq_deploy.run.pipeline import open_pipeline
 
         with open_pipeline(recipe_of(source, None), source, make_talk()) as pipeline:
-            subjects, origin = subjects_of(pipeline, wish)
+            subjects, origin = subjects_of(pipeline.deployed(), wish)
     else:
         subjects = [subject_of(source, "ours", wish)]
         origin = origin_of(source, subjects[0].backend, subjects[0].device)

@@ -54,7 +54,8 @@ def sweep(
     chosen = parse_budgets(budgets)
     crew = crew_for(workers, ray, threads)
     with open_pipeline(recipe_of(run, recipe), run, make_talk(), crew) as pipeline:
-        result = run_sweep(pipeline, chosen, evaluate, points, shlex.join(["mpq-deploy", *sys.argv[1:]]))
+        current = pipeline.current("measure", *(["controls"] if evaluate or points is not None else []))
+        result = run_sweep(current, chosen, evaluate, points, shlex.join(["mpq-deploy", *sys.argv[1:]]))
     if State.json:
         print_json(result)
     else:
@@ -97,15 +98,24 @@ def audit(
     """
     from mpq_deploy.report.audit_page import audit_table, write_audit
     from mpq_deploy.run.pipeline import open_pipeline
-    from mpq_deploy.studies.audit import AUDITED, AuditOptions, audit_recipe, audit_run, parse_methods, run_audit
+    from mpq_deploy.studies.audit import (
+        AUDITED,
+        AuditOptions,
+        audit_recipe,
+        audit_run,
+        check_audit,
+        parse_methods,
+        run_audit,
+    )
     from mpq_deploy.studies.sweep import parse_budgets
 
     chosen = parse_methods(methods) if methods is not None else AUDITED
     options = AuditOptions(tuple(parse_budgets(budgets)), chosen, pairs, samples)
     settings = audit_recipe(recipe, model, changes or [])
     run = audit_run(settings, out)
+    check_audit(settings)
     with open_pipeline(settings, run, make_talk(), crew_for(workers, ray, threads)) as pipeline:
-        result = run_audit(pipeline, options, shlex.join(["mpq-deploy", *sys.argv[1:]]))
+        result = run_audit(pipeline.current("candidates"), options, shlex.join(["mpq-deploy", *sys.argv[1:]]))
         write_audit(result, run)
     if State.json or json:
         print_json(result.as_json())
@@ -124,10 +134,12 @@ def sample(
     controls: Annotated[bool, typer.Option("--controls", help="Also everything INT8 and everything INT4.")] = False,
 ) -> None:
     """Sample the float and the quantized model from the same noise, side by side."""
+    from mpq_deploy.report.collect import sample_grid
     from mpq_deploy.run.pipeline import open_pipeline
 
     with open_pipeline(recipe_of(run, None), run, make_talk()) as pipeline:
-        pipeline.sample(out, count, seed, steps, controls)
+        pipeline.current(*(["controls"] if controls else []))
+        sample_grid(pipeline.deployed(), out, count, seed, steps, controls)
     print(out)
 
 
@@ -220,8 +232,7 @@ def metrics(
     check_metrics(settings.model, options)
     crew = crew_for(workers, ray, threads)
     with open_pipeline(settings, run, make_talk(), crew) as pipeline:
-        pipeline.run_until("evaluate")
-        found = measure_metrics(pipeline, options)
+        found = measure_metrics(pipeline.current("evaluate"), options)
         pipeline.run_until("report")
     if State.json:
         print_json(found.as_json())

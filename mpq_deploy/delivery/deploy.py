@@ -24,7 +24,7 @@ from mpq_deploy.run.folder import file_digest
 
 if TYPE_CHECKING:
     from mpq_deploy.engine.target import Target
-    from mpq_deploy.run.pipeline import Pipeline
+    from mpq_deploy.run.view import Run
     from mpq_deploy.system.progress import Talk
 
 PIECE = 1 << 18
@@ -72,18 +72,18 @@ class Remote:
         return EngineError(f"{what} on {self.destination}: {words}", again if code == SSH_FAILED else "")
 
 
-def deploy(pipeline: Pipeline, target: Target, remote: Remote) -> dict[str, Any]:
+def deploy(run: Run, target: Target, remote: Remote) -> dict[str, Any]:
     """Package the run, install it on ``remote``, and keep its results in the run folder; return them.
 
     Raises EngineError when ssh or the installer fails, and what ``make_package`` raises.
     """
     from mpq_deploy.delivery.device_results import take_in
 
-    talk = pipeline.talk
-    kept = pipeline.run.path / KEPT
+    talk = run.talk
+    kept = run.path / KEPT
     kept.mkdir(exist_ok=True)
     archive = kept / f"{target.name}.mpq.tar"
-    written = make_package(pipeline, target, archive)
+    written = make_package(run, target, archive)
     talk.line(f"packaged {archive}, {written['bytes']:,} bytes")
     name = f"{written['sha256'][:16]}.mpq.tar"
     remote.run(f"mkdir -p {shlex.quote(remote.folder)}")
@@ -98,7 +98,7 @@ def deploy(pipeline: Pipeline, target: Target, remote: Remote) -> dict[str, Any]
         raise EngineError(f"The installer on {remote.destination} left no {RESULTS} of this package.")
     results = kept / RESULTS
     results.write_text(fetched, encoding="utf-8")
-    take_in(pipeline, results)
+    take_in(run, results)
     return read_results(results)
 
 

@@ -14,42 +14,41 @@ from mpq_deploy.bench.timed_subject import ORT
 from mpq_deploy.device.installer import read_results
 from mpq_deploy.errors import UsageError
 from mpq_deploy.report.data import DeviceInfo, Ratio
-from mpq_deploy.run.common import deployed_stage
 from mpq_deploy.run.folder import write_text
 
 if TYPE_CHECKING:
-    from mpq_deploy.run.pipeline import Pipeline
+    from mpq_deploy.run.view import Run
 
 FOLDER = "devices"
 STAGES = ("allocate", "quantize")
 
 
-def take_in(pipeline: Pipeline, path: Path) -> Path:
+def take_in(run: Run, path: Path) -> Path:
     """Keep the results at ``path`` in the run folder; return where.
 
     Raises UsageError when it is no results.json, or one of another plan.
     """
     results = read_results(path)
-    stale = _stale(pipeline, results)
+    stale = _stale(run, results)
     if stale:
         raise UsageError(
-            f"{path} was measured with another {stale} than that of {pipeline.run.path}.",
+            f"{path} was measured with another {stale} than that of {run.path}.",
             "Give the run that was packaged, or package this one and install it again.",
         )
     kind = ".bench" if "bench" in results else ""
-    kept = pipeline.run.path / FOLDER / f"{results['target']}{kind}.json"
+    kept = run.path / FOLDER / f"{results['target']}{kind}.json"
     kept.parent.mkdir(exist_ok=True)
     write_text(kept, json.dumps(results, indent=1, sort_keys=True, allow_nan=False) + "\n")
     return kept
 
 
-def device_infos(pipeline: Pipeline) -> tuple[DeviceInfo, ...]:
+def device_infos(run: Run) -> tuple[DeviceInfo, ...]:
     """Return what devices said of this plan, by target; results of a former plan are left out, and that is said."""
     found = []
-    for path in sorted((pipeline.run.path / FOLDER).glob("*.json")):
+    for path in sorted((run.path / FOLDER).glob("*.json")):
         results = read_results(path)
-        if _stale(pipeline, results):
-            pipeline.talk.warn(f"{path} belongs to a former plan and is left out of the report")
+        if _stale(run, results):
+            run.talk.warn(f"{path} belongs to a former plan and is left out of the report")
         else:
             found.append(device_info(results))
     return tuple(found)
@@ -87,8 +86,8 @@ def _ratio(bench: dict[str, Any] | None) -> Ratio | None:
     return Ratio(against=bench["subjects"][1]["name"], **{key: bench["ratio"][key] for key in ("value", "low", "high")})
 
 
-def _stale(pipeline: Pipeline, results: dict[str, Any]) -> str:
+def _stale(run: Run, results: dict[str, Any]) -> str:
     """The first stage whose outputs are not those that were packaged; empty when all are."""
     digests = results["package"].get("digests", {})
-    made_by = {name: deployed_stage(pipeline) if name == "quantize" else name for name in STAGES}
-    return next((name for name in STAGES if digests.get(name) != pipeline.digest(made_by[name])), "")
+    made_by = {name: run.deployed_stage if name == "quantize" else name for name in STAGES}
+    return next((name for name in STAGES if digests.get(name) != run.digest(made_by[name])), "")

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
-from mpq_deploy.allocate.milp import PrecisionPlan
 from mpq_deploy.device.archive import MANIFEST, Source, write_archive
 from mpq_deploy.device.manifest import Manifest, PackagedTarget, Reference
 from mpq_deploy.device.output_check import relative_squared_error
@@ -31,7 +30,6 @@ from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.graph.save import repeated_bytes
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED, WEIGHTS
-from mpq_deploy.run.common import Exported, deployed_stage, load_calibration
 from mpq_deploy.run.folder import file_digest
 from mpq_deploy.runtime.correction import FILE as CORRECTION
 from mpq_deploy.stages.engine import check_target_memory
@@ -39,7 +37,7 @@ from mpq_deploy.system.release import __version__
 
 if TYPE_CHECKING:
     from mpq_deploy.models.spec import Array, InputSpec
-    from mpq_deploy.run.pipeline import Pipeline
+    from mpq_deploy.run.view import Run
 
 REFERENCE, DENOISER, PLAN, INSTALLER, SCRIPT = (
     *("reference.npz", "denoiser.json", "plan.json"),
@@ -59,56 +57,57 @@ DEVICE_MODULES = (
 )
 
 
-def make_package(pipeline: Pipeline, target: Target, out: Path) -> dict[str, Any]:
-    """Write the package of ``pipeline``'s run for ``target`` to ``out``; return what was written.
-
-    Raises UsageError when the target builds no engine or does not take a scheme of the plan, ModelError when its
-    TensorRT would refuse the graph.
-    """
+def check_builder(target: Target) -> None:
+    """Raise UsageError when ``target`` has no engine that a device could build."""
     if target.builder == "none":
         raise UsageError(
             f"The target '{target.name}' has no engine to build on a device: ONNX Runtime runs quantize/{SIMULATED}.",
             "Package for a target with a builder (mpq-deploy targets).",
         )
-    pipeline.run_until(deployed_stage(pipeline))
-    corrected = pipeline.recipe.evaluate.correction != "none"
-    if corrected:
-        pipeline.run_until("correction")
-    check_plan(pipeline, target)
-    needed = check_target_memory(pipeline, target)
-    reference, arrays = make_reference(pipeline)
-    parts = _files(pipeline, corrected)
+
+
+def make_package(run: Run, target: Target, out: Path) -> dict[str, Any]:
+    """Write the package of ``run`` for ``target`` to ``out``; return what was written.
+
+    The deployed graphs, and the correction where the recipe wants one, must be current.
+    Raises UsageError when the target builds no engine or does not take a scheme of the plan, ModelError when its
+    TensorRT would refuse the graph.
+    """
+    check_builder(target)
+    check_plan(run, target)
+    needed = check_target_memory(run, target)
+    reference, arrays = make_reference(run)
+    parts = _files(run)
     parts[REFERENCE] = arrays
     parts[INSTALLER] = installer()
-    manifest = replace(_manifest(pipeline, target, reference, parts), needed_bytes=needed.total_bytes)
+    manifest = replace(_manifest(run, target, reference, parts), needed_bytes=needed.total_bytes)
     parts[SCRIPT] = build_script(manifest).encode()
     parts[MANIFEST] = _with_digests(manifest, parts).to_json().encode()
     digest = write_archive(out, parts)
     return {"file": str(out), "sha256": digest, "bytes": out.stat().st_size, "parts": sorted(parts)}
 
 
-def check_plan(pipeline: Pipeline, target: Target) -> None:
+def check_plan(run: Run, target: Target) -> None:
     """Refuse to package a plan that was made for another target and does not suit this one."""
     from mpq_deploy.check.check import check_model
     from mpq_deploy.check.rule import ERRORS
 
-    plan = PrecisionPlan.load(pipeline.folder("allocate") / "plan.json")
-    again = f"Build for it: mpq-deploy build --target {target.name} --recipe {pipeline.run.path}/recipe.yaml -o RUN."
+    plan = run.plan
+    again = f"Build for it: mpq-deploy build --target {target.name} --recipe {run.path}/recipe.yaml -o RUN."
     refused = {
-        layer.name: target.refusal(layer, SCHEMES[plan.schemes[layer.name]])
-        for layer in Exported(pipeline).graph.layers
+        layer.name: target.refusal(layer, SCHEMES[plan.schemes[layer.name]]) for layer in run.exported.graph.layers
     }
     named = [f"{name}: {plan.schemes[name]} ({reason})" for name, reason in refused.items() if reason]
     if named:
         more = f" (and {len(named) - 1} more layers)" if len(named) > 1 else ""
         raise UsageError(f"The plan is not for '{target.name}': {named[0]}{more}.", again)
-    result = check_model(pipeline.folder(deployed_stage(pipeline)) / DEPLOYED, target)
+    result = check_model(run.deployed / DEPLOYED, target)
     bad = [one for one in result.findings if one.effect in ERRORS or one.rule == "opset"]
     if bad:
         raise ModelError(f"{target.title} does not take the graph: {bad[0].node or 'opset'}: {bad[0].message}.", again)
 
 
-def make_reference(pipeline: Pipeline) -> tuple[Reference, bytes]:
+def make_reference(run: Run) -> tuple[Reference, bytes]:
     """Run the FP32-arithmetic twin on recorded inputs; return the description, and the arrays as npz.
 
     Two cases: the smallest batch at the first sampled timestep, the usual batch at the last. Inputs are rounded to the
@@ -116,9 +115,9 @@ def make_reference(pipeline: Pipeline) -> tuple[Reference, bytes]:
     """
     from mpq_deploy.runtime.ort import OrtDenoiser, model_feeds
 
-    exported, quantized = Exported(pipeline), pipeline.folder(deployed_stage(pipeline))
-    spec, section = exported.spec, pipeline.recipe.engine
-    calls, _ = load_calibration(pipeline)
+    exported, quantized = run.exported, run.deployed
+    spec, section = exported.spec, run.recipe.engine
+    calls = run.calibration.inputs
     types = _input_types(quantized / DEPLOYED)
     twin = OrtDenoiser(quantized / SIMULATED, spec, threads=1)
     half = _half_session(quantized / DEPLOYED)
@@ -189,26 +188,26 @@ def _shape_flags(manifest: Manifest) -> list[str]:
     return flags
 
 
-def _files(pipeline: Pipeline, corrected: bool) -> dict[str, Source]:
-    quantized = pipeline.folder(deployed_stage(pipeline))
-    spec = Exported(pipeline).spec
+def _files(run: Run) -> dict[str, Source]:
+    quantized = run.deployed
+    spec = run.exported.spec
     parts: dict[str, Source] = {
         DEPLOYED: quantized / DEPLOYED,
         WEIGHTS: quantized / WEIGHTS,
-        PLAN: pipeline.folder("allocate") / "plan.json",
+        PLAN: run.stage("allocate") / "plan.json",
         DENOISER: _json(spec.model_copy(update={"source": Path(spec.source).name}).model_dump(mode="json")),
         "scheduler_config.json": _json(spec.scheduler),
     }
-    if corrected:
-        parts[CORRECTION] = pipeline.folder("correction") / CORRECTION
+    if run.recipe.evaluate.correction != "none":
+        parts[CORRECTION] = run.stage("correction") / CORRECTION
     return parts
 
 
-def _manifest(pipeline: Pipeline, target: Target, reference: Reference, parts: dict[str, Source]) -> Manifest:
-    exported = Exported(pipeline)
-    plan = PrecisionPlan.load(pipeline.folder("allocate") / "plan.json")
+def _manifest(run: Run, target: Target, reference: Reference, parts: dict[str, Source]) -> Manifest:
+    exported = run.exported
+    plan = run.plan
     schemes = {name: SCHEMES[scheme] for name, scheme in plan.schemes.items()}
-    section, spec = pipeline.recipe.engine, exported.spec
+    section, spec = run.recipe.engine, exported.spec
     inputs: Sequence[InputSpec] = spec.inputs
     return Manifest(
         name=spec.name,
@@ -220,14 +219,14 @@ def _manifest(pipeline: Pipeline, target: Target, reference: Reference, parts: d
             exported.graph.layers,
             schemes,
             plan.size_bytes,
-            repeated_bytes(pipeline.folder(deployed_stage(pipeline)) / DEPLOYED),
+            repeated_bytes(run.deployed / DEPLOYED),
         ),
         fp16_bytes=plan.fp16_size_bytes,
         batches=(section.batch_min, section.batch_opt, section.batch_max),
         shapes={item.name: item.shape for item in inputs if item.batched},
         reference=reference,
         # What is deployed goes by one name, whichever stage made it.
-        digests={"allocate": pipeline.digest("allocate"), "quantize": pipeline.digest(deployed_stage(pipeline))},
+        digests={"allocate": run.digest("allocate"), "quantize": run.digest(run.deployed_stage)},
         alternatives=_alternatives(target),
         versions={name: version(name) for name in ("numpy", "onnx", "onnxruntime")},
         notes=tuple(plan.notes),

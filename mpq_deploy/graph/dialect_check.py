@@ -6,17 +6,16 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpq_deploy.engine.target import load_target
 from mpq_deploy.errors import ModelError
 
 if TYPE_CHECKING:
-    from mpq_deploy.run.pipeline import Pipeline
+    from mpq_deploy.run.view import Run
 
 # No plan changes these: what they find in the exported graph they would find in the quantized one.
 OPERATOR_RULES = ("operator-unknown", "operator-unsupported", "operator-foreign")
 
 
-def check_dialect(pipeline: Pipeline, model: Path, rules: Collection[str] = ()) -> None:
+def check_dialect(run: Run, model: Path, rules: Collection[str] = ()) -> None:
     """Raise ModelError when ``model`` has a form that the target's TensorRT refuses or gets wrong.
 
     ``rules``: only these, by name; none named: all.
@@ -24,7 +23,7 @@ def check_dialect(pipeline: Pipeline, model: Path, rules: Collection[str] = ()) 
     from mpq_deploy.check.check import check_model
     from mpq_deploy.check.rule import ERRORS
 
-    result = check_model(model, load_target(pipeline.recipe.target))
+    result = check_model(model, run.target)
     bad = [finding for finding in result.findings if finding.effect in ERRORS and (not rules or finding.rule in rules)]
     if bad:
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""

@@ -13,13 +13,13 @@ from mpq_deploy.latency.costs import LatencyCosts, PlanLatency
 from mpq_deploy.latency.latency_table import LatencyTable, parse_latency
 from mpq_deploy.latency.others import activations_of, weighed_nodes
 from mpq_deploy.latency.roofline import LAUNCH_SECONDS, Rates
-from mpq_deploy.run.common import Exported, load_calibration
 from mpq_deploy.run.folder import Fields
+from mpq_deploy.run.view import Exported
 from mpq_deploy.stages.candidates import CONTROLS, control_scheme
 
 if TYPE_CHECKING:
     from mpq_deploy.recipe import Recipe
-    from mpq_deploy.run.pipeline import Pipeline
+    from mpq_deploy.run.view import Run
 
 FIGURES = {"title", "figures_of", "bandwidth_bytes_per_s", "int8_ops_per_s", "fp16_ops_per_s"}
 
@@ -65,38 +65,36 @@ def check_latency(recipe: Recipe, target: Target) -> None:
         )
 
 
-def call_shapes(pipeline: Pipeline, exported: Exported) -> dict[str, tuple[int, ...]]:
+def call_shapes(run: Run, exported: Exported) -> dict[str, tuple[int, ...]]:
     """Return the shapes that layers (and what else counts) read and write at the engine's usual batch, by tensor.
 
     Raises ModelError where a shape does not follow the batch.
     """
     from mpq_deploy.calibrate.activation_shapes import activation_shapes
 
-    graph, batch = exported.graph, pipeline.recipe.engine.batch_opt
+    graph, batch = exported.graph, run.recipe.engine.batch_opt
     uses = [name for layer in graph.layers for use in layer.uses for name in (use.input, use.output)]
     others = [name for node in weighed_nodes(graph) for name in activations_of(node)]
     names = tuple(dict.fromkeys([*uses, *others]))
-    recorded, _ = load_calibration(pipeline)
-    found = activation_shapes(
-        graph, recorded, exported.conditions, exported.spec, pipeline.talk, pipeline.run.scratch(), names
-    )
+    recorded = run.calibration.inputs
+    found = activation_shapes(graph, recorded, exported.conditions, exported.spec, run.talk, run.scratch(), names)
     return {
         name: tuple(size * batch if axis == one.batch_axis else size for axis, size in enumerate(one.shape))
         for name, one in found.items()
     }
 
 
-def latency_costs(pipeline: Pipeline, exported: Exported) -> tuple[LatencyCosts | None, str]:
+def latency_costs(run: Run, exported: Exported) -> tuple[LatencyCosts | None, str]:
     """Return the costs on the recipe's target, or None and why nothing can be said.
 
     Raises ModelError for a graph without clear shapes where the plan depends on latency.
     """
-    recipe = pipeline.recipe
+    recipe = run.recipe
     target, table = load_target(recipe.target), read_table(recipe)
     if target.simulated or (table is None and Rates.of(target) is None):
         return None, ""
     try:
-        shapes = call_shapes(pipeline, exported)
+        shapes = call_shapes(run, exported)
     except ModelError as error:
         if limits_latency(recipe):
             raise

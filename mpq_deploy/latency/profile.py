@@ -36,12 +36,11 @@ from mpq_deploy.latency.latency_table import LatencyTable, LayerShape
 from mpq_deploy.latency.one_layer import INPUT, OUTPUT, OneLayer, write_one_layer
 from mpq_deploy.latency.plan_latency import call_shapes
 from mpq_deploy.latency.roofline import Rates
-from mpq_deploy.run.common import Exported
 from mpq_deploy.stages.candidates import CONTROLS, control_scheme, wanted_schemes
 from mpq_deploy.system.progress import Talk
 
 if TYPE_CHECKING:
-    from mpq_deploy.run.pipeline import Pipeline
+    from mpq_deploy.run.view import Run as RunView
 
 REFERENCE, CASE = "inputs.npz", "timed"
 
@@ -49,12 +48,12 @@ REFERENCE, CASE = "inputs.npz", "timed"
 class Profile:
     """The layers of a run on a target: which engines a table needs, as ``jobs``, in a fixed order."""
 
-    def __init__(self, pipeline: Pipeline, target: Target) -> None:
-        self.target, self.talk = target, pipeline.talk
-        self.batch = pipeline.recipe.engine.batch_opt
-        exported = Exported(pipeline)
-        costs = LatencyCosts(exported.graph, call_shapes(pipeline, exported), target, self.batch)
-        wanted = wanted_schemes(pipeline.recipe)
+    def __init__(self, run: RunView, target: Target) -> None:
+        self.target, self.talk = target, run.talk
+        self.batch = run.recipe.engine.batch_opt
+        exported = run.exported
+        costs = LatencyCosts(exported.graph, call_shapes(run, exported), target, self.batch)
+        wanted = wanted_schemes(run.recipe)
         nodes = {node.name: node for node in exported.graph.model.graph}
         self.costs = costs
         self.jobs: dict[tuple[LayerShape, str], OneLayer] = {}

@@ -18,12 +18,12 @@ from pydantic import ValidationError
 from mpq_deploy.allocate.milp import LayerChoice, PrecisionPlan
 from mpq_deploy.errors import InfeasibleLatencyError
 from mpq_deploy.report.data import BudgetPlan, BudgetPlans, LayerOption
-from mpq_deploy.run.common import Exported, load_calibration
 from mpq_deploy.run.folder import canonical_json, sealed_json, unsealed, write_text
+from mpq_deploy.run.view import RECIPE, Exported
 from mpq_deploy.stages.allocate import PlanSolver, allocate_inputs
 
 if TYPE_CHECKING:
-    from mpq_deploy.run.pipeline import Pipeline
+    from mpq_deploy.run.view import Run
 
 # Schemes by layer, bytes, predicted loss.
 Plan = tuple[dict[str, str], int, float | None]
@@ -41,35 +41,35 @@ GAP = 1e-3
 MOST_SECONDS = 20.0
 
 
-def budget_plans(pipeline: Pipeline, plan: PrecisionPlan) -> BudgetPlans:
+def budget_plans(run: Run, plan: PrecisionPlan) -> BudgetPlans:
     """Return the plans of a grid of budgets around this run's ``plan``, and what its layers could have taken."""
-    solver = PlanSolver(pipeline)
-    fields = {k: v for k, v in allocate_inputs(pipeline).items() if k != "recipe.budget"}
+    solver = PlanSolver(run)
+    fields = {k: v for k, v in allocate_inputs(run).items() if k != "recipe.budget"}
     ratio = plan.budget_bytes / plan.fp16_size_bytes
     made_from = canonical_json({**fields, "highest": _highest(solver.smallest / solver.fp16_size, ratio)})
-    stored = _read(pipeline).get("budgets", {})
+    stored = _read(run).get("budgets", {})
     found = _stored_plans(stored) if isinstance(stored, dict) and stored.get("from") == made_from else None
     if found is None:
-        found = grid_plans(pipeline, solver, ratio)
+        found = grid_plans(run, solver, ratio)
         if len(found.plans) == found.wanted:
-            _keep(pipeline, "budgets", {"from": made_from, "plans": found.model_dump(mode="json")})
+            _keep(run, "budgets", {"from": made_from, "plans": found.model_dump(mode="json")})
     smaller, larger = zip(*(_options(choice, plan, solver.table.predicts_nmse) for choice in solver.choices))
     return found.model_copy(
         update={
             "smaller": {name: option for name, option in zip(found.layers, smaller) if option is not None},
             "larger": {name: option for name, option in zip(found.layers, larger) if option is not None},
-            "command": _command(pipeline),
+            "command": _command(run),
         }
     )
 
 
-def grid_plans(pipeline: Pipeline, solver: PlanSolver, ratio: float) -> BudgetPlans:
+def grid_plans(run: Run, solver: PlanSolver, ratio: float) -> BudgetPlans:
     """Solve the grid of budgets, coarse first, within ``MOST_SECONDS``. ``ratio``: a budget that it must reach."""
     budgets = grid(solver.smallest, solver.fp16_size, ratio)
     solved: dict[int, Plan] = {}
     started = time.process_time()
     stopped = False
-    with pipeline.talk.bar("plans of other budgets", len(budgets)) as advance:
+    with run.talk.bar("plans of other budgets", len(budgets)) as advance:
         for budget in coarse_first(budgets):
             stopped = bool(solved) and time.process_time() - started > MOST_SECONDS
             if stopped:
@@ -100,20 +100,20 @@ def coarse_first(values: Sequence[int]) -> list[int]:
     return [values[number] for number in order]
 
 
-def layer_kurtoses(pipeline: Pipeline, exported: Exported) -> dict[str, float]:
+def layer_kurtoses(run: Run, exported: Exported) -> dict[str, float]:
     """Return the mean Pearson kurtosis of each layer's weight rows after MPQ-DM's pre-scaling (arXiv 2412.11549)."""
-    made_from = canonical_json({name: pipeline.digest(name) for name in ("export", "calibrate")})
-    stored = _read(pipeline).get("kurtosis", {})
+    made_from = canonical_json({name: run.digest(name) for name in ("export", "calibrate")})
+    stored = _read(run).get("kurtosis", {})
     if isinstance(stored, dict) and stored.get("from") == made_from and isinstance(stored.get("values"), dict):
         return dict(stored["values"])
     from mpq_deploy.sensitivity.kurtosis import layer_kurtosis
     from mpq_deploy.sensitivity.layer_weights import float_matrix
 
-    _, stats = load_calibration(pipeline)
+    stats = run.calibration.stats
     layers = [layer for layer in exported.graph.layers if all(name in stats.activations for name in layer.inputs)]
     found = {layer.name: layer_kurtosis(layer, float_matrix(exported.graph, layer), stats) for layer in layers}
     values = {name: value for name, value in found.items() if np.isfinite(value)}
-    _keep(pipeline, "kurtosis", {"from": made_from, "values": values})
+    _keep(run, "kurtosis", {"from": made_from, "values": values})
     return values
 
 
@@ -175,10 +175,10 @@ def _highest(low: float, ratio: float) -> float:
     return min(1.0, max(HIGH, low + SPAN, math.ceil((ratio + ROOM) / STEP) * STEP))
 
 
-def _command(pipeline: Pipeline) -> str:
+def _command(run: Run) -> str:
     """Build another budget on this run folder: measuring is done, so it takes seconds."""
-    run = pipeline.run.path
-    return shlex.join(["mpq-deploy", "build", "--recipe", str(run / "recipe.yaml"), "-o", str(run), "--budget"])
+    recipe, out = run.path / RECIPE, run.path
+    return shlex.join(["mpq-deploy", "build", "--recipe", str(recipe), "-o", str(out), "--budget"])
 
 
 def _stored_plans(stored: dict[str, Any]) -> BudgetPlans | None:
@@ -188,15 +188,15 @@ def _stored_plans(stored: dict[str, Any]) -> BudgetPlans | None:
         return None
 
 
-def _read(pipeline: Pipeline) -> dict[str, Any]:
+def _read(run: Run) -> dict[str, Any]:
     """Read what was kept; empty where there is nothing of this form."""
     try:
-        kept = unsealed((pipeline.run.path / CACHE).read_text(encoding="utf-8"))
+        kept = unsealed((run.path / CACHE).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
     return kept if kept.get("format") == CACHE_FORMAT else {}
 
 
-def _keep(pipeline: Pipeline, name: str, value: dict[str, Any]) -> None:
-    kept = {**_read(pipeline), "format": CACHE_FORMAT, name: value}
-    write_text(pipeline.run.path / CACHE, sealed_json(kept))
+def _keep(run: Run, name: str, value: dict[str, Any]) -> None:
+    kept = {**_read(run), "format": CACHE_FORMAT, name: value}
+    write_text(run.path / CACHE, sealed_json(kept))

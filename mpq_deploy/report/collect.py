@@ -13,7 +13,6 @@ import numpy as np
 
 from mpq_deploy.allocate.milp import PrecisionPlan
 from mpq_deploy.delivery.device_results import device_infos
-from mpq_deploy.engine.target import load_target
 from mpq_deploy.evaluate.evaluation_result import CpuLatency, Evaluation, VariantResult
 from mpq_deploy.evaluate.interval import mean_interval
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED
@@ -39,15 +38,16 @@ from mpq_deploy.report.data import (
     StageRow,
     TargetInfo,
 )
-from mpq_deploy.run.common import Exported, deployed_stage, version_of
+from mpq_deploy.run.common import version_of
 from mpq_deploy.run.folder import unsealed
+from mpq_deploy.run.view import Exported
 from mpq_deploy.runtime.correction import FILE as CORRECTION
 from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.stages.evaluate import BEFORE, CORRECTED, LATENCY
 
 if TYPE_CHECKING:
     from mpq_deploy.evaluate.metrics.kept import ImageMetrics
-    from mpq_deploy.run.pipeline import Pipeline, Summary
+    from mpq_deploy.run.view import Run
 
 TITLES = {
     "float": "Float",
@@ -71,16 +71,16 @@ SIMULATED_TITLES = {
 PACKAGES = ("onnx", "onnx-ir", "onnxruntime", "highspy", "numpy", "torch", "diffusers", "tensorrt-rtx", "tensorrt")
 
 
-def report_data(pipeline: Pipeline) -> ReportData:
+def report_data(run: Run) -> ReportData:
     """Fill the report from the finished stages."""
-    exported = Exported(pipeline)
-    plan = PrecisionPlan.load(pipeline.folder("allocate") / "plan.json")
-    table = SensitivityTable.load(pipeline.folder("measure"))
-    target = load_target(pipeline.recipe.target)
-    engine, engine_note = _engine(pipeline)
-    evaluated = _Evaluated.of(pipeline, plan)
-    kurtoses = layer_kurtoses(pipeline, exported)
-    metrics = _metrics(pipeline, exported, evaluated) if evaluated.graph else None
+    exported = run.exported
+    plan = run.plan
+    table = SensitivityTable.load(run.stage("measure"))
+    target = run.target
+    engine, engine_note = _engine(run)
+    evaluated = _Evaluated.of(run, plan)
+    kurtoses = layer_kurtoses(run, exported)
+    metrics = _metrics(run, exported, evaluated) if evaluated.graph else None
     return ReportData(
         model=ModelInfo(
             name=exported.spec.name,
@@ -99,29 +99,29 @@ def report_data(pipeline: Pipeline) -> ReportData:
         fixed_bytes=plan.fixed_bytes,
         predicted_nmse=plan.predicted_loss,
         **evaluated.fields,
-        curve=_curve(pipeline),
+        curve=_curve(run),
         engine=engine,
         engine_note=engine_note,
-        cpu_latency=_cpu_latency(pipeline),
+        cpu_latency=_cpu_latency(run),
         expected_latency=ExpectedLatency(**plan.latency) if plan.latency else None,
-        devices=device_infos(pipeline),
+        devices=device_infos(run),
         layers=tuple(_layer_row(row, table, kurtoses) for row in plan.layers),
         loss_timesteps=tuple(float(t) for t in table.timesteps) if table.predicts_nmse else (),
         others=tuple(OtherRow(**row) for row in plan.others),
         stages=tuple(
             StageRow(name=r.name, seconds=r.seconds, peak_rss_bytes=r.peak_rss_bytes or None, cached=r.cached)
-            for r in pipeline.results.values()
+            for r in run.results.values()
         ),
         solver=SolverInfo(status=plan.solver.status, gap=max(plan.solver.gap, 0.0)),
         sensitivity=table.metric,
         versions=_versions(),
-        reproduce=_command(pipeline),
+        reproduce=_command(run),
         notes=(*plan.notes, *evaluated.notes, *exported.facts["notes"], *(metrics.notes if metrics else ())),
-        budgets=budget_plans(pipeline, plan),
-        importance=_importance(pipeline, plan, table),
+        budgets=budget_plans(run, plan),
+        importance=_importance(run, plan, table),
         orm=_orm_pictures(table),
         simulated=plan.simulated,
-        recovery=_recovery(pipeline),
+        recovery=_recovery(run),
         frechet=metrics.frechet if metrics else (),
         frechet_controls=metrics.controls if metrics else {},
         scores=metrics.scores if metrics else (),
@@ -141,10 +141,10 @@ class _Evaluated:
     notes: tuple[str, ...]
 
     @classmethod
-    def of(cls, pipeline: Pipeline, plan: PrecisionPlan) -> _Evaluated:
-        if "evaluate" not in pipeline.results:
+    def of(cls, run: Run, plan: PrecisionPlan) -> _Evaluated:
+        if "evaluate" not in run.results:
             return cls({}, "", "", ("evaluation is missing: 'mpq-deploy report RUN' without --as-is makes it",))
-        found = Evaluation.load(pipeline.folder("evaluate"))
+        found = Evaluation.load(run.stage("evaluate"))
         variants = {name: _control(name, variant, plan) for name, variant in found.variants.items()}
         ours = variants.pop("ours")
         fields: dict[str, Any] = {
@@ -183,17 +183,17 @@ def titles(plan: PrecisionPlan) -> dict[str, str]:
     return {**TITLES, **SIMULATED_TITLES} if plan.simulated else TITLES
 
 
-def write_report(pipeline: Pipeline) -> None:
+def write_report(run: Run) -> None:
     """Write report.html, report.md and report.json into the run folder."""
     from mpq_deploy.report.write import write_reports
 
-    write_reports(report_data(pipeline), pipeline.run.path)
+    write_reports(report_data(run), run.path)
 
 
-def _engine(pipeline: Pipeline) -> tuple[EngineInfo | None, str]:
-    if "engine" not in pipeline.results:
+def _engine(run: Run) -> tuple[EngineInfo | None, str]:
+    if "engine" not in run.results:
         return None, "This run has no engine yet."
-    folder = pipeline.folder("engine")
+    folder = run.stage("engine")
     none = folder / "none.json"
     if none.exists():
         return None, json.loads(none.read_text(encoding="utf-8"))["reason"]
@@ -201,7 +201,7 @@ def _engine(pipeline: Pipeline) -> tuple[EngineInfo | None, str]:
     from mpq_deploy.engine.record import EngineRecord
 
     record = EngineRecord.load(folder / RECORD)
-    seconds = pipeline.run.timings().get("engine", {}).get("seconds")
+    seconds = run.folder.timings().get("engine", {}).get("seconds")
     wrong = [str(problem) for problem in record.problems if problem.severity == "wrong"]
     slow = tuple(str(problem) for problem in record.problems if problem.severity == "slow")
     planned = f"{record.weights_bytes or 0:,} bytes of weights in the engine, {record.planned_bytes:,} in the plan"
@@ -243,12 +243,12 @@ def _control(name: str, variant: VariantResult, plan: PrecisionPlan) -> Control:
     )
 
 
-def _recovery(pipeline: Pipeline) -> RecoveryInfo | None:
-    if not pipeline.recipe.recover.steps or "recover" not in pipeline.results:
+def _recovery(run: Run) -> RecoveryInfo | None:
+    if not run.recipe.recover.steps or "recover" not in run.results:
         return None
     from mpq_deploy.recover.recovery_result import Recovery
 
-    found = Recovery.load(pipeline.folder("recover"))
+    found = Recovery.load(run.stage("recover"))
     return RecoveryInfo(
         steps=found.steps,
         best_step=found.best_step,
@@ -269,24 +269,24 @@ def _psnr_interval(variant: VariantResult) -> Interval | None:
     return _interval(variant.psnr_db_each) if math.isfinite(variant.psnr_db) else None
 
 
-def _metrics(pipeline: Pipeline, exported: Exported, evaluated: _Evaluated) -> ImageMetrics | None:
+def _metrics(run: Run, exported: Exported, evaluated: _Evaluated) -> ImageMetrics | None:
     """Return what 'mpq-deploy metrics' kept, as far as it is of the plan's present graph and images (by digest)."""
     from mpq_deploy.evaluate.metrics.kept import read_kept
     from mpq_deploy.evaluate.metrics.measure_images import made_from
 
-    found = read_kept(pipeline.run.path, pipeline.talk, "is left out of the report")
+    found = read_kept(run.path, run.talk, "is left out of the report")
     if found is None:
         return None
-    held, stale = found.still_true(made_from(pipeline, exported, evaluated.graph, evaluated.digest))
+    held, stale = found.still_true(made_from(run, exported, evaluated.graph, evaluated.digest))
     if stale:
-        pipeline.talk.warn(f"{stale}: left out; measure again with 'mpq-deploy metrics'")
+        run.talk.warn(f"{stale}: left out; measure again with 'mpq-deploy metrics'")
     return held
 
 
-def _curve(pipeline: Pipeline) -> tuple[CurvePoint, ...]:
-    sweep = _read_figures(pipeline, pipeline.run.path / "sweep.json", {"measure", "points"})
+def _curve(run: Run) -> tuple[CurvePoint, ...]:
+    sweep = _read_figures(run, run.path / "sweep.json", {"measure", "points"})
     # A sweep of other measurements says nothing about this plan.
-    if sweep is None or sweep["measure"] != pipeline.digest("measure"):
+    if sweep is None or sweep["measure"] != run.digest("measure"):
         return ()
     known = CurvePoint.model_fields
     return tuple(
@@ -296,35 +296,35 @@ def _curve(pipeline: Pipeline) -> tuple[CurvePoint, ...]:
     )
 
 
-def _cpu_latency(pipeline: Pipeline) -> CpuLatencyInfo | None:
-    figures = _read_figures(pipeline, pipeline.run.path / LATENCY, {"float_ms", "variant_ms", "source"})
+def _cpu_latency(run: Run) -> CpuLatencyInfo | None:
+    figures = _read_figures(run, run.path / LATENCY, {"float_ms", "variant_ms", "source"})
     if figures is None:
         return None
     latency = CpuLatency(**figures)
     return CpuLatencyInfo(float_ms=latency.float_ms, ours_ms=latency.variant_ms["ours"], source=latency.source)
 
 
-def _read_figures(pipeline: Pipeline, path: Path, keys: set[str]) -> dict[str, Any] | None:
+def _read_figures(run: Run, path: Path, keys: set[str]) -> dict[str, Any] | None:
     """Read figures that lie outside the stages' digests; None, with a warning, where the file is damaged."""
     try:
         figures = unsealed(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError as error:
-        pipeline.talk.warn(f"{path} cannot be read and is left out of the report: {error}")
+        run.talk.warn(f"{path} cannot be read and is left out of the report: {error}")
         return None
     if not keys <= set(figures):
-        pipeline.talk.warn(f"{path} lacks {', '.join(sorted(keys))} and is left out of the report")
+        run.talk.warn(f"{path} lacks {', '.join(sorted(keys))} and is left out of the report")
         return None
     return figures
 
 
-def _importance(pipeline: Pipeline, plan: PrecisionPlan, table: SensitivityTable) -> ImportanceInfo | None:
+def _importance(run: Run, plan: PrecisionPlan, table: SensitivityTable) -> ImportanceInfo | None:
     found, programme = table.importance, plan.bit_programme
     if found is None or programme is None:
         return None
     return ImportanceInfo(
-        settings=_orm_settings(pipeline, table.metric),
+        settings=_orm_settings(run, table.metric),
         timesteps=tuple(float(t) for t in found.timesteps),
         weights=tuple(float(w) for w in found.weights),
         calls=found.calls,
@@ -333,9 +333,9 @@ def _importance(pipeline: Pipeline, plan: PrecisionPlan, table: SensitivityTable
     )
 
 
-def _orm_settings(pipeline: Pipeline, metric: str) -> str:
+def _orm_settings(run: Run, metric: str) -> str:
     """Say which of the options stand behind the importances."""
-    options = pipeline.recipe.measure.orm
+    options = run.recipe.measure.orm
     activations = {
         "int8": "INT8 activations wherever the target allows",
         "fp16": "FP16 activations wherever a layer has the choice",
@@ -346,7 +346,7 @@ def _orm_settings(pipeline: Pipeline, metric: str) -> str:
         how = {
             "kurtosis": "mean kurtosis of the weight's rows times the number of weights",
             "size-only": "1 for every layer",
-            "random": f"drawn with seed {pipeline.recipe.measure.seed}",
+            "random": f"drawn with seed {run.recipe.measure.seed}",
         }[metric]
         return f"Importance: {how}; {bits}"
     reach = "" if options.importance == "layer" else ", mean over a layer and all later ones"
@@ -381,9 +381,9 @@ def _versions() -> dict[str, str]:
     return {**found, "python": platform.python_version()}
 
 
-def _command(pipeline: Pipeline) -> str:
+def _command(run: Run) -> str:
     """The command that repeats this run: the recipe in the run folder holds every setting."""
-    return shlex.join(["mpq-deploy", "build", "--recipe", str(pipeline.run.path / "recipe.yaml"), "-o", "runs/again"])
+    return shlex.join(["mpq-deploy", "build", "--recipe", str(run.path / "recipe.yaml"), "-o", "runs/again"])
 
 
 def _finite(value: float) -> float | None:
@@ -399,20 +399,25 @@ def _known(value: float | None) -> float | None:
     return None if value is None else _finite(value)
 
 
-def summarise(pipeline: Pipeline, last: str) -> Summary:
-    """Say what a command ended with: files and figures."""
-    from mpq_deploy.run.pipeline import Summary
+@dataclass(frozen=True)
+class Summary:
+    """What a command prints: text for people, values for scripts."""
 
-    run = pipeline.run.path
+    text: str
+    values: dict[str, Any]
+
+
+def summarise(run: Run, last: str) -> Summary:
+    """Say what a command ended with: files and figures."""
     values: dict[str, Any] = {
-        "run": str(run),
-        "stages": {r.name: {"cached": r.cached, "seconds": r.seconds} for r in pipeline.results.values()},
+        "run": str(run.path),
+        "stages": {r.name: {"cached": r.cached, "seconds": r.seconds} for r in run.results.values()},
     }
     if last != "report":
-        files = [str(path) for path in sorted(pipeline.folder(last).iterdir()) if path.is_file()][:8]
-        return Summary(str(pipeline.folder(last)), {**values, "files": files})
-    report = json.loads((run / "report.json").read_text(encoding="utf-8"))
-    return Summary(_headline(run, report), {**values, "report": report})
+        files = [str(path) for path in sorted(run.stage(last).iterdir()) if path.is_file()][:8]
+        return Summary(str(run.stage(last)), {**values, "files": files})
+    report = json.loads((run.path / "report.json").read_text(encoding="utf-8"))
+    return Summary(_headline(run.path, report), {**values, "report": report})
 
 
 def _headline(run: Path, report: dict[str, Any]) -> str:
@@ -443,24 +448,24 @@ def _row(name: str, found: dict[str, Any]) -> str:
     return f"{name:<9} {found['size_ratio']:>8.4f} {found['size_bytes']:>14,} {shown:>8} {alike:>6} {error:>9}"
 
 
-def sample_grid(pipeline: Pipeline, out: Path, count: int, seed: int, steps: int, controls: bool) -> None:
+def sample_grid(run: Run, out: Path, count: int, seed: int, steps: int, controls: bool) -> None:
     """Sample the float and the quantized models from the same noise into one picture, labelled by condition."""
     from mpq_deploy.evaluate.evaluate import evaluate
     from mpq_deploy.evaluate.evaluation_result import EvaluationOptions
     from mpq_deploy.evaluate.grid import save_grid
 
-    exported = Exported(pipeline)
+    exported = run.exported
     options = EvaluationOptions(
         samples=count,
         steps=steps,
         timesteps=1,
         seed=seed,
-        sampler=pipeline.recipe.evaluate.sampler,
+        sampler=run.recipe.evaluate.sampler,
         latency_calls=0,
     )
-    variants = {"ours": pipeline.folder(deployed_stage(pipeline)) / SIMULATED}
+    variants = {"ours": run.deployed / SIMULATED}
     if controls:
-        folder = pipeline.folder("controls")
+        folder = run.stage("controls")
         sizes: dict[str, int] = json.loads((folder / "sizes.json").read_text(encoding="utf-8"))
         variants.update({name: folder / name / SIMULATED for name in sorted(sizes, reverse=True)})
     result = evaluate(
@@ -469,7 +474,7 @@ def sample_grid(pipeline: Pipeline, out: Path, count: int, seed: int, steps: int
         exported.spec,
         exported.conditions,
         options,
-        pipeline.talk,
+        run.talk,
     )
-    plan = PrecisionPlan.load(pipeline.folder("allocate") / "plan.json")
+    plan = run.plan
     save_grid(out, {titles(plan)[name]: images for name, images in result.images.items()}, result.labels)

@@ -13,23 +13,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mpq_deploy.models.spec import Array
 from mpq_deploy.rounding.hessian import Gathering, Hessian, HessianPlan
-from mpq_deploy.run.common import Exported
 from mpq_deploy.run.folder import disk_error
-from mpq_deploy.run.spread import RECIPE, opened_run
 from mpq_deploy.run.stage_memory import rounding_worker_bytes, salience_worker_bytes
+from mpq_deploy.run.view import RECIPE, Exported, Run
 from mpq_deploy.stages.candidates import Rounder, StoredCandidates, hessian_inputs, salience_inputs, with_rows
 from mpq_deploy.system.parallel.job_files import alone_with
 from mpq_deploy.system.parallel.work import Job, Pool, Result, Shard, Within, Work, run_shards
 from mpq_deploy.system.progress import Talk
-
-if TYPE_CHECKING:
-    from mpq_deploy.run.pipeline import Pipeline
 
 FILES = (RECIPE, "export", "calibrate")
 
@@ -54,37 +49,37 @@ class _Gather:
     step: int
 
 
-def round_over_workers(pipeline: Pipeline, exported: Exported, folder: Path) -> None:
+def round_over_workers(run: Run, exported: Exported, folder: Path) -> None:
     """Write the candidates of every layer into ``folder``, a folder below the run's."""
-    crew, root = pipeline.crew, pipeline.run.path
+    crew, root = run.crew, run.path
     opener = partial(_Rounding.open, folder.relative_to(root), crew.shares_files)
-    job = Job("rounding", opener, root, FILES, rounding_worker_bytes(pipeline))
+    job = Job("rounding", opener, root, FILES, rounding_worker_bytes(run))
     # Before workers come: it links the weights for a session, which other readers of them refuse.
-    plan = _plan(pipeline, exported, pipeline.talk) if pipeline.recipe.quantize.rounding != "nearest" else None
-    with crew.open(job, pipeline.talk) as pool:
-        dealing = _Dealing(pipeline, exported, pool, folder)
+    plan = _plan(run, exported, run.talk) if run.recipe.quantize.rounding != "nearest" else None
+    with crew.open(job, run.talk) as pool:
+        dealing = _Dealing(run, exported, pool, folder)
         if plan is None:
             dealing.round([dealing.layer(_Layer(number)) for number in range(len(exported.graph.layers))])
             return
         for number in range(len(plan)):
             which = f" {number + 1} of {len(plan)}"
-            with tempfile.TemporaryDirectory(prefix="hessians-", dir=pipeline.run.scratch()) as scratch:
+            with tempfile.TemporaryDirectory(prefix="hessians-", dir=run.scratch()) as scratch:
                 gathered = dealing.gathered(plan, number, f"Hessians{which}")
                 shards = list(dealing.with_hessians(plan.hessians(number, gathered), Path(scratch)))
                 dealing.round(shards, which if len(plan) > 1 else "")
 
 
-def _plan(pipeline: Pipeline, exported: Exported, talk: Talk, guard: Path | None = None) -> HessianPlan:
-    calls, options = hessian_inputs(pipeline, exported)
+def _plan(run: Run, exported: Exported, talk: Talk, guard: Path | None = None) -> HessianPlan:
+    calls, options = hessian_inputs(run, exported)
     about = (exported.graph, calls, exported.conditions, exported.spec, options, talk)
-    return HessianPlan.of(*about, scratch=pipeline.run.scratch(), guard=guard)
+    return HessianPlan.of(*about, scratch=run.scratch(), guard=guard)
 
 
 @dataclass(frozen=True)
 class _Dealing:
     """Makes shards of layers and writes what comes back into ``folder``."""
 
-    pipeline: Pipeline
+    run: Run
     exported: Exported
     pool: Pool
     folder: Path
@@ -98,20 +93,20 @@ class _Dealing:
         last: tuple[Array, Path] | None = None
         for found in hessians:
             number = numbers[found.layer.name]
-            if not self.pipeline.crew.shares_files:
+            if not self.run.crew.shares_files:
                 yield self.layer(_Layer(number, found.widths, blocks=found.blocks))
                 continue
             # Layers in a row often share an input, as an attention's do: one file for all of them.
             if last is None or last[0] is not found.blocks:
                 last = (found.blocks, scratch / f"{number:05d}.npy")
                 np.save(last[1], found.blocks)
-            yield self.layer(_Layer(number, found.widths, last[1].relative_to(self.pipeline.run.path)))
+            yield self.layer(_Layer(number, found.widths, last[1].relative_to(self.run.path)))
 
     def gathered(self, plan: HessianPlan, group: int, title: str) -> Iterator[list[Array]]:
         """Yield the rows of every batch of all timesteps, in order."""
         steps = range(plan.timesteps)
         shards = [Shard(f"{title}, timestep {s + 1}", _Gather(group, s), plan.calls(s)) for s in steps]
-        for result in run_shards(self.pool, title, shards, self.pipeline.talk):
+        for result in run_shards(self.pool, title, shards, self.run.talk):
             batches, jobs = (1 + max(int(name.split(".")[place]) for name in result) for place in (0, 1))
             for batch in range(batches):
                 yield [result.pop(f"{batch}.{job}") for job in range(jobs)]
@@ -120,7 +115,7 @@ class _Dealing:
         """Compute the ``shards`` of layers, those with the most weights first: none is left over at the end."""
         layers = self.exported.graph.layers
         ordered = sorted(shards, key=lambda shard: -layers[shard.task.number].weights)
-        for result in run_shards(self.pool, f"round layers{which}", ordered, self.pipeline.talk):
+        for result in run_shards(self.pool, f"round layers{which}", ordered, self.run.talk):
             for name, content in result.items():
                 (self.folder / name).write_bytes(content.tobytes())
 
@@ -130,11 +125,11 @@ class _Rounding:
 
     def __init__(self, root: Path, out: Path, shares_files: bool, talk: Talk) -> None:
         self._root, self._out, self._shares = root, root / out, shares_files
-        self._pipeline = opened_run(root, talk)
+        self._run = Run.opened(root, talk)
         # Another worker of this node may have linked the weights for a session, which readers refuse.
         with alone_with(root / RECIPE):
-            self._exported = Exported(self._pipeline)
-        self._rounder = Rounder.of(self._pipeline, self._exported)
+            self._exported = self._run.exported
+        self._rounder = Rounder.of(self._run, self._exported)
         self._plan: HessianPlan | None = None
         self._open: tuple[int, Gathering] | None = None
 
@@ -151,7 +146,7 @@ class _Rounding:
     def gather(self, task: _Gather, talk: Talk) -> Result:
         """Return the rows by batch and Hessian."""
         if self._plan is None:
-            self._plan = _plan(self._pipeline, self._exported, Within.silent(talk), self._root / RECIPE)
+            self._plan = _plan(self._run, self._exported, Within.silent(talk), self._root / RECIPE)
         if self._open is None or self._open[0] != task.group:
             # Two sessions would hold two copies of the weights.
             self._open = None
@@ -185,21 +180,21 @@ class _Rounding:
         return Hessian(layer, blocks, task.widths, 0)
 
 
-def salience_over_workers(pipeline: Pipeline, exported: Exported, chosen: StoredCandidates) -> dict[str, Array]:
+def salience_over_workers(run: Run, exported: Exported, chosen: StoredCandidates) -> dict[str, Array]:
     """Return what ``sensitivity.salience.channel_errors`` returns, a shard per timestep."""
     from mpq_deploy.sensitivity.measured_calls import Calls
 
-    root, folder = pipeline.run.path, chosen.folder.relative_to(pipeline.run.path)
-    files, size = (*FILES, folder.as_posix()), salience_worker_bytes(pipeline)
+    root, folder = run.path, chosen.folder.relative_to(run.path)
+    files, size = (*FILES, folder.as_posix()), salience_worker_bytes(run)
     job = Job("salient channels", partial(_open_salience, folder), root, files, size)
-    graph, _, rounded_on, conditions, spec, options = salience_inputs(pipeline, exported, chosen)
+    graph, _, rounded_on, conditions, spec, options = salience_inputs(run, exported, chosen)
     calls = Calls(graph, spec, rounded_on, conditions, options.samples)
     steps = range(len(calls.timesteps))
     shards = [Shard(f"salient channels, timestep {step + 1}", step, calls.count) for step in steps]
     names = set(chosen)
     found = {layer.name: np.zeros(layer.out_channels) for layer in graph.layers if layer.name in names}
-    with pipeline.crew.open(job, pipeline.talk) as pool:
-        for result in run_shards(pool, "salient channels", shards, pipeline.talk):
+    with run.crew.open(job, run.talk) as pool:
+        for result in run_shards(pool, "salient channels", shards, run.talk):
             for name, parts in result.items():
                 for part in parts:
                     found[name] += part
@@ -210,9 +205,9 @@ def _open_salience(folder: Path, root: Path, talk: Talk) -> Work:
     """Return what gives the parts of the sums of one timestep."""
     from mpq_deploy.sensitivity.salience import ChannelErrors
 
-    pipeline = opened_run(root, talk)
-    exported = Exported(pipeline)
-    errors = ChannelErrors(*salience_inputs(pipeline, exported, with_rows(root / folder, exported.graph)))
+    run = Run.opened(root, talk)
+    exported = run.exported
+    errors = ChannelErrors(*salience_inputs(run, exported, with_rows(root / folder, exported.graph)))
 
     def work(step: int, inner: Talk) -> Result:
         with inner.bar("salient channels", errors.calls) as advance:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,12 @@ from mpq_deploy import stages
 from mpq_deploy.errors import MpqError, UsageError
 from mpq_deploy.recipe import Recipe
 from mpq_deploy.report import collect as assemble
-from mpq_deploy.run.common import deployed_stage
 from mpq_deploy.run.folder import RunFolder, open_run, write_text
 from mpq_deploy.run.stage_memory import saying_memory_ran_out
+from mpq_deploy.run.view import RECIPE, Run, StageResult
 from mpq_deploy.system.parallel.work import Alone, Crew
 from mpq_deploy.system.progress import Talk
-from mpq_deploy.system.usage import metered
+from mpq_deploy.system.usage import Reading, metered
 
 STAGES = (
     "export",
@@ -53,53 +52,43 @@ NEEDS: dict[str, tuple[str, ...]] = {
 }
 
 
-@dataclass
-class StageResult:
-    """How a stage was come by in this call."""
-
-    name: str
-    seconds: float
-    peak_rss_bytes: int
-    cached: bool
-    changed: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a command prints: text for people, values for scripts."""
-
-    text: str
-    values: dict[str, Any]
-
-
 class Pipeline:
-    """One recipe on one open run folder."""
+    """One recipe on one open run folder: the stages in their order. ``run`` is what it looks like now."""
 
-    def __init__(self, run: RunFolder, recipe: Recipe, talk: Talk, crew: Crew | None = None) -> None:
-        self.run, self.recipe, self.talk = run, recipe, talk
-        # Who computes shards. No result depends on it, so it is no part of the recipe.
-        self.crew: Crew = crew or Alone()
+    def __init__(self, folder: RunFolder, recipe: Recipe, talk: Talk, crew: Crew | None = None) -> None:
         self.results: dict[str, StageResult] = {}
+        # No result depends on who computes shards, so the crew is no part of the recipe.
+        self.run = Run(recipe, folder, talk, crew or Alone(), self.results)
 
-    def run_until(self, last: str) -> Summary:
-        """Make sure that the stage ``last`` and all that it needs are current."""
-        for name in self._order(last):
-            if name not in self.results:
-                self.ensure(name)
-        return assemble.summarise(self, last)
+    def run_until(self, last: str) -> assemble.Summary:
+        """Make sure that the stage ``last`` and all that it needs are current, and say what there is."""
+        return assemble.summarise(self.current(last), last)
+
+    def current(self, *names: str) -> Run:
+        """Make sure that the stages ``names`` and all that they need are current; return the run."""
+        for last in names:
+            for name in self._order(last):
+                if name not in self.results:
+                    self.ensure(name)
+        return self.run
+
+    def deployed(self, corrected: bool = False) -> Run:
+        """Make the graphs that are deployed current; with ``corrected`` also the correction, if the recipe wants it."""
+        wanted = corrected and self.run.recipe.evaluate.correction != "none"
+        return self.current(self.run.deployed_stage, *(["correction"] if wanted else []))
 
     def ensure(self, name: str) -> StageResult:
         """Make the stage ``name`` unless it is current; what it needs must be current already."""
         if name == "report":
             result = self._make_report()
         else:
-            inputs = stages.INPUTS[name](self)
-            changed = self.run.changed_fields(name, inputs)
+            inputs = stages.INPUTS[name](self.run)
+            changed = self.run.folder.changed_fields(name, inputs)
             result = self._cached(name) if changed == [] else self._make(name, inputs, changed)
         self.results[name] = result
         return result
 
-    def report_as_is(self) -> Summary:
+    def report_as_is(self) -> assemble.Summary:
         """Write the reports from the stages that are current, and make none.
 
         Raises UsageError when not even the plan is there.
@@ -107,7 +96,7 @@ class Pipeline:
         for name in self._order("report")[:-1]:
             if not all(need in self.results for need in NEEDS[name] if need in self._order(name)):
                 continue
-            if self.run.changed_fields(name, stages.INPUTS[name](self)) == []:
+            if self.run.folder.changed_fields(name, stages.INPUTS[name](self.run)) == []:
                 self.results[name] = self._cached(name)
         missing = [name for name in self._order("allocate") if name not in self.results]
         if missing:
@@ -116,58 +105,45 @@ class Pipeline:
                 f"Make the plan with 'mpq-deploy allocate {self.run.path}'.",
             )
         self.ensure("report")
-        return assemble.summarise(self, "report")
-
-    def digest(self, name: str) -> str:
-        """Digest of a finished stage's outputs."""
-        record = self.run.record(name)
-        if record is None:
-            raise UsageError(f"The stage '{name}' is missing in {self.run.path}.", "Run 'mpq-deploy build' first.")
-        return record.digest
-
-    def folder(self, name: str) -> Path:
-        """Folder of a finished stage."""
-        return self.run.stage(name)
-
-    def sample(self, out: Path, count: int, seed: int, steps: int, controls: bool = False) -> None:
-        """Sample the float and the quantized model (and the controls) side by side into the picture ``out``."""
-        deployed = deployed_stage(self)
-        for name in (deployed, "controls") if controls else (deployed,):
-            self.run_until(name)
-        assemble.sample_grid(self, out, count, seed, steps, controls)
+        return assemble.summarise(self.run, "report")
 
     def _order(self, last: str) -> list[str]:
         wanted = {last}
         for name in reversed(STAGES):
             if name in wanted:
                 wanted.update(NEEDS[name])
-        if self.recipe.evaluate.correction == "none" and last != "correction":
+        if self.run.recipe.evaluate.correction == "none" and last != "correction":
             wanted.discard("correction")
-        if not self.recipe.recover.steps and last != "recover":
+        if not self.run.recipe.recover.steps and last != "recover":
             wanted.discard("recover")
         return [name for name in STAGES if name in wanted]
 
     def _cached(self, name: str) -> StageResult:
-        timing = self.run.timings().get(name, {})
-        self.talk.line(f"{name:<10} up to date")
+        timing = self.run.folder.timings().get(name, {})
+        self.run.talk.line(f"{name:<10} up to date")
         return StageResult(name, timing.get("seconds", 0.0), int(timing.get("peak_rss_bytes", 0)), True)
 
     def _make(self, name: str, inputs: dict[str, Any], changed: list[str] | None) -> StageResult:
+        run = self.run
         if changed:
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-            self.talk.line(f"{name:<10} again: {', '.join(changed[:3])}{more} changed")
-        with metered() as reading, self.run.writing(name, inputs) as folder, saying_memory_ran_out(name):
-            note = stages.MAKERS[name](self, folder)
-        self.run.save_timing(name, reading.seconds, reading.peak_rss_bytes)
-        self.talk.line(f"{name:<10} {reading.seconds:6.1f} s  {reading.peak_rss_bytes / 1e6:6.0f} MB  {note}")
-        return StageResult(name, reading.seconds, reading.peak_rss_bytes, False, changed or [])
+            run.talk.line(f"{name:<10} again: {', '.join(changed[:3])}{more} changed")
+        with metered() as reading, run.folder.writing(name, inputs) as folder, saying_memory_ran_out(name):
+            note = stages.MAKERS[name](run, folder)
+        return self._made(name, reading, note)
 
     def _make_report(self) -> StageResult:
         with metered() as reading:
-            assemble.write_report(self)
-        self.run.save_timing("report", reading.seconds, reading.peak_rss_bytes)
-        self.talk.line(f"{'report':<10} {reading.seconds:6.1f} s  {reading.peak_rss_bytes / 1e6:6.0f} MB")
-        return StageResult("report", reading.seconds, reading.peak_rss_bytes, False)
+            assemble.write_report(self.run)
+        return self._made("report", reading)
+
+    def _made(self, name: str, reading: Reading, note: str = "") -> StageResult:
+        run, seconds, peak = self.run, reading.seconds, reading.peak_rss_bytes
+        run.folder.save_timing(name, seconds, peak)
+        run.talk.line(f"{name:<10} {seconds:6.1f} s  {peak / 1e6:6.0f} MB  {note}".rstrip())
+        # Another view, with nothing opened: what the stage opened goes, and what was opened of its former self.
+        self.run = replace(run)
+        return StageResult(name, seconds, peak, False)
 
 
 @contextmanager
@@ -179,7 +155,7 @@ def open_pipeline(recipe: Recipe, run: Path, talk: Talk, crew: Crew | None = Non
     # Mistakes that need no run folder to be found are found before one is made.
     stages.check_recipe(recipe)
     with open_run(run) as folder:
-        stored = run / "recipe.yaml"
+        stored = run / RECIPE
         before = stored.read_text(encoding="utf-8") if stored.is_file() else None
         write_text(stored, recipe.to_yaml())
         pipeline = Pipeline(folder, recipe, talk, crew)
@@ -197,8 +173,3 @@ def default_run(recipe: Recipe) -> Path:
     """Return runs/<name>, with the name taken from the model's path or id."""
     name = Path(recipe.model.rstrip("/")).name if recipe.model else "emoji"
     return Path("runs") / (name.removesuffix(".onnx") or "model")
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file that a stage wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -13,7 +13,7 @@ from mpq_deploy.formats.scheme import SCHEMES
 
 if TYPE_CHECKING:
     from mpq_deploy.run.memory_model import ModelSize, StageMemory
-    from mpq_deploy.run.pipeline import Pipeline
+    from mpq_deploy.run.view import Run
 
 MORE = "use a machine with more memory, or set MPQ_DEPLOY_MEMORY to what may be taken if you know better."
 HINTS = {
@@ -27,13 +27,13 @@ HINTS = {
 }
 
 
-def check_memory(pipeline: Pipeline, stage: str) -> StageMemory:
+def check_memory(run: Run, stage: str) -> StageMemory:
     """Estimate what ``stage`` takes; raises UsageError when there is less."""
     from mpq_deploy.run.memory_model import refuse_too_large
     from mpq_deploy.system.available import held_memory, memory_room
 
-    estimate = stage_memory(pipeline, stage)
-    fewer = "Give fewer --workers. " if _rounding_workers(pipeline, stage) else ""
+    estimate = stage_memory(run, stage)
+    fewer = "Give fewer --workers. " if _rounding_workers(run, stage) else ""
     refuse_too_large(estimate, memory_room(), f"{fewer}{HINTS[stage]} {MORE}", held_memory())
     return estimate
 
@@ -82,59 +82,58 @@ def _runtime_errors() -> tuple[type[BaseException], ...]:
     return ORT_ERRORS
 
 
-def stage_memory(pipeline: Pipeline, stage: str) -> StageMemory:
+def stage_memory(run: Run, stage: str) -> StageMemory:
     """Estimate what ``stage`` takes, workers on this machine included; those before it are current."""
     from mpq_deploy.run.memory_model import estimate_stage
 
     if stage == "export":
-        return _export(pipeline)
+        return _export(run)
     if stage == "engine":
-        return _engine(pipeline)
-    size, forms = _sizes(pipeline)
-    return estimate_stage(stage, size, pipeline.recipe, forms, _rounding_workers(pipeline, stage))
+        return _engine(run)
+    size, forms = _sizes(run)
+    return estimate_stage(stage, size, run.recipe, forms, _rounding_workers(run, stage))
 
 
-def _rounding_workers(pipeline: Pipeline, stage: str) -> int:
+def _rounding_workers(run: Run, stage: str) -> int:
     """Return how many processes of this machine round layers in ``stage``, beside this one; 0: this one does."""
     from mpq_deploy.system.parallel.processes import Processes
 
-    return pipeline.crew.workers if stage == "candidates" and isinstance(pipeline.crew, Processes) else 0
+    return run.crew.workers if stage == "candidates" and isinstance(run.crew, Processes) else 0
 
 
-def rounding_worker_bytes(pipeline: Pipeline) -> int:
+def rounding_worker_bytes(run: Run) -> int:
     """Estimate what a worker of the stage candidates holds, beside what every worker does (``shards.memory``)."""
     from mpq_deploy.run.memory_model import candidates_worker_bytes
     from mpq_deploy.system.parallel.worker_memory import PROCESS_BYTES
 
-    size, forms = _sizes(pipeline)
-    return max(0, candidates_worker_bytes(size, pipeline.recipe, forms) - PROCESS_BYTES)
+    size, forms = _sizes(run)
+    return max(0, candidates_worker_bytes(size, run.recipe, forms) - PROCESS_BYTES)
 
 
-def salience_worker_bytes(pipeline: Pipeline) -> int:
+def salience_worker_bytes(run: Run) -> int:
     """Estimate what a worker holds that orders salient channels, beside what every worker does."""
     from mpq_deploy.run.memory_model import salience_worker_bytes as worker_bytes
 
-    return worker_bytes(_sizes(pipeline)[0])
+    return worker_bytes(_sizes(run)[0])
 
 
-def _sizes(pipeline: Pipeline) -> tuple[ModelSize, int]:
+def _sizes(run: Run) -> tuple[ModelSize, int]:
     """Return the size of the exported model, and the weight forms per layer, at most."""
-    from mpq_deploy.run.common import Exported
     from mpq_deploy.run.memory_model import model_size
 
-    exported, recipe = Exported(pipeline), pipeline.recipe
+    exported, recipe = run.exported, run.recipe
     named = recipe.allocate.schemes
     forms = {s.weight_form for s in SCHEMES.values() if not s.branch and (s.name in named or s.family in named)}
     return model_size(exported.path, exported.graph, exported.spec.input_shapes()), len(forms)
 
 
-def _export(pipeline: Pipeline) -> StageMemory:
+def _export(run: Run) -> StageMemory:
     from mpq_deploy.models.open import DENOISERS, locate
     from mpq_deploy.run.memory_model import estimate_onnx_export, estimate_torch_export, source_size
     from mpq_deploy.stages.export import source_denoiser
     from mpq_deploy.system.progress import Talk
 
-    recipe = pipeline.recipe
+    recipe = run.recipe
     path = locate(recipe.model)
     if path.is_file():
         # Its weights stay on the disk, and what it warns of is said when it is opened for good.
@@ -151,14 +150,12 @@ def _weight_files(folder: Path) -> list[Path]:
     return plain or [file for file in files if file.name.split(".")[1] == files[0].name.split(".")[1]]
 
 
-def _engine(pipeline: Pipeline) -> StageMemory:
+def _engine(run: Run) -> StageMemory:
     import onnx
 
-    from mpq_deploy.allocate.milp import PrecisionPlan
     from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED
-    from mpq_deploy.run.common import deployed_stage
     from mpq_deploy.run.memory_model import estimate_engine
 
-    plan = PrecisionPlan.load(pipeline.folder("allocate") / "plan.json")
-    model = onnx.load(pipeline.folder(deployed_stage(pipeline)) / DEPLOYED, load_external_data=False)
+    plan = run.plan
+    model = onnx.load(run.deployed / DEPLOYED, load_external_data=False)
     return estimate_engine(plan.size_bytes, len(model.graph.node))

@@ -1,6 +1,6 @@
-"""What each stage reads (``INPUTS``: digests and settings) and how it is made (``MAKERS``), for the pipeline.
+"""What each stage reads (``INPUTS``: digests and settings) and how it is made (``MAKERS``), for the run.
 
-Every maker gets the pipeline and an empty folder, fills the folder, and returns a few words for the log.
+Every maker gets the run and an empty folder, fills the folder, and returns a few words for the log.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from mpq_deploy.stages.recover import make_recover, recover_inputs
 
 if TYPE_CHECKING:
     from mpq_deploy.recipe import Recipe
-    from mpq_deploy.run.pipeline import Pipeline
+    from mpq_deploy.run.view import Run
 
-INPUTS: dict[str, Callable[[Pipeline], Fields]] = {
+INPUTS: dict[str, Callable[[Run], Fields]] = {
     "export": export_inputs,
     "calibrate": calibrate_inputs,
     "candidates": candidates_inputs,
@@ -42,7 +42,7 @@ INPUTS: dict[str, Callable[[Pipeline], Fields]] = {
     "engine": engine_inputs,
     "evaluate": evaluate_inputs,
 }
-MAKERS: dict[str, Callable[[Pipeline, Path], str]] = {
+MAKERS: dict[str, Callable[[Run, Path], str]] = {
     "export": make_export,
     "calibrate": make_calibrate,
     "candidates": make_candidates,

@@ -26,7 +26,6 @@ from mpq_deploy.allocate.milp import (
     quantizers,
     smallest_plan,
 )
-from mpq_deploy.engine.target import load_target
 from mpq_deploy.errors import InfeasibleBudgetError
 from mpq_deploy.formats.candidates import Choices
 from mpq_deploy.formats.scheme import SCHEMES
@@ -36,24 +35,24 @@ from mpq_deploy.graph.writers.prescale import foldable_inputs
 from mpq_deploy.latency.costs import PlanLatency, int8_warning
 from mpq_deploy.latency.latency_table import parse_latency
 from mpq_deploy.latency.plan_latency import latency_costs, latency_inputs, plan_latency_info
-from mpq_deploy.run.common import Exported, settings, version_of
+from mpq_deploy.run.common import settings, version_of
 from mpq_deploy.run.folder import Fields
 from mpq_deploy.run.stage_memory import check_memory
 from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.stages.candidates import choices_of
 
 if TYPE_CHECKING:
-    from mpq_deploy.run.pipeline import Pipeline
+    from mpq_deploy.run.view import Run
 
 
-def allocate_inputs(pipeline: Pipeline) -> Fields:
+def allocate_inputs(run: Run) -> Fields:
     """Return what the stage allocate reads: digests and settings."""
     return {
-        **{name: pipeline.digest(name) for name in ("export", "candidates", "measure")},
-        "recipe.budget": pipeline.recipe.budget,
-        "target.protected": list(load_target(pipeline.recipe.target).protected),
-        **settings(pipeline.recipe.allocate, "allocate"),
-        **latency_inputs(pipeline.recipe),
+        **{name: run.digest(name) for name in ("export", "candidates", "measure")},
+        "recipe.budget": run.recipe.budget,
+        "target.protected": list(run.target.protected),
+        **settings(run.recipe.allocate, "allocate"),
+        **latency_inputs(run.recipe),
         **version_of("highspy", "numpy"),
     }
 
@@ -64,17 +63,17 @@ class PlanSolver:
     ``control``: one of ``ORM_CONTROLS`` in place of the run's own measurements; or a ``table`` in place of either.
     """
 
-    def __init__(self, pipeline: Pipeline, control: str = "", table: SensitivityTable | None = None) -> None:
-        self.pipeline = pipeline
-        self.recipe = pipeline.recipe
-        self.section = pipeline.recipe.allocate
-        self.orm = pipeline.recipe.measure.orm
-        self.exported = Exported(pipeline)
+    def __init__(self, run: Run, control: str = "", table: SensitivityTable | None = None) -> None:
+        self.run = run
+        self.recipe = run.recipe
+        self.section = run.recipe.allocate
+        self.orm = run.recipe.measure.orm
+        self.exported = run.exported
         self.layers = self.exported.graph.layers
-        self.table = table or SensitivityTable.load(pipeline.folder("measure") / control)
-        read = choices_of(pipeline, self.exported.graph)
+        self.table = table or SensitivityTable.load(run.stage("measure") / control)
+        read = choices_of(run, self.exported.graph)
         self.refused = {name: {**c.refused, **self._ruled_out(name, c)} for name, c in read.items()}
-        target = load_target(pipeline.recipe.target)
+        target = run.target
         rules: list[tuple[str, tuple[str, ...]]]
         rules = [(pattern, ("fp16",)) for pattern in target.protected if any_match(pattern, read)]
         rules += [(rule.layers, rule.schemes) for rule in self.section.protect]
@@ -84,7 +83,7 @@ class PlanSolver:
             for layer in self.layers
         ]
         allowed = protected_schemes(names, rules)
-        self.costs, self.no_latency = latency_costs(pipeline, self.exported)
+        self.costs, self.no_latency = latency_costs(run, self.exported)
         self.choices = [self._choice(layer, allowed[layer.name]) for layer in self.layers]
         self.fp16_size = int(self.exported.facts["fp16_size_bytes"])
         self.weights = sum(layer.weights for layer in self.layers)
@@ -271,17 +270,17 @@ def any_match(pattern: str, names: Mapping[str, Any]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for name in names)
 
 
-def make_allocate(pipeline: Pipeline, folder: Path) -> str:
+def make_allocate(run: Run, folder: Path) -> str:
     """Make the stage allocate in ``folder``; return a few words for the log."""
-    check_memory(pipeline, "allocate")
-    plan = PlanSolver(pipeline).solve(pipeline.recipe.budget)
+    check_memory(run, "allocate")
+    plan = PlanSolver(run).solve(run.recipe.budget)
     plan.save(folder / "plan.json")
     ratio = plan.size_bytes / plan.fp16_size_bytes
     predicted = "not predicted" if plan.predicted_loss is None else f"predicted NMSE {plan.predicted_loss:.2e}"
     kind = "nominal bytes, simulated" if plan.simulated else "bytes"
     warned = int8_warning(PlanLatency(**plan.latency), len(plan.layers)) if plan.latency else ""
     if warned:
-        pipeline.talk.warn(warned)
+        run.talk.warn(warned)
     return f"{plan.size_bytes:,} {kind} ({ratio:.4f} of FP16), {predicted}{_speed(plan)}"
 
 

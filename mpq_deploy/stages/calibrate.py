@@ -6,38 +6,38 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpq_deploy.graph.dialect_check import OPERATOR_RULES, check_dialect
-from mpq_deploy.run.common import Exported, settings, version_of
+from mpq_deploy.run.common import settings, version_of
 from mpq_deploy.run.folder import Fields
 from mpq_deploy.run.stage_memory import check_memory
 
 if TYPE_CHECKING:
-    from mpq_deploy.run.pipeline import Pipeline
+    from mpq_deploy.run.view import Run
 
 
 # Raised with every change of what calibration leaves behind.
 CALIBRATION_FORMAT = 4
 
 
-def calibrate_inputs(pipeline: Pipeline) -> Fields:
+def calibrate_inputs(run: Run) -> Fields:
     """Return what the stage calibrate reads: digests and settings."""
     return {
-        "export": pipeline.digest("export"),
+        "export": run.digest("export"),
         "calibration.format": CALIBRATION_FORMAT,
-        **settings(pipeline.recipe.calibrate, "calibrate"),
-        "recipe.evaluate.sampler": pipeline.recipe.evaluate.sampler,
+        **settings(run.recipe.calibrate, "calibrate"),
+        "recipe.evaluate.sampler": run.recipe.evaluate.sampler,
         **version_of("onnxruntime", "numpy"),
     }
 
 
-def make_calibrate(pipeline: Pipeline, folder: Path) -> str:
+def make_calibrate(run: Run, folder: Path) -> str:
     """Make the stage calibrate in ``folder``; return a few words for the log."""
     from mpq_deploy.calibrate.calibrate import calibrate
     from mpq_deploy.calibrate.options import CalibrationOptions
 
-    section = pipeline.recipe.calibrate
-    exported = Exported(pipeline)
-    check_memory(pipeline, "calibrate")
-    check_dialect(pipeline, exported.path, OPERATOR_RULES)
+    section = run.recipe.calibrate
+    exported = run.exported
+    check_memory(run, "calibrate")
+    check_dialect(run, exported.path, OPERATOR_RULES)
     # A component without timesteps has so many inputs and no more.
     rows = exported.spec.calibration_rows
     options = CalibrationOptions(
@@ -50,7 +50,7 @@ def make_calibrate(pipeline: Pipeline, folder: Path) -> str:
         scale_method=section.scale,
         percentile=section.percentile,
         reservoir=section.reservoir,
-        sampler=pipeline.recipe.evaluate.sampler,
+        sampler=run.recipe.evaluate.sampler,
     )
     inputs, stats = calibrate(
         exported.path,
@@ -58,9 +58,9 @@ def make_calibrate(pipeline: Pipeline, folder: Path) -> str:
         exported.spec,
         exported.conditions,
         options,
-        pipeline.talk,
-        scratch=pipeline.run.scratch(),
-        crew=pipeline.crew,
+        run.talk,
+        scratch=run.scratch(),
+        crew=run.crew,
     )
     inputs.save(folder / "inputs.npz")
     stats.save(folder / "stats.npz")

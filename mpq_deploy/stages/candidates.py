@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
-from mpq_deploy.engine.target import Target, load_target
+from mpq_deploy.engine.target import Target
 from mpq_deploy.formats.candidates import (
     Choices,
     LayerCandidates,
@@ -29,9 +29,10 @@ from mpq_deploy.graph.layers import Layer, LayerGraph
 from mpq_deploy.graph.writers.branches import bias_refusal
 from mpq_deploy.graph.writers.quantize_layers import weight_array
 from mpq_deploy.models.spec import Array, DenoiserSpec
-from mpq_deploy.run.common import Exported, load_calibration, settings, version_of
+from mpq_deploy.run.common import settings, version_of
 from mpq_deploy.run.folder import Fields
 from mpq_deploy.run.stage_memory import check_memory
+from mpq_deploy.run.view import Exported
 from mpq_deploy.system.mapped import drop_pages
 from mpq_deploy.system.parallel.work import Alone
 
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
     from mpq_deploy.recipe import Recipe
     from mpq_deploy.rounding.hessian import Hessian, HessianOptions
-    from mpq_deploy.run.pipeline import Pipeline
+    from mpq_deploy.run.view import Run
     from mpq_deploy.sensitivity.measured_calls import MeasureOptions
 
 
@@ -61,38 +62,38 @@ CONTROLS = {
 }
 
 
-def candidates_inputs(pipeline: Pipeline) -> Fields:
+def candidates_inputs(run: Run) -> Fields:
     """Return what the stage candidates reads: digests and settings."""
-    target = load_target(pipeline.recipe.target)
+    target = run.target
     return {
-        "export": pipeline.digest("export"),
-        "calibrate": pipeline.digest("calibrate"),
-        "recipe.allocate.schemes": list(pipeline.recipe.allocate.schemes),
-        "recipe.allocate.branches": list(pipeline.recipe.allocate.branches),
-        "recipe.measure.samples": pipeline.recipe.measure.samples,
+        "export": run.digest("export"),
+        "calibrate": run.digest("calibrate"),
+        "recipe.allocate.schemes": list(run.recipe.allocate.schemes),
+        "recipe.allocate.branches": list(run.recipe.allocate.branches),
+        "recipe.measure.samples": run.recipe.measure.samples,
         "candidates.format": CANDIDATES_FORMAT,
         "target.schemes": target.model_dump(mode="json", include={"schemes", "branches", "rules"}),
-        **settings(pipeline.recipe.quantize, "quantize"),
+        **settings(run.recipe.quantize, "quantize"),
         **version_of("onnxruntime", "numpy", "torch"),
     }
 
 
-def make_candidates(pipeline: Pipeline, folder: Path) -> str:
+def make_candidates(run: Run, folder: Path) -> str:
     """Make the stage candidates in ``folder``; return a few words for the log."""
-    exported = Exported(pipeline)
-    check_memory(pipeline, "candidates")
-    if isinstance(pipeline.crew, Alone):
-        rounder = Rounder.of(pipeline, exported)
-        for moments in _moments(pipeline, exported, rounder):
+    exported = run.exported
+    check_memory(run, "candidates")
+    if isinstance(run.crew, Alone):
+        rounder = Rounder.of(run, exported)
+        for moments in _moments(run, exported, rounder):
             rounder.into(folder, moments)
     else:
         from mpq_deploy.rounding.spread_rounding import round_over_workers
 
-        round_over_workers(pipeline, exported, folder)
-    orders, how = _salient_first(pipeline, exported, folder)
+        round_over_workers(run, exported, folder)
+    orders, how = _salient_first(run, exported, folder)
     numbers = {layer.name: number for number, layer in enumerate(exported.graph.layers)}
     np.savez(folder / ROW_ORDERS, **{str(numbers[name]): order for name, order in orders.items()})  # type: ignore[arg-type]
-    return f"{len(wanted_schemes(pipeline.recipe))} schemes, rounding {pipeline.recipe.quantize.rounding}{how}"
+    return f"{len(wanted_schemes(run.recipe))} schemes, rounding {run.recipe.quantize.rounding}{how}"
 
 
 @dataclass(frozen=True)
@@ -111,15 +112,13 @@ class Rounder:
     blas: ThreadpoolController
 
     @classmethod
-    def of(cls, pipeline: Pipeline, exported: Exported) -> Rounder:
+    def of(cls, run: Run, exported: Exported) -> Rounder:
         """Read what rounding depends on."""
         from threadpoolctl import ThreadpoolController
 
         numbers = {layer.name: number for number, layer in enumerate(exported.graph.layers)}
-        stats = load_calibration(pipeline)[1]
-        return cls(
-            exported, pipeline.recipe, load_target(pipeline.recipe.target), stats, numbers, ThreadpoolController()
-        )
+        stats = run.calibration.stats
+        return cls(exported, run.recipe, run.target, stats, numbers, ThreadpoolController())
 
     def into(self, folder: Path, moments: Hessian) -> Path:
         """Round the layer of ``moments`` for all its schemes; return its new file in ``folder``."""
@@ -165,14 +164,14 @@ class Rounder:
         return frozenset(t for layer in self.exported.graph.layers if layer.op == "Conv" for t in layer.inputs)
 
 
-def _salient_first(pipeline: Pipeline, exported: Exported, folder: Path) -> tuple[dict[str, Array], str]:
+def _salient_first(run: Run, exported: Exported, folder: Path) -> tuple[dict[str, Array], str]:
     """Order the output channels of layers with a rows branch, most salient first: layer name -> int32 [O]."""
     chosen = with_rows(folder, exported.graph)
     if not chosen:
         return {}, ""
-    _, stats = load_calibration(pipeline)
-    method = pipeline.recipe.quantize.salience
-    saliences = _probed_salience(pipeline, exported, chosen) if method == "probe" else None
+    stats = run.calibration.stats
+    method = run.recipe.quantize.salience
+    saliences = _probed_salience(run, exported, chosen) if method == "probe" else None
     if saliences is None:
         saliences = {name: _kurtosis(c, stats) for name, c in chosen.items()}
         why = ", salient rows by kurtosis" + (" (torch cannot evaluate this graph)" if method == "probe" else "")
@@ -204,7 +203,7 @@ def _column_amax(layer: Layer, stats: CalibrationStats) -> Array:
     return np.repeat(amax, layer.reduction // len(amax))
 
 
-def _probed_salience(pipeline: Pipeline, exported: Exported, chosen: StoredCandidates) -> dict[str, Array] | None:
+def _probed_salience(run: Run, exported: Exported, chosen: StoredCandidates) -> dict[str, Array] | None:
     """Return the channels' errors by probes on the calls that weights are rounded on; None where torch cannot."""
     if importlib.util.find_spec("torch") is None:
         return None
@@ -213,27 +212,27 @@ def _probed_salience(pipeline: Pipeline, exported: Exported, chosen: StoredCandi
     from mpq_deploy.sensitivity.salience import channel_errors
 
     try:
-        if isinstance(pipeline.crew, Alone):
-            return channel_errors(*salience_inputs(pipeline, exported, chosen), pipeline.talk)
+        if isinstance(run.crew, Alone):
+            return channel_errors(*salience_inputs(run, exported, chosen), run.talk)
         # No worker is started to find that out.
         if not evaluates_in_torch(exported.graph):
             return None
         from mpq_deploy.rounding.spread_rounding import salience_over_workers
 
-        return salience_over_workers(pipeline, exported, chosen)
+        return salience_over_workers(run, exported, chosen)
     except UnsupportedOperator:
         return None
 
 
 def salience_inputs(
-    pipeline: Pipeline, exported: Exported, chosen: StoredCandidates
+    run: Run, exported: Exported, chosen: StoredCandidates
 ) -> tuple[LayerGraph, Mapping[str, Array], CalibrationSet, dict[str, Array], DenoiserSpec, MeasureOptions]:
     """Return what the errors of channels are measured on."""
     from mpq_deploy.calls.timesteps import sampled_steps
     from mpq_deploy.sensitivity.measured_calls import MeasureOptions
     from mpq_deploy.sensitivity.salience import body_weights
 
-    rounded_on, _ = load_calibration(pipeline)[0].split(pipeline.recipe.measure.samples)
+    rounded_on, _ = run.calibration.inputs.split(run.recipe.measure.samples)
     count = len(rounded_on.timesteps)
     some = rounded_on.at(sampled_steps(count, min(SALIENCE_TIMESTEPS, count)))
     options = MeasureOptions(probes=1, samples=SALIENCE_SAMPLES)
@@ -252,25 +251,25 @@ def control_scheme(layer: Layer, preferred: tuple[str, ...], target: Target) -> 
     return next((allowed[name] for name in preferred if name in allowed), FP16)
 
 
-def _moments(pipeline: Pipeline, exported: Exported, rounder: Rounder) -> Iterator[Hessian]:
+def _moments(run: Run, exported: Exported, rounder: Rounder) -> Iterator[Hessian]:
     """Yield the second moments of every layer's input: Hessians for GPTQ, else only their diagonals."""
     from mpq_deploy.rounding.hessian import iterate_hessians
 
-    if pipeline.recipe.quantize.rounding == "nearest":
+    if run.recipe.quantize.rounding == "nearest":
         yield from map(rounder.diagonal, exported.graph.layers)
         return
-    rounded_on, options = hessian_inputs(pipeline, exported)
-    calls = (exported.graph, rounded_on, exported.conditions, exported.spec, options, pipeline.talk)
-    yield from iterate_hessians(*calls, scratch=pipeline.run.scratch())
+    rounded_on, options = hessian_inputs(run, exported)
+    calls = (exported.graph, rounded_on, exported.conditions, exported.spec, options, run.talk)
+    yield from iterate_hessians(*calls, scratch=run.scratch())
 
 
-def hessian_inputs(pipeline: Pipeline, exported: Exported) -> tuple[CalibrationSet, HessianOptions]:
+def hessian_inputs(run: Run, exported: Exported) -> tuple[CalibrationSet, HessianOptions]:
     """Return the calls that weights are rounded on, and the bounds on their Hessians."""
     from mpq_deploy.calls.trajectories import renoised
     from mpq_deploy.rounding.hessian import HessianOptions
 
-    section = pipeline.recipe.quantize
-    rounded_on, _ = load_calibration(pipeline)[0].split(pipeline.recipe.measure.samples)
+    section = run.recipe.quantize
+    rounded_on, _ = run.calibration.inputs.split(run.recipe.measure.samples)
     rounded_on = renoised(rounded_on, exported.spec, section.noise_draws)
     return rounded_on, HessianOptions(
         memory_cap_bytes=section.memory_mb * 2**20,
@@ -347,9 +346,9 @@ def _file(folder: Path, number: int) -> Path:
     return folder / f"{number:05d}.safetensors"
 
 
-def candidates_of(pipeline: Pipeline, graph: LayerGraph) -> StoredCandidates:
+def candidates_of(run: Run, graph: LayerGraph) -> StoredCandidates:
     """Open the candidates of every layer, by layer name, with the rows that branches promote."""
-    return StoredCandidates.of(pipeline.folder("candidates"), graph)
+    return StoredCandidates.of(run.stage("candidates"), graph)
 
 
 def iterate_candidates(folder: Path, graph: LayerGraph) -> Iterator[LayerCandidates]:
@@ -360,7 +359,7 @@ def iterate_candidates(folder: Path, graph: LayerGraph) -> Iterator[LayerCandida
         drop_pages(graph.model.graph.initializers[layer.weight].const_value)
 
 
-def choices_of(pipeline: Pipeline, graph: LayerGraph) -> dict[str, Choices]:
+def choices_of(run: Run, graph: LayerGraph) -> dict[str, Choices]:
     """Read which schemes every layer may take, by layer name, without its weights."""
-    folder = pipeline.folder("candidates")
+    folder = run.stage("candidates")
     return {layer.name: load_choices(_file(folder, i)) for i, layer in enumerate(graph.layers)}

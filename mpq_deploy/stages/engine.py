@@ -6,56 +6,55 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpq_deploy.allocate.milp import PrecisionPlan
 from mpq_deploy.engine.engine_memory import MemoryEstimate, estimate_memory, refuse_too_large
 from mpq_deploy.engine.expected import ExpectedLayers
 from mpq_deploy.engine.failure import BuilderKilledError
-from mpq_deploy.engine.target import Target, load_target
+from mpq_deploy.engine.target import Target
 from mpq_deploy.engine.trtexec import find_trtexec
 from mpq_deploy.errors import EngineError
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.graph.save import repeated_bytes
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED
-from mpq_deploy.run.common import Exported, deployed_stage, settings, version_of
+from mpq_deploy.run.common import settings, version_of
 from mpq_deploy.run.folder import Fields, canonical_json
 from mpq_deploy.run.stage_memory import check_memory
 
 if TYPE_CHECKING:
-    from mpq_deploy.run.pipeline import Pipeline
+    from mpq_deploy.run.view import Run
 
 
 RTX = "tensorrt_rtx"
 SIMULATED_PLAN = "the plan is simulated: no engine can hold its schemes, ONNX Runtime runs the graph"
 
 
-def engine_inputs(pipeline: Pipeline) -> Fields:
+def engine_inputs(run: Run) -> Fields:
     """Return what the stage engine reads: digests and settings."""
-    target = load_target(pipeline.recipe.target)
+    target = run.target
     return {
-        "quantize": pipeline.digest(deployed_stage(pipeline)),
+        "quantize": run.digest(run.deployed_stage),
         "target": target.model_dump(mode="json"),
-        **settings(pipeline.recipe.engine, "engine"),
+        **settings(run.recipe.engine, "engine"),
         **version_of("tensorrt-rtx", "tensorrt"),
     }
 
 
-def make_engine(pipeline: Pipeline, folder: Path) -> str:
+def make_engine(run: Run, folder: Path) -> str:
     """Make the stage engine in ``folder``; return a few words for the log."""
-    target = load_target(pipeline.recipe.target)
-    plan = PrecisionPlan.load(pipeline.folder("allocate") / "plan.json")
-    reason = SIMULATED_PLAN if plan.simulated else _no_engine_reason(pipeline, target)
+    target = run.target
+    plan = run.plan
+    reason = SIMULATED_PLAN if plan.simulated else _no_engine_reason(run, target)
     if reason:
         (folder / "none.json").write_text(canonical_json({"reason": reason}), encoding="utf-8")
         return f"none: {reason}"
     from mpq_deploy.engine.builder import BatchProfile, build_engine
 
-    check_target_memory(pipeline, target)
-    check_memory(pipeline, "engine")
-    exported = Exported(pipeline)
+    check_target_memory(run, target)
+    check_memory(run, "engine")
+    exported = run.exported
     schemes = {name: SCHEMES[scheme] for name, scheme in plan.schemes.items()}
-    section, spec = pipeline.recipe.engine, exported.spec
+    section, spec = run.recipe.engine, exported.spec
     inputs = spec.inputs
-    model = pipeline.folder(deployed_stage(pipeline)) / DEPLOYED
+    model = run.deployed / DEPLOYED
     expected = ExpectedLayers.of(exported.graph.layers, schemes, plan.size_bytes, repeated_bytes(model))
     try:
         record = build_engine(
@@ -66,8 +65,8 @@ def make_engine(pipeline: Pipeline, folder: Path) -> str:
                 section.batch_min, section.batch_opt, section.batch_max, {i.name: i.shape for i in inputs if i.batched}
             ),
             expected,
-            pipeline.talk,
-            log=pipeline.run.path / "engine.log",
+            run.talk,
+            log=run.path / "engine.log",
         )
     except BuilderKilledError as error:
         raise EngineError(f"The stage 'engine' was cut short. {error.message}", error.hint) from error
@@ -75,11 +74,11 @@ def make_engine(pipeline: Pipeline, folder: Path) -> str:
     return f"{record.backend} {record.version}, {record.weights_bytes or 0:,} bytes of weights, verified"
 
 
-def check_target_memory(pipeline: Pipeline, target: Target) -> MemoryEstimate:
+def check_target_memory(run: Run, target: Target) -> MemoryEstimate:
     """Estimate what the engine takes; raises UsageError when that is more than the target has."""
-    plan = PrecisionPlan.load(pipeline.folder("allocate") / "plan.json")
-    spec, batch = Exported(pipeline).spec, pipeline.recipe.engine.batch_max
-    model = pipeline.folder(deployed_stage(pipeline)) / DEPLOYED
+    plan = run.plan
+    spec, batch = run.exported.spec, run.recipe.engine.batch_max
+    model = run.deployed / DEPLOYED
     estimate = estimate_memory(model, spec.input_shapes(batch), plan.size_bytes)
     refuse_too_large(estimate, target, batch)
     return estimate
@@ -92,8 +91,8 @@ def builder_present(target: Target) -> bool:
     return importlib.util.find_spec(target.builder) is not None
 
 
-def _no_engine_reason(pipeline: Pipeline, target: Target) -> str:
-    if not pipeline.recipe.engine.build:
+def _no_engine_reason(run: Run, target: Target) -> str:
+    if not run.recipe.engine.build:
         return "the recipe says engine.build: false"
     if target.builder == "none":
         return f"the target {target.name} has no engine: ONNX Runtime runs the graph"

@@ -11,7 +11,7 @@ import numpy as np
 
 from mpq_deploy.calibrate.stats import dealt
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED
-from mpq_deploy.run.common import Exported, deployed_stage, load_calibration, settings, version_of
+from mpq_deploy.run.common import settings, version_of
 from mpq_deploy.run.folder import Fields
 from mpq_deploy.runtime.correction import FILE as CORRECTION
 from mpq_deploy.runtime.correction import FORMAT as CORRECTION_FORMAT
@@ -20,7 +20,7 @@ from mpq_deploy.runtime.correction import Correction, load_correction
 if TYPE_CHECKING:
     from mpq_deploy.evaluate.evaluation_result import Evaluation
     from mpq_deploy.evaluate.half import HalfPrecision
-    from mpq_deploy.run.pipeline import Pipeline
+    from mpq_deploy.run.view import Run
 
 
 LATENCY = "latency.json"
@@ -35,68 +35,68 @@ CORRECTED = "ours+ptqd"
 BEFORE = "plan"
 
 
-def correction_inputs(pipeline: Pipeline) -> Fields:
+def correction_inputs(run: Run) -> Fields:
     """Return what the stage correction reads: digests and settings."""
     return {
-        **{name: pipeline.digest(name) for name in ("export", "calibrate")},
-        "quantize": pipeline.digest(deployed_stage(pipeline)),
+        **{name: run.digest(name) for name in ("export", "calibrate")},
+        "quantize": run.digest(run.deployed_stage),
         "correction.format": CORRECTION_FORMAT,
-        "recipe.evaluate.correction_bias": pipeline.recipe.evaluate.correction_bias,
-        "recipe.calibrate.batch_size": pipeline.recipe.calibrate.batch_size,
-        "recipe.measure.samples": pipeline.recipe.measure.samples,
+        "recipe.evaluate.correction_bias": run.recipe.evaluate.correction_bias,
+        "recipe.calibrate.batch_size": run.recipe.calibrate.batch_size,
+        "recipe.measure.samples": run.recipe.measure.samples,
         **version_of("onnxruntime", "numpy"),
     }
 
 
-def correction_for(pipeline: Pipeline, quantized: Path) -> Correction:
+def correction_for(run: Run, quantized: Path) -> Correction:
     """Fit the correction of the graphs in the folder ``quantized``, on calls that their weights were not rounded on."""
     from mpq_deploy.calibrate.fit_correction import call_moments, fit_correction
     from mpq_deploy.evaluate.cache import model_digest
 
-    exported = Exported(pipeline)
-    inputs, _ = load_calibration(pipeline)
-    _, held_out = inputs.split(pipeline.recipe.measure.samples)
+    exported = run.exported
+    inputs = run.calibration.inputs
+    _, held_out = inputs.split(run.recipe.measure.samples)
     moments = call_moments(
         exported.path,
         quantized / SIMULATED,
         held_out.take(dealt(held_out.rows, np.arange(len(held_out.rows)))[:CORRECTION_CALLS]),
         exported.conditions,
         exported.spec,
-        pipeline.recipe.calibrate.batch_size,
-        pipeline.talk,
+        run.recipe.calibrate.batch_size,
+        run.talk,
     )
     return fit_correction(
         moments,
         {name: model_digest(quantized / name) for name in (DEPLOYED, SIMULATED)},
         exported.spec.prediction_type,
-        pipeline.recipe.evaluate.correction_bias,
+        run.recipe.evaluate.correction_bias,
         unseen_by_rounding=held_out is not inputs,
     )
 
 
-def make_correction(pipeline: Pipeline, folder: Path) -> str:
+def make_correction(run: Run, folder: Path) -> str:
     """Make the stage correction in ``folder``; return a few words for the log."""
-    correction = correction_for(pipeline, pipeline.folder(deployed_stage(pipeline)))
+    correction = correction_for(run, run.deployed)
     correction.save(folder / CORRECTION)
     return correction.summary()
 
 
-def evaluate_inputs(pipeline: Pipeline) -> Fields:
+def evaluate_inputs(run: Run) -> Fields:
     """Return what the stage evaluate reads: digests and settings."""
     return {
         "evaluation.format": EVALUATION_FORMAT,
-        **{name: pipeline.digest(name) for name in ("export", "calibrate", "controls")},
-        "quantize": pipeline.digest("quantize"),
-        **({"recover": pipeline.digest("recover")} if pipeline.recipe.recover.steps else {}),
-        "correction": None if pipeline.recipe.evaluate.correction == "none" else pipeline.digest("correction"),
-        **settings(pipeline.recipe.evaluate, "evaluate"),
-        "recipe.calibrate.seed": pipeline.recipe.calibrate.seed,
+        **{name: run.digest(name) for name in ("export", "calibrate", "controls")},
+        "quantize": run.digest("quantize"),
+        **({"recover": run.digest("recover")} if run.recipe.recover.steps else {}),
+        "correction": None if run.recipe.evaluate.correction == "none" else run.digest("correction"),
+        **settings(run.recipe.evaluate, "evaluate"),
+        "recipe.calibrate.seed": run.recipe.calibrate.seed,
         **version_of("onnxruntime", "numpy"),
     }
 
 
 def evaluate_variants(
-    pipeline: Pipeline,
+    run: Run,
     ours: Path,
     size_bytes: int,
     latency: bool,
@@ -112,8 +112,8 @@ def evaluate_variants(
     from mpq_deploy.evaluate.evaluate import evaluate
     from mpq_deploy.evaluate.evaluation_result import EvaluationOptions
 
-    exported = Exported(pipeline)
-    section = pipeline.recipe.evaluate
+    exported = run.exported
+    section = run.recipe.evaluate
     known, steps, samples = exported.spec.calibration_rows, section.steps, section.samples
     if exported.spec.timestep is None:
         held_out = len(exported.conditions[exported.spec.sample.name]) - (known or 0)
@@ -128,7 +128,7 @@ def evaluate_variants(
         sampler=section.sampler,
         **({} if latency else {"latency_calls": 0}),
     )
-    controls = pipeline.folder("controls")
+    controls = run.stage("controls")
     sizes: dict[str, int] = json.loads((controls / "sizes.json").read_text(encoding="utf-8"))
     corrected = {} if correction is None else {CORRECTED: correction}
     plan = {} if before is None else {BEFORE: before}
@@ -143,40 +143,40 @@ def evaluate_variants(
         exported.spec,
         exported.conditions,
         options,
-        pipeline.talk,
+        run.talk,
         sizes={**sizes, "ours": size_bytes, **dict.fromkeys((*corrected, *plan), size_bytes)},
-        cache=pipeline.run.path / ".samples",
+        cache=run.path / ".samples",
         corrections=corrected,
-        crew=pipeline.crew,
+        crew=run.crew,
     )
 
 
-def _half_precision(pipeline: Pipeline, deployed: Path) -> HalfPrecision:
+def _half_precision(run: Run, deployed: Path) -> HalfPrecision:
     """Compare the FP16 graph in the folder ``deployed`` with its twin, on calls that were calibrated on."""
     from mpq_deploy.evaluate.half import half_precision
 
-    exported = Exported(pipeline)
-    recorded, _ = load_calibration(pipeline)
+    exported = run.exported
+    recorded = run.calibration.inputs
     files = exported.path, deployed / DEPLOYED, deployed / SIMULATED
-    return half_precision(*files, recorded, exported.conditions, exported.spec, pipeline.talk)
+    return half_precision(*files, recorded, exported.conditions, exported.spec, run.talk)
 
 
-def make_evaluate(pipeline: Pipeline, folder: Path) -> str:
+def make_evaluate(run: Run, folder: Path) -> str:
     """Make the stage evaluate in ``folder``; return a few words for the log."""
-    deployed = pipeline.folder(deployed_stage(pipeline))
+    deployed = run.deployed
     size = json.loads((deployed / "size.json").read_text(encoding="utf-8"))["size_bytes"]
     graph, correction = deployed / SIMULATED, None
-    if pipeline.recipe.evaluate.correction != "none":
-        correction = load_correction(pipeline.folder("correction") / CORRECTION, graph)
-    before = pipeline.folder("quantize") / SIMULATED if pipeline.recipe.recover.steps else None
-    result = evaluate_variants(pipeline, graph, size, latency=True, correction=correction, before=before)
-    half = _half_precision(pipeline, deployed)
+    if run.recipe.evaluate.correction != "none":
+        correction = load_correction(run.stage("correction") / CORRECTION, graph)
+    before = run.stage("quantize") / SIMULATED if run.recipe.recover.steps else None
+    result = evaluate_variants(run, graph, size, latency=True, correction=correction, before=before)
+    half = _half_precision(run, deployed)
     if half.warning:
-        pipeline.talk.warn(half.warning)
+        run.talk.warn(half.warning)
     replace(result, notes=(*result.notes, half.note)).save(folder)
     # What a clock said is no part of what must repeat byte for byte.
     if (folder / LATENCY).exists():
-        (folder / LATENCY).replace(pipeline.run.path / LATENCY)
+        (folder / LATENCY).replace(run.path / LATENCY)
     measured = [(name, result.variants[name]) for name in ("ours", CORRECTED, BEFORE) if name in result.variants]
     said = [f"{name}: NMSE {found.measured_nmse:.2e}, PSNR {found.psnr_db:.1f} dB" for name, found in measured]
     return "; ".join(said).removeprefix("ours: ")

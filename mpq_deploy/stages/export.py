@@ -16,15 +16,15 @@ from mpq_deploy.run.stage_memory import check_memory
 if TYPE_CHECKING:
     from mpq_deploy.models.denoiser import Denoiser
     from mpq_deploy.recipe import Recipe
-    from mpq_deploy.run.pipeline import Pipeline
+    from mpq_deploy.run.view import Run
     from mpq_deploy.system.progress import Talk
 
 
-def export_inputs(pipeline: Pipeline) -> Fields:
+def export_inputs(run: Run) -> Fields:
     """Return what the stage export reads: digests and settings."""
     from mpq_deploy.models.open import source_files
 
-    recipe = pipeline.recipe
+    recipe = run.recipe
     files = source_files(recipe.model, Path(recipe.description) if recipe.description else None)
     fields: Fields = {
         "recipe.model": recipe.model,
@@ -58,15 +58,15 @@ def source_denoiser(recipe: Recipe, talk: Talk) -> Denoiser:
     )
 
 
-def make_export(pipeline: Pipeline, folder: Path) -> str:
+def make_export(run: Run, folder: Path) -> str:
     """Make the stage export in ``folder``; return a few words for the log."""
     from mpq_deploy.models.export import export_denoiser
 
-    recipe = pipeline.recipe
-    check_memory(pipeline, "export")
-    denoiser = source_denoiser(recipe, pipeline.talk)
+    recipe = run.recipe
+    check_memory(run, "export")
+    denoiser = source_denoiser(recipe, run.talk)
     apart = recipe.first_token == "precomputed"
-    report = export_denoiser(denoiser, folder, pipeline.talk, first_token_apart=apart, release=True)
+    report = export_denoiser(denoiser, folder, run.talk, first_token_apart=apart, release=True)
     graph = layer_graph(load_model(folder / "model.onnx"))
     if not graph.layers:
         raise UsageError(

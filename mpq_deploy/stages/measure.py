@@ -11,46 +11,46 @@ import numpy as np
 
 from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
 from mpq_deploy.models.spec import Array
-from mpq_deploy.run.common import ORM_CONTROLS, Exported, load_calibration, settings, version_of, weighs_bits
+from mpq_deploy.run.common import ORM_CONTROLS, settings, version_of, weighs_bits
 from mpq_deploy.run.folder import Fields
-from mpq_deploy.run.spread import RECIPE, forget_shards, kept_shards, opened_run
+from mpq_deploy.run.spread import forget_shards, kept_shards
 from mpq_deploy.run.stage_memory import check_memory
+from mpq_deploy.run.view import RECIPE, Exported, Run
 from mpq_deploy.sensitivity.subject import Spread, Subject
 from mpq_deploy.stages.candidates import candidates_of
 from mpq_deploy.system.progress import Talk
 
 if TYPE_CHECKING:
-    from mpq_deploy.run.pipeline import Pipeline
     from mpq_deploy.sensitivity.measured_calls import MeasureOptions
 
 
-def measure_inputs(pipeline: Pipeline) -> Fields:
+def measure_inputs(run: Run) -> Fields:
     """Return what the stage measure reads: digests and settings."""
-    section = pipeline.recipe.measure
+    section = run.recipe.measure
     fields = settings(section, "measure")
     adaptive = section.sampling == "adaptive"
     if not adaptive:
         del fields["recipe.measure.coarse_timesteps"]
     # What orm is told concerns nobody else: other methods stay as they are.
     orm = fields.pop("recipe.measure.orm")
-    if adaptive or weighs_bits(pipeline.recipe):
+    if adaptive or weighs_bits(run.recipe):
         fields.update({f"recipe.measure.orm.{key}": value for key, value in orm.items()})
     return {
-        **{name: pipeline.digest(name) for name in ("export", "calibrate", "candidates")},
+        **{name: run.digest(name) for name in ("export", "calibrate", "candidates")},
         **fields,
         **version_of("torch", "onnxruntime", "numpy", "highspy"),
     }
 
 
-def make_measure(pipeline: Pipeline, folder: Path) -> str:
+def make_measure(run: Run, folder: Path) -> str:
     """Make the stage measure in ``folder``; return a few words for the log."""
     from mpq_deploy.sensitivity.measure import measure
 
-    check_memory(pipeline, "measure")
-    section = pipeline.recipe.measure
-    subject, said = stage_subject(pipeline)
+    check_memory(run, "measure")
+    section = run.recipe.measure
+    subject, said = stage_subject(run)
     table = measure(section.method, subject)
-    inputs, _ = load_calibration(pipeline)
+    inputs = run.calibration.inputs
     if inputs.split(section.samples)[1] is inputs and section.method not in ORM_CONTROLS:
         note = "losses are measured on the samples that the weights were rounded on, so they are optimistic"
         said = (*said, note)
@@ -58,56 +58,56 @@ def make_measure(pipeline: Pipeline, folder: Path) -> str:
     for control in ORM_CONTROLS if section.method == "orm" else ():
         (folder / control).mkdir()
         measure(control, subject).save(folder / control)
-    forget_shards(pipeline, "measure")
+    forget_shards(run, "measure")
     return f"{table.metric}, {sum(map(len, table.losses.values()))} layer-scheme pairs"
 
 
-def stage_subject(pipeline: Pipeline) -> tuple[Subject, tuple[str, ...]]:
+def stage_subject(run: Run) -> tuple[Subject, tuple[str, ...]]:
     """Return what the run's recipe measures, spread over its workers, and notes about the timesteps."""
-    found, options, said = _measured_steps(pipeline, *_measured_model(pipeline)[:2])
+    found, options, said = _measured_steps(run, *_measured_model(run)[:2])
     chosen = tuple(int(step) for step in found)
-    return replace(measured_subject(chosen, pipeline, options), spread=_spread(pipeline, chosen)), said
+    return replace(measured_subject(chosen, run, options), spread=_spread(run, chosen)), said
 
 
-def measured_subject(chosen: tuple[int, ...], pipeline: Pipeline, options: MeasureOptions) -> Subject:
+def measured_subject(chosen: tuple[int, ...], run: Run, options: MeasureOptions) -> Subject:
     """Return what the stage measures: the run's candidates, at positions ``chosen`` of the calibrated timesteps."""
-    exported, held_out, stats = _measured_model(pipeline)
-    calls = (held_out.at(np.array(chosen)), exported.conditions, exported.spec, options, pipeline.talk)
-    return Subject(exported.graph, candidates_of(pipeline, exported.graph), stats, *calls)
+    exported, held_out, stats = _measured_model(run)
+    calls = (held_out.at(np.array(chosen)), exported.conditions, exported.spec, options, run.talk)
+    return Subject(exported.graph, candidates_of(run, exported.graph), stats, *calls)
 
 
-def _measured_model(pipeline: Pipeline) -> tuple[Exported, CalibrationSet, CalibrationStats]:
+def _measured_model(run: Run) -> tuple[Exported, CalibrationSet, CalibrationStats]:
     """Return the model, calls and statistics to measure with."""
-    exported = Exported(pipeline)
-    inputs, stats = load_calibration(pipeline)
-    _, held_out = inputs.split(pipeline.recipe.measure.samples)
+    exported = run.exported
+    inputs, stats = run.calibration
+    _, held_out = inputs.split(run.recipe.measure.samples)
     return exported, held_out, stats
 
 
-def _spread(pipeline: Pipeline, chosen: tuple[int, ...]) -> Spread:
+def _spread(run: Run, chosen: tuple[int, ...]) -> Spread:
     return Spread(
-        pipeline.crew,
-        pipeline.run.path,
+        run.crew,
+        run.path,
         (RECIPE, "export", "calibrate", "candidates"),
         partial(_opened_subject, chosen),
-        kept_shards(pipeline, "measure"),
-        measure_inputs(pipeline),
+        kept_shards(run, "measure"),
+        measure_inputs(run),
     )
 
 
 def _opened_subject(chosen: tuple[int, ...], root: Path, talk: Talk, options: MeasureOptions) -> Subject:
-    return measured_subject(chosen, opened_run(root, talk), options)
+    return measured_subject(chosen, Run.opened(root, talk), options)
 
 
 def _measured_steps(
-    pipeline: Pipeline, exported: Exported, calls: CalibrationSet
+    run: Run, exported: Exported, calls: CalibrationSet
 ) -> tuple[Array, MeasureOptions, tuple[str, ...]]:
     """Choose which of the calibrated timesteps are measured; return them, the options, and notes about them."""
     from mpq_deploy.calls.timesteps import sampled_steps, stride_shares
     from mpq_deploy.sensitivity.measured_calls import MeasureOptions
     from mpq_deploy.sensitivity.orthogonality import OrmOptions
 
-    section = pipeline.recipe.measure
+    section = run.recipe.measure
     available = len(calls.timesteps)
     count = min(section.timesteps, available)
     options = MeasureOptions(
@@ -123,7 +123,7 @@ def _measured_steps(
         return sampled_steps(available, count), options, (fewer,) if section.timesteps > available else ()
     from mpq_deploy.sensitivity.orm import adapted_steps
 
-    arguments = (exported.graph, calls, exported.conditions, exported.spec, options, pipeline.talk)
+    arguments = (exported.graph, calls, exported.conditions, exported.spec, options, run.talk)
     chosen = adapted_steps(*arguments, count, min(section.coarse_timesteps, available))
     shares = stride_shares(chosen, available)
     note = (

@@ -5,41 +5,39 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpq_deploy.allocate.milp import PrecisionPlan
 from mpq_deploy.calibrate.scales import ActivationGrid
-from mpq_deploy.engine.target import load_target
 from mpq_deploy.errors import MpqError
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.graph.dialect_check import check_dialect
 from mpq_deploy.graph.dialects import dialect_named
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, write_quantized
 from mpq_deploy.graph.writers.quantize_layers import LayerRewrite
-from mpq_deploy.run.common import ORM_CONTROLS, Exported, load_calibration, version_of
+from mpq_deploy.run.common import ORM_CONTROLS, version_of
 from mpq_deploy.run.folder import Fields, canonical_json
 from mpq_deploy.run.stage_memory import check_memory
 from mpq_deploy.stages.allocate import PlanSolver, allocate_inputs
 from mpq_deploy.stages.candidates import CONTROLS, control_scheme, iterate_candidates
 
 if TYPE_CHECKING:
-    from mpq_deploy.run.pipeline import Pipeline
+    from mpq_deploy.run.view import Run
 
 
-def quantize_inputs(pipeline: Pipeline) -> Fields:
+def quantize_inputs(run: Run) -> Fields:
     """Return what the stage quantize reads: digests and settings."""
     return {
-        **{name: pipeline.digest(name) for name in ("export", "calibrate", "candidates", "allocate")},
-        "dialect": load_target(pipeline.recipe.target).dialect,
+        **{name: run.digest(name) for name in ("export", "calibrate", "candidates", "allocate")},
+        "dialect": run.target.dialect,
         **version_of("onnx", "onnx-ir", "numpy"),
     }
 
 
-def write_plan(pipeline: Pipeline, schemes: dict[str, str], folder: Path) -> int:
+def write_plan(run: Run, schemes: dict[str, str], folder: Path) -> int:
     """Write the graphs of a plan (layer -> scheme) into ``folder``; return the bytes counted from the file."""
-    exported = Exported(pipeline)
-    check_memory(pipeline, "quantize")
-    _, stats = load_calibration(pipeline)
+    exported = run.exported
+    check_memory(run, "quantize")
+    stats = run.calibration.stats
     rewrites = []
-    for candidates in iterate_candidates(pipeline.folder("candidates"), exported.graph):
+    for candidates in iterate_candidates(run.stage("candidates"), exported.graph):
         scheme = SCHEMES[schemes[candidates.layer.name]]
         rewrites.append(LayerRewrite(candidates.layer, scheme, candidates.forms.get(scheme.weight_form)))
     forms = {SCHEMES[scheme].activation_form for scheme in schemes.values()} | {""}
@@ -51,50 +49,50 @@ def write_plan(pipeline: Pipeline, schemes: dict[str, str], folder: Path) -> int
         if name + form in wanted
     }
     spec = exported.spec
-    dialect = dialect_named(load_target(pipeline.recipe.target).dialect)
+    dialect = dialect_named(run.target.dialect)
     return write_quantized(exported.path, spec.timestep_name, spec.sample.name, rewrites, scales, folder, dialect)
 
 
-def make_quantize(pipeline: Pipeline, folder: Path) -> str:
+def make_quantize(run: Run, folder: Path) -> str:
     """Make the stage quantize in ``folder``; return a few words for the log."""
-    plan = PrecisionPlan.load(pipeline.folder("allocate") / "plan.json")
-    written = write_plan(pipeline, plan.schemes, folder)
+    plan = run.plan
+    written = write_plan(run, plan.schemes, folder)
     if written != plan.size_bytes:
         raise MpqError(
             f"The quantized file holds {written:,} bytes of constants, the plan says {plan.size_bytes:,}.",
             "This is a defect: please report it with the model's structure.",
         )
-    check_dialect(pipeline, folder / DEPLOYED)
+    check_dialect(run, folder / DEPLOYED)
     (folder / "size.json").write_text(canonical_json({"size_bytes": written}), encoding="utf-8")
     return f"{written:,} bytes of constants, as planned"
 
 
-def controls_inputs(pipeline: Pipeline) -> Fields:
+def controls_inputs(run: Run) -> Fields:
     """Return what the stage controls reads: digests and settings."""
     # Not the plan: another budget keeps the controls. Those of orm are plans of the same budget.
-    like_the_plan = allocate_inputs(pipeline) if pipeline.recipe.measure.method == "orm" else {}
+    like_the_plan = allocate_inputs(run) if run.recipe.measure.method == "orm" else {}
     return {
         **like_the_plan,
-        **{name: pipeline.digest(name) for name in ("export", "calibrate", "candidates")},
-        "dialect": load_target(pipeline.recipe.target).dialect,
-        "recipe.evaluate.controls": pipeline.recipe.evaluate.controls,
+        **{name: run.digest(name) for name in ("export", "calibrate", "candidates")},
+        "dialect": run.target.dialect,
+        "recipe.evaluate.controls": run.recipe.evaluate.controls,
         **version_of("onnx", "onnx-ir", "numpy"),
     }
 
 
-def make_controls(pipeline: Pipeline, folder: Path) -> str:
+def make_controls(run: Run, folder: Path) -> str:
     """Make the stage controls in ``folder``; return a few words for the log."""
     sizes = {}
-    if pipeline.recipe.evaluate.controls:
-        layers = Exported(pipeline).graph.layers
-        target = load_target(pipeline.recipe.target)
+    if run.recipe.evaluate.controls:
+        layers = run.exported.graph.layers
+        target = run.target
         for name, preferred in CONTROLS.items():
             schemes = {layer.name: control_scheme(layer, preferred, target).name for layer in layers}
             (folder / name).mkdir()
-            sizes[name] = write_plan(pipeline, schemes, folder / name)
-        for name in ORM_CONTROLS if pipeline.recipe.measure.method == "orm" else ():
+            sizes[name] = write_plan(run, schemes, folder / name)
+        for name in ORM_CONTROLS if run.recipe.measure.method == "orm" else ():
             (folder / name).mkdir()
-            plan = PlanSolver(pipeline, name).solve(pipeline.recipe.budget)
-            sizes[name] = write_plan(pipeline, plan.schemes, folder / name)
+            plan = PlanSolver(run, name).solve(run.recipe.budget)
+            sizes[name] = write_plan(run, plan.schemes, folder / name)
     (folder / "sizes.json").write_text(canonical_json(sizes), encoding="utf-8")
     return ", ".join(f"{name} {size:,} bytes" for name, size in sizes.items()) or "none wanted"

@@ -22,7 +22,7 @@ from mpq_deploy.studies.compared_losses import TRUTH, Losses, Truth
 from mpq_deploy.studies.compared_plans import PlanQuality, Solved, plan_points, solved_plans
 
 if TYPE_CHECKING:
-    from mpq_deploy.run.pipeline import Pipeline
+    from mpq_deploy.run.view import Run
     from mpq_deploy.sensitivity.table import SensitivityTable
 
 BUDGETS = "0.27,0.3,0.35,0.42"
@@ -98,15 +98,13 @@ def check_audit(recipe: Recipe) -> None:
     check_timesteps(recipe)
 
 
-def run_audit(pipeline: Pipeline, options: AuditOptions, command: str = "") -> AuditResult:
+def run_audit(run: Run, options: AuditOptions, command: str = "") -> AuditResult:
     """Measure everything that is not yet current in the run folder, and return what came out.
 
     ``command``: how the user called it, for the report. A metric that refuses its settings (orm with too few calls)
     and a budget that no plan of a metric fits are part of the result and do not end the audit.
     """
-    check_audit(pipeline.recipe)
-    pipeline.run_until("candidates")
-    losses = Losses(pipeline, options.samples or min(pipeline.recipe.measure.calls, pipeline.recipe.measure.samples))
+    losses = Losses(run, options.samples or min(run.recipe.measure.calls, run.recipe.measure.samples))
     tables: dict[str, SensitivityTable] = {}
     refused: dict[str, str] = {}
     for method in options.methods:
@@ -114,25 +112,25 @@ def run_audit(pipeline: Pipeline, options: AuditOptions, command: str = "") -> A
             tables[method] = losses.metric(method)
         except UsageError as error:
             refused[method] = str(error)
-            pipeline.talk.warn(f"{method} is not measured: {error}")
+            run.talk.warn(f"{method} is not measured: {error}")
     truth = losses.truth(options.pairs)
-    quality = PlanQuality(pipeline)
+    quality = PlanQuality(run)
     rows: list[tuple[MetricResult, tuple[Solved, ...]]] = []
     for method in options.methods:
         if method in refused:
             rows.append((MetricResult(method, method, None, refused=refused[method]), ()))
             continue
-        row = _agreement(method, tables[method], truth, losses, pipeline.recipe.measure.seed)
-        rows.append((row, solved_plans(pipeline, tables[method], options.budgets, cross_terms=False)))
-        if method == "probe" and tables[method].projections is not None and pipeline.recipe.allocate.cross_terms:
-            again = solved_plans(pipeline, tables[method], options.budgets, cross_terms=True)
+        row = _agreement(method, tables[method], truth, losses, run.recipe.measure.seed)
+        rows.append((row, solved_plans(run, tables[method], options.budgets, cross_terms=False)))
+        if method == "probe" and tables[method].projections is not None and run.recipe.allocate.cross_terms:
+            again = solved_plans(run, tables[method], options.budgets, cross_terms=True)
             rows.append((MetricResult(CROSS, row.metric, None), again))
     row = MetricResult(TRUTH, TRUTH, truth.seconds, notes=truth.table.notes)
-    own = solved_plans(pipeline, truth.table, options.budgets, cross_terms=False) if truth.complete else ()
+    own = solved_plans(run, truth.table, options.budgets, cross_terms=False) if truth.complete else ()
     rows.append((row, own))
     quality.prepare([one.plan.schemes for _, solved in rows for one in solved if one.plan is not None])
-    measured = [_with_plans(pipeline, row, solved, quality) for row, solved in rows]
-    return _result(pipeline, options, losses, truth, measured, tables, command)
+    measured = [_with_plans(run, row, solved, quality) for row, solved in rows]
+    return _result(run, options, losses, truth, measured, tables, command)
 
 
 def _agreement(method: str, table: SensitivityTable, truth: Truth, losses: Losses, seed: int) -> MetricResult:
@@ -152,16 +150,16 @@ def _agreement(method: str, table: SensitivityTable, truth: Truth, losses: Losse
     )
 
 
-def _with_plans(pipeline: Pipeline, row: MetricResult, solved: Sequence[Solved], quality: PlanQuality) -> MetricResult:
+def _with_plans(run: Run, row: MetricResult, solved: Sequence[Solved], quality: PlanQuality) -> MetricResult:
     points = plan_points(solved, quality)
     for point in points:
         said = point.refused or f"NMSE {point.nmse:.2e}"
-        pipeline.talk.line(f"  {row.title:<22} {point.budget:g}: {said}")
+        run.talk.line(f"  {row.title:<22} {point.budget:g}: {said}")
     return replace(row, plans=points)
 
 
 def _result(
-    pipeline: Pipeline,
+    run: Run,
     options: AuditOptions,
     losses: Losses,
     truth: Truth,
@@ -169,7 +167,7 @@ def _result(
     tables: dict[str, SensitivityTable],
     command: str,
 ) -> AuditResult:
-    spec, section = losses.exported.spec, pipeline.recipe.evaluate
+    spec, section = losses.exported.spec, run.recipe.evaluate
     return AuditResult(
         model=spec.name,
         weights=sum(layer.weights for layer in losses.graph.layers),
@@ -177,14 +175,14 @@ def _result(
         calls=losses.samples,
         timesteps=len(losses.calls.timesteps),
         budgets=options.budgets,
-        truth=TruthInfo(len(truth.pairs), truth.of, truth.seconds, pipeline.recipe.measure.seed),
+        truth=TruthInfo(len(truth.pairs), truth.of, truth.seconds, run.recipe.measure.seed),
         metrics=tuple(rows),
         losses=tuple(_loss_row(pair, truth, tables) for pair in truth.pairs),
         evaluation={"images": section.samples, "steps": section.steps, "seed": section.seed},
         synthetic=spec.synthetic,
-        notes=tuple(_notes(pipeline, losses, truth, rows)),
+        notes=tuple(_notes(run, losses, truth, rows)),
         versions={k.removeprefix("version."): str(v) for k, v in version_of(*PACKAGES).items() if v},
-        command=command or shlex.join(["mpq-deploy", "audit", pipeline.recipe.model or "emoji"]),
+        command=command or shlex.join(["mpq-deploy", "audit", run.recipe.model or "emoji"]),
     )
 
 
@@ -194,9 +192,9 @@ def _loss_row(pair: tuple[str, str], truth: Truth, tables: dict[str, Sensitivity
     return {"layer": layer, "scheme": scheme, TRUTH: truth.table.losses[layer][scheme], **found}
 
 
-def _notes(pipeline: Pipeline, losses: Losses, truth: Truth, rows: Iterable[MetricResult]) -> list[str]:
+def _notes(run: Run, losses: Losses, truth: Truth, rows: Iterable[MetricResult]) -> list[str]:
     """Say how the comparison was made, and what is doubtful about it."""
-    measure = pipeline.recipe.measure
+    measure = run.recipe.measure
     notes = [
         f"Truth and metrics see the same {losses.samples} calls at each of {len(losses.calls.timesteps)} timesteps, "
         f"none of which weights were rounded on; gain injects its noise into at most 4 of them."
@@ -212,7 +210,7 @@ def _notes(pipeline: Pipeline, losses: Losses, truth: Truth, rows: Iterable[Metr
         "Rank correlations are Spearman's, ranked within each scheme and pooled; intervals (95 %) are a bootstrap over "
         "layers. All plans are solved without cross terms between layers, except where the row says so."
     )
-    if any(branch for branch in pipeline.recipe.allocate.branches):
+    if any(branch for branch in run.recipe.allocate.branches):
         notes.append("Truth and correlations leave residual branches out; the metrics' plans may take them.")
     if measure.orm.activation_bits != "programme" and any(row.key in ("orm", "kurtosis") for row in rows):
         notes.append(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -21,9 +21,9 @@ from mpq_deploy.errors import UsageError
 from mpq_deploy.formats.candidates import LayerCandidates
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.models.spec import Array
-from mpq_deploy.run.common import Exported, load_calibration, version_of
+from mpq_deploy.run.common import version_of
 from mpq_deploy.run.folder import Fields
-from mpq_deploy.run.spread import RECIPE, opened_run
+from mpq_deploy.run.view import RECIPE, Run
 from mpq_deploy.sensitivity.exhaustive import evaluates_in_torch, measure_exhaustive
 from mpq_deploy.sensitivity.layer_weights import float_matrix
 from mpq_deploy.sensitivity.measure import IMPORTANCE_METHODS, measure
@@ -35,9 +35,6 @@ from mpq_deploy.stages.candidates import candidates_of
 from mpq_deploy.system.parallel.work import Alone, Job, Result, Shard, Within, Work, run_shards
 from mpq_deploy.system.progress import Talk
 from mpq_deploy.system.usage import metered
-
-if TYPE_CHECKING:
-    from mpq_deploy.run.pipeline import Pipeline
 
 TRUTH = "exhaustive"
 # Pairs of the truth that are measured between two writes: what a kill may lose.
@@ -68,13 +65,13 @@ class Losses:
     so many calls.
     """
 
-    def __init__(self, pipeline: Pipeline, samples: int) -> None:
-        section = pipeline.recipe.measure
-        self._pipeline, self.samples = pipeline, samples
-        self.exported = Exported(pipeline)
+    def __init__(self, run: Run, samples: int) -> None:
+        section = run.recipe.measure
+        self._run, self.samples = run, samples
+        self.exported = run.exported
         self.graph = self.exported.graph
-        self.candidates: Mapping[str, LayerCandidates] = candidates_of(pipeline, self.graph)
-        inputs, self._stats = load_calibration(pipeline)
+        self.candidates: Mapping[str, LayerCandidates] = candidates_of(run, self.graph)
+        inputs, self._stats = run.calibration
         _, held_out = inputs.split(section.samples)
         self.unseen = held_out is not inputs
         if samples > len(held_out.rows):
@@ -88,7 +85,7 @@ class Losses:
 
     def metric(self, method: str) -> SensitivityTable:
         """Return the table of ``method``, one of ``sensitivity.measure.METHODS``."""
-        section = self._pipeline.recipe.measure
+        section = self._run.recipe.measure
         fields: Fields = {}
         if method == "probe":
             fields["recipe.measure.probes"] = section.probes
@@ -102,15 +99,13 @@ class Losses:
 
     def seconds(self, method: str) -> float:
         """Return the processor seconds that measuring ``method`` took, of all threads, whenever it was measured."""
-        return float(self._pipeline.run.timings().get(f"audit-{method}", {}).get("seconds", 0.0))
+        return float(self._run.folder.timings().get(f"audit-{method}", {}).get("seconds", 0.0))
 
     def truth(self, count: int) -> Truth:
         """Measure ``count`` pairs exhaustively, or all where there are no more."""
         everything = bodies(self.candidates.values())
         still = [pair for pair in everything if not self._changes(pair)]
-        chosen = sampled_pairs(
-            [p for p in everything if p not in set(still)], count, self._pipeline.recipe.measure.seed
-        )
+        chosen = sampled_pairs([p for p in everything if p not in set(still)], count, self._run.recipe.measure.seed)
         starts = range(0, len(chosen), SHARD)
         names = [f"{TRUTH}-{number:03d}" for number in range(len(starts))]
         parts = {name: tuple(chosen[start : start + SHARD]) for name, start in zip(names, starts)}
@@ -143,7 +138,7 @@ class Losses:
 
     def _spread_out(self, parts: dict[str, tuple[Pair, ...]]) -> None:
         """Have workers measure and keep what is missing of ``parts``, where there are workers."""
-        run, crew = self._pipeline.run, self._pipeline.crew
+        run, crew = self._run.folder, self._run.crew
         missing = [n for n, pairs in parts.items() if run.changed_fields(f"audit-{n}", self._truth_fields(pairs)) != []]
         # Sessions of ONNX Runtime link the weights while they are open, which other readers of them refuse.
         if isinstance(crew, Alone) or len(missing) < 2 or not evaluates_in_torch(self.graph):
@@ -153,8 +148,8 @@ class Losses:
         opener = partial(_open_truth, self.samples)
         job = Job("exhaustive", opener, subject.spread.root, subject.spread.files, subject.memory_bytes())
         shards = [Shard(name, parts[name], len(parts[name])) for name in missing]
-        with crew.open(job, self._pipeline.talk) as pool:
-            results = run_shards(pool, "single layers", shards, self._pipeline.talk)
+        with crew.open(job, self._run.talk) as pool:
+            results = run_shards(pool, "single layers", shards, self._run.talk)
             for name, result in zip(missing, results, strict=True):
                 fields, table = self._truth_fields(parts[name]), _table_of(result, self.calls.timesteps)
                 self._kept(f"audit-{name}", fields, lambda made=table: made, float(result["seconds"]))  # type: ignore[misc]
@@ -170,7 +165,7 @@ class Losses:
 
     def subject(self) -> Subject:
         """Return what all metrics and the truth are measured on."""
-        section = self._pipeline.recipe.measure
+        section = self._run.recipe.measure
         options = MeasureOptions(
             probes=section.probes,
             samples=self.samples,
@@ -179,15 +174,15 @@ class Losses:
             orm=OrmOptions(**section.orm.model_dump()),
         )
         exported = self.exported
-        calls = (self.calls, exported.conditions, exported.spec, options, self._pipeline.talk)
+        calls = (self.calls, exported.conditions, exported.spec, options, self._run.talk)
         files = (RECIPE, "export", "calibrate", "candidates")
-        spread = Spread(self._pipeline.crew, self._pipeline.run.path, files, partial(_open_subject, self.samples))
+        spread = Spread(self._run.crew, self._run.path, files, partial(_open_subject, self.samples))
         return Subject(self.graph, self.candidates, self._stats, *calls, spread)
 
     def _fields(self) -> Fields:
-        section = self._pipeline.recipe.measure
+        section = self._run.recipe.measure
         return {
-            **{name: self._pipeline.digest(name) for name in ("export", "calibrate", "candidates")},
+            **{name: self._run.digest(name) for name in ("export", "calibrate", "candidates")},
             "audit.samples": self.samples,
             "recipe.measure.samples": section.samples,
             "recipe.measure.timesteps": section.timesteps,
@@ -203,25 +198,25 @@ class Losses:
 
         ``elsewhere``: processor seconds that a worker spent on it.
         """
-        run = self._pipeline.run
+        run = self._run.folder
         if run.changed_fields(name, fields) != []:
             started = time.process_time()
             with metered() as reading, run.writing(name, fields) as folder:
                 make().save(folder)
             spent = time.process_time() - started + elsewhere
             run.save_timing(name, spent, reading.peak_rss_bytes)
-            self._pipeline.talk.line(f"  {name:<22} {spent:6.1f} s of processor time")
+            self._run.talk.line(f"  {name:<22} {spent:6.1f} s of processor time")
         return SensitivityTable.load(run.stage(name))
 
 
 def _open_subject(samples: int, root: Path, talk: Talk, options: MeasureOptions) -> Subject:
     """Return the subject of ``Losses`` in a worker."""
-    return replace(Losses(opened_run(root, talk), samples).subject(), options=options)
+    return replace(Losses(Run.opened(root, talk), samples).subject(), options=options)
 
 
 def _open_truth(samples: int, root: Path, talk: Talk) -> Work:
     """Return what measures pairs exhaustively: ``pairs``, their losses, ``notes`` and the ``seconds`` of processor."""
-    losses = Losses(opened_run(root, talk), samples)
+    losses = Losses(Run.opened(root, talk), samples)
 
     def work(pairs: tuple[Pair, ...], inner: Talk) -> Result:
         started = time.process_time()

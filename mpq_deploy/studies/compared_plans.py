@@ -11,7 +11,7 @@ import json
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +22,10 @@ from mpq_deploy.evaluate.evaluate import evaluate
 from mpq_deploy.evaluate.evaluation_result import EvaluationOptions
 from mpq_deploy.evaluate.fresh import FreshCalls, FreshOptions, standard_error
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
-from mpq_deploy.run.common import Exported, version_of
+from mpq_deploy.run.common import version_of
 from mpq_deploy.run.folder import canonical_json, write_text
-from mpq_deploy.run.spread import RECIPE, SAMPLES, opened_run
+from mpq_deploy.run.spread import SAMPLES
+from mpq_deploy.run.view import RECIPE, Run
 from mpq_deploy.stages.allocate import PlanSolver
 from mpq_deploy.stages.quantize import write_plan
 from mpq_deploy.studies.audit_result import PlanPoint
@@ -33,7 +34,6 @@ from mpq_deploy.system.progress import Talk
 
 if TYPE_CHECKING:
     from mpq_deploy.allocate.milp import PrecisionPlan
-    from mpq_deploy.run.pipeline import Pipeline
     from mpq_deploy.sensitivity.table import SensitivityTable
 
 # Under the run folder.
@@ -46,13 +46,13 @@ class PlanQuality:
     Images, steps, sampler and noise are the recipe's (``evaluate``); nothing was calibrated on that noise.
     """
 
-    def __init__(self, pipeline: Pipeline) -> None:
-        self._pipeline = pipeline
-        self._exported = Exported(pipeline)
-        section = pipeline.recipe.evaluate
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._exported = run.exported
+        section = run.recipe.evaluate
         self.options = FreshOptions(section.samples, section.steps, section.seed, section.sampler, section.batch_size)
         self._calls: FreshCalls | None = None
-        self._place = pipeline.run.path / KEPT
+        self._place = run.path / KEPT
         self._place.mkdir(parents=True, exist_ok=True)
 
     def of(self, schemes: dict[str, str]) -> dict[str, Any]:
@@ -68,15 +68,15 @@ class PlanQuality:
         """Have workers measure the plans that are not kept yet, where there are workers."""
         missing = {self._key(schemes): schemes for schemes in plans}
         missing = {key: schemes for key, schemes in missing.items() if _read(self._place / f"{key}.json") is None}
-        pipeline = self._pipeline
-        if isinstance(pipeline.crew, Alone) or len(missing) < 2:
+        run = self.run
+        if isinstance(run.crew, Alone) or len(missing) < 2:
             return
         files = (RECIPE, "export", "calibrate", "candidates", SAMPLES)
-        size = sum(file.stat().st_size for file in pipeline.folder("export").iterdir())
-        job = Job("measuring plans", _open_plans, pipeline.run.path, files, 4 * size)
+        size = sum(file.stat().st_size for file in run.stage("export").iterdir())
+        job = Job("measuring plans", _open_plans, run.path, files, 4 * size)
         shards = [Shard(f"plan {key[:8]}", schemes) for key, schemes in missing.items()]
-        with pipeline.crew.open(job, pipeline.talk) as pool:
-            results = run_shards(pool, "measure plans", shards, pipeline.talk)
+        with run.crew.open(job, run.talk) as pool:
+            results = run_shards(pool, "measure plans", shards, run.talk)
             for key, result in zip(missing, results, strict=True):
                 write_text(self._place / f"{key}.json", canonical_json(_figures(result)))
 
@@ -85,9 +85,9 @@ class PlanQuality:
         exported, options = self._exported, self.options
         if self._calls is None:
             arguments = (exported.path, exported.spec, exported.conditions)
-            self._calls = FreshCalls(*arguments, options, self._pipeline.talk)
-        with tempfile.TemporaryDirectory(dir=self._pipeline.run.scratch()) as folder:
-            write_plan(self._pipeline, schemes, Path(folder))
+            self._calls = FreshCalls(*arguments, options, self.run.talk)
+        with tempfile.TemporaryDirectory(dir=self.run.scratch()) as folder:
+            write_plan(self.run, schemes, Path(folder))
             graph = Path(folder) / SIMULATED
             errors = self._calls.errors(graph)
             # The error of the output is known by now: one timestep of it is the least that can be asked for.
@@ -106,7 +106,7 @@ class PlanQuality:
                     latency_calls=0,
                 ),
                 Talk(),
-                cache=self._pipeline.run.path / ".samples",
+                cache=self.run.path / ".samples",
             )
         psnr = sampled.variants["plan"].psnr_db
         return {
@@ -119,7 +119,7 @@ class PlanQuality:
     def _key(self, schemes: dict[str, str]) -> str:
         made_of = {
             "schemes": schemes,
-            **{name: self._pipeline.digest(name) for name in ("export", "calibrate", "candidates")},
+            **{name: self.run.digest(name) for name in ("export", "calibrate", "candidates")},
             **vars(self.options),
             **version_of("onnxruntime", "numpy"),
         }
@@ -145,11 +145,11 @@ class Solved:
 
 
 def solved_plans(
-    pipeline: Pipeline, table: SensitivityTable, budgets: tuple[float, ...], cross_terms: bool
+    run: Run, table: SensitivityTable, budgets: tuple[float, ...], cross_terms: bool
 ) -> tuple[Solved, ...]:
     """Solve every budget with the losses of ``table``."""
-    solver = PlanSolver(pipeline, table=table)
-    solver.section = pipeline.recipe.allocate.model_copy(update={"cross_terms": cross_terms})
+    solver = PlanSolver(run, table=table)
+    solver.section = run.recipe.allocate.model_copy(update={"cross_terms": cross_terms})
     found = []
     for budget in budgets:
         try:
@@ -185,11 +185,11 @@ def plan_points(solved: Sequence[Solved], quality: PlanQuality) -> tuple[PlanPoi
 
 def _open_plans(root: Path, talk: Talk) -> Work:
     """Return what measures plans (layer -> scheme) of the run folder ``root``."""
-    pipeline = opened_run(root, talk)
-    quality = PlanQuality(pipeline)
+    run = Run.opened(root, talk)
+    quality = PlanQuality(run)
 
     def work(schemes: dict[str, str], inner: Talk) -> Result:
-        pipeline.talk = Within.silent(inner)
+        quality.run = replace(run, talk=Within.silent(inner))
         found = quality._measure(schemes)
         psnr = math.nan if found["psnr_db"] is None else found["psnr_db"]
         return {

@@ -11,7 +11,7 @@ import math
 import shlex
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,13 +20,13 @@ import numpy as np
 
 from mpq_deploy.errors import InfeasibleBudgetError, InfeasibleLatencyError, UsageError
 from mpq_deploy.run.folder import sealed_json, write_text
-from mpq_deploy.run.spread import RECIPE, SAMPLES, forget_shards, kept_shards, opened_run
+from mpq_deploy.run.spread import SAMPLES, forget_shards, kept_shards
+from mpq_deploy.run.view import RECIPE, Run
 from mpq_deploy.system.progress import Talk
 
 if TYPE_CHECKING:
     from mpq_deploy.allocate.milp import PrecisionPlan
     from mpq_deploy.report.data import BudgetPlans
-    from mpq_deploy.run.pipeline import Pipeline
     from mpq_deploy.stages.allocate import PlanSolver
     from mpq_deploy.system.parallel.work import Result, Work
 
@@ -97,7 +97,7 @@ def points_on_curve(plans: BudgetPlans, fp16_size: int, count: int, highest: flo
 
 
 def run_sweep(
-    pipeline: Pipeline, budgets: list[float], evaluate: bool, points_wanted: int | None = None, command: str = ""
+    run: Run, budgets: list[float], evaluate: bool, points_wanted: int | None = None, command: str = ""
 ) -> dict[str, Any]:
     """Solve (and with ``evaluate`` measure) every budget; write sweep.json, .svg and .html into the run folder.
 
@@ -108,15 +108,14 @@ def run_sweep(
     from mpq_deploy.report.sweep_page import sweep_page
     from mpq_deploy.stages.allocate import PlanSolver
 
-    pipeline.run_until("measure")
-    solver = PlanSolver(pipeline)
+    solver = PlanSolver(run)
     curve: BudgetPlans | None = None
     if points_wanted is not None:
-        curve = grid_plans(pipeline, solver, HIGHEST)
+        curve = grid_plans(run, solver, HIGHEST)
         budgets, evaluate = points_on_curve(curve, solver.fp16_size, points_wanted), True
     points: list[dict[str, Any]] = []
     plans = {}
-    with pipeline.talk.bar("solve budgets", len(budgets)) as advance:
+    with run.talk.bar("solve budgets", len(budgets)) as advance:
         for budget in budgets:
             try:
                 plan = solver.solve(str(budget))
@@ -135,38 +134,35 @@ def run_sweep(
                     }
                 )
             advance(1)
-    controls = _measure(pipeline, plans, points) if evaluate else {}
+    controls = _measure(run, plans, points) if evaluate else {}
     simulated = any(plan.simulated for plan in plans.values())
-    result = {"measure": pipeline.digest("measure"), "points": points, "controls": controls, "simulated": simulated}
+    result = {"measure": run.digest("measure"), "points": points, "controls": controls, "simulated": simulated}
     if curve is not None:
         result["curve"] = [
             {"size_ratio": plan.size_bytes / solver.fp16_size, "predicted_nmse": plan.predicted_nmse}
             for plan in curve.plans
         ]
-    write_text(pipeline.run.path / "sweep.json", sealed_json(result))
-    _draw(result, pipeline.run.path / "sweep.svg")
+    write_text(run.path / "sweep.json", sealed_json(result))
+    _draw(result, run.path / "sweep.svg")
     shown = curve or packed(solver, [(p.schemes, p.size_bytes, p.predicted_loss) for p in plans.values()])
-    write_text(pipeline.run.path / "sweep.html", sweep_page(result, shown, _about(pipeline, solver, command)))
+    write_text(run.path / "sweep.html", sweep_page(result, shown, _about(run, solver, command)))
     return result
 
 
-def _about(pipeline: Pipeline, solver: PlanSolver, command: str) -> dict[str, str]:
+def _about(run: Run, solver: PlanSolver, command: str) -> dict[str, str]:
     """Say what was swept, for the page."""
-    from mpq_deploy.engine.target import load_target
-
-    spec, target = solver.exported.spec, load_target(pipeline.recipe.target)
+    spec, target = solver.exported.spec, run.target
     said = {"model": spec.name, "synthetic": spec.synthetic, "target": target.title or target.name}
-    return {**said, "command": command or f"mpq-deploy sweep {shlex.quote(str(pipeline.run.path))}"}
+    return {**said, "command": command or f"mpq-deploy sweep {shlex.quote(str(run.path))}"}
 
 
-def _measure(pipeline: Pipeline, plans: dict[float, Any], points: list[dict[str, Any]]) -> dict[str, Any]:
+def _measure(run: Run, plans: dict[float, Any], points: list[dict[str, Any]]) -> dict[str, Any]:
     """Quantize and evaluate every plan beside the controls; fill in the points. Returns the controls' figures."""
     from mpq_deploy.report.collect import titles
 
-    pipeline.run_until("controls")
     figures: dict[str, Any] = {}
     chosen = [point for point in points if point["budget"] in plans]
-    measured = _measured_plans(pipeline, [plans[point["budget"]] for point in chosen])
+    measured = _measured_plans(run, [plans[point["budget"]] for point in chosen])
     for point, variants in zip(chosen, measured):
         plan, ours = plans[point["budget"]], variants["ours"]
         point.update({name: _finite(value) for name, value in ours.items() if name != "size_bytes"})
@@ -182,8 +178,8 @@ def _measure(pipeline: Pipeline, plans: dict[float, Any], points: list[dict[str,
             for name, found in variants.items()
             if name != "ours"
         }
-        pipeline.talk.line(f"  {point['size_ratio']:.4f} of FP16: PSNR {ours['psnr_db']:.1f} dB")
-    forget_shards(pipeline, "sweep")
+        run.talk.line(f"  {point['size_ratio']:.4f} of FP16: PSNR {ours['psnr_db']:.1f} dB")
+    forget_shards(run, "sweep")
     return figures
 
 
@@ -198,7 +194,7 @@ class _Plan:
 FIGURES = ("measured_nmse", "psnr_db", "pooled_psnr_db", "size_bytes")
 
 
-def _measured_plans(pipeline: Pipeline, plans: Sequence[PrecisionPlan]) -> Iterator[dict[str, dict[str, float]]]:
+def _measured_plans(run: Run, plans: Sequence[PrecisionPlan]) -> Iterator[dict[str, dict[str, float]]]:
     """Yield for each plan its ``FIGURES`` and those of the controls, by variant. The first plan is measured here.
 
     By then the float model's samples and the controls' are in the cache that workers read.
@@ -209,44 +205,43 @@ def _measured_plans(pipeline: Pipeline, plans: Sequence[PrecisionPlan]) -> Itera
     tasks = [_Plan(plan.schemes, plan.size_bytes) for plan in plans]
     if not tasks:
         return
-    store = kept_shards(pipeline, "sweep")
+    store = kept_shards(run, "sweep")
     stages = ("export", "calibrate", "candidates", "controls")
-    made_of: dict[str, Any] = {name: pipeline.digest(name) for name in stages}
-    made_of |= {**settings(pipeline.recipe.evaluate, "evaluate"), **version_of("onnxruntime", "numpy")}
-    made_of |= {"threads": asdict(pipeline.crew.threads_of_shard())}
+    made_of: dict[str, Any] = {name: run.digest(name) for name in stages}
+    made_of |= {**settings(run.recipe.evaluate, "evaluate"), **version_of("onnxruntime", "numpy")}
+    made_of |= {"threads": asdict(run.crew.threads_of_shard())}
     shards = [
         Shard(f"{task.size_bytes:,} bytes", task, 1, {"part": "sweep", **made_of, "schemes": task.schemes})
         for task in tasks
     ]
-    yield _figures(_measure_plan(pipeline, tasks[0]))
+    yield _figures(_measure_plan(run, tasks[0]))
     files = (RECIPE, "export", "calibrate", "candidates", "controls", SAMPLES)
-    size = sum(file.stat().st_size for file in pipeline.folder("export").iterdir())
-    job = Job("measuring plans", _open_plans, pipeline.run.path, files, 4 * size)
-    with pipeline.crew.open(job, pipeline.talk) as pool:
-        for result in run_shards(pool, "measure plans", shards[1:], pipeline.talk, store):
+    size = sum(file.stat().st_size for file in run.stage("export").iterdir())
+    job = Job("measuring plans", _open_plans, run.path, files, 4 * size)
+    with run.crew.open(job, run.talk) as pool:
+        for result in run_shards(pool, "measure plans", shards[1:], run.talk, store):
             yield _figures(result)
 
 
 def _open_plans(root: Path, talk: Talk) -> Work:
     """Return what quantizes and measures a ``_Plan`` of the run folder ``root``."""
-    pipeline = opened_run(root, talk)
+    run = Run.opened(root, talk)
 
     def work(task: _Plan, inner: Talk) -> Result:
-        pipeline.talk = inner
-        return _measure_plan(pipeline, task)
+        return _measure_plan(replace(run, talk=inner), task)
 
     return work
 
 
-def _measure_plan(pipeline: Pipeline, task: _Plan) -> Result:
+def _measure_plan(run: Run, task: _Plan) -> Result:
     """Return the ``FIGURES`` of a plan and of the controls, float64 [4], by variant."""
     from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
     from mpq_deploy.stages.evaluate import evaluate_variants
     from mpq_deploy.stages.quantize import write_plan
 
-    with tempfile.TemporaryDirectory(dir=pipeline.run.scratch()) as folder:
-        write_plan(pipeline, task.schemes, Path(folder))
-        result = evaluate_variants(pipeline, Path(folder) / SIMULATED, task.size_bytes, latency=False)
+    with tempfile.TemporaryDirectory(dir=run.scratch()) as folder:
+        write_plan(run, task.schemes, Path(folder))
+        result = evaluate_variants(run, Path(folder) / SIMULATED, task.size_bytes, latency=False)
     return {
         name: np.array([getattr(variant, figure) or 0 for figure in FIGURES], np.float64)
         for name, variant in result.variants.items()

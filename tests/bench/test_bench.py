@@ -257,20 +257,20 @@ def test_a_run_with_an_engine_is_held_against_an_fp16_engine_that_is_built_once(
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     recipe = load_recipe(copy / "recipe.yaml")
     with open_pipeline(recipe, copy, Talk()) as pipeline:
-        built = fp16_engine(pipeline, load_target("rtx"))
+        built = fp16_engine(pipeline.run, load_target("rtx"))
         record = EngineRecord.load(built.with_name("build.json"))
         assert record.verified and record.kernels
         assert not any("Int8" in kernel or "Int4" in kernel for kernel in record.kernels)
         shutil.copy(built, copy / "engine" / "model.engine")
         shutil.copy(built.with_name("build.json"), copy / "engine")
         before = built.stat().st_mtime_ns
-        subjects, origin = subjects_of(pipeline, Wish())
+        subjects, origin = subjects_of(pipeline.run, Wish())
         assert [one.backend for one in subjects] == ["onnxruntime"] * 2  # no GPU is here
         monkeypatch.setattr(sources, "why_no_gpu", lambda: "")
-        subjects, origin = subjects_of(pipeline, Wish())
+        subjects, origin = subjects_of(pipeline.run, Wish())
         assert [(one.name, one.backend) for one in subjects] == [("ours", "tensorrt_rtx"), ("FP16", "tensorrt_rtx")]
         assert subjects[1].file == str(built.resolve())
         assert (origin.target, set(origin.digests)) == ("rtx", {"allocate", "quantize"})
         assert built.stat().st_mtime_ns == before
-        cuda, _ = subjects_of(pipeline, Wish(device="cuda", backend="onnxruntime"))
+        cuda, _ = subjects_of(pipeline.run, Wish(device="cuda", backend="onnxruntime"))
         assert [Path(one.file).parent.name for one in cuda] == ["quantize", "fp16"]

@@ -83,7 +83,7 @@ def test_a_run_is_deployed_and_a_second_call_finds_it_installed(
     for expected in ("installing on device", "already installed there"):
         notes = Notes()
         with open_pipeline(rtx_run[0], run, notes) as pipeline:
-            results = deploy(pipeline, load_target("rtx"), device)
+            results = deploy(pipeline.deployed(corrected=True), load_target("rtx"), device)
         assert results["engine"]["verified"]
         assert any(expected in line for line in notes.lines), notes.lines
     assert (run / "devices" / "rtx.json").is_file()
@@ -151,7 +151,11 @@ def test_an_unknown_host_key_is_refused(server: Path, tmp_path: Path) -> None:
 def test_an_installer_that_fails_there_says_why(server: Path, rtx_run: tuple[Recipe, Path], tmp_path: Path) -> None:
     run = Path(shutil.copytree(rtx_run[1], tmp_path / "run"))
     with open_pipeline(rtx_run[0], run, Talk()) as pipeline, pytest.raises(EngineError, match="code 127"):
-        deploy(pipeline, load_target("rtx"), remote(server, tmp_path / "d", python="no-such-python"))
+        deploy(
+            pipeline.deployed(corrected=True),
+            load_target("rtx"),
+            remote(server, tmp_path / "d", python="no-such-python"),
+        )
 
 
 @pytest.mark.parametrize("destination", ["", "-oProxyCommand=touch /tmp/owned"])

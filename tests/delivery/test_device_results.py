@@ -65,19 +65,19 @@ def test_results_of_another_plan_are_refused_and_former_ones_left_out(run: tuple
     notes = Notes()
     with open_pipeline(*run, notes) as pipeline:
         with pytest.raises(UsageError, match="another quantize"):
-            take_in(pipeline, file)
+            take_in(pipeline.deployed(), file)
         file.write_text(json.dumps(results(digests(run[1]))), encoding="utf-8")
-        kept = take_in(pipeline, file)
-        assert len(device_infos(pipeline)) == 1
+        kept = take_in(pipeline.deployed(), file)
+        assert len(device_infos(pipeline.run)) == 1
         kept.write_text(json.dumps(results({"allocate": "0", "quantize": "0"})), encoding="utf-8")
-        assert device_infos(pipeline) == ()
+        assert device_infos(pipeline.run) == ()
     assert any("former plan" in line for line in notes.lines)
 
 
 def test_a_file_that_is_none_is_refused(run: tuple[Recipe, Path], tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{}", encoding="utf-8")
     with open_pipeline(*run, Talk()) as pipeline, pytest.raises(UsageError, match=r"no results\.json"):
-        take_in(pipeline, tmp_path / "x.json")
+        take_in(pipeline.deployed(), tmp_path / "x.json")
 
 
 def test_what_was_not_measured_says_so() -> None:

@@ -101,7 +101,7 @@ def test_the_correction_belongs_to_the_packed_graph(unpacked: Path) -> None:
 
 def test_a_plan_for_another_target_is_refused_by_layer(rtx_run: tuple[Recipe, Path], tmp_path: Path) -> None:
     with open_pipeline(*rtx_run, Talk()) as pipeline, pytest.raises(UsageError) as caught:
-        make_package(pipeline, load_target("jetson-agx-orin"), tmp_path / "x.mpq.tar")
+        make_package(pipeline.deployed(corrected=True), load_target("jetson-agx-orin"), tmp_path / "x.mpq.tar")
     assert "The plan is not for 'jetson-agx-orin'" in caught.value.message
     assert "mpq-deploy build --target jetson-agx-orin" in caught.value.hint
     assert list(tmp_path.iterdir()) == []
@@ -109,7 +109,7 @@ def test_a_plan_for_another_target_is_refused_by_layer(rtx_run: tuple[Recipe, Pa
 
 def test_a_target_without_engine_is_refused(rtx_run: tuple[Recipe, Path], tmp_path: Path) -> None:
     with open_pipeline(*rtx_run, Talk()) as pipeline, pytest.raises(UsageError, match="has no engine to build"):
-        make_package(pipeline, load_target("onnxruntime-cpu"), tmp_path / "x.mpq.tar")
+        make_package(pipeline.deployed(corrected=True), load_target("onnxruntime-cpu"), tmp_path / "x.mpq.tar")
 
 
 def test_the_other_jetpacks_of_a_device_are_alternatives(orin: Path, tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_a_device_with_too_little_memory_is_refused_before_packing(
         'extends: rtx\nname: small\nmemory_bytes: {value: 0.2e9, source: "a small board"}\n', encoding="utf-8"
     )
     with open_pipeline(*rtx_run, Talk()) as pipeline, pytest.raises(UsageError) as caught:
-        make_package(pipeline, load_target(str(small)), tmp_path / "x.mpq.tar")
+        make_package(pipeline.deployed(corrected=True), load_target(str(small)), tmp_path / "x.mpq.tar")
     assert "estimated to take 0.51 GB at batch 8" in caught.value.message
     assert "small has 0.20 GB" in caught.value.message
     assert "engine.batch_max" in caught.value.hint

@@ -21,7 +21,7 @@ from tests.pipeline.runs import build, recipe_for, save_denoiser
 
 def packed(recipe: Recipe, run: Path, out: Path) -> Path:
     with open_pipeline(recipe, run, Talk()) as pipeline:
-        make_package(pipeline, load_target(recipe.target), out)
+        make_package(pipeline.deployed(corrected=True), load_target(recipe.target), out)
     return out
 
 

@@ -31,7 +31,7 @@ def test_a_package_runs_and_agrees(schemes: list[str], tmp_path: Path) -> None:
     recipe = recipe_for(save_denoiser(tmp_path), allocate__schemes=schemes, budget=0.6)
     build(recipe, tmp_path / "run", "quantize")
     with open_pipeline(recipe, tmp_path / "run", Talk()) as pipeline:
-        make_package(pipeline, load_target("rtx"), tmp_path / "a.mpq.tar")
+        make_package(pipeline.deployed(corrected=True), load_target("rtx"), tmp_path / "a.mpq.tar")
     results = install(tmp_path / "a.mpq.tar", tmp_path / "out", Talk())
     assert results["reference"]["ran"]
     assert results["reference"]["passed"], results["reference"]

@@ -35,8 +35,8 @@ def kill_while_making(stage: str) -> None:
         return
     make = stages.MAKERS[stage]
 
-    def make_and_die(pipeline: Any, folder: Path) -> str:
-        make(pipeline, folder)
+    def make_and_die(run: Any, folder: Path) -> str:
+        make(run, folder)
         die()
         return ""
 

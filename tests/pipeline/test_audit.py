@@ -38,7 +38,7 @@ FLOOR, BUDGET = 0.1, 0.4
 def audit(model: Path, run: Path, options: AuditOptions, **changes: Any) -> tuple[AuditResult, list[str]]:
     notes = Notes()
     with open_pipeline(recipe_for(model, **{**CHANGES, **changes}), run, notes) as pipeline:
-        result = run_audit(pipeline, options)
+        result = run_audit(pipeline.current("candidates"), options)
         write_audit(result, run)
     return result, notes.lines
 
@@ -178,11 +178,11 @@ def test_a_perfect_metric_has_correlation_one_and_the_best_plan(
     assert row.plans == truth.plans
     with open_pipeline(recipe_for(model, **CHANGES), place, Notes()) as pipeline:
         pipeline.run_until("candidates")
-        losses = Losses(pipeline, 8)
+        losses = Losses(pipeline.run, 8)
         exact = losses.truth(600).table
-        best = exact.plan_loss(PlanSolver(pipeline, table=exact).solve(str(BUDGET)).schemes)
+        best = exact.plan_loss(PlanSolver(pipeline.run, table=exact).solve(str(BUDGET)).schemes)
         for method in QUICK:
-            schemes = PlanSolver(pipeline, table=losses.metric(method)).solve(str(BUDGET)).schemes
+            schemes = PlanSolver(pipeline.run, table=losses.metric(method)).solve(str(BUDGET)).schemes
             assert exact.plan_loss(schemes) >= best * (1 - 1e-4)
 
 

@@ -43,7 +43,7 @@ def test_a_plan_says_what_it_is_estimated_to_take(finished: Built) -> None:
 
 def test_the_plans_total_is_the_sum_of_its_parts(finished: Built, model: Path) -> None:
     with open_pipeline(recipe_for(model), finished.run, Talk()) as pipeline:
-        solver = PlanSolver(pipeline)
+        solver = PlanSolver(pipeline.run)
         plan = solver.solve("0.4")
     from mpq_deploy.formats.scheme import SCHEMES
 

@@ -17,7 +17,6 @@ from mpq_deploy.evaluate.evaluation_result import Evaluation
 from mpq_deploy.recipe import load_recipe
 from mpq_deploy.report import budget_grid as budgets
 from mpq_deploy.report import collect as assemble
-from mpq_deploy.run.common import Exported, load_calibration
 from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.system.progress import Talk
@@ -71,7 +70,7 @@ def test_the_plans_of_other_budgets_hold_them_and_are_kept(run: Path, monkeypatc
     with open_pipeline(load_recipe(run / "recipe.yaml"), run, Talk()) as pipeline:
         pipeline.run_until("allocate")
         plan = PrecisionPlan.load(run / "allocate" / "plan.json")
-        found = budgets.budget_plans(pipeline, plan)
+        found = budgets.budget_plans(pipeline.run, plan)
         table = SensitivityTable.load(run / "measure")
         losses = [one.predicted_nmse for one in found.plans]
         assert len(found.plans) > 3 and losses == sorted(losses, reverse=True)
@@ -85,10 +84,10 @@ def test_the_plans_of_other_budgets_hold_them_and_are_kept(run: Path, monkeypatc
             raise AssertionError("solved again")
 
         monkeypatch.setattr(budgets, "grid_plans", refuse)
-        assert budgets.budget_plans(pipeline, plan) == found
+        assert budgets.budget_plans(pipeline.run, plan) == found
         (run / budgets.CACHE).write_text("{", encoding="utf-8")
         with pytest.raises(AssertionError, match="solved again"):
-            budgets.budget_plans(pipeline, plan)
+            budgets.budget_plans(pipeline.run, plan)
 
 
 def test_the_kurtosis_is_that_of_the_weights_rows(run: Path) -> None:
@@ -97,9 +96,9 @@ def test_the_kurtosis_is_that_of_the_weights_rows(run: Path) -> None:
 
     with open_pipeline(load_recipe(run / "recipe.yaml"), run, Talk()) as pipeline:
         pipeline.run_until("calibrate")
-        exported = Exported(pipeline)
-        _, stats = load_calibration(pipeline)
-        twice = [budgets.layer_kurtoses(pipeline, exported) for _ in range(2)]
+        exported = pipeline.run.folder.folder.exported
+        stats = pipeline.run.folder.folder.calibration.stats
+        twice = [budgets.layer_kurtoses(pipeline.run, exported) for _ in range(2)]
         layer = exported.graph.layers[1]
         assert twice[0] == twice[1] and set(twice[0]) == {one.name for one in exported.graph.layers}
         assert twice[0][layer.name] == layer_kurtosis(layer, float_matrix(exported.graph, layer), stats)

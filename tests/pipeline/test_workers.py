@@ -17,13 +17,13 @@ import pytest
 from threadpoolctl import ThreadpoolController
 
 from mpq_deploy.evaluate.metrics.sample_images import SamplingOptions, Source, sample_many
-from mpq_deploy.run.common import Exported
 from mpq_deploy.run.pipeline import Pipeline, open_pipeline
 from mpq_deploy.run.spread import KEPT
 from mpq_deploy.sensitivity import probe
 from mpq_deploy.stages import candidates
 from mpq_deploy.studies import compared_losses as losses_module
 from mpq_deploy.studies.audit import AuditOptions, run_audit
+from mpq_deploy.studies.audit_result import AuditResult
 from mpq_deploy.studies.sweep import run_sweep
 from mpq_deploy.system.parallel import processes
 from mpq_deploy.system.parallel.processes import Processes
@@ -175,8 +175,12 @@ def test_a_stopped_measurement_goes_on_with_the_timesteps_that_are_finished(
 def test_a_sweep_over_workers_is_the_same_sweep(model: Path, run: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(run, tmp_path / "other"))
     budgets = [0.35, 0.45, 0.6]
-    alone, _ = over(None, model, run, lambda pipeline: run_sweep(pipeline, budgets, True))
-    spread, said = over(Processes(2), model, other, lambda pipeline: run_sweep(pipeline, budgets, True))
+
+    def swept(pipeline: Pipeline) -> dict[str, Any]:
+        return run_sweep(pipeline.current("measure", "controls"), budgets, True)
+
+    alone, _ = over(None, model, run, swept)
+    spread, said = over(Processes(2), model, other, swept)
     assert alone == spread and all("measured_nmse" in point for point in alone["points"])
     assert (run / "sweep.json").read_bytes() == (other / "sweep.json").read_bytes()
     assert "measuring plans on 2 workers" in said
@@ -185,9 +189,13 @@ def test_a_sweep_over_workers_is_the_same_sweep(model: Path, run: Path, tmp_path
 def test_an_audit_over_workers_is_the_same_audit(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(losses_module, "SHARD", 12)
     options, found = AuditOptions((0.35, 0.5), ("probe", "size-only"), 30), []
+
+    def audited(pipeline: Pipeline) -> AuditResult:
+        return run_audit(pipeline.current("candidates"), options)
+
     for crew in (None, Processes(2)):
         run = tmp_path / str(len(found))
-        result, said = over(crew, model, run, lambda pipeline: run_audit(pipeline, options), **CHANGES)
+        result, said = over(crew, model, run, audited, **CHANGES)
         found.append(without_seconds(json.loads(json.dumps(result.as_json()))))
     assert found[0] == found[1]
     assert "exhaustive on 2 workers" in said and "measuring plans on 2 workers" in said
@@ -198,10 +206,10 @@ def test_an_audit_over_workers_is_the_same_audit(model: Path, tmp_path: Path, mo
 
 def test_images_are_the_same_with_any_crew_of_as_many_threads(model: Path, run: Path) -> None:
     def sampled(pipeline: Pipeline) -> Any:
-        exported = Exported(pipeline)
+        exported, given = pipeline.run.exported, pipeline.run.crew
         source = {"float": Source(exported.path, 3, True)}
         options = SamplingOptions(40, 3, 3, batch_size=8, workers=1)
-        crew = pipeline.crew if isinstance(pipeline.crew, Processes) else None
+        crew = given if isinstance(given, Processes) else None
         about = (exported.path, exported.spec, exported.conditions, options, None, Talk(), crew)
         return sample_many(source, *about).images["float"]
 

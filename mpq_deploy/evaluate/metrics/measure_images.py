@@ -1,6 +1,6 @@
 """Measure how a run's images are distributed, beside the float model's and real ones.
 
-In: a pipeline whose graphs are written. Out: ``ImageMetrics``, added to those that the run folder keeps
+In: a run whose graphs are written. Out: ``ImageMetrics``, added to those that the run folder keeps
 (``metrics.kept``).
 """
 
@@ -46,12 +46,12 @@ from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
 from mpq_deploy.models.spec import Array
 from mpq_deploy.report.data import FrechetInfo, Interval, ScoreInfo
 from mpq_deploy.report.words import count
-from mpq_deploy.run.common import Exported, deployed_stage
+from mpq_deploy.run.view import Exported
 from mpq_deploy.system.parallel.work import Alone
 from mpq_deploy.system.progress import Talk
 
 if TYPE_CHECKING:
-    from mpq_deploy.run.pipeline import Pipeline
+    from mpq_deploy.run.view import Run
 
 FLOAT, OTHER = "float", "float, other noise"
 # In the place of a network: scores alone.
@@ -89,7 +89,7 @@ def check_metrics(model: str | None, options: MetricsOptions) -> None:
     check_real(options.real)
 
 
-def measure_metrics(pipeline: Pipeline, options: MetricsOptions) -> ImageMetrics:
+def measure_metrics(run: Run, options: MetricsOptions) -> ImageMetrics:
     """Sample the float model twice, the plan and, if asked for, the controls; measure, and return what was measured.
 
     It is added to what the run folder keeps. The deployed graphs, and the controls where asked for, must be current.
@@ -97,27 +97,27 @@ def measure_metrics(pipeline: Pipeline, options: MetricsOptions) -> ImageMetrics
     covariance, or the real images do not fit.
     """
     started = time.monotonic()
-    exported = Exported(pipeline)
+    exported = run.exported
     found = NetworkOptions(demo_of(exported.spec.source), options.weights)
     names = _names(options, found)
     check_networks(names, found)
     networks = [open_network(name, found) for name in names]
     for network in networks:
         check_count(options.images, network.width, "images", network.name)
-    section = pipeline.recipe.evaluate
+    section = run.recipe.evaluate
     seed = section.seed if options.seed is None else options.seed
     sampling = SamplingOptions(
         options.images, section.steps, seed, section.sampler, section.batch_size, options.workers
     )
-    cache = pipeline.run.path / ".samples"
+    cache = run.path / ".samples"
     shape = image_shape(exported.spec, exported.path.parent)
     scores = open_scores(options.scores, found, exported.spec, shape)
     reals = {network.name: real_set(options.real, network, found, shape) for network in networks}
-    sources = _sources(pipeline, exported.path, seed, options.controls)
-    crew = None if isinstance(pipeline.crew, Alone) else pipeline.crew
-    about = (exported.path, exported.spec, exported.conditions, sampling, cache, pipeline.talk, crew)
+    sources = _sources(run, exported.path, seed, options.controls)
+    crew = None if isinstance(run.crew, Alone) else run.crew
+    about = (exported.path, exported.spec, exported.conditions, sampling, cache, run.talk, crew)
     sampled = sample_many(sources, *about)
-    measure = _Measure(sampled, sampling, SampleCache(cache, pipeline.talk), pipeline.talk)
+    measure = _Measure(sampled, sampling, SampleCache(cache, run.talk), run.talk)
     rows = {name: [] for name in sources if name not in (FLOAT, OTHER)}  # type: dict[str, list[FrechetInfo]]
     for network in networks:
         for name, made in measure.on(network, reals[network.name], tuple(rows)).items():
@@ -127,34 +127,34 @@ def measure_metrics(pipeline: Pipeline, options: MetricsOptions) -> ImageMetrics
     metrics = ImageMetrics(
         tuple(rows.pop(OURS)),
         {name: tuple(made) for name, made in rows.items()},
-        made_from(pipeline, exported, *map(model_digest, (sources[OURS].model, exported.path))),
+        made_from(run, exported, *map(model_digest, (sources[OURS].model, exported.path))),
         scored,
         sampled.seconds,
         time.monotonic() - started,
         sampled.made == sampled.shards,
     )
-    _keep(pipeline, metrics)
+    _keep(run, metrics)
     return metrics
 
 
-def made_from(pipeline: Pipeline, exported: Exported, ours: str, float_model: str) -> MadeFrom:
+def made_from(run: Run, exported: Exported, ours: str, float_model: str) -> MadeFrom:
     """Return what images of the run are made from now; ``ours``, ``float_model``: digests of the graphs."""
     conditions = conditions_digest(exported.spec, exported.conditions, exported.path.parent)
-    controls = pipeline.run.record("controls")
+    controls = run.folder.record("controls")
     return MadeFrom(ours, float_model, conditions, "" if controls is None else controls.digest)
 
 
-def _keep(pipeline: Pipeline, metrics: ImageMetrics) -> None:
+def _keep(run: Run, metrics: ImageMetrics) -> None:
     """Add ``metrics`` to what the run folder keeps; say what of that stays and what goes."""
-    run, talk = pipeline.run.path, pipeline.talk
+    folder, talk = run.path, run.talk
     nothing = replace(metrics, frechet=(), controls={}, scores=())
-    merged, dropped = metrics.added_to(read_kept(run, talk, "is made anew") or nothing)
+    merged, dropped = metrics.added_to(read_kept(folder, talk, "is made anew") or nothing)
     if dropped:
         talk.warn(f"{dropped}: dropped")
     more = merged.count - metrics.count
     if more:
         talk.line(f"{count(more, 'figure')} of this plan from earlier calls stay{'s' if more == 1 else ''}")
-    merged.save(run)
+    merged.save(folder)
 
 
 def _names(options: MetricsOptions, found: NetworkOptions) -> tuple[str, ...]:
@@ -169,16 +169,16 @@ def _names(options: MetricsOptions, found: NetworkOptions) -> tuple[str, ...]:
     return ()
 
 
-def _sources(pipeline: Pipeline, float_model: Path, seed: int, controls: bool) -> dict[str, Source]:
-    deployed = pipeline.folder(deployed_stage(pipeline)) / SIMULATED
+def _sources(run: Run, float_model: Path, seed: int, controls: bool) -> dict[str, Source]:
+    deployed = run.deployed / SIMULATED
     sources = {
         FLOAT: Source(float_model, seed, True),
         # Noise that neither the calibration nor the comparison uses.
-        OTHER: Source(float_model, _other_seed(seed, pipeline.recipe.calibrate.seed), True),
+        OTHER: Source(float_model, _other_seed(seed, run.recipe.calibrate.seed), True),
         OURS: Source(deployed, seed),
     }
     if controls:
-        folder = pipeline.folder("controls")
+        folder = run.stage("controls")
         sizes = json.loads((folder / "sizes.json").read_text(encoding="utf-8"))
         if not sizes:
             raise UsageError(

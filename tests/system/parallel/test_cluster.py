@@ -117,7 +117,7 @@ def test_a_worker_killed_while_it_measures_changes_nothing(tmp_path, nodes):
     model, changes = save_denoiser(tmp_path), {"measure__probes": 64, "measure__samples": 4}
     recipe, budgets = recipe_for(model, **changes), [0.35, 0.45, 0.6]
     with open_pipeline(recipe, tmp_path / "alone", Notes()) as pipeline:
-        expected = run_sweep(pipeline, budgets, True)
+        expected = run_sweep(pipeline.current("measure", "controls"), budgets, True)
     notes, run, ended, killed = Notes(), tmp_path / "run", threading.Event(), []
     build(recipe, run, "candidates")
 
@@ -134,7 +134,7 @@ def test_a_worker_killed_while_it_measures_changes_nothing(tmp_path, nodes):
         pipeline.run_until("measure")
         ended.set()
         killer.join()
-        found = run_sweep(pipeline, budgets, True)
+        found = run_sweep(pipeline.current("measure", "controls"), budgets, True)
     assert killed and any("node was lost; the shard 'probes" in line for line in notes.lines), notes.lines
     made = ("export", "calibrate", "candidates", "measure", "controls")
     assert stage_bytes(run, made) == stage_bytes(tmp_path / "alone", made)
@@ -162,7 +162,9 @@ def test_an_audit_with_killed_workers_is_that_of_one_process(tmp_path, nodes, mo
     for crew in (None, Cluster(nodes.address)):
         notes, run = Notes(), tmp_path / f"run-{len(found)}"
         with open_pipeline(recipe, run, notes, crew) as pipeline, killing(notes) as killed:
-            found.append(without_seconds(json.loads(json.dumps(run_audit(pipeline, options).as_json()))))
+            found.append(
+                without_seconds(json.loads(json.dumps(run_audit(pipeline.current("candidates"), options).as_json())))
+            )
     assert found[0] == found[1]
     parts = [f"audit-{name}" for name in ("exhaustive-000", "exhaustive-001", "exhaustive-002", "probe")]
     assert stage_bytes(tmp_path / "run-1", parts) == stage_bytes(tmp_path / "run-0", parts)
@@ -184,7 +186,7 @@ def test_metrics_with_a_killed_worker_are_those_of_one_process(tmp_path, nodes, 
         with open_pipeline(recipe, run, notes, crew) as pipeline:
             pipeline.run_until("evaluate")
             with killing(notes) as killed:
-                made = measure_metrics(pipeline, MetricsOptions(images=256, workers=1))
+                made = measure_metrics(pipeline.run, MetricsOptions(images=256, workers=1))
         found.append((without_seconds(made.as_json()), stage_bytes(run, (".samples",))))
     assert found[0] == found[1] and len(found[0][1]) >= 3 * 256 // 32
     assert any("sampling on 2 workers of a Ray cluster" in line for line in notes.lines), notes.lines

@@ -1,0 +1,133 @@
+"""A run as stages and rooms read it: its recipe, its folder with the finished stages, and what is opened from them.
+
+Nothing here makes a stage. The pipeline hands a view to each stage that it makes, workers open one on a run folder (or
+a copy of some of its stages). What is opened is opened once per view.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mpq_deploy.allocate.milp import PrecisionPlan
+from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
+from mpq_deploy.engine.target import Target, load_target
+from mpq_deploy.errors import UsageError
+from mpq_deploy.graph.layers import LayerGraph, layer_graph
+from mpq_deploy.graph.load import load_model
+from mpq_deploy.models.export import load_exported
+from mpq_deploy.models.spec import Array
+from mpq_deploy.run.folder import RunFolder
+from mpq_deploy.system.parallel.work import Alone, Crew
+
+if TYPE_CHECKING:
+    from mpq_deploy.recipe import Recipe
+    from mpq_deploy.system.progress import Talk
+
+# The recipe that a run's stages are made by, in its folder.
+RECIPE = "recipe.yaml"
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """How a stage became current in this call: made in ``seconds``, or ``cached``, with those of its last time."""
+
+    name: str
+    seconds: float
+    peak_rss_bytes: int
+    cached: bool
+
+
+class Exported:
+    """The export stage, opened: graph, specification, conditions."""
+
+    def __init__(self, folder: Path) -> None:
+        exported = load_exported(folder)
+        self.path = exported.model
+        self.spec = exported.spec
+        self.conditions: dict[str, Array] = dict(exported.conditions.arrays)
+        self.facts: dict[str, Any] = json.loads((folder / "facts.json").read_text())
+        self.graph: LayerGraph = layer_graph(load_model(self.path))
+
+
+class Calibration(NamedTuple):
+    """The calibrate stage, opened: recorded inputs, and statistics of the activations."""
+
+    inputs: CalibrationSet
+    stats: CalibrationStats
+
+
+@dataclass(frozen=True)
+class Run:
+    """A view of a run: ``folder`` with its finished stages, ``talk`` for progress, ``crew`` who computes shards.
+
+    ``results``: the stages that are current, and how they became so in this call; empty where a worker reads the run.
+    """
+
+    recipe: Recipe
+    folder: RunFolder
+    talk: Talk
+    crew: Crew = field(default_factory=Alone)
+    results: Mapping[str, StageResult] = field(default_factory=dict)
+
+    @classmethod
+    def opened(cls, root: Path, talk: Talk) -> Run:
+        """Return the run in ``root``, or in a copy of some of its stages, as a worker reads it: without its lock."""
+        from mpq_deploy.recipe import load_recipe
+
+        return cls(load_recipe(root / RECIPE), RunFolder(root), talk)
+
+    @property
+    def path(self) -> Path:
+        """The run folder."""
+        return self.folder.path
+
+    def stage(self, name: str) -> Path:
+        """Folder of a finished stage."""
+        return self.folder.stage(name)
+
+    def digest(self, name: str) -> str:
+        """Digest of a finished stage's outputs. Raises UsageError when there is none."""
+        record = self.folder.record(name)
+        if record is None:
+            raise UsageError(f"The stage '{name}' is missing in {self.path}.", "Run 'mpq-deploy build' first.")
+        return record.digest
+
+    def scratch(self) -> Path:
+        """A folder for files of a stage that is being made."""
+        return self.folder.scratch()
+
+    @property
+    def deployed_stage(self) -> str:
+        """The stage whose graphs are deployed and compared: recover where the recipe wants it, else quantize."""
+        return "recover" if self.recipe.recover.steps else "quantize"
+
+    @property
+    def deployed(self) -> Path:
+        """Folder of the graphs that are deployed and compared."""
+        return self.stage(self.deployed_stage)
+
+    @cached_property
+    def target(self) -> Target:
+        """The recipe's target."""
+        return load_target(self.recipe.target)
+
+    @cached_property
+    def exported(self) -> Exported:
+        """What the stage export left."""
+        return Exported(self.stage("export"))
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """What the stage calibrate left."""
+        folder = self.stage("calibrate")
+        return Calibration(CalibrationSet.load(folder / "inputs.npz"), CalibrationStats.load(folder / "stats.npz"))
+
+    @cached_property
+    def plan(self) -> PrecisionPlan:
+        """What the stage allocate left."""
+        return PrecisionPlan.load(self.stage("allocate") / "plan.json")
