@@ -1,4 +1,6 @@
-"""Charts of an audit, as inline SVG (``svg``): rank correlations, predicted against true losses, quality and size."""
+"""Charts of an audit as inline SVG (``svg``): rank correlations, predicted losses, quality over
+size.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,7 @@ def interval(found: Correlation) -> str:
 
 
 def correlation_chart(result: AuditResult) -> Markup | None:
-    """Draw a bar for each metric's pooled rank correlation with its interval, and a dot for each class of schemes."""
+    """Draw each metric's pooled rank correlation with its interval, and a dot per class of schemes."""
     rows = [(row, row.pooled) for row in result.metrics if row.pooled is not None]
     if not rows:
         return None
@@ -140,7 +142,9 @@ def _panel(result: AuditResult, row: MetricResult, true: Sequence[float], left: 
 
 
 def quality_chart(result: AuditResult, psnr: bool) -> Markup | None:
-    """Draw the plans of each metric over their size: PSNR in dB, or the error of the output with its standard error."""
+    """Draw each metric's plans over size: PSNR in dB, or the output's error with its standard
+    error.
+    """
     rows = [(row, [p for p in row.plans if _height(p, psnr) is not None]) for row in result.metrics]
     rows = [(row, points) for row, points in rows if points]
     if not rows:
@@ -222,7 +226,7 @@ def _whisker_across(key: str, start: float, end: float, level: float) -> Markup:
 
 
 def standalone(drawn: Markup) -> str:
-    """Return a chart as an SVG file of its own: the page's light colours and rules for charts go into it."""
+    """Return a chart as an SVG file of its own, with the page's light colours and chart rules."""
     css = (resources.files("mpq_deploy.report") / "templates" / "style.css").read_text(encoding="utf-8")
     light = css[: css.index("}") + 1]
     rules = [line for line in css.splitlines() if line.startswith((".chart ", "[class*=", ".scheme-"))]

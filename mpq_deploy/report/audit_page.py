@@ -31,7 +31,7 @@ BUDGETS_ACROSS = 5
 
 
 def write_audit(result: AuditResult, folder: Path) -> tuple[Path, ...]:
-    """Write audit.json, audit.md, audit.html and the pictures (audit-NAME.svg) into ``folder``; return the paths."""
+    """Write audit.json, audit.md, audit.html and audit-NAME.svg into ``folder``; return the paths."""
     charts = {name: drawn for name, drawn in _charts(result).items() if drawn is not None}
     made = {f"audit-{name}.svg": standalone(drawn) for name, drawn in charts.items()}
     made["audit.json"] = json.dumps(result.as_json(), indent=1, sort_keys=True, allow_nan=False) + "\n"
@@ -96,7 +96,7 @@ def audit_markdown(result: AuditResult, pictures: Sequence[str] = ()) -> str:
 
 
 def findings(result: AuditResult) -> list[str]:
-    """Say what came out, in sentences: which metric orders layers best, and what orthogonality is worth."""
+    """Summarize in sentences which metric orders layers best, and what orthogonality is worth."""
     ordered = [(row, row.pooled) for row in result.metrics if row.pooled is not None and row.pooled.rho is not None]
     parts = []
     if ordered:
@@ -176,7 +176,7 @@ def psnr_cell(point: PlanPoint) -> str:
 
 
 def metric_notes(result: AuditResult) -> list[str]:
-    """Return what the metrics themselves have to say, why some could not be measured, and which budgets none fits."""
+    """Return the metrics' notes, why some were not measured, and the budgets that no plan fits."""
     parts = []
     for row in result.metrics:
         refused = [point.refused for point in row.plans if point.refused]

@@ -1,7 +1,7 @@
-"""The curve of size against predicted error, with the plan of every budget behind it, for the page's slider.
+"""The curve of size against predicted error, with every budget's plan behind it, for the slider.
 
-In: ``BudgetPlans`` and what was measured. Out: an inline SVG, the table of its points, and the values that the page's
-script shows when the slider moves.
+In: ``BudgetPlans`` and the measurements. Out: an inline SVG, the table of its points, and the
+values that the page's script shows when the slider moves.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ DECADES_BELOW = 2
 
 @dataclass(frozen=True)
 class Mark:
-    """A plan drawn on the curve: what was measured of it (filled) and predicted (hollow). ``key`` picks the marker."""
+    """A plan on the curve: measured (filled) and predicted (hollow). ``key`` picks the marker."""
 
     key: str
     title: str
@@ -54,7 +54,9 @@ class Mark:
 
 @dataclass(frozen=True)
 class Stop:
-    """Where the slider can stand: a plan of the grid, or this run's own. ``schemes`` as in ``BudgetPlan``."""
+    """A position of the slider: a plan of the grid, or this run's own; ``schemes`` as in
+    ``BudgetPlan``.
+    """
 
     size_bytes: int
     size_ratio: float
@@ -65,7 +67,7 @@ class Stop:
 
 @dataclass(frozen=True)
 class BudgetView:
-    """What the page shows: the curve, the stops in words as table rows, ``start``, and the script's ``values``."""
+    """What the page shows: the curve, the stops as table rows, the first stop, the script's values."""
 
     chart: Markup | None
     rows: list[list[str]]
@@ -84,7 +86,7 @@ class BudgetView:
 
 
 def budget_view(data: ReportData) -> BudgetView | None:
-    """Return the view of a run: its own plan is one of the stops. None without plans of other budgets."""
+    """Return the view of a run, its own plan among the stops; None without plans of other budgets."""
     if data.budgets is None or not data.budgets.plans:
         return None
     plans, own = _with_own(data.budgets, data)
@@ -151,9 +153,11 @@ def view(
 def curve_chart(
     grid: Sequence[Stop], stops: Sequence[Stop], marks: Sequence[Mark], simulated: bool = False
 ) -> tuple[Markup | None, list[list[float] | None]]:
-    """Draw the predicted error of the ``grid`` over size with ``marks``; also return where each of ``stops`` lies.
+    """Draw the predicted error of the ``grid`` over size with ``marks``; also return each stop's
+    place.
 
-    None where no error is positive; no place for a stop that the chart has no room for (an error of 0).
+    The chart is None where no error is positive; a place is None where the chart has no room for it
+    (an error of 0).
     """
     line = [(stop.size_ratio, stop.predicted) for stop in grid if stop.predicted]
     known = [m for m in marks if m.measured or m.predicted]
@@ -187,7 +191,7 @@ def curve_chart(
 
 
 def _marks(x: Axis, y: Axis, marks: Sequence[Mark]) -> list[Markup]:
-    """Draw predicted points hollow and measured ones filled, then the names, moved apart where they would overlap."""
+    """Draw predicted points hollow and measured ones filled, then their names, moved apart."""
     parts, named = [], []
     for mark in marks:
         for what, value in (("predicted", mark.predicted), ("measured", mark.measured)):

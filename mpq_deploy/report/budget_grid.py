@@ -1,7 +1,8 @@
-"""What the report says beyond this run's plan: the plans of a grid of budgets, each layer's options, its kurtosis.
+"""The plans of a grid of budgets, each layer's options and its kurtosis, for the report.
 
-In: a run whose plan is made. Out: ``BudgetPlans`` and the layers' kurtosis. Both take seconds, so they are kept in the
-run folder (``page.json``) under a digest of what they were made from; a damaged or foreign file is made again.
+In: a run whose plan is made. Out: ``BudgetPlans`` and the layers' kurtosis. Both take seconds, so
+they are kept in the run folder (``page.json``) under a digest of their inputs; a damaged or foreign
+file is made again.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def grid_plans(run: Run, solver: PlanSolver, ratio: float) -> BudgetPlans:
 
 
 def grid(smallest: int, fp16_size: int, ratio: float) -> list[int]:
-    """Return the budgets in bytes, rising: the smallest feasible, then every ``STEP`` of the FP16 size."""
+    """Return the budgets in bytes, ascending: the smallest feasible, then every ``STEP`` of FP16."""
     low = smallest / fp16_size
     first, last = math.floor(low / STEP) + 1, round(_highest(low, ratio) / STEP)
     steps = [int(number * STEP * fp16_size) for number in range(first, last + 1)]
@@ -93,7 +94,7 @@ def grid(smallest: int, fp16_size: int, ratio: float) -> list[int]:
 
 
 def coarse_first(values: Sequence[int]) -> list[int]:
-    """Return ``values`` in another order, so that every beginning of it is spread evenly: every 16th, 8th, 4th ..."""
+    """Return ``values`` reordered so that every prefix is spread evenly: every 16th, 8th, 4th ..."""
     order: dict[int, None] = {}
     for stride in (16, 8, 4, 2, 1):
         order.update(dict.fromkeys(range(0, len(values), stride)))
@@ -118,7 +119,7 @@ def layer_kurtoses(run: Run, exported: Exported) -> dict[str, float]:
 
 
 def undominated(plans: Iterable[Plan]) -> list[Plan]:
-    """Leave out every plan that a smaller one equals in predicted loss; all stay where none is predicted."""
+    """Drop every plan whose predicted loss a smaller plan equals; keep all where none is predicted."""
     kept: list[Plan] = []
     for plan in sorted(plans, key=lambda plan: plan[1]):
         if not kept or plan[2] is None or kept[-1][2] is None or plan[2] < kept[-1][2]:
@@ -129,8 +130,8 @@ def undominated(plans: Iterable[Plan]) -> list[Plan]:
 def packed(solver: PlanSolver, solved: Iterable[Plan], wanted: int = 0) -> BudgetPlans:
     """Return plans as the page reads them, with the schemes in use numbered.
 
-    Of plans of one size only one is kept, and none that predicts a loss not finite. ``wanted``: how many there would
-    be, where some are missing.
+    One plan per size, none with a non-finite prediction. ``wanted``: how many there would be if
+    some are missing.
     """
     by_size = {size: (schemes, loss) for schemes, size, loss in solved if loss is None or math.isfinite(loss)}
     used = sorted({scheme for schemes, _ in by_size.values() for scheme in schemes.values()})
@@ -152,9 +153,9 @@ def packed(solver: PlanSolver, solved: Iterable[Plan], wanted: int = 0) -> Budge
 
 
 def _options(choice: LayerChoice, plan: PrecisionPlan, predicts: bool) -> tuple[LayerOption | None, LayerOption | None]:
-    """Return the option of fewer bytes with the least loss, and the one of more bytes that is the next on the frontier.
+    """Return the best smaller option of a layer and the next larger one on its frontier.
 
-    The next is the smallest that has less loss than the plan's scheme. None where there is no such option.
+    The next is the smallest that has less loss than the plan's scheme. None where there is none.
     """
     taken = plan.schemes[choice.name]
     size, loss = choice.bytes[taken], choice.loss[taken]

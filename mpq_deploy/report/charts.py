@@ -1,4 +1,4 @@
-"""Charts of the report, as inline SVG (``svg``): size and quality, error over timesteps, predicted and measured."""
+"""Charts of the report as inline SVG (``svg``): quality over size, error over timesteps, training."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def size_quality_chart(data: ReportData) -> Markup | None:
 
 
 def timestep_chart(data: ReportData) -> Markup | None:
-    """Error of the denoiser's output over timesteps, from noise (left) to image; None when it was not measured."""
+    """Error of the output over timesteps, from noise (left) to image; None when not measured."""
     rows = [("ours", data.nmse_by_timestep), *((k, c.nmse_by_timestep) for k, c in data.compared.items())]
     series = [
         Series(key, title_of(key, data), tuple((i, v) for i, v in enumerate(values) if v > 0))
@@ -99,7 +99,7 @@ def timestep_chart(data: ReportData) -> Markup | None:
 
 
 def prediction_chart(data: ReportData) -> Markup | None:
-    """Predicted and measured error of the plan, and the controls' measured ones, on one logarithmic axis."""
+    """Predicted and measured error of the plan and the controls, on one logarithmic axis."""
     if not data.measured_nmse or not data.predicted_nmse:
         return None
     rows = [("ours", [("predicted", data.predicted_nmse), ("measured", data.measured_nmse)])]
@@ -123,7 +123,7 @@ def prediction_chart(data: ReportData) -> Markup | None:
 
 
 def recovery_chart(data: ReportData) -> Markup | None:
-    """Held-out error while training, over updates; None without recovery, or where there was no error."""
+    """Held-out error during training, over updates; None without recovery or error."""
     if data.recovery is None or len(data.recovery.curve) < 2 or min(e for _, e in data.recovery.curve) <= 0:
         return None
     points = tuple((float(step), value) for step, value in data.recovery.curve)
@@ -155,7 +155,7 @@ def _beside(x: Axis, values: Sequence[tuple[str, float]], level: float) -> Marku
 
 
 def _beside_each_other(places: Sequence[tuple[float, float]]) -> list[float]:
-    """Return heights for labels beside points: those of points in one column (plans of one size) are moved apart."""
+    """Return label heights, moved apart for points in one column (plans of one size)."""
     heights = [y for _, y in places]
     columns: dict[int, list[int]] = {}
     for index, (x, _) in enumerate(places):

@@ -1,7 +1,7 @@
 """What differs between runs: size, quality, latency, and the plan, layer by layer.
 
-In: reports (``report.read``). Out: a ``Comparison`` of the first with each other one. Quality figures are only
-subtracted where both come from the same float model and the same noise; image by image where both reports keep them.
+In: reports (``report.read``). Out: a ``Comparison`` of the first with each other one. Quality is
+subtracted only for one float model and one noise; image by image where both reports keep it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _CONDITIONS = {
 
 @dataclass(frozen=True)
 class Difference:
-    """``value``: the other's figure minus the first's; with its 95 % interval where both keep the figure per image."""
+    """The other's figure minus the first's, with a 95 % interval where both keep it per image."""
 
     value: float
     interval: tuple[float, float] | None = None
@@ -63,7 +63,7 @@ class ChangedLayer:
 
 @dataclass(frozen=True)
 class PlanChange:
-    """How one plan differs from another: moves by bytes, the largest layers, and layers that only one of them has."""
+    """How two plans differ: moves by bytes, the largest layers, layers that only one of them has."""
 
     changed: int
     common: int
@@ -75,7 +75,7 @@ class PlanChange:
 
 @dataclass(frozen=True)
 class DistanceChange:
-    """A Frechet distance of both; ``overlap``: whether their 95 % intervals do, None where one has none."""
+    """A Frechet distance of both; ``overlap`` of their 95 % intervals, None without one."""
 
     described: str
     before: float
@@ -94,11 +94,11 @@ class LatencyChange:
 
 @dataclass(frozen=True)
 class Pair:
-    """The first report against another. ``obstacles``: why quality is not compared, each a sentence.
+    """The first report against another. ``obstacles``: sentences on why quality is not compared.
 
-    ``psnr_db`` and ``ssim`` are None where they cannot be subtracted or were not measured; ``nmse_ratio`` is the
-    other's error divided by the first's; ``plan`` is None for two models without the same layers. ``distances``:
-    those that both have of one kind; ``latency`` is None where it is not known of both in the same way.
+    ``psnr_db`` and ``ssim`` are None where they cannot be subtracted; ``nmse_ratio`` is the other's
+    error over the first's; ``plan`` is None for models without common layers; ``latency`` is None
+    unless both are known in the same way.
     """
 
     label: str
@@ -136,7 +136,7 @@ def compare_reports(reports: Sequence[ReadReport]) -> Comparison:
 
 
 def model_obstacle(first: ReadReport, other: ReadReport) -> str:
-    """Say why two reports are not about the same float model; empty when they are, as far as they tell."""
+    """Say why two reports are not about the same float model; empty when they are."""
     a, b = first.model, other.model
     if a.digest and b.digest:
         if a.digest == b.digest:
@@ -169,9 +169,10 @@ def obstacles(first: ReadReport, other: ReadReport) -> tuple[str, ...]:
 
 
 def figure_difference(first: ReadReport, other: ReadReport, name: Literal["psnr_db", "ssim"]) -> Difference | None:
-    """Return ``other`` minus ``first`` of a comparable pair; paired where both keep the figure of each image.
+    """Return ``other`` minus ``first``, paired by image where both reports keep the images'
+    figures.
 
-    None where one was not measured, or where images are identical to the float model's (an infinite PSNR).
+    None where one was not measured, or is infinite (images identical to the float model's).
     """
     before, after = getattr(first, name), getattr(other, name)
     if before is None or after is None:
@@ -182,10 +183,7 @@ def figure_difference(first: ReadReport, other: ReadReport, name: Literal["psnr_
 
 
 def plan_change(first: ReadReport, other: ReadReport) -> PlanChange | None:
-    """Compare two plans by the names of their layers; None for two models, and where no layer is in both.
-
-    A layer whose weight has another shape is another layer.
-    """
+    """Compare two plans layer by layer, by name and weight shape; None where no layer is in both."""
     before = {(layer.name, layer.weight_shape): layer for layer in first.layers}
     after = {(layer.name, layer.weight_shape): layer for layer in other.layers}
     if first.model.name != other.model.name and set(before) != set(after):
@@ -221,7 +219,7 @@ def _moves(changed: list[ChangedLayer]) -> tuple[Move, ...]:
 
 
 def distance_changes(first: ReadReport, other: ReadReport) -> tuple[DistanceChange, ...]:
-    """Return the Frechet distances that both have, of one network, number of images, sampler and seed."""
+    """Return the distances that both have, of one network, number of images, sampler and seed."""
     if model_obstacle(first, other):
         return ()
     before = {one.kind: one for one in first.frechet}
@@ -238,7 +236,7 @@ def distance_changes(first: ReadReport, other: ReadReport) -> tuple[DistanceChan
 
 
 def latency_change(first: ReadReport, other: ReadReport) -> LatencyChange | None:
-    """Return both latencies where they were measured on one target, or are estimates on one basis; else None."""
+    """Return both latencies if measured on one target or estimated on one basis; else None."""
     a, b = slowest(first), slowest(other)
     if a is not None and b is not None:
         same = a.target == b.target and not a.problem and not b.problem

@@ -1,4 +1,4 @@
-"""A comparison of runs as a terminal table, Markdown and one HTML page, all from the same rows and sentences."""
+"""A comparison of runs as a terminal table, Markdown and an HTML page, from the same rows."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def distances(report: ReadReport) -> list[str]:
 
 
 def sentences(pair: Pair) -> list[str]:
-    """Say what a run is against the first: bytes, quality where it compares, why not where it does not, the plan."""
+    """Describe a run against the first: bytes, quality or why it does not compare, and the plan."""
     parts = [f"Size: {_more(pair.size_bytes, 'bytes')}."]
     if pair.obstacles:
         parts += [*pair.obstacles, "So the quality figures are not subtracted."]

@@ -1,7 +1,7 @@
-"""What a report says, as plain values. The pipeline fills it; ``write`` turns it into JSON, Markdown and HTML.
+"""The report's values. The run fills them; ``write`` makes JSON, Markdown and HTML of them.
 
-Every number is finite: NaN and infinity are refused here, where the field is named, and a PSNR of infinity
-(identical images) is None. What was not measured is None, never 0.
+Every number is finite: NaN and infinity are refused here by field, and an infinite PSNR (identical
+images) is None. What was not measured is None, never 0.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Part(BaseModel):
 
 
 class ModelInfo(Part):
-    """The denoiser. ``synthetic`` says in words what about it is not real (random weights); empty when nothing.
+    """The denoiser. ``synthetic``: what about it is not real (random weights), in words.
 
-    ``digest``: SHA-256 of the float graph and its weights, which every image was compared with; empty when unknown.
+    ``digest``: SHA-256 of the float graph and its weights; empty when unknown.
     """
 
     name: str
@@ -59,9 +59,9 @@ class Interval(Part):
 
 
 class Control(Part):
-    """A uniform variant made in the same run, titled as in "Everything INT8". None: that was not measured.
+    """A uniform variant made in the same run. None: not measured.
 
-    The intervals are None below two images and where the images are identical.
+    The intervals are None below two images and for identical images.
     """
 
     title: str
@@ -97,10 +97,10 @@ class Check(Part):
 
 
 class EngineInfo(Part):
-    """The engine that was built, as its own build log describes it.
+    """The engine as its own build log describes it.
 
-    ``planned_weights_bytes`` is what the plan expects of the engine's weights memory. ``latency_ms`` was measured
-    on the device named by ``latency_source``; None: not measured on this machine.
+    ``planned_weights_bytes``: what the plan expects of the engine's weights memory. ``latency_ms``
+    was measured on the device of ``latency_source``; None: not measured here.
     """
 
     backend: str
@@ -119,7 +119,7 @@ class EngineInfo(Part):
 
 
 class Ratio(Part):
-    """A median time over another's, both timed in turns. ``low`` and ``high`` end its 95 % bootstrap interval."""
+    """A median time over another's, timed in turns; ``low`` and ``high``: 95 % bootstrap interval."""
 
     against: str
     value: float = Field(gt=0)
@@ -128,9 +128,10 @@ class Ratio(Part):
 
 
 class DeviceInfo(Part):
-    """What a device said when the package was installed there. What it did not measure is None.
+    """What a device measured when the package was installed there; None: not measured.
 
-    ``outputs_agree``: the outputs lie within the tolerance of the references; ``not_run`` says why nothing ran.
+    ``outputs_agree``: the outputs lie within the references' tolerance; ``not_run``: why nothing
+    ran.
     """
 
     target: str
@@ -152,9 +153,10 @@ class DeviceInfo(Part):
 
 
 class LayerRow(Part):
-    """One layer of the plan, in graph order. ``refused``: scheme -> why this layer may not take it.
+    """One layer of the plan, in graph order. ``refused``: scheme -> why the layer may not take it.
 
-    ``importance`` and the bits that the linear programme gives it (``linear_bits``): only of metrics that weigh bits.
+    ``importance``, and the bits that the linear program gives it (``linear_bits``): only for
+    metrics that weigh bits.
     """
 
     name: str
@@ -208,12 +210,12 @@ class CpuLatencyInfo(Part):
 
 
 class ExpectedLatency(Part):
-    """What the plan is expected to take per call at ``batch``, beside everything FP16 and everything INT8.
+    """The plan's expected time per call at ``batch``, beside everything FP16, INT8 and INT4.
 
-    Sums over single layers: never a measurement of the engine. ``source``: estimated, measured (layer by layer), or
-    both; ``basis`` on what, in words. ``others_ms``: what is no layer, always estimated. ``slower_in_int8``: layers
-    that are expected to be slower in INT8 than in FP16, and ``taken``, those that the plan has in INT8. ``limit_ms``:
-    asked for. ``int4_ms``: everything INT4; None where nothing is known of it.
+    Sums over single layers, never a measurement of the engine. ``source``: estimated, measured
+    (layer by layer) or both; ``basis``: on what, in words. ``others_ms``: what is no layer, always
+    estimated. ``slower_in_int8``: layers expected to be slower in INT8 than in FP16; ``taken``:
+    those that the plan has in INT8. ``limit_ms``: the limit asked for.
     """
 
     ours_ms: float = Field(ge=0)
@@ -251,15 +253,15 @@ class EvaluationInfo(Part):
 
 
 class FrechetInfo(Part):
-    """A Frechet distance of one model's images, with all that its value depends on (``metrics.measure``).
+    """A Frechet distance of one model's images with all that it depends on (``evaluate.metrics``).
 
-    ``title`` is FID on the standard Inception alone; ``network_features``: how many it has. ``against`` the float
-    model's images from the same noise, or real ones (``against_source``, ``against_samples``; 0: unknown). ``floor``:
-    the float model's own distance to the same (0 to its own images); ``interval`` is that of the distance,
-    ``increase_interval`` that of distance - floor, both at this number of samples. ``other_noise``: the float model's
-    images from other noise against the same; ``real_floor``: two halves of the real images. ``extrapolated``: to
-    infinitely many images, with that of the float model. KID, precision and recall are against the real images, or else
-    the float model's from other noise; each with the float model's own. None: not measured.
+    ``title`` is FID on the standard Inception only. ``against``: the float model's images of the
+    same noise, or real ones (``against_samples`` 0: unknown). ``floor``: the float model's own
+    distance (0 to its own images). ``interval``: of the distance; ``increase_interval``: of
+    distance - floor. ``other_noise``: the float model's images of other noise against the same.
+    ``real_floor``: between halves of the real images. ``extrapolated``: to infinitely many images.
+    KID, precision and recall: against the real images, else the float model's of other noise, each
+    with the float model's own. None: not measured.
     """
 
     variant: str
@@ -293,7 +295,7 @@ class FrechetInfo(Part):
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """What the same distance of another variant shares; the float model's images are what the seed says."""
+        """What the same distance of another variant shares."""
         against = (self.against, self.against_digest if self.against == "real" else "")
         return (self.network, self.network_digest, *against, self.samples, self.sampler, self.steps, self.seed)
 
@@ -310,18 +312,18 @@ class FrechetInfo(Part):
 
     @property
     def within_noise(self) -> bool:
-        """Whether the distance lies in its interval around the float model's own (real), or below other noise's."""
+        """Whether the distance shows no difference: see ``interval``, ``other_noise``."""
         if self.against == "float":
             return self.interval.high < self.other_noise
         return self.increase_interval.low <= 0 <= self.increase_interval.high
 
 
 class ScoreInfo(Part):
-    """A score of one model's images, the mean over images (``metrics.scores``), with all that its value depends on.
+    """A mean score of one model's images with all that it depends on (``evaluate.metrics.scores``).
 
-    ``floor``: the float model's own (LPIPS: 0, for it is the distance to the float model's image); ``interval`` is that
-    of the mean, ``increase_interval`` that of value - floor, image by image; both None for one image. ``other_noise``:
-    the same of the float model's images from other noise, condition by condition.
+    ``floor``: the float model's own (LPIPS: 0); ``interval``: of the mean; ``increase_interval``:
+    of value - floor, paired by image; None for one image. ``other_noise``: of the float model's
+    images of other noise.
     """
 
     variant: str
@@ -352,10 +354,10 @@ class ScoreInfo(Part):
 class ImportanceInfo(Part):
     """How a metric that weighs bits by the layers' importance chose the plan.
 
-    ``weighted_bits`` of the plan, the sum of importance x bits; ``linear_bound``: the most that continuous bits reach
-    within the same bytes, by the linear programme. ``settings`` in words; ``timesteps`` in denoising order, each with
-    its weight; ``calls``: least number behind a Gram matrix (0: none was needed); ``constant``: layers whose output
-    was the same for all calls at every timestep.
+    ``weighted_bits``: the plan's sum of importance x bits; ``linear_bound``: the maximum over
+    continuous bits within the same bytes; ``timesteps`` in denoising order with their ``weights``;
+    ``calls``: minimum number behind a Gram matrix (0: none needed); ``constant``: layers with the
+    same output for all calls at every timestep.
     """
 
     settings: str
@@ -368,9 +370,9 @@ class ImportanceInfo(Part):
 
 
 class RecoveryInfo(Part):
-    """What training brought: the output's error on trajectories never trained on, before and after ``best_step``.
+    """The output's error on held-out trajectories, before training and after ``best_step``.
 
-    ``curve``: (update, error on them) at each measurement; ``best_step`` 0: the plan's weights stayed.
+    ``curve``: (update, held-out error); ``best_step`` 0: the plan's weights stayed.
     """
 
     steps: int = Field(ge=1)
@@ -383,10 +385,10 @@ class RecoveryInfo(Part):
 
 @dataclass(frozen=True)
 class OrmPictures:
-    """What the page draws of the orthogonality of L layers at K timesteps; not in JSON (it lies in measure/orm.npz).
+    """Orthogonality of L layers at K timesteps for the page; not in JSON (see measure/orm.npz).
 
-    ``orm`` [K, L, L], ``theta`` [K, L], ``timesteps`` and their ``weights`` [K]; ``constant`` bool [L]: layers that
-    were the same for all calls.
+    ``orm`` [K, L, L], ``theta`` [K, L], ``timesteps`` and ``weights`` [K]; ``constant`` bool [L]:
+    layers with the same output for all calls.
     """
 
     layers: tuple[str, ...]
@@ -406,7 +408,7 @@ class LayerOption(Part):
 
 
 class BudgetPlan(Part):
-    """One budget's plan. ``schemes``: per layer, the position of its scheme in ``BudgetPlans.schemes``."""
+    """One budget's plan. ``schemes``: each layer's index into ``BudgetPlans.schemes``."""
 
     size_bytes: int = Field(ge=0)
     predicted_nmse: float | None = Field(ge=0)
@@ -414,11 +416,11 @@ class BudgetPlan(Part):
 
 
 class BudgetPlans(Part):
-    """The plans of a grid of budgets by the integer programme alone, by rising size; not in JSON.
+    """The integer program's plans for a grid of budgets, by ascending size; not in JSON.
 
-    ``layer_bytes``: per layer, scheme's position -> bytes, for the schemes in use. ``smaller``, ``larger``: by layer,
-    the best option of fewer and of more bytes than this run's plan has there. ``wanted``: with
-    fewer plans than that the time was up. ``command``: builds the plan of another budget on this run.
+    ``layer_bytes``: per layer, scheme index -> bytes. ``smaller``, ``larger``: per layer, the best
+    option of fewer and of more bytes than this run's plan. ``wanted``: more than ``plans`` where
+    time ran out. ``command``: builds another budget's plan on this run.
     """
 
     layers: tuple[str, ...]
@@ -443,9 +445,9 @@ class SchemeTotal(Part):
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Pictures for the page, not for JSON: uint8 [N, H, W, C] by variant, ``float`` first, the same noise in each.
+    """Pictures for the page, not for JSON: uint8 [N, H, W, C] by variant, ``float`` first.
 
-    ``titles`` name the variants for people; ``labels`` the conditions.
+    All variants have the same noise. ``titles`` name them for people; ``labels``: the conditions.
     """
 
     images: dict[str, Array]
@@ -454,11 +456,11 @@ class ImageSet:
 
 
 class ReportData(Part):
-    """The whole report. Sizes in bytes; NMSE as in the sensitivity table; PSNR in dB against the float images.
+    """The whole report. Sizes in bytes; PSNR in dB against the float model's images.
 
-    ``nmse_by_timestep`` belongs to ``timesteps`` (scheduler values, in sampling order), like those of the
-    controls; ``loss_timesteps`` are those of the layers' predicted losses. ``reproduce`` is the exact command.
-    ``engine`` is None where none was built: ``engine_note`` says why.
+    ``nmse_by_timestep`` belongs to ``timesteps`` (scheduler values, in sampling order), the layers'
+    losses to ``loss_timesteps``. ``reproduce``: the exact command. ``engine_note``: why ``engine``
+    is None.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
@@ -595,9 +597,9 @@ def kept_in_fp16(data: ReportData) -> tuple[KeptReason, ...]:
 
 
 def _reason(layer: LayerRow, known_schemes: set[str]) -> str:
-    """Say why a layer stayed in FP16: every scheme of this report was refused, or the allocation preferred it.
+    """Say why a layer stayed in FP16: all schemes were refused, or the allocation preferred it.
 
-    A refusal may name a scheme, or a family for all its block sizes.
+    A refusal names a scheme, or a family for all its block sizes.
     """
     open_schemes = {
         s for s in known_schemes if s not in layer.refused and s.split("+")[0].split("-")[0] not in layer.refused

@@ -1,8 +1,8 @@
-"""Limits that a run must keep before it is released: size, quality, latency, and quality against a baseline.
+"""Limits that a run must keep to be released: size, quality, latency, distance to a baseline.
 
-In: a report (``report.read``), limits, and a baseline's report. Out: a ``GateResult``, as text, Markdown, JSON and
-JUnit XML. A figure that was not measured fails its limit. The point estimate decides; where the limit lies inside the
-95 % interval, that is said.
+In: a report (``report.read``), limits, a baseline's report. Out: a ``GateResult``, as text,
+Markdown, JSON and JUnit XML. A figure that was not measured fails its limit. The point estimate
+decides; a limit inside the 95 % interval is pointed out.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 
 @dataclass(frozen=True)
 class Limits:
-    """What is asked for; None: not asked. ``max_size`` as a budget is written (0.36, 35%, 600MB).
+    """The limits; None: not asked for. ``max_size`` is written like a budget (0.36, 35%, 600MB).
 
-    PSNR in dB; NMSE of the output; ``max_frechet_increase`` over the float model's own distance, or over the
-    baseline's; ``max_psnr_drop`` in dB below the baseline. ``max_lpips`` to the float model's images;
-    ``max_clip_drop`` below the float model's own CLIP score.
+    PSNR in dB; NMSE of the output; ``max_frechet_increase`` over the float model's own distance or
+    the baseline's; ``max_psnr_drop`` in dB below the baseline; ``max_lpips`` to the float model's
+    images; ``max_clip_drop`` below the float model's CLIP score.
     """
 
     max_size: str | None = None
@@ -105,10 +105,10 @@ class GateResult:
 def check_gate(
     report: ReadReport, limits: Limits, baseline: ReadReport | None = None, allow_estimate: bool = False
 ) -> GateResult:
-    """Hold ``report`` against ``limits``; ``allow_estimate`` takes an expected latency where none was measured.
+    """Hold ``report`` against ``limits``; ``allow_estimate`` accepts an estimated latency.
 
-    Raises UsageError when there is no limit, when a limit needs a baseline or a baseline has no limit that uses it, and
-    when the baseline is that of another model.
+    Raises UsageError without any limit, for a limit without its baseline, a baseline without a
+    limit that uses it, and a baseline of another model.
     """
     _check(report, limits, baseline)
     checks: dict[str, Callable[[Any], Outcome]] = {
@@ -240,7 +240,7 @@ def _frechet_floor(one: FrechetInfo, baseline: ReadReport | None) -> float | Non
 
 
 def _increase_interval(one: FrechetInfo, floor: float, against_baseline: bool) -> tuple[float, float] | None:
-    """The paired interval of the increase over the float model; over a baseline only the distance's own is known."""
+    """The increase's paired interval; over a baseline only the distance's own is known."""
     if one.increase_interval is not None and not against_baseline:
         return _ends(one.increase_interval)
     return None if one.interval is None else (one.interval.low - floor, one.interval.high - floor)
@@ -349,7 +349,7 @@ def _ends(interval: Interval | None) -> tuple[float, float] | None:
 def _about(
     limit: float, interval: tuple[float, float] | None, unit: str, over: str, more: str = "evaluate.samples"
 ) -> str:
-    """State the interval, and say where the limit lies inside it, so that other images might decide otherwise."""
+    """State the interval; point out a limit inside it, which other images might decide otherwise."""
     if interval is None:
         return "No interval: the report keeps no figure of each image, or of one only."
     text = f"95 % interval {interval[0]:.4g} to {interval[1]:.4g}{unit} over {over}."
@@ -409,9 +409,9 @@ def gate_markdown(result: GateResult) -> str:
 
 
 def gate_junit(result: GateResult) -> str:
-    """Return JUnit XML: a test case per limit, in the form that Jenkins, GitLab and GitHub's actions read.
+    """Return JUnit XML: a test case per limit, as Jenkins, GitLab and GitHub Actions read it.
 
-    A limit without a measurement is a failure of type ``not-measured``, never a skipped case.
+    A limit without a measurement is a failure of type ``not-measured``, never skipped.
     """
     counts = {
         "name": SUITE,

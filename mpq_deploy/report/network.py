@@ -1,4 +1,4 @@
-"""The network as a picture: its layers in graph order, one row per block, colour for scheme, width for bytes."""
+"""The network as a picture: layers in graph order, a row per block, colour for scheme."""
 
 from __future__ import annotations
 
@@ -110,9 +110,9 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def layer_details(data: ReportData) -> list[dict[str, object]]:
-    """Return what the page shows of a layer when it is pointed at, in graph order.
+    """Return what the page shows when a layer is pointed at, in graph order.
 
-    ``steps``: its predicted error at each of ``loss_timesteps``; empty where the metric predicts none.
+    ``steps``: its predicted error at each of ``loss_timesteps``; empty where none is predicted.
     """
     total = sum(layer.predicted_loss or 0.0 for layer in data.layers)
     price = byte_price(data)
@@ -137,9 +137,9 @@ def layer_details(data: ReportData) -> list[dict[str, object]]:
 
 
 def byte_price(data: ReportData) -> float | None:
-    """Return what a byte is worth at this run's size, as predicted error: the slope of the curve of budgets there.
+    """Return what a byte is worth at this run's size: the slope of the curve of budgets.
 
-    Between the nearest plans of the grid on both sides; None where one is missing, or the curve does not fall.
+    Taken between the nearest plans on both sides; None where one is missing or it does not fall.
     """
     if data.budgets is None:
         return None
@@ -152,7 +152,7 @@ def byte_price(data: ReportData) -> float | None:
 
 
 def why(layer: LayerRow, data: ReportData, price: float | None) -> list[str]:
-    """Say why a layer has its scheme: what a smaller and a larger one would change, and what a byte is worth."""
+    """Explain a layer's scheme by what a smaller and a larger one would change."""
     if data.budgets is None:
         return []
     smaller, larger = data.budgets.smaller.get(layer.name), data.budgets.larger.get(layer.name)

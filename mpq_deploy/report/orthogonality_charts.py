@@ -1,7 +1,7 @@
-"""The orthogonality of the layers as pictures: a heat map per timestep, and each layer's importance over time.
+"""Orthogonality as pictures: a heat map per timestep, and the layers' importance over time.
 
-In: ``OrmPictures``. Out: PNGs of at most ``MOST_SIDE`` pixels a side as data URIs (a pixel is then the mean over
-several neighbouring layers), and one chart of lines. The bytes do not grow with layers or timesteps beyond that.
+In: ``OrmPictures``. Out: PNGs of at most ``MOST_SIDE`` pixels a side as data URIs (a pixel is the
+mean of neighbouring layers beyond that), and a line chart.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class HeatMap:
 
 @dataclass(frozen=True)
 class OrmView:
-    """What the page shows. ``pooled``: layers per pixel and axis; ``side``: pixels; ``low``: value of the first colour.
+    """What the page shows. ``pooled``: layers per pixel; ``side``: pixels; ``low``: first colour's
+    value.
 
     ``palette``: the ``LEVELS`` colours as "r,g,b", from ``low`` to 1; ``gradient`` for CSS.
     """
@@ -125,10 +126,10 @@ def _palette() -> Array:
 
 
 def importance_chart(pictures: OrmPictures) -> Markup | None:
-    """Draw every layer's importance over the timesteps, the most and the least important by name; None for one step.
+    """Draw the layers' importance over the timesteps with the extremes named; None for one step.
 
-    Layers that are the same for all calls would flatten all other lines, and are left out. Of more
-    than ``MOST_LINES`` layers evenly spread ones are drawn, and always the named.
+    Constant layers are left out, since they would flatten the others. Beyond ``MOST_LINES`` layers,
+    evenly spread ones are drawn.
     """
     theta = np.asarray(pictures.theta, np.float64)
     steps = len(theta)

@@ -1,4 +1,4 @@
-"""report.html: one self-contained page. Templates, style and script are in ``templates/``; nothing is fetched."""
+"""report.html: one self-contained page made of ``templates/``; it fetches nothing."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def rendered(template: str, **values: object) -> str:
 def scheme_table(
     totals: tuple[SchemeTotal, ...],
 ) -> tuple[list[str], list[tuple[str, list[SchemeTotal | None], int, int]]]:
-    """Return the schemes in use and, per operator, its totals in their order with the sums of layers and bytes."""
+    """Return the schemes in use and, per operator, its totals with the sums of layers and bytes."""
     schemes = sorted({total.scheme for total in totals}, key=lambda name: (name != "fp16", name))
     by_pair = {(total.op, total.scheme): total for total in totals}
     rows = []

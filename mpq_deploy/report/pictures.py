@@ -1,7 +1,7 @@
 """The report's pictures as data URIs, within a limit of bytes.
 
-In: an ``ImageSet``. Out: one row per variant and one PNG per condition. Large images are halved until all fit, and
-the page says so: the differences that it shows are taken from what it holds.
+In: an ``ImageSet``. Out: a row per variant, a PNG per condition. Large images are halved until all
+fit, and the page says so.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class PictureTable:
 
 
 def picture_table(images: ImageSet, titles: dict[str, str], limit: int = PICTURE_BYTES) -> PictureTable:
-    """Encode evenly spread columns of every variant's images, halved until they take at most ``limit`` bytes."""
+    """Encode evenly spread columns of every variant's images within ``limit`` bytes."""
     first = next(iter(images.images.values()))
     columns = stride_midpoints(len(first), COLUMNS)
     reduction = 1

@@ -1,8 +1,8 @@
-"""The digest that report.json carries: a figure that was changed after the report was written is noticed.
+"""The digest in report.json, by which a changed figure is noticed.
 
-It is of the values, not of the text: indentation, the order of keys and the form of numbers (``1.0`` or ``1``,
-``1e-05`` or ``0.00001``) may be another tool's. Whoever changes a figure on purpose can compute the digest again: it
-is no signature. Our choice; that numbers count as doubles is from RFC 8785 (JSON Canonicalization), section 3.2.2.3.
+It covers the values, not the text: indentation, order of keys and the form of numbers may be
+another tool's. It is no signature: whoever changes a figure on purpose can compute it again. Our
+choice; numbers count as doubles as in RFC 8785, section 3.2.2.3.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _EXACT = 2**53
 
 
 def report_json(values: dict[str, Any]) -> str:
-    """Return report.json: sorted keys, finite numbers, and the digest of all values beside them (``SEAL``).
+    """Return report.json: sorted keys, finite numbers, and the digest of all values (``SEAL``).
 
     Raises ValueError for NaN and infinity.
     """
@@ -26,9 +26,10 @@ def report_json(values: dict[str, Any]) -> str:
 
 
 def values_digest(text: str) -> str:
-    """SHA-256 of the values of a JSON object but for ``SEAL``, in one form for equal values.
+    """SHA-256 of a JSON object's values without ``SEAL``; equal values give equal digests.
 
-    Raises ValueError for NaN, infinity and what is no JSON object, RecursionError for values nested too deeply.
+    Raises ValueError for NaN, infinity and anything but a JSON object, RecursionError for values
+    nested too deeply.
     """
     values = json.loads(text, parse_int=_number, parse_float=_number)
     if not isinstance(values, dict):

@@ -1,8 +1,7 @@
-"""What charts are drawn with: axes, ticks, lines, markers and the frame around them, as inline SVG.
+"""What charts are drawn with: axes, ticks, lines, markers and frame, as inline SVG.
 
-Small, crisp, coloured by the page's CSS variables, so that charts follow light and dark. A chart tells series apart by
-marker, dash and label as well as by colour, and has a description for screen readers. Text goes through
-``Markup.format``, which escapes it.
+Coloured by the page's CSS variables, for light and dark. Series differ by marker, dash and label as
+well as by colour; a description serves screen readers. ``Markup.format`` escapes text.
 """
 
 from __future__ import annotations

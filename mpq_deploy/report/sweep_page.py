@@ -1,6 +1,7 @@
-"""sweep.html: the measured points on the predicted curve, with the uniform plans beside them and the budgets' slider.
+"""sweep.html: measured points on the predicted curve, uniform plans, and the budgets' slider.
 
-In: what ``run_sweep`` returns (the values of sweep.json) and the plans of the curve. Out: one self-contained page.
+In: what ``run_sweep`` returns (sweep.json) and the plans of the curve. Out: one self-contained
+page.
 """
 
 from __future__ import annotations

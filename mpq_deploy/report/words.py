@@ -65,7 +65,7 @@ def decibels(value: float | None, identical: bool = False) -> str:
 
 
 class Scored(Protocol):
-    """Whatever has been compared with the float model's images: a report, a control, a report that was read."""
+    """Whatever was compared with the float model's images: a report or a control."""
 
     @property
     def psnr_db(self) -> float | None: ...  # noqa: D102
@@ -147,7 +147,7 @@ def frechet_row(title: str, row: FrechetInfo) -> list[str]:
 
 
 def frechet_other(row: FrechetInfo) -> str:
-    """Return KID, precision and recall, each with the float model's own; empty where none was measured."""
+    """Return KID, precision and recall, each with the float model's own; empty if not measured."""
     figures = (
         ("KID", row.kid, row.kid_floor),
         ("precision", row.precision, row.precision_floor),
@@ -161,7 +161,7 @@ def frechet_other(row: FrechetInfo) -> str:
 
 
 def frechet_groups(data: ReportData) -> list[tuple[str, list[list[str]], str]]:
-    """Return for each of this plan's distances: what it is, its row with those of the controls, KID and the like."""
+    """Return each distance of this plan: its description, its row with the controls', KID etc."""
     groups = []
     for own in data.frechet:
         same = [
@@ -212,7 +212,7 @@ def score_row(title: str, row: ScoreInfo) -> list[str]:
 
 
 def score_groups(data: ReportData) -> list[tuple[str, tuple[str, ...], list[list[str]]]]:
-    """Return for each score of this plan's images: what it is, the columns, its row with those of the controls."""
+    """Return each score of this plan: its description, columns, its row with the controls'."""
     return [
         (
             score_about(own),
@@ -240,7 +240,7 @@ def count(number: int, noun: str) -> str:
 
 
 def title_of(name: str, data: ReportData) -> str:
-    """Return what a variant is called everywhere: as its control or its pictures say, else our own words."""
+    """Return a variant's title: as its control or its pictures say, else our own words."""
     if name in data.compared:
         return data.compared[name].title
     given = data.images.titles if data.images is not None else {}
@@ -269,7 +269,7 @@ def headline(data: ReportData) -> list[str]:
 
 
 def against_control(data: ReportData) -> str:
-    """Say how the images compare with the first control's, in dB and in squared error; empty without both."""
+    """Compare the images with the first control's, in dB and squared error; empty without both."""
     reference = _reference_control(data)
     if reference is None or reference.psnr_db is None or data.psnr_db is None:
         return ""
@@ -306,7 +306,7 @@ def curve_note(data: ReportData) -> str:
 
 
 def importance(info: ImportanceInfo) -> str:
-    """Say by what a plan was chosen that weighs bits by importance, and how near it is to the linear bound."""
+    """Say which importance chose the plan, and how near it is to the linear bound."""
     share = percent(info.weighted_bits / info.linear_bound) if info.linear_bound else "all"
     return (
         f"The plan gives the most bits, weighted by the layers' importance, that its bytes allow: {share} of what the "
@@ -324,7 +324,7 @@ def engine_state(data: ReportData) -> tuple[str, str]:
 
 
 def latency(data: ReportData) -> tuple[str, str]:
-    """Return the engine's latency and where it was measured; never an estimate in place of a measurement."""
+    """Return the engine's latency and where it was measured; never an estimate instead."""
     if data.engine is not None and data.engine.latency_ms is not None:
         return f"{digits(data.engine.latency_ms)} ms", data.engine.latency_source
     return "not measured here", "this machine did not run the engine"
@@ -343,7 +343,7 @@ def expected_latency(info: ExpectedLatency) -> str:
 
 
 def glance_rows(data: ReportData) -> list[list[str]]:
-    """Return the headline's table: this plan, FP16 and the uniform plans, with size, quality and expected latency."""
+    """Return the headline's table: this plan, FP16 and the uniform plans."""
     expected = data.expected_latency
     times = {"fp16": expected.fp16_ms, "ours": expected.ours_ms, "int8": expected.int8_ms} if expected else {}
     if expected is not None and expected.int4_ms is not None:
@@ -407,7 +407,7 @@ def measured_latency(data: ReportData) -> bool:
 
 
 def latency_line(data: ReportData) -> str:
-    """Return what the latency is expected to be, in a few words for the headline; empty where nothing is known."""
+    """Return the expected latency in a few words; empty where nothing is known."""
     expected = data.expected_latency
     if expected is None:
         return ""

@@ -12,9 +12,9 @@ from mpq_deploy.report.seal import report_json
 
 
 def write_reports(data: ReportData, folder: Path) -> tuple[Path, Path, Path]:
-    """Write all three into ``folder`` and return their paths: JSON (sorted, finite, with its digest), Markdown, HTML.
+    """Write report.json, report.md and report.html into ``folder``; return their paths.
 
-    All are made before the first is written, so that a failure leaves the former three together.
+    All are made before the first is written, so a failure leaves the former three together.
     """
     made = {
         "report.json": report_json(data.as_json()),
