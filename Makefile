@@ -4,13 +4,18 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 # The CPU build of PyTorch, where the index offers one; a looser pin may fetch gigabytes of CUDA.
 TORCH = torch==2.13.0
+# The exact versions of everything else. Without any: the newest that pyproject.toml allows.
+CONSTRAINTS ?= constraints.txt
+PIP = $(BIN)/pip install --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS))
 
-.PHONY: demo test lint install clean
+.PHONY: demo test lint pytest install latest lock test-latest test-oldest clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/mpq-deploy build --budget 0.35
 
-test: lint
+test: lint pytest
+
+pytest: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.dev
@@ -22,15 +27,35 @@ install: $(VENV)/.runtime
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(PIP) $(TORCH)
 
-$(VENV)/.runtime: $(BIN)/python pyproject.toml
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[torch,rtx]"
+$(VENV)/.runtime: $(BIN)/python pyproject.toml $(CONSTRAINTS)
+	$(PIP) -e ".[torch,rtx]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[torch,rtx,dev]"
+	$(PIP) -e ".[torch,rtx,dev]"
 	touch $@
 
+# A fresh environment of the newest versions that pyproject.toml allows.
+latest:
+	rm -rf .venv-latest
+	$(MAKE) .venv-latest/.dev VENV=.venv-latest CONSTRAINTS=
+
+# Renew constraints.txt from it; run `make test` before committing the change.
+lock: latest
+	.venv-latest/bin/python scripts/pins.py > .venv-latest/constraints.txt
+	cp .venv-latest/constraints.txt constraints.txt
+
+test-latest: latest
+	$(MAKE) test VENV=.venv-latest CONSTRAINTS=
+
+# With the lowest versions that pyproject.toml names (needs Python 3.11).
+test-oldest:
+	rm -rf .venv-oldest
+	mkdir .venv-oldest
+	$(PYTHON) scripts/pins.py --oldest > .venv-oldest/constraints.txt
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=.venv-oldest/constraints.txt
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .venv-latest .venv-oldest runs
