@@ -1,6 +1,7 @@
-"""Time an engine on a device: ``python -m mpq_deploy.bench model.engine``. NumPy and TensorRT are enough for that.
+"""Time an engine on a device: ``python -m mpq_deploy.bench model.engine``.
 
-Without mpq-deploy installed, the installer in a package has it: ``PYTHONPATH=install.pyz python3 -m mpq_deploy.bench``.
+Needs only NumPy and TensorRT. A package's installer has it too: ``PYTHONPATH=install.pyz python3 -m
+mpq_deploy.bench``.
 """
 
 from __future__ import annotations

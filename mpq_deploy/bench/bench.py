@@ -1,7 +1,7 @@
-"""Time one or two subjects, alternated call by call in rounds, and say what was measured.
+"""Time one or two subjects, alternated call by call in rounds, and report it.
 
-In: ``Subject`` objects (ours first, then what it is held against). Out: a ``Measured`` each, the ratio, and results in
-the form of the installer's results.json, which 'mpq-deploy report RUN --device FILE' takes in.
+In: ``Subject`` objects (ours first). Out: a ``Measured`` each, the ratio, and results in the form
+of the installer's results.json.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def _worker(subject: Subject) -> Iterator[_Worker]:
 
 @dataclass(frozen=True)
 class Origin:
-    """Whose results these are: ``target`` with its dialect, and the digests of the plan where they are known."""
+    """Whose results these are: ``target`` with its dialect, and the plan's digests if known."""
 
     name: str
     target: str
@@ -182,7 +182,7 @@ class Origin:
 
 
 def origin_of(file: Path, backend: str, device: str) -> Origin:
-    """Find the origin of a file: from the package that it was installed from, else from what runs it."""
+    """Find a file's origin: the package that it was installed from, else what runs it."""
     manifest = file.resolve().parent.parent / "manifest.json"
     if backend != ORT and manifest.is_file():
         packed = Manifest.load(manifest)

@@ -1,7 +1,8 @@
-"""What of a run is timed here, at home: the engine where a GPU can run it, else its graph in ONNX Runtime.
+"""What of a run is timed here: the engine where a GPU can run it, else its graph.
 
-Ours is held against the same model without quantization: the float export on a CPU, the FP16 graph on CUDA, an FP16
-engine of the same builder. The last two are made for this, in ``RUN/bench``, and kept until the export changes.
+Ours is held against the model without quantization: the float export on a CPU, the FP16 graph on
+CUDA, an FP16 engine of the same builder. The last two are made in ``RUN/bench`` and kept until the
+export changes.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ FOLDER, STAMP = "bench", "made-from"
 
 
 def subjects_of(run: Run, wish: Wish) -> tuple[list[Subject], Origin]:
-    """Return ours and the float model's, and where the results belong. Raises UsageError where nothing runs here."""
+    """Return ours, the float model's, and their origin; UsageError where nothing runs here."""
     stage = run.deployed_stage
     quantized, target = run.stage(stage), run.target
     digests = {"allocate": run.digest("allocate"), "quantize": run.digest(stage)}

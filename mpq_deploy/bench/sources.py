@@ -18,7 +18,7 @@ ENGINES = (".engine", ".plan", ".trt")
 
 @dataclass(frozen=True)
 class Wish:
-    """What the user asks for: ``backend`` and ``device`` "auto" take the GPU where one can run the file."""
+    """The user's wishes; ``backend`` and ``device`` "auto" take the GPU where one can run the file."""
 
     backend: str = "auto"
     device: str = "auto"
@@ -36,7 +36,7 @@ class Wish:
 
 
 def subject_of(file: Path, name: str, wish: Wish) -> Subject:
-    """Return how ``file`` is run here. Raises UsageError for a file that is neither, or that nothing here can run."""
+    """Return how ``file`` is run here. Raises UsageError for a file that nothing here can run."""
     if not file.is_file():
         raise UsageError(f"There is no {file}.", "Give a run folder, an engine, or an ONNX file.")
     if file.suffix in ENGINES:

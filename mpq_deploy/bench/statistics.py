@@ -24,8 +24,8 @@ def summary(milliseconds: Sequence[float], batch: int) -> dict[str, float]:
 def ratio(ours: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> dict[str, float | int | None]:
     """Return median(ours) / median(other) over all calls, with its bootstrap interval over rounds.
 
-    Both are [rounds, calls]; round i of both ran side by side, and is drawn as one: noise that lasts longer than a
-    round meets both alike. Percentile bootstrap (Efron 1979), seeded; no interval below ``LEAST_ROUNDS`` rounds.
+    Both are [rounds, calls]; round i of both ran side by side and is drawn as one. Percentile
+    bootstrap (Efron 1979), seeded; no interval below ``LEAST_ROUNDS`` rounds.
     """
     a, b = np.asarray(ours, np.float64), np.asarray(other, np.float64)
     ratio: dict[str, float | int | None] = {"value": float(np.median(a) / np.median(b)), "rounds": len(a)}

@@ -13,10 +13,11 @@ BACKENDS = (ORT, *LIBRARIES)
 
 @dataclass(frozen=True)
 class Subject:
-    """``backend``: one of ``BACKENDS``. ``device``: cpu or cuda. ``name`` is for people: "ours", "float".
+    """``backend``: one of ``BACKENDS``. ``device``: cpu or cuda. ``name``: for people ("ours").
 
-    ``fake_quant_only``: Q/DQ pairs stay as written, as ``mpq_deploy.load`` runs them on a CPU. ``graphs``: launch by
-    CUDA graphs, as ``load`` does. ``threads`` 0: one per core. ``shapes``: inputs whose shape the file leaves open.
+    ``fake_quant_only``: Q/DQ pairs stay as written, as ``mpq_deploy.load`` runs them on a CPU.
+    ``graphs``: launch by CUDA graphs. ``threads`` 0: one per core. ``shapes``: of inputs that the
+    file leaves open.
     """
 
     name: str

@@ -1,8 +1,8 @@
-"""The child process that opens one subject and times its calls: ``python -m mpq_deploy.bench.worker``.
+"""The child process that times one subject's calls: ``python -m mpq_deploy.bench.worker``.
 
-In: a ``Subject`` as the first line on stdin, then a number of calls per line. Out: one line of JSON for each: what was
-opened (seconds, shapes, versions), then the milliseconds of each call with the memory taken so far. A process of its
-own gives each subject a memory figure of its own, and a crash becomes a message of the parent.
+In: a ``Subject`` as the first line on stdin, then a number of calls per line. Out: a line of JSON
+for each: what was opened (seconds, shapes, versions), then each call's milliseconds and the memory
+taken. Its own process gives each subject its own memory figure.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class EngineCall:
 
 
 def random_feeds(inputs: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> dict[str, Array]:
-    """Seeded normal numbers; integers and booleans are 0: what they are changes no time of a dense network."""
+    """Seeded normal numbers; integers and booleans are 0, which changes no dense network's time."""
     feeds: dict[str, Array] = {}
     for number, (name, (shape, kind)) in enumerate(inputs.items()):
         rng = np.random.default_rng([SEED, number])
@@ -147,7 +147,7 @@ def gpu_of(subject: Subject) -> Cuda | None:
 
 
 def serve(subject: Subject, orders: Callable[[], str], answer: Callable[[dict[str, Any]], None]) -> None:
-    """Open the subject, then run as many calls as each order says, until there are no more orders."""
+    """Open the subject, then run as many calls as each order says."""
     interpreter, gpu = peak_rss_bytes(), gpu_of(subject)
     free = gpu.free_bytes() if gpu else 0
     started = time.perf_counter()

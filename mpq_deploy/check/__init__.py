@@ -1,1 +1,1 @@
-"""Says per node what a target's TensorRT will refuse, get wrong, run in FP16 or run slowly, for any ONNX file."""
+"""Says per node what a target's TensorRT refuses, gets wrong, runs in FP16 or runs slowly."""

@@ -88,7 +88,7 @@ def check_model(path: Path, target: Target) -> CheckResult:
 
 
 def _group(findings: list[Finding]) -> list[str]:
-    """The findings of one rule: what happens at which nodes (the first few of each message), and how to change it."""
+    """The findings of one rule: what happens at which nodes, and how to change it."""
     first = findings[0]
     lines = [f"{WORDS[first.effect]}: {first.rule} [{first.proof}]"]
     for message in dict.fromkeys(finding.message for finding in findings):

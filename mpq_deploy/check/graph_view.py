@@ -1,6 +1,7 @@
-"""An ONNX file as the rules see it: who makes and reads a tensor, what is constant, how a weight is stored.
+"""An ONNX file as the rules see it: producers and readers, constants, how weights are stored.
 
-In: a path. Out: a ``View``. Weights stay on disk; only scales, zero points and small constants are ever read.
+In: a path. Out: a ``View``. Weights stay on disk; only scales, zero points and small constants are
+read.
 """
 
 from __future__ import annotations
@@ -80,8 +81,8 @@ class Node:
 class Stored:
     """How the weight of a layer is stored and brought to it.
 
-    ``constant``: where it begins; ``path``: the nodes from there to the layer; ``mixed``: the node that makes it from
-    several constants, when one does (``constant`` is then None).
+    ``constant``: its stored tensor; ``path``: the nodes from there to the layer; ``mixed``: the
+    node that makes it from several constants (``constant`` is then None).
     """
 
     constant: Constant | None
@@ -120,7 +121,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class LayerView:
-    """A Conv, ConvTranspose, Gemm or MatMul with one constant operand. ``side`` is the weight's input (0 or 1)."""
+    """A Conv, ConvTranspose, Gemm or MatMul with one constant operand, its input ``side`` (0 or 1)."""
 
     node: Node
     weight: Stored
@@ -266,7 +267,7 @@ class View:
 
 
 def open_view(path: Path) -> View:
-    """Read the model at ``path``. Raises ModelError when it is missing, cut short, no ONNX, or newer than onnx is."""
+    """Read the model at ``path``; ModelError when missing, cut short, no ONNX, or too new for onnx."""
     proto = read_proto(path)
     newest = onnx.defs.onnx_opset_version()
     versions = [o.version for o in proto.opset_import if o.domain in STANDARD_DOMAINS]

@@ -1,7 +1,7 @@
 """What a rule is, and what it finds.
 
-A rule looks at a ``View`` for one form and yields the nodes that have it. What the form means differs between
-runtimes: ``verdicts`` says per dialect what happens and how that is known.
+A rule looks at a ``View`` for one form and yields the nodes that have it. ``verdicts`` says per
+dialect what that form does there and how that is known.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Verdicts = Mapping[str, Verdict]
 
 @dataclass(frozen=True)
 class Context:
-    """What is checked, and for what: ``capabilities`` are the target's compute capabilities, such as 87."""
+    """What is checked, and for which compute capabilities of the target, such as 87."""
 
     view: View
     dialect: Dialect
@@ -58,7 +58,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Rule:
-    """One form: how it is found, how it is put right, and what it does in each dialect (absent: nothing)."""
+    """One form: how it is found and mended, and what it does in each dialect (absent: nothing)."""
 
     name: str
     find: Callable[[Context], Iterator[Found]]
@@ -103,10 +103,12 @@ PROPER = tuple(name for name, one in DIALECTS.items() if one.proper)
 
 
 def built_here(effect: Effect, elsewhere: Proof = "unproven") -> Verdicts:
-    """What TensorRT-RTX's builder was seen to do, assumed of TensorRT proper with the proof ``elsewhere``."""
+    """What TensorRT-RTX's builder did here, assumed of TensorRT proper with the proof
+    ``elsewhere``.
+    """
     return {**{name: Verdict(effect, elsewhere) for name in PROPER}, "trt-rtx": Verdict(effect, "built here")}
 
 
 def documented(effect: Effect, *names: str) -> Verdicts:
-    """What documents or the parser's source say of the named dialects (default: of every TensorRT)."""
+    """What documents or the parser's source say of the named dialects (default: every TensorRT)."""
     return {name: Verdict(effect, "documented") for name in names or TENSORRT}

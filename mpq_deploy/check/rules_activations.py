@@ -1,4 +1,4 @@
-"""Rules on quantized activations: where INT8 compute is lost, and where it costs more than it gains."""
+"""Rules on quantized activations: where INT8 compute is lost, or costs more than it gains."""
 
 from __future__ import annotations
 
@@ -106,7 +106,9 @@ def turing_conv(context: Context) -> Iterator[Found]:
 
 
 def shared_input(context: Context) -> Iterator[Found]:
-    """Products that share an input, as q, k and v do, on the release that miscompiled them for Thor."""
+    """Products that share an input, as q, k and v do, on the release that miscompiles them for
+    Thor.
+    """
     if 110 not in context.capabilities:
         return
     users: dict[str, list[Node]] = {}

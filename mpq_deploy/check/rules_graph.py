@@ -60,7 +60,7 @@ def dynamic_inputs(context: Context) -> Iterator[Found]:
 
 
 def node_names(context: Context) -> Iterator[Found]:
-    """Nodes without a name, or with the name of another: an engine's kernels refer to nodes by name."""
+    """Nodes without a name of their own: an engine's kernels refer to nodes by name."""
     counts = Counter(node.label for node in context.view.nodes if node.named)
     nameless = sum(not node.named for node in context.view.nodes)
     repeated = sum(count > 1 for count in counts.values())

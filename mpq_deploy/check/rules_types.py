@@ -39,7 +39,7 @@ def doubtful_operator(context: Context) -> Iterator[Found]:
 
 
 def unknown_operator(context: Context) -> Iterator[Found]:
-    """Operators that are not in ONNX at the model's opset: a misspelling, or an export with a wrong opset."""
+    """Operators unknown to ONNX at the model's opset: a misspelling, or a wrong opset."""
     for node in context.view.nodes:
         if node.domain in STANDARD_DOMAINS and not onnx.defs.has(node.op, max_inclusive_version=context.view.opset):
             yield Found(node, f"ONNX has no operator {node.op} at opset {context.view.opset}")
@@ -78,7 +78,9 @@ def int32_codes(context: Context) -> Iterator[Found]:
 
 
 def scalar_codes(context: Context) -> Iterator[Found]:
-    """DequantizeLinear of a single number: the parser reshapes it first, which quantized constants do not survive."""
+    """DequantizeLinear of a scalar: the parser reshapes it, which quantized constants do not
+    survive.
+    """
     for node in _nodes(context, "DequantizeLinear"):
         constant = context.view.constants.get(node.input(0))
         if constant is not None and constant.shape == ():

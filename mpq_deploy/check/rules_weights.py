@@ -1,4 +1,4 @@
-"""Rules on weights: in which forms they stay packed, and which forms fail, fall back or are unpacked at each call."""
+"""Rules on weights: which forms stay packed, and which fail, fall back or unpack at each call."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def left_channels(context: Context) -> Iterator[Found]:
 
 
 def shared_blocks(context: Context) -> Iterator[Found]:
-    """One INT4 weight in blocks that feeds several products (seen to crash with inputs of equal shape as well)."""
+    """One INT4 weight in blocks that feeds several products."""
     users: dict[str, list[Node]] = {}
     for layer in context.view.layers:
         if layer.product and layer.weight.constant and _int4(layer.weight) and _blocked(context.view, layer.weight):
@@ -59,7 +59,7 @@ def block_rank(context: Context) -> Iterator[Found]:
 
 
 def ragged_blocks(context: Context) -> Iterator[Found]:
-    """Blocks that do not divide the axis: the parser infers another block size from the scale's shape."""
+    """Blocks that do not divide the axis: the parser infers another block size from the scale."""
     for node, constant in _block_codes(context.view):
         axis = int(node.get("axis", 1)) % len(constant.shape)
         scale = context.view.scale(node)
@@ -114,7 +114,7 @@ def requantized(context: Context) -> Iterator[Found]:
 
 
 def conv_reshaped(context: Context) -> Iterator[Found]:
-    """An INT4 convolution whose weight is a reshaped matrix, where no one has shown that it works."""
+    """An INT4 convolution whose weight is a reshaped matrix, on targets where that is unproven."""
     if not context.dialect.int4_conv:
         for layer in context.view.layers:
             if layer.node.op == "Conv" and _int4(layer.weight) and not layer.weight.requantized:
@@ -206,7 +206,7 @@ def multiplied_weights(context: Context) -> Iterator[Found]:
 
 
 def late_quantized(context: Context) -> Iterator[Found]:
-    """A float weight with a QuantizeLinear: it is quantized when the engine is built, so the file is not smaller."""
+    """A float weight behind a QuantizeLinear: quantized at build time, so the file is no smaller."""
     for layer in context.view.layers:
         path, constant = layer.weight.path, layer.weight.constant
         if path and path[0].op == "QuantizeLinear" and constant and constant.dtype.startswith(("FLOAT", "BFLOAT")):
@@ -271,7 +271,7 @@ def _w4a8(context: Context, product: bool) -> Iterator[LayerView]:
 
 
 def _unfused(view: View, layer: LayerView) -> str:
-    """Why a product does not take its packed weight as it lies; empty when it does (docs/engine-forms.md)."""
+    """Why a product does not take its packed weight as it lies; empty when it does."""
     weight, constant, dq = layer.weight, layer.weight.constant, layer.weight.dq
     if not layer.product or not layer.weight_only or layer.side == 0 or constant is None or dq is None:
         return ""

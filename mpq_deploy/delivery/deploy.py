@@ -1,7 +1,7 @@
-"""Package, copy, install and fetch in one go, over the user's own ssh client and configuration.
+"""Package, copy, install and fetch in one go, over the user's own ssh client.
 
-Only ``ssh`` is used, with a shell, cat, head, sha256sum and python3 on the other side. Each step looks at what is there
-already, so that a call after a broken one goes on where it stopped: at the last byte that came, or after the install.
+Needs a shell, cat, head, sha256sum and python3 on the device. Each step looks at what is there
+already, so that a repeated call goes on at the last byte that arrived, or after the install.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ KEPT = ".deploy"
 
 @dataclass(frozen=True)
 class Remote:
-    """A device that ssh reaches: ``destination`` as for ssh, ``command`` the client with its options.
+    """A device that ssh reaches: ``destination`` as for ssh, ``command`` the client with options.
 
-    ``folder`` lies in the home folder there unless it is absolute; ``python`` is what runs the installer.
+    ``folder`` lies in the remote home unless absolute; ``python`` runs the installer.
     """
 
     destination: str
@@ -103,7 +103,7 @@ def deploy(run: Run, target: Target, remote: Remote) -> dict[str, Any]:
 
 
 def upload(remote: Remote, archive: Path, name: str, talk: Talk) -> None:
-    """Bring ``archive`` to ``remote.folder/name``, going on after what arrived before, if that is a beginning of it."""
+    """Bring ``archive`` to ``remote.folder/name``, going on after a beginning of it that is there."""
     digest, size = file_digest(archive), archive.stat().st_size
     part, whole = (shlex.quote(f"{remote.folder}/{one}") for one in (f"{name}.part", name))
     there = remote.run(f"[ -f {whole} ] && sha256sum < {whole} || [ -f {part} ] && wc -c < {part} || echo 0").stdout
@@ -126,7 +126,7 @@ def upload(remote: Remote, archive: Path, name: str, talk: Talk) -> None:
 
 
 def _good_bytes(remote: Remote, archive: Path, part: str, listed: str) -> int:
-    """How many bytes of ``archive`` are there: all that arrived, if they are a beginning of it; else none."""
+    """Count the bytes of ``archive`` that are there, if they are a beginning of it; else 0."""
     first = (listed.split() or ["0"])[0]
     count = int(first) if first.isdecimal() else 0
     if not 0 < count <= archive.stat().st_size:
@@ -186,7 +186,7 @@ def _process(argv: list[str]) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def _install(remote: Remote, name: str, talk: Talk) -> None:
-    """Run the archive's own installer there. Its exit code 1 may mean results that did not pass: they are fetched."""
+    """Run the archive's installer there. Exit code 1 may mean failed checks: results are fetched."""
     folder, python = shlex.quote(remote.folder), shlex.quote(remote.python)
     talk.line(f"installing on {remote.destination} (building takes minutes on a small device)")
     script = (

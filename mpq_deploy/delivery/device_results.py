@@ -1,7 +1,7 @@
-"""results.json of a device or of 'mpq-deploy bench', taken in at home: checked, kept, and read for the report.
+"""results.json of a device or of 'mpq-deploy bench': checked, kept, and read for the report.
 
-It must be of the plan that the run has now. They lie in ``RUN/devices/<target>.json``, outside the stages: what a clock
-said is no part of what must repeat.
+It must be of the run's present plan. Kept in ``RUN/devices/<target>.json``, outside the stages,
+since timings do not repeat.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def take_in(run: Run, path: Path) -> Path:
 
 
 def device_infos(run: Run) -> tuple[DeviceInfo, ...]:
-    """Return what devices said of this plan, by target; results of a former plan are left out, and that is said."""
+    """Return the devices' results of this plan, by target; warn about those of an earlier plan."""
     found = []
     for path in sorted((run.path / FOLDER).glob("*.json")):
         results = read_results(path)

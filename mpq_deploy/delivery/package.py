@@ -1,8 +1,8 @@
-"""Package a finished run for a device: one archive with everything that the device needs, the same bytes each time.
+"""Package a finished run for a device: one archive, the same bytes each time.
 
-In: a run folder, a target. Out: a ``.mpq.tar`` (``device.archive``) with the graph and its weights, ``manifest.json``,
-reference inputs and outputs, the denoiser's description, the sampler's correction where there is one, ``install.pyz``
-(what 'mpq-deploy install' runs, for devices without mpq-deploy) and ``build.sh``.
+In: a run, a target. Out: a ``.mpq.tar`` (``device.archive``) with graph and weights,
+``manifest.json``, reference inputs and outputs, the denoiser's description, the sampler's
+correction if any, ``install.pyz`` (the installer for devices without mpq-deploy) and ``build.sh``.
 """
 
 from __future__ import annotations
@@ -108,10 +108,10 @@ def check_plan(run: Run, target: Target) -> None:
 
 
 def make_reference(run: Run) -> tuple[Reference, bytes]:
-    """Run the FP32-arithmetic twin on recorded inputs; return the description, and the arrays as npz.
+    """Run the FP32-arithmetic twin on recorded inputs; return the description, and arrays as npz.
 
-    Two cases: the smallest batch at the first sampled timestep, the usual batch at the last. Inputs are rounded to the
-    deployed graph's types first, so that both graphs see the same numbers.
+    Two cases: the smallest batch at the first timestep, the usual batch at the last. Inputs are
+    rounded to the deployed graph's types first, so that both graphs see the same numbers.
     """
     from mpq_deploy.runtime.ort import OrtDenoiser, model_feeds
 
@@ -148,7 +148,7 @@ def make_reference(run: Run) -> tuple[Reference, bytes]:
 
 
 def installer() -> bytes:
-    """The device's part of this package as one file that python3 runs: nothing to install on the device."""
+    """The device's part of this package as one file for python3, with nothing to install."""
     root = resources.files("mpq_deploy")
     names = [*DEVICE_MODULES, *(f"{room}/{one.name}" for room in DEVICE_ROOMS for one in (root / room).iterdir())]
     content = io.BytesIO()
@@ -263,7 +263,7 @@ def _input_types(model: Path) -> dict[str, Any]:
 
 
 def _half_session(model: Path) -> Any:
-    """The FP16 graph in ONNX Runtime, to see what FP16 alone costs; None where ONNX Runtime lacks a kernel for it."""
+    """The FP16 graph in ONNX Runtime; None where that lacks a kernel for it."""
     from mpq_deploy.runtime.ort import make_session
 
     try:

@@ -1,1 +1,1 @@
-"""What runs on a device: unpack, build, check, run, measure. Standard library, NumPy and TensorRT only."""
+"""What runs on a device: unpack, build, check, run, measure. Needs only NumPy and TensorRT."""

@@ -1,8 +1,8 @@
-"""The package file: a tar archive with one possible form, so that equal parts give equal bytes and any change shows.
+"""The package file: a tar archive of one possible form, so that any change shows.
 
-Parts are regular files with plain names; every header field but name and size is fixed. Reading compares each header
-and each byte of padding with that form: links, paths, owners and times cannot occur, and a byte altered anywhere is
-found. ``SHA256SUMS`` comes first, in the form of ``sha256sum``.
+Parts are regular files with plain names; every header field but name and size is fixed. Reading
+compares each header and each byte of padding with that form, so links, paths, owners and times
+cannot occur and any altered byte is found. ``SHA256SUMS`` comes first.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""An engine opened for running: its execution context, what TensorRT-RTX compiled for this GPU, and CUDA graphs.
+"""An engine opened for running: execution context, runtime cache, CUDA graphs.
 
-In: the library (tensorrt_rtx or tensorrt), an engine. Out: an ``OpenEngine``. Both runtimes share it: torch tensors
-(``runtime.backends``) and the device's own (``device.engine_runner``). The names are those of the 1.7 bindings and of
-NVIDIA's documents; nothing here has run on a GPU yet (docs/devices.md).
+In: the library (tensorrt_rtx or tensorrt), an engine. Out: an ``OpenEngine``, for torch tensors
+(``runtime.backends``) and for the device (``device.engine_runner``). Written after the 1.7 bindings
+and NVIDIA's documents; not run on a GPU yet (docs/devices.md).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RECORD = "build.json"
 class OpenEngine:
     """``cache`` is TensorRT-RTX's IRuntimeCache, None where the library has none.
 
-    ``builtin_graphs``: the library captures CUDA graphs itself (TensorRT-RTX from 1.2). Elsewhere the caller does.
+    ``builtin_graphs``: the library captures CUDA graphs itself (TensorRT-RTX from 1.2).
     """
 
     engine: Any
@@ -38,7 +38,7 @@ class OpenEngine:
     def keep_cache(self) -> None:
         """Write what the library compiled for this GPU beside the engine, for the next start.
 
-        A folder that cannot be written is a warning: the engine runs all the same, its next start takes longer.
+        A folder that cannot be written is only a warning: the next start takes longer.
         """
         if self.cache is None:
             return
@@ -51,9 +51,9 @@ class OpenEngine:
 
 
 def refuse_other_gpu(engine: Path, found: str) -> None:
-    """Raise EngineError when the record beside ``engine`` says that it is for other GPUs than ``found``, such as SM87.
+    """Raise EngineError when the engine's record is for other GPUs than ``found``, such as SM87.
 
-    Without a record (an engine of another tool) the library itself decides.
+    Without a record (another tool's engine) the library decides.
     """
     record = engine.with_name(RECORD)
     values = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
@@ -68,8 +68,8 @@ def refuse_other_gpu(engine: Path, found: str) -> None:
 def load_engine(trt: Any, logger: Any, path: Path) -> Any:
     """Return the deserialized engine.
 
-    Raises EngineError where the record beside it has another digest, before the library sees a byte of it, and where
-    the library cannot load it on this GPU.
+    Raises EngineError before the library sees it where its record has another digest, and where the
+    library cannot load it on this GPU.
     """
     content, record = path.read_bytes(), path.with_name(RECORD)
     built = json.loads(record.read_text(encoding="utf-8")).get("sha256") if record.is_file() else None
@@ -85,9 +85,9 @@ def load_engine(trt: Any, logger: Any, path: Path) -> Any:
 
 
 def open_context(trt: Any, engine: Any, path: Path, graphs: bool = True) -> OpenEngine:
-    """Make the execution context of ``engine`` (from ``path``), with the runtime cache that lies beside it.
+    """Make the execution context of ``engine`` (from ``path``), with the runtime cache beside it.
 
-    A cache of another GPU or an older version is refused by the library, which then compiles anew and replaces it.
+    The library refuses a cache of another GPU or version, compiles anew and replaces it.
     """
     kept = path.with_name(RUNTIME_CACHE)
     if not hasattr(engine, "create_runtime_config"):

@@ -1,6 +1,6 @@
-"""The few calls of the CUDA driver that running an engine needs, through ctypes: a device needs no other package.
+"""The few calls of the CUDA driver that running an engine needs, through ctypes.
 
-Unproven here: written against the documented driver API; no GPU was at hand.
+Unproven: written after the documented driver API, without a GPU.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def why_no_gpu() -> str:
 
 
 class Cuda:
-    """The first GPU: its memory, one stream, and events that measure time. Raises EngineError where there is none."""
+    """The first GPU: memory, a stream, timing events. Raises EngineError where there is none."""
 
     def __init__(self) -> None:
         try:

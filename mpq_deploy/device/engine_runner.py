@@ -1,7 +1,7 @@
-"""An engine called without torch: NumPy arrays in buffers of the GPU that stay bound from call to call.
+"""An engine called without torch, from NumPy arrays in GPU buffers that stay bound.
 
-In: the library, the GPU (``device.cuda``), an engine file, arrays by input name. Out: the output, and the time of each
-call on the GPU. Unproven here: written against the documented API; no GPU was at hand.
+In: the library, the GPU (``device.cuda``), an engine file, arrays by input name. Out: the output
+and each call's time. Unproven: written after the documented API, without a GPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class EngineRunner:
-    """One engine. ``graphs``: launch calls as a CUDA graph, by the library where it can, else captured here."""
+    """One engine. ``graphs``: launch calls as a CUDA graph, by the library or captured here."""
 
     def __init__(self, trt: Any, cuda: Cuda, path: Path, logger: Any, graphs: bool = False) -> None:
         self._trt, self._cuda = trt, cuda
@@ -50,7 +50,9 @@ class EngineRunner:
         return tuple(engine.get_tensor_profile_shape(name, 0)[1]) if -1 in shape else shape
 
     def bind(self, feeds: Mapping[str, Array]) -> None:
-        """Copy the inputs to the GPU and bind every tensor. Raises EngineError for a type or shape it does not take."""
+        """Copy the inputs to the GPU and bind every tensor. Raises EngineError for a wrong type or
+        shape.
+        """
         context, cuda = self.opened.context, self._cuda
         self._graph = None
         for name, values in feeds.items():

@@ -1,7 +1,7 @@
-"""Install a package on a device: verify, probe, build, check the layers, run the references, measure.
+"""Install a package on a device: verify, probe, build, check the layers, run, measure.
 
-In: a ``.mpq.tar``. Out: a folder with its parts, ``engine/`` and ``results.json``, which 'mpq-deploy report RUN
---device results.json' takes in at home. Standard library, NumPy and TensorRT only.
+In: a ``.mpq.tar``. Out: a folder with its parts, ``engine/`` and ``results.json`` for 'mpq-deploy
+report RUN --device results.json' at home. Needs only NumPy and TensorRT.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ class Runtime:
 
 
 def unpack(archive: Path, out: Path, talk: Talk) -> None:
-    """Verify ``archive`` and write its parts into ``out``. Raises ArchiveError when it is cut short or altered."""
+    """Verify ``archive`` and write its parts into ``out``; ArchiveError when cut short or altered."""
     talk.line(f"verifying {archive}")
     extract(archive, read_archive(archive), out)
 
 
 def install(archive: Path, out: Path, talk: Talk, force_memory: bool = False) -> dict[str, Any]:
-    """Install ``archive`` (or the folder that one was unpacked into) into ``out``; return what results.json holds.
+    """Install ``archive`` (or its unpacked folder) into ``out``; return what results.json holds.
 
-    Raises ArchiveError for an archive that is cut short or altered, EngineError for a TensorRT or GPU that the package
-    is not for, for too little memory (unless ``force_memory``), and for a builder that fails. An engine that differs
-    from the plan or from the references does not raise: ``results["passed"]`` is false.
+    Raises ArchiveError for an archive that is cut short or altered, EngineError for a wrong
+    TensorRT or GPU, too little memory (unless ``force_memory``) or a builder that fails. An engine
+    that differs from the plan or the references only makes ``results["passed"]`` false.
     """
     if archive.is_dir():
         out = archive
@@ -119,7 +119,7 @@ def probe(manifest: Manifest) -> Runtime:
 
 
 def check_gpu(manifest: Manifest) -> None:
-    """Refuse a GPU that the package is not for; without a GPU nothing is refused (and nothing will run)."""
+    """Refuse a GPU that the package is not for; without a GPU nothing is refused or run."""
     wanted = manifest.target.compute_capabilities
     if not wanted or why_no_gpu():
         return
@@ -146,7 +146,7 @@ def check_memory(manifest: Manifest, force: bool, root: Path = Path("/")) -> Non
 
 
 def check_gpu_memory(manifest: Manifest, force: bool) -> None:
-    """Refuse a GPU with less free memory than the engine is estimated to take; without a GPU nothing is refused."""
+    """Refuse a GPU with less free memory than the engine is estimated to take."""
     if force or not manifest.needed_bytes or why_no_gpu():
         return
     cuda = Cuda()
@@ -160,7 +160,7 @@ def check_gpu_memory(manifest: Manifest, force: bool) -> None:
 
 
 def _runtime(builder: str) -> Runtime | None:
-    """What builds here for a target that wants ``builder``: trtexec and the Python package stand in for each other."""
+    """What builds here for ``builder``: trtexec and the Python package stand in for each other."""
     order = {"trtexec": ("trtexec", "tensorrt"), "tensorrt": ("tensorrt", "trtexec")}.get(builder, (builder,))
     for name in order:
         if name == "trtexec":

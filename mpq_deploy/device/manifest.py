@@ -1,4 +1,4 @@
-"""The manifest of a package: what it is for, what its engine must look like, and how it is checked."""
+"""The manifest of a package: its target, what its engine must look like, how it is checked."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class PackagedTarget:
 class Reference:
     """Inputs with the outputs that they must give.
 
-    ``file`` holds ``<case>/<tensor>`` for each of ``cases``; the outputs come from ``made_by`` in FP32 arithmetic with
-    the same integers and scales. ``fp16_nmse`` is the error of the FP16 graph itself in ONNX Runtime (None where that
-    cannot run it), ``tolerance_nmse`` what a device may differ by.
+    ``file`` holds ``<case>/<tensor>`` for each of ``cases``; outputs come from ``made_by`` in FP32
+    arithmetic with the same integers and scales. ``fp16_nmse``: error of the FP16 graph in ONNX
+    Runtime (None: it cannot run it); ``tolerance_nmse``: what a device may differ by.
     """
 
     file: str
@@ -51,11 +51,11 @@ class Reference:
 
 @dataclass(frozen=True)
 class Manifest:
-    """``parts``: name -> SHA-256 of every other part. ``shapes``: input -> shape without its batch axis.
+    """``parts``: name -> SHA-256 of every other part. ``shapes``: input -> shape without its batch.
 
-    ``batches``: smallest, usual and largest batch. ``alternatives``: target -> versions, of the same device with other
-    TensorRT. ``digests`` say which plan and graph this is, for the report at home. ``needed_bytes``: memory that the
-    running engine is estimated to take at the largest batch (0: not estimated).
+    ``batches``: smallest, usual, largest. ``alternatives``: target -> versions of TensorRT on the
+    same device. ``digests``: of plan and graph, for the report at home. ``needed_bytes``: the
+    running engine's estimated memory at the largest batch (0: not estimated).
     """
 
     name: str

@@ -1,7 +1,7 @@
-"""Run a package's reference inputs through its engine, by TensorRT's Python package or by trtexec.
+"""Run a package's reference inputs through its engine, by TensorRT's Python package or trtexec.
 
-In: the engine and the references. Out: a ``Run`` with the outputs of each case and the latencies, or the reason why
-nothing ran. Unproven here: no GPU was at hand; trtexec's part was tested with a mock of it.
+In: the engine and the references. Out: a ``Run`` with each case's outputs and the latencies, or why
+nothing ran. Unproven: no GPU was at hand; trtexec's part was tested with a mock.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Run:
 
 
 def run_engine(builder: str, engine: Path, folder: Path, reference: Reference) -> Run:
-    """Run every case of ``reference`` (in ``folder``) and time the last. Raises EngineError when a run fails."""
+    """Run every case of ``reference`` and time the last. Raises EngineError when a run fails."""
     if builder == "trtexec":
         return _with_trtexec(engine, folder, reference)
     why = why_no_gpu()
@@ -129,7 +129,7 @@ def _trtexec_command(
 
 
 def read_trtexec_output(path: Path, name: str, shape: tuple[int, ...]) -> Array:
-    """Read the tensor ``name`` from what ``--exportOutput`` wrote. Raises EngineError when it is not there."""
+    """Read the tensor ``name`` from what ``--exportOutput`` wrote; EngineError without it."""
     try:
         outputs = {one["name"]: one["values"] for one in json.loads(path.read_text(encoding="utf-8"))}
         return np.asarray(outputs[name], np.float32).reshape(shape)

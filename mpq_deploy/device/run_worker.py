@@ -1,9 +1,8 @@
 """The child process that runs one engine: ``python -m mpq_deploy.device.run_worker job.json``.
 
-In: a job (module, engine, reference file, cases, calls). Out: the outputs of each case as npz, and a JSON file with the
-latency of each call and the memory taken. A crash here is an error message of the parent, never a dead installer.
-
-Unproven here: written against TensorRT's documented Python API; no GPU was at hand.
+In: a job (module, engine, reference file, cases, calls). Out: each case's outputs as npz, and JSON
+with latencies and memory. A crash here becomes the parent's error message. Unproven: written after
+TensorRT's documented Python API, without a GPU.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Targets (one YAML each), builders that run in a child process, and the check of what was built."""
+"""Targets (one YAML each), builders in a child process, and the check of what they built."""

@@ -35,9 +35,9 @@ Trial = Callable[[Path], bool]
 
 @dataclass(frozen=True)
 class Suspects:
-    """``nodes`` crash the builder together. ``certain``: no smaller set of them was left untried.
+    """``nodes`` crash the builder together; ``certain``: no smaller set was left untried.
 
-    ``quantized``: it is their quantization that does it (they build in float). ``trials``: builds that this took.
+    ``quantized``: their quantization is to blame (they build in float). ``trials``: builds taken.
     """
 
     nodes: tuple[str, ...]
@@ -69,9 +69,9 @@ class _Counted:
 def find_suspects(
     model: Path, folder: Path, trial: Trial, most: int = MOST_TRIALS, seconds: float = MOST_SECONDS
 ) -> Suspects | None:
-    """Find what crashes; None where the graph as it is does not crash when tried again.
+    """Find what crashes; None where the graph does not crash when tried again.
 
-    ``folder`` is empty and takes the trials. At most ``most`` trials are begun, none after ``seconds``.
+    ``folder`` is empty and takes the trials: at most ``most``, none begun after ``seconds``.
     """
     proto = onnx.load(model, load_external_data=False)
     _link_weights(proto, model, folder)
@@ -114,7 +114,7 @@ def _dequantize(name: str, made: dict[str, onnx.NodeProto]) -> onnx.NodeProto | 
 
 
 def _minimised(layers: Sequence[str], crashes: Callable[[Sequence[str]], bool]) -> Iterator[tuple[str, ...]]:
-    """ddmin: yield each smaller set that crashes; the last one crashes no more without any one of its parts."""
+    """ddmin: yield each smaller set that crashes; the last crashes only with all of its parts."""
     current, parts = list(layers), 2
     while len(current) > 1:
         size = -(-len(current) // parts)
@@ -132,7 +132,7 @@ def _minimised(layers: Sequence[str], crashes: Callable[[Sequence[str]], bool]) 
 
 
 def _keeping(proto: onnx.ModelProto, kept: Sequence[str], folder: Path) -> onnx.ModelProto:
-    """Return the graph with only the layers ``kept`` quantized: others read zeros, or what Q/DQ nodes were given."""
+    """Return the graph with only the layers ``kept`` quantized; the others read zeros or floats."""
     changed = onnx.ModelProto()
     changed.CopyFrom(proto)
     graph = changed.graph

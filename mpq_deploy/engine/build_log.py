@@ -1,7 +1,7 @@
-"""What a builder's verbose log says about the engine: every kernel with its operands, and the memory totals.
+"""What a builder's verbose log says about the engine: its kernels, operands and memory totals.
 
-In: the text of a log written with DETAILED profiling verbosity. Out: an ``EngineLog``. This stands in for the
-engine inspector, which needs a GPU: the builder prints one message that begins ``Layers:`` with one line per
+In: a log written with DETAILED profiling verbosity. Out: an ``EngineLog``. Stands in for the engine
+inspector, which needs a GPU: the builder prints a message that begins ``Layers:`` with one line per
 kernel, and the totals before it.
 """
 
@@ -29,7 +29,7 @@ _TOTAL = re.compile(r"Total (Weights|Activation|Scratch) Memory: (\d+)")
 
 @dataclass(frozen=True)
 class EngineTensor:
-    """An operand of a kernel. A dimension of -1 is dynamic; ``dtype`` is the builder's word, such as ``Half``."""
+    """An operand of a kernel. Dimension -1 is dynamic; ``dtype`` is the builder's word (``Half``)."""
 
     name: str
     shape: tuple[int, ...]
@@ -69,7 +69,7 @@ class EngineLayer:
 
 @dataclass(frozen=True)
 class EngineLog:
-    """The kernels of an engine in order, and its totals in bytes (None where the log does not say)."""
+    """An engine's kernels in order, and its totals in bytes (None: not in the log)."""
 
     layers: tuple[EngineLayer, ...]
     weights_bytes: int | None
@@ -84,7 +84,7 @@ class EngineLog:
 
 
 def compute_dtype(layer: EngineLayer) -> str:
-    """Return what a compute kernel multiplies in: ``Int8``, ``Half``, ...; ``Int4`` for a fused 4-bit weight."""
+    """Return a kernel's compute type: ``Int8``, ``Half``, ...; ``Int4`` for a fused 4-bit weight."""
     constants = {tensor.dtype for tensor in layer.constants}
     if layer.type == "runtime_fusion":
         for dtype in ("Int4", "Int8", "FP8"):
@@ -97,8 +97,8 @@ def compute_dtype(layer: EngineLayer) -> str:
 def parse_engine_log(text: str) -> EngineLog:
     """Read the kernels and the totals from a builder's log.
 
-    Raises EngineError when there is no ``Layers:`` message, or a line of it cannot be read: a check that
-    understands half of a log proves nothing.
+    Raises EngineError without a ``Layers:`` message, or for a line that cannot be read: a check
+    that understands half of a log proves nothing.
     """
     memory = totals(text)
     return EngineLog(_layers(text), memory.get("Weights"), memory.get("Activation"))
@@ -110,7 +110,7 @@ def totals(text: str) -> dict[str, int]:
 
 
 def layers_text(text: str) -> str:
-    """Return the builder's list of kernels from its log, one per line: the same at each build of the same graph."""
+    """Return the builder's list of kernels from its log, one per line; it repeats exactly."""
     return "".join(f"{line}\n" for line in _layer_lines(text))
 
 

@@ -1,4 +1,4 @@
-"""What a builder must know of a target: satisfied by a ``Target`` and by what a package says of one."""
+"""What a builder must know of a target: a ``Target``, or what a package says of one."""
 
 from __future__ import annotations
 

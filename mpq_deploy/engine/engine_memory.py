@@ -1,9 +1,8 @@
-"""How much memory an engine will take on its device, estimated from the graph before anything is built there.
+"""The memory that an engine will take on its device, estimated from the graph.
 
-In: the deployment graph, the shapes of its inputs at the largest batch, the bytes of its constants. Out: a
-``MemoryEstimate``. It is an estimate: the builder fuses operators (less) and keeps copies (more). TensorRT-RTX
-1.7's own figure of activations lay between 0.35 and 2 of it on the bundled models and on four random ones
-(docs/devices.md).
+In: the deployment graph, its inputs' shapes at the largest batch, the bytes of its constants. Out:
+a ``MemoryEstimate``. The builder fuses operators (less) and keeps copies (more): TensorRT-RTX 1.7's
+own figure of activations was 0.35 to 2 times it on six models (docs/devices.md).
 """
 
 from __future__ import annotations
@@ -29,7 +28,9 @@ WEIGHT_FORMS = ("DequantizeLinear", "QuantizeLinear", "Reshape", "Transpose", "C
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes: constants as stored, activations that live at once, the largest weight unpacked, the runtime."""
+    """Bytes: constants as stored, activations live at once, the largest unpacked weight, the
+    runtime.
+    """
 
     weights_bytes: int
     activation_bytes: int
@@ -43,7 +44,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(model: Path, shapes: Mapping[str, tuple[int, ...]], weights_bytes: int) -> MemoryEstimate:
-    """Estimate for ``model`` at inputs of ``shapes``; tensors live from the node that makes them to the last reader.
+    """Estimate for ``model`` at inputs of ``shapes``; tensors live until their last reader.
 
     Tensors whose shape cannot be inferred count nothing, so the estimate is then too low.
     """

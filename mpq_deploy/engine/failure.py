@@ -35,14 +35,14 @@ def refused(result: dict[str, Any], builder: str, log: Path) -> EngineError:
 
 
 def fatal_signal(returncode: int) -> int:
-    """Return the signal that ended a process, 0 for none: -n from the system, 128 + n where a shell script ran it."""
+    """Return the signal that ended a process (-n, or 128 + n from a shell script); 0 for none."""
     if returncode < 0:
         return -returncode
     return returncode - SHELL_SIGNALS if returncode - SHELL_SIGNALS in (*FAULTS, *KILLS) else 0
 
 
 class BuilderCrashedError(EngineError):
-    """The builder's process was ended by a signal that tells of a fault in it, not of memory that ran out."""
+    """The builder's process was ended by a signal of a fault, not of memory that ran out."""
 
 
 class BuilderKilledError(EngineError):
@@ -50,7 +50,7 @@ class BuilderKilledError(EngineError):
 
 
 def crashed(model: Path, log: Path, returncode: int, stderr: str) -> EngineError:
-    """Say how the builder's process died, with the nodes that are known to kill it and its last words."""
+    """Describe how the builder's process died, with suspect nodes and its last words."""
     text = log.read_text(errors="replace", encoding="utf-8") if log.is_file() else ""
     last = [line for line in text.splitlines() if line.strip()][-LAST_LINES:]
     words = f"Its last words: {' / '.join(last)}" if last else "It had printed nothing yet."

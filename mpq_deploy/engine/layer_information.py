@@ -1,7 +1,7 @@
-"""Read the layer information that TensorRT proper writes as JSON (engine inspector, trtexec --exportLayerInfo).
+"""Read the layer information that TensorRT proper writes as JSON (inspector, --exportLayerInfo).
 
-Unproven: written after the documented form of TensorRT 10 and 11; no device was at hand. TensorRT-RTX on a machine
-without GPU prints its layers in the log instead (``build_log``).
+Unproven: written after the documented form of TensorRT 10 and 11, without a device. TensorRT-RTX
+without a GPU prints its layers in the log instead (``build_log``).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a build leaves behind: the record of the engine (build.json), and the time that building took."""
+"""What a build leaves behind: the engine's record (build.json), and the time taken."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAMED = 5
 
 @dataclass(frozen=True)
 class BuildTiming:
-    """What building took: the same build takes another time tomorrow, so this is kept apart from the record."""
+    """What building took, kept apart from the record, which repeats exactly."""
 
     build_seconds: float
     peak_rss_bytes: int

@@ -1,7 +1,7 @@
-"""Targets: what a device's builder takes, as data. One YAML each in ``targets/``, or the user's own file.
+"""Targets: what a device's builder takes, as data. One YAML each, or the user's own file.
 
-In: a target's name or the path of a YAML. Out: a validated ``Target`` that says which layer may take which
-scheme and why not (``refusal``), and what is known about the device.
+In: a target's name or a YAML's path. Out: a validated ``Target`` that says which layer may take
+which scheme and why not (``refusal``), and what is known about the device.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SUFFIXES = (".yaml", ".yml")
 
 
 class Figure(BaseModel):
-    """A figure of the hardware, where it comes from, and whether that source was looked up (else: unconfirmed)."""
+    """A figure of the hardware, its source, and whether that source was looked up."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -40,7 +40,7 @@ class Figure(BaseModel):
 
 
 class Rule(BaseModel):
-    """Schemes that some layers may not take, and why. ``when`` says which layers of ``ops`` it concerns."""
+    """Schemes that some layers may not take, and why; ``when`` says which layers of ``ops``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -138,7 +138,9 @@ class Target(BaseModel):
         return any(SIMULATED in families for families in self.schemes.values())
 
     def nearest(self, op: str, scheme: Scheme) -> str:
-        """Name the nearest to ``scheme`` that layers of ``op`` may take: a family, or a simulated scheme by itself."""
+        """Name the nearest to ``scheme`` that layers of ``op`` may take: a family or simulated
+        scheme.
+        """
         offered = tuple(s for s in SCHEMES.values() if s.weight and not s.branch and s.family in self.schemes[op])
         return nearest_scheme(scheme, offered).series if offered else "fp16"
 
@@ -223,7 +225,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _extended(fields: dict[str, Any], seen: tuple[str, ...], where: str) -> dict[str, Any]:
-    """Fill ``fields`` up from the shipped target that it extends; rules are added before the inherited ones."""
+    """Fill ``fields`` from the shipped target that it extends; its rules come before inherited
+    ones.
+    """
     base = fields.get("extends")
     if base is None:
         return fields

@@ -1,4 +1,4 @@
-"""A target as text for people, at most 80 columns wide: what it is, what it takes and why not, what is proven."""
+"""A target as text of 80 columns: what it is, what it takes, why not, what is proven."""
 
 from __future__ import annotations
 
