@@ -29,8 +29,9 @@ import yaml
 from table import Page, bench_recipe, markdown, verdict
 
 from mpq_deploy.engine.builder import LAYERS, RECORD
-from mpq_deploy.run.folder import RunFolder, file_digest
+from mpq_deploy.run.folder import RunFolder
 from mpq_deploy.run.pipeline import STAGES
+from mpq_deploy.system.files import file_digest
 
 QUICK: dict[str, Any] = {
     "calibrate.samples": 16,

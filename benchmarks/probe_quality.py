@@ -25,7 +25,6 @@ from table import Page, bench_recipe, markdown, verdict, weights_digest
 import mpq_deploy.sensitivity
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.graph.layers import Layer
-from mpq_deploy.run.folder import file_digest
 from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.run.view import Run
 from mpq_deploy.sensitivity.exhaustive import measure_exhaustive
@@ -35,6 +34,7 @@ from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.stages import INPUTS
 from mpq_deploy.stages.candidates import candidates_of
 from mpq_deploy.studies.agreement import Compared, moments, rho_of
+from mpq_deploy.system.files import file_digest
 from mpq_deploy.system.progress import PlainTalk
 from mpq_deploy.system.usage import metered
 

@@ -16,7 +16,7 @@ from typing import Any
 from mpq_deploy.bench.bench import Schedule, bench_text, measure, origin_of, results
 from mpq_deploy.bench.sources import Wish, parse_shapes, subject_of
 from mpq_deploy.errors import MpqError
-from mpq_deploy.run.folder import write_text
+from mpq_deploy.system.files import write_text
 from mpq_deploy.system.progress import PlainTalk
 
 

@@ -26,7 +26,8 @@ from mpq_deploy.graph.layers import LayerGraph, layer_graph
 from mpq_deploy.graph.load import load_model
 from mpq_deploy.models.spec import Array, DenoiserSpec
 from mpq_deploy.runtime.ort import OrtDenoiser
-from mpq_deploy.system.parallel.job_files import Files, alone_with
+from mpq_deploy.system.locks import alone_with
+from mpq_deploy.system.parallel.job_files import Files
 from mpq_deploy.system.parallel.work import Job, Pool, Result, Shard, Work, run_shards
 from mpq_deploy.system.progress import Talk
 from mpq_deploy.system.sessions import open_session

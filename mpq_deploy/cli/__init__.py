@@ -45,7 +45,7 @@ def main() -> None:
     except OSError as error:
         if State.debug:
             raise
-        from mpq_deploy.run.folder import disk_error
+        from mpq_deploy.system.files import disk_error
 
         sys.stderr.write(f"mpq-deploy: {disk_error(error, Path())}\n")
         sys.exit(1)

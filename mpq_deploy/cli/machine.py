@@ -90,7 +90,7 @@ def bench(
     """
     from mpq_deploy.bench.bench import Schedule, bench_text, measure, origin_of, results
     from mpq_deploy.bench.sources import Wish, parse_shapes, subject_of
-    from mpq_deploy.run.folder import canonical_json, write_text
+    from mpq_deploy.system.files import canonical_json, write_text
 
     schedule = Schedule(calls, rounds, warm_up)
     wish = Wish(backend, device, batch, threads, cuda_graphs, parse_shapes(shape or []))

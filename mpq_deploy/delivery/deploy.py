@@ -20,7 +20,7 @@ from mpq_deploy.delivery.package import INSTALLER, make_package
 from mpq_deploy.device.archive import MANIFEST, read_archive
 from mpq_deploy.device.installer import RESULTS, read_results
 from mpq_deploy.errors import EngineError, UsageError
-from mpq_deploy.run.folder import file_digest
+from mpq_deploy.system.files import file_digest
 
 if TYPE_CHECKING:
     from mpq_deploy.engine.target import Target

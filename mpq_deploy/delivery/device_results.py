@@ -14,7 +14,7 @@ from mpq_deploy.bench.timed_subject import ORT
 from mpq_deploy.device.installer import read_results
 from mpq_deploy.errors import UsageError
 from mpq_deploy.report.data import DeviceInfo, Ratio
-from mpq_deploy.run.folder import write_text
+from mpq_deploy.system.files import write_text
 
 if TYPE_CHECKING:
     from mpq_deploy.run.view import Run

@@ -30,9 +30,9 @@ from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.graph.save import repeated_bytes
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED, WEIGHTS
-from mpq_deploy.run.folder import file_digest
 from mpq_deploy.runtime.correction import FILE as CORRECTION
 from mpq_deploy.stages.engine import check_target_memory
+from mpq_deploy.system.files import file_digest
 from mpq_deploy.system.release import __version__
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ TOLERANCE_FACTOR, TOLERANCE_FLOOR = 10.0, 1e-4
 # What runs on a device, and nothing that needs more than NumPy: tests run it with everything else blocked.
 DEVICE_ROOMS = ("bench", "device")
 DEVICE_MODULES = (
-    *("__init__.py", "api.py", "errors.py", "install.py", "run/__init__.py", "run/folder.py"),
-    *(f"system/{name}.py" for name in ("__init__", "available", "progress", "release", "usage")),
+    *("__init__.py", "api.py", "errors.py", "install.py"),
+    *(f"system/{name}.py" for name in ("__init__", "available", "files", "progress", "release", "usage")),
     *("formats/__init__.py", "formats/scheme.py", "engine/__init__.py"),
     *(f"engine/{name}.py" for name in ("bisect", "build_log", "build_target", "build_worker", "builder", "expected")),
     *(f"engine/{name}.py" for name in ("failure", "layer_information", "record", "trtexec", "verify", "versions")),

@@ -28,8 +28,8 @@ from mpq_deploy.engine.builder import BatchProfile, build_engine
 from mpq_deploy.engine.record import EngineRecord
 from mpq_deploy.engine.trtexec import find_trtexec, trtexec_version
 from mpq_deploy.errors import EngineError, MpqError, UsageError
-from mpq_deploy.run.folder import file_digest, write_text
 from mpq_deploy.system.available import memory_room
+from mpq_deploy.system.files import file_digest, write_text
 from mpq_deploy.system.progress import PlainTalk, Talk
 from mpq_deploy.system.release import __version__
 

@@ -30,7 +30,7 @@ from mpq_deploy.engine.record import BuildTiming, EngineRecord
 from mpq_deploy.engine.trtexec import build_with_trtexec, trtexec_trial
 from mpq_deploy.engine.verify import verify
 from mpq_deploy.errors import EngineError, MissingDependencyError, UsageError
-from mpq_deploy.run.folder import file_digest, sealed_json
+from mpq_deploy.system.files import file_digest, sealed_json
 from mpq_deploy.system.progress import Talk
 
 ENGINE, LAYERS, RECORD = "model.engine", "layers.txt", "build.json"

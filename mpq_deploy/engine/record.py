@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mpq_deploy.engine.verify import Problem
 from mpq_deploy.errors import EngineError
-from mpq_deploy.run.folder import unsealed
+from mpq_deploy.system.files import unsealed
 
 # How many layers an error names before it only counts them.
 NAMED = 5

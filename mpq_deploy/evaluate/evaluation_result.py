@@ -18,7 +18,7 @@ from mpq_deploy.calls.sampler import SamplerKind
 from mpq_deploy.errors import UsageError
 from mpq_deploy.evaluate.cache import npz_bytes, write_aside
 from mpq_deploy.models.spec import Array
-from mpq_deploy.run.folder import sealed_json, unsealed
+from mpq_deploy.system.files import sealed_json, unsealed
 
 IDENTICAL = "identical to the float model's, so the PSNR is infinite"
 

@@ -14,7 +14,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mpq_deploy.errors import UsageError
-from mpq_deploy.run.folder import canonical_json
+from mpq_deploy.system.files import canonical_json
 
 FORMAT = 1
 Source = Literal["measured", "estimated"]

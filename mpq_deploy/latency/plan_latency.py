@@ -13,9 +13,9 @@ from mpq_deploy.latency.costs import LatencyCosts, PlanLatency
 from mpq_deploy.latency.latency_table import LatencyTable, parse_latency
 from mpq_deploy.latency.others import activations_of, weighed_nodes
 from mpq_deploy.latency.roofline import LAUNCH_SECONDS, Rates
-from mpq_deploy.run.folder import Fields
 from mpq_deploy.run.view import Exported
 from mpq_deploy.stages.candidates import CONTROLS, control_scheme
+from mpq_deploy.system.files import Fields
 
 if TYPE_CHECKING:
     from mpq_deploy.recipe import Recipe

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mpq_deploy.run.folder import canonical_json
+from mpq_deploy.system.files import canonical_json
 
 FILE = "recovery.json"
 

@@ -19,9 +19,9 @@ from pydantic import ValidationError
 from mpq_deploy.allocate.milp import LayerChoice, PrecisionPlan
 from mpq_deploy.errors import InfeasibleLatencyError
 from mpq_deploy.report.data import BudgetPlan, BudgetPlans, LayerOption
-from mpq_deploy.run.folder import canonical_json, sealed_json, unsealed, write_text
 from mpq_deploy.run.view import RECIPE, Exported
 from mpq_deploy.stages.allocate import PlanSolver, allocate_inputs
+from mpq_deploy.system.files import canonical_json, sealed_json, unsealed, write_text
 
 if TYPE_CHECKING:
     from mpq_deploy.run.view import Run

@@ -39,11 +39,11 @@ from mpq_deploy.report.data import (
     TargetInfo,
 )
 from mpq_deploy.run.common import version_of
-from mpq_deploy.run.folder import unsealed
 from mpq_deploy.run.view import Exported
 from mpq_deploy.runtime.correction import FILE as CORRECTION
 from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.stages.evaluate import BEFORE, CORRECTED, LATENCY
+from mpq_deploy.system.files import unsealed
 
 if TYPE_CHECKING:
     from mpq_deploy.evaluate.metrics.kept import ImageMetrics

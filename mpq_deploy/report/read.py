@@ -16,7 +16,7 @@ from pydantic import ValidationError, model_validator
 from mpq_deploy.errors import UsageError
 from mpq_deploy.report.data import SCHEMA_VERSION, DeviceInfo, ReportData
 from mpq_deploy.report.seal import values_digest
-from mpq_deploy.run.folder import SEAL
+from mpq_deploy.system.files import SEAL
 
 REPORT = "report.json"
 AGAIN = "Write it again with 'mpq-deploy report RUN'."

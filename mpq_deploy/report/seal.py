@@ -11,7 +11,7 @@ import hashlib
 import json
 from typing import Any
 
-from mpq_deploy.run.folder import SEAL, canonical_json
+from mpq_deploy.system.files import SEAL, canonical_json
 
 # Numbers as every JSON tool keeps them: IEEE doubles, in which integers are exact below this (RFC 8259, section 6).
 _EXACT = 2**53

@@ -28,7 +28,7 @@ from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.graph.constants import add_constant
 from mpq_deploy.graph.layers import Layer, LayerGraph, LayerUse
 from mpq_deploy.models.spec import Array, DenoiserSpec
-from mpq_deploy.system.parallel.job_files import alone_with
+from mpq_deploy.system.locks import alone_with
 from mpq_deploy.system.progress import Advance, Talk
 from mpq_deploy.system.sessions import open_session
 

@@ -18,11 +18,11 @@ import numpy as np
 
 from mpq_deploy.models.spec import Array
 from mpq_deploy.rounding.hessian import Gathering, Hessian, HessianPlan
-from mpq_deploy.run.folder import disk_error
 from mpq_deploy.run.stage_memory import rounding_worker_bytes, salience_worker_bytes
 from mpq_deploy.run.view import RECIPE, Exported, Run
 from mpq_deploy.stages.candidates import Rounder, StoredCandidates, hessian_inputs, salience_inputs, with_rows
-from mpq_deploy.system.parallel.job_files import alone_with
+from mpq_deploy.system.files import disk_error
+from mpq_deploy.system.locks import alone_with
 from mpq_deploy.system.parallel.work import Job, Pool, Result, Shard, Within, Work, run_shards
 from mpq_deploy.system.progress import Talk
 

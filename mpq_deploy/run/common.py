@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpq_deploy.errors import UsageError
-from mpq_deploy.run.folder import Fields, canonical_json, file_digest
+from mpq_deploy.system.files import Fields, canonical_json, file_digest
 from mpq_deploy.system.release import __version__
 
 if TYPE_CHECKING:

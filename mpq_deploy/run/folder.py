@@ -6,79 +6,22 @@ are named. Timings live outside the stage folders, since what is digested must r
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from mpq_deploy.errors import DiskError, MpqError, RunFolderError
+from mpq_deploy.errors import RunFolderError
+from mpq_deploy.system.files import Fields, canonical_json, disk_error, file_digest, sealed_json, unsealed, write_text
+from mpq_deploy.system.locks import HeldError, hold_folder
 from mpq_deploy.system.release import __version__
 
 FORMAT = 1
 RECORD = "stage.json"
 TIMINGS = "timings.json"
-# The entry of a JSON file outside the stage folders with the digest of all others: no record holds it.
-SEAL = "sha256"
-
-Fields = dict[str, Any]
-
-
-def canonical_json(value: Any) -> str:
-    """Return JSON with sorted keys: equal values give equal text."""
-    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
-
-
-def sealed_json(values: Fields) -> str:
-    """Return JSON of ``values`` with their digest beside them (``SEAL``), for ``unsealed``."""
-    return canonical_json({**values, SEAL: _values_digest(values)})
-
-
-def unsealed(text: str) -> Fields:
-    """Return the values that ``sealed_json`` wrote. Raises ValueError where they are not those."""
-    values = json.loads(text)
-    if not isinstance(values, dict) or SEAL not in values:
-        raise ValueError(f"it holds no {SEAL}")
-    if values.pop(SEAL) != _values_digest(values):
-        raise ValueError(f"its {SEAL} is not that of its values: it was altered")
-    return values
-
-
-def _values_digest(values: Fields) -> str:
-    # As they will be read: tuples become lists.
-    return hashlib.sha256(canonical_json(json.loads(canonical_json(values))).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: Any) -> str:
-    found = hashlib.sha256()
-    while piece := file.read(1 << 20):
-        found.update(piece)
-    return found.hexdigest()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write ``text`` aside and move it into place, so that a reader or a kill never sees half of it."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -197,23 +140,6 @@ def refuse_altered(files: Iterable[Path]) -> None:
             )
 
 
-# How the system says that a file cannot grow, and that none can be made.
-FULL, FORBIDDEN = (errno.ENOSPC, errno.EDQUOT), (errno.EROFS, errno.EACCES, errno.EPERM)
-
-
-def disk_error(error: OSError, path: Path) -> MpqError:
-    """Turn an operating system's error into a message for the user."""
-    if error.errno in FULL:
-        free = shutil.disk_usage(path).free if path.exists() else 0
-        return DiskError(
-            f"The disk is full: {free / 1e6:.0f} MB are left under {path}.",
-            "Free some space, or give another run folder with -o; what is finished is kept.",
-        )
-    if error.errno in FORBIDDEN:
-        return DiskError(f"{path} cannot be written: {error.strerror}.", "Give another run folder with -o.")
-    return MpqError(f"{error.strerror or error}: {error.filename or path}")
-
-
 @contextmanager
 def open_run(path: Path) -> Iterator[RunFolder]:
     """Create or open the run folder at ``path`` and hold its lock for the time of the block.
@@ -221,27 +147,17 @@ def open_run(path: Path) -> Iterator[RunFolder]:
     Raises RunFolderError when another process works in it, when it was made by another format of this tool, when
     it is no run folder, or when it cannot be written.
     """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = (path / ".lock").open("a+", encoding="utf-8")
-    except OSError as error:
-        raise disk_error(error, path) from error
-    with lock:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.seek(0)
-            owner = lock.read().strip() or "unknown"
-            raise RunFolderError(
-                f"The run folder {path} is in use by another process (pid {owner}).",
-                "Wait for it to end, or give another run folder with -o.",
-            ) from error
-        try:
-            lock.truncate(0)
-            lock.write(str(os.getpid()))
-            lock.flush()
+            path.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(hold_folder(path))
             _check_format(path)
             _remove(path / ".scratch")
+        except HeldError as error:
+            raise RunFolderError(
+                f"The run folder {path} is in use by another process (pid {error}).",
+                "Wait for it to end, or give another run folder with -o.",
+            ) from error
         except OSError as error:
             raise disk_error(error, path) from error
         yield RunFolder(path)
@@ -250,8 +166,8 @@ def open_run(path: Path) -> Iterator[RunFolder]:
 def _check_format(path: Path) -> None:
     marker = path / "run.json"
     if not marker.exists():
-        strangers = [p.name for p in path.iterdir() if p.name not in (".lock", "recipe.yaml")]
-        if any(not name.startswith(".") for name in strangers):
+        strangers = [p.name for p in path.iterdir() if p.name[0] != "." and p.name != "recipe.yaml"]
+        if strangers:
             raise RunFolderError(
                 f"{path} is no run folder: it holds {strangers[0]} and no run.json.", "Give an empty or new folder."
             )

@@ -12,9 +12,10 @@ from mpq_deploy import stages
 from mpq_deploy.errors import MpqError, UsageError
 from mpq_deploy.recipe import Recipe
 from mpq_deploy.report import collect as assemble
-from mpq_deploy.run.folder import RunFolder, open_run, write_text
+from mpq_deploy.run.folder import RunFolder, open_run
 from mpq_deploy.run.stage_memory import saying_memory_ran_out
 from mpq_deploy.run.view import RECIPE, Run, StageResult
+from mpq_deploy.system.files import write_text
 from mpq_deploy.system.parallel.work import Alone, Crew
 from mpq_deploy.system.progress import Talk
 from mpq_deploy.system.usage import Reading, metered

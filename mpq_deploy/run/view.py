@@ -50,7 +50,7 @@ class Exported:
         self.path = exported.model
         self.spec = exported.spec
         self.conditions: dict[str, Array] = dict(exported.conditions.arrays)
-        self.facts: dict[str, Any] = json.loads((folder / "facts.json").read_text())
+        self.facts: dict[str, Any] = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
         self.graph: LayerGraph = layer_graph(load_model(self.path))
 
 

@@ -14,7 +14,6 @@ from mpq_deploy.engine.target import Target, load_target
 from mpq_deploy.errors import MissingDependencyError, UsageError
 from mpq_deploy.graph.layers import Layer
 from mpq_deploy.latency.plan_latency import check_latency
-from mpq_deploy.run.folder import Fields
 from mpq_deploy.stages.allocate import allocate_inputs, make_allocate
 from mpq_deploy.stages.calibrate import calibrate_inputs, make_calibrate
 from mpq_deploy.stages.candidates import candidates_inputs, make_candidates, wanted_schemes
@@ -24,6 +23,7 @@ from mpq_deploy.stages.export import export_inputs, make_export
 from mpq_deploy.stages.measure import make_measure, measure_inputs
 from mpq_deploy.stages.quantize import controls_inputs, make_controls, make_quantize, quantize_inputs
 from mpq_deploy.stages.recover import make_recover, recover_inputs
+from mpq_deploy.system.files import Fields
 
 if TYPE_CHECKING:
     from mpq_deploy.recipe import Recipe

@@ -36,10 +36,10 @@ from mpq_deploy.latency.costs import PlanLatency, int8_warning
 from mpq_deploy.latency.latency_table import parse_latency
 from mpq_deploy.latency.plan_latency import latency_costs, latency_inputs, plan_latency_info
 from mpq_deploy.run.common import settings, version_of
-from mpq_deploy.run.folder import Fields
 from mpq_deploy.run.stage_memory import check_memory
 from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.stages.candidates import choices_of
+from mpq_deploy.system.files import Fields
 
 if TYPE_CHECKING:
     from mpq_deploy.run.view import Run

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from mpq_deploy.graph.dialect_check import OPERATOR_RULES, check_dialect
 from mpq_deploy.run.common import settings, version_of
-from mpq_deploy.run.folder import Fields
 from mpq_deploy.run.stage_memory import check_memory
+from mpq_deploy.system.files import Fields
 
 if TYPE_CHECKING:
     from mpq_deploy.run.view import Run

@@ -30,9 +30,9 @@ from mpq_deploy.graph.writers.branches import bias_refusal
 from mpq_deploy.graph.writers.quantize_layers import weight_array
 from mpq_deploy.models.spec import Array, DenoiserSpec
 from mpq_deploy.run.common import settings, version_of
-from mpq_deploy.run.folder import Fields
 from mpq_deploy.run.stage_memory import check_memory
 from mpq_deploy.run.view import Exported
+from mpq_deploy.system.files import Fields
 from mpq_deploy.system.mapped import drop_pages
 from mpq_deploy.system.parallel.work import Alone
 

@@ -16,8 +16,8 @@ from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.graph.save import repeated_bytes
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED
 from mpq_deploy.run.common import settings, version_of
-from mpq_deploy.run.folder import Fields, canonical_json
 from mpq_deploy.run.stage_memory import check_memory
+from mpq_deploy.system.files import Fields, canonical_json
 
 if TYPE_CHECKING:
     from mpq_deploy.run.view import Run

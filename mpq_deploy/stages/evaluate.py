@@ -12,10 +12,10 @@ import numpy as np
 from mpq_deploy.calibrate.stats import dealt
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED
 from mpq_deploy.run.common import settings, version_of
-from mpq_deploy.run.folder import Fields
 from mpq_deploy.runtime.correction import FILE as CORRECTION
 from mpq_deploy.runtime.correction import FORMAT as CORRECTION_FORMAT
 from mpq_deploy.runtime.correction import Correction, load_correction
+from mpq_deploy.system.files import Fields
 
 if TYPE_CHECKING:
     from mpq_deploy.evaluate.evaluation_result import Evaluation

@@ -10,8 +10,8 @@ from mpq_deploy.graph.layers import layer_graph
 from mpq_deploy.graph.load import load_model
 from mpq_deploy.graph.writers.deployed_graphs import fp16_bytes
 from mpq_deploy.run.common import path_digest, version_of
-from mpq_deploy.run.folder import Fields, canonical_json, file_digest
 from mpq_deploy.run.stage_memory import check_memory
+from mpq_deploy.system.files import Fields, canonical_json, file_digest
 
 if TYPE_CHECKING:
     from mpq_deploy.models.denoiser import Denoiser

@@ -12,12 +12,12 @@ import numpy as np
 from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
 from mpq_deploy.models.spec import Array
 from mpq_deploy.run.common import ORM_CONTROLS, settings, version_of, weighs_bits
-from mpq_deploy.run.folder import Fields
 from mpq_deploy.run.spread import forget_shards, kept_shards
 from mpq_deploy.run.stage_memory import check_memory
 from mpq_deploy.run.view import RECIPE, Exported, Run
 from mpq_deploy.sensitivity.subject import Spread, Subject
 from mpq_deploy.stages.candidates import candidates_of
+from mpq_deploy.system.files import Fields
 from mpq_deploy.system.progress import Talk
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ from mpq_deploy.graph.dialects import dialect_named
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, write_quantized
 from mpq_deploy.graph.writers.quantize_layers import LayerRewrite
 from mpq_deploy.run.common import ORM_CONTROLS, version_of
-from mpq_deploy.run.folder import Fields, canonical_json
 from mpq_deploy.run.stage_memory import check_memory
 from mpq_deploy.stages.allocate import PlanSolver, allocate_inputs
 from mpq_deploy.stages.candidates import CONTROLS, control_scheme, iterate_candidates
+from mpq_deploy.system.files import Fields, canonical_json
 
 if TYPE_CHECKING:
     from mpq_deploy.run.view import Run

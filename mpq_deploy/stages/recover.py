@@ -13,9 +13,9 @@ from mpq_deploy.graph.dialect_check import check_dialect
 from mpq_deploy.graph.dialects import dialect_named
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED
 from mpq_deploy.run.common import settings, version_of
-from mpq_deploy.run.folder import Fields, canonical_json
 from mpq_deploy.stages.candidates import iterate_candidates
 from mpq_deploy.stages.quantize import write_plan
+from mpq_deploy.system.files import Fields, canonical_json
 
 if TYPE_CHECKING:
     from mpq_deploy.recover.options import RecoverOptions

@@ -22,7 +22,6 @@ from mpq_deploy.formats.candidates import LayerCandidates
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.models.spec import Array
 from mpq_deploy.run.common import version_of
-from mpq_deploy.run.folder import Fields
 from mpq_deploy.run.view import RECIPE, Run
 from mpq_deploy.sensitivity.exhaustive import evaluates_in_torch, measure_exhaustive
 from mpq_deploy.sensitivity.layer_weights import float_matrix
@@ -32,6 +31,7 @@ from mpq_deploy.sensitivity.orthogonality import OrmOptions
 from mpq_deploy.sensitivity.subject import Spread, Subject
 from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.stages.candidates import candidates_of
+from mpq_deploy.system.files import Fields
 from mpq_deploy.system.parallel.work import Alone, Job, Result, Shard, Within, Work, run_shards
 from mpq_deploy.system.progress import Talk
 from mpq_deploy.system.usage import metered

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpq_deploy.errors import InfeasibleBudgetError, InfeasibleLatencyError, UsageError
-from mpq_deploy.run.folder import sealed_json, write_text
 from mpq_deploy.run.spread import SAMPLES, forget_shards, kept_shards
 from mpq_deploy.run.view import RECIPE, Run
+from mpq_deploy.system.files import sealed_json, write_text
 from mpq_deploy.system.progress import Talk
 
 if TYPE_CHECKING:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import pickle
 import re
@@ -15,9 +14,11 @@ import numpy as np
 import onnx
 import pytest
 import yaml
+from filelock import FileLock
 from onnx import TensorProto, numpy_helper
 
 from mpq_deploy.run.folder import RECORD
+from mpq_deploy.system.locks import LOCK, OWNER
 from tests.pipeline.conftest import Outcome
 from tests.pipeline.runs import DIGESTED, Built, build, describe, recipe_for, save_denoiser, stage_bytes, write_recipe
 
@@ -232,10 +233,8 @@ def test_no_such_recipe(cli: Cli, tmp_path: Path, model: Path) -> None:
 
 
 def test_a_folder_in_use(cli: Cli, run: Path, finished: Built) -> None:
-    with (run / ".lock").open("r+", encoding="utf-8") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        held.write("4242")
-        held.flush()
+    with FileLock(run / LOCK):
+        (run / OWNER).write_text("4242", encoding="utf-8")
         refused(cli("allocate", run, "--budget", "0.5"), 1, "in use by another process", "4242")
     usable(cli, run, finished)
     assert cli("allocate", run).code == 0

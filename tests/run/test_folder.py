@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import json
 from pathlib import Path
 
 import pytest
 
 from mpq_deploy.errors import RunFolderError
-from mpq_deploy.run.folder import RECORD, RunFolder, disk_error, open_run, sealed_json, unsealed
+from mpq_deploy.run.folder import RECORD, RunFolder, open_run
 
 
 def make(run: RunFolder, value: int, text: str = "x") -> None:
@@ -80,24 +79,3 @@ def test_folders_of_another_format_or_kind_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="no run folder"), open_run(tmp_path / "photos"):
         pass
     assert (tmp_path / "photos" / "cat.png").exists()
-
-
-@pytest.mark.parametrize(("code", "words"), [(errno.ENOSPC, "disk is full"), (errno.EROFS, "cannot be written")])
-def test_the_disk_s_errors_say_what_to_do(tmp_path: Path, code: int, words: str) -> None:
-    error = disk_error(OSError(code, "strerror"), tmp_path)
-    assert words in error.message and "-o" in error.hint
-
-
-def test_every_altered_digit_of_a_sealed_file_is_noticed() -> None:
-    values = {"seconds": 12.5, "rows": (1, 2), "inner": {"b": None, "a": "x"}}
-    text = sealed_json(values)
-    assert unsealed(text) == {"seconds": 12.5, "rows": [1, 2], "inner": {"b": None, "a": "x"}}
-    for place, letter in enumerate(text):
-        if letter.isspace():
-            continue
-        altered = text[:place] + chr(ord(letter) ^ 1) + text[place + 1 :]
-        with pytest.raises(ValueError):
-            unsealed(altered)
-    for other in ("", "[]", "{}", '{"seconds": 12.5}', text[:-3]):
-        with pytest.raises(ValueError):
-            unsealed(other)

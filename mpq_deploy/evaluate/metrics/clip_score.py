@@ -19,7 +19,7 @@ from mpq_deploy.evaluate.metrics.networks import BATCH, CLIP, digest_of
 from mpq_deploy.evaluate.metrics.scores import ScoreKind
 from mpq_deploy.evaluate.metrics.vision import CONFIG, PREPROCESSOR, WEIGHTS, from_folder, preprocessing
 from mpq_deploy.models.spec import Array
-from mpq_deploy.run.folder import file_digest
+from mpq_deploy.system.files import file_digest
 
 # What a CLIP tokenizer is saved as; the fast form holds all in one file.
 TOKENIZER, VOCABULARY = "tokenizer.json", "vocab.json"

@@ -11,7 +11,7 @@ import numpy as np
 
 from mpq_deploy.evaluate.metrics.networks import BATCH, LITE, as_rgb, digest_of, title_of
 from mpq_deploy.models.spec import Array
-from mpq_deploy.run.folder import file_digest
+from mpq_deploy.system.files import file_digest
 
 SIDE = 224
 # What the weights were converted for (the package efficientnet-lite-pytorch): ImageNet's mean and deviation.

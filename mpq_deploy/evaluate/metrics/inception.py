@@ -16,7 +16,7 @@ import numpy as np
 from mpq_deploy.errors import MissingDependencyError, UsageError
 from mpq_deploy.evaluate.metrics.networks import BATCH, INCEPTION, as_rgb, digest_of, title_of
 from mpq_deploy.models.spec import Array
-from mpq_deploy.run.folder import file_digest
+from mpq_deploy.system.files import file_digest
 
 # torch-fidelity's release of the weights; its name ends with the start of their SHA-256.
 FILE = "weights-inception-2015-12-05-6726825d.pth"

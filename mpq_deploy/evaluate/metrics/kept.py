@@ -16,7 +16,7 @@ from mpq_deploy.evaluate.metrics.frechet import minimum_images
 from mpq_deploy.evaluate.metrics.networks import digest_of
 from mpq_deploy.models.spec import Array, DenoiserSpec
 from mpq_deploy.report.data import FrechetInfo, ScoreInfo
-from mpq_deploy.run.folder import sealed_json, unsealed, write_text
+from mpq_deploy.system.files import sealed_json, unsealed, write_text
 from mpq_deploy.system.progress import Talk
 
 FILE = "metrics.json"

@@ -17,7 +17,7 @@ from mpq_deploy.errors import MissingDependencyError, ModelError, UsageError
 from mpq_deploy.evaluate.metrics.networks import BATCH, LPIPS, as_rgb, digest_of
 from mpq_deploy.evaluate.metrics.scores import ScoreKind
 from mpq_deploy.models.spec import Array
-from mpq_deploy.run.folder import file_digest
+from mpq_deploy.system.files import file_digest
 
 # torchvision's ImageNet weights; the name ends with the start of their SHA-256.
 FILE = "alexnet-owt-7be5be79.pth"

@@ -15,7 +15,7 @@ from typing import Protocol
 from mpq_deploy.errors import MissingDependencyError, UsageError, nearest
 from mpq_deploy.models.bundled import DEMOS, bundled_demo
 from mpq_deploy.models.spec import Array
-from mpq_deploy.run.folder import file_digest
+from mpq_deploy.system.files import file_digest
 
 DEMO, LITE, INCEPTION, CLIP, DINO = "demo", "efficientnet-lite0", "inception", "clip", "dinov2"
 # The paired distance whose weights are given in the same way (``metrics.scores``).

@@ -14,7 +14,7 @@ from mpq_deploy.evaluate.metrics.frechet import Moments, check_count, frechet_di
 from mpq_deploy.evaluate.metrics.networks import DEMO, FeatureNetwork, NetworkOptions, digest_of
 from mpq_deploy.models.bundled import bundled_demo
 from mpq_deploy.models.spec import Array
-from mpq_deploy.run.folder import file_digest
+from mpq_deploy.system.files import file_digest
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # Seed of the split into halves (our choice).

@@ -11,7 +11,7 @@ from mpq_deploy.errors import MissingDependencyError, UsageError
 from mpq_deploy.evaluate.metrics.efficientnet import torch_features
 from mpq_deploy.evaluate.metrics.networks import CLIP, digest_of, title_of
 from mpq_deploy.models.spec import Array
-from mpq_deploy.run.folder import file_digest
+from mpq_deploy.system.files import file_digest
 from mpq_deploy.system.libraries import no_bars
 
 CONFIG, PREPROCESSOR, WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mpq_deploy.errors import DiskError, MpqError
-from mpq_deploy.run.folder import disk_error
+from mpq_deploy.system.files import disk_error
 from mpq_deploy.system.parallel.work import TRACEBACK, Result, ShardError, Within, Work, stepper
 
 

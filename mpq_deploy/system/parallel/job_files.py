@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,11 +25,3 @@ class Files:
     def below(self, path: Path) -> Path:
         """Return ``path`` relative to the root."""
         return path.resolve().relative_to(self.root)
-
-
-@contextmanager
-def alone_with(path: Path) -> Iterator[None]:
-    """Let one process of this machine at a time do something with the file ``path``."""
-    with path.open("rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -6,8 +6,6 @@ workers of the node read. Only ``cluster.py`` imports this module's class into a
 
 from __future__ import annotations
 
-import fcntl
-import os
 import platform
 import shutil
 import tempfile
@@ -20,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from mpq_deploy.errors import DiskError
-from mpq_deploy.run.folder import FULL
+from mpq_deploy.system.files import FULL
+from mpq_deploy.system.locks import alone_with, user_folder
 from mpq_deploy.system.parallel.child import Worker
 from mpq_deploy.system.parallel.work import Opener
 from mpq_deploy.system.release import __version__
@@ -80,7 +79,6 @@ class NodeWorker:
         """Remove the files from this node."""
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
-            _lock_of(self._folder).unlink(missing_ok=True)
 
     def _taken(self) -> list[Any]:
         answers = [("unfit", a[1], a[2].message) if _is_disks(a) else a for a in self._answers]
@@ -90,11 +88,8 @@ class NodeWorker:
 
 def unpacked(packed: Packed, node: str, fetch: Callable[[Any], Any]) -> Path:
     """Return the folder with the files on this node, written by the first who asks for it."""
-    above = Path(tempfile.gettempdir()) / f"mpq-deploy-{os.getuid()}"
-    above.mkdir(mode=0o700, exist_ok=True)
-    folder = above / f"{node[:16]}-{packed.name}"
-    with _lock_of(folder).open("a", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    folder = user_folder() / f"{node[:16]}-{packed.name}"
+    with alone_with(folder):
         if not (folder / COMPLETE).exists():
             try:
                 _write(packed, folder, fetch)
@@ -130,10 +125,6 @@ def _why(error: OSError) -> str:
     if error.errno in FULL:
         return f"its disk is full: {shutil.disk_usage(where).free / 1e6:.0f} MB are left under {where}"
     return f"its folder {where} cannot be used: {error}"
-
-
-def _lock_of(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.lock")
 
 
 def _version(name: str) -> str:

@@ -1,0 +1,89 @@
+"""Files that others read: written whole or not at all, JSON of equal values with equal bytes, digests, disk errors.
+
+Standard library only: devices use it, too.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mpq_deploy.errors import DiskError, MpqError
+
+# The entry of a sealed JSON file with the digest of all others.
+SEAL = "sha256"
+
+Fields = dict[str, Any]
+
+
+def canonical_json(value: Any) -> str:
+    """Return JSON with sorted keys: equal values give equal text."""
+    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+def sealed_json(values: Fields) -> str:
+    """Return JSON of ``values`` with their digest beside them (``SEAL``), for ``unsealed``."""
+    return canonical_json({**values, SEAL: _values_digest(values)})
+
+
+def unsealed(text: str) -> Fields:
+    """Return the values that ``sealed_json`` wrote. Raises ValueError where they are not those."""
+    values = json.loads(text)
+    if not isinstance(values, dict) or SEAL not in values:
+        raise ValueError(f"it holds no {SEAL}")
+    if values.pop(SEAL) != _values_digest(values):
+        raise ValueError(f"its {SEAL} is not that of its values: it was altered")
+    return values
+
+
+def _values_digest(values: Fields) -> str:
+    # As they will be read: tuples become lists.
+    return hashlib.sha256(canonical_json(json.loads(canonical_json(values))).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:
+    found = hashlib.sha256()
+    while piece := file.read(1 << 20):
+        found.update(piece)
+    return found.hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` aside and move it into place, so that a reader or a kill never sees half of it."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+# How the system says that a file cannot grow, and that none can be made.
+FULL, FORBIDDEN = (errno.ENOSPC, errno.EDQUOT), (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def disk_error(error: OSError, path: Path) -> MpqError:
+    """Turn an operating system's error into a message for the user."""
+    if error.errno in FULL:
+        free = shutil.disk_usage(path).free if path.exists() else 0
+        return DiskError(
+            f"The disk is full: {free / 1e6:.0f} MB are left under {path}.",
+            "Free some space, or give another run folder with -o; what is finished is kept.",
+        )
+    if error.errno in FORBIDDEN:
+        return DiskError(f"{path} cannot be written: {error.strerror}.", "Give another run folder with -o.")
+    return MpqError(f"{error.strerror or error}: {error.filename or path}")
