@@ -21,8 +21,8 @@ from mpq_deploy.calibrate.stats import CalibrationSet
 from mpq_deploy.calls.feeds import feed_rows
 from mpq_deploy.errors import ModelError
 from mpq_deploy.evaluate.output_error import nmse
+from mpq_deploy.graph.fp16_region import fp16_region
 from mpq_deploy.graph.load import load_model
-from mpq_deploy.graph.passes.fp16_region import fp16_region
 from mpq_deploy.models.spec import Array, DenoiserSpec
 from mpq_deploy.runtime.ort import make_session, run_session
 from mpq_deploy.system.progress import Talk

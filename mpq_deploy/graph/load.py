@@ -14,12 +14,13 @@ import onnx_ir.passes.common as common_passes
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from mpq_deploy.errors import ModelError
+from mpq_deploy.graph.passes.base import run_passes
 from mpq_deploy.graph.passes.finite_masks import FiniteMasksPass
 from mpq_deploy.graph.passes.fold_constants import FoldConstantsPass
 from mpq_deploy.graph.passes.group_norm import GroupNormPass
 from mpq_deploy.graph.passes.infer_types import InferTypesPass
 from mpq_deploy.graph.passes.name_nodes import NameNodesPass
-from mpq_deploy.graph.passes.raise_opset import raise_opset
+from mpq_deploy.graph.passes.raise_opset import RaiseOpsetPass
 from mpq_deploy.graph.passes.widen import WidenPass
 
 # A protobuf file cannot be larger; such models keep their weights in a second file.
@@ -143,35 +144,30 @@ def _external_of(tensors: object) -> Iterator[onnx.TensorProto]:
 def normalise(model: ir.Model) -> ir.Model:
     """Return ``model`` with constants as initializers, weights folded, unique node names and opset 21 or later.
 
-    Functions are inlined, Constant nodes become initializers, Identity nodes go, types that the file does not declare
-    are inferred (``graph.passes.infer_types``), half precision becomes FP32 (``graph.passes.widen``), masks become
-    finite (``graph.passes.finite_masks``), GroupNormalization becomes InstanceNormalization
-    (``graph.passes.group_norm``), shape and type operators on weights are folded into them, unused nodes and weights
+    ``NORMAL_FORM`` lists the passes: functions inlined, Constant nodes initializers, types inferred, floats FP32, masks
+    finite, GroupNormalization as InstanceNormalization, shape and type operators on weights folded, what nothing reads
     are dropped. Doing it twice changes nothing. Raises ModelError when the opset, a norm or half precision cannot be
     converted, or a type follows from nothing.
     """
-    passes = ir.passes.Sequential(
-        common_passes.InlinePass(),
-        common_passes.RemoveInitializersFromInputsPass(),
-        common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        common_passes.IdentityEliminationPass(),
-        InferTypesPass(),
-        WidenPass(),
-        FiniteMasksPass(),
-        GroupNormPass(),
-        FoldConstantsPass(),
-        common_passes.RemoveUnusedNodesPass(),
-        NameNodesPass(),
-    )
-    try:
-        normal = passes(model).model
-    except ir.passes.PassError as error:
-        if isinstance(error.__cause__, ModelError):
-            raise error.__cause__ from None
-        raise
-    raised = raise_opset(normal)
-    if raised is not normal:
-        # The converter writes what were attributes (axes, limits) as Constant nodes without names.
-        again = (common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0), NameNodesPass())
-        raised = ir.passes.Sequential(*again)(raised).model
-    return InferTypesPass()(raised).model
+    return run_passes(model, NORMAL_FORM).model
+
+
+_LIFT = common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)
+NORMAL_FORM: tuple[ir.passes.PassBase, ...] = (
+    common_passes.InlinePass(),
+    common_passes.RemoveInitializersFromInputsPass(),
+    _LIFT,
+    common_passes.IdentityEliminationPass(),
+    InferTypesPass(),
+    WidenPass(),
+    FiniteMasksPass(),
+    GroupNormPass(),
+    FoldConstantsPass(),
+    common_passes.RemoveUnusedNodesPass(),
+    NameNodesPass(),
+    RaiseOpsetPass(),
+    # ONNX's converter writes what were attributes (axes, limits) as Constant nodes without names.
+    _LIFT,
+    NameNodesPass(),
+    InferTypesPass(),
+)

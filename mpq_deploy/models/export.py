@@ -16,7 +16,7 @@ import onnx_ir as ir
 from mpq_deploy.calls.sampler import make_sampler
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.graph.layers import STANDARD_DOMAINS
-from mpq_deploy.graph.passes.first_token import common_first_token, precompute_first_token, projects
+from mpq_deploy.graph.passes.first_token import FirstTokenPass, common_first_token, projections
 from mpq_deploy.models.conditions import Conditions
 from mpq_deploy.models.denoiser import Denoiser, ExportReport, Network
 from mpq_deploy.models.spec import Array, DenoiserSpec
@@ -115,11 +115,13 @@ def keep_first_token_apart(model: ir.Model, spec: DenoiserSpec, conditions: Cond
     same.
     """
     tokens: dict[str, tuple[float, ...]] = {}
-    nodes: list[str] = []
+    products = 0
     for name in (item.name for item in spec.conditions if len(item.shape) == 2):
-        if any(value.name == name and any(projects(node) for node, _ in value.uses()) for value in model.graph.inputs):
+        readers = len(projections(model, name))
+        if readers:
             token = common_first_token(name, conditions.arrays[name])
-            nodes += precompute_first_token(model, name, token)
+            FirstTokenPass(name, token)(model)
+            products += readers
             tokens[name] = tuple(float(np.float32(value)) for value in token)
     if not tokens:
         raise UsageError(
@@ -127,7 +129,7 @@ def keep_first_token_apart(model: ir.Model, spec: DenoiserSpec, conditions: Cond
             "It is for the keys and values of cross-attention, as in UNet2DConditionModel; leave it quantized.",
         )
     note = (
-        f"The first token of {', '.join(tokens)} is kept apart (MixDQ): its rows of {len(nodes)} products are FP16 "
+        f"The first token of {', '.join(tokens)} is kept apart (MixDQ): its rows of {products} products are FP16 "
         "constants, for that token alone."
     )
     return spec.model_copy(update={"first_tokens": tokens}), note

@@ -21,10 +21,10 @@ import onnx_ir.passes.common as common_passes
 import torch
 
 from mpq_deploy.errors import ModelError
-from mpq_deploy.graph.constants import add_constant
 from mpq_deploy.graph.load import normalise
 from mpq_deploy.graph.passes.drop_squeezes import DropSqueezesPass
 from mpq_deploy.graph.passes.fold_constants import FoldConstantsPass
+from mpq_deploy.graph.passes.hide_near_neutral import HideNearNeutralPass
 from mpq_deploy.graph.passes.name_nodes import NameNodesPass
 from mpq_deploy.models.spec import Array, InputSpec
 from mpq_deploy.system.progress import Talk
@@ -164,38 +164,11 @@ def strip_prefix(model: ir.Model) -> None:
             value.name = name.removeprefix(PREFIX)
 
 
-# The optimizer's tolerances: a term within the first of 0 is none to it, a factor within the second of 1 neither.
-NEAR_ZERO, NEAR_ONE = 1e-8, 1e-5
-
-
-def hide_near_neutral(model: ir.Model) -> None:
-    """Give scalars that are nearly 0 or 1 the shape [1], so that the optimizer leaves their operations alone.
-
-    It takes them for 0 and 1: x / (y + 1e-15), which is 0 where both are 0, would become 0 / 0.
-    """
-    for node in list(model.graph):
-        if node.op_type not in ("Add", "Sub", "Mul", "Div"):
-            continue
-        for number, other in ((0, 1), (1, 0)):
-            value, beside = node.inputs[number], node.inputs[other]
-            constant = None if value is None else ir.convenience.get_const_tensor(value)
-            if constant is None or value is None or constant.size != 1 or len(constant.shape):
-                continue
-            scalar, rank = (
-                float(constant.numpy()),
-                None if beside is None or beside.shape is None else len(beside.shape),
-            )
-            near = 0 < abs(scalar) <= NEAR_ZERO or 0 < abs(scalar - 1) <= NEAR_ONE
-            if near and rank:
-                hidden = add_constant(model, f"{value.name}.near_neutral", constant.numpy().reshape(1))
-                node.replace_input_with(number, hidden)
-
-
 def optimized(model: ir.Model) -> ir.Model:
     """Return ``model`` after the exporter's own optimizer: shape arithmetic and casts that do nothing go."""
     import onnxscript.optimizer
 
-    hide_near_neutral(model)
+    HideNearNeutralPass()(model)
     with _quiet():
         onnxscript.optimizer.optimize_ir(model)
     return model

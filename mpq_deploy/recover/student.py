@@ -19,9 +19,9 @@ import torch
 from mpq_deploy.calibrate.scales import ActivationGrid
 from mpq_deploy.calibrate.stats import CalibrationStats
 from mpq_deploy.formats.branch_matrices import ScaledMatrix
+from mpq_deploy.graph.fp16_region import fp16_region, split_initializers
 from mpq_deploy.graph.layers import Layer, layer_graph
 from mpq_deploy.graph.load import load_model
-from mpq_deploy.graph.passes.fp16_region import fp16_region, split_initializers
 from mpq_deploy.graph.writers.prescale import NORM_AXES, factor_constants
 from mpq_deploy.graph.writers.quantize_layers import LayerRewrite, folded_activations
 from mpq_deploy.models.spec import Array, DenoiserSpec

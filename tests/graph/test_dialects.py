@@ -16,7 +16,7 @@ from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.graph.dialects import DIALECTS, dialect_named
 from mpq_deploy.graph.layers import Layer, LayerUse, layer_graph
 from mpq_deploy.graph.load import load_model, normalise
-from mpq_deploy.graph.passes.lower_opset import lower_opset
+from mpq_deploy.graph.passes.lower_opset import LowerOpsetPass
 from mpq_deploy.graph.save import save_sharing
 from mpq_deploy.graph.writers.deployed_graphs import refuse_schemes, write_quantized
 from mpq_deploy.graph.writers.quantize_layers import LayerRewrite
@@ -34,9 +34,9 @@ def test_a_lowered_graph_computes_the_same(opset: int, tmp_path: Path) -> None:
     source = awkward_graph(opset=21).model()
     source.opset_import[0].version = opset
     onnx.save(source, tmp_path / "new.onnx")
-    model, changed = lower_opset(load_model(tmp_path / "new.onnx"), 21)
-    assert changed
-    assert lower_opset(model, 21)[1] is False
+    model = load_model(tmp_path / "new.onnx")
+    assert LowerOpsetPass(21)(model).modified
+    assert not LowerOpsetPass(21)(model).modified
     save_sharing({"old.onnx": model}, tmp_path, "old.bin")
     onnx.checker.check_model(str(tmp_path / "old.onnx"))
     rng = np.random.default_rng(0)
@@ -53,9 +53,9 @@ def test_a_node_that_the_older_opset_does_not_know_is_named(tmp_path: Path) -> N
     g.op("RMSNormalization", ["x", g.random("w", 8)], "the.norm")
     g.output("the.norm_out", ["N", 8])
     model = load_model(g.save(tmp_path / "m.onnx"))
-    assert lower_opset(model, 24)[1] is False
+    assert not LowerOpsetPass(24)(model).modified
     with pytest.raises(ModelError, match=r"'the.norm' \(RMSNormalization\) has no counterpart in opset 21"):
-        lower_opset(model, 21)
+        LowerOpsetPass(21)(model)
 
 
 def test_an_attribute_that_the_older_opset_does_not_know_is_named(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_an_attribute_that_the_older_opset_does_not_know_is_named(tmp_path: Path
     g.op("Mul", ["x", wide], "y")
     g.output("y_out", ["N", 8])
     with pytest.raises(ModelError, match=r"'the.dq' \(DequantizeLinear\) has the attribute output_dtype"):
-        lower_opset(load_model(g.save(tmp_path / "m.onnx")), 21)
+        LowerOpsetPass(21)(load_model(g.save(tmp_path / "m.onnx")))
 
 
 @pytest.mark.parametrize("dialect", [name for name, one in DIALECTS.items() if one.tensorrt])

@@ -10,9 +10,9 @@ from onnx import TensorProto
 from onnx.helper import make_graph, make_model, make_node, make_opsetid, make_tensor_value_info
 from onnx.numpy_helper import from_array
 
-from mpq_deploy.graph.passes.fp16_arithmetic import fp16_arithmetic
-from mpq_deploy.graph.passes.fp16_region import fp16_region
-from mpq_deploy.graph.passes.fp16_storage import fp16_storage
+from mpq_deploy.graph.fp16_region import fp16_region
+from mpq_deploy.graph.passes.fp16_arithmetic import Fp16ArithmeticPass
+from mpq_deploy.graph.passes.fp16_storage import Fp16StoragePass
 
 
 def ratio(op: str, scalar: float, *between: str) -> ir.Model:
@@ -54,11 +54,11 @@ def test_scalars_beyond_fp16_keep_their_nodes_in_fp32(
     assert fp16_region(ratio(op, scalar, *between), "t", "x").nodes32 == kept
 
 
-@pytest.mark.parametrize("finish", [fp16_arithmetic, fp16_storage])
+@pytest.mark.parametrize("finish", [Fp16ArithmeticPass, Fp16StoragePass])
 def test_a_term_that_keeps_a_divisor_from_zero_still_does(finish: object) -> None:
     model = ratio("Add", 1e-15)
     region = fp16_region(model, "t", "x")
-    finish(model, region)  # type: ignore[operator]
+    finish(region)(model)  # type: ignore[operator]
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
     kind = np.float16 if "float16" in session.get_inputs()[0].type else np.float32
     x = np.array([[0, 0, 1, 2], [0, 3, 0, 4]], kind)
@@ -82,7 +82,7 @@ def test_operators_that_take_no_fp16_stay_in_fp32() -> None:
     model = ir.from_proto(make_model(graph, opset_imports=[make_opsetid("", 21)], ir_version=10))
     region = fp16_region(model, "t", "x")
     assert region.nodes32 == {"celu", "range"}
-    fp16_arithmetic(model, region)
+    Fp16ArithmeticPass(region)(model)
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
     x = np.array([[1, -1, 2, 0.5], [0, 3, -2, 1]], np.float16)
     feeds = {"x": x, "t": np.zeros(1, np.float32)}
@@ -115,7 +115,7 @@ def test_positions_that_are_made_of_constants_stay_in_fp32() -> None:
     model = ir.from_proto(make_model(graph, opset_imports=[make_opsetid("", 21)], ir_version=10))
     region = fp16_region(model, "t", "x")
     assert region.nodes32 == {"expand", "angles", "cos"} | ({"shape"} & region.nodes32)
-    fp16_arithmetic(model, region)
+    Fp16ArithmeticPass(region)(model)
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
     feeds = {"x": np.ones((2, 4), np.float16), "t": np.zeros(1, np.float32)}
     given = {i.name: feeds[i.name] for i in session.get_inputs()}

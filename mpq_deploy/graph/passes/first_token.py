@@ -1,16 +1,4 @@
-"""Pass: keep the first token of a text apart, whose keys and values cross-attention then has as constants (MixDQ).
-
-CLIP's first token is the same for every prompt and far larger than the others, so that it alone sets the INT8 range of
-what the keys and values are made from (Zhao et al. 2024, "MixDQ", arXiv 2405.17873: quantized apart from the
-others, its output computed beforehand). Here every MatMul that reads the text's tokens [B, T, C] itself
-
-1. multiplies tokens 1 to T - 1, which one Slice for all of them takes out: observers, scales and rounding see no other;
-2. gets row 0 of its output from a constant, token times weight: float64 here, FP16 as deployed;
-3. and Concat joins the two, by the old output's name.
-
-A second run changes nothing: nothing but the Slice reads the tokens any more. Other readers (Shape, another projection
-in front) keep the whole text.
-"""
+"""Keep the first token of a text apart, whose keys and values cross-attention then has as constants (MixDQ)."""
 
 from __future__ import annotations
 
@@ -22,6 +10,7 @@ import onnx_ir as ir
 from mpq_deploy.errors import UsageError
 from mpq_deploy.graph.constants import add_constant
 from mpq_deploy.graph.layers import STANDARD_DOMAINS
+from mpq_deploy.graph.passes.base import GraphPass, ensure
 from mpq_deploy.models.spec import Array
 
 # How far the first tokens of prompts may lie apart, as a share of their largest value (our choice): encoders run in
@@ -54,21 +43,54 @@ def token_distance(tokens: Array, token: Array) -> float:
     return float(np.abs(tokens - token).max()) / largest
 
 
-def precompute_first_token(model: ir.Model, name: str, token: Array) -> tuple[str, ...]:
-    """Rewrite ``model`` in place for the input ``name`` whose first token is ``token``; return the nodes concerned."""
-    text = next(value for value in model.graph.inputs if value.name == name)
-    readers = [node for node, index in text.uses() if index == 0 and projects(node)]
-    if not readers:
-        return ()
-    rest = _others(model, text)
-    batch = _batch(model, text)
-    for node in readers:
-        _join(model, node, rest, batch, token)
-    return tuple(node.name or "" for node in readers)
+class FirstTokenPass(GraphPass):
+    """Rewrite the projections of the input ``name`` [B, T, C], whose first token is ``token`` [C].
+
+    CLIP's first token is the same for every prompt and far larger than the others, so that it alone sets the INT8
+    range of what the keys and values are made from (Zhao et al. 2024, "MixDQ", arXiv 2405.17873: quantized apart from
+    the others, its output computed beforehand). Every MatMul that reads the text's tokens itself
+
+    1. multiplies tokens 1 to T - 1, which one Slice for all of them takes out: observers, scales and rounding see no
+       other;
+    2. gets row 0 of its output from a constant, token times weight: float64 here, FP16 as deployed;
+    3. and Concat joins the two, by the old output's name.
+    4. Other readers (Shape, another projection in front) keep the whole text.
+    """
+
+    def __init__(self, name: str, token: Array) -> None:
+        self.name, self.token = name, token
+
+    def requires(self, model: ir.Model) -> None:
+        """The token has as many channels as every projection takes."""
+        for node in projections(model, self.name):
+            rows = node.inputs[1].const_value.shape[0]  # type: ignore[union-attr]
+            if self.token.shape != (rows,):
+                raise ir.passes.PreconditionError(
+                    f"The token has shape {self.token.shape}; '{node.name}' takes {rows} channels."
+                )
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Go through the projections in graph order."""
+        readers = projections(model, self.name)
+        if readers:
+            text = next(value for value in model.graph.inputs if value.name == self.name)
+            rest, batch = _others(model, text), _batch(model, text)
+            for node in readers:
+                _join(model, node, rest, batch, self.token)
+        return ir.passes.PassResult(model, bool(readers))
+
+    def ensures(self, model: ir.Model) -> None:
+        """No projection reads the whole text."""
+        ensure(not projections(model, self.name), f"A projection reads all tokens of '{self.name}'.")
 
 
-def projects(node: ir.Node) -> bool:
-    """Whether ``node`` multiplies by a constant matrix."""
+def projections(model: ir.Model, name: str) -> list[ir.Node]:
+    """Return the nodes that multiply the input ``name`` by a constant matrix."""
+    uses = [use for value in model.graph.inputs if value.name == name for use in value.uses()]
+    return [node for node, index in uses if index == 0 and _projects(node)]
+
+
+def _projects(node: ir.Node) -> bool:
     weight = node.inputs[1] if node.op_type == "MatMul" and node.domain in STANDARD_DOMAINS else None
     return weight is not None and weight.const_value is not None and len(weight.const_value.shape) == 2
 

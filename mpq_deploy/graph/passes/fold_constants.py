@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import onnx_ir as ir
 
 from mpq_deploy.graph.constants import constant
 from mpq_deploy.graph.layers import STANDARD_DOMAINS
+from mpq_deploy.graph.passes.base import GraphPass, ensure
 from mpq_deploy.models.spec import Array
 
 Key = tuple[object, ...]
 
 
-class FoldConstantsPass(ir.passes.InPlacePass):
+class FoldConstantsPass(GraphPass):
     """Replace a shape or type operator on a weight by a weight that has that shape or type.
 
     1. The operator is Transpose, Reshape, Flatten, Unsqueeze, Squeeze, Cast or CastLike, its first input an
@@ -36,6 +37,11 @@ class FoldConstantsPass(ir.passes.InPlacePass):
             modified = True
         return ir.passes.PassResult(model, modified)
 
+    def ensures(self, model: ir.Model) -> None:
+        """Nothing folds any more."""
+        left = [name for name, value in model.graph.initializers.items() if any(_foldable(model.graph, value))]
+        ensure(not left, f"Operators on weights are left: {', '.join(left[:3])}.")
+
 
 def _fold_all(graph: ir.Graph) -> bool:
     """Fold from every weight on, once; say whether anything folded. (What is folded may be the indices of another.)"""
@@ -51,19 +57,9 @@ def _fold_all(graph: ir.Graph) -> bool:
 
 def _fold_uses(graph: ir.Graph, value: ir.Value) -> list[ir.Value]:
     """Fold the uses of one initializer that can be; return the new initializers."""
-    groups: dict[Key, list[ir.Node]] = {}
-    for node, index in value.uses():
-        key = _fold_key(graph, node, index)
-        if key is not None:
-            groups.setdefault(key, []).append(node)
-    foldable = sum(len(nodes) for nodes in groups.values())
-    sole = len(groups) == 1 and foldable == len(value.uses()) and not value.is_graph_output()
-    sole = sole and not value.is_graph_input()
     folded = []
-    for nodes in groups.values():
+    for nodes, sole in list(_foldable(graph, value)):
         op = nodes[0].op_type
-        if op == "Slice" and not sole:
-            continue
         name = value.name or op
         if not sole:
             name = _free_name(graph, f"{name}.{_SUFFIXES[op]}")
@@ -77,6 +73,21 @@ def _fold_uses(graph: ir.Graph, value: ir.Value) -> list[ir.Value]:
         graph.register_initializer(replacement)
         folded.append(replacement)
     return folded
+
+
+def _foldable(graph: ir.Graph, value: ir.Value) -> Iterator[tuple[list[ir.Node], bool]]:
+    """Yield the nodes that fold alike on one initializer, and whether nothing else needs it."""
+    groups: dict[Key, list[ir.Node]] = {}
+    for node, index in value.uses():
+        key = _fold_key(graph, node, index)
+        if key is not None:
+            groups.setdefault(key, []).append(node)
+    foldable = sum(len(nodes) for nodes in groups.values())
+    sole = len(groups) == 1 and foldable == len(value.uses())
+    sole = sole and not value.is_graph_output() and not value.is_graph_input()
+    for nodes in groups.values():
+        if sole or nodes[0].op_type != "Slice":
+            yield nodes, sole
 
 
 def _fold_key(graph: ir.Graph, node: ir.Node, index: int) -> Key | None:

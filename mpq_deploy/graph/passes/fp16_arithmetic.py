@@ -1,39 +1,80 @@
-"""Pass: turn an FP32 graph into the FP16 graph that TensorRT builds, with an FP32 island for the timestep.
-
-1. Float initializers become FP16, unless only FP32 nodes read them.
-2. Graph inputs and outputs become FP16, the timestep and other positions excepted.
-3. A Cast or ConstantOfShape that makes FP32 makes FP16.
-4. Where the FP32 island meets the rest, a Cast is inserted; graph outputs are FP16.
-"""
+"""Turn an FP32 graph into the FP16 graph that TensorRT builds, with an FP32 island for the timestep."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
 import onnx_ir as ir
 
-from mpq_deploy.graph.passes.fp16_region import Fp16Region, split_initializers, store_float16
+from mpq_deploy.graph.fp16_region import Fp16Region, split_initializers, store_float16
+from mpq_deploy.graph.passes.base import GraphPass, ensure, require_names
 
 HALF = ir.TensorType(ir.DataType.FLOAT16)
 
 
-def fp16_arithmetic(model: ir.Model, region: Fp16Region) -> tuple[ir.Model, bool]:
-    """Rewrite ``model`` in place; return it and whether anything changed."""
-    initializers = split_initializers(model, region)
-    store_float16(initializers)
-    changed = bool(initializers)
-    for value in model.graph.inputs:
-        if value.dtype == ir.DataType.FLOAT and value.name not in region.inputs32:
-            value.type = HALF
-            changed = True
-    for node in list(model.graph):
-        if node.name in region.nodes32:
-            continue
-        changed |= _halve_attributes(node)
-        for output in node.outputs:
-            if output.dtype == ir.DataType.FLOAT:
-                output.type = HALF
+class Fp16ArithmeticPass(GraphPass):
+    """Compute in FP16 outside the FP32 island of ``region``.
+
+    1. Float initializers become FP16, unless only FP32 nodes read them; one that both read is split in two.
+    2. Graph inputs and outputs become FP16, the timestep and other positions excepted.
+    3. A Cast or ConstantOfShape that makes FP32 makes FP16.
+    4. Where the FP32 island meets the rest, a Cast is inserted; graph outputs are FP16.
+    """
+
+    def __init__(self, region: Fp16Region) -> None:
+        self.region = region
+
+    def requires(self, model: ir.Model) -> None:
+        """Nodes have unique names: the region names them."""
+        require_names(model)
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Go through constants, inputs and nodes; then insert the Casts."""
+        region = self.region
+        initializers = split_initializers(model, region)
+        store_float16(initializers)
+        changed = bool(initializers)
+        for value in model.graph.inputs:
+            if value.dtype == ir.DataType.FLOAT and value.name not in region.inputs32:
+                value.type = HALF
                 changed = True
-    changed |= _insert_casts(model, region)
-    return model, changed
+        for node in list(model.graph):
+            if node.name in region.nodes32 or _is_to_island(node):
+                continue
+            changed |= _halve_attributes(node)
+            for output in node.outputs:
+                if output.dtype == ir.DataType.FLOAT:
+                    output.type = HALF
+                    changed = True
+        changed |= _insert_casts(model, region)
+        return ir.passes.PassResult(model, changed)
+
+    def ensures(self, model: ir.Model) -> None:
+        """Every float that a node reads has the type that the region gives it."""
+        left = next(_reads_other_type(model, self.region), None)
+        if left is not None:
+            node, value = left
+            ensure(False, f"The node '{node.name}' ({node.op_type}) reads '{value.name}' in {value.dtype}.")
+
+
+def _reads_other_type(model: ir.Model, region: Fp16Region) -> Iterator[tuple[ir.Node, ir.Value]]:
+    for node in model.graph:
+        # A Cast reads any type.
+        for index, value in enumerate(node.inputs if node.op_type != "Cast" else ()):
+            floating = value is not None and value.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+            if value is not None and floating and value.dtype != _wanted(region, node, index):
+                yield node, value
+
+
+def _wanted(region: Fp16Region, node: ir.Node, index: int) -> ir.DataType:
+    return ir.DataType.FLOAT16 if region.takes_fp16(node, index) else ir.DataType.FLOAT
+
+
+def _is_to_island(node: ir.Node) -> bool:
+    """Say whether ``node`` is a Cast that an earlier run inserted before the island."""
+    source = node.inputs[0] if node.op_type == "Cast" else None
+    return source is not None and node.outputs[0].name == f"{source.name}//fp32"
 
 
 def _halve_attributes(node: ir.Node) -> bool:
@@ -43,8 +84,6 @@ def _halve_attributes(node: ir.Node) -> bool:
     if node.op_type == "ConstantOfShape":
         value = node.attributes["value"].as_tensor() if "value" in node.attributes else None
         if value is None or value.dtype == ir.DataType.FLOAT:
-            import numpy as np
-
             array = np.zeros(1, np.float16) if value is None else value.numpy().astype(np.float16)
             node.attributes["value"] = ir.AttrTensor("value", ir.Tensor(array))
             return True
@@ -54,15 +93,11 @@ def _halve_attributes(node: ir.Node) -> bool:
 def _insert_casts(model: ir.Model, region: Fp16Region) -> bool:
     """Cast, once per value, every FP32 value that an FP16 node reads, and the other way round."""
     casts: dict[ir.Value, ir.Value] = {}
-    for node in list(model.graph):
-        for index, value in enumerate(node.inputs):
-            # A Cast reads any type: leave it to convert by itself.
-            if value is None or node.op_type == "Cast":
-                continue
-            wanted = ir.DataType.FLOAT16 if region.takes_fp16(node, index) else ir.DataType.FLOAT
-            if value.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16) and value.dtype != wanted:
-                if value not in casts:
-                    casts[value] = _cast(model, value, wanted)
+    for node, value in list(_reads_other_type(model, region)):
+        for index in (i for i, read in enumerate(node.inputs) if read is value):
+            wanted = _wanted(region, node, index)
+            if value.dtype != wanted:
+                casts[value] = casts.get(value) or _cast(model, value, wanted)
                 node.replace_input_with(index, casts[value])
     return bool(casts)
 

@@ -8,6 +8,7 @@ import onnx_ir as ir
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.constants import add_constant
 from mpq_deploy.graph.layers import STANDARD_DOMAINS
+from mpq_deploy.graph.passes.base import GraphPass, ensure
 from mpq_deploy.models.spec import Array
 
 # Until opset 20 GroupNormalization has one scale and bias per group, from 21 on one per channel. ONNX's own
@@ -16,7 +17,7 @@ PER_CHANNEL_OPSET = 21
 EPSILON = 1e-5
 
 
-class GroupNormPass(ir.passes.InPlacePass):
+class GroupNormPass(GraphPass):
     """Replace GroupNormalization by Reshape, InstanceNormalization, Reshape, Mul, Add (what PyTorch exports).
 
     1. The groups become channels of a [N, groups, elements] tensor that InstanceNormalization normalises.
@@ -28,27 +29,47 @@ class GroupNormPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Go through the nodes in graph order."""
         per_group = model.graph.opset_imports.get("", 0) < PER_CHANNEL_OPSET
-        nodes = [n for n in model.graph if n.op_type == "GroupNormalization" and n.domain in STANDARD_DOMAINS]
+        nodes = _group_norms(model)
         for node in nodes:
             _replace(model, node, per_group)
         return ir.passes.PassResult(model, bool(nodes))
 
+    def requires(self, model: ir.Model) -> None:
+        """The rank and channels of every norm's input are known, and its scale and bias per group are weights."""
+        per_group = model.graph.opset_imports.get("", 0) < PER_CHANNEL_OPSET
+        for node in _group_norms(model):
+            x, *weights = node.inputs
+            if x is None or x.shape is None or not isinstance(x.shape[1], int):
+                raise ModelError(
+                    f"The input of GroupNormalization '{node.name}' has no known rank and channels.",
+                    "Run ONNX shape inference on the model and save it again.",
+                )
+            if per_group and any(value is None or value.const_value is None for value in weights):
+                raise ModelError(
+                    f"GroupNormalization '{node.name}' has a scale or bias per group that is no weight.",
+                    f"Export the model with opset {PER_CHANNEL_OPSET}.",
+                )
+
+    def ensures(self, model: ir.Model) -> None:
+        """No GroupNormalization is left."""
+        ensure(not _group_norms(model), "A GroupNormalization is left.")
+
+
+def _group_norms(model: ir.Model) -> list[ir.Node]:
+    return [n for n in model.graph if n.op_type == "GroupNormalization" and n.domain in STANDARD_DOMAINS]
+
 
 def _replace(model: ir.Model, node: ir.Node, per_group: bool) -> None:
     x, scale, bias = node.inputs
-    shape = x.shape if x is not None else None
-    if shape is None or not isinstance(shape[1], int):
-        raise ModelError(
-            f"The input of GroupNormalization '{node.name}' has no known rank and channels.",
-            "Run ONNX shape inference on the model and save it again.",
-        )
-    channels, rank = shape[1], len(shape)
+    assert x is not None and x.shape is not None  # requires
+    channels, rank = x.shape[1], len(x.shape)
+    assert isinstance(channels, int)  # requires
     groups = int(node.attributes["num_groups"].value)
     attribute = node.attributes.get("epsilon")
     epsilon = EPSILON if attribute is None else float(attribute.value)
     name = node.name or "GroupNormalization"
     if per_group:
-        scale, bias = (_repeated(model, value, channels // groups, name) for value in (scale, bias))
+        scale, bias = (_repeated(model, value, channels // groups) for value in (scale, bias))
     made = _Maker(model, name)
     grouped = made.op("Reshape", x, made.constant("groups", np.array([0, groups, -1])))
     ones = made.constant("ones", np.ones(groups, np.float32))
@@ -83,13 +104,9 @@ class _Maker:
         return add_constant(self.model, f"{self.name}/{name}", array)
 
 
-def _repeated(model: ir.Model, value: ir.Value | None, times: int, node: str) -> ir.Value:
+def _repeated(model: ir.Model, value: ir.Value | None, times: int) -> ir.Value:
     """Return a per-group weight with one entry per channel; the same one when groups are channels."""
-    if value is None or value.const_value is None:
-        raise ModelError(
-            f"GroupNormalization '{node}' has a scale or bias per group that is no weight.",
-            f"Export the model with opset {PER_CHANNEL_OPSET}.",
-        )
+    assert value is not None and value.const_value is not None  # requires
     if times == 1:
         return value
     return add_constant(model, f"{value.name}.per_channel", np.repeat(value.const_value.numpy(), times))

@@ -9,11 +9,12 @@ import onnx_ir.passes.common as common_passes
 
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import STANDARD_DOMAINS
+from mpq_deploy.graph.passes.base import GraphPass
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 
 
-class InferTypesPass(ir.passes.InPlacePass):
+class InferTypesPass(GraphPass):
     """Give every value that some node reads its type, where the file declares none.
 
     1. ONNX's own inference follows the types from the inputs and weights; shapes come with them.
@@ -31,16 +32,18 @@ class InferTypesPass(ir.passes.InPlacePass):
         infer(model)
         while _type_others(model):
             infer(model)
-        left = next(_untyped(model), None)
-        if left is not None:
-            node = left.producer()
+        return ir.passes.PassResult(model, True)
+
+    def ensures(self, model: ir.Model) -> None:
+        """Every value that a node reads has a type."""
+        for value in _untyped(model):
+            node = value.producer()
             raise ModelError(
-                f"The type of '{left.name}' is not known: ONNX cannot infer what "
+                f"The type of '{value.name}' is not known: ONNX cannot infer what "
                 f"{node.op_type if node is not None else 'the model'} gives.",
                 "Check it with onnx.checker; run ONNX shape inference on it and save it again, or export it with plain "
                 "ONNX operators.",
             )
-        return ir.passes.PassResult(model, True)
 
 
 def _untyped(model: ir.Model) -> Iterator[ir.Value]:

@@ -1,11 +1,4 @@
-"""Pass: declare an older opset, where every node means the same under it.
-
-1. A model at or below the wanted opset is left alone.
-2. A node whose operator has the same schema under both opsets is left alone; so is one whose newer schema differs only
-   in what the node does not use: its attributes and its numbers of inputs and outputs fit the older schema. (Between
-   opsets 21 and 25 ONNX only added types, attributes and operators; no default changed its meaning.)
-3. Any other node is a ModelError that names it.
-"""
+"""Declare an older opset, where every node means the same under it."""
 
 from __future__ import annotations
 
@@ -14,26 +7,48 @@ import onnx_ir as ir
 
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import STANDARD_DOMAINS
+from mpq_deploy.graph.passes.base import GraphPass, ensure
 
 # Below this the meaning of unchanged attributes did change (axes became inputs): such models are not lowered.
 LOWEST = 21
 
 
-def lower_opset(model: ir.Model, opset: int) -> tuple[ir.Model, bool]:
-    """Bring ``model`` to ``opset`` in place if it declares a newer one; return it and whether anything changed."""
-    declared = model.graph.opset_imports.get("", 0)
-    wanted = max(opset, LOWEST)
-    if declared <= wanted:
-        return model, False
-    for node in ir.traversal.RecursiveGraphIterator(model.graph):
-        reason = _reason(node, wanted)
-        if reason:
-            raise ModelError(
-                f"The node '{node.name}' ({node.op_type}) {reason}, and the target reads no newer one.",
-                f"Export the model again with opset {wanted} or lower.",
-            )
-    model.graph.opset_imports[""] = wanted
-    return model, True
+class LowerOpsetPass(GraphPass):
+    """Bring a model to ``opset`` if it declares a newer one.
+
+    1. A model at or below the wanted opset is left alone.
+    2. A node whose operator has the same schema under both opsets is left alone; so is one whose newer schema differs
+       only in what the node does not use: its attributes and its numbers of inputs and outputs fit the older schema.
+       (Between opsets 21 and 25 ONNX only added types, attributes and operators; no default changed its meaning.)
+    3. Any other node is a ModelError that names it.
+    """
+
+    def __init__(self, opset: int) -> None:
+        self.opset = max(opset, LOWEST)
+
+    def requires(self, model: ir.Model) -> None:
+        """Every node has a meaning under the older opset."""
+        if model.graph.opset_imports.get("", 0) <= self.opset:
+            return
+        for node in ir.traversal.RecursiveGraphIterator(model.graph):
+            reason = _reason(node, self.opset)
+            if reason:
+                raise ModelError(
+                    f"The node '{node.name}' ({node.op_type}) {reason}, and the target reads no newer one.",
+                    f"Export the model again with opset {self.opset} or lower.",
+                )
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Declare the opset."""
+        newer = model.graph.opset_imports.get("", 0) > self.opset
+        if newer:
+            model.graph.opset_imports[""] = self.opset
+        return ir.passes.PassResult(model, newer)
+
+    def ensures(self, model: ir.Model) -> None:
+        """The opset is not above the wanted one."""
+        declared = model.graph.opset_imports.get("", 0)
+        ensure(declared <= self.opset, f"The model has opset {declared}, above {self.opset}.")
 
 
 def _reason(node: ir.Node, opset: int) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from mpq_deploy.graph.passes.base import GraphPass, ensure
 
-class NameNodesPass(ir.passes.InPlacePass):
+
+class NameNodesPass(GraphPass):
     """Name nodes without a name, and number repeated names.
 
     1. A node without a name is called after its operator.
@@ -28,3 +30,8 @@ class NameNodesPass(ir.passes.InPlacePass):
                 node.name = name
                 modified = True
         return ir.passes.PassResult(model, modified)
+
+    def ensures(self, model: ir.Model) -> None:
+        """Every node has a name of its own."""
+        names = [node.name for node in model.graph]
+        ensure(all(names) and len(set(names)) == len(names), "Two nodes have one name, or one has none.")

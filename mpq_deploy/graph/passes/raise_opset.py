@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import onnx
 import onnx_ir as ir
+from onnx import version_converter
 
 from mpq_deploy.errors import ModelError
+from mpq_deploy.graph.passes.base import GraphPass, ensure
 
 # The first opset with block-wise DequantizeLinear and INT4.
 QUANTIZED_OPSET = 21
@@ -13,48 +15,67 @@ QUANTIZED_OPSET = 21
 SMALL_BYTES = 1024
 
 
-def raise_opset(model: ir.Model, opset: int = QUANTIZED_OPSET) -> ir.Model:
-    """Return ``model`` converted to at least ``opset`` by ONNX's own converter; newer models are returned as is.
+class RaiseOpsetPass(GraphPass):
+    """Convert a model to at least ``opset`` by ONNX's own converter.
 
-    The weights do not go through the converter: they stand in as graph inputs meanwhile.
-    Raises ModelError naming the operator when the converter cannot convert it.
+    1. A model at or above the wanted opset is left alone.
+    2. The weights do not go through the converter: they stand in as graph inputs meanwhile.
+    3. What the converter cannot convert is a ModelError with its words. The model is not to be used after it.
     """
-    declared = model.graph.opset_imports.get("", 0)
-    if declared >= opset:
-        return model
-    graph = model.graph
-    for value in graph.initializers.values():
-        # Small tensors go through the converter, which knows nothing of files beside the model.
-        if isinstance(value.const_value, ir.ExternalTensor) and value.const_value.nbytes <= SMALL_BYTES:
-            value.const_value = ir.tensor(value.const_value.numpy().copy(), name=value.name)
-    weights = {
-        name: value
-        for name, value in graph.initializers.items()
-        if value.const_value is not None and value.const_value.nbytes > SMALL_BYTES
-    }
-    tensors = {name: value.const_value for name, value in weights.items()}
-    inputs = len(graph.inputs)
-    for name, value in weights.items():
-        tensor = tensors[name]
-        value.shape, value.dtype = ir.Shape(tensor.shape), tensor.dtype  # type: ignore[union-attr, arg-type]
+
+    def __init__(self, opset: int = QUANTIZED_OPSET) -> None:
+        self.opset = opset
+
+    def requires(self, model: ir.Model) -> None:
+        """Functions are inlined: the converter does not look into them."""
+        if model.functions:
+            raise ir.passes.PreconditionError("The model has functions: run InlinePass before.")
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Convert the graph without its weights, and give it its weights back."""
+        declared = model.graph.opset_imports.get("", 0)
+        if declared >= self.opset:
+            return ir.passes.PassResult(model, False)
+        inputs = len(model.graph.inputs)
+        tensors = _take_weights(model.graph)
+        proto = ir.to_proto(model)
+        converted: ir.Model = ir.from_proto(_converted(proto, declared, self.opset))
+        stand_ins = {value.name: value for value in converted.graph.inputs}
+        del converted.graph.inputs[inputs:]
+        for name, tensor in tensors.items():
+            value = stand_ins[name]
+            value.const_value = tensor
+            converted.graph.register_initializer(value)
+        model.graph, model.ir_version = converted.graph, converted.ir_version
+        return ir.passes.PassResult(model, True)
+
+    def ensures(self, model: ir.Model) -> None:
+        """The opset is not below the wanted one."""
+        declared = model.graph.opset_imports.get("", 0)
+        ensure(declared >= self.opset, f"The model has opset {declared}, below {self.opset}.")
+
+
+def _take_weights(graph: ir.Graph) -> dict[str, ir.TensorProtocol]:
+    """Make the weights of ``graph`` inputs, behind its own; return their tensors by name."""
+    weights: dict[str, ir.TensorProtocol] = {}
+    for name, value in list(graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is None:
+            continue
+        if tensor.nbytes <= SMALL_BYTES:
+            # Small tensors go through the converter, which knows nothing of files beside the model.
+            if isinstance(tensor, ir.ExternalTensor):
+                value.const_value = ir.tensor(tensor.numpy().copy(), name=name)
+            continue
+        weights[name] = tensor
+        value.shape, value.dtype = ir.Shape(tensor.shape), tensor.dtype  # type: ignore[arg-type]
         del graph.initializers[name]
         value.const_value = None
         graph.inputs.append(value)
-    proto = ir.to_proto(model)
-    del graph.inputs[inputs:]
-    converted: ir.Model = ir.from_proto(_converted(proto, declared, opset))
-    stand_ins = {value.name: value for value in converted.graph.inputs}
-    del converted.graph.inputs[inputs:]
-    for name, tensor in tensors.items():
-        value = stand_ins[name]
-        value.const_value = tensor
-        converted.graph.register_initializer(value)
-    return converted
+    return weights
 
 
 def _converted(proto: onnx.ModelProto, declared: int, opset: int) -> onnx.ModelProto:
-    from onnx import version_converter
-
     try:
         return version_converter.convert_version(proto, opset)
     except (RuntimeError, version_converter.ConvertError) as error:

@@ -7,6 +7,7 @@ import onnx_ir as ir
 
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import STANDARD_DOMAINS
+from mpq_deploy.graph.passes.base import GraphPass, ensure
 
 HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 OTHERS = (*HALVES, ir.DataType.DOUBLE)
@@ -14,7 +15,7 @@ OTHERS = (*HALVES, ir.DataType.DOUBLE)
 TYPE_ATTRIBUTES = ("to", "dtype", "output_dtype", "stash_type")
 
 
-class WidenPass(ir.passes.InPlacePass):
+class WidenPass(GraphPass):
     """Replace FLOAT16, BFLOAT16 and DOUBLE by FLOAT everywhere in a graph without control flow.
 
     1. Weights are converted; inputs, outputs and intermediate values are declared FLOAT.
@@ -22,6 +23,16 @@ class WidenPass(ir.passes.InPlacePass):
     3. A Cast that no longer changes anything is removed, unless it gives a graph output.
     4. A model with such types and subgraphs (If, Loop) is refused with a ModelError.
     """
+
+    def requires(self, model: ir.Model) -> None:
+        """The model has no control flow, where there is something to widen."""
+        for node in model.graph if _uses(model, OTHERS) else ():
+            if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
+                raise ModelError(
+                    f"The model is in half or double precision and has control flow (node '{node.name}', "
+                    f"{node.op_type}).",
+                    "Export it in FP32.",
+                )
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Widen weights, values and attributes."""
@@ -41,6 +52,10 @@ class WidenPass(ir.passes.InPlacePass):
             _declare_float(value)
         _remove_idle_casts(model.graph)
         return ir.passes.PassResult(model, True)
+
+    def ensures(self, model: ir.Model) -> None:
+        """No weight, input, output or attribute names another float type."""
+        ensure(not _uses(model, OTHERS), "Half or double precision is left.")
 
 
 def uses_halves(model: ir.Model) -> bool:
@@ -63,11 +78,6 @@ def _names(attribute: ir.Attr, kinds: tuple[ir.DataType, ...]) -> bool:
 
 
 def _widen_attribute(node: ir.Node, attribute: ir.Attr) -> None:
-    if attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
-        raise ModelError(
-            f"The model is in half or double precision and has control flow (node '{node.name}', {node.op_type}).",
-            "Export it in FP32.",
-        )
     if not _names(attribute, OTHERS):
         return
     if attribute.type == ir.AttributeType.INT:

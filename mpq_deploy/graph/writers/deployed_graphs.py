@@ -17,11 +17,11 @@ from mpq_deploy.errors import ModelError
 from mpq_deploy.formats.scheme import INT4
 from mpq_deploy.formats.sizes import int4_shape
 from mpq_deploy.graph.dialects import Dialect
+from mpq_deploy.graph.fp16_region import fp16_region
 from mpq_deploy.graph.load import load_model
-from mpq_deploy.graph.passes.fp16_arithmetic import fp16_arithmetic
-from mpq_deploy.graph.passes.fp16_region import Fp16Region, fp16_region
-from mpq_deploy.graph.passes.fp16_storage import fp16_storage
-from mpq_deploy.graph.passes.lower_opset import lower_opset
+from mpq_deploy.graph.passes.fp16_arithmetic import Fp16ArithmeticPass
+from mpq_deploy.graph.passes.fp16_storage import Fp16StoragePass
+from mpq_deploy.graph.passes.lower_opset import LowerOpsetPass
 from mpq_deploy.graph.save import save_sharing
 from mpq_deploy.graph.writers.quantize_layers import LayerRewrite, quantize_layers
 from mpq_deploy.graph.writers.simulated_nodes import nominal_bytes
@@ -54,15 +54,15 @@ def write_quantized(
         refuse_schemes(rewrites, dialect)
     learned = {name: ir.tensor(array, name=name) for name, array in (constants or {}).items()}
     models = {}
-    for name, finish in ((DEPLOYED, fp16_arithmetic), (SIMULATED, fp16_storage)):
+    for name, finish in ((DEPLOYED, Fp16ArithmeticPass), (SIMULATED, Fp16StoragePass)):
         model = load_model(exported)
         for constant, tensor in learned.items():
             model.graph.initializers[constant].const_value = tensor
         region = fp16_region(model, timestep, sample)
         quantize_layers(model, list(rewrites), scales)
-        finish(model, region)
+        finish(region)(model)
         if dialect is not None:
-            lower_opset(model, dialect.opsets[1])
+            LowerOpsetPass(dialect.opsets[1])(model)
         models[name] = model
     save_sharing(models, folder, WEIGHTS)
     return nominal_bytes(folder / DEPLOYED, [rewrite.layer for rewrite in rewrites])
@@ -88,6 +88,5 @@ def refuse_schemes(rewrites: Sequence[LayerRewrite], dialect: Dialect) -> None:
 
 def fp16_bytes(model: ir.Model, timestep: str, sample: str) -> int:
     """Bytes of all constants of ``model`` when deployed in FP16 without quantization; rewrites ``model``."""
-    region: Fp16Region = fp16_region(model, timestep, sample)
-    fp16_arithmetic(model, region)
+    Fp16ArithmeticPass(fp16_region(model, timestep, sample))(model)
     return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)

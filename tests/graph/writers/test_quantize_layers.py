@@ -20,10 +20,10 @@ from mpq_deploy.formats.candidates import (
 )
 from mpq_deploy.formats.scheme import SCHEMES, Scheme
 from mpq_deploy.formats.sizes import ACTIVATION_SCALE_BYTES, FP16_BYTES, block_size, weight_bytes
+from mpq_deploy.graph.fp16_region import fp16_region
 from mpq_deploy.graph.layers import Layer, LayerGraph, layer_graph
-from mpq_deploy.graph.passes.fp16_arithmetic import fp16_arithmetic
-from mpq_deploy.graph.passes.fp16_region import fp16_region
-from mpq_deploy.graph.passes.fp16_storage import fp16_storage
+from mpq_deploy.graph.passes.fp16_arithmetic import Fp16ArithmeticPass
+from mpq_deploy.graph.passes.fp16_storage import Fp16StoragePass
 from mpq_deploy.graph.save import constant_bytes
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED, fp16_bytes, write_quantized
 from mpq_deploy.graph.writers.quantize_layers import LayerRewrite, quantize_layers, weight_array
@@ -179,7 +179,7 @@ def test_the_fp16_graph_computes_like_its_fp32_twin(model: Path, tmp_path: Path)
 def test_the_timestep_stays_in_fp32_up_to_the_first_layer(model: Path) -> None:
     loaded = ir.load(model)
     region = fp16_region(loaded, "timestep", "sample")
-    fp16_arithmetic(loaded, region)
+    Fp16ArithmeticPass(region)(loaded)
     types = {node.name: node.outputs[0].dtype for node in loaded.graph}
     assert {types[f"time/{name}"] for name in ("unsqueeze", "angle", "sin", "cos", "concat")} == {ir.DataType.FLOAT}
     assert types["time.linear_1"] == ir.DataType.FLOAT16
@@ -187,13 +187,13 @@ def test_the_timestep_stays_in_fp32_up_to_the_first_layer(model: Path) -> None:
     assert loaded.graph.initializers["scales"].dtype == ir.DataType.FLOAT  # Resize takes its scales in FP32
 
 
-@pytest.mark.parametrize("run_pass", [fp16_arithmetic, fp16_storage])
+@pytest.mark.parametrize("run_pass", [Fp16ArithmeticPass, Fp16StoragePass])
 def test_a_second_run_of_a_pass_changes_nothing(model: Path, run_pass) -> None:  # type: ignore[no-untyped-def]
     loaded = ir.load(model)
     region = fp16_region(loaded, "timestep", "sample")
-    _, first = run_pass(loaded, region)
+    first = run_pass(region)(loaded).modified
     nodes = [node.name for node in loaded.graph]
-    _, second = run_pass(loaded, region)
+    second = run_pass(region)(loaded).modified
     assert first and not second
     assert nodes == [node.name for node in loaded.graph]
 
@@ -277,6 +277,6 @@ def test_masks_survive_fp16_and_infinities_stay(tmp_path: Path) -> None:
     g.nodes.append(onnx.helper.make_node("Add", ["sample", mask], ["out_sample"], name="add"))
     g.output("out_sample", ["N", 3, 8, 8])
     loaded = ir.load(g.save(tmp_path / "model.onnx"))
-    fp16_arithmetic(loaded, fp16_region(loaded, "timestep", "sample"))
+    Fp16ArithmeticPass(fp16_region(loaded, "timestep", "sample"))(loaded)
     half = loaded.graph.initializers["mask"].const_value.numpy()
     assert half[0] == -65504 and np.isneginf(half[1])

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -138,20 +139,20 @@ def split_initializers(model: ir.Model, region: Fp16Region) -> list[ir.Value]:
 
     One that feeds both FP16 nodes and FP32 slots is split in two: the FP32 readers get a copy named ``...//fp32``.
     """
-    chosen = []
-    for value in list(model.graph.initializers.values()):
-        if value.dtype != ir.DataType.FLOAT:
-            continue
-        uses = list(value.uses())
-        in32 = [(node, index) for node, index in uses if not region.takes_fp16(node, index)]
-        if len(in32) < len(uses):
-            chosen.append(value)
-            if in32:
-                assert value.const_value is not None
-                copy = add_constant(model, f"{value.name}//fp32", value.const_value)
-                for node, index in in32:
-                    node.replace_input_with(index, copy)
+    chosen = [value for value in model.graph.initializers.values() if is_stored_half(value, region)]
+    for value in chosen:
+        in32 = [(node, index) for node, index in value.uses() if not region.takes_fp16(node, index)]
+        if in32:
+            assert value.const_value is not None
+            copy = add_constant(model, f"{value.name}//fp32", value.const_value)
+            for node, index in in32:
+                node.replace_input_with(index, copy)
     return chosen
+
+
+def is_stored_half(value: ir.Value, region: Fp16Region) -> bool:
+    """Say whether ``value``, an FP32 constant, is to be stored in FP16: an FP16 node reads it."""
+    return value.dtype == ir.DataType.FLOAT and any(region.takes_fp16(node, index) for node, index in value.uses())
 
 
 def store_float16(values: list[ir.Value]) -> None:
@@ -168,7 +169,6 @@ def store_float16(values: list[ir.Value]) -> None:
 
 def to_float16(tensor: ir.TensorProtocol, name: str) -> ir.LazyTensor:
     """Return ``tensor`` in FP16, converted when it is written; finite values too large become the largest."""
-    import numpy as np
 
     def convert() -> ir.Tensor[Any]:
         array = np.asarray(tensor.numpy(), np.float32)

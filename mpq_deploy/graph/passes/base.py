@@ -1,0 +1,48 @@
+"""What all passes share: onnx_ir's infrastructure, with refusals that reach the user as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import onnx_ir as ir
+
+from mpq_deploy.errors import ModelError
+
+
+class GraphPass(ir.passes.InPlacePass):
+    """A pass that rewrites a model in place: ``call`` returns (model, modified), and a second run changes nothing.
+
+    ``requires`` raises ModelError for what a user's model may have and the pass does not take, and PreconditionError
+    for what our own code should have done before. ``ensures`` raises PostconditionError when the pass left something.
+    """
+
+    def __call__(self, model_or_result: ir.Model | ir.passes.PassResult, /) -> ir.passes.PassResult:
+        """Check, rewrite, check. A ModelError is not wrapped into an error of the infrastructure."""
+        try:
+            return super().__call__(model_or_result)
+        except ir.passes.InvariantError as error:
+            if isinstance(error.__cause__, ModelError):
+                raise error.__cause__ from None
+            raise
+
+
+def run_passes(model: ir.Model, passes: Iterable[ir.passes.PassBase]) -> ir.passes.PassResult:
+    """Run ``passes`` one after the other; modified is whether any of them changed something."""
+    modified = False
+    for one in passes:
+        result = one(model)
+        model, modified = result.model, modified or result.modified
+    return ir.passes.PassResult(model, modified)
+
+
+def ensure(holds: bool, otherwise: str) -> None:
+    """Raise PostconditionError with ``otherwise`` unless it ``holds``."""
+    if not holds:
+        raise ir.passes.PostconditionError(otherwise)
+
+
+def require_names(model: ir.Model) -> None:
+    """Raise PreconditionError unless every node has a name of its own."""
+    names = [node.name for node in model.graph]
+    if not all(names) or len(set(names)) < len(names):
+        raise ir.passes.PreconditionError("Two nodes have one name, or one has none: run NameNodesPass before.")
