@@ -301,5 +301,5 @@ def read_results(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} is no results.json: {error!r}.", hint) from error
     if found_format != RESULTS_FORMAT or not complete:
-        raise UsageError(f"{path} is no results.json of format {RESULTS_FORMAT} (found_format {found_format!r}).", hint)
+        raise UsageError(f"{path} is no results.json of format {RESULTS_FORMAT} (found {found_format!r}).", hint)
     return dict(values)

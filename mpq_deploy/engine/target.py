@@ -265,7 +265,7 @@ def _one_line(error: Any) -> str:
         return f"{place}: there is no such field. {nearest(str(error['loc'][-1]), known)}".strip()
     message = str(error["msg"]).removeprefix("Value error, ")
     value = error["input"]
-    shown = f" (value {value!r})" if isinstance(value, (str, int, float, bool)) else ""
+    shown = f" (found {value!r})" if isinstance(value, (str, int, float, bool)) else ""
     return f"{place}: {message}{shown}" if place else message
 
 
