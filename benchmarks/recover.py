@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from mpq_deploy.recover.training_trajectories import TrajectoryRecorder
 from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.run.view import Run
 from mpq_deploy.stages.evaluate import evaluate_variants
-from mpq_deploy.stages.recover import recover_options, recover_task
+from mpq_deploy.stages.recover import recover_task
 from mpq_deploy.system.progress import PlainTalk
 
 # Settings that differ from the recipe's. "base" is EfficientDM's training as its code has it: adapters and scales at
@@ -71,7 +71,7 @@ def train_and_evaluate(run: Run, part: str, seed: int, folder: Path) -> Row:
     """Train the plan of an open run as ``part`` says, and evaluate what is written."""
     plan = run.plan
     task = recover_task(run, plan.schemes)
-    options = replace(recover_options(run), seed=seed, **PARTS[part])
+    options = run.recipe.recover.replace(seed=seed, **PARTS[part])
     steps, sampler = run.recipe.calibrate.steps, run.recipe.evaluate.sampler
     recorder = TrajectoryRecorder(task.model, task.spec, task.conditions, steps, sampler)
     started, cpu = time.monotonic(), time.process_time()

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from mpq_deploy.recover.recover import recover, write_recovered
 from mpq_deploy.recover.training_trajectories import TrajectoryRecorder
 from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.run.view import Run
-from mpq_deploy.stages.recover import recover_options, recover_task
+from mpq_deploy.stages.recover import recover_task
 from mpq_deploy.system.progress import PlainTalk
 
 EPS = {"eps": 1.0}
@@ -118,7 +118,7 @@ class LowBits:
         run, plan = self.run, self.plan(name, part)
         recipe = run.recipe
         task = recover_task(run, plan.schemes)
-        options = replace(recover_options(run), steps=steps, seed=seed, **part.settings)
+        options = run.recipe.recover.replace(steps=steps, seed=seed, **part.settings)
         args = (task.model, task.spec, task.conditions, recipe.calibrate.steps, recipe.evaluate.sampler)
         cpu = time.process_time()
         with tempfile.TemporaryDirectory(dir=run.scratch()) as scratch:

@@ -25,7 +25,7 @@ from table import Page, bench_recipe, markdown, verdict
 from mpq_deploy.recover.recover import expected_memory, recover
 from mpq_deploy.recover.training_trajectories import TrajectoryRecorder
 from mpq_deploy.run.pipeline import open_pipeline
-from mpq_deploy.stages.recover import recover_options, recover_task
+from mpq_deploy.stages.recover import recover_task
 from mpq_deploy.system.progress import PlainTalk
 
 CASES: dict[str, dict[str, int]] = {
@@ -61,7 +61,7 @@ def child(recipe_text: str, run: Path) -> None:
     recipe = bench_recipe(None, [], json.loads(recipe_text))
     with open_pipeline(recipe, run, PlainTalk()) as pipeline, tempfile.TemporaryDirectory() as folder:
         plan = pipeline.run.plan
-        task, options = recover_task(pipeline.run, plan.schemes), recover_options(pipeline.run)
+        task, options = recover_task(pipeline.run, plan.schemes), pipeline.recipe.recover
         steps, sampler = recipe.calibrate.steps, recipe.evaluate.sampler
         recorder = TrajectoryRecorder(task.model, task.spec, task.conditions, steps, sampler)
         estimate = expected_memory(task, options, recorder.calls, pipeline.run.talk)

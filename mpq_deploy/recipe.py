@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -20,6 +20,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from mpq_deploy.errors import UsageError, nearest
 from mpq_deploy.formats.scheme import schemes_named
 
+Estimator = Literal["biased", "debiased"]
+Aggregation = Literal["mean", "exponential"]
+Reach = Literal["layer", "later"]
+Bits = Literal["nominal", "deployed"]
+SamplerKind = Literal["auto", "ddim", "folder"]
 Loss = Literal["output", "eps", "v", "sample", "relation", "memory"]
 # Losses of recovery: see ``recover.losses``.
 LOSSES: tuple[Loss, ...] = get_args(Loss)
@@ -31,10 +36,17 @@ SIMULATED_DEFAULT = ("fp16", *(f"w{bits}a{a}-sim" for bits in (2, 3, 4, 5, 6, 8)
 COLUMNS = 100
 
 
+AnySection = TypeVar("AnySection", bound="Section")
+
+
 class Section(BaseModel):
     """A part of the recipe: unknown keys are errors, values are frozen."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def replace(self: AnySection, **values: Any) -> AnySection:
+        """Return the section with other ``values``, validated."""
+        return type(self)(**{**dict(self), **values})
 
 
 class CalibrateSettings(Section):
@@ -52,14 +64,19 @@ class CalibrateSettings(Section):
 
 
 class OrmSettings(Section):
-    """Orthogonality (MPQ-Diff): settings of measure.method orm and of its controls."""
+    """Orthogonality (MPQ-Diff): settings of measure.method orm and of its controls.
+
+    ``beta``: gamma is in [0, 1], after division by L - 1. ``eta``: growth of the timesteps' weights over the whole
+    denoising trajectory. ``bits`` that the objective counts: 4, 8 and 16, or with scales, so that finer blocks count
+    as more. ``activation_budget`` is over the activations that have the choice.
+    """
 
     beta: float = Field(1.0, ge=0, allow_inf_nan=False, description="theta = exp(-beta gamma)")
-    estimator: Literal["biased", "debiased"] = Field("biased", description="of linear CKA between layer outputs")
-    aggregation: Literal["mean", "exponential"] = Field("mean", description="of theta over timesteps")
+    estimator: Estimator = Field("biased", description="of linear CKA between layer outputs")
+    aggregation: Aggregation = Field("mean", description="of theta over timesteps")
     eta: float = Field(1.0, allow_inf_nan=False, description="growth rate of the exponential weights")
-    importance: Literal["layer", "later"] = Field("layer", description="later: mean over a layer and all later ones")
-    bits: Literal["nominal", "deployed"] = Field("nominal", description="deployed: scales count as bits")
+    importance: Reach = Field("layer", description="later: mean over a layer and all later ones")
+    bits: Bits = Field("nominal", description="deployed: scales count as bits")
     activation_bits: Literal["int8", "programme", "fp16"] = Field(
         "int8", description="of layers that may have INT8 activations; programme: chosen by a second program"
     )
@@ -211,7 +228,7 @@ class EvaluateSettings(Section):
     calls: int = Field(8, ge=1, description="images measured at each timestep, in turn; each at least once")
     batch_size: int = Field(16, ge=1, description="samples per call")
     seed: int = Field(1234, description="seed of the initial noise; not calibration's")
-    sampler: Literal["auto", "ddim", "folder"] = Field(
+    sampler: SamplerKind = Field(
         "auto", description="auto: built-in DDIM for DDIM and DDPM, else the folder's own class"
     )
     controls: bool = Field(True, description="also evaluate everything-INT8 and everything-INT4")

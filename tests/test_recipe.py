@@ -92,6 +92,7 @@ def test_a_recipe_survives_its_own_yaml() -> None:
         ("calibrate.timesteps", "many", "found 'many'"),
         ("measure.method", "guess", "probe"),
         ("recover.losses", {"output": 0}, "weight above 0"),
+        ("recover.losses", {"relations": 1}, "'relation' or 'memory' (found 'relations')"),
     ],
 )
 def test_a_mistake_is_named_with_what_was_found(key: str, value: object, words: str) -> None:

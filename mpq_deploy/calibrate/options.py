@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mpq_deploy.calls.sampler import SamplerKind
 from mpq_deploy.errors import UsageError
+from mpq_deploy.recipe import SamplerKind
 
 SCALE_METHODS = ("mse", "percentile", "absmax")
 

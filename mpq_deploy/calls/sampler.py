@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from mpq_deploy.calls.ddim import DdimSampler
 from mpq_deploy.errors import UsageError
 from mpq_deploy.models.spec import Array
+from mpq_deploy.recipe import SamplerKind
 
-SamplerKind = Literal["auto", "ddim", "folder"]
 # Classes whose models the built-in DDIM samples by default: the same betas, the same predictions.
 BUILT_IN_CLASSES = ("DDIMScheduler", "DDPMScheduler")
 # The "scheduler" of a component without timesteps: its output is the result.

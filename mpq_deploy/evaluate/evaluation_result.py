@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mpq_deploy.calls.sampler import SamplerKind
 from mpq_deploy.errors import UsageError
 from mpq_deploy.evaluate.cache import npz_bytes, write_aside
 from mpq_deploy.models.spec import Array
+from mpq_deploy.recipe import SamplerKind
 from mpq_deploy.system.files import sealed_json, unsealed
 
 IDENTICAL = "identical to the float model's, so the PSNR is infinite"

@@ -14,9 +14,10 @@ import numpy as np
 
 from mpq_deploy.calibrate.options import CalibrationOptions
 from mpq_deploy.calibrate.stats import CalibrationSet
-from mpq_deploy.calls.sampler import SamplerKind, make_sampler
+from mpq_deploy.calls.sampler import make_sampler
 from mpq_deploy.calls.trajectories import record_trajectories
 from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.recipe import SamplerKind
 from mpq_deploy.runtime.ort import OrtDenoiser
 from mpq_deploy.system.progress import Talk
 

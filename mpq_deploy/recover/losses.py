@@ -20,8 +20,8 @@ from torch.nn import functional
 from mpq_deploy.calls.betas import alphas_cumprod
 from mpq_deploy.errors import UsageError
 from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.recipe import RecoverSettings
 from mpq_deploy.recover.batches import Batch
-from mpq_deploy.recover.options import RecoverOptions
 from mpq_deploy.recover.pixel_memory import PixelMemory
 from mpq_deploy.recover.student import Student
 
@@ -83,7 +83,7 @@ class LossTerms:
     ``energy`` [K]: mean squared norm of the float output at each timestep.
     """
 
-    def __init__(self, spec: DenoiserSpec, options: RecoverOptions, energy: Array, elements: int) -> None:
+    def __init__(self, spec: DenoiserSpec, options: RecoverSettings, energy: Array, elements: int) -> None:
         self._weights = {name: weight for name, weight in options.losses.items() if weight > 0}
         self._options, self._spec = options, spec
         self._energy, self._elements = np.maximum(energy, np.finfo(np.float64).tiny), elements

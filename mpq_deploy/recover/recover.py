@@ -22,6 +22,7 @@ from mpq_deploy.graph.dialects import Dialect
 from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED, write_quantized
 from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.recipe import RecoverSettings
 from mpq_deploy.recover.checkpoint import restore_checkpoint, save_checkpoint
 from mpq_deploy.recover.estimate import (
     FLOAT32_BYTES,
@@ -30,9 +31,8 @@ from mpq_deploy.recover.estimate import (
     refuse_too_large,
 )
 from mpq_deploy.recover.initialization import initialize_from_error
-from mpq_deploy.recover.options import RecoverOptions
 from mpq_deploy.recover.recovery_result import Recovery
-from mpq_deploy.recover.student import Student, StudentOptions
+from mpq_deploy.recover.student import Student
 from mpq_deploy.recover.train import INITIAL_ROUND, Progress, Trainer
 from mpq_deploy.recover.trained_weights import StartingWeight
 from mpq_deploy.recover.training_trajectories import Trajectories, TrajectoryRecorder
@@ -72,7 +72,7 @@ class Recovered:
 
 
 def recover(
-    task: RecoverTask, options: RecoverOptions, recorder: TrajectoryRecorder, talk: Talk, checkpoint: Path, key: str
+    task: RecoverTask, options: RecoverSettings, recorder: TrajectoryRecorder, talk: Talk, checkpoint: Path, key: str
 ) -> Recovered:
     """Train and return the student in its best state, with what was measured.
 
@@ -80,13 +80,7 @@ def recover(
     there; removed at the end by whoever keeps the result. Raises UsageError where memory will not do.
     """
     check_memory(task, options, recorder.calls, talk)
-    student = Student(
-        task.model,
-        task.spec,
-        task.starts,
-        task.stats,
-        StudentOptions(options.rank, options.margin, options.seed, options.segments),
-    )
+    student = Student(task.model, task.spec, task.starts, task.stats, options)
     _place(student, options)
     starts: dict[str, int] | None = None
     trainer = Trainer(student, recorder, task.spec, task.conditions, options, talk)
@@ -146,7 +140,7 @@ def measured_error(graph: Path, task: RecoverTask, held_out: Trajectories) -> fl
     return float(np.mean(errors))
 
 
-def _place(student: Student, options: RecoverOptions) -> None:
+def _place(student: Student, options: RecoverSettings) -> None:
     """Move to a GPU where there is one; bfloat16 there by itself, elsewhere on demand."""
     cuda = torch.cuda.is_available()
     if cuda:
@@ -155,7 +149,7 @@ def _place(student: Student, options: RecoverOptions) -> None:
     student.training_type = torch.bfloat16 if half else torch.float32
 
 
-def expected_memory(task: RecoverTask, options: RecoverOptions, steps: int, talk: Talk) -> MemoryEstimate:
+def expected_memory(task: RecoverTask, options: RecoverSettings, steps: int, talk: Talk) -> MemoryEstimate:
     """Estimate what training takes of memory, from the layers' shapes and one call of the float model.
 
     ``steps``: calls of a trajectory, or twice as many with guidance.
@@ -173,7 +167,7 @@ def expected_memory(task: RecoverTask, options: RecoverOptions, steps: int, talk
     )
 
 
-def check_memory(task: RecoverTask, options: RecoverOptions, steps: int, talk: Talk) -> None:
+def check_memory(task: RecoverTask, options: RecoverSettings, steps: int, talk: Talk) -> None:
     """Refuse training that will not fit into the memory that is free. Raises UsageError."""
     estimate = expected_memory(task, options, steps, talk)
     if torch.cuda.is_available():
@@ -192,7 +186,7 @@ def _some_calls(student: Student, trainer: Trainer, pool: Trajectories) -> list[
 
 
 def _recovery(
-    progress: Progress, options: RecoverOptions, held_out: Trajectories, starts: dict[str, int] | None
+    progress: Progress, options: RecoverSettings, held_out: Trajectories, starts: dict[str, int] | None
 ) -> Recovery:
     return Recovery(
         steps=options.steps,

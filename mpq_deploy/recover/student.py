@@ -7,7 +7,6 @@ The float model, the teacher, is the same graph without the rewiring.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from mpq_deploy.graph.writers.prescale import NORM_AXES, factor_constants
 from mpq_deploy.graph.writers.quantize_layers import LayerRewrite, folded_activations
 from mpq_deploy.models.spec import Array, DenoiserSpec
 from mpq_deploy.onnx_torch.torch_graph import TorchGraph
+from mpq_deploy.recipe import RecoverSettings
 from mpq_deploy.recover.torch_quantizers import ActivationScale, halved
 from mpq_deploy.recover.trained_weights import LayerWeight, ScaledWeight, StartingWeight, layer_weight
 
@@ -35,21 +35,12 @@ AFFINE = ("Add", "Mul", *NORM_AXES)
 KINDS = ("adapters", "weight_scales", "activation_scales", "constants", "factors")
 
 
-@dataclass(frozen=True)
-class StudentOptions:
-    """``rank`` of the adapters, at most; ``margin`` of the latent weights (see ``Grid``); ``seed`` of the adapters.
-
-    ``segments``: stretches of the graph that are computed again in the backward pass instead of held; 1: none.
-    """
-
-    rank: int = 32
-    margin: float = 0.499
-    seed: int = 0
-    segments: int = 1
-
-
 class Student(torch.nn.Module):  # type: ignore[misc]
-    """A plan's model whose codes, scales and FP16 constants are functions of parameters."""
+    """A plan's model whose codes, scales and FP16 constants are functions of parameters.
+
+    Of ``options``: ``rank`` and ``seed`` of the adapters, ``margin`` of the latent weights (see ``Grid``), ``segments``
+    of the graph that are computed again in the backward pass.
+    """
 
     def __init__(
         self,
@@ -57,7 +48,7 @@ class Student(torch.nn.Module):  # type: ignore[misc]
         spec: DenoiserSpec,
         starts: Sequence[StartingWeight],
         stats: CalibrationStats,
-        options: StudentOptions,
+        options: RecoverSettings,
     ) -> None:
         super().__init__()
         model = load_model(exported)

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.recipe import RecoverSettings
 from mpq_deploy.recover.batches import Batch, Batches
 from mpq_deploy.recover.losses import LossTerms
-from mpq_deploy.recover.options import RecoverOptions
 from mpq_deploy.recover.recovery_result import CurvePoint
 from mpq_deploy.recover.student import Student
 from mpq_deploy.recover.training_timesteps import draw_weights, timestep_shares
@@ -60,7 +60,7 @@ class Trainer:
         recorder: TrajectoryRecorder,
         spec: DenoiserSpec,
         conditions: dict[str, Array],
-        options: RecoverOptions,
+        options: RecoverSettings,
         talk: Talk,
     ) -> None:
         self.student, self.options, self.talk = student, options, talk
@@ -174,7 +174,7 @@ class Trainer:
         )
 
 
-def _optimizer(student: Student, options: RecoverOptions) -> torch.optim.AdamW:
+def _optimizer(student: Student, options: RecoverSettings) -> torch.optim.AdamW:
     rates = {
         "adapters": options.adapter_rate / 2500,
         "weight_scales": options.scale_rate,
@@ -201,7 +201,7 @@ def error_factor(error: float) -> float:
     return math.sqrt(min(max(error, SMALLEST_ERROR) / REFERENCE_ERROR, 1.0))
 
 
-def _schedule(step: int, options: RecoverOptions) -> float:
+def _schedule(step: int, options: RecoverSettings) -> float:
     """Return the factor of all learning rates: a linear warm-up, then half a cosine to zero."""
     warm = min(1.0, (step + 1) / max(options.warmup, 1))
     return warm * 0.5 * (1 + math.cos(math.pi * step / options.steps))

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from mpq_deploy.calls.loop import denoise, first_samples
-from mpq_deploy.calls.sampler import SamplerKind, make_sampler
+from mpq_deploy.calls.sampler import make_sampler
 from mpq_deploy.calls.trajectories import cycled_rows
 from mpq_deploy.errors import UsageError
 from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.recipe import SamplerKind
 from mpq_deploy.runtime.ort import OrtDenoiser
 
 

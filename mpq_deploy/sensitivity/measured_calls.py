@@ -12,7 +12,7 @@ from mpq_deploy.calls.feeds import feed_rows
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.models.spec import Array, DenoiserSpec
-from mpq_deploy.sensitivity.orthogonality import OrmOptions
+from mpq_deploy.recipe import OrmSettings
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class MeasureOptions:
     memory_bytes: int = 1 << 30
     noise: float = 0.05
     gain_samples: int = 4
-    orm: OrmOptions = field(default_factory=OrmOptions)
+    orm: OrmSettings = field(default_factory=OrmSettings)
     shares: tuple[float, ...] | None = None
     rotate: bool = False
 

@@ -27,6 +27,7 @@ from mpq_deploy.formats.scheme import Scheme
 from mpq_deploy.formats.sizes import input_channels, outlier_columns, promoted_rows, weight_bytes
 from mpq_deploy.graph.layers import Layer, LayerGraph
 from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.recipe import Bits, OrmSettings
 from mpq_deploy.sensitivity.bit_programme import chosen_bits
 from mpq_deploy.sensitivity.importance import Importance
 from mpq_deploy.sensitivity.layer_weights import CandidateWeights
@@ -34,8 +35,6 @@ from mpq_deploy.sensitivity.measured_calls import Calls, MeasureOptions
 from mpq_deploy.sensitivity.orthogonality import (
     ENOUGH_CALLS,
     LEAST_CALLS,
-    Bits,
-    OrmOptions,
     dependence,
     gamma,
     importances,
@@ -252,7 +251,7 @@ class BitLosses:
 
 
 def activation_bits(
-    schemes: Sequence[tuple[Scheme, ...]], importance: Array, elements: Array, options: OrmOptions
+    schemes: Sequence[tuple[Scheme, ...]], importance: Array, elements: Array, options: OrmSettings
 ) -> Array:
     """Return the bits at which each layer's activations are fixed, int64 [L]; 0 where its schemes leave no choice.
 

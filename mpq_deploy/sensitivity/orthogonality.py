@@ -12,46 +12,16 @@ al. 2012, and its mean over batches that of Nguyen et al. 2021 (arXiv 2010.15327
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import numpy as np
 
 from mpq_deploy.errors import UsageError
 from mpq_deploy.models.spec import Array
-
-Estimator = Literal["biased", "debiased"]
-Aggregation = Literal["mean", "exponential"]
-Reach = Literal["layer", "later"]
-ActivationBits = Literal["int8", "programme", "fp16"]
-Bits = Literal["nominal", "deployed"]
+from mpq_deploy.recipe import Aggregation, Estimator, Reach
 
 # HSIC_1 divides by N (N - 3); and with two calls every biased ORM is 1, whatever the layers do.
 LEAST_CALLS = {"biased": 3, "debiased": 4}
 # With fewer calls the biased estimator is near 1 for unrelated layers, and the other one is mostly noise.
 ENOUGH_CALLS = 8
-
-
-@dataclass(frozen=True)
-class OrmOptions:
-    """How Gram matrices become importances, and importances losses.
-
-    ``beta``: theta = exp(-beta gamma), with gamma in [0, 1] after division by L - 1. ``eta``: growth of the
-    timesteps' weights over the whole denoising trajectory under ``aggregation`` "exponential". ``importance``: a
-    layer's own theta, or the mean of theta over the "layer" and all "later" ones. ``bits`` that the objective counts:
-    "nominal" (4, 8, 16) or "deployed" (scales included, so that finer blocks count as more). ``activation_bits``:
-    "int8" where a layer may have them, "fp16" where it may, or by a second "programme" whose budget is
-    ``activation_budget`` bits per element, over the activations that have the choice.
-    """
-
-    beta: float = 1.0
-    eta: float = 1.0
-    aggregation: Aggregation = "mean"
-    estimator: Estimator = "biased"
-    importance: Reach = "layer"
-    bits: Bits = "nominal"
-    activation_bits: ActivationBits = "int8"
-    activation_budget: float = 12.0
 
 
 def centred(grams: Array) -> Array:

@@ -105,7 +105,6 @@ def _measured_steps(
     """Choose which of the calibrated timesteps are measured; return them, the options, and notes about them."""
     from mpq_deploy.calls.timesteps import sampled_steps, stride_shares
     from mpq_deploy.sensitivity.measured_calls import MeasureOptions
-    from mpq_deploy.sensitivity.orthogonality import OrmOptions
 
     section = run.recipe.measure
     available = len(calls.timesteps)
@@ -116,7 +115,7 @@ def _measured_steps(
         rotate=True,
         batch_size=section.batch_size,
         seed=section.seed,
-        orm=OrmOptions(**section.orm.model_dump()),
+        orm=section.orm,
     )
     if section.sampling == "uniform" or count == available:
         fewer = f"all {available} calibrated timesteps are measured: measure.timesteps asks for {section.timesteps}"

@@ -18,7 +18,6 @@ from mpq_deploy.stages.quantize import write_plan
 from mpq_deploy.system.files import Fields, canonical_json
 
 if TYPE_CHECKING:
-    from mpq_deploy.recover.options import RecoverOptions
     from mpq_deploy.recover.recover import RecoverTask
     from mpq_deploy.run.view import Run
 
@@ -54,7 +53,7 @@ def make_recover(run: Run, folder: Path) -> str:
     recorder = TrajectoryRecorder(task.model, task.spec, task.conditions, steps, sampler)
     checkpoint = run.path / CHECKPOINT
     key = hashlib.sha256(canonical_json(recover_inputs(run)).encode()).hexdigest()
-    recovered = recover(task, recover_options(run), recorder, run.talk, checkpoint, key)
+    recovered = recover(task, run.recipe.recover, recorder, run.talk, checkpoint, key)
     recovery = recovered.recovery
     if recovery.improved:
         dialect = dialect_named(run.target.dialect)
@@ -86,10 +85,3 @@ def recover_task(run: Run, schemes: dict[str, str]) -> RecoverTask:
         matrix = candidates.forms.get(scheme.weight_form)
         starts.append(StartingWeight(candidates.layer, scheme, matrix, candidates.weight))
     return RecoverTask(exported.path, exported.graph, exported.spec, exported.conditions, starts, recorded, stats)
-
-
-def recover_options(run: Run) -> RecoverOptions:
-    """Return the recipe's settings."""
-    from mpq_deploy.recover.options import RecoverOptions
-
-    return RecoverOptions(**run.recipe.recover.model_dump())

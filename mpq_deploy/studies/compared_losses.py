@@ -27,7 +27,6 @@ from mpq_deploy.sensitivity.exhaustive import evaluates_in_torch, measure_exhaus
 from mpq_deploy.sensitivity.layer_weights import float_matrix
 from mpq_deploy.sensitivity.measure import IMPORTANCE_METHODS, measure
 from mpq_deploy.sensitivity.measured_calls import MeasureOptions
-from mpq_deploy.sensitivity.orthogonality import OrmOptions
 from mpq_deploy.sensitivity.subject import Spread, Subject
 from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.stages.candidates import candidates_of
@@ -171,7 +170,7 @@ class Losses:
             samples=self.samples,
             batch_size=section.batch_size,
             seed=section.seed,
-            orm=OrmOptions(**section.orm.model_dump()),
+            orm=section.orm,
         )
         exported = self.exported
         calls = (self.calls, exported.conditions, exported.spec, options, self._run.talk)

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from mpq_deploy.recipe import RecoverSettings
 from mpq_deploy.recover.batches import Batches
 from mpq_deploy.recover.initialization import initialize_from_error
 from mpq_deploy.recover.recover import RecoverTask
-from mpq_deploy.recover.student import Student, StudentOptions
+from mpq_deploy.recover.student import Student
 from mpq_deploy.rounding.quantizers import QuantizedMatrix
 from tests.recover.cases import Case
 
@@ -47,7 +48,10 @@ def test_no_layer_is_worse_than_from_zero(case: Case, wanted: str, margin: float
     task = case.planned(wanted)
     pool = case.recorder().record(4, 0, 0)
     calls = Batches(task.spec, {}, 4).of(pool, np.arange(4), np.arange(4)).feeds
-    made = [Student(task.model, task.spec, task.starts, task.stats, StudentOptions(8, margin)) for _ in range(2)]
+    made = [
+        Student(task.model, task.spec, task.starts, task.stats, RecoverSettings(rank=8, margin=margin, seed=0))
+        for _ in range(2)
+    ]
     zero, started = made
     feeds = zero.feed(calls)
     chosen = initialize_from_error(started, [feeds])
@@ -57,7 +61,7 @@ def test_no_layer_is_worse_than_from_zero(case: Case, wanted: str, margin: float
 
 def test_large_errors_are_started_from(case: Case) -> None:
     task = coarse(case.planned("w8a16"))
-    student = Student(task.model, task.spec, task.starts, task.stats, StudentOptions(8, 0.0))
+    student = Student(task.model, task.spec, task.starts, task.stats, RecoverSettings(rank=8, seed=0))
     pool = case.recorder().record(4, 0, 0)
     feeds = student.feed(Batches(task.spec, {}, 4).of(pool, np.arange(4), np.arange(4)).feeds)
     before = layer_errors(student, feeds)

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from mpq_deploy.errors import UsageError
+from mpq_deploy.recipe import LOSSES, RecoverSettings
 from mpq_deploy.recover.batches import Batches
 from mpq_deploy.recover.losses import LossTerms, pixels_of, relation_loss, space_factor
-from mpq_deploy.recover.options import LOSSES, RecoverOptions
 from mpq_deploy.recover.pixel_memory import PixelMemory
-from mpq_deploy.recover.student import Student, StudentOptions
+from mpq_deploy.recover.student import Student
 from mpq_deploy.recover.training_timesteps import draw_weights, drawn_timesteps, timestep_shares
 from tests.recover.cases import Case
 
@@ -22,9 +22,9 @@ pytestmark = pytest.mark.torch
 def test_every_loss_reaches_the_adapters(case: Case, name: str) -> None:
     """MPQ-DM's published relation loss has no gradient: ours, and every other, must."""
     task = case.planned("w4a16")
-    student = Student(task.model, task.spec, task.starts, task.stats, StudentOptions(4))
+    student = Student(task.model, task.spec, task.starts, task.stats, RecoverSettings(rank=4, margin=0.499, seed=0))
     pool = case.recorder().record(4, 0, 0)
-    options = RecoverOptions(losses={name: 1.0})
+    options = RecoverSettings(losses={name: 1.0})
     terms = LossTerms(task.spec, options, pool.energy, 192)
     rng = np.random.default_rng(0)
     batch = Batches(task.spec, {}, 4).draw(pool, np.full(4, 0.25), rng)
@@ -39,9 +39,9 @@ def test_every_loss_reaches_the_adapters(case: Case, name: str) -> None:
 
 def test_the_output_loss_is_the_nmse_that_evaluation_measures(case: Case) -> None:
     task = case.planned("w4a16")
-    student = Student(task.model, task.spec, task.starts, task.stats, StudentOptions(4))
+    student = Student(task.model, task.spec, task.starts, task.stats, RecoverSettings(rank=4, margin=0.499, seed=0))
     pool = case.recorder().record(3, 0, 0)
-    terms = LossTerms(task.spec, RecoverOptions(), pool.energy, 192)
+    terms = LossTerms(task.spec, RecoverSettings(), pool.energy, 192)
     batches, expected, found = Batches(task.spec, {}, 3), [], []
     for step in range(len(pool.timesteps)):
         batch = batches.of(pool, np.full(3, step), np.arange(3))
@@ -82,7 +82,7 @@ def test_errors_change_space_as_the_forward_process_says(prediction: str, space:
 def test_flow_models_have_no_noise_to_match(case: Case) -> None:
     spec = case.task.spec.model_copy(update={"prediction_type": "flow_prediction"})
     with pytest.raises(UsageError, match="predicts flow"):
-        LossTerms(spec, RecoverOptions(losses={"v": 1.0}), np.ones(4), 1)
+        LossTerms(spec, RecoverSettings(losses={"v": 1.0}), np.ones(4), 1)
 
 
 def test_relations_against_loops() -> None:

@@ -14,8 +14,9 @@ from mpq_deploy.calibrate.scales import ActivationGrid
 from mpq_deploy.formats.branch_matrices import ColsMatrix, LowRankMatrix, RowsMatrix, ScaledMatrix
 from mpq_deploy.graph.save import constant_bytes
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED, write_quantized
+from mpq_deploy.recipe import RecoverSettings
 from mpq_deploy.recover.recover import RecoverTask
-from mpq_deploy.recover.student import Student, StudentOptions
+from mpq_deploy.recover.student import Student
 from mpq_deploy.rounding.quantizers import QuantizedMatrix
 from mpq_deploy.runtime.ort import make_session
 from tests.recover.cases import SIMULATED_FORMS, Case, make_case, normed_denoiser
@@ -39,7 +40,8 @@ FORMS = (
 
 
 def student_of(task: RecoverTask, margin: float = 0.0, segments: int = 1, rank: int = 4) -> Student:
-    return Student(task.model, task.spec, task.starts, task.stats, StudentOptions(rank, margin, 0, segments))
+    options = RecoverSettings(rank=rank, margin=margin, seed=0, segments=segments)
+    return Student(task.model, task.spec, task.starts, task.stats, options)
 
 
 def move(student: Student, size: float) -> None:

@@ -9,15 +9,15 @@ import pytest
 from scipy.stats import kurtosis
 
 from mpq_deploy.calibrate.stats import CalibrationStats
+from mpq_deploy.recipe import OrmSettings
 from mpq_deploy.sensitivity.kurtosis import channel_kurtosis, layer_kurtosis
 from mpq_deploy.sensitivity.measure import MeasureOptions, measure
-from mpq_deploy.sensitivity.orthogonality import OrmOptions
 from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.system.progress import Talk
 from tests.sensitivity.cases import Setting, setting
 from tests.sensitivity.kinds import kinds
 
-OPTIONS = MeasureOptions(samples=3, orm=OrmOptions(activation_bits="fp16"))
+OPTIONS = MeasureOptions(samples=3, orm=OrmSettings(activation_bits="fp16"))
 
 
 @pytest.fixture(scope="module")

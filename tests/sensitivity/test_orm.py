@@ -15,10 +15,10 @@ from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.formats.sizes import weight_bytes
 from mpq_deploy.models.spec import InputSpec
+from mpq_deploy.recipe import OrmSettings
 from mpq_deploy.sensitivity.bit_programme import linear_bits
 from mpq_deploy.sensitivity.measure import MeasureOptions, measure
 from mpq_deploy.sensitivity.orm import adapted_steps, kept_schemes, scheme_bits
-from mpq_deploy.sensitivity.orthogonality import OrmOptions
 from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.system.progress import Talk
@@ -56,7 +56,7 @@ def outputs(case: Setting, step: int) -> dict[str, np.ndarray[Any, Any]]:
 
 @pytest.mark.parametrize(("estimator", "reference"), [("biased", cka), ("debiased", debiased_cka)])
 def test_orm_of_a_graph_is_cka_of_its_outputs(mixed: Setting, estimator: Any, reference: Any) -> None:
-    options = replace(OPTIONS, orm=OrmOptions(estimator=estimator))
+    options = replace(OPTIONS, orm=OrmSettings(estimator=estimator))
     found = measure("orm", Subject(*mixed, options, Talk())).importance
     assert found is not None and found.orm is not None
     assert found.layers == tuple(layer.name for layer in mixed.graph.layers)
@@ -104,7 +104,7 @@ def test_small_differences_beside_a_large_mean_are_kept() -> None:
 
 def test_batches_are_even_and_their_dependence_is_averaged(mixed: Setting) -> None:
     bar: list[int] = []
-    options = replace(OPTIONS, batch_size=5, orm=OrmOptions(estimator="debiased"))
+    options = replace(OPTIONS, batch_size=5, orm=OrmSettings(estimator="debiased"))
     found = measure("orm", Subject(*mixed, options, Talk())).importance
     assert found is not None and found.calls == 4 and found.orm is not None and not bar
     halves = [replace_calls(mixed, slice(0, 4)), replace_calls(mixed, slice(4, 8))]
@@ -129,7 +129,7 @@ def test_fewer_than_eight_calls_are_said_in_the_result(mixed: Setting) -> None:
 
 @pytest.mark.parametrize(("estimator", "calls"), [("biased", 2), ("debiased", 3)])
 def test_too_few_calls_for_any_orm_are_refused(mixed: Setting, estimator: Any, calls: int) -> None:
-    options = replace(OPTIONS, samples=calls, orm=OrmOptions(estimator=estimator))
+    options = replace(OPTIONS, samples=calls, orm=OrmSettings(estimator=estimator))
     with pytest.raises(UsageError, match=f"here are {calls}"):
         measure("orm", Subject(*mixed, options, Talk()))
 
@@ -175,7 +175,7 @@ def test_the_plan_maximises_weighted_bits(method: str, bits: Any, mean_bits: flo
     candidates = {layer.name: case.candidates[layer.name] for layer in graph.layers}
     candidates = {name: replace(one, schemes=PLAIN) for name, one in candidates.items()}
     case = replace(case, graph=graph, candidates=candidates)
-    orm = OrmOptions(beta=4.0, bits=bits, aggregation="exponential", eta=2.0)
+    orm = OrmSettings(beta=4.0, bits=bits, aggregation="exponential", eta=2.0)
     table = measure(method, Subject(*case, replace(OPTIONS, orm=orm), Talk()))
     problem = problem_of(case, table, mean_bits)
     schemes, _ = allocate(problem, gap=0.0)
@@ -205,7 +205,7 @@ def test_the_controls_know_sizes_and_nothing(mixed: Setting) -> None:
 
 def test_activation_bits(mixed: Setting) -> None:
     def kept(**options: Any) -> tuple[dict[str, set[str]], np.ndarray[Any, Any]]:
-        table = measure("orm", Subject(*mixed, replace(OPTIONS, orm=OrmOptions(**options)), Talk()))
+        table = measure("orm", Subject(*mixed, replace(OPTIONS, orm=OrmSettings(**options)), Talk()))
         assert table.importance is not None
         return {name: set(row) for name, row in table.losses.items()}, table.importance.activation_bits
 
@@ -227,7 +227,7 @@ def test_activation_bits(mixed: Setting) -> None:
 
 
 def test_losses_by_timestep_average_to_the_loss_and_survive_the_disk(mixed: Setting, tmp_path: Any) -> None:
-    options = replace(OPTIONS, shares=(0.5, 0.3, 0.2), orm=OrmOptions(beta=2, aggregation="exponential", eta=1))
+    options = replace(OPTIONS, shares=(0.5, 0.3, 0.2), orm=OrmSettings(beta=2, aggregation="exponential", eta=1))
     table = measure("orm", Subject(*mixed, options, Talk()))
     table.save(tmp_path)
     read = SensitivityTable.load(tmp_path)

@@ -17,13 +17,14 @@ import numpy as np
 import onnxruntime as ort
 
 from mpq_deploy.calls.loop import denoise
-from mpq_deploy.calls.sampler import SamplerKind, make_sampler
+from mpq_deploy.calls.sampler import make_sampler
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.evaluate.cache import SampleCache, arrays_digest, model_digest, model_files
 from mpq_deploy.evaluate.decode import decode, decoder_path
 from mpq_deploy.evaluate.evaluate import DECODED_RANGE, spread_rows
 from mpq_deploy.evaluate.images import to_uint8
 from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.recipe import SamplerKind
 from mpq_deploy.runtime.ort import OrtDenoiser
 from mpq_deploy.system.parallel.job_files import Files
 from mpq_deploy.system.parallel.processes import Processes
