@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import STANDARD_DOMAINS
-from mpq_deploy.onnx_torch.merged import merged_nodes
-from mpq_deploy.onnx_torch.torch_ops import DOUBLE, FLOATS, Call, Operator, UnsupportedForm
-from mpq_deploy.onnx_torch.torch_windows import OPERATORS
+from mpq_deploy.onnx_torch.basic_operators import DOUBLE, FLOATS, Call, Operator, UnsupportedForm
+from mpq_deploy.onnx_torch.merged_nodes import merged_nodes
+from mpq_deploy.onnx_torch.operators import OPERATORS
 
 Tensor = torch.Tensor
 Rewire = Callable[[list[Any]], list[Any]]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.graph.shapes import known_shapes
-from mpq_deploy.onnx_torch.merged import merged_nodes
+from mpq_deploy.onnx_torch.merged_nodes import merged_nodes
 from mpq_deploy.runtime.ort import LARGE_WEIGHTS_BYTES
 from mpq_deploy.system.available import Room
 

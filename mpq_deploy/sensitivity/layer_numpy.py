@@ -10,7 +10,7 @@ import numpy as np
 
 from mpq_deploy.graph.layers import Layer
 from mpq_deploy.models.spec import Array
-from mpq_deploy.onnx_torch.windows import window_pads
+from mpq_deploy.onnx_torch.window_pads import window_pads
 from mpq_deploy.sensitivity.layer_weights import FormStack, InputRounding
 
 

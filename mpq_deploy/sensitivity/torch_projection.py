@@ -25,8 +25,8 @@ from torch.nn import functional
 
 from mpq_deploy.graph.layers import Layer
 from mpq_deploy.models.spec import Array
-from mpq_deploy.onnx_torch.torch_windows import convolve
-from mpq_deploy.onnx_torch.windows import window_pads
+from mpq_deploy.onnx_torch.operators import convolve
+from mpq_deploy.onnx_torch.window_pads import window_pads
 from mpq_deploy.sensitivity.layer_weights import FormStack, InputRounding, Promotion
 
 Tensor = torch.Tensor

@@ -1,6 +1,6 @@
 """A table of ONNX operators in torch, with autograd: elementwise, shapes, reductions.
 
-Operators with windows, norms and attention are in ``torch_windows``; ``OPERATORS`` there holds both. Every entry is
+Operators with windows, norms and attention are in ``operators``; ``OPERATORS`` there holds both. Every entry is
 a function (call, inputs) -> output or outputs, written from the ONNX operator specification (opset 13 and later)
 and compared with ONNX Runtime in the tests. Shapes and indices are small int64 tensors on the CPU.
 """

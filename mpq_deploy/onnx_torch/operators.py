@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from mpq_deploy.onnx_torch.torch_ops import (
+from mpq_deploy.onnx_torch.basic_operators import (
     BASIC,
     Call,
     Inputs,
@@ -19,7 +19,7 @@ from mpq_deploy.onnx_torch.torch_ops import (
     integers,
     optional,
 )
-from mpq_deploy.onnx_torch.windows import window_pads
+from mpq_deploy.onnx_torch.window_pads import window_pads
 
 _CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 _TRANSPOSED = {
@@ -124,7 +124,7 @@ def _space_to_depth(call: Call, x: Inputs) -> Outputs:
     return blocks.reshape(n, c * block**2, h // block, w // block)
 
 
-# --- resize --------------------------------------------------------------------------------------------------
+# --- resize
 
 
 def _resize(call: Call, x: Inputs) -> Outputs:

@@ -14,8 +14,8 @@ from onnx import helper, numpy_helper
 
 torch = pytest.importorskip("torch")
 
+from mpq_deploy.onnx_torch.operators import OPERATORS  # noqa: E402
 from mpq_deploy.onnx_torch.torch_graph import TorchGraph, UnsupportedOperator  # noqa: E402
-from mpq_deploy.onnx_torch.torch_windows import OPERATORS  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
