@@ -106,25 +106,14 @@ def view(
     families = in_order({family(scheme) for scheme in plans.schemes})
     drawn, places = curve_chart(grid, stops, marks, simulated)
     shares = [_shares(stop, plans, families) for stop in stops]
-    changed = [_changed(stop, own) for stop in stops]
     values = {
         "schemes": list(plans.schemes),
         "families": [family(scheme) for scheme in plans.schemes],
         "layers": list(plans.layers),
         "bytes": [{str(k): v for k, v in row.items()} for row in plans.layer_bytes],
         "stops": [
-            {
-                "ratio": percent(stop.size_ratio),
-                "size": size(stop.size_bytes),
-                "loss": error(stop.predicted) if stop.predicted is not None else "",
-                "budget": f"{stop.size_ratio:.4f}" if stop.own else f"{_budget(stop.size_ratio):.4f}".rstrip("0"),
-                "at": at,
-                "own": stop.own,
-                "changed": moved,
-                "shares": share,
-                "plan": list(stop.schemes),
-            }
-            for stop, at, share, moved in zip(stops, places, shares, changed, strict=True)
+            {**_stop_values(stop, own), "at": at, "shares": share}
+            for stop, at, share in zip(stops, places, shares, strict=True)
         ],
     }
     rows = [
@@ -148,6 +137,19 @@ def view(
         missing if len(plans.plans) < plans.wanted else "",
         families,
     )
+
+
+def _stop_values(stop: Stop, own: Stop | None) -> dict[str, object]:
+    """Return what the script shows of a stop of the slider."""
+    return {
+        "ratio": percent(stop.size_ratio),
+        "size": size(stop.size_bytes),
+        "loss": error(stop.predicted) if stop.predicted is not None else "",
+        "budget": f"{stop.size_ratio:.4f}" if stop.own else f"{_budget(stop.size_ratio):.4f}".rstrip("0"),
+        "own": stop.own,
+        "changed": _changed(stop, own),
+        "plan": list(stop.schemes),
+    }
 
 
 def curve_chart(

@@ -58,15 +58,12 @@ class Interval(Part):
     high: float
 
 
-class Control(Part):
-    """A uniform variant made in the same run. None: not measured.
+class Quality(Part):
+    """How near a variant is to the float model. None: not measured.
 
     The intervals are None below two images and for identical images.
     """
 
-    title: str
-    size_bytes: int = Field(ge=0)
-    size_ratio: float = Field(ge=0)
     measured_nmse: float | None = Field(None, ge=0)
     psnr_db: float | None = None
     pooled_psnr_db: float | None = None
@@ -77,6 +74,14 @@ class Control(Part):
     ssim_each: tuple[float, ...] = ()
     nmse_by_timestep: tuple[float, ...] = ()
     identical: bool = Field(False, description="images equal to the float model's: psnr_db is infinite and so None")
+
+
+class Control(Quality):
+    """A uniform variant made in the same run."""
+
+    title: str
+    size_bytes: int = Field(ge=0)
+    size_ratio: float = Field(ge=0)
 
 
 class CurvePoint(Part):
@@ -455,7 +460,7 @@ class ImageSet:
     titles: dict[str, str] = field(default_factory=dict)
 
 
-class ReportData(Part):
+class ReportData(Quality):
     """The whole report. Sizes in bytes; PSNR in dB against the float model's images.
 
     ``nmse_by_timestep`` belongs to ``timesteps`` (scheduler values, in sampling order), the layers'
@@ -473,17 +478,7 @@ class ReportData(Part):
     fp16_size_bytes: int = Field(gt=0)
     fixed_bytes: int = Field(0, ge=0, description="constants that are no layers")
     predicted_nmse: float | None = Field(ge=0, description="None: the metric ranks layers and predicts no error")
-    measured_nmse: float | None = Field(None, ge=0)
-    psnr_db: float | None = None
-    pooled_psnr_db: float | None = None
-    ssim: float | None = None
-    psnr_db_interval: Interval | None = None
-    ssim_interval: Interval | None = None
-    psnr_db_each: tuple[float, ...] = Field((), description="of each image, in the order of the noise")
-    ssim_each: tuple[float, ...] = ()
-    identical: bool = Field(False, description="images equal to the float model's: psnr_db is infinite and so None")
     timesteps: tuple[float, ...] = ()
-    nmse_by_timestep: tuple[float, ...] = ()
     evaluation: EvaluationInfo | None = None
     loss_timesteps: tuple[float, ...] = ()
     extras: dict[str, Control] = Field(default_factory=dict, description="this plan, run in another way")

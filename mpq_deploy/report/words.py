@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
 
 from mpq_deploy.report.data import (
     Control,
@@ -12,6 +11,7 @@ from mpq_deploy.report.data import (
     FrechetInfo,
     ImportanceInfo,
     Interval,
+    Quality,
     Ratio,
     ReportData,
     ScoreInfo,
@@ -64,27 +64,12 @@ def decibels(value: float | None, identical: bool = False) -> str:
     return f"{value:.1f} dB"
 
 
-class Scored(Protocol):
-    """Whatever was compared with the float model's images: a report or a control."""
-
-    @property
-    def psnr_db(self) -> float | None: ...  # noqa: D102
-    @property
-    def ssim(self) -> float | None: ...  # noqa: D102
-    @property
-    def identical(self) -> bool: ...  # noqa: D102
-    @property
-    def psnr_db_interval(self) -> Interval | None: ...  # noqa: D102
-    @property
-    def ssim_interval(self) -> Interval | None: ...  # noqa: D102
-
-
-def psnr(row: Scored) -> str:
+def psnr(row: Quality) -> str:
     """Return a PSNR with its interval where it has one: ``51.4 dB (49.8 to 53.1)``."""
     return decibels(row.psnr_db, row.identical) + _between(row.psnr_db_interval, 1)
 
 
-def similarity(row: Scored) -> str:
+def similarity(row: Quality) -> str:
     """Return an SSIM with its interval where it has one: ``0.9991 (0.9988 to 0.9993)``."""
     return NOT_MEASURED if row.ssim is None else f"{row.ssim:.4f}" + _between(row.ssim_interval, 4)
 
