@@ -24,10 +24,12 @@ from pathlib import Path
 import numpy as np
 from table import Page, markdown, verdict
 
-from mpq_deploy.allocate.cross_terms import Solved, allocate_with_cross_terms
-from mpq_deploy.allocate.milp import LayerChoice, Problem, allocate, plan_bytes
+from mpq_deploy.allocate.cross_terms import allocate_with_cross_terms
+from mpq_deploy.allocate.milp import Allocation, allocate
+from mpq_deploy.allocate.problem import LayerChoice, Problem
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.models.spec import Array
+from mpq_deploy.recipe import AllocateSettings
 from mpq_deploy.sensitivity.table import SensitivityTable, table_from_projections
 
 # Scheme -> relative squared error that it causes in a typical layer (the order of magnitude seen on real ones).
@@ -101,11 +103,12 @@ def row(layers: int, seed: int, budget: float) -> tuple[list[str], float, float]
     fp16 = sum(layer.bytes["fp16"] for layer in choices)
     problem = Problem(choices, 0, int(budget * fp16))
     started = time.perf_counter()
-    schemes, solver = allocate(problem, GAP)
+    allocation = allocate(problem, AllocateSettings(gap=GAP))
+    schemes, solver = allocation.schemes, allocation.report
     seconds = time.perf_counter() - started
     loss = sum(layer.loss[schemes[layer.name]] for layer in choices)
     bound = lagrangian_bound(problem)
-    size = plan_bytes(problem, schemes)
+    size = problem.plan_bytes(schemes)
     assert size <= problem.budget_bytes, "the plan exceeds the budget"
     figures = [f"{size / fp16:.6f}", f"{seconds:.2f}", f"{solver.gap:.1e}", f"{(loss - bound) / loss:.1e}"]
     return [str(seed), f"{budget:g}", *figures, solver.status], seconds, solver.gap
@@ -136,14 +139,14 @@ def cross_row(layers: int, seed: int, budget: float) -> tuple[list[str], float, 
     problem = Problem(choices, 0, int(budget * fp16))
     single: list[float] = []
 
-    def solve(part: Problem) -> Solved:
+    def solve(part: Problem) -> Allocation:
         single.append(time.perf_counter())
-        return Solved(*allocate(part, GAP), 0.0)
+        return allocate(part, AllocateSettings(gap=GAP))
 
     started = time.perf_counter()
     found, crossed = allocate_with_cross_terms(problem, table, solve)
     seconds = time.perf_counter() - started
-    assert plan_bytes(problem, found.schemes) <= problem.budget_bytes, "the plan exceeds the budget"
+    assert problem.plan_bytes(found.schemes) <= problem.budget_bytes, "the plan exceeds the budget"
     assert crossed.milp_held_back is not None and crossed.refined_held_back is not None
     change = crossed.refined_held_back / crossed.milp_held_back - 1
     figures = [f"{crossed.rho:.2f}", str(crossed.moves), f"{crossed.refined_seen / crossed.milp_seen - 1:+.1%}"]

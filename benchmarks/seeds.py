@@ -30,7 +30,7 @@ from pathlib import Path
 
 from table import Page, bench_recipe, decibels, made_by_stages, markdown, verdict, weights_digest
 
-from mpq_deploy.allocate.milp import Problem, plan_bytes
+from mpq_deploy.allocate.problem import Problem
 from mpq_deploy.evaluate.evaluate import evaluate
 from mpq_deploy.evaluate.evaluation_result import EvaluationOptions
 from mpq_deploy.evaluate.metrics.frechet import Moments, frechet_distance
@@ -127,7 +127,7 @@ class Bench:
         return Plan(name, plan.schemes, plan.size_bytes)
 
     def _sized(self, name: str, schemes: dict[str, str]) -> Plan:
-        return Plan(name, schemes, plan_bytes(Problem(self.choices, self.fixed, 0), schemes))
+        return Plan(name, schemes, Problem(self.choices, self.fixed, 0).plan_bytes(schemes))
 
     def evaluate(self, plans: list[Plan]) -> list[Result]:
         """Sample every plan and the float model from the same noise, and compare."""

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from mpq_deploy.errors import UsageError, nearest
 from mpq_deploy.formats.scheme import schemes_named
+from mpq_deploy.system.quantities import Budget, BudgetEntry, LatencyEntry
 
 Estimator = Literal["biased", "debiased"]
 Aggregation = Literal["mean", "exponential"]
@@ -77,10 +78,10 @@ class OrmSettings(Section):
     eta: float = Field(1.0, allow_inf_nan=False, description="growth rate of the exponential weights")
     importance: Reach = Field("layer", description="later: mean over a layer and all later ones")
     bits: Bits = Field("nominal", description="deployed: scales count as bits")
-    activation_bits: Literal["int8", "programme", "fp16"] = Field(
-        "int8", description="of layers that may have INT8 activations; programme: chosen by a second program"
+    activation_bits: Literal["int8", "program", "fp16"] = Field(
+        "int8", description="of layers that may have INT8 activations; program: chosen by a second program"
     )
-    activation_budget: float = Field(12.0, ge=8, le=16, description="bits per activation element, for programme")
+    activation_budget: float = Field(12.0, ge=8, le=16, description="bits per activation element, for program")
 
 
 class MeasureSettings(Section):
@@ -125,12 +126,12 @@ class AllocateSettings(Section):
         ("rows",),
         description="what may stand beside a quantized body, where the target takes it; omq and zres: simulated alone",
     )
-    branch_charge: float = Field(
+    branch_penalty: float = Field(
         0.002, ge=0, description="share of the plan's loss that each kernel of a branch must take off to be worth it"
     )
     cross_terms: bool = Field(True, description="refine the plan with the cross terms between layers, where that helps")
-    objective: Literal["loss", "latency"] = Field("loss", description="what is least, within the budget")
-    max_latency: str | None = Field(
+    objective: Literal["loss", "latency"] = Field("loss", description="what is minimized, within the budget")
+    max_latency: LatencyEntry | None = Field(
         None, description="of one call at engine.batch_opt: 120ms; a limit beside the budget"
     )
     max_loss: float | None = Field(
@@ -240,7 +241,9 @@ class Recipe(Section):
     """All settings of a run."""
 
     model: str | None = Field(None, description="folder, ONNX file, hub id or bundled model; null: emoji")
-    budget: str = Field("0.35", description="of all constants: share of FP16, size (600MB) or 4.5bits per weight")
+    budget: BudgetEntry = Field(
+        Budget.parse("0.35"), description="of all constants: share of FP16, size (600MB) or 4.5bits per weight"
+    )
     target: str = Field("rtx", description="name of a target (mpq-deploy targets), or a YAML file")
     description: str | None = Field(None, description="YAML of an ONNX model, where it is not beside it")
     conditions: str | None = Field(None, description=".npz: arrays by input name, one row per condition")
@@ -272,11 +275,6 @@ class Recipe(Section):
         if not isinstance(section, dict) or "schemes" in section:
             return values
         return {**values, "allocate": {**section, "schemes": SIMULATED_DEFAULT}}
-
-    @field_validator("budget", mode="before")
-    @classmethod
-    def _as_text(cls, value: Any) -> str:
-        return str(value)
 
     def to_yaml(self) -> str:
         """Return the whole recipe, every default written out."""

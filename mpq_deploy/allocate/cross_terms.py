@@ -1,13 +1,13 @@
-"""Improve a plan with the cross terms between layers, which a linear programme does not see.
+"""Improve a plan with the cross terms between layers, which a linear program does not see.
 
 The probe projections a_{l,s} predict the error of a whole plan as ||sum_l a_{l,s_l}||^2: errors of different layers
 cancel or reinforce each other. From the MILP's plan, the quadratic is linearised around the current plan, a MILP picks
 at most a dozen changes that fit the budget, and what the exact quadratic confirms is kept; then single changes and
 pairs of changes are searched exactly.
 
-A quadratic of few entries is fitted rather than minimised, so its off-diagonal terms are shrunk: minimised is
+A quadratic of few entries is fitted rather than minimized, so its off-diagonal terms are shrunk: minimized is
 (1 - rho) sum_l ||a_{l,s_l}||^2 + rho ||sum_l a_{l,s_l}||^2, with rho from the data (``shrinkage``). Our choice; CLADO
-(arXiv 2307.05657) solves a quadratic programme over measured pairs of layers instead.
+(arXiv 2307.05657) solves a quadratic program over measured pairs of layers instead.
 """
 
 from __future__ import annotations
@@ -18,16 +18,8 @@ from functools import cached_property
 
 import numpy as np
 
-from mpq_deploy.allocate.milp import (
-    MostMoves,
-    Problem,
-    SolverReport,
-    fits,
-    kernels,
-    plan_bytes,
-    plan_latency,
-    solve_exactly,
-)
+from mpq_deploy.allocate.milp import Allocation, Nearby, solve
+from mpq_deploy.allocate.problem import Objective, Problem, kernels
 from mpq_deploy.formats.sizes import ACTIVATION_SCALE_BYTES
 from mpq_deploy.models.spec import Array
 from mpq_deploy.sensitivity.table import SensitivityTable
@@ -52,13 +44,15 @@ Projections = Mapping[str, Mapping[str, Array]]
 
 
 class Quadratic:
-    """The shrunk quadratic over the schemes that a problem allows, with the charges for branches.
+    """The shrunk quadratic over the schemes that a problem allows, with the penalty for branches.
 
-    ``projections``: layer -> scheme -> float [P]. ``fee``: the charge per kernel of a branch (``kernel_charge``).
+    ``projections``: layer -> scheme -> float [P]. ``kernel_penalty``: of each kernel of a branch, as a loss.
     Moves are numbered: one per (layer, scheme), in the problem's order.
     """
 
-    def __init__(self, problem: Problem, projections: Projections, rho: float = 1.0, fee: float = 0.0) -> None:
+    def __init__(
+        self, problem: Problem, projections: Projections, rho: float = 1.0, kernel_penalty: float = 0.0
+    ) -> None:
         self.problem = problem
         self.rho = rho
         self.moves = [(layer.name, scheme) for layer in problem.layers for scheme in layer.bytes]
@@ -68,22 +62,22 @@ class Quadratic:
         # Entries of calls that are held back are zeros.
         self.vectors = vectors[:, vectors.any(axis=0)]
         self.bytes = np.array([size for layer in problem.layers for size in layer.bytes.values()], np.int64)
-        self.latency = np.array([n.latency.get(s, 0) for n in problem.layers for s in n.bytes], np.int64)
+        self.latency = np.array([n.latency_ns.get(s, 0) for n in problem.layers for s in n.bytes], np.int64)
         self._squares = np.einsum("mp,mp->m", self.vectors, self.vectors)
         self._starts = np.append(np.flatnonzero(np.diff(self.layer, prepend=-1)), len(self.moves))
         self._overlaps: dict[int, Array] = {}
-        self._fees = fee * np.array([kernels(scheme) for _, scheme in self.moves], np.float64)
+        self._penalties = kernel_penalty * np.array([kernels(scheme) for _, scheme in self.moves], np.float64)
 
     def chosen(self, schemes: Mapping[str, str]) -> Array:
         """Return the moves that a plan (layer -> scheme) is made of, int [layers]."""
         return np.array([self._number[layer.name, schemes[layer.name]] for layer in self.problem.layers])
 
     def loss(self, schemes: Mapping[str, str]) -> float:
-        """Return what is minimised, for a plan."""
+        """Return what is minimized, for a plan."""
         chosen = self.chosen(schemes)
         total = self.vectors[chosen].sum(0)
         apart = self._squares[chosen].sum()
-        return float((1 - self.rho) * apart + self.rho * (total @ total) + self._fees[chosen].sum())
+        return float((1 - self.rho) * apart + self.rho * (total @ total) + self._penalties[chosen].sum())
 
     def changes(self, schemes: Mapping[str, str]) -> Array:
         """Return by how much each move alone would change the loss of a plan, [moves]; 0 for its own."""
@@ -94,7 +88,7 @@ class Quadratic:
         apart = self._squares - self._squares[instead_of]
         steps = self._squares + self._squares[instead_of] - 2 * overlap
         change = (1 - self.rho) * apart + self.rho * (2 * (along - along[instead_of]) + steps)
-        change += self._fees - self._fees[instead_of]
+        change += self._penalties - self._penalties[instead_of]
         change[chosen] = 0.0
         return np.asarray(change)
 
@@ -184,19 +178,16 @@ def refine(quadratic: Quadratic, schemes: Mapping[str, str], time_limit: float =
 
 
 def _best_moves(quadratic: Quadratic, current: Mapping[str, str], moves: int, time_limit: float) -> dict[str, str]:
-    """Solve for at most ``moves`` changes, each charged what it alone would change the quadratic by."""
+    """Solve for at most ``moves`` changes, each at what it alone would change the quadratic by."""
     problem, chosen, changes = quadratic.problem, quadratic.chosen(current), quadratic.changes(current)
     added = quadratic.bytes - quadratic.bytes[chosen[quadratic.layer]]
     kept = np.sort(np.concatenate([chosen, _promising(quadratic, changes, added, chosen)]))
-    losses: dict[str, dict[str, float]] = {layer.name: {} for layer in problem.layers}
+    costs: dict[str, dict[str, float]] = {layer.name: {} for layer in problem.layers}
     for move in kept:
         name, scheme = quadratic.moves[move]
-        losses[name][scheme] = float(changes[move])
-    layers = [
-        replace(layer, bytes={s: layer.bytes[s] for s in losses[layer.name]}, loss=losses[layer.name])
-        for layer in problem.layers
-    ]
-    return solve_exactly(replace(problem, layers=layers), GAP, time_limit, MostMoves(current, moves))[0]
+        costs[name][scheme] = float(changes[move])
+    narrowed = replace(problem, layers=[layer.only(costs[layer.name]) for layer in problem.layers])
+    return solve(narrowed, Objective(costs), GAP, time_limit, Nearby(current, moves)).schemes
 
 
 def _best_pair(quadratic: Quadratic, current: Mapping[str, str], loss: float) -> dict[str, str] | None:
@@ -217,7 +208,7 @@ def _best_pair(quadratic: Quadratic, current: Mapping[str, str], loss: float) ->
     room = added[moves][:, None] + added[moves][None]
     np.fill_diagonal(room, added[moves])
     # Shared activation scales may give back a few bytes: the plan's own count decides below.
-    spare = problem.budget_bytes - plan_bytes(problem, current) + 4 * ACTIVATION_SCALE_BYTES
+    spare = problem.budget_bytes - problem.plan_bytes(current) + 4 * ACTIVATION_SCALE_BYTES
     gain[(room > spare) | (gain >= -SMALLEST_GAIN * abs(loss))] = np.inf
     _rule_out_slow(quadratic, current, moves, gain)
     flat = gain.reshape(-1)
@@ -227,7 +218,7 @@ def _best_pair(quadratic: Quadratic, current: Mapping[str, str], loss: float) ->
             return None
         pair = [quadratic.moves[moves[i]] for i in np.unravel_index(place, gain.shape)]
         plan = {**current, **dict(pair)}
-        if fits(problem, plan):
+        if problem.fits(plan):
             return plan
     return None
 
@@ -235,14 +226,14 @@ def _best_pair(quadratic: Quadratic, current: Mapping[str, str], loss: float) ->
 def _rule_out_slow(quadratic: Quadratic, current: Mapping[str, str], moves: Array, gain: Array) -> None:
     """Set the ``gain`` [moves, moves] of pairs that cannot hold the limit on latency to infinity, in place."""
     problem = quadratic.problem
-    if problem.max_latency is None:
+    if problem.max_latency_ns is None:
         return
     slower = (quadratic.latency - quadratic.latency[quadratic.chosen(current)][quadratic.layer])[moves]
     added = slower[:, None] + slower[None]
     np.fill_diagonal(added, slower)
     # Quantizers that nobody reads any more give back their time: the plan's own count decides.
-    shared = 4 * max(problem.quantizer_latency.values(), default=0)
-    gain[added > problem.max_latency - plan_latency(problem, current) + shared] = np.inf
+    shared = 4 * max(problem.quantizer_ns.values(), default=0)
+    gain[added > problem.max_latency_ns - problem.plan_ns(current) + shared] = np.inf
 
 
 def _promising(quadratic: Quadratic, alone: Array, added: Array, chosen: Array) -> Array:
@@ -254,15 +245,6 @@ def _promising(quadratic: Quadratic, alone: Array, added: Array, chosen: Array) 
         return moves
     paid = alone[moves] + quadratic.byte_price * added[moves]
     return moves[np.sort(np.argsort(paid, kind="stable")[:MOST_CANDIDATES])]
-
-
-@dataclass(frozen=True)
-class Solved:
-    """A plan without cross terms: layer -> scheme, how the solver ended, and the charge per kernel of a branch."""
-
-    schemes: dict[str, str]
-    report: SolverReport
-    fee: float
 
 
 @dataclass(frozen=True)
@@ -292,26 +274,26 @@ class CrossTerms:
 
 
 def allocate_with_cross_terms(
-    problem: Problem, table: SensitivityTable, solve: Callable[[Problem], Solved], improve: bool = True
-) -> tuple[Solved, CrossTerms]:
+    problem: Problem, table: SensitivityTable, allocate: Callable[[Problem], Allocation], improve: bool = True
+) -> tuple[Allocation, CrossTerms]:
     """Solve ``problem``, refine the plan with the cross terms, and keep what does better on held-back calls.
 
-    ``solve`` finds the plan without cross terms. ``table`` has projections. With ``improve`` False the plan stays, and
-    only its prediction comes from held-back calls. Without held-back calls nothing is refined: there a plan that fits
-    its own probes could not be told from a better one.
+    ``allocate`` finds the plan without cross terms. ``table`` has projections. With ``improve`` False the plan
+    stays, and only its prediction comes from held-back calls. Without held-back calls nothing is refined: there a
+    plan that fits its own probes could not be told from a better one.
     """
     parts = table.folds(FOLDS)
-    milp = solve(problem)
+    milp = allocate(problem)
     refined, rho = _refined(problem, table, milp, improve and bool(parts))
     moves = sum(refined[name] != scheme for name, scheme in milp.schemes.items())
     before, after = [], []
     for seen, apart in parts:
         layers = [replace(layer, loss={s: seen.losses[layer.name][s] for s in layer.bytes}) for layer in problem.layers]
         part = replace(problem, layers=layers)
-        found = solve(part)
-        better, _ = _refined(part, seen, found, moves > 0)
-        before.append(apart.plan_loss(found.schemes))
-        after.append(apart.plan_loss(better) if better != found.schemes else before[-1])
+        plan = allocate(part)
+        better, _ = _refined(part, seen, plan, moves > 0)
+        before.append(apart.plan_loss(plan.schemes))
+        after.append(apart.plan_loss(better) if better != plan.schemes else before[-1])
     kept = moves > 0 and sum(after) < sum(before)
     result = CrossTerms(
         rho=rho,
@@ -326,12 +308,14 @@ def allocate_with_cross_terms(
     return (replace(milp, schemes=refined) if kept else milp), result
 
 
-def _refined(problem: Problem, table: SensitivityTable, found: Solved, improve: bool) -> tuple[dict[str, str], float]:
+def _refined(
+    problem: Problem, table: SensitivityTable, plan: Allocation, improve: bool
+) -> tuple[dict[str, str], float]:
     """Return the refined plan and rho; the plan as it is where the cross terms are no more than noise."""
     if not improve or table.projections is None or table.calls is None:
-        return found.schemes, 0.0
-    vectors = np.stack([table.projections[name][s].astype(np.float64) for name, s in found.schemes.items()])
+        return plan.schemes, 0.0
+    vectors = np.stack([table.projections[name][s].astype(np.float64) for name, s in plan.schemes.items()])
     rho = shrinkage(vectors, table.calls, len(table.timesteps))
     if not rho:
-        return found.schemes, 0.0
-    return refine(Quadratic(problem, table.projections, rho, found.fee), found.schemes), rho
+        return plan.schemes, 0.0
+    return refine(Quadratic(problem, table.projections, rho, plan.kernel_penalty), plan.schemes), rho

@@ -297,17 +297,17 @@ def gate(
 
     Exit code 0: every limit is kept; 1: one is not; 2: bad input.
     """
-    from mpq_deploy.report.gate import Limits, check_gate, gate_junit, gate_markdown, gate_text, parse_latency
+    from mpq_deploy.report.gate import Limits, check_gate, gate_junit, gate_markdown, gate_text
     from mpq_deploy.report.read import read_report
+    from mpq_deploy.system.quantities import Budget, Latency
 
-    latency = None if max_latency is None else parse_latency(max_latency)
     limits = Limits(
-        max_size,
+        None if max_size is None else Budget.parse(max_size),
         min_psnr,
         min_ssim,
         max_nmse,
         max_frechet_increase,
-        latency,
+        None if max_latency is None else Latency.parse(max_latency),
         max_psnr_drop,
         max_lpips,
         max_clip_drop,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from math import isfinite
 from pathlib import Path
 from typing import Literal
 
@@ -132,19 +131,3 @@ class LatencyTable:
                 f"The latency table is of batch {self.batch}; the engine's usual batch is {batch} (engine.batch_opt).",
                 f"Profile with that batch, or set engine.batch_opt to {self.batch}.",
             )
-
-
-UNITS_MS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
-
-
-def parse_latency(text: str) -> int:
-    """Turn ``120ms``, ``0.12s`` or ``900us`` into nanoseconds. Raises UsageError for anything else."""
-    lowered = text.strip().lower().replace(" ", "")
-    suffix = next((unit for unit in UNITS_MS if lowered.endswith(unit)), "")
-    try:
-        number = float(lowered.removesuffix(suffix)) if suffix else float("nan")
-    except ValueError:
-        number = float("nan")
-    if not isfinite(number) or number <= 0:
-        raise UsageError(f"The latency '{text}' is no time.", "Give a number with its unit: 120ms, 0.12s or 900us.")
-    return int(round(number * UNITS_MS[suffix] * 1e6, 3))

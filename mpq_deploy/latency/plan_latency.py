@@ -10,7 +10,7 @@ from mpq_deploy.engine.target import Target, load_target
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.formats.scheme import FP16, INT8, SCHEMES
 from mpq_deploy.latency.costs import LatencyCosts, PlanLatency
-from mpq_deploy.latency.latency_table import LatencyTable, parse_latency
+from mpq_deploy.latency.latency_table import LatencyTable
 from mpq_deploy.latency.others import activations_of, weighed_nodes
 from mpq_deploy.latency.roofline import LAUNCH_SECONDS, Rates
 from mpq_deploy.run.view import Exported
@@ -53,10 +53,8 @@ def limits_latency(recipe: Recipe) -> bool:
 def check_latency(recipe: Recipe, target: Target) -> None:
     """Find mistakes about latency that need no run folder."""
     section = recipe.allocate
-    if section.max_latency is not None:
-        parse_latency(section.max_latency)
     if section.max_loss is not None and section.objective != "latency":
-        raise UsageError("allocate.max_loss is for allocate.objective: latency.", "The default minimises the loss.")
+        raise UsageError("allocate.max_loss is for allocate.objective: latency.", "The default minimizes the loss.")
     table = read_table(recipe)
     if limits_latency(recipe) and (target.simulated or (table is None and Rates.of(target) is None)):
         raise UsageError(

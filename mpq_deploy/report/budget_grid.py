@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import ValidationError
 
-from mpq_deploy.allocate.milp import LayerChoice, PrecisionPlan
+from mpq_deploy.allocate.plan import PrecisionPlan
+from mpq_deploy.allocate.problem import LayerChoice
 from mpq_deploy.errors import InfeasibleLatencyError
 from mpq_deploy.report.data import BudgetPlan, BudgetPlans, LayerOption
 from mpq_deploy.run.view import RECIPE, Exported

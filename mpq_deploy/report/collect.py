@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpq_deploy.allocate.milp import PrecisionPlan
+from mpq_deploy.allocate.plan import PlannedLayer, PrecisionPlan
 from mpq_deploy.delivery.device_results import device_infos
 from mpq_deploy.evaluate.evaluation_result import CpuLatency, Evaluation, VariantResult
 from mpq_deploy.evaluate.interval import mean_interval
@@ -103,11 +103,11 @@ def report_data(run: Run) -> ReportData:
         engine=engine,
         engine_note=engine_note,
         cpu_latency=_cpu_latency(run),
-        expected_latency=ExpectedLatency(**plan.latency) if plan.latency else None,
+        expected_latency=ExpectedLatency(**asdict(plan.latency)) if plan.latency else None,
         devices=device_infos(run),
-        layers=tuple(_layer_row(row, table, kurtoses) for row in plan.layers),
+        layers=tuple(_layer_row(layer, table, kurtoses) for layer in plan.layers),
         loss_timesteps=tuple(float(t) for t in table.timesteps) if table.predicts_nmse else (),
-        others=tuple(OtherRow(**row) for row in plan.others),
+        others=tuple(OtherRow(**asdict(other)) for other in plan.others),
         stages=tuple(
             StageRow(name=r.name, seconds=r.seconds, peak_rss_bytes=r.peak_rss_bytes or None, cached=r.cached)
             for r in run.results.values()
@@ -320,8 +320,8 @@ def _read_figures(run: Run, path: Path, keys: set[str]) -> dict[str, Any] | None
 
 
 def _importance(run: Run, plan: PrecisionPlan, table: SensitivityTable) -> ImportanceInfo | None:
-    found, programme = table.importance, plan.bit_programme
-    if found is None or programme is None:
+    found, program = table.importance, plan.bit_program
+    if found is None or program is None:
         return None
     return ImportanceInfo(
         settings=_orm_settings(run, table.metric),
@@ -329,7 +329,7 @@ def _importance(run: Run, plan: PrecisionPlan, table: SensitivityTable) -> Impor
         weights=tuple(float(w) for w in found.weights),
         calls=found.calls,
         constant=int(found.constant.all(axis=0).sum()),
-        **programme,
+        **asdict(program),
     )
 
 
@@ -339,7 +339,7 @@ def _orm_settings(run: Run, metric: str) -> str:
     activations = {
         "int8": "INT8 activations wherever the target allows",
         "fp16": "FP16 activations wherever a layer has the choice",
-        "programme": f"activations by a second programme at {options.activation_budget:g} bits per element",
+        "program": f"activations by a second program at {options.activation_budget:g} bits per element",
     }[options.activation_bits]
     bits = f"{options.bits} bits, {activations}"
     if metric != "orm":
@@ -365,13 +365,11 @@ def _orm_pictures(table: SensitivityTable) -> OrmPictures | None:
     return OrmPictures(found.layers, found.timesteps, found.weights, found.theta, found.orm, constant)
 
 
-def _layer_row(row: dict[str, Any], table: SensitivityTable, kurtoses: dict[str, float]) -> LayerRow:
-    kurtosis = kurtoses.get(row["name"])
-    if not table.predicts_nmse:
-        return LayerRow(**row, kurtosis=kurtosis)
-    by_timestep = table.losses_by_timestep[row["name"]][row["scheme"]]
-    losses = _all_finite(tuple(float(loss) for loss in by_timestep))
-    return LayerRow(**row, kurtosis=kurtosis, loss_by_timestep=losses)
+def _layer_row(layer: PlannedLayer, table: SensitivityTable, kurtoses: dict[str, float]) -> LayerRow:
+    losses: tuple[float, ...] = ()
+    if table.predicts_nmse:
+        losses = _all_finite(tuple(float(loss) for loss in table.losses_by_timestep[layer.name][layer.scheme]))
+    return LayerRow(**asdict(layer), kurtosis=kurtoses.get(layer.name), loss_by_timestep=losses)
 
 
 def _versions() -> dict[str, str]:

@@ -15,17 +15,16 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from mpq_deploy.allocate.milp import budget_in_bytes
 from mpq_deploy.errors import UsageError
 from mpq_deploy.report import words
 from mpq_deploy.report.compare import figure_difference, model_obstacle, obstacles
 from mpq_deploy.report.data import FrechetInfo, Interval, ScoreInfo
 from mpq_deploy.report.markdown import plain, table
 from mpq_deploy.report.read import ReadReport, slowest
+from mpq_deploy.system.quantities import Budget, Latency
 
 Status = Literal["passed", "failed", "not measured"]
 SUITE = "mpq-deploy gate"
-_MILLISECONDS = {"us": 1e-3, "µs": 1e-3, "ms": 1.0, "s": 1e3}
 EVALUATE = "Measure it with 'mpq-deploy evaluate RUN', then 'mpq-deploy report RUN'."
 # XML 1.0, section 2.2: what a document may hold.
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -33,19 +32,19 @@ _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits; None: not asked for. ``max_size`` is written like a budget (0.36, 35%, 600MB).
+    """The limits; None: not asked for.
 
     PSNR in dB; NMSE of the output; ``max_frechet_increase`` over the float model's own distance or
     the baseline's; ``max_psnr_drop`` in dB below the baseline; ``max_lpips`` to the float model's
     images; ``max_clip_drop`` below the float model's CLIP score.
     """
 
-    max_size: str | None = None
+    max_size: Budget | None = None
     min_psnr: float | None = None
     min_ssim: float | None = None
     max_nmse: float | None = None
     max_frechet_increase: float | None = None
-    max_latency_ms: float | None = None
+    max_latency: Latency | None = None
     max_psnr_drop: float | None = None
     max_lpips: float | None = None
     max_clip_drop: float | None = None
@@ -55,11 +54,10 @@ class Limits:
             value = getattr(self, field.name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise UsageError(f"--{field.name.replace('_', '-')} is {value}.", "Give a finite number.")
-        for name in ("max_nmse", "max_latency_ms", "min_ssim", "max_lpips"):
+        for name in ("max_nmse", "min_ssim", "max_lpips"):
             value = getattr(self, name)
             if value is not None and value < 0:
-                option = name.removesuffix("_ms").replace("_", "-")
-                raise UsageError(f"--{option} is {value:g}.", "It cannot be negative.")
+                raise UsageError(f"--{name.replace('_', '-')} is {value:g}.", "It cannot be negative.")
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,7 @@ def check_gate(
         "min_ssim": lambda limit: _ssim(report, limit),
         "max_nmse": lambda limit: _nmse(report, limit),
         "max_frechet_increase": lambda limit: _frechet(report, limit, baseline),
-        "max_latency_ms": lambda limit: _latency(report, limit, allow_estimate),
+        "max_latency": lambda limit: _latency(report, limit.milliseconds, allow_estimate),
         "max_psnr_drop": lambda limit: _psnr_drop(report, limit, baseline),
         "max_lpips": lambda limit: _lpips(report, limit),
         "max_clip_drop": lambda limit: _clip_drop(report, limit),
@@ -131,16 +129,6 @@ def check_gate(
         notes.append(report.model.synthetic)
     label = None if baseline is None else baseline.label
     return GateResult(report.label, report.model.name, report.target.name, outcomes, tuple(notes), label)
-
-
-def parse_latency(text: str) -> float:
-    """Return milliseconds of ``120ms``, ``0.12s`` or ``850us``. Raises UsageError without a unit."""
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*([a-zµ]*)\s*", text)
-    unit = match.group(2) if match else ""
-    if match is None or unit not in _MILLISECONDS:
-        why = "has no unit" if match and not unit else "is no latency"
-        raise UsageError(f"The latency '{text}' {why}.", "Give a number with us, ms or s, such as 120ms.")
-    return float(match.group(1)) * _MILLISECONDS[unit]
 
 
 def _check(report: ReadReport, limits: Limits, baseline: ReadReport | None) -> None:
@@ -159,14 +147,11 @@ def _check(report: ReadReport, limits: Limits, baseline: ReadReport | None) -> N
         )
 
 
-def _size(report: ReadReport, limit: str) -> Outcome:
+def _size(report: ReadReport, limit: Budget) -> Outcome:
     weights = (
         report.model.weights if report.model.weights is not None else sum(layer.weights for layer in report.layers)
     )
-    try:
-        most = budget_in_bytes(limit, report.fp16_size_bytes, weights)
-    except UsageError as error:
-        raise UsageError(f"--max-size: {error.message}", error.hint) from None
+    most = limit.bytes(report.fp16_size_bytes, weights)
     measured = f"{report.size_ratio:.4f} of FP16, {report.size_bytes:,} bytes"
     status = _status(report.size_bytes <= most)
     return Outcome("size", f"at most {limit} ({most:,} bytes)", measured, status, report.size_bytes, most)

@@ -246,7 +246,7 @@ def _loss(layer: LayerRow, total: float) -> str:
 def _importance(layer: LayerRow) -> list[list[str]]:
     if layer.importance is None or layer.linear_bits is None:
         return []
-    bits = f"{layer.importance:.3f}; the linear programme gives it {layer.linear_bits:.3g} bits"
+    bits = f"{layer.importance:.3f}; the linear program gives it {layer.linear_bits:.3g} bits"
     return [["Importance", bits]]
 
 

@@ -59,7 +59,7 @@ def _lead(points: list[dict[str, Any]], simulated: bool) -> str:
 def _note(result: dict[str, Any]) -> str:
     if result.get("curve"):
         return (
-            "The line is of the integer programme's plans; the measured ones are also refined with the cross terms "
+            "The line is of the integer program's plans; the measured ones are also refined with the cross terms "
             "between layers, so they may lie a little below it."
         )
     return "The line joins this sweep's own plans."

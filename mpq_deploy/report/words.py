@@ -284,10 +284,10 @@ def curve_note(data: ReportData) -> str:
         return f"The metric {data.sensitivity} predicts no error.".replace("  ", " ")
     if data.sensitivity == "probe":
         return (
-            "These are the integer programme's plans, and their predictions have the cross terms between layers; a "
+            "These are the integer program's plans, and their predictions have the cross terms between layers; a "
             "build also refines its plan with those terms, so this run's own point may lie a little below the line."
         )
-    return "These are the integer programme's plans."
+    return "These are the integer program's plans."
 
 
 def importance(info: ImportanceInfo) -> str:
@@ -295,7 +295,7 @@ def importance(info: ImportanceInfo) -> str:
     share = percent(info.weighted_bits / info.linear_bound) if info.linear_bound else "all"
     return (
         f"The plan gives the most bits, weighted by the layers' importance, that its bytes allow: {share} of what the "
-        f"linear programme over continuous bits reaches, which no plan of whole bits exceeds. {info.settings}."
+        f"linear program over continuous bits reaches, which no plan of whole bits exceeds. {info.settings}."
     )
 
 

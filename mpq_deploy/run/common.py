@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mpq_deploy.recipe import Recipe
 
 
-# What orm is reported beside, at the same budget: the same programme without any ORM.
+# What orm is reported beside, at the same budget: the same program without any ORM.
 ORM_CONTROLS = ("size-only", "random")
 
 

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mpq_deploy.allocate.milp import PrecisionPlan
+from mpq_deploy.allocate.plan import PrecisionPlan
 from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
 from mpq_deploy.engine.target import Target, load_target
 from mpq_deploy.errors import UsageError

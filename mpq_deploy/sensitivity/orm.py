@@ -3,7 +3,7 @@
 The loss of scheme s of layer i is c_i (16 - b_s): the bits that it does not give, weighted by the layer's importance.
 Over plans with one scheme per layer, the sum of losses is 16 sum_i c_i less sum_i c_i b_{s_i}; so the MILP, which
 minimises it within the bytes (n_i b_i, scales and all), maximises sum_i c_i b_i over the real schemes. The number of
-weights n_i stands in the budget and not in the benefit, as in the linear programme that the papers solve.
+weights n_i stands in the budget and not in the benefit, as in the linear program that the papers solve.
 
 Nothing in such a loss knows how large an error is: it ranks layers and predicts no error of the output. Two controls
 show what the ranking is worth: ``size-only`` gives every layer the importance 1, so that only sizes decide (the
@@ -28,7 +28,7 @@ from mpq_deploy.formats.sizes import input_channels, outlier_columns, promoted_r
 from mpq_deploy.graph.layers import Layer, LayerGraph
 from mpq_deploy.models.spec import Array, DenoiserSpec
 from mpq_deploy.recipe import Bits, OrmSettings
-from mpq_deploy.sensitivity.bit_programme import chosen_bits
+from mpq_deploy.sensitivity.bit_program import chosen_bits
 from mpq_deploy.sensitivity.importance import Importance
 from mpq_deploy.sensitivity.layer_weights import CandidateWeights
 from mpq_deploy.sensitivity.measured_calls import Calls, MeasureOptions
@@ -256,12 +256,12 @@ def activation_bits(
     """Return the bits at which each layer's activations are fixed, int64 [L]; 0 where its schemes leave no choice.
 
     A layer has the choice when some of its quantized schemes have INT8 activations and some have not. With
-    "programme": maximise sum c_i a_i over a_i in {8, 16} subject to sum m_i a_i <= ``activation_budget`` sum m_i,
+    "program": maximise sum c_i a_i over a_i in {8, 16} subject to sum m_i a_i <= ``activation_budget`` sum m_i,
     with m_i = ``elements`` of its inputs, over the layers that have the choice [our reading].
     """
     free = np.array([len({s.activation is None for s in row if s.weight is not None}) == 2 for row in schemes], bool)
     bits = np.zeros(len(schemes), np.int64)
-    if options.activation_bits != "programme":
+    if options.activation_bits != "program":
         bits[free] = INT8_BITS if options.activation_bits == "int8" else FULL_BITS
         return bits
     if free.any():

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpq_deploy.allocate.milp import budget_in_bytes
 from mpq_deploy.engine.target import Target, load_target
 from mpq_deploy.errors import MissingDependencyError, UsageError
 from mpq_deploy.graph.layers import Layer
@@ -58,12 +57,11 @@ MAKERS: dict[str, Callable[[Run, Path], str]] = {
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Find mistakes that need neither the model nor a run folder: an unknown target, a budget that is no size."""
+    """Find mistakes that need neither the model nor a run folder: an unknown target, options that contradict."""
     target = load_target(recipe.target)
     if recipe.engine.build and target.builder == RTX and not builder_present(target):
         raise MissingDependencyError("tensorrt-rtx", "rtx", f"Building an engine for '{target.name}'")
     _check_schemes(recipe, target)
-    budget_in_bytes(recipe.budget, 1 << 30, 1 << 30)
     check_latency(recipe, target)
     if recipe.measure.method == "orm" or recipe.measure.sampling == "adaptive":
         check_timesteps(recipe)

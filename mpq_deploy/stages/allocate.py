@@ -5,27 +5,16 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpq_deploy.allocate.cross_terms import CrossTerms, Solved, allocate_with_cross_terms
-from mpq_deploy.allocate.milp import (
-    LayerChoice,
-    PrecisionPlan,
-    Problem,
-    allocate_with_fee,
-    budget_in_bytes,
-    fastest_plan,
-    kernel_charge,
-    plan_bytes,
-    plan_latency,
-    protected_schemes,
-    quantizers,
-    smallest_plan,
-)
+from mpq_deploy.allocate.cross_terms import CrossTerms, allocate_with_cross_terms
+from mpq_deploy.allocate.milp import Allocation, allocate, fastest_plan, penalty_per_kernel
+from mpq_deploy.allocate.plan import BitProgram, PlannedLayer, PrecisionPlan
+from mpq_deploy.allocate.problem import LayerChoice, Problem, protected_schemes
 from mpq_deploy.errors import InfeasibleBudgetError
 from mpq_deploy.formats.candidates import Choices
 from mpq_deploy.formats.scheme import SCHEMES
@@ -33,13 +22,13 @@ from mpq_deploy.formats.sizes import FP16_BYTES, activation_bytes, weight_bytes
 from mpq_deploy.graph.layers import Layer
 from mpq_deploy.graph.writers.prescale import foldable_inputs
 from mpq_deploy.latency.costs import PlanLatency, int8_warning
-from mpq_deploy.latency.latency_table import parse_latency
 from mpq_deploy.latency.plan_latency import latency_costs, latency_inputs, plan_latency_info
 from mpq_deploy.run.common import settings, version_of
 from mpq_deploy.run.stage_memory import check_memory
 from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.stages.candidates import choices_of
 from mpq_deploy.system.files import Fields
+from mpq_deploy.system.quantities import Budget
 
 if TYPE_CHECKING:
     from mpq_deploy.run.view import Run
@@ -49,12 +38,16 @@ def allocate_inputs(run: Run) -> Fields:
     """Return what the stage allocate reads: digests and settings."""
     return {
         **{name: run.digest(name) for name in ("export", "candidates", "measure")},
-        "recipe.budget": run.recipe.budget,
+        "recipe.budget": str(run.recipe.budget),
         "target.protected": list(run.target.protected),
         **settings(run.recipe.allocate, "allocate"),
         **latency_inputs(run.recipe),
         **version_of("highspy", "numpy"),
     }
+
+
+# A layer's importance and the bits that the linear program gives it.
+Weighed = tuple[float | None, float | None]
 
 
 class PlanSolver:
@@ -100,7 +93,7 @@ class PlanSolver:
         )
 
     def _with_latency(self, problem: Problem) -> Problem:
-        """Add what is known of latency and the limit on it; with latency as the objective, that is the least."""
+        """Add what is known of latency and the limit on it; with latency as the objective, that is the minimum."""
         if self.costs is None:
             return problem
         section = self.section
@@ -109,24 +102,23 @@ class PlanSolver:
             for choice in problem.layers
             for scheme in choice.bytes
             for tensor in choice.inputs
-            for name in quantizers(choice, scheme)
+            for name in choice.quantizers(scheme)
             if name == tensor + SCHEMES[scheme].activation_form
         }
-        limit = None if section.max_latency is None else parse_latency(section.max_latency)
-        timed = replace(problem, quantizer_latency=shared, fixed_latency=self.costs.others_ns, max_latency=limit)
+        limit = section.max_latency.nanoseconds if section.max_latency else None
+        timed = replace(problem, quantizer_ns=shared, fixed_ns=self.costs.others_ns, max_latency_ns=limit)
         if section.objective == "loss":
             return timed
-        smallest = plan_bytes(problem, smallest_plan(problem))
-        if smallest > problem.budget_bytes:
+        if problem.plan_bytes(problem.smallest_plan()) > problem.budget_bytes:
             return timed  # the solver says what the smallest feasible budget is
-        least = plan_latency(timed, fastest_plan(timed, section.time_limit, section.max_loss))
-        return timed if limit is not None and limit < least else replace(timed, max_latency=least)
+        minimum = timed.plan_ns(fastest_plan(replace(timed, max_loss=section.max_loss), section))
+        return timed if limit is not None and limit < minimum else replace(timed, max_latency_ns=minimum)
 
     @property
     def smallest(self) -> int:
         """Bytes of the plan of each layer's smallest scheme: the smallest feasible budget, or a few bytes more."""
         problem = Problem(self.choices, self.fixed_bytes, 0, self.foldable)
-        return plan_bytes(problem, smallest_plan(problem))
+        return problem.plan_bytes(problem.smallest_plan())
 
     @property
     def fixed_bytes(self) -> int:
@@ -134,22 +126,23 @@ class PlanSolver:
         return self.fp16_size - FP16_BYTES * self.weights
 
     def unrefined(self, budget_bytes: int, gap: float) -> tuple[dict[str, str], int, float | None] | None:
-        """Solve for ``budget_bytes`` by the integer programme alone: schemes, bytes and predicted loss.
+        """Solve for ``budget_bytes`` by the integer program alone: schemes, bytes and predicted loss.
 
         Quicker than ``solve``, which refines the plan with the cross terms; the prediction has them all the same. None
         where the solver's time was up before it came within ``gap``.
         """
         problem = self._with_latency(Problem(self.choices, self.fixed_bytes, budget_bytes, self.foldable))
-        fee = kernel_charge(problem, self.section.branch_charge, gap, self.section.time_limit)
-        schemes, report = allocate_with_fee(problem, fee, gap, self.section.time_limit)
-        if report.status != "Optimal":
+        section = self.section.model_copy(update={"gap": gap})
+        allocation = allocate(problem, section, penalty_per_kernel(problem, section))
+        if allocation.report.status != "Optimal":
             return None
-        return schemes, plan_bytes(problem, schemes), self._predicted(schemes, None)
+        schemes = allocation.schemes
+        return schemes, problem.plan_bytes(schemes), self._predicted(schemes, None)
 
-    def solve(self, budget: str) -> PrecisionPlan:
-        """Solve the allocation for ``budget`` (as the user writes it) and describe the plan."""
+    def solve(self, budget: Budget | str) -> PrecisionPlan:
+        """Solve the allocation for ``budget`` and describe the plan."""
         fixed = self.fixed_bytes
-        limit = budget_in_bytes(budget, self.fp16_size, self.weights)
+        limit = Budget.parse(budget).bytes(self.fp16_size, self.weights)
         problem = Problem(self.choices, fixed, limit, self.foldable)
         try:
             problem = self._with_latency(problem)
@@ -163,47 +156,48 @@ class PlanSolver:
                 error.smallest,
             ) from error
         schemes = solved.schemes
-        programme, weighed = self._weighed(schemes, problem.budget_bytes - fixed)
+        program, weighed = self._weighed(schemes, problem.budget_bytes - fixed)
         latency = self._latency(problem, schemes)
         return PrecisionPlan(
             budget_bytes=problem.budget_bytes,
-            size_bytes=plan_bytes(problem, schemes),
+            size_bytes=problem.plan_bytes(schemes),
             fp16_size_bytes=self.fp16_size,
             fixed_bytes=problem.fixed_bytes,
             predicted_loss=self._predicted(schemes, cross_terms),
             schemes=schemes,
-            layers=[{**self._row(i, schemes[n.name]), **weighed[i]} for i, n in enumerate(self.layers)],
-            others=[vars(other) for other in self.exported.graph.others],
+            layers=tuple(
+                self._planned(layer, choice, schemes[layer.name], *row)
+                for layer, choice, row in zip(self.layers, self.choices, weighed)
+            ),
+            others=self.exported.graph.others,
             solver=solved.report,
-            notes=[*self.table.notes, *self._latency_notes(latency)],
-            bit_programme=programme,
-            cross_terms=None if cross_terms is None else asdict(cross_terms),
+            notes=(*self.table.notes, *self._latency_notes(latency)),
+            bit_program=program,
+            cross_terms=cross_terms,
             simulated=any(SCHEMES[name].simulated for name in schemes.values()),
-            latency=None if latency is None else asdict(latency),
+            latency=latency,
         )
 
     def _latency(self, problem: Problem, schemes: dict[str, str]) -> PlanLatency | None:
         if self.costs is None:
             return None
-        limit = None if self.section.max_latency is None else parse_latency(self.section.max_latency)
-        ours = plan_latency(problem, schemes)
+        limit = self.section.max_latency.nanoseconds if self.section.max_latency else None
+        ours = problem.plan_ns(schemes)
         return plan_latency_info(self.costs, self.exported, schemes, ours, limit, self.recipe)
 
     def _latency_notes(self, latency: PlanLatency | None) -> list[str]:
         said = [self.no_latency, int8_warning(latency, len(self.layers)) if latency else ""]
         return [note for note in said if note]
 
-    def _solved(self, problem: Problem) -> tuple[Solved, CrossTerms | None]:
+    def _solved(self, problem: Problem) -> tuple[Allocation, CrossTerms | None]:
         """Solve without cross terms, then with them where the metric knows them and the recipe wants them."""
         if self.table.projections is None:
             return self._solved_apart(problem), None
         return allocate_with_cross_terms(problem, self.table, self._solved_apart, self.section.cross_terms)
 
-    def _solved_apart(self, part: Problem) -> Solved:
+    def _solved_apart(self, part: Problem) -> Allocation:
         """Solve without cross terms."""
-        section = self.section
-        fee = kernel_charge(part, section.branch_charge, section.gap, section.time_limit)
-        return Solved(*allocate_with_fee(part, fee, section.gap, section.time_limit), fee)
+        return allocate(part, self.section, penalty_per_kernel(part, self.section))
 
     def _predicted(self, schemes: dict[str, str], cross_terms: CrossTerms | None) -> float | None:
         if cross_terms is not None:
@@ -225,16 +219,14 @@ class PlanSolver:
             reason = f"the metric {self.table.metric} fixes the activations of this layer at {bits} bits"
         return {s.name: reason for s in choices.schemes if s.name not in self.table.losses[layer]}
 
-    def _weighed(
-        self, schemes: dict[str, str], weight_bytes: int
-    ) -> tuple[dict[str, float] | None, list[dict[str, float]]]:
-        """Return the plan's weighted bits beside the linear programme's bound, and per layer importance and its bits.
+    def _weighed(self, schemes: dict[str, str], weight_bytes: int) -> tuple[BitProgram | None, list[Weighed]]:
+        """Return the plan's weighted bits beside the linear program's bound, and per layer importance and its bits.
 
-        None and empty entries for a metric without importances. ``weight_bytes``: the budget less all other constants.
+        None for a metric without importances. ``weight_bytes``: the budget less all other constants.
         """
         if self.table.importance is None:
-            return None, [{} for _ in self.layers]
-        from mpq_deploy.sensitivity.bit_programme import linear_bits
+            return None, [(None, None)] * len(self.layers)
+        from mpq_deploy.sensitivity.bit_program import linear_bits
         from mpq_deploy.sensitivity.orm import scheme_bits
 
         bits = [
@@ -246,23 +238,26 @@ class PlanSolver:
         low, high = (np.array([f(row.values()) for row in bits], np.float64) for f in (min, max))
         bound = linear_bits(importance, sizes, low, high, 8.0 * weight_bytes)
         taken = np.array([row[schemes[layer.name]] for row, layer in zip(bits, self.layers)])
-        rows = [{"importance": float(c), "linear_bits": float(b)} for c, b in zip(importance, bound.bits)]
-        return {"weighted_bits": float(importance @ taken), "linear_bound": bound.objective}, rows
+        rows: list[Weighed] = [(float(c), float(b)) for c, b in zip(importance, bound.bits)]
+        return BitProgram(weighted_bits=float(importance @ taken), linear_bound=bound.objective), rows
 
-    def _row(self, number: int, scheme: str) -> dict[str, Any]:
-        layer, choice = self.layers[number], self.choices[number]
-        return {
-            "name": layer.name,
-            "op": layer.op,
-            "scheme": scheme,
-            "bytes": choice.bytes[scheme],
-            "fp16_bytes": FP16_BYTES * layer.weights,
-            "weights": layer.weights,
-            "weight_shape": list(layer.weight_shape),
-            "predicted_loss": choice.loss[scheme] if self.table.predicts_nmse else None,
-            "latency_ms": choice.latency[scheme] / 1e6 if choice.latency else None,
-            "refused": self.refused[layer.name],
-        }
+    def _planned(
+        self, layer: Layer, choice: LayerChoice, scheme: str, importance: float | None, linear_bits: float | None
+    ) -> PlannedLayer:
+        return PlannedLayer(
+            name=layer.name,
+            op=layer.op,
+            scheme=scheme,
+            bytes=choice.bytes[scheme],
+            fp16_bytes=FP16_BYTES * layer.weights,
+            weights=layer.weights,
+            weight_shape=layer.weight_shape,
+            predicted_loss=choice.loss[scheme] if self.table.predicts_nmse else None,
+            latency_ms=choice.latency_ns[scheme] / 1e6 if choice.latency_ns else None,
+            refused=self.refused[layer.name],
+            importance=importance,
+            linear_bits=linear_bits,
+        )
 
 
 def any_match(pattern: str, names: Mapping[str, Any]) -> bool:
@@ -278,7 +273,7 @@ def make_allocate(run: Run, folder: Path) -> str:
     ratio = plan.size_bytes / plan.fp16_size_bytes
     predicted = "not predicted" if plan.predicted_loss is None else f"predicted NMSE {plan.predicted_loss:.2e}"
     kind = "nominal bytes, simulated" if plan.simulated else "bytes"
-    warned = int8_warning(PlanLatency(**plan.latency), len(plan.layers)) if plan.latency else ""
+    warned = int8_warning(plan.latency, len(plan.layers)) if plan.latency else ""
     if warned:
         run.talk.warn(warned)
     return f"{plan.size_bytes:,} {kind} ({ratio:.4f} of FP16), {predicted}{_speed(plan)}"
@@ -287,4 +282,4 @@ def make_allocate(run: Run, folder: Path) -> str:
 def _speed(plan: PrecisionPlan) -> str:
     if plan.latency is None:
         return ""
-    return f", {plan.latency['ours_ms']:.3g} ms of layers and other kernels ({plan.latency['source']})"
+    return f", {plan.latency.ours_ms:.3g} ms of layers and other kernels ({plan.latency.source})"

@@ -212,7 +212,7 @@ def _notes(run: Run, losses: Losses, truth: Truth, rows: Iterable[MetricResult])
     )
     if any(branch for branch in run.recipe.allocate.branches):
         notes.append("Truth and correlations leave residual branches out; the metrics' plans may take them.")
-    if measure.orm.activation_bits != "programme" and any(row.key in ("orm", "kurtosis") for row in rows):
+    if measure.orm.activation_bits != "program" and any(row.key in ("orm", "kurtosis") for row in rows):
         notes.append(
             f"kurtosis, orm and its controls cannot compare activations: measure.orm.activation_bits fixes them at "
             f"{measure.orm.activation_bits}, which rules out schemes that the other metrics may choose."

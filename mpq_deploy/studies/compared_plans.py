@@ -33,7 +33,7 @@ from mpq_deploy.system.parallel.work import Alone, Job, Result, Shard, Within, W
 from mpq_deploy.system.progress import Talk
 
 if TYPE_CHECKING:
-    from mpq_deploy.allocate.milp import PrecisionPlan
+    from mpq_deploy.allocate.plan import PrecisionPlan
     from mpq_deploy.sensitivity.table import SensitivityTable
 
 # Under the run folder.

@@ -25,7 +25,7 @@ from mpq_deploy.system.files import sealed_json, write_text
 from mpq_deploy.system.progress import Talk
 
 if TYPE_CHECKING:
-    from mpq_deploy.allocate.milp import PrecisionPlan
+    from mpq_deploy.allocate.plan import PrecisionPlan
     from mpq_deploy.report.data import BudgetPlans
     from mpq_deploy.stages.allocate import PlanSolver
     from mpq_deploy.system.parallel.work import Result, Work

@@ -1,14 +1,19 @@
-"""The MILP solver HiGHS, silent and reproducible, with the options that a caller sets."""
+"""Linear and integer programs, solved by HiGHS: silent, on one thread and with one seed, so that answers repeat."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import highspy
+import numpy as np
+
+Array = np.ndarray[Any, Any]
 
 
 class QuietHighs(highspy.Highs):  # type: ignore[misc]
-    """HiGHS that prints nothing, not even its banner, on one thread and with one seed."""
+    """HiGHS that prints nothing, not even its banner."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -19,3 +24,58 @@ class QuietHighs(highspy.Highs):  # type: ignore[misc]
         """Since 1.16 the constructor enables callbacks, which prints the banner."""
         self.setOptionValue("output_flag", False)
         super().enableCallbacks()
+
+
+@dataclass(frozen=True)
+class Row:
+    """``lower`` <= sum of ``coefficients`` x[``columns``] <= ``upper``; infinite where there is no limit."""
+
+    lower: float
+    upper: float
+    columns: Sequence[int] | Array
+    coefficients: Sequence[float] | Array
+
+
+@dataclass(frozen=True)
+class LinearProgram:
+    """Minimize (``maximize``: maximize) ``cost`` x over ``low`` <= x <= ``high``, all [N], within ``rows``.
+
+    ``integer``: x takes whole values alone.
+    """
+
+    cost: Array
+    low: Array
+    high: Array
+    rows: Sequence[Row]
+    integer: bool = False
+    maximize: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How HiGHS ended: its status in words, x float64 [N] (empty: none was found), and the bound of the objective."""
+
+    status: str
+    values: Array
+    bound: float
+
+
+def solve_program(program: LinearProgram, **options: Any) -> Outcome:
+    """Solve ``program`` with HiGHS' ``options``."""
+    lp = highspy.HighsLp()
+    lp.num_col_, lp.num_row_ = len(program.cost), len(program.rows)
+    lp.sense_ = highspy.ObjSense.kMaximize if program.maximize else highspy.ObjSense.kMinimize
+    lp.col_cost_, lp.col_lower_, lp.col_upper_ = program.cost, program.low, program.high
+    if program.integer:
+        lp.integrality_ = [highspy.HighsVarType.kInteger] * len(program.cost)
+    lp.row_lower_ = np.array([row.lower for row in program.rows])
+    lp.row_upper_ = np.array([row.upper for row in program.rows])
+    lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
+    lp.a_matrix_.start_ = np.cumsum([0] + [len(row.columns) for row in program.rows])
+    lp.a_matrix_.index_ = np.concatenate([row.columns for row in program.rows])
+    lp.a_matrix_.value_ = np.concatenate([row.coefficients for row in program.rows])
+    highs = QuietHighs(**options)
+    highs.passModel(lp)
+    highs.run()
+    values = np.asarray(highs.getSolution().col_value, np.float64)
+    return Outcome(highs.modelStatusToString(highs.getModelStatus()), values, float(highs.getInfo().mip_dual_bound))

@@ -13,22 +13,15 @@ from hypothesis import strategies as st
 from mpq_deploy.allocate.cross_terms import (
     FOLDS,
     Quadratic,
-    Solved,
     allocate_with_cross_terms,
     refine,
     shrinkage,
 )
-from mpq_deploy.allocate.milp import (
-    LayerChoice,
-    MostMoves,
-    Problem,
-    allocate,
-    plan_bytes,
-    smallest_plan,
-    solve_exactly,
-)
+from mpq_deploy.allocate.milp import Allocation, Nearby, allocate, solve
+from mpq_deploy.allocate.problem import LayerChoice, Objective, Problem
 from mpq_deploy.models.spec import Array
 from mpq_deploy.sensitivity.table import SensitivityTable, table_from_projections
+from tests.allocate.test_milp import EXACT
 
 SIZES = {"fp16": 80, "w8a8": 41, "w4a16-b32": 23}
 Case = tuple[Problem, dict[str, dict[str, Array]]]
@@ -59,7 +52,7 @@ def quadratic_loss(projections: dict[str, dict[str, Array]], plan: dict[str, str
 
 def fitting(problem: Problem) -> list[dict[str, str]]:
     every = itertools.product(*[[(layer.name, s) for s in layer.bytes] for layer in problem.layers])
-    return [plan for p in every if plan_bytes(problem, plan := dict(p)) <= problem.budget_bytes]
+    return [plan for p in every if problem.plan_bytes(plan := dict(p)) <= problem.budget_bytes]
 
 
 @pytest.mark.parametrize("rho", [0.4, 1.0])
@@ -69,9 +62,9 @@ def test_the_optimum_is_found_in_most_cases_and_a_worse_plan_never(correlated: f
     for seed in range(12):
         problem, projections = case(seed, 6, correlated)
         quadratic = Quadratic(problem, projections, rho)
-        plan, _ = allocate(problem)
+        plan = allocate(problem).schemes
         better = refine(quadratic, plan)
-        assert plan_bytes(problem, better) <= problem.budget_bytes
+        assert problem.plan_bytes(better) <= problem.budget_bytes
         assert quadratic.loss(better) <= quadratic.loss(plan)
         best = min(quadratic.loss(p) for p in fitting(problem))
         optimal += quadratic.loss(better) <= best * (1 + 1e-9)
@@ -107,7 +100,7 @@ def random_cases(draw: st.DrawFn) -> Case:
             )
         )
     free = Problem(layers, draw(st.integers(0, 50)), 0)
-    least = plan_bytes(free, smallest_plan(free))
+    least = free.plan_bytes(free.smallest_plan())
     return replace(free, budget_bytes=least + draw(st.integers(0, 600))), projections
 
 
@@ -115,11 +108,11 @@ def random_cases(draw: st.DrawFn) -> Case:
 @given(random_cases(), st.floats(0, 1))
 def test_no_constraint_is_broken(made: Case, rho: float) -> None:
     problem, projections = made
-    plan, _ = allocate(problem)
+    plan = allocate(problem).schemes
     quadratic = Quadratic(problem, projections, rho)
     better = refine(quadratic, plan)
     # plan_bytes counts a scale of a shared input once, for all its readers.
-    assert plan_bytes(problem, better) <= problem.budget_bytes
+    assert problem.plan_bytes(better) <= problem.budget_bytes
     # Protected layers have fewer schemes to choose from, down to one.
     assert all(better[layer.name] in layer.bytes for layer in problem.layers)
     assert quadratic.loss(better) <= quadratic.loss(plan) * (1 + 1e-12)
@@ -129,7 +122,7 @@ def test_no_constraint_is_broken(made: Case, rho: float) -> None:
 def test_without_cross_terms_the_milp_is_left_alone() -> None:
     for seed in range(5):
         problem, projections = case(seed, 7, 0.8)
-        plan, _ = allocate(problem, gap=0.0)
+        plan = allocate(problem, EXACT).schemes
         assert refine(Quadratic(problem, projections, 0.0), plan) == plan
 
 
@@ -149,9 +142,9 @@ def test_the_shared_scale_decides() -> None:
     both = {"a": "w8a8", "b": "w8a8"}
     shared = Problem([LayerChoice(n, ("x",), sizes, loss) for n in "ab"], 0, 0)
     apart = Problem([LayerChoice(n, (n,), sizes, loss) for n in "ab"], 0, 0)
-    assert plan_bytes(shared, both) < plan_bytes(apart, both)
+    assert shared.plan_bytes(both) < apart.plan_bytes(both)
     start = {"a": "w8a8", "b": "fp16"}
-    assert refined(("x", "x"), max(plan_bytes(shared, both), plan_bytes(shared, start))) == both
+    assert refined(("x", "x"), max(shared.plan_bytes(both), shared.plan_bytes(start))) == both
     assert refined(("x", "y"), 125) == both
 
 
@@ -168,21 +161,21 @@ def test_errors_that_cancel_are_found() -> None:
         LayerChoice(n, (n,), sizes, {s: float(v @ v) for s, v in vectors.items()}) for n, vectors in projections.items()
     ]
     problem = Problem(layers, 0, 126)
-    plan, _ = allocate(problem)
+    plan = allocate(problem).schemes
     assert quadratic_loss(projections, plan) > 1
     assert quadratic_loss(projections, refine(Quadratic(problem, projections), plan)) == 0
 
 
-def test_branches_are_charged_here_too() -> None:
-    """A branch that pays without the charge is not taken with it."""
+def test_branches_bear_a_penalty_here_too() -> None:
+    """A branch that pays without the penalty is not taken with it."""
     small, large = np.full(4, 0.1, np.float32), np.full(4, 0.11, np.float32)
     projections = {"a": {"w4a16-b32": large, "w4a16-b32+rows1": small}}
     layer = LayerChoice(
         "a", ("a",), {"w4a16-b32": 10, "w4a16-b32+rows1": 11}, {"w4a16-b32": 0.05, "w4a16-b32+rows1": 0.04}
     )
     problem, plan = Problem([layer], 0, 20), {"a": "w4a16-b32"}
-    assert refine(Quadratic(problem, projections, fee=0.0), plan) != plan
-    assert refine(Quadratic(problem, projections, fee=1.0), plan) == plan
+    assert refine(Quadratic(problem, projections, kernel_penalty=0.0), plan) != plan
+    assert refine(Quadratic(problem, projections, kernel_penalty=1.0), plan) == plan
 
 
 def test_at_most_so_many_moves() -> None:
@@ -190,7 +183,7 @@ def test_at_most_so_many_moves() -> None:
     plan = {layer.name: "w4a16-b32" for layer in problem.layers}
     wide = replace(problem, budget_bytes=10_000)
     for most in (1, 3, 8):
-        found, _ = solve_exactly(wide, 0.0, 10.0, MostMoves(plan, most))
+        found = solve(wide, Objective.predicted_loss(wide), 0.0, 10.0, Nearby(plan, most)).schemes
         assert sum(found[name] != plan[name] for name in plan) == most
 
 
@@ -215,10 +208,6 @@ def made_table(
     table = table_from_projections(np.arange(steps, dtype=np.float32), values, (), turns)
     choices = [LayerChoice(n, (n,), SIZES, table.losses[n]) for n in values]
     return Problem(choices, 0, 45 * layers), table
-
-
-def solve(problem: Problem) -> Solved:
-    return Solved(*allocate(problem), 0.0)
 
 
 def chosen_vectors(table: SensitivityTable) -> Array:
@@ -298,7 +287,7 @@ def test_parts_of_unequal_calls_are_unbiased() -> None:
 def test_too_few_calls_cannot_be_split() -> None:
     problem, table = made_table(4, FOLDS - 1, 0.5)
     assert table.folds(FOLDS) == []
-    found, crossed = allocate_with_cross_terms(problem, table, solve)
+    found, crossed = allocate_with_cross_terms(problem, table, allocate)
     assert not crossed.kept and not crossed.moves and crossed.folds == 0
     assert crossed.predicted_loss == table.plan_loss(found.schemes)
     assert replace(table, calls=None).folds(FOLDS) == []
@@ -308,31 +297,31 @@ def test_too_few_calls_cannot_be_split() -> None:
 @pytest.mark.parametrize("correlated", [0.0, 0.6])
 def test_the_refined_plan_is_kept_only_when_held_back_calls_confirm_it(seed: int, correlated: float) -> None:
     problem, table = made_table(seed, 8, correlated)
-    found, crossed = allocate_with_cross_terms(problem, table, solve)
-    plain = solve(problem)
+    found, crossed = allocate_with_cross_terms(problem, table, allocate)
+    plain = allocate(problem)
     assert crossed.milp_held_back is not None and crossed.refined_held_back is not None
     assert crossed.kept == (crossed.moves > 0 and crossed.refined_held_back < crossed.milp_held_back)
     assert (found.schemes != plain.schemes) == crossed.kept
     assert crossed.predicted_loss == min(crossed.milp_held_back, crossed.predicted_loss)
     assert crossed.refined_seen <= crossed.milp_seen or crossed.rho < 1
-    assert plan_bytes(problem, found.schemes) <= problem.budget_bytes
-    assert allocate_with_cross_terms(problem, table, solve) == (found, crossed)
+    assert problem.plan_bytes(found.schemes) <= problem.budget_bytes
+    assert allocate_with_cross_terms(problem, table, allocate) == (found, crossed)
 
 
 def test_held_back_losses_are_those_of_plans_that_did_not_see_them() -> None:
     problem, table = made_table(2, 12, 0.5)
     seen_problems: list[Problem] = []
 
-    def watched(part: Problem) -> Solved:
+    def watched(part: Problem) -> Allocation:
         seen_problems.append(part)
-        return solve(part)
+        return allocate(part)
 
     _, crossed = allocate_with_cross_terms(problem, table, watched, improve=False)
     assert not crossed.kept and crossed.moves == 0
     expected = []
     for part, (seen, apart) in zip(seen_problems[1:], table.folds(FOLDS), strict=True):
         assert {layer.name: dict(layer.loss) for layer in part.layers} == seen.losses
-        expected.append(apart.plan_loss(solve(part).schemes))
+        expected.append(apart.plan_loss(allocate(part).schemes))
     assert crossed.predicted_loss == pytest.approx(np.mean(expected))
 
 
@@ -342,7 +331,7 @@ def test_cross_terms_bring_a_gain_on_fresh_calls() -> None:
     for seed in range(10):
         problem, table = made_table(seed, 24, 0.7)
         _, fresh = made_table(1000 + seed, 400, 0.7)
-        found, crossed = allocate_with_cross_terms(problem, table, solve)
-        gains.append(fresh.plan_loss(found.schemes) / fresh.plan_loss(solve(problem).schemes))
+        found, crossed = allocate_with_cross_terms(problem, table, allocate)
+        gains.append(fresh.plan_loss(found.schemes) / fresh.plan_loss(allocate(problem).schemes))
         assert crossed.predicted_loss == pytest.approx(fresh.plan_loss(found.schemes), rel=0.8)
     assert np.mean(gains) < 0.8

@@ -10,20 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpq_deploy.allocate.cross_terms import Quadratic, refine
-from mpq_deploy.allocate.milp import (
-    LayerChoice,
-    Problem,
-    allocate,
-    fastest_plan,
-    fits,
-    plan_bytes,
-    plan_latency,
-    quantizers,
-    smallest_plan,
-)
+from mpq_deploy.allocate.milp import allocate, fastest_plan, penalty_per_kernel
+from mpq_deploy.allocate.problem import LayerChoice, Problem
 from mpq_deploy.errors import InfeasibleLatencyError, UsageError
-from tests.allocate.penalized import allocate_charged
-from tests.allocate.test_milp import every_plan, loss_of
+from mpq_deploy.recipe import AllocateSettings
+from tests.allocate.test_milp import EXACT, every_plan
 
 NAMES = ("fp16", "w8a8", "w4a16-b128", "w4a8-b64", "w4a16-b128+rows1")
 
@@ -40,23 +31,23 @@ def timed_problems(draw: st.DrawFn) -> Problem:
                 (f"x{draw(st.integers(0, 1))}",),
                 {name: draw(st.integers(1, 60)) for name in names},
                 {name: draw(st.integers(0, 1000)) * 1e-6 for name in names},
-                latency={name: draw(st.integers(1, 90_000)) for name in names},
+                latency_ns={name: draw(st.integers(1, 90_000)) for name in names},
             )
         )
     shared = {f"x{i}": draw(st.integers(0, 30_000)) for i in range(2)}
-    free = Problem(layers, 7, 0, quantizer_latency=shared, fixed_latency=draw(st.integers(0, 5_000)))
-    return replace(free, budget_bytes=plan_bytes(free, smallest_plan(free)) + draw(st.integers(0, 120)))
+    free = Problem(layers, 7, 0, quantizer_ns=shared, fixed_ns=draw(st.integers(0, 5_000)))
+    return replace(free, budget_bytes=free.plan_bytes(free.smallest_plan()) + draw(st.integers(0, 120)))
 
 
 def time_of(problem: Problem, plan: dict[str, str]) -> int:
     """The plan's latency, counted apart from the code under test."""
     read = {n for layer in problem.layers if plan[layer.name][:4] in ("w8a8", "w4a8") for n in layer.inputs}
-    layers = sum(layer.latency[plan[layer.name]] for layer in problem.layers)
-    return problem.fixed_latency + layers + sum(problem.quantizer_latency[name] for name in read)
+    layers = sum(layer.latency_ns[plan[layer.name]] for layer in problem.layers)
+    return problem.fixed_ns + layers + sum(problem.quantizer_ns[name] for name in read)
 
 
 def within_bytes(problem: Problem) -> list[dict[str, str]]:
-    return [plan for plan in every_plan(problem) if plan_bytes(problem, plan) <= problem.budget_bytes]
+    return [plan for plan in every_plan(problem) if problem.plan_bytes(plan) <= problem.budget_bytes]
 
 
 @settings(max_examples=100, deadline=None)
@@ -64,12 +55,12 @@ def within_bytes(problem: Problem) -> list[dict[str, str]]:
 def test_the_plan_is_the_best_of_all_that_are_small_and_fast_enough(problem: Problem, tightness: float) -> None:
     times = [time_of(problem, plan) for plan in within_bytes(problem)]
     limit = int(min(times) + tightness * (max(times) - min(times)))
-    limited = replace(problem, max_latency=limit)
-    plan, _ = allocate(limited, gap=0.0)
-    assert time_of(problem, plan) == plan_latency(problem, plan) <= limit
-    assert plan_bytes(problem, plan) <= problem.budget_bytes
-    best = min(loss_of(problem, p) for p in within_bytes(problem) if time_of(problem, p) <= limit)
-    assert loss_of(problem, plan) == pytest.approx(best, abs=1e-9)
+    limited = replace(problem, max_latency_ns=limit)
+    plan = allocate(limited, EXACT).schemes
+    assert time_of(problem, plan) == problem.plan_ns(plan) <= limit
+    assert problem.plan_bytes(plan) <= problem.budget_bytes
+    best = min(problem.plan_loss(p) for p in within_bytes(problem) if time_of(problem, p) <= limit)
+    assert problem.plan_loss(plan) == pytest.approx(best, abs=1e-9)
 
 
 @settings(max_examples=80, deadline=None)
@@ -77,41 +68,41 @@ def test_the_plan_is_the_best_of_all_that_are_small_and_fast_enough(problem: Pro
 def test_the_fastest_plan_is_the_fastest_of_all_within_the_budget(problem: Problem) -> None:
     least = min(time_of(problem, plan) for plan in within_bytes(problem))
     plan = fastest_plan(problem)
-    assert plan_bytes(problem, plan) <= problem.budget_bytes
+    assert problem.plan_bytes(plan) <= problem.budget_bytes
     assert time_of(problem, plan) == least
-    default, _ = allocate(problem, gap=0.0)
+    default = allocate(problem, EXACT).schemes
     assert least <= time_of(problem, default)
     with pytest.raises(InfeasibleLatencyError) as caught:
-        allocate(replace(problem, max_latency=least - 1))
+        allocate(replace(problem, max_latency_ns=least - 1))
     assert caught.value.least_ns == least
-    found, _ = allocate(replace(problem, max_latency=least), gap=0.0)
+    found = allocate(replace(problem, max_latency_ns=least), EXACT).schemes
     assert time_of(problem, found) == least
 
 
 @settings(max_examples=60, deadline=None)
 @given(timed_problems(), st.floats(0, 1))
 def test_the_fastest_plan_holds_a_limit_on_the_loss(problem: Problem, share: float) -> None:
-    losses = [loss_of(problem, plan) for plan in within_bytes(problem)]
+    losses = [problem.plan_loss(plan) for plan in within_bytes(problem)]
     limit = min(losses) + share * (max(losses) - min(losses)) + 1e-9
-    plan = fastest_plan(problem, max_loss=limit)
-    assert loss_of(problem, plan) <= limit + 1e-9
-    allowed = [p for p in within_bytes(problem) if loss_of(problem, p) <= limit]
+    plan = fastest_plan(replace(problem, max_loss=limit))
+    assert problem.plan_loss(plan) <= limit + 1e-9
+    allowed = [p for p in within_bytes(problem) if problem.plan_loss(p) <= limit]
     assert time_of(problem, plan) <= min(time_of(problem, p) for p in allowed)
 
 
-def test_a_loss_that_no_plan_reaches_names_the_least() -> None:
-    layer = LayerChoice("conv", ("x",), {"w8a8": 5}, {"w8a8": 0.25}, latency={"w8a8": 10})
+def test_a_loss_that_no_plan_reaches_names_the_minimum() -> None:
+    layer = LayerChoice("conv", ("x",), {"w8a8": 5}, {"w8a8": 0.25}, latency_ns={"w8a8": 10})
     with pytest.raises(UsageError, match=r"0\.25"):
-        fastest_plan(Problem([layer], 0, 100), max_loss=0.1)
+        fastest_plan(Problem([layer], 0, 100, max_loss=0.1))
 
 
-def test_a_limit_too_small_says_the_least_in_milliseconds() -> None:
-    layer = LayerChoice("conv", ("x",), {"fp16": 5}, {"fp16": 0.0}, latency={"fp16": 1_234_567})
+def test_a_limit_too_small_says_the_minimum_in_milliseconds() -> None:
+    layer = LayerChoice("conv", ("x",), {"fp16": 5}, {"fp16": 0.0}, latency_ns={"fp16": 1_234_567})
     with pytest.raises(InfeasibleLatencyError, match=r"1\.235 ms"):
-        allocate(Problem([layer], 0, 100, max_latency=1_000_000))
+        allocate(Problem([layer], 0, 100, max_latency_ns=1_000_000))
 
 
-def test_branches_are_charged_and_hold_the_limit() -> None:
+def test_branches_bear_a_penalty_and_hold_the_limit() -> None:
     names = ("w4a16-b128", "w4a16-b128+rows1")
     layers = [
         LayerChoice(
@@ -119,11 +110,12 @@ def test_branches_are_charged_and_hold_the_limit() -> None:
             (f"x{i}",),
             dict(zip(names, (10, 12))),
             dict(zip(names, (1.0, 0.1))),
-            latency=dict(zip(names, (5, 9))),
+            latency_ns=dict(zip(names, (5, 9))),
         )
         for i in range(4)
     ]
-    plan, _ = allocate_charged(Problem(layers, 0, 100, max_latency=28), 0.002)
+    problem, section = Problem(layers, 0, 100, max_latency_ns=28), AllocateSettings()
+    plan = allocate(problem, section, penalty_per_kernel(problem, section)).schemes
     assert sorted(plan.values()) == sorted([names[0]] * 2 + [names[1]] * 2)
 
 
@@ -136,17 +128,17 @@ def test_refining_holds_the_limit_on_latency(problem: Problem, seed: int, tightn
     times = [time_of(problem, plan) for plan in within_bytes(problem)]
     limit = int(min(times) + tightness * (max(times) - min(times)))
     layers = [replace(layer, loss=squares[layer.name]) for layer in problem.layers]
-    limited = replace(problem, layers=layers, max_latency=limit)
+    limited = replace(problem, layers=layers, max_latency_ns=limit)
     quadratic = Quadratic(limited, vectors)
-    plan, _ = allocate(limited, gap=0.0)
+    plan = allocate(limited, EXACT).schemes
     better = refine(quadratic, plan)
-    assert fits(limited, better)
+    assert limited.fits(better)
     assert time_of(problem, better) <= limit
     assert quadratic.loss(better) <= quadratic.loss(plan) + 1e-12
 
 
 def test_readers_of_one_tensor_wait_for_its_quantizer_once() -> None:
-    layers = [LayerChoice(n, ("x",), {"w8a8": 1}, {"w8a8": 0.0}, latency={"w8a8": 10}) for n in ("q", "k", "v")]
-    problem = Problem(layers, 0, 100, quantizer_latency={"x": 7}, fixed_latency=3)
-    assert plan_latency(problem, dict.fromkeys("qkv", "w8a8")) == 3 + 30 + 7
-    assert set(quantizers(layers[0], "w8a8")) == {"x"}
+    layers = [LayerChoice(n, ("x",), {"w8a8": 1}, {"w8a8": 0.0}, latency_ns={"w8a8": 10}) for n in ("q", "k", "v")]
+    problem = Problem(layers, 0, 100, quantizer_ns={"x": 7}, fixed_ns=3)
+    assert problem.plan_ns(dict.fromkeys("qkv", "w8a8")) == 3 + 30 + 7
+    assert set(layers[0].quantizers("w8a8")) == {"x"}

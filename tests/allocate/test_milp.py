@@ -1,4 +1,4 @@
-"""The MILP against brute force, its constraints, budgets as a user writes them."""
+"""The MILP against brute force, and its constraints."""
 
 from __future__ import annotations
 
@@ -9,20 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpq_deploy.allocate.milp import (
-    LayerChoice,
-    MostMoves,
-    Problem,
-    allocate,
-    budget_in_bytes,
-    plan_bytes,
-    protected_schemes,
-    smallest_plan,
-    solve_exactly,
-)
+from mpq_deploy.allocate.milp import Nearby, allocate, solve
+from mpq_deploy.allocate.problem import LayerChoice, Objective, Problem, protected_schemes
 from mpq_deploy.errors import InfeasibleBudgetError, UsageError
+from mpq_deploy.recipe import AllocateSettings
 
 NAMES = ("fp16", "w8a8", "w4a16-b32", "w4a8-b64")
+# To the optimum.
+EXACT = AllocateSettings(gap=0.0)
 
 
 @st.composite
@@ -39,7 +33,7 @@ def problems(draw: st.DrawFn) -> Problem:
             )
         )
     free = Problem(layers, 7, 0)
-    least = plan_bytes(free, smallest_plan(free))
+    least = free.plan_bytes(free.smallest_plan())
     return Problem(layers, 7, least + draw(st.integers(0, 120)))
 
 
@@ -48,18 +42,15 @@ def every_plan(problem: Problem) -> list[dict[str, str]]:
     return [dict(chosen) for chosen in itertools.product(*options)]
 
 
-def loss_of(problem: Problem, plan: dict[str, str]) -> float:
-    return sum(layer.loss[plan[layer.name]] for layer in problem.layers)
-
-
 @settings(max_examples=120, deadline=None)
 @given(problems())
 def test_the_plan_is_the_best_of_all_that_fit(problem: Problem) -> None:
-    fitting = [plan for plan in every_plan(problem) if plan_bytes(problem, plan) <= problem.budget_bytes]
-    plan, report = allocate(problem, gap=0.0)
-    assert plan_bytes(problem, plan) <= problem.budget_bytes
-    best = min(loss_of(problem, p) for p in fitting)
-    assert loss_of(problem, plan) == pytest.approx(best, abs=1e-9)
+    fitting = [plan for plan in every_plan(problem) if problem.plan_bytes(plan) <= problem.budget_bytes]
+    allocation = allocate(problem, EXACT)
+    plan, report = allocation.schemes, allocation.report
+    assert problem.plan_bytes(plan) <= problem.budget_bytes
+    best = min(problem.plan_loss(p) for p in fitting)
+    assert problem.plan_loss(plan) == pytest.approx(best, abs=1e-9)
     assert report.status == "Optimal"
     assert report.bound <= best + 1e-9
 
@@ -67,19 +58,19 @@ def test_the_plan_is_the_best_of_all_that_fit(problem: Problem) -> None:
 @settings(max_examples=60, deadline=None)
 @given(problems())
 def test_the_smallest_feasible_budget_is_exact(problem: Problem) -> None:
-    least = min(plan_bytes(problem, plan) for plan in every_plan(problem))
+    least = min(problem.plan_bytes(plan) for plan in every_plan(problem))
     with pytest.raises(InfeasibleBudgetError) as caught:
-        allocate(replace(problem, budget_bytes=least - 1), gap=0.0)
+        allocate(replace(problem, budget_bytes=least - 1), EXACT)
     assert caught.value.smallest == least
-    plan, _ = allocate(replace(problem, budget_bytes=least), gap=0.0)
-    assert plan_bytes(problem, plan) == least
+    plan = allocate(replace(problem, budget_bytes=least), EXACT).schemes
+    assert problem.plan_bytes(plan) == least
 
 
 def test_an_impossible_budget_names_the_smallest_feasible_one() -> None:
     layers = [LayerChoice("conv", ("x",), {"fp16": 200, "w4a16-b32": 60}, {"fp16": 0.0, "w4a16-b32": 1.0})]
     with pytest.raises(InfeasibleBudgetError, match="71") as caught:
         allocate(Problem(layers, 11, 70))
-    plan, _ = allocate(Problem(layers, 11, caught.value.smallest))
+    plan = allocate(Problem(layers, 11, caught.value.smallest)).schemes
     assert plan == {"conv": "w4a16-b32"}
 
 
@@ -92,14 +83,14 @@ def test_losses_that_span_many_orders_are_solved_as_well(powers: list[tuple[int,
         for i, (a, b, c) in enumerate(powers)
     ]
     problem = Problem(layers, 0, 50 * len(layers))
-    plan, _ = allocate(problem, gap=1e-6)
-    best = min(loss_of(problem, p) for p in every_plan(problem) if plan_bytes(problem, p) <= problem.budget_bytes)
-    assert loss_of(problem, plan) <= best * (1 + 1e-4)
+    plan = allocate(problem, AllocateSettings(gap=1e-6)).schemes
+    best = min(problem.plan_loss(p) for p in every_plan(problem) if problem.plan_bytes(p) <= problem.budget_bytes)
+    assert problem.plan_loss(plan) <= best * (1 + 1e-4)
 
 
 def test_readers_of_one_tensor_pay_for_its_scale_once() -> None:
     layers = [LayerChoice(n, ("x",), {"w8a8": 100}, {"w8a8": 1.0}) for n in ("q", "k", "v")]
-    assert plan_bytes(Problem(layers, 0, 0), {"q": "w8a8", "k": "w8a8", "v": "w8a8"}) == 302
+    assert Problem(layers, 0, 0).plan_bytes(dict.fromkeys("qkv", "w8a8")) == 302
 
 
 def test_equal_inputs_give_equal_plans_whatever_the_dictionary_order() -> None:
@@ -124,20 +115,6 @@ def test_protection_limits_a_layer_and_refuses_what_matches_nothing() -> None:
         protected_schemes(layers, [("nothing.*", ("fp16",))])
     with pytest.raises(UsageError, match="leaves no scheme"):
         protected_schemes([("conv", ("fp16",))], [("conv", ("w8a8",))])
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("0.35", 350), ("35%", 350), (0.35, 350), ("600B", 600), ("1kB", 1000), ("1KiB", 1024), ("8bits", 400)],
-)
-def test_budgets_as_a_user_writes_them(text: str | float, expected: int) -> None:
-    assert budget_in_bytes(text, 1000, 400) == expected
-
-
-@pytest.mark.parametrize("text", ["0", "-1", "40", "abc", "", "nan", "inf", "120%", "0MB", "MB", "4.5 bytes"])
-def test_a_budget_that_is_no_size_is_refused_with_its_value(text: str) -> None:
-    with pytest.raises(UsageError, match="budget"):
-        budget_in_bytes(text, 1000, 400)
 
 
 def test_what_presolve_takes_for_infeasible_is_solved() -> None:
@@ -177,12 +154,12 @@ def test_what_presolve_takes_for_infeasible_is_solved() -> None:
     ]
     problem = Problem(layers, 494, 3384)
     current = {layer.name: "w4a16-b32" for layer in layers}
-    found, _ = solve_exactly(problem, 0.0, 10.0, MostMoves(current, 2))
+    found = solve(problem, Objective.predicted_loss(problem), 0.0, 10.0, Nearby(current, 2)).schemes
     fitting = [
         plan
         for plan in every_plan(problem)
-        if plan_bytes(problem, plan) <= problem.budget_bytes
+        if problem.plan_bytes(plan) <= problem.budget_bytes
         and sum(plan[name] != scheme for name, scheme in current.items()) <= 2
     ]
     assert found in fitting
-    assert loss_of(problem, found) == pytest.approx(min(loss_of(problem, plan) for plan in fitting), abs=1e-12)
+    assert problem.plan_loss(found) == pytest.approx(min(problem.plan_loss(plan) for plan in fitting), abs=1e-12)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from mpq_deploy.allocate.milp import Problem, plan_bytes
+from mpq_deploy.allocate.problem import Problem
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 SCRIPTS = ("budgets", "probe_quality", "allocate", "peers", "correction", "seeds", "recover", "scale", "speed")
@@ -54,7 +54,7 @@ def test_lagrangian_bound_is_below_the_optimum_and_near_it(script: ModuleType, b
         for schemes in itertools.product(script.TYPICAL, repeat=len(layers))
     )
     losses = [
-        sum(n.loss[plan[n.name]] for n in layers) for plan in plans if plan_bytes(problem, plan) <= problem.budget_bytes
+        sum(n.loss[plan[n.name]] for n in layers) for plan in plans if problem.plan_bytes(plan) <= problem.budget_bytes
     ]
     bound = script.lagrangian_bound(problem)
     assert 0 < bound <= min(losses) * (1 + 1e-12)

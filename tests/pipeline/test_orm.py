@@ -91,7 +91,7 @@ def test_another_budget_makes_the_controls_of_orm_again(built: Built, model: Pat
 
 def test_few_calls_and_adaptive_timesteps_are_said_in_the_report(model: Path, tmp_path: Path) -> None:
     changes = {**ORM, "measure__batch_size": 4, "calibrate__timesteps": 4, "measure__sampling": "adaptive"}
-    changes |= {"measure__coarse_timesteps": 3, "measure__orm": {"activation_bits": "programme"}}
+    changes |= {"measure__coarse_timesteps": 3, "measure__orm": {"activation_bits": "program"}}
     found = build(recipe_for(model, **changes), tmp_path / "run").report
     assert any("only 4 calls" in note for note in found["notes"])
     assert any("2 of 4 timesteps" in note and "share of the trajectory" in note for note in found["notes"])

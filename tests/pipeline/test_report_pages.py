@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mpq_deploy.allocate.milp import PrecisionPlan
+from mpq_deploy.allocate.plan import PrecisionPlan
 from mpq_deploy.evaluate.evaluation_result import Evaluation
 from mpq_deploy.recipe import load_recipe
 from mpq_deploy.report import budget_grid as budgets

@@ -103,7 +103,7 @@ def test_a_metric_that_predicts_nothing_has_plans_but_no_curve():
     text = html_page(
         make_report(budgets=silent, predicted_nmse=None, measured_nmse=None, sensitivity="orm", controls={})
     )
-    assert "predicts no error" in text and "integer programme's plans" not in text
+    assert "predicts no error" in text and "integer program's plans" not in text
 
 
 def test_unfinished_and_simulated_curves_say_so():

@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpq_deploy.allocate.milp import LayerChoice, Problem, allocate, plan_bytes
+from mpq_deploy.allocate.milp import allocate
+from mpq_deploy.allocate.problem import LayerChoice, Problem
 from mpq_deploy.calls.timesteps import adaptive_steps, sampled_steps, stride_shares
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.formats.sizes import weight_bytes
 from mpq_deploy.models.spec import InputSpec
-from mpq_deploy.recipe import OrmSettings
-from mpq_deploy.sensitivity.bit_programme import linear_bits
+from mpq_deploy.recipe import AllocateSettings, OrmSettings
+from mpq_deploy.sensitivity.bit_program import linear_bits
 from mpq_deploy.sensitivity.measure import MeasureOptions, measure
 from mpq_deploy.sensitivity.orm import adapted_steps, kept_schemes, scheme_bits
 from mpq_deploy.sensitivity.subject import Subject
@@ -178,7 +179,7 @@ def test_the_plan_maximises_weighted_bits(method: str, bits: Any, mean_bits: flo
     orm = OrmSettings(beta=4.0, bits=bits, aggregation="exponential", eta=2.0)
     table = measure(method, Subject(*case, replace(OPTIONS, orm=orm), Talk()))
     problem = problem_of(case, table, mean_bits)
-    schemes, _ = allocate(problem, gap=0.0)
+    schemes = allocate(problem, AllocateSettings(gap=0.0)).schemes
     assert table.importance is not None
     c = table.importance.total
 
@@ -187,7 +188,7 @@ def test_the_plan_maximises_weighted_bits(method: str, bits: Any, mean_bits: flo
 
     names = [layer.name for layer in graph.layers]
     every = (dict(zip(names, choice)) for choice in product(*(table.losses[name] for name in names)))
-    best = max(weighted(plan) for plan in every if plan_bytes(problem, plan) <= problem.budget_bytes)
+    best = max(weighted(plan) for plan in every if problem.plan_bytes(plan) <= problem.budget_bytes)
     assert weighted(schemes) == pytest.approx(best, rel=1e-6)
     sizes = np.array([layer.weights for layer in graph.layers], float)
     low, high = np.full(len(sizes), 4.0), np.full(len(sizes), 16.0)
@@ -213,9 +214,9 @@ def test_activation_bits(mixed: Setting) -> None:
     assert set(bits) == {8} and all(row == {"fp16", "w8a8", "w4a8-b32"} for row in rounded.values())
     plain, bits = kept(activation_bits="fp16")
     assert set(bits) == {16} and all(row == {"fp16", "w8a16", "w4a16-b32"} for row in plain.values())
-    assert set(kept(activation_bits="programme", activation_budget=8)[1]) == {8}
-    assert set(kept(activation_bits="programme", activation_budget=16)[1]) == {16}
-    both, bits = kept(activation_bits="programme", activation_budget=11)
+    assert set(kept(activation_bits="program", activation_budget=8)[1]) == {8}
+    assert set(kept(activation_bits="program", activation_budget=16)[1]) == {16}
+    both, bits = kept(activation_bits="program", activation_budget=11)
     assert set(bits) == {8, 16}
     shapes = mixed.values(0, list(mixed.graph.activations))
     elements = np.array([sum(shapes[t].size for t in layer.inputs) for layer in mixed.graph.layers])
@@ -325,6 +326,6 @@ def test_bits_of_branches_are_means_over_the_weights(mixed: Setting) -> None:
         assert scheme_bits(layer, SCHEMES[name], "nominal") == pytest.approx(bits)
     assert scheme_bits(layer, SCHEMES["w8a8+cols1"], "nominal") == pytest.approx(8 + 8 * 2 / 64)
     for scheme in SCHEMES.values():
-        # More bytes than the nominal bits take: so the linear programme is a bound.
+        # More bytes than the nominal bits take: so the linear program is a bound.
         nominal = scheme_bits(layer, scheme, "nominal")
         assert nominal <= scheme_bits(layer, scheme, "deployed") <= 16

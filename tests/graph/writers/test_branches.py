@@ -10,7 +10,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from mpq_deploy.allocate.milp import LayerChoice, Problem, plan_bytes
+from mpq_deploy.allocate.problem import LayerChoice, Problem
 from mpq_deploy.engine.builder import BatchProfile, build_engine
 from mpq_deploy.engine.expected import ExpectedLayers
 from mpq_deploy.engine.target import load_target
@@ -195,7 +195,7 @@ def planned_bytes(model: Path, graph: LayerGraph, plan: dict[str, str]) -> int:
         sizes = {name: weight_bytes(n, SCHEMES[name])}, {}, {name: activation_bytes(n, SCHEMES[name])}
         choices.append(LayerChoice(n.name, n.inputs, *sizes))
     fixed = fp16_bytes(ir.load(model), "timestep", "sample") - FP16_BYTES * sum(n.weights for n in graph.layers)
-    return plan_bytes(Problem(choices, fixed, 0, foldable_inputs(graph)), plan)
+    return Problem(choices, fixed, 0, foldable_inputs(graph)).plan_bytes(plan)
 
 
 @pytest.mark.parametrize("scheme", BRANCHES)

@@ -1,4 +1,4 @@
-"""The two programmes over bits against SciPy, the fractional knapsack by hand, and every combination."""
+"""The two programs over bits against SciPy, the fractional knapsack by hand, and every combination."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 from mpq_deploy.errors import UsageError
-from mpq_deploy.sensitivity.bit_programme import chosen_bits, linear_bits
+from mpq_deploy.sensitivity.bit_program import chosen_bits, linear_bits
 
 Array = np.ndarray[Any, Any]
 
@@ -34,7 +34,7 @@ def knapsack(importance: Array, elements: Array, low: Array, high: Array, budget
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000), layers=st.integers(1, 30), mean=st.floats(4.2, 15.5))
-def test_the_linear_programme(seed: int, layers: int, mean: float) -> None:
+def test_the_linear_program(seed: int, layers: int, mean: float) -> None:
     importance, elements = case(seed, layers)
     low, high, budget = np.full(layers, 4.0), np.full(layers, 16.0), mean * float(elements.sum())
     found = linear_bits(importance, elements, low, high, budget)
@@ -51,7 +51,7 @@ def test_the_linear_programme(seed: int, layers: int, mean: float) -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10_000), mean=st.floats(8.0, 16.0))
-def test_the_multiple_choice_programme_by_every_combination(seed: int, mean: float) -> None:
+def test_the_multiple_choice_program_by_every_combination(seed: int, mean: float) -> None:
     importance, elements = case(seed, 6)
     choices = [(8, 16), (8, 16), (4, 8, 16), (8,), (8, 16), (4, 8)]
     budget = mean * float(elements.sum())

@@ -1,4 +1,4 @@
-"""The charge for a branch's kernels, and quantizers that leave channels out."""
+"""The penalty for a branch's kernels, and quantizers that leave channels out."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpq_deploy.allocate.milp import LayerChoice, Problem, allocate, plan_bytes
+from mpq_deploy.allocate.milp import allocate, penalty_per_kernel
+from mpq_deploy.allocate.problem import LayerChoice, Problem
 from mpq_deploy.formats.sizes import ACTIVATION_SCALE_BYTES
-from tests.allocate.penalized import allocate_charged
+from mpq_deploy.recipe import AllocateSettings
 
 NAMES = ("fp16", "w4a16-b32", "w4a16-b128", "w4a16-b128+rows1", "w4a16-b128+rows3")
 
@@ -23,17 +24,15 @@ def problems(draw: st.DrawFn) -> Problem:
     return Problem(layers, 7, draw(st.integers(67 * len(layers), 90 * len(layers))))
 
 
-def loss_of(problem: Problem, plan: dict[str, str]) -> float:
-    return sum(layer.loss[plan[layer.name]] for layer in problem.layers)
-
-
 @settings(max_examples=60, deadline=None)
 @given(problems(), st.sampled_from([0.0, 0.01, 0.1, 10.0]))
-def test_every_branch_is_worth_its_charge(problem: Problem, charge: float) -> None:
-    plan, report = allocate_charged(problem, charge, gap=0.0)
-    free, _ = allocate(problem, gap=0.0)
-    assert plan_bytes(problem, plan) <= problem.budget_bytes
-    assert report.loss == pytest.approx(loss_of(problem, plan))
+def test_every_branch_is_worth_its_penalty(problem: Problem, share: float) -> None:
+    section = AllocateSettings(gap=0.0, branch_penalty=share)
+    allocation = allocate(problem, section, penalty_per_kernel(problem, section))
+    plan, report = allocation.schemes, allocation.report
+    free = allocate(problem, section).schemes
+    assert problem.plan_bytes(plan) <= problem.budget_bytes
+    assert report.loss == pytest.approx(problem.plan_loss(plan))
     assert report.bound <= report.loss + 1e-12
     kernels = 2 * sum("+" in scheme for scheme in plan.values())
     bodies = Problem(
@@ -44,11 +43,11 @@ def test_every_branch_is_worth_its_charge(problem: Problem, charge: float) -> No
         problem.fixed_bytes,
         problem.budget_bytes,
     )
-    without = loss_of(problem, allocate(bodies, gap=0.0)[0])
-    assert loss_of(problem, plan) + kernels * charge * without <= without * (1 + 1e-6) + 1e-9
-    if not charge:
-        assert loss_of(problem, plan) == pytest.approx(loss_of(problem, free), abs=1e-9)
-    if charge == 10.0:
+    without = problem.plan_loss(allocate(bodies, section).schemes)
+    assert problem.plan_loss(plan) + kernels * share * without <= without * (1 + 1e-6) + 1e-9
+    if not share:
+        assert problem.plan_loss(plan) == pytest.approx(problem.plan_loss(free), abs=1e-9)
+    if share == 10.0:
         assert not kernels
 
 
@@ -56,6 +55,6 @@ def test_quantizers_with_and_without_outlier_channels_are_two() -> None:
     sizes = {"w8a8": 10, "w8a8+cols1": 10}
     layers = [LayerChoice(name, ("x",), sizes, dict.fromkeys(sizes, 0.0)) for name in "abc"]
     problem = Problem(layers, 0, 100)
-    alike = plan_bytes(problem, {"a": "w8a8", "b": "w8a8", "c": "w8a8"})
-    mixed = plan_bytes(problem, {"a": "w8a8", "b": "w8a8+cols1", "c": "w8a8+cols1"})
+    alike = problem.plan_bytes({"a": "w8a8", "b": "w8a8", "c": "w8a8"})
+    mixed = problem.plan_bytes({"a": "w8a8", "b": "w8a8+cols1", "c": "w8a8+cols1"})
     assert mixed - alike == ACTIVATION_SCALE_BYTES

@@ -1,0 +1,85 @@
+"""A precision plan: the scheme of every layer and what is known of the whole, stored as ``plan.json``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from mpq_deploy.allocate.cross_terms import CrossTerms
+from mpq_deploy.allocate.milp import SolverReport
+from mpq_deploy.graph.layers import OtherWeight
+from mpq_deploy.latency.costs import PlanLatency
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """A layer of the plan. ``refused``: scheme -> why the layer may not take it.
+
+    ``predicted_loss``: None where the metric predicts no error; ``latency_ms``: None where nothing is known of it.
+    ``importance`` and the bits that the linear program gives the layer (``linear_bits``): only of metrics that weigh
+    bits.
+    """
+
+    name: str
+    op: str
+    scheme: str
+    bytes: int
+    fp16_bytes: int
+    weights: int
+    weight_shape: tuple[int, ...]
+    predicted_loss: float | None
+    latency_ms: float | None
+    refused: dict[str, str]
+    importance: float | None = None
+    linear_bits: float | None = None
+
+
+@dataclass(frozen=True)
+class BitProgram:
+    """``weighted_bits``: sum of importance x bits of the plan; ``linear_bound``: what the linear program over
+    continuous bits reaches within the same bytes.
+    """
+
+    weighted_bits: float
+    linear_bound: float
+
+
+@dataclass(frozen=True)
+class PrecisionPlan:
+    """One scheme per layer (``layers`` in graph order), and the constants that are no layers. Sizes in bytes.
+
+    ``predicted_loss`` as in the sensitivity table; None where the metric ranks layers without predicting an error.
+    ``bit_program``: for metrics that weigh bits by importance; ``cross_terms``: for metrics with probes;
+    ``latency``: where something is known of the target's speed. ``simulated``: some layers have schemes that no
+    engine can hold, and bytes are nominal.
+    """
+
+    budget_bytes: int
+    size_bytes: int
+    fp16_size_bytes: int
+    fixed_bytes: int
+    predicted_loss: float | None
+    schemes: dict[str, str]
+    layers: tuple[PlannedLayer, ...]
+    others: tuple[OtherWeight, ...]
+    solver: SolverReport
+    notes: tuple[str, ...] = ()
+    bit_program: BitProgram | None = None
+    cross_terms: CrossTerms | None = None
+    simulated: bool = False
+    latency: PlanLatency | None = None
+
+    def save(self, path: Path) -> None:
+        """Write the plan as JSON with sorted keys."""
+        values = asdict(self)
+        for layer in values["layers"] if self.bit_program is None else ():
+            del layer["importance"], layer["linear_bits"]
+        path.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> PrecisionPlan:
+        """Read what ``save`` wrote."""
+        return TypeAdapter(cls).validate_python(json.loads(path.read_text(encoding="utf-8")))

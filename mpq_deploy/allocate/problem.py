@@ -1,0 +1,183 @@
+"""An allocation problem: what each (layer, scheme) costs, what limits a plan, and what a plan minimizes.
+
+A plan is layer -> scheme. Bytes and nanoseconds are exact integers: a plan's bytes are what the quantized file holds.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from mpq_deploy.errors import UsageError, nearest
+from mpq_deploy.formats.scheme import BRANCH_KERNELS, SCHEMES
+from mpq_deploy.formats.sizes import ACTIVATION_SCALE_BYTES
+
+Plan = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """One layer: the tensors that it reads, and bytes and predicted loss per scheme.
+
+    ``input_bytes``: scheme -> bytes of what quantizes one input, where that is more than a scale. ``latency_ns``:
+    scheme -> nanoseconds of one call, without the quantizers of its inputs; empty where they are not known.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    bytes: Mapping[str, int]
+    loss: Mapping[str, float]
+    input_bytes: Mapping[str, int] = field(default_factory=dict)
+    latency_ns: Mapping[str, int] = field(default_factory=dict)
+
+    def only(self, schemes: Iterable[str]) -> LayerChoice:
+        """Return the layer with no other ``schemes`` to choose from."""
+        kept = list(schemes)
+        return replace(self, bytes={s: self.bytes[s] for s in kept}, loss={s: self.loss[s] for s in kept})
+
+    def quantizers(self, scheme: str) -> dict[str, int]:
+        """Return the activation quantizers that the layer reads under ``scheme``, by name, with their bytes.
+
+        Layers share those of equal names. Factors of channels count even where a producer may take them.
+        """
+        form = SCHEMES[scheme]
+        if form.activation is None:
+            return {}
+        size = self.input_bytes.get(scheme, ACTIVATION_SCALE_BYTES)
+        return {tensor + form.activation_form: size for tensor in self.inputs}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Layers to decide, what all else takes, and the limits: ``budget_bytes``, and where set latency and loss.
+
+    ``foldable``: input tensors whose producer can take the factors of their channels -> the layers that read them.
+    ``quantizer_ns``: name of an activation quantizer -> nanoseconds, once for all its readers. ``fixed_bytes`` and
+    ``fixed_ns``: of what is no layer. ``max_loss``: limit on the sum of the layers' losses.
+    """
+
+    layers: Sequence[LayerChoice]
+    fixed_bytes: int
+    budget_bytes: int
+    foldable: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    quantizer_ns: Mapping[str, int] = field(default_factory=dict)
+    fixed_ns: int = 0
+    max_latency_ns: int | None = None
+    max_loss: float | None = None
+
+    def plan_bytes(self, plan: Plan) -> int:
+        """Return the bytes of all constants under ``plan``: shared scales count once."""
+        total = self.fixed_bytes
+        quantized: dict[str, int] = {}
+        for layer in self.layers:
+            scheme = plan[layer.name]
+            total += layer.bytes[scheme]
+            quantized.update(layer.quantizers(scheme))
+        for tensor, readers in self.foldable.items():
+            forms = {SCHEMES[plan[name]].activation_form for name in readers}
+            if len(forms) == 1 and (form := forms.pop()).startswith("+scale"):
+                quantized[tensor + form] = ACTIVATION_SCALE_BYTES
+        return total + sum(quantized.values())
+
+    def plan_ns(self, plan: Plan) -> int:
+        """Return the nanoseconds of one call under ``plan``: shared quantizers count once."""
+        shared = {name for layer in self.layers for name in layer.quantizers(plan[layer.name])}
+        return (
+            self.fixed_ns
+            + sum(layer.latency_ns.get(plan[layer.name], 0) for layer in self.layers)
+            + sum(self.quantizer_ns.get(name, 0) for name in shared)
+        )
+
+    def plan_loss(self, plan: Plan) -> float:
+        """Return the sum of the layers' losses under ``plan``: without cross terms."""
+        return sum(layer.loss[plan[layer.name]] for layer in self.layers)
+
+    def fits(self, plan: Plan) -> bool:
+        """Tell whether ``plan`` is within the budget and the limit on latency."""
+        in_time = self.max_latency_ns is None or self.plan_ns(plan) <= self.max_latency_ns
+        return in_time and self.plan_bytes(plan) <= self.budget_bytes
+
+    def smallest_plan(self) -> dict[str, str]:
+        """Return the plan of each layer's smallest scheme: its bytes are the smallest feasible budget, or nearly.
+
+        The scale of a quantized input counts for each layer; at equal bytes the smaller loss wins.
+        """
+
+        def smallest(layer: LayerChoice) -> str:
+            return min(layer.bytes, key=lambda s: (layer.bytes[s] + sum(layer.quantizers(s).values()), layer.loss[s]))
+
+        return {layer.name: smallest(layer) for layer in self.layers}
+
+    def without_branches(self) -> Problem:
+        """Return the problem without schemes that have a branch, but for layers that have no other."""
+        kept = [[s for s in layer.bytes if not SCHEMES[s].branch] or layer.bytes for layer in self.layers]
+        return replace(self, layers=[layer.only(schemes) for layer, schemes in zip(self.layers, kept)])
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a plan minimizes: the sum of ``costs`` (layer -> scheme -> cost), and of ``quantizers`` (name -> cost of an
+    activation quantizer, once for all its readers).
+    """
+
+    costs: Mapping[str, Mapping[str, float]]
+    quantizers: Mapping[str, float] = field(default_factory=dict)
+
+    def of(self, plan: Plan, layers: Sequence[LayerChoice]) -> float:
+        """Return the cost of a plan's ``layers``, without that of its quantizers."""
+        return sum(self.costs[layer.name][plan[layer.name]] for layer in layers)
+
+    @classmethod
+    def predicted_loss(cls, problem: Problem, kernel_penalty: float = 0.0) -> Objective:
+        """Minimize the predicted loss, plus ``kernel_penalty`` for every kernel of a branch."""
+        if not kernel_penalty:
+            return cls({layer.name: layer.loss for layer in problem.layers})
+        return cls(
+            {
+                layer.name: {s: loss + kernel_penalty * kernels(s) for s, loss in layer.loss.items()}
+                for layer in problem.layers
+            }
+        )
+
+    @classmethod
+    def size(cls, problem: Problem) -> Objective:
+        """Minimize bytes."""
+        shared = {n: size for layer in problem.layers for s in layer.bytes for n, size in layer.quantizers(s).items()}
+        return cls({layer.name: layer.bytes for layer in problem.layers}, shared)
+
+    @classmethod
+    def latency(cls, problem: Problem) -> Objective:
+        """Minimize the nanoseconds of one call."""
+        costs = {n.name: {s: n.latency_ns.get(s, 0) for s in n.bytes} for n in problem.layers}
+        return cls(costs, problem.quantizer_ns)
+
+
+def kernels(scheme: str) -> int:
+    """Return how many kernels the branch of ``scheme`` adds; 0 without one."""
+    branch = SCHEMES[scheme].branch
+    return BRANCH_KERNELS[branch.kind] if branch else 0
+
+
+def protected_schemes(
+    layers: Sequence[tuple[str, tuple[str, ...]]], rules: Sequence[tuple[str, tuple[str, ...]]]
+) -> dict[str, tuple[str, ...]]:
+    """Apply the recipe's protection rules: (layer pattern, allowed schemes or families), later rules win.
+
+    ``layers``: (name, candidate schemes). Raises UsageError when a pattern matches no layer, or leaves none of a
+    layer's schemes.
+    """
+    candidates, kept = dict(layers), dict(layers)
+    for pattern, allowed in rules:
+        matching = [name for name in kept if fnmatch.fnmatchcase(name, pattern)]
+        if not matching:
+            hint = nearest(pattern, kept) or f"Layers are named like '{next(iter(kept), '')}'."
+            raise UsageError(f"The protection rule '{pattern}' matches no layer.", hint)
+        for name in matching:
+            kept[name] = tuple(s for s in candidates[name] if s in allowed or SCHEMES[s].family in allowed)
+            if not kept[name]:
+                raise UsageError(
+                    f"The protection rule '{pattern}' leaves no scheme for {name}.",
+                    f"It may take {', '.join(candidates[name])}.",
+                )
+    return kept

@@ -1,0 +1,100 @@
+"""Quantities as users write them: a budget of bytes, and a latency. Parsed once, where they come in."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import PlainSerializer, PlainValidator
+
+from mpq_deploy.errors import UsageError
+
+SIZE_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+TIME_UNITS_NS = {"us": 1e3, "µs": 1e3, "μs": 1e3, "ms": 1e6, "s": 1e9}
+_NUMBER_AND_UNIT = re.compile(r"([0-9]*\.?[0-9]+(?:e[-+]?[0-9]+)?|[0-9]+\.)([a-zµμ%]*)")
+
+
+def _number_and_unit(text: str) -> tuple[float, str]:
+    """Split ``600 MB`` into 600.0 and ``mb``. The number is NaN where there is no positive finite one."""
+    match = _NUMBER_AND_UNIT.fullmatch(text.lower().replace(" ", ""))
+    if match is None:
+        return math.nan, ""
+    number = float(match.group(1))
+    return (number if 0 < number < math.inf else math.nan), match.group(2)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many bytes all constants may take, as ``text`` says it: a share of their size in FP16 (``0.35``, ``35%``), a
+    size (``600MB``), or mean bits per quantizable weight (``4.5bits``).
+    """
+
+    text: str
+    amount: float
+    unit: Literal["share", "bytes", "bits"]
+
+    @classmethod
+    def parse(cls, value: str | float | Budget) -> Budget:
+        """Read a budget. Raises UsageError for anything else."""
+        if isinstance(value, Budget):
+            return value
+        text = str(value).strip()
+        number, unit = _number_and_unit(text)
+        if unit in ("", "%"):
+            share = number / 100 if unit else number
+            if share <= 1:
+                return cls(text, share, "share")
+            if unit and number > 0:
+                raise UsageError(f"The budget '{text}' is more than the FP16 size.", "Give at most 100%.")
+        elif unit == "bits" and number > 0:
+            return cls(text, number, "bits")
+        elif unit in SIZE_UNITS and number > 0:
+            return cls(text, number * SIZE_UNITS[unit], "bytes")
+        raise UsageError(
+            f"Invalid budget '{text}'.",
+            'Give a share of the FP16 size up to 1 (0.35), a size ("600MB"), or bits per weight ("4.5bits").',
+        )
+
+    def bytes(self, fp16_bytes: int, weights: int) -> int:
+        """Return the bytes, for a model of ``fp16_bytes`` in FP16 with ``weights`` quantizable weights."""
+        if self.unit == "share":
+            return int(self.amount * fp16_bytes)
+        return int(self.amount * weights / 8) if self.unit == "bits" else int(self.amount)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Latency:
+    """A time per call, as ``text`` says it: ``120ms``, ``0.12s``, ``850us``."""
+
+    text: str
+    nanoseconds: int
+
+    @classmethod
+    def parse(cls, value: str | Latency) -> Latency:
+        """Read a latency with its unit. Raises UsageError for anything else."""
+        if isinstance(value, Latency):
+            return value
+        text = str(value).strip()
+        number, unit = _number_and_unit(text)
+        if not number > 0 or unit not in TIME_UNITS_NS:
+            raise UsageError(f"Invalid latency '{text}'.", "Give a number with its unit: 120ms, 0.12s or 850us.")
+        # Rounded first: 0.12 s are 120,000,000 ns, not one less.
+        return cls(text, int(round(number * TIME_UNITS_NS[unit], 3)))
+
+    @property
+    def milliseconds(self) -> float:
+        """The same in milliseconds."""
+        return self.nanoseconds / 1e6
+
+    def __str__(self) -> str:
+        return self.text
+
+
+# Entries of a recipe: parsed when it is read, written as the user wrote them.
+BudgetEntry = Annotated[Budget, PlainValidator(Budget.parse), PlainSerializer(str, return_type=str)]
+LatencyEntry = Annotated[Latency, PlainValidator(Latency.parse), PlainSerializer(str, return_type=str)]

@@ -1,0 +1,60 @@
+"""Budgets and latencies as users write them."""
+
+from __future__ import annotations
+
+import pytest
+
+from mpq_deploy.errors import UsageError
+from mpq_deploy.recipe import load_recipe
+from mpq_deploy.system.quantities import Budget, Latency
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        *(("0.35", 350), ("35%", 350), (0.35, 350), ("1", 1000), ("100 %", 1000)),
+        *(("600B", 600), ("1kB", 1000), ("1KiB", 1024), ("0.6 kB", 600), ("8bits", 400), ("4.5 bits", 225)),
+    ],
+)
+def test_budgets_as_a_user_writes_them(text: str | float, expected: int) -> None:
+    budget = Budget.parse(text)
+    assert budget.bytes(1000, 400) == expected
+    assert str(budget) == str(text) and Budget.parse(budget) is budget
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "40", "abc", "", "nan", "inf", "120%", "0%", "0MB", "MB", "4.5 bytes"])
+def test_a_budget_that_is_no_size_is_refused_with_its_value(text: str) -> None:
+    with pytest.raises(UsageError, match=f"budget '{text}'"):
+        Budget.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        *(("120ms", 120_000_000), ("0.12 s", 120_000_000), ("0.12s", 120_000_000), ("1.2s", 1_200_000_000)),
+        *(("850us", 850_000), ("850µs", 850_000), ("0.85ms", 850_000), (" 1e2 ms ", 100_000_000)),
+    ],
+)
+def test_latencies_as_a_user_writes_them(text: str, expected: int) -> None:
+    latency = Latency.parse(text)
+    assert latency.nanoseconds == expected
+    assert latency.milliseconds == pytest.approx(expected / 1e6)
+    assert Latency.parse(latency) is latency
+
+
+@pytest.mark.parametrize(
+    "text", ["120", "fast", "-1ms", "-3ms", "0ms", "nan ms", "ms", "", "120min", "1e999", "1e999s"]
+)
+def test_a_latency_that_is_no_time_is_refused_with_what_was_found(text: str) -> None:
+    with pytest.raises(UsageError, match=f"Invalid latency '{text}'"):
+        Latency.parse(text)
+
+
+def test_a_recipe_keeps_both_as_they_were_written() -> None:
+    recipe = load_recipe(None, {"budget": 0.4, "allocate.max_latency": "850us"})
+    assert recipe.budget == Budget.parse("0.4")
+    assert recipe.allocate.max_latency == Latency.parse("850us")
+    written = recipe.model_dump(mode="json")
+    assert (written["budget"], written["allocate"]["max_latency"]) == ("0.4", "850us")
+    with pytest.raises(UsageError, match="Invalid latency 'soon'"):
+        load_recipe(None, {"allocate.max_latency": "soon"})
