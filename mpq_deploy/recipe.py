@@ -298,7 +298,8 @@ def _explained(section: Section, indent: str = "") -> Iterator[str]:
         choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
         notes = [" | ".join(map(str, choices)), field.description or ""]
         if value != field.default:
-            notes.append(f"default: {_flow(field.default)}")
+            default = str(field.default) if isinstance(field.default, Budget) else field.default
+            notes.append(f"default: {_flow(default)}")
         yield from _commented(f"{indent}{name}: {_flow(values[name])}", "; ".join(filter(None, notes)))
 
 
