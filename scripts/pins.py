@@ -13,7 +13,6 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-OUR_PYTHON = "3.10"
 LEFT_OUT = {"mpq-deploy", "torch", "pip", "setuptools", "wheel"}
 EXTRAS = ("torch", "rtx", "dev")
 REQUIREMENT = re.compile(r"([\w.-]+)>=([\w.]+)")
@@ -22,21 +21,24 @@ REQUIREMENT = re.compile(r"([\w.-]+)>=([\w.]+)")
 def main() -> None:
     """Print one line per package."""
     pins = oldest_pins() if "--oldest" in sys.argv[1:] else installed_pins()
-    print("# Made by scripts/pins.py (make lock); do not edit.")
+    print("# Made by scripts/pins.py. Older Pythons take the newest versions that pyproject.toml allows.")
     print("\n".join(sorted(pins)))
 
 
 def installed_pins() -> list[str]:
-    """Return ``name==version`` of every package here, without builds (+cpu), for the Pythons that it runs on."""
-    pins = []
+    """Return ``name==version`` of every package here, without builds (+cpu), for this Python and newer ones.
+
+    Older Pythons, which many of these versions no longer run on, take the newest that pyproject.toml allows.
+    """
+    pins, here = [], f"{sys.version_info.major}.{sys.version_info.minor}"
     for package in metadata.distributions():
         name = re.sub(r"[-_.]+", "-", package.metadata["Name"]).lower()
         if name in LEFT_OUT or re.match(r"nvidia-|triton$", name):
             continue
         pin = f"{name}=={package.version.split('+')[0]}"
-        first = re.search(r">=\s*(3\.\d+)", package.metadata.get("Requires-Python") or "")
-        newer = first is not None and _number(first[1]) > _number(OUR_PYTHON)
-        pins.append(f'{pin} ; python_version >= "{first[1]}"' if first and newer else pin)
+        needed = re.search(r">=\s*(3[.\d]+)", package.metadata.get("Requires-Python") or "")
+        python = max(needed[1] if needed else here, here, key=_number)
+        pins.append(f'{pin} ; python_full_version >= "{python}"')
     return pins
 
 
