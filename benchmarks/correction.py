@@ -25,13 +25,13 @@ from mpq_deploy.errors import InfeasibleBudgetError
 from mpq_deploy.evaluate.evaluate import evaluate
 from mpq_deploy.evaluate.evaluation_result import EvaluationOptions, VariantResult
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
+from mpq_deploy.graph.writers.plan_graphs import write_plan
+from mpq_deploy.rounding.candidate_store import CONTROLS
 from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.run.view import Run
 from mpq_deploy.runtime.correction import Correction
 from mpq_deploy.stages.allocate import PlanSolver
-from mpq_deploy.stages.candidates import CONTROLS
-from mpq_deploy.stages.evaluate import correction_for
-from mpq_deploy.stages.quantize import write_plan
+from mpq_deploy.stages.correction import correction_for
 from mpq_deploy.system.progress import PlainTalk
 
 BUDGETS = (0.265, 0.28, 0.35, 0.5)

@@ -29,11 +29,11 @@ from table import Page, bench_recipe, decibels, markdown, verdict
 from mpq_deploy.evaluate.evaluate import evaluate
 from mpq_deploy.evaluate.evaluation_result import EvaluationOptions, VariantResult
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
+from mpq_deploy.graph.writers.plan_graphs import write_plan
+from mpq_deploy.rounding.candidate_store import candidates_of
 from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.run.view import Exported, Run
 from mpq_deploy.sensitivity.table import SensitivityTable
-from mpq_deploy.stages.candidates import candidates_of
-from mpq_deploy.stages.quantize import write_plan
 from mpq_deploy.system.progress import PlainTalk
 
 # One input channel in SHARE is multiplied by FACTOR.

@@ -29,11 +29,11 @@ from mpq_deploy.evaluate.evaluate import evaluate
 from mpq_deploy.evaluate.evaluation_result import EvaluationOptions
 from mpq_deploy.evaluate.fresh import FreshCalls, FreshOptions, standard_error
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
+from mpq_deploy.graph.writers.plan_graphs import write_plan
 from mpq_deploy.models.spec import Array
 from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.run.view import Run
 from mpq_deploy.stages.allocate import PlanSolver
-from mpq_deploy.stages.quantize import write_plan
 from mpq_deploy.studies.sweep import parse_budgets
 from mpq_deploy.system.progress import PlainTalk, Talk
 

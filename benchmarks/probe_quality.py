@@ -25,14 +25,13 @@ from table import Page, bench_recipe, markdown, verdict, weights_digest
 import mpq_deploy.sensitivity
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.graph.layers import Layer
-from mpq_deploy.run.pipeline import open_pipeline
+from mpq_deploy.rounding.candidate_store import candidates_of
+from mpq_deploy.run.pipeline import STAGES, open_pipeline
 from mpq_deploy.run.view import Run
 from mpq_deploy.sensitivity.exhaustive import measure_exhaustive
 from mpq_deploy.sensitivity.measure import MeasureOptions, measure
 from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.sensitivity.table import SensitivityTable
-from mpq_deploy.stages import INPUTS
-from mpq_deploy.stages.candidates import candidates_of
 from mpq_deploy.studies.agreement import Compared, moments, rho_of
 from mpq_deploy.system.files import file_digest
 from mpq_deploy.system.progress import PlainTalk
@@ -48,7 +47,7 @@ Found = dict[str, SensitivityTable]
 def measured(run: Run, metric: str, layers: list[Layer]) -> SensitivityTable:
     """Return the table of a metric, kept in the run folder as a stage of its own."""
     name = f"bench-{metric}"
-    inputs = {**INPUTS["measure"](run), "recipe.measure.method": metric, "code": code_digest()}
+    inputs = {**STAGES["measure"].fields(run), "recipe.measure.method": metric, "code": code_digest()}
     if metric == TRUTH:
         inputs["layers"] = [layer.name for layer in layers]
     if run.folder.changed_fields(name, inputs) != []:

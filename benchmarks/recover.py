@@ -25,12 +25,12 @@ import numpy as np
 from table import Page, bench_recipe, decibels, markdown, verdict, weights_digest
 
 from mpq_deploy.evaluate.evaluation_result import Evaluation
+from mpq_deploy.evaluate.variants import evaluate_variants
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
 from mpq_deploy.recover.recover import recover, write_recovered
 from mpq_deploy.recover.training_trajectories import TrajectoryRecorder
 from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.run.view import Run
-from mpq_deploy.stages.evaluate import evaluate_variants
 from mpq_deploy.stages.recover import recover_task
 from mpq_deploy.system.progress import PlainTalk
 

@@ -34,18 +34,19 @@ from mpq_deploy.allocate.problem import Problem
 from mpq_deploy.evaluate.evaluate import evaluate
 from mpq_deploy.evaluate.evaluation_result import EvaluationOptions
 from mpq_deploy.evaluate.metrics.frechet import Moments, frechet_distance
-from mpq_deploy.evaluate.metrics.networks import DEMO, NetworkOptions, open_network
+from mpq_deploy.evaluate.metrics.networks import DEMO, NetworkOptions
+from mpq_deploy.evaluate.metrics.open_networks import open_network
 from mpq_deploy.evaluate.metrics.real import real_set
 from mpq_deploy.formats.scheme import SCHEMES, Scheme
 from mpq_deploy.formats.simulated import SimulatedMatrix
 from mpq_deploy.formats.sizes import FP16_BYTES
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
+from mpq_deploy.graph.writers.plan_graphs import write_plan
 from mpq_deploy.models.bundled import DEMOS
+from mpq_deploy.rounding.candidate_store import candidates_of
 from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.run.view import Run
 from mpq_deploy.stages.allocate import PlanSolver
-from mpq_deploy.stages.candidates import candidates_of
-from mpq_deploy.stages.quantize import write_plan
 from mpq_deploy.system.progress import PlainTalk
 
 # MPQ-Diff's headline: so many more bytes than uniform bits.

@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 from mpq_deploy.recipe import Recipe, load_recipe
+from mpq_deploy.run.pipeline import STAGES
 from mpq_deploy.run.view import Run
-from mpq_deploy.stages import INPUTS
 
 PACKAGES = ("mpq-deploy", "numpy", "onnx", "onnxruntime", "torch", "diffusers", "highspy", "scipy", "tensorrt-rtx")
 
@@ -86,7 +86,7 @@ def bench_recipe(path: Path | None, changes: Sequence[str], values: dict[str, An
 
 def weights_digest(run: Run) -> str:
     """Say which weights were measured, as a paragraph: the start of the SHA-256 of each weights file."""
-    files: dict[str, str] = INPUTS["export"](run)["model.files"]
+    files: dict[str, str] = STAGES["export"].fields(run)["model.files"]
     named = [f"{name} {digest[:12]}" for name, digest in files.items() if name.endswith((".safetensors", ".onnx"))]
     return f"Weights (SHA-256): {', '.join(named)}."
 

@@ -54,7 +54,7 @@ def measured(recipe: Recipe, run: Path, stage: str, crew: Crew | None) -> Cost:
     for name in (stage, *KEPT):
         shutil.rmtree(run / name, ignore_errors=True)
     with open_pipeline(recipe, run, Talk(), crew) as pipeline:
-        for before in STAGES[: STAGES.index(stage)]:
+        for before in list(STAGES)[: list(STAGES).index(stage)]:
             if before not in LEFT_OUT:
                 pipeline.ensure(before)
         marks, started = [processor(who) for who in WHO], time.monotonic()

@@ -24,6 +24,7 @@ import onnx
 from mpq_deploy.device.archive import MANIFEST, Source, write_archive
 from mpq_deploy.device.manifest import Manifest, PackagedTarget, Reference
 from mpq_deploy.device.output_check import relative_squared_error
+from mpq_deploy.engine.engine_memory import check_target_memory
 from mpq_deploy.engine.expected import ExpectedLayers
 from mpq_deploy.engine.target import Target, known_targets, load_target
 from mpq_deploy.errors import ModelError, UsageError
@@ -31,7 +32,6 @@ from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.graph.save import repeated_bytes
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED, WEIGHTS
 from mpq_deploy.runtime.correction import FILE as CORRECTION
-from mpq_deploy.stages.engine import check_target_memory
 from mpq_deploy.system.files import file_digest
 from mpq_deploy.system.release import __version__
 

@@ -6,6 +6,7 @@ which scheme and why not (``refusal``), and what is known about the device.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from functools import cache
 from importlib import resources
@@ -16,6 +17,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from mpq_deploy.engine.trtexec import find_trtexec
 from mpq_deploy.engine.versions import version_matches
 from mpq_deploy.errors import UsageError, nearest
 from mpq_deploy.formats.scheme import BRANCH_KINDS, FAMILIES, SCHEMES, SIMULATED, Scheme, nearest_scheme
@@ -27,6 +29,9 @@ Builder = Literal["tensorrt_rtx", "tensorrt", "trtexec", "none"]
 Proof = Literal["built here", "built on the device", "documented", "unproven"]
 Condition = Literal["always", "depthwise", "grouped", "conv1d", "conv3d", "odd elements", "odd last dimension"]
 SUFFIXES = (".yaml", ".yml")
+
+# The builder of TensorRT-RTX, which runs here without a GPU.
+RTX = "tensorrt_rtx"
 
 
 class Figure(BaseModel):
@@ -287,3 +292,10 @@ def _holds(condition: Condition, layer: Layer, scheme: Scheme) -> bool:
         "conv3d": layer.op == "Conv" and dimensions == 3,
         "odd elements": prod(int4_shape(layer, scheme)) % 2 == 1,
     }[condition]
+
+
+def builder_present(target: Target) -> bool:
+    """Whether this machine has what builds engines for ``target``."""
+    if target.builder == "trtexec":
+        return find_trtexec() is not None
+    return importlib.util.find_spec(target.builder) is not None

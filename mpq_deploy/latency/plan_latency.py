@@ -13,8 +13,8 @@ from mpq_deploy.latency.costs import LatencyCosts, PlanLatency
 from mpq_deploy.latency.latency_table import LatencyTable
 from mpq_deploy.latency.others import activations_of, weighed_nodes
 from mpq_deploy.latency.roofline import LAUNCH_SECONDS, Rates
+from mpq_deploy.rounding.candidate_store import CONTROLS, control_scheme
 from mpq_deploy.run.view import Exported
-from mpq_deploy.stages.candidates import CONTROLS, control_scheme
 from mpq_deploy.system.files import Fields
 
 if TYPE_CHECKING:

@@ -36,7 +36,7 @@ from mpq_deploy.latency.latency_table import LatencyTable, LayerShape
 from mpq_deploy.latency.one_layer import INPUT, OUTPUT, OneLayer, write_one_layer
 from mpq_deploy.latency.plan_latency import call_shapes
 from mpq_deploy.latency.roofline import Rates
-from mpq_deploy.stages.candidates import CONTROLS, control_scheme, wanted_schemes
+from mpq_deploy.rounding.candidate_store import CONTROLS, control_scheme, wanted_schemes
 from mpq_deploy.system.progress import Talk
 
 if TYPE_CHECKING:

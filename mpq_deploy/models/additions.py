@@ -14,6 +14,8 @@ from mpq_deploy.errors import ModelError, UsageError, nearest
 from mpq_deploy.models.conditions import Conditions
 from mpq_deploy.models.spec import InputSpec
 
+# Parts of a pipeline that denoise, the first that is there by default.
+DENOISERS = ("unet", "transformer")
 SCHEDULER_FILE = "scheduler_config.json"
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mpq_deploy.errors import MissingDependencyError, ModelError, UsageError, nearest
-from mpq_deploy.models.additions import Additions
+from mpq_deploy.models.additions import DENOISERS, Additions
 from mpq_deploy.models.bundled import DEMOS, bundled_demo
 from mpq_deploy.models.denoiser import Denoiser
 from mpq_deploy.models.hub import PARTS, PICKLE_ENDINGS, fetch, is_hub_id
 from mpq_deploy.system.progress import Talk
 
-# Parts of a pipeline that denoise, the first that is there by default.
-DENOISERS = ("unet", "transformer")
+if TYPE_CHECKING:
+    from mpq_deploy.recipe import Recipe
+
 # Files of a diffusers folder that are read: configurations, weights, tokenizers.
 SOURCE_ENDINGS = (".json", ".safetensors", ".txt", ".model")
 
@@ -113,3 +115,18 @@ def _open_folder(folder: Path, source: str, additions: Additions, talk: Talk) ->
     from mpq_deploy.models.pipeline_folder import open_folder
 
     return open_folder(folder, source, additions, talk)
+
+
+def source_denoiser(recipe: Recipe, talk: Talk) -> Denoiser:
+    """Open the model that ``recipe`` names."""
+    return open_denoiser(
+        recipe.model,
+        conditions=Path(recipe.conditions) if recipe.conditions else None,
+        scheduler=Path(recipe.scheduler) if recipe.scheduler else None,
+        prompts=Path(recipe.prompts) if recipe.prompts else None,
+        description=Path(recipe.description) if recipe.description else None,
+        guidance_scale=recipe.guidance_scale,
+        component=recipe.component,
+        component_samples=recipe.component_samples,
+        talk=talk,
+    )

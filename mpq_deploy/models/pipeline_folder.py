@@ -10,6 +10,7 @@ import numpy as np
 from mpq_deploy.calls.diffusers_sampler import IMAGE_TOKENS
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.models.additions import (
+    DENOISERS,
     SCHEDULER_FILE,
     Additions,
     WantedInput,
@@ -23,7 +24,6 @@ from mpq_deploy.models.conditions import Conditions
 from mpq_deploy.models.decoder import decoder_network, decoder_upscale
 from mpq_deploy.models.denoiser import Denoiser
 from mpq_deploy.models.model_form import OUTPUT, ModelForm, model_class, model_form, network
-from mpq_deploy.models.open import DENOISERS
 from mpq_deploy.models.spec import DenoiserSpec, InputSpec
 from mpq_deploy.models.torch_export import TorchNetwork
 from mpq_deploy.models.transformer import DIT, FLUX

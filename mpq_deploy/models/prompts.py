@@ -15,10 +15,9 @@ import numpy as np
 import torch
 
 from mpq_deploy.errors import ModelError, UsageError
-from mpq_deploy.models.additions import WantedInput, list_inputs, read_json
+from mpq_deploy.models.additions import DENOISERS, WantedInput, list_inputs, read_json
 from mpq_deploy.models.conditions import Conditions
 from mpq_deploy.models.model_form import model_form
-from mpq_deploy.models.open import DENOISERS
 from mpq_deploy.models.spec import Array
 from mpq_deploy.models.transformer import FLUX, PIXART, SD3
 from mpq_deploy.models.unet import find_weights

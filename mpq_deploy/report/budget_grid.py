@@ -21,7 +21,7 @@ from mpq_deploy.allocate.problem import LayerChoice
 from mpq_deploy.errors import InfeasibleLatencyError
 from mpq_deploy.report.data import BudgetPlan, BudgetPlans, LayerOption
 from mpq_deploy.run.view import RECIPE, Exported
-from mpq_deploy.stages.allocate import PlanSolver, allocate_inputs
+from mpq_deploy.stages.allocate import PlanSolver
 from mpq_deploy.system.files import canonical_json, sealed_json, unsealed, write_text
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ MOST_SECONDS = 20.0
 def budget_plans(run: Run, plan: PrecisionPlan) -> BudgetPlans:
     """Return the plans of a grid of budgets around this run's ``plan``, and what its layers could have taken."""
     solver = PlanSolver(run)
-    fields = {k: v for k, v in allocate_inputs(run).items() if k != "recipe.budget"}
+    record = run.folder.record("allocate")
+    fields = {k: v for k, v in (record.inputs if record else {}).items() if k != "recipe.budget"}
     ratio = plan.budget_bytes / plan.fp16_size_bytes
     made_from = canonical_json({**fields, "highest": _highest(solver.smallest / solver.fp16_size, ratio)})
     stored = _read(run).get("budgets", {})

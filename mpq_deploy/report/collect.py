@@ -15,6 +15,7 @@ from mpq_deploy.allocate.plan import PlannedLayer, PrecisionPlan
 from mpq_deploy.delivery.device_results import device_infos
 from mpq_deploy.evaluate.evaluation_result import CpuLatency, Evaluation, VariantResult
 from mpq_deploy.evaluate.interval import mean_interval
+from mpq_deploy.evaluate.variants import BEFORE, CORRECTED, LATENCY
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED
 from mpq_deploy.report.budget_grid import budget_plans, layer_kurtoses
 from mpq_deploy.report.data import (
@@ -42,7 +43,6 @@ from mpq_deploy.run.common import version_of
 from mpq_deploy.run.view import Exported
 from mpq_deploy.runtime.correction import FILE as CORRECTION
 from mpq_deploy.sensitivity.table import SensitivityTable
-from mpq_deploy.stages.evaluate import BEFORE, CORRECTED, LATENCY
 from mpq_deploy.system.files import unsealed
 
 if TYPE_CHECKING:
@@ -82,15 +82,7 @@ def report_data(run: Run) -> ReportData:
     kurtoses = layer_kurtoses(run, exported)
     metrics = _metrics(run, exported, evaluated) if evaluated.graph else None
     return ReportData(
-        model=ModelInfo(
-            name=exported.spec.name,
-            source=exported.spec.source,
-            labels=exported.spec.labels,
-            synthetic=exported.spec.synthetic,
-            weights=sum(layer.weights for layer in exported.graph.layers),
-            sample_shape=exported.spec.sample.shape,
-            digest=evaluated.digest,
-        ),
+        model=_model(exported, evaluated.digest),
         target=TargetInfo(name=target.name, title=target.title, dialect=target.dialect),
         budget=plan.budget_bytes / plan.fp16_size_bytes,
         budget_bytes=plan.budget_bytes,
@@ -125,6 +117,19 @@ def report_data(run: Run) -> ReportData:
         frechet=metrics.frechet if metrics else (),
         frechet_controls=metrics.controls if metrics else {},
         scores=metrics.scores if metrics else (),
+    )
+
+
+def _model(exported: Exported, digest: str) -> ModelInfo:
+    spec = exported.spec
+    return ModelInfo(
+        name=spec.name,
+        source=spec.source,
+        labels=spec.labels,
+        synthetic=spec.synthetic,
+        weights=sum(layer.weights for layer in exported.graph.layers),
+        sample_shape=spec.sample.shape,
+        digest=digest,
     )
 
 
@@ -183,11 +188,11 @@ def titles(plan: PrecisionPlan) -> dict[str, str]:
     return {**TITLES, **SIMULATED_TITLES} if plan.simulated else TITLES
 
 
-def write_report(run: Run) -> None:
-    """Write report.html, report.md and report.json into the run folder."""
+def write_report(run: Run, folder: Path) -> None:
+    """Write report.html, report.md and report.json into ``folder``."""
     from mpq_deploy.report.write import write_reports
 
-    write_reports(report_data(run), run.path)
+    write_reports(report_data(run), folder)
 
 
 def _engine(run: Run) -> tuple[EngineInfo | None, str]:

@@ -18,9 +18,9 @@ import numpy as np
 
 from mpq_deploy.models.spec import Array
 from mpq_deploy.rounding.hessian import Gathering, Hessian, HessianPlan
-from mpq_deploy.run.stage_memory import rounding_worker_bytes, salience_worker_bytes
-from mpq_deploy.run.view import RECIPE, Exported, Run
-from mpq_deploy.stages.candidates import Rounder, StoredCandidates, hessian_inputs, salience_inputs, with_rows
+from mpq_deploy.rounding.rounder import Rounder, hessian_inputs
+from mpq_deploy.run.stage_memory import rounding_worker_bytes
+from mpq_deploy.run.view import RECIPE, Run
 from mpq_deploy.system.files import disk_error
 from mpq_deploy.system.locks import alone_with
 from mpq_deploy.system.parallel.work import Job, Pool, Result, Shard, Within, Work, run_shards
@@ -49,17 +49,17 @@ class _Gather:
     step: int
 
 
-def round_over_workers(run: Run, exported: Exported, folder: Path) -> None:
+def round_over_workers(run: Run, folder: Path) -> None:
     """Write the candidates of every layer into ``folder``, a folder below the run's."""
     crew, root = run.crew, run.path
     opener = partial(_Rounding.open, folder.relative_to(root), crew.shares_files)
     job = Job("rounding", opener, root, FILES, rounding_worker_bytes(run))
     # Before workers come: it links the weights for a session, which other readers of them refuse.
-    plan = _plan(run, exported, run.talk) if run.recipe.quantize.rounding != "nearest" else None
+    plan = _plan(run, run.talk) if run.recipe.quantize.rounding != "nearest" else None
     with crew.open(job, run.talk) as pool:
-        dealing = _Dealing(run, exported, pool, folder)
+        dealing = _Dealing(run, pool, folder)
         if plan is None:
-            dealing.round([dealing.layer(_Layer(number)) for number in range(len(exported.graph.layers))])
+            dealing.round([dealing.layer(_Layer(number)) for number in range(len(run.exported.graph.layers))])
             return
         for number in range(len(plan)):
             which = f" {number + 1} of {len(plan)}"
@@ -69,8 +69,9 @@ def round_over_workers(run: Run, exported: Exported, folder: Path) -> None:
                 dealing.round(shards, which if len(plan) > 1 else "")
 
 
-def _plan(run: Run, exported: Exported, talk: Talk, guard: Path | None = None) -> HessianPlan:
-    calls, options = hessian_inputs(run, exported)
+def _plan(run: Run, talk: Talk, guard: Path | None = None) -> HessianPlan:
+    calls, options = hessian_inputs(run)
+    exported = run.exported
     about = (exported.graph, calls, exported.conditions, exported.spec, options, talk)
     return HessianPlan.of(*about, scratch=run.scratch(), guard=guard)
 
@@ -80,16 +81,15 @@ class _Dealing:
     """Makes shards of layers and writes what comes back into ``folder``."""
 
     run: Run
-    exported: Exported
     pool: Pool
     folder: Path
 
     def layer(self, task: _Layer) -> Shard:
-        return Shard(f"layer {self.exported.graph.layers[task.number].name}", task)
+        return Shard(f"layer {self.run.exported.graph.layers[task.number].name}", task)
 
     def with_hessians(self, hessians: Iterator[Hessian], scratch: Path) -> Iterator[Shard]:
         """Yield the shards of a group; each Hessian goes into ``scratch`` where workers can read it there."""
-        numbers = {layer.name: number for number, layer in enumerate(self.exported.graph.layers)}
+        numbers = {layer.name: number for number, layer in enumerate(self.run.exported.graph.layers)}
         last: tuple[Array, Path] | None = None
         for found in hessians:
             number = numbers[found.layer.name]
@@ -113,7 +113,7 @@ class _Dealing:
 
     def round(self, shards: Sequence[Shard], which: str = "") -> None:
         """Compute the ``shards`` of layers, those with the most weights first: none is left over at the end."""
-        layers = self.exported.graph.layers
+        layers = self.run.exported.graph.layers
         ordered = sorted(shards, key=lambda shard: -layers[shard.task.number].weights)
         for result in run_shards(self.pool, f"round layers{which}", ordered, self.run.talk):
             for name, content in result.items():
@@ -128,8 +128,8 @@ class _Rounding:
         self._run = Run.opened(root, talk)
         # Another worker of this node may have linked the weights for a session, which readers refuse.
         with alone_with(root / RECIPE):
-            self._exported = self._run.exported
-        self._rounder = Rounder.of(self._run, self._exported)
+            self._layers = self._run.exported.graph.layers
+        self._rounder = Rounder.of(self._run)
         self._plan: HessianPlan | None = None
         self._open: tuple[int, Gathering] | None = None
 
@@ -146,7 +146,7 @@ class _Rounding:
     def gather(self, task: _Gather, talk: Talk) -> Result:
         """Return the rows by batch and Hessian."""
         if self._plan is None:
-            self._plan = _plan(self._run, self._exported, Within.silent(talk), self._root / RECIPE)
+            self._plan = _plan(self._run, Within.silent(talk), self._root / RECIPE)
         if self._open is None or self._open[0] != task.group:
             # Two sessions would hold two copies of the weights.
             self._open = None
@@ -172,45 +172,9 @@ class _Rounding:
         return {path.name: content}
 
     def _moments(self, task: _Layer) -> Hessian:
-        layer = self._exported.graph.layers[task.number]
+        layer = self._layers[task.number]
         if task.place is None and task.blocks is None:
             return self._rounder.diagonal(layer)
         # Memory of this process, as where Hessians are made: what lies elsewhere is aligned otherwise.
         blocks = np.load(self._root / task.place) if task.place else np.array(task.blocks)
         return Hessian(layer, blocks, task.widths, 0)
-
-
-def salience_over_workers(run: Run, exported: Exported, chosen: StoredCandidates) -> dict[str, Array]:
-    """Return what ``sensitivity.salience.channel_errors`` returns, a shard per timestep."""
-    from mpq_deploy.sensitivity.measured_calls import Calls
-
-    root, folder = run.path, chosen.folder.relative_to(run.path)
-    files, size = (*FILES, folder.as_posix()), salience_worker_bytes(run)
-    job = Job("salient channels", partial(_open_salience, folder), root, files, size)
-    graph, _, rounded_on, conditions, spec, options = salience_inputs(run, exported, chosen)
-    calls = Calls(graph, spec, rounded_on, conditions, options.samples)
-    steps = range(len(calls.timesteps))
-    shards = [Shard(f"salient channels, timestep {step + 1}", step, calls.count) for step in steps]
-    names = set(chosen)
-    found = {layer.name: np.zeros(layer.out_channels) for layer in graph.layers if layer.name in names}
-    with run.crew.open(job, run.talk) as pool:
-        for result in run_shards(pool, "salient channels", shards, run.talk):
-            for name, parts in result.items():
-                for part in parts:
-                    found[name] += part
-    return found
-
-
-def _open_salience(folder: Path, root: Path, talk: Talk) -> Work:
-    """Return what gives the parts of the sums of one timestep."""
-    from mpq_deploy.sensitivity.salience import ChannelErrors
-
-    run = Run.opened(root, talk)
-    exported = run.exported
-    errors = ChannelErrors(*salience_inputs(run, exported, with_rows(root / folder, exported.graph)))
-
-    def work(step: int, inner: Talk) -> Result:
-        with inner.bar("salient channels", errors.calls) as advance:
-            return errors.at(step, advance)
-
-    return work

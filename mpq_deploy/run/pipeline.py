@@ -3,53 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from mpq_deploy import stages
 from mpq_deploy.errors import MpqError, UsageError
 from mpq_deploy.recipe import Recipe
-from mpq_deploy.report import collect as assemble
+from mpq_deploy.report.collect import Summary, summarise
 from mpq_deploy.run.folder import RunFolder, open_run
+from mpq_deploy.run.recipe_check import check_recipe
+from mpq_deploy.run.stage import Stage
 from mpq_deploy.run.stage_memory import saying_memory_ran_out
 from mpq_deploy.run.view import RECIPE, Run, StageResult
-from mpq_deploy.system.files import write_text
+from mpq_deploy.stages import (
+    allocate,
+    calibrate,
+    candidates,
+    controls,
+    correction,
+    engine,
+    evaluate,
+    export,
+    measure,
+    quantize,
+    recover,
+    report,
+)
+from mpq_deploy.system.files import Fields, write_text
 from mpq_deploy.system.parallel.work import Alone, Crew
 from mpq_deploy.system.progress import Talk
-from mpq_deploy.system.usage import Reading, metered
+from mpq_deploy.system.usage import metered
 
-STAGES = (
-    "export",
-    "calibrate",
-    "candidates",
-    "measure",
-    "allocate",
-    "quantize",
-    "recover",
-    "controls",
-    "correction",
-    "engine",
-    "evaluate",
-    "report",
-)
-# What each stage needs; "report" is made anew each time from all the others.
-NEEDS: dict[str, tuple[str, ...]] = {
-    "export": (),
-    "calibrate": ("export",),
-    "candidates": ("export", "calibrate"),
-    "measure": ("export", "calibrate", "candidates"),
-    "allocate": ("export", "candidates", "measure"),
-    "quantize": ("export", "calibrate", "candidates", "allocate"),
-    # Only where the recipe wants it.
-    "recover": ("export", "calibrate", "candidates", "allocate", "quantize"),
-    "controls": ("export", "calibrate", "candidates", "allocate"),
-    # Only where the recipe wants one.
-    "correction": ("export", "calibrate", "quantize", "recover"),
-    "engine": ("export", "allocate", "quantize", "recover"),
-    "evaluate": ("export", "allocate", "quantize", "recover", "controls", "correction"),
-    "report": ("export", "calibrate", "measure", "allocate", "quantize", "engine", "evaluate"),
+# By name, in the order in which they are made: each after all that it needs.
+STAGES: dict[str, Stage] = {
+    module.STAGE.name: module.STAGE
+    for module in (
+        export,
+        calibrate,
+        candidates,
+        measure,
+        allocate,
+        quantize,
+        recover,
+        controls,
+        correction,
+        engine,
+        evaluate,
+        report,
+    )
 }
 
 
@@ -61,9 +62,9 @@ class Pipeline:
         # No result depends on who computes shards, so the crew is no part of the recipe.
         self.run = Run(recipe, folder, talk, crew or Alone(), self.results)
 
-    def run_until(self, last: str) -> assemble.Summary:
+    def run_until(self, last: str) -> Summary:
         """Make sure that the stage ``last`` and all that it needs are current, and say what there is."""
-        return assemble.summarise(self.current(last), last)
+        return summarise(self.current(last), last)
 
     def current(self, *names: str) -> Run:
         """Make sure that the stages ``names`` and all that they need are current; return the run."""
@@ -80,25 +81,23 @@ class Pipeline:
 
     def ensure(self, name: str) -> StageResult:
         """Make the stage ``name`` unless it is current; what it needs must be current already."""
-        if name == "report":
-            result = self._make_report()
-        else:
-            inputs = stages.INPUTS[name](self.run)
-            changed = self.run.folder.changed_fields(name, inputs)
-            result = self._cached(name) if changed == [] else self._make(name, inputs, changed)
-        self.results[name] = result
-        return result
+        stage = STAGES[name]
+        inputs = None if stage.inputs is None else stage.fields(self.run)
+        changed = None if inputs is None else self.run.folder.changed_fields(name, inputs)
+        self.results[name] = self._cached(name) if changed == [] else self._make(stage, inputs, changed)
+        return self.results[name]
 
-    def report_as_is(self) -> assemble.Summary:
+    def report_as_is(self) -> Summary:
         """Write the reports from the stages that are current, and make none.
 
         Raises UsageError when not even the plan is there.
         """
-        for name in self._order("report")[:-1]:
-            if not all(need in self.results for need in NEEDS[name] if need in self._order(name)):
+        order = self._order("report")
+        for stage in (STAGES[name] for name in order):
+            if stage.inputs is None or not all(need in self.results for need in stage.needs if need in order):
                 continue
-            if self.run.folder.changed_fields(name, stages.INPUTS[name](self.run)) == []:
-                self.results[name] = self._cached(name)
+            if self.run.folder.changed_fields(stage.name, stage.fields(self.run)) == []:
+                self.results[stage.name] = self._cached(stage.name)
         missing = [name for name in self._order("allocate") if name not in self.results]
         if missing:
             raise UsageError(
@@ -106,40 +105,30 @@ class Pipeline:
                 f"Make the plan with 'mpq-deploy allocate {self.run.path}'.",
             )
         self.ensure("report")
-        return assemble.summarise(self.run, "report")
+        return summarise(self.run, "report")
 
     def _order(self, last: str) -> list[str]:
         wanted = {last}
-        for name in reversed(STAGES):
+        for name, stage in reversed(STAGES.items()):
             if name in wanted:
-                wanted.update(NEEDS[name])
-        if self.run.recipe.evaluate.correction == "none" and last != "correction":
-            wanted.discard("correction")
-        if not self.run.recipe.recover.steps and last != "recover":
-            wanted.discard("recover")
-        return [name for name in STAGES if name in wanted]
+                wanted.update(stage.needs)
+        recipe = self.run.recipe
+        return [name for name, stage in STAGES.items() if name in wanted and (name == last or stage.applies(recipe))]
 
     def _cached(self, name: str) -> StageResult:
         timing = self.run.folder.timings().get(name, {})
         self.run.talk.line(f"{name:<10} up to date")
         return StageResult(name, timing.get("seconds", 0.0), int(timing.get("peak_rss_bytes", 0)), True)
 
-    def _make(self, name: str, inputs: dict[str, Any], changed: list[str] | None) -> StageResult:
-        run = self.run
+    def _make(self, stage: Stage, inputs: Fields | None, changed: list[str] | None) -> StageResult:
+        run, name = self.run, stage.name
         if changed:
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
             run.talk.line(f"{name:<10} again: {', '.join(changed[:3])}{more} changed")
-        with metered() as reading, run.folder.writing(name, inputs) as folder, saying_memory_ran_out(name):
-            note = stages.MAKERS[name](run, folder)
-        return self._made(name, reading, note)
-
-    def _make_report(self) -> StageResult:
-        with metered() as reading:
-            assemble.write_report(self.run)
-        return self._made("report", reading)
-
-    def _made(self, name: str, reading: Reading, note: str = "") -> StageResult:
-        run, seconds, peak = self.run, reading.seconds, reading.peak_rss_bytes
+        place = nullcontext(run.path) if inputs is None else run.folder.writing(name, inputs)
+        with metered() as reading, place as folder, saying_memory_ran_out(stage):
+            note = stage.make(run, folder)
+        seconds, peak = reading.seconds, reading.peak_rss_bytes
         run.folder.save_timing(name, seconds, peak)
         run.talk.line(f"{name:<10} {seconds:6.1f} s  {peak / 1e6:6.0f} MB  {note}".rstrip())
         # Another view, with nothing opened: what the stage opened goes, and what was opened of its former self.
@@ -154,7 +143,7 @@ def open_pipeline(recipe: Recipe, run: Path, talk: Talk, crew: Crew | None = Non
     ``crew``: who computes what can be spread over workers; None: this process.
     """
     # Mistakes that need no run folder to be found are found before one is made.
-    stages.check_recipe(recipe)
+    check_recipe(recipe)
     with open_run(run) as folder:
         stored = run / RECIPE
         before = stored.read_text(encoding="utf-8") if stored.is_file() else None

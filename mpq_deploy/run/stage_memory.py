@@ -13,28 +13,20 @@ from mpq_deploy.formats.scheme import SCHEMES
 
 if TYPE_CHECKING:
     from mpq_deploy.run.memory_model import ModelSize, StageMemory
+    from mpq_deploy.run.stage import Stage
     from mpq_deploy.run.view import Run
 
 MORE = "use a machine with more memory, or set MPQ_DEPLOY_MEMORY to what may be taken if you know better."
-HINTS = {
-    "export": "End other programs, export the model to ONNX elsewhere, or",
-    "calibrate": "Lower calibrate.batch_size, or",
-    "candidates": "Lower quantize.memory_mb and quantize.hessian_width, name fewer allocate.schemes, or",
-    "measure": "Lower measure.batch_size and measure.probes, name fewer allocate.schemes, or",
-    "allocate": "End other programs, or",
-    "quantize": "End other programs, or",
-    "engine": "Lower the budget, set engine.build: false and build on the device ('mpq-deploy package'), or",
-}
 
 
-def check_memory(run: Run, stage: str) -> StageMemory:
+def check_memory(run: Run, stage: Stage) -> StageMemory:
     """Estimate what ``stage`` takes; raises UsageError when there is less."""
     from mpq_deploy.run.memory_model import refuse_too_large
     from mpq_deploy.system.available import held_memory, memory_room
 
-    estimate = stage_memory(run, stage)
-    fewer = "Give fewer --workers. " if _rounding_workers(run, stage) else ""
-    refuse_too_large(estimate, memory_room(), f"{fewer}{HINTS[stage]} {MORE}", held_memory())
+    estimate = stage_memory(run, stage.name)
+    fewer = "Give fewer --workers. " if _rounding_workers(run, stage.name) else ""
+    refuse_too_large(estimate, memory_room(), f"{fewer}{stage.hint} {MORE}", held_memory())
     return estimate
 
 
@@ -47,7 +39,7 @@ FAILED = ("bad_alloc", "bad allocation", "MemoryError", "allocate memory", "Unab
 
 
 @contextmanager
-def saying_memory_ran_out(stage: str) -> Iterator[None]:
+def saying_memory_ran_out(stage: Stage) -> Iterator[None]:
     """Turn a failed allocation in the block into MemoryRanOutError; every other error passes as it is."""
     try:
         yield
@@ -59,12 +51,11 @@ def saying_memory_ran_out(stage: str) -> Iterator[None]:
         raise
 
 
-def _say(error: BaseException, stage: str) -> None:
+def _say(error: BaseException, stage: Stage) -> None:
     if ran_out(error):
         raise MemoryRanOutError(
-            f"Memory ran out in the stage '{stage}': {' '.join(str(error).split())[:200] or type(error).__name__}",
-            f"{HINTS.get(stage, 'End other programs, or')} use a machine with more memory. What is "
-            "finished is kept: the next call goes on from there.",
+            f"Memory ran out in the stage '{stage.name}': {' '.join(str(error).split())[:200] or type(error).__name__}",
+            f"{stage.hint} use a machine with more memory. What is finished is kept: the next call goes on from there.",
         ) from error
 
 
@@ -128,9 +119,9 @@ def _sizes(run: Run) -> tuple[ModelSize, int]:
 
 
 def _export(run: Run) -> StageMemory:
-    from mpq_deploy.models.open import DENOISERS, locate
+    from mpq_deploy.models.additions import DENOISERS
+    from mpq_deploy.models.open import locate, source_denoiser
     from mpq_deploy.run.memory_model import estimate_onnx_export, estimate_torch_export, source_size
-    from mpq_deploy.stages.export import source_denoiser
     from mpq_deploy.system.progress import Talk
 
     recipe = run.recipe

@@ -23,10 +23,11 @@ from mpq_deploy.graph.layers import Layer
 from mpq_deploy.graph.writers.prescale import foldable_inputs
 from mpq_deploy.latency.costs import PlanLatency, int8_warning
 from mpq_deploy.latency.plan_latency import latency_costs, latency_inputs, plan_latency_info
+from mpq_deploy.rounding.candidate_store import choices_of
 from mpq_deploy.run.common import settings, version_of
+from mpq_deploy.run.stage import Stage
 from mpq_deploy.run.stage_memory import check_memory
 from mpq_deploy.sensitivity.table import SensitivityTable
-from mpq_deploy.stages.candidates import choices_of
 from mpq_deploy.system.files import Fields
 from mpq_deploy.system.quantities import Budget
 
@@ -34,10 +35,9 @@ if TYPE_CHECKING:
     from mpq_deploy.run.view import Run
 
 
-def allocate_inputs(run: Run) -> Fields:
-    """Return what the stage allocate reads: digests and settings."""
+def inputs(run: Run) -> Fields:
+    """Return the settings and versions that the stage depends on, beside the stages it reads."""
     return {
-        **{name: run.digest(name) for name in ("export", "candidates", "measure")},
         "recipe.budget": str(run.recipe.budget),
         "target.protected": list(run.target.protected),
         **settings(run.recipe.allocate, "allocate"),
@@ -265,9 +265,9 @@ def any_match(pattern: str, names: Mapping[str, Any]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for name in names)
 
 
-def make_allocate(run: Run, folder: Path) -> str:
-    """Make the stage allocate in ``folder``; return a few words for the log."""
-    check_memory(run, "allocate")
+def make(run: Run, folder: Path) -> str:
+    """Make the stage in ``folder``; return a few words for the log."""
+    check_memory(run, STAGE)
     plan = PlanSolver(run).solve(run.recipe.budget)
     plan.save(folder / "plan.json")
     ratio = plan.size_bytes / plan.fp16_size_bytes
@@ -283,3 +283,11 @@ def _speed(plan: PrecisionPlan) -> str:
     if plan.latency is None:
         return ""
     return f", {plan.latency.ours_ms:.3g} ms of layers and other kernels ({plan.latency.source})"
+
+
+STAGE = Stage(
+    "allocate",
+    make,
+    inputs,
+    reads=("export", "candidates", "measure"),
+)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from mpq_deploy.graph.dialect_check import OPERATOR_RULES, check_dialect
 from mpq_deploy.run.common import settings, version_of
+from mpq_deploy.run.stage import Stage
 from mpq_deploy.run.stage_memory import check_memory
 from mpq_deploy.system.files import Fields
 
@@ -18,10 +19,9 @@ if TYPE_CHECKING:
 CALIBRATION_FORMAT = 4
 
 
-def calibrate_inputs(run: Run) -> Fields:
-    """Return what the stage calibrate reads: digests and settings."""
+def inputs(run: Run) -> Fields:
+    """Return the settings and versions that the stage depends on, beside the stages it reads."""
     return {
-        "export": run.digest("export"),
         "calibration.format": CALIBRATION_FORMAT,
         **settings(run.recipe.calibrate, "calibrate"),
         "recipe.evaluate.sampler": run.recipe.evaluate.sampler,
@@ -29,14 +29,14 @@ def calibrate_inputs(run: Run) -> Fields:
     }
 
 
-def make_calibrate(run: Run, folder: Path) -> str:
-    """Make the stage calibrate in ``folder``; return a few words for the log."""
+def make(run: Run, folder: Path) -> str:
+    """Make the stage in ``folder``; return a few words for the log."""
     from mpq_deploy.calibrate.calibrate import calibrate
     from mpq_deploy.calibrate.options import CalibrationOptions
 
     section = run.recipe.calibrate
     exported = run.exported
-    check_memory(run, "calibrate")
+    check_memory(run, STAGE)
     check_dialect(run, exported.path, OPERATOR_RULES)
     # A component without timesteps has so many inputs and no more.
     rows = exported.spec.calibration_rows
@@ -52,7 +52,7 @@ def make_calibrate(run: Run, folder: Path) -> str:
         reservoir=section.reservoir,
         sampler=run.recipe.evaluate.sampler,
     )
-    inputs, stats = calibrate(
+    recorded, stats = calibrate(
         exported.path,
         exported.graph,
         exported.spec,
@@ -62,6 +62,15 @@ def make_calibrate(run: Run, folder: Path) -> str:
         scratch=run.scratch(),
         crew=run.crew,
     )
-    inputs.save(folder / "inputs.npz")
+    recorded.save(folder / "inputs.npz")
     stats.save(folder / "stats.npz")
-    return f"{len(inputs.timesteps)} timesteps x {len(inputs.rows)} calls, {len(stats.activations)} activations"
+    return f"{len(recorded.timesteps)} timesteps x {len(recorded.rows)} calls, {len(stats.activations)} activations"
+
+
+STAGE = Stage(
+    "calibrate",
+    make,
+    inputs,
+    reads=("export",),
+    hint="Lower calibrate.batch_size, or",
+)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpq_deploy.engine.engine_memory import MemoryEstimate, estimate_memory, refuse_too_large
+from mpq_deploy.engine.engine_memory import check_target_memory
 from mpq_deploy.engine.expected import ExpectedLayers
 from mpq_deploy.engine.failure import BuilderKilledError
-from mpq_deploy.engine.target import Target
-from mpq_deploy.engine.trtexec import find_trtexec
+from mpq_deploy.engine.target import RTX, Target, builder_present
 from mpq_deploy.errors import EngineError
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.graph.save import repeated_bytes
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED
 from mpq_deploy.run.common import settings, version_of
+from mpq_deploy.run.stage import Stage
 from mpq_deploy.run.stage_memory import check_memory
 from mpq_deploy.system.files import Fields, canonical_json
 
@@ -23,12 +22,11 @@ if TYPE_CHECKING:
     from mpq_deploy.run.view import Run
 
 
-RTX = "tensorrt_rtx"
 SIMULATED_PLAN = "the plan is simulated: no engine can hold its schemes, ONNX Runtime runs the graph"
 
 
-def engine_inputs(run: Run) -> Fields:
-    """Return what the stage engine reads: digests and settings."""
+def inputs(run: Run) -> Fields:
+    """Return the settings and versions that the stage depends on, beside the stages it reads."""
     target = run.target
     return {
         "quantize": run.digest(run.deployed_stage),
@@ -38,8 +36,8 @@ def engine_inputs(run: Run) -> Fields:
     }
 
 
-def make_engine(run: Run, folder: Path) -> str:
-    """Make the stage engine in ``folder``; return a few words for the log."""
+def make(run: Run, folder: Path) -> str:
+    """Make the stage in ``folder``; return a few words for the log."""
     target = run.target
     plan = run.plan
     reason = SIMULATED_PLAN if plan.simulated else _no_engine_reason(run, target)
@@ -49,11 +47,10 @@ def make_engine(run: Run, folder: Path) -> str:
     from mpq_deploy.engine.builder import BatchProfile, build_engine
 
     check_target_memory(run, target)
-    check_memory(run, "engine")
+    check_memory(run, STAGE)
     exported = run.exported
     schemes = {name: SCHEMES[scheme] for name, scheme in plan.schemes.items()}
     section, spec = run.recipe.engine, exported.spec
-    inputs = spec.inputs
     model = run.deployed / DEPLOYED
     expected = ExpectedLayers.of(exported.graph.layers, schemes, plan.size_bytes, repeated_bytes(model))
     try:
@@ -62,7 +59,10 @@ def make_engine(run: Run, folder: Path) -> str:
             folder,
             target,
             BatchProfile(
-                section.batch_min, section.batch_opt, section.batch_max, {i.name: i.shape for i in inputs if i.batched}
+                section.batch_min,
+                section.batch_opt,
+                section.batch_max,
+                {i.name: i.shape for i in spec.inputs if i.batched},
             ),
             expected,
             run.talk,
@@ -74,23 +74,6 @@ def make_engine(run: Run, folder: Path) -> str:
     return f"{record.backend} {record.version}, {record.weights_bytes or 0:,} bytes of weights, verified"
 
 
-def check_target_memory(run: Run, target: Target) -> MemoryEstimate:
-    """Estimate what the engine takes; raises UsageError when that is more than the target has."""
-    plan = run.plan
-    spec, batch = run.exported.spec, run.recipe.engine.batch_max
-    model = run.deployed / DEPLOYED
-    estimate = estimate_memory(model, spec.input_shapes(batch), plan.size_bytes)
-    refuse_too_large(estimate, target, batch)
-    return estimate
-
-
-def builder_present(target: Target) -> bool:
-    """Whether this machine has what builds engines for ``target``."""
-    if target.builder == "trtexec":
-        return find_trtexec() is not None
-    return importlib.util.find_spec(target.builder) is not None
-
-
 def _no_engine_reason(run: Run, target: Target) -> str:
     if not run.recipe.engine.build:
         return "the recipe says engine.build: false"
@@ -100,3 +83,12 @@ def _no_engine_reason(run: Run, target: Target) -> str:
         # No name of the run here: what a stage writes is the same wherever it lies.
         return f"an engine for {target.name} is built on the device, from what 'mpq-deploy package' makes"
     return ""
+
+
+STAGE = Stage(
+    "engine",
+    make,
+    inputs,
+    after=("export", "allocate", "quantize", "recover"),
+    hint="Lower the budget, set engine.build: false and build on the device ('mpq-deploy package'), or",
+)

@@ -9,19 +9,18 @@ from mpq_deploy.errors import UsageError
 from mpq_deploy.graph.layers import layer_graph
 from mpq_deploy.graph.load import load_model
 from mpq_deploy.graph.writers.deployed_graphs import fp16_bytes
+from mpq_deploy.models.open import source_denoiser
 from mpq_deploy.run.common import path_digest, version_of
+from mpq_deploy.run.stage import Stage
 from mpq_deploy.run.stage_memory import check_memory
 from mpq_deploy.system.files import Fields, canonical_json, file_digest
 
 if TYPE_CHECKING:
-    from mpq_deploy.models.denoiser import Denoiser
-    from mpq_deploy.recipe import Recipe
     from mpq_deploy.run.view import Run
-    from mpq_deploy.system.progress import Talk
 
 
-def export_inputs(run: Run) -> Fields:
-    """Return what the stage export reads: digests and settings."""
+def inputs(run: Run) -> Fields:
+    """Return the settings and versions that the stage depends on, beside the stages it reads."""
     from mpq_deploy.models.open import source_files
 
     recipe = run.recipe
@@ -41,29 +40,12 @@ def export_inputs(run: Run) -> Fields:
     return {**fields, **version_of("torch", "diffusers", "onnx", "onnxscript", "onnx-ir")}
 
 
-def source_denoiser(recipe: Recipe, talk: Talk) -> Denoiser:
-    """Open the model that ``recipe`` names."""
-    from mpq_deploy.models.open import open_denoiser
-
-    return open_denoiser(
-        recipe.model,
-        conditions=Path(recipe.conditions) if recipe.conditions else None,
-        scheduler=Path(recipe.scheduler) if recipe.scheduler else None,
-        prompts=Path(recipe.prompts) if recipe.prompts else None,
-        description=Path(recipe.description) if recipe.description else None,
-        guidance_scale=recipe.guidance_scale,
-        component=recipe.component,
-        component_samples=recipe.component_samples,
-        talk=talk,
-    )
-
-
-def make_export(run: Run, folder: Path) -> str:
-    """Make the stage export in ``folder``; return a few words for the log."""
+def make(run: Run, folder: Path) -> str:
+    """Make the stage in ``folder``; return a few words for the log."""
     from mpq_deploy.models.export import export_denoiser
 
     recipe = run.recipe
-    check_memory(run, "export")
+    check_memory(run, STAGE)
     denoiser = source_denoiser(recipe, run.talk)
     apart = recipe.first_token == "precomputed"
     report = export_denoiser(denoiser, folder, run.talk, first_token_apart=apart, release=True)
@@ -83,3 +65,11 @@ def make_export(run: Run, folder: Path) -> str:
     }
     (folder / "facts.json").write_text(canonical_json(facts), encoding="utf-8")
     return f"{len(graph.layers)} layers, {size / 1e6:.2f} MB in FP16, max error {report.max_relative_error:.1e}"
+
+
+STAGE = Stage(
+    "export",
+    make,
+    inputs,
+    hint="End other programs, export the model to ONNX elsewhere, or",
+)

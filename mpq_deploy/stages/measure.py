@@ -11,12 +11,13 @@ import numpy as np
 
 from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
 from mpq_deploy.models.spec import Array
+from mpq_deploy.rounding.candidate_store import candidates_of
 from mpq_deploy.run.common import ORM_CONTROLS, settings, version_of, weighs_bits
 from mpq_deploy.run.spread import forget_shards, kept_shards
+from mpq_deploy.run.stage import Stage
 from mpq_deploy.run.stage_memory import check_memory
 from mpq_deploy.run.view import RECIPE, Exported, Run
 from mpq_deploy.sensitivity.subject import Spread, Subject
-from mpq_deploy.stages.candidates import candidates_of
 from mpq_deploy.system.files import Fields
 from mpq_deploy.system.progress import Talk
 
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
     from mpq_deploy.sensitivity.measured_calls import MeasureOptions
 
 
-def measure_inputs(run: Run) -> Fields:
-    """Return what the stage measure reads: digests and settings."""
+def inputs(run: Run) -> Fields:
+    """Return the settings and versions that the stage depends on, beside the stages it reads."""
     section = run.recipe.measure
     fields = settings(section, "measure")
     adaptive = section.sampling == "adaptive"
@@ -36,22 +37,21 @@ def measure_inputs(run: Run) -> Fields:
     if adaptive or weighs_bits(run.recipe):
         fields.update({f"recipe.measure.orm.{key}": value for key, value in orm.items()})
     return {
-        **{name: run.digest(name) for name in ("export", "calibrate", "candidates")},
         **fields,
         **version_of("torch", "onnxruntime", "numpy", "highspy"),
     }
 
 
-def make_measure(run: Run, folder: Path) -> str:
-    """Make the stage measure in ``folder``; return a few words for the log."""
+def make(run: Run, folder: Path) -> str:
+    """Make the stage in ``folder``; return a few words for the log."""
     from mpq_deploy.sensitivity.measure import measure
 
-    check_memory(run, "measure")
+    check_memory(run, STAGE)
     section = run.recipe.measure
     subject, said = stage_subject(run)
     table = measure(section.method, subject)
-    inputs = run.calibration.inputs
-    if inputs.split(section.samples)[1] is inputs and section.method not in ORM_CONTROLS:
+    recorded = run.calibration.inputs
+    if recorded.split(section.samples)[1] is recorded and section.method not in ORM_CONTROLS:
         note = "losses are measured on the samples that the weights were rounded on, so they are optimistic"
         said = (*said, note)
     replace(table, notes=(*table.notes, *said)).save(folder)
@@ -79,8 +79,8 @@ def measured_subject(chosen: tuple[int, ...], run: Run, options: MeasureOptions)
 def _measured_model(run: Run) -> tuple[Exported, CalibrationSet, CalibrationStats]:
     """Return the model, calls and statistics to measure with."""
     exported = run.exported
-    inputs, stats = run.calibration
-    _, held_out = inputs.split(run.recipe.measure.samples)
+    recorded, stats = run.calibration
+    _, held_out = recorded.split(run.recipe.measure.samples)
     return exported, held_out, stats
 
 
@@ -91,7 +91,7 @@ def _spread(run: Run, chosen: tuple[int, ...]) -> Spread:
         (RECIPE, "export", "calibrate", "candidates"),
         partial(_opened_subject, chosen),
         kept_shards(run, "measure"),
-        measure_inputs(run),
+        STAGE.fields(run),
     )
 
 
@@ -130,3 +130,12 @@ def _measured_steps(
         "(our choice); each counts for its share of the trajectory"
     )
     return chosen, replace(options, shares=tuple(float(share) for share in shares)), (note,)
+
+
+STAGE = Stage(
+    "measure",
+    make,
+    inputs,
+    reads=("export", "calibrate", "candidates"),
+    hint="Lower measure.batch_size and measure.probes, name fewer allocate.schemes, or",
+)

@@ -12,9 +12,10 @@ from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.graph.dialect_check import check_dialect
 from mpq_deploy.graph.dialects import dialect_named
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED
+from mpq_deploy.graph.writers.plan_graphs import write_plan
+from mpq_deploy.rounding.candidate_store import iterate_candidates
 from mpq_deploy.run.common import settings, version_of
-from mpq_deploy.stages.candidates import iterate_candidates
-from mpq_deploy.stages.quantize import write_plan
+from mpq_deploy.run.stage import Stage
 from mpq_deploy.system.files import Fields, canonical_json
 
 if TYPE_CHECKING:
@@ -27,11 +28,10 @@ RECOVER_FORMAT = 3
 CHECKPOINT = "recover.checkpoint"
 
 
-def recover_inputs(run: Run) -> Fields:
-    """Return what the stage recover reads: digests and settings."""
+def inputs(run: Run) -> Fields:
+    """Return the settings and versions that the stage depends on, beside the stages it reads."""
     return {
         "recover.format": RECOVER_FORMAT,
-        **{name: run.digest(name) for name in ("export", "calibrate", "candidates", "allocate")},
         "dialect": run.target.dialect,
         **settings(run.recipe.recover, "recover"),
         "recipe.calibrate.steps": run.recipe.calibrate.steps,
@@ -40,8 +40,8 @@ def recover_inputs(run: Run) -> Fields:
     }
 
 
-def make_recover(run: Run, folder: Path) -> str:
-    """Make the stage recover in ``folder``; return a few words for the log."""
+def make(run: Run, folder: Path) -> str:
+    """Make the stage in ``folder``; return a few words for the log."""
     if importlib.util.find_spec("torch") is None:
         raise MissingDependencyError("torch", "torch", "Recovering quality by training")
     from mpq_deploy.recover.recover import recover, write_recovered
@@ -52,7 +52,7 @@ def make_recover(run: Run, folder: Path) -> str:
     steps, sampler = run.recipe.calibrate.steps, run.recipe.evaluate.sampler
     recorder = TrajectoryRecorder(task.model, task.spec, task.conditions, steps, sampler)
     checkpoint = run.path / CHECKPOINT
-    key = hashlib.sha256(canonical_json(recover_inputs(run)).encode()).hexdigest()
+    key = hashlib.sha256(canonical_json(STAGE.fields(run)).encode()).hexdigest()
     recovered = recover(task, run.recipe.recover, recorder, run.talk, checkpoint, key)
     recovery = recovered.recovery
     if recovery.improved:
@@ -85,3 +85,13 @@ def recover_task(run: Run, schemes: dict[str, str]) -> RecoverTask:
         matrix = candidates.forms.get(scheme.weight_form)
         starts.append(StartingWeight(candidates.layer, scheme, matrix, candidates.weight))
     return RecoverTask(exported.path, exported.graph, exported.spec, exported.conditions, starts, recorded, stats)
+
+
+STAGE = Stage(
+    "recover",
+    make,
+    inputs,
+    reads=("export", "calibrate", "candidates", "allocate"),
+    after=("quantize",),
+    applies=lambda recipe: recipe.recover.steps > 0,
+)

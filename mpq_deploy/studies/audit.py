@@ -88,7 +88,7 @@ def audit_run(recipe: Recipe, out: Path | None) -> Path:
 
 def check_audit(recipe: Recipe) -> None:
     """Find mistakes before anything runs: timesteps that do not exist, settings that an audit does not know."""
-    from mpq_deploy.stages import check_timesteps
+    from mpq_deploy.run.recipe_check import check_timesteps
 
     if recipe.measure.sampling != "uniform":
         raise UsageError(
@@ -130,7 +130,8 @@ def run_audit(run: Run, options: AuditOptions, command: str = "") -> AuditResult
     rows.append((row, own))
     quality.prepare([one.plan.schemes for _, solved in rows for one in solved if one.plan is not None])
     measured = [_with_plans(run, row, solved, quality) for row, solved in rows]
-    return _result(run, options, losses, truth, measured, tables, command)
+    command = command or shlex.join(["mpq-deploy", "audit", run.recipe.model or "emoji"])
+    return replace(_result(run, options, losses, truth, measured, tables), command=command)
 
 
 def _agreement(method: str, table: SensitivityTable, truth: Truth, losses: Losses, seed: int) -> MetricResult:
@@ -165,7 +166,6 @@ def _result(
     truth: Truth,
     rows: list[MetricResult],
     tables: dict[str, SensitivityTable],
-    command: str,
 ) -> AuditResult:
     spec, section = losses.exported.spec, run.recipe.evaluate
     return AuditResult(
@@ -182,7 +182,7 @@ def _result(
         synthetic=spec.synthetic,
         notes=tuple(_notes(run, losses, truth, rows)),
         versions={k.removeprefix("version."): str(v) for k, v in version_of(*PACKAGES).items() if v},
-        command=command or shlex.join(["mpq-deploy", "audit", run.recipe.model or "emoji"]),
+        command="",
     )
 
 

@@ -21,6 +21,7 @@ from mpq_deploy.errors import UsageError
 from mpq_deploy.formats.candidates import LayerCandidates
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.models.spec import Array
+from mpq_deploy.rounding.candidate_store import candidates_of
 from mpq_deploy.run.common import version_of
 from mpq_deploy.run.view import RECIPE, Run
 from mpq_deploy.sensitivity.exhaustive import evaluates_in_torch, measure_exhaustive
@@ -29,7 +30,6 @@ from mpq_deploy.sensitivity.measure import IMPORTANCE_METHODS, measure
 from mpq_deploy.sensitivity.measured_calls import MeasureOptions
 from mpq_deploy.sensitivity.subject import Spread, Subject
 from mpq_deploy.sensitivity.table import SensitivityTable
-from mpq_deploy.stages.candidates import candidates_of
 from mpq_deploy.system.files import Fields
 from mpq_deploy.system.parallel.work import Alone, Job, Result, Shard, Within, Work, run_shards
 from mpq_deploy.system.progress import Talk

@@ -113,27 +113,7 @@ def run_sweep(
     if points_wanted is not None:
         curve = grid_plans(run, solver, HIGHEST)
         budgets, evaluate = points_on_curve(curve, solver.fp16_size, points_wanted), True
-    points: list[dict[str, Any]] = []
-    plans = {}
-    with run.talk.bar("solve budgets", len(budgets)) as advance:
-        for budget in budgets:
-            try:
-                plan = solver.solve(str(budget))
-            except InfeasibleBudgetError as error:
-                points.append({"budget": budget, "smallest_feasible_bytes": error.smallest})
-            except InfeasibleLatencyError as error:
-                points.append({"budget": budget, "least_latency_ms": error.least_ns / 1e6})
-            else:
-                plans[budget] = plan
-                points.append(
-                    {
-                        "budget": budget,
-                        "size_bytes": plan.size_bytes,
-                        "size_ratio": plan.size_bytes / plan.fp16_size_bytes,
-                        "predicted_nmse": plan.predicted_loss,
-                    }
-                )
-            advance(1)
+    plans, points = _solve(run, solver, budgets)
     controls = _measure(run, plans, points) if evaluate else {}
     simulated = any(plan.simulated for plan in plans.values())
     result = {"measure": run.digest("measure"), "points": points, "controls": controls, "simulated": simulated}
@@ -149,6 +129,28 @@ def run_sweep(
     return result
 
 
+def _solve(
+    run: Run, solver: PlanSolver, budgets: list[float]
+) -> tuple[dict[float, PrecisionPlan], list[dict[str, Any]]]:
+    """Return the plan of each budget that one fits, and the points of all budgets."""
+    plans, points = {}, []
+    with run.talk.bar("solve budgets", len(budgets)) as advance:
+        for budget in budgets:
+            point: dict[str, Any] = {"budget": budget}
+            try:
+                plan = plans[budget] = solver.solve(str(budget))
+                point["size_bytes"] = plan.size_bytes
+                point["size_ratio"] = plan.size_bytes / plan.fp16_size_bytes
+                point["predicted_nmse"] = plan.predicted_loss
+            except InfeasibleBudgetError as error:
+                point["smallest_feasible_bytes"] = error.smallest
+            except InfeasibleLatencyError as error:
+                point["least_latency_ms"] = error.least_ns / 1e6
+            points.append(point)
+            advance(1)
+    return plans, points
+
+
 def _about(run: Run, solver: PlanSolver, command: str) -> dict[str, str]:
     """Say what was swept, for the page."""
     spec, target = solver.exported.spec, run.target
@@ -156,7 +158,7 @@ def _about(run: Run, solver: PlanSolver, command: str) -> dict[str, str]:
     return {**said, "command": command or f"mpq-deploy sweep {shlex.quote(str(run.path))}"}
 
 
-def _measure(run: Run, plans: dict[float, Any], points: list[dict[str, Any]]) -> dict[str, Any]:
+def _measure(run: Run, plans: dict[float, PrecisionPlan], points: list[dict[str, Any]]) -> dict[str, Any]:
     """Quantize and evaluate every plan beside the controls; fill in the points. Returns the controls' figures."""
     from mpq_deploy.report.collect import titles
 
@@ -235,9 +237,9 @@ def _open_plans(root: Path, talk: Talk) -> Work:
 
 def _measure_plan(run: Run, task: _Plan) -> Result:
     """Return the ``FIGURES`` of a plan and of the controls, float64 [4], by variant."""
+    from mpq_deploy.evaluate.variants import evaluate_variants
     from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
-    from mpq_deploy.stages.evaluate import evaluate_variants
-    from mpq_deploy.stages.quantize import write_plan
+    from mpq_deploy.graph.writers.plan_graphs import write_plan
 
     with tempfile.TemporaryDirectory(dir=run.scratch()) as folder:
         write_plan(run, task.schemes, Path(folder))

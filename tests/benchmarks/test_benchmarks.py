@@ -192,12 +192,13 @@ def test_what_was_measured_and_how_long_it_took_are_paragraphs_of_their_own(
 ) -> None:
     table = importlib.import_module("table")
     files = {"unet/w.safetensors": "a5074f9d676f" + "0" * 52, "unet/config.json": "b" * 64}
-    monkeypatch.setattr(table, "INPUTS", {"export": lambda pipeline: {"model.files": files}})
+    export = SimpleNamespace(fields=lambda run: {"model.files": files})
+    monkeypatch.setattr(table, "STAGES", {"export": export})
     timings = {script.STAGES[0]: {"seconds": 1.0, "peak_rss_bytes": 5e6}}
-    run = SimpleNamespace(timings=lambda: timings)
+    folder = SimpleNamespace(timings=lambda: timings)
     evaluate = SimpleNamespace(steps=20)
-    pipeline = SimpleNamespace(run=run, recipe=SimpleNamespace(evaluate=evaluate))
-    weights, stages = script.about(pipeline, 8).split("\n\n")
+    run = SimpleNamespace(folder=folder, recipe=SimpleNamespace(evaluate=evaluate))
+    weights, stages = script.about(run, 8).split("\n\n")
     assert weights == "Weights (SHA-256): unet/w.safetensors a5074f9d676f."
     assert stages.startswith("Stages, when they were last made:")
 

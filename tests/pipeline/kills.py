@@ -7,12 +7,13 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mpq_deploy import stages
 from mpq_deploy.recipe import Recipe
 from mpq_deploy.run.folder import RunFolder
+from mpq_deploy.run.pipeline import STAGES
 from tests.pipeline.runs import build
 
 FORKED = multiprocessing.get_context("forkserver")
@@ -28,19 +29,16 @@ def die() -> None:
 
 def kill_while_making(stage: str) -> None:
     """Die when the stage's files are written but not yet in place."""
-    if stage == "report":
-        from mpq_deploy.report import collect as assemble
-
-        assemble.write_report = lambda pipeline: die()
-        return
-    make = stages.MAKERS[stage]
+    declared = STAGES[stage]
 
     def make_and_die(run: Any, folder: Path) -> str:
-        make(run, folder)
+        # The report has no folder of its own: its files are in place at once.
+        if stage != "report":
+            declared.make(run, folder)
         die()
         return ""
 
-    stages.MAKERS[stage] = make_and_die
+    STAGES[stage] = replace(declared, make=make_and_die)
 
 
 def kill_after(stage: str) -> None:
@@ -57,12 +55,12 @@ def kill_after(stage: str) -> None:
 
 def kill_between_renames(stage: str) -> None:
     """Die when the stage's old folder was moved away and the new one is not yet in its place."""
-    replace = Path.replace
+    rename = Path.replace
 
     def replace_or_die(self: Path, target: Path) -> Path:
         if Path(target).name == stage:
             die()
-        return replace(self, target)
+        return rename(self, target)
 
     Path.replace = replace_or_die  # type: ignore[method-assign]
 

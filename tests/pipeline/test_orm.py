@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from mpq_deploy.errors import UsageError
+from mpq_deploy.run.recipe_check import check_recipe
 from mpq_deploy.sensitivity.table import SensitivityTable
-from mpq_deploy.stages import check_recipe
 from tests.pipeline.runs import Built, build, recipe_for
 
 ORM: dict[str, Any] = {

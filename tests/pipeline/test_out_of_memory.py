@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mpq_deploy import stages
 from mpq_deploy.errors import UsageError
+from mpq_deploy.run.pipeline import STAGES
 from mpq_deploy.run.stage_memory import ran_out
 from mpq_deploy.system import available
 from tests.pipeline.conftest import Outcome
@@ -72,12 +73,12 @@ def test_memory_that_runs_out_is_said_in_one_line(
     shutil.rmtree(run / "quantize")
     file = write_recipe(tmp_path / "recipe.yaml")
 
-    def make(pipeline: object, folder: Path) -> str:
+    def make(run: object, folder: Path) -> str:
         (folder / "half").write_bytes(b"done")
         fail()
         return ""
 
-    monkeypatch.setitem(stages.MAKERS, "quantize", make)
+    monkeypatch.setitem(STAGES, "quantize", replace(STAGES["quantize"], make=make))
     refused(
         cli("build", model, "-r", file, "-o", run), 1, "Memory ran out in the stage 'quantize'", "goes on from there"
     )

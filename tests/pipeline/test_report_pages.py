@@ -96,8 +96,8 @@ def test_the_kurtosis_is_that_of_the_weights_rows(run: Path) -> None:
 
     with open_pipeline(load_recipe(run / "recipe.yaml"), run, Talk()) as pipeline:
         pipeline.run_until("calibrate")
-        exported = pipeline.run.folder.folder.exported
-        stats = pipeline.run.folder.folder.calibration.stats
+        exported = pipeline.run.exported
+        stats = pipeline.run.calibration.stats
         twice = [budgets.layer_kurtoses(pipeline.run, exported) for _ in range(2)]
         layer = exported.graph.layers[1]
         assert twice[0] == twice[1] and set(twice[0]) == {one.name for one in exported.graph.layers}

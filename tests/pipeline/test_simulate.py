@@ -12,7 +12,7 @@ import pytest
 from mpq_deploy.errors import UsageError
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.recipe import SIMULATED_DEFAULT, load_recipe
-from mpq_deploy.stages import check_recipe
+from mpq_deploy.run.recipe_check import check_recipe
 from tests.pipeline.conftest import Outcome
 from tests.pipeline.runs import Built, build, recipe_for
 

@@ -10,9 +10,9 @@ import pytest
 from mpq_deploy.formats.candidates import LayerCandidates
 from mpq_deploy.graph.layers import LayerGraph, layer_graph
 from mpq_deploy.graph.load import load_model
+from mpq_deploy.rounding import candidate_store
+from mpq_deploy.rounding.candidate_store import StoredCandidates
 from mpq_deploy.sensitivity.layer_weights import Kept
-from mpq_deploy.stages import candidates as stage
-from mpq_deploy.stages.candidates import StoredCandidates
 from tests.pipeline.runs import Built, build, recipe_for, save_denoiser, stage_bytes
 
 pytest.importorskip("torch")
@@ -64,7 +64,7 @@ def test_only_what_fits_is_kept(built: Built, graph: LayerGraph) -> None:
 def test_a_build_that_keeps_no_candidates_ends_with_the_same_bytes(
     built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "HELD_BYTES", 0)
+    monkeypatch.setattr(candidate_store, "HELD_BYTES", 0)
     again = build(recipe_for(save_denoiser(tmp_path)), tmp_path / "run", last="quantize")
     outputs = [
         {name: content for name, content in stage_bytes(run, STAGES).items() if not name.endswith("stage.json")}

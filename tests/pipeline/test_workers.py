@@ -17,10 +17,10 @@ import pytest
 from threadpoolctl import ThreadpoolController
 
 from mpq_deploy.evaluate.metrics.sample_images import SamplingOptions, Source, sample_many
+from mpq_deploy.rounding import rounder
 from mpq_deploy.run.pipeline import Pipeline, open_pipeline
 from mpq_deploy.run.spread import KEPT
 from mpq_deploy.sensitivity import probe
-from mpq_deploy.stages import candidates
 from mpq_deploy.studies import compared_losses as losses_module
 from mpq_deploy.studies.audit import AuditOptions, run_audit
 from mpq_deploy.studies.audit_result import AuditResult
@@ -84,13 +84,13 @@ def test_layers_are_rounded_alike_over_workers(model: Path, tmp_path: Path, chan
 
 def test_layers_are_rounded_by_one_thread_of_blas(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many there are: with others some products round otherwise, and the bytes would depend on the crew."""
-    blas, seen, real = ThreadpoolController().select(user_api="blas"), set(), candidates.round_candidates
+    blas, seen, real = ThreadpoolController().select(user_api="blas"), set(), rounder.round_candidates
 
     def watched(*arguments: Any, **named: Any) -> Any:
         seen.update(found["num_threads"] for found in blas.info())
         return real(*arguments, **named)
 
-    monkeypatch.setattr(candidates, "round_candidates", watched)
+    monkeypatch.setattr(rounder, "round_candidates", watched)
     with blas.limit(limits=2):
         over(None, model, tmp_path / "run", lambda pipeline: pipeline.run_until("candidates"))
         assert {found["num_threads"] for found in blas.info()} == {2}

@@ -30,15 +30,8 @@ from mpq_deploy.evaluate.metrics.frechet import (
 from mpq_deploy.evaluate.metrics.kept import OURS, ImageMetrics, MadeFrom, conditions_digest, read_kept
 from mpq_deploy.evaluate.metrics.kernel import kernel_distance
 from mpq_deploy.evaluate.metrics.neighbours import precision_recall
-from mpq_deploy.evaluate.metrics.networks import (
-    FeatureNetwork,
-    NetworkOptions,
-    bundled_name,
-    check_networks,
-    default_network,
-    demo_of,
-    open_network,
-)
+from mpq_deploy.evaluate.metrics.networks import FeatureNetwork, NetworkOptions, bundled_name, default_network, demo_of
+from mpq_deploy.evaluate.metrics.open_networks import check_networks, open_network
 from mpq_deploy.evaluate.metrics.real import RealSet, check_real, real_set
 from mpq_deploy.evaluate.metrics.sample_images import Sampled, SamplingOptions, Source, image_shape, sample_many
 from mpq_deploy.evaluate.metrics.scores import ImageScore, check_scores, open_scores, prompts_of

@@ -17,12 +17,11 @@ from mpq_deploy.evaluate.metrics.networks import (
     INCEPTION,
     LITE,
     NetworkOptions,
-    check_networks,
     default_network,
     demo_of,
-    open_network,
     parse_weights,
 )
+from mpq_deploy.evaluate.metrics.open_networks import check_networks, open_network
 from mpq_deploy.evaluate.metrics.real import real_set
 from mpq_deploy.models.bundled import DEMOS
 from tests.tiny_models import tiny_clip_folder

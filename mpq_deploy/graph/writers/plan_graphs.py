@@ -1,0 +1,37 @@
+"""Write the graphs of a plan from a run's candidates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpq_deploy.calibrate.scales import ActivationGrid
+from mpq_deploy.formats.scheme import SCHEMES
+from mpq_deploy.graph.dialects import dialect_named
+from mpq_deploy.graph.writers.deployed_graphs import write_quantized
+from mpq_deploy.graph.writers.quantize_layers import LayerRewrite
+from mpq_deploy.rounding.candidate_store import iterate_candidates
+
+if TYPE_CHECKING:
+    from mpq_deploy.run.view import Run
+
+
+def write_plan(run: Run, schemes: dict[str, str], folder: Path) -> int:
+    """Write the graphs of a plan (layer -> scheme) into ``folder``; return the bytes counted from the file."""
+    exported = run.exported
+    stats = run.calibration.stats
+    rewrites = []
+    for candidates in iterate_candidates(run.stage("candidates"), exported.graph):
+        scheme = SCHEMES[schemes[candidates.layer.name]]
+        rewrites.append(LayerRewrite(candidates.layer, scheme, candidates.forms.get(scheme.weight_form)))
+    forms = {SCHEMES[scheme].activation_form for scheme in schemes.values()} | {""}
+    wanted = {t + SCHEMES[schemes[n.name]].activation_form for n in exported.graph.layers for t in n.inputs}
+    scales: dict[str, float | ActivationGrid] = {
+        name + form: a.grid_for(form) if form.startswith("+a") else a.scale_for(form)
+        for name, a in stats.activations.items()
+        for form in forms
+        if name + form in wanted
+    }
+    spec = exported.spec
+    dialect = dialect_named(run.target.dialect)
+    return write_quantized(exported.path, spec.timestep_name, spec.sample.name, rewrites, scales, folder, dialect)

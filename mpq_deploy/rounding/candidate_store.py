@@ -1,0 +1,146 @@
+"""The candidates of a run: which schemes its layers and the controls may take, and the rounded weights by layer name.
+
+In: the stage folder that ``rounding.rounder`` filled, one file per layer. Out: ``LayerCandidates``, read on demand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mpq_deploy.engine.target import Target
+from mpq_deploy.formats.candidates import (
+    Choices,
+    LayerCandidates,
+    choices_for,
+    load_candidates,
+    load_choices,
+    weight_matrix,
+    with_promoted_rows,
+)
+from mpq_deploy.formats.scheme import FP16, Scheme, branches_of, schemes_named
+from mpq_deploy.graph.layers import Layer, LayerGraph
+from mpq_deploy.graph.writers.quantize_layers import weight_array
+from mpq_deploy.models.spec import Array
+from mpq_deploy.system.mapped import drop_pages
+
+if TYPE_CHECKING:
+    from mpq_deploy.recipe import Recipe
+    from mpq_deploy.run.view import Run
+
+# Layer number -> its output channels, most salient first, beside the candidates' files.
+ROW_ORDERS = "row-orders.npz"
+# Candidates that are kept in memory once they were read (our choice).
+HELD_BYTES = 512 << 20
+# Controls: what a user would get without this tool, at the same rounding: one scheme for every layer that may
+# take it (FP16 for the others).
+# The last of each is what the target simulate takes instead.
+CONTROLS = {
+    "int8": ("w8a8", "w8a16", "w8a8-sim"),
+    "int4": ("w4a16-b32", "w4a16-b64", "w4a16-b128", "w4a16-sim"),
+}
+
+
+def wanted_schemes(recipe: Recipe) -> tuple[Scheme, ...]:
+    """Return the schemes that the solver may choose from by the recipe, branches included."""
+    bodies = schemes_named(recipe.allocate.schemes)
+    return (*bodies, *branches_of(bodies, recipe.allocate.branches))
+
+
+def control_scheme(layer: Layer, preferred: tuple[str, ...], target: Target) -> Scheme:
+    """Return the first of the ``preferred`` schemes that ``layer`` may take on ``target``; FP16 when none."""
+    allowed = {s.name: s for s in choices_for(layer, schemes_named(preferred), target.refusal).schemes}
+    return next((allowed[name] for name in preferred if name in allowed), FP16)
+
+
+class StoredCandidates(Mapping[str, LayerCandidates]):
+    """The candidates of ``layers`` (None: all) in a stage ``folder``, by layer name, read when they are asked for.
+
+    Those asked for first are kept in memory, up to ``limit`` bytes (None: ``HELD_BYTES``): all forms of 860 M weights
+    are gigabytes of codes. ``orders``: layer name -> its output channels, most salient first, where a scheme promotes
+    them.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        graph: LayerGraph,
+        orders: Mapping[str, Array],
+        layers: tuple[Layer, ...] | None = None,
+        limit: int | None = None,
+    ) -> None:
+        self.folder, self._graph, self._orders = folder, graph, orders
+        self._limit = HELD_BYTES if limit is None else limit
+        chosen = {layer.name for layer in (graph.layers if layers is None else layers)}
+        self._numbers = {layer.name: i for i, layer in enumerate(graph.layers) if layer.name in chosen}
+        self._held: dict[str, LayerCandidates] = {}
+        self._bytes = 0
+
+    @classmethod
+    def of(cls, folder: Path, graph: LayerGraph, limit: int | None = None) -> StoredCandidates:
+        """Open a finished stage ``folder``."""
+        names = {str(number): layer.name for number, layer in enumerate(graph.layers)}
+        with np.load(folder / ROW_ORDERS, allow_pickle=False) as orders:
+            return cls(folder, graph, {names[number]: orders[number] for number in orders.files}, limit=limit)
+
+    def __getitem__(self, name: str) -> LayerCandidates:
+        held = self._held.get(name)
+        if held is not None:
+            return held
+        number = self._numbers[name]
+        found = self._read(number)
+        size = candidate_file(self.folder, number).stat().st_size + found.weight.nbytes
+        if self._bytes + size <= self._limit:
+            self._held[name] = found
+            self._bytes += size
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def _read(self, number: int) -> LayerCandidates:
+        layer = self._graph.layers[number]
+        weight = weight_matrix(layer, weight_array(self._graph.model, layer))
+        candidates = load_candidates(layer, weight, candidate_file(self.folder, number))
+        order = self._orders.get(layer.name)
+        return candidates if order is None else with_promoted_rows(candidates, order)
+
+
+def candidate_file(folder: Path, number: int) -> Path:
+    """Return the file of layer ``number`` of the graph."""
+    return folder / f"{number:05d}.safetensors"
+
+
+def with_rows(folder: Path, graph: LayerGraph) -> StoredCandidates:
+    """Open the candidates in ``folder`` of the layers with a rows branch."""
+    layers = [
+        layer
+        for number, layer in enumerate(graph.layers)
+        if any(s.branch and s.branch.kind == "rows" for s in load_choices(candidate_file(folder, number)).schemes)
+    ]
+    return StoredCandidates(folder, graph, {}, tuple(layers))
+
+
+def candidates_of(run: Run, graph: LayerGraph) -> StoredCandidates:
+    """Open the candidates of every layer, by layer name, with the rows that branches promote."""
+    return StoredCandidates.of(run.stage("candidates"), graph)
+
+
+def iterate_candidates(folder: Path, graph: LayerGraph) -> Iterator[LayerCandidates]:
+    """Read the candidates stage ``folder`` layer by layer, in graph order; float weights are dropped on the way."""
+    stored = StoredCandidates.of(folder, graph, limit=0)
+    for layer in graph.layers:
+        yield stored[layer.name]
+        drop_pages(graph.model.graph.initializers[layer.weight].const_value)
+
+
+def choices_of(run: Run, graph: LayerGraph) -> dict[str, Choices]:
+    """Read which schemes every layer may take, by layer name, without its weights."""
+    folder = run.stage("candidates")
+    return {layer.name: load_choices(candidate_file(folder, i)) for i, layer in enumerate(graph.layers)}

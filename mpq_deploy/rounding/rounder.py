@@ -1,0 +1,148 @@
+"""Rounds the weights of layers for all their schemes, one layer after the other.
+
+In: a run that is calibrated. Out: a file of candidates per layer, the same bytes in any process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
+from mpq_deploy.engine.target import Target
+from mpq_deploy.formats.candidates import (
+    choices_for,
+    round_candidates,
+    save_candidates,
+    weight_matrix,
+)
+from mpq_deploy.formats.scheme import Scheme
+from mpq_deploy.graph.layers import Layer
+from mpq_deploy.graph.writers.branches import bias_refusal
+from mpq_deploy.graph.writers.quantize_layers import weight_array
+from mpq_deploy.models.spec import Array
+from mpq_deploy.rounding.candidate_store import CONTROLS, candidate_file, control_scheme, wanted_schemes
+from mpq_deploy.run.view import Exported
+from mpq_deploy.system.mapped import drop_pages
+
+if TYPE_CHECKING:
+    from threadpoolctl import ThreadpoolController
+
+    from mpq_deploy.recipe import Recipe
+    from mpq_deploy.rounding.hessian import Hessian, HessianOptions
+    from mpq_deploy.run.view import Run
+
+
+@dataclass(frozen=True)
+class Rounder:
+    """Rounds the layers of ``exported`` one by one: the same bytes in any process, with one thread of NumPy's BLAS.
+
+    With other threads some products round otherwise. Nor do more help where another process uses the cores: threads
+    that wait for each other thousands of times in a layer then take many times as long as one.
+    """
+
+    exported: Exported
+    recipe: Recipe
+    target: Target
+    stats: CalibrationStats
+    numbers: Mapping[str, int]
+    blas: ThreadpoolController
+
+    @classmethod
+    def of(cls, run: Run) -> Rounder:
+        """Read what rounding depends on."""
+        from threadpoolctl import ThreadpoolController
+
+        numbers = {layer.name: number for number, layer in enumerate(run.exported.graph.layers)}
+        stats = run.calibration.stats
+        return cls(run.exported, run.recipe, run.target, stats, numbers, ThreadpoolController())
+
+    def into(self, folder: Path, moments: Hessian) -> Path:
+        """Round the layer of ``moments`` for all its schemes; return its new file in ``folder``."""
+        layer, graph, section = moments.layer, self.exported.graph, self.recipe.quantize
+        activations = self.stats.activations[layer.inputs[0]]
+        with self.blas.limit(limits=1, user_api="blas"):
+            candidates = round_candidates(
+                layer,
+                choices_for(layer, wanted_schemes(self.recipe), self._refusal),
+                weight_matrix(layer, weight_array(graph.model, layer)),
+                moments.blocks,
+                widths=moments.widths,
+                gptq=section.rounding == "gptq",
+                damping=section.damping,
+                refinements=section.refinements,
+                # The controls are what they say whatever the recipe allows the plan.
+                outliers=activations.outliers,
+                factors=activations.factors[0],
+                input_amax=_column_amax(layer, self.stats) if layer.group == 1 else None,
+                also=tuple(s for names in CONTROLS.values() if (s := control_scheme(layer, names, self.target)).weight),
+            )
+        path = candidate_file(folder, self.numbers[layer.name])
+        save_candidates(candidates, path)
+        drop_pages(graph.model.graph.initializers[layer.weight].const_value)
+        return path
+
+    def diagonal(self, layer: Layer) -> Hessian:
+        """Return the second moments of the layer's input channels: what rounding to nearest looks at."""
+        from mpq_deploy.rounding.hessian import Hessian
+
+        return Hessian(layer, _diagonal_moments(layer, self.stats), (1,) * layer.reduction, 0)
+
+    def _refusal(self, layer: Layer, scheme: Scheme) -> str:
+        reason = self.target.refusal(layer, scheme)
+        if reason or not scheme.branch or scheme.simulated:
+            return reason
+        if scheme.activation_form and layer.op != "Conv" and self._convolved.intersection(layer.inputs):
+            return "convolutions read its input too, whose channels lie on another axis"
+        return bias_refusal(self.exported.graph.model, layer)
+
+    @cached_property
+    def _convolved(self) -> frozenset[str]:
+        return frozenset(t for layer in self.exported.graph.layers if layer.op == "Conv" for t in layer.inputs)
+
+
+def _column_amax(layer: Layer, stats: CalibrationStats) -> Array:
+    """Return the absolute maximum of what each column of the weight multiplies, [K]; for layers of one group."""
+    amax = np.max([stats.activations[tensor].amax for tensor in layer.inputs], axis=0)
+    return np.repeat(amax, layer.reduction // len(amax))
+
+
+def hessian_inputs(run: Run) -> tuple[CalibrationSet, HessianOptions]:
+    """Return the calls that weights are rounded on, and the bounds on their Hessians."""
+    from mpq_deploy.calls.trajectories import renoised
+    from mpq_deploy.rounding.hessian import HessianOptions
+
+    section = run.recipe.quantize
+    rounded_on, _ = run.calibration.inputs.split(run.recipe.measure.samples)
+    rounded_on = renoised(rounded_on, run.exported.spec, section.noise_draws)
+    return rounded_on, HessianOptions(
+        memory_cap_bytes=section.memory_mb * 2**20,
+        min_rows=section.hessian_rows,
+        max_width=section.hessian_width,
+        max_calls=rounded_on.samples.shape[0] * rounded_on.samples.shape[1],
+    )
+
+
+def layer_moments(run: Run, rounder: Rounder) -> Iterator[Hessian]:
+    """Yield the second moments of every layer's input: Hessians for GPTQ, else only their diagonals."""
+    from mpq_deploy.rounding.hessian import iterate_hessians
+
+    if run.recipe.quantize.rounding == "nearest":
+        yield from map(rounder.diagonal, run.exported.graph.layers)
+        return
+    rounded_on, options = hessian_inputs(run)
+    exported = run.exported
+    calls = (exported.graph, rounded_on, exported.conditions, exported.spec, options, run.talk)
+    yield from iterate_hessians(*calls, scratch=run.scratch())
+
+
+def _diagonal_moments(layer: Layer, stats: CalibrationStats) -> Array:
+    """Second moments of each input channel, as a stack of 1x1 blocks [group * K, 1, 1]."""
+    by_channel = sum(stats.activations[tensor].second_moment for tensor in layer.inputs)
+    channels = np.asarray(by_channel).reshape(layer.group, -1)
+    return np.repeat(channels, layer.reduction // channels.shape[1], axis=1).reshape(-1, 1, 1)

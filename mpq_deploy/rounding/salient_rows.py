@@ -1,0 +1,125 @@
+"""Which output channels of a layer a rows branch promotes: ordered by probes on the calls that weights are rounded on.
+
+In: the candidates of layers that have such a branch. Out: layer name -> its output channels, most salient first.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
+from mpq_deploy.formats.candidates import (
+    LayerCandidates,
+)
+from mpq_deploy.graph.layers import LayerGraph
+from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.rounding.candidate_store import StoredCandidates, with_rows
+from mpq_deploy.run.stage_memory import salience_worker_bytes
+from mpq_deploy.run.view import RECIPE, Run
+from mpq_deploy.system.parallel.work import Alone, Job, Result, Shard, Work, run_shards
+from mpq_deploy.system.progress import Talk
+
+if TYPE_CHECKING:
+    from mpq_deploy.sensitivity.measured_calls import MeasureOptions
+
+# Ranking channels needs fewer calls than measuring schemes.
+SALIENCE_TIMESTEPS, SALIENCE_SAMPLES = 8, 12
+
+
+def salient_first(run: Run, folder: Path) -> tuple[dict[str, Array], str]:
+    """Order the output channels of layers with a rows branch, most salient first: layer name -> int32 [O]."""
+    chosen = with_rows(folder, run.exported.graph)
+    if not chosen:
+        return {}, ""
+    stats = run.calibration.stats
+    method = run.recipe.quantize.salience
+    saliences = _probed_salience(run, chosen) if method == "probe" else None
+    if saliences is None:
+        saliences = {name: _kurtosis(c, stats) for name, c in chosen.items()}
+        why = ", salient rows by kurtosis" + (" (torch cannot evaluate this graph)" if method == "probe" else "")
+    else:
+        why = ", salient rows by probes"
+    # Equal saliences keep the channels' order, so equal inputs give equal plans.
+    return {name: np.argsort(-s, kind="stable").astype(np.int32) for name, s in saliences.items()}, why
+
+
+def _kurtosis(candidates: LayerCandidates, stats: CalibrationStats) -> Array:
+    from mpq_deploy.sensitivity.kurtosis import channel_kurtosis
+
+    return channel_kurtosis(candidates.layer, candidates.weight, stats)
+
+
+def _probed_salience(run: Run, chosen: StoredCandidates) -> dict[str, Array] | None:
+    """Return the channels' errors by probes on the calls that weights are rounded on; None where torch cannot."""
+    if importlib.util.find_spec("torch") is None:
+        return None
+    from mpq_deploy.onnx_torch.torch_graph import UnsupportedOperator
+    from mpq_deploy.sensitivity.exhaustive import evaluates_in_torch
+    from mpq_deploy.sensitivity.salience import channel_errors
+
+    try:
+        if isinstance(run.crew, Alone):
+            return channel_errors(*salience_inputs(run, chosen), run.talk)
+        # No worker is started to find that out.
+        if not evaluates_in_torch(run.exported.graph):
+            return None
+        return salience_over_workers(run, chosen)
+    except UnsupportedOperator:
+        return None
+
+
+def salience_inputs(
+    run: Run, chosen: StoredCandidates
+) -> tuple[LayerGraph, Mapping[str, Array], CalibrationSet, dict[str, Array], DenoiserSpec, MeasureOptions]:
+    """Return what the errors of channels are measured on."""
+    from mpq_deploy.calls.timesteps import sampled_steps
+    from mpq_deploy.sensitivity.measured_calls import MeasureOptions
+    from mpq_deploy.sensitivity.salience import body_weights
+
+    rounded_on, _ = run.calibration.inputs.split(run.recipe.measure.samples)
+    count = len(rounded_on.timesteps)
+    some = rounded_on.at(sampled_steps(count, min(SALIENCE_TIMESTEPS, count)))
+    options = MeasureOptions(probes=1, samples=SALIENCE_SAMPLES)
+    exported = run.exported
+    return exported.graph, body_weights(chosen), some, exported.conditions, exported.spec, options
+
+
+def salience_over_workers(run: Run, chosen: StoredCandidates) -> dict[str, Array]:
+    """Return what ``sensitivity.salience.channel_errors`` returns, a shard per timestep."""
+    from mpq_deploy.sensitivity.measured_calls import Calls
+
+    root, folder = run.path, chosen.folder.relative_to(run.path)
+    files, size = (RECIPE, "export", "calibrate", folder.as_posix()), salience_worker_bytes(run)
+    job = Job("salient channels", partial(_open_salience, folder), root, files, size)
+    graph, _, rounded_on, conditions, spec, options = salience_inputs(run, chosen)
+    calls = Calls(graph, spec, rounded_on, conditions, options.samples)
+    steps = range(len(calls.timesteps))
+    shards = [Shard(f"salient channels, timestep {step + 1}", step, calls.count) for step in steps]
+    names = set(chosen)
+    found = {layer.name: np.zeros(layer.out_channels) for layer in graph.layers if layer.name in names}
+    with run.crew.open(job, run.talk) as pool:
+        for result in run_shards(pool, "salient channels", shards, run.talk):
+            for name, parts in result.items():
+                for part in parts:
+                    found[name] += part
+    return found
+
+
+def _open_salience(folder: Path, root: Path, talk: Talk) -> Work:
+    """Return what gives the parts of the sums of one timestep."""
+    from mpq_deploy.sensitivity.salience import ChannelErrors
+
+    run = Run.opened(root, talk)
+    errors = ChannelErrors(*salience_inputs(run, with_rows(root / folder, run.exported.graph)))
+
+    def work(step: int, inner: Talk) -> Result:
+        with inner.bar("salient channels", errors.calls) as advance:
+            return errors.at(step, advance)
+
+    return work

@@ -1,0 +1,62 @@
+"""Find mistakes in a recipe that need neither the model nor a run folder."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mpq_deploy.engine.target import RTX, Target, builder_present, load_target
+from mpq_deploy.errors import MissingDependencyError, UsageError
+from mpq_deploy.graph.layers import Layer
+from mpq_deploy.latency.plan_latency import check_latency
+from mpq_deploy.rounding.candidate_store import wanted_schemes
+
+if TYPE_CHECKING:
+    from mpq_deploy.recipe import Recipe
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Find mistakes that need neither the model nor a run folder: an unknown target, options that contradict."""
+    target = load_target(recipe.target)
+    if recipe.engine.build and target.builder == RTX and not builder_present(target):
+        raise MissingDependencyError("tensorrt-rtx", "rtx", f"Building an engine for '{target.name}'")
+    _check_schemes(recipe, target)
+    check_latency(recipe, target)
+    if recipe.measure.method == "orm" or recipe.measure.sampling == "adaptive":
+        check_timesteps(recipe)
+    if recipe.evaluate.seed == recipe.calibrate.seed:
+        raise UsageError(
+            f"evaluate.seed and calibrate.seed are both {recipe.evaluate.seed}.",
+            "Evaluate on noise that was not calibrated on.",
+        )
+
+
+def _check_schemes(recipe: Recipe, target: Target) -> None:
+    """Refuse a simulated scheme where bytes are real, and schemes of which the target takes none at all."""
+    asked = [scheme for scheme in wanted_schemes(recipe) if scheme.weight is not None]
+    taken = [s for s in asked if any(s.family in families for families in target.schemes.values())]
+    wrong = next((s for s in asked if s not in taken and (s.simulated or target.simulated or not taken)), None)
+    if wrong is not None:
+        reason = target.refusal(Layer("any", "MatMul", "any", (64, 64), 1, 1, ()), wrong)
+        raise UsageError(
+            f"The target {target.name} does not take '{wrong.name}' (allocate.schemes): {reason}.",
+            "Simulated schemes are for --target simulate, deployable ones for the other targets.",
+        )
+
+
+def check_timesteps(recipe: Recipe) -> None:
+    """Refuse more timesteps than there are: the K of orm and of adaptive sampling is not quietly made smaller."""
+    steps, calibrated = recipe.calibrate.steps, recipe.calibrate.timesteps
+    wanted = {"measure.timesteps": recipe.measure.timesteps}
+    if recipe.measure.sampling == "adaptive":
+        wanted["measure.coarse_timesteps"] = recipe.measure.coarse_timesteps
+    for key, count in wanted.items():
+        if count > steps:
+            raise UsageError(
+                f"{key} is {count}, but the sampler takes only {steps} steps (calibrate.steps).",
+                f"Choose at most {steps} timesteps, or more steps.",
+            )
+        if count > calibrated:
+            raise UsageError(
+                f"{key} is {count}, but only {calibrated} timesteps are calibrated (calibrate.timesteps).",
+                f"Choose at most {calibrated}, or calibrate at more.",
+            )
