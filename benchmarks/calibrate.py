@@ -23,7 +23,7 @@ import numpy as np
 from mpq_deploy.calibrate.observers import observe
 from mpq_deploy.calibrate.options import CalibrationOptions
 from mpq_deploy.calibrate.stats import CalibrationSet
-from mpq_deploy.calls.feeds import batches
+from mpq_deploy.calls.feeds import RecordedCalls
 from mpq_deploy.graph.layers import layer_graph
 from mpq_deploy.graph.load import load_model
 from mpq_deploy.models.export import export_denoiser, load_exported
@@ -67,14 +67,15 @@ def measure(folder: Path, mode: str, samples: int) -> dict[str, float]:
     rows = np.arange(samples) % min((len(v) for v in conditions.values()), default=1)
     steps = np.linspace(950, 50, TIMESTEPS, dtype=np.float32)
     recorded = CalibrationSet(rng.standard_normal(shape, np.float32), steps, rows)
+    calls = RecordedCalls(recorded, conditions, exported.spec)
     options = CalibrationOptions(threads=1)
     started = time.process_time()
     if mode == "bare":
         with open_session(graph.model.clone(), Talk(), scratch=folder, threads=1) as session:
-            for batch in batches(recorded, conditions, exported.spec, options.batch_size):
+            for batch in calls.batches(options.batch_size):
                 session.run(None, batch.feed)
     else:
-        observe(graph, recorded, conditions, exported.spec, options, Talk(), scratch=folder)
+        observe(graph, calls, options, Talk(), scratch=folder)
     seconds = time.process_time() - started
     return {"seconds": seconds, "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
 

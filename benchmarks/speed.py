@@ -38,7 +38,7 @@ import numpy as np
 from table import Page, bench_recipe, markdown, verdict
 
 from mpq_deploy.calibrate.stats import CalibrationSet
-from mpq_deploy.calls.feeds import batches
+from mpq_deploy.calls.feeds import RecordedCalls
 from mpq_deploy.calls.timesteps import sampled_steps
 from mpq_deploy.models.export import load_exported
 from mpq_deploy.recipe import Recipe, load_recipe
@@ -157,7 +157,7 @@ def bare_passes(run: Path, recipe: Recipe) -> None:
     exported = load_exported(run / "export")
     conditions, recorded = dict(exported.conditions.arrays), CalibrationSet.load(run / "calibrate" / "inputs.npz")
     denoiser = OrtDenoiser(exported.model, exported.spec)
-    every = list(batches(recorded, conditions, exported.spec, recipe.calibrate.batch_size))
+    every = list(RecordedCalls(recorded, conditions, exported.spec).batches(recipe.calibrate.batch_size))
     calls = len(recorded.rows)
     observed = len(recorded.timesteps) * min(calls, recipe.calibrate.observed)
     # Trajectories end at the last step that is kept.

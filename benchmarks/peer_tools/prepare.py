@@ -46,6 +46,7 @@ def save_inputs(run: Path, folder: Path) -> None:
     from mpq_deploy.calibrate.options import CalibrationOptions
     from mpq_deploy.calibrate.stats import CalibrationSet
     from mpq_deploy.calls.feeds import feed_rows
+    from mpq_deploy.calls.loop import GuidedDenoiser
     from mpq_deploy.calls.sampler import make_sampler
     from mpq_deploy.calls.trajectories import record_trajectories
     from mpq_deploy.models.export import load_exported
@@ -60,7 +61,9 @@ def save_inputs(run: Path, folder: Path) -> None:
     section = load_recipe(run / "recipe.yaml").calibrate
     options = CalibrationOptions(timesteps=section.steps, samples=HELD_OUT, steps=section.steps, seed=HELD_OUT_SEED)
     sampler = make_sampler(spec.scheduler, section.steps, HELD_OUT_SEED)
-    fresh = record_trajectories(OrtDenoiser(exported.model, spec), sampler, spec, conditions, options, Talk())
+    fresh = record_trajectories(
+        GuidedDenoiser(OrtDenoiser(exported.model, spec), spec, conditions), sampler, options, Talk()
+    )
     recorded = CalibrationSet.load(run / "calibrate" / "inputs.npz")
     every = [(step, call) for step in range(len(recorded.timesteps)) for call in range(len(recorded.rows))]
     # A step of its own, drawn at random, for each held-out sample.

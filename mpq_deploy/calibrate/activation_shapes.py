@@ -13,12 +13,11 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from mpq_deploy.calibrate.stats import CalibrationSet
-from mpq_deploy.calls.feeds import feed_rows
+from mpq_deploy.calls.feeds import RecordedCalls, feed_rows
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.graph.shapes import inferred_shapes
-from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.models.spec import DenoiserSpec
 from mpq_deploy.system.progress import Talk
 from mpq_deploy.system.sessions import open_session
 
@@ -38,9 +37,7 @@ class ActivationShape:
 
 def activation_shapes(
     graph: LayerGraph,
-    recorded: CalibrationSet,
-    conditions: dict[str, Array],
-    spec: DenoiserSpec,
+    calls: RecordedCalls,
     talk: Talk,
     scratch: Path | None = None,
     names: tuple[str, ...] | None = None,
@@ -49,6 +46,7 @@ def activation_shapes(
 
     Raises ModelError when a shape depends on the number of calls in a way that is no batch axis.
     """
+    recorded, spec = calls.recorded, calls.spec
     names = tuple(graph.activations) if names is None else names
     declared = _declared(graph, spec, names)
     if declared is not None:
@@ -73,7 +71,7 @@ def activation_shapes(
         for count in counts:
             sample = np.repeat(recorded.samples[0, :1], count, axis=0)
             rows = np.repeat(recorded.rows[:1], count)
-            feed = feed_rows(spec, sample, float(recorded.timesteps[0]), rows, conditions)
+            feed = feed_rows(spec, sample, float(recorded.timesteps[0]), rows, calls.conditions)
             found.append(session.run(None, {k: v for k, v in feed.items() if k in wanted}))
     one, two = found[0], found[-1]
     return {name: _shape(name, a.tolist(), b.tolist()) for name, a, b in zip(names, one, two, strict=True)}

@@ -11,15 +11,21 @@ from mpq_deploy.calibrate.checked import CheckedDenoiser
 from mpq_deploy.calibrate.observers import Observation, observe
 from mpq_deploy.calibrate.options import CalibrationOptions
 from mpq_deploy.calibrate.scales import SMALLEST_SCALE, activation_scale
-from mpq_deploy.calibrate.spread_calibration import calibration_job, observe_in_shards, record_in_shards
+from mpq_deploy.calibrate.spread_calibration import (
+    CalibrationSetup,
+    calibration_job,
+    observe_in_shards,
+    record_in_shards,
+)
 from mpq_deploy.calibrate.stats import ActivationStats, CalibrationSet, CalibrationStats, dealt
+from mpq_deploy.calls.loop import GuidedDenoiser
 from mpq_deploy.calls.sampler import make_sampler
 from mpq_deploy.calls.trajectories import record_trajectories
 from mpq_deploy.formats.branch_matrices import scale_factors
 from mpq_deploy.formats.scheme import COLUMN_SHARES, SCALE_TENTHS, outlier_count
 from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.graph.writers.quantize_layers import weight_array
-from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.models.spec import Array
 from mpq_deploy.runtime.ort import OrtDenoiser
 from mpq_deploy.system.mapped import drop_pages
 from mpq_deploy.system.parallel.work import Alone, Crew
@@ -30,11 +36,8 @@ LARGEST_FP16 = 65504.0
 
 
 def calibrate(
-    model: Path,
+    setup: CalibrationSetup,
     graph: LayerGraph,
-    spec: DenoiserSpec,
-    conditions: dict[str, Array],
-    options: CalibrationOptions,
     talk: Talk,
     *,
     scratch: Path | None = None,
@@ -42,22 +45,24 @@ def calibrate(
 ) -> tuple[CalibrationSet, CalibrationStats]:
     """Return the recorded calls and the statistics of every activation that a layer reads.
 
-    ``model`` is the float ONNX file and ``graph`` its layers. ``scratch``: an existing folder, best on the disk of
+    ``graph``: the layers of the setup's model. ``scratch``: an existing folder, best on the disk of
     the weights, for a graph file that is removed at the end (None: the system's). ``crew``: who computes (None: this
     process).
     Raises UsageError for options that do not fit together, ModelError for an activation that is not finite.
     """
+    model, spec, options = setup.model, setup.spec, setup.options
     if crew is None or isinstance(crew, Alone):
         sampler = make_sampler(spec.scheduler, options.steps, options.seed, options.sampler)
         denoiser = CheckedDenoiser(model, OrtDenoiser(model, spec, options.threads))
-        recorded = record_trajectories(denoiser, sampler, spec, conditions, options, talk)
+        recorded = record_trajectories(GuidedDenoiser(denoiser, spec, setup.conditions), sampler, options, talk)
         del denoiser
-        seen = observe(graph, _observed(recorded, options.observed), conditions, spec, options, talk, scratch=scratch)
+        calls = setup.calls(_observed(recorded, options.observed))
+        seen = observe(graph, calls, options, talk, scratch=scratch)
     else:
-        with crew.open(calibration_job(model, spec, conditions, options, scratch), talk) as pool:
-            recorded = record_in_shards(pool, model, spec, conditions, options, talk)
-            observed = _observed(recorded, options.observed)
-            seen = observe_in_shards(pool, graph, observed, conditions, spec, options, talk, scratch)
+        with crew.open(calibration_job(setup, scratch), talk) as pool:
+            recorded = record_in_shards(pool, setup, talk)
+            calls = setup.calls(_observed(recorded, options.observed))
+            seen = observe_in_shards(pool, graph, calls, options, talk, scratch)
     stats = summarise(seen, weight_ranges(graph), options)
     for name, one in stats.activations.items():
         if one.amax.max() > LARGEST_FP16:

@@ -19,11 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mpq_deploy.calibrate.stats import CalibrationSet
-from mpq_deploy.calls.feeds import batches
+from mpq_deploy.calls.feeds import RecordedCalls
 from mpq_deploy.calls.loop import DenoiserCall
 from mpq_deploy.errors import ModelError, UsageError
-from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.models.spec import Array
 from mpq_deploy.runtime.correction import LEAST_GAIN, BiasPer, Correction, CorrectionStep
 from mpq_deploy.runtime.ort import OrtDenoiser
 from mpq_deploy.system.progress import Talk
@@ -60,9 +59,7 @@ class CallMoments:
 def call_moments(
     float_model: Path,
     quantized: Path,
-    recorded: CalibrationSet,
-    conditions: dict[str, Array],
-    spec: DenoiserSpec,
+    calls: RecordedCalls,
     batch_size: int,
     talk: Talk,
 ) -> CallMoments:
@@ -70,13 +67,14 @@ def call_moments(
 
     Raises ModelError, with the timestep, for an output that is not finite.
     """
+    recorded, spec = calls.recorded, calls.spec
     models = (OrtDenoiser(float_model, spec), OrtDenoiser(quantized, spec, fake_quant_only=True))
     channels = spec.sample.shape[0]
     parts: list[list[CallMoments]] = [[] for _ in recorded.timesteps]
     with talk.bar("float and quantized outputs of the calibration calls", len(parts)) as advance:
         done = 0
-        for batch in batches(recorded, conditions, spec, batch_size):
-            taken = {name: values[recorded.rows[batch.calls]] for name, values in conditions.items()}
+        for batch in calls.batches(batch_size):
+            taken = {name: values[recorded.rows[batch.calls]] for name, values in calls.conditions.items()}
             sample = recorded.samples[batch.step, batch.calls]
             outputs = [_finite(model, sample, batch.timestep, taken)[:, :channels] for model in models]
             parts[batch.step].append(CallMoments.of(np.array([batch.timestep]), outputs[0][None], outputs[1][None]))

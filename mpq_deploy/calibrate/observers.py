@@ -11,6 +11,7 @@ relative where the runtime gives a call the same values in any batch (kernels ma
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +21,11 @@ import onnxruntime as ort
 
 from mpq_deploy.calibrate.activation_shapes import ActivationShape, activation_shapes, tensors_of
 from mpq_deploy.calibrate.options import CalibrationOptions
-from mpq_deploy.calibrate.stats import CalibrationSet
-from mpq_deploy.calls.feeds import Batch, batches
+from mpq_deploy.calls.feeds import Batch, RecordedCalls
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.constants import add_constant
 from mpq_deploy.graph.layers import LayerGraph
-from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.models.spec import Array
 from mpq_deploy.system.progress import Talk
 from mpq_deploy.system.sessions import open_session
 
@@ -91,29 +91,26 @@ def merge(a: Observation, b: Observation) -> Observation:
 
 def observe(
     graph: LayerGraph,
-    recorded: CalibrationSet,
-    conditions: dict[str, Array],
-    spec: DenoiserSpec,
+    calls: RecordedCalls,
     options: CalibrationOptions,
     talk: Talk,
     *,
     scratch: Path | None = None,
-    steps: range | None = None,
-    calls: range | None = None,
+    chosen: Iterable[Batch] | None = None,
 ) -> Observation:
-    """Run the recorded calls (or the part that ``steps`` and ``calls`` choose) through the observed graph.
+    """Run the recorded calls (or the batches ``chosen`` of them) through the observed graph.
 
     Raises ModelError, naming tensor, layer and timestep, when an activation is not finite.
     """
-    shapes = activation_shapes(graph, recorded, conditions, spec, talk, scratch)
+    shapes = activation_shapes(graph, calls, talk, scratch)
     observed = ObservedGraph.of(graph, shapes)
-    chosen = list(batches(recorded, conditions, spec, options.batch_size, steps, calls))
-    total = Totals(graph, observed, len(recorded.timesteps), options)
+    parts = list(calls.batches(options.batch_size) if chosen is None else chosen)
+    total = Totals(graph, observed, len(calls.recorded.timesteps), options)
     with (
         open_session(observed.model, talk, scratch=scratch, threads=options.threads) as session,
-        talk.bar("observe activations", sum(len(batch.calls) for batch in chosen)) as advance,
+        talk.bar("observe activations", sum(len(batch.calls) for batch in parts)) as advance,
     ):
-        for batch in chosen:
+        for batch in parts:
             total.add(batch, observed.run(session, batch, options), *draws_of(options, batch))
             advance(len(batch.calls))
     return total.finish()

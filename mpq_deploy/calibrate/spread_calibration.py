@@ -18,7 +18,8 @@ from mpq_deploy.calibrate.checked import CheckedDenoiser
 from mpq_deploy.calibrate.observers import Observation, ObservedGraph, Totals, draws_of
 from mpq_deploy.calibrate.options import CalibrationOptions
 from mpq_deploy.calibrate.stats import CalibrationSet
-from mpq_deploy.calls.feeds import batches
+from mpq_deploy.calls.feeds import RecordedCalls
+from mpq_deploy.calls.loop import GuidedDenoiser
 from mpq_deploy.calls.sampler import keeps_samples_apart, make_sampler
 from mpq_deploy.calls.trajectories import record_trajectories
 from mpq_deploy.evaluate.cache import model_files
@@ -34,13 +35,17 @@ from mpq_deploy.system.sessions import open_session
 
 
 @dataclass(frozen=True)
-class _Setup:
-    """What workers are told: the model's path below their root, and how to call it."""
+class CalibrationSetup:
+    """The float ONNX file, how to call it, and what is recorded. Workers have its path below their root."""
 
     model: Path
     spec: DenoiserSpec
     conditions: dict[str, Array]
     options: CalibrationOptions
+
+    def calls(self, recorded: CalibrationSet) -> RecordedCalls:
+        """Return ``recorded`` with what the model is fed beside it."""
+        return RecordedCalls(recorded, self.conditions, self.spec)
 
 
 @dataclass(frozen=True)
@@ -59,31 +64,24 @@ class _Observe:
     recorded: CalibrationSet
 
 
-def calibration_job(
-    model: Path, spec: DenoiserSpec, conditions: dict[str, Array], options: CalibrationOptions, scratch: Path | None
-) -> Job:
+def calibration_job(setup: CalibrationSetup, scratch: Path | None) -> Job:
     """Return the job of both parts. ``scratch``: as for ``calibrate``."""
+    model = setup.model
     files = Files.of([*model_files(model), *([scratch / "any"] if scratch else [])])
     below = scratch.resolve().relative_to(files.root) if scratch else None
-    setup = _Setup(files.below(model), spec, conditions, options)
+    setup = replace(setup, model=files.below(model))
     size = sum(file.stat().st_size for file in model_files(model))
     names = tuple(files.below(file).as_posix() for file in model_files(model))
     return Job("calibration", partial(_open, setup, below), files.root, names, 2 * size)
 
 
-def record_in_shards(
-    pool: Pool,
-    model: Path,
-    spec: DenoiserSpec,
-    conditions: dict[str, Array],
-    options: CalibrationOptions,
-    talk: Talk,
-) -> CalibrationSet:
+def record_in_shards(pool: Pool, setup: CalibrationSetup, talk: Talk) -> CalibrationSet:
     """Record as ``record_trajectories`` does, batch by batch where the sampler keeps samples apart."""
+    model, spec, options = setup.model, setup.spec, setup.options
     sampler = make_sampler(spec.scheduler, options.steps, options.seed, options.sampler)
     if not keeps_samples_apart(sampler):
         denoiser = CheckedDenoiser(model, OrtDenoiser(model, spec, options.threads))
-        return record_trajectories(denoiser, sampler, spec, conditions, options, talk)
+        return record_trajectories(GuidedDenoiser(denoiser, spec, setup.conditions), sampler, options, talk)
     size, count = options.batch_size, options.samples
     tasks = [_Record(start, min(start + size, count)) for start in range(0, count, size)]
     shards = [Shard(f"trajectories {t.start} to {t.stop - 1}", t, len(sampler.timesteps)) for t in tasks]
@@ -98,22 +96,21 @@ def record_in_shards(
 def observe_in_shards(
     pool: Pool,
     graph: LayerGraph,
-    recorded: CalibrationSet,
-    conditions: dict[str, Array],
-    spec: DenoiserSpec,
+    calls: RecordedCalls,
     options: CalibrationOptions,
     talk: Talk,
     scratch: Path | None,
 ) -> Observation:
     """Observe as ``observe`` does. Raises as that does."""
-    observed = ObservedGraph.of(graph, activation_shapes(graph, recorded, conditions, spec, talk, scratch))
+    recorded = calls.recorded
+    observed = ObservedGraph.of(graph, activation_shapes(graph, calls, talk, scratch))
     total = Totals(graph, observed, len(recorded.timesteps), options)
     shards = [
         Shard(f"timestep {timestep:g}", _Observe(step, recorded.at(np.array([step]))), len(recorded.rows))
         for step, timestep in enumerate(recorded.timesteps)
     ]
     for step, result in enumerate(run_shards(pool, "observe activations", shards, talk)):
-        parts = batches(recorded, conditions, spec, options.batch_size, range(step, step + 1))
+        parts = calls.batches(options.batch_size, range(step, step + 1))
         for number, batch in enumerate(parts):
             results = [result[_name(number, place)] for place in range(len(observed.outputs))]
             total.add(batch, results, *draws_of(options, batch))
@@ -124,7 +121,7 @@ def _name(batch: int, output: int) -> str:
     return f"{batch}.{output}"
 
 
-def _open(setup: _Setup, scratch: Path | None, root: Path, talk: Talk) -> Work:
+def _open(setup: CalibrationSetup, scratch: Path | None, root: Path, talk: Talk) -> Work:
     worker = _Calibrating(setup, root, None if scratch is None else root / scratch)
 
     def work(task: _Record | _Observe, inner: Talk) -> Result:
@@ -136,7 +133,7 @@ def _open(setup: _Setup, scratch: Path | None, root: Path, talk: Talk) -> Work:
 class _Calibrating:
     """The float model of a worker: as it is while it records, with observers while it observes, never both."""
 
-    def __init__(self, setup: _Setup, root: Path, scratch: Path | None) -> None:
+    def __init__(self, setup: CalibrationSetup, root: Path, scratch: Path | None) -> None:
         self._setup, self._model, self._scratch = setup, root / setup.model, scratch
         self._denoiser: CheckedDenoiser | None = None
         self._observing: tuple[ObservedGraph, ort.InferenceSession] | None = None
@@ -149,7 +146,9 @@ class _Calibrating:
             self._denoiser = CheckedDenoiser(self._model, OrtDenoiser(self._model, spec, options.threads))
         sampler = make_sampler(spec.scheduler, options.steps, options.seed, options.sampler)
         part = slice(task.start, task.stop)
-        found = record_trajectories(self._denoiser, sampler, spec, setup.conditions, options, talk, part)
+        found = record_trajectories(
+            GuidedDenoiser(self._denoiser, spec, setup.conditions), sampler, options, talk, part
+        )
         return {"samples": found.samples, "timesteps": found.timesteps, "rows": found.rows}
 
     def observe(self, task: _Observe, talk: Talk) -> Result:
@@ -158,7 +157,7 @@ class _Calibrating:
         self._denoiser = None
         observed, session = self._session(task.recorded, talk)
         found = {}
-        parts = batches(task.recorded, setup.conditions, setup.spec, setup.options.batch_size)
+        parts = setup.calls(task.recorded).batches(setup.options.batch_size)
         with talk.bar("observe", len(task.recorded.rows)) as advance:
             for number, batch in enumerate(replace(part, step=task.step) for part in parts):
                 for place, array in enumerate(observed.run(session, batch, setup.options)):
@@ -178,7 +177,7 @@ class _Calibrating:
         setup, graph = self._setup, layer_graph(load_model(self._model))
         if self._scratch is not None:
             self._scratch.mkdir(exist_ok=True)
-        shapes = activation_shapes(graph, recorded, setup.conditions, setup.spec, talk, self._scratch)
+        shapes = activation_shapes(graph, setup.calls(recorded), talk, self._scratch)
         observed = ObservedGraph.of(graph, shapes)
         with open_session(observed.model, talk, scratch=self._scratch, threads=setup.options.threads) as session:
             return observed, session

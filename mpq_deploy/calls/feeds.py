@@ -32,21 +32,22 @@ def feed_rows(
     return model_feeds(spec, sample, timestep, {name: values[rows] for name, values in conditions.items()})
 
 
-def batches(
-    recorded: CalibrationSet,
-    conditions: dict[str, Array],
-    spec: DenoiserSpec,
-    batch_size: int,
-    steps: range | None = None,
-    calls: range | None = None,
-) -> Iterator[Batch]:
-    """Yield the recorded calls in batches of one timestep each; ``steps`` and ``calls`` choose a part of them."""
-    if not all(condition.batched for condition in spec.conditions):
-        batch_size = 1
-    chosen = np.asarray(calls if calls is not None else range(len(recorded.rows)), np.int64)
-    for step in steps if steps is not None else range(len(recorded.timesteps)):
-        timestep = float(recorded.timesteps[step])
-        for start in range(0, len(chosen), batch_size):
-            picked = chosen[start : start + batch_size]
-            sample, rows = recorded.samples[step, picked], recorded.rows[picked]
-            yield Batch(step, timestep, picked, feed_rows(spec, sample, timestep, rows, conditions))
+@dataclass(frozen=True)
+class RecordedCalls:
+    """Recorded calls of the model ``spec`` with all rows of its condition inputs."""
+
+    recorded: CalibrationSet
+    conditions: dict[str, Array]
+    spec: DenoiserSpec
+
+    def batches(self, size: int, steps: range | None = None, calls: range | None = None) -> Iterator[Batch]:
+        """Yield the calls, ``size`` of one timestep at a time; ``steps`` and ``calls`` choose a part of them."""
+        if not all(condition.batched for condition in self.spec.conditions):
+            size = 1
+        chosen = np.asarray(calls if calls is not None else range(len(self.recorded.rows)), np.int64)
+        for step in steps if steps is not None else range(len(self.recorded.timesteps)):
+            timestep = float(self.recorded.timesteps[step])
+            for start in range(0, len(chosen), size):
+                picked = chosen[start : start + size]
+                sample, rows = self.recorded.samples[step, picked], self.recorded.rows[picked]
+                yield Batch(step, timestep, picked, feed_rows(self.spec, sample, timestep, rows, self.conditions))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -43,21 +44,52 @@ def first_samples(spec: DenoiserSpec, rows: Array, conditions: dict[str, Array],
     return np.asarray(conditions[spec.sample.name][rows], np.float32)
 
 
+@dataclass(frozen=True)
+class GuidedDenoiser:
+    """A denoiser with what it is called on: all rows of each condition input, and who is told of its calls."""
+
+    denoiser: DenoiserCall
+    spec: DenoiserSpec
+    conditions: dict[str, Array]
+    on_call: OnCall | None = None
+
+    def __call__(self, fed: Array, rows: Array, step_index: int, timestep: float) -> Array:
+        """Return the output for ``fed`` [M, ...] and the conditions' ``rows`` int64 [M].
+
+        With guidance it is led away from the unconditional row (Ho & Salimans 2022, equation 6).
+        """
+        spec = self.spec
+        if spec.guidance_scale == 1 or spec.uncond_row is None:
+            return self._plain(fed, rows, step_index, timestep)
+        both_rows = np.concatenate([np.full_like(rows, spec.uncond_row), rows])
+        both = self._plain(np.concatenate([fed, fed]), both_rows, step_index, timestep)
+        base, conditioned = np.split(both, 2)
+        return np.asarray(base + np.float32(spec.guidance_scale) * (conditioned - base), np.float32)
+
+    def _plain(self, fed: Array, rows: Array, step_index: int, timestep: float) -> Array:
+        """Return the output for these rows; of a learned variance (2C channels) only the mean, the first C."""
+        if self.on_call is not None:
+            self.on_call(step_index, timestep, fed, rows)
+        taken = {name: values[rows] for name, values in self.conditions.items()}
+        output = self.denoiser(fed, timestep, taken)
+        if self.spec.timestep is None:
+            return output
+        channels = fed.shape[1]
+        return output[:, :channels] if output.shape[1] == 2 * channels else output
+
+
 def denoise(
-    denoiser: DenoiserCall,
+    model: GuidedDenoiser,
     sampler: Sampler,
     noise: Array,
     rows: Array,
-    conditions: dict[str, Array],
-    spec: DenoiserSpec,
     batch_size: int,
-    on_call: OnCall | None = None,
     talk: Talk | None = None,
 ) -> Array:
     """Denoise ``noise`` float32 [N, ...] and return the samples, float32 [N, ...].
 
-    ``rows`` int64 [N] picks each sample's row of the arrays in ``conditions``. All samples take a step together,
-    ``batch_size`` samples per model call (twice as many rows with guidance), so samplers that hold state work.
+    ``rows`` int64 [N] picks each sample's row of the conditions. All samples take a step together, ``batch_size``
+    samples per model call (twice as many rows with guidance), so samplers that hold state work.
     Raises ModelError, with timestep, when the output is not finite.
     """
     x = np.asarray(noise * np.float32(sampler.init_noise_sigma), np.float32)
@@ -68,8 +100,7 @@ def denoise(
             outputs = []
             for start in range(0, len(x), batch_size):
                 chunk = slice(start, start + batch_size)
-                call = _Call(denoiser, step_index, float(timestep), conditions, spec, on_call)
-                outputs.append(call.guided(fed[chunk], rows[chunk]))
+                outputs.append(model(fed[chunk], rows[chunk], step_index, float(timestep)))
             x = sampler.step(np.concatenate(outputs), step_index, x)
             if not np.isfinite(x).all():
                 raise ModelError(
@@ -78,40 +109,3 @@ def denoise(
                 )
             advance(1)
     return x
-
-
-class _Call:
-    """One call of the denoiser at one step: guidance, learned variance, recording."""
-
-    def __init__(
-        self,
-        denoiser: DenoiserCall,
-        step_index: int,
-        timestep: float,
-        conditions: dict[str, Array],
-        spec: DenoiserSpec,
-        on_call: OnCall | None,
-    ) -> None:
-        self.denoiser, self.step_index, self.timestep = denoiser, step_index, timestep
-        self.conditions, self.spec, self.on_call = conditions, spec, on_call
-
-    def guided(self, fed: Array, rows: Array) -> Array:
-        """Return the output, guided away from the unconditional row (Ho & Salimans 2022, equation 6)."""
-        spec = self.spec
-        if spec.guidance_scale == 1 or spec.uncond_row is None:
-            return self.plain(fed, rows)
-        unconditional = np.full_like(rows, spec.uncond_row)
-        both = self.plain(np.concatenate([fed, fed]), np.concatenate([unconditional, rows]))
-        base, conditioned = np.split(both, 2)
-        return np.asarray(base + np.float32(spec.guidance_scale) * (conditioned - base), np.float32)
-
-    def plain(self, fed: Array, rows: Array) -> Array:
-        """Return the output for these rows; of a learned variance (2C channels) only the mean, the first C."""
-        if self.on_call is not None:
-            self.on_call(self.step_index, self.timestep, fed, rows)
-        taken = {name: values[rows] for name, values in self.conditions.items()}
-        output = self.denoiser(fed, self.timestep, taken)
-        if self.spec.timestep is None:
-            return output
-        channels = fed.shape[1]
-        return output[:, :channels] if output.shape[1] == 2 * channels else output

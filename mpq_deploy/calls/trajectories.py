@@ -6,14 +6,14 @@ with classifier-free guidance the unconditional and the conditional half of each
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from mpq_deploy.calibrate.options import CalibrationOptions
 from mpq_deploy.calibrate.stats import CalibrationSet
 from mpq_deploy.calls.betas import alphas_cumprod
-from mpq_deploy.calls.loop import DenoiserCall, denoise, first_samples
+from mpq_deploy.calls.loop import GuidedDenoiser, denoise, first_samples
 from mpq_deploy.calls.sampler import Sampler
 from mpq_deploy.calls.timesteps import sampled_steps
 from mpq_deploy.errors import UsageError
@@ -22,10 +22,8 @@ from mpq_deploy.system.progress import Talk
 
 
 def record_trajectories(
-    denoiser: DenoiserCall,
+    model: GuidedDenoiser,
     sampler: Sampler,
-    spec: DenoiserSpec,
-    conditions: dict[str, Array],
     options: CalibrationOptions,
     talk: Talk,
     part: slice | None = None,
@@ -35,20 +33,18 @@ def record_trajectories(
     ``part`` denoises only these samples, which is the same for samplers that keep samples apart. Stops after the
     last step that is kept. Raises UsageError when the sampler has fewer steps than timesteps.
     """
+    spec, conditions = model.spec, model.conditions
     kept = sampled_steps(len(sampler.timesteps), 1 if spec.timestep is None else options.timesteps)
     recorder = _Recorder({int(step): [] for step in kept})
     rows = cycled_rows(spec, conditions, options.samples, options.seed)
     chosen = part or slice(None)
     denoise(
-        denoiser,
+        replace(model, on_call=recorder),
         _FirstSteps(sampler, int(kept[-1]) + 1),
         first_samples(spec, rows, conditions, options.seed)[chosen],
         rows[chosen],
-        conditions,
-        spec,
         options.batch_size,
-        on_call=recorder,
-        talk=talk,
+        talk,
     )
     return recorder.finish()
 

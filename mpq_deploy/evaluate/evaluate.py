@@ -17,7 +17,7 @@ import numpy as np
 import onnxruntime as ort
 
 from mpq_deploy.calls.corrected import corrected_sampler
-from mpq_deploy.calls.loop import DenoiserCall, denoise, first_samples
+from mpq_deploy.calls.loop import DenoiserCall, GuidedDenoiser, denoise, first_samples
 from mpq_deploy.calls.sampler import Sampler, make_sampler
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.evaluate.cache import SampleCache, arrays_digest, model_digest, model_files
@@ -226,17 +226,8 @@ def _sample(
     options = setup.options
     sampler, _ = _sampler(setup, correction)
     noise = first_samples(setup.spec, setup.rows, setup.conditions, options.seed)
-    return denoise(
-        denoiser,
-        sampler,
-        noise,
-        setup.rows,
-        setup.conditions,
-        setup.spec,
-        options.batch_size,
-        on_call=watched.on_call if watched else None,
-        talk=setup.talk,
-    )
+    model = GuidedDenoiser(denoiser, setup.spec, setup.conditions, watched.on_call if watched else None)
+    return denoise(model, sampler, noise, setup.rows, options.batch_size, setup.talk)
 
 
 class _Watched:

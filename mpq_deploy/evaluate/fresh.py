@@ -14,6 +14,7 @@ import numpy as np
 
 from mpq_deploy.calibrate.options import CalibrationOptions
 from mpq_deploy.calibrate.stats import CalibrationSet
+from mpq_deploy.calls.loop import GuidedDenoiser
 from mpq_deploy.calls.sampler import make_sampler
 from mpq_deploy.calls.trajectories import record_trajectories
 from mpq_deploy.models.spec import Array, DenoiserSpec
@@ -49,7 +50,9 @@ class FreshCalls:
             seed=options.seed,
         )
         denoiser = OrtDenoiser(model, spec)
-        self.inputs: CalibrationSet = record_trajectories(denoiser, sampler, spec, self._conditions, recorded, talk)
+        self.inputs: CalibrationSet = record_trajectories(
+            GuidedDenoiser(denoiser, spec, self._conditions), sampler, recorded, talk
+        )
         self._outputs = [self._run(denoiser, step) for step in range(len(self.inputs.timesteps))]
         self._power = np.array([np.square(output).sum() / len(output) for output in self._outputs])
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpq_deploy.calls.feeds import RecordedCalls
 from mpq_deploy.engine.target import Target, load_target
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.formats.scheme import FP16, INT8, SCHEMES
@@ -75,7 +76,8 @@ def call_shapes(run: Run, exported: Exported) -> dict[str, tuple[int, ...]]:
     others = [name for node in weighed_nodes(graph) for name in activations_of(node)]
     names = tuple(dict.fromkeys([*uses, *others]))
     recorded = run.calibration.inputs
-    found = activation_shapes(graph, recorded, exported.conditions, exported.spec, run.talk, run.scratch(), names)
+    calls = RecordedCalls(recorded, exported.conditions, exported.spec)
+    found = activation_shapes(graph, calls, run.talk, run.scratch(), names)
     return {
         name: tuple(size * batch if axis == one.batch_axis else size for axis, size in enumerate(one.shape))
         for name, one in found.items()

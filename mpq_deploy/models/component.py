@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpq_deploy.calls.loop import denoise, initial_noise
+from mpq_deploy.calls.loop import GuidedDenoiser, denoise, initial_noise
 from mpq_deploy.calls.sampler import ONE_CALL, make_sampler
 from mpq_deploy.errors import ModelError, UsageError, nearest
 from mpq_deploy.models.additions import Additions, read_json
@@ -97,7 +97,7 @@ def _latents(folder: Path, source: str, module: Any, additions: Additions, talk:
         return denoiser.network.reference(model_feeds(spec, sample, timestep, conditions))
 
     noise = initial_noise(spec, count, SEED)
-    made = denoise(call, sampler, noise, rows, denoiser.conditions.arrays, spec, BATCH, talk=talk)
+    made = denoise(GuidedDenoiser(call, spec, denoiser.conditions.arrays), sampler, noise, rows, BATCH, talk)
     if denoiser.unpack is not None:
         made = denoiser.unpack(torch.from_numpy(made)).numpy()
     note = f"The decoder's inputs are {count} samples of the float denoiser: {sampler.name}, seed {SEED}"

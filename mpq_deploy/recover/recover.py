@@ -17,6 +17,7 @@ import torch
 
 from mpq_deploy.calibrate.activation_shapes import activation_shapes, tensors_of
 from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
+from mpq_deploy.calls.feeds import RecordedCalls
 from mpq_deploy.errors import MpqError
 from mpq_deploy.graph.dialects import Dialect
 from mpq_deploy.graph.layers import LayerGraph
@@ -155,7 +156,7 @@ def expected_memory(task: RecoverTask, options: RecoverSettings, steps: int, tal
     ``steps``: calls of a trajectory, or twice as many with guidance.
     """
     names = tuple(name for name in tensors_of(task.graph.model) if name)
-    shapes = activation_shapes(task.graph, task.recorded, task.conditions, task.spec, talk, names=names)
+    shapes = activation_shapes(task.graph, RecordedCalls(task.recorded, task.conditions, task.spec), talk, names=names)
     return estimate_memory(
         [(len(start.weight), start.weight.shape[1]) for start in task.starts],
         options.rank,

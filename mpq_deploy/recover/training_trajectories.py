@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mpq_deploy.calls.loop import denoise, first_samples
+from mpq_deploy.calls.loop import GuidedDenoiser, denoise, first_samples
 from mpq_deploy.calls.sampler import make_sampler
 from mpq_deploy.calls.trajectories import cycled_rows
 from mpq_deploy.errors import UsageError
@@ -77,16 +77,8 @@ class TrajectoryRecorder:
         kept = _Kept(self._denoiser)
         batch = 16 if all(item.batched for item in self._spec.conditions) else 1
         rows = self._rows(count, noise_seed, held_out)
-        denoise(
-            kept,
-            sampler,
-            first_samples(self._spec, rows, self._conditions, noise_seed),
-            rows,
-            self._conditions,
-            self._spec,
-            batch,
-            on_call=kept.on_call,
-        )
+        model = GuidedDenoiser(kept, self._spec, self._conditions, kept.on_call)
+        denoise(model, sampler, first_samples(self._spec, rows, self._conditions, noise_seed), rows, batch)
         return kept.finish()
 
     def _rows(self, count: int, seed: int, held_out: bool) -> Array:

@@ -23,7 +23,7 @@ import onnxruntime as ort
 
 from mpq_deploy.calibrate.activation_shapes import ActivationShape, activation_shapes, tensors_of
 from mpq_deploy.calibrate.stats import CalibrationSet
-from mpq_deploy.calls.feeds import Batch, batches
+from mpq_deploy.calls.feeds import Batch, RecordedCalls
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.graph.constants import add_constant
 from mpq_deploy.graph.layers import Layer, LayerGraph, LayerUse
@@ -126,7 +126,7 @@ class HessianPlan:
         if not chosen:
             return cls(source, [])
         with alone_with(guard) if guard else nullcontext():
-            shapes = activation_shapes(graph, recorded, conditions, spec, talk, scratch)
+            shapes = activation_shapes(graph, RecordedCalls(recorded, conditions, spec), talk, scratch)
         nodes = {node.name: node for node in graph.model.graph}
         planned = [
             (layer, tuple(_Patches.of(nodes[use.node], use, layer, shapes[use.input]) for use in layer.uses))
@@ -194,7 +194,8 @@ class _Source:
         """The batches to run: as many calls of each timestep as the limit leaves."""
         timesteps = len(self.recorded.timesteps)
         calls = range(min(len(self.recorded.rows), max(1, self.options.max_calls // timesteps)))
-        return list(batches(self.recorded, self.conditions, self.spec, self.options.batch_size, calls=calls))
+        recorded = RecordedCalls(self.recorded, self.conditions, self.spec)
+        return list(recorded.batches(self.options.batch_size, calls=calls))
 
     @property
     def calls(self) -> int:

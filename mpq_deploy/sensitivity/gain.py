@@ -13,7 +13,7 @@ import numpy as np
 
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import Layer, LayerGraph
-from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.models.spec import Array
 from mpq_deploy.sensitivity.local_error import LocalErrors, local_errors
 from mpq_deploy.sensitivity.measured_calls import Calls, MeasureOptions
 from mpq_deploy.sensitivity.ort_graph import noisy_graph
@@ -29,7 +29,7 @@ def measure_gain(subject: Subject) -> SensitivityTable:
     layers = subject.layers
     samples = min(calls.count, max(subject.options.gain_samples, calls.fixed_batch or 1))
     fewer = subject.calls(samples)
-    gains = propagation_gains(subject.graph, layers, local, fewer, subject.spec, subject.options, subject.talk)
+    gains = propagation_gains(subject.graph, layers, local, fewer, subject.options, subject.talk)
     losses = {
         name: {scheme: gains[name] * error for scheme, error in by_scheme.items()}
         for name, by_scheme in local.relative.items()
@@ -42,7 +42,6 @@ def propagation_gains(
     layers: tuple[Layer, ...],
     local: LocalErrors,
     calls: Calls,
-    spec: DenoiserSpec,
     options: MeasureOptions,
     talk: Talk,
 ) -> dict[str, Array]:
@@ -53,7 +52,7 @@ def propagation_gains(
     batch = calls.fixed_batch or options.batch_size or calls.count
     ranks = {name: len(shape) for name, shape in local.shapes.items()}
     with (
-        noisy_graph(graph, layers, spec.output, ranks, talk) as session,
+        noisy_graph(graph, layers, calls.spec.output, ranks, talk) as session,
         talk.bar("gains", steps * calls.count) as advance,
     ):
         for step_index, chunk in calls.chunks(batch):

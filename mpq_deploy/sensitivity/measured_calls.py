@@ -89,7 +89,7 @@ class Calls:
             )
         self.timesteps = calibration.timesteps
         self.first = slice(0, multiple)
-        self._spec = spec
+        self.spec = spec
         self._calibration = calibration
         self._conditions = conditions
         even = np.linspace(0, recorded - 1, self.count).round().astype(np.int64)
@@ -114,11 +114,11 @@ class Calls:
         """Return the graph's inputs of ``calls`` (a slice of 0..count) at a timestep."""
         picked = self.picked[step_index, calls]
         return feed_rows(
-            self._spec,
+            self.spec,
             self._calibration.samples[step_index][picked],
             float(self.timesteps[step_index]),
             self._calibration.rows[picked],
-            {item.name: self._conditions[item.name] for item in self._spec.conditions},
+            {item.name: self._conditions[item.name] for item in self.spec.conditions},
         )
 
 

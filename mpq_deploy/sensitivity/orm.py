@@ -18,15 +18,15 @@ from itertools import pairwise
 
 import numpy as np
 
-from mpq_deploy.calibrate.activation_shapes import ActivationShape, activation_shapes
+from mpq_deploy.calibrate.activation_shapes import activation_shapes
 from mpq_deploy.calibrate.gram import GramGraph
-from mpq_deploy.calibrate.stats import CalibrationSet
+from mpq_deploy.calls.feeds import RecordedCalls
 from mpq_deploy.calls.timesteps import adaptive_steps, sampled_steps
 from mpq_deploy.errors import UsageError
 from mpq_deploy.formats.scheme import Scheme
 from mpq_deploy.formats.sizes import input_channels, outlier_columns, promoted_rows, weight_bytes
 from mpq_deploy.graph.layers import Layer, LayerGraph
-from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.models.spec import Array
 from mpq_deploy.recipe import Bits, OrmSettings
 from mpq_deploy.sensitivity.bit_program import chosen_bits
 from mpq_deploy.sensitivity.importance import Importance
@@ -59,9 +59,7 @@ def measure_orm(subject: Subject) -> SensitivityTable:
     not used. Raises UsageError when the model or the options leave too few calls for one Gram matrix.
     """
     layers = subject.layers
-    seen = observe_orthogonality(
-        subject.graph, layers, subject.calibration, subject.conditions, subject.spec, subject.options, subject.talk
-    )
+    seen = observe_orthogonality(subject.graph, layers, subject.recorded, subject.options, subject.talk)
     orm = orthogonality(seen.hsic)
     theta = importances(gamma(orm), subject.options.orm.beta, subject.options.orm.importance)
     notes = []
@@ -109,17 +107,15 @@ class SeenOrthogonality:
 def observe_orthogonality(
     graph: LayerGraph,
     layers: tuple[Layer, ...],
-    calibration: CalibrationSet,
-    conditions: dict[str, Array],
-    spec: DenoiserSpec,
+    recorded: RecordedCalls,
     options: MeasureOptions,
     talk: Talk,
 ) -> SeenOrthogonality:
     """Run the calls of every timestep through the graph with Gram observers and add up the dependence."""
-    calls = Calls(graph, spec, calibration, conditions, options.samples)
+    calls = Calls(graph, recorded.spec, recorded.recorded, recorded.conditions, options.samples)
     parts = _batches(calls, options)
     names = tuple(dict.fromkeys(use.output for layer in layers for use in layer.uses))
-    shapes = activation_shapes(graph, calibration, conditions, spec, talk, names=names)
+    shapes = activation_shapes(graph, recorded, talk, names=names)
     observed = GramGraph.of(graph, layers, shapes)
     steps = len(calls.timesteps)
     hsic = np.zeros((steps, len(layers), len(layers)))
@@ -137,18 +133,17 @@ def observe_orthogonality(
 
 def adapted_steps(
     graph: LayerGraph,
-    calibration: CalibrationSet,
-    conditions: dict[str, Array],
-    spec: DenoiserSpec,
+    recorded: RecordedCalls,
     options: MeasureOptions,
     talk: Talk,
     count: int,
     coarse: int,
 ) -> Array:
     """Choose ``count`` of the calibrated timesteps, denser where a ``coarse`` first pass sees importance change."""
-    available = len(calibration.timesteps)
+    available = len(recorded.recorded.timesteps)
     first = sampled_steps(available, coarse)
-    seen = observe_orthogonality(graph, graph.layers, calibration.at(first), conditions, spec, options, talk)
+    chosen = replace(recorded, recorded=recorded.recorded.at(first))
+    seen = observe_orthogonality(graph, graph.layers, chosen, options, talk)
     curve = importances(gamma(orthogonality(seen.hsic)), options.orm.beta, options.orm.importance)
     return adaptive_steps(curve, first, available, count)
 
@@ -194,9 +189,7 @@ def _batches(calls: Calls, options: MeasureOptions) -> list[slice]:
 
 def bit_losses(subject: Subject) -> BitLosses:
     """Return what turns importances of the subject's layers into a table; observes the shapes of their inputs."""
-    shapes: dict[str, ActivationShape] = activation_shapes(
-        subject.graph, subject.calibration, subject.conditions, subject.spec, subject.talk
-    )
+    shapes = activation_shapes(subject.graph, subject.recorded, subject.talk)
     elements = [sum(shapes[name].elements for name in layer.inputs) for layer in subject.layers]
     timesteps = subject.calibration.timesteps
     return BitLosses(subject.layers, subject.candidates, np.array(elements, np.float64), timesteps, subject.options)

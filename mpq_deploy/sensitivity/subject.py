@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
+from mpq_deploy.calls.feeds import RecordedCalls
 from mpq_deploy.graph.layers import Layer, LayerGraph
 from mpq_deploy.models.spec import Array, DenoiserSpec
 from mpq_deploy.sensitivity.layer_weights import CandidateWeights, measured_layers
@@ -84,6 +85,11 @@ class Subject:
         weights = 4 * sum(layer.weights for layer in self.layers)
         forms = max((len(c.schemes) for c in self.candidates.values()), default=0)
         return 2 * weights + min(forms * weights, self.options.memory_bytes) + self.options.memory_bytes
+
+    @property
+    def recorded(self) -> RecordedCalls:
+        """The whole calibration set with what the model is fed beside it."""
+        return RecordedCalls(self.calibration, self.conditions, self.spec)
 
     @property
     def layers(self) -> tuple[Layer, ...]:

@@ -33,6 +33,7 @@ def make(run: Run, folder: Path) -> str:
     """Make the stage in ``folder``; return a few words for the log."""
     from mpq_deploy.calibrate.calibrate import calibrate
     from mpq_deploy.calibrate.options import CalibrationOptions
+    from mpq_deploy.calibrate.spread_calibration import CalibrationSetup
 
     section = run.recipe.calibrate
     exported = run.exported
@@ -53,11 +54,8 @@ def make(run: Run, folder: Path) -> str:
         sampler=run.recipe.evaluate.sampler,
     )
     recorded, stats = calibrate(
-        exported.path,
+        CalibrationSetup(exported.path, exported.spec, exported.conditions, options),
         exported.graph,
-        exported.spec,
-        exported.conditions,
-        options,
         run.talk,
         scratch=run.scratch(),
         crew=run.crew,

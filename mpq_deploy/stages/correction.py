@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpq_deploy.calibrate.stats import dealt
+from mpq_deploy.calls.feeds import RecordedCalls
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED
 from mpq_deploy.run.common import version_of
 from mpq_deploy.run.stage import Stage
@@ -43,12 +44,11 @@ def correction_for(run: Run, quantized: Path) -> Correction:
     exported = run.exported
     recorded = run.calibration.inputs
     _, held_out = recorded.split(run.recipe.measure.samples)
+    chosen = held_out.take(dealt(held_out.rows, np.arange(len(held_out.rows)))[:CORRECTION_CALLS])
     moments = call_moments(
         exported.path,
         quantized / SIMULATED,
-        held_out.take(dealt(held_out.rows, np.arange(len(held_out.rows)))[:CORRECTION_CALLS]),
-        exported.conditions,
-        exported.spec,
+        RecordedCalls(chosen, exported.conditions, exported.spec),
         run.recipe.calibrate.batch_size,
         run.talk,
     )

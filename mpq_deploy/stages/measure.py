@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
+from mpq_deploy.calls.feeds import RecordedCalls
 from mpq_deploy.models.spec import Array
 from mpq_deploy.rounding.candidate_store import candidates_of
 from mpq_deploy.run.common import ORM_CONTROLS, settings, version_of, weighs_bits
@@ -122,8 +123,8 @@ def _measured_steps(
         return sampled_steps(available, count), options, (fewer,) if section.timesteps > available else ()
     from mpq_deploy.sensitivity.orm import adapted_steps
 
-    arguments = (exported.graph, calls, exported.conditions, exported.spec, options, run.talk)
-    chosen = adapted_steps(*arguments, count, min(section.coarse_timesteps, available))
+    recorded = RecordedCalls(calls, exported.conditions, exported.spec)
+    chosen = adapted_steps(exported.graph, recorded, options, run.talk, count, min(section.coarse_timesteps, available))
     shares = stride_shares(chosen, available)
     note = (
         f"{count} of {available} timesteps are measured, more of them where the layers' importance changes fastest "

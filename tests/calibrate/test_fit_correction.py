@@ -11,6 +11,7 @@ import pytest
 
 from mpq_deploy.calibrate.fit_correction import CallMoments, call_moments, fit_correction
 from mpq_deploy.calibrate.stats import CalibrationSet
+from mpq_deploy.calls.feeds import RecordedCalls
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.models.spec import DenoiserSpec, InputSpec
 from mpq_deploy.runtime.ort import OrtDenoiser
@@ -155,7 +156,7 @@ def test_two_models_are_run_on_the_recorded_calls(tmp_path: Path) -> None:
     )
     samples = np.random.default_rng(0).standard_normal((2, 5, 3, 8, 8)).astype(np.float32)
     recorded = CalibrationSet(samples, np.float32([900, 100]), np.zeros(5, np.int64))
-    found = call_moments(plain, other, recorded, {}, spec, 2, Talk())
+    found = call_moments(plain, other, RecordedCalls(recorded, {}, spec), 2, Talk())
     model = OrtDenoiser(plain, spec)
     clean = np.stack([model(x, t, {}) for x, t in zip(samples, (900.0, 100.0), strict=True)])
     expected = CallMoments.of(recorded.timesteps, clean, 1.25 * clean + 0.5)

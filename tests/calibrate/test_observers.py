@@ -16,6 +16,7 @@ from mpq_deploy.calibrate.activation_shapes import ActivationShape, activation_s
 from mpq_deploy.calibrate.calibrate import summarise, weight_ranges
 from mpq_deploy.calibrate.observers import Observation, merge, observe
 from mpq_deploy.calibrate.options import CalibrationOptions
+from mpq_deploy.calls.feeds import RecordedCalls
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import layer_graph
 from mpq_deploy.graph.load import load_model
@@ -28,7 +29,12 @@ OPTIONS = CalibrationOptions(batch_size=2, reservoir=256)
 
 
 def seen(given_case: Case, options: CalibrationOptions = OPTIONS, **part) -> Observation:
-    return observe(given_case.graph, given_case.recorded, {}, given_case.spec, options, Talk(), **part)
+    calls = calls_of(given_case)
+    return observe(given_case.graph, calls, options, Talk(), chosen=calls.batches(options.batch_size, **part))
+
+
+def calls_of(given_case: Case) -> RecordedCalls:
+    return RecordedCalls(given_case.recorded, {}, given_case.spec)
 
 
 def check_against_numpy(case_: Case) -> None:
@@ -180,14 +186,14 @@ def test_old_opset_is_refused() -> None:
     model.graph.opset_imports[""] = 13
     small = denoiser_case()
     with pytest.raises(ModelError, match="opset 13"):
-        observe(layer_graph(model), small.recorded, {}, small.spec, OPTIONS, Talk())
+        observe(layer_graph(model), calls_of(small), OPTIONS, Talk())
 
 
 def test_observing_leaves_the_graph_as_it_was() -> None:
     small = denoiser_case()
     graph = small.graph
     before = ir.to_proto(graph.model).SerializeToString(deterministic=True)
-    observe(graph, small.recorded, {}, small.spec, OPTIONS, Talk())
+    observe(graph, calls_of(small), OPTIONS, Talk())
     assert ir.to_proto(graph.model).SerializeToString(deterministic=True) == before
 
 
@@ -207,7 +213,7 @@ def test_external_weights_are_linked_not_copied(tmp_path: Path) -> None:
     with open_session(graph.model.clone(), Listening(), scratch=tmp_path):
         assert data.stat().st_nlink == 2
     assert data.stat().st_nlink == 1 and lines == []
-    external = observe(graph, small.recorded, {}, small.spec, OPTIONS, Talk(), scratch=tmp_path)
+    external = observe(graph, calls_of(small), OPTIONS, Talk(), scratch=tmp_path)
     inline = seen(small)
     np.testing.assert_allclose(external.square_sum, inline.square_sum, rtol=1e-6)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
@@ -246,10 +252,10 @@ def test_shapes_are_the_same_whether_declared_inferred_or_found_by_running(monke
     runs: list[object] = []
     real = shapes_module.open_session
     monkeypatch.setattr(shapes_module, "open_session", lambda *a, **k: (runs.append(a), real(*a, **k))[1])
-    found = [activation_shapes(c.graph, c.recorded, {}, c.spec, Talk()) for c in (declared, bare)]
+    found = [activation_shapes(c.graph, calls_of(c), Talk()) for c in (declared, bare)]
     assert not runs
     monkeypatch.setattr(shapes_module, "inferred_shapes", lambda *_: {})
-    found.append(activation_shapes(bare.graph, bare.recorded, {}, bare.spec, Talk()))
+    found.append(activation_shapes(bare.graph, calls_of(bare), Talk()))
     assert len(runs) == 1
     expected = {"with_t_out": ActivationShape((1, 4, 6, 6), 0), "relu_out": ActivationShape((1, 8, 3, 3), 0)}
     assert found == [expected] * 3
@@ -258,9 +264,9 @@ def test_shapes_are_the_same_whether_declared_inferred_or_found_by_running(monke
 def test_a_wrongly_declared_shape_is_an_error() -> None:
     small = two_convs()
     graph = small.graph
-    shapes = activation_shapes(graph, small.recorded, {}, small.spec, Talk())
+    shapes = activation_shapes(graph, calls_of(small), Talk())
     wrong = ActivationShape((1, 8, 3, 1), 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mpq_deploy.calibrate.observers.activation_shapes", lambda *_: shapes | {"relu_out": wrong})
         with pytest.raises(ModelError, match="'relu_out' is not of the shape"):
-            observe(graph, small.recorded, {}, small.spec, OPTIONS, Talk())
+            observe(graph, calls_of(small), OPTIONS, Talk())

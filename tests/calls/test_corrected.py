@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mpq_deploy.calls.corrected import corrected_sampler
-from mpq_deploy.calls.loop import denoise, initial_noise
+from mpq_deploy.calls.loop import GuidedDenoiser, denoise, initial_noise
 from mpq_deploy.calls.sampler import SamplerKind, make_sampler
 from mpq_deploy.errors import UsageError
 from mpq_deploy.models.spec import DenoiserSpec, InputSpec
@@ -39,7 +39,7 @@ def samples(spec: DenoiserSpec, correction: Correction | None, quantized: bool, 
     if correction is not None:
         sampler, _ = corrected_sampler(sampler, correction, spec)
     conditions = {"y": np.float32([0.0, 0.3, -0.2])}
-    return denoise(model, sampler, initial_noise(spec, 3, 0), np.array([1, 2, 1]), conditions, spec, 2)
+    return denoise(GuidedDenoiser(model, spec, conditions), sampler, initial_noise(spec, 3, 0), np.array([1, 2, 1]), 2)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])

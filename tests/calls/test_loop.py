@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpq_deploy.calls.loop import denoise, initial_noise
+from mpq_deploy.calls.loop import GuidedDenoiser, denoise, initial_noise
 from mpq_deploy.calls.sampler import make_sampler
 from mpq_deploy.errors import ModelError
 from mpq_deploy.models.spec import DenoiserSpec, InputSpec
@@ -33,7 +33,7 @@ def shifting(sample: Array, timestep: Any, conditions: dict[str, Array]) -> Arra
 def run(spec: DenoiserSpec = SPEC, batch_size: int = 8, denoiser: Any = shifting, on_call: Any = None) -> Array:
     sampler = make_sampler(spec.scheduler, 4)
     noise = initial_noise(spec, len(ROWS), 0)
-    return denoise(denoiser, sampler, noise, ROWS, CONDITIONS, spec, batch_size, on_call)
+    return denoise(GuidedDenoiser(denoiser, spec, CONDITIONS, on_call), sampler, noise, ROWS, batch_size)
 
 
 def test_the_batch_size_does_not_matter() -> None:
@@ -42,7 +42,9 @@ def test_the_batch_size_does_not_matter() -> None:
 
 def test_samples_of_one_row_and_noise_are_equal_and_rows_differ() -> None:
     noise = np.repeat(initial_noise(SPEC, 1, 0), 3, axis=0)
-    x = denoise(shifting, make_sampler(SPEC.scheduler, 4), noise, np.array([1, 1, 2]), CONDITIONS, SPEC, 8)
+    x = denoise(
+        GuidedDenoiser(shifting, SPEC, CONDITIONS), make_sampler(SPEC.scheduler, 4), noise, np.array([1, 1, 2]), 8
+    )
     np.testing.assert_array_equal(x[0], x[1])
     assert np.abs(x[0] - x[2]).max() > 1e-3
 

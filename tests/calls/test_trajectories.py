@@ -9,8 +9,9 @@ import pytest
 
 from mpq_deploy.calibrate.calibrate import calibrate
 from mpq_deploy.calibrate.options import CalibrationOptions
+from mpq_deploy.calibrate.spread_calibration import CalibrationSetup
 from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
-from mpq_deploy.calls.loop import denoise, initial_noise
+from mpq_deploy.calls.loop import GuidedDenoiser, denoise, initial_noise
 from mpq_deploy.calls.sampler import make_sampler
 from mpq_deploy.calls.timesteps import sampled_steps
 from mpq_deploy.calls.trajectories import cycled_rows, record_trajectories
@@ -67,14 +68,14 @@ def test_recorded_calls_are_those_of_the_loop_and_stop_after_the_last() -> None:
     spec, labels = spec_of(), {"label": np.arange(5)}
     options = CalibrationOptions(timesteps=3, samples=7, steps=12, batch_size=4, seed=3)
     denoiser = Counting()
-    recorded = record_trajectories(denoiser, make_sampler(SCHEDULER, 12), spec, labels, options, Talk())
+    recorded = record_trajectories(GuidedDenoiser(denoiser, spec, labels), make_sampler(SCHEDULER, 12), options, Talk())
     steps = sampled_steps(12, 3)
     assert recorded.samples.shape == (3, 7, 3, 4, 4) and recorded.samples.dtype == np.float32
     assert len(denoiser.calls) == 2 * (int(steps[-1]) + 1)
     every = Counting()
     rows = cycled_rows(spec, labels, 7, 3)
     sampler = make_sampler(SCHEDULER, 12)
-    denoise(every, sampler, initial_noise(spec, 7, 3), rows, labels, spec, 4)
+    denoise(GuidedDenoiser(every, spec, labels), sampler, initial_noise(spec, 7, 3), rows, 4)
     for number, step in enumerate(steps):
         fed = np.concatenate([sample for sample, _, _ in every.calls[2 * step : 2 * step + 2]])
         np.testing.assert_array_equal(recorded.samples[number], fed)
@@ -86,7 +87,9 @@ def test_guidance_records_both_halves() -> None:
     spec = spec_of(guidance_scale=3.0, uncond_row=2)
     options = CalibrationOptions(timesteps=2, samples=6, steps=4, batch_size=4)
     labels = {"label": np.arange(4)}
-    recorded = record_trajectories(Counting(), make_sampler(SCHEDULER, 4), spec, labels, options, Talk())
+    recorded = record_trajectories(
+        GuidedDenoiser(Counting(), spec, labels), make_sampler(SCHEDULER, 4), options, Talk()
+    )
     assert recorded.samples.shape[1] == len(recorded.rows) == 12
     assert (recorded.rows == 2).sum() == 6
     assert sorted(set(recorded.rows[recorded.rows != 2].tolist())) == [0, 1, 3]
@@ -114,8 +117,8 @@ def test_calibrate_end_to_end_is_deterministic_and_survives_the_disk(tiny, tmp_p
     path, spec = tiny
     graph = layer_graph(load_model(path))
     options = CalibrationOptions(timesteps=3, samples=4, steps=6, batch_size=3)
-    recorded, stats = calibrate(path, graph, spec, {}, options, Talk(), scratch=tmp_path)
-    again = calibrate(path, graph, spec, {}, options, Talk())
+    recorded, stats = calibrate(CalibrationSetup(path, spec, {}, options), graph, Talk(), scratch=tmp_path)
+    again = calibrate(CalibrationSetup(path, spec, {}, options), graph, Talk())
     assert set(stats.activations) == set(graph.activations)
     recorded.save(tmp_path / "set.npz")
     stats.save(tmp_path / "stats.npz")
@@ -132,7 +135,7 @@ def test_too_many_timesteps_is_refused_before_anything_runs(tiny) -> None:
     path, spec = tiny
     options = CalibrationOptions(timesteps=30, steps=20)
     with pytest.raises(UsageError, match="30"):
-        calibrate(path, layer_graph(load_model(path)), spec, {}, options, Talk())
+        calibrate(CalibrationSetup(path, spec, {}, options), layer_graph(load_model(path)), Talk())
 
 
 def test_nan_weight_is_named(tmp_path: Path) -> None:
@@ -146,7 +149,7 @@ def test_nan_weight_is_named(tmp_path: Path) -> None:
     spec = spec_of(sample=InputSpec(name="sample", shape=(3, 8, 8)), conditions=())
     options = CalibrationOptions(timesteps=2, samples=2, steps=4)
     with pytest.raises(ModelError, match=r"NaN or Inf at timestep .*'down.conv1'"):
-        calibrate(path, layer_graph(load_model(path)), spec, {}, options, Talk())
+        calibrate(CalibrationSetup(path, spec, {}, options), layer_graph(load_model(path)), Talk())
 
 
 @pytest.mark.parametrize("wrong", [{"samples": 0}, {"scale_method": "best"}, {"percentile": 40.0}, {"reservoir": 0}])

@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from mpq_deploy.calls.loop import denoise, initial_noise
+from mpq_deploy.calls.loop import GuidedDenoiser, denoise, initial_noise
 from mpq_deploy.calls.sampler import make_sampler
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.evaluate import evaluate as module
@@ -142,7 +142,9 @@ def test_agrees_with_a_plain_loop(files, count, turns):
     images = {}
     for name in ("float", "ours"):
         hook = (lambda i, t, x, r: calls.append((i, t, x, r))) if name == "float" else None
-        images[name] = denoise(OrtDenoiser(files[name], spec), sampler, noise, rows, CONDITIONS, spec, 5, on_call=hook)
+        images[name] = denoise(
+            GuidedDenoiser(OrtDenoiser(files[name], spec), spec, CONDITIONS, hook), sampler, noise, rows, 5
+        )
     errors = []
     for index, turn in zip((1, 3, 5), turns, strict=True):
         _, timestep, inputs, _ = calls[index]

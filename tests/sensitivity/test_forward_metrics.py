@@ -134,7 +134,7 @@ def test_gain_of_the_last_layer_is_one(denoiser: Setting) -> None:
     calls = Calls(graph, spec, calibration, conditions, 4)
     options = MeasureOptions(samples=4)
     local = local_errors(graph, candidates, stats, calls, options, Talk())
-    gains = propagation_gains(graph, graph.layers, local, calls, spec, options, Talk())
+    gains = propagation_gains(graph, graph.layers, local, calls, options, Talk())
     assert gains["conv_out"] == pytest.approx(np.ones(2), rel=0.15)
 
 

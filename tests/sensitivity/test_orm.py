@@ -11,6 +11,7 @@ import pytest
 
 from mpq_deploy.allocate.milp import allocate
 from mpq_deploy.allocate.problem import LayerChoice, Problem
+from mpq_deploy.calls.feeds import RecordedCalls
 from mpq_deploy.calls.timesteps import adaptive_steps, sampled_steps, stride_shares
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.formats.scheme import SCHEMES
@@ -293,8 +294,8 @@ def test_the_first_pass_follows_the_graph() -> None:
     g.output("out_sample", ["N", 5])
     case = setting(g, (6,), steps=20, calls=8)
     case.calibration.samples[:] = case.calibration.samples[0]
-    arguments = (case.graph, case.calibration, case.conditions, case.spec, OPTIONS, Talk())
-    chosen = adapted_steps(*arguments, count=6, coarse=10)
+    recorded = RecordedCalls(case.calibration, case.conditions, case.spec)
+    chosen = adapted_steps(case.graph, recorded, OPTIONS, Talk(), count=6, coarse=10)
     # Timesteps fall from 800: those below 200 are the last five of twenty.
     assert (chosen >= 13).sum() >= 5
 

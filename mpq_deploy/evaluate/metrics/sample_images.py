@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from mpq_deploy.calls.loop import denoise
+from mpq_deploy.calls.loop import GuidedDenoiser, denoise
 from mpq_deploy.calls.sampler import make_sampler
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.evaluate.cache import SampleCache, arrays_digest, model_digest, model_files
@@ -192,12 +192,10 @@ def sample_shard(shard: Shard) -> Array:
     seed = int(np.random.SeedSequence((source.seed, shard.start)).generate_state(1)[0])
     sampler = make_sampler(spec.scheduler, options.steps, seed, options.sampler)
     samples = denoise(
-        denoiser,
+        GuidedDenoiser(denoiser, spec, shard.conditions),
         sampler,
         shard_noise(spec, shard.start, len(shard.rows), source.seed),
         np.array(shard.rows),
-        shard.conditions,
-        spec,
         options.batch_size,
     )
     if shard.decoder is None:

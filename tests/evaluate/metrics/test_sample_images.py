@@ -5,7 +5,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from mpq_deploy.calls.loop import denoise, initial_noise
+from mpq_deploy.calls.loop import GuidedDenoiser, denoise, initial_noise
 from mpq_deploy.calls.sampler import make_sampler
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.evaluate.metrics import sample_images as module
@@ -89,7 +89,9 @@ def test_shards_are_the_images_of_one_long_batch(sources):
     sampler = make_sampler(spec.scheduler, 3)
     rows = np.arange(10) % 4
     noise = initial_noise(spec, 10, 3)
-    whole = denoise(OrtDenoiser(sources["float"].model, spec), sampler, noise, rows, CONDITIONS, spec, 10)
+    whole = denoise(
+        GuidedDenoiser(OrtDenoiser(sources["float"].model, spec), spec, CONDITIONS), sampler, noise, rows, 10
+    )
     pixels = np.rint((np.clip(whole, -1, 1) + 1) * 127.5).transpose(0, 2, 3, 1)
     assert np.abs(found.images["float"].astype(int) - pixels).max() <= 1
     np.testing.assert_array_equal(found.rows, rows)

@@ -12,6 +12,7 @@ import pytest
 
 from mpq_deploy.calibrate.activation_shapes import activation_shapes
 from mpq_deploy.calibrate.stats import CalibrationSet
+from mpq_deploy.calls.feeds import RecordedCalls
 from mpq_deploy.errors import UsageError
 from mpq_deploy.formats.candidates import choices_for, round_candidates, weight_matrix
 from mpq_deploy.formats.scheme import SCHEMES
@@ -166,7 +167,7 @@ def test_shapes_are_found_along_the_batch(tmp_path: Path) -> None:
         scheduler={},
     )
     recorded = CalibrationSet(np.array([0.0]), feeds(text)["sample"][None], np.arange(len(text)))
-    found = activation_shapes(graph, recorded, {"text": text}, spec, Talk())
+    found = activation_shapes(graph, RecordedCalls(recorded, {"text": text}, spec), Talk())
     rest = found[next(layer.inputs[0] for layer in graph.layers if layer.name == "attn2.to_k")]
     assert (rest.shape, rest.batch_axis) == ((1, TOKENS - 1, WIDTH), 0)
 
