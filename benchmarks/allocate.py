@@ -15,14 +15,12 @@ than the MILP's.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
-from table import Page, markdown, verdict
+from table import Page, bench_parser, markdown, verdict
 
 from mpq_deploy.allocate.cross_terms import allocate_with_cross_terms
 from mpq_deploy.allocate.milp import Allocation, allocate
@@ -156,12 +154,11 @@ def cross_row(layers: int, seed: int, budget: float) -> tuple[list[str], float, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = bench_parser(__doc__, recipe=False)
     parser.add_argument("--layers", type=int, default=1000)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.265, 0.28, 0.3, 0.35, 0.4, 0.5, 0.6])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--cross-budgets", type=float, nargs="*", default=[0.28, 0.35, 0.5])
-    parser.add_argument("--page", type=Path, help="keep the result as a Markdown page")
     chosen = parser.parse_args()
     found = [row(chosen.layers, seed, budget) for seed in chosen.seeds for budget in chosen.budgets]
     header = ("seed", "budget", "of FP16", "seconds", "gap, HiGHS", "gap, Lagrangian bound", "status")

@@ -13,13 +13,11 @@ checks are added to the list. A second call reuses every stage and every sample 
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
-from table import Page, bench_recipe, decibels, made_by_stages, markdown, verdict, weights_digest
+from table import Page, bench_parser, bench_recipe, decibels, made_by_stages, markdown, verdict, weights_digest
 
 from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.studies.sweep import parse_budgets, run_sweep
@@ -86,13 +84,11 @@ def infinite(psnr_db: float | None) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = bench_parser(__doc__)
     parser.add_argument("model", nargs="?", help="a bundled model's name, a diffusers folder, an ONNX file")
     parser.add_argument("--budgets", default="0.26:0.5", help="FROM:TO, FROM:TO:STEP or a comma-separated list")
     parser.add_argument("--recipe", type=Path, help="a recipe to start from")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe entry, repeatable")
     parser.add_argument("-o", "--out", type=Path, help="run folder (default: runs/bench-budgets-NAME)")
-    parser.add_argument("--page", type=Path, help="keep the result as a Markdown page")
     chosen = parser.parse_args()
     recipe = bench_recipe(chosen.recipe, chosen.set, {"model": chosen.model, "engine.build": False})
     budgets = sorted({*parse_budgets(chosen.budgets), *LEADS})
@@ -103,9 +99,7 @@ def main() -> None:
         page.say(f"{weights_digest(pipeline.run)}\n\n{made_by_stages(pipeline.run, STAGES)}")
     page.say(budget_table(result["points"], result["controls"]))
     checks = [*lead_checks(result["points"], result["controls"]["int8"]), ratio_check(result["points"])]
-    page.say("\n".join(line for _, line in checks))
-    page.save(chosen.page)
-    sys.exit(0 if all(passed for passed, _ in checks) else 1)
+    page.conclude(checks, chosen.page)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,12 @@ the steps (without clipping). The check fails when the correction raises the out
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from table import Page, bench_recipe, decibels, made_by_stages, markdown, verdict, weights_digest
+from table import Page, bench_parser, bench_recipe, decibels, made_by_stages, markdown, verdict, weights_digest
 
 from mpq_deploy.errors import InfeasibleBudgetError
 from mpq_deploy.evaluate.evaluate import evaluate
@@ -150,11 +149,9 @@ def measure_model(model: str, changes: list[str], out: Path, page: Page) -> list
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = bench_parser(__doc__)
     parser.add_argument("models", nargs="*", default=["emoji", "digits"], help="bundled names, folders, ONNX files")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe entry, repeatable")
     parser.add_argument("-o", "--out", type=Path, default=Path("runs/bench-correction"), help="folder of run folders")
-    parser.add_argument("--page", type=Path, help="keep the result as a Markdown page")
     chosen = parser.parse_args()
     page = Page("PTQD's correction of the sampler")
     page.say(ABOUT)

@@ -11,11 +11,9 @@ code is 1 when one fails.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 
-from table import Page, bench_recipe, markdown, verdict, weights_digest
+from table import Page, bench_parser, bench_recipe, markdown, verdict, weights_digest
 
 from mpq_deploy.evaluate.metrics.kept import ImageMetrics
 from mpq_deploy.evaluate.metrics.measure_images import MetricsOptions, measure_metrics
@@ -62,13 +60,11 @@ def time_check(metrics: ImageMetrics) -> tuple[bool, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = bench_parser(__doc__)
     parser.add_argument("model", nargs="?", choices=DEMOS, default=DEMOS[0], help="a bundled model")
     parser.add_argument("--images", type=int, default=1000, help="of each model (default 1000)")
     parser.add_argument("--workers", type=int, help="processes that sample (default: one per core)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe entry, repeatable")
     parser.add_argument("-o", "--out", type=Path, help="run folder (default: runs/bench-images-MODEL)")
-    parser.add_argument("--page", type=Path, help="keep the result as a Markdown page")
     chosen = parser.parse_args()
     recipe = bench_recipe(None, chosen.set, {"model": chosen.model, "budget": "0.35", "engine.build": False})
     options = MetricsOptions(images=chosen.images, workers=chosen.workers, controls=True)
@@ -87,9 +83,7 @@ def main() -> None:
         passed.append(time_check(metrics))
     else:
         page.say("The time was not checked, for some of the images were cached.")
-    page.say("\n".join(line for _, line in passed))
-    page.save(chosen.page)
-    sys.exit(0 if all(held for held, _ in passed) else 1)
+    page.conclude(passed, chosen.page)
 
 
 if __name__ == "__main__":

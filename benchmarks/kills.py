@@ -12,7 +12,6 @@ one graph by TensorRT differ there in a few bytes. After each kill no process of
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -26,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from table import Page, bench_recipe, markdown, verdict
+from table import Page, bench_parser, bench_recipe, markdown, verdict
 
 from mpq_deploy.engine.builder import LAYERS, RECORD
 from mpq_deploy.run.folder import RunFolder
@@ -124,12 +123,10 @@ def next_stage(run: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = bench_parser(__doc__)
     parser.add_argument("model", nargs="?", default="digits", help="what `mpq-deploy build` takes")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe entry, repeatable")
-    parser.add_argument("--page", type=Path, help="keep the result as a Markdown page")
     chosen = parser.parse_args()
     page = Page("Killed at random")
     rng = np.random.default_rng(chosen.seed)

@@ -11,16 +11,14 @@ an estimate is off by more than a quarter of the peak.
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from scale import SETTINGS, STAGES, StageCost, in_child
 from scale_models import SIZES
-from table import Page, bench_recipe, markdown, verdict
+from table import Page, bench_parser, bench_recipe, markdown, verdict
 
 from mpq_deploy.recipe import Recipe, load_recipe
 from mpq_deploy.run.folder import RunFolder
@@ -92,13 +90,11 @@ def ratio(estimate: StageMemory, cost: StageCost) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = bench_parser(__doc__)
     choices = [*DEMOS, "dit", *SIZES]
     parser.add_argument("models", nargs="*", choices=[[], *choices], metavar="MODEL", help=", ".join(choices))
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe entry, repeatable")
     parser.add_argument("-o", "--out", type=Path, default=Path("runs") / "bench-scale", help="folder of the runs")
     parser.add_argument("--kept", action="store_true", help="run nothing: judge the costs that are kept")
-    parser.add_argument("--page", type=Path, help="keep the result as a Markdown page")
     chosen = parser.parse_args()
     page, checks = Page("Memory estimates beside measured peaks"), []
     for name in chosen.models or ("digits", "dit"):
@@ -111,9 +107,7 @@ def main() -> None:
         passed = abs(worst - 1) <= SHARE
         what = f"{name}: each of {len(found)} estimates lies within {SHARE:.0%} of the peak"
         checks.append((passed, verdict(passed, what, f"the worst is {worst:.2f} of it")))
-    page.say("\n".join(line for _, line in checks))
-    page.save(chosen.page)
-    sys.exit(0 if all(passed for passed, _ in checks) else 1)
+    page.conclude(checks, chosen.page)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ and without a branch. The checks are relations between results of this very run,
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -24,7 +23,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import yaml
-from table import Page, bench_recipe, decibels, markdown, verdict
+from table import Page, bench_parser, bench_recipe, decibels, markdown, verdict
 
 from mpq_deploy.evaluate.evaluate import evaluate
 from mpq_deploy.evaluate.evaluation_result import EvaluationOptions, VariantResult
@@ -187,12 +186,10 @@ def table(found: dict[str, tuple[VariantResult, float]]) -> str:
 
 def main() -> int:
     """Measure, print the page, and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bench_parser(__doc__)
     parser.add_argument("model", nargs="?", default="digits")
     parser.add_argument("-o", "--run", type=Path, default=Path("runs/bench-outliers"))
     parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--page", type=Path, help="also write the page to this file")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="recipe entries")
     options = parser.parse_args()
     branches = {"allocate.branches": ["rows", "cols", "lowrank", "scale"], "engine.build": False}
     page = Page(f"Outlier branches: {options.model} and its rescaled twin")

@@ -27,7 +27,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from table import Page, markdown, verdict
+from table import Page, bench_parser, markdown, verdict
 
 from mpq_deploy.run.folder import RunFolder
 
@@ -292,7 +292,7 @@ def package_version(python: str, package: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = bench_parser(__doc__, recipe=False)
     parser.add_argument("--model", help="what mpq-deploy build takes (default: the UNet with random weights)")
     parser.add_argument(
         "--budgets",
@@ -303,7 +303,6 @@ def main() -> None:
     parser.add_argument("--onnxsim-python", metavar="PYTHON", help="the Python of an environment with onnxsim")
     parser.add_argument("--modelopt-python", metavar="PYTHON", help="the Python of an environment with Model Optimizer")
     parser.add_argument("-o", "--out", type=Path, help="scratch folder (default: runs/bench-peers[-NAME])")
-    parser.add_argument("--page", type=Path, help="keep the result as a Markdown page")
     chosen = parser.parse_args()
     name = Path(chosen.model).stem if chosen.model else ""
     bench = Bench(chosen.out or Path("runs") / f"bench-peers{'-' if name else ''}{name}")
@@ -325,9 +324,7 @@ def main() -> None:
         page.say(" ".join(skipped))
     checks = comparisons(done) if chosen.model is None else []
     if checks:
-        page.say("\n".join(line for _, line in checks))
-    page.save(chosen.page)
-    sys.exit(0 if all(passed for passed, _ in checks) else 1)
+        page.conclude(checks, chosen.page)
 
 
 if __name__ == "__main__":

@@ -14,15 +14,13 @@ worse by more than two standard errors, or when it brings no model a gain of tha
 
 from __future__ import annotations
 
-import argparse
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from table import Page, bench_recipe, made_by_stages, markdown, verdict, weights_digest
+from table import Page, bench_parser, bench_recipe, made_by_stages, markdown, verdict, weights_digest
 
 from mpq_deploy.errors import InfeasibleBudgetError
 from mpq_deploy.evaluate.evaluate import evaluate
@@ -170,14 +168,12 @@ def checks(model: str, rows: list[Row]) -> list[tuple[bool, str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = bench_parser(__doc__)
     parser.add_argument("models", nargs="*", default=["emoji", "digits"], help="what `mpq-deploy build` takes")
     parser.add_argument("--budgets", default="0.26:0.5", help="FROM:TO, FROM:TO:STEP or a comma-separated list")
     parser.add_argument("--images", type=int, default=640, help="fresh trajectories behind every measured error")
     parser.add_argument("--seed", type=int, default=20260)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe entry, repeatable")
     parser.add_argument("-o", "--out", type=Path, default=Path("runs"), help="where the run folders are")
-    parser.add_argument("--page", type=Path, help="keep the result as a Markdown page")
     chosen = parser.parse_args()
     page = Page("Predicted and measured error, and the cross terms between layers")
     judged, best = [], []
@@ -199,9 +195,7 @@ def main() -> None:
     gains = any(row.change < -SIGNIFICANT * row.change_error for row in best)
     said = ", ".join(f"{row.change:+.1%} ± {row.change_error:.1%} (at {row.budget:g})" for row in best)
     judged.append((gains, verdict(gains, "refining gains somewhere beyond noise", said)))
-    page.say("\n".join(line for _, line in judged))
-    page.save(chosen.page)
-    sys.exit(0 if all(passed for passed, _ in judged) else 1)
+    page.conclude(judged, chosen.page)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,12 @@ than 10 layers are not judged). A second call reuses every metric that is still 
 
 from __future__ import annotations
 
-import argparse
 import fnmatch
 import sys
 import time
 from pathlib import Path
 
-from table import Page, bench_recipe, markdown, verdict, weights_digest
+from table import Page, bench_parser, bench_recipe, markdown, verdict, weights_digest
 
 import mpq_deploy.sensitivity
 from mpq_deploy.formats.scheme import SCHEMES
@@ -128,14 +127,12 @@ def costs(run: Run, found: Found) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = bench_parser(__doc__)
     parser.add_argument("model", nargs="?", default="digits", help="as of mpq-deploy build (default: digits)")
     parser.add_argument("--layers", default="*", help="a shell pattern: the truth of these layers only")
     parser.add_argument("--every", type=int, default=1, help="of these, every nth")
     parser.add_argument("--recipe", type=Path, help="a recipe to start from")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe entry, repeatable")
     parser.add_argument("-o", "--out", type=Path, help="run folder (default: runs/bench-probe-quality-NAME)")
-    parser.add_argument("--page", type=Path, help="keep the result as a Markdown page")
     chosen = parser.parse_args()
     # Branches would multiply the single layers to quantize, which take minutes as it is; --set brings them back.
     values = {"model": chosen.model, "engine.build": False, "allocate.branches": []}

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from table import Page, bench_recipe, decibels, markdown, verdict, weights_digest
+from table import Page, bench_parser, bench_recipe, decibels, markdown, verdict, weights_digest
 
 from mpq_deploy.evaluate.evaluation_result import Evaluation
 from mpq_deploy.evaluate.variants import evaluate_variants
@@ -137,15 +137,13 @@ def planned(run: Run) -> Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = bench_parser(__doc__)
     parser.add_argument("models", nargs="*", default=["emoji", "digits"], help="bundled names, folders, ONNX files")
     parser.add_argument("--budget", default="0.27")
     parser.add_argument("--steps", type=int, default=2050, help="updates of each training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[4, 5, 6])
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe entry, repeatable")
     parser.add_argument("-o", "--out", type=Path, default=Path("runs/bench-recover"), help="folder of run folders")
-    parser.add_argument("--page", type=Path, help="keep the result as a Markdown page")
     chosen = parser.parse_args()
     page = Page("Recovery")
     page.say(ABOUT)

@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from seeds import Bench, Plan, Result, simulated_schemes, with_shared_bits
-from table import Page, bench_recipe, markdown, verdict, weights_digest
+from paper_claims import Bench, Plan, Result, simulated_schemes, with_shared_bits
+from table import Page, bench_parser, bench_recipe, markdown, verdict, weights_digest
 
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
 from mpq_deploy.recover.recover import recover, write_recovered
@@ -207,16 +207,14 @@ def checks(model: str, rows: dict[str, list[Row]], float_real: float, page: Page
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = bench_parser(__doc__)
     parser.add_argument("models", nargs="*", default=["digits"], help="bundled models")
     parser.add_argument("--bits", default="w2a4", help="of the uniform plan, such as w2a4 or w3a6")
     parser.add_argument("--steps", type=int, default=400, help="updates of each training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[4, 5, 6])
     parser.add_argument("--samples", type=int, default=512, help="images behind each Frechet distance")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe entry, repeatable")
     parser.add_argument("-o", "--out", type=Path, default=Path("runs/bench-seeds"), help="folder of run folders")
-    parser.add_argument("--page", type=Path, help="keep the result as a Markdown page")
     chosen = parser.parse_args()
     page = Page("Recovery at low bits (simulated)")
     passed = [ok for model in chosen.models for ok in measure_model(model, chosen, page)]

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from table import Page, bench_recipe, markdown, verdict
+from table import Page, bench_parser, bench_recipe, markdown, verdict
 
 from mpq_deploy.recover.recover import expected_memory, recover
 from mpq_deploy.recover.training_trajectories import TrajectoryRecorder
@@ -95,11 +95,9 @@ def measure_model(model: str, changes: Sequence[str], out: Path, page: Page) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = bench_parser(__doc__)
     parser.add_argument("models", nargs="*", default=["digits", "emoji"], help="bundled names, folders, ONNX files")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe entry, repeatable")
     parser.add_argument("-o", "--out", type=Path, default=Path("runs/bench-memory"), help="folder of run folders")
-    parser.add_argument("--page", type=Path, help="keep the result as a Markdown page")
     parser.add_argument("--child", metavar="JSON", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.child:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from predict import Truth, relative_error
-from table import Page, bench_recipe, markdown, verdict, weights_digest
+from table import Page, bench_parser, bench_recipe, markdown, verdict, weights_digest
 
 from mpq_deploy.rounding.candidate_store import control_scheme
 from mpq_deploy.run.pipeline import open_pipeline
@@ -52,12 +52,11 @@ def measure_model(model: str, chosen: argparse.Namespace, page: Page) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = bench_parser(__doc__, recipe=False)
     parser.add_argument("models", nargs="*", default=["digits"], help="what `mpq-deploy build` takes")
     parser.add_argument("--images", type=int, default=128, help="fresh trajectories behind every error")
     parser.add_argument("--seed", type=int, default=20260)
     parser.add_argument("-o", "--out", type=Path, default=Path("runs"), help="where the run folders are")
-    parser.add_argument("--page", type=Path, help="keep the result as a Markdown page")
     chosen = parser.parse_args()
     page = Page("Rounding")
     passed = [measure_model(model, chosen, page) for model in chosen.models]

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from scale_models import SIZES, make_model
-from table import Page, bench_recipe, markdown, verdict
+from table import Page, bench_parser, bench_recipe, markdown, verdict
 
 from mpq_deploy.recipe import Recipe, load_recipe
 from mpq_deploy.run.pipeline import open_pipeline
@@ -191,14 +191,12 @@ def goals(size: str, costs: Sequence[StageCost], recipe: Recipe) -> list[tuple[b
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = bench_parser(__doc__)
     parser.add_argument("sizes", nargs="*", choices=[[], *SIZES], metavar="SIZE", help=", ".join(SIZES))
     parser.add_argument("--latent", type=int, default=32, help="side of the latent (default 32)")
     parser.add_argument("--until", default=STAGES[-1], choices=STAGES, help="the last stage")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe entry, repeatable")
     parser.add_argument("-o", "--out", type=Path, default=Path("runs") / "bench-scale", help="folder of the runs")
     parser.add_argument("--keep", action="store_true", help="keep models and runs, which take gigabytes")
-    parser.add_argument("--page", type=Path, help="keep the result as a Markdown page")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.child == "model":
@@ -220,9 +218,7 @@ def main() -> None:
         if not chosen.keep:
             shutil.rmtree(work)
     if checks:
-        page.say("\n".join(line for _, line in checks))
-    page.save(chosen.page)
-    sys.exit(0 if all(passed for passed, _ in checks) else 1)
+        page.conclude(checks, chosen.page)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from table import Page, bench_recipe, markdown, verdict
+from table import Page, bench_parser, bench_recipe, markdown, verdict
 
 from mpq_deploy.calibrate.stats import CalibrationSet
 from mpq_deploy.calls.feeds import RecordedCalls
@@ -262,16 +262,14 @@ def source_of(model: str, out: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = bench_parser(__doc__)
     parser.add_argument("models", nargs="*", default=[UNET], help="what mpq-deploy build takes (default: unet)")
     parser.add_argument("--until", default=ORDER[-1], choices=ORDER, help="the last stage")
     parser.add_argument("--fresh", action="store_true", help="measure again what is kept")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe entry, repeatable")
     parser.add_argument(
         "--curve", nargs="+", type=Path, default=[], metavar="COSTS", help="costs.json of scale.py --keep"
     )
     parser.add_argument("-o", "--out", type=Path, default=Path("runs") / "bench-speed", help="folder of the runs")
-    parser.add_argument("--page", type=Path, help="keep the result as a Markdown page")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.child:
@@ -292,9 +290,7 @@ def main() -> None:
         checks += goals(model, costs)
     if chosen.curve:
         page.say(f"## Over the model's size\n\n{curve(chosen.curve)}")
-    page.say("\n".join(line for _, line in checks))
-    page.save(chosen.page)
-    sys.exit(0 if all(passed for passed, _ in checks) else 1)
+    page.conclude(checks, chosen.page)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""What the benchmarks share: Markdown tables, PASS/FAIL lines, and the page on which a result is kept."""
+"""What the benchmarks share: their options, Markdown tables, PASS/FAIL lines, and the page that keeps a result."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import shlex
@@ -9,7 +10,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -73,6 +74,25 @@ class Page:
         head = [f"# {self._title}", f"```sh\n{command()}\n```", versions() + "."]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n\n".join([*head, *self._parts]) + "\n", encoding="utf-8")
+
+    def conclude(self, checks: Sequence[tuple[bool, str]], path: Path | None) -> NoReturn:
+        """Say the checks, write the page, and exit: 0 when all passed, else 1."""
+        if checks:
+            self.say("\n".join(line for _, line in checks))
+        self.save(path)
+        sys.exit(0 if all(passed for passed, _ in checks) else 1)
+
+
+def bench_parser(description: str | None, recipe: bool = True) -> argparse.ArgumentParser:
+    """Return a parser with what every benchmark takes: ``--page``, and ``--set`` where it builds by a recipe."""
+    formatter = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
+    if recipe:
+        parser.add_argument(
+            "--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe entry, repeatable"
+        )
+    parser.add_argument("--page", type=Path, help="keep the result as a Markdown page")
+    return parser
 
 
 def bench_recipe(path: Path | None, changes: Sequence[str], values: dict[str, Any]) -> Recipe:

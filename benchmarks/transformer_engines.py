@@ -21,7 +21,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from table import Page, bench_recipe, markdown, verdict
+from table import Page, bench_parser, bench_recipe, markdown, verdict
 
 from mpq_deploy.engine.record import EngineRecord
 from mpq_deploy.errors import EngineError
@@ -166,13 +166,11 @@ def build(name: str, plans: list[str], chosen: argparse.Namespace) -> tuple[list
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = bench_parser(__doc__)
     parser.add_argument("--models", default=",".join(MODELS), help="of those in the table, by comma")
     parser.add_argument("--plans", default=";".join(PLANS), help="of those in the table, by semicolon")
     parser.add_argument("--seed", type=int, default=0, help="of the weights")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the recipe")
     parser.add_argument("-o", "--out", type=Path, default=Path("runs"), help="where the run folders are")
-    parser.add_argument("--page", type=Path, help="keep the result as a Markdown page")
     chosen = parser.parse_args()
     page = Page("Engines of diffusion transformers")
     page.say((__doc__ or "").split("\n\n")[2].replace("\n", " "))

@@ -10,19 +10,17 @@ stage depend on the number of workers.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
 import resource
 import shutil
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from table import Page, bench_recipe, markdown, verdict
+from table import Page, bench_parser, bench_recipe, markdown, verdict
 
 from mpq_deploy.recipe import Recipe
 from mpq_deploy.run.pipeline import STAGES, open_pipeline
@@ -89,14 +87,12 @@ def rows_of(costs: dict[tuple[int, int | None], Cost]) -> list[list[str]]:
 
 def main() -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = bench_parser(__doc__)
     parser.add_argument("model", nargs="?", default="digits")
     parser.add_argument("--stages", default=STAGES_TIMED, help=f"comma-separated (default: {STAGES_TIMED})")
     parser.add_argument("--workers", default="1,2", help="numbers of workers, comma-separated")
     parser.add_argument("--threads", type=int, default=1, help="threads of a worker, beside the default ones")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe entry, repeatable")
     parser.add_argument("--run", type=Path, help="a run folder to use and keep (default: a temporary one)")
-    parser.add_argument("--page", type=Path, help="keep the result as a Markdown page")
     chosen = parser.parse_args()
     counts = [int(text) for text in chosen.workers.split(",")]
     recipe = bench_recipe(None, chosen.set, {"model": chosen.model, "engine.build": False})
@@ -115,9 +111,7 @@ def main() -> None:
                 said = f"{stage}: the same bytes for every number of workers at {threads or 'the default'} threads"
                 checks.append((len(found) == 1, verdict(len(found) == 1, said, ", ".join(sorted(found)))))
     page.say(f"{os.cpu_count()} cores. Settings: {', '.join(chosen.set) or 'the default recipe'}.")
-    page.say("\n".join(line for _, line in checks))
-    page.save(chosen.page)
-    sys.exit(0 if all(passed for passed, _ in checks) else 1)
+    page.conclude(checks, chosen.page)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ import pytest
 from mpq_deploy.allocate.problem import Problem
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-SCRIPTS = ("budgets", "probe_quality", "allocate", "peers", "correction", "seeds", "recover", "scale", "speed")
-SCRIPTS += ("workers",)
+# Not scripts: what they share, and the models of scale.py.
+SHARED = ("table", "scale_models")
+SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in SHARED)
 
 
 @pytest.fixture
@@ -186,7 +187,7 @@ def test_memory_of_a_process_tree_includes_its_children(script: ModuleType) -> N
     assert resident > private
 
 
-@using("seeds")
+@using("paper_claims")
 def test_what_was_measured_and_how_long_it_took_are_paragraphs_of_their_own(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,6 @@
-"""The seeds' claims in kind: MPQ-Diff's, MPQ-DM's and MPQ-DMv2's methods against uniform bits and our default.
+"""Three papers' claims in kind: MPQ-Diff's, MPQ-DM's and MPQ-DMv2's methods against uniform bits and our default.
 
-    python benchmarks/seeds.py [--models digits emoji]
+    python benchmarks/paper_claims.py [--models digits emoji]
 
 Three questions on each bundled model, every plan sampled from the same noise as the float model:
 
@@ -20,7 +20,6 @@ fails.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 import tempfile
@@ -28,7 +27,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from table import Page, bench_recipe, decibels, made_by_stages, markdown, verdict, weights_digest
+from table import Page, bench_parser, bench_recipe, decibels, made_by_stages, markdown, verdict, weights_digest
 
 from mpq_deploy.allocate.problem import Problem
 from mpq_deploy.evaluate.evaluate import evaluate
@@ -218,9 +217,9 @@ def best_of(results: list[Result]) -> Result:
     return min(results, key=lambda result: result.nmse)
 
 
-def check(name: str, ours: Result, seeds: list[Result]) -> tuple[bool, str]:
-    """Whether our default's output error is below that of the seeds' best plan."""
-    best = best_of(seeds)
+def check(name: str, ours: Result, papers: list[Result]) -> tuple[bool, str]:
+    """Whether our default's output error is below that of the papers' best plan."""
+    best = best_of(papers)
     found = f"{ours.nmse:.2e} ({decibels(ours.psnr_db)} dB) against {best.nmse:.2e} ({decibels(best.psnr_db)} dB)"
     return ours.nmse < best.nmse, verdict(ours.nmse < best.nmse, f"{name}: our default beats {best.plan.name}", found)
 
@@ -355,15 +354,13 @@ def about(run: Run, samples: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = bench_parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=DEMOS, default=list(DEMOS), help="bundled models")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="which questions (default: all)")
     parser.add_argument("--samples", type=int, default=256, help="images per plan (default 256)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe entry, repeatable")
-    parser.add_argument("-o", "--out", type=Path, default=Path("runs/bench-seeds"), help="folder of run folders")
-    parser.add_argument("--page", type=Path, help="keep the result as a Markdown page")
+    parser.add_argument("-o", "--out", type=Path, default=Path("runs/bench-paper-claims"), help="folder of run folders")
     chosen = parser.parse_args()
-    page = Page("The seeds' claims in kind")
+    page = Page("Three papers' claims in kind")
     page.say("\n\n".join(part for part in (__doc__ or "").split("\n\n")[2:]))
     checks = []
     for model in chosen.models:
