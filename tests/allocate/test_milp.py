@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpq_deploy.allocate.milp import Nearby, allocate, solve
-from mpq_deploy.allocate.problem import LayerChoice, Objective, Problem, protected_schemes
-from mpq_deploy.errors import InfeasibleBudgetError, UsageError
+from mpq_deploy.allocate.problem import LayerChoice, Objective, Problem
+from mpq_deploy.errors import InfeasibleBudgetError
 from mpq_deploy.recipe import AllocateSettings
 
 NAMES = ("fp16", "w8a8", "w4a16-b32", "w4a8-b64")
@@ -88,11 +88,6 @@ def test_losses_that_span_many_orders_are_solved_as_well(powers: list[tuple[int,
     assert problem.plan_loss(plan) <= best * (1 + 1e-4)
 
 
-def test_readers_of_one_tensor_pay_for_its_scale_once() -> None:
-    layers = [LayerChoice(n, ("x",), {"w8a8": 100}, {"w8a8": 1.0}) for n in ("q", "k", "v")]
-    assert Problem(layers, 0, 0).plan_bytes(dict.fromkeys("qkv", "w8a8")) == 302
-
-
 def test_equal_inputs_give_equal_plans_whatever_the_dictionary_order() -> None:
     def problem(reverse: bool) -> Problem:
         names = list(NAMES)[:: -1 if reverse else 1]
@@ -105,16 +100,6 @@ def test_equal_inputs_give_equal_plans_whatever_the_dictionary_order() -> None:
         return Problem(layers, 0, 250)
 
     assert allocate(problem(False)) == allocate(problem(True))
-
-
-def test_protection_limits_a_layer_and_refuses_what_matches_nothing() -> None:
-    layers = [("conv_in", NAMES), ("mid.conv1", NAMES)]
-    assert protected_schemes(layers, [("conv_*", ("fp16",))])["conv_in"] == ("fp16",)
-    assert protected_schemes(layers, [("mid.*", ("w4a16", "fp16"))])["mid.conv1"] == ("fp16", "w4a16-b32")
-    with pytest.raises(UsageError, match="matches no layer"):
-        protected_schemes(layers, [("nothing.*", ("fp16",))])
-    with pytest.raises(UsageError, match="leaves no scheme"):
-        protected_schemes([("conv", ("fp16",))], [("conv", ("w8a8",))])
 
 
 def test_what_presolve_takes_for_infeasible_is_solved() -> None:

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from mpq_deploy.allocate.milp import allocate, penalty_per_kernel
 from mpq_deploy.allocate.problem import LayerChoice, Problem
-from mpq_deploy.formats.sizes import ACTIVATION_SCALE_BYTES
 from mpq_deploy.recipe import AllocateSettings
 
 NAMES = ("fp16", "w4a16-b32", "w4a16-b128", "w4a16-b128+rows1", "w4a16-b128+rows3")
@@ -49,12 +48,3 @@ def test_every_branch_is_worth_its_penalty(problem: Problem, share: float) -> No
         assert problem.plan_loss(plan) == pytest.approx(problem.plan_loss(free), abs=1e-9)
     if share == 10.0:
         assert not kernels
-
-
-def test_quantizers_with_and_without_outlier_channels_are_two() -> None:
-    sizes = {"w8a8": 10, "w8a8+cols1": 10}
-    layers = [LayerChoice(name, ("x",), sizes, dict.fromkeys(sizes, 0.0)) for name in "abc"]
-    problem = Problem(layers, 0, 100)
-    alike = problem.plan_bytes({"a": "w8a8", "b": "w8a8", "c": "w8a8"})
-    mixed = problem.plan_bytes({"a": "w8a8", "b": "w8a8+cols1", "c": "w8a8+cols1"})
-    assert mixed - alike == ACTIVATION_SCALE_BYTES

@@ -135,10 +135,3 @@ def test_refining_holds_the_limit_on_latency(problem: Problem, seed: int, tightn
     assert limited.fits(better)
     assert time_of(problem, better) <= limit
     assert quadratic.loss(better) <= quadratic.loss(plan) + 1e-12
-
-
-def test_readers_of_one_tensor_wait_for_its_quantizer_once() -> None:
-    layers = [LayerChoice(n, ("x",), {"w8a8": 1}, {"w8a8": 0.0}, latency_ns={"w8a8": 10}) for n in ("q", "k", "v")]
-    problem = Problem(layers, 0, 100, quantizer_ns={"x": 7}, fixed_ns=3)
-    assert problem.plan_ns(dict.fromkeys("qkv", "w8a8")) == 3 + 30 + 7
-    assert set(layers[0].quantizers("w8a8")) == {"x"}
