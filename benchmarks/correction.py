@@ -20,6 +20,7 @@ from pathlib import Path
 
 from table import Page, bench_parser, bench_recipe, decibels, made_by_stages, markdown, verdict, weights_digest
 
+from mpq_deploy.allocate.plan_solver import PlanSolver
 from mpq_deploy.errors import InfeasibleBudgetError
 from mpq_deploy.evaluate.evaluate import evaluate
 from mpq_deploy.evaluate.evaluation_result import EvaluationOptions, VariantResult
@@ -29,7 +30,6 @@ from mpq_deploy.rounding.candidate_store import CONTROLS
 from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.run.view import Run
 from mpq_deploy.runtime.correction import Correction
-from mpq_deploy.stages.allocate import PlanSolver
 from mpq_deploy.stages.correction import correction_for
 from mpq_deploy.system.progress import PlainTalk
 

@@ -29,6 +29,7 @@ from pathlib import Path
 
 from table import Page, bench_parser, bench_recipe, decibels, made_by_stages, markdown, verdict, weights_digest
 
+from mpq_deploy.allocate.plan_solver import PlanSolver
 from mpq_deploy.allocate.problem import Problem
 from mpq_deploy.evaluate.evaluate import evaluate
 from mpq_deploy.evaluate.evaluation_result import EvaluationOptions
@@ -45,7 +46,6 @@ from mpq_deploy.models.bundled import DEMOS
 from mpq_deploy.rounding.candidate_store import candidates_of
 from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.run.view import Run
-from mpq_deploy.stages.allocate import PlanSolver
 from mpq_deploy.system.progress import PlainTalk
 
 # MPQ-Diff's headline: so many more bytes than uniform bits.

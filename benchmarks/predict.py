@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from table import Page, bench_parser, bench_recipe, made_by_stages, markdown, verdict, weights_digest
 
+from mpq_deploy.allocate.plan_solver import PlanSolver
 from mpq_deploy.errors import InfeasibleBudgetError
 from mpq_deploy.evaluate.evaluate import evaluate
 from mpq_deploy.evaluate.evaluation_result import EvaluationOptions
@@ -31,7 +32,6 @@ from mpq_deploy.graph.writers.plan_graphs import write_plan
 from mpq_deploy.models.spec import Array
 from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.run.view import Run
-from mpq_deploy.stages.allocate import PlanSolver
 from mpq_deploy.studies.sweep import parse_budgets
 from mpq_deploy.system.progress import PlainTalk, Talk
 

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import yaml
 
+from mpq_deploy.allocate.plan_solver import PlanSolver
 from mpq_deploy.graph.writers.plan_graphs import write_plan
 from mpq_deploy.recipe import Recipe, load_recipe
 from mpq_deploy.rounding.candidate_store import choices_of
 from mpq_deploy.run.pipeline import Pipeline, open_pipeline
 from mpq_deploy.run.view import Run
-from mpq_deploy.stages.allocate import PlanSolver
 from mpq_deploy.system.progress import PlainTalk
 
 

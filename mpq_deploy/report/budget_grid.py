@@ -17,11 +17,11 @@ import numpy as np
 from pydantic import ValidationError
 
 from mpq_deploy.allocate.plan import PrecisionPlan
+from mpq_deploy.allocate.plan_solver import PlanSolver
 from mpq_deploy.allocate.problem import LayerChoice
 from mpq_deploy.errors import InfeasibleLatencyError
 from mpq_deploy.report.data import BudgetPlan, BudgetPlans, LayerOption
 from mpq_deploy.run.view import RECIPE, Exported
-from mpq_deploy.stages.allocate import PlanSolver
 from mpq_deploy.system.files import canonical_json, sealed_json, unsealed, write_text
 
 if TYPE_CHECKING:

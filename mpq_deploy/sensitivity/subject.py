@@ -77,7 +77,11 @@ class Subject:
         if self.spread is None or self.spread.key is None:
             return Shard(name, task, size)
         threads = asdict(self.crew.threads_of_shard())
-        options = {**asdict(self.options), "timesteps": [float(t) for t in self.calibration.timesteps]}
+        options = {
+            **asdict(self.options),
+            "orm": self.options.orm.model_dump(mode="json"),
+            "timesteps": [float(t) for t in self.calibration.timesteps],
+        }
         return Shard(name, task, size, {**self.spread.key, **key, "options": options, "threads": threads})
 
     def memory_bytes(self) -> int:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mpq_deploy.allocate.plan_solver import PlanSolver
 from mpq_deploy.errors import InfeasibleBudgetError
 from mpq_deploy.evaluate.evaluate import evaluate
 from mpq_deploy.evaluate.evaluation_result import EvaluationOptions
@@ -26,7 +27,6 @@ from mpq_deploy.graph.writers.plan_graphs import write_plan
 from mpq_deploy.run.common import version_of
 from mpq_deploy.run.spread import SAMPLES
 from mpq_deploy.run.view import RECIPE, Run
-from mpq_deploy.stages.allocate import PlanSolver
 from mpq_deploy.studies.audit_result import PlanPoint
 from mpq_deploy.system.files import canonical_json, write_text
 from mpq_deploy.system.parallel.work import Alone, Job, Result, Shard, Within, Work, run_shards

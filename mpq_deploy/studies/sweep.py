@@ -26,8 +26,8 @@ from mpq_deploy.system.progress import Talk
 
 if TYPE_CHECKING:
     from mpq_deploy.allocate.plan import PrecisionPlan
+    from mpq_deploy.allocate.plan_solver import PlanSolver
     from mpq_deploy.report.data import BudgetPlans
-    from mpq_deploy.stages.allocate import PlanSolver
     from mpq_deploy.system.parallel.work import Result, Work
 
 # Points of FROM:TO when no step is given.
@@ -104,9 +104,9 @@ def run_sweep(
     A budget that no plan fits is a point of its own kind: it names the smallest feasible budget. ``points_wanted``:
     in place of ``budgets``, that many of the predicted curve, measured.
     """
+    from mpq_deploy.allocate.plan_solver import PlanSolver
     from mpq_deploy.report.budget_grid import grid_plans, packed
     from mpq_deploy.report.sweep_page import sweep_page
-    from mpq_deploy.stages.allocate import PlanSolver
 
     solver = PlanSolver(run)
     curve: BudgetPlans | None = None

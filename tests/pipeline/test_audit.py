@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
+from mpq_deploy.allocate.plan_solver import PlanSolver
 from mpq_deploy.report.audit_page import audit_table, write_audit
 from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.sensitivity.exhaustive import measure_exhaustive
 from mpq_deploy.sensitivity.subject import Subject
-from mpq_deploy.stages.allocate import PlanSolver
 from mpq_deploy.studies import compared_losses as losses_module
 from mpq_deploy.studies.audit import AUDITED, AuditOptions, run_audit
 from mpq_deploy.studies.audit_result import AuditResult

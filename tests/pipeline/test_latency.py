@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from mpq_deploy.allocate.plan_solver import PlanSolver
 from mpq_deploy.errors import UsageError
 from mpq_deploy.latency.latency_table import LatencyTable
 from mpq_deploy.run.pipeline import open_pipeline
-from mpq_deploy.stages.allocate import PlanSolver
 from mpq_deploy.system.progress import Talk
 from tests.pipeline.conftest import Outcome
 from tests.pipeline.runs import Built, recipe_for

@@ -1,0 +1,247 @@
+"""Solve a run's allocation for any budget: from the stages' outputs to a precision plan."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mpq_deploy.allocate.cross_terms import CrossTerms, allocate_with_cross_terms
+from mpq_deploy.allocate.milp import Allocation, allocate, fastest_plan, penalty_per_kernel
+from mpq_deploy.allocate.plan import BitProgram, PlannedLayer, PrecisionPlan
+from mpq_deploy.allocate.problem import LayerChoice, Problem, protected_schemes
+from mpq_deploy.errors import InfeasibleBudgetError
+from mpq_deploy.formats.candidates import Choices
+from mpq_deploy.formats.scheme import SCHEMES
+from mpq_deploy.formats.sizes import FP16_BYTES, activation_bytes, weight_bytes
+from mpq_deploy.graph.layers import Layer
+from mpq_deploy.graph.writers.prescale import foldable_inputs
+from mpq_deploy.latency.costs import PlanLatency, int8_warning
+from mpq_deploy.latency.plan_latency import latency_costs, plan_latency_info
+from mpq_deploy.rounding.candidate_store import choices_of
+from mpq_deploy.sensitivity.table import SensitivityTable
+from mpq_deploy.system.quantities import Budget
+
+if TYPE_CHECKING:
+    from mpq_deploy.run.view import Run
+
+
+# A layer's importance and the bits that the linear program gives it.
+Weighed = tuple[float | None, float | None]
+
+
+class PlanSolver:
+    """Bytes and losses of every allowed (layer, scheme), gathered once and solved for any budget.
+
+    ``control``: one of ``ORM_CONTROLS`` in place of the run's own measurements; or a ``table`` in place of either.
+    """
+
+    def __init__(self, run: Run, control: str = "", table: SensitivityTable | None = None) -> None:
+        self.recipe = run.recipe
+        self.section = run.recipe.allocate
+        self.orm = run.recipe.measure.orm
+        self.exported = run.exported
+        self.layers = self.exported.graph.layers
+        self.table = table or SensitivityTable.load(run.stage("measure") / control)
+        candidates = choices_of(run, self.exported.graph)
+        self.refused = {name: {**c.refused, **self._ruled_out(name, c)} for name, c in candidates.items()}
+        rules: list[tuple[str, tuple[str, ...]]]
+        rules = [(pattern, ("fp16",)) for pattern in run.target.protected if any_match(pattern, candidates)]
+        rules += [(rule.layers, rule.schemes) for rule in self.section.protect]
+        measured = [
+            (name, tuple(s.name for s in choices.schemes if s.name in self.table.losses[name]))
+            for name, choices in candidates.items()
+        ]
+        allowed = protected_schemes(measured, rules)
+        self.costs, self.no_latency = latency_costs(run, self.exported)
+        self.choices = [self._choice(layer, allowed[layer.name]) for layer in self.layers]
+        self.fp16_size = int(self.exported.facts["fp16_size_bytes"])
+        self.weights = sum(layer.weights for layer in self.layers)
+        self.foldable = foldable_inputs(self.exported.graph)
+
+    def _choice(self, layer: Layer, names: tuple[str, ...]) -> LayerChoice:
+        return LayerChoice(
+            layer.name,
+            layer.inputs,
+            {name: weight_bytes(layer, SCHEMES[name]) for name in names},
+            {name: self.table.losses[layer.name][name] for name in names},
+            {name: activation_bytes(layer, SCHEMES[name]) for name in names},
+            {name: self.costs.layer_ns(layer, SCHEMES[name]) for name in names} if self.costs else {},
+        )
+
+    def _with_latency(self, problem: Problem) -> Problem:
+        """Add what is known of latency and the limit on it; with latency as the objective, that is the minimum."""
+        if self.costs is None:
+            return problem
+        section = self.section
+        shared = {
+            name: self.costs.quantizer_ns(tensor, SCHEMES[scheme])
+            for choice in problem.layers
+            for scheme in choice.bytes
+            for tensor in choice.inputs
+            for name in choice.quantizers(scheme)
+            if name == tensor + SCHEMES[scheme].activation_form
+        }
+        limit = section.max_latency.nanoseconds if section.max_latency else None
+        timed = replace(problem, quantizer_ns=shared, fixed_ns=self.costs.others_ns, max_latency_ns=limit)
+        if section.objective == "loss":
+            return timed
+        if problem.plan_bytes(problem.smallest_plan()) > problem.budget_bytes:
+            return timed  # the solver says what the smallest feasible budget is
+        minimum = timed.plan_ns(fastest_plan(replace(timed, max_loss=section.max_loss), section))
+        return timed if limit is not None and limit < minimum else replace(timed, max_latency_ns=minimum)
+
+    @property
+    def smallest(self) -> int:
+        """Bytes of the plan of each layer's smallest scheme: the smallest feasible budget, or a few bytes more."""
+        problem = self._problem(0)
+        return problem.plan_bytes(problem.smallest_plan())
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Bytes of the constants that are no layers."""
+        return self.fp16_size - FP16_BYTES * self.weights
+
+    def _problem(self, budget_bytes: int) -> Problem:
+        return Problem(self.choices, self.fixed_bytes, budget_bytes, self.foldable)
+
+    def unrefined(self, budget_bytes: int, gap: float) -> tuple[dict[str, str], int, float | None] | None:
+        """Solve for ``budget_bytes`` by the integer program alone: schemes, bytes and predicted loss.
+
+        Quicker than ``solve``, which refines the plan with the cross terms; the prediction has them all the same. None
+        where the solver's time was up before it came within ``gap``.
+        """
+        problem = self._with_latency(self._problem(budget_bytes))
+        allocation = self._allocated(problem, gap)
+        if allocation.report.status != "Optimal":
+            return None
+        schemes = allocation.schemes
+        return schemes, problem.plan_bytes(schemes), self._predicted(schemes, None)
+
+    def solve(self, budget: Budget | str) -> PrecisionPlan:
+        """Solve the allocation for ``budget`` and describe the plan."""
+        problem = self._problem(Budget.parse(budget).bytes(self.fp16_size, self.weights))
+        try:
+            problem = self._with_latency(problem)
+            allocation, cross_terms = self._refined(problem)
+        except InfeasibleBudgetError as error:
+            ratio = math.ceil(error.smallest / self.fp16_size * 1e4) / 1e4
+            raise InfeasibleBudgetError(
+                f"No plan fits the budget {budget} ({problem.budget_bytes:,} bytes).",
+                f"The smallest feasible budget is {ratio:.4f} ({error.smallest:,} bytes); or allow smaller schemes."
+                + self._activations_hint(),
+                error.smallest,
+            ) from error
+        schemes = allocation.schemes
+        program, weighed = self._weighed(schemes, problem.budget_bytes - problem.fixed_bytes)
+        latency = self._latency(problem, schemes)
+        return PrecisionPlan(
+            budget_bytes=problem.budget_bytes,
+            size_bytes=problem.plan_bytes(schemes),
+            fp16_size_bytes=self.fp16_size,
+            fixed_bytes=problem.fixed_bytes,
+            predicted_loss=self._predicted(schemes, cross_terms),
+            schemes=schemes,
+            layers=tuple(
+                self._planned(layer, choice, schemes[layer.name], *row)
+                for layer, choice, row in zip(self.layers, self.choices, weighed)
+            ),
+            others=self.exported.graph.others,
+            solver=allocation.report,
+            notes=(*self.table.notes, *self._latency_notes(latency)),
+            bit_program=program,
+            cross_terms=cross_terms,
+            simulated=any(SCHEMES[name].simulated for name in schemes.values()),
+            latency=latency,
+        )
+
+    def _latency(self, problem: Problem, schemes: dict[str, str]) -> PlanLatency | None:
+        if self.costs is None:
+            return None
+        limit = self.section.max_latency.nanoseconds if self.section.max_latency else None
+        ours = problem.plan_ns(schemes)
+        return plan_latency_info(self.costs, self.exported, schemes, ours, limit, self.recipe)
+
+    def _latency_notes(self, latency: PlanLatency | None) -> list[str]:
+        notes = (self.no_latency, int8_warning(latency, len(self.layers)) if latency else "")
+        return [note for note in notes if note]
+
+    def _refined(self, problem: Problem) -> tuple[Allocation, CrossTerms | None]:
+        """Solve without cross terms, then with them where the metric knows them and the recipe wants them."""
+        if self.table.projections is None:
+            return self._allocated(problem), None
+        return allocate_with_cross_terms(problem, self.table, self._allocated, self.section.cross_terms)
+
+    def _allocated(self, problem: Problem, gap: float | None = None) -> Allocation:
+        """Solve without cross terms, to the recipe's gap where there is no other."""
+        section = self.section if gap is None else self.section.model_copy(update={"gap": gap})
+        return allocate(problem, section, penalty_per_kernel(problem, section))
+
+    def _predicted(self, schemes: dict[str, str], cross_terms: CrossTerms | None) -> float | None:
+        if cross_terms is not None:
+            return cross_terms.predicted_loss
+        return self.table.plan_loss(schemes) if self.table.predicts_nmse else None
+
+    def _activations_hint(self) -> str:
+        importance = self.table.importance
+        if importance is None or not importance.activation_bits.any():
+            return ""
+        return f" Mind that measure.orm.activation_bits is {self.orm.activation_bits}: it rules out schemes."
+
+    def _ruled_out(self, layer: str, choices: Choices) -> dict[str, str]:
+        """Say why the table has no loss for schemes that the layer could take: orm fixes its activations' bits."""
+        importance = self.table.importance
+        reason = f"the metric {self.table.metric} has not measured it"
+        if importance is not None:
+            bits = int(importance.activation_bits[importance.layers.index(layer)])
+            reason = f"the metric {self.table.metric} fixes the activations of this layer at {bits} bits"
+        return {s.name: reason for s in choices.schemes if s.name not in self.table.losses[layer]}
+
+    def _weighed(self, schemes: dict[str, str], weight_bytes: int) -> tuple[BitProgram | None, list[Weighed]]:
+        """Return the plan's weighted bits beside the linear program's bound, and per layer importance and its bits.
+
+        None for a metric without importances. ``weight_bytes``: the budget less all other constants.
+        """
+        if self.table.importance is None:
+            return None, [(None, None)] * len(self.layers)
+        from mpq_deploy.sensitivity.bit_program import linear_bits
+        from mpq_deploy.sensitivity.orm import scheme_bits
+
+        bits = [
+            {name: scheme_bits(layer, SCHEMES[name], self.orm.bits) for name in choice.bytes}
+            for layer, choice in zip(self.layers, self.choices)
+        ]
+        importance = self.table.importance.total
+        sizes = np.array([layer.weights for layer in self.layers], np.float64)
+        low, high = (np.array([f(row.values()) for row in bits], np.float64) for f in (min, max))
+        bound = linear_bits(importance, sizes, low, high, 8.0 * weight_bytes)
+        taken = np.array([row[schemes[layer.name]] for row, layer in zip(bits, self.layers)])
+        rows: list[Weighed] = [(float(c), float(b)) for c, b in zip(importance, bound.bits)]
+        return BitProgram(weighted_bits=float(importance @ taken), linear_bound=bound.objective), rows
+
+    def _planned(
+        self, layer: Layer, choice: LayerChoice, scheme: str, importance: float | None, linear_bits: float | None
+    ) -> PlannedLayer:
+        return PlannedLayer(
+            name=layer.name,
+            op=layer.op,
+            scheme=scheme,
+            bytes=choice.bytes[scheme],
+            fp16_bytes=FP16_BYTES * layer.weights,
+            weights=layer.weights,
+            weight_shape=layer.weight_shape,
+            predicted_loss=choice.loss[scheme] if self.table.predicts_nmse else None,
+            latency_ms=choice.latency_ns[scheme] / 1e6 if choice.latency_ns else None,
+            refused=self.refused[layer.name],
+            importance=importance,
+            linear_bits=linear_bits,
+        )
+
+
+def any_match(pattern: str, names: Iterable[str]) -> bool:
+    """Whether a target's pattern concerns this model: targets protect by name, models name as they like."""
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names)
