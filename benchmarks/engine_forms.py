@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +20,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from mpq_deploy.engine.build_log import EngineLog, compute_dtype, parse_engine_log
 from mpq_deploy.engine.build_worker import BuildJob, InputShapes
+from mpq_deploy.engine.builder import WORKER
+from mpq_deploy.system.children import run_child
 
 BATCH = 4
 Form = Callable[["Draft"], str]
@@ -371,8 +371,7 @@ def build(model: onnx.ModelProto, shape: tuple[int, ...], sm: tuple[str, ...]) -
         shapes = {"x": InputShapes((1, *shape), (2, *shape), (BATCH, *shape))}
         files = [str(folder / part) for part in ("form.onnx", "engine", "log", "result")]
         BuildJob("tensorrt_rtx", *files, sm, shapes).save(folder / "job.json")
-        command = [sys.executable, "-m", "mpq_deploy.engine.build_worker", str(folder / "job.json")]
-        done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+        done = run_child(WORKER, str(folder / "job.json"))
         if done.returncode < 0:
             return {"builds": "CRASH", "bytes": "", "how": f"signal {-done.returncode}"}
         result = json.loads((folder / "result").read_text(encoding="utf-8"))

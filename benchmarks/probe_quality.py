@@ -33,8 +33,8 @@ from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.studies.agreement import Compared, moments, rho_of
 from mpq_deploy.system.files import file_digest
+from mpq_deploy.system.memory import metered
 from mpq_deploy.system.progress import PlainTalk
-from mpq_deploy.system.usage import metered
 
 TRUTH, CHEAP = "exhaustive", ("probe", "gain", "local_error")
 TITLES = {"probe": "probes", "gain": "gain x local error", "local_error": "local error"}

@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
-import sys
 import tempfile
 import textwrap
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,10 @@ from mpq_deploy.bench.timed_subject import ORT, Subject
 from mpq_deploy.device.cuda import Cuda, why_no_gpu
 from mpq_deploy.device.installer import RESULTS_FORMAT, board
 from mpq_deploy.device.manifest import Manifest
-from mpq_deploy.engine.builder import RECORD, child_environment
+from mpq_deploy.engine.builder import RECORD
 from mpq_deploy.engine.record import EngineRecord
 from mpq_deploy.errors import EngineError, MpqError, UsageError
+from mpq_deploy.system.children import child_command, child_environment, fate
 from mpq_deploy.system.progress import Talk
 from mpq_deploy.system.release import __version__
 
@@ -122,13 +122,15 @@ class _Worker:
 
     def run(self, calls: int) -> dict[str, Any]:
         """Have it run so many calls."""
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(f"{calls}\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it has ended: the missing answer says so
+        self.order(str(calls))
         return self.answer()
+
+    def order(self, text: str) -> None:
+        """Write a line. One that has ended is found by its missing answer."""
+        assert self._process.stdin is not None
+        with suppress(OSError):
+            self._process.stdin.write(f"{text}\n")
+            self._process.stdin.flush()
 
     def answer(self) -> dict[str, Any]:
         """Read one answer. Raises its error, or EngineError where the process is gone."""
@@ -138,8 +140,7 @@ class _Worker:
             code = self._process.wait()
             self._errors.seek(0)
             words = " ".join(self._errors.read().split())[-400:]
-            what = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
-            raise EngineError(f"The process that ran {self._subject.file} {what}: {words}")
+            raise EngineError(f"The process that ran {self._subject.file} {fate(code)}: {words}")
         values: dict[str, Any] = json.loads(line)
         if "error" in values:
             raise MpqError(values["error"], values["hint"])
@@ -148,10 +149,9 @@ class _Worker:
 
 @contextmanager
 def _worker(subject: Subject) -> Iterator[_Worker]:
-    command = [sys.executable, "-m", "mpq_deploy.bench.worker"]
     with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
         process = subprocess.Popen(
-            command,
+            child_command("mpq_deploy.bench.worker"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -159,11 +159,10 @@ def _worker(subject: Subject) -> Iterator[_Worker]:
             env=child_environment(),
         )
         try:
-            assert process.stdin is not None
-            process.stdin.write(subject.to_json() + "\n")
-            process.stdin.flush()
-            yield _Worker(subject, process, errors)
-            process.stdin.close()
+            worker = _Worker(subject, process, errors)
+            worker.order(subject.to_json())
+            yield worker
+            worker.order("")
             process.wait()
         finally:
             if process.poll() is None:

@@ -1,8 +1,8 @@
 """The child process that times one subject's calls: ``python -m mpq_deploy.bench.worker``.
 
-In: a ``Subject`` as the first line on stdin, then a number of calls per line. Out: a line of JSON
-for each: what was opened (seconds, shapes, versions), then each call's milliseconds and the memory
-taken. Its own process gives each subject its own memory figure.
+In: a ``Subject`` as the first line on stdin, then a number of calls per line, an empty line at last. Out: a line of
+JSON for each: what was opened (seconds, shapes, versions), then each call's milliseconds and the memory taken. Its own
+process gives each subject its own memory figure.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import numpy as np
 
 from mpq_deploy.bench.timed_subject import ORT, Subject
 from mpq_deploy.errors import MissingDependencyError, MpqError, UsageError
+from mpq_deploy.system.children import orders_from_parent
+from mpq_deploy.system.memory import peak_rss_bytes
 from mpq_deploy.system.stdout import claim_stdout
-from mpq_deploy.system.usage import peak_rss_bytes
 
 if TYPE_CHECKING:
     from mpq_deploy.device.cuda import Cuda
@@ -177,17 +178,18 @@ def serve(subject: Subject, orders: Callable[[], str], answer: Callable[[dict[st
 
 def main() -> int:
     """Serve the parent; return the exit code."""
-    from mpq_deploy.engine.build_worker import die_with_parent
-
-    die_with_parent()
+    lines = orders_from_parent(lambda stream: stream.readline())
     claim_stdout()
+
+    def order() -> str:
+        return lines.get().decode()
 
     def answer(values: dict[str, Any]) -> None:
         sys.stdout.write(json.dumps(values) + "\n")
         sys.stdout.flush()
 
     try:
-        serve(Subject.from_json(sys.stdin.readline()), sys.stdin.readline, answer)
+        serve(Subject.from_json(order()), order, answer)
     except MpqError as error:
         answer({"error": error.message, "hint": error.hint})
     return 0

@@ -50,7 +50,7 @@ TOLERANCE_FACTOR, TOLERANCE_FLOOR = 10.0, 1e-4
 DEVICE_ROOMS = ("bench", "device")
 DEVICE_MODULES = (
     *("__init__.py", "api.py", "errors.py", "install.py"),
-    *(f"system/{name}.py" for name in ("__init__", "available", "files", "progress", "release", "usage")),
+    *(f"system/{name}.py" for name in ("__init__", "children", "files", "memory", "progress", "release")),
     *("formats/__init__.py", "formats/scheme.py", "engine/__init__.py"),
     *(f"engine/{name}.py" for name in ("bisect", "build_log", "build_target", "build_worker", "builder", "expected")),
     *(f"engine/{name}.py" for name in ("failure", "layer_information", "record", "trtexec", "verify", "versions")),

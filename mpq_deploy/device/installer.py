@@ -28,8 +28,8 @@ from mpq_deploy.engine.builder import BatchProfile, build_engine
 from mpq_deploy.engine.record import EngineRecord
 from mpq_deploy.engine.trtexec import find_trtexec, trtexec_version
 from mpq_deploy.errors import EngineError, MpqError, UsageError
-from mpq_deploy.system.available import memory_room
 from mpq_deploy.system.files import file_digest, write_text
+from mpq_deploy.system.memory import memory_room
 from mpq_deploy.system.progress import PlainTalk, Talk
 from mpq_deploy.system.release import __version__
 
@@ -133,10 +133,10 @@ def check_gpu(manifest: Manifest) -> None:
         )
 
 
-def check_memory(manifest: Manifest, force: bool, root: Path = Path("/")) -> None:
+def check_memory(manifest: Manifest, force: bool) -> None:
     """Estimate what building takes, and refuse when less is available (where Linux says what is)."""
     needed = BUILD_FACTOR * manifest.expected.total_bytes + BUILD_BASE_BYTES
-    room = memory_room(root)
+    room = memory_room()
     if room is None or force or room.bytes >= needed:
         return
     raise EngineError(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +19,9 @@ import numpy as np
 from mpq_deploy.device.cuda import why_no_gpu
 from mpq_deploy.device.manifest import Reference
 from mpq_deploy.device.run_worker import RunJob
-from mpq_deploy.engine.builder import child_environment
 from mpq_deploy.engine.trtexec import find_trtexec
 from mpq_deploy.errors import EngineError
+from mpq_deploy.system.children import run_child
 
 CALLS = 100
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -63,8 +62,7 @@ def _in_child(module: str, engine: Path, folder: Path, reference: Reference) -> 
         **files,
     )
     job.save(folder / "run.job.json")
-    command = [sys.executable, "-m", "mpq_deploy.device.run_worker", str(folder / "run.job.json")]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False, env=child_environment())
+    done = run_child("mpq_deploy.device.run_worker", str(folder / "run.job.json"))
     if done.returncode:
         words = " ".join(done.stderr.split())[-400:]
         raise EngineError(f"The engine's process ended with code {done.returncode}: {words}", f"Log: {files['log']}")

@@ -20,6 +20,7 @@ from mpq_deploy.device.cuda import Cuda
 from mpq_deploy.device.engine_runner import EngineRunner
 from mpq_deploy.engine.build_worker import make_logger
 from mpq_deploy.errors import EngineError
+from mpq_deploy.system.children import orders_from_parent
 
 WARM_UP = 10
 
@@ -84,6 +85,7 @@ def _timed(runner: EngineRunner, calls: int) -> list[float]:
 
 def main(arguments: list[str]) -> int:
     """Run the job named on the command line; return the exit code."""
+    orders_from_parent()
     job = RunJob.load(Path(arguments[0]))
     with Path(job.log).open("w", encoding="utf-8") as stream:
         try:

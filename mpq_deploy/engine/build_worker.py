@@ -1,4 +1,4 @@
-"""The child process that builds one engine: ``python -m mpq_deploy.engine.build_worker job.json PARENT``.
+"""The child process that builds one engine: ``python -m mpq_deploy.engine.build_worker job.json``.
 
 In: a job file (``BuildJob``). Out: the serialized engine, the builder's verbose log (one message per line that
 starts with its severity), and ``result``: a JSON object with the version, or the errors. The builder may
@@ -9,27 +9,21 @@ Only the standard library and the builder's own package are needed, so that this
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import json
-import os
-import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from mpq_deploy.system.usage import peak_rss_bytes
+from mpq_deploy.system.children import orders_from_parent
+from mpq_deploy.system.memory import peak_rss_bytes
 
 # A parser or build failure that was reported in ``result``, as opposed to a crash (negative return code).
 REPORTED_FAILURE = 3
 # A file could not be written: the last line of stderr is "ERRNO words".
 DISK_FAILURE = 4
-# Its parent is gone.
-ORPHANED = 5
-# From linux/prctl.h: the signal that this process gets when its parent ends.
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -168,11 +162,9 @@ def _add_profile(builder: Any, config: Any, network: Any, job: BuildJob) -> None
 
 
 def main(arguments: list[str]) -> int:
-    """Build the job named on the command line, for the process whose id follows it; return the exit code."""
-    die_with_parent()
-    if arguments[1:] and os.getppid() != int(arguments[1]):
-        # Killed while this process started: nobody waits for the engine, and the next build writes the same log.
-        return ORPHANED
+    """Build the job named on the command line; return the exit code."""
+    # Without a parent nobody waits for the engine, and the next build writes the same log.
+    orders_from_parent()
     job = BuildJob.load(Path(arguments[0]))
     trt = importlib.import_module(job.module)
     result: dict[str, Any] = {"version": trt.__version__}
@@ -204,15 +196,6 @@ def _build_and_save(trt: Any, job: BuildJob, result: dict[str, Any]) -> None:
     result["seconds"] = time.monotonic() - started
     result["peak_rss_bytes"] = peak_rss_bytes()
     Path(job.result).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-
-
-def die_with_parent() -> None:
-    """Have Linux kill this process when its parent is killed: it would go on writing into the next build's files."""
-    if not sys.platform.startswith("linux"):
-        return
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
-        raise OSError(ctypes.get_errno(), "prctl")
 
 
 if __name__ == "__main__":

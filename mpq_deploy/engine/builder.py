@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -30,10 +28,13 @@ from mpq_deploy.engine.record import BuildTiming, EngineRecord
 from mpq_deploy.engine.trtexec import build_with_trtexec, trtexec_trial
 from mpq_deploy.engine.verify import verify
 from mpq_deploy.errors import EngineError, MissingDependencyError, UsageError
+from mpq_deploy.system.children import run_child
 from mpq_deploy.system.files import file_digest, sealed_json
 from mpq_deploy.system.progress import Talk
 
 ENGINE, LAYERS, RECORD = "model.engine", "layers.txt", "build.json"
+# What a child process runs.
+WORKER = "mpq_deploy.engine.build_worker"
 # The file that ``bisect`` writes its smaller graphs to.
 TRIAL = "trial.onnx"
 # One build while a crash is looked into; a longer one counts as not crashed (our choice).
@@ -142,9 +143,7 @@ def _build_in_child(model: Path, engine: Path, target: BuildTarget, profile: Bat
     job_file, result = _save_job(model, engine, target, profile, log)
     # The last words of an earlier build are not those of this one.
     log.unlink(missing_ok=True)
-    done = subprocess.run(
-        _worker(job_file), capture_output=True, encoding="utf-8", check=False, env=child_environment()
-    )
+    done = run_child(WORKER, str(job_file))
     if done.returncode == DISK_FAILURE:
         code, _, text = done.stderr.splitlines()[-1].partition(" ")
         raise OSError(int(code), text, str(engine))
@@ -179,10 +178,6 @@ def _save_job(model: Path, engine: Path, target: BuildTarget, profile: BatchProf
     return job_file, result
 
 
-def _worker(job_file: Path) -> list[str]:
-    return [sys.executable, "-m", "mpq_deploy.engine.build_worker", str(job_file), str(os.getpid())]
-
-
 def _located(
     crash: BuilderCrashedError, model: Path, folder: Path, target: BuildTarget, profile: BatchProfile, talk: Talk
 ) -> EngineError:
@@ -210,16 +205,9 @@ def _trial(job_file: Path, graph: Path) -> int:
     """Build the graph that ``job_file`` names; return the child's exit code, 0 where it takes longer than allowed."""
     assert graph.name == TRIAL
     try:
-        return subprocess.run(
-            _worker(job_file), capture_output=True, check=False, env=child_environment(), timeout=TRIAL_SECONDS
-        ).returncode
+        return run_child(WORKER, str(job_file), seconds=TRIAL_SECONDS).returncode
     except subprocess.TimeoutExpired:
         return 0
-
-
-def child_environment() -> dict[str, str]:
-    """The environment of a child process that imports what this one does (the package may lie in a zip file)."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
 def _check_version(target: BuildTarget) -> None:

@@ -17,8 +17,9 @@ NAMED_NODES = 4
 PRODUCTS = ("MatMul", "Gemm")
 # What a shell adds to the signal that ended the program that it ran; what faults in a program raise; what others send.
 SHELL_SIGNALS = 128
-FAULTS = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
-KILLS = (signal.SIGKILL, signal.SIGTERM)
+# Windows lacks some of them.
+FAULTS = tuple(n for name in ("SEGV", "ABRT", "BUS", "FPE", "ILL") if (n := getattr(signal, f"SIG{name}", 0)))
+KILLS = tuple(n for name in ("KILL", "TERM") if (n := getattr(signal, f"SIG{name}", 0)))
 
 
 def refused(result: dict[str, Any], builder: str, log: Path) -> EngineError:
@@ -60,7 +61,7 @@ def crashed(model: Path, log: Path, returncode: int, stderr: str) -> EngineError
         return EngineError(f"The builder's process ended with code {returncode}: {message}", f"The whole log: {log}")
     name = signal.Signals(ended_by).name
     if ended_by not in FAULTS:
-        why = ", most likely because memory ran out" if ended_by == signal.SIGKILL else ""
+        why = ", most likely because memory ran out" if name == "SIGKILL" else ""
         return BuilderKilledError(
             f"The builder was killed ({name}){why}. {words}",
             f"Repeat the command: it goes on with this engine. If it is killed again, build on a machine with more "

@@ -6,7 +6,6 @@ Unproven here: the command line is the documented one of TensorRT 10.3 to 11.1; 
 from __future__ import annotations
 
 import re
-import resource
 import shutil
 import subprocess
 import time
@@ -17,6 +16,7 @@ from mpq_deploy.engine.build_target import BuildTarget
 from mpq_deploy.engine.build_worker import InputShapes
 from mpq_deploy.engine.failure import crashed, fatal_signal
 from mpq_deploy.errors import EngineError
+from mpq_deploy.system.memory import children_peak_bytes
 
 # Where JetPack and the Debian packages put it, beside the search path.
 PLACES = ("/usr/src/tensorrt/bin/trtexec",)
@@ -81,8 +81,8 @@ def build_with_trtexec(
     if done.returncode or not engine.is_file():
         errors = [line for line in text.splitlines() if "[E]" in line][:3]
         raise EngineError(f"trtexec refuses the graph: {' / '.join(errors) or 'no reason given'}.", f"Log: {log}")
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    return version, layers.read_text(encoding="utf-8"), round(time.monotonic() - started, 3), peak
+    seconds = round(time.monotonic() - started, 3)
+    return version, layers.read_text(encoding="utf-8"), seconds, children_peak_bytes()
 
 
 def trtexec_trial(graph: Path, shapes: Mapping[str, InputShapes], seconds: float) -> int:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-from mpq_deploy.errors import UsageError
-from mpq_deploy.system.available import Room
+from mpq_deploy.system.memory import Room, refuse_too_large
 
 # Of the float32 size of the weights: the graph's own, the latent's start, and what autograd holds of the way to a
 # weight (the adapter's product, codes, the mask of the clipping, the weight and its gradient). Our choice, measured.
@@ -18,6 +17,10 @@ PARAMETER_COPIES = 5
 VALUE_COPIES = 2
 # The interpreter, torch, ONNX Runtime's copy of the float model aside.
 FIXED_BYTES = 600 << 20
+HINT = (
+    "Lower recover.batch_size or recover.trajectories, set recover.rank (to 32, or lower), raise recover.segments, "
+    "or use a machine with more memory."
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,10 @@ class MemoryEstimate:
     def total(self) -> int:
         """All of it."""
         return self.weights + self.adapters + self.values + self.trajectories + FIXED_BYTES
+
+    def refuse_too_large(self, room: Room | None, held: int = 0) -> None:
+        """Raise UsageError when this exceeds the ``room``; the fixed bytes may be among those ``held`` already."""
+        refuse_too_large("Recovery", {**asdict(self), "code": FIXED_BYTES}, room, HINT, min(held, FIXED_BYTES))
 
 
 def estimate_memory(
@@ -53,17 +60,4 @@ def estimate_memory(
         adapters=FLOAT32_BYTES * adapters * PARAMETER_COPIES,
         values=int(VALUE_COPIES * value_bytes * batch_size * share),
         trajectories=2 * pool_bytes,
-    )
-
-
-def refuse_too_large(estimate: MemoryEstimate, room: Room, held: int = 0) -> None:
-    """Raise UsageError when ``estimate`` exceeds the ``room``; ``held``: bytes that this process holds already."""
-    if estimate.total - min(held, FIXED_BYTES) <= room.bytes:
-        return
-    raise UsageError(
-        f"Recovery would need about {estimate.total / 1e9:.1f} GB ({estimate.weights / 1e9:.1f} for weights, "
-        f"{estimate.adapters / 1e9:.1f} for adapters, {estimate.values / 1e9:.1f} for values, "
-        f"{estimate.trajectories / 1e9:.1f} for trajectories), and {room}.",
-        "Lower recover.batch_size or recover.trajectories, set recover.rank (to 32, or lower), raise "
-        "recover.segments, or use a machine with more memory.",
     )

@@ -29,7 +29,6 @@ from mpq_deploy.recover.estimate import (
     FLOAT32_BYTES,
     MemoryEstimate,
     estimate_memory,
-    refuse_too_large,
 )
 from mpq_deploy.recover.initialization import initialize_from_error
 from mpq_deploy.recover.recovery_result import Recovery
@@ -38,7 +37,7 @@ from mpq_deploy.recover.train import INITIAL_ROUND, Progress, Trainer
 from mpq_deploy.recover.trained_weights import StartingWeight
 from mpq_deploy.recover.training_trajectories import Trajectories, TrajectoryRecorder
 from mpq_deploy.runtime.ort import OrtDenoiser
-from mpq_deploy.system.available import Room, held_memory, memory_room
+from mpq_deploy.system.memory import Room, held_memory, memory_room
 from mpq_deploy.system.progress import Talk
 
 # The written graph's error may differ from the trained one's by this share of it: values on a rounding boundary.
@@ -172,11 +171,9 @@ def check_memory(task: RecoverTask, options: RecoverSettings, steps: int, talk: 
     """Refuse training that will not fit into the memory that is free. Raises UsageError."""
     estimate = expected_memory(task, options, steps, talk)
     if torch.cuda.is_available():
-        refuse_too_large(estimate, Room(torch.cuda.mem_get_info()[0], "the GPU"))
-        return
-    room = memory_room()
-    if room is not None:
-        refuse_too_large(estimate, room, held_memory())
+        estimate.refuse_too_large(Room(torch.cuda.mem_get_info()[0], "the GPU"))
+    else:
+        estimate.refuse_too_large(memory_room(), held_memory())
 
 
 def _some_calls(student: Student, trainer: Trainer, pool: Trajectories) -> list[dict[str, Any]]:

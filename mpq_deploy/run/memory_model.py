@@ -13,12 +13,12 @@ from math import ceil, prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpq_deploy.errors import ModelError, UsageError
+from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.graph.shapes import known_shapes
 from mpq_deploy.onnx_torch.merged_nodes import merged_nodes
 from mpq_deploy.runtime.ort import LARGE_WEIGHTS_BYTES
-from mpq_deploy.system.available import Room
+from mpq_deploy.system.memory import Room, refuse_too_large
 
 if TYPE_CHECKING:
     import onnx
@@ -146,9 +146,10 @@ class StageMemory:
         """All of it."""
         return self.weights + self.values + self.work + self.code
 
-    def still_needed(self, held: int) -> int:
-        """Return what is needed beside the ``held`` bytes of this process, of which no more than ``code`` is of use."""
-        return self.total - min(held, self.code)
+    def refuse_too_large(self, room: Room | None, hint: str, held: int = 0) -> None:
+        """Raise UsageError when this exceeds the ``room``; ``code`` may be among the bytes ``held`` already."""
+        parts = {"weights": self.weights, "values": self.values, "its work": self.work + self.code}
+        refuse_too_large(f"The stage '{self.stage}'", parts, room, hint, min(held, self.code))
 
 
 # A worker of the stage candidates, without its graph: the interpreter with NumPy, ONNX and its runtime.
@@ -372,18 +373,3 @@ def _measure(size: ModelSize, recipe: Recipe, forms: int) -> StageMemory:
     kept += min(HELD_BYTES, size.weights * (FLOAT32_BYTES + forms) // FLOAT32_BYTES)
     work = FLOAT32_BYTES * size.largest * (STACK_ARRAYS + forms) + kept
     return StageMemory("measure", size.weights, values, work, TORCH_BYTES)
-
-
-def refuse_too_large(estimate: StageMemory, room: Room | None, hint: str, held: int = 0) -> None:
-    """Raise UsageError when ``estimate`` exceeds the ``room``; nothing where the system does not say.
-
-    ``held``: bytes that this process holds already.
-    """
-    if room is None or estimate.still_needed(held) <= room.bytes:
-        return
-    raise UsageError(
-        f"The stage '{estimate.stage}' would need about {estimate.total / 1e9:.1f} GB of memory "
-        f"({estimate.weights / 1e9:.1f} for weights, {estimate.values / 1e9:.1f} for values, "
-        f"{(estimate.work + estimate.code) / 1e9:.1f} for its work), and {room}.",
-        hint,
-    )

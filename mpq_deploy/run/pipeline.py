@@ -30,9 +30,9 @@ from mpq_deploy.stages import (
     report,
 )
 from mpq_deploy.system.files import Fields, write_text
+from mpq_deploy.system.memory import metered
 from mpq_deploy.system.parallel.work import Alone, Crew
 from mpq_deploy.system.progress import Talk
-from mpq_deploy.system.usage import metered
 
 # By name, in the order in which they are made: each after all that it needs.
 STAGES: dict[str, Stage] = {

@@ -1,15 +1,13 @@
-"""Refuse a stage that there is too little memory for, before it starts; say so when memory runs out in spite of it."""
+"""Refuse a stage that there is too little memory for, before it starts; say it when memory runs out after all."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpq_deploy.errors import MpqError
 from mpq_deploy.formats.scheme import SCHEMES
+from mpq_deploy.system import memory
 
 if TYPE_CHECKING:
     from mpq_deploy.run.memory_model import ModelSize, StageMemory
@@ -21,56 +19,18 @@ MORE = "use a machine with more memory, or set MPQ_DEPLOY_MEMORY to what may be 
 
 def check_memory(run: Run, stage: Stage) -> StageMemory:
     """Estimate what ``stage`` takes; raises UsageError when there is less."""
-    from mpq_deploy.run.memory_model import refuse_too_large
-    from mpq_deploy.system.available import held_memory, memory_room
-
     estimate = stage_memory(run, stage.name)
     fewer = "Give fewer --workers. " if _rounding_workers(run, stage.name) else ""
-    refuse_too_large(estimate, memory_room(), f"{fewer}{stage.hint} {MORE}", held_memory())
+    estimate.refuse_too_large(memory.memory_room(), f"{fewer}{stage.hint} {MORE}", memory.held_memory())
     return estimate
 
 
-class MemoryRanOutError(MpqError):
-    """An allocation failed in the middle of a stage."""
-
-
-# How NumPy, ONNX Runtime, torch and the system say that an allocation failed.
-FAILED = ("bad_alloc", "bad allocation", "MemoryError", "allocate memory", "Unable to allocate", "out of memory")
-
-
-@contextmanager
-def saying_memory_ran_out(stage: Stage) -> Iterator[None]:
-    """Turn a failed allocation in the block into MemoryRanOutError; every other error passes as it is."""
-    try:
-        yield
-    except (MemoryError, RuntimeError, OSError, MpqError) as error:
-        _say(error, stage)
-        raise
-    except _runtime_errors() as error:
-        _say(error, stage)
-        raise
-
-
-def _say(error: BaseException, stage: Stage) -> None:
-    if ran_out(error):
-        raise MemoryRanOutError(
-            f"Memory ran out in the stage '{stage.name}': {' '.join(str(error).split())[:200] or type(error).__name__}",
-            f"{stage.hint} use a machine with more memory. What is finished is kept: the next call goes on from there.",
-        ) from error
-
-
-def ran_out(error: BaseException) -> bool:
-    """Whether ``error`` says that an allocation failed."""
-    return isinstance(error, MemoryError) or any(words in str(error) for words in FAILED)
-
-
-def _runtime_errors() -> tuple[type[BaseException], ...]:
-    """Return ONNX Runtime's errors, which have no common base class; none where it is not in use."""
-    if "onnxruntime" not in sys.modules:
-        return ()
-    from mpq_deploy.runtime.ort import ORT_ERRORS
-
-    return ORT_ERRORS
+def saying_memory_ran_out(stage: Stage) -> AbstractContextManager[None]:
+    """Turn a failed allocation in the block, which makes ``stage``, into MemoryRanOutError."""
+    kept = "What is finished is kept: the next call goes on from there."
+    return memory.saying_memory_ran_out(
+        f"the stage '{stage.name}'", f"{stage.hint} use a machine with more memory. {kept}"
+    )
 
 
 def stage_memory(run: Run, stage: str) -> StageMemory:
@@ -95,7 +55,7 @@ def _rounding_workers(run: Run, stage: str) -> int:
 def rounding_worker_bytes(run: Run) -> int:
     """Estimate what a worker of the stage candidates holds, beside what every worker does (``shards.memory``)."""
     from mpq_deploy.run.memory_model import candidates_worker_bytes
-    from mpq_deploy.system.parallel.worker_memory import PROCESS_BYTES
+    from mpq_deploy.system.parallel.processes import PROCESS_BYTES
 
     size, forms = _sizes(run)
     return max(0, candidates_worker_bytes(size, run.recipe, forms) - PROCESS_BYTES)

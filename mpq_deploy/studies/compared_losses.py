@@ -31,9 +31,9 @@ from mpq_deploy.sensitivity.measured_calls import MeasureOptions
 from mpq_deploy.sensitivity.subject import Spread, Subject
 from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.system.files import Fields
+from mpq_deploy.system.memory import metered
 from mpq_deploy.system.parallel.work import Alone, Job, Result, Shard, Within, Work, run_shards
 from mpq_deploy.system.progress import Talk
-from mpq_deploy.system.usage import metered
 
 TRUTH = "exhaustive"
 # Pairs of the truth that are measured between two writes: what a kill may lose.

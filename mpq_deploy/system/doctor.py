@@ -6,7 +6,6 @@ Nothing heavy is imported: versions come from the packages' metadata; only ONNX 
 from __future__ import annotations
 
 import importlib.util
-import os
 import platform
 import shutil
 import subprocess
@@ -17,7 +16,8 @@ from typing import Literal
 
 from mpq_deploy.engine.target import Target, known_targets, load_target
 from mpq_deploy.engine.trtexec import find_trtexec
-from mpq_deploy.system.available import MACHINE, memory_room
+from mpq_deploy.system.memory import MACHINE, machine_memory, memory_room
+from mpq_deploy.system.threads import available_cores
 
 Status = Literal["ok", "missing", "note"]
 Group = Literal["machine", "packages", "builders", "gpu", "targets"]
@@ -156,28 +156,23 @@ def _names(gpus: list[Gpu]) -> str:
 
 def _machine() -> list[Finding]:
     disk = shutil.disk_usage(Path.cwd())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     free = f"{disk.free / 1e9:.0f} GB free here"
     return [
         Finding("machine", "Python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
-        Finding("machine", "CPU cores", "ok", str(cores)),
+        Finding("machine", "CPU cores", "ok", str(available_cores())),
         Finding("machine", "memory", "ok", _memory()),
         Finding("machine", "disk", "ok" if disk.free > 2e9 else "note", free),
     ]
 
 
 def _memory() -> str:
-    """Total memory from /proc/meminfo and what of it may be taken, in GB, with what else bounds it."""
-    path = Path("/proc/meminfo")
-    if not path.is_file():
-        return "unknown"
-    fields = dict(line.split(":", 1) for line in path.read_text(encoding="utf-8").splitlines() if ":" in line)
-    total = int(fields.get("MemTotal", "0 kB").split()[0]) * 1024 / 1e9
-    room = memory_room()
+    """The machine's memory and what of it may be taken, in GB, with what else bounds it."""
+    machine, room = machine_memory(), memory_room()
+    total = f"{machine.total / 1e9:.1f} GB" if machine else "unknown"
     if room is None:
-        return f"{total:.1f} GB"
+        return total
     whose = "" if room.whose == MACHINE else f" ({room.whose})"
-    return f"{total:.1f} GB, {room.bytes / 1e9:.1f} GB available{whose}"
+    return f"{total}, {room.bytes / 1e9:.1f} GB available{whose}"
 
 
 def _packages() -> list[Finding]:

@@ -52,7 +52,9 @@ def open_session(
     if not external and weights < IN_MEMORY_BYTES:
         yield _session(ir.to_proto(model).SerializeToString(), options)
         return
-    with tempfile.TemporaryDirectory(prefix="session-", dir=scratch) as folder:
+    # Windows removes no file that ONNX Runtime has mapped.
+    windows = os.name == "nt"
+    with tempfile.TemporaryDirectory(prefix="session-", dir=scratch, ignore_cleanup_errors=windows) as folder:
         _write(model, Path(folder), talk)
         yield _session(str(Path(folder) / "model.onnx"), options)
 

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 # Set for worker processes: threads of ONNX Runtime, which waits for them sleeping where the variable is set.
 RUNTIME_THREADS = "MPQ_DEPLOY_THREADS"
 TORCH_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -70,9 +72,9 @@ def available_cores() -> int:
 
 
 def physical_cores() -> int:
-    """Return the physical cores among those that this process may use; all of them where the system does not say."""
+    """Return the physical cores among those that this process may use; all it may use where the system hides them."""
     if not hasattr(os, "sched_getaffinity"):
-        return available_cores()
+        return psutil.cpu_count(logical=False) or available_cores()
     places = set()
     for cpu in os.sched_getaffinity(0):
         topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")

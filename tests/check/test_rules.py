@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import onnx
@@ -14,8 +12,10 @@ from mpq_deploy.check.check import RULES, check_model
 from mpq_deploy.check.rule import ERRORS
 from mpq_deploy.engine.build_log import EngineLog, parse_engine_log
 from mpq_deploy.engine.build_worker import BuildJob, InputShapes
+from mpq_deploy.engine.builder import WORKER
 from mpq_deploy.engine.target import load_target
 from mpq_deploy.graph.dialects import DIALECTS
+from mpq_deploy.system.children import run_child
 from tests.check.forms import BAD, GOOD, Form, model_of
 
 IDS = [f"{form.rule}-{form.target}-{number}" for number, form in enumerate(BAD)]
@@ -71,8 +71,7 @@ def built(form: Form, folder: Path) -> EngineLog | None:
     shapes = {"x": InputShapes(*((size, *form.shape) for size in (1, 2, 4)))} if form.batch == "batch" else {}
     names = [str(folder / name) for name in ("m.onnx", "engine", "log", "result")]
     BuildJob("tensorrt_rtx", *names, load_target(form.target).compute_capabilities, shapes).save(folder / "job.json")
-    command = [sys.executable, "-m", "mpq_deploy.engine.build_worker", str(folder / "job.json")]
-    done = subprocess.run(command, capture_output=True, check=False)
+    done = run_child(WORKER, str(folder / "job.json"))
     if done.returncode < 0 or "errors" in json.loads((folder / "result").read_text(encoding="utf-8")):
         return None
     return parse_engine_log((folder / "log").read_text(encoding="utf-8"))

@@ -27,6 +27,7 @@ from mpq_deploy.device.manifest import Manifest
 from mpq_deploy.device.output_check import latency, relative_squared_error
 from mpq_deploy.device.run import Run
 from mpq_deploy.errors import EngineError, UsageError
+from mpq_deploy.system import memory
 from mpq_deploy.system.progress import Talk
 
 # What a device need not have. Imports of these fail in the child.
@@ -278,16 +279,16 @@ def test_another_gpu_is_refused(orin: Path, tmp_path: Path, monkeypatch: pytest.
         check_gpu(unpacked(orin, tmp_path))
 
 
-def test_too_little_memory_is_refused_before_building(orin: Path, tmp_path: Path) -> None:
+def test_too_little_memory_is_refused_before_building(
+    orin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     manifest = unpacked(orin, tmp_path / "p")
-    (tmp_path / "root" / "proc").mkdir(parents=True)
-    (tmp_path / "root" / "proc" / "meminfo").write_text(
-        "MemTotal: 900000 kB\nMemAvailable:   100000 kB\n", encoding="utf-8"
-    )
+    monkeypatch.setattr(memory, "machine_memory", lambda: memory.Machine(900_000_000, 100_000_000))
     with pytest.raises(EngineError, match=r"estimated to take 0\.5 GB of memory, and this machine has 0\.1 GB free"):
-        check_memory(manifest, False, tmp_path / "root")
-    check_memory(manifest, True, tmp_path / "root")
-    check_memory(manifest, False, tmp_path / "none")
+        check_memory(manifest, False)
+    check_memory(manifest, True)
+    monkeypatch.setattr(install_module, "memory_room", lambda: None)
+    check_memory(manifest, False)
 
 
 def test_too_little_gpu_memory_is_refused_before_building(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +9,12 @@ import pytest
 
 from mpq_deploy.engine.build_log import EngineLayer, EngineLog, EngineTensor, parse_engine_log
 from mpq_deploy.engine.build_worker import BuildJob
+from mpq_deploy.engine.builder import WORKER
 from mpq_deploy.engine.expected import ExpectedLayer, ExpectedLayers
 from mpq_deploy.engine.target import load_target
 from mpq_deploy.engine.verify import Problem, verify, weights_allowance
 from mpq_deploy.formats.scheme import SCHEMES
+from mpq_deploy.system.children import run_child
 from tests.engine.plans import FAMILIES, Written, profile, write_plan
 from tests.graphs import GraphBuilder
 
@@ -24,8 +24,7 @@ def engine_log(written: Written, folder: Path) -> EngineLog:
     sm = load_target("rtx").compute_capabilities
     job = BuildJob("tensorrt_rtx", str(written.model), **files, compute_capabilities=sm, shapes=profile().inputs())
     job.save(folder / "job.json")
-    command = [sys.executable, "-m", "mpq_deploy.engine.build_worker", str(folder / "job.json")]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+    done = run_child(WORKER, str(folder / "job.json"))
     assert done.returncode == 0, (folder / "result").read_text(encoding="utf-8")
     return parse_engine_log((folder / "log").read_text(encoding="utf-8"))
 

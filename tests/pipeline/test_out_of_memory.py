@@ -12,8 +12,8 @@ import pytest
 
 from mpq_deploy.errors import UsageError
 from mpq_deploy.run.pipeline import STAGES
-from mpq_deploy.run.stage_memory import ran_out
-from mpq_deploy.system import available
+from mpq_deploy.system import memory
+from mpq_deploy.system.memory import ran_out
 from tests.pipeline.conftest import Outcome
 from tests.pipeline.runs import Built, build, recipe_for, stage_bytes, write_recipe
 from tests.pipeline.test_bad_input import refused
@@ -29,7 +29,7 @@ def test_a_build_stops_before_the_stage(run: Path, model: Path, monkeypatch: pyt
     shutil.rmtree(run / stage)
     before = stage_bytes(run)
     monkeypatch.setenv("MPQ_DEPLOY_MEMORY", "1MB")
-    monkeypatch.setattr(available, "held_memory", lambda: 0)
+    monkeypatch.setattr(memory, "held_memory", lambda: 0)
     with pytest.raises(UsageError, match=f"The stage '{stage}' would need about .* has 0.0 GB free") as caught:
         build(recipe_for(model), run)
     assert "MPQ_DEPLOY_MEMORY" in caught.value.hint

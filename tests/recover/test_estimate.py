@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from mpq_deploy.errors import UsageError
-from mpq_deploy.recover.estimate import FIXED_BYTES, estimate_memory, refuse_too_large
-from mpq_deploy.system.available import Room
+from mpq_deploy.recover.estimate import FIXED_BYTES, estimate_memory
+from mpq_deploy.system.memory import Room
 
 
 def test_the_parts_are_counted() -> None:
@@ -30,11 +30,12 @@ def test_a_unet_of_860_million_parameters_is_refused_on_a_small_machine() -> Non
     shapes = [(1280, 11520)] * 58  # 860 M weights
     estimate = estimate_memory(shapes, 32, 2 << 30, 4, 1)
     assert 30e9 < estimate.total < 60e9
-    with pytest.raises(UsageError, match=r"about \d\d\.\d GB \(\d\d\.\d for weights.*has 16\.0 GB free") as caught:
-        refuse_too_large(estimate, Room(16 * 10**9, "this machine"))
+    figures = r"about \d\d\.\d GB of memory \(\d\d\.\d for weights.*has 16\.0 GB free"
+    with pytest.raises(UsageError, match=figures) as caught:
+        estimate.refuse_too_large(Room(16 * 10**9, "this machine"))
     assert "recover.segments" in caught.value.hint
-    refuse_too_large(estimate, Room(80 * 10**9, "this machine"))
+    estimate.refuse_too_large(Room(80 * 10**9, "this machine"))
     almost = Room(estimate.total - FIXED_BYTES, "this machine")
-    refuse_too_large(estimate, almost, held=FIXED_BYTES)
+    estimate.refuse_too_large(almost, held=FIXED_BYTES)
     with pytest.raises(UsageError):
-        refuse_too_large(estimate, almost, held=FIXED_BYTES - 1)
+        estimate.refuse_too_large(almost, held=FIXED_BYTES - 1)

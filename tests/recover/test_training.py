@@ -16,7 +16,7 @@ from mpq_deploy.recover.checkpoint import restore_checkpoint, save_checkpoint
 from mpq_deploy.recover.recover import RecoverTask, measured_error, recover, write_recovered
 from mpq_deploy.recover.student import Student
 from mpq_deploy.recover.train import HELD_OUT_ROUND, Trainer, error_factor
-from mpq_deploy.system.available import Room
+from mpq_deploy.system.memory import Room
 from mpq_deploy.system.progress import Talk
 from tests.recover.cases import Case
 

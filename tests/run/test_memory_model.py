@@ -26,11 +26,10 @@ from mpq_deploy.run.memory_model import (
     estimate_torch_export,
     hessian_bytes,
     model_size,
-    refuse_too_large,
     salience_worker_bytes,
     source_size,
 )
-from mpq_deploy.system.available import Room
+from mpq_deploy.system.memory import Room
 from tests.pipeline.runs import save_denoiser
 
 STAGES = ("calibrate", "candidates", "measure", "allocate", "quantize")
@@ -107,21 +106,21 @@ def test_the_export_and_the_engine_of_large_models() -> None:
 
 def test_a_stage_that_does_not_fit_is_refused_with_its_figures() -> None:
     estimate = estimate_stage("measure", SMALL, RECIPE, 4)
-    refuse_too_large(estimate, None, "")
-    refuse_too_large(estimate, Room(estimate.total, "it"), "")
+    estimate.refuse_too_large(None, "")
+    estimate.refuse_too_large(Room(estimate.total, "it"), "")
     with pytest.raises(UsageError, match=r"'measure' would need about \d\.\d GB .* and the box has 0\.3 GB") as caught:
-        refuse_too_large(estimate, Room(3 * GB // 10, "the box"), "Lower something.")
+        estimate.refuse_too_large(Room(3 * GB // 10, "the box"), "Lower something.")
     assert caught.value.hint == "Lower something."
 
 
 def test_what_the_process_holds_already_is_not_needed_again() -> None:
     estimate = estimate_stage("measure", SMALL, RECIPE, 4)
     left = Room(estimate.total - estimate.code, "it")
-    refuse_too_large(estimate, left, "", held=estimate.code)
-    refuse_too_large(estimate, left, "", held=100 * GB)
+    estimate.refuse_too_large(left, "", held=estimate.code)
+    estimate.refuse_too_large(left, "", held=100 * GB)
     # Memory of other stages is no help: it need not be given back.
     with pytest.raises(UsageError):
-        refuse_too_large(estimate, replace(left, bytes=left.bytes - 1), "", held=100 * GB)
+        estimate.refuse_too_large(replace(left, bytes=left.bytes - 1), "", held=100 * GB)
 
 
 def test_hessians_stay_within_their_cap_and_grow_up_to_it() -> None:

@@ -1,7 +1,7 @@
 """A worker process: opens the job once, then computes one shard after the other. Run with ``python -m``.
 
-It reads its orders from a socket that it inherits and answers there; its own output goes to stderr, which is talk. When
-the process that started it ends, however that ends, so does this one.
+Orders come on stdin, answers go to stdout, both pickled; what it prints goes to stderr. When the process that started
+it ends, however that ends, so does this one.
 
 Orders: ("open", opener, root), ("run", number, task), None (end). Answers: ("line" or "warn", text), ("steps", number,
 steps), ("done", number, arrays), ("failed", number or None, error).
@@ -10,16 +10,17 @@ steps), ("done", number, arrays), ("failed", number or None, error).
 from __future__ import annotations
 
 import os
+import pickle
 import sys
-import threading
 import traceback
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from mpq_deploy.errors import DiskError, MpqError
+from mpq_deploy.system.children import ORPHANED, orders_from_parent, read_frame, write_frame
 from mpq_deploy.system.files import disk_error
 from mpq_deploy.system.parallel.work import TRACEBACK, Result, ShardError, Within, Work, stepper
+from mpq_deploy.system.stdout import claim_stdout
 
 
 class Worker:
@@ -70,27 +71,19 @@ def sendable(error: Exception, root: Path) -> MpqError:
     return failed
 
 
-def _end_with(lifeline: int) -> None:
-    """End this process when the other end of the pipe ``lifeline`` is closed, which a kill does too."""
-
-    def watch() -> None:
-        os.read(lifeline, 1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def main() -> None:
     """Obey until the order to end comes, or the starter is gone."""
-    orders, lifeline = Connection(int(sys.argv[1])), int(sys.argv[2])
-    _end_with(lifeline)
-    worker = Worker(orders.send)
+    orders = orders_from_parent(read_frame)
+    claim_stdout()
+    # Descriptor 1 is stderr from here on; print goes there, too.
+    answers, sys.stdout = sys.stdout, sys.stderr
+    worker = Worker(lambda answer: write_frame(answers.buffer, pickle.dumps(answer)))
     try:
-        while (order := orders.recv()) is not None:
+        # Only what our parent wrote: pickles can run code.
+        while (order := pickle.loads(orders.get())) is not None:  # noqa: S301
             worker.obey(order)
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        # The starter is gone: nobody waits for an answer.
-        os._exit(1)
+    except BrokenPipeError:
+        os._exit(ORPHANED)
 
 
 if __name__ == "__main__":

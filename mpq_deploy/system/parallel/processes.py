@@ -7,21 +7,20 @@ the others.
 
 from __future__ import annotations
 
-import os
-import signal
+import pickle
 import subprocess
-import sys
+import threading
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection, wait
+from queue import SimpleQueue
 from typing import Any, ClassVar
 
 from mpq_deploy.errors import UsageError
+from mpq_deploy.system.children import apart, child_command, child_environment, fate, read_frame, write_frame
+from mpq_deploy.system.memory import Room, memory_room
 from mpq_deploy.system.parallel.work import Job, Pool, Progress, Result, Shard, in_shard, lost_too_often
-from mpq_deploy.system.parallel.worker_memory import check_workers
 from mpq_deploy.system.progress import Talk
 from mpq_deploy.system.threads import RUNTIME_THREADS, SLEEPING, Threads, runtime_threads, threads_here
 
@@ -29,6 +28,8 @@ from mpq_deploy.system.threads import RUNTIME_THREADS, SLEEPING, Threads, runtim
 REPEATS = 2
 # Seconds that a worker that has nothing to do may take to end by itself.
 PATIENCE = 2.0
+# What a worker with a tiny model holds at most (benchmarks/workers.py), mostly torch's code, here its CPU build.
+PROCESS_BYTES = 400_000_000
 
 
 @dataclass(frozen=True)
@@ -66,56 +67,53 @@ class Processes:
         threads = {RUNTIME_THREADS: str(runtime_threads()), **SLEEPING}
         if self.threads is not None:
             threads = Threads.equal(self.threads).environment()
-        path = os.pathsep.join(entry for entry in sys.path if entry)
-        return {**os.environ, **threads, "PYTHONPATH": path}
+        return {**child_environment(), **threads}
 
 
-@dataclass
+@dataclass(eq=False)
 class _Process:
-    """A worker: its process, the socket to it, the pipe that keeps it alive, and the shard that it computes."""
+    """A worker: its process, where its answers go with itself (None: it is gone), and the shard that it computes."""
 
     process: subprocess.Popen[bytes]
-    orders: Connection
-    lifeline: int
+    answers: SimpleQueue[tuple[_Process, bytes]]
     busy: int | None = None
 
     @classmethod
-    def start(cls, environment: dict[str, str]) -> _Process:
-        ours, theirs = Pipe()
-        read, write = os.pipe()
-        try:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "mpq_deploy.system.parallel.child", str(theirs.fileno()), str(read)],
-                stdin=subprocess.DEVNULL,
-                stdout=sys.__stderr__ if sys.__stderr__ is not None else subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), read),
-                env=environment,
-                start_new_session=True,
-            )
-        except BaseException:
-            os.close(write)
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-            os.close(read)
-        return cls(process, ours, write)
+    def start(cls, environment: dict[str, str], answers: SimpleQueue[tuple[_Process, bytes]]) -> _Process:
+        process = subprocess.Popen(
+            child_command("mpq_deploy.system.parallel.child"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            **apart(),
+        )
+        worker = cls(process, answers)
+        threading.Thread(target=worker._listen, daemon=True).start()
+        return worker
+
+    def send(self, order: tuple[Any, ...] | None) -> None:
+        """Give it an order. One that is gone by now is found by listening to it."""
+        assert self.process.stdin is not None
+        with suppress(OSError):
+            write_frame(self.process.stdin, pickle.dumps(order))
 
     def end(self, patience: float = 0.0) -> None:
         """End the process: at once, or when it has not ended by itself after ``patience`` seconds."""
-        self.orders.close()
-        os.close(self.lifeline)
+        assert self.process.stdin is not None
+        with suppress(OSError):
+            self.process.stdin.close()
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(patience)
         self.process.kill()
         self.process.wait()
 
-    def fate(self) -> str:
-        """Say how the process ended, in words after "its worker"."""
-        code = self.process.wait()
-        if code < 0:
-            return f"was killed by {signal.Signals(-code).name}"
-        return f"ended with exit code {code}"
+    def _listen(self) -> None:
+        """Pass on what it answers; b"" when it is gone."""
+        assert self.process.stdout is not None
+        with self.process.stdout as stream:
+            while answer := read_frame(stream):
+                self.answers.put((self, answer))
+        self.answers.put((self, b""))
 
 
 @dataclass
@@ -124,6 +122,7 @@ class _ProcessPool:
     job: Job
     talk: Talk
     workers: list[_Process] = field(default_factory=list)
+    answers: SimpleQueue[tuple[_Process, bytes]] = field(default_factory=SimpleQueue)
     said: set[str] = field(default_factory=set)
     told: bool = False
 
@@ -132,22 +131,24 @@ class _ProcessPool:
         left = len(shards)
         while left:
             self._assign(waiting, shards)
-            for worker in self._ready():
-                answer = self._answer(worker)
-                if answer is None:
-                    self._lost(worker, shards, waiting, lost)
-                elif answer[0] == "steps":
-                    progress(answer[1], answer[2])
-                elif answer[0] == "failed":
-                    index = worker.busy if answer[1] is None else answer[1]
-                    assert index is not None  # a worker is opened for a shard
-                    raise in_shard(answer[2], shards[index])
-                elif answer[0] == "done":
-                    worker.busy = None
-                    left -= 1
-                    yield answer[1], answer[2]
-                else:
-                    self._say(*answer)
+            worker, content = self.answers.get()
+            if not content:
+                self._lost(worker, shards, waiting, lost)
+                continue
+            # Only what our own child wrote: pickles can run code.
+            answer: tuple[Any, ...] = pickle.loads(content)  # noqa: S301
+            if answer[0] == "steps":
+                progress(answer[1], answer[2])
+            elif answer[0] == "failed":
+                index = worker.busy if answer[1] is None else answer[1]
+                assert index is not None  # a worker is opened for a shard
+                raise in_shard(answer[2], shards[index])
+            elif answer[0] == "done":
+                worker.busy = None
+                left -= 1
+                yield answer[1], answer[2]
+            else:
+                self._say(*answer)
 
     def end(self) -> None:
         """End all processes: idle ones may clean up, the others are killed."""
@@ -156,8 +157,7 @@ class _ProcessPool:
             if worker.busy is not None:
                 worker.process.kill()
             else:
-                with suppress(OSError):
-                    worker.orders.send(None)
+                worker.send(None)
         for worker in workers:
             worker.end(PATIENCE)
 
@@ -167,44 +167,29 @@ class _ProcessPool:
         while waiting and (idle or len(self.workers) < self.crew.workers):
             worker = idle.pop() if idle else self._opened()
             worker.busy = waiting.popleft()
-            # A worker that is gone by now is found by reading from it.
-            with suppress(OSError):
-                worker.orders.send(("run", worker.busy, shards[worker.busy].task))
+            worker.send(("run", worker.busy, shards[worker.busy].task))
 
     def _opened(self) -> _Process:
         if not self.told:
             self.told = True
             check_workers(self.crew.workers, self.job, self.talk)
-        worker = _Process.start(self.crew.environment())
+        worker = _Process.start(self.crew.environment(), self.answers)
         self.workers.append(worker)
-        with suppress(OSError):
-            worker.orders.send(("open", self.job.opener, self.job.root))
+        worker.send(("open", self.job.opener, self.job.root))
         return worker
-
-    def _ready(self) -> list[_Process]:
-        """Wait until some workers have answered or are gone; return them."""
-        found = set(wait([worker.orders for worker in self.workers]))
-        return [worker for worker in self.workers if worker.orders in found]
-
-    def _answer(self, worker: _Process) -> tuple[Any, ...] | None:
-        try:
-            answer: tuple[Any, ...] = worker.orders.recv()
-        except (EOFError, OSError):
-            return None
-        return answer
 
     def _lost(self, worker: _Process, shards: Sequence[Shard], waiting: deque[int], lost: Counter[int]) -> None:
         """Take a worker out; its shard waits again, before the others, unless it was lost too often."""
         self.workers.remove(worker)
-        fate = worker.fate()
+        how = fate(worker.process.wait())
         worker.end()
         index = worker.busy
         if index is None:
             return
         lost[index] += 1
         if lost[index] > self.crew.repeats:
-            raise lost_too_often(shards[index], lost[index], fate, self.crew.workers)
-        self.talk.warn(f"a worker {fate}; the shard '{shards[index].name}' is computed again")
+            raise lost_too_often(shards[index], lost[index], how, self.crew.workers)
+        self.talk.warn(f"a worker {how}; the shard '{shards[index].name}' is computed again")
         waiting.appendleft(index)
 
     def _say(self, kind: str, text: str) -> None:
@@ -212,3 +197,28 @@ class _ProcessPool:
         if text not in self.said:
             self.said.add(text)
             (self.talk.warn if kind == "warn" else self.talk.line)(text)
+
+
+def check_workers(workers: int, job: Job, talk: Talk) -> None:
+    """Say what ``workers`` on this machine are estimated to hold; raises UsageError where there is less."""
+    each = job.memory_bytes + PROCESS_BYTES
+    talk.line(f"  {job.name} on {_many(workers)}, an estimated {each / 1e9:.1f} GB each")
+    room = memory_room()
+    if room is not None and workers * each > room.bytes:
+        raise UsageError(
+            f"{_many(workers)} would need about {workers * each / 1e9:.1f} GB of memory for {job.name} "
+            f"({each / 1e9:.1f} GB each), and {room}.",
+            _hint(room.bytes // each, room),
+        )
+
+
+def _many(workers: int) -> str:
+    return f"{workers} workers" if workers > 1 else "1 worker"
+
+
+def _hint(fitting: int, room: Room) -> str:
+    if fitting > 1:
+        first = f"Give --workers {fitting}, which fit"
+    else:
+        first = "Leave --workers and --threads out: one process holds less" if fitting else "Not one of them fits"
+    return f"{first}; or set MPQ_DEPLOY_MEMORY to what may be taken if you know better."

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from mpq_deploy.errors import UsageError
-from mpq_deploy.system.parallel.processes import Processes
+from mpq_deploy.system.parallel.processes import PROCESS_BYTES, Processes, check_workers
 from mpq_deploy.system.parallel.work import Job, Shard, run_shards
-from mpq_deploy.system.parallel.worker_memory import PROCESS_BYTES, check_workers
 from mpq_deploy.system.progress import Talk
 
 GB = 10**9

@@ -11,11 +11,21 @@ from pathlib import Path
 import pytest
 
 from mpq_deploy.errors import UsageError
-from mpq_deploy.system import available
-from mpq_deploy.system.available import VARIABLE, Room, available_memory, held_memory, memory_room
+from mpq_deploy.system import memory
+from mpq_deploy.system.memory import (
+    VARIABLE,
+    Machine,
+    Room,
+    children_peak_bytes,
+    held_memory,
+    machine_memory,
+    memory_room,
+    metered,
+    peak_rss_bytes,
+)
 
 GB = 10**9
-CHILD = "from mpq_deploy.system.available import memory_room; room = memory_room(); print(room.bytes, room.whose)"
+CHILD = "from mpq_deploy.system.memory import memory_room; room = memory_room(); print(room.bytes, room.whose)"
 
 
 class Tree:
@@ -24,7 +34,6 @@ class Tree:
     def __init__(self, root: Path) -> None:
         self.root = root
         (root / "proc/self").mkdir(parents=True)
-        self.write("proc/meminfo", f"MemTotal: 99999999 kB\nMemAvailable: {64 * GB // 1000} kB\n")
 
     def write(self, name: str, text: str) -> None:
         path = self.root / name
@@ -50,16 +59,44 @@ def _unsaid(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def tree(tmp_path: Path) -> Tree:
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tree:
+    monkeypatch.setattr(memory, "machine_memory", lambda: Machine(99 * GB, 64 * GB))
     return Tree(tmp_path / "root")
 
 
 def test_without_groups_the_machine_bounds(tree: Tree) -> None:
-    assert memory_room(tree.root) == Room(64 * GB // 1000 * 1024, "this machine")
+    assert memory_room(tree.root) == Room(64 * GB, "this machine")
 
 
-def test_a_system_that_says_nothing(tmp_path: Path) -> None:
-    assert memory_room(tmp_path) is None and available_memory(tmp_path) is None and held_memory(tmp_path) == 0
+def test_a_system_that_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_psutil", lambda: None)
+    monkeypatch.setattr(memory, "_text", lambda path: "")
+    assert memory_room(tmp_path) is None and machine_memory() is None and held_memory() == 0
+
+
+def test_a_device_without_psutil_reads_the_same_from_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not Path("/proc/meminfo").is_file():
+        pytest.skip("only Linux says it in a file")
+    expected = machine_memory()
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    found = machine_memory()
+    assert found and expected and found.total == expected.total
+    assert found.available == pytest.approx(expected.available, rel=0.1)
+
+
+def test_the_peak_is_that_of_the_block() -> None:
+    with metered() as first:
+        assert len(bytearray(b"x" * (64 << 20)))
+    with metered() as second:
+        pass
+    assert first.peak_rss_bytes >= peak_rss_bytes() > 10 << 20
+    assert second.peak_rss_bytes > 10 << 20 and second.seconds >= 0
+
+
+def test_a_large_child_counts() -> None:
+    with metered() as reading:
+        subprocess.run([sys.executable, "-c", f"b'x' * ({GB // 2})"], check=True)
+    assert reading.peak_rss_bytes > GB // 2 or not children_peak_bytes()
 
 
 def test_a_container_sees_its_own_group_as_the_top(tree: Tree) -> None:
@@ -71,13 +108,13 @@ def test_a_container_sees_its_own_group_as_the_top(tree: Tree) -> None:
 def test_the_cache_of_files_counts_as_free(tree: Tree) -> None:
     tree.second("/app")
     tree.group("app", used=3 * GB, inactive=2 * GB, max=4 * GB)
-    assert available_memory(tree.root) == 3 * GB
+    assert memory_room(tree.root).bytes == 3 * GB
 
 
 def test_the_lower_limit_counts(tree: Tree) -> None:
     tree.second("/app")
     tree.group("app", used=GB, max=8 * GB, high=2 * GB)
-    assert available_memory(tree.root) == GB
+    assert memory_room(tree.root).bytes == GB
 
 
 def test_a_group_above_may_be_the_tightest(tree: Tree) -> None:
@@ -91,9 +128,9 @@ def test_a_group_above_may_be_the_tightest(tree: Tree) -> None:
 def test_no_limit_and_a_group_over_its_limit(tree: Tree) -> None:
     tree.second("/app")
     tree.group("app", used=3 * GB)
-    assert memory_room(tree.root) == Room(64 * GB // 1000 * 1024, "this machine")
+    assert memory_room(tree.root) == Room(64 * GB, "this machine")
     tree.group("app", used=3 * GB, high=2 * GB)
-    assert available_memory(tree.root) == 0
+    assert memory_room(tree.root).bytes == 0
 
 
 @pytest.mark.parametrize(("group", "mounted"), [("/docker/1f", "/docker/1f"), ("/../other", "/docker/1f")])
@@ -101,7 +138,7 @@ def test_a_group_that_is_named_from_outside(tree: Tree, group: str, mounted: str
     """Where only part of the groups is mounted, paths are relative to it, or lie outside of it."""
     tree.second(group, mounted)
     tree.group("", used=GB, max=2 * GB)
-    assert available_memory(tree.root) == GB
+    assert memory_room(tree.root).bytes == GB
 
 
 def first_version(tree: Tree, limit: int) -> None:
@@ -119,16 +156,16 @@ def test_the_first_version(tree: Tree) -> None:
     first_version(tree, 4 * GB)
     assert memory_room(tree.root) == Room(2 * GB, "the control group /job")
     first_version(tree, 0x7FFFFFFFFFFFF000)
-    assert memory_room(tree.root) == Room(64 * GB // 1000 * 1024, "this machine")
+    assert memory_room(tree.root) == Room(64 * GB, "this machine")
 
 
 def test_the_variable_goes_first(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
     amounts = {"12GB": 12 * GB, "1.5 g": 3 * GB // 2, "512MiB": 512 << 20, "1000": 1000}
     for text, expected in amounts.items():
         monkeypatch.setenv(VARIABLE, text)
-        assert available_memory(tree.root) == expected
+        assert memory_room(tree.root).bytes == expected
     monkeypatch.setenv(VARIABLE, "plenty")
-    with pytest.raises(UsageError, match="'plenty', which is no amount"):
+    with pytest.raises(UsageError, match="'plenty' in MPQ_DEPLOY_MEMORY"):
         memory_room(tree.root)
 
 
@@ -145,7 +182,7 @@ def test_a_limit_on_address_space() -> None:
     limit = GB // 2
     size, whose = child(f"import resource; resource.setrlimit(resource.RLIMIT_AS, ({limit}, {limit}))")
     assert 0 < size < limit and "ulimit -v" in whose
-    assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY or available_memory() is not None
+    assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY or memory_room() is not None
 
 
 def test_a_group_of_the_kernel() -> None:
@@ -171,9 +208,7 @@ def test_a_group_of_the_kernel() -> None:
 
 
 def test_what_this_process_holds_grows_with_it() -> None:
-    if not Path("/proc/self/status").is_file():
-        pytest.skip("only Linux says what a process holds")
     before = held_memory()
     kept = bytearray(b"x" * (64 << 20))
     assert held_memory() - before > 48 << 20
-    assert len(kept) and available.MACHINE in str(Room(GB, available.MACHINE))
+    assert len(kept) and memory.MACHINE in str(Room(GB, memory.MACHINE))
