@@ -15,17 +15,18 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from table import Page, bench_parser, bench_recipe, decibels, made_by_stages, markdown, verdict, weights_digest
 
 from mpq_deploy.allocate.plan_solver import PlanSolver
 from mpq_deploy.errors import InfeasibleBudgetError
-from mpq_deploy.evaluate.evaluate import evaluate
-from mpq_deploy.evaluate.evaluation_result import EvaluationOptions, VariantResult
+from mpq_deploy.evaluate.evaluate import Variant, evaluate
+from mpq_deploy.evaluate.evaluation_result import VariantResult
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
 from mpq_deploy.graph.writers.plan_graphs import write_plan
+from mpq_deploy.models.spec import FloatModel
 from mpq_deploy.rounding.candidate_store import CONTROLS
 from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.run.view import Run
@@ -76,28 +77,13 @@ def compare(run: Run, name: str, folder: Path) -> Row:
     """Fit the correction of the graphs in ``folder`` and evaluate it."""
     exported, section = run.exported, run.recipe.evaluate
     correction = correction_for(run, folder)
-    options = EvaluationOptions(
-        samples=section.samples,
-        steps=section.steps,
-        timesteps=min(section.timesteps, section.steps),
-        batch_size=section.batch_size,
-        seed=section.seed,
-        sampler=section.sampler,
-        latency_calls=0,
-    )
+    settings = section.replace(timesteps=min(section.timesteps, section.steps), calls=section.samples)
     ddpm = exported.spec.model_copy(update={"scheduler": {**exported.spec.scheduler, "_class_name": "DDPMScheduler"}})
-    found = []
-    for spec, chosen in ((exported.spec, options), (ddpm, replace(options, sampler="folder", timesteps=1))):
-        result = evaluate(
-            dict.fromkeys(("plain", "corrected"), folder / SIMULATED),
-            exported.path,
-            spec,
-            exported.conditions,
-            chosen,
-            run.talk,
-            cache=run.path / ".samples",
-            corrections={"corrected": correction},
-        )
+    graph, found = folder / SIMULATED, []
+    for spec, chosen in ((exported.spec, settings), (ddpm, settings.replace(sampler="folder", timesteps=1))):
+        variants = {"plain": Variant(graph), "corrected": Variant(graph, correction=correction)}
+        model = FloatModel(exported.path, spec, exported.conditions)
+        result = evaluate(variants, model, chosen, run.talk, cache=run.path / ".samples")
         found.append((result.variants["plain"], result.variants["corrected"]))
     return Row(name, correction, *found[0], found[1], noise_share(correction, ddpm.scheduler, section.steps))
 

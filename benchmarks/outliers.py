@@ -25,8 +25,8 @@ import onnxruntime as ort
 import yaml
 from table import Page, bench_parser, bench_recipe, decibels, markdown, verdict
 
-from mpq_deploy.evaluate.evaluate import evaluate
-from mpq_deploy.evaluate.evaluation_result import EvaluationOptions, VariantResult
+from mpq_deploy.evaluate.evaluate import Variant, evaluate
+from mpq_deploy.evaluate.evaluation_result import VariantResult
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
 from mpq_deploy.graph.writers.plan_graphs import write_plan
 from mpq_deploy.rounding.candidate_store import candidates_of
@@ -142,11 +142,9 @@ def measured(run: Run, samples: int) -> dict[str, tuple[VariantResult, float]]:
             folder = Path(name) / str(len(variants))
             folder.mkdir()
             sizes[title] = write_plan(run, plan, folder)
-            variants[title] = folder / SIMULATED
-        options = EvaluationOptions(
-            samples=samples, steps=section.steps, timesteps=section.timesteps, seed=section.seed, latency_calls=0
-        )
-        found = evaluate(variants, exported.path, exported.spec, exported.conditions, options, run.talk, sizes=sizes)
+            variants[title] = Variant(folder / SIMULATED, sizes[title])
+        settings = section.replace(samples=samples, calls=samples)
+        found = evaluate(variants, exported.model, settings, run.talk)
     whole = exported.facts["fp16_size_bytes"]
     return {title: (found.variants[title], sizes[title] / whole) for title in PLANS}
 

@@ -31,8 +31,7 @@ from table import Page, bench_parser, bench_recipe, decibels, made_by_stages, ma
 
 from mpq_deploy.allocate.plan_solver import PlanSolver
 from mpq_deploy.allocate.problem import Problem
-from mpq_deploy.evaluate.evaluate import evaluate
-from mpq_deploy.evaluate.evaluation_result import EvaluationOptions
+from mpq_deploy.evaluate.evaluate import Variant, evaluate
 from mpq_deploy.evaluate.metrics.frechet import Moments, frechet_distance
 from mpq_deploy.evaluate.metrics.networks import DEMO, NetworkOptions
 from mpq_deploy.evaluate.metrics.open_networks import open_network
@@ -141,25 +140,12 @@ class Bench:
 
     def evaluate_graph(self, plan: Plan, graph: Path) -> Result:
         """Sample ``graph``, written for ``plan``, and the float model from the same noise, and compare."""
-        section, exported = self.run.recipe.evaluate, self.solver.exported
-        options = EvaluationOptions(
-            samples=self.samples,
-            steps=section.steps,
-            timesteps=min(section.timesteps, section.steps),
-            batch_size=section.batch_size,
-            seed=section.seed,
-            sampler=section.sampler,
-            latency_calls=0,
+        section, model = self.run.recipe.evaluate, self.solver.exported.model
+        # All calls, as many as the images.
+        settings = section.replace(
+            samples=self.samples, timesteps=min(section.timesteps, section.steps), calls=self.samples
         )
-        found = evaluate(
-            {"plan": graph},
-            exported.path,
-            exported.spec,
-            exported.conditions,
-            options,
-            self.run.talk,
-            cache=self.run.path / ".samples",
-        )
+        found = evaluate({"plan": Variant(graph)}, model, settings, self.run.talk, cache=self.run.path / ".samples")
         floats, ours = (Moments.of(self.network.features(found.images[name])) for name in ("float", "plan"))
         self.float_real = frechet_distance(floats, self.real)
         share = plan.size_bytes / self.solver.fp16_size

@@ -24,12 +24,12 @@ from table import Page, bench_parser, bench_recipe, made_by_stages, markdown, ve
 
 from mpq_deploy.allocate.plan_solver import PlanSolver
 from mpq_deploy.errors import InfeasibleBudgetError
-from mpq_deploy.evaluate.evaluate import evaluate
-from mpq_deploy.evaluate.evaluation_result import EvaluationOptions
-from mpq_deploy.evaluate.fresh import FreshCalls, FreshOptions, standard_error
+from mpq_deploy.evaluate.evaluate import Variant, evaluate
+from mpq_deploy.evaluate.fresh import FreshCalls, standard_error
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
 from mpq_deploy.graph.writers.plan_graphs import write_plan
 from mpq_deploy.models.spec import Array
+from mpq_deploy.recipe import EvaluateSettings
 from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.run.view import Run
 from mpq_deploy.studies.sweep import parse_budgets
@@ -66,8 +66,8 @@ class Truth:
 
     def __init__(self, run: Run, images: int, seed: int) -> None:
         self.run, self.exported = run, run.exported
-        options = FreshOptions(images, STEPS, seed, run.recipe.evaluate.sampler)
-        self._calls = FreshCalls(self.exported.path, self.exported.spec, self.exported.conditions, options, Talk())
+        settings = run.recipe.evaluate.replace(samples=images, steps=STEPS, seed=seed)
+        self._calls = FreshCalls(self.exported.model, settings, Talk())
         self._kept: dict[str, Array] = {}
 
     def errors(self, schemes: dict[str, str]) -> Array:
@@ -95,14 +95,10 @@ def psnr(run: Run, plans: list[dict[str, str]]) -> tuple[float, ...]:
             place = Path(folder) / str(number)
             place.mkdir()
             write_plan(run, schemes, place)
-            variants[str(number)] = place / SIMULATED
+            variants[str(number)] = Variant(place / SIMULATED)
         for seed in PSNR_SEEDS:
-            options = EvaluationOptions(
-                samples=PSNR_IMAGES, steps=STEPS, timesteps=1, batch_size=16, seed=seed, latency_calls=0
-            )
-            cache = run.path / ".samples"
-            arguments = (variants, exported.path, exported.spec, exported.conditions, options, Talk())
-            result = evaluate(*arguments, cache=cache)
+            settings = EvaluateSettings(samples=PSNR_IMAGES, steps=STEPS, timesteps=1, seed=seed)
+            result = evaluate(variants, exported.model, settings, cache=run.path / ".samples")
             found.append([result.variants[name].psnr_db for name in variants])
     return tuple(float(value) for value in np.mean(found, axis=0))
 

@@ -58,7 +58,7 @@ class CalibrateSettings(Section):
     observed: int = Field(48, ge=1, description="recorded calls that activations are observed on")
     steps: int = Field(20, ge=1, description="sampler steps per trajectory")
     batch_size: int = Field(16, ge=1, description="samples per call")
-    seed: int = Field(1, description="seed of the initial noise")
+    seed: int = Field(1, ge=0, description="seed of the initial noise")
     scale: Literal["mse", "percentile", "absmax"] = Field("mse", description="how INT8 scales are chosen")
     percentile: float = Field(99.99, gt=50, le=100, description="of absolute values, for scale: percentile")
     reservoir: int = Field(8192, ge=256, description="values kept per activation to choose its scale")
@@ -95,7 +95,7 @@ class MeasureSettings(Section):
     samples: int = Field(128, ge=1, description="calibration samples measured on and kept from rounding")
     calls: int = Field(24, ge=1, description="samples measured at each timestep, in turn")
     batch_size: int = Field(16, ge=1, description="samples per call")
-    seed: int = Field(2, description="seed of probes, noise and random losses")
+    seed: int = Field(2, ge=0, description="seed of probes, noise and random losses")
     sampling: Literal["uniform", "adaptive"] = Field(
         "uniform", description="adaptive: more timesteps where the layers' importance (ORM) changes fastest"
     )
@@ -228,7 +228,7 @@ class EvaluateSettings(Section):
     timesteps: int = Field(20, ge=1, description="timesteps at which the output's error is measured")
     calls: int = Field(8, ge=1, description="images measured at each timestep, in turn; each at least once")
     batch_size: int = Field(16, ge=1, description="samples per call")
-    seed: int = Field(1234, description="seed of the initial noise; not calibration's")
+    seed: int = Field(1234, ge=0, description="seed of the initial noise; not calibration's")
     sampler: SamplerKind = Field(
         "auto", description="auto: built-in DDIM for DDIM and DDPM, else the folder's own class"
     )

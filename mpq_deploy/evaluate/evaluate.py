@@ -1,8 +1,7 @@
 """Evaluate quantized graphs against the float one: the same noise, the same sampler, ONNX Runtime for all.
 
-In: ONNX files by the variant's name, the float file, the denoiser's description and conditions. Out: an
-``Evaluation``. The float model's own trajectories give the inputs on which the outputs are compared; they come
-from another seed than calibration's.
+In: ONNX files by the variant's name and the float model. Out: an ``Evaluation``. The float model's own trajectories
+give the inputs on which the outputs are compared; they come from another seed than calibration's.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from mpq_deploy.calls.loop import DenoiserCall, GuidedDenoiser, denoise, first_s
 from mpq_deploy.calls.sampler import Sampler, make_sampler
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.evaluate.cache import SampleCache, arrays_digest, model_digest, model_files
-from mpq_deploy.evaluate.cpu_latency import cpu_latency
 from mpq_deploy.evaluate.decode import decode, decoder_path
-from mpq_deploy.evaluate.evaluation_result import CpuLatency, Evaluation, EvaluationOptions, ImageKind, VariantResult
+from mpq_deploy.evaluate.evaluation_result import Evaluation, ImageKind, VariantResult
 from mpq_deploy.evaluate.images import data_range, pooled_psnr_db, psnr_db, psnr_db_each, ssim_each, to_uint8, to_unit
 from mpq_deploy.evaluate.output_error import nmse, stride_midpoints, taken_turns
-from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.models.spec import Array, DenoiserSpec, FloatModel
+from mpq_deploy.recipe import EvaluateSettings
 from mpq_deploy.runtime.correction import Correction
 from mpq_deploy.runtime.ort import OrtDenoiser
 from mpq_deploy.system.parallel.job_files import Files
@@ -41,75 +40,104 @@ DECODED_RANGE = (-1.0, 1.0)
 
 
 @dataclass(frozen=True)
+class Variant:
+    """A quantized graph: its file, the bytes it takes when deployed, and a correction of its output.
+
+    The size is passed through; the correction applies to the error and before every step of the sampler.
+    """
+
+    path: Path
+    size_bytes: int | None = None
+    correction: Correction | None = None
+
+
+@dataclass(frozen=True)
 class Setup:
     """What every variant has in common."""
 
     spec: DenoiserSpec
     conditions: dict[str, Array]
-    options: EvaluationOptions
+    settings: EvaluateSettings
     rows: Array
     decoder: Path | None
     talk: Talk
 
+    @classmethod
+    def of(cls, model: FloatModel, settings: EvaluateSettings, talk: Talk) -> Setup:
+        """Choose the samples' conditions; the decoder lies beside the model."""
+        spec, first = model.spec, model.spec.calibration_rows or 0
+        rows = first + spread_rows(_condition_count(model.conditions) - first, settings.samples, spec.uncond_row)
+        return cls(spec, model.conditions, settings, rows, decoder_path(spec, model.path.parent), talk)
+
 
 def evaluate(
-    variants: Mapping[str, Path],
-    float_model: Path,
-    spec: DenoiserSpec,
-    conditions: Mapping[str, Array],
-    options: EvaluationOptions | None = None,
+    variants: Mapping[str, Variant],
+    model: FloatModel,
+    settings: EvaluateSettings,
     talk: Talk | None = None,
     *,
-    sizes: Mapping[str, int] | None = None,
     cache: Path | None = None,
-    corrections: Mapping[str, Correction] | None = None,
     crew: Crew | None = None,
 ) -> Evaluation:
-    """Compare each of ``variants`` (name -> ONNX file, such as ours, int8, int4) with ``float_model``.
+    """Compare each of ``variants`` (by name, such as ours, int8, int4) with the float ``model``.
 
-    ``conditions`` hold one row per condition, by input name; ``sizes`` are deployed bytes by variant, passed
-    through. ``cache`` is a folder in which samples are kept by content, so that only what changed is sampled.
-    A variant named in ``corrections`` has its output corrected, in the error and before every step of the sampler.
-    ``crew``: who samples, one model each (None: this process).
-    The decoder, if ``spec`` names one, lies beside ``float_model``. Raises ModelError naming variant and timestep
-    for an output that is not finite.
+    ``cache`` is a folder in which samples are kept by content, so that only what changed is sampled.
+    ``crew``: who samples, one model each (None: this process). Raises ModelError naming variant and timestep for an
+    output that is not finite.
     """
-    options, talk = options or EvaluationOptions(), talk or Talk()
-    _check(variants, spec)
-    first = spec.calibration_rows or 0
-    rows = first + spread_rows(_condition_count(conditions) - first, options.samples, spec.uncond_row)
-    setup = Setup(spec, dict(conditions), options, rows, decoder_path(spec, float_model.parent), talk)
-    store, common = SampleCache(cache, talk), _common_key(setup, float_model)
-    decoder = [] if setup.decoder is None else [setup.decoder]
-    models = (float_model, *variants.values(), *decoder)
-    files = Files.of(file for model in dict.fromkeys(models) for file in model_files(model))
-    # A worker has the float model and then a variant, as it is and prepared for the kernels.
-    largest = 2 * max(sum(file.stat().st_size for file in model_files(model)) for model in models)
-    job = Job("evaluation", partial(_open, _moved(setup, files)), files.root, files.names, largest)
+    talk = talk or Talk()
+    _check(variants, model.spec)
+    setup = Setup.of(model, settings, talk)
+    store, common = SampleCache(cache, talk), _common_key(setup, model.path)
+    files, job = _job(setup, [model.path, *(variant.path for variant in variants.values())])
+    digests = {name: model_digest(variant.path) for name, variant in variants.items()}
     results: dict[str, VariantResult] = {}
     with (crew or Alone()).open(job, talk) as pool:
-        part = Shard("float", _Part(FLOAT, files.below(float_model)), options.steps, {**common, "part": "float"})
+        part = Shard("float", _Part(FLOAT, files.below(model.path)), settings.steps, {**common, "part": "float"})
         (reference,) = run_shards(pool, "sample the float model", [part], talk, store)
         kind, value_range = _pixels(setup, reference["images"])
         images = {FLOAT: to_uint8(reference["images"], value_range)}
-        shards, digests = _variant_shards(variants, files, reference, corrections or {}, common, options)
+        known = {name: array for name, array in reference.items() if name != "images"}
+        shards = [
+            Shard(
+                name,
+                _Part(name, files.below(variant.path), known, variant.correction),
+                len(reference["timesteps"]) + settings.steps,
+                {**common, **_variant_key(digests[name], variant)},
+            )
+            for name, variant in variants.items()
+        ]
         for name, arrays in zip(variants, run_shards(pool, "evaluate", shards, talk, store), strict=True):
-            results[name] = _scored(reference, arrays, value_range, digests[name], (sizes or {}).get(name))
+            results[name] = _scored(reference, arrays, value_range, digests[name], variants[name].size_bytes)
             images[name] = to_uint8(arrays["images"], value_range)
-    latency, latency_notes = _latency(setup, float_model, variants, float(reference["timesteps"][-1]))
     return Evaluation(
-        options=options,
+        settings=settings,
         timesteps=tuple(float(t) for t in reference["timesteps"]),
-        rows=tuple(int(row) for row in rows),
-        labels=tuple(_labels(spec, rows, bool(conditions))),
+        rows=tuple(int(row) for row in setup.rows),
+        labels=tuple(_labels(setup)),
         sampler=str(reference["sampler"]),
         image_kind=kind,
         variants=results,
         images=images,
         float_digest=str(common["float"]),
-        latency=latency,
-        notes=(*_notes(setup, kind, value_range), *_correction_notes(setup, corrections or {}), *latency_notes),
+        notes=(*_notes(setup, kind, value_range), *_correction_notes(setup, variants)),
     )
+
+
+def _job(setup: Setup, models: list[Path]) -> tuple[Files, Job]:
+    """Return the files of all models, and the job whose workers open one at a time."""
+    models = models if setup.decoder is None else [*models, setup.decoder]
+    files = Files.of(file for model in dict.fromkeys(models) for file in model_files(model))
+    # A worker has the float model and then a variant, as it is and prepared for the kernels.
+    largest = 2 * max(sum(file.stat().st_size for file in model_files(model)) for model in models)
+    # Workers get paths relative to the root, and no progress.
+    told = replace(setup, decoder=None if setup.decoder is None else files.below(setup.decoder), talk=Talk())
+    return files, Job("evaluation", partial(_open, told), files.root, files.names, largest)
+
+
+def _variant_key(digest: str, variant: Variant) -> dict[str, Any]:
+    key: dict[str, Any] = {"part": "variant", "variant": digest}
+    return key if variant.correction is None else {**key, "correction": variant.correction.as_json()}
 
 
 def spread_rows(available: int, samples: int, uncond_row: int | None = None) -> Array:
@@ -136,32 +164,6 @@ class _Part:
     correction: Correction | None = None
 
 
-def _variant_shards(
-    variants: Mapping[str, Path],
-    files: Files,
-    reference: dict[str, Array],
-    corrections: Mapping[str, Correction],
-    common: dict[str, Any],
-    options: EvaluationOptions,
-) -> tuple[list[Shard], dict[str, str]]:
-    """Return a shard for each variant, and the digests of their files."""
-    known = {name: array for name, array in reference.items() if name != "images"}
-    digests = {name: model_digest(path) for name, path in variants.items()}
-    shards = []
-    for name, path in variants.items():
-        key, correction = {**common, "part": "variant", "variant": digests[name]}, corrections.get(name)
-        if correction is not None:
-            key["correction"] = correction.as_json()
-        task = _Part(name, files.below(path), known, correction)
-        shards.append(Shard(name, task, len(reference["timesteps"]) + options.steps, key))
-    return shards, digests
-
-
-def _moved(setup: Setup, files: Files) -> Setup:
-    """Return what workers are told: paths relative to the root, and nobody to talk to."""
-    return replace(setup, decoder=None if setup.decoder is None else files.below(setup.decoder), talk=Talk())
-
-
 def _open(setup: Setup, root: Path, talk: Talk) -> Work:
     """Return what makes a ``_Part``."""
 
@@ -176,11 +178,11 @@ def _open(setup: Setup, root: Path, talk: Talk) -> Work:
 
 def _reference(setup: Setup, path: Path) -> dict[str, Array]:
     """Sample the float model; keep its images, and its inputs and outputs at the chosen timesteps."""
-    sampler = make_sampler(setup.spec.scheduler, setup.options.steps, setup.options.seed, setup.options.sampler)
-    chosen = stride_midpoints(len(sampler.timesteps), setup.options.timesteps)
+    sampler = make_sampler(setup.spec.scheduler, setup.settings.steps, setup.settings.seed, setup.settings.sampler)
+    chosen = stride_midpoints(len(sampler.timesteps), setup.settings.timesteps)
     watched = _Watched(OrtDenoiser(path, setup.spec), FLOAT, {int(index) for index in chosen})
     samples = _sample(setup, watched, watched)
-    inputs, outputs, rows = watched.recorded(setup.options.calls)
+    inputs, outputs, rows = watched.recorded(setup.settings.calls)
     return {
         "images": _decoded(setup, samples),
         "inputs": inputs,
@@ -197,7 +199,7 @@ def _variant(
     """Run a variant on the float model's inputs, and sample it from the same noise."""
     # Q/DQ pairs stay as written: integer kernels of some CPUs saturate, which no target does.
     watched = _Watched(OrtDenoiser(path, setup.spec, fake_quant_only=True), name)
-    errors, batch = [], setup.options.batch_size
+    errors, batch = [], setup.settings.batch_size
     with setup.talk.bar(f"output error of {name}", len(reference["timesteps"])) as advance:
         for timestep, inputs, expected, rows in zip(
             *(reference[key] for key in ("timesteps", "inputs", "outputs", "input_rows")), strict=True
@@ -215,19 +217,19 @@ def _variant(
 
 def _sampler(setup: Setup, correction: Correction | None = None) -> tuple[Sampler, str]:
     """Return the sampler and, with a correction, what of it applies."""
-    options = setup.options
-    sampler = make_sampler(setup.spec.scheduler, options.steps, options.seed, options.sampler)
+    settings = setup.settings
+    sampler = make_sampler(setup.spec.scheduler, settings.steps, settings.seed, settings.sampler)
     return (sampler, "") if correction is None else corrected_sampler(sampler, correction, setup.spec)
 
 
 def _sample(
     setup: Setup, denoiser: DenoiserCall, watched: _Watched | None = None, correction: Correction | None = None
 ) -> Array:
-    options = setup.options
+    settings = setup.settings
     sampler, _ = _sampler(setup, correction)
-    noise = first_samples(setup.spec, setup.rows, setup.conditions, options.seed)
+    noise = first_samples(setup.spec, setup.rows, setup.conditions, settings.seed)
     model = GuidedDenoiser(denoiser, setup.spec, setup.conditions, watched.on_call if watched else None)
-    return denoise(model, sampler, noise, setup.rows, options.batch_size, setup.talk)
+    return denoise(model, sampler, noise, setup.rows, settings.batch_size, setup.talk)
 
 
 class _Watched:
@@ -273,7 +275,7 @@ class _Watched:
 def _decoded(setup: Setup, samples: Array) -> Array:
     if setup.decoder is None:
         return _as_maps(samples)
-    return decode(setup.decoder, samples, setup.options.batch_size, setup.talk)
+    return decode(setup.decoder, samples, setup.settings.batch_size, setup.talk)
 
 
 def _pixels(setup: Setup, reference: Array) -> tuple[ImageKind, tuple[float, float]]:
@@ -317,17 +319,7 @@ def _scored(
     )
 
 
-def _latency(
-    setup: Setup, float_model: Path, variants: Mapping[str, Path], timestep: float
-) -> tuple[CpuLatency | None, tuple[str, ...]]:
-    if setup.options.latency_calls == 0:
-        return None, ()
-    # The first variant is the plan's; the controls' latencies on a CPU would tell nobody anything.
-    name, path = next(iter(variants.items()))
-    return cpu_latency(float_model, name, path, setup.spec, setup.conditions, setup.options, timestep)
-
-
-def _check(variants: Mapping[str, Path], spec: DenoiserSpec) -> None:
+def _check(variants: Mapping[str, Variant], spec: DenoiserSpec) -> None:
     if not variants or FLOAT in variants:
         raise UsageError(
             f"The variants to evaluate are {list(variants)}.",
@@ -344,10 +336,11 @@ def _condition_count(conditions: Mapping[str, Array]) -> int:
     return next(iter(counts.values()), 0)
 
 
-def _labels(spec: DenoiserSpec, rows: Array, conditional: bool) -> list[str]:
-    if not conditional:
-        return [f"sample {number + 1}" for number in range(len(rows))]
-    return [spec.labels[row] if row < len(spec.labels) else f"condition {row}" for row in rows]
+def _labels(setup: Setup) -> list[str]:
+    if not setup.conditions:
+        return [f"sample {number + 1}" for number in range(len(setup.rows))]
+    labels = setup.spec.labels
+    return [labels[row] if row < len(labels) else f"condition {row}" for row in setup.rows]
 
 
 def _notes(setup: Setup, kind: ImageKind, value_range: tuple[float, float]) -> list[str]:
@@ -373,16 +366,17 @@ def _notes(setup: Setup, kind: ImageKind, value_range: tuple[float, float]) -> l
     return notes
 
 
-def _correction_notes(setup: Setup, corrections: Mapping[str, Correction]) -> list[str]:
+def _correction_notes(setup: Setup, variants: Mapping[str, Variant]) -> list[str]:
     return [
-        f"{name}: PTQD's correction, {correction.summary()}; {_sampler(setup, correction)[1]}."
-        for name, correction in corrections.items()
+        f"{name}: PTQD's correction, {one.correction.summary()}; {_sampler(setup, one.correction)[1]}."
+        for name, one in variants.items()
+        if one.correction is not None
     ]
 
 
 def _common_key(setup: Setup, float_model: Path) -> dict[str, Any]:
     spec = setup.spec.model_dump(mode="json", exclude={"name", "source", "labels", "synthetic", "pixel_range"})
-    options = setup.options
+    settings = setup.settings
     return {
         "format": CACHE_FORMAT,
         "float": model_digest(float_model),
@@ -390,12 +384,12 @@ def _common_key(setup: Setup, float_model: Path) -> dict[str, Any]:
         "conditions": arrays_digest(setup.conditions),
         "rows": [int(row) for row in setup.rows],
         "decoder": None if setup.decoder is None else model_digest(setup.decoder),
-        "samples": options.samples,
-        "steps": options.steps,
-        "timesteps": options.timesteps,
-        "calls": options.calls,
-        "batch_size": options.batch_size,
-        "seed": options.seed,
-        "sampler": options.sampler,
+        "samples": settings.samples,
+        "steps": settings.steps,
+        "timesteps": settings.timesteps,
+        "calls": settings.calls,
+        "batch_size": settings.batch_size,
+        "seed": settings.seed,
+        "sampler": settings.sampler,
         "onnxruntime": ort.__version__,
     }

@@ -14,47 +14,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mpq_deploy.errors import UsageError
 from mpq_deploy.evaluate.cache import npz_bytes, write_aside
 from mpq_deploy.models.spec import Array
-from mpq_deploy.recipe import SamplerKind
+from mpq_deploy.recipe import EvaluateSettings
 from mpq_deploy.system.files import sealed_json, unsealed
 
 IDENTICAL = "identical to the float model's, so the PSNR is infinite"
 
 # How the compared images came about: samples that are pixels, latents through the decoder, or latents as such.
 ImageKind = Literal["pixels", "decoded", "latents", "features"]
-
-
-@dataclass(frozen=True)
-class EvaluationOptions:
-    """How much is evaluated, and from which noise.
-
-    ``samples`` images from ``steps`` sampler steps; the output's error at ``timesteps`` of these steps, on ``calls``
-    of the float model's calls there (None: all), see ``taken_turns``. ``seed`` must differ from calibration's, so that
-    the noise is fresh. ``latency_calls`` 0 leaves the clock out.
-    """
-
-    samples: int = 16
-    steps: int = 20
-    timesteps: int = 10
-    batch_size: int = 16
-    seed: int = 1234
-    sampler: SamplerKind = "auto"
-    latency_calls: int = 7
-    calls: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("samples", "steps", "timesteps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"evaluate.{name} is {getattr(self, name)}.", "It must be at least 1.")
-        if self.calls is not None and self.calls < 1:
-            raise UsageError(f"evaluate.calls is {self.calls}.", "It must be at least 1.")
-        if self.seed < 0 or self.latency_calls < 0:
-            raise UsageError(
-                f"evaluate.seed is {self.seed} and evaluate.latency_calls {self.latency_calls}.",
-                "Neither can be negative.",
-            )
 
 
 @dataclass(frozen=True)
@@ -103,7 +71,7 @@ class Evaluation:
     ``images`` uint8 [N, H, W, C] by variant, with ``float`` first.
     """
 
-    options: EvaluationOptions
+    settings: EvaluateSettings
     timesteps: tuple[float, ...]
     rows: tuple[int, ...]
     labels: tuple[str, ...]
@@ -126,7 +94,7 @@ class Evaluation:
     def as_json(self) -> dict[str, Any]:
         """Return the numbers as plain values; a PSNR of ``inf`` becomes None, with a note."""
         return {
-            "options": asdict(self.options),
+            "settings": self.settings.model_dump(mode="json"),
             "timesteps": list(self.timesteps),
             "rows": list(self.rows),
             "labels": list(self.labels),
@@ -146,7 +114,7 @@ class Evaluation:
             images = {name: data[f"image.{name}"] for name in text["order"]}
         latency = folder / "latency.json"
         return cls(
-            options=EvaluationOptions(**text["options"]),
+            settings=EvaluateSettings(**text["settings"]),
             timesteps=tuple(text["timesteps"]),
             rows=tuple(text["rows"]),
             labels=tuple(text["labels"]),

@@ -6,8 +6,6 @@ float model's, for every image: their mean is the measured NMSE, their spread it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,39 +15,27 @@ from mpq_deploy.calibrate.stats import CalibrationSet
 from mpq_deploy.calls.loop import GuidedDenoiser
 from mpq_deploy.calls.sampler import make_sampler
 from mpq_deploy.calls.trajectories import record_trajectories
-from mpq_deploy.models.spec import Array, DenoiserSpec
-from mpq_deploy.recipe import SamplerKind
+from mpq_deploy.models.spec import Array, FloatModel
+from mpq_deploy.recipe import EvaluateSettings
 from mpq_deploy.runtime.ort import OrtDenoiser
 from mpq_deploy.system.progress import Talk
-
-
-@dataclass(frozen=True)
-class FreshOptions:
-    """``images`` trajectories of ``steps`` steps from the noise of ``seed``, ``batch_size`` at once."""
-
-    images: int
-    steps: int
-    seed: int
-    sampler: SamplerKind = "auto"
-    batch_size: int = 16
 
 
 class FreshCalls:
     """The float model's calls at every step of fresh trajectories, and its outputs."""
 
-    def __init__(
-        self, model: Path, spec: DenoiserSpec, conditions: Mapping[str, Array], options: FreshOptions, talk: Talk
-    ) -> None:
-        self._spec, self._conditions, self._options = spec, dict(conditions), options
-        sampler = make_sampler(spec.scheduler, options.steps, options.seed, options.sampler)
+    def __init__(self, model: FloatModel, settings: EvaluateSettings, talk: Talk) -> None:
+        spec = model.spec
+        self._spec, self._conditions, self._batch_size = spec, model.conditions, settings.batch_size
+        sampler = make_sampler(spec.scheduler, settings.steps, settings.seed, settings.sampler)
         recorded = CalibrationOptions(
             timesteps=len(sampler.timesteps),
-            steps=options.steps,
-            samples=options.images,
-            batch_size=options.batch_size,
-            seed=options.seed,
+            steps=settings.steps,
+            samples=settings.samples,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
         )
-        denoiser = OrtDenoiser(model, spec)
+        denoiser = OrtDenoiser(model.path, spec)
         self.inputs: CalibrationSet = record_trajectories(
             GuidedDenoiser(denoiser, spec, self._conditions), sampler, recorded, talk
         )
@@ -70,8 +56,8 @@ class FreshCalls:
 
     def _run(self, denoiser: OrtDenoiser, step: int) -> Array:
         outputs = []
-        for start in range(0, len(self.inputs.rows), self._options.batch_size):
-            chunk = slice(start, start + self._options.batch_size)
+        for start in range(0, len(self.inputs.rows), self._batch_size):
+            chunk = slice(start, start + self._batch_size)
             taken = {name: values[self.inputs.rows[chunk]] for name, values in self._conditions.items()}
             outputs.append(denoiser(self.inputs.samples[step][chunk], float(self.inputs.timesteps[step]), taken))
         return np.concatenate(outputs)

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpq_deploy.evaluate.evaluate import evaluate
-from mpq_deploy.evaluate.evaluation_result import Evaluation, EvaluationOptions
+from mpq_deploy.evaluate.cpu_latency import with_cpu_latency
+from mpq_deploy.evaluate.evaluate import Variant, evaluate
+from mpq_deploy.evaluate.evaluation_result import Evaluation
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
 from mpq_deploy.runtime.correction import Correction
 
@@ -35,44 +36,19 @@ def evaluate_variants(
 
     Samples are cached by content.
     """
-    exported = run.exported
+    model, settings = run.exported.model, run.recipe.evaluate
+    if model.spec.timestep is None:
+        # A model without timesteps is called once per input that was held out.
+        held_out = len(model.conditions[model.spec.sample.name]) - (model.spec.calibration_rows or 0)
+        settings = settings.replace(steps=1, samples=min(settings.samples, held_out))
+    settings = settings.replace(timesteps=min(settings.timesteps, settings.steps))
     controls = run.stage("controls")
     sizes: dict[str, int] = json.loads((controls / "sizes.json").read_text(encoding="utf-8"))
-    corrected = {} if correction is None else {CORRECTED: correction}
-    plan = {} if before is None else {BEFORE: before}
-    return evaluate(
-        {
-            "ours": ours,
-            **dict.fromkeys(corrected, ours),
-            **plan,
-            **{name: controls / name / SIMULATED for name in sizes},
-        },
-        exported.path,
-        exported.spec,
-        exported.conditions,
-        _options(run, latency),
-        run.talk,
-        sizes={**sizes, "ours": size_bytes, **dict.fromkeys((*corrected, *plan), size_bytes)},
-        cache=run.path / ".samples",
-        corrections=corrected,
-        crew=run.crew,
-    )
-
-
-def _options(run: Run, latency: bool) -> EvaluationOptions:
-    """Return the recipe's settings; a model without timesteps is called once per input that was held out."""
-    section, exported = run.recipe.evaluate, run.exported
-    steps, samples = section.steps, section.samples
-    if exported.spec.timestep is None:
-        held_out = len(exported.conditions[exported.spec.sample.name]) - (exported.spec.calibration_rows or 0)
-        steps, samples = 1, min(samples, held_out)
-    return EvaluationOptions(
-        samples=samples,
-        steps=steps,
-        timesteps=min(section.timesteps, steps),
-        calls=section.calls,
-        batch_size=section.batch_size,
-        seed=section.seed,
-        sampler=section.sampler,
-        **({} if latency else {"latency_calls": 0}),
-    )
+    variants = {"ours": Variant(ours, size_bytes)}
+    if correction is not None:
+        variants[CORRECTED] = Variant(ours, size_bytes, correction)
+    if before is not None:
+        variants[BEFORE] = Variant(before, size_bytes)
+    variants |= {name: Variant(controls / name / SIMULATED, size) for name, size in sizes.items()}
+    found = evaluate(variants, model, settings, run.talk, cache=run.path / ".samples", crew=run.crew)
+    return with_cpu_latency(found, model, "ours", ours) if latency else found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,3 +84,12 @@ class DenoiserSpec(BaseModel):
     def load(cls, path: Path) -> DenoiserSpec:
         """Read what ``save`` wrote."""
         return cls.model_validate_json(path.read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class FloatModel:
+    """A float ONNX file and how to call it: ``conditions`` by input name, one row per condition."""
+
+    path: Path
+    spec: DenoiserSpec
+    conditions: dict[str, Array]

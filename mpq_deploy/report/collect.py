@@ -158,9 +158,9 @@ class _Evaluated:
         fields.update(
             timesteps=found.timesteps,
             evaluation=EvaluationInfo(
-                samples=found.options.samples,
-                steps=found.options.steps,
-                seed=found.options.seed,
+                samples=found.settings.samples,
+                steps=found.settings.steps,
+                seed=found.settings.seed,
                 sampler=found.sampler,
                 image_kind=found.image_kind,
             ),
@@ -453,31 +453,15 @@ def _row(name: str, found: dict[str, Any]) -> str:
 
 def sample_grid(run: Run, out: Path, count: int, seed: int, steps: int, controls: bool) -> None:
     """Sample the float and the quantized models from the same noise into one picture, labelled by condition."""
-    from mpq_deploy.evaluate.evaluate import evaluate
-    from mpq_deploy.evaluate.evaluation_result import EvaluationOptions
+    from mpq_deploy.evaluate.evaluate import Variant, evaluate
     from mpq_deploy.evaluate.grid import save_grid
 
-    exported = run.exported
-    options = EvaluationOptions(
-        samples=count,
-        steps=steps,
-        timesteps=1,
-        seed=seed,
-        sampler=run.recipe.evaluate.sampler,
-        latency_calls=0,
-    )
-    variants = {"ours": run.deployed / SIMULATED}
+    settings = run.recipe.evaluate.replace(samples=count, steps=steps, timesteps=1, calls=count, seed=seed)
+    variants = {"ours": Variant(run.deployed / SIMULATED)}
     if controls:
         folder = run.stage("controls")
         sizes: dict[str, int] = json.loads((folder / "sizes.json").read_text(encoding="utf-8"))
-        variants.update({name: folder / name / SIMULATED for name in sorted(sizes, reverse=True)})
-    result = evaluate(
-        variants,
-        exported.path,
-        exported.spec,
-        exported.conditions,
-        options,
-        run.talk,
-    )
+        variants |= {name: Variant(folder / name / SIMULATED) for name in sorted(sizes, reverse=True)}
+    result = evaluate(variants, run.exported.model, settings, run.talk)
     plan = run.plan
     save_grid(out, {titles(plan)[name]: images for name, images in result.images.items()}, result.labels)

@@ -20,7 +20,7 @@ from mpq_deploy.errors import UsageError
 from mpq_deploy.graph.layers import LayerGraph, layer_graph
 from mpq_deploy.graph.load import load_model
 from mpq_deploy.models.export import load_exported
-from mpq_deploy.models.spec import Array
+from mpq_deploy.models.spec import Array, FloatModel
 from mpq_deploy.run.folder import RunFolder
 from mpq_deploy.system.parallel.work import Alone, Crew
 
@@ -52,6 +52,11 @@ class Exported:
         self.conditions: dict[str, Array] = dict(exported.conditions.arrays)
         self.facts: dict[str, Any] = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
         self.graph: LayerGraph = layer_graph(load_model(self.path))
+
+    @property
+    def model(self) -> FloatModel:
+        """The float model, as rooms that call it take it."""
+        return FloatModel(self.path, self.spec, self.conditions)
 
 
 class Calibration(NamedTuple):

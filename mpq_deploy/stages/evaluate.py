@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 
 # As above, for evaluation.json: 2 has the PSNR as a mean over images, and the pooled one; 3 also those of each image
-# and the float graph's digest; 4 what the deployed file's FP16 arithmetic costs, among its notes.
-EVALUATION_FORMAT = 4
+# and the float graph's digest; 4 what the deployed file's FP16 arithmetic costs, among its notes; 5 the
+# recipe's settings.
+EVALUATION_FORMAT = 5
 
 
 def inputs(run: Run) -> Fields:

@@ -19,9 +19,8 @@ import numpy as np
 
 from mpq_deploy.allocate.plan_solver import PlanSolver
 from mpq_deploy.errors import InfeasibleBudgetError
-from mpq_deploy.evaluate.evaluate import evaluate
-from mpq_deploy.evaluate.evaluation_result import EvaluationOptions
-from mpq_deploy.evaluate.fresh import FreshCalls, FreshOptions, standard_error
+from mpq_deploy.evaluate.evaluate import Variant, evaluate
+from mpq_deploy.evaluate.fresh import FreshCalls, standard_error
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
 from mpq_deploy.graph.writers.plan_graphs import write_plan
 from mpq_deploy.run.common import version_of
@@ -50,7 +49,8 @@ class PlanQuality:
         self.run = run
         self._exported = run.exported
         section = run.recipe.evaluate
-        self.options = FreshOptions(section.samples, section.steps, section.seed, section.sampler, section.batch_size)
+        # The error of the output is known by then: one timestep of it is the least that can be asked for.
+        self.settings = section.replace(timesteps=1, calls=section.samples)
         self._calls: FreshCalls | None = None
         self._place = run.path / KEPT
         self._place.mkdir(parents=True, exist_ok=True)
@@ -82,32 +82,15 @@ class PlanQuality:
 
     def _measure(self, schemes: dict[str, str]) -> dict[str, Any]:
         """Measure a plan, kept or not."""
-        exported, options = self._exported, self.options
+        model = self._exported.model
         if self._calls is None:
-            arguments = (exported.path, exported.spec, exported.conditions)
-            self._calls = FreshCalls(*arguments, options, self.run.talk)
+            self._calls = FreshCalls(model, self.settings, self.run.talk)
         with tempfile.TemporaryDirectory(dir=self.run.scratch()) as folder:
             write_plan(self.run, schemes, Path(folder))
             graph = Path(folder) / SIMULATED
             errors = self._calls.errors(graph)
-            # The error of the output is known by now: one timestep of it is the least that can be asked for.
-            sampled = evaluate(
-                {"plan": graph},
-                exported.path,
-                exported.spec,
-                exported.conditions,
-                EvaluationOptions(
-                    samples=options.images,
-                    steps=options.steps,
-                    timesteps=1,
-                    batch_size=options.batch_size,
-                    seed=options.seed,
-                    sampler=options.sampler,
-                    latency_calls=0,
-                ),
-                Talk(),
-                cache=self.run.path / ".samples",
-            )
+            cache = self.run.path / ".samples"
+            sampled = evaluate({"plan": Variant(graph)}, model, self.settings, cache=cache)
         psnr = sampled.variants["plan"].psnr_db
         return {
             "nmse": float(errors.mean()),
@@ -120,7 +103,7 @@ class PlanQuality:
         made_of = {
             "schemes": schemes,
             **{name: self.run.digest(name) for name in ("export", "calibrate", "candidates")},
-            **vars(self.options),
+            **self.settings.model_dump(include={"samples", "steps", "seed", "sampler", "batch_size"}),
             **version_of("onnxruntime", "numpy"),
         }
         return hashlib.sha256(canonical_json(made_of).encode()).hexdigest()[:32]

@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -13,16 +12,18 @@ from mpq_deploy.calls.loop import GuidedDenoiser, denoise, initial_noise
 from mpq_deploy.calls.sampler import make_sampler
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.evaluate import evaluate as module
-from mpq_deploy.evaluate.evaluate import evaluate, spread_rows
-from mpq_deploy.evaluate.evaluation_result import Evaluation, EvaluationOptions
+from mpq_deploy.evaluate.cpu_latency import with_cpu_latency
+from mpq_deploy.evaluate.evaluate import Variant, evaluate, spread_rows
+from mpq_deploy.evaluate.evaluation_result import Evaluation
 from mpq_deploy.evaluate.images import psnr_db, to_unit
 from mpq_deploy.evaluate.output_error import nmse
-from mpq_deploy.models.spec import DenoiserSpec, InputSpec
+from mpq_deploy.models.spec import DenoiserSpec, FloatModel, InputSpec
+from mpq_deploy.recipe import EvaluateSettings
 from mpq_deploy.runtime.correction import Correction, CorrectionStep
 from mpq_deploy.runtime.ort import OrtDenoiser
 from mpq_deploy.system.progress import Talk
 
-OPTIONS = EvaluationOptions(samples=5, steps=6, timesteps=3, batch_size=2, latency_calls=0)
+SETTINGS = EvaluateSettings(samples=5, steps=6, timesteps=3, calls=5, batch_size=2)
 CONDITIONS = {"class_labels": np.eye(4, 4, dtype=np.float32)}
 
 
@@ -123,22 +124,26 @@ def files(tmp_path):
     }
 
 
-def run(files, spec=None, options=OPTIONS, **more):
-    variants = {name: path for name, path in files.items() if name != "float"}
-    return evaluate(variants, files["float"], spec or specification(), CONDITIONS, options, **more)
+def run(files, spec=None, settings=SETTINGS, **more):
+    variants = {name: Variant(path, 123 if name == "ours" else None) for name, path in files.items() if name != "float"}
+    return evaluate(variants, float_model(files, spec), settings, **more)
+
+
+def float_model(files, spec=None):
+    return FloatModel(files["float"], spec or specification(), CONDITIONS)
 
 
 @pytest.mark.parametrize(
-    ("count", "turns"), [(None, [range(5)] * 3), (2, [[0, 2], [1, 3], [2, 4]]), (1, [[0, 2], [1, 3], [2, 4]])]
+    ("count", "turns"), [(5, [range(5)] * 3), (2, [[0, 2], [1, 3], [2, 4]]), (1, [[0, 2], [1, 3], [2, 4]])]
 )
 def test_agrees_with_a_plain_loop(files, count, turns):
     """At three timesteps one call of five at each would leave two out: two are taken."""
-    found = run(files, sizes={"ours": 123}, options=replace(OPTIONS, calls=count))
+    found = run(files, settings=SETTINGS.replace(calls=count))
     spec = specification()
     rows = np.array([0, 1, 2, 3, 0])
     sampler = make_sampler(spec.scheduler, 6)
     calls = []
-    noise = initial_noise(spec, 5, OPTIONS.seed)
+    noise = initial_noise(spec, 5, SETTINGS.seed)
     images = {}
     for name in ("float", "ours"):
         hook = (lambda i, t, x, r: calls.append((i, t, x, r))) if name == "float" else None
@@ -180,27 +185,21 @@ def correction(slope):
 
 def test_a_correction_changes_the_error_and_the_samples_of_its_variant_only(files, tmp_path):
     """The float model, "corrected" by a slope that it does not have: its output becomes 1 / (1 + k) of what it was."""
-    same = dict.fromkeys(("ours", "ours+ptqd"), files["float"])
-    options = {"cache": tmp_path / "cache"}
+    model = float_model(files)
+
+    def evaluated(corrected):
+        variants = {"ours": Variant(model.path), "ours+ptqd": Variant(model.path, correction=corrected)}
+        return evaluate(variants, model, SETTINGS, cache=tmp_path / "cache")
+
     for slope in (0.1, 0.25):
-        corrections = {"ours+ptqd": correction(slope)}
-        found = evaluate(same, files["float"], specification(), CONDITIONS, OPTIONS, corrections=corrections, **options)
+        found = evaluated(correction(slope))
         assert found.variants["ours"].measured_nmse == 0
         expected = (1 / (1 + slope) - 1) ** 2
         assert found.variants["ours+ptqd"].nmse_by_timestep == pytest.approx([expected] * 3, rel=1e-4)
         assert found.variants["ours+ptqd"].psnr_db < math.inf
     note = next(note for note in found.notes if note.startswith("ours+ptqd"))
     assert "2.00e-04 -> 1.00e-04" in note and "adds no noise" in note
-    untouched = evaluate(
-        same,
-        files["float"],
-        specification(),
-        CONDITIONS,
-        OPTIONS,
-        corrections={"ours+ptqd": Correction.identity(3)},
-        **options,
-    )
-    assert untouched.variants["ours+ptqd"].psnr_db == math.inf
+    assert evaluated(Correction.identity(3)).variants["ours+ptqd"].psnr_db == math.inf
 
 
 def test_a_larger_change_is_worse(files):
@@ -248,7 +247,7 @@ def test_only_what_changed_is_sampled_again(files, tmp_path, monkeypatch):
     assert changed.variants["int4"] == cold.variants["int4"]
     assert changed.variants["ours"].measured_nmse > cold.variants["ours"].measured_nmse
     opened.clear()
-    run(files, cache=tmp_path / "cache", options=EvaluationOptions(4, 6, 3, 2, latency_calls=0))
+    run(files, cache=tmp_path / "cache", settings=SETTINGS.replace(samples=4))
     assert len(opened) == 3
 
 
@@ -298,7 +297,8 @@ def test_guidance_counts_both_calls(files):
 
 
 def test_latency_is_labelled_as_the_cpus(files, tmp_path):
-    found = run(files, options=EvaluationOptions(2, 3, 2, latency_calls=3))
+    settings = SETTINGS.replace(samples=2, steps=3, timesteps=2)
+    found = with_cpu_latency(run(files, settings=settings), float_model(files), "ours", files["ours"])
     assert found.latency.float_ms > 0 and list(found.latency.variant_ms) == ["ours"]
     assert "not the target device" in found.latency.source
     found.save(tmp_path)
@@ -322,19 +322,10 @@ def test_rows_are_spread(available, samples, uncond, expected):
 
 
 def test_bad_input_is_refused(files, tmp_path):
-    with pytest.raises(UsageError, match="samples is 0"):
-        EvaluationOptions(samples=0)
-    with pytest.raises(UsageError, match=r"evaluate\.calls is 0"):
-        EvaluationOptions(calls=0)
     with pytest.raises(UsageError, match="float"):
-        evaluate({"float": files["float"]}, files["float"], specification(), CONDITIONS, OPTIONS)
+        evaluate({"float": Variant(files["float"])}, float_model(files), SETTINGS)
     with pytest.raises(ModelError, match=r"missing\.onnx"):
         run({**files, "ours": tmp_path / "missing.onnx"})
     with pytest.raises(ModelError, match="rows"):
-        evaluate(
-            {"ours": files["ours"]},
-            files["float"],
-            specification(),
-            {"a": np.zeros((2, 1)), "b": np.zeros((3, 1))},
-            OPTIONS,
-        )
+        other = FloatModel(files["float"], specification(), {"a": np.zeros((2, 1)), "b": np.zeros((3, 1))})
+        evaluate({"ours": Variant(files["ours"])}, other, SETTINGS)
