@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from mpq_deploy.calibrate.observers import observe
-from mpq_deploy.calibrate.options import CalibrationOptions
+from mpq_deploy.calibrate.setup import CalibrationOptions
 from mpq_deploy.calibrate.stats import CalibrationSet
 from mpq_deploy.calls.feeds import RecordedCalls
 from mpq_deploy.graph.layers import layer_graph

@@ -43,7 +43,7 @@ def save_inputs(run: Path, folder: Path) -> None:
     """Write the exported model as one file, the calls it was calibrated on, and calls of fresh trajectories."""
     import onnx
 
-    from mpq_deploy.calibrate.options import CalibrationOptions
+    from mpq_deploy.calibrate.setup import CalibrationOptions
     from mpq_deploy.calibrate.stats import CalibrationSet
     from mpq_deploy.calls.feeds import feed_rows
     from mpq_deploy.calls.loop import GuidedDenoiser

@@ -7,12 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mpq_deploy.calibrate.checked import CheckedDenoiser
 from mpq_deploy.calibrate.observers import Observation, observe
-from mpq_deploy.calibrate.options import CalibrationOptions
 from mpq_deploy.calibrate.scales import SMALLEST_SCALE, activation_scale
+from mpq_deploy.calibrate.setup import CalibrationOptions, CalibrationSetup
 from mpq_deploy.calibrate.spread_calibration import (
-    CalibrationSetup,
     calibration_job,
     observe_in_shards,
     record_in_shards,
@@ -26,6 +24,7 @@ from mpq_deploy.formats.scheme import COLUMN_SHARES, SCALE_TENTHS, outlier_count
 from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.graph.writers.quantize_layers import weight_array
 from mpq_deploy.models.spec import Array
+from mpq_deploy.runtime.not_finite import CheckedDenoiser
 from mpq_deploy.runtime.ort import OrtDenoiser
 from mpq_deploy.system.mapped import drop_pages
 from mpq_deploy.system.parallel.work import Alone, Crew

@@ -14,9 +14,8 @@ import numpy as np
 import onnxruntime as ort
 
 from mpq_deploy.calibrate.activation_shapes import activation_shapes
-from mpq_deploy.calibrate.checked import CheckedDenoiser
 from mpq_deploy.calibrate.observers import Observation, ObservedGraph, Totals, draws_of
-from mpq_deploy.calibrate.options import CalibrationOptions
+from mpq_deploy.calibrate.setup import CalibrationOptions, CalibrationSetup
 from mpq_deploy.calibrate.stats import CalibrationSet
 from mpq_deploy.calls.feeds import RecordedCalls
 from mpq_deploy.calls.loop import GuidedDenoiser
@@ -25,27 +24,13 @@ from mpq_deploy.calls.trajectories import record_trajectories
 from mpq_deploy.evaluate.cache import model_files
 from mpq_deploy.graph.layers import LayerGraph, layer_graph
 from mpq_deploy.graph.load import load_model
-from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.runtime.not_finite import CheckedDenoiser
 from mpq_deploy.runtime.ort import OrtDenoiser
 from mpq_deploy.system.locks import alone_with
 from mpq_deploy.system.parallel.job_files import Files
 from mpq_deploy.system.parallel.work import Job, Pool, Result, Shard, Work, run_shards
 from mpq_deploy.system.progress import Talk
 from mpq_deploy.system.sessions import open_session
-
-
-@dataclass(frozen=True)
-class CalibrationSetup:
-    """The float ONNX file, how to call it, and what is recorded. Workers have its path below their root."""
-
-    model: Path
-    spec: DenoiserSpec
-    conditions: dict[str, Array]
-    options: CalibrationOptions
-
-    def calls(self, recorded: CalibrationSet) -> RecordedCalls:
-        """Return ``recorded`` with what the model is fed beside it."""
-        return RecordedCalls(recorded, self.conditions, self.spec)
 
 
 @dataclass(frozen=True)

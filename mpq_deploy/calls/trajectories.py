@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from mpq_deploy.calibrate.options import CalibrationOptions
+from mpq_deploy.calibrate.setup import CalibrationOptions
 from mpq_deploy.calibrate.stats import CalibrationSet
 from mpq_deploy.calls.betas import alphas_cumprod
 from mpq_deploy.calls.loop import GuidedDenoiser, denoise, first_samples

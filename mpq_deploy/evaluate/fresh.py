@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mpq_deploy.calibrate.options import CalibrationOptions
+from mpq_deploy.calibrate.setup import CalibrationOptions
 from mpq_deploy.calibrate.stats import CalibrationSet
 from mpq_deploy.calls.loop import GuidedDenoiser
 from mpq_deploy.calls.sampler import make_sampler

@@ -78,12 +78,11 @@ def export_denoiser(
     del model, sizes
     error = _checked_error(denoiser, folder / MODEL, release)
     if denoiser.decoder is not None:
-        try:
-            decoder_error = _export_decoder(denoiser.decoder, spec, folder / DECODER, talk)
+        decoder_error, note = _export_decoder(denoiser.decoder, spec, folder / DECODER, talk)
+        if note:
+            notes.append(note)
+        else:
             spec = spec.model_copy(update={"decoder": DECODER})
-        except ModelError as reason:
-            notes.append(f"The decoder was not exported, samples are compared as latents: {reason.message}")
-            talk.warn(notes[-1])
     spec.save(folder / SPEC)
     denoiser.conditions.save(folder / CONDITIONS)
     return ExportReport(
@@ -222,7 +221,17 @@ def _not_finite(spec: DenoiserSpec, path: Path, feeds: dict[str, Array]) -> Mode
     )
 
 
-def _export_decoder(decoder: Network, spec: DenoiserSpec, path: Path, talk: Talk) -> float:
+def _export_decoder(decoder: Network, spec: DenoiserSpec, path: Path, talk: Talk) -> tuple[float | None, str]:
+    """Export the decoder; return its largest relative error, or None and why it was not exported."""
+    try:
+        return _write_decoder(decoder, spec, path, talk), ""
+    except ModelError as reason:
+        note = f"The decoder was not exported, samples are compared as latents: {reason.message}"
+        talk.warn(note)
+        return None, note
+
+
+def _write_decoder(decoder: Network, spec: DenoiserSpec, path: Path, talk: Talk) -> float:
     """Export what turns latents into images, with one input; return its largest relative error."""
     model = decoder.to_onnx(talk)
     check_finite(model)

@@ -53,7 +53,8 @@ def open_folder(folder: Path, source: str, additions: Additions, talk: Talk) -> 
     card = read_json(folder / CARD) if (folder / CARD).is_file() else {}
     _check_nothing_missing(folder, form.wanted, additions)
     scheduler = _scheduler(additions.scheduler or folder, form, config)
-    conditions = given or _conditions(folder, pipeline, config, card, form, additions, talk)
+    conditions = given or _own_conditions(form, config, card, pipeline)
+    conditions = conditions or _texts(folder, pipeline, form, additions, talk)
     inputs = check_conditions(conditions, form.wanted, str(additions.conditions or folder))
     module = load_pretrained(model_class(config, part), part, find_weights(part, WEIGHTS_NAME))
     spec = DenoiserSpec(
@@ -138,22 +139,21 @@ def _check_nothing_missing(folder: Path, wanted: tuple[WantedInput, ...], additi
         raise UsageError(f"{folder} does not bring everything that is needed.", f"Missing: {'; and '.join(missing)}.")
 
 
-def _conditions(
-    folder: Path,
-    pipeline: dict[str, Any],
-    config: dict[str, Any],
-    card: dict[str, Any],
-    form: ModelForm,
-    additions: Additions,
-    talk: Talk,
-) -> Conditions:
-    """Return every class, else the prompts through the folder's text encoders; nothing for an unconditional model."""
+def _own_conditions(
+    form: ModelForm, config: dict[str, Any], card: dict[str, Any], pipeline: dict[str, Any]
+) -> Conditions | None:
+    """Return every class, or nothing for an unconditional model; None for one that takes texts."""
     if not form.wanted:
         return Conditions()
-    if [item.name for item in form.wanted] == ["class_labels"]:
-        if form.class_name == DIT:
-            return _dit_classes(int(config.get("num_embeds_ada_norm", 1000)), pipeline)
-        return _every_class(int(config["num_class_embeds"]), card)
+    if [item.name for item in form.wanted] != ["class_labels"]:
+        return None
+    if form.class_name == DIT:
+        return _dit_classes(int(config.get("num_embeds_ada_norm", 1000)), pipeline)
+    return _every_class(int(config["num_class_embeds"]), card)
+
+
+def _texts(folder: Path, pipeline: dict[str, Any], form: ModelForm, additions: Additions, talk: Talk) -> Conditions:
+    """Return the prompts through the folder's text encoders."""
     from mpq_deploy.models.prompts import Wanted, prompts_file, read_prompts, text_conditions
 
     prompts = read_prompts(additions.prompts or prompts_file())
@@ -184,7 +184,7 @@ def _guidance(additions: Additions, card: dict[str, Any], conditions: Conditions
     names = [item.name for item in form.wanted]
     distilled = any(name in names for name in GUIDING_INPUTS)
     if distilled and additions.conditions is None:
-        return 1.0  # the scale has become an input, see text.py
+        return 1.0  # the scale has become an input, see prompts.py
     guided = (
         conditions.uncond_row is not None
         and not distilled

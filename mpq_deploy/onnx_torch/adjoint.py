@@ -7,7 +7,7 @@ recomputation for all directions instead of one for each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,14 +31,13 @@ def layer_gradients(
     feeds: dict[str, Any],
     parts: Sequence[slice],
     uses: Sequence[LayerUse],
-    output: str,
-    directions: Callable[[Any], list[Any]],
+    directions: Mapping[str, Callable[[Any], list[Any]]],
     float_type: torch.dtype,
 ) -> Iterator[tuple[int, Any, list[Any]]]:
     """Yield (number of the use, the layer's input, gradients at its output in ``float_type``, one per direction).
 
-    ``directions`` gets the value of ``output`` and returns tensors like it. Uses come in the order of ``uses`` within a
-    part, the last part first; those that the output does not depend on are left out.
+    ``directions``: output of the graph -> what gets its value and returns tensors like it. Uses come in the order of
+    ``uses`` within a part, the last part first; those that no output depends on are left out.
     """
     before = [dict(feeds)]
     with torch.no_grad():
@@ -57,7 +56,7 @@ def layer_gradients(
         kept = [*targets, *(uses[number].input for number in numbers)]
         found = graph.run_part(part, {**known, **leaves}, kept, targets)
         if gradients is None:
-            gradients = {output: directions(found[output].detach())}
+            gradients = {name: make(found[name].detach()) for name, make in directions.items()}
         inputs = [found[uses[number].input].detach() for number in numbers]
         gradients, by_use = _back(found, leaves, targets, gradients, float_type)
         # The part's values go before its layers are looked at, and before the next part's come.

@@ -70,17 +70,31 @@ class RuntimeUNet(torch.nn.Module):  # type: ignore[misc]
             raise UsageError(f"{len(leading)} inputs were given without a name.", "Name all but sample and timestep.")
         given = _flat({**named, **({} if timestep is None else {"timestep": timestep}), **others})
         given |= _flat(added_cond_kwargs or {})
-        names = (SAMPLE, self.spec.sample.name, "hidden_states")
-        sample = next((given.pop(name) for name in names if name in given), None)
         declared = self.spec.timestep
         assert declared is not None  # load refuses a component without timesteps
-        times = next((given.pop(name) for name in ("timestep", declared.name) if name in given), None)
-        if sample is None or times is None:
-            raise UsageError(f"The denoiser needs a {'sample' if sample is None else 'timestep'}, and none was given.")
+        sample = _first(given, (SAMPLE, self.spec.sample.name, "hidden_states"), "sample")
+        times = _first(given, ("timestep", declared.name), "timestep")
+        conditions = self._conditions(given)
+        feeds = {
+            self.spec.sample.name: self._cast(sample, self.spec.sample),
+            declared.name: self._cast(self._times(times, declared, len(sample)), declared),
+            **{item.name: self._cast(conditions[item.name], item) for item in self.spec.conditions},
+        }
+        output = self.backend(feeds).to(sample.device, sample.dtype)
+        if not return_dict:
+            return (output,)
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+        from diffusers.models.unets.unet_2d import UNet2DOutput
+
+        kind = UNet2DOutput if self.spec.sample.name == "sample" else Transformer2DModelOutput
+        return kind(sample=output)
+
+    def _conditions(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Return the inputs beside sample and timestep, less those that are fixed in the graph; refuse others."""
         fixed = FIXED_INPUTS.get(str(self.config.get("_class_name")), ())
-        for name in (*fixed, *dict(self.config.get("forward_arguments") or {})):
-            given.pop(name, None)
-        wanted = {item.name: item for item in self.spec.conditions}
+        left_out = (*fixed, *dict(self.config.get("forward_arguments") or {}))
+        given = {name: value for name, value in given.items() if name not in left_out}
+        wanted = [item.name for item in self.spec.conditions]
         unknown = [name for name in given if name not in wanted]
         if unknown:
             raise UsageError(
@@ -91,26 +105,15 @@ class RuntimeUNet(torch.nn.Module):  # type: ignore[misc]
         if missing:
             raise UsageError(f"The denoiser needs '{missing[0]}', which was not given.")
         self._check_first_tokens(given)
-        count = len(sample)
+        return given
+
+    def _times(self, times: Any, declared: InputSpec, count: int) -> torch.Tensor:
+        """Return the timestep as the graph takes it: one for each of ``count`` samples, or one for all."""
         times = torch.as_tensor(times)
         times = times.expand(count) if times.ndim == 0 and declared.batched else times
         if not declared.batched:
-            times = self._one_time(times, declared)
-        elif declared.shape:
-            times = times.reshape(count, *declared.shape)
-        feeds = {
-            self.spec.sample.name: self._cast(sample, self.spec.sample),
-            declared.name: self._cast(times, declared),
-            **{name: self._cast(given[name], item) for name, item in wanted.items()},
-        }
-        output = self.backend(feeds).to(sample.device, sample.dtype)
-        if not return_dict:
-            return (output,)
-        from diffusers.models.modeling_outputs import Transformer2DModelOutput
-        from diffusers.models.unets.unet_2d import UNet2DOutput
-
-        kind = UNet2DOutput if self.spec.sample.name == "sample" else Transformer2DModelOutput
-        return kind(sample=output)
+            return self._one_time(times, declared)
+        return times.reshape(count, *declared.shape) if declared.shape else times
 
     def _check_first_tokens(self, given: dict[str, Any]) -> None:
         """Refuse a text that begins with another token than the one whose keys and values the graph holds."""
@@ -174,6 +177,14 @@ def _flat(given: dict[str, Any]) -> dict[str, Any]:
         elif value is not None and not (isinstance(value, dict) and not value):
             flat[name] = value
     return flat
+
+
+def _first(given: dict[str, Any], names: tuple[str, ...], what: str) -> Any:
+    """Take the first of ``names`` out of ``given``; UsageError where none of them is there."""
+    for name in names:
+        if name in given:
+            return given.pop(name)
+    raise UsageError(f"The denoiser needs a {what}, and none was given.")
 
 
 def load(

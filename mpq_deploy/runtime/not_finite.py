@@ -12,10 +12,11 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
+from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.constants import add_constant
 from mpq_deploy.graph.load import load_model
 from mpq_deploy.models.spec import Array
-from mpq_deploy.runtime.ort import make_session
+from mpq_deploy.runtime.ort import OrtDenoiser, make_session, model_feeds
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
@@ -69,3 +70,22 @@ def _watch(model: ir.Model, value: ir.Value, zero: ir.Value, number: int) -> str
     total.type, total.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([])
     model.graph.outputs.append(total)
     return total.name
+
+
+class CheckedDenoiser:
+    """The float denoiser; when its output is not finite, the error names the node where that begins."""
+
+    def __init__(self, model: Path, denoiser: OrtDenoiser) -> None:
+        self._model, self._denoiser = model, denoiser
+
+    def __call__(self, sample: Array, timestep: float | Array, conditions: dict[str, Array]) -> Array:
+        """Return the output; ModelError when it is not finite."""
+        output = self._denoiser(sample, timestep, conditions)
+        if not np.isfinite(output).all():
+            feeds = model_feeds(self._denoiser.spec, sample, timestep, conditions)
+            where = first_not_finite(self._model, feeds) or "its output"
+            raise ModelError(
+                f"The float model gives NaN or Inf at timestep {np.ravel(timestep)[0]:g}: first in {where}.",
+                "Check the weights up to there, and that the scheduler is the one the model was trained with.",
+            )
+        return output

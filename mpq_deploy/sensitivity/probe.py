@@ -213,7 +213,9 @@ class _Probing:
             return [one.reshape(output.shape) for one in noise]
 
         uses = [item.use for item in self._uses]
-        for number, x, rows in layer_gradients(self._graph, feeds, parts, uses, self._output, seeds, self._errors_type):
+        for number, x, rows in layer_gradients(
+            self._graph, feeds, parts, uses, {self._output: seeds}, self._errors_type
+        ):
             with torch.no_grad():
                 self._project(self._uses[number], x, torch.stack(rows, 1), chunk, values)
         return power

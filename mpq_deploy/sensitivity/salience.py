@@ -97,7 +97,7 @@ class ChannelErrors:
 
             feeds = self._graph.feed(self._calls.feeds(step, chunk))
             for number, x, (gradient,) in layer_gradients(
-                self._graph, feeds, self._parts, nodes, self._spec.output, direction, torch.float32
+                self._graph, feeds, self._parts, nodes, {self._spec.output: direction}, torch.float32
             ):
                 layer, use = uses[number]
                 with torch.no_grad():

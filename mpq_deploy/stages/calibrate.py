@@ -32,8 +32,7 @@ def inputs(run: Run) -> Fields:
 def make(run: Run, folder: Path) -> str:
     """Make the stage in ``folder``; return a few words for the log."""
     from mpq_deploy.calibrate.calibrate import calibrate
-    from mpq_deploy.calibrate.options import CalibrationOptions
-    from mpq_deploy.calibrate.spread_calibration import CalibrationSetup
+    from mpq_deploy.calibrate.setup import CalibrationOptions, CalibrationSetup
 
     section = run.recipe.calibrate
     exported = run.exported

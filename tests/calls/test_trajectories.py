@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from mpq_deploy.calibrate.calibrate import calibrate
-from mpq_deploy.calibrate.options import CalibrationOptions
-from mpq_deploy.calibrate.spread_calibration import CalibrationSetup
+from mpq_deploy.calibrate.setup import CalibrationOptions, CalibrationSetup
 from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
 from mpq_deploy.calls.loop import GuidedDenoiser, denoise, initial_noise
 from mpq_deploy.calls.sampler import make_sampler

@@ -1,10 +1,14 @@
-"""What a user may choose about calibration."""
+"""What calibration is told: the model, how to call it, and how much is recorded and observed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
+from mpq_deploy.calibrate.stats import CalibrationSet
+from mpq_deploy.calls.feeds import RecordedCalls
 from mpq_deploy.errors import UsageError
+from mpq_deploy.models.spec import Array, DenoiserSpec
 from mpq_deploy.recipe import SamplerKind
 
 SCALE_METHODS = ("mse", "percentile", "absmax")
@@ -43,3 +47,17 @@ class CalibrationOptions:
             )
         if not 50 < self.percentile <= 100:
             raise UsageError(f"The percentile is {self.percentile}.", "Choose one above 50, up to 100.")
+
+
+@dataclass(frozen=True)
+class CalibrationSetup:
+    """The float ONNX file, how to call it, and what is recorded. Workers have its path below their root."""
+
+    model: Path
+    spec: DenoiserSpec
+    conditions: dict[str, Array]
+    options: CalibrationOptions
+
+    def calls(self, recorded: CalibrationSet) -> RecordedCalls:
+        """Return ``recorded`` with what the model is fed beside it."""
+        return RecordedCalls(recorded, self.conditions, self.spec)
