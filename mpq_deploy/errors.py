@@ -64,11 +64,11 @@ class InfeasibleBudgetError(UsageError):
 
 
 class InfeasibleLatencyError(UsageError):
-    """No plan within the budget is fast enough. ``least_ns`` is the least latency there, in nanoseconds."""
+    """No plan within the budget is fast enough. ``minimum_ns`` is the minimum latency there, in nanoseconds."""
 
-    def __init__(self, message: str, hint: str, least_ns: int) -> None:
+    def __init__(self, message: str, hint: str, minimum_ns: int) -> None:
         super().__init__(message, hint)
-        self.least_ns = least_ns
+        self.minimum_ns = minimum_ns
 
 
 class EngineError(MpqError):

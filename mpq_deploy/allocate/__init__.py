@@ -1,1 +1,1 @@
-"""One scheme per layer within the budget: the problem, the integer program, cross terms, and the plan."""
+"""One scheme per layer within the budget: problem, integer program, cross terms, plan."""

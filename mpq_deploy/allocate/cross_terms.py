@@ -1,13 +1,14 @@
 """Improve a plan with the cross terms between layers, which a linear program does not see.
 
-The probe projections a_{l,s} predict the error of a whole plan as ||sum_l a_{l,s_l}||^2: errors of different layers
-cancel or reinforce each other. From the MILP's plan, the quadratic is linearised around the current plan, a MILP picks
-at most a dozen changes that fit the budget, and what the exact quadratic confirms is kept; then single changes and
-pairs of changes are searched exactly.
+The probe projections a_{l,s} predict the error of a whole plan as ||sum_l a_{l,s_l}||^2: errors of
+different layers cancel or reinforce each other. From the MILP's plan, the quadratic is linearized
+around the current plan, a MILP picks at most a dozen changes that fit the budget, and what the
+exact quadratic confirms is kept; then single changes and pairs of changes are searched exactly.
 
-A quadratic of few entries is fitted rather than minimized, so its off-diagonal terms are shrunk: minimized is
-(1 - rho) sum_l ||a_{l,s_l}||^2 + rho ||sum_l a_{l,s_l}||^2, with rho from the data (``shrinkage``). Our choice; CLADO
-(arXiv 2307.05657) solves a quadratic program over measured pairs of layers instead.
+A quadratic of few entries is fitted rather than minimized, so its off-diagonal terms are shrunk:
+minimized is (1 - rho) sum_l ||a_{l,s_l}||^2 + rho ||sum_l a_{l,s_l}||^2, with rho from the data
+(``shrinkage``). Our choice; CLADO (arXiv 2307.05657) solves a quadratic program over measured pairs
+of layers instead.
 """
 
 from __future__ import annotations
@@ -28,14 +29,15 @@ MOST_MOVES = 12
 MOST_ROUNDS = 12
 # The gap of the small MILPs: what they propose is judged by the quadratic.
 GAP = 1e-2
-# Bounds of the exact search: rounds, changes that are paired, pairs whose bytes are counted. On 1,000 layers x 8
-# schemes a round takes 0.1 s.
+# Bounds of the exact search: rounds, changes that are paired, pairs whose bytes are counted. On
+# 1,000 layers x 8 schemes a round takes 0.1 s.
 MOST_PAIRS = 40
 MOST_CANDIDATES = 800
 MOST_TRIED = 64
 # Layers whose products the shrinkage is estimated from: those of the largest errors.
 MOST_SHRUNK = 256
-# Parts into which the measured calls are split to see how a plan does on calls that it was not chosen on.
+# Parts into which the measured calls are split to see how a plan does on calls that it was not
+# chosen on.
 FOLDS = 4
 # A relative gain below this is rounding.
 SMALLEST_GAIN = 1e-9
@@ -46,8 +48,8 @@ Projections = Mapping[str, Mapping[str, Array]]
 class Quadratic:
     """The shrunk quadratic over the schemes that a problem allows, with the penalty for branches.
 
-    ``projections``: layer -> scheme -> float [P]. ``kernel_penalty``: of each kernel of a branch, as a loss.
-    Moves are numbered: one per (layer, scheme), in the problem's order.
+    ``projections``: layer -> scheme -> float [P]. ``kernel_penalty``: of each kernel of a branch,
+    as a loss. Moves are numbered: one per (layer, scheme), in the problem's order.
     """
 
     def __init__(
@@ -80,7 +82,7 @@ class Quadratic:
         return float((1 - self.rho) * apart + self.rho * (total @ total) + self._penalties[chosen].sum())
 
     def changes(self, schemes: Mapping[str, str]) -> Array:
-        """Return by how much each move alone would change the loss of a plan, [moves]; 0 for its own."""
+        """Return by how much each move alone changes a plan's loss, [moves]; 0 for its own."""
         chosen = self.chosen(schemes)
         instead_of = chosen[self.layer]
         along = self.vectors @ self.vectors[chosen].sum(0)
@@ -100,10 +102,11 @@ class Quadratic:
 
     @cached_property
     def byte_price(self) -> float:
-        """The loss that a byte is worth: the multiplier at which the best scheme of each layer fills the budget.
+        """The loss that a byte is worth: the multiplier at which the best scheme of each layer
+        fills the budget.
 
-        That of the Lagrangian relaxation of the additive problem (activation scales taken as free), by bisection of
-        its logarithm.
+        That of the Lagrangian relaxation of the additive problem (activation scales taken as free),
+        by bisection of its logarithm.
         """
         room = self.problem.budget_bytes - self.problem.fixed_bytes
         starts, sizes = self._starts[:-1], np.diff(self._starts)
@@ -120,12 +123,14 @@ class Quadratic:
 
 
 def shrinkage(vectors: Array, calls: Array, steps: int) -> float:
-    """Return rho in [0, 1]: how much of the products between different ``vectors`` float [L, P] is more than noise.
+    """Return rho in [0, 1]: how much of the products between different ``vectors`` float [L, P] is
+    more than noise.
 
-    With G_lm = <a_l, a_m>, rho = 1 - sum Var(G_lm) / sum G_lm^2 over l != m: Ledoit and Wolf (2004) with the diagonal
-    as target, as Schaefer and Strimmer (2005) estimate it, but on the products instead of correlations, since the
-    large errors are those that matter. Our reading. The independent units are the calls (``calls`` int [P], -1 for
-    none), which come back at several of the ``steps`` timesteps (the entries' first axis); timesteps are strata.
+    With G_lm = <a_l, a_m>, rho = 1 - sum Var(G_lm) / sum G_lm^2 over l != m: Ledoit and Wolf (2004)
+    with the diagonal as target, as Schaefer and Strimmer (2005) estimate it, but on the products
+    instead of correlations, since the large errors are those that matter. Our reading. The
+    independent units are the calls (``calls`` int [P], -1 for none), which come back at several of
+    the ``steps`` timesteps (the entries' first axis); timesteps are strata.
     """
     by_step = calls.reshape(steps, -1)
     sizes = np.array([len(np.unique(row[row >= 0])) for row in by_step])
@@ -224,7 +229,7 @@ def _best_pair(quadratic: Quadratic, current: Mapping[str, str], loss: float) ->
 
 
 def _rule_out_slow(quadratic: Quadratic, current: Mapping[str, str], moves: Array, gain: Array) -> None:
-    """Set the ``gain`` [moves, moves] of pairs that cannot hold the limit on latency to infinity, in place."""
+    """Set ``gain`` [moves, moves] of pairs that exceed the limit on latency to infinity, in place."""
     problem = quadratic.problem
     if problem.max_latency_ns is None:
         return
@@ -237,7 +242,7 @@ def _rule_out_slow(quadratic: Quadratic, current: Mapping[str, str], moves: Arra
 
 
 def _promising(quadratic: Quadratic, alone: Array, added: Array, chosen: Array) -> Array:
-    """Return the moves worth pairing, at most ``MOST_CANDIDATES``: the best once their bytes are paid for."""
+    """Return the ``MOST_CANDIDATES`` moves worth pairing: the best once their bytes are paid for."""
     others = np.ones(len(alone), bool)
     others[chosen] = False
     moves = np.flatnonzero(others)
@@ -249,11 +254,13 @@ def _promising(quadratic: Quadratic, alone: Array, added: Array, chosen: Array) 
 
 @dataclass(frozen=True)
 class CrossTerms:
-    """What came of the cross terms. Losses are full quadratics: ``..._seen`` of the plan itself, on the calls that it
-    was chosen on; ``..._held_back`` of plans chosen in the same way on all but a part of the calls, on that part, mean
-    over ``folds`` parts (None where the calls cannot be split).
+    """What came of the cross terms. Losses are full quadratics: ``..._seen`` of the plan itself, on
+    the calls that it was chosen on; ``..._held_back`` of plans chosen in the same way on all but a
+    part of the calls, on that part, mean over ``folds`` parts (None where the calls cannot be
+    split).
 
-    ``moves``: layers whose scheme the refined plan changes. ``kept``: whether the refined plan is the result.
+    ``moves``: layers whose scheme the refined plan changes. ``kept``: whether the refined plan is
+    the result.
     """
 
     rho: float
@@ -276,11 +283,13 @@ class CrossTerms:
 def allocate_with_cross_terms(
     problem: Problem, table: SensitivityTable, allocate: Callable[[Problem], Allocation], improve: bool = True
 ) -> tuple[Allocation, CrossTerms]:
-    """Solve ``problem``, refine the plan with the cross terms, and keep what does better on held-back calls.
+    """Solve ``problem``, refine the plan with the cross terms, and keep what does better on
+    held-back calls.
 
-    ``allocate`` finds the plan without cross terms. ``table`` has projections. With ``improve`` False the plan
-    stays, and only its prediction comes from held-back calls. Without held-back calls nothing is refined: there a
-    plan that fits its own probes could not be told from a better one.
+    ``allocate`` finds the plan without cross terms. ``table`` has projections. With ``improve``
+    False the plan stays, and only its prediction comes from held-back calls. Without held-back
+    calls nothing is refined: there a plan that fits its own probes could not be told from a better
+    one.
     """
     parts = table.folds(FOLDS)
     milp = allocate(problem)
@@ -311,7 +320,7 @@ def allocate_with_cross_terms(
 def _refined(
     problem: Problem, table: SensitivityTable, plan: Allocation, improve: bool
 ) -> tuple[dict[str, str], float]:
-    """Return the refined plan and rho; the plan as it is where the cross terms are no more than noise."""
+    """Return the refined plan and rho; the plan itself where the cross terms are only noise."""
     if not improve or table.projections is None or table.calls is None:
         return plan.schemes, 0.0
     vectors = np.stack([table.projections[name][s].astype(np.float64) for name, s in plan.schemes.items()])

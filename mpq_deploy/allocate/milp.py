@@ -1,6 +1,8 @@
-"""Choose one scheme per layer so that the predicted loss is minimal and the bytes fit: one MILP, solved by HiGHS.
+"""Choose one scheme per layer so that the predicted loss is minimal and the bytes fit: one MILP,
+solved by HiGHS.
 
-In: a ``Problem`` and an ``Objective``. Out: a plan (layer -> scheme) that never exceeds the problem's limits.
+In: a ``Problem`` and an ``Objective``. Out: a plan (layer -> scheme) that never exceeds the
+problem's limits.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from mpq_deploy.models.spec import Array
 from mpq_deploy.recipe import AllocateSettings
 from mpq_deploy.system.highs import LinearProgram, Outcome, Row, solve_program
 
-# A plan whose cost is a smaller share of the largest single cost is solved again at its own scale (our choice).
+# A plan whose cost is a smaller share of the largest single cost is solved again at its own scale
+# (our choice).
 SMALL_OBJECTIVE = 1e-4
 # How often HiGHS may exceed a limit by its tolerance before that is a defect.
 ATTEMPTS = 4
@@ -28,7 +31,7 @@ ATTEMPTS = 4
 
 @dataclass(frozen=True)
 class SolverReport:
-    """How the solver ended. ``gap`` is relative to the loss of the plan; ``bound`` is the proven minimum."""
+    """How the solver ended. ``gap``: relative to the plan's loss; ``bound``: the proven minimum."""
 
     status: str
     gap: float
@@ -38,7 +41,7 @@ class SolverReport:
 
 @dataclass(frozen=True)
 class Allocation:
-    """A plan: layer -> scheme, how the solver ended, and the penalty that each kernel of a branch bore, as a loss."""
+    """A plan, how the solver ended, and the penalty of each kernel of a branch, as a loss."""
 
     schemes: dict[str, str]
     report: SolverReport
@@ -47,7 +50,7 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Solution:
-    """What the MILP's solver found: its plan, the objective's value, and the proven minimum of it."""
+    """A plan as HiGHS found it, with the objective's value and its proven minimum."""
 
     schemes: dict[str, str]
     status: str
@@ -57,17 +60,18 @@ class Solution:
 
 @dataclass(frozen=True)
 class Nearby:
-    """A limit on how far a plan may be from ``current``: at most ``moves`` layers change their scheme."""
+    """A limit on the distance from a ``current`` plan: at most ``moves`` layers change."""
 
     current: Mapping[str, str]
     moves: int
 
 
 def allocate(problem: Problem, section: AllocateSettings | None = None, kernel_penalty: float = 0.0) -> Allocation:
-    """Minimize the predicted loss within the problem's limits, to ``gap`` and ``time_limit`` of the recipe's section.
+    """Minimize the predicted loss within the problem's limits, to ``gap`` and ``time_limit`` of the
+    recipe's section.
 
-    ``kernel_penalty``: loss that every kernel of a branch adds (``penalty_per_kernel``). The report's loss and bound
-    are without it. Equal inputs give equal plans.
+    ``kernel_penalty``: loss that every kernel of a branch adds (``penalty_per_kernel``). The
+    report's loss and bound are without it. Equal inputs give equal plans.
 
     Raises InfeasibleBudgetError, which names the smallest feasible budget, when nothing fits, and
     InfeasibleLatencyError, which names the minimum latency within the budget.
@@ -79,8 +83,9 @@ def allocate(problem: Problem, section: AllocateSettings | None = None, kernel_p
     solution = solve(problem, objective, section.gap, section.time_limit)
     largest = max(cost for layer in problem.layers for cost in objective.costs[layer.name].values())
     if 0 < solution.value < SMALL_OBJECTIVE * largest:
-        # The solver's tolerances are absolute, and set by the largest cost. No choice that alone costs more than a
-        # known plan can be part of a better one: without those the numbers are of one size.
+        # The solver's tolerances are absolute, and set by the largest cost. No choice that alone
+        # costs more than a known plan can be part of a better one: without those the numbers are of
+        # one size.
         affordable = _affordable(problem, objective, solution)
         finer = solve(affordable, objective, section.gap, section.time_limit)
         solution = finer if finer.value <= solution.value else solution
@@ -92,10 +97,12 @@ def allocate(problem: Problem, section: AllocateSettings | None = None, kernel_p
 
 
 def penalty_per_kernel(problem: Problem, section: AllocateSettings) -> float:
-    """Return what one kernel of a branch costs, as a loss: the share ``section.branch_penalty`` of the plan's.
+    """Return what one kernel of a branch costs, as a loss: the share ``section.branch_penalty`` of
+    the plan's.
 
-    The share is of the loss of the best plan without branches (with free ones, where no such plan fits), so that it
-    needs no unit and holds for every budget. Our choice. 0 where no layer may take a branch.
+    The share is of the loss of the best plan without branches (with free ones, where no such plan
+    fits), so that it needs no unit and holds for every budget. Our choice. 0 where no layer may
+    take a branch.
     """
     if not section.branch_penalty or not any(SCHEMES[s].branch for layer in problem.layers for s in layer.bytes):
         return 0.0
@@ -107,10 +114,11 @@ def penalty_per_kernel(problem: Problem, section: AllocateSettings) -> float:
 
 
 def fastest_plan(problem: Problem, section: AllocateSettings | None = None) -> dict[str, str]:
-    """Return the plan of minimum latency within the budget, which must be feasible, and ``problem.max_loss``.
+    """Return the plan of minimum latency within the budget, which must be feasible, and
+    ``problem.max_loss``.
 
-    Raises UsageError, which names the minimum loss, where nothing is within that. ``problem.max_latency_ns`` does not
-    count.
+    Raises UsageError, which names the minimum loss, where nothing is within that.
+    ``problem.max_latency_ns`` does not count.
     """
     section = section or AllocateSettings()
     free = replace(problem, max_latency_ns=None)
@@ -141,7 +149,7 @@ def _check_budget(problem: Problem, section: AllocateSettings) -> None:
 
 
 def _check_latency(problem: Problem, section: AllocateSettings) -> None:
-    """Raise InfeasibleLatencyError when no plan within the budget is within the limit on latency."""
+    """Raise InfeasibleLatencyError when no plan within the budget is fast enough."""
     if problem.max_latency_ns is None or problem.fits(problem.smallest_plan()):
         return
     minimum = problem.plan_ns(fastest_plan(problem, section))
@@ -155,7 +163,7 @@ def _check_latency(problem: Problem, section: AllocateSettings) -> None:
 
 
 def ceil_ms(nanoseconds: int) -> str:
-    """Return milliseconds with three decimals, rounded up, so that the figure holds as a limit: ``1.235``."""
+    """Return milliseconds as a limit that holds: three decimals, rounded up (``1.235``)."""
     return f"{-(-nanoseconds // 1000) / 1000:,.3f}"
 
 
@@ -174,7 +182,8 @@ def solve(
 ) -> Solution:
     """Solve a problem that has a solution; costs may be negative (changes of a loss).
 
-    HiGHS holds constraints only to a tolerance, so exact integer bytes and nanoseconds are checked and enforced here.
+    HiGHS holds constraints only to a tolerance, so exact integer bytes and nanoseconds are checked
+    and enforced here.
     """
     model = _Model(problem, objective, near)
     late = excess = 0
@@ -192,10 +201,11 @@ def solve(
 
 
 def undominated(layer: LayerChoice, costs: Sequence[Mapping[str, float]]) -> list[str]:
-    """Leave out every scheme that another beats or equals in bytes and ``costs`` without needing another input.
+    """Leave out every scheme that another beats or equals in bytes and ``costs`` without needing
+    another input.
 
-    ``costs``: scheme -> what is minimized first, then what else is limited. This never removes all optimal plans, and
-    shrinks the MILP by half.
+    ``costs``: scheme -> what is minimized first, then what else is limited. This never removes all
+    optimal plans, and shrinks the MILP by half.
     """
     kept: list[str] = []
     for scheme in sorted(layer.bytes, key=lambda s: (layer.bytes[s], costs[0][s], s)):
@@ -219,7 +229,8 @@ class _Model:
                 sum_l x[l, current l] >= layers - moves        near a plan alone
                 sum of x[l, s] that read q <= y[q]             for every quantizer q and layer l
 
-    Ties are broken towards fewer bytes by a term of at most 1e-9 of the largest cost over all layers together.
+    Ties are broken towards fewer bytes by a term of at most 1e-9 of the largest cost over all
+    layers together.
     """
 
     def __init__(self, problem: Problem, objective: Objective, near: Nearby | None) -> None:
@@ -242,12 +253,13 @@ class _Model:
             costs.append(layer.loss)
         if self.problem.max_latency_ns is not None:
             costs.append(layer.latency_ns)
-        # The current scheme of a layer must stay a choice even where another beats it: moves are limited.
+        # The current scheme of a layer must stay a choice even where another beats it: moves are
+        # limited.
         held = [self.near.current[layer.name]] if self.near else []
         return list(dict.fromkeys([*undominated(layer, costs), *held]))
 
     def tighten(self, excess: int, late: int) -> None:
-        """Leave ``excess`` fewer bytes and ``late`` fewer nanoseconds, to undo the solver's tolerances."""
+        """Leave ``excess`` fewer bytes and ``late`` fewer ns, to undo the solver's tolerances."""
         self.room -= excess
         self.time = None if self.time is None else self.time - late
 

@@ -1,4 +1,4 @@
-"""A precision plan: the scheme of every layer and what is known of the whole, stored as ``plan.json``."""
+"""A precision plan: each layer's scheme and what is known of the whole (``plan.json``)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from mpq_deploy.latency.costs import PlanLatency
 class PlannedLayer:
     """A layer of the plan. ``refused``: scheme -> why the layer may not take it.
 
-    ``predicted_loss``: None where the metric predicts no error; ``latency_ms``: None where nothing is known of it.
-    ``importance`` and the bits that the linear program gives the layer (``linear_bits``): only of metrics that weigh
-    bits.
+    ``predicted_loss``: None where the metric predicts no error; ``latency_ms``: None where nothing
+    is known of it. ``importance`` and the bits that the linear program gives the layer
+    (``linear_bits``): only of metrics that weigh bits.
     """
 
     name: str
@@ -39,8 +39,8 @@ class PlannedLayer:
 
 @dataclass(frozen=True)
 class BitProgram:
-    """``weighted_bits``: sum of importance x bits of the plan; ``linear_bound``: what the linear program over
-    continuous bits reaches within the same bytes.
+    """``weighted_bits``: sum of importance x bits of the plan; ``linear_bound``: what the linear
+    program over continuous bits reaches within the same bytes.
     """
 
     weighted_bits: float
@@ -49,12 +49,13 @@ class BitProgram:
 
 @dataclass(frozen=True)
 class PrecisionPlan:
-    """One scheme per layer (``layers`` in graph order), and the constants that are no layers. Sizes in bytes.
+    """One scheme per layer (``layers`` in graph order), and the constants that are no layers. Sizes
+    in bytes.
 
-    ``predicted_loss`` as in the sensitivity table; None where the metric ranks layers without predicting an error.
-    ``bit_program``: for metrics that weigh bits by importance; ``cross_terms``: for metrics with probes;
-    ``latency``: where something is known of the target's speed. ``simulated``: some layers have schemes that no
-    engine can hold, and bytes are nominal.
+    ``predicted_loss`` as in the sensitivity table; None where the metric ranks layers without
+    predicting an error. ``bit_program``: for metrics that weigh bits by importance;
+    ``cross_terms``: for metrics with probes; ``latency``: where something is known of the target's
+    speed. ``simulated``: some layers have schemes that no engine can hold, and bytes are nominal.
     """
 
     budget_bytes: int

@@ -37,7 +37,8 @@ Weighed = tuple[float | None, float | None]
 class PlanSolver:
     """Bytes and losses of every allowed (layer, scheme), gathered once and solved for any budget.
 
-    ``control``: one of ``ORM_CONTROLS`` in place of the run's own measurements; or a ``table`` in place of either.
+    ``control``: one of ``ORM_CONTROLS`` in place of the run's own measurements; or a ``table`` in
+    place of either.
     """
 
     def __init__(self, run: Run, control: str = "", table: SensitivityTable | None = None) -> None:
@@ -74,7 +75,7 @@ class PlanSolver:
         )
 
     def _with_latency(self, problem: Problem) -> Problem:
-        """Add what is known of latency and the limit on it; with latency as the objective, that is the minimum."""
+        """Add latencies and the limit on them: the minimum, where latency is the objective."""
         if self.costs is None:
             return problem
         section = self.section
@@ -97,7 +98,7 @@ class PlanSolver:
 
     @property
     def smallest(self) -> int:
-        """Bytes of the plan of each layer's smallest scheme: the smallest feasible budget, or a few bytes more."""
+        """Bytes of each layer's smallest scheme: the smallest feasible budget, or a bit more."""
         problem = self._problem(0)
         return problem.plan_bytes(problem.smallest_plan())
 
@@ -110,10 +111,11 @@ class PlanSolver:
         return Problem(self.choices, self.fixed_bytes, budget_bytes, self.foldable)
 
     def unrefined(self, budget_bytes: int, gap: float) -> tuple[dict[str, str], int, float | None] | None:
-        """Solve for ``budget_bytes`` by the integer program alone: schemes, bytes and predicted loss.
+        """Solve for ``budget_bytes`` by the integer program alone: schemes, bytes and predicted
+        loss.
 
-        Quicker than ``solve``, which refines the plan with the cross terms; the prediction has them all the same. None
-        where the solver's time was up before it came within ``gap``.
+        Quicker than ``solve``, which refines the plan with the cross terms; the prediction has them
+        all the same. None where the solver's time was up before it came within ``gap``.
         """
         problem = self._with_latency(self._problem(budget_bytes))
         allocation = self._allocated(problem, gap)
@@ -171,7 +173,7 @@ class PlanSolver:
         return [note for note in notes if note]
 
     def _refined(self, problem: Problem) -> tuple[Allocation, CrossTerms | None]:
-        """Solve without cross terms, then with them where the metric knows them and the recipe wants them."""
+        """Solve, and refine by the cross terms where the metric knows them."""
         if self.table.projections is None:
             return self._allocated(problem), None
         return allocate_with_cross_terms(problem, self.table, self._allocated, self.section.cross_terms)
@@ -193,7 +195,7 @@ class PlanSolver:
         return f" Mind that measure.orm.activation_bits is {self.orm.activation_bits}: it rules out schemes."
 
     def _ruled_out(self, layer: str, choices: Choices) -> dict[str, str]:
-        """Say why the table has no loss for schemes that the layer could take: orm fixes its activations' bits."""
+        """Say why the table lacks schemes that the layer could take: orm fixes activation bits."""
         importance = self.table.importance
         reason = f"the metric {self.table.metric} has not measured it"
         if importance is not None:
@@ -202,9 +204,11 @@ class PlanSolver:
         return {s.name: reason for s in choices.schemes if s.name not in self.table.losses[layer]}
 
     def _weighed(self, schemes: dict[str, str], weight_bytes: int) -> tuple[BitProgram | None, list[Weighed]]:
-        """Return the plan's weighted bits beside the linear program's bound, and per layer importance and its bits.
+        """Return the plan's weighted bits beside the linear program's bound, and per layer
+        importance and its bits.
 
-        None for a metric without importances. ``weight_bytes``: the budget less all other constants.
+        None for a metric without importances. ``weight_bytes``: the budget less all other
+        constants.
         """
         if self.table.importance is None:
             return None, [(None, None)] * len(self.layers)
@@ -243,5 +247,5 @@ class PlanSolver:
 
 
 def any_match(pattern: str, names: Iterable[str]) -> bool:
-    """Whether a target's pattern concerns this model: targets protect by name, models name as they like."""
+    """Whether a target's pattern concerns the model: targets protect layers by name."""
     return any(fnmatch.fnmatchcase(name, pattern) for name in names)

@@ -1,6 +1,8 @@
-"""An allocation problem: what each (layer, scheme) costs, what limits a plan, and what a plan minimizes.
+"""An allocation problem: what each (layer, scheme) costs, what limits a plan, and what a plan
+minimizes.
 
-A plan is layer -> scheme. Bytes and nanoseconds are exact integers: a plan's bytes are what the quantized file holds.
+A plan is layer -> scheme. Bytes and nanoseconds are exact integers: a plan's bytes are what the
+quantized file holds.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ Plan = Mapping[str, str]
 class LayerChoice:
     """One layer: the tensors that it reads, and bytes and predicted loss per scheme.
 
-    ``input_bytes``: scheme -> bytes of what quantizes one input, where that is more than a scale. ``latency_ns``:
-    scheme -> nanoseconds of one call, without the quantizers of its inputs; empty where they are not known.
+    ``input_bytes``: scheme -> bytes of what quantizes one input, where that is more than a scale.
+    ``latency_ns``: scheme -> nanoseconds of one call, without the quantizers of its inputs; empty
+    where they are not known.
     """
 
     name: str
@@ -37,9 +40,11 @@ class LayerChoice:
         return replace(self, bytes={s: self.bytes[s] for s in kept}, loss={s: self.loss[s] for s in kept})
 
     def quantizers(self, scheme: str) -> dict[str, int]:
-        """Return the activation quantizers that the layer reads under ``scheme``, by name, with their bytes.
+        """Return the activation quantizers that the layer reads under ``scheme``, by name, with
+        their bytes.
 
-        Layers share those of equal names. Factors of channels count even where a producer may take them.
+        Layers share those of equal names. Factors of channels count even where a producer may take
+        them.
         """
         form = SCHEMES[scheme]
         if form.activation is None:
@@ -50,11 +55,13 @@ class LayerChoice:
 
 @dataclass(frozen=True)
 class Problem:
-    """Layers to decide, what all else takes, and the limits: ``budget_bytes``, and where set latency and loss.
+    """Layers to decide, what all else takes, and the limits: ``budget_bytes``, and where set
+    latency and loss.
 
-    ``foldable``: input tensors whose producer can take the factors of their channels -> the layers that read them.
-    ``quantizer_ns``: name of an activation quantizer -> nanoseconds, once for all its readers. ``fixed_bytes`` and
-    ``fixed_ns``: of what is no layer. ``max_loss``: limit on the sum of the layers' losses.
+    ``foldable``: input tensors whose producer can take the factors of their channels -> the layers
+    that read them. ``quantizer_ns``: name of an activation quantizer -> nanoseconds, once for all
+    its readers. ``fixed_bytes`` and ``fixed_ns``: of what is no layer. ``max_loss``: limit on the
+    sum of the layers' losses.
     """
 
     layers: Sequence[LayerChoice]
@@ -99,7 +106,8 @@ class Problem:
         return in_time and self.plan_bytes(plan) <= self.budget_bytes
 
     def smallest_plan(self) -> dict[str, str]:
-        """Return the plan of each layer's smallest scheme: its bytes are the smallest feasible budget, or nearly.
+        """Return the plan of each layer's smallest scheme: its bytes are the smallest feasible
+        budget, or nearly.
 
         The scale of a quantized input counts for each layer; at equal bytes the smaller loss wins.
         """
@@ -110,15 +118,15 @@ class Problem:
         return {layer.name: smallest(layer) for layer in self.layers}
 
     def without_branches(self) -> Problem:
-        """Return the problem without schemes that have a branch, but for layers that have no other."""
+        """Return the problem without branches, but for layers that have no other scheme."""
         kept = [[s for s in layer.bytes if not SCHEMES[s].branch] or layer.bytes for layer in self.layers]
         return replace(self, layers=[layer.only(schemes) for layer, schemes in zip(self.layers, kept)])
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What a plan minimizes: the sum of ``costs`` (layer -> scheme -> cost), and of ``quantizers`` (name -> cost of an
-    activation quantizer, once for all its readers).
+    """What a plan minimizes: the sum of ``costs`` (layer -> scheme -> cost), and of ``quantizers``
+    (name -> cost of an activation quantizer, once for all its readers).
     """
 
     costs: Mapping[str, Mapping[str, float]]
@@ -162,10 +170,11 @@ def kernels(scheme: str) -> int:
 def protected_schemes(
     layers: Sequence[tuple[str, tuple[str, ...]]], rules: Sequence[tuple[str, tuple[str, ...]]]
 ) -> dict[str, tuple[str, ...]]:
-    """Apply the recipe's protection rules: (layer pattern, allowed schemes or families), later rules win.
+    """Apply the recipe's protection rules: (layer pattern, allowed schemes or families), later
+    rules win.
 
-    ``layers``: (name, candidate schemes). Raises UsageError when a pattern matches no layer, or leaves none of a
-    layer's schemes.
+    ``layers``: (name, candidate schemes). Raises UsageError when a pattern matches no layer, or
+    leaves none of a layer's schemes.
     """
     candidates, kept = dict(layers), dict(layers)
     for pattern, allowed in rules:

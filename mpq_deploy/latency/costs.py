@@ -135,7 +135,7 @@ class LatencyCosts:
         if found is not None:
             assert self.table is not None
             (self.measured if self.table.source == "measured" else self.estimated).add((layer.name, scheme.name))
-            # A row is of the layer alone, its quantizer included; that is charged apart, once for all readers.
+            # A row is of the layer alone, its quantizer included; that counts apart, once for all readers.
             own = self.quantizer_ns(use.input, scheme)
             return max(ceil(found * 1e6) - own, 0)
         if self.rates is None:

@@ -84,6 +84,6 @@ def _control(control: dict[str, Any]) -> list[str]:
 
 
 def _refused(point: dict[str, Any]) -> str:
-    if "least_latency_ms" in point:
-        return f"{point['budget']:.4f}: no plan is fast enough; the fastest takes {point['least_latency_ms']:.3f} ms."
+    if "minimum_latency_ms" in point:
+        return f"{point['budget']:.4f}: no plan is fast enough; the fastest takes {point['minimum_latency_ms']:.3f} ms."
     return f"{point['budget']:.4f}: no plan fits; the smallest takes {point['smallest_feasible_bytes']:,} bytes."

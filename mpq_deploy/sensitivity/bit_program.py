@@ -1,9 +1,10 @@
 """OMPQ's program over bit widths: the most importance-weighted bits within a budget, by HiGHS.
 
-Maximize sum_i c_i b_i subject to sum_i n_i b_i <= budget, with importances c_i, element counts n_i and bits b_i. The
-linear program takes every b_i from an interval: its answer is a bound on what real schemes can reach, and is never
-rounded to a plan. The multiple-choice program takes b_i from a list. Weights' bits are chosen by the plan's own
-MILP (``allocate``), on exact bytes; activations' bits, which take no bytes, by ``chosen_bits`` (our reading).
+Maximize sum_i c_i b_i subject to sum_i n_i b_i <= budget, with importances c_i, element counts n_i
+and bits b_i. The linear program takes every b_i from an interval: its answer is a bound on what
+real schemes can reach, and is never rounded to a plan. The multiple-choice program takes b_i from a
+list. Weights' bits are chosen by the plan's own MILP (``allocate``), on exact bytes; activations'
+bits, which take no bytes, by ``chosen_bits`` (our reading).
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class BitSolution:
 def linear_bits(importance: Array, elements: Array, low: Array, high: Array, budget_bits: float) -> BitSolution:
     """Solve the linear program over continuous bits low_i <= b_i <= high_i.
 
-    ``importance`` and ``elements``: c and n, [L]. Raises UsageError when the lowest bits are over the budget.
+    ``importance`` and ``elements``: c and n, [L]. Raises UsageError when the lowest bits are over
+    the budget.
     """
     _check_fits(elements, low, budget_bits)
     bits = _solve(importance, elements / elements.max(), low, high, budget_bits / elements.max())

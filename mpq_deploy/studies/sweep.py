@@ -145,7 +145,7 @@ def _solve(
             except InfeasibleBudgetError as error:
                 point["smallest_feasible_bytes"] = error.smallest
             except InfeasibleLatencyError as error:
-                point["least_latency_ms"] = error.least_ns / 1e6
+                point["minimum_latency_ms"] = error.minimum_ns / 1e6
             points.append(point)
             advance(1)
     return plans, points
@@ -262,7 +262,7 @@ def sweep_table(result: dict[str, Any]) -> str:
     """The points as a table for the terminal."""
     lines = [f"{'budget':>8} {'of FP16':>8} {'bytes':>14} {'predicted':>10} {'measured':>10} {'PSNR dB':>8}"]
     for point in result["points"]:
-        if "least_latency_ms" in point:
+        if "minimum_latency_ms" in point:
             lines.append(f"{point['budget']:>8.4f} no plan is fast enough: the fastest takes {_ms(point)} ms")
             continue
         if "size_bytes" not in point:
@@ -291,7 +291,7 @@ def sweep_table(result: dict[str, Any]) -> str:
 
 
 def _ms(point: dict[str, Any]) -> str:
-    return f"{point['least_latency_ms']:.3f}"
+    return f"{point['minimum_latency_ms']:.3f}"
 
 
 def _draw(result: dict[str, Any], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Linear and integer programs, solved by HiGHS: silent, on one thread and with one seed, so that answers repeat."""
+"""Linear and integer programs, solved by HiGHS: silent, on one thread, with one seed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class QuietHighs(highspy.Highs):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class Row:
-    """``lower`` <= sum of ``coefficients`` x[``columns``] <= ``upper``; infinite where there is no limit."""
+    """``lower`` <= sum of ``coefficients`` x[``columns``] <= ``upper``, which may be infinite."""
 
     lower: float
     upper: float
@@ -38,7 +38,8 @@ class Row:
 
 @dataclass(frozen=True)
 class LinearProgram:
-    """Minimize (``maximize``: maximize) ``cost`` x over ``low`` <= x <= ``high``, all [N], within ``rows``.
+    """Minimize (``maximize``: maximize) ``cost`` x over ``low`` <= x <= ``high``, all [N], within
+    ``rows``.
 
     ``integer``: x takes whole values alone.
     """
@@ -53,7 +54,7 @@ class LinearProgram:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How HiGHS ended: its status in words, x float64 [N] (empty: none was found), and the bound of the objective."""
+    """How HiGHS ended: its status, x float64 [N] (empty: none), the objective's bound."""
 
     status: str
     values: Array

@@ -1,4 +1,4 @@
-"""Quantities as users write them: a budget of bytes, and a latency. Parsed once, where they come in."""
+"""Budgets and latencies as users write them, parsed once, where they come in."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NUMBER_AND_UNIT = re.compile(r"([0-9]*\.?[0-9]+(?:e[-+]?[0-9]+)?|[0-9]+\.)([a-z
 
 
 def _number_and_unit(text: str) -> tuple[float, str]:
-    """Split ``600 MB`` into 600.0 and ``mb``. The number is NaN where there is no positive finite one."""
+    """Split ``600 MB`` into 600.0 and ``mb``; NaN for all but positive finite numbers."""
     match = _NUMBER_AND_UNIT.fullmatch(text.lower().replace(" ", ""))
     if match is None:
         return math.nan, ""
@@ -27,8 +27,8 @@ def _number_and_unit(text: str) -> tuple[float, str]:
 
 @dataclass(frozen=True)
 class Budget:
-    """How many bytes all constants may take, as ``text`` says it: a share of their size in FP16 (``0.35``, ``35%``), a
-    size (``600MB``), or mean bits per quantizable weight (``4.5bits``).
+    """How many bytes all constants may take, as ``text`` says it: a share of their size in FP16
+    (``0.35``, ``35%``), a size (``600MB``), or mean bits per quantizable weight (``4.5bits``).
     """
 
     text: str
@@ -58,7 +58,7 @@ class Budget:
         )
 
     def bytes(self, fp16_bytes: int, weights: int) -> int:
-        """Return the bytes, for a model of ``fp16_bytes`` in FP16 with ``weights`` quantizable weights."""
+        """Return the bytes for a model of ``fp16_bytes`` with ``weights`` quantizable weights."""
         if self.unit == "share":
             return int(self.amount * fp16_bytes)
         return int(self.amount * weights / 8) if self.unit == "bits" else int(self.amount)

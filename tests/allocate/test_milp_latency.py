@@ -74,7 +74,7 @@ def test_the_fastest_plan_is_the_fastest_of_all_within_the_budget(problem: Probl
     assert least <= time_of(problem, default)
     with pytest.raises(InfeasibleLatencyError) as caught:
         allocate(replace(problem, max_latency_ns=least - 1))
-    assert caught.value.least_ns == least
+    assert caught.value.minimum_ns == least
     found = allocate(replace(problem, max_latency_ns=least), EXACT).schemes
     assert time_of(problem, found) == least
 
