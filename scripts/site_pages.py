@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 import yaml
@@ -22,6 +22,7 @@ from mpq_deploy.engine.target import Figure, Target, known_targets, load_target
 from mpq_deploy.engine.target_text import describe_target
 from mpq_deploy.graph.layers import LAYER_OPS
 from mpq_deploy.recipe import Recipe, bundled_recipes
+from mpq_deploy.system.quantities import Budget, Latency
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -34,7 +35,10 @@ ROOT_PAGES = {
     "calibration/README.md": "calibration.md",
 }
 WHOLE = "The whole build"
-PLAIN_TYPES = {int: "integer", float: "number", str: "text", bool: "true or false"}
+PLAIN_TYPES = {
+    **{int: "integer", float: "number", str: "text", bool: "true or false"},
+    **{Budget: "share, size or bits per weight", Latency: "time with its unit"},
+}
 LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
@@ -186,6 +190,8 @@ def _key_row(key: str, field: FieldInfo) -> str:
 def type_text(annotation: Any) -> str:
     """Return an annotation in words: ``list of text``, ``one of `a`, `b```, ``number or null``."""
     origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return type_text(inner[0])
     if origin is Literal:
         return "one of " + ", ".join(f"`{value}`" for value in inner)
     if origin in (Union, UnionType):
@@ -205,6 +211,8 @@ def _shipped(name: str, path: Path) -> str:
 
 def _yaml(value: Any) -> str:
     """A value as a recipe writes it, on one line."""
+    if isinstance(value, Budget | Latency):
+        return str(value)
     plain = list(value) if isinstance(value, tuple) else value
     text = yaml.safe_dump(plain, default_flow_style=True, width=10_000).strip()
     return text.removesuffix("...").strip()
