@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -66,39 +67,20 @@ def _main(
         quiet_libraries()
 
 
-def recipe_for(
-    recipe: str | None,
-    model: str | None,
-    budget: str | None,
-    target: str | None,
-    sensitivity: str | None,
-    additions: Mapping[str, Path | str | None],
-    settings: dict[str, Any] | None = None,
-) -> Recipe:
-    """Return the recipe of a file with the options of a command over it; ``settings`` are recipe entries."""
+def recipe_for(recipe: str | Path | None, options: Mapping[str, Any]) -> Recipe:
+    """Return a recipe with ``options`` (values by dotted key; None: not given) over it."""
     from mpq_deploy.recipe import load_recipe
 
-    return load_recipe(
-        recipe,
-        {
-            "model": model,
-            "budget": budget,
-            "target": target,
-            "measure.method": sensitivity,
-            **{name: str(path) for name, path in additions.items() if path},
-            **(settings or {}),
-        },
-    )
+    plain = {key: value.value if isinstance(value, Enum) else value for key, value in options.items()}
+    return load_recipe(recipe, {key: str(v) if isinstance(v, Path) else v for key, v in plain.items()})
 
 
-def recipe_of(run: Path, recipe: str | None, overrides: dict[str, Any] | None = None) -> Recipe:
-    """Return the recipe of a run folder, or another one for it, with ``overrides`` of its entries."""
-    from mpq_deploy.recipe import load_recipe
-
+def recipe_of(run: Path, recipe: str | None, options: Mapping[str, Any] | None = None) -> Recipe:
+    """Return the recipe of a run folder, or another one for it, with ``options`` over it."""
     stored = run / "recipe.yaml"
     if recipe is None and not stored.is_file():
-        raise UsageError(f"{run} is no run folder: it has no recipe.yaml.", "Make one with 'mpq-deploy build -o RUN'.")
-    return load_recipe(recipe or stored, overrides)
+        raise UsageError(f"{run} is not a run folder: it has no recipe.yaml.", "Make one: mpq-deploy build -o RUN")
+    return recipe_for(recipe or stored, options or {})
 
 
 def run_until(stage: str, settings: Recipe, out: Path | None, crew: Crew | None = None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -50,7 +50,7 @@ def build(
     component: ComponentOption = None,
     recover: Annotated[
         bool,
-        typer.Option("--recover", help="Also train the plan's model back towards the float one.", show_default=False),
+        typer.Option("--recover", help="Then train the quantized model towards the float one.", show_default=False),
     ] = False,
     max_latency: MaxLatencyOption = None,
     objective: ObjectiveOption = None,
@@ -59,20 +59,20 @@ def build(
     ray: RayOption = None,
     threads: ThreadsOption = None,
 ) -> None:
-    """Do everything: export, measure, fit the budget, quantize, build the engine, compare, report.
+    """Run all stages: export, measure, fit the budget, quantize, build the engine, compare, report.
 
     A second call on the same run folder repeats only what changed: another budget takes seconds.
     """
-    additions = {"conditions": conditions, "scheduler": scheduler, "prompts": prompts, "component": component}
-    latency = latency_settings(max_latency, objective, latency_table)
-    settings = recipe_for(recipe, model, budget, target, sensitivity, additions, latency)
+    given: dict[str, Any] = {"model": model, "budget": budget, "target": target, "measure.method": sensitivity}
+    given |= {"conditions": conditions, "scheduler": scheduler, "prompts": prompts, "component": component}
+    settings = recipe_for(recipe, {**given, **latency_settings(max_latency, objective, latency_table)})
     run_until("report", recovering(settings) if recover else settings, out, crew_for(workers, ray, threads))
 
 
 @app.command(epilog="Example: mpq-deploy recipe sdxl-rtx > mine.yaml")
 def recipe(
     name: Annotated[
-        Optional[str],  # noqa: UP045
+        Optional[str],
         typer.Argument(metavar="NAME|FILE", help="Print this recipe in full.", show_default=False),
     ] = None,
 ) -> None:
@@ -101,8 +101,8 @@ def export(
     component: ComponentOption = None,
 ) -> None:
     """Export the denoiser to ONNX and check it against the original."""
-    additions = {"conditions": conditions, "scheduler": scheduler, "prompts": prompts, "component": component}
-    run_until("export", recipe_for(recipe, model, None, None, None, additions), out)
+    given = {"model": model, "conditions": conditions, "scheduler": scheduler, "prompts": prompts}
+    run_until("export", recipe_for(recipe, {**given, "component": component}), out)
 
 
 @app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy calibrate runs/mine")
@@ -127,8 +127,7 @@ def measure(
     threads: ThreadsOption = None,
 ) -> None:
     """Round every candidate weight and predict what each scheme of each layer costs."""
-    method = sensitivity.value if sensitivity else None
-    settings = recipe_of(run, recipe, {"measure.method": method})
+    settings = recipe_of(run, recipe, {"measure.method": sensitivity})
     run_until("measure", settings, run, crew_for(workers, ray, threads))
 
 
@@ -156,21 +155,21 @@ def quantize(run: RunArgument, recipe: RecipeOption = None) -> None:
 def recover(
     run: RunArgument,
     steps: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option("--steps", min=0, help="Updates; 0 goes back to the plan's weights.", show_default="the recipe's"),
+        Optional[int],
+        typer.Option("--steps", min=0, help="Updates; 0 restores the plan's weights.", show_default="the recipe's"),
     ] = None,
     loss: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        Optional[list[str]],
         typer.Option(
             "--loss",
             metavar="NAME[=WEIGHT]",
-            help="What is matched: output, eps, v, sample, relation, memory. May be given several times.",
+            help="Loss: output, eps, v, sample, relation or memory; repeatable.",
             show_default="output",
         ),
     ] = None,
     recipe: RecipeOption = None,
 ) -> None:
-    """Train the plan's model back towards the float one: same plan, same bytes, less error."""
+    """Train the quantized model towards the float one: same plan, same bytes, less error."""
     settings = recipe_of(run, recipe, {"recover.steps": steps, "recover.losses": losses_of(loss)})
     if steps == 0:
         run_until("quantize", settings, run)
@@ -189,16 +188,17 @@ def evaluate(
     run: RunArgument,
     recipe: RecipeOption = None,
     correction: Annotated[
-        Optional[CorrectionKind],  # noqa: UP045
-        typer.Option("--correction", help="Also with the sampler corrected (ptqd), or no more.", show_default=False),
+        Optional[CorrectionKind],
+        typer.Option(
+            "--correction", help="Also evaluate with a corrected sampler (ptqd), or stop.", show_default=False
+        ),
     ] = None,
     workers: WorkersOption = None,
     ray: RayOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Compare the quantized model with the float one, beside everything-INT8 and everything-INT4."""
-    kind = correction.value if correction else None
-    settings = recipe_of(run, recipe, {"evaluate.correction": kind})
+    settings = recipe_of(run, recipe, {"evaluate.correction": correction})
     run_until("evaluate", settings, run, crew_for(workers, ray, threads))
 
 
@@ -207,10 +207,10 @@ def report(
     run: RunArgument,
     recipe: RecipeOption = None,
     device: Annotated[
-        Optional[list[Path]],  # noqa: UP045
-        typer.Option("--device", metavar="FILE", help="A results.json from a device, to take in.", show_default=False),
+        Optional[list[Path]],
+        typer.Option("--device", metavar="FILE", help="Include a device's results.json.", show_default=False),
     ] = None,
-    as_is: Annotated[bool, typer.Option("--as-is", help="Of what is there; make no stage.")] = False,
+    as_is: Annotated[bool, typer.Option("--as-is", help="Report existing stages only; run none.")] = False,
 ) -> None:
     """Write report.html, report.md and report.json."""
     from mpq_deploy.run.pipeline import open_pipeline

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from mpq_deploy.cli.app import DEVICE, State, app, make_talk, print_json, recipe_of
+from mpq_deploy.cli.app import DEVICE, app, make_talk, print_result, recipe_of
 from mpq_deploy.cli.options import RunArgument, TargetOption
 
 
@@ -16,8 +16,8 @@ def package(
     run: RunArgument,
     target: TargetOption = None,
     out: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--out", "-o", metavar="FILE", help="The archive.", show_default="<run>.mpq.tar"),
+        Optional[Path],
+        typer.Option("--out", "-o", metavar="FILE", help="Archive to write.", show_default="<run>.mpq.tar"),
     ] = None,
 ) -> None:
     """Pack what a device needs into one archive: the graph, its checks, an installer."""
@@ -30,24 +30,23 @@ def package(
     check_builder(device)
     with open_pipeline(recipe, run, make_talk()) as pipeline:
         written = make_package(pipeline.deployed(corrected=True), device, out or Path(f"{run.name}.mpq.tar"))
-    if State.json:
-        print_json(written)
-    else:
-        print(f"{written['file']}  {written['bytes']:,} bytes\nsha256 {written['sha256']}")
+    print_result(written, f"{written['file']}  {written['bytes']:,} bytes\nsha256 {written['sha256']}")
 
 
 @app.command(rich_help_panel=DEVICE, epilog="Example: mpq-deploy install model.mpq.tar")
 def install(
     archive: Annotated[Path, typer.Argument(metavar="MODEL.mpq.tar", help="The package.", show_default=False)],
     out: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--out", "-o", metavar="FOLDER", help="Where to.", show_default="beside the archive"),
+        Optional[Path],
+        typer.Option(
+            "--out", "-o", metavar="FOLDER", help="Folder to install into.", show_default="beside the archive"
+        ),
     ] = None,
     force_memory: Annotated[
         bool, typer.Option("--force-memory", help="Build even if memory is estimated to be too small.")
     ] = False,
 ) -> None:
-    """On the device: verify, build, check the layers, run the references, measure.
+    """On the device: verify, build, check layers and reference outputs, measure latency.
 
     Without mpq-deploy on the device: tar xf MODEL.mpq.tar, then ./build.sh. Exit code 1 when something differs.
     """
@@ -56,10 +55,7 @@ def install(
 
     folder = out or default_out(archive)
     results = install_package(archive, folder, make_talk(), force_memory)
-    if State.json:
-        print_json(results)
-    else:
-        print(summary(results, folder))
+    print_result(results, summary(results, folder))
     if not results["passed"]:
         raise typer.Exit(1)
 
@@ -69,13 +65,13 @@ def deploy(
     run: RunArgument,
     ssh: Annotated[str, typer.Option("--ssh", metavar="USER@HOST", help="The device, as for ssh.")],
     target: TargetOption = None,
-    ssh_command: Annotated[str, typer.Option("--ssh-command", help="The client, with options.")] = "ssh",
+    ssh_command: Annotated[str, typer.Option("--ssh-command", help="ssh client, with its options.")] = "ssh",
     folder: Annotated[str, typer.Option("--folder", help="The folder on the device.")] = "mpq-deploy",
-    python: Annotated[str, typer.Option("--python", help="What runs the installer there.")] = "python3",
+    python: Annotated[str, typer.Option("--python", help="Python that runs the installer.")] = "python3",
 ) -> None:
     """Package, copy, install on the device and fetch the results, over your own ssh.
 
-    Host keys are checked as your ssh configuration says. A broken call goes on when repeated.
+    Host keys are checked as your ssh configuration says. Repeat an interrupted call to continue it.
     """
     import shlex
 
@@ -92,9 +88,6 @@ def deploy(
     remote = Remote(ssh, tuple(shlex.split(ssh_command)), folder, python)
     with open_pipeline(recipe, run, make_talk()) as pipeline:
         results = deploy_run(pipeline.deployed(corrected=True), device, remote)
-    if State.json:
-        print_json(results)
-    else:
-        print(summary(results, Path(folder)))
+    print_result(results, summary(results, Path(folder)))
     if not results["passed"]:
         raise typer.Exit(1)

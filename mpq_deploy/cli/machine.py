@@ -7,8 +7,21 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from mpq_deploy.cli.app import MACHINE, State, app, make_talk, print_json, recipe_of
-from mpq_deploy.cli.options import TargetOption
+from mpq_deploy.cli.app import MACHINE, State, app, make_talk, print_json, print_result, recipe_of
+from mpq_deploy.cli.options import (
+    AgainstOption,
+    BackendOption,
+    BatchOption,
+    BenchOutOption,
+    CallsOption,
+    CpuThreadsOption,
+    DeviceOption,
+    JsonOption,
+    RoundsOption,
+    ShapeOption,
+    TargetOption,
+    WarmUpOption,
+)
 
 if TYPE_CHECKING:
     from mpq_deploy.system.doctor import Finding
@@ -21,16 +34,14 @@ def profile(
     ] = Path("runs/emoji"),
     target: TargetOption = None,
     out: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--out", "-o", metavar="FILE", help="The table.", show_default="<target>.latency.json"),
+        Optional[Path],
+        typer.Option("--out", "-o", metavar="FILE", help="Table to write.", show_default="<target>.latency.json"),
     ] = None,
-    estimate: Annotated[
-        bool, typer.Option("--estimate", help="Write the estimates instead: needs no hardware, measures nothing.")
-    ] = False,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Write estimates instead: needs no hardware.")] = False,
 ) -> None:
     """Time every distinct layer under every scheme on this GPU, for --latency-table.
 
-    Stopped, it goes on with the same file. Without the hardware it says what would be measured.
+    A stopped call continues in the same file. Without the hardware it lists what would be measured.
     """
     from mpq_deploy.engine.target import load_target
     from mpq_deploy.latency.profile import Profile
@@ -47,12 +58,11 @@ def profile(
         else:
             wanted.refuse_without_hardware()
             table = wanted.measure(path)
-    if State.json:
-        print_json({"file": str(path), "entries": len(table.entries), "source": table.source, "device": table.device})
-    else:
-        left = len(wanted.jobs) - len(table.entries)
-        missing = f", {left} left out" if left > 0 else ""
-        print(f"{path}  {len(table.entries)} rows {table.source}, of {table.device or 'no device'}{missing}")
+    values = {"file": str(path), "entries": len(table.entries), "source": table.source, "device": table.device}
+    left = len(wanted.jobs) - len(table.entries)
+    missing = f", {left} left out" if left > 0 else ""
+    text = f"{path}  {len(table.entries)} rows {table.source}, of {table.device or 'no device'}{missing}"
+    print_result(values, text)
 
 
 @app.command(rich_help_panel=MACHINE, epilog="Example: mpq-deploy bench runs/mine --calls 200")
@@ -60,31 +70,20 @@ def bench(
     source: Annotated[
         Path, typer.Argument(metavar="RUN", help="A run folder, an engine, or an ONNX file.", show_default=False)
     ],
-    against: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--against", metavar="FILE", help="What to alternate with.", show_default="the float model"),
-    ] = None,
-    backend: Annotated[
-        str, typer.Option("--backend", metavar="NAME", help="onnxruntime, tensorrt_rtx, tensorrt, or auto.")
-    ] = "auto",
-    device: Annotated[str, typer.Option("--device", metavar="NAME", help="cpu, cuda, or auto.")] = "auto",
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Samples per call.")] = 1,
-    calls: Annotated[int, typer.Option("--calls", min=1, help="Timed calls of each.")] = 100,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Turns into which they are split.")] = 20,
-    warm_up: Annotated[int, typer.Option("--warm-up", min=1, help="Calls before, told apart.")] = 10,
-    threads: Annotated[int, typer.Option("--threads", min=0, help="On a CPU; 0: one per core.")] = 0,
-    shape: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option("--shape", metavar="NAME:1x4x8x8", help="Where a file leaves it open.", show_default=False),
-    ] = None,
+    against: AgainstOption = None,
+    backend: BackendOption = "auto",
+    device: DeviceOption = "auto",
+    batch: BatchOption = 1,
+    calls: CallsOption = 100,
+    rounds: RoundsOption = 20,
+    warm_up: WarmUpOption = 10,
+    threads: CpuThreadsOption = 0,
+    shape: ShapeOption = None,
     cuda_graphs: Annotated[bool, typer.Option(help="Launch engines by CUDA graphs.")] = True,
-    out: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--out", "-o", metavar="FILE", help="Results, for 'report --device'.", show_default=False),
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Results on stdout as JSON.")] = False,
+    out: BenchOutOption = None,
+    json: JsonOption = False,
 ) -> None:
-    """Time what this machine can run, in turns with the float model: latency, throughput, memory.
+    """Time a model on this machine, in turns with the float one: latency, throughput, memory.
 
     Without a GPU that is ONNX Runtime on the CPU, which says nothing about an engine.
     """
@@ -109,14 +108,11 @@ def bench(
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_text(out, canonical_json(found))
-    if State.json or json:
-        print_json(found)
-    else:
-        print(bench_text(found))
+    print_result(found, bench_text(found), json)
 
 
 @app.command(rich_help_panel=MACHINE, epilog="Example: mpq-deploy targets rtx")
-def targets(name: Annotated[Optional[str], typer.Argument(help="Show one target in full.")] = None) -> None:  # noqa: UP045
+def targets(name: Annotated[Optional[str], typer.Argument(help="Show one target in full.")] = None) -> None:
     """List the targets, or show what one target may take and what is proven of it."""
     from mpq_deploy.engine.target import known_targets, load_target
 
@@ -140,7 +136,7 @@ def targets(name: Annotated[Optional[str], typer.Argument(help="Show one target 
 
 @app.command(rich_help_panel=MACHINE, epilog="Example: mpq-deploy doctor")
 def doctor() -> None:
-    """Say what this machine has, what it can build and what it can run."""
+    """List what this machine has, can build and can run."""
     from dataclasses import asdict
 
     from mpq_deploy.system.doctor import inspect_machine

@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from mpq_deploy.system.parallel.work import Crew
 
-OF_MODEL = "What the model does not bring"
+OF_MODEL = "What the model lacks"
 
 
 class Sensitivity(str, Enum):
@@ -42,7 +42,7 @@ class Objective(str, Enum):
 
 
 ModelArgument = Annotated[
-    Optional[str],  # noqa: UP045  (typer reads annotations at run time on Python 3.10)
+    Optional[str],
     typer.Argument(
         metavar="MODEL",
         help="A diffusers folder, an ONNX file with its YAML, a hub id, or a bundled demo (emoji, digits). "
@@ -55,7 +55,7 @@ ReportArgument = Annotated[
     Path, typer.Argument(metavar="RUN", help="A run folder, or a report.json.", show_default=False)
 ]
 BudgetOption = Annotated[
-    Optional[str],  # noqa: UP045
+    Optional[str],
     typer.Option(
         "--budget",
         "-b",
@@ -65,7 +65,7 @@ BudgetOption = Annotated[
     ),
 ]
 RecipeOption = Annotated[
-    Optional[str],  # noqa: UP045
+    Optional[str],
     typer.Option(
         "--recipe",
         "-r",
@@ -75,17 +75,17 @@ RecipeOption = Annotated[
     ),
 ]
 TargetOption = Annotated[
-    Optional[str],  # noqa: UP045
+    Optional[str],
     typer.Option(
-        "--target", "-t", metavar="NAME", help="What the engine runs on: see 'mpq-deploy targets'.", show_default="rtx"
+        "--target", "-t", metavar="NAME", help="Target of the engine: see 'mpq-deploy targets'.", show_default="rtx"
     ),
 ]
 OutOption = Annotated[
-    Optional[Path],  # noqa: UP045
+    Optional[Path],
     typer.Option("--out", "-o", metavar="RUN", help="The run folder.", show_default="runs/<model>"),
 ]
 ConditionsOption = Annotated[
-    Optional[Path],  # noqa: UP045
+    Optional[Path],
     typer.Option(
         "--conditions",
         metavar="FILE.npz",
@@ -95,7 +95,7 @@ ConditionsOption = Annotated[
     ),
 ]
 SchedulerOption = Annotated[
-    Optional[Path],  # noqa: UP045
+    Optional[Path],
     typer.Option(
         "--scheduler",
         metavar="PATH",
@@ -105,7 +105,7 @@ SchedulerOption = Annotated[
     ),
 ]
 PromptsOption = Annotated[
-    Optional[Path],  # noqa: UP045
+    Optional[Path],
     typer.Option(
         "--prompts",
         metavar="FILE",
@@ -115,33 +115,33 @@ PromptsOption = Annotated[
     ),
 ]
 ComponentOption = Annotated[
-    Optional[str],  # noqa: UP045
+    Optional[str],
     typer.Option(
         "--component",
         metavar="PART",
-        help="A part of a pipeline: vae, text_encoder ...",
+        help="Part of a pipeline: vae, text_encoder ...",
         show_default="the one that denoises",
     ),
 ]
 SensitivityOption = Annotated[
-    Optional[Sensitivity],  # noqa: UP045
-    typer.Option("--sensitivity", help="How losses are predicted.", show_default="probe"),
+    Optional[Sensitivity],
+    typer.Option("--sensitivity", help="Sensitivity metric that predicts losses.", show_default="probe"),
 ]
 MaxLatencyOption = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option("--max-latency", metavar="TIME", help="Limit on one call, such as 120ms.", show_default=False),
+    Optional[str],
+    typer.Option("--max-latency", metavar="TIME", help="Latency limit of one call, such as 120ms.", show_default=False),
 ]
 ObjectiveOption = Annotated[
-    Optional[Objective],  # noqa: UP045
-    typer.Option("--objective", help="What is least within the budget.", show_default="loss"),
+    Optional[Objective],
+    typer.Option("--objective", help="Quantity to minimize within the budget.", show_default="loss"),
 ]
 LatencyTableOption = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option("--latency-table", metavar="FILE", help="From 'mpq-deploy profile'.", show_default="estimates"),
+    Optional[Path],
+    typer.Option("--latency-table", metavar="FILE", help="Table from 'mpq-deploy profile'.", show_default="estimates"),
 ]
-WORKERS = "Where it is computed"
+WORKERS = "Workers"
 WorkersOption = Annotated[
-    Optional[int],  # noqa: UP045
+    Optional[int],
     typer.Option(
         "--workers",
         min=1,
@@ -152,7 +152,7 @@ WorkersOption = Annotated[
     ),
 ]
 RayOption = Annotated[
-    Optional[str],  # noqa: UP045
+    Optional[str],
     typer.Option(
         "--ray",
         metavar="ADDRESS",
@@ -162,15 +162,155 @@ RayOption = Annotated[
     ),
 ]
 ThreadsOption = Annotated[
-    Optional[int],  # noqa: UP045
+    Optional[int],
     typer.Option(
         "--threads",
         min=1,
         metavar="T",
-        help="Of each worker. Last digits depend on it, not on how many workers there are.",
+        help="Threads per worker. Last digits depend on them, not on the number of workers.",
         rich_help_panel=WORKERS,
         show_default="as many as this process has",
     ),
+]
+
+MaxSizeOption = Annotated[
+    Optional[str],
+    typer.Option(
+        "--max-size", metavar="SIZE", help="Size of all constants, as a budget: 0.36, 36%, 600MB.", show_default=False
+    ),
+]
+MinPsnrOption = Annotated[
+    Optional[float],
+    typer.Option("--min-psnr", metavar="DB", help="PSNR, mean over images.", show_default=False),
+]
+MinSsimOption = Annotated[
+    Optional[float], typer.Option("--min-ssim", help="SSIM, mean over images.", show_default=False)
+]
+MaxNmseOption = Annotated[
+    Optional[float],
+    typer.Option("--max-nmse", help="Relative squared error of the output.", show_default=False),
+]
+MaxFrechetOption = Annotated[
+    Optional[float],
+    typer.Option(
+        "--max-frechet-increase", help="Frechet distance above the float model's or the baseline's.", show_default=False
+    ),
+]
+LatencyLimitOption = Annotated[
+    Optional[str],
+    typer.Option("--max-latency", metavar="TIME", help="Latency of one call: 120ms, 0.12s.", show_default=False),
+]
+AllowEstimateOption = Annotated[
+    bool, typer.Option("--allow-estimate", help="Accept an estimated latency where none was measured.")
+]
+MaxPsnrDropOption = Annotated[
+    Optional[float],
+    typer.Option("--max-psnr-drop", metavar="DB", help="PSNR below the baseline's.", show_default=False),
+]
+MaxLpipsOption = Annotated[
+    Optional[float],
+    typer.Option("--max-lpips", help="LPIPS to the float model's images.", show_default=False),
+]
+MaxClipDropOption = Annotated[
+    Optional[float],
+    typer.Option("--max-clip-drop", help="CLIP score below the float model's.", show_default=False),
+]
+BaselineOption = Annotated[
+    Optional[Path],
+    typer.Option("--baseline", metavar="RUN", help="Run folder or report.json to compare with.", show_default=False),
+]
+JunitOption = Annotated[
+    Optional[Path],
+    typer.Option("--junit", metavar="FILE", help="Write JUnit XML.", show_default=False),
+]
+MarkdownFileOption = Annotated[
+    Optional[Path],
+    typer.Option("--markdown", metavar="FILE", help="Write a Markdown summary.", show_default=False),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+NetworkOption = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        "--network",
+        metavar="NAME",
+        help="demo, efficientnet-lite0, inception, clip or dinov2; repeatable. none: image scores only.",
+        show_default="demo for the bundled models, else efficientnet-lite0",
+    ),
+]
+ImagesOption = Annotated[int, typer.Option("--images", min=2, help="Images per model.")]
+RealOption = Annotated[
+    Optional[Path],
+    typer.Option("--real", metavar="PATH", help="Real images: a folder or .npz.", show_default=False),
+]
+WeightsOption = Annotated[
+    Optional[list[str]],
+    typer.Option("--weights", metavar="NAME=PATH", help="Weights of a network; repeatable.", show_default=False),
+]
+SeedOption = Annotated[
+    Optional[int],
+    typer.Option("--seed", min=0, help="Seed of the noise.", show_default="evaluate.seed"),
+]
+SamplingWorkersOption = Annotated[
+    Optional[int],
+    typer.Option(
+        "--workers",
+        min=1,
+        metavar="N",
+        help="Sampling processes.",
+        rich_help_panel=WORKERS,
+        show_default="one per core",
+    ),
+]
+ControlsOption = Annotated[bool, typer.Option("--controls", help="Also measure everything-INT8 and everything-INT4.")]
+LpipsOption = Annotated[bool, typer.Option("--lpips", help="Also measure LPIPS, image by image.")]
+ClipScoreOption = Annotated[
+    bool, typer.Option("--clip-score", help="Also measure how well images match their prompts.")
+]
+AgainstOption = Annotated[
+    Optional[Path],
+    typer.Option("--against", metavar="FILE", help="Model to alternate with.", show_default="the float model"),
+]
+BackendOption = Annotated[
+    str, typer.Option("--backend", metavar="NAME", help="onnxruntime, tensorrt_rtx, tensorrt, or auto.")
+]
+DeviceOption = Annotated[str, typer.Option("--device", metavar="NAME", help="cpu, cuda, or auto.")]
+BatchOption = Annotated[int, typer.Option("--batch", min=1, help="Samples per call.")]
+CallsOption = Annotated[int, typer.Option("--calls", min=1, help="Timed calls per model.")]
+RoundsOption = Annotated[int, typer.Option("--rounds", min=1, help="Rounds that the calls are split into.")]
+WarmUpOption = Annotated[int, typer.Option("--warm-up", min=1, help="Warm-up calls, reported separately.")]
+CpuThreadsOption = Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0: one per core.")]
+ShapeOption = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        "--shape", metavar="NAME:1x4x8x8", help="Input shape where the file leaves it open.", show_default=False
+    ),
+]
+BenchOutOption = Annotated[
+    Optional[Path],
+    typer.Option("--out", "-o", metavar="FILE", help="Write the results, for 'report --device'.", show_default=False),
+]
+
+AuditOutOption = Annotated[
+    Optional[Path],
+    typer.Option("--out", "-o", metavar="RUN", help="Run folder of the audit.", show_default="runs/audit-<model>"),
+]
+BudgetListOption = Annotated[
+    str, typer.Option("--budgets", metavar="LIST", help="FROM:TO, FROM:TO:STEP, or a comma-separated list.")
+]
+MethodsOption = Annotated[
+    Optional[str],
+    typer.Option("--methods", metavar="LIST", help="Sensitivity metrics, comma-separated.", show_default="all"),
+]
+PairsOption = Annotated[
+    int, typer.Option("--pairs", min=1, help="Maximum of (layer, scheme) pairs measured exhaustively.")
+]
+CallsPerTimestepOption = Annotated[
+    Optional[int],
+    typer.Option("--samples", min=1, help="Calls measured at each timestep.", show_default="measure.calls: 24"),
+]
+SetOption = Annotated[
+    Optional[list[str]],
+    typer.Option("--set", metavar="KEY=VALUE", help="Set an entry of the recipe; repeatable.", show_default=False),
 ]
 
 
@@ -185,6 +325,6 @@ def latency_settings(max_latency: str | None, objective: Objective | None, table
     """Return the recipe entries of the three options about latency."""
     return {
         "allocate.max_latency": max_latency,
-        "allocate.objective": objective.value if objective else None,
-        "allocate.latency_table": str(table) if table else None,
+        "allocate.objective": objective,
+        "allocate.latency_table": table,
     }

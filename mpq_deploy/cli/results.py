@@ -9,16 +9,44 @@ from typing import Annotated, Optional
 
 import typer
 
-from mpq_deploy.cli.app import LOOK, State, app, make_talk, print_json, recipe_of
+from mpq_deploy.cli.app import LOOK, app, make_talk, print_result, recipe_of
 from mpq_deploy.cli.options import (
-    WORKERS,
+    AllowEstimateOption,
+    AuditOutOption,
+    BaselineOption,
+    BudgetListOption,
+    CallsPerTimestepOption,
+    ClipScoreOption,
+    ControlsOption,
+    ImagesOption,
+    JsonOption,
+    JunitOption,
+    LatencyLimitOption,
+    LpipsOption,
+    MarkdownFileOption,
+    MaxClipDropOption,
+    MaxFrechetOption,
+    MaxLpipsOption,
+    MaxNmseOption,
+    MaxPsnrDropOption,
+    MaxSizeOption,
+    MethodsOption,
+    MinPsnrOption,
+    MinSsimOption,
     ModelArgument,
+    NetworkOption,
+    PairsOption,
     RayOption,
+    RealOption,
     RecipeOption,
     ReportArgument,
     RunArgument,
+    SamplingWorkersOption,
+    SeedOption,
+    SetOption,
     TargetOption,
     ThreadsOption,
+    WeightsOption,
     WorkersOption,
     crew_for,
 )
@@ -27,12 +55,10 @@ from mpq_deploy.cli.options import (
 @app.command(rich_help_panel=LOOK, epilog="Example: mpq-deploy sweep runs/emoji --budgets 0.26:0.5 --evaluate")
 def sweep(
     run: RunArgument,
-    budgets: Annotated[
-        str, typer.Option("--budgets", metavar="LIST", help="FROM:TO, FROM:TO:STEP, or a comma-separated list.")
-    ] = "0.26:0.5",
+    budgets: BudgetListOption = "0.26:0.5",
     evaluate: Annotated[bool, typer.Option("--evaluate", help="Also quantize and measure at each budget.")] = False,
     points: Annotated[
-        Optional[int],  # noqa: UP045
+        Optional[int],
         typer.Option(
             "--points",
             min=2,
@@ -47,7 +73,7 @@ def sweep(
     ray: RayOption = None,
     threads: ThreadsOption = None,
 ) -> None:
-    """Draw the curve of size against quality: measured once, each budget solved in seconds."""
+    """Draw quality against size: measured once, each budget solved in seconds."""
     from mpq_deploy.run.pipeline import open_pipeline
     from mpq_deploy.studies.sweep import parse_budgets, run_sweep, sweep_table
 
@@ -56,82 +82,55 @@ def sweep(
     with open_pipeline(recipe_of(run, recipe), run, make_talk(), crew) as pipeline:
         current = pipeline.current("measure", *(["controls"] if evaluate or points is not None else []))
         result = run_sweep(current, chosen, evaluate, points, shlex.join(["mpq-deploy", *sys.argv[1:]]))
-    if State.json:
-        print_json(result)
-    else:
-        print(sweep_table(result))
-        print(f"\ncurve: {run / 'sweep.svg'}\npage:  {run / 'sweep.html'}")
+    text = f"{sweep_table(result)}\n\ncurve: {run / 'sweep.svg'}\npage:  {run / 'sweep.html'}"
+    print_result(result, text)
 
 
 @app.command(rich_help_panel=LOOK, epilog="Example: mpq-deploy audit ./my-pipeline --budgets 0.28,0.35 --pairs 200")
 def audit(
     model: ModelArgument = None,
-    out: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--out", "-o", metavar="RUN", help="A run folder of its own.", show_default="runs/audit-<model>"),
-    ] = None,
-    budgets: Annotated[
-        str, typer.Option("--budgets", metavar="LIST", help="FROM:TO:STEP, or a comma-separated list.")
-    ] = "0.27,0.3,0.35,0.42",
-    methods: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--methods", metavar="LIST", help="Metrics, comma-separated.", show_default="all"),
-    ] = None,
-    pairs: Annotated[int, typer.Option("--pairs", min=1, help="Layer-scheme pairs of the truth, at most.")] = 600,
-    samples: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option("--samples", min=1, help="Calls measured at each timestep.", show_default="measure.calls: 24"),
-    ] = None,
-    changes: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option("--set", metavar="KEY=VALUE", help="An entry of the recipe; repeatable.", show_default=False),
-    ] = None,
+    out: AuditOutOption = None,
+    budgets: BudgetListOption = "0.27,0.3,0.35,0.42",
+    methods: MethodsOption = None,
+    pairs: PairsOption = 600,
+    samples: CallsPerTimestepOption = None,
+    changes: SetOption = None,
     recipe: RecipeOption = None,
-    json: Annotated[bool, typer.Option("--json", help="The result on stdout as JSON.")] = False,
+    json: JsonOption = False,
     workers: WorkersOption = None,
     ray: RayOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Compare every sensitivity with exhaustive measurement, and by the quality of the plans it leads to.
 
-    Takes minutes for the bundled models, hours for large ones; stopped, it goes on where it was.
+    Takes minutes for the bundled models, hours for large ones; a stopped call continues where it was.
     """
     from mpq_deploy.report.audit_page import audit_table, write_audit
     from mpq_deploy.run.pipeline import open_pipeline
-    from mpq_deploy.studies.audit import (
-        AUDITED,
-        AuditOptions,
-        audit_recipe,
-        audit_run,
-        check_audit,
-        parse_methods,
-        run_audit,
-    )
+    from mpq_deploy.studies import audit as study
     from mpq_deploy.studies.sweep import parse_budgets
 
-    chosen = parse_methods(methods) if methods is not None else AUDITED
-    options = AuditOptions(tuple(parse_budgets(budgets)), chosen, pairs, samples)
-    settings = audit_recipe(recipe, model, changes or [])
-    run = audit_run(settings, out)
-    check_audit(settings)
+    chosen = study.AUDITED if methods is None else study.parse_methods(methods)
+    options = study.AuditOptions(tuple(parse_budgets(budgets)), chosen, pairs, samples)
+    settings = study.audit_recipe(recipe, model, changes or [])
+    run = study.audit_run(settings, out)
+    study.check_audit(settings)
     with open_pipeline(settings, run, make_talk(), crew_for(workers, ray, threads)) as pipeline:
-        result = run_audit(pipeline.current("candidates"), options, shlex.join(["mpq-deploy", *sys.argv[1:]]))
+        result = study.run_audit(pipeline.current("candidates"), options, shlex.join(["mpq-deploy", *sys.argv[1:]]))
         write_audit(result, run)
-    if State.json or json:
-        print_json(result.as_json())
-    else:
-        print(audit_table(result))
-        print(f"\nreport: {run / 'audit.html'}")
+    print_result(result.as_json(), f"{audit_table(result)}\n\nreport: {run / 'audit.html'}", json)
 
 
 @app.command(rich_help_panel=LOOK, epilog="Example: mpq-deploy sample runs/emoji -o grid.png --count 8")
 def sample(
     run: RunArgument,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="PNG", help="The picture to write.")] = Path("grid.png"),
-    count: Annotated[int, typer.Option("--count", "-n", min=1, max=256, help="Images.")] = 8,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, max=256, help="Number of images.")] = 8,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the noise.")] = 0,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of the sampler.")] = 20,
-    controls: Annotated[bool, typer.Option("--controls", help="Also everything INT8 and everything INT4.")] = False,
+    controls: Annotated[
+        bool, typer.Option("--controls", help="Also sample everything-INT8 and everything-INT4.")
+    ] = False,
 ) -> None:
     """Sample the float and the quantized model from the same noise, side by side."""
     from mpq_deploy.report.collect import sample_grid
@@ -148,12 +147,12 @@ def compare(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN...", help="Run folders, or report.json files.", show_default=False)
     ],
-    markdown: Annotated[bool, typer.Option("--markdown", help="Markdown on stdout.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
     html: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--html", metavar="FILE", help="A page to write.", show_default=False),
+        Optional[Path],
+        typer.Option("--html", metavar="FILE", help="Write an HTML page.", show_default=False),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Results on stdout as JSON.")] = False,
+    json: JsonOption = False,
 ) -> None:
     """Compare the first run with the others: size, quality, latency, and what changed in the plan."""
     from mpq_deploy.report.compare import compare_reports
@@ -164,59 +163,31 @@ def compare(
     if html is not None:
         html.parent.mkdir(parents=True, exist_ok=True)
         html.write_text(comparison_page(comparison), encoding="utf-8")
-    if State.json or json:
-        print_json(comparison.as_json())
-    else:
-        print(comparison_markdown(comparison) if markdown else comparison_text(comparison))
+    text = comparison_markdown(comparison) if markdown else comparison_text(comparison)
+    print_result(comparison.as_json(), text, json)
 
 
 @app.command(rich_help_panel=LOOK, epilog="Example: mpq-deploy metrics runs/mine --images 2048 --real photos/")
 def metrics(
     run: RunArgument,
-    network: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(
-            "--network",
-            metavar="NAME",
-            help="demo, efficientnet-lite0, inception, clip or dinov2; repeatable. none: scores alone.",
-            show_default="demo for the bundled models, else efficientnet-lite0",
-        ),
-    ] = None,
-    images: Annotated[int, typer.Option("--images", min=2, help="Images of each model.")] = 512,
-    real: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--real", metavar="PATH", help="Real images: a folder or .npz.", show_default=False),
-    ] = None,
-    weights: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option("--weights", metavar="NAME=PATH", help="A network's weights; repeatable.", show_default=False),
-    ] = None,
-    seed: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option("--seed", min=0, help="Of the noise.", show_default="evaluate.seed"),
-    ] = None,
-    workers: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(
-            "--workers",
-            min=1,
-            metavar="N",
-            help="Processes that sample.",
-            rich_help_panel=WORKERS,
-            show_default="one per core",
-        ),
-    ] = None,
+    network: NetworkOption = None,
+    images: ImagesOption = 512,
+    real: RealOption = None,
+    weights: WeightsOption = None,
+    seed: SeedOption = None,
+    workers: SamplingWorkersOption = None,
     ray: RayOption = None,
     threads: ThreadsOption = None,
-    controls: Annotated[bool, typer.Option("--controls", help="Also the run's controls (INT8, INT4).")] = False,
-    lpips: Annotated[bool, typer.Option("--lpips", help="Also LPIPS, image by image.")] = False,
-    clip_score: Annotated[bool, typer.Option("--clip-score", help="Also how well images fit their prompts.")] = False,
+    controls: ControlsOption = False,
+    lpips: LpipsOption = False,
+    clip_score: ClipScoreOption = False,
 ) -> None:
-    """Measure how the images are distributed: FID or another Frechet distance, KID, precision, recall.
+    """Compare distributions of images: FID or another Frechet distance, KID, precision, recall.
 
-    To the float model's images from the same noise, and to real ones; image by image with --lpips and --clip-score.
-    Stopped, it goes on with the images that are finished. The result goes into the run's reports, beside what earlier
-    calls measured otherwise: run it before 'mpq-deploy gate'.
+    Against the float model's images from the same noise and against real ones; image by image with --lpips and
+    --clip-score. A stopped call continues with the images that are finished.
+
+    The result is added to the run's reports: run it before 'mpq-deploy gate'.
     """
     from mpq_deploy.evaluate.metrics.measure_images import MetricsOptions, check_metrics, measure_metrics
     from mpq_deploy.evaluate.metrics.metric_text import metrics_text
@@ -234,64 +205,26 @@ def metrics(
     with open_pipeline(settings, run, make_talk(), crew) as pipeline:
         found = measure_metrics(pipeline.current("evaluate"), options)
         pipeline.run_until("report")
-    if State.json:
-        print_json(found.as_json())
-    else:
-        print(metrics_text(found))
+    print_result(found.as_json(), metrics_text(found))
 
 
 @app.command(rich_help_panel=LOOK, epilog="Example: mpq-deploy gate runs/mine --max-size 0.36 --min-psnr 40")
 def gate(
     run: ReportArgument,
-    max_size: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--max-size", metavar="SIZE", help="As a budget: 0.36, 36%, 600MB.", show_default=False),
-    ] = None,
-    min_psnr: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option("--min-psnr", metavar="DB", help="Mean over images.", show_default=False),
-    ] = None,
-    min_ssim: Annotated[Optional[float], typer.Option("--min-ssim", show_default=False)] = None,  # noqa: UP045
-    max_nmse: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option("--max-nmse", help="Error of the output.", show_default=False),
-    ] = None,
-    max_frechet_increase: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option("--max-frechet-increase", help="Over the float model's, or the baseline's.", show_default=False),
-    ] = None,
-    max_latency: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--max-latency", metavar="TIME", help="Of one call: 120ms, 0.12s.", show_default=False),
-    ] = None,
-    allow_estimate: Annotated[
-        bool, typer.Option("--allow-estimate", help="Take an estimated latency where none was measured.")
-    ] = False,
-    max_psnr_drop: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option("--max-psnr-drop", metavar="DB", help="Below the baseline.", show_default=False),
-    ] = None,
-    max_lpips: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option("--max-lpips", help="To the float model's images.", show_default=False),
-    ] = None,
-    max_clip_drop: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option("--max-clip-drop", help="CLIP score below the float model's.", show_default=False),
-    ] = None,
-    baseline: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--baseline", metavar="RUN", help="A run folder or report.json.", show_default=False),
-    ] = None,
-    junit: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--junit", metavar="FILE", help="JUnit XML to write.", show_default=False),
-    ] = None,
-    markdown: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--markdown", metavar="FILE", help="A summary to write.", show_default=False),
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Results on stdout as JSON.")] = False,
+    max_size: MaxSizeOption = None,
+    min_psnr: MinPsnrOption = None,
+    min_ssim: MinSsimOption = None,
+    max_nmse: MaxNmseOption = None,
+    max_frechet_increase: MaxFrechetOption = None,
+    max_latency: LatencyLimitOption = None,
+    allow_estimate: AllowEstimateOption = False,
+    max_psnr_drop: MaxPsnrDropOption = None,
+    max_lpips: MaxLpipsOption = None,
+    max_clip_drop: MaxClipDropOption = None,
+    baseline: BaselineOption = None,
+    junit: JunitOption = None,
+    markdown: MarkdownFileOption = None,
+    json: JsonOption = False,
 ) -> None:
     """Hold a run against limits, for CI. What was not measured fails its limit.
 
@@ -318,10 +251,7 @@ def gate(
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
-    if State.json or json:
-        print_json(result.as_json())
-    else:
-        print(gate_text(result))
+    print_result(result.as_json(), gate_text(result), json)
     if not result.passed:
         raise typer.Exit(1)
 
@@ -330,10 +260,10 @@ def gate(
 def check(
     model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="Any ONNX file.", show_default=False)],
     target: TargetOption = "rtx",
-    strict: Annotated[bool, typer.Option("--strict", help="Warnings fail, too (exit code 1).")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Results on stdout as JSON.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit code 1 for warnings, too.")] = False,
+    json: JsonOption = False,
 ) -> None:
-    """Say per node what a target's TensorRT refuses, gets wrong, runs in FP16 or slowly.
+    """List the nodes that a target's TensorRT refuses, computes wrongly, in FP16 or slowly.
 
     Exit code 1 when something is refused or wrong; with --strict also for warnings.
     """
@@ -341,9 +271,6 @@ def check(
     from mpq_deploy.engine.target import load_target
 
     result = check_model(model, load_target(target or "rtx"))
-    if State.json or json:
-        print_json(result.as_json(strict))
-    else:
-        print(result.text())
+    print_result(result.as_json(strict), result.text(), json)
     if not result.passes(strict):
         raise typer.Exit(1)

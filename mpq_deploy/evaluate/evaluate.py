@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,11 @@ class Variant:
     size_bytes: int | None = None
     correction: Correction | None = None
 
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the graph and its weights."""
+        return model_digest(self.path)
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -90,25 +95,15 @@ def evaluate(
     setup = Setup.of(model, settings, talk)
     store, common = SampleCache(cache, talk), _common_key(setup, model.path)
     files, job = _job(setup, [model.path, *(variant.path for variant in variants.values())])
-    digests = {name: model_digest(variant.path) for name, variant in variants.items()}
     results: dict[str, VariantResult] = {}
     with (crew or Alone()).open(job, talk) as pool:
         part = Shard("float", _Part(FLOAT, files.below(model.path)), settings.steps, {**common, "part": "float"})
         (reference,) = run_shards(pool, "sample the float model", [part], talk, store)
         kind, value_range = _pixels(setup, reference["images"])
         images = {FLOAT: to_uint8(reference["images"], value_range)}
-        known = {name: array for name, array in reference.items() if name != "images"}
-        shards = [
-            Shard(
-                name,
-                _Part(name, files.below(variant.path), known, variant.correction),
-                len(reference["timesteps"]) + settings.steps,
-                {**common, **_variant_key(digests[name], variant)},
-            )
-            for name, variant in variants.items()
-        ]
+        shards = [_shard(name, files, variants[name], reference, common, settings.steps) for name in variants]
         for name, arrays in zip(variants, run_shards(pool, "evaluate", shards, talk, store), strict=True):
-            results[name] = _scored(reference, arrays, value_range, digests[name], variants[name].size_bytes)
+            results[name] = _scored(reference, arrays, value_range, variants[name])
             images[name] = to_uint8(arrays["images"], value_range)
     return Evaluation(
         settings=settings,
@@ -135,9 +130,16 @@ def _job(setup: Setup, models: list[Path]) -> tuple[Files, Job]:
     return files, Job("evaluation", partial(_open, told), files.root, files.names, largest)
 
 
-def _variant_key(digest: str, variant: Variant) -> dict[str, Any]:
-    key: dict[str, Any] = {"part": "variant", "variant": digest}
-    return key if variant.correction is None else {**key, "correction": variant.correction.as_json()}
+def _shard(
+    name: str, files: Files, variant: Variant, reference: dict[str, Array], common: dict[str, Any], steps: int
+) -> Shard:
+    """Return the shard that runs a variant on the float model's calls, and samples it."""
+    key = {**common, "part": "variant", "variant": variant.digest}
+    if variant.correction is not None:
+        key["correction"] = variant.correction.as_json()
+    known = {name: array for name, array in reference.items() if name != "images"}
+    task = _Part(name, files.below(variant.path), known, variant.correction)
+    return Shard(name, task, len(reference["timesteps"]) + steps, key)
 
 
 def spread_rows(available: int, samples: int, uncond_row: int | None = None) -> Array:
@@ -300,15 +302,14 @@ def _scored(
     reference: dict[str, Array],
     arrays: dict[str, Array],
     value_range: tuple[float, float],
-    digest: str,
-    size_bytes: int | None,
+    variant: Variant,
 ) -> VariantResult:
     expected, found = to_unit(reference["images"], value_range), to_unit(arrays["images"], value_range)
     errors = tuple(float(error) for error in arrays["nmse"])
     alike = ssim_each(expected, found)
     return VariantResult(
-        digest=digest,
-        size_bytes=size_bytes,
+        digest=variant.digest,
+        size_bytes=variant.size_bytes,
         nmse_by_timestep=errors,
         measured_nmse=float(np.mean(errors)),
         psnr_db=psnr_db(expected, found),
