@@ -202,7 +202,8 @@ def type_text(annotation: Any) -> str:
         return f"mapping of {type_text(inner[0])} to {type_text(inner[1])}"
     if _is_model(annotation):
         return "mappings (below)"
-    return PLAIN_TYPES[annotation]
+    # Budgets and latencies are written as text.
+    return PLAIN_TYPES.get(annotation, "text")
 
 
 def _shipped(name: str, path: Path) -> str:
