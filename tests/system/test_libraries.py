@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 pytest.importorskip("diffusers", reason="needs diffusers: pip install mpq-deploy[torch]")
 
-from mpq_deploy.system.libraries import no_bars
+from mpq_deploy.system.libraries import SETTINGS, no_bars
 from tests.tiny_models import tiny_unet_folder
 
 pytestmark = pytest.mark.torch
@@ -49,6 +50,7 @@ def test_lines_of_libraries_are_shown_with_debug_alone(debug: bool, tmp_path: Pa
         capture_output=True,
         encoding="utf-8",
         timeout=120,
+        env={name: value for name, value in os.environ.items() if name not in SETTINGS},
     )
     assert done.returncode == 0, done.stderr
     assert all((line in done.stderr) == debug for line in ("made_up", "outdated", "doubtful")), done.stderr
