@@ -168,7 +168,7 @@ def fake_quantize_in_float(
 
 
 @pytest.mark.skipif(
-    tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 30),
+    tuple(map(int, ort.__version__.split(".")[:2])) < (1, 30),
     reason="ONNX Runtime before 1.30 computes FP16 less exactly on a CPU: 0.27 % here",
 )
 def test_the_fp16_graph_computes_like_its_fp32_twin(model: Path, tmp_path: Path) -> None:
