@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
+from mpq_deploy.calls.trajectories import renoised
 from mpq_deploy.engine.target import Target
 from mpq_deploy.formats.candidates import (
     choices_for,
@@ -27,6 +28,7 @@ from mpq_deploy.graph.writers.branches import bias_refusal
 from mpq_deploy.graph.writers.quantize_layers import weight_array
 from mpq_deploy.models.spec import Array
 from mpq_deploy.rounding.candidate_store import CONTROLS, candidate_file, control_scheme, wanted_schemes
+from mpq_deploy.rounding.hessian import Hessian, HessianOptions, iterate_hessians
 from mpq_deploy.run.view import Exported
 from mpq_deploy.system.mapped import drop_pages
 
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
     from threadpoolctl import ThreadpoolController
 
     from mpq_deploy.recipe import Recipe
-    from mpq_deploy.rounding.hessian import Hessian, HessianOptions
     from mpq_deploy.run.view import Run
 
 
@@ -89,8 +90,6 @@ class Rounder:
 
     def diagonal(self, layer: Layer) -> Hessian:
         """Return the second moments of the layer's input channels: what rounding to nearest looks at."""
-        from mpq_deploy.rounding.hessian import Hessian
-
         return Hessian(layer, _diagonal_moments(layer, self.stats), (1,) * layer.reduction, 0)
 
     def _refusal(self, layer: Layer, scheme: Scheme) -> str:
@@ -114,9 +113,6 @@ def _column_amax(layer: Layer, stats: CalibrationStats) -> Array:
 
 def hessian_inputs(run: Run) -> tuple[CalibrationSet, HessianOptions]:
     """Return the calls that weights are rounded on, and the bounds on their Hessians."""
-    from mpq_deploy.calls.trajectories import renoised
-    from mpq_deploy.rounding.hessian import HessianOptions
-
     section = run.recipe.quantize
     rounded_on, _ = run.calibration.inputs.split(run.recipe.measure.samples)
     rounded_on = renoised(rounded_on, run.exported.spec, section.noise_draws)
@@ -130,8 +126,6 @@ def hessian_inputs(run: Run) -> tuple[CalibrationSet, HessianOptions]:
 
 def layer_moments(run: Run, rounder: Rounder) -> Iterator[Hessian]:
     """Yield the second moments of every layer's input: Hessians for GPTQ, else only their diagonals."""
-    from mpq_deploy.rounding.hessian import iterate_hessians
-
     if run.recipe.quantize.rounding == "nearest":
         yield from map(rounder.diagonal, run.exported.graph.layers)
         return

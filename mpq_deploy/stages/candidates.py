@@ -10,6 +10,7 @@ import numpy as np
 from mpq_deploy.rounding.candidate_store import ROW_ORDERS, wanted_schemes
 from mpq_deploy.rounding.rounder import Rounder, layer_moments
 from mpq_deploy.rounding.salient_rows import salient_first
+from mpq_deploy.rounding.spread_rounding import round_over_workers
 from mpq_deploy.run.common import settings, version_of
 from mpq_deploy.run.stage import Stage
 from mpq_deploy.run.stage_memory import check_memory
@@ -47,8 +48,6 @@ def make(run: Run, folder: Path) -> str:
         for moments in layer_moments(run, rounder):
             rounder.into(folder, moments)
     else:
-        from mpq_deploy.rounding.spread_rounding import round_over_workers
-
         round_over_workers(run, folder)
     orders, how = salient_first(run, folder)
     numbers = {layer.name: number for number, layer in enumerate(exported.graph.layers)}

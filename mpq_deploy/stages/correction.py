@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mpq_deploy.calibrate.fit_correction import call_moments, fit_correction
 from mpq_deploy.calibrate.stats import dealt
 from mpq_deploy.calls.feeds import RecordedCalls
+from mpq_deploy.evaluate.cache import model_digest
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED
 from mpq_deploy.run.common import version_of
 from mpq_deploy.run.stage import Stage
@@ -38,9 +40,6 @@ def inputs(run: Run) -> Fields:
 
 def correction_for(run: Run, quantized: Path) -> Correction:
     """Fit the correction of the graphs in the folder ``quantized``, on calls that their weights were not rounded on."""
-    from mpq_deploy.calibrate.fit_correction import call_moments, fit_correction
-    from mpq_deploy.evaluate.cache import model_digest
-
     exported = run.exported
     recorded = run.calibration.inputs
     _, held_out = recorded.split(run.recipe.measure.samples)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpq_deploy.engine.builder import BatchProfile, build_engine
 from mpq_deploy.engine.engine_memory import check_target_memory
 from mpq_deploy.engine.expected import ExpectedLayers
 from mpq_deploy.engine.failure import BuilderKilledError
@@ -44,8 +45,6 @@ def make(run: Run, folder: Path) -> str:
     if reason:
         (folder / "none.json").write_text(canonical_json({"reason": reason}), encoding="utf-8")
         return f"none: {reason}"
-    from mpq_deploy.engine.builder import BatchProfile, build_engine
-
     check_target_memory(run, target)
     check_memory(run, STAGE)
     exported = run.exported

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpq_deploy.evaluate.half import half_precision
 from mpq_deploy.evaluate.variants import BEFORE, CORRECTED, LATENCY, evaluate_variants
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED
 from mpq_deploy.run.common import settings, version_of
@@ -40,8 +41,6 @@ def inputs(run: Run) -> Fields:
 
 def _half_precision(run: Run, deployed: Path) -> HalfPrecision:
     """Compare the FP16 graph in the folder ``deployed`` with its twin, on calls that were calibrated on."""
-    from mpq_deploy.evaluate.half import half_precision
-
     exported = run.exported
     recorded = run.calibration.inputs
     files = exported.path, deployed / DEPLOYED, deployed / SIMULATED

@@ -9,7 +9,8 @@ from mpq_deploy.errors import UsageError
 from mpq_deploy.graph.layers import layer_graph
 from mpq_deploy.graph.load import load_model
 from mpq_deploy.graph.writers.deployed_graphs import fp16_bytes
-from mpq_deploy.models.open import source_denoiser
+from mpq_deploy.models.export import export_denoiser
+from mpq_deploy.models.open import source_denoiser, source_files
 from mpq_deploy.run.common import path_digest, version_of
 from mpq_deploy.run.stage import Stage
 from mpq_deploy.run.stage_memory import check_memory
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 def inputs(run: Run) -> Fields:
     """Return the settings and versions that the stage depends on, beside the stages it reads."""
-    from mpq_deploy.models.open import source_files
-
     recipe = run.recipe
     files = source_files(recipe.model, Path(recipe.description) if recipe.description else None)
     fields: Fields = {
@@ -42,8 +41,6 @@ def inputs(run: Run) -> Fields:
 
 def make(run: Run, folder: Path) -> str:
     """Make the stage in ``folder``; return a few words for the log."""
-    from mpq_deploy.models.export import export_denoiser
-
     recipe = run.recipe
     check_memory(run, STAGE)
     denoiser = source_denoiser(recipe, run.talk)

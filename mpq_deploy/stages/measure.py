@@ -11,6 +11,7 @@ import numpy as np
 
 from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
 from mpq_deploy.calls.feeds import RecordedCalls
+from mpq_deploy.calls.timesteps import sampled_steps, stride_shares
 from mpq_deploy.models.spec import Array
 from mpq_deploy.rounding.candidate_store import candidates_of
 from mpq_deploy.run.common import ORM_CONTROLS, settings, version_of, weighs_bits
@@ -18,12 +19,15 @@ from mpq_deploy.run.spread import forget_shards, kept_shards
 from mpq_deploy.run.stage import Stage
 from mpq_deploy.run.stage_memory import check_memory
 from mpq_deploy.run.view import RECIPE, Exported, Run
+from mpq_deploy.sensitivity.measure import measure
+from mpq_deploy.sensitivity.measured_calls import MeasureOptions
+from mpq_deploy.sensitivity.orm import adapted_steps
 from mpq_deploy.sensitivity.subject import Spread, Subject
 from mpq_deploy.system.files import Fields
 from mpq_deploy.system.progress import Talk
 
 if TYPE_CHECKING:
-    from mpq_deploy.sensitivity.measured_calls import MeasureOptions
+    pass
 
 
 def inputs(run: Run) -> Fields:
@@ -45,8 +49,6 @@ def inputs(run: Run) -> Fields:
 
 def make(run: Run, folder: Path) -> str:
     """Make the stage in ``folder``; return a few words for the log."""
-    from mpq_deploy.sensitivity.measure import measure
-
     check_memory(run, STAGE)
     section = run.recipe.measure
     subject, said = stage_subject(run)
@@ -104,9 +106,6 @@ def _measured_steps(
     run: Run, exported: Exported, calls: CalibrationSet
 ) -> tuple[Array, MeasureOptions, tuple[str, ...]]:
     """Choose which of the calibrated timesteps are measured; return them, the options, and notes about them."""
-    from mpq_deploy.calls.timesteps import sampled_steps, stride_shares
-    from mpq_deploy.sensitivity.measured_calls import MeasureOptions
-
     section = run.recipe.measure
     available = len(calls.timesteps)
     count = min(section.timesteps, available)
@@ -121,8 +120,6 @@ def _measured_steps(
     if section.sampling == "uniform" or count == available:
         fewer = f"all {available} calibrated timesteps are measured: measure.timesteps asks for {section.timesteps}"
         return sampled_steps(available, count), options, (fewer,) if section.timesteps > available else ()
-    from mpq_deploy.sensitivity.orm import adapted_steps
-
     recorded = RecordedCalls(calls, exported.conditions, exported.spec)
     chosen = adapted_steps(exported.graph, recorded, options, run.talk, count, min(section.coarse_timesteps, available))
     shares = stride_shares(chosen, available)

@@ -13,6 +13,7 @@ from mpq_deploy.graph.dialect_check import check_dialect
 from mpq_deploy.graph.dialects import dialect_named
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED
 from mpq_deploy.graph.writers.plan_graphs import write_plan
+from mpq_deploy.recover.training_trajectories import TrajectoryRecorder
 from mpq_deploy.rounding.candidate_store import iterate_candidates
 from mpq_deploy.run.common import settings, version_of
 from mpq_deploy.run.stage import Stage
@@ -45,7 +46,6 @@ def make(run: Run, folder: Path) -> str:
     if importlib.util.find_spec("torch") is None:
         raise MissingDependencyError("torch", "torch", "Recovering quality by training")
     from mpq_deploy.recover.recover import recover, write_recovered
-    from mpq_deploy.recover.training_trajectories import TrajectoryRecorder
 
     plan = run.plan
     task = recover_task(run, plan.schemes)
