@@ -71,11 +71,11 @@ def made_up(layers: int, seed: int) -> list[LayerChoice]:
 def scheme_bytes(name: str, outputs: int, reduction: int) -> int:
     """Bytes of codes and FP16 scales."""
     scheme, weights = SCHEMES[name], outputs * reduction
-    if scheme.weight is None:
+    if not scheme.quantized:
         return 2 * weights
     if scheme.block_size is None:
         return weights + 2 * outputs
-    return weights // 2 + 2 * weights // scheme.block_size + (2 * outputs if scheme.requantized else 0)
+    return weights // 2 + 2 * weights // scheme.block_size + (2 * outputs if scheme.activation else 0)
 
 
 def lagrangian_bound(problem: Problem) -> float:

@@ -37,12 +37,12 @@ from mpq_deploy.evaluate.metrics.networks import DEMO, NetworkOptions
 from mpq_deploy.evaluate.metrics.open_networks import open_network
 from mpq_deploy.evaluate.metrics.real import real_set
 from mpq_deploy.formats.scheme import SCHEMES, Scheme
-from mpq_deploy.formats.simulated import SimulatedMatrix
 from mpq_deploy.formats.sizes import FP16_BYTES
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
 from mpq_deploy.graph.writers.plan_graphs import write_plan
 from mpq_deploy.models.bundled import DEMOS
 from mpq_deploy.rounding.candidate_store import candidates_of
+from mpq_deploy.rounding.row_grids import SimulatedMatrix
 from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.run.view import Run
 from mpq_deploy.system.progress import PlainTalk
@@ -177,7 +177,7 @@ class Bench:
 
 def grids(activation: int) -> Allowed:
     """Allow plain grids with activations of so many bits."""
-    return lambda layer, s: s.branch is None and s.bits[1] == activation
+    return lambda layer, s: not s.branch and s.bits[1] == activation
 
 
 def with_shared_bits(activation: int) -> Allowed:
@@ -263,7 +263,7 @@ def low_bits(bench: Bench, model: str, bits: int, activation: int, page: Page) -
         bench.ours(
             "our default among grids, bytes of omq",
             omq.size_bytes,
-            lambda layer, s: everything(layer, s) and s.branch is None,
+            lambda layer, s: everything(layer, s) and not s.branch,
         ),
         bench.ours("our default among all, bytes of omq", omq.size_bytes, everything),
         bench.ours("our default among all, bytes of zres", zres.size_bytes, everything),

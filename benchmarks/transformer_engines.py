@@ -134,7 +134,7 @@ def row_of(run: Path) -> list[str]:
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))
     layers = [SCHEMES[layer["scheme"]] for layer in report["layers"]]
     families = Counter(scheme.family for scheme in layers)
-    branched = sum(scheme.branch is not None for scheme in layers)
+    branched = sum(bool(scheme.branch) for scheme in layers)
     shown = ", ".join(f"{count} {family}" for family, count in sorted(families.items()))
     kernels = ", ".join(f"{count} {name}" for name, count in record.kernels.items() if " " in name)
     return [

@@ -17,7 +17,7 @@ from mpq_deploy.allocate.problem import LayerChoice, Problem, protected_schemes
 from mpq_deploy.errors import InfeasibleBudgetError
 from mpq_deploy.formats.candidates import Choices
 from mpq_deploy.formats.scheme import SCHEMES
-from mpq_deploy.formats.sizes import FP16_BYTES, activation_bytes, weight_bytes
+from mpq_deploy.formats.sizes import FP16_BYTES
 from mpq_deploy.graph.layers import Layer
 from mpq_deploy.graph.writers.prescale import foldable_inputs
 from mpq_deploy.latency.costs import PlanLatency, int8_warning
@@ -68,9 +68,9 @@ class PlanSolver:
         return LayerChoice(
             layer.name,
             layer.inputs,
-            {name: weight_bytes(layer, SCHEMES[name]) for name in names},
+            {name: SCHEMES[name].weight_bytes(layer) for name in names},
             {name: self.table.losses[layer.name][name] for name in names},
-            {name: activation_bytes(layer, SCHEMES[name]) for name in names},
+            {name: SCHEMES[name].input_bytes(layer) for name in names},
             {name: self.costs.layer_ns(layer, SCHEMES[name]) for name in names} if self.costs else {},
         )
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from mpq_deploy.errors import UsageError, nearest
-from mpq_deploy.formats.scheme import BRANCH_KERNELS, SCHEMES
+from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.formats.sizes import ACTIVATION_SCALE_BYTES
 
 Plan = Mapping[str, str]
@@ -82,9 +82,9 @@ class Problem:
             total += layer.bytes[scheme]
             quantized.update(layer.quantizers(scheme))
         for tensor, readers in self.foldable.items():
-            forms = {SCHEMES[plan[name]].activation_form for name in readers}
-            if len(forms) == 1 and (form := forms.pop()).startswith("+scale"):
-                quantized[tensor + form] = ACTIVATION_SCALE_BYTES
+            forms = {s.activation_form: s for s in (SCHEMES[plan[name]] for name in readers)}
+            if len(forms) == 1 and all(scheme.branch.rescales for scheme in forms.values()):
+                quantized.update((tensor + form, ACTIVATION_SCALE_BYTES) for form in forms)
         return total + sum(quantized.values())
 
     def plan_ns(self, plan: Plan) -> int:
@@ -163,8 +163,7 @@ class Objective:
 
 def kernels(scheme: str) -> int:
     """Return how many kernels the branch of ``scheme`` adds; 0 without one."""
-    branch = SCHEMES[scheme].branch
-    return BRANCH_KERNELS[branch.kind] if branch else 0
+    return SCHEMES[scheme].branch.kernels
 
 
 def protected_schemes(

@@ -19,8 +19,9 @@ from mpq_deploy.calibrate.stats import ActivationStats, CalibrationSet, Calibrat
 from mpq_deploy.calls.loop import GuidedDenoiser
 from mpq_deploy.calls.sampler import make_sampler
 from mpq_deploy.calls.trajectories import record_trajectories
-from mpq_deploy.formats.branch_matrices import scale_factors
-from mpq_deploy.formats.scheme import COLUMN_SHARES, SCALE_TENTHS, outlier_count
+from mpq_deploy.formats.branches.cols import SHARES
+from mpq_deploy.formats.branches.prescaled import TENTHS, scale_factors
+from mpq_deploy.formats.sizes import outlier_count
 from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.graph.writers.quantize_layers import weight_array
 from mpq_deploy.models.spec import Array
@@ -110,10 +111,10 @@ def summarise(seen: Observation, weights: Mapping[str, Array], options: Calibrat
         # The channels that stretch the range, now and then (range over all timesteps) or often (fourth moment).
         stretch = amax * np.sqrt(np.sqrt(seen.fourth_sum[place] / count))
         outliers = np.argsort(-stretch, kind="stable").astype(np.int32)
-        rests = [outliers[outlier_count(len(amax), share) :] for share in COLUMN_SHARES]
+        rests = [outliers[outlier_count(len(amax), share) :] for share in SHARES]
         # A tensor that only grouped convolutions read has no weights of its own channels: its factors are 1.
         ranges = weights.get(name, amax)
-        factors = np.array([scale_factors(ranges, amax, tenths / 10) for tenths in SCALE_TENTHS])
+        factors = np.array([scale_factors(ranges, amax, tenths / 10) for tenths in TENTHS])
         activations[name] = ActivationStats(
             amax,
             seen.square_sum[place] / count,

@@ -5,11 +5,10 @@ The quantizer is q = clip(round_half_even(x / scale), -128, 127), as QuantizeLin
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from mpq_deploy.errors import UsageError
+from mpq_deploy.formats.interfaces import ActivationGrid
 from mpq_deploy.models.spec import Array
 
 QUANT_MIN, QUANT_MAX = -128, 127
@@ -75,15 +74,6 @@ def mse_scale(points: Array, weights: Array, amax: float, limits: tuple[int, int
     best = coarse[np.argmin(quantization_error(points, weights, coarse, limits))]
     fine = _rounded(best * FINE_RATIOS)
     return float(fine[np.argmin(quantization_error(points, weights, fine, limits))])
-
-
-@dataclass(frozen=True)
-class ActivationGrid:
-    """A quantizer of an activation: codes ``quant_min`` to ``quant_max``, the zero point taken off, times ``scale``."""
-
-    scale: float
-    quant_min: int = QUANT_MIN
-    quant_max: int = QUANT_MAX
 
 
 def simulated_grid(bits: int, sample: Array, amax: float, count: float) -> ActivationGrid:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mpq_deploy.calibrate.scales import ActivationGrid, simulated_grid
-from mpq_deploy.formats.scheme import COLUMN_SHARES, SCALE_TENTHS, outlier_count
+from mpq_deploy.calibrate.scales import simulated_grid
+from mpq_deploy.formats.interfaces import ActivationGrid
 from mpq_deploy.models.spec import Array
 
 SPLIT_SEED = 3
@@ -80,9 +80,9 @@ class ActivationStats:
     ``fourth_moment`` (mean of x^4), float64 [C]. ``reservoir`` float32 [R]: a fixed-size uniform random sample of
     the values. ``scale``: the INT8 scale, already rounded to FP16; ``amax_by_timestep`` float32 [K].
     ``outliers`` int32 [C]: the channels, those that stretch the range most first; ``scales_without`` float64 [S]: the
-    scale when the first 1, 2 ... thirty-seconds of them are left out (``precision.scheme.COLUMN_SHARES``).
+    scale when the first 1, 2 ... thirty-seconds of them are left out (``formats.branches.cols.SHARES``).
     ``factors`` float16 [A, C]: by what the channels are multiplied to even out their ranges, for each of
-    ``precision.scheme.SCALE_TENTHS``, and ``scales_rescaled`` float64 [A]: the scale then.
+    ``formats.branches.prescaled.TENTHS``, and ``scales_rescaled`` float64 [A]: the scale then.
     ``count``: the number of values behind it all.
     """
 
@@ -98,40 +98,15 @@ class ActivationStats:
     scales_rescaled: Array
     count: float
 
-    def grid_for(self, form: str) -> ActivationGrid:
-        """Return the quantizer for an ``activation_form`` of a scheme; simulated ones by their own search."""
-        if not form.startswith("+a"):
-            return ActivationGrid(self.scale_for(form))
-        if form not in self._searched:
-            bits = int(form.removeprefix("+a"))
-            self._searched[form] = simulated_grid(bits, self.reservoir, float(self.amax.max()), self.count)
-        return self._searched[form]
+    def simulated(self, bits: int) -> ActivationGrid:
+        """Return the quantizer of a simulated format of ``bits``, found by a search of its own."""
+        if bits not in self._searched:
+            self._searched[bits] = simulated_grid(bits, self.reservoir, float(self.amax.max()), self.count)
+        return self._searched[bits]
 
     @cached_property
-    def _searched(self) -> dict[str, ActivationGrid]:
+    def _searched(self) -> dict[int, ActivationGrid]:
         return {}
-
-    def scale_for(self, form: str) -> float:
-        """Return the INT8 scale for an ``activation_form``: all channels, without the outliers, or rescaled."""
-        if not form:
-            return self.scale
-        if form.startswith("+scale"):
-            return float(self.scales_rescaled[_rescaling(form)])
-        share = int(form.removeprefix("+cols"))
-        return float(self.scales_without[COLUMN_SHARES.index(share)])
-
-    def left_out(self, form: str) -> Array:
-        """Return the channels that ``form`` leaves out of INT8, int32, rising."""
-        share = int(form.removeprefix("+cols")) if form.startswith("+cols") else 0
-        return np.sort(self.outliers[: outlier_count(len(self.outliers), share)])
-
-    def factors_for(self, form: str) -> Array | None:
-        """Return by what ``form`` multiplies the channels before rounding, float16 [C]; None for none."""
-        return np.asarray(self.factors[_rescaling(form)]) if form.startswith("+scale") else None
-
-
-def _rescaling(form: str) -> int:
-    return SCALE_TENTHS.index(int(form.removeprefix("+scale")))
 
 
 @dataclass(frozen=True)

@@ -47,11 +47,12 @@ REFERENCE, DENOISER, PLAN, INSTALLER, SCRIPT = (
 # that lie between two INT8 codes round to either; and never less than -40 dB (both our choice).
 TOLERANCE_FACTOR, TOLERANCE_FLOOR = 10.0, 1e-4
 # What runs on a device, and nothing that needs more than NumPy: tests run it with everything else blocked.
-DEVICE_ROOMS = ("bench", "device")
+DEVICE_ROOMS = ("bench", "device", "formats", "formats/branches")
 DEVICE_MODULES = (
     *("__init__.py", "api.py", "errors.py", "install.py"),
     *(f"system/{name}.py" for name in ("__init__", "children", "files", "memory", "progress", "release")),
-    *("formats/__init__.py", "formats/scheme.py", "engine/__init__.py"),
+    *(f"rounding/{name}.py" for name in ("__init__", "quantizers", "row_grids")),
+    "engine/__init__.py",
     *(f"engine/{name}.py" for name in ("bisect", "build_log", "build_target", "build_worker", "builder", "expected")),
     *(f"engine/{name}.py" for name in ("failure", "layer_information", "record", "trtexec", "verify", "versions")),
 )

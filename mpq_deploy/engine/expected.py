@@ -45,13 +45,10 @@ class ExpectedLayer:
     @classmethod
     def of(cls, layer: Layer, scheme: Scheme) -> ExpectedLayer:
         """Describe ``layer`` under ``scheme``."""
-        # A device reads what was described at home, without the ONNX packages that this needs.
-        from mpq_deploy.formats.sizes import block_size, weight_bytes
-
-        block = block_size(layer, scheme)
+        block = scheme.weight.block(layer)
         blocks = layer.reduction // block if block else 1
         nodes = tuple(use.node for use in layer.uses)
-        size = weight_bytes(layer, scheme)
+        size = scheme.weight_bytes(layer)
         shape = (layer.out_channels, layer.reduction, layer.kernel, blocks)
         return cls(layer.name, layer.op, nodes, scheme.name, size, *shape)
 
@@ -72,12 +69,10 @@ class ExpectedLayers:
 
         Raises ValueError for a simulated scheme: no builder may ever see one.
         """
-        from mpq_deploy.formats.sizes import branch_parts
-
         simulated = sorted({scheme.name for scheme in schemes.values() if scheme.simulated})
         if simulated:
             raise ValueError(f"{', '.join(simulated)}: no engine can hold simulated schemes")
-        parts = (part for layer in layers for part in branch_parts(layer, schemes[layer.name]))
+        parts = (part for layer in layers for part in schemes[layer.name].parts(layer))
         return cls(tuple(ExpectedLayer.of(layer, scheme) for layer, scheme in parts), total_bytes, repeated_bytes)
 
     def save(self, path: Path) -> None:

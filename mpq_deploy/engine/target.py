@@ -21,7 +21,6 @@ from mpq_deploy.engine.trtexec import find_trtexec
 from mpq_deploy.engine.versions import version_matches
 from mpq_deploy.errors import UsageError, nearest
 from mpq_deploy.formats.scheme import BRANCH_KINDS, FAMILIES, SCHEMES, SIMULATED, Scheme, nearest_scheme
-from mpq_deploy.formats.sizes import int4_shape
 from mpq_deploy.graph.layers import LAYER_OPS, Layer
 
 Dialect = Literal["trt-rtx", "trt-10.3", "trt-10.13", "trt-11", "onnxruntime"]
@@ -120,7 +119,7 @@ class Target(BaseModel):
     def _complete(self) -> Target:
         _check_known("op", (*self.schemes, *self.branches), LAYER_OPS)
         for op in LAYER_OPS:
-            _check_known("branch", self.branches.get(op, ()), BRANCH_KINDS)
+            _check_known("branch", self.branches.get(op, ()), tuple(BRANCH_KINDS))
             allowed = self.schemes.get(op, ())
             _check_known("scheme family", allowed, (*FAMILIES, SIMULATED))
             if "fp16" not in allowed:
@@ -146,12 +145,12 @@ class Target(BaseModel):
         """Name the nearest to ``scheme`` that layers of ``op`` may take: a family or simulated
         scheme.
         """
-        offered = tuple(s for s in SCHEMES.values() if s.weight and not s.branch and s.family in self.schemes[op])
+        offered = tuple(s for s in SCHEMES.values() if s.quantized and not s.branch and s.family in self.schemes[op])
         return nearest_scheme(scheme, offered).series if offered else "fp16"
 
     def refusal(self, layer: Layer, scheme: Scheme) -> str:
         """Return why ``layer`` may not take ``scheme`` on this target; empty when it may."""
-        if scheme.weight is None:
+        if not scheme.quantized:
             return ""
         # A rule without condition explains what `schemes` leaves out; a file that extends this one may allow it.
         left_out = scheme.family not in self.schemes[layer.op]
@@ -172,7 +171,7 @@ def _not_in_tensorrt(scheme: Scheme) -> str:
         return f"{weight}-bit weights do not exist in TensorRT"
     if activation not in (8, 16):
         return f"{activation}-bit activations do not exist in TensorRT"
-    if scheme.branch is not None:
+    if scheme.branch:
         return f"{scheme.branch.kind} gives channels different bits, which does not exist in TensorRT"
     return "it is simulated, with zero points and nominal bytes, for the target simulate alone"
 
@@ -283,14 +282,14 @@ def _check_known(what: str, names: tuple[str, ...], known: tuple[str, ...]) -> N
 def _holds(condition: Condition, layer: Layer, scheme: Scheme) -> bool:
     dimensions = len(layer.kernel)
     if condition == "odd last dimension":
-        return int4_shape(layer, scheme)[-1] % 2 == 1
+        return scheme.stored_shape(layer)[-1] % 2 == 1
     return {
         "always": True,
         "depthwise": layer.depthwise,
         "grouped": layer.group > 1,
         "conv1d": layer.op == "Conv" and dimensions == 1,
         "conv3d": layer.op == "Conv" and dimensions == 3,
-        "odd elements": prod(int4_shape(layer, scheme)) % 2 == 1,
+        "odd elements": prod(scheme.stored_shape(layer)) % 2 == 1,
     }[condition]
 
 

@@ -20,7 +20,7 @@ from typing import Literal
 
 from mpq_deploy.engine.build_log import EngineLayer, EngineLog, EngineTensor
 from mpq_deploy.engine.expected import ExpectedLayer, ExpectedLayers
-from mpq_deploy.formats.scheme import INT4, INT8
+from mpq_deploy.formats.scheme import SCHEMES
 
 __all__ = ["ExpectedLayer", "ExpectedLayers", "Problem", "can_fuse", "verify", "weights_allowance"]
 
@@ -28,20 +28,15 @@ Severity = Literal["wrong", "slow"]
 
 # How far the engine's weights may be from the plan's bytes.
 WEIGHTS_TOLERANCE = 0.02
-# For every output channel that computes in INT8 the builder keeps three FP32 factors of a convolution (three constants
-# [1, O, 1, 1] of type Float in its log), two FP16 ones of a product, where the file has one FP16 scale.
-INT8_CHANNEL_BYTES = {"Conv": 3 * 4, "Gemm": 2 * 2, "MatMul": 2 * 2}
 # It aligns each constant to 128 bytes: half of that is lost on average, by codes, scales, bias and channel scales.
 ALIGNMENT_BYTES = 4 * 64
-# A product in INT8 has two FP32 factors of one element beside them, each alone in its 128 bytes (seen in every build).
-INT8_FACTOR_BYTES = {"Conv": 0, "Gemm": 2 * 128, "MatMul": 2 * 128}
 # It pads the channels of a convolution to 4, and those of odd products to 2.
 CHANNEL_MULTIPLE = 4
-BYTES_PER_ELEMENT = {"fp16": 2, "w8a8": 1, "w8a16": 2, "w4a16": 2, "w4a8": 1}
 # Literals, and the kernels' own tables, of an engine without any layer: measured 0.5 to 1.5 kB.
 BASE_BYTES = 4096
 
-STORED = {"fp16": ("Half", "Float", "BFloat16"), INT4.name: ("Int4",), INT8.name: ("Int8",)}
+# Types in which products multiply both operands, FP16's apart.
+OPERANDS = tuple(dict.fromkeys(s.activation.operand for s in SCHEMES.values() if s.activation and not s.simulated))
 
 
 @dataclass(frozen=True)
@@ -82,8 +77,7 @@ def weights_allowance(expected: ExpectedLayers) -> int:
 
 def can_fuse(layer: ExpectedLayer) -> bool:
     """Whether TensorRT-RTX can multiply by the packed INT4 weight as it lies (measured: docs/engine-forms.md)."""
-    even = layer.reduction % 2 == 0 and layer.out_channels % 2 == 0
-    return layer.op != "Conv" and layer.form.family == "w4a16" and even and layer.blocks >= 2
+    return layer.form.activation is None and layer.form.weight.fuses(layer)
 
 
 def _applies(kernel: EngineLayer, node: str) -> bool:
@@ -126,12 +120,10 @@ def _check_node(
     computing = [pair for pair in candidates if pair[0].compute] or [_together(node, candidates)]
     problems = []
     for kernel, _ in computing:
-        int8 = _multiplies_int8(kernel)
-        if layer.form.activation is INT8 and not int8:
-            types = "/".join(dict.fromkeys(tensor.dtype for tensor in kernel.inputs))
+        operand = next((operand for operand in OPERANDS if _multiplies(kernel, operand)), "")
+        if operand != (layer.form.activation.operand if layer.form.activation else ""):
+            types = operand or "/".join(dict.fromkeys(tensor.dtype for tensor in kernel.inputs))
             problems.append(Problem(layer.name, f"planned {layer.scheme}, but it computes in {types} ({kernel.name})"))
-        if layer.form.activation is None and int8:
-            problems.append(Problem(layer.name, f"planned {layer.scheme}, but it computes in Int8 ({kernel.name})"))
     for kernel, constants in _whole(layer, computing):
         problems += _check_storage(layer, kernel, constants, planned)
     return problems
@@ -156,7 +148,7 @@ def _whole(
 
 def _held(layer: ExpectedLayer, constants: Iterable[EngineTensor]) -> int:
     """Elements of ``constants`` of the type in which the weight of ``layer`` is stored."""
-    stored = STORED[layer.form.weight.name if layer.form.weight else "fp16"]
+    stored = layer.form.weight.engine_types
     return sum(tensor.elements for tensor in constants if tensor.dtype in stored)
 
 
@@ -173,10 +165,10 @@ def _union(groups: Iterable[tuple[EngineTensor, ...]]) -> tuple[EngineTensor, ..
     return tuple(dict.fromkeys(tensor for group in groups for tensor in group))
 
 
-def _multiplies_int8(kernel: EngineLayer) -> bool:
-    """Both operands INT8: an input (the activation), and the weight, constant or unpacked by another kernel."""
-    inputs = sum(tensor.dtype == "Int8" for tensor in kernel.inputs)
-    constants = sum(tensor.dtype == "Int8" for tensor in kernel.constants)
+def _multiplies(kernel: EngineLayer, operand: str) -> bool:
+    """Both operands of this type: an input (the activation), and the weight, constant or unpacked by another kernel."""
+    inputs = sum(tensor.dtype == operand for tensor in kernel.inputs)
+    constants = sum(tensor.dtype == operand for tensor in kernel.constants)
     return kernel.compute and inputs >= 1 and inputs + constants >= 2
 
 
@@ -187,10 +179,9 @@ def _check_storage(
     planned: dict[str, ExpectedLayer],
 ) -> list[Problem]:
     """One kernel may compute several layers that share an input: their weights must lie there together."""
-    weight = layer.form.weight
-    stored = STORED[weight.name if weight else "fp16"]
+    stored = layer.form.weight.engine_types
     together = {planned[node].name: planned[node] for node in kernel.nodes if node in planned}
-    needed = sum(one.weights for one in together.values() if one.form.weight is weight)
+    needed = sum(one.weights for one in together.values() if one.form.weight.engine_types == stored)
     if _held(layer, constants) < needed:
         kinds = ", ".join(f"{t.dtype} {list(t.shape)}" for t in constants if t.elements >= layer.weights) or "none"
         message = f"planned {layer.scheme}, but its weight does not lie in the engine as {stored[0]} (found: {kinds})"
@@ -225,7 +216,5 @@ def _layer_allowance(layer: ExpectedLayer) -> int:
         area *= size
     channels = layer.reduction // area
     padded = -channels % multiple * area * layer.out_channels + -layer.out_channels % multiple * layer.reduction
-    factors = 0
-    if layer.form.activation is INT8:
-        factors = INT8_CHANNEL_BYTES[layer.op] * layer.out_channels + INT8_FACTOR_BYTES[layer.op]
-    return ALIGNMENT_BYTES + factors + padded * BYTES_PER_ELEMENT[layer.form.family]
+    factors = layer.form.activation.engine_bytes(layer) if layer.form.activation else 0
+    return ALIGNMENT_BYTES + factors + padded * layer.form.operand_bytes

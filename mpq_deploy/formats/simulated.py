@@ -1,353 +1,242 @@
-"""Simulated weights: 1 to 8 bits per output channel, as no engine can hold them, rounded as the deployable ones are.
+"""Simulated formats of 2 to 8 bits, which no engine can hold: their bytes are nominal, ONNX Runtime runs them.
 
-In: a weight matrix float32 [O, K], the second moments of its input, the forms wanted. Out: ``SimulatedMatrix``, codes
-and scales from which ``dequantize`` makes the weight. Everything here is a function of its arguments.
-
-Each output channel has one FP16 scale and one zero point: with four levels it matters on which side of zero the third
-one lies, and the networks of MPQ-DM and its base are asymmetric too. Channels of one layer may differ in their bits:
-
-- ``omq`` (MPQ-DM, arXiv 2412.11549): the m channels of highest kurtosis get N + 1 bits, the m of lowest N - 1, so the
-  mean stays N; m in {0, k, 2k, ...} up to half the channels, k = O // 10, by the error of the layer's output.
-- ``zres`` (MPQ-DMv2, arXiv 2507.04290; only its abstract is public, everything here is our reading): a grid of N - 1
-  bits and z in {0, 1, 2} binary residuals, W^ = q + sum_o alpha_o sign(R_o), in place of N - 1, N and N + 1 bits. The
-  grid's clip is searched jointly with alpha. At equal bits a plain grid is a candidate for each channel too, so the
-  residual is taken only where it is better, and which channels get how many bits minimises the error of the layer's
-  output.
+Weights have one scale and zero point per output channel (``rounding.row_grids``), activations one of
+each per tensor. ``SharedBits`` are branches that share out a layer's bits among its output channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from mpq_deploy.formats.scheme import Scheme
-from mpq_deploy.models.spec import Array
-from mpq_deploy.rounding.quantizers import Nearest, compensate, damped, descend, gptq_factor, round_scale
+from mpq_deploy.formats.interfaces import ActivationFormat, ActivationGrid, Branch, Rounder, Scheme, WeightFormat
+from mpq_deploy.formats.sizes import FP16_BYTES
+from mpq_deploy.rounding.row_grids import RowForm, SimulatedMatrix, plain, round_forms, row_errors, stacked
 
-# Clipping ratios of the range of a channel, by bits of its grid: the fewer levels, the more is clipped (our choice).
-LEAST_RATIOS = {2: 0.15, 3: 0.25, 4: 0.35}
-RATIO_STEPS = 24
-# Zero points tried around the one that the clipped range asks for.
-SHIFTS = (-1, 0, 1)
-# A grid of so many levels has zero in its middle: codes are held as signed bytes, and nothing is gained beside it.
-SYMMETRIC_BITS = 8
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
+    from mpq_deploy.calibrate.stats import ActivationStats
+    from mpq_deploy.formats.interfaces import DeployedMatrix
+    from mpq_deploy.formats.layer_rounding import LayerRounding
+    from mpq_deploy.graph.layers import Layer
+    from mpq_deploy.graph.writers.node_writer import LayerWriter, NodeWriter
+    from mpq_deploy.models.spec import Array
+    from mpq_deploy.recover.trained_weights import LayerTwin, StartingWeight, TwinKit
 
-@dataclass(frozen=True)
-class RowForm:
-    """The levels of a channel: a grid of ``bits`` (0: only zero), and ``orders`` binary residuals."""
-
-    bits: int
-    orders: int = 0
-
-    @property
-    def total(self) -> int:
-        """Bits per weight."""
-        return self.bits + self.orders
-
-
-def plain(bits: int) -> RowForm:
-    """Return the grid of ``bits``; one bit is sign times size."""
-    return RowForm(bits) if bits > 1 else RowForm(0, 1)
+SIMULATED_BITS = (2, 3, 4, 5, 6, 7, 8)
+# Mean bits of the layers that share out bits among their channels: {1, 2, 3} to {3, 4, 5} bits per channel.
+SHARED_OUT_BITS = (2, 3, 4)
+# A zero point of each output channel, and of the input of each layer that reads it (our choice).
+ZERO_POINT_BYTES = 1
+# Keys of the model's metadata, JSON: layer -> scheme, and of each output channel the bits of its grid and
+# its residuals; and the activations' quantizers, by name, with their bits.
+WEIGHTS_KEY = "mpq_deploy.simulated_weights"
+ACTIVATIONS_KEY = "mpq_deploy.simulated_activations"
 
 
 @dataclass(frozen=True)
-class RowGrids:
-    """The levels of O channels: ``low`` <= code <= ``high`` (int16 [O], low <= 0 <= high) times ``scale`` float16 [O],
-    and plus or minus each ``residual`` float16 [Z, O] (0: none).
+class SimulatedWeight(WeightFormat):
+    """UINT8 codes and zero points -> DequantizeLinear per output channel.
+
+    Each binary residual is a tensor of signs behind a DequantizeLinear of its own, and Add joins them.
     """
 
-    low: Array
-    high: Array
-    scale: Array
-    residual: Array
+    width: int = 8
 
-    def take(self, rows: Array) -> RowGrids:
-        """Return some of the channels."""
-        return RowGrids(self.low[rows], self.high[rows], self.scale[rows], self.residual[:, rows])
+    simulated = True
+
+    @property
+    def bits(self) -> int:  # type: ignore[override]
+        """Bits of every weight, or of the mean one."""
+        return self.width
+
+    @property
+    def form(self) -> str:
+        """See the base."""
+        return f"sim{self.width}"
+
+    def bytes_of(self, layer: Layer) -> int:
+        """Bits x weights, one FP16 scale and one zero point per output channel."""
+        return packed_bytes(self.width * layer.weights) + layer.out_channels * (FP16_BYTES + ZERO_POINT_BYTES)
+
+    @property
+    def rounder(self) -> Rounder:
+        """See the base."""
+        return round_simulated
+
+    def read(self, arrays: Mapping[str, Array]) -> SimulatedMatrix:
+        """See the base."""
+        return SimulatedMatrix.of(arrays)
+
+    def write(self, to: LayerWriter, matrix: SimulatedMatrix) -> ir.Value:
+        """See the base."""
+        grids = matrix.grids
+        channels = {"grid_bits": matrix.grid_bits.tolist(), "orders": matrix.orders.tolist()}
+        to.record(WEIGHTS_KEY, to.layer.name, {"scheme": to.scheme.name, **channels})
+        codes = (matrix.codes.astype(np.int16) - grids.low[:, None]).astype(np.uint8)
+        inputs = [
+            to.constant("codes", to.folded(codes)),
+            to.constant("scale", grids.scale.astype(np.float32)),
+            to.constant("zero_point", (-grids.low).astype(np.uint8)),
+        ]
+        axis, name = {"axis": to.layer.out_axis}, "weight_dequantize"
+        weight = to.insert("DequantizeLinear", inputs, axis, name)
+        residuals = [(s, r) for s, r in zip(matrix.signs, grids.residual) if r.any()]
+        for order, (signs, sizes) in enumerate(residuals):
+            inputs = [
+                to.constant(f"signs{order}", to.folded(signs)),
+                to.constant(f"residual{order}", sizes.astype(np.float32)),
+            ]
+            more = to.insert("DequantizeLinear", inputs, axis, f"{name}{order}")
+            weight = to.insert("Add", [weight, more], {}, f"{name}{order}_add")
+        return weight
+
+    def twin(self, start: StartingWeight, kit: TwinKit) -> LayerTwin:
+        """See the base."""
+        return kit.of(kit.levels(start.matrix, start.weight))
 
 
 @dataclass(frozen=True)
-class SimulatedMatrix:
-    """A weight under ``grids``: ``codes`` int8 [O, K] and ``signs`` int8 [Z, O, K] of the residuals (0: none)."""
+class SimulatedActivation(ActivationFormat):
+    """Clip to the range of so many bits, then a UINT8 QuantizeLinear/DequantizeLinear pair."""
 
-    grids: RowGrids
-    codes: Array
-    signs: Array
+    width: int = 8
 
-    def dequantize(self) -> Array:
-        """Return the weight, float32 [O, K]."""
-        value = self.codes * self.grids.scale.astype(np.float32)[:, None]
-        for sign, size in zip(self.signs, self.grids.residual.astype(np.float32)):
-            value = value + sign * size[:, None]
-        return np.asarray(value, np.float32)
-
-    def take(self, rows: Array) -> SimulatedMatrix:
-        """Return some of the channels."""
-        return SimulatedMatrix(self.grids.take(rows), self.codes[rows], self.signs[:, rows])
+    simulated = True
 
     @property
-    def grid_bits(self) -> Array:
-        """Bits of each channel's grid, int64 [O]."""
-        levels = self.grids.high.astype(np.int64) - self.grids.low + 1
-        return np.asarray(np.rint(np.log2(levels)), np.int64)
+    def bits(self) -> int:  # type: ignore[override]
+        """Bits of every value."""
+        return self.width
 
     @property
-    def orders(self) -> Array:
-        """Binary residuals of each channel, int64 [O]."""
-        return np.asarray((self.grids.residual > 0).sum(axis=0), np.int64)
+    def form(self) -> str:
+        """See the base."""
+        return f"+a{self.width}"
+
+    def grid(self, stats: ActivationStats, scale: float) -> ActivationGrid:
+        """See the base."""
+        return stats.simulated(self.width)
+
+    def reader_bytes(self, layer: Layer) -> int:
+        """See the base: a zero point."""
+        return ZERO_POINT_BYTES * len(layer.inputs)
+
+    def write(self, to: NodeWriter, value: ir.Value, grid: ActivationGrid, key: tuple[str, str]) -> list[ir.Node]:
+        """See the base."""
+        base = f"{key[0]}//sim{key[1]}"
+        scale = to.named_constant(f"{base}/scale", np.asarray(grid.scale, np.float32))
+        zero_point = to.named_constant(f"{base}/zero_point", np.asarray(-grid.quant_min, np.uint8))
+        to.record(ACTIVATIONS_KEY, base, self.width)
+        nodes = []
+        if self.width < 8:
+            ends = {"low": grid.quant_min, "high": grid.quant_max}
+            limits = {end: np.asarray(code * grid.scale, np.float32) for end, code in ends.items()}
+            bounds = [to.named_constant(f"{base}/{end}", limit) for end, limit in limits.items()]
+            nodes.append(to.make("Clip", [value, *bounds], {}, f"{base}/clip", like=value))
+        source = nodes[-1].outputs[0] if nodes else value
+        inputs = [source, scale, zero_point]
+        nodes.append(to.make("QuantizeLinear", inputs, {}, f"{base}/quantize", like=value, dtype="UINT8"))
+        inputs = [nodes[-1].outputs[0], scale, zero_point]
+        return [*nodes, to.make("DequantizeLinear", inputs, {}, f"{base}/dequantize", like=value)]
 
 
-def stacked(parts: Sequence[SimulatedMatrix]) -> SimulatedMatrix:
-    """Put the channels of ``parts`` one after the other."""
-    orders = max(len(part.signs) for part in parts)
+@dataclass(frozen=True)
+class SharedBits(Branch):
+    """Output channels have N - 1, N or N + 1 bits, N on average; there is no amount.
 
-    def padded(array: Array) -> Array:
-        return np.concatenate([array, np.zeros((orders - len(array), *array.shape[1:]), array.dtype)])
-
-    grids = RowGrids(
-        np.concatenate([p.grids.low for p in parts]),
-        np.concatenate([p.grids.high for p in parts]),
-        np.concatenate([p.grids.scale for p in parts]),
-        np.concatenate([padded(p.grids.residual) for p in parts], axis=1),
-    )
-    signs = np.concatenate([padded(p.signs) for p in parts], axis=1)
-    return SimulatedMatrix(grids, np.concatenate([p.codes for p in parts]), signs)
-
-
-def round_to_grids(weight: Array, grids: RowGrids) -> SimulatedMatrix:
-    """Round ``weight`` [O, K] to the nearest level of the grid, then sign by sign to the residuals."""
-    step, low, high = (a.astype(np.float32)[:, None] for a in (grids.scale, grids.low, grids.high))
-    codes = np.clip(np.rint(weight / step), low, high)
-    value, signs = codes * step, []
-    for size in grids.residual.astype(np.float32):
-        sign = np.where(weight >= value, 1, -1) * (size > 0)[:, None]
-        value = value + sign * size[:, None]
-        signs.append(sign)
-    held = np.asarray(signs, np.int8).reshape(len(signs), *weight.shape)
-    return SimulatedMatrix(grids, codes.astype(np.int8), held)
-
-
-def choose_grids(weight: Array, importance: Array, form: RowForm) -> RowGrids:
-    """Choose the levels of every channel of ``weight`` [O, K] that minimise sum_k importance_k (w_k - q_k)^2.
-
-    The grid's clip and zero point are searched jointly with the residuals' sizes, the weighted means of |R_o|.
+    ``form_bits``: bits that tell which form a channel has. ``residuals``: FP16 residual sizes per channel.
     """
-    share = (importance if importance.sum() > 0 else np.ones_like(importance)).astype(np.float32)
-    best_error = np.full(len(weight), np.inf, np.float32)
-    best: RowGrids | None = None
-    for base in _bases(weight, form.bits):
-        grids = _with_residuals(weight, share, base, form.orders)
-        error = np.square(weight - round_to_grids(weight, grids).dequantize()) @ share
-        better = error < best_error
-        best = grids if best is None else _merged(best, grids, better)
-        best_error = np.where(better, error, best_error)
-    assert best is not None
-    return best
+
+    form_bits: ClassVar[int]
+    residuals: ClassVar[int] = 0
+
+    def suits(self, body: Scheme) -> bool:
+        """See the base."""
+        return body.simulated and body.weight.bits in SHARED_OUT_BITS
+
+    def joining_bytes(self, layer: Layer) -> int:
+        """See the base."""
+        channels = layer.out_channels
+        return packed_bytes(self.form_bits * channels) + FP16_BYTES * channels * self.residuals
+
+    def rounds_first(self, scheme: Scheme) -> tuple[Scheme, ...]:
+        """See the base: all at once."""
+        return (scheme,)
+
+    def row_forms(self, bits: int) -> tuple[list[RowForm], list[RowForm], list[RowForm]]:
+        """Return the forms that a channel may have a bit below ``bits``, at ``bits``, and a bit above."""
+        return [plain(bits - 1)], [plain(bits)], [plain(bits + 1)]
+
+    def steps(self, errors: Sequence[Array], kurtosis: Array | None) -> Array:
+        """Return which channels get a bit more (1) and less (-1), int64 [O].
+
+        ``errors``: of the best form of each channel with a bit less, as many and a bit more, [O] each;
+        ``kurtosis`` [O] of the channels, where the input's range is known.
+        """
+        raise NotImplementedError
 
 
-def _bases(weight: Array, bits: int) -> list[RowGrids]:
-    """Return the grids to try: every clipping ratio of the range of a channel, and zero points around its own."""
-    rows = len(weight)
-    none = np.zeros((0, rows), np.float16)
-    if bits == 0:
-        zero = np.zeros(rows, np.int16)
-        return [RowGrids(zero, zero, np.ones(rows, np.float16), none)]
-    levels = 2**bits - 1
-    low, high = np.minimum(weight.min(axis=1), 0), np.maximum(weight.max(axis=1), 0)
-    if bits == SYMMETRIC_BITS:
-        high = np.maximum(high, -low) * (levels / (levels - 1))
-        low = -high
-    found = []
-    for ratio in np.geomspace(LEAST_RATIOS.get(bits, 0.5), 1.05, RATIO_STEPS):
-        scale = round_scale(ratio * (high - low) / levels)
-        middle = np.rint(-ratio * low / scale.astype(np.float32))
-        for shift in SHIFTS if bits < SYMMETRIC_BITS else (0,):
-            zero_point = np.clip(middle + shift, 0, levels) if bits < SYMMETRIC_BITS else np.full(rows, 128)
-            first = -zero_point.astype(np.int16)
-            found.append(RowGrids(first, (first + levels).astype(np.int16), scale, none))
-    return found
+def packed_bytes(bits: int) -> int:
+    """Bytes that ``bits`` take."""
+    return (bits + 7) // 8
 
 
-def _with_residuals(weight: Array, share: Array, base: RowGrids, orders: int) -> RowGrids:
-    grids = base
-    for _ in range(orders):
-        rest = np.abs(weight - round_to_grids(weight, grids).dequantize())
-        size = round_scale(rest @ share / share.sum())
-        grids = RowGrids(base.low, base.high, base.scale, np.concatenate([grids.residual, size[None]]))
-    return grids
+def residual_room(layer: Layer, scheme: Scheme) -> int:
+    """How many binary residuals the nominal bytes of ``layer`` have room for."""
+    return layer.out_channels * (scheme.branch.residuals if isinstance(scheme.branch, SharedBits) else 0)
 
 
-def _merged(first: RowGrids, second: RowGrids, taken: Array) -> RowGrids:
-    return RowGrids(
-        np.where(taken, second.low, first.low),
-        np.where(taken, second.high, first.high),
-        np.where(taken, second.scale, first.scale),
-        np.where(taken, second.residual, first.residual),
-    )
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """How weights are rounded: ``gptq`` (False: to the nearest), its ``damping``, and rounds of refinement after it."""
-
-    gptq: bool
-    damping: float
-    refinements: int
-
-
-def round_forms(
-    weight: Array, forms: Sequence[RowForm], moments: list[Array], how: Rounding
-) -> dict[RowForm, SimulatedMatrix]:
-    """Round ``weight`` [O, K] in every one of ``forms``; ``moments``: the diagonal blocks of the mean of x x^T."""
-    importance = np.concatenate([np.diagonal(block) for block in moments])
-    together = stacked([round_to_grids(weight, choose_grids(weight, importance, form)) for form in forms])
-    target = np.tile(weight, (len(forms), 1))
-    if how.gptq:
-        together = _compensated(target, together, moments, how.damping)
-        hessians = [damped(block, how.damping, np.float32) for block in moments]
-        for _ in range(how.refinements):
-            together = _refitted(target, together, hessians)
-            together = _descended(target, together, hessians)
-    spans = np.split(np.arange(len(target)), len(forms))
-    return dict(zip(forms, (together.take(span) for span in spans)))
-
-
-def row_errors(weight: Array, matrix: SimulatedMatrix, moments: list[Array]) -> Array:
-    """Return e H e^T of every channel, float64 [O]: its share of the mean squared error of the layer's output."""
-    error = (weight - matrix.dequantize()).astype(np.float64)
-    if all(len(block) == 1 for block in moments):
-        return np.asarray(np.square(error) @ np.concatenate(moments)[:, 0])
-    cuts = np.cumsum([len(block) for block in moments])[:-1]
-    parts = np.split(error, cuts, axis=1)
-    return np.asarray(sum(np.einsum("ok,ok->o", part @ block, part) for part, block in zip(parts, moments)))
-
-
-def _better(weight: Array, old: SimulatedMatrix, new: SimulatedMatrix, moments: list[Array]) -> SimulatedMatrix:
-    """Take each channel from whichever has the smaller error."""
-    better = row_errors(weight, new, moments) < row_errors(weight, old, moments)
-    rows = np.arange(len(weight)) + np.where(better, len(weight), 0)
-    return stacked([old, new]).take(rows)
-
-
-class _Encoder:
-    """Rounds column by column to the levels of ``grids``, and keeps the codes."""
-
-    def __init__(self, grids: RowGrids, columns: int) -> None:
-        self._grids = grids
-        self._low, self._high, self._step = (a.astype(np.float32) for a in (grids.low, grids.high, grids.scale))
-        self._sizes = grids.residual.astype(np.float32)
-        self._codes = np.zeros((columns, len(grids.scale)), np.int8)
-        self._signs = np.zeros((len(grids.residual), columns, len(grids.scale)), np.int8)
-        self._start = 0
-
-    def over(self, start: int) -> _Encoder:
-        """Let columns count from ``start``."""
-        self._start = start
-        return self
-
-    def __call__(self, column: int, wanted: Array) -> Array:
-        code = np.clip(np.rint(wanted / self._step), self._low, self._high)
-        self._codes[self._start + column] = code
-        value = code * self._step
-        for order, size in enumerate(self._sizes):
-            sign = np.where(wanted >= value, 1, -1) * (size > 0)
-            self._signs[order, self._start + column] = sign
-            value = value + sign * size
-        return np.asarray(value, np.float32)
-
-    def matrix(self) -> SimulatedMatrix:
-        """Return what was rounded."""
-        signs = np.ascontiguousarray(self._signs.transpose(0, 2, 1))
-        return SimulatedMatrix(self._grids, np.ascontiguousarray(self._codes.T), signs)
-
-
-def _compensated(weight: Array, nearest: SimulatedMatrix, moments: list[Array], damping: float) -> SimulatedMatrix:
-    """Round by GPTQ, columns by falling diagonal; channels for which ``nearest`` is better stay there."""
-    encoder = _Encoder(nearest.grids, weight.shape[1])
-    start = 0
-    for block in moments:
-        order = np.argsort(-np.diagonal(block), kind="stable")
-        factor, pivots = gptq_factor(block[np.ix_(order, order)], damping)
-        remaining = np.ascontiguousarray(weight[:, start + order].T)
-        compensate(remaining, factor, pivots, _reordered(encoder.over(start), order))
-        start += len(block)
-    return _better(weight, nearest, encoder.matrix(), moments)
-
-
-def _reordered(encoder: _Encoder, order: Array) -> Nearest:
-    return lambda column, wanted: encoder(int(order[column]), wanted)
-
-
-def _descended(weight: Array, matrix: SimulatedMatrix, hessians: list[Array]) -> SimulatedMatrix:
-    """Visit every code once and move it to the best level for the others as they stand."""
-    encoder = _Encoder(matrix.grids, weight.shape[1])
-    values = matrix.dequantize()
-    start = 0
-    for hessian in hessians:
-        span = slice(start, start + len(hessian))
-        target, held = (np.ascontiguousarray(a[:, span].T) for a in (weight, values))
-        descend(target, held, hessian, encoder.over(start))
-        start += len(hessian)
-    return _better(weight, matrix, encoder.matrix(), hessians)
-
-
-def _refitted(weight: Array, matrix: SimulatedMatrix, hessians: list[Array]) -> SimulatedMatrix:
-    """Fit each channel's scale and residual sizes to its codes by least squares under the Hessian."""
-    old = np.concatenate([matrix.grids.scale[None], matrix.grids.residual]).astype(np.float32)
-    basis = np.concatenate([matrix.codes[None], matrix.signs]).astype(np.float32)
-    cuts = np.cumsum([len(block) for block in hessians])[:-1]
-    blocks = list(zip(np.split(basis, cuts, axis=2), np.split(weight, cuts, axis=1), hessians))
-    seen = [(part, part @ hessian, target) for part, target, hessian in blocks]
-    normal = np.asarray(sum(np.einsum("iok,jok->oij", through, part) for part, through, _ in seen), np.float64)
-    wanted = np.asarray(sum(np.einsum("iok,ok->oi", through, target) for _, through, target in seen), np.float64)
-    ridge = 1e-6 * np.einsum("oii->o", normal) / len(basis) + np.finfo(np.float32).tiny
-    normal += ridge[:, None, None] * np.eye(len(basis))
-    fitted = np.linalg.solve(normal, wanted[:, :, None])[:, :, 0].T
-    sensible = np.isfinite(fitted) & (fitted > 0.5 * old) & (fitted < 2 * old)
-    sizes = np.where(old > 0, round_scale(np.where(sensible, fitted, old)), 0).astype(np.float16)
-    grids = RowGrids(matrix.grids.low, matrix.grids.high, sizes[0], sizes[1:])
-    return _better(weight, matrix, SimulatedMatrix(grids, matrix.codes, matrix.signs), hessians)
+def round_simulated(schemes: Sequence[Scheme], layer: LayerRounding) -> dict[str, DeployedMatrix]:
+    """Round ``layer`` for all simulated ``schemes`` at once: weight form -> matrix."""
+    distinct = {scheme.weight_form: scheme for scheme in schemes}
+    wanted = needed_forms(list(distinct.values()))
+    parts: dict[RowForm, list[SimulatedMatrix]] = {form: [] for form in wanted}
+    errors: dict[RowForm, list[Array]] = {form: [] for form in wanted}
+    for weight, blocks in layer.groups():
+        for form, matrix in round_forms(weight, wanted, blocks, layer.how).items():
+            parts[form].append(matrix)
+            errors[form].append(row_errors(weight, matrix, blocks))
+    rounded = {form: stacked(pieces) for form, pieces in parts.items()}
+    lost = {form: np.concatenate(pieces) for form, pieces in errors.items()}
+    amax = layer.inputs.amax
+    kurtosis = None if amax is None else row_kurtosis(layer.weight, amax)
+    return {name: assemble(scheme, rounded, lost, kurtosis) for name, scheme in distinct.items()}
 
 
 def needed_forms(schemes: Sequence[Scheme]) -> tuple[RowForm, ...]:
     """Return the forms of channels that simulated ``schemes`` are put together from."""
-    found: dict[RowForm, None] = {}
-    for scheme in schemes:
-        bits, kind = scheme.bits[0], scheme.branch.kind if scheme.branch else ""
-        widths = (bits - 1, bits, bits + 1) if kind else (bits,)
-        found.update(dict.fromkeys(plain(width) for width in widths))
-        if kind == "zres":
-            found.update(dict.fromkeys(with_residuals(bits, order) for order in (1, 2)))
-    return tuple(found)
+    return tuple(dict.fromkeys(form for scheme in schemes for form in _forms_of(scheme)))
 
 
-def with_residuals(bits: int, orders: int) -> RowForm:
-    """Return the form of ``orders`` more residuals over the common base of a layer of ``bits`` on average."""
-    base = plain(bits - 1)
-    return RowForm(base.bits, base.orders + orders)
+def _forms_of(scheme: Scheme) -> Iterator[RowForm]:
+    if not isinstance(scheme.branch, SharedBits):
+        yield plain(scheme.weight.bits)
+        return
+    choices = scheme.branch.row_forms(scheme.weight.bits)
+    yield from (forms[0] for forms in choices)
+    yield from (form for forms in choices for form in forms[1:])
 
 
 def assemble(
-    scheme: Scheme, rounded: Mapping[RowForm, SimulatedMatrix], errors: Mapping[RowForm, Array], kurtosis: Array | None
+    scheme: Scheme,
+    rounded: Mapping[RowForm, SimulatedMatrix],
+    errors: Mapping[RowForm, Array],
+    kurtosis: Array | None,
 ) -> SimulatedMatrix:
-    """Put the weight of a simulated ``scheme`` together from its channels' forms; ``errors``: those of ``row_errors``.
+    """Put the weight of a simulated ``scheme`` together from its channels' forms.
 
-    ``kurtosis`` [O] ranks the channels for ``omq``.
+    ``errors``: those of ``row_errors``; ``kurtosis`` [O] of the channels, for ``SharedBits.steps``.
     """
-    bits = scheme.bits[0]
-    if scheme.branch is None:
-        return rounded[plain(bits)]
-    choices: list[list[RowForm]] = [[plain(bits - 1)], [plain(bits)], [plain(bits + 1)]]
-    if scheme.branch.kind == "zres":
-        choices[1].append(with_residuals(bits, 1))
-        choices[2].append(with_residuals(bits, 2))
-        steps = balanced_steps(*(np.min([errors[form] for form in forms], axis=0) for forms in choices))
-    else:
-        assert kurtosis is not None, "outlier-driven bits need to know the outliers"
-        steps = outlier_steps(kurtosis, *(errors[forms[0]] for forms in choices))
+    if not isinstance(scheme.branch, SharedBits):
+        return rounded[plain(scheme.weight.bits)]
+    choices = scheme.branch.row_forms(scheme.weight.bits)
+    least = [np.min([errors[form] for form in forms], axis=0) for forms in choices]
+    steps = scheme.branch.steps(least, kurtosis)
     every = [form for forms in choices for form in forms]
     first = np.cumsum([0, *map(len, choices[:-1])])
     best = [np.argmin([errors[form] for form in forms], axis=0) + start for forms, start in zip(choices, first)]
@@ -356,46 +245,28 @@ def assemble(
     return stacked([rounded[form] for form in every]).take(chosen * len(steps) + rows)
 
 
-def outlier_steps(kurtosis: Array, fewer: Array, same: Array, more: Array) -> Array:
-    """Return which channels get a bit more (1) and less (-1), int64 [O], by MPQ-DM's group search.
+def row_kurtosis(weight: Array, input_amax: Array) -> Array:
+    """Return the Pearson kurtosis of each row of ``weight`` [O, K] after MPQ-DM's pre-scaling, float64 [O].
 
-    ``fewer``, ``same``, ``more`` [O]: a channel's error with N - 1, N and N + 1 bits. The m channels of highest
-    kurtosis are promoted and the m of lowest demoted, m in {0, k, 2k, ...} up to half of them, k = O // 10, by the sum
-    of all errors.
+    ``input_amax`` float [K]: the input's absolute maximum per column. The weight is divided by
+    delta_k = sqrt(max|W_k| / max|X_k|); columns that are zero on either side keep their scale. A constant
+    row has kurtosis 0. Source: MPQ-DM (arXiv 2412.11549) and its published code: mean((w - mu)^4) / std^4.
     """
-    channels = len(kurtosis)
-    order = np.argsort(-kurtosis, kind="stable")
-    group = channels // 10
-    best, least = np.zeros(channels, np.int64), float(same.sum())
-    for count in range(group, channels // 2 + 1, group) if group else ():
-        steps = np.zeros(channels, np.int64)
-        steps[order[:count]], steps[order[-count:]] = 1, -1
-        total = float(np.where(steps == 0, same, np.where(steps > 0, more, fewer)).sum())
-        if total < least:
-            best, least = steps, total
-    return best
+    largest = np.abs(weight).max(axis=0)
+    usable = (largest > 0) & (input_amax > 0)
+    delta = np.sqrt(np.where(usable, largest, 1.0) / np.where(usable, input_amax, 1.0))
+    scaled = weight.astype(np.float64) / delta
+    centred = scaled - scaled.mean(axis=1, keepdims=True)
+    variance = np.mean(np.square(centred), axis=1)
+    fourth = np.mean(np.square(np.square(centred)), axis=1)
+    return np.where(variance > 0, fourth / np.where(variance > 0, np.square(variance), 1.0), 0.0)
 
 
-def balanced_steps(fewer: Array, same: Array, more: Array) -> Array:
-    """Return which channels get a bit more (1) and less (-1), int64 [O], as many of either, for the least total error.
-
-    Exact, by dynamic programming over the channels and the balance so far. Our choice.
-    """
-    channels = len(same)
-    width = 2 * channels + 1
-    total = np.full(width, np.inf)
-    total[channels] = 0.0
-    taken = np.zeros((channels, width), np.int8)
-    for row in range(channels):
-        up, down = np.full(width, np.inf), np.full(width, np.inf)
-        up[1:], down[:-1] = total[:-1] + more[row], total[1:] + fewer[row]
-        options = np.stack([total + same[row], down, up])
-        which = np.argmin(options, axis=0)
-        total = options[which, np.arange(width)]
-        taken[row] = np.array([0, -1, 1], np.int8)[which]
-    steps = np.zeros(channels, np.int64)
-    balance = channels
-    for row in range(channels - 1, -1, -1):
-        steps[row] = taken[row, balance]
-        balance -= steps[row]
-    return steps
+_WEIGHTS = {bits: SimulatedWeight(width=bits) for bits in SIMULATED_BITS}
+_ACTIVATIONS = {**{bits: SimulatedActivation(bits) for bits in SIMULATED_BITS}, 16: None}
+# w2a2-sim to w8a8-sim, and w2a16-sim to w8a16-sim.
+SIMULATED_BODIES = tuple(
+    Scheme(f"w{bits}a{input_bits}-sim", weight, activation)
+    for bits, weight in _WEIGHTS.items()
+    for input_bits, activation in _ACTIVATIONS.items()
+)

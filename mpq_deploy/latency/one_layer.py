@@ -20,6 +20,7 @@ from mpq_deploy.formats.candidates import (
     weight_matrix,
     with_promoted_rows,
 )
+from mpq_deploy.formats.layer_rounding import InputMoments
 from mpq_deploy.formats.scheme import FP16, Scheme
 from mpq_deploy.formats.sizes import input_channels
 from mpq_deploy.graph.constants import constant
@@ -29,6 +30,7 @@ from mpq_deploy.graph.writers.deployed_graphs import write_quantized
 from mpq_deploy.graph.writers.quantize_layers import LayerRewrite
 from mpq_deploy.latency.latency_table import LayerShape
 from mpq_deploy.models.spec import Array
+from mpq_deploy.rounding.quantizers import Rounding
 
 INPUT, OUTPUT = "x", "y"
 FLOAT_MODEL = "float.onnx"
@@ -59,7 +61,7 @@ def write_one_layer(one: OneLayer, folder: Path, dialect: Dialect) -> int:
     weight = rng.standard_normal(one.layer.weight_shape).astype(np.float32)
     ir.save(_float_model(one, weight), folder / FLOAT_MODEL)
     matrix = None
-    if one.scheme.weight is not None:
+    if one.scheme.quantized:
         matrix = _candidates(one, weight).forms[one.scheme.weight_form]
     scales: Mapping[str, float] = {INPUT + one.scheme.activation_form: SCALE}
     rewrite = LayerRewrite(one.alone, one.scheme, matrix)
@@ -92,12 +94,13 @@ def _candidates(one: OneLayer, weight: Array) -> LayerCandidates:
         layer,
         Choices((FP16, one.scheme), {}),
         weight_matrix(layer, weight),
-        np.ones((layer.group * layer.reduction, 1, 1)),
-        widths=(1,) * layer.reduction,
-        gptq=False,
-        damping=0.05,
-        outliers=np.arange(channels, dtype=np.int32),
-        factors=np.full(channels, 0.5, np.float16),
+        InputMoments(
+            np.ones((layer.group * layer.reduction, 1, 1)),
+            (1,) * layer.reduction,
+            outliers=np.arange(channels, dtype=np.int32),
+            factors=np.full(channels, 0.5, np.float16),
+        ),
+        Rounding(gptq=False, damping=0.05),
     )
     return with_promoted_rows(found, np.arange(layer.out_channels, dtype=np.int32))
 

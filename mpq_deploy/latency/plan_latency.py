@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mpq_deploy.calls.feeds import RecordedCalls
 from mpq_deploy.engine.target import Target, load_target
 from mpq_deploy.errors import ModelError, UsageError
-from mpq_deploy.formats.scheme import FP16, INT8, SCHEMES
+from mpq_deploy.formats.scheme import FP16, SCHEMES
 from mpq_deploy.latency.costs import LatencyCosts, PlanLatency
 from mpq_deploy.latency.latency_table import LatencyTable
 from mpq_deploy.latency.others import activations_of, weighed_nodes
@@ -130,7 +130,7 @@ def plan_latency_info(
         measured=measured,
         estimated=estimated,
         slower_in_int8=slower,
-        taken=tuple(name for name in slower if SCHEMES[schemes[name]].activation is INT8),
+        taken=tuple(name for name in slower if SCHEMES[schemes[name]].activation is not None),
         objective=recipe.allocate.objective,
         limit_ms=None if limit_ns is None else limit_ns / 1e6,
         int4_ms=_everything_int4(costs, exported, target),

@@ -10,17 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mpq_deploy.engine.target import Figure, Target
-from mpq_deploy.formats.scheme import BRANCH_KERNELS, INT8, Scheme
-from mpq_deploy.formats.sizes import (
-    FP16_BYTES,
-    branch_parts,
-    input_channels,
-    outlier_columns,
-    weight_bytes,
-)
+from mpq_deploy.formats.interfaces import Scheme
+from mpq_deploy.formats.sizes import FP16_BYTES
 from mpq_deploy.graph.layers import Layer
 
-INT8_BYTES = 1
 # What starting one kernel costs: between a launch inside a CUDA graph (1 to 2 us) and one on a stream (5 us and more).
 # Our choice, the same for all targets.
 LAUNCH_SECONDS = 3e-6
@@ -70,12 +63,11 @@ def layer_seconds(layer: Layer, scheme: Scheme, traffic: Traffic, rates: Rates) 
     """
     if scheme.simulated:
         raise ValueError(f"{scheme.name} is simulated: it has no latency")
-    if scheme.branch is None or scheme.branch.kind == "scale":
-        return _product_seconds(layer, scheme.body, traffic, rates) + LAUNCH_SECONDS
-    total = _joining_bytes(layer, scheme, traffic) / rates.bandwidth
-    for (part, form), moved in zip(branch_parts(layer, scheme), _part_traffic(layer, scheme, traffic), strict=True):
+    branch = scheme.branch
+    total = branch.joining_traffic(layer, traffic) / rates.bandwidth
+    for (part, form), moved in zip(scheme.parts(layer), branch.traffic(layer, traffic), strict=True):
         total += _product_seconds(part, form, moved, rates)
-    return total + LAUNCH_SECONDS * (1 + BRANCH_KERNELS[scheme.branch.kind])
+    return total + LAUNCH_SECONDS * (1 + branch.kernels - branch.input_kernels)
 
 
 def quantizer_seconds(values: int, scheme: Scheme, rates: Rates) -> float:
@@ -86,8 +78,8 @@ def quantizer_seconds(values: int, scheme: Scheme, rates: Rates) -> float:
     """
     if scheme.activation is None:
         return 0.0
-    factors = BRANCH_KERNELS["scale"] if scheme.branch and scheme.branch.kind == "scale" else 0
-    return values * (FP16_BYTES + INT8_BYTES) / rates.bandwidth + LAUNCH_SECONDS * (1 + factors)
+    moved = values * (FP16_BYTES + scheme.operand_bytes)
+    return moved / rates.bandwidth + LAUNCH_SECONDS * (1 + scheme.branch.input_kernels)
 
 
 def bytes_moved(layer: Layer, scheme: Scheme, traffic: Traffic) -> int:
@@ -95,60 +87,21 @@ def bytes_moved(layer: Layer, scheme: Scheme, traffic: Traffic) -> int:
 
     A weight that is unpacked as a whole is read packed, written, and read again.
     """
-    read = INT8_BYTES if scheme.activation is INT8 else FP16_BYTES
-    moved = weight_bytes(layer, scheme) + read * traffic.inputs + FP16_BYTES * traffic.outputs
-    return moved + 2 * unpacked_bytes(layer, scheme)
-
-
-def unpacked_bytes(layer: Layer, scheme: Scheme) -> int:
-    """Bytes of the whole weight that a call unpacks into memory; 0 where unpacking is fused into the product.
-
-    Of Conv, INT4 and INT8 weights alone become FP16 at every call; 4-bit storage with INT8 compute becomes INT8 at
-    every call, whatever the operator. INT4 and INT8 weights alone of products are fused.
-    """
-    if scheme.requantized:
-        return INT8_BYTES * layer.weights
-    alone = scheme.weight is not None and scheme.activation is None
-    return FP16_BYTES * layer.weights if alone and layer.op == "Conv" else 0
+    moved = scheme.weight_bytes(layer) + scheme.operand_bytes * traffic.inputs + FP16_BYTES * traffic.outputs
+    return moved + 2 * scheme.unpacked_bytes(layer)
 
 
 def _product_seconds(layer: Layer, scheme: Scheme, traffic: Traffic, rates: Rates) -> float:
     """The product of one part, its own launch apart: unpacking first, then computing and moving side by side."""
-    rate = rates.int8 if scheme.activation is INT8 else rates.fp16
+    rate = scheme.activation.operations_per_s(rates) if scheme.activation else rates.fp16
     operations = 2.0 * traffic.outputs / layer.out_channels * layer.weights
-    unpacked = unpacked_bytes(layer, scheme)
+    unpacked = scheme.unpacked_bytes(layer)
     read = bytes_moved(layer, scheme, traffic)
     if not unpacked:
         return max(operations / rate, read / rates.bandwidth)
-    packed = weight_bytes(layer, scheme)
+    packed = scheme.weight_bytes(layer)
     unpacking = (packed + unpacked) / rates.bandwidth + LAUNCH_SECONDS
     return unpacking + max(operations / rate, (read - packed - unpacked) / rates.bandwidth)
-
-
-def _part_traffic(layer: Layer, scheme: Scheme, traffic: Traffic) -> tuple[Traffic, ...]:
-    """What each of ``branch_parts`` reads and writes."""
-    assert scheme.branch is not None
-    positions = traffic.outputs // layer.out_channels
-    if scheme.branch.kind == "rows":
-        parts = branch_parts(layer, scheme)
-        return tuple(Traffic(traffic.inputs, positions * part.out_channels) for part, _ in parts)
-    if scheme.branch.kind == "cols":
-        return traffic, Traffic(_gathered(layer, scheme, traffic), traffic.outputs)
-    between = positions * scheme.branch.amount
-    return traffic, Traffic(traffic.inputs, between), Traffic(between, traffic.outputs)
-
-
-def _joining_bytes(layer: Layer, scheme: Scheme, traffic: Traffic) -> int:
-    """Bytes that gathering channels and joining body and branch move (the sum is fused into a product)."""
-    assert scheme.branch is not None
-    if scheme.branch.kind == "rows":
-        return 2 * FP16_BYTES * traffic.outputs
-    added = FP16_BYTES * traffic.outputs
-    return added + 2 * FP16_BYTES * _gathered(layer, scheme, traffic)
-
-
-def _gathered(layer: Layer, scheme: Scheme, traffic: Traffic) -> int:
-    return traffic.inputs * outlier_columns(layer, scheme) // (input_channels(layer) * layer.group)
 
 
 def fp16_seconds(operations: float, moved: int, rates: Rates) -> float:

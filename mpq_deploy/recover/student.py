@@ -15,9 +15,8 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from mpq_deploy.calibrate.scales import ActivationGrid
 from mpq_deploy.calibrate.stats import CalibrationStats
-from mpq_deploy.formats.branch_matrices import ScaledMatrix
+from mpq_deploy.formats.interfaces import ActivationGrid
 from mpq_deploy.graph.fp16_region import fp16_region, split_initializers
 from mpq_deploy.graph.layers import Layer, layer_graph
 from mpq_deploy.graph.load import load_model
@@ -27,7 +26,7 @@ from mpq_deploy.models.spec import Array, DenoiserSpec
 from mpq_deploy.onnx_torch.torch_graph import TorchGraph
 from mpq_deploy.recipe import RecoverSettings
 from mpq_deploy.recover.torch_quantizers import ActivationScale, halved
-from mpq_deploy.recover.trained_weights import LayerWeight, ScaledWeight, StartingWeight, layer_weight
+from mpq_deploy.recover.trained_weights import LayerWeight, StartingWeight, layer_weight
 
 Tensor = Any  # torch.Tensor; torch is not followed by mypy here
 # Constants of these nodes are biases, norms' affines and the like: stored in FP16 whatever their values are.
@@ -54,7 +53,7 @@ class Student(torch.nn.Module):  # type: ignore[misc]
         model = load_model(exported)
         self.layers = {start.layer.name: start.layer for start in starts}
         self._folds = _folds(model, starts)
-        self._folded_tensors = set(folded_activations(model, _rewrites(starts)))
+        self._folded_tensors = set(folded_activations(model, list(starts)))
         halves = split_initializers(model, fp16_region(model, spec.timestep_name, spec.sample.name))
         self.graph = TorchGraph(model)
         self.output = spec.output
@@ -66,7 +65,6 @@ class Student(torch.nn.Module):  # type: ignore[misc]
         ]
         self.weights = torch.nn.ModuleList(weights)
         self._scale_keys: list[str] = []
-        self._simulated: list[bool] = []
         self.scales = torch.nn.ModuleList(self._activation_scales(starts, stats))
         self._uses = self._layer_uses(starts)
         self._inputs = {use.node: use.input for start in starts for use in start.layer.uses}
@@ -88,10 +86,8 @@ class Student(torch.nn.Module):  # type: ignore[misc]
             for tensor in start.layer.inputs:
                 if tensor + form not in self._scale_keys:
                     found = stats.activations[tensor]
-                    grid = found.grid_for(form)
                     self._scale_keys.append(tensor + form)
-                    self._simulated.append(start.scheme.simulated)
-                    made.append(ActivationScale(grid, found.left_out(form) if form else np.empty(0)))
+                    made.append(ActivationScale(start.scheme.input_grid(found), start.scheme.branch.left_out(found)))
         return made
 
     def _layer_uses(self, starts: Sequence[StartingWeight]) -> dict[str, tuple[int, str | None]]:
@@ -178,8 +174,9 @@ class Student(torch.nn.Module):  # type: ignore[misc]
         number, key = self._uses[node]
         x = inputs[0]
         layer_weight = self.layer_weights[number]
-        if isinstance(layer_weight, ScaledWeight) and (of_float or self._inputs[node] not in self._folded_tensors):
-            x = x * _channels(layer_weight.factors, layer_weight.layer).to(x.device)
+        factors = layer_weight.factors
+        if factors is not None and (of_float or self._inputs[node] not in self._folded_tensors):
+            x = x * _channels(factors, layer_weight.layer).to(x.device)
         if key is not None:
             scale = self.scales[self._scale_keys.index(key)]
             assert isinstance(scale, ActivationScale)
@@ -216,13 +213,10 @@ class Student(torch.nn.Module):  # type: ignore[misc]
             for start, weight in zip(starts, self.layer_weights, strict=True)
         ]
 
-    def activation_scales(self) -> dict[str, float | ActivationGrid]:
-        """Return the INT8 scales to write, by tensor and activation form; of simulated quantizers the grids."""
+    def activation_scales(self) -> dict[str, ActivationGrid]:
+        """Return the activations' quantizers to write, by tensor and activation form."""
         modules = [scale for scale in self.scales if isinstance(scale, ActivationScale)]
-        return {
-            key: scale.grid() if simulated else float(scale.stored())
-            for key, simulated, scale in zip(self._scale_keys, self._simulated, modules, strict=True)
-        }
+        return {key: scale.grid() for key, scale in zip(self._scale_keys, modules, strict=True)}
 
     def learned_constants(self) -> dict[str, Array]:
         """Return the constants of the exported graph that were learned, biases and FP16 weights, float32."""
@@ -236,17 +230,13 @@ class Student(torch.nn.Module):  # type: ignore[misc]
         return found
 
 
-def _rewrites(starts: Sequence[StartingWeight]) -> list[LayerRewrite]:
-    return [LayerRewrite(start.layer, start.scheme, start.matrix) for start in starts]
-
-
 def _folds(model: ir.Model, starts: Sequence[StartingWeight]) -> dict[str, Tensor]:
     """Return by what the constants of norms are multiplied when factors are folded into them, by name."""
     values = {value.name: value for node in model.graph for value in node.outputs}
     folds = {}
-    for tensor, rewrite in folded_activations(model, _rewrites(starts)).items():
-        assert isinstance(rewrite.matrix, ScaledMatrix)
-        factors = rewrite.matrix.factors.astype(np.float32)
+    for tensor, rewrite in folded_activations(model, list(starts)).items():
+        assert rewrite.factors is not None
+        factors = rewrite.factors.astype(np.float32)
         for constant, axis in factor_constants(values[tensor], rewrite.layer):
             assert constant.const_value is not None
             shape = [1] * len(constant.const_value.shape.numpy())

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 
 from mpq_deploy.calibrate.scales import LARGEST_SCALE as LARGEST_ACTIVATION_SCALE
-from mpq_deploy.calibrate.scales import QUANT_MAX, QUANT_MIN, ActivationGrid
+from mpq_deploy.calibrate.scales import QUANT_MAX, QUANT_MIN
 from mpq_deploy.calibrate.scales import SMALLEST_SCALE as SMALLEST_ACTIVATION_SCALE
-from mpq_deploy.formats.simulated import RowGrids, SimulatedMatrix
+from mpq_deploy.formats.interfaces import ActivationGrid
 from mpq_deploy.models.spec import Array
-from mpq_deploy.rounding.quantizers import LARGEST_SCALE, SMALLEST_SCALE
+from mpq_deploy.rounding.quantizers import LARGEST_SCALE, SMALLEST_SCALE, QuantizedMatrix
+from mpq_deploy.rounding.row_grids import RowGrids, SimulatedMatrix
 
 Tensor = Any  # torch.Tensor; torch is not followed by mypy here
 LARGEST_HALF = 65504.0
@@ -121,6 +122,21 @@ class Grid(torch.nn.Module):  # type: ignore[misc]
         # In this order the integers are exact, as they are when INT8 codes are made of them at run time.
         return (codes * self.multiples[:, :, None] * self.scale()[:, :, None]).reshape(delta.shape)
 
+    @property
+    def mean_step(self) -> float:
+        """The mean of the first steps."""
+        return float(self.first.mean())
+
+    def merged(self, delta: Tensor) -> QuantizedMatrix:
+        """Return the codes and scales that the grid stands for with the latent moved by ``delta``."""
+        with torch.no_grad():
+            codes = self.codes(delta).cpu().numpy().astype(np.int8)
+        scale = self.scale.stored()
+        if self.multiples is None:
+            return QuantizedMatrix(codes, scale)
+        blocks = self.multiples.cpu().numpy() * scale.astype(np.float32)
+        return QuantizedMatrix(codes, blocks.astype(np.float16), scale[:, 0])
+
 
 class Levels(torch.nn.Module):  # type: ignore[misc]
     """A weight matrix [O, K] whose every row has levels of its own: a grid and binary residuals (``SimulatedMatrix``).
@@ -153,6 +169,11 @@ class Levels(torch.nn.Module):  # type: ignore[misc]
         some = bool(matrix.grids.residual.any())
         self.residual = LearnedScale(sizes[:, :, None], SMALLEST_SCALE, LARGEST_SCALE) if some else None
         self._limits = matrix.grids
+
+    @property
+    def mean_step(self) -> float:
+        """The mean distance between levels."""
+        return float(self.step.mean())
 
     def _places(self, delta: Tensor) -> Tensor:
         """Return each weight's level, int64 [O, K], for a latent moved by ``delta``."""

@@ -1,55 +1,121 @@
 """The weight of one layer as training sees it: a latent moved by an adapter, through the quantizer of its scheme.
 
-One class per deployed form (plain, rows, cols, scale, lowrank, FP16), one for simulated ones. Each gives the deployed
-weight in torch, and at the end the codes and scales to write.
+What that quantizer is in torch (a ``LayerTwin``) is made by the scheme's format or branch, with the
+``TwinKit``. A twin gives the deployed weight, and at the end the codes and scales to write.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from mpq_deploy.formats.branch_matrices import (
-    ColsMatrix,
-    LowRankMatrix,
-    RowsMatrix,
-    ScaledMatrix,
-    by_column,
-    columns_of,
-)
-from mpq_deploy.formats.candidates import DeployedMatrix, fold_matrix
-from mpq_deploy.formats.scheme import INT4, INT8, Precision, Scheme
-from mpq_deploy.formats.simulated import SimulatedMatrix
-from mpq_deploy.graph.layers import Layer
+from mpq_deploy.formats.candidates import fold_matrix
+from mpq_deploy.formats.interfaces import INT8, DeployedMatrix, Precision
+from mpq_deploy.graph.writers.quantize_layers import LayerRewrite
 from mpq_deploy.models.spec import Array
 from mpq_deploy.recover.adapters import Adapter
 from mpq_deploy.recover.torch_quantizers import Grid, Levels, halved
 from mpq_deploy.rounding.quantizers import QuantizedMatrix
+from mpq_deploy.rounding.row_grids import SimulatedMatrix
 
 Tensor = Any  # torch.Tensor; torch is not followed by mypy here
 
 
 @dataclass(frozen=True)
-class StartingWeight:
+class StartingWeight(LayerRewrite):
     """What a layer's training starts from: its scheme, the plan's codes (None for FP16), the float weight [O, K]."""
 
-    layer: Layer
-    scheme: Scheme
-    matrix: DeployedMatrix | None
+    matrix: Any  # of the class that the scheme's format or branch makes
     weight: Array
 
 
-class LayerWeight(torch.nn.Module):  # type: ignore[misc]
-    """Base of all forms. ``step``: the mean weight step, by which the adapter's learning rate is scaled."""
+@dataclass(frozen=True)
+class LayerTwin:
+    """The quantizer of one weight in torch.
 
-    def __init__(self, start: StartingWeight, adapter: Adapter, step: float) -> None:
+    ``parts``: its modules, parameters and buffers, by name, which the ``LayerWeight`` w takes over.
+    ``through(w, delta)``: the deployed weight [O, K] of the latent moved by ``delta`` [O, K];
+    ``deployed(w, delta)``: its codes and scales, None for FP16. ``step``: the mean weight step, by which
+    the adapter's learning rate is scaled; ``target``: what the deployed weight stands for, float [O, K].
+    """
+
+    parts: Mapping[str, Any]
+    through: Callable[[Any, Tensor], Tensor]
+    deployed: Callable[[Any, Tensor], DeployedMatrix | None]
+    step: float
+    target: Array | None = None
+
+
+@dataclass(frozen=True)
+class TwinKit:
+    """What twins are made of. ``margin`` of the latent weights: see ``Grid``."""
+
+    margin: float
+
+    twin = LayerTwin
+    cat = staticmethod(torch.cat)
+    halved = staticmethod(halved)
+
+    def grid(self, matrix: QuantizedMatrix, weight: Array, precision: Precision) -> Grid:
+        """Return the grid that starts from a deployed ``matrix`` of ``weight`` float [O, K]."""
+        limits = precision.quant_min, precision.quant_max
+        if matrix.channel_scale is None:
+            return Grid(matrix.codes, matrix.scale, weight, *limits, self.margin)
+        channel = matrix.channel_scale[:, None]
+        multiples = np.rint(matrix.scale.astype(np.float32) / channel.astype(np.float32))
+        return Grid(matrix.codes, channel, weight, *limits, self.margin, multiples)
+
+    def levels(self, matrix: SimulatedMatrix, weight: Array) -> Levels:
+        """Return the levels of each row that start from ``matrix`` of ``weight`` float [O, K]."""
+        return Levels(matrix, weight, self.margin)
+
+    def of(self, grid: Grid | Levels) -> LayerTwin:
+        """Return the twin of a weight that is ``grid`` and nothing else."""
+        through, deployed = (lambda w, delta: w.grid(delta)), (lambda w, delta: w.grid.merged(delta))
+        return LayerTwin({"grid": grid}, through, deployed, grid.mean_step)
+
+    def of_half(self, weight: Array) -> LayerTwin:
+        """Return the twin of an FP16 weight: it can make up for what others lost, at no byte more."""
+        # The spacing of FP16 numbers of the weight's size would be no learning rate; that of INT8 codes is.
+        step = float(np.abs(weight).max() / INT8.quant_max) or 1.0
+        parts = {"float_weight": self.tensor(weight)}
+        return LayerTwin(parts, lambda w, delta: halved(w.float_weight + delta), lambda w, delta: None, step)
+
+    def tensor(self, array: Array) -> Tensor:
+        """Return a float32 tensor."""
+        return torch.from_numpy(np.array(array, np.float32))
+
+    def indices(self, array: Array) -> Tensor:
+        """Return a tensor to index with."""
+        return torch.from_numpy(array.astype(np.int64))
+
+    def parameter(self, array: Array) -> Tensor:
+        """Return a parameter, which is learned."""
+        return torch.nn.Parameter(torch.from_numpy(array))
+
+    def array(self, tensor: Tensor, dtype: type[np.generic]) -> Array:
+        """Return the values of ``tensor``."""
+        return np.asarray(tensor.detach().cpu().numpy().astype(dtype))
+
+
+class LayerWeight(torch.nn.Module):  # type: ignore[misc]
+    """The trainable weight of a layer: an adapter, and the parts of its scheme's twin by their names."""
+
+    def __init__(self, start: StartingWeight, adapter: Adapter, margin: float) -> None:
         super().__init__()
-        self.layer, self.adapter, self.step = start.layer, adapter, step
-        # What the deployed weight stands for, float [O, K].
-        self.target = start.weight
+        self.layer, self.adapter, self.factors = start.layer, adapter, start.factors
+        self._twin = start.scheme.branch.twin(start, TwinKit(margin))
+        for name, part in self._twin.parts.items():
+            if isinstance(part, (torch.nn.Module, torch.nn.Parameter)):
+                setattr(self, name, part)
+            else:
+                self.register_buffer(name, part)
+        self.step, self._quantized = self._twin.step, start.scheme.quantized
+        self.target = start.weight if self._twin.target is None else self._twin.target
 
     def matrix(self) -> Tensor:
         """Return the deployed weight [O, K]."""
@@ -57,15 +123,17 @@ class LayerWeight(torch.nn.Module):  # type: ignore[misc]
 
     def through(self, delta: Tensor) -> Tensor:
         """Return the deployed weight [O, K] of the latent moved by ``delta`` [O, K]."""
-        raise NotImplementedError
+        return self._twin.through(self, delta)
 
     def deployed(self) -> DeployedMatrix | None:
         """Return the codes and scales to write; None for FP16."""
-        raise NotImplementedError
+        return self._twin.deployed(self, self.adapter())
 
     def constants(self) -> dict[str, Array]:
         """Return what replaces constants of the exported graph: the weight of an FP16 layer."""
-        return {}
+        if self._quantized:
+            return {}
+        return {self.layer.weight: fold_matrix(self.layer, self.matrix().detach().cpu().numpy())}
 
     def forward(self) -> Tensor:
         """Return the deployed weight in its shape in the file."""
@@ -76,213 +144,7 @@ class LayerWeight(torch.nn.Module):  # type: ignore[misc]
         return (matrix if self.layer.out_axis == 0 else matrix.T).reshape(self.layer.weight_shape)
 
 
-class PlainWeight(LayerWeight):
-    """Integers and scales, nothing beside them."""
-
-    def __init__(self, start: StartingWeight, adapter: Adapter, margin: float) -> None:
-        assert isinstance(start.matrix, QuantizedMatrix)
-        grid = grid_of(start.matrix, start.weight, start.scheme.weight, margin)
-        super().__init__(start, adapter, mean_step(grid))
-        self.grid = grid
-
-    def through(self, delta: Tensor) -> Tensor:
-        """See the base."""
-        return self.grid(delta)
-
-    def deployed(self) -> QuantizedMatrix:
-        """See the base."""
-        return merged(self.grid, self.adapter())
-
-
-class RowsWeight(LayerWeight):
-    """An INT4 body, and INT8 for the promoted output channels."""
-
-    def __init__(self, start: StartingWeight, adapter: Adapter, margin: float) -> None:
-        assert isinstance(start.matrix, RowsMatrix)
-        rows = start.matrix.rows
-        others = np.setdiff1d(np.arange(start.layer.out_channels), rows)
-        body = grid_of(start.matrix.body, start.weight[others], start.scheme.body.weight, margin)
-        super().__init__(start, adapter, mean_step(body))
-        self.body = body
-        self.promoted = grid_of(start.matrix.promoted, start.weight[rows], INT8, margin)
-        self._start = start.matrix
-        self.register_buffer("others", torch.from_numpy(others.astype(np.int64)))
-        self.register_buffer("rows", torch.from_numpy(rows.astype(np.int64)))
-        self.register_buffer("order", torch.from_numpy(start.matrix.order.astype(np.int64)))
-
-    def through(self, delta: Tensor) -> Tensor:
-        """See the base."""
-        parts = [self.body(delta[self.others]), self.promoted(delta[self.rows])]
-        return torch.cat(parts)[self.order]
-
-    def deployed(self) -> RowsMatrix:
-        """See the base."""
-        delta, start = self.adapter(), self._start
-        body = _with_rows(start.every_body, self.others.cpu().numpy(), merged(self.body, delta[self.others]))
-        promoted = _with_rows(start.every_int8, start.rows, merged(self.promoted, delta[self.rows]))
-        return RowsMatrix(body, promoted, start.rows)
-
-
-class ColsWeight(LayerWeight):
-    """A body, and FP16 columns for the outlier input channels."""
-
-    def __init__(self, start: StartingWeight, adapter: Adapter, margin: float) -> None:
-        assert isinstance(start.matrix, ColsMatrix)
-        grid = grid_of(start.matrix.body, start.weight, start.scheme.body.weight, margin)
-        super().__init__(start, adapter, mean_step(grid))
-        taps = start.matrix.weight.shape[1] // len(start.matrix.columns)
-        columns = columns_of(start.matrix.columns, taps).astype(np.int64)
-        self.grid, self._channels = grid, start.matrix.columns
-        self.register_buffer("columns", torch.from_numpy(columns))
-        self.register_buffer("outliers", torch.from_numpy(start.weight[:, columns]))
-
-    def through(self, delta: Tensor) -> Tensor:
-        """See the base."""
-        return self.grid(delta).index_copy(1, self.columns, halved(self.outliers + delta[:, self.columns]))
-
-    def deployed(self) -> ColsMatrix:
-        """See the base."""
-        delta = self.adapter()
-        body = merged(self.grid, delta)
-        columns = self.columns.cpu().numpy()
-        body.codes[:, columns] = 0
-        outliers = halved(self.outliers + delta[:, self.columns]).detach().cpu().numpy()
-        return ColsMatrix(body, outliers.astype(np.float16), self._channels)
-
-
-class ScaledWeight(LayerWeight):
-    """A weight divided by the factors of its input's channels: latent and adapter live on that side of them."""
-
-    def __init__(self, start: StartingWeight, adapter: Adapter, margin: float) -> None:
-        assert isinstance(start.matrix, ScaledMatrix)
-        divided = start.weight / by_column(start.matrix.factors, start.weight.shape[1] // len(start.matrix.factors))
-        grid = grid_of(start.matrix.body, divided, start.scheme.body.weight, margin)
-        super().__init__(start, adapter, mean_step(grid))
-        self.grid, self.factors, self.target = grid, start.matrix.factors, divided
-
-    def through(self, delta: Tensor) -> Tensor:
-        """See the base."""
-        return self.grid(delta)
-
-    def deployed(self) -> ScaledMatrix:
-        """See the base."""
-        return ScaledMatrix(merged(self.grid, self.adapter()), self.factors)
-
-
-class LowRankWeight(LayerWeight):
-    """An INT4 body beside two FP16 factors, which learn as they are."""
-
-    def __init__(self, start: StartingWeight, adapter: Adapter, margin: float) -> None:
-        assert isinstance(start.matrix, LowRankMatrix)
-        factors = start.matrix.up.astype(np.float32), start.matrix.down.astype(np.float32)
-        rest = start.weight - factors[0] @ factors[1]
-        grid = grid_of(start.matrix.body, rest, start.scheme.body.weight, margin)
-        super().__init__(start, adapter, mean_step(grid))
-        self.grid = grid
-        self.up, self.down = (torch.nn.Parameter(torch.from_numpy(factor)) for factor in factors)
-
-    def through(self, delta: Tensor) -> Tensor:
-        """See the base."""
-        return self.grid(delta) + halved(self.up) @ halved(self.down)
-
-    def deployed(self) -> LowRankMatrix:
-        """See the base."""
-        up, down = (halved(f).detach().cpu().numpy().astype(np.float16) for f in (self.up, self.down))
-        return LowRankMatrix(merged(self.grid, self.adapter()), down, up)
-
-
-class SimulatedWeight(LayerWeight):
-    """A weight that no engine can hold: each output channel has its own levels."""
-
-    def __init__(self, start: StartingWeight, adapter: Adapter, margin: float) -> None:
-        assert isinstance(start.matrix, SimulatedMatrix)
-        levels = Levels(start.matrix, start.weight, margin)
-        super().__init__(start, adapter, float(levels.step.mean()))
-        self.levels = levels
-
-    def through(self, delta: Tensor) -> Tensor:
-        """See the base."""
-        return self.levels(delta)
-
-    def deployed(self) -> SimulatedMatrix:
-        """See the base."""
-        return self.levels.merged(self.adapter())
-
-
-class HalfWeight(LayerWeight):
-    """An FP16 layer: it can make up for what others lost, at no byte more."""
-
-    def __init__(self, start: StartingWeight, adapter: Adapter) -> None:
-        # The spacing of FP16 numbers of the weight's size would be no learning rate; that of INT8 codes is.
-        super().__init__(start, adapter, float(np.abs(start.weight).max() / INT8.quant_max) or 1.0)
-        self.register_buffer("float_weight", torch.from_numpy(np.array(start.weight, np.float32)))
-
-    def through(self, delta: Tensor) -> Tensor:
-        """See the base."""
-        return halved(self.float_weight + delta)
-
-    def deployed(self) -> None:
-        """See the base."""
-
-    def constants(self) -> dict[str, Array]:
-        """See the base."""
-        return {self.layer.weight: fold_matrix(self.layer, self.matrix().detach().cpu().numpy())}
-
-
 def layer_weight(start: StartingWeight, rank: int, margin: float, rng: np.random.Generator) -> LayerWeight:
     """Make the trainable weight of a layer: the form that its plan deploys."""
     rows, columns = start.weight.shape
-    adapter = Adapter(rows, columns, rank, rng)
-    if start.matrix is None:
-        return HalfWeight(start, adapter)
-    forms: dict[type, type[LayerWeight]] = {
-        QuantizedMatrix: PlainWeight,
-        RowsMatrix: RowsWeight,
-        ColsMatrix: ColsWeight,
-        LowRankMatrix: LowRankWeight,
-        ScaledMatrix: ScaledWeight,
-        SimulatedMatrix: SimulatedWeight,
-    }
-    return forms[type(start.matrix)](start, adapter, margin)
-
-
-def grid_of(matrix: QuantizedMatrix, weight: Array, precision: Precision | None, margin: float) -> Grid:
-    """Make the grid that starts from a deployed ``matrix`` of ``weight`` float [O, K]."""
-    precision = precision or INT4
-    limits = precision.quant_min, precision.quant_max
-    if matrix.channel_scale is None:
-        return Grid(matrix.codes, matrix.scale, weight, *limits, margin)
-    channel = matrix.channel_scale[:, None]
-    multiples = np.rint(matrix.scale.astype(np.float32) / channel.astype(np.float32))
-    return Grid(matrix.codes, channel, weight, *limits, margin, multiples)
-
-
-def merged(grid: Grid, delta: Tensor) -> QuantizedMatrix:
-    """Return the codes and scales that a grid stands for with the latent moved by ``delta``."""
-    with torch.no_grad():
-        codes = grid.codes(delta).cpu().numpy().astype(np.int8)
-    scale = grid.scale.stored()
-    if grid.multiples is None:
-        return QuantizedMatrix(codes, scale)
-    blocks = grid.multiples.cpu().numpy() * scale.astype(np.float32)
-    return QuantizedMatrix(codes, blocks.astype(np.float16), scale[:, 0])
-
-
-def mean_step(grid: Grid) -> float:
-    """Return the mean of a grid's first steps."""
-    return float(grid.first.mean())
-
-
-def _with_rows(whole: QuantizedMatrix, rows: Array, part: QuantizedMatrix) -> QuantizedMatrix:
-    """Return ``whole`` with its ``rows`` replaced by those of ``part``."""
-
-    def replaced(old: Array | None, new: Array | None) -> Array | None:
-        if old is None or new is None:
-            return None
-        copy: Array = old.copy()
-        copy[rows] = new
-        return copy
-
-    codes, scale = replaced(whole.codes, part.codes), replaced(whole.scale, part.scale)
-    assert codes is not None and scale is not None
-    return QuantizedMatrix(codes, scale, replaced(whole.channel_scale, part.channel_scale))
+    return LayerWeight(start, Adapter(rows, columns, rank, rng), margin)

@@ -94,7 +94,7 @@ def correlation_chart(result: AuditResult) -> Markup | None:
 def scatter_chart(result: AuditResult) -> Markup | None:
     """Draw each metric's losses over the true ones, a panel per metric, both axes logarithmic."""
     rows = [row for row in result.metrics if row.pooled is not None]
-    true = [loss[TRUTH] for loss in result.losses if loss[TRUTH] > 0 and SCHEMES[loss["scheme"]].weight is not None]
+    true = [loss[TRUTH] for loss in result.losses if loss[TRUTH] > 0 and SCHEMES[loss["scheme"]].quantized]
     if not rows or not true:
         return None
     lines = -(-len(rows) // COLUMNS)
@@ -114,7 +114,7 @@ def _panel(result: AuditResult, row: MetricResult, true: Sequence[float], left: 
     points: dict[str, list[tuple[float, float]]] = {}
     for loss in result.losses:
         found = loss.get(row.key)
-        if found and loss[TRUTH] > 0 and SCHEMES[loss["scheme"]].weight is not None:
+        if found and loss[TRUTH] > 0 and SCHEMES[loss["scheme"]].quantized:
             points.setdefault(SCHEMES[loss["scheme"]].family, []).append((loss[TRUTH], found))
     values = [found for family in points.values() for _, found in family] or [1.0]
     across = log_ticks(true)
@@ -196,7 +196,7 @@ def _said(point: PlanPoint, psnr: bool) -> str:
 
 
 def _families(result: AuditResult) -> list[str]:
-    used = {SCHEMES[loss["scheme"]].family for loss in result.losses if SCHEMES[loss["scheme"]].weight is not None}
+    used = {SCHEMES[loss["scheme"]].family for loss in result.losses if SCHEMES[loss["scheme"]].quantized}
     return [family for family in dict.fromkeys(s.family for s in SCHEMES.values()) if family in used]
 
 

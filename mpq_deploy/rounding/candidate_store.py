@@ -122,7 +122,7 @@ def with_rows(folder: Path, graph: LayerGraph) -> StoredCandidates:
     layers = [
         layer
         for number, layer in enumerate(graph.layers)
-        if any(s.branch and s.branch.kind == "rows" for s in load_choices(candidate_file(folder, number)).schemes)
+        if any(s.branch.promotes for s in load_choices(candidate_file(folder, number)).schemes)
     ]
     return StoredCandidates(folder, graph, {}, tuple(layers))
 

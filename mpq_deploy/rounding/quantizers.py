@@ -6,14 +6,16 @@ FP16, so every scale here is rounded to FP16 before codes are computed; what is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpq_deploy.formats.scheme import INT4, INT8
-from mpq_deploy.models.spec import Array
+from mpq_deploy.formats.interfaces import INT4, INT8
+
+if TYPE_CHECKING:
+    from mpq_deploy.models.spec import Array
 
 # Smallest scale that is written: the smallest normal FP16 number over 8, so that at least 7 bits of the scale
 # remain. A channel with smaller weights than 127 times this is a channel of zeros for any FP16 network.
@@ -32,6 +34,15 @@ SAFE_DAMPING = 0.01
 # Columns that are refined together, at least: fewer products of more rows each (measured). Their codes are moved in
 # smaller parts, whose slopes stay in the cache.
 REFINED_TOGETHER, CODES_TOGETHER = 128, 64
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """``gptq`` (False: to the nearest, by the moments' diagonals), its ``damping``, rounds of refinement after it."""
+
+    gptq: bool
+    damping: float
+    refinements: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,28 @@ class QuantizedMatrix:
             return scale
         channel = self.channel_scale.astype(np.float32)[:, None]
         return np.asarray(np.rint(scale / channel) * channel, np.float32)
+
+    def arrays(self) -> dict[str, Array]:
+        """Return what is stored of it."""
+        channel = {} if self.channel_scale is None else {"channel_scale": self.channel_scale}
+        return {"codes": self.codes, "scale": self.scale, **channel}
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, Array]) -> QuantizedMatrix:
+        """Read what ``arrays`` gave."""
+        return cls(arrays["codes"], arrays["scale"], arrays.get("channel_scale"))
+
+    def take(self, rows: Array) -> QuantizedMatrix:
+        """Return some of the output channels."""
+        channel = None if self.channel_scale is None else self.channel_scale[rows]
+        return QuantizedMatrix(self.codes[rows], self.scale[rows], channel)
+
+    def with_rows(self, rows: Array, part: QuantizedMatrix) -> QuantizedMatrix:
+        """Return the matrix with its output channels ``rows`` replaced by those of ``part``."""
+        arrays = {name: array.copy() for name, array in self.arrays().items()}
+        for name, array in part.arrays().items():
+            arrays[name][rows] = array
+        return QuantizedMatrix.of(arrays)
 
 
 def round_scale(scale: Array) -> Array:
@@ -266,7 +299,7 @@ def gptq_codes(weight: Array, grids: list[Grid], hessian: Array, damping: float)
 
 
 # (column, wanted values of all rows [R]) -> the values that they get.
-Nearest = Callable[[int, Array], Array]
+Nearest = Callable[[int, "Array"], "Array"]
 
 
 def compensate(remaining: Array, factor: Array, pivots: Array, nearest: Nearest, chunk: int = 128) -> Array:
@@ -298,7 +331,7 @@ def seen_error(errors: Array, factor: Array, pivots: Array, chunk: int = 512) ->
     return error
 
 
-Rounded = tuple[Array, Array]
+Rounded = tuple["Array", "Array"]
 
 
 def refine_rounding(

@@ -22,13 +22,14 @@ from mpq_deploy.formats.candidates import (
     save_candidates,
     weight_matrix,
 )
+from mpq_deploy.formats.layer_rounding import InputMoments
 from mpq_deploy.formats.scheme import Scheme
 from mpq_deploy.graph.layers import Layer
-from mpq_deploy.graph.writers.branches import bias_refusal
-from mpq_deploy.graph.writers.quantize_layers import weight_array
+from mpq_deploy.graph.writers.quantize_layers import bias_refusal, weight_array
 from mpq_deploy.models.spec import Array
 from mpq_deploy.rounding.candidate_store import CONTROLS, candidate_file, control_scheme, wanted_schemes
 from mpq_deploy.rounding.hessian import Hessian, HessianOptions, iterate_hessians
+from mpq_deploy.rounding.quantizers import Rounding
 from mpq_deploy.run.view import Exported
 from mpq_deploy.system.mapped import drop_pages
 
@@ -72,16 +73,16 @@ class Rounder:
                 layer,
                 choices_for(layer, wanted_schemes(self.recipe), self._refusal),
                 weight_matrix(layer, weight_array(graph.model, layer)),
-                moments.blocks,
-                widths=moments.widths,
-                gptq=section.rounding == "gptq",
-                damping=section.damping,
-                refinements=section.refinements,
+                InputMoments(
+                    moments.blocks,
+                    moments.widths,
+                    outliers=activations.outliers,
+                    factors=activations.factors[0],
+                    amax=_column_amax(layer, self.stats) if layer.group == 1 else None,
+                ),
+                Rounding(section.rounding == "gptq", section.damping, section.refinements),
                 # The controls are what they say whatever the recipe allows the plan.
-                outliers=activations.outliers,
-                factors=activations.factors[0],
-                input_amax=_column_amax(layer, self.stats) if layer.group == 1 else None,
-                also=tuple(s for names in CONTROLS.values() if (s := control_scheme(layer, names, self.target)).weight),
+                also=tuple(control_scheme(layer, names, self.target) for names in CONTROLS.values()),
             )
         path = candidate_file(folder, self.numbers[layer.name])
         save_candidates(candidates, path)

@@ -32,7 +32,7 @@ def check_recipe(recipe: Recipe) -> None:
 
 def _check_schemes(recipe: Recipe, target: Target) -> None:
     """Refuse a simulated scheme where bytes are real, and schemes of which the target takes none at all."""
-    asked = [scheme for scheme in wanted_schemes(recipe) if scheme.weight is not None]
+    asked = [scheme for scheme in wanted_schemes(recipe) if scheme.quantized]
     taken = [s for s in asked if any(s.family in families for families in target.schemes.values())]
     wrong = next((s for s in asked if s not in taken and (s.simulated or target.simulated or not taken)), None)
     if wrong is not None:

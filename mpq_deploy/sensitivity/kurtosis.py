@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from mpq_deploy.calibrate.stats import CalibrationStats
-from mpq_deploy.formats.branch_matrices import row_kurtosis
+from mpq_deploy.formats.simulated import row_kurtosis
 from mpq_deploy.formats.sizes import input_channels
 from mpq_deploy.graph.layers import Layer
 from mpq_deploy.models.spec import Array

@@ -143,7 +143,7 @@ def _promotions(candidate: CandidateWeights) -> tuple[Promotion, ...]:
     """Group the ``rows`` schemes by their body: a larger branch promotes the channels of the smaller ones, and more."""
     by_body: dict[str, list[Scheme]] = {}
     for scheme in candidate.schemes:
-        if _promotes(scheme):
+        if scheme.branch.promotes:
             by_body.setdefault(scheme.body.name, []).append(scheme)
     found = []
     for body, schemes in by_body.items():
@@ -160,16 +160,14 @@ def _promotions(candidate: CandidateWeights) -> tuple[Promotion, ...]:
     return tuple(found)
 
 
-def _promotes(scheme: Scheme) -> bool:
-    return scheme.branch is not None and scheme.branch.kind == "rows"
-
-
 def _weights_only(candidate: CandidateWeights) -> list[Scheme]:
-    return [s for s in candidate.schemes if s.activation is None and not _promotes(s)]
+    return [s for s in candidate.schemes if s.activation is None and not s.branch.promotes]
 
 
 def _rounding_all(candidate: CandidateWeights) -> list[Scheme]:
-    return [s for s in candidate.schemes if s.activation is not None and not s.activation_form and not _promotes(s)]
+    return [
+        s for s in candidate.schemes if s.activation is not None and not s.activation_form and not s.branch.promotes
+    ]
 
 
 class Stack(Protocol):
@@ -259,17 +257,18 @@ def input_roundings(stats: CalibrationStats, use: LayerUse, schemes: Iterable[Sc
 
     Raises ModelError when it was not calibrated.
     """
-    forms = dict.fromkeys(s.activation_form for s in schemes if s.activation is not None)
+    forms = {s.activation_form: s for s in schemes if s.activation is not None}
     if not forms:
         return {}
     found = _statistics(stats, use)
-    return {form: _rounding(found, form) for form in forms}
+    return {form: _rounding(found, scheme) for form, scheme in forms.items()}
 
 
-def _rounding(found: ActivationStats, form: str) -> InputRounding:
-    grid = found.grid_for(form)
-    factors = found.factors_for(form)
-    return InputRounding(grid.scale, found.left_out(form), factors, grid.quant_min, grid.quant_max)
+def _rounding(found: ActivationStats, scheme: Scheme) -> InputRounding:
+    grid = scheme.input_grid(found)
+    return InputRounding(
+        grid.scale, scheme.branch.left_out(found), scheme.branch.factors(found), grid.quant_min, grid.quant_max
+    )
 
 
 def _statistics(stats: CalibrationStats, use: LayerUse) -> ActivationStats:

@@ -24,7 +24,6 @@ from mpq_deploy.calls.feeds import RecordedCalls
 from mpq_deploy.calls.timesteps import adaptive_steps, sampled_steps
 from mpq_deploy.errors import UsageError
 from mpq_deploy.formats.scheme import Scheme
-from mpq_deploy.formats.sizes import input_channels, outlier_columns, promoted_rows, weight_bytes
 from mpq_deploy.graph.layers import Layer, LayerGraph
 from mpq_deploy.models.spec import Array
 from mpq_deploy.recipe import Bits, OrmSettings
@@ -154,17 +153,10 @@ def scheme_bits(layer: Layer, scheme: Scheme, bits: Bits) -> float:
     Nominal bits are the mean over the weights: INT8 rows and FP16 columns of a branch count as such; a low-rank branch
     corrects weights without widening them, and counts as nothing (our choice).
     """
-    if scheme.weight is None:
-        return float(FULL_BITS)
-    if bits == "nominal":
-        body, kind = scheme.weight.bits, scheme.branch.kind if scheme.branch else ""
-        if kind == "rows":
-            return body + (INT8_BITS - body) * promoted_rows(layer, scheme) / layer.out_channels
-        if kind == "cols":
-            return body + (FULL_BITS - body) * outlier_columns(layer, scheme) / input_channels(layer)
-        return float(body)
+    if bits == "nominal" or not scheme.quantized:
+        return scheme.branch.nominal_bits(layer, scheme.weight.bits)
     # Scales of a tiny reduction can take more than the weights: that is no more than FP16 in precision.
-    return min(8 * weight_bytes(layer, scheme) / layer.weights, float(FULL_BITS))
+    return min(8 * scheme.weight_bytes(layer) / layer.weights, float(FULL_BITS))
 
 
 def _batches(calls: Calls, options: MeasureOptions) -> list[slice]:
@@ -252,7 +244,7 @@ def activation_bits(
     "program": maximise sum c_i a_i over a_i in {8, 16} subject to sum m_i a_i <= ``activation_budget`` sum m_i,
     with m_i = ``elements`` of its inputs, over the layers that have the choice [our reading].
     """
-    free = np.array([len({s.activation is None for s in row if s.weight is not None}) == 2 for row in schemes], bool)
+    free = np.array([len({s.activation is None for s in row if s.quantized}) == 2 for row in schemes], bool)
     bits = np.zeros(len(schemes), np.int64)
     if options.activation_bits != "program":
         bits[free] = INT8_BITS if options.activation_bits == "int8" else FULL_BITS
@@ -268,4 +260,4 @@ def kept_schemes(schemes: tuple[Scheme, ...], fixed: int) -> tuple[Scheme, ...]:
     """Return the schemes whose activations are as ``fixed`` says (0: all); FP16 weights are always among them."""
     if not fixed:
         return schemes
-    return tuple(s for s in schemes if s.weight is None or (s.activation is None) == (fixed == FULL_BITS))
+    return tuple(s for s in schemes if not s.quantized or (s.activation is None) == (fixed == FULL_BITS))

@@ -123,7 +123,7 @@ def body_weights(candidates: Mapping[str, LayerCandidates]) -> Mapping[str, Arra
     """Return the INT4 body's weight of every layer that has a ``rows`` scheme, dequantized when it is asked for."""
     forms = {}
     for name, candidate in candidates.items():
-        scheme = next((s for s in candidate.schemes if s.branch and s.branch.kind == "rows"), None)
+        scheme = next((s for s in candidate.schemes if s.branch.promotes), None)
         if scheme is not None:
             forms[name] = scheme.body.weight_form
     return _Bodies(candidates, forms)

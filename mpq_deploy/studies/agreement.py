@@ -56,7 +56,7 @@ class Compared:
         found: dict[str, dict[str, float]],
     ) -> Compared:
         """Take the pairs of quantized weights that change something in truth and that the metric has a loss for."""
-        quantized = [(n, s) for n, s in pairs if SCHEMES[s].weight is not None]
+        quantized = [(n, s) for n, s in pairs if SCHEMES[s].quantized]
         kept = [(n, s) for n, s in quantized if truth[n].get(s, 0.0) > 0 and s in found.get(n, {})]
         return cls(
             tuple(n for n, _ in kept),

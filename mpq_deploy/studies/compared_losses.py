@@ -155,7 +155,7 @@ class Losses:
 
     def _changes(self, pair: Pair) -> bool:
         scheme = SCHEMES[pair[1]]
-        if scheme.weight is not None or scheme.activation is not None:
+        if scheme.quantized:
             return True
         candidate = self.candidates[pair[0]]
         return not np.array_equal(
@@ -244,7 +244,7 @@ def _table_of(result: Result, timesteps: Array) -> SensitivityTable:
 
 def bodies(candidates: Collection[LayerCandidates]) -> list[Pair]:
     """Return every (layer, scheme) without a branch: those would multiply the single layers to quantize."""
-    return [(c.layer.name, scheme.name) for c in candidates for scheme in c.schemes if scheme.branch is None]
+    return [(c.layer.name, scheme.name) for c in candidates for scheme in c.schemes if not scheme.branch]
 
 
 def sampled_pairs(pairs: Sequence[Pair], count: int, seed: int) -> list[Pair]:

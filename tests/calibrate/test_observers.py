@@ -18,6 +18,7 @@ from mpq_deploy.calibrate.observers import Observation, merge, observe
 from mpq_deploy.calibrate.setup import CalibrationOptions
 from mpq_deploy.calls.feeds import RecordedCalls
 from mpq_deploy.errors import ModelError
+from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.graph.layers import layer_graph
 from mpq_deploy.graph.load import load_model
 from mpq_deploy.system.progress import Talk
@@ -107,9 +108,10 @@ def test_a_channel_that_stretches_the_range_is_found_and_the_scale_without_it_is
     stretched.recorded.samples[:, :, [5, 9]] = 0
     rest = summarise(seen(stretched, options), {}, options).activations["sample"]
     # The zeros that now stand in the two channels cost no rounding error, so the best scale is the same.
-    assert one.scale_for("+cols1") == pytest.approx(rest.scale, rel=0.15)
-    assert one.scale_for("+cols1") < one.scale / 2
-    np.testing.assert_array_equal(one.left_out("+cols1"), [5, 9])
+    without = SCHEMES["w8a8+cols1"]
+    assert without.input_grid(one).scale == pytest.approx(rest.scale, rel=0.15)
+    assert without.input_grid(one).scale < one.scale / 2
+    np.testing.assert_array_equal(without.branch.left_out(one), [5, 9])
 
 
 def same(a: Observation, b: Observation) -> None:

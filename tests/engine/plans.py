@@ -12,8 +12,9 @@ from mpq_deploy.engine.builder import BatchProfile
 from mpq_deploy.engine.expected import ExpectedLayers
 from mpq_deploy.engine.target import load_target
 from mpq_deploy.formats.candidates import weight_matrix
+from mpq_deploy.formats.int4 import RequantizedInt4
+from mpq_deploy.formats.integers import IntegerWeight
 from mpq_deploy.formats.scheme import FP16, SCHEMES, Scheme
-from mpq_deploy.formats.sizes import block_size
 from mpq_deploy.graph.layers import Layer, layer_graph
 from mpq_deploy.graph.load import load_model
 from mpq_deploy.graph.writers.deployed_graphs import write_quantized
@@ -44,7 +45,7 @@ def write_plan(folder: Path, choose: Callable[[int, Layer], str]) -> Written:
     schemes, rewrites = {}, []
     for number, layer in enumerate(layers):
         scheme = SCHEMES[choose(number, layer)]
-        if refusal(layer, scheme) or block_size(layer, scheme) is None:
+        if refusal(layer, scheme) or scheme.weight.block(layer) is None:
             scheme = FP16
         schemes[layer.name] = scheme
         matrix = rounded(weight_matrix(layer, weight_array(model, layer)), layer, scheme)
@@ -56,17 +57,17 @@ def write_plan(folder: Path, choose: Callable[[int, Layer], str]) -> Written:
 
 def rounded(weight: np.ndarray, layer: Layer, scheme: Scheme) -> QuantizedMatrix | None:
     """Plain rounding to the nearest code: what matters here is the form, not the error."""
-    if scheme.weight is None:
+    if not isinstance(scheme.weight, IntegerWeight):
         return None
-    blocks = layer.reduction // (block_size(layer, scheme) or layer.reduction)
+    blocks = layer.reduction // (scheme.weight.block(layer) or layer.reduction)
     width = layer.reduction // blocks
     amax = np.abs(weight.reshape(layer.out_channels, blocks, width)).max(axis=2)
-    scale = np.maximum(amax / scheme.weight.quant_max, 1e-5).astype(np.float16)
+    scale = np.maximum(amax / scheme.weight.precision.quant_max, 1e-5).astype(np.float16)
     channel = None
-    if scheme.requantized:
+    if isinstance(scheme.weight, RequantizedInt4):
         channel = np.maximum(scale.max(axis=1) / 15, 1e-5).astype(np.float16)
         multiple = np.maximum(np.rint(scale / channel[:, None].astype(np.float32)), 1)
         scale = (multiple * channel[:, None]).astype(np.float16)
     codes = np.rint(weight / np.repeat(scale.astype(np.float32), width, axis=1))
-    codes = np.clip(codes, scheme.weight.quant_min, scheme.weight.quant_max).astype(np.int8)
+    codes = np.clip(codes, scheme.weight.precision.quant_min, scheme.weight.precision.quant_max).astype(np.int8)
     return QuantizedMatrix(codes, scale, channel)

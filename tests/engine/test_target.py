@@ -42,7 +42,7 @@ def test_a_scheme_that_is_not_offered_names_the_nearest(name: str) -> None:
     target = load_target(name)
     layer = matmul(64, 64)
     for scheme in SCHEMES.values():
-        if scheme.weight and scheme.family not in target.schemes["MatMul"]:
+        if scheme.quantized and scheme.family not in target.schemes["MatMul"]:
             reason, _, nearest = target.refusal(layer, scheme).rpartition("; nearest: ")
             assert reason and any(not target.refusal(layer, s) for s in schemes_named([nearest]))
 

@@ -8,25 +8,29 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from mpq_deploy.calibrate.scales import simulated_grid
+from mpq_deploy.formats.branches.omq import outlier_steps
+from mpq_deploy.formats.branches.zres import balanced_steps, with_residuals
 from mpq_deploy.formats.candidates import Choices, LayerCandidates, load_candidates, round_candidates, save_candidates
-from mpq_deploy.formats.scheme import FAMILIES, SCHEMES, SIMULATED_BITS, nearest_scheme, schemes_named
+from mpq_deploy.formats.layer_rounding import InputMoments
+from mpq_deploy.formats.scheme import FAMILIES, SCHEMES, nearest_scheme, schemes_named
 from mpq_deploy.formats.simulated import (
-    Rounding,
+    SIMULATED_BITS,
+    row_kurtosis,
+)
+from mpq_deploy.graph.layers import Layer
+from mpq_deploy.rounding.quantizers import Rounding
+from mpq_deploy.rounding.row_grids import (
     RowForm,
     SimulatedMatrix,
-    balanced_steps,
     choose_grids,
-    outlier_steps,
     plain,
     round_forms,
     round_to_grids,
     row_errors,
-    with_residuals,
 )
-from mpq_deploy.formats.sizes import weight_bytes
-from mpq_deploy.graph.layers import Layer
 
 SIMULATED = [s for s in SCHEMES.values() if s.simulated]
 LAYER = Layer("fc", "Gemm", "fc.weight", (40, 24), 0, 1, ())
@@ -53,12 +57,8 @@ def candidates_of(weight: np.ndarray, names: list[str], gptq: bool = True) -> La
         layer,
         Choices(tuple(SCHEMES[name] for name in names), {}),
         weight,
-        moments,
-        widths=(columns,) if gptq else (1,) * columns,
-        gptq=gptq,
-        damping=0.05,
-        refinements=2,
-        input_amax=np.linspace(1, 2, columns),
+        InputMoments(moments, (columns,) if gptq else (1,) * columns, amax=np.linspace(1, 2, columns)),
+        Rounding(gptq, 0.05, 2),
     )
 
 
@@ -76,7 +76,7 @@ def test_every_name_says_that_it_is_simulated() -> None:
     ("asked", "nearest"), [("w2a4-sim", "w4a8"), ("w3a6-sim", "w4a8"), ("w4a16-sim", "w4a16"), ("w7a7-sim", "w8a8")]
 )
 def test_the_nearest_deployable_scheme(asked: str, nearest: str) -> None:
-    offered = tuple(s for s in SCHEMES.values() if s.weight and not s.simulated and not s.branch)
+    offered = tuple(s for s in SCHEMES.values() if s.quantized and not s.simulated and not s.branch)
     assert nearest_scheme(SCHEMES[asked], offered).family == nearest
 
 
@@ -205,11 +205,11 @@ def test_forms_of_residuals_stand_on_a_base_of_one_bit_less() -> None:
 
 def test_nominal_bytes_are_those_of_a_packed_form() -> None:
     layer = Layer("fc", "Gemm", "fc.weight", (40, 25), 0, 1, ())  # it has no use, so no input to count
-    assert weight_bytes(layer, SCHEMES["w3a16-sim"]) == 3 * 1000 // 8 + 40 * 3
-    assert weight_bytes(layer, SCHEMES["w3a16-sim+omq"]) == 375 + 40 * 3 + 2 * 40 // 8
-    assert weight_bytes(layer, SCHEMES["w3a16-sim+zres"]) == 375 + 40 * 3 + 3 * 40 // 8 + 2 * 40
+    assert SCHEMES["w3a16-sim"].weight_bytes(layer) == 3 * 1000 // 8 + 40 * 3
+    assert SCHEMES["w3a16-sim+omq"].weight_bytes(layer) == 375 + 40 * 3 + 2 * 40 // 8
+    assert SCHEMES["w3a16-sim+zres"].weight_bytes(layer) == 375 + 40 * 3 + 3 * 40 // 8 + 2 * 40
     odd = Layer("fc", "Gemm", "fc.weight", (3, 3), 0, 1, ())
-    assert weight_bytes(odd, SCHEMES["w5a16-sim"]) == 6 + 9
+    assert SCHEMES["w5a16-sim"].weight_bytes(odd) == 6 + 9
 
 
 def test_candidates_survive_their_file(tmp_path: Path) -> None:
@@ -237,3 +237,16 @@ def test_activation_grids_are_as_good_as_brute_force(bits: int, side: float) -> 
     scales = np.geomspace(0.01, 1.5, 150) * amax
     best = min(error(s, -below) for s in scales for below in range(0, levels + 1, max(1, levels // 16)))
     assert error(grid.scale, grid.quant_min) <= 1.1 * best
+
+
+def test_kurtosis_is_pearson_s_after_prescaling_and_dead_columns_do_no_harm() -> None:
+    rng = np.random.default_rng(2)
+    weight = rng.standard_t(3, (10, 40)).astype(np.float32)
+    amax = rng.uniform(0.1, 5, 40)
+    weight[:, 3] = 0
+    amax[5] = 0
+    delta = np.sqrt(np.abs(weight).max(0) / np.where(amax > 0, amax, 1))
+    delta[[3, 5]] = 1
+    expected = stats.kurtosis(weight.astype(np.float64) / delta, axis=1, fisher=False)
+    np.testing.assert_allclose(row_kurtosis(weight, amax), expected, rtol=1e-9)
+    assert row_kurtosis(np.ones((2, 4), np.float32), np.ones(4))[0] == 0

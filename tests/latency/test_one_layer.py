@@ -14,7 +14,6 @@ import pytest
 from mpq_deploy.device.run import Run
 from mpq_deploy.engine.target import load_target
 from mpq_deploy.formats.scheme import SCHEMES
-from mpq_deploy.formats.sizes import activation_bytes, weight_bytes
 from mpq_deploy.graph.dialects import dialect_named
 from mpq_deploy.graph.layers import Layer, LayerUse
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
@@ -59,12 +58,12 @@ def test_a_layer_alone_has_its_schemes_bytes_and_shapes(make: object, scheme: st
     bias = 2 * 64 if one.layer.op == "Conv" else 0
     form = one.scheme
     # A graph input's producer is no norm: factors of channels are a constant of their own.
-    assert size == weight_bytes(one.layer, form) + activation_bytes(one.layer, form) + bias
+    assert size == form.weight_bytes(one.layer) + form.input_bytes(one.layer) + bias
     session = ort.InferenceSession(str(tmp_path / SIMULATED), providers=["CPUExecutionProvider"])
     x = np.random.default_rng(0).standard_normal(one.shape.input_shape).astype(np.float32)
     assert session.run(None, {"x": x})[0].shape == one.shape.output_shape
     nodes = {node.op_type for node in onnx.load(tmp_path / SIMULATED).graph.node}
-    assert ("QuantizeLinear" in nodes) == (form.activation is not None or form.requantized)
+    assert ("QuantizeLinear" in nodes) == (form.activation is not None)
 
 
 @pytest.mark.rtx

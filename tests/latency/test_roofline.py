@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from mpq_deploy.engine.target import load_target
 from mpq_deploy.formats.scheme import SCHEMES
-from mpq_deploy.formats.sizes import block_size
 from mpq_deploy.graph.layers import Layer, LayerUse
 from mpq_deploy.latency.roofline import (
     LAUNCH_SECONDS,
@@ -19,7 +18,6 @@ from mpq_deploy.latency.roofline import (
     bytes_moved,
     layer_seconds,
     quantizer_seconds,
-    unpacked_bytes,
 )
 
 RATES = Rates("a device", 100e9, 10e12, 20e12)
@@ -36,7 +34,7 @@ def matmul(k: int = 512, n: int = 512) -> Layer:
 
 
 def fitting(layer: Layer) -> tuple[str, ...]:
-    return tuple(s.name for s in DEPLOYABLE if s.weight is None or block_size(layer, s.body))
+    return tuple(s.name for s in DEPLOYABLE if s.body.weight.block(layer))
 
 
 @pytest.mark.parametrize("layer", [conv(), matmul()], ids=["conv", "matmul"])
@@ -75,14 +73,14 @@ def test_a_product_that_computes_more_than_it_moves_takes_as_long_as_its_operati
 def test_int4_of_a_convolution_saves_memory_and_moves_more_bytes_than_fp16() -> None:
     layer, traffic = conv(), Traffic(64, 64)
     # Per weight: half a byte and a sixty-fourth of a scale read, 2 written, 2 read; FP16 reads 2.
-    assert unpacked_bytes(layer, SCHEMES["w4a16-b64"]) == 2 * layer.weights
-    assert unpacked_bytes(layer, SCHEMES["w4a8-b64"]) == layer.weights
+    assert SCHEMES["w4a16-b64"].unpacked_bytes(layer) == 2 * layer.weights
+    assert SCHEMES["w4a8-b64"].unpacked_bytes(layer) == layer.weights
     assert bytes_moved(layer, SCHEMES["w4a16-b64"], traffic) > 2.2 * bytes_moved(layer, SCHEMES["fp16"], traffic)
     assert bytes_moved(layer, SCHEMES["w8a8"], traffic) < 0.6 * bytes_moved(layer, SCHEMES["fp16"], traffic)
 
 
 def test_int4_of_a_product_is_unpacked_in_its_kernel() -> None:
-    assert unpacked_bytes(matmul(), SCHEMES["w4a16-b64"]) == unpacked_bytes(matmul(), SCHEMES["w8a16"]) == 0
+    assert SCHEMES["w4a16-b64"].unpacked_bytes(matmul()) == SCHEMES["w8a16"].unpacked_bytes(matmul()) == 0
     small = Traffic(512, 512)
     int4, fp16 = (layer_seconds(matmul(), SCHEMES[s], small, RATES) for s in ("w4a16-b64", "fp16"))
     assert int4 < fp16

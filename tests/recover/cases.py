@@ -16,16 +16,17 @@ from mpq_deploy.formats.candidates import (
     weight_matrix,
     with_promoted_rows,
 )
+from mpq_deploy.formats.layer_rounding import InputMoments
 from mpq_deploy.formats.scheme import SCHEMES, Scheme
 from mpq_deploy.formats.sizes import input_channels
 from mpq_deploy.graph.layers import Layer, layer_graph
 from mpq_deploy.graph.load import load_model
-from mpq_deploy.graph.writers.branches import bias_refusal
-from mpq_deploy.graph.writers.quantize_layers import weight_array
+from mpq_deploy.graph.writers.quantize_layers import bias_refusal, weight_array
 from mpq_deploy.models.spec import DenoiserSpec, InputSpec
 from mpq_deploy.recover.recover import RecoverTask
 from mpq_deploy.recover.trained_weights import StartingWeight
 from mpq_deploy.recover.training_trajectories import TrajectoryRecorder
+from mpq_deploy.rounding.quantizers import Rounding
 from tests.graphs import GraphBuilder, denoiser_graph
 from tests.tiny_models import tiny_scheduler
 
@@ -81,7 +82,7 @@ def normed_denoiser() -> GraphBuilder:
 
 def _matches(scheme: Scheme, wanted: str) -> bool:
     family, _, branch = wanted.partition("+")
-    return scheme.series == family and (scheme.branch.suffix if scheme.branch else "") == (branch and f"+{branch}")
+    return scheme.series == family and scheme.branch.suffix == (branch and f"+{branch}")
 
 
 def make_case(folder: Path, graph: GraphBuilder | None = None, **spec: Any) -> Case:
@@ -102,14 +103,14 @@ def make_case(folder: Path, graph: GraphBuilder | None = None, **spec: Any) -> C
             layer,
             choices_for(layer, wanted, refusal),
             weight_matrix(layer, weight_array(layers.model, layer)),
-            moments,
-            widths=(layer.reduction,),
-            gptq=True,
-            damping=0.01,
-            refinements=1,
-            outliers=outlier_order(layer),
-            factors=factors_of(layer),
-            input_amax=np.ones(layer.reduction),
+            InputMoments(
+                moments,
+                (layer.reduction,),
+                outliers=outlier_order(layer),
+                factors=factors_of(layer),
+                amax=np.ones(layer.reduction),
+            ),
+            Rounding(gptq=True, damping=0.01, refinements=1),
         )
         candidates[layer.name] = with_promoted_rows(made, rng.permutation(layer.out_channels).astype(np.int32))
     shape = (3, 8, 8)

@@ -10,8 +10,11 @@ import onnx
 import pytest
 import torch
 
-from mpq_deploy.calibrate.scales import ActivationGrid
-from mpq_deploy.formats.branch_matrices import ColsMatrix, LowRankMatrix, RowsMatrix, ScaledMatrix
+from mpq_deploy.formats.branches.cols import ColsMatrix
+from mpq_deploy.formats.branches.lowrank import LowRankMatrix
+from mpq_deploy.formats.branches.prescaled import ScaledMatrix
+from mpq_deploy.formats.branches.rows import RowsMatrix
+from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.graph.save import constant_bytes
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED, write_quantized
 from mpq_deploy.recipe import RecoverSettings
@@ -69,12 +72,9 @@ def write_start(task: RecoverTask, folder: Path) -> Path:
     from mpq_deploy.graph.writers.quantize_layers import LayerRewrite
 
     folder.mkdir()
-    forms = ("", "+cols1", "+cols2", "+scale5")
+    rounding = {s.activation_form: s for s in SCHEMES.values() if s.activation}
     found = task.stats.activations
-    scales: dict[str, float | ActivationGrid] = {
-        n + form: a.scale_for(form) for n, a in found.items() for form in forms
-    }
-    scales |= {n + form: a.grid_for(form) for n, a in found.items() for form in ("+a4", "+a6", "+a8")}
+    scales = {n + form: s.input_grid(a) for n, a in found.items() for form, s in rounding.items()}
     rewrites = [LayerRewrite(s.layer, s.scheme, s.matrix) for s in task.starts]
     write_quantized(task.model, "timestep", "sample", rewrites, scales, folder)
     return folder

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from mpq_deploy.calibrate.scales import ActivationGrid
-from mpq_deploy.formats.simulated import RowGrids, SimulatedMatrix
+from mpq_deploy.formats.interfaces import ActivationGrid
 from mpq_deploy.recover.torch_quantizers import ActivationScale, Grid, Levels, fake_quantize, halved, rounded
+from mpq_deploy.rounding.row_grids import RowGrids, SimulatedMatrix
 
 pytestmark = pytest.mark.torch
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpq_deploy.formats.scheme import INT4, INT8
+from mpq_deploy.formats.interfaces import INT4, INT8
 from mpq_deploy.rounding import quantizers
 from mpq_deploy.rounding.quantizers import (
     Grid,

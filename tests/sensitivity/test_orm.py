@@ -15,7 +15,6 @@ from mpq_deploy.calls.feeds import RecordedCalls
 from mpq_deploy.calls.timesteps import adaptive_steps, sampled_steps, stride_shares
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.formats.scheme import SCHEMES
-from mpq_deploy.formats.sizes import weight_bytes
 from mpq_deploy.models.spec import InputSpec
 from mpq_deploy.recipe import AllocateSettings, OrmSettings
 from mpq_deploy.sensitivity.bit_program import linear_bits
@@ -159,7 +158,7 @@ def problem_of(case: Setting, table: SensitivityTable, mean_bits: float) -> Prob
         LayerChoice(
             layer.name,
             layer.inputs,
-            {name: weight_bytes(layer, SCHEMES[name]) for name in table.losses[layer.name]},
+            {name: SCHEMES[name].weight_bytes(layer) for name in table.losses[layer.name]},
             table.losses[layer.name],
         )
         for layer in case.graph.layers

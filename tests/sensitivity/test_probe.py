@@ -73,7 +73,7 @@ def local_error(case: Setting, layer: Any, node: Any, x: Any, scheme: Any, tenso
     rounded = x
     if scheme.activation is not None:
         stats = case.stats.activations[tensor]
-        grid = stats.grid_for(scheme.activation_form)
+        grid = scheme.input_grid(stats)
         factors = torch.ones(1)
         if "+scale" in scheme.name:
             factors = torch.from_numpy(stats.factors[0].astype(np.float32))

@@ -7,15 +7,12 @@ In: the exported model, the scheme and codes of every layer, the activation scal
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import prod
 from pathlib import Path
 
 import onnx_ir as ir
 
-from mpq_deploy.calibrate.scales import ActivationGrid
 from mpq_deploy.errors import ModelError
-from mpq_deploy.formats.scheme import INT4
-from mpq_deploy.formats.sizes import int4_shape
+from mpq_deploy.formats.interfaces import ActivationGrid
 from mpq_deploy.graph.dialects import Dialect
 from mpq_deploy.graph.fp16_region import fp16_region
 from mpq_deploy.graph.load import load_model
@@ -23,8 +20,8 @@ from mpq_deploy.graph.passes.fp16_arithmetic import Fp16ArithmeticPass
 from mpq_deploy.graph.passes.fp16_storage import Fp16StoragePass
 from mpq_deploy.graph.passes.lower_opset import LowerOpsetPass
 from mpq_deploy.graph.save import save_sharing
+from mpq_deploy.graph.writers.nominal_bytes import nominal_bytes
 from mpq_deploy.graph.writers.quantize_layers import LayerRewrite, quantize_layers
-from mpq_deploy.graph.writers.simulated_nodes import nominal_bytes
 from mpq_deploy.models.spec import Array
 
 DEPLOYED = "model.onnx"
@@ -73,16 +70,14 @@ def refuse_schemes(rewrites: Sequence[LayerRewrite], dialect: Dialect) -> None:
 
     Forms that are only unproven there are the target's business, which a user's own YAML may decide otherwise.
     """
-    for rewrite in rewrites:
-        layer, scheme = rewrite.layer, rewrite.scheme
-        if not dialect.tensorrt or scheme.weight is not INT4:
-            continue
-        shape = int4_shape(layer, scheme)
-        if prod(shape) % 2 or (shape[-1] % 2 and not dialect.odd_rows):
-            odd = "size" if prod(shape) % 2 else "last dimension"
+    for rewrite in rewrites if dialect.tensorrt else ():
+        (body, form), *_ = rewrite.scheme.parts(rewrite.layer)
+        reason = form.weight.dialect_refusal(body, dialect)
+        if reason:
+            stored = form.weight.engine_types[0].upper()
             raise ModelError(
-                f"{dialect.runtime} refuses the INT4 weight of '{layer.name}': its {odd} is odd.",
-                "Protect the layer (recipe: protect), or exclude INT4 for it in the target's YAML.",
+                f"{dialect.runtime} refuses the {stored} weight of '{rewrite.layer.name}': its {reason}.",
+                f"Protect the layer (recipe: protect), or exclude {stored} for it in the target's YAML.",
             )
 
 

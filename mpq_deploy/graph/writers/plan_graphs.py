@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpq_deploy.calibrate.scales import ActivationGrid
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.graph.dialects import dialect_named
 from mpq_deploy.graph.writers.deployed_graphs import write_quantized
@@ -24,13 +23,11 @@ def write_plan(run: Run, schemes: dict[str, str], folder: Path) -> int:
     for candidates in iterate_candidates(run.stage("candidates"), exported.graph):
         scheme = SCHEMES[schemes[candidates.layer.name]]
         rewrites.append(LayerRewrite(candidates.layer, scheme, candidates.forms.get(scheme.weight_form)))
-    forms = {SCHEMES[scheme].activation_form for scheme in schemes.values()} | {""}
-    wanted = {t + SCHEMES[schemes[n.name]].activation_form for n in exported.graph.layers for t in n.inputs}
-    scales: dict[str, float | ActivationGrid] = {
-        name + form: a.grid_for(form) if form.startswith("+a") else a.scale_for(form)
-        for name, a in stats.activations.items()
-        for form in forms
-        if name + form in wanted
+    scales = {
+        tensor + rewrite.scheme.activation_form: rewrite.scheme.input_grid(stats.activations[tensor])
+        for rewrite in rewrites
+        if rewrite.scheme.activation
+        for tensor in rewrite.layer.inputs
     }
     spec = exported.spec
     dialect = dialect_named(run.target.dialect)

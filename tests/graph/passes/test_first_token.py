@@ -15,12 +15,14 @@ from mpq_deploy.calibrate.stats import CalibrationSet
 from mpq_deploy.calls.feeds import RecordedCalls
 from mpq_deploy.errors import UsageError
 from mpq_deploy.formats.candidates import choices_for, round_candidates, weight_matrix
+from mpq_deploy.formats.layer_rounding import InputMoments
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.graph.layers import layer_graph
 from mpq_deploy.graph.passes.first_token import SAME_TOKEN, FirstTokenPass, common_first_token, projections
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED, fp16_bytes, write_quantized
 from mpq_deploy.graph.writers.quantize_layers import LayerRewrite, weight_array
 from mpq_deploy.models.spec import DenoiserSpec, InputSpec
+from mpq_deploy.rounding.quantizers import Rounding
 from mpq_deploy.runtime.ort import session_options
 from mpq_deploy.system.progress import Talk
 from tests.graphs import GraphBuilder
@@ -127,8 +129,8 @@ def int8_error(folder: Path, first: float, apart: bool) -> float:
         scheme = SCHEMES["w8a8" if layer.name in PROJECTIONS else "fp16"]
         weight = weight_matrix(layer, weight_array(graph.model, layer))
         choices = choices_for(layer, (SCHEMES["w8a8"], SCHEMES["fp16"]), lambda *_: "")
-        ones = {"moments": np.ones((layer.reduction, 1, 1)), "widths": (1,) * layer.reduction}
-        rounded = round_candidates(layer, choices, weight, **ones, gptq=False, damping=0.01)
+        ones = InputMoments(np.ones((layer.reduction, 1, 1)), (1,) * layer.reduction)
+        rounded = round_candidates(layer, choices, weight, ones, Rounding(gptq=False, damping=0.01))
         rewrites.append(LayerRewrite(layer, scheme, rounded.forms.get(scheme.weight_form)))
         scales.update({tensor: observed(path, tensor, text) / 127 for tensor in layer.inputs})
     write_quantized(path, "", "sample", rewrites, scales, folder / "out")

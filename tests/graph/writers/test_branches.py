@@ -14,6 +14,7 @@ from mpq_deploy.allocate.problem import LayerChoice, Problem
 from mpq_deploy.engine.builder import BatchProfile, build_engine
 from mpq_deploy.engine.expected import ExpectedLayers
 from mpq_deploy.engine.target import load_target
+from mpq_deploy.formats.branches.cols import Cols
 from mpq_deploy.formats.candidates import (
     LayerCandidates,
     choices_for,
@@ -22,13 +23,14 @@ from mpq_deploy.formats.candidates import (
     weight_matrix,
     with_promoted_rows,
 )
+from mpq_deploy.formats.layer_rounding import InputMoments
 from mpq_deploy.formats.scheme import SCHEMES, Scheme
-from mpq_deploy.formats.sizes import FP16_BYTES, activation_bytes, input_channels, outlier_columns, weight_bytes
+from mpq_deploy.formats.sizes import FP16_BYTES, input_channels
 from mpq_deploy.graph.layers import Layer, LayerGraph, layer_graph
-from mpq_deploy.graph.writers.branches import bias_refusal
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED, fp16_bytes, write_quantized
 from mpq_deploy.graph.writers.prescale import foldable_inputs
-from mpq_deploy.graph.writers.quantize_layers import LayerRewrite, weight_array
+from mpq_deploy.graph.writers.quantize_layers import LayerRewrite, bias_refusal, weight_array
+from mpq_deploy.rounding.quantizers import Rounding
 from mpq_deploy.runtime.ort import session_options
 from mpq_deploy.system.progress import Talk
 from tests.graphs import GraphBuilder
@@ -76,12 +78,13 @@ def candidates_of(graph: LayerGraph) -> dict[str, LayerCandidates]:
             layer,
             choices_for(layer, tuple(s for s in SCHEMES.values() if not s.simulated), refusal),
             weight_matrix(layer, weight_array(graph.model, layer)),
-            np.eye(layer.reduction, dtype=np.float32)[None],
-            widths=(layer.reduction,),
-            gptq=True,
-            damping=0.01,
-            outliers=outlier_order(layer),
-            factors=factors_of(layer),
+            InputMoments(
+                np.eye(layer.reduction, dtype=np.float32)[None],
+                (layer.reduction,),
+                outliers=outlier_order(layer),
+                factors=factors_of(layer),
+            ),
+            Rounding(gptq=True, damping=0.01),
         )
         found[layer.name] = with_promoted_rows(made, rng.permutation(layer.out_channels).astype(np.int32))
     return found
@@ -152,12 +155,13 @@ def rounded_input(model: onnx.ModelProto, node: onnx.NodeProto, layer: Layer, sc
     """Div, Round, Clip, Mul in float, and Where for the channels that stay as they are."""
     x, name = node.input[0], node.name
     step = np.float16(dict(without()).get(scheme.activation_form, SCALE)).astype(np.float32)
-    if scheme.branch and scheme.branch.kind == "scale":
+    if scheme.branch.rescales:
         # Rounding x f in steps of s is rounding x in steps of s / f.
         factors = factors_of(layer).astype(np.float32)
         step = step / factors.reshape(1, -1, 1, 1) if layer.op == "Conv" else step / factors
     kept = np.zeros(input_channels(layer), bool)
-    kept[outlier_order(layer)[: outlier_columns(layer, scheme)]] = True
+    taken = scheme.branch.columns(layer) if isinstance(scheme.branch, Cols) else 0
+    kept[outlier_order(layer)[:taken]] = True
     mask = kept.reshape(1, -1, 1, 1) if layer.op == "Conv" else kept
     constants = {"step": step, "low": np.float32(-128), "high": np.float32(127), "kept": mask}
     for key, value in constants.items():
@@ -192,7 +196,7 @@ def planned_bytes(model: Path, graph: LayerGraph, plan: dict[str, str]) -> int:
     choices = []
     for n in graph.layers:
         name = plan[n.name]
-        sizes = {name: weight_bytes(n, SCHEMES[name])}, {}, {name: activation_bytes(n, SCHEMES[name])}
+        sizes = {name: SCHEMES[name].weight_bytes(n)}, {}, {name: SCHEMES[name].input_bytes(n)}
         choices.append(LayerChoice(n.name, n.inputs, *sizes))
     fixed = fp16_bytes(ir.load(model), "timestep", "sample") - FP16_BYTES * sum(n.weights for n in graph.layers)
     return Problem(choices, fixed, 0, foldable_inputs(graph)).plan_bytes(plan)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +17,10 @@ from mpq_deploy.formats.candidates import (
     round_candidates,
     weight_matrix,
 )
+from mpq_deploy.formats.int4 import Int4Weight
+from mpq_deploy.formats.layer_rounding import InputMoments
 from mpq_deploy.formats.scheme import SCHEMES, Scheme
-from mpq_deploy.formats.sizes import ACTIVATION_SCALE_BYTES, FP16_BYTES, block_size, weight_bytes
+from mpq_deploy.formats.sizes import ACTIVATION_SCALE_BYTES, FP16_BYTES
 from mpq_deploy.graph.fp16_region import fp16_region
 from mpq_deploy.graph.layers import Layer, LayerGraph, layer_graph
 from mpq_deploy.graph.passes.fp16_arithmetic import Fp16ArithmeticPass
@@ -27,13 +28,14 @@ from mpq_deploy.graph.passes.fp16_storage import Fp16StoragePass
 from mpq_deploy.graph.save import constant_bytes
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED, fp16_bytes, write_quantized
 from mpq_deploy.graph.writers.quantize_layers import LayerRewrite, quantize_layers, weight_array
+from mpq_deploy.rounding.quantizers import Rounding
 from mpq_deploy.runtime.ort import session_options
 from tests.graphs import GraphBuilder, denoiser_graph
 
 
 def even(layer: Layer, scheme: Scheme) -> str:
     """The one rule of the rtx target that matters here."""
-    return "odd" if scheme.weight and scheme.weight.bits == 4 and layer.weights % 2 else ""
+    return "odd" if scheme.weight.bits == 4 and layer.weights % 2 else ""
 
 
 def candidates_for(graph: LayerGraph) -> dict[str, LayerCandidates]:
@@ -43,7 +45,9 @@ def candidates_for(graph: LayerGraph) -> dict[str, LayerCandidates]:
         weight = weight_matrix(layer, weight_array(graph.model, layer))
         moments = np.ones((layer.group * layer.reduction, 1, 1))
         widths = (1,) * layer.reduction
-        found[layer.name] = round_candidates(layer, choices, weight, moments, widths=widths, gptq=False, damping=0.01)
+        found[layer.name] = round_candidates(
+            layer, choices, weight, InputMoments(moments, widths), Rounding(gptq=False, damping=0.01)
+        )
     return found
 
 
@@ -89,7 +93,7 @@ def write(path: Path, graph: LayerGraph, schemes: dict[str, str], folder: Path) 
     written = write_quantized(path, "timestep", "sample", rewrites, scales, folder)
     fixed = fp16_bytes(ir.load(path), "timestep", "sample") - FP16_BYTES * sum(layer.weights for layer in graph.layers)
     quantized = {t for layer in graph.layers if SCHEMES[schemes[layer.name]].activation for t in layer.inputs}
-    expected = fixed + sum(weight_bytes(layer, SCHEMES[schemes[layer.name]]) for layer in graph.layers)
+    expected = fixed + sum(SCHEMES[schemes[layer.name]].weight_bytes(layer) for layer in graph.layers)
     return written, expected + ACTIVATION_SCALE_BYTES * len(quantized)
 
 
@@ -270,7 +274,7 @@ def test_what_is_no_layer_says_why(tmp_path: Path) -> None:
 )
 def test_a_block_divides_the_reduction_or_there_is_none(reduction: int, nominal: int, expected: int | None) -> None:
     layer = Layer("l", "MatMul", "layer.weight", (reduction, 8), 1, 1, ())
-    assert block_size(layer, replace(SCHEMES["w4a16-b32"], block_size=nominal)) == expected
+    assert Int4Weight(nominal).block(layer) == expected
 
 
 def test_masks_survive_fp16_and_infinities_stay(tmp_path: Path) -> None:

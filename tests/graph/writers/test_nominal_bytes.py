@@ -10,16 +10,18 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from mpq_deploy.calibrate.scales import ActivationGrid
 from mpq_deploy.errors import MpqError
 from mpq_deploy.formats.candidates import Choices, LayerCandidates, fold_matrix, round_candidates, weight_matrix
+from mpq_deploy.formats.interfaces import ActivationGrid
+from mpq_deploy.formats.layer_rounding import InputMoments
 from mpq_deploy.formats.scheme import SCHEMES, Scheme
-from mpq_deploy.formats.sizes import ACTIVATION_SCALE_BYTES, FP16_BYTES, weight_bytes
+from mpq_deploy.formats.sizes import ACTIVATION_SCALE_BYTES, FP16_BYTES
 from mpq_deploy.graph.layers import Layer, LayerGraph, layer_graph
 from mpq_deploy.graph.save import constant_bytes
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED, fp16_bytes, write_quantized
+from mpq_deploy.graph.writers.nominal_bytes import WEIGHTS_KEY, nominal_bytes
 from mpq_deploy.graph.writers.quantize_layers import LayerRewrite, weight_array
-from mpq_deploy.graph.writers.simulated_nodes import WEIGHTS_KEY, nominal_bytes
+from mpq_deploy.rounding.quantizers import Rounding
 from mpq_deploy.runtime.ort import session_options
 from tests.graphs import denoiser_graph
 
@@ -42,12 +44,12 @@ def candidates_for(graph: LayerGraph, scheme: Scheme) -> dict[str, LayerCandidat
             layer,
             Choices((taken,), {}),
             weight_matrix(layer, weight_array(graph.model, layer)),
-            np.einsum("gnk,gnj->gkj", x, x) / 100,
-            widths=(layer.reduction,),
-            gptq=True,
-            damping=0.05,
-            refinements=1,
-            input_amax=np.ones(layer.reduction) if layer.group == 1 else None,
+            InputMoments(
+                np.einsum("gnk,gnj->gkj", x, x) / 100,
+                (layer.reduction,),
+                amax=np.ones(layer.reduction) if layer.group == 1 else None,
+            ),
+            Rounding(gptq=True, damping=0.05, refinements=1),
         )
     return found
 
@@ -136,7 +138,7 @@ def test_onnxruntime_computes_what_numpy_says(model: Path, tmp_path: Path, name:
 def test_bytes_are_nominal_and_exact(model: Path, tmp_path: Path, name: str) -> None:
     graph, candidates, written = write(model, name, tmp_path / "out")
     fixed = fp16_bytes(ir.load(model), "timestep", "sample") - FP16_BYTES * sum(n.weights for n in graph.layers)
-    weights = sum(weight_bytes(layer, candidates[layer.name].schemes[0]) for layer in graph.layers)
+    weights = sum(candidates[layer.name].schemes[0].weight_bytes(layer) for layer in graph.layers)
     inputs = {tensor for layer in graph.layers for tensor in layer.inputs} if SCHEMES[name].activation else set()
     assert written == fixed + weights + ACTIVATION_SCALE_BYTES * len(inputs)
     bits = sum(SCHEMES[name].bits[0] * layer.weights for layer in graph.layers)

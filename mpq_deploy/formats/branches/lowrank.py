@@ -1,0 +1,152 @@
+"""The branch ``lowrank``: two FP16 factors take the largest part of what the INT4 body's rounding destroys.
+
+As the layer's input sees it (after SVDQuant, which splits the weight before rounding; ours).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpq_deploy.formats.fp16 import FP16
+from mpq_deploy.formats.integers import integer_format
+from mpq_deploy.formats.interfaces import Branch, Forms, Scheme, StoredMatrix
+from mpq_deploy.formats.sizes import FP16_BYTES, part_of
+from mpq_deploy.rounding.quantizers import QuantizedMatrix, damped
+
+if TYPE_CHECKING:
+    from mpq_deploy.formats.layer_rounding import LayerRounding
+    from mpq_deploy.graph.layers import Layer
+    from mpq_deploy.graph.writers.node_writer import LayerWriter
+    from mpq_deploy.latency.roofline import Traffic
+    from mpq_deploy.models.spec import Array
+    from mpq_deploy.recover.trained_weights import LayerTwin, LayerWeight, StartingWeight, TwinKit
+
+Tensor = Any  # torch.Tensor
+
+RANKS = (8, 16)
+
+
+@dataclass(frozen=True)
+class LowRankMatrix:
+    """An INT4 body beside two FP16 factors: ``up`` float16 [O, r] times ``down`` float16 [r, K]."""
+
+    body: QuantizedMatrix
+    down: Array
+    up: Array
+
+    def dequantize(self) -> Array:
+        """Return the deployed weight, float32 [O, K]."""
+        product = self.up.astype(np.float32) @ self.down.astype(np.float32)
+        return np.asarray(self.body.dequantize() + product, np.float32)
+
+    def arrays(self) -> dict[str, Array]:
+        """The factors: the body is a form of its own."""
+        return {"down": self.down, "up": self.up}
+
+
+@dataclass(frozen=True)
+class LowRank(Branch):
+    """Two FP16 factors of rank ``amount``: two nodes apply them to the same input, and Add joins the product."""
+
+    kind = "lowrank"
+    meaning = "two FP16 factors beside it"
+    # The two factors: TensorRT-RTX fuses an addition into the product before it.
+    kernels = 2
+
+    def suits(self, body: Scheme) -> bool:
+        """See the base."""
+        return body.weight.bits == 4 and body.activation is None and not body.simulated
+
+    def refusal(self, layer: Layer) -> str:
+        """See the base."""
+        if 2 * self.amount <= min(layer.out_channels, layer.reduction):
+            return ""
+        size = f"{layer.out_channels} x {layer.reduction}"
+        return f"a rank of {self.amount} is no small part of its {size} weight"
+
+    def parts(self, layer: Layer, scheme: Scheme) -> tuple[tuple[Layer, Scheme], ...]:
+        """See the base: the second factor is a 1x1 convolution, or a product as the layer is one."""
+        down = part_of(layer, self.amount, "lowrank_down")
+        up = part_of(layer, layer.out_channels, "lowrank_up")
+        shape = (layer.out_channels, self.amount) if layer.out_axis == 0 else (self.amount, layer.out_channels)
+        ones = tuple(1 for _ in layer.kernel)
+        return (layer, scheme.body), (down, FP16), (replace(up, weight_shape=(*shape, *ones)), FP16)
+
+    def round(self, scheme: Scheme, layer: LayerRounding, forms: Forms) -> LowRankMatrix:
+        """See the base."""
+        body = forms[scheme.body.weight_form]
+        assert isinstance(body, QuantizedMatrix)
+        error = layer.weight - body.dequantize()
+        return LowRankMatrix(body, *low_rank_factors(error, layer.moments, layer.how.damping, self.amount))
+
+    def read(self, scheme: Scheme, stored: StoredMatrix) -> LowRankMatrix:
+        """See the base."""
+        assert isinstance(stored.body, QuantizedMatrix)
+        return LowRankMatrix(stored.body, stored.arrays["down"], stored.arrays["up"])
+
+    def write(self, to: LayerWriter, scheme: Scheme, matrix: LowRankMatrix) -> None:
+        """See the base."""
+        super().write(to, scheme, matrix.body)
+        layer, first = to.layer, to.layer.out_axis == 0
+        _, (down_layer, _), (up_layer, _) = self.parts(layer, scheme)
+        values = []
+        for part, factor in ((down_layer, matrix.down), (up_layer, matrix.up)):
+            array = (factor if first else factor.T).reshape(part.weight_shape).astype(np.float32)
+            values.append(to.named_constant(part.weight, array))
+        down = to.copy("lowrank_down", bias=False)
+        down.replace_input_with(0, to.x)
+        down.replace_input_with(1, values[0])
+        attributes = {"transB": 1} if layer.op == "Gemm" and first else {}
+        up = to.beside(layer.op, [down.outputs[0], values[1]], attributes, "lowrank_up")
+        to.add_output([down, up], "lowrank_add")
+
+    def twin(self, start: StartingWeight, kit: TwinKit) -> LayerTwin:
+        """See the base: the factors learn as they are."""
+        matrix: LowRankMatrix = start.matrix
+        up, down = matrix.up.astype(np.float32), matrix.down.astype(np.float32)
+        precision = integer_format(start.scheme.body).precision
+        grid = kit.grid(matrix.body, start.weight - up @ down, precision)
+
+        def through(w: LayerWeight, delta: Tensor) -> Tensor:
+            return w.grid(delta) + kit.halved(w.up) @ kit.halved(w.down)
+
+        def deployed(w: LayerWeight, delta: Tensor) -> LowRankMatrix:
+            factors = (kit.array(kit.halved(factor), np.float16) for factor in (w.down, w.up))
+            return LowRankMatrix(w.grid.merged(delta), *factors)
+
+        parts = {"grid": grid, "up": kit.parameter(up), "down": kit.parameter(down)}
+        return kit.twin(parts, through, deployed, grid.mean_step)
+
+    def traffic(self, layer: Layer, whole: Traffic) -> tuple[Traffic, ...]:
+        """See the base."""
+        between = whole.outputs // layer.out_channels * self.amount
+        return whole, replace(whole, outputs=between), replace(whole, inputs=between)
+
+    def joining_traffic(self, layer: Layer, whole: Traffic) -> int:
+        """See the base."""
+        return FP16_BYTES * whole.outputs
+
+
+def low_rank_factors(error: Array, moments: list[Array], damping: float, rank: int) -> tuple[Array, Array]:
+    """Return FP16 factors (down [r, K], up [O, r]) whose product is nearest to ``error`` float32 [O, K].
+
+    Nearest in the error of the layer's output: with H = L L^T (the mean of x x^T, damped, given as its
+    diagonal blocks ``moments``) the singular vectors are those of error L, so that
+    |(error - up down) L| is the minimum for this rank.
+    """
+    roots = [np.linalg.cholesky(damped(block, damping)) for block in moments]
+    cuts = np.cumsum([len(root) for root in roots])[:-1]
+    parts = np.split(error.astype(np.float64), cuts, axis=1)
+    seen = np.concatenate([part @ root for part, root in zip(parts, roots)], axis=1)
+    # The left singular vectors from the small Gram matrix; projecting on them is the best factorisation.
+    _, vectors = np.linalg.eigh(seen @ seen.T)
+    up = vectors[:, ::-1][:, :rank]
+    # Signs of eigenvectors are free: fixed here, so that equal inputs give equal bytes.
+    up = up * np.where(up[np.abs(up).argmax(axis=0), np.arange(up.shape[1])] < 0, -1.0, 1.0)
+    down = up.T @ error.astype(np.float64)
+    # Both factors of equal size: FP16 keeps the same precision of either.
+    size = np.sqrt(np.maximum(np.linalg.norm(down, axis=1), np.finfo(np.float16).tiny))
+    return (down / size[:, None]).astype(np.float16), (up * size).astype(np.float16)

@@ -1,0 +1,138 @@
+"""The branch ``scale``: the input's channels are multiplied by factors that even out their ranges.
+
+The weight is divided by them: MPQ-DM's pre-scaling (arXiv 2412.11549), as SmoothQuant's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mpq_deploy.formats.integers import integer_format, round_alone
+from mpq_deploy.formats.interfaces import Branch, Forms, Scheme, StoredMatrix
+from mpq_deploy.formats.sizes import FP16_BYTES, input_channels
+from mpq_deploy.rounding.quantizers import QuantizedMatrix
+
+if TYPE_CHECKING:
+    from mpq_deploy.calibrate.stats import ActivationStats
+    from mpq_deploy.formats.layer_rounding import LayerRounding
+    from mpq_deploy.graph.layers import Layer
+    from mpq_deploy.graph.writers.node_writer import LayerWriter
+    from mpq_deploy.models.spec import Array
+    from mpq_deploy.recover.trained_weights import LayerTwin, StartingWeight, TwinKit
+
+# Tenths of the activation's range that move to the weight: factors of (max|W| / max|X|) ** 0.5, MPQ-DM's.
+TENTHS = (5,)
+
+
+@dataclass(frozen=True)
+class ScaledMatrix:
+    """A body: the weight divided by the ``factors`` float16 [C] by which the input's channels are multiplied."""
+
+    body: QuantizedMatrix
+    factors: Array
+
+    def dequantize(self) -> Array:
+        """Return the weight that acts on the input as it was, float32 [O, K]."""
+        taps = self.body.codes.shape[1] // len(self.factors)
+        return np.asarray(self.body.dequantize() * by_column(self.factors, taps), np.float32)
+
+    def arrays(self) -> dict[str, Array]:
+        """The body's, and the factors."""
+        return {"factors": self.factors, **self.body.arrays()}
+
+
+@dataclass(frozen=True)
+class Prescaled(Branch):
+    """``amount`` tenths of the activation's range move to the weight. Nothing is computed beside the body."""
+
+    kind = "scale"
+    # The multiplication, where the producer cannot take it.
+    kernels = input_kernels = 1
+    rescales = True
+
+    @property
+    def activation_form(self) -> str:
+        """See the base."""
+        return self.suffix
+
+    def suits(self, body: Scheme) -> bool:
+        """See the base."""
+        return body.activation is not None and not body.simulated
+
+    def input_scale(self, stats: ActivationStats) -> float:
+        """See the base."""
+        return float(stats.scales_rescaled[TENTHS.index(self.amount)])
+
+    def input_bytes(self, layer: Layer) -> int:
+        """See the base."""
+        return FP16_BYTES * input_channels(layer)
+
+    def factors(self, stats: ActivationStats) -> Array | None:
+        """See the base."""
+        return np.asarray(stats.factors[TENTHS.index(self.amount)])
+
+    def factors_in(self, matrix: ScaledMatrix) -> Array | None:
+        """See the base."""
+        return matrix.factors
+
+    def round(self, scheme: Scheme, layer: LayerRounding, forms: Forms) -> ScaledMatrix:
+        """See the base: the body is the weight that the rescaled input sees."""
+        factors = layer.inputs.factors
+        assert factors is not None, "branches that rescale the input's channels need the factors"
+        divided, moments = rescaled(layer.weight, layer.moments, by_column(factors, layer.taps))
+        return ScaledMatrix(round_alone(scheme.body, layer, divided, moments), factors)
+
+    def read(self, scheme: Scheme, stored: StoredMatrix) -> ScaledMatrix:
+        """See the base."""
+        return ScaledMatrix(QuantizedMatrix.of(stored.arrays), stored.arrays["factors"])
+
+    def write(self, to: LayerWriter, scheme: Scheme, matrix: ScaledMatrix) -> None:
+        """See the base."""
+        super().write(to, scheme, matrix.body)
+
+    def twin(self, start: StartingWeight, kit: TwinKit) -> LayerTwin:
+        """See the base: latent and adapter live on the factors' side of the weight."""
+        matrix: ScaledMatrix = start.matrix
+        taps = start.weight.shape[1] // len(matrix.factors)
+        divided = start.weight / by_column(matrix.factors, taps)
+        grid = kit.grid(matrix.body, divided, integer_format(start.scheme.body).precision)
+        return kit.twin(
+            {"grid": grid},
+            lambda w, delta: w.grid(delta),
+            lambda w, delta: ScaledMatrix(w.grid.merged(delta), matrix.factors),
+            grid.mean_step,
+            divided,
+        )
+
+
+def by_column(factors: Array, taps: int) -> Array:
+    """Return the factors of the input channels for each column of the weight matrix, float32 [C * taps]."""
+    return np.repeat(factors.astype(np.float32), taps)
+
+
+def rescaled(weight: Array, moments: list[Array], columns: Array) -> tuple[Array, list[Array]]:
+    """Return the weight [O, K] and the Hessian's diagonal blocks once the input is multiplied by ``columns`` [K]."""
+    scaled, start = [], 0
+    for block in moments:
+        part = columns[start : start + len(block)]
+        scaled.append(block * np.outer(part, part).astype(block.dtype))
+        start += len(block)
+    return weight / columns, scaled
+
+
+def scale_factors(weight_amax: Array, input_amax: Array, share: float) -> Array:
+    """Return by what to multiply each input channel so that its range and that of its weights meet, float16 [C].
+
+    With ``share`` a in [0, 1] the factors are max|W_c|^(1-a) / max|X_c|^a, brought to a geometric mean
+    of 1: for a = 0.5 MPQ-DM's delta = sqrt(max|W_c| / max|X_c|) (its published code) but for that mean,
+    which the scales take up. Channels that are zero on either side keep 1. Bounded to 2^-10 .. 2^10,
+    so that FP16 holds both the factors and what they make (our choice).
+    """
+    usable = (weight_amax > 0) & (input_amax > 0)
+    logs = np.zeros(len(usable))
+    logs[usable] = (1 - share) * np.log2(weight_amax[usable]) - share * np.log2(input_amax[usable])
+    logs[usable] -= logs[usable].mean() if usable.any() else 0.0
+    return np.asarray(np.exp2(np.clip(logs, -10, 10)), np.float16)

@@ -1,0 +1,139 @@
+"""INT4 in blocks along the reduction: weights alone, and 4-bit storage that is turned into INT8 at run time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mpq_deploy.formats.int8 import INT8_INPUT, ONNX_INT8
+from mpq_deploy.formats.integers import IntegerWeight
+from mpq_deploy.formats.interfaces import INT4, Scheme
+from mpq_deploy.formats.sizes import FP16_BYTES, INT64_BYTES, matrix_shape, nearest_divisor
+from mpq_deploy.rounding.quantizers import QuantizedMatrix, choose_multiple_scale, choose_scale
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from mpq_deploy.engine.expected import ExpectedLayer
+    from mpq_deploy.graph.dialects import Dialect
+    from mpq_deploy.graph.layers import Layer
+    from mpq_deploy.graph.writers.node_writer import LayerWriter
+    from mpq_deploy.models.spec import Array
+
+BLOCK_SIZES = (32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class Int4Weight(IntegerWeight):
+    """Codes -> DequantizeLinear in blocks; a Conv's weight is the matrix [O, I*kh*kw], then reshaped."""
+
+    bits = 4
+    precision = INT4
+    refined = True
+    engine_types = ("Int4",)
+
+    def block(self, layer: Layer) -> int | None:
+        """See the base."""
+        return nearest_divisor(layer.reduction, self.block_size or layer.reduction)
+
+    def refusal(self, layer: Layer) -> str:
+        """See the base."""
+        if self.block(layer) is not None:
+            return ""
+        return f"no divisor of its reduction {layer.reduction} lies near {self.block_size}"
+
+    def dialect_refusal(self, layer: Layer, dialect: Dialect) -> str:
+        """See the base."""
+        shape = matrix_shape(layer)
+        if prod(shape) % 2:
+            return "size is odd"
+        return "last dimension is odd" if shape[-1] % 2 and not dialect.odd_rows else ""
+
+    def bytes_of(self, layer: Layer) -> int:
+        """See the base."""
+        block = self.block(layer)
+        if block is None:
+            raise ValueError(f"blocks of {self.block_size} do not fit {layer.name}")
+        scales = layer.out_channels * (layer.reduction // block)
+        # The shape to which a Conv's matrix [O, K] is brought back.
+        shape = INT64_BYTES * len(layer.weight_shape) if layer.op == "Conv" else 0
+        return (layer.weights + 1) // 2 + FP16_BYTES * scales + shape
+
+    def unpacked_bytes(self, layer: Layer, alone: bool) -> int:
+        """See the base: a Conv's weight becomes FP16 at every call; a product's is fused."""
+        return FP16_BYTES * layer.weights if alone and layer.op == "Conv" else 0
+
+    def fuses(self, layer: ExpectedLayer) -> bool:
+        """See the base."""
+        even = layer.reduction % 2 == 0 and layer.out_channels % 2 == 0
+        return layer.op != "Conv" and even and layer.blocks >= 2
+
+    def scales(self, layer: Layer, weight: Array, importance: Array) -> tuple[Array, Array | None]:
+        """See the base."""
+        block = self.block(layer)
+        assert block is not None, "choices_for admits only schemes with a block size"
+        return choose_scale(weight, importance, layer.reduction // block, self.bits), None
+
+    def write(self, to: LayerWriter, matrix: QuantizedMatrix) -> ir.Value:
+        """See the base."""
+        first, layer = to.layer.out_axis == 0, to.layer
+        codes = to.codes(lambda: matrix.codes if first else matrix.codes.T, "INT4", matrix_shape(layer))
+        scale = matrix.scale.astype(np.float32)
+        inputs = [codes, to.constant("scale", scale if first else scale.T)]
+        block = layer.reduction // matrix.scale.shape[1]
+        attributes = {"axis": 1 - layer.out_axis, "block_size": block}
+        weight = to.insert("DequantizeLinear", inputs, attributes, "weight_dequantize")
+        if layer.op != "Conv":
+            return weight
+        shape = to.named_constant(f"{layer.weight}//shape", np.array(layer.weight_shape, np.int64))
+        return to.insert("Reshape", [weight, shape], {}, "weight_reshape")
+
+
+@dataclass(frozen=True)
+class RequantizedInt4(Int4Weight):
+    """As ``Int4Weight``, then QuantizeLinear to INT8 per output channel: 4-bit storage, INT8 compute.
+
+    Every block scale is an integer multiple of its channel's INT8 scale, so nothing is lost.
+    """
+
+    refined = False
+
+    @property
+    def form(self) -> str:
+        """See the base."""
+        return f"int4x8-b{self.block_size}"
+
+    def bytes_of(self, layer: Layer) -> int:
+        """See the base."""
+        return super().bytes_of(layer) + FP16_BYTES * layer.out_channels
+
+    def unpacked_bytes(self, layer: Layer, alone: bool) -> int:
+        """See the base: the weight becomes INT8 at every call, whatever the operator."""
+        return layer.weights
+
+    def fuses(self, layer: ExpectedLayer) -> bool:
+        """See the base."""
+        return False
+
+    def scales(self, layer: Layer, weight: Array, importance: Array) -> tuple[Array, Array | None]:
+        """See the base."""
+        return choose_multiple_scale(weight, importance, super().scales(layer, weight, importance)[0])
+
+    def write(self, to: LayerWriter, matrix: QuantizedMatrix) -> ir.Value:
+        """See the base."""
+        assert matrix.channel_scale is not None
+        weight = super().write(to, matrix)
+        channel = to.constant("channel_scale", matrix.channel_scale.astype(np.float32))
+        axis, name = {"axis": to.layer.out_axis}, "weight_requantize"
+        attributes = {**axis, "output_dtype": ONNX_INT8}
+        weight = to.insert("QuantizeLinear", [weight, channel], attributes, name, dtype="INT8")
+        return to.insert("DequantizeLinear", [weight, channel], axis, name, ending="_back")
+
+
+INT4_BODIES = (
+    *(Scheme(f"w4a16-b{block}", Int4Weight(block)) for block in BLOCK_SIZES),
+    *(Scheme(f"w4a8-b{block}", RequantizedInt4(block), INT8_INPUT) for block in BLOCK_SIZES),
+)

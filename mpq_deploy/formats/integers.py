@@ -1,0 +1,125 @@
+"""Weights of integer codes times FP16 scales: what INT8 and INT4 have in common, and how they are rounded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from mpq_deploy.formats.interfaces import Precision, Rounder, Scheme, WeightFormat
+from mpq_deploy.formats.layer_rounding import LayerRounding, importance_of
+from mpq_deploy.rounding.quantizers import Grid, QuantizedMatrix, Rounding, gptq_codes, refine_rounding
+
+if TYPE_CHECKING:
+    from mpq_deploy.formats.interfaces import DeployedMatrix
+    from mpq_deploy.graph.layers import Layer
+    from mpq_deploy.models.spec import Array
+    from mpq_deploy.recover.trained_weights import LayerTwin, StartingWeight, TwinKit
+
+
+@dataclass(frozen=True)
+class IntegerWeight(WeightFormat):
+    """Codes of a ``precision``, with a ``QuantizedMatrix``; subclasses choose scales and write nodes."""
+
+    precision: ClassVar[Precision]
+    # Whether refinement after GPTQ may move its scales.
+    refined: ClassVar[bool] = False
+
+    @property
+    def form(self) -> str:
+        """See the base."""
+        return self.precision.name + (f"-b{self.block_size}" if self.block_size else "")
+
+    def scales(self, layer: Layer, weight: Array, importance: Array) -> tuple[Array, Array | None]:
+        """Choose the scales of ``weight`` [O, K]: float16 [O, B], and channel scales [O] or None.
+
+        ``importance`` [K]: the mean square of the input's columns.
+        """
+        raise NotImplementedError
+
+    @property
+    def rounder(self) -> Rounder:
+        """See the base."""
+        return round_integers
+
+    def read(self, arrays: Mapping[str, Array]) -> QuantizedMatrix:
+        """See the base."""
+        return QuantizedMatrix.of(arrays)
+
+    def twin(self, start: StartingWeight, kit: TwinKit) -> LayerTwin:
+        """See the base."""
+        return kit.of(kit.grid(start.matrix, start.weight, self.precision))
+
+
+def integer_format(scheme: Scheme) -> IntegerWeight:
+    """Return the weight format of a scheme whose body has integer codes."""
+    assert isinstance(scheme.weight, IntegerWeight)
+    return scheme.weight
+
+
+def round_integers(schemes: Sequence[Scheme], layer: LayerRounding) -> dict[str, DeployedMatrix]:
+    """Round ``layer`` for all ``schemes`` without branches at once: weight form -> matrix."""
+    formats = {scheme.weight_form: integer_format(scheme) for scheme in schemes}
+    parts: dict[str, list[QuantizedMatrix]] = {form: [] for form in formats}
+    for weight, blocks in layer.groups():
+        for form, matrix in _round_group(layer.layer, weight, blocks, formats, layer.how).items():
+            parts[form].append(matrix)
+    return {form: _joined(pieces) for form, pieces in parts.items()}
+
+
+def round_alone(body: Scheme, layer: LayerRounding, weight: Array, moments: list[Array]) -> QuantizedMatrix:
+    """Round a ``weight`` [O, K] of its own for ``body``, unrefined; ``moments`` as it sees them."""
+    formats = {body.weight_form: integer_format(body)}
+    return _round_group(layer.layer, weight, moments, formats, layer.unrefined())[body.weight_form]
+
+
+def _round_group(
+    layer: Layer, weight: Array, blocks: list[Array], formats: Mapping[str, IntegerWeight], how: Rounding
+) -> dict[str, QuantizedMatrix]:
+    importance = importance_of(blocks)
+    scales = {form: own.scales(layer, weight, importance) for form, own in formats.items()}
+    codes = _codes(weight, scales, formats, blocks if how.gptq else None, how.damping)
+    # INT8 has little to gain, and w4a8's scales are tied to their channel's.
+    free = [form for form, own in formats.items() if how.gptq and own.refined]
+    started = [(codes[form], scales[form][0]) for form in free]
+    refined = dict(zip(free, refine_rounding(weight, started, blocks, how.damping, how.refinements)))
+    rounded = {form: (codes[form], scales[form][0]) for form in formats} | refined
+    return {form: QuantizedMatrix(*rounded[form], scales[form][1]) for form in formats}
+
+
+def _codes(
+    weight: Array,
+    scales: Mapping[str, tuple[Array, Array | None]],
+    formats: Mapping[str, IntegerWeight],
+    blocks: list[Array] | None,
+    damping: float,
+) -> dict[str, Array]:
+    """Round ``weight`` [O, K] for all forms at once: they share the input, so they share GPTQ's factor."""
+    grids = {}
+    for form, (scale, channel) in scales.items():
+        limits = formats[form].precision
+        step = QuantizedMatrix(np.zeros_like(weight, np.int8), scale, channel).effective_scale()
+        columns = np.repeat(np.arange(step.shape[1]), weight.shape[1] // step.shape[1])
+        grids[form] = Grid(step, columns, limits.quant_min, limits.quant_max)
+    if blocks is None:
+        return {form: grid.nearest(weight) for form, grid in grids.items()}
+    pieces: dict[str, list[Array]] = {form: [] for form in grids}
+    start = 0
+    for block in blocks:
+        span = slice(start, start + len(block))
+        start += len(block)
+        cut = [grid.cut(span) for grid in grids.values()]
+        for form, codes in zip(grids, gptq_codes(weight[:, span], cut, block, damping) if cut else []):
+            pieces[form].append(codes)
+    return {form: np.concatenate(codes, axis=1) for form, codes in pieces.items()}
+
+
+def _joined(pieces: list[QuantizedMatrix]) -> QuantizedMatrix:
+    channels = [p.channel_scale for p in pieces if p.channel_scale is not None]
+    return QuantizedMatrix(
+        np.concatenate([p.codes for p in pieces]),
+        np.concatenate([p.scale for p in pieces]),
+        np.concatenate(channels) if channels else None,
+    )

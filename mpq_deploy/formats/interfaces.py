@@ -1,0 +1,401 @@
+"""What a layer may become: the interfaces of number formats and branches, and the scheme that joins them.
+
+A number format is one frozen value of a subclass of ``WeightFormat`` or ``ActivationFormat``, a
+branch one of ``Branch``. Each class lives in a file of its own and owns all that follows from it:
+bytes, refusals, rounding, nodes, the twin in torch, traffic, and what an engine's log must show.
+``formats.scheme`` lists them. All of this is imported on devices too: NumPy and the standard
+library alone; ONNX nodes and torch modules are made by the writer and the kit that methods are given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import numpy as np
+
+from mpq_deploy.formats.sizes import ACTIVATION_SCALE_BYTES, FP16_BYTES, matrix_shape
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from mpq_deploy.calibrate.stats import ActivationStats
+    from mpq_deploy.engine.expected import ExpectedLayer
+    from mpq_deploy.formats.layer_rounding import LayerRounding
+    from mpq_deploy.graph.dialects import Dialect
+    from mpq_deploy.graph.layers import Layer
+    from mpq_deploy.graph.writers.node_writer import LayerWriter, NodeWriter
+    from mpq_deploy.latency.roofline import Rates, Traffic
+    from mpq_deploy.models.spec import Array
+    from mpq_deploy.recover.trained_weights import LayerTwin, StartingWeight, TwinKit
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Integer codes: ``bits`` wide, in [quant_min, quant_max]."""
+
+    name: str
+    bits: int
+    quant_min: int
+    quant_max: int
+
+
+INT4 = Precision("int4", 4, -8, 7)
+# -128 is left out so that the range is symmetric, as TensorRT's own calibrators do.
+INT8 = Precision("int8", 8, -127, 127)
+
+
+@dataclass(frozen=True)
+class ActivationGrid:
+    """A quantizer of an activation: codes ``quant_min`` to ``quant_max``, zero point taken off, times ``scale``.
+
+    By default what QuantizeLinear saturates to in INT8.
+    """
+
+    scale: float
+    quant_min: int = -128
+    quant_max: int = 127
+
+
+class DeployedMatrix(Protocol):
+    """The weight of a layer as it is deployed."""
+
+    def dequantize(self) -> Array:
+        """Return the weight, float32 [out_channels, reduction]."""
+
+    def arrays(self) -> dict[str, Array]:
+        """Return what is stored of it among the candidates; nothing where other forms make it up."""
+
+
+@dataclass(frozen=True)
+class StoredMatrix:
+    """What is read to make a matrix: stored ``arrays``, the layer's float weight [O, K], the body's matrix if any."""
+
+    arrays: Mapping[str, Array]
+    layer: Layer
+    weight: Array
+    body: DeployedMatrix | None
+
+
+Forms = Mapping[str, DeployedMatrix]
+Rounder = Callable[[Sequence["Scheme"], "LayerRounding"], dict[str, DeployedMatrix]]
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How a weight is stored. ``block_size``: nominal elements of the reduction that share a scale.
+
+    None means one scale per output channel.
+    """
+
+    block_size: int | None = None
+
+    bits: ClassVar[int]
+    quantized: ClassVar[bool] = True
+    # No engine can hold it: it runs in ONNX Runtime alone, and its bytes are nominal.
+    simulated: ClassVar[bool] = False
+    # What an engine's log may call the type of the stored weight.
+    engine_types: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def form(self) -> str:
+        """Name of the codes and scales: schemes with equal forms hold the same ones for a layer."""
+        raise NotImplementedError
+
+    def block(self, layer: Layer) -> int | None:
+        """How many elements of the reduction share a scale in ``layer``; None when no block size fits."""
+        return layer.reduction
+
+    def refusal(self, layer: Layer) -> str:
+        """Say why ``layer`` cannot be stored so; empty when it can."""
+        return ""
+
+    def dialect_refusal(self, layer: Layer, dialect: Dialect) -> str:
+        """Say what of the weight a builder is documented to refuse, such as "size is odd"; else empty."""
+        return ""
+
+    def bytes_of(self, layer: Layer) -> int:
+        """Bytes of all constants written for the weight: codes, scales and shapes."""
+        raise NotImplementedError
+
+    def unpacked_bytes(self, layer: Layer, alone: bool) -> int:
+        """Bytes that a call unpacks into memory; 0 where the product reads the weight as stored.
+
+        ``alone``: the activation stays in FP16.
+        """
+        return 0
+
+    def fuses(self, layer: ExpectedLayer) -> bool:
+        """Whether TensorRT-RTX can multiply by the packed weight as it lies (docs/engine-forms.md)."""
+        return False
+
+    @property
+    def rounder(self) -> Rounder:
+        """What rounds schemes of this kind of format, all of a layer's at once: weight form -> matrix."""
+        raise NotImplementedError
+
+    def read(self, arrays: Mapping[str, Array]) -> DeployedMatrix:
+        """Read what ``DeployedMatrix.arrays`` gave."""
+        raise NotImplementedError
+
+    def write(self, to: LayerWriter, matrix: Any) -> ir.Value:
+        """Write constants and nodes in front of the node; return the dequantized weight."""
+        raise NotImplementedError
+
+    def twin(self, start: StartingWeight, kit: TwinKit) -> LayerTwin:
+        """Make the weight's twin in torch, which recovery trains."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ActivationFormat:
+    """How the input of a layer is rounded."""
+
+    bits: ClassVar[int]
+    simulated: ClassVar[bool] = False
+    # What an engine's log calls both operands of the product, and the bytes of one element.
+    operand: ClassVar[str] = ""
+    value_bytes: ClassVar[int] = 1
+
+    @property
+    def form(self) -> str:
+        """What is appended to a tensor's name for this quantizer's; "" for the common one."""
+        return ""
+
+    def grid(self, stats: ActivationStats, scale: float) -> ActivationGrid:
+        """Return the quantizer by calibration's ``stats``; ``scale``: that of INT8."""
+        raise NotImplementedError
+
+    def reader_bytes(self, layer: Layer) -> int:
+        """Bytes that count with each layer that reads the quantized input."""
+        return 0
+
+    def engine_bytes(self, layer: ExpectedLayer) -> int:
+        """Bytes that the builder adds for the product's scales."""
+        return 0
+
+    def operations_per_s(self, rates: Rates) -> float:
+        """Peak rate of products in this format."""
+        raise NotImplementedError
+
+    def write(self, to: NodeWriter, value: ir.Value, grid: ActivationGrid, key: tuple[str, str]) -> list[ir.Node]:
+        """Return nodes, not yet inserted, that round ``value``; the last gives the rounded value.
+
+        ``key``: the tensor and the scheme's ``activation_form``, for names.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A part of a layer that gets more precision beside its body; ``amount`` says how much.
+
+    This class itself is no branch, which is false: what it does is what the weight's format does.
+    """
+
+    amount: int = 0
+
+    kind: ClassVar[str] = ""
+    # For the report: "w4a16-b128; <meaning>".
+    meaning: ClassVar[str] = ""
+    # Kernels launched beside the body's, and those among them that work on the input alone.
+    kernels: ClassVar[int] = 0
+    input_kernels: ClassVar[int] = 0
+    # Output channels get INT8 weights, most salient first: ``assemble`` makes the matrix from an order.
+    promotes: ClassVar[bool] = False
+    # The input's channels are multiplied by factors, which its producer may take.
+    rescales: ClassVar[bool] = False
+
+    def __bool__(self) -> bool:
+        return bool(self.kind)
+
+    @property
+    def suffix(self) -> str:
+        """How a scheme's name ends with this branch."""
+        return f"+{self.kind}{self.amount or ''}" if self.kind else ""
+
+    @property
+    def activation_form(self) -> str:
+        """As ``ActivationFormat.form``: not "" where the branch changes the input's quantizer."""
+        return ""
+
+    def suits(self, body: Scheme) -> bool:
+        """Whether the branch may stand beside ``body`` at all."""
+        raise NotImplementedError
+
+    def refusal(self, layer: Layer) -> str:
+        """Say why ``layer`` cannot have the branch; empty when it can."""
+        return ""
+
+    def parts(self, layer: Layer, scheme: Scheme) -> tuple[tuple[Layer, Scheme], ...]:
+        """Return body and branch as layers of their own, by the names that the graph gives, and their schemes."""
+        return ((layer, scheme.body),)
+
+    def joining_bytes(self, layer: Layer) -> int:
+        """Bytes of the constants that bring body and branch together."""
+        return 0
+
+    def nominal_bits(self, layer: Layer, body: int) -> float:
+        """Mean bits per weight where the body has ``body``; parts that widen no weight count as nothing."""
+        return float(body)
+
+    def input_scale(self, stats: ActivationStats) -> float:
+        """Return the INT8 scale of the input."""
+        return stats.scale
+
+    def input_bytes(self, layer: Layer) -> int:
+        """Bytes of the input's quantizer beside its scale."""
+        return 0
+
+    def left_out(self, stats: ActivationStats) -> Array:
+        """Return the input channels that stay in float, int32 [n], ascending."""
+        return np.empty(0, np.int32)
+
+    def factors(self, stats: ActivationStats) -> Array | None:
+        """Return by what the input's channels are multiplied before rounding, float16 [C]; None for none."""
+        return None
+
+    def factors_in(self, matrix: Any) -> Array | None:
+        """Return the factors that ``matrix`` was rounded for; None for none."""
+        return None
+
+    def rounds_first(self, scheme: Scheme) -> tuple[Scheme, ...]:
+        """Return the schemes that are rounded before, with all others: the body, as a rule."""
+        return (scheme.body,)
+
+    def round(self, scheme: Scheme, layer: LayerRounding, forms: Forms) -> DeployedMatrix | None:
+        """Return the matrix, given the ``forms`` rounded before; None where these hold all that is known yet."""
+        return None
+
+    def assemble(self, scheme: Scheme, layer: Layer, forms: Forms, order: Array) -> DeployedMatrix:
+        """Return the matrix where ``promotes``; ``order`` int [O]: output channels, most salient first."""
+        raise NotImplementedError
+
+    def read(self, scheme: Scheme, stored: StoredMatrix) -> DeployedMatrix:
+        """Read what ``DeployedMatrix.arrays`` gave."""
+        return scheme.weight.read(stored.arrays)
+
+    def write(self, to: LayerWriter, scheme: Scheme, matrix: Any) -> None:
+        """Give ``to.node`` the quantized weight, and write the branch beside it."""
+        to.node.replace_input_with(1, scheme.weight.write(to, matrix))
+
+    def twin(self, start: StartingWeight, kit: TwinKit) -> LayerTwin:
+        """As ``WeightFormat.twin``."""
+        return start.scheme.weight.twin(start, kit)
+
+    def traffic(self, layer: Layer, whole: Traffic) -> tuple[Traffic, ...]:
+        """What each of ``parts`` reads and writes, where all of the layer has ``whole``."""
+        return (whole,)
+
+    def joining_traffic(self, layer: Layer, whole: Traffic) -> int:
+        """Bytes moved to gather channels and to join the parts, beside their products."""
+        return 0
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What a layer becomes: how its weight is stored, how its input is rounded (None: FP16), and its branch."""
+
+    name: str
+    weight: WeightFormat
+    activation: ActivationFormat | None = None
+    branch: Branch = Branch()
+
+    @property
+    def quantized(self) -> bool:
+        """Whether it is anything but FP16."""
+        return self.weight.quantized
+
+    @property
+    def simulated(self) -> bool:
+        """Whether no engine can hold it: it runs as Q/DQ in ONNX Runtime, and its bytes are nominal."""
+        return self.weight.simulated
+
+    @property
+    def block_size(self) -> int | None:
+        """The weight's nominal block size."""
+        return self.weight.block_size
+
+    @property
+    def family(self) -> str:
+        """The name without block size and branch, such as ``w4a16``; ``simulated`` for all of those."""
+        return SIMULATED if self.simulated else self.series
+
+    @property
+    def series(self) -> str:
+        """What schemes share that differ only in block size or branch: ``w4a16``, ``w2a4-sim``."""
+        body = self.name.split("+")[0]
+        return body if self.simulated else body.split("-")[0]
+
+    @property
+    def bits(self) -> tuple[int, int]:
+        """Bits of the weights and of the activations, 16 for FP16."""
+        return self.weight.bits, self.activation.bits if self.activation else 16
+
+    @property
+    def operand_bytes(self) -> int:
+        """Bytes of one element of the input as the product reads it."""
+        return self.activation.value_bytes if self.activation else FP16_BYTES
+
+    @property
+    def weight_form(self) -> str:
+        """Schemes with equal forms hold the same codes and scales for a layer: ``w8a8`` and ``w8a16``."""
+        return self.weight.form + self.branch.suffix
+
+    @property
+    def activation_form(self) -> str:
+        """Schemes with equal forms share the quantizer of an input; "" for the common one, and for none."""
+        return (self.activation.form if self.activation else "") + self.branch.activation_form
+
+    @property
+    def body(self) -> Scheme:
+        """The scheme without its branch."""
+        return replace(self, name=self.name.split("+")[0], branch=Branch()) if self.branch else self
+
+    def with_branch(self, branch: Branch) -> Scheme:
+        """Return this scheme with ``branch`` beside it."""
+        return replace(self, name=f"{self.name}{branch.suffix}", branch=branch)
+
+    def refusal(self, layer: Layer) -> str:
+        """Say why ``layer`` cannot take the scheme, whatever the target; empty when it can."""
+        if self.branch and layer.group > 1:
+            return "branches are written for convolutions of one group"
+        return self.branch.refusal(layer) or self.weight.refusal(layer)
+
+    def parts(self, layer: Layer) -> tuple[tuple[Layer, Scheme], ...]:
+        """Return ``layer`` as the parts that the graph computes, body first, each with its scheme."""
+        return self.branch.parts(layer, self)
+
+    def stored_shape(self, layer: Layer) -> tuple[int, int]:
+        """Rows and columns in which the file holds the body's weight."""
+        return matrix_shape(self.parts(layer)[0][0])
+
+    def weight_bytes(self, layer: Layer) -> int:
+        """Bytes of all constants that are written for ``layer``: codes, scales and shapes.
+
+        The activation's scale is not among them: layers that share an input share it. A simulated
+        scheme's bytes are nominal: those that a packed form would take, if there were one.
+        """
+        if self.branch:
+            return sum(s.weight_bytes(part) for part, s in self.parts(layer)) + self.branch.joining_bytes(layer)
+        return self.weight.bytes_of(layer) + (self.activation.reader_bytes(layer) if self.activation else 0)
+
+    def unpacked_bytes(self, layer: Layer) -> int:
+        """Bytes of the body's weight that a call unpacks into memory; 0 where that is fused into the product."""
+        return self.weight.unpacked_bytes(layer, self.activation is None)
+
+    def input_bytes(self, layer: Layer) -> int:
+        """Bytes of the constants that quantize the input: layers that share the quantizer share them.
+
+        Factors of channels are counted, though a producer may take them.
+        """
+        return ACTIVATION_SCALE_BYTES + self.branch.input_bytes(layer) if self.activation else 0
+
+    def input_grid(self, stats: ActivationStats) -> ActivationGrid:
+        """Return how the input with these ``stats`` is quantized; only where ``activation`` is given."""
+        assert self.activation is not None
+        return self.activation.grid(stats, self.branch.input_scale(stats))
+
+
+SIMULATED = "simulated"
