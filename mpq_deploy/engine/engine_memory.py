@@ -28,6 +28,9 @@ RUNTIME_BYTES = 500_000_000
 # Activations: what TensorRT-RTX 1.7 takes for the smallest graph, and what for each byte that lives at once (read off
 # its builds of the bundled models: 8.7 MB for 0.36 MB alive, 28.6 MB for 6.8 MB).
 WORKSPACE_BYTES, COPIES = 8_400_000, 3
+# On the host, the child process that builds: the library with its compiler, per node of the graph, and copies of the
+# weights (fitted to peaks).
+BUILDER_BYTES, BUILDER_NODE_BYTES, BUILDER_COPIES = 220 << 20, 265_000, 3
 WEIGHT_FORMS = ("DequantizeLinear", "QuantizeLinear", "Reshape", "Transpose", "Cast", "Identity", "Concat", "Gather")
 
 

@@ -13,17 +13,15 @@ from typing import Any
 import torch
 
 from mpq_deploy.graph.layers import LayerUse
+from mpq_deploy.onnx_torch.pass_memory import PASS_COPIES, WHOLE_SHARE
 from mpq_deploy.onnx_torch.torch_graph import Footprint, TorchGraph
-
-# Only where one pass takes so many times the memory allowed is the graph cut: parts are evaluated twice.
-WHOLE_SHARE = 4
 
 
 def parts_within(footprint: Footprint, gradients: int, most: int) -> tuple[slice, ...]:
     """Cut a graph whose values and ``gradients`` (bytes) take several times ``most``; autograd keeps values twice."""
-    if 2 * sum(footprint.made) + gradients <= WHOLE_SHARE * most:
+    if PASS_COPIES * sum(footprint.made) + gradients <= WHOLE_SHARE * most:
         return (slice(0, len(footprint.made)),)
-    return footprint.parts(most // 2)
+    return footprint.parts(most // PASS_COPIES)
 
 
 def layer_gradients(

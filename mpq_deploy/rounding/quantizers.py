@@ -34,6 +34,22 @@ SAFE_DAMPING = 0.01
 # Columns that are refined together, at least: fewer products of more rows each (measured). Their codes are moved in
 # smaller parts, whose slopes stay in the cache.
 REFINED_TOGETHER, CODES_TOGETHER = 128, 64
+# What rounding a weight [O, K] holds, as arrays of float32 (measured). To nearest: arrays [O, K], and one per form.
+NEAREST_ARRAYS, NEAREST_FORM_ARRAYS = 3, 1
+# By GPTQ: matrices [K, K] for the factor (the correlations as columns are visited, the factor, a product); then the
+# factor, arrays [O, K], and those of each form, whose rows are rounded and refined side by side.
+FACTOR_MATRICES, GPTQ_ARRAYS, GPTQ_FORM_ARRAYS = 3, 6, 2.6
+
+
+def rounding_bytes(weights: int, width: int, forms: int, gptq: bool) -> int:
+    """Estimate the bytes that rounding a layer of so many ``weights`` to its ``forms`` takes, its Hessian aside.
+
+    ``width``: columns of the Hessian's widest diagonal block.
+    """
+    if not gptq:
+        return 4 * weights * (NEAREST_ARRAYS + NEAREST_FORM_ARRAYS * forms)
+    rows_of_forms = 4 * weights * (GPTQ_ARRAYS + GPTQ_FORM_ARRAYS * forms)
+    return int(max(4 * FACTOR_MATRICES * width**2, 4 * width**2 + rows_of_forms))
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,17 @@ from math import ceil, prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpq_deploy.engine.engine_memory import BUILDER_BYTES, BUILDER_COPIES, BUILDER_NODE_BYTES
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.graph.shapes import known_shapes
 from mpq_deploy.onnx_torch.merged_nodes import merged_nodes
-from mpq_deploy.runtime.ort import LARGE_WEIGHTS_BYTES
+from mpq_deploy.onnx_torch.pass_memory import BOUNDARY_SHARE, DISTINCT_SHARE, PASS_COPIES, VALUE_SHARE, WHOLE_SHARE
+from mpq_deploy.rounding.candidate_store import HELD_BYTES
+from mpq_deploy.rounding.hessian import WAITING_SHARE, HessianOptions
+from mpq_deploy.rounding.quantizers import NEAREST_ARRAYS, rounding_bytes
+from mpq_deploy.runtime.ort import ARENA_SHARE, HESSIAN_ARENA_SHARE, LARGE_WEIGHTS_BYTES, SESSION_COPIES
+from mpq_deploy.sensitivity.measured_calls import HELD_SHARE, SALIENCE_BATCH, STACK_ARRAYS, MeasureOptions
 from mpq_deploy.system.memory import Room, refuse_too_large
 
 if TYPE_CHECKING:
@@ -164,32 +170,8 @@ EXPORT_COPIES = 1.6
 ONNX_BYTES, ONNX_NODE_BYTES, ONNX_COPIES = 125 << 20, 72_000, 2.1
 # Calls of the largest batch of the comparison.
 COMPARED_CALLS = 2
-# ONNX Runtime's copies of the weights, in the layouts of its kernels, beside the mapped ones; large models have none.
-SESSION_COPIES = 0.5
-# Its arena grows by steps, so it holds more than lives at once; less more where the graph ends in gathered rows.
-ARENA_SHARE, HESSIAN_ARENA_SHARE = 1.5, 1.2
-# Arrays of a layer's size that rounding it holds, beside those of each form; and that stacking its errors holds.
-ROUNDING_ARRAYS, FORM_ARRAYS, STACK_ARRAYS = 3, 1, 2
-# A Hessian's inverse factor, per element: the damped matrix, its factor, that one's inverse and a product in float64.
-FACTOR_BYTES = 32
-# Hessians are held within this share of their cap, rows that wait within the rest (``calibrate.hessian``).
-MATRIX_SHARE, HESSIAN_ROWS_PER_COLUMN = 0.75, 2
-# Calls at once behind the order of salient channels (``sensitivity.salience``).
-SALIENCE_BATCH = 4
-# Of all values of a pass, what autograd holds (many are views of others).
-VALUE_SHARE = 0.6
-# Of all values, those that are no views of others.
-DISTINCT_SHARE = 0.7
-# Values count so often where a pass is planned; beyond so many times its bound it goes in parts (sensitivity.adjoint).
-PASS_COPIES, PASS_SHARE = 2, 4
-# What the parts began with, of the values of a call that live at once.
-BOUNDARY_SHARE = 2
-# Where stacks would take so many times their bound, none are kept (``sensitivity.probe``).
-HELD_SHARE = 4
-# Calls at once behind the Hessians; what the probes bound values and kept stacks by; the candidates that are kept.
-HESSIAN_BATCH, MEASURE_BYTES, HELD_BYTES = 8, 1 << 30, 512 << 20
-# The child process that builds: the library with its compiler, per node of the graph, and copies of the weights.
-BUILDER_BYTES, BUILDER_NODE_BYTES, BUILDER_COPIES = 220 << 20, 265_000, 3
+# What the probes bound values and kept stacks by.
+MEASURE_BYTES = MeasureOptions.memory_bytes
 
 
 def estimate_torch_export(weights: int, parameters: int) -> StageMemory:
@@ -230,7 +212,7 @@ def estimate_stage(stage: str, size: ModelSize, recipe: Recipe, forms: int, work
         # Every weight is looked at for what may be folded into it, so all of its file is in memory once.
         return StageMemory(stage, size.weights, 0, 0, SESSION_BYTES + NODE_BYTES * size.nodes)
     # Codes of one byte per weight, of all layers.
-    work = FLOAT32_BYTES * size.largest * ROUNDING_ARRAYS
+    work = FLOAT32_BYTES * size.largest * NEAREST_ARRAYS
     return StageMemory(stage, size.weights // FLOAT32_BYTES, 0, work, _bare(size.nodes))
 
 
@@ -267,10 +249,8 @@ def _candidates(size: ModelSize, recipe: Recipe, forms: int, workers: int) -> St
 
 def _rounding(size: ModelSize, recipe: Recipe, forms: int) -> int:
     """Return the bytes of the arrays that rounding the largest layer takes, beside its Hessian."""
-    arrays = FLOAT32_BYTES * size.largest * (ROUNDING_ARRAYS + FORM_ARRAYS * forms)
-    if recipe.quantize.rounding == "nearest":
-        return arrays
-    return arrays + FACTOR_BYTES * max((_blocks(p, recipe)[1] ** 2 for p in size.patches), default=0)
+    width = max((_blocks(patches, recipe)[1] for patches in size.patches), default=0)
+    return rounding_bytes(size.largest, width, forms, recipe.quantize.rounding == "gptq")
 
 
 def candidates_worker_bytes(size: ModelSize, recipe: Recipe, forms: int) -> int:
@@ -289,12 +269,12 @@ def salience_worker_bytes(size: ModelSize) -> int:
 
 def _salience(size: ModelSize) -> tuple[int, int]:
     """Return the bytes of a batch's values, and of the differences of weights that are kept."""
-    calls = int(PASS_SHARE * MEASURE_BYTES / max(PASS_COPIES * DISTINCT_SHARE * size.values, 1))
+    calls = int(WHOLE_SHARE * MEASURE_BYTES / max(PASS_COPIES * DISTINCT_SHARE * size.values, 1))
     return _adjoint(size, 1, max(1, min(SALIENCE_BATCH, calls))), min(size.weights, MEASURE_BYTES)
 
 
 def _gathered_values(size: ModelSize, recipe: Recipe) -> int:
-    return int(HESSIAN_ARENA_SHARE * min(HESSIAN_BATCH, _rounded_on(recipe)) * size.alive)
+    return int(HESSIAN_ARENA_SHARE * min(HessianOptions.batch_size, _rounded_on(recipe)) * size.alive)
 
 
 def _gatherer_bytes(size: ModelSize, recipe: Recipe) -> int:
@@ -338,7 +318,7 @@ def hessian_bytes(size: ModelSize, recipe: Recipe) -> tuple[int, int]:
     cap = section.memory_mb << 20
     matrices = sum(_matrix_bytes(patches, recipe) for patches in size.patches)
     waiting = sum(_row_bytes(patches, recipe) for patches in size.patches)
-    return min(matrices, int(MATRIX_SHARE * cap)), min(waiting, int((1 - MATRIX_SHARE) * cap))
+    return min(matrices, int((1 - WAITING_SHARE) * cap)), min(waiting, int(WAITING_SHARE * cap))
 
 
 def _matrix_bytes(patches: Patches, recipe: Recipe) -> int:
@@ -350,14 +330,14 @@ def _matrix_bytes(patches: Patches, recipe: Recipe) -> int:
 def _row_bytes(patches: Patches, recipe: Recipe) -> int:
     """Return the bytes of all rows behind a Hessian."""
     calls = max(1, recipe.calibrate.timesteps * _rounded_on(recipe))
-    wanted = max(recipe.quantize.hessian_rows, HESSIAN_ROWS_PER_COLUMN * _blocks(patches, recipe)[1])
+    wanted = max(recipe.quantize.hessian_rows, ceil(HessianOptions.rows_per_column * _blocks(patches, recipe)[1]))
     rows = calls * min(patches.rows, ceil(wanted / calls))
     return FLOAT32_BYTES * patches.group * patches.columns * rows
 
 
 def _adjoint(size: ModelSize, directions: int, calls: int) -> int:
     """Return what a pass back through the graph holds: all of it, or a part where it takes several times its bound."""
-    if PASS_COPIES * DISTINCT_SHARE * size.values + directions * size.outputs > PASS_SHARE * MEASURE_BYTES:
+    if PASS_COPIES * DISTINCT_SHARE * size.values + directions * size.outputs > WHOLE_SHARE * MEASURE_BYTES:
         return MEASURE_BYTES + int(BOUNDARY_SHARE * size.alive)
     return calls * (int(VALUE_SHARE * size.values) + directions * size.outputs)
 

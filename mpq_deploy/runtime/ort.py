@@ -24,6 +24,10 @@ CPU = "CPUExecutionProvider"
 # From so many bytes of weights on, sessions on the CPU leave them where the file is mapped (our choice: smaller models
 # run faster with weights in the layout of each kernel, which are copies).
 LARGE_WEIGHTS_BYTES = 1 << 30
+# A session's copies of smaller weights, in the layouts of its kernels, beside the mapped ones (fitted to peaks).
+SESSION_COPIES = 0.5
+# Its arena grows by steps, so it holds more than lives at once; less more where the graph ends in gathered rows.
+ARENA_SHARE, HESSIAN_ARENA_SHARE = 1.5, 1.2
 
 
 def session_options(threads: int = 0, fake_quant_only: bool = False) -> ort.SessionOptions:

@@ -14,6 +14,13 @@ from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.models.spec import Array, DenoiserSpec
 from mpq_deploy.recipe import OrmSettings
 
+# Where so many times the memory for stacks would be needed, keeping that part of them saves hardly any time.
+HELD_SHARE = 4
+# Arrays of a layer's size that stacking its errors holds, beside those of each form.
+STACK_ARRAYS = 2
+# Samples evaluated at once for the order of salient channels.
+SALIENCE_BATCH = 4
+
 
 @dataclass(frozen=True)
 class MeasureOptions:

@@ -25,6 +25,7 @@ from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.graph.layers import Layer, LayerGraph, LayerUse
 from mpq_deploy.models.spec import Array, DenoiserSpec
 from mpq_deploy.onnx_torch.adjoint import layer_gradients, parts_within
+from mpq_deploy.onnx_torch.pass_memory import PASS_COPIES
 from mpq_deploy.onnx_torch.torch_graph import TorchGraph
 from mpq_deploy.sensitivity.layer_weights import (
     CandidateWeights,
@@ -34,7 +35,7 @@ from mpq_deploy.sensitivity.layer_weights import (
     measured_layers,
     node_attributes,
 )
-from mpq_deploy.sensitivity.measured_calls import Calls, MeasureOptions
+from mpq_deploy.sensitivity.measured_calls import HELD_SHARE, Calls, MeasureOptions
 from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.sensitivity.table import SensitivityTable, table_from_projections
 from mpq_deploy.sensitivity.torch_projection import TorchStack, project_layer
@@ -43,8 +44,6 @@ from mpq_deploy.system.progress import Talk
 
 FLOAT_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 AUTO = "auto"
-# Where so many times the memory for stacks would be needed, keeping that part of them saves hardly any time.
-HELD_SHARE = 4
 
 
 def measure_probe(subject: Subject) -> SensitivityTable:
@@ -171,10 +170,9 @@ class _Probing:
 
         with torch.no_grad():
             footprint, _ = self._graph.footprint(self._graph.feed(self._calls.feeds(0, self._calls.first)), see)
-        # autograd keeps less than twice the values themselves
         size = self._errors_type.itemsize / self._float_type.itemsize
         gradients = int(sum(outputs[u.use.output] for u in self._uses) * self._options.probes * size)
-        one, most = 2 * sum(footprint.made) + gradients, self._options.memory_bytes
+        one, most = PASS_COPIES * sum(footprint.made) + gradients, self._options.memory_bytes
         whole, parts = (len(footprint.made),), parts_within(footprint, gradients, most)
         if len(parts) > 1:
             return self._calls.fixed_batch or 1, tuple(part.stop for part in parts), ()

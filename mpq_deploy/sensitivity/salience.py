@@ -17,15 +17,13 @@ from mpq_deploy.calibrate.stats import CalibrationSet
 from mpq_deploy.formats.candidates import LayerCandidates
 from mpq_deploy.graph.layers import Layer, LayerGraph
 from mpq_deploy.models.spec import Array, DenoiserSpec
-from mpq_deploy.onnx_torch.adjoint import WHOLE_SHARE, layer_gradients, parts_within
+from mpq_deploy.onnx_torch.adjoint import layer_gradients, parts_within
+from mpq_deploy.onnx_torch.pass_memory import PASS_COPIES, WHOLE_SHARE
 from mpq_deploy.onnx_torch.torch_graph import TorchGraph
 from mpq_deploy.sensitivity.layer_weights import Kept, float_matrix, node_attributes
-from mpq_deploy.sensitivity.measured_calls import Calls, MeasureOptions
+from mpq_deploy.sensitivity.measured_calls import SALIENCE_BATCH, Calls, MeasureOptions
 from mpq_deploy.sensitivity.torch_projection import apply_matrix, canonical_gradients, canonical_input
 from mpq_deploy.system.progress import Advance, Talk
-
-# Samples evaluated at once.
-BATCH = 4
 
 
 def channel_errors(
@@ -81,8 +79,8 @@ class ChannelErrors:
             footprint, _ = self._graph.footprint(feeds, lambda *_: None)
         self._parts = parts_within(footprint, 0, options.memory_bytes)
         # One batch of several takes no more than one call may.
-        most = max(1, WHOLE_SHARE * options.memory_bytes // max(1, 2 * sum(footprint.made)))
-        self._batch = self._calls.fixed_batch or min(BATCH, self._calls.count, most)
+        most = max(1, WHOLE_SHARE * options.memory_bytes // max(1, PASS_COPIES * sum(footprint.made)))
+        self._batch = self._calls.fixed_batch or min(SALIENCE_BATCH, self._calls.count, most)
         self.steps, self.calls = len(self._calls.timesteps), self._calls.count
 
     def at(self, step: int, advance: Advance) -> dict[str, Array]:

@@ -145,7 +145,7 @@ def test_the_builder_itself_is_killed(model: Path, run: Path, tmp_path: Path, mo
     assert process.returncode == 1 and "Traceback" not in said
     line, hint = said.splitlines()[-2:]
     assert line.startswith("mpq-deploy: The stage 'engine' was cut short. The builder was killed (SIGKILL)")
-    assert ("said nothing yet" if moment == "starting" else "last words: [") in line and "earlier" not in line
+    assert ("printed nothing yet" if moment == "starting" else "last words: [") in line and "earlier" not in line
     assert hint.startswith("  Repeat the command") and str(log) in hint
     # What was finished is there; the stage engine is the former one, and nothing of the new one is left.
     assert stage_bytes(run) == before

@@ -1,0 +1,31 @@
+"""Rounding a layer takes about as much memory as its estimate says."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from mpq_deploy.formats.candidates import choices_for, round_candidates
+from mpq_deploy.formats.scheme import Scheme, schemes_named
+from mpq_deploy.graph.layers import Layer
+from mpq_deploy.rounding.quantizers import rounding_bytes
+
+
+@pytest.mark.parametrize("names", [("w8a8",), ("w8a8", "w4a8"), ("w8a8", "w4a16", "w4a8")], ids=len)
+@pytest.mark.parametrize(("rows", "columns"), [(16, 2048), (512, 1024)], ids=["factor", "forms"])
+def test_gptq_takes_about_its_estimate(names: tuple[str, ...], rows: int, columns: int) -> None:
+    def refuse_none(layer: Layer, scheme: Scheme) -> str:
+        return ""
+
+    layer, rng = Layer("l", "MatMul", "w", (columns, rows), 1, 1, ()), np.random.default_rng(0)
+    x = rng.standard_normal((2 * columns, columns), np.float32)
+    moments, weight = (x.T @ x / len(x))[None], rng.standard_normal((rows, columns), np.float32)
+    schemes = tuple(scheme for scheme in schemes_named(names) if not scheme.branch)
+    choices = choices_for(layer, schemes, refuse_none)
+    tracemalloc.start()
+    found = round_candidates(layer, choices, weight, moments, widths=(columns,), gptq=True, damping=0.05, refinements=2)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 0.9 * peak < rounding_bytes(weight.size, columns, len(found.forms), gptq=True) < 1.3 * peak
