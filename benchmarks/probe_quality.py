@@ -28,7 +28,8 @@ from mpq_deploy.rounding.candidate_store import candidates_of
 from mpq_deploy.run.pipeline import STAGES, open_pipeline
 from mpq_deploy.run.view import Run
 from mpq_deploy.sensitivity.exhaustive import measure_exhaustive
-from mpq_deploy.sensitivity.measure import MeasureOptions, measure
+from mpq_deploy.sensitivity.measure import measure
+from mpq_deploy.sensitivity.measured_calls import MeasureOptions
 from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.studies.agreement import Compared, moments, rho_of

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mpq_deploy.errors import UsageError
 from mpq_deploy.system.files import Fields, canonical_json, file_digest
 from mpq_deploy.system.release import __version__
-
-if TYPE_CHECKING:
-    from mpq_deploy.recipe import Recipe
-
-
-# What orm is reported beside, at the same budget: the same program without any ORM.
-ORM_CONTROLS = ("size-only", "random")
 
 
 def version_of(*packages: str) -> Fields:
@@ -42,8 +35,3 @@ def path_digest(path: Path) -> str:
     if path.is_dir():
         return canonical_json({p.name: file_digest(p) for p in sorted(path.iterdir()) if p.is_file()})
     raise UsageError(f"There is no file {path}.", "Check the path.")
-
-
-def weighs_bits(recipe: Recipe) -> bool:
-    """Whether the recipe's method weighs bits by importance: orm, one of its controls, or kurtosis."""
-    return recipe.measure.method in ("orm", "kurtosis", *ORM_CONTROLS)

@@ -1,10 +1,10 @@
 """Propagation gain times local error: the losses without torch, from forward passes in ONNX Runtime alone.
 
-g_{l,t} is the relative squared change of the denoiser's output, divided by eps^2, when the layer's output Y becomes
-Y + eps rms(Y) xi with xi ~ N(0, I); the loss of scheme s is the mean over timesteps of g_{l,t} e_{l,s,t} with the
-relative local error e. It assumes that the local error propagates like white noise, which INT8 activations of layers
-with shared or time-embedding inputs violate: there it can be several times too low. One forward pass per layer and
-timestep, whatever the number of schemes.
+g_{l,t} is the relative squared change of the denoiser's output, divided by eps^2, when the layer's
+output Y becomes Y + eps rms(Y) xi with xi ~ N(0, I); the loss of scheme s is the mean over timesteps
+of g_{l,t} e_{l,s,t} with the relative local error e. It assumes that the local error propagates like
+white noise, which INT8 activations of layers with shared or time-embedding inputs violate: there it
+can be several times too low. One forward pass per layer and timestep, whatever the number of schemes.
 """
 
 from __future__ import annotations
@@ -12,48 +12,42 @@ from __future__ import annotations
 import numpy as np
 
 from mpq_deploy.errors import ModelError
-from mpq_deploy.graph.layers import Layer, LayerGraph
+from mpq_deploy.graph.layers import Layer
 from mpq_deploy.models.spec import Array
 from mpq_deploy.sensitivity.local_error import LocalErrors, local_errors
-from mpq_deploy.sensitivity.measured_calls import Calls, MeasureOptions
+from mpq_deploy.sensitivity.measured_calls import Calls
 from mpq_deploy.sensitivity.ort_graph import noisy_graph
 from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.sensitivity.table import SensitivityTable, table_from_losses
-from mpq_deploy.system.progress import Talk
+
+# Relative size of the noise.
+NOISE = 0.05
+# Calls per timestep: the noise already averages over all elements of a layer's output.
+GAIN_SAMPLES = 4
 
 
 def measure_gain(subject: Subject) -> SensitivityTable:
     """Measure all schemes of all layers by propagation gain times local error."""
     calls = subject.calls()
-    local = local_errors(subject.graph, subject.candidates, subject.stats, calls, subject.options, subject.talk)
-    layers = subject.layers
-    samples = min(calls.count, max(subject.options.gain_samples, calls.fixed_batch or 1))
-    fewer = subject.calls(samples)
-    gains = propagation_gains(subject.graph, layers, local, fewer, subject.options, subject.talk)
+    local = local_errors(subject, calls)
+    samples = min(calls.count, max(GAIN_SAMPLES, calls.fixed_batch or 1))
+    gains = propagation_gains(subject, local, subject.calls(samples))
     losses = {
-        name: {scheme: gains[name] * error for scheme, error in by_scheme.items()}
-        for name, by_scheme in local.relative.items()
+        name: {scheme: gains[name] * error for scheme, error in row.items()} for name, row in local.relative.items()
     }
     return table_from_losses("gain", calls.timesteps, losses)
 
 
-def propagation_gains(
-    graph: LayerGraph,
-    layers: tuple[Layer, ...],
-    local: LocalErrors,
-    calls: Calls,
-    options: MeasureOptions,
-    talk: Talk,
-) -> dict[str, Array]:
+def propagation_gains(subject: Subject, local: LocalErrors, calls: Calls) -> dict[str, Array]:
     """Return layer -> gain at each timestep, float64 [K]. All calls of a timestep run together where they can."""
-    steps = len(calls.timesteps)
+    layers, seed, steps = subject.layers, subject.options.seed, len(calls.timesteps)
     changed = {layer.name: np.zeros(steps) for layer in layers}
     power = np.zeros(steps)
-    batch = calls.fixed_batch or options.batch_size or calls.count
+    batch = calls.fixed_batch or subject.options.batch_size or calls.count
     ranks = {name: len(shape) for name, shape in local.shapes.items()}
     with (
-        noisy_graph(graph, layers, calls.spec.output, ranks, talk) as session,
-        talk.bar("gains", steps * calls.count) as advance,
+        noisy_graph(subject.graph, layers, calls.spec.output, ranks, subject.talk) as session,
+        subject.talk.bar("gains", steps * calls.count) as advance,
     ):
         for step_index, chunk in calls.chunks(batch):
             feeds = calls.feeds(step_index, chunk)
@@ -66,22 +60,22 @@ def propagation_gains(
             power[step_index] += float(np.sum(np.square(reference, dtype=np.float64)))
             batches = (chunk.stop - chunk.start) // (calls.fixed_batch or 1)
             for number, layer in enumerate(layers):
-                random = np.random.default_rng((options.seed, step_index, chunk.start, number))
-                noise = _noise(layer, local, step_index, batches, options.noise, random)
+                random = np.random.default_rng((seed, step_index, chunk.start, number))
+                noise = _noise(layer, local, step_index, batches, random)
                 change = session.run(feeds, noise) - reference
                 changed[layer.name][step_index] += float(np.sum(np.square(change, dtype=np.float64)))
             advance(chunk.stop - chunk.start)
     safe = np.where(power > 0, power, 1.0)
-    return {name: total / safe / options.noise**2 for name, total in changed.items()}
+    return {name: total / safe / NOISE**2 for name, total in changed.items()}
 
 
 def _noise(
-    layer: Layer, local: LocalErrors, step_index: int, batches: int, size: float, random: np.random.Generator
+    layer: Layer, local: LocalErrors, step_index: int, batches: int, random: np.random.Generator
 ) -> dict[str, Array]:
-    """Draw noise of relative size ``size`` for every output of the layer, in its shape for ``batches`` calls."""
+    """Draw noise for every output of the layer, in its shape for ``batches`` calls."""
     noise = {}
     for use in layer.uses:
         rms = np.sqrt(local.mean_square[use.output][step_index])
         shape = local.shape(use.output, batches)
-        noise[use.output] = random.standard_normal(shape, np.float32) * np.float32(size * rms)
+        noise[use.output] = random.standard_normal(shape, np.float32) * np.float32(NOISE * rms)
     return noise

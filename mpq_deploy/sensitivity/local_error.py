@@ -1,8 +1,8 @@
 """The relative squared error of each layer's own output, per scheme and timestep, on float inputs.
 
-e_{l,s,t} = ||layer(X; Q_s) - layer(X; W)||^2 / ||layer(X; W)||^2 over the measured calls, the scheme's activation
-quantizer included, bias and all. The layers' inputs come from ONNX Runtime, so many calls at once as a memory cap
-allows; the errors are taken in NumPy.
+e_{l,s,t} = ||layer(X; Q_s) - layer(X; W)||^2 / ||layer(X; W)||^2 over the measured calls, the
+scheme's activation quantizer included. The layers' inputs come from ONNX Runtime, as many calls at
+once as the memory limit allows; the errors are computed in NumPy.
 """
 
 from __future__ import annotations
@@ -13,34 +13,28 @@ from dataclasses import dataclass
 import numpy as np
 import onnxruntime as ort
 
-from mpq_deploy.calibrate.stats import CalibrationStats
-from mpq_deploy.graph.layers import Layer, LayerGraph
+from mpq_deploy.graph.layers import Layer
 from mpq_deploy.models.spec import Array
 from mpq_deploy.sensitivity.layer_numpy import UseErrors
-from mpq_deploy.sensitivity.layer_weights import (
-    CandidateWeights,
-    input_roundings,
-    measured_layers,
-    node_attributes,
-    numpy_stacks,
-)
+from mpq_deploy.sensitivity.layer_weights import input_roundings, node_attributes, numpy_stacks
 from mpq_deploy.sensitivity.measured_calls import Calls, MeasureOptions
 from mpq_deploy.sensitivity.ort_graph import run_session, tapped_graph
 from mpq_deploy.sensitivity.subject import Subject
-from mpq_deploy.sensitivity.table import SensitivityTable, table_from_losses
-from mpq_deploy.system.progress import Talk
+from mpq_deploy.sensitivity.table import Nested, SensitivityTable, table_from_losses
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class LocalErrors:
-    """What running the layers one by one found.
+    """``relative``: layer -> scheme -> float64 [K], the relative squared error, all uses of a layer together.
 
-    ``relative``: layer -> scheme -> float64 [K], the relative squared error, a layer's uses together.
-    ``mean_square``: layer output -> float64 [K], the mean of Y^2; ``shapes``: layer output -> its shape for one
-    call (or one fixed batch). ``shared``: outputs whose shape does not depend on the number of calls.
+    ``mean_square``: layer output -> float64 [K], the mean of Y^2; ``shapes``: layer output -> its
+    shape for one call (or one fixed batch). ``shared``: outputs whose shape does not depend on the
+    number of calls.
     """
 
-    relative: dict[str, dict[str, Array]]
+    relative: Nested
     mean_square: dict[str, Array]
     shapes: dict[str, tuple[int, ...]]
     shared: frozenset[str]
@@ -52,35 +46,25 @@ class LocalErrors:
 
 
 def measure_local_error(subject: Subject) -> SensitivityTable:
-    """Take the layer's own error as the loss. It ignores what the network makes of it: a baseline, not a default."""
+    """Take the layer's own error as the loss, whatever the network makes of it: a baseline."""
     calls = subject.calls()
-    found = local_errors(subject.graph, subject.candidates, subject.stats, calls, subject.options, subject.talk)
     note = "losses are relative errors of the layers' own outputs, not of the denoiser's"
-    return table_from_losses("local_error", calls.timesteps, found.relative, (note,))
+    return table_from_losses("local_error", calls.timesteps, local_errors(subject, calls).relative, (note,))
 
 
-def local_errors(
-    graph: LayerGraph,
-    candidates: Mapping[str, CandidateWeights],
-    stats: CalibrationStats,
-    calls: Calls,
-    options: MeasureOptions,
-    talk: Talk,
-) -> LocalErrors:
-    """Run every layer's schemes on the float inputs of the measured calls."""
-    layers = measured_layers(graph, candidates)
-    errors = LayerErrors(graph, candidates, stats, options.memory_bytes)
-    steps = len(calls.timesteps)
-    totals = {n.name: {s.name: np.zeros(steps) for s in candidates[n.name].schemes} for n in layers}
+def local_errors(subject: Subject, calls: Calls) -> LocalErrors:
+    """Compute the error of every scheme of every layer on the float inputs of ``calls``."""
+    layers, errors, steps = subject.layers, LayerErrors(subject), len(calls.timesteps)
+    totals = {n.name: {s.name: np.zeros(steps) for s in subject.candidates[n.name].schemes} for n in layers}
     power: dict[str, Array] = {use.output: np.zeros(steps) for n in layers for use in n.uses}
-    counts: dict[str, int] = {}
-    with tapped_graph(graph, tap_names(layers), talk) as session:
-        taps = Taps(session, tap_names(layers))
-        shapes = {n: v.shape for n, v in taps.values(calls.feeds(0, calls.first)).items()}
-        shared = shared_values(taps, shapes, calls)
-        batch = batch_for(shapes, calls, options)
-        with talk.bar("local errors", steps * calls.count) as advance:
-            for step_index, chunk in calls.chunks(batch):
+    counts = dict.fromkeys(power, 0)
+    names = tap_names(layers)
+    with tapped_graph(subject.graph, names, subject.talk) as session:
+        taps = Taps(session, names)
+        shapes = taps.shapes(calls)
+        shared = _shared_values(taps, shapes, calls)
+        with subject.talk.bar("local errors", steps * calls.count) as advance:
+            for step_index, chunk in calls.chunks(batch_for(shapes, calls, subject.options)):
                 values = taps.values(calls.feeds(step_index, chunk))
                 for layer in layers:
                     for _, scheme, error in errors.of(layer, values):
@@ -88,14 +72,12 @@ def local_errors(
                     for use in layer.uses:
                         power[use.output][step_index] += _square_sum(values[use.output])
                         if step_index == 0:
-                            counts[use.output] = counts.get(use.output, 0) + values[use.output].size
+                            counts[use.output] += values[use.output].size
                 advance(chunk.stop - chunk.start)
-    relative = {
-        layer.name: {
-            s: _ratio(total, np.sum([power[u.output] for u in layer.uses], axis=0)) for s, total in row.items()
-        }
-        for layer, row in zip(layers, totals.values(), strict=True)
-    }
+    relative = {}
+    for layer in layers:
+        norm = np.sum([power[use.output] for use in layer.uses], axis=0)
+        relative[layer.name] = {s: _ratio(total, norm) for s, total in totals[layer.name].items()}
     mean_square = {name: total / counts[name] for name, total in power.items()}
     return LocalErrors(relative, mean_square, {name: shapes[name] for name in power}, shared)
 
@@ -103,17 +85,10 @@ def local_errors(
 class LayerErrors:
     """The local errors of all layers, given the values of a float run."""
 
-    def __init__(
-        self,
-        graph: LayerGraph,
-        candidates: Mapping[str, CandidateWeights],
-        stats: CalibrationStats,
-        memory_bytes: int,
-    ) -> None:
-        self._attributes = node_attributes(graph)
-        self._stacks = numpy_stacks(graph, candidates, memory_bytes)
-        self._stats = stats
-        self._candidates = candidates
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
+        self._attributes = node_attributes(subject.graph)
+        self._stacks = numpy_stacks(subject.graph, subject.candidates, subject.options.memory_bytes)
 
     def of(
         self, layer: Layer, values: Mapping[str, Array], schemes: frozenset[str] | None = None
@@ -121,7 +96,7 @@ class LayerErrors:
         """Yield (output name, scheme, dY) for every use and scheme of ``layer``."""
         stack = self._stacks[layer]
         for use in layer.uses:
-            roundings = input_roundings(self._stats, use, self._candidates[layer.name].schemes)
+            roundings = input_roundings(self._subject.stats, use, self._subject.candidates[layer.name].schemes)
             errors = UseErrors(layer, self._attributes[use.node], stack, roundings)
             for scheme, error in errors.errors(values[use.input], schemes):
                 yield use.output, scheme, error
@@ -131,15 +106,19 @@ class Taps:
     """Inner values of the float graph by name, from a session that returns them; graph inputs included."""
 
     def __init__(self, session: ort.InferenceSession, names: list[str]) -> None:
-        given = {value.name for value in session.get_outputs()}
+        available = {value.name for value in session.get_outputs()}
         self._session = session
-        self._outputs = [name for name in names if name in given]
+        self._outputs = [name for name in names if name in available]
         self._names = names
 
     def values(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run once and return every tapped value."""
-        found = dict(zip(self._outputs, run_session(self._session, self._outputs, feeds), strict=True))
-        return {name: found[name] if name in found else feeds[name] for name in self._names}
+        outputs = dict(zip(self._outputs, run_session(self._session, self._outputs, feeds), strict=True))
+        return {name: outputs[name] if name in outputs else feeds[name] for name in self._names}
+
+    def shapes(self, calls: Calls) -> dict[str, tuple[int, ...]]:
+        """Return every value's shape for the first of ``calls`` (or the first fixed batch)."""
+        return {name: value.shape for name, value in self.values(calls.feeds(0, calls.first)).items()}
 
 
 def tap_names(layers: tuple[Layer, ...]) -> list[str]:
@@ -147,20 +126,20 @@ def tap_names(layers: tuple[Layer, ...]) -> list[str]:
     return list(dict.fromkeys(name for n in layers for use in n.uses for name in (use.input, use.output)))
 
 
-def shared_values(taps: Taps, shapes: Mapping[str, tuple[int, ...]], calls: Calls) -> frozenset[str]:
+def batch_for(shapes: Shapes, calls: Calls, options: MeasureOptions) -> int:
+    """Choose how many calls to run at once, so that all values of ``shapes`` (of one call) fit into the memory."""
+    if calls.fixed_batch:
+        return calls.fixed_batch
+    per_call = 4 * sum(int(np.prod(shape)) for shape in shapes.values())
+    return options.batch_size or max(1, min(calls.count, options.memory_bytes // (4 * max(per_call, 1))))
+
+
+def _shared_values(taps: Taps, shapes: Shapes, calls: Calls) -> frozenset[str]:
     """Return the tapped values that several calls share, such as the embedding of a scalar timestep."""
     if calls.fixed_batch or calls.count == 1:
         return frozenset()
     pair = taps.values(calls.feeds(0, slice(0, 2)))
     return frozenset(name for name, shape in shapes.items() if pair[name].shape == shape)
-
-
-def batch_for(shapes: Mapping[str, tuple[int, ...]], calls: Calls, options: MeasureOptions) -> int:
-    """Choose how many calls to run at once so that all tapped values of ``shapes`` (of one call) fit the cap."""
-    if calls.fixed_batch:
-        return calls.fixed_batch
-    per_call = 4 * sum(int(np.prod(shape)) for shape in shapes.values())
-    return options.batch_size or max(1, min(calls.count, options.memory_bytes // (4 * max(per_call, 1))))
 
 
 def _square_sum(values: Array) -> float:

@@ -26,16 +26,15 @@ SALIENCE_BATCH = 4
 class MeasureOptions:
     """How much is measured, and with how much memory.
 
-    ``samples``: calls of the calibration set used at each timestep: evenly spaced ones, the same at
-    every timestep; with ``rotate`` the next ones at each, so that more of the set is seen for the same
-    time. ``probes`` per timestep and sample. ``batch_size``: most samples at once; ``memory_bytes`` may
-    make it fewer. ``noise``: relative size of the gain metric's noise, and ``gain_samples`` the calls it
-    takes per timestep (its noise already averages over all elements of a layer's output). ``dtype``: the
-    type in which torch evaluates the graph, "float32" or "bfloat16". ``errors_dtype``: the type in which
-    it takes the local errors and their products with the gradients; "auto" is bfloat16 where the
-    processor multiplies it natively (about a fifth less time, 0.2 % of noise on each projection, so plans
-    may differ between processors), else float32. ``orm``: settings of the orm metric and its controls.
-    ``shares``: the part of the trajectory that each timestep stands for, of sum 1; None: equal ones.
+    ``samples``: calls of the calibration set used at each timestep, evenly spaced, the same at every
+    timestep; with ``rotate`` the next ones at each, so that more of the set is seen in the same time.
+    ``probes`` per timestep and sample. ``batch_size``: maximum of samples at once; ``memory_bytes``
+    may make it fewer. ``dtype``: the type in which torch evaluates the graph, "float32" or "bfloat16".
+    ``errors_dtype``: of the local errors and their products with the gradients; "auto" is bfloat16
+    where the processor multiplies it natively (about a fifth less time, 0.2 % of noise on each
+    projection, so plans may differ between processors), else float32. ``orm``: settings of orm and its
+    controls. ``shares``: the part of the trajectory that each timestep stands for, of sum 1; None:
+    equal ones.
     """
 
     probes: int = 8
@@ -45,19 +44,15 @@ class MeasureOptions:
     dtype: str = "float32"
     errors_dtype: str = "float32"
     memory_bytes: int = 1 << 30
-    noise: float = 0.05
-    gain_samples: int = 4
     orm: OrmSettings = field(default_factory=OrmSettings)
     shares: tuple[float, ...] | None = None
     rotate: bool = False
 
     def __post_init__(self) -> None:
-        if self.probes < 1:
-            raise UsageError(f"{self.probes} probes cannot be measured.", "Use 1 or more.")
-        if self.samples < 1 or (self.batch_size is not None and self.batch_size < 1):
-            raise UsageError(
-                f"{self.samples} samples in batches of {self.batch_size} cannot be measured.", "Use 1 or more."
-            )
+        for name in ("probes", "samples", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"Invalid measure.{name} {value}.", "Use 1 or more.")
 
 
 class Calls:

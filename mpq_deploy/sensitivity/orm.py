@@ -28,7 +28,6 @@ from mpq_deploy.graph.layers import Layer, LayerGraph
 from mpq_deploy.models.spec import Array
 from mpq_deploy.recipe import Bits, OrmSettings
 from mpq_deploy.sensitivity.bit_program import chosen_bits
-from mpq_deploy.sensitivity.importance import Importance
 from mpq_deploy.sensitivity.layer_weights import CandidateWeights
 from mpq_deploy.sensitivity.measured_calls import Calls, MeasureOptions
 from mpq_deploy.sensitivity.orthogonality import (
@@ -41,7 +40,7 @@ from mpq_deploy.sensitivity.orthogonality import (
     timestep_weights,
 )
 from mpq_deploy.sensitivity.subject import Subject
-from mpq_deploy.sensitivity.table import SensitivityTable, table_from_losses
+from mpq_deploy.sensitivity.table import Importance, SensitivityTable, table_from_losses
 from mpq_deploy.system.progress import Talk
 from mpq_deploy.system.sessions import open_session
 
@@ -77,21 +76,6 @@ def measure_orm(subject: Subject) -> SensitivityTable:
         )
     parts = bit_losses(subject)
     return parts.table("orm", theta, tuple(notes), seen.constant, seen.calls, orm)
-
-
-def measure_size_only(subject: Subject) -> SensitivityTable:
-    """Give every layer the importance 1: the control that knows only sizes. Nothing is run."""
-    layers = subject.layers
-    parts = bit_losses(subject)
-    return parts.table("size-only", np.ones((len(subject.calibration.timesteps), len(layers))))
-
-
-def measure_random(subject: Subject) -> SensitivityTable:
-    """Draw every layer's importance evenly from (0, 1], by ``options.seed``: the control that knows nothing."""
-    layers = subject.layers
-    parts = bit_losses(subject)
-    drawn = 1 - np.random.default_rng(subject.options.seed).random(len(layers))
-    return parts.table("random", np.tile(drawn, (len(subject.calibration.timesteps), 1)))
 
 
 @dataclass(frozen=True)

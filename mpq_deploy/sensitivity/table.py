@@ -3,39 +3,89 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
 from mpq_deploy.models.spec import Array
-from mpq_deploy.sensitivity.importance import Importance
+from mpq_deploy.sensitivity.methods import METHODS
 
 IMPORTANCE = "orm.npz"
-# Metrics whose losses are expected relative squared errors of the denoiser's output. The others only rank.
-PREDICTING = ("probe", "gain", "exhaustive")
+T = TypeVar("T")
+# Layer -> scheme -> values.
+Nested = dict[str, dict[str, Array]]
+
+
+@dataclass(frozen=True)
+class Importance:
+    """The importance of L ``layers`` (in graph order) at K ``timesteps`` (in denoising order).
+
+    ``theta`` float64 [K, L]; ``weights`` float64 [K] of sum 1, what each timestep counts for;
+    ``constant`` bool [K, L]: layers whose output was the same for all calls; ``activation_bits``
+    int64 [L]: what the layer's activations are fixed at, 0 where there is no choice. ``orm`` float32
+    [K, L, L], the orthogonality matrices, and ``calls``, the minimum N behind a Gram matrix: None
+    and 0 for other metrics than orm.
+    """
+
+    layers: tuple[str, ...]
+    timesteps: Array
+    weights: Array
+    theta: Array
+    constant: Array
+    activation_bits: Array
+    calls: int = 0
+    orm: Array | None = None
+
+    @property
+    def total(self) -> Array:
+        """The importance c of each layer over all timesteps, float64 [L]."""
+        return np.asarray(self.weights @ self.theta)
+
+    def save(self, path: Path) -> None:
+        """Write everything into one .npz (no pickle); names as JSON text."""
+        arrays = {item.name: np.asarray(getattr(self, item.name)) for item in fields(self)}
+        arrays["layers"] = np.array(json.dumps(self.layers))
+        arrays["timesteps"] = np.asarray(self.timesteps, np.float32)
+        del arrays["orm"]
+        if self.orm is not None:
+            arrays["orm"] = np.asarray(self.orm, np.float32)
+        np.savez(path, **arrays)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, path: Path) -> Importance:
+        """Read what ``save`` wrote."""
+        with np.load(path, allow_pickle=False) as data:
+            values: dict[str, Any] = dict(data)
+        values["layers"] = tuple(json.loads(str(values["layers"])))
+        return cls(**{**values, "calls": int(values["calls"])})
 
 
 @dataclass(frozen=True)
 class SensitivityTable:
     """Expected relative squared error of the denoiser's output, averaged over timesteps, per layer and scheme.
 
-    ``losses``: layer name -> scheme name -> loss. ``projections``: layer -> scheme -> float32 [P] vectors of
-    a_{l,s} (one entry per timestep, probe and sample, already divided by the output's norm of its timestep and by
-    sqrt(P), so that the loss of a plan is ||sum_l a_{l,s_l}||^2, cross terms included); None for metrics without
-    probes. ``calls`` int [P] numbers the calibration call behind each entry (``Calls.turns``; -1: an entry
-    that was taken out, and is 0), None where that is not known.
-    ``losses_by_timestep``: layer -> scheme -> float32 [K]; their mean is the loss, so timesteps that stand for more of
-    the trajectory than others (see ``weighted``) have that factor in them. A metric that is not in ``PREDICTING`` ranks
-    layers by a loss of its own unit; ``importance`` is what orm and its controls make theirs of, and such a table lacks
-    the schemes that their activation bits rule out.
+    ``losses``: layer -> scheme -> loss, the mean of ``losses_by_timestep`` float32 [K]; timesteps
+    that stand for more of the trajectory than others (see ``weighted``) have that factor in them.
+
+    ``projections``: layer -> scheme -> float32 [P], vectors a_{l,s} with one entry per timestep,
+    probe and sample, divided by the output's norm of its timestep and by sqrt(P), so that the loss
+    of a plan is ||sum_l a_{l,s_l}||^2, cross terms included; None for metrics without probes.
+    ``calls`` int [P]: the calibration call behind each entry (``Calls.turns``; -1: taken out, and
+    0); None where that is not known.
+
+    Where not ``predicts_nmse``, layers are ranked by a loss of the metric's own unit.
+    ``importance``: of metrics that weigh bits; their tables lack the schemes that their activation
+    bits rule out.
     """
 
     metric: str
     timesteps: Array
     losses: dict[str, dict[str, float]]
-    losses_by_timestep: dict[str, dict[str, Array]]
-    projections: dict[str, dict[str, Array]] | None = None
+    losses_by_timestep: Nested
+    projections: Nested | None = None
     notes: tuple[str, ...] = field(default=())
     importance: Importance | None = None
     calls: Array | None = None
@@ -43,36 +93,30 @@ class SensitivityTable:
     @property
     def predicts_nmse(self) -> bool:
         """Whether a plan's loss is a prediction of the error that evaluation measures."""
-        return self.metric in PREDICTING
+        return self.metric in METHODS and METHODS[self.metric].predicts
 
     def weighted(self, shares: Array) -> SensitivityTable:
-        """Return the table with timestep k counting for ``shares[k]`` [K] of the mean, where 1 / K was its share."""
+        """Return the table with timestep k counting for ``shares[k]`` [K] of the mean, instead of 1 / K."""
         factor = np.asarray(shares, np.float64) / np.sum(shares) * len(self.timesteps)
-        rows = {
-            layer: {scheme: values * factor for scheme, values in by_scheme.items()}
-            for layer, by_scheme in self.losses_by_timestep.items()
-        }
-        made = table_from_losses(self.metric, self.timesteps, rows, self.notes)
+        rows = _each(self.losses_by_timestep, lambda values: values * factor)
+        table = table_from_losses(self.metric, self.timesteps, rows, self.notes)
         if self.projections is None:
-            return replace(made, importance=self.importance)
+            return replace(table, importance=self.importance)
         # Entries are ordered by timestep first; a loss is a sum of their squares.
         size = len(next(iter(next(iter(self.projections.values())).values()), ())) // len(factor)
         roots = np.repeat(np.sqrt(factor), size).astype(np.float32)
-        vectors = {
-            layer: {scheme: vector * roots for scheme, vector in by_scheme.items()}
-            for layer, by_scheme in self.projections.items()
-        }
-        return replace(made, projections=vectors, calls=self.calls)
+        vectors = _each(self.projections, lambda vector: vector * roots)
+        return replace(table, projections=vectors, calls=self.calls)
 
     def plan_loss(self, schemes: dict[str, str]) -> float:
-        """Predict the loss of a whole plan (layer -> scheme): with cross terms where there are projections."""
+        """Predict the loss of a plan (layer -> scheme): with cross terms where there are projections."""
         if self.projections is None:
             return float(sum(self.losses[layer][scheme] for layer, scheme in schemes.items()))
-        total = sum(self.projections[layer][scheme].astype(np.float64) for layer, scheme in schemes.items())
+        total = sum(self.projections[n][s].astype(np.float64) for n, s in schemes.items())
         return float(np.sum(np.square(total)))
 
     def folds(self, count: int) -> list[tuple[SensitivityTable, SensitivityTable]]:
-        """Split the calls into ``count`` parts; for each, return the table without it and the table of it alone.
+        """Split the calls into ``count`` parts; for each, return the table without it and that of it alone.
 
         Both hold all entries, those of other calls as zeros. Empty where a part would miss a timestep.
         """
@@ -84,27 +128,25 @@ class SensitivityTable:
             return []
         return [(self._of_calls(~part), self._of_calls(part)) for part in parts]
 
-    def _of_calls(self, kept: Array) -> SensitivityTable:
-        by_step = kept.reshape(len(self.timesteps), -1)
+    def _of_calls(self, part: Array) -> SensitivityTable:
+        by_step = part.reshape(len(self.timesteps), -1)
         factor = np.sqrt(by_step.shape[1] / by_step.sum(axis=1, keepdims=True)) * by_step
         roots = factor.reshape(-1).astype(np.float32)
         assert self.projections is not None and self.calls is not None
-        vectors = {
-            layer: {scheme: vector * roots for scheme, vector in by_scheme.items()}
-            for layer, by_scheme in self.projections.items()
-        }
-        part = _from_vectors(self.metric, self.timesteps, vectors, self.notes)
-        return replace(part, calls=np.where(kept, self.calls, -1).astype(np.int32))
+        vectors = _each(self.projections, lambda vector: vector * roots)
+        table = _from_vectors(self.metric, self.timesteps, vectors, self.notes)
+        return replace(table, calls=np.where(part, self.calls, -1).astype(np.int32))
 
     def save(self, folder: Path) -> None:
         """Write ``table.json`` and ``projections.npz`` into ``folder``."""
-        layers = list(self.losses)
-        pairs = [(layer, scheme) for layer in layers for scheme in self.losses[layer]]
-        arrays: dict[str, Array] = {
-            "by_timestep": np.stack([self.losses_by_timestep[a][s] for a, s in pairs]).astype(np.float32)
-        }
+        pairs = [(layer, scheme) for layer, row in self.losses.items() for scheme in row]
+
+        def stacked(values: Nested) -> Array:
+            return np.stack([values[layer][scheme] for layer, scheme in pairs]).astype(np.float32)
+
+        arrays: dict[str, Array] = {"by_timestep": stacked(self.losses_by_timestep)}
         if self.projections is not None:
-            arrays["projections"] = np.stack([self.projections[a][s] for a, s in pairs]).astype(np.float32)
+            arrays["projections"] = stacked(self.projections)
         if self.calls is not None:
             arrays["calls"] = self.calls
         np.savez(folder / "projections.npz", **arrays)  # type: ignore[arg-type]
@@ -123,10 +165,9 @@ class SensitivityTable:
     def load(cls, folder: Path) -> SensitivityTable:
         """Read what ``save`` wrote."""
         text = json.loads((folder / "table.json").read_text(encoding="utf-8"))
-        pairs = [tuple(pair) for pair in text["pairs"]]
         with np.load(folder / "projections.npz", allow_pickle=False) as data:
-            by_timestep = _by_pair(pairs, data["by_timestep"])
-            projections = _by_pair(pairs, data["projections"]) if "projections" in data else None
+            by_timestep = _by_pair(text["pairs"], data["by_timestep"])
+            projections = _by_pair(text["pairs"], data["projections"]) if "projections" in data else None
             calls = data.get("calls", None)
         stored = folder / IMPORTANCE
         return cls(
@@ -142,58 +183,47 @@ class SensitivityTable:
 
 
 def table_from_projections(
-    timesteps: Array,
-    values: dict[str, dict[str, Array]],
-    notes: tuple[str, ...] = (),
-    calls: Array | None = None,
+    timesteps: Array, values: Nested, notes: tuple[str, ...] = (), calls: Array | None = None
 ) -> SensitivityTable:
-    """Make a table from layer -> scheme -> projections float32 [K, probes, N], divided by the output's rms norm.
+    """Make a table from projections float32 [K, probes, N], divided by the output's rms norm.
 
     ``losses`` are means over all probes. ``calls`` int [K, N]: the call behind each.
     """
     shape = next(iter(next(iter(values.values())).values())).shape if values else (len(timesteps), 1, 1)
     factor = np.float32(1 / np.sqrt(np.prod(shape)))
-    vectors = {
-        layer: {scheme: a.reshape(-1).astype(np.float32) * factor for scheme, a in by_scheme.items()}
-        for layer, by_scheme in values.items()
-    }
-    made = _from_vectors("probe", timesteps, vectors, notes)
+    vectors = _each(values, lambda a: a.reshape(-1).astype(np.float32) * factor)
+    table = _from_vectors("probe", timesteps, vectors, notes)
     if calls is None:
-        return made
-    return replace(made, calls=np.broadcast_to(calls[:, None], shape).reshape(-1).astype(np.int32))
+        return table
+    return replace(table, calls=np.broadcast_to(calls[:, None], shape).reshape(-1).astype(np.int32))
 
 
 def table_from_losses(
-    metric: str, timesteps: Array, by_timestep: dict[str, dict[str, Array]], notes: tuple[str, ...] = ()
+    metric: str, timesteps: Array, by_timestep: Nested, notes: tuple[str, ...] = ()
 ) -> SensitivityTable:
-    """Make a table without projections from layer -> scheme -> loss at each timestep [K]."""
-    losses = {
-        layer: {scheme: float(np.mean(values, dtype=np.float64)) for scheme, values in by_scheme.items()}
-        for layer, by_scheme in by_timestep.items()
-    }
-    rows = {
-        layer: {s: np.asarray(v, np.float32) for s, v in by_scheme.items()} for layer, by_scheme in by_timestep.items()
-    }
+    """Make a table without projections from the losses at each timestep [K]."""
+    losses = _each(by_timestep, lambda values: float(np.mean(values, dtype=np.float64)))
+    rows = _each(by_timestep, lambda values: np.asarray(values, np.float32))
     return SensitivityTable(metric, np.asarray(timesteps, np.float32), losses, rows, notes=notes)
 
 
-def _from_vectors(
-    metric: str, timesteps: Array, vectors: dict[str, dict[str, Array]], notes: tuple[str, ...]
-) -> SensitivityTable:
+def _from_vectors(metric: str, timesteps: Array, vectors: Nested, notes: tuple[str, ...]) -> SensitivityTable:
     """Make a table from projection vectors [P], whose entries are ordered by timestep first."""
     steps = len(timesteps)
-    by_timestep = {
-        layer: {
-            scheme: np.square(vector, dtype=np.float64).reshape(steps, -1).sum(1) * steps
-            for scheme, vector in by_scheme.items()
-        }
-        for layer, by_scheme in vectors.items()
-    }
-    return replace(table_from_losses(metric, timesteps, by_timestep, notes), projections=vectors)
+
+    def losses(vector: Array) -> Array:
+        squares = np.square(vector, dtype=np.float64).reshape(steps, -1)
+        return np.asarray(squares.sum(1) * steps)
+
+    return replace(table_from_losses(metric, timesteps, _each(vectors, losses), notes), projections=vectors)
 
 
-def _by_pair(pairs: list[tuple[str, ...]], rows: Array) -> dict[str, dict[str, Array]]:
-    nested: dict[str, dict[str, Array]] = {}
+def _each(values: Mapping[str, Mapping[str, Array]], change: Callable[[Array], T]) -> dict[str, dict[str, T]]:
+    return {layer: {scheme: change(value) for scheme, value in row.items()} for layer, row in values.items()}
+
+
+def _by_pair(pairs: list[list[str]], rows: Array) -> Nested:
+    nested: Nested = {}
     for (layer, scheme), row in zip(pairs, rows, strict=True):
         nested.setdefault(layer, {})[scheme] = row
     return nested

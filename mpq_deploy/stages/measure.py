@@ -14,7 +14,7 @@ from mpq_deploy.calls.feeds import RecordedCalls
 from mpq_deploy.calls.timesteps import sampled_steps, stride_shares
 from mpq_deploy.models.spec import Array
 from mpq_deploy.rounding.candidate_store import candidates_of
-from mpq_deploy.run.common import ORM_CONTROLS, settings, version_of, weighs_bits
+from mpq_deploy.run.common import settings, version_of
 from mpq_deploy.run.spread import forget_shards, kept_shards
 from mpq_deploy.run.stage import Stage
 from mpq_deploy.run.stage_memory import check_memory
@@ -22,6 +22,7 @@ from mpq_deploy.run.view import RECIPE, Exported, Run
 from mpq_deploy.sensitivity.measure import measure
 from mpq_deploy.sensitivity.measured_calls import MeasureOptions
 from mpq_deploy.sensitivity.orm import adapted_steps
+from mpq_deploy.sensitivity.methods import METHODS, ORM_CONTROLS
 from mpq_deploy.sensitivity.subject import Spread, Subject
 from mpq_deploy.system.files import Fields
 from mpq_deploy.system.progress import Talk
@@ -39,7 +40,7 @@ def inputs(run: Run) -> Fields:
         del fields["recipe.measure.coarse_timesteps"]
     # What orm is told concerns nobody else: other methods stay as they are.
     orm = fields.pop("recipe.measure.orm")
-    if adaptive or weighs_bits(run.recipe):
+    if adaptive or METHODS[section.method].weighs_bits:
         fields.update({f"recipe.measure.orm.{key}": value for key, value in orm.items()})
     return {
         **fields,

@@ -26,8 +26,9 @@ from mpq_deploy.run.common import version_of
 from mpq_deploy.run.view import RECIPE, Run
 from mpq_deploy.sensitivity.exhaustive import evaluates_in_torch, measure_exhaustive
 from mpq_deploy.sensitivity.layer_weights import float_matrix
-from mpq_deploy.sensitivity.measure import IMPORTANCE_METHODS, measure
+from mpq_deploy.sensitivity.measure import measure
 from mpq_deploy.sensitivity.measured_calls import MeasureOptions
+from mpq_deploy.sensitivity.methods import METHODS
 from mpq_deploy.sensitivity.subject import Spread, Subject
 from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.system.files import Fields
@@ -83,12 +84,12 @@ class Losses:
         self.calls: CalibrationSet = held_out.take(np.sort(order[:samples])).at(steps)
 
     def metric(self, method: str) -> SensitivityTable:
-        """Return the table of ``method``, one of ``sensitivity.measure.METHODS``."""
+        """Return the table of ``method``, one of ``METHODS``."""
         section = self._run.recipe.measure
         fields: Fields = {}
         if method == "probe":
             fields["recipe.measure.probes"] = section.probes
-        if method in IMPORTANCE_METHODS:
+        if METHODS[method].weighs_bits:
             fields.update({f"recipe.measure.orm.{key}": value for key, value in section.orm.model_dump().items()})
 
         def make() -> SensitivityTable:

@@ -20,8 +20,9 @@ from mpq_deploy.sensitivity.exhaustive import measure_exhaustive
 from mpq_deploy.sensitivity.gain import measure_gain, propagation_gains
 from mpq_deploy.sensitivity.layer_weights import float_matrix, form_stack
 from mpq_deploy.sensitivity.local_error import local_errors, measure_local_error
-from mpq_deploy.sensitivity.measure import METHODS, MeasureOptions, measure
-from mpq_deploy.sensitivity.measured_calls import Calls
+from mpq_deploy.sensitivity.measure import measure
+from mpq_deploy.sensitivity.measured_calls import MeasureOptions
+from mpq_deploy.sensitivity.methods import METHODS
 from mpq_deploy.sensitivity.ort_graph import noisy_graph
 from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.sensitivity.table import SensitivityTable
@@ -130,11 +131,9 @@ def test_gain_predicts_weight_errors(denoiser: Setting) -> None:
 
 def test_gain_of_the_last_layer_is_one(denoiser: Setting) -> None:
     """Noise of relative size eps on the output itself changes it by eps^2."""
-    graph, candidates, stats, calibration, conditions, spec = denoiser
-    calls = Calls(graph, spec, calibration, conditions, 4)
-    options = MeasureOptions(samples=4)
-    local = local_errors(graph, candidates, stats, calls, options, Talk())
-    gains = propagation_gains(graph, graph.layers, local, calls, options, Talk())
+    subject = Subject(*denoiser, MeasureOptions(samples=4), Talk())
+    calls = subject.calls()
+    gains = propagation_gains(subject, local_errors(subject, calls), calls)
     assert gains["conv_out"] == pytest.approx(np.ones(2), rel=0.15)
 
 

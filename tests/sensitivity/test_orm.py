@@ -18,7 +18,8 @@ from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.models.spec import InputSpec
 from mpq_deploy.recipe import AllocateSettings, OrmSettings
 from mpq_deploy.sensitivity.bit_program import linear_bits
-from mpq_deploy.sensitivity.measure import MeasureOptions, measure
+from mpq_deploy.sensitivity.measure import measure
+from mpq_deploy.sensitivity.measured_calls import MeasureOptions
 from mpq_deploy.sensitivity.orm import adapted_steps, kept_schemes, scheme_bits
 from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.sensitivity.table import SensitivityTable

@@ -17,7 +17,8 @@ from mpq_deploy.onnx_torch.adjoint import parts_within  # noqa: E402
 from mpq_deploy.onnx_torch.torch_graph import TorchGraph  # noqa: E402
 from mpq_deploy.sensitivity import probe as probe_module  # noqa: E402
 from mpq_deploy.sensitivity.exhaustive import measure_exhaustive  # noqa: E402
-from mpq_deploy.sensitivity.measure import MeasureOptions, measure  # noqa: E402
+from mpq_deploy.sensitivity.measure import measure  # noqa: E402
+from mpq_deploy.sensitivity.measured_calls import MeasureOptions  # noqa: E402
 from mpq_deploy.sensitivity.probe import measure_probe  # noqa: E402
 from mpq_deploy.sensitivity.subject import Subject  # noqa: E402
 from mpq_deploy.system.progress import Talk  # noqa: E402

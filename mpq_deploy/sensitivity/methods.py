@@ -1,0 +1,33 @@
+"""The sensitivity metrics by name. A new one is a file of this folder and a line here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Method:
+    """A metric: ``measure_MODULE`` of the ``module`` of that name makes its table.
+
+    ``predicts``: its losses are expected relative squared errors of the denoiser's output; those of
+    others only rank. ``weighs_bits``: by an importance of each layer, and the timesteps with it.
+    ``control``: measured beside orm, to show what its ranking is worth.
+    """
+
+    module: str
+    predicts: bool = False
+    weighs_bits: bool = False
+    control: bool = False
+
+
+METHODS = {
+    "probe": Method("probe", predicts=True),
+    "gain": Method("gain", predicts=True),
+    "local_error": Method("local_error"),
+    "exhaustive": Method("exhaustive", predicts=True),
+    "kurtosis": Method("kurtosis", weighs_bits=True),
+    "orm": Method("orm", weighs_bits=True),
+    "size-only": Method("size_only", weighs_bits=True, control=True),
+    "random": Method("random_importance", weighs_bits=True, control=True),
+}
+ORM_CONTROLS = tuple(name for name, method in METHODS.items() if method.control)
