@@ -21,8 +21,8 @@ from mpq_deploy.run.stage_memory import check_memory
 from mpq_deploy.run.view import RECIPE, Exported, Run
 from mpq_deploy.sensitivity.measure import measure
 from mpq_deploy.sensitivity.measured_calls import MeasureOptions
-from mpq_deploy.sensitivity.orm import adapted_steps
 from mpq_deploy.sensitivity.methods import METHODS, ORM_CONTROLS
+from mpq_deploy.sensitivity.orm import adapted_steps
 from mpq_deploy.sensitivity.subject import Spread, Subject
 from mpq_deploy.system.files import Fields
 from mpq_deploy.system.progress import Talk
