@@ -1,9 +1,9 @@
 """Improve a plan with the cross terms between layers, which a linear program does not see.
 
-The probe projections a_{l,s} predict the error of a whole plan as ||sum_l a_{l,s_l}||^2: errors of
-different layers cancel or reinforce each other. From the MILP's plan, the quadratic is linearized
-around the current plan, a MILP picks at most a dozen changes that fit the budget, and what the
-exact quadratic confirms is kept; then single changes and pairs of changes are searched exactly.
+The probe projections a_{l,s} predict the error of a plan as ||sum_l a_{l,s_l}||^2: errors of layers
+cancel or reinforce each other. The quadratic is linearized around the current plan, a MILP picks at
+most a dozen changes that fit the budget, and what the exact quadratic confirms is kept; then single
+changes and pairs of changes are searched exactly.
 
 A quadratic of few entries is fitted rather than minimized, so its off-diagonal terms are shrunk:
 minimized is (1 - rho) sum_l ||a_{l,s_l}||^2 + rho ||sum_l a_{l,s_l}||^2, with rho from the data
@@ -29,15 +29,13 @@ MOST_MOVES = 12
 MOST_ROUNDS = 12
 # The gap of the small MILPs: what they propose is judged by the quadratic.
 GAP = 1e-2
-# Bounds of the exact search: rounds, changes that are paired, pairs whose bytes are counted. On
-# 1,000 layers x 8 schemes a round takes 0.1 s.
+# Bounds of the exact search: rounds, changes that are paired, pairs whose bytes are counted.
 MOST_PAIRS = 40
 MOST_CANDIDATES = 800
 MOST_TRIED = 64
 # Layers whose products the shrinkage is estimated from: those of the largest errors.
 MOST_SHRUNK = 256
-# Parts into which the measured calls are split to see how a plan does on calls that it was not
-# chosen on.
+# Parts of the measured calls, to see how a plan does on calls that it was not chosen on.
 FOLDS = 4
 # A relative gain below this is rounding.
 SMALLEST_GAIN = 1e-9
@@ -46,10 +44,10 @@ Projections = Mapping[str, Mapping[str, Array]]
 
 
 class Quadratic:
-    """The shrunk quadratic over the schemes that a problem allows, with the penalty for branches.
+    """The shrunk quadratic over the schemes of a problem, plus ``kernel_penalty`` for each kernel of a branch.
 
-    ``projections``: layer -> scheme -> float [P]. ``kernel_penalty``: of each kernel of a branch,
-    as a loss. Moves are numbered: one per (layer, scheme), in the problem's order.
+    ``projections``: layer -> scheme -> float [P]. Moves are numbered: one per (layer, scheme), in
+    the problem's order.
     """
 
     def __init__(
@@ -102,8 +100,7 @@ class Quadratic:
 
     @cached_property
     def byte_price(self) -> float:
-        """The loss that a byte is worth: the multiplier at which the best scheme of each layer
-        fills the budget.
+        """The loss that a byte is worth: the multiplier at which each layer's best scheme fills the budget.
 
         That of the Lagrangian relaxation of the additive problem (activation scales taken as free),
         by bisection of its logarithm.
@@ -123,8 +120,7 @@ class Quadratic:
 
 
 def shrinkage(vectors: Array, calls: Array, steps: int) -> float:
-    """Return rho in [0, 1]: how much of the products between different ``vectors`` float [L, P] is
-    more than noise.
+    """Return rho in [0, 1]: how much of the products between ``vectors`` float [L, P] is more than noise.
 
     With G_lm = <a_l, a_m>, rho = 1 - sum Var(G_lm) / sum G_lm^2 over l != m: Ledoit and Wolf (2004)
     with the diagonal as target, as Schaefer and Strimmer (2005) estimate it, but on the products
@@ -143,9 +139,8 @@ def shrinkage(vectors: Array, calls: Array, steps: int) -> float:
     roots = np.sqrt(sizes / (sizes - 1))
     variance = np.zeros(means.shape[1:])
     for call in np.unique(calls[calls >= 0]):
-        at = np.flatnonzero((by_step == call).any(axis=1))
         rest = np.zeros_like(variance)
-        for step in at:
+        for step in np.flatnonzero((by_step == call).any(axis=1)):
             block = rows[:, step, by_step[step] == call]
             rest += roots[step] * (block @ block.T - means[step])
         variance += np.square(rest)
@@ -167,18 +162,17 @@ def refine(quadratic: Quadratic, schemes: Mapping[str, str], time_limit: float =
         if not moves:
             break
         candidate = _best_moves(quadratic, current, moves, time_limit)
-        found = quadratic.loss(candidate)
-        if found < loss * (1 - SMALLEST_GAIN):
-            current, loss = candidate, found
+        candidate_loss = quadratic.loss(candidate)
+        if candidate_loss < loss * (1 - SMALLEST_GAIN):
+            current, loss = candidate, candidate_loss
         else:
             # Several changes at once were each good, but not together: try fewer.
             moves //= 2
     for _ in range(MOST_PAIRS):
         better = _best_pair(quadratic, current, loss)
-        found = loss if better is None else quadratic.loss(better)
-        if better is None or found >= loss:
+        if better is None or (better_loss := quadratic.loss(better)) >= loss:
             break
-        current, loss = better, found
+        current, loss = better, better_loss
     return current
 
 
@@ -186,9 +180,8 @@ def _best_moves(quadratic: Quadratic, current: Mapping[str, str], moves: int, ti
     """Solve for at most ``moves`` changes, each at what it alone would change the quadratic by."""
     problem, chosen, changes = quadratic.problem, quadratic.chosen(current), quadratic.changes(current)
     added = quadratic.bytes - quadratic.bytes[chosen[quadratic.layer]]
-    kept = np.sort(np.concatenate([chosen, _promising(quadratic, changes, added, chosen)]))
     costs: dict[str, dict[str, float]] = {layer.name: {} for layer in problem.layers}
-    for move in kept:
+    for move in np.sort(np.concatenate([chosen, _promising(quadratic, changes, added, chosen)])):
         name, scheme = quadratic.moves[move]
         costs[name][scheme] = float(changes[move])
     narrowed = replace(problem, layers=[layer.only(costs[layer.name]) for layer in problem.layers])
@@ -254,13 +247,11 @@ def _promising(quadratic: Quadratic, alone: Array, added: Array, chosen: Array) 
 
 @dataclass(frozen=True)
 class CrossTerms:
-    """What came of the cross terms. Losses are full quadratics: ``..._seen`` of the plan itself, on
-    the calls that it was chosen on; ``..._held_back`` of plans chosen in the same way on all but a
-    part of the calls, on that part, mean over ``folds`` parts (None where the calls cannot be
-    split).
+    """What came of the cross terms: ``moves`` changed schemes, and whether the refined plan is ``kept``.
 
-    ``moves``: layers whose scheme the refined plan changes. ``kept``: whether the refined plan is
-    the result.
+    Losses are full quadratics: ``..._seen`` of the plan itself, on the calls that it was chosen on;
+    ``..._held_back`` of plans chosen in the same way on all but a part of the calls, on that part,
+    mean over ``folds`` parts (None where the calls cannot be split).
     """
 
     rho: float
@@ -283,13 +274,11 @@ class CrossTerms:
 def allocate_with_cross_terms(
     problem: Problem, table: SensitivityTable, allocate: Callable[[Problem], Allocation], improve: bool = True
 ) -> tuple[Allocation, CrossTerms]:
-    """Solve ``problem``, refine the plan with the cross terms, and keep what does better on
-    held-back calls.
+    """Solve ``problem``, refine the plan with the cross terms, and keep what is better on held-back calls.
 
     ``allocate`` finds the plan without cross terms. ``table`` has projections. With ``improve``
-    False the plan stays, and only its prediction comes from held-back calls. Without held-back
-    calls nothing is refined: there a plan that fits its own probes could not be told from a better
-    one.
+    False the plan stays, and only its prediction comes from held-back calls. Without held-back calls
+    nothing is refined: a plan that fits its own probes could not be told from a better one.
     """
     parts = table.folds(FOLDS)
     milp = allocate(problem)
@@ -297,8 +286,7 @@ def allocate_with_cross_terms(
     moves = sum(refined[name] != scheme for name, scheme in milp.schemes.items())
     before, after = [], []
     for seen, apart in parts:
-        layers = [replace(layer, loss={s: seen.losses[layer.name][s] for s in layer.bytes}) for layer in problem.layers]
-        part = replace(problem, layers=layers)
+        part = problem.with_losses(seen.losses)
         plan = allocate(part)
         better, _ = _refined(part, seen, plan, moves > 0)
         before.append(apart.plan_loss(plan.schemes))

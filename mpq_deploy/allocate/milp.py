@@ -1,5 +1,4 @@
-"""Choose one scheme per layer so that the predicted loss is minimal and the bytes fit: one MILP,
-solved by HiGHS.
+"""Choose one scheme per layer so that the predicted loss is minimal and the bytes fit: one MILP in HiGHS.
 
 In: a ``Problem`` and an ``Objective``. Out: a plan (layer -> scheme) that never exceeds the
 problem's limits.
@@ -22,8 +21,7 @@ from mpq_deploy.models.spec import Array
 from mpq_deploy.recipe import AllocateSettings
 from mpq_deploy.system.highs import LinearProgram, Outcome, Row, solve_program
 
-# A plan whose cost is a smaller share of the largest single cost is solved again at its own scale
-# (our choice).
+# A plan whose cost is a smaller share of the largest single cost is solved again at its own scale.
 SMALL_OBJECTIVE = 1e-4
 # How often HiGHS may exceed a limit by its tolerance before that is a defect.
 ATTEMPTS = 4
@@ -67,8 +65,7 @@ class Nearby:
 
 
 def allocate(problem: Problem, section: AllocateSettings | None = None, kernel_penalty: float = 0.0) -> Allocation:
-    """Minimize the predicted loss within the problem's limits, to ``gap`` and ``time_limit`` of the
-    recipe's section.
+    """Minimize the predicted loss within the problem's limits, to the section's ``gap`` and ``time_limit``.
 
     ``kernel_penalty``: loss that every kernel of a branch adds (``penalty_per_kernel``). The
     report's loss and bound are without it. Equal inputs give equal plans.
@@ -83,9 +80,8 @@ def allocate(problem: Problem, section: AllocateSettings | None = None, kernel_p
     solution = solve(problem, objective, section.gap, section.time_limit)
     largest = max(cost for layer in problem.layers for cost in objective.costs[layer.name].values())
     if 0 < solution.value < SMALL_OBJECTIVE * largest:
-        # The solver's tolerances are absolute, and set by the largest cost. No choice that alone
-        # costs more than a known plan can be part of a better one: without those the numbers are of
-        # one size.
+        # HiGHS' tolerances are absolute, and scaled by the largest cost. No choice that alone costs
+        # more than a known plan can be part of a better one: without those, costs are of one size.
         affordable = _affordable(problem, objective, solution)
         finer = solve(affordable, objective, section.gap, section.time_limit)
         solution = finer if finer.value <= solution.value else solution
@@ -97,12 +93,10 @@ def allocate(problem: Problem, section: AllocateSettings | None = None, kernel_p
 
 
 def penalty_per_kernel(problem: Problem, section: AllocateSettings) -> float:
-    """Return what one kernel of a branch costs, as a loss: the share ``section.branch_penalty`` of
-    the plan's.
+    """Return the penalty of one kernel of a branch: ``section.branch_penalty`` times a plan's loss.
 
-    The share is of the loss of the best plan without branches (with free ones, where no such plan
-    fits), so that it needs no unit and holds for every budget. Our choice. 0 where no layer may
-    take a branch.
+    That of the best plan without branches (with free ones, where no such plan fits), so that the
+    setting has no unit and holds for every budget. Our choice. 0 where no layer may take a branch.
     """
     if not section.branch_penalty or not any(SCHEMES[s].branch for layer in problem.layers for s in layer.bytes):
         return 0.0
@@ -114,8 +108,7 @@ def penalty_per_kernel(problem: Problem, section: AllocateSettings) -> float:
 
 
 def fastest_plan(problem: Problem, section: AllocateSettings | None = None) -> dict[str, str]:
-    """Return the plan of minimum latency within the budget, which must be feasible, and
-    ``problem.max_loss``.
+    """Return the plan of minimum latency within ``problem.max_loss`` and the budget, which must be feasible.
 
     Raises UsageError, which names the minimum loss, where nothing is within that.
     ``problem.max_latency_ns`` does not count.
@@ -170,11 +163,11 @@ def ceil_ms(nanoseconds: int) -> str:
 def _affordable(problem: Problem, objective: Objective, solution: Solution) -> Problem:
     """Leave out the schemes that alone cost more than the whole plan."""
 
-    def kept(layer: LayerChoice) -> list[str]:
+    def schemes(layer: LayerChoice) -> list[str]:
         costs, chosen = objective.costs[layer.name], solution.schemes[layer.name]
         return [s for s in layer.bytes if s == chosen or costs[s] <= solution.value]
 
-    return replace(problem, layers=[layer.only(kept(layer)) for layer in problem.layers])
+    return replace(problem, layers=[layer.only(schemes(layer)) for layer in problem.layers])
 
 
 def solve(
@@ -201,22 +194,21 @@ def solve(
 
 
 def undominated(layer: LayerChoice, costs: Sequence[Mapping[str, float]]) -> list[str]:
-    """Leave out every scheme that another beats or equals in bytes and ``costs`` without needing
-    another input.
+    """Leave out schemes that another beats or equals in bytes and ``costs`` without reading more quantizers.
 
-    ``costs``: scheme -> what is minimized first, then what else is limited. This never removes all
-    optimal plans, and shrinks the MILP by half.
+    ``costs``: scheme -> what is minimized first, then what else is limited. Some optimal plan always
+    stays, and the MILP shrinks by half.
     """
-    kept: list[str] = []
+    best: list[str] = []
     for scheme in sorted(layer.bytes, key=lambda s: (layer.bytes[s], costs[0][s], s)):
         readable: tuple[dict[str, int], ...] = ({}, layer.quantizers(scheme))
         beaten = any(
             all(cost.get(k, 0.0) <= cost.get(scheme, 0.0) for cost in costs) and layer.quantizers(k) in readable
-            for k in kept
+            for k in best
         )
         if not beaten:
-            kept.append(scheme)
-    return kept
+            best.append(scheme)
+    return best
 
 
 class _Model:
@@ -229,8 +221,7 @@ class _Model:
                 sum_l x[l, current l] >= layers - moves        near a plan alone
                 sum of x[l, s] that read q <= y[q]             for every quantizer q and layer l
 
-    Ties are broken towards fewer bytes by a term of at most 1e-9 of the largest cost over all
-    layers together.
+    Ties are broken towards fewer bytes by a term of at most 1e-9 of the largest cost in total.
     """
 
     def __init__(self, problem: Problem, objective: Objective, near: Nearby | None) -> None:
@@ -253,10 +244,9 @@ class _Model:
             costs.append(layer.loss)
         if self.problem.max_latency_ns is not None:
             costs.append(layer.latency_ns)
-        # The current scheme of a layer must stay a choice even where another beats it: moves are
-        # limited.
-        held = [self.near.current[layer.name]] if self.near else []
-        return list(dict.fromkeys([*undominated(layer, costs), *held]))
+        # Moves are limited: the current scheme stays a choice even where another beats it.
+        current = [self.near.current[layer.name]] if self.near else []
+        return list(dict.fromkeys([*undominated(layer, costs), *current]))
 
     def tighten(self, excess: int, late: int) -> None:
         """Leave ``excess`` fewer bytes and ``late`` fewer ns, to undo the solver's tolerances."""
@@ -313,8 +303,8 @@ class _Model:
         rows += self._limits()
         if self.near is not None:
             current = self.near.current
-            kept = [column for column, (layer, s) in enumerate(self.pairs) if current[layer.name] == s]
-            rows.append(Row(float(len(of_layer) - self.near.moves), math.inf, kept, np.ones(len(kept))))
+            same = [column for column, (layer, s) in enumerate(self.pairs) if current[layer.name] == s]
+            rows.append(Row(float(len(of_layer) - self.near.moves), math.inf, same, np.ones(len(same))))
         for number, name in enumerate(self.quantizers, len(self.pairs)):
             for columns in readers[name].values():
                 rows.append(Row(-math.inf, 0.0, [*columns, number], [1.0] * len(columns) + [-1.0]))

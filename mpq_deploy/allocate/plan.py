@@ -18,9 +18,8 @@ from mpq_deploy.latency.costs import PlanLatency
 class PlannedLayer:
     """A layer of the plan. ``refused``: scheme -> why the layer may not take it.
 
-    ``predicted_loss``: None where the metric predicts no error; ``latency_ms``: None where nothing
-    is known of it. ``importance`` and the bits that the linear program gives the layer
-    (``linear_bits``): only of metrics that weigh bits.
+    None: ``predicted_loss`` where the metric predicts no error, ``latency_ms`` where it is not
+    known, ``importance`` and the linear program's ``linear_bits`` but for metrics that weigh bits.
     """
 
     name: str
@@ -39,9 +38,7 @@ class PlannedLayer:
 
 @dataclass(frozen=True)
 class BitProgram:
-    """``weighted_bits``: sum of importance x bits of the plan; ``linear_bound``: what the linear
-    program over continuous bits reaches within the same bytes.
-    """
+    """The plan's sum of importance x bits, and what the linear program over continuous bits reaches."""
 
     weighted_bits: float
     linear_bound: float
@@ -49,13 +46,12 @@ class BitProgram:
 
 @dataclass(frozen=True)
 class PrecisionPlan:
-    """One scheme per layer (``layers`` in graph order), and the constants that are no layers. Sizes
-    in bytes.
+    """One scheme per layer (``layers`` in graph order), and the ``others``: constants that are no layers.
 
-    ``predicted_loss`` as in the sensitivity table; None where the metric ranks layers without
-    predicting an error. ``bit_program``: for metrics that weigh bits by importance;
-    ``cross_terms``: for metrics with probes; ``latency``: where something is known of the target's
-    speed. ``simulated``: some layers have schemes that no engine can hold, and bytes are nominal.
+    ``predicted_loss`` as in the sensitivity table; None where the metric only ranks layers.
+    ``bit_program``: of metrics that weigh bits; ``cross_terms``: of metrics with probes;
+    ``latency``: where something is known of the target's speed. ``simulated``: some layers have
+    schemes that no engine can hold, and bytes are nominal.
     """
 
     budget_bytes: int

@@ -1,5 +1,4 @@
-"""An allocation problem: what each (layer, scheme) costs, what limits a plan, and what a plan
-minimizes.
+"""An allocation problem: what each (layer, scheme) costs, what limits a plan, and what it minimizes.
 
 A plan is layer -> scheme. Bytes and nanoseconds are exact integers: a plan's bytes are what the
 quantized file holds.
@@ -36,12 +35,11 @@ class LayerChoice:
 
     def only(self, schemes: Iterable[str]) -> LayerChoice:
         """Return the layer with no other ``schemes`` to choose from."""
-        kept = list(schemes)
-        return replace(self, bytes={s: self.bytes[s] for s in kept}, loss={s: self.loss[s] for s in kept})
+        names = list(schemes)
+        return replace(self, bytes={s: self.bytes[s] for s in names}, loss={s: self.loss[s] for s in names})
 
     def quantizers(self, scheme: str) -> dict[str, int]:
-        """Return the activation quantizers that the layer reads under ``scheme``, by name, with
-        their bytes.
+        """Return the activation quantizers that the layer reads under ``scheme``: name -> bytes.
 
         Layers share those of equal names. Factors of channels count even where a producer may take
         them.
@@ -55,13 +53,12 @@ class LayerChoice:
 
 @dataclass(frozen=True)
 class Problem:
-    """Layers to decide, what all else takes, and the limits: ``budget_bytes``, and where set
-    latency and loss.
+    """Layers to decide, and the limits: ``budget_bytes``, and where set latency and loss.
 
-    ``foldable``: input tensors whose producer can take the factors of their channels -> the layers
-    that read them. ``quantizer_ns``: name of an activation quantizer -> nanoseconds, once for all
-    its readers. ``fixed_bytes`` and ``fixed_ns``: of what is no layer. ``max_loss``: limit on the
-    sum of the layers' losses.
+    ``fixed_bytes`` and ``fixed_ns``: of what is no layer. ``foldable``: input tensors whose producer
+    can take the factors of their channels -> the layers that read them. ``quantizer_ns``: name of an
+    activation quantizer -> nanoseconds, once for all its readers. ``max_loss``: limit on the sum of
+    the layers' losses.
     """
 
     layers: Sequence[LayerChoice]
@@ -106,8 +103,7 @@ class Problem:
         return in_time and self.plan_bytes(plan) <= self.budget_bytes
 
     def smallest_plan(self) -> dict[str, str]:
-        """Return the plan of each layer's smallest scheme: its bytes are the smallest feasible
-        budget, or nearly.
+        """Return the plan of each layer's smallest scheme: nearly the smallest feasible budget.
 
         The scale of a quantized input counts for each layer; at equal bytes the smaller loss wins.
         """
@@ -119,14 +115,20 @@ class Problem:
 
     def without_branches(self) -> Problem:
         """Return the problem without branches, but for layers that have no other scheme."""
-        kept = [[s for s in layer.bytes if not SCHEMES[s].branch] or layer.bytes for layer in self.layers]
-        return replace(self, layers=[layer.only(schemes) for layer, schemes in zip(self.layers, kept)])
+        plain = [[s for s in layer.bytes if not SCHEMES[s].branch] or layer.bytes for layer in self.layers]
+        return replace(self, layers=[layer.only(schemes) for layer, schemes in zip(self.layers, plain)])
+
+    def with_losses(self, losses: Mapping[str, Mapping[str, float]]) -> Problem:
+        """Return the problem with other losses: layer -> scheme -> loss."""
+        layers = [replace(n, loss={s: losses[n.name][s] for s in n.bytes}) for n in self.layers]
+        return replace(self, layers=layers)
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What a plan minimizes: the sum of ``costs`` (layer -> scheme -> cost), and of ``quantizers``
-    (name -> cost of an activation quantizer, once for all its readers).
+    """What a plan minimizes: the sum of ``costs`` (layer -> scheme -> cost) and of ``quantizers``.
+
+    Those are name -> cost of an activation quantizer, once for all its readers.
     """
 
     costs: Mapping[str, Mapping[str, float]]
@@ -139,19 +141,16 @@ class Objective:
     @classmethod
     def predicted_loss(cls, problem: Problem, kernel_penalty: float = 0.0) -> Objective:
         """Minimize the predicted loss, plus ``kernel_penalty`` for every kernel of a branch."""
-        if not kernel_penalty:
-            return cls({layer.name: layer.loss for layer in problem.layers})
-        return cls(
-            {
-                layer.name: {s: loss + kernel_penalty * kernels(s) for s, loss in layer.loss.items()}
-                for layer in problem.layers
-            }
-        )
+        costs = {n.name: {s: n.loss[s] + kernel_penalty * kernels(s) for s in n.loss} for n in problem.layers}
+        return cls(costs)
 
     @classmethod
     def size(cls, problem: Problem) -> Objective:
         """Minimize bytes."""
-        shared = {n: size for layer in problem.layers for s in layer.bytes for n, size in layer.quantizers(s).items()}
+        shared: dict[str, int] = {}
+        for layer in problem.layers:
+            for scheme in layer.bytes:
+                shared.update(layer.quantizers(scheme))
         return cls({layer.name: layer.bytes for layer in problem.layers}, shared)
 
     @classmethod
@@ -169,23 +168,22 @@ def kernels(scheme: str) -> int:
 def protected_schemes(
     layers: Sequence[tuple[str, tuple[str, ...]]], rules: Sequence[tuple[str, tuple[str, ...]]]
 ) -> dict[str, tuple[str, ...]]:
-    """Apply the recipe's protection rules: (layer pattern, allowed schemes or families), later
-    rules win.
+    """Apply the recipe's protection rules: (layer pattern, allowed schemes or families); later rules win.
 
     ``layers``: (name, candidate schemes). Raises UsageError when a pattern matches no layer, or
     leaves none of a layer's schemes.
     """
-    candidates, kept = dict(layers), dict(layers)
+    candidates, choices = dict(layers), dict(layers)
     for pattern, allowed in rules:
-        matching = [name for name in kept if fnmatch.fnmatchcase(name, pattern)]
+        matching = [name for name in choices if fnmatch.fnmatchcase(name, pattern)]
         if not matching:
-            hint = nearest(pattern, kept) or f"Layers are named like '{next(iter(kept), '')}'."
+            hint = nearest(pattern, choices) or f"Layers are named like '{next(iter(choices), '')}'."
             raise UsageError(f"The protection rule '{pattern}' matches no layer.", hint)
         for name in matching:
-            kept[name] = tuple(s for s in candidates[name] if s in allowed or SCHEMES[s].family in allowed)
-            if not kept[name]:
+            choices[name] = tuple(s for s in candidates[name] if s in allowed or SCHEMES[s].family in allowed)
+            if not choices[name]:
                 raise UsageError(
                     f"The protection rule '{pattern}' leaves no scheme for {name}.",
                     f"It may take {', '.join(candidates[name])}.",
                 )
-    return kept
+    return choices
