@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -21,14 +22,15 @@ from pathlib import Path
 import numpy as np
 
 from mpq_deploy.calibrate.observers import observe
-from mpq_deploy.calibrate.setup import CalibrationOptions
 from mpq_deploy.calibrate.stats import CalibrationSet
 from mpq_deploy.calls.feeds import RecordedCalls
 from mpq_deploy.graph.layers import layer_graph
 from mpq_deploy.graph.load import load_model
 from mpq_deploy.models.export import export_denoiser, load_exported
+from mpq_deploy.recipe import CalibrateSettings
 from mpq_deploy.system.progress import Talk
 from mpq_deploy.system.sessions import open_session
+from mpq_deploy.system.threads import RUNTIME_THREADS
 
 WIDTHS = {"4 M": (32, 64, 96, 128), "22 M": (64, 128, 192, 256)}
 TIMESTEPS, SAMPLES, REPEATS = 10, 16, 3
@@ -68,21 +70,23 @@ def measure(folder: Path, mode: str, samples: int) -> dict[str, float]:
     steps = np.linspace(950, 50, TIMESTEPS, dtype=np.float32)
     recorded = CalibrationSet(rng.standard_normal(shape, np.float32), steps, rows)
     calls = RecordedCalls(recorded, conditions, exported.spec)
-    options = CalibrationOptions(threads=1)
+    settings = CalibrateSettings(batch_size=8, reservoir=4096)
     started = time.process_time()
     if mode == "bare":
-        with open_session(graph.model.clone(), Talk(), scratch=folder, threads=1) as session:
-            for batch in calls.batches(options.batch_size):
+        with open_session(graph.model.clone(), Talk(), scratch=folder) as session:
+            for batch in calls.batches(settings.batch_size):
                 session.run(None, batch.feed)
     else:
-        observe(graph, calls, options, Talk(), scratch=folder)
+        observe(graph, calls, settings, Talk(), scratch=folder)
     seconds = time.process_time() - started
     return {"seconds": seconds, "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
 
 
 def child(folder: Path, mode: str, samples: int) -> dict[str, float]:
     command = [sys.executable, __file__, "--measure", mode, "--samples", str(samples), str(folder)]
-    return dict(json.loads(subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout))
+    one_thread = {**os.environ, RUNTIME_THREADS: "1"}
+    result = subprocess.run(command, check=True, capture_output=True, encoding="utf-8", env=one_thread)
+    return dict(json.loads(result.stdout))
 
 
 def report(label: str, folder: Path) -> bool:

@@ -43,14 +43,13 @@ def save_inputs(run: Path, folder: Path) -> None:
     """Write the exported model as one file, the calls it was calibrated on, and calls of fresh trajectories."""
     import onnx
 
-    from mpq_deploy.calibrate.setup import CalibrationOptions
     from mpq_deploy.calibrate.stats import CalibrationSet
     from mpq_deploy.calls.feeds import feed_rows
     from mpq_deploy.calls.loop import GuidedDenoiser
     from mpq_deploy.calls.sampler import make_sampler
     from mpq_deploy.calls.trajectories import record_trajectories
     from mpq_deploy.models.export import load_exported
-    from mpq_deploy.recipe import load_recipe
+    from mpq_deploy.recipe import CalibrateSettings, load_recipe
     from mpq_deploy.runtime.ort import OrtDenoiser
     from mpq_deploy.system.progress import Talk
 
@@ -59,7 +58,9 @@ def save_inputs(run: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     onnx.save(onnx.load(exported.model), folder / "model.onnx")
     section = load_recipe(run / "recipe.yaml").calibrate
-    options = CalibrationOptions(timesteps=section.steps, samples=HELD_OUT, steps=section.steps, seed=HELD_OUT_SEED)
+    options = CalibrateSettings(
+        timesteps=section.steps, samples=HELD_OUT, steps=section.steps, seed=HELD_OUT_SEED, batch_size=8
+    )
     sampler = make_sampler(spec.scheduler, section.steps, HELD_OUT_SEED)
     fresh = record_trajectories(
         GuidedDenoiser(OrtDenoiser(exported.model, spec), spec, conditions), sampler, options, Talk()

@@ -9,15 +9,13 @@ import numpy as np
 
 from mpq_deploy.calibrate.observers import Observation, observe
 from mpq_deploy.calibrate.scales import SMALLEST_SCALE, activation_scale
-from mpq_deploy.calibrate.setup import CalibrationOptions, CalibrationSetup
 from mpq_deploy.calibrate.spread_calibration import (
+    CalibrationSetup,
     calibration_job,
     observe_in_shards,
     record_in_shards,
 )
 from mpq_deploy.calibrate.stats import ActivationStats, CalibrationSet, CalibrationStats, dealt
-from mpq_deploy.calls.loop import GuidedDenoiser
-from mpq_deploy.calls.sampler import make_sampler
 from mpq_deploy.calls.trajectories import record_trajectories
 from mpq_deploy.formats.branches.cols import SHARES
 from mpq_deploy.formats.branches.prescaled import TENTHS, scale_factors
@@ -25,8 +23,7 @@ from mpq_deploy.formats.sizes import outlier_count
 from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.graph.writers.quantize_layers import weight_array
 from mpq_deploy.models.spec import Array
-from mpq_deploy.runtime.not_finite import CheckedDenoiser
-from mpq_deploy.runtime.ort import OrtDenoiser
+from mpq_deploy.recipe import CalibrateSettings
 from mpq_deploy.system.mapped import drop_pages
 from mpq_deploy.system.parallel.work import Alone, Crew
 from mpq_deploy.system.progress import Talk
@@ -48,31 +45,29 @@ def calibrate(
     ``graph``: the layers of the setup's model. ``scratch``: an existing folder, best on the disk of
     the weights, for a graph file that is removed at the end (None: the system's). ``crew``: who computes (None: this
     process).
-    Raises UsageError for options that do not fit together, ModelError for an activation that is not finite.
+    Raises UsageError for more timesteps than steps, ModelError for an activation that is not finite.
     """
-    model, spec, options = setup.model, setup.spec, setup.options
+    settings = setup.settings
     if crew is None or isinstance(crew, Alone):
-        sampler = make_sampler(spec.scheduler, options.steps, options.seed, options.sampler)
-        denoiser = CheckedDenoiser(model, OrtDenoiser(model, spec, options.threads))
-        recorded = record_trajectories(GuidedDenoiser(denoiser, spec, setup.conditions), sampler, options, talk)
-        del denoiser
-        calls = setup.calls(_observed(recorded, options.observed))
-        seen = observe(graph, calls, options, talk, scratch=scratch)
+        sampler = setup.make_sampler()
+        recorded = record_trajectories(setup.denoiser(setup.model), sampler, settings, talk)
+        calls = setup.calls(_observed(recorded, settings.observed))
+        seen = observe(graph, calls, settings, talk, scratch=scratch)
     else:
         with crew.open(calibration_job(setup, scratch), talk) as pool:
             recorded = record_in_shards(pool, setup, talk)
-            calls = setup.calls(_observed(recorded, options.observed))
-            seen = observe_in_shards(pool, graph, calls, options, talk, scratch)
-    stats = summarise(seen, weight_ranges(graph), options)
+            calls = setup.calls(_observed(recorded, settings.observed))
+            seen = observe_in_shards(pool, graph, calls, settings, talk, scratch)
+    stats = summarise(seen, weight_ranges(graph), settings)
     for name, one in stats.activations.items():
         if one.amax.max() > LARGEST_FP16:
             talk.warn(f"the activation '{name}' reaches {one.amax.max():.3g}: it overflows in FP16")
     return recorded, stats
 
 
-def _observed(recorded: CalibrationSet, count: int | None) -> CalibrationSet:
+def _observed(recorded: CalibrationSet, count: int) -> CalibrationSet:
     """Return the set with ``count`` of its calls, conditions evenly: scales need fewer calls than measuring does."""
-    if count is None or count >= len(recorded.rows):
+    if count >= len(recorded.rows):
         return recorded
     return recorded.take(np.sort(dealt(recorded.rows, np.arange(len(recorded.rows)))[:count]))
 
@@ -97,7 +92,7 @@ def weight_ranges(graph: LayerGraph) -> dict[str, Array]:
     return ranges
 
 
-def summarise(seen: Observation, weights: Mapping[str, Array], options: CalibrationOptions) -> CalibrationStats:
+def summarise(seen: Observation, weights: Mapping[str, Array], settings: CalibrateSettings) -> CalibrationStats:
     """Turn sums into moments and choose each tensor's INT8 scale, from all timesteps and samples together.
 
     ``weights``: as ``weight_ranges`` returns them.
@@ -107,7 +102,7 @@ def summarise(seen: Observation, weights: Mapping[str, Array], options: Calibrat
         place = slice(seen.offsets[number], seen.offsets[number + 1])
         amax, count = seen.amax[place], seen.counts[number]
         values = seen.values[number]
-        scale = activation_scale(options.scale_method, values, float(amax.max()), count * len(amax), options.percentile)
+        scale = activation_scale(settings.scale, values, float(amax.max()), count * len(amax), settings.percentile)
         # The channels that stretch the range, now and then (range over all timesteps) or often (fourth moment).
         stretch = amax * np.sqrt(np.sqrt(seen.fourth_sum[place] / count))
         outliers = np.argsort(-stretch, kind="stable").astype(np.int32)
@@ -123,27 +118,27 @@ def summarise(seen: Observation, weights: Mapping[str, Array], options: Calibrat
             seen.amax_by_timestep[:, number],
             scale,
             outliers,
-            np.array([_scale_of(rest, seen, number, options) for rest in rests]),
+            np.array([_scale_of(rest, seen, number, settings) for rest in rests]),
             factors,
-            np.array([_rescaled_scale(row.astype(np.float64), seen, number, options) for row in factors]),
+            np.array([_rescaled_scale(row.astype(np.float64), seen, number, settings) for row in factors]),
             float(count * len(amax)),
         )
     return CalibrationStats(activations)
 
 
-def _rescaled_scale(factors: Array, seen: Observation, number: int, options: CalibrationOptions) -> float:
+def _rescaled_scale(factors: Array, seen: Observation, number: int, settings: CalibrateSettings) -> float:
     """Choose the INT8 scale of activation ``number`` once its channels are multiplied by ``factors`` [C]."""
     amax = seen.amax[seen.offsets[number] : seen.offsets[number + 1]] * factors
     sample = seen.values[number] * factors[seen.channels[number]]
     count = seen.counts[number] * len(factors)
-    return activation_scale(options.scale_method, sample, float(amax.max()), count, options.percentile)
+    return activation_scale(settings.scale, sample, float(amax.max()), count, settings.percentile)
 
 
-def _scale_of(channels: Array, seen: Observation, number: int, options: CalibrationOptions) -> float:
+def _scale_of(channels: Array, seen: Observation, number: int, settings: CalibrateSettings) -> float:
     """Choose the INT8 scale of some channels of activation ``number`` alone; the smallest when there are none."""
     if not len(channels):
         return SMALLEST_SCALE
     amax = seen.amax[seen.offsets[number] : seen.offsets[number + 1]][channels]
     sample = seen.values[number][np.isin(seen.channels[number], channels)]
     count = seen.counts[number] * len(channels)
-    return activation_scale(options.scale_method, sample, float(amax.max()), count, options.percentile)
+    return activation_scale(settings.scale, sample, float(amax.max()), count, settings.percentile)

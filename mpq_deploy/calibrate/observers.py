@@ -20,12 +20,12 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from mpq_deploy.calibrate.activation_shapes import ActivationShape, activation_shapes, tensors_of
-from mpq_deploy.calibrate.setup import CalibrationOptions
 from mpq_deploy.calls.feeds import Batch, RecordedCalls
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.constants import add_constant
 from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.models.spec import Array
+from mpq_deploy.recipe import CalibrateSettings
 from mpq_deploy.system.progress import Talk
 from mpq_deploy.system.sessions import open_session
 
@@ -92,7 +92,7 @@ def merge(a: Observation, b: Observation) -> Observation:
 def observe(
     graph: LayerGraph,
     calls: RecordedCalls,
-    options: CalibrationOptions,
+    settings: CalibrateSettings,
     talk: Talk,
     *,
     scratch: Path | None = None,
@@ -104,14 +104,14 @@ def observe(
     """
     shapes = activation_shapes(graph, calls, talk, scratch)
     observed = ObservedGraph.of(graph, shapes)
-    parts = list(calls.batches(options.batch_size) if chosen is None else chosen)
-    total = Totals(graph, observed, len(calls.recorded.timesteps), options)
+    parts = list(calls.batches(settings.batch_size) if chosen is None else chosen)
+    total = Totals(graph, observed, len(calls.recorded.timesteps), settings)
     with (
-        open_session(observed.model, talk, scratch=scratch, threads=options.threads) as session,
+        open_session(observed.model, talk, scratch=scratch) as session,
         talk.bar("observe activations", sum(len(batch.calls) for batch in parts)) as advance,
     ):
         for batch in parts:
-            total.add(batch, observed.run(session, batch, options), *draws_of(options, batch))
+            total.add(batch, observed.run(session, batch, settings), *draws_of(settings, batch))
             advance(len(batch.calls))
     return total.finish()
 
@@ -144,9 +144,9 @@ class ObservedGraph:
         outputs = tuple(value.name or "" for value in model.graph.outputs)
         return cls(model, shapes, tuple(channels), outputs)
 
-    def run(self, session: ort.InferenceSession, batch: Batch, options: CalibrationOptions) -> list[Array]:
+    def run(self, session: ort.InferenceSession, batch: Batch, settings: CalibrateSettings) -> list[Array]:
         """Return what the graph, opened as ``session``, gives for a batch, in the order of ``outputs``."""
-        _, draws = draws_of(options, batch)
+        _, draws = draws_of(settings, batch)
         feed = {**batch.feed, **self.positions(draws)}
         wanted = {entry.name for entry in session.get_inputs()}
         return list(session.run(self.outputs, {k: v for k, v in feed.items() if k in wanted}))
@@ -250,13 +250,13 @@ class ObserverWriter:
         self.pending = []
 
 
-def draws_of(options: CalibrationOptions, batch: Batch) -> tuple[Array, Array]:
+def draws_of(settings: CalibrateSettings, batch: Batch) -> tuple[Array, Array]:
     """Return priorities uint64 and draws int64, [M, candidates]: functions of seed, timestep and call alone."""
-    candidates = max(LEAST_CANDIDATES, options.reservoir // CANDIDATE_SHARE)
+    candidates = max(LEAST_CANDIDATES, settings.reservoir // CANDIDATE_SHARE)
     priorities = np.empty((len(batch.calls), candidates), np.uint64)
     draws = np.empty((len(batch.calls), candidates), np.int64)
     for row, call in enumerate(batch.calls):
-        generator = np.random.default_rng((options.seed, batch.step, int(call)))
+        generator = np.random.default_rng((settings.seed, batch.step, int(call)))
         priorities[row] = generator.integers(0, 2**64, candidates, np.uint64)
         draws[row] = generator.integers(0, 2**62, candidates, np.int64)
     return priorities, draws
@@ -281,8 +281,8 @@ def _channel_of(draws: Array, shape: ActivationShape, convolved: bool) -> Array:
 class Totals:
     """Sums what each batch gives into one Observation."""
 
-    def __init__(self, graph: LayerGraph, observed: ObservedGraph, timesteps: int, options: CalibrationOptions) -> None:
-        self.graph, self.shapes, self.reservoir = graph, list(observed.shapes.items()), options.reservoir
+    def __init__(self, graph: LayerGraph, observed: ObservedGraph, timesteps: int, settings: CalibrateSettings) -> None:
+        self.graph, self.shapes, self.reservoir = graph, list(observed.shapes.items()), settings.reservoir
         self.offsets = np.concatenate([[0], np.cumsum(observed.channels, dtype=np.int64)]).astype(np.int64)
         size = int(self.offsets[-1])
         self.amax, self.square_sum, self.fourth_sum = (np.zeros(size, np.float64) for _ in range(3))

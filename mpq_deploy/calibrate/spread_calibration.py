@@ -15,15 +15,16 @@ import onnxruntime as ort
 
 from mpq_deploy.calibrate.activation_shapes import activation_shapes
 from mpq_deploy.calibrate.observers import Observation, ObservedGraph, Totals, draws_of
-from mpq_deploy.calibrate.setup import CalibrationOptions, CalibrationSetup
 from mpq_deploy.calibrate.stats import CalibrationSet
 from mpq_deploy.calls.feeds import RecordedCalls
 from mpq_deploy.calls.loop import GuidedDenoiser
-from mpq_deploy.calls.sampler import keeps_samples_apart, make_sampler
+from mpq_deploy.calls.sampler import Sampler, keeps_samples_apart, make_sampler
 from mpq_deploy.calls.trajectories import record_trajectories
 from mpq_deploy.evaluate.cache import model_files
 from mpq_deploy.graph.layers import LayerGraph, layer_graph
 from mpq_deploy.graph.load import load_model
+from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.recipe import CalibrateSettings, SamplerKind
 from mpq_deploy.runtime.not_finite import CheckedDenoiser
 from mpq_deploy.runtime.ort import OrtDenoiser
 from mpq_deploy.system.locks import alone_with
@@ -31,6 +32,34 @@ from mpq_deploy.system.parallel.job_files import Files
 from mpq_deploy.system.parallel.work import Job, Pool, Result, Shard, Work, run_shards
 from mpq_deploy.system.progress import Talk
 from mpq_deploy.system.sessions import open_session
+
+
+@dataclass(frozen=True)
+class CalibrationSetup:
+    """The float ONNX file, how to call it, and what is recorded of it.
+
+    Workers have the path below their root.
+    """
+
+    model: Path
+    spec: DenoiserSpec
+    conditions: dict[str, Array]
+    settings: CalibrateSettings
+    sampler: SamplerKind = "auto"
+
+    def calls(self, recorded: CalibrationSet) -> RecordedCalls:
+        """Return ``recorded`` with what the model is fed beside it."""
+        return RecordedCalls(recorded, self.conditions, self.spec)
+
+    def make_sampler(self) -> Sampler:
+        """Return the sampler whose trajectories are recorded."""
+        settings = self.settings
+        return make_sampler(self.spec.scheduler, settings.steps, settings.seed, self.sampler)
+
+    def denoiser(self, model: Path) -> GuidedDenoiser:
+        """Return the float model in the file ``model``; it refuses outputs that are not finite."""
+        denoiser = CheckedDenoiser(model, OrtDenoiser(model, self.spec))
+        return GuidedDenoiser(denoiser, self.spec, self.conditions)
 
 
 @dataclass(frozen=True)
@@ -62,12 +91,10 @@ def calibration_job(setup: CalibrationSetup, scratch: Path | None) -> Job:
 
 def record_in_shards(pool: Pool, setup: CalibrationSetup, talk: Talk) -> CalibrationSet:
     """Record as ``record_trajectories`` does, batch by batch where the sampler keeps samples apart."""
-    model, spec, options = setup.model, setup.spec, setup.options
-    sampler = make_sampler(spec.scheduler, options.steps, options.seed, options.sampler)
+    sampler = setup.make_sampler()
     if not keeps_samples_apart(sampler):
-        denoiser = CheckedDenoiser(model, OrtDenoiser(model, spec, options.threads))
-        return record_trajectories(GuidedDenoiser(denoiser, spec, setup.conditions), sampler, options, talk)
-    size, count = options.batch_size, options.samples
+        return record_trajectories(setup.denoiser(setup.model), sampler, setup.settings, talk)
+    size, count = setup.settings.batch_size, setup.settings.samples
     tasks = [_Record(start, min(start + size, count)) for start in range(0, count, size)]
     shards = [Shard(f"trajectories {t.start} to {t.stop - 1}", t, len(sampler.timesteps)) for t in tasks]
     parts = list(run_shards(pool, "record trajectories", shards, talk))
@@ -82,23 +109,23 @@ def observe_in_shards(
     pool: Pool,
     graph: LayerGraph,
     calls: RecordedCalls,
-    options: CalibrationOptions,
+    settings: CalibrateSettings,
     talk: Talk,
     scratch: Path | None,
 ) -> Observation:
     """Observe as ``observe`` does. Raises as that does."""
     recorded = calls.recorded
     observed = ObservedGraph.of(graph, activation_shapes(graph, calls, talk, scratch))
-    total = Totals(graph, observed, len(recorded.timesteps), options)
+    total = Totals(graph, observed, len(recorded.timesteps), settings)
     shards = [
         Shard(f"timestep {timestep:g}", _Observe(step, recorded.at(np.array([step]))), len(recorded.rows))
         for step, timestep in enumerate(recorded.timesteps)
     ]
     for step, result in enumerate(run_shards(pool, "observe activations", shards, talk)):
-        parts = calls.batches(options.batch_size, range(step, step + 1))
+        parts = calls.batches(settings.batch_size, range(step, step + 1))
         for number, batch in enumerate(parts):
             results = [result[_name(number, place)] for place in range(len(observed.outputs))]
-            total.add(batch, results, *draws_of(options, batch))
+            total.add(batch, results, *draws_of(settings, batch))
     return total.finish()
 
 
@@ -120,21 +147,17 @@ class _Calibrating:
 
     def __init__(self, setup: CalibrationSetup, root: Path, scratch: Path | None) -> None:
         self._setup, self._model, self._scratch = setup, root / setup.model, scratch
-        self._denoiser: CheckedDenoiser | None = None
+        self._denoiser: GuidedDenoiser | None = None
         self._observing: tuple[ObservedGraph, ort.InferenceSession] | None = None
 
     def record(self, task: _Record, talk: Talk) -> Result:
         """Return the recorded samples, timesteps and rows."""
         setup = self._setup
-        spec, options = setup.spec, setup.options
         if self._denoiser is None:
-            self._denoiser = CheckedDenoiser(self._model, OrtDenoiser(self._model, spec, options.threads))
-        sampler = make_sampler(spec.scheduler, options.steps, options.seed, options.sampler)
+            self._denoiser = setup.denoiser(self._model)
         part = slice(task.start, task.stop)
-        found = record_trajectories(
-            GuidedDenoiser(self._denoiser, spec, setup.conditions), sampler, options, talk, part
-        )
-        return {"samples": found.samples, "timesteps": found.timesteps, "rows": found.rows}
+        recorded = record_trajectories(self._denoiser, setup.make_sampler(), setup.settings, talk, part)
+        return {name: getattr(recorded, name) for name in ("samples", "timesteps", "rows")}
 
     def observe(self, task: _Observe, talk: Talk) -> Result:
         """Return what every batch of the timestep gives."""
@@ -142,10 +165,10 @@ class _Calibrating:
         self._denoiser = None
         observed, session = self._session(task.recorded, talk)
         found = {}
-        parts = setup.calls(task.recorded).batches(setup.options.batch_size)
+        parts = setup.calls(task.recorded).batches(setup.settings.batch_size)
         with talk.bar("observe", len(task.recorded.rows)) as advance:
             for number, batch in enumerate(replace(part, step=task.step) for part in parts):
-                for place, array in enumerate(observed.run(session, batch, setup.options)):
+                for place, array in enumerate(observed.run(session, batch, setup.settings)):
                     found[_name(number, place)] = array
                 advance(len(batch.calls))
         return found
@@ -164,5 +187,5 @@ class _Calibrating:
             self._scratch.mkdir(exist_ok=True)
         shapes = activation_shapes(graph, setup.calls(recorded), talk, self._scratch)
         observed = ObservedGraph.of(graph, shapes)
-        with open_session(observed.model, talk, scratch=self._scratch, threads=setup.options.threads) as session:
+        with open_session(observed.model, talk, scratch=self._scratch) as session:
             return observed, session

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from mpq_deploy.calibrate.setup import CalibrationOptions
 from mpq_deploy.calibrate.stats import CalibrationSet
 from mpq_deploy.calls.betas import alphas_cumprod
 from mpq_deploy.calls.loop import GuidedDenoiser, denoise, first_samples
@@ -18,32 +17,33 @@ from mpq_deploy.calls.sampler import Sampler
 from mpq_deploy.calls.timesteps import sampled_steps
 from mpq_deploy.errors import UsageError
 from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.recipe import CalibrateSettings
 from mpq_deploy.system.progress import Talk
 
 
 def record_trajectories(
     model: GuidedDenoiser,
     sampler: Sampler,
-    options: CalibrationOptions,
+    settings: CalibrateSettings,
     talk: Talk,
     part: slice | None = None,
 ) -> CalibrationSet:
-    """Denoise ``options.samples`` samples and keep the model's inputs at ``options.timesteps`` of the steps.
+    """Denoise ``settings.samples`` samples and keep the model's inputs at ``settings.timesteps`` of the steps.
 
     ``part`` denoises only these samples, which is the same for samplers that keep samples apart. Stops after the
     last step that is kept. Raises UsageError when the sampler has fewer steps than timesteps.
     """
     spec, conditions = model.spec, model.conditions
-    kept = sampled_steps(len(sampler.timesteps), 1 if spec.timestep is None else options.timesteps)
+    kept = sampled_steps(len(sampler.timesteps), 1 if spec.timestep is None else settings.timesteps)
     recorder = _Recorder({int(step): [] for step in kept})
-    rows = cycled_rows(spec, conditions, options.samples, options.seed)
+    rows = cycled_rows(spec, conditions, settings.samples, settings.seed)
     chosen = part or slice(None)
     denoise(
         replace(model, on_call=recorder),
         _FirstSteps(sampler, int(kept[-1]) + 1),
-        first_samples(spec, rows, conditions, options.seed)[chosen],
+        first_samples(spec, rows, conditions, settings.seed)[chosen],
         rows[chosen],
-        options.batch_size,
+        settings.batch_size,
         talk,
     )
     return recorder.finish()

@@ -10,13 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from mpq_deploy.calibrate.setup import CalibrationOptions
 from mpq_deploy.calibrate.stats import CalibrationSet
 from mpq_deploy.calls.loop import GuidedDenoiser
 from mpq_deploy.calls.sampler import make_sampler
 from mpq_deploy.calls.trajectories import record_trajectories
 from mpq_deploy.models.spec import Array, FloatModel
-from mpq_deploy.recipe import EvaluateSettings
+from mpq_deploy.recipe import CalibrateSettings, EvaluateSettings
 from mpq_deploy.runtime.ort import OrtDenoiser
 from mpq_deploy.system.progress import Talk
 
@@ -28,7 +27,7 @@ class FreshCalls:
         spec = model.spec
         self._spec, self._conditions, self._batch_size = spec, model.conditions, settings.batch_size
         sampler = make_sampler(spec.scheduler, settings.steps, settings.seed, settings.sampler)
-        recorded = CalibrationOptions(
+        recorded = CalibrateSettings(
             timesteps=len(sampler.timesteps),
             steps=settings.steps,
             samples=settings.samples,

@@ -32,7 +32,7 @@ def inputs(run: Run) -> Fields:
 def make(run: Run, folder: Path) -> str:
     """Make the stage in ``folder``; return a few words for the log."""
     from mpq_deploy.calibrate.calibrate import calibrate
-    from mpq_deploy.calibrate.setup import CalibrationOptions, CalibrationSetup
+    from mpq_deploy.calibrate.spread_calibration import CalibrationSetup
 
     section = run.recipe.calibrate
     exported = run.exported
@@ -40,25 +40,11 @@ def make(run: Run, folder: Path) -> str:
     check_dialect(run, exported.path, OPERATOR_RULES)
     # A component without timesteps has so many inputs and no more.
     rows = exported.spec.calibration_rows
-    options = CalibrationOptions(
-        timesteps=section.timesteps,
-        samples=section.samples if rows is None else min(section.samples, rows),
-        observed=section.observed,
-        steps=section.steps,
-        batch_size=section.batch_size,
-        seed=section.seed,
-        scale_method=section.scale,
-        percentile=section.percentile,
-        reservoir=section.reservoir,
-        sampler=run.recipe.evaluate.sampler,
-    )
-    recorded, stats = calibrate(
-        CalibrationSetup(exported.path, exported.spec, exported.conditions, options),
-        exported.graph,
-        run.talk,
-        scratch=run.scratch(),
-        crew=run.crew,
-    )
+    if rows is not None:
+        section = section.replace(samples=min(section.samples, rows))
+    sampler = run.recipe.evaluate.sampler
+    setup = CalibrationSetup(exported.path, exported.spec, exported.conditions, section, sampler)
+    recorded, stats = calibrate(setup, exported.graph, run.talk, scratch=run.scratch(), crew=run.crew)
     recorded.save(folder / "inputs.npz")
     stats.save(folder / "stats.npz")
     return f"{len(recorded.timesteps)} timesteps x {len(recorded.rows)} calls, {len(stats.activations)} activations"

@@ -15,21 +15,21 @@ from mpq_deploy.calibrate import activation_shapes as shapes_module
 from mpq_deploy.calibrate.activation_shapes import ActivationShape, activation_shapes
 from mpq_deploy.calibrate.calibrate import summarise, weight_ranges
 from mpq_deploy.calibrate.observers import Observation, merge, observe
-from mpq_deploy.calibrate.setup import CalibrationOptions
 from mpq_deploy.calls.feeds import RecordedCalls
 from mpq_deploy.errors import ModelError
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.graph.layers import layer_graph
 from mpq_deploy.graph.load import load_model
+from mpq_deploy.recipe import CalibrateSettings
 from mpq_deploy.system.progress import Talk
 from mpq_deploy.system.sessions import open_session
 from tests.calibrate.conftest import Case, case, denoiser_case, end, with_timestep
 from tests.graphs import GraphBuilder
 
-OPTIONS = CalibrationOptions(batch_size=2, reservoir=256)
+OPTIONS = CalibrateSettings(batch_size=2, reservoir=256)
 
 
-def seen(given_case: Case, options: CalibrationOptions = OPTIONS, **part) -> Observation:
+def seen(given_case: Case, options: CalibrateSettings = OPTIONS, **part) -> Observation:
     calls = calls_of(given_case)
     return observe(given_case.graph, calls, options, Talk(), chosen=calls.batches(options.batch_size, **part))
 
@@ -102,7 +102,7 @@ def test_a_channel_that_stretches_the_range_is_found_and_the_scale_without_it_is
     stretched = case(g, (64, 4, 4), timesteps=2, calls=16)
     stretched.recorded.samples[:, :, 5] *= 40
     stretched.recorded.samples[0, 3, 9] *= 30  # now and then counts as well
-    options = CalibrationOptions(batch_size=8, reservoir=2048)
+    options = CalibrateSettings(batch_size=8, reservoir=2048)
     one = summarise(seen(stretched, options), {}, options).activations["sample"]
     assert set(one.outliers[:2]) == {5, 9}
     stretched.recorded.samples[:, :, [5, 9]] = 0
@@ -153,7 +153,7 @@ def test_shards_agree_with_one_run_at_another_batch_size(shards: list[Observatio
 
 
 def test_other_graphs_do_not_merge(shards: list[Observation]) -> None:
-    other = seen(denoiser_case(), CalibrationOptions(reservoir=64))
+    other = seen(denoiser_case(), CalibrateSettings(batch_size=8, reservoir=512))
     with pytest.raises(ValueError, match="reservoir"):
         merge(shards[0], other)
 
@@ -168,7 +168,7 @@ def test_the_reservoir_is_uniform_over_calls_and_positions() -> None:
     ramp.recorded.samples[:] = np.arange(ramp.recorded.samples.size, dtype=np.float32).reshape(
         ramp.recorded.samples.shape
     )
-    drawn = seen(ramp, CalibrationOptions(batch_size=8, reservoir=4096)).values[0]
+    drawn = seen(ramp, CalibrateSettings(batch_size=8, reservoir=4096)).values[0]
     counts = np.histogram(drawn, bins=64, range=(0, ramp.recorded.samples.size))[0]
     # 64 cells of 64 expected: chi-square with 63 degrees of freedom, far below its 99.99 % point of 113.
     assert len(drawn) == 4096 and np.square(counts - 64).sum() / 64 < 113

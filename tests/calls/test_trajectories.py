@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mpq_deploy.calibrate.calibrate import calibrate
-from mpq_deploy.calibrate.setup import CalibrationOptions, CalibrationSetup
+from mpq_deploy.calibrate.spread_calibration import CalibrationSetup
 from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
 from mpq_deploy.calls.loop import GuidedDenoiser, denoise, initial_noise
 from mpq_deploy.calls.sampler import make_sampler
@@ -18,6 +18,7 @@ from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.graph.layers import layer_graph
 from mpq_deploy.graph.load import load_model
 from mpq_deploy.models.spec import DenoiserSpec, InputSpec
+from mpq_deploy.recipe import CalibrateSettings, make_recipe
 from mpq_deploy.system.progress import Talk
 from tests.graphs import denoiser_graph
 
@@ -65,7 +66,7 @@ def test_more_timesteps_than_steps_names_both() -> None:
 
 def test_recorded_calls_are_those_of_the_loop_and_stop_after_the_last() -> None:
     spec, labels = spec_of(), {"label": np.arange(5)}
-    options = CalibrationOptions(timesteps=3, samples=7, steps=12, batch_size=4, seed=3)
+    options = CalibrateSettings(timesteps=3, samples=7, steps=12, batch_size=4, seed=3)
     denoiser = Counting()
     recorded = record_trajectories(GuidedDenoiser(denoiser, spec, labels), make_sampler(SCHEDULER, 12), options, Talk())
     steps = sampled_steps(12, 3)
@@ -84,7 +85,7 @@ def test_recorded_calls_are_those_of_the_loop_and_stop_after_the_last() -> None:
 
 def test_guidance_records_both_halves() -> None:
     spec = spec_of(guidance_scale=3.0, uncond_row=2)
-    options = CalibrationOptions(timesteps=2, samples=6, steps=4, batch_size=4)
+    options = CalibrateSettings(timesteps=2, samples=6, steps=4, batch_size=4)
     labels = {"label": np.arange(4)}
     recorded = record_trajectories(
         GuidedDenoiser(Counting(), spec, labels), make_sampler(SCHEDULER, 4), options, Talk()
@@ -115,7 +116,7 @@ def tiny(tmp_path: Path) -> tuple[Path, DenoiserSpec]:
 def test_calibrate_end_to_end_is_deterministic_and_survives_the_disk(tiny, tmp_path: Path) -> None:
     path, spec = tiny
     graph = layer_graph(load_model(path))
-    options = CalibrationOptions(timesteps=3, samples=4, steps=6, batch_size=3)
+    options = CalibrateSettings(timesteps=3, samples=4, steps=6, batch_size=3)
     recorded, stats = calibrate(CalibrationSetup(path, spec, {}, options), graph, Talk(), scratch=tmp_path)
     again = calibrate(CalibrationSetup(path, spec, {}, options), graph, Talk())
     assert set(stats.activations) == set(graph.activations)
@@ -132,7 +133,7 @@ def test_calibrate_end_to_end_is_deterministic_and_survives_the_disk(tiny, tmp_p
 
 def test_too_many_timesteps_is_refused_before_anything_runs(tiny) -> None:
     path, spec = tiny
-    options = CalibrationOptions(timesteps=30, steps=20)
+    options = CalibrateSettings(timesteps=30, steps=20)
     with pytest.raises(UsageError, match="30"):
         calibrate(CalibrationSetup(path, spec, {}, options), layer_graph(load_model(path)), Talk())
 
@@ -146,12 +147,12 @@ def test_nan_weight_is_named(tmp_path: Path) -> None:
             tensor.raw_data = bytes(raw)
     path = builder.save(tmp_path / "model.onnx")
     spec = spec_of(sample=InputSpec(name="sample", shape=(3, 8, 8)), conditions=())
-    options = CalibrationOptions(timesteps=2, samples=2, steps=4)
+    options = CalibrateSettings(timesteps=2, samples=2, steps=4)
     with pytest.raises(ModelError, match=r"NaN or Inf at timestep .*'down.conv1'"):
         calibrate(CalibrationSetup(path, spec, {}, options), layer_graph(load_model(path)), Talk())
 
 
-@pytest.mark.parametrize("wrong", [{"samples": 0}, {"scale_method": "best"}, {"percentile": 40.0}, {"reservoir": 0}])
+@pytest.mark.parametrize("wrong", [{"samples": 0}, {"scale": "best"}, {"percentile": 40.0}, {"reservoir": 0}])
 def test_wrong_options(wrong) -> None:
     with pytest.raises(UsageError):
-        CalibrationOptions(**wrong)
+        make_recipe({"calibrate": wrong})
