@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 from mpq_deploy.bench.bench import Origin
 from mpq_deploy.bench.sources import Wish, cuda_provider, library_of, subject_of
 from mpq_deploy.bench.timed_subject import ORT, Subject
-from mpq_deploy.engine.builder import ENGINE, BatchProfile, build_engine
+from mpq_deploy.engine.builder import ENGINE, BuildRequest, build_engine
 from mpq_deploy.engine.expected import ExpectedLayers
+from mpq_deploy.engine.plan_engine import batch_profile
 from mpq_deploy.engine.target import Target
 from mpq_deploy.errors import UsageError
 from mpq_deploy.formats.scheme import FP16
@@ -88,15 +89,11 @@ def fp16_engine(run: Run, target: Target) -> Path:
     folder = run.path / FOLDER / f"fp16-{target.name}"
     stamp = (graph.parent / STAMP).read_text(encoding="utf-8")
     if not _current(folder, stamp):
-        exported, section = run.exported, run.recipe.engine
-        spec = exported.spec
-        inputs = spec.inputs
-        shapes = {item.name: item.shape for item in inputs if item.batched}
-        layers = exported.graph.layers
-        size = run.plan.fp16_size_bytes
-        expected = ExpectedLayers.of(layers, {layer.name: FP16 for layer in layers}, size)
-        profile = BatchProfile(section.batch_min, section.batch_opt, section.batch_max, shapes)
-        build_engine(graph, folder, target, profile, expected, run.talk)
+        layers = run.exported.graph.layers
+        schemes = {layer.name: FP16 for layer in layers}
+        expected = ExpectedLayers.of(layers, schemes, run.plan.fp16_size_bytes)
+        request = BuildRequest(graph, target.build_target, batch_profile(run))
+        build_engine(request, folder, expected, run.talk)
         (folder / STAMP).write_text(stamp, encoding="utf-8")
     return folder / ENGINE
 

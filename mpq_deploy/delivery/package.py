@@ -11,7 +11,6 @@ import io
 import json
 import shlex
 import zipfile
-from collections.abc import Sequence
 from dataclasses import replace
 from importlib import resources
 from importlib.metadata import version
@@ -22,21 +21,19 @@ import numpy as np
 import onnx
 
 from mpq_deploy.device.archive import MANIFEST, Source, write_archive
-from mpq_deploy.device.manifest import Manifest, PackagedTarget, Reference
+from mpq_deploy.device.manifest import Manifest, Reference
 from mpq_deploy.device.output_check import relative_squared_error
-from mpq_deploy.engine.engine_memory import check_target_memory
-from mpq_deploy.engine.expected import ExpectedLayers
+from mpq_deploy.engine.plan_engine import batch_profile, check_target_memory, expected_layers
 from mpq_deploy.engine.target import Target, known_targets, load_target
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.formats.scheme import SCHEMES
-from mpq_deploy.graph.save import repeated_bytes
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED, WEIGHTS
 from mpq_deploy.runtime.correction import FILE as CORRECTION
 from mpq_deploy.system.files import file_digest
 from mpq_deploy.system.release import __version__
 
 if TYPE_CHECKING:
-    from mpq_deploy.models.spec import Array, InputSpec
+    from mpq_deploy.models.spec import Array
     from mpq_deploy.run.view import Run
 
 REFERENCE, DENOISER, PLAN, INSTALLER, SCRIPT = (
@@ -54,7 +51,7 @@ DEVICE_MODULES = (
     *(f"rounding/{name}.py" for name in ("__init__", "quantizers", "row_grids")),
     "engine/__init__.py",
     *(f"engine/{name}.py" for name in ("bisect", "build_log", "build_target", "build_worker", "builder", "expected")),
-    *(f"engine/{name}.py" for name in ("failure", "layer_information", "record", "trtexec", "verify", "versions")),
+    *(f"engine/{name}.py" for name in ("failure", "layer_information", "record", "trtexec", "verify")),
 )
 
 
@@ -205,32 +202,23 @@ def _files(run: Run) -> dict[str, Source]:
 
 
 def _manifest(run: Run, target: Target, reference: Reference, parts: dict[str, Source]) -> Manifest:
-    exported = run.exported
-    plan = run.plan
-    schemes = {name: SCHEMES[scheme] for name, scheme in plan.schemes.items()}
-    section, spec = run.recipe.engine, exported.spec
-    inputs: Sequence[InputSpec] = spec.inputs
+    profile = batch_profile(run)
     return Manifest(
-        name=spec.name,
+        name=run.exported.spec.name,
         made_by=__version__,
-        target=PackagedTarget(**{name: getattr(target, name) for name in PackagedTarget.__dataclass_fields__}),
+        target=target.build_target,
         model=DEPLOYED,
         parts={},
-        expected=ExpectedLayers.of(
-            exported.graph.layers,
-            schemes,
-            plan.size_bytes,
-            repeated_bytes(run.deployed / DEPLOYED),
-        ),
-        fp16_bytes=plan.fp16_size_bytes,
-        batches=(section.batch_min, section.batch_opt, section.batch_max),
-        shapes={item.name: item.shape for item in inputs if item.batched},
+        expected=expected_layers(run),
+        fp16_bytes=run.plan.fp16_size_bytes,
+        batches=(profile.minimum, profile.optimum, profile.maximum),
+        shapes=dict(profile.shapes),
         reference=reference,
         # What is deployed goes by one name, whichever stage made it.
         digests={"allocate": run.digest("allocate"), "quantize": run.digest(run.deployed_stage)},
         alternatives=_alternatives(target),
         versions={name: version(name) for name in ("numpy", "onnx", "onnxruntime")},
-        notes=tuple(plan.notes),
+        notes=tuple(run.plan.notes),
     )
 
 

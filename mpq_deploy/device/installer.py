@@ -24,7 +24,8 @@ from mpq_deploy.device.cuda import Cuda, why_no_gpu
 from mpq_deploy.device.manifest import Manifest
 from mpq_deploy.device.output_check import compare, latency
 from mpq_deploy.device.run import Run, run_engine
-from mpq_deploy.engine.builder import BatchProfile, build_engine
+from mpq_deploy.engine.build_target import version_fits
+from mpq_deploy.engine.builder import BatchProfile, BuildRequest, build_engine
 from mpq_deploy.engine.record import EngineRecord
 from mpq_deploy.engine.trtexec import find_trtexec, trtexec_version
 from mpq_deploy.errors import EngineError, MpqError, UsageError
@@ -103,7 +104,7 @@ def probe(manifest: Manifest) -> Runtime:
         )
     if runtime.version and not manifest.target.takes_version(runtime.version):
         wanted = " or ".join(f"{version.rstrip('.')}.x" for version in manifest.target.versions)
-        fitting = [name for name, versions in manifest.alternatives.items() if _takes(versions, runtime.version)]
+        fitting = [name for name, versions in manifest.alternatives.items() if version_fits(runtime.version, versions)]
         release = f" (JetPack {manifest.target.jetpack})" if manifest.target.jetpack else ""
         remedy = (
             f"Package the run again at home: mpq-deploy package RUN --target {fitting[0]}."
@@ -189,7 +190,8 @@ def _module_version(name: str) -> str:
 def _build(manifest: Manifest, runtime: Runtime, out: Path, talk: Talk) -> EngineRecord:
     target = replace(manifest.target, builder=runtime.builder)
     profile = BatchProfile(*manifest.batches, shapes=manifest.shapes)
-    return build_engine(out / manifest.model, out / ENGINE_FOLDER, target, profile, manifest.expected, talk)
+    request = BuildRequest(out / manifest.model, target, profile)
+    return build_engine(request, out / ENGINE_FOLDER, manifest.expected, talk)
 
 
 def _results(manifest: Manifest, record: EngineRecord, run: Run, out: Path) -> dict[str, Any]:
@@ -225,12 +227,6 @@ def _results(manifest: Manifest, record: EngineRecord, run: Run, out: Path) -> d
 def board(path: Path = Path("/proc/device-tree/model")) -> str:
     """The board's name where the kernel tells it (Jetson); else empty."""
     return path.read_text(errors="replace", encoding="utf-8").strip("\0\n ") if path.is_file() else ""
-
-
-def _takes(versions: tuple[str, ...], version: str) -> bool:
-    from mpq_deploy.engine.versions import version_matches
-
-    return any(version_matches(version, wanted) for wanted in versions)
 
 
 def _wanted(builder: str) -> str:

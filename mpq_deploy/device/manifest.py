@@ -8,27 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from mpq_deploy.device.archive import MANIFEST, ArchiveError
+from mpq_deploy.engine.build_target import BuildTarget
 from mpq_deploy.engine.expected import ExpectedLayer, ExpectedLayers
-from mpq_deploy.engine.versions import version_matches
 
 FORMAT = 1
-
-
-@dataclass(frozen=True)
-class PackagedTarget:
-    """What a device needs to know of the target: the same fields as in its YAML."""
-
-    name: str
-    title: str
-    dialect: str
-    builder: str
-    versions: tuple[str, ...]
-    jetpack: str
-    compute_capabilities: tuple[str, ...]
-
-    def takes_version(self, version: str) -> bool:
-        """Tell whether the dialect holds for the builder's ``version``."""
-        return not self.versions or any(version_matches(version, wanted) for wanted in self.versions)
 
 
 @dataclass(frozen=True)
@@ -60,7 +43,7 @@ class Manifest:
 
     name: str
     made_by: str
-    target: PackagedTarget
+    target: BuildTarget
     model: str
     parts: dict[str, str]
     expected: ExpectedLayers
@@ -89,7 +72,7 @@ class Manifest:
                     f"{path} has format {found_format}; this mpq-deploy reads format {FORMAT}.",
                     f"Install the mpq-deploy that made it ({values.get('made_by')}) on the device.",
                 )
-            values["target"] = PackagedTarget(**_tuples(values["target"], "versions", "compute_capabilities"))
+            values["target"] = BuildTarget(**_tuples(values["target"], "versions", "compute_capabilities"))
             values["reference"] = Reference(**_tuples(values["reference"], "cases", "inputs"))
             layers = [ExpectedLayer(**_tuples(one, "nodes", "kernel")) for one in values["expected"]["layers"]]
             expected = values["expected"]

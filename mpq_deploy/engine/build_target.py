@@ -1,32 +1,33 @@
-"""What a builder must know of a target: a ``Target``, or what a package says of one."""
+"""What a builder must know of a target. Standard library only: this also runs on a device."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 
-class BuildTarget(Protocol):
-    """See ``engine.target.Target``, whose fields these are."""
+@dataclass(frozen=True)
+class BuildTarget:
+    """The fields of an ``engine.target.Target`` that say what builds for it, and for which GPUs."""
 
-    @property
-    def name(self) -> str:
-        """The target's name."""
-
-    @property
-    def dialect(self) -> str:
-        """What its graphs are written in."""
-
-    @property
-    def builder(self) -> str:
-        """Which builder builds for it."""
-
-    @property
-    def versions(self) -> tuple[str, ...]:
-        """The builder's versions that the dialect holds for."""
-
-    @property
-    def compute_capabilities(self) -> tuple[str, ...]:
-        """The GPUs that the engine must run on."""
+    name: str
+    title: str
+    dialect: str
+    builder: str
+    versions: tuple[str, ...]
+    jetpack: str
+    compute_capabilities: tuple[str, ...]
 
     def takes_version(self, version: str) -> bool:
         """Tell whether the dialect holds for the builder's ``version``."""
+        return version_fits(version, self.versions)
+
+
+def version_fits(version: str, allowed: Iterable[str]) -> bool:
+    """Whether ``version`` begins with the parts of one ``allowed`` (none given: any version does).
+
+    10.3.0 is 10.3, 10.30 is not.
+    """
+    parts = version.split(".")
+    prefixes = [one.rstrip(".").split(".") for one in allowed]
+    return not prefixes or any(parts[: len(prefix)] == prefix for prefix in prefixes)

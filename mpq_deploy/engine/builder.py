@@ -1,8 +1,8 @@
 """Build an engine from an ONNX file in a child process, and check it against the plan.
 
-In: the FP16 deployment graph, a target, the batch sizes, what the plan promises. Out: a folder with ``model.engine``,
-``layers.txt`` (the builder's own list of kernels) and ``build.json`` (an ``EngineRecord``), all three byte for byte
-the same when repeated; the full log and the time taken lie outside of it.
+In: a ``BuildRequest`` and what the plan promises. Out: a folder with ``model.engine``,
+``layers.txt`` (the builder's own list of kernels) and ``build.json`` (an ``EngineRecord``), the
+same bytes when repeated; the full log and the time taken lie outside of it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
@@ -39,13 +39,13 @@ WORKER = "mpq_deploy.engine.build_worker"
 TRIAL = "trial.onnx"
 # One build while a crash is looked into; a longer one counts as not crashed (our choice).
 TRIAL_SECONDS = 300.0
-EXTRAS = {"tensorrt_rtx": "rtx", "tensorrt": "tensorrt"}
-PACKAGES = {"tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
+# Module -> the package that has it, and our extra that installs it.
+PACKAGES = {"tensorrt_rtx": ("tensorrt-rtx", "rtx"), "tensorrt": ("tensorrt", "tensorrt")}
 
 
 @dataclass(frozen=True)
 class BatchProfile:
-    """The batch sizes that the engine takes, and the shape of each input without its batch axis."""
+    """The engine's minimum, usual and maximum batch; each input's shape without the batch axis."""
 
     minimum: int
     optimum: int
@@ -55,8 +55,8 @@ class BatchProfile:
     def __post_init__(self) -> None:
         if not 1 <= self.minimum <= self.optimum <= self.maximum:
             raise UsageError(
-                f"The engine's batch sizes are {self.minimum}, {self.optimum}, {self.maximum}.",
-                "They are the smallest, the usual and the largest one: 1 <= batch_min <= batch_opt <= batch_max.",
+                f"Invalid batch sizes {self.minimum}, {self.optimum}, {self.maximum} of the engine.",
+                "They are ascending: 1 <= batch_min <= batch_opt <= batch_max.",
             )
 
     def inputs(self) -> dict[str, InputShapes]:
@@ -66,8 +66,17 @@ class BatchProfile:
 
 
 @dataclass(frozen=True)
+class BuildRequest:
+    """What is built: the graph ``model`` (FP16), for which target, and at which batch sizes."""
+
+    model: Path
+    target: BuildTarget
+    profile: BatchProfile
+
+
+@dataclass(frozen=True)
 class RawBuild:
-    """What a backend hands back: its version, the engine's log, and what it took."""
+    """What a backend returns: its version, the engine's log, and what it took."""
 
     version: str
     log: EngineLog
@@ -76,33 +85,29 @@ class RawBuild:
 
 
 def build_engine(
-    model: Path,
-    out: Path,
-    target: BuildTarget,
-    profile: BatchProfile,
-    expected: ExpectedLayers,
-    talk: Talk,
-    log: Path | None = None,
+    request: BuildRequest, out: Path, expected: ExpectedLayers, talk: Talk, log: Path | None = None
 ) -> EngineRecord:
-    """Build ``model`` for ``target`` into the folder ``out``, and check the engine against ``expected``.
+    """Build the engine into the folder ``out``, and check it against ``expected``.
 
-    The builder's full log goes to ``log`` (default: beside ``out``, named after it), also when the build fails, and
-    the time taken to the file of the same name that ends in .timing.json. Problems are in the record, and said;
-    ``EngineRecord.require_verified`` turns them into an error.
+    The builder's full log goes to ``log`` (default: beside ``out``, named after it), also when the
+    build fails, and the time taken to the file of the same name that ends in .timing.json. Problems
+    are warnings and in the record; ``EngineRecord.require_verified`` turns them into an error.
 
-    Raises UsageError when the target has no builder, MissingDependencyError when the builder is not installed,
-    EngineError when it refuses the graph, crashes or is killed, and OSError when its files cannot be written.
+    Raises UsageError when the target has no builder, MissingDependencyError when the builder is not
+    installed, EngineError when it refuses the graph, crashes or is killed, and OSError when its
+    files cannot be written.
     """
     log = log or out.with_name(f"{out.name.strip('.')}.log")
+    target = request.target
     backend = _backend(target)
     out.mkdir(parents=True, exist_ok=True)
     talk.line(f"building the engine for {target.name} with {target.builder}")
     with tempfile.TemporaryDirectory(dir=out, prefix=".build-") as folder:
         built = Path(folder) / ENGINE
         try:
-            raw = backend(model.resolve(), built.resolve(), target, profile, log.resolve())
+            raw = backend(request, built.resolve(), log.resolve())
         except BuilderCrashedError as crash:
-            raise _located(crash, model, Path(folder), target, profile, talk) from crash
+            raise _located(crash, request, Path(folder), talk) from crash
         record = _record(built, target, raw, expected)
         built.replace(out / ENGINE)
     (out / LAYERS).write_text(raw.layers, encoding="utf-8")
@@ -113,34 +118,34 @@ def build_engine(
     return record
 
 
-Backend = Callable[[Path, Path, BuildTarget, BatchProfile, Path], RawBuild]
+Backend = Callable[[BuildRequest, Path, Path], RawBuild]
 
 
 def _backend(target: BuildTarget) -> Backend:
     if target.builder == "none":
         raise UsageError(
-            f"The target '{target.name}' has no engine builder: its dialect {target.dialect} runs the graph itself.",
+            f"The target '{target.name}' has no engine builder: ONNX Runtime runs the graph itself.",
             "Leave the engine stage out, or choose a target with a builder (mpq-deploy targets).",
         )
     if target.builder == "trtexec":
         return _build_trtexec
     if importlib.util.find_spec(target.builder) is None:
         purpose = f"Building an engine for '{target.name}'"
-        raise MissingDependencyError(PACKAGES[target.builder], EXTRAS[target.builder], purpose)
+        raise MissingDependencyError(*PACKAGES[target.builder], purpose)
     return _build_in_child
 
 
-def _build_trtexec(model: Path, engine: Path, target: BuildTarget, profile: BatchProfile, log: Path) -> RawBuild:
+def _build_trtexec(request: BuildRequest, engine: Path, log: Path) -> RawBuild:
     """Unproven here: written against the documented command line (no device was at hand)."""
-    version, layers, seconds, peak = build_with_trtexec(model, engine, target, profile.inputs(), log)
-    return RawBuild(
-        version, parse_layer_information(layers, log.read_text(encoding="utf-8")), layers, BuildTiming(seconds, peak)
-    )
+    model, shapes = request.model.resolve(), request.profile.inputs()
+    version, layers, timing = build_with_trtexec(model, engine, request.target, shapes, log)
+    text = log.read_text(encoding="utf-8")
+    return RawBuild(version, parse_layer_information(layers, text), layers, timing)
 
 
-def _build_in_child(model: Path, engine: Path, target: BuildTarget, profile: BatchProfile, log: Path) -> RawBuild:
-    _check_version(target)
-    job_file, result = _save_job(model, engine, target, profile, log)
+def _build_in_child(request: BuildRequest, engine: Path, log: Path) -> RawBuild:
+    _check_version(request.target)
+    job_file, result = _save_job(request, engine, log)
     # The last words of an earlier build are not those of this one.
     log.unlink(missing_ok=True)
     done = run_child(WORKER, str(job_file))
@@ -151,10 +156,10 @@ def _build_in_child(model: Path, engine: Path, target: BuildTarget, profile: Bat
         with log.open("a", encoding="utf-8") as stream:
             stream.write(f"[stderr] {done.stderr}")
     if done.returncode not in (0, REPORTED_FAILURE):
-        raise crashed(model, log, done.returncode, done.stderr)
+        raise crashed(request.model, log, done.returncode, done.stderr)
     values = json.loads(result.read_text(encoding="utf-8"))
     if "errors" in values:
-        raise refused(values, target.builder, log)
+        raise refused(values, request.target.builder, log)
     text = log.read_text(encoding="utf-8")
     timing = BuildTiming(round(values["seconds"], 3), values["peak_rss_bytes"])
     if "layer_information" in values:
@@ -163,24 +168,22 @@ def _build_in_child(model: Path, engine: Path, target: BuildTarget, profile: Bat
     return RawBuild(values["version"], parse_engine_log(text), layers_text(text), timing)
 
 
-def _save_job(model: Path, engine: Path, target: BuildTarget, profile: BatchProfile, log: Path) -> tuple[Path, Path]:
+def _save_job(request: BuildRequest, engine: Path, log: Path) -> tuple[Path, Path]:
     """Write what a child is to build; return the job's file and where its result will be."""
     job_file, result = engine.with_name("job.json"), engine.with_name("result.json")
     BuildJob(
-        module=target.builder,
-        model=str(model),
+        module=request.target.builder,
+        model=str(request.model.resolve()),
         engine=str(engine),
         log=str(log),
         result=str(result),
-        compute_capabilities=target.compute_capabilities,
-        shapes=profile.inputs(),
+        compute_capabilities=request.target.compute_capabilities,
+        shapes=request.profile.inputs(),
     ).save(job_file)
     return job_file, result
 
 
-def _located(
-    crash: BuilderCrashedError, model: Path, folder: Path, target: BuildTarget, profile: BatchProfile, talk: Talk
-) -> EngineError:
+def _located(crash: BuilderCrashedError, request: BuildRequest, folder: Path, talk: Talk) -> EngineError:
     """Look for the nodes that crash the builder, where graphs can be cut (a device has no onnx)."""
     if importlib.util.find_spec("onnx") is None:
         return crash
@@ -188,21 +191,22 @@ def _located(
 
     trials = folder / "trials"
     trials.mkdir()
-    if target.builder == "trtexec":
-        run = partial(trtexec_trial, shapes=profile.inputs(), seconds=TRIAL_SECONDS)
+    if request.target.builder == "trtexec":
+        run = partial(trtexec_trial, shapes=request.profile.inputs(), seconds=TRIAL_SECONDS)
     else:
-        job_file, _ = _save_job(trials / TRIAL, trials / ENGINE, target, profile, trials / "trial.log")
+        trial = replace(request, model=trials / TRIAL)
+        job_file, _ = _save_job(trial, trials / ENGINE, trials / "trial.log")
         run = partial(_trial, job_file)
 
     def crashes(graph: Path) -> bool:
         return fatal_signal(run(graph)) in FAULTS
 
     talk.line(f"the builder crashed; looking for the nodes by up to {MOST_TRIALS} smaller builds")
-    return located(crash, find_suspects(model, trials, crashes))
+    return located(crash, find_suspects(request.model, trials, crashes))
 
 
 def _trial(job_file: Path, graph: Path) -> int:
-    """Build the graph that ``job_file`` names; return the child's exit code, 0 where it takes longer than allowed."""
+    """Build the graph that ``job_file`` names; return the child's exit code, 0 after a timeout."""
     assert graph.name == TRIAL
     try:
         return run_child(WORKER, str(job_file), seconds=TRIAL_SECONDS).returncode
@@ -218,7 +222,8 @@ def _check_version(target: BuildTarget) -> None:
         return  # installed without metadata (JetPack's own): the worker's result names the version
     if not target.takes_version(version):
         raise EngineError(
-            f"The target '{target.name}' is for {target.builder} {' or '.join(target.versions)}; {version} is here.",
+            f"The target '{target.name}' is for {target.builder} {' or '.join(target.versions)}; "
+            f"{version} is installed.",
             "Choose the target of that version (mpq-deploy targets), or extend it in a YAML with 'versions: []'.",
         )
 

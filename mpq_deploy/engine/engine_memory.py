@@ -11,17 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import onnx
 
 from mpq_deploy.engine.target import Target
 from mpq_deploy.errors import UsageError
 from mpq_deploy.graph.shapes import inferred_graph
-from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED
-
-if TYPE_CHECKING:
-    from mpq_deploy.run.view import Run
 
 # Context, library and compiled kernels of a process that runs one engine (our choice, not measured).
 RUNTIME_BYTES = 500_000_000
@@ -107,11 +102,3 @@ def _bytes(value: onnx.ValueInfoProto) -> int:
 
 def _gb(size: float) -> str:
     return f"{size / 1e9:.2f} GB"
-
-
-def check_target_memory(run: Run, target: Target) -> MemoryEstimate:
-    """Estimate what the engine takes; raises UsageError when that is more than the target has."""
-    spec, batch = run.exported.spec, run.recipe.engine.batch_max
-    estimate = estimate_memory(run.deployed / DEPLOYED, spec.input_shapes(batch), run.plan.size_bytes)
-    refuse_too_large(estimate, target, batch)
-    return estimate

@@ -17,8 +17,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from mpq_deploy.engine.build_target import BuildTarget
 from mpq_deploy.engine.trtexec import find_trtexec
-from mpq_deploy.engine.versions import version_matches
 from mpq_deploy.errors import UsageError, nearest
 from mpq_deploy.formats.scheme import BRANCH_KINDS, FAMILIES, SCHEMES, SIMULATED, Scheme, nearest_scheme
 from mpq_deploy.graph.layers import LAYER_OPS, Layer
@@ -132,9 +132,10 @@ class Target(BaseModel):
             raise ValueError(f"simulated schemes never reach a builder, and this target has '{self.builder}'")
         return self
 
-    def takes_version(self, version: str) -> bool:
-        """Tell whether the dialect holds for the builder's ``version``."""
-        return not self.versions or any(version_matches(version, wanted) for wanted in self.versions)
+    @property
+    def build_target(self) -> BuildTarget:
+        """What a builder must know of it."""
+        return BuildTarget(**{name: getattr(self, name) for name in BuildTarget.__dataclass_fields__})
 
     @property
     def simulated(self) -> bool:

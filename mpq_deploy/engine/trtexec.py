@@ -1,6 +1,6 @@
 """Build with trtexec, the command-line builder that comes with TensorRT and with JetPack.
 
-Unproven here: the command line is the documented one of TensorRT 10.3 to 11.1; no device was at hand.
+Unproven here: written from the documentation of TensorRT 10.3 to 11.1; no device was at hand.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from mpq_deploy.engine.build_target import BuildTarget
 from mpq_deploy.engine.build_worker import InputShapes
 from mpq_deploy.engine.failure import crashed, fatal_signal
+from mpq_deploy.engine.record import BuildTiming
 from mpq_deploy.errors import EngineError
 from mpq_deploy.system.memory import children_peak_bytes
 
@@ -32,7 +33,7 @@ def trtexec_command(
 ) -> list[str]:
     """Return the command line that builds ``engine`` and lists its kernels in ``layers``.
 
-    ``--stronglyTyped`` is needed on TensorRT 10 and does nothing on 11; precision flags would contradict it.
+    TensorRT 10 needs ``--stronglyTyped``, which precision flags would contradict; 11 ignores it.
     """
     command = [
         trtexec,
@@ -53,10 +54,10 @@ def trtexec_command(
 
 def build_with_trtexec(
     model: Path, engine: Path, target: BuildTarget, shapes: Mapping[str, InputShapes], log: Path
-) -> tuple[str, str, float, int]:
-    """Run trtexec; return its version, the layer information (JSON), the seconds and the peak memory in bytes.
+) -> tuple[str, str, BuildTiming]:
+    """Run trtexec; return its version, the layer information (JSON) and what building took.
 
-    Raises EngineError when trtexec is absent, of a version that the target's dialect is not for, or fails.
+    Raises EngineError when trtexec is absent, fails, or has a version that the dialect is not for.
     """
     trtexec = find_trtexec()
     if trtexec is None:
@@ -80,23 +81,25 @@ def build_with_trtexec(
         raise crashed(model, log, done.returncode, "")
     if done.returncode or not engine.is_file():
         errors = [line for line in text.splitlines() if "[E]" in line][:3]
-        raise EngineError(f"trtexec refuses the graph: {' / '.join(errors) or 'no reason given'}.", f"Log: {log}")
-    seconds = round(time.monotonic() - started, 3)
-    return version, layers.read_text(encoding="utf-8"), seconds, children_peak_bytes()
+        reason = " / ".join(errors) or "no reason given"
+        raise EngineError(f"trtexec refuses the graph: {reason}.", f"Log: {log}")
+    timing = BuildTiming(round(time.monotonic() - started, 3), children_peak_bytes())
+    return version, layers.read_text(encoding="utf-8"), timing
 
 
 def trtexec_trial(graph: Path, shapes: Mapping[str, InputShapes], seconds: float) -> int:
-    """Build a smaller graph by trtexec, keep nothing; return its exit code, 0 where it takes longer than ``seconds``.
+    """Build a smaller graph by trtexec, keep nothing; return its exit code, 0 after a timeout.
 
-    ``shapes`` are those of the whole graph: trtexec refuses the name of an input that the smaller one lost.
+    ``shapes`` are those of the whole graph: trtexec refuses names that the smaller one lacks.
     """
     import onnx
 
     trtexec = find_trtexec()
     assert trtexec is not None  # it has crashed before
-    left = {value.name for value in onnx.load(graph, load_external_data=False).graph.input}
-    kept = {name: shape for name, shape in shapes.items() if name in left}
-    command = trtexec_command(trtexec, graph, graph.with_name("trial.engine"), graph.with_name("trial.json"), kept)
+    names = {value.name for value in onnx.load(graph, load_external_data=False).graph.input}
+    present = {name: shape for name, shape in shapes.items() if name in names}
+    engine, layers = graph.with_name("trial.engine"), graph.with_name("trial.json")
+    command = trtexec_command(trtexec, graph, engine, layers, present)
     try:
         return subprocess.run(command, capture_output=True, check=False, timeout=seconds).returncode
     except subprocess.TimeoutExpired:
@@ -104,7 +107,7 @@ def trtexec_trial(graph: Path, shapes: Mapping[str, InputShapes], seconds: float
 
 
 def trtexec_version(text: str) -> str:
-    """Read the version from trtexec's output: ``[TensorRT v100300]`` is 10.3.0, ``v8603`` is 8.6.3."""
+    """Read the version from trtexec's output: ``[TensorRT v100300]`` is 10.3.0, ``v8603`` 8.6.3."""
     match = re.search(r"\[TensorRT v(\d+)\]", text)
     if match is None:
         return ""

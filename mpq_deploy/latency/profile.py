@@ -20,7 +20,7 @@ import numpy as np
 from mpq_deploy.device.cuda import why_no_gpu
 from mpq_deploy.device.manifest import Reference
 from mpq_deploy.device.run import Run, run_engine
-from mpq_deploy.engine.builder import ENGINE, BatchProfile, build_engine
+from mpq_deploy.engine.builder import ENGINE, BatchProfile, BuildRequest, build_engine
 from mpq_deploy.engine.expected import ExpectedLayers
 from mpq_deploy.engine.record import EngineRecord
 from mpq_deploy.engine.target import Target
@@ -152,7 +152,8 @@ def build_one_layer(one: OneLayer, target: Target, folder: Path) -> EngineRecord
     """Write and build one layer into ``folder``, silently. Needs no GPU for TensorRT-RTX."""
     size = write_one_layer(one, folder, dialect_named(target.dialect))
     expected = ExpectedLayers.of([one.alone], {one.layer.name: one.scheme}, size)
-    return build_engine(folder / DEPLOYED, folder / "engine", target, BatchProfile(1, 1, 1, {}), expected, Talk())
+    request = BuildRequest(folder / DEPLOYED, target.build_target, BatchProfile(1, 1, 1, {}))
+    return build_engine(request, folder / "engine", expected, Talk())
 
 
 def why_not_here(target: Target) -> str:

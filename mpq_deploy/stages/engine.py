@@ -5,14 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpq_deploy.engine.builder import BatchProfile, build_engine
-from mpq_deploy.engine.engine_memory import check_target_memory
-from mpq_deploy.engine.expected import ExpectedLayers
+from mpq_deploy.engine.builder import BuildRequest, build_engine
 from mpq_deploy.engine.failure import BuilderKilledError
+from mpq_deploy.engine.plan_engine import batch_profile, check_target_memory, expected_layers
 from mpq_deploy.engine.target import RTX, Target, builder_present
 from mpq_deploy.errors import EngineError
-from mpq_deploy.formats.scheme import SCHEMES
-from mpq_deploy.graph.save import repeated_bytes
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED
 from mpq_deploy.run.common import settings, version_of
 from mpq_deploy.run.stage import Stage
@@ -40,33 +37,15 @@ def inputs(run: Run) -> Fields:
 def make(run: Run, folder: Path) -> str:
     """Make the stage in ``folder``; return a few words for the log."""
     target = run.target
-    plan = run.plan
-    reason = SIMULATED_PLAN if plan.simulated else _no_engine_reason(run, target)
+    reason = SIMULATED_PLAN if run.plan.simulated else _no_engine_reason(run, target)
     if reason:
         (folder / "none.json").write_text(canonical_json({"reason": reason}), encoding="utf-8")
         return f"none: {reason}"
     check_target_memory(run, target)
     check_memory(run, STAGE)
-    exported = run.exported
-    schemes = {name: SCHEMES[scheme] for name, scheme in plan.schemes.items()}
-    section, spec = run.recipe.engine, exported.spec
-    model = run.deployed / DEPLOYED
-    expected = ExpectedLayers.of(exported.graph.layers, schemes, plan.size_bytes, repeated_bytes(model))
+    request = BuildRequest(run.deployed / DEPLOYED, target.build_target, batch_profile(run))
     try:
-        record = build_engine(
-            model,
-            folder,
-            target,
-            BatchProfile(
-                section.batch_min,
-                section.batch_opt,
-                section.batch_max,
-                {i.name: i.shape for i in spec.inputs if i.batched},
-            ),
-            expected,
-            run.talk,
-            log=run.path / "engine.log",
-        )
+        record = build_engine(request, folder, expected_layers(run), run.talk, run.path / "engine.log")
     except BuilderKilledError as error:
         raise EngineError(f"The stage 'engine' was cut short. {error.message}", error.hint) from error
     record.require_verified()

@@ -115,7 +115,7 @@ def why_not_build(target: Target) -> str:
     if importlib.util.find_spec(target.builder) is None:
         return f"the package {target.builder} is not installed"
     found = _version(target.builder)
-    if found and not target.takes_version(found):
+    if found and not target.build_target.takes_version(found):
         return f"{target.builder} {found} is here, the target is for {' or '.join(target.versions)}"
     return ""
 

@@ -18,7 +18,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from mpq_deploy.engine.bisect import ZEROS, find_suspects, quantized_layers
-from mpq_deploy.engine.builder import BatchProfile, build_engine
+from mpq_deploy.engine.builder import BatchProfile, BuildRequest, build_engine
 from mpq_deploy.engine.expected import ExpectedLayers
 from mpq_deploy.engine.target import load_target
 from mpq_deploy.errors import EngineError
@@ -108,7 +108,12 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def build_by_trtexec(model: Path, folder: Path) -> EngineError:
     profile = BatchProfile(1, 1, 2, {"sample": (3, SIZE, SIZE), "timestep": ()})
     with pytest.raises(EngineError) as caught:
-        build_engine(model, folder, load_target("jetson-agx-orin"), profile, ExpectedLayers((), 0), Talk())
+        build_engine(
+            BuildRequest(model, load_target("jetson-agx-orin").build_target, profile),
+            folder,
+            ExpectedLayers((), 0),
+            Talk(),
+        )
     assert list(folder.iterdir()) == []
     return caught.value
 
@@ -157,7 +162,12 @@ def test_a_trtexec_that_the_dialect_is_not_written_for_is_refused(
     monkeypatch.setenv("CRASH_WHEN", json.dumps({"present": ["nothing"]}))
     profile = BatchProfile(1, 1, 2, {"sample": (3, SIZE, SIZE), "timestep": ()})
     with pytest.raises(EngineError, match=r"'jetson-thor' is for TensorRT 10\.13, but trtexec is 10\.3\.0"):
-        build_engine(model, tmp_path / "engine", load_target("jetson-thor"), profile, ExpectedLayers((), 0), Talk())
+        build_engine(
+            BuildRequest(model, load_target("jetson-thor").build_target, profile),
+            tmp_path / "engine",
+            ExpectedLayers((), 0),
+            Talk(),
+        )
 
 
 def test_a_refusal_of_trtexec_is_no_crash(
@@ -166,7 +176,12 @@ def test_a_refusal_of_trtexec_is_no_crash(
     monkeypatch.setenv("CRASH_WHEN", json.dumps({"present": ["nothing"]}))
     profile = BatchProfile(1, 1, 2, {"nobody": (3, SIZE, SIZE)})
     with pytest.raises(EngineError, match=r"trtexec refuses the graph: .*Cannot find input tensor with name 'nobody'"):
-        build_engine(model, tmp_path / "engine", load_target("jetson-agx-orin"), profile, ExpectedLayers((), 0), Talk())
+        build_engine(
+            BuildRequest(model, load_target("jetson-agx-orin").build_target, profile),
+            tmp_path / "engine",
+            ExpectedLayers((), 0),
+            Talk(),
+        )
     assert stand_in.read_text(encoding="utf-8") == "x"
 
 
@@ -204,7 +219,10 @@ def test_two_products_that_share_an_int4_weight_are_found_by_the_real_builder(
     profile = BatchProfile(1, 1, 2, {"x": (128, 128)})
     with pytest.raises(EngineError) as caught:
         build_engine(
-            tmp_path / "model.onnx", tmp_path / "engine", load_target("rtx"), profile, ExpectedLayers((), 0), Talk()
+            BuildRequest(tmp_path / "model.onnx", load_target("rtx").build_target, profile),
+            tmp_path / "engine",
+            ExpectedLayers((), 0),
+            Talk(),
         )
     assert "crashed (SIGSEGV)" in caught.value.message
     assert "these are quantized together: fc.long, fc.short; and not when nothing is" in caught.value.message

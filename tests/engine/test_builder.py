@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 from mpq_deploy.engine import builder as builder_module
 from mpq_deploy.engine import trtexec as trtexec_module
 from mpq_deploy.engine.build_worker import BuildJob, InputShapes
-from mpq_deploy.engine.builder import ENGINE, LAYERS, RECORD, BatchProfile, build_engine
+from mpq_deploy.engine.builder import ENGINE, LAYERS, RECORD, BatchProfile, BuildRequest, build_engine
 from mpq_deploy.engine.expected import ExpectedLayers
 from mpq_deploy.engine.failure import suspects
 from mpq_deploy.engine.layer_information import parse_layer_information
@@ -44,7 +44,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
 
 
 def build(written: Written, out: Path, target: str = "rtx") -> EngineRecord:
-    return build_engine(written.model, out, load_target(target), profile(), written.expected, Talk())
+    return build_engine(
+        BuildRequest(written.model, load_target(target).build_target, profile()), out, written.expected, Talk()
+    )
 
 
 @pytest.mark.rtx
@@ -77,7 +79,9 @@ def test_building_twice_gives_the_same_kernels_and_sizes(written: Written, tmp_p
 def test_problems_are_said_and_recorded_and_become_an_error_on_demand(written: Written, tmp_path: Path) -> None:
     listener = Listener()
     wrong = ExpectedLayers(written.expected.layers, 10 * written.expected.total_bytes)
-    record = build_engine(written.model, tmp_path / "e", load_target("rtx"), profile(), wrong, listener)
+    record = build_engine(
+        BuildRequest(written.model, load_target("rtx").build_target, profile()), tmp_path / "e", wrong, listener
+    )
     assert not record.verified
     assert len(record.problems) == len(listener.warnings) == 1
     with pytest.raises(EngineError, match="not what was planned: the engine holds"):
@@ -111,7 +115,9 @@ def build_small(product: str, folder: Path) -> EngineRecord:
     onnx.save(small_graph(product), folder / "model.onnx")
     width = 27 if product == "odd" else 128
     shapes = BatchProfile(1, 2, 4, {"x": (128, width)})
-    return build_engine(folder / "model.onnx", folder / "engine", load_target("rtx"), shapes, NOTHING, Talk())
+    return build_engine(
+        BuildRequest(folder / "model.onnx", load_target("rtx").build_target, shapes), folder / "engine", NOTHING, Talk()
+    )
 
 
 @pytest.mark.rtx
@@ -146,25 +152,37 @@ def test_a_node_that_the_parser_refuses_is_named(tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "model.onnx")
     shapes = BatchProfile(1, 1, 1, {"x": (128, 27)})
     with pytest.raises(EngineError, match=r"cannot read the graph: the.bad.one \(BitShift\)"):
-        build_engine(tmp_path / "model.onnx", tmp_path / "e", load_target("rtx"), shapes, NOTHING, Talk())
+        build_engine(
+            BuildRequest(tmp_path / "model.onnx", load_target("rtx").build_target, shapes),
+            tmp_path / "e",
+            NOTHING,
+            Talk(),
+        )
 
 
 @pytest.mark.rtx
 def test_a_dynamic_input_without_shape_is_named(written: Written, tmp_path: Path) -> None:
     shapes = BatchProfile(1, 1, 1, {"sample": (3, 8, 8)})
     with pytest.raises(EngineError, match="no shape is given for the dynamic inputs timestep"):
-        build_engine(written.model, tmp_path / "e", load_target("rtx"), shapes, written.expected, Talk())
+        build_engine(
+            BuildRequest(written.model, load_target("rtx").build_target, shapes),
+            tmp_path / "e",
+            written.expected,
+            Talk(),
+        )
 
 
 @pytest.mark.rtx
 def test_a_version_that_the_target_is_not_for_is_refused(written: Written, tmp_path: Path) -> None:
     old = load_target("rtx").model_copy(update={"versions": ("0.1",)})
     with pytest.raises(EngineError, match=r"is for tensorrt_rtx 0\.1; "):
-        build_engine(written.model, tmp_path / "e", old, profile(), written.expected, Talk())
+        build_engine(BuildRequest(written.model, old.build_target, profile()), tmp_path / "e", written.expected, Talk())
 
 
 def refuse(target: Target, folder: Path) -> None:
-    build_engine(folder / "model.onnx", folder / "engine", target, profile(), NOTHING, Talk())
+    build_engine(
+        BuildRequest(folder / "model.onnx", target.build_target, profile()), folder / "engine", NOTHING, Talk()
+    )
 
 
 def test_a_missing_builder_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +208,7 @@ def test_trtexec_absent_says_where_to_build(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("sizes", [(0, 1, 1), (2, 1, 4), (1, 8, 4)])
 def test_batch_sizes_out_of_order_are_a_usage_error(sizes: tuple[int, int, int]) -> None:
-    with pytest.raises(UsageError, match="batch sizes are"):
+    with pytest.raises(UsageError, match="Invalid batch sizes"):
         profile(*sizes)
 
 

@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from mpq_deploy.engine.builder import build_engine
+from mpq_deploy.engine.builder import BuildRequest, build_engine
 from mpq_deploy.engine.engine_memory import COPIES, RUNTIME_BYTES, WORKSPACE_BYTES, estimate_memory, refuse_too_large
 from mpq_deploy.engine.target import load_target
 from mpq_deploy.errors import UsageError
@@ -56,7 +56,12 @@ def test_more_batch_takes_more_and_weights_are_no_activations(tmp_path: Path) ->
 def test_the_builders_own_figure_is_near(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     written = write_plan(tmp_path, lambda number, layer: FAMILIES[number % len(FAMILIES)])
-    record = build_engine(written.model, tmp_path / "engine", load_target("rtx"), profile(), written.expected, Talk())
+    record = build_engine(
+        BuildRequest(written.model, load_target("rtx").build_target, profile()),
+        tmp_path / "engine",
+        written.expected,
+        Talk(),
+    )
     found = estimate_memory(written.model, {"sample": (4, 3, SIZE, SIZE), "timestep": (4,)}, 10)
     assert record.activation_bytes is not None
     assert 0.35 < record.activation_bytes / found.activation_bytes < 2

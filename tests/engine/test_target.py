@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from mpq_deploy.engine.build_target import version_fits
 from mpq_deploy.engine.expected import ExpectedLayers
 from mpq_deploy.engine.target import Target, known_targets, load_target
 from mpq_deploy.engine.target_text import describe_target
-from mpq_deploy.engine.versions import version_matches
 from mpq_deploy.errors import UsageError
 from mpq_deploy.formats.scheme import FAMILIES, SCHEMES, schemes_named
 from mpq_deploy.graph.layers import LAYER_OPS, Layer, LayerUse
@@ -221,7 +221,7 @@ def test_every_device_has_its_figures(name: str) -> None:
 def test_each_jetpack_has_a_target_of_its_own_and_no_version_belongs_to_two() -> None:
     jetsons = [load_target(name) for name in known_targets() if name.startswith("jetson")]
     for version, dialect in (("10.3.0", "trt-10.3"), ("10.13.3", "trt-10.13"), ("11.4.1", "trt-11")):
-        found = {target.dialect for target in jetsons if target.takes_version(version)}
+        found = {target.dialect for target in jetsons if target.build_target.takes_version(version)}
         assert found == {dialect}
     assert all(target.jetpack for target in jetsons)
 
@@ -238,4 +238,4 @@ def test_each_jetpack_has_a_target_of_its_own_and_no_version_belongs_to_two() ->
     ],
 )
 def test_versions_match_number_by_number(version: str, wanted: str, same: bool) -> None:
-    assert version_matches(version, wanted) is same
+    assert version_fits(version, (wanted,)) is same

@@ -12,7 +12,7 @@ from mpq_deploy.bench.sources import Wish, subject_of
 from mpq_deploy.device.context import RUNTIME_CACHE
 from mpq_deploy.device.cuda import Cuda, why_no_gpu
 from mpq_deploy.device.engine_runner import EngineRunner
-from mpq_deploy.engine.builder import ENGINE, build_engine
+from mpq_deploy.engine.builder import ENGINE, BuildRequest, build_engine
 from mpq_deploy.engine.target import load_target
 from mpq_deploy.system.progress import Talk
 from tests.engine.plans import FAMILIES, SIZE, profile, write_plan
@@ -28,7 +28,12 @@ def engine(tmp_path: Path) -> Path:
     if Cuda().compute_capability() not in load_target("rtx").compute_capabilities:
         pytest.skip("TensorRT-RTX has no engine for this GPU")
     written = write_plan(tmp_path, lambda number, layer: FAMILIES[number % len(FAMILIES)])
-    build_engine(written.model, tmp_path / "engine", load_target("rtx"), profile(), written.expected, Talk())
+    build_engine(
+        BuildRequest(written.model, load_target("rtx").build_target, profile()),
+        tmp_path / "engine",
+        written.expected,
+        Talk(),
+    )
     return tmp_path / "engine" / ENGINE
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mpq_deploy.engine.builder import ENGINE, build_engine
+from mpq_deploy.engine.builder import ENGINE, BuildRequest, build_engine
 from mpq_deploy.engine.target import load_target
 from mpq_deploy.system.doctor import find_gpus, why_not_run
 from mpq_deploy.system.progress import Talk
@@ -23,7 +23,9 @@ def test_an_engine_of_every_scheme_loads_on_this_gpu(tmp_path: Path) -> None:
     import tensorrt_rtx
 
     written = write_plan(tmp_path, lambda number, layer: FAMILIES[number % len(FAMILIES)])
-    build_engine(written.model, tmp_path / "engine", target, profile(), written.expected, Talk())
+    build_engine(
+        BuildRequest(written.model, target.build_target, profile()), tmp_path / "engine", written.expected, Talk()
+    )
     runtime = tensorrt_rtx.Runtime(tensorrt_rtx.Logger(tensorrt_rtx.Logger.WARNING))
     engine = runtime.deserialize_cuda_engine((tmp_path / "engine" / ENGINE).read_bytes())
     assert engine is not None

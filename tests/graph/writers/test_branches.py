@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 
 from mpq_deploy.allocate.problem import LayerChoice, Problem
-from mpq_deploy.engine.builder import BatchProfile, build_engine
+from mpq_deploy.engine.builder import BatchProfile, BuildRequest, build_engine
 from mpq_deploy.engine.expected import ExpectedLayers
 from mpq_deploy.engine.target import load_target
 from mpq_deploy.formats.branches.cols import Cols
@@ -232,10 +232,10 @@ def test_every_branch_builds_into_a_verified_engine(model: Path, tmp_path: Path,
     # Each branch's products are layers of their own to the verification.
     assert len(expected.layers) > len(graph.layers) or "+scale" in scheme
     record = build_engine(
-        tmp_path / "out" / DEPLOYED,
+        BuildRequest(
+            tmp_path / "out" / DEPLOYED, load_target("rtx").build_target, BatchProfile(1, 2, 4, {"sample": (4, 8, 8)})
+        ),
         tmp_path / "engine",
-        load_target("rtx"),
-        BatchProfile(1, 2, 4, {"sample": (4, 8, 8)}),
         expected,
         Talk(),
     )

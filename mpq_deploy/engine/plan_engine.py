@@ -1,0 +1,39 @@
+"""The engine of a run's plan: its batch sizes, what it promises, and whether the target can hold it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mpq_deploy.engine.builder import BatchProfile
+from mpq_deploy.engine.engine_memory import MemoryEstimate, estimate_memory, refuse_too_large
+from mpq_deploy.engine.expected import ExpectedLayers
+from mpq_deploy.engine.target import Target
+from mpq_deploy.formats.scheme import SCHEMES
+from mpq_deploy.graph.save import repeated_bytes
+from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED
+
+if TYPE_CHECKING:
+    from mpq_deploy.run.view import Run
+
+
+def batch_profile(run: Run) -> BatchProfile:
+    """Return the batch sizes of the recipe, and the shapes of the inputs that have a batch axis."""
+    section = run.recipe.engine
+    shapes = {item.name: item.shape for item in run.exported.spec.inputs if item.batched}
+    return BatchProfile(section.batch_min, section.batch_opt, section.batch_max, shapes)
+
+
+def expected_layers(run: Run) -> ExpectedLayers:
+    """Return what the engine of the plan must hold."""
+    schemes = {name: SCHEMES[scheme] for name, scheme in run.plan.schemes.items()}
+    repeated = repeated_bytes(run.deployed / DEPLOYED)
+    return ExpectedLayers.of(run.exported.graph.layers, schemes, run.plan.size_bytes, repeated)
+
+
+def check_target_memory(run: Run, target: Target) -> MemoryEstimate:
+    """Estimate what the engine takes; raises UsageError when that is more than the target has."""
+    batch = run.recipe.engine.batch_max
+    shapes = run.exported.spec.input_shapes(batch)
+    estimate = estimate_memory(run.deployed / DEPLOYED, shapes, run.plan.size_bytes)
+    refuse_too_large(estimate, target, batch)
+    return estimate
