@@ -159,7 +159,7 @@ class QuantizeSettings(Section):
     damping: float = Field(0.05, gt=0, description="added to the Hessian's diagonal, relative to each element")
     salience: Literal["probe", "kurtosis"] = Field("probe", description="order of channels in a rows branch")
     refinements: int = Field(2, ge=0, description="rounds of refitting INT4 scales and codes after GPTQ")
-    hessian_rows: int = Field(8192, ge=64, description="input vectors per layer's Hessian, at least 4 K")
+    hessian_rows: int = Field(8192, ge=64, description="input vectors per layer's Hessian, at least 2 per column")
     hessian_width: int = Field(4096, ge=64, description="above this width the Hessian is block-diagonal")
     memory_mb: int = Field(512, ge=16, description="limit on the Hessians held at once")
 

@@ -22,12 +22,12 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from mpq_deploy.calibrate.activation_shapes import ActivationShape, activation_shapes, tensors_of
-from mpq_deploy.calibrate.stats import CalibrationSet
 from mpq_deploy.calls.feeds import Batch, RecordedCalls
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.graph.constants import add_constant
 from mpq_deploy.graph.layers import Layer, LayerGraph, LayerUse
-from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.models.spec import Array
+from mpq_deploy.recipe import QuantizeSettings
 from mpq_deploy.system.locks import alone_with
 from mpq_deploy.system.progress import Advance, Talk
 from mpq_deploy.system.sessions import open_session
@@ -37,25 +37,13 @@ from mpq_deploy.system.sessions import open_session
 WAITING_SHARE = 0.25
 # Blocks of a block-diagonal Hessian are a multiple of the largest quantization block, so none is cut.
 WIDTH_MULTIPLE = 256
-
-
-@dataclass(frozen=True)
-class HessianOptions:
-    """Bounds on memory and work.
-
-    ``memory_cap_bytes`` bounds the matrices and rows held at once. A layer of reduction K uses about
-    max(``min_rows``, ``rows_per_column`` * K) rows, or all where there are fewer; the calls that are run are
-    the first ``max_calls``, spread over all timesteps. Beyond ``max_width`` columns a matrix is block-diagonal.
-    """
-
-    memory_cap_bytes: int = 1024**3
-    min_rows: int = 2048
-    rows_per_column: float = 2.0
-    max_calls: int = 160
-    max_width: int = 4096
-    batch_size: int = 8
-    seed: int = 0
-    threads: int = 0
+# Rows behind each column of a Hessian, at least (our choice).
+ROWS_PER_COLUMN = 2.0
+MIB = 2**20
+# Calls that run together.
+BATCH_SIZE = 8
+# Of the positions whose rows are taken.
+SEED = 0
 
 
 @dataclass(frozen=True)
@@ -75,21 +63,21 @@ class Hessian:
 
 def iterate_hessians(
     graph: LayerGraph,
-    recorded: CalibrationSet,
-    conditions: dict[str, Array],
-    spec: DenoiserSpec,
-    options: HessianOptions,
+    calls: RecordedCalls,
+    settings: QuantizeSettings,
     talk: Talk,
     *,
-    layers: tuple[str, ...] | None = None,
     scratch: Path | None = None,
 ) -> Iterator[Hessian]:
-    """Yield the Hessian of every layer (or of ``layers``, by name), in graph order.
+    """Yield the Hessian of every layer, in graph order.
 
+    A layer of reduction K uses about max(``hessian_rows``, ROWS_PER_COLUMN * K) rows of ``calls``,
+    or all where there are fewer. Beyond ``hessian_width`` columns a matrix is block-diagonal.
     Layers that read one tensor through the same patches share one array: do not write into ``blocks``.
-    Raises UsageError when one layer's matrices exceed the cap, ModelError when an input is not finite.
+    Raises UsageError when one layer's matrices exceed ``memory_mb``, ModelError when an input is not
+    finite.
     """
-    plan = HessianPlan.of(graph, recorded, conditions, spec, options, talk, layers=layers, scratch=scratch)
+    plan = HessianPlan.of(graph, calls, settings, talk, scratch=scratch)
     for number in range(len(plan)):
         yield from plan.hessians(number)
 
@@ -107,32 +95,26 @@ class HessianPlan:
     def of(
         cls,
         graph: LayerGraph,
-        recorded: CalibrationSet,
-        conditions: dict[str, Array],
-        spec: DenoiserSpec,
-        options: HessianOptions,
+        calls: RecordedCalls,
+        settings: QuantizeSettings,
         talk: Talk,
         *,
-        layers: tuple[str, ...] | None = None,
         scratch: Path | None = None,
         guard: Path | None = None,
     ) -> HessianPlan:
-        """Plan the Hessians of ``layers``; the arguments and errors are those of ``iterate_hessians``.
+        """Plan the Hessians; the arguments and errors are those of ``iterate_hessians``.
 
         ``guard``: a file that processes which read the same model lock while its weights are linked for a session.
         """
-        source = _Source(graph, recorded, conditions, spec, options, talk, scratch, guard)
-        chosen = [layer for layer in graph.layers if layers is None or layer.name in layers]
-        if not chosen:
-            return cls(source, [])
+        source = _Source(graph, calls, settings, talk, scratch, guard)
         with alone_with(guard) if guard else nullcontext():
-            shapes = activation_shapes(graph, RecordedCalls(recorded, conditions, spec), talk, scratch)
+            shapes = activation_shapes(graph, calls, talk, scratch)
         nodes = {node.name: node for node in graph.model.graph}
         planned = [
             (layer, tuple(_Patches.of(nodes[use.node], use, layer, shapes[use.input]) for use in layer.uses))
-            for layer in chosen
+            for layer in graph.layers
         ]
-        return cls(source, _groups(planned, options))
+        return cls(source, _groups(planned, settings))
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -157,17 +139,17 @@ class HessianPlan:
             for patches in set(uses):
                 if last[patches] == layer.name:
                     del means[patches]
-            yield Hessian(layer, blocks, _widths(layer.reduction, source.options.max_width), rows)
+            yield Hessian(layer, blocks, _widths(layer.reduction, source.settings.hessian_width), rows)
             del blocks
 
     @property
     def timesteps(self) -> int:
         """How many timesteps were recorded."""
-        return len(self._source.recorded.timesteps)
+        return self._source.timesteps
 
     def calls(self, step: int) -> int:
         """Return how many calls of a timestep are run."""
-        return sum(len(batch.calls) for batch in self._source.chosen if batch.step == step)
+        return sum(len(batch.calls) for batch in self._source.batches if batch.step == step)
 
     def gathering(self, number: int) -> Gathering:
         """Open what gives the rows of group ``number``; one session at a time is enough for all timesteps."""
@@ -181,31 +163,31 @@ class HessianPlan:
 @dataclass(frozen=True)
 class _Source:
     graph: LayerGraph
-    recorded: CalibrationSet
-    conditions: dict[str, Array]
-    spec: DenoiserSpec
-    options: HessianOptions
+    recorded: RecordedCalls
+    settings: QuantizeSettings
     talk: Talk
     scratch: Path | None
-    guard: Path | None = None
+    guard: Path | None
 
     @cached_property
-    def chosen(self) -> list[Batch]:
-        """The batches to run: as many calls of each timestep as the limit leaves."""
-        timesteps = len(self.recorded.timesteps)
-        calls = range(min(len(self.recorded.rows), max(1, self.options.max_calls // timesteps)))
-        recorded = RecordedCalls(self.recorded, self.conditions, self.spec)
-        return list(recorded.batches(self.options.batch_size, calls=calls))
+    def batches(self) -> list[Batch]:
+        """The batches to run, of all calls."""
+        return list(self.recorded.batches(BATCH_SIZE))
+
+    @property
+    def timesteps(self) -> int:
+        """How many timesteps were recorded."""
+        return len(self.recorded.recorded.timesteps)
 
     @property
     def calls(self) -> int:
         """Calls of each timestep."""
-        return 1 + max(int(batch.calls[-1]) for batch in self.chosen)
+        return len(self.recorded.recorded.rows)
 
     @property
     def total_calls(self) -> int:
         """Calls of all timesteps."""
-        return self.calls * len(self.recorded.timesteps)
+        return self.calls * self.timesteps
 
 
 @dataclass(frozen=True)
@@ -258,11 +240,11 @@ class _Patches:
             return self.shape.elements // self.channels
         return self.shape.shape[0] * prod(self.out_size)
 
-    def sampled(self, calls: int, options: HessianOptions) -> int:
+    def sampled(self, calls: int, settings: QuantizeSettings) -> int:
         """Rows to take of each of ``calls`` calls."""
-        width = min(self.columns, options.max_width)
-        wanted = max(options.min_rows, ceil(options.rows_per_column * width))
-        return min(self.rows_per_call, ceil(wanted / calls))
+        width = min(self.columns, settings.hessian_width)
+        rows = max(settings.hessian_rows, ceil(ROWS_PER_COLUMN * width))
+        return min(self.rows_per_call, ceil(rows / calls))
 
     def bytes(self, max_width: int) -> int:
         """Memory of the matrices, with one more of the widest for the product on its way."""
@@ -326,20 +308,21 @@ def _widths(columns: int, max_width: int) -> tuple[int, ...]:
 _Planned = tuple[Layer, tuple[_Patches, ...]]
 
 
-def _groups(planned: list[_Planned], options: HessianOptions) -> list[list[_Planned]]:
+def _groups(planned: list[_Planned], settings: QuantizeSettings) -> list[list[_Planned]]:
     """Cut the layers, in order, into groups whose distinct matrices fit the cap together."""
     groups: list[list[_Planned]] = []
-    cap = int((1 - WAITING_SHARE) * options.memory_cap_bytes)
+    cap = int((1 - WAITING_SHARE) * settings.memory_mb * MIB)
     held: set[_Patches] = set()
     used = 0
     for layer, uses in planned:
-        need = sum(p.bytes(options.max_width) for p in set(uses))
+        need = sum(p.bytes(settings.hessian_width) for p in set(uses))
         if need > cap:
             raise UsageError(
-                f"The Hessians of layer '{layer.name}' take {need:,} bytes; the cap is {options.memory_cap_bytes:,}.",
-                f"Raise memory_cap_bytes to at least {need}, or lower max_width (now {options.max_width}).",
+                f"The Hessians of layer '{layer.name}' take {need:,} bytes; quantize.memory_mb leaves them {cap:,}.",
+                f"Raise quantize.memory_mb to at least {ceil(need / (1 - WAITING_SHARE) / MIB)}, "
+                f"or lower quantize.hessian_width (now {settings.hessian_width}).",
             )
-        new = sum(p.bytes(options.max_width) for p in set(uses) - held)
+        new = sum(p.bytes(settings.hessian_width) for p in set(uses) - held)
         if not groups or used + new > cap:
             groups.append([])
             held, used, new = set(), 0, need
@@ -382,7 +365,7 @@ class Gathering:
 
     def at(self, step: int, advance: Advance) -> Iterator[list[Array]]:
         """Yield the rows of each batch of a timestep; ``advance`` is told its calls."""
-        for batch in self._source.chosen:
+        for batch in self._source.batches:
             if batch.step == step:
                 yield self.rows(batch)
                 advance(len(batch.calls))
@@ -390,7 +373,7 @@ class Gathering:
     def rows(self, batch: Batch) -> list[Array]:
         """Run the calls of ``batch``; return per job float32 [rows, group, columns], zero outside the image."""
         jobs = self._jobs
-        taps = [_batch_taps(job, batch, self._calls, self._total, self._source.options) for job in jobs]
+        taps = [_batch_taps(job, batch, self._calls, self._total, self._source.settings) for job in jobs]
         feed = batch.feed | {f"hessian.rows.{i}": flat.ravel() for i, (flat, _) in enumerate(taps)}
         results = self._session.run(None, {k: v for k, v in feed.items() if k in self._needed})
         return [
@@ -414,20 +397,20 @@ def _gathered_here(source: _Source, jobs: list[_Patches], label: str) -> Iterato
     model = _gathering_graph(source.graph, jobs)
     with _session(source, model) as session, source.talk.bar(label, source.total_calls) as advance:
         gathering = Gathering(source, jobs, session)
-        for batch in source.chosen:
+        for batch in source.batches:
             yield gathering.rows(batch)
             advance(len(batch.calls))
 
 
 def _accumulate(source: _Source, jobs: list[_Patches], gathered: Iterable[list[Array]]) -> dict[_Patches, _Sum]:
     """Return the mean of x x^T for each of ``jobs``; ``gathered``: their rows in every batch."""
-    options = source.options
+    settings = source.settings
     sums = {}
     for job in jobs:
-        widths = _widths(job.columns, options.max_width)
+        widths = _widths(job.columns, settings.hessian_width)
         sums[job] = _Sum(np.zeros((job.group * len(widths), max(widths), max(widths)), np.float32))
-    waiting = _Waiting(sums, options.max_width, WAITING_SHARE * options.memory_cap_bytes)
-    for batch, parts in zip(source.chosen, gathered, strict=True):
+    waiting = _Waiting(sums, settings.hessian_width, WAITING_SHARE * settings.memory_mb * MIB)
+    for batch, parts in zip(source.batches, gathered, strict=True):
         for job, rows in zip(jobs, parts, strict=True):
             waiting.add(job, rows)
             repeats = len(batch.calls) if job.shape.batch_axis is not None else 1
@@ -446,7 +429,7 @@ def _accumulate(source: _Source, jobs: list[_Patches], gathered: Iterable[list[A
 @contextmanager
 def _session(source: _Source, model: ir.Model) -> Iterator[ort.InferenceSession]:
     """Open a session on ``model``; where others may read its weights, these are linked only until they are mapped."""
-    opened = open_session(model, source.talk, scratch=source.scratch, threads=source.options.threads)
+    opened = open_session(model, source.talk, scratch=source.scratch)
     if source.guard is None:
         with opened as session:
             yield session
@@ -457,14 +440,14 @@ def _session(source: _Source, model: ir.Model) -> Iterator[ort.InferenceSession]
 
 
 def _batch_taps(
-    job: _Patches, batch: Batch, calls: int, total_calls: int, options: HessianOptions
+    job: _Patches, batch: Batch, calls: int, total_calls: int, settings: QuantizeSettings
 ) -> tuple[Array, Array | None]:
     """Draw this batch's rows of ``job``: one of each of r equal strides of the positions of every call.
 
     The draw depends on seed, tensor, timestep and call, not on the batch.
     """
-    count = job.sampled(total_calls, options)
-    seed = (options.seed, zlib.crc32(job.tensor.encode()), batch.step)
+    count = job.sampled(total_calls, settings)
+    seed = (SEED, zlib.crc32(job.tensor.encode()), batch.step)
     jitter = np.random.default_rng(seed).random((calls, count))[batch.calls]
     positions = ((np.arange(count) + jitter) * (job.rows_per_call / count)).astype(np.int64)
     np.minimum(positions, job.rows_per_call - 1, out=positions)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
+from mpq_deploy.calibrate.stats import CalibrationStats
+from mpq_deploy.calls.feeds import RecordedCalls
 from mpq_deploy.calls.trajectories import renoised
 from mpq_deploy.engine.target import Target
 from mpq_deploy.formats.candidates import (
@@ -28,7 +29,7 @@ from mpq_deploy.graph.layers import Layer
 from mpq_deploy.graph.writers.quantize_layers import bias_refusal, weight_array
 from mpq_deploy.models.spec import Array
 from mpq_deploy.rounding.candidate_store import CONTROLS, candidate_file, control_scheme, wanted_schemes
-from mpq_deploy.rounding.hessian import Hessian, HessianOptions, iterate_hessians
+from mpq_deploy.rounding.hessian import Hessian, iterate_hessians
 from mpq_deploy.rounding.quantizers import Rounding
 from mpq_deploy.run.view import Exported
 from mpq_deploy.system.mapped import drop_pages
@@ -112,17 +113,12 @@ def _column_amax(layer: Layer, stats: CalibrationStats) -> Array:
     return np.repeat(amax, layer.reduction // len(amax))
 
 
-def hessian_inputs(run: Run) -> tuple[CalibrationSet, HessianOptions]:
-    """Return the calls that weights are rounded on, and the bounds on their Hessians."""
-    section = run.recipe.quantize
+def rounding_calls(run: Run) -> RecordedCalls:
+    """Return the calls that weights are rounded on, renoised."""
+    exported = run.exported
     rounded_on, _ = run.calibration.inputs.split(run.recipe.measure.samples)
-    rounded_on = renoised(rounded_on, run.exported.spec, section.noise_draws)
-    return rounded_on, HessianOptions(
-        memory_cap_bytes=section.memory_mb * 2**20,
-        min_rows=section.hessian_rows,
-        max_width=section.hessian_width,
-        max_calls=rounded_on.samples.shape[0] * rounded_on.samples.shape[1],
-    )
+    rounded_on = renoised(rounded_on, exported.spec, run.recipe.quantize.noise_draws)
+    return RecordedCalls(rounded_on, exported.conditions, exported.spec)
 
 
 def layer_moments(run: Run, rounder: Rounder) -> Iterator[Hessian]:
@@ -130,10 +126,8 @@ def layer_moments(run: Run, rounder: Rounder) -> Iterator[Hessian]:
     if run.recipe.quantize.rounding == "nearest":
         yield from map(rounder.diagonal, run.exported.graph.layers)
         return
-    rounded_on, options = hessian_inputs(run)
-    exported = run.exported
-    calls = (exported.graph, rounded_on, exported.conditions, exported.spec, options, run.talk)
-    yield from iterate_hessians(*calls, scratch=run.scratch())
+    calls, settings = rounding_calls(run), run.recipe.quantize
+    yield from iterate_hessians(run.exported.graph, calls, settings, run.talk, scratch=run.scratch())
 
 
 def _diagonal_moments(layer: Layer, stats: CalibrationStats) -> Array:

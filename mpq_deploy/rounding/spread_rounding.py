@@ -18,7 +18,7 @@ import numpy as np
 
 from mpq_deploy.models.spec import Array
 from mpq_deploy.rounding.hessian import Gathering, Hessian, HessianPlan
-from mpq_deploy.rounding.rounder import Rounder, hessian_inputs
+from mpq_deploy.rounding.rounder import Rounder, rounding_calls
 from mpq_deploy.run.stage_memory import rounding_worker_bytes
 from mpq_deploy.run.view import RECIPE, Run
 from mpq_deploy.system.files import disk_error
@@ -70,10 +70,8 @@ def round_over_workers(run: Run, folder: Path) -> None:
 
 
 def _plan(run: Run, talk: Talk, guard: Path | None = None) -> HessianPlan:
-    calls, options = hessian_inputs(run)
-    exported = run.exported
-    about = (exported.graph, calls, exported.conditions, exported.spec, options, talk)
-    return HessianPlan.of(*about, scratch=run.scratch(), guard=guard)
+    graph, calls, settings = run.exported.graph, rounding_calls(run), run.recipe.quantize
+    return HessianPlan.of(graph, calls, settings, talk, scratch=run.scratch(), guard=guard)
 
 
 @dataclass(frozen=True)

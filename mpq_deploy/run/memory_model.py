@@ -20,7 +20,8 @@ from mpq_deploy.graph.shapes import known_shapes
 from mpq_deploy.onnx_torch.merged_nodes import merged_nodes
 from mpq_deploy.onnx_torch.pass_memory import BOUNDARY_SHARE, DISTINCT_SHARE, PASS_COPIES, VALUE_SHARE, WHOLE_SHARE
 from mpq_deploy.rounding.candidate_store import HELD_BYTES
-from mpq_deploy.rounding.hessian import WAITING_SHARE, HessianOptions
+from mpq_deploy.rounding.hessian import BATCH_SIZE as HESSIAN_BATCH
+from mpq_deploy.rounding.hessian import ROWS_PER_COLUMN, WAITING_SHARE
 from mpq_deploy.rounding.quantizers import NEAREST_ARRAYS, rounding_bytes
 from mpq_deploy.runtime.ort import ARENA_SHARE, HESSIAN_ARENA_SHARE, LARGE_WEIGHTS_BYTES, SESSION_COPIES
 from mpq_deploy.sensitivity.measured_calls import HELD_SHARE, SALIENCE_BATCH, STACK_ARRAYS, MeasureOptions
@@ -274,7 +275,7 @@ def _salience(size: ModelSize) -> tuple[int, int]:
 
 
 def _gathered_values(size: ModelSize, recipe: Recipe) -> int:
-    return int(HESSIAN_ARENA_SHARE * min(HessianOptions.batch_size, _rounded_on(recipe)) * size.alive)
+    return int(HESSIAN_ARENA_SHARE * min(HESSIAN_BATCH, _rounded_on(recipe)) * size.alive)
 
 
 def _gatherer_bytes(size: ModelSize, recipe: Recipe) -> int:
@@ -330,7 +331,7 @@ def _matrix_bytes(patches: Patches, recipe: Recipe) -> int:
 def _row_bytes(patches: Patches, recipe: Recipe) -> int:
     """Return the bytes of all rows behind a Hessian."""
     calls = max(1, recipe.calibrate.timesteps * _rounded_on(recipe))
-    wanted = max(recipe.quantize.hessian_rows, ceil(HessianOptions.rows_per_column * _blocks(patches, recipe)[1]))
+    wanted = max(recipe.quantize.hessian_rows, ceil(ROWS_PER_COLUMN * _blocks(patches, recipe)[1]))
     rows = calls * min(patches.rows, ceil(wanted / calls))
     return FLOAT32_BYTES * patches.group * patches.columns * rows
 

@@ -36,9 +36,9 @@ def exported(path: Path, size: float, mended: float = 0.5) -> Path:
     nodes = [
         helper.make_node("Conv", ["sample", "up.weight"], ["large"], name="up"),
         helper.make_node("Mul", ["large", "back"], ["usual"], name="mend"),
-        helper.make_node("Unsqueeze", ["timestep", "column"], ["late"]),
-        helper.make_node("Mul", ["late", "slow"], ["slowly"]),
-        helper.make_node("Add", ["usual", "slowly"], ["out_sample"]),
+        helper.make_node("Unsqueeze", ["timestep", "column"], ["late"], name="widen"),
+        helper.make_node("Mul", ["late", "slow"], ["slowly"], name="slow_down"),
+        helper.make_node("Add", ["usual", "slowly"], ["out_sample"], name="end"),
     ]
     shape = ["n", 3, 8, 8]
     graph = helper.make_graph(

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from mpq_deploy.calibrate.stats import CalibrationSet
+from mpq_deploy.calls.feeds import RecordedCalls
 from mpq_deploy.models.spec import Array
-from mpq_deploy.rounding import hessian
-from mpq_deploy.sensitivity import measure as measuring
+from mpq_deploy.rounding import rounder
 from mpq_deploy.sensitivity.subject import Subject
+from mpq_deploy.stages import measure as stage
 from tests.pipeline.runs import build, recipe_for, save_denoiser
 
 
@@ -24,18 +25,18 @@ def test_rounding_sees_fresh_noise_of_calls_that_are_not_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, CalibrationSet] = {}
-    iterate, measure = hessian.iterate_hessians, measuring.measure
+    iterate, measure = rounder.iterate_hessians, stage.measure
 
-    def rounding(graph: object, recorded: CalibrationSet, *rest: object, **named: object) -> object:
-        seen["rounded"] = recorded
-        return iterate(graph, recorded, *rest, **named)  # type: ignore[arg-type]
+    def rounding(graph: object, calls: RecordedCalls, *rest: object, **named: object) -> object:
+        seen["rounded"] = calls.recorded
+        return iterate(graph, calls, *rest, **named)  # type: ignore[arg-type]
 
     def measured(method: str, subject: Subject) -> object:
         seen["measured"] = subject.calibration
         return measure(method, subject)
 
-    monkeypatch.setattr(hessian, "iterate_hessians", rounding)
-    monkeypatch.setattr(measuring, "measure", measured)
+    monkeypatch.setattr(rounder, "iterate_hessians", rounding)
+    monkeypatch.setattr(stage, "measure", measured)
     changes = {"calibrate__samples": 8, "measure__samples": 4, "quantize__noise_draws": 3}
     build(recipe_for(save_denoiser(tmp_path / "model"), **changes), tmp_path / "run", "measure")
 

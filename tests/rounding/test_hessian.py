@@ -8,18 +8,36 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mpq_deploy.calls.feeds import RecordedCalls
 from mpq_deploy.errors import UsageError
 from mpq_deploy.graph.layers import Layer
-from mpq_deploy.rounding.hessian import HessianOptions, HessianPlan, iterate_hessians
+from mpq_deploy.recipe import QuantizeSettings
+from mpq_deploy.rounding import hessian as hessian_module
+from mpq_deploy.rounding.hessian import HessianPlan, iterate_hessians
 from mpq_deploy.system.progress import Talk
 from tests.calibrate.conftest import Case, case, denoiser_case, end, with_timestep
 from tests.graphs import GraphBuilder
 
-ALL_ROWS = HessianOptions(min_rows=10**9, batch_size=2)
+
+def bounds(**changed) -> QuantizeSettings:
+    """Settings below what a recipe may ask for: rows and megabytes for tiny graphs."""
+    return QuantizeSettings.model_construct(**{"hessian_rows": 10**9, "memory_mb": 1024, **changed})
 
 
-def hessians(given: Case, options: HessianOptions = ALL_ROWS) -> dict:
-    found = iterate_hessians(given.graph, given.recorded, given.conditions, given.spec, options, Talk())
+ALL_ROWS = bounds()
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hessian_module, "BATCH_SIZE", 2)
+
+
+def calls_of(given: Case) -> RecordedCalls:
+    return RecordedCalls(given.recorded, given.conditions, given.spec)
+
+
+def hessians(given: Case, settings: QuantizeSettings = ALL_ROWS) -> dict:
+    found = iterate_hessians(given.graph, calls_of(given), settings, Talk())
     return {h.layer.name: h for h in found}
 
 
@@ -155,7 +173,7 @@ def test_wide_layers_become_block_diagonal() -> None:
     given = denoiser_case()
     full = hessians(given)
     name = max(full, key=lambda n: full[n].layer.reduction)
-    cut = hessians(given, HessianOptions(min_rows=10**9, max_width=256))[name]
+    cut = hessians(given, bounds(hessian_width=256))[name]
     assert full[name].layer.reduction > 256 and sum(cut.widths) == full[name].layer.reduction
     start = 0
     for number, width in enumerate(cut.widths):
@@ -176,8 +194,8 @@ def test_a_small_cap_means_more_passes_and_the_same_matrices() -> None:
             return super().bar(what, total)
 
     largest = 4 * 4 * max(layer.reduction for layer in given.graph.layers) ** 2
-    options = HessianOptions(min_rows=10**9, memory_cap_bytes=largest)
-    found = iterate_hessians(given.graph, given.recorded, {}, given.spec, options, Listening())
+    settings = bounds(memory_mb=largest / 2**20)
+    found = iterate_hessians(given.graph, calls_of(given), settings, Listening())
     once = hessians(given)
     for hessian in found:
         np.testing.assert_allclose(hessian.blocks, once[hessian.layer.name].blocks, rtol=1e-4, atol=1e-6)
@@ -190,8 +208,8 @@ def test_rows_that_were_gathered_elsewhere_give_the_same_bits(tmp_path: Path, gu
     given, guard = denoiser_case(), tmp_path / "guard"
     guard.touch()
     largest = 4 * 4 * max(layer.reduction for layer in given.graph.layers) ** 2
-    options = HessianOptions(min_rows=40, memory_cap_bytes=largest, batch_size=2)
-    calls = (given.graph, given.recorded, given.conditions, given.spec, options, Talk())
+    settings = bounds(hessian_rows=40, memory_mb=largest / 2**20)
+    calls = (given.graph, calls_of(given), settings, Talk())
     here = list(iterate_hessians(*calls))
     plan, found = HessianPlan.of(*calls), []
     for number in range(len(plan)):
@@ -209,7 +227,7 @@ def test_rows_that_were_gathered_elsewhere_give_the_same_bits(tmp_path: Path, gu
 
 def test_an_impossible_cap_names_the_layer_and_the_need() -> None:
     with pytest.raises(UsageError, match=r"'time.linear_1'.* bytes"):
-        hessians(denoiser_case(), HessianOptions(memory_cap_bytes=10))
+        hessians(denoiser_case(), bounds(memory_mb=1e-5))
 
 
 def test_layers_that_share_an_input_share_one_array() -> None:
@@ -218,19 +236,23 @@ def test_layers_that_share_an_input_share_one_array() -> None:
     assert found["attn.to_q"].blocks is not found["attn.to_out"].blocks
 
 
-def test_a_subset_of_rows_does_not_depend_on_the_batch() -> None:
-    given = denoiser_case()
-    few = {size: hessians(given, HessianOptions(min_rows=40, rows_per_column=0, batch_size=size)) for size in (1, 5)}
+def test_a_subset_of_rows_does_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hessian_module, "ROWS_PER_COLUMN", 0)
+    given, few = denoiser_case(), {}
+    for size in (1, 5):
+        monkeypatch.setattr(hessian_module, "BATCH_SIZE", size)
+        few[size] = hessians(given, bounds(hessian_rows=40))
     for name, hessian in few[1].items():
         assert hessian.rows == few[5][name].rows <= 45
         np.testing.assert_allclose(hessian.blocks, few[5][name].blocks, rtol=1e-4, atol=1e-5)
 
 
-def test_a_subset_of_rows_is_unbiased() -> None:
+def test_a_subset_of_rows_is_unbiased(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hessian_module, "ROWS_PER_COLUMN", 0)
     given = denoiser_case()
     exact = np.trace(hessians(given)["up.conv2"].blocks[0])
-    drawn = [
-        np.trace(hessians(given, HessianOptions(min_rows=60, rows_per_column=0, seed=seed))["up.conv2"].blocks[0])
-        for seed in range(20)
-    ]
+    drawn = []
+    for seed in range(20):
+        monkeypatch.setattr(hessian_module, "SEED", seed)
+        drawn.append(np.trace(hessians(given, bounds(hessian_rows=60))["up.conv2"].blocks[0]))
     assert abs(np.mean(drawn) / exact - 1) < 4 * np.std(drawn) / exact / np.sqrt(20) + 1e-3
