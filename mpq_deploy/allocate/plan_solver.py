@@ -212,8 +212,8 @@ class PlanSolver:
         """
         if self.table.importance is None:
             return None, [(None, None)] * len(self.layers)
+        from mpq_deploy.sensitivity.bit_losses import scheme_bits
         from mpq_deploy.sensitivity.bit_program import linear_bits
-        from mpq_deploy.sensitivity.orm import scheme_bits
 
         bits = [
             {name: scheme_bits(layer, SCHEMES[name], self.orm.bits) for name in choice.bytes}

@@ -1,10 +1,10 @@
 """The kurtosis of a layer's weights as its importance.
 
-MPQ-DM (arXiv 2412.11549) ranks the output channels *within* a layer by the Pearson kurtosis of their weights after
-pre-scaling, and gives those of highest kurtosis one bit more. As a metric *between* layers it is our reading: the
-importance of a layer is the mean kurtosis of its rows times its number of weights, so that a byte is worth most where
-the kurtosis is highest, whatever the layer's size. Like orm it weighs bits and predicts no error: the loss of scheme s
-is n_i kappa_i (16 - b_s), with the settings of ``measure.orm`` for bits and activations.
+MPQ-DM (arXiv 2412.11549) ranks the output channels *within* a layer by the Pearson kurtosis of their
+weights after pre-scaling, and gives those of highest kurtosis one bit more. As a metric *between*
+layers it is our reading: the importance of a layer is the mean kurtosis of its rows times its number
+of weights, so that a byte is worth most where the kurtosis is highest, whatever the layer's size.
+Like orm it weighs bits and predicts no error, with the settings of ``measure.orm``.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from mpq_deploy.formats.simulated import row_kurtosis
 from mpq_deploy.formats.sizes import input_channels
 from mpq_deploy.graph.layers import Layer
 from mpq_deploy.models.spec import Array
+from mpq_deploy.sensitivity.bit_losses import table_from_importance
 from mpq_deploy.sensitivity.layer_weights import float_matrix
-from mpq_deploy.sensitivity.orm import bit_losses
 from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.sensitivity.table import SensitivityTable
 
 
 def measure_kurtosis(subject: Subject) -> SensitivityTable:
     """Weigh bits by the mean kurtosis of each layer's rows, from weights and activation maxima: nothing is run."""
-    layers = subject.layers
-    found = np.array([layer_kurtosis(layer, float_matrix(subject.graph, layer), subject.stats) for layer in layers])
-    parts = bit_losses(subject)
-    sizes = np.array([layer.weights for layer in layers], np.float64)
+    theta = [
+        layer_kurtosis(layer, float_matrix(subject.graph, layer), subject.stats) * layer.weights
+        for layer in subject.layers
+    ]
     note = "kurtosis between layers is our reading: MPQ-DM ranks the channels of one layer by it"
-    return parts.table("kurtosis", np.tile(found * sizes, (len(subject.calibration.timesteps), 1)), (note,))
+    steps = len(subject.calibration.timesteps)
+    return table_from_importance("kurtosis", subject, np.tile(theta, (steps, 1)), (note,))
 
 
 def layer_kurtosis(layer: Layer, weight: Array, stats: CalibrationStats) -> float:

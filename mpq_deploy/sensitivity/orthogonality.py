@@ -19,7 +19,7 @@ from mpq_deploy.models.spec import Array
 from mpq_deploy.recipe import Aggregation, Estimator, Reach
 
 # HSIC_1 divides by N (N - 3); and with two calls every biased ORM is 1, whatever the layers do.
-LEAST_CALLS = {"biased": 3, "debiased": 4}
+MIN_CALLS = {"biased": 3, "debiased": 4}
 # With fewer calls the biased estimator is near 1 for unrelated layers, and the other one is mostly noise.
 ENOUGH_CALLS = 8
 
@@ -37,7 +37,7 @@ def u_centred(grams: Array) -> Array:
     and Rizzo 2014). ValueError for N below 4.
     """
     count = grams.shape[-1]
-    if count < LEAST_CALLS["debiased"]:
+    if count < MIN_CALLS["debiased"]:
         raise ValueError(f"The debiased estimator needs 4 calls or more, not {count}.")
     off = ~np.eye(count, dtype=bool)
     bare = np.where(off, grams, 0.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mpq_deploy.sensitivity.orm import bit_losses
+from mpq_deploy.sensitivity.bit_losses import table_from_importance
 from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.sensitivity.table import SensitivityTable
 
@@ -13,4 +13,4 @@ def measure_random_importance(subject: Subject) -> SensitivityTable:
     """Draw every layer's importance uniformly from (0, 1], by ``options.seed``. No layer is run."""
     theta = 1 - np.random.default_rng(subject.options.seed).random(len(subject.layers))
     steps = len(subject.calibration.timesteps)
-    return bit_losses(subject).table("random", np.tile(theta, (steps, 1)))
+    return table_from_importance("random", subject, np.tile(theta, (steps, 1)))

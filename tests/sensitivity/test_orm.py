@@ -17,10 +17,11 @@ from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.models.spec import InputSpec
 from mpq_deploy.recipe import AllocateSettings, OrmSettings
+from mpq_deploy.sensitivity.bit_losses import scheme_bits, schemes_at
 from mpq_deploy.sensitivity.bit_program import linear_bits
 from mpq_deploy.sensitivity.measure import measure
 from mpq_deploy.sensitivity.measured_calls import MeasureOptions
-from mpq_deploy.sensitivity.orm import adapted_steps, kept_schemes, scheme_bits
+from mpq_deploy.sensitivity.orm import adapted_steps
 from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.system.progress import Talk
@@ -225,7 +226,7 @@ def test_activation_bits(mixed: Setting) -> None:
     assert [row == {"fp16", "w8a8", "w4a8-b32"} for row in both.values()] == list(bits == 8)
     # Where there is only one kind of quantized scheme there is no choice, and nothing is taken away.
     plain_schemes = tuple(SCHEMES[n] for n in ("fp16", "w8a16"))
-    assert kept_schemes(plain_schemes, 0) == plain_schemes
+    assert schemes_at(plain_schemes, 0) == plain_schemes
 
 
 def test_losses_by_timestep_average_to_the_loss_and_survive_the_disk(mixed: Setting, tmp_path: Any) -> None:
