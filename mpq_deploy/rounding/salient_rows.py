@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
+from mpq_deploy.calibrate.stats import CalibrationStats
+from mpq_deploy.calls.feeds import RecordedCalls
 from mpq_deploy.formats.candidates import (
     LayerCandidates,
 )
 from mpq_deploy.graph.layers import LayerGraph
-from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.models.spec import Array
 from mpq_deploy.rounding.candidate_store import StoredCandidates, with_rows
 from mpq_deploy.run.stage_memory import salience_worker_bytes
 from mpq_deploy.run.view import RECIPE, Run
@@ -76,7 +77,7 @@ def _probed_salience(run: Run, chosen: StoredCandidates) -> dict[str, Array] | N
 
 def salience_inputs(
     run: Run, chosen: StoredCandidates
-) -> tuple[LayerGraph, Mapping[str, Array], CalibrationSet, dict[str, Array], DenoiserSpec, MeasureOptions]:
+) -> tuple[LayerGraph, Mapping[str, Array], RecordedCalls, MeasureOptions]:
     """Return what the errors of channels are measured on."""
     from mpq_deploy.calls.timesteps import sampled_steps
     from mpq_deploy.sensitivity.measured_calls import MeasureOptions
@@ -87,7 +88,8 @@ def salience_inputs(
     some = rounded_on.at(sampled_steps(count, min(SALIENCE_TIMESTEPS, count)))
     options = MeasureOptions(probes=1, samples=SALIENCE_SAMPLES)
     exported = run.exported
-    return exported.graph, body_weights(chosen), some, exported.conditions, exported.spec, options
+    recorded = RecordedCalls(some, exported.conditions, exported.spec)
+    return exported.graph, body_weights(chosen), recorded, options
 
 
 def salience_over_workers(run: Run, chosen: StoredCandidates) -> dict[str, Array]:
@@ -97,8 +99,8 @@ def salience_over_workers(run: Run, chosen: StoredCandidates) -> dict[str, Array
     root, folder = run.path, chosen.folder.relative_to(run.path)
     files, size = (RECIPE, "export", "calibrate", folder.as_posix()), salience_worker_bytes(run)
     job = Job("salient channels", partial(_open_salience, folder), root, files, size)
-    graph, _, rounded_on, conditions, spec, options = salience_inputs(run, chosen)
-    calls = Calls(graph, spec, rounded_on, conditions, options.samples)
+    graph, _, recorded, options = salience_inputs(run, chosen)
+    calls = Calls(graph, recorded, options.samples)
     steps = range(len(calls.timesteps))
     shards = [Shard(f"salient channels, timestep {step + 1}", step, calls.count) for step in steps]
     names = set(chosen)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mpq_deploy.calibrate.stats import CalibrationSet, dealt
-from mpq_deploy.calls.feeds import feed_rows
+from mpq_deploy.calibrate.stats import dealt
+from mpq_deploy.calls.feeds import RecordedCalls, feed_rows
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.models.spec import Array, DenoiserSpec
@@ -56,25 +56,19 @@ class MeasureOptions:
 
 
 class Calls:
-    """The calls that are measured: ``count`` of the calibration set's at every timestep.
+    """The calls that are measured: ``count`` of the recorded ones at every timestep.
 
-    ``picked`` int64 [K, count]: which ones; ``turns`` int64 [K, count]: their places in an order in which any stretch
-    has all conditions about equally often. ``rotate``: others at each timestep, as far as there are others; a call's
-    error at one timestep says much about its error at the next, and little about that of other calls.
-    ``fixed_batch``: how many calls the graph takes at once, where its file or an input without a batch axis fixes
-    that; None where any number goes. Raises ModelError for a missing condition or too few calls for the batch.
+    ``picked`` int64 [K, count]: which ones; ``turns`` int64 [K, count]: their places in an order in
+    which any stretch has all conditions about equally often. ``rotate``: others at each timestep, as
+    far as there are others; a call's error at one timestep says much about its error at the next,
+    and little about that of other calls. ``fixed_batch``: how many calls the graph takes at once,
+    where its file or an input without a batch axis fixes that; else None. Raises ModelError for a
+    missing condition or too few calls for the batch.
     """
 
-    def __init__(
-        self,
-        graph: LayerGraph,
-        spec: DenoiserSpec,
-        calibration: CalibrationSet,
-        conditions: dict[str, Array],
-        samples: int,
-        rotate: bool = False,
-    ) -> None:
-        missing = [c.name for c in spec.conditions if c.name not in conditions]
+    def __init__(self, graph: LayerGraph, calls: RecordedCalls, samples: int, rotate: bool = False) -> None:
+        spec, calibration = calls.spec, calls.recorded
+        missing = [c.name for c in spec.conditions if c.name not in calls.conditions]
         if missing:
             raise ModelError(
                 f"The condition '{missing[0]}' of the denoiser was given no rows.",
@@ -93,7 +87,7 @@ class Calls:
         self.first = slice(0, multiple)
         self.spec = spec
         self._calibration = calibration
-        self._conditions = conditions
+        self._conditions = {item.name: calls.conditions[item.name] for item in spec.conditions}
         even = np.linspace(0, recorded - 1, self.count).round().astype(np.int64)
         self.picked = np.tile(even, (len(self.timesteps), 1))
         order = dealt(calibration.rows, np.arange(recorded)).astype(np.int64)
@@ -120,7 +114,7 @@ class Calls:
             self._calibration.samples[step_index][picked],
             float(self.timesteps[step_index]),
             self._calibration.rows[picked],
-            {item.name: self._conditions[item.name] for item in self.spec.conditions},
+            self._conditions,
         )
 
 

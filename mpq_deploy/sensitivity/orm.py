@@ -85,7 +85,7 @@ def observe_orthogonality(
     talk: Talk,
 ) -> SeenOrthogonality:
     """Run the calls of every timestep through the graph with Gram observers and add up the dependence."""
-    calls = Calls(graph, recorded.spec, recorded.recorded, recorded.conditions, options.samples)
+    calls = Calls(graph, recorded, options.samples)
     parts = _batches(calls, options)
     names = tuple(dict.fromkeys(use.output for layer in layers for use in layer.uses))
     shapes = activation_shapes(graph, recorded, talk, names=names)

@@ -5,40 +5,37 @@ G_l = d<r, output>/dY_l for every layer l at once. With dY_{l,s} the local error
 
     E_r <G_l, dY_{l,s}>^2 = ||J_l dY_{l,s}||^2,
 
-the squared error of the output to first order, structured errors included. The loss is its mean over samples and
-probes divided by the mean of ||output||^2 over the samples, averaged over timesteps: the same ratio of totals as the
-measured NMSE. Related: CLADO (arXiv 2307.05657), HAWQ, MixDQ; probes at the output instead of a task loss need no
-labels, and the projections kept as vectors give the cross terms between layers.
+the squared error of the output to first order, structured errors included. The loss is its mean over
+samples and probes divided by the mean of ||output||^2 over the samples, averaged over timesteps: the
+same ratio of totals as the measured NMSE. Related: CLADO (arXiv 2307.05657), HAWQ, MixDQ; probes at
+the output instead of a task loss need no labels, and the projections kept as vectors give the cross
+terms between layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from mpq_deploy.calibrate.stats import CalibrationStats
 from mpq_deploy.errors import ModelError, UsageError
-from mpq_deploy.graph.layers import Layer, LayerGraph, LayerUse
-from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.graph.layers import Layer, LayerUse
 from mpq_deploy.onnx_torch.adjoint import layer_gradients, parts_within
 from mpq_deploy.onnx_torch.pass_memory import PASS_COPIES
 from mpq_deploy.onnx_torch.torch_graph import TorchGraph
 from mpq_deploy.sensitivity.layer_weights import (
-    CandidateWeights,
     InputRounding,
     StackStore,
     input_roundings,
-    measured_layers,
     node_attributes,
 )
-from mpq_deploy.sensitivity.measured_calls import HELD_SHARE, Calls, MeasureOptions
+from mpq_deploy.sensitivity.measured_calls import HELD_SHARE, MeasureOptions
 from mpq_deploy.sensitivity.subject import Subject
-from mpq_deploy.sensitivity.table import SensitivityTable, table_from_projections
-from mpq_deploy.sensitivity.torch_projection import TorchStack, project_layer
+from mpq_deploy.sensitivity.table import Nested, SensitivityTable, table_from_projections
+from mpq_deploy.sensitivity.torch_projection import ProjectedUse, TorchStack, project_layer
 from mpq_deploy.system.parallel.work import Result, Within, Work, run_shards
 from mpq_deploy.system.progress import Talk
 
@@ -47,34 +44,31 @@ AUTO = "auto"
 
 
 def measure_probe(subject: Subject) -> SensitivityTable:
-    """Measure all schemes of all layers with random adjoint probes.
+    """Measure all schemes of all layers with random adjoint probes; ``losses`` are means over all of them.
 
-    ``conditions``: rows of each condition input; call n uses row ``calibration.rows[n]``. ``losses`` of the result
-    are means over all probes. Raises UnsupportedOperator when the graph holds a node that torch cannot evaluate here,
+    Raises UnsupportedOperator when the graph holds a node that torch cannot evaluate here,
     ModelError when its output is not finite.
     """
     for name in (subject.options.dtype, subject.options.errors_dtype):
         if name not in FLOAT_TYPES and (name != AUTO or name is subject.options.dtype):
             raise UsageError(f"Probes do not run in '{name}'.", f"Use {' or '.join(FLOAT_TYPES)}.")
-    calls, shape = subject.calls(), (subject.options.probes, subject.calls().count)
-    pairs = _pairs(subject)
-    timesteps = [f"timestep {t:g}" for t in calls.timesteps]
+    calls = subject.calls()
     with subject.crew.open(subject.job("probes", _probing), subject.talk) as pool:
         first = subject.shard("probes, size of batches", _Task(), 0, part="probes, plan")
         (plan,) = run_shards(pool, "", [first], Within.silent(subject.talk), subject.store)
         batch, notes = int(plan["batch"]), tuple(str(note) for note in plan["notes"])
         ends = tuple(int(end) for end in plan["ends"])
-        how = {"part": "probes", "batch": batch, "ends": list(ends)}
+        key = {"part": "probes", "batch": batch, "ends": list(ends)}
         shards = [
-            subject.shard(f"probes, {name}", _Task(step, batch, ends), calls.count, step=step, **how)
-            for step, name in enumerate(timesteps)
+            subject.shard(f"probes, timestep {t:g}", _Task(step, batch, ends), calls.count, step=step, **key)
+            for step, t in enumerate(calls.timesteps)
         ]
-        found = list(run_shards(pool, "probes", shards, subject.talk, subject.store))
-    power = np.array([float(result["power"]) for result in found])
+        results = list(run_shards(pool, "probes", shards, subject.talk, subject.store))
+    power = np.array([float(result["power"]) for result in results])
     norm = np.sqrt(np.where(power > 0, power / calls.count, 1.0)).astype(np.float32)[:, None, None]
-    values: dict[str, dict[str, Array]] = {layer.name: {} for layer in subject.layers}
-    for number, (layer, scheme) in enumerate(pairs):
-        values[layer][scheme] = np.stack([result["values"][number] for result in found]).reshape(-1, *shape) / norm
+    values: Nested = {layer.name: {} for layer in subject.layers}
+    for number, (layer, scheme) in enumerate(_pairs(subject)):
+        values[layer][scheme] = np.stack([result["values"][number] for result in results]) / norm
     return table_from_projections(calls.timesteps, values, notes, calls.turns)
 
 
@@ -93,12 +87,11 @@ def _pairs(subject: Subject) -> list[tuple[str, str]]:
 
 
 def _probing(subject: Subject) -> Work:
-    """Return what computes a ``_Task`` on the subject: ``batch``, ``ends`` and ``notes``, or the sums of one timestep.
+    """Return what computes a ``_Task``: ``batch``, ``ends`` and ``notes``, or the sums of one timestep.
 
     Those are ``power``, the sum of ||output||^2 over the calls, and ``values`` float32 [pairs, probes, calls].
     """
-    calls, pairs = subject.calls(), _pairs(subject)
-    work = _Probing(subject.graph, subject.candidates, subject.stats, calls, subject.spec, subject.options)
+    calls, pairs, work = subject.calls(), _pairs(subject), _Probing(subject)
 
     def compute(task: _Task, talk: Talk) -> Result:
         if task.step_index is None:
@@ -106,7 +99,7 @@ def _probing(subject: Subject) -> Work:
             return {"batch": np.array(batch), "ends": np.array(ends, np.int64), "notes": np.array(notes, np.str_)}
         parts = tuple(slice(start, end) for start, end in zip((0, *task.ends), task.ends))
         stacked = np.zeros((len(pairs), subject.options.probes, calls.count), np.float32)
-        values: dict[str, dict[str, Array]] = {}
+        values: Nested = {}
         for row, (layer, scheme) in zip(stacked, pairs, strict=True):
             values.setdefault(layer, {})[scheme] = row
         power = 0.0
@@ -129,37 +122,32 @@ class _Use:
 class _Probing:
     """The graph in torch with what each layer's inner products need."""
 
-    def __init__(
-        self,
-        graph: LayerGraph,
-        candidates: Mapping[str, CandidateWeights],
-        stats: CalibrationStats,
-        calls: Calls,
-        spec: DenoiserSpec,
-        options: MeasureOptions,
-    ) -> None:
-        self.layers = measured_layers(graph, candidates)
-        self._float_type = FLOAT_TYPES[options.dtype]
-        self._graph = TorchGraph(graph.model, self._float_type)
-        self._attributes = node_attributes(graph)
-        self._errors_type = errors_type = _errors_type(options)
-        held = options.memory_bytes if _stack_bytes(self.layers, candidates) < HELD_SHARE * options.memory_bytes else 0
-        self._stacks = StackStore(graph, candidates, lambda stack: TorchStack.of(stack, errors_type), held)
+    def __init__(self, subject: Subject) -> None:
+        self._subject, self._options = subject, subject.options
+        self._calls, self._output = subject.calls(), subject.spec.output
+        self._float_type = FLOAT_TYPES[self._options.dtype]
+        self._errors_type = errors_type = _errors_type(self._options)
+        self._graph = TorchGraph(subject.graph.model, self._float_type)
+        self._attributes = node_attributes(subject.graph)
+        limit = self._options.memory_bytes
+        self._stacks = StackStore(
+            subject.graph,
+            subject.candidates,
+            lambda stack: TorchStack.of(stack, errors_type),
+            limit if _stack_bytes(subject) < HELD_SHARE * limit else 0,
+        )
         self._uses = [
-            _Use(layer, use, input_roundings(stats, use, candidates[layer.name].schemes))
-            for layer in self.layers
+            _Use(layer, use, input_roundings(subject.stats, use, subject.candidates[layer.name].schemes))
+            for layer in subject.layers
             for use in layer.uses
         ]
-        self._calls = calls
-        self._output = spec.output
-        self._options = options
 
     def plan(self) -> tuple[int, tuple[int, ...], tuple[str, ...]]:
-        """Choose how many samples to evaluate at once, and in which parts of the graph; check the first one's values.
+        """Choose the samples to evaluate at once and the parts of the graph (where they end); return notes as well.
 
-        A layer whose values are not [samples, ...] in the order of the samples (such as the embedding of a scalar
-        timestep, computed once for all of them) is measured rightly only one sample at a time. Parts, given by the
-        numbers of nodes where they end, are more than one only where one batch takes several times the memory allowed.
+        A layer whose values are not [samples, ...] in the order of the samples (such as the
+        embedding of a scalar timestep) is measured rightly only one sample at a time. There is more
+        than one part only where one batch takes several times the memory allowed.
         """
         outputs = {u.use.output: 0 for u in self._uses}
 
@@ -178,8 +166,8 @@ class _Probing:
             return self._calls.fixed_batch or 1, tuple(part.stop for part in parts), ()
         if self._calls.fixed_batch or self._calls.count == 1:
             return self._calls.fixed_batch or 1, whole, ()
-        wanted = min(self._options.batch_size or self._calls.count, self._calls.count)
-        batch = max(1, min(wanted, most // max(one, 1)))
+        largest = min(self._options.batch_size or self._calls.count, self._calls.count)
+        batch = max(1, min(largest, most // max(one, 1)))
         mixed = self._mixed() if batch > 1 else ""
         if mixed:
             return 1, whole, (f"samples were measured one by one: '{mixed}' does not keep them apart",)
@@ -195,9 +183,7 @@ class _Probing:
             )
         return next((name for name in names if not _starts_with(pair[name], first[name])), "")
 
-    def probe(
-        self, step_index: int, chunk: slice, parts: Sequence[slice], values: dict[str, dict[str, Array]]
-    ) -> float:
+    def probe(self, step_index: int, chunk: slice, parts: Sequence[slice], values: Nested) -> float:
         """Add the inner products of a chunk of samples into ``values``; return the sum of ||output||^2."""
         feeds, power = self._graph.feed(self._calls.feeds(step_index, chunk)), 0.0
 
@@ -228,18 +214,10 @@ class _Probing:
         ]
         return torch.from_numpy(np.stack(rows, 1)).to(self._float_type)
 
-    def _project(
-        self,
-        item: _Use,
-        x: Any,
-        gradients: Any,
-        chunk: slice,
-        values: dict[str, dict[str, Array]],
-    ) -> None:
-        stack, attributes = self._stacks[item.layer], self._attributes[item.use.node]
-        samples = chunk.stop - chunk.start
-        found = project_layer(item.layer, attributes, stack, x, gradients, samples, item.roundings)
-        for scheme, products in found.items():
+    def _project(self, item: _Use, x: Any, gradients: Any, chunk: slice, values: Nested) -> None:
+        attributes = self._attributes[item.use.node]
+        use = ProjectedUse(item.layer, attributes, self._stacks[item.layer], item.roundings)
+        for scheme, products in project_layer(use, x, gradients, chunk.stop - chunk.start).items():
             values[item.layer.name][scheme][:, chunk] += products.float().numpy()
 
 
@@ -251,10 +229,10 @@ def _refuse_non_finite(name: str, value: Any) -> None:
         )
 
 
-def _stack_bytes(layers: tuple[Layer, ...], candidates: Mapping[str, CandidateWeights]) -> int:
+def _stack_bytes(subject: Subject) -> int:
     """Return what the stacks of all layers would take in float32."""
-    forms = {layer.name: len({s.weight_form for s in candidates[layer.name].schemes}) for layer in layers}
-    return sum(4 * layer.weights * (1 + forms[layer.name]) for layer in layers)
+    forms = {layer: len({s.weight_form for s in subject.candidates[layer.name].schemes}) for layer in subject.layers}
+    return sum(4 * layer.weights * (1 + count) for layer, count in forms.items())
 
 
 def _errors_type(options: MeasureOptions) -> torch.dtype:

@@ -1,8 +1,9 @@
 """Which output channels of a layer deserve more precision: the error each causes at the denoiser's output.
 
-With the probes of ``probe``, G_l = d<r, output>/dY_l, the error of output channel c of layer l under the INT4 body is
-estimated as the mean of <G_{l,c}, dY_{l,c}>^2: the same quantity as a scheme's loss, channel by channel, without the
-terms between channels. Our choice; MPQ-DM ranks by the kurtosis of the weight's rows (``precision.branches``).
+With the probes of ``probe``, G_l = d<r, output>/dY_l, the error of output channel c of layer l under
+the INT4 body is estimated as the mean of <G_{l,c}, dY_{l,c}>^2: the same quantity as a scheme's loss,
+channel by channel, without the terms between channels. Our choice; MPQ-DM ranks by the kurtosis of
+the weight's rows.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpq_deploy.calibrate.stats import CalibrationSet
+from mpq_deploy.calls.feeds import RecordedCalls
 from mpq_deploy.formats.candidates import LayerCandidates
 from mpq_deploy.graph.layers import Layer, LayerGraph
-from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.models.spec import Array
 from mpq_deploy.onnx_torch.adjoint import layer_gradients, parts_within
 from mpq_deploy.onnx_torch.pass_memory import PASS_COPIES, WHOLE_SHARE
 from mpq_deploy.onnx_torch.torch_graph import TorchGraph
@@ -27,46 +28,34 @@ from mpq_deploy.system.progress import Advance, Talk
 
 
 def channel_errors(
-    graph: LayerGraph,
-    bodies: Mapping[str, Array],
-    calibration: CalibrationSet,
-    conditions: dict[str, Array],
-    spec: DenoiserSpec,
-    options: MeasureOptions,
-    talk: Talk,
+    graph: LayerGraph, bodies: Mapping[str, Array], recorded: RecordedCalls, options: MeasureOptions, talk: Talk
 ) -> dict[str, Array]:
     """Return layer name -> float64 [O]: the error that each output channel of its body causes.
 
-    ``bodies``: layer name -> the body's deployed weight, float32 [out_channels, reduction]. Raises UnsupportedOperator
-    when torch cannot evaluate the graph.
+    ``bodies``: layer name -> the body's deployed weight, float32 [out_channels, reduction]. Raises
+    UnsupportedOperator when torch cannot evaluate the graph.
     """
-    errors = ChannelErrors(graph, bodies, calibration, conditions, spec, options)
-    found = {layer.name: np.zeros(layer.out_channels) for layer in errors.layers}
+    errors = ChannelErrors(graph, bodies, recorded, options)
+    sums = {layer.name: np.zeros(layer.out_channels) for layer in errors.layers}
     with talk.bar("salient channels", errors.steps * errors.calls) as advance:
         for step in range(errors.steps):
             for name, parts in errors.at(step, advance).items():
                 for part in parts:
-                    found[name] += part
-    return found
+                    sums[name] += part
+    return sums
 
 
 class ChannelErrors:
     """The sums that ``channel_errors`` adds up, timestep by timestep; its arguments and errors."""
 
     def __init__(
-        self,
-        graph: LayerGraph,
-        bodies: Mapping[str, Array],
-        calibration: CalibrationSet,
-        conditions: dict[str, Array],
-        spec: DenoiserSpec,
-        options: MeasureOptions,
+        self, graph: LayerGraph, bodies: Mapping[str, Array], recorded: RecordedCalls, options: MeasureOptions
     ) -> None:
         # To ask a mapping that reads files whether it holds a layer would read it.
         names = set(bodies)
         self.layers = [layer for layer in graph.layers if layer.name in names]
-        self._spec, self._options = spec, options
-        self._calls = Calls(graph, spec, calibration, conditions, options.samples)
+        self._options, self._output = options, recorded.spec.output
+        self._calls = Calls(graph, recorded, options.samples)
         self._graph = TorchGraph(graph.model, torch.float32)
         self._differences: Kept[Any] = Kept(
             lambda layer: torch.from_numpy(bodies[layer.name] - float_matrix(graph, layer))[None],
@@ -87,7 +76,7 @@ class ChannelErrors:
         """Return the parts of a timestep's sum in the order in which they are added: layer name -> float64 [n, O]."""
         uses = [(layer, use) for layer in self.layers for use in layer.uses]
         nodes = [use for _, use in uses]
-        found: dict[str, list[Array]] = {layer.name: [] for layer in self.layers}
+        errors: dict[str, list[Array]] = {layer.name: [] for layer in self.layers}
         for chunk in self._calls.chunks_of_step(self._batch):
 
             def direction(output: Any, seed: Any = (self._options.seed, step, chunk.start)) -> list[Any]:
@@ -95,14 +84,14 @@ class ChannelErrors:
 
             feeds = self._graph.feed(self._calls.feeds(step, chunk))
             for number, x, (gradient,) in layer_gradients(
-                self._graph, feeds, self._parts, nodes, {self._spec.output: direction}, torch.float32
+                self._graph, feeds, self._parts, nodes, {self._output: direction}, torch.float32
             ):
                 layer, use = uses[number]
                 with torch.no_grad():
                     attributes, difference = self._attributes[use.node], self._differences[layer]
-                    found[layer.name].append(_by_channel(layer, attributes, x, gradient, difference))
+                    errors[layer.name].append(_by_channel(layer, attributes, x, gradient, difference))
             advance(chunk.stop - chunk.start)
-        return {name: np.stack(parts) for name, parts in found.items() if parts}
+        return {name: np.stack(parts) for name, parts in errors.items() if parts}
 
 
 def _by_channel(layer: Layer, attributes: dict[str, Any], x: Any, gradient: Any, difference: Any) -> Array:
@@ -139,6 +128,3 @@ class _Bodies(Mapping[str, Array]):
 
     def __len__(self) -> int:
         return len(self._forms)
-
-
-__all__ = ["ChannelErrors", "body_weights", "channel_errors"]

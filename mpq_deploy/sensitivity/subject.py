@@ -103,7 +103,7 @@ class Subject:
     def calls(self, samples: int | None = None) -> Calls:
         """Return the calls that are measured: ``samples`` of them at each timestep (None: as the options say)."""
         count = self.options.samples if samples is None else samples
-        return Calls(self.graph, self.spec, self.calibration, self.conditions, count, self.options.rotate)
+        return Calls(self.graph, self.recorded, count, self.options.rotate)
 
 
 def _work_on(work: Callable[[Subject], Work], subject: Subject, root: Path, talk: Talk) -> Work:

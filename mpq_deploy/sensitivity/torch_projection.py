@@ -5,18 +5,18 @@ With X the layer's float input, Qa its INT8 rounding, W the float weight and D_s
     dY_s = layer(X; D_s)                                 when the scheme leaves the activation in float,
     dY_s = layer(Qa(X); D_s) + layer(Qa(X) - X; W)       when it rounds it.
 
-Both are sums of small terms, never a difference of two large ones, so float32 is enough, and bfloat16 changes a
-product by about 0.2 % of its spread. The products are taken
-one of two ways, whichever takes less time: *forward*, applying the stacked D_s of all schemes and projecting
-the results on the gradients of all probes; or by *weight gradient*, <G, layer(X; D)> = <D, wgrad(X, G)>, one weight
-gradient per probe, sample and rounding of the input serving all schemes. Forward wins with many probes and at small
-resolutions; the weight gradient hardly depends on the number of schemes.
+Both are sums of small terms, never a difference of two large ones, so float32 is enough, and
+bfloat16 changes a product by about 0.2 % of its spread. The products are computed the faster of two
+ways: *forward*, applying the stacked D_s of all schemes and projecting the results on the gradients
+of all probes; or by *weight gradient*, <G, layer(X; D)> = <D, wgrad(X, G)>, one weight gradient per
+probe, sample and rounding of the input serving all schemes. Forward wins with many probes and at
+small resolutions; the weight gradient hardly depends on the number of schemes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -27,18 +27,18 @@ from mpq_deploy.graph.layers import Layer
 from mpq_deploy.models.spec import Array
 from mpq_deploy.onnx_torch.operators import convolve
 from mpq_deploy.onnx_torch.window_pads import window_pads
-from mpq_deploy.sensitivity.layer_weights import FormStack, InputRounding, Promotion
+from mpq_deploy.sensitivity.layer_weights import FormStack, InputRounding
 
 Tensor = torch.Tensor
 INT8_MIN, INT8_MAX = -128, 127  # what ONNX QuantizeLinear saturates to
-# Stacked errors larger than this were written to memory and read back: 64 -> 640 channels at 32x32 ran at 70 instead
-# of 98 GFLOP/s.
+# Stacked errors larger than this leave the caches: 64 -> 640 channels at 32x32 ran at 70 instead of
+# 98 GFLOP/s.
 PIECE_BYTES = 24 << 20
 # Weight gradients, and patches of their inputs, held at once: larger ones leave the caches.
 GRADIENT_BYTES = 16 << 20
 PATCH_BYTES = 4 << 20
-# What a weight gradient costs beside its multiplications: writing and reading one takes as long as it does to sum it
-# over so many positions, and gathering the patches as long as such a share of all positions (measured).
+# What a weight gradient costs beside its multiplications (measured): writing and reading one takes
+# as long as summing over so many positions, gathering patches as long as this share of all positions.
 GRADIENT_POSITIONS = 64
 PATCH_POSITIONS = 0.5
 
@@ -62,29 +62,21 @@ def fake_quantize(x: Any, rounding: InputRounding, layer: Layer) -> Any:
 
 
 @dataclass(frozen=True)
-class TorchStack:
-    """A FormStack as tensors of the type in which local errors are taken; see there for the fields."""
+class TorchStack(FormStack):
+    """A FormStack as tensors of the type in which local errors are computed."""
 
     weight: Any
     differences: Any
-    weights_only: dict[str, int]
-    with_activation: dict[str, int]
-    split_start: int
-    split_end: int
-    kept_start: int
-    with_kept: dict[str, dict[str, int]]
-    promotions: tuple[Promotion, ...]
-    promoted_differences: tuple[Any, ...]
+    promoted_differences: tuple[Any, ...] = ()
 
     @classmethod
     def of(cls, stack: FormStack, float_type: torch.dtype) -> TorchStack:
         """Convert; float32 shares memory."""
-        arrays = (torch.from_numpy(array).to(float_type) for array in (stack.weight, stack.differences))
-        weight, differences = arrays
-        kinds = (stack.weights_only, stack.with_activation)
-        rows = (stack.split_start, stack.split_end, stack.kept_start)
+        values = {item.name: getattr(stack, item.name) for item in fields(stack)}
+        for name in ("weight", "differences"):
+            values[name] = torch.from_numpy(values[name]).to(float_type)
         promoted = tuple(torch.from_numpy(p.differences).to(float_type) for p in stack.promotions)
-        return cls(weight, differences, *kinds, *rows, stack.with_kept, stack.promotions, promoted)
+        return cls(**values, promoted_differences=promoted)
 
     @property
     def bytes(self) -> int:
@@ -132,128 +124,113 @@ def _project(errors: Any, gradients: Any, samples: int) -> Any:
     return products.reshape(samples, -1, forms, probes).sum(1).permute(1, 2, 0)
 
 
-def project_layer(
-    layer: Layer,
-    attributes: dict[str, Any],
-    stack: TorchStack,
-    x: Any,
-    gradients: Any,
-    samples: int,
-    roundings: Mapping[str, InputRounding],
-    way: str = "",
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class ProjectedUse:
+    """One use of a layer: the errors of its schemes, and its input's ``roundings`` by activation form."""
+
+    layer: Layer
+    attributes: dict[str, Any]
+    stack: TorchStack
+    roundings: Mapping[str, InputRounding]
+
+    def rounding(self, form: str) -> InputRounding:
+        """Return the rounding of an activation form. Raises ValueError where there is none."""
+        if form not in self.roundings:
+            raise ValueError(f"a scheme rounds the activation{form}, but no scale was given")
+        return self.roundings[form]
+
+    def forward(self, x: Any, matrices: Any, g: Any, samples: int) -> Any:
+        """Apply the layer with all ``matrices`` and project, some samples at a time so that the results stay cached."""
+        rows_per_sample = x.shape[0] // samples
+        outputs = matrices.shape[0] * g[0, :, 0].numel() * rows_per_sample
+        piece = max(1, PIECE_BYTES // (outputs * matrices.element_size()))
+        products = []
+        for start in range(0, samples, piece):
+            count = min(piece, samples - start)
+            rows = slice(start * rows_per_sample, (start + count) * rows_per_sample)
+            errors = apply_matrix(self.layer, self.attributes, x[rows], matrices)
+            products.append(_project(errors, g[rows], count))
+        return torch.cat(products, -1) if len(products) > 1 else products[0]
+
+    def channels(self, x: Any, matrix: Any, channels: Array, g: Any, samples: int) -> Any:
+        """Return <G_c, dY_c> as [P, samples, m] of m ``channels`` whose weights differ by ``matrix`` [m, reduction].
+
+        Layers with such branches have one group.
+        """
+        rows, _, probes, _ = g.shape
+        errors = apply_matrix(self.layer, self.attributes, x, matrix[None]).reshape(rows, len(channels), 1, -1)
+        outputs = g.reshape(rows, probes, self.layer.out_channels, -1)
+        chosen = outputs[:, :, torch.from_numpy(channels)].transpose(1, 2)
+        products = torch.matmul(errors, chosen.transpose(2, 3)).float().reshape(samples, -1, len(channels), probes)
+        return products.sum(1).permute(2, 0, 1)
+
+
+def project_layer(use: ProjectedUse, x: Any, gradients: Any, samples: int, way: str = "") -> dict[str, Any]:
     """Return scheme -> <G, dY_s> as [P, samples], for one use of a layer.
 
     ``x``: the layer's float input, its leading axis running over samples first; ``gradients``
-    [rows, P, *rest]: those of the layer's output, the probes on the second axis.
-    ``roundings``: of the input, by the schemes' activation form. ``way``: "forward" or "weights" forces one of the two
-    ways.
+    [rows, P, *rest]: those of the layer's output, the probes on the second axis. ``way``: "forward"
+    or "weights" forces one of the two ways.
     """
-    x = canonical_input(layer, x, samples)
-    g = canonical_gradients(layer, gradients.to(stack.differences.dtype), samples)
-    chosen = way or _cheaper_way(layer, stack, x, g, samples)
-    projected = _project_by_weights if chosen == "weights" and _has_weight_way(layer) else _project_all_forward
-    return projected(layer, attributes, stack, x, g, samples, roundings)
+    x = canonical_input(use.layer, x, samples)
+    g = canonical_gradients(use.layer, gradients.to(use.stack.differences.dtype), samples)
+    chosen = way or _cheaper_way(use.layer, use.stack, x, g, samples)
+    project = _project_by_weights if chosen == "weights" and _has_weight_way(use.layer) else _project_all_forward
+    return project(use, x, g, samples)
 
 
-def _project_all_forward(
-    layer: Layer,
-    attributes: dict[str, Any],
-    stack: TorchStack,
-    x: Any,
-    g: Any,
-    samples: int,
-    roundings: Mapping[str, InputRounding],
-) -> dict[str, Any]:
+def _project_all_forward(use: ProjectedUse, x: Any, g: Any, samples: int) -> dict[str, Any]:
     """Apply all schemes' errors to their inputs, and project what comes out."""
+    stack = use.stack
     float_type = stack.differences.dtype
-    found: dict[str, Any] = {}
+    products: dict[str, Any] = {}
     if stack.weights_only:
         plain = stack.differences[: stack.split_end]
-        rows = _project_forward(layer, attributes, x.to(float_type), plain, g, samples)
-        found.update({name: rows[row] for name, row in stack.weights_only.items()})
+        rows = use.forward(x.to(float_type), plain, g, samples)
+        products.update({name: rows[row] for name, row in stack.weights_only.items()})
     if stack.with_activation:
-        scale = _rounding(roundings, "").scale
+        scale = use.rounding("").scale
         # The integer codes are exact even in bfloat16; the scale is multiplied into the products.
         codes = quantized_codes(x, scale)
         rounding = (codes * scale - x).to(float_type)
         quantized = stack.differences[stack.split_start : stack.kept_start]
-        rows = _project_forward(layer, attributes, codes.to(float_type), quantized, g, samples) * scale
-        rows = rows + _project_forward(layer, attributes, rounding, stack.weight[None], g, samples)
-        found.update({name: rows[row - stack.split_start] for name, row in stack.with_activation.items()})
+        rows = use.forward(codes.to(float_type), quantized, g, samples) * scale
+        rows = rows + use.forward(rounding, stack.weight[None], g, samples)
+        products.update({name: rows[row - stack.split_start] for name, row in stack.with_activation.items()})
     for promotion, differences in zip(stack.promotions, stack.promoted_differences, strict=True):
         rounds = promotion.body in stack.with_activation
-        scale = _rounding(roundings, "").scale if rounds else 1.0
+        scale = use.rounding("").scale if rounds else 1.0
         rows = (quantized_codes(x, scale) if rounds else x).to(float_type)
-        more = _project_channels(layer, attributes, rows, differences, promotion.channels, g, samples) * scale
+        more = use.channels(rows, differences, promotion.channels, g, samples) * scale
         for name, count in promotion.counts.items():
-            found[name] = found[promotion.body] + more[..., :count].sum(-1)
+            products[name] = products[promotion.body] + more[..., :count].sum(-1)
     for form, names in stack.with_kept.items():
-        rounded = fake_quantize(x, _rounding(roundings, form), layer)
+        rounded = fake_quantize(x, use.rounding(form), use.layer)
         first, last = min(names.values()), max(names.values())
         forms = stack.differences[first : last + 1]
-        rows = _project_forward(layer, attributes, rounded.to(float_type), forms, g, samples)
-        rows = rows + _project_forward(layer, attributes, (rounded - x).to(float_type), stack.weight[None], g, samples)
-        found.update({name: rows[row - first] for name, row in names.items()})
-    return found
+        rows = use.forward(rounded.to(float_type), forms, g, samples)
+        rows = rows + use.forward((rounded - x).to(float_type), stack.weight[None], g, samples)
+        products.update({name: rows[row - first] for name, row in names.items()})
+    return products
 
 
-def _rounding(roundings: Mapping[str, InputRounding], form: str) -> InputRounding:
-    if form not in roundings:
-        raise ValueError(f"a scheme rounds the activation{form}, but no scale was given")
-    return roundings[form]
-
-
-def _project_forward(layer: Layer, attributes: dict[str, Any], x: Any, matrices: Any, g: Any, samples: int) -> Any:
-    """Apply the layer with all ``matrices`` and project, some samples at a time so that the results stay cached."""
-    rows_per_sample = x.shape[0] // samples
-    outputs = matrices.shape[0] * g[0, :, 0].numel() * rows_per_sample
-    piece = max(1, PIECE_BYTES // (outputs * matrices.element_size()))
-    found = []
-    for start in range(0, samples, piece):
-        count = min(piece, samples - start)
-        rows = slice(start * rows_per_sample, (start + count) * rows_per_sample)
-        errors = apply_matrix(layer, attributes, x[rows], matrices)
-        found.append(_project(errors, g[rows], count))
-    return torch.cat(found, -1) if len(found) > 1 else found[0]
-
-
-def _project_channels(
-    layer: Layer, attributes: dict[str, Any], x: Any, matrix: Any, channels: Array, g: Any, samples: int
-) -> Any:
-    """Return <G_c, dY_c> as [P, samples, m] of m output ``channels`` whose weights differ by ``matrix`` [m, reduction].
-
-    Layers with such branches have one group.
-    """
-    rows, _, probes, _ = g.shape
-    errors = apply_matrix(layer, attributes, x, matrix[None]).reshape(rows, len(channels), 1, -1)
-    chosen = g.reshape(rows, probes, layer.out_channels, -1)[:, :, torch.from_numpy(channels)].transpose(1, 2)
-    products = torch.matmul(errors, chosen.transpose(2, 3)).float().reshape(samples, -1, len(channels), probes)
-    return products.sum(1).permute(2, 0, 1)
-
-
-def _project_by_weights(
-    layer: Layer,
-    attributes: dict[str, Any],
-    stack: TorchStack,
-    x: Any,
-    g: Any,
-    samples: int,
-    roundings: Mapping[str, InputRounding],
-) -> dict[str, Any]:
+def _project_by_weights(use: ProjectedUse, x: Any, g: Any, samples: int) -> dict[str, Any]:
     """Take the weight gradients of the float input and of each rounding's error, and project all schemes on them.
 
-    <G, layer(Qa(X); D) + layer(Qa(X) - X; W)> = <D, wgrad(X, G) + wgrad(Qa(X) - X, G)> + <W, wgrad(Qa(X) - X, G)>: one
-    more weight gradient for each rounding serves all schemes that share it. Some samples at a time, so that only their
-    weight gradients are held.
+    <G, layer(Qa(X); D) + layer(Qa(X) - X; W)>
+        = <D, wgrad(X, G) + wgrad(Qa(X) - X, G)> + <W, wgrad(Qa(X) - X, G)>:
+
+    one more weight gradient for each rounding serves all schemes that share it. Some samples at a
+    time, so that only their weight gradients are held.
     """
+    layer, attributes, stack = use.layer, use.attributes, use.stack
     weights = stack.weight.reshape(-1)
     inputs: list[tuple[dict[str, int], Any]] = []
     if stack.with_activation:
-        scale = _rounding(roundings, "").scale
+        scale = use.rounding("").scale
         inputs.append((stack.with_activation, quantized_codes(x, scale).mul_(scale).sub_(x)))
     for form, names in stack.with_kept.items():
-        inputs.append((names, fake_quantize(x, _rounding(roundings, form), layer) - x))
+        inputs.append((names, fake_quantize(x, use.rounding(form), layer) - x))
     piece = max(1, GRADIENT_BYTES // (g.shape[2] * weights.numel() * weights.element_size()))
     parts = []
     for start in range(0, samples, piece):

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from mpq_deploy.calibrate.stats import CalibrationSet, dealt
+from mpq_deploy.calls.feeds import RecordedCalls
 from mpq_deploy.graph.layers import Layer, layer_graph
 from mpq_deploy.sensitivity.measured_calls import Calls
 from mpq_deploy.sensitivity.torch_projection import _patches
@@ -25,7 +26,7 @@ def calls_of(rows: list[int], count: int, steps: int, rotate: bool) -> Calls:
     samples = np.zeros((steps, len(rows), 3, 8, 8), np.float32)
     samples[..., 0, 0, 0] = np.arange(len(rows))
     recorded = CalibrationSet(samples, np.arange(steps, dtype=np.float32), np.array(rows))
-    return Calls(case.graph, case.spec, recorded, {}, count, rotate)
+    return Calls(case.graph, RecordedCalls(recorded, {}, case.spec), count, rotate)
 
 
 def test_rotating_calls_are_used_equally_often_and_mix_conditions() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from mpq_deploy.calls.feeds import RecordedCalls
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.sensitivity.measured_calls import MeasureOptions
 from mpq_deploy.system.progress import Talk
@@ -26,7 +27,8 @@ def errors(case: Setting, bodies: dict[str, np.ndarray], samples: int = 3) -> di
     from mpq_deploy.sensitivity.salience import channel_errors
 
     options = MeasureOptions(probes=1, samples=samples)
-    return channel_errors(case.graph, bodies, case.calibration, case.conditions, case.spec, options, Talk())
+    recorded = RecordedCalls(case.calibration, case.conditions, case.spec)
+    return channel_errors(case.graph, bodies, recorded, options, Talk())
 
 
 def test_only_channels_that_are_rounded_cause_errors(mixed: Setting) -> None:
