@@ -6,10 +6,11 @@ In: the path of any ONNX file, a target. Out: a ``CheckResult``, as text in 80 c
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from textwrap import wrap
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpq_deploy.check.graph_view import open_view
 from mpq_deploy.check.rule import EFFECTS, ERRORS, WARNINGS, Context, Finding, findings_of
@@ -18,9 +19,15 @@ from mpq_deploy.check.rules_graph import GRAPH_RULES
 from mpq_deploy.check.rules_types import TYPE_RULES
 from mpq_deploy.check.rules_weights import WEIGHT_RULES
 from mpq_deploy.engine.target import Target
+from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.dialects import dialect_named
 
+if TYPE_CHECKING:
+    from mpq_deploy.run.view import Run
+
 RULES = (*GRAPH_RULES, *TYPE_RULES, *WEIGHT_RULES, *ACTIVATION_RULES)
+# No plan changes these: what they find in the exported graph they would find in the quantized one.
+OPERATOR_RULES = ("operator-unknown", "operator-unsupported", "operator-foreign")
 WIDTH = 80
 NAMED = 6
 WORDS = {
@@ -35,7 +42,7 @@ WORDS = {
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What was found in a model, the gravest first."""
+    """The findings in a model, the gravest first."""
 
     model: str
     target: str
@@ -56,22 +63,15 @@ class CheckResult:
 
     def as_json(self, strict: bool) -> dict[str, Any]:
         """Return plain values for scripts."""
-        return {
-            "model": self.model,
-            "target": self.target,
-            "dialect": self.dialect,
-            "nodes": self.nodes,
-            "passes": self.passes(strict),
-            "counts": self.counts,
-            "findings": [asdict(finding) for finding in self.findings],
-        }
+        return {**asdict(self), "passes": self.passes(strict), "counts": self.counts}
 
     def text(self) -> str:
         """Return the findings for people: grouped by rule, no line over 80 columns."""
-        lines = _wrapped(f"{self.model}: {self.nodes} nodes, for {self.target} (dialect {self.dialect})", "")
-        for effect in EFFECTS:
-            for rule in dict.fromkeys(finding.rule for finding in self.findings if finding.effect == effect):
-                lines += ["", *_group([finding for finding in self.findings if finding.rule == rule])]
+        target = f"{self.target} (dialect {self.dialect})"
+        lines = _wrapped(f"{self.model}: {self.nodes} nodes, for {target}", "")
+        # A rule has one effect on a target, and the findings are ordered by effect.
+        for rule in dict.fromkeys(finding.rule for finding in self.findings):
+            lines += ["", *_group([finding for finding in self.findings if finding.rule == rule])]
         parts = [f"{count} {effect}" for effect, count in self.counts.items() if count]
         return "\n".join([*lines, "", "found: " + (", ".join(parts) or "nothing to object to")])
 
@@ -87,12 +87,33 @@ def check_model(path: Path, target: Target) -> CheckResult:
     return CheckResult(str(path), target.name, dialect.name, len(view.nodes), tuple(ordered))
 
 
+def check_dialect(run: Run, model: Path, rules: Collection[str] = ()) -> None:
+    """Raise ModelError when ``model`` has a form that the target's TensorRT refuses or gets wrong.
+
+    ``rules``: only these, by name; none named: all.
+    """
+    result = check_model(model, run.target)
+    errors = [one for one in result.findings if one.effect in ERRORS]
+    if rules:
+        errors = [one for one in errors if one.rule in rules]
+    if not errors:
+        return
+    first = errors[0]
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    where = f"The node '{first.node}' ({first.op})" if first.node else "The model"
+    raise ModelError(
+        f"{where} cannot be deployed on {result.target}: {first.message}{more}.",
+        f"{first.fix[:1].upper()}{first.fix[1:]}.",
+    )
+
+
 def _group(findings: list[Finding]) -> list[str]:
     """The findings of one rule: what happens at which nodes, and how to change it."""
     first = findings[0]
     lines = [f"{WORDS[first.effect]}: {first.rule} [{first.proof}]"]
     for message in dict.fromkeys(finding.message for finding in findings):
-        nodes = [f"{one.node} ({one.op})" for one in findings if one.message == message and one.node]
+        alike = [one for one in findings if one.message == message and one.node]
+        nodes = [f"{one.node} ({one.op})" for one in alike]
         more = [f"and {len(nodes) - NAMED} more (see --json)"] if len(nodes) > NAMED else []
         where = ", ".join([*nodes[:NAMED], *more])
         lines += _wrapped(f"{where}: {message}" if where else message, "  ")

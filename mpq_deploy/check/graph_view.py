@@ -121,7 +121,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class LayerView:
-    """A Conv, ConvTranspose, Gemm or MatMul with one constant operand, its input ``side`` (0 or 1)."""
+    """A Conv, ConvTranspose, Gemm or MatMul with one constant operand: input ``side`` (0 or 1)."""
 
     node: Node
     weight: Stored
@@ -146,16 +146,13 @@ class View:
     def __init__(self, proto: onnx.ModelProto, folder: Path) -> None:
         self.proto, self.folder = proto, folder
         self.opset = next((o.version for o in proto.opset_import if o.domain in STANDARD_DOMAINS), 0)
-        self.inputs = tuple(v for v in proto.graph.input if v.name not in {t.name for t in proto.graph.initializer})
+        weights = {tensor.name for tensor in proto.graph.initializer}
+        self.inputs = tuple(v for v in proto.graph.input if v.name not in weights)
         self.nodes = tuple(_nodes(proto.graph))
         self.constants = {t.name: self._constant(t.name, t) for t in proto.graph.initializer}
         for raw in proto.graph.node:
-            if (
-                raw.op_type == "Constant"
-                and raw.domain in STANDARD_DOMAINS
-                and raw.attribute
-                and raw.attribute[0].name == "value"
-            ):
+            constant = raw.op_type == "Constant" and raw.domain in STANDARD_DOMAINS
+            if constant and raw.attribute and raw.attribute[0].name == "value":
                 self.constants[raw.output[0]] = self._constant(raw.output[0], raw.attribute[0].t)
         self.producers = {name: node for node in self.nodes for name in node.outputs if name}
         self.readers: dict[str, list[tuple[Node, int]]] = {}
@@ -169,6 +166,10 @@ class View:
             if node.op == "Constant" or (made_of and self._static.issuperset(made_of)):
                 self._static.update(name for name in node.outputs if name)
 
+    def nodes_of(self, *ops: str) -> Iterator[Node]:
+        """Yield the nodes of ONNX's own operators ``ops``, in order."""
+        return (n for n in self.nodes if n.op in ops and n.domain in STANDARD_DOMAINS)
+
     def producer(self, name: str) -> Node | None:
         """The node that makes a tensor; None for constants and graph inputs."""
         return None if name in self.constants else self.producers.get(name)
@@ -178,7 +179,7 @@ class View:
         return name in self._static
 
     def stored(self, name: str) -> Stored | None:
-        """How the constant operand ``name`` is stored; None when it depends on the model's inputs."""
+        """How the constant operand ``name`` is stored; None when it depends on an input."""
         if not self.static(name):
             return None
         path: list[Node] = []
@@ -191,8 +192,10 @@ class View:
         return Stored(self.constants[name], tuple(reversed(path)))
 
     def pair(self, name: str) -> Pair | None:
-        """The activation quantizer that ends in the tensor ``name``; a Cast may follow or precede it."""
-        dq = self._past(name, "Cast")
+        """The activation quantizer that ends in the tensor ``name``; a Cast may come after it."""
+        dq = self.producer(name)
+        if dq is not None and dq.op == "Cast":
+            dq = self.producer(dq.inputs[0])
         if dq is None or dq.op != "DequantizeLinear" or self.static(name):
             return None
         q = self.producer(dq.inputs[0])
@@ -212,24 +215,23 @@ class View:
         value = self._types.get(name)
         if value is None or not value.type.tensor_type.HasField("shape"):
             return None
-        return tuple(d.dim_value if d.HasField("dim_value") else None for d in value.type.tensor_type.shape.dim)
+        sizes = value.type.tensor_type.shape.dim
+        return tuple(size.dim_value if size.HasField("dim_value") else None for size in sizes)
 
     def dtype(self, name: str) -> str:
         """The element type as far as it is known; empty when not."""
         if name in self.constants:
             return self.constants[name].dtype
         value = self._types.get(name)
-        return TensorProto.DataType.Name(value.type.tensor_type.elem_type) if value is not None else ""
+        return "" if value is None else _type_name(value.type.tensor_type.elem_type)
 
     @cached_property
     def layers(self) -> tuple[LayerView, ...]:
         """Every Conv, ConvTranspose, Gemm and MatMul with exactly one constant operand, in order."""
         layers = []
-        for node in self.nodes:
-            if node.op not in LAYER_OPS or node.domain not in STANDARD_DOMAINS or len(node.inputs) < 2:
-                continue
+        for node in self.nodes_of(*LAYER_OPS):
             static = [self.static(name) for name in node.inputs[:2]]
-            if sum(static) != 1:
+            if len(static) < 2 or sum(static) != 1:
                 continue
             side = static.index(True)
             weight = self.stored(node.inputs[side])
@@ -239,28 +241,24 @@ class View:
         return tuple(layers)
 
     def _constant(self, name: str, tensor: TensorProto) -> Constant:
-        return Constant(name, TensorProto.DataType.Name(tensor.data_type), tuple(tensor.dims), tensor, self.folder)
-
-    def _past(self, name: str, op: str) -> Node | None:
-        node = self.producer(name)
-        return self.producer(node.inputs[0]) if node is not None and node.op == op else node
+        shape = tuple(tensor.dims)
+        return Constant(name, _type_name(tensor.data_type), shape, tensor, self.folder)
 
     @cached_property
     def _types(self) -> dict[str, onnx.ValueInfoProto]:
         """What shape inference says, run on a copy whose weights are graph inputs."""
-        graph = self.proto.graph
-        light = onnx.ModelProto(ir_version=self.proto.ir_version, opset_import=self.proto.opset_import)
+        proto, graph = self.proto, self.proto.graph
+        light = onnx.ModelProto(ir_version=proto.ir_version, opset_import=proto.opset_import)
         light.graph.name = "light"
         light.graph.node.extend(graph.node)
         light.graph.input.extend(self.inputs)
         light.graph.output.extend(graph.output)
         light.graph.value_info.extend(graph.value_info)
         for tensor in graph.initializer:
-            inside = tensor.data_location != TensorProto.EXTERNAL and tensor.ByteSize() <= SMALL_BYTES
-            if inside:
+            if tensor.data_location != TensorProto.EXTERNAL and tensor.ByteSize() <= SMALL_BYTES:
                 light.graph.initializer.append(tensor)
             else:
-                value = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+                value = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
                 light.graph.input.append(value)
         inferred = onnx.shape_inference.infer_shapes(light).graph
         return {v.name: v for v in (*inferred.value_info, *inferred.input, *inferred.output)}
@@ -273,7 +271,8 @@ def open_view(path: Path) -> View:
     versions = [o.version for o in proto.opset_import if o.domain in STANDARD_DOMAINS]
     if not versions or not 1 <= max(versions) <= newest:
         raise ModelError(
-            f"{path} declares the ONNX opset {versions[0] if versions else 'none'}; onnx here knows 1 to {newest}.",
+            f"{path} declares the ONNX opset {versions[0] if versions else 'none'}; the installed onnx "
+            f"knows 1 to {newest}.",
             "Update onnx, or export the model again with an older opset.",
         )
     if proto.functions:
@@ -286,7 +285,8 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[Node]:
     for index, raw in enumerate(graph.node):
         label = raw.name or f"{raw.op_type} number {index} (makes '{next(iter(raw.output), '')}')"
         values = {a.name: _plain(a) for a in raw.attribute if a.type not in _GRAPHS}
-        yield Node(label, raw.op_type, raw.domain, tuple(raw.input), tuple(raw.output), values, bool(raw.name))
+        inputs, outputs = tuple(raw.input), tuple(raw.output)
+        yield Node(label, raw.op_type, raw.domain, inputs, outputs, values, bool(raw.name))
         for attribute in raw.attribute:
             if attribute.type in _GRAPHS:
                 for inner in (attribute.g, *attribute.graphs):
@@ -294,6 +294,11 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[Node]:
 
 
 _GRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
+
+
+def _type_name(kind: int) -> str:
+    name: str = TensorProto.DataType.Name(kind)
+    return name
 
 
 def _plain(attribute: onnx.AttributeProto) -> Any:

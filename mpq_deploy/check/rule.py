@@ -13,9 +13,9 @@ from typing import Literal
 from mpq_deploy.check.graph_view import Node, View
 from mpq_deploy.graph.dialects import DIALECTS, Dialect
 
-# refused: the parser or builder fails. wrong: it builds something that computes other numbers. fp16: quantized, but
-# computed in FP16. slow: more time or bytes than the form promises. doubtful: no one has shown that it works. note:
-# worth knowing.
+# refused: the parser or builder fails. wrong: it builds, and computes other numbers. fp16: quantized,
+# but computed in FP16. slow: more time or bytes than the form promises. doubtful: no one has shown
+# that it works. note: worth knowing.
 Effect = Literal["refused", "wrong", "fp16", "slow", "doubtful", "note"]
 EFFECTS: tuple[Effect, ...] = ("refused", "wrong", "fp16", "slow", "doubtful", "note")
 ERRORS: tuple[Effect, ...] = ("refused", "wrong")
@@ -49,8 +49,8 @@ class Context:
 
 
 @dataclass(frozen=True)
-class Found:
-    """A node (or the whole graph) that has a rule's form. ``message`` says what was found there."""
+class Match:
+    """A node (None: the whole graph) that has a rule's form. ``message`` says what is there."""
 
     node: Node | None
     message: str
@@ -61,7 +61,7 @@ class Rule:
     """One form: how it is found and mended, and what it does in each dialect (absent: nothing)."""
 
     name: str
-    find: Callable[[Context], Iterator[Found]]
+    find: Callable[[Context], Iterator[Match]]
     fix: str
     verdicts: Verdicts
 
@@ -84,18 +84,11 @@ def findings_of(rule: Rule, context: Context) -> list[Finding]:
     verdict = rule.verdicts.get(context.dialect.name)
     if verdict is None:
         return []
-    return [
-        Finding(
-            rule.name,
-            verdict.effect,
-            verdict.proof,
-            found.node.label if found.node else "",
-            found.node.op if found.node else "",
-            found.message,
-            rule.fix,
-        )
-        for found in rule.find(context)
-    ]
+    findings = []
+    for match in rule.find(context):
+        label, op = (match.node.label, match.node.op) if match.node else ("", "")
+        findings.append(Finding(rule.name, verdict.effect, verdict.proof, label, op, match.message, rule.fix))
+    return findings
 
 
 TENSORRT = tuple(name for name, one in DIALECTS.items() if one.tensorrt)
@@ -103,10 +96,9 @@ PROPER = tuple(name for name, one in DIALECTS.items() if one.proper)
 
 
 def built_here(effect: Effect, elsewhere: Proof = "unproven") -> Verdicts:
-    """What TensorRT-RTX's builder did here, assumed of TensorRT proper with the proof
-    ``elsewhere``.
-    """
-    return {**{name: Verdict(effect, elsewhere) for name in PROPER}, "trt-rtx": Verdict(effect, "built here")}
+    """What TensorRT-RTX did here; TensorRT proper is assumed to do the same (``elsewhere``)."""
+    proper = {name: Verdict(effect, elsewhere) for name in PROPER}
+    return {**proper, "trt-rtx": Verdict(effect, "built here")}
 
 
 def documented(effect: Effect, *names: str) -> Verdicts:

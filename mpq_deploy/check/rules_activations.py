@@ -5,76 +5,76 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mpq_deploy.check.graph_view import LayerView, Node, Pair, View
-from mpq_deploy.check.rule import Context, Found, Rule, built_here, documented
+from mpq_deploy.check.rule import Context, Match, Rule, built_here, documented
 
 # Turing's INT8 convolutions are computed in FP16 by TensorRT-RTX.
 INT8_CONV_FROM = 80
 RGB = 3
 
 
-def scale_of_one_element(context: Context) -> Iterator[Found]:
+def scale_of_one_element(context: Context) -> Iterator[Match]:
     """A convolution whose activation has a scale of shape [1] instead of rank 0."""
     for layer, pair in _int8_layers(context.view):
         scale = context.view.scale(pair.q)
         if layer.node.op == "Conv" and scale is not None and scale.shape == (1,):
-            yield Found(layer.node, f"the scale '{scale.name}' of its activation has the shape [1], not rank 0")
+            yield Match(layer.node, f"the scale '{scale.name}' of its activation has the shape [1], not rank 0")
 
 
-def scale_of_rank(context: Context) -> Iterator[Found]:
+def scale_of_rank(context: Context) -> Iterator[Match]:
     """An activation scale of one element and rank 2 or more."""
     for pair in _pairs(context.view):
         scale = context.view.scale(pair.q)
         if scale is not None and len(scale.shape) > 1 and scale.elements == 1:
-            yield Found(pair.q, f"its scale has the shape {list(scale.shape)}, not rank 0")
+            yield Match(pair.q, f"its scale has the shape {list(scale.shape)}, not rank 0")
 
 
-def scale_per_channel(context: Context) -> Iterator[Found]:
+def scale_per_channel(context: Context) -> Iterator[Match]:
     """An activation with a scale for each channel."""
     for pair in _pairs(context.view):
         scale = context.view.scale(pair.q)
         if scale is not None and scale.elements > 1:
-            yield Found(pair.q, f"it quantizes an activation with {scale.elements} scales")
+            yield Match(pair.q, f"it quantizes an activation with {scale.elements} scales")
 
 
-def behind_resize(context: Context) -> Iterator[Found]:
+def behind_resize(context: Context) -> Iterator[Match]:
     """A convolution with an INT8 weight whose activation was quantized before a Resize."""
     for layer in context.view.layers:
         node = context.view.producer(layer.x)
-        resized = layer.pair is None and node is not None and node.op == "Resize"
-        if (
-            layer.node.op == "Conv"
-            and layer.weight.quantized
-            and resized
-            and node
-            and context.view.pair(node.inputs[0])
-        ):
-            yield Found(layer.node, f"its activation is quantized before {node.label} (Resize), not right before it")
+        if layer.node.op != "Conv" or not layer.weight.quantized or layer.pair is not None:
+            continue
+        if node is not None and node.op == "Resize" and context.view.pair(node.inputs[0]):
+            yield Match(
+                layer.node,
+                f"its activation is quantized before {node.label} (Resize), not right before it",
+            )
 
 
-def attention(context: Context) -> Iterator[Found]:
+def attention(context: Context) -> Iterator[Match]:
     """A product of two activations, as in attention, with INT8 operands."""
-    for node in context.view.nodes:
-        if node.op != "MatMul" or any(context.view.static(name) for name in node.inputs[:2]):
+    for node in context.view.nodes_of("MatMul"):
+        if any(context.view.static(name) for name in node.inputs[:2]):
             continue
         pairs = [context.view.pair(name) for name in node.inputs[:2]]
         if any(pair is not None and _int8(context.view, pair) for pair in pairs):
-            yield Found(node, "it multiplies two activations in INT8: the fused attention kernel is lost (8 -> 53 MB)")
+            yield Match(
+                node,
+                "it multiplies two activations in INT8: the fused attention kernel is lost (8 -> 53 MB)",
+            )
 
 
-def own_quantizers(context: Context) -> Iterator[Found]:
+def own_quantizers(context: Context) -> Iterator[Match]:
     """A tensor that several QuantizeLinear nodes quantize alike."""
-    seen: dict[tuple[str, str], Node] = {}
+    seen: dict[tuple[str, bytes], Node] = {}
     for pair in _pairs(context.view):
         scale = context.view.scale(pair.q)
-        value = scale.array().tobytes().hex() if scale is not None and scale.elements == 1 else None
-        if value is None:
+        if scale is None or scale.elements != 1:
             continue
-        first = seen.setdefault((pair.source, value), pair.q)
+        first = seen.setdefault((pair.source, scale.array().tobytes()), pair.q)
         if first is not pair.q:
-            yield Found(pair.q, f"it repeats {first.label}, which quantizes the same tensor with the same scale")
+            yield Match(pair.q, f"it repeats {first.label}, which quantizes the same tensor with the same scale")
 
 
-def int8_branch(context: Context) -> Iterator[Found]:
+def int8_branch(context: Context) -> Iterator[Match]:
     """An outlier branch on gathered channels that is itself quantized to INT8."""
     for layer, pair in _int8_layers(context.view):
         source = context.view.producer(pair.source)
@@ -82,33 +82,33 @@ def int8_branch(context: Context) -> Iterator[Found]:
             continue
         beside = context.view.readers.get(source.inputs[0], [])
         if any(reader.op == "QuantizeLinear" for reader, _ in beside):
-            yield Found(
-                layer.node, "its channels are gathered from a tensor that is quantized beside it, and quantized too"
+            yield Match(
+                layer.node,
+                "its channels are gathered from a tensor that is quantized beside it, and quantized too",
             )
 
 
-def rgb_conv(context: Context) -> Iterator[Found]:
+def rgb_conv(context: Context) -> Iterator[Match]:
     """An explicitly quantized convolution of 3 input channels."""
     for layer, _ in _int8_layers(context.view):
         constant = layer.weight.constant
         shape = context.view.shape(layer.node.inputs[1]) or (constant.shape if constant else ())
-        if layer.node.op == "Conv" and len(shape) > 2 and shape[1] == RGB and int(layer.node.get("group", 1)) == 1:
-            yield Found(layer.node, "it is an INT8 convolution of 3 input channels")
+        whole = layer.node.op == "Conv" and int(layer.node.get("group", 1)) == 1
+        if whole and len(shape) > 2 and shape[1] == RGB:
+            yield Match(layer.node, "it is an INT8 convolution of 3 input channels")
 
 
-def turing_conv(context: Context) -> Iterator[Found]:
+def turing_conv(context: Context) -> Iterator[Match]:
     """An INT8 convolution for Turing."""
     if context.oldest is None or context.oldest >= INT8_CONV_FROM:
         return
     for layer, _ in _int8_layers(context.view):
         if layer.node.op == "Conv":
-            yield Found(layer.node, f"an INT8 convolution is computed in FP16 on SM{context.oldest}")
+            yield Match(layer.node, f"an INT8 convolution is computed in FP16 on SM{context.oldest}")
 
 
-def shared_input(context: Context) -> Iterator[Found]:
-    """Products that share an input, as q, k and v do, on the release that miscompiles them for
-    Thor.
-    """
+def shared_input(context: Context) -> Iterator[Match]:
+    """Products that share an input, as q, k and v do: one release miscompiles them for Thor."""
     if 110 not in context.capabilities:
         return
     users: dict[str, list[Node]] = {}
@@ -117,22 +117,18 @@ def shared_input(context: Context) -> Iterator[Found]:
             users.setdefault(layer.x, []).append(layer.node)
     for nodes in users.values():
         if len(nodes) > 1:
-            yield Found(nodes[0], f"{', '.join(node.label for node in nodes)} share an input")
+            yield Match(nodes[0], f"{', '.join(node.label for node in nodes)} share an input")
 
 
 def _pairs(view: View) -> Iterator[Pair]:
-    for node in view.nodes:
-        if node.op == "DequantizeLinear":
-            pair = view.pair(node.outputs[0])
-            if pair is not None:
-                yield pair
+    pairs = (view.pair(node.outputs[0]) for node in view.nodes_of("DequantizeLinear"))
+    return (pair for pair in pairs if pair is not None)
 
 
 def _int8_layers(view: View) -> Iterator[tuple[LayerView, Pair]]:
     """Layers whose activation is quantized to 8-bit integers."""
-    for layer in view.layers:
-        if layer.pair is not None and _int8(view, layer.pair):
-            yield layer, layer.pair
+    pairs = ((layer, layer.pair) for layer in view.layers)
+    return ((layer, pair) for layer, pair in pairs if pair is not None and _int8(view, pair))
 
 
 def _int8(view: View, pair: Pair) -> bool:
@@ -140,30 +136,29 @@ def _int8(view: View, pair: Pair) -> bool:
 
 
 ACTIVATION_RULES = (
-    Rule(
-        "activation-scale-shape",
-        scale_of_one_element,
-        "store the scale with rank 0 (numpy.asarray keeps it, numpy.ascontiguousarray makes [1] of it)",
-        built_here("fp16"),
-    ),
-    Rule("activation-scale-rank", scale_of_rank, "store the scale with rank 0", built_here("refused")),
-    Rule(
-        "activation-per-channel",
-        scale_per_channel,
-        "use one scale for the tensor; move outlier channels into the weight with a Mul before (smoothing)",
-        {**documented("refused"), "trt-rtx": built_here("fp16")["trt-rtx"]},
-    ),
-    Rule("quantized-before-resize", behind_resize, "put QuantizeLinear and DequantizeLinear after the Resize",
-         built_here("fp16")),
-    Rule("attention-int8", attention, "leave the two products of attention in FP16", built_here("slow")),
-    Rule("quantizers-repeated", own_quantizers, "let all readers share one QuantizeLinear and DequantizeLinear",
-         built_here("note")),
-    Rule("branch-int8", int8_branch, "leave the branch in FP16: in INT8 it runs beside the body with twice the "
-         "activation memory", built_here("note")),
+    Rule("activation-scale-shape", scale_of_one_element,
+         "store the scale with rank 0 (numpy.asarray keeps it, numpy.ascontiguousarray makes [1] "
+         "of it)", built_here("fp16")),
+    Rule("activation-scale-rank", scale_of_rank, "store the scale with rank 0",
+         built_here("refused")),
+    Rule("activation-per-channel", scale_per_channel,
+         "use one scale for the tensor; move outlier channels into the weight with a Mul before "
+         "(smoothing)", {**documented("refused"), "trt-rtx": built_here("fp16")["trt-rtx"]}),
+    Rule("quantized-before-resize", behind_resize,
+         "put QuantizeLinear and DequantizeLinear after the Resize", built_here("fp16")),
+    Rule("attention-int8", attention, "leave the two products of attention in FP16",
+         built_here("slow")),
+    Rule("quantizers-repeated", own_quantizers,
+         "let all readers share one QuantizeLinear and DequantizeLinear", built_here("note")),
+    Rule("branch-int8", int8_branch,
+         "leave the branch in FP16: in INT8 it runs beside the body with twice the activation "
+         "memory", built_here("note")),
     Rule("conv-rgb", rgb_conv, "leave the first convolution in FP16 (TensorRT issue 3638)",
          documented("doubtful", "trt-10.3", "trt-10.13", "trt-11")),
-    Rule("int8-conv-gpu", turing_conv, "leave convolutions in FP16 on this GPU, or use w8a16 for their bytes",
+    Rule("int8-conv-gpu", turing_conv,
+         "leave convolutions in FP16 on this GPU, or use w8a16 for their bytes",
          {"trt-rtx": built_here("fp16")["trt-rtx"]}),
-    Rule("shared-input", shared_input, "compare the engine's output at batch 1 with ONNX Runtime's on the device "
-         "(TensorRT-Edge-LLM issue 105)", documented("note", "trt-10.13")),
+    Rule("shared-input", shared_input,
+         "compare the engine's output at batch 1 with ONNX Runtime's on the device (TensorRT-Edge-"
+         "LLM issue 105)", documented("note", "trt-10.13")),
 )  # fmt: skip

@@ -5,35 +5,38 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from mpq_deploy.check.rule import Context, Found, Rule, Verdict, built_here, documented
+from mpq_deploy.check.rule import Context, Match, Rule, Verdict, built_here, documented
 
 PER_CHANNEL_OPSET = 21
 
 
-def opset_range(context: Context) -> Iterator[Found]:
+def opset_range(context: Context) -> Iterator[Match]:
     """An opset that the parser is not known to read."""
     low, high = context.dialect.opsets
     if not low <= context.view.opset <= high:
-        yield Found(None, f"the model has opset {context.view.opset}; {context.dialect.runtime} reads {low} to {high}")
+        reads = f"{context.dialect.runtime} reads {low} to {high}"
+        yield Match(None, f"the model has opset {context.view.opset}; {reads}")
 
 
-def group_norm(context: Context) -> Iterator[Found]:
+def group_norm(context: Context) -> Iterator[Match]:
     """GroupNormalization with a scale per channel, for a release before 10.9."""
     if context.dialect.group_norm or context.view.opset < PER_CHANNEL_OPSET:
         return
-    for node in context.view.nodes:
-        if node.op == "GroupNormalization":
-            yield Found(node, "GroupNormalization of opset 21 fails before TensorRT 10.9")
+    for node in context.view.nodes_of("GroupNormalization"):
+        yield Match(node, "GroupNormalization of opset 21 fails before TensorRT 10.9")
 
 
-def one_group(context: Context) -> Iterator[Found]:
+def one_group(context: Context) -> Iterator[Match]:
     """GroupNormalization with one group."""
-    for node in context.view.nodes:
-        if node.op == "GroupNormalization" and node.get("num_groups") == 1:
-            yield Found(node, "GroupNormalization with num_groups = 1 was computed as an instance norm (10.16.1)")
+    for node in context.view.nodes_of("GroupNormalization"):
+        if node.get("num_groups") == 1:
+            yield Match(
+                node,
+                "GroupNormalization with num_groups = 1 was computed as an instance norm (10.16.1)",
+            )
 
 
-def float32_layers(context: Context) -> Iterator[Found]:
+def float32_layers(context: Context) -> Iterator[Match]:
     """Layers that compute in FP32: a strongly typed network does not change that."""
     wide = []
     for layer in context.view.layers:
@@ -45,10 +48,10 @@ def float32_layers(context: Context) -> Iterator[Found]:
         if not halved and "FLOAT" in (constant.dtype, scale.dtype if scale else ""):
             wide.append(layer.node)
     if wide:
-        yield Found(wide[0], f"{len(wide)} layers compute in FP32, {wide[0].label} the first")
+        yield Match(wide[0], f"{len(wide)} layers compute in FP32, {wide[0].label} the first")
 
 
-def dynamic_inputs(context: Context) -> Iterator[Found]:
+def dynamic_inputs(context: Context) -> Iterator[Match]:
     """Inputs with dynamic dimensions: the builder needs a profile."""
     names = [
         value.name
@@ -56,50 +59,45 @@ def dynamic_inputs(context: Context) -> Iterator[Found]:
         if any(not d.HasField("dim_value") for d in value.type.tensor_type.shape.dim)
     ]
     if names:
-        yield Found(None, f"{', '.join(names)} have dynamic dimensions")
+        yield Match(None, f"{', '.join(names)} have dynamic dimensions")
 
 
-def node_names(context: Context) -> Iterator[Found]:
+def node_names(context: Context) -> Iterator[Match]:
     """Nodes without a name of their own: an engine's kernels refer to nodes by name."""
     counts = Counter(node.label for node in context.view.nodes if node.named)
     nameless = sum(not node.named for node in context.view.nodes)
     repeated = sum(count > 1 for count in counts.values())
     if nameless or repeated:
-        yield Found(None, f"{nameless} nodes have no name, {repeated} names occur more than once")
+        yield Match(None, f"{nameless} nodes have no name, {repeated} names occur more than once")
 
 
-def onnxruntime_accuracy(context: Context) -> Iterator[Found]:
+def onnxruntime_accuracy(context: Context) -> Iterator[Match]:
     """Products by quantized weights alone, whose activations ONNX Runtime quantizes on its own."""
     count = sum(layer.product and layer.weight_only for layer in context.view.layers)
     if count:
-        yield Found(None, f"{count} products have weights in 4 or 8 bits and activations in float")
+        yield Match(None, f"{count} products have weights in 4 or 8 bits and activations in float")
 
 
 GRAPH_RULES = (
-    Rule(
-        "opset",
-        opset_range,
-        "export with an opset in that range (the ONNX version converter lowers one)",
-        {**documented("doubtful"), "onnxruntime": Verdict("doubtful", "documented")},
-    ),
-    Rule(
-        "group-norm",
-        group_norm,
-        "export with opset 20 or lower, which writes it as InstanceNormalization",
-        documented("refused", "trt-10.3"),
-    ),
-    Rule(
-        "group-norm-one-group",
-        one_group,
-        "write it as Reshape, InstanceNormalization, Mul and Add (export with opset 20 or lower)",
-        documented("wrong", "trt-10.13", "trt-11"),
-    ),
-    Rule("float32", float32_layers, "convert the graph to FP16 before building: precision flags no longer exist",
+    Rule("opset", opset_range,
+         "export with an opset in that range (the ONNX version converter lowers one)",
+         {**documented("doubtful"), "onnxruntime": Verdict("doubtful", "documented")}),
+    Rule("group-norm", group_norm,
+         "export with opset 20 or lower, which writes it as InstanceNormalization",
+         documented("refused", "trt-10.3")),
+    Rule("group-norm-one-group", one_group,
+         "write it as Reshape, InstanceNormalization, Mul and Add (export with opset 20 or lower)",
+         documented("wrong", "trt-10.13", "trt-11")),
+    Rule("float32", float32_layers,
+         "convert the graph to FP16 before building: precision flags no longer exist",
          built_here("slow", "documented")),
-    Rule("dynamic-inputs", dynamic_inputs, "give smallest, usual and largest shapes (trtexec --minShapes, --optShapes, "
-         "--maxShapes)", built_here("note", "documented")),
-    Rule("node-names", node_names, "give every node a name of its own, so that the engine can be checked",
+    Rule("dynamic-inputs", dynamic_inputs,
+         "give smallest, usual and largest shapes (trtexec --minShapes, --optShapes, --maxShapes)",
          built_here("note", "documented")),
-    Rule("onnxruntime-accuracy", onnxruntime_accuracy, "set the session entry session.qdq_matmulnbits_accuracy_level "
-         "to 0, or results are off by 5e-3", {"onnxruntime": Verdict("note", "built here")}),
+    Rule("node-names", node_names,
+         "give every node a name of its own, so that the engine can be checked",
+         built_here("note", "documented")),
+    Rule("onnxruntime-accuracy", onnxruntime_accuracy,
+         "set the session entry session.qdq_matmulnbits_accuracy_level to 0, or results are off by"
+         " 5e-3", {"onnxruntime": Verdict("note", "built here")}),
 )  # fmt: skip

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import numpy as np
 import onnx
 
-from mpq_deploy.check.graph_view import Constant, Node
-from mpq_deploy.check.rule import Context, Found, Rule, Verdict, built_here, documented
+from mpq_deploy.check.graph_view import Node
+from mpq_deploy.check.rule import Context, Match, Rule, Verdict, built_here, documented
 from mpq_deploy.graph.dialects import FP4
 from mpq_deploy.graph.layers import STANDARD_DOMAINS
+from mpq_deploy.models.spec import Array
 
 QDQ = ("QuantizeLinear", "DequantizeLinear")
 # Data sheets and builds: FP8 from SM89 on; FP4 was built for SM120 only, and is documented from SM100 on.
@@ -19,197 +20,198 @@ INSTEAD = {
     "BitShift": "store 4-bit codes as an INT4 constant under a DequantizeLinear",
     "BitwiseAnd": "store 4-bit codes as an INT4 constant under a DequantizeLinear",
     "DynamicQuantizeLinear": "use fixed scales from calibration: QuantizeLinear and DequantizeLinear",
-    **dict.fromkeys(("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger"), "export in the Q/DQ format"),
+    **dict.fromkeys(
+        ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger"),
+        "export in the Q/DQ format",
+    ),
 }
 
 
-def unsupported_operator(context: Context) -> Iterator[Found]:
+def unsupported_operator(context: Context) -> Iterator[Match]:
     """Operators that the parser does not have."""
-    for node in context.view.nodes:
-        if node.domain in STANDARD_DOMAINS and node.op in context.dialect.unsupported:
-            instead = INSTEAD.get(node.op, "")
-            yield Found(node, f"the parser has no {node.op}{f': {instead}' if instead else ''}")
+    for node in context.view.nodes_of(*context.dialect.unsupported):
+        instead = f": {INSTEAD[node.op]}" if node.op in INSTEAD else ""
+        yield Match(node, f"the parser has no {node.op}{instead}")
 
 
-def doubtful_operator(context: Context) -> Iterator[Found]:
+def doubtful_operator(context: Context) -> Iterator[Match]:
     """Operators of which no source says that this release has them."""
-    for node in context.view.nodes:
-        if node.domain in STANDARD_DOMAINS and node.op in context.dialect.doubtful:
-            yield Found(node, f"no source says that the parser of this release has {node.op}")
+    for node in context.view.nodes_of(*context.dialect.doubtful):
+        yield Match(node, f"no source says that the parser of this release has {node.op}")
 
 
-def unknown_operator(context: Context) -> Iterator[Found]:
+def unknown_operator(context: Context) -> Iterator[Match]:
     """Operators unknown to ONNX at the model's opset: a misspelling, or a wrong opset."""
+    opset = context.view.opset
     for node in context.view.nodes:
-        if node.domain in STANDARD_DOMAINS and not onnx.defs.has(node.op, max_inclusive_version=context.view.opset):
-            yield Found(node, f"ONNX has no operator {node.op} at opset {context.view.opset}")
+        known = onnx.defs.has(node.op, max_inclusive_version=opset)
+        if node.domain in STANDARD_DOMAINS and not known:
+            yield Match(node, f"ONNX has no operator {node.op} at opset {opset}")
 
 
-def foreign_operator(context: Context) -> Iterator[Found]:
+def foreign_operator(context: Context) -> Iterator[Match]:
     """Operators of another domain, such as com.microsoft: they need a plugin of that name."""
     for node in context.view.nodes:
         if node.domain not in STANDARD_DOMAINS:
-            yield Found(node, f"{node.domain}::{node.op} is no operator of ONNX: it needs a plugin of that name")
+            name = f"{node.domain}::{node.op}"
+            yield Match(node, f"{name} is no operator of ONNX: it needs a plugin of that name")
 
 
-def constant_type(context: Context) -> Iterator[Found]:
+def constant_type(context: Context) -> Iterator[Match]:
     """Constants of a type that the runtime does not have: UINT4, INT2, INT16, strings."""
     for constant in context.view.constants.values():
         if constant.dtype in context.dialect.types or not context.dialect.tensorrt:
             continue
         for node, _ in context.view.readers.get(constant.name, [])[:1]:
-            yield Found(node, f"its constant '{constant.name}' is {constant.dtype}")
+            yield Match(node, f"its constant '{constant.name}' is {constant.dtype}")
 
 
-def uint8_codes(context: Context) -> Iterator[Found]:
-    """DequantizeLinear of UINT8 codes."""
-    for node in _nodes(context, "DequantizeLinear"):
-        maker = context.view.producer(node.input(0))
-        # What a QuantizeLinear makes is a matter of the rules on that.
-        if context.view.dtype(node.input(0)) == "UINT8" and (maker is None or maker.op != "QuantizeLinear"):
-            yield Found(node, "it dequantizes UINT8")
+def uint8_codes(context: Context) -> Iterator[Match]:
+    """DequantizeLinear of UINT8 codes that no QuantizeLinear makes: other rules look at those."""
+    for node in context.view.nodes_of("DequantizeLinear"):
+        producer = context.view.producer(node.input(0))
+        quantized = producer is not None and producer.op == "QuantizeLinear"
+        if context.view.dtype(node.input(0)) == "UINT8" and not quantized:
+            yield Match(node, "it dequantizes UINT8")
 
 
-def int32_codes(context: Context) -> Iterator[Found]:
+def int32_codes(context: Context) -> Iterator[Match]:
     """DequantizeLinear of INT32 codes: biases as ONNX Runtime's quantizer writes them."""
-    for node in _nodes(context, "DequantizeLinear"):
+    for node in context.view.nodes_of("DequantizeLinear"):
         if context.view.dtype(node.input(0)) == "INT32":
-            yield Found(node, "it dequantizes INT32")
+            yield Match(node, "it dequantizes INT32")
 
 
-def scalar_codes(context: Context) -> Iterator[Found]:
-    """DequantizeLinear of a scalar: the parser reshapes it, which quantized constants do not
-    survive.
-    """
-    for node in _nodes(context, "DequantizeLinear"):
+def scalar_codes(context: Context) -> Iterator[Match]:
+    """DequantizeLinear of a scalar: the parser reshapes it, which its builder does not survive."""
+    for node in context.view.nodes_of("DequantizeLinear"):
         constant = context.view.constants.get(node.input(0))
         if constant is not None and constant.shape == ():
-            yield Found(node, f"it dequantizes the single number '{constant.name}'")
+            yield Match(node, f"it dequantizes the single number '{constant.name}'")
 
 
-def uint8_zero_point(context: Context) -> Iterator[Found]:
+def uint8_zero_point(context: Context) -> Iterator[Match]:
     """QuantizeLinear to UINT8, by its zero point."""
-    for node in _nodes(context, "QuantizeLinear"):
+    for node in context.view.nodes_of("QuantizeLinear"):
         zero = context.view.constants.get(node.input(2))
         if zero is not None and zero.dtype == "UINT8" and not np.any(zero.array()):
-            yield Found(node, "its zero point is UINT8: TensorRT quantizes to INT8 instead, where values clip at 127")
+            yield Match(
+                node,
+                "its zero point is UINT8: TensorRT quantizes to INT8 instead, where values clip at 127",
+            )
 
 
-def uint8_by_default(context: Context) -> Iterator[Found]:
+def uint8_by_default(context: Context) -> Iterator[Match]:
     """QuantizeLinear that says no type at all: UINT8 in ONNX, INT8 in TensorRT."""
-    for node in _nodes(context, "QuantizeLinear"):
+    for node in context.view.nodes_of("QuantizeLinear"):
         if not node.input(2) and not node.get("output_dtype"):
-            yield Found(node, "it names no output type: ONNX means UINT8 by that, TensorRT takes INT8")
+            yield Match(node, "it names no output type: ONNX means UINT8 by that, TensorRT takes INT8")
 
 
-def zero_point_value(context: Context) -> Iterator[Found]:
+def zero_point_value(context: Context) -> Iterator[Match]:
     """A zero point other than 0."""
-    for node in _nodes(context, *QDQ):
+    for node in context.view.nodes_of(*QDQ):
         stored = context.view.stored(node.input(2)) if node.input(2) else None
-        if stored is not None and stored.constant is not None and np.any(stored.constant.array().astype(np.float32)):
-            yield Found(node, "its zero point is not 0")
+        zero = stored.constant if stored else None
+        if zero is not None and np.any(zero.array().astype(np.float32)):
+            yield Match(node, "its zero point is not 0")
 
 
-def computed_zero_point(context: Context) -> Iterator[Found]:
+def computed_zero_point(context: Context) -> Iterator[Match]:
     """A zero point that is computed at run time."""
-    for node in _nodes(context, *QDQ):
+    for node in context.view.nodes_of(*QDQ):
         if node.input(2) and not context.view.static(node.input(2)):
-            yield Found(node, "its zero point is computed at run time")
+            yield Match(node, "its zero point is computed at run time")
 
 
-def scale_value(context: Context) -> Iterator[Found]:
+def scale_value(context: Context) -> Iterator[Match]:
     """A scale that is 0 or negative: the parser refuses it."""
     for node, values in _scales(context):
         if np.any(values <= 0):
-            yield Found(node, f"its scale holds {float(values.min())}")
+            yield Match(node, f"its scale holds {float(values.min())}")
 
 
-def scale_not_finite(context: Context) -> Iterator[Found]:
+def scale_not_finite(context: Context) -> Iterator[Match]:
     """A scale that is infinite or no number: the parser lets it pass."""
     for node, values in _scales(context):
         bad = values[~np.isfinite(values)]
         if bad.size:
-            yield Found(node, f"its scale holds {float(bad.flat[0])}")
+            yield Match(node, f"its scale holds {float(bad.flat[0])}")
 
 
-def computed_scale(context: Context) -> Iterator[Found]:
+def computed_scale(context: Context) -> Iterator[Match]:
     """A scale that is computed from an input: this release wants a build-time constant."""
     if context.dialect.constant_scales:
-        for node in _nodes(context, *QDQ):
+        for node in context.view.nodes_of(*QDQ):
             if node.input(1) and not context.view.static(node.input(1)):
-                yield Found(node, "its scale is computed at run time")
+                yield Match(node, "its scale is computed at run time")
 
 
-def scale_type(context: Context) -> Iterator[Found]:
+def scale_type(context: Context) -> Iterator[Match]:
     """QuantizeLinear of one float type with a scale of another."""
-    for node in _nodes(context, "QuantizeLinear"):
+    for node in context.view.nodes_of("QuantizeLinear"):
         types = context.view.dtype(node.input(0)), context.view.dtype(node.input(1))
         if all(types) and types[0] != types[1]:
-            yield Found(node, f"it quantizes {types[0]} with a scale of {types[1]}")
+            yield Match(node, f"it quantizes {types[0]} with a scale of {types[1]}")
 
 
-def fp8_on_old_gpu(context: Context) -> Iterator[Found]:
+def fp8_on_old_gpu(context: Context) -> Iterator[Match]:
     """FP8 for a GPU without it."""
     yield from _needs_gpu(context, "FLOAT8", FP8_FROM, "FP8")
 
 
-def fp4_on_old_gpu(context: Context) -> Iterator[Found]:
+def fp4_on_old_gpu(context: Context) -> Iterator[Match]:
     """FP4 for a GPU without it."""
     yield from _needs_gpu(context, FP4, FP4_FROM, "FP4")
 
 
-def int4_on_old_gpu(context: Context) -> Iterator[Found]:
+def int4_on_old_gpu(context: Context) -> Iterator[Match]:
     """INT4 for Turing."""
     yield from _needs_gpu(context, "INT4", INT4_FROM, "INT4")
 
 
-def fp4_in_onnxruntime(context: Context) -> Iterator[Found]:
+def fp4_in_onnxruntime(context: Context) -> Iterator[Match]:
     """DequantizeLinear of FP4, which ONNX Runtime does not implement."""
-    for node in _nodes(context, "DequantizeLinear"):
+    for node in context.view.nodes_of("DequantizeLinear"):
         if context.view.dtype(node.input(0)) == FP4:
-            yield Found(node, "it dequantizes FP4")
+            yield Match(node, "it dequantizes FP4")
 
 
-def int4_reader(context: Context) -> Iterator[Found]:
+def int4_reader(context: Context) -> Iterator[Match]:
     """An INT4 constant read by anything but a DequantizeLinear or what only moves it."""
-    allowed = ("DequantizeLinear", "Concat", "Reshape", "Transpose", "Identity", "Shape", "Squeeze", "Unsqueeze")
+    moves = ("Concat", "Reshape", "Transpose", "Identity", "Shape", "Squeeze", "Unsqueeze")
     for name, constant in context.view.constants.items():
         for node, _ in context.view.readers.get(name, []) if constant.dtype == "INT4" else []:
-            if node.op not in allowed:
-                yield Found(node, f"{node.op} reads the INT4 constant '{name}'")
+            if node.op not in ("DequantizeLinear", *moves):
+                yield Match(node, f"{node.op} reads the INT4 constant '{name}'")
 
 
-def odd_int4(context: Context) -> Iterator[Found]:
+def odd_int4(context: Context) -> Iterator[Match]:
     """INT4 of an odd number of elements, or for TensorRT proper of an odd last dimension."""
-    for node, constant in _int4_codes(context):
-        if constant.elements % 2:
-            yield Found(node, f"'{constant.name}' {list(constant.shape)} has an odd number of INT4 elements")
-        elif constant.shape[-1] % 2 and not context.dialect.odd_rows:
-            yield Found(
-                node, f"the last dimension of the INT4 constant '{constant.name}' {list(constant.shape)} is odd"
-            )
-
-
-def _int4_codes(context: Context) -> Iterator[tuple[Node, Constant]]:
-    for node in _nodes(context, "DequantizeLinear"):
+    for node in context.view.nodes_of("DequantizeLinear"):
         constant = context.view.constants.get(node.input(0))
-        if constant is not None and constant.dtype == "INT4":
-            yield node, constant
+        if constant is None or constant.dtype != "INT4":
+            continue
+        what = f"'{constant.name}' {list(constant.shape)}"
+        if constant.elements % 2:
+            yield Match(node, f"{what} has an odd number of INT4 elements")
+        elif constant.shape[-1] % 2 and not context.dialect.odd_rows:
+            yield Match(node, f"the last dimension of the INT4 constant {what} is odd")
 
 
-def _needs_gpu(context: Context, prefix: str, first: int, name: str) -> Iterator[Found]:
+def _needs_gpu(context: Context, prefix: str, first: int, name: str) -> Iterator[Match]:
     oldest = context.oldest
     if oldest is None or oldest >= first:
         return
-    for node in _nodes(context, *QDQ):
+    for node in context.view.nodes_of(*QDQ):
         quantized = node.outputs[0] if node.op == "QuantizeLinear" else node.input(0)
         if context.view.dtype(quantized).startswith(prefix):
-            yield Found(node, f"it uses {name}, which begins with SM{first}; the target includes SM{oldest}")
+            yield Match(node, f"it uses {name}, which needs SM{first} or newer; the target has SM{oldest}")
 
 
-def _scales(context: Context) -> Iterator[tuple[Node, np.ndarray[tuple[int, ...], np.dtype[np.float64]]]]:
+def _scales(context: Context) -> Iterator[tuple[Node, Array]]:
     seen: set[str] = set()
-    for node in _nodes(context, *QDQ):
+    for node in context.view.nodes_of(*QDQ):
         scale = context.view.scale(node)
         # A Q/DQ pair has one scale: its first reader is named.
         if scale is not None and scale.name not in seen:
@@ -217,94 +219,56 @@ def _scales(context: Context) -> Iterator[tuple[Node, np.ndarray[tuple[int, ...]
             yield node, scale.array().astype(np.float64)
 
 
-def _nodes(context: Context, *ops: str) -> Iterator[Node]:
-    return (node for node in context.view.nodes if node.op in ops and node.domain in STANDARD_DOMAINS)
-
-
 KEEP_FLOAT = "leave the layer in FP16, or use another precision"
 SYMMETRIC = "quantize symmetrically to INT8 with zero point 0 (leave the zero point of INT4 out)"
 
 TYPE_RULES = (
-    Rule(
-        "operator-unknown",
-        unknown_operator,
-        "export again with the opset that has it, or correct its name",
-        {**documented("refused"), "onnxruntime": Verdict("refused", "documented")},
-    ),
-    Rule(
-        "operator-unsupported",
-        unsupported_operator,
-        "replace it by operators that the parser has",
-        built_here("refused", "documented"),
-    ),
-    Rule(
-        "operator-doubtful",
-        doubtful_operator,
-        "export with opset 20, which writes it in smaller operators, or try it on the device",
-        {**documented("doubtful", "trt-10.13"), "trt-11": Verdict("doubtful", "unproven")},
-    ),
-    Rule(
-        "operator-foreign",
-        foreign_operator,
-        "export to plain ONNX operators (for MatMulNBits: an INT4 constant, DequantizeLinear and MatMul)",
-        built_here("refused", "documented"),
-    ),
-    Rule(
-        "constant-type",
-        constant_type,
-        "store codes as INT8 or INT4 (signed), indices as INT32 or INT64, numbers as FP16 or FP32",
-        built_here("refused", "documented"),
-    ),
+    Rule("operator-unknown", unknown_operator,
+         "export again with the opset that has it, or correct its name",
+         {**documented("refused"), "onnxruntime": Verdict("refused", "documented")}),
+    Rule("operator-unsupported", unsupported_operator,
+         "replace it by operators that the parser has", built_here("refused", "documented")),
+    Rule("operator-doubtful", doubtful_operator,
+         "export with opset 20, which writes it in smaller operators, or try it on the device",
+         {**documented("doubtful", "trt-10.13"), "trt-11": Verdict("doubtful", "unproven")}),
+    Rule("operator-foreign", foreign_operator,
+         "export to plain ONNX operators (for MatMulNBits: an INT4 constant, DequantizeLinear and "
+         "MatMul)", built_here("refused", "documented")),
+    Rule("constant-type", constant_type,
+         "store codes as INT8 or INT4 (signed), indices as INT32 or INT64, numbers as FP16 or FP32",
+         built_here("refused", "documented")),
     Rule("uint8-codes", uint8_codes, SYMMETRIC, built_here("refused", "documented")),
-    Rule(
-        "int32-codes",
-        int32_codes,
-        "leave biases in float (onnxruntime's quantize_static: extra_options QuantizeBias False)",
-        built_here("refused", "documented"),
-    ),
-    Rule(
-        "scalar-codes",
-        scalar_codes,
-        "leave single numbers in float (quantize only Conv, Gemm and MatMul)",
-        built_here("refused"),
-    ),
+    Rule("int32-codes", int32_codes,
+         "leave biases in float (onnxruntime's quantize_static: extra_options QuantizeBias False)",
+         built_here("refused", "documented")),
+    Rule("scalar-codes", scalar_codes,
+         "leave single numbers in float (quantize only Conv, Gemm and MatMul)",
+         built_here("refused")),
     Rule("uint8-zero-point", uint8_zero_point, SYMMETRIC, documented("wrong")),
-    Rule(
-        "uint8-by-default",
-        uint8_by_default,
-        "set output_dtype to INT8 (opset 21) or give an INT8 zero point of 0",
-        {**documented("doubtful"), "trt-rtx": Verdict("doubtful", "built here")},
-    ),
+    Rule("uint8-by-default", uint8_by_default,
+         "set output_dtype to INT8 (opset 21) or give an INT8 zero point of 0",
+         {**documented("doubtful"), "trt-rtx": Verdict("doubtful", "built here")}),
     Rule("zero-point", zero_point_value, SYMMETRIC, built_here("refused", "documented")),
-    Rule("zero-point-computed", computed_zero_point, SYMMETRIC, built_here("refused", "documented")),
-    Rule("scale-positive", scale_value, "calibrate again: every scale is above 0", built_here("refused", "documented")),
-    Rule(
-        "scale-finite",
-        scale_not_finite,
-        "calibrate again: every scale is a finite number",
-        {**built_here("wrong", "documented"), "onnxruntime": Verdict("wrong", "documented")},
-    ),
-    Rule("scale-constant", computed_scale, "use a constant scale from calibration", documented("refused", "trt-10.3")),
-    Rule(
-        "scale-type",
-        scale_type,
-        "give the scale the type of what it quantizes (FP16 in an FP16 graph)",
-        {**documented("refused", "trt-10.3"), **documented("doubtful", "trt-10.13", "trt-11")},
-    ),
+    Rule("zero-point-computed", computed_zero_point, SYMMETRIC,
+         built_here("refused", "documented")),
+    Rule("scale-positive", scale_value, "calibrate again: every scale is above 0",
+         built_here("refused", "documented")),
+    Rule("scale-finite", scale_not_finite, "calibrate again: every scale is a finite number",
+         {**built_here("wrong", "documented"), "onnxruntime": Verdict("wrong", "documented")}),
+    Rule("scale-constant", computed_scale, "use a constant scale from calibration",
+         documented("refused", "trt-10.3")),
+    Rule("scale-type", scale_type,
+         "give the scale the type of what it quantizes (FP16 in an FP16 graph)",
+         {**documented("refused", "trt-10.3"), **documented("doubtful", "trt-10.13", "trt-11")}),
     Rule("fp8-gpu", fp8_on_old_gpu, KEEP_FLOAT, built_here("refused", "documented")),
     Rule("fp4-gpu", fp4_on_old_gpu, KEEP_FLOAT, built_here("refused", "documented")),
-    Rule(
-        "int4-gpu",
-        int4_on_old_gpu,
-        "use INT8 weights on this GPU (scheme w8a16 or w8a8)",
-        built_here("refused", "documented"),
-    ),
-    Rule("fp4-onnxruntime", fp4_in_onnxruntime, KEEP_FLOAT, {"onnxruntime": Verdict("refused", "built here")}),
-    Rule(
-        "int4-reader",
-        int4_reader,
-        "dequantize INT4 with DequantizeLinear (to requantize: QuantizeLinear after it)",
-        built_here("refused"),
-    ),
-    Rule("int4-odd", odd_int4, "use INT8 for this weight, or leave it in FP16", built_here("refused", "documented")),
-)
+    Rule("int4-gpu", int4_on_old_gpu, "use INT8 weights on this GPU (scheme w8a16 or w8a8)",
+         built_here("refused", "documented")),
+    Rule("fp4-onnxruntime", fp4_in_onnxruntime, KEEP_FLOAT,
+         {"onnxruntime": Verdict("refused", "built here")}),
+    Rule("int4-reader", int4_reader,
+         "dequantize INT4 with DequantizeLinear (to requantize: QuantizeLinear after it)",
+         built_here("refused")),
+    Rule("int4-odd", odd_int4, "use INT8 for this weight, or leave it in FP16",
+         built_here("refused", "documented")),
+)  # fmt: skip

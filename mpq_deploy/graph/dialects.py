@@ -12,55 +12,16 @@ from dataclasses import dataclass
 from mpq_deploy.errors import UsageError, nearest
 
 # What no TensorRT parser takes: the operators that tensorrt_rtx 1.7.1 refuses, which are those of operators.md (10.15).
-UNSUPPORTED = frozenset(
-    (
-        "AffineGrid",
-        "Bernoulli",
-        "BitCast",
-        "BitShift",
-        "BitwiseAnd",
-        "BitwiseNot",
-        "BitwiseOr",
-        "BitwiseXor",
-        "CenterCropPad",
-        "Col2Im",
-        "Compress",
-        "ConcatFromSequence",
-        "ConvInteger",
-        "CumProd",
-        "DFT",
-        "Det",
-        "DynamicQuantizeLinear",
-        "ImageDecoder",
-        "MatMulInteger",
-        "MaxRoiPool",
-        "MaxUnpool",
-        "MelWeightMatrix",
-        "Multinomial",
-        "NegativeLogLikelihoodLoss",
-        "Optional",
-        "OptionalGetElement",
-        "OptionalHasElement",
-        "QLinearConv",
-        "QLinearMatMul",
-        "RegexFullMatch",
-        "SequenceAt",
-        "SequenceConstruct",
-        "SequenceEmpty",
-        "SequenceErase",
-        "SequenceInsert",
-        "SequenceLength",
-        "SequenceMap",
-        "SoftmaxCrossEntropyLoss",
-        "SplitToSequence",
-        "StringConcat",
-        "StringNormalizer",
-        "StringSplit",
-        "SwiGLU",
-        "TfIdfVectorizer",
-        "Unique",
-    )
-)
+UNSUPPORTED = frozenset({
+    "AffineGrid", "Bernoulli", "BitCast", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr",
+    "BitwiseXor", "CenterCropPad", "Col2Im", "Compress", "ConcatFromSequence", "ConvInteger",
+    "CumProd", "DFT", "Det", "DynamicQuantizeLinear", "ImageDecoder", "MatMulInteger", "MaxRoiPool",
+    "MaxUnpool", "MelWeightMatrix", "Multinomial", "NegativeLogLikelihoodLoss", "Optional",
+    "OptionalGetElement", "OptionalHasElement", "QLinearConv", "QLinearMatMul", "RegexFullMatch",
+    "SequenceAt", "SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert",
+    "SequenceLength", "SequenceMap", "SoftmaxCrossEntropyLoss", "SplitToSequence", "StringConcat",
+    "StringNormalizer", "StringSplit", "SwiGLU", "TfIdfVectorizer", "Unique",
+})  # fmt: skip
 # Operators of opset 23 and later: in operators.md of 10.15, not in the parser of 2024.
 SINCE_2025 = frozenset({"Attention", "RMSNormalization", "RotaryEmbedding"})
 SINCE_2026 = frozenset({"CausalConvWithState", "LinearAttention", "Swish", "TensorScatter"})
@@ -158,7 +119,6 @@ DIALECTS: dict[str, Dialect] = {
 def dialect_named(name: str) -> Dialect:
     """Return the dialect of that name. Raises UsageError for an unknown one."""
     if name not in DIALECTS:
-        raise UsageError(
-            f"Unknown dialect '{name}'.", f"{nearest(name, DIALECTS)}Known dialects: {', '.join(DIALECTS)}."
-        )
+        hint = f"{nearest(name, DIALECTS)}Known dialects: {', '.join(DIALECTS)}."
+        raise UsageError(f"Unknown dialect '{name}'.", hint)
     return DIALECTS[name]

@@ -20,6 +20,7 @@ import onnx_ir as ir
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.constants import add_constant
 from mpq_deploy.graph.layers import LAYER_OPS, STANDARD_DOMAINS
+from mpq_deploy.graph.passes.base import subgraph_node
 
 # Input slots that ONNX keeps in FP32 whatever the tensor's type: Resize's roi and scales.
 FLOAT32_SLOTS = {"Resize": (1, 2)}
@@ -44,44 +45,42 @@ class Fp16Region:
 
 def fp16_region(model: ir.Model, timestep: str, sample: str) -> Fp16Region:
     """Find the FP32 island of ``model``; ``timestep`` and ``sample`` are names of graph inputs."""
+    branch = subgraph_node(model)
+    if branch is not None:
+        raise ModelError(
+            f"The node '{branch.name}' ({branch.op_type}) holds a subgraph.",
+            "Control flow is not supported: export the model without If, Loop and Scan.",
+        )
     sources = _float_sources(model)
     positions = {timestep}
-    for node in model.graph:
-        if any(attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in _attributes(node)):
-            raise ModelError(
-                f"The node '{node.name}' ({node.op_type}) holds a subgraph.",
-                "Control flow is not supported: export the model without If, Loop and Scan.",
-            )
-        if node.op_type in ("Sin", "Cos") and sources[node] is not None:
-            positions |= sources[node] or set()
+    sinusoids = [node for node in model.graph if node.op_type in ("Sin", "Cos")]
+    for node in sinusoids:
+        positions |= sources[node] or set()
     positions.discard(sample)
-    nodes32 = set()
-    for node in model.graph:
-        found = sources[node]
-        if found and found <= positions:
-            nodes32.add(node.name or "")
+    nodes32 = {node.name or "" for node, reach in sources.items() if reach and reach <= positions}
     # Positions that are made of constants: rotary embeddings of a video's frames, rows and columns.
-    nodes32 |= {node.name or "" for node in model.graph if node.op_type in ("Sin", "Cos") and sources[node] == set()}
+    nodes32 |= {node.name or "" for node in sinusoids if sources[node] == set()}
     # Constants made on the way, such as Expand(1, shape), that only the island reads belong to it.
     for node in reversed(model.graph):
         readers = [reader.name for output in node.outputs for reader, _ in output.uses()]
         if sources[node] == set() and readers and all(name in nodes32 for name in readers):
             nodes32.add(node.name or "")
     nodes32 |= _out_of_range(model)
-    nodes32 |= {node.name or "" for node in model.graph if _takes_no_half(node, model.graph.opset_imports.get("", 0))}
+    opset = model.graph.opset_imports.get("", 0)
+    nodes32 |= {node.name or "" for node in model.graph if _takes_no_half(node, opset)}
     inputs32 = {value.name or "" for value in model.graph.inputs if value.name in positions}
     return Fp16Region(frozenset(nodes32), frozenset(inputs32))
 
 
 def _out_of_range(model: ir.Model) -> set[str]:
     """Return the names of nodes with a scalar beyond FP16, and of those that follow them into a root or quotient."""
-    found: set[str] = set()
+    names: set[str] = set()
     for node in model.graph:
-        sources = [value.producer() for value in node.inputs if value is not None]
-        follows = node.op_type in FOLLOWING and any(made is not None and made.name in found for made in sources)
-        if follows or _holds_no_half(node):
-            found.add(node.name or "")
-    return found
+        producers = [value.producer() for value in node.inputs if value is not None]
+        follows = any(producer is not None and producer.name in names for producer in producers)
+        if (node.op_type in FOLLOWING and follows) or _holds_no_half(node):
+            names.add(node.name or "")
+    return names
 
 
 def _holds_no_half(node: ir.Node) -> bool:
@@ -102,9 +101,10 @@ def _takes_no_half(node: ir.Node, opset: int) -> bool:
     if node.domain not in STANDARD_DOMAINS or not onnx.defs.has(node.op_type, opset):
         return False
     schema = onnx.defs.get_schema(node.op_type, opset)
-    allowed = {constraint.type_param_str: constraint.allowed_type_strs for constraint in schema.type_constraints}
+    allowed = {one.type_param_str: one.allowed_type_strs for one in schema.type_constraints}
+    slots32 = FLOAT32_SLOTS.get(node.op_type, ())
     for index, value in enumerate(node.inputs):
-        if value is None or value.dtype != ir.DataType.FLOAT or index in FLOAT32_SLOTS.get(node.op_type, ()):
+        if value is None or value.dtype != ir.DataType.FLOAT or index in slots32:
             continue
         # The last parameter of a variadic operator stands for all further inputs.
         parameter = schema.inputs[min(index, len(schema.inputs) - 1)].type_str
@@ -113,19 +113,16 @@ def _takes_no_half(node: ir.Node, opset: int) -> bool:
     return False
 
 
-def _attributes(node: ir.Node) -> list[ir.Attr]:
-    return [a for a in node.attributes.values() if isinstance(a, ir.Attr)]
-
-
 def _float_sources(model: ir.Model) -> dict[ir.Node, set[str] | None]:
     """Graph inputs that reach each node without crossing a layer or a Shape; None once a layer was crossed."""
-    reach: dict[ir.Value, set[str] | None] = {value: {value.name or ""} for value in model.graph.inputs}
+    reach: dict[ir.Value, set[str] | None]
+    reach = {value: {value.name or ""} for value in model.graph.inputs}
     sources: dict[ir.Node, set[str] | None] = {}
     for node in model.graph:
         merged: set[str] | None = set()
         for value in node.inputs:
-            found = reach.get(value, set()) if value is not None else set()
-            merged = None if merged is None or found is None else merged | found
+            names = reach.get(value, set()) if value is not None else set()
+            merged = None if merged is None or names is None else merged | names
         if node.op_type in LAYER_OPS:
             merged = None
         sources[node] = merged
@@ -141,7 +138,7 @@ def split_initializers(model: ir.Model, region: Fp16Region) -> list[ir.Value]:
     """
     chosen = [value for value in model.graph.initializers.values() if is_stored_half(value, region)]
     for value in chosen:
-        in32 = [(node, index) for node, index in value.uses() if not region.takes_fp16(node, index)]
+        in32 = [use for use in value.uses() if not region.takes_fp16(*use)]
         if in32:
             assert value.const_value is not None
             copy = add_constant(model, f"{value.name}//fp32", value.const_value)
@@ -152,7 +149,7 @@ def split_initializers(model: ir.Model, region: Fp16Region) -> list[ir.Value]:
 
 def is_stored_half(value: ir.Value, region: Fp16Region) -> bool:
     """Say whether ``value``, an FP32 constant, is to be stored in FP16: an FP16 node reads it."""
-    return value.dtype == ir.DataType.FLOAT and any(region.takes_fp16(node, index) for node, index in value.uses())
+    return value.dtype == ir.DataType.FLOAT and any(region.takes_fp16(*use) for use in value.uses())
 
 
 def store_float16(values: list[ir.Value]) -> None:

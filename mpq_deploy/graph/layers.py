@@ -103,7 +103,7 @@ class LayerGraph:
 
 def layer_graph(model: ir.Model) -> LayerGraph:
     """Find the layers of ``model``, in graph order; a weight shared by several nodes is one layer."""
-    found: dict[str, list[tuple[ir.Node, LayerUse]]] = {}
+    users: dict[str, list[tuple[ir.Node, LayerUse]]] = {}
     refused: dict[str, tuple[str, str]] = {}
     for node in model.graph:
         for index, value in enumerate(node.inputs):
@@ -113,10 +113,12 @@ def layer_graph(model: ir.Model) -> LayerGraph:
             if reason:
                 refused.setdefault(value.name, (node.op_type, reason))
             else:
-                use = LayerUse(node.name or "", node.inputs[0].name or "", node.outputs[0].name or "")  # type: ignore[union-attr]
-                found.setdefault(value.name, []).append((node, use))
+                source = node.inputs[0]
+                assert source is not None  # as _refusal says
+                use = LayerUse(node.name or "", source.name or "", node.outputs[0].name or "")
+                users.setdefault(value.name, []).append((node, use))
     layers: list[Layer] = []
-    for weight, uses in found.items():
+    for weight, uses in users.items():
         node = uses[0][0]
         if weight in refused:
             refused[weight] = (node.op_type, f"its weight is also used by {refused[weight][0]}")
@@ -125,16 +127,16 @@ def layer_graph(model: ir.Model) -> LayerGraph:
             refused[weight] = (node.op_type, "its weight is shared by nodes of different form")
             continue
         shape = _shape(model.graph.initializers[weight])
-        name = weight.removesuffix(".weight") if len(weight) > len(".weight") else (node.name or weight)
-        layers.append(
-            Layer(name, node.op_type, weight, shape, _out_axis(node), _group(node), tuple(u for _, u in uses))
-        )
-    others = tuple(
-        OtherWeight(name, op, prod(_shape(model.graph.initializers[name])), reason)
-        for name, (op, reason) in refused.items()
-        if sum(size > 1 for size in _shape(model.graph.initializers[name])) >= 2
-    )
-    return LayerGraph(model, tuple(layers), others)
+        short = len(weight) <= len(".weight")
+        name = (node.name or weight) if short else weight.removesuffix(".weight")
+        places = tuple(use for _, use in uses)
+        layers.append(Layer(name, node.op_type, weight, shape, _out_axis(node), _group(node), places))
+    others = []
+    for name, (op, reason) in refused.items():
+        shape = _shape(model.graph.initializers[name])
+        if sum(size > 1 for size in shape) >= 2:
+            others.append(OtherWeight(name, op, prod(shape), reason))
+    return LayerGraph(model, tuple(layers), tuple(others))
 
 
 def dataflow(model: ir.Model) -> nx.DiGraph:

@@ -5,7 +5,6 @@ In: a path. Out: an ``onnx_ir.Model`` whose weights stay on disk (memory-mapped)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
@@ -103,14 +102,14 @@ def check_external_data(proto: onnx.ModelProto, path: Path) -> None:
             )
         if file.stat().st_nlink > 1:
             raise ModelError(
-                f"'{location}' beside {path} is a hard link, which may be a file of anywhere, and is refused.",
+                f"'{location}' beside {path} is a hard link, which could expose files outside the model's folder.",
                 "Copy the file instead of linking it.",
             )
         needed = int(entries.get("offset", 0)) + int(entries.get("length", 0))
         if file.stat().st_size < needed:
             raise ModelError(
-                f"'{location}' beside {path} has {file.stat().st_size:,} bytes, but '{tensor.name}' ends at "
-                f"{needed:,}.",
+                f"'{location}' beside {path} has {file.stat().st_size:,} bytes, but '{tensor.name}' "
+                f"ends at {needed:,}.",
                 "The data file is truncated: export or copy it again.",
             )
 
@@ -118,36 +117,30 @@ def check_external_data(proto: onnx.ModelProto, path: Path) -> None:
 def external_files(proto: onnx.ModelProto, path: Path) -> list[Path]:
     """Return the files in which the model at ``path`` keeps its weights, sorted."""
     entries = [entry for tensor in _external_tensors(proto) for entry in tensor.external_data]
-    return [
-        path.resolve().parent / name for name in sorted({entry.value for entry in entries if entry.key == "location"})
-    ]
+    names = sorted({entry.value for entry in entries if entry.key == "location"})
+    return [path.resolve().parent / name for name in names]
 
 
-def _external_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """Yield every tensor with external data: initializers and attributes, subgraphs and functions included."""
-    yield from _external_of(proto.graph.initializer)
+def _external_tensors(proto: onnx.ModelProto) -> list[onnx.TensorProto]:
+    """Return the tensors with external data, also those of attributes, subgraphs and functions."""
+    tensors = list(proto.graph.initializer)
     nodes = [*proto.graph.node, *(node for function in proto.functions for node in function.node)]
     while nodes:
         for attribute in nodes.pop().attribute:
-            yield from _external_of([attribute.t, *attribute.tensors])
+            tensors += [attribute.t, *attribute.tensors]
             for graph in [attribute.g, *attribute.graphs]:
-                yield from _external_of(graph.initializer)
-                nodes.extend(graph.node)
-
-
-def _external_of(tensors: object) -> Iterator[onnx.TensorProto]:
-    for tensor in tensors:  # type: ignore[attr-defined]
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            yield tensor
+                tensors += graph.initializer
+                nodes += graph.node
+    return [tensor for tensor in tensors if tensor.data_location == onnx.TensorProto.EXTERNAL]
 
 
 def normalise(model: ir.Model) -> ir.Model:
-    """Return ``model`` with constants as initializers, weights folded, unique node names and opset 21 or later.
+    """Return ``model`` after the passes of ``NORMAL_FORM``; doing it twice changes nothing.
 
-    ``NORMAL_FORM`` lists the passes: functions inlined, Constant nodes initializers, types inferred, floats FP32, masks
-    finite, GroupNormalization as InstanceNormalization, shape and type operators on weights folded, what nothing reads
-    are dropped. Doing it twice changes nothing. Raises ModelError when the opset, a norm or half precision cannot be
-    converted, or a type follows from nothing.
+    Then functions are inlined, Constant nodes are initializers, types known, floats FP32, masks
+    finite, norms InstanceNormalization, shape operators folded into weights, node names unique, and
+    the opset is 21 or later. Raises ModelError when the opset, a norm or half precision cannot be
+    converted, or a type cannot be inferred.
     """
     return run_passes(model, NORMAL_FORM).model
 

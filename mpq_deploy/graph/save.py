@@ -53,15 +53,9 @@ def _write_data(model: ir.Model, path: Path) -> dict[str, ir.ExternalTensor]:
                 start = file.tell()
                 file.write(tensor.tobytes())
                 places[id(tensor)] = (start, file.tell() - start)
-            offset, length = places[id(tensor)]
-            written[value.name or ""] = ir.ExternalTensor(
-                path.name,
-                offset,
-                length,
-                tensor.dtype,
-                shape=ir.Shape(tensor.shape.numpy()),
-                name=value.name or "",
-                base_dir=path.parent,
+            shape, name = ir.Shape(tensor.shape.numpy()), value.name or ""
+            written[name] = ir.ExternalTensor(
+                path.name, *places[id(tensor)], tensor.dtype, shape=shape, name=name, base_dir=path.parent
             )
         file.flush()
         os.fsync(file.fileno())
@@ -78,7 +72,7 @@ def constant_bytes(path: Path, skipped: Collection[str] = ()) -> int:
     total = 0
     constants = [tensor for tensor in model.graph.initializer if tensor.name not in skipped]
     for node in (one for one in model.graph.node if one.op_type == "Constant"):
-        constants += [attribute.t for attribute in node.attribute if attribute.type == onnx.AttributeProto.TENSOR]
+        constants += [one.t for one in node.attribute if one.type == onnx.AttributeProto.TENSOR]
     for tensor in constants:
         place = {entry.key: entry.value for entry in tensor.external_data}
         if tensor.data_location == onnx.TensorProto.EXTERNAL:

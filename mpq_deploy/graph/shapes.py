@@ -25,14 +25,14 @@ def inferred_shapes(proto: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]
 
 
 def _complete(graph: onnx.GraphProto) -> dict[str, tuple[int, ...]]:
-    found = {}
+    shapes = {}
     for value in (*graph.input, *graph.value_info, *graph.output):
         tensor = value.type.tensor_type
         dims = tensor.shape.dim
         # Without a shape at all the list of sizes is empty too, as that of a scalar is.
         if tensor.elem_type and tensor.HasField("shape") and all(dim.HasField("dim_value") for dim in dims):
-            found[value.name] = tuple(dim.dim_value for dim in dims)
-    return found
+            shapes[value.name] = tuple(dim.dim_value for dim in dims)
+    return shapes
 
 
 def inferred_graph(proto: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> onnx.GraphProto:

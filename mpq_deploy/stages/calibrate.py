@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpq_deploy.graph.dialect_check import OPERATOR_RULES, check_dialect
+from mpq_deploy.check.check import OPERATOR_RULES, check_dialect
 from mpq_deploy.run.common import settings, version_of
 from mpq_deploy.run.stage import Stage
 from mpq_deploy.run.stage_memory import check_memory

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpq_deploy.check.check import check_dialect
 from mpq_deploy.errors import MpqError
-from mpq_deploy.graph.dialect_check import check_dialect
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED
 from mpq_deploy.graph.writers.plan_graphs import write_plan
 from mpq_deploy.run.common import version_of

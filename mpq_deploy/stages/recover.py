@@ -7,9 +7,9 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpq_deploy.check.check import check_dialect
 from mpq_deploy.errors import MissingDependencyError, MpqError
 from mpq_deploy.formats.scheme import SCHEMES
-from mpq_deploy.graph.dialect_check import check_dialect
 from mpq_deploy.graph.dialects import dialect_named
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED
 from mpq_deploy.graph.writers.plan_graphs import write_plan

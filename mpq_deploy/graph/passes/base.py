@@ -41,6 +41,21 @@ def ensure(holds: bool, otherwise: str) -> None:
         raise ir.passes.PostconditionError(otherwise)
 
 
+def cast_node(value: ir.Value, dtype: ir.DataType, name: str, output: str) -> ir.Node:
+    """Return a new node ``name`` that casts ``value`` to ``dtype``, as the tensor ``output``."""
+    node = ir.node("Cast", [value], {"to": int(dtype)}, name=name, num_outputs=1)
+    node.outputs[0].name, node.outputs[0].shape = output, value.shape
+    node.outputs[0].type = ir.TensorType(dtype)
+    return node
+
+
+def subgraph_node(model: ir.Model) -> ir.Node | None:
+    """Return the first node with a subgraph (If, Loop, Scan), None where there is none."""
+    kinds = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+    nodes = (node for node in model.graph for one in node.attributes.values() if one.type in kinds)
+    return next(nodes, None)
+
+
 def require_names(model: ir.Model) -> None:
     """Raise PreconditionError unless every node has a name of its own."""
     names = [node.name for node in model.graph]

@@ -35,7 +35,7 @@ class DropSqueezesPass(GraphPass):
 def _does_nothing(node: ir.Node) -> bool:
     if node.op_type != "Squeeze" or node.domain not in STANDARD_DOMAINS:
         return False
-    source, axes = node.inputs[0], node.inputs[1] if len(node.inputs) > 1 else None
+    source, axes = (*node.inputs, None)[:2]
     if source is None or source.shape is None or axes is None or axes.const_value is None:
         return False
     sizes = [source.shape[int(axis)] for axis in axes.const_value.numpy().reshape(-1)]

@@ -44,7 +44,7 @@ class FoldConstantsPass(GraphPass):
 
 
 def _fold_all(graph: ir.Graph) -> bool:
-    """Fold from every weight on, once; say whether anything folded. (What is folded may be the indices of another.)"""
+    """Fold from every weight on, once; say whether anything folded (maybe another's indices)."""
     modified = False
     for value in list(graph.initializers.values()):
         pending = [value]
@@ -59,12 +59,12 @@ def _fold_uses(graph: ir.Graph, value: ir.Value) -> list[ir.Value]:
     """Fold the uses of one initializer that can be; return the new initializers."""
     folded = []
     for nodes, sole in list(_foldable(graph, value)):
-        op = nodes[0].op_type
-        name = value.name or op
+        fold, suffix = _FOLDS[nodes[0].op_type]
+        name = value.name or nodes[0].op_type
         if not sole:
-            name = _free_name(graph, f"{name}.{_SUFFIXES[op]}")
-        array = _FOLDS[op](value.const_value.numpy(), nodes[0])  # type: ignore[union-attr]
-        replacement = constant(name, array)
+            name = _free_name(graph, f"{name}.{suffix}")
+        assert value.const_value is not None  # an initializer
+        replacement = constant(name, fold(value.const_value.numpy(), nodes[0]))
         for node in nodes:
             node.outputs[0].replace_all_uses_with(replacement)
             graph.remove(node, safe=True)
@@ -92,9 +92,8 @@ def _foldable(graph: ir.Graph, value: ir.Value) -> Iterator[tuple[list[ir.Node],
 
 def _fold_key(graph: ir.Graph, node: ir.Node, index: int) -> Key | None:
     """Return what the fold depends on besides the weight, or None when the node stays."""
-    if index != 0 or node.op_type not in _FOLDS or node.domain not in STANDARD_DOMAINS or node.graph is not graph:
-        return None
-    if node.outputs[0].is_graph_output():
+    ours = node.domain in STANDARD_DOMAINS and node.graph is graph
+    if index != 0 or node.op_type not in _FOLDS or not ours or node.outputs[0].is_graph_output():
         return None
     if node.op_type == "CastLike":
         like = node.inputs[1]
@@ -109,8 +108,8 @@ def _fold_key(graph: ir.Graph, node: ir.Node, index: int) -> Key | None:
 
 
 def _free_name(graph: ir.Graph, name: str) -> str:
-    taken, number, free = graph.initializers, 1, name
-    while free in taken:
+    number, free = 1, name
+    while free in graph.initializers:
         number += 1
         free = f"{name}.{number}"
     return free
@@ -120,8 +119,8 @@ def _integers(node: ir.Node, index: int, attribute: str) -> list[int] | None:
     """Return integers given as input ``index`` or, in older opsets, as an attribute."""
     if len(node.inputs) > index and node.inputs[index] is not None:
         return [int(i) for i in node.inputs[index].const_value.numpy().ravel()]  # type: ignore[union-attr]
-    found = node.attributes.get(attribute)
-    return None if found is None else [int(i) for i in found.value]
+    given = node.attributes.get(attribute)
+    return None if given is None else [int(i) for i in given.value]
 
 
 def _transpose(array: Array, node: ir.Node) -> Array:
@@ -129,11 +128,11 @@ def _transpose(array: Array, node: ir.Node) -> Array:
 
 
 def _reshape(array: Array, node: ir.Node) -> Array:
-    wanted = _integers(node, 1, "shape") or []
+    shape = _integers(node, 1, "shape") or []
     keep_zero = node.attributes.get("allowzero")
     if keep_zero is None or not keep_zero.value:
-        wanted = [array.shape[i] if size == 0 else size for i, size in enumerate(wanted)]
-    return array.reshape(wanted)
+        shape = [array.shape[i] if size == 0 else size for i, size in enumerate(shape)]
+    return array.reshape(shape)
 
 
 def _flatten(array: Array, node: ir.Node) -> Array:
@@ -170,23 +169,14 @@ def _slice(array: Array, node: ir.Node) -> Array:
     return np.ascontiguousarray(array[tuple(cut)])
 
 
-_FOLDS: dict[str, Callable[[Array, ir.Node], Array]] = {
-    "Transpose": _transpose,
-    "Reshape": _reshape,
-    "Flatten": _flatten,
-    "Unsqueeze": _unsqueeze,
-    "Squeeze": _squeeze,
-    "Cast": _cast,
-    "CastLike": _cast_like,
-    "Slice": _slice,
-}
-_SUFFIXES = {
-    "Transpose": "transposed",
-    "Reshape": "reshaped",
-    "Flatten": "reshaped",
-    "Unsqueeze": "reshaped",
-    "Squeeze": "reshaped",
-    "Cast": "cast",
-    "CastLike": "cast",
-    "Slice": "part",
+# Operator -> how it folds, and what the name of a copy ends with.
+_FOLDS: dict[str, tuple[Callable[[Array, ir.Node], Array], str]] = {
+    "Transpose": (_transpose, "transposed"),
+    "Reshape": (_reshape, "reshaped"),
+    "Flatten": (_flatten, "reshaped"),
+    "Unsqueeze": (_unsqueeze, "reshaped"),
+    "Squeeze": (_squeeze, "reshaped"),
+    "Cast": (_cast, "cast"),
+    "CastLike": (_cast_like, "cast"),
+    "Slice": (_slice, "part"),
 }

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from mpq_deploy.graph.fp16_region import Fp16Region, split_initializers, store_float16
-from mpq_deploy.graph.passes.base import GraphPass, ensure, require_names
+from mpq_deploy.graph.passes.base import GraphPass, cast_node, ensure, require_names
 
 HALF = ir.TensorType(ir.DataType.FLOAT16)
 
@@ -55,19 +55,21 @@ class Fp16ArithmeticPass(GraphPass):
         left = next(_reads_other_type(model, self.region), None)
         if left is not None:
             node, value = left
-            ensure(False, f"The node '{node.name}' ({node.op_type}) reads '{value.name}' in {value.dtype}.")
+            what = f"The node '{node.name}' ({node.op_type})"
+            ensure(False, f"{what} reads '{value.name}' in {value.dtype}.")
 
 
 def _reads_other_type(model: ir.Model, region: Fp16Region) -> Iterator[tuple[ir.Node, ir.Value]]:
     for node in model.graph:
         # A Cast reads any type.
         for index, value in enumerate(node.inputs if node.op_type != "Cast" else ()):
-            floating = value is not None and value.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)
-            if value is not None and floating and value.dtype != _wanted(region, node, index):
+            if value is None or value.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
+                continue
+            if value.dtype != _type_for(region, node, index):
                 yield node, value
 
 
-def _wanted(region: Fp16Region, node: ir.Node, index: int) -> ir.DataType:
+def _type_for(region: Fp16Region, node: ir.Node, index: int) -> ir.DataType:
     return ir.DataType.FLOAT16 if region.takes_fp16(node, index) else ir.DataType.FLOAT
 
 
@@ -95,23 +97,19 @@ def _insert_casts(model: ir.Model, region: Fp16Region) -> bool:
     casts: dict[ir.Value, ir.Value] = {}
     for node, value in list(_reads_other_type(model, region)):
         for index in (i for i, read in enumerate(node.inputs) if read is value):
-            wanted = _wanted(region, node, index)
-            if value.dtype != wanted:
-                casts[value] = casts.get(value) or _cast(model, value, wanted)
+            dtype = _type_for(region, node, index)
+            if value.dtype != dtype:
+                casts[value] = casts.get(value) or _cast(model, value, dtype)
                 node.replace_input_with(index, casts[value])
     return bool(casts)
 
 
 def _cast(model: ir.Model, value: ir.Value, dtype: ir.DataType) -> ir.Value:
     suffix = "fp16" if dtype == ir.DataType.FLOAT16 else "fp32"
-    cast = ir.node("Cast", [value], {"to": int(dtype)}, name=f"{value.name}/to_{suffix}", num_outputs=1)
-    output = cast.outputs[0]
-    output.name = f"{value.name}//{suffix}"
-    output.shape = value.shape
-    output.type = ir.TensorType(dtype)
+    cast = cast_node(value, dtype, f"{value.name}/to_{suffix}", f"{value.name}//{suffix}")
     producer = value.producer()
     if producer is None:
         model.graph.insert_before(model.graph[0], cast)
     else:
         model.graph.insert_after(producer, cast)
-    return output
+    return cast.outputs[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from mpq_deploy.graph.fp16_region import Fp16Region, is_stored_half, split_initializers, store_float16
-from mpq_deploy.graph.passes.base import GraphPass, ensure, require_names
+from mpq_deploy.graph.passes.base import GraphPass, cast_node, ensure, require_names
 
 
 class Fp16StoragePass(GraphPass):
@@ -32,11 +32,9 @@ class Fp16StoragePass(GraphPass):
         store_float16(values)
         for value in values:
             assert first is not None
-            readers = [(node, index) for node, index in value.uses() if self.region.takes_fp16(node, index)]
-            cast = ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)}, name=f"{value.name}/to_fp32", num_outputs=1)
-            cast.outputs[0].name = f"{value.name}//as_fp32"
-            cast.outputs[0].shape = value.shape
-            cast.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+            readers = [use for use in value.uses() if self.region.takes_fp16(*use)]
+            name = value.name
+            cast = cast_node(value, ir.DataType.FLOAT, f"{name}/to_fp32", f"{name}//as_fp32")
             model.graph.insert_before(first, cast)
             for node, index in readers:
                 node.replace_input_with(index, cast.outputs[0])
@@ -44,5 +42,6 @@ class Fp16StoragePass(GraphPass):
 
     def ensures(self, model: ir.Model) -> None:
         """No FP16 node reads a constant that is stored in FP32."""
-        left = [name for name, value in model.graph.initializers.items() if is_stored_half(value, self.region)]
+        constants = model.graph.initializers.items()
+        left = [name for name, value in constants if is_stored_half(value, self.region)]
         ensure(not left, f"Constants of FP16 nodes are stored in FP32: {', '.join(left[:3])}.")

@@ -70,19 +70,18 @@ def _replace(model: ir.Model, node: ir.Node, per_group: bool) -> None:
     name = node.name or "GroupNormalization"
     if per_group:
         scale, bias = (_repeated(model, value, channels // groups) for value in (scale, bias))
-    made = _Maker(model, name)
-    grouped = made.op("Reshape", x, made.constant("groups", np.array([0, groups, -1])))
-    ones = made.constant("ones", np.ones(groups, np.float32))
-    zeros = made.constant("zeros", np.zeros(groups, np.float32))
-    normal = made.op("InstanceNormalization", grouped, ones, zeros, epsilon=epsilon)
-    back = made.op("Reshape", normal, made.op("Shape", x))
-    column = made.constant("column", np.array([-1, *[1] * (rank - 2)]))
-    scaled = made.op("Mul", back, made.op("Reshape", scale, column))
-    shifted = made.op("Add", scaled, made.op("Reshape", bias, column))
-    shifted.shape, shifted.type = node.outputs[0].shape, node.outputs[0].type
-    model.graph.insert_before(node, made.nodes)
+    new = _Maker(model, name)
+    grouped = new.op("Reshape", x, new.constant("groups", np.array([0, groups, -1])))
+    ones = new.constant("ones", np.ones(groups, np.float32))
+    zeros = new.constant("zeros", np.zeros(groups, np.float32))
+    normal = new.op("InstanceNormalization", grouped, ones, zeros, epsilon=epsilon)
+    back = new.op("Reshape", normal, new.op("Shape", x))
+    column = new.constant("column", np.array([-1, *[1] * (rank - 2)]))
+    scaled = new.op("Mul", back, new.op("Reshape", scale, column))
+    shifted = new.op("Add", scaled, new.op("Reshape", bias, column))
     old = node.outputs[0]
-    shifted.name = old.name
+    shifted.name, shifted.shape, shifted.type = old.name, old.shape, old.type
+    model.graph.insert_before(node, new.nodes)
     old.replace_all_uses_with(shifted, replace_graph_outputs=True)
     model.graph.remove(node, safe=True)
 

@@ -25,11 +25,11 @@ class HideNearNeutralPass(GraphPass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Replace the operands in graph order."""
-        found = list(_near_neutral(model))
-        for node, index, value, tensor in found:
+        scalars = list(_near_neutral(model))
+        for node, index, value, tensor in scalars:
             hidden = add_constant(model, f"{value.name}.near_neutral", tensor.numpy().reshape(1))
             node.replace_input_with(index, hidden)
-        return ir.passes.PassResult(model, bool(found))
+        return ir.passes.PassResult(model, bool(scalars))
 
     def ensures(self, model: ir.Model) -> None:
         """No such scalar is left."""

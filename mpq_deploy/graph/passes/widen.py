@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import STANDARD_DOMAINS
-from mpq_deploy.graph.passes.base import GraphPass, ensure
+from mpq_deploy.graph.passes.base import GraphPass, ensure, subgraph_node
 
 HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 OTHERS = (*HALVES, ir.DataType.DOUBLE)
@@ -26,13 +26,12 @@ class WidenPass(GraphPass):
 
     def requires(self, model: ir.Model) -> None:
         """The model has no control flow, where there is something to widen."""
-        for node in model.graph if _uses(model, OTHERS) else ():
-            if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
-                raise ModelError(
-                    f"The model is in half or double precision and has control flow (node '{node.name}', "
-                    f"{node.op_type}).",
-                    "Export it in FP32.",
-                )
+        node = subgraph_node(model)
+        if node is not None and _uses(model, OTHERS):
+            raise ModelError(
+                f"The model is in half or double precision and has control flow (node '{node.name}', {node.op_type}).",
+                "Export it in FP32.",
+            )
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Widen weights, values and attributes."""
@@ -94,9 +93,10 @@ def _declare_float(value: ir.Value) -> None:
 
 def _remove_idle_casts(graph: ir.Graph) -> None:
     for node in list(graph):
-        if node.op_type != "Cast" or node.domain not in STANDARD_DOMAINS or node.outputs[0].is_graph_output():
+        cast = node.op_type == "Cast" and node.domain in STANDARD_DOMAINS
+        if not cast or node.outputs[0].is_graph_output():
             continue
         source = node.inputs[0]
-        if source is not None and source.dtype is not None and int(source.dtype) == node.attributes["to"].value:
+        if source is not None and source.dtype == ir.DataType(node.attributes["to"].value):
             node.outputs[0].replace_all_uses_with(source)
             graph.remove(node, safe=True)
