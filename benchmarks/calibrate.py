@@ -22,8 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from mpq_deploy.calibrate.observers import observe
-from mpq_deploy.calibrate.stats import CalibrationSet
-from mpq_deploy.calls.feeds import RecordedCalls
+from mpq_deploy.calls.recorded import CalibrationSet, RecordedCalls
 from mpq_deploy.graph.layers import layer_graph
 from mpq_deploy.graph.load import load_model
 from mpq_deploy.models.export import export_denoiser, load_exported

@@ -17,7 +17,7 @@ from table import Page, bench_parser, bench_recipe, markdown, verdict, weights_d
 
 from mpq_deploy.evaluate.metrics.kept import ImageMetrics
 from mpq_deploy.evaluate.metrics.measure_images import MetricsOptions, measure_metrics
-from mpq_deploy.models.bundled import DEMOS
+from mpq_deploy.models.locate import DEMOS
 from mpq_deploy.report.data import FrechetInfo
 from mpq_deploy.report.words import FRECHET_COLUMNS, frechet_about, frechet_other, frechet_row
 from mpq_deploy.run.pipeline import open_pipeline

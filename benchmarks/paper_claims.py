@@ -40,7 +40,7 @@ from mpq_deploy.formats.scheme import SCHEMES, Scheme
 from mpq_deploy.formats.sizes import FP16_BYTES
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
 from mpq_deploy.graph.writers.plan_graphs import write_plan
-from mpq_deploy.models.bundled import DEMOS
+from mpq_deploy.models.locate import DEMOS
 from mpq_deploy.rounding.candidate_store import candidates_of
 from mpq_deploy.rounding.row_grids import SimulatedMatrix
 from mpq_deploy.run.pipeline import open_pipeline

@@ -37,8 +37,7 @@ from typing import Any
 import numpy as np
 from table import Page, bench_parser, bench_recipe, markdown, verdict
 
-from mpq_deploy.calibrate.stats import CalibrationSet
-from mpq_deploy.calls.feeds import RecordedCalls
+from mpq_deploy.calls.recorded import CalibrationSet, RecordedCalls
 from mpq_deploy.calls.timesteps import sampled_steps
 from mpq_deploy.models.export import load_exported
 from mpq_deploy.recipe import Recipe, load_recipe

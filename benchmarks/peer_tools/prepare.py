@@ -43,9 +43,8 @@ def save_inputs(run: Path, folder: Path) -> None:
     """Write the exported model as one file, the calls it was calibrated on, and calls of fresh trajectories."""
     import onnx
 
-    from mpq_deploy.calibrate.stats import CalibrationSet
-    from mpq_deploy.calls.feeds import feed_rows
     from mpq_deploy.calls.loop import GuidedDenoiser
+    from mpq_deploy.calls.recorded import CalibrationSet, feed_rows
     from mpq_deploy.calls.sampler import make_sampler
     from mpq_deploy.calls.trajectories import record_trajectories
     from mpq_deploy.models.export import load_exported

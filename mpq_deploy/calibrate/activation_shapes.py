@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from mpq_deploy.calls.feeds import RecordedCalls, feed_rows
+from mpq_deploy.calls.recorded import RecordedCalls, feed_rows
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.graph.shapes import inferred_shapes

@@ -15,7 +15,8 @@ from mpq_deploy.calibrate.spread_calibration import (
     observe_in_shards,
     record_in_shards,
 )
-from mpq_deploy.calibrate.stats import ActivationStats, CalibrationSet, CalibrationStats, dealt
+from mpq_deploy.calibrate.stats import ActivationStats, CalibrationStats
+from mpq_deploy.calls.recorded import CalibrationSet, dealt
 from mpq_deploy.calls.trajectories import record_trajectories
 from mpq_deploy.formats.branches.cols import SHARES
 from mpq_deploy.formats.branches.prescaled import TENTHS, scale_factors

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mpq_deploy.calls.feeds import RecordedCalls
 from mpq_deploy.calls.loop import DenoiserCall
+from mpq_deploy.calls.recorded import RecordedCalls
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.models.spec import Array
 from mpq_deploy.runtime.correction import LEAST_GAIN, BiasPer, Correction, CorrectionStep

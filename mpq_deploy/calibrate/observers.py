@@ -20,7 +20,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from mpq_deploy.calibrate.activation_shapes import ActivationShape, activation_shapes, tensors_of
-from mpq_deploy.calls.feeds import Batch, RecordedCalls
+from mpq_deploy.calls.recorded import Batch, RecordedCalls
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.constants import add_constant
 from mpq_deploy.graph.layers import LayerGraph

@@ -15,9 +15,8 @@ import onnxruntime as ort
 
 from mpq_deploy.calibrate.activation_shapes import activation_shapes
 from mpq_deploy.calibrate.observers import Observation, ObservedGraph, Totals, draws_of
-from mpq_deploy.calibrate.stats import CalibrationSet
-from mpq_deploy.calls.feeds import RecordedCalls
 from mpq_deploy.calls.loop import GuidedDenoiser
+from mpq_deploy.calls.recorded import CalibrationSet, RecordedCalls
 from mpq_deploy.calls.sampler import Sampler, keeps_samples_apart, make_sampler
 from mpq_deploy.calls.trajectories import record_trajectories
 from mpq_deploy.evaluate.cache import model_files

@@ -1,4 +1,4 @@
-"""What calibration leaves behind: the inputs of the denoiser at K timesteps, and statistics of every activation."""
+"""Statistics of every activation that a layer reads, as calibration leaves them behind."""
 
 from __future__ import annotations
 
@@ -12,64 +12,6 @@ import numpy as np
 from mpq_deploy.calibrate.scales import simulated_grid
 from mpq_deploy.formats.interfaces import ActivationGrid
 from mpq_deploy.models.spec import Array
-
-SPLIT_SEED = 3
-
-
-@dataclass(frozen=True)
-class CalibrationSet:
-    """Calls of the denoiser recorded along float trajectories: K timesteps x N calls.
-
-    ``samples`` float32 [K, N, *sample shape] as the denoiser gets them (after scale_model_input);
-    ``timesteps`` float32 [K]; ``rows`` int64 [N], the row of conditions.npz of each call.
-    """
-
-    samples: Array
-    timesteps: Array
-    rows: Array
-
-    def take(self, calls: Array) -> CalibrationSet:
-        """Return the set with only the given calls, int64 [M], at every timestep."""
-        return CalibrationSet(self.samples[:, calls], self.timesteps, self.rows[calls])
-
-    def at(self, steps: Array) -> CalibrationSet:
-        """Return the set at only the given positions of its timesteps, int64 [M]."""
-        return CalibrationSet(self.samples[steps], self.timesteps[steps], self.rows)
-
-    def split(self, measured: int) -> tuple[CalibrationSet, CalibrationSet]:
-        """Split the calls into those that weights are rounded on and ``measured`` others, conditions evenly in both.
-
-        Rounding fits its own inputs (GPTQ most of all), so a loss measured on them is too small. Where the others
-        would leave less than a fifth of the calls to round on, both parts are the whole set.
-        """
-        count = len(self.rows)
-        if count - measured < count / 5:
-            return self, self
-        order = dealt(self.rows, np.random.default_rng(SPLIT_SEED).permutation(count))
-        return self.take(np.sort(order[measured:])), self.take(np.sort(order[:measured]))
-
-    def save(self, path: Path) -> None:
-        """Write the set as one .npz file (no pickle)."""
-        np.savez(path, samples=self.samples, timesteps=self.timesteps, rows=self.rows)
-
-    @classmethod
-    def load(cls, path: Path) -> CalibrationSet:
-        """Read what ``save`` wrote."""
-        with np.load(path, allow_pickle=False) as data:
-            return cls(data["samples"], data["timesteps"], data["rows"])
-
-
-def dealt(rows: Array, order: Array) -> Array:
-    """Return ``order`` (positions of calls, int [N]) dealt out so that every stretch has all conditions about equally.
-
-    Conditions differ in how hard they are: each gives its first call before any gives its second.
-    """
-    seen: dict[int, int] = {}
-    turns = []
-    for row in rows[order]:
-        turns.append(seen.get(int(row), 0))
-        seen[int(row)] = turns[-1] + 1
-    return np.asarray(order[np.argsort(turns, kind="stable")])
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from mpq_deploy.calibrate.stats import CalibrationSet
-from mpq_deploy.calls.betas import alphas_cumprod
+from mpq_deploy.calls.ddim import alphas_cumprod
 from mpq_deploy.calls.loop import GuidedDenoiser, denoise, first_samples
+from mpq_deploy.calls.recorded import CalibrationSet
 from mpq_deploy.calls.sampler import Sampler
 from mpq_deploy.calls.timesteps import sampled_steps
 from mpq_deploy.errors import UsageError

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mpq_deploy.calibrate.stats import CalibrationSet
 from mpq_deploy.calls.loop import GuidedDenoiser
+from mpq_deploy.calls.recorded import CalibrationSet
 from mpq_deploy.calls.sampler import make_sampler
 from mpq_deploy.calls.trajectories import record_trajectories
 from mpq_deploy.models.spec import Array, FloatModel

@@ -17,8 +17,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from mpq_deploy.calibrate.calibrate import LARGEST_FP16
-from mpq_deploy.calibrate.stats import CalibrationSet
-from mpq_deploy.calls.feeds import feed_rows
+from mpq_deploy.calls.recorded import CalibrationSet, feed_rows
 from mpq_deploy.errors import ModelError
 from mpq_deploy.evaluate.output_error import nmse
 from mpq_deploy.graph.fp16_region import fp16_region

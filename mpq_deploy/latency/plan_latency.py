@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpq_deploy.calls.feeds import RecordedCalls
+from mpq_deploy.calls.recorded import RecordedCalls
 from mpq_deploy.engine.target import Target, load_target
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.formats.scheme import FP16, SCHEMES

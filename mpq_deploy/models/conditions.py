@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from mpq_deploy.errors import ModelError, UsageError
-from mpq_deploy.models.spec import Array
+from mpq_deploy.errors import ModelError, UsageError, nearest
+from mpq_deploy.models.spec import Array, InputSpec
 
 # Entries of the file that are no inputs: the number of rows (an unconditional denoiser has one row and no array),
 # the row for classifier-free guidance, and what the rows are called.
@@ -62,3 +63,53 @@ class Conditions:
                 "Give one row per condition in every array.",
             )
         return cls(entries, sizes.pop(), None if uncond is None else int(uncond), labels)
+
+
+@dataclass(frozen=True)
+class WantedInput:
+    """A condition that a model takes. ``shape`` leaves the rows out; None is a size that the array decides."""
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: str = "float32"
+
+    def __str__(self) -> str:
+        sizes = ", ".join("any" if size is None else str(size) for size in self.shape)
+        return f"{self.name}: {self.dtype} [rows{', ' if sizes else ''}{sizes}]"
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Say whether an array of ``shape`` (rows first) may be this input."""
+        sizes = shape[1:]
+        return len(sizes) == len(self.shape) and all(w in (None, s) for w, s in zip(self.shape, sizes))
+
+
+def list_inputs(wanted: Sequence[WantedInput]) -> str:
+    """Return one line that says which arrays are needed."""
+    return "; ".join(str(item) for item in wanted)
+
+
+def check_conditions(conditions: Conditions, wanted: Sequence[WantedInput], origin: str) -> tuple[InputSpec, ...]:
+    """Return the inputs with the shapes of the given arrays.
+
+    Raises UsageError naming what is missing, unknown, of another shape, or (class labels) not a whole number.
+    """
+    names = [item.name for item in wanted]
+    for name in conditions.arrays:
+        if name not in names:
+            raise UsageError(
+                f"{origin} holds an array '{name}', which is no input of the model.",
+                f"{nearest(name, names)}Needed: {list_inputs(wanted) or 'no array, only _rows'}.",
+            )
+    inputs = []
+    for item in wanted:
+        values = conditions.arrays.get(item.name)
+        if values is None:
+            raise UsageError(f"{origin} has no array '{item.name}'.", f"Needed: {list_inputs(wanted)}.")
+        if not item.fits(values.shape):
+            raise UsageError(f"The array '{item.name}' of {origin} has shape {values.shape}.", f"Needed: {item}.")
+        if not np.isfinite(values).all():
+            raise ModelError(f"The array '{item.name}' of {origin} holds NaN or infinite values.")
+        if item.dtype.startswith("int") and not np.issubdtype(values.dtype, np.integer):
+            raise UsageError(f"The array '{item.name}' of {origin} has type {values.dtype}.", f"Needed: {item}.")
+        inputs.append(InputSpec.model_validate({"name": item.name, "shape": values.shape[1:], "dtype": item.dtype}))
+    return tuple(inputs)

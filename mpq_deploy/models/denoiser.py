@@ -1,4 +1,4 @@
-"""A denoiser as it was opened, and what its export reports."""
+"""A denoiser as it was opened."""
 
 from __future__ import annotations
 
@@ -42,21 +42,3 @@ class Denoiser:
     notes: tuple[str, ...] = ()
     # Turns samples into latents [N, C, H, W] where they are packed into tokens (Flux).
     unpack: Callable[[Any], Any] | None = None
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What the export did. ``max_relative_error``: against the source, relative to the output's largest value.
-
-    ``weight_bytes``: bytes of all constants in FP32; ``notes``: what the user should know, such as why there is no
-    decoder.
-    """
-
-    max_relative_error: float
-    batch_sizes: tuple[int, ...]
-    opset: int
-    parameters: int
-    weight_bytes: int
-    seconds: float
-    decoder_error: float | None = None
-    notes: tuple[str, ...] = ()

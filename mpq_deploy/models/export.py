@@ -18,7 +18,7 @@ from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.graph.layers import STANDARD_DOMAINS
 from mpq_deploy.graph.passes.first_token import FirstTokenPass, common_first_token, projections
 from mpq_deploy.models.conditions import Conditions
-from mpq_deploy.models.denoiser import Denoiser, ExportReport, Network
+from mpq_deploy.models.denoiser import Denoiser, Network
 from mpq_deploy.models.spec import Array, DenoiserSpec
 from mpq_deploy.runtime.not_finite import first_not_finite
 from mpq_deploy.runtime.ort import make_session_with, model_feeds, options_for_few_calls, run_session
@@ -42,6 +42,24 @@ class ExportedModel:
     spec: DenoiserSpec
     conditions: Conditions
     decoder: Path | None
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What the export did. ``max_relative_error``: against the source, relative to the output's largest value.
+
+    ``weight_bytes``: bytes of all constants in FP32; ``notes``: what the user should know, such as why there is no
+    decoder.
+    """
+
+    max_relative_error: float
+    batch_sizes: tuple[int, ...]
+    opset: int
+    parameters: int
+    weight_bytes: int
+    seconds: float
+    decoder_error: float | None = None
+    notes: tuple[str, ...] = ()
 
 
 def export_denoiser(

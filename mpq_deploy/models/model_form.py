@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from mpq_deploy.errors import UsageError, nearest
-from mpq_deploy.models.additions import WantedInput
-from mpq_deploy.models.conditions import Conditions
+from mpq_deploy.models.conditions import Conditions, WantedInput
 from mpq_deploy.models.spec import InputSpec
 from mpq_deploy.models.torch_export import TorchNetwork
 from mpq_deploy.models.transformer import (

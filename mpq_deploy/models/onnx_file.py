@@ -28,15 +28,8 @@ from mpq_deploy.errors import ModelError, UsageError, nearest
 from mpq_deploy.graph.load import load_model, normalise
 from mpq_deploy.graph.passes.raise_opset import QUANTIZED_OPSET
 from mpq_deploy.graph.passes.widen import uses_halves
-from mpq_deploy.models.additions import (
-    Additions,
-    WantedInput,
-    check_conditions,
-    list_inputs,
-    predicted,
-    read_scheduler,
-)
-from mpq_deploy.models.conditions import Conditions
+from mpq_deploy.models.additions import Additions, predicted, read_scheduler
+from mpq_deploy.models.conditions import Conditions, WantedInput, check_conditions, list_inputs
 from mpq_deploy.models.denoiser import Denoiser
 from mpq_deploy.models.spec import Array, DenoiserSpec, InputSpec, PredictionType
 from mpq_deploy.system.progress import Talk

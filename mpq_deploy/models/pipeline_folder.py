@@ -9,18 +9,8 @@ import numpy as np
 
 from mpq_deploy.calls.diffusers_sampler import IMAGE_TOKENS
 from mpq_deploy.errors import ModelError, UsageError
-from mpq_deploy.models.additions import (
-    DENOISERS,
-    SCHEDULER_FILE,
-    Additions,
-    WantedInput,
-    check_conditions,
-    list_inputs,
-    predicted,
-    read_json,
-    read_scheduler,
-)
-from mpq_deploy.models.conditions import Conditions
+from mpq_deploy.models.additions import DENOISERS, SCHEDULER_FILE, Additions, predicted, read_json, read_scheduler
+from mpq_deploy.models.conditions import Conditions, WantedInput, check_conditions, list_inputs
 from mpq_deploy.models.decoder import decoder_network, decoder_upscale
 from mpq_deploy.models.denoiser import Denoiser
 from mpq_deploy.models.model_form import OUTPUT, ModelForm, model_class, model_form, network

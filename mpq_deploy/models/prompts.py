@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from mpq_deploy.errors import ModelError, UsageError
-from mpq_deploy.models.additions import DENOISERS, WantedInput, list_inputs, read_json
-from mpq_deploy.models.conditions import Conditions
+from mpq_deploy.models.additions import DENOISERS, read_json
+from mpq_deploy.models.conditions import Conditions, WantedInput, list_inputs
 from mpq_deploy.models.model_form import model_form
 from mpq_deploy.models.spec import Array
 from mpq_deploy.models.transformer import FLUX, PIXART, SD3

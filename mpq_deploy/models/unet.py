@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from mpq_deploy.errors import ModelError, UsageError
-from mpq_deploy.models.additions import WantedInput
-from mpq_deploy.models.hub import PICKLE_ENDINGS
+from mpq_deploy.models.conditions import WantedInput
+from mpq_deploy.models.locate import PICKLE_ENDINGS
 from mpq_deploy.system.libraries import no_bars
 
 UNET_CLASSES = ("UNet2DModel", "UNet2DConditionModel")

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from mpq_deploy.calls.betas import alphas_cumprod
+from mpq_deploy.calls.ddim import alphas_cumprod
 from mpq_deploy.errors import UsageError
 from mpq_deploy.models.spec import Array, DenoiserSpec
 from mpq_deploy.recipe import RecoverSettings

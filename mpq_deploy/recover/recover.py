@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from mpq_deploy.calibrate.activation_shapes import activation_shapes, tensors_of
-from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
-from mpq_deploy.calls.feeds import RecordedCalls
+from mpq_deploy.calibrate.stats import CalibrationStats
+from mpq_deploy.calls.recorded import CalibrationSet, RecordedCalls
 from mpq_deploy.errors import MpqError
 from mpq_deploy.graph.dialects import Dialect
 from mpq_deploy.graph.layers import LayerGraph

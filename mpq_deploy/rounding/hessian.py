@@ -22,7 +22,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from mpq_deploy.calibrate.activation_shapes import ActivationShape, activation_shapes, tensors_of
-from mpq_deploy.calls.feeds import Batch, RecordedCalls
+from mpq_deploy.calls.recorded import Batch, RecordedCalls
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.graph.constants import add_constant
 from mpq_deploy.graph.layers import Layer, LayerGraph, LayerUse

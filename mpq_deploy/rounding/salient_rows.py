@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpq_deploy.calibrate.stats import CalibrationStats
-from mpq_deploy.calls.feeds import RecordedCalls
+from mpq_deploy.calls.recorded import RecordedCalls
 from mpq_deploy.formats.candidates import (
     LayerCandidates,
 )

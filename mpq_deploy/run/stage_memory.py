@@ -80,7 +80,8 @@ def _sizes(run: Run) -> tuple[ModelSize, int]:
 
 def _export(run: Run) -> StageMemory:
     from mpq_deploy.models.additions import DENOISERS
-    from mpq_deploy.models.open import locate, source_denoiser
+    from mpq_deploy.models.locate import locate
+    from mpq_deploy.models.open import source_denoiser
     from mpq_deploy.run.memory_model import estimate_onnx_export, estimate_torch_export, source_size
     from mpq_deploy.system.progress import Talk
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mpq_deploy.allocate.plan import PrecisionPlan
-from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
+from mpq_deploy.calibrate.stats import CalibrationStats
+from mpq_deploy.calls.recorded import CalibrationSet
 from mpq_deploy.engine.target import Target, load_target
 from mpq_deploy.errors import UsageError
 from mpq_deploy.graph.layers import LayerGraph, layer_graph

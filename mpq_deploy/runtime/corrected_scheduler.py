@@ -9,14 +9,23 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from mpq_deploy.errors import UsageError
+from mpq_deploy.errors import UsageError, nearest
 from mpq_deploy.runtime.correction import Correction, StepCorrection
-from mpq_deploy.runtime.residual import PREDICTIONS, ddim_effect, ddpm_effect
 
+# With x_0 predicted from the output m at signal power p (alpha-bar), by diffusers' prediction types:
+#   epsilon       x_0 = (x - sqrt(1-p) m) / sqrt(p)      epsilon = m
+#   sample        x_0 = m                                epsilon = (x - sqrt(p) m) / sqrt(1-p)
+#   v_prediction  x_0 = sqrt(p) x - sqrt(1-p) m          epsilon = sqrt(p) m + sqrt(1-p) x
+# An error of variance v that is uncorrelated with the sample adds (d x_{t-1} / d output)^2 v to the
+# variance of x_{t-1}. PTQD treats epsilon: for DDPM (d x_{t-1} / d epsilon)^2 = beta^2 / (alpha (1 - p)),
+# for DDIM (sqrt(1 - p_prev - sigma^2) - sqrt(p_prev (1-p) / p))^2, as in the authors' code. The same
+# derivative for the other two types is our extension.
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
 DDPM = ("DDPMScheduler", "DDPMParallelScheduler")
 DDIM = ("DDIMScheduler", "DDIMParallelScheduler")
 # What DDPM's _get_variance returns, by variance_type: the variance, its root, or its logarithm. (fixed_large_log is
@@ -49,7 +58,7 @@ class CorrectedScheduler:
 
     The output is corrected as PTQD does, for any prediction type and sampler. [paper] The residual's variance comes out
     of the noise of DDPM and of DDIM with eta > 0, cut at 0, for epsilon prediction. [ours] The same for v and sample
-    prediction (``residual.py``); where x_0 is clipped, the residual's way through it is closed and takes nothing out;
+    prediction (``PREDICTIONS``); where x_0 is clipped, the residual's way through it is closed and takes nothing out;
     DDIM's mean keeps its sigma (the authors' code also puts the reduced sigma into the direction term).
 
     ``guidance_scale`` w is what the pipeline guides with. The correction is fitted on single calls; the guided output
@@ -240,3 +249,40 @@ def _unclipped(scheduler: Any, given: dict[str, Any], correction: Correction, po
     else:
         clean = output if scheduler.config.prediction_type == "sample" else signal * x - noise * output
     return (clean.abs() <= scheduler.config.clip_sample_range).to(x.dtype)
+
+
+def clean_slope(prediction_type: str, power: float) -> float:
+    """Return d x_0 / d output at signal power ``power``. Raises UsageError for another prediction type."""
+    if prediction_type == "epsilon":
+        return -math.sqrt((1 - power) / power)
+    if prediction_type == "sample":
+        return 1.0
+    if prediction_type == "v_prediction":
+        return -math.sqrt(1 - power)
+    raise UsageError(
+        f"The residual's effect is not known for the prediction type '{prediction_type}'.",
+        f"{nearest(prediction_type, PREDICTIONS)}Known: {', '.join(PREDICTIONS)}.",
+    )
+
+
+def noise_slope(prediction_type: str, power: float) -> float:
+    """Return d epsilon / d output. From x = sqrt(p) x_0 + sqrt(1-p) epsilon at fixed x, for every prediction type."""
+    if prediction_type == "epsilon":
+        return 1.0
+    return -math.sqrt(power / (1 - power)) * clean_slope(prediction_type, power)
+
+
+def ddpm_effect(prediction_type: str, power: float, previous: float) -> float:
+    """Return d x_{t-1} / d output of DDPM's posterior mean (Ho et al. 2020, equation 7)."""
+    beta = 1 - power / previous
+    return math.sqrt(previous) * beta / (1 - power) * clean_slope(prediction_type, power)
+
+
+def ddim_effect(prediction_type: str, power: float, previous: float, sigma: float) -> tuple[float, float]:
+    """Return d x_{t-1} / d output of DDIM (Song et al. 2021, equation 12), through x_0 and through epsilon.
+
+    Their sum is the effect; they are apart because clipping x_0 stops the first.
+    """
+    direction = math.sqrt(max(1 - previous - sigma**2, 0.0))
+    through_clean = math.sqrt(previous) * clean_slope(prediction_type, power)
+    return through_clean, direction * noise_slope(prediction_type, power)

@@ -2,7 +2,7 @@
 
 The quantized output of a timestep t is written as  m_q = (1 + k_t) m + b_t + r  with the float output m and a residual
 r that is uncorrelated with m. The corrected output is  (m_q - b_t) / (1 + k_t);  its error is r / (1 + k_t), whose
-variance a sampler that adds noise takes out of its own (``corrected_scheduler.py``, ``residual.py``).
+variance a sampler that adds noise takes out of its own (``corrected_scheduler.py``).
 
 In: ``correction.json``, which belongs to one quantized model and names its digest. Out: a ``Correction``. Between the
 calibrated timesteps k, b and the residual's variance are interpolated linearly in the timestep; outside their range the

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mpq_deploy.calibrate.stats import dealt
-from mpq_deploy.calls.feeds import RecordedCalls, feed_rows
+from mpq_deploy.calls.recorded import RecordedCalls, dealt, feed_rows
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.models.spec import Array, DenoiserSpec

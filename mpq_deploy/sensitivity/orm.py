@@ -13,7 +13,7 @@ import numpy as np
 
 from mpq_deploy.calibrate.activation_shapes import activation_shapes
 from mpq_deploy.calibrate.gram import GramGraph
-from mpq_deploy.calls.feeds import RecordedCalls
+from mpq_deploy.calls.recorded import RecordedCalls
 from mpq_deploy.calls.timesteps import adaptive_steps, sampled_steps
 from mpq_deploy.errors import UsageError
 from mpq_deploy.graph.layers import Layer, LayerGraph

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpq_deploy.calls.feeds import RecordedCalls
+from mpq_deploy.calls.recorded import RecordedCalls
 from mpq_deploy.formats.candidates import LayerCandidates
 from mpq_deploy.graph.layers import Layer, LayerGraph
 from mpq_deploy.models.spec import Array

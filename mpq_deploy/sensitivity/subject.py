@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
-from mpq_deploy.calls.feeds import RecordedCalls
+from mpq_deploy.calibrate.stats import CalibrationStats
+from mpq_deploy.calls.recorded import CalibrationSet, RecordedCalls
 from mpq_deploy.graph.layers import Layer, LayerGraph
 from mpq_deploy.models.spec import Array, DenoiserSpec
 from mpq_deploy.sensitivity.layer_weights import CandidateWeights, measured_layers

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpq_deploy.calibrate.fit_correction import call_moments, fit_correction
-from mpq_deploy.calibrate.stats import dealt
-from mpq_deploy.calls.feeds import RecordedCalls
+from mpq_deploy.calls.recorded import RecordedCalls, dealt
 from mpq_deploy.evaluate.cache import model_digest
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED
 from mpq_deploy.run.common import version_of

@@ -10,7 +10,8 @@ from mpq_deploy.graph.layers import layer_graph
 from mpq_deploy.graph.load import load_model
 from mpq_deploy.graph.writers.deployed_graphs import fp16_bytes
 from mpq_deploy.models.export import export_denoiser
-from mpq_deploy.models.open import source_denoiser, source_files
+from mpq_deploy.models.locate import source_files
+from mpq_deploy.models.open import source_denoiser
 from mpq_deploy.run.common import path_digest, version_of
 from mpq_deploy.run.stage import Stage
 from mpq_deploy.run.stage_memory import check_memory

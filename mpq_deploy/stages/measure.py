@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
-from mpq_deploy.calls.feeds import RecordedCalls
+from mpq_deploy.calibrate.stats import CalibrationStats
+from mpq_deploy.calls.recorded import CalibrationSet, RecordedCalls
 from mpq_deploy.calls.timesteps import sampled_steps, stride_shares
 from mpq_deploy.models.spec import Array
 from mpq_deploy.rounding.candidate_store import candidates_of

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mpq_deploy.calibrate.stats import CalibrationSet, dealt
+from mpq_deploy.calls.recorded import CalibrationSet, dealt
 from mpq_deploy.calls.timesteps import sampled_steps
 from mpq_deploy.errors import UsageError
 from mpq_deploy.formats.candidates import LayerCandidates

@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from mpq_deploy.calibrate.stats import CalibrationSet
+from mpq_deploy.calls.recorded import CalibrationSet
 from mpq_deploy.graph.layers import LayerGraph, layer_graph
 from mpq_deploy.models.spec import Array, DenoiserSpec, InputSpec
 from tests.graphs import GraphBuilder, denoiser_graph

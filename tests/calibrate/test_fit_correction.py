@@ -10,8 +10,7 @@ import onnx
 import pytest
 
 from mpq_deploy.calibrate.fit_correction import CallMoments, call_moments, fit_correction
-from mpq_deploy.calibrate.stats import CalibrationSet
-from mpq_deploy.calls.feeds import RecordedCalls
+from mpq_deploy.calls.recorded import CalibrationSet, RecordedCalls
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.models.spec import DenoiserSpec, InputSpec
 from mpq_deploy.runtime.ort import OrtDenoiser

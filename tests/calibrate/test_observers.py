@@ -15,7 +15,7 @@ from mpq_deploy.calibrate import activation_shapes as shapes_module
 from mpq_deploy.calibrate.activation_shapes import ActivationShape, activation_shapes
 from mpq_deploy.calibrate.calibrate import summarise, weight_ranges
 from mpq_deploy.calibrate.observers import Observation, merge, observe
-from mpq_deploy.calls.feeds import RecordedCalls
+from mpq_deploy.calls.recorded import RecordedCalls
 from mpq_deploy.errors import ModelError
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.graph.layers import layer_graph

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpq_deploy.calls.betas import betas_from_config
-from mpq_deploy.calls.ddim import DdimSampler, spaced_timesteps
+from mpq_deploy.calls.ddim import DdimSampler, betas_from_config, spaced_timesteps
 from mpq_deploy.calls.sampler import make_sampler
 from mpq_deploy.errors import UsageError
 from tests.tiny_models import tiny_scheduler

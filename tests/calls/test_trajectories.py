@@ -9,11 +9,13 @@ import pytest
 
 from mpq_deploy.calibrate.calibrate import calibrate
 from mpq_deploy.calibrate.spread_calibration import CalibrationSetup
-from mpq_deploy.calibrate.stats import CalibrationSet, CalibrationStats
+from mpq_deploy.calibrate.stats import CalibrationStats
+from mpq_deploy.calls.ddim import alphas_cumprod
 from mpq_deploy.calls.loop import GuidedDenoiser, denoise, initial_noise
+from mpq_deploy.calls.recorded import CalibrationSet
 from mpq_deploy.calls.sampler import make_sampler
 from mpq_deploy.calls.timesteps import sampled_steps
-from mpq_deploy.calls.trajectories import cycled_rows, record_trajectories
+from mpq_deploy.calls.trajectories import cycled_rows, record_trajectories, renoised
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.graph.layers import layer_graph
 from mpq_deploy.graph.load import load_model
@@ -21,6 +23,7 @@ from mpq_deploy.models.spec import DenoiserSpec, InputSpec
 from mpq_deploy.recipe import CalibrateSettings, make_recipe
 from mpq_deploy.system.progress import Talk
 from tests.graphs import denoiser_graph
+from tests.tiny_models import tiny_flow_scheduler
 
 SCHEDULER = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_schedule": "linear"}
 
@@ -156,3 +159,82 @@ def test_nan_weight_is_named(tmp_path: Path) -> None:
 def test_wrong_options(wrong) -> None:
     with pytest.raises(UsageError):
         make_recipe({"calibrate": wrong})
+
+
+def forward_spec(prediction: str = "epsilon") -> DenoiserSpec:
+    return DenoiserSpec(
+        name="t",
+        source="t",
+        sample=InputSpec(name="x", shape=(2, 40, 40)),
+        timestep=InputSpec(name="t"),
+        prediction_type=prediction,  # type: ignore[arg-type]
+        scheduler=SCHEDULER,
+    )
+
+
+def three_steps() -> CalibrationSet:
+    samples = np.random.default_rng(0).standard_normal((3, 4, 2, 40, 40)).astype(np.float32)
+    return CalibrationSet(samples, np.array([900.0, 400.0, 20.0], np.float32), np.arange(4))
+
+
+def test_each_timestep_has_the_forward_process_s_mean_and_variance() -> None:
+    made = renoised(three_steps(), forward_spec(), 8)
+    power = alphas_cumprod(SCHEDULER)
+    for index, timestep in enumerate((900, 400)):
+        kept = power[timestep] / power[20]
+        rest = made.samples[index] - np.sqrt(kept) * np.tile(three_steps().samples[-1], (8, 1, 1, 1))
+        np.testing.assert_allclose(rest.std(), np.sqrt(1 - kept), rtol=0.02)
+        np.testing.assert_allclose(rest.mean(), 0, atol=0.02)
+
+
+def test_noise_is_fresh_at_every_timestep_and_draw_and_rows_stay_with_their_samples() -> None:
+    made = renoised(three_steps(), forward_spec(), 2)
+    assert made.samples.shape[1] == 8
+    np.testing.assert_array_equal(made.rows, [0, 1, 2, 3, 0, 1, 2, 3])
+    np.testing.assert_array_equal(made.samples[-1, :4], three_steps().samples[-1])
+    correlation = np.corrcoef(made.samples[0, 0].ravel(), made.samples[0, 4].ravel())[0, 1]
+    assert abs(correlation) < 0.1
+    np.testing.assert_array_equal(made.samples, renoised(three_steps(), forward_spec(), 2).samples)
+
+
+def test_what_has_no_forward_process_stays_as_recorded() -> None:
+    one = three_steps()
+    assert renoised(one, forward_spec().model_copy(update={"timestep": None}), 3) is one
+    assert renoised(one, forward_spec(), 0) is one
+
+
+def test_flow_matching_goes_along_straight_lines() -> None:
+    """From the last sample (1 - s_0) x + s_0 e the line leads to (1 - s) x + s e': its variance says so."""
+    flow = forward_spec("flow_prediction").model_copy(update={"scheduler": {"num_train_timesteps": 1000}})
+    one = three_steps()
+    rng = np.random.default_rng(3)
+    clean = 2 * np.sign(rng.standard_normal((4, 2, 40, 40)))
+    last = 0.02
+    one.samples[-1] = (1 - last) * clean + last * rng.standard_normal(clean.shape)
+    found = renoised(one, flow, 2)
+    for step, s in enumerate((0.9, 0.4, 0.02)):
+        rest = found.samples[step] - (1 - s) * np.tile(clean, (2, 1, 1, 1))
+        assert np.std(rest) == pytest.approx(s, rel=0.02)
+
+
+def test_noise_is_added_along_straight_lines() -> None:
+    sigmas = np.array([1.0, 0.6, 0.2])
+    spec = DenoiserSpec(
+        name="flow",
+        source="",
+        sample=InputSpec(name="x", shape=(4000,)),
+        timestep=InputSpec(name="t"),
+        prediction_type="flow_prediction",
+        scheduler=tiny_flow_scheduler(),
+    )
+    clean, rng = 3.0, np.random.default_rng(0)
+    noise = rng.standard_normal((4, 4000))
+    samples = np.stack([(1 - s) * clean + s * noise for s in sigmas]).astype(np.float32)
+    recorded = CalibrationSet(samples, (1000 * sigmas).astype(np.float32), np.zeros(4, np.int64))
+    drawn = renoised(recorded, spec, draws=2).samples
+    # At every level the mixture is that of the forward process, whose noise has nothing to do with the recorded one.
+    for sigma, level in zip(sigmas, drawn, strict=True):
+        assert level.mean() == pytest.approx((1 - sigma) * clean, abs=0.03)
+        assert level.std() == pytest.approx(sigma, abs=0.02)
+    assert abs(np.corrcoef(drawn[0, :4].ravel(), noise.ravel())[0, 1]) < 0.03
+    np.testing.assert_allclose(drawn[-1, :4], samples[-1], atol=1e-6)

@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
-from mpq_deploy.models.bundled import bundled_demo
+from mpq_deploy.models.locate import bundled_demo
 from tests.pipeline.runs import write_recipe
 
 WORKFLOW = Path(__file__).parents[2] / "docs" / "workflows" / "model.yml"

@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from mpq_deploy.calibrate.stats import CalibrationSet
+from mpq_deploy.calls.recorded import CalibrationSet
 from mpq_deploy.errors import ModelError
 from mpq_deploy.evaluate.half import HalfPrecision, half_precision
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED, write_quantized

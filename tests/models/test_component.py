@@ -13,6 +13,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from mpq_deploy.errors import UsageError  # noqa: E402
+from mpq_deploy.models.additions import Additions  # noqa: E402
 from mpq_deploy.models.export import export_denoiser  # noqa: E402
 from mpq_deploy.models.open import open_denoiser  # noqa: E402
 from tests.tiny_models import tiny_text_pipeline_folder, tiny_transformer_folder  # noqa: E402
@@ -28,7 +29,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_decoder_gets_samples_of_the_float_denoiser(text: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("abc\ndef\n", encoding="utf-8")
-    vae = open_denoiser(text, component="vae", component_samples=8, prompts=prompts)
+    vae = open_denoiser(text, Additions(component="vae", component_samples=8, prompts=prompts))
     assert vae.spec.timestep is None and vae.spec.calibration_rows == 6 and vae.spec.pixel_range == (-1, 1)
     rows = vae.conditions.arrays["latent_sample"]
     assert rows.shape == (8, 4, 8, 8) and "samples of the float denoiser" in vae.notes[0]
@@ -43,7 +44,7 @@ def test_a_decoder_gets_samples_of_the_float_denoiser(text: Path, tmp_path: Path
 def test_without_a_denoiser_it_gets_noise_and_says_so(text: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(text, tmp_path / "alone"))
     shutil.rmtree(folder / "unet")
-    vae = open_denoiser(folder, component="vae", component_samples=8)
+    vae = open_denoiser(folder, Additions(component="vae", component_samples=8))
     assert "standard normal latents, as there is no denoiser" in vae.notes[0]
     # 0.18215: AutoencoderKL's scaling factor.
     assert abs(float(vae.conditions.arrays["latent_sample"].std()) * 0.18215 - 1) < 0.05
@@ -54,13 +55,13 @@ def test_a_text_encoder_gets_the_prompts(tmp_path: Path, xl: bool) -> None:
     folder = tiny_text_pipeline_folder(tmp_path, xl=xl)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("abc\ndef\nghi\n", encoding="utf-8")
-    encoder = open_denoiser(folder, component="text_encoder", prompts=prompts)
+    encoder = open_denoiser(folder, Additions(component="text_encoder", prompts=prompts))
     assert sorted(encoder.spec.labels) == ["(empty prompt)", "abc", "def", "ghi"]
     assert encoder.spec.sample.dtype == "int64" and encoder.spec.calibration_rows == 3
     assert ("last hidden layer but one" in encoder.notes[0]) == xl
     assert export_denoiser(encoder, tmp_path / "export").max_relative_error < 1e-4
     # The states are those that the denoiser is calibrated with.
-    unet = open_denoiser(folder, prompts=prompts)
+    unet = open_denoiser(folder, Additions(prompts=prompts))
     states = encoder.network.reference(encoder.conditions.arrays)
     of_unet = unet.conditions.arrays["encoder_hidden_states"][..., : states.shape[-1]]
     for label, row in zip(encoder.spec.labels, states, strict=True):
@@ -69,10 +70,10 @@ def test_a_text_encoder_gets_the_prompts(tmp_path: Path, xl: bool) -> None:
 
 def test_what_cannot_be_a_component_is_refused(text: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"'text_encoder_2' of .* cannot be quantized\. Did you mean 'text_encoder'"):
-        open_denoiser(text, component="text_encoder_2")
+        open_denoiser(text, Additions(component="text_encoder_2"))
     with pytest.raises(UsageError, match="Here: unet, vae, text_encoder"):
-        open_denoiser(text, component="scheduler")
+        open_denoiser(text, Additions(component="scheduler"))
     with pytest.raises(UsageError, match="has no vae/"):
-        open_denoiser(tiny_transformer_folder(tmp_path, "DiTTransformer2DModel"), component="vae")
+        open_denoiser(tiny_transformer_folder(tmp_path, "DiTTransformer2DModel"), Additions(component="vae"))
     with pytest.raises(UsageError, match=r"has no model_index\.json"):
-        open_denoiser(text / "unet", component="vae")
+        open_denoiser(text / "unet", Additions(component="vae"))

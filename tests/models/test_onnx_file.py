@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from mpq_deploy.errors import ModelError, MpqError, UsageError
 from mpq_deploy.graph.layers import layer_graph
 from mpq_deploy.graph.load import load_model
+from mpq_deploy.models.additions import Additions
 from mpq_deploy.models.export import export_denoiser, load_exported
 from mpq_deploy.models.open import open_denoiser
 from mpq_deploy.runtime.ort import OrtDenoiser
@@ -118,7 +119,7 @@ def test_a_yaml_elsewhere_a_scheduler_file_and_guidance(tmp_path: Path) -> None:
     )
     (tmp_path / "s.json").write_text(json.dumps(tiny_scheduler()), encoding="utf-8")
     description = path.with_suffix(".yaml").rename(tmp_path / "other.yaml")
-    spec = open_denoiser(path, description=description).spec
+    spec = open_denoiser(path, Additions(description=description)).spec
     assert spec.uncond_row == 3 and spec.labels == ("a", "b", "c", "class 3")
     assert spec.prediction_type == "v_prediction" == spec.scheduler["prediction_type"]
 
@@ -126,11 +127,11 @@ def test_a_yaml_elsewhere_a_scheduler_file_and_guidance(tmp_path: Path) -> None:
 def test_conditions_from_a_file(tmp_path: Path) -> None:
     path = tiny_onnx_with_yaml(tmp_path, labels=None)
     np.savez(tmp_path / "c.npz", y=np.array([3, 1]))
-    denoiser = open_denoiser(path, conditions=tmp_path / "c.npz")
+    denoiser = open_denoiser(path, Additions(conditions=tmp_path / "c.npz"))
     np.testing.assert_array_equal(denoiser.conditions.arrays["y"], [3, 1])
     np.savez(tmp_path / "d.npz", y=np.array([0.5]))
     with pytest.raises(UsageError, match="float64"):
-        open_denoiser(path, conditions=tmp_path / "d.npz")
+        open_denoiser(path, Additions(conditions=tmp_path / "d.npz"))
 
 
 def test_a_fixed_batch_axis_is_refused(tmp_path: Path) -> None:

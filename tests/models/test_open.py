@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from mpq_deploy.errors import ModelError, UsageError
-from mpq_deploy.models.bundled import bundled_demo
-from mpq_deploy.models.open import locate, open_denoiser, source_files
+from mpq_deploy.models.additions import Additions
+from mpq_deploy.models.locate import bundled_demo, locate, source_files
+from mpq_deploy.models.open import open_denoiser
 from tests.tiny_models import (
     tiny_conditional_folder,
     tiny_onnx_with_yaml,
@@ -54,7 +55,7 @@ def test_the_prediction_type_comes_from_the_scheduler(tmp_path: Path, prediction
 
 def test_a_bare_unet_folder_with_a_scheduler(tmp_path: Path) -> None:
     folder = tiny_unet_folder(tmp_path)
-    assert open_denoiser(folder / "unet", scheduler=folder).spec.sample.shape == (3, 8, 8)
+    assert open_denoiser(folder / "unet", Additions(scheduler=folder)).spec.sample.shape == (3, 8, 8)
     with pytest.raises(UsageError, match="--scheduler"):
         open_denoiser(folder / "unet")
 
@@ -109,7 +110,7 @@ def test_conditions_that_do_not_fit_are_named(tmp_path: Path, arrays: dict[str, 
     (folder / "scheduler_config.json").write_text(json.dumps(tiny_scheduler()), encoding="utf-8")
     np.savez(tmp_path / "c.npz", **arrays)
     with pytest.raises((UsageError, ModelError), match=said):
-        open_denoiser(folder, conditions=tmp_path / "c.npz")
+        open_denoiser(folder, Additions(conditions=tmp_path / "c.npz"))
 
 
 def test_a_conditions_file_may_name_rows_and_the_empty_one(tmp_path: Path) -> None:
@@ -117,11 +118,11 @@ def test_a_conditions_file_may_name_rows_and_the_empty_one(tmp_path: Path) -> No
     (folder / "scheduler_config.json").write_text(json.dumps(tiny_scheduler()), encoding="utf-8")
     states = np.zeros((2, 7, 12), np.float32)
     np.savez(tmp_path / "c.npz", encoder_hidden_states=states, _uncond_row=1, _labels=np.array(["a", "none"]))
-    spec = open_denoiser(folder, conditions=tmp_path / "c.npz", guidance_scale=2.0).spec
+    spec = open_denoiser(folder, Additions(conditions=tmp_path / "c.npz", guidance_scale=2.0)).spec
     assert spec.uncond_row == 1 and spec.labels == ("a", "none") and spec.guidance_scale == 2.0
     np.savez(tmp_path / "d.npz", encoder_hidden_states=states)
     with pytest.raises(UsageError, match="_uncond_row"):
-        open_denoiser(folder, conditions=tmp_path / "d.npz", guidance_scale=2.0)
+        open_denoiser(folder, Additions(conditions=tmp_path / "d.npz", guidance_scale=2.0))
 
 
 def test_a_pickled_conditions_file_is_refused(tmp_path: Path) -> None:
@@ -131,13 +132,13 @@ def test_a_pickled_conditions_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "d.npz").write_bytes(pickle.dumps([1]))
     for name in ("c.npz", "d.npz"):
         with pytest.raises(ModelError, match=name):
-            open_denoiser(folder, conditions=tmp_path / name)
+            open_denoiser(folder, Additions(conditions=tmp_path / name))
 
 
 def test_a_text_pipeline_encodes_its_prompts(tmp_path: Path) -> None:
     folder = tiny_text_pipeline_folder(tmp_path)
     (tmp_path / "prompts.txt").write_text("# two\na cat\n\nthe dog\n", encoding="utf-8")
-    denoiser = open_denoiser(folder, prompts=tmp_path / "prompts.txt")
+    denoiser = open_denoiser(folder, Additions(prompts=tmp_path / "prompts.txt"))
     assert denoiser.spec.labels == ("a cat", "the dog", "(empty prompt)")
     assert denoiser.spec.uncond_row == 2 and denoiser.spec.guidance_scale == 7.5
     assert denoiser.conditions.arrays["encoder_hidden_states"].shape == (3, 8, 12)
@@ -163,7 +164,7 @@ def test_the_prompts_give_what_the_text_model_gives(tmp_path: Path) -> None:
 def test_an_sdxl_like_folder_has_pooled_text_and_time_ids(tmp_path: Path) -> None:
     folder = tiny_text_pipeline_folder(tmp_path, xl=True)
     (tmp_path / "prompts.txt").write_text("a cat\n", encoding="utf-8")
-    arrays = open_denoiser(folder, prompts=tmp_path / "prompts.txt").conditions.arrays
+    arrays = open_denoiser(folder, Additions(prompts=tmp_path / "prompts.txt")).conditions.arrays
     assert {name: values.shape for name, values in arrays.items()} == {
         "encoder_hidden_states": (2, 8, 12),
         "text_embeds": (2, 6),
@@ -177,7 +178,7 @@ def test_an_empty_or_missing_prompts_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("# nothing\n", encoding="utf-8")
     for name in ("empty.txt", "none.txt"):
         with pytest.raises(UsageError, match=name):
-            open_denoiser(folder, prompts=tmp_path / name)
+            open_denoiser(folder, Additions(prompts=tmp_path / name))
 
 
 @pytest.mark.parametrize("name", ["digitz", "emoji2", "no/such/folder/at/all", "missing.onnx", "some/missing.onnx"])

@@ -13,6 +13,7 @@ import pytest
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import layer_graph
 from mpq_deploy.graph.load import load_model, normalise
+from mpq_deploy.models.additions import Additions
 from mpq_deploy.models.export import export_denoiser, load_exported
 from mpq_deploy.models.open import open_denoiser
 from mpq_deploy.models.spec import InputSpec
@@ -144,7 +145,7 @@ def test_cross_attention_exports_equal(tmp_path: Path, unet: dict[str, Any], siz
     (tmp_path / "scheduler_config.json").write_text(
         json.dumps(tiny_scheduler(prediction_type="v_prediction")), encoding="utf-8"
     )
-    denoiser = open_denoiser(folder, conditions=tmp_path / "conditions.npz", scheduler=tmp_path)
+    denoiser = open_denoiser(folder, Additions(conditions=tmp_path / "conditions.npz", scheduler=tmp_path))
     assert denoiser.spec.prediction_type == "v_prediction" and denoiser.spec.pixel_range is None
     report = export_denoiser(denoiser, tmp_path / "export")
     assert report.max_relative_error < 1e-5
@@ -158,7 +159,7 @@ def test_cross_attention_exports_equal(tmp_path: Path, unet: dict[str, Any], siz
 def test_a_text_pipeline_exports_with_its_decoder(tmp_path: Path) -> None:
     folder = tiny_text_pipeline_folder(tmp_path, **ONE_LEVEL)
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n", encoding="utf-8")
-    denoiser = open_denoiser(folder, prompts=tmp_path / "prompts.txt")
+    denoiser = open_denoiser(folder, Additions(prompts=tmp_path / "prompts.txt"))
     report = export_denoiser(denoiser, tmp_path / "export")
     assert report.max_relative_error < 1e-4 and report.decoder_error is not None and report.decoder_error < 1e-4
     exported = load_exported(tmp_path / "export")

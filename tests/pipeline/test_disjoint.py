@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mpq_deploy.calibrate.stats import CalibrationSet
-from mpq_deploy.calls.feeds import RecordedCalls
+from mpq_deploy.calls.recorded import CalibrationSet, RecordedCalls
 from mpq_deploy.models.spec import Array
 from mpq_deploy.rounding import rounder
 from mpq_deploy.sensitivity.subject import Subject

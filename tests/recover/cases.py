@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from mpq_deploy.calibrate.stats import ActivationStats, CalibrationSet, CalibrationStats
+from mpq_deploy.calibrate.stats import ActivationStats, CalibrationStats
+from mpq_deploy.calls.recorded import CalibrationSet
 from mpq_deploy.formats.candidates import (
     LayerCandidates,
     choices_for,

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mpq_deploy.calls.feeds import RecordedCalls
+from mpq_deploy.calls.recorded import RecordedCalls
 from mpq_deploy.errors import UsageError
 from mpq_deploy.graph.layers import Layer
 from mpq_deploy.recipe import QuantizeSettings

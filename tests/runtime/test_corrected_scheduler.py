@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from mpq_deploy.errors import ModelError, UsageError
+from mpq_deploy.runtime.corrected_scheduler import PREDICTIONS, clean_slope, ddim_effect, ddpm_effect, noise_slope
 from mpq_deploy.runtime.correction import Correction, CorrectionStep
-from mpq_deploy.runtime.residual import PREDICTIONS, clean_slope, ddim_effect, ddpm_effect, noise_slope
 
 pytestmark = pytest.mark.torch
 

@@ -13,6 +13,7 @@ diffusers = pytest.importorskip("diffusers")
 
 import mpq_deploy  # noqa: E402
 from mpq_deploy.errors import UsageError  # noqa: E402
+from mpq_deploy.models.additions import Additions  # noqa: E402
 from mpq_deploy.models.export import export_denoiser  # noqa: E402
 from mpq_deploy.models.open import open_denoiser  # noqa: E402
 from mpq_deploy.runtime.drop_in import RuntimeUNet, load  # noqa: E402
@@ -24,7 +25,7 @@ TOLERANCE = 2e-4
 
 def exported(folder: Path, out: Path, **options: Any) -> RuntimeUNet:
     out.mkdir(parents=True)
-    export_denoiser(open_denoiser(str(folder), **options), out, Talk())
+    export_denoiser(open_denoiser(str(folder), Additions(**options)), out, Talk())
     return load(out / "model.onnx")
 
 

@@ -11,7 +11,8 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from mpq_deploy.calibrate.stats import ActivationStats, CalibrationSet, CalibrationStats
+from mpq_deploy.calibrate.stats import ActivationStats, CalibrationStats
+from mpq_deploy.calls.recorded import CalibrationSet
 from mpq_deploy.formats.scheme import SCHEMES, Scheme
 from mpq_deploy.graph.layers import Layer, LayerGraph, layer_graph
 from mpq_deploy.models.spec import DenoiserSpec, InputSpec

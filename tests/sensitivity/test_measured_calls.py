@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from mpq_deploy.calibrate.stats import CalibrationSet, dealt
-from mpq_deploy.calls.feeds import RecordedCalls
+from mpq_deploy.calls.recorded import CalibrationSet, RecordedCalls, dealt
 from mpq_deploy.graph.layers import Layer, layer_graph
 from mpq_deploy.sensitivity.measured_calls import Calls
 from mpq_deploy.sensitivity.torch_projection import _patches

@@ -11,7 +11,7 @@ import pytest
 
 from mpq_deploy.allocate.milp import allocate
 from mpq_deploy.allocate.problem import LayerChoice, Problem
-from mpq_deploy.calls.feeds import RecordedCalls
+from mpq_deploy.calls.recorded import RecordedCalls
 from mpq_deploy.calls.timesteps import adaptive_steps, sampled_steps, stride_shares
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.formats.scheme import SCHEMES

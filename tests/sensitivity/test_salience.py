@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mpq_deploy.calls.feeds import RecordedCalls
+from mpq_deploy.calls.recorded import RecordedCalls
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.sensitivity.measured_calls import MeasureOptions
 from mpq_deploy.system.progress import Talk

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from mpq_deploy.errors import UsageError
-from mpq_deploy.models.bundled import DEMOS, bundled_demo
+from mpq_deploy.models.locate import DEMOS, bundled_demo
 from mpq_deploy.models.spec import Array
 
 DEMO, LITE, INCEPTION, CLIP, DINO = "demo", "efficientnet-lite0", "inception", "clip", "dinov2"

@@ -19,7 +19,7 @@ from mpq_deploy.evaluate.metrics.networks import (
     packages_present,
     title_of,
 )
-from mpq_deploy.models.bundled import bundled_demo
+from mpq_deploy.models.locate import bundled_demo
 from mpq_deploy.models.spec import Array
 from mpq_deploy.system.files import file_digest
 

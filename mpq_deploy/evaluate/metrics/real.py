@@ -12,7 +12,7 @@ import numpy as np
 from mpq_deploy.errors import UsageError
 from mpq_deploy.evaluate.metrics.frechet import Moments, check_count, frechet_distance
 from mpq_deploy.evaluate.metrics.networks import DEMO, FeatureNetwork, NetworkOptions, digest_of
-from mpq_deploy.models.bundled import bundled_demo
+from mpq_deploy.models.locate import bundled_demo
 from mpq_deploy.models.spec import Array
 from mpq_deploy.system.files import file_digest
 

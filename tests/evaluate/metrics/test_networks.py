@@ -23,7 +23,7 @@ from mpq_deploy.evaluate.metrics.networks import (
 )
 from mpq_deploy.evaluate.metrics.open_networks import check_networks, open_network
 from mpq_deploy.evaluate.metrics.real import real_set
-from mpq_deploy.models.bundled import DEMOS
+from mpq_deploy.models.locate import DEMOS
 from tests.tiny_models import tiny_clip_folder
 
 DIGITS = NetworkOptions(demo="digits")

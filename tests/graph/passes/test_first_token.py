@@ -11,8 +11,7 @@ import onnxruntime as ort
 import pytest
 
 from mpq_deploy.calibrate.activation_shapes import activation_shapes
-from mpq_deploy.calibrate.stats import CalibrationSet
-from mpq_deploy.calls.feeds import RecordedCalls
+from mpq_deploy.calls.recorded import CalibrationSet, RecordedCalls
 from mpq_deploy.errors import UsageError
 from mpq_deploy.formats.candidates import choices_for, round_candidates, weight_matrix
 from mpq_deploy.formats.layer_rounding import InputMoments

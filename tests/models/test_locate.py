@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mpq_deploy.errors import UsageError
-from mpq_deploy.models.hub import is_hub_id
+from mpq_deploy.models.locate import is_hub_id
 from mpq_deploy.models.open import open_denoiser
 from tests.tiny_models import tiny_unet_folder
 

@@ -15,6 +15,7 @@ diffusers = pytest.importorskip("diffusers")
 from mpq_deploy.errors import ModelError, UsageError  # noqa: E402
 from mpq_deploy.graph.layers import layer_graph  # noqa: E402
 from mpq_deploy.graph.load import load_model  # noqa: E402
+from mpq_deploy.models.additions import Additions  # noqa: E402
 from mpq_deploy.models.export import export_denoiser  # noqa: E402
 from mpq_deploy.models.open import open_denoiser  # noqa: E402
 from mpq_deploy.runtime.ort import OrtDenoiser  # noqa: E402
@@ -34,7 +35,7 @@ def opened(tmp_path: Path, class_name: str, **options: Any) -> Any:
     folder = tiny_transformer_folder(tmp_path, class_name, **options)
     if class_name == "DiTTransformer2DModel":
         return open_denoiser(folder)
-    return open_denoiser(folder, conditions=tiny_transformer_conditions(tmp_path / "c.npz", class_name))
+    return open_denoiser(folder, Additions(conditions=tiny_transformer_conditions(tmp_path / "c.npz", class_name)))
 
 
 @pytest.mark.parametrize("class_name", TRANSFORMERS)
@@ -87,7 +88,7 @@ def test_pixart_takes_the_image_size_where_its_configuration_says_so(tmp_path: P
     text = dict(np.load(tiny_transformer_conditions(tmp_path / "c.npz", "PixArtTransformer2DModel")))
     sizes = {"resolution": np.full((3, 2), 16, np.float32), "aspect_ratio": np.ones((3, 1), np.float32)}
     np.savez(tmp_path / "d.npz", **text, **sizes)
-    denoiser = open_denoiser(folder, conditions=tmp_path / "d.npz")
+    denoiser = open_denoiser(folder, Additions(conditions=tmp_path / "d.npz"))
     assert export_denoiser(denoiser, tmp_path / "export").max_relative_error < 1e-5
 
 
@@ -109,17 +110,17 @@ def test_a_denoiser_that_nobody_listed_is_called_as_its_signature_says(tmp_path:
     folder = tiny_transformer_folder(tmp_path, "SD3Transformer2DModel")
     text = np.random.default_rng(0).standard_normal((3, 6, 12), np.float32)
     np.savez(tmp_path / "c.npz", encoder_hidden_states=text)
-    denoiser = open_denoiser(tmp_path / "aura", scheduler=folder, conditions=tmp_path / "c.npz")
+    denoiser = open_denoiser(tmp_path / "aura", Additions(scheduler=folder, conditions=tmp_path / "c.npz"))
     assert denoiser.spec.sample.shape == (4, 8, 8) and "signature" in denoiser.notes[0]
     assert [item.name for item in denoiser.spec.conditions] == ["encoder_hidden_states"]
     # The embedding takes the sine of 1000 times the timestep: a last digit of 1e6 shows.
     assert export_denoiser(denoiser, tmp_path / "export").max_relative_error < 1e-2
     np.savez(tmp_path / "d.npz", encoder_hidden_state=text)
     with pytest.raises(UsageError, match="no input of the model"):
-        open_denoiser(tmp_path / "aura", scheduler=folder, conditions=tmp_path / "d.npz")
+        open_denoiser(tmp_path / "aura", Additions(scheduler=folder, conditions=tmp_path / "d.npz"))
     # It calls its text optional, and fails without it.
     with pytest.raises(ModelError, match="cannot export AuraFlow") as caught:
-        export_denoiser(open_denoiser(tmp_path / "aura", scheduler=folder), tmp_path / "without")
+        export_denoiser(open_denoiser(tmp_path / "aura", Additions(scheduler=folder)), tmp_path / "without")
     assert "(encoder_hidden_states" in caught.value.hint and "--conditions" in caught.value.hint
 
 
@@ -134,13 +135,13 @@ def test_a_class_that_keeps_parts_in_float32_is_loaded_and_so_is_video(tmp_path:
     np.savez(tmp_path / "c.npz", encoder_hidden_states=np.random.default_rng(0).standard_normal((3, 6, 8), np.float32))
     folder = tiny_transformer_folder(tmp_path, "SD3Transformer2DModel")
     with pytest.raises(UsageError, match="sample_size") as caught:
-        open_denoiser(tmp_path / "wan", scheduler=folder, conditions=tmp_path / "c.npz")
+        open_denoiser(tmp_path / "wan", Additions(scheduler=folder, conditions=tmp_path / "c.npz"))
     assert "[frames, height, width]" in caught.value.hint
     config = tmp_path / "wan" / "config.json"
     config.write_text(
         json.dumps({**json.loads(config.read_text(encoding="utf-8")), "sample_size": [2, 8, 8]}), encoding="utf-8"
     )
-    denoiser = open_denoiser(tmp_path / "wan", scheduler=folder, conditions=tmp_path / "c.npz")
+    denoiser = open_denoiser(tmp_path / "wan", Additions(scheduler=folder, conditions=tmp_path / "c.npz"))
     assert denoiser.spec.sample.shape == (4, 2, 8, 8)
     assert export_denoiser(denoiser, tmp_path / "export").max_relative_error < 1e-3
 
@@ -156,14 +157,14 @@ def test_linear_attention_keeps_what_it_adds_to_its_divisor(tmp_path: Path) -> N
     model.save_pretrained(tmp_path / "sana", safe_serialization=True)
     folder = tiny_transformer_folder(tmp_path, "SD3Transformer2DModel")
     np.savez(tmp_path / "c.npz", encoder_hidden_states=np.random.default_rng(0).standard_normal((3, 6, 8), np.float32))
-    denoiser = open_denoiser(tmp_path / "sana", scheduler=folder, conditions=tmp_path / "c.npz")
+    denoiser = open_denoiser(tmp_path / "sana", Additions(scheduler=folder, conditions=tmp_path / "c.npz"))
     assert export_denoiser(denoiser, tmp_path / "export").max_relative_error < 1e-4
 
 
 def test_what_is_no_denoiser_is_refused(tmp_path: Path) -> None:
     folder = tiny_transformer_folder(tmp_path, "DiTTransformer2DModel", vae=True)
     with pytest.raises(UsageError, match=r"AutoencoderKL, which is no denoiser.*take a sample and a timestep"):
-        open_denoiser(folder / "vae", scheduler=folder)
+        open_denoiser(folder / "vae", Additions(scheduler=folder))
     config = folder / "transformer" / "config.json"
     config.write_text(
         config.read_text(encoding="utf-8").replace("DiTTransformer2DModel", "DiTTransformer2D"), encoding="utf-8"

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpq_deploy.calibrate.stats import CalibrationSet
+from mpq_deploy.calls.recorded import CalibrationSet
 from mpq_deploy.recipe import Recipe
 
 

@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
 from mpq_deploy.errors import UsageError  # noqa: E402
+from mpq_deploy.models.additions import Additions  # noqa: E402
 from mpq_deploy.models.export import export_denoiser  # noqa: E402
 from mpq_deploy.models.open import open_denoiser  # noqa: E402
 from mpq_deploy.runtime.drop_in import load  # noqa: E402
@@ -33,7 +34,7 @@ def test_residuals_of_a_controlnet_are_inputs(tmp_path: Path) -> None:
     arrays["encoder_hidden_states"] = rng.standard_normal((2, 7, 12), np.float32)
     np.savez(tmp_path / "c.npz", **arrays)
     scheduler = tiny_unet_folder(tmp_path)
-    denoiser = open_denoiser(folder, scheduler=scheduler, conditions=tmp_path / "c.npz")
+    denoiser = open_denoiser(folder, Additions(scheduler=scheduler, conditions=tmp_path / "c.npz"))
     assert len(denoiser.spec.conditions) == len(RESIDUALS) + 2
     assert export_denoiser(denoiser, tmp_path / "run" / "export").max_relative_error < 1e-4
     sample = torch.from_numpy(rng.standard_normal((2, 4, 8, 8), np.float32))
@@ -56,7 +57,7 @@ def test_a_consistency_model_is_told_its_guidance(tmp_path: Path) -> None:
     folder = tiny_text_pipeline_folder(tmp_path, time_cond_proj_dim=9)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("abc\n", encoding="utf-8")
-    denoiser = open_denoiser(folder, prompts=prompts, guidance_scale=3.0)
+    denoiser = open_denoiser(folder, Additions(prompts=prompts, guidance_scale=3.0))
     assert denoiser.spec.guidance_scale == 1.0
     pipeline = diffusers.LatentConsistencyModelPipeline
     expected = pipeline.get_guidance_scale_embedding(None, torch.tensor([2.0]), embedding_dim=9)

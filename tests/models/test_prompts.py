@@ -13,6 +13,7 @@ diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from mpq_deploy.errors import ModelError, UsageError  # noqa: E402
+from mpq_deploy.models.additions import Additions  # noqa: E402
 from mpq_deploy.models.open import open_denoiser  # noqa: E402
 from tests.tiny_models import TEXT_PIPELINES, tiny_text_transformer_folder, tiny_transformer_folder, write_t5  # noqa: E402
 
@@ -28,7 +29,7 @@ def prompts_file(tmp_path: Path) -> Path:
 
 
 def opened(folder: Path, **options: Any) -> Any:
-    return open_denoiser(folder, prompts=prompts_file(folder.parent), **options)
+    return open_denoiser(folder, Additions(prompts=prompts_file(folder.parent), **options))
 
 
 def of_the_pipeline(folder: Path) -> dict[str, Any]:

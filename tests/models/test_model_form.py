@@ -14,6 +14,7 @@ diffusers = pytest.importorskip("diffusers")
 
 from mpq_deploy.calls.diffusers_sampler import DiffusersSampler  # noqa: E402
 from mpq_deploy.errors import UsageError  # noqa: E402
+from mpq_deploy.models.additions import Additions  # noqa: E402
 from mpq_deploy.models.export import export_denoiser, load_exported  # noqa: E402
 from mpq_deploy.models.open import open_denoiser  # noqa: E402
 from mpq_deploy.models.spec import DenoiserSpec, InputSpec  # noqa: E402
@@ -26,16 +27,18 @@ pytestmark = pytest.mark.torch
 ROWS, TOKENS = 3, 5
 
 
-def saved(folder: Path, model: Any, scheduler: dict[str, Any], config: dict[str, Any], **arrays: Any) -> dict[str, Any]:
+def saved(
+    folder: Path, model: Any, scheduler: dict[str, Any], config: dict[str, Any], **arrays: Any
+) -> tuple[Path, Additions]:
     """Write ``model`` with further entries in its configuration; return the arguments of ``open_denoiser``."""
     randomize(model).save_pretrained(folder / "model", safe_serialization=True)
     path = folder / "model" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **config}), encoding="utf-8")
     write_scheduler(folder, scheduler)
     if not arrays:
-        return {"source": folder / "model", "scheduler": folder}
+        return folder / "model", Additions(scheduler=folder)
     np.savez(folder / "c.npz", **arrays)
-    return {"source": folder / "model", "scheduler": folder, "conditions": folder / "c.npz"}
+    return folder / "model", Additions(folder / "c.npz", folder)
 
 
 def random(*shape: int) -> Any:
@@ -54,7 +57,7 @@ def tiny_ltx() -> Any:
     )
 
 
-def ltx(folder: Path, **entries: Any) -> dict[str, Any]:
+def ltx(folder: Path, **entries: Any) -> tuple[Path, Additions]:
     video = {"sample_shape": [2 * 4 * 3, 8], "forward_arguments": {"num_frames": 2, "height": 4, "width": 3}}
     mask = np.ones((ROWS, TOKENS), np.float32)
     text = {"encoder_hidden_states": random(ROWS, TOKENS, 16), "encoder_attention_mask": mask}
@@ -62,7 +65,7 @@ def ltx(folder: Path, **entries: Any) -> dict[str, Any]:
 
 
 def test_tokens_with_arguments_that_never_change(tmp_path: Path) -> None:
-    denoiser = open_denoiser(**ltx(tmp_path))
+    denoiser = open_denoiser(*ltx(tmp_path))
     assert denoiser.spec.sample.shape == (24, 8)
     assert export_denoiser(denoiser, tmp_path / "export").max_relative_error < 1e-3
     exported = load_exported(tmp_path / "export")
@@ -84,7 +87,7 @@ def test_tokens_with_arguments_that_never_change(tmp_path: Path) -> None:
 
 def test_an_argument_that_the_forward_does_not_take_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="'frames'") as caught:
-        open_denoiser(**ltx(tmp_path, forward_arguments={"frames": 2}))
+        open_denoiser(*ltx(tmp_path, forward_arguments={"frames": 2}))
     assert "num_frames" in caught.value.hint
 
 
@@ -99,7 +102,7 @@ def test_vectors(tmp_path: Path) -> None:
     )
     arrays = {"proj_embedding": random(ROWS, 16), "encoder_hidden_states": random(ROWS, TOKENS, 16)}
     arrays["attention_mask"] = np.ones((ROWS, TOKENS), bool)
-    denoiser = open_denoiser(**saved(tmp_path, model, tiny_scheduler(), {"sample_shape": [16]}, **arrays))
+    denoiser = open_denoiser(*saved(tmp_path, model, tiny_scheduler(), {"sample_shape": [16]}, **arrays))
     assert denoiser.spec.sample.shape == (16,)
     assert export_denoiser(denoiser, tmp_path / "export").max_relative_error < 1e-3
 
@@ -153,7 +156,7 @@ def test_a_timestep_of_another_name(tmp_path: Path) -> None:
     )
     scheduler = {"_class_name": "DDPMWuerstchenScheduler"}
     text = random(ROWS, 1, 12)
-    denoiser = open_denoiser(**saved(tmp_path, model, scheduler, {"sample_size": 4}, clip_text_pooled=text))
+    denoiser = open_denoiser(*saved(tmp_path, model, scheduler, {"sample_size": 4}, clip_text_pooled=text))
     assert denoiser.spec.timestep_name == "timestep_ratio"
     # Its scheduler steps with one timestep per sample, and counts none of training.
     with pytest.raises(UsageError, match="DDPMWuerstchenScheduler") as caught:
@@ -175,7 +178,7 @@ def test_what_gives_no_sample_is_named(tmp_path: Path) -> None:
         conditioning_embedding_out_channels=(4, 4, 4, 4),
     )
     arrays = {"encoder_hidden_states": random(ROWS, TOKENS, 8), "controlnet_cond": random(ROWS, 3, 64, 64)}
-    denoiser = open_denoiser(**saved(tmp_path, model, tiny_scheduler(), {"sample_size": 8}, **arrays))
+    denoiser = open_denoiser(*saved(tmp_path, model, tiny_scheduler(), {"sample_size": 8}, **arrays))
     with pytest.raises(ModelError, match="gives lists of tensors"):
         export_denoiser(denoiser, tmp_path / "export")
 

@@ -1,0 +1,126 @@
+"""Find the files of a model: bundled, in a folder, as an ONNX file, or fetched from the Hugging Face hub."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from importlib import resources
+from pathlib import Path
+
+from mpq_deploy.errors import MissingDependencyError, ModelError, UsageError, nearest
+from mpq_deploy.system.progress import Talk
+
+# In order of preference: the first whose weights are there is the default.
+DEMOS = ("emoji", "digits")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+PARTS = (
+    "unet",
+    "transformer",
+    "scheduler",
+    *(f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")),
+    "vae",
+    "vqvae",
+)
+# Formats that run code when they are loaded.
+PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+KINDS = ("*.json", "*.safetensors", "merges.txt", "vocab.txt", "spiece.model")
+# Second copies of the same weights.
+LEFT_OUT = ("*.fp16.*", "*.non_ema.*", "*.bf16.*")
+# Files of a diffusers folder that are read: configurations, weights, tokenizers.
+SOURCE_ENDINGS = (".json", ".safetensors", ".txt", ".model")
+
+
+def locate(source: str | Path | None, talk: Talk | None = None) -> Path:
+    """Return the folder or ONNX file of ``source``; a hub id is fetched.
+
+    Raises UsageError when there is none, ModelError for a file that is a pickle or no ONNX by its name.
+    """
+    if source is None or str(source) in DEMOS:
+        return bundled_demo(None if source is None else str(source))
+    path = Path(source)
+    # Path("") is the current folder, which nobody named.
+    if source != "" and (path.is_dir() or (path.suffix == ".onnx" and path.is_file())):
+        return path
+    if path.is_file():
+        raise ModelError(
+            f"{path} is a file, but no .onnx file.",
+            "Pickled checkpoints are refused, because loading them runs their code: load the model in diffusers where "
+            "you trust it and write it with save_pretrained(FOLDER, safe_serialization=True), then give the folder."
+            if path.suffix in PICKLE_ENDINGS
+            else "Give a diffusers folder or an .onnx file.",
+        )
+    if is_hub_id(str(source)) and path.suffix not in (".onnx", *PICKLE_ENDINGS):
+        return fetch(str(source), talk or Talk())
+    raise UsageError(
+        f"There is no model '{source}'.",
+        f"{nearest(str(source), DEMOS)}Give a diffusers folder, an .onnx file, a hub id (org/name), or one of the "
+        f"bundled models: {', '.join(DEMOS)}.",
+    )
+
+
+def source_files(source: str | Path | None, description: Path | None = None) -> list[tuple[str, Path]]:
+    """Return the files that decide what ``open_denoiser(source)`` gives, as (name within the model, path), sorted.
+
+    For an ONNX file: itself, its external data, its YAML and the scheduler that this names.
+    """
+    path = locate(source)
+    if path.is_dir():
+        folders = [path, *(path / part for part in PARTS if (path / part).is_dir())]
+        files = {p for folder in folders for p in folder.iterdir() if p.suffix in SOURCE_ENDINGS and p.is_file()}
+        return sorted((p.relative_to(path).as_posix(), p) for p in files)
+    from mpq_deploy.graph.load import external_files, read_proto
+    from mpq_deploy.models.onnx_file import description_path, read_description
+
+    yaml_path = description_path(path, description)
+    files = {path, yaml_path, *external_files(read_proto(path), path)}
+    scheduler = read_description(yaml_path).scheduler
+    if isinstance(scheduler, str) and (yaml_path.parent / scheduler).is_file():
+        files.add(yaml_path.parent / scheduler)
+    return sorted((p.name, p) for p in files)
+
+
+def bundled_demo(name: str | None = None) -> Path:
+    """Return the pipeline folder of a bundled model; None is the default one.
+
+    Raises UsageError for an unknown name, naming the nearest.
+    """
+    present = {demo: path for demo in DEMOS if (path := _folder(demo) / "model_index.json").is_file()}
+    if name is None:
+        name = next(iter(present), DEMOS[0])
+    if name not in present:
+        raise UsageError(
+            f"There is no bundled model '{name}'.", f"{nearest(name, present)}Bundled: {', '.join(present)}."
+        )
+    return _folder(name)
+
+
+def _folder(name: str) -> Path:
+    return Path(str(resources.files("mpq_deploy"))) / "models" / "demo" / name
+
+
+def is_hub_id(source: str) -> bool:
+    """Say whether ``source`` has the form ``org/name``."""
+    return HUB_ID.fullmatch(source) is not None
+
+
+def fetch(hub_id: str, talk: Talk) -> Path:
+    """Return the local folder of the hub's model, downloading what is not there yet.
+
+    Raises UsageError when there is no such model, no access to it or no network.
+    """
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise MissingDependencyError("huggingface_hub", "torch", f"Fetching {hub_id}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, RevisionResolutionError
+
+    wanted = ["model_index.json", "config.json", "diffusion_pytorch_model*.safetensors*", "scheduler_config.json"]
+    wanted += [f"{part}/{kind}" for part in PARTS for kind in KINDS]
+    talk.line(f"  looking for {hub_id} on the hub")
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=list(LEFT_OUT)))
+    except (OSError, HFValidationError, RevisionResolutionError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UsageError(
+            f"There is no file or folder '{hub_id}' here, and as a hub id it cannot be fetched: {reason[0]}",
+            "Check the name and the network; or download the model elsewhere and give its folder.",
+        ) from error
