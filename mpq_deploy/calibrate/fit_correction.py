@@ -118,7 +118,16 @@ def fit_correction(
     folds = min(FOLDS, calls)
     order = np.argsort(moments.timesteps)
     steps = tuple(_fit_step(_Step.of(moments, int(index)), bias_per, folds) for index in order)
-    return Correction(dict(models), prediction_type, channels, bias_per, steps, calls, folds, unseen_by_rounding)
+    return Correction(
+        models=dict(models),
+        prediction_type=prediction_type,
+        channels=channels,
+        bias_per=bias_per,
+        steps=steps,
+        calls=calls,
+        folds=folds,
+        unseen_by_rounding=unseen_by_rounding,
+    )
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.models.spec import Array
 
 # Raised with every change of what the file holds.
-FORMAT = 1
+FORMAT: Literal[1] = 1
 FILE = "correction.json"
 # A quantized output with less than half of the float one's amplitude is no float output with some noise. Our choice.
 LEAST_GAIN = 0.5
@@ -56,32 +56,6 @@ class CorrectionStep(BaseModel):
         return self.heldout_nmse_fitted if self.applied else self.heldout_nmse_before
 
 
-class _File(BaseModel):
-    """What correction.json holds."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    format: Literal[1]
-    method: Literal["ptqd"]
-    models: dict[str, str] = Field(min_length=1)
-    prediction_type: str
-    channels: int = Field(ge=1)
-    bias_per: BiasPer
-    calls: int = Field(ge=0)
-    folds: int = Field(ge=0)
-    unseen_by_rounding: bool
-    steps: tuple[CorrectionStep, ...] = Field(min_length=1)
-
-    @model_validator(mode="after")
-    def _consistent(self) -> _File:
-        width = self.channels if self.bias_per == "channel" else 1
-        if any(len(step.bias) != width for step in self.steps):
-            raise ValueError(f"a bias has not {width} values")
-        if any(b.timestep <= a.timestep for a, b in zip(self.steps, self.steps[1:])):
-            raise ValueError("the timesteps do not rise")
-        return self
-
-
 @dataclass(frozen=True)
 class StepCorrection:
     """The correction at one timestep: k, b float64 [1 or channels], and the variance of the residual."""
@@ -101,38 +75,35 @@ class StepCorrection:
         return self.residual_variance / (1 + self.slope) ** 2
 
 
-@dataclass(frozen=True)
-class Correction:
-    """The correction of one quantized model, by timestep.
+class Correction(BaseModel):
+    """The correction of one quantized model by timestep, which is what correction.json holds.
 
-    ``models`` are the SHA-256 of the ONNX files (with their external data) that it belongs to; ``calls`` recorded calls
-    were fitted on in ``folds`` parts, each checked on the others; ``unseen_by_rounding``: the weights were not rounded
-    on them. ``steps`` rise in their timesteps.
+    ``models``: SHA-256 of the ONNX files (with their external data) that it belongs to. It was fitted on
+    ``calls`` recorded calls in ``folds`` parts, each checked on the others; ``unseen_by_rounding``: the
+    weights were not rounded on them. ``steps`` ascend in their timesteps.
     """
 
-    models: dict[str, str]
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    format: Literal[1] = FORMAT
+    method: Literal["ptqd"] = "ptqd"
+    models: dict[str, str] = Field(min_length=1)
     prediction_type: str
-    channels: int
+    channels: int = Field(ge=1)
     bias_per: BiasPer
-    steps: tuple[CorrectionStep, ...]
-    calls: int = 0
-    folds: int = 0
+    steps: tuple[CorrectionStep, ...] = Field(min_length=1)
+    calls: int = Field(0, ge=0)
+    folds: int = Field(0, ge=0)
     unseen_by_rounding: bool = True
 
-    @classmethod
-    def identity(cls, channels: int, prediction_type: str = "epsilon") -> Correction:
-        """Return the correction that changes nothing."""
-        step = CorrectionStep(
-            timestep=0.0,
-            slope=0.0,
-            bias=(0.0,),
-            residual_variance=0.0,
-            applied=False,
-            heldout_nmse_before=0.0,
-            heldout_nmse_fitted=0.0,
-            note="identity",
-        )
-        return cls({"none": ""}, prediction_type, channels, "scalar", (step,))
+    @model_validator(mode="after")
+    def _consistent(self) -> Correction:
+        width = self.channels if self.bias_per == "channel" else 1
+        if any(len(step.bias) != width for step in self.steps):
+            raise ValueError(f"a bias has not {width} values")
+        if any(b.timestep <= a.timestep for a, b in zip(self.steps, self.steps[1:])):
+            raise ValueError("the timesteps do not ascend")
+        return self
 
     def at(self, timestep: float) -> StepCorrection:
         """Return the correction at ``timestep`` (a scheduler value), interpolated."""
@@ -182,9 +153,7 @@ class Correction:
 
     def as_json(self) -> dict[str, Any]:
         """Return what the file holds."""
-        values = {name: value for name, value in vars(self).items() if name != "steps"}
-        steps = [step.model_dump(mode="json") for step in self.steps]
-        return {"format": FORMAT, "method": "ptqd", **values, "steps": steps}
+        return self.model_dump(mode="json")
 
     def save(self, path: Path) -> None:
         """Write the file: JSON with sorted keys, the same bytes for the same correction."""
@@ -229,11 +198,10 @@ def read_correction(path: Path) -> Correction:
             "Make it again with this version, or use the version that made it.",
         )
     try:
-        held = _File.model_validate(values)
+        return Correction.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ModelError(
             f"{path} is damaged: {where}: {first['msg']}.".replace(": :", ":"), "Make it again."
         ) from error
-    return Correction(**{name: getattr(held, name) for name in Correction.__dataclass_fields__})

@@ -13,7 +13,7 @@ from mpq_deploy.calls.sampler import SamplerKind, make_sampler
 from mpq_deploy.errors import UsageError
 from mpq_deploy.models.spec import DenoiserSpec, InputSpec
 from mpq_deploy.runtime.correction import Correction
-from tests.runtime.test_corrected_scheduler import BIAS, SLOPE, known
+from tests.runtime.test_corrected_scheduler import BIAS, SLOPE, identity, known
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -49,7 +49,7 @@ def test_the_built_in_ddim(guidance: float) -> None:
     clean = samples(spec, None, quantized=False)
     np.testing.assert_allclose(samples(spec, correction, quantized=True), clean, atol=1e-4 * np.abs(clean).max())
     assert np.abs(samples(spec, None, quantized=True) - clean).max() > 0.01
-    np.testing.assert_array_equal(samples(spec, Correction.identity(3), quantized=False), clean)
+    np.testing.assert_array_equal(samples(spec, identity(3), quantized=False), clean)
 
 
 @pytest.mark.torch

@@ -22,6 +22,7 @@ from mpq_deploy.recipe import EvaluateSettings
 from mpq_deploy.runtime.correction import Correction, CorrectionStep
 from mpq_deploy.runtime.ort import OrtDenoiser
 from mpq_deploy.system.progress import Talk
+from tests.runtime.test_corrected_scheduler import identity
 
 SETTINGS = EvaluateSettings(samples=5, steps=6, timesteps=3, calls=5, batch_size=2)
 CONDITIONS = {"class_labels": np.eye(4, 4, dtype=np.float32)}
@@ -180,7 +181,7 @@ def correction(slope):
         heldout_nmse_before=2e-4,
         heldout_nmse_fitted=1e-4,
     )
-    return Correction({"m": "0"}, "epsilon", 3, "scalar", (step,))
+    return Correction(models={"m": "0"}, prediction_type="epsilon", channels=3, bias_per="scalar", steps=(step,))
 
 
 def test_a_correction_changes_the_error_and_the_samples_of_its_variant_only(files, tmp_path):
@@ -199,7 +200,7 @@ def test_a_correction_changes_the_error_and_the_samples_of_its_variant_only(file
         assert found.variants["ours+ptqd"].psnr_db < math.inf
     note = next(note for note in found.notes if note.startswith("ours+ptqd"))
     assert "2.00e-04 -> 1.00e-04" in note and "adds no noise" in note
-    assert evaluated(Correction.identity(3)).variants["ours+ptqd"].psnr_db == math.inf
+    assert evaluated(identity(3)).variants["ours+ptqd"].psnr_db == math.inf
 
 
 def test_a_larger_change_is_worse(files):

@@ -13,6 +13,7 @@ from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.evaluate.cache import model_digest
 from mpq_deploy.runtime.correction import Correction, CorrectionStep, load_correction, read_correction
 from tests.graphs import denoiser_graph
+from tests.runtime.test_corrected_scheduler import identity
 
 
 def step(timestep: float, slope: float = 0.1, bias: tuple[float, ...] = (0.2, 0.0), **values: Any) -> CorrectionStep:
@@ -22,7 +23,15 @@ def step(timestep: float, slope: float = 0.1, bias: tuple[float, ...] = (0.2, 0.
 
 def two_steps(models: dict[str, str] | None = None) -> Correction:
     refused = step(300, 0.0, (0.0, 0.0), residual_variance=0.03, applied=False, heldout_nmse_fitted=0.04)
-    return Correction(models or {"model.onnx": "0" * 64}, "epsilon", 2, "channel", (step(100), refused), 8, 4)
+    return Correction(
+        models=models or {"model.onnx": "0" * 64},
+        prediction_type="epsilon",
+        channels=2,
+        bias_per="channel",
+        steps=(step(100), refused),
+        calls=8,
+        folds=4,
+    )
 
 
 @pytest.fixture
@@ -61,7 +70,7 @@ def test_the_corrected_output_undoes_slope_and_bias_and_leaves_a_learned_varianc
 def test_where_it_does_not_help_the_output_is_the_same_object() -> None:
     output = np.ones((1, 2, 2, 2), np.float32)
     assert two_steps().apply(output, 500) is output
-    assert Correction.identity(2).apply(output, 500) is output
+    assert identity(2).apply(output, 500) is output
 
 
 def test_the_guided_output_has_the_same_slope_and_bias() -> None:
@@ -118,7 +127,7 @@ def test_damage_is_named(tmp_path: Path, key: str, value: Any, words: str) -> No
         ({"slope": -0.9}, "slope"),
         ({"slope": float("nan")}, "slope"),
         ({"residual_variance": -1.0}, "residual_variance"),
-        ({"timestep": 300.0}, "do not rise"),
+        ({"timestep": 300.0}, "do not ascend"),
     ],
 )
 def test_a_damaged_step_is_named(tmp_path: Path, change: dict[str, Any], words: str) -> None:
