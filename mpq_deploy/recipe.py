@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mpq_deploy.errors import UsageError, nearest
-from mpq_deploy.formats.scheme import schemes_named
+from mpq_deploy.formats.scheme import BRANCH_KINDS, schemes_named
 from mpq_deploy.system.quantities import Budget, BudgetEntry, LatencyEntry
 
 Estimator = Literal["biased", "debiased"]
@@ -122,7 +122,7 @@ class AllocateSettings(Section):
     schemes: tuple[str, ...] = Field(
         ("fp16", "w8a8", "w8a16", "w4a16", "w4a8"), description="what a layer may take, where the target takes it"
     )
-    branches: tuple[Literal["rows", "cols", "lowrank", "scale", "omq", "zres"], ...] = Field(
+    branches: tuple[str, ...] = Field(
         ("rows",),
         description="what may stand beside a quantized body, where the target takes it; omq and zres: simulated alone",
     )
@@ -147,6 +147,16 @@ class AllocateSettings(Section):
     def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         _check_schemes(names)
         return names
+
+    @field_validator("branches")
+    @classmethod
+    def _known_kinds(cls, kinds: tuple[str, ...]) -> tuple[str, ...]:
+        for kind in kinds:
+            if kind not in BRANCH_KINDS:
+                raise ValueError(
+                    f"unknown branch '{kind}'. {nearest(kind, BRANCH_KINDS)}Known: {', '.join(BRANCH_KINDS)}"
+                )
+        return kinds
 
 
 class QuantizeSettings(Section):

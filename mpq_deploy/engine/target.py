@@ -20,7 +20,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from mpq_deploy.engine.build_target import BuildTarget
 from mpq_deploy.engine.trtexec import find_trtexec
 from mpq_deploy.errors import UsageError, nearest
-from mpq_deploy.formats.scheme import BRANCH_KINDS, FAMILIES, SCHEMES, SIMULATED, Scheme, nearest_scheme
+from mpq_deploy.formats.scheme import (
+    BRANCH_KINDS,
+    FAMILIES,
+    SCHEMES,
+    SIMULATED,
+    Scheme,
+    families,
+    nearest_scheme,
+)
 from mpq_deploy.graph.layers import LAYER_OPS, Layer
 
 Dialect = Literal["trt-rtx", "trt-10.3", "trt-10.13", "trt-11", "onnxruntime"]
@@ -56,7 +64,7 @@ class Rule(BaseModel):
     @model_validator(mode="after")
     def _known(self) -> Rule:
         _check_known("op", self.ops, LAYER_OPS)
-        _check_known("scheme family", self.families, FAMILIES)
+        _check_known("scheme family", self.families, families())
         return self
 
     def concerns(self, layer: Layer, scheme: Scheme) -> bool:
@@ -121,7 +129,7 @@ class Target(BaseModel):
         for op in LAYER_OPS:
             _check_known("branch", self.branches.get(op, ()), tuple(BRANCH_KINDS))
             allowed = self.schemes.get(op, ())
-            _check_known("scheme family", allowed, (*FAMILIES, SIMULATED))
+            _check_known("scheme family", allowed, families())
             if "fp16" not in allowed:
                 raise ValueError(f"schemes.{op} must list fp16, which every layer may fall back to")
             explained = {f for r in self.rules if op in r.ops and r.when == "always" for f in r.families}
@@ -160,6 +168,8 @@ class Target(BaseModel):
         for rule in self.rules:
             if (rule.when == "always") == left_out and rule.concerns(layer, scheme):
                 return rule.reason + (f"; nearest: {self.nearest(layer.op, scheme)}" if left_out else "")
+        if left_out:
+            return f"{self.name} does not list {scheme.family}; nearest: {self.nearest(layer.op, scheme)}"
         if scheme.branch and scheme.branch.kind not in self.branches.get(layer.op, ()):
             return f"a {scheme.branch.kind} branch beside a {layer.op} is unproven on {self.name}"
         return ""

@@ -23,16 +23,13 @@ class Half(WeightFormat):
 
     @property
     def form(self) -> str:
-        """See the base."""
         return "fp16"
 
     def bytes_of(self, layer: Layer) -> int:
-        """See the base."""
         return FP16_BYTES * layer.weights
 
     def twin(self, start: StartingWeight, kit: TwinKit) -> LayerTwin:
-        """See the base."""
         return kit.of_half(start.weight)
 
 
-FP16 = Scheme("fp16", Half())
+FP16 = Scheme("fp16", Half(), meaning="16-bit floats, as in the original")

@@ -36,24 +36,20 @@ class Int4Weight(IntegerWeight):
     engine_types = ("Int4",)
 
     def block(self, layer: Layer) -> int | None:
-        """See the base."""
         return nearest_divisor(layer.reduction, self.block_size or layer.reduction)
 
     def refusal(self, layer: Layer) -> str:
-        """See the base."""
         if self.block(layer) is not None:
             return ""
         return f"no divisor of its reduction {layer.reduction} lies near {self.block_size}"
 
     def dialect_refusal(self, layer: Layer, dialect: Dialect) -> str:
-        """See the base."""
         shape = matrix_shape(layer)
         if prod(shape) % 2:
             return "size is odd"
         return "last dimension is odd" if shape[-1] % 2 and not dialect.odd_rows else ""
 
     def bytes_of(self, layer: Layer) -> int:
-        """See the base."""
         block = self.block(layer)
         if block is None:
             raise ValueError(f"blocks of {self.block_size} do not fit {layer.name}")
@@ -63,22 +59,19 @@ class Int4Weight(IntegerWeight):
         return (layer.weights + 1) // 2 + FP16_BYTES * scales + shape
 
     def unpacked_bytes(self, layer: Layer, alone: bool) -> int:
-        """See the base: a Conv's weight becomes FP16 at every call; a product's is fused."""
+        """A Conv's weight becomes FP16 at every call; a product's is fused."""
         return FP16_BYTES * layer.weights if alone and layer.op == "Conv" else 0
 
     def fuses(self, layer: ExpectedLayer) -> bool:
-        """See the base."""
         even = layer.reduction % 2 == 0 and layer.out_channels % 2 == 0
         return layer.op != "Conv" and even and layer.blocks >= 2
 
     def scales(self, layer: Layer, weight: Array, importance: Array) -> tuple[Array, Array | None]:
-        """See the base."""
         block = self.block(layer)
         assert block is not None, "choices_for admits only schemes with a block size"
-        return choose_scale(weight, importance, layer.reduction // block, self.bits), None
+        return choose_scale(weight, importance, layer.reduction // block, self.precision), None
 
     def write(self, to: LayerWriter, matrix: QuantizedMatrix) -> ir.Value:
-        """See the base."""
         first, layer = to.layer.out_axis == 0, to.layer
         codes = to.codes(lambda: matrix.codes if first else matrix.codes.T, "INT4", matrix_shape(layer))
         scale = matrix.scale.astype(np.float32)
@@ -103,27 +96,22 @@ class RequantizedInt4(Int4Weight):
 
     @property
     def form(self) -> str:
-        """See the base."""
         return f"int4x8-b{self.block_size}"
 
     def bytes_of(self, layer: Layer) -> int:
-        """See the base."""
         return super().bytes_of(layer) + FP16_BYTES * layer.out_channels
 
     def unpacked_bytes(self, layer: Layer, alone: bool) -> int:
-        """See the base: the weight becomes INT8 at every call, whatever the operator."""
+        """The weight becomes INT8 at every call, whatever the operator."""
         return layer.weights
 
     def fuses(self, layer: ExpectedLayer) -> bool:
-        """See the base."""
         return False
 
     def scales(self, layer: Layer, weight: Array, importance: Array) -> tuple[Array, Array | None]:
-        """See the base."""
         return choose_multiple_scale(weight, importance, super().scales(layer, weight, importance)[0])
 
     def write(self, to: LayerWriter, matrix: QuantizedMatrix) -> ir.Value:
-        """See the base."""
         assert matrix.channel_scale is not None
         weight = super().write(to, matrix)
         channel = to.constant("channel_scale", matrix.channel_scale.astype(np.float32))
@@ -134,6 +122,9 @@ class RequantizedInt4(Int4Weight):
 
 
 INT4_BODIES = (
-    *(Scheme(f"w4a16-b{block}", Int4Weight(block)) for block in BLOCK_SIZES),
-    *(Scheme(f"w4a8-b{block}", RequantizedInt4(block), INT8_INPUT) for block in BLOCK_SIZES),
+    *(Scheme(f"w4a16-b{block}", Int4Weight(block), meaning="4-bit weights, FP16 arithmetic") for block in BLOCK_SIZES),
+    *(
+        Scheme(f"w4a8-b{block}", RequantizedInt4(block), INT8_INPUT, meaning="4-bit weights, INT8 arithmetic")
+        for block in BLOCK_SIZES
+    ),
 )

@@ -40,19 +40,16 @@ class Int8Weight(IntegerWeight):
     engine_types = ("Int8",)
 
     def bytes_of(self, layer: Layer) -> int:
-        """See the base."""
         return layer.weights + FP16_BYTES * layer.out_channels
 
     def unpacked_bytes(self, layer: Layer, alone: bool) -> int:
-        """See the base: weights alone of a Conv become FP16 at every call; those of products are fused."""
+        """Weights alone of a Conv become FP16 at every call; those of products are fused."""
         return FP16_BYTES * layer.weights if alone and layer.op == "Conv" else 0
 
     def scales(self, layer: Layer, weight: Array, importance: Array) -> tuple[Array, Array | None]:
-        """See the base."""
-        return choose_scale(weight, importance, 1, self.bits), None
+        return choose_scale(weight, importance, 1, self.precision), None
 
     def write(self, to: LayerWriter, matrix: QuantizedMatrix) -> ir.Value:
-        """See the base."""
         codes = to.codes(lambda: to.folded(matrix.codes), "INT8", to.layer.weight_shape)
         scale = to.constant("scale", matrix.scale[:, 0].astype(np.float32))
         attributes = {"axis": to.layer.out_axis}
@@ -68,19 +65,15 @@ class Int8Activation(ActivationFormat):
     value_bytes = 1
 
     def grid(self, stats: ActivationStats, scale: float) -> ActivationGrid:
-        """See the base."""
         return ActivationGrid(scale)
 
     def engine_bytes(self, layer: ExpectedLayer) -> int:
-        """See the base."""
         return CHANNEL_BYTES[layer.op] * layer.out_channels + FACTOR_BYTES[layer.op]
 
     def operations_per_s(self, rates: Rates) -> float:
-        """See the base."""
         return rates.int8
 
     def write(self, to: NodeWriter, value: ir.Value, grid: ActivationGrid, key: tuple[str, str]) -> list[ir.Node]:
-        """See the base."""
         tensor, form = key
         # Rank 0: with shape [1] TensorRT silently runs the convolution in FP16.
         scale = to.named_constant(f"{tensor}//scale{form}", np.asarray(grid.scale, np.float32))
@@ -91,5 +84,5 @@ class Int8Activation(ActivationFormat):
 
 
 INT8_WEIGHT, INT8_INPUT = Int8Weight(), Int8Activation()
-W8A8 = Scheme("w8a8", INT8_WEIGHT, INT8_INPUT)
-W8A16 = Scheme("w8a16", INT8_WEIGHT)
+W8A8 = Scheme("w8a8", INT8_WEIGHT, INT8_INPUT, meaning="8-bit weights and activations, INT8 arithmetic")
+W8A16 = Scheme("w8a16", INT8_WEIGHT, meaning="8-bit weights, FP16 arithmetic")

@@ -29,7 +29,6 @@ class IntegerWeight(WeightFormat):
 
     @property
     def form(self) -> str:
-        """See the base."""
         return self.precision.name + (f"-b{self.block_size}" if self.block_size else "")
 
     def scales(self, layer: Layer, weight: Array, importance: Array) -> tuple[Array, Array | None]:
@@ -41,15 +40,12 @@ class IntegerWeight(WeightFormat):
 
     @property
     def rounder(self) -> Rounder:
-        """See the base."""
         return round_integers
 
     def read(self, arrays: Mapping[str, Array]) -> QuantizedMatrix:
-        """See the base."""
         return QuantizedMatrix.of(arrays)
 
     def twin(self, start: StartingWeight, kit: TwinKit) -> LayerTwin:
-        """See the base."""
         return kit.of(kit.grid(start.matrix, start.weight, self.precision))
 
 

@@ -10,7 +10,7 @@ library alone; ONNX nodes and torch modules are made by the writer and the kit t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
@@ -301,6 +301,8 @@ class Scheme:
     weight: WeightFormat
     activation: ActivationFormat | None = None
     branch: Branch = Branch()
+    # For the report: the body in words.
+    meaning: str = field(default="", compare=False)
 
     @property
     def quantized(self) -> bool:

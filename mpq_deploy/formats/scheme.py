@@ -22,9 +22,9 @@ from mpq_deploy.formats.int8 import W8A8, W8A16
 from mpq_deploy.formats.interfaces import SIMULATED, Branch, Scheme
 from mpq_deploy.formats.simulated import SIMULATED_BODIES
 
-__all__ = ["BRANCH_KINDS", "FAMILIES", "FP16", "SCHEMES", "SIMULATED", "W8A8", "W8A16", "Scheme"]
+__all__ = ["BRANCH_KINDS", "FAMILIES", "FP16", "SCHEMES", "SIMULATED", "W8A8", "W8A16", "Scheme", "families"]
 
-# Every target says of these whether its layers may take them, and if not, why.
+# Every target says of these whether its layers may take them, and if not, why; others it may leave out.
 FAMILIES = ("fp16", "w8a8", "w8a16", "w4a16", "w4a8")
 # Schemes without branches, and the branches that stand beside those that they suit.
 FORMATS: tuple[Scheme, ...] = (FP16, W8A8, W8A16, *INT4_BODIES)
@@ -58,6 +58,11 @@ def register(bodies: Iterable[Scheme]) -> None:
 
 register(FORMATS)
 register(SIMULATED_BODIES)
+
+
+def families() -> tuple[str, ...]:
+    """Return the families that targets may list."""
+    return tuple(dict.fromkeys(scheme.family for scheme in SCHEMES.values()))
 
 
 def branches_of(bodies: tuple[Scheme, ...], kinds: tuple[str, ...]) -> tuple[Scheme, ...]:

@@ -56,7 +56,6 @@ class SimulatedWeight(WeightFormat):
 
     @property
     def form(self) -> str:
-        """See the base."""
         return f"sim{self.width}"
 
     def bytes_of(self, layer: Layer) -> int:
@@ -65,15 +64,12 @@ class SimulatedWeight(WeightFormat):
 
     @property
     def rounder(self) -> Rounder:
-        """See the base."""
         return round_simulated
 
     def read(self, arrays: Mapping[str, Array]) -> SimulatedMatrix:
-        """See the base."""
         return SimulatedMatrix.of(arrays)
 
     def write(self, to: LayerWriter, matrix: SimulatedMatrix) -> ir.Value:
-        """See the base."""
         grids = matrix.grids
         channels = {"grid_bits": matrix.grid_bits.tolist(), "orders": matrix.orders.tolist()}
         to.record(WEIGHTS_KEY, to.layer.name, {"scheme": to.scheme.name, **channels})
@@ -96,7 +92,6 @@ class SimulatedWeight(WeightFormat):
         return weight
 
     def twin(self, start: StartingWeight, kit: TwinKit) -> LayerTwin:
-        """See the base."""
         return kit.of(kit.levels(start.matrix, start.weight))
 
 
@@ -115,19 +110,16 @@ class SimulatedActivation(ActivationFormat):
 
     @property
     def form(self) -> str:
-        """See the base."""
         return f"+a{self.width}"
 
     def grid(self, stats: ActivationStats, scale: float) -> ActivationGrid:
-        """See the base."""
         return stats.simulated(self.width)
 
     def reader_bytes(self, layer: Layer) -> int:
-        """See the base: a zero point."""
+        """A zero point."""
         return ZERO_POINT_BYTES * len(layer.inputs)
 
     def write(self, to: NodeWriter, value: ir.Value, grid: ActivationGrid, key: tuple[str, str]) -> list[ir.Node]:
-        """See the base."""
         base = f"{key[0]}//sim{key[1]}"
         scale = to.named_constant(f"{base}/scale", np.asarray(grid.scale, np.float32))
         zero_point = to.named_constant(f"{base}/zero_point", np.asarray(-grid.quant_min, np.uint8))
@@ -156,16 +148,14 @@ class SharedBits(Branch):
     residuals: ClassVar[int] = 0
 
     def suits(self, body: Scheme) -> bool:
-        """See the base."""
         return body.simulated and body.weight.bits in SHARED_OUT_BITS
 
     def joining_bytes(self, layer: Layer) -> int:
-        """See the base."""
         channels = layer.out_channels
         return packed_bytes(self.form_bits * channels) + FP16_BYTES * channels * self.residuals
 
     def rounds_first(self, scheme: Scheme) -> tuple[Scheme, ...]:
-        """See the base: all at once."""
+        """All at once."""
         return (scheme,)
 
     def row_forms(self, bits: int) -> tuple[list[RowForm], list[RowForm], list[RowForm]]:
@@ -263,10 +253,15 @@ def row_kurtosis(weight: Array, input_amax: Array) -> Array:
 
 
 _WEIGHTS = {bits: SimulatedWeight(width=bits) for bits in SIMULATED_BITS}
-_ACTIVATIONS = {**{bits: SimulatedActivation(bits) for bits in SIMULATED_BITS}, 16: None}
+_ACTIVATIONS = (*(SimulatedActivation(bits) for bits in SIMULATED_BITS), None)
 # w2a2-sim to w8a8-sim, and w2a16-sim to w8a16-sim.
 SIMULATED_BODIES = tuple(
-    Scheme(f"w{bits}a{input_bits}-sim", weight, activation)
+    Scheme(
+        f"w{bits}a{activation.width if activation else 16}-sim",
+        weight,
+        activation,
+        meaning=f"simulated: {bits}-bit weights, {f'{activation.width}-bit' if activation else 'FP16'} activations",
+    )
     for bits, weight in _WEIGHTS.items()
-    for input_bits, activation in _ACTIVATIONS.items()
+    for activation in _ACTIVATIONS
 )

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
+from mpq_deploy.formats.scheme import FP16
 from mpq_deploy.models.spec import Array
 
 # Changes when a reader of report.json must change.
@@ -578,9 +579,9 @@ CHOSEN_FP16 = "it could be quantized, but at this budget the bytes are better sp
 def kept_in_fp16(data: ReportData) -> tuple[KeptReason, ...]:
     """Group what stayed in FP16 by the reason, layers first, then by bytes."""
     groups: dict[tuple[Literal["layer", "other"], str], list[tuple[str, int]]] = {}
-    known = {name for layer in data.layers for name in (layer.scheme, *layer.refused)} - {"fp16"}
+    known = {name for layer in data.layers for name in (layer.scheme, *layer.refused)} - {FP16.name}
     for layer in data.layers:
-        if layer.scheme == "fp16":
+        if layer.scheme == FP16.name:
             groups.setdefault(("layer", _reason(layer, known)), []).append((layer.name, layer.bytes))
     for other in data.others:
         groups.setdefault(("other", other.reason), []).append((other.name, 2 * other.elements))

@@ -5,25 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from mpq_deploy.formats.scheme import FAMILIES, SCHEMES
 from mpq_deploy.report.data import LayerOption, LayerRow, ReportData
 from mpq_deploy.report.words import NOT_PREDICTED, error, percent, size
 
 # More rows than this and blocks are joined by the first part of their name alone.
 MOST_ROWS = 40
-SCHEME_MEANINGS = {
-    "fp16": "16-bit floats, as in the original",
-    "w8a8": "8-bit weights and activations, INT8 arithmetic",
-    "w8a16": "8-bit weights, FP16 arithmetic",
-    "w4a16": "4-bit weights, FP16 arithmetic",
-    "w4a8": "4-bit weights, INT8 arithmetic",
-}
-BRANCH_MEANINGS = {
-    "rows": "the salient output channels in 8-bit weights beside it",
-    "cols": "the outlier input channels in FP16 beside it",
-    "lowrank": "two FP16 factors beside it",
-    "omq": "the outlier channels have a bit more, as many others a bit less",
-    "zres": "channels have binary residuals over a grid of a bit less, or grids, where either is better",
-}
 
 
 @dataclass(frozen=True)
@@ -94,7 +81,7 @@ def legend(data: ReportData) -> list[LegendEntry]:
     return [
         LegendEntry(
             name,
-            meaning(name) if simulated(name) else SCHEME_MEANINGS.get(name, ""),
+            SCHEMES[used[name][0].scheme].meaning if used[name][0].scheme in SCHEMES else "",
             len(used[name]),
             sum(layer.bytes for layer in used[name]),
             percent(sum(layer.bytes for layer in used[name]) / total),
@@ -105,8 +92,7 @@ def legend(data: ReportData) -> list[LegendEntry]:
 
 def in_order(names: Iterable[str]) -> list[str]:
     """Return families, the widest format first, simulated ones last."""
-    order = list(SCHEME_MEANINGS)
-    return sorted(names, key=lambda name: (order.index(name) if name in order else len(order), name))
+    return sorted(names, key=lambda name: (FAMILIES.index(name) if name in FAMILIES else len(FAMILIES), name))
 
 
 def layer_details(data: ReportData) -> list[dict[str, object]]:
@@ -201,29 +187,21 @@ def layer_label(layer: LayerRow) -> str:
 
 
 def family(scheme: str) -> str:
-    """Return a scheme's name without its block size and branch; simulated ones keep their ``-sim``."""
-    body = scheme.split("+")[0]
-    return body if body.endswith("-sim") else body.split("-")[0]
-
-
-def simulated(scheme: str) -> bool:
-    """Tell by its name whether no engine can hold a scheme."""
-    return scheme.split("+")[0].endswith("-sim")
+    """Return a scheme's name without its block size and branch; one that is unknown here is its own."""
+    return SCHEMES[scheme].series if scheme in SCHEMES else scheme
 
 
 def branch(scheme: str) -> str:
     """Return the kind of a scheme's branch, such as rows; empty without one."""
-    return scheme.partition("+")[2].rstrip("0123456789")
+    return SCHEMES[scheme].branch.kind if scheme in SCHEMES else ""
 
 
 def meaning(scheme: str) -> str:
     """Say in words what a scheme is."""
-    beside = BRANCH_MEANINGS.get(branch(scheme))
-    if simulated(scheme):
-        weight, activation = family(scheme).removesuffix("-sim").removeprefix("w").split("a")
-        text = f"simulated: {weight}-bit weights, {'FP16' if activation == '16' else activation + '-bit'} activations"
-        return text + (f"; {beside}" if beside else "")
-    return SCHEME_MEANINGS.get(family(scheme), "custom") + (f"; {beside}" if beside else "")
+    if scheme not in SCHEMES:
+        return "custom"
+    body, beside = SCHEMES[scheme].meaning, SCHEMES[scheme].branch.meaning
+    return f"{body}; {beside}" if beside else body
 
 
 def branched(data: ReportData) -> tuple[int, int]:

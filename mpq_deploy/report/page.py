@@ -7,6 +7,7 @@ from importlib import resources
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from mpq_deploy.formats.scheme import FP16
 from mpq_deploy.report import words
 from mpq_deploy.report.budget_curve import budget_view
 from mpq_deploy.report.charts import prediction_chart, recovery_chart, size_quality_chart, timestep_chart
@@ -58,7 +59,7 @@ def scheme_table(
     totals: tuple[SchemeTotal, ...],
 ) -> tuple[list[str], list[tuple[str, list[SchemeTotal | None], int, int]]]:
     """Return the schemes in use and, per operator, its totals with the sums of layers and bytes."""
-    schemes = sorted({total.scheme for total in totals}, key=lambda name: (name != "fp16", name))
+    schemes = sorted({total.scheme for total in totals}, key=lambda name: (name != FP16.name, name))
     by_pair = {(total.op, total.scheme): total for total in totals}
     rows = []
     for op in sorted({total.op for total in totals}):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mpq_deploy.formats.interfaces import INT4, INT8
+from mpq_deploy.formats.interfaces import INT4, Precision
 
 if TYPE_CHECKING:
     from mpq_deploy.models.spec import Array
@@ -114,13 +114,13 @@ def round_scale(scale: Array) -> Array:
     return np.clip(scale, SMALLEST_SCALE, LARGEST_SCALE).astype(np.float16)
 
 
-def choose_scale(weight: Array, importance: Array, blocks: int, bits: int) -> Array:
+def choose_scale(weight: Array, importance: Array, blocks: int, precision: Precision) -> Array:
     """Choose FP16 scales [O, blocks] that minimise sum_k importance_k (w_k - q_k)^2 over clipping ratios.
 
     ``importance`` float [K]: the input's mean square per column (llama.cpp calls it the importance matrix).
     """
     share = importance.reshape(1, blocks, -1).astype(np.float32)
-    return np.concatenate([_chosen_scale(weight[part], share, bits) for part in _pieces(weight)])
+    return np.concatenate([_chosen_scale(weight[part], share, precision) for part in _pieces(weight)])
 
 
 def _pieces(weight: Array) -> list[slice]:
@@ -129,9 +129,8 @@ def _pieces(weight: Array) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, len(weight), rows)]
 
 
-def _chosen_scale(weight: Array, share: Array, bits: int) -> Array:
+def _chosen_scale(weight: Array, share: Array, precision: Precision) -> Array:
     """Choose the scales of some rows; ``share`` float32 [1, blocks, columns of one]."""
-    precision = INT4 if bits == INT4.bits else INT8
     blocked = weight.reshape(len(weight), *share.shape[1:])
     amax = np.abs(blocked).max(axis=2, keepdims=True)
     best_error = np.full(amax.shape, np.inf, np.float32)

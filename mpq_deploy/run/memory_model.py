@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from mpq_deploy.engine.engine_memory import BUILDER_BYTES, BUILDER_COPIES, BUILDER_NODE_BYTES
 from mpq_deploy.errors import ModelError
+from mpq_deploy.formats.scheme import BRANCH_KINDS
 from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.graph.shapes import known_shapes
 from mpq_deploy.onnx_torch.merged_nodes import merged_nodes
@@ -240,7 +241,8 @@ def _candidates(size: ModelSize, recipe: Recipe, forms: int, workers: int) -> St
         values = max(workers, 1) * _gathered_values(size, recipe)
         work = sum(held) + workers * _gatherer_bytes(size, recipe)
         phases += [StageMemory("candidates", sessions, values, work, code)]
-    if "rows" in recipe.allocate.branches and recipe.quantize.salience == "probe":
+    promotes = any(BRANCH_KINDS[kind].promotes for kind in recipe.allocate.branches)
+    if promotes and recipe.quantize.salience == "probe":
         values, kept = _salience(size)
         torch = max(TORCH_BYTES, code)
         work = workers * (kept + torch) if workers else kept

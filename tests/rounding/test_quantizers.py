@@ -45,7 +45,7 @@ def test_the_chosen_scale_is_never_worse_than_the_plain_ones(seed: int, blocks: 
     weight = random_weight(seed, spread=spread)
     importance = np.random.default_rng(seed + 1).uniform(0.1, 2, 32)
     precision = INT4 if bits == 4 else INT8
-    scale = choose_scale(weight, importance, blocks, bits)
+    scale = choose_scale(weight, importance, blocks, precision)
     assert scale.dtype == np.float16 and np.all(scale > 0) and np.all(np.isfinite(scale))
 
     def error(s: np.ndarray) -> np.ndarray:
@@ -63,10 +63,10 @@ def test_the_chosen_scale_is_never_worse_than_the_plain_ones(seed: int, blocks: 
 @pytest.mark.parametrize("piece_bytes", [1, 3 * 4 * 32, 1 << 30], ids=["a row", "three rows", "all rows"])
 def test_scales_do_not_depend_on_the_rows_searched_together(piece_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, importance = random_weight(3, rows=7), np.random.default_rng(4).uniform(0.1, 2, 32)
-    block_scale = choose_scale(weight, importance, 2, 4)
+    block_scale = choose_scale(weight, importance, 2, INT4)
     multiples = choose_multiple_scale(weight, importance, block_scale)
     monkeypatch.setattr(quantizers, "PIECE_BYTES", piece_bytes)
-    np.testing.assert_array_equal(choose_scale(weight, importance, 2, 4), block_scale)
+    np.testing.assert_array_equal(choose_scale(weight, importance, 2, INT4), block_scale)
     for again, before in zip(choose_multiple_scale(weight, importance, block_scale), multiples, strict=True):
         np.testing.assert_array_equal(again, before)
 
@@ -75,7 +75,7 @@ def test_a_zero_channel_quantizes_to_zeros_with_a_valid_scale() -> None:
     weight = random_weight(0)
     weight[2] = 0
     for bits in (4, 8):
-        scale = choose_scale(weight, np.ones(32), 2, bits)
+        scale = choose_scale(weight, np.ones(32), 2, INT4 if bits == 4 else INT8)
         assert np.all(scale > 0)
         codes = round_to_nearest(weight, np.repeat(scale.astype(np.float32), 16, axis=1), -8, 7)
         assert not codes[2].any()
@@ -86,7 +86,7 @@ def test_a_zero_channel_quantizes_to_zeros_with_a_valid_scale() -> None:
 def test_requantizing_the_stored_weight_to_int8_is_exact(seed: int, blocks: int, spread: float) -> None:
     weight = random_weight(seed, spread=spread)
     weight[0] *= 40  # channels of very different size
-    free = choose_scale(weight, np.ones(32), blocks, 4)
+    free = choose_scale(weight, np.ones(32), blocks, INT4)
     scale, channel = choose_multiple_scale(weight, np.ones(32), free)
     for code in range(-8, 8):
         # What TensorRT does: DequantizeLinear in FP16, then QuantizeLinear to INT8.
@@ -120,7 +120,7 @@ def naive_gptq(w: np.ndarray, step: np.ndarray, hessian: np.ndarray, damping: fl
 
 def test_gptq_equals_the_paper_s_procedure_where_it_beats_nearest() -> None:
     weight, hessian = random_weight(3), random_hessian(4)
-    step = np.repeat(choose_scale(weight, np.diagonal(hessian), 2, 4).astype(np.float32), 16, axis=1)
+    step = np.repeat(choose_scale(weight, np.diagonal(hessian), 2, INT4).astype(np.float32), 16, axis=1)
     order = np.argsort(-np.diagonal(hessian), kind="stable")
     expected = naive_gptq(weight, step, hessian, 0.01, order)
     (codes,) = gptq_codes(weight, [by_column(step)], hessian, 0.01)
@@ -134,7 +134,7 @@ def test_gptq_equals_the_paper_s_procedure_where_it_beats_nearest() -> None:
 @given(st.integers(0, 10_000))
 def test_gptq_is_never_worse_than_nearest_in_any_row(seed: int) -> None:
     weight, hessian = random_weight(seed), random_hessian(seed + 1)
-    step = np.repeat(choose_scale(weight, np.diagonal(hessian), 1, 4).astype(np.float32), 32, axis=1)
+    step = np.repeat(choose_scale(weight, np.diagonal(hessian), 1, INT4).astype(np.float32), 32, axis=1)
 
     def row_error(codes: np.ndarray) -> np.ndarray:
         e = weight - codes * step
@@ -149,7 +149,7 @@ def test_rounding_forms_together_or_apart_gives_the_same_codes() -> None:
     weight, hessian = random_weight(1), random_hessian(1)
     grids = []
     for blocks, precision in ((2, INT4), (4, INT4), (1, INT8)):
-        step = choose_scale(weight, np.ones(32), blocks, precision.bits).astype(np.float32)
+        step = choose_scale(weight, np.ones(32), blocks, precision).astype(np.float32)
         grids.append(Grid(step, np.repeat(np.arange(blocks), 32 // blocks), precision.quant_min, precision.quant_max))
     together = gptq_codes(weight, grids, hessian, 0.01)
     apart = [gptq_codes(weight, [grid], hessian, 0.01)[0] for grid in grids]
@@ -208,7 +208,7 @@ def test_dequantize_repeats_each_scale_over_its_block() -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_huge_and_tiny_weights_keep_finite_positive_scales(bits: int) -> None:
     weight = np.array([[1e6, -1e6], [1e-9, 2e-9]], np.float32)
-    scale = choose_scale(weight, np.ones(2), 1, bits)
+    scale = choose_scale(weight, np.ones(2), 1, INT4 if bits == 4 else INT8)
     assert np.all(np.isfinite(scale)) and np.all(scale > 0)
 
 
@@ -222,7 +222,7 @@ def damped_error(
 
 
 def nearest_form(w: np.ndarray, blocks: int) -> tuple[np.ndarray, np.ndarray]:
-    scale = choose_scale(w, np.ones(w.shape[1], np.float32), blocks, 4)
+    scale = choose_scale(w, np.ones(w.shape[1], np.float32), blocks, INT4)
     step = np.repeat(scale.astype(np.float32), w.shape[1] // blocks, axis=1)
     return round_to_nearest(w, step, INT4.quant_min, INT4.quant_max), scale
 

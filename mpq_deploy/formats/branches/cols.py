@@ -70,11 +70,9 @@ class Cols(Branch):
 
     @property
     def activation_form(self) -> str:
-        """See the base."""
         return self.suffix
 
     def suits(self, body: Scheme) -> bool:
-        """See the base."""
         return body.activation is not None and not body.simulated
 
     def columns(self, layer: Layer) -> int:
@@ -82,48 +80,41 @@ class Cols(Branch):
         return outlier_count(input_channels(layer), self.amount)
 
     def refusal(self, layer: Layer) -> str:
-        """See the base."""
         if 2 * self.columns(layer) <= input_channels(layer):
             return ""
         return f"its {input_channels(layer)} input channels are too few to take some out"
 
     def parts(self, layer: Layer, scheme: Scheme) -> tuple[tuple[Layer, Scheme], ...]:
-        """See the base."""
         shape = list(layer.weight_shape)
         shape[1 - layer.out_axis] = self.columns(layer)
         outliers = replace(part_of(layer, layer.out_channels, "outliers"), weight_shape=tuple(shape))
         return (layer, scheme.body), (outliers, FP16)
 
     def joining_bytes(self, layer: Layer) -> int:
-        """See the base: the channels to gather."""
+        """The channels to gather."""
         return INT32_BYTES * self.columns(layer)
 
     def nominal_bits(self, layer: Layer, body: int) -> float:
-        """See the base."""
         return body + (FP16.weight.bits - body) * self.columns(layer) / input_channels(layer)
 
     def input_scale(self, stats: ActivationStats) -> float:
-        """See the base."""
         return float(stats.scales_without[SHARES.index(self.amount)])
 
     def left_out(self, stats: ActivationStats) -> Array:
-        """See the base."""
         return np.sort(stats.outliers[: outlier_count(len(stats.outliers), self.amount)])
 
     def round(self, scheme: Scheme, layer: LayerRounding, forms: Forms) -> ColsMatrix:
-        """See the base: errors and sizes of the outlier channels are none of the body's concern."""
+        """Errors and sizes of the outlier channels are none of the body's concern."""
         assert layer.inputs.outliers is not None, "branches that take outlier channels out need to know them"
         channels = np.sort(layer.inputs.outliers[: self.columns(layer.layer)])
         rest, moments = without_columns(layer.weight, layer.moments, columns_of(channels, layer.taps))
         return beside_body(round_alone(scheme.body, layer, rest, moments), layer.weight, channels, layer.taps)
 
     def read(self, scheme: Scheme, stored: StoredMatrix) -> ColsMatrix:
-        """See the base."""
         taps = stored.layer.reduction // input_channels(stored.layer)
         return beside_body(QuantizedMatrix.of(stored.arrays), stored.weight, stored.arrays["columns"], taps)
 
     def write(self, to: LayerWriter, scheme: Scheme, matrix: ColsMatrix) -> None:
-        """See the base."""
         super().write(to, scheme, matrix.body)
         layer, shape = to.layer, list(to.layer.weight_shape)
         shape[1 - layer.out_axis] = len(matrix.columns)
@@ -137,7 +128,6 @@ class Cols(Branch):
         to.add_output([gather, twin], "outliers_add")
 
     def twin(self, start: StartingWeight, kit: TwinKit) -> LayerTwin:
-        """See the base."""
         matrix: ColsMatrix = start.matrix
         grid = kit.grid(matrix.body, start.weight, integer_format(start.scheme.body).precision)
 
@@ -160,11 +150,9 @@ class Cols(Branch):
         return kit.twin(parts, through, deployed, grid.mean_step)
 
     def traffic(self, layer: Layer, whole: Traffic) -> tuple[Traffic, ...]:
-        """See the base."""
         return whole, replace(whole, inputs=self._gathered(layer, whole))
 
     def joining_traffic(self, layer: Layer, whole: Traffic) -> int:
-        """See the base."""
         return FP16_BYTES * whole.outputs + 2 * FP16_BYTES * self._gathered(layer, whole)
 
     def _gathered(self, layer: Layer, whole: Traffic) -> int:

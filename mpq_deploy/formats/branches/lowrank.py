@@ -57,18 +57,16 @@ class LowRank(Branch):
     kernels = 2
 
     def suits(self, body: Scheme) -> bool:
-        """See the base."""
         return body.weight.bits == 4 and body.activation is None and not body.simulated
 
     def refusal(self, layer: Layer) -> str:
-        """See the base."""
         if 2 * self.amount <= min(layer.out_channels, layer.reduction):
             return ""
         size = f"{layer.out_channels} x {layer.reduction}"
         return f"a rank of {self.amount} is no small part of its {size} weight"
 
     def parts(self, layer: Layer, scheme: Scheme) -> tuple[tuple[Layer, Scheme], ...]:
-        """See the base: the second factor is a 1x1 convolution, or a product as the layer is one."""
+        """The second factor is a 1x1 convolution, or a product as the layer is one."""
         down = part_of(layer, self.amount, "lowrank_down")
         up = part_of(layer, layer.out_channels, "lowrank_up")
         shape = (layer.out_channels, self.amount) if layer.out_axis == 0 else (self.amount, layer.out_channels)
@@ -76,19 +74,16 @@ class LowRank(Branch):
         return (layer, scheme.body), (down, FP16), (replace(up, weight_shape=(*shape, *ones)), FP16)
 
     def round(self, scheme: Scheme, layer: LayerRounding, forms: Forms) -> LowRankMatrix:
-        """See the base."""
         body = forms[scheme.body.weight_form]
         assert isinstance(body, QuantizedMatrix)
         error = layer.weight - body.dequantize()
         return LowRankMatrix(body, *low_rank_factors(error, layer.moments, layer.how.damping, self.amount))
 
     def read(self, scheme: Scheme, stored: StoredMatrix) -> LowRankMatrix:
-        """See the base."""
         assert isinstance(stored.body, QuantizedMatrix)
         return LowRankMatrix(stored.body, stored.arrays["down"], stored.arrays["up"])
 
     def write(self, to: LayerWriter, scheme: Scheme, matrix: LowRankMatrix) -> None:
-        """See the base."""
         super().write(to, scheme, matrix.body)
         layer, first = to.layer, to.layer.out_axis == 0
         _, (down_layer, _), (up_layer, _) = self.parts(layer, scheme)
@@ -104,7 +99,7 @@ class LowRank(Branch):
         to.add_output([down, up], "lowrank_add")
 
     def twin(self, start: StartingWeight, kit: TwinKit) -> LayerTwin:
-        """See the base: the factors learn as they are."""
+        """The factors learn as they are."""
         matrix: LowRankMatrix = start.matrix
         up, down = matrix.up.astype(np.float32), matrix.down.astype(np.float32)
         precision = integer_format(start.scheme.body).precision
@@ -121,12 +116,10 @@ class LowRank(Branch):
         return kit.twin(parts, through, deployed, grid.mean_step)
 
     def traffic(self, layer: Layer, whole: Traffic) -> tuple[Traffic, ...]:
-        """See the base."""
         between = whole.outputs // layer.out_channels * self.amount
         return whole, replace(whole, outputs=between), replace(whole, inputs=between)
 
     def joining_traffic(self, layer: Layer, whole: Traffic) -> int:
-        """See the base."""
         return FP16_BYTES * whole.outputs
 
 

@@ -28,7 +28,6 @@ class Omq(SharedBits):
     form_bits = 2
 
     def steps(self, errors: Sequence[Array], kurtosis: Array | None) -> Array:
-        """See the base."""
         assert kurtosis is not None, "outlier-driven bits need to know the outliers"
         return outlier_steps(kurtosis, *errors)
 

@@ -55,46 +55,38 @@ class Prescaled(Branch):
 
     @property
     def activation_form(self) -> str:
-        """See the base."""
         return self.suffix
 
     def suits(self, body: Scheme) -> bool:
-        """See the base."""
         return body.activation is not None and not body.simulated
 
     def input_scale(self, stats: ActivationStats) -> float:
-        """See the base."""
         return float(stats.scales_rescaled[TENTHS.index(self.amount)])
 
     def input_bytes(self, layer: Layer) -> int:
-        """See the base."""
         return FP16_BYTES * input_channels(layer)
 
     def factors(self, stats: ActivationStats) -> Array | None:
-        """See the base."""
         return np.asarray(stats.factors[TENTHS.index(self.amount)])
 
     def factors_in(self, matrix: ScaledMatrix) -> Array | None:
-        """See the base."""
         return matrix.factors
 
     def round(self, scheme: Scheme, layer: LayerRounding, forms: Forms) -> ScaledMatrix:
-        """See the base: the body is the weight that the rescaled input sees."""
+        """The body is the weight that the rescaled input sees."""
         factors = layer.inputs.factors
         assert factors is not None, "branches that rescale the input's channels need the factors"
         divided, moments = rescaled(layer.weight, layer.moments, by_column(factors, layer.taps))
         return ScaledMatrix(round_alone(scheme.body, layer, divided, moments), factors)
 
     def read(self, scheme: Scheme, stored: StoredMatrix) -> ScaledMatrix:
-        """See the base."""
         return ScaledMatrix(QuantizedMatrix.of(stored.arrays), stored.arrays["factors"])
 
     def write(self, to: LayerWriter, scheme: Scheme, matrix: ScaledMatrix) -> None:
-        """See the base."""
         super().write(to, scheme, matrix.body)
 
     def twin(self, start: StartingWeight, kit: TwinKit) -> LayerTwin:
-        """See the base: latent and adapter live on the factors' side of the weight."""
+        """Latent and adapter live on the factors' side of the weight."""
         matrix: ScaledMatrix = start.matrix
         taps = start.weight.shape[1] // len(matrix.factors)
         divided = start.weight / by_column(matrix.factors, taps)

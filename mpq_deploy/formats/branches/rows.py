@@ -87,7 +87,6 @@ class Rows(Branch):
     promotes = True
 
     def suits(self, body: Scheme) -> bool:
-        """See the base."""
         return body.weight.bits == 4 and not body.simulated
 
     def promoted(self, layer: Layer) -> int:
@@ -95,38 +94,32 @@ class Rows(Branch):
         return self.amount * (layer.out_channels // 10)
 
     def refusal(self, layer: Layer) -> str:
-        """See the base."""
         if self.promoted(layer):
             return ""
         return f"a tenth of its {layer.out_channels} output channels is none"
 
     def parts(self, layer: Layer, scheme: Scheme) -> tuple[tuple[Layer, Scheme], ...]:
-        """See the base."""
         count = self.promoted(layer)
         int8 = W8A8 if scheme.activation else W8A16
         rest = part_of(layer, layer.out_channels - count)
         return (rest, scheme.body), (part_of(layer, count, "promoted"), int8)
 
     def joining_bytes(self, layer: Layer) -> int:
-        """See the base: the order of the channels."""
+        """The order of the channels."""
         return INT32_BYTES * layer.out_channels
 
     def nominal_bits(self, layer: Layer, body: int) -> float:
-        """See the base."""
         return body + (INT8.bits - body) * self.promoted(layer) / layer.out_channels
 
     def rounds_first(self, scheme: Scheme) -> tuple[Scheme, ...]:
-        """See the base."""
         return scheme.body, W8A16
 
     def assemble(self, scheme: Scheme, layer: Layer, forms: Forms, order: Array) -> RowsMatrix:
-        """See the base."""
         body, int8 = forms[scheme.body.weight_form], forms[W8A16.weight_form]
         assert isinstance(body, QuantizedMatrix) and isinstance(int8, QuantizedMatrix)
         return promote_rows(body, int8, order[: self.promoted(layer)])
 
     def write(self, to: LayerWriter, scheme: Scheme, matrix: RowsMatrix) -> None:
-        """See the base."""
         node, output = to.node, to.node.outputs[0]
         twin = to.copy("promoted")
         to.graph.insert_after(node, twin)
@@ -150,7 +143,6 @@ class Rows(Branch):
         to.hand_over(output, gather, concat)
 
     def twin(self, start: StartingWeight, kit: TwinKit) -> LayerTwin:
-        """See the base."""
         matrix: RowsMatrix = start.matrix
         rows, others = matrix.rows, matrix.others
         body_codes = integer_format(start.scheme.body).precision
@@ -170,13 +162,11 @@ class Rows(Branch):
         return kit.twin(parts, through, deployed, body.mean_step)
 
     def traffic(self, layer: Layer, whole: Traffic) -> tuple[Traffic, ...]:
-        """See the base."""
         positions, count = whole.outputs // layer.out_channels, self.promoted(layer)
         parts = layer.out_channels - count, count
         return tuple(replace(whole, outputs=positions * channels) for channels in parts)
 
     def joining_traffic(self, layer: Layer, whole: Traffic) -> int:
-        """See the base."""
         return 2 * FP16_BYTES * whole.outputs
 
 

@@ -33,12 +33,10 @@ class ZeroResidual(SharedBits):
     residuals = 1
 
     def row_forms(self, bits: int) -> tuple[list[RowForm], list[RowForm], list[RowForm]]:
-        """See the base."""
         fewer, same, more = super().row_forms(bits)
         return fewer, [*same, with_residuals(bits, 1)], [*more, with_residuals(bits, 2)]
 
     def steps(self, errors: Sequence[Array], kurtosis: Array | None) -> Array:
-        """See the base."""
         return balanced_steps(*errors)
 
 
