@@ -39,7 +39,7 @@ from mpq_deploy.report.data import (
     StageRow,
     TargetInfo,
 )
-from mpq_deploy.run.common import version_of
+from mpq_deploy.run.stage import version_of
 from mpq_deploy.run.view import Exported
 from mpq_deploy.runtime.correction import FILE as CORRECTION
 from mpq_deploy.sensitivity.table import SensitivityTable

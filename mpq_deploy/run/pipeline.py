@@ -12,7 +12,7 @@ from mpq_deploy.recipe import Recipe
 from mpq_deploy.report.collect import Summary, summarise
 from mpq_deploy.run.folder import RunFolder, open_run
 from mpq_deploy.run.recipe_check import check_recipe
-from mpq_deploy.run.stage import Stage
+from mpq_deploy.run.stage import Stage, stages_in_order
 from mpq_deploy.run.stage_memory import saying_memory_ran_out
 from mpq_deploy.run.view import RECIPE, Run, StageResult
 from mpq_deploy.stages import (
@@ -34,24 +34,21 @@ from mpq_deploy.system.memory import metered
 from mpq_deploy.system.parallel.work import Alone, Crew
 from mpq_deploy.system.progress import Talk
 
-# By name, in the order in which they are made: each after all that it needs.
-STAGES: dict[str, Stage] = {
-    module.STAGE.name: module.STAGE
-    for module in (
-        export,
-        calibrate,
-        candidates,
-        measure,
-        allocate,
-        quantize,
-        recover,
-        controls,
-        correction,
-        engine,
-        evaluate,
-        report,
-    )
-}
+# In the order in which they are made.
+STAGES = stages_in_order(
+    export.STAGE,
+    calibrate.STAGE,
+    candidates.STAGE,
+    measure.STAGE,
+    allocate.STAGE,
+    quantize.STAGE,
+    recover.STAGE,
+    controls.STAGE,
+    correction.STAGE,
+    engine.STAGE,
+    evaluate.STAGE,
+    report.STAGE,
+)
 
 
 class Pipeline:

@@ -7,6 +7,7 @@ a copy of some of its stages). What is opened is opened once per view.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +19,7 @@ from mpq_deploy.calibrate.stats import CalibrationStats
 from mpq_deploy.calls.recorded import CalibrationSet
 from mpq_deploy.engine.target import Target, load_target
 from mpq_deploy.errors import UsageError
+from mpq_deploy.evaluate.cache import SampleCache
 from mpq_deploy.graph.layers import LayerGraph, layer_graph
 from mpq_deploy.graph.load import load_model
 from mpq_deploy.models.export import load_exported
@@ -29,8 +31,9 @@ if TYPE_CHECKING:
     from mpq_deploy.recipe import Recipe
     from mpq_deploy.system.progress import Talk
 
-# The recipe that a run's stages are made by, in its folder.
-RECIPE = "recipe.yaml"
+# In the run folder: the recipe that its stages are made by, the finished shards of unfinished stages,
+# and sampled images by what they were made from.
+RECIPE, SHARDS, SAMPLES = "recipe.yaml", ".shards", ".samples"
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,17 @@ class Run:
     def scratch(self) -> Path:
         """A folder for files of a stage that is being made."""
         return self.folder.scratch()
+
+    def shard_cache(self, stage: str) -> SampleCache:
+        """Return where the finished shards of ``stage`` are kept until all are."""
+        return SampleCache(self.path / SHARDS / stage, self.talk)
+
+    def remove_shards(self, stage: str) -> None:
+        """Remove the kept shards of ``stage``, which is finished."""
+        shards = self.path / SHARDS
+        shutil.rmtree(shards / stage, ignore_errors=True)
+        if shards.is_dir() and not any(shards.iterdir()):
+            shards.rmdir()
 
     @property
     def deployed_stage(self) -> str:

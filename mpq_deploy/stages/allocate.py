@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 from mpq_deploy.allocate.plan_solver import PlanSolver
 from mpq_deploy.latency.costs import int8_warning
 from mpq_deploy.latency.plan_latency import latency_inputs
-from mpq_deploy.run.common import settings, version_of
-from mpq_deploy.run.stage import Stage
+from mpq_deploy.run.stage import Stage, settings, version_of
 from mpq_deploy.run.stage_memory import check_memory
 from mpq_deploy.system.files import Fields
 

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpq_deploy.check.check import OPERATOR_RULES, check_dialect
-from mpq_deploy.run.common import settings, version_of
-from mpq_deploy.run.stage import Stage
+from mpq_deploy.run.stage import Stage, settings, version_of
 from mpq_deploy.run.stage_memory import check_memory
 from mpq_deploy.system.files import Fields
 

@@ -11,8 +11,7 @@ from mpq_deploy.rounding.candidate_store import ROW_ORDERS, wanted_schemes
 from mpq_deploy.rounding.rounder import Rounder, layer_moments
 from mpq_deploy.rounding.salient_rows import salient_first
 from mpq_deploy.rounding.spread_rounding import round_over_workers
-from mpq_deploy.run.common import settings, version_of
-from mpq_deploy.run.stage import Stage
+from mpq_deploy.run.stage import Stage, settings, version_of
 from mpq_deploy.run.stage_memory import check_memory
 from mpq_deploy.system.files import Fields
 from mpq_deploy.system.parallel.work import Alone

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 from mpq_deploy.allocate.plan_solver import PlanSolver
 from mpq_deploy.graph.writers.plan_graphs import write_plan
 from mpq_deploy.rounding.candidate_store import CONTROLS, control_scheme
-from mpq_deploy.run.common import version_of
-from mpq_deploy.run.stage import Stage
+from mpq_deploy.run.stage import Stage, version_of
 from mpq_deploy.sensitivity.methods import ORM_CONTROLS
 from mpq_deploy.stages.allocate import STAGE as ALLOCATE
 from mpq_deploy.system.files import Fields, canonical_json

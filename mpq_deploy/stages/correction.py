@@ -11,8 +11,7 @@ from mpq_deploy.calibrate.fit_correction import call_moments, fit_correction
 from mpq_deploy.calls.recorded import RecordedCalls, dealt
 from mpq_deploy.evaluate.cache import model_digest
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED
-from mpq_deploy.run.common import version_of
-from mpq_deploy.run.stage import Stage
+from mpq_deploy.run.stage import Stage, version_of
 from mpq_deploy.runtime.correction import FILE as CORRECTION
 from mpq_deploy.runtime.correction import FORMAT as CORRECTION_FORMAT
 from mpq_deploy.runtime.correction import Correction

@@ -11,8 +11,7 @@ from mpq_deploy.engine.plan_engine import batch_profile, check_target_memory, ex
 from mpq_deploy.engine.target import RTX, Target, builder_present
 from mpq_deploy.errors import EngineError
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED
-from mpq_deploy.run.common import settings, version_of
-from mpq_deploy.run.stage import Stage
+from mpq_deploy.run.stage import Stage, settings, version_of
 from mpq_deploy.run.stage_memory import check_memory
 from mpq_deploy.system.files import Fields, canonical_json
 

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 from mpq_deploy.evaluate.half import half_precision
 from mpq_deploy.evaluate.variants import BEFORE, CORRECTED, LATENCY, evaluate_variants
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED
-from mpq_deploy.run.common import settings, version_of
-from mpq_deploy.run.stage import Stage
+from mpq_deploy.run.stage import Stage, settings, version_of
 from mpq_deploy.runtime.correction import FILE as CORRECTION
 from mpq_deploy.runtime.correction import load_correction
 from mpq_deploy.system.files import Fields

@@ -12,8 +12,7 @@ from mpq_deploy.graph.writers.deployed_graphs import fp16_bytes
 from mpq_deploy.models.export import export_denoiser
 from mpq_deploy.models.locate import source_files
 from mpq_deploy.models.open import source_denoiser
-from mpq_deploy.run.common import path_digest, version_of
-from mpq_deploy.run.stage import Stage
+from mpq_deploy.run.stage import Stage, version_of
 from mpq_deploy.run.stage_memory import check_memory
 from mpq_deploy.system.files import Fields, canonical_json, file_digest
 
@@ -36,7 +35,7 @@ def inputs(run: Run) -> Fields:
         fields["recipe.first_token"] = recipe.first_token
     for name in ("conditions", "scheduler", "prompts", "description"):
         given = getattr(recipe, name)
-        fields[f"recipe.{name}"] = path_digest(Path(given)) if given else None
+        fields[f"recipe.{name}"] = _path_digest(Path(given)) if given else None
     return {**fields, **version_of("torch", "diffusers", "onnx", "onnxscript", "onnx-ir")}
 
 
@@ -63,6 +62,15 @@ def make(run: Run, folder: Path) -> str:
     }
     (folder / "facts.json").write_text(canonical_json(facts), encoding="utf-8")
     return f"{len(graph.layers)} layers, {size / 1e6:.2f} MB in FP16, max error {report.max_relative_error:.1e}"
+
+
+def _path_digest(path: Path) -> str:
+    """Digest of a file, or of a folder's files by name. Raises UsageError when there is none."""
+    if path.is_file():
+        return file_digest(path)
+    if path.is_dir():
+        return canonical_json({p.name: file_digest(p) for p in sorted(path.iterdir()) if p.is_file()})
+    raise UsageError(f"There is no file {path}.", "Check the path.")
 
 
 STAGE = Stage(

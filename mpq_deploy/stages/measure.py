@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,9 +13,7 @@ from mpq_deploy.calls.recorded import CalibrationSet, RecordedCalls
 from mpq_deploy.calls.timesteps import sampled_steps, stride_shares
 from mpq_deploy.models.spec import Array
 from mpq_deploy.rounding.candidate_store import candidates_of
-from mpq_deploy.run.common import settings, version_of
-from mpq_deploy.run.spread import forget_shards, kept_shards
-from mpq_deploy.run.stage import Stage
+from mpq_deploy.run.stage import Stage, settings, version_of
 from mpq_deploy.run.stage_memory import check_memory
 from mpq_deploy.run.view import RECIPE, Exported, Run
 from mpq_deploy.sensitivity.measure import measure
@@ -26,9 +23,6 @@ from mpq_deploy.sensitivity.orm import adapted_steps
 from mpq_deploy.sensitivity.subject import Spread, Subject
 from mpq_deploy.system.files import Fields
 from mpq_deploy.system.progress import Talk
-
-if TYPE_CHECKING:
-    pass
 
 
 def inputs(run: Run) -> Fields:
@@ -62,7 +56,7 @@ def make(run: Run, folder: Path) -> str:
     for control in ORM_CONTROLS if section.method == "orm" else ():
         (folder / control).mkdir()
         measure(control, subject).save(folder / control)
-    forget_shards(run, "measure")
+    run.remove_shards("measure")
     return f"{table.metric}, {sum(map(len, table.losses.values()))} layer-scheme pairs"
 
 
@@ -94,7 +88,7 @@ def _spread(run: Run, chosen: tuple[int, ...]) -> Spread:
         run.path,
         (RECIPE, "export", "calibrate", "candidates"),
         partial(_opened_subject, chosen),
-        kept_shards(run, "measure"),
+        run.shard_cache("measure"),
         STAGE.fields(run),
     )
 

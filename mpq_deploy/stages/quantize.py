@@ -9,8 +9,7 @@ from mpq_deploy.check.check import check_dialect
 from mpq_deploy.errors import MpqError
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED
 from mpq_deploy.graph.writers.plan_graphs import write_plan
-from mpq_deploy.run.common import version_of
-from mpq_deploy.run.stage import Stage
+from mpq_deploy.run.stage import Stage, version_of
 from mpq_deploy.run.stage_memory import check_memory
 from mpq_deploy.system.files import Fields, canonical_json
 

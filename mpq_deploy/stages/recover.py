@@ -15,8 +15,7 @@ from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED
 from mpq_deploy.graph.writers.plan_graphs import write_plan
 from mpq_deploy.recover.training_trajectories import TrajectoryRecorder
 from mpq_deploy.rounding.candidate_store import iterate_candidates
-from mpq_deploy.run.common import settings, version_of
-from mpq_deploy.run.stage import Stage
+from mpq_deploy.run.stage import Stage, settings, version_of
 from mpq_deploy.system.files import Fields, canonical_json
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ import yaml
 
 from mpq_deploy.errors import UsageError, nearest
 from mpq_deploy.recipe import Recipe, load_recipe
-from mpq_deploy.run.common import version_of
 from mpq_deploy.run.pipeline import default_run
+from mpq_deploy.run.stage import version_of
 from mpq_deploy.sensitivity.methods import METHODS
 from mpq_deploy.sensitivity.orthogonality import ENOUGH_CALLS
 from mpq_deploy.studies.agreement import Compared, correlations, scheme_classes

@@ -23,9 +23,8 @@ from mpq_deploy.evaluate.evaluate import Variant, evaluate
 from mpq_deploy.evaluate.fresh import FreshCalls, standard_error
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
 from mpq_deploy.graph.writers.plan_graphs import write_plan
-from mpq_deploy.run.common import version_of
-from mpq_deploy.run.spread import SAMPLES
-from mpq_deploy.run.view import RECIPE, Run
+from mpq_deploy.run.stage import version_of
+from mpq_deploy.run.view import RECIPE, SAMPLES, Run
 from mpq_deploy.studies.audit_result import PlanPoint
 from mpq_deploy.system.files import canonical_json, write_text
 from mpq_deploy.system.parallel.work import Alone, Job, Result, Shard, Within, Work, run_shards

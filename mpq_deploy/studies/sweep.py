@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpq_deploy.errors import InfeasibleBudgetError, InfeasibleLatencyError, UsageError
-from mpq_deploy.run.spread import SAMPLES, forget_shards, kept_shards
-from mpq_deploy.run.view import RECIPE, Run
+from mpq_deploy.run.view import RECIPE, SAMPLES, Run
 from mpq_deploy.system.files import sealed_json, write_text
 from mpq_deploy.system.progress import Talk
 
@@ -181,7 +180,7 @@ def _measure(run: Run, plans: dict[float, PrecisionPlan], points: list[dict[str,
             if name != "ours"
         }
         run.talk.line(f"  {point['size_ratio']:.4f} of FP16: PSNR {ours['psnr_db']:.1f} dB")
-    forget_shards(run, "sweep")
+    run.remove_shards("sweep")
     return figures
 
 
@@ -201,13 +200,13 @@ def _measured_plans(run: Run, plans: Sequence[PrecisionPlan]) -> Iterator[dict[s
 
     By then the float model's samples and the controls' are in the cache that workers read.
     """
-    from mpq_deploy.run.common import settings, version_of
+    from mpq_deploy.run.stage import settings, version_of
     from mpq_deploy.system.parallel.work import Job, Shard, run_shards
 
     tasks = [_Plan(plan.schemes, plan.size_bytes) for plan in plans]
     if not tasks:
         return
-    store = kept_shards(run, "sweep")
+    store = run.shard_cache("sweep")
     stages = ("export", "calibrate", "candidates", "controls")
     made_of: dict[str, Any] = {name: run.digest(name) for name in stages}
     made_of |= {**settings(run.recipe.evaluate, "evaluate"), **version_of("onnxruntime", "numpy")}

@@ -19,7 +19,7 @@ from threadpoolctl import ThreadpoolController
 from mpq_deploy.evaluate.metrics.sample_images import SamplingOptions, Source, sample_many
 from mpq_deploy.rounding import rounder
 from mpq_deploy.run.pipeline import Pipeline, open_pipeline
-from mpq_deploy.run.spread import KEPT
+from mpq_deploy.run.view import SHARDS
 from mpq_deploy.sensitivity import probe
 from mpq_deploy.studies import compared_losses as losses_module
 from mpq_deploy.studies.audit import AuditOptions, run_audit
@@ -66,7 +66,7 @@ def test_a_build_has_the_same_bytes_over_any_number_of_workers(
     assert stage_bytes(tmp_path / "run") == stage_bytes(finished.run)
     for name in ("calibration", "rounding", "salient channels", "probes", "evaluation"):
         assert f"  {name} on {workers} workers, an estimated " in said
-    assert not (tmp_path / "run" / KEPT).exists()
+    assert not (tmp_path / "run" / SHARDS).exists()
 
 
 @pytest.mark.parametrize("changes", [{"rounding": "nearest"}, {"memory_mb": 16, "hessian_rows": 8192}], ids=str)
@@ -161,7 +161,9 @@ def test_a_stopped_measurement_goes_on_with_the_timesteps_that_are_finished(
     monkeypatch.setattr(probe._Probing, "probe", stopping)
     with pytest.raises(KeyboardInterrupt):
         over(None, model, run, lambda pipeline: pipeline.run_until("measure"))
-    assert seen == [0, 1] and len(list((run / KEPT / "measure").glob("*.npz"))) == 2  # the batch size, and one timestep
+    assert (
+        seen == [0, 1] and len(list((run / SHARDS / "measure").glob("*.npz"))) == 2
+    )  # the batch size, and one timestep
     seen.clear()
     monkeypatch.setattr(
         probe._Probing, "probe", lambda self, step, *rest: (seen.append(step), real(self, step, *rest))[1]
@@ -169,7 +171,7 @@ def test_a_stopped_measurement_goes_on_with_the_timesteps_that_are_finished(
     over(None, model, run, lambda pipeline: pipeline.run_until("measure"))
     assert seen == [1]
     assert stage_bytes(run) == stage_bytes(finished.run)
-    assert not (run / KEPT).exists()
+    assert not (run / SHARDS).exists()
 
 
 def test_a_sweep_over_workers_is_the_same_sweep(model: Path, run: Path, tmp_path: Path) -> None:
