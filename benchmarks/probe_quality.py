@@ -29,7 +29,6 @@ from mpq_deploy.run.pipeline import STAGES, open_pipeline
 from mpq_deploy.run.view import Run
 from mpq_deploy.sensitivity.exhaustive import measure_exhaustive
 from mpq_deploy.sensitivity.measure import measure
-from mpq_deploy.sensitivity.measured_calls import MeasureOptions
 from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.studies.agreement import Compared, moments, rho_of
@@ -62,14 +61,9 @@ def measure_one(run: Run, metric: str, layers: list[Layer]) -> SensitivityTable:
     """Measure ``metric`` on the calls that the run measures on; the truth only for ``layers``."""
     exported, section = run.exported, run.recipe.measure
     inputs, stats = run.calibration
-    options = MeasureOptions(
-        probes=section.probes,
-        samples=section.samples,
-        batch_size=section.batch_size,
-        seed=section.seed,
-    )
+    settings = section.replace(calls=section.samples)
     candidates = candidates_of(run, exported.graph)
-    calls = (inputs.split(section.samples)[1], exported.conditions, exported.spec, options, run.talk)
+    calls = (inputs.split(section.samples)[1], exported.conditions, exported.spec, settings, run.talk)
     subject = Subject(exported.graph, candidates, stats, *calls)
     if metric != TRUTH:
         return measure(metric, subject)

@@ -30,9 +30,8 @@ def layer_gradients(
     parts: Sequence[slice],
     uses: Sequence[LayerUse],
     directions: Mapping[str, Callable[[Any], list[Any]]],
-    float_type: torch.dtype,
 ) -> Iterator[tuple[int, Any, list[Any]]]:
-    """Yield (number of the use, the layer's input, gradients at its output in ``float_type``, one per direction).
+    """Yield (number of the use, the layer's input, gradients at its output in float32, one per direction).
 
     ``directions``: output of the graph -> what gets its value and returns tensors like it. Uses come in the order of
     ``uses`` within a part, the last part first; those that no output depends on are left out.
@@ -56,7 +55,7 @@ def layer_gradients(
         if gradients is None:
             gradients = {name: make(found[name].detach()) for name, make in directions.items()}
         inputs = [found[uses[number].input].detach() for number in numbers]
-        gradients, by_use = _back(found, leaves, targets, gradients, float_type)
+        gradients, by_use = _back(found, leaves, targets, gradients)
         # The part's values go before its layers are looked at, and before the next part's come.
         del found, leaves, known
         for place, number in enumerate(numbers):
@@ -70,7 +69,6 @@ def _back(
     leaves: dict[str, Any],
     targets: list[str],
     gradients: dict[str, list[Any]],
-    float_type: torch.dtype,
 ) -> tuple[dict[str, list[Any]], list[list[Any]]]:
     """Take ``gradients`` at what a part left (one per direction) to what it began with and to its ``targets``.
 
@@ -92,7 +90,7 @@ def _back(
                 into.setdefault(name, []).append(row)
         for held, row in zip(by_target, rows[len(leaves) :]):
             if row is not None:
-                held.append(row.to(float_type))
+                held.append(row.float())
     return into, by_target
 
 

@@ -9,15 +9,12 @@ import importlib.util
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mpq_deploy.calibrate.stats import CalibrationStats
 from mpq_deploy.calls.recorded import RecordedCalls
-from mpq_deploy.formats.candidates import (
-    LayerCandidates,
-)
+from mpq_deploy.formats.candidates import LayerCandidates
 from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.models.spec import Array
 from mpq_deploy.rounding.candidate_store import StoredCandidates, with_rows
@@ -25,9 +22,6 @@ from mpq_deploy.run.stage_memory import salience_worker_bytes
 from mpq_deploy.run.view import RECIPE, Run
 from mpq_deploy.system.parallel.work import Alone, Job, Result, Shard, Work, run_shards
 from mpq_deploy.system.progress import Talk
-
-if TYPE_CHECKING:
-    from mpq_deploy.sensitivity.measured_calls import MeasureOptions
 
 # Ranking channels needs fewer calls than measuring schemes.
 SALIENCE_TIMESTEPS, SALIENCE_SAMPLES = 8, 12
@@ -75,21 +69,17 @@ def _probed_salience(run: Run, chosen: StoredCandidates) -> dict[str, Array] | N
         return None
 
 
-def salience_inputs(
-    run: Run, chosen: StoredCandidates
-) -> tuple[LayerGraph, Mapping[str, Array], RecordedCalls, MeasureOptions]:
-    """Return what the errors of channels are measured on."""
+def salience_inputs(run: Run, chosen: StoredCandidates) -> tuple[LayerGraph, Mapping[str, Array], RecordedCalls, int]:
+    """Return what the errors of channels are measured on: graph, weights, calls, how many of these."""
     from mpq_deploy.calls.timesteps import sampled_steps
-    from mpq_deploy.sensitivity.measured_calls import MeasureOptions
     from mpq_deploy.sensitivity.salience import body_weights
 
     rounded_on, _ = run.calibration.inputs.split(run.recipe.measure.samples)
     count = len(rounded_on.timesteps)
     some = rounded_on.at(sampled_steps(count, min(SALIENCE_TIMESTEPS, count)))
-    options = MeasureOptions(probes=1, samples=SALIENCE_SAMPLES)
     exported = run.exported
     recorded = RecordedCalls(some, exported.conditions, exported.spec)
-    return exported.graph, body_weights(chosen), recorded, options
+    return exported.graph, body_weights(chosen), recorded, SALIENCE_SAMPLES
 
 
 def salience_over_workers(run: Run, chosen: StoredCandidates) -> dict[str, Array]:
@@ -99,8 +89,8 @@ def salience_over_workers(run: Run, chosen: StoredCandidates) -> dict[str, Array
     root, folder = run.path, chosen.folder.relative_to(run.path)
     files, size = (RECIPE, "export", "calibrate", folder.as_posix()), salience_worker_bytes(run)
     job = Job("salient channels", partial(_open_salience, folder), root, files, size)
-    graph, _, recorded, options = salience_inputs(run, chosen)
-    calls = Calls(graph, recorded, options.samples)
+    graph, _, recorded, samples = salience_inputs(run, chosen)
+    calls = Calls(graph, recorded, samples)
     steps = range(len(calls.timesteps))
     shards = [Shard(f"salient channels, timestep {step + 1}", step, calls.count) for step in steps]
     names = set(chosen)

@@ -25,7 +25,8 @@ from mpq_deploy.rounding.hessian import BATCH_SIZE as HESSIAN_BATCH
 from mpq_deploy.rounding.hessian import ROWS_PER_COLUMN, WAITING_SHARE
 from mpq_deploy.rounding.quantizers import NEAREST_ARRAYS, rounding_bytes
 from mpq_deploy.runtime.ort import ARENA_SHARE, HESSIAN_ARENA_SHARE, LARGE_WEIGHTS_BYTES, SESSION_COPIES
-from mpq_deploy.sensitivity.measured_calls import HELD_SHARE, SALIENCE_BATCH, STACK_ARRAYS, MeasureOptions
+from mpq_deploy.sensitivity.measured_calls import HELD_SHARE, SALIENCE_BATCH, STACK_ARRAYS
+from mpq_deploy.sensitivity.measured_calls import MEMORY_BYTES as MEASURE_BYTES
 from mpq_deploy.system.memory import Room, refuse_too_large
 
 if TYPE_CHECKING:
@@ -172,8 +173,6 @@ EXPORT_COPIES = 1.6
 ONNX_BYTES, ONNX_NODE_BYTES, ONNX_COPIES = 125 << 20, 72_000, 2.1
 # Calls of the largest batch of the comparison.
 COMPARED_CALLS = 2
-# What the probes bound values and kept stacks by.
-MEASURE_BYTES = MeasureOptions.memory_bytes
 
 
 def estimate_torch_export(weights: int, parameters: int) -> StageMemory:

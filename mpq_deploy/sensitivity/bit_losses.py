@@ -32,11 +32,11 @@ INT8_BITS = 8
 
 def table_from_importance(metric: str, subject: Subject, theta: Array, notes: tuple[str, ...] = ()) -> SensitivityTable:
     """Return the table of ``theta`` [K, L]; the mean of its losses over timesteps is c_i (16 - b_s)."""
-    layers, options, timesteps = subject.layers, subject.options.orm, subject.calibration.timesteps
+    layers, options, timesteps = subject.layers, subject.settings.orm, subject.calibration.timesteps
     shapes = activation_shapes(subject.graph, subject.recorded, subject.talk)
     elements = np.array([sum(shapes[name].elements for name in n.inputs) for n in layers], np.float64)
     steps = len(timesteps)
-    shares = np.full(steps, 1 / steps) if subject.options.shares is None else np.asarray(subject.options.shares)
+    shares = np.full(steps, 1 / steps) if subject.shares is None else np.asarray(subject.shares)
     weights = timestep_weights(shares, options.aggregation, options.eta)
     schemes = [subject.candidates[layer.name].schemes for layer in layers]
     fixed = activation_bits(schemes, weights @ theta, elements, options)

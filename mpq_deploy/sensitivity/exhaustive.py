@@ -22,8 +22,8 @@ from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.graph.layers import Layer, LayerGraph, dataflow
 from mpq_deploy.models.spec import Array
 from mpq_deploy.sensitivity.layer_weights import FormStack, InputRounding, StackStore, input_roundings, numpy_stacks
-from mpq_deploy.sensitivity.local_error import LayerErrors, Taps, batch_for, tap_names
-from mpq_deploy.sensitivity.measured_calls import Calls
+from mpq_deploy.sensitivity.local_error import LayerErrors, Taps, tap_names
+from mpq_deploy.sensitivity.measured_calls import MEMORY_BYTES, Calls
 from mpq_deploy.sensitivity.ort_graph import noisy_graph, tapped_graph
 from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.sensitivity.table import SensitivityTable, table_from_losses
@@ -59,10 +59,10 @@ def measure_exhaustive(
     if torch_graph is None:
         opened, notes = _in_onnxruntime(subject, calls, chosen), _chained_uses(subject.graph, chosen)
     else:
-        opened, notes = _in_torch(torch_graph, subject, calls, chosen), ()
+        opened, notes = _in_torch(torch_graph, subject, chosen), ()
     total = steps * calls.count * sum(map(len, chosen.values()))
-    with opened as (batch, evaluate), subject.talk.bar("single layers", total) as advance:
-        for step_index, chunk in calls.chunks(batch):
+    with opened as evaluate, subject.talk.bar("single layers", total) as advance:
+        for step_index, chunk in calls.chunks(subject.batch_size(calls)):
             squares, changes = evaluate(calls.feeds(step_index, chunk))
             power[step_index] += squares
             for layer, scheme, squared_error in changes:
@@ -90,11 +90,11 @@ def _torch_graph(graph: LayerGraph) -> TorchGraph | None:
 
 
 @contextmanager
-def _in_torch(graph: TorchGraph, subject: Subject, calls: Calls, chosen: Chosen) -> Iterator[tuple[int, Evaluate]]:
-    """Return how many calls to evaluate at once, and what evaluates them in torch."""
+def _in_torch(graph: TorchGraph, subject: Subject, chosen: Chosen) -> Iterator[Evaluate]:
+    """Return what evaluates calls in torch."""
     import torch
 
-    stacks = numpy_stacks(subject.graph, subject.candidates, subject.options.memory_bytes)
+    stacks = numpy_stacks(subject.graph, subject.candidates, MEMORY_BYTES)
     output = subject.spec.output
     downstream = {layer: graph.affected_by(use.node for use in layer.uses) for layer in chosen}
 
@@ -114,9 +114,7 @@ def _in_torch(graph: TorchGraph, subject: Subject, calls: Calls, chosen: Chosen)
         return float(reference.square().sum()), changes()
 
     with torch.no_grad():
-        values = graph.run(graph.feed(calls.feeds(0, calls.first)), keep=graph.values)
-        shapes = {name: tuple(value.shape) for name, value in values.items()}
-        yield batch_for(shapes, calls, subject.options), evaluate
+        yield evaluate
 
 
 def _rewire(
@@ -143,8 +141,8 @@ def _rewire(
 
 
 @contextmanager
-def _in_onnxruntime(subject: Subject, calls: Calls, chosen: Chosen) -> Iterator[tuple[int, Evaluate]]:
-    """Return how many calls to evaluate at once, and what evaluates them in ONNX Runtime."""
+def _in_onnxruntime(subject: Subject, calls: Calls, chosen: Chosen) -> Iterator[Evaluate]:
+    """Return what evaluates ``calls`` in ONNX Runtime."""
     layers, layer_errors = tuple(chosen), LayerErrors(subject)
     names = tap_names(layers)
     with tapped_graph(subject.graph, names, subject.talk) as session:
@@ -168,7 +166,7 @@ def _in_onnxruntime(subject: Subject, calls: Calls, chosen: Chosen) -> Iterator[
 
                 return float(np.sum(np.square(reference))), changes()
 
-            yield batch_for(shapes, calls, subject.options), evaluate
+            yield evaluate
 
 
 def _chained_uses(graph: LayerGraph, layers: Collection[Layer]) -> tuple[str, ...]:

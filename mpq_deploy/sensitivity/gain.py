@@ -40,16 +40,15 @@ def measure_gain(subject: Subject) -> SensitivityTable:
 
 def propagation_gains(subject: Subject, local: LocalErrors, calls: Calls) -> dict[str, Array]:
     """Return layer -> gain at each timestep, float64 [K]. All calls of a timestep run together where they can."""
-    layers, seed, steps = subject.layers, subject.options.seed, len(calls.timesteps)
+    layers, seed, steps = subject.layers, subject.settings.seed, len(calls.timesteps)
     changed = {layer.name: np.zeros(steps) for layer in layers}
     power = np.zeros(steps)
-    batch = calls.fixed_batch or subject.options.batch_size or calls.count
     ranks = {name: len(shape) for name, shape in local.shapes.items()}
     with (
         noisy_graph(subject.graph, layers, calls.spec.output, ranks, subject.talk) as session,
         subject.talk.bar("gains", steps * calls.count) as advance,
     ):
-        for step_index, chunk in calls.chunks(batch):
+        for step_index, chunk in calls.chunks(subject.batch_size(calls)):
             feeds = calls.feeds(step_index, chunk)
             reference = session.run(feeds)
             if not np.isfinite(reference).all():

@@ -17,7 +17,7 @@ from mpq_deploy.graph.layers import Layer
 from mpq_deploy.models.spec import Array
 from mpq_deploy.sensitivity.layer_numpy import UseErrors
 from mpq_deploy.sensitivity.layer_weights import input_roundings, node_attributes, numpy_stacks
-from mpq_deploy.sensitivity.measured_calls import Calls, MeasureOptions
+from mpq_deploy.sensitivity.measured_calls import MEMORY_BYTES, Calls
 from mpq_deploy.sensitivity.ort_graph import run_session, tapped_graph
 from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.sensitivity.table import Nested, SensitivityTable, table_from_losses
@@ -64,7 +64,7 @@ def local_errors(subject: Subject, calls: Calls) -> LocalErrors:
         shapes = taps.shapes(calls)
         shared = _shared_values(taps, shapes, calls)
         with subject.talk.bar("local errors", steps * calls.count) as advance:
-            for step_index, chunk in calls.chunks(batch_for(shapes, calls, subject.options)):
+            for step_index, chunk in calls.chunks(subject.batch_size(calls)):
                 values = taps.values(calls.feeds(step_index, chunk))
                 for layer in layers:
                     for _, scheme, error in errors.of(layer, values):
@@ -88,7 +88,7 @@ class LayerErrors:
     def __init__(self, subject: Subject) -> None:
         self._subject = subject
         self._attributes = node_attributes(subject.graph)
-        self._stacks = numpy_stacks(subject.graph, subject.candidates, subject.options.memory_bytes)
+        self._stacks = numpy_stacks(subject.graph, subject.candidates, MEMORY_BYTES)
 
     def of(
         self, layer: Layer, values: Mapping[str, Array], schemes: frozenset[str] | None = None
@@ -124,14 +124,6 @@ class Taps:
 def tap_names(layers: tuple[Layer, ...]) -> list[str]:
     """Return the names of all inputs and outputs of ``layers``."""
     return list(dict.fromkeys(name for n in layers for use in n.uses for name in (use.input, use.output)))
-
-
-def batch_for(shapes: Shapes, calls: Calls, options: MeasureOptions) -> int:
-    """Choose how many calls to run at once, so that all values of ``shapes`` (of one call) fit into the memory."""
-    if calls.fixed_batch:
-        return calls.fixed_batch
-    per_call = 4 * sum(int(np.prod(shape)) for shape in shapes.values())
-    return options.batch_size or max(1, min(calls.count, options.memory_bytes // (4 * max(per_call, 1))))
 
 
 def _shared_values(taps: Taps, shapes: Shapes, calls: Calls) -> frozenset[str]:

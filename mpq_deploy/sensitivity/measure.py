@@ -15,7 +15,7 @@ from mpq_deploy.sensitivity.table import SensitivityTable
 
 
 def measure(method: str, subject: Subject) -> SensitivityTable:
-    """Return the table of ``method``, one of ``METHODS``. ``options.shares``: what each timestep counts for.
+    """Return the table of ``method``, one of ``METHODS``. ``subject.shares``: what each timestep counts for.
 
     Where torch is missing, or the graph holds an operator that torch cannot evaluate here, "probe" becomes "gain":
     the table's ``metric`` and ``notes`` say so. Raises UsageError for an unknown method.
@@ -23,9 +23,9 @@ def measure(method: str, subject: Subject) -> SensitivityTable:
     if method not in METHODS:
         known = ", ".join(METHODS)
         raise UsageError(f"Unknown sensitivity '{method}'.", f"{nearest(method, METHODS)}Known: {known}.")
-    shares = subject.options.shares
+    shares = subject.shares
     if shares is not None and not METHODS[method].weighs_bits:
-        even = replace(subject, options=replace(subject.options, shares=None))
+        even = replace(subject, shares=None)
         return measure(method, even).weighted(np.asarray(shares))
     if method != "probe":
         return _measure(method, subject)

@@ -3,55 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from mpq_deploy.calls.recorded import RecordedCalls, dealt, feed_rows
-from mpq_deploy.errors import ModelError, UsageError
+from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.models.spec import Array, DenoiserSpec
-from mpq_deploy.recipe import OrmSettings
 
+# Memory for the values of a pass through the graph, and as much for what is kept of the layers' errors.
+MEMORY_BYTES = 1 << 30
 # Where so many times the memory for stacks would be needed, keeping that part of them saves hardly any time.
 HELD_SHARE = 4
 # Arrays of a layer's size that stacking its errors holds, beside those of each form.
 STACK_ARRAYS = 2
 # Samples evaluated at once for the order of salient channels.
 SALIENCE_BATCH = 4
-
-
-@dataclass(frozen=True)
-class MeasureOptions:
-    """How much is measured, and with how much memory.
-
-    ``samples``: calls of the calibration set used at each timestep, evenly spaced, the same at every
-    timestep; with ``rotate`` the next ones at each, so that more of the set is seen in the same time.
-    ``probes`` per timestep and sample. ``batch_size``: maximum of samples at once; ``memory_bytes``
-    may make it fewer. ``dtype``: the type in which torch evaluates the graph, "float32" or "bfloat16".
-    ``errors_dtype``: of the local errors and their products with the gradients; "auto" is bfloat16
-    where the processor multiplies it natively (about a fifth less time, 0.2 % of noise on each
-    projection, so plans may differ between processors), else float32. ``orm``: settings of orm and its
-    controls. ``shares``: the part of the trajectory that each timestep stands for, of sum 1; None:
-    equal ones.
-    """
-
-    probes: int = 8
-    samples: int = 16
-    batch_size: int | None = None
-    seed: int = 0
-    dtype: str = "float32"
-    errors_dtype: str = "float32"
-    memory_bytes: int = 1 << 30
-    orm: OrmSettings = field(default_factory=OrmSettings)
-    shares: tuple[float, ...] | None = None
-    rotate: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("probes", "samples", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"Invalid measure.{name} {value}.", "Use 1 or more.")
 
 
 class Calls:

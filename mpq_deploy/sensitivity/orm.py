@@ -18,8 +18,9 @@ from mpq_deploy.calls.timesteps import adaptive_steps, sampled_steps
 from mpq_deploy.errors import UsageError
 from mpq_deploy.graph.layers import Layer, LayerGraph
 from mpq_deploy.models.spec import Array
+from mpq_deploy.recipe import MeasureSettings
 from mpq_deploy.sensitivity.bit_losses import table_from_importance
-from mpq_deploy.sensitivity.measured_calls import Calls, MeasureOptions
+from mpq_deploy.sensitivity.measured_calls import Calls
 from mpq_deploy.sensitivity.orthogonality import (
     ENOUGH_CALLS,
     MIN_CALLS,
@@ -33,19 +34,16 @@ from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.system.progress import Talk
 from mpq_deploy.system.sessions import open_session
 
-# Calls behind a Gram matrix where the options leave the batch to us.
-DEFAULT_CALLS = 16
-
 
 def measure_orm(subject: Subject) -> SensitivityTable:
-    """Weigh bits by orthogonality: theta of every layer at every timestep, from ``options.batch_size`` calls at once.
+    """Weigh bits by orthogonality: theta of every layer at every timestep, from ``batch_size`` calls at once.
 
     With more samples than that, the dependence of several batches is averaged (Nguyen et al. 2021).
-    ``stats`` are not used. Raises UsageError when the model or the options leave too few calls for
+    ``stats`` are not used. Raises UsageError when the model or the settings leave too few calls for
     one Gram matrix.
     """
-    options, layers = subject.options.orm, subject.layers
-    seen = observe_orthogonality(subject.graph, layers, subject.recorded, subject.options, subject.talk)
+    settings, layers = subject.settings.orm, subject.layers
+    seen = observe_orthogonality(subject.graph, layers, subject.recorded, subject.settings, subject.talk)
     orm = orthogonality(seen.hsic)
     notes = []
     if seen.calls < ENOUGH_CALLS:
@@ -61,7 +59,7 @@ def measure_orm(subject: Subject) -> SensitivityTable:
             f"{always} of {len(layers)} layers give the same output for every call at a timestep (the timestep's "
             "embedding and the like): their ORM with every other layer is taken as 0 (our choice)"
         )
-    theta = importances(gamma(orm), options.beta, options.importance)
+    theta = importances(gamma(orm), settings.beta, settings.importance)
     table = table_from_importance("orm", subject, theta, tuple(notes))
     assert table.importance is not None
     importance = replace(table.importance, constant=seen.constant, calls=seen.calls, orm=orm)
@@ -81,12 +79,12 @@ def observe_orthogonality(
     graph: LayerGraph,
     layers: tuple[Layer, ...],
     recorded: RecordedCalls,
-    options: MeasureOptions,
+    settings: MeasureSettings,
     talk: Talk,
 ) -> SeenOrthogonality:
     """Run the calls of every timestep through the graph with Gram observers and add up the dependence."""
-    calls = Calls(graph, recorded, options.samples)
-    parts = _batches(calls, options)
+    calls = Calls(graph, recorded, settings.calls)
+    parts = _batches(calls, settings)
     names = tuple(dict.fromkeys(use.output for layer in layers for use in layer.uses))
     shapes = activation_shapes(graph, recorded, talk, names=names)
     observed = GramGraph.of(graph, layers, shapes)
@@ -98,7 +96,7 @@ def observe_orthogonality(
             for part in parts:
                 count = part.stop - part.start
                 grams = observed.grams(session, calls.feeds(step, part), count, float(calls.timesteps[step]))
-                hsic[step] += dependence(grams, options.orm.estimator)
+                hsic[step] += dependence(grams, settings.orm.estimator)
                 constant[step] &= ~grams.any(axis=(1, 2))
                 advance(count)
     return SeenOrthogonality(hsic, constant, min(part.stop - part.start for part in parts))
@@ -107,7 +105,7 @@ def observe_orthogonality(
 def adapted_steps(
     graph: LayerGraph,
     recorded: RecordedCalls,
-    options: MeasureOptions,
+    settings: MeasureSettings,
     talk: Talk,
     count: int,
     coarse: int,
@@ -116,15 +114,15 @@ def adapted_steps(
     available = len(recorded.recorded.timesteps)
     first = sampled_steps(available, coarse)
     chosen = replace(recorded, recorded=recorded.recorded.at(first))
-    seen = observe_orthogonality(graph, graph.layers, chosen, options, talk)
-    curve = importances(gamma(orthogonality(seen.hsic)), options.orm.beta, options.orm.importance)
+    seen = observe_orthogonality(graph, graph.layers, chosen, settings, talk)
+    curve = importances(gamma(orthogonality(seen.hsic)), settings.orm.beta, settings.orm.importance)
     return adaptive_steps(curve, first, available, count)
 
 
-def _batches(calls: Calls, options: MeasureOptions) -> list[slice]:
+def _batches(calls: Calls, settings: MeasureSettings) -> list[slice]:
     """Split the calls into batches as even as can be, each of at most the batch size."""
-    minimum = MIN_CALLS[options.orm.estimator]
-    size = calls.fixed_batch or min(options.batch_size or DEFAULT_CALLS, calls.count)
+    minimum = MIN_CALLS[settings.orm.estimator]
+    size = calls.fixed_batch or min(settings.batch_size, calls.count)
     # The debiased estimator of a small rest would be noise: 20 calls in batches of 16 are two of 10.
     bounds = np.linspace(0, calls.count, -(-calls.count // size) + 1).astype(int)
     parts = [slice(int(a), int(b)) for a, b in pairwise(bounds)]
@@ -132,8 +130,8 @@ def _batches(calls: Calls, options: MeasureOptions) -> list[slice]:
     if fewest < minimum:
         fixed = f"the model takes {calls.fixed_batch} at once" if calls.fixed_batch else f"{calls.count} are measured"
         raise UsageError(
-            f"ORM compares calls that run together: the {options.orm.estimator} estimator needs {minimum}, "
-            f"here are {fewest} ({fixed}, measure.batch_size is {options.batch_size}).",
+            f"ORM compares calls that run together: the {settings.orm.estimator} estimator needs {minimum}, "
+            f"here are {fewest} ({fixed}, measure.batch_size is {settings.batch_size}).",
             "Export the model with a free batch axis, or take another sensitivity."
             if calls.fixed_batch
             else f"Raise measure.samples and measure.batch_size to {ENOUGH_CALLS} or more.",

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpq_deploy.errors import ModelError, UsageError
+from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import Layer, LayerUse
 from mpq_deploy.onnx_torch.adjoint import layer_gradients, parts_within
 from mpq_deploy.onnx_torch.pass_memory import PASS_COPIES
@@ -32,15 +32,12 @@ from mpq_deploy.sensitivity.layer_weights import (
     input_roundings,
     node_attributes,
 )
-from mpq_deploy.sensitivity.measured_calls import HELD_SHARE, MeasureOptions
+from mpq_deploy.sensitivity.measured_calls import HELD_SHARE, MEMORY_BYTES
 from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.sensitivity.table import Nested, SensitivityTable, table_from_projections
 from mpq_deploy.sensitivity.torch_projection import ProjectedUse, TorchStack, project_layer
 from mpq_deploy.system.parallel.work import Result, Within, Work, run_shards
 from mpq_deploy.system.progress import Talk
-
-FLOAT_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-AUTO = "auto"
 
 
 def measure_probe(subject: Subject) -> SensitivityTable:
@@ -49,9 +46,6 @@ def measure_probe(subject: Subject) -> SensitivityTable:
     Raises UnsupportedOperator when the graph holds a node that torch cannot evaluate here,
     ModelError when its output is not finite.
     """
-    for name in (subject.options.dtype, subject.options.errors_dtype):
-        if name not in FLOAT_TYPES and (name != AUTO or name is subject.options.dtype):
-            raise UsageError(f"Probes do not run in '{name}'.", f"Use {' or '.join(FLOAT_TYPES)}.")
     calls = subject.calls()
     with subject.crew.open(subject.job("probes", _probing), subject.talk) as pool:
         first = subject.shard("probes, size of batches", _Task(), 0, part="probes, plan")
@@ -98,7 +92,7 @@ def _probing(subject: Subject) -> Work:
             batch, ends, notes = work.plan()
             return {"batch": np.array(batch), "ends": np.array(ends, np.int64), "notes": np.array(notes, np.str_)}
         parts = tuple(slice(start, end) for start, end in zip((0, *task.ends), task.ends))
-        stacked = np.zeros((len(pairs), subject.options.probes, calls.count), np.float32)
+        stacked = np.zeros((len(pairs), subject.settings.probes, calls.count), np.float32)
         values: Nested = {}
         for row, (layer, scheme) in zip(stacked, pairs, strict=True):
             values.setdefault(layer, {})[scheme] = row
@@ -123,18 +117,15 @@ class _Probing:
     """The graph in torch with what each layer's inner products need."""
 
     def __init__(self, subject: Subject) -> None:
-        self._subject, self._options = subject, subject.options
+        self._subject, self._settings = subject, subject.settings
         self._calls, self._output = subject.calls(), subject.spec.output
-        self._float_type = FLOAT_TYPES[self._options.dtype]
-        self._errors_type = errors_type = _errors_type(self._options)
-        self._graph = TorchGraph(subject.graph.model, self._float_type)
+        self._graph = TorchGraph(subject.graph.model)
         self._attributes = node_attributes(subject.graph)
-        limit = self._options.memory_bytes
         self._stacks = StackStore(
             subject.graph,
             subject.candidates,
-            lambda stack: TorchStack.of(stack, errors_type),
-            limit if _stack_bytes(subject) < HELD_SHARE * limit else 0,
+            TorchStack.of,
+            MEMORY_BYTES if _stack_bytes(subject) < HELD_SHARE * MEMORY_BYTES else 0,
         )
         self._uses = [
             _Use(layer, use, input_roundings(subject.stats, use, subject.candidates[layer.name].schemes))
@@ -158,16 +149,15 @@ class _Probing:
 
         with torch.no_grad():
             footprint, _ = self._graph.footprint(self._graph.feed(self._calls.feeds(0, self._calls.first)), see)
-        size = self._errors_type.itemsize / self._float_type.itemsize
-        gradients = int(sum(outputs[u.use.output] for u in self._uses) * self._options.probes * size)
-        one, most = PASS_COPIES * sum(footprint.made) + gradients, self._options.memory_bytes
-        whole, parts = (len(footprint.made),), parts_within(footprint, gradients, most)
+        gradients = sum(outputs[u.use.output] for u in self._uses) * self._settings.probes
+        one = PASS_COPIES * sum(footprint.made) + gradients
+        whole, parts = (len(footprint.made),), parts_within(footprint, gradients, MEMORY_BYTES)
         if len(parts) > 1:
             return self._calls.fixed_batch or 1, tuple(part.stop for part in parts), ()
         if self._calls.fixed_batch or self._calls.count == 1:
             return self._calls.fixed_batch or 1, whole, ()
-        largest = min(self._options.batch_size or self._calls.count, self._calls.count)
-        batch = max(1, min(largest, most // max(one, 1)))
+        largest = min(self._settings.batch_size, self._calls.count)
+        batch = max(1, min(largest, MEMORY_BYTES // max(one, 1)))
         mixed = self._mixed() if batch > 1 else ""
         if mixed:
             return 1, whole, (f"samples were measured one by one: '{mixed}' does not keep them apart",)
@@ -197,9 +187,7 @@ class _Probing:
             return [one.reshape(output.shape) for one in noise]
 
         uses = [item.use for item in self._uses]
-        for number, x, rows in layer_gradients(
-            self._graph, feeds, parts, uses, {self._output: seeds}, self._errors_type
-        ):
+        for number, x, rows in layer_gradients(self._graph, feeds, parts, uses, {self._output: seeds}):
             with torch.no_grad():
                 self._project(self._uses[number], x, torch.stack(rows, 1), chunk, values)
         return power
@@ -207,12 +195,12 @@ class _Probing:
     def _noise(self, step_index: int, chunk: slice, shape: tuple[int, ...]) -> Any:
         """Draw the probes of each sample from its own seed, so that they do not depend on the batch size."""
         rows = [
-            np.random.default_rng((self._options.seed, step_index, call)).standard_normal(
-                (self._options.probes, *shape), np.float32
+            np.random.default_rng((self._settings.seed, step_index, call)).standard_normal(
+                (self._settings.probes, *shape), np.float32
             )
             for call in range(chunk.start, chunk.stop)
         ]
-        return torch.from_numpy(np.stack(rows, 1)).to(self._float_type)
+        return torch.from_numpy(np.stack(rows, 1))
 
     def _project(self, item: _Use, x: Any, gradients: Any, chunk: slice, values: Nested) -> None:
         attributes = self._attributes[item.use.node]
@@ -233,15 +221,6 @@ def _stack_bytes(subject: Subject) -> int:
     """Return what the stacks of all layers would take in float32."""
     forms = {layer: len({s.weight_form for s in subject.candidates[layer.name].schemes}) for layer in subject.layers}
     return sum(4 * layer.weights * (1 + count) for layer, count in forms.items())
-
-
-def _errors_type(options: MeasureOptions) -> torch.dtype:
-    if options.errors_dtype != AUTO:
-        return FLOAT_TYPES[options.errors_dtype]
-    # Without these instructions bfloat16 is emulated, several times slower than float32.
-    capabilities = torch.cpu.get_capabilities()
-    native = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
-    return torch.bfloat16 if native else torch.float32
 
 
 def _starts_with(pair: Any, first: Any) -> bool:

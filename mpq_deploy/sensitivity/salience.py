@@ -22,20 +22,24 @@ from mpq_deploy.onnx_torch.adjoint import layer_gradients, parts_within
 from mpq_deploy.onnx_torch.pass_memory import PASS_COPIES, WHOLE_SHARE
 from mpq_deploy.onnx_torch.torch_graph import TorchGraph
 from mpq_deploy.sensitivity.layer_weights import Kept, float_matrix, node_attributes
-from mpq_deploy.sensitivity.measured_calls import SALIENCE_BATCH, Calls, MeasureOptions
+from mpq_deploy.sensitivity.measured_calls import MEMORY_BYTES, SALIENCE_BATCH, Calls
 from mpq_deploy.sensitivity.torch_projection import apply_matrix, canonical_gradients, canonical_input
 from mpq_deploy.system.progress import Advance, Talk
 
+# Of the probes' noise.
+SEED = 0
+
 
 def channel_errors(
-    graph: LayerGraph, bodies: Mapping[str, Array], recorded: RecordedCalls, options: MeasureOptions, talk: Talk
+    graph: LayerGraph, bodies: Mapping[str, Array], recorded: RecordedCalls, samples: int, talk: Talk
 ) -> dict[str, Array]:
     """Return layer name -> float64 [O]: the error that each output channel of its body causes.
 
-    ``bodies``: layer name -> the body's deployed weight, float32 [out_channels, reduction]. Raises
+    ``bodies``: layer name -> the body's deployed weight, float32 [out_channels, reduction];
+    ``samples``: calls of each timestep. Raises
     UnsupportedOperator when torch cannot evaluate the graph.
     """
-    errors = ChannelErrors(graph, bodies, recorded, options)
+    errors = ChannelErrors(graph, bodies, recorded, samples)
     sums = {layer.name: np.zeros(layer.out_channels) for layer in errors.layers}
     with talk.bar("salient channels", errors.steps * errors.calls) as advance:
         for step in range(errors.steps):
@@ -48,27 +52,25 @@ def channel_errors(
 class ChannelErrors:
     """The sums that ``channel_errors`` adds up, timestep by timestep; its arguments and errors."""
 
-    def __init__(
-        self, graph: LayerGraph, bodies: Mapping[str, Array], recorded: RecordedCalls, options: MeasureOptions
-    ) -> None:
+    def __init__(self, graph: LayerGraph, bodies: Mapping[str, Array], recorded: RecordedCalls, samples: int) -> None:
         # To ask a mapping that reads files whether it holds a layer would read it.
         names = set(bodies)
         self.layers = [layer for layer in graph.layers if layer.name in names]
-        self._options, self._output = options, recorded.spec.output
-        self._calls = Calls(graph, recorded, options.samples)
+        self._output = recorded.spec.output
+        self._calls = Calls(graph, recorded, samples)
         self._graph = TorchGraph(graph.model, torch.float32)
         self._differences: Kept[Any] = Kept(
             lambda layer: torch.from_numpy(bodies[layer.name] - float_matrix(graph, layer))[None],
             lambda difference: int(difference.nbytes),
-            options.memory_bytes,
+            MEMORY_BYTES,
         )
         self._attributes = node_attributes(graph)
         with torch.no_grad():
             feeds = self._graph.feed(self._calls.feeds(0, self._calls.first))
             footprint, _ = self._graph.footprint(feeds, lambda *_: None)
-        self._parts = parts_within(footprint, 0, options.memory_bytes)
+        self._parts = parts_within(footprint, 0, MEMORY_BYTES)
         # One batch of several takes no more than one call may.
-        most = max(1, WHOLE_SHARE * options.memory_bytes // max(1, PASS_COPIES * sum(footprint.made)))
+        most = max(1, WHOLE_SHARE * MEMORY_BYTES // max(1, PASS_COPIES * sum(footprint.made)))
         self._batch = self._calls.fixed_batch or min(SALIENCE_BATCH, self._calls.count, most)
         self.steps, self.calls = len(self._calls.timesteps), self._calls.count
 
@@ -79,12 +81,12 @@ class ChannelErrors:
         errors: dict[str, list[Array]] = {layer.name: [] for layer in self.layers}
         for chunk in self._calls.chunks_of_step(self._batch):
 
-            def direction(output: Any, seed: Any = (self._options.seed, step, chunk.start)) -> list[Any]:
+            def direction(output: Any, seed: Any = (SEED, step, chunk.start)) -> list[Any]:
                 return [torch.from_numpy(np.random.default_rng(seed).standard_normal(tuple(output.shape), np.float32))]
 
             feeds = self._graph.feed(self._calls.feeds(step, chunk))
             for number, x, (gradient,) in layer_gradients(
-                self._graph, feeds, self._parts, nodes, {self._output: direction}, torch.float32
+                self._graph, feeds, self._parts, nodes, {self._output: direction}
             ):
                 layer, use = uses[number]
                 with torch.no_grad():

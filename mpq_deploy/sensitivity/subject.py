@@ -12,8 +12,9 @@ from mpq_deploy.calibrate.stats import CalibrationStats
 from mpq_deploy.calls.recorded import CalibrationSet, RecordedCalls
 from mpq_deploy.graph.layers import Layer, LayerGraph
 from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.recipe import MeasureSettings
 from mpq_deploy.sensitivity.layer_weights import CandidateWeights, measured_layers
-from mpq_deploy.sensitivity.measured_calls import Calls, MeasureOptions
+from mpq_deploy.sensitivity.measured_calls import MEMORY_BYTES, Calls
 from mpq_deploy.system.parallel.work import Alone, Crew, Job, Shard, Work
 from mpq_deploy.system.progress import Talk
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Spread:
-    """Who measures, and how a worker comes by the same subject: ``open(root, talk, options)``, which can be pickled.
+    """Who measures, and how a worker comes by the same subject: ``open(root, talk)``, which can be pickled.
 
     ``files``: what it reads under ``root``. Finished shards are kept in ``store`` by ``key`` and what they are.
     """
@@ -31,7 +32,7 @@ class Spread:
     crew: Crew
     root: Path
     files: tuple[str, ...]
-    open: Callable[[Path, Talk, MeasureOptions], Subject]
+    open: Callable[[Path, Talk], Subject]
     store: SampleCache | None = None
     key: Mapping[str, Any] | None = None
 
@@ -42,7 +43,9 @@ class Subject:
 
     ``candidates``: layer name -> the weights it may be deployed with; ``stats``: of its activations; ``calibration``:
     the calls to measure on; ``conditions``: all rows of each condition input (call n uses row ``calibration.rows[n]``).
-    ``spread``: over which workers measuring is spread; None: this process.
+    ``spread``: over which workers measuring is spread; None: this process. ``shares``: the part of the
+    trajectory that each timestep stands for, of sum 1; None: equal ones. ``rotate``: at each timestep the next
+    ``settings.calls`` of the calls, so that more of them are seen in the same time, else the same evenly spaced ones.
     """
 
     graph: LayerGraph
@@ -51,9 +54,11 @@ class Subject:
     calibration: CalibrationSet
     conditions: dict[str, Array]
     spec: DenoiserSpec
-    options: MeasureOptions
+    settings: MeasureSettings
     talk: Talk
     spread: Spread | None = None
+    shares: tuple[float, ...] | None = None
+    rotate: bool = False
 
     @property
     def crew(self) -> Crew:
@@ -69,26 +74,26 @@ class Subject:
         """Return the job whose workers open this subject and do ``work`` (a function of a module) on it."""
         if self.spread is None or isinstance(self.spread.crew, Alone):
             return Job(name, partial(_work_on, work, self), Path())
-        opener = partial(_opened, work, self.spread.open, self.options)
+        opener = partial(_opened, work, self.spread.open)
         return Job(name, opener, self.spread.root, self.spread.files, self.memory_bytes())
 
     def shard(self, name: str, task: Any, size: int, **key: Any) -> Shard:
-        """Return a shard that is kept by ``key``, the options and the number of threads that compute it."""
+        """Return a shard that is kept by ``key``, the settings and the number of threads that compute it."""
         if self.spread is None or self.spread.key is None:
             return Shard(name, task, size)
         threads = asdict(self.crew.threads_of_shard())
-        options = {
-            **asdict(self.options),
-            "orm": self.options.orm.model_dump(mode="json"),
+        settings = {
+            **self.settings.model_dump(mode="json"),
+            "rotate": self.rotate,
             "timesteps": [float(t) for t in self.calibration.timesteps],
         }
-        return Shard(name, task, size, {**self.spread.key, **key, "options": options, "threads": threads})
+        return Shard(name, task, size, {**self.spread.key, **key, "settings": settings, "threads": threads})
 
     def memory_bytes(self) -> int:
         """Estimate what a worker holds: candidates, their errors and a batch of activations, both capped."""
         weights = 4 * sum(layer.weights for layer in self.layers)
         forms = max((len(c.schemes) for c in self.candidates.values()), default=0)
-        return 2 * weights + min(forms * weights, self.options.memory_bytes) + self.options.memory_bytes
+        return 2 * weights + min(forms * weights, MEMORY_BYTES) + MEMORY_BYTES
 
     @property
     def recorded(self) -> RecordedCalls:
@@ -101,9 +106,13 @@ class Subject:
         return measured_layers(self.graph, self.candidates)
 
     def calls(self, samples: int | None = None) -> Calls:
-        """Return the calls that are measured: ``samples`` of them at each timestep (None: as the options say)."""
-        count = self.options.samples if samples is None else samples
-        return Calls(self.graph, self.recorded, count, self.options.rotate)
+        """Return the calls that are measured: ``samples`` of them at each timestep (None: as the settings say)."""
+        count = self.settings.calls if samples is None else samples
+        return Calls(self.graph, self.recorded, count, self.rotate)
+
+    def batch_size(self, calls: Calls) -> int:
+        """Return how many of ``calls`` run together, at most."""
+        return calls.fixed_batch or self.settings.batch_size
 
 
 def _work_on(work: Callable[[Subject], Work], subject: Subject, root: Path, talk: Talk) -> Work:
@@ -112,9 +121,8 @@ def _work_on(work: Callable[[Subject], Work], subject: Subject, root: Path, talk
 
 def _opened(
     work: Callable[[Subject], Work],
-    open_subject: Callable[[Path, Talk, MeasureOptions], Subject],
-    options: MeasureOptions,
+    open_subject: Callable[[Path, Talk], Subject],
     root: Path,
     talk: Talk,
 ) -> Work:
-    return work(open_subject(root, talk, options))
+    return work(open_subject(root, talk))

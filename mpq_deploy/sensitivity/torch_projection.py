@@ -70,12 +70,12 @@ class TorchStack(FormStack):
     promoted_differences: tuple[Any, ...] = ()
 
     @classmethod
-    def of(cls, stack: FormStack, float_type: torch.dtype) -> TorchStack:
-        """Convert; float32 shares memory."""
+    def of(cls, stack: FormStack) -> TorchStack:
+        """Return tensors that share the arrays' memory."""
         values = {item.name: getattr(stack, item.name) for item in fields(stack)}
         for name in ("weight", "differences"):
-            values[name] = torch.from_numpy(values[name]).to(float_type)
-        promoted = tuple(torch.from_numpy(p.differences).to(float_type) for p in stack.promotions)
+            values[name] = torch.from_numpy(values[name])
+        promoted = tuple(torch.from_numpy(p.differences) for p in stack.promotions)
         return cls(**values, promoted_differences=promoted)
 
     @property
@@ -173,7 +173,7 @@ def project_layer(use: ProjectedUse, x: Any, gradients: Any, samples: int, way: 
     or "weights" forces one of the two ways.
     """
     x = canonical_input(use.layer, x, samples)
-    g = canonical_gradients(use.layer, gradients.to(use.stack.differences.dtype), samples)
+    g = canonical_gradients(use.layer, gradients, samples)
     chosen = way or _cheaper_way(use.layer, use.stack, x, g, samples)
     project = _project_by_weights if chosen == "weights" and _has_weight_way(use.layer) else _project_all_forward
     return project(use, x, g, samples)
@@ -182,25 +182,23 @@ def project_layer(use: ProjectedUse, x: Any, gradients: Any, samples: int, way: 
 def _project_all_forward(use: ProjectedUse, x: Any, g: Any, samples: int) -> dict[str, Any]:
     """Apply all schemes' errors to their inputs, and project what comes out."""
     stack = use.stack
-    float_type = stack.differences.dtype
     products: dict[str, Any] = {}
     if stack.weights_only:
         plain = stack.differences[: stack.split_end]
-        rows = use.forward(x.to(float_type), plain, g, samples)
+        rows = use.forward(x, plain, g, samples)
         products.update({name: rows[row] for name, row in stack.weights_only.items()})
     if stack.with_activation:
         scale = use.rounding("").scale
-        # The integer codes are exact even in bfloat16; the scale is multiplied into the products.
         codes = quantized_codes(x, scale)
-        rounding = (codes * scale - x).to(float_type)
+        rounding = codes * scale - x
         quantized = stack.differences[stack.split_start : stack.kept_start]
-        rows = use.forward(codes.to(float_type), quantized, g, samples) * scale
+        rows = use.forward(codes, quantized, g, samples) * scale
         rows = rows + use.forward(rounding, stack.weight[None], g, samples)
         products.update({name: rows[row - stack.split_start] for name, row in stack.with_activation.items()})
     for promotion, differences in zip(stack.promotions, stack.promoted_differences, strict=True):
         rounds = promotion.body in stack.with_activation
         scale = use.rounding("").scale if rounds else 1.0
-        rows = (quantized_codes(x, scale) if rounds else x).to(float_type)
+        rows = quantized_codes(x, scale) if rounds else x
         more = use.channels(rows, differences, promotion.channels, g, samples) * scale
         for name, count in promotion.counts.items():
             products[name] = products[promotion.body] + more[..., :count].sum(-1)
@@ -208,8 +206,8 @@ def _project_all_forward(use: ProjectedUse, x: Any, g: Any, samples: int) -> dic
         rounded = fake_quantize(x, use.rounding(form), use.layer)
         first, last = min(names.values()), max(names.values())
         forms = stack.differences[first : last + 1]
-        rows = use.forward(rounded.to(float_type), forms, g, samples)
-        rows = rows + use.forward((rounded - x).to(float_type), stack.weight[None], g, samples)
+        rows = use.forward(rounded, forms, g, samples)
+        rows = rows + use.forward((rounded - x), stack.weight[None], g, samples)
         products.update({name: rows[row - first] for name, row in names.items()})
     return products
 

@@ -12,12 +12,12 @@ from mpq_deploy.calibrate.stats import CalibrationStats
 from mpq_deploy.calls.recorded import CalibrationSet, RecordedCalls
 from mpq_deploy.calls.timesteps import sampled_steps, stride_shares
 from mpq_deploy.models.spec import Array
+from mpq_deploy.recipe import MeasureSettings
 from mpq_deploy.rounding.candidate_store import candidates_of
 from mpq_deploy.run.stage import Stage, settings, version_of
 from mpq_deploy.run.stage_memory import check_memory
 from mpq_deploy.run.view import RECIPE, Exported, Run
 from mpq_deploy.sensitivity.measure import measure
-from mpq_deploy.sensitivity.measured_calls import MeasureOptions
 from mpq_deploy.sensitivity.methods import METHODS, ORM_CONTROLS
 from mpq_deploy.sensitivity.orm import adapted_steps
 from mpq_deploy.sensitivity.subject import Spread, Subject
@@ -62,16 +62,17 @@ def make(run: Run, folder: Path) -> str:
 
 def stage_subject(run: Run) -> tuple[Subject, tuple[str, ...]]:
     """Return what the run's recipe measures, spread over its workers, and notes about the timesteps."""
-    found, options, said = _measured_steps(run, *_measured_model(run)[:2])
-    chosen = tuple(int(step) for step in found)
-    return replace(measured_subject(chosen, run, options), spread=_spread(run, chosen)), said
+    steps, shares, notes = _measured_steps(run, *_measured_model(run)[:2])
+    chosen = tuple(int(step) for step in steps)
+    subject = measured_subject(chosen, run)
+    return replace(subject, spread=_spread(run, chosen), shares=shares), notes
 
 
-def measured_subject(chosen: tuple[int, ...], run: Run, options: MeasureOptions) -> Subject:
+def measured_subject(chosen: tuple[int, ...], run: Run) -> Subject:
     """Return what the stage measures: the run's candidates, at positions ``chosen`` of the calibrated timesteps."""
     exported, held_out, stats = _measured_model(run)
-    calls = (held_out.at(np.array(chosen)), exported.conditions, exported.spec, options, run.talk)
-    return Subject(exported.graph, candidates_of(run, exported.graph), stats, *calls)
+    calls = (held_out.at(np.array(chosen)), exported.conditions, exported.spec, _settings(run), run.talk)
+    return Subject(exported.graph, candidates_of(run, exported.graph), stats, *calls, rotate=True)
 
 
 def _measured_model(run: Run) -> tuple[Exported, CalibrationSet, CalibrationStats]:
@@ -93,36 +94,35 @@ def _spread(run: Run, chosen: tuple[int, ...]) -> Spread:
     )
 
 
-def _opened_subject(chosen: tuple[int, ...], root: Path, talk: Talk, options: MeasureOptions) -> Subject:
-    return measured_subject(chosen, Run.opened(root, talk), options)
+def _opened_subject(chosen: tuple[int, ...], root: Path, talk: Talk) -> Subject:
+    return measured_subject(chosen, Run.opened(root, talk))
+
+
+def _settings(run: Run) -> MeasureSettings:
+    """Return the run's settings, with no more calls than there are samples."""
+    section = run.recipe.measure
+    return section.replace(calls=min(section.calls, section.samples))
 
 
 def _measured_steps(
     run: Run, exported: Exported, calls: CalibrationSet
-) -> tuple[Array, MeasureOptions, tuple[str, ...]]:
-    """Choose which of the calibrated timesteps are measured; return them, the options, and notes about them."""
+) -> tuple[Array, tuple[float, ...] | None, tuple[str, ...]]:
+    """Choose which of the calibrated timesteps are measured; return them, their shares and notes."""
     section = run.recipe.measure
     available = len(calls.timesteps)
     count = min(section.timesteps, available)
-    options = MeasureOptions(
-        probes=section.probes,
-        samples=min(section.calls, section.samples),
-        rotate=True,
-        batch_size=section.batch_size,
-        seed=section.seed,
-        orm=section.orm,
-    )
     if section.sampling == "uniform" or count == available:
         fewer = f"all {available} calibrated timesteps are measured: measure.timesteps asks for {section.timesteps}"
-        return sampled_steps(available, count), options, (fewer,) if section.timesteps > available else ()
+        return sampled_steps(available, count), None, (fewer,) if section.timesteps > available else ()
     recorded = RecordedCalls(calls, exported.conditions, exported.spec)
-    chosen = adapted_steps(exported.graph, recorded, options, run.talk, count, min(section.coarse_timesteps, available))
+    coarse = min(section.coarse_timesteps, available)
+    chosen = adapted_steps(exported.graph, recorded, _settings(run), run.talk, count, coarse)
     shares = stride_shares(chosen, available)
     note = (
         f"{count} of {available} timesteps are measured, more of them where the layers' importance changes fastest "
         "(our choice); each counts for its share of the trajectory"
     )
-    return chosen, replace(options, shares=tuple(float(share) for share in shares)), (note,)
+    return chosen, tuple(float(share) for share in shares), (note,)
 
 
 STAGE = Stage(

@@ -27,7 +27,6 @@ from mpq_deploy.run.view import RECIPE, Run
 from mpq_deploy.sensitivity.exhaustive import evaluates_in_torch, measure_exhaustive
 from mpq_deploy.sensitivity.layer_weights import float_matrix
 from mpq_deploy.sensitivity.measure import measure
-from mpq_deploy.sensitivity.measured_calls import MeasureOptions
 from mpq_deploy.sensitivity.methods import METHODS
 from mpq_deploy.sensitivity.subject import Spread, Subject
 from mpq_deploy.sensitivity.table import SensitivityTable
@@ -166,15 +165,9 @@ class Losses:
     def subject(self) -> Subject:
         """Return what all metrics and the truth are measured on."""
         section = self._run.recipe.measure
-        options = MeasureOptions(
-            probes=section.probes,
-            samples=self.samples,
-            batch_size=section.batch_size,
-            seed=section.seed,
-            orm=section.orm,
-        )
+        settings = section.replace(calls=self.samples)
         exported = self.exported
-        calls = (self.calls, exported.conditions, exported.spec, options, self._run.talk)
+        calls = (self.calls, exported.conditions, exported.spec, settings, self._run.talk)
         files = (RECIPE, "export", "calibrate", "candidates")
         spread = Spread(self._run.crew, self._run.path, files, partial(_open_subject, self.samples))
         return Subject(self.graph, self.candidates, self._stats, *calls, spread)
@@ -209,9 +202,9 @@ class Losses:
         return SensitivityTable.load(run.stage(name))
 
 
-def _open_subject(samples: int, root: Path, talk: Talk, options: MeasureOptions) -> Subject:
+def _open_subject(samples: int, root: Path, talk: Talk) -> Subject:
     """Return the subject of ``Losses`` in a worker."""
-    return replace(Losses(Run.opened(root, talk), samples).subject(), options=options)
+    return Losses(Run.opened(root, talk), samples).subject()
 
 
 def _open_truth(samples: int, root: Path, talk: Talk) -> Work:

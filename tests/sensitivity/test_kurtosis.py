@@ -9,16 +9,15 @@ import pytest
 from scipy.stats import kurtosis
 
 from mpq_deploy.calibrate.stats import CalibrationStats
-from mpq_deploy.recipe import OrmSettings
+from mpq_deploy.recipe import MeasureSettings, OrmSettings
 from mpq_deploy.sensitivity.kurtosis import channel_kurtosis, layer_kurtosis
 from mpq_deploy.sensitivity.measure import measure
-from mpq_deploy.sensitivity.measured_calls import MeasureOptions
 from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.system.progress import Talk
 from tests.sensitivity.cases import Setting, setting
 from tests.sensitivity.kinds import kinds
 
-OPTIONS = MeasureOptions(samples=3, orm=OrmSettings(activation_bits="fp16"))
+OPTIONS = MeasureSettings(calls=3, orm=OrmSettings(activation_bits="fp16"))
 
 
 @pytest.fixture(scope="module")

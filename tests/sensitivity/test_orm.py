@@ -16,11 +16,10 @@ from mpq_deploy.calls.timesteps import adaptive_steps, sampled_steps, stride_sha
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.models.spec import InputSpec
-from mpq_deploy.recipe import AllocateSettings, OrmSettings
+from mpq_deploy.recipe import AllocateSettings, MeasureSettings, OrmSettings
 from mpq_deploy.sensitivity.bit_losses import scheme_bits, schemes_at
 from mpq_deploy.sensitivity.bit_program import linear_bits
 from mpq_deploy.sensitivity.measure import measure
-from mpq_deploy.sensitivity.measured_calls import MeasureOptions
 from mpq_deploy.sensitivity.orm import adapted_steps
 from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.sensitivity.table import SensitivityTable
@@ -30,7 +29,7 @@ from tests.sensitivity.cases import Setting, setting
 from tests.sensitivity.kinds import kinds
 from tests.sensitivity.test_orthogonality import cka, debiased_cka
 
-OPTIONS = MeasureOptions(samples=8, batch_size=8)
+OPTIONS = MeasureSettings(calls=8, batch_size=8)
 PLAIN = tuple(SCHEMES[name] for name in ("fp16", "w8a8", "w8a16", "w4a16-b32", "w4a8-b32"))
 
 
@@ -59,7 +58,7 @@ def outputs(case: Setting, step: int) -> dict[str, np.ndarray[Any, Any]]:
 
 @pytest.mark.parametrize(("estimator", "reference"), [("biased", cka), ("debiased", debiased_cka)])
 def test_orm_of_a_graph_is_cka_of_its_outputs(mixed: Setting, estimator: Any, reference: Any) -> None:
-    options = replace(OPTIONS, orm=OrmSettings(estimator=estimator))
+    options = OPTIONS.replace(orm=OrmSettings(estimator=estimator))
     found = measure("orm", Subject(*mixed, options, Talk())).importance
     assert found is not None and found.orm is not None
     assert found.layers == tuple(layer.name for layer in mixed.graph.layers)
@@ -76,7 +75,7 @@ def test_orm_of_a_graph_is_cka_of_its_outputs(mixed: Setting, estimator: Any, re
 
 def test_a_timestep_for_the_whole_batch_has_outputs_without_a_batch_axis() -> None:
     case = setting(awkward_graph(), (3, 7, 9), steps=1, calls=6, batched_time=False)
-    found = measure("orm", Subject(*case, replace(OPTIONS, batch_size=6), Talk())).importance
+    found = measure("orm", Subject(*case, OPTIONS.replace(batch_size=6), Talk())).importance
     assert found is not None and found.orm is not None
     same = {name for name, constant in zip(found.layers, found.constant[0]) if constant}
     # A layer of zeros is the same for all calls as well.
@@ -107,7 +106,7 @@ def test_small_differences_beside_a_large_mean_are_kept() -> None:
 
 def test_batches_are_even_and_their_dependence_is_averaged(mixed: Setting) -> None:
     bar: list[int] = []
-    options = replace(OPTIONS, batch_size=5, orm=OrmSettings(estimator="debiased"))
+    options = OPTIONS.replace(batch_size=5, orm=OrmSettings(estimator="debiased"))
     found = measure("orm", Subject(*mixed, options, Talk())).importance
     assert found is not None and found.calls == 4 and found.orm is not None and not bar
     halves = [replace_calls(mixed, slice(0, 4)), replace_calls(mixed, slice(4, 8))]
@@ -125,14 +124,14 @@ def replace_calls(case: Setting, calls: slice) -> Setting:
 
 
 def test_fewer_than_eight_calls_are_said_in_the_result(mixed: Setting) -> None:
-    few = measure("orm", Subject(*mixed, replace(OPTIONS, batch_size=4), Talk()))
+    few = measure("orm", Subject(*mixed, OPTIONS.replace(batch_size=4), Talk()))
     assert any("only 4 calls" in note and "batch_size" in note for note in few.notes)
     assert not any("calls at a time" in note for note in measure("orm", Subject(*mixed, OPTIONS, Talk())).notes)
 
 
 @pytest.mark.parametrize(("estimator", "calls"), [("biased", 2), ("debiased", 3)])
 def test_too_few_calls_for_any_orm_are_refused(mixed: Setting, estimator: Any, calls: int) -> None:
-    options = replace(OPTIONS, samples=calls, orm=OrmSettings(estimator=estimator))
+    options = OPTIONS.replace(calls=calls, orm=OrmSettings(estimator=estimator))
     with pytest.raises(UsageError, match=f"here are {calls}"):
         measure("orm", Subject(*mixed, options, Talk()))
 
@@ -179,7 +178,7 @@ def test_the_plan_maximises_weighted_bits(method: str, bits: Any, mean_bits: flo
     candidates = {name: replace(one, schemes=PLAIN) for name, one in candidates.items()}
     case = replace(case, graph=graph, candidates=candidates)
     orm = OrmSettings(beta=4.0, bits=bits, aggregation="exponential", eta=2.0)
-    table = measure(method, Subject(*case, replace(OPTIONS, orm=orm), Talk()))
+    table = measure(method, Subject(*case, OPTIONS.replace(orm=orm), Talk()))
     problem = problem_of(case, table, mean_bits)
     schemes = allocate(problem, AllocateSettings(gap=0.0)).schemes
     assert table.importance is not None
@@ -199,7 +198,7 @@ def test_the_plan_maximises_weighted_bits(method: str, bits: Any, mean_bits: flo
 
 def test_the_controls_know_sizes_and_nothing(mixed: Setting) -> None:
     even = measure("size-only", Subject(*mixed, OPTIONS, Talk())).importance
-    drawn = [measure("random", Subject(*mixed, replace(OPTIONS, seed=seed), Talk())).importance for seed in (1, 1, 2)]
+    drawn = [measure("random", Subject(*mixed, OPTIONS.replace(seed=seed), Talk())).importance for seed in (1, 1, 2)]
     assert even is not None and np.array_equal(even.total, np.ones(len(even.layers)))
     one, again, other = (found.total for found in drawn if found is not None)
     assert np.array_equal(one, again) and not np.allclose(one, other)
@@ -208,7 +207,7 @@ def test_the_controls_know_sizes_and_nothing(mixed: Setting) -> None:
 
 def test_activation_bits(mixed: Setting) -> None:
     def kept(**options: Any) -> tuple[dict[str, set[str]], np.ndarray[Any, Any]]:
-        table = measure("orm", Subject(*mixed, replace(OPTIONS, orm=OrmSettings(**options)), Talk()))
+        table = measure("orm", Subject(*mixed, OPTIONS.replace(orm=OrmSettings(**options)), Talk()))
         assert table.importance is not None
         return {name: set(row) for name, row in table.losses.items()}, table.importance.activation_bits
 
@@ -230,8 +229,8 @@ def test_activation_bits(mixed: Setting) -> None:
 
 
 def test_losses_by_timestep_average_to_the_loss_and_survive_the_disk(mixed: Setting, tmp_path: Any) -> None:
-    options = replace(OPTIONS, shares=(0.5, 0.3, 0.2), orm=OrmSettings(beta=2, aggregation="exponential", eta=1))
-    table = measure("orm", Subject(*mixed, options, Talk()))
+    options = OPTIONS.replace(orm=OrmSettings(beta=2, aggregation="exponential", eta=1))
+    table = measure("orm", Subject(*mixed, options, Talk(), shares=(0.5, 0.3, 0.2)))
     table.save(tmp_path)
     read = SensitivityTable.load(tmp_path)
     assert not read.predicts_nmse and read.importance is not None and table.importance is not None
@@ -304,7 +303,7 @@ def test_the_first_pass_follows_the_graph() -> None:
 def test_shares_weigh_the_other_metrics(mixed: Setting) -> None:
     even = measure("local_error", Subject(*mixed, OPTIONS, Talk()))
     shares = (0.6, 0.3, 0.1)
-    weighed = measure("local_error", Subject(*mixed, replace(OPTIONS, shares=shares), Talk()))
+    weighed = measure("local_error", Subject(*mixed, OPTIONS, Talk(), shares=shares))
     for layer, row in even.losses_by_timestep.items():
         for scheme, values in row.items():
             assert weighed.losses[layer][scheme] == pytest.approx(np.dot(shares, values), rel=1e-5)
@@ -312,9 +311,9 @@ def test_shares_weigh_the_other_metrics(mixed: Setting) -> None:
 
 def test_shares_weigh_projections_too(mixed: Setting) -> None:
     pytest.importorskip("torch")
-    options = replace(OPTIONS, samples=4, probes=2)
+    options = OPTIONS.replace(calls=4, probes=2)
     even = measure("probe", Subject(*mixed, options, Talk()))
-    weighed = measure("probe", Subject(*mixed, replace(options, shares=(0.6, 0.3, 0.1)), Talk()))
+    weighed = measure("probe", Subject(*mixed, options, Talk(), shares=(0.6, 0.3, 0.1)))
     for layer in ("conv_in", "to_k"):
         plan = {layer: "w4a16-b32"}
         rows = even.losses_by_timestep[layer]["w4a16-b32"]

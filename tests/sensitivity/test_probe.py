@@ -15,10 +15,10 @@ torch = pytest.importorskip("torch")
 from mpq_deploy.errors import ModelError, UsageError  # noqa: E402
 from mpq_deploy.onnx_torch.adjoint import parts_within  # noqa: E402
 from mpq_deploy.onnx_torch.torch_graph import TorchGraph  # noqa: E402
+from mpq_deploy.recipe import MeasureSettings, make_recipe  # noqa: E402
 from mpq_deploy.sensitivity import probe as probe_module  # noqa: E402
 from mpq_deploy.sensitivity.exhaustive import measure_exhaustive  # noqa: E402
 from mpq_deploy.sensitivity.measure import measure  # noqa: E402
-from mpq_deploy.sensitivity.measured_calls import MeasureOptions  # noqa: E402
 from mpq_deploy.sensitivity.probe import measure_probe  # noqa: E402
 from mpq_deploy.sensitivity.subject import Subject  # noqa: E402
 from mpq_deploy.system.progress import Talk  # noqa: E402
@@ -34,7 +34,7 @@ def mixed() -> Setting:
     return setting(kinds(), (4, 7, 6))
 
 
-def brute_force(case: Setting, options: MeasureOptions) -> dict[str, dict[str, Any]]:
+def brute_force(case: Setting, options: MeasureSettings) -> dict[str, dict[str, Any]]:
     """<G, dY> from whole gradients and whole local errors, layer by layer, in float64."""
     calls = case.calibration.samples.shape[1]
     graph = TorchGraph(case.graph.model, torch.float64)
@@ -98,14 +98,14 @@ def local_error(case: Setting, layer: Any, node: Any, x: Any, scheme: Any, tenso
     return apply(rounded, candidate.weight_matrix(scheme.weight_form)) - apply(x, candidate.weight)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, None])
+@pytest.mark.parametrize("batch_size", [1, 2, 16])
 @pytest.mark.parametrize("way", ["", "forward", "weights"])
 def test_projections_are_the_inner_products(
-    mixed: Setting, way: str, batch_size: int | None, monkeypatch: pytest.MonkeyPatch
+    mixed: Setting, way: str, batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = probe_module.project_layer
     monkeypatch.setattr(probe_module, "project_layer", lambda *a: original(*a, way=way))
-    options = MeasureOptions(probes=2, samples=3, batch_size=batch_size, errors_dtype="float32")
+    options = MeasureSettings(probes=2, calls=3, batch_size=batch_size)
     table = measure_probe(Subject(*mixed, options, Talk()))
     expected = brute_force(mixed, options)
     assert table.projections is not None
@@ -116,11 +116,14 @@ def test_projections_are_the_inner_products(
 
 
 @pytest.mark.parametrize("memory_bytes", [5_000, 1])
-def test_parts_of_the_graph_give_the_same_products(mixed: Setting, memory_bytes: int) -> None:
+def test_parts_of_the_graph_give_the_same_products(
+    mixed: Setting, memory_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Down to every node on its own: skips, layers read twice and values that pass through a part are all there."""
-    options = MeasureOptions(probes=2, samples=2, batch_size=1, errors_dtype="float32")
+    options = MeasureSettings(probes=2, calls=2, batch_size=1)
     whole = measure_probe(Subject(*mixed, options, Talk())).projections
-    parts = measure_probe(Subject(*mixed, replace(options, memory_bytes=memory_bytes), Talk())).projections
+    monkeypatch.setattr(probe_module, "MEMORY_BYTES", memory_bytes)
+    parts = measure_probe(Subject(*mixed, options, Talk())).projections
     assert whole is not None and parts is not None
     for layer, row in whole.items():
         for scheme, vector in row.items():
@@ -150,7 +153,7 @@ def test_the_kinds_are_all_there(mixed: Setting) -> None:
 
 def test_losses_agree_with_the_exhaustive_ones() -> None:
     case = setting(denoiser_graph(channels=16, size=8, image_channels=3), (3, 8, 8), steps=2, calls=4)
-    options = MeasureOptions(probes=48, samples=4)
+    options = MeasureSettings(probes=48, calls=4)
     probed = measure_probe(Subject(*case, options, Talk()))
     truth = measure_exhaustive(Subject(*case, options, Talk()))
     for scheme in NAMES:
@@ -163,7 +166,7 @@ def test_losses_agree_with_the_exhaustive_ones() -> None:
 
 def test_a_linear_layer_is_exact_in_expectation() -> None:
     case = setting(linear(), (12,), steps=2, calls=4)
-    options = MeasureOptions(probes=4000, samples=4)
+    options = MeasureSettings(probes=4000, calls=4)
     probed = measure_probe(Subject(*case, options, Talk()))
     truth = measure_exhaustive(Subject(*case, options, Talk()))
     for layer in ("first", "second"):
@@ -177,7 +180,7 @@ def test_a_linear_layer_is_exact_in_expectation() -> None:
 def test_cross_terms_predict_a_plan_that_the_sum_of_losses_misses() -> None:
     """Weights only, in a network linear in each weight: the plan's output error is the sum of the layers' errors."""
     case = setting(linear(), (12,), steps=1, calls=4)
-    table = measure_probe(Subject(*case, MeasureOptions(probes=4000, samples=4), Talk()))
+    table = measure_probe(Subject(*case, MeasureSettings(probes=4000, calls=4), Talk()))
     first, second = (case.candidates[n].weight for n in ("first", "second"))
     biases = {w.name: numpy_helper.to_array(w) for w in case.model.graph.initializer}
     x = case.calibration.samples[0].astype(np.float64)
@@ -206,7 +209,7 @@ def test_opposite_errors_cancel_in_a_plan() -> None:
     g.nodes[-1].output[0] = "out_sample"
     g.output("out_sample", ["N", 8])
     case = setting(g, (16,))
-    table = measure_probe(Subject(*case, MeasureOptions(probes=8, samples=3), Talk()))
+    table = measure_probe(Subject(*case, MeasureSettings(probes=8, calls=3), Talk()))
     lone = table.plan_loss({"b": "w4a16-b32"})
     # out = a - 2b + c: with the error of a added, half of that of b goes.
     assert table.plan_loss({"a": "w4a16-b32", "b": "w4a16-b32"}) == pytest.approx(lone / 4, rel=1e-3)
@@ -225,7 +228,7 @@ def test_a_timestep_that_all_samples_share_is_measured_one_by_one() -> None:
     g.nodes[-1].output[0] = "out_sample"
     g.output("out_sample", ["N", 3, 5, 5])
     case = setting(g, (3, 5, 5), calls=4, batched_time=False)
-    options = MeasureOptions(probes=64, samples=4)
+    options = MeasureSettings(probes=64, calls=4)
     table = measure_probe(Subject(*case, options, Talk()))
     truth = measure_exhaustive(Subject(*case, options, Talk()))
     assert any("one by one" in note for note in table.notes)
@@ -234,9 +237,9 @@ def test_a_timestep_that_all_samples_share_is_measured_one_by_one() -> None:
 
 
 def test_the_first_probes_do_not_depend_on_how_many_follow(mixed: Setting) -> None:
-    options = MeasureOptions(probes=5, samples=3)
+    options = MeasureSettings(probes=5, calls=3)
     more = measure_probe(Subject(*mixed, options, Talk())).projections
-    fewer = measure_probe(Subject(*mixed, replace(options, probes=3), Talk())).projections
+    fewer = measure_probe(Subject(*mixed, options.replace(probes=3), Talk())).projections
     assert more is not None and fewer is not None
     for layer, row in fewer.items():
         for scheme, values in row.items():
@@ -246,9 +249,9 @@ def test_the_first_probes_do_not_depend_on_how_many_follow(mixed: Setting) -> No
 
 
 def test_same_seed_same_table_and_another_seed_another(mixed: Setting) -> None:
-    options = MeasureOptions(probes=2, samples=2)
+    options = MeasureSettings(probes=2, calls=2)
     one, two = measure_probe(Subject(*mixed, options, Talk())), measure_probe(Subject(*mixed, options, Talk()))
-    other = measure_probe(Subject(*mixed, replace(options, seed=1), Talk()))
+    other = measure_probe(Subject(*mixed, options.replace(seed=1), Talk()))
     assert one.losses == two.losses
     assert one.losses != other.losses
 
@@ -257,7 +260,7 @@ def test_a_layer_that_reaches_no_output_costs_nothing() -> None:
     g = linear()
     g.gemm("sample", "dead", 3, 12)
     case = setting(g, (12,))
-    table = measure_probe(Subject(*case, MeasureOptions(probes=2, samples=2), Talk()))
+    table = measure_probe(Subject(*case, MeasureSettings(probes=2, calls=2), Talk()))
     assert set(table.losses["dead"].values()) == {0.0}
 
 
@@ -266,7 +269,7 @@ def test_a_missing_scale_is_named(mixed: Setting) -> None:
     tensor = next(iter(case.stats.activations))
     case.stats = type(case.stats)({k: v for k, v in case.stats.activations.items() if k != tensor})
     with pytest.raises(ModelError, match=tensor):
-        measure_probe(Subject(*case, MeasureOptions(samples=2), Talk()))
+        measure_probe(Subject(*case, MeasureSettings(calls=2), Talk()))
 
 
 def test_nan_names_the_tensor(mixed: Setting) -> None:
@@ -275,30 +278,11 @@ def test_nan_names_the_tensor(mixed: Setting) -> None:
     samples[0, 0, 0, 0, 0] = np.nan
     case.calibration = replace(case.calibration, samples=samples)
     with pytest.raises(ModelError, match="conv_in_out"):
-        measure_probe(Subject(*case, MeasureOptions(samples=3), Talk()))
+        measure_probe(Subject(*case, MeasureSettings(calls=3), Talk()))
 
 
-def test_local_errors_in_bfloat16_are_close(mixed: Setting) -> None:
-    options = MeasureOptions(probes=4, samples=3, errors_dtype="float32")
-    fine = measure_probe(Subject(*mixed, options, Talk()))
-    coarse = measure_probe(Subject(*mixed, replace(options, errors_dtype="bfloat16"), Talk()))
-    for layer, row in fine.losses.items():
-        for scheme, loss in row.items():
-            assert coarse.losses[layer][scheme] == pytest.approx(loss, rel=0.03)
-
-
-def test_a_graph_in_bfloat16_is_near(mixed: Setting) -> None:
-    options = MeasureOptions(probes=4, samples=3, errors_dtype="float32")
-    fine = measure_probe(Subject(*mixed, options, Talk()))
-    coarse = measure_probe(Subject(*mixed, replace(options, dtype="bfloat16"), Talk()))
-    for layer in fine.losses:
-        assert coarse.losses[layer]["w4a16-b32"] == pytest.approx(fine.losses[layer]["w4a16-b32"], rel=0.5)
-
-
-def test_unusable_options_are_refused(mixed: Setting) -> None:
-    with pytest.raises(UsageError):
-        MeasureOptions(probes=0)
-    with pytest.raises(UsageError):
-        measure_probe(Subject(*mixed, MeasureOptions(dtype="float8"), Talk()))
+def test_unusable_settings_are_refused(mixed: Setting) -> None:
+    with pytest.raises(UsageError, match="probes"):
+        make_recipe({"measure": {"probes": 0}})
     with pytest.raises(UsageError, match="prob"):
-        measure("prob", Subject(*mixed, MeasureOptions(), Talk()))
+        measure("prob", Subject(*mixed, MeasureSettings(), Talk()))

@@ -7,7 +7,6 @@ import pytest
 
 from mpq_deploy.calls.recorded import RecordedCalls
 from mpq_deploy.formats.scheme import SCHEMES
-from mpq_deploy.sensitivity.measured_calls import MeasureOptions
 from mpq_deploy.system.progress import Talk
 from tests.sensitivity.cases import Setting, setting
 from tests.sensitivity.kinds import kinds
@@ -26,9 +25,8 @@ def mixed() -> Setting:
 def errors(case: Setting, bodies: dict[str, np.ndarray], samples: int = 3) -> dict[str, np.ndarray]:
     from mpq_deploy.sensitivity.salience import channel_errors
 
-    options = MeasureOptions(probes=1, samples=samples)
     recorded = RecordedCalls(case.calibration, case.conditions, case.spec)
-    return channel_errors(case.graph, bodies, recorded, options, Talk())
+    return channel_errors(case.graph, bodies, recorded, samples, Talk())
 
 
 def test_only_channels_that_are_rounded_cause_errors(mixed: Setting) -> None:
