@@ -80,7 +80,7 @@ class Grid(torch.nn.Module):  # type: ignore[misc]
 
     ``codes`` int [O, K] and ``scale`` float16 [O, B] are what training starts from: for a ``delta`` of zero the
     result is exactly theirs. ``multiples`` float [O, B], for 4-bit storage with INT8 compute: then ``scale`` is [O, 1]
-    and each block's scale is that many of it. ``quant_min`` and ``quant_max``: numbers, or arrays [O, 1] for grids of
+    and each block's scale is that many of it. ``limits`` of the codes: numbers, or arrays [O, 1] for grids of
     different widths per channel.
 
     The latent weight starts where ``target`` float [O, K] (the float weight) lies, but within ``margin`` steps of the
@@ -93,8 +93,7 @@ class Grid(torch.nn.Module):  # type: ignore[misc]
         codes: Array,
         scale: Array,
         target: Array,
-        quant_min: int | Array,
-        quant_max: int | Array,
+        limits: tuple[int | Array, int | Array],
         margin: float,
         multiples: Array | None = None,
     ) -> None:
@@ -104,8 +103,8 @@ class Grid(torch.nn.Module):  # type: ignore[misc]
         beyond = np.clip(target / step - codes, -margin, margin)
         self.register_buffer("start", torch.from_numpy((codes + beyond).astype(np.float32)))
         self.register_buffer("first", torch.from_numpy(np.asarray(blocks, np.float32)))
-        self.register_buffer("low", torch.as_tensor(quant_min, dtype=torch.float32))
-        self.register_buffer("high", torch.as_tensor(quant_max, dtype=torch.float32))
+        self.register_buffer("low", torch.as_tensor(limits[0], dtype=torch.float32))
+        self.register_buffer("high", torch.as_tensor(limits[1], dtype=torch.float32))
         self.register_buffer("multiples", None if multiples is None else torch.from_numpy(np.float32(multiples)))
         self.scale = LearnedScale(scale, SMALLEST_SCALE, LARGEST_SCALE)
 
