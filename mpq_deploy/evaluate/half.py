@@ -9,7 +9,7 @@ the CPU, so values beyond FP16 need not show in its output either, and are looke
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +17,12 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from mpq_deploy.calibrate.calibrate import LARGEST_FP16
-from mpq_deploy.calls.recorded import CalibrationSet, feed_rows
+from mpq_deploy.calls.recorded import RecordedCalls
 from mpq_deploy.errors import ModelError
 from mpq_deploy.evaluate.output_error import nmse
 from mpq_deploy.graph.fp16_region import fp16_region
 from mpq_deploy.graph.load import load_model
-from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.models.spec import Array
 from mpq_deploy.runtime.ort import make_session, run_session
 from mpq_deploy.system.progress import Talk
 from mpq_deploy.system.sessions import open_session
@@ -76,83 +76,74 @@ class HalfPrecision:
         )
 
 
-def half_precision(
-    float_model: Path,
-    deployed: Path,
-    twin: Path,
-    recorded: CalibrationSet,
-    conditions: dict[str, Array],
-    spec: DenoiserSpec,
-    talk: Talk,
-) -> HalfPrecision:
+def half_precision(float_model: Path, deployed: Path, twin: Path, calls: RecordedCalls, talk: Talk) -> HalfPrecision:
     """Run one recorded call at some timesteps through all three files, one file after the other.
 
     Raises ModelError, naming the nodes whose values FP16 does not hold, where the deployed file's output is not finite.
     """
+    recorded = calls.recorded
     steps = np.unique(np.linspace(0, len(recorded.timesteps) - 1, TIMESTEPS).round().astype(int))
-    calls = recorded.at(steps).take(np.zeros(1, np.int64))
+    some = replace(calls, recorded=recorded.at(steps).take(np.zeros(1, np.int64)))
+    batches = list(some.batches(1))
 
     def outputs(session: ort.InferenceSession) -> Array:
         halves = {entry.name for entry in session.get_inputs() if entry.type == "tensor(float16)"}
-        found = []
-        for sample, timestep in zip(calls.samples, calls.timesteps, strict=True):
-            feed = feed_rows(spec, sample, float(timestep), calls.rows, conditions)
-            feed = {name: values.astype(np.float16) if name in halves else values for name, values in feed.items()}
-            found.append(np.asarray(run_session(session, spec.output, feed), np.float32))
-        return np.stack(found)
+        rows = []
+        for batch in batches:
+            feed = {n: v.astype(np.float16) if n in halves else v for n, v in batch.feed.items()}
+            rows.append(np.asarray(run_session(session, calls.spec.output, feed), np.float32))
+        return np.stack(rows)
 
-    beyond = beyond_half(float_model, calls, conditions, spec, talk)
+    beyond = beyond_half(float_model, some, talk)
     try:
         half = outputs(make_session(deployed, fake_quant_only=True))
     except ModelError as error:
         return HalfPrecision(beyond=beyond, unknown=error.message)
-    for timestep, found in zip(calls.timesteps, half, strict=True):
-        if not np.isfinite(found).all():
+    for batch, output in zip(batches, half, strict=True):
+        if not np.isfinite(output).all():
             raise ModelError(
-                f"In FP16 the output is not finite at timestep {float(timestep):g}: {_named(beyond)}.",
+                f"In FP16 the output is not finite at timestep {batch.timestep:g}: {_named(beyond)}.",
                 "An engine would give no images. Such a model needs its weights scaled down where its normalisation "
                 "allows that, or training in FP16 (bfloat16 reaches further).",
             )
     expected, single = outputs(make_session(float_model)), outputs(make_session(twin, fake_quant_only=True))
-    errors = [np.mean([nmse(*pair) for pair in zip(expected, found, strict=True)]) for found in (half, single)]
+    errors = [np.mean([nmse(*pair) for pair in zip(expected, other, strict=True)]) for other in (half, single)]
     return HalfPrecision(float(errors[0]), float(errors[1]), len(steps), beyond)
 
 
-def beyond_half(
-    model: Path, calls: CalibrationSet, conditions: dict[str, Array], spec: DenoiserSpec, talk: Talk
-) -> tuple[tuple[str, float], ...]:
+def beyond_half(model: Path, calls: RecordedCalls, talk: Talk) -> tuple[tuple[str, float], ...]:
     """Return the nodes computed in FP16 whose values pass its range in the float ``model``, with the largest.
 
     In graph order. Only values above zero: masks are as far below it as can be, and do no harm as minus infinity.
     """
     watched = load_model(model)
-    region = fp16_region(watched, spec.timestep_name, spec.sample.name)
+    region = fp16_region(watched, calls.spec.timestep_name, calls.spec.sample.name)
     names: list[str] = []
     outputs = []
     for node in list(watched.graph):
         for value in () if node.name in region.nodes32 else node.outputs:
             if value.name and value.dtype == ir.DataType.FLOAT:
-                most = ir.node("ReduceMax", [value], attributes={"keepdims": 0})
-                most.outputs[0].name = f"half.{len(names)}"
-                most.outputs[0].type, most.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([])
-                watched.graph.insert_after(node, [most])
+                maximum = ir.node("ReduceMax", [value], attributes={"keepdims": 0})
+                output = maximum.outputs[0]
+                output.name, output.shape = f"half.{len(names)}", ir.Shape([])
+                output.type = ir.TensorType(ir.DataType.FLOAT)
+                watched.graph.insert_after(node, [maximum])
                 names.append(f"{node.name or value.name} ({node.op_type})")
-                outputs.append(most.outputs[0])
+                outputs.append(output)
     watched.graph.outputs.clear()
     watched.graph.outputs.extend(outputs)
     largest = np.full(len(names), -np.inf)
     with open_session(watched, talk) as session:
-        wanted = {entry.name for entry in session.get_inputs()}
-        for sample, timestep in zip(calls.samples, calls.timesteps, strict=True):
-            feed = feed_rows(spec, sample, float(timestep), calls.rows, conditions)
-            found = session.run(None, {name: value for name, value in feed.items() if name in wanted})
-            np.maximum(largest, np.array(found, np.float64), out=largest)
+        inputs = {entry.name for entry in session.get_inputs()}
+        for batch in calls.batches(1):
+            values = session.run(None, {n: v for n, v in batch.feed.items() if n in inputs})
+            np.maximum(largest, np.array(values, np.float64), out=largest)
     return tuple((name, float(most)) for name, most in zip(names, largest, strict=True) if not most <= LARGEST_FP16)
 
 
 def _named(large: Sequence[tuple[str, float]]) -> str:
     if not large:
         return f"no value of the float model is above {LARGEST_FP16:,.0f}, so one within an operator must be"
-    said = ", ".join(f"{name} {most:.3g}" for name, most in large[:NAMED])
+    nodes = ", ".join(f"{name} {most:.3g}" for name, most in large[:NAMED])
     more = f" and {len(large) - NAMED} more" if len(large) > NAMED else ""
-    return f"FP16 ends at {LARGEST_FP16:,.0f}, and in the float model these reach beyond: {said}{more}"
+    return f"FP16 ends at {LARGEST_FP16:,.0f}, and in the float model these reach beyond: {nodes}{more}"

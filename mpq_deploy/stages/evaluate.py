@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpq_deploy.calls.recorded import RecordedCalls
 from mpq_deploy.evaluate.half import half_precision
 from mpq_deploy.evaluate.variants import BEFORE, CORRECTED, LATENCY, evaluate_variants
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED
@@ -43,7 +44,8 @@ def _half_precision(run: Run, deployed: Path) -> HalfPrecision:
     exported = run.exported
     recorded = run.calibration.inputs
     files = exported.path, deployed / DEPLOYED, deployed / SIMULATED
-    return half_precision(*files, recorded, exported.conditions, exported.spec, run.talk)
+    calls = RecordedCalls(recorded, exported.conditions, exported.spec)
+    return half_precision(*files, calls, run.talk)
 
 
 def make(run: Run, folder: Path) -> str:

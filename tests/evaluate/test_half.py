@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from mpq_deploy.calls.recorded import CalibrationSet
+from mpq_deploy.calls.recorded import CalibrationSet, RecordedCalls
 from mpq_deploy.errors import ModelError
 from mpq_deploy.evaluate.half import HalfPrecision, half_precision
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED, write_quantized
@@ -64,7 +64,8 @@ def compared(folder: Path, size: float, mended: float = 0.5) -> HalfPrecision:
     calls = CalibrationSet(
         rng.standard_normal((5, 2, 3, 8, 8)).astype(np.float32), np.linspace(99, 0, 5), np.zeros(2, np.int64)
     )
-    return half_precision(model, folder / "written" / DEPLOYED, folder / "written" / SIMULATED, calls, {}, SPEC, Talk())
+    written = folder / "written"
+    return half_precision(model, written / DEPLOYED, written / SIMULATED, RecordedCalls(calls, {}, SPEC), Talk())
 
 
 def test_fp16_costs_its_rounding_and_no_more(tmp_path: Path) -> None:
@@ -101,5 +102,5 @@ def test_a_file_without_kernels_here_is_said_to_be_unknown(tmp_path: Path) -> No
     foreign.graph.node[0].op_type = "NoSuchOperator"
     onnx.save(foreign, tmp_path / "foreign.onnx")
     calls = CalibrationSet(np.zeros((1, 1, 3, 8, 8), np.float32), np.zeros(1), np.zeros(1, np.int64))
-    found = half_precision(model, tmp_path / "foreign.onnx", model, calls, {}, SPEC, Talk())
+    found = half_precision(model, tmp_path / "foreign.onnx", model, RecordedCalls(calls, {}, SPEC), Talk())
     assert found.warning == found.note and "not known" in found.note and "NoSuchOperator" in found.note

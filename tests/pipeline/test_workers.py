@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 from threadpoolctl import ThreadpoolController
 
-from mpq_deploy.evaluate.metrics.sample_images import SamplingOptions, Source, sample_many
+from mpq_deploy.evaluate.metrics.sample_images import Source, sample_many
+from mpq_deploy.models.spec import FloatModel
+from mpq_deploy.recipe import EvaluateSettings
 from mpq_deploy.rounding import rounder
 from mpq_deploy.run.pipeline import Pipeline, open_pipeline
 from mpq_deploy.run.view import SHARDS
@@ -210,10 +212,9 @@ def test_images_are_the_same_with_any_crew_of_as_many_threads(model: Path, run: 
     def sampled(pipeline: Pipeline) -> Any:
         exported, given = pipeline.run.exported, pipeline.run.crew
         source = {"float": Source(exported.path, 3, True)}
-        options = SamplingOptions(40, 3, 3, batch_size=8, workers=1)
-        crew = given if isinstance(given, Processes) else None
-        about = (exported.path, exported.spec, exported.conditions, options, None, Talk(), crew)
-        return sample_many(source, *about).images["float"]
+        settings = EvaluateSettings(samples=40, steps=3, seed=3, batch_size=8)
+        float_model = FloatModel(exported.path, exported.spec, exported.conditions)
+        return sample_many(source, float_model, settings, None, Talk(), given).images["float"]
 
     alone, _ = over(None, model, run, sampled)
     assert (alone == over(Processes(2), model, run, sampled)[0]).all()

@@ -33,14 +33,16 @@ from mpq_deploy.evaluate.metrics.neighbours import precision_recall
 from mpq_deploy.evaluate.metrics.networks import FeatureNetwork, NetworkOptions, bundled_name, default_network, demo_of
 from mpq_deploy.evaluate.metrics.open_networks import check_networks, open_network
 from mpq_deploy.evaluate.metrics.real import RealSet, check_real, real_set
-from mpq_deploy.evaluate.metrics.sample_images import Sampled, SamplingOptions, Source, image_shape, sample_many
+from mpq_deploy.evaluate.metrics.sample_images import Sampled, Source, image_shape, sample_many
 from mpq_deploy.evaluate.metrics.scores import ImageScore, check_scores, open_scores, prompts_of
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
-from mpq_deploy.models.spec import Array
+from mpq_deploy.models.spec import Array, FloatModel
+from mpq_deploy.recipe import EvaluateSettings
 from mpq_deploy.report.data import FrechetInfo, Interval, ScoreInfo
 from mpq_deploy.report.words import count
 from mpq_deploy.run.view import Exported
-from mpq_deploy.system.parallel.work import Alone
+from mpq_deploy.system.parallel.processes import Processes
+from mpq_deploy.system.parallel.work import Alone, Crew
 from mpq_deploy.system.progress import Talk
 
 if TYPE_CHECKING:
@@ -97,20 +99,17 @@ def measure_metrics(run: Run, options: MetricsOptions) -> ImageMetrics:
     networks = [open_network(name, found) for name in names]
     for network in networks:
         check_count(options.images, network.width, "images", network.name)
-    section = run.recipe.evaluate
-    seed = section.seed if options.seed is None else options.seed
-    sampling = SamplingOptions(
-        options.images, section.steps, seed, section.sampler, section.batch_size, options.workers
-    )
+    settings = run.recipe.evaluate.replace(samples=options.images)
+    if options.seed is not None:
+        settings = settings.replace(seed=options.seed)
     cache = run.path / ".samples"
     shape = image_shape(exported.spec, exported.path.parent)
     scores = open_scores(options.scores, found, exported.spec, shape)
     reals = {network.name: real_set(options.real, network, found, shape) for network in networks}
-    sources = _sources(run, exported.path, seed, options.controls)
-    crew = None if isinstance(run.crew, Alone) else run.crew
-    about = (exported.path, exported.spec, exported.conditions, sampling, cache, run.talk, crew)
-    sampled = sample_many(sources, *about)
-    measure = _Measure(sampled, sampling, SampleCache(cache, run.talk), run.talk)
+    sources = _sources(run, exported.path, settings.seed, options.controls)
+    model = FloatModel(exported.path, exported.spec, exported.conditions)
+    sampled = sample_many(sources, model, settings, cache, run.talk, _crew(run, options.workers))
+    measure = _Measure(sampled, settings, SampleCache(cache, run.talk), run.talk)
     rows = {name: [] for name in sources if name not in (FLOAT, OTHER)}  # type: dict[str, list[FrechetInfo]]
     for network in networks:
         for name, made in measure.on(network, reals[network.name], tuple(rows)).items():
@@ -128,6 +127,13 @@ def measure_metrics(run: Run, options: MetricsOptions) -> ImageMetrics:
     )
     _keep(run, metrics)
     return metrics
+
+
+def _crew(run: Run, workers: int | None) -> Crew | None:
+    """Return who samples: the run's crew, else ``workers`` processes; None: as many as fit."""
+    if not isinstance(run.crew, Alone) or workers is None:
+        return None if isinstance(run.crew, Alone) else run.crew
+    return Alone() if workers == 1 else Processes(workers)
 
 
 def made_from(run: Run, exported: Exported, ours: str, float_model: str) -> MadeFrom:
@@ -188,8 +194,8 @@ def _other_seed(seed: int, calibration: int) -> int:
 class _Measure:
     """Features and distances of one set of samples."""
 
-    def __init__(self, sampled: Sampled, options: SamplingOptions, store: SampleCache, talk: Talk) -> None:
-        self._sampled, self._options, self._store, self._talk = sampled, options, store, talk
+    def __init__(self, sampled: Sampled, settings: EvaluateSettings, store: SampleCache, talk: Talk) -> None:
+        self._sampled, self._settings, self._store, self._talk = sampled, settings, store, talk
         self._strata = strata_of(sampled.rows)
 
     def on(
@@ -305,13 +311,13 @@ class _Measure:
         }
 
     def _from(self, name: str) -> dict[str, Any]:
-        options = self._options
+        settings = self._settings
         return {
             "variant": name,
-            "samples": options.images,
+            "samples": settings.samples,
             "sampler": self._sampled.sampler,
-            "steps": options.steps,
-            "seed": options.seed,
+            "steps": settings.steps,
+            "seed": settings.seed,
         }
 
 

@@ -23,8 +23,8 @@ from mpq_deploy.evaluate.cache import SampleCache, arrays_digest, model_digest, 
 from mpq_deploy.evaluate.decode import decode, decoder_path
 from mpq_deploy.evaluate.evaluate import DECODED_RANGE, spread_rows
 from mpq_deploy.evaluate.images import to_uint8
-from mpq_deploy.models.spec import Array, DenoiserSpec
-from mpq_deploy.recipe import SamplerKind
+from mpq_deploy.models.spec import Array, DenoiserSpec, FloatModel
+from mpq_deploy.recipe import EvaluateSettings
 from mpq_deploy.runtime.ort import OrtDenoiser
 from mpq_deploy.system.parallel.job_files import Files
 from mpq_deploy.system.parallel.processes import Processes
@@ -39,25 +39,6 @@ FORMAT = 1
 SHARD = 32
 # Models above this are held by one process at a time, unless more are asked for.
 LARGEST_SHARED_BYTES = 1 << 30
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """``images`` of ``steps`` steps from the noise of ``seed``. ``workers`` None: one process per core."""
-
-    images: int
-    steps: int
-    seed: int
-    sampler: SamplerKind = "auto"
-    batch_size: int = 16
-    workers: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("images", "steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}.", "It must be at least 1.")
-        if self.workers is not None and self.workers < 1:
-            raise UsageError(f"--workers is {self.workers}.", "Give at least 1.")
 
 
 @dataclass(frozen=True)
@@ -79,7 +60,7 @@ class Shard:
     decoder: Path | None
     rows: tuple[int, ...]
     start: int
-    options: SamplingOptions
+    settings: EvaluateSettings
     threads: int
 
 
@@ -97,37 +78,36 @@ class Sampled:
 
 def sample_many(
     sources: Mapping[str, Source],
-    float_model: Path,
-    spec: DenoiserSpec,
-    conditions: Mapping[str, Array],
-    options: SamplingOptions,
+    model: FloatModel,
+    settings: EvaluateSettings,
     cache: Path | None,
     talk: Talk,
     crew: Crew | None = None,
 ) -> Sampled:
     """Sample every one of ``sources``; image i of two sources of the same seed comes from the same noise.
 
-    ``crew``: who samples; None: as many processes of this machine as ``options`` say.
-
-    Raises UsageError where the samples are no images (latents without a decoder), ModelError for samples that are not
-    finite.
+    ``model``: the float model that they are variants of; ``crew``: who samples; None: as many processes
+    of this machine as its memory and cores allow. Raises UsageError where the samples are no images
+    (latents without a decoder), ModelError for samples that are not finite.
     """
+    spec = model.spec
     _check_pixels(spec)
     started = time.monotonic()
-    decoder = decoder_path(spec, float_model.parent)
-    rows = spread_rows(len(next(iter(conditions.values()), ())), options.images, spec.uncond_row)
+    decoder = decoder_path(spec, model.path.parent)
+    conditions = len(next(iter(model.conditions.values()), ()))
+    rows = spread_rows(conditions, settings.samples, spec.uncond_row)
     models = list({source.model: None for source in sources.values()})
-    crew, threads = _crew(options, models, crew)
-    files = Files.of(file for model in [*models, *([decoder] if decoder else [])] for file in model_files(model))
+    crew, threads = _crew(models, crew)
+    files = Files.of(file for path in [*models, *([decoder] if decoder else [])] for file in model_files(path))
     store, job = _Counting(cache, talk), _job(files, models)
-    shared = _Shared(spec, dict(conditions), decoder, rows, options, threads)
+    shared = _Shared(spec, model.conditions, decoder, rows, settings, threads)
     shards = [shard for name, source in sources.items() for shard in _shards(name, source, shared, files)]
     with crew.open(job, talk) as pool:
-        title = f"sample {len(sources)} sets of {options.images}"
-        found = [result["images"] for result in run_shards(pool, title, shards, talk, store)]
+        title = f"sample {len(sources)} sets of {settings.samples}"
+        images = [result["images"] for result in run_shards(pool, title, shards, talk, store)]
     each = len(shards) // len(sources)
-    whole = {name: np.concatenate(found[number * each : (number + 1) * each]) for number, name in enumerate(sources)}
-    sampler = make_sampler(spec.scheduler, options.steps, options.seed, options.sampler).name
+    whole = {name: np.concatenate(images[n * each : (n + 1) * each]) for n, name in enumerate(sources)}
+    sampler = make_sampler(spec.scheduler, settings.steps, settings.seed, settings.sampler).name
     return Sampled(whole, rows, sampler, len(shards), store.made, time.monotonic() - started)
 
 
@@ -139,21 +119,21 @@ class _Shared:
     conditions: dict[str, Array]
     decoder: Path | None
     rows: Array
-    options: SamplingOptions
+    settings: EvaluateSettings
     threads: int
 
 
 def _shards(name: str, source: Source, shared: _Shared, files: Files) -> list[ShardOf]:
     """Cut the images of ``source`` into shards, with paths relative to the root of ``files``."""
-    options = shared.options
-    moved = replace(source, model=files.below(source.model))
+    settings = shared.settings
+    relative = replace(source, model=files.below(source.model))
     decoder = None if shared.decoder is None else files.below(shared.decoder)
-    common = _common_key(shared.spec, shared.conditions, shared.decoder, options)
+    common = _common_key(shared.spec, shared.conditions, shared.decoder, settings)
     key = {**common, "model": model_digest(source.model), "float": source.is_float, "seed": source.seed}
     shards = []
-    for start in range(0, options.images, SHARD):
+    for start in range(0, settings.samples, SHARD):
         rows = tuple(int(row) for row in shared.rows[start : start + SHARD])
-        task = Shard(moved, shared.spec, shared.conditions, decoder, rows, start, options, shared.threads)
+        task = Shard(relative, shared.spec, shared.conditions, decoder, rows, start, settings, shared.threads)
         title = f"{name}, images {start} to {start + len(rows) - 1}"
         shards.append(ShardOf(title, task, 1, {**key, "start": start, "rows": list(rows)}))
     return shards
@@ -184,24 +164,24 @@ def image_shape(spec: DenoiserSpec, folder: Path) -> tuple[int, ...]:
 
 def sample_shard(shard: Shard) -> Array:
     """Make the images of ``shard``, uint8 [n, H, W, C]: the same ones in any process."""
-    options, spec, source = shard.options, shard.spec, shard.source
+    settings, spec, source = shard.settings, shard.spec, shard.source
     denoiser = _opened(
         source.model, source.model.stat().st_mtime_ns, spec.model_dump_json(), shard.threads, source.is_float
     )
     # A sampler that adds noise draws it shard by shard: each needs draws of its own.
     seed = int(np.random.SeedSequence((source.seed, shard.start)).generate_state(1)[0])
-    sampler = make_sampler(spec.scheduler, options.steps, seed, options.sampler)
+    sampler = make_sampler(spec.scheduler, settings.steps, seed, settings.sampler)
     samples = denoise(
         GuidedDenoiser(denoiser, spec, shard.conditions),
         sampler,
         shard_noise(spec, shard.start, len(shard.rows), source.seed),
         np.array(shard.rows),
-        options.batch_size,
+        settings.batch_size,
     )
     if shard.decoder is None:
         assert spec.pixel_range is not None  # checked by _check_pixels
         return to_uint8(samples, spec.pixel_range)
-    return to_uint8(decode(shard.decoder, samples, options.batch_size, Talk()), spec.pixel_range or DECODED_RANGE)
+    return to_uint8(decode(shard.decoder, samples, settings.batch_size, Talk()), spec.pixel_range or DECODED_RANGE)
 
 
 def shard_noise(spec: DenoiserSpec, start: int, count: int, seed: int) -> Array:
@@ -223,13 +203,12 @@ def open_sampler(root: Path, talk: Talk) -> Work:
     return work
 
 
-def _crew(options: SamplingOptions, models: list[Path], crew: Crew | None) -> tuple[Crew, int]:
+def _crew(models: list[Path], crew: Crew | None) -> tuple[Crew, int]:
     """Return who samples, and the threads of a shard, which do not depend on the number of workers."""
     cores = available_cores()
     shared = max(map(_bytes, models)) * cores <= LARGEST_SHARED_BYTES
     if crew is None:
-        workers = options.workers or (cores if shared else 1)
-        crew = Alone() if workers == 1 else Processes(workers)
+        crew = Processes(cores) if shared and cores > 1 else Alone()
     return crew, crew.threads or (1 if shared else runtime_threads())
 
 
@@ -261,7 +240,7 @@ def _check_pixels(spec: DenoiserSpec) -> None:
 
 
 def _common_key(
-    spec: DenoiserSpec, conditions: Mapping[str, Array], decoder: Path | None, options: SamplingOptions
+    spec: DenoiserSpec, conditions: Mapping[str, Array], decoder: Path | None, settings: EvaluateSettings
 ) -> dict[str, Any]:
     plain = spec.model_dump(mode="json", exclude={"name", "source", "labels", "synthetic"})
     return {
@@ -270,8 +249,8 @@ def _common_key(
         "spec": plain,
         "conditions": arrays_digest(dict(conditions)),
         "decoder": None if decoder is None else model_digest(decoder),
-        "steps": options.steps,
-        "sampler": options.sampler,
-        "batch_size": options.batch_size,
+        "steps": settings.steps,
+        "sampler": settings.sampler,
+        "batch_size": settings.batch_size,
         "onnxruntime": ort.__version__,
     }

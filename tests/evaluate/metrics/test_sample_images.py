@@ -9,8 +9,11 @@ from mpq_deploy.calls.loop import GuidedDenoiser, denoise, initial_noise
 from mpq_deploy.calls.sampler import make_sampler
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.evaluate.metrics import sample_images as module
-from mpq_deploy.evaluate.metrics.sample_images import SamplingOptions, Source, image_shape, sample_many, shard_noise
-from mpq_deploy.models.spec import DenoiserSpec, InputSpec
+from mpq_deploy.evaluate.metrics.sample_images import Source, image_shape, sample_many, shard_noise
+from mpq_deploy.models.spec import DenoiserSpec, FloatModel, InputSpec
+from mpq_deploy.recipe import EvaluateSettings
+from mpq_deploy.system.parallel.processes import Processes
+from mpq_deploy.system.parallel.work import Alone
 from mpq_deploy.system.progress import Talk
 
 CONDITIONS = {"class_labels": np.eye(4, dtype=np.float32)}
@@ -75,10 +78,11 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(module, "SHARD", 4)
 
 
-def sampled(sources, images=10, cache=None, talk=None, spec=None, **changes):
-    options = SamplingOptions(images, steps=3, seed=3, batch_size=2, **changes)
-    spec = spec or specification()
-    return sample_many(sources, sources["float"].model, spec, CONDITIONS, options, cache, talk or Talk())
+def sampled(sources, images=10, cache=None, talk=None, spec=None, workers=None, **changes):
+    settings = EvaluateSettings(samples=images, steps=3, seed=3, batch_size=2, **changes)
+    model = FloatModel(sources["float"].model, spec or specification(), CONDITIONS)
+    crew = None if workers is None else Alone() if workers == 1 else Processes(workers)
+    return sample_many(sources, model, settings, cache, talk or Talk(), crew)
 
 
 def test_shards_are_the_images_of_one_long_batch(sources):
@@ -189,7 +193,8 @@ def test_what_is_not_finite_is_said(sources):
         sampled(sources, images=4, workers=1)
 
 
-@pytest.mark.parametrize("change", [{"images": 0}, {"workers": 0}])
-def test_impossible_numbers_are_refused(sources, change):
-    with pytest.raises(UsageError):
-        sampled(sources, **change)
+def test_impossible_numbers_are_refused(sources):
+    with pytest.raises(UsageError, match="workers"):
+        sampled(sources, workers=0)
+    with pytest.raises(ValueError, match="samples"):
+        sampled(sources, images=0)
