@@ -1,1 +1,1 @@
-"""Timestep sampling, denoising trajectories through ONNX Runtime, and observers placed inside the graph."""
+"""Observers inside the graph, activation scales, and the fit of PTQD's correction."""

@@ -1,7 +1,8 @@
-"""What shape each activation has when the denoiser is called once, and along which axis calls are batched.
+"""The shape of each activation when the denoiser is called once, and its batch axis.
 
-Read from the shapes that the graph declares where they are complete, else inferred for one call and for two. Graphs in
-the wild may give neither: then the graph runs, once with one call and once with two.
+Read from the shapes that the graph declares where they are complete, else inferred for one call and
+for two. Graphs in the wild may give neither: then the graph runs, once with one call and once with
+two.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from mpq_deploy.system.sessions import open_session
 
 @dataclass(frozen=True)
 class ActivationShape:
-    """``shape`` of an activation for one call. ``batch_axis`` is None when it is the same for all calls."""
+    """``shape`` of an activation for one call; no ``batch_axis`` if all calls share it."""
 
     shape: tuple[int, ...]
     batch_axis: int | None
@@ -42,7 +43,7 @@ def activation_shapes(
     scratch: Path | None = None,
     names: tuple[str, ...] | None = None,
 ) -> dict[str, ActivationShape]:
-    """Return the shapes of all activations that layers read (or of the tensors ``names``), by tensor name.
+    """Return the shapes of all activations that layers read (or of ``names``), by tensor name.
 
     Raises ModelError when a shape depends on the number of calls in a way that is no batch axis.
     """
@@ -65,20 +66,20 @@ def activation_shapes(
         output.type = ir.TensorType(ir.DataType.INT64)
         model.graph.append(node)
         model.graph.outputs.append(output)
-    found = []
+    shapes = []
     with open_session(model, talk, scratch=scratch, optimize=False) as session:
-        wanted = {entry.name for entry in session.get_inputs()}
+        names_fed = {entry.name for entry in session.get_inputs()}
         for count in counts:
             sample = np.repeat(recorded.samples[0, :1], count, axis=0)
             rows = np.repeat(recorded.rows[:1], count)
             feed = feed_rows(spec, sample, float(recorded.timesteps[0]), rows, calls.conditions)
-            found.append(session.run(None, {k: v for k, v in feed.items() if k in wanted}))
-    one, two = found[0], found[-1]
+            shapes.append(session.run(None, {k: v for k, v in feed.items() if k in names_fed}))
+    one, two = shapes[0], shapes[-1]
     return {name: _shape(name, a.tolist(), b.tolist()) for name, a, b in zip(names, one, two, strict=True)}
 
 
 def _declared(graph: LayerGraph, spec: DenoiserSpec, names: tuple[str, ...]) -> dict[str, ActivationShape] | None:
-    """Return the shapes as the graph declares them, or None unless all are known but for the batch axis."""
+    """Return the shapes that the graph declares; None unless complete but for the batch."""
     values = tensors_of(graph.model)
     sample = values.get(spec.sample.name)
     if sample is None or sample.shape is None or tuple(sample.shape)[1:] != spec.sample.shape:
@@ -103,12 +104,12 @@ def _inferred(
     graph: LayerGraph, spec: DenoiserSpec, names: tuple[str, ...], counts: tuple[int, ...]
 ) -> dict[str, ActivationShape] | None:
     """Return the shapes as ONNX infers them for each number of calls; None unless all follow."""
-    found = []
+    inferred = []
     for count in counts:
-        found.append(inferred_shapes(ir.to_proto(graph.model), spec.input_shapes(count)))
-    if any(name not in known for known in found for name in names):
+        inferred.append(inferred_shapes(ir.to_proto(graph.model), spec.input_shapes(count)))
+    if any(name not in known for known in inferred for name in names):
         return None
-    return {name: _shape(name, list(found[0][name]), list(found[-1][name])) for name in names}
+    return {name: _shape(name, list(inferred[0][name]), list(inferred[-1][name])) for name in names}
 
 
 def tensors_of(model: ir.Model) -> dict[str, ir.Value]:

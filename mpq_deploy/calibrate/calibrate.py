@@ -1,4 +1,4 @@
-"""Calibrate: record the float denoiser's trajectories, observe its activations, choose their INT8 scales."""
+"""Calibrate: record float trajectories, observe the activations, choose their INT8 scales."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def calibrate(
     """Return the recorded calls and the statistics of every activation that a layer reads.
 
     ``graph``: the layers of the setup's model. ``scratch``: an existing folder, best on the disk of
-    the weights, for a graph file that is removed at the end (None: the system's). ``crew``: who computes (None: this
-    process).
-    Raises UsageError for more timesteps than steps, ModelError for an activation that is not finite.
+    the weights, for a graph file that is removed at the end (None: the system's). ``crew``: who
+    computes (None: this process). Raises UsageError for more timesteps than steps, ModelError for
+    an activation that is not finite.
     """
     settings = setup.settings
     if crew is None or isinstance(crew, Alone):
@@ -67,17 +67,18 @@ def calibrate(
 
 
 def _observed(recorded: CalibrationSet, count: int) -> CalibrationSet:
-    """Return the set with ``count`` of its calls, conditions evenly: scales need fewer calls than measuring does."""
+    """Return ``count`` of the calls, conditions evenly: scales need fewer calls than measuring."""
     if count >= len(recorded.rows):
         return recorded
     return recorded.take(np.sort(dealt(recorded.rows, np.arange(len(recorded.rows)))[:count]))
 
 
 def weight_ranges(graph: LayerGraph) -> dict[str, Array]:
-    """Return the absolute maximum of all weights that each channel of an activation meets: tensor -> float64 [C].
+    """Return the largest weight magnitude per channel of an activation: tensor -> float64 [C].
 
-    Over all layers that read the tensor, so that they can share what is made of it; grouped convolutions apart, and
-    products of a tensor that convolutions read too, whose channels lie on another axis.
+    Over all layers that read the tensor, so that they can share what is made of it; grouped
+    convolutions apart, and products of a tensor that convolutions read too, whose channels lie on
+    another axis.
     """
     ranges: dict[str, Array] = {}
     convolved = {tensor for layer in graph.layers if layer.op == "Conv" for tensor in layer.inputs}
@@ -94,7 +95,7 @@ def weight_ranges(graph: LayerGraph) -> dict[str, Array]:
 
 
 def summarise(seen: Observation, weights: Mapping[str, Array], settings: CalibrateSettings) -> CalibrationStats:
-    """Turn sums into moments and choose each tensor's INT8 scale, from all timesteps and samples together.
+    """Turn sums into moments and choose each tensor's INT8 scale over all timesteps and samples.
 
     ``weights``: as ``weight_ranges`` returns them.
     """
@@ -104,11 +105,11 @@ def summarise(seen: Observation, weights: Mapping[str, Array], settings: Calibra
         amax, count = seen.amax[place], seen.counts[number]
         values = seen.values[number]
         scale = activation_scale(settings.scale, values, float(amax.max()), count * len(amax), settings.percentile)
-        # The channels that stretch the range, now and then (range over all timesteps) or often (fourth moment).
+        # Channels that stretch the range, rarely (range of all timesteps) or often (fourth moment).
         stretch = amax * np.sqrt(np.sqrt(seen.fourth_sum[place] / count))
         outliers = np.argsort(-stretch, kind="stable").astype(np.int32)
         rests = [outliers[outlier_count(len(amax), share) :] for share in SHARES]
-        # A tensor that only grouped convolutions read has no weights of its own channels: its factors are 1.
+        # Tensors that only grouped convolutions read have no weights per channel: factors 1.
         ranges = weights.get(name, amax)
         factors = np.array([scale_factors(ranges, amax, tenths / 10) for tenths in TENTHS])
         activations[name] = ActivationStats(
@@ -128,7 +129,7 @@ def summarise(seen: Observation, weights: Mapping[str, Array], settings: Calibra
 
 
 def _rescaled_scale(factors: Array, seen: Observation, number: int, settings: CalibrateSettings) -> float:
-    """Choose the INT8 scale of activation ``number`` once its channels are multiplied by ``factors`` [C]."""
+    """Choose activation ``number``'s INT8 scale with its channels multiplied by ``factors`` [C]."""
     amax = seen.amax[seen.offsets[number] : seen.offsets[number + 1]] * factors
     sample = seen.values[number] * factors[seen.channels[number]]
     count = seen.counts[number] * len(factors)
@@ -136,7 +137,7 @@ def _rescaled_scale(factors: Array, seen: Observation, number: int, settings: Ca
 
 
 def _scale_of(channels: Array, seen: Observation, number: int, settings: CalibrateSettings) -> float:
-    """Choose the INT8 scale of some channels of activation ``number`` alone; the smallest when there are none."""
+    """Choose the INT8 scale of some channels of activation ``number``; the smallest for none."""
     if not len(channels):
         return SMALLEST_SCALE
     amax = seen.amax[seen.offsets[number] : seen.offsets[number + 1]][channels]

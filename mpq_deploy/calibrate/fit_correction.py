@@ -1,13 +1,14 @@
-"""Fit PTQD's correction (arXiv 2305.10657): what the quantized model's output is of the float model's, by timestep.
+"""Fit PTQD's correction (arXiv 2305.10657) of the quantized model's output, by timestep.
 
-In: both models and recorded calls. Out: a ``Correction``. Only sums per call, channel and timestep are kept, so memory
-does not grow with the calls' size.
+In: both models and recorded calls. Out: a ``Correction``. Only sums per call, channel and timestep
+are kept, so memory does not grow with the calls' size.
 
-[paper] The error is regressed on the float output: slope k_t, bias b_t, residual variance. [code] The authors regress
-over all channels at once with one intercept, take b_t per channel as the mean of the whole error, and set negative k_t
-to 0. [ours] k_t and the b_t of every channel are fitted together by least squares, k_t of either sign; and what is
-fitted is applied at a timestep only where it lowers the error of calls that it was not fitted on, by more than one
-standard error. The held-out errors that are reported also chose between fit and no fit, so their fall is slightly
+[paper] The error is regressed on the float output: slope k_t, bias b_t, residual variance. [code]
+The authors regress over all channels at once with one intercept, take b_t per channel as the mean
+of the whole error, and set negative k_t to 0. [ours] k_t and the b_t of every channel are fitted
+together by least squares, k_t of either sign; and what is fitted is applied at a timestep only
+where it lowers the error of calls that it was not fitted on, by more than one standard error. The
+held-out errors that are reported also chose between fit and no fit, so their fall is slightly
 optimistic.
 """
 
@@ -29,14 +30,15 @@ from mpq_deploy.system.progress import Talk
 
 # Parts of the calls: each is checked by a fit to the others. Our choice.
 FOLDS = 8
-# The error of held-out calls must fall by this many standard errors of its mean over calls. Our choice.
+# Held-out error must fall by this many standard errors of its mean over calls. Our choice.
 STANDARD_ERRORS = 1.0
 
 
 @dataclass(frozen=True)
 class CallMoments:
-    """Sums over the positions of each call and channel, float64 [K, N, C], of the float output m and the error d:
-    ``m``, ``d``, ``mm``, ``md``, ``dd``. ``timesteps`` float64 [K]; ``positions`` per channel of one call.
+    """Sums over the positions of each call and channel, float64 [K, N, C], of the float output m
+    and the error d: ``m``, ``d``, ``mm``, ``md``, ``dd``. ``timesteps`` float64 [K];
+    ``positions`` per channel of one call.
     """
 
     timesteps: Array
@@ -148,7 +150,7 @@ class _Step:
         return cls(float(moments.timesteps[index]), moments.positions, *sums)
 
     def fit(self, calls: Array, bias_per: BiasPer) -> tuple[float, Array]:
-        """Return the least-squares k and b [C or 1] of d = k m + b over the chosen calls (a mask [N])."""
+        """Return the least-squares k and b [C or 1] of d = k m + b over the calls of a mask [N]."""
         sums = [getattr(self, name)[calls].sum(axis=0) for name in ("m", "d", "mm", "md")]
         count = float(self.positions * np.count_nonzero(calls))
         if bias_per == "scalar":
@@ -160,7 +162,7 @@ class _Step:
         return slope, (d - slope * m) / count
 
     def errors(self, slope: float, bias: Array) -> Array:
-        """Return the squared error of every call's corrected output, float64 [N]: sum of (d - k m - b)^2 / (1+k)^2."""
+        """Return each corrected call's squared error [N]: sum of (d - k m - b)^2 / (1+k)^2."""
         squares = self.dd - 2 * slope * self.md + slope**2 * self.mm
         crosses = 2 * bias * (slope * self.m - self.d) + self.positions * bias**2
         return np.asarray(np.maximum((squares + crosses).sum(axis=1), 0.0) / (1 + slope) ** 2)
@@ -179,7 +181,7 @@ def _fit_step(step: _Step, bias_per: BiasPer, folds: int) -> CorrectionStep:
     note = _refusal(before - after, [*slopes, slope])
     energy = float(step.mm.sum())
     elements = step.positions * step.m.size
-    # Held-out errors, so that the residual's variance is not what is left of a fit to the same calls.
+    # Held-out errors: the residual of a fit to the same calls would be too small.
     residual = float(before.sum() if note else after.sum() * (1 + slope) ** 2) / elements
     return CorrectionStep(
         timestep=step.timestep,
@@ -194,7 +196,7 @@ def _fit_step(step: _Step, bias_per: BiasPer, folds: int) -> CorrectionStep:
 
 
 def _refusal(gains: Array, slopes: list[float]) -> str:
-    """Say why a fit is not applied; empty when it is. ``gains``: how much each held-out call's squared error fell."""
+    """Say why a fit is not applied, or "". ``gains``: decrease of each call's error."""
     if min(slopes) <= LEAST_GAIN - 1:
         return f"not applied: a slope of {min(slopes):.2f} is no small error"
     needed = STANDARD_ERRORS * float(np.std(gains, ddof=1)) / len(gains) ** 0.5

@@ -1,13 +1,15 @@
-"""Gram matrices of layers' outputs, taken inside the graph: only N x N numbers per layer leave the runtime.
+"""Gram matrices of layers' outputs, taken inside the graph: N x N numbers per layer leave it.
 
-In: a layer graph and N calls that run together. Out: for every layer the Gram matrix of its centred outputs,
-(F - mean F)(F - mean F)^T with F [N, d] one call's output per row. Centring changes neither estimator of CKA; done in
-the graph, before the product, it keeps the digits that float32 would lose where outputs differ little between calls.
+In: a layer graph and N calls that run together. Out: for every layer the Gram matrix of its centred
+outputs, (F - mean F)(F - mean F)^T with F [N, d] one call's output per row. Centring changes
+neither estimator of CKA; done in the graph, before the product, it keeps the digits that float32
+would lose where outputs differ little between calls.
 
-A layer with several uses has the sum of their Gram matrices, as if its outputs were concatenated (our choice). An
-output without a batch axis (the embedding of a timestep that is one number for the whole batch) is the same for all
-calls: it is not observed, and its centred Gram matrix is zero. So is that of an output which has the axis but whose
-calls agree to ``CONSTANT`` of its power: what is left there is rounding.
+A layer with several uses has the sum of their Gram matrices, as if its outputs were concatenated
+(our choice). An output without a batch axis (the embedding of a timestep that is one number for the
+whole batch) is the same for all calls: it is not observed, and its centred Gram matrix is zero. So
+is that of an output which has the axis but whose calls agree to ``CONSTANT`` of its power: what is
+left there is rounding.
 """
 
 from __future__ import annotations
@@ -25,17 +27,18 @@ from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import Layer, LayerGraph
 from mpq_deploy.models.spec import Array
 
-# Calls whose outputs differ by less than this share of their power (1e-5 of their size) count as equal. Kernels may
-# round the rows of a batch differently: about 1e-13 was seen. Our choice.
+# Calls whose outputs differ by less than this share of their power (1e-5 of their size) count as
+# equal. Kernels may round the rows of a batch differently: about 1e-13 was seen. Our choice.
 CONSTANT = 1e-10
 
 
 @dataclass(frozen=True)
 class GramGraph:
-    """A copy of a graph that returns, for every use of every layer in ``uses``, two outputs in this order.
+    """A copy of a graph that returns two outputs for every use of every layer in ``uses``:
 
-    float32 [N, N], the Gram matrix of the centred outputs, and float32 [], the squared norm of their mean. ``uses``:
-    layer index of each. The copy shares its constants with the graph it was made from.
+    float32 [N, N], the Gram matrix of the centred outputs, and float32 [], the squared norm of
+    their mean. ``uses``: layer index of each. The copy shares its constants with the graph it was
+    made from.
     """
 
     model: ir.Model
@@ -60,13 +63,13 @@ class GramGraph:
         return cls(model, layers, tuple(uses), outputs)
 
     def grams(self, session: ort.InferenceSession, feeds: Mapping[str, Array], count: int, timestep: float) -> Array:
-        """Run ``count`` calls; return the layers' Gram matrices, float64 [L, N, N], zero where calls do not differ.
+        """Run ``count`` calls; return the layers' Gram matrices, float64 [L, N, N], 0 if constant.
 
-        ``session`` is of this graph, ``feeds`` holds N = ``count`` calls of ``timestep``. Raises ModelError, naming the
-        layer, for an output that is not finite.
+        ``session`` is of this graph, ``feeds`` holds N = ``count`` calls of ``timestep``. Raises
+        ModelError, naming the layer, for an output that is not finite.
         """
-        wanted = {entry.name for entry in session.get_inputs()}
-        results = session.run(list(self.outputs), {k: v for k, v in feeds.items() if k in wanted}) if self.uses else []
+        inputs = {entry.name for entry in session.get_inputs()}
+        results = session.run(list(self.outputs), {k: v for k, v in feeds.items() if k in inputs}) if self.uses else []
         total = np.zeros((len(self.layers), count, count), np.float64)
         power = np.zeros(len(self.layers), np.float64)
         for use, (index, gram, mean) in enumerate(zip(self.uses, results[0::2], results[1::2], strict=True)):

@@ -1,18 +1,20 @@
-"""Observe activations inside the graph: reductions are added to a copy of it, and only they leave the runtime.
+"""Observe activations by reductions added to a copy of the graph: only these leave the runtime.
 
-In: a layer graph and the recorded calls. Out: an ``Observation``: per tensor and channel the absolute maximum and
-the sums of x^2 and x^4, and per tensor a uniform random sample of its values. Observations of parts of the calls
-merge by sum, maximum and priority, in any order; their size depends on neither samples nor timesteps.
+In: a layer graph and the recorded calls. Out: an ``Observation``: per tensor and channel the
+absolute maximum and the sums of x^2 and x^4, and per tensor a uniform random sample of its values.
+Observations of parts of the calls merge by sum, maximum and priority, in any order; their size
+depends on neither samples nor timesteps.
 
-Everything is exact over all values but the random sample (the reservoir). Sums are taken by ONNX Runtime in
-float32 within one call and in float64 over calls, so two ways of splitting the calls agree to about 1e-12
-relative where the runtime gives a call the same values in any batch (kernels may round differently by batch).
+Everything is exact over all values but the random sample (the reservoir). Sums are taken by ONNX
+Runtime in float32 within one call and in float64 over calls, so two ways of splitting the calls
+agree to about 1e-12 relative where the runtime gives a call the same values in any batch (kernels
+may round differently by batch).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +31,8 @@ from mpq_deploy.recipe import CalibrateSettings
 from mpq_deploy.system.progress import Talk
 from mpq_deploy.system.sessions import open_session
 
-# Candidates that one call offers to a reservoir of R values: R / 16, at least 64. From 16 calls on the reservoir
-# is full. More would cost time; fewer would tie the sample to few positions of few calls.
+# Candidates that one call offers to a reservoir of R values: R / 16, at least 64. From 16 calls on
+# the reservoir is full. More would cost time; fewer would tie the sample to few positions.
 CANDIDATE_SHARE = 16
 LEAST_CANDIDATES = 64
 # Since this one all reductions take their axes as an input.
@@ -39,11 +41,12 @@ LEAST_OPSET = 18
 
 @dataclass(frozen=True)
 class Observation:
-    """What was seen of T activation tensors with C_1 .. C_T channels; ``offsets`` int64 [T + 1] sums the C_i.
+    """Sums over T activations with C_1 .. C_T channels; ``offsets`` int64 [T + 1] sums the C_i.
 
-    Per channel, float64 [sum C_i]: ``amax``, ``square_sum`` (of x^2), ``fourth_sum`` (of x^4). ``counts`` float64
-    [T]: values seen per channel. ``amax_by_timestep`` float32 [K, T]. The reservoir: ``priorities`` uint64 [R'],
-    rising, common to all tensors, ``values`` float32 [T, R'] and the ``channels`` int32 [T, R'] they come from.
+    Per channel, float64 [sum C_i]: ``amax``, ``square_sum`` (of x^2), ``fourth_sum`` (of x^4).
+    ``counts`` float64 [T]: values seen per channel. ``amax_by_timestep`` float32 [K, T]. The
+    reservoir: ``priorities`` uint64 [R'], ascending, common to all tensors, ``values`` float32 [T, R']
+    and the ``channels`` int32 [T, R'] they come from.
     """
 
     names: tuple[str, ...]
@@ -60,7 +63,7 @@ class Observation:
 
 
 def merge(a: Observation, b: Observation) -> Observation:
-    """Return the observation of what ``a`` and ``b`` saw together. Commutative, and associative up to rounding.
+    """Return what ``a`` and ``b`` observed together. Commutative; associative up to rounding.
 
     ValueError when they are of different tensors, timesteps or reservoir sizes.
     """
@@ -74,18 +77,16 @@ def merge(a: Observation, b: Observation) -> Observation:
         np.concatenate([a.channels, b.channels], axis=1),
         a.reservoir,
     )
-    return Observation(
-        a.names,
-        a.offsets,
-        np.maximum(a.amax, b.amax),
-        a.square_sum + b.square_sum,
-        a.fourth_sum + b.fourth_sum,
-        a.counts + b.counts,
-        np.maximum(a.amax_by_timestep, b.amax_by_timestep),
-        priorities,
-        values,
-        channels,
-        a.reservoir,
+    return replace(
+        a,
+        amax=np.maximum(a.amax, b.amax),
+        square_sum=a.square_sum + b.square_sum,
+        fourth_sum=a.fourth_sum + b.fourth_sum,
+        counts=a.counts + b.counts,
+        amax_by_timestep=np.maximum(a.amax_by_timestep, b.amax_by_timestep),
+        priorities=priorities,
+        values=values,
+        channels=channels,
     )
 
 
@@ -118,10 +119,11 @@ def observe(
 
 @dataclass(frozen=True)
 class ObservedGraph:
-    """A copy of a graph whose outputs are four reductions of each activation, in the order of ``shapes``.
+    """A copy of a graph that returns four reductions of each activation, ordered like ``shapes``.
 
-    The copy shares the constants of the graph it was made from. For each tensor: the greatest x^2, the sums of
-    x^2 and of x^4, each [calls or 1, ..., C], and a gathered sample [calls, candidates].
+    The copy shares the constants of the graph it was made from. For each tensor: the greatest x^2,
+    the sums of x^2 and of x^4, each [calls or 1, ..., C], and a gathered sample [calls,
+    candidates].
     """
 
     model: ir.Model
@@ -131,7 +133,7 @@ class ObservedGraph:
 
     @classmethod
     def of(cls, graph: LayerGraph, shapes: dict[str, ActivationShape]) -> ObservedGraph:
-        """Add the reductions to a copy of ``graph``, each right after the node whose output it reads."""
+        """Add the reductions to a copy of ``graph``, each right after the node that it observes."""
         model = graph.model.clone()
         writer = ObserverWriter(model)
         convolved = {use.input for layer in graph.layers if layer.op == "Conv" for use in layer.uses}
@@ -145,14 +147,14 @@ class ObservedGraph:
         return cls(model, shapes, tuple(channels), outputs)
 
     def run(self, session: ort.InferenceSession, batch: Batch, settings: CalibrateSettings) -> list[Array]:
-        """Return what the graph, opened as ``session``, gives for a batch, in the order of ``outputs``."""
+        """Run a batch on the graph, opened as ``session``; return its outputs in order."""
         _, draws = draws_of(settings, batch)
         feed = {**batch.feed, **self.positions(draws)}
-        wanted = {entry.name for entry in session.get_inputs()}
-        return list(session.run(self.outputs, {k: v for k, v in feed.items() if k in wanted}))
+        inputs = {entry.name for entry in session.get_inputs()}
+        return list(session.run(self.outputs, {k: v for k, v in feed.items() if k in inputs}))
 
     def positions(self, draws: Array) -> dict[str, Array]:
-        """Turn random integers ``draws`` int64 [M, candidates] into the flat positions that the graph gathers."""
+        """Turn random ``draws`` int64 [M, candidates] into the positions that are gathered."""
         rows = np.arange(len(draws), dtype=np.int64)[:, None]
         feed = {}
         for shape in self.shapes.values():
@@ -251,7 +253,7 @@ class ObserverWriter:
 
 
 def draws_of(settings: CalibrateSettings, batch: Batch) -> tuple[Array, Array]:
-    """Return priorities uint64 and draws int64, [M, candidates]: functions of seed, timestep and call alone."""
+    """Return priorities uint64 and draws int64, [M, candidates], by seed, timestep, call."""
     candidates = max(LEAST_CANDIDATES, settings.reservoir // CANDIDATE_SHARE)
     priorities = np.empty((len(batch.calls), candidates), np.uint64)
     draws = np.empty((len(batch.calls), candidates), np.int64)
@@ -263,14 +265,14 @@ def draws_of(settings: CalibrateSettings, batch: Batch) -> tuple[Array, Array]:
 
 
 def _smallest(priorities: Array, values: Array, channels: Array, count: int) -> tuple[Array, Array, Array]:
-    """Keep the columns of ``values`` and ``channels`` [T, n] with the ``count`` smallest priorities, rising."""
-    # Equal priorities (one in 2^64) are ordered by the first tensor's value, so that no order of merging shows.
+    """Keep the columns [T, n] with the ``count`` smallest priorities, in ascending order."""
+    # Equal priorities (one in 2^64) are ordered by value, so that no order of merging shows.
     order = np.lexsort((values[0], priorities))[:count] if len(values) else np.argsort(priorities)[:count]
     return priorities[order], values[:, order], channels[:, order]
 
 
 def _channel_of(draws: Array, shape: ActivationShape, convolved: bool) -> Array:
-    """Return the channel of each gathered value, int32 [draws], in the order in which the graph flattens a call."""
+    """Return each gathered value's channel, int32 [draws], in the graph's order of flattening."""
     axes = list(range(len(shape.shape)))
     if shape.batch_axis:
         axes.insert(0, axes.pop(shape.batch_axis))
@@ -320,11 +322,11 @@ class Totals:
             self.counts[number] += calls * (shape.elements // channels)
             self.by_timestep[batch.step, number] = max(self.by_timestep[batch.step, number], amax.max())
         values = np.stack([r.ravel() for r in results[3::4]]) if results else self.values[:, :0]
-        found = [_channel_of(draws, shape, name in self.convolved) for name, shape in self.shapes]
+        places = [_channel_of(draws, shape, name in self.convolved) for name, shape in self.shapes]
         self.priorities, self.values, self.channels = _smallest(
             np.concatenate([self.priorities, priorities.ravel()]),
             np.concatenate([self.values, values], axis=1),
-            np.concatenate([self.channels, *([np.stack(found)] if found else [])], axis=1),
+            np.concatenate([self.channels, *([np.stack(places)] if places else [])], axis=1),
             self.reservoir,
         )
 

@@ -1,6 +1,6 @@
 """Choose the INT8 scale of an activation from its random sample and its exact absolute maximum.
 
-The quantizer is q = clip(round_half_even(x / scale), -128, 127), as QuantizeLinear defines it; scales are FP16.
+Quantizer: q = clip(round_half_even(x / scale), -128, 127) (QuantizeLinear); scales are FP16.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from mpq_deploy.formats.interfaces import ActivationGrid
 from mpq_deploy.models.spec import Array
 
 QUANT_MIN, QUANT_MAX = -128, 127
-# The smallest normal and the largest FP16 number. A tensor that is always zero gets the smallest scale.
+# The smallest normal (for tensors that are always zero) and the largest FP16 number.
 SMALLEST_SCALE = float(2.0**-14)
 LARGEST_SCALE = 65504.0
-# The search: clipping thresholds from the absolute maximum down to 1/256 of it, in steps of 2**(1/8) (9 %), then
-# in steps of 1 % around the best (our choice; the error is flat around its minimum).
+# The search: clipping thresholds from the absolute maximum down to 1/256 of it, in steps of
+# 2**(1/8) (9 %), then in steps of 1 % around the best (our choice; the error is flat around its
+# minimum).
 COARSE_RATIOS = 2.0 ** (-np.arange(65) / 8)
 FINE_RATIOS = 1.0 + 0.01 * np.arange(-12, 13)
 # Points that stand for the part of the distribution between the sample's maximum and the exact one.
@@ -28,7 +29,7 @@ SEARCH_POINTS = 4096
 def activation_scale(method: str, sample: Array, amax: float, count: float, percentile: float = 99.99) -> float:
     """Return the scale, a positive normal FP16 number, by ``method``: mse, percentile or absmax.
 
-    ``sample`` float [R]: a uniform random sample of the ``count`` values; ``amax``: their exact absolute maximum.
+    ``sample`` float [R]: a uniform sample of the ``count`` values; ``amax``: their exact maximum.
     """
     if amax == 0:
         return SMALLEST_SCALE
@@ -48,11 +49,12 @@ def round_scale(scale: float) -> float:
 
 
 def with_tail(sample: Array, amax: float, count: float) -> tuple[Array, Array]:
-    """Return points and weights (sum 1) for the distribution: the sample, and a tail up to ``amax``.
+    """Return points and weights (sum 1): the sample, and a tail up to ``amax``.
 
-    By exchangeability a value exceeds the maximum x_R of R sampled ones with probability 1 / (R + 1), and the
-    maximum of all ``count`` values with 1 / count; between the two the survival function is taken as a power law,
-    a straight line in logarithms (our choice: heavier than most activations, so it errs towards less clipping).
+    By exchangeability a value exceeds the maximum x_R of R sampled ones with probability 1 / (R +
+    1), and the maximum of all ``count`` values with 1 / count; between the two the survival
+    function is taken as a power law, a straight line in logarithms (our choice: heavier than most
+    activations, so it errs towards less clipping).
     """
     sample = np.asarray(sample, np.float64)
     largest = float(np.abs(sample).max(initial=0.0))
@@ -69,7 +71,7 @@ def with_tail(sample: Array, amax: float, count: float) -> tuple[Array, Array]:
 
 
 def mse_scale(points: Array, weights: Array, amax: float, limits: tuple[int, int] = (QUANT_MIN, QUANT_MAX)) -> float:
-    """Return the FP16 scale with the least expected squared error of clipping and rounding to codes in ``limits``."""
+    """Return the FP16 scale of minimum expected squared error with codes clipped to ``limits``."""
     coarse = _rounded(amax / limits[1] * COARSE_RATIOS)
     best = coarse[np.argmin(quantization_error(points, weights, coarse, limits))]
     fine = _rounded(best * FINE_RATIOS)
@@ -77,25 +79,26 @@ def mse_scale(points: Array, weights: Array, amax: float, limits: tuple[int, int
 
 
 def simulated_grid(bits: int, sample: Array, amax: float, count: float) -> ActivationGrid:
-    """Return the grid of 2^``bits`` levels, zero among them, with the least expected squared error.
+    """Return the grid of 2^``bits`` levels, zero among them, of minimum expected squared error.
 
-    ``sample``, ``amax`` and ``count`` as for ``activation_scale``; the tail beyond the sample gets the sign of its
-    largest value (our choice). The scale is searched for each of some zero points (at most 17, from none of the levels
-    below zero to half of them; above zero where the largest is negative), on at most ``SEARCH_POINTS`` of the sample.
+    ``sample``, ``amax`` and ``count`` as for ``activation_scale``; the tail beyond the sample gets
+    the sign of its largest value (our choice). The scale is searched for each of some zero points
+    (at most 17, from none of the levels below zero to half of them; above zero where the largest is
+    negative), on at most ``SEARCH_POINTS`` of the sample.
     """
     levels = 2**bits - 1
     if amax == 0:
         return ActivationGrid(SMALLEST_SCALE, 0, levels)
     sign = 1.0 if sample[np.argmax(np.abs(sample))] >= 0 else -1.0
     points, weights = with_tail(sign * sample[:: -(-len(sample) // SEARCH_POINTS)], amax, count)
-    best, least = ActivationGrid(round_scale(2 * amax / levels), -(levels // 2), levels - levels // 2), np.inf
+    best, lowest = ActivationGrid(round_scale(2 * amax / levels), -(levels // 2), levels - levels // 2), np.inf
     for below in np.unique(np.rint(np.linspace(0, (levels + 1) / 2, min(17, 2 ** (bits - 1) + 1))).astype(int)):
         limits = (-int(below), levels - int(below))
         scale = mse_scale(points, weights, amax, limits)
         error = float(quantization_error(points, weights, np.array([scale]), limits)[0])
-        if error < least:
+        if error < lowest:
             low, high = limits if sign > 0 else (-limits[1], -limits[0])
-            best, least = ActivationGrid(scale, low, high), error
+            best, lowest = ActivationGrid(scale, low, high), error
     return best
 
 

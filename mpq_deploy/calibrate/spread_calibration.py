@@ -1,7 +1,7 @@
 """Calibration spread over workers: trajectories by batch, observed activations by timestep.
 
-Workers return what a batch gave, not sums of it; the sums are taken here, batch by batch in order. So they are those of
-one process to the bit, whatever number of workers there is.
+Workers return what a batch gave, not sums of it; the sums are taken here, batch by batch in order.
+So they are those of one process to the bit, whatever number of workers there is.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def calibration_job(setup: CalibrationSetup, scratch: Path | None) -> Job:
 
 
 def record_in_shards(pool: Pool, setup: CalibrationSetup, talk: Talk) -> CalibrationSet:
-    """Record as ``record_trajectories`` does, batch by batch where the sampler keeps samples apart."""
+    """Record like ``record_trajectories``, batch by batch where samples are independent."""
     sampler = setup.make_sampler()
     if not keeps_samples_apart(sampler):
         return record_trajectories(setup.denoiser(setup.model), sampler, setup.settings, talk)
@@ -142,7 +142,7 @@ def _open(setup: CalibrationSetup, scratch: Path | None, root: Path, talk: Talk)
 
 
 class _Calibrating:
-    """The float model of a worker: as it is while it records, with observers while it observes, never both."""
+    """A worker's float model: plain to record, with observers to observe, never both."""
 
     def __init__(self, setup: CalibrationSetup, root: Path, scratch: Path | None) -> None:
         self._setup, self._model, self._scratch = setup, root / setup.model, scratch
@@ -163,19 +163,19 @@ class _Calibrating:
         setup = self._setup
         self._denoiser = None
         observed, session = self._session(task.recorded, talk)
-        found = {}
+        outputs = {}
         parts = setup.calls(task.recorded).batches(setup.settings.batch_size)
         with talk.bar("observe", len(task.recorded.rows)) as advance:
             for number, batch in enumerate(replace(part, step=task.step) for part in parts):
                 for place, array in enumerate(observed.run(session, batch, setup.settings)):
-                    found[_name(number, place)] = array
+                    outputs[_name(number, place)] = array
                 advance(len(batch.calls))
-        return found
+        return outputs
 
     def _session(self, recorded: CalibrationSet, talk: Talk) -> tuple[ObservedGraph, ort.InferenceSession]:
         if self._observing is None:
-            # A session is made from a hard link to the weights, which other readers of them refuse: one at a time, and
-            # the link goes as soon as ONNX Runtime has mapped the file.
+            # A session is made from a hard link to the weights, which other readers of them refuse:
+            # one at a time, and the link goes as soon as ONNX Runtime has mapped the file.
             with alone_with(self._model):
                 self._observing = self._opened(recorded, talk)
         return self._observing

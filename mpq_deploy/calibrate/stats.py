@@ -18,14 +18,15 @@ from mpq_deploy.models.spec import Array
 class ActivationStats:
     """Statistics of one activation tensor over all sampled timesteps and samples.
 
-    Per channel (axis 1 of a tensor that a Conv reads, else the last axis): ``amax``, ``second_moment`` (mean of x^2),
-    ``fourth_moment`` (mean of x^4), float64 [C]. ``reservoir`` float32 [R]: a fixed-size uniform random sample of
-    the values. ``scale``: the INT8 scale, already rounded to FP16; ``amax_by_timestep`` float32 [K].
-    ``outliers`` int32 [C]: the channels, those that stretch the range most first; ``scales_without`` float64 [S]: the
-    scale when the first 1, 2 ... thirty-seconds of them are left out (``formats.branches.cols.SHARES``).
-    ``factors`` float16 [A, C]: by what the channels are multiplied to even out their ranges, for each of
-    ``formats.branches.prescaled.TENTHS``, and ``scales_rescaled`` float64 [A]: the scale then.
-    ``count``: the number of values behind it all.
+    Per channel (axis 1 of a tensor that a Conv reads, else the last axis): ``amax``,
+    ``second_moment`` (mean of x^2), ``fourth_moment`` (mean of x^4), float64 [C]. ``reservoir``
+    float32 [R]: a fixed-size uniform random sample of the values. ``scale``: the INT8 scale,
+    already rounded to FP16; ``amax_by_timestep`` float32 [K]. ``outliers`` int32 [C]: the channels,
+    those that stretch the range most first; ``scales_without`` float64 [S]: the scale when the
+    first 1, 2 ... thirty-seconds of them are left out (``formats.branches.cols.SHARES``).
+    ``factors`` float16 [A, C]: by what the channels are multiplied to even out their ranges, for
+    each of ``formats.branches.prescaled.TENTHS``, and ``scales_rescaled`` float64 [A]: the scale
+    then. ``count``: the number of values behind it all.
     """
 
     amax: Array

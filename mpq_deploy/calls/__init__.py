@@ -1,1 +1,1 @@
-"""Samplers (how x_t becomes x_{t-1}) and the denoising loop that calibration, evaluation and sampling share."""
+"""Samplers, the denoising loop that all stages share, and the calls recorded along it."""

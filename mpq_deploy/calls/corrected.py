@@ -10,7 +10,7 @@ from mpq_deploy.runtime.correction import Correction
 
 
 class CorrectedSampler:
-    """A deterministic sampler that gets the corrected output: slope and bias, since there is no noise to reduce."""
+    """A deterministic sampler that gets the corrected output: slope and bias alone."""
 
     def __init__(self, sampler: Sampler, correction: Correction) -> None:
         self._sampler, self._correction = sampler, correction
@@ -31,8 +31,9 @@ class CorrectedSampler:
 def corrected_sampler(sampler: Sampler, correction: Correction, spec: DenoiserSpec) -> tuple[Sampler, str]:
     """Return ``sampler`` with the correction in front, and in words what of it applies.
 
-    The built-in DDIM (eta 0) gets slope and bias; a scheduler of diffusers what ``CorrectedScheduler`` gives it, at the
-    guidance of ``spec``. Raises UsageError when the correction is for another prediction type.
+    The built-in DDIM (eta 0) gets slope and bias; a scheduler of diffusers what
+    ``CorrectedScheduler`` gives it, at the guidance of ``spec``. Raises UsageError when the
+    correction is for another prediction type.
     """
     if correction.prediction_type != spec.prediction_type:
         raise UsageError(

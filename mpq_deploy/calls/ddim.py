@@ -1,4 +1,4 @@
-"""DDIM (Song et al. 2021, equation 12, eta = 0) in NumPy: deterministic, needs neither torch nor diffusers."""
+"""DDIM (Song et al. 2021, equation 12, eta = 0) in NumPy, without torch or diffusers."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from mpq_deploy.models.spec import Array
 
 # Ho et al. 2020, section 4: the defaults of every diffusers scheduler.
 BETA_START, BETA_END, TRAIN_TIMESTEPS = 1e-4, 0.02, 1000
-# Nichol & Dhariwal 2021, equation 17: the offset of the cosine schedule and the largest beta it may give.
+# Nichol & Dhariwal 2021, equation 17: offset of the cosine schedule, and its largest beta.
 COSINE_OFFSET, LARGEST_BETA = 0.008, 0.999
 # The range over which the sigmoid schedule of GeoDiff is sampled.
 SIGMOID_RANGE = 6.0
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "trailing", "linspace")
-# diffusers clips by default only where the configuration is of one of these classes; latents must not be clipped.
+# diffusers clips by default only for these classes; latents must not be clipped.
 CLIPPING_CLASSES = ("DDIMScheduler", "DDPMScheduler")
 # Imagen's dynamic thresholding (Saharia et al. 2022, section 2.3), as diffusers sets it by default.
 THRESHOLD_QUANTILE, THRESHOLD_LIMIT = 0.995, 1.0
@@ -39,8 +39,9 @@ def betas_from_config(config: dict[str, Any]) -> Array:
 def alphas_cumprod(config: dict[str, Any]) -> Array:
     """Return the signal power alpha-bar of every timestep, float32 [train timesteps].
 
-    Models are trained with schedules held in float32 (1 - 0.999 is rounded by 6e-5 there), so the same roundings
-    are made here; only the product itself is accumulated in double precision, as torch does.
+    Models are trained with schedules held in float32 (1 - 0.999 is rounded by 6e-5 there), so the
+    same roundings are made here; only the product itself is accumulated in double precision, as
+    torch does.
     """
     return _cumulative(betas_from_config(config))
 
@@ -66,13 +67,13 @@ def _named_schedule(config: dict[str, Any]) -> Array:
         logistic = 1 / (1 + np.exp(-np.linspace(-SIGMOID_RANGE, SIGMOID_RANGE, count)))
         return np.asarray(logistic * (end - start) + start)
     raise UsageError(
-        f"The scheduler's beta_schedule is '{schedule}', which the built-in DDIM does not know.",
+        f"The scheduler's beta_schedule is '{schedule}', which the built-in DDIM does not support.",
         f"{nearest(str(schedule), SCHEDULES)}Known: {', '.join(SCHEDULES)}, or trained_betas.",
     )
 
 
 def _rescaled_to_zero_snr(betas: Array) -> Array:
-    """Shift and scale sqrt(alpha-bar) so that the last timestep is pure noise (Lin et al. 2023, algorithm 1)."""
+    """Shift and scale sqrt(alpha-bar) so that the last timestep is noise (Lin et al. 2023)."""
     root = np.sqrt(_cumulative(betas))
     first, last = root[0], root[-1]
     root = (root - last) * (first / (first - last))
@@ -82,14 +83,14 @@ def _rescaled_to_zero_snr(betas: Array) -> Array:
 
 
 def spaced_timesteps(config: dict[str, Any], steps: int) -> Array:
-    """Return the timesteps of a ``steps``-step trajectory in denoising order, int64 (Lin et al. 2023, table 2).
+    """Return the timesteps of ``steps`` steps in denoising order, int64 (Lin et al. 2023, table 2).
 
-    Raises UsageError when there are more steps than train timesteps, or when the offset leaves their range.
+    Raises UsageError for more steps than train timesteps, or an offset outside their range.
     """
     count = int(config.get("num_train_timesteps", 1000))
     if not 1 <= steps <= count:
         raise UsageError(
-            f"{steps} sampling steps were asked for.", f"The scheduler has {count} timesteps: choose 1 to {count}."
+            f"Invalid number of sampling steps: {steps}.", f"The scheduler has {count} timesteps: choose 1 to {count}."
         )
     spacing = str(config.get("timestep_spacing", "leading"))
     if spacing == "linspace":
@@ -175,7 +176,7 @@ def _roots(power: Any) -> tuple[np.float32, np.float32]:
 
 
 def _thresholded(clean: Array, quantile: float, limit: float) -> Array:
-    """Clip each sample at a quantile of its absolute values (within 1 and ``limit``) and divide by it."""
+    """Clip each sample at a quantile of its absolute values (1 to ``limit``) and divide by it."""
     flat = np.abs(clean).reshape(len(clean), -1)
     bound = np.clip(np.quantile(flat, quantile, axis=1), 1.0, limit).astype(np.float32)
     bound = bound.reshape(-1, *[1] * (clean.ndim - 1))

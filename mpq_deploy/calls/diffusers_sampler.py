@@ -12,7 +12,7 @@ import numpy as np
 from mpq_deploy.errors import MissingDependencyError, UsageError, nearest
 from mpq_deploy.models.spec import Array
 
-# An entry that is added to a scheduler's configuration where the timesteps depend on the image's size.
+# Added to a scheduler's configuration where the timesteps depend on the image's size.
 IMAGE_TOKENS = "_image_tokens"
 
 if TYPE_CHECKING:
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class DiffusersSampler:
-    """A scheduler class of diffusers, named by ``_class_name``, with NumPy float32 arrays in and out.
+    """A scheduler class of diffusers, by ``_class_name``, with NumPy float32 in and out.
 
-    Step 0 begins a new trajectory: the scheduler and its random generator are set back, so that one sampler gives
-    the same trajectory each time. A scheduler that adds noise draws it from ``seed``.
+    Step 0 begins a new trajectory: the scheduler and its random generator are set back, so that one
+    sampler gives the same trajectory each time. A scheduler that adds noise draws it from ``seed``.
     """
 
     def __init__(self, config: dict[str, Any], steps: int, seed: int) -> None:
@@ -32,7 +32,7 @@ class DiffusersSampler:
         self._torch = torch
         self._steps, self._seed = steps, seed
         scheduler_class = _scheduler_class(str(config.get("_class_name")))
-        # A learned variance is dropped with the model's second half of channels (see sampling.loop).
+        # The loop drops a learned variance with the model's second half of channels.
         learned = str(config.get("variance_type", "")).startswith("learned")
         overrides = {"variance_type": "fixed_small"} if learned else {}
         config = dict(config)
@@ -63,17 +63,17 @@ class DiffusersSampler:
         """Return the sample of the next timestep; float32 [N, ...] in and out."""
         options = {"generator": self._generator} if self._takes_generator else {}
         output, sample = self._torch.from_numpy(model_output), self._torch.from_numpy(x)
-        moved = self._scheduler.step(output, self._timesteps[step_index], sample, return_dict=False, **options)[0]
-        return np.asarray(moved.numpy(), np.float32)
+        stepped = self._scheduler.step(output, self._timesteps[step_index], sample, return_dict=False, **options)[0]
+        return np.asarray(stepped.numpy(), np.float32)
 
     def corrected(self, correction: Correction, guidance_scale: float) -> tuple[DiffusersSampler, str]:
-        """Return this sampler with the output corrected, and in words what of the correction applies."""
+        """Return this sampler with corrected outputs, and in words which corrections apply."""
         from mpq_deploy.runtime.corrected_scheduler import CorrectedScheduler
 
-        found = copy.copy(self)
-        found._scheduler = CorrectedScheduler(self._scheduler, correction, guidance_scale=guidance_scale)
-        found.name = f"{self.name}, corrected"
-        return found, found._scheduler.variance_note
+        sampler = copy.copy(self)
+        sampler._scheduler = CorrectedScheduler(self._scheduler, correction, guidance_scale=guidance_scale)
+        sampler.name = f"{self.name}, corrected"
+        return sampler, sampler._scheduler.variance_note
 
     def _begin(self) -> None:
         if self._schedule:
@@ -84,10 +84,10 @@ class DiffusersSampler:
 
 
 def _schedule(config: dict[str, Any], tokens: int | None, steps: int) -> dict[str, Any]:
-    """Return the arguments of ``set_timesteps`` that Flux' pipeline gives a scheduler; none where ``tokens`` is None.
+    """Return the arguments of ``set_timesteps`` of Flux' pipeline; none without ``tokens``.
 
-    Sigmas are spread evenly from 1 to 1 / steps, and the shift mu grows linearly with the number of image tokens
-    (Esser et al. 2024, section 5.3.2, as ``calculate_shift`` of diffusers has it).
+    Sigmas are spread evenly from 1 to 1 / steps, and the shift mu grows linearly with the number of
+    image tokens (Esser et al. 2024, section 5.3.2, as ``calculate_shift`` of diffusers has it).
     """
     dynamic = bool(config.get("use_dynamic_shifting"))
     if tokens is None:
@@ -97,12 +97,12 @@ def _schedule(config: dict[str, Any], tokens: int | None, steps: int) -> dict[st
                 "Set use_dynamic_shifting to false in the scheduler's configuration (--scheduler FILE).",
             )
         return {}
-    found: dict[str, Any] = {"sigmas": np.linspace(1.0, 1 / steps, steps).tolist()}
+    arguments: dict[str, Any] = {"sigmas": np.linspace(1.0, 1 / steps, steps).tolist()}
     if dynamic:
         few, many = int(config.get("base_image_seq_len", 256)), int(config.get("max_image_seq_len", 4096))
         low, high = float(config.get("base_shift", 0.5)), float(config.get("max_shift", 1.15))
-        found["mu"] = low + (high - low) * (tokens - few) / (many - few)
-    return found
+        arguments["mu"] = low + (high - low) * (tokens - few) / (many - few)
+    return arguments
 
 
 def _scheduler_class(name: str) -> Any:
@@ -114,10 +114,10 @@ def _scheduler_class(name: str) -> Any:
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
     known = [n for n in dir(diffusers) if n.endswith("Scheduler") and "Flax" not in n]
-    found = getattr(diffusers, name) if name in known else None
-    if not (inspect.isclass(found) and issubclass(found, SchedulerMixin)):
+    scheduler_class = getattr(diffusers, name) if name in known else None
+    if not (inspect.isclass(scheduler_class) and issubclass(scheduler_class, SchedulerMixin)):
         raise UsageError(
             f"The scheduler class '{name}' is not one of diffusers.",
             f"{nearest(name, known)}Check _class_name in the scheduler's configuration.",
         )
-    return found
+    return scheduler_class

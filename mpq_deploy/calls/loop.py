@@ -1,4 +1,4 @@
-"""The denoising loop: from noise to samples, with classifier-free guidance, over any denoiser and sampler."""
+"""The denoising loop: from noise to samples, with guidance, over any denoiser and sampler."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OnCall = Callable[[int, float, Array, Array], None]
 
 
 class DenoiserCall(Protocol):
-    """What the loop calls: sample [M, ...], timestep, conditions with M rows -> output [M, ...], float32."""
+    """A denoiser: sample [M, ...], timestep, conditions with M rows -> output [M, ...], float32."""
 
     def __call__(self, sample: Array, timestep: float | Array, conditions: dict[str, Array]) -> Array:
         """Return the denoiser's output."""
@@ -37,7 +37,7 @@ def initial_noise(spec: DenoiserSpec, count: int, seed: int) -> Array:
 def first_samples(spec: DenoiserSpec, rows: Array, conditions: dict[str, Array], seed: int) -> Array:
     """Return what each trajectory begins with, float32 [len(rows), *sample shape].
 
-    Noise (see ``initial_noise``); for a component without timesteps the given rows of its own inputs.
+    Noise (see ``initial_noise``), or rows of its own inputs without timesteps.
     """
     if spec.timestep is not None:
         return initial_noise(spec, len(rows), seed)
@@ -46,7 +46,7 @@ def first_samples(spec: DenoiserSpec, rows: Array, conditions: dict[str, Array],
 
 @dataclass(frozen=True)
 class GuidedDenoiser:
-    """A denoiser with what it is called on: all rows of each condition input, and who is told of its calls."""
+    """A denoiser with all rows of its condition inputs, and a callback for each of its calls."""
 
     denoiser: DenoiserCall
     spec: DenoiserSpec
@@ -67,7 +67,7 @@ class GuidedDenoiser:
         return np.asarray(base + np.float32(spec.guidance_scale) * (conditioned - base), np.float32)
 
     def _plain(self, fed: Array, rows: Array, step_index: int, timestep: float) -> Array:
-        """Return the output for these rows; of a learned variance (2C channels) only the mean, the first C."""
+        """Return the output for these rows; of a learned variance (2C channels) the first C."""
         if self.on_call is not None:
             self.on_call(step_index, timestep, fed, rows)
         taken = {name: values[rows] for name, values in self.conditions.items()}
@@ -88,9 +88,9 @@ def denoise(
 ) -> Array:
     """Denoise ``noise`` float32 [N, ...] and return the samples, float32 [N, ...].
 
-    ``rows`` int64 [N] picks each sample's row of the conditions. All samples take a step together, ``batch_size``
-    samples per model call (twice as many rows with guidance), so samplers that hold state work.
-    Raises ModelError, with timestep, when the output is not finite.
+    ``rows`` int64 [N] picks each sample's row of the conditions. All samples take a step together,
+    ``batch_size`` samples per model call (twice as many rows with guidance), so samplers that hold
+    state work. Raises ModelError, with timestep, when the output is not finite.
     """
     x = np.asarray(noise * np.float32(sampler.init_noise_sigma), np.float32)
     rows = np.asarray(rows, np.int64)

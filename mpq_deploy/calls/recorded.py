@@ -1,4 +1,4 @@
-"""Recorded calls of a denoiser: kept, split, and turned into the arrays that the ONNX graph is fed."""
+"""Recorded calls of a denoiser: saved, split, and turned into the graph's inputs."""
 
 from __future__ import annotations
 
@@ -35,10 +35,11 @@ class CalibrationSet:
         return CalibrationSet(self.samples[steps], self.timesteps[steps], self.rows)
 
     def split(self, measured: int) -> tuple[CalibrationSet, CalibrationSet]:
-        """Split the calls into those that weights are rounded on and ``measured`` others, conditions evenly in both.
+        """Split the calls into those to round weights on and ``measured`` others, both evenly.
 
-        Rounding fits its own inputs (GPTQ most of all), so a loss measured on them is too small. Where the others
-        would leave less than a fifth of the calls to round on, both parts are the whole set.
+        Rounding fits its own inputs (GPTQ most of all), so a loss measured on them is too small.
+        Where the others would leave less than a fifth of the calls to round on, both parts are the
+        whole set.
         """
         count = len(self.rows)
         if count - measured < count / 5:
@@ -58,7 +59,7 @@ class CalibrationSet:
 
 
 def dealt(rows: Array, order: Array) -> Array:
-    """Return ``order`` (positions of calls, int [N]) dealt out so that every stretch has all conditions about equally.
+    """Return ``order`` (int [N]) dealt out so that every stretch has all conditions evenly.
 
     Conditions differ in how hard they are: each gives its first call before any gives its second.
     """
@@ -72,7 +73,7 @@ def dealt(rows: Array, order: Array) -> Array:
 
 @dataclass(frozen=True)
 class Batch:
-    """Some calls of one timestep: ``step`` indexes CalibrationSet.timesteps, ``calls`` int64 [M] its calls."""
+    """Some calls of one timestep: ``step`` indexes the timesteps, ``calls`` int64 [M] the calls."""
 
     step: int
     timestep: float
@@ -99,7 +100,7 @@ class RecordedCalls:
     spec: DenoiserSpec
 
     def batches(self, size: int, steps: range | None = None, calls: range | None = None) -> Iterator[Batch]:
-        """Yield the calls, ``size`` of one timestep at a time; ``steps`` and ``calls`` choose a part of them."""
+        """Yield the calls, ``size`` of one timestep at a time, or a part of them."""
         if not all(condition.batched for condition in self.spec.conditions):
             size = 1
         chosen = np.asarray(calls if calls is not None else range(len(self.recorded.rows)), np.int64)

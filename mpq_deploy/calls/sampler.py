@@ -1,4 +1,4 @@
-"""Samplers: what takes a denoiser's outputs from noise to an image, and how to make one from a configuration."""
+"""Samplers: from a denoiser's outputs and noise to an image; made from a configuration."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ ONE_CALL = "OneCall"
 class Sampler(Protocol):
     """Moves samples along a denoising trajectory. Arrays are NumPy float32 [N, ...].
 
-    Begin with ``scale_model_input(x, 0)`` where x = noise * init_noise_sigma, and go through the step indices in
-    order; a sampler may hold state, and step index 0 sets it back.
+    Begin with ``scale_model_input(x, 0)`` where x = noise * init_noise_sigma, and go through the
+    step indices in order; a sampler may hold state, and step index 0 sets it back.
     """
 
     name: str
@@ -56,15 +56,15 @@ class OneCallSampler:
 def make_sampler(scheduler: dict[str, Any], steps: int, seed: int = 0, kind: SamplerKind = "auto") -> Sampler:
     """Make the sampler for a diffusers scheduler configuration (with ``_class_name``).
 
-    ``auto`` takes the built-in DDIM for DDIM and DDPM configurations and the folder's own class, run by diffusers,
-    for any other; ``ddim`` and ``folder`` insist. A component without timesteps has one call,
-    whatever is asked for. ``seed`` is for samplers that add noise.
-    Raises UsageError for an unknown class or option, MissingDependencyError where diffusers is needed and missing.
+    ``auto`` takes the built-in DDIM for DDIM and DDPM configurations and the folder's own class,
+    run by diffusers, for any other; ``ddim`` and ``folder`` insist. A component without timesteps
+    always has one call. ``seed`` is for samplers that add noise. Raises UsageError
+    for an unknown class or option, MissingDependencyError where diffusers is needed and missing.
     """
     if kind not in ("auto", "ddim", "folder"):
         raise UsageError(f"The sampler is '{kind}'.", "Choose auto, ddim or folder.")
     if steps < 1:
-        raise UsageError(f"{steps} sampling steps were asked for.", "Choose at least 1.")
+        raise UsageError(f"Invalid number of sampling steps: {steps}.", "Choose at least 1.")
     class_name = scheduler.get("_class_name")
     if not class_name:
         raise UsageError(
@@ -81,7 +81,7 @@ def make_sampler(scheduler: dict[str, Any], steps: int, seed: int = 0, kind: Sam
 
 
 def keeps_samples_apart(sampler: Sampler) -> bool:
-    """Whether each sample moves on its own, without noise or state: then any part of them may be sampled alone."""
+    """Whether samples are independent, without noise or state: then parts may be sampled alone."""
     return isinstance(sampler, (DdimSampler, OneCallSampler))
 
 

@@ -9,13 +9,13 @@ from mpq_deploy.models.spec import Array
 
 
 def sampled_steps(steps: int, count: int) -> Array:
-    """Return ``count`` step indices, int64, rising: the midpoints of equal strides of the sampler's ``steps``.
+    """Return ``count`` ascending step indices, int64: midpoints of equal strides of ``steps``.
 
-    Our choice: MPQ-Diff (arXiv 2412.00144) samples timesteps uniformly and does not say where in a stride.
-    Raises UsageError when there are fewer steps than timesteps.
+    Our choice: MPQ-Diff (arXiv 2412.00144) samples timesteps uniformly and does not say where in a
+    stride. Raises UsageError when there are fewer steps than timesteps.
     """
     if count < 1:
-        raise UsageError(f"{count} timesteps were asked for.", "Choose at least 1.")
+        raise UsageError(f"Invalid number of timesteps: {count}.", "Choose at least 1.")
     if count > steps:
         raise UsageError(
             f"{count} timesteps cannot be sampled from a sampler of {steps} steps.",
@@ -25,14 +25,15 @@ def sampled_steps(steps: int, count: int) -> Array:
 
 
 def adaptive_steps(curve: Array, coarse: Array, steps: int, count: int) -> Array:
-    """Return ``count`` of ``steps`` positions, int64, rising: more of them where ``curve`` changes fastest.
+    """Return ``count`` of ``steps`` positions, int64, ascending: more where ``curve`` changes fast.
 
-    Our choice: equal arc length. ``curve`` [C, L] is a vector (the layers' importances) at the C positions ``coarse``
-    of a first pass, rising. Its length between two neighbours is the Euclidean distance; it grows evenly between
-    them, and beyond the first and last as fast as beside them. The midpoints of ``count`` equal parts of the whole
-    length, each at the position where the curve has it, are the answer; what falls on a position already taken moves
-    to the next free one. A curve that does not change gives ``sampled_steps``.
-    Raises UsageError when there are fewer positions than timesteps.
+    Our choice: equal arc length. ``curve`` [C, L] is a vector (the layers' importances) at the C
+    positions ``coarse`` of a first pass, ascending. Its length between two neighbours is the Euclidean
+    distance; it grows evenly between them, and beyond the first and last as fast as beside them.
+    The midpoints of ``count`` equal parts of the whole length, each at the position where the curve
+    has it, are the answer; what falls on a position already taken moves to the next free one. A
+    curve that does not change gives ``sampled_steps``. Raises UsageError when there are fewer
+    positions than timesteps.
     """
     uniform = sampled_steps(steps, count)
     lengths = np.linalg.norm(np.diff(np.asarray(curve, np.float64), axis=0), axis=1)
@@ -53,7 +54,7 @@ def adaptive_steps(curve: Array, coarse: Array, steps: int, count: int) -> Array
 
 
 def stride_shares(chosen: Array, steps: int) -> Array:
-    """Return the part of the trajectory that each of the ``chosen`` positions stands for, float64, of sum 1.
+    """Return the share of the trajectory that each of the ``chosen`` positions stands for, float64.
 
     A boundary lies halfway between two neighbours; the first and last reach to the ends.
     """

@@ -1,7 +1,8 @@
 """Record what the float denoiser is fed along its own denoising trajectories.
 
-In: a denoiser, a sampler and conditions. Out: a ``CalibrationSet``, whose calls are those that sampling makes:
-with classifier-free guidance the unconditional and the conditional half of each are calls of their own.
+In: a denoiser, a sampler and conditions. Out: a ``CalibrationSet``, whose calls are those that
+sampling makes: with classifier-free guidance the unconditional and the conditional half of each are
+calls of their own.
 """
 
 from __future__ import annotations
@@ -28,19 +29,19 @@ def record_trajectories(
     talk: Talk,
     part: slice | None = None,
 ) -> CalibrationSet:
-    """Denoise ``settings.samples`` samples and keep the model's inputs at ``settings.timesteps`` of the steps.
+    """Denoise ``settings.samples`` samples; keep the inputs at ``settings.timesteps`` steps.
 
-    ``part`` denoises only these samples, which is the same for samplers that keep samples apart. Stops after the
-    last step that is kept. Raises UsageError when the sampler has fewer steps than timesteps.
+    ``part`` denoises only these samples, which is the same for samplers that keep samples apart.
+    Stops after the last recorded step. Raises UsageError for fewer steps than timesteps.
     """
     spec, conditions = model.spec, model.conditions
-    kept = sampled_steps(len(sampler.timesteps), 1 if spec.timestep is None else settings.timesteps)
-    recorder = _Recorder({int(step): [] for step in kept})
+    recorded_steps = sampled_steps(len(sampler.timesteps), 1 if spec.timestep is None else settings.timesteps)
+    recorder = _Recorder({int(step): [] for step in recorded_steps})
     rows = cycled_rows(spec, conditions, settings.samples, settings.seed)
     chosen = part or slice(None)
     denoise(
         replace(model, on_call=recorder),
-        _FirstSteps(sampler, int(kept[-1]) + 1),
+        _FirstSteps(sampler, int(recorded_steps[-1]) + 1),
         first_samples(spec, rows, conditions, settings.seed)[chosen],
         rows[chosen],
         settings.batch_size,
@@ -52,8 +53,9 @@ def record_trajectories(
 def cycled_rows(spec: DenoiserSpec, conditions: dict[str, Array], samples: int, seed: int) -> Array:
     """Return the row of the conditions for each sample, int64 [samples].
 
-    Rows are dealt out in shuffled rounds, so that each is used as often as any other (or once less). The row for
-    guidance is no condition of its own. A denoiser without conditions has row 0 only.
+    Rows are dealt out in shuffled rounds, so that each is used as often as any other (or once
+    less). The row for guidance is no condition of its own. A denoiser without conditions has row 0
+    only.
     """
     counts = {name: len(values) for name, values in conditions.items()}
     if len(set(counts.values())) > 1:
@@ -109,14 +111,15 @@ class _FirstSteps:
 
 
 def renoised(recorded: CalibrationSet, spec: DenoiserSpec, draws: int, seed: int = 0) -> CalibrationSet:
-    """Return ``draws`` times as many calls, each with fresh noise at every timestep, from the recorded last samples.
+    """Return ``draws`` times as many calls, with fresh noise added to the last samples.
 
-    The calls of one trajectory share one noise, so their activations are much alike, and rounding fits them closely
-    and others less. The forward process takes the last, nearly clean sample of each trajectory back to every timestep:
-    x_t = sqrt(p) x_last + sqrt(1 - p) noise with p = alpha-bar_t / alpha-bar_last (Ho et al. 2020, equation 4). Our
-    choice. The last timestep itself stays as recorded. Flow matching goes along straight lines instead:
-    x_t = (1 - s) x_0 + s noise with s = t / T (Lipman et al. 2023, equation 22), so the last sample is shrunk by
-    (1 - s) / (1 - s_last) and what noise lacks to s is added. A component without timesteps is returned as it is.
+    The calls of one trajectory share one noise, so their activations are much alike, and rounding
+    fits them closely and others less. The forward process takes the last, nearly clean sample of
+    each trajectory back to every timestep: x_t = sqrt(p) x_last + sqrt(1 - p) noise with p =
+    alpha-bar_t / alpha-bar_last (Ho et al. 2020, equation 4). Our choice. The last timestep itself
+    stays as recorded. Flow matching goes along straight lines instead: x_t = (1 - s) x_0 + s noise
+    with s = t / T (Lipman et al. 2023, equation 22), so the last sample is shrunk by (1 - s) / (1 -
+    s_last) and what noise lacks to s is added. A component without timesteps is returned as it is.
     """
     if spec.timestep is None or not draws:
         return recorded
@@ -126,8 +129,8 @@ def renoised(recorded: CalibrationSet, spec: DenoiserSpec, draws: int, seed: int
     else:
         power = np.asarray(alphas_cumprod(spec.scheduler), np.float64)
         at = np.interp(times, np.arange(len(power)), power)
-        kept = np.minimum(at / at[-1], 1.0)
-        shares = np.sqrt(kept), np.sqrt(1 - kept)
+        remaining = np.minimum(at / at[-1], 1.0)
+        shares = np.sqrt(remaining), np.sqrt(1 - remaining)
     last = np.tile(recorded.samples[-1], (draws, *[1] * (recorded.samples.ndim - 2)))
     samples = np.empty((len(times), *last.shape), np.float32)
     for step_index, (signal, added) in enumerate(zip(*shares, strict=True)):
@@ -137,7 +140,7 @@ def renoised(recorded: CalibrationSet, spec: DenoiserSpec, draws: int, seed: int
 
 
 def _flow_shares(sigmas: Array) -> tuple[Array, Array]:
-    """Return, for each noise level s in denoising order, what is kept of the last sample and the noise to add."""
+    """Return, per noise level, the share of the last sample and the noise to add."""
     signal = (1 - sigmas) / max(1 - sigmas[-1], float(np.finfo(np.float64).tiny))
-    kept = np.minimum(signal, 1.0)
-    return kept, np.sqrt(np.maximum(sigmas**2 - (kept * sigmas[-1]) ** 2, 0.0))
+    signal_share = np.minimum(signal, 1.0)
+    return signal_share, np.sqrt(np.maximum(sigmas**2 - (signal_share * sigmas[-1]) ** 2, 0.0))

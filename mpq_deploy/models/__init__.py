@@ -1,1 +1,1 @@
-"""Where a denoiser comes from (diffusers folder, hub id, ONNX file, the bundled demo) and its export to ONNX."""
+"""Where a denoiser comes from (diffusers folder, hub id, ONNX file, demo), and its export."""

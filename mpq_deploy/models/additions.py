@@ -1,4 +1,4 @@
-"""What a user may add to a model that does not bring everything: conditions, scheduler, prompts, guidance."""
+"""What a user may give beside a model: conditions, scheduler, prompts, guidance scale."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ SCHEDULER_FILE = "scheduler_config.json"
 class Additions:
     """What the user gives beside the model; None: the model's own is used.
 
-    ``description``: the YAML of an ONNX file that does not lie beside it. ``component``: which part of a
-    pipeline folder, such as ``vae``, which gets ``component_samples`` inputs; None is the one that denoises.
+    ``description``: the YAML of an ONNX file that does not lie beside it. ``component``: which part
+    of a pipeline folder, such as ``vae``, which gets ``component_samples`` inputs; None is the one
+    that denoises.
     """
 
     conditions: Path | None = None
@@ -32,7 +33,7 @@ class Additions:
 
 
 def read_scheduler(path: Path) -> dict[str, Any]:
-    """Return the scheduler configuration in ``path``: a JSON file, a scheduler folder or a pipeline folder.
+    """Return the scheduler configuration at ``path``: a JSON file, scheduler or pipeline folder.
 
     Raises UsageError when there is none, ModelError when it is no JSON object with ``_class_name``.
     """

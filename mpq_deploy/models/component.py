@@ -1,7 +1,7 @@
-"""A part of a pipeline that does not denoise: the decoder of its VAE, or a text encoder, as one call without timesteps.
+"""A part of a pipeline without timesteps, called once: a VAE's decoder or a text encoder.
 
-Its inputs are rows: latents that the pipeline's own denoiser made in float, or the prompts' tokens. Three quarters of
-them calibrate; what comes out is compared on the others.
+Its inputs are rows: latents that the pipeline's own denoiser made in float, or the prompts' tokens.
+Three quarters of them calibrate; what comes out is compared on the others.
 """
 
 from __future__ import annotations
@@ -38,8 +38,7 @@ LATENTS, TOKENS, MASK = "latent_sample", "input_ids", "attention_mask"
 def open_component(folder: Path, source: str, additions: Additions, talk: Talk) -> Denoiser:
     """Open the part of a pipeline folder that ``additions.component`` names.
 
-    Raises UsageError for a part that is not there or of no supported kind, ModelError for weights that cannot be
-    loaded.
+    Raises UsageError for an absent or unsupported part, ModelError for unreadable weights.
     """
     component = str(additions.component)
     if not (folder / INDEX).is_file():
@@ -57,11 +56,11 @@ def open_component(folder: Path, source: str, additions: Additions, talk: Talk) 
 
 
 def _vae(folder: Path, source: str, additions: Additions, talk: Talk) -> Denoiser:
-    """Open the decoder. Its input is what ``vae.decode`` takes: latents / scaling_factor + shift_factor."""
-    found = load_decoder(folder)
-    if found is None:
+    """Open the decoder; its input is ``vae.decode``'s: latents / scaling_factor + shift_factor."""
+    loaded = load_decoder(folder)
+    if loaded is None:
         raise UsageError(f"{folder} has no vae/ or vqvae/ with a {CONFIG}.", "Give a pipeline that decodes latents.")
-    module, scale, shift = found
+    module, scale, shift = loaded
     samples, note = _latents(folder, source, module, additions, talk)
     rows = np.asarray(samples / scale + shift, np.float32)
 
@@ -76,7 +75,7 @@ def _vae(folder: Path, source: str, additions: Additions, talk: Talk) -> Denoise
 
 
 def _latents(folder: Path, source: str, module: Any, additions: Additions, talk: Talk) -> tuple[Array, str]:
-    """Return latents as a denoiser makes them, float32 [rows, C, H, W], and where they come from."""
+    """Return latents as a denoiser makes them, float32 [rows, C, H, W], and their origin."""
     count = additions.component_samples
     try:
         whole = Additions(additions.conditions, additions.scheduler, additions.prompts, additions.guidance_scale)
@@ -119,7 +118,7 @@ def _text_encoder(folder: Path, source: str, pipeline: dict[str, Any], additions
     encoder = Encoder.of_pipeline(folder, pipeline, str(additions.component))
     prompts = (*read_prompts(additions.prompts or prompts_file()), "")
     ids, mask = encoder.tokenize(prompts)
-    # Padding alone says little: the prompts are shuffled, so that both parts have long and short ones.
+    # Prompts are shuffled, so that both parts have long and short ones: padding alone says little.
     order = np.random.default_rng(SEED).permutation(len(prompts))
     arrays = {TOKENS: ids[order]}
     inputs = [InputSpec(name=TOKENS, shape=ids.shape[1:], dtype="int64")]

@@ -12,14 +12,14 @@ import numpy as np
 from mpq_deploy.errors import ModelError, UsageError, nearest
 from mpq_deploy.models.spec import Array, InputSpec
 
-# Entries of the file that are no inputs: the number of rows (an unconditional denoiser has one row and no array),
-# the row for classifier-free guidance, and what the rows are called.
+# Entries of the file that are no inputs: the number of rows (an unconditional denoiser has one row
+# and no array), the row for classifier-free guidance, and what the rows are called.
 ROWS, UNCOND_ROW, LABELS = "_rows", "_uncond_row", "_labels"
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """``arrays`` by input name, each with ``rows`` rows; an unconditional denoiser has one row and no array."""
+    """``arrays`` by input name, ``rows`` rows each; without conditions one row and no array."""
 
     arrays: dict[str, Array] = field(default_factory=dict)
     rows: int = 1
@@ -41,7 +41,7 @@ class Conditions:
 
     @classmethod
     def load(cls, path: Path) -> Conditions:
-        """Read what ``save`` wrote, or a user's file. Raises UsageError, ModelError for a file that is none."""
+        """Read what ``save`` wrote, or a user's file. Raises UsageError or ModelError."""
         if not path.is_file():
             raise UsageError(f"There is no conditions file at {path}.", "Give a .npz file, one array per input.")
         try:
@@ -67,7 +67,7 @@ class Conditions:
 
 @dataclass(frozen=True)
 class WantedInput:
-    """A condition that a model takes. ``shape`` leaves the rows out; None is a size that the array decides."""
+    """A condition that a model takes; ``shape`` without rows, None for sizes that the array has."""
 
     name: str
     shape: tuple[int | None, ...]
@@ -91,7 +91,7 @@ def list_inputs(wanted: Sequence[WantedInput]) -> str:
 def check_conditions(conditions: Conditions, wanted: Sequence[WantedInput], origin: str) -> tuple[InputSpec, ...]:
     """Return the inputs with the shapes of the given arrays.
 
-    Raises UsageError naming what is missing, unknown, of another shape, or (class labels) not a whole number.
+    Raises UsageError naming what is missing, unknown, of another shape or type.
     """
     names = [item.name for item in wanted]
     for name in conditions.arrays:

@@ -25,14 +25,14 @@ def decoder_network(
 ) -> TorchNetwork | None:
     """Return the decoder of a pipeline folder, or None where it has none.
 
-    Its input ``latents`` float32 [N, *latents] are the denoiser's samples: the scaling is part of the network, and so
-    is ``unpack``, which lays them out as [N, C, H, W].
-    Raises ModelError for a class that is not supported or weights that cannot be loaded.
+    Its input ``latents`` float32 [N, *latents] are the denoiser's samples: the scaling is part of
+    the network, and so is ``unpack``, which lays them out as [N, C, H, W]. Raises ModelError for a
+    class that is not supported or weights that cannot be loaded.
     """
-    found = load_decoder(folder)
-    if found is None:
+    loaded = load_decoder(folder)
+    if loaded is None:
         return None
-    module, scale, shift = found
+    module, scale, shift = loaded
 
     def call(model: Any, values: torch.Tensor) -> torch.Tensor:
         laid_out = values if unpack is None else unpack(values)
@@ -43,9 +43,9 @@ def decoder_network(
 
 
 def load_decoder(folder: Path) -> tuple[torch.nn.Module, float, float] | None:
-    """Return the module that decodes, its scaling factor and its shift; None where the folder has none.
+    """Return the decoding module, its scaling factor and its shift; None where there is none.
 
-    Latents of a denoiser are decoded as latents / scale + shift. Raises as ``decoder_network`` does.
+    Latents are decoded as latents / scale + shift. Raises as ``decoder_network`` does.
     """
     part = next((folder / name for name in FOLDERS if (folder / name / "config.json").is_file()), None)
     if part is None:
@@ -62,7 +62,7 @@ def load_decoder(folder: Path) -> tuple[torch.nn.Module, float, float] | None:
 
 
 def decoder_upscale(folder: Path) -> int:
-    """Return how many pixels a latent covers along each axis (1 where the folder has no decoder)."""
+    """Return how many pixels a latent covers along each axis (1 without a decoder)."""
     for name in FOLDERS:
         file = folder / name / "config.json"
         if file.is_file():

@@ -1,7 +1,7 @@
 """Write a denoiser as an ONNX file with its description: what all later stages work from.
 
-In: a ``Denoiser`` and an empty folder. Out: ``model.onnx`` and ``model.onnx.data`` (FP32), ``denoiser.json``,
-``conditions.npz`` and, for latent models, ``decoder.onnx``.
+In: a ``Denoiser`` and an empty folder. Out: ``model.onnx`` and ``model.onnx.data`` (FP32),
+``denoiser.json``, ``conditions.npz`` and, for latent models, ``decoder.onnx``.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from mpq_deploy.system.progress import Talk
 MODEL, SPEC, CONDITIONS, DECODER = "model.onnx", "denoiser.json", "conditions.npz", "decoder.onnx"
 # Constants below this stay in the .onnx file: shapes and axes, which readers want at hand.
 INLINE_BYTES = 1024
-# Batch sizes at which the export is compared with its source: two, so that a fixed batch axis fails at one of them.
+# Batch sizes of the comparison with the source: a fixed batch axis fails at one of them.
 CHECK_BATCHES = (1, 2)
 CHECK_SEED = 0
-# Timesteps of the comparison are drawn from those that diffusion models are trained with, or that are sampled with.
+# Timesteps of the comparison: as models are trained with, or as they are sampled with.
 CHECK_TIMESTEPS, CHECK_STEPS = 1000, 20
 
 
@@ -46,10 +46,9 @@ class ExportedModel:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What the export did. ``max_relative_error``: against the source, relative to the output's largest value.
+    """What the export did. ``max_relative_error``: against the source, of its largest output.
 
-    ``weight_bytes``: bytes of all constants in FP32; ``notes``: what the user should know, such as why there is no
-    decoder.
+    ``weight_bytes``: of all constants in FP32; ``notes``: for the user, such as why no decoder.
     """
 
     max_relative_error: float
@@ -70,17 +69,16 @@ def export_denoiser(
     first_token_apart: bool = False,
     release: bool = False,
 ) -> ExportReport:
-    """Write ``denoiser`` into ``folder`` and compare the file, run by ONNX Runtime, with its source.
+    """Write ``denoiser`` into ``folder``; compare the file, run by ONNX Runtime, with its source.
 
-    ``first_token_apart``: cross-attention gets the keys and values of the text's first token as constants
-    (``graph.passes.first_token``). ``release``: let go of the denoiser's own weights on the way, so that those
-    of the file are not held beside them.
+    ``first_token_apart``: cross-attention gets the keys and values of the text's first token as
+    constants (``graph.passes.first_token``). ``release``: let go of the denoiser's own weights on
+    the way, so that those of the file are not held beside them.
 
-    Raises ModelError when a weight is not finite, when the graph cannot be exported, or when the outputs differ by
-    more than the network's tolerance (1e-3 of the largest output for a PyTorch module).
+    Raises ModelError when a weight is not finite, when the graph cannot be exported, or when the
+    outputs differ by more than the network's tolerance (1e-3 of the largest for a module).
     """
-    talk = talk or Talk()
-    started = time.monotonic()
+    talk, started = talk or Talk(), time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     model = denoiser.network.to_onnx(talk)
     check_finite(model)
@@ -94,13 +92,12 @@ def export_denoiser(
     opset, parameters = model.graph.opset_imports[""], sum(int(tensor.size) for tensor in sizes)
     weight_bytes = sum(tensor.nbytes for tensor in sizes)
     del model, sizes
-    error = _checked_error(denoiser, folder / MODEL, release)
+    error = _compared_with_source(denoiser, folder / MODEL, release)
     if denoiser.decoder is not None:
         decoder_error, note = _export_decoder(denoiser.decoder, spec, folder / DECODER, talk)
-        if note:
-            notes.append(note)
-        else:
-            spec = spec.model_copy(update={"decoder": DECODER})
+        notes += [note] if note else []
+    if decoder_error is not None:
+        spec = spec.model_copy(update={"decoder": DECODER})
     spec.save(folder / SPEC)
     denoiser.conditions.save(folder / CONDITIONS)
     return ExportReport(
@@ -115,21 +112,10 @@ def export_denoiser(
     )
 
 
-def _checked_error(denoiser: Denoiser, path: Path, release: bool) -> float:
-    error = _largest_error(denoiser, path, release)
-    if not error <= denoiser.network.tolerance:
-        raise ModelError(
-            f"The exported model differs from its source by {error:.2e} of the largest output.",
-            f"At most {denoiser.network.tolerance:g} is expected: please report the model's configuration.",
-        )
-    return error
-
-
 def keep_first_token_apart(model: ir.Model, spec: DenoiserSpec, conditions: Conditions) -> tuple[DenoiserSpec, str]:
-    """Rewrite ``model`` by ``graph.passes.first_token``; return the description that says so, and a note.
+    """Rewrite ``model`` by ``graph.passes.first_token``; return its new description and a note.
 
-    Raises UsageError where there is no text that cross-attention reads itself, or its first token is not always the
-    same.
+    Raises UsageError where cross-attention reads no text itself, or its first token varies.
     """
     tokens: dict[str, tuple[float, ...]] = {}
     products = 0
@@ -169,7 +155,7 @@ RANDOM = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLik
 
 
 def check_finite(model: ir.Model) -> None:
-    """Raise ModelError naming the first weight that holds NaN, or Inf where it is not compared with."""
+    """Raise ModelError naming the first weight that holds NaN, or Inf unless compared with."""
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         if tensor is None or not tensor.dtype.is_floating_point():
@@ -185,7 +171,7 @@ def check_finite(model: ir.Model) -> None:
 
 
 def check_repeats(model: ir.Model) -> None:
-    """Raise ModelError for a node that draws random numbers: nothing could be compared with such a model."""
+    """Raise ModelError for a node that draws random numbers: its outputs could not be compared."""
     for node in model.graph:
         if node.op_type in RANDOM and node.domain in STANDARD_DOMAINS:
             raise ModelError(
@@ -194,8 +180,8 @@ def check_repeats(model: ir.Model) -> None:
             )
 
 
-def _largest_error(denoiser: Denoiser, path: Path, release: bool) -> float:
-    """Return the largest relative error of the file against the source over random inputs at two batch sizes."""
+def _compared_with_source(denoiser: Denoiser, path: Path, release: bool) -> float:
+    """Return the file's largest relative error over random inputs; refuse a large one."""
     random = np.random.default_rng(CHECK_SEED)
     cases = [_case(denoiser, count, random) for count in CHECK_BATCHES]
     references = [denoiser.network.reference(feeds) for feeds in cases]
@@ -206,7 +192,13 @@ def _largest_error(denoiser: Denoiser, path: Path, release: bool) -> float:
             raise _not_finite(denoiser.spec, path, feeds)
     session = make_session_with(path, options_for_few_calls())
     outputs = [run_session(session, denoiser.spec.output, feeds) for feeds in cases]
-    return max(relative_error(output, reference) for output, reference in zip(outputs, references))
+    error = max(relative_error(output, reference) for output, reference in zip(outputs, references))
+    if not error <= denoiser.network.tolerance:
+        raise ModelError(
+            f"The exported model differs from its source by {error:.2e} of the largest output.",
+            f"At most {denoiser.network.tolerance:g} is expected: please report the model's configuration.",
+        )
+    return error
 
 
 def _case(denoiser: Denoiser, count: int, random: np.random.Generator) -> dict[str, Array]:
@@ -222,7 +214,7 @@ def _case(denoiser: Denoiser, count: int, random: np.random.Generator) -> dict[s
 
 
 def _timesteps(spec: DenoiserSpec) -> Array:
-    """Return the timesteps to compare at: for a model of diffusers its scheduler's, which may lie between 0 and 1."""
+    """Return the timesteps to compare at; a diffusers scheduler's own may lie between 0 and 1."""
     if not spec.config or spec.timestep is None:
         return np.arange(CHECK_TIMESTEPS)
     return make_sampler(spec.scheduler, CHECK_STEPS).timesteps
@@ -240,7 +232,7 @@ def _not_finite(spec: DenoiserSpec, path: Path, feeds: dict[str, Array]) -> Mode
 
 
 def _export_decoder(decoder: Network, spec: DenoiserSpec, path: Path, talk: Talk) -> tuple[float | None, str]:
-    """Export the decoder; return its largest relative error, or None and why it was not exported."""
+    """Export the decoder; return its largest relative error, or None and the reason it failed."""
     try:
         return _write_decoder(decoder, spec, path, talk), ""
     except ModelError as reason:
@@ -265,7 +257,7 @@ def _write_decoder(decoder: Network, spec: DenoiserSpec, path: Path, talk: Talk)
 
 
 def relative_error(output: Array, reference: Array) -> float:
-    """Return max |output - reference| / max |reference|; Inf when the shapes differ or a value is not finite."""
+    """Return max |output - reference| / max |reference|; Inf for other shapes or if not finite."""
     if output.shape != reference.shape or not np.isfinite(output).all():
         return float("inf")
     largest = float(np.max(np.abs(reference)))

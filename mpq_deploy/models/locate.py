@@ -1,4 +1,4 @@
-"""Find the files of a model: bundled, in a folder, as an ONNX file, or fetched from the Hugging Face hub."""
+"""Find a model's files: bundled, a folder, an ONNX file, or fetched from the hub."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SOURCE_ENDINGS = (".json", ".safetensors", ".txt", ".model")
 def locate(source: str | Path | None, talk: Talk | None = None) -> Path:
     """Return the folder or ONNX file of ``source``; a hub id is fetched.
 
-    Raises UsageError when there is none, ModelError for a file that is a pickle or no ONNX by its name.
+    Raises UsageError when there is none, ModelError for a pickle or any other file.
     """
     if source is None or str(source) in DEMOS:
         return bundled_demo(None if source is None else str(source))
@@ -59,7 +59,7 @@ def locate(source: str | Path | None, talk: Talk | None = None) -> Path:
 
 
 def source_files(source: str | Path | None, description: Path | None = None) -> list[tuple[str, Path]]:
-    """Return the files that decide what ``open_denoiser(source)`` gives, as (name within the model, path), sorted.
+    """Return the files that ``open_denoiser(source)`` reads: (name in the model, path), sorted.
 
     For an ONNX file: itself, its external data, its YAML and the scheduler that this names.
     """
@@ -113,11 +113,11 @@ def fetch(hub_id: str, talk: Talk) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, RevisionResolutionError
 
-    wanted = ["model_index.json", "config.json", "diffusion_pytorch_model*.safetensors*", "scheduler_config.json"]
-    wanted += [f"{part}/{kind}" for part in PARTS for kind in KINDS]
+    patterns = ["model_index.json", "config.json", "diffusion_pytorch_model*.safetensors*", "scheduler_config.json"]
+    patterns += [f"{part}/{kind}" for part in PARTS for kind in KINDS]
     talk.line(f"  looking for {hub_id} on the hub")
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=list(LEFT_OUT)))
+        return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=list(LEFT_OUT)))
     except (OSError, HFValidationError, RevisionResolutionError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UsageError(

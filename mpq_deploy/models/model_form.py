@@ -1,4 +1,4 @@
-"""What a diffusers model of one configuration takes, and its module as a network of plain tensors."""
+"""What a diffusers model of one configuration takes, and its module as a network of tensors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from mpq_deploy.models.transformer import (
 from mpq_deploy.models.unet import UNET_CLASSES, sample_shape, unet_inputs
 
 OUTPUT = "out_sample"
-# Parameters that a known class may do without: they become inputs where the user's conditions hold them.
+# Optional parameters of known classes: they become inputs where the user's conditions hold them.
 OPTIONAL: dict[str, tuple[str, ...]] = {
     "UNet2DModel": (),
     "UNet2DConditionModel": (
@@ -54,8 +54,9 @@ TEXT_GUIDANCE = 7.5
 
 @dataclass(frozen=True)
 class ModelForm:
-    """``wanted``: the conditions; ``timestep_scale``: by what the sampler's timesteps are multiplied for the model;
-    ``guidance``: the scale of its own pipeline; ``unpack``: turns packed samples into latents [N, C, H, W].
+    """``wanted``: the conditions; ``timestep_scale``: by what the sampler's timesteps are
+    multiplied for the model; ``guidance``: the scale of its own pipeline; ``unpack``: turns
+    packed samples into latents [N, C, H, W].
     """
 
     class_name: str
@@ -70,7 +71,7 @@ class ModelForm:
 
     @property
     def known(self) -> bool:
-        """Whether the configuration says what the model takes; else its signature and the user's arrays do."""
+        """Whether the configuration lists the inputs; else signature and given arrays do."""
         return self.class_name in OPTIONAL
 
 
@@ -83,15 +84,15 @@ def model_class(config: dict[str, Any], folder: Path) -> Any:
 
     name = str(config.get("_class_name", ""))
     known = (*UNET_CLASSES, *TRANSFORMER_CLASSES)
-    found = getattr(diffusers, name, None) if name.isidentifier() else None
-    denoises = isinstance(found, type) and issubclass(found, diffusers.ModelMixin) and signature_of(found) is not None
-    if not denoises:
+    candidate = getattr(diffusers, name, None) if name.isidentifier() else None
+    is_model = isinstance(candidate, type) and issubclass(candidate, diffusers.ModelMixin)
+    if not is_model or signature_of(candidate) is None:
         raise UsageError(
             f"{folder} holds {name or 'a model without _class_name'}, which is no denoiser of diffusers.",
             f"{nearest(name, known)}Supported: {', '.join(known)}, and other models of diffusers that take a "
             "sample and a timestep; export others to ONNX and give the ONNX file with a YAML.",
         )
-    return found
+    return candidate
 
 
 def model_form(config: dict[str, Any], folder: Path, given: Conditions | None) -> ModelForm:
@@ -99,15 +100,15 @@ def model_form(config: dict[str, Any], folder: Path, given: Conditions | None) -
 
     Raises UsageError for a class that is no denoiser, or a configuration that is not supported.
     """
-    found = model_class(config, folder)
+    module_class = model_class(config, folder)
     name = str(config["_class_name"])
-    signature = signature_of(found)
+    signature = signature_of(module_class)
     assert signature is not None  # model_class refuses others
     if name == FLUX:
         sample = flux_sample(config)
     else:
         sample = InputSpec(name=signature.sample, shape=sample_shape(config, folder))
-    form = ModelForm(name, signature, sample, (), fixed=fixed_arguments(config, found))
+    form = ModelForm(name, signature, sample, (), fixed=fixed_arguments(config, module_class))
     if name in UNET_CLASSES:
         form = replace(form, wanted=unet_inputs(config), guidance=TEXT_GUIDANCE)
     elif name in TRANSFORMER_CLASSES:
@@ -128,7 +129,7 @@ def _further(form: ModelForm, given: Conditions | None) -> tuple[WantedInput, ..
 
 
 def network(module: Any, form: ModelForm, config: dict[str, Any], conditions: Sequence[InputSpec]) -> TorchNetwork:
-    """Return the module as a network of plain tensors: sample, timestep [N], then the conditions by name."""
+    """Return the module as a network of tensors: sample, timestep [N], then conditions by name."""
     names = [item.name for item in conditions]
     fixed: dict[str, Any] = dict(form.fixed)
     timestep = form.signature.timestep

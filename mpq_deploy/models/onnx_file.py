@@ -107,10 +107,10 @@ class OnnxNetwork:
         talk.line(f"  reading {self.path.name}")
         model = load_model(self.path)
         outputs = model.graph.outputs
-        # What else the file gives no one asks for; as an output it would be computed and kept on each call.
-        kept = [value for value in outputs if value.name == self._output]
+        # Other outputs are not read, but would be computed and kept on each call.
+        output = [value for value in outputs if value.name == self._output]
         outputs.clear()
-        outputs.extend(kept)
+        outputs.extend(output)
         return normalise(model)
 
     def reference(self, feeds: dict[str, Array]) -> Array:
@@ -132,13 +132,13 @@ class OnnxNetwork:
 def description_path(model: Path, given: Path | None) -> Path:
     """Return the YAML of an ONNX file. Raises UsageError when there is none."""
     candidates = [given] if given is not None else [model.with_suffix(".yaml"), model.with_suffix(".yml")]
-    found = next((path for path in candidates if path.is_file()), None)
-    if found is None:
+    file = next((path for path in candidates if path.is_file()), None)
+    if file is None:
         raise UsageError(
             f"{model} needs a YAML that says what its inputs mean; there is no {candidates[0]}.",
             "Write one: sample: NAME, timestep: NAME, conditions: [NAME, ...], prediction_type, scheduler.",
         )
-    return found
+    return file
 
 
 def read_description(path: Path) -> OnnxDescription:
@@ -162,8 +162,8 @@ def read_description(path: Path) -> OnnxDescription:
 def open_onnx(path: Path, source: str, additions: Additions, talk: Talk) -> Denoiser:
     """Open an ONNX file with its YAML.
 
-    Raises UsageError when the YAML does not fit the file or something is missing, ModelError for a file that
-    cannot be used (no dynamic batch axis, unknown input types).
+    Raises UsageError when the YAML does not fit the file or something is missing, ModelError for a
+    file that cannot be used (no dynamic batch axis, unknown input types).
     """
     model = load_model(path)
     yaml_path = description_path(path, additions.description)
@@ -230,7 +230,7 @@ def _check_names(declared: dict[str, ir.Value], description: OnnxDescription, ya
 
 
 def _sizes(value: ir.Value, item: NamedInput, path: Path) -> tuple[bool, tuple[int | None, ...]]:
-    """Return whether the first axis is a batch axis, and the other sizes; None where file and YAML leave them open."""
+    """Return whether axis 0 is a batch axis, and the other sizes (None: not declared)."""
     if value.shape is None:
         if item.shape is None:
             raise UsageError(f"{path} declares no shape for '{item.name}'.", "Give its shape in the YAML.")
@@ -313,7 +313,7 @@ def _scheduler(description: OnnxDescription, yaml_path: Path, additions: Additio
 def _conditions(
     description: OnnxDescription, wanted: tuple[WantedInput, ...], additions: Additions, path: Path
 ) -> Conditions:
-    """Return the given conditions; class labels without a file are counted from the names of the classes."""
+    """Return the given conditions; without a file, one row per class label in the YAML."""
     uncond, labels = description.guidance.uncond_row, description.labels
     if additions.conditions is not None:
         given = Conditions.load(additions.conditions)

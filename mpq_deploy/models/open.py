@@ -1,4 +1,4 @@
-"""Open a denoiser from whatever the user names: a bundled demo, a folder, a hub id or an ONNX file."""
+"""Open a denoiser from what the user names: a bundled demo, a folder, a hub id or an ONNX file."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 def open_denoiser(
     source: str | Path | None = None, additions: Additions | None = None, talk: Talk | None = None
 ) -> Denoiser:
-    """Open the denoiser that ``source`` names (see ``locate``), with what ``additions`` replace or add.
+    """Open the denoiser that ``source`` names (see ``locate``), with the user's ``additions``.
 
-    Raises UsageError when there is no such model or something is missing, ModelError when it cannot be read.
+    Raises UsageError for an absent or incomplete model, ModelError for an unreadable one.
     """
     talk, additions = talk or Talk(), additions or Additions()
     path = locate(source, talk)

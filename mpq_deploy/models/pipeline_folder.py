@@ -29,10 +29,10 @@ GUIDING_INPUTS = ("timestep_cond", "guidance")
 
 
 def open_folder(folder: Path, source: str, additions: Additions, talk: Talk) -> Denoiser:
-    """Open a pipeline folder (model_index.json) or the folder of a UNet or transformer (config.json).
+    """Open a pipeline folder (model_index.json), or that of a UNet or transformer (config.json).
 
-    Raises UsageError for a folder that is neither, for an unsupported class, and when something is missing that
-    the folder cannot provide; ModelError for weights that cannot be loaded.
+    Raises UsageError for a folder that is neither, for an unsupported class, and when something is
+    missing that the folder cannot provide; ModelError for weights that cannot be loaded.
     """
     pipeline = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
     part = _denoiser_folder(folder, pipeline, additions.component)
@@ -86,13 +86,13 @@ def _decoder(folder: Path, form: ModelForm, talk: Talk) -> tuple[TorchNetwork | 
 
 def _denoiser_folder(folder: Path, pipeline: dict[str, Any], component: str | None) -> Path:
     if pipeline:
-        wanted = DENOISERS if component is None else (component,)
-        found = next((folder / name for name in wanted if (folder / name / CONFIG).is_file()), None)
-        if found is not None:
-            return found
+        names = DENOISERS if component is None else (component,)
+        part = next((folder / name for name in names if (folder / name / CONFIG).is_file()), None)
+        if part is not None:
+            return part
         parts = ", ".join(name for name in pipeline if not name.startswith("_"))
         raise UsageError(
-            f"The pipeline in {folder} has no {' or '.join(wanted)} with a {CONFIG}; its parts are: {parts or 'none'}.",
+            f"The pipeline in {folder} has no {' or '.join(names)} with a {CONFIG}; its parts are: {parts or 'none'}.",
             "Name the part with --component; export others to ONNX and give the ONNX file with a YAML.",
         )
     if (folder / CONFIG).is_file():
@@ -104,7 +104,7 @@ def _denoiser_folder(folder: Path, pipeline: dict[str, Any], component: str | No
 
 
 def _scheduler(path: Path, form: ModelForm, config: dict[str, Any]) -> dict[str, Any]:
-    """Return the scheduler's configuration, with the number of image tokens where its timesteps depend on that."""
+    """Return the scheduler's configuration, with the image tokens where they matter."""
     scheduler = read_scheduler(path)
     if form.class_name == FLUX:
         return {**scheduler, IMAGE_TOKENS: form.sample.shape[0]}
@@ -154,7 +154,7 @@ def _texts(folder: Path, pipeline: dict[str, Any], form: ModelForm, additions: A
 
 
 def _dit_classes(count: int, pipeline: dict[str, Any]) -> Conditions:
-    """Return one row per class of a DiT and a last one for its empty class, named as the pipeline's index says."""
+    """Return one row per class of a DiT, and a last one for its empty class."""
     names = pipeline.get("id2label") or {}
     labels = tuple(str(names.get(str(i), f"class {i}")).split(",")[0] for i in range(count))
     rows = np.arange(count + 1, dtype=np.int64)
@@ -170,7 +170,7 @@ def _every_class(count: int, card: dict[str, Any]) -> Conditions:
 
 
 def _guidance(additions: Additions, card: dict[str, Any], conditions: Conditions, form: ModelForm) -> float:
-    """Return the guidance scale: the user's, else the card's, else that of the class's pipeline, else 1 (none)."""
+    """Return the guidance scale: the user's, the card's, the class's pipeline's, or 1 (none)."""
     names = [item.name for item in form.wanted]
     distilled = any(name in names for name in GUIDING_INPUTS)
     if distilled and additions.conditions is None:

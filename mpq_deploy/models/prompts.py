@@ -1,7 +1,6 @@
 """Prompts through a pipeline's own text encoders: the conditions of a text-conditional denoiser.
 
-In: a diffusers pipeline folder and a file of prompts. Out: ``Conditions`` with one row per prompt and a last one for
-the empty prompt.
+In: a diffusers pipeline folder, a file of prompts. Out: ``Conditions``, the empty prompt last.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from mpq_deploy.models.unet import find_weights
 from mpq_deploy.system.libraries import no_bars
 from mpq_deploy.system.progress import Talk
 
-# Classes of transformers that are opened: encoders and tokenizers of the Stable Diffusion and T5 families.
+# Classes of transformers that are opened: those of the Stable Diffusion and T5 families.
 ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast")
 WEIGHTS_STEM = "model"
@@ -41,9 +40,9 @@ T5_TOKENS = {
     FLUX: 512,
 }
 LENGTH_LIMIT = 77
-# The scales that Flux and latent consistency models are told where the user names none (their pipelines' defaults).
+# Default guidance scales of the Flux and latent consistency pipelines, which are inputs there.
 TOLD_GUIDANCE = {"guidance": 3.5, "timestep_cond": 8.5}
-# A latent consistency model's scale is embedded like a timestep of a thousand times the scale (Luo et al. 2023).
+# A consistency model embeds its scale like a timestep 1,000 times as large (Luo et al. 2023).
 GUIDANCE_FACTOR, LONGEST_PERIOD = 1000.0, 10000.0
 FROM_TEXT = (
     "encoder_hidden_states",
@@ -59,7 +58,7 @@ FROM_TEXT = (
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a denoiser of ``class_name`` takes; ``image_size``: height and width in pixels; ``guidance``: the user's."""
+    """What a denoiser of ``class_name`` takes; ``image_size``: height and width in pixels."""
 
     class_name: str
     inputs: tuple[WantedInput, ...]
@@ -72,7 +71,7 @@ class Wanted:
 
 
 def prompts_file() -> Path:
-    """Return the prompts that come with the package (``calibration/prompts.txt`` of the source tree)."""
+    """Return the package's own prompts (``calibration/prompts.txt`` of the source tree)."""
     package = Path(str(resources.files("mpq_deploy")))
     for path in (package / "calibration_data" / "prompts.txt", package.parent / "calibration" / "prompts.txt"):
         if path.is_file():
@@ -81,7 +80,7 @@ def prompts_file() -> Path:
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
-    """Return the prompts of a file, one per line; empty lines and lines that begin with # are left out."""
+    """Return the prompts of a file, one per line, without empty lines and # comments."""
     if not path.is_file():
         raise UsageError(f"There is no prompts file at {path}.", "Give a text file with one prompt per line.")
     try:
@@ -131,10 +130,11 @@ def text_conditions(
 
 
 def _joint(encoded: list[_Encoded], wanted: Wanted, folder: Path) -> dict[str, Array]:
-    """Return the conditions of Stable Diffusion 3 and Flux: pooled CLIP vectors, and tokens of one width.
+    """Return the conditions of Stable Diffusion 3 and Flux: pooled CLIP vectors, and tokens.
 
-    Flux takes T5's tokens alone. Stable Diffusion 3 puts CLIP's (side by side, filled up with zeros) before them, and
-    as many tokens of zeros in their place where there is no T5 (Esser et al. 2024, section 4).
+    Flux takes T5's tokens alone. Stable Diffusion 3 puts CLIP's (side by side, filled up with
+    zeros) before them, and as many tokens of zeros in their place where there is no T5 (Esser et
+    al. 2024, section 4).
     """
     pooled = [_needed(one.pooled, folder) for one in encoded if not one.t5]
     t5 = [one.states for one in encoded if one.t5]
@@ -162,24 +162,24 @@ def _joint(encoded: list[_Encoded], wanted: Wanted, folder: Path) -> dict[str, A
 
 
 def _same_for_all(wanted: Wanted) -> dict[str, Array]:
-    """Return what every prompt has in common: the image's size, and the guidance scale that the model is told."""
+    """Return what all prompts share: the image's size, and the guidance scale that is an input."""
     height, width = wanted.image_size
-    found: dict[str, Array] = {}
+    arrays: dict[str, Array] = {}
     if wanted.shape("time_ids") is not None:
-        found["time_ids"] = np.array([height, width, 0, 0, height, width], np.float32)
+        arrays["time_ids"] = np.array([height, width, 0, 0, height, width], np.float32)
     if wanted.shape("resolution") is not None:
-        found["resolution"] = np.array([height, width], np.float32)
-        found["aspect_ratio"] = np.array([height / width], np.float32)
+        arrays["resolution"] = np.array([height, width], np.float32)
+        arrays["aspect_ratio"] = np.array([height / width], np.float32)
     for name, default in TOLD_GUIDANCE.items():
         shape = wanted.shape(name)
         if shape is not None:
             scale = default if wanted.guidance is None else wanted.guidance
-            found[name] = guidance_embedding(scale - 1, int(shape[0] or 0)) if shape else np.array(scale, np.float32)
-    return found
+            arrays[name] = guidance_embedding(scale - 1, int(shape[0] or 0)) if shape else np.array(scale, np.float32)
+    return arrays
 
 
 def guidance_embedding(scale: float, width: int) -> Array:
-    """Return the embedding of a latent consistency model's guidance, float32 [width] (as its diffusers pipeline's)."""
+    """Return a latent consistency model's embedded guidance, float32 [width], as diffusers does."""
     half = width // 2
     rates = np.exp(-np.log(LONGEST_PERIOD) * np.arange(half) / (half - 1))
     angles = GUIDANCE_FACTOR * scale * rates
@@ -194,7 +194,7 @@ def _needed(pooled: Array | None, folder: Path) -> Array:
 
 @dataclass(frozen=True)
 class _Encoded:
-    """What an encoder made of the prompts: states [texts, tokens, width], mask [texts, tokens], pooled [texts, K]."""
+    """Encoded prompts: states [texts, tokens, width], mask [texts, tokens], pooled [texts, K]."""
 
     states: Array
     mask: Array
@@ -205,7 +205,7 @@ class _Encoded:
 class Encoder:
     """A tokenizer with its text encoder, called as the denoiser's own pipeline does.
 
-    SDXL and Stable Diffusion 3 take the last hidden layer but one of CLIP; Flux its pooled vector alone.
+    SDXL and Stable Diffusion 3 take CLIP's last hidden layer but one; Flux its pooled vector.
     """
 
     def __init__(self, folder: Path, pipeline: dict[str, Any], suffix: str, wanted: Wanted) -> None:
@@ -225,7 +225,7 @@ class Encoder:
 
     @classmethod
     def of_pipeline(cls, folder: Path, pipeline: dict[str, Any], name: str) -> Encoder:
-        """Open the text encoder ``name`` of a pipeline, as its own denoiser's class has it called."""
+        """Open the text encoder ``name`` of a pipeline as the denoiser's class has it called."""
         denoiser = next((part for part in DENOISERS if part in pipeline), "")
         config = folder / denoiser / "config.json"
         values = read_json(config) if denoiser and config.is_file() else {}
@@ -240,16 +240,16 @@ class Encoder:
 
     def states(self, output: Any) -> torch.Tensor:
         """Return the hidden states that the denoiser takes, [texts, tokens, width]."""
-        found: torch.Tensor = output.hidden_states[-2] if self.penultimate else output.last_hidden_state
-        return found
+        states: torch.Tensor = output.hidden_states[-2] if self.penultimate else output.last_hidden_state
+        return states
 
     def tokenize(self, texts: tuple[str, ...]) -> tuple[Array, Array]:
         """Return token ids and mask, int64 [texts, tokens] each."""
         handed = [text.lower().strip() for text in texts] if self._lower_case else list(texts)
-        found = self._tokenizer(
+        tokens = self._tokenizer(
             handed, padding="max_length", max_length=self._tokens, truncation=True, return_tensors="np"
         )
-        return np.asarray(found.input_ids, np.int64), np.asarray(found.attention_mask, np.int64)
+        return np.asarray(tokens.input_ids, np.int64), np.asarray(tokens.attention_mask, np.int64)
 
     def encode(self, texts: tuple[str, ...]) -> _Encoded:
         """Return the encoded texts, float32."""
@@ -275,7 +275,7 @@ def _rows(parts: list[torch.Tensor]) -> Array:
 
 
 def load_part(folder: Path, pipeline: dict[str, Any], name: str, allowed: tuple[str, ...]) -> Any:
-    """Load a tokenizer or text encoder of the pipeline; only the ``allowed`` classes of transformers."""
+    """Load the pipeline's tokenizer or text encoder, if its transformers class is ``allowed``."""
     import transformers
 
     library, class_name = (*(pipeline.get(name) or ()), None, None)[:2]

@@ -1,4 +1,4 @@
-"""What a denoiser takes and gives: the inputs by role, the prediction, the scheduler. Saved as denoiser.json."""
+"""What a denoiser takes and gives: inputs, prediction, scheduler. Saved as denoiser.json."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 
 
 class InputSpec(BaseModel):
-    """One input of the ONNX graph. ``shape`` leaves the batch axis out; () for one number per sample."""
+    """One input of the ONNX graph; ``shape`` without batch axis, () for one number per sample."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -28,15 +28,17 @@ class InputSpec(BaseModel):
 class DenoiserSpec(BaseModel):
     """How to call a denoiser and how to sample with it.
 
-    ``scheduler`` is a diffusers scheduler configuration (with ``_class_name``). ``labels`` name the rows of
-    conditions.npz, and ``uncond_row`` is the row for classifier-free guidance (used when ``guidance_scale`` is
-    not 1). ``pixel_range`` is given when samples are images; latents have a decoder file or are compared as such.
-    ``config`` is the diffusers model's own configuration; empty for an ONNX file.
+    ``scheduler`` is a diffusers scheduler configuration (with ``_class_name``). ``labels`` name the
+    rows of conditions.npz, and ``uncond_row`` is the row for classifier-free guidance (used when
+    ``guidance_scale`` is not 1). ``pixel_range`` is given when samples are images; latents have a
+    decoder file or are compared as such. ``config`` is the diffusers model's own configuration;
+    empty for an ONNX file.
 
-    ``timestep`` None: a component that is called once (a VAE's decoder, a text encoder). Its samples are rows of
-    conditions.npz by their input's name: the first ``calibration_rows`` to calibrate with, the others to compare with.
-    The model is fed the sampler's timestep times ``timestep_scale``. ``first_tokens``: by condition, the first token of
-    every text, for which alone the graph holds (``graph.passes.first_token``).
+    ``timestep`` None: a component that is called once (a VAE's decoder, a text encoder). Its
+    samples are rows of conditions.npz by their input's name: the first ``calibration_rows`` to
+    calibrate with, the others to compare with. The model is fed the sampler's timestep times
+    ``timestep_scale``. ``first_tokens``: by condition, the first token of every text, for which
+    alone the graph holds (``graph.passes.first_token``).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

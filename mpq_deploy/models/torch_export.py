@@ -1,8 +1,9 @@
-"""A PyTorch module as an ONNX graph: parameters keep their names, nodes are called after their modules.
+"""A PyTorch module as an ONNX graph: parameters keep their names, nodes get their modules' names.
 
-The exporter stores bias-free Linear weights transposed and norms reshaped, under names such as ``val_215``. Here
-its graph is taken before its optimizer ran, the shape operators are folded into the weights under the parameters'
-own names (``graph.passes.fold_constants``), and only then it is optimized.
+The exporter stores bias-free Linear weights transposed and norms reshaped, under names such as
+``val_215``. Here its graph is taken before its optimizer ran, the shape operators are folded into
+the weights under the parameters' own names (``graph.passes.fold_constants``), and only then it is
+optimized.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from mpq_deploy.graph.passes.name_nodes import NameNodesPass
 from mpq_deploy.models.spec import Array, InputSpec
 from mpq_deploy.system.progress import Talk
 
-# The last opset at which the exporter writes GroupNorm as InstanceNormalization, the form all TensorRT versions run.
+# The last opset with GroupNorm written as InstanceNormalization, which all TensorRT versions run.
 EXPORT_OPSET = 20
 # Batch of the traced example: 0 and 1 would be taken for constants.
 EXAMPLE_BATCH = 2
@@ -45,7 +46,7 @@ Forward = Callable[..., torch.Tensor]
 class TorchNetwork:
     """A PyTorch module with plain tensors in and one tensor out.
 
-    ``call`` gets the module and the inputs in the order of ``inputs`` (batch first), and returns the output.
+    ``call`` gets the module and the inputs in their order (batch first), and returns the output.
     """
 
     tolerance = TOLERANCE
@@ -165,7 +166,7 @@ def strip_prefix(model: ir.Model) -> None:
 
 
 def optimized(model: ir.Model) -> ir.Model:
-    """Return ``model`` after the exporter's own optimizer: shape arithmetic and casts that do nothing go."""
+    """Return ``model`` after the exporter's optimizer, without redundant shapes and casts."""
     import onnxscript.optimizer
 
     HideNearNeutralPass()(model)
@@ -175,10 +176,11 @@ def optimized(model: ir.Model) -> ir.Model:
 
 
 def name_parameters(model: ir.Model, module: torch.nn.Module) -> None:
-    """Give a constant that the exporter computed from a parameter of its node's module that parameter's name.
+    """Give constants that the exporter computed from a parameter of their module its name.
 
-    Such a constant has the parameter's values in another shape (norms: [C] becomes [C, 1, 1]). Of several
-    parameters with equal values (fresh norms, which the exporter merges) the first one in the graph gives the name.
+    Such a constant has the parameter's values in another shape (norms: [C] becomes [C, 1, 1]). Of
+    several parameters with equal values (fresh norms, which the exporter merges) the first one in
+    the graph gives the name.
     """
     parameters = {name: tensor.detach() for name, tensor in module.state_dict().items()}
     initializers = model.graph.initializers
@@ -201,19 +203,19 @@ def _same_values(constant: ir.TensorProtocol | None, parameter: torch.Tensor) ->
 
 
 def name_after_modules(model: ir.Model) -> None:
-    """Call nodes ``module.path/Op`` and their outputs alike, the batch axis ``batch``; drop traces of the source."""
+    """Name nodes ``module.path/Op``, outputs alike, the batch axis ``batch``; drop traces."""
     graph = model.graph
     for node in graph:
         node.name = f"{_module_of(node)}/{node.op_type}".removeprefix("/")
     NameNodesPass()(model)
-    kept = {value.name for value in (*graph.inputs, *graph.outputs)} | set(graph.initializers)
+    names = {value.name for value in (*graph.inputs, *graph.outputs)} | set(graph.initializers)
     batch = graph.inputs[0].shape[0]  # type: ignore[index]
     for value in (*graph.inputs, *graph.outputs):
         _rename_axis(value, batch)
     for node in graph:
         for index, value in enumerate(node.outputs):
             _rename_axis(value, batch)
-            if value.name not in kept:
+            if value.name not in names:
                 value.name = node.name if index == 0 else f"{node.name}:{index}"
     common_passes.ClearMetadataAndDocStringPass()(model)
     for initializer in graph.initializers.values():
@@ -249,7 +251,7 @@ def _first_line(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what the exporter logs out of the output: remarks on packages, traces of errors. These still raise."""
+    """Silence the exporter's log: remarks on packages, traces of errors, which still raise."""
     loggers = {logging.getLogger("torch.onnx"): logging.ERROR, logging.getLogger("torch.export"): logging.CRITICAL}
     loggers[logging.getLogger("torch._subclasses.fake_tensor")] = logging.CRITICAL
     before = {logger: logger.level for logger in loggers}

@@ -1,7 +1,8 @@
-"""Diffusion transformers of diffusers, and any other class that denoises: which inputs a configuration takes.
+"""Diffusion transformers, and any other class that denoises: inputs by configuration.
 
-The four classes here say in their configuration what they need. Of any other class of diffusers whose forward takes a
-sample, a timestep and further tensors, the forward's own signature and the user's arrays say it.
+The four classes here say in their configuration what they need. Of any other class of diffusers
+whose forward takes a sample, a timestep and further tensors, the forward's own signature and the
+user's arrays say it.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ ARGUMENTS = "forward_arguments"
 # Inputs that models take in the dictionary ``added_cond_kwargs``.
 ADDED = "added_cond_kwargs"
 ADDED_INPUTS = ("text_embeds", "time_ids", "image_embeds", "resolution", "aspect_ratio")
-# A list of tensors is one input per element, ``NAME.0``, ``NAME.1`` and so on (ControlNet's residuals).
+# A list of tensors is one input per element: ``NAME.0``, ``NAME.1`` (ControlNet's residuals).
 ELEMENT = "."
 # The scales that diffusers' own pipelines guide with.
 GUIDANCE = {DIT: 4.0, PIXART: 4.5, SD3: 7.0}
-# Latent rows and columns that one token of Flux covers, and latents per side in its pipeline (1,024 pixels).
+# Latent rows and columns per token of Flux, and latents per edge in its pipeline (1,024 pixels).
 FLUX_PATCH, FLUX_SIZE = 2, 128
 # The pipeline of Flux divides the scheduler's timesteps by this (the model multiplies them again).
 FLUX_TIMESTEPS = 1000
@@ -42,14 +43,14 @@ FLUX_IDS = 3
 
 @dataclass(frozen=True)
 class Signature:
-    """The forward of a denoiser: the parameters of sample and timestep, and the conditions (True: has no default)."""
+    """A denoiser's forward: names of sample and timestep; conditions (True: without a default)."""
 
     sample: str
     others: dict[str, bool]
     timestep: str = TIMESTEP
 
     def takes(self, name: str) -> bool:
-        """Say whether an input called ``name`` can be handed over: itself, in a list, or in the dictionary."""
+        """Say whether the forward accepts an input ``name``: itself, in a list or dictionary."""
         head, _, index = name.partition(ELEMENT)
         if index:
             return head in self.others and index.isdigit()
@@ -57,7 +58,7 @@ class Signature:
 
 
 def signature_of(model_class: Any) -> Signature | None:
-    """Return how a class is called; None for one whose forward takes no sample and timestep (an autoencoder)."""
+    """Return how a class is called; None if its forward takes no sample and timestep."""
     parameters = dict(inspect.signature(model_class.forward).parameters)
     parameters.pop("self", None)
     sample = next((name for name in SAMPLE_NAMES if name in parameters), None)
@@ -73,13 +74,14 @@ def signature_of(model_class: Any) -> Signature | None:
 
 
 def fixed_arguments(config: dict[str, Any], model_class: Any) -> dict[str, Any]:
-    """Return what ``forward_arguments`` of the configuration gives the forward at every call, as it takes it.
+    """Return the arguments that ``forward_arguments`` in the configuration gives at every call.
 
-    Numbers of a video's frames, positions of tokens: what is the same for all samples. Lists become tensors, integers
-    int64 and others float32, where the parameter's annotation says tensor. Raises UsageError for an unknown parameter.
+    Numbers of a video's frames, positions of tokens: what is the same for all samples. Lists become
+    tensors, integers int64 and others float32, where the parameter's annotation says tensor. Raises
+    UsageError for an unknown parameter.
     """
     parameters = inspect.signature(model_class.forward).parameters
-    found: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     for name, value in dict(config.get(ARGUMENTS) or {}).items():
         if name not in parameters:
             raise UsageError(
@@ -87,12 +89,12 @@ def fixed_arguments(config: dict[str, Any], model_class: Any) -> dict[str, Any]:
                 f"{nearest(name, parameters)}It takes {', '.join(n for n in parameters if n != 'self')}.",
             )
         tensor = "Tensor" in str(parameters[name].annotation) and isinstance(value, (list, tuple))
-        found[name] = torch.tensor(value) if tensor else value
-    return found
+        arguments[name] = torch.tensor(value) if tensor else value
+    return arguments
 
 
 def transformer_inputs(config: dict[str, Any]) -> tuple[WantedInput, ...]:
-    """Return the conditions that a transformer of this configuration takes (of ``TRANSFORMER_CLASSES``)."""
+    """Return the conditions that a transformer of this configuration takes."""
     name = config["_class_name"]
     if name == DIT:
         return (WantedInput("class_labels", (), "int64"),)
@@ -113,7 +115,7 @@ def _text_width(config: dict[str, Any]) -> int:
 
 
 def _with_sizes(config: dict[str, Any]) -> bool:
-    """Whether a PixArt takes the image's size: as the class itself decides where the configuration does not."""
+    """Whether a PixArt takes the image's size; by default the class decides."""
     chosen = config.get("use_additional_conditions")
     return bool(config.get("sample_size", 128) == 128 if chosen is None else chosen)
 
@@ -125,9 +127,9 @@ def given_inputs(
     class_name: str,
     fixed: Collection[str] = (),
 ) -> tuple[WantedInput, ...]:
-    """Return, of the user's arrays, those that the forward takes and ``known`` does not name: further inputs.
+    """Return the inputs among the user's arrays that the forward takes, beside the ``known``.
 
-    ``fixed``: parameters that the configuration gives. Raises UsageError for one without default that nothing gives.
+    ``fixed``: parameters of the configuration. Raises UsageError for one without any value.
     """
     names = [item.name for item in known]
     arrays = {} if conditions is None else conditions.arrays
@@ -150,7 +152,7 @@ def _as_given(name: str, values: Any) -> WantedInput:
 
 
 def keyword_arguments(signature: Signature, given: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Return tensors by input name as the forward's keyword arguments: lists and the dictionary put together."""
+    """Return tensors by input name as the forward's arguments, lists and dictionary joined."""
     arguments: dict[str, Any] = {}
     lists: dict[str, dict[int, torch.Tensor]] = {}
     for name, value in given.items():
@@ -165,7 +167,7 @@ def keyword_arguments(signature: Signature, given: dict[str, torch.Tensor]) -> d
 
 
 def flux_tokens(config: dict[str, Any]) -> tuple[int, int]:
-    """Return rows and columns of Flux' tokens: its configuration's ``sample_size`` in latents, else 128 as diffusers'.
+    """Return rows and columns of Flux' tokens, from ``sample_size`` in latents (else 128).
 
     Raises UsageError for a size that is no multiple of a token's.
     """
@@ -177,14 +179,14 @@ def flux_tokens(config: dict[str, Any]) -> tuple[int, int]:
 
 
 def flux_unpacked(tokens: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """Return tokens [N, rows * columns, 4 C] as latents [N, C, 2 rows, 2 columns], as Flux' pipeline lays them out."""
+    """Return Flux' tokens [N, rows * columns, 4 C] as latents [N, C, 2 rows, 2 columns]."""
     channels = tokens.shape[-1] // FLUX_PATCH**2
     grid = tokens.reshape(-1, rows, columns, channels, FLUX_PATCH, FLUX_PATCH)
     return grid.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, FLUX_PATCH * rows, FLUX_PATCH * columns)
 
 
 class _FixedRotation(torch.nn.Module):  # type: ignore[misc]
-    """Flux' rotary embedding for ids that are known: cosines and sines [tokens, width], no double precision left."""
+    """Flux' rotary embedding for known ids: cosines and sines [tokens, width], float32."""
 
     def __init__(self, cosines: torch.Tensor, sines: torch.Tensor) -> None:
         super().__init__()
@@ -197,7 +199,7 @@ class _FixedRotation(torch.nn.Module):  # type: ignore[misc]
 
 
 def fix_flux_positions(module: Any, text_tokens: int, tokens: tuple[int, int]) -> dict[str, torch.Tensor]:
-    """Make the positions of ``module`` constant and return its two further arguments, the ids of text and image."""
+    """Make the positions of ``module`` constant; return the ids of text and image tokens."""
     rows, columns = tokens
     image = torch.zeros(rows, columns, FLUX_IDS)
     image[..., 1] += torch.arange(rows)[:, None]

@@ -1,4 +1,4 @@
-"""The two UNet classes of diffusers: which inputs each configuration takes; and loading weights of any class."""
+"""The UNet classes of diffusers: inputs by configuration; and loading any class's weights."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ VIDEO_AXES = 3
 
 
 def unet_inputs(config: dict[str, Any]) -> tuple[WantedInput, ...]:
-    """Return the conditions that a UNet of this configuration takes. Raises UsageError for unknown kinds."""
-    wanted = []
+    """Return the conditions of a UNet of this configuration. Raises UsageError if unknown."""
+    inputs = []
     if config["_class_name"] == "UNet2DConditionModel":
-        wanted.append(WantedInput("encoder_hidden_states", (None, _cross_attention_width(config))))
-    wanted += _class_inputs(config)
+        inputs.append(WantedInput("encoder_hidden_states", (None, _cross_attention_width(config))))
+    inputs += _class_inputs(config)
     if config["_class_name"] == "UNet2DConditionModel":
-        wanted += _added_inputs(config)
+        inputs += _added_inputs(config)
         if config.get("time_cond_proj_dim") is not None:
-            wanted.append(WantedInput("timestep_cond", (int(config["time_cond_proj_dim"]),)))
-    return tuple(wanted)
+            inputs.append(WantedInput("timestep_cond", (int(config["time_cond_proj_dim"]),)))
+    return tuple(inputs)
 
 
 def _cross_attention_width(config: dict[str, Any]) -> int:
@@ -76,10 +76,11 @@ def _added_inputs(config: dict[str, Any]) -> list[WantedInput]:
 
 
 def sample_shape(config: dict[str, Any], folder: Path) -> tuple[int, ...]:
-    """Return (channels, sizes): those that ``sample_size`` lists, or one size for every axis that the class has.
+    """Return (channels, sizes): ``sample_size``, or one size for every axis of the class.
 
-    ``sample_shape`` in the configuration is the shape itself, for samples that are laid out otherwise (tokens
-    [T, C], frames first). Raises UsageError for extra input channels or a missing size.
+    ``sample_shape`` in the configuration is the shape itself, for samples that are laid out
+    otherwise (tokens [T, C], frames first). Raises UsageError for extra input channels or a missing
+    size.
     """
     if config.get(SHAPE) is not None:
         return _whole_shape(config[SHAPE], folder)
@@ -106,9 +107,9 @@ def sample_shape(config: dict[str, Any], folder: Path) -> tuple[int, ...]:
 
 
 def spatial_axes(class_name: str) -> int:
-    """Return how many axes samples of a class have beside channels: 3 for UNet3DConditionModel, 2 unless it says."""
-    found = re.search(r"([123])D", class_name)
-    return int(found[1]) if found else 2
+    """Return a class's axes beside channels: the digit in UNet3DConditionModel, else 2."""
+    axes = re.search(r"([123])D", class_name)
+    return int(axes[1]) if axes else 2
 
 
 def _whole_shape(given: Any, folder: Path) -> tuple[int, ...]:
@@ -122,7 +123,7 @@ def _whole_shape(given: Any, folder: Path) -> tuple[int, ...]:
 
 
 def load_pretrained(model_class: Any, folder: Path, variant: str | None) -> torch.nn.Module:
-    """Load a diffusers model in float32, every weight from the file. Raises ModelError when that fails."""
+    """Load a diffusers model in float32, every weight from the file. Raises ModelError."""
     from safetensors import SafetensorError
 
     if getattr(model_class, "_keep_in_fp32_modules", None):
@@ -157,9 +158,9 @@ def load_pretrained(model_class: Any, folder: Path, variant: str | None) -> torc
 
 
 def find_weights(folder: Path, stem: str) -> str | None:
-    """Return the variant (such as ``fp16``; None is the plain one) of the safetensors weights in ``folder``.
+    """Return the variant (such as ``fp16``; None: plain) of the safetensors in ``folder``.
 
-    Raises ModelError when there are none; pickled weights are refused, because loading them runs their code.
+    Raises ModelError when there are none; pickled weights are refused: loading runs their code.
     """
     files = sorted(folder.glob(f"{stem}*.safetensors*"))
     if (folder / f"{stem}.safetensors").exists() or (folder / f"{stem}.safetensors.index.json").exists():

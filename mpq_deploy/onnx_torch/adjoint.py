@@ -1,8 +1,8 @@
-"""Gradients of the output at every layer, for several directions of the output at once, in bounded memory.
+"""Gradients of the output at every layer, for several directions at once, in bounded memory.
 
-The graph may be cut into parts: each is evaluated again from the values that it began with, and all directions go back
-through it before the part before it is. That is gradient checkpointing (Chen et al., arXiv 1604.06174), with one
-recomputation for all directions instead of one for each.
+The graph may be cut into parts: each is evaluated again from the values that it began with, and all
+directions go back through it before the part before it is. That is gradient checkpointing (Chen et
+al., arXiv 1604.06174), with one recomputation for all directions instead of one for each.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mpq_deploy.onnx_torch.torch_graph import Footprint, TorchGraph
 
 
 def parts_within(footprint: Footprint, gradients: int, most: int) -> tuple[slice, ...]:
-    """Cut a graph whose values and ``gradients`` (bytes) take several times ``most``; autograd keeps values twice."""
+    """Cut a graph whose values and ``gradients`` (bytes) take several times ``most``."""
     if PASS_COPIES * sum(footprint.made) + gradients <= WHOLE_SHARE * most:
         return (slice(0, len(footprint.made)),)
     return footprint.parts(most // PASS_COPIES)
@@ -31,10 +31,11 @@ def layer_gradients(
     uses: Sequence[LayerUse],
     directions: Mapping[str, Callable[[Any], list[Any]]],
 ) -> Iterator[tuple[int, Any, list[Any]]]:
-    """Yield (number of the use, the layer's input, gradients at its output in float32, one per direction).
+    """Yield (number of the use, the layer's input, output's float32 gradients by direction).
 
-    ``directions``: output of the graph -> what gets its value and returns tensors like it. Uses come in the order of
-    ``uses`` within a part, the last part first; those that no output depends on are left out.
+    ``directions``: output of the graph -> what gets its value and returns tensors like it. Uses
+    come in the order of ``uses`` within a part, the last part first; those that no output depends
+    on are left out.
     """
     before = [dict(feeds)]
     with torch.no_grad():
@@ -50,14 +51,14 @@ def layer_gradients(
         }
         numbers = [number for number, use in enumerate(uses) if use.output in made]
         targets = [uses[number].output for number in numbers]
-        kept = [*targets, *(uses[number].input for number in numbers)]
-        found = graph.run_part(part, {**known, **leaves}, kept, targets)
+        keep = [*targets, *(uses[number].input for number in numbers)]
+        values = graph.run_part(part, {**known, **leaves}, keep, targets)
         if gradients is None:
-            gradients = {name: make(found[name].detach()) for name, make in directions.items()}
-        inputs = [found[uses[number].input].detach() for number in numbers]
-        gradients, by_use = _back(found, leaves, targets, gradients)
+            gradients = {name: make(values[name].detach()) for name, make in directions.items()}
+        inputs = [values[uses[number].input].detach() for number in numbers]
+        gradients, by_use = _back(values, leaves, targets, gradients)
         # The part's values go before its layers are looked at, and before the next part's come.
-        del found, leaves, known
+        del values, leaves, known
         for place, number in enumerate(numbers):
             rows, by_use[place] = by_use[place], []
             if rows:
@@ -70,7 +71,7 @@ def _back(
     targets: list[str],
     gradients: dict[str, list[Any]],
 ) -> tuple[dict[str, list[Any]], list[list[Any]]]:
-    """Take ``gradients`` at what a part left (one per direction) to what it began with and to its ``targets``.
+    """Take ``gradients`` at what a part left back to what it began with and its ``targets``.
 
     What nothing depends on is left out of the first, and is an empty list in the second.
     """

@@ -1,8 +1,9 @@
 """A table of ONNX operators in torch, with autograd: elementwise, shapes, reductions.
 
-Operators with windows, norms and attention are in ``operators``; ``OPERATORS`` there holds both. Every entry is
-a function (call, inputs) -> output or outputs, written from the ONNX operator specification (opset 13 and later)
-and compared with ONNX Runtime in the tests. Shapes and indices are small int64 tensors on the CPU.
+Operators with windows, norms and attention are in ``operators``; ``OPERATORS`` there holds both.
+Every entry is a function (call, inputs) -> output or outputs, written from the ONNX operator
+specification (opset 13 and later) and compared with ONNX Runtime in the tests. Shapes and indices
+are small int64 tensors on the CPU.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Tensor = torch.Tensor
 Inputs = Sequence[Any]
 Outputs = Any
 
-# ONNX TensorProto.DataType -> torch, for all types but the floats that are evaluated in one type (see Call).
+# ONNX TensorProto.DataType -> torch, except for floats of one type (see Call).
 INTEGER_TYPES: dict[int, torch.dtype] = {
     2: torch.uint8,
     3: torch.int8,
@@ -38,9 +39,9 @@ class UnsupportedForm(Exception):  # noqa: N818 - a signal to the evaluator, whi
 
 @dataclass(frozen=True)
 class Call:
-    """One node, read: its attributes, the opset, its number of outputs, and the type that floats are evaluated in.
+    """One node, read: attributes, opset, number of outputs, and the type to compute floats in.
 
-    FLOAT, FLOAT16 and BFLOAT16 of the graph are all evaluated in ``float_type``; DOUBLE stays float64.
+    The graph's FLOAT, FLOAT16 and BFLOAT16 are computed in ``float_type``, DOUBLE in float64.
     """
 
     attributes: Mapping[str, Any]
@@ -81,7 +82,8 @@ def axis_index(tensor: Any, axis: int) -> int:
     return axis + tensor.ndim if axis < 0 else axis
 
 
-# --- elementwise ---------------------------------------------------------------------------------------------
+# --- elementwise
+# ---------------------------------------------------------------------------------------------
 
 
 def _unary(function: Callable[[Any], Any]) -> Operator:
@@ -106,10 +108,6 @@ def _mod(call: Call, x: Inputs) -> Outputs:
     return torch.fmod(x[0], x[1]) if call.get("fmod", 0) else torch.remainder(x[0], x[1])
 
 
-def _pow(call: Call, x: Inputs) -> Outputs:
-    return torch.pow(x[0], x[1]).to(x[0].dtype)
-
-
 def _clip(call: Call, x: Inputs) -> Outputs:
     low, high = optional(x, 1), optional(x, 2)
     if low is None and high is None:
@@ -117,47 +115,16 @@ def _clip(call: Call, x: Inputs) -> Outputs:
     return torch.clamp(x[0], low, high)
 
 
-def _gelu(call: Call, x: Inputs) -> Outputs:
-    return functional.gelu(x[0], approximate=call.get("approximate", "none"))
-
-
-def _leaky_relu(call: Call, x: Inputs) -> Outputs:
-    return functional.leaky_relu(x[0], call.get("alpha", 0.01))
-
-
-def _elu(call: Call, x: Inputs) -> Outputs:
-    return functional.elu(x[0], call.get("alpha", 1.0))
-
-
-def _prelu(call: Call, x: Inputs) -> Outputs:
-    return torch.where(x[0] < 0, x[0] * x[1], x[0])
-
-
 def _hard_sigmoid(call: Call, x: Inputs) -> Outputs:
     return torch.clamp(call.get("alpha", 0.2) * x[0] + call.get("beta", 0.5), 0, 1)
 
 
-def _swish(call: Call, x: Inputs) -> Outputs:
-    return x[0] * torch.sigmoid(call.get("alpha", 1.0) * x[0])
-
-
-def _cast(call: Call, x: Inputs) -> Outputs:
-    return x[0].to(call.dtype(call.attributes["to"]))
-
-
-def _cast_like(call: Call, x: Inputs) -> Outputs:
-    return x[0].to(x[1].dtype)
-
-
-# --- shapes --------------------------------------------------------------------------------------------------
+# --- shapes
+# --------------------------------------------------------------------------------------------------
 
 
 def _shape(call: Call, x: Inputs) -> Outputs:
     return torch.tensor(list(x[0].shape)[call.get("start", 0) : call.get("end", None)], dtype=torch.int64)
-
-
-def _size(call: Call, x: Inputs) -> Outputs:
-    return torch.tensor(x[0].numel(), dtype=torch.int64)
 
 
 def _reshape(call: Call, x: Inputs) -> Outputs:
@@ -173,14 +140,6 @@ def _flatten(call: Call, x: Inputs) -> Outputs:
     for size in x[0].shape[:axis]:
         rows *= size
     return x[0].reshape(rows, -1)
-
-
-def _transpose(call: Call, x: Inputs) -> Outputs:
-    return x[0].permute(call.get("perm", tuple(reversed(range(x[0].ndim)))))
-
-
-def _concat(call: Call, x: Inputs) -> Outputs:
-    return torch.cat(list(x), call.attributes["axis"])
 
 
 def _split(call: Call, x: Inputs) -> Outputs:
@@ -237,14 +196,6 @@ def _squeeze(call: Call, x: Inputs) -> Outputs:
 
 def _expand(call: Call, x: Inputs) -> Outputs:
     return x[0].expand(torch.broadcast_shapes(x[0].shape, tuple(integers(x[1]))))
-
-
-def _tile(call: Call, x: Inputs) -> Outputs:
-    return x[0].repeat(integers(x[1]))
-
-
-def _range(call: Call, x: Inputs) -> Outputs:
-    return torch.arange(x[0].item(), x[1].item(), x[2].item(), dtype=x[0].dtype)
 
 
 def _constant_of_shape(call: Call, x: Inputs) -> Outputs:
@@ -316,11 +267,8 @@ def _cumsum(call: Call, x: Inputs) -> Outputs:
     return total.flip(axis) if call.get("reverse", 0) else total
 
 
-def _einsum(call: Call, x: Inputs) -> Outputs:
-    return torch.einsum(call.attributes["equation"].replace(" ", ""), *x)
-
-
-# --- reductions ----------------------------------------------------------------------------------------------
+# --- reductions
+# ----------------------------------------------------------------------------------------------
 
 
 def _reduce(function: Callable[[Any, tuple[int, ...], bool], Any]) -> Operator:
@@ -363,19 +311,19 @@ BASIC: dict[str, Operator] = {
     "Abs": _unary(torch.abs),
     "Add": _binary(torch.add),
     "And": _binary(torch.logical_and),
-    "Cast": _cast,
-    "CastLike": _cast_like,
+    "Cast": lambda call, x: x[0].to(call.dtype(call.attributes["to"])),
+    "CastLike": lambda call, x: x[0].to(x[1].dtype),
     "Ceil": _unary(torch.ceil),
     "Clip": _clip,
-    "Concat": _concat,
+    "Concat": lambda call, x: torch.cat(list(x), call.attributes["axis"]),
     "Constant": _constant,
     "ConstantOfShape": _constant_of_shape,
     "Cos": _unary(torch.cos),
     "CumSum": _cumsum,
     "Div": _div,
     "Dropout": _unary(lambda x: x),
-    "Einsum": _einsum,
-    "Elu": _elu,
+    "Einsum": lambda call, x: torch.einsum(call.attributes["equation"].replace(" ", ""), *x),
+    "Elu": lambda call, x: functional.elu(x[0], call.get("alpha", 1.0)),
     "Equal": _binary(torch.eq),
     "Erf": _unary(torch.erf),
     "Exp": _unary(torch.exp),
@@ -384,7 +332,7 @@ BASIC: dict[str, Operator] = {
     "Floor": _unary(torch.floor),
     "Gather": _gather,
     "GatherElements": _gather_elements,
-    "Gelu": _gelu,
+    "Gelu": lambda call, x: functional.gelu(x[0], approximate=call.get("approximate", "none")),
     "Gemm": _linear_map,
     "Greater": _binary(torch.gt),
     "GreaterOrEqual": _binary(torch.ge),
@@ -392,7 +340,7 @@ BASIC: dict[str, Operator] = {
     "HardSwish": _unary(functional.hardswish),
     "Identity": _unary(lambda x: x),
     "IsNaN": _unary(torch.isnan),
-    "LeakyRelu": _leaky_relu,
+    "LeakyRelu": lambda call, x: functional.leaky_relu(x[0], call.get("alpha", 0.01)),
     "Less": _binary(torch.lt),
     "LessOrEqual": _binary(torch.le),
     "Log": _unary(torch.log),
@@ -407,10 +355,10 @@ BASIC: dict[str, Operator] = {
     "Neg": _unary(torch.neg),
     "Not": _unary(torch.logical_not),
     "Or": _binary(torch.logical_or),
-    "PRelu": _prelu,
+    "PRelu": lambda call, x: torch.where(x[0] < 0, x[0] * x[1], x[0]),
     "Pad": _pad,
-    "Pow": _pow,
-    "Range": _range,
+    "Pow": lambda call, x: torch.pow(x[0], x[1]).to(x[0].dtype),
+    "Range": lambda call, x: torch.arange(x[0].item(), x[1].item(), x[2].item(), dtype=x[0].dtype),
     "Reciprocal": _unary(torch.reciprocal),
     "ReduceL1": _reduce(lambda x, axes, keep: _sum(x.abs(), axes, keep)),
     "ReduceL2": _reduce(lambda x, axes, keep: torch.linalg.vector_norm(x, dim=axes, keepdim=keep)),
@@ -428,7 +376,7 @@ BASIC: dict[str, Operator] = {
     "Sigmoid": _unary(torch.sigmoid),
     "Sign": _unary(torch.sign),
     "Sin": _unary(torch.sin),
-    "Size": _size,
+    "Size": lambda call, x: torch.tensor(x[0].numel(), dtype=torch.int64),
     "Slice": _slice,
     "Softmax": _softmax(torch.softmax),
     "Softplus": _unary(lambda x: functional.softplus(x, threshold=80.0)),
@@ -438,10 +386,10 @@ BASIC: dict[str, Operator] = {
     "Squeeze": _squeeze,
     "Sub": _binary(torch.sub),
     "Sum": _variadic(torch.add),
-    "Swish": _swish,
+    "Swish": lambda call, x: x[0] * torch.sigmoid(call.get("alpha", 1.0) * x[0]),
     "Tanh": _unary(torch.tanh),
-    "Tile": _tile,
-    "Transpose": _transpose,
+    "Tile": lambda call, x: x[0].repeat(integers(x[1])),
+    "Transpose": lambda call, x: x[0].permute(call.get("perm", tuple(reversed(range(x[0].ndim))))),
     "Trilu": _trilu,
     "Unsqueeze": _unsqueeze,
     "Where": lambda call, x: torch.where(x[0], x[1], x[2]),

@@ -1,4 +1,4 @@
-"""Nodes that torch evaluates as one operation, with fewer values on the way: SiLU, and attention without its scores."""
+"""Nodes that torch evaluates as one operation with fewer values: SiLU, and attention."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mpq_deploy.graph.layers import STANDARD_DOMAINS
 
 @dataclass(frozen=True)
 class Merged:
-    """One operation of ``inputs`` in place of a node and of those ``dropped``, which nothing else reads."""
+    """One operation of ``inputs`` in place of a node and of the otherwise unread ``dropped``."""
 
     kind: Literal["silu", "attention"]
     inputs: tuple[ir.Value, ...]
@@ -37,7 +37,7 @@ def _gate(node: ir.Node) -> Merged | None:
 
 
 def _attention(node: ir.Node) -> Merged | None:
-    """Find the MatMul and Softmax that ``node``, a MatMul, reads: with it they are one attention."""
+    """Find the MatMul and Softmax that the MatMul ``node`` reads: the three are one attention."""
     if node.op_type != "MatMul" or node.domain not in STANDARD_DOMAINS:
         return None
     softmax = _sole_source(node.inputs[0], "Softmax")

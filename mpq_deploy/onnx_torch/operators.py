@@ -1,4 +1,4 @@
-"""The table's operators with windows (convolution, pooling, resizing), norms and attention; and the whole table."""
+"""Operators with windows (convolution, pooling, resizing), norms, attention; the whole table."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _conv_transpose(call: Call, x: Inputs) -> Outputs:
     dilations = tuple(call.get("dilations", (1,) * rank))
     extra = tuple(call.get("output_padding", (0,) * rank))
     pads = tuple(call.get("pads", (0,) * 2 * rank))
-    # torch takes one pad per axis and bounds output_padding by the stride: compute the full output, then crop.
+    # torch takes one pad per axis and bounds output_padding: compute the full output, then crop.
     full = _TRANSPOSED[rank](x[0], x[1], None, strides, 0, 0, call.get("group", 1), dilations)
     crop = _flat_pads(tuple(-p for p in pads[:rank]), tuple(e - p for e, p in zip(extra, pads[rank:])))
     full = functional.pad(full, crop)
@@ -197,11 +197,12 @@ def _nearest(form: str, where: Any) -> Any:
     raise UnsupportedForm(f"nearest_mode={form}")
 
 
-# --- norms and attention -------------------------------------------------------------------------------------
+# --- norms and attention
+# -------------------------------------------------------------------------------------
 
 
 def _instance_norm(call: Call, x: Inputs) -> Outputs:
-    # Torch's layer norm over the space takes less than half the time of its instance norm, forward and backward.
+    # Torch's layer norm over the space takes under half the time of its instance norm.
     normed = functional.layer_norm(x[0], x[0].shape[2:], eps=call.get("epsilon", 1e-5))
     if not (x[1].requires_grad or x[2].requires_grad or bool((x[1] != 1).any()) or bool(x[2].any())):
         return normed  # as exporters write a group norm, whose factors follow

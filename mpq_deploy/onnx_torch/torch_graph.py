@@ -1,4 +1,4 @@
-"""Evaluate an ONNX graph in torch, with autograd, so that what is measured is the graph that is deployed."""
+"""Evaluate the deployed ONNX graph in torch, with autograd."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class UnsupportedOperator(ModelError):  # noqa: N818 - what callers name it
 
 @dataclass(frozen=True)
 class _Step:
-    """One node: what to call, with which values, what it yields, and which values nothing later needs."""
+    """One node: its function, inputs and outputs, and the values that nothing later needs."""
 
     node: str
     op: str
@@ -60,17 +60,17 @@ class Footprint:
     def parts(self, most: int) -> tuple[slice, ...]:
         """Cut the nodes into parts that make at most ``most`` bytes each, or are one node.
 
-        Cuts lie where least is alive, in the later half of what fits.
+        Cuts lie at the minimum of live bytes, in the later half of what fits.
         """
-        found, start, total = [], 0, 0
+        parts, start, total = [], 0, 0
         for number, size in enumerate(self.made):
             total += size
             while total > most and number > start:
                 last = min(range((start + number) // 2, number), key=lambda i: self.alive[i])
-                found.append(slice(start, last + 1))
+                parts.append(slice(start, last + 1))
                 start = last + 1
                 total = sum(self.made[start : number + 1])
-        return (*found, slice(start, len(self.made)))
+        return (*parts, slice(start, len(self.made)))
 
 
 def _storages(values: Mapping[str, Any]) -> dict[int, int]:
@@ -82,8 +82,8 @@ def _storages(values: Mapping[str, Any]) -> dict[int, int]:
 class TorchGraph:
     """An ONNX model (opset 13 or later) as a function in torch.
 
-    All floats but DOUBLE are evaluated in ``float_type``. Weights that already have that type share memory with the
-    model's file. Raises UnsupportedOperator for a node outside the table.
+    All floats but DOUBLE are evaluated in ``float_type``. Weights that already have that type share
+    memory with the model's file. Raises UnsupportedOperator for a node outside the table.
     """
 
     def __init__(self, model: ir.Model, float_type: torch.dtype = torch.float32) -> None:
@@ -100,7 +100,7 @@ class TorchGraph:
         self._steps = _steps(graph, opset, float_type)
 
     def feed(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
-        """Turn NumPy inputs into tensors, floats in the type of evaluation. Raises ModelError for a missing one."""
+        """Turn NumPy inputs into tensors of ``float_type``. Raises ModelError for a missing one."""
         missing = [name for name in self.inputs if name not in arrays]
         if missing:
             raise ModelError(
@@ -120,19 +120,19 @@ class TorchGraph:
     ) -> dict[str, Any]:
         """Evaluate and return the graph's outputs and the values named in ``keep``, by name.
 
-        A value is dropped after its last use. Values in ``differentiate`` require a gradient from there on.
-        ``rewire`` replaces the inputs of single nodes, by the node's name. ``known`` holds values that need not be
-        computed again; nodes whose outputs are all known are not run. With ``segments`` above 1 the backward pass
-        computes each stretch of nodes again from what it began with, instead of holding every value (gradient
-        checkpointing).
+        A value is dropped after its last use. Values in ``differentiate`` require a gradient from
+        there on. ``rewire`` replaces the inputs of single nodes, by the node's name. ``known``
+        holds values that need not be computed again; nodes whose outputs are all known are not run.
+        With ``segments`` above 1 the backward pass computes each stretch of nodes again from what
+        it began with, instead of holding every value (gradient checkpointing).
         """
         rewire = rewire or {}
         known = known or {}
-        kept = {*keep, *self.outputs, *feeds}
+        needed = {*keep, *self.outputs, *feeds}
         values: dict[str, Any] = {**feeds, **known}
         length = max(1, -(-len(self._steps) // segments))
         for start in range(0, len(self._steps), length):
-            part = partial(self._run_steps, slice(start, start + length), kept, differentiate, rewire, known)
+            part = partial(self._run_steps, slice(start, start + length), needed, differentiate, rewire, known)
             values = checkpoint(part, values, use_reentrant=False) if segments > 1 else part(values)
         return {name: self._value(values, name) for name in dict.fromkeys((*self.outputs, *keep))}
 
@@ -197,11 +197,11 @@ class TorchGraph:
         return values
 
     def affected_by(self, nodes: Iterable[str]) -> set[str]:
-        """Return the names of all values that depend on the outputs of ``nodes``, those outputs included."""
-        wanted = set(nodes)
+        """Return the names of all values that depend on the outputs of ``nodes``."""
+        changed = set(nodes)
         dirty: set[str] = set()
         for step in self._steps:
-            if step.node in wanted or any(name in dirty for name in step.inputs):
+            if step.node in changed or any(name in dirty for name in step.inputs):
                 dirty.update(step.outputs)
         return dirty
 
@@ -217,7 +217,7 @@ class TorchGraph:
 
 
 def torch_from_constant(tensor: Any, float_type: torch.dtype) -> Any:
-    """Return an ``onnx_ir`` tensor (or NumPy array) as a torch tensor, sharing memory when no cast is needed."""
+    """Return an ``onnx_ir`` tensor or NumPy array as a torch tensor, without a copy if possible."""
     array = tensor if isinstance(tensor, np.ndarray) else tensor.numpy()
     return _converted(array, float_type)
 
@@ -237,7 +237,7 @@ def _converted(array: Any, float_type: torch.dtype) -> Any:
 
 def _steps(graph: ir.Graph, opset: int, float_type: torch.dtype) -> tuple[_Step, ...]:
     merged = merged_nodes(graph)
-    dropped = {id(node) for found in merged.values() for node in found.dropped}
+    dropped = {id(node) for operation in merged.values() for node in operation.dropped}
     nodes = [node for node in graph if id(node) not in dropped]
     last: dict[str, int] = {}
     for number, node in enumerate(nodes):
@@ -251,9 +251,9 @@ def _steps(graph: ir.Graph, opset: int, float_type: torch.dtype) -> tuple[_Step,
     steps = [_step(node, n, opset, float_type, tuple(ends.get(n, ()))) for n, node in enumerate(nodes)]
     for number, node in enumerate(nodes):
         if id(node) in merged:
-            found = merged[id(node)]
-            inputs = tuple(value.name for value in found.inputs)
-            steps[number] = replace(steps[number], function=MERGED[found.kind], inputs=inputs)
+            operation = merged[id(node)]
+            inputs = tuple(value.name for value in operation.inputs)
+            steps[number] = replace(steps[number], function=MERGED[operation.kind], inputs=inputs)
     return tuple(steps)
 
 
@@ -264,14 +264,14 @@ def _silu(call: Call, x: Sequence[Any]) -> Any:
 
 def _attend(call: Call, x: Sequence[Any]) -> Any:
     queries, keys, values = x
-    # The kernel that holds no scores [..., queries, keys], which grow with the fourth power of an image's side, is for
-    # [batch, heads, tokens, channels].
+    # The kernel that holds no scores [..., queries, keys], which grow with the fourth power of an
+    # image's side, is for [batch, heads, tokens, channels].
     lead = queries.shape[:-2]
     if len(lead) > 2 or keys.shape[:-2] != lead or values.shape[:-2] != lead:
         return torch.matmul(torch.softmax(torch.matmul(queries, keys), -1), values)
     four = [part.reshape(*(1,) * (2 - len(lead)), *part.shape) for part in (queries, keys.transpose(-2, -1), values)]
-    found = functional.scaled_dot_product_attention(four[0], four[1], four[2], scale=1.0)
-    return found.reshape(*lead, *found.shape[-2:])
+    attended = functional.scaled_dot_product_attention(four[0], four[1], four[2], scale=1.0)
+    return attended.reshape(*lead, *attended.shape[-2:])
 
 
 # What stands for the last of the nodes that ``merged_nodes`` finds.

@@ -11,7 +11,7 @@ def window_pads(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the padding (before, after) per spatial axis of an input of spatial shape ``size``.
 
-    ``attributes``: strides, dilations, pads (all the begins, then all the ends) and auto_pad, as ONNX defines them.
+    ``attributes``: strides, dilations, pads (begins, then ends) and auto_pad, as in ONNX.
     """
     rank = len(kernel)
     strides = attributes.get("strides", (1,) * rank)

@@ -1,7 +1,7 @@
-"""What runs a denoiser on torch tensors without copies: ONNX Runtime through I/O binding, or a TensorRT engine.
+"""Run a denoiser on torch tensors without copies, by ONNX Runtime or a TensorRT engine.
 
-A backend gets every input by name, a contiguous torch tensor of the declared type on its device, and returns the
-output as a tensor there.
+A backend gets every input by name, a contiguous torch tensor of the declared type on its device,
+and returns the output as a tensor there.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Backend(Protocol):
     device: torch.device
 
     def __call__(self, feeds: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return the output for inputs that lie contiguous on ``device``, in their declared types."""
+        """Return the output for inputs contiguous on ``device``, in their declared types."""
 
 
 class OrtBackend:
-    """The denoiser in ONNX Runtime, on ``device`` (cpu, or cuda where onnxruntime-gpu is installed)."""
+    """The denoiser in ONNX Runtime on ``device``: cpu, or cuda with onnxruntime-gpu."""
 
     name = "onnxruntime"
 
@@ -43,7 +43,7 @@ class OrtBackend:
         self.device = device
         cuda = device.type == "cuda"
         provider = "CUDAExecutionProvider" if cuda else "CPUExecutionProvider"
-        # Integer kernels of some CPUs saturate, which no target does: there Q/DQ pairs stay as written.
+        # Integer kernels of some CPUs saturate, unlike any target's: there Q/DQ pairs stay.
         self._session = OrtDenoiser(model, spec, threads, [provider], fake_quant_only=not cuda).session
         self._output = next(value for value in self._session.get_outputs() if value.name == spec.output)
         self._sample = spec.sample.name
@@ -77,12 +77,13 @@ class OrtBackend:
 
 
 class EngineBackend:
-    """A TensorRT or TensorRT-RTX engine on a CUDA device. ``library``: ``tensorrt_rtx`` or ``tensorrt``.
+    """A TensorRT or TensorRT-RTX engine on CUDA. ``library``: ``tensorrt_rtx`` or ``tensorrt``.
 
-    Tensors lie in buffers that stay bound while the shapes stay; calls are launched as CUDA graphs, by TensorRT-RTX
-    itself, or captured here for TensorRT (``graphs`` False: never). TensorRT-RTX finishes an engine on the GPU when it
-    is first run; what it compiled is kept in ``RUNTIME_CACHE`` beside the engine. Batches above the engine's largest
-    are run in parts. Nothing here has run on a GPU yet (docs/devices.md).
+    Tensors lie in buffers that stay bound while the shapes stay; calls are launched as CUDA graphs,
+    by TensorRT-RTX itself, or captured here for TensorRT (``graphs`` False: never). TensorRT-RTX
+    finishes an engine on the GPU when it is first run; what it compiled is kept in
+    ``RUNTIME_CACHE`` beside the engine. Batches above the engine's largest are run in parts.
+    Nothing here has run on a GPU yet (docs/devices.md).
     """
 
     def __init__(self, path: Path, spec: DenoiserSpec, device: torch.device, library: str, graphs: bool = True) -> None:
@@ -122,7 +123,7 @@ class EngineBackend:
             for name, tensor in feeds.items():
                 self._buffers[name].copy_(tensor)
             if same and self._capture and self._graph is None:
-                # The call before, with the same shapes, has settled them, as TensorRT asks for before a capture.
+                # The previous call settled the shapes, as TensorRT asks for before a capture.
                 self._graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(self._graph, stream=self._stream):
                     self._enqueue()
@@ -140,7 +141,7 @@ class EngineBackend:
         return output
 
     def _bind(self, feeds: Mapping[str, torch.Tensor]) -> None:
-        """Make buffers of the shapes of ``feeds`` and hand their addresses over; a graph of other shapes goes."""
+        """Allocate and bind buffers of the shapes of ``feeds``; drop an older CUDA graph."""
         context, self._graph = self._opened.context, None
         self._buffers = {name: torch.empty_like(tensor) for name, tensor in feeds.items()}
         for name, tensor in feeds.items():
@@ -157,5 +158,5 @@ class EngineBackend:
             raise EngineError("The engine failed.", "Its log above says why.")
 
     def keep_cache(self) -> None:
-        """Write what the library compiled for this GPU beside the engine; also done after the first call of a shape."""
+        """Write what the library compiled for this GPU beside the engine."""
         self._opened.keep_cache()

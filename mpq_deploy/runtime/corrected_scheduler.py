@@ -1,8 +1,10 @@
-"""A diffusers scheduler with PTQD's correction in front: ``pipe.scheduler = CorrectedScheduler(pipe.scheduler, c)``.
+"""A diffusers scheduler with PTQD's correction in front: ``pipe.scheduler =
+CorrectedScheduler(pipe.scheduler, c)``.
 
-Every scheduler gets the corrected output. A scheduler that adds noise and lets its variance be reached (DDPM; DDIM with
-eta > 0) adds less of it, by the variance that the residual has brought into the sample already; ``variance_note`` says
-whether this one does. Needs torch and diffusers, which are imported with the first step.
+Every scheduler gets the corrected output. A scheduler that adds noise and lets its variance be
+reached (DDPM; DDIM with eta > 0) adds less of it, by the variance that the residual has brought
+into the sample already; ``variance_note`` says whether this one does. Needs torch and diffusers,
+which are imported with the first step.
 """
 
 from __future__ import annotations
@@ -17,19 +19,18 @@ from typing import Any
 from mpq_deploy.errors import UsageError, nearest
 from mpq_deploy.runtime.correction import Correction, StepCorrection
 
-# With x_0 predicted from the output m at signal power p (alpha-bar), by diffusers' prediction types:
-#   epsilon       x_0 = (x - sqrt(1-p) m) / sqrt(p)      epsilon = m
-#   sample        x_0 = m                                epsilon = (x - sqrt(p) m) / sqrt(1-p)
-#   v_prediction  x_0 = sqrt(p) x - sqrt(1-p) m          epsilon = sqrt(p) m + sqrt(1-p) x
-# An error of variance v that is uncorrelated with the sample adds (d x_{t-1} / d output)^2 v to the
-# variance of x_{t-1}. PTQD treats epsilon: for DDPM (d x_{t-1} / d epsilon)^2 = beta^2 / (alpha (1 - p)),
-# for DDIM (sqrt(1 - p_prev - sigma^2) - sqrt(p_prev (1-p) / p))^2, as in the authors' code. The same
-# derivative for the other two types is our extension.
+# With x_0 predicted from the output m at signal power p (alpha-bar), by diffusers' prediction
+# types:   epsilon       x_0 = (x - sqrt(1-p) m) / sqrt(p)      epsilon = m   sample        x_0 = m
+# epsilon = (x - sqrt(p) m) / sqrt(1-p)   v_prediction  x_0 = sqrt(p) x - sqrt(1-p) m
+# epsilon = sqrt(p) m + sqrt(1-p) x An error of variance v that is uncorrelated with the sample adds
+# (d x_{t-1} / d output)^2 v to the variance of x_{t-1}. PTQD treats epsilon: for DDPM (d x_{t-1} /
+# d epsilon)^2 = beta^2 / (alpha (1 - p)), for DDIM (sqrt(1 - p_prev - sigma^2) - sqrt(p_prev (1-p)
+# / p))^2, as in the authors' code. The same derivative for the other two types is our extension.
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 DDPM = ("DDPMScheduler", "DDPMParallelScheduler")
 DDIM = ("DDIMScheduler", "DDIMParallelScheduler")
-# What DDPM's _get_variance returns, by variance_type: the variance, its root, or its logarithm. (fixed_large_log is
-# left out: diffusers takes the root of a logarithm there.)
+# What DDPM's _get_variance returns, by variance_type: the variance, its root, or its logarithm.
+# (fixed_large_log is left out: diffusers takes the root of a logarithm there.)
 VARIANCE_FORMS = {
     "fixed_small": "variance",
     "fixed_large": "variance",
@@ -44,8 +45,8 @@ _OWN = frozenset({"correction", "last_step", "variance_note", "_scheduler", "_re
 class StepNote:
     """What one step did.
 
-    ``noise_share``: the residual's part of the noise's variance, mean over elements, before it is cut at 1; 0 where no
-    noise was reached.
+    ``noise_share``: the residual's part of the noise's variance, mean over elements, before it is
+    cut at 1; 0 where no noise was reached.
     """
 
     timestep: float
@@ -54,21 +55,22 @@ class StepNote:
 
 
 class CorrectedScheduler:
-    """Any diffusers scheduler, its ``step`` corrected; everything else is the wrapped scheduler's own.
+    """Any diffusers scheduler with ``step`` corrected; all else is the wrapped scheduler's.
 
-    The output is corrected as PTQD does, for any prediction type and sampler. [paper] The residual's variance comes out
-    of the noise of DDPM and of DDIM with eta > 0, cut at 0, for epsilon prediction. [ours] The same for v and sample
-    prediction (``PREDICTIONS``); where x_0 is clipped, the residual's way through it is closed and takes nothing out;
-    DDIM's mean keeps its sigma (the authors' code also puts the reduced sigma into the direction term).
+    The output is corrected as PTQD does, for any prediction type and sampler. [paper] The
+    residual's variance comes out of the noise of DDPM and of DDIM with eta > 0, cut at 0, for
+    epsilon prediction. [ours] The same for v and sample prediction (``PREDICTIONS``); where x_0 is
+    clipped, the residual's way through it is closed and takes nothing out; DDIM's mean keeps its
+    sigma (the authors' code also puts the reduced sigma into the direction term).
 
-    ``guidance_scale`` w is what the pipeline guides with. The correction is fitted on single calls; the guided output
-    (1 - w) u + w c has the same k and b, because the weights add up to 1, and a residual of variance
-    (1-w)^2 + w^2 + 2 w (1-w) rho = 1 + 2 w (w - 1) (1 - rho) times that of one call, where rho is the correlation of
-    the two calls' residuals. rho is not measured: ``residual_correlation`` 1, the default, takes the least out of the
-    noise (for w > 1). [ours] A guidance rescale after guidance is not linear: correct before it, with
-    ``Correction.apply``.
+    ``guidance_scale`` w is what the pipeline guides with. The correction is fitted on single calls;
+    the guided output (1 - w) u + w c has the same k and b, because the weights add up to 1, and a
+    residual of variance (1-w)^2 + w^2 + 2 w (1-w) rho = 1 + 2 w (w - 1) (1 - rho) times that of one
+    call, where rho is the correlation of the two calls' residuals. rho is not measured:
+    ``residual_correlation`` 1, the default, takes the minimum out of the noise (for w > 1). [ours] A
+    guidance rescale after guidance is not linear: correct before it, with ``Correction.apply``.
 
-    Raises UsageError for a scheduler of another prediction type than the correction's, or rho outside [-1, 1].
+    Raises UsageError for a scheduler of another prediction type, or rho outside [-1, 1].
     """
 
     def __init__(
@@ -113,7 +115,7 @@ class CorrectedScheduler:
 
     @property
     def step(self) -> Callable[..., Any]:
-        """The wrapped scheduler's ``step`` with the same parameters (pipelines look at them), corrected."""
+        """The wrapped scheduler's ``step``, corrected, with the same parameters."""
 
         @functools.wraps(self._scheduler.step)
         def step(*args: Any, **kwargs: Any) -> Any:
@@ -131,14 +133,14 @@ class CorrectedScheduler:
         variance = at.error_variance * self._residual_factor
         share = 0.0
         if variance > 0 and self._reach is not None:
-            moved, share = self._reach(self._scheduler, bound, self.correction, variance)
+            result, share = self._reach(self._scheduler, bound, self.correction, variance)
         else:
-            moved = self._scheduler.step(*bound.args, **bound.kwargs)
+            result = self._scheduler.step(*bound.args, **bound.kwargs)
         self.last_step = StepNote(timestep, at.slope, share)
-        return moved
+        return result
 
     def _corrected(self, output: Any, at: StepCorrection) -> Any:
-        """Return (m_q - b) / (1 + k) in the output's own type, computed in float32 or better; [N, C or 2C, ...]."""
+        """Return (m_q - b) / (1 + k) in the output's type, by float32; [N, C or 2C, ...]."""
         import torch
 
         self.correction.check_channels(output.shape[1])
@@ -182,7 +184,7 @@ def _one_timestep(timestep: Any) -> float:
 
 
 def _ddpm_step(scheduler: Any, bound: inspect.BoundArguments, correction: Correction, variance: float) -> Any:
-    """Take a DDPM step with the residual's variance out of the noise's; return it and the residual's share."""
+    """Take a DDPM step with the residual's variance out of its noise; return it and that share."""
     import torch
 
     given = bound.arguments
@@ -198,13 +200,13 @@ def _ddpm_step(scheduler: Any, bound: inspect.BoundArguments, correction: Correc
     shares: list[float] = []
 
     def reduced(*args: Any, **kwargs: Any) -> Any:
-        found = original(*args, **kwargs)
-        own = {"variance": lambda x: x, "root": torch.square, "logarithm": torch.exp}[form](found)
+        value = original(*args, **kwargs)
+        own = {"variance": lambda x: x, "root": torch.square, "logarithm": torch.exp}[form](value)
         shares.append(float((brought / own).mean()))
         left = torch.clamp(own - brought, min=0)
         return {"variance": lambda x: x, "root": torch.sqrt, "logarithm": torch.log}[form](left)
 
-    # The instance's attribute hides the method for the time of this step; DDPM reads its variance nowhere else.
+    # The instance's attribute hides the method in this step; DDPM reads its variance only there.
     scheduler._get_variance = reduced
     try:
         return scheduler.step(*bound.args, **bound.kwargs), shares[0] if shares else 0.0
@@ -213,7 +215,7 @@ def _ddpm_step(scheduler: Any, bound: inspect.BoundArguments, correction: Correc
 
 
 def _ddim_step(scheduler: Any, bound: inspect.BoundArguments, correction: Correction, variance: float) -> Any:
-    """Take a DDIM step whose noise is scaled down by the residual's variance; return it and the residual's share."""
+    """Take a DDIM step, its noise reduced by the residual's variance; return it and that share."""
     import torch
     from diffusers.utils.torch_utils import randn_tensor
 
@@ -252,7 +254,7 @@ def _unclipped(scheduler: Any, given: dict[str, Any], correction: Correction, po
 
 
 def clean_slope(prediction_type: str, power: float) -> float:
-    """Return d x_0 / d output at signal power ``power``. Raises UsageError for another prediction type."""
+    """Return d x_0 / d output at signal power ``power``. Raises UsageError if unknown."""
     if prediction_type == "epsilon":
         return -math.sqrt((1 - power) / power)
     if prediction_type == "sample":
@@ -266,7 +268,7 @@ def clean_slope(prediction_type: str, power: float) -> float:
 
 
 def noise_slope(prediction_type: str, power: float) -> float:
-    """Return d epsilon / d output. From x = sqrt(p) x_0 + sqrt(1-p) epsilon at fixed x, for every prediction type."""
+    """Return d epsilon / d output, from x = sqrt(p) x_0 + sqrt(1-p) epsilon at fixed x."""
     if prediction_type == "epsilon":
         return 1.0
     return -math.sqrt(power / (1 - power)) * clean_slope(prediction_type, power)
@@ -279,7 +281,7 @@ def ddpm_effect(prediction_type: str, power: float, previous: float) -> float:
 
 
 def ddim_effect(prediction_type: str, power: float, previous: float, sigma: float) -> tuple[float, float]:
-    """Return d x_{t-1} / d output of DDIM (Song et al. 2021, equation 12), through x_0 and through epsilon.
+    """Return d x_{t-1} / d output of DDIM (Song et al. 2021, eq. 12), through x_0 and epsilon.
 
     Their sum is the effect; they are apart because clipping x_0 stops the first.
     """

@@ -1,12 +1,14 @@
-"""PTQD's correction of a quantized denoiser's output (He et al., arXiv 2305.10657), as a small file and as a value.
+"""PTQD's correction of a quantized denoiser's output (arXiv 2305.10657): a value and its file.
 
-The quantized output of a timestep t is written as  m_q = (1 + k_t) m + b_t + r  with the float output m and a residual
-r that is uncorrelated with m. The corrected output is  (m_q - b_t) / (1 + k_t);  its error is r / (1 + k_t), whose
-variance a sampler that adds noise takes out of its own (``corrected_scheduler.py``).
+The quantized output of a timestep t is written as m_q = (1 + k_t) m + b_t + r with the float output
+m and a residual r that is uncorrelated with m. The corrected output is (m_q - b_t) / (1 + k_t); its
+error is r / (1 + k_t), whose variance a sampler that adds noise takes out of its own
+(``corrected_scheduler.py``).
 
-In: ``correction.json``, which belongs to one quantized model and names its digest. Out: a ``Correction``. Between the
-calibrated timesteps k, b and the residual's variance are interpolated linearly in the timestep; outside their range the
-nearest calibrated timestep's hold (both our choice: the paper calibrates the very steps that it samples).
+In: ``correction.json``, which belongs to one quantized model and names its digest. Out: a
+``Correction``. Between the calibrated timesteps k, b and the residual's variance are interpolated
+linearly in the timestep; outside their range the nearest calibrated timestep's hold (both our
+choice: the paper calibrates the very steps that it samples).
 """
 
 from __future__ import annotations
@@ -25,18 +27,18 @@ from mpq_deploy.models.spec import Array
 # Raised with every change of what the file holds.
 FORMAT: Literal[1] = 1
 FILE = "correction.json"
-# A quantized output with less than half of the float one's amplitude is no float output with some noise. Our choice.
+# Less than half of the float output's amplitude is no float output with some noise. Our choice.
 LEAST_GAIN = 0.5
 BiasPer = Literal["channel", "scalar"]
 
 
 class CorrectionStep(BaseModel):
-    """One calibrated timestep. ``slope`` is k, ``bias`` b (one number, or one per channel), ``residual_variance`` that
-    of r, before the division by 1 + k.
+    """One calibrated timestep. ``slope`` is k, ``bias`` b (one number, or one per channel),
+    ``residual_variance`` that of r, before the division by 1 + k.
 
-    ``heldout_nmse_before`` and ``heldout_nmse_fitted`` are the output's error without and with the fit on calls that it
-    was not fitted on. Where the fit does not help, ``applied`` is false: k and b are 0, the residual is the whole
-    error, and ``note`` says so.
+    ``heldout_nmse_before`` and ``heldout_nmse_fitted`` are the output's error without and with the
+    fit on calls that it was not fitted on. Where the fit does not help, ``applied`` is false: k and
+    b are 0, the residual is the whole error, and ``note`` says so.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -58,7 +60,7 @@ class CorrectionStep(BaseModel):
 
 @dataclass(frozen=True)
 class StepCorrection:
-    """The correction at one timestep: k, b float64 [1 or channels], and the variance of the residual."""
+    """The correction at one timestep: k, b float64 [1 or channels], the residual's variance."""
 
     slope: float
     bias: Array
@@ -78,9 +80,10 @@ class StepCorrection:
 class Correction(BaseModel):
     """The correction of one quantized model by timestep, which is what correction.json holds.
 
-    ``models``: SHA-256 of the ONNX files (with their external data) that it belongs to. It was fitted on
-    ``calls`` recorded calls in ``folds`` parts, each checked on the others; ``unseen_by_rounding``: the
-    weights were not rounded on them. ``steps`` ascend in their timesteps.
+    ``models``: SHA-256 of the ONNX files (with their external data) that it belongs to. It was
+    fitted on ``calls`` recorded calls in ``folds`` parts, each checked on the others;
+    ``unseen_by_rounding``: the weights were not rounded on them. ``steps`` ascend in their
+    timesteps.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -118,10 +121,10 @@ class Correction(BaseModel):
     def apply(self, output: Array, timestep: float) -> Array:
         """Return the corrected output, float32 [N, C, ...] in and out.
 
-        Of an output with a learned variance (2 C channels) the second half stays as it is. With classifier-free
-        guidance it makes no difference whether single calls or the guided output are corrected: guidance is a sum with
-        weights 1 - w and w, which add up to 1, so that the guided output has the same k and b. Raises ModelError for
-        another number of channels.
+        Of an output with a learned variance (2 C channels) the second half stays as it is. With
+        classifier-free guidance it makes no difference whether single calls or the guided output
+        are corrected: guidance is a sum with weights 1 - w and w, which add up to 1, so that the
+        guided output has the same k and b. Raises ModelError for another number of channels.
         """
         at = self.at(timestep)
         self.check_channels(output.shape[1])
@@ -160,25 +163,24 @@ class Correction(BaseModel):
         path.write_text(json.dumps(self.as_json(), indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
 
     def require_model(self, model: Path) -> Correction:
-        """Return self. Raises ModelError unless the ONNX file ``model`` is one that the correction belongs to."""
+        """Return self. Raises ModelError unless it belongs to the ONNX file ``model``."""
         from mpq_deploy.evaluate.cache import model_digest
 
-        found = model_digest(model)
-        if found not in self.models.values():
+        own = model_digest(model)
+        if own not in self.models.values():
             known = ", ".join(f"{name} {digest[:12]}" for name, digest in sorted(self.models.items()))
             raise ModelError(
-                f"The correction belongs to another model: it was fitted for {known}; {model.name} is {found[:12]}.",
+                f"The correction belongs to another model: it was fitted for {known}; {model.name} is {own[:12]}.",
                 "Use the correction of this model's run folder, or fit it again: evaluate.correction: ptqd.",
             )
         return self
 
 
 def load_correction(path: Path | str, model: Path | str) -> Correction:
-    """Read ``correction.json`` and check that it belongs to ``model``, the quantized ONNX file (of an engine: the one
-    that it was built from).
+    """Read ``correction.json`` and check that it belongs to ``model``, the quantized ONNX file (of
+    an engine: the one that it was built from).
 
-    Raises UsageError when a file is missing; ModelError when the correction is cut short, damaged, of another format,
-    or of another model.
+    Raises UsageError for a missing file, ModelError for a damaged one or another model's.
     """
     return read_correction(Path(path)).require_model(Path(model))
 
@@ -191,10 +193,10 @@ def read_correction(path: Path) -> Correction:
         raise UsageError(f"There is no correction {path}.", "Set evaluate.correction: ptqd, and build.") from error
     except (ValueError, IsADirectoryError) as error:
         raise ModelError(f"{path} is cut short or no JSON: {error}.", "Make it again.") from error
-    found = values.get("format") if isinstance(values, dict) else None
-    if found != FORMAT:
+    version = values.get("format") if isinstance(values, dict) else None
+    if version != FORMAT:
         raise ModelError(
-            f"{path} is of format {found!r}; this version reads {FORMAT}.",
+            f"{path} is of format {version!r}; this version reads {FORMAT}.",
             "Make it again with this version, or use the version that made it.",
         )
     try:

@@ -1,4 +1,4 @@
-"""A quantized denoiser in the place of a diffusers UNet or transformer: ``pipe.unet = mpq_deploy.load(RUN)``."""
+"""A quantized denoiser in place of a diffusers one: ``pipe.unet = mpq_deploy.load(RUN)``."""
 
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ BACKENDS = ("auto", "onnxruntime", "tensorrt_rtx", "tensorrt")
 
 
 class RuntimeUNet(torch.nn.Module):  # type: ignore[misc]
-    """Called like the diffusers UNet or transformer that it replaces; the arithmetic is the backend's.
+    """Called like the diffusers UNet or transformer it replaces; the backend computes.
 
-    ``config`` has the entries of the UNet's configuration (``config.in_channels``, ``config["sample_size"]``); for an
-    ONNX model those that follow from its inputs. ``dtype`` is what the sample is cast to, ``device`` where the result
-    lies: a pipeline may move and cast this module as it does its others, the backend stays where it was opened.
+    ``config`` has the entries of the UNet's configuration (``config.in_channels``,
+    ``config["sample_size"]``); for an ONNX model those that follow from its inputs. ``dtype`` is
+    what the sample is cast to, ``device`` where the result lies: a pipeline may move and cast this
+    module as it does its others, the backend stays where it was opened.
     """
 
     def __init__(self, spec: DenoiserSpec, backend: Backend) -> None:
@@ -60,10 +61,11 @@ class RuntimeUNet(torch.nn.Module):  # type: ignore[misc]
         return_dict: bool = True,
         **others: Any,
     ) -> Any:
-        """Return the denoiser's output as diffusers does: ``.sample``, or a tuple without ``return_dict``.
+        """Return the output as diffusers does: ``.sample``, or a tuple without ``return_dict``.
 
-        The sample [N, ...] and the timestep (one number or [N]) come first or by name; ControlNet's lists of residuals
-        are one input per element. Raises UsageError for an input that the exported model does not take or lacks.
+        The sample [N, ...] and the timestep (one number or [N]) come first or by name; ControlNet's
+        lists of residuals are one input per element. Raises UsageError for an input that the
+        exported model does not take or lacks.
         """
         named = dict(zip((SAMPLE, "timestep", "encoder_hidden_states"), leading))
         if len(leading) > len(named):
@@ -90,25 +92,25 @@ class RuntimeUNet(torch.nn.Module):  # type: ignore[misc]
         return kind(sample=output)
 
     def _conditions(self, given: dict[str, Any]) -> dict[str, Any]:
-        """Return the inputs beside sample and timestep, less those that are fixed in the graph; refuse others."""
+        """Return the conditions without those that are constants; refuse unknown ones."""
         fixed = FIXED_INPUTS.get(str(self.config.get("_class_name")), ())
         left_out = (*fixed, *dict(self.config.get("forward_arguments") or {}))
         given = {name: value for name, value in given.items() if name not in left_out}
-        wanted = [item.name for item in self.spec.conditions]
-        unknown = [name for name in given if name not in wanted]
+        taken = [item.name for item in self.spec.conditions]
+        unknown = [name for name in given if name not in taken]
         if unknown:
             raise UsageError(
                 f"The exported denoiser takes no '{unknown[0]}'.",
-                f"It takes {', '.join(wanted) or 'no conditions'}; export the model with that input to use it.",
+                f"It takes {', '.join(taken) or 'no conditions'}; export the model with that input to use it.",
             )
-        missing = [name for name in wanted if name not in given]
+        missing = [name for name in taken if name not in given]
         if missing:
             raise UsageError(f"The denoiser needs '{missing[0]}', which was not given.")
         self._check_first_tokens(given)
         return given
 
     def _times(self, times: Any, declared: InputSpec, count: int) -> torch.Tensor:
-        """Return the timestep as the graph takes it: one for each of ``count`` samples, or one for all."""
+        """Return the timestep as the graph takes it: one per sample (``count``), or one for all."""
         times = torch.as_tensor(times)
         times = times.expand(count) if times.ndim == 0 and declared.batched else times
         if not declared.batched:
@@ -116,7 +118,7 @@ class RuntimeUNet(torch.nn.Module):  # type: ignore[misc]
         return times.reshape(count, *declared.shape) if declared.shape else times
 
     def _check_first_tokens(self, given: dict[str, Any]) -> None:
-        """Refuse a text that begins with another token than the one whose keys and values the graph holds."""
+        """Refuse a text whose first token is not the one whose keys and values the graph holds."""
         for name, token in self.spec.first_tokens.items():
             # A pipeline hands over the same tensor at every step.
             if self._checked.get(name) is given[name]:
@@ -133,7 +135,7 @@ class RuntimeUNet(torch.nn.Module):  # type: ignore[misc]
 
     @contextmanager
     def cache_context(self, name: str) -> Iterator[None]:
-        """Do nothing: pipelines of transformers name their guided and unguided calls, for caches that are not here."""
+        """Do nothing: pipelines name their calls for caches that do not exist here."""
         yield
 
     def _one_time(self, times: torch.Tensor, declared: InputSpec) -> torch.Tensor:
@@ -145,7 +147,7 @@ class RuntimeUNet(torch.nn.Module):  # type: ignore[misc]
         return value.to(self.backend.device, getattr(torch, item.dtype)).contiguous()
 
     def to(self, *args: Any, **kwargs: Any) -> RuntimeUNet:
-        """Take note of the device and type that a pipeline wants; the backend stays on its own device."""
+        """Record the device and type that a pipeline wants; the backend stays on its own device."""
         for value in (*args, *kwargs.values()):
             if isinstance(value, torch.dtype):
                 self.dtype = value
@@ -169,7 +171,7 @@ class Config(dict):  # type: ignore[type-arg]
 
 
 def _flat(given: dict[str, Any]) -> dict[str, Any]:
-    """Return what was given without None and empty dictionaries; a list as one entry per element."""
+    """Return the inputs without None and empty dictionaries; lists as one entry per element."""
     flat: dict[str, Any] = {}
     for name, value in given.items():
         if isinstance(value, (list, tuple)):
@@ -194,12 +196,13 @@ def load(
     device: str | torch.device | None = None,
     threads: int = 0,
 ) -> RuntimeUNet:
-    """Open what was built as a denoiser that replaces ``pipe.unet`` or ``pipe.transformer`` in a diffusers pipeline.
+    """Open a build as the denoiser that replaces ``pipe.unet`` or ``pipe.transformer``.
 
-    ``source``: a run folder, an engine, or an ONNX file with ``denoiser.json`` beside it (or in a run folder).
-    ``backend`` "auto" takes the engine where its library and a GPU are present, else ONNX Runtime; ``device`` None is
-    cuda where the backend runs there. ``threads`` 0: one per core. Raises UsageError for a source that is none of these
-    or a backend that cannot run it here, and RunFolderError for files of a run that were altered since they were made.
+    ``source``: a run folder, an engine, or an ONNX file with ``denoiser.json`` beside it (or in a
+    run folder). ``backend`` "auto" takes the engine where its library and a GPU are present, else
+    ONNX Runtime; ``device`` None is cuda where the backend runs there. ``threads`` 0: one per core.
+    Raises UsageError for a source that is none of these or a backend that cannot run it here, and
+    RunFolderError for files of a run that were altered since they were made.
     """
     if backend not in BACKENDS:
         raise UsageError(f"There is no backend '{backend}'.", f"{nearest(backend, BACKENDS)}One of {BACKENDS}.")
@@ -223,7 +226,7 @@ def load(
     if not models:
         raise UsageError(f"{path} holds no quantized ONNX model.", "Finish the build of that run, or give another.")
     chosen = torch.device(device or "cpu")
-    # On a CPU the twin with FP32 arithmetic: what the deployed graph computes, without FP16 kernels.
+    # On a CPU the twin with FP32 arithmetic: the deployed graph without FP16 kernels.
     model = models.get(DEPLOYED if chosen.type == "cuda" else SIMULATED) or next(iter(models.values()))
     refuse_altered(model_files(model))
     return RuntimeUNet(spec, OrtBackend(model, spec, chosen, threads))
@@ -243,13 +246,13 @@ def _found(path: Path) -> tuple[DenoiserSpec, Path | None, dict[str, Path]]:
         return (spec, path, {}) if path.suffix == ".engine" else (spec, None, {path.name: path})
     folders = [path / "engine", path / ("recover" if _recovers(path) else "quantize"), path]
     engine = next((f / ENGINE for f in folders if (f / ENGINE).is_file()), None)
-    found = [f / name for name in (DEPLOYED, SIMULATED) for f in folders if (f / name).is_file()]
+    graphs = [f / name for name in (DEPLOYED, SIMULATED) for f in folders if (f / name).is_file()]
     # The first folder that has a file wins.
-    return spec, engine, {file.name: file for file in reversed(found)}
+    return spec, engine, {file.name: file for file in reversed(graphs)}
 
 
 def _recovers(run: Path) -> bool:
-    """Whether the recipe of a run folder has the plan's model recovered, so that this is what is deployed."""
+    """Whether the recipe of a run folder recovers the plan's model, which is then deployed."""
     from mpq_deploy.recipe import load_recipe
 
     recipe = run / "recipe.yaml"

@@ -24,9 +24,10 @@ FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 def first_not_finite(path: Path, feeds: Mapping[str, Array]) -> str | None:
     """Name the first node of ``path`` whose output holds NaN or Inf for ``feeds``.
 
-    Each node's output leaves the runtime as one number, the sum of its elements times zero: 0 where all are finite,
-    NaN where one is not. So this needs no more memory than a run of the graph. An Inf on purpose (a mask before a
-    softmax) is passed over: only values from which a graph output is reached through bad values alone count.
+    Each node's output leaves the runtime as one number, the sum of its elements times zero: 0 where
+    all are finite, NaN where one is not. So this needs no more memory than a run of the graph. An
+    Inf on purpose (a mask before a softmax) is passed over: only values from which a graph output
+    is reached through bad values alone count.
     """
     model = common_passes.ShapeInferencePass()(load_model(path)).model
     outputs = [value for node in model.graph for value in node.outputs if value.type is not None]
@@ -73,7 +74,7 @@ def _watch(model: ir.Model, value: ir.Value, zero: ir.Value, number: int) -> str
 
 
 class CheckedDenoiser:
-    """The float denoiser; when its output is not finite, the error names the node where that begins."""
+    """The float denoiser; its error names the node where an output that is not finite begins."""
 
     def __init__(self, model: Path, denoiser: OrtDenoiser) -> None:
         self._model, self._denoiser = model, denoiser

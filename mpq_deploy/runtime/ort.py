@@ -13,7 +13,7 @@ from mpq_deploy.graph.load import external_files, parse_proto, read_proto
 from mpq_deploy.models.spec import Array, DenoiserSpec, InputSpec
 from mpq_deploy.system.threads import may_spin, runtime_threads
 
-# ONNX Runtime's errors have no common base class: these are all it raises for a model it cannot run.
+# All errors that ONNX Runtime raises for a model it cannot run; they share no base class.
 ORT_ERRORS = tuple(
     error
     for error in vars(ort.capi.onnxruntime_pybind11_state).values()
@@ -21,21 +21,24 @@ ORT_ERRORS = tuple(
 )
 ERROR_SEVERITY = 3
 CPU = "CPUExecutionProvider"
-# From so many bytes of weights on, sessions on the CPU leave them where the file is mapped (our choice: smaller models
-# run faster with weights in the layout of each kernel, which are copies).
+# From so many bytes of weights on, sessions on the CPU leave them where the file is mapped (our
+# choice: smaller models run faster with weights in the layout of each kernel, which are copies).
 LARGE_WEIGHTS_BYTES = 1 << 30
-# A session's copies of smaller weights, in the layouts of its kernels, beside the mapped ones (fitted to peaks).
+# A session's copies of smaller weights, in the layouts of its kernels, beside the mapped ones
+# (fitted to peaks).
 SESSION_COPIES = 0.5
-# Its arena grows by steps, so it holds more than lives at once; less more where the graph ends in gathered rows.
+# Its arena grows by steps, so it holds more than lives at once; less more where the graph ends in
+# gathered rows.
 ARENA_SHARE, HESSIAN_ARENA_SHARE = 1.5, 1.2
 
 
 def session_options(threads: int = 0, fake_quant_only: bool = False) -> ort.SessionOptions:
     """Return the options under which every graph of this package is run.
 
-    ``threads`` 0 takes one per physical core (``runtime.threads``). MatMul with 4- or 8-bit weights must not quantize
-    its activations on its own (accuracy level 0: the default costs 5e-3 of accuracy); ``fake_quant_only`` keeps Q/DQ
-    pairs as they are written, in float arithmetic, instead of fusing them into integer kernels.
+    ``threads`` 0 takes one per physical core (``runtime.threads``). MatMul with 4- or 8-bit weights
+    must not quantize its activations on its own (accuracy level 0: the default costs 5e-3 of
+    accuracy); ``fake_quant_only`` keeps Q/DQ pairs as they are written, in float arithmetic,
+    instead of fusing them into integer kernels.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or runtime_threads()
@@ -50,16 +53,16 @@ def session_options(threads: int = 0, fake_quant_only: bool = False) -> ort.Sess
 
 
 def spare_memory(options: ort.SessionOptions) -> None:
-    """Make a session hold no copies of its weights: those are used as they are mapped from the file."""
+    """Make a session use its weights as they are mapped from the file, without copies."""
     # The level above brings the weights of convolutions into blocks of channels.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.add_session_config_entry("session.disable_prepacking", "1")
 
 
 def options_for_few_calls() -> ort.SessionOptions:
-    """Return the options of a session for a few calls: values take what lives at once, and go back when it ends."""
+    """Return options for few calls: memory of live values, freed with the session."""
     options = session_options()
-    # The arena grows by steps, to half as much again, and calls of each size have an area of their own beside it.
+    # The arena grows by half each time, and each size of calls has an area of its own beside it.
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False
     return options
@@ -71,10 +74,10 @@ def make_session(
     providers: Sequence[str] | None = None,
     fake_quant_only: bool = False,
 ) -> ort.InferenceSession:
-    """Open ``model`` (a file, or a serialized model without external data), checked, on CPU unless said otherwise.
+    """Open ``model`` (a file, or bytes without external data), checked, by default on the CPU.
 
-    Raises ModelError for a file that is truncated, no ONNX, has data outside its folder, or that ONNX Runtime
-    refuses; UsageError for an unknown execution provider.
+    Raises ModelError for a file that is truncated, no ONNX, has data outside its folder, or that
+    ONNX Runtime refuses; UsageError for an unknown execution provider.
     """
     return make_session_with(model, session_options(threads, fake_quant_only), providers)
 
@@ -127,10 +130,10 @@ class OrtDenoiser:
         self.spec = spec
         self.session = make_session(model, threads, providers, fake_quant_only)
         declared = {value.name for value in self.session.get_inputs()}
-        wanted = {item.name for item in spec.inputs}
-        if declared != wanted:
+        described = {item.name for item in spec.inputs}
+        if declared != described:
             raise ModelError(
-                f"The model's inputs are {sorted(declared)}, but its description names {sorted(wanted)}.",
+                f"The model's inputs are {sorted(declared)}, but its description names {sorted(described)}.",
                 "Make the description (denoiser.json, or the YAML beside an ONNX file) name every input.",
             )
         outputs = [value.name for value in self.session.get_outputs()]
@@ -143,8 +146,8 @@ class OrtDenoiser:
     def __call__(self, sample: Array, timestep: float | Array, conditions: dict[str, Array]) -> Array:
         """Return the output, float32 [N, ...], for ``sample`` [N, ...].
 
-        ``timestep`` is one number or [N]; ``conditions`` hold N rows per input. Everything is cast to the declared
-        types. A model whose timestep has no batch axis takes one timestep per call.
+        ``timestep`` is one number or [N]; ``conditions`` hold N rows per input. Everything is cast
+        to the declared types. A model whose timestep has no batch axis takes one timestep per call.
         Raises ModelError naming a missing input or a row count that is not N.
         """
         feeds = model_feeds(self.spec, sample, timestep, conditions)
@@ -152,9 +155,9 @@ class OrtDenoiser:
 
 
 def run_session(session: ort.InferenceSession, output: str, feeds: dict[str, Array]) -> Array:
-    """Return the output of that name. Raises ModelError with the inputs' shapes when ONNX Runtime fails."""
+    """Return the output of that name. Raises ModelError with the inputs' shapes on failure."""
     try:
-        found: Array = session.run([output], feeds)[0]
+        values: Array = session.run([output], feeds)[0]
     except ORT_ERRORS as error:
         shapes = {name: tuple(value.shape) for name, value in feeds.items()}
         reason = " ".join(str(error).split())
@@ -162,7 +165,7 @@ def run_session(session: ort.InferenceSession, output: str, feeds: dict[str, Arr
             f"ONNX Runtime failed on inputs of shapes {shapes}: {reason}",
             "Check that the inputs have the shapes that the model was exported for.",
         ) from error
-    return found
+    return values
 
 
 def model_feeds(
@@ -186,7 +189,7 @@ def model_feeds(
 
 
 def _timestep_rows(timestep: float | Array, count: int, item: InputSpec) -> Array:
-    """Return the timestep as [N] (or [N, 1]), or as one number where the model has no batch axis for it."""
+    """Return the timestep as [N] or [N, 1], or as one number where the model has no batch axis."""
     values = np.asarray(timestep, np.float64)
     if item.batched:
         rows = np.broadcast_to(values, (count,)) if values.ndim == 0 else values
