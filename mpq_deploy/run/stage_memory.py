@@ -53,7 +53,7 @@ def _rounding_workers(run: Run, stage: str) -> int:
 
 
 def rounding_worker_bytes(run: Run) -> int:
-    """Estimate what a worker of the stage candidates holds, beside what every worker does (``shards.memory``)."""
+    """Estimate what a worker of the stage candidates holds, beside what every worker does (``PROCESS_BYTES``)."""
     from mpq_deploy.run.memory_model import candidates_worker_bytes
     from mpq_deploy.system.parallel.processes import PROCESS_BYTES
 

@@ -44,6 +44,10 @@ class Room:
     bytes: int
     whose: str
 
+    def holds(self, size: int) -> bool:
+        """Whether work of ``size`` bytes may begin: the one limit, of stages, workers and recovery alike."""
+        return size <= self.bytes
+
     def __str__(self) -> str:
         return f"{self.whose} has {self.bytes / 1e9:.1f} GB free"
 
@@ -80,7 +84,7 @@ def refuse_too_large(work: str, parts: Mapping[str, int], room: Room | None, hin
     ``parts``: bytes by what they are for. ``held``: bytes of them that this process holds already.
     """
     total = sum(parts.values())
-    if room is None or total - held <= room.bytes:
+    if room is None or room.holds(total - held):
         return
     figures = ", ".join(f"{size / 1e9:.1f} for {what}" for what, size in parts.items())
     raise UsageError(f"{work} would need about {total / 1e9:.1f} GB of memory ({figures}), and {room}.", hint)

@@ -204,7 +204,7 @@ def check_workers(workers: int, job: Job, talk: Talk) -> None:
     each = job.memory_bytes + PROCESS_BYTES
     talk.line(f"  {job.name} on {_many(workers)}, an estimated {each / 1e9:.1f} GB each")
     room = memory_room()
-    if room is not None and workers * each > room.bytes:
+    if room is not None and not room.holds(workers * each):
         raise UsageError(
             f"{_many(workers)} would need about {workers * each / 1e9:.1f} GB of memory for {job.name} "
             f"({each / 1e9:.1f} GB each), and {room}.",
