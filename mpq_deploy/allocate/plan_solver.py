@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -31,14 +30,13 @@ if TYPE_CHECKING:
 
 
 # A layer's importance and the bits that the linear program gives it.
-Weighed = tuple[float | None, float | None]
+LayerBits = tuple[float | None, float | None]
 
 
 class PlanSolver:
     """Bytes and losses of every allowed (layer, scheme), gathered once and solved for any budget.
 
-    ``control``: one of ``ORM_CONTROLS`` in place of the run's own measurements; or a ``table`` in
-    place of either.
+    In place of the run's own measurements: those of ``control``, one of ``ORM_CONTROLS``, or ``table``.
     """
 
     def __init__(self, run: Run, control: str = "", table: SensitivityTable | None = None) -> None:
@@ -51,7 +49,11 @@ class PlanSolver:
         candidates = choices_of(run, self.exported.graph)
         self.refused = {name: {**c.refused, **self._ruled_out(name, c)} for name, c in candidates.items()}
         rules: list[tuple[str, tuple[str, ...]]]
-        rules = [(pattern, ("fp16",)) for pattern in run.target.protected if any_match(pattern, candidates)]
+        rules = [
+            (pattern, ("fp16",))
+            for pattern in run.target.protected
+            if any(fnmatch.fnmatchcase(name, pattern) for name in candidates)
+        ]
         rules += [(rule.layers, rule.schemes) for rule in self.section.protect]
         measured = [
             (name, tuple(s.name for s in choices.schemes if s.name in self.table.losses[name]))
@@ -111,8 +113,7 @@ class PlanSolver:
         return Problem(self.choices, self.fixed_bytes, budget_bytes, self.foldable)
 
     def unrefined(self, budget_bytes: int, gap: float) -> tuple[dict[str, str], int, float | None] | None:
-        """Solve for ``budget_bytes`` by the integer program alone: schemes, bytes and predicted
-        loss.
+        """Solve for ``budget_bytes`` by the integer program alone: schemes, bytes and predicted loss.
 
         Quicker than ``solve``, which refines the plan with the cross terms; the prediction has them
         all the same. None where the solver's time was up before it came within ``gap``.
@@ -139,7 +140,7 @@ class PlanSolver:
                 error.smallest,
             ) from error
         schemes = allocation.schemes
-        program, weighed = self._weighed(schemes, problem.budget_bytes - problem.fixed_bytes)
+        program, weighted = self._bit_program(schemes, problem.budget_bytes - problem.fixed_bytes)
         latency = self._latency(problem, schemes)
         return PrecisionPlan(
             budget_bytes=problem.budget_bytes,
@@ -150,7 +151,7 @@ class PlanSolver:
             schemes=schemes,
             layers=tuple(
                 self._planned(layer, choice, schemes[layer.name], *row)
-                for layer, choice, row in zip(self.layers, self.choices, weighed)
+                for layer, choice, row in zip(self.layers, self.choices, weighted)
             ),
             others=self.exported.graph.others,
             solver=allocation.report,
@@ -203,12 +204,10 @@ class PlanSolver:
             reason = f"the metric {self.table.metric} fixes the activations of this layer at {bits} bits"
         return {s.name: reason for s in choices.schemes if s.name not in self.table.losses[layer]}
 
-    def _weighed(self, schemes: dict[str, str], weight_bytes: int) -> tuple[BitProgram | None, list[Weighed]]:
-        """Return the plan's weighted bits beside the linear program's bound, and per layer
-        importance and its bits.
+    def _bit_program(self, schemes: dict[str, str], weight_bytes: int) -> tuple[BitProgram | None, list[LayerBits]]:
+        """Return the plan's weighted bits beside the linear program's bound; per layer, importance and bits.
 
-        None for a metric without importances. ``weight_bytes``: the budget less all other
-        constants.
+        None for a metric without importances. ``weight_bytes``: the budget less all other constants.
         """
         if self.table.importance is None:
             return None, [(None, None)] * len(self.layers)
@@ -224,7 +223,7 @@ class PlanSolver:
         low, high = (np.array([f(row.values()) for row in bits], np.float64) for f in (min, max))
         bound = linear_bits(importance, sizes, low, high, 8.0 * weight_bytes)
         taken = np.array([row[schemes[layer.name]] for row, layer in zip(bits, self.layers)])
-        rows: list[Weighed] = [(float(c), float(b)) for c, b in zip(importance, bound.bits)]
+        rows: list[LayerBits] = [(float(c), float(b)) for c, b in zip(importance, bound.bits)]
         return BitProgram(weighted_bits=float(importance @ taken), linear_bound=bound.objective), rows
 
     def _planned(
@@ -244,8 +243,3 @@ class PlanSolver:
             importance=importance,
             linear_bits=linear_bits,
         )
-
-
-def any_match(pattern: str, names: Iterable[str]) -> bool:
-    """Whether a target's pattern concerns the model: targets protect layers by name."""
-    return any(fnmatch.fnmatchcase(name, pattern) for name in names)

@@ -1,4 +1,4 @@
-"""Calls to learn from, drawn out of recorded trajectories, as the graph takes them."""
+"""Calls to learn from, drawn from recorded trajectories, mostly at the timesteps of the largest error."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from typing import Any
 import numpy as np
 
 from mpq_deploy.models.spec import Array, DenoiserSpec
-from mpq_deploy.recover.training_timesteps import drawn_timesteps
 from mpq_deploy.recover.training_trajectories import Trajectories
 from mpq_deploy.runtime.ort import model_feeds
 
-Tensor = Any  # torch.Tensor; torch is not followed by mypy here
+# Share of the draws that go to all timesteps alike, so that none is forgotten.
+UNIFORM_SHARE = 0.25
 
 
 @dataclass(frozen=True)
 class Batch:
-    """M calls: ``steps`` int64 [M], positions of their timesteps; ``feeds``, the graph's inputs; ``expected`` [M, ...],
-    the float model's outputs; ``earlier``: the inputs of the same trajectories one sampler step before (of the first
-    step: the step itself).
+    """M calls: ``feeds``, the graph's inputs, and ``expected`` [M, ...], the float model's outputs.
+
+    ``steps`` int64 [M]: positions of their ``timesteps``. ``earlier``: the inputs of the same
+    trajectories one sampler step before (of the first step: the step itself).
     """
 
     steps: Array
@@ -58,3 +59,30 @@ class Batches:
         taken = {item.name: self._conditions[item.name][rows] for item in self._spec.conditions}
         timestep: Any = pool.timesteps[steps].astype(np.float64)
         return model_feeds(self._spec, pool.inputs[steps, calls], timestep, taken)
+
+
+def timestep_shares(errors: Array, mode: str) -> Array:
+    """Return the probability of each timestep, float64 [K], of sum 1.
+
+    ``errors`` [K]: the plan's measured NMSE at each. "sensitivity" draws a timestep in proportion to
+    its root, mixed with equal shares: with each draw weighted by ``draw_weights`` the loss stays the
+    mean over timesteps, and its gradient, whose size goes with the root of the error, has about the
+    minimum variance (our choice).
+    """
+    count = len(errors)
+    equal = np.full(count, 1.0 / count)
+    if mode == "uniform" or not np.any(errors > 0):
+        return equal
+    roots = np.sqrt(np.maximum(errors, 0.0))
+    return np.asarray(UNIFORM_SHARE * equal + (1 - UNIFORM_SHARE) * roots / roots.sum())
+
+
+def draw_weights(shares: Array) -> Array:
+    """Return the weight of a draw of each timestep, so that the expectation is the mean over timesteps, [K]."""
+    return np.asarray(1.0 / (len(shares) * shares))
+
+
+def drawn_timesteps(shares: Array, count: int, rng: np.random.Generator) -> Array:
+    """Draw ``count`` positions of timesteps, int64, stratified: one in each of equal parts of the distribution."""
+    points = (np.arange(count) + rng.random(count)) / count
+    return np.minimum(np.searchsorted(np.cumsum(shares), points), len(shares) - 1).astype(np.int64)

@@ -36,7 +36,7 @@ def save_checkpoint(trainer: Trainer, path: Path, key: str) -> None:
             tensors[f"optimizer.{number}.{name}"] = torch.as_tensor(value)
     if trainer.losses.memory is not None:
         tensors.update({f"memory.{name}": value for name, value in trainer.losses.memory.state().items()})
-    said = {
+    values = {
         "format": CHECKPOINT_FORMAT,
         "key": key,
         "step": progress.step,
@@ -50,7 +50,7 @@ def save_checkpoint(trainer: Trainer, path: Path, key: str) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with aside.open("wb") as file:
-            text = json.dumps(said)
+            text = json.dumps(values)
             file.write(save(copies, metadata={"progress": text, "sha256": _digest(copies, text)}))
             file.flush()
             os.fsync(file.fileno())
@@ -60,18 +60,18 @@ def save_checkpoint(trainer: Trainer, path: Path, key: str) -> None:
 
 
 def restore_checkpoint(trainer: Trainer, path: Path, key: str, talk: Talk) -> bool:
-    """Take over the state at ``path``, if there is one and it is of the same training; say whether it was.
+    """Take over the state at ``path``; return whether there is one of the same training.
 
-    One that is cut short or altered is as good as none, and that is said.
+    One that is cut short or altered counts as none, with a warning.
     """
     if not path.is_file():
         return False
-    found = _read(path)
-    if found is None:
+    read = _read(path)
+    if read is None:
         talk.warn(f"{path} was cut short or altered: training starts anew")
         return False
-    said, tensors = found
-    if said.get("format") != CHECKPOINT_FORMAT or said.get("key") != key:
+    values, tensors = read
+    if values.get("format") != CHECKPOINT_FORMAT or values.get("key") != key:
         return False
     progress = trainer.progress
     device = trainer.student.device
@@ -84,10 +84,10 @@ def restore_checkpoint(trainer: Trainer, path: Path, key: str, talk: Talk) -> bo
     if trainer.losses.memory is not None:
         trainer.losses.memory.restore(_under("memory.", tensors))
     progress.best = _under("best.", tensors)
-    progress.step, progress.best_step = said["step"], said["best_step"]
-    progress.best_error = said["best_error"]
-    progress.before, progress.best_by_timestep = np.array(said["before"]), np.array(said["best_by_timestep"])
-    progress.curve = [CurvePoint(**point) for point in said["curve"]]
+    for name in ("step", "best_step", "best_error"):
+        setattr(progress, name, values[name])
+    progress.before, progress.best_by_timestep = np.array(values["before"]), np.array(values["best_by_timestep"])
+    progress.curve = [CurvePoint(**point) for point in values["curve"]]
     return True
 
 

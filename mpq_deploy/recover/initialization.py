@@ -2,7 +2,7 @@
 
 MPQ-DMv2's "object-oriented low-rank initialization ... use prior quantization error", in our reading: with
 E = W - Q(W) ~ U S V^T the adapter starts as g U_r S_r V_r^T. Since it sits inside the quantizer, the gain g is the one
-of {0, 0.5, 1, -0.5, -1} with the least error of the layer's output; 0 is EfficientDM's start, so no layer is worse.
+of {0, 0.5, 1, -0.5, -1} with the minimum error of the layer's output; 0 is EfficientDM's start, so no layer is worse.
 """
 
 from __future__ import annotations
@@ -60,5 +60,5 @@ def _add_errors(
     exact = student.graph.apply(node, inputs)
     for place, gain in enumerate(GAINS):
         quantized = weight.folded(weight.through(gain * (up @ down)))
-        found = student.graph.apply(node, student.rewired(node, quantized, inputs, of_float=True))
-        errors[number, place] += float((found - exact).double().square().sum())
+        output = student.graph.apply(node, student.rewired(node, quantized, inputs, of_float=True))
+        errors[number, place] += float((output - exact).double().square().sum())

@@ -65,14 +65,14 @@ def pixels_of(feature: Tensor, channel_axis: int, most: int) -> Tensor:
     return functional.normalize(feature.flatten(2) if space else feature[:, :, None], dim=1).transpose(1, 2)
 
 
-def relation_loss(expected: Tensor, found: Tensor) -> Tensor:
+def relation_loss(expected: Tensor, output: Tensor) -> Tensor:
     """Return 100 KL(softmax(R) || softmax(R^)) summed over rows, mean over calls; R = cosines between pixels.
 
-    ``expected``, ``found``: unit pixels [M, P, C]. Source: MPQ-DM (arXiv 2412.11549), its code; there the quantized
+    ``expected``, ``output``: unit pixels [M, P, C]. Source: MPQ-DM (arXiv 2412.11549), its code; there the quantized
     features are detached, so that the loss has no gradient: here they are not.
     """
     target = functional.log_softmax(expected @ expected.transpose(1, 2), dim=-1)
-    given = functional.log_softmax(found @ found.transpose(1, 2), dim=-1)
+    given = functional.log_softmax(output @ output.transpose(1, 2), dim=-1)
     divergence = functional.kl_div(given, target, reduction="none", log_target=True)
     return RELATION_FACTOR * divergence.sum(dim=(1, 2)).mean()
 
@@ -88,12 +88,12 @@ class LossTerms:
         self._options, self._spec = options, spec
         self._energy, self._elements = np.maximum(energy, np.finfo(np.float64).tiny), elements
         self.memory = PixelMemory(options.memory_size) if "memory" in self._weights else None
-        wanted = [name for name in self._weights if name in SPACES]
+        spaces = [name for name in self._weights if name in SPACES]
         self._alphas: Array = np.empty(0)
-        if wanted:
+        if spaces:
             if spec.prediction_type == "flow_prediction":
                 raise UsageError(
-                    f"The loss '{wanted[0]}' needs a noise schedule, and this model predicts flow.",
+                    f"The loss '{spaces[0]}' needs a noise schedule, and this model predicts flow.",
                     "Use the loss 'output'.",
                 )
             self._alphas = np.asarray(alphas_cumprod(spec.scheduler), np.float64)
@@ -102,16 +102,16 @@ class LossTerms:
         """Return each loss on ``batch`` with its weight. ``weights`` [M]: of the draws (see ``timesteps``)."""
         related = [name for name in ("relation", "memory") if name in self._weights]
         keep = (student.feature,) if related else ()
-        found = student.run(student.feed(batch.feeds), keep)
+        values = student.run(student.feed(batch.feeds), keep)
         expected = student.place(batch.expected)
         made: dict[str, Tensor] = {}
         for name in self._weights:
             if name in ("output", *SPACES):
                 factors = student.place((weights * self._factors(name, batch)).astype(np.float32))
-                made[name] = output_loss(found[student.output], expected, factors)
+                made[name] = output_loss(values[student.output], expected, factors)
         if related:
             float_feature = student.teach(student.feed(batch.feeds), keep)[student.feature]
-            feature = found[student.feature]
+            feature = values[student.feature]
             if "relation" in self._weights:
                 made["relation"] = self._relation(student, batch, float_feature, feature)
             if self.memory is not None:
@@ -140,10 +140,10 @@ class LossTerms:
         assert self.memory is not None
         options = self._options
         everything = math.prod(float_feature.shape)
-        expected, found = (pixels_of(f, student.feature_axis, everything) for f in (float_feature, feature))
+        expected, output = (pixels_of(f, student.feature_axis, everything) for f in (float_feature, feature))
         count = expected.shape[0] * expected.shape[1]
         picked = torch.from_numpy(rng.choice(count, min(options.memory_pixels, count), replace=False))
         some = expected.flatten(0, 1)[picked]
-        loss = self.memory.loss(some, found.flatten(0, 1)[picked], options.memory_anchors, rng)
+        loss = self.memory.loss(some, output.flatten(0, 1)[picked], options.memory_anchors, rng)
         self.memory.enqueue(some, np.repeat(batch.timesteps, expected.shape[1])[picked.numpy()])
         return loss

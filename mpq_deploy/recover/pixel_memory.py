@@ -50,16 +50,16 @@ class PixelMemory:
         places = rng.choice(self.used, min(count, self.used), replace=False, p=chances / chances.sum())
         return self.pixels[torch.from_numpy(places)]
 
-    def loss(self, expected: Tensor, found: Tensor, count: int, rng: np.random.Generator) -> Tensor:
+    def loss(self, expected: Tensor, output: Tensor, count: int, rng: np.random.Generator) -> Tensor:
         """Return KL(softmax(f . a / 0.1) || softmax(q . a / 0.1)), mean over pixels, for anchors a from the memory.
 
-        ``expected`` f, ``found`` q: unit pixels [n, C] of the float model and the student. Zero while it is empty.
+        ``expected`` f, ``output`` q: unit pixels [n, C] of the float model and the student. Zero while it is empty.
         """
         if not self.used:
-            return found.sum() * 0.0
-        anchors = self.anchors(count, rng).T.to(found)
+            return output.sum() * 0.0
+        anchors = self.anchors(count, rng).T.to(output)
         target = functional.log_softmax(expected @ anchors / TEMPERATURE, dim=-1)
-        given = functional.log_softmax(found @ anchors / TEMPERATURE, dim=-1)
+        given = functional.log_softmax(output @ anchors / TEMPERATURE, dim=-1)
         return functional.kl_div(given, target, reduction="none", log_target=True).sum(1).mean()
 
     def state(self) -> dict[str, Tensor]:

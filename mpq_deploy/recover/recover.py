@@ -25,11 +25,7 @@ from mpq_deploy.graph.writers.deployed_graphs import SIMULATED, write_quantized
 from mpq_deploy.models.spec import Array, DenoiserSpec
 from mpq_deploy.recipe import RecoverSettings
 from mpq_deploy.recover.checkpoint import restore_checkpoint, save_checkpoint
-from mpq_deploy.recover.estimate import (
-    FLOAT32_BYTES,
-    MemoryEstimate,
-    estimate_memory,
-)
+from mpq_deploy.recover.estimate import FLOAT32_BYTES, MemoryEstimate, estimate_memory
 from mpq_deploy.recover.initialization import initialize_from_error
 from mpq_deploy.recover.recovery_result import Recovery
 from mpq_deploy.recover.student import Student
@@ -115,10 +111,10 @@ def write_recovered(task: RecoverTask, recovered: Recovered, folder: Path, diale
         dialect,
         constants=student.learned_constants(),
     )
-    found = measured_error(folder / SIMULATED, task, recovered.held_out)
-    if abs(found - after) > WRITTEN_TOLERANCE * after:
+    error = measured_error(folder / SIMULATED, task, recovered.held_out)
+    if abs(error - after) > WRITTEN_TOLERANCE * after:
         raise MpqError(
-            f"The recovered graph has a held-out NMSE of {found:.3e} in ONNX Runtime, {after:.3e} in torch.",
+            f"The recovered graph has a held-out NMSE of {error:.3e} in ONNX Runtime, {after:.3e} in torch.",
             "This is a defect: please report it with the model's structure.",
         )
     return written

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from pydantic import TypeAdapter
 
 from mpq_deploy.system.files import canonical_json
 
@@ -24,10 +25,10 @@ class CurvePoint:
 class Recovery:
     """The result of training, saved as recovery.json.
 
-    ``before``, ``after``: NMSE of the plan's and of the best state's output on held-out trajectories, mean over
-    timesteps, and at each of them (``before_by_timestep``, ``after_by_timestep``; scheduler values in ``timesteps``).
-    ``best_step`` 0: nothing was better than the plan, whose weights stay. ``stopped``: why training ended early.
-    ``starts``: adapters by the gain that they started with.
+    ``before``, ``after``: NMSE of the plan's and of the best state's output on held-out
+    trajectories, mean over timesteps; ``..._by_timestep``: at each of ``timesteps``. ``best_step`` 0:
+    nothing was better than the plan, whose weights stay. ``stopped``: why training ended early.
+    ``starts``: how many adapters started with which gain.
     """
 
     steps: int
@@ -68,8 +69,4 @@ class Recovery:
     @classmethod
     def load(cls, folder: Path) -> Recovery:
         """Read what ``save`` wrote."""
-        values = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        values["curve"] = tuple(CurvePoint(**point) for point in values["curve"])
-        for name in ("timesteps", "before_by_timestep", "after_by_timestep"):
-            values[name] = tuple(values[name])
-        return cls(**values)
+        return TypeAdapter(cls).validate_json((folder / FILE).read_bytes())

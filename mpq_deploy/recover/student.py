@@ -85,9 +85,9 @@ class Student(torch.nn.Module):  # type: ignore[misc]
             form = start.scheme.activation_form
             for tensor in start.layer.inputs:
                 if tensor + form not in self._scale_keys:
-                    found = stats.activations[tensor]
+                    known = stats.activations[tensor]
                     self._scale_keys.append(tensor + form)
-                    made.append(ActivationScale(start.scheme.input_grid(found), start.scheme.branch.left_out(found)))
+                    made.append(ActivationScale(start.scheme.input_grid(known), start.scheme.branch.left_out(known)))
         return made
 
     def _layer_uses(self, starts: Sequence[StartingWeight]) -> dict[str, tuple[int, str | None]]:
@@ -139,10 +139,10 @@ class Student(torch.nn.Module):  # type: ignore[misc]
         known = {**self._fixed, **{n: self._stored(n, c) for n, c in zip(self._constant_names, self.constants)}}
         half = learning and self.training_type != torch.float32
         with torch.autocast(self.device.type, self.training_type, enabled=half):
-            found = self.graph.run(
+            values = self.graph.run(
                 feeds, keep=keep, rewire=rewire, known=known, segments=self.segments if learning else 1
             )
-        return {name: value.float() for name, value in found.items()}
+        return {name: value.float() for name, value in values.items()}
 
     def teach(self, feeds: Mapping[str, Tensor], keep: Collection[str] = ()) -> dict[str, Tensor]:
         """Evaluate the float model."""
@@ -188,18 +188,18 @@ class Student(torch.nn.Module):  # type: ignore[misc]
 
         The mean weight step of its layer for adapters, 1 for the logarithms of scales, the rms of a constant.
         """
-        found: dict[str, list[tuple[torch.nn.Parameter, float]]] = {kind: [] for kind in KINDS}
+        kinds: dict[str, list[tuple[torch.nn.Parameter, float]]] = {kind: [] for kind in KINDS}
         for weight in self.layer_weights:
             for name, parameter in weight.named_parameters():
                 if name.startswith("adapter."):
-                    found["adapters"].append((parameter, weight.step))
+                    kinds["adapters"].append((parameter, weight.step))
                 elif name.endswith("log_ratio"):
-                    found["weight_scales"].append((parameter, 1.0))
+                    kinds["weight_scales"].append((parameter, 1.0))
                 else:
-                    found["factors"].append((parameter, _rms(parameter)))
-        found["activation_scales"] = [(p, 1.0) for p in self.scales.parameters()]
-        found["constants"] = [(p, _rms(p)) for p in self.constants]
-        return found
+                    kinds["factors"].append((parameter, _rms(parameter)))
+        kinds["activation_scales"] = [(p, 1.0) for p in self.scales.parameters()]
+        kinds["constants"] = [(p, _rms(p)) for p in self.constants]
+        return kinds
 
     @property
     def layer_weights(self) -> list[LayerWeight]:
@@ -221,13 +221,13 @@ class Student(torch.nn.Module):  # type: ignore[misc]
     def learned_constants(self) -> dict[str, Array]:
         """Return the constants of the exported graph that were learned, biases and FP16 weights, float32."""
         # Those that take factors are rounded when they have them.
-        found = {
+        constants = {
             name: (constant if name in self._folds else halved(constant)).detach().cpu().numpy()
             for name, constant in zip(self._constant_names, self.constants)
         }
         for weight in self.layer_weights:
-            found.update(weight.constants())
-        return found
+            constants.update(weight.constants())
+        return constants
 
 
 def _folds(model: ir.Model, starts: Sequence[StartingWeight]) -> dict[str, Tensor]:

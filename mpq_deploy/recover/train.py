@@ -1,4 +1,4 @@
-"""The training loop: distil the float model into the quantized one, and keep the state with the least held-out error.
+"""The training loop: distil the float model into the quantized one; keep the state of minimum held-out error.
 
 Everything random comes from (seed, step), so a step depends on the state before it and on nothing else: interrupted
 training goes on from its last checkpoint and ends as if it had not been interrupted.
@@ -17,11 +17,10 @@ import torch
 
 from mpq_deploy.models.spec import Array, DenoiserSpec
 from mpq_deploy.recipe import RecoverSettings
-from mpq_deploy.recover.batches import Batch, Batches
+from mpq_deploy.recover.batches import Batch, Batches, draw_weights, timestep_shares
 from mpq_deploy.recover.losses import LossTerms
 from mpq_deploy.recover.recovery_result import CurvePoint
 from mpq_deploy.recover.student import Student
-from mpq_deploy.recover.training_timesteps import draw_weights, timestep_shares
 from mpq_deploy.recover.training_trajectories import Trajectories, TrajectoryRecorder
 from mpq_deploy.system.progress import Talk
 
@@ -38,7 +37,7 @@ REFERENCE_ERROR, SMALLEST_ERROR = 1e-3, 1e-7
 class Progress:
     """All that changes while training: with the parameters, the optimizer and the memory it is the whole state.
 
-    ``step``: updates made. ``best``: the parameters of least held-out error. ``stopped``: why training ended early.
+    ``step``: updates made. ``best``: the parameters of minimum held-out error. ``stopped``: why training ended early.
     """
 
     step: int = 0
@@ -99,7 +98,7 @@ class Trainer:
                 advance(1)
                 if progress.step % options.check_every == 0 or progress.step == options.steps:
                     self._check(values)
-                    self._say(values, (time.monotonic() - started) / (progress.step - first))
+                    self._report(values, (time.monotonic() - started) / (progress.step - first))
                     if save is not None:
                         save()
         return progress
@@ -126,12 +125,12 @@ class Trainer:
         """
         options, number = self.options, step // self.options.round_steps
         if self._pool is None or self._newest != number:
-            wanted = range(max(0, number + 1 - options.replay), number + 1)
-            if self._newest not in wanted:
+            oldest = max(0, number + 1 - options.replay)
+            if not oldest <= self._newest <= number:
                 self._pool = None
-            for new in range(wanted[0] if self._pool is None else self._newest + 1, number + 1):
-                found = self._recorder.record(options.trajectories, options.seed, new)
-                self._pool = found if self._pool is None else self._pool.followed_by(found, options.replay)
+            for new in range(oldest if self._pool is None else self._newest + 1, number + 1):
+                more = self._recorder.record(options.trajectories, options.seed, new)
+                self._pool = more if self._pool is None else self._pool.followed_by(more, options.replay)
             self._newest = number
         assert self._pool is not None
         return self._pool
@@ -163,13 +162,13 @@ class Trainer:
                 errors.append(squared / max(float(pool.energy[step]) * count, 1e-300))
         return np.array(errors)
 
-    def _say(self, values: dict[str, float], seconds_per_step: float) -> None:
+    def _report(self, values: dict[str, float], seconds_per_step: float) -> None:
         progress = self.progress
         left = (self.options.steps - progress.step) * seconds_per_step
-        said = ", ".join(f"{name} {value:.2e}" for name, value in values.items())
+        losses = ", ".join(f"{name} {value:.2e}" for name, value in values.items())
         before, now = float(progress.before.mean()), progress.curve[-1].held_out_nmse
         self.talk.line(
-            f"  step {progress.step} of {self.options.steps}: {said}; held-out NMSE {now:.2e} (plan {before:.2e}); "
+            f"  step {progress.step} of {self.options.steps}: {losses}; held-out NMSE {now:.2e} (plan {before:.2e}); "
             f"{left:.0f} s left"
         )
 
@@ -193,10 +192,11 @@ def _optimizer(student: Student, options: RecoverSettings) -> torch.optim.AdamW:
 
 
 def error_factor(error: float) -> float:
-    """Return by what all learning rates are multiplied for a plan of NMSE ``error``: its root, at most 1 (from 1e-3).
+    """Return the factor of all learning rates for a plan of NMSE ``error``: its root, 1 from 1e-3.
 
-    A step that moves the output by a hundredth is small where the plan's error is a tenth and undoes a plan whose error
-    is a hundredth. Above, at two bits, larger rates only unsettle codes (our choice, from both bundled models).
+    A step that moves the output by a hundredth is small where the plan's error is a tenth and undoes
+    a plan whose error is a hundredth. Above, at two bits, larger rates only unsettle codes (our
+    choice, from both bundled models).
     """
     return math.sqrt(min(max(error, SMALLEST_ERROR) / REFERENCE_ERROR, 1.0))
 

@@ -6,6 +6,7 @@ What that quantizer is in torch (a ``LayerTwin``) is made by the scheme's format
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,6 @@ from mpq_deploy.formats.candidates import fold_matrix
 from mpq_deploy.formats.interfaces import INT8, DeployedMatrix, Precision
 from mpq_deploy.graph.writers.quantize_layers import LayerRewrite
 from mpq_deploy.models.spec import Array
-from mpq_deploy.recover.adapters import Adapter
 from mpq_deploy.recover.torch_quantizers import Grid, Levels, halved
 from mpq_deploy.rounding.quantizers import QuantizedMatrix
 from mpq_deploy.rounding.row_grids import SimulatedMatrix
@@ -100,6 +100,38 @@ class TwinKit:
     def array(self, tensor: Tensor, dtype: type[np.generic]) -> Array:
         """Return the values of ``tensor``."""
         return np.asarray(tensor.detach().cpu().numpy().astype(dtype))
+
+
+class Adapter(torch.nn.Module):  # type: ignore[misc]
+    """``up`` [O, r] times ``down`` [r, K]: what moves a latent weight before it is quantized (EfficientDM's B and A).
+
+    Starts as EfficientDM's does, A by Kaiming (uniform within 1 / sqrt(K)), B zero, so that the
+    product is zero. With ``rank`` 0 ``up`` [O, K] is all there is: every code learns by itself (our
+    choice, where memory allows).
+    """
+
+    def __init__(self, rows: int, columns: int, rank: int, rng: np.random.Generator) -> None:
+        super().__init__()
+        rank = min(rank, rows, columns)
+        self.up = torch.nn.Parameter(torch.zeros(rows, rank or columns))
+        self.down: torch.nn.Parameter | None = None
+        if rank:
+            bound = 1 / math.sqrt(columns)
+            down = rng.uniform(-bound, bound, (rank, columns)).astype(np.float32)
+            self.down = torch.nn.Parameter(torch.from_numpy(down))
+
+    def forward(self) -> Tensor:
+        """Return the product [O, K]."""
+        return self.up if self.down is None else self.up @ self.down
+
+    def start_from(self, up: Tensor, down: Tensor) -> None:
+        """Take other factors [O, r] and [r, K] to start from."""
+        with torch.no_grad():
+            if self.down is None:
+                self.up.copy_(up @ down)
+            else:
+                self.up.copy_(up)
+                self.down.copy_(down)
 
 
 class LayerWeight(torch.nn.Module):  # type: ignore[misc]

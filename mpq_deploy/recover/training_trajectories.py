@@ -41,12 +41,12 @@ class Trajectories:
 
     def followed_by(self, other: Trajectories, most: int) -> Trajectories:
         """Return these calls and those of ``other`` along the same timesteps: the last ``most`` times its number."""
-        kept = max(0, len(self.rows) - (most - 1) * len(other.rows))
+        first = max(0, len(self.rows) - (most - 1) * len(other.rows))
         return Trajectories(
-            np.concatenate([self.inputs[:, kept:], other.inputs], axis=1),
-            np.concatenate([self.outputs[:, kept:], other.outputs], axis=1),
+            np.concatenate([self.inputs[:, first:], other.inputs], axis=1),
+            np.concatenate([self.outputs[:, first:], other.outputs], axis=1),
             self.timesteps,
-            np.concatenate([self.rows[kept:], other.rows]),
+            np.concatenate([self.rows[first:], other.rows]),
         )
 
 
@@ -74,12 +74,12 @@ class TrajectoryRecorder:
         """
         noise_seed = int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
         sampler = make_sampler(self._spec.scheduler, self._steps, noise_seed, self._kind)
-        kept = _Kept(self._denoiser)
+        recording = _Recording(self._denoiser)
         batch = 16 if all(item.batched for item in self._spec.conditions) else 1
         rows = self._rows(count, noise_seed, held_out)
-        model = GuidedDenoiser(kept, self._spec, self._conditions, kept.on_call)
+        model = GuidedDenoiser(recording, self._spec, self._conditions, recording.on_call)
         denoise(model, sampler, first_samples(self._spec, rows, self._conditions, noise_seed), rows, batch)
-        return kept.finish()
+        return recording.finish()
 
     def _rows(self, count: int, seed: int, held_out: bool) -> Array:
         known = self._spec.calibration_rows
@@ -99,7 +99,7 @@ class TrajectoryRecorder:
 
 
 @dataclass
-class _Kept:
+class _Recording:
     """A denoiser whose inputs and outputs are kept, by step."""
 
     denoiser: OrtDenoiser

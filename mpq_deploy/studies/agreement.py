@@ -1,7 +1,8 @@
-"""How well one set of losses orders and predicts another: rank correlation within schemes, its error, calibration.
+"""How well one set of losses orders and predicts another: rank correlation, its error, calibration.
 
-In: losses of the same (layer, scheme) pairs by the truth and by a metric. Out: Spearman's rank correlation over the
-layers of a scheme, pooled over schemes, with a bootstrap interval; and the spread of prediction over truth.
+In: losses of the same (layer, scheme) pairs by the truth and by a metric. Out: Spearman's rank
+correlation over the layers of a scheme, pooled over schemes, with a bootstrap interval; and the
+spread of prediction over truth.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class Compared:
 
 
 def ranks(values: Array) -> Array:
-    """Return the rank of each value, 1 for the least, ties their mean: float64 [N]."""
+    """Return the rank of each value, 1 for the minimum, ties their mean: float64 [N]."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[inverse.reshape(-1)], np.float64)
 
@@ -102,8 +103,8 @@ def correlations(
 ) -> dict[str, Correlation]:
     """Return the rank correlation of each class (name -> schemes), ranked within schemes and pooled over them.
 
-    The interval is a percentile bootstrap over layers: pairs of one layer err together, so a layer is drawn with all
-    its pairs. Schemes of fewer than ``FEWEST`` layers do not count.
+    The interval is a percentile bootstrap over layers: pairs of one layer err together, so a layer
+    is drawn with all its pairs. Schemes of fewer than ``FEWEST`` layers do not count.
     """
     schemes = list(dict.fromkeys(compared.schemes))
     layers = {name: number for number, name in enumerate(dict.fromkeys(compared.layers))}
@@ -111,18 +112,18 @@ def correlations(
     owner = np.array([layers[name] for name in compared.layers], np.int64)
     plain = np.array([moments(compared.true[rows], compared.found[rows]) for rows in members]).reshape(-1, 3)
     drawn = _resampled(compared, members, owner, len(layers), seed, resamples)
-    found = {}
+    result = {}
     for name, of_class in classes.items():
         chosen = [i for i, scheme in enumerate(schemes) if scheme in of_class and len(members[i]) >= FEWEST]
         pairs = sum(len(members[i]) for i in chosen)
         rho = float(rho_of(plain[chosen].sum(axis=0)))
         if np.isnan(rho):
-            found[name] = Correlation(pairs, None)
+            result[name] = Correlation(pairs, None)
             continue
         spread = rho_of(drawn[:, chosen].sum(axis=1))
         low, high = np.percentile(spread[~np.isnan(spread)], INTERVAL) if (~np.isnan(spread)).any() else (rho, rho)
-        found[name] = Correlation(pairs, rho, float(low), float(high))
-    return found
+        result[name] = Correlation(pairs, rho, float(low), float(high))
+    return result
 
 
 def _resampled(

@@ -45,32 +45,32 @@ class AuditOptions:
 
 def parse_methods(text: str) -> tuple[str, ...]:
     """Turn ``probe,orm`` into methods, in the order of ``AUDITED``. Raises UsageError naming the nearest."""
-    asked = [name.strip() for name in text.split(",") if name.strip()]
+    names = [name.strip() for name in text.split(",") if name.strip()]
     known = f"Known: {', '.join(AUDITED)}."
-    for name in asked:
+    for name in names:
         if name == TRUTH:
             raise UsageError(f"'{TRUTH}' is what the methods are compared with.", f"Leave it out. {known}")
         if name not in AUDITED:
             raise UsageError(f"Unknown method '{name}'.", f"{nearest(name, AUDITED)}{known}")
-    if not asked:
-        raise UsageError("No methods are named.", known)
-    return tuple(name for name in AUDITED if name in asked)
+    if not names:
+        raise UsageError("No methods given.", known)
+    return tuple(name for name in AUDITED if name in names)
 
 
 def audit_recipe(source: str | None, model: str | None, changes: Sequence[str]) -> Recipe:
-    """Return the recipe of an audit: the given one, or all defaults without branches and engine; then KEY=VALUE.
+    """Return the recipe of an audit: ``source``, or the defaults without branches and engine; then KEY=VALUE.
 
-    Branches would multiply the single layers to quantize. Raises UsageError for a change that is none.
+    Branches would multiply the single layers to quantize. Raises UsageError for an invalid change.
     """
     given: dict[str, Any] = {"model": model, "engine.build": False, "allocate.branches": []}
     for change in changes:
         key, equals, value = change.partition("=")
         if not equals or not key:
-            raise UsageError(f"'{change}' is no entry of a recipe.", "Write KEY=VALUE, such as measure.timesteps=10.")
+            raise UsageError(f"Invalid --set {change}.", "Write KEY=VALUE, such as measure.timesteps=10.")
         try:
             given[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise UsageError(f"The value of --set {change} is no YAML.", "Write KEY=VALUE.") from error
+            raise UsageError(f"The value of --set {change} is not YAML.", "Write KEY=VALUE.") from error
     return load_recipe(source, given)
 
 
@@ -87,7 +87,7 @@ def audit_run(recipe: Recipe, out: Path | None) -> Path:
 
 
 def check_audit(recipe: Recipe) -> None:
-    """Find mistakes before anything runs: timesteps that do not exist, settings that an audit does not know."""
+    """Raise UsageError for timesteps that do not exist and settings that an audit does not know."""
     from mpq_deploy.run.recipe_check import check_timesteps
 
     if recipe.measure.sampling != "uniform":
@@ -101,8 +101,8 @@ def check_audit(recipe: Recipe) -> None:
 def run_audit(run: Run, options: AuditOptions, command: str = "") -> AuditResult:
     """Measure everything that is not yet current in the run folder, and return what came out.
 
-    ``command``: how the user called it, for the report. A metric that refuses its settings (orm with too few calls)
-    and a budget that no plan of a metric fits are part of the result and do not end the audit.
+    ``command``: the command line, for the report. A metric that refuses its settings (orm with too
+    few calls) and a budget that no plan of a metric fits are part of the result, not errors.
     """
     losses = Losses(run, options.samples or min(run.recipe.measure.calls, run.recipe.measure.samples))
     tables: dict[str, SensitivityTable] = {}
@@ -125,9 +125,8 @@ def run_audit(run: Run, options: AuditOptions, command: str = "") -> AuditResult
         if method == "probe" and tables[method].projections is not None and run.recipe.allocate.cross_terms:
             again = solved_plans(run, tables[method], options.budgets, cross_terms=True)
             rows.append((MetricResult(CROSS, row.metric, None), again))
-    row = MetricResult(TRUTH, TRUTH, truth.seconds, notes=truth.table.notes)
     own = solved_plans(run, truth.table, options.budgets, cross_terms=False) if truth.complete else ()
-    rows.append((row, own))
+    rows.append((MetricResult(TRUTH, TRUTH, truth.seconds, notes=truth.table.notes), own))
     quality.prepare([one.plan.schemes for _, solved in rows for one in solved if one.plan is not None])
     measured = [_with_plans(run, row, solved, quality) for row, solved in rows]
     command = command or shlex.join(["mpq-deploy", "audit", run.recipe.model or "emoji"])
@@ -139,13 +138,13 @@ def _agreement(method: str, table: SensitivityTable, truth: Truth, losses: Losse
     compared = Compared.of(truth.pairs, truth.table.losses, table.losses)
     classes = scheme_classes(set(compared.schemes))
     everything = [scheme for schemes in classes.values() for scheme in schemes]
-    found = correlations(compared, {**classes, "": everything}, seed)
+    by_class = correlations(compared, {**classes, "": everything}, seed)
     return MetricResult(
         method,
         table.metric,
         losses.seconds(method),
-        found.pop(""),
-        found,
+        by_class.pop(""),
+        by_class,
         compared.calibration() if table.predicts_nmse else None,
         notes=table.notes,
     )
@@ -154,8 +153,8 @@ def _agreement(method: str, table: SensitivityTable, truth: Truth, losses: Losse
 def _with_plans(run: Run, row: MetricResult, solved: Sequence[Solved], quality: PlanQuality) -> MetricResult:
     points = plan_points(solved, quality)
     for point in points:
-        said = point.refused or f"NMSE {point.nmse:.2e}"
-        run.talk.line(f"  {row.title:<22} {point.budget:g}: {said}")
+        outcome = point.refused or f"NMSE {point.nmse:.2e}"
+        run.talk.line(f"  {row.title:<22} {point.budget:g}: {outcome}")
     return replace(row, plans=points)
 
 
@@ -188,8 +187,8 @@ def _result(
 
 def _loss_row(pair: tuple[str, str], truth: Truth, tables: dict[str, SensitivityTable]) -> dict[str, Any]:
     layer, scheme = pair
-    found = {name: table.losses.get(layer, {}).get(scheme) for name, table in tables.items()}
-    return {"layer": layer, "scheme": scheme, TRUTH: truth.table.losses[layer][scheme], **found}
+    losses = {name: table.losses.get(layer, {}).get(scheme) for name, table in {TRUTH: truth.table, **tables}.items()}
+    return {"layer": layer, "scheme": scheme, **losses}
 
 
 def _notes(run: Run, losses: Losses, truth: Truth, rows: Iterable[MetricResult]) -> list[str]:
@@ -210,7 +209,7 @@ def _notes(run: Run, losses: Losses, truth: Truth, rows: Iterable[MetricResult])
         "Rank correlations are Spearman's, ranked within each scheme and pooled; intervals (95 %) are a bootstrap over "
         "layers. All plans are solved without cross terms between layers, except where the row says so."
     )
-    if any(branch for branch in run.recipe.allocate.branches):
+    if any(run.recipe.allocate.branches):
         notes.append("Truth and correlations leave residual branches out; the metrics' plans may take them.")
     if measure.orm.activation_bits != "program" and any(row.key in ("orm", "kurtosis") for row in rows):
         notes.append(

@@ -23,7 +23,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class PlanPoint:
-    """A plan at a budget, measured. ``refused`` says why there is none, and ``smallest_bytes`` what would be feasible.
+    """A plan at a budget, measured; or why it is ``refused``, and the ``smallest_bytes`` of any plan.
 
     ``nmse`` with ``nmse_error``, its standard error over images; ``psnr_db`` None for ``identical`` images.
     """
@@ -42,10 +42,10 @@ class PlanPoint:
 
 @dataclass(frozen=True)
 class MetricResult:
-    """One metric: how it agrees with the truth, and what its plans are worth. ``seconds`` of processor time.
+    """One metric: how it agrees with the truth, and the quality of its plans. ``seconds`` of processor time.
 
-    ``metric`` is what was measured (gain, where probes could not be); ``refused``: why it could not be measured.
-    ``pooled`` over all schemes; None for what is no metric of its own (the truth, cross terms).
+    ``metric``: what was measured (gain, where probes could not be); ``refused``: why it could not be
+    measured. ``pooled`` over all schemes; None for the truth and for cross terms.
     """
 
     key: str
@@ -81,7 +81,7 @@ class TruthInfo:
 
 @dataclass(frozen=True)
 class AuditResult:
-    """Everything. ``losses``: one row per pair of the truth: layer, scheme, exhaustive, and each metric's loss."""
+    """The values of audit.json. ``losses``: a row per pair of the truth: layer, scheme, its loss by each metric."""
 
     model: str
     weights: int

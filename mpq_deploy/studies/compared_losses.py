@@ -1,7 +1,7 @@
 """The losses that are compared: every metric's, and the truth's, on the same calls.
 
-Each metric is a stage of its own in the run folder, and the truth several small ones, so that what was measured is
-kept when the audit is stopped, and found again when it goes on.
+Each metric is a stage of its own in the run folder, and the truth several small ones, so that an
+audit that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True)
 class Truth:
-    """The exhaustive losses: their ``table``, the ``pairs`` measured ``of`` all that there are, and CPU seconds."""
+    """The exhaustive losses: ``table``, the ``pairs`` measured ``of`` so many, and ``seconds`` of processor time."""
 
     table: SensitivityTable
     pairs: tuple[Pair, ...]
@@ -57,11 +57,11 @@ class Truth:
 
 
 class Losses:
-    """Measures metrics and the truth on ``samples`` calls at each timestep, of those that weights were not rounded on.
+    """Measures metrics and the truth on ``samples`` calls at each timestep that weights were not rounded on.
 
-    The calls are the same at every timestep, and the same for all metrics and the truth; only gain injects its noise
-    into fewer of them. Conditions are as evenly represented as the count allows. Raises UsageError when there are not
-    so many calls.
+    The calls are the same at every timestep, and the same for all metrics and the truth; only gain
+    injects its noise into fewer of them. Conditions are as evenly represented as the count allows.
+    Raises UsageError when there are not so many calls.
     """
 
     def __init__(self, run: Run, samples: int) -> None:
@@ -94,10 +94,10 @@ class Losses:
         def make() -> SensitivityTable:
             return measure(method, self.subject())
 
-        return self._kept(f"audit-{method}", {**self._fields(), "method": method, **fields}, make)
+        return self._stored(f"audit-{method}", {**self._fields(), "method": method, **fields}, make)
 
     def seconds(self, method: str) -> float:
-        """Return the processor seconds that measuring ``method`` took, of all threads, whenever it was measured."""
+        """Return the processor time in seconds, of all threads, that measuring ``method`` took."""
         return float(self._run.folder.timings().get(f"audit-{method}", {}).get("seconds", 0.0))
 
     def truth(self, count: int) -> Truth:
@@ -122,21 +122,21 @@ class Losses:
                 losses.setdefault(layer, {}).update(row)
                 by_timestep.setdefault(layer, {}).update(table.losses_by_timestep[layer])
         notes = tuple(dict.fromkeys(note for table in tables for note in table.notes))
-        found = SensitivityTable(TRUTH, self.calls.timesteps, losses, by_timestep, notes=notes)
+        whole = SensitivityTable(TRUTH, self.calls.timesteps, losses, by_timestep, notes=notes)
         seconds = sum(self.seconds(name) for name in names)
-        return Truth(found, tuple(chosen), len(everything) - len(still), seconds)
+        return Truth(whole, tuple(chosen), len(everything) - len(still), seconds)
 
     def _shard(self, name: str, pairs: Sequence[Pair]) -> SensitivityTable:
         def make() -> SensitivityTable:
             return measure_exhaustive(self.subject(), pairs=set(pairs))
 
-        return self._kept(f"audit-{name}", self._truth_fields(pairs), make)
+        return self._stored(f"audit-{name}", self._truth_fields(pairs), make)
 
     def _truth_fields(self, pairs: Sequence[Pair]) -> Fields:
         return {**self._fields(), "method": TRUTH, "pairs": [list(pair) for pair in pairs]}
 
     def _spread_out(self, parts: dict[str, tuple[Pair, ...]]) -> None:
-        """Have workers measure and keep what is missing of ``parts``, where there are workers."""
+        """Have workers, where there are any, measure and store what is missing of ``parts``."""
         run, crew = self._run.folder, self._run.crew
         missing = [n for n, pairs in parts.items() if run.changed_fields(f"audit-{n}", self._truth_fields(pairs)) != []]
         # Sessions of ONNX Runtime link the weights while they are open, which other readers of them refuse.
@@ -151,7 +151,7 @@ class Losses:
             results = run_shards(pool, "single layers", shards, self._run.talk)
             for name, result in zip(missing, results, strict=True):
                 fields, table = self._truth_fields(parts[name]), _table_of(result, self.calls.timesteps)
-                self._kept(f"audit-{name}", fields, lambda made=table: made, float(result["seconds"]))  # type: ignore[misc]
+                self._stored(f"audit-{name}", fields, lambda made=table: made, float(result["seconds"]))  # type: ignore[misc]
 
     def _changes(self, pair: Pair) -> bool:
         scheme = SCHEMES[pair[1]]
@@ -184,7 +184,7 @@ class Losses:
             **version_of("torch", "onnxruntime", "numpy", "highspy"),
         }
 
-    def _kept(
+    def _stored(
         self, name: str, fields: Fields, make: Callable[[], SensitivityTable], elsewhere: float = 0.0
     ) -> SensitivityTable:
         """Return the table of a stage folder, made by ``make`` where it is not current.
@@ -214,11 +214,11 @@ def _open_truth(samples: int, root: Path, talk: Talk) -> Work:
     def work(pairs: tuple[Pair, ...], inner: Talk) -> Result:
         started = time.process_time()
         table = measure_exhaustive(replace(losses.subject(), talk=Within.silent(inner)), pairs=set(pairs))
-        found = [(layer, scheme) for layer, row in table.losses.items() for scheme in row]
+        measured = [(layer, scheme) for layer, row in table.losses.items() for scheme in row]
         return {
-            "pairs": np.array(found, np.str_),
-            "losses": np.array([table.losses[layer][scheme] for layer, scheme in found]),
-            "by_timestep": np.array([table.losses_by_timestep[layer][scheme] for layer, scheme in found]),
+            "pairs": np.array(measured, np.str_),
+            "losses": np.array([table.losses[layer][scheme] for layer, scheme in measured]),
+            "by_timestep": np.array([table.losses_by_timestep[layer][scheme] for layer, scheme in measured]),
             "notes": np.array(table.notes, np.str_),
             "seconds": np.array(time.process_time() - started),
         }
@@ -244,8 +244,8 @@ def bodies(candidates: Collection[LayerCandidates]) -> list[Pair]:
 def sampled_pairs(pairs: Sequence[Pair], count: int, seed: int) -> list[Pair]:
     """Choose ``count`` of ``pairs``, stratified by scheme and by layer; all of them where there are no more.
 
-    Each scheme gets its share of the count (largest remainder). A scheme takes the layers that were taken least often,
-    drawn by ``seed`` among equals; schemes of few layers choose first.
+    Each scheme gets its share of the count (largest remainder). A scheme takes the layers taken least
+    often so far, drawn by ``seed`` among equals; schemes of few layers choose first.
     """
     if count >= len(pairs):
         return list(pairs)

@@ -1,7 +1,7 @@
 """The plans that each metric makes at the same budgets, and their measured quality.
 
-A plan is measured once, whoever made it: its figures are kept in the run folder by the digest of its schemes, of the
-stages behind its weights, and of how it was measured.
+A plan is measured once, whoever made it: its figures are stored in the run folder by the digest of
+its schemes, of the stages behind its weights, and of how it was measured.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from mpq_deploy.sensitivity.table import SensitivityTable
 
 # Under the run folder.
-KEPT = Path("audit") / "plans"
+STORED = Path("audit") / "plans"
 
 
 class PlanQuality:
@@ -48,23 +48,23 @@ class PlanQuality:
         self.run = run
         self._exported = run.exported
         section = run.recipe.evaluate
-        # The error of the output is known by then: one timestep of it is the least that can be asked for.
+        # The error of the output is known by then: one timestep is the minimum of the settings.
         self.settings = section.replace(timesteps=1, calls=section.samples)
         self._calls: FreshCalls | None = None
-        self._place = run.path / KEPT
+        self._place = run.path / STORED
         self._place.mkdir(parents=True, exist_ok=True)
 
     def of(self, schemes: dict[str, str]) -> dict[str, Any]:
         """Return ``nmse`` and ``psnr_db`` (None where images are identical) and the ``errors`` of the images."""
         path = self._place / f"{self._key(schemes)}.json"
-        kept = _read(path)
-        if kept is None:
-            kept = self._measure(schemes)
-            write_text(path, canonical_json(kept))
-        return kept
+        figures = _read(path)
+        if figures is None:
+            figures = self._measure(schemes)
+            write_text(path, canonical_json(figures))
+        return figures
 
     def prepare(self, plans: Sequence[dict[str, str]]) -> None:
-        """Have workers measure the plans that are not kept yet, where there are workers."""
+        """Have workers, where there are any, measure the plans that are not stored yet."""
         missing = {self._key(schemes): schemes for schemes in plans}
         missing = {key: schemes for key, schemes in missing.items() if _read(self._place / f"{key}.json") is None}
         run = self.run
@@ -80,7 +80,7 @@ class PlanQuality:
                 write_text(self._place / f"{key}.json", canonical_json(_figures(result)))
 
     def _measure(self, schemes: dict[str, str]) -> dict[str, Any]:
-        """Measure a plan, kept or not."""
+        """Measure a plan, stored or not."""
         model = self._exported.model
         if self._calls is None:
             self._calls = FreshCalls(model, self.settings, self.run.talk)
@@ -109,12 +109,13 @@ class PlanQuality:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Return the kept figures; None where there are none, or where the file is damaged: they are measured again."""
+    """Return the stored figures; None where there are none or the file is damaged: they are measured again."""
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        figures = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    return kept if isinstance(kept, dict) and {"nmse", "nmse_error", "errors", "psnr_db"} <= set(kept) else None
+    complete = isinstance(figures, dict) and {"nmse", "nmse_error", "errors", "psnr_db"} <= set(figures)
+    return figures if complete else None
 
 
 @dataclass(frozen=True)
@@ -132,13 +133,13 @@ def solved_plans(
     """Solve every budget with the losses of ``table``."""
     solver = PlanSolver(run, table=table)
     solver.section = run.recipe.allocate.model_copy(update={"cross_terms": cross_terms})
-    found = []
+    solved = []
     for budget in budgets:
         try:
-            found.append(Solved(budget, solver.solve(str(budget))))
+            solved.append(Solved(budget, solver.solve(str(budget))))
         except InfeasibleBudgetError as error:
-            found.append(Solved(budget, refused=error))
-    return tuple(found)
+            solved.append(Solved(budget, refused=error))
+    return tuple(solved)
 
 
 def plan_points(solved: Sequence[Solved], quality: PlanQuality) -> tuple[PlanPoint, ...]:
@@ -149,17 +150,17 @@ def plan_points(solved: Sequence[Solved], quality: PlanQuality) -> tuple[PlanPoi
             points.append(PlanPoint(one.budget, refused=str(one.refused), smallest_bytes=one.refused.smallest))
         if one.plan is None:
             continue
-        found = quality.of(one.plan.schemes)
+        figures = quality.of(one.plan.schemes)
         points.append(
             PlanPoint(
                 one.budget,
                 one.plan.size_bytes,
                 one.plan.size_bytes / one.plan.fp16_size_bytes,
                 one.plan.predicted_loss,
-                found["nmse"],
-                found["nmse_error"],
-                found["psnr_db"],
-                found["psnr_db"] is None,
+                figures["nmse"],
+                figures["nmse_error"],
+                figures["psnr_db"],
+                figures["psnr_db"] is None,
             )
         )
     return tuple(points)
@@ -172,11 +173,11 @@ def _open_plans(root: Path, talk: Talk) -> Work:
 
     def work(schemes: dict[str, str], inner: Talk) -> Result:
         quality.run = replace(run, talk=Within.silent(inner))
-        found = quality._measure(schemes)
-        psnr = math.nan if found["psnr_db"] is None else found["psnr_db"]
+        figures = quality._measure(schemes)
+        psnr = math.nan if figures["psnr_db"] is None else figures["psnr_db"]
         return {
-            "nmse": np.array([found["nmse"], found["nmse_error"], psnr]),
-            "errors": np.array(found["errors"]),
+            "nmse": np.array([figures["nmse"], figures["nmse_error"], psnr]),
+            "errors": np.array(figures["errors"]),
         }
 
     return work

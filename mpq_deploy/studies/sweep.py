@@ -1,8 +1,8 @@
 """The curve of size against quality: one measured run, solved for many budgets.
 
-Without ``evaluate`` each point is the plan's predicted loss; with it each budget is also quantized and compared with
-the float model (in a folder of its own, so the run's plan stays). The budgets are given, or a number of points spread
-over the predicted curve.
+Without ``evaluate`` each point is the plan's predicted loss; with it each budget is also quantized
+and compared with the float model (in a folder of its own, so the run's plan stays). The budgets are
+given, or a number of points spread over the predicted curve.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ HIGHEST = 0.5
 
 
 def parse_budgets(text: str) -> list[float]:
-    """Turn ``0.26:0.5``, ``0.26:0.5:0.02`` or ``0.28,0.35`` into fractions of the FP16 size, rising."""
+    """Turn ``0.26:0.5``, ``0.26:0.5:0.02`` or ``0.28,0.35`` into ascending fractions of the FP16 size."""
     try:
         if ":" in text:
             parts = [float(part) for part in text.split(":")]
@@ -53,7 +53,7 @@ def parse_budgets(text: str) -> list[float]:
             budgets = sorted({float(part) for part in text.split(",")})
     except ValueError as error:
         raise UsageError(
-            f"'{text}' is no list of budgets.",
+            f"Invalid budgets '{text}'.",
             "Give FROM:TO, FROM:TO:STEP or a comma-separated list of fractions, such as 0.26:0.5:0.02.",
         ) from error
     if not budgets or not all(0 < b <= 1 and np.isfinite(b) for b in budgets):
@@ -64,10 +64,10 @@ def parse_budgets(text: str) -> list[float]:
 
 
 def spread_over(sizes: Sequence[float], losses: Sequence[float | None], count: int) -> list[int]:
-    """Choose ``count`` points of a curve, positions rising: its ends, and others evenly along it as it is drawn.
+    """Choose ``count`` points of a curve, ascending: its ends, and others evenly along it as it is drawn.
 
-    ``sizes`` rise; ``losses`` are on a logarithmic axis. Points that a smaller plan equals are none of the curve; those
-    without a positive loss count by their size alone. Our choice.
+    ``sizes`` ascend; ``losses`` are on a logarithmic axis. Points that a smaller plan equals are not
+    on the curve; those without a positive loss count by their size alone. Our choice.
     """
     frontier: list[int] = []
     for number, loss in enumerate(losses):
@@ -83,16 +83,16 @@ def spread_over(sizes: Sequence[float], losses: Sequence[float | None], count: i
         across = (sizes[second] - sizes[first]) / width
         down = (one - other) / height if one is not None and other is not None else 0.0
         along.append(along[-1] + float(np.hypot(across, down)))
-    wanted = np.linspace(0.0, along[-1], min(count, len(frontier)))
-    return sorted({frontier[int(np.argmin(np.abs(np.array(along) - at)))] for at in wanted})
+    places = np.linspace(0.0, along[-1], min(count, len(frontier)))
+    return sorted({frontier[int(np.argmin(np.abs(np.array(along) - at)))] for at in places})
 
 
 def points_on_curve(plans: BudgetPlans, fp16_size: int, count: int, highest: float = HIGHEST) -> list[float]:
-    """Return ``count`` budgets spread over the predicted curve, up to ``highest`` of the FP16 size, rising."""
-    kept = [plan for plan in plans.plans if plan.size_bytes <= highest * fp16_size] or list(plans.plans[:1])
-    chosen = spread_over([p.size_bytes / fp16_size for p in kept], [p.predicted_nmse for p in kept], count)
+    """Return ``count`` ascending budgets spread over the predicted curve, up to ``highest`` of the FP16 size."""
+    low = [plan for plan in plans.plans if plan.size_bytes <= highest * fp16_size] or list(plans.plans[:1])
+    chosen = spread_over([p.size_bytes / fp16_size for p in low], [p.predicted_nmse for p in low], count)
     # Rounded up, so that the plan still fits.
-    return sorted({math.ceil(kept[i].size_bytes / fp16_size * 1e4) / 1e4 for i in chosen})
+    return sorted({math.ceil(low[i].size_bytes / fp16_size * 1e4) / 1e4 for i in chosen})
 
 
 def run_sweep(
@@ -100,7 +100,7 @@ def run_sweep(
 ) -> dict[str, Any]:
     """Solve (and with ``evaluate`` measure) every budget; write sweep.json, .svg and .html into the run folder.
 
-    A budget that no plan fits is a point of its own kind: it names the smallest feasible budget. ``points_wanted``:
+    A budget that no plan fits is a point that names the smallest feasible budget. ``points_wanted``:
     in place of ``budgets``, that many of the predicted curve, measured.
     """
     from mpq_deploy.allocate.plan_solver import PlanSolver
@@ -153,8 +153,12 @@ def _solve(
 def _about(run: Run, solver: PlanSolver, command: str) -> dict[str, str]:
     """Say what was swept, for the page."""
     spec, target = solver.exported.spec, run.target
-    said = {"model": spec.name, "synthetic": spec.synthetic, "target": target.title or target.name}
-    return {**said, "command": command or f"mpq-deploy sweep {shlex.quote(str(run.path))}"}
+    return {
+        "model": spec.name,
+        "synthetic": spec.synthetic,
+        "target": target.title or target.name,
+        "command": command or f"mpq-deploy sweep {shlex.quote(str(run.path))}",
+    }
 
 
 def _measure(run: Run, plans: dict[float, PrecisionPlan], points: list[dict[str, Any]]) -> dict[str, Any]:
@@ -171,12 +175,12 @@ def _measure(run: Run, plans: dict[float, PrecisionPlan], points: list[dict[str,
         figures = {
             name: {
                 "title": titles(plan).get(name, name),
-                "size_ratio": found["size_bytes"] / plan.fp16_size_bytes,
-                "measured_nmse": found["measured_nmse"],
-                "psnr_db": _finite(found["psnr_db"]),
-                "pooled_psnr_db": _finite(found["pooled_psnr_db"]),
+                "size_ratio": control["size_bytes"] / plan.fp16_size_bytes,
+                "measured_nmse": control["measured_nmse"],
+                "psnr_db": _finite(control["psnr_db"]),
+                "pooled_psnr_db": _finite(control["pooled_psnr_db"]),
             }
-            for name, found in variants.items()
+            for name, control in variants.items()
             if name != "ours"
         }
         run.talk.line(f"  {point['size_ratio']:.4f} of FP16: PSNR {ours['psnr_db']:.1f} dB")
@@ -262,35 +266,32 @@ def sweep_table(result: dict[str, Any]) -> str:
     lines = [f"{'budget':>8} {'of FP16':>8} {'bytes':>14} {'predicted':>10} {'measured':>10} {'PSNR dB':>8}"]
     for point in result["points"]:
         if "minimum_latency_ms" in point:
-            lines.append(f"{point['budget']:>8.4f} no plan is fast enough: the fastest takes {_ms(point)} ms")
+            fastest = f"{point['minimum_latency_ms']:.3f} ms"
+            lines.append(f"{point['budget']:>8.4f} no plan is fast enough: the fastest takes {fastest}")
             continue
         if "size_bytes" not in point:
-            lines.append(
-                f"{point['budget']:>8.4f} no plan fits: the smallest is {point['smallest_feasible_bytes']:,} bytes"
-            )
+            smallest = f"{point['smallest_feasible_bytes']:,} bytes"
+            lines.append(f"{point['budget']:>8.4f} no plan fits: the smallest is {smallest}")
             continue
         measured = f"{point['measured_nmse']:.2e}" if "measured_nmse" in point else "-"
         # None: the metric predicts no error.
         predicted = "-" if point["predicted_nmse"] is None else f"{point['predicted_nmse']:.2e}"
-        psnr = point.get("psnr_db")
-        shown = "-" if psnr is None else f"{psnr:.1f}"
         lines.append(
             f"{point['budget']:>8.4f} {point['size_ratio']:>8.4f} {point['size_bytes']:>14,} "
-            f"{predicted:>10} {measured:>10} {shown:>8}"
+            f"{predicted:>10} {measured:>10} {_decibels(point.get('psnr_db')):>8}"
         )
     for name, control in result["controls"].items():
-        psnr = control["psnr_db"]
-        shown = "-" if psnr is None else f"{psnr:.1f}"
         lines.append(
-            f"{name:>8} {control['size_ratio']:>8.4f} {'':>14} {'':>10} {control['measured_nmse']:>10.2e} {shown:>8}"
+            f"{name:>8} {control['size_ratio']:>8.4f} {'':>14} {'':>10} "
+            f"{control['measured_nmse']:>10.2e} {_decibels(control['psnr_db']):>8}"
         )
     if result.get("simulated"):
         lines.append("simulated: bytes are nominal, no engine can hold these plans")
     return "\n".join(lines)
 
 
-def _ms(point: dict[str, Any]) -> str:
-    return f"{point['minimum_latency_ms']:.3f}"
+def _decibels(psnr_db: float | None) -> str:
+    return "-" if psnr_db is None else f"{psnr_db:.1f}"
 
 
 def _draw(result: dict[str, Any], path: Path) -> None:

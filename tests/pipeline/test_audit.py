@@ -216,11 +216,11 @@ def refuse(cli: Callable[..., Outcome], model: Path, tmp_path: Path) -> Callable
         (("--methods", "probe,kurtosi"), ("Unknown method 'kurtosi'", "Did you mean 'kurtosis'?", "size-only")),
         (("--methods", ","), ("No methods", "probe")),
         (("--methods", "exhaustive"), ("what the methods are compared with",)),
-        (("--budgets", "much"), ("'much' is no list of budgets",)),
+        (("--budgets", "much"), ("Invalid budgets 'much'",)),
         (("--pairs", "0"), ("--pairs",)),
         (("--samples", "9", "--methods", "random"), ("9 calls per timestep, but there are 8", "--samples 8")),
         (("--set", "measure.timestep=2"), ("'measure.timestep'", "Did you mean 'timesteps'?")),
-        (("--set", "measure.timesteps"), ("'measure.timesteps' is no entry", "KEY=VALUE")),
+        (("--set", "measure.timesteps"), ("Invalid --set measure.timesteps", "KEY=VALUE")),
         (("--set", "measure.timesteps=5"), ("measure.timesteps is 5, but the sampler takes only 4 steps",)),
         (
             ("--set", "measure.sampling=adaptive", "--set", "measure.coarse_timesteps=2"),

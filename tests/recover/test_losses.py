@@ -8,11 +8,10 @@ import torch
 
 from mpq_deploy.errors import UsageError
 from mpq_deploy.recipe import LOSSES, RecoverSettings
-from mpq_deploy.recover.batches import Batches
+from mpq_deploy.recover.batches import Batches, draw_weights, drawn_timesteps, timestep_shares
 from mpq_deploy.recover.losses import LossTerms, pixels_of, relation_loss, space_factor
 from mpq_deploy.recover.pixel_memory import PixelMemory
 from mpq_deploy.recover.student import Student
-from mpq_deploy.recover.training_timesteps import draw_weights, drawn_timesteps, timestep_shares
 from tests.recover.cases import Case
 
 pytestmark = pytest.mark.torch
