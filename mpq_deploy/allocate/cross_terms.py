@@ -44,7 +44,8 @@ Projections = Mapping[str, Mapping[str, Array]]
 
 
 class Quadratic:
-    """The shrunk quadratic over the schemes of a problem, plus ``kernel_penalty`` for each kernel of a branch.
+    """The shrunk quadratic over a problem's schemes, plus ``kernel_penalty`` per kernel of a
+    branch.
 
     ``projections``: layer -> scheme -> float [P]. Moves are numbered: one per (layer, scheme), in
     the problem's order.
@@ -100,7 +101,7 @@ class Quadratic:
 
     @cached_property
     def byte_price(self) -> float:
-        """The loss that a byte is worth: the multiplier at which each layer's best scheme fills the budget.
+        """The loss that a byte is worth: at this price the layers' best schemes fill the budget.
 
         That of the Lagrangian relaxation of the additive problem (activation scales taken as free),
         by bisection of its logarithm.
@@ -120,7 +121,7 @@ class Quadratic:
 
 
 def shrinkage(vectors: Array, calls: Array, steps: int) -> float:
-    """Return rho in [0, 1]: how much of the products between ``vectors`` float [L, P] is more than noise.
+    """Return rho in [0, 1]: what part of the products of ``vectors`` float [L, P] is not noise.
 
     With G_lm = <a_l, a_m>, rho = 1 - sum Var(G_lm) / sum G_lm^2 over l != m: Ledoit and Wolf (2004)
     with the diagonal as target, as Schaefer and Strimmer (2005) estimate it, but on the products
@@ -222,7 +223,7 @@ def _best_pair(quadratic: Quadratic, current: Mapping[str, str], loss: float) ->
 
 
 def _rule_out_slow(quadratic: Quadratic, current: Mapping[str, str], moves: Array, gain: Array) -> None:
-    """Set ``gain`` [moves, moves] of pairs that exceed the limit on latency to infinity, in place."""
+    """Set ``gain`` [moves, moves] of pairs over the limit on latency to infinity, in place."""
     problem = quadratic.problem
     if problem.max_latency_ns is None:
         return
@@ -235,7 +236,7 @@ def _rule_out_slow(quadratic: Quadratic, current: Mapping[str, str], moves: Arra
 
 
 def _promising(quadratic: Quadratic, alone: Array, added: Array, chosen: Array) -> Array:
-    """Return the ``MOST_CANDIDATES`` moves worth pairing: the best once their bytes are paid for."""
+    """Return the ``MOST_CANDIDATES`` best moves once their bytes are paid for."""
     others = np.ones(len(alone), bool)
     others[chosen] = False
     moves = np.flatnonzero(others)
@@ -247,7 +248,7 @@ def _promising(quadratic: Quadratic, alone: Array, added: Array, chosen: Array) 
 
 @dataclass(frozen=True)
 class CrossTerms:
-    """What came of the cross terms: ``moves`` changed schemes, and whether the refined plan is ``kept``.
+    """What the cross terms changed: ``moves`` schemes, and whether the refined plan is ``kept``.
 
     Losses are full quadratics: ``..._seen`` of the plan itself, on the calls that it was chosen on;
     ``..._held_back`` of plans chosen in the same way on all but a part of the calls, on that part,
@@ -274,11 +275,11 @@ class CrossTerms:
 def allocate_with_cross_terms(
     problem: Problem, table: SensitivityTable, allocate: Callable[[Problem], Allocation], improve: bool = True
 ) -> tuple[Allocation, CrossTerms]:
-    """Solve ``problem``, refine the plan with the cross terms, and keep what is better on held-back calls.
+    """Solve ``problem``, refine the plan by cross terms, keep what is better on held-back calls.
 
     ``allocate`` finds the plan without cross terms. ``table`` has projections. With ``improve``
-    False the plan stays, and only its prediction comes from held-back calls. Without held-back calls
-    nothing is refined: a plan that fits its own probes could not be told from a better one.
+    False the plan stays, and only its prediction comes from held-back calls. Without held-back
+    calls nothing is refined: a plan that fits its own probes could not be told from a better one.
     """
     parts = table.folds(FOLDS)
     milp = allocate(problem)

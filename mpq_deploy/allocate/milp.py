@@ -1,4 +1,4 @@
-"""Choose one scheme per layer so that the predicted loss is minimal and the bytes fit: one MILP in HiGHS.
+"""Choose one scheme per layer for minimum predicted loss within the budget: a MILP in HiGHS.
 
 In: a ``Problem`` and an ``Objective``. Out: a plan (layer -> scheme) that never exceeds the
 problem's limits.
@@ -65,7 +65,7 @@ class Nearby:
 
 
 def allocate(problem: Problem, section: AllocateSettings | None = None, kernel_penalty: float = 0.0) -> Allocation:
-    """Minimize the predicted loss within the problem's limits, to the section's ``gap`` and ``time_limit``.
+    """Minimize the predicted loss within the problem's limits, to the section's ``gap``.
 
     ``kernel_penalty``: loss that every kernel of a branch adds (``penalty_per_kernel``). The
     report's loss and bound are without it. Equal inputs give equal plans.
@@ -108,7 +108,7 @@ def penalty_per_kernel(problem: Problem, section: AllocateSettings) -> float:
 
 
 def fastest_plan(problem: Problem, section: AllocateSettings | None = None) -> dict[str, str]:
-    """Return the plan of minimum latency within ``problem.max_loss`` and the budget, which must be feasible.
+    """Return the plan of minimum latency within ``problem.max_loss`` and a feasible budget.
 
     Raises UsageError, which names the minimum loss, where nothing is within that.
     ``problem.max_latency_ns`` does not count.
@@ -194,10 +194,10 @@ def solve(
 
 
 def undominated(layer: LayerChoice, costs: Sequence[Mapping[str, float]]) -> list[str]:
-    """Leave out schemes that another beats or equals in bytes and ``costs`` without reading more quantizers.
+    """Leave out schemes that another equals or beats without reading more quantizers.
 
-    ``costs``: scheme -> what is minimized first, then what else is limited. Some optimal plan always
-    stays, and the MILP shrinks by half.
+    ``costs``: scheme -> what is minimized first, then what else is limited. Some optimal plan
+    always stays, and the MILP shrinks by half.
     """
     best: list[str] = []
     for scheme in sorted(layer.bytes, key=lambda s: (layer.bytes[s], costs[0][s], s)):

@@ -38,7 +38,7 @@ class PlannedLayer:
 
 @dataclass(frozen=True)
 class BitProgram:
-    """The plan's sum of importance x bits, and what the linear program over continuous bits reaches."""
+    """The plan's sum of importance x bits, and the linear program's bound over continuous bits."""
 
     weighted_bits: float
     linear_bound: float
@@ -46,7 +46,7 @@ class BitProgram:
 
 @dataclass(frozen=True)
 class PrecisionPlan:
-    """One scheme per layer (``layers`` in graph order), and the ``others``: constants that are no layers.
+    """One scheme per layer (``layers`` in graph order); ``others``: constants that are no layers.
 
     ``predicted_loss`` as in the sensitivity table; None where the metric only ranks layers.
     ``bit_program``: of metrics that weigh bits; ``cross_terms``: of metrics with probes;

@@ -36,7 +36,8 @@ LayerBits = tuple[float | None, float | None]
 class PlanSolver:
     """Bytes and losses of every allowed (layer, scheme), gathered once and solved for any budget.
 
-    In place of the run's own measurements: those of ``control``, one of ``ORM_CONTROLS``, or ``table``.
+    In place of the run's own measurements: those of ``control``, one of ``ORM_CONTROLS``, or
+    ``table``.
     """
 
     def __init__(self, run: Run, control: str = "", table: SensitivityTable | None = None) -> None:
@@ -113,7 +114,7 @@ class PlanSolver:
         return Problem(self.choices, self.fixed_bytes, budget_bytes, self.foldable)
 
     def unrefined(self, budget_bytes: int, gap: float) -> tuple[dict[str, str], int, float | None] | None:
-        """Solve for ``budget_bytes`` by the integer program alone: schemes, bytes and predicted loss.
+        """Solve for ``budget_bytes`` without cross terms: schemes, bytes and predicted loss.
 
         Quicker than ``solve``, which refines the plan with the cross terms; the prediction has them
         all the same. None where the solver's time was up before it came within ``gap``.
@@ -205,9 +206,10 @@ class PlanSolver:
         return {s.name: reason for s in choices.schemes if s.name not in self.table.losses[layer]}
 
     def _bit_program(self, schemes: dict[str, str], weight_bytes: int) -> tuple[BitProgram | None, list[LayerBits]]:
-        """Return the plan's weighted bits beside the linear program's bound; per layer, importance and bits.
+        """Return the plan's weighted bits with their bound; per layer, importance and bits.
 
-        None for a metric without importances. ``weight_bytes``: the budget less all other constants.
+        None for a metric without importances. ``weight_bytes``: the budget less all other
+        constants.
         """
         if self.table.importance is None:
             return None, [(None, None)] * len(self.layers)

@@ -1,4 +1,4 @@
-"""An allocation problem: what each (layer, scheme) costs, what limits a plan, and what it minimizes.
+"""An allocation problem: what each (layer, scheme) costs, a plan's limits and its objective.
 
 A plan is layer -> scheme. Bytes and nanoseconds are exact integers: a plan's bytes are what the
 quantized file holds.
@@ -55,10 +55,10 @@ class LayerChoice:
 class Problem:
     """Layers to decide, and the limits: ``budget_bytes``, and where set latency and loss.
 
-    ``fixed_bytes`` and ``fixed_ns``: of what is no layer. ``foldable``: input tensors whose producer
-    can take the factors of their channels -> the layers that read them. ``quantizer_ns``: name of an
-    activation quantizer -> nanoseconds, once for all its readers. ``max_loss``: limit on the sum of
-    the layers' losses.
+    ``fixed_bytes`` and ``fixed_ns``: of what is no layer. ``foldable``: input tensors whose
+    producer can take the factors of their channels -> the layers that read them. ``quantizer_ns``:
+    name of an activation quantizer -> nanoseconds, once for all its readers. ``max_loss``: limit on
+    the sum of the layers' losses.
     """
 
     layers: Sequence[LayerChoice]
@@ -168,7 +168,7 @@ def kernels(scheme: str) -> int:
 def protected_schemes(
     layers: Sequence[tuple[str, tuple[str, ...]]], rules: Sequence[tuple[str, tuple[str, ...]]]
 ) -> dict[str, tuple[str, ...]]:
-    """Apply the recipe's protection rules: (layer pattern, allowed schemes or families); later rules win.
+    """Apply protection rules (layer pattern, allowed schemes or families); later rules win.
 
     ``layers``: (name, candidate schemes). Raises UsageError when a pattern matches no layer, or
     leaves none of a layer's schemes.

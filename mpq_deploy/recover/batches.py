@@ -1,4 +1,4 @@
-"""Calls to learn from, drawn from recorded trajectories, mostly at the timesteps of the largest error."""
+"""Calls to learn from, drawn from trajectories, mostly at the timesteps of largest error."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Batch:
 
 
 class Batches:
-    """Draws batches. A model whose timestep (or conditions) has no batch axis gets one timestep (or call) at once."""
+    """Draws batches: of one timestep (or call) where the timestep (or a condition) is not batched."""
 
     def __init__(self, spec: DenoiserSpec, conditions: dict[str, Array], size: int) -> None:
         self._spec, self._conditions = spec, conditions
@@ -64,10 +64,10 @@ class Batches:
 def timestep_shares(errors: Array, mode: str) -> Array:
     """Return the probability of each timestep, float64 [K], of sum 1.
 
-    ``errors`` [K]: the plan's measured NMSE at each. "sensitivity" draws a timestep in proportion to
-    its root, mixed with equal shares: with each draw weighted by ``draw_weights`` the loss stays the
-    mean over timesteps, and its gradient, whose size goes with the root of the error, has about the
-    minimum variance (our choice).
+    ``errors`` [K]: the plan's measured NMSE at each. "sensitivity" draws a timestep in proportion
+    to its root, mixed with equal shares: with each draw weighted by ``draw_weights`` the loss stays
+    the mean over timesteps, and its gradient, whose size goes with the root of the error, has about
+    the minimum variance (our choice).
     """
     count = len(errors)
     equal = np.full(count, 1.0 / count)
@@ -78,11 +78,13 @@ def timestep_shares(errors: Array, mode: str) -> Array:
 
 
 def draw_weights(shares: Array) -> Array:
-    """Return the weight of a draw of each timestep, so that the expectation is the mean over timesteps, [K]."""
+    """Return the weight of a draw of each timestep [K]: its expectation is the mean over all."""
     return np.asarray(1.0 / (len(shares) * shares))
 
 
 def drawn_timesteps(shares: Array, count: int, rng: np.random.Generator) -> Array:
-    """Draw ``count`` positions of timesteps, int64, stratified: one in each of equal parts of the distribution."""
+    """Draw ``count`` positions of timesteps, int64, stratified: one in each equal part of
+    ``shares``.
+    """
     points = (np.arange(count) + rng.random(count)) / count
     return np.minimum(np.searchsorted(np.cumsum(shares), points), len(shares) - 1).astype(np.int64)

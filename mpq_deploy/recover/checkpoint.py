@@ -1,4 +1,4 @@
-"""Checkpoints of training: one safetensors file with everything that changes, moved into place when it is whole.
+"""Checkpoints of training: one safetensors file, moved into place when it is complete.
 
 It holds its own digest: training never goes on from a state that was altered.
 """

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 
 from mpq_deploy.system.memory import Room, refuse_too_large
 
-# Of the float32 size of the weights: the graph's own, the latent's start, and what autograd holds of the way to a
-# weight (the adapter's product, codes, the mask of the clipping, the weight and its gradient). Our choice, measured.
+# Of the float32 size of the weights: the graph's own, the latent's start, and what autograd holds
+# of the way to a weight (the adapter's product, codes, the mask of the clipping, the weight and its
+# gradient). Our choice, measured.
 FLOAT32_BYTES = 4
 WEIGHT_COPIES = 7
 # An adapter, its gradient, AdamW's two moments, and the best state so far.
@@ -38,18 +39,19 @@ class MemoryEstimate:
         return self.weights + self.adapters + self.values + self.trajectories + FIXED_BYTES
 
     def refuse_too_large(self, room: Room | None, held: int = 0) -> None:
-        """Raise UsageError when this exceeds the ``room``; the fixed bytes may be among those ``held`` already."""
+        """Raise UsageError when this exceeds the ``room``; ``held`` may include the fixed bytes."""
         refuse_too_large("Recovery", {**asdict(self), "code": FIXED_BYTES}, room, HINT, min(held, FIXED_BYTES))
 
 
 def estimate_memory(
     shapes: Sequence[tuple[int, int]], rank: int, value_bytes: int, batch_size: int, segments: int, pool_bytes: int = 0
 ) -> MemoryEstimate:
-    """Estimate the bytes of training layers with weights of ``shapes`` (O, K) under adapters of ``rank`` (0: full).
+    """Estimate the bytes of training weights of ``shapes`` (O, K) with adapters of ``rank``.
 
-    ``value_bytes``: of all values that the float model computes for one sample. With ``segments`` above 1 only one
-    stretch of them is held at a time, and what passes between stretches (taken as a stretch's share again).
-    ``pool_bytes``: of the trajectories that are drawn from; while a round joins them they are there twice.
+    ``value_bytes``: of all values that the float model computes for one sample. With ``segments``
+    above 1 only one stretch of them is held at a time, and what passes between stretches (taken as
+    a stretch's share again). ``pool_bytes``: of the trajectories that are drawn from; while a round
+    joins them they are there twice.
     """
     weights = sum(rows * columns for rows, columns in shapes)
     adapters = sum(min(rank, rows, columns) * (rows + columns) for rows, columns in shapes) if rank else weights

@@ -1,8 +1,9 @@
 """Where adapters start: at zero, or from the plan's own quantization error.
 
-MPQ-DMv2's "object-oriented low-rank initialization ... use prior quantization error", in our reading: with
-E = W - Q(W) ~ U S V^T the adapter starts as g U_r S_r V_r^T. Since it sits inside the quantizer, the gain g is the one
-of {0, 0.5, 1, -0.5, -1} with the minimum error of the layer's output; 0 is EfficientDM's start, so no layer is worse.
+MPQ-DMv2's "object-oriented low-rank initialization ... use prior quantization error", in our
+reading: with E = W - Q(W) ~ U S V^T the adapter starts as g U_r S_r V_r^T. Since it sits inside the
+quantizer, the gain g is the one of {0, 0.5, 1, -0.5, -1} with the minimum error of the layer's
+output; 0 is EfficientDM's start, so no layer is worse.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ GAINS = (0.0, 0.5, 1.0, -0.5, -1.0)
 
 
 def initialize_from_error(student: Student, calls: Sequence[Mapping[str, Tensor]]) -> Counter[float]:
-    """Start every adapter from its layer's quantization error where that helps; return how many took which gain.
+    """Start adapters from their layer's quantization error where that helps; count the gains.
 
-    ``calls``: inputs of some calls of the float model, on whose values each layer's output error is measured.
+    ``calls``: inputs of some calls of the float model, on whose values each layer's output error is
+    measured.
     """
     factors = [_factors(weight) for weight in student.layer_weights]
     errors = np.zeros((len(factors), len(GAINS)))
@@ -42,7 +44,7 @@ def initialize_from_error(student: Student, calls: Sequence[Mapping[str, Tensor]
 
 
 def _factors(weight: LayerWeight) -> tuple[Tensor, Tensor]:
-    """Return U sqrt(S) [O, r] and sqrt(S) V^T [r, K] of the layer's quantization error; all of it for a full matrix."""
+    """Return U sqrt(S) [O, r] and sqrt(S) V^T [r, K] of the layer's quantization error."""
     rank = weight.adapter.up.shape[1] if weight.adapter.down is not None else min(weight.target.shape)
     with torch.no_grad():
         error = torch.from_numpy(weight.target) - weight.through(torch.zeros_like(weight.adapter())).cpu()
@@ -54,7 +56,7 @@ def _factors(weight: LayerWeight) -> tuple[Tensor, Tensor]:
 def _add_errors(
     student: Student, factors: list[tuple[Tensor, Tensor]], errors: Any, number: int, node: str, inputs: list[Any]
 ) -> None:
-    """Add the squared output error of layer ``number`` at ``node`` under every gain to its row of ``errors``."""
+    """Add the squared output error of layer ``number`` under every gain to its row of ``errors``."""
     weight = student.layer_weights[number]
     up, down = (factor.to(inputs[1].device) for factor in factors[number])
     exact = student.graph.apply(node, inputs)

@@ -1,11 +1,13 @@
 """The losses, each under its name: what of the student is compared with the float model.
 
-- ``output``: squared error of the output over the float output's energy at that timestep, so that its mean is the NMSE
-  that evaluation measures (our choice, the default).
-- ``eps``, ``v``, ``sample``: mean squared error of the noise, the velocity or the clean sample that the outputs stand
-  for. Both models see the same x_t, so each is the output's error times a factor of the timestep.
+- ``output``: squared error of the output over the float output's energy at that timestep, so that
+  its mean is the NMSE that evaluation measures (our choice, the default).
+- ``eps``, ``v``, ``sample``: mean squared error of the noise, the velocity or the clean sample that
+  the outputs stand for. Both models see the same x_t, so each is the output's error times a factor
+  of the timestep.
 - ``relation``: MPQ-DM's relation distillation between pixels, smoothed over two sampler steps.
-- ``memory``: relations to pixels of earlier calls at any timestep (our reading of MPQ-DMv2; see ``memory``).
+- ``memory``: relations to pixels of earlier calls at any timestep (our reading of MPQ-DMv2; see
+  ``memory``).
 """
 
 from __future__ import annotations
@@ -34,15 +36,16 @@ SPACES = ("eps", "v", "sample")
 
 
 def output_loss(output: Tensor, expected: Tensor, factors: Tensor) -> Tensor:
-    """Return the mean over calls of factor x squared error; ``output``, ``expected`` [M, ...], ``factors`` [M]."""
+    """Return the mean of ``factors`` [M] x squared error of ``output`` [M, ...]."""
     return torch.mean((output - expected).square().flatten(1).sum(1) * factors)
 
 
 def space_factor(prediction: str, space: str, signal: Array) -> Array:
-    """Return how much larger an error is in ``space`` (eps, v, sample) than in what the model predicts, float64 [M].
+    """Return an error's size in ``space`` over that in what the model predicts, float64 [M].
 
-    ``signal`` [M]: alpha-bar of the timesteps. With x_t = sqrt(a) x_0 + sqrt(1 - a) eps the same for both, an error d
-    of eps is one of sqrt((1 - a) / a) d of x_0 and of d / sqrt(a) of v = sqrt(a) eps - sqrt(1 - a) x_0.
+    ``signal`` [M]: alpha-bar of the timesteps. With x_t = sqrt(a) x_0 + sqrt(1 - a) eps the same
+    for both, an error d of eps is one of sqrt((1 - a) / a) d of x_0 and of d / sqrt(a) of v =
+    sqrt(a) eps - sqrt(1 - a) x_0.
     """
     a = np.clip(np.asarray(signal, np.float64), 1e-6, 1 - 1e-6)
     of_eps = {"eps": np.ones_like(a), "v": 1 / np.sqrt(a), "sample": np.sqrt((1 - a) / a)}
@@ -51,7 +54,7 @@ def space_factor(prediction: str, space: str, signal: Array) -> Array:
 
 
 def pixels_of(feature: Tensor, channel_axis: int, most: int) -> Tensor:
-    """Return the feature's pixels of unit length, [M, P, C]: of large maps those on a grid, at most ``most`` (ours).
+    """Return a feature's unit pixels [M, P, C]: of large maps at most ``most``, on a grid (ours).
 
     ``feature`` [M, C, *space], or [M, ..., C] for a ``channel_axis`` of -1.
     """
@@ -66,10 +69,10 @@ def pixels_of(feature: Tensor, channel_axis: int, most: int) -> Tensor:
 
 
 def relation_loss(expected: Tensor, output: Tensor) -> Tensor:
-    """Return 100 KL(softmax(R) || softmax(R^)) summed over rows, mean over calls; R = cosines between pixels.
+    """Return 100 KL(softmax(R) || softmax(R^)), mean over calls; R = cosines between pixels.
 
-    ``expected``, ``output``: unit pixels [M, P, C]. Source: MPQ-DM (arXiv 2412.11549), its code; there the quantized
-    features are detached, so that the loss has no gradient: here they are not.
+    ``expected``, ``output``: unit pixels [M, P, C]. Source: MPQ-DM (arXiv 2412.11549), its code;
+    there the quantized features are detached, so that the loss has no gradient: here they are not.
     """
     target = functional.log_softmax(expected @ expected.transpose(1, 2), dim=-1)
     given = functional.log_softmax(output @ output.transpose(1, 2), dim=-1)
@@ -78,7 +81,7 @@ def relation_loss(expected: Tensor, output: Tensor) -> Tensor:
 
 
 class LossTerms:
-    """The losses that the options weigh, on one batch after the other. ``memory`` is state: it is saved with the rest.
+    """The losses that the options weigh. ``memory`` is part of the training state.
 
     ``energy`` [K]: mean squared norm of the float output at each timestep.
     """
@@ -99,7 +102,7 @@ class LossTerms:
             self._alphas = np.asarray(alphas_cumprod(spec.scheduler), np.float64)
 
     def terms(self, student: Student, batch: Batch, weights: Array, rng: np.random.Generator) -> Terms:
-        """Return each loss on ``batch`` with its weight. ``weights`` [M]: of the draws (see ``timesteps``)."""
+        """Return each loss on ``batch`` with its weight. ``weights`` [M]: ``draw_weights``."""
         related = [name for name in ("relation", "memory") if name in self._weights]
         keep = (student.feature,) if related else ()
         values = student.run(student.feed(batch.feeds), keep)
@@ -125,7 +128,7 @@ class LossTerms:
         return space_factor(self._spec.prediction_type, name, signal) ** 2 / self._elements
 
     def _relation(self, student: Student, batch: Batch, float_feature: Tensor, feature: Tensor) -> Tensor:
-        """Smooth both features over this and the step before (MPQ-DM's window of 2); only this step has a gradient."""
+        """Relate features smoothed over two steps (as MPQ-DM); only this one has a gradient."""
         earlier = student.feed(batch.earlier)
         with torch.no_grad():
             before = student.run(earlier, (student.feature,))[student.feature]

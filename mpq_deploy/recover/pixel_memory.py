@@ -1,7 +1,8 @@
-"""A memory of the float model's pixels across timesteps, and the loss that relates the student's pixels to it.
+"""A memory of the float model's pixels across timesteps, and a loss that relates pixels to it.
 
-Our reading of MPQ-DMv2's "memory-based temporal relation distillation ... online time-aware pixel queue" (arXiv
-2507.04290; only the abstract is public to us). Default sizes are those of the same authors' earlier work.
+Our reading of MPQ-DMv2's "memory-based temporal relation distillation ... online time-aware pixel
+queue" (arXiv 2507.04290; only the abstract is public to us). Default sizes are those of the same
+authors' earlier work.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ TEMPERATURE = 0.1
 
 
 class PixelMemory:
-    """A ring buffer of unit pixels [size, C] tagged with their timestep; slots never written are not used."""
+    """A ring buffer of unit pixels [size, C] tagged with their timestep."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -51,9 +52,10 @@ class PixelMemory:
         return self.pixels[torch.from_numpy(places)]
 
     def loss(self, expected: Tensor, output: Tensor, count: int, rng: np.random.Generator) -> Tensor:
-        """Return KL(softmax(f . a / 0.1) || softmax(q . a / 0.1)), mean over pixels, for anchors a from the memory.
+        """Return the mean over pixels of KL(softmax(f . a / 0.1) || softmax(q . a / 0.1)).
 
-        ``expected`` f, ``output`` q: unit pixels [n, C] of the float model and the student. Zero while it is empty.
+        ``expected`` f, ``output`` q: unit pixels [n, C] of the float model and the student. Zero
+        while it is empty.
         """
         if not self.used:
             return output.sum() * 0.0

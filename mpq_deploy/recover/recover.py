@@ -1,7 +1,8 @@
 """Recover a plan's model: train, keep the best state, write it in the forms of the plan.
 
-In: the exported float model, a plan's codes and scales. Out: the graphs of the plan with other numbers in them, and a
-``Recovery`` that says what it brought. Nothing is added to the graph, so the bytes are the plan's.
+In: the exported float model, a plan's codes and scales. Out: the graphs of the plan with other
+numbers in them, and a ``Recovery`` that says what it brought. Nothing is added to the graph, so the
+bytes are the plan's.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from mpq_deploy.runtime.ort import OrtDenoiser
 from mpq_deploy.system.memory import Room, held_memory, memory_room
 from mpq_deploy.system.progress import Talk
 
-# The written graph's error may differ from the trained one's by this share of it: values on a rounding boundary.
+# The written graph's error may differ from the trained one's by this share of it: values on a
+# rounding boundary.
 WRITTEN_TOLERANCE = 0.02
 # Calls on which the adapters' start is chosen.
 INITIAL_CALLS, INITIAL_STEPS = 8, 4
@@ -44,7 +46,7 @@ INITIAL_CALLS, INITIAL_STEPS = 8, 4
 
 @dataclass(frozen=True)
 class RecoverTask:
-    """What is recovered: the exported model at ``model``, its description, and where a plan starts from.
+    """What is recovered: the exported ``model``, its description, and a plan's ``starts``.
 
     ``recorded`` and ``stats`` are calibration's.
     """
@@ -72,8 +74,9 @@ def recover(
 ) -> Recovered:
     """Train and return the student in its best state, with what was measured.
 
-    ``checkpoint``: where to save the state after every check, and to go on from if a state of the same ``key`` is
-    there; removed at the end by whoever keeps the result. Raises UsageError where memory will not do.
+    ``checkpoint``: where to save the state after every check, and to go on from if a state of the
+    same ``key`` is there; removed at the end by whoever keeps the result. Raises UsageError where
+    memory will not do.
     """
     check_memory(task, options, recorder.calls, talk)
     student = Student(task.model, task.spec, task.starts, task.stats, options)
@@ -96,9 +99,10 @@ def recover(
 
 
 def write_recovered(task: RecoverTask, recovered: Recovered, folder: Path, dialect: Dialect | None = None) -> int:
-    """Write the graphs of the student's best state into ``folder``; return their bytes of constants.
+    """Write the graphs of the best state into ``folder``; return their bytes of constants.
 
-    Raises MpqError when ONNX Runtime does not measure on the written graph what torch measured while training.
+    Raises MpqError when ONNX Runtime does not measure on the written graph what torch measured
+    while training.
     """
     student, after = recovered.student, recovered.recovery.after
     written = write_quantized(
@@ -146,7 +150,7 @@ def _place(student: Student, options: RecoverSettings) -> None:
 
 
 def expected_memory(task: RecoverTask, options: RecoverSettings, steps: int, talk: Talk) -> MemoryEstimate:
-    """Estimate what training takes of memory, from the layers' shapes and one call of the float model.
+    """Estimate the memory of training from the layers' shapes and one forward pass.
 
     ``steps``: calls of a trajectory, or twice as many with guidance.
     """

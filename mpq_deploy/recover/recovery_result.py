@@ -1,4 +1,4 @@
-"""What recovery did: the curve of the held-out error, before and after, and whether the new weights are kept."""
+"""What recovery did: the held-out error before and after, and whether the new weights are kept."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Recovery:
     """The result of training, saved as recovery.json.
 
     ``before``, ``after``: NMSE of the plan's and of the best state's output on held-out
-    trajectories, mean over timesteps; ``..._by_timestep``: at each of ``timesteps``. ``best_step`` 0:
-    nothing was better than the plan, whose weights stay. ``stopped``: why training ended early.
+    trajectories, mean over timesteps; ``..._by_timestep``: at each of ``timesteps``. ``best_step``
+    0: nothing was better than the plan, whose weights stay. ``stopped``: why training ended early.
     ``starts``: how many adapters started with which gain.
     """
 

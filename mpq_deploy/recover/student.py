@@ -1,7 +1,8 @@
-"""The quantized model in torch, with what can be learned of it: the exported graph, its layers' inputs rewired.
+"""The quantized model in torch: the exported graph with its layers' inputs rewired.
 
-Evaluated in float32 it computes what ONNX Runtime computes on the written graph (``model.fp32.onnx``), to rounding.
-The float model, the teacher, is the same graph without the rewiring.
+Evaluated in float32 it computes what ONNX Runtime computes on the written graph
+(``model.fp32.onnx``), to rounding. The float model, the teacher, is the same graph without the
+rewiring.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from mpq_deploy.recover.torch_quantizers import ActivationScale, halved
 from mpq_deploy.recover.trained_weights import LayerWeight, StartingWeight, layer_weight
 
 Tensor = Any  # torch.Tensor; torch is not followed by mypy here
-# Constants of these nodes are biases, norms' affines and the like: stored in FP16 whatever their values are.
+# Constants of these nodes are biases, norms' affines and the like: stored in FP16 whatever their
+# values are.
 AFFINE = ("Add", "Mul", *NORM_AXES)
 KINDS = ("adapters", "weight_scales", "activation_scales", "constants", "factors")
 
@@ -37,8 +39,8 @@ KINDS = ("adapters", "weight_scales", "activation_scales", "constants", "factors
 class Student(torch.nn.Module):  # type: ignore[misc]
     """A plan's model whose codes, scales and FP16 constants are functions of parameters.
 
-    Of ``options``: ``rank`` and ``seed`` of the adapters, ``margin`` of the latent weights (see ``Grid``), ``segments``
-    of the graph that are computed again in the backward pass.
+    Of ``options``: ``rank`` and ``seed`` of the adapters, ``margin`` of the latent weights (see
+    ``Grid``), ``segments`` of the graph that are computed again in the backward pass.
     """
 
     def __init__(
@@ -100,7 +102,7 @@ class Student(torch.nn.Module):  # type: ignore[misc]
         return uses
 
     def _learns(self, value: ir.Value) -> bool:
-        """Whether a constant is a bias, a norm's affine or the like, with more than one finite number."""
+        """Whether a constant is a bias or affine of more than one finite number."""
         tensor = self.graph.constants.get(value.name or "")
         if tensor is None or tensor.numel() < 2 or not bool(torch.isfinite(halved(tensor)).all()):
             return False
@@ -121,7 +123,7 @@ class Student(torch.nn.Module):  # type: ignore[misc]
         return next(self.parameters()).device
 
     def move(self, device: torch.device) -> None:
-        """Move parameters and the graph's floats to ``device``; shapes and indices stay on the CPU."""
+        """Move parameters and the graph's floats to ``device``; integers stay on the CPU."""
         self.to(device)
         for held in (self.graph.constants, self._fixed):
             for name, value in held.items():
@@ -131,7 +133,8 @@ class Student(torch.nn.Module):  # type: ignore[misc]
     def run(self, feeds: Mapping[str, Tensor], keep: Collection[str] = ()) -> dict[str, Tensor]:
         """Evaluate the quantized model; return the output and the values named in ``keep``.
 
-        With a gradient it is evaluated in ``training_type`` and in ``segments``; without one in float32 and at once.
+        With a gradient it is evaluated in ``training_type`` and in ``segments``; without one in
+        float32 and at once.
         """
         learning = torch.is_grad_enabled()
         made = [weight() for weight in self.weights]
@@ -162,12 +165,12 @@ class Student(torch.nn.Module):  # type: ignore[misc]
             )
 
     def _stored(self, name: str, constant: Tensor) -> Tensor:
-        """Return a constant as the written graph holds it: in FP16, times the factors that it takes, if any."""
+        """Return a constant as the written graph holds it: in FP16, times its factors."""
         fold = self._folds.get(name)
         return halved(constant if fold is None else constant * fold.to(constant.device))
 
     def rewired(self, node: str, weight: Tensor, inputs: list[Any], of_float: bool = False) -> list[Any]:
-        """Return what a layer's ``node`` gets in the quantized model: its activation rounded, and ``weight``.
+        """Return what a layer's ``node`` reads in the quantized model: rounded input, ``weight``.
 
         ``of_float``: the inputs are the float model's, whose norms have taken no factors.
         """
@@ -186,7 +189,8 @@ class Student(torch.nn.Module):  # type: ignore[misc]
     def kinds(self) -> dict[str, list[tuple[torch.nn.Parameter, float]]]:
         """Return every parameter by kind, with the unit of its learning rate.
 
-        The mean weight step of its layer for adapters, 1 for the logarithms of scales, the rms of a constant.
+        The mean weight step of its layer for adapters, 1 for the logarithms of scales, the rms of a
+        constant.
         """
         kinds: dict[str, list[tuple[torch.nn.Parameter, float]]] = {kind: [] for kind in KINDS}
         for weight in self.layer_weights:
@@ -219,7 +223,7 @@ class Student(torch.nn.Module):  # type: ignore[misc]
         return {key: scale.grid() for key, scale in zip(self._scale_keys, modules, strict=True)}
 
     def learned_constants(self) -> dict[str, Array]:
-        """Return the constants of the exported graph that were learned, biases and FP16 weights, float32."""
+        """Return the learned constants of the exported graph: biases, FP16 weights; float32."""
         # Those that take factors are rounded when they have them.
         constants = {
             name: (constant if name in self._folds else halved(constant)).detach().cpu().numpy()
@@ -231,7 +235,7 @@ class Student(torch.nn.Module):  # type: ignore[misc]
 
 
 def _folds(model: ir.Model, starts: Sequence[StartingWeight]) -> dict[str, Tensor]:
-    """Return by what the constants of norms are multiplied when factors are folded into them, by name."""
+    """Return the factors folded into the constants of norms, by the constants' names."""
     values = {value.name: value for node in model.graph for value in node.outputs}
     folds = {}
     for tensor, rewrite in folded_activations(model, list(starts)).items():
@@ -251,7 +255,7 @@ def _channels(factors: Array, layer: Layer) -> Tensor:
 
 
 def last_features(model: ir.Model) -> tuple[str, int]:
-    """Return the tensor that the last Conv reads (the features before the final projection, ours), its channel axis.
+    """Return the tensor that the last Conv reads (our choice of features), and its channel axis.
 
     A model without a Conv has its last layer's input, whose channels come last.
     """

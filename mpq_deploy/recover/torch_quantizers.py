@@ -1,7 +1,8 @@
-"""Quantizers in torch with straight-through gradients: what they return is what is deployed, to the last bit.
+"""Quantizers in torch with straight-through gradients; what they return is deployed exactly.
 
-A weight is a matrix [O, K] as in ``precision.quantizers``. Rounding passes the gradient on as if it were not there
-(Bengio et al. 2013, the straight-through estimator); clipping stops it beyond the limits.
+A weight is a matrix [O, K] as in ``precision.quantizers``. Rounding passes the gradient on as if it
+were not there (Bengio et al. 2013, the straight-through estimator); clipping stops it beyond the
+limits.
 """
 
 from __future__ import annotations
@@ -41,20 +42,21 @@ def rounded(x: Tensor) -> Tensor:
 
 
 def halved(x: Tensor) -> Tensor:
-    """Round to FP16 (what is too large becomes the largest number, as when constants are written); gradient passes."""
+    """Round to FP16, saturating as when constants are written; the gradient passes."""
     return _StraightThrough.apply(x, x.detach().clamp(-LARGEST_HALF, LARGEST_HALF).half().to(x.dtype))
 
 
 def fake_quantize(x: Tensor, scale: Tensor, quant_min: int = QUANT_MIN, quant_max: int = QUANT_MAX) -> Tensor:
-    """Return ``x`` through QuantizeLinear and DequantizeLinear with a positive ``scale``; both get gradients.
+    """Return ``x`` through QuantizeLinear and DequantizeLinear; ``x`` and ``scale`` get gradients.
 
-    The gradient of the scale is LSQ's (Esser et al. 2020): code - x / scale within the limits, the limit beyond.
+    The gradient of the scale is LSQ's (Esser et al. 2020): code - x / scale within the limits, the
+    limit beyond.
     """
     return torch.clamp(rounded(x / scale), quant_min, quant_max) * scale
 
 
 class LearnedScale(torch.nn.Module):  # type: ignore[misc]
-    """Positive FP16 scales, any shape, learned as the logarithm of their ratio to where they started.
+    """Positive FP16 scales, learned as the logarithm of their ratio to where they started.
 
     At the start the scales are exactly those given: exp(0) is 1.
     """
@@ -76,16 +78,17 @@ class LearnedScale(torch.nn.Module):  # type: ignore[misc]
 
 
 class Grid(torch.nn.Module):  # type: ignore[misc]
-    """A weight matrix [O, K] of integers times scales: scale * clip(round(start + delta / first scale)).
+    """A weight matrix [O, K]: scale * clip(round(start + delta / first scale)).
 
-    ``codes`` int [O, K] and ``scale`` float16 [O, B] are what training starts from: for a ``delta`` of zero the
-    result is exactly theirs. ``multiples`` float [O, B], for 4-bit storage with INT8 compute: then ``scale`` is [O, 1]
-    and each block's scale is that many of it. ``limits`` of the codes: numbers, or arrays [O, 1] for grids of
-    different widths per channel.
+    ``codes`` int [O, K] and ``scale`` float16 [O, B] are what training starts from: for a ``delta``
+    of zero the result is exactly theirs. ``multiples`` float [O, B], for 4-bit storage with INT8
+    compute: then ``scale`` is [O, 1] and each block's scale is that many of it. ``limits`` of the
+    codes: numbers, or arrays [O, 1] for grids of different widths per channel.
 
-    The latent weight starts where ``target`` float [O, K] (the float weight) lies, but within ``margin`` steps of the
-    code's middle, so that rounding that compensated errors (GPTQ) is kept. Steps of the latent are measured by the
-    first scale, so learning a scale moves no code (our choice: codes and scales learn apart).
+    The latent weight starts where ``target`` float [O, K] (the float weight) lies, but within
+    ``margin`` steps of the code's middle, so that rounding that compensated errors (GPTQ) is kept.
+    Steps of the latent are measured by the first scale, so learning a scale moves no code (our
+    choice: codes and scales learn apart).
     """
 
     def __init__(
@@ -109,7 +112,7 @@ class Grid(torch.nn.Module):  # type: ignore[misc]
         self.scale = LearnedScale(scale, SMALLEST_SCALE, LARGEST_SCALE)
 
     def codes(self, delta: Tensor) -> Tensor:
-        """Return the integers [O, K] for a latent moved by ``delta`` [O, K], as floats with a gradient."""
+        """Return the integers [O, K] of the latent moved by ``delta`` [O, K], as floats."""
         moved = self.start + (_blocked(delta, self.first) / self.first[:, :, None]).reshape(delta.shape)
         return torch.clamp(rounded(moved), self.low, self.high)
 
@@ -118,7 +121,8 @@ class Grid(torch.nn.Module):  # type: ignore[misc]
         codes = _blocked(self.codes(delta), self.first)
         if self.multiples is None:
             return (codes * self.scale()[:, :, None]).reshape(delta.shape)
-        # In this order the integers are exact, as they are when INT8 codes are made of them at run time.
+        # In this order the integers are exact, as they are when INT8 codes are made of them at run
+        # time.
         return (codes * self.multiples[:, :, None] * self.scale()[:, :, None]).reshape(delta.shape)
 
     @property
@@ -127,7 +131,7 @@ class Grid(torch.nn.Module):  # type: ignore[misc]
         return float(self.first.mean())
 
     def merged(self, delta: Tensor) -> QuantizedMatrix:
-        """Return the codes and scales that the grid stands for with the latent moved by ``delta``."""
+        """Return the codes and scales of the latent moved by ``delta``."""
         with torch.no_grad():
             codes = self.codes(delta).cpu().numpy().astype(np.int8)
         scale = self.scale.stored()
@@ -138,11 +142,12 @@ class Grid(torch.nn.Module):  # type: ignore[misc]
 
 
 class Levels(torch.nn.Module):  # type: ignore[misc]
-    """A weight matrix [O, K] whose every row has levels of its own: a grid and binary residuals (``SimulatedMatrix``).
+    """A weight matrix [O, K] of a grid and binary residuals per row (``SimulatedMatrix``).
 
-    A latent takes the nearest of its row's 2^bits levels, where these lay at the start, so learning sizes moves no code
-    (as with ``Grid``), and what training starts from is exactly the given matrix. ``target`` and ``margin``: as for
-    ``Grid``, in units of the row's mean distance between levels; no latent starts nearer to another level.
+    A latent takes the nearest of its row's 2^bits levels, where these lay at the start, so learning
+    sizes moves no code (as with ``Grid``), and what training starts from is exactly the given
+    matrix. ``target`` and ``margin``: as for ``Grid``, in units of the row's mean distance between
+    levels; no latent starts nearer to another level.
     """
 
     def __init__(self, matrix: SimulatedMatrix, target: Array, margin: float) -> None:
@@ -179,7 +184,7 @@ class Levels(torch.nn.Module):  # type: ignore[misc]
         return torch.searchsorted(self.middles, (self.start + delta).detach().contiguous())
 
     def forward(self, delta: Tensor) -> Tensor:
-        """Return the weight [O, K]; the gradient passes to ``delta`` between the lowest level and the highest."""
+        """Return the weight [O, K]; the gradient passes between the lowest and the highest level."""
         places = self._places(delta)
         value = torch.gather(self.code_of, 1, places) * self.scale()
         for signs, size in zip(self.sign_of, () if self.residual is None else self.residual()):
@@ -201,8 +206,8 @@ class Levels(torch.nn.Module):  # type: ignore[misc]
 
 
 def _levels(matrix: SimulatedMatrix) -> tuple[Array, Array, Array]:
-    """Return the levels of each row, rising, float32 [O, L] (infinity where a row has fewer), their codes [O, L] and
-    the signs of their residuals [Z, O, L], float32.
+    """Return the levels of each row, rising, float32 [O, L] (infinity where a row has fewer), their
+    codes [O, L] and the signs of their residuals [Z, O, L], float32.
     """
     grids = matrix.grids
     rows, orders = len(grids.scale), len(grids.residual)
@@ -228,7 +233,7 @@ def _levels(matrix: SimulatedMatrix) -> tuple[Array, Array, Array]:
 
 
 class ActivationScale(LearnedScale):
-    """The scale of one activation tensor, rounded to the integers of ``grid`` but for the channels ``kept``."""
+    """The scale of an activation tensor, rounded to ``grid`` except for the channels ``kept``."""
 
     def __init__(self, grid: ActivationGrid, kept: Array) -> None:
         super().__init__(np.float32(grid.scale), SMALLEST_ACTIVATION_SCALE, LARGEST_ACTIVATION_SCALE)

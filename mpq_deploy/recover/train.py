@@ -1,7 +1,8 @@
-"""The training loop: distil the float model into the quantized one; keep the state of minimum held-out error.
+"""The training loop: distil the float model into the quantized one, keep the best state.
 
-Everything random comes from (seed, step), so a step depends on the state before it and on nothing else: interrupted
-training goes on from its last checkpoint and ends as if it had not been interrupted.
+Everything random comes from (seed, step), so a step depends on the state before it and on nothing
+else: interrupted training goes on from its last checkpoint and ends as if it had not been
+interrupted.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ REFERENCE_ERROR, SMALLEST_ERROR = 1e-3, 1e-7
 
 @dataclass
 class Progress:
-    """All that changes while training: with the parameters, the optimizer and the memory it is the whole state.
+    """What changes while training, beside the parameters, the optimizer and the memory.
 
-    ``step``: updates made. ``best``: the parameters of minimum held-out error. ``stopped``: why training ended early.
+    ``step``: updates made. ``best``: the parameters of minimum held-out error. ``stopped``: why
+    training ended early.
     """
 
     step: int = 0
@@ -76,7 +78,7 @@ class Trainer:
         self._error_factor = 1.0
 
     def train(self, save: Callable[[], None] | None = None) -> Progress:
-        """Train from where ``progress`` stands to the last step; ``save`` is called after every check."""
+        """Train from ``progress`` to the last step; ``save`` is called after every check."""
         progress, options = self.progress, self.options
         if not len(progress.before):
             self._check()
@@ -104,7 +106,7 @@ class Trainer:
         return progress
 
     def _update(self, batch: Batch, weights: Array, rng: np.random.Generator) -> dict[str, float]:
-        """Take one step of the optimizer; return the losses by name. A loss that is not finite changes nothing."""
+        """Take a step of the optimizer unless a loss is not finite; return the losses by name."""
         factor = _schedule(self.progress.step, self.options) * self._error_factor
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
@@ -119,9 +121,10 @@ class Trainer:
         return values
 
     def _trajectories(self, step: int) -> Trajectories:
-        """Return what ``step`` learns from: its round's trajectories and those of the rounds before that are kept.
+        """Return the trajectories that ``step`` learns from: of its round and of some before.
 
-        A round depends on the seed and its number alone, so training that goes on records the same ones again.
+        A round depends on the seed and its number alone, so training that goes on records the same
+        ones again.
         """
         options, number = self.options, step // self.options.round_steps
         if self._pool is None or self._newest != number:
@@ -194,9 +197,9 @@ def _optimizer(student: Student, options: RecoverSettings) -> torch.optim.AdamW:
 def error_factor(error: float) -> float:
     """Return the factor of all learning rates for a plan of NMSE ``error``: its root, 1 from 1e-3.
 
-    A step that moves the output by a hundredth is small where the plan's error is a tenth and undoes
-    a plan whose error is a hundredth. Above, at two bits, larger rates only unsettle codes (our
-    choice, from both bundled models).
+    A step that moves the output by a hundredth is small where the plan's error is a tenth and
+    undoes a plan whose error is a hundredth. Above, at two bits, larger rates only unsettle codes
+    (our choice, from both bundled models).
     """
     return math.sqrt(min(max(error, SMALLEST_ERROR) / REFERENCE_ERROR, 1.0))
 

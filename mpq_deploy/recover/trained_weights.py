@@ -1,4 +1,4 @@
-"""The weight of one layer as training sees it: a latent moved by an adapter, through the quantizer of its scheme.
+"""The trained weight of a layer: a latent moved by an adapter, through its scheme's quantizer.
 
 What that quantizer is in torch (a ``LayerTwin``) is made by the scheme's format or branch, with the
 ``TwinKit``. A twin gives the deployed weight, and at the end the codes and scales to write.
@@ -27,7 +27,7 @@ Tensor = Any  # torch.Tensor; torch is not followed by mypy here
 
 @dataclass(frozen=True)
 class StartingWeight(LayerRewrite):
-    """What a layer's training starts from: its scheme, the plan's codes (None for FP16), the float weight [O, K]."""
+    """Where a layer's training starts: the plan's codes (None for FP16), the float weight [O, K]."""
 
     matrix: Any  # of the class that the scheme's format or branch makes
     weight: Array
@@ -39,8 +39,9 @@ class LayerTwin:
 
     ``parts``: its modules, parameters and buffers, by name, which the ``LayerWeight`` w takes over.
     ``through(w, delta)``: the deployed weight [O, K] of the latent moved by ``delta`` [O, K];
-    ``deployed(w, delta)``: its codes and scales, None for FP16. ``step``: the mean weight step, by which
-    the adapter's learning rate is scaled; ``target``: what the deployed weight stands for, float [O, K].
+    ``deployed(w, delta)``: its codes and scales, None for FP16. ``step``: the mean weight step, by
+    which the adapter's learning rate is scaled; ``target``: what the deployed weight stands for,
+    float [O, K].
     """
 
     parts: Mapping[str, Any]
@@ -79,8 +80,9 @@ class TwinKit:
         return LayerTwin({"grid": grid}, through, deployed, grid.mean_step)
 
     def of_half(self, weight: Array) -> LayerTwin:
-        """Return the twin of an FP16 weight: it can make up for what others lost, at no byte more."""
-        # The spacing of FP16 numbers of the weight's size would be no learning rate; that of INT8 codes is.
+        """Return the twin of an FP16 weight, which can make up for others at no extra byte."""
+        # The spacing of FP16 numbers of the weight's size would be no learning rate; that of INT8
+        # codes is.
         step = float(np.abs(weight).max() / INT8.quant_max) or 1.0
         parts = {"float_weight": self.tensor(weight)}
         return LayerTwin(parts, lambda w, delta: halved(w.float_weight + delta), lambda w, delta: None, step)
@@ -103,7 +105,7 @@ class TwinKit:
 
 
 class Adapter(torch.nn.Module):  # type: ignore[misc]
-    """``up`` [O, r] times ``down`` [r, K]: what moves a latent weight before it is quantized (EfficientDM's B and A).
+    """``up`` [O, r] times ``down`` [r, K] (EfficientDM's B and A), which moves a latent weight.
 
     Starts as EfficientDM's does, A by Kaiming (uniform within 1 / sqrt(K)), B zero, so that the
     product is zero. With ``rank`` 0 ``up`` [O, K] is all there is: every code learns by itself (our
@@ -135,7 +137,7 @@ class Adapter(torch.nn.Module):  # type: ignore[misc]
 
 
 class LayerWeight(torch.nn.Module):  # type: ignore[misc]
-    """The trainable weight of a layer: an adapter, and the parts of its scheme's twin by their names."""
+    """The trainable weight of a layer: an adapter, and its twin's parts by their names."""
 
     def __init__(self, start: StartingWeight, adapter: Adapter, margin: float) -> None:
         super().__init__()

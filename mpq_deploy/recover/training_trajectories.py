@@ -1,7 +1,7 @@
 """Float trajectories to learn from: recorded through ONNX Runtime, from fresh noise in every round.
 
-Both models see the same x_t; the next x_t comes from the float one (EfficientDM), so trajectories do not depend on the
-student and are recorded beforehand.
+Both models see the same x_t; the next x_t comes from the float one (EfficientDM), so trajectories
+do not depend on the student and are recorded beforehand.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from mpq_deploy.runtime.ort import OrtDenoiser
 class Trajectories:
     """Calls of the float denoiser along M trajectories of K steps (with guidance 2 M calls).
 
-    ``inputs`` and ``outputs`` float32 [K, N, ...], ``timesteps`` float32 [K] in denoising order, ``rows`` int64 [N]:
-    each call's row of the conditions. ``energy`` float64 [K]: mean over calls of the output's squared norm.
+    ``inputs`` and ``outputs`` float32 [K, N, ...], ``timesteps`` float32 [K] in denoising order,
+    ``rows`` int64 [N]: each call's row of the conditions. ``energy`` float64 [K]: mean over calls
+    of the output's squared norm.
     """
 
     inputs: Array
@@ -40,7 +41,7 @@ class Trajectories:
         return np.asarray(np.square(self.outputs, dtype=np.float64).sum(axis=axes).mean(axis=1))
 
     def followed_by(self, other: Trajectories, most: int) -> Trajectories:
-        """Return these calls and those of ``other`` along the same timesteps: the last ``most`` times its number."""
+        """Return these calls and those of ``other``: the last ``most`` times its number."""
         first = max(0, len(self.rows) - (most - 1) * len(other.rows))
         return Trajectories(
             np.concatenate([self.inputs[:, first:], other.inputs], axis=1),
@@ -51,7 +52,7 @@ class Trajectories:
 
 
 class TrajectoryRecorder:
-    """Runs the float denoiser from noise. Its seeds come from (``seed``, round), so rounds share no noise."""
+    """Runs the float denoiser from noise, seeded by (``seed``, round): rounds share no noise."""
 
     def __init__(
         self, model: Path, spec: DenoiserSpec, conditions: dict[str, Array], steps: int, sampler: SamplerKind
@@ -68,9 +69,9 @@ class TrajectoryRecorder:
     def record(self, count: int, seed: int, number: int, held_out: bool = False) -> Trajectories:
         """Return ``count`` trajectories from the noise of round ``number``.
 
-        A component without timesteps has no noise but inputs of its own: the last fourth of those that it may be
-        calibrated on is for ``held_out``, and then there may be fewer than ``count``. Raises UsageError where it has
-        fewer than two.
+        A component without timesteps has no noise but inputs of its own: the last fourth of those
+        that it may be calibrated on is for ``held_out``, and then there may be fewer than
+        ``count``. Raises UsageError where it has fewer than two.
         """
         noise_seed = int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
         sampler = make_sampler(self._spec.scheduler, self._steps, noise_seed, self._kind)

@@ -1,1 +1,1 @@
-"""What each scheme of each layer costs in the denoiser's output: one metric per file, one table as the result."""
+"""What each scheme of each layer costs in the denoiser's output: one metric per file."""

@@ -3,8 +3,8 @@
 The loss of scheme s of layer i is c_i (16 - b_s): the bits that it does not give, weighted by the
 layer's importance. Over plans with one scheme per layer, the sum of losses is 16 sum_i c_i less
 sum_i c_i b_{s_i}; so the MILP, which minimizes it within the bytes (n_i b_i, scales and all),
-maximizes sum_i c_i b_i over the real schemes. The number of weights n_i stands in the budget and not
-in the benefit, as in the linear program that the papers solve (arXiv 2412.00144, 2109.07865).
+maximizes sum_i c_i b_i over the real schemes. The number of weights n_i stands in the budget and
+not in the benefit, as in the linear program that the papers solve (arXiv 2412.00144, 2109.07865).
 
 Nothing in such a loss knows how large an error is: it ranks layers and predicts no error.
 """
@@ -31,7 +31,7 @@ INT8_BITS = 8
 
 
 def table_from_importance(metric: str, subject: Subject, theta: Array, notes: tuple[str, ...] = ()) -> SensitivityTable:
-    """Return the table of ``theta`` [K, L]; the mean of its losses over timesteps is c_i (16 - b_s)."""
+    """Return the table of ``theta`` [K, L]: losses whose mean over timesteps is c_i (16 - b_s)."""
     layers, options, timesteps = subject.layers, subject.settings.orm, subject.calibration.timesteps
     shapes = activation_shapes(subject.graph, subject.recorded, subject.talk)
     elements = np.array([sum(shapes[name].elements for name in n.inputs) for n in layers], np.float64)
@@ -56,8 +56,9 @@ def table_from_importance(metric: str, subject: Subject, theta: Array, notes: tu
 def scheme_bits(layer: Layer, scheme: Scheme, bits: Bits) -> float:
     """Return b of a scheme: its weights' nominal bits, or the deployed bits per weight, at most 16.
 
-    Nominal bits are the mean over the weights: INT8 rows and FP16 columns of a branch count as such;
-    a low-rank branch corrects weights without widening them, and counts as nothing (our choice).
+    Nominal bits are the mean over the weights: INT8 rows and FP16 columns of a branch count as
+    such; a low-rank branch corrects weights without widening them, and counts as nothing (our
+    choice).
     """
     if bits == "nominal" or not scheme.quantized:
         return scheme.branch.nominal_bits(layer, scheme.weight.bits)
@@ -68,7 +69,7 @@ def scheme_bits(layer: Layer, scheme: Scheme, bits: Bits) -> float:
 def activation_bits(
     schemes: Sequence[tuple[Scheme, ...]], importance: Array, elements: Array, options: OrmSettings
 ) -> Array:
-    """Return the bits at which each layer's activations are fixed, int64 [L]; 0 where its schemes leave no choice.
+    """Return the bits that each layer's activations are fixed at, int64 [L]; 0: no choice.
 
     A layer has the choice when some of its quantized schemes have INT8 activations and some have
     not. With "program": maximize sum c_i a_i over a_i in {8, 16} subject to sum m_i a_i <=
@@ -87,7 +88,7 @@ def activation_bits(
 
 
 def schemes_at(schemes: tuple[Scheme, ...], bits: int) -> tuple[Scheme, ...]:
-    """Return the schemes whose activations have ``bits`` (0: all); FP16 weights are always among them."""
+    """Return the schemes whose activations have ``bits`` (0: all), and FP16 weights."""
     if not bits:
         return schemes
     return tuple(s for s in schemes if not s.quantized or (s.activation is None) == (bits == FULL_BITS))

@@ -1,10 +1,10 @@
-"""The ground truth: quantize one layer with one scheme, run the denoiser, compare its output with the float one.
+"""The ground truth: run the denoiser with one layer quantized, compare with the float output.
 
-NMSE = mean over timesteps of (sum of squared differences / sum of squared outputs) over the measured
-calls. With torch, only what depends on the layer is run again. Without, ONNX Runtime runs the float
-graph with the layer's error added to its output, which is the same (its input is the float one),
-except for a layer of which one use feeds another: later uses are taken on float inputs, and a note
-says so.
+NMSE = mean over timesteps of (sum of squared differences / sum of squared outputs) over the
+measured calls. With torch, only what depends on the layer is run again. Without, ONNX Runtime runs
+the float graph with the layer's error added to its output, which is the same (its input is the
+float one), except for a layer of which one use feeds another: later uses are taken on float inputs,
+and a note says so.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _in_torch(graph: TorchGraph, subject: Subject, chosen: Chosen) -> Iterator[E
 def _rewire(
     layer: Layer, scheme: str, stacks: StackStore[FormStack], stats: CalibrationStats, float_type: Any
 ) -> dict[str, Any]:
-    """Return the inputs of the layer's nodes under ``scheme``: rounded activation, dequantized weight."""
+    """Return what the layer's nodes read under ``scheme``: rounded input, dequantized weight."""
     from mpq_deploy.onnx_torch.torch_graph import torch_from_constant
     from mpq_deploy.sensitivity.torch_projection import fake_quantize
 
@@ -131,7 +131,8 @@ def _rewire(
 
     def replace_inputs(roundings: dict[str, InputRounding]) -> Any:
         def change(inputs: list[Any]) -> list[Any]:
-            # Channels kept in float, with their float columns, are what a branch computes beside the body.
+            # Channels kept in float, with their float columns, are what a branch computes beside
+            # the body.
             rounded = [fake_quantize(inputs[0], rounding, layer) for rounding in roundings.values()]
             return [*(rounded or inputs[:1]), tensor, *inputs[2:]]
 
@@ -170,7 +171,7 @@ def _in_onnxruntime(subject: Subject, calls: Calls, chosen: Chosen) -> Iterator[
 
 
 def _chained_uses(graph: LayerGraph, layers: Collection[Layer]) -> tuple[str, ...]:
-    """Name the layers of which one use feeds another: injecting float-input errors is not exact for those."""
+    """Name the layers of which one use feeds another: errors on float inputs are not exact there."""
     flow = dataflow(graph.model)
     chained = [
         layer.name

@@ -1,10 +1,11 @@
-"""Propagation gain times local error: the losses without torch, from forward passes in ONNX Runtime alone.
+"""Propagation gain times local error: losses from forward passes in ONNX Runtime alone.
 
 g_{l,t} is the relative squared change of the denoiser's output, divided by eps^2, when the layer's
-output Y becomes Y + eps rms(Y) xi with xi ~ N(0, I); the loss of scheme s is the mean over timesteps
-of g_{l,t} e_{l,s,t} with the relative local error e. It assumes that the local error propagates like
-white noise, which INT8 activations of layers with shared or time-embedding inputs violate: there it
-can be several times too low. One forward pass per layer and timestep, whatever the number of schemes.
+output Y becomes Y + eps rms(Y) xi with xi ~ N(0, I); the loss of scheme s is the mean over
+timesteps of g_{l,t} e_{l,s,t} with the relative local error e. It assumes that the local error
+propagates like white noise, which INT8 activations of layers with shared or time-embedding inputs
+violate: there it can be several times too low. One forward pass per layer and timestep, whatever
+the number of schemes.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def measure_gain(subject: Subject) -> SensitivityTable:
 
 
 def propagation_gains(subject: Subject, local: LocalErrors, calls: Calls) -> dict[str, Array]:
-    """Return layer -> gain at each timestep, float64 [K]. All calls of a timestep run together where they can."""
+    """Return layer -> gain at each timestep, float64 [K]."""
     layers, seed, steps = subject.layers, subject.settings.seed, len(calls.timesteps)
     changed = {layer.name: np.zeros(steps) for layer in layers}
     power = np.zeros(steps)

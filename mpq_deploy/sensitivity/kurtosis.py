@@ -1,10 +1,10 @@
 """The kurtosis of a layer's weights as its importance.
 
-MPQ-DM (arXiv 2412.11549) ranks the output channels *within* a layer by the Pearson kurtosis of their
-weights after pre-scaling, and gives those of highest kurtosis one bit more. As a metric *between*
-layers it is our reading: the importance of a layer is the mean kurtosis of its rows times its number
-of weights, so that a byte is worth most where the kurtosis is highest, whatever the layer's size.
-Like orm it weighs bits and predicts no error, with the settings of ``measure.orm``.
+MPQ-DM (arXiv 2412.11549) ranks the output channels *within* a layer by the Pearson kurtosis of
+their weights after pre-scaling, and gives those of highest kurtosis one bit more. As a metric
+*between* layers it is our reading: the importance of a layer is the mean kurtosis of its rows times
+its number of weights, so that a byte is worth most where the kurtosis is highest, whatever the
+layer's size. Like orm it weighs bits and predicts no error, with the settings of ``measure.orm``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mpq_deploy.sensitivity.table import SensitivityTable
 
 
 def measure_kurtosis(subject: Subject) -> SensitivityTable:
-    """Weigh bits by the mean kurtosis of each layer's rows, from weights and activation maxima: nothing is run."""
+    """Weigh bits by the mean kurtosis of each layer's rows, from weights and activation maxima."""
     theta = [
         layer_kurtosis(layer, float_matrix(subject.graph, layer), subject.stats) * layer.weights
         for layer in subject.layers
@@ -39,9 +39,10 @@ def layer_kurtosis(layer: Layer, weight: Array, stats: CalibrationStats) -> floa
 
 
 def channel_kurtosis(layer: Layer, weight: Array, stats: CalibrationStats) -> Array:
-    """Return the Pearson kurtosis of each row of ``weight`` [O, K] after MPQ-DM's pre-scaling, float64 [O].
+    """Return the Pearson kurtosis of the rows of ``weight`` [O, K] after pre-scaling, float64 [O].
 
-    The input's absolute maxima are the largest over all of the layer's inputs; each group has its own channels.
+    The input's absolute maxima are the largest over all of the layer's inputs; each group has its
+    own channels.
     """
     channels = input_channels(layer)
     amax = np.max([stats.activations[tensor].amax for tensor in layer.inputs], axis=0)

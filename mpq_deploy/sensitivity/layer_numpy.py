@@ -1,4 +1,4 @@
-"""The local errors of a layer's schemes in NumPy: what layer(Qa(X); Qw(W)) differs from layer(X; W)."""
+"""The local errors of a layer's schemes in NumPy: layer(Qa(X); Qw(W)) - layer(X; W)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mpq_deploy.sensitivity.layer_weights import FormStack, InputRounding
 
 
 def fake_quantize(x: Array, rounding: InputRounding, layer: Layer) -> Array:
-    """Round ``x`` to codes times the scale, as QuantizeLinear and DequantizeLinear do (half to even).
+    """Round ``x`` as QuantizeLinear and DequantizeLinear do (half to even).
 
     The kept channels stay as they are.
     """
@@ -39,7 +39,7 @@ class LayerInput:
             self._columns, self._spatial = _patches(layer, attributes, x)
 
     def times(self, matrix: Array) -> Array:
-        """Return the layer's output for the weight ``matrix`` [out_channels, reduction], without bias."""
+        """Return the output for the weight ``matrix`` [out_channels, reduction], without bias."""
         if self._columns is None:
             direct: Array = np.matmul(self._x, matrix.T)
             return direct
@@ -50,7 +50,7 @@ class LayerInput:
 
 
 def _patches(layer: Layer, attributes: Mapping[str, Any], x: Array) -> tuple[Array, tuple[int, ...]]:
-    """Return the columns that a convolution multiplies, [N, group, reduction, L], and the output's spatial shape."""
+    """Return a convolution's columns [N, group, reduction, L] and its output's spatial shape."""
     rank = len(layer.kernel)
     strides = attributes.get("strides", (1,) * rank)
     dilations = attributes.get("dilations", (1,) * rank)
@@ -69,7 +69,7 @@ def _patches(layer: Layer, attributes: Mapping[str, Any], x: Array) -> tuple[Arr
 
 @dataclass(frozen=True)
 class UseErrors:
-    """One use of a layer: its input's roundings and attributes, so that ``errors`` can be taken of any input."""
+    """One use of a layer, whose ``errors`` can be computed for any input."""
 
     layer: Layer
     attributes: Mapping[str, Any]

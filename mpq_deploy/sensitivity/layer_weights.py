@@ -1,4 +1,4 @@
-"""What a metric needs to know about a layer's candidates, whoever makes them, and the layer's node."""
+"""What a metric needs to know about a layer's candidates and the layer's node."""
 
 from __future__ import annotations
 
@@ -27,21 +27,22 @@ class CandidateWeights(Protocol):
         """The schemes that the layer may take."""
 
     def weight_matrix(self, form: str) -> Array:
-        """Return the dequantized weight of ``form`` (``Scheme.weight_form``), float32 [out_channels, reduction].
+        """Return the dequantized weight of a weight ``form``, float32 [out_channels, reduction].
 
-        "fp16" is the weight rounded to FP16. A Conv's weight is reshaped, that of a product has outputs first.
+        "fp16" is the weight rounded to FP16. A Conv's weight is reshaped, that of a product has
+        outputs first.
         """
 
     def promoted(self, form: str) -> Array:
-        """Return the output channels that ``form``, of a scheme with a ``rows`` branch, takes from INT8: int [m]."""
+        """Return the output channels that ``form``, of a ``rows`` branch, takes from INT8: int [m]."""
 
 
 @dataclass(frozen=True)
 class Promotion:
-    """What the ``rows`` schemes of one body change: more and more of the same channels, from the body's weight to INT8.
+    """What the ``rows`` schemes of one body change: more and more of the same channels to INT8.
 
-    ``channels`` int [m], those that the smallest branch promotes first; ``differences`` float32 [m, reduction]: INT8
-    minus the body for them; ``counts``: scheme -> how many of them it promotes.
+    ``channels`` int [m], those that the smallest branch promotes first; ``differences`` float32 [m,
+    reduction]: INT8 minus the body for them; ``counts``: scheme -> how many of them it promotes.
     """
 
     body: str
@@ -54,11 +55,12 @@ class Promotion:
 class FormStack:
     """The weight errors of a layer's candidates, ready for one product with all of them.
 
-    ``differences`` float32 [F, out_channels, reduction]: dequantized minus float weight, one per distinct form.
-    ``weights_only``, ``with_activation``: scheme -> row of ``differences``, for schemes whose activation stays
-    float and for those whose activation is INT8. Their rows are consecutive: ``[:split_end]`` and
-    ``[split_start:kept_start]``. ``with_kept``: activation form -> scheme -> row, for schemes that leave some channels
-    of the activation in float or rescale them; their rows follow. Schemes with a ``rows`` branch are in ``promotions``.
+    ``differences`` float32 [F, out_channels, reduction]: dequantized minus float weight, one per
+    distinct form. ``weights_only``, ``with_activation``: scheme -> row of ``differences``, for
+    schemes whose activation stays float and for those whose activation is INT8. Their rows are
+    consecutive: ``[:split_end]`` and ``[split_start:kept_start]``. ``with_kept``: activation form
+    -> scheme -> row, for schemes that leave some channels of the activation in float or rescale
+    them; their rows follow. Schemes with a ``rows`` branch are in ``promotions``.
     """
 
     weight: Array
@@ -90,7 +92,7 @@ class FormStack:
 
 
 def float_matrix(graph: LayerGraph, layer: Layer) -> Array:
-    """Return the float weight of ``layer`` from the graph's file, float32 [out_channels, reduction]."""
+    """Return the float weight of ``layer``, float32 [out_channels, reduction]."""
     tensor = graph.model.graph.initializers[layer.weight].const_value
     if tensor is None:
         raise ModelError(f"The weight '{layer.weight}' has no data.", "Export the model again.")
@@ -101,7 +103,7 @@ def float_matrix(graph: LayerGraph, layer: Layer) -> Array:
 
 
 def form_stack(weight: Array, candidate: CandidateWeights) -> FormStack:
-    """Stack the distinct weight forms of ``candidate``: weights-only ones first, shared ones in the middle."""
+    """Stack the weight forms of ``candidate``: weights-only ones first, shared ones in the middle."""
     plain = dict.fromkeys(s.weight_form for s in _weights_only(candidate))
     quantized = dict.fromkeys(s.weight_form for s in _rounding_all(candidate))
     kept: dict[str, list[Scheme]] = {}
@@ -115,7 +117,8 @@ def form_stack(weight: Array, candidate: CandidateWeights) -> FormStack:
     ]
     kept_start = len(order)
     row = {form: i for i, form in enumerate(order)}
-    # One weight form may stand behind several activation forms: rows of one activation form are consecutive.
+    # One weight form may stand behind several activation forms: rows of one activation form are
+    # consecutive.
     apart = [(form, s.weight_form) for form, schemes in kept.items() for s in schemes]
     row_apart = {key: kept_start + i for i, key in enumerate(dict.fromkeys(apart))}
     differences = np.empty((kept_start + len(row_apart), *weight.shape), np.float32)
@@ -140,7 +143,7 @@ def form_stack(weight: Array, candidate: CandidateWeights) -> FormStack:
 
 
 def _promotions(candidate: CandidateWeights) -> tuple[Promotion, ...]:
-    """Group the ``rows`` schemes by their body: a larger branch promotes the channels of the smaller ones, and more."""
+    """Group the ``rows`` schemes by body: larger branches promote the smaller ones' channels, too."""
     by_body: dict[str, list[Scheme]] = {}
     for scheme in candidate.schemes:
         if scheme.branch.promotes:
@@ -183,7 +186,7 @@ StackType = TypeVar("StackType", bound=Stack)
 
 
 class Kept(Generic[Value]):
-    """Values by layer, made when they are asked for; kept in memory up to ``limit`` bytes, made again beyond that."""
+    """Values by layer, made on demand; up to ``limit`` bytes stay in memory."""
 
     def __init__(self, make: Callable[[Layer], Value], size: Callable[[Value], int], limit: int) -> None:
         self._make, self._size, self._limit = make, size, limit
@@ -203,7 +206,7 @@ class Kept(Generic[Value]):
 
 
 class StackStore(Kept[StackType]):
-    """Stacks by layer, each passed through ``prepare``; kept in memory up to ``limit`` bytes, rebuilt beyond that."""
+    """Stacks by layer, each passed through ``prepare``; up to ``limit`` bytes stay in memory."""
 
     def __init__(
         self,
@@ -227,9 +230,10 @@ def numpy_stacks(graph: LayerGraph, candidates: Mapping[str, CandidateWeights], 
 class InputRounding:
     """How schemes round the input of a layer: to ``quant_min`` ... ``quant_max`` times the scale.
 
-    ``kept`` int32 [n]: the channels that stay in float. ``factors`` float [C]: by what the channels are multiplied
-    before; the weight is divided by them. None for none. The range is INT8's by default, as QuantizeLinear saturates
-    to; that of a simulated quantizer lies around its zero point.
+    ``kept`` int32 [n]: the channels that stay in float. ``factors`` float [C]: by what the channels
+    are multiplied before; the weight is divided by them. None for none. The range is INT8's by
+    default, as QuantizeLinear saturates to; that of a simulated quantizer lies around its zero
+    point.
     """
 
     scale: float
@@ -239,21 +243,21 @@ class InputRounding:
     quant_max: int = 127
 
     def step(self, layer: Layer, rank: int) -> Array:
-        """Return the rounding step of the input as it was, float32: one number, or one per channel, to broadcast."""
+        """Return the rounding step of the unscaled input, float32: a number, or one per channel."""
         if self.factors is None:
             return np.asarray(self.scale, np.float32)
         steps: Array = np.float32(self.scale) / self.factors.astype(np.float32)
         return steps.reshape(1, -1, *(1,) * (rank - 2)) if layer.op == "Conv" else steps
 
     def kept_mask(self, layer: Layer, rank: int, channels: int) -> Array:
-        """Return a mask that is True for the channels kept, shaped to broadcast against an input of ``rank``."""
+        """Return a mask of the kept channels, to broadcast against an input of ``rank``."""
         mask = np.zeros(channels, bool)
         mask[self.kept] = True
         return mask.reshape(1, -1, *(1,) * (rank - 2)) if layer.op == "Conv" else mask
 
 
 def input_roundings(stats: CalibrationStats, use: LayerUse, schemes: Iterable[Scheme]) -> dict[str, InputRounding]:
-    """Return how the activation of ``use`` is rounded, by the activation form of those ``schemes`` that round it.
+    """Return how ``schemes`` round the activation of ``use``, by activation form.
 
     Raises ModelError when it was not calibrated.
     """
@@ -292,7 +296,9 @@ def node_attributes(graph: LayerGraph) -> dict[str, dict[str, Any]]:
 
 
 def measured_layers(graph: LayerGraph, candidates: Mapping[str, CandidateWeights]) -> tuple[Layer, ...]:
-    """Return the layers that have candidates, in graph order. Raises ModelError for a candidate of no layer."""
+    """Return the layers with candidates, in graph order. Raises ModelError for a candidate of no
+    layer.
+    """
     names = {layer.name for layer in graph.layers}
     strangers = [name for name in candidates if name not in names]
     if strangers:

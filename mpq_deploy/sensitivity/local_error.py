@@ -27,7 +27,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class LocalErrors:
-    """``relative``: layer -> scheme -> float64 [K], the relative squared error, all uses of a layer together.
+    """``relative``: layer -> scheme -> float64 [K], the relative squared error over all uses.
 
     ``mean_square``: layer output -> float64 [K], the mean of Y^2; ``shapes``: layer output -> its
     shape for one call (or one fixed batch). ``shared``: outputs whose shape does not depend on the
@@ -103,7 +103,7 @@ class LayerErrors:
 
 
 class Taps:
-    """Inner values of the float graph by name, from a session that returns them; graph inputs included."""
+    """Values of the float graph by name, graph inputs included, from a session that returns them."""
 
     def __init__(self, session: ort.InferenceSession, names: list[str]) -> None:
         available = {value.name for value in session.get_outputs()}
@@ -127,7 +127,7 @@ def tap_names(layers: tuple[Layer, ...]) -> list[str]:
 
 
 def _shared_values(taps: Taps, shapes: Shapes, calls: Calls) -> frozenset[str]:
-    """Return the tapped values that several calls share, such as the embedding of a scalar timestep."""
+    """Return the values that several calls share, such as the embedding of a scalar timestep."""
     if calls.fixed_batch or calls.count == 1:
         return frozenset()
     pair = taps.values(calls.feeds(0, slice(0, 2)))

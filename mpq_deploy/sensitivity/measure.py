@@ -15,10 +15,11 @@ from mpq_deploy.sensitivity.table import SensitivityTable
 
 
 def measure(method: str, subject: Subject) -> SensitivityTable:
-    """Return the table of ``method``, one of ``METHODS``. ``subject.shares``: what each timestep counts for.
+    """Return the table of ``method``, one of ``METHODS``.
 
-    Where torch is missing, or the graph holds an operator that torch cannot evaluate here, "probe" becomes "gain":
-    the table's ``metric`` and ``notes`` say so. Raises UsageError for an unknown method.
+    Where torch is missing, or the graph holds an operator that torch cannot evaluate here, "probe"
+    becomes "gain": the table's ``metric`` and ``notes`` say so. Raises UsageError for an unknown
+    method.
     """
     if method not in METHODS:
         known = ", ".join(METHODS)

@@ -11,9 +11,11 @@ from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.models.spec import Array, DenoiserSpec
 
-# Memory for the values of a pass through the graph, and as much for what is kept of the layers' errors.
+# Memory for the values of a pass through the graph, and as much for what is kept of the layers'
+# errors.
 MEMORY_BYTES = 1 << 30
-# Where so many times the memory for stacks would be needed, keeping that part of them saves hardly any time.
+# Where so many times the memory for stacks would be needed, keeping that part of them saves hardly
+# any time.
 HELD_SHARE = 4
 # Arrays of a layer's size that stacking its errors holds, beside those of each form.
 STACK_ARRAYS = 2
@@ -25,11 +27,11 @@ class Calls:
     """The calls that are measured: ``count`` of the recorded ones at every timestep.
 
     ``picked`` int64 [K, count]: which ones; ``turns`` int64 [K, count]: their places in an order in
-    which any stretch has all conditions about equally often. ``rotate``: others at each timestep, as
-    far as there are others; a call's error at one timestep says much about its error at the next,
-    and little about that of other calls. ``fixed_batch``: how many calls the graph takes at once,
-    where its file or an input without a batch axis fixes that; else None. Raises ModelError for a
-    missing condition or too few calls for the batch.
+    which any stretch has all conditions about equally often. ``rotate``: others at each timestep,
+    as far as there are others; a call's error at one timestep says much about its error at the
+    next, and little about that of other calls. ``fixed_batch``: how many calls the graph takes at
+    once, where its file or an input without a batch axis fixes that; else None. Raises ModelError
+    for a missing condition or too few calls for the batch.
     """
 
     def __init__(self, graph: LayerGraph, calls: RecordedCalls, samples: int, rotate: bool = False) -> None:
@@ -62,7 +64,7 @@ class Calls:
         self.turns = np.argsort(order)[self.picked]
 
     def chunks(self, batch: int) -> Iterator[tuple[int, slice]]:
-        """Yield (step index, slice of the calls) over all timesteps, at most ``batch`` calls at a time."""
+        """Yield (step index, slice of calls) over all timesteps, at most ``batch`` calls at a time."""
         for step_index in range(len(self.timesteps)):
             for chunk in self.chunks_of_step(batch):
                 yield step_index, chunk

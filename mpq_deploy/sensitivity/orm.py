@@ -1,4 +1,4 @@
-"""MPQ-Diff's metric: layers whose outputs are less like those of others get more bits (arXiv 2412.00144).
+"""MPQ-Diff's metric: more bits for layers whose outputs are unlike others' (arXiv 2412.00144).
 
 The importance is ``orthogonality``'s, of Gram matrices observed while the float graph runs; what it
 makes of bits is in ``bit_losses``.
@@ -36,7 +36,7 @@ from mpq_deploy.system.sessions import open_session
 
 
 def measure_orm(subject: Subject) -> SensitivityTable:
-    """Weigh bits by orthogonality: theta of every layer at every timestep, from ``batch_size`` calls at once.
+    """Weigh bits by orthogonality, from ``batch_size`` calls at once.
 
     With more samples than that, the dependence of several batches is averaged (Nguyen et al. 2021).
     ``stats`` are not used. Raises UsageError when the model or the settings leave too few calls for
@@ -68,7 +68,7 @@ def measure_orm(subject: Subject) -> SensitivityTable:
 
 @dataclass(frozen=True)
 class SeenOrthogonality:
-    """Sums of HSIC over batches float64 [K, L, L], ``constant`` layers bool [K, L], minimum ``calls`` of a batch."""
+    """Sums of HSIC float64 [K, L, L], ``constant`` layers bool [K, L], fewest ``calls`` of a batch."""
 
     hsic: Array
     constant: Array
@@ -82,7 +82,7 @@ def observe_orthogonality(
     settings: MeasureSettings,
     talk: Talk,
 ) -> SeenOrthogonality:
-    """Run the calls of every timestep through the graph with Gram observers and add up the dependence."""
+    """Run all calls through the graph with Gram observers and add up the dependence."""
     calls = Calls(graph, recorded, settings.calls)
     parts = _batches(calls, settings)
     names = tuple(dict.fromkeys(use.output for layer in layers for use in layer.uses))
@@ -110,7 +110,7 @@ def adapted_steps(
     count: int,
     coarse: int,
 ) -> Array:
-    """Choose ``count`` of the calibrated timesteps, denser where a ``coarse`` first pass sees importance change."""
+    """Choose ``count`` timesteps, denser where a ``coarse`` first pass sees importance change."""
     available = len(recorded.recorded.timesteps)
     first = sampled_steps(available, coarse)
     chosen = replace(recorded, recorded=recorded.recorded.at(first))
@@ -123,7 +123,8 @@ def _batches(calls: Calls, settings: MeasureSettings) -> list[slice]:
     """Split the calls into batches as even as can be, each of at most the batch size."""
     minimum = MIN_CALLS[settings.orm.estimator]
     size = calls.fixed_batch or min(settings.batch_size, calls.count)
-    # The debiased estimator of a small rest would be noise: 20 calls in batches of 16 are two of 10.
+    # The debiased estimator of a small rest would be noise: 20 calls in batches of 16 are two of
+    # 10.
     bounds = np.linspace(0, calls.count, -(-calls.count // size) + 1).astype(int)
     parts = [slice(int(a), int(b)) for a, b in pairwise(bounds)]
     fewest = min(part.stop - part.start for part in parts)

@@ -1,7 +1,7 @@
-"""The float graph in ONNX Runtime with two additions: chosen inner values leave it, and noise enters at layers.
+"""The float graph in ONNX Runtime with chosen inner values as outputs, or noise added at layers.
 
-For every layer output Y the graph gets an input of Y's type and rank, added to Y. Zero of shape [1, ..., 1] is fed
-to all of them but the one that is measured, so one session serves all layers.
+For every layer output Y the graph gets an input of Y's type and rank, added to Y. Zero of shape [1,
+..., 1] is fed to all of them but the one that is measured, so one session serves all layers.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def run_session(session: ort.InferenceSession, outputs: list[str], feeds: Mappin
 def noisy_graph(
     graph: LayerGraph, layers: Iterable[Layer], output: str, ranks: Mapping[str, int], talk: Talk
 ) -> Iterator[NoisyGraph]:
-    """Open a session with a noise input at every use of ``layers``; ``ranks`` are the ranks of their outputs."""
+    """Open a session with a noise input at every use of ``layers``; ``ranks``: of their outputs."""
     model = graph.model.clone()
     outputs = {use.output for layer in layers for use in layer.uses}
     names: dict[str, tuple[str, int]] = {}

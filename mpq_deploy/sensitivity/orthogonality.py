@@ -1,13 +1,15 @@
-"""MPQ-Diff's layer importance from Gram matrices, in NumPy alone (arXiv 2412.00144; OMPQ, arXiv 2109.07865).
+"""MPQ-Diff's layer importance from Gram matrices (arXiv 2412.00144; OMPQ, arXiv 2109.07865).
 
-In: for every layer the Gram matrix of its outputs over the N calls of a batch, G_i = F_i F_i^T with F_i of shape
-[N, d_i]. Out: the orthogonality matrix ORM [L, L] of each timestep, which is linear centred kernel alignment (CKA),
-each layer's importance theta at each timestep, and one importance per layer over all timesteps.
+In: for every layer the Gram matrix of its outputs over the N calls of a batch, G_i = F_i F_i^T with
+F_i of shape [N, d_i]. Out: the orthogonality matrix ORM [L, L] of each timestep, which is linear
+centred kernel alignment (CKA), each layer's importance theta at each timestep, and one importance
+per layer over all timesteps.
 
-What comes from where: ORM and theta = exp(-beta gamma) are as in OMPQ's published code, and so is the mean of theta
-over a layer and all later ones. MPQ-Diff says that it weights uniformly sampled timesteps exponentially, without a
-formula: both readings here are ours, and so is dividing gamma by L - 1. The unbiased estimator is HSIC_1 of Song et
-al. 2012, and its mean over batches that of Nguyen et al. 2021 (arXiv 2010.15327).
+What comes from where: ORM and theta = exp(-beta gamma) are as in OMPQ's published code, and so is
+the mean of theta over a layer and all later ones. MPQ-Diff says that it weights uniformly sampled
+timesteps exponentially, without a formula: both readings here are ours, and so is dividing gamma by
+L - 1. The unbiased estimator is HSIC_1 of Song et al. 2012, and its mean over batches that of
+Nguyen et al. 2021 (arXiv 2010.15327).
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from mpq_deploy.recipe import Aggregation, Estimator, Reach
 
 # HSIC_1 divides by N (N - 3); and with two calls every biased ORM is 1, whatever the layers do.
 MIN_CALLS = {"biased": 3, "debiased": 4}
-# With fewer calls the biased estimator is near 1 for unrelated layers, and the other one is mostly noise.
+# With fewer calls the biased estimator is near 1 for unrelated layers, and the other one is mostly
+# noise.
 ENOUGH_CALLS = 8
 
 
@@ -31,10 +34,10 @@ def centred(grams: Array) -> Array:
 
 
 def u_centred(grams: Array) -> Array:
-    """Return the U-centred Gram matrices [..., N, N]: their inner products, over N (N - 3), are HSIC_1.
+    """Return the U-centred Gram matrices [..., N, N]: HSIC_1 is their products over N (N - 3).
 
-    The diagonal is taken out, and rows and columns are centred so that every row sums to zero without it (Székely
-    and Rizzo 2014). ValueError for N below 4.
+    The diagonal is taken out, and rows and columns are centred so that every row sums to zero
+    without it (Székely and Rizzo 2014). ValueError for N below 4.
     """
     count = grams.shape[-1]
     if count < MIN_CALLS["debiased"]:
@@ -48,10 +51,11 @@ def u_centred(grams: Array) -> Array:
 
 
 def dependence(grams: Array, estimator: Estimator) -> Array:
-    """Return the HSIC of every pair of layers, float64 [L, L], from Gram matrices float64 [L, N, N] of one batch.
+    """Return the HSIC of all pairs of layers, float64 [L, L], from their Gram matrices [L, N, N].
 
-    "biased": <H G_i H, H G_j H> / (N - 1)^2. "debiased": HSIC_1, whose expectation is 0 for independent layers. Sums
-    over batches merge in any order; their ratio is the CKA (see ``orthogonality``).
+    "biased": <H G_i H, H G_j H> / (N - 1)^2. "debiased": HSIC_1, whose expectation is 0 for
+    independent layers. Sums over batches merge in any order; their ratio is the CKA (see
+    ``orthogonality``).
     """
     count = grams.shape[-1]
     biased = estimator == "biased"
@@ -62,8 +66,9 @@ def dependence(grams: Array, estimator: Estimator) -> Array:
 def orthogonality(hsic: Array) -> Array:
     """Return ORM [..., L, L], symmetric with 1 on the diagonal, from (sums of) HSIC [..., L, L].
 
-    ORM_ij = HSIC_ij / sqrt(HSIC_ii HSIC_jj): in [0, 1] when biased, in [-1, 1] when debiased. A layer whose outputs do
-    not differ between calls (HSIC_ii = 0) is orthogonal to all others: 0 (our choice).
+    ORM_ij = HSIC_ij / sqrt(HSIC_ii HSIC_jj): in [0, 1] when biased, in [-1, 1] when debiased. A
+    layer whose outputs do not differ between calls (HSIC_ii = 0) is orthogonal to all others: 0
+    (our choice).
     """
     norms = np.sqrt(np.clip(np.diagonal(hsic, axis1=-2, axis2=-1), 0, None))
     scale = norms[..., :, None] * norms[..., None, :]
@@ -76,16 +81,18 @@ def orthogonality(hsic: Array) -> Array:
 def gamma(orm: Array) -> Array:
     """Return [..., L]: the mean of ORM_ij over the L - 1 other layers j (0 for a single layer).
 
-    OMPQ takes the sum; divided by L - 1, one beta means the same for networks of any depth (our choice).
+    OMPQ takes the sum; divided by L - 1, one beta means the same for networks of any depth (our
+    choice).
     """
     others = orm.shape[-1] - 1
     return np.asarray((orm.sum(axis=-1) - 1) / max(others, 1))
 
 
 def importances(gammas: Array, beta: float, reach: Reach = "layer") -> Array:
-    """Return theta = exp(-beta gamma), or with ``reach`` "later" its mean over each layer and all after it.
+    """Return theta = exp(-beta gamma), or its mean over each layer and all after it ("later").
 
-    ``gammas`` [..., L] with the layers in graph order. Raises UsageError when beta is so large that all vanish.
+    ``gammas`` [..., L] with the layers in graph order. Raises UsageError when beta is so large that
+    all vanish.
     """
     theta = np.asarray(np.exp(-beta * gammas))
     if not np.all(theta.max(axis=-1) > 0):
@@ -102,10 +109,11 @@ def importances(gammas: Array, beta: float, reach: Reach = "layer") -> Array:
 def timestep_weights(shares: Array, aggregation: Aggregation, eta: float) -> Array:
     """Return the weight of each sampled timestep, float64 [K], of sum 1.
 
-    ``shares`` [K]: the part of the trajectory that each stands for, in denoising order; 1 / K when they are sampled
-    uniformly. "mean" is reading (a): the shares themselves. "exponential" is reading (b): times exp(eta p), where p in
-    [0, 1] is the position of the timestep in the denoising order, the middle of its share; with equal shares that is
-    exp(eta k / K) up to a constant. Both readings are ours.
+    ``shares`` [K]: the part of the trajectory that each stands for, in denoising order; 1 / K when
+    they are sampled uniformly. "mean" is reading (a): the shares themselves. "exponential" is
+    reading (b): times exp(eta p), where p in [0, 1] is the position of the timestep in the
+    denoising order, the middle of its share; with equal shares that is exp(eta k / K) up to a
+    constant. Both readings are ours.
     """
     parts = np.asarray(np.asarray(shares, np.float64) / np.sum(shares))
     if aggregation == "mean":

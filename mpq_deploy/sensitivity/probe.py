@@ -1,15 +1,15 @@
-"""Random adjoint probes: the expected output error of every scheme of every layer, from a few backward passes.
+"""Random adjoint probes: the expected output error of every scheme from a few backward passes.
 
-For timestep t, sample n and a probe r ~ N(0, I) shaped like the output, one backward pass gives
-G_l = d<r, output>/dY_l for every layer l at once. With dY_{l,s} the local error of scheme s,
+For timestep t, sample n and a probe r ~ N(0, I) shaped like the output, one backward pass gives G_l
+= d<r, output>/dY_l for every layer l at once. With dY_{l,s} the local error of scheme s,
 
     E_r <G_l, dY_{l,s}>^2 = ||J_l dY_{l,s}||^2,
 
-the squared error of the output to first order, structured errors included. The loss is its mean over
-samples and probes divided by the mean of ||output||^2 over the samples, averaged over timesteps: the
-same ratio of totals as the measured NMSE. Related: CLADO (arXiv 2307.05657), HAWQ, MixDQ; probes at
-the output instead of a task loss need no labels, and the projections kept as vectors give the cross
-terms between layers.
+the squared error of the output to first order, structured errors included. The loss is its mean
+over samples and probes divided by the mean of ||output||^2 over the samples, averaged over
+timesteps: the same ratio of totals as the measured NMSE. Related: CLADO (arXiv 2307.05657), HAWQ,
+MixDQ; probes at the output instead of a task loss need no labels, and the projections kept as
+vectors give the cross terms between layers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from mpq_deploy.system.progress import Talk
 
 
 def measure_probe(subject: Subject) -> SensitivityTable:
-    """Measure all schemes of all layers with random adjoint probes; ``losses`` are means over all of them.
+    """Measure all schemes of all layers; ``losses`` are means over all probes.
 
     Raises UnsupportedOperator when the graph holds a node that torch cannot evaluate here,
     ModelError when its output is not finite.
@@ -68,7 +68,7 @@ def measure_probe(subject: Subject) -> SensitivityTable:
 
 @dataclass(frozen=True)
 class _Task:
-    """A timestep, in batches of so many calls and in parts of the graph that end there; without one: find out both."""
+    """A timestep, its batches and where the parts of the graph end; without one: find out both."""
 
     step_index: int | None = None
     batch: int = 0
@@ -81,9 +81,10 @@ def _pairs(subject: Subject) -> list[tuple[str, str]]:
 
 
 def _probing(subject: Subject) -> Work:
-    """Return what computes a ``_Task``: ``batch``, ``ends`` and ``notes``, or the sums of one timestep.
+    """Return what computes a ``_Task``: ``batch``, ``ends``, ``notes``, or a timestep's sums.
 
-    Those are ``power``, the sum of ||output||^2 over the calls, and ``values`` float32 [pairs, probes, calls].
+    Those are ``power``, the sum of ||output||^2 over the calls, and ``values`` float32 [pairs,
+    probes, calls].
     """
     calls, pairs, work = subject.calls(), _pairs(subject), _Probing(subject)
 
@@ -134,7 +135,7 @@ class _Probing:
         ]
 
     def plan(self) -> tuple[int, tuple[int, ...], tuple[str, ...]]:
-        """Choose the samples to evaluate at once and the parts of the graph (where they end); return notes as well.
+        """Return how many samples to evaluate at once, where parts of the graph end, and notes.
 
         A layer whose values are not [samples, ...] in the order of the samples (such as the
         embedding of a scalar timestep) is measured rightly only one sample at a time. There is more
@@ -174,7 +175,7 @@ class _Probing:
         return next((name for name in names if not _starts_with(pair[name], first[name])), "")
 
     def probe(self, step_index: int, chunk: slice, parts: Sequence[slice], values: Nested) -> float:
-        """Add the inner products of a chunk of samples into ``values``; return the sum of ||output||^2."""
+        """Add the products of a chunk of samples into ``values``; return the sum of ||output||^2."""
         feeds, power = self._graph.feed(self._calls.feeds(step_index, chunk)), 0.0
 
         def seeds(output: Any) -> list[Any]:
@@ -193,7 +194,7 @@ class _Probing:
         return power
 
     def _noise(self, step_index: int, chunk: slice, shape: tuple[int, ...]) -> Any:
-        """Draw the probes of each sample from its own seed, so that they do not depend on the batch size."""
+        """Draw the probes of each sample from its own seed: the batch size does not matter."""
         rows = [
             np.random.default_rng((self._settings.seed, step_index, call)).standard_normal(
                 (self._settings.probes, *shape), np.float32

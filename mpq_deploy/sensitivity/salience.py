@@ -1,9 +1,9 @@
-"""Which output channels of a layer deserve more precision: the error each causes at the denoiser's output.
+"""The error that each output channel of a layer causes at the denoiser's output.
 
-With the probes of ``probe``, G_l = d<r, output>/dY_l, the error of output channel c of layer l under
-the INT4 body is estimated as the mean of <G_{l,c}, dY_{l,c}>^2: the same quantity as a scheme's loss,
-channel by channel, without the terms between channels. Our choice; MPQ-DM ranks by the kurtosis of
-the weight's rows.
+With the probes of ``probe``, G_l = d<r, output>/dY_l, the error of output channel c of layer l
+under the INT4 body is estimated as the mean of <G_{l,c}, dY_{l,c}>^2: the same quantity as a
+scheme's loss, channel by channel, without the terms between channels. Our choice; MPQ-DM ranks by
+the kurtosis of the weight's rows.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class ChannelErrors:
         self.steps, self.calls = len(self._calls.timesteps), self._calls.count
 
     def at(self, step: int, advance: Advance) -> dict[str, Array]:
-        """Return the parts of a timestep's sum in the order in which they are added: layer name -> float64 [n, O]."""
+        """Return the terms of a timestep's sum in their order: layer name -> float64 [n, O]."""
         uses = [(layer, use) for layer in self.layers for use in layer.uses]
         nodes = [use for _, use in uses]
         errors: dict[str, list[Array]] = {layer.name: [] for layer in self.layers}
@@ -109,7 +109,7 @@ def _by_channel(layer: Layer, attributes: dict[str, Any], x: Any, gradient: Any,
 
 
 def body_weights(candidates: Mapping[str, LayerCandidates]) -> Mapping[str, Array]:
-    """Return the INT4 body's weight of every layer that has a ``rows`` scheme, dequantized when it is asked for."""
+    """Return the INT4 body's weight of every layer with a ``rows`` scheme, dequantized on demand."""
     forms = {}
     for name, candidate in candidates.items():
         scheme = next((s for s in candidate.schemes if s.branch.promotes), None)

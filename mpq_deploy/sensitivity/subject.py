@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Spread:
-    """Who measures, and how a worker comes by the same subject: ``open(root, talk)``, which can be pickled.
+    """Who measures, and how a worker opens the same subject: by a picklable ``open(root, talk)``.
 
-    ``files``: what it reads under ``root``. Finished shards are kept in ``store`` by ``key`` and what they are.
+    ``files``: what it reads under ``root``. Finished shards are kept in ``store`` by ``key`` and
+    what they are.
     """
 
     crew: Crew
@@ -41,11 +42,13 @@ class Spread:
 class Subject:
     """The model and the calls that every metric takes.
 
-    ``candidates``: layer name -> the weights it may be deployed with; ``stats``: of its activations; ``calibration``:
-    the calls to measure on; ``conditions``: all rows of each condition input (call n uses row ``calibration.rows[n]``).
-    ``spread``: over which workers measuring is spread; None: this process. ``shares``: the part of the
-    trajectory that each timestep stands for, of sum 1; None: equal ones. ``rotate``: at each timestep the next
-    ``settings.calls`` of the calls, so that more of them are seen in the same time, else the same evenly spaced ones.
+    ``candidates``: layer name -> the weights it may be deployed with; ``stats``: of its
+    activations; ``calibration``: the calls to measure on; ``conditions``: all rows of each
+    condition input (call n uses row ``calibration.rows[n]``). ``spread``: over which workers
+    measuring is spread; None: this process. ``shares``: the part of the trajectory that each
+    timestep stands for, of sum 1; None: equal ones. ``rotate``: at each timestep the next
+    ``settings.calls`` of the calls, so that more of them are seen in the same time, else the same
+    evenly spaced ones.
     """
 
     graph: LayerGraph
@@ -71,14 +74,14 @@ class Subject:
         return self.spread.store if self.spread else None
 
     def job(self, name: str, work: Callable[[Subject], Work]) -> Job:
-        """Return the job whose workers open this subject and do ``work`` (a function of a module) on it."""
+        """Return the job whose workers open this subject and do ``work`` (picklable) on it."""
         if self.spread is None or isinstance(self.spread.crew, Alone):
             return Job(name, partial(_work_on, work, self), Path())
         opener = partial(_opened, work, self.spread.open)
         return Job(name, opener, self.spread.root, self.spread.files, self.memory_bytes())
 
     def shard(self, name: str, task: Any, size: int, **key: Any) -> Shard:
-        """Return a shard that is kept by ``key``, the settings and the number of threads that compute it."""
+        """Return a shard that is stored by ``key``, the settings and the number of threads."""
         if self.spread is None or self.spread.key is None:
             return Shard(name, task, size)
         threads = asdict(self.crew.threads_of_shard())
@@ -90,7 +93,7 @@ class Subject:
         return Shard(name, task, size, {**self.spread.key, **key, "settings": settings, "threads": threads})
 
     def memory_bytes(self) -> int:
-        """Estimate what a worker holds: candidates, their errors and a batch of activations, both capped."""
+        """Estimate what a worker holds: candidates, errors and activations, the latter two limited."""
         weights = 4 * sum(layer.weights for layer in self.layers)
         forms = max((len(c.schemes) for c in self.candidates.values()), default=0)
         return 2 * weights + min(forms * weights, MEMORY_BYTES) + MEMORY_BYTES
@@ -106,7 +109,7 @@ class Subject:
         return measured_layers(self.graph, self.candidates)
 
     def calls(self, samples: int | None = None) -> Calls:
-        """Return the calls that are measured: ``samples`` of them at each timestep (None: as the settings say)."""
+        """Return the measured calls: ``samples`` at each timestep (None: as the settings say)."""
         count = self.settings.calls if samples is None else samples
         return Calls(self.graph, self.recorded, count, self.rotate)
 

@@ -1,4 +1,4 @@
-"""The result of measuring: predicted loss per layer and scheme, and the probe projections behind it."""
+"""The result of measuring: predicted loss per layer and scheme, and the projections behind it."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Importance:
 
     ``theta`` float64 [K, L]; ``weights`` float64 [K] of sum 1, what each timestep counts for;
     ``constant`` bool [K, L]: layers whose output was the same for all calls; ``activation_bits``
-    int64 [L]: what the layer's activations are fixed at, 0 where there is no choice. ``orm`` float32
-    [K, L, L], the orthogonality matrices, and ``calls``, the minimum N behind a Gram matrix: None
-    and 0 for other metrics than orm.
+    int64 [L]: what the layer's activations are fixed at, 0 where there is no choice. ``orm``
+    float32 [K, L, L], the orthogonality matrices, and ``calls``, the minimum N behind a Gram
+    matrix: None and 0 for other metrics than orm.
     """
 
     layers: tuple[str, ...]
@@ -65,7 +65,7 @@ class Importance:
 
 @dataclass(frozen=True)
 class SensitivityTable:
-    """Expected relative squared error of the denoiser's output, averaged over timesteps, per layer and scheme.
+    """Expected relative squared error of the denoiser's output per layer and scheme.
 
     ``losses``: layer -> scheme -> loss, the mean of ``losses_by_timestep`` float32 [K]; timesteps
     that stand for more of the trajectory than others (see ``weighted``) have that factor in them.
@@ -96,7 +96,7 @@ class SensitivityTable:
         return self.metric in METHODS and METHODS[self.metric].predicts
 
     def weighted(self, shares: Array) -> SensitivityTable:
-        """Return the table with timestep k counting for ``shares[k]`` [K] of the mean, instead of 1 / K."""
+        """Return the table with timestep k weighted by ``shares[k]`` [K] instead of 1 / K."""
         factor = np.asarray(shares, np.float64) / np.sum(shares) * len(self.timesteps)
         rows = _each(self.losses_by_timestep, lambda values: values * factor)
         table = table_from_losses(self.metric, self.timesteps, rows, self.notes)
@@ -109,16 +109,17 @@ class SensitivityTable:
         return replace(table, projections=vectors, calls=self.calls)
 
     def plan_loss(self, schemes: dict[str, str]) -> float:
-        """Predict the loss of a plan (layer -> scheme): with cross terms where there are projections."""
+        """Predict a plan's loss (layer -> scheme), with cross terms where there are projections."""
         if self.projections is None:
             return float(sum(self.losses[layer][scheme] for layer, scheme in schemes.items()))
         total = sum(self.projections[n][s].astype(np.float64) for n, s in schemes.items())
         return float(np.sum(np.square(total)))
 
     def folds(self, count: int) -> list[tuple[SensitivityTable, SensitivityTable]]:
-        """Split the calls into ``count`` parts; for each, return the table without it and that of it alone.
+        """Split the calls into ``count`` parts; for each, return the tables without and of it.
 
-        Both hold all entries, those of other calls as zeros. Empty where a part would miss a timestep.
+        Both hold all entries, those of other calls as zeros. Empty where a part would miss a
+        timestep.
         """
         if self.projections is None or self.calls is None:
             return []

@@ -1,4 +1,4 @@
-"""Inner products <G, dY_s> of output gradients with the local errors of every scheme of a layer, in torch.
+"""Inner products <G, dY_s> of output gradients with the local errors of a layer's schemes.
 
 With X the layer's float input, Qa its INT8 rounding, W the float weight and D_s = Qw_s(W) - W:
 
@@ -38,18 +38,19 @@ PIECE_BYTES = 24 << 20
 GRADIENT_BYTES = 16 << 20
 PATCH_BYTES = 4 << 20
 # What a weight gradient costs beside its multiplications (measured): writing and reading one takes
-# as long as summing over so many positions, gathering patches as long as this share of all positions.
+# as long as summing over so many positions, gathering patches as long as this share of all
+# positions.
 GRADIENT_POSITIONS = 64
 PATCH_POSITIONS = 0.5
 
 
 def quantized_codes(x: Any, scale: Any) -> Any:
-    """Return the INT8 codes of ``x`` as floats, as QuantizeLinear makes them (half to even, saturating)."""
+    """Return the INT8 codes of ``x`` as floats, as QuantizeLinear does (half to even)."""
     return torch.round(x / scale).clamp_(INT8_MIN, INT8_MAX)
 
 
 def fake_quantize(x: Any, rounding: InputRounding, layer: Layer) -> Any:
-    """Round ``x`` as QuantizeLinear and DequantizeLinear do, to codes times the scale; kept channels stay."""
+    """Round ``x`` as QuantizeLinear and DequantizeLinear do; kept channels stay."""
     if rounding.factors is None:
         rounded = torch.round(x / rounding.scale).clamp_(rounding.quant_min, rounding.quant_max).mul_(rounding.scale)
     else:
@@ -85,10 +86,10 @@ class TorchStack(FormStack):
 
 
 def apply_matrix(layer: Layer, attributes: dict[str, Any], x: Any, matrices: Any) -> Any:
-    """Apply the layer with each of the weights ``matrices`` [F, out_channels, reduction] to ``x``, without bias.
+    """Apply the layer with each of ``matrices`` [F, out_channels, reduction], without bias.
 
-    Returns [rows, group, F, m]: rows of x's leading axis, m = output elements of one group. For products x is
-    [rows, L, reduction] and m runs over (out_channels, L).
+    Returns [rows, group, F, m]: rows of x's leading axis, m = output elements of one group. For
+    products x is [rows, L, reduction] and m runs over (out_channels, L).
     """
     forms, out, _ = matrices.shape
     if layer.op != "Conv":
@@ -103,12 +104,12 @@ def apply_matrix(layer: Layer, attributes: dict[str, Any], x: Any, matrices: Any
 
 
 def canonical_input(layer: Layer, x: Any, samples: int) -> Any:
-    """Return the input of a product as [samples, L, reduction]; that of a Conv as it is, [samples * k, ...]."""
+    """Return the input of a product as [samples, L, reduction]; that of a Conv as it is."""
     return x if layer.op == "Conv" else x.reshape(samples, -1, layer.reduction)
 
 
 def canonical_gradients(layer: Layer, gradients: Any, samples: int) -> Any:
-    """Return gradients [rows, P, *rest of the output shape] as [rows, group, P, m], matching ``apply_matrix``."""
+    """Return gradients [rows, P, *rest] as [rows, group, P, m], matching ``apply_matrix``."""
     probes = gradients.shape[1]
     if layer.op == "Conv":
         return gradients.reshape(gradients.shape[0], probes, layer.group, -1).transpose(1, 2)
@@ -126,7 +127,7 @@ def _project(errors: Any, gradients: Any, samples: int) -> Any:
 
 @dataclass(frozen=True)
 class ProjectedUse:
-    """One use of a layer: the errors of its schemes, and its input's ``roundings`` by activation form."""
+    """One use of a layer: its schemes' errors, its input's ``roundings`` by activation form."""
 
     layer: Layer
     attributes: dict[str, Any]
@@ -140,7 +141,7 @@ class ProjectedUse:
         return self.roundings[form]
 
     def forward(self, x: Any, matrices: Any, g: Any, samples: int) -> Any:
-        """Apply the layer with all ``matrices`` and project, some samples at a time so that the results stay cached."""
+        """Apply all ``matrices`` and project, some samples at a time so that results stay cached."""
         rows_per_sample = x.shape[0] // samples
         outputs = matrices.shape[0] * g[0, :, 0].numel() * rows_per_sample
         piece = max(1, PIECE_BYTES // (outputs * matrices.element_size()))
@@ -153,7 +154,7 @@ class ProjectedUse:
         return torch.cat(products, -1) if len(products) > 1 else products[0]
 
     def channels(self, x: Any, matrix: Any, channels: Array, g: Any, samples: int) -> Any:
-        """Return <G_c, dY_c> as [P, samples, m] of m ``channels`` whose weights differ by ``matrix`` [m, reduction].
+        """Return <G_c, dY_c> [P, samples, m] of ``channels`` that differ by ``matrix`` [m, K].
 
         Layers with such branches have one group.
         """
@@ -213,7 +214,7 @@ def _project_all_forward(use: ProjectedUse, x: Any, g: Any, samples: int) -> dic
 
 
 def _project_by_weights(use: ProjectedUse, x: Any, g: Any, samples: int) -> dict[str, Any]:
-    """Take the weight gradients of the float input and of each rounding's error, and project all schemes on them.
+    """Project all schemes on weight gradients of the float input and of each rounding's error.
 
     <G, layer(Qa(X); D) + layer(Qa(X) - X; W)>
         = <D, wgrad(X, G) + wgrad(Qa(X) - X, G)> + <W, wgrad(Qa(X) - X, G)>:
@@ -244,7 +245,7 @@ def _project_by_weights(use: ProjectedUse, x: Any, g: Any, samples: int) -> dict
 
 
 def _rows(stack: TorchStack, names: Mapping[str, int], gradients: Any) -> dict[str, Any]:
-    """Return scheme -> <D_s, gradient> [n P] for gradients [n P, weights], promotions of these schemes included."""
+    """Return scheme -> <D_s, gradient> [n P] for gradients [n P, weights], promotions included."""
     if not names:
         return {}
     first, last = min(names.values()), max(names.values())
@@ -261,7 +262,7 @@ def _rows(stack: TorchStack, names: Mapping[str, int], gradients: Any) -> dict[s
 
 
 def _weight_gradients(layer: Layer, attributes: dict[str, Any], x: Any, g: Any) -> Any:
-    """Return the weight gradients [n P, out_channels * reduction] of n samples, each with its P gradients."""
+    """Return the weight gradients [n P, out_channels * reduction] of n samples."""
     samples, probes = g.shape[0], g.shape[2]
     # [n, 1, P, out * L] -> [n, P * out, L]
     gradients = g.reshape(samples, probes * layer.out_channels, -1)
@@ -294,7 +295,7 @@ def _has_weight_way(layer: Layer) -> bool:
 
 
 def _cheaper_way(layer: Layer, stack: TorchStack, x: Any, g: Any, samples: int) -> str:
-    """Compare multiplications per weight element: F per position forward, P per position and input by gradients."""
+    """Compare multiplications per weight: F per position, or P per position and input."""
     if not _has_weight_way(layer) or x.shape[0] != samples:
         return "forward"
     probes, positions = g.shape[2], g.shape[3] / layer.out_channels

@@ -23,7 +23,7 @@ INTERVAL = (2.5, 97.5)
 
 @dataclass(frozen=True)
 class Correlation:
-    """Spearman's ``rho`` of ``pairs``, with its 95 % interval ``low`` to ``high``; None where losses do not differ."""
+    """Spearman's ``rho`` of ``pairs`` with its 95 % interval; None where losses do not differ."""
 
     pairs: int
     rho: float | None
@@ -42,7 +42,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Compared:
-    """Losses of P pairs: ``layers`` and ``schemes`` by name, ``true`` (above 0) and ``found`` float64 [P]."""
+    """Losses of P pairs (``layers``, ``schemes``): ``true`` (above 0) and ``found`` float64 [P]."""
 
     layers: tuple[str, ...]
     schemes: tuple[str, ...]
@@ -56,7 +56,7 @@ class Compared:
         truth: dict[str, dict[str, float]],
         found: dict[str, dict[str, float]],
     ) -> Compared:
-        """Take the pairs of quantized weights that change something in truth and that the metric has a loss for."""
+        """Take pairs of quantized weights that the metric has a loss for and whose truth is not 0."""
         quantized = [(n, s) for n, s in pairs if SCHEMES[s].quantized]
         kept = [(n, s) for n, s in quantized if truth[n].get(s, 0.0) > 0 and s in found.get(n, {})]
         return cls(
@@ -81,7 +81,7 @@ def ranks(values: Array) -> Array:
 
 
 def moments(true: Array, found: Array) -> Array:
-    """Return the products of centred ranks over N: cross, of true, of found (float64 [3]); zeros for too few.
+    """Return the products of centred ranks, float64 [3]: cross, true, found; zeros for too few.
 
     Ranks are divided by N, so that summed over schemes each counts by its number of layers.
     """
@@ -93,7 +93,7 @@ def moments(true: Array, found: Array) -> Array:
 
 
 def rho_of(total: Array) -> Array:
-    """Return the correlation from sums of ``moments`` float64 [..., 3]; NaN where one side does not vary."""
+    """Return the correlation from sums of ``moments`` [..., 3]; NaN where one side does not vary."""
     norm = np.sqrt(total[..., 1] * total[..., 2])
     return np.asarray(np.divide(total[..., 0], norm, out=np.full(norm.shape, np.nan), where=norm > 1e-12))
 
@@ -101,7 +101,7 @@ def rho_of(total: Array) -> Array:
 def correlations(
     compared: Compared, classes: dict[str, Collection[str]], seed: int, resamples: int = RESAMPLES
 ) -> dict[str, Correlation]:
-    """Return the rank correlation of each class (name -> schemes), ranked within schemes and pooled over them.
+    """Return the rank correlation of each class (name -> schemes), ranked within schemes.
 
     The interval is a percentile bootstrap over layers: pairs of one layer err together, so a layer
     is drawn with all its pairs. Schemes of fewer than ``FEWEST`` layers do not count.
@@ -129,7 +129,7 @@ def correlations(
 def _resampled(
     compared: Compared, members: Sequence[Array], owner: Array, layers: int, seed: int, resamples: int
 ) -> Array:
-    """Return the moments of each scheme in every resample of the layers, float64 [resamples, schemes, 3]."""
+    """Return the moments of each scheme in every resample, float64 [resamples, schemes, 3]."""
     random = np.random.default_rng(seed)
     drawn = np.zeros((resamples, len(members), 3))
     for number in range(resamples):

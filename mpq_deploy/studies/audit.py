@@ -1,4 +1,4 @@
-"""The audit: measure the truth and every metric, let each of them choose plans, and write down what came out."""
+"""The audit: measure the truth and every metric, and compare them and the plans they choose."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ PACKAGES = ("onnx", "onnxruntime", "highspy", "numpy", "torch")
 
 @dataclass(frozen=True)
 class AuditOptions:
-    """What is audited: ``methods`` at ``budgets``; the truth of ``pairs`` (layer, scheme), ``samples`` calls each."""
+    """``methods`` at ``budgets`` are compared with the truth of ``pairs``, on ``samples`` calls
+    each.
+    """
 
     budgets: tuple[float, ...]
     methods: tuple[str, ...] = AUDITED
@@ -44,7 +46,7 @@ class AuditOptions:
 
 
 def parse_methods(text: str) -> tuple[str, ...]:
-    """Turn ``probe,orm`` into methods, in the order of ``AUDITED``. Raises UsageError naming the nearest."""
+    """Parse ``probe,orm`` into methods, in the order of ``AUDITED``. Raises UsageError."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     known = f"Known: {', '.join(AUDITED)}."
     for name in names:
@@ -58,7 +60,7 @@ def parse_methods(text: str) -> tuple[str, ...]:
 
 
 def audit_recipe(source: str | None, model: str | None, changes: Sequence[str]) -> Recipe:
-    """Return the recipe of an audit: ``source``, or the defaults without branches and engine; then KEY=VALUE.
+    """Return an audit's recipe: ``source``, without branches and engine by default; then KEY=VALUE.
 
     Branches would multiply the single layers to quantize. Raises UsageError for an invalid change.
     """

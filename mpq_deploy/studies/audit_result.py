@@ -23,9 +23,10 @@ TITLES = {
 
 @dataclass(frozen=True)
 class PlanPoint:
-    """A plan at a budget, measured; or why it is ``refused``, and the ``smallest_bytes`` of any plan.
+    """A measured plan at a budget; or why it is ``refused``, and any plan's ``smallest_bytes``.
 
-    ``nmse`` with ``nmse_error``, its standard error over images; ``psnr_db`` None for ``identical`` images.
+    ``nmse`` with ``nmse_error``, its standard error over images; ``psnr_db`` None for ``identical``
+    images.
     """
 
     budget: float
@@ -42,10 +43,10 @@ class PlanPoint:
 
 @dataclass(frozen=True)
 class MetricResult:
-    """One metric: how it agrees with the truth, and the quality of its plans. ``seconds`` of processor time.
+    """How a metric agrees with the truth, and its plans' quality. ``seconds`` of processor time.
 
-    ``metric``: what was measured (gain, where probes could not be); ``refused``: why it could not be
-    measured. ``pooled`` over all schemes; None for the truth and for cross terms.
+    ``metric``: what was measured (gain, where probes could not be); ``refused``: why it could not
+    be measured. ``pooled`` over all schemes; None for the truth and for cross terms.
     """
 
     key: str
@@ -81,7 +82,7 @@ class TruthInfo:
 
 @dataclass(frozen=True)
 class AuditResult:
-    """The values of audit.json. ``losses``: a row per pair of the truth: layer, scheme, its loss by each metric."""
+    """The values of audit.json. ``losses``: a row per pair of the truth, with each metric's loss."""
 
     model: str
     weights: int

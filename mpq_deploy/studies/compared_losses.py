@@ -43,7 +43,7 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True)
 class Truth:
-    """The exhaustive losses: ``table``, the ``pairs`` measured ``of`` so many, and ``seconds`` of processor time."""
+    """The exhaustive losses of ``pairs``, ``of`` so many; ``seconds`` of processor time."""
 
     table: SensitivityTable
     pairs: tuple[Pair, ...]
@@ -57,7 +57,7 @@ class Truth:
 
 
 class Losses:
-    """Measures metrics and the truth on ``samples`` calls at each timestep that weights were not rounded on.
+    """Measures metrics and the truth on ``samples`` held-out calls at each timestep.
 
     The calls are the same at every timestep, and the same for all metrics and the truth; only gain
     injects its noise into fewer of them. Conditions are as evenly represented as the count allows.
@@ -139,7 +139,8 @@ class Losses:
         """Have workers, where there are any, measure and store what is missing of ``parts``."""
         run, crew = self._run.folder, self._run.crew
         missing = [n for n, pairs in parts.items() if run.changed_fields(f"audit-{n}", self._truth_fields(pairs)) != []]
-        # Sessions of ONNX Runtime link the weights while they are open, which other readers of them refuse.
+        # Sessions of ONNX Runtime link the weights while they are open, which other readers of them
+        # refuse.
         if isinstance(crew, Alone) or len(missing) < 2 or not evaluates_in_torch(self.graph):
             return
         subject = self.subject()
@@ -208,7 +209,7 @@ def _open_subject(samples: int, root: Path, talk: Talk) -> Subject:
 
 
 def _open_truth(samples: int, root: Path, talk: Talk) -> Work:
-    """Return what measures pairs exhaustively: ``pairs``, their losses, ``notes`` and the ``seconds`` of processor."""
+    """Return what measures pairs exhaustively; ``seconds``: of processor time."""
     losses = Losses(Run.opened(root, talk), samples)
 
     def work(pairs: tuple[Pair, ...], inner: Talk) -> Result:
@@ -237,15 +238,15 @@ def _table_of(result: Result, timesteps: Array) -> SensitivityTable:
 
 
 def bodies(candidates: Collection[LayerCandidates]) -> list[Pair]:
-    """Return every (layer, scheme) without a branch: those would multiply the single layers to quantize."""
+    """Return every (layer, scheme) without a branch: those would multiply the work."""
     return [(c.layer.name, scheme.name) for c in candidates for scheme in c.schemes if not scheme.branch]
 
 
 def sampled_pairs(pairs: Sequence[Pair], count: int, seed: int) -> list[Pair]:
-    """Choose ``count`` of ``pairs``, stratified by scheme and by layer; all of them where there are no more.
+    """Choose ``count`` of ``pairs`` (or all), stratified by scheme and by layer.
 
-    Each scheme gets its share of the count (largest remainder). A scheme takes the layers taken least
-    often so far, drawn by ``seed`` among equals; schemes of few layers choose first.
+    Each scheme gets its share of the count (largest remainder). A scheme takes the layers taken
+    least often so far, drawn by ``seed`` among equals; schemes of few layers choose first.
     """
     if count >= len(pairs):
         return list(pairs)

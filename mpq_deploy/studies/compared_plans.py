@@ -39,9 +39,10 @@ STORED = Path("audit") / "plans"
 
 
 class PlanQuality:
-    """Measures plans on fresh trajectories: NMSE image by image, and the images' PSNR from the same noise.
+    """Measures plans on fresh trajectories: NMSE of each image, and PSNR from the same noise.
 
-    Images, steps, sampler and noise are the recipe's (``evaluate``); nothing was calibrated on that noise.
+    Images, steps, sampler and noise are the recipe's (``evaluate``); nothing was calibrated on that
+    noise.
     """
 
     def __init__(self, run: Run) -> None:
@@ -55,7 +56,7 @@ class PlanQuality:
         self._place.mkdir(parents=True, exist_ok=True)
 
     def of(self, schemes: dict[str, str]) -> dict[str, Any]:
-        """Return ``nmse`` and ``psnr_db`` (None where images are identical) and the ``errors`` of the images."""
+        """Return ``nmse``, ``psnr_db`` (None for identical images) and the images' ``errors``."""
         path = self._place / f"{self._key(schemes)}.json"
         figures = _read(path)
         if figures is None:
@@ -109,7 +110,7 @@ class PlanQuality:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Return the stored figures; None where there are none or the file is damaged: they are measured again."""
+    """Return the stored figures; None where there are none or the file is damaged."""
     try:
         figures = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):

@@ -32,12 +32,13 @@ if TYPE_CHECKING:
 # Points of FROM:TO when no step is given.
 DEFAULT_POINTS = 13
 MOST_POINTS = 500
-# Up to here --points spreads its budgets: about where everything INT8 is, in shares of FP16 (our choice).
+# Up to here --points spreads its budgets: about where everything INT8 is, in shares of FP16 (our
+# choice).
 HIGHEST = 0.5
 
 
 def parse_budgets(text: str) -> list[float]:
-    """Turn ``0.26:0.5``, ``0.26:0.5:0.02`` or ``0.28,0.35`` into ascending fractions of the FP16 size."""
+    """Parse ``0.26:0.5``, ``0.26:0.5:0.02`` or ``0.28,0.35``: ascending fractions of the FP16 size."""
     try:
         if ":" in text:
             parts = [float(part) for part in text.split(":")]
@@ -64,10 +65,10 @@ def parse_budgets(text: str) -> list[float]:
 
 
 def spread_over(sizes: Sequence[float], losses: Sequence[float | None], count: int) -> list[int]:
-    """Choose ``count`` points of a curve, ascending: its ends, and others evenly along it as it is drawn.
+    """Choose ``count`` points of a curve, ascending: its ends, and others evenly along it.
 
-    ``sizes`` ascend; ``losses`` are on a logarithmic axis. Points that a smaller plan equals are not
-    on the curve; those without a positive loss count by their size alone. Our choice.
+    ``sizes`` ascend; ``losses`` are on a logarithmic axis. Points that a smaller plan equals are
+    not on the curve; those without a positive loss count by their size alone. Our choice.
     """
     frontier: list[int] = []
     for number, loss in enumerate(losses):
@@ -88,7 +89,7 @@ def spread_over(sizes: Sequence[float], losses: Sequence[float | None], count: i
 
 
 def points_on_curve(plans: BudgetPlans, fp16_size: int, count: int, highest: float = HIGHEST) -> list[float]:
-    """Return ``count`` ascending budgets spread over the predicted curve, up to ``highest`` of the FP16 size."""
+    """Return ``count`` ascending budgets spread over the predicted curve, at most ``highest``."""
     low = [plan for plan in plans.plans if plan.size_bytes <= highest * fp16_size] or list(plans.plans[:1])
     chosen = spread_over([p.size_bytes / fp16_size for p in low], [p.predicted_nmse for p in low], count)
     # Rounded up, so that the plan still fits.
@@ -98,10 +99,10 @@ def points_on_curve(plans: BudgetPlans, fp16_size: int, count: int, highest: flo
 def run_sweep(
     run: Run, budgets: list[float], evaluate: bool, points_wanted: int | None = None, command: str = ""
 ) -> dict[str, Any]:
-    """Solve (and with ``evaluate`` measure) every budget; write sweep.json, .svg and .html into the run folder.
+    """Solve (with ``evaluate``: and measure) every budget; write sweep.json, .svg and .html.
 
-    A budget that no plan fits is a point that names the smallest feasible budget. ``points_wanted``:
-    in place of ``budgets``, that many of the predicted curve, measured.
+    A budget that no plan fits is a point that names the smallest feasible budget.
+    ``points_wanted``: in place of ``budgets``, that many of the predicted curve, measured.
     """
     from mpq_deploy.allocate.plan_solver import PlanSolver
     from mpq_deploy.report.budget_grid import grid_plans, packed
@@ -162,7 +163,7 @@ def _about(run: Run, solver: PlanSolver, command: str) -> dict[str, str]:
 
 
 def _measure(run: Run, plans: dict[float, PrecisionPlan], points: list[dict[str, Any]]) -> dict[str, Any]:
-    """Quantize and evaluate every plan beside the controls; fill in the points. Returns the controls' figures."""
+    """Evaluate every plan beside the controls; fill in the points, return the controls' figures."""
     from mpq_deploy.report.collect import titles
 
     figures: dict[str, Any] = {}
@@ -200,7 +201,7 @@ FIGURES = ("measured_nmse", "psnr_db", "pooled_psnr_db", "size_bytes")
 
 
 def _measured_plans(run: Run, plans: Sequence[PrecisionPlan]) -> Iterator[dict[str, dict[str, float]]]:
-    """Yield for each plan its ``FIGURES`` and those of the controls, by variant. The first plan is measured here.
+    """Yield each plan's and the controls' ``FIGURES`` by variant; measure the first plan here.
 
     By then the float model's samples and the controls' are in the cache that workers read.
     """
@@ -295,7 +296,7 @@ def _decibels(psnr_db: float | None) -> str:
 
 
 def _draw(result: dict[str, Any], path: Path) -> None:
-    """Draw predicted (line) and measured (dots) error against size; the file repeats byte for byte."""
+    """Draw predicted (line) and measured (dots) error against size, the same bytes each time."""
     import matplotlib
 
     matplotlib.use("svg")
