@@ -62,23 +62,24 @@ class Quadratic:
         vectors = np.stack([np.asarray(projections[name][s], np.float64) for name, s in self.moves])
         # Entries of calls that are held back are zeros.
         self.vectors = vectors[:, vectors.any(axis=0)]
-        self.bytes = np.array([size for layer in problem.layers for size in layer.bytes.values()], np.int64)
-        self.latency = np.array([n.latency_ns.get(s, 0) for n in problem.layers for s in n.bytes], np.int64)
+        choices = [(layer, scheme) for layer in problem.layers for scheme in layer.bytes]
+        self.bytes = np.array([layer.bytes[s] for layer, s in choices], np.int64)
+        self.latency = np.array([layer.latency_ns.get(s, 0) for layer, s in choices], np.int64)
         self._squares = np.einsum("mp,mp->m", self.vectors, self.vectors)
         self._starts = np.append(np.flatnonzero(np.diff(self.layer, prepend=-1)), len(self.moves))
         self._overlaps: dict[int, Array] = {}
-        self._penalties = kernel_penalty * np.array([kernels(scheme) for _, scheme in self.moves], np.float64)
+        self._penalties = kernel_penalty * np.array([kernels(s) for _, s in self.moves], np.float64)
 
     def chosen(self, schemes: Mapping[str, str]) -> Array:
         """Return the moves that a plan (layer -> scheme) is made of, int [layers]."""
-        return np.array([self._number[layer.name, schemes[layer.name]] for layer in self.problem.layers])
+        return np.array([self._number[n.name, schemes[n.name]] for n in self.problem.layers])
 
     def loss(self, schemes: Mapping[str, str]) -> float:
         """Return what is minimized, for a plan."""
         chosen = self.chosen(schemes)
         total = self.vectors[chosen].sum(0)
-        apart = self._squares[chosen].sum()
-        return float((1 - self.rho) * apart + self.rho * (total @ total) + self._penalties[chosen].sum())
+        apart, penalty = self._squares[chosen].sum(), self._penalties[chosen].sum()
+        return float((1 - self.rho) * apart + self.rho * (total @ total) + penalty)
 
     def changes(self, schemes: Mapping[str, str]) -> Array:
         """Return by how much each move alone changes a plan's loss, [moves]; 0 for its own."""
@@ -96,7 +97,8 @@ class Quadratic:
     def _overlap(self, layer: int, move: int) -> Array:
         """Return the products of all moves of a layer with one of them."""
         if move not in self._overlaps:
-            self._overlaps[move] = self.vectors[self._starts[layer] : self._starts[layer + 1]] @ self.vectors[move]
+            own = slice(self._starts[layer], self._starts[layer + 1])
+            self._overlaps[move] = self.vectors[own] @ self.vectors[move]
         return self._overlaps[move]
 
     @cached_property
@@ -113,7 +115,8 @@ class Quadratic:
             middle = (low + high) / 2
             paid = self._squares + 10.0**middle * self.bytes
             best = np.repeat(np.minimum.reduceat(paid, starts), sizes)
-            if np.minimum.reduceat(np.where(paid <= best, self.bytes, np.iinfo(np.int64).max), starts).sum() > room:
+            smallest = np.where(paid <= best, self.bytes, np.iinfo(np.int64).max)
+            if np.minimum.reduceat(smallest, starts).sum() > room:
                 low = middle
             else:
                 high = middle
@@ -227,7 +230,8 @@ def _rule_out_slow(quadratic: Quadratic, current: Mapping[str, str], moves: Arra
     problem = quadratic.problem
     if problem.max_latency_ns is None:
         return
-    slower = (quadratic.latency - quadratic.latency[quadratic.chosen(current)][quadratic.layer])[moves]
+    instead_of = quadratic.chosen(current)[quadratic.layer]
+    slower = (quadratic.latency - quadratic.latency[instead_of])[moves]
     added = slower[:, None] + slower[None]
     np.fill_diagonal(added, slower)
     # Quantizers that nobody reads any more give back their time: the plan's own count decides.
@@ -312,7 +316,8 @@ def _refined(
     """Return the refined plan and rho; the plan itself where the cross terms are only noise."""
     if not improve or table.projections is None or table.calls is None:
         return plan.schemes, 0.0
-    vectors = np.stack([table.projections[name][s].astype(np.float64) for name, s in plan.schemes.items()])
+    chosen = [table.projections[name][scheme] for name, scheme in plan.schemes.items()]
+    vectors = np.stack([vector.astype(np.float64) for vector in chosen])
     rho = shrinkage(vectors, table.calls, len(table.timesteps))
     if not rho:
         return plan.schemes, 0.0

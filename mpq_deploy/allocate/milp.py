@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -98,7 +98,8 @@ def penalty_per_kernel(problem: Problem, section: AllocateSettings) -> float:
     That of the best plan without branches (with free ones, where no such plan fits), so that the
     setting has no unit and holds for every budget. Our choice. 0 where no layer may take a branch.
     """
-    if not section.branch_penalty or not any(SCHEMES[s].branch for layer in problem.layers for s in layer.bytes):
+    branches = any(SCHEMES[s].branch for layer in problem.layers for s in layer.bytes)
+    if not section.branch_penalty or not branches:
         return 0.0
     try:
         report = allocate(problem.without_branches(), section).report
@@ -189,7 +190,8 @@ def solve(
             late = max(problem.plan_ns(solution.schemes) - problem.max_latency_ns, 0)
         model.tighten(excess, late)
     raise MpqError(
-        f"The solver exceeds its limits by {excess} bytes and {late} ns.", "This is a defect: please report the plan."
+        f"The solver exceeds its limits by {excess} bytes and {late} ns.",
+        "This is a defect: please report the plan.",
     )
 
 
@@ -227,16 +229,17 @@ class _Model:
     def __init__(self, problem: Problem, objective: Objective, near: Nearby | None) -> None:
         self.problem, self.objective, self.near = problem, objective, near
         self.room = problem.budget_bytes - problem.fixed_bytes
-        self.time = None if problem.max_latency_ns is None else problem.max_latency_ns - problem.fixed_ns
-        self.pairs = [(layer, scheme) for layer in problem.layers for scheme in self._schemes(layer)]
+        limit = problem.max_latency_ns
+        self.time = None if limit is None else limit - problem.fixed_ns
+        self.pairs = [(layer, s) for layer in problem.layers for s in self._schemes(layer)]
         read = {name: size for layer, s in self.pairs for name, size in layer.quantizers(s).items()}
         self.quantizers = sorted(read)
-        self.cost = np.array([objective.costs[layer.name][s] for layer, s in self.pairs], np.float64)
+        self.cost = _floats(objective.costs[layer.name][s] for layer, s in self.pairs)
         if not np.all(np.isfinite(self.cost)):
             layer, scheme = self.pairs[int(np.flatnonzero(~np.isfinite(self.cost))[0])]
             raise MpqError(f"The measured loss of {layer.name} under {scheme} is not finite.", "Measure again.")
-        self.bytes = np.array([layer.bytes[s] for layer, s in self.pairs], np.float64)
-        self.quantizer_bytes = np.array([read[name] for name in self.quantizers], np.float64)
+        self.bytes = _floats(layer.bytes[s] for layer, s in self.pairs)
+        self.quantizer_bytes = _floats(read[name] for name in self.quantizers)
 
     def _schemes(self, layer: LayerChoice) -> list[str]:
         costs = [self.objective.costs[layer.name]]
@@ -280,7 +283,7 @@ class _Model:
         # HiGHS compares costs with absolute tolerances: the largest saving is brought to about 1e3.
         scale = (float(np.abs(self.cost).max()) or 1.0) / 1e3
         tie_break = 1e-9 * 1e3 / max(float(self.bytes.sum()), 1.0)
-        shared = np.array([self.objective.quantizers.get(name, 0.0) for name in self.quantizers], np.float64)
+        shared = _floats(self.objective.quantizers.get(name, 0.0) for name in self.quantizers)
         columns = len(self.pairs) + len(self.quantizers)
         program = LinearProgram(
             cost=np.concatenate([self.cost / scale + tie_break * self.bytes, shared / scale]),
@@ -303,8 +306,9 @@ class _Model:
         rows += self._limits()
         if self.near is not None:
             current = self.near.current
-            same = [column for column, (layer, s) in enumerate(self.pairs) if current[layer.name] == s]
-            rows.append(Row(float(len(of_layer) - self.near.moves), math.inf, same, np.ones(len(same))))
+            same = [i for i, (layer, s) in enumerate(self.pairs) if current[layer.name] == s]
+            unchanged = float(len(of_layer) - self.near.moves)
+            rows.append(Row(unchanged, math.inf, same, np.ones(len(same))))
         for number, name in enumerate(self.quantizers, len(self.pairs)):
             for columns in readers[name].values():
                 rows.append(Row(-math.inf, 0.0, [*columns, number], [1.0] * len(columns) + [-1.0]))
@@ -314,13 +318,17 @@ class _Model:
         problem = self.problem
         rows = [_at_most(self.room, self.bytes, self.quantizer_bytes)]
         if self.time is not None:
-            each = np.array([layer.latency_ns.get(s, 0) for layer, s in self.pairs], np.float64)
-            shared = np.array([problem.quantizer_ns.get(name, 0) for name in self.quantizers], np.float64)
+            each = _floats(layer.latency_ns.get(s, 0) for layer, s in self.pairs)
+            shared = _floats(problem.quantizer_ns.get(name, 0) for name in self.quantizers)
             rows.append(_at_most(self.time, each, shared))
         if problem.max_loss is not None:
-            each = np.array([layer.loss[s] for layer, s in self.pairs], np.float64)
+            each = _floats(layer.loss[s] for layer, s in self.pairs)
             rows.append(_at_most(problem.max_loss, each, np.zeros(len(self.quantizers))))
         return rows
+
+
+def _floats(values: Iterable[float]) -> Array:
+    return np.fromiter(values, np.float64)
 
 
 def _at_most(limit: float, each: Array, shared: Array) -> Row:

@@ -36,7 +36,8 @@ class LayerChoice:
     def only(self, schemes: Iterable[str]) -> LayerChoice:
         """Return the layer with no other ``schemes`` to choose from."""
         names = list(schemes)
-        return replace(self, bytes={s: self.bytes[s] for s in names}, loss={s: self.loss[s] for s in names})
+        sizes, losses = {s: self.bytes[s] for s in names}, {s: self.loss[s] for s in names}
+        return replace(self, bytes=sizes, loss=losses)
 
     def quantizers(self, scheme: str) -> dict[str, int]:
         """Return the activation quantizers that the layer reads under ``scheme``: name -> bytes.
@@ -109,14 +110,15 @@ class Problem:
         """
 
         def smallest(layer: LayerChoice) -> str:
-            return min(layer.bytes, key=lambda s: (layer.bytes[s] + sum(layer.quantizers(s).values()), layer.loss[s]))
+            sizes = {s: layer.bytes[s] + sum(layer.quantizers(s).values()) for s in layer.bytes}
+            return min(sizes, key=lambda s: (sizes[s], layer.loss[s]))
 
         return {layer.name: smallest(layer) for layer in self.layers}
 
     def without_branches(self) -> Problem:
         """Return the problem without branches, but for layers that have no other scheme."""
-        plain = [[s for s in layer.bytes if not SCHEMES[s].branch] or layer.bytes for layer in self.layers]
-        return replace(self, layers=[layer.only(schemes) for layer, schemes in zip(self.layers, plain)])
+        plain = [[s for s in n.bytes if not SCHEMES[s].branch] or n.bytes for n in self.layers]
+        return replace(self, layers=[n.only(schemes) for n, schemes in zip(self.layers, plain)])
 
     def with_losses(self, losses: Mapping[str, Mapping[str, float]]) -> Problem:
         """Return the problem with other losses: layer -> scheme -> loss."""
@@ -141,7 +143,9 @@ class Objective:
     @classmethod
     def predicted_loss(cls, problem: Problem, kernel_penalty: float = 0.0) -> Objective:
         """Minimize the predicted loss, plus ``kernel_penalty`` for every kernel of a branch."""
-        costs = {n.name: {s: n.loss[s] + kernel_penalty * kernels(s) for s in n.loss} for n in problem.layers}
+        costs = {}
+        for layer in problem.layers:
+            costs[layer.name] = {s: loss + kernel_penalty * kernels(s) for s, loss in layer.loss.items()}
         return cls(costs)
 
     @classmethod
