@@ -32,6 +32,7 @@ from mpq_deploy.system.progress import Talk
 FOLDS = 8
 # Held-out error must fall by this many standard errors of its mean over calls. Our choice.
 STANDARD_ERRORS = 1.0
+SUMS = ("m", "d", "mm", "md", "dd")
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,28 @@ class CallMoments:
         d = np.asarray(output, np.float64).reshape(m.shape) - m
         sums = (values.sum(axis=-1) for values in (m, d, m * m, m * d, d * d))
         return cls(np.asarray(timesteps, np.float64), m.shape[-1], *sums)
+
+    def at(self, index: int) -> CallMoments:
+        """Return the moments of one timestep, float64 [N, C]."""
+        return CallMoments(self.timesteps[index], self.positions, *(getattr(self, name)[index] for name in SUMS))
+
+    def fit(self, calls: Array, bias_per: BiasPer) -> tuple[float, Array]:
+        """Return the least-squares k and b [C or 1] of d = k m + b over the calls of a mask [N]."""
+        sums = [getattr(self, name)[calls].sum(axis=0) for name in ("m", "d", "mm", "md")]
+        count = float(self.positions * np.count_nonzero(calls))
+        if bias_per == "scalar":
+            count *= len(sums[0])
+            sums = [values.sum(keepdims=True) for values in sums]
+        m, d, mm, md = sums
+        spread = float(np.sum(mm - m * m / count))
+        slope = float(np.sum(md - m * d / count)) / spread if spread > 0 else 0.0
+        return slope, (d - slope * m) / count
+
+    def errors(self, slope: float, bias: Array) -> Array:
+        """Return each corrected call's squared error [N]: sum of (d - k m - b)^2 / (1+k)^2."""
+        squares = self.dd - 2 * slope * self.md + slope**2 * self.mm
+        crosses = 2 * bias * (slope * self.m - self.d) + self.positions * bias**2
+        return np.asarray(np.maximum((squares + crosses).sum(axis=1), 0.0) / (1 + slope) ** 2)
 
 
 def call_moments(
@@ -96,7 +119,7 @@ def _finite(model: DenoiserCall, sample: Array, timestep: float, conditions: dic
 def _joined(timesteps: Array, parts: list[list[CallMoments]]) -> CallMoments:
     sums = {
         name: np.concatenate([np.concatenate([getattr(part, name) for part in step], axis=1) for step in parts])
-        for name in ("m", "d", "mm", "md", "dd")
+        for name in SUMS
     }
     return CallMoments(np.asarray(timesteps, np.float64), parts[0][0].positions, **sums)
 
@@ -115,11 +138,11 @@ def fit_correction(
     calls, channels = moments.m.shape[1:]
     if calls < 2:
         raise UsageError(
-            f"The correction was to be fitted on {calls} call.", "Calibrate on more samples (calibrate.samples)."
+            f"PTQD's correction cannot be fitted on {calls} call.", "Calibrate on more samples (calibrate.samples)."
         )
     folds = min(FOLDS, calls)
     order = np.argsort(moments.timesteps)
-    steps = tuple(_fit_step(_Step.of(moments, int(index)), bias_per, folds) for index in order)
+    steps = tuple(_fit_step(moments.at(int(index)), bias_per, folds) for index in order)
     return Correction(
         models=dict(models),
         prediction_type=prediction_type,
@@ -132,43 +155,7 @@ def fit_correction(
     )
 
 
-@dataclass(frozen=True)
-class _Step:
-    """The moments of one timestep, float64 [N, C]."""
-
-    timestep: float
-    positions: int
-    m: Array
-    d: Array
-    mm: Array
-    md: Array
-    dd: Array
-
-    @classmethod
-    def of(cls, moments: CallMoments, index: int) -> _Step:
-        sums = (getattr(moments, name)[index] for name in ("m", "d", "mm", "md", "dd"))
-        return cls(float(moments.timesteps[index]), moments.positions, *sums)
-
-    def fit(self, calls: Array, bias_per: BiasPer) -> tuple[float, Array]:
-        """Return the least-squares k and b [C or 1] of d = k m + b over the calls of a mask [N]."""
-        sums = [getattr(self, name)[calls].sum(axis=0) for name in ("m", "d", "mm", "md")]
-        count = float(self.positions * np.count_nonzero(calls))
-        if bias_per == "scalar":
-            count *= len(sums[0])
-            sums = [values.sum(keepdims=True) for values in sums]
-        m, d, mm, md = sums
-        spread = float(np.sum(mm - m * m / count))
-        slope = float(np.sum(md - m * d / count)) / spread if spread > 0 else 0.0
-        return slope, (d - slope * m) / count
-
-    def errors(self, slope: float, bias: Array) -> Array:
-        """Return each corrected call's squared error [N]: sum of (d - k m - b)^2 / (1+k)^2."""
-        squares = self.dd - 2 * slope * self.md + slope**2 * self.mm
-        crosses = 2 * bias * (slope * self.m - self.d) + self.positions * bias**2
-        return np.asarray(np.maximum((squares + crosses).sum(axis=1), 0.0) / (1 + slope) ** 2)
-
-
-def _fit_step(step: _Step, bias_per: BiasPer, folds: int) -> CorrectionStep:
+def _fit_step(step: CallMoments, bias_per: BiasPer, folds: int) -> CorrectionStep:
     before = step.dd.sum(axis=1)
     fold = np.arange(len(before)) % folds
     after = np.empty_like(before)
@@ -184,7 +171,7 @@ def _fit_step(step: _Step, bias_per: BiasPer, folds: int) -> CorrectionStep:
     # Held-out errors: the residual of a fit to the same calls would be too small.
     residual = float(before.sum() if note else after.sum() * (1 + slope) ** 2) / elements
     return CorrectionStep(
-        timestep=step.timestep,
+        timestep=float(step.timesteps),
         slope=0.0 if note else slope,
         bias=(0.0,) * len(bias) if note else tuple(float(value) for value in bias),
         residual_variance=residual,
