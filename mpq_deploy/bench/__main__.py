@@ -22,7 +22,8 @@ from mpq_deploy.system.progress import PlainTalk
 
 def main(arguments: list[str] | None = None, write: Callable[[str], Any] = sys.stdout.write) -> int:
     """The command line for single files; return the exit code."""
-    parser = argparse.ArgumentParser(prog="mpq-bench", description="Time an engine, or an ONNX file, on this machine.")
+    about = "Time an engine, or an ONNX file, on this machine."
+    parser = argparse.ArgumentParser(prog="mpq-bench", description=about)
     parser.add_argument("file", type=Path)
     parser.add_argument("--against", type=Path, help="another file, timed in turns with it")
     parser.add_argument("--backend", default="auto")
@@ -36,13 +37,8 @@ def main(arguments: list[str] | None = None, write: Callable[[str], Any] = sys.s
     parser.add_argument("--json", action="store_true")
     chosen = parser.parse_args(arguments)
     try:
-        wish = Wish(
-            chosen.backend,
-            chosen.device,
-            chosen.batch,
-            graphs=not chosen.no_cuda_graphs,
-            shapes=parse_shapes(chosen.shape),
-        )
+        shapes, graphs = parse_shapes(chosen.shape), not chosen.no_cuda_graphs
+        wish = Wish(chosen.backend, chosen.device, chosen.batch, graphs=graphs, shapes=shapes)
         named = [("ours", chosen.file), *([("other", chosen.against)] if chosen.against else [])]
         subjects = [subject_of(file, name, wish) for name, file in named]
         measured = measure(subjects, Schedule(chosen.calls, chosen.rounds), PlainTalk())
@@ -52,7 +48,8 @@ def main(arguments: list[str] | None = None, write: Callable[[str], Any] = sys.s
         if chosen.out:
             write_text(chosen.out, text)
     except MpqError as error:
-        sys.stderr.write(f"mpq-bench: {error.message}\n" + (f"  {error.hint}\n" if error.hint else ""))
+        hint = f"  {error.hint}\n" if error.hint else ""
+        sys.stderr.write(f"mpq-bench: {error.message}\n{hint}")
         return error.exit_code
     write(text if chosen.json else bench_text(values) + "\n")
     return 0

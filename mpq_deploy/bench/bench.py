@@ -13,16 +13,16 @@ import tempfile
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mpq_deploy.bench.statistics import ratio, summary
 from mpq_deploy.bench.timed_subject import ORT, Subject
+from mpq_deploy.device.archive import MANIFEST
 from mpq_deploy.device.cuda import Cuda, why_no_gpu
 from mpq_deploy.device.installer import RESULTS_FORMAT, board
 from mpq_deploy.device.manifest import Manifest
-from mpq_deploy.engine.builder import RECORD
 from mpq_deploy.engine.record import EngineRecord
 from mpq_deploy.errors import EngineError, MpqError, UsageError
 from mpq_deploy.system.children import child_command, child_environment, fate
@@ -30,15 +30,15 @@ from mpq_deploy.system.progress import Talk
 from mpq_deploy.system.release import __version__
 
 ON_CPU = (
-    "This is ONNX Runtime on a CPU: Q/DQ nodes there are rounded in float arithmetic and take time of their own. It "
-    "says nothing about the engine's speed."
+    "This is ONNX Runtime on a CPU: Q/DQ nodes there are rounded in float arithmetic and take time of "
+    "their own. It says nothing about the engine's speed."
 )
 NOT_COMPARED = "bench compares no outputs"
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """``calls`` are timed in ``rounds`` equal rounds, after ``warm_up`` calls that are told apart."""
+    """``calls`` are timed in ``rounds`` equal rounds; ``warm_up`` calls before are kept apart."""
 
     calls: int = 100
     rounds: int = 20
@@ -47,14 +47,14 @@ class Schedule:
     def __post_init__(self) -> None:
         if not 1 <= self.rounds <= self.calls or self.calls % self.rounds or self.warm_up < 1:
             raise UsageError(
-                f"{self.calls} calls in {self.rounds} rounds after {self.warm_up} to warm up cannot be done.",
+                f"Invalid schedule: {self.calls} calls in {self.rounds} rounds after {self.warm_up} to warm up.",
                 "The calls must be a multiple of the rounds, and one call or more must warm up.",
             )
 
 
 @dataclass(frozen=True)
 class Measured:
-    """``milliseconds`` [rounds, calls per round]; ``warm_up`` [calls], the first one compiles and allocates."""
+    """``milliseconds`` [rounds, calls per round]; ``warm_up`` [calls]: the first one compiles."""
 
     subject: Subject
     version: str
@@ -84,7 +84,11 @@ class Measured:
             "cuda_graphs": self.subject.graphs and self.subject.backend != ORT,
             "shapes": self.shapes,
             "load_seconds": self.load_seconds,
-            "warm_up": {"first_ms": self.warm_up[0], "calls": len(self.warm_up), "last_ms": self.warm_up[-1]},
+            "warm_up": {
+                "first_ms": self.warm_up[0],
+                "calls": len(self.warm_up),
+                "last_ms": self.warm_up[-1],
+            },
             "latency": summary(self.all_calls(), self.subject.batch),
             "peak_rss_bytes": self.peak_rss_bytes,
             "model_rss_bytes": self.peak_rss_bytes - self.interpreter_rss_bytes,
@@ -111,8 +115,8 @@ def measure(subjects: Sequence[Subject], schedule: Schedule, talk: Talk) -> list
                     times[index].append(last[index].pop("milliseconds"))
                 advance(1)
     return [
-        Measured(subject, warm_up=warm, milliseconds=found, **first, **memory)
-        for subject, warm, found, first, memory in zip(subjects, warm_up, times, opened, last, strict=True)
+        Measured(subject, warm_up=warm, milliseconds=rounds, **first, **memory)
+        for subject, warm, rounds, first, memory in zip(subjects, warm_up, times, opened, last, strict=True)
     ]
 
 
@@ -182,13 +186,13 @@ class Origin:
 
 def origin_of(file: Path, backend: str, device: str) -> Origin:
     """Find a file's origin: the package that it was installed from, else what runs it."""
-    manifest = file.resolve().parent.parent / "manifest.json"
-    if backend != ORT and manifest.is_file():
-        packed = Manifest.load(manifest)
-        return Origin(packed.name, packed.target.name, packed.target.dialect, packed.digests)
     if backend == ORT:
         return Origin(file.stem, f"onnxruntime-{device}", ORT, {})
-    record = _record(file)
+    manifest = file.resolve().parent.parent / MANIFEST
+    if manifest.is_file():
+        packed = Manifest.load(manifest)
+        return Origin(packed.name, packed.target.name, packed.target.dialect, packed.digests)
+    record = EngineRecord.beside(file)
     return Origin(file.stem, record.target if record else backend, "", {})
 
 
@@ -230,11 +234,6 @@ def _device(kind: str) -> dict[str, str]:
     return {**facts, "gpu": cuda.name(), "compute_capability": cuda.compute_capability()}
 
 
-def _record(engine: Path) -> EngineRecord | None:
-    path = engine.with_name(RECORD)
-    return EngineRecord.load(path) if path.is_file() else None
-
-
 def _bytes(subject: Subject) -> int:
     """Size of the engine, or of the graph with its weights."""
     file = Path(subject.file)
@@ -247,12 +246,7 @@ def _bytes(subject: Subject) -> int:
 
 def _engine(ours: Measured) -> dict[str, Any]:
     file = Path(ours.subject.file)
-    record = None if ours.subject.backend == ORT else _record(file)
-    problems = (
-        []
-        if record is None
-        else [{"layer": p.layer, "message": p.message, "severity": p.severity} for p in record.problems]
-    )
+    record = None if ours.subject.backend == ORT else EngineRecord.beside(file)
     return {
         "backend": ours.subject.backend,
         "version": ours.version,
@@ -261,34 +255,38 @@ def _engine(ours: Measured) -> dict[str, Any]:
         "weights_bytes": record.weights_bytes if record else None,
         "activation_bytes": record.activation_bytes if record else None,
         "verified": ours.subject.backend == ORT or (record is not None and record.verified),
-        "problems": problems,
+        "problems": [asdict(problem) for problem in record.problems] if record else [],
     }
 
 
-def bench_text(found: dict[str, Any]) -> str:
+def bench_text(results: dict[str, Any]) -> str:
     """Return the results as a table of at most 80 columns, with what the ratio says."""
+    bench = results["bench"]
     rows = [("", "p50", "p90", "p99", "per second", "memory", "first call")]
-    for one in found["bench"]["subjects"]:
+    for one in bench["subjects"]:
         times, memory = one["latency"], one["gpu_bytes"] or one["model_rss_bytes"]
         cells = (f"{times[key]:.2f} ms" for key in ("p50_ms", "p90_ms", "p99_ms"))
         first = f"{one['warm_up']['first_ms']:.1f} ms"
-        rows.append((one["name"], *cells, f"{times['samples_per_second']:.1f}", f"{memory / 1e6:,.0f} MB", first))
+        rate = f"{times['samples_per_second']:.1f}"
+        rows.append((one["name"], *cells, rate, f"{memory / 1e6:,.0f} MB", first))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths)))
-        for row in rows
-    ]
-    first = found["bench"]["subjects"][0]
-    device = found["device"]["board"] or found["device"]["gpu"] or found["device"]["machine"]
-    lines += ["", f"{first['backend']} on {device}, batch {first['batch']}, {first['latency']['calls']} calls each"]
-    if found["bench"]["ratio"]:
-        lines.append(ratio_text(found["bench"]["ratio"], *(one["name"] for one in found["bench"]["subjects"][:2])))
-    return "\n".join([*lines, *textwrap.wrap(found["bench"]["note"], 79)])
+    lines = []
+    for name, *figures in rows:
+        right = (f"{figure:>{width}}" for figure, width in zip(figures, widths[1:]))
+        lines.append("  ".join((f"{name:<{widths[0]}}", *right)))
+    first, *others = bench["subjects"]
+    device = results["device"]["board"] or results["device"]["gpu"] or results["device"]["machine"]
+    calls = f"batch {first['batch']}, {first['latency']['calls']} calls each"
+    lines += ["", f"{first['backend']} on {device}, {calls}"]
+    if bench["ratio"]:
+        lines.append(ratio_text(bench["ratio"], first["name"], others[0]["name"]))
+    return "\n".join([*lines, *textwrap.wrap(bench["note"], 79)])
 
 
 def ratio_text(value: dict[str, Any], ours: str, other: str) -> str:
     """Say how the medians compare, and whether that is more than noise."""
+    text = f"{ours} takes {value['value']:.3f} of {other}'s time"
     if value["low"] is None:
-        return f"{ours} takes {value['value']:.3f} of {other}'s time (too few rounds for an interval)"
-    text = f"{ours} takes {value['value']:.3f} of {other}'s time (95 %: {value['low']:.3f} to {value['high']:.3f})"
+        return f"{text} (too few rounds for an interval)"
+    text += f" (95 %: {value['low']:.3f} to {value['high']:.3f})"
     return f"{text}: no difference is shown" if value["low"] <= 1 <= value["high"] else text

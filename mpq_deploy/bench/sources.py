@@ -1,4 +1,4 @@
-"""What is to be timed, from files: an engine or an ONNX graph, and what it is held against."""
+"""What is timed, from files: an engine or an ONNX graph, and what it is compared with."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 
 from mpq_deploy.bench.timed_subject import BACKENDS, LIBRARIES, ORT, Subject
 from mpq_deploy.device.cuda import why_no_gpu
-from mpq_deploy.engine.builder import RECORD
 from mpq_deploy.engine.record import EngineRecord
 from mpq_deploy.errors import UsageError, nearest
 
@@ -28,11 +27,12 @@ class Wish:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for value, known in ((self.backend, ("auto", *BACKENDS)), (self.device, ("auto", "cpu", "cuda"))):
+        backends, devices = ("auto", *BACKENDS), ("auto", "cpu", "cuda")
+        for value, known in ((self.backend, backends), (self.device, devices)):
             if value not in known:
                 raise UsageError(f"'{value}' is none of {', '.join(known)}.", nearest(value, known))
         if self.batch < 1 or self.threads < 0:
-            raise UsageError(f"Batch {self.batch} with {self.threads} threads cannot be timed.")
+            raise UsageError(f"Invalid batch {self.batch} or number of threads {self.threads}.")
 
 
 def subject_of(file: Path, name: str, wish: Wish) -> Subject:
@@ -44,9 +44,8 @@ def subject_of(file: Path, name: str, wish: Wish) -> Subject:
     if file.suffix != ".onnx":
         raise UsageError(f"{file} is no .onnx and no .engine file.", "Give one of these, or a run folder.")
     if wish.backend not in ("auto", ORT):
-        raise UsageError(
-            f"{file} is a graph: {wish.backend} runs engines.", "Build one, or give --backend onnxruntime."
-        )
+        what = f"{file} is a graph: {wish.backend} runs engines."
+        raise UsageError(what, "Build one, or give --backend onnxruntime.")
     device = "cuda" if wish.device == "cuda" or (wish.device == "auto" and cuda_provider()) else "cpu"
     # As mpq_deploy.load: integer kernels of some CPUs saturate, which no target does.
     return Subject(
@@ -67,12 +66,13 @@ def _engine(file: Path, name: str, wish: Wish) -> Subject:
 
 def library_of(engine: Path) -> str:
     """Which Python package runs ``engine``: by its record, else whichever is installed."""
-    record = engine.with_name(RECORD)
-    if record.is_file():
-        return "tensorrt_rtx" if EngineRecord.load(record).backend == "tensorrt_rtx" else "tensorrt"
+    record = EngineRecord.beside(engine)
+    if record is not None:
+        return "tensorrt_rtx" if record.backend == "tensorrt_rtx" else "tensorrt"
     installed = [name for name in LIBRARIES if importlib.util.find_spec(name)]
     if not installed:
-        raise UsageError("Neither tensorrt_rtx nor tensorrt is installed here.", "Install what built the engine.")
+        what = "Neither tensorrt_rtx nor tensorrt is installed here."
+        raise UsageError(what, "Install what built the engine.")
     return installed[0]
 
 
@@ -91,6 +91,7 @@ def parse_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
     for text in texts:
         name, _, sizes = text.rpartition(":")
         if not name or not all(one.isdecimal() and int(one) for one in sizes.split("x")):
-            raise UsageError(f"'{text}' is no shape of an input.", "Write for example --shape sample:1x4x64x64.")
+            what = f"'{text}' is no shape of an input."
+            raise UsageError(what, "Write for example --shape sample:1x4x64x64.")
         shapes[name] = tuple(int(one) for one in sizes.split("x"))
     return shapes

@@ -1,8 +1,8 @@
 """The child process that times one subject's calls: ``python -m mpq_deploy.bench.worker``.
 
-In: a ``Subject`` as the first line on stdin, then a number of calls per line, an empty line at last. Out: a line of
-JSON for each: what was opened (seconds, shapes, versions), then each call's milliseconds and the memory taken. Its own
-process gives each subject its own memory figure.
+In: a ``Subject`` as the first line on stdin, then a number of calls per line, an empty line at
+last. Out: a line of JSON for each: what was opened (seconds, shapes, versions), then each call's
+milliseconds and the memory taken. Its own process gives each subject its own memory figure.
 """
 
 from __future__ import annotations
@@ -43,10 +43,9 @@ class OrtCall:
             raise MissingDependencyError("onnxruntime", "torch", f"Timing {subject.file}") from error
         provider = "CUDAExecutionProvider" if subject.device == "cuda" else "CPUExecutionProvider"
         if provider not in ort.get_available_providers():
-            raise UsageError(
-                f"ONNX Runtime has no {provider} here (it has {', '.join(ort.get_available_providers())}).",
-                "Install onnxruntime-gpu for CUDA.",
-            )
+            providers = ", ".join(ort.get_available_providers())
+            what = f"ONNX Runtime has no {provider} here (it has {providers})."
+            raise UsageError(what, "Install onnxruntime-gpu for CUDA.")
         chosen = options.session_options(subject.threads, subject.fake_quant_only)
         # The threads of the subject that waits must not take the cores of the one that is timed.
         chosen.add_session_config_entry("session.force_spinning_stop", "1")
@@ -59,22 +58,27 @@ class OrtCall:
         """Shape and type of each input; an open first dimension is the batch."""
         entries = {}
         for value in self._session.get_inputs():
-            shape = [subject.batch if i == 0 and not isinstance(n, int) else n for i, n in enumerate(value.shape)]
+            shape = list(value.shape)
+            if shape and not isinstance(shape[0], int):
+                shape[0] = subject.batch
             shape = list(subject.shapes.get(value.name, shape))
             if not all(isinstance(n, int) for n in shape):
+                example = "x".join(str(n) if isinstance(n, int) else "N" for n in shape)
                 raise UsageError(
                     f"The input '{value.name}' of {subject.file} has the open shape {value.shape}.",
-                    f"Give it: --shape {value.name}:{'x'.join(str(n) if isinstance(n, int) else 'N' for n in shape)}.",
+                    f"Give it: --shape {value.name}:{example}.",
                 )
             kind = value.type.removeprefix("tensor(").removesuffix(")")
-            entries[value.name] = (tuple(shape), np.dtype({"float": "float32", "double": "float64"}.get(kind, kind)))
+            dtype = np.dtype({"float": "float32", "double": "float64"}.get(kind, kind))
+            entries[value.name] = (tuple(shape), dtype)
         return entries
 
     def bind(self, feeds: Mapping[str, Array]) -> None:
         """Put the inputs on the device; outputs stay there."""
         self._binding = self._session.io_binding()
         for name, values in feeds.items():
-            self._binding.bind_ortvalue_input(name, self._ort.OrtValue.ortvalue_from_numpy(values, self._device, 0))
+            value = self._ort.OrtValue.ortvalue_from_numpy(values, self._device, 0)
+            self._binding.bind_ortvalue_input(name, value)
         for value in self._session.get_outputs():
             self._binding.bind_output(value.name, self._device)
 
@@ -108,7 +112,7 @@ class EngineCall:
         self.version = str(trt.__version__)
 
     def inputs(self, subject: Subject) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
-        """Shape and type of each input: as the engine was optimised, with the subject's batch."""
+        """Shape and type of each input: as the engine was optimized, with the subject's batch."""
         entries = {}
         for name in self._runner.tensors()[0]:
             shape = self._runner.usual_shape(name)

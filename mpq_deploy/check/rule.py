@@ -13,9 +13,9 @@ from typing import Literal
 from mpq_deploy.check.graph_view import Node, View
 from mpq_deploy.graph.dialects import DIALECTS, Dialect
 
-# refused: the parser or builder fails. wrong: it builds, and computes other numbers. fp16: quantized,
-# but computed in FP16. slow: more time or bytes than the form promises. doubtful: no one has shown
-# that it works. note: worth knowing.
+# refused: the parser or builder fails. wrong: it builds, and computes other numbers. fp16:
+# quantized, but computed in FP16. slow: more time or bytes than the form promises. doubtful: no one
+# has shown that it works. note: worth knowing.
 Effect = Literal["refused", "wrong", "fp16", "slow", "doubtful", "note"]
 EFFECTS: tuple[Effect, ...] = ("refused", "wrong", "fp16", "slow", "doubtful", "note")
 ERRORS: tuple[Effect, ...] = ("refused", "wrong")
@@ -44,7 +44,7 @@ class Context:
 
     @property
     def oldest(self) -> int | None:
-        """The smallest compute capability that the engine must run on; None where the target names none."""
+        """The smallest compute capability that the engine must run on; None: not named."""
         return min(self.capabilities, default=None)
 
 

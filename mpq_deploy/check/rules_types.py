@@ -14,7 +14,8 @@ from mpq_deploy.graph.layers import STANDARD_DOMAINS
 from mpq_deploy.models.spec import Array
 
 QDQ = ("QuantizeLinear", "DequantizeLinear")
-# Data sheets and builds: FP8 from SM89 on; FP4 was built for SM120 only, and is documented from SM100 on.
+# Data sheets and builds: FP8 from SM89 on; FP4 was built for SM120 only, and is documented from
+# SM100 on.
 FP8_FROM, FP4_FROM, INT4_FROM = 89, 100, 80
 INSTEAD = {
     "BitShift": "store 4-bit codes as an INT4 constant under a DequantizeLinear",

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpq_deploy.delivery.package import INSTALLER, make_package
-from mpq_deploy.device.archive import MANIFEST, read_archive
+from mpq_deploy.device.archive import MANIFEST, pieces, read_archive
 from mpq_deploy.device.installer import RESULTS, read_results
 from mpq_deploy.errors import EngineError, UsageError
 from mpq_deploy.system.files import file_digest
@@ -48,18 +48,20 @@ class Remote:
     def __post_init__(self) -> None:
         # ssh would take it as an option.
         if not self.destination or self.destination.startswith("-"):
-            raise UsageError(f"'{self.destination}' is no ssh destination.", "Give user@host, as for ssh.")
+            what = f"'{self.destination}' is no ssh destination."
+            raise UsageError(what, "Give user@host, as for ssh.")
 
     def argv(self, script: str) -> list[str]:
         """The command line that runs ``script`` in a shell there."""
         return [*self.command, "--", self.destination, script]
 
     def run(self, script: str, accept: tuple[int, ...] = (0,)) -> subprocess.CompletedProcess[str]:
-        """Run ``script``; raises EngineError when ssh fails or the script ends with another code than ``accept``."""
+        """Run ``script``; EngineError when ssh fails or the exit code is none of ``accept``."""
         try:
             done = subprocess.run(self.argv(script), capture_output=True, encoding="utf-8", check=False)
         except FileNotFoundError as error:
-            raise UsageError(f"There is no '{self.command[0]}' here.", "Install an ssh client.") from error
+            what = f"There is no '{self.command[0]}' on this machine."
+            raise UsageError(what, "Install an ssh client.") from error
         if done.returncode not in accept:
             raise self.failure(done.returncode, done.stderr)
         return done
@@ -73,7 +75,7 @@ class Remote:
 
 
 def deploy(run: Run, target: Target, remote: Remote) -> dict[str, Any]:
-    """Package the run, install it on ``remote``, and keep its results in the run folder; return them.
+    """Package the run, install it on ``remote``, keep its results in the run folder; return them.
 
     Raises EngineError when ssh or the installer fails, and what ``make_package`` raises.
     """
@@ -106,7 +108,8 @@ def upload(remote: Remote, archive: Path, name: str, talk: Talk) -> None:
     """Bring ``archive`` to ``remote.folder/name``, going on after a beginning of it that is there."""
     digest, size = file_digest(archive), archive.stat().st_size
     part, whole = (shlex.quote(f"{remote.folder}/{one}") for one in (f"{name}.part", name))
-    there = remote.run(f"[ -f {whole} ] && sha256sum < {whole} || [ -f {part} ] && wc -c < {part} || echo 0").stdout
+    script = f"[ -f {whole} ] && sha256sum < {whole} || [ -f {part} ] && wc -c < {part} || echo 0"
+    there = remote.run(script).stdout
     if there.split()[:1] == [digest]:
         talk.line("the archive is there already")
         return
@@ -116,12 +119,10 @@ def upload(remote: Remote, archive: Path, name: str, talk: Talk) -> None:
     else:
         remote.run(f": > {part}")
     _send(remote, archive, part, start, size, talk)
-    found = remote.run(f"sha256sum < {part}").stdout.split()[:1]
-    if found != [digest]:
+    if remote.run(f"sha256sum < {part}").stdout.split()[:1] != [digest]:
         remote.run(f"rm -f {part}")
-        raise EngineError(
-            f"The archive arrived altered on {remote.destination}.", "Repeat the command: it starts anew."
-        )
+        what = f"The archive arrived altered on {remote.destination}."
+        raise EngineError(what, "Repeat the command: it starts anew.")
     remote.run(f"mv {part} {whole}")
 
 
@@ -133,18 +134,16 @@ def _good_bytes(remote: Remote, archive: Path, part: str, listed: str) -> int:
         return 0
     digest = hashlib.sha256()
     with archive.open("rb") as file:
-        left = count
-        while left:
-            piece = file.read(min(PIECE, left))
+        for piece in pieces(file, count):
             digest.update(piece)
-            left -= len(piece)
     there = remote.run(f"head -c {count} {part} | sha256sum").stdout.split()[:1]
     return count if there == [digest.hexdigest()] else 0
 
 
 def _send(remote: Remote, archive: Path, part: str, start: int, size: int, talk: Talk) -> None:
     """Append the bytes of ``archive`` from ``start`` on."""
-    with talk.bar("bytes to the device", size - start) as advance, _process(remote.argv(f"cat >> {part}")) as process:
+    argv = remote.argv(f"cat >> {part}")
+    with talk.bar("bytes to the device", size - start) as advance, _process(argv) as process:
         assert process.stdin is not None
         sent = _feed(process.stdin.write, archive, start, advance)
         text = _ended(process)
@@ -166,7 +165,7 @@ def _feed(write: Callable[[bytes], Any], archive: Path, start: int, advance: Cal
 
 
 def _ended(process: subprocess.Popen[bytes]) -> str:
-    """Close the input, wait, and return what was said on stderr."""
+    """Close the input, wait, and return what stands on stderr."""
     try:
         return process.communicate()[1].decode(errors="replace")
     except BrokenPipeError:
@@ -176,7 +175,8 @@ def _ended(process: subprocess.Popen[bytes]) -> str:
 
 @contextmanager
 def _process(argv: list[str]) -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(argv, stdin=pipe, stdout=subprocess.DEVNULL, stderr=pipe)
     try:
         yield process
     finally:
@@ -197,10 +197,8 @@ def _install(remote: Remote, name: str, talk: Talk) -> None:
     for line in (done.stderr + done.stdout).splitlines():
         talk.line(f"  {line}")
     if done.returncode and RESULTS not in done.stdout:
-        raise EngineError(
-            f"The installer failed on {remote.destination}: {' '.join(done.stderr.split())[-300:]}",
-            "The message says what to change there.",
-        )
+        what = f"The installer failed on {remote.destination}: {' '.join(done.stderr.split())[-300:]}"
+        raise EngineError(what, "The message says what to change there.")
 
 
 def _installed(remote: Remote, archive: Path, name: str) -> str | None:

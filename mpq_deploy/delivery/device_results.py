@@ -44,14 +44,14 @@ def take_in(run: Run, path: Path) -> Path:
 
 def device_infos(run: Run) -> tuple[DeviceInfo, ...]:
     """Return the devices' results of this plan, by target; warn about those of an earlier plan."""
-    found = []
+    infos = []
     for path in sorted((run.path / FOLDER).glob("*.json")):
         results = read_results(path)
         if _stale(run, results):
             run.talk.warn(f"{path} belongs to a former plan and is left out of the report")
         else:
-            found.append(device_info(results))
-    return tuple(found)
+            infos.append(device_info(results))
+    return tuple(infos)
 
 
 def device_info(results: dict[str, Any]) -> DeviceInfo:
@@ -59,7 +59,7 @@ def device_info(results: dict[str, Any]) -> DeviceInfo:
     engine, reference, times = results["engine"], results["reference"], results["latency"] or {}
     errors = list(reference["cases"].values())
     device = results["device"]
-    wrong = [f"{one['layer']}: {one['message']}" for one in engine["problems"] if one["severity"] == "wrong"]
+    wrong = [one for one in engine["problems"] if one["severity"] == "wrong"]
     return DeviceInfo(
         target=results["target"],
         device=device["board"] or device["gpu"] or device["machine"],
@@ -68,7 +68,7 @@ def device_info(results: dict[str, Any]) -> DeviceInfo:
         weights_bytes=engine["weights_bytes"],
         activation_bytes=engine["activation_bytes"],
         layers_verified=engine["verified"],
-        problems=tuple(wrong),
+        problems=tuple(f"{one['layer']}: {one['message']}" for one in wrong),
         outputs_agree=reference["passed"],
         output_nmse=max(errors) if errors and None not in errors else None,
         not_run=reference["why"],
@@ -83,7 +83,8 @@ def device_info(results: dict[str, Any]) -> DeviceInfo:
 def _ratio(bench: dict[str, Any] | None) -> Ratio | None:
     if bench is None or bench["ratio"] is None:
         return None
-    return Ratio(against=bench["subjects"][1]["name"], **{key: bench["ratio"][key] for key in ("value", "low", "high")})
+    figures = {key: bench["ratio"][key] for key in ("value", "low", "high")}
+    return Ratio(against=bench["subjects"][1]["name"], **figures)
 
 
 def _stale(run: Run, results: dict[str, Any]) -> str:

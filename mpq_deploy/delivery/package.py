@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
-from mpq_deploy.device.archive import MANIFEST, Source, write_archive
+from mpq_deploy.check.check import check_model
+from mpq_deploy.check.rule import ERRORS
+from mpq_deploy.device.archive import MANIFEST, Source, part_digest, write_archive
 from mpq_deploy.device.manifest import Manifest, Reference
 from mpq_deploy.device.output_check import relative_squared_error
 from mpq_deploy.engine.plan_engine import batch_profile, check_target_memory, expected_layers
@@ -29,21 +31,20 @@ from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED, WEIGHTS
 from mpq_deploy.runtime.correction import FILE as CORRECTION
-from mpq_deploy.system.files import file_digest
 from mpq_deploy.system.release import __version__
 
 if TYPE_CHECKING:
     from mpq_deploy.models.spec import Array
     from mpq_deploy.run.view import Run
 
-REFERENCE, DENOISER, PLAN, INSTALLER, SCRIPT = (
-    *("reference.npz", "denoiser.json", "plan.json"),
-    *("install.pyz", "build.sh"),
-)
-# What a device may differ from the reference by: so many times what FP16 arithmetic alone does on a CPU, since values
-# that lie between two INT8 codes round to either; and never less than -40 dB (both our choice).
+REFERENCE, DENOISER, PLAN = "reference.npz", "denoiser.json", "plan.json"
+INSTALLER, SCRIPT = "install.pyz", "build.sh"
+# What a device may differ from the reference by: so many times what FP16 arithmetic alone does on a
+# CPU, since values that lie between two INT8 codes round to either; and never less than -40 dB
+# (both our choice).
 TOLERANCE_FACTOR, TOLERANCE_FLOOR = 10.0, 1e-4
-# What runs on a device, and nothing that needs more than NumPy: tests run it with everything else blocked.
+# What runs on a device, and nothing that needs more than NumPy: tests run it with everything else
+# blocked.
 DEVICE_ROOMS = ("bench", "device", "formats", "formats/branches")
 DEVICE_MODULES = (
     *("__init__.py", "api.py", "errors.py", "install.py"),
@@ -67,9 +68,9 @@ def check_builder(target: Target) -> None:
 def make_package(run: Run, target: Target, out: Path) -> dict[str, Any]:
     """Write the package of ``run`` for ``target`` to ``out``; return what was written.
 
-    The deployed graphs, and the correction where the recipe wants one, must be current.
-    Raises UsageError when the target builds no engine or does not take a scheme of the plan, ModelError when its
-    TensorRT would refuse the graph.
+    The deployed graphs, and the correction where the recipe wants one, must be current. Raises
+    UsageError when the target builds no engine or does not take a scheme of the plan, ModelError
+    when its TensorRT would refuse the graph.
     """
     check_builder(target)
     check_plan(run, target)
@@ -80,29 +81,28 @@ def make_package(run: Run, target: Target, out: Path) -> dict[str, Any]:
     parts[INSTALLER] = installer()
     manifest = replace(_manifest(run, target, reference, parts), needed_bytes=needed.total_bytes)
     parts[SCRIPT] = build_script(manifest).encode()
-    parts[MANIFEST] = _with_digests(manifest, parts).to_json().encode()
+    digests = {name: part_digest(part) for name, part in parts.items()}
+    parts[MANIFEST] = replace(manifest, parts=digests).to_json().encode()
     digest = write_archive(out, parts)
     return {"file": str(out), "sha256": digest, "bytes": out.stat().st_size, "parts": sorted(parts)}
 
 
 def check_plan(run: Run, target: Target) -> None:
     """Refuse to package a plan that was made for another target and does not suit this one."""
-    from mpq_deploy.check.check import check_model
-    from mpq_deploy.check.rule import ERRORS
-
-    plan = run.plan
     again = f"Build for it: mpq-deploy build --target {target.name} --recipe {run.path}/recipe.yaml -o RUN."
-    refused = {
-        layer.name: target.refusal(layer, SCHEMES[plan.schemes[layer.name]]) for layer in run.exported.graph.layers
-    }
-    named = [f"{name}: {plan.schemes[name]} ({reason})" for name, reason in refused.items() if reason]
-    if named:
-        more = f" (and {len(named) - 1} more layers)" if len(named) > 1 else ""
-        raise UsageError(f"The plan is not for '{target.name}': {named[0]}{more}.", again)
-    result = check_model(run.deployed / DEPLOYED, target)
-    bad = [one for one in result.findings if one.effect in ERRORS or one.rule == "opset"]
-    if bad:
-        raise ModelError(f"{target.title} does not take the graph: {bad[0].node or 'opset'}: {bad[0].message}.", again)
+    refused = []
+    for layer in run.exported.graph.layers:
+        scheme = run.plan.schemes[layer.name]
+        reason = target.refusal(layer, SCHEMES[scheme])
+        if reason:
+            refused.append(f"{layer.name}: {scheme} ({reason})")
+    if refused:
+        more = f" (and {len(refused) - 1} more layers)" if len(refused) > 1 else ""
+        raise UsageError(f"The plan is not for '{target.name}': {refused[0]}{more}.", again)
+    for one in check_model(run.deployed / DEPLOYED, target).findings:
+        if one.effect in ERRORS or one.rule == "opset":
+            where = one.node or "opset"
+            raise ModelError(f"{target.title} does not take the graph: {where}: {one.message}.", again)
 
 
 def make_reference(run: Run) -> tuple[Reference, bytes]:
@@ -129,9 +129,11 @@ def make_reference(run: Run) -> tuple[Reference, bytes]:
         feeds = {name: values.astype(types[name]) for name, values in feeds.items()}
         wide = {item.name: feeds[item.name].astype(item.dtype) for item in spec.inputs}
         output = np.asarray(twin.session.run([spec.output], wide)[0], np.float32)
-        arrays.update({f"{case}/{name}": values for name, values in feeds.items()}, **{f"{case}/{spec.output}": output})
+        tensors = {**feeds, spec.output: output}
+        arrays.update({f"{case}/{name}": values for name, values in tensors.items()})
         if half is not None:
-            errors.append(relative_squared_error(np.asarray(half.run([spec.output], feeds)[0], np.float32), output))
+            found = np.asarray(half.run([spec.output], feeds)[0], np.float32)
+            errors.append(relative_squared_error(found, output))
     fp16 = max(errors) if errors and np.all(np.isfinite(errors)) else None
     reference = Reference(
         REFERENCE,
@@ -148,13 +150,14 @@ def make_reference(run: Run) -> tuple[Reference, bytes]:
 def installer() -> bytes:
     """The device's part of this package as one file for python3, with nothing to install."""
     root = resources.files("mpq_deploy")
-    names = [*DEVICE_MODULES, *(f"{room}/{one.name}" for room in DEVICE_ROOMS for one in (root / room).iterdir())]
+    files = [f"{room}/{one.name}" for room in DEVICE_ROOMS for one in (root / room).iterdir()]
+    names = sorted(name for name in (*DEVICE_MODULES, *files) if name.endswith(".py"))
     content = io.BytesIO()
     # Stored, not deflated: the bytes must not depend on the version of zlib.
     with zipfile.ZipFile(content, "w", zipfile.ZIP_STORED) as archive:
         main = "import sys\n\nfrom mpq_deploy.device.installer import main\n\nsys.exit(main())\n"
         _add(archive, "__main__.py", main.encode())
-        for name in sorted(name for name in names if name.endswith(".py")):
+        for name in names:
             _add(archive, f"mpq_deploy/{name}", (root / name).read_bytes())
     return b"#!/usr/bin/env python3\n" + content.getvalue()
 
@@ -162,13 +165,16 @@ def installer() -> bytes:
 def build_script(manifest: Manifest) -> str:
     """Return build.sh, filled in from the manifest; every value is quoted for the shell."""
     text = (resources.files("mpq_deploy") / "device" / "build.sh.in").read_text(encoding="utf-8")
-    versions = " ".join(version.rstrip(".") for version in manifest.target.versions)
-    others = ", ".join(f"{', '.join(found)}: --target {name}" for name, found in sorted(manifest.alternatives.items()))
-    remedy = f"Package the run again at home for the version here ({others or 'see mpq-deploy targets'})."
+    versions_here = " ".join(version.rstrip(".") for version in manifest.target.versions)
+    others = ", ".join(
+        f"{', '.join(versions)}: --target {name}" for name, versions in sorted(manifest.alternatives.items())
+    )
+    choice = others or "see mpq-deploy targets"
+    remedy = f"Package the run again at home for the version here ({choice})."
     values = {
         "TARGET": shlex.quote(manifest.target.name),
         "DIALECT": manifest.target.dialect,
-        "VERSIONS": shlex.quote(versions),
+        "VERSIONS": shlex.quote(versions_here),
         "REMEDY": shlex.quote(remedy),
         "MODEL": shlex.quote(manifest.model),
         "SHAPES": " ".join(shlex.quote(flag) for flag in _shape_flags(manifest)),
@@ -180,9 +186,10 @@ def build_script(manifest: Manifest) -> str:
 
 def _shape_flags(manifest: Manifest) -> list[str]:
     flags = []
-    for name, batch in zip(("minShapes", "optShapes", "maxShapes"), manifest.batches):
-        shapes = [f"{tensor}:{'x'.join(map(str, (batch, *shape)))}" for tensor, shape in manifest.shapes.items()]
-        flags.append(f"--{name}={','.join(shapes)}")
+    for flag, batch in zip(("minShapes", "optShapes", "maxShapes"), manifest.batches):
+        sizes = {name: "x".join(map(str, (batch, *shape))) for name, shape in manifest.shapes.items()}
+        shapes = ",".join(f"{tensor}:{size}" for tensor, size in sizes.items())
+        flags.append(f"--{flag}={shapes}")
     return flags
 
 
@@ -222,33 +229,22 @@ def _manifest(run: Run, target: Target, reference: Reference, parts: dict[str, S
     )
 
 
-def _with_digests(manifest: Manifest, parts: dict[str, Source]) -> Manifest:
-    import hashlib
-
-    digests = {
-        name: hashlib.sha256(part).hexdigest() if isinstance(part, bytes) else file_digest(part)
-        for name, part in parts.items()
-    }
-    return replace(manifest, parts=digests)
-
-
 def _alternatives(target: Target) -> dict[str, tuple[str, ...]]:
     """The shipped targets of the same GPU with other versions of TensorRT."""
+    gpu = (target.compute_capabilities, target.memory_bytes)
     others = (load_target(name) for name in known_targets() if name != target.name)
     return {
         other.name: other.versions
         for other in others
-        if other.compute_capabilities == target.compute_capabilities
-        and other.versions != target.versions
-        and (other.memory_bytes == target.memory_bytes)
+        if (other.compute_capabilities, other.memory_bytes) == gpu and other.versions != target.versions
     }
 
 
 def _input_types(model: Path) -> dict[str, Any]:
     """NumPy types of the graph's inputs, in its order."""
     graph = onnx.load(model, load_external_data=False).graph
-    helper = onnx.helper
-    return {value.name: helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type) for value in graph.input}
+    kinds = {value.name: value.type.tensor_type.elem_type for value in graph.input}
+    return {name: onnx.helper.tensor_dtype_to_np_dtype(kind) for name, kind in kinds.items()}
 
 
 def _half_session(model: Path) -> Any:

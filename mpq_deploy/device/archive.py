@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mpq_deploy.errors import MpqError, UsageError
+from mpq_deploy.system.files import file_digest
 
 SUMS, MANIFEST = "SHA256SUMS", "manifest.json"
 BLOCK = tarfile.BLOCKSIZE
@@ -54,7 +55,7 @@ def write_archive(path: Path, parts: Mapping[str, Source]) -> str:
     Raises UsageError for a name that is not plain, or a part of 8 GB or more.
     """
     order = sorted(parts, key=lambda name: (name != MANIFEST, name))
-    digests = {name: _digest(parts[name]) for name in order}
+    digests = {name: part_digest(parts[name]) for name in order}
     sums = "".join(f"{digests[name]}  {name}\n" for name in order).encode()
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     whole = hashlib.sha256()
@@ -98,7 +99,7 @@ def extract(path: Path, entries: Mapping[str, Entry], folder: Path) -> None:
             # A link that lies there already is replaced, not followed.
             target.unlink(missing_ok=True)
             with target.open("xb") as out:
-                for piece in _pieces(file, entry.size):
+                for piece in pieces(file, entry.size):
                     digest.update(piece)
                     out.write(piece)
             if digest.hexdigest() != entry.sha256:
@@ -109,13 +110,14 @@ def extract(path: Path, entries: Mapping[str, Entry], folder: Path) -> None:
 def _write_part(file: BinaryIO, whole: Digest, name: str, source: Source) -> None:
     size = len(source) if isinstance(source, bytes) else source.stat().st_size
     if not NAME.fullmatch(name) or size > LARGEST:
-        raise UsageError(f"'{name}' ({size:,} bytes) cannot be a part of a package.", "Parts are files below 8 GB.")
+        what = f"'{name}' ({size:,} bytes) cannot be a part of a package."
+        raise UsageError(what, "Parts are files below 8 GB with plain names.")
     _put(file, whole, _header(name, size))
     if isinstance(source, bytes):
         _put(file, whole, source)
     else:
         with source.open("rb") as part:
-            for piece in _pieces(part, size):
+            for piece in pieces(part, size):
                 _put(file, whole, piece)
     _put(file, whole, bytes(-size % BLOCK))
 
@@ -158,64 +160,59 @@ def _entry(file: BinaryIO, header: bytes, last: str, path: Path) -> Entry:
     try:
         info = tarfile.TarInfo.frombuf(header, "ascii", "strict")
     except (tarfile.HeaderError, UnicodeDecodeError) as error:
-        raise ArchiveError(f"The header after {last} of {path} is altered, or this is no package.", AGAIN) from error
+        what = f"The header after {last} of {path} is altered, or this is no package."
+        raise ArchiveError(what, AGAIN) from error
     if not NAME.fullmatch(info.name) or not 0 <= info.size <= LARGEST:
-        raise ArchiveError(f"{path} holds a part with the name {info.name!r}, which no package has.", AGAIN)
+        what = f"{path} holds a part with the name {info.name!r}, which no package has."
+        raise ArchiveError(what, AGAIN)
     if _header(info.name, info.size) != header:
         raise ArchiveError(f"The header of the part '{info.name}' of {path} is altered.", AGAIN)
-    offset, found, read = file.tell(), hashlib.sha256(), 0
-    for piece in _pieces(file, info.size):
-        found.update(piece)
+    offset, digest, read = file.tell(), hashlib.sha256(), 0
+    for piece in pieces(file, info.size):
+        digest.update(piece)
         read += len(piece)
     padding = -info.size % BLOCK
     filler = file.read(padding)
     if read < info.size or len(filler) < padding:
-        raise ArchiveError(
-            f"{path} is cut short in the part '{info.name}' ({read:,} of {info.size:,} bytes are there).", AGAIN
-        )
+        bytes_read = f"{read:,} of {info.size:,} bytes are there"
+        raise ArchiveError(f"{path} is cut short in the part '{info.name}' ({bytes_read}).", AGAIN)
     if any(filler):
         raise ArchiveError(f"The padding of the part '{info.name}' of {path} is altered.", AGAIN)
-    return Entry(info.name, offset, info.size, found.hexdigest())
+    return Entry(info.name, offset, info.size, digest.hexdigest())
 
 
 def _check_sums(file: BinaryIO, entries: Mapping[str, Entry], path: Path) -> None:
     for name in (SUMS, MANIFEST):
         if name not in entries:
-            raise ArchiveError(
-                f"{path} has no part '{name}': it is no package of mpq-deploy.", "See mpq-deploy package."
-            )
+            what = f"{path} has no part '{name}': it is no package of mpq-deploy."
+            raise ArchiveError(what, "See mpq-deploy package.")
     file.seek(entries[SUMS].offset)
     text = file.read(entries[SUMS].size).decode("ascii", "replace")
     listed = {name: digest for digest, _, name in (line.partition("  ") for line in text.splitlines())}
     others = [name for name in entries if name != SUMS]
     if list(listed) != others or text != "".join(f"{listed[name]}  {name}\n" for name in others):
-        raise ArchiveError(f"The part '{SUMS}' of {path} is altered: it does not list the parts that are there.", AGAIN)
+        what = f"The part '{SUMS}' of {path} is altered: it does not list the parts that are there."
+        raise ArchiveError(what, AGAIN)
     wrong = [name for name in others if entries[name].sha256 != listed[name]]
     if not wrong:
         return
-    # The manifest repeats the digests of the other parts: that tells whether the part or the list was altered.
+    # The manifest repeats the digests of the other parts: that tells whether the part or the list
+    # was altered.
     file.seek(entries[MANIFEST].offset)
     manifest = file.read(entries[MANIFEST].size).decode("utf-8", "replace")
     altered = wrong[0]
     if altered != MANIFEST and f'"{entries[altered].sha256}"' in manifest:
         altered = SUMS
-    raise ArchiveError(
-        f"The part '{altered}' of {path} is altered: its SHA-256 is not the one it was packed with.", AGAIN
-    )
+    what = f"The part '{altered}' of {path} is altered: its SHA-256 is not the one it was packed with."
+    raise ArchiveError(what, AGAIN)
 
 
-def _digest(source: Source) -> str:
-    digest = hashlib.sha256()
-    if isinstance(source, bytes):
-        digest.update(source)
-        return digest.hexdigest()
-    with source.open("rb") as file:
-        for piece in _pieces(file, source.stat().st_size):
-            digest.update(piece)
-    return digest.hexdigest()
+def part_digest(source: Source) -> str:
+    """Return the SHA-256 of a part."""
+    return hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else file_digest(source)
 
 
-def _pieces(file: BinaryIO, size: int) -> Iterator[bytes]:
+def pieces(file: BinaryIO, size: int) -> Iterator[bytes]:
     """Yield ``size`` bytes in pieces; fewer when the file ends before."""
     left = size
     while left > 0:

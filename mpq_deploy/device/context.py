@@ -50,19 +50,24 @@ class OpenEngine:
             warnings.warn(f"The runtime cache {self.cache_file} is not kept: {error.strerror}.", stacklevel=2)
 
 
-def refuse_other_gpu(engine: Path, found: str) -> None:
-    """Raise EngineError when the engine's record is for other GPUs than ``found``, such as SM87.
+def refuse_other_gpu(engine: Path, capability: str) -> None:
+    """Raise EngineError when the engine's record is for other GPUs than ``capability`` (SM87).
 
     Without a record (another tool's engine) the library decides.
     """
-    record = engine.with_name(RECORD)
-    values = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    wanted = values.get("compute_capabilities", ())
-    if wanted and found not in wanted:
+    record = _record(engine)
+    allowed = record.get("compute_capabilities", ())
+    if allowed and capability not in allowed:
         raise EngineError(
-            f"{engine} is for {', '.join(wanted)} (target {values.get('target')}); the GPU here is {found}.",
+            f"{engine} is for {', '.join(allowed)} (target {record.get('target')}); the GPU here is {capability}.",
             "Build for this GPU's target: mpq-deploy targets lists them, mpq-deploy doctor says which fit.",
         )
+
+
+def _record(engine: Path) -> dict[str, Any]:
+    path = engine.with_name(RECORD)
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return values
 
 
 def load_engine(trt: Any, logger: Any, path: Path) -> Any:
@@ -71,10 +76,10 @@ def load_engine(trt: Any, logger: Any, path: Path) -> Any:
     Raises EngineError before the library sees it where its record has another digest, and where the
     library cannot load it on this GPU.
     """
-    content, record = path.read_bytes(), path.with_name(RECORD)
-    built = json.loads(record.read_text(encoding="utf-8")).get("sha256") if record.is_file() else None
-    if built is not None and hashlib.sha256(content).hexdigest() != built:
-        raise EngineError(f"{path} is not the engine that {RECORD} beside it records.", "Build it again.")
+    content, recorded = path.read_bytes(), _record(path).get("sha256")
+    if recorded is not None and hashlib.sha256(content).hexdigest() != recorded:
+        what = f"{path} is not the engine that {RECORD} beside it records."
+        raise EngineError(what, "Build it again.")
     engine = trt.Runtime(logger).deserialize_cuda_engine(content)
     if engine is None:
         raise EngineError(
@@ -105,5 +110,6 @@ def open_context(trt: Any, engine: Any, path: Path, graphs: bool = True) -> Open
         config.cuda_graph_strategy = strategies.WHOLE_GRAPH_CAPTURE if graphs else strategies.DISABLED
     context = engine.create_execution_context(config)
     if context is None:
-        raise EngineError(f"{trt.__name__} cannot make a context for {path}.", "Its log says why; memory may be short.")
+        what = f"{trt.__name__} cannot make a context for {path}."
+        raise EngineError(what, "Its log says why; memory may be short.")
     return OpenEngine(engine, context, cache, kept, builtin)

@@ -61,15 +61,11 @@ class Cuda:
 
     def free_bytes(self) -> int:
         """Free memory of the GPU (on a Jetson: of the board)."""
-        free, total = ctypes.c_size_t(), ctypes.c_size_t()
-        self._call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
-        return free.value
+        return self._memory()[0]
 
     def total_bytes(self) -> int:
         """All memory of the GPU (on a Jetson: of the board)."""
-        free, total = ctypes.c_size_t(), ctypes.c_size_t()
-        self._call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
-        return total.value
+        return self._memory()[1]
 
     def allocate(self, size: int) -> int:
         """Return the address of ``size`` bytes; they live as long as the process."""
@@ -119,6 +115,11 @@ class Cuda:
     def launch(self, graph: ctypes.c_void_p) -> None:
         """Put a recorded graph into the stream."""
         self._call("cuGraphLaunch", graph, ctypes.c_void_p(self.stream))
+
+    def _memory(self) -> tuple[int, int]:
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self._call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+        return free.value, total.value
 
     def _call(self, name: str, *arguments: Any) -> None:
         code = getattr(self._driver, name)(*arguments)

@@ -44,20 +44,19 @@ class EngineRunner:
         return kind
 
     def usual_shape(self, name: str) -> tuple[int, ...]:
-        """The shape that the engine was optimised for."""
+        """The shape that the engine was optimized for."""
         engine = self.opened.engine
         shape = tuple(engine.get_tensor_shape(name))
         return tuple(engine.get_tensor_profile_shape(name, 0)[1]) if -1 in shape else shape
 
     def bind(self, feeds: Mapping[str, Array]) -> None:
-        """Copy the inputs to the GPU and bind every tensor. Raises EngineError for a wrong type or
-        shape.
-        """
+        """Copy the inputs to the GPU and bind every tensor; EngineError for a wrong type or shape."""
         context, cuda = self.opened.context, self._cuda
         self._graph = None
         for name, values in feeds.items():
-            if values.dtype != self.dtype(name):
-                raise EngineError(f"The engine takes '{name}' as {self.dtype(name)}, but {values.dtype} was given.")
+            dtype = self.dtype(name)
+            if values.dtype != dtype:
+                raise EngineError(f"The engine takes '{name}' as {dtype}, not {values.dtype}.")
             if not context.set_input_shape(name, values.shape):
                 raise EngineError(f"The engine does not take {name} of shape {values.shape}.")
             cuda.to_device(self._address(name, values.nbytes), np.ascontiguousarray(values))

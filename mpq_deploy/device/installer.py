@@ -19,13 +19,14 @@ from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
 
+from mpq_deploy.bench.statistics import call_times
 from mpq_deploy.device.archive import MANIFEST, ArchiveError, extract, read_archive
 from mpq_deploy.device.cuda import Cuda, why_no_gpu
 from mpq_deploy.device.manifest import Manifest
-from mpq_deploy.device.output_check import compare, latency
+from mpq_deploy.device.output_check import compare
 from mpq_deploy.device.run import Run, run_engine
 from mpq_deploy.engine.build_target import version_fits
-from mpq_deploy.engine.builder import BatchProfile, BuildRequest, build_engine
+from mpq_deploy.engine.builder import PACKAGES, BatchProfile, BuildRequest, build_engine
 from mpq_deploy.engine.record import EngineRecord
 from mpq_deploy.engine.trtexec import find_trtexec, trtexec_version
 from mpq_deploy.errors import EngineError, MpqError, UsageError
@@ -36,9 +37,10 @@ from mpq_deploy.system.release import __version__
 
 RESULTS, ENGINE_FOLDER = "results.json", "engine"
 RESULTS_FORMAT = 1
-# TensorRT-RTX's builder was measured at about three times the weights, on top of what it needs for itself.
+RESULTS_FIELDS = frozenset(("package", "target", "device", "engine", "reference", "latency", "memory", "passed"))
+# TensorRT-RTX's builder was measured at about three times the weights, on top of what it needs for
+# itself.
 BUILD_FACTOR, BUILD_BASE_BYTES = 3, 500_000_000
-MODULES = {"tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
 
 
 @dataclass(frozen=True)
@@ -82,38 +84,39 @@ def install(archive: Path, out: Path, talk: Talk, force_memory: bool = False) ->
 
 
 def check_unpacked(folder: Path) -> None:
-    """Verify the parts of a package that tar unpacked into ``folder``. Raises ArchiveError naming a part."""
+    """Verify the parts that tar unpacked into ``folder``. Raises ArchiveError naming a part."""
     manifest = Manifest.load(folder / MANIFEST)
+    again = "Unpack the package again."
     for name, digest in manifest.parts.items():
         if not (folder / name).is_file():
-            raise ArchiveError(f"The part '{name}' is missing in {folder}.", "Unpack the package again.")
+            raise ArchiveError(f"The part '{name}' is missing in {folder}.", again)
         if file_digest(folder / name) != digest:
-            raise ArchiveError(f"The part '{name}' in {folder} is altered.", "Unpack the package again.")
+            raise ArchiveError(f"The part '{name}' in {folder} is altered.", again)
 
 
 def probe(manifest: Manifest) -> Runtime:
     """Find what builds here and refuse a TensorRT that the package's dialect is not written for.
 
-    Raises EngineError that names the version found, and the target to package for instead where one is known.
+    Raises EngineError that names the version found, and the target to package for instead where one
+    is known.
     """
     runtime = _runtime(manifest.target.builder)
     if runtime is None:
         raise EngineError(
-            f"The package is for {manifest.target.title}, but there is no {_wanted(manifest.target.builder)} here.",
+            f"The package is for {manifest.target.title}, but there is no {_needed(manifest.target.builder)} here.",
             "JetPack brings it in /usr/src/tensorrt/bin; for RTX targets: pip install tensorrt-rtx.",
         )
     if runtime.version and not manifest.target.takes_version(runtime.version):
-        wanted = " or ".join(f"{version.rstrip('.')}.x" for version in manifest.target.versions)
-        fitting = [name for name, versions in manifest.alternatives.items() if version_fits(runtime.version, versions)]
+        versions = " or ".join(f"{version.rstrip('.')}.x" for version in manifest.target.versions)
         release = f" (JetPack {manifest.target.jetpack})" if manifest.target.jetpack else ""
-        remedy = (
-            f"Package the run again at home: mpq-deploy package RUN --target {fitting[0]}."
-            if fitting
-            else "No shipped target has that version; see 'mpq-deploy targets', or write a YAML for it."
-        )
+        remedy = "No shipped target has that version; see 'mpq-deploy targets', or write a YAML for it."
+        for name, others in manifest.alternatives.items():
+            if version_fits(runtime.version, others):
+                remedy = f"Package the run again at home: mpq-deploy package RUN --target {name}."
+                break
         raise EngineError(
-            f"The package is written for TensorRT {wanted}{release}, dialect {manifest.target.dialect}; "
-            f"{runtime.builder} here is {runtime.version}.",
+            f"The package is written for TensorRT {versions}{release}, dialect "
+            f"{manifest.target.dialect}; {runtime.builder} here is {runtime.version}.",
             remedy,
         )
     return runtime
@@ -121,15 +124,16 @@ def probe(manifest: Manifest) -> Runtime:
 
 def check_gpu(manifest: Manifest) -> None:
     """Refuse a GPU that the package is not for; without a GPU nothing is refused or run."""
-    wanted = manifest.target.compute_capabilities
-    if not wanted or why_no_gpu():
+    allowed = manifest.target.compute_capabilities
+    if not allowed or why_no_gpu():
         return
     cuda = Cuda()
     capability = cuda.compute_capability()
-    # A portable RTX engine holds kernels for the named GPUs; newer ones of the same runtime are left to it.
-    if capability not in wanted:
+    # A portable RTX engine holds kernels for the named GPUs; newer ones of the same runtime are
+    # left to it.
+    if capability not in allowed:
         raise EngineError(
-            f"The package is for {', '.join(wanted)}; the GPU here is {cuda.name()} ({capability}).",
+            f"The package is for {', '.join(allowed)}; the GPU here is {cuda.name()} ({capability}).",
             "Package the run for this device's target (mpq-deploy targets lists them).",
         )
 
@@ -154,8 +158,9 @@ def check_gpu_memory(manifest: Manifest, force: bool) -> None:
     free = cuda.free_bytes()
     if free < manifest.needed_bytes:
         raise EngineError(
-            f"The engine is estimated to take {manifest.needed_bytes / 1e9:.2f} GB at batch {manifest.batches[2]}; "
-            f"{cuda.name()} has {free / 1e9:.2f} of {cuda.total_bytes() / 1e9:.2f} GB free.",
+            f"The engine is estimated to take {manifest.needed_bytes / 1e9:.2f} GB at batch "
+            f"{manifest.batches[2]}; {cuda.name()} has {free / 1e9:.2f} of "
+            f"{cuda.total_bytes() / 1e9:.2f} GB free.",
             "End other programs, package with a smaller engine.batch_max or budget, or go on with --force-memory.",
         )
 
@@ -180,9 +185,9 @@ def trtexec_banner_version(path: str) -> str:
 
 
 def _module_version(name: str) -> str:
-    """The version of an installed package, or else (JetPack's own has no metadata) what the module says."""
+    """The version of an installed package, or (JetPack's own has no metadata) of the module."""
     try:
-        return package_version(MODULES[name])
+        return package_version(PACKAGES[name][0])
     except PackageNotFoundError:
         return str(getattr(importlib.import_module(name), "__version__", ""))
 
@@ -214,7 +219,7 @@ def _results(manifest: Manifest, record: EngineRecord, run: Run, out: Path) -> d
         "engine": engine,
         "build": asdict(record.timing) if record.timing else None,
         "reference": reference,
-        "latency": latency(run),
+        "latency": call_times(run.milliseconds) if run.milliseconds else None,
         "memory": {
             "weights_bytes": record.weights_bytes,
             "activation_bytes": record.activation_bytes,
@@ -229,24 +234,25 @@ def board(path: Path = Path("/proc/device-tree/model")) -> str:
     return path.read_text(errors="replace", encoding="utf-8").strip("\0\n ") if path.is_file() else ""
 
 
-def _wanted(builder: str) -> str:
-    return (
-        "trtexec and no Python package tensorrt"
-        if builder in ("trtexec", "tensorrt")
-        else MODULES.get(builder, builder)
-    )
+def _needed(builder: str) -> str:
+    if builder in ("trtexec", "tensorrt"):
+        return "trtexec and no Python package tensorrt"
+    return PACKAGES[builder][0] if builder in PACKAGES else builder
 
 
 def summary(results: dict[str, Any], out: Path) -> str:
     """What is printed at the end."""
     engine, reference, times = results["engine"], results["reference"], results["latency"]
     wrong = [one for one in engine["problems"] if one["severity"] == "wrong"]
-    layers = "as planned" if engine["verified"] else f"{len(wrong)} differ from the plan ({wrong[0]['message']})"
+    layers = "as planned"
+    if not engine["verified"]:
+        layers = f"{len(wrong)} differ from the plan ({wrong[0]['message']})"
     worst = max((error for error in reference["cases"].values() if error is not None), default=None)
     if not reference["ran"]:
         numbers = f"not run: {reference['why']}"
     else:
-        shown = "not finite" if None in reference["cases"].values() or worst is None else f"NMSE {worst:.2e}"
+        finite = worst is not None and None not in reference["cases"].values()
+        shown = f"NMSE {worst:.2e}" if finite else "not finite"
         verdict = "agree" if reference["passed"] else "DIFFER"
         numbers = f"{verdict} ({shown}, allowed {reference['tolerance_nmse']:.2e})"
     speed = f"{times['p50_ms']:.2f} ms median, {times['p99_ms']:.2f} ms p99" if times else "not measured"
@@ -267,12 +273,14 @@ def default_out(archive: Path) -> Path:
 
 def main(arguments: list[str] | None = None, write: Callable[[str], Any] = sys.stdout.write) -> int:
     """The command line of ``python -m mpq_deploy.install``; return the exit code."""
-    parser = argparse.ArgumentParser(prog="mpq-install", description="Install a package of mpq-deploy on this device.")
-    parser.add_argument("archive", type=Path, nargs="?", help="the .mpq.tar")
-    parser.add_argument("--unpacked", type=Path, metavar="FOLDER", help="a folder that tar unpacked the package into")
-    parser.add_argument("-o", "--out", type=Path, help="the folder to install into (default: beside the archive)")
-    parser.add_argument("--force-memory", action="store_true", help="build even if memory is estimated to be too small")
-    parser.add_argument("--json", action="store_true", help="print results.json")
+    about = "Install a package of mpq-deploy on this device."
+    parser = argparse.ArgumentParser(prog="mpq-install", description=about)
+    option = parser.add_argument
+    option("archive", type=Path, nargs="?", help="the .mpq.tar")
+    option("--unpacked", type=Path, metavar="FOLDER", help="a folder that tar unpacked the package into")
+    option("-o", "--out", type=Path, help="the folder to install into (default: beside the archive)")
+    option("--force-memory", action="store_true", help="build even if memory may be too small")
+    option("--json", action="store_true", help="print results.json")
     chosen = parser.parse_args(arguments)
     archive = chosen.unpacked or chosen.archive
     if archive is None:
@@ -281,9 +289,11 @@ def main(arguments: list[str] | None = None, write: Callable[[str], Any] = sys.s
     try:
         results = install(archive, out, PlainTalk(), chosen.force_memory)
     except MpqError as error:
-        sys.stderr.write(f"mpq-install: {error.message}\n" + (f"  {error.hint}\n" if error.hint else ""))
+        hint = f"  {error.hint}\n" if error.hint else ""
+        sys.stderr.write(f"mpq-install: {error.message}\n{hint}")
         return error.exit_code
-    write((json.dumps(results, indent=1, sort_keys=True) if chosen.json else summary(results, out)) + "\n")
+    as_json = json.dumps(results, indent=1, sort_keys=True)
+    write(f"{as_json if chosen.json else summary(results, out)}\n")
     return 0 if results["passed"] else 1
 
 
@@ -292,10 +302,11 @@ def read_results(path: Path) -> dict[str, Any]:
     hint = "Give the results.json that 'mpq-deploy install' wrote on the device."
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        found_format = values["format"]
-        complete = {"package", "target", "device", "engine", "reference", "latency", "memory", "passed"} <= set(values)
+        version = values["format"]
+        missing = RESULTS_FIELDS - set(values)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} is no results.json: {error!r}.", hint) from error
-    if found_format != RESULTS_FORMAT or not complete:
-        raise UsageError(f"{path} is no results.json of format {RESULTS_FORMAT} (found {found_format!r}).", hint)
+    if version != RESULTS_FORMAT or missing:
+        what = f"{path} is no results.json of format {RESULTS_FORMAT} (found {version!r})."
+        raise UsageError(what, hint)
     return dict(values)

@@ -59,20 +59,22 @@ class Manifest:
 
     def to_json(self) -> str:
         """Return JSON with sorted keys."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, sort_keys=True, allow_nan=False) + "\n"
+        values = {"format": FORMAT, **asdict(self)}
+        return json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
     @classmethod
     def load(cls, path: Path) -> Manifest:
-        """Read what ``to_json`` gave. Raises ArchiveError for another format or a field that is missing."""
+        """Read what ``to_json`` gave; ArchiveError for another format or a missing field."""
         try:
             values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            found_format = values.pop("format")
-            if found_format != FORMAT:
+            version = values.pop("format")
+            if version != FORMAT:
                 raise ArchiveError(
-                    f"{path} has format {found_format}; this mpq-deploy reads format {FORMAT}.",
+                    f"{path} has format {version}; this mpq-deploy reads format {FORMAT}.",
                     f"Install the mpq-deploy that made it ({values.get('made_by')}) on the device.",
                 )
-            values["target"] = BuildTarget(**_tuples(values["target"], "versions", "compute_capabilities"))
+            target = _tuples(values["target"], "versions", "compute_capabilities")
+            values["target"] = BuildTarget(**target)
             values["reference"] = Reference(**_tuples(values["reference"], "cases", "inputs"))
             layers = [ExpectedLayer(**_tuples(one, "nodes", "kernel")) for one in values["expected"]["layers"]]
             expected = values["expected"]
@@ -83,7 +85,8 @@ class Manifest:
                 values[key] = {name: tuple(one) for name, one in values[key].items()}
             return cls(**_tuples(values, "batches", "notes"))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ArchiveError(f"The part '{MANIFEST}' cannot be read: {error!r}.", "Package the run again.") from error
+            what = f"The part '{MANIFEST}' cannot be read: {error!r}."
+            raise ArchiveError(what, "Package the run again.") from error
 
 
 def _tuples(values: dict[str, Any], *names: str) -> dict[str, Any]:

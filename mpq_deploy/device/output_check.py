@@ -1,8 +1,7 @@
-"""Compare what an engine gave with what it must give, and sum latencies up."""
+"""Compare what an engine gave with what it must give."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,15 @@ from mpq_deploy.device.manifest import Reference
 from mpq_deploy.device.run import Run
 
 Array = np.ndarray[Any, np.dtype[Any]]
-PERCENTILES = (50, 90, 99)
 
 
-def relative_squared_error(found: Array, wanted: Array) -> float:
-    """||found - wanted||^2 / ||wanted||^2; infinite for shapes that differ or numbers that are not finite."""
-    if found.shape != wanted.shape or not np.all(np.isfinite(found)):
+def relative_squared_error(output: Array, reference: Array) -> float:
+    """||output - reference||^2 / ||reference||^2; infinite where shapes differ or it is not finite."""
+    if output.shape != reference.shape or not np.all(np.isfinite(output)):
         return float("inf")
-    wanted = wanted.astype(np.float64)
-    return float(np.sum((found.astype(np.float64) - wanted) ** 2) / max(np.sum(wanted**2), np.finfo(np.float64).tiny))
+    reference = reference.astype(np.float64)
+    error = np.sum((output.astype(np.float64) - reference) ** 2)
+    return float(error / max(np.sum(reference**2), np.finfo(np.float64).tiny))
 
 
 def compare(run: Run, reference: Reference, folder: Path) -> dict[str, Any]:
@@ -40,12 +39,3 @@ def compare(run: Run, reference: Reference, folder: Path) -> dict[str, Any]:
         "tolerance_nmse": reference.tolerance_nmse,
         "made_by": reference.made_by,
     }
-
-
-def latency(run: Run) -> Mapping[str, float] | None:
-    """Return mean and percentiles in milliseconds of the timed calls; None where nothing was timed."""
-    if not run.milliseconds:
-        return None
-    times = np.asarray(run.milliseconds, np.float64)
-    percentiles = {f"p{percentile}_ms": float(np.percentile(times, percentile)) for percentile in PERCENTILES}
-    return {"mean_ms": float(times.mean()), "calls": len(times), **percentiles}

@@ -29,7 +29,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 @dataclass(frozen=True)
 class Run:
-    """``outputs`` by case; ``milliseconds`` of each timed call; ``why`` nothing ran (empty when it did)."""
+    """``outputs`` by case; ``milliseconds`` of each timed call; ``why`` nothing ran (or empty)."""
 
     outputs: Mapping[str, Array] = field(default_factory=dict)
     milliseconds: tuple[float, ...] = ()

@@ -27,7 +27,7 @@ WARM_UP = 10
 
 @dataclass(frozen=True)
 class RunJob:
-    """What to run. Paths are absolute; ``calls`` are timed after ``WARM_UP`` others, on the last case."""
+    """Paths are absolute; ``calls`` are timed after ``WARM_UP`` others, on the last case."""
 
     module: str
     engine: str

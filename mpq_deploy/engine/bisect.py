@@ -1,13 +1,16 @@
-"""Which nodes make a builder crash? Found by building smaller graphs, each in a child process with a time limit.
+"""Find the nodes that crash a builder by building smaller graphs, each in a child process.
 
-In: a graph that crashed the builder, and a trial (does this graph crash?). Out: ``Suspects``. Two questions:
+In: a graph that crashed the builder, and a trial (does this graph crash?). Out: ``Suspects``. Two
+questions:
 
-1. Does it still crash without any quantization? No: the smallest set of quantized layers that crashes together is
-   looked for by delta debugging (Zeller, Hildebrandt 2002, "Simplifying and isolating failure-inducing input", ddmin);
-   all other layers are given float weights.
-2. Yes: the shortest beginning of the graph that crashes is looked for by halving; its last node is the suspect.
+1. Does it still crash without any quantization? No: the smallest set of quantized layers that
+   crashes together is looked for by delta debugging (Zeller, Hildebrandt 2002, "Simplifying and
+   isolating failure-inducing input", ddmin); all other layers are given float weights.
+2. Yes: the shortest beginning of the graph that crashes is looked for by halving; its last node is
+   the suspect.
 
-Weights that become float are zeros in one sparse file, so that a trial of a large model writes nothing large.
+Weights that become float are zeros in one sparse file, so that a trial of a large model writes
+nothing large.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import onnx
 from onnx import TensorProto, helper
 
 # Our choices: builds at most, and seconds for all of them.
-MOST_TRIALS, MOST_SECONDS = 40, 900.0
+MAX_TRIALS, MAX_SECONDS = 40, 900.0
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 MODEL, ZEROS = "trial.onnx", "zeros.bin"
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
@@ -51,14 +54,14 @@ class OutOfTrialsError(Exception):
 
 
 class _Counted:
-    def __init__(self, trial: Trial, folder: Path, most: int, seconds: float) -> None:
-        self.trial, self.folder, self.most = trial, folder, most
+    def __init__(self, trial: Trial, folder: Path, max_trials: int, seconds: float) -> None:
+        self.trial, self.folder, self.max_trials = trial, folder, max_trials
         self.end = time.monotonic() + seconds
         self.count = 0
 
     def crashes(self, graph: onnx.ModelProto) -> bool:
         """Write and try a graph. Raises OutOfTrialsError."""
-        if self.count >= self.most or time.monotonic() > self.end:
+        if self.count >= self.max_trials or time.monotonic() > self.end:
             raise OutOfTrialsError
         self.count += 1
         path = self.folder / MODEL
@@ -67,15 +70,15 @@ class _Counted:
 
 
 def find_suspects(
-    model: Path, folder: Path, trial: Trial, most: int = MOST_TRIALS, seconds: float = MOST_SECONDS
+    model: Path, folder: Path, trial: Trial, max_trials: int = MAX_TRIALS, seconds: float = MAX_SECONDS
 ) -> Suspects | None:
     """Find what crashes; None where the graph does not crash when tried again.
 
-    ``folder`` is empty and takes the trials: at most ``most``, none begun after ``seconds``.
+    ``folder`` is empty and takes the trials: at most ``max_trials``, none begun after ``seconds``.
     """
     proto = onnx.load(model, load_external_data=False)
     _link_weights(proto, model, folder)
-    counted = _Counted(trial, folder, most, seconds)
+    counted = _Counted(trial, folder, max_trials, seconds)
     layers = quantized_layers(proto)
     nodes: tuple[str, ...] = tuple(layers)
     quantized, certain = True, False
@@ -84,7 +87,8 @@ def find_suspects(
             return None
         quantized = not counted.crashes(_keeping(proto, (), folder))
         if quantized:
-            for smaller in _minimised(layers, lambda kept: counted.crashes(_keeping(proto, kept, folder))):
+            tries = _minimized(layers, lambda some: counted.crashes(_keeping(proto, some, folder)))
+            for smaller in tries:
                 nodes = smaller
         else:
             for name in _shortest(_keeping(proto, (), folder), counted.crashes):
@@ -97,31 +101,30 @@ def find_suspects(
 
 def quantized_layers(proto: onnx.ModelProto) -> list[str]:
     """Names of the layers that read a DequantizeLinear, directly or through what moves a weight."""
-    made = {output: node for node in proto.graph.node for output in node.output}
-    return [
-        node.name
-        for node in proto.graph.node
-        if node.op_type in LAYERS and any(_dequantize(name, made) is not None for name in node.input)
-    ]
+    producers = {output: node for node in proto.graph.node for output in node.output}
+    layers = (node for node in proto.graph.node if node.op_type in LAYERS)
+    return [node.name for node in layers if any(_dequantize(name, producers) for name in node.input)]
 
 
-def _dequantize(name: str, made: dict[str, onnx.NodeProto]) -> onnx.NodeProto | None:
+def _dequantize(name: str, producers: dict[str, onnx.NodeProto]) -> onnx.NodeProto | None:
     """The DequantizeLinear from which the tensor ``name`` comes through moves alone."""
-    node = made.get(name)
+    node = producers.get(name)
     while node is not None and node.op_type != DEQUANTIZE:
-        node = made.get(node.input[0]) if node.op_type in MOVES and node.input else None
+        node = producers.get(node.input[0]) if node.op_type in MOVES and node.input else None
     return node
 
 
-def _minimised(layers: Sequence[str], crashes: Callable[[Sequence[str]], bool]) -> Iterator[tuple[str, ...]]:
+def _minimized(layers: Sequence[str], crashes: Callable[[Sequence[str]], bool]) -> Iterator[tuple[str, ...]]:
     """ddmin: yield each smaller set that crashes; the last crashes only with all of its parts."""
     current, parts = list(layers), 2
     while len(current) > 1:
         size = -(-len(current) // parts)
         chunks = [current[i : i + size] for i in range(0, len(current), size)]
-        rests = [[name for name in current if name not in chunk] for chunk in chunks] if len(chunks) > 2 else []
-        tries = [*((chunk, 2) for chunk in chunks), *((rest, max(parts - 1, 2)) for rest in rests)]
-        hit = next(((kept, fewer) for kept, fewer in tries if crashes(kept)), None)
+        tries = [(chunk, 2) for chunk in chunks]
+        if len(chunks) > 2:
+            rests = ([name for name in current if name not in chunk] for chunk in chunks)
+            tries += [(rest, max(parts - 1, 2)) for rest in rests]
+        hit = next((one for one in tries if crashes(one[0])), None)
         if hit is not None:
             current, parts = hit
             yield tuple(current)
@@ -131,47 +134,40 @@ def _minimised(layers: Sequence[str], crashes: Callable[[Sequence[str]], bool]) 
             parts = min(2 * parts, len(current))
 
 
-def _keeping(proto: onnx.ModelProto, kept: Sequence[str], folder: Path) -> onnx.ModelProto:
-    """Return the graph with only the layers ``kept`` quantized; the others read zeros or floats."""
+def _keeping(proto: onnx.ModelProto, layers: Sequence[str], folder: Path) -> onnx.ModelProto:
+    """Return the graph with only ``layers`` quantized; the others read zeros or floats."""
     changed = onnx.ModelProto()
     changed.CopyFrom(proto)
     graph = changed.graph
-    made = {output: node for node in graph.node for output in node.output}
+    producers = {output: node for node in graph.node for output in node.output}
     constants = {tensor.name: tensor for tensor in graph.initializer}
     shapes = _constant_shapes(proto, constants)
     floats: dict[str, TensorProto] = {}
     for node in graph.node:
-        if node.op_type not in LAYERS or node.name in kept:
+        if node.op_type not in LAYERS or node.name in layers:
             continue
         for index, name in enumerate(node.input):
-            source = _dequantize(name, made)
+            source = _dequantize(name, producers)
             if source is None:
                 continue
             if name in shapes:
-                zeros = _zeros(f"{name}//float", shapes[name], _float_type(source, constants), folder)
+                scale = constants.get(source.input[1])
+                kind = TensorProto.FLOAT16 if scale is None else scale.data_type
+                zeros = _zeros(f"{name}//float", shapes[name], kind, folder)
                 floats[zeros.name] = zeros
                 node.input[index] = zeros.name
             else:
-                node.input[index] = _before(name, made)
+                node.input[index] = _before(name, producers)
     graph.initializer.extend(floats.values())
     _prune(graph)
     return changed
 
 
-def _before(name: str, made: dict[str, onnx.NodeProto]) -> str:
+def _before(name: str, producers: dict[str, onnx.NodeProto]) -> str:
     """The activation that was quantized to give ``name``."""
-    node = made[name]
-    while node.op_type in (DEQUANTIZE, QUANTIZE):
-        name = node.input[0]
-        if name not in made:
-            break
-        node = made[name]
+    while name in producers and producers[name].op_type in (DEQUANTIZE, QUANTIZE):
+        name = producers[name].input[0]
     return name
-
-
-def _float_type(source: onnx.NodeProto, constants: dict[str, TensorProto]) -> int:
-    scale = constants.get(source.input[1])
-    return int(scale.data_type) if scale is not None else int(TensorProto.FLOAT16)
 
 
 def _constant_shapes(proto: onnx.ModelProto, constants: dict[str, TensorProto]) -> dict[str, tuple[int, ...]]:
@@ -237,28 +233,27 @@ def _beginning(proto: onnx.ModelProto, count: int) -> onnx.ModelProto:
     for node in graph.node:
         for name in node.output:
             if name and name not in read:
-                graph.output.append(typed.get(name) or helper.make_tensor_value_info(name, TensorProto.FLOAT16, None))
+                untyped = helper.make_tensor_value_info(name, TensorProto.FLOAT16, None)
+                graph.output.append(typed.get(name) or untyped)
     _prune(graph)
     return cut
 
 
 def _prune(graph: onnx.GraphProto) -> None:
     """Drop nodes, constants and inputs that nothing reads."""
-    wanted = {value.name for value in graph.output}
+    read = {value.name for value in graph.output}
     for node in reversed(list(graph.node)):
-        if not wanted.intersection(node.output):
+        if read.isdisjoint(node.output):
             graph.node.remove(node)
         else:
-            wanted.update(node.input)
+            read.update(node.input)
     for tensors in (graph.initializer, graph.input):
-        for one in [one for one in tensors if one.name not in wanted]:
+        for one in [one for one in tensors if one.name not in read]:
             tensors.remove(one)
 
 
 def _link_weights(proto: onnx.ModelProto, model: Path, folder: Path) -> None:
     """Let the trials read the model's own weight files."""
-    names = {
-        entry.value for tensor in proto.graph.initializer for entry in tensor.external_data if entry.key == "location"
-    }
-    for name in sorted(names):
+    entries = [entry for tensor in proto.graph.initializer for entry in tensor.external_data]
+    for name in sorted({entry.value for entry in entries if entry.key == "location"}):
         (folder / name).symlink_to((model.resolve().parent / name).resolve())

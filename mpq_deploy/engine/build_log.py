@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from itertools import takewhile
+from math import prod
 
 from mpq_deploy.errors import EngineError
 
@@ -38,10 +39,7 @@ class EngineTensor:
     @property
     def elements(self) -> int:
         """Number of elements; a dynamic dimension counts as one."""
-        count = 1
-        for size in self.shape:
-            count *= max(size, 1)
-        return count
+        return prod(max(size, 1) for size in self.shape)
 
 
 @dataclass(frozen=True)
@@ -90,8 +88,7 @@ def compute_dtype(layer: EngineLayer) -> str:
         for dtype in ("Int4", "Int8", "FP8"):
             if dtype in constants:
                 return dtype
-    first = layer.inputs[0] if layer.inputs else None
-    return first.dtype if first is not None else "?"
+    return layer.inputs[0].dtype if layer.inputs else "?"
 
 
 def parse_engine_log(text: str) -> EngineLog:
@@ -101,7 +98,8 @@ def parse_engine_log(text: str) -> EngineLog:
     that understands half of a log proves nothing.
     """
     memory = totals(text)
-    return EngineLog(_layers(text), memory.get("Weights"), memory.get("Activation"))
+    layers = tuple(_layer(line) for line in _layer_lines(text))
+    return EngineLog(layers, memory.get("Weights"), memory.get("Activation"))
 
 
 def totals(text: str) -> dict[str, int]:
@@ -114,13 +112,10 @@ def layers_text(text: str) -> str:
     return "".join(f"{line}\n" for line in _layer_lines(text))
 
 
-def _layers(text: str) -> tuple[EngineLayer, ...]:
-    return tuple(_layer(line) for line in _layer_lines(text))
-
-
 def _layer_lines(text: str) -> list[str]:
     lines = text.splitlines()
-    starts = [index for index, line in enumerate(lines) if line.endswith("Layers:") and "Name:" not in line]
+    heads = (line.endswith("Layers:") and "Name:" not in line for line in lines)
+    starts = [index for index, head in enumerate(heads) if head]
     if not starts:
         raise EngineError(
             "The builder's log holds no 'Layers:' message, so the engine cannot be checked.",
@@ -137,16 +132,9 @@ def _layer(line: str) -> EngineLayer:
             "The builder's version may write another form; report it with the log.",
         )
     fields = match.groupdict()
+    inputs, constants, outputs = (_tensors(fields[name]) for name in ("inputs", "constants", "outputs"))
     nodes = tuple(dict.fromkeys(ONNX_NODE.findall(fields["metadata"])))
-    return EngineLayer(
-        fields["name"],
-        fields["type"],
-        _tensors(fields["inputs"]),
-        _tensors(fields["constants"]),
-        _tensors(fields["outputs"]),
-        fields["tactic"],
-        nodes,
-    )
+    return EngineLayer(fields["name"], fields["type"], inputs, constants, outputs, fields["tactic"], nodes)
 
 
 def _tensors(text: str) -> tuple[EngineTensor, ...]:

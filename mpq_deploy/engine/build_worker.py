@@ -1,10 +1,12 @@
 """The child process that builds one engine: ``python -m mpq_deploy.engine.build_worker job.json``.
 
-In: a job file (``BuildJob``). Out: the serialized engine, the builder's verbose log (one message per line that
-starts with its severity), and ``result``: a JSON object with the version, or the errors. The builder may
-crash this process (several graph forms do); the parent reads the log up to that point and reports it.
+In: a job file (``BuildJob``). Out: the serialized engine, the builder's verbose log (one message
+per line that starts with its severity), and ``result``: a JSON object with the version, or the
+errors. The builder may crash this process (several graph forms do); the parent reads the log up to
+that point and reports it.
 
-Only the standard library and the builder's own package are needed, so that this file also runs on a device.
+Only the standard library and the builder's own package are needed, so that this file also runs on a
+device.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from typing import Any, TextIO
 from mpq_deploy.system.children import orders_from_parent
 from mpq_deploy.system.memory import peak_rss_bytes
 
-# A parser or build failure that was reported in ``result``, as opposed to a crash (negative return code).
+# A parser or build failure that was reported in ``result``, as opposed to a crash (negative return
+# code).
 REPORTED_FAILURE = 3
 # A file could not be written: the last line of stderr is "ERRNO words".
 DISK_FAILURE = 4
@@ -28,7 +31,7 @@ DISK_FAILURE = 4
 
 @dataclass(frozen=True)
 class InputShapes:
-    """The smallest, the usual and the largest shape of one input: the optimisation profile."""
+    """The minimum, the usual and the maximum shape of one input: the optimization profile."""
 
     minimum: tuple[int, ...]
     optimum: tuple[int, ...]
@@ -69,14 +72,14 @@ class BuildFailedError(Exception):
 
     def __init__(self, stage: str, errors: list[dict[str, str]]) -> None:
         super().__init__(stage)
-        self.stage = stage
-        self.errors = errors
+        self.stage, self.errors = stage, errors
 
 
 def make_logger(trt: Any, stream: TextIO, problems: list[str], unwritten: list[OSError]) -> Any:
     """Return a logger that writes every message to ``stream`` at once and gathers the errors.
 
-    What ``stream`` cannot take goes to ``unwritten``: an exception would pass through the builder, which it crashes.
+    What ``stream`` cannot take goes to ``unwritten``: an exception would pass through the builder,
+    which it crashes.
     """
 
     class FileLogger(trt.ILogger):  # type: ignore[misc]
@@ -119,23 +122,24 @@ def build(trt: Any, job: BuildJob, logger: Any, problems: list[str]) -> memoryvi
 
 
 def layer_information(trt: Any, engine: memoryview, logger: Any) -> str:
-    """Ask TensorRT proper what it built, as JSON (needs a GPU, as that builder does). Unproven here."""
+    """Ask TensorRT proper what it built, as JSON (needs a GPU). Unproven here."""
     loaded = trt.Runtime(logger).deserialize_cuda_engine(engine)
     if loaded is None:
-        raise BuildFailedError("inspect", [{"node": "", "operator": "", "message": "the engine does not load"}])
-    information = loaded.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-    return str(information)
+        raise BuildFailedError("inspect", _plain(["the engine does not load"]))
+    inspector = loaded.create_engine_inspector()
+    return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
 
 def _network_flags(trt: Any) -> int:
-    """Strongly typed wherever the flag exists; TensorRT 11 knows nothing else and may drop the flag."""
+    """Strongly typed wherever the flag exists; TensorRT 11 is always, and may drop it."""
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
 
 
 def _parser_errors(parser: Any) -> list[dict[str, str]]:
+    names = {"node": "node_name", "operator": "node_operator", "message": "desc"}
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
-    return [{"node": str(e.node_name()), "operator": str(e.node_operator()), "message": str(e.desc())} for e in errors]
+    return [{key: str(getattr(e, name)()) for key, name in names.items()} for e in errors]
 
 
 def _plain(problems: list[str]) -> list[dict[str, str]]:
@@ -143,17 +147,14 @@ def _plain(problems: list[str]) -> list[dict[str, str]]:
 
 
 def _add_profile(builder: Any, config: Any, network: Any, job: BuildJob) -> None:
-    dynamic = [
-        tensor
-        for tensor in (network.get_input(index) for index in range(network.num_inputs))
-        if any(size < 0 for size in tensor.shape)
-    ]
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    dynamic = [tensor for tensor in inputs if any(size < 0 for size in tensor.shape)]
     if not dynamic:
         return
     missing = [tensor.name for tensor in dynamic if tensor.name not in job.shapes]
     if missing:
         message = f"no shape is given for the dynamic inputs {', '.join(missing)}"
-        raise BuildFailedError("profile", [{"node": "", "operator": "", "message": message}])
+        raise BuildFailedError("profile", _plain([message]))
     profile = builder.create_optimization_profile()
     for tensor in dynamic:
         shapes = job.shapes[tensor.name]

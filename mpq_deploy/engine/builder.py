@@ -24,7 +24,7 @@ from mpq_deploy.engine.build_worker import DISK_FAILURE, REPORTED_FAILURE, Build
 from mpq_deploy.engine.expected import ExpectedLayers
 from mpq_deploy.engine.failure import FAULTS, BuilderCrashedError, crashed, fatal_signal, located, refused
 from mpq_deploy.engine.layer_information import parse_layer_information
-from mpq_deploy.engine.record import BuildTiming, EngineRecord
+from mpq_deploy.engine.record import RECORD, BuildTiming, EngineRecord
 from mpq_deploy.engine.trtexec import build_with_trtexec, trtexec_trial
 from mpq_deploy.engine.verify import verify
 from mpq_deploy.errors import EngineError, MissingDependencyError, UsageError
@@ -32,7 +32,7 @@ from mpq_deploy.system.children import run_child
 from mpq_deploy.system.files import file_digest, sealed_json
 from mpq_deploy.system.progress import Talk
 
-ENGINE, LAYERS, RECORD = "model.engine", "layers.txt", "build.json"
+ENGINE, LAYERS = "model.engine", "layers.txt"
 # What a child process runs.
 WORKER = "mpq_deploy.engine.build_worker"
 # The file that ``bisect`` writes its smaller graphs to.
@@ -187,7 +187,7 @@ def _located(crash: BuilderCrashedError, request: BuildRequest, folder: Path, ta
     """Look for the nodes that crash the builder, where graphs can be cut (a device has no onnx)."""
     if importlib.util.find_spec("onnx") is None:
         return crash
-    from mpq_deploy.engine.bisect import MOST_TRIALS, find_suspects
+    from mpq_deploy.engine.bisect import MAX_TRIALS, find_suspects
 
     trials = folder / "trials"
     trials.mkdir()
@@ -201,7 +201,7 @@ def _located(crash: BuilderCrashedError, request: BuildRequest, folder: Path, ta
     def crashes(graph: Path) -> bool:
         return fatal_signal(run(graph)) in FAULTS
 
-    talk.line(f"the builder crashed; looking for the nodes by up to {MOST_TRIALS} smaller builds")
+    talk.line(f"the builder crashed; looking for the nodes by up to {MAX_TRIALS} smaller builds")
     return located(crash, find_suspects(request.model, trials, crashes))
 
 

@@ -18,22 +18,24 @@ from mpq_deploy.engine.target import Target
 from mpq_deploy.errors import UsageError
 from mpq_deploy.graph.shapes import inferred_graph
 
-# Context, library and compiled kernels of a process that runs one engine (our choice, not measured).
+# Context, library and compiled kernels of a process that runs one engine (our choice, not
+# measured).
 RUNTIME_BYTES = 500_000_000
-# Activations: what TensorRT-RTX 1.7 takes for the smallest graph, and what for each byte that lives at once (read off
-# its builds of the bundled models: 8.7 MB for 0.36 MB alive, 28.6 MB for 6.8 MB).
+# Activations: what TensorRT-RTX 1.7 takes for the smallest graph, and for each byte that lives at
+# once (read off its builds of the bundled models: 8.7 MB for 0.36 MB alive, 28.6 MB for 6.8 MB).
 WORKSPACE_BYTES, COPIES = 8_400_000, 3
-# On the host, the child process that builds: the library with its compiler, per node of the graph, and copies of the
-# weights (fitted to peaks).
+# On the host, the child process that builds: the library with its compiler, per node of the graph,
+# and copies of the weights (fitted to peaks).
 BUILDER_BYTES, BUILDER_NODE_BYTES, BUILDER_COPIES = 220 << 20, 265_000, 3
-WEIGHT_FORMS = ("DequantizeLinear", "QuantizeLinear", "Reshape", "Transpose", "Cast", "Identity", "Concat", "Gather")
+WEIGHT_FORMS = (
+    *("DequantizeLinear", "QuantizeLinear", "Reshape", "Transpose", "Cast", "Identity"),
+    *("Concat", "Gather"),
+)
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes: constants as stored, activations live at once, the largest unpacked weight, the
-    runtime.
-    """
+    """Bytes: constants as stored, activations alive at once, the largest unpacked weight, runtime."""
 
     weights_bytes: int
     activation_bytes: int
@@ -64,7 +66,7 @@ def estimate_memory(model: Path, shapes: Mapping[str, tuple[int, ...]], weights_
 
 
 def refuse_too_large(estimate: MemoryEstimate, target: Target, batch: int) -> None:
-    """Raise UsageError when the estimate is more than the target's memory; nothing where that is not known."""
+    """Raise UsageError when the estimate is more than the target's memory, where that is known."""
     if target.memory_bytes is None or estimate.total_bytes <= target.memory_bytes.value:
         return
     whose = f" ({target.figures_of})" if target.figures_of else ""

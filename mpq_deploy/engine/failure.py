@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 LAST_LINES = 4
 NAMED_NODES = 4
 PRODUCTS = ("MatMul", "Gemm")
-# What a shell adds to the signal that ended the program that it ran; what faults in a program raise; what others send.
+# What a shell adds to the signal that ended the program that it ran; what faults in a program
+# raise; what others send.
 SHELL_SIGNALS = 128
 # Windows lacks some of them.
 FAULTS = tuple(n for name in ("SEGV", "ABRT", "BUS", "FPE", "ILL") if (n := getattr(signal, f"SIG{name}", 0)))
@@ -24,14 +25,13 @@ KILLS = tuple(n for name in ("KILL", "TERM") if (n := getattr(signal, f"SIG{name
 
 def refused(result: dict[str, Any], builder: str, log: Path) -> EngineError:
     """Say what the parser or builder refused, node by node, from the worker's result."""
-    errors = result["errors"]
-    parts = [
-        f"{e['node']} ({e['operator']}): {_short(e['message'])}" if e["node"] else _short(e["message"]) for e in errors
-    ]
-    shown = "; ".join(dict.fromkeys(parts[:NAMED_NODES])) or "it gave no reason"
-    verb = {"parse": "cannot read the graph", "profile": "cannot be told the input shapes"}.get(
-        result["stage"], "refuses the graph"
-    )
+    parts = []
+    for error in result["errors"][:NAMED_NODES]:
+        where = f"{error['node']} ({error['operator']}): " if error["node"] else ""
+        parts.append(where + _short(error["message"]))
+    shown = "; ".join(dict.fromkeys(parts)) or "it gave no reason"
+    verbs = {"parse": "cannot read the graph", "profile": "has no input shapes"}
+    verb = verbs.get(result["stage"], "refuses the graph")
     return EngineError(f"{builder} {result['version']} {verb}: {shown}.", f"The whole log: {log}")
 
 
@@ -58,45 +58,49 @@ def crashed(model: Path, log: Path, returncode: int, stderr: str) -> EngineError
     ended_by = fatal_signal(returncode)
     if not ended_by:
         message = " ".join(stderr.split())[-400:]
-        return EngineError(f"The builder's process ended with code {returncode}: {message}", f"The whole log: {log}")
+        text = f"The builder's process ended with code {returncode}: {message}"
+        return EngineError(text, f"The whole log: {log}")
     name = signal.Signals(ended_by).name
     if ended_by not in FAULTS:
         why = ", most likely because memory ran out" if name == "SIGKILL" else ""
         return BuilderKilledError(
             f"The builder was killed ({name}){why}. {words}",
-            f"Repeat the command: it goes on with this engine. If it is killed again, build on a machine with more "
-            f"memory. Log: {log}",
+            "Repeat the command: it goes on with this engine. If it is killed again, build on a machine "
+            f"with more memory. Log: {log}",
         )
     if importlib.util.find_spec("onnx") is None:
         # On a device: 'mpq-deploy check' names them at home.
         blame = " Its graph cannot be looked at here: onnx is not installed."
     else:
-        nodes = suspects(model)
-        blame = f" Suspect nodes: {', '.join(nodes)}." if nodes else " No node has a form that is known to crash it."
+        nodes = known_suspects(model)
+        blame = " No node has a form that is known to crash it."
+        if nodes:
+            blame = f" Suspect nodes: {', '.join(nodes)}."
     return BuilderCrashedError(
         f"The builder crashed ({name}).{blame} {words}",
         f"Leave the suspect layers in FP16 (recipe: protect). The whole log: {log}",
     )
 
 
-def located(crash: BuilderCrashedError, found: Suspects | None) -> EngineError:
-    """Add to ``crash`` what building smaller graphs has found."""
-    if found is None:
+def located(crash: BuilderCrashedError, suspects: Suspects | None) -> EngineError:
+    """Add to ``crash`` the nodes that building smaller graphs blames."""
+    if suspects is None:
         return EngineError(f"{crash.message} A second build of the same graph did not crash.", crash.hint)
-    named = ", ".join(found.nodes[:NAMED_NODES]) + (
-        f" and {len(found.nodes) - NAMED_NODES} more" if len(found.nodes) > NAMED_NODES else ""
-    )
-    if not found.quantized:
+    named, more = ", ".join(suspects.nodes[:NAMED_NODES]), len(suspects.nodes) - NAMED_NODES
+    if more > 0:
+        named += f" and {more} more"
+    if not suspects.quantized:
         text = f"It crashes without any quantization too, when the graph has come to {named}"
-    elif len(found.nodes) == 1:
+    elif len(suspects.nodes) == 1:
         text = f"It crashes when {named} alone is quantized, and not when nothing is"
     else:
         text = f"It crashes when these are quantized together: {named}; and not when nothing is"
-    sure = "" if found.certain else "; the search ended early, so fewer may be enough"
-    return EngineError(f"{crash.message} Suspects by {found.trials} smaller builds: {text}{sure}.", crash.hint)
+    sure = "" if suspects.certain else "; the search ended early, so fewer may be enough"
+    searched = f"Suspects by {suspects.trials} smaller builds: {text}{sure}."
+    return EngineError(f"{crash.message} {searched}", crash.hint)
 
 
-def suspects(model: Path) -> list[str]:
+def known_suspects(model: Path) -> list[str]:
     """Name the nodes of forms that are known to crash TensorRT-RTX: each with the reason.
 
     1. A product whose left operand is an INT4 weight in blocks.
@@ -128,5 +132,5 @@ def suspects(model: Path) -> list[str]:
 
 def _short(message: str) -> str:
     """The first sentence of a builder's message, without the noise of a missing driver."""
-    lines = [line for line in message.splitlines() if "cudaError" not in line and "catchCudaError" not in line]
+    lines = [line for line in message.splitlines() if "cudaerror" not in line.lower()]
     return " ".join(" ".join(lines).split())[:300].rstrip(".")

@@ -13,7 +13,8 @@ from typing import Any
 from mpq_deploy.engine.build_log import ONNX_NODE, EngineLayer, EngineLog, EngineTensor, totals
 from mpq_deploy.errors import EngineError
 
-# The words of TensorRT's format descriptions, such as "Row major linear FP16 format", and of its weights.
+# The words of TensorRT's format descriptions, such as "Row major linear FP16 format", and of its
+# weights.
 _DTYPES = {"INT8": "Int8", "INT4": "Int4", "FP16": "Half", "HALF": "Half", "FP32": "Float", "FLOAT": "Float"}
 _TYPES = {"CASKCONVOLUTION": "correlation", "CONVOLUTION": "correlation", "CASKGEMMCONVOLUTION": "correlation"}
 
@@ -26,9 +27,8 @@ def parse_layer_information(text: str, log: str) -> EngineLog:
     try:
         listed = json.loads(text)["Layers"]
     except (ValueError, KeyError, TypeError) as error:
-        raise EngineError(
-            "The builder's layer information is no JSON with 'Layers', so the engine is unchecked."
-        ) from error
+        text = "The builder's layer information is no JSON with 'Layers', so the engine is unchecked."
+        raise EngineError(text) from error
     if any(not isinstance(layer, dict) for layer in listed):
         raise EngineError(
             "The builder's layer information holds only names, so the engine cannot be checked.",
@@ -56,9 +56,8 @@ def _layer(layer: dict[str, Any]) -> EngineLayer:
 
 
 def _tensor(tensor: dict[str, Any]) -> EngineTensor:
-    described = str(tensor.get("Datatype") or tensor.get("Format/Datatype") or "")
-    shape = tuple(int(size) for size in tensor.get("Dimensions", ()))
-    return EngineTensor(str(tensor.get("Name", "")), shape, _dtype(described))
+    dtype = _dtype(str(tensor.get("Datatype") or tensor.get("Format/Datatype") or ""))
+    return EngineTensor(str(tensor.get("Name", "")), tuple(map(int, tensor.get("Dimensions", ()))), dtype)
 
 
 def _dtype(described: str) -> str:

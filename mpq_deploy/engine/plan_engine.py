@@ -1,4 +1,4 @@
-"""The engine of a run's plan: its batch sizes, what it promises, and whether the target can hold it."""
+"""The engine of a run's plan: batch sizes, what it must hold, and whether the target can."""
 
 from __future__ import annotations
 

@@ -10,6 +10,8 @@ from mpq_deploy.engine.verify import Problem
 from mpq_deploy.errors import EngineError
 from mpq_deploy.system.files import unsealed
 
+# Its file beside the engine.
+RECORD = "build.json"
 # How many layers an error names before it only counts them.
 NAMED = 5
 
@@ -34,8 +36,9 @@ class BuildTiming:
 class EngineRecord:
     """An engine that was built: what it is, what it holds, and how it differs from the plan.
 
-    ``kernels`` counts the engine's kernels by type. ``verified`` means that no problem is ``wrong``.
-    ``compute_capabilities``: the GPUs that it is for; empty: the one that it was built on.
+    ``kernels`` counts the engine's kernels by type. ``verified`` means that no problem is
+    ``wrong``. ``compute_capabilities``: the GPUs that it is for; empty: the one that it was built
+    on.
     """
 
     target: str
@@ -54,7 +57,7 @@ class EngineRecord:
     timing: BuildTiming | None = field(default=None, compare=False)
 
     def require_verified(self) -> EngineRecord:
-        """Return self. Raises EngineError naming the layers when the engine is not what was planned."""
+        """Return self. Raises EngineError naming the layers that are not as planned."""
         wrong = [str(problem) for problem in self.problems if problem.severity == "wrong"]
         if wrong:
             more = f" (and {len(wrong) - NAMED} more)" if len(wrong) > NAMED else ""
@@ -69,6 +72,12 @@ class EngineRecord:
         values = asdict(self)
         del values["timing"]
         path.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+    @classmethod
+    def beside(cls, engine: Path) -> EngineRecord | None:
+        """Read the record in the folder of ``engine``; None for another tool's engine."""
+        path = engine.with_name(RECORD)
+        return cls.load(path) if path.is_file() else None
 
     @classmethod
     def load(cls, path: Path, timing: Path | None = None) -> EngineRecord:

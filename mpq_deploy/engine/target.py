@@ -85,12 +85,12 @@ class Evidence(BaseModel):
 class Target(BaseModel):
     """A device or a family of devices, its builder, and what that builder takes.
 
-    ``schemes``: op -> families that its layers may take; every family left out has a rule with the reason.
-    ``branches``: op -> kinds of branches that may stand beside a body.
-    ``versions``: the builder's versions that the dialect holds for, as far as they are given (``10.3`` is 10.3.x);
-    empty accepts any. ``jetpack``: the JetPack releases that bring them. Rates are peak and dense; ``figures_of`` is
-    the device that they belong to, where the target is a family. ``protected``: shell patterns of layer names that stay
-    FP16 unless the recipe says otherwise.
+    ``schemes``: op -> families that its layers may take; every family left out has a rule with the
+    reason. ``branches``: op -> kinds of branches that may stand beside a body. ``versions``: the
+    builder's versions that the dialect holds for, as far as they are given (``10.3`` is 10.3.x);
+    empty accepts any. ``jetpack``: the JetPack releases that bring them. Rates are peak and dense;
+    ``figures_of`` is the device that they belong to, where the target is a family. ``protected``:
+    shell patterns of layer names that stay FP16 unless the recipe says otherwise.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -151,17 +151,17 @@ class Target(BaseModel):
         return any(SIMULATED in families for families in self.schemes.values())
 
     def nearest(self, op: str, scheme: Scheme) -> str:
-        """Name the nearest to ``scheme`` that layers of ``op`` may take: a family or simulated
-        scheme.
-        """
-        offered = tuple(s for s in SCHEMES.values() if s.quantized and not s.branch and s.family in self.schemes[op])
+        """Name the family or simulated scheme nearest to ``scheme`` that layers of ``op`` take."""
+        plain = (s for s in SCHEMES.values() if s.quantized and not s.branch)
+        offered = tuple(s for s in plain if s.family in self.schemes[op])
         return nearest_scheme(scheme, offered).series if offered else "fp16"
 
     def refusal(self, layer: Layer, scheme: Scheme) -> str:
         """Return why ``layer`` may not take ``scheme`` on this target; empty when it may."""
         if not scheme.quantized:
             return ""
-        # A rule without condition explains what `schemes` leaves out; a file that extends this one may allow it.
+        # A rule without condition explains what `schemes` leaves out; a file that extends this one
+        # may allow it.
         left_out = scheme.family not in self.schemes[layer.op]
         if left_out and scheme.simulated:
             return f"{_not_in_tensorrt(scheme)}; nearest: {self.nearest(layer.op, scheme)}"
@@ -189,14 +189,20 @@ def _not_in_tensorrt(scheme: Scheme) -> str:
 
 def known_targets() -> tuple[str, ...]:
     """Return the names of the targets that are shipped, sorted."""
-    return tuple(sorted(Path(entry.name).stem for entry in _folder().iterdir() if entry.name.endswith(SUFFIXES)))
+    names = (entry.name for entry in _folder().iterdir())
+    return tuple(sorted(Path(name).stem for name in names if name.endswith(SUFFIXES)))
+
+
+def _known() -> str:
+    return f"Known targets: {', '.join(known_targets())}."
 
 
 def load_target(name_or_path: str | Path) -> Target:
     """Return the shipped target of that name, or the one in the user's own YAML.
 
-    A name that ends in .yaml or holds a slash is a path. Such a file may say ``extends: NAME`` and give only what
-    differs. Raises UsageError for an unknown name, an unreadable file, or a file that does not validate.
+    A name that ends in .yaml or holds a slash is a path. Such a file may say ``extends: NAME`` and
+    give only what differs. Raises UsageError for an unknown name, an unreadable file, or a file
+    that does not validate.
     """
     text = str(name_or_path)
     if text.endswith(SUFFIXES) or "/" in text:
@@ -205,7 +211,7 @@ def load_target(name_or_path: str | Path) -> Target:
     if text not in known_targets():
         raise UsageError(
             f"Unknown target '{text}'.",
-            f"{nearest(text, known_targets())}Known targets: {', '.join(known_targets())}; or give a YAML file.",
+            f"{nearest(text, known_targets())}{_known()[:-1]}; or give a YAML file.",
         )
     return _shipped(text)
 
@@ -228,28 +234,25 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(
-            f"The target file {path} cannot be read: {error.strerror}.",
-            f"Known targets: {', '.join(known_targets())}.",
-        ) from error
+        raise UsageError(f"The target file {path} cannot be read: {error.strerror}.", _known()) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"The target file {path} is no YAML: {' '.join(str(error).split())}.") from error
+        reason = " ".join(str(error).split())
+        raise UsageError(f"The target file {path} is no YAML: {reason}.") from error
     if not isinstance(fields, dict):
-        raise UsageError(f"The target file {path} holds {type(fields).__name__}, not fields such as 'extends: rtx'.")
+        kind = type(fields).__name__
+        raise UsageError(f"The target file {path} holds {kind}, not fields such as 'extends: rtx'.")
     return fields
 
 
 def _extended(fields: dict[str, Any], seen: tuple[str, ...], where: str) -> dict[str, Any]:
-    """Fill ``fields`` from the shipped target that it extends; its rules come before inherited
-    ones.
-    """
+    """Fill ``fields`` from the shipped target that it extends; its rules precede inherited ones."""
     base = fields.get("extends")
     if base is None:
         return fields
     if not isinstance(base, str) or base not in known_targets() or base in seen:
         raise UsageError(
             f"Target {where} extends '{base}', which is no shipped target that it can extend.",
-            f"{nearest(str(base), known_targets())}Known targets: {', '.join(known_targets())}.",
+            f"{nearest(str(base), known_targets())}{_known()}",
         )
     inherited = _extended(_shipped_fields(base), (*seen, base), base)
     merged = {**inherited, **{key: value for key, value in fields.items() if key != "extends"}}

@@ -11,8 +11,9 @@ from mpq_deploy.models.spec import Array
 def add_constant(model: ir.Model, name: str, content: Array | ir.TensorProtocol) -> ir.Value:
     """Return the constant ``name`` of ``model`` that holds ``content``; it is added when it is new.
 
-    Tensors are stored as they are: lazy and external ones are not read. A constant that exists already is shared when
-    it has the same type and shape, and the same elements where both lie in memory; otherwise ValueError.
+    Tensors are stored as they are: lazy and external ones are not read. A constant that exists
+    already is shared when it has the same type and shape, and the same elements where both lie in
+    memory; otherwise ValueError.
     """
     value = constant(name, content)
     known = model.graph.initializers.get(name)

@@ -1,8 +1,8 @@
-"""Dialects: what the ONNX parser and the builder of a TensorRT release take, as data for the writer and the checker.
+"""Dialects: what the parser and builder of a TensorRT release take, as data.
 
-Sources: ``tensorrt_rtx`` 1.7.1.116 on CPU (its own ``supports_operator`` and builds, docs/engine-forms.md), and for
-TensorRT proper NvInfer.h per release, the parser's ``operators.md`` and source. What only the latter say is documented,
-not proven.
+Sources: ``tensorrt_rtx`` 1.7.1.116 on CPU (its own ``supports_operator`` and builds,
+docs/engine-forms.md), and for TensorRT proper NvInfer.h per release, the parser's ``operators.md``
+and source. What only the latter say is documented, not proven.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from mpq_deploy.errors import UsageError, nearest
 
-# What no TensorRT parser takes: the operators that tensorrt_rtx 1.7.1 refuses, which are those of operators.md (10.15).
+# What no TensorRT parser takes: the operators that tensorrt_rtx 1.7.1 refuses, which are those of
+# operators.md (10.15).
 UNSUPPORTED = frozenset({
     "AffineGrid", "Bernoulli", "BitCast", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr",
     "BitwiseXor", "CenterCropPad", "Col2Im", "Compress", "ConcatFromSequence", "ConvInteger",
@@ -33,12 +34,14 @@ FP8, FP4 = "FLOAT8E4M3FN", "FLOAT4E2M1"
 class Dialect:
     """What one family of releases reads.
 
-    ``opsets``: the smallest and the largest that it is known to read; the writer lowers what is above. ``unsupported``:
-    operators that its parser refuses; ``doubtful``: those of which no source says that it takes them. ``types``:
-    element types of constants. ``block_types``: types that may be quantized in blocks; ``block_rank``: the only rank
-    of such a weight (None: any). ``constant_scales``: every scale must be a build-time constant. ``group_norm``: takes
-    GroupNormalization with a scale per channel (opset 21). ``odd_rows``: takes INT4 whose last dimension is odd.
-    ``requantized``, ``int4_conv``, ``int8_weights_only``: forms that are proven there.
+    ``opsets``: the smallest and the largest that it is known to read; the writer lowers what is
+    above. ``unsupported``: operators that its parser refuses; ``doubtful``: those of which no
+    source says that it takes them. ``types``: element types of constants. ``block_types``: types
+    that may be quantized in blocks; ``block_rank``: the only rank of such a weight (None: any).
+    ``constant_scales``: every scale must be a build-time constant. ``group_norm``: takes
+    GroupNormalization with a scale per channel (opset 21). ``odd_rows``: takes INT4 whose last
+    dimension is odd. ``requantized``, ``int4_conv``, ``int8_weights_only``: forms that are proven
+    there.
     """
 
     name: str
@@ -73,7 +76,8 @@ DIALECTS: dict[str, Dialect] = {
         Dialect(
             "trt-10.3",
             "TensorRT 10.3",
-            # operators.md says 20; INT4 needs 21, which the parser reads since 10.0 (NVIDIA's own exporter writes it).
+            # operators.md says 20; INT4 needs 21, which the parser reads since 10.0 (NVIDIA's own
+            # exporter writes it).
             (9, 21),
             UNSUPPORTED | SINCE_2025 | SINCE_2026,
             types=TYPES | {FP8},

@@ -1,11 +1,12 @@
 """Which part of a graph computes in FP16, and which constants are stored so.
 
-The sinusoids of the timestep need FP32: at t = 999 FP16 has steps of 0.5, half a radian. So a node stays in FP32 when
-all its floating-point inputs come from position-like graph inputs (the timestep, and any other input that reaches a
-Sin or Cos) and it lies before the first layer; positions that are made of constants stay too. So does a node with a
-scalar that FP16 does not hold: a term such as the 1e-15 that keeps a divisor from 0 would be 0, a factor of 1e6 another
-number. Roots and quotients of its result follow. And so does a node whose operator takes no FP16 in ONNX (Range, Celu).
-Everything else is FP16.
+The sinusoids of the timestep need FP32: at t = 999 FP16 has steps of 0.5, half a radian. So a node
+stays in FP32 when all its floating-point inputs come from position-like graph inputs (the timestep,
+and any other input that reaches a Sin or Cos) and it lies before the first layer; positions that
+are made of constants stay too. So does a node with a scalar that FP16 does not hold: a term such as
+the 1e-15 that keeps a divisor from 0 would be 0, a factor of 1e6 another number. Roots and
+quotients of its result follow. And so does a node whose operator takes no FP16 in ONNX (Range,
+Celu). Everything else is FP16.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from mpq_deploy.graph.passes.base import subgraph_node
 
 # Input slots that ONNX keeps in FP32 whatever the tensor's type: Resize's roi and scales.
 FLOAT32_SLOTS = {"Resize": (1, 2)}
-# Half of the smallest FP16 number: what is less becomes 0. Infinities of masks may be the largest FP16 number.
+# Half of the smallest FP16 number: what is less becomes 0. Infinities of masks may be the largest
+# FP16 number.
 VANISHING, LARGEST = 2.0**-25, 65504.0
 TERMS, FACTORS = ("Add", "Sub", "Max", "Clip"), ("Mul", "Div")
 # What takes the result of such a node out of the range near 0.
@@ -33,7 +35,7 @@ FOLLOWING = ("Sqrt", "Pow", "Reciprocal", "Div", "Log")
 
 @dataclass(frozen=True)
 class Fp16Region:
-    """``nodes32``: names of the nodes that stay in FP32. ``inputs32``: graph inputs that stay in FP32."""
+    """``nodes32``, ``inputs32``: names of the nodes and graph inputs that stay in FP32."""
 
     nodes32: frozenset[str]
     inputs32: frozenset[str]
@@ -73,7 +75,7 @@ def fp16_region(model: ir.Model, timestep: str, sample: str) -> Fp16Region:
 
 
 def _out_of_range(model: ir.Model) -> set[str]:
-    """Return the names of nodes with a scalar beyond FP16, and of those that follow them into a root or quotient."""
+    """Names of nodes with a scalar beyond FP16, and of roots and quotients that follow them."""
     names: set[str] = set()
     for node in model.graph:
         producers = [value.producer() for value in node.inputs if value is not None]
@@ -114,7 +116,7 @@ def _takes_no_half(node: ir.Node, opset: int) -> bool:
 
 
 def _float_sources(model: ir.Model) -> dict[ir.Node, set[str] | None]:
-    """Graph inputs that reach each node without crossing a layer or a Shape; None once a layer was crossed."""
+    """Graph inputs that reach each node before any layer or Shape; None behind a layer."""
     reach: dict[ir.Value, set[str] | None]
     reach = {value: {value.name or ""} for value in model.graph.inputs}
     sources: dict[ir.Node, set[str] | None] = {}
@@ -134,7 +136,8 @@ def _float_sources(model: ir.Model) -> dict[ir.Node, set[str] | None]:
 def split_initializers(model: ir.Model, region: Fp16Region) -> list[ir.Value]:
     """Return the FP32 initializers to store in FP16, in order.
 
-    One that feeds both FP16 nodes and FP32 slots is split in two: the FP32 readers get a copy named ``...//fp32``.
+    One that feeds both FP16 nodes and FP32 slots is split in two: the FP32 readers get a copy named
+    ``...//fp32``.
     """
     chosen = [value for value in model.graph.initializers.values() if is_stored_half(value, region)]
     for value in chosen:
@@ -165,12 +168,13 @@ def store_float16(values: list[ir.Value]) -> None:
 
 
 def to_float16(tensor: ir.TensorProtocol, name: str) -> ir.LazyTensor:
-    """Return ``tensor`` in FP16, converted when it is written; finite values too large become the largest."""
+    """Return ``tensor`` in FP16, converted when written; large finite values are clipped."""
 
     def convert() -> ir.Tensor[Any]:
         array = np.asarray(tensor.numpy(), np.float32)
         limit = float(np.finfo(np.float16).max)
-        # A mask's -3.4e38 must not become -inf: inf - inf is NaN in a softmax. Real infinities stay.
+        # A mask's -3.4e38 must not become -inf: inf - inf is NaN in a softmax. Real infinities
+        # stay.
         clipped = np.where(np.isinf(array), array, np.clip(array, -limit, limit))
         return ir.Tensor(np.asarray(clipped, np.float16), name=name)
 

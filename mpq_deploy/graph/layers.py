@@ -1,7 +1,7 @@
-"""An ONNX graph seen as layers: which weights may be quantized, and which others are there and why they stay.
+"""An ONNX graph seen as layers: which weights may be quantized, and why others stay.
 
-In: an ``onnx_ir.Model`` that ``graph.load`` has normalised (weights are initializers, node names unique).
-Out: a ``LayerGraph`` with one ``Layer`` per quantizable weight, in graph order.
+In: an ``onnx_ir.Model`` that ``graph.load`` has normalised (weights are initializers, node names
+unique). Out: a ``LayerGraph`` with one ``Layer`` per quantizable weight, in graph order.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ class LayerUse:
 class Layer:
     """A Conv, Gemm or MatMul with a constant weight: the unit for which a scheme is chosen.
 
-    A weight shared by several nodes is one layer with several uses. ``weight_shape`` is the shape in the file;
-    seen as a matrix [out_channels, reduction] (see ``weight_matrix``) the output channels come first.
+    A weight shared by several nodes is one layer with several uses. ``weight_shape`` is the shape
+    in the file; seen as a matrix [out_channels, reduction] (see ``weight_matrix``) the output
+    channels come first.
     """
 
     name: str
@@ -54,7 +55,7 @@ class Layer:
 
     @property
     def reduction(self) -> int:
-        """Number of products summed into one output element: I/group * kh * kw for a Conv, K for a product."""
+        """Products summed into one output element: I/group * kh * kw of a Conv, K of a product."""
         return self.weights // max(self.out_channels, 1)
 
     @property
@@ -75,7 +76,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class OtherWeight:
-    """A constant of at least two dimensions (norms and biases apart) that is no layer, and why: it stays in FP16."""
+    """A constant of at least two dimensions (no norm, no bias) that is no layer, and why."""
 
     name: str
     op: str
@@ -93,7 +94,7 @@ class LayerGraph:
 
     @property
     def activations(self) -> dict[str, tuple[str, ...]]:
-        """Activation tensor -> names of the layers that read it. Layers that share one share its quantizer."""
+        """Activation tensor -> names of the layers that read it and share its quantizer."""
         readers: dict[str, list[str]] = {}
         for layer in self.layers:
             for tensor in layer.inputs:
@@ -140,7 +141,7 @@ def layer_graph(model: ir.Model) -> LayerGraph:
 
 
 def dataflow(model: ir.Model) -> nx.DiGraph:
-    """Return the nodes' names as a directed graph: an edge for each tensor that one node hands to another."""
+    """Return the nodes' names as a directed graph: an edge for each tensor handed on."""
     graph = nx.DiGraph()
     for node in model.graph:
         graph.add_node(node.name, op=node.op_type)
@@ -152,7 +153,7 @@ def dataflow(model: ir.Model) -> nx.DiGraph:
 
 
 def _refusal(node: ir.Node, index: int, value: ir.Value) -> str:
-    """Say why initializer ``value`` at input ``index`` of ``node`` makes no layer; empty when it does."""
+    """Say why constant ``value`` at input ``index`` of ``node`` makes no layer; empty: it does."""
     shape = _shape(value)
     if node.domain not in STANDARD_DOMAINS:
         return f"the operator {node.domain}::{node.op_type} is not one of ONNX"

@@ -1,6 +1,7 @@
 """Read an ONNX file safely, and bring it to the form that the rest of the package expects.
 
-In: a path. Out: an ``onnx_ir.Model`` whose weights stay on disk (memory-mapped) until they are used.
+In: a path. Out: an ``onnx_ir.Model`` whose weights stay on disk (memory-mapped) until they are
+used.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ PROTOBUF_LIMIT = 2**31
 def load_model(path: Path) -> ir.Model:
     """Return the model at ``path``; its external weights are memory-mapped, not read.
 
-    Raises ModelError when the file is missing, truncated or no ONNX, or when its external data is missing, too
-    short or outside the model's folder.
+    Raises ModelError when the file is missing, truncated or no ONNX, or when its external data is
+    missing, too short or outside the model's folder.
     """
     proto = read_proto(path)
     try:
@@ -53,7 +54,7 @@ def _root_cause(error: BaseException) -> str:
 
 
 def read_proto(path: Path) -> onnx.ModelProto:
-    """Return the checked file at ``path`` without its external weights. Raises ModelError as ``load_model``."""
+    """Return the file at ``path`` without external weights. Raises ModelError as ``load_model``."""
     if not path.is_file():
         raise ModelError(f"There is no ONNX file at {path}.", "Check the path.")
     if path.stat().st_size >= PROTOBUF_LIMIT:
@@ -67,7 +68,7 @@ def read_proto(path: Path) -> onnx.ModelProto:
 
 
 def parse_proto(content: bytes, name: str) -> onnx.ModelProto:
-    """Parse ``content``; ``name`` says in errors what it is. Raises ModelError when it is no complete ONNX model."""
+    """Parse ``content`` (``name`` in errors). Raises ModelError for no complete ONNX model."""
     hint = "The file is truncated or not an ONNX model: export or copy it again."
     proto = onnx.ModelProto()
     try:
@@ -80,7 +81,7 @@ def parse_proto(content: bytes, name: str) -> onnx.ModelProto:
 
 
 def check_external_data(proto: onnx.ModelProto, path: Path) -> None:
-    """Raise ModelError unless every external tensor lies complete in a file inside the folder of ``path``.
+    """Raise ModelError unless every external tensor lies complete in the folder of ``path``.
 
     A model that is a link has its data beside the file that it links to.
     """

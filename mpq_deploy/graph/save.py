@@ -20,8 +20,9 @@ ALIGNMENT = 64
 def save_sharing(models: dict[str, ir.Model], folder: Path, data_name: str) -> None:
     """Write each model as ``folder/name``; all refer to the same constants in ``folder/data_name``.
 
-    The models hold equal initializers under equal names (ValueError when not), so that the bytes exist once.
-    Tensors are written one by one; those that are one object in memory are written once.
+    The models hold equal initializers under equal names (ValueError when not), so that the bytes
+    exist once. Tensors are written one by one; those that are one object in memory are written
+    once.
     """
     first = next(iter(models.values()))
     external = _write_data(first, folder / data_name)
@@ -45,7 +46,8 @@ def _write_data(model: ir.Model, path: Path) -> dict[str, ir.ExternalTensor]:
     with path.open("wb") as file:
         for value in model.graph.initializers.values():
             tensor = value.const_value
-            # Copies of one tensor are external whatever their size: only there can they be stored once.
+            # Copies of one tensor are external whatever their size: only there can they be stored
+            # once.
             if tensor is None or (tensor.nbytes < EXTERNAL_FROM_BYTES and copies[id(tensor)] == 1):
                 continue
             if id(tensor) not in places:
@@ -63,9 +65,10 @@ def _write_data(model: ir.Model, path: Path) -> dict[str, ir.ExternalTensor]:
 
 
 def constant_bytes(path: Path, skipped: Collection[str] = ()) -> int:
-    """Bytes of all constants in the file, as stored: initializers and Constant nodes, 4-bit ones packed.
+    """Bytes of a file's constants , 4-bit ones packed.
 
-    Tensors that lie at the same place of the external data count once; initializers named in ``skipped`` not at all.
+    Tensors that lie at the same place of the external data count once; initializers named in
+    ``skipped`` not at all.
     """
     model = onnx.load(path, load_external_data=False)
     places: set[tuple[str, int]] = set()
@@ -88,9 +91,10 @@ def constant_bytes(path: Path, skipped: Collection[str] = ()) -> int:
 
 
 def repeated_bytes(path: Path) -> int:
-    """Bytes of the constants of ``constant_bytes`` that equal another one, as fresh norms and zeroed layers do.
+    """Bytes of the constants of ``constant_bytes`` that equal another one.
 
-    Builders may store them once. Only constants in external data are compared: the others are small.
+    Builders may store them once. Only constants in external data are compared: the others are
+    small.
     """
     model = onnx.load(path, load_external_data=False)
     alike: dict[tuple[int, tuple[int, ...], int], set[tuple[str, int]]] = {}

@@ -14,13 +14,13 @@ SHAPE_BYTES = 4096
 def known_shapes(
     model: Path, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[onnx.GraphProto, dict[str, tuple[int, ...]]]:
-    """Return the graph of ``model`` and every tensor's shape that follows from inputs of ``shapes``, by name."""
+    """Return the graph of ``model``, and every shape that follows from inputs of ``shapes``."""
     graph = inferred_graph(onnx.load(model, load_external_data=False), shapes)
     return graph, _complete(graph)
 
 
 def inferred_shapes(proto: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Return every shape that follows from inputs of ``shapes``, by tensor; ``proto`` loses its own, and weights."""
+    """Return what follows from inputs of ``shapes``; ``proto`` loses its own shapes, and weights."""
     return _complete(inferred_graph(proto, shapes))
 
 

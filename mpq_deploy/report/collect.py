@@ -202,8 +202,7 @@ def _engine(run: Run) -> tuple[EngineInfo | None, str]:
     none = folder / "none.json"
     if none.exists():
         return None, json.loads(none.read_text(encoding="utf-8"))["reason"]
-    from mpq_deploy.engine.builder import RECORD
-    from mpq_deploy.engine.record import EngineRecord
+    from mpq_deploy.engine.record import RECORD, EngineRecord
 
     record = EngineRecord.load(folder / RECORD)
     seconds = run.folder.timings().get("engine", {}).get("seconds")

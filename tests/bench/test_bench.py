@@ -170,7 +170,7 @@ def test_a_process_that_dies_is_an_error_that_says_so(monkeypatch: pytest.Monkey
         (["m.onnx", "--backend", "tensort"], "'tensort' is none of"),
         (["m.onnx", "--calls", "10", "--rounds", "3"], "10 calls in 3 rounds"),
         (["m.onnx", "--shape", "x=1"], "'x=1' is no shape"),
-        (["m.onnx", "--batch", "0"], "Batch 0"),
+        (["m.onnx", "--batch", "0"], "Invalid batch 0"),
         (["m.onnx", "--device", "cuda"], "No NVIDIA driver is here"),
         (["m.onnx"], "cannot be read as ONNX"),
     ],

@@ -64,7 +64,7 @@ def test_a_shape_or_type_that_the_engine_does_not_take_is_named(tmp_path: Path) 
     runner = EngineRunner(fake, fake.FakeCuda(), engine_file(tmp_path), None)  # type: ignore[arg-type]
     with pytest.raises(EngineError, match=r"does not take x of shape \(5, 3\)"):
         runner.bind(feeds(5))
-    with pytest.raises(EngineError, match="takes 'x' as float32, but float64"):
+    with pytest.raises(EngineError, match="takes 'x' as float32, not float64"):
         runner.bind({"x": np.zeros((1, 3))})
     with pytest.raises(EngineError, match="cannot load"):
         EngineRunner(fake, fake.FakeCuda(), engine_file(tmp_path, b"other"), None)  # type: ignore[arg-type]

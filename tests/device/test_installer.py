@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from mpq_deploy.bench.statistics import call_times
 from mpq_deploy.device import installer as install_module
 from mpq_deploy.device.archive import ArchiveError
 from mpq_deploy.device.installer import (
@@ -24,8 +25,7 @@ from mpq_deploy.device.installer import (
     read_results,
 )
 from mpq_deploy.device.manifest import Manifest
-from mpq_deploy.device.output_check import latency, relative_squared_error
-from mpq_deploy.device.run import Run
+from mpq_deploy.device.output_check import relative_squared_error
 from mpq_deploy.errors import EngineError, UsageError
 from mpq_deploy.system import memory
 from mpq_deploy.system.progress import Talk
@@ -335,9 +335,8 @@ def test_errors_and_latencies_are_summed_up() -> None:
     assert relative_squared_error(np.array([3.0, 9.0]), wanted) == 1
     assert relative_squared_error(np.array([3.0]), wanted) == float("inf")
     assert relative_squared_error(np.array([3.0, np.nan]), wanted) == float("inf")
-    found = latency(Run(milliseconds=tuple(float(i) for i in range(101))))
+    found = call_times([float(i) for i in range(101)])
     assert found == {"mean_ms": 50.0, "calls": 101, "p50_ms": 50.0, "p90_ms": 90.0, "p99_ms": 99.0}
-    assert latency(Run(why="no GPU")) is None
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"format": 2}', '{"format": 1}'])

@@ -53,7 +53,7 @@ def test_the_smallest_crashing_set_is_found_whatever_it_is(model: Path, tmp_path
     for number, together in enumerate(cases):
         folder = tmp_path / str(number)
         folder.mkdir()
-        found = find_suspects(model, folder, crashing_when(together), most=200)
+        found = find_suspects(model, folder, crashing_when(together), max_trials=200)
         assert found is not None
         assert set(found.nodes) == together
         assert found.quantized and found.certain
@@ -214,7 +214,7 @@ def test_two_products_that_share_an_int4_weight_are_found_by_the_real_builder(
 ) -> None:
     """TensorRT-RTX really crashes on it; our list of known forms is emptied, so that only the search can tell."""
     pytest.importorskip("tensorrt_rtx")
-    monkeypatch.setattr("mpq_deploy.engine.failure.suspects", lambda model: [])
+    monkeypatch.setattr("mpq_deploy.engine.failure.known_suspects", lambda model: [])
     onnx.save(shared_weight(3), tmp_path / "model.onnx")
     profile = BatchProfile(1, 1, 2, {"x": (128, 128)})
     with pytest.raises(EngineError) as caught:

@@ -13,11 +13,11 @@ from onnx import TensorProto, helper
 from mpq_deploy.engine import builder as builder_module
 from mpq_deploy.engine import trtexec as trtexec_module
 from mpq_deploy.engine.build_worker import BuildJob, InputShapes
-from mpq_deploy.engine.builder import ENGINE, LAYERS, RECORD, BatchProfile, BuildRequest, build_engine
+from mpq_deploy.engine.builder import ENGINE, LAYERS, BatchProfile, BuildRequest, build_engine
 from mpq_deploy.engine.expected import ExpectedLayers
-from mpq_deploy.engine.failure import suspects
+from mpq_deploy.engine.failure import known_suspects
 from mpq_deploy.engine.layer_information import parse_layer_information
-from mpq_deploy.engine.record import EngineRecord
+from mpq_deploy.engine.record import RECORD, EngineRecord
 from mpq_deploy.engine.target import Target, load_target
 from mpq_deploy.engine.trtexec import trtexec_command, trtexec_version
 from mpq_deploy.engine.verify import Problem
@@ -131,7 +131,7 @@ def test_a_builder_that_crashes_is_an_error_that_names_the_nodes(tmp_path: Path,
     assert names in caught.value.message
     assert str(tmp_path / "engine.log") in caught.value.hint
     assert list((tmp_path / "engine").iterdir()) == []
-    assert suspects(tmp_path / "model.onnx")
+    assert known_suspects(tmp_path / "model.onnx")
 
 
 @pytest.mark.rtx

@@ -10,10 +10,11 @@ from mpq_deploy.errors import ModelError
 
 
 class GraphPass(ir.passes.InPlacePass):
-    """A pass that rewrites a model in place: ``call`` returns (model, modified), and a second run changes nothing.
+    """A pass that rewrites a model in place; a second run changes nothing.
 
-    ``requires`` raises ModelError for what a user's model may have and the pass does not take, and PreconditionError
-    for what our own code should have done before. ``ensures`` raises PostconditionError when the pass left something.
+    ``requires`` raises ModelError for what a user's model may have and the pass does not take, and
+    PreconditionError for what our own code should have done before. ``ensures`` raises
+    PostconditionError when the pass left something.
     """
 
     def __call__(self, model_or_result: ir.Model | ir.passes.PassResult, /) -> ir.passes.PassResult:

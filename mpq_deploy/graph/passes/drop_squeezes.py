@@ -11,9 +11,11 @@ from mpq_deploy.graph.passes.base import GraphPass, ensure
 class DropSqueezesPass(GraphPass):
     """Take out every Squeeze that does nothing in torch.
 
-    The exporter writes ``x.squeeze(1)`` as a Squeeze whatever the size of that axis is (PixArt's transformer ends so).
+    The exporter writes ``x.squeeze(1)`` as a Squeeze whatever the size of that axis is (PixArt's
+    transformer ends so).
 
-    1. Every axis named has a known size other than one: the Squeeze goes, and its input takes its place.
+    1. Every axis named has a known size other than one: the Squeeze goes, and its input takes its
+       place.
     2. Any other Squeeze stays: an axis of size one, of unknown size, or no axes at all.
     """
 

@@ -10,15 +10,17 @@ import onnx_ir as ir
 from mpq_deploy.graph.passes.base import GraphPass, ensure
 from mpq_deploy.models.spec import Array
 
-# Readers that hand a mask's values on, or limit others by them. Comparisons with infinity stay what they are.
+# Readers that hand a mask's values on, or limit others by them. Comparisons with infinity stay what
+# they are.
 HANDING_ON = ("Add", "Where", "Concat", "Expand", "Pad", "ScatterND", "Trilu", "Max", "Min", "Clip")
 
 
 class FiniteMasksPass(GraphPass):
     """Write infinities in constants that masks and limits are made of as the largest FP32 numbers.
 
-    1. A float initializer with infinities, all of whose readers are ``HANDING_ON``: what PyTorch makes of
-       ``masked_fill(-inf)``. A softmax gives the same but where a whole row is masked, which is NaN with infinities.
+    1. A float initializer with infinities, all of whose readers are ``HANDING_ON``: what PyTorch
+       makes of ``masked_fill(-inf)``. A softmax gives the same but where a whole row is masked,
+       which is NaN with infinities.
     2. A ConstantOfShape whose value is infinite.
     """
 

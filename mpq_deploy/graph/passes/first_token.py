@@ -1,4 +1,4 @@
-"""Keep the first token of a text apart, whose keys and values cross-attention then has as constants (MixDQ)."""
+"""Keep a text's first token apart: its keys and values become constants (MixDQ)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from mpq_deploy.graph.layers import STANDARD_DOMAINS
 from mpq_deploy.graph.passes.base import GraphPass, ensure
 from mpq_deploy.models.spec import Array
 
-# How far the first tokens of prompts may lie apart, as a share of their largest value (our choice): encoders run in
-# half precision and in batches.
+# How far the first tokens of prompts may lie apart, as a share of their largest value (our choice):
+# encoders run in half precision and in batches.
 SAME_TOKEN = 1e-2
 
 
 def common_first_token(name: str, texts: Array) -> Array:
-    """Return the first token float64 [C] that all rows of ``texts`` [N, T, C], the condition ``name``, begin with.
+    """Return the first token float64 [C] of all rows of the condition ``texts`` [N, T, C].
 
     Raises UsageError where they do not, or where there is no other token.
     """
@@ -38,7 +38,7 @@ def common_first_token(name: str, texts: Array) -> Array:
 
 
 def token_distance(tokens: Array, token: Array) -> float:
-    """Return how far ``tokens`` [N, C] lie from ``token`` [C] at most, as a share of its largest value."""
+    """Return how far ``tokens`` [N, C] lie from ``token`` [C], over its largest value."""
     largest = max(float(np.abs(token).max()), float(np.finfo(np.float32).tiny))
     return float(np.abs(tokens - token).max()) / largest
 
@@ -46,12 +46,13 @@ def token_distance(tokens: Array, token: Array) -> float:
 class FirstTokenPass(GraphPass):
     """Rewrite the projections of the input ``name`` [B, T, C], whose first token is ``token`` [C].
 
-    CLIP's first token is the same for every prompt and far larger than the others, so that it alone sets the INT8
-    range of what the keys and values are made from (Zhao et al. 2024, "MixDQ", arXiv 2405.17873: quantized apart from
-    the others, its output computed beforehand). Every MatMul that reads the text's tokens itself
+    CLIP's first token is the same for every prompt and far larger than the others, so that it alone
+    sets the INT8 range of what the keys and values are made from (Zhao et al. 2024, "MixDQ", arXiv
+    2405.17873: quantized apart from the others, its output computed beforehand). Every MatMul that
+    reads the text's tokens itself
 
-    1. multiplies tokens 1 to T - 1, which one Slice for all of them takes out: observers, scales and rounding see no
-       other;
+    1. multiplies tokens 1 to T - 1, which one Slice for all of them takes out: observers, scales
+       and rounding see no other;
     2. gets row 0 of its output from a constant, token times weight: float64 here, FP16 as deployed;
     3. and Concat joins the two, by the old output's name.
     4. Other readers (Shape, another projection in front) keep the whole text.

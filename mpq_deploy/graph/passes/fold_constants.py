@@ -19,15 +19,17 @@ Key = tuple[object, ...]
 class FoldConstantsPass(GraphPass):
     """Replace a shape or type operator on a weight by a weight that has that shape or type.
 
-    1. The operator is Transpose, Reshape, Flatten, Unsqueeze, Squeeze, Cast or CastLike, its first input an
-       initializer, and its further inputs are initializers (CastLike: only the type of the second is needed).
-    2. When all uses of the weight fold alike, the folded weight keeps the weight's name (a bias-free Linear's
-       ``to_q.weight``, which PyTorch stores transposed, stays ``to_q.weight``), however many nodes share it.
-    3. When some use stays or folds otherwise (tied weights), the folded copy is called ``NAME.transposed`` and so
-       on, and the weight stays for the others.
+    1. The operator is Transpose, Reshape, Flatten, Unsqueeze, Squeeze, Cast or CastLike, its first
+       input an initializer, and its further inputs are initializers (CastLike: only the type of the
+       second is needed).
+    2. When all uses of the weight fold alike, the folded weight keeps the weight's name (a
+       bias-free Linear's ``to_q.weight``, which PyTorch stores transposed, stays ``to_q.weight``),
+       however many nodes share it.
+    3. When some use stays or folds otherwise (tied weights), the folded copy is called
+       ``NAME.transposed`` and so on, and the weight stays for the others.
     4. Chains fold from the weight on. Operators whose result is a graph output stay.
-    5. A Slice folds where nothing else reads the weight, so that what is cut off is no longer stored: the table of
-       positions from which Stable Diffusion 3 cuts those of one image size.
+    5. A Slice folds where nothing else reads the weight, so that what is cut off is no longer
+       stored: the table of positions from which Stable Diffusion 3 cuts those of one image size.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:

@@ -1,4 +1,4 @@
-"""Turn an FP32 graph into the FP16 graph that TensorRT builds, with an FP32 island for the timestep."""
+"""Turn an FP32 graph into the FP16 graph that TensorRT builds, but for an FP32 island."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ HALF = ir.TensorType(ir.DataType.FLOAT16)
 class Fp16ArithmeticPass(GraphPass):
     """Compute in FP16 outside the FP32 island of ``region``.
 
-    1. Float initializers become FP16, unless only FP32 nodes read them; one that both read is split in two.
+    1. Float initializers become FP16, unless only FP32 nodes read them; one that both read is split
+       in two.
     2. Graph inputs and outputs become FP16, the timestep and other positions excepted.
     3. A Cast or ConstantOfShape that makes FP32 makes FP16.
     4. Where the FP32 island meets the rest, a Cast is inserted; graph outputs are FP16.

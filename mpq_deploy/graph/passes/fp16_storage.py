@@ -1,4 +1,4 @@
-"""Keep FP32 arithmetic, but store every constant as the FP16 graph does, each behind a Cast to FP32."""
+"""Store every constant as the FP16 graph does, but compute in FP32."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from mpq_deploy.graph.passes.base import GraphPass, cast_node, ensure, require_n
 class Fp16StoragePass(GraphPass):
     """Store the constants that FP16 nodes of ``region`` read in FP16, and compute in FP32.
 
-    With it ONNX Runtime on CPU computes in FP32 on the very bytes that TensorRT gets; the Casts of constants are folded
-    when the session is made.
+    With it ONNX Runtime on CPU computes in FP32 on the very bytes that TensorRT gets; the Casts of
+    constants are folded when the session is made.
 
-    1. Float initializers become FP16, unless only FP32 nodes read them; one that both read is split in two.
+    1. Float initializers become FP16, unless only FP32 nodes read them; one that both read is split
+       in two.
     2. A Cast to FP32 stands between each and its readers.
     """
 

@@ -1,4 +1,4 @@
-"""Write GroupNormalization as InstanceNormalization, the form that every TensorRT version runs correctly."""
+"""Write GroupNormalization as InstanceNormalization, which every TensorRT runs correctly."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ from mpq_deploy.graph.layers import STANDARD_DOMAINS
 from mpq_deploy.graph.passes.base import GraphPass, ensure
 from mpq_deploy.models.spec import Array
 
-# Until opset 20 GroupNormalization has one scale and bias per group, from 21 on one per channel. ONNX's own
-# converter leaves them as they are.
+# Until opset 20 GroupNormalization has one scale and bias per group, from 21 on one per channel.
+# ONNX's own converter leaves them as they are.
 PER_CHANNEL_OPSET = 21
 EPSILON = 1e-5
 
 
 class GroupNormPass(GraphPass):
-    """Replace GroupNormalization by Reshape, InstanceNormalization, Reshape, Mul, Add (what PyTorch exports).
+    """Replace GroupNormalization by what PyTorch exports.
 
-    1. The groups become channels of a [N, groups, elements] tensor that InstanceNormalization normalises.
-    2. Scale and bias become a Mul and an Add with weights [C, 1, ...]; the weights keep their names.
+    1. The groups become channels of a [N, groups, elements] tensor that InstanceNormalization
+       normalises.
+    2. Scale and bias become a Mul and an Add with weights [C, 1, ...]; the weights keep their
+       names.
     3. Per-group scales (opset 18 to 20) are repeated for each channel of their group.
-    4. An input of unknown rank or channels, or a per-group scale that is no weight, is a ModelError.
+    4. An input of unknown rank or channels, or a per-group scale that is no weight, is a
+       ModelError.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -35,7 +38,7 @@ class GroupNormPass(GraphPass):
         return ir.passes.PassResult(model, bool(nodes))
 
     def requires(self, model: ir.Model) -> None:
-        """The rank and channels of every norm's input are known, and its scale and bias per group are weights."""
+        """Rank and channels of every norm's input are known; scales per group are weights."""
         per_group = model.graph.opset_imports.get("", 0) < PER_CHANNEL_OPSET
         for node in _group_norms(model):
             x, *weights = node.inputs

@@ -9,17 +9,18 @@ import onnx_ir as ir
 from mpq_deploy.graph.constants import add_constant
 from mpq_deploy.graph.passes.base import GraphPass, ensure
 
-# The optimizer's tolerances: a term within the first of 0 is none to it, a factor within the second of 1 neither.
+# The optimizer's tolerances: a term within the first of 0 is none to it, a factor within the second
+# of 1 neither.
 NEAR_ZERO, NEAR_ONE = 1e-8, 1e-5
 
 
 class HideNearNeutralPass(GraphPass):
-    """Give scalars that are nearly 0 or 1 the shape [1], so that the optimizer leaves their operations alone.
+    """Give scalars nearly 0 or 1 the shape [1], which the optimizer leaves alone.
 
     x / (y + 1e-15), which is 0 where both are 0, would become 0 / 0.
 
-    1. An operand of rank 0 of Add, Sub, Mul or Div beside one of known rank above 0 is replaced by a constant of
-       shape [1], which the result's shape does not depend on.
+    1. An operand of rank 0 of Add, Sub, Mul or Div beside one of known rank above 0 is replaced by
+       a constant of shape [1], which the result's shape does not depend on.
     2. Exactly 0, and what is far from 0 and 1, stays.
     """
 

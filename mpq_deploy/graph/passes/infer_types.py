@@ -18,10 +18,11 @@ class InferTypesPass(GraphPass):
     """Give every value that some node reads its type, where the file declares none.
 
     1. ONNX's own inference follows the types from the inputs and weights; shapes come with them.
-    2. It stops at GroupNormalization, whose output is like its input, and at operators that are not ONNX's: their
-       outputs take the type of their floats, if that is one (what the operators of ONNX Runtime do). From there it
-       goes on.
-    3. A graph whose values all have types is left as it is. What stays unknown is a ModelError that names the value.
+    2. It stops at GroupNormalization, whose output is like its input, and at operators that are not
+       ONNX's: their outputs take the type of their floats, if that is one (what the operators of
+       ONNX Runtime do). From there it goes on.
+    3. A graph whose values all have types is left as it is. What stays unknown is a ModelError that
+       names the value.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -53,7 +54,7 @@ def _untyped(model: ir.Model) -> Iterator[ir.Value]:
 
 
 def _type_others(model: ir.Model) -> bool:
-    """Give outputs that ONNX infers nothing of a type by their node's inputs; say whether any had none."""
+    """Type outputs that ONNX infers nothing of like their inputs; say whether any were."""
     changed = False
     for node in model.graph:
         ours = node.domain in STANDARD_DOMAINS

@@ -9,7 +9,8 @@ from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import STANDARD_DOMAINS
 from mpq_deploy.graph.passes.base import GraphPass, ensure
 
-# Below this the meaning of unchanged attributes did change (axes became inputs): such models are not lowered.
+# Below this the meaning of unchanged attributes did change (axes became inputs): such models are
+# not lowered.
 LOWEST = 21
 
 
@@ -17,9 +18,10 @@ class LowerOpsetPass(GraphPass):
     """Bring a model to ``opset`` if it declares a newer one.
 
     1. A model at or below the wanted opset is left alone.
-    2. A node whose operator has the same schema under both opsets is left alone; so is one whose newer schema differs
-       only in what the node does not use: its attributes and its numbers of inputs and outputs fit the older schema.
-       (Between opsets 21 and 25 ONNX only added types, attributes and operators; no default changed its meaning.)
+    2. A node whose operator has the same schema under both opsets is left alone; so is one whose
+       newer schema differs only in what the node does not use: its attributes and its numbers of
+       inputs and outputs fit the older schema. (Between opsets 21 and 25 ONNX only added types,
+       attributes and operators; no default changed its meaning.)
     3. Any other node is a ModelError that names it.
     """
 

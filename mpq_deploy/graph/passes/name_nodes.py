@@ -11,7 +11,8 @@ class NameNodesPass(GraphPass):
     """Name nodes without a name, and number repeated names.
 
     1. A node without a name is called after its operator.
-    2. Of several nodes with one name the first keeps it; the others get ``_1``, ``_2`` ... in graph order.
+    2. Of several nodes with one name the first keeps it; the others get ``_1``, ``_2`` ... in graph
+       order.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:

@@ -11,7 +11,8 @@ from mpq_deploy.graph.passes.base import GraphPass, ensure
 
 # The first opset with block-wise DequantizeLinear and INT4.
 QUANTIZED_OPSET = 21
-# ONNX's converter reads small constants (axes, shapes); larger tensors are weights, which it must not copy.
+# ONNX's converter reads small constants (axes, shapes); larger tensors are weights, which it must
+# not copy.
 SMALL_BYTES = 1024
 
 
@@ -20,7 +21,8 @@ class RaiseOpsetPass(GraphPass):
 
     1. A model at or above the wanted opset is left alone.
     2. The weights do not go through the converter: they stand in as graph inputs meanwhile.
-    3. What the converter cannot convert is a ModelError with its words. The model is not to be used after it.
+    3. What the converter cannot convert is a ModelError with its words. The model is not to be used
+       after it.
     """
 
     def __init__(self, opset: int = QUANTIZED_OPSET) -> None:

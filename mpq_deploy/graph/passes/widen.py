@@ -1,4 +1,4 @@
-"""Turn a graph in half or double precision into an FP32 one: everything is measured and quantized from FP32."""
+"""Turn half and double precision into FP32, which is measured and quantized."""
 
 from __future__ import annotations
 
