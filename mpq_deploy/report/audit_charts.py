@@ -1,6 +1,4 @@
-"""Charts of an audit as inline SVG (``svg``): rank correlations, predicted losses, quality over
-size.
-"""
+"""Charts of an audit as inline SVG: rank correlations, predicted losses, quality over size."""
 
 from __future__ import annotations
 
@@ -58,7 +56,7 @@ def interval(found: Correlation) -> str:
 
 
 def correlation_chart(result: AuditResult) -> Markup | None:
-    """Draw each metric's pooled rank correlation with its interval, and a dot per class of schemes."""
+    """Draw each metric's pooled rank correlation with its interval, a dot per class of schemes."""
     rows = [(row, row.pooled) for row in result.metrics if row.pooled is not None]
     if not rows:
         return None
@@ -118,7 +116,7 @@ def _panel(result: AuditResult, row: MetricResult, true: Sequence[float], left: 
             points.setdefault(SCHEMES[loss["scheme"]].family, []).append((loss[TRUTH], found))
     values = [found for family in points.values() for _, found in family] or [1.0]
     across = log_ticks(true)
-    # Losses that predict no error have a unit of their own: only their order counts, so there are no ticks.
+    # Only the order of losses that predict no error counts: no ticks.
     up = log_ticks([*values, *true]) if row.calibration else [min(values) / 1.2, max(values) * 1.2]
     x = Axis(across[0], across[-1], left, left + PANEL - 36, log=True)
     y = Axis(up[0], up[-1], upper + PANEL_HEIGHT - 40, upper + 24, log=True)
@@ -142,9 +140,7 @@ def _panel(result: AuditResult, row: MetricResult, true: Sequence[float], left: 
 
 
 def quality_chart(result: AuditResult, psnr: bool) -> Markup | None:
-    """Draw each metric's plans over size: PSNR in dB, or the output's error with its standard
-    error.
-    """
+    """Draw each metric's plans over size: PSNR in dB, or the error with its standard error."""
     rows = [(row, [p for p in row.plans if _height(p, psnr) is not None]) for row in result.metrics]
     rows = [(row, points) for row, points in rows if points]
     if not rows:

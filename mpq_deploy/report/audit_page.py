@@ -1,4 +1,4 @@
-"""audit.html, audit.md and audit.json, the pictures beside them, and the tables for the terminal."""
+"""audit.html, audit.md and audit.json with their pictures, and the tables for the terminal."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BUDGETS_ACROSS = 5
 
 
 def write_audit(result: AuditResult, folder: Path) -> tuple[Path, ...]:
-    """Write audit.json, audit.md, audit.html and audit-NAME.svg into ``folder``; return the paths."""
+    """Write audit.json, audit.md, audit.html and audit-NAME.svg; return the paths."""
     charts = {name: drawn for name, drawn in _charts(result).items() if drawn is not None}
     made = {f"audit-{name}.svg": standalone(drawn) for name, drawn in charts.items()}
     made["audit.json"] = json.dumps(result.as_json(), indent=1, sort_keys=True, allow_nan=False) + "\n"
@@ -140,7 +140,7 @@ def class_names(result: AuditResult) -> list[str]:
 
 
 def agreement_rows(result: AuditResult) -> list[list[str]]:
-    """Return a row for each metric: title, pooled correlation, one per class, calibration, seconds."""
+    """Return a row per metric: title, pooled correlation, one per class, calibration, seconds."""
     rows = []
     for row in result.metrics:
         if row.refused:

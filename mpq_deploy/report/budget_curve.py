@@ -37,7 +37,7 @@ from mpq_deploy.report.words import count, error, percent, size, title_of
 
 # Room for the names of points at the right end.
 LABEL_ROOM = 150
-# A small error is drawn, a vanishing one would only stretch the axis: decades below the least one that was measured.
+# Decades drawn below the smallest measured error: a vanishing one would only stretch the axis.
 DECADES_BELOW = 2
 
 
@@ -54,9 +54,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Stop:
-    """A position of the slider: a plan of the grid, or this run's own; ``schemes`` as in
-    ``BudgetPlan``.
-    """
+    """A position of the slider: a plan of the grid or this run's own (``BudgetPlan.schemes``)."""
 
     size_bytes: int
     size_ratio: float
@@ -67,7 +65,7 @@ class Stop:
 
 @dataclass(frozen=True)
 class BudgetView:
-    """What the page shows: the curve, the stops as table rows, the first stop, the script's values."""
+    """What the page shows: the curve, the stops as rows, the first stop, the script's values."""
 
     chart: Markup | None
     rows: list[list[str]]
@@ -86,7 +84,7 @@ class BudgetView:
 
 
 def budget_view(data: ReportData) -> BudgetView | None:
-    """Return the view of a run, its own plan among the stops; None without plans of other budgets."""
+    """Return the view of a run, its own plan among the stops; None without other plans."""
     if data.budgets is None or not data.budgets.plans:
         return None
     plans, own = _with_own(data.budgets, data)
@@ -99,7 +97,7 @@ def budget_view(data: ReportData) -> BudgetView | None:
 def view(
     plans: BudgetPlans, fp16_size: int, marks: Sequence[Mark], own: Stop | None = None, simulated: bool = False
 ) -> BudgetView:
-    """Return the view of ``plans`` with ``marks``; the slider starts at ``own``, else in the middle."""
+    """Return the view of ``plans``; the slider starts at ``own``, else in the middle."""
     grid = [Stop(p.size_bytes, p.size_bytes / fp16_size, p.predicted_nmse, p.schemes) for p in plans.plans]
     stops = sorted([*grid, *([own] if own else [])], key=lambda stop: (stop.size_bytes, stop.own))
     start = next((i for i, stop in enumerate(stops) if stop.own), len(stops) // 2)
@@ -155,11 +153,9 @@ def _stop_values(stop: Stop, own: Stop | None) -> dict[str, object]:
 def curve_chart(
     grid: Sequence[Stop], stops: Sequence[Stop], marks: Sequence[Mark], simulated: bool = False
 ) -> tuple[Markup | None, list[list[float] | None]]:
-    """Draw the predicted error of the ``grid`` over size with ``marks``; also return each stop's
-    place.
+    """Draw the predicted error of the ``grid`` over size with ``marks``; return each stop's place too.
 
-    The chart is None where no error is positive; a place is None where the chart has no room for it
-    (an error of 0).
+    The chart is None where no error is positive, a place where its error is 0.
     """
     line = [(stop.size_ratio, stop.predicted) for stop in grid if stop.predicted]
     known = [m for m in marks if m.measured or m.predicted]
@@ -243,7 +239,7 @@ def _changed(stop: Stop, own: Stop | None) -> str:
 
 
 def _budget(ratio: float) -> float:
-    """Return the least budget of four digits that the plan fits."""
+    """Return the minimum budget of four digits that the plan fits."""
     return -(-round(ratio * 1e6) // 100) / 1e4
 
 

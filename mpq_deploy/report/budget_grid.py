@@ -33,18 +33,18 @@ Plan = tuple[dict[str, str], int, float | None]
 CACHE = "page.json"
 # Changes when the file's form or the way to its values does.
 CACHE_FORMAT = 1
-# The grid, in shares of the FP16 size (our choice): from the smallest feasible budget up to HIGH, and at least SPAN
-# beyond that and ROOM beyond the run's own.
+# The grid, in shares of the FP16 size (our choice): from the smallest feasible budget up to HIGH,
+# at least SPAN beyond that and ROOM beyond the run's own.
 STEP, HIGH, SPAN, ROOM = 0.01, 0.6, 0.3, 0.05
 # A plan on the curve may cost this share more than the best one; nobody builds it.
 GAP = 1e-3
-# The whole grid's limit in seconds of this process. Coarse budgets come first: what is there when the time is up is
-# spread evenly.
+# The whole grid's limit in seconds of this process. Coarse budgets come first, so what is solved
+# when the time is up is spread evenly.
 MOST_SECONDS = 20.0
 
 
 def budget_plans(run: Run, plan: PrecisionPlan) -> BudgetPlans:
-    """Return the plans of a grid of budgets around this run's ``plan``, and what its layers could have taken."""
+    """Return plans of a grid of budgets around ``plan``, and the other options of its layers."""
     solver = PlanSolver(run)
     record = run.folder.record("allocate")
     fields = {k: v for k, v in (record.inputs if record else {}).items() if k != "recipe.budget"}
@@ -67,7 +67,7 @@ def budget_plans(run: Run, plan: PrecisionPlan) -> BudgetPlans:
 
 
 def grid_plans(run: Run, solver: PlanSolver, ratio: float) -> BudgetPlans:
-    """Solve the grid of budgets, coarse first, within ``MOST_SECONDS``. ``ratio``: a budget that it must reach."""
+    """Solve the grid of budgets up to ``ratio`` at least, coarse first, in ``MOST_SECONDS``."""
     budgets = grid(solver.smallest, solver.fp16_size, ratio)
     solved: dict[int, Plan] = {}
     started = time.process_time()
@@ -88,7 +88,7 @@ def grid_plans(run: Run, solver: PlanSolver, ratio: float) -> BudgetPlans:
 
 
 def grid(smallest: int, fp16_size: int, ratio: float) -> list[int]:
-    """Return the budgets in bytes, ascending: the smallest feasible, then every ``STEP`` of FP16."""
+    """Return budgets in bytes, ascending: the smallest feasible, then every ``STEP`` of FP16."""
     low = smallest / fp16_size
     first, last = math.floor(low / STEP) + 1, round(_highest(low, ratio) / STEP)
     steps = [int(number * STEP * fp16_size) for number in range(first, last + 1)]
@@ -96,7 +96,7 @@ def grid(smallest: int, fp16_size: int, ratio: float) -> list[int]:
 
 
 def coarse_first(values: Sequence[int]) -> list[int]:
-    """Return ``values`` reordered so that every prefix is spread evenly: every 16th, 8th, 4th ..."""
+    """Return ``values`` so that every prefix is spread evenly: every 16th, 8th, 4th ..."""
     order: dict[int, None] = {}
     for stride in (16, 8, 4, 2, 1):
         order.update(dict.fromkeys(range(0, len(values), stride)))
@@ -104,7 +104,7 @@ def coarse_first(values: Sequence[int]) -> list[int]:
 
 
 def layer_kurtoses(run: Run, exported: Exported) -> dict[str, float]:
-    """Return the mean Pearson kurtosis of each layer's weight rows after MPQ-DM's pre-scaling (arXiv 2412.11549)."""
+    """Mean Pearson kurtosis of each layer's weight rows, pre-scaled (MPQ-DM, arXiv 2412.11549)."""
     made_from = canonical_json({name: run.digest(name) for name in ("export", "calibrate")})
     stored = _read(run).get("kurtosis", {})
     if isinstance(stored, dict) and stored.get("from") == made_from and isinstance(stored.get("values"), dict):
@@ -121,7 +121,7 @@ def layer_kurtoses(run: Run, exported: Exported) -> dict[str, float]:
 
 
 def undominated(plans: Iterable[Plan]) -> list[Plan]:
-    """Drop every plan whose predicted loss a smaller plan equals; keep all where none is predicted."""
+    """Drop plans whose predicted loss a smaller plan equals; keep all where none is predicted."""
     kept: list[Plan] = []
     for plan in sorted(plans, key=lambda plan: plan[1]):
         if not kept or plan[2] is None or kept[-1][2] is None or plan[2] < kept[-1][2]:

@@ -1,4 +1,4 @@
-"""Charts of the report as inline SVG (``svg``): quality over size, error over timesteps, training."""
+"""Charts of the report as inline SVG: quality over size, error over timesteps, training."""
 
 from __future__ import annotations
 
@@ -36,10 +36,7 @@ COLUMN = 12
 
 
 def size_quality_chart(data: ReportData) -> Markup | None:
-    """PSNR over size: this plan, the controls, measured budgets of a sweep, and the budget as a line.
-
-    None when no PSNR is finite.
-    """
+    """PSNR over size of this plan, the controls and a sweep; None when no PSNR is finite."""
     found = [("ours", data.size_ratio, data.psnr_db)]
     found += [(key, control.size_ratio, control.psnr_db) for key, control in data.compared.items()]
     points = [(key, title_of(key, data), ratio, psnr) for key, ratio, psnr in found if psnr is not None]

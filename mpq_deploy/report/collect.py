@@ -1,4 +1,4 @@
-"""Gather what the stages left behind into the report, the summary on the screen, and the sample picture."""
+"""The report of a run's finished stages, the summary on the screen, and the sample picture."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from mpq_deploy.allocate.plan import PlannedLayer, PrecisionPlan
 from mpq_deploy.delivery.device_results import device_infos
-from mpq_deploy.evaluate.evaluation_result import CpuLatency, Evaluation, VariantResult
+from mpq_deploy.evaluate.evaluation_result import Evaluation, VariantResult
 from mpq_deploy.evaluate.interval import mean_interval
 from mpq_deploy.evaluate.variants import BEFORE, CORRECTED, LATENCY
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED
@@ -135,9 +135,9 @@ def _model(exported: Exported, digest: str) -> ModelInfo:
 
 @dataclass(frozen=True)
 class _Evaluated:
-    """What evaluation says, as fields of the report; empty where the run has none (``report --as-is``).
+    """Evaluation as fields of the report; empty where the run has none (``report --as-is``).
 
-    ``digest`` of the float graph, ``graph``: that of the plan's.
+    ``digest``: of the float graph; ``graph``: of the plan's.
     """
 
     fields: dict[str, Any]
@@ -149,36 +149,27 @@ class _Evaluated:
     def of(cls, run: Run, plan: PrecisionPlan) -> _Evaluated:
         if "evaluate" not in run.results:
             return cls({}, "", "", ("evaluation is missing: 'mpq-deploy report RUN' without --as-is makes it",))
-        found = Evaluation.load(run.stage("evaluate"))
-        variants = {name: _control(name, variant, plan) for name, variant in found.variants.items()}
-        ours = variants.pop("ours")
-        fields: dict[str, Any] = {
-            name: getattr(ours, name) for name in type(ours).model_fields if name not in ("title", *_SIZES)
+        result = Evaluation.load(run.stage("evaluate"))
+        variants = {name: _control(name, v, plan) for name, v in result.variants.items()}
+        ours = variants.pop("ours").model_dump(exclude={"title", "size_bytes", "size_ratio"})
+        conditions = result.settings.model_dump(include={"samples", "steps", "seed"})
+        fields = {
+            **ours,
+            "timesteps": result.timesteps,
+            "evaluation": EvaluationInfo(**conditions, sampler=result.sampler, image_kind=result.image_kind),
+            "extras": {name: v for name, v in variants.items() if name in (CORRECTED, BEFORE)},
+            "controls": {n: v for n, v in variants.items() if n not in (CORRECTED, BEFORE)},
+            "images": ImageSet(result.images, result.labels, titles(plan)),
         }
-        fields.update(
-            timesteps=found.timesteps,
-            evaluation=EvaluationInfo(
-                samples=found.settings.samples,
-                steps=found.settings.steps,
-                seed=found.settings.seed,
-                sampler=found.sampler,
-                image_kind=found.image_kind,
-            ),
-            extras={name: control for name, control in variants.items() if name in (CORRECTED, BEFORE)},
-            controls={name: control for name, control in variants.items() if name not in (CORRECTED, BEFORE)},
-            images=ImageSet(found.images, found.labels, titles(plan)),
-        )
-        return cls(fields, found.float_digest, found.variants["ours"].digest, (*found.notes, *_not_finite(found)))
+        notes = (*result.notes, *_not_finite(result))
+        return cls(fields, result.float_digest, result.variants["ours"].digest, notes)
 
 
-_SIZES = ("size_bytes", "size_ratio")
-
-
-def _not_finite(found: Evaluation) -> list[str]:
-    """Name what evaluation measured that is no number: it is left out, and must not look as if nobody had measured."""
+def _not_finite(result: Evaluation) -> list[str]:
+    """Name measured errors that are no number: left out, they would look as if never measured."""
     return [
         f"the measured error of {name} is not finite and is left out"
-        for name, variant in found.variants.items()
+        for name, variant in result.variants.items()
         if not math.isfinite(variant.measured_nmse) or math.isnan(variant.psnr_db)
     ]
 
@@ -186,13 +177,6 @@ def _not_finite(found: Evaluation) -> list[str]:
 def titles(plan: PrecisionPlan) -> dict[str, str]:
     """Return what each variant is called; those of a simulated plan say so."""
     return {**TITLES, **SIMULATED_TITLES} if plan.simulated else TITLES
-
-
-def write_report(run: Run, folder: Path) -> None:
-    """Write report.html, report.md and report.json into ``folder``."""
-    from mpq_deploy.report.write import write_reports
-
-    write_reports(report_data(run), folder)
 
 
 def _engine(run: Run) -> tuple[EngineInfo | None, str]:
@@ -252,20 +236,20 @@ def _recovery(run: Run) -> RecoveryInfo | None:
         return None
     from mpq_deploy.recover.recovery_result import Recovery
 
-    found = Recovery.load(run.stage("recover"))
+    recovery = Recovery.load(run.stage("recover"))
     return RecoveryInfo(
-        steps=found.steps,
-        best_step=found.best_step,
-        before=found.before,
-        after=found.after,
-        curve=tuple((point.step, point.held_out_nmse) for point in found.curve),
-        summary=found.summary(),
+        steps=recovery.steps,
+        best_step=recovery.best_step,
+        before=recovery.before,
+        after=recovery.after,
+        curve=tuple((point.step, point.held_out_nmse) for point in recovery.curve),
+        summary=recovery.summary(),
     )
 
 
 def _interval(values: tuple[float, ...]) -> Interval | None:
-    found = mean_interval(_all_finite(values))
-    return None if found is None else Interval(low=found[0], high=found[1])
+    ends = mean_interval(_all_finite(values))
+    return None if ends is None else Interval(low=ends[0], high=ends[1])
 
 
 def _psnr_interval(variant: VariantResult) -> Interval | None:
@@ -274,17 +258,17 @@ def _psnr_interval(variant: VariantResult) -> Interval | None:
 
 
 def _metrics(run: Run, exported: Exported, evaluated: _Evaluated) -> ImageMetrics | None:
-    """Return what 'mpq-deploy metrics' kept, as far as it is of the plan's present graph and images (by digest)."""
+    """Return what 'mpq-deploy metrics' measured of the plan's present graph and images."""
     from mpq_deploy.evaluate.metrics.kept import read_kept
     from mpq_deploy.evaluate.metrics.measure_images import made_from
 
-    found = read_kept(run.path, run.talk, "is left out of the report")
-    if found is None:
+    measured = read_kept(run.path, run.talk, "is left out of the report")
+    if measured is None:
         return None
-    held, stale = found.still_true(made_from(run, exported, evaluated.graph, evaluated.digest))
+    current, stale = measured.still_true(made_from(run, exported, evaluated.graph, evaluated.digest))
     if stale:
         run.talk.warn(f"{stale}: left out; measure again with 'mpq-deploy metrics'")
-    return held
+    return current
 
 
 def _curve(run: Run) -> tuple[CurvePoint, ...]:
@@ -292,24 +276,21 @@ def _curve(run: Run) -> tuple[CurvePoint, ...]:
     # A sweep of other measurements says nothing about this plan.
     if sweep is None or sweep["measure"] != run.digest("measure"):
         return ()
-    known = CurvePoint.model_fields
-    return tuple(
-        CurvePoint(**{k: _known(v) for k, v in point.items() if k in known})
-        for point in sweep["points"]
-        if "size_ratio" in point
-    )
+    points = [point for point in sweep["points"] if "size_ratio" in point]
+    names = CurvePoint.model_fields
+    return tuple(CurvePoint(**{k: _finite(v) for k, v in p.items() if k in names}) for p in points)
 
 
 def _cpu_latency(run: Run) -> CpuLatencyInfo | None:
     figures = _read_figures(run, run.path / LATENCY, {"float_ms", "variant_ms", "source"})
     if figures is None:
         return None
-    latency = CpuLatency(**figures)
-    return CpuLatencyInfo(float_ms=latency.float_ms, ours_ms=latency.variant_ms["ours"], source=latency.source)
+    ours_ms = figures["variant_ms"]["ours"]
+    return CpuLatencyInfo(float_ms=figures["float_ms"], ours_ms=ours_ms, source=figures["source"])
 
 
 def _read_figures(run: Run, path: Path, keys: set[str]) -> dict[str, Any] | None:
-    """Read figures that lie outside the stages' digests; None, with a warning, where the file is damaged."""
+    """Read figures outside the stages' digests; None, with a warning, for a damaged file."""
     try:
         figures = unsealed(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -324,15 +305,15 @@ def _read_figures(run: Run, path: Path, keys: set[str]) -> dict[str, Any] | None
 
 
 def _importance(run: Run, plan: PrecisionPlan, table: SensitivityTable) -> ImportanceInfo | None:
-    found, program = table.importance, plan.bit_program
-    if found is None or program is None:
+    importance, program = table.importance, plan.bit_program
+    if importance is None or program is None:
         return None
     return ImportanceInfo(
         settings=_orm_settings(run, table.metric),
-        timesteps=tuple(float(t) for t in found.timesteps),
-        weights=tuple(float(w) for w in found.weights),
-        calls=found.calls,
-        constant=int(found.constant.all(axis=0).sum()),
+        timesteps=tuple(float(t) for t in importance.timesteps),
+        weights=tuple(float(w) for w in importance.weights),
+        calls=importance.calls,
+        constant=int(importance.constant.all(axis=0).sum()),
         **asdict(program),
     )
 
@@ -362,11 +343,11 @@ def _orm_settings(run: Run, metric: str) -> str:
 
 
 def _orm_pictures(table: SensitivityTable) -> OrmPictures | None:
-    found = table.importance
-    if found is None or found.orm is None:
+    of = table.importance
+    if of is None or of.orm is None:
         return None
-    constant = np.asarray(found.constant.all(axis=0))
-    return OrmPictures(found.layers, found.timesteps, found.weights, found.theta, found.orm, constant)
+    constant = np.asarray(of.constant.all(axis=0))
+    return OrmPictures(of.layers, of.timesteps, of.weights, of.theta, of.orm, constant)
 
 
 def _layer_row(layer: PlannedLayer, table: SensitivityTable, kurtoses: dict[str, float]) -> LayerRow:
@@ -379,8 +360,8 @@ def _layer_row(layer: PlannedLayer, table: SensitivityTable, kurtoses: dict[str,
 def _versions() -> dict[str, str]:
     import platform
 
-    found = {key.removeprefix("version."): value for key, value in version_of(*PACKAGES).items() if value}
-    return {**found, "python": platform.python_version()}
+    versions = {k.removeprefix("version."): v for k, v in version_of(*PACKAGES).items() if v}
+    return {**versions, "python": platform.python_version()}
 
 
 def _command(run: Run) -> str:
@@ -388,17 +369,13 @@ def _command(run: Run) -> str:
     return shlex.join(["mpq-deploy", "build", "--recipe", str(run.path / "recipe.yaml"), "-o", "runs/again"])
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _all_finite(values: tuple[float, ...]) -> tuple[float, ...]:
     """Return ``values``, or none of them: they stand for images or timesteps in order."""
     return values if all(map(math.isfinite, values)) else ()
-
-
-def _known(value: float | None) -> float | None:
-    return None if value is None else _finite(value)
 
 
 @dataclass(frozen=True)
@@ -424,7 +401,7 @@ def summarise(run: Run, last: str) -> Summary:
 
 def _headline(run: Path, report: dict[str, Any]) -> str:
     lines = [f"{'':<9} {'of FP16':>8} {'bytes':>14} {'PSNR dB':>8} {'SSIM':>6} {'NMSE':>9}", _row("ours", report)]
-    lines += [_row(name, found) for name, found in {**report["extras"], **report["controls"]}.items()]
+    lines += [_row(name, row) for name, row in {**report["extras"], **report["controls"]}.items()]
     if report["simulated"]:
         lines = [lines[0], *(f"{line}  simulated, nominal bytes" for line in lines[1:])]
     engine = report["engine"]
@@ -442,16 +419,17 @@ def _headline(run: Path, report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _row(name: str, found: dict[str, Any]) -> str:
-    psnr, ssim, nmse = (found[key] for key in ("psnr_db", "ssim", "measured_nmse"))
-    shown = f"{psnr:.1f}" if psnr is not None else "same" if found["identical"] else "-"
+def _row(name: str, row: dict[str, Any]) -> str:
+    psnr, ssim, nmse = (row[key] for key in ("psnr_db", "ssim", "measured_nmse"))
+    shown = f"{psnr:.1f}" if psnr is not None else "same" if row["identical"] else "-"
     alike = "-" if ssim is None else f"{ssim:.4f}"
     error = "-" if nmse is None else f"{nmse:.2e}"
-    return f"{name:<9} {found['size_ratio']:>8.4f} {found['size_bytes']:>14,} {shown:>8} {alike:>6} {error:>9}"
+    sizes = f"{row['size_ratio']:>8.4f} {row['size_bytes']:>14,}"
+    return f"{name:<9} {sizes} {shown:>8} {alike:>6} {error:>9}"
 
 
 def sample_grid(run: Run, out: Path, count: int, seed: int, steps: int, controls: bool) -> None:
-    """Sample the float and the quantized models from the same noise into one picture, labelled by condition."""
+    """Sample the float and quantized models from the same noise into one labelled picture."""
     from mpq_deploy.evaluate.evaluate import Variant, evaluate
     from mpq_deploy.evaluate.grid import save_grid
 

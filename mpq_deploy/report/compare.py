@@ -63,7 +63,7 @@ class ChangedLayer:
 
 @dataclass(frozen=True)
 class PlanChange:
-    """How two plans differ: moves by bytes, the largest layers, layers that only one of them has."""
+    """How two plans differ: moves by bytes, the largest layers, layers of only one of them."""
 
     changed: int
     common: int
@@ -85,7 +85,7 @@ class DistanceChange:
 
 @dataclass(frozen=True)
 class LatencyChange:
-    """Milliseconds of a call of both, measured on devices of one target or estimated on one basis."""
+    """Milliseconds per call, measured on devices of one target or estimated on one basis."""
 
     before_ms: float
     after_ms: float
@@ -169,8 +169,7 @@ def obstacles(first: ReadReport, other: ReadReport) -> tuple[str, ...]:
 
 
 def figure_difference(first: ReadReport, other: ReadReport, name: Literal["psnr_db", "ssim"]) -> Difference | None:
-    """Return ``other`` minus ``first``, paired by image where both reports keep the images'
-    figures.
+    """Return ``other`` minus ``first``, paired by image where both keep a figure of each.
 
     None where one was not measured, or is infinite (images identical to the float model's).
     """
@@ -183,7 +182,7 @@ def figure_difference(first: ReadReport, other: ReadReport, name: Literal["psnr_
 
 
 def plan_change(first: ReadReport, other: ReadReport) -> PlanChange | None:
-    """Compare two plans layer by layer, by name and weight shape; None where no layer is in both."""
+    """Compare two plans by layer name and weight shape; None where no layer is in both."""
     before = {(layer.name, layer.weight_shape): layer for layer in first.layers}
     after = {(layer.name, layer.weight_shape): layer for layer in other.layers}
     if first.model.name != other.model.name and set(before) != set(after):

@@ -56,7 +56,7 @@ def comparison_markdown(comparison: Comparison) -> str:
 
 
 def comparison_page(comparison: Comparison) -> str:
-    """Return one self-contained page that fetches nothing; every string of the reports is escaped."""
+    """Return one page that fetches nothing; every string of the reports is escaped."""
     return rendered(
         "comparison.html.j2",
         comparison=comparison,

@@ -86,7 +86,7 @@ class Control(Quality):
 
 
 class CurvePoint(Part):
-    """One budget of a sweep. ``measured_nmse`` and ``psnr_db`` only where that budget was evaluated."""
+    """One budget of a sweep; ``measured_nmse`` and ``psnr_db`` only where it was evaluated."""
 
     size_ratio: float = Field(ge=0)
     predicted_nmse: float | None = Field(ge=0)
@@ -125,7 +125,7 @@ class EngineInfo(Part):
 
 
 class Ratio(Part):
-    """A median time over another's, timed in turns; ``low`` and ``high``: 95 % bootstrap interval."""
+    """A median time over another's, timed in turns; ``low``, ``high``: 95 % bootstrap interval."""
 
     against: str
     value: float = Field(gt=0)
@@ -353,7 +353,7 @@ class ScoreInfo(Part):
 
     @property
     def increase(self) -> float:
-        """What quantization adds: an LPIPS above 0 is worse, a CLIP score below the float model's is."""
+        """What quantization adds: worse are an LPIPS above 0 and a CLIP score below 0."""
         return self.value - self.floor
 
 
@@ -535,7 +535,7 @@ class ReportData(Quality):
 
     @property
     def prediction_ratio(self) -> float | None:
-        """Predicted over measured NMSE; None where there is no prediction, no measurement, or no error."""
+        """Predicted over measured NMSE; None where one is missing or the error is 0."""
         if self.predicted_nmse is None or not self.measured_nmse:
             return None
         return self.predicted_nmse / self.measured_nmse

@@ -62,7 +62,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One limit: the figure as measured (None where there is none), and what is to be known about it."""
+    """One limit: the figure as measured (None where there is none), and a remark on it."""
 
     name: str
     limit: str
@@ -120,8 +120,8 @@ def check_gate(
         "max_lpips": lambda limit: _lpips(report, limit),
         "max_clip_drop": lambda limit: _clip_drop(report, limit),
     }
-    asked = {name: getattr(limits, name) for name in checks}
-    outcomes = tuple(check(asked[name]) for name, check in checks.items() if asked[name] is not None)
+    given = {name: getattr(limits, name) for name in checks}
+    outcomes = tuple(check(given[n]) for n, check in checks.items() if given[n] is not None)
     notes = []
     if report.simulated:
         notes.append("The plan is simulated: its bytes are nominal, and no engine can hold it.")
@@ -148,28 +148,28 @@ def _check(report: ReadReport, limits: Limits, baseline: ReadReport | None) -> N
 
 
 def _size(report: ReadReport, limit: Budget) -> Outcome:
-    weights = (
-        report.model.weights if report.model.weights is not None else sum(layer.weights for layer in report.layers)
-    )
-    most = limit.bytes(report.fp16_size_bytes, weights)
+    weights = report.model.weights
+    if weights is None:
+        weights = sum(layer.weights for layer in report.layers)
+    allowed = limit.bytes(report.fp16_size_bytes, weights)
     measured = f"{report.size_ratio:.4f} of FP16, {report.size_bytes:,} bytes"
-    status = _status(report.size_bytes <= most)
-    return Outcome("size", f"at most {limit} ({most:,} bytes)", measured, status, report.size_bytes, most)
+    status = _status(report.size_bytes <= allowed)
+    return Outcome("size", f"at most {limit} ({allowed:,} bytes)", measured, status, report.size_bytes, allowed)
 
 
-def _missing(name: str, asked: str, bound: float, why: str, shown: str = words.NOT_MEASURED) -> Outcome:
+def _missing(name: str, required: str, bound: float, why: str, shown: str = words.NOT_MEASURED) -> Outcome:
     """Return the outcome of a limit whose figure is missing: it is not kept."""
-    return Outcome(name, asked, shown, "not measured", None, bound, detail=why)
+    return Outcome(name, required, shown, "not measured", None, bound, detail=why)
 
 
-def _status(kept: bool) -> Status:
-    return "passed" if kept else "failed"
+def _status(passed: bool) -> Status:
+    return "passed" if passed else "failed"
 
 
 def _psnr(report: ReadReport, limit: float) -> Outcome:
-    asked = f"at least {limit:g} dB"
+    required = f"at least {limit:g} dB"
     if report.identical and report.psnr_db is None:
-        return Outcome("PSNR", asked, "identical images", "passed", None, limit, detail="An infinite PSNR.")
+        return Outcome("PSNR", required, "identical images", "passed", None, limit, detail="An infinite PSNR.")
     return _at_least("PSNR", report.psnr_db, report.psnr_db_interval, limit, report)
 
 
@@ -180,26 +180,26 @@ def _ssim(report: ReadReport, limit: float) -> Outcome:
 def _at_least(name: str, value: float | None, ends: Interval | None, limit: float, report: ReadReport) -> Outcome:
     """Hold a mean over images against its lower limit."""
     unit, places = (" dB", 2) if name == "PSNR" else ("", 4)
-    asked, interval = f"at least {limit:g}{unit}", _ends(ends)
+    required, interval = f"at least {limit:g}{unit}", _ends(ends)
     if value is None:
-        return _missing(name, asked, limit, EVALUATE)
+        return _missing(name, required, limit, EVALUATE)
     text = _about(limit, interval, unit, _images(report))
     shown = f"{_shown(value, limit, places)}{unit}"
-    return Outcome(name, asked, shown, _status(value >= limit), value, limit, interval, text)
+    return Outcome(name, required, shown, _status(value >= limit), value, limit, interval, text)
 
 
 def _nmse(report: ReadReport, limit: float) -> Outcome:
-    name, asked, value = "output error (NMSE)", f"at most {limit:g}", report.measured_nmse
+    name, required, value = "output error (NMSE)", f"at most {limit:g}", report.measured_nmse
     if value is None:
-        return _missing(name, asked, limit, EVALUATE)
-    return Outcome(name, asked, f"{value:.2e}", _status(value <= limit), value, limit)
+        return _missing(name, required, limit, EVALUATE)
+    return Outcome(name, required, f"{value:.2e}", _status(value <= limit), value, limit)
 
 
 def _frechet(report: ReadReport, limit: float, baseline: ReadReport | None) -> Outcome:
-    name, asked = "Frechet increase", f"at most {limit:g}"
+    name, required = "Frechet increase", f"at most {limit:g}"
     if not report.frechet:
         text = "The report holds no Frechet distance of this plan. Measure it with 'mpq-deploy metrics RUN'."
-        return _missing(name, asked, limit, text)
+        return _missing(name, required, limit, text)
     floors = [(one, _frechet_floor(one, baseline)) for one in report.frechet]
     increases = [(one.distance - floor, one) for one, floor in floors if floor is not None]
     if len(increases) < len(floors):
@@ -207,18 +207,18 @@ def _frechet(report: ReadReport, limit: float, baseline: ReadReport | None) -> O
             "The baseline has no distance of the same network, kind, number of images, sampler and seed; measure it "
             "there, too."
         )
-        return _missing(name, asked, limit, text, "not comparable")
+        return _missing(name, required, limit, text, "not comparable")
     worst, of = max(increases, key=lambda pair: pair[0])
     floor = of.distance - worst
     interval = _increase_interval(of, floor, baseline is not None)
     over = "the baseline's" if baseline is not None else "the float model's own"
     text = f"{of.described}; over {over} {floor:.3g}."
     text = f"{text} {_about(limit, interval, '', f'{of.samples:,} images', '--images')}"
-    return Outcome(name, asked, f"{worst:+.3g}", "passed" if worst <= limit else "failed", worst, limit, interval, text)
+    return Outcome(name, required, f"{worst:+.3g}", _status(worst <= limit), worst, limit, interval, text)
 
 
 def _frechet_floor(one: FrechetInfo, baseline: ReadReport | None) -> float | None:
-    """What a distance is held against: the float model's own, or the baseline's of the same kind."""
+    """Return the float model's own distance, or the baseline's of the same kind."""
     if baseline is None:
         return one.floor
     return next((other.distance for other in baseline.frechet if other.kind == one.kind), None)
@@ -232,27 +232,27 @@ def _increase_interval(one: FrechetInfo, floor: float, against_baseline: bool) -
 
 
 def _latency(report: ReadReport, limit: float, allow_estimate: bool) -> Outcome:
-    asked, latency = f"at most {limit:g} ms", slowest(report)
+    required, latency = f"at most {limit:g} ms", slowest(report)
     if latency is None:
-        return _no_latency(report, limit, asked, allow_estimate)
+        return _no_latency(report, limit, required, allow_estimate)
     text = f"{_capital(latency.source)}; the gate itself measures nothing."
     if latency.target != report.target.name:
         text += f" That is the target {latency.target}; the report's is {report.target.name}."
     shown = f"{words.digits(latency.milliseconds)} ms"
     if latency.problem:
         text += f" It does not count: {latency.problem}."
-        return Outcome("latency", asked, shown, "failed", latency.milliseconds, limit, detail=text)
+        return Outcome("latency", required, shown, "failed", latency.milliseconds, limit, detail=text)
     status = _status(latency.milliseconds <= limit)
-    return Outcome("latency", asked, shown, status, latency.milliseconds, limit, detail=text)
+    return Outcome("latency", required, shown, status, latency.milliseconds, limit, detail=text)
 
 
-def _no_latency(report: ReadReport, limit: float, asked: str, allow_estimate: bool) -> Outcome:
+def _no_latency(report: ReadReport, limit: float, required: str, allow_estimate: bool) -> Outcome:
     """Fail for want of a measurement, unless there is an expectation and it is to be taken."""
     expected = report.expected_latency
     if expected is not None and allow_estimate:
         status = _status(expected.ours_ms <= limit)
         shown = f"{words.digits(expected.ours_ms)} ms, estimated"
-        return Outcome("latency", asked, shown, status, expected.ours_ms, limit, detail=f"{expected.words}.")
+        return Outcome("latency", required, shown, status, expected.ours_ms, limit, detail=f"{expected.words}.")
     parts = [
         "No engine latency was measured. Run 'mpq-deploy package RUN', install the package on the device, and take its "
         "results in with 'mpq-deploy report RUN --device results.json'."
@@ -262,29 +262,29 @@ def _no_latency(report: ReadReport, limit: float, asked: str, allow_estimate: bo
     if report.cpu_latency is not None:
         cpu = report.cpu_latency
         parts.append(f"The report's {cpu.ours_ms:g} ms are no latency of the engine ({cpu.source}).")
-    return _missing("latency", asked, limit, " ".join(parts))
+    return _missing("latency", required, limit, " ".join(parts))
 
 
 def _psnr_drop(report: ReadReport, limit: float, baseline: ReadReport | None) -> Outcome:
     """Hold the PSNR against the baseline's, image by image where both reports keep them."""
     assert baseline is not None  # checked by _check
-    name, asked = "PSNR against the baseline", f"at most {limit:g} dB lower"
+    name, required = "PSNR against the baseline", f"at most {limit:g} dB lower"
     different = obstacles(baseline, report)
     if different:
         text = f"{' '.join(different)} Evaluate both with the same evaluate.* entries of the recipe."
-        return _missing(name, asked, limit, text, "not comparable")
+        return _missing(name, required, limit, text, "not comparable")
     if report.identical:
-        return Outcome(name, asked, "identical images", "passed", None, limit, detail="An infinite PSNR.")
+        return Outcome(name, required, "identical images", "passed", None, limit, detail="An infinite PSNR.")
     if baseline.identical:
         text = "The baseline's images are identical to the float model's, these are not."
         return Outcome(
-            name, asked, f"{words.decibels(report.psnr_db)} after infinity", "failed", None, limit, detail=text
+            name, required, f"{words.decibels(report.psnr_db)} after infinity", "failed", None, limit, detail=text
         )
     difference = figure_difference(baseline, report, "psnr_db")
     if difference is None:
         missing = report if report.psnr_db is None else baseline
         text = f"{missing.label}: {EVALUATE}"
-        return _missing(name, asked, limit, text)
+        return _missing(name, required, limit, text)
     interval = difference.interval
     if interval is None:
         text = "Not paired by image: not both reports keep the PSNR of each, so there is no interval."
@@ -293,33 +293,33 @@ def _psnr_drop(report: ReadReport, limit: float, baseline: ReadReport | None) ->
         if difference.within_noise:
             text = f"No difference is shown: 0 lies inside the interval. {text}"
     shown = f"{_shown(difference.value, -limit, 2, '+')} dB"
-    return Outcome(name, asked, shown, _status(-difference.value <= limit), difference.value, -limit, interval, text)
+    return Outcome(name, required, shown, _status(-difference.value <= limit), difference.value, -limit, interval, text)
 
 
 def _lpips(report: ReadReport, limit: float) -> Outcome:
-    asked, measured = f"at most {limit:g}", _scores(report, "lpips")
+    required, measured = f"at most {limit:g}", _scores(report, "lpips")
     if not measured:
         text = "The report holds no LPIPS of this plan. Measure it with 'mpq-deploy metrics RUN --lpips'."
-        return _missing("LPIPS", asked, limit, text)
+        return _missing("LPIPS", required, limit, text)
     worst = max(measured, key=lambda one: one.value)
     interval = _ends(worst.interval)
     text = f"{worst.title}. {_about(limit, interval, '', words.count(worst.samples, 'image'), '--images')}"
     status = _status(worst.value <= limit)
-    return Outcome("LPIPS", asked, _shown(worst.value, limit, 4), status, worst.value, limit, interval, text)
+    return Outcome("LPIPS", required, _shown(worst.value, limit, 4), status, worst.value, limit, interval, text)
 
 
 def _clip_drop(report: ReadReport, limit: float) -> Outcome:
     """Hold the CLIP score against the float model's own, of the same noise and prompts."""
-    name, asked, measured = "CLIP score", f"at most {limit:g} below the float model's", _scores(report, "clip-score")
+    name, required, measured = "CLIP score", f"at most {limit:g} below the float model's", _scores(report, "clip-score")
     if not measured:
         text = "The report holds no CLIP score of this plan. Measure it with 'mpq-deploy metrics RUN --clip-score'."
-        return _missing(name, asked, limit, text)
+        return _missing(name, required, limit, text)
     worst = min(measured, key=lambda one: one.value - one.floor)
     change, interval = worst.value - worst.floor, _ends(worst.increase_interval)
     text = f"{worst.title}: {worst.value:.4g}, the float model's {worst.floor:.4g}."
     text = f"{text} {_about(-limit, interval, '', f'{worst.samples:,} images, paired', '--images')}"
     status = _status(-change <= limit)
-    return Outcome(name, asked, _shown(change, -limit, 3, "+"), status, change, -limit, interval, text)
+    return Outcome(name, required, _shown(change, -limit, 3, "+"), status, change, -limit, interval, text)
 
 
 def _scores(report: ReadReport, kind: str) -> list[ScoreInfo]:
@@ -334,7 +334,7 @@ def _ends(interval: Interval | None) -> tuple[float, float] | None:
 def _about(
     limit: float, interval: tuple[float, float] | None, unit: str, over: str, more: str = "evaluate.samples"
 ) -> str:
-    """State the interval; point out a limit inside it, which other images might decide otherwise."""
+    """State the interval; point out a limit inside it, which other images might cross."""
     if interval is None:
         return "No interval: the report keeps no figure of each image, or of one only."
     text = f"95 % interval {interval[0]:.4g} to {interval[1]:.4g}{unit} over {over}."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from mpq_deploy.report.data import ReportData, kept_in_fp16
+from mpq_deploy.report.data import Control, ReportData, SchemeTotal, kept_in_fp16
 from mpq_deploy.report.words import (
     DEVICE_COLUMNS,
     FRECHET_COLUMNS,
@@ -62,10 +62,9 @@ def markdown_report(data: ReportData) -> str:
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table; the first column is left-aligned, the others right. Cells are escaped."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
-    text = ["| " + " | ".join(lines[0]) + " |", "| " + " | ".join(lines[1]) + " |"]
-    text += ["| " + " | ".join(plain(cell) for cell in row) + " |" for row in rows]
-    return "\n".join(text)
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    lines = [header, rule, *([plain(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def plain(text: str) -> str:
@@ -103,28 +102,12 @@ def _scores(data: ReportData) -> list[str]:
 
 
 def _variants(data: ReportData) -> list[list[str]]:
-    rows = [
-        [
-            title_of("ours", data),
-            size(data.size_bytes),
-            percent(data.size_ratio),
-            psnr(data),
-            similarity(data),
-            error(data.measured_nmse),
-        ]
-    ]
-    for control in data.compared.values():
-        rows.append(
-            [
-                control.title,
-                size(control.size_bytes),
-                percent(control.size_ratio),
-                psnr(control),
-                similarity(control),
-                error(control.measured_nmse),
-            ]
-        )
-    return rows
+    def row(title: str, of: ReportData | Control) -> list[str]:
+        bytes_ = [size(of.size_bytes), percent(of.size_ratio)]
+        return [title, *bytes_, psnr(of), similarity(of), error(of.measured_nmse)]
+
+    controls = [row(control.title, control) for control in data.compared.values()]
+    return [row(title_of("ours", data), data), *controls]
 
 
 def _engine_line(data: ReportData) -> str:
@@ -139,21 +122,20 @@ def _devices(data: ReportData) -> list[str]:
 
 
 def _totals(data: ReportData) -> list[list[str]]:
-    return [
-        [t.op, t.scheme, str(t.layers), size(t.bytes), percent(t.bytes / t.fp16_bytes) if t.fp16_bytes else "–"]
-        for t in data.totals
-    ]
+    def row(of: SchemeTotal) -> list[str]:
+        ratio = percent(of.bytes / of.fp16_bytes) if of.fp16_bytes else "–"
+        return [of.op, of.scheme, str(of.layers), size(of.bytes), ratio]
+
+    return [row(total) for total in data.totals]
 
 
 def _kept(data: ReportData) -> list[str]:
-    kept = kept_in_fp16(data)
-    if not kept:
-        return []
+    nouns = {"layer": "layer", "other": "other constant"}
     lines = [
-        f"- {count(k.count, 'layer' if k.kind == 'layer' else 'other constant')}, {size(k.bytes)}: {plain(k.reason)}"
-        for k in kept
+        f"- {count(group.count, nouns[group.kind])}, {size(group.bytes)}: {plain(group.reason)}"
+        for group in kept_in_fp16(data)
     ]
-    return ["Stayed in FP16:", "\n".join(lines)]
+    return ["Stayed in FP16:", "\n".join(lines)] if lines else []
 
 
 def _stages(data: ReportData) -> list[list[str]]:
@@ -161,4 +143,5 @@ def _stages(data: ReportData) -> list[list[str]]:
 
 
 def _notes(data: ReportData) -> list[str]:
-    return ["### Notes", "\n".join(f"- {plain(note)}" for note in data.notes)] if data.notes else []
+    lines = [f"- {plain(note)}" for note in data.notes]
+    return ["### Notes", "\n".join(lines)] if lines else []

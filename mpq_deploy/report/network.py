@@ -187,7 +187,7 @@ def layer_label(layer: LayerRow) -> str:
 
 
 def family(scheme: str) -> str:
-    """Return a scheme's name without its block size and branch; one that is unknown here is its own."""
+    """Return a scheme's name without block size and branch; an unknown one as it is."""
     return SCHEMES[scheme].series if scheme in SCHEMES else scheme
 
 

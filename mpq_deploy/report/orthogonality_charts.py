@@ -37,8 +37,8 @@ MOST_MAPS = 12
 MOST_LINES = 400
 # Values are drawn in hundredths: the page reads them back from the colours.
 LEVELS = 101
-# Cividis (Nuñez, Anderton and Renslow 2018) at nine points: even in lightness, also for colour-blind readers, so that
-# one palette does on light and on dark.
+# Cividis (Nuñez, Anderton and Renslow 2018) at nine points: even in lightness, also for
+# colour-blind readers, so one palette does on light and on dark.
 ANCHORS = ("00224e", "1a386f", "434e6c", "61656f", "7d7c78", "9b9476", "bcae6c", "dec958", "fee838")
 NAMED = 3
 NAME_WIDTH = 216
@@ -56,8 +56,7 @@ class HeatMap:
 
 @dataclass(frozen=True)
 class OrmView:
-    """What the page shows. ``pooled``: layers per pixel; ``side``: pixels; ``low``: first colour's
-    value.
+    """What the page shows. ``pooled``: layers per pixel; ``low``: the first colour's value.
 
     ``palette``: the ``LEVELS`` colours as "r,g,b", from ``low`` to 1; ``gradient`` for CSS.
     """

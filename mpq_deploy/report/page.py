@@ -44,7 +44,7 @@ def html_page(data: ReportData) -> str:
 
 
 def rendered(template: str, **values: object) -> str:
-    """Return a page from one of the templates, with the style and the words that all pages share."""
+    """Return a page from a template, with the style and the words that all pages share."""
     environment = Environment(
         loader=PackageLoader("mpq_deploy.report"),
         autoescape=True,

@@ -44,8 +44,7 @@ class ReadReport(ReportData):
 class Latency:
     """A latency of one call and where it comes from.
 
-    ``milliseconds``: the median; ``source``: the machine; ``problem``: why it does not count for the
-    plan, empty if it does.
+    ``milliseconds``: the median; ``problem``: why it does not count for the plan, else empty.
     """
 
     milliseconds: float
@@ -101,7 +100,7 @@ def latencies(report: ReadReport) -> list[Latency]:
 
 
 def slowest(report: ReadReport) -> Latency | None:
-    """Return the slowest latency of the report's own target, else of any; None if none was measured."""
+    """Return the slowest latency of the report's target, else of any; None if none was measured."""
     measured = latencies(report)
     own = [one for one in measured if one.target == report.target.name]
     return max(own or measured, key=lambda one: one.milliseconds, default=None)

@@ -13,7 +13,7 @@ from typing import Any
 
 from mpq_deploy.system.files import SEAL, canonical_json
 
-# Numbers as every JSON tool keeps them: IEEE doubles, in which integers are exact below this (RFC 8259, section 6).
+# JSON numbers are IEEE doubles, in which integers are exact below this (RFC 8259, section 6).
 _EXACT = 2**53
 
 
@@ -40,6 +40,6 @@ def values_digest(text: str) -> str:
 
 
 def _number(text: str) -> float | int:
-    # The shortest text that gives a double back is one per double; -0.0 becomes 0.0, as JavaScript writes it.
+    # The shortest text of a double is unique; -0.0 becomes 0.0, as JavaScript writes it.
     value = float(text) + 0.0
     return value if abs(value) < _EXACT or not text.lstrip("-").isdigit() else int(text)

@@ -70,12 +70,12 @@ class Series:
     points: tuple[tuple[float, float], ...]
 
 
-def nice_ticks(values: Sequence[float], wanted: int) -> list[float]:
-    """Return evenly spaced round numbers that enclose ``values``, with room to spare on both sides."""
+def nice_ticks(values: Sequence[float], count: int) -> list[float]:
+    """Return evenly spaced round numbers that enclose ``values`` with room on both sides."""
     low, high = min(values), max(values)
     room = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
     low, high = low - room, high + room
-    rough = (high - low) / wanted
+    rough = (high - low) / count
     magnitude = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * magnitude for factor in (1, 2, 2.5, 5, 10) if factor * magnitude >= rough)
     first, last = math.floor(low / step), math.ceil(high / step)

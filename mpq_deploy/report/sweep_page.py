@@ -1,7 +1,6 @@
 """sweep.html: measured points on the predicted curve, uniform plans, and the budgets' slider.
 
-In: what ``run_sweep`` returns (sweep.json) and the plans of the curve. Out: one self-contained
-page.
+In: what ``run_sweep`` returns (sweep.json) and the plans of the curve. Out: one page.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ COLUMNS = ("Budget", "Of FP16", "Size", "Predicted error", "Measured error", "PS
 
 
 def sweep_page(result: dict[str, Any], plans: BudgetPlans, about: dict[str, str]) -> str:
-    """Return the page. ``about``: model, target, synthetic and command, in words; all of it is escaped."""
+    """Return the page. ``about``: model, target, synthetic and command; all is escaped."""
     points = [point for point in result["points"] if "size_bytes" in point]
     fp16_size = round(points[0]["size_bytes"] / points[0]["size_ratio"]) if points else 1
     marks = [

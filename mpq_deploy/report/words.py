@@ -33,12 +33,12 @@ def size(count: int | None) -> str:
     return f"{count} B"
 
 
-def digits(value: float, wanted: int = 3) -> str:
-    """Return ``value`` with ``wanted`` significant digits and no exponent: 1.41, 14.1, 141."""
+def digits(value: float, significant: int = 3) -> str:
+    """Return ``value`` with ``significant`` digits and no exponent: 1.41, 14.1, 141."""
     if value == 0:
         return "0"
-    rounded = float(f"{value:.{wanted - 1}e}")
-    places = wanted - 1 - math.floor(math.log10(abs(rounded)))
+    rounded = float(f"{value:.{significant - 1}e}")
+    places = significant - 1 - math.floor(math.log10(abs(rounded)))
     return f"{rounded:,.{max(places, 0)}f}"
 
 
@@ -269,7 +269,7 @@ def against_control(data: ReportData) -> str:
 
 
 def prediction(data: ReportData) -> str:
-    """Say how the predicted error compares with the measured one, or that the metric predicts none."""
+    """Compare the predicted error with the measured one, or say that none is predicted."""
     if data.predicted_nmse is None:
         return f"not predicted by the metric {data.sensitivity}".rstrip()
     ratio = data.prediction_ratio
@@ -357,7 +357,7 @@ def glance_columns(data: ReportData) -> list[str]:
 
 
 def latency_rows(data: ReportData) -> list[list[str]]:
-    """Return every figure about latency with what it is of and how it is known; measurements first."""
+    """Return every latency with what it is of and how it is known; measurements first."""
     rows = []
     if data.engine is not None and data.engine.latency_ms is not None:
         rows.append(["This engine", f"{digits(data.engine.latency_ms)} ms", f"measured: {data.engine.latency_source}"])

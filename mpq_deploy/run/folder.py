@@ -1,7 +1,8 @@
-"""The run folder: one folder per stage, written aside and moved into place, with the digests of what it came from.
+"""The run folder: a folder per stage, moved into place when complete, with its inputs' digests.
 
-A stage folder is current when its recorded inputs equal today's; else it is made again, and the fields that changed
-are named. Timings live outside the stage folders, since what is digested must repeat byte for byte.
+A stage folder is current when its recorded inputs equal today's; else it is made again, and the
+fields that changed are named. Timings live outside the stage folders, since what is digested must
+repeat byte for byte.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class RunFolder:
         return self.path / name
 
     def scratch(self) -> Path:
-        """A folder for files that a stage needs only while it runs; emptied when the run folder is opened."""
+        """A folder for a stage's temporary files; removed when the run folder is opened."""
         path = self.path / ".scratch"
         path.mkdir(exist_ok=True)
         return path
@@ -61,14 +62,12 @@ class RunFolder:
             values = json.loads(path.read_text(encoding="utf-8"))
             record = StageRecord(values["stage"], dict(values["inputs"]), dict(values["outputs"]))
             return record if record.stage == name else None
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except (ValueError, KeyError, TypeError, UnicodeDecodeError):
-            # A record cut short or altered: the stage is made again, like one that is absent.
+        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+            # Missing, cut short or altered: the stage is made again.
             return None
 
     def changed_fields(self, name: str, inputs: Fields) -> list[str] | None:
-        """Name the inputs that differ from those recorded; [] when current, None when the stage is absent.
+        """Name the inputs that differ from those recorded; [] when current, None when absent.
 
         An output that is missing or altered makes the stage absent.
         """
@@ -88,7 +87,7 @@ class RunFolder:
 
     @contextmanager
     def writing(self, name: str, inputs: Fields) -> Iterator[Path]:
-        """Yield an empty folder to fill; on success it takes the stage's place, on failure it is removed."""
+        """Yield an empty folder; on success it takes the stage's place, on failure it is removed."""
         aside = self.path / f".{name}.partial"
         _remove(aside)
         try:
@@ -115,7 +114,7 @@ class RunFolder:
         try:
             return unsealed((self.path / TIMINGS).read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
-            # Nothing but the report's figures comes from here: damaged ones are left out and made anew with the stages.
+            # Only figures of the report: damaged ones are left out until the stages are made again.
             return {}
 
     def save_timing(self, name: str, seconds: float, peak_rss_bytes: int) -> None:
@@ -126,17 +125,18 @@ class RunFolder:
 
 
 def refuse_altered(files: Iterable[Path]) -> None:
-    """Raise RunFolderError when one of ``files``, of a finished stage's folder, is not as the stage left it.
+    """Raise RunFolderError when one of ``files`` is not as its finished stage left it.
 
-    For those who open results without the pipeline, which would make the stage again. Files that lie in no stage's
-    folder are passed over: nothing is known of them.
+    For callers that open results without the pipeline, which would make the stage again. Files
+    outside a stage's folder are passed over: nothing is known of them.
     """
     for path in files:
         record = RunFolder(path.parent.parent).record(path.parent.name)
         known = {} if record is None else record.outputs
         if path.name in known and file_digest(path) != known[path.name]:
             raise RunFolderError(
-                f"{path} was altered since it was made.", "Run 'mpq-deploy build' on its run folder: it makes it again."
+                f"{path} was altered since it was made.",
+                "Run 'mpq-deploy build' on its run folder: it makes it again.",
             )
 
 
@@ -144,8 +144,8 @@ def refuse_altered(files: Iterable[Path]) -> None:
 def open_run(path: Path) -> Iterator[RunFolder]:
     """Create or open the run folder at ``path`` and hold its lock for the time of the block.
 
-    Raises RunFolderError when another process works in it, when it was made by another format of this tool, when
-    it is no run folder, or when it cannot be written.
+    Raises RunFolderError for a folder that is in use, has another format, is no run folder, or
+    cannot be written.
     """
     with ExitStack() as stack:
         try:
@@ -166,16 +166,17 @@ def open_run(path: Path) -> Iterator[RunFolder]:
 def _check_format(path: Path) -> None:
     marker = path / "run.json"
     if not marker.exists():
-        strangers = [p.name for p in path.iterdir() if p.name[0] != "." and p.name != "recipe.yaml"]
-        if strangers:
+        others = [p.name for p in path.iterdir() if p.name[0] != "." and p.name != "recipe.yaml"]
+        if others:
             raise RunFolderError(
-                f"{path} is no run folder: it holds {strangers[0]} and no run.json.", "Give an empty or new folder."
+                f"{path} is no run folder: it holds {others[0]} and no run.json.",
+                "Give an empty or new folder.",
             )
         write_text(marker, canonical_json({"format": FORMAT, "made_by": __version__}))
         return
     try:
-        found = json.loads(marker.read_text(encoding="utf-8"))
-        made_format, made_by = int(found["format"]), str(found["made_by"])
+        made = json.loads(marker.read_text(encoding="utf-8"))
+        made_format, made_by = int(made["format"]), str(made["made_by"])
     except (ValueError, KeyError, TypeError) as error:
         raise RunFolderError(f"{marker} cannot be read: {error}.", "Give a new run folder with -o.") from error
     if made_format != FORMAT:

@@ -1,4 +1,4 @@
-"""The stages in order, over one run folder: each is made when its inputs changed, and skipped when not."""
+"""The stages in order, over one run folder: each is made only when its inputs changed."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ STAGES = stages_in_order(
 
 
 class Pipeline:
-    """One recipe on one open run folder: the stages in their order. ``run`` is what it looks like now."""
+    """One recipe on one open run folder. ``run``: the view of its present state."""
 
     def __init__(self, folder: RunFolder, recipe: Recipe, talk: Talk, crew: Crew | None = None) -> None:
         self.results: dict[str, StageResult] = {}
@@ -60,11 +60,11 @@ class Pipeline:
         self.run = Run(recipe, folder, talk, crew or Alone(), self.results)
 
     def run_until(self, last: str) -> Summary:
-        """Make sure that the stage ``last`` and all that it needs are current, and say what there is."""
+        """Make the stage ``last`` and all that it needs current; return a summary."""
         return summarise(self.current(last), last)
 
     def current(self, *names: str) -> Run:
-        """Make sure that the stages ``names`` and all that they need are current; return the run."""
+        """Make the stages ``names`` and all that they need current; return the run."""
         for last in names:
             for name in self._order(last):
                 if name not in self.results:
@@ -72,9 +72,9 @@ class Pipeline:
         return self.run
 
     def deployed(self, corrected: bool = False) -> Run:
-        """Make the graphs that are deployed current; with ``corrected`` also the correction, if the recipe wants it."""
-        wanted = corrected and self.run.recipe.evaluate.correction != "none"
-        return self.current(self.run.deployed_stage, *(["correction"] if wanted else []))
+        """Make the deployed graphs current; with ``corrected`` also the recipe's correction."""
+        with_correction = corrected and self.run.recipe.evaluate.correction != "none"
+        return self.current(self.run.deployed_stage, *(["correction"] if with_correction else []))
 
     def ensure(self, name: str) -> StageResult:
         """Make the stage ``name`` unless it is current; what it needs must be current already."""
@@ -85,10 +85,7 @@ class Pipeline:
         return self.results[name]
 
     def report_as_is(self) -> Summary:
-        """Write the reports from the stages that are current, and make none.
-
-        Raises UsageError when not even the plan is there.
-        """
+        """Report existing stages only; run none. Raises UsageError without a current plan."""
         order = self._order("report")
         for stage in (STAGES[name] for name in order):
             if stage.inputs is None or not all(need in self.results for need in stage.needs if need in order):
@@ -105,12 +102,12 @@ class Pipeline:
         return summarise(self.run, "report")
 
     def _order(self, last: str) -> list[str]:
-        wanted = {last}
+        needed = {last}
         for name, stage in reversed(STAGES.items()):
-            if name in wanted:
-                wanted.update(stage.needs)
-        recipe = self.run.recipe
-        return [name for name, stage in STAGES.items() if name in wanted and (name == last or stage.applies(recipe))]
+            if name in needed:
+                needed.update(stage.needs)
+        applies = {name for name, stage in STAGES.items() if stage.applies(self.run.recipe)}
+        return [name for name in STAGES if name in needed and (name == last or name in applies)]
 
     def _cached(self, name: str) -> StageResult:
         timing = self.run.folder.timings().get(name, {})
@@ -128,18 +125,17 @@ class Pipeline:
         seconds, peak = reading.seconds, reading.peak_rss_bytes
         run.folder.save_timing(name, seconds, peak)
         run.talk.line(f"{name:<10} {seconds:6.1f} s  {peak / 1e6:6.0f} MB  {note}".rstrip())
-        # Another view, with nothing opened: what the stage opened goes, and what was opened of its former self.
+        # A new view, so that nothing opened of the former stage stays.
         self.run = replace(run)
         return StageResult(name, seconds, peak, False)
 
 
 @contextmanager
 def open_pipeline(recipe: Recipe, run: Path, talk: Talk, crew: Crew | None = None) -> Iterator[Pipeline]:
-    """Open (and lock) the run folder for ``recipe``, and write the recipe with every default into it.
+    """Open and lock the run folder for ``recipe``; write the recipe with every default into it.
 
     ``crew``: who computes what can be spread over workers; None: this process.
     """
-    # Mistakes that need no run folder to be found are found before one is made.
     check_recipe(recipe)
     with open_run(run) as folder:
         stored = run / RECIPE
@@ -149,7 +145,7 @@ def open_pipeline(recipe: Recipe, run: Path, talk: Talk, crew: Crew | None = Non
         try:
             yield pipeline
         except MpqError as error:
-            # What was asked for cannot be done: the run folder keeps the recipe that its stages were made by.
+            # The request cannot be met: the folder keeps the recipe that made its stages.
             untouched = all(result.cached for result in pipeline.results.values())
             if before is not None and (untouched or isinstance(error, UsageError)):
                 write_text(stored, before)

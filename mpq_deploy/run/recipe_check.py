@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Find mistakes that need neither the model nor a run folder: an unknown target, options that contradict."""
+    """Refuse an unknown target and options that contradict each other."""
     target = load_target(recipe.target)
     if recipe.engine.build and target.builder == RTX and not builder_present(target):
         raise MissingDependencyError("tensorrt-rtx", "rtx", f"Building an engine for '{target.name}'")
@@ -31,10 +31,13 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def _check_schemes(recipe: Recipe, target: Target) -> None:
-    """Refuse a simulated scheme where bytes are real, and schemes of which the target takes none at all."""
-    asked = [scheme for scheme in wanted_schemes(recipe) if scheme.quantized]
-    taken = [s for s in asked if any(s.family in families for families in target.schemes.values())]
-    wrong = next((s for s in asked if s not in taken and (s.simulated or target.simulated or not taken)), None)
+    """Refuse a simulated scheme where bytes are real, and schemes that the target never takes."""
+    schemes = [scheme for scheme in wanted_schemes(recipe) if scheme.quantized]
+    families = {family for families in target.schemes.values() for family in families}
+    accepted = [scheme for scheme in schemes if scheme.family in families]
+    strict = target.simulated or not accepted
+    refused = (s for s in schemes if s not in accepted and (s.simulated or strict))
+    wrong = next(refused, None)
     if wrong is not None:
         reason = target.refusal(Layer("any", "MatMul", "any", (64, 64), 1, 1, ()), wrong)
         raise UsageError(
@@ -44,12 +47,12 @@ def _check_schemes(recipe: Recipe, target: Target) -> None:
 
 
 def check_timesteps(recipe: Recipe) -> None:
-    """Refuse more timesteps than there are: the K of orm and of adaptive sampling is not quietly made smaller."""
+    """Refuse more timesteps than there are, for methods whose K must not quietly shrink."""
     steps, calibrated = recipe.calibrate.steps, recipe.calibrate.timesteps
-    wanted = {"measure.timesteps": recipe.measure.timesteps}
+    counts = {"measure.timesteps": recipe.measure.timesteps}
     if recipe.measure.sampling == "adaptive":
-        wanted["measure.coarse_timesteps"] = recipe.measure.coarse_timesteps
-    for key, count in wanted.items():
+        counts["measure.coarse_timesteps"] = recipe.measure.coarse_timesteps
+    for key, count in counts.items():
         if count > steps:
             raise UsageError(
                 f"{key} is {count}, but the sampler takes only {steps} steps (calibrate.steps).",

@@ -1,7 +1,7 @@
-"""A run as stages and rooms read it: its recipe, its folder with the finished stages, and what is opened from them.
+"""A read view of a run: its recipe, its folder of finished stages, and what is opened from them.
 
-Nothing here makes a stage. The pipeline hands a view to each stage that it makes, workers open one on a run folder (or
-a copy of some of its stages). What is opened is opened once per view.
+Nothing here makes a stage. The pipeline hands a view to each stage that it makes; workers open one
+on a run folder, or on a copy of some of its stages. Everything is opened once per view.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ RECIPE, SHARDS, SAMPLES = "recipe.yaml", ".shards", ".samples"
 
 @dataclass(frozen=True)
 class StageResult:
-    """How a stage became current in this call: made in ``seconds``, or ``cached``, with those of its last time."""
+    """How a stage became current: made in ``seconds``, or ``cached`` with its last figures."""
 
     name: str
     seconds: float
@@ -72,9 +72,9 @@ class Calibration(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """A view of a run: ``folder`` with its finished stages, ``talk`` for progress, ``crew`` who computes shards.
+    """A view of a run: ``folder`` of finished stages, ``talk`` for progress, ``crew`` for shards.
 
-    ``results``: the stages that are current, and how they became so in this call; empty where a worker reads the run.
+    ``results``: the stages made current in this call, and how; empty in a worker.
     """
 
     recipe: Recipe
@@ -85,7 +85,7 @@ class Run:
 
     @classmethod
     def opened(cls, root: Path, talk: Talk) -> Run:
-        """Return the run in ``root``, or in a copy of some of its stages, as a worker reads it: without its lock."""
+        """Return the run in ``root``, or in a copy of some of its stages, without its lock."""
         from mpq_deploy.recipe import load_recipe
 
         return cls(load_recipe(root / RECIPE), RunFolder(root), talk)
@@ -123,7 +123,7 @@ class Run:
 
     @property
     def deployed_stage(self) -> str:
-        """The stage whose graphs are deployed and compared: recover where the recipe wants it, else quantize."""
+        """The stage whose graphs are deployed: recover where the recipe has steps, else quantize."""
         return "recover" if self.recipe.recover.steps else "quantize"
 
     @property

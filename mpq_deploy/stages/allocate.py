@@ -34,11 +34,12 @@ def make(run: Run, folder: Path) -> str:
     plan = PlanSolver(run).solve(run.recipe.budget)
     plan.save(folder / "plan.json")
     ratio = plan.size_bytes / plan.fp16_size_bytes
-    predicted = "not predicted" if plan.predicted_loss is None else f"predicted NMSE {plan.predicted_loss:.2e}"
+    loss = plan.predicted_loss
+    predicted = "not predicted" if loss is None else f"predicted NMSE {loss:.2e}"
     kind = "nominal bytes, simulated" if plan.simulated else "bytes"
-    warned = int8_warning(plan.latency, len(plan.layers)) if plan.latency else ""
-    if warned:
-        run.talk.warn(warned)
+    warning = int8_warning(plan.latency, len(plan.layers)) if plan.latency else ""
+    if warning:
+        run.talk.warn(warning)
     return f"{plan.size_bytes:,} {kind} ({ratio:.4f} of FP16), {predicted}{_speed(plan)}"
 
 
@@ -48,9 +49,4 @@ def _speed(plan: PrecisionPlan) -> str:
     return f", {plan.latency.ours_ms:.3g} ms of layers and other kernels ({plan.latency.source})"
 
 
-STAGE = Stage(
-    "allocate",
-    make,
-    inputs,
-    reads=("export", "candidates", "measure"),
-)
+STAGE = Stage("allocate", make, inputs, reads=("export", "candidates", "measure"))

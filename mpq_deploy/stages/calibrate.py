@@ -1,4 +1,4 @@
-"""The stage calibrate: the inputs of the sampler's trajectories, and what activations looked like on them."""
+"""The stage calibrate: the inputs of the sampler's trajectories, and activation statistics."""
 
 from __future__ import annotations
 

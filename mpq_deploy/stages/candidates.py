@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mpq_deploy.run.view import Run
 
 
-# Raised with every change of what the candidates' files hold, so that older run folders make theirs again.
+# Raised with every change of what the candidates' files hold.
 CANDIDATES_FORMAT = 7
 
 

@@ -44,7 +44,7 @@ def make(run: Run, folder: Path) -> str:
             plan = PlanSolver(run, name).solve(run.recipe.budget)
             sizes[name] = write_plan(run, plan.schemes, folder / name)
     (folder / "sizes.json").write_text(canonical_json(sizes), encoding="utf-8")
-    return ", ".join(f"{name} {size:,} bytes" for name, size in sizes.items()) or "none wanted"
+    return ", ".join(f"{name} {size:,} bytes" for name, size in sizes.items()) or "none"
 
 
 STAGE = Stage(

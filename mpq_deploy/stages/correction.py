@@ -37,7 +37,7 @@ def inputs(run: Run) -> Fields:
 
 
 def correction_for(run: Run, quantized: Path) -> Correction:
-    """Fit the correction of the graphs in the folder ``quantized``, on calls that their weights were not rounded on."""
+    """Fit the correction of the graphs in ``quantized``, on calls not used for rounding."""
     exported = run.exported
     recorded = run.calibration.inputs
     _, held_out = recorded.split(run.recipe.measure.samples)

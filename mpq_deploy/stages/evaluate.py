@@ -1,4 +1,4 @@
-"""The stages correction and evaluate: PTQD's fit, and the comparison with the float model."""
+"""The stage evaluate: the comparison with the float model."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ if TYPE_CHECKING:
     from mpq_deploy.run.view import Run
 
 
-# As above, for evaluation.json: 2 has the PSNR as a mean over images, and the pooled one; 3 also those of each image
-# and the float graph's digest; 4 what the deployed file's FP16 arithmetic costs, among its notes; 5 the
-# recipe's settings.
+# Raised with every change of what evaluation.json holds.
 EVALUATION_FORMAT = 5
 
 
@@ -65,8 +63,8 @@ def make(run: Run, folder: Path) -> str:
     if (folder / LATENCY).exists():
         (folder / LATENCY).replace(run.path / LATENCY)
     measured = [(name, result.variants[name]) for name in ("ours", CORRECTED, BEFORE) if name in result.variants]
-    said = [f"{name}: NMSE {found.measured_nmse:.2e}, PSNR {found.psnr_db:.1f} dB" for name, found in measured]
-    return "; ".join(said).removeprefix("ours: ")
+    figures = [f"{n}: NMSE {v.measured_nmse:.2e}, PSNR {v.psnr_db:.1f} dB" for n, v in measured]
+    return "; ".join(figures).removeprefix("ours: ")
 
 
 STAGE = Stage(

@@ -1,4 +1,4 @@
-"""The stages quantize and controls: the graphs of the plan, and of what it is compared with."""
+"""The stage quantize: the graphs of the plan."""
 
 from __future__ import annotations
 
@@ -19,30 +19,29 @@ if TYPE_CHECKING:
 
 def inputs(run: Run) -> Fields:
     """Return the settings and versions that the stage depends on, beside the stages it reads."""
-    return {
-        "dialect": run.target.dialect,
-        **version_of("onnx", "onnx-ir", "numpy"),
-    }
+    return {"dialect": run.target.dialect, **version_of("onnx", "onnx-ir", "numpy")}
 
 
 def make(run: Run, folder: Path) -> str:
     """Make the stage in ``folder``; return a few words for the log."""
     plan = run.plan
     check_memory(run, STAGE)
-    written = write_plan(run, plan.schemes, folder)
-    if written != plan.size_bytes:
+    check_deployed(run, folder, write_plan(run, plan.schemes, folder))
+    return f"{plan.size_bytes:,} bytes of constants, as planned"
+
+
+def check_deployed(run: Run, folder: Path, written: int) -> None:
+    """Check the deployed graph in ``folder``, and record its ``written`` bytes of constants.
+
+    Raises MpqError where they are not those of the plan.
+    """
+    if written != run.plan.size_bytes:
         raise MpqError(
-            f"The quantized file holds {written:,} bytes of constants, the plan says {plan.size_bytes:,}.",
+            f"The deployed file holds {written:,} bytes of constants, the plan says {run.plan.size_bytes:,}.",
             "This is a defect: please report it with the model's structure.",
         )
     check_dialect(run, folder / DEPLOYED)
     (folder / "size.json").write_text(canonical_json({"size_bytes": written}), encoding="utf-8")
-    return f"{written:,} bytes of constants, as planned"
 
 
-STAGE = Stage(
-    "quantize",
-    make,
-    inputs,
-    reads=("export", "calibrate", "candidates", "allocate"),
-)
+STAGE = Stage("quantize", make, inputs, reads=("export", "calibrate", "candidates", "allocate"))

@@ -1,4 +1,4 @@
-"""The stage recover: the plan's graphs with codes, scales and constants trained towards the float model."""
+"""The stage recover: the plan's graphs, trained towards the float model."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpq_deploy.check.check import check_dialect
-from mpq_deploy.errors import MissingDependencyError, MpqError
+from mpq_deploy.errors import MissingDependencyError
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.graph.dialects import dialect_named
-from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED
 from mpq_deploy.graph.writers.plan_graphs import write_plan
 from mpq_deploy.recover.training_trajectories import TrajectoryRecorder
 from mpq_deploy.rounding.candidate_store import iterate_candidates
 from mpq_deploy.run.stage import Stage, settings, version_of
+from mpq_deploy.stages.quantize import check_deployed
 from mpq_deploy.system.files import Fields, canonical_json
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 # Raised with every change of what training does.
 RECOVER_FORMAT = 3
-# The state of training that has not ended yet, outside the stage's folder, which appears only when it is whole.
+# State of unfinished training, beside the stage's folder, which appears only when complete.
 CHECKPOINT = "recover.checkpoint"
 
 
@@ -55,17 +54,10 @@ def make(run: Run, folder: Path) -> str:
     recovered = recover(task, run.recipe.recover, recorder, run.talk, checkpoint, key)
     recovery = recovered.recovery
     if recovery.improved:
-        dialect = dialect_named(run.target.dialect)
-        written = write_recovered(task, recovered, folder, dialect)
+        written = write_recovered(task, recovered, folder, dialect_named(run.target.dialect))
     else:
         written = write_plan(run, plan.schemes, folder)
-    check_dialect(run, folder / DEPLOYED)
-    if written != plan.size_bytes:
-        raise MpqError(
-            f"The recovered file holds {written:,} bytes of constants, the plan says {plan.size_bytes:,}.",
-            "This is a defect: please report it with the model's structure.",
-        )
-    (folder / "size.json").write_text(canonical_json({"size_bytes": written}), encoding="utf-8")
+    check_deployed(run, folder, written)
     recovery.save(folder)
     checkpoint.unlink(missing_ok=True)
     return recovery.summary()

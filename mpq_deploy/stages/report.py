@@ -1,11 +1,11 @@
-"""The stage report: report.html, report.md and report.json in the run folder, from all the other stages."""
+"""The stage report: report.html, report.md and report.json in the run folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpq_deploy.report.collect import write_report
+from mpq_deploy.report.collect import report_data
 from mpq_deploy.run.stage import Stage
 
 if TYPE_CHECKING:
@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 def make(run: Run, folder: Path) -> str:
     """Write the reports into ``folder``; there is nothing to say for the log."""
-    write_report(run, folder)
+    from mpq_deploy.report.write import write_reports
+
+    write_reports(report_data(run), folder)
     return ""
 
 
