@@ -47,8 +47,8 @@ class State:
     debug = False
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(requested: bool) -> None:
+    if requested:
         print(__version__)
         raise typer.Exit()
 

@@ -51,15 +51,15 @@ def profile(
     chosen = load_target(target or recipe.target)
     path = out or Path(f"{chosen.name}.latency.json")
     with open_pipeline(recipe, run, make_talk()) as pipeline:
-        wanted = Profile(pipeline.current("calibrate"), chosen)
+        profiling = Profile(pipeline.current("calibrate"), chosen)
         if estimate:
-            table = wanted.estimate()
+            table = profiling.estimate()
             table.save(path)
         else:
-            wanted.refuse_without_hardware()
-            table = wanted.measure(path)
+            profiling.refuse_without_hardware()
+            table = profiling.measure(path)
     values = {"file": str(path), "entries": len(table.entries), "source": table.source, "device": table.device}
-    left = len(wanted.jobs) - len(table.entries)
+    left = len(profiling.jobs) - len(table.entries)
     missing = f", {left} left out" if left > 0 else ""
     text = f"{path}  {len(table.entries)} rows {table.source}, of {table.device or 'no device'}{missing}"
     print_result(values, text)
@@ -104,11 +104,11 @@ def bench(
         origin = origin_of(source, subjects[0].backend, subjects[0].device)
     if against is not None:
         subjects = [subjects[0], subject_of(against, "other", wish)]
-    found = results(measure(subjects, schedule, make_talk()), origin)
+    result = results(measure(subjects, schedule, make_talk()), origin)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_text(out, canonical_json(found))
-    print_result(found, bench_text(found), json)
+        write_text(out, canonical_json(result))
+    print_result(result, bench_text(result), json)
 
 
 @app.command(rich_help_panel=MACHINE, epilog="Example: mpq-deploy targets rtx")

@@ -199,13 +199,13 @@ def metrics(
     given = parse_weights(weights or [])
     options = MetricsOptions(tuple(network or ()), images, real, given, seed, workers, controls, scores)
     settings = recipe_of(run, None)
-    # A stage may take minutes: what is missing is said before.
+    # A stage may take minutes: report first what is missing.
     check_metrics(settings.model, options)
     crew = crew_for(workers, ray, threads)
     with open_pipeline(settings, run, make_talk(), crew) as pipeline:
-        found = measure_metrics(pipeline.current("evaluate"), options)
+        measured = measure_metrics(pipeline.current("evaluate"), options)
         pipeline.run_until("report")
-    print_result(found.as_json(), metrics_text(found))
+    print_result(measured.as_json(), metrics_text(measured))
 
 
 @app.command(rich_help_panel=LOOK, epilog="Example: mpq-deploy gate runs/mine --max-size 0.36 --min-psnr 40")

@@ -304,18 +304,18 @@ def _scored(
     value_range: tuple[float, float],
     variant: Variant,
 ) -> VariantResult:
-    expected, found = to_unit(reference["images"], value_range), to_unit(arrays["images"], value_range)
+    expected, images = to_unit(reference["images"], value_range), to_unit(arrays["images"], value_range)
     errors = tuple(float(error) for error in arrays["nmse"])
-    alike = ssim_each(expected, found)
+    alike = ssim_each(expected, images)
     return VariantResult(
         digest=variant.digest,
         size_bytes=variant.size_bytes,
         nmse_by_timestep=errors,
         measured_nmse=float(np.mean(errors)),
-        psnr_db=psnr_db(expected, found),
-        pooled_psnr_db=pooled_psnr_db(expected, found),
+        psnr_db=psnr_db(expected, images),
+        pooled_psnr_db=pooled_psnr_db(expected, images),
         ssim=float(np.mean(alike)),
-        psnr_db_each=tuple(float(value) for value in psnr_db_each(expected, found)),
+        psnr_db_each=tuple(float(value) for value in psnr_db_each(expected, images)),
         ssim_each=tuple(float(value) for value in alike),
     )
 

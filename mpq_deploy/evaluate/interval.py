@@ -19,14 +19,14 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
     """Return the interval of the mean of ``values`` [N], a percentile bootstrap over images; None below two images.
 
     Efron 1979 ("Bootstrap methods: another look at the jackknife"); the percentiles are linear between draws. With few
-    images it is somewhat too narrow: it only knows those that were drawn.
+    images it is somewhat too narrow.
     """
-    found = np.asarray(values, np.float64)
-    if len(found) < 2:
+    sample = np.asarray(values, np.float64)
+    if len(sample) < 2:
         return None
-    drawn = np.random.default_rng(BOOTSTRAP_SEED).integers(0, len(found), (BOOTSTRAP_DRAWS, len(found)))
+    drawn = np.random.default_rng(BOOTSTRAP_SEED).integers(0, len(sample), (BOOTSTRAP_DRAWS, len(sample)))
     tail = 100 * (1 - LEVEL) / 2
-    low, high = np.percentile(found[drawn].mean(axis=1), [tail, 100 - tail])
+    low, high = np.percentile(sample[drawn].mean(axis=1), [tail, 100 - tail])
     return float(low), float(high)
 
 

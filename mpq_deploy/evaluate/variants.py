@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import time
+from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
-from mpq_deploy.evaluate.cpu_latency import with_cpu_latency
+import numpy as np
+
+from mpq_deploy.calls.loop import first_samples
+from mpq_deploy.evaluate.cache import model_files
 from mpq_deploy.evaluate.evaluate import Variant, evaluate
-from mpq_deploy.evaluate.evaluation_result import Evaluation
+from mpq_deploy.evaluate.evaluation_result import CpuLatency, Evaluation
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
+from mpq_deploy.models.spec import FloatModel
 from mpq_deploy.runtime.correction import Correction
+from mpq_deploy.runtime.ort import OrtDenoiser
 
 if TYPE_CHECKING:
     from mpq_deploy.run.view import Run
@@ -20,6 +29,9 @@ LATENCY = "latency.json"
 CORRECTED = "ours+ptqd"
 # The plan as it was before recovery, where there was one.
 BEFORE = "plan"
+# Both graphs are held at once so that their calls can alternate; beyond this the memory is not worth the number.
+LARGEST_PAIR_BYTES = 2 * 2**30
+WARM_UP_CALLS, TIMED_CALLS = 2, 7
 
 
 def evaluate_variants(
@@ -32,9 +44,7 @@ def evaluate_variants(
 ) -> Evaluation:
     """Compare the graph ``ours`` (without and with ``correction``) and the controls with the float model.
 
-    ``before``: the plan's graph where ``ours`` is the recovered one, of the same size.
-
-    Samples are cached by content.
+    ``before``: the plan's graph where ``ours`` is the recovered one, of the same size. Samples are cached by content.
     """
     model, settings = run.exported.model, run.recipe.evaluate
     if model.spec.timestep is None:
@@ -50,5 +60,35 @@ def evaluate_variants(
     if before is not None:
         variants[BEFORE] = Variant(before, size_bytes)
     variants |= {name: Variant(controls / name / SIMULATED, size) for name, size in sizes.items()}
-    found = evaluate(variants, model, settings, run.talk, cache=run.path / ".samples", crew=run.crew)
-    return with_cpu_latency(found, model, "ours", ours) if latency else found
+    evaluation = evaluate(variants, model, settings, run.talk, cache=run.path / ".samples", crew=run.crew)
+    return with_cpu_latency(evaluation, model, "ours", ours) if latency else evaluation
+
+
+def with_cpu_latency(evaluation: Evaluation, model: FloatModel, name: str, path: Path) -> Evaluation:
+    """Return the evaluation with the median CPU time of a call, of the float model and of the variant ``name``.
+
+    In ONNX Runtime on this CPU, which is not the target device's latency. Batch 1, at the last
+    timestep; without times (and with a note) where both are too large to be held at once. Calls
+    alternate, so that a drift of the clock rate meets both alike.
+    """
+    pair = sum(file.stat().st_size for one in (model.path, path) for file in model_files(one))
+    if pair > LARGEST_PAIR_BYTES:
+        note = f"CPU latency not measured: both graphs together take {pair / 1e9:.1f} GB."
+        return replace(evaluation, notes=(*evaluation.notes, note))
+    denoisers = (OrtDenoiser(model.path, model.spec), OrtDenoiser(path, model.spec, fake_quant_only=True))
+    noise = first_samples(model.spec, np.zeros(1, np.int64), model.conditions, evaluation.settings.seed)
+    first = {key: values[:1] for key, values in model.conditions.items()}
+    times: tuple[list[float], list[float]] = ([], [])
+    for call in range(WARM_UP_CALLS + TIMED_CALLS):
+        for denoiser, milliseconds in zip(denoisers, times, strict=True):
+            started = time.perf_counter()
+            denoiser(noise, evaluation.timesteps[-1], first)
+            if call >= WARM_UP_CALLS:
+                milliseconds.append(1e3 * (time.perf_counter() - started))
+    latency = CpuLatency(
+        float_ms=round(median(times[0]), 3),
+        variant_ms={name: round(median(times[1]), 3)},
+        calls=TIMED_CALLS,
+        threads=os.cpu_count() or 1,
+    )
+    return replace(evaluation, latency=latency)

@@ -53,7 +53,7 @@ class ClipScore:
     """
 
     name: ScoreKind = "clip-score"
-    least_side = 1
+    min_side = 1
 
     def __init__(self, folder: Path) -> None:
         self._side, self._mean, self._deviation = preprocessing(folder)

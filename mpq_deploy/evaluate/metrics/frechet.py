@@ -61,12 +61,12 @@ def minimum_images(width: int) -> int:
 
 def check_count(count: int, width: int, what: str, network: str) -> None:
     """Refuse fewer images than a covariance takes: a UsageError that says the minimum."""
-    least = minimum_images(width)
-    if count < least:
+    minimum = minimum_images(width)
+    if count < minimum:
         fewer = ", or use a network with fewer features (demo: 64, for the bundled models)" if width > 64 else ""
         raise UsageError(
             f"{count:,} {what} are too few for the covariance of the {width:,} features of '{network}'.",
-            f"Give at least {least:,}{fewer}.",
+            f"Give at least {minimum:,}{fewer}.",
         )
 
 

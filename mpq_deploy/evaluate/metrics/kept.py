@@ -179,6 +179,6 @@ def _notes(rows: Sequence[FrechetInfo]) -> tuple[str, ...]:
         if not real:
             notes.append(f"{name}: no real images were given (--real), so none are compared with.")
         if any(row.samples // 2 < minimum_images(row.network_features) for row in real):
-            least = 2 * minimum_images(real[0].network_features)
-            notes.append(f"{name}: no extrapolation to infinitely many images, which takes {least:,}.")
+            minimum = 2 * minimum_images(real[0].network_features)
+            notes.append(f"{name}: no extrapolation to infinitely many images, which takes {minimum:,}.")
     return tuple(notes)

@@ -23,7 +23,7 @@ from mpq_deploy.system.files import file_digest
 FILE = "alexnet-owt-7be5be79.pth"
 STANDARD = "7be5be79"
 # Below this AlexNet's third pooling has nothing left to pool.
-LEAST_SIDE = 31
+MIN_SIDE = 31
 # AlexNet as torchvision has it: of each convolution the outputs, kernel, stride and padding, and whether a pooling of
 # 3 x 3 and stride 2 comes before it. LPIPS compares what each leaves behind its ReLU.
 CONVOLUTIONS = (
@@ -60,7 +60,7 @@ class Lpips:
     """LPIPS between each image and the float model's from the same noise; images are not resized."""
 
     name: ScoreKind = "lpips"
-    least_side = LEAST_SIDE
+    min_side = MIN_SIDE
 
     def __init__(self, path: Path | None) -> None:
         weights = path or cached_weights()

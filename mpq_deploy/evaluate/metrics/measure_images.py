@@ -78,9 +78,9 @@ def check_metrics(model: str | None, options: MetricsOptions) -> None:
     ``model`` as in the recipe. What takes the model itself (prompts, the images' size) shows later. Raises UsageError,
     MissingDependencyError.
     """
-    found = NetworkOptions(bundled_name(model), options.weights)
-    check_networks(_names(options, found), found)
-    check_scores(options.scores, found)
+    network_options = NetworkOptions(bundled_name(model), options.weights)
+    check_networks(_names(options, network_options), network_options)
+    check_scores(options.scores, network_options)
     check_real(options.real)
 
 
@@ -93,10 +93,10 @@ def measure_metrics(run: Run, options: MetricsOptions) -> ImageMetrics:
     """
     started = time.monotonic()
     exported = run.exported
-    found = NetworkOptions(demo_of(exported.spec.source), options.weights)
-    names = _names(options, found)
-    check_networks(names, found)
-    networks = [open_network(name, found) for name in names]
+    network_options = NetworkOptions(demo_of(exported.spec.source), options.weights)
+    names = _names(options, network_options)
+    check_networks(names, network_options)
+    networks = [open_network(name, network_options) for name in names]
     for network in networks:
         check_count(options.images, network.width, "images", network.name)
     settings = run.recipe.evaluate.replace(samples=options.images)
@@ -104,8 +104,8 @@ def measure_metrics(run: Run, options: MetricsOptions) -> ImageMetrics:
         settings = settings.replace(seed=options.seed)
     cache = run.path / ".samples"
     shape = image_shape(exported.spec, exported.path.parent)
-    scores = open_scores(options.scores, found, exported.spec, shape)
-    reals = {network.name: real_set(options.real, network, found, shape) for network in networks}
+    scores = open_scores(options.scores, network_options, exported.spec, shape)
+    reals = {network.name: real_set(options.real, network, network_options, shape) for network in networks}
     sources = _sources(run, exported.path, settings.seed, options.controls)
     model = FloatModel(exported.path, exported.spec, exported.conditions)
     sampled = sample_many(sources, model, settings, cache, run.talk, _crew(run, options.workers))
@@ -156,10 +156,10 @@ def _keep(run: Run, metrics: ImageMetrics) -> None:
     merged.save(folder)
 
 
-def _names(options: MetricsOptions, found: NetworkOptions) -> tuple[str, ...]:
+def _names(options: MetricsOptions, network_options: NetworkOptions) -> tuple[str, ...]:
     """Return the networks to measure on. Raises UsageError where nothing at all would be measured."""
     if NO_NETWORK not in options.networks:
-        return tuple(dict.fromkeys(options.networks)) or (default_network(found),)
+        return tuple(dict.fromkeys(options.networks)) or (default_network(network_options),)
     if len(set(options.networks)) > 1 or not options.scores:
         also = f" beside {', '.join(sorted(set(options.networks) - {NO_NETWORK}))}" if len(options.networks) > 1 else ""
         raise UsageError(
@@ -216,9 +216,9 @@ class _Measure:
     def _features(self, network: FeatureNetwork, name: str) -> Array:
         images = self._sampled.images[name]
         key = {"part": "features", "network": network.digest, "images": arrays_digest({"images": images})}
-        kept = self._store.find(key)
-        if kept is not None:
-            return kept["features"]
+        stored = self._store.find(key)
+        if stored is not None:
+            return stored["features"]
         parts = []
         with self._talk.bar(f"features of {name} ({network.name})", len(images)) as advance:
             for start in range(0, len(images), CHUNK):
@@ -269,19 +269,19 @@ class _Measure:
 
     def scored(self, score: ImageScore, variants: tuple[str, ...], prompts: tuple[str, ...]) -> list[ScoreInfo]:
         """Return the mean score of each of ``variants``, beside the float model's; ``prompts``: one per image."""
-        found = {name: self._scores(score, name, prompts) for name in dict.fromkeys((FLOAT, OTHER, *variants))}
-        own = found[FLOAT]
+        values = {name: self._scores(score, name, prompts) for name in dict.fromkeys((FLOAT, OTHER, *variants))}
+        own = values[FLOAT]
         return [
             ScoreInfo(
                 **self._from(name),
                 title=score.title,
                 score=score.name,
                 score_digest=score.digest,
-                value=float(np.mean(found[name])),
+                value=float(np.mean(values[name])),
                 floor=float(np.mean(own)),
-                interval=_ends(mean_interval(found[name].tolist())),
-                increase_interval=_ends(paired_interval(found[name].tolist(), own.tolist())),
-                other_noise=float(np.mean(found[OTHER])),
+                interval=_ends(mean_interval(values[name].tolist())),
+                increase_interval=_ends(paired_interval(values[name].tolist(), own.tolist())),
+                other_noise=float(np.mean(values[OTHER])),
             )
             for name in dict.fromkeys(variants)
         ]
@@ -290,9 +290,9 @@ class _Measure:
         images, reference = self._sampled.images[name], self._sampled.images[FLOAT]
         key = {"part": "scores", "score": score.digest, "prompts": list(prompts)}
         key |= {"images": arrays_digest({"images": images, "reference": reference})}
-        kept = self._store.find(key)
-        if kept is not None:
-            return kept["scores"]
+        stored = self._store.find(key)
+        if stored is not None:
+            return stored["scores"]
         parts = []
         with self._talk.bar(f"{score.title} of {name}", len(images)) as advance:
             for start in range(0, len(images), CHUNK):
@@ -340,6 +340,6 @@ def _ends(interval: tuple[float, float] | None) -> Interval | None:
     return None if interval is None else Interval(low=interval[0], high=interval[1])
 
 
-def _interval(value: float, error: float, least: float | None = None) -> Interval:
+def _interval(value: float, error: float, minimum: float | None = None) -> Interval:
     low, high = Spread.around(value, error)
-    return Interval(low=low if least is None else max(low, least), high=high)
+    return Interval(low=low if minimum is None else max(low, minimum), high=high)

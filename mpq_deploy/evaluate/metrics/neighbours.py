@@ -38,6 +38,6 @@ def _squares(a: Array, b: Array) -> list[Array]:
     parts = []
     for start in range(0, len(a), CHUNK):
         rows = a[start : start + CHUNK]
-        found = np.square(rows).sum(axis=1)[:, None] + norms - 2 * rows @ b.T
-        parts.append(np.maximum(found, 0))
+        squares = np.square(rows).sum(axis=1)[:, None] + norms - 2 * rows @ b.T
+        parts.append(np.maximum(squares, 0))
     return parts

@@ -154,9 +154,9 @@ def _check_moments(path: Path, moments: Moments, network: FeatureNetwork) -> Non
     apart = float(np.abs(covariance - covariance.T).max())
     if apart > ROUNDING * largest:
         raise UsageError(f"The covariance in {path} is not symmetric: entries differ by up to {apart:.3g}.", hint)
-    least = float(np.linalg.eigvalsh(covariance)[0])
-    if least < -ROUNDING * largest * len(covariance):
-        raise UsageError(f"The covariance in {path} has the negative eigenvalue {least:.3g}: it is none.", hint)
+    smallest = float(np.linalg.eigvalsh(covariance)[0])
+    if smallest < -ROUNDING * largest * len(covariance):
+        raise UsageError(f"The covariance in {path} has the negative eigenvalue {smallest:.3g}.", hint)
 
 
 def _of_features(features: Array, digest: str, source: str) -> RealSet:

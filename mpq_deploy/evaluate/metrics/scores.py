@@ -21,14 +21,14 @@ ScoreKind = Literal["lpips", "clip-score"]
 class ImageScore(Protocol):
     """Gives each image a figure.
 
-    ``digest`` tells its weights and preprocessing; ``title``: what it is called; ``least_side``: the fewest pixels that
-    a side of an image may have.
+    ``digest`` tells its weights and preprocessing; ``title``: what it is called; ``min_side``: minimum
+    height and width of an image, in pixels.
     """
 
     name: ScoreKind
     title: str
     digest: str
-    least_side: int
+    min_side: int
 
     def scores(self, images: Array, reference: Array, prompts: Sequence[str]) -> Array:
         """Return float64 [N] of ``images`` uint8 [N, H, W, C]; ``reference``: the float model's, of the same noise."""
@@ -64,10 +64,10 @@ def open_scores(
     check_scores(names, options)
     found = tuple(_opened(name, options) for name in dict.fromkeys(names))
     for score in found:
-        if min(shape[:2]) < score.least_side:
+        if min(shape[:2]) < score.min_side:
             raise UsageError(
                 f"The images have {shape[1]} x {shape[0]} pixels; {score.title} takes at least "
-                f"{score.least_side} on each side.",
+                f"{score.min_side} on each side.",
                 "Leave --lpips out: images are not resized for it. PSNR and SSIM take any size.",
             )
     return found

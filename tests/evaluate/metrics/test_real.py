@@ -125,7 +125,7 @@ def damaged(path):
         (saved(mean=np.zeros(5), cov=np.eye(5), count=9), "has 4 features"),
         (saved(mean=np.full(4, np.nan), cov=np.eye(4), count=9), "not finite"),
         # Each of these has a distance that could pass a gate: of the negative one it is 0.
-        (saved(mean=np.zeros(4), cov=-np.eye(4), count=9), "negative eigenvalue -1: it is none"),
+        (saved(mean=np.zeros(4), cov=-np.eye(4), count=9), "negative eigenvalue -1\\."),
         (saved(mean=np.zeros(4), cov=np.triu(np.ones((4, 4))), count=9), "not symmetric: .* by up to 1"),
         (saved(mean=np.zeros(4), cov=np.eye(4), count=4), "4 real images behind .* too few.*at least 5"),
         (saved(mean=np.zeros(4), cov=np.eye(4), count=-9), "too few"),

@@ -156,13 +156,13 @@ def test_a_wrong_file_is_refused(tmp_path, content, said):
 
 
 def test_images_too_small_for_alexnet_are_refused(random_alexnet):
-    score = opened("lpips", {"lpips": random_alexnet}, side=ours.LEAST_SIDE)
-    small = pictures(2, side=ours.LEAST_SIDE)
-    assert np.isfinite(score.scores(small, pictures(2, side=ours.LEAST_SIDE, seed=1))).all()
+    score = opened("lpips", {"lpips": random_alexnet}, side=ours.MIN_SIDE)
+    small = pictures(2, side=ours.MIN_SIDE)
+    assert np.isfinite(score.scores(small, pictures(2, side=ours.MIN_SIDE, seed=1))).all()
     with pytest.raises(UsageError, match="at least 31 on each side"):
-        opened("lpips", {"lpips": random_alexnet}, side=ours.LEAST_SIDE - 1)
+        opened("lpips", {"lpips": random_alexnet}, side=ours.MIN_SIDE - 1)
     with pytest.raises(RuntimeError):
-        score.scores(pictures(1, side=ours.LEAST_SIDE - 1), pictures(1, side=ours.LEAST_SIDE - 1))
+        score.scores(pictures(1, side=ours.MIN_SIDE - 1), pictures(1, side=ours.MIN_SIDE - 1))
 
 
 @pytest.fixture
