@@ -21,7 +21,7 @@ from mpq_deploy.engine.target import Target
 from mpq_deploy.errors import UsageError
 from mpq_deploy.formats.scheme import FP16
 from mpq_deploy.graph.dialects import dialect_named
-from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED, write_quantized
+from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED, FloatGraph, write_quantized
 from mpq_deploy.graph.writers.quantize_layers import LayerRewrite
 
 if TYPE_CHECKING:
@@ -77,7 +77,8 @@ def fp16_graph(run: Run, target: Target) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         rewrites = [LayerRewrite(layer, FP16, None) for layer in exported.graph.layers]
         spec, dialect = exported.spec, dialect_named(target.dialect)
-        write_quantized(exported.path, spec.timestep_name, spec.sample.name, rewrites, {}, folder, dialect)
+        source = FloatGraph(exported.path, spec.timestep_name, spec.sample.name)
+        write_quantized(source, rewrites, {}, folder, dialect)
         (folder / SIMULATED).unlink()
         (folder / STAMP).write_text(stamp, encoding="utf-8")
     return folder / DEPLOYED

@@ -26,7 +26,7 @@ from mpq_deploy.formats.sizes import input_channels
 from mpq_deploy.graph.constants import constant
 from mpq_deploy.graph.dialects import Dialect
 from mpq_deploy.graph.layers import Layer, LayerUse
-from mpq_deploy.graph.writers.deployed_graphs import write_quantized
+from mpq_deploy.graph.writers.deployed_graphs import FloatGraph, write_quantized
 from mpq_deploy.graph.writers.quantize_layers import LayerRewrite
 from mpq_deploy.latency.latency_table import LayerShape
 from mpq_deploy.models.spec import Array
@@ -65,7 +65,8 @@ def write_one_layer(one: OneLayer, folder: Path, dialect: Dialect) -> int:
         matrix = _candidates(one, weight).forms[one.scheme.weight_form]
     scales: Mapping[str, float] = {INPUT + one.scheme.activation_form: SCALE}
     rewrite = LayerRewrite(one.alone, one.scheme, matrix)
-    return write_quantized(folder / FLOAT_MODEL, "", INPUT, [rewrite], dict(scales), folder, dialect)
+    source = FloatGraph(folder / FLOAT_MODEL, "", INPUT)
+    return write_quantized(source, [rewrite], dict(scales), folder, dialect)
 
 
 def _float_model(one: OneLayer, weight: Array) -> ir.Model:

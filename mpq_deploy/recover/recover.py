@@ -22,7 +22,7 @@ from mpq_deploy.calls.recorded import CalibrationSet, RecordedCalls
 from mpq_deploy.errors import MpqError
 from mpq_deploy.graph.dialects import Dialect
 from mpq_deploy.graph.layers import LayerGraph
-from mpq_deploy.graph.writers.deployed_graphs import SIMULATED, write_quantized
+from mpq_deploy.graph.writers.deployed_graphs import SIMULATED, FloatGraph, write_quantized
 from mpq_deploy.models.spec import Array, DenoiserSpec
 from mpq_deploy.recipe import RecoverSettings
 from mpq_deploy.recover.checkpoint import restore_checkpoint, save_checkpoint
@@ -106,14 +106,11 @@ def write_recovered(task: RecoverTask, recovered: Recovered, folder: Path, diale
     """
     student, after = recovered.student, recovered.recovery.after
     written = write_quantized(
-        task.model,
-        task.spec.timestep_name,
-        task.spec.sample.name,
+        FloatGraph(task.model, task.spec.timestep_name, task.spec.sample.name, student.learned_constants()),
         student.rewrites(task.starts),
         student.activation_scales(),
         folder,
         dialect,
-        constants=student.learned_constants(),
     )
     error = measured_error(folder / SIMULATED, task, recovered.held_out)
     if abs(error - after) > WRITTEN_TOLERANCE * after:

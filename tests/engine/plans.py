@@ -17,7 +17,7 @@ from mpq_deploy.formats.integers import IntegerWeight
 from mpq_deploy.formats.scheme import FP16, SCHEMES, Scheme
 from mpq_deploy.graph.layers import Layer, layer_graph
 from mpq_deploy.graph.load import load_model
-from mpq_deploy.graph.writers.deployed_graphs import write_quantized
+from mpq_deploy.graph.writers.deployed_graphs import FloatGraph, write_quantized
 from mpq_deploy.graph.writers.quantize_layers import LayerRewrite, weight_array
 from mpq_deploy.rounding.quantizers import QuantizedMatrix
 from tests.graphs import denoiser_graph
@@ -51,7 +51,7 @@ def write_plan(folder: Path, choose: Callable[[int, Layer], str]) -> Written:
         matrix = rounded(weight_matrix(layer, weight_array(model, layer)), layer, scheme)
         rewrites.append(LayerRewrite(layer, scheme, matrix))
     scales = {tensor: 0.05 for layer in layers for tensor in layer.inputs}
-    total = write_quantized(exported, "timestep", "sample", rewrites, scales, folder)
+    total = write_quantized(FloatGraph(exported, "timestep", "sample"), rewrites, scales, folder)
     return Written(folder / "model.onnx", ExpectedLayers.of(layers, schemes, total))
 
 

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from mpq_deploy.calls.recorded import CalibrationSet, RecordedCalls
 from mpq_deploy.errors import ModelError
 from mpq_deploy.evaluate.half import HalfPrecision, half_precision
-from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED, write_quantized
+from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED, FloatGraph, write_quantized
 from mpq_deploy.models.spec import DenoiserSpec, InputSpec
 from mpq_deploy.system.progress import Talk
 
@@ -59,7 +59,7 @@ def exported(path: Path, size: float, mended: float = 0.5) -> Path:
 def compared(folder: Path, size: float, mended: float = 0.5) -> HalfPrecision:
     model = exported(folder / "model.onnx", size, mended)
     (folder / "written").mkdir()
-    write_quantized(model, "timestep", "sample", [], {}, folder / "written")
+    write_quantized(FloatGraph(model, "timestep", "sample"), [], {}, folder / "written")
     rng = np.random.default_rng(1)
     calls = CalibrationSet(
         rng.standard_normal((5, 2, 3, 8, 8)).astype(np.float32), np.linspace(99, 0, 5), np.zeros(2, np.int64)

@@ -18,7 +18,7 @@ from mpq_deploy.graph.layers import Layer, LayerUse, layer_graph
 from mpq_deploy.graph.load import load_model, normalise
 from mpq_deploy.graph.passes.lower_opset import LowerOpsetPass
 from mpq_deploy.graph.save import save_sharing
-from mpq_deploy.graph.writers.deployed_graphs import refuse_schemes, write_quantized
+from mpq_deploy.graph.writers.deployed_graphs import FloatGraph, refuse_schemes, write_quantized
 from mpq_deploy.graph.writers.quantize_layers import LayerRewrite
 from tests.graphs import GraphBuilder, awkward_graph, denoiser_graph
 
@@ -82,7 +82,9 @@ def test_what_is_written_passes_its_own_check(dialect: str, tmp_path: Path) -> N
     rewrites = [LayerRewrite(layer, SCHEMES["fp16"], None) for layer in layer_graph(model).layers]
     out = tmp_path / "out"
     out.mkdir()
-    write_quantized(tmp_path / "export.onnx", "timestep", "sample", rewrites, {}, out, dialect_named(dialect))
+    write_quantized(
+        FloatGraph(tmp_path / "export.onnx", "timestep", "sample"), rewrites, {}, out, dialect_named(dialect)
+    )
     target = {"trt-10.3": "jetson-agx-orin", "trt-10.13": "jetson-thor", "trt-11": "tensorrt-11", "trt-rtx": "rtx"}
     result = check_model(out / "model.onnx", load_target(target[dialect]))
     assert {finding.rule for finding in result.findings} <= {"dynamic-inputs", "shared-input"}

@@ -16,7 +16,7 @@ from mpq_deploy.formats.branches.prescaled import ScaledMatrix
 from mpq_deploy.formats.branches.rows import RowsMatrix
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.graph.save import constant_bytes
-from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED, write_quantized
+from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED, FloatGraph, write_quantized
 from mpq_deploy.recipe import RecoverSettings
 from mpq_deploy.recover.recover import RecoverTask
 from mpq_deploy.recover.student import Student
@@ -62,7 +62,7 @@ def write(task: RecoverTask, student: Student, folder: Path) -> Path:
     folder.mkdir()
     scales, constants = student.activation_scales(), student.learned_constants()
     write_quantized(
-        task.model, "timestep", "sample", student.rewrites(task.starts), scales, folder, constants=constants
+        FloatGraph(task.model, "timestep", "sample", constants), student.rewrites(task.starts), scales, folder
     )
     return folder
 
@@ -76,7 +76,7 @@ def write_start(task: RecoverTask, folder: Path) -> Path:
     found = task.stats.activations
     scales = {n + form: s.input_grid(a) for n, a in found.items() for form, s in rounding.items()}
     rewrites = [LayerRewrite(s.layer, s.scheme, s.matrix) for s in task.starts]
-    write_quantized(task.model, "timestep", "sample", rewrites, scales, folder)
+    write_quantized(FloatGraph(task.model, "timestep", "sample"), rewrites, scales, folder)
     return folder
 
 

@@ -1,12 +1,14 @@
 """From a plan to files: the FP16 graph for TensorRT and its FP32-arithmetic twin for ONNX Runtime.
 
-In: the exported model, the scheme and codes of every layer, the activation scales, the dialect. Out: ``model.onnx`` and
-``model.fp32.onnx`` over one ``weights.bin``. Both hold the same integers and scales, because they are the same bytes.
+In: the exported model, the scheme and codes of every layer, the activation scales, the dialect.
+Out: ``model.onnx`` and ``model.fp32.onnx`` over one ``weights.bin``, which holds the integers and
+scales of both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx_ir as ir
@@ -29,33 +31,41 @@ SIMULATED = "model.fp32.onnx"
 WEIGHTS = "weights.bin"
 
 
+@dataclass(frozen=True)
+class FloatGraph:
+    """The exported FP32 model: its file and the names of two of its inputs.
+
+    ``constants`` take the place of the file's, by name: values that recovery has learned.
+    """
+
+    path: Path
+    timestep: str
+    sample: str
+    constants: Mapping[str, Array] = field(default_factory=dict)
+
+
 def write_quantized(
-    exported: Path,
-    timestep: str,
-    sample: str,
+    exported: FloatGraph,
     rewrites: Sequence[LayerRewrite],
     scales: Mapping[str, float | ActivationGrid],
     folder: Path,
     dialect: Dialect | None = None,
-    constants: Mapping[str, Array] | None = None,
 ) -> int:
-    """Write both graphs of a plan into ``folder``; return the bytes of all constants, counted from the file.
+    """Write both graphs of a plan into ``folder``; return the bytes of all constants in the file.
 
-    ``exported`` is the FP32 model; ``timestep`` and ``sample`` name its inputs; ``scales`` are INT8 scales by
-    activation tensor. What is simulated has nominal bytes, checked against its codes in the file.
-    ``dialect``: what the target reads (default: whatever is written).
-    ``constants`` take the place of the exported model's, by name: values that recovery has learned.
+    ``scales``: INT8 scales by activation tensor. ``dialect``: what the target reads (None: anything
+    that is written). What is simulated has nominal bytes, checked against its codes in the file.
     Raises ModelError for a layer or node that the dialect cannot take.
     """
     if dialect is not None:
         refuse_schemes(rewrites, dialect)
-    learned = {name: ir.tensor(array, name=name) for name, array in (constants or {}).items()}
+    learned = {name: ir.tensor(array, name=name) for name, array in exported.constants.items()}
     models = {}
     for name, finish in ((DEPLOYED, Fp16ArithmeticPass), (SIMULATED, Fp16StoragePass)):
-        model = load_model(exported)
+        model = load_model(exported.path)
         for constant, tensor in learned.items():
             model.graph.initializers[constant].const_value = tensor
-        region = fp16_region(model, timestep, sample)
+        region = fp16_region(model, exported.timestep, exported.sample)
         quantize_layers(model, list(rewrites), scales)
         finish(region)(model)
         if dialect is not None:
@@ -66,9 +76,9 @@ def write_quantized(
 
 
 def refuse_schemes(rewrites: Sequence[LayerRewrite], dialect: Dialect) -> None:
-    """Raise ModelError when a layer takes a form that the builder of ``dialect`` is documented to refuse.
+    """Raise ModelError when a layer takes a form that the builder is documented to refuse.
 
-    Forms that are only unproven there are the target's business, which a user's own YAML may decide otherwise.
+    Forms that are only unproven there are the target's matter, which a user's YAML may decide.
     """
     for rewrite in rewrites if dialect.tensorrt else ():
         (body, form), *_ = rewrite.scheme.parts(rewrite.layer)
@@ -82,6 +92,7 @@ def refuse_schemes(rewrites: Sequence[LayerRewrite], dialect: Dialect) -> None:
 
 
 def fp16_bytes(model: ir.Model, timestep: str, sample: str) -> int:
-    """Bytes of all constants of ``model`` when deployed in FP16 without quantization; rewrites ``model``."""
+    """Bytes of all constants of ``model`` in FP16, without quantization; rewrites ``model``."""
     Fp16ArithmeticPass(fp16_region(model, timestep, sample))(model)
-    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)

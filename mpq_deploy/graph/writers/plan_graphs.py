@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.graph.dialects import dialect_named
-from mpq_deploy.graph.writers.deployed_graphs import write_quantized
+from mpq_deploy.graph.writers.deployed_graphs import FloatGraph, write_quantized
 from mpq_deploy.graph.writers.quantize_layers import LayerRewrite
 from mpq_deploy.rounding.candidate_store import iterate_candidates
 
@@ -31,4 +31,5 @@ def write_plan(run: Run, schemes: dict[str, str], folder: Path) -> int:
     }
     spec = exported.spec
     dialect = dialect_named(run.target.dialect)
-    return write_quantized(exported.path, spec.timestep_name, spec.sample.name, rewrites, scales, folder, dialect)
+    source = FloatGraph(exported.path, spec.timestep_name, spec.sample.name)
+    return write_quantized(source, rewrites, scales, folder, dialect)

@@ -18,7 +18,7 @@ from mpq_deploy.formats.layer_rounding import InputMoments
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.graph.layers import layer_graph
 from mpq_deploy.graph.passes.first_token import SAME_TOKEN, FirstTokenPass, common_first_token, projections
-from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED, fp16_bytes, write_quantized
+from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED, FloatGraph, fp16_bytes, write_quantized
 from mpq_deploy.graph.writers.quantize_layers import LayerRewrite, weight_array
 from mpq_deploy.models.spec import DenoiserSpec, InputSpec
 from mpq_deploy.rounding.quantizers import Rounding
@@ -132,7 +132,7 @@ def int8_error(folder: Path, first: float, apart: bool) -> float:
         rounded = round_candidates(layer, choices, weight, ones, Rounding(gptq=False, damping=0.01))
         rewrites.append(LayerRewrite(layer, scheme, rounded.forms.get(scheme.weight_form)))
         scales.update({tensor: observed(path, tensor, text) / 127 for tensor in layer.inputs})
-    write_quantized(path, "", "sample", rewrites, scales, folder / "out")
+    write_quantized(FloatGraph(path, "", "sample"), rewrites, scales, folder / "out")
     found = run(folder / "out" / SIMULATED, text)
     return float(np.sum((found - expected) ** 2) / np.sum(expected**2))
 

@@ -27,7 +27,7 @@ from mpq_deploy.formats.layer_rounding import InputMoments
 from mpq_deploy.formats.scheme import SCHEMES, Scheme
 from mpq_deploy.formats.sizes import FP16_BYTES, input_channels
 from mpq_deploy.graph.layers import Layer, LayerGraph, layer_graph
-from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED, fp16_bytes, write_quantized
+from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED, FloatGraph, fp16_bytes, write_quantized
 from mpq_deploy.graph.writers.prescale import foldable_inputs
 from mpq_deploy.graph.writers.quantize_layers import LayerRewrite, bias_refusal, weight_array
 from mpq_deploy.rounding.quantizers import Rounding
@@ -118,7 +118,7 @@ def write(path: Path, graph: LayerGraph, plan: dict[str, str], folder: Path) -> 
         for n in graph.layers
     ]
     scales = {t + form: s for t in graph.activations for form, s in (("", SCALE), *without())}
-    return write_quantized(path, "timestep", "sample", rewrites, scales, folder)
+    return write_quantized(FloatGraph(path, "timestep", "sample"), rewrites, scales, folder)
 
 
 def without() -> list[tuple[str, float]]:

@@ -18,7 +18,7 @@ from mpq_deploy.formats.scheme import SCHEMES, Scheme
 from mpq_deploy.formats.sizes import ACTIVATION_SCALE_BYTES, FP16_BYTES
 from mpq_deploy.graph.layers import Layer, LayerGraph, layer_graph
 from mpq_deploy.graph.save import constant_bytes
-from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED, fp16_bytes, write_quantized
+from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED, FloatGraph, fp16_bytes, write_quantized
 from mpq_deploy.graph.writers.nominal_bytes import WEIGHTS_KEY, nominal_bytes
 from mpq_deploy.graph.writers.quantize_layers import LayerRewrite, weight_array
 from mpq_deploy.rounding.quantizers import Rounding
@@ -70,7 +70,7 @@ def write(path: Path, name: str, folder: Path) -> tuple[LayerGraph, dict[str, La
     form = SCHEMES[name].activation_form
     scales = {tensor + form: grid_of(SCHEMES[name]) for tensor in graph.activations} if form else {}
     folder.mkdir()
-    return graph, candidates, write_quantized(path, "timestep", "sample", rewrites, scales, folder)
+    return graph, candidates, write_quantized(FloatGraph(path, "timestep", "sample"), rewrites, scales, folder)
 
 
 def feeds() -> dict[str, np.ndarray]:

@@ -26,7 +26,7 @@ from mpq_deploy.graph.layers import Layer, LayerGraph, layer_graph
 from mpq_deploy.graph.passes.fp16_arithmetic import Fp16ArithmeticPass
 from mpq_deploy.graph.passes.fp16_storage import Fp16StoragePass
 from mpq_deploy.graph.save import constant_bytes
-from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED, fp16_bytes, write_quantized
+from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED, FloatGraph, fp16_bytes, write_quantized
 from mpq_deploy.graph.writers.quantize_layers import LayerRewrite, quantize_layers, weight_array
 from mpq_deploy.rounding.quantizers import Rounding
 from mpq_deploy.runtime.ort import session_options
@@ -90,7 +90,7 @@ def write(path: Path, graph: LayerGraph, schemes: dict[str, str], folder: Path) 
         for layer in graph.layers
     ]
     scales = dict.fromkeys(graph.activations, 0.03)
-    written = write_quantized(path, "timestep", "sample", rewrites, scales, folder)
+    written = write_quantized(FloatGraph(path, "timestep", "sample"), rewrites, scales, folder)
     fixed = fp16_bytes(ir.load(path), "timestep", "sample") - FP16_BYTES * sum(layer.weights for layer in graph.layers)
     quantized = {t for layer in graph.layers if SCHEMES[schemes[layer.name]].activation for t in layer.inputs}
     expected = fixed + sum(SCHEMES[schemes[layer.name]].weight_bytes(layer) for layer in graph.layers)
