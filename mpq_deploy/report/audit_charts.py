@@ -46,12 +46,12 @@ def css_key(key: str) -> str:
     return key.replace("+", "-")
 
 
-def interval(found: Correlation) -> str:
+def interval(correlation: Correlation) -> str:
     """Return a correlation with its interval: ``0.998 (0.997 to 0.999)``."""
-    if found.rho is None:
+    if correlation.rho is None:
         return NO_ORDER
-    places = 3 if found.rho > 0.99 else 2
-    parts = [f"{value:.{places}f}".replace("-", "−") for value in (found.rho, found.low, found.high)]
+    places = 3 if correlation.rho > 0.99 else 2
+    parts = [f"{value:.{places}f}".replace("-", "−") for value in (correlation.rho, correlation.low, correlation.high)]
     return f"{parts[0]} ({parts[1]} to {parts[2]})"
 
 
@@ -111,10 +111,10 @@ def scatter_chart(result: AuditResult) -> Markup | None:
 def _panel(result: AuditResult, row: MetricResult, true: Sequence[float], left: float, upper: float) -> Markup:
     points: dict[str, list[tuple[float, float]]] = {}
     for loss in result.losses:
-        found = loss.get(row.key)
-        if found and loss[TRUTH] > 0 and SCHEMES[loss["scheme"]].quantized:
-            points.setdefault(SCHEMES[loss["scheme"]].family, []).append((loss[TRUTH], found))
-    values = [found for family in points.values() for _, found in family] or [1.0]
+        estimate = loss.get(row.key)
+        if estimate and loss[TRUTH] > 0 and SCHEMES[loss["scheme"]].quantized:
+            points.setdefault(SCHEMES[loss["scheme"]].family, []).append((loss[TRUTH], estimate))
+    values = [estimate for family in points.values() for _, estimate in family] or [1.0]
     across = log_ticks(true)
     # Only the order of losses that predict no error counts: no ticks.
     up = log_ticks([*values, *true]) if row.calibration else [min(values) / 1.2, max(values) * 1.2]
@@ -161,7 +161,7 @@ def quality_chart(result: AuditResult, psnr: bool) -> Markup | None:
     for (row, points), place in zip(rows, places, strict=True):
         parts.append(_curve(x, y, row, points, psnr))
         parts.append(label(x.end + 12, place + 4, row.title, "start", "label"))
-    text = "; ".join(f"{row.title}: {', '.join(_said(p, psnr) for p in points)}" for row, points in rows)
+    text = "; ".join(f"{row.title}: {', '.join(_figure(p, psnr) for p in points)}" for row, points in rows)
     name = "quality-psnr" if psnr else "quality-nmse"
     return chart(name, "Quality of each metric's plans over size", text, parts, QUALITY_HEIGHT)
 
@@ -178,7 +178,7 @@ def _curve(x: Axis, y: Axis, row: MetricResult, points: Sequence[PlanPoint], psn
                     key, x(size), y(low), y(high)
                 )
             )
-        text = f"{row.title}, {percent(size)}: {_said(point, psnr)}"
+        text = f"{row.title}, {percent(size)}: {_figure(point, psnr)}"
         parts.append(marker(key, (x(size), y(height)), text, 4, hollow=row.key == "probe+cross"))
     return Markup("").join(parts)
 
@@ -187,7 +187,7 @@ def _height(point: PlanPoint, psnr: bool) -> float | None:
     return point.psnr_db if psnr else point.nmse or None
 
 
-def _said(point: PlanPoint, psnr: bool) -> str:
+def _figure(point: PlanPoint, psnr: bool) -> str:
     return decibels(point.psnr_db, point.identical) if psnr else error(point.nmse)
 
 

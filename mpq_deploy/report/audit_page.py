@@ -112,9 +112,9 @@ def findings(result: AuditResult) -> list[str]:
     return parts
 
 
-def _verdict(found: Correlation) -> str:
+def _verdict(correlation: Correlation) -> str:
     """Put an interval into words. The bounds are our choice."""
-    low, high = found.low or 0.0, found.high or 0.0
+    low, high = correlation.low or 0.0, correlation.high or 0.0
     if low > 0.7:
         return "Here it does"
     if low > 0:
@@ -208,10 +208,10 @@ def _needs(point: PlanPoint) -> str:
     return "no plan"
 
 
-def _rho(found: Correlation | None) -> str:
-    if found is None or found.rho is None:
+def _rho(correlation: Correlation | None) -> str:
+    if correlation is None or correlation.rho is None:
         return "–"
-    return f"{found.rho:.3f}".replace("-", "−")
+    return f"{correlation.rho:.3f}".replace("-", "−")
 
 
 def _calibration(row: MetricResult) -> str:

@@ -185,7 +185,7 @@ def curve_chart(
         [round(x(s.size_ratio), 1), round(y(s.predicted), 1)] if s.predicted and s.predicted >= decades[0] else None
         for s in stops
     ]
-    return chart("curve", "Predicted and measured error over size", _said(line, known), parts), places
+    return chart("curve", "Predicted and measured error over size", _description(line, known), parts), places
 
 
 def _marks(x: Axis, y: Axis, marks: Sequence[Mark]) -> list[Markup]:
@@ -209,14 +209,14 @@ def _marks(x: Axis, y: Axis, marks: Sequence[Mark]) -> list[Markup]:
     return parts
 
 
-def _said(line: Sequence[tuple[float, float]], marks: Sequence[Mark]) -> str:
+def _description(line: Sequence[tuple[float, float]], marks: Sequence[Mark]) -> str:
     ends = [f"predicted {error(loss)} at {percent(ratio)}" for ratio, loss in [*line[:1], *line[-1:]]]
-    told = [
+    points = [
         f"{mark.title or 'a swept budget'} {percent(mark.size_ratio)}: measured {error(mark.measured)}"
         for mark in marks
         if mark.measured
     ]
-    return "; ".join([*ends, *told])
+    return "; ".join([*ends, *points])
 
 
 def _shares(stop: Stop, plans: BudgetPlans, families: Sequence[str]) -> list[list[object]]:

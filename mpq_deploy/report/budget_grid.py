@@ -51,16 +51,16 @@ def budget_plans(run: Run, plan: PrecisionPlan) -> BudgetPlans:
     ratio = plan.budget_bytes / plan.fp16_size_bytes
     made_from = canonical_json({**fields, "highest": _highest(solver.smallest / solver.fp16_size, ratio)})
     stored = _read(run).get("budgets", {})
-    found = _stored_plans(stored) if isinstance(stored, dict) and stored.get("from") == made_from else None
-    if found is None:
-        found = grid_plans(run, solver, ratio)
-        if len(found.plans) == found.wanted:
-            _keep(run, "budgets", {"from": made_from, "plans": found.model_dump(mode="json")})
+    plans = _stored_plans(stored) if isinstance(stored, dict) and stored.get("from") == made_from else None
+    if plans is None:
+        plans = grid_plans(run, solver, ratio)
+        if len(plans.plans) == plans.wanted:
+            _keep(run, "budgets", {"from": made_from, "plans": plans.model_dump(mode="json")})
     smaller, larger = zip(*(_options(choice, plan, solver.table.predicts_nmse) for choice in solver.choices))
-    return found.model_copy(
+    return plans.model_copy(
         update={
-            "smaller": {name: option for name, option in zip(found.layers, smaller) if option is not None},
-            "larger": {name: option for name, option in zip(found.layers, larger) if option is not None},
+            "smaller": {name: option for name, option in zip(plans.layers, smaller) if option is not None},
+            "larger": {name: option for name, option in zip(plans.layers, larger) if option is not None},
             "command": _command(run),
         }
     )
@@ -78,11 +78,11 @@ def grid_plans(run: Run, solver: PlanSolver, ratio: float) -> BudgetPlans:
             if stopped:
                 break
             try:
-                found = solver.unrefined(budget, GAP)
+                plan = solver.unrefined(budget, GAP)
             except InfeasibleLatencyError:
-                found = None  # no plan of this size is fast enough: the curve starts later
-            if found is not None:
-                solved[budget] = found
+                plan = None  # no plan of this size is fast enough: the curve starts later
+            if plan is not None:
+                solved[budget] = plan
             advance(1)
     return packed(solver, undominated(solved.values()), len(budgets) if stopped else 0)
 
@@ -114,8 +114,8 @@ def layer_kurtoses(run: Run, exported: Exported) -> dict[str, float]:
 
     stats = run.calibration.stats
     layers = [layer for layer in exported.graph.layers if all(name in stats.activations for name in layer.inputs)]
-    found = {layer.name: layer_kurtosis(layer, float_matrix(exported.graph, layer), stats) for layer in layers}
-    values = {name: value for name, value in found.items() if np.isfinite(value)}
+    kurtoses = {layer.name: layer_kurtosis(layer, float_matrix(exported.graph, layer), stats) for layer in layers}
+    values = {name: value for name, value in kurtoses.items() if np.isfinite(value)}
     _keep(run, "kurtosis", {"from": made_from, "values": values})
     return values
 

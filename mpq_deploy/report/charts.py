@@ -37,9 +37,9 @@ COLUMN = 12
 
 def size_quality_chart(data: ReportData) -> Markup | None:
     """PSNR over size of this plan, the controls and a sweep; None when no PSNR is finite."""
-    found = [("ours", data.size_ratio, data.psnr_db)]
-    found += [(key, control.size_ratio, control.psnr_db) for key, control in data.compared.items()]
-    points = [(key, title_of(key, data), ratio, psnr) for key, ratio, psnr in found if psnr is not None]
+    variants = [("ours", data.size_ratio, data.psnr_db)]
+    variants += [(key, control.size_ratio, control.psnr_db) for key, control in data.compared.items()]
+    points = [(key, title_of(key, data), ratio, psnr) for key, ratio, psnr in variants if psnr is not None]
     if not points:
         return None
     curve = tuple(sorted((p.size_ratio, p.psnr_db) for p in data.curve if p.psnr_db is not None))
