@@ -255,8 +255,8 @@ def test_a_folder_of_something_else(cli: Cli, tmp_path: Path, model: Path) -> No
     (holiday / "beach.jpg").write_text("sand", encoding="utf-8")
     refused(cli("build", model, "-o", holiday), 1, "is no run folder", "beach.jpg")
     assert sorted(path.name for path in holiday.iterdir() if path.name != ".lock") == ["beach.jpg"]
-    refused(cli("allocate", holiday), 2, "is no run folder", "recipe.yaml")
-    refused(cli("allocate", tmp_path / "nowhere"), 2, "is no run folder")
+    refused(cli("allocate", holiday), 2, "is not a run folder", "recipe.yaml")
+    refused(cli("allocate", tmp_path / "nowhere"), 2, "is not a run folder")
     assert not (tmp_path / "nowhere").exists()
 
 
