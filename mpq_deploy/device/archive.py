@@ -174,8 +174,8 @@ def _entry(file: BinaryIO, header: bytes, last: str, path: Path) -> Entry:
     padding = -info.size % BLOCK
     filler = file.read(padding)
     if read < info.size or len(filler) < padding:
-        bytes_read = f"{read:,} of {info.size:,} bytes are there"
-        raise ArchiveError(f"{path} is cut short in the part '{info.name}' ({bytes_read}).", AGAIN)
+        what = f"{path} is cut short in the part '{info.name}' ({read:,} of {info.size:,} bytes are there)."
+        raise ArchiveError(what, AGAIN)
     if any(filler):
         raise ArchiveError(f"The padding of the part '{info.name}' of {path} is altered.", AGAIN)
     return Entry(info.name, offset, info.size, digest.hexdigest())
