@@ -41,7 +41,9 @@ TYPICAL = {
     "w4a8-b64": 6e-3,
     "w4a8-b128": 7e-3,
 }
-SPREAD_DECADES = 1.25  # standard deviation of log10(sensitivity): 95 % of the layers within five decades
+SPREAD_DECADES = (
+    1.25  # standard deviation of log10(sensitivity): 95 % of the layers within five decades
+)
 SHARED = 0.3
 GAP, SECONDS = 1e-4, 5.0
 # Cross terms: timesteps x probes x calls = 1,280 entries, and how much of every error all layers have in common.
@@ -62,7 +64,9 @@ def made_up(layers: int, seed: int) -> list[LayerChoice]:
             outputs = int(32 * rng.integers(1, 41))
             reduction = int(32 * rng.integers(1, 41)) * int(rng.choice([1, 9]))
             sensitivity = 10 ** rng.normal(0, SPREAD_DECADES)
-            loss = {s: float(e * sensitivity * 10 ** rng.normal(0, 0.3)) for s, e in TYPICAL.items()}
+            loss = {
+                s: float(e * sensitivity * 10 ** rng.normal(0, 0.3)) for s, e in TYPICAL.items()
+            }
             sizes = {s: scheme_bytes(s, outputs, reduction) for s in TYPICAL}
             choices.append(LayerChoice(f"layer{len(choices)}", (tensor,), sizes, loss))
     return choices
@@ -75,7 +79,9 @@ def scheme_bytes(name: str, outputs: int, reduction: int) -> int:
         return 2 * weights
     if scheme.block_size is None:
         return weights + 2 * outputs
-    return weights // 2 + 2 * weights // scheme.block_size + (2 * outputs if scheme.activation else 0)
+    return (
+        weights // 2 + 2 * weights // scheme.block_size + (2 * outputs if scheme.activation else 0)
+    )
 
 
 def lagrangian_bound(problem: Problem) -> float:
@@ -108,11 +114,18 @@ def row(layers: int, seed: int, budget: float) -> tuple[list[str], float, float]
     bound = lagrangian_bound(problem)
     size = problem.plan_bytes(schemes)
     assert size <= problem.budget_bytes, "the plan exceeds the budget"
-    figures = [f"{size / fp16:.6f}", f"{seconds:.2f}", f"{solver.gap:.1e}", f"{(loss - bound) / loss:.1e}"]
+    figures = [
+        f"{size / fp16:.6f}",
+        f"{seconds:.2f}",
+        f"{solver.gap:.1e}",
+        f"{(loss - bound) / loss:.1e}",
+    ]
     return [str(seed), f"{budget:g}", *figures, solver.status], seconds, solver.gap
 
 
-def with_projections(choices: list[LayerChoice], seed: int) -> tuple[list[LayerChoice], SensitivityTable]:
+def with_projections(
+    choices: list[LayerChoice], seed: int
+) -> tuple[list[LayerChoice], SensitivityTable]:
     """Return projections whose mean squares are about the layers' losses, and the layers with the losses of these."""
     rng = np.random.default_rng((seed, 1))
     shape = (STEPS, PROBES, CALLS)
@@ -122,7 +135,9 @@ def with_projections(choices: list[LayerChoice], seed: int) -> tuple[list[LayerC
     for layer in choices:
         sign = rng.choice([-1.0, 1.0])
         values[layer.name] = {
-            scheme: np.sqrt(loss) * hardness * (COMMON * sign * common + rng.standard_normal(shape, np.float32))
+            scheme: np.sqrt(loss)
+            * hardness
+            * (COMMON * sign * common + rng.standard_normal(shape, np.float32))
             for scheme, loss in layer.loss.items()
         }
     turns = np.tile(np.arange(CALLS), (STEPS, 1))
@@ -147,21 +162,39 @@ def cross_row(layers: int, seed: int, budget: float) -> tuple[list[str], float, 
     assert problem.plan_bytes(found.schemes) <= problem.budget_bytes, "the plan exceeds the budget"
     assert crossed.milp_held_back is not None and crossed.refined_held_back is not None
     change = crossed.refined_held_back / crossed.milp_held_back - 1
-    figures = [f"{crossed.rho:.2f}", str(crossed.moves), f"{crossed.refined_seen / crossed.milp_seen - 1:+.1%}"]
+    figures = [
+        f"{crossed.rho:.2f}",
+        str(crossed.moves),
+        f"{crossed.refined_seen / crossed.milp_seen - 1:+.1%}",
+    ]
     times = [f"{single[1] - started:.1f}", f"{seconds:.1f}"]
     agrees = change < 0 or not crossed.kept
-    return [str(seed), f"{budget:g}", *figures, f"{change:+.1%}", str(crossed.kept), *times], seconds, agrees
+    return (
+        [str(seed), f"{budget:g}", *figures, f"{change:+.1%}", str(crossed.kept), *times],
+        seconds,
+        agrees,
+    )
 
 
 def main() -> None:
     parser = bench_parser(__doc__, recipe=False)
     parser.add_argument("--layers", type=int, default=1000)
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.265, 0.28, 0.3, 0.35, 0.4, 0.5, 0.6])
+    parser.add_argument(
+        "--budgets", type=float, nargs="+", default=[0.265, 0.28, 0.3, 0.35, 0.4, 0.5, 0.6]
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--cross-budgets", type=float, nargs="*", default=[0.28, 0.35, 0.5])
     chosen = parser.parse_args()
     found = [row(chosen.layers, seed, budget) for seed in chosen.seeds for budget in chosen.budgets]
-    header = ("seed", "budget", "of FP16", "seconds", "gap, HiGHS", "gap, Lagrangian bound", "status")
+    header = (
+        "seed",
+        "budget",
+        "of FP16",
+        "seconds",
+        "gap, HiGHS",
+        "gap, Lagrangian bound",
+        "status",
+    )
     page = Page(f"Allocation of {chosen.layers:,} layers x {len(TYPICAL)} schemes")
     page.say(markdown(header, [cells for cells, _, _ in found]))
     slowest, widest = max(seconds for _, seconds, _ in found), max(gap for _, _, gap in found)
@@ -170,7 +203,11 @@ def main() -> None:
         verdict(fast, f"every plan takes less than {SECONDS:g} s", f"{slowest:.2f} s at most"),
         verdict(tight, f"every plan is within {GAP:g} of the optimum", f"{widest:.1e} at most"),
     ]
-    crossed = [cross_row(chosen.layers, seed, budget) for seed in chosen.seeds for budget in chosen.cross_budgets]
+    crossed = [
+        cross_row(chosen.layers, seed, budget)
+        for seed in chosen.seeds
+        for budget in chosen.cross_budgets
+    ]
     if crossed:
         header = (
             "seed",
@@ -186,8 +223,16 @@ def main() -> None:
         page.say(markdown(header, [cells for cells, _, _ in crossed]))
         longest = max(seconds for _, seconds, _ in crossed)
         quick, better = longest < CROSS_SECONDS, all(agrees for _, _, agrees in crossed)
-        checks.append(verdict(quick, f"cross terms take less than {CROSS_SECONDS:g} s", f"{longest:.1f} s at most"))
-        checks.append(verdict(better, "no plan that is kept is worse on held-back calls", f"{len(crossed)} plans"))
+        checks.append(
+            verdict(
+                quick, f"cross terms take less than {CROSS_SECONDS:g} s", f"{longest:.1f} s at most"
+            )
+        )
+        checks.append(
+            verdict(
+                better, "no plan that is kept is worse on held-back calls", f"{len(crossed)} plans"
+            )
+        )
         fast, tight = fast and quick, tight and better
     page.say("\n".join(checks))
     page.save(chosen.page)

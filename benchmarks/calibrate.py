@@ -84,24 +84,33 @@ def measure(folder: Path, mode: str, samples: int) -> dict[str, float]:
 def child(folder: Path, mode: str, samples: int) -> dict[str, float]:
     command = [sys.executable, __file__, "--measure", mode, "--samples", str(samples), str(folder)]
     one_thread = {**os.environ, RUNTIME_THREADS: "1"}
-    result = subprocess.run(command, check=True, capture_output=True, encoding="utf-8", env=one_thread)
+    result = subprocess.run(
+        command, check=True, capture_output=True, encoding="utf-8", env=one_thread
+    )
     return dict(json.loads(result.stdout))
 
 
 def report(label: str, folder: Path) -> bool:
     # Taken in turns, so that a busier machine slows both alike.
-    rounds = [{mode: child(folder, mode, SAMPLES) for mode in ("bare", "observed")} for _ in range(REPEATS)]
+    rounds = [
+        {mode: child(folder, mode, SAMPLES) for mode in ("bare", "observed")}
+        for _ in range(REPEATS)
+    ]
     runs = {mode: [one[mode] for one in rounds] for mode in ("bare", "observed")}
     bare, observed = (min(run["seconds"] for run in runs[mode]) for mode in ("bare", "observed"))
     once, eight = runs["observed"][0]["rss"], child(folder, "observed", 8 * SAMPLES)["rss"]
     # The recorded inputs themselves are handed in, and do grow.
     inputs = 7 * SAMPLES * TIMESTEPS * 4 * np.prod(load_exported(folder).spec.sample.shape) / 2**20
-    print(f"{label:>12} {bare:8.2f} {observed:10.2f} {observed / bare:7.2f} {once:9.0f} {eight:9.0f} {inputs:14.0f}")
+    print(
+        f"{label:>12} {bare:8.2f} {observed:10.2f} {observed / bare:7.2f} {once:9.0f} {eight:9.0f} {inputs:14.0f}"
+    )
     return bool(observed / bare <= LIMIT)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("exports", nargs="*", type=Path)
     parser.add_argument("--measure", choices=("bare", "observed"), help=argparse.SUPPRESS)
     parser.add_argument("--export", choices=WIDTHS, help=argparse.SUPPRESS)

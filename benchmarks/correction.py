@@ -18,7 +18,16 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from table import Page, bench_parser, bench_recipe, decibels, made_by_stages, markdown, verdict, weights_digest
+from table import (
+    Page,
+    bench_parser,
+    bench_recipe,
+    decibels,
+    made_by_stages,
+    markdown,
+    verdict,
+    weights_digest,
+)
 
 from mpq_deploy.allocate.plan_solver import PlanSolver
 from mpq_deploy.errors import InfeasibleBudgetError
@@ -36,7 +45,17 @@ from mpq_deploy.system.progress import PlainTalk
 
 BUDGETS = (0.265, 0.28, 0.35, 0.5)
 STAGES = ("export", "calibrate", "candidates", "measure", "controls")
-HEADER = ("", "held-out NMSE", "applied", "NMSE", "corrected", "PSNR dB", "corrected", "SSIM", "corrected")
+HEADER = (
+    "",
+    "held-out NMSE",
+    "applied",
+    "NMSE",
+    "corrected",
+    "PSNR dB",
+    "corrected",
+    "SSIM",
+    "corrected",
+)
 HEADER = (*HEADER, "DDPM: PSNR dB", "corrected", "noise taken out")
 
 ABOUT = """\
@@ -70,22 +89,41 @@ class Row:
         pairs += [f"{self.plain.ssim:.4f}", f"{self.corrected.ssim:.4f}"]
         pairs += [decibels(result.psnr_db) for result in self.ddpm]
         held = f"{before:.3e} -> {after:.3e}"
-        return [self.name, held, f"{used}/{len(self.correction.steps)}", *pairs, f"{100 * self.noise_share:.2g} %"]
+        return [
+            self.name,
+            held,
+            f"{used}/{len(self.correction.steps)}",
+            *pairs,
+            f"{100 * self.noise_share:.2g} %",
+        ]
 
 
 def compare(run: Run, name: str, folder: Path) -> Row:
     """Fit the correction of the graphs in ``folder`` and evaluate it."""
     exported, section = run.exported, run.recipe.evaluate
     correction = correction_for(run, folder)
-    settings = section.replace(timesteps=min(section.timesteps, section.steps), calls=section.samples)
-    ddpm = exported.spec.model_copy(update={"scheduler": {**exported.spec.scheduler, "_class_name": "DDPMScheduler"}})
+    settings = section.replace(
+        timesteps=min(section.timesteps, section.steps), calls=section.samples
+    )
+    ddpm = exported.spec.model_copy(
+        update={"scheduler": {**exported.spec.scheduler, "_class_name": "DDPMScheduler"}}
+    )
     graph, found = folder / SIMULATED, []
-    for spec, chosen in ((exported.spec, settings), (ddpm, settings.replace(sampler="folder", timesteps=1))):
+    for spec, chosen in (
+        (exported.spec, settings),
+        (ddpm, settings.replace(sampler="folder", timesteps=1)),
+    ):
         variants = {"plain": Variant(graph), "corrected": Variant(graph, correction=correction)}
         model = FloatModel(exported.path, spec, exported.conditions)
         result = evaluate(variants, model, chosen, run.talk, cache=run.path / ".samples")
         found.append((result.variants["plain"], result.variants["corrected"]))
-    return Row(name, correction, *found[0], found[1], noise_share(correction, ddpm.scheduler, section.steps))
+    return Row(
+        name,
+        correction,
+        *found[0],
+        found[1],
+        noise_share(correction, ddpm.scheduler, section.steps),
+    )
 
 
 def noise_share(correction: Correction, config: dict[str, object], steps: int) -> float:
@@ -98,7 +136,9 @@ def noise_share(correction: Correction, config: dict[str, object], steps: int) -
 
     from mpq_deploy.runtime.corrected_scheduler import CorrectedScheduler
 
-    scheduler = diffusers.DDPMScheduler.from_config({**config, "clip_sample": False, "thresholding": False})
+    scheduler = diffusers.DDPMScheduler.from_config(
+        {**config, "clip_sample": False, "thresholding": False}
+    )
     wrapped = CorrectedScheduler(scheduler, correction)
     wrapped.set_timesteps(steps)
     zeros = torch.zeros(1, correction.channels, 1, 1)
@@ -121,13 +161,21 @@ def measure_model(model: str, changes: list[str], out: Path, page: Page) -> list
             try:
                 plan = solver.solve(str(budget))
             except InfeasibleBudgetError as error:
-                missing.append(f"At {budget:g} no plan fits {model}: the smallest takes {error.smallest:,} bytes.")
+                missing.append(
+                    f"At {budget:g} no plan fits {model}: the smallest takes {error.smallest:,} bytes."
+                )
                 continue
             with tempfile.TemporaryDirectory(dir=pipeline.run.scratch()) as folder:
                 write_plan(pipeline.run, plan.schemes, Path(folder))
                 rows.append(compare(pipeline.run, f"ours, {budget:g}", Path(folder)))
         for name in CONTROLS:
-            rows.append(compare(pipeline.run, f"everything {name.upper()}", pipeline.run.stage("controls") / name))
+            rows.append(
+                compare(
+                    pipeline.run,
+                    f"everything {name.upper()}",
+                    pipeline.run.stage("controls") / name,
+                )
+            )
         page.say(f"## {Path(model).stem}")
         page.say(f"{weights_digest(pipeline.run)}\n\n{made_by_stages(pipeline.run, STAGES)}")
     page.say("\n\n".join([markdown(HEADER, [row.cells() for row in rows]), *missing]))
@@ -136,8 +184,16 @@ def measure_model(model: str, changes: list[str], out: Path, page: Page) -> list
 
 def main() -> None:
     parser = bench_parser(__doc__)
-    parser.add_argument("models", nargs="*", default=["emoji", "digits"], help="bundled names, folders, ONNX files")
-    parser.add_argument("-o", "--out", type=Path, default=Path("runs/bench-correction"), help="folder of run folders")
+    parser.add_argument(
+        "models", nargs="*", default=["emoji", "digits"], help="bundled names, folders, ONNX files"
+    )
+    parser.add_argument(
+        "-o",
+        "--out",
+        type=Path,
+        default=Path("runs/bench-correction"),
+        help="folder of run folders",
+    )
     chosen = parser.parse_args()
     page = Page("PTQD's correction of the sampler")
     page.say(ABOUT)
@@ -149,8 +205,12 @@ def main() -> None:
         passed &= ratio <= 1
         found = f"at most {ratio:.4f} times the error ({worst.name})"
         gains = [row.gain_db for row in rows if row.name.startswith("ours")]
-        said = f"PSNR of ours changes by {min(gains):+.2f} to {max(gains):+.2f} dB over the budgets."
-        page.say(f"{verdict(ratio <= 1, f'{model}: the output error never rises', found)}\n- {said}")
+        said = (
+            f"PSNR of ours changes by {min(gains):+.2f} to {max(gains):+.2f} dB over the budgets."
+        )
+        page.say(
+            f"{verdict(ratio <= 1, f'{model}: the output error never rises', found)}\n- {said}"
+        )
     page.save(chosen.page)
     sys.exit(0 if passed else 1)
 

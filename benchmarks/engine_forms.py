@@ -51,7 +51,9 @@ class Draft:
     def op(self, op: str, *inputs: str, **attributes: object) -> str:
         """Add a node with one output, and return that."""
         out = self.name(op.lower())
-        self.nodes.append(helper.make_node(op, list(inputs), [out], name=f"node.{out}", **attributes))
+        self.nodes.append(
+            helper.make_node(op, list(inputs), [out], name=f"node.{out}", **attributes)
+        )
         return out
 
     def scale(self, value: float = 0.05, shape: tuple[int, ...] = ()) -> str:
@@ -70,13 +72,17 @@ class Draft:
     def int8(self, shape: tuple[int, ...], axis: int = 0) -> str:
         """Per-channel INT8 weight."""
         codes = self.rng.integers(-127, 128, shape).astype(np.int8)
-        return self.op("DequantizeLinear", self.const(codes, "w"), self.scale(0.01, (shape[axis],)), axis=axis)
+        return self.op(
+            "DequantizeLinear", self.const(codes, "w"), self.scale(0.01, (shape[axis],)), axis=axis
+        )
 
     def int4(self, shape: tuple[int, int], block: int | None, axis: int) -> str:
         """INT4 weight in blocks along ``axis`` (None: per channel of the other axis)."""
         codes = self.const(self.rng.integers(-7, 8, shape).astype(ml_dtypes.int4), "w")
         if block is None:
-            return self.op("DequantizeLinear", codes, self.scale(0.01, (shape[1 - axis],)), axis=1 - axis)
+            return self.op(
+                "DequantizeLinear", codes, self.scale(0.01, (shape[1 - axis],)), axis=1 - axis
+            )
         size = list(shape)
         size[axis] = -(-shape[axis] // block)
         scales = self.const((self.rng.random(size) * 0.01 + 0.01).astype(np.float16), "scales")
@@ -87,9 +93,13 @@ class Draft:
         s = self.scale(0.003, (channels,))
         if zero_point == "const":
             z = self.const(np.zeros(channels, np.int8))
-            return self.op("DequantizeLinear", self.op("QuantizeLinear", w, s, z, axis=axis), s, z, axis=axis)
+            return self.op(
+                "DequantizeLinear", self.op("QuantizeLinear", w, s, z, axis=axis), s, z, axis=axis
+            )
         extra = {} if zero_point == "bare" else {"output_dtype": TensorProto.INT8}
-        return self.op("DequantizeLinear", self.op("QuantizeLinear", w, s, axis=axis, **extra), s, axis=axis)
+        return self.op(
+            "DequantizeLinear", self.op("QuantizeLinear", w, s, axis=axis, **extra), s, axis=axis
+        )
 
     def reshape(self, w: str, *shape: int) -> str:
         """Reshape ``w``."""
@@ -98,17 +108,23 @@ class Draft:
     def model(self, y: str) -> onnx.ModelProto:
         """Finish the graph with output ``y``."""
         x = helper.make_tensor_value_info("x", TensorProto.FLOAT16, ["batch", *self.shape])
-        graph = helper.make_graph(self.nodes, "form", [x], [helper.make_empty_tensor_value_info(y)], self.constants)
+        graph = helper.make_graph(
+            self.nodes, "form", [x], [helper.make_empty_tensor_value_info(y)], self.constants
+        )
         graph.output[0].type.tensor_type.elem_type = TensorProto.FLOAT16
         ir_version = {21: 10, 23: 11}[self.opset]
-        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=ir_version)
+        return helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=ir_version
+        )
 
 
 def conv(d: Draft, x: str, w: str, k: int, group: int = 1, **more: object) -> str:
     return d.op("Conv", x, w, pads=[k // 2] * 4 if k else [1, 1], group=group, **more)
 
 
-def conv4(o: int, i: int, k: int, block: int | None, *, group: int = 1, act: str = "", size: int = 16) -> Form:
+def conv4(
+    o: int, i: int, k: int, block: int | None, *, group: int = 1, act: str = "", size: int = 16
+) -> Form:
     """INT4 conv as 2-D blocks and a Reshape; ``act`` also makes it w4a8 with that zero-point form."""
 
     def form(d: Draft) -> str:
@@ -154,7 +170,9 @@ def matmul8(k: int, n: int, act: str = "none") -> Form:
     return form
 
 
-def gemm(k: int, n: int, *, trans: int, block: int | None = 0, act: str = "", bias: bool = True) -> Form:
+def gemm(
+    k: int, n: int, *, trans: int, block: int | None = 0, act: str = "", bias: bool = True
+) -> Form:
     """Gemm; block 0 means INT8 weights, else INT4 blocks along K; with ``act`` the activation is INT8."""
 
     def form(d: Draft) -> str:
@@ -220,7 +238,15 @@ def scale_rank1(d: Draft) -> str:
 def qdq_before_resize(d: Draft) -> str:
     x = d.act(d.op("Relu", "x"))
     sizes = d.const(np.array([1, 1, 2, 2], np.float32), "scales")
-    x = d.op("Resize", x, "", sizes, mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor")
+    x = d.op(
+        "Resize",
+        x,
+        "",
+        sizes,
+        mode="nearest",
+        coordinate_transformation_mode="asymmetric",
+        nearest_mode="floor",
+    )
     return conv(d, x, d.int8((64, 64, 3, 3)), 3)
 
 
@@ -248,7 +274,11 @@ def forms() -> list[tuple[str, tuple[int, ...], Form]]:
     listed: list[tuple[str, tuple[int, ...], Form]] = [
         ("conv w8a8, no zero point, output_dtype", square, conv8(64, 64, 3)),
         ("conv w8a8, int8 zero point", square, conv8(64, 64, 3, act="const")),
-        ("conv w8a8, no zero point, no output_dtype (defaults to uint8)", square, conv8(64, 64, 3, act="bare")),
+        (
+            "conv w8a8, no zero point, no output_dtype (defaults to uint8)",
+            square,
+            conv8(64, 64, 3, act="bare"),
+        ),
         ("conv w8a8 with bias", square, bias_conv8),
         ("conv w8a8 1x1", square, conv8(64, 64, 1)),
         ("conv w8a8 3 -> 64", (3, 16, 16), conv8(64, 3, 3)),
@@ -348,7 +378,9 @@ def constant_bytes(model: onnx.ModelProto) -> int:
     total = 0
     for tensor in model.graph.initializer:
         size = int(np.prod(tensor.dims))
-        bits = {TensorProto.FLOAT16: 16, TensorProto.INT8: 8, TensorProto.INT4: 4}.get(tensor.data_type, 0)
+        bits = {TensorProto.FLOAT16: 16, TensorProto.INT8: 8, TensorProto.INT4: 4}.get(
+            tensor.data_type, 0
+        )
         total += -(-size * bits // 8)
     return total
 
@@ -377,13 +409,27 @@ def build(model: onnx.ModelProto, shape: tuple[int, ...], sm: tuple[str, ...]) -
         result = json.loads((folder / "result").read_text(encoding="utf-8"))
         if "errors" in result:
             why = min((e["message"] for e in result["errors"]), key=len)
-            return {"builds": f"FAIL {result['stage']}", "bytes": "", "how": " ".join(why.split())[:110]}
+            return {
+                "builds": f"FAIL {result['stage']}",
+                "bytes": "",
+                "how": " ".join(why.split())[:110],
+            }
         log = parse_engine_log((folder / "log").read_text(encoding="utf-8"))
-        return {"builds": "yes", "bytes": f"{log.weights_bytes} ({constant_bytes(model)})", "how": kernels(log)}
+        return {
+            "builds": "yes",
+            "bytes": f"{log.weights_bytes} ({constant_bytes(model)})",
+            "how": kernels(log),
+        }
 
 
 # The forms that tell Turing from the rest.
-TURING = ("conv w8a8 1x1", "conv w8a16", "conv w4a16 b64", "conv w4a8 b64, output_dtype", "matmul w8a8 3-D x")
+TURING = (
+    "conv w8a8 1x1",
+    "conv w8a16",
+    "conv w4a16 b64",
+    "conv w4a8 b64, output_dtype",
+    "matmul w8a8 3-D x",
+)
 TURING += ("matmul w8a16 3-D x", "matmul w4a16 K=128 b64 3-D x", "gemm w8a8 transB=1 bias")
 
 RULES = """
@@ -410,7 +456,9 @@ def measured(names: tuple[str, ...] | None, only: str, sm: list[str]) -> list[st
         if only in name and (names is None or name in names):
             draft = Draft(*shape)
             row = build(draft.model(form(draft)), shape, tuple(sm))
-            rows.append(f"| {name} | {row['builds']} | {row['bytes']} | {row['how'].replace('|', '/')} |")
+            rows.append(
+                f"| {name} | {row['builds']} | {row['bytes']} | {row['how'].replace('|', '/')} |"
+            )
             print(rows[-1], flush=True)
     return rows
 
@@ -424,15 +472,18 @@ def main() -> None:
     rows = measured(None, chosen.only, chosen.sm)
     if chosen.out:
         chosen.out.parent.mkdir(parents=True, exist_ok=True)
-        chosen.out.write_text(page(rows, chosen.sm, measured(TURING, "", ["SM75"])), encoding="utf-8")
+        chosen.out.write_text(
+            page(rows, chosen.sm, measured(TURING, "", ["SM75"])), encoding="utf-8"
+        )
 
 
 def page(rows: list[str], sm: list[str], turing: list[str]) -> str:
     from importlib.metadata import version
 
     head = (
-        "| form | builds | weight bytes in the engine (of the constants) | kernels that compute |\n|---|---|---|---|\n"
+        "| form | builds | weight bytes in the engine (of the constants) | kernels that compute |\n"
     )
+    head += "|---|---|---|---|\n"
     return (
         "# Which quantized forms TensorRT-RTX takes\n\n"
         f"tensorrt_rtx {version('tensorrt_rtx')}, compute capabilities {', '.join(sm)}, no GPU: what the builder "

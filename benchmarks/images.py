@@ -32,7 +32,9 @@ TITLES = {OURS: "ours, 0.35", "int8": "everything INT8", INT4: "everything INT4"
 def of_kind(metrics: ImageMetrics, against: str) -> dict[str, FrechetInfo]:
     """Return the distances to ``against`` by variant, ours first."""
     everything = {OURS: metrics.frechet, **metrics.controls}
-    return {name: row for name, rows in everything.items() for row in rows if row.against == against}
+    return {
+        name: row for name, rows in everything.items() for row in rows if row.against == against
+    }
 
 
 def checks(metrics: ImageMetrics) -> list[tuple[bool, str]]:
@@ -44,7 +46,9 @@ def checks(metrics: ImageMetrics) -> list[tuple[bool, str]]:
         ends = f"{row.increase_interval.low:+.3g} to {row.increase_interval.high:+.3g}"
         what = f"{TITLES[name]}: float's distance to the real images is {'' if wanted else 'not '}within its interval"
         passed = row.within_noise == wanted
-        found.append((passed, verdict(passed, what, f"{row.increase:+.3g} above float's, interval {ends}")))
+        found.append(
+            (passed, verdict(passed, what, f"{row.increase:+.3g} above float's, interval {ends}"))
+        )
     low, high = paired[OURS], paired[INT4]
     passed = low.interval.high < high.interval.low
     noise = f"{low.distance:.3g} and {high.distance:.3g}; other noise alone {low.other_noise:.3g}"
@@ -56,7 +60,9 @@ def time_check(metrics: ImageMetrics) -> tuple[bool, str]:
     """Whether the evaluation takes at most ``MOST_TIMES`` its sampling."""
     times = metrics.seconds / metrics.sampling_seconds
     found = f"{metrics.seconds:.0f} s, of which sampling {metrics.sampling_seconds:.0f} s: {times:.2f} times"
-    return times <= MOST_TIMES, verdict(times <= MOST_TIMES, f"at most {MOST_TIMES} times the sampling", found)
+    return times <= MOST_TIMES, verdict(
+        times <= MOST_TIMES, f"at most {MOST_TIMES} times the sampling", found
+    )
 
 
 def main() -> None:
@@ -64,18 +70,29 @@ def main() -> None:
     parser.add_argument("model", nargs="?", choices=DEMOS, default=DEMOS[0], help="a bundled model")
     parser.add_argument("--images", type=int, default=1000, help="of each model (default 1000)")
     parser.add_argument("--workers", type=int, help="processes that sample (default: one per core)")
-    parser.add_argument("-o", "--out", type=Path, help="run folder (default: runs/bench-images-MODEL)")
+    parser.add_argument(
+        "-o", "--out", type=Path, help="run folder (default: runs/bench-images-MODEL)"
+    )
     chosen = parser.parse_args()
-    recipe = bench_recipe(None, chosen.set, {"model": chosen.model, "budget": "0.35", "engine.build": False})
+    recipe = bench_recipe(
+        None, chosen.set, {"model": chosen.model, "budget": "0.35", "engine.build": False}
+    )
     options = MetricsOptions(images=chosen.images, workers=chosen.workers, controls=True)
-    with open_pipeline(recipe, chosen.out or Path(f"runs/bench-images-{chosen.model}"), PlainTalk()) as pipeline:
+    with open_pipeline(
+        recipe, chosen.out or Path(f"runs/bench-images-{chosen.model}"), PlainTalk()
+    ) as pipeline:
         metrics = measure_metrics(pipeline.current("quantize", "controls"), options)
         page = Page(f"Distribution of the images: {chosen.model}")
         page.say(weights_digest(pipeline.run))
     for against in ("real", "float"):
         rows = of_kind(metrics, against)
         page.say(frechet_about(rows[OURS]))
-        page.say(markdown(FRECHET_COLUMNS, [frechet_row(TITLES.get(name, name), row) for name, row in rows.items()]))
+        page.say(
+            markdown(
+                FRECHET_COLUMNS,
+                [frechet_row(TITLES.get(name, name), row) for name, row in rows.items()],
+            )
+        )
         page.say(frechet_other(rows[OURS]))
     page.say("\n\n".join(metrics.notes))
     passed = checks(metrics)

@@ -63,8 +63,20 @@ class Builds:
     def start(self, run: Path) -> subprocess.Popen[bytes]:
         """Start or go on with a build in ``run``, leading a process group of its own."""
         code = "from mpq_deploy.cli import main; main()"
-        command = [sys.executable, "-c", code, "--quiet", "build", "-r", str(self._recipe), "-o", str(run)]
-        return subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        command = [
+            sys.executable,
+            "-c",
+            code,
+            "--quiet",
+            "build",
+            "-r",
+            str(self._recipe),
+            "-o",
+            str(run),
+        ]
+        return subprocess.Popen(
+            command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
 
     def finish(self, run: Path) -> float:
         """Build to the end; return the seconds."""
@@ -97,7 +109,9 @@ def processes_of(group: int) -> list[int]:
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:
-                state, _, member = (folder / "stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[:3]
+                state, _, member = (
+                    (folder / "stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[:3]
+                )
             except OSError:
                 continue
             if int(member) == group and state != "Z":
@@ -107,19 +121,25 @@ def processes_of(group: int) -> list[int]:
 
 def contents(run: Path) -> dict[str, str]:
     """Return the digest of every compared file of a run, and what is compared of its engine."""
-    files = [path for name in COMPARED for path in sorted((run / name).rglob("*")) if path.is_file()]
+    files = [
+        path for name in COMPARED for path in sorted((run / name).rglob("*")) if path.is_file()
+    ]
     found = {path.relative_to(run).as_posix(): file_digest(path) for path in files}
     record = run / "engine" / RECORD
     if record.is_file():
         found[f"engine/{LAYERS}"] = file_digest(run / "engine" / LAYERS)
         values = json.loads(record.read_text(encoding="utf-8"))
-        found[f"engine/{RECORD}"] = json.dumps({k: v for k, v in values.items() if k not in OWN_FILE}, sort_keys=True)
+        found[f"engine/{RECORD}"] = json.dumps(
+            {k: v for k, v in values.items() if k not in OWN_FILE}, sort_keys=True
+        )
     return found
 
 
 def next_stage(run: Path) -> str:
     """Return the first stage that is not in its place."""
-    return next((name for name in STAGES if name != "correction" and not (run / name).is_dir()), "report")
+    return next(
+        (name for name in STAGES if name != "correction" and not (run / name).is_dir()), "report"
+    )
 
 
 def main() -> None:
@@ -135,7 +155,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         recipe = bench_recipe(None, chosen.set, {**QUICK, "model": chosen.model})
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")), encoding="utf-8")
+        (folder / "recipe.yaml").write_text(
+            yaml.safe_dump(recipe.model_dump(mode="json")), encoding="utf-8"
+        )
         builds = Builds(folder / "recipe.yaml")
         whole = builds.finish(folder / "reference")
         expected = contents(folder / "reference")
@@ -145,20 +167,37 @@ def main() -> None:
         while killed.total() < chosen.kills:
             run = folder / f"run{finished}"
             while killed.total() < chosen.kills:
-                seconds = rng.uniform(0, start) if rng.random() < 0.2 else start + rng.uniform(0, 1.3 * longest)
+                seconds = (
+                    rng.uniform(0, start)
+                    if rng.random() < 0.2
+                    else start + rng.uniform(0, 1.3 * longest)
+                )
                 if not builds.kill_after(run, seconds):
                     break
                 stage = next_stage(run)
                 killed[stage] += 1
-                print(f"{killed.total()}: killed after {seconds:.1f} s, in {stage}", file=sys.stderr)
+                print(
+                    f"{killed.total()}: killed after {seconds:.1f} s, in {stage}", file=sys.stderr
+                )
             builds.finish(run)
             finished += 1
             found = contents(run)
-            different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+            different = sorted(
+                name
+                for name in expected.keys() | found.keys()
+                if expected.get(name) != found.get(name)
+            )
             same = same and not different
             print(f"finished: {different or 'the same bytes'}", file=sys.stderr)
-    page.say(f"{chosen.model}: a whole build took {whole:.0f} s, its longest stage {longest:.0f} s.")
-    page.say(markdown(("while making", "kills"), [[name, str(killed[name])] for name in STAGES if killed[name]]))
+    page.say(
+        f"{chosen.model}: a whole build took {whole:.0f} s, its longest stage {longest:.0f} s."
+    )
+    page.say(
+        markdown(
+            ("while making", "kills"),
+            [[name, str(killed[name])] for name in STAGES if killed[name]],
+        )
+    )
     found_text = f"{killed.total()} kills, {finished} finished builds, {len(expected)} files each"
     page.say(verdict(same, "every restart ended with the reference's bytes", found_text))
     page.save(chosen.page)

@@ -69,7 +69,10 @@ def beside(work: Path, recipe: Recipe, run: bool) -> list[tuple[StageMemory, Sta
         estimate = stage_memory(view, stage)
         if stage not in costs:
             costs[stage] = in_child(["--child", stage, "--out", str(work)])
-            kept.write_text(json.dumps([asdict(cost) for cost in costs.values()], indent=1) + "\n", encoding="utf-8")
+            kept.write_text(
+                json.dumps([asdict(cost) for cost in costs.values()], indent=1) + "\n",
+                encoding="utf-8",
+            )
         found.append((estimate, costs[stage]))
     return found
 
@@ -78,9 +81,31 @@ def table(found: Sequence[tuple[StageMemory, StageCost]]) -> str:
     """Return a row per stage: what is estimated, by kind, and what was seen."""
     rows = []
     for estimate, cost in found:
-        parts = (estimate.weights, estimate.values, estimate.work, estimate.code, estimate.total, cost.peak_bytes)
-        rows.append([estimate.stage, *(f"{part / 1e6:,.0f}" for part in parts), f"{ratio(estimate, cost):.2f}"])
-    names = ("stage", "weights MB", "values MB", "work MB", "code MB", "estimate MB", "peak MB", "estimate / peak")
+        parts = (
+            estimate.weights,
+            estimate.values,
+            estimate.work,
+            estimate.code,
+            estimate.total,
+            cost.peak_bytes,
+        )
+        rows.append(
+            [
+                estimate.stage,
+                *(f"{part / 1e6:,.0f}" for part in parts),
+                f"{ratio(estimate, cost):.2f}",
+            ]
+        )
+    names = (
+        "stage",
+        "weights MB",
+        "values MB",
+        "work MB",
+        "code MB",
+        "estimate MB",
+        "peak MB",
+        "estimate / peak",
+    )
     return markdown(names, rows)
 
 
@@ -92,9 +117,15 @@ def ratio(estimate: StageMemory, cost: StageCost) -> float:
 def main() -> None:
     parser = bench_parser(__doc__)
     choices = [*DEMOS, "dit", *SIZES]
-    parser.add_argument("models", nargs="*", choices=[[], *choices], metavar="MODEL", help=", ".join(choices))
-    parser.add_argument("-o", "--out", type=Path, default=Path("runs") / "bench-scale", help="folder of the runs")
-    parser.add_argument("--kept", action="store_true", help="run nothing: judge the costs that are kept")
+    parser.add_argument(
+        "models", nargs="*", choices=[[], *choices], metavar="MODEL", help=", ".join(choices)
+    )
+    parser.add_argument(
+        "-o", "--out", type=Path, default=Path("runs") / "bench-scale", help="folder of the runs"
+    )
+    parser.add_argument(
+        "--kept", action="store_true", help="run nothing: judge the costs that are kept"
+    )
     chosen = parser.parse_args()
     page, checks = Page("Memory estimates beside measured peaks"), []
     for name in chosen.models or ("digits", "dit"):

@@ -59,12 +59,21 @@ def rescaled(run: Run, folder: Path) -> float:
     exported = run.exported
     model = onnx.load(exported.path)
     weights = {t.name: t for t in model.graph.initializer}
-    uses = {use.node: layer for layer in exported.graph.layers for use in layer.uses if len(layer.uses) == 1}
+    uses = {
+        use.node: layer
+        for layer in exported.graph.layers
+        for use in layer.uses
+        if len(layer.uses) == 1
+    }
     factors: dict[str, np.ndarray] = {}
     nodes = []
     for node in model.graph.node:
         layer = uses.get(node.name)
-        if layer is not None and layer.group == 1 and layer.weight_shape[1 - layer.out_axis] >= SHARE // 2:
+        if (
+            layer is not None
+            and layer.group == 1
+            and layer.weight_shape[1 - layer.out_axis] >= SHARE // 2
+        ):
             channels = layer.weight_shape[1 - layer.out_axis]
             x = node.input[0]
             axes = len(layer.kernel)
@@ -72,9 +81,13 @@ def rescaled(run: Run, folder: Path) -> float:
             if key not in factors:
                 rng = np.random.default_rng(len(factors))
                 factors[key] = np.ones(channels, np.float32)
-                factors[key][rng.choice(channels, max(1, channels // SHARE), replace=False)] = FACTOR
+                factors[key][rng.choice(channels, max(1, channels // SHARE), replace=False)] = (
+                    FACTOR
+                )
                 shaped = factors[key].reshape(-1, *(1,) * axes)
-                model.graph.initializer.append(onnx.numpy_helper.from_array(shaped, f"{key}.factor"))
+                model.graph.initializer.append(
+                    onnx.numpy_helper.from_array(shaped, f"{key}.factor")
+                )
                 nodes.append(onnx.helper.make_node("Mul", [x, f"{key}.factor"], [key], name=key))
             shape = [1] * len(layer.weight_shape)
             shape[1 - layer.out_axis] = channels
@@ -103,7 +116,9 @@ def describe(exported: Exported, folder: Path) -> None:
     }
     if spec.pixel_range:
         described["pixel_range"] = list(spec.pixel_range)
-    (folder / "twin.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(described))), encoding="utf-8")
+    (folder / "twin.yaml").write_text(
+        yaml.safe_dump(json.loads(json.dumps(described))), encoding="utf-8"
+    )
     np.savez(folder / "conditions.npz", **exported.conditions)  # type: ignore[arg-type]
 
 
@@ -112,14 +127,22 @@ def difference(exported: Exported, twin: Path) -> float:
     outputs = []
     spec = exported.spec
     feeds: dict[str, Any] = {
-        spec.sample.name: np.random.default_rng(0).standard_normal((2, *spec.sample.shape)).astype(np.float32),
-        spec.timestep.name: np.full(2, 500, np.float32) if spec.timestep.batched else np.array(500, np.float32),
+        spec.sample.name: np.random.default_rng(0)
+        .standard_normal((2, *spec.sample.shape))
+        .astype(np.float32),
+        spec.timestep.name: np.full(2, 500, np.float32)
+        if spec.timestep.batched
+        else np.array(500, np.float32),
         **{name: rows[:2] for name, rows in exported.conditions.items()},
     }
     for path in (exported.path, twin):
         session = ort.InferenceSession(str(path))
         types = {entry.name: entry.type for entry in session.get_inputs()}
-        cast = {n: v.astype(np.int64) if "int64" in types[n] else v for n, v in feeds.items() if n in types}
+        cast = {
+            n: v.astype(np.int64) if "int64" in types[n] else v
+            for n, v in feeds.items()
+            if n in types
+        }
         outputs.append(session.run([spec.output], cast)[0])
     return float(np.abs(outputs[0] - outputs[1]).max() / np.abs(outputs[0]).max())
 
@@ -134,7 +157,12 @@ def measured(run: Run, samples: int) -> dict[str, tuple[VariantResult, float]]:
         for title, preferred in PLANS.items():
             plan = {
                 layer: next(
-                    (s.name for p in preferred for s in c.schemes if s.name == p or (p[0] == "+" and ends(s.name, p))),
+                    (
+                        s.name
+                        for p in preferred
+                        for s in c.schemes
+                        if s.name == p or (p[0] == "+" and ends(s.name, p))
+                    ),
                     "fp16",
                 )
                 for layer, c in candidates.items()
@@ -165,7 +193,9 @@ def strongest(run: Run) -> str:
             [name, f"{stretch[name]:.1f}", f"{bare:.1e}"]
             + [f"{losses[name][s] / bare:.2f}" if s in losses[name] else "-" for s in IN_PLACE_OF]
         )
-    return markdown(("layer", "largest / median range of its channels", "loss under w8a8", *IN_PLACE_OF), rows)
+    return markdown(
+        ("layer", "largest / median range of its channels", "loss under w8a8", *IN_PLACE_OF), rows
+    )
 
 
 def ends(scheme: str, suffix: str) -> bool:
@@ -193,15 +223,23 @@ def main() -> int:
     page = Page(f"Outlier branches: {options.model} and its rescaled twin")
     talk = PlainTalk()
     with open_pipeline(
-        bench_recipe(None, options.set, {"model": options.model, **branches}), options.run / "model", talk
+        bench_recipe(None, options.set, {"model": options.model, **branches}),
+        options.run / "model",
+        talk,
     ) as pipeline:
         plain = measured(pipeline.current("candidates"), options.samples)
         real = strongest(pipeline.current("measure"))
         folder = options.run / "twin-model"
         folder.mkdir(exist_ok=True)
         apart = rescaled(pipeline.run, folder)
-    values = {"model": str(folder / "twin.onnx"), "conditions": str(folder / "conditions.npz"), **branches}
-    with open_pipeline(bench_recipe(None, options.set, values), options.run / "twin", talk) as pipeline:
+    values = {
+        "model": str(folder / "twin.onnx"),
+        "conditions": str(folder / "conditions.npz"),
+        **branches,
+    }
+    with open_pipeline(
+        bench_recipe(None, options.set, values), options.run / "twin", talk
+    ) as pipeline:
         twin = measured(pipeline.current("candidates"), options.samples)
     page.say("## The model itself\n\n" + table(plain))
     page.say(

@@ -27,7 +27,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from table import Page, bench_parser, bench_recipe, decibels, made_by_stages, markdown, verdict, weights_digest
+from table import (
+    Page,
+    bench_parser,
+    bench_recipe,
+    decibels,
+    made_by_stages,
+    markdown,
+    verdict,
+    weights_digest,
+)
 
 from mpq_deploy.allocate.plan_solver import PlanSolver
 from mpq_deploy.allocate.problem import Problem
@@ -107,9 +116,16 @@ class Bench:
 
     def uniform(self, name: str, *preferred: str, eight: str = "") -> Plan:
         """Give each layer the first of ``preferred`` that it may take, those of ``EIGHT_BITS`` the scheme ``eight``."""
-        wanted = {c.name: (eight, *preferred) if eight and c.name in EIGHT_BITS else preferred for c in self.choices}
+        wanted = {
+            c.name: (eight, *preferred) if eight and c.name in EIGHT_BITS else preferred
+            for c in self.choices
+        }
         return self._sized(
-            name, {c.name: next(s for s in (*wanted[c.name], "fp16") if s in c.bytes) for c in self.choices}
+            name,
+            {
+                c.name: next(s for s in (*wanted[c.name], "fp16") if s in c.bytes)
+                for c in self.choices
+            },
         )
 
     def ours(self, name: str, budget: int, allowed: Allowed) -> Plan:
@@ -117,8 +133,12 @@ class Bench:
         self.solver.choices = [
             replace(
                 c,
-                bytes={s: b for s, b in c.bytes.items() if s == "fp16" or allowed(c.name, SCHEMES[s])},
-                loss={s: v for s, v in c.loss.items() if s == "fp16" or allowed(c.name, SCHEMES[s])},
+                bytes={
+                    s: b for s, b in c.bytes.items() if s == "fp16" or allowed(c.name, SCHEMES[s])
+                },
+                loss={
+                    s: v for s, v in c.loss.items() if s == "fp16" or allowed(c.name, SCHEMES[s])
+                },
             )
             for c in self.choices
         ]
@@ -134,7 +154,9 @@ class Bench:
         for plan in plans:
             with tempfile.TemporaryDirectory(dir=self.run.scratch()) as folder:
                 written = write_plan(self.run, plan.schemes, Path(folder))
-                assert written == plan.size_bytes, f"{written} bytes written, {plan.size_bytes} planned"
+                assert written == plan.size_bytes, (
+                    f"{written} bytes written, {plan.size_bytes} planned"
+                )
                 results.append(self.evaluate_graph(plan, Path(folder) / SIMULATED))
         return results
 
@@ -143,10 +165,20 @@ class Bench:
         section, model = self.run.recipe.evaluate, self.solver.exported.model
         # All calls, as many as the images.
         settings = section.replace(
-            samples=self.samples, timesteps=min(section.timesteps, section.steps), calls=self.samples
+            samples=self.samples,
+            timesteps=min(section.timesteps, section.steps),
+            calls=self.samples,
         )
-        found = evaluate({"plan": Variant(graph)}, model, settings, self.run.talk, cache=self.run.path / ".samples")
-        floats, ours = (Moments.of(self.network.features(found.images[name])) for name in ("float", "plan"))
+        found = evaluate(
+            {"plan": Variant(graph)},
+            model,
+            settings,
+            self.run.talk,
+            cache=self.run.path / ".samples",
+        )
+        floats, ours = (
+            Moments.of(self.network.features(found.images[name])) for name in ("float", "plan")
+        )
         self.float_real = frechet_distance(floats, self.real)
         share = plan.size_bytes / self.solver.fp16_size
         distances = frechet_distance(ours, self.real), frechet_distance(ours, floats)
@@ -158,7 +190,11 @@ class Bench:
         first = results[0].to_real - self.float_real
         rows = []
         for result in results:
-            gone = f"{100 * (1 - (result.to_real - self.float_real) / first):.0f} %" if first > 0 else "no increase"
+            gone = (
+                f"{100 * (1 - (result.to_real - self.float_real) / first):.0f} %"
+                if first > 0
+                else "no increase"
+            )
             rows.append(
                 [
                     result.plan.name,
@@ -182,7 +218,9 @@ def grids(activation: int) -> Allowed:
 
 def with_shared_bits(activation: int) -> Allowed:
     """Allow grids, omq and zres with activations of so many bits, and 8 bits where MPQ-DM has them."""
-    return lambda layer, s: s.bits[1] == activation or (s.name == "w8a8-sim" and layer in EIGHT_BITS)
+    return lambda layer, s: (
+        s.bits[1] == activation or (s.name == "w8a8-sim" and layer in EIGHT_BITS)
+    )
 
 
 def simulated_schemes() -> list[str]:
@@ -207,7 +245,9 @@ def check(name: str, ours: Result, papers: list[Result]) -> tuple[bool, str]:
     """Whether our default's output error is below that of the papers' best plan."""
     best = best_of(papers)
     found = f"{ours.nmse:.2e} ({decibels(ours.psnr_db)} dB) against {best.nmse:.2e} ({decibels(best.psnr_db)} dB)"
-    return ours.nmse < best.nmse, verdict(ours.nmse < best.nmse, f"{name}: our default beats {best.plan.name}", found)
+    return ours.nmse < best.nmse, verdict(
+        ours.nmse < best.nmse, f"{name}: our default beats {best.plan.name}", found
+    )
 
 
 def against_orm(
@@ -249,7 +289,9 @@ def against_orm(
     return checks
 
 
-def low_bits(bench: Bench, model: str, bits: int, activation: int, page: Page) -> list[tuple[bool, str]]:
+def low_bits(
+    bench: Bench, model: str, bits: int, activation: int, page: Page
+) -> list[tuple[bool, str]]:
     """Answer MPQ-DM's and MPQ-DMv2's questions for W``bits``A``activation``."""
     body = f"w{bits}a{activation}-sim"
     plain = bench.uniform(f"uniform {body}", body, eight="w8a8-sim")
@@ -269,7 +311,9 @@ def low_bits(bench: Bench, model: str, bits: int, activation: int, page: Page) -
         bench.ours("our default among all, bytes of zres", zres.size_bytes, everything),
     ]
     results = bench.evaluate(plans)
-    page.say(f"### W{bits}A{activation}, simulated\n\n{bench.table(results)}\n\n{shared_bits(bench, body)}")
+    page.say(
+        f"### W{bits}A{activation}, simulated\n\n{bench.table(results)}\n\n{shared_bits(bench, body)}"
+    )
     name = f"{model} W{bits}A{activation}"
     return [
         check(f"{name}, bytes of omq", results[4], results[:2]),
@@ -312,17 +356,25 @@ def measure_model(
     }
     checks = []
     if "low-bits" in parts or "orm-simulated" in parts:
-        with open_pipeline(bench_recipe(None, changes, simulated), out / f"{model}-simulate", PlainTalk()) as pipeline:
+        with open_pipeline(
+            bench_recipe(None, changes, simulated), out / f"{model}-simulate", PlainTalk()
+        ) as pipeline:
             pipeline.run_until("measure")
             page.say(about(pipeline.run, samples))
             bench = Bench(pipeline.run, model, samples)
             for bits, activation in ((2, 4), (3, 6)) if "low-bits" in parts else ():
                 checks += low_bits(bench, model, bits, activation, page)
     if "orm-simulated" in parts:
-        cases = {f"uniform w{bits}a8-sim (simulated)": ((f"w{bits}a8-sim",), grids(8)) for bits in (4, 3)}
-        checks += against_orm(model, simulated, changes, out / f"{model}-simulate", samples, page, cases)
+        cases = {
+            f"uniform w{bits}a8-sim (simulated)": ((f"w{bits}a8-sim",), grids(8)) for bits in (4, 3)
+        }
+        checks += against_orm(
+            model, simulated, changes, out / f"{model}-simulate", samples, page, cases
+        )
     if "orm" in parts:
-        with open_pipeline(bench_recipe(None, changes, deployable), out / model, PlainTalk()) as pipeline:
+        with open_pipeline(
+            bench_recipe(None, changes, deployable), out / model, PlainTalk()
+        ) as pipeline:
             pipeline.run_until("measure")
             page.say(about(pipeline.run, samples))
         everything: dict[str, tuple[tuple[str, ...], Allowed]] = {
@@ -341,10 +393,24 @@ def about(run: Run, samples: int) -> str:
 
 def main() -> None:
     parser = bench_parser(__doc__)
-    parser.add_argument("--models", nargs="+", choices=DEMOS, default=list(DEMOS), help="bundled models")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="which questions (default: all)")
+    parser.add_argument(
+        "--models", nargs="+", choices=DEMOS, default=list(DEMOS), help="bundled models"
+    )
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        default=list(PARTS),
+        help="which questions (default: all)",
+    )
     parser.add_argument("--samples", type=int, default=256, help="images per plan (default 256)")
-    parser.add_argument("-o", "--out", type=Path, default=Path("runs/bench-paper-claims"), help="folder of run folders")
+    parser.add_argument(
+        "-o",
+        "--out",
+        type=Path,
+        default=Path("runs/bench-paper-claims"),
+        help="folder of run folders",
+    )
     chosen = parser.parse_args()
     page = Page("Three papers' claims in kind")
     page.say("\n\n".join(part for part in (__doc__ or "").split("\n\n")[2:]))

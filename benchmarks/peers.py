@@ -85,14 +85,21 @@ def run_child(command: tuple[str, ...], log: Path) -> tuple[int, float, float]:
 
 
 def last_line(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace", encoding="utf-8").splitlines() if line.strip()]
+    lines = [
+        line.strip()
+        for line in log.read_text(errors="replace", encoding="utf-8").splitlines()
+        if line.strip()
+    ]
     return lines[-1] if lines else ""
 
 
 def folder_mb(model: Path, job: Job) -> float:
     """Bytes of all files of a quantized model, in MB; of ours, the deployed graph and the weights."""
     if job.tool == "ours":
-        return sum((model.parent / name).stat().st_size for name in ("model.onnx", "weights.bin")) / 1e6
+        return (
+            sum((model.parent / name).stat().st_size for name in ("model.onnx", "weights.bin"))
+            / 1e6
+        )
     return sum(path.stat().st_size for path in model.parent.iterdir() if path.is_file()) / 1e6
 
 
@@ -101,7 +108,11 @@ class Bench:
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self.run, self.model, self.inputs = out / "run", out / "given" / "model.onnx", out / "given" / "inputs.npz"
+        self.run, self.model, self.inputs = (
+            out / "run",
+            out / "given" / "model.onnx",
+            out / "given" / "inputs.npz",
+        )
         (out / "logs").mkdir(parents=True, exist_ok=True)
 
     def prepare(self, model: str | None) -> str:
@@ -113,9 +124,14 @@ class Bench:
         self._must("export", (*ours, "export", source, str(self.run), *RECIPE))
         self._must("measure", (*ours, "measure", str(self.run)))
         given = str(self.out / "given")
-        self._must("inputs", (sys.executable, str(TOOLS / "prepare.py"), "inputs", str(self.run), given))
+        self._must(
+            "inputs", (sys.executable, str(TOOLS / "prepare.py"), "inputs", str(self.run), given)
+        )
         timings = RunFolder(self.run).timings()
-        parts = ((name, timings[name]["seconds"], timings[name]["peak_rss_bytes"] / 1e6) for name in STAGES)
+        parts = (
+            (name, timings[name]["seconds"], timings[name]["peak_rss_bytes"] / 1e6)
+            for name in STAGES
+        )
         return ", ".join(f"{name} {seconds:.1f} s {peak:.0f} MB" for name, seconds, peak in parts)
 
     def _must(self, name: str, command: tuple[str, ...]) -> tuple[float, float]:
@@ -130,7 +146,10 @@ class Bench:
         folder = job.model.parent
         key = self._key(job)
         record = self.out / "results" / f"{folder.name}.json"
-        if record.is_file() and (known := json.loads(record.read_text(encoding="utf-8")))["key"] == key:
+        if (
+            record.is_file()
+            and (known := json.loads(record.read_text(encoding="utf-8")))["key"] == key
+        ):
             return Result(**known["result"])
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.iterdir():
@@ -145,8 +164,19 @@ class Bench:
         code, seconds, peak = run_child(job.command, log)
         if code:
             return Result(seconds, peak, failed=last_line(log)[:160])
-        result = Result(seconds, peak, folder_mb(job.model, job), note=last_line(log) if job.tool == "ours" else "")
-        score = (sys.executable, str(TOOLS / "score.py"), str(self.model), str(self.inputs), str(job.model))
+        result = Result(
+            seconds,
+            peak,
+            folder_mb(job.model, job),
+            note=last_line(log) if job.tool == "ours" else "",
+        )
+        score = (
+            sys.executable,
+            str(TOOLS / "score.py"),
+            str(self.model),
+            str(self.inputs),
+            str(job.model),
+        )
         if run_child(score, self.out / "logs" / "score.log")[0]:
             result.failed = "does not run: " + last_line(self.out / "logs" / "score.log")[:160]
             return result
@@ -177,7 +207,9 @@ def our_jobs(bench: Bench, budgets: list[str]) -> list[Job]:
         for budget in budgets:
             folder = bench.out / "models" / f"ours-{title.replace(' ', '-')}-{budget}"
             command = (*ours, "plan", str(bench.run), budget, schemes, str(folder))
-            jobs.append(Job("ours", f"{title}, budget {budget}", kind, command, folder / "model.fp32.onnx"))
+            jobs.append(
+                Job("ours", f"{title}, budget {budget}", kind, command, folder / "model.fp32.onnx")
+            )
     blocks = "w4a16-b32,w4a16-b64,w4a16-b128"
     for title, kind, schemes in (
         ("every layer w8a8", "W8A8", "w8a8,w8a16"),
@@ -190,12 +222,21 @@ def our_jobs(bench: Bench, budgets: list[str]) -> list[Job]:
     return jobs
 
 
-def peer_jobs(bench: Bench, tool: str, python: str, script: str, modes: dict[str, str]) -> list[Job]:
+def peer_jobs(
+    bench: Bench, tool: str, python: str, script: str, modes: dict[str, str]
+) -> list[Job]:
     """The modes (name -> kind) of another tool."""
     jobs = []
     for mode, kind in modes.items():
         model = bench.out / "models" / f"{tool.split()[0].lower()}-{mode}" / "model.onnx"
-        command = (python, str(TOOLS / script), str(bench.model), str(bench.inputs), mode, str(model))
+        command = (
+            python,
+            str(TOOLS / script),
+            str(bench.model),
+            str(bench.inputs),
+            mode,
+            str(model),
+        )
         jobs.append(Job(tool, mode, kind, command, model))
     return jobs
 
@@ -211,7 +252,15 @@ def on_line(line: tuple[tuple[float, float], tuple[float, float]], size_mb: floa
 def row(job: Job, result: Result) -> list[str]:
     if result.failed:
         cost = [f"{result.seconds:.1f}", f"{result.peak_mb:.0f}"]
-        return [f"{job.tool}: {job.mode}", job.kind, *cost, "-", "-", "", f"fails: {result.failed.replace('|', '/')}"]
+        return [
+            f"{job.tool}: {job.mode}",
+            job.kind,
+            *cost,
+            "-",
+            "-",
+            "",
+            f"fails: {result.failed.replace('|', '/')}",
+        ]
     above = on_line(LINE, result.file_mb)
     return [
         f"{job.tool}: {job.mode}",
@@ -231,9 +280,17 @@ def comparisons(done: list[tuple[Job, Result]]) -> list[tuple[bool, str]]:
     ours = [(job, result) for job, result in fine if job.tool == "ours"]
     checks = [line_check("the line of onnxsim as measured before", LINE, ours)]
     checks.append(point_check("onnxsim's W8A8 as measured before", W8A8, ours))
-    today = {job.mode: (result.file_mb, result.mean_db) for job, result in fine if job.tool.startswith("onnxsim")}
+    today = {
+        job.mode: (result.file_mb, result.mean_db)
+        for job, result in fine
+        if job.tool.startswith("onnxsim")
+    }
     if {"int4", "int8-block"} <= today.keys():
-        checks.append(line_check("the line of onnxsim in this run", (today["int4"], today["int8-block"]), ours))
+        checks.append(
+            line_check(
+                "the line of onnxsim in this run", (today["int4"], today["int8-block"]), ours
+            )
+        )
     if "static" in today:
         checks.append(point_check("onnxsim's W8A8 in this run", today["static"], ours))
     return checks
@@ -249,19 +306,30 @@ def line_check(
         if expected is not None and "budget" in job.mode and job.kind == "weight-only":
             leads[f"{result.file_mb:.1f} MB"] = result.mean_db - expected
     text = " to ".join(f"{mb:.1f} MB {db:.1f} dB" for mb, db in line)
-    found = ", ".join(f"{lead:+.1f} dB at {size}" for size, lead in leads.items()) or "no size of ours lies between"
+    found = (
+        ", ".join(f"{lead:+.1f} dB at {size}" for size, lead in leads.items())
+        or "no size of ours lies between"
+    )
     passed = bool(leads) and min(leads.values()) > 0
     return passed, verdict(passed, f"ours, weights only, is above {what} ({text})", found)
 
 
-def point_check(what: str, point: tuple[float, float], ours: list[tuple[Job, Result]]) -> tuple[bool, str]:
+def point_check(
+    what: str, point: tuple[float, float], ours: list[tuple[Job, Result]]
+) -> tuple[bool, str]:
     """Whether ours with INT8 compute is better in no more bytes than ``point``."""
     size, least = point
     within = [r for job, r in ours if job.kind.startswith("W8A8") and r.file_mb <= size]
     best = max(within, key=lambda result: result.mean_db, default=None)
     passed = best is not None and best.mean_db > least
-    found = f"{best.mean_db:.1f} dB at {best.file_mb:.1f} MB" if best else "nothing of ours is that small"
-    return passed, verdict(passed, f"ours, INT8 compute, is above {what} ({size:.1f} MB {least:.1f} dB)", found)
+    found = (
+        f"{best.mean_db:.1f} dB at {best.file_mb:.1f} MB"
+        if best
+        else "nothing of ours is that small"
+    )
+    return passed, verdict(
+        passed, f"ours, INT8 compute, is above {what} ({size:.1f} MB {least:.1f} dB)", found
+    )
 
 
 def all_jobs(bench: Bench, chosen: argparse.Namespace) -> tuple[list[Job], list[str]]:
@@ -276,7 +344,12 @@ def all_jobs(bench: Bench, chosen: argparse.Namespace) -> tuple[list[Job], list[
             "run_onnxsim.py",
             {"static": "W8A8", "int4": "weight-only", "int8-block": "weight-only"},
         ),
-        ("Model Optimizer", chosen.modelopt_python, "run_modelopt.py", {"int8-max": "W8A8", "int4-rtn": "weight-only"}),
+        (
+            "Model Optimizer",
+            chosen.modelopt_python,
+            "run_modelopt.py",
+            {"int8-max": "W8A8", "int4-rtn": "weight-only"},
+        ),
     ):
         if python is None:
             skipped.append(f"{tool} is skipped: no --{script[4:-3]}-python was given.")
@@ -288,21 +361,33 @@ def all_jobs(bench: Bench, chosen: argparse.Namespace) -> tuple[list[Job], list[
 def package_version(python: str, package: str) -> str:
     """Version of a package in another environment."""
     code = f"from importlib.metadata import version; print(version('{package}'))"
-    return subprocess.run([python, "-c", code], capture_output=True, encoding="utf-8", check=True).stdout.strip()
+    return subprocess.run(
+        [python, "-c", code], capture_output=True, encoding="utf-8", check=True
+    ).stdout.strip()
 
 
 def main() -> None:
     parser = bench_parser(__doc__, recipe=False)
-    parser.add_argument("--model", help="what mpq-deploy build takes (default: the UNet with random weights)")
+    parser.add_argument(
+        "--model", help="what mpq-deploy build takes (default: the UNet with random weights)"
+    )
     parser.add_argument(
         "--budgets",
         nargs="+",
         default=["0.28", "0.31", "0.35", "0.4", "0.45", "0.49", "0.53"],
         help="fractions of FP16",
     )
-    parser.add_argument("--onnxsim-python", metavar="PYTHON", help="the Python of an environment with onnxsim")
-    parser.add_argument("--modelopt-python", metavar="PYTHON", help="the Python of an environment with Model Optimizer")
-    parser.add_argument("-o", "--out", type=Path, help="scratch folder (default: runs/bench-peers[-NAME])")
+    parser.add_argument(
+        "--onnxsim-python", metavar="PYTHON", help="the Python of an environment with onnxsim"
+    )
+    parser.add_argument(
+        "--modelopt-python",
+        metavar="PYTHON",
+        help="the Python of an environment with Model Optimizer",
+    )
+    parser.add_argument(
+        "-o", "--out", type=Path, help="scratch folder (default: runs/bench-peers[-NAME])"
+    )
     chosen = parser.parse_args()
     name = Path(chosen.model).stem if chosen.model else ""
     bench = Bench(chosen.out or Path("runs") / f"bench-peers{'-' if name else ''}{name}")
@@ -311,14 +396,28 @@ def main() -> None:
     size = f"The given ONNX file has {bench.model.stat().st_size / 1e6:.1f} MB."
     page.say(f"{size} Ours, once for all rows: {prepared}.")
     jobs, skipped = all_jobs(bench, chosen)
-    for package, python in (("onnxsim", chosen.onnxsim_python), ("nvidia-modelopt", chosen.modelopt_python)):
+    for package, python in (
+        ("onnxsim", chosen.onnxsim_python),
+        ("nvidia-modelopt", chosen.modelopt_python),
+    ):
         if python is not None:
-            skipped.append(f"{package} {package_version(python, package)}, in an environment of its own.")
+            skipped.append(
+                f"{package} {package_version(python, package)}, in an environment of its own."
+            )
     done = []
     for job in jobs:
         done.append((job, bench.do(job)))
         print(" | ".join(row(*done[-1])), file=sys.stderr, flush=True)
-    header = ("tool: mode", "kind", "wall s", "peak MB", "file MB", "SQNR dB, mean (least)", "above the line, dB", "")
+    header = (
+        "tool: mode",
+        "kind",
+        "wall s",
+        "peak MB",
+        "file MB",
+        "SQNR dB, mean (least)",
+        "above the line, dB",
+        "",
+    )
     page.say(markdown(header, [row(job, result) for job, result in done]))
     if skipped:
         page.say(" ".join(skipped))

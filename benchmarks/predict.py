@@ -20,7 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from table import Page, bench_parser, bench_recipe, made_by_stages, markdown, verdict, weights_digest
+from table import (
+    Page,
+    bench_parser,
+    bench_recipe,
+    made_by_stages,
+    markdown,
+    verdict,
+    weights_digest,
+)
 
 from mpq_deploy.allocate.plan_solver import PlanSolver
 from mpq_deploy.errors import InfeasibleBudgetError
@@ -151,7 +159,12 @@ def checks(model: str, rows: list[Row]) -> list[tuple[bool, str]]:
     worst = max(rows, key=lambda row: row.change)
     harmless = all(row.change <= SIGNIFICANT * row.change_error for row in rows)
     return [
-        (near, verdict(near, f"{model}: predictions lie within {TOLERANCE:.0%} of what was measured", found)),
+        (
+            near,
+            verdict(
+                near, f"{model}: predictions lie within {TOLERANCE:.0%} of what was measured", found
+            ),
+        ),
         (
             harmless,
             verdict(
@@ -165,31 +178,61 @@ def checks(model: str, rows: list[Row]) -> list[tuple[bool, str]]:
 
 def main() -> None:
     parser = bench_parser(__doc__)
-    parser.add_argument("models", nargs="*", default=["emoji", "digits"], help="what `mpq-deploy build` takes")
-    parser.add_argument("--budgets", default="0.26:0.5", help="FROM:TO, FROM:TO:STEP or a comma-separated list")
-    parser.add_argument("--images", type=int, default=640, help="fresh trajectories behind every measured error")
+    parser.add_argument(
+        "models", nargs="*", default=["emoji", "digits"], help="what `mpq-deploy build` takes"
+    )
+    parser.add_argument(
+        "--budgets", default="0.26:0.5", help="FROM:TO, FROM:TO:STEP or a comma-separated list"
+    )
+    parser.add_argument(
+        "--images", type=int, default=640, help="fresh trajectories behind every measured error"
+    )
     parser.add_argument("--seed", type=int, default=20260)
-    parser.add_argument("-o", "--out", type=Path, default=Path("runs"), help="where the run folders are")
+    parser.add_argument(
+        "-o", "--out", type=Path, default=Path("runs"), help="where the run folders are"
+    )
     chosen = parser.parse_args()
     page = Page("Predicted and measured error, and the cross terms between layers")
     judged, best = [], []
     for model in chosen.models:
-        recipe = bench_recipe(None, chosen.set, {"model": model, "engine.build": False, "allocate.cross_terms": True})
+        recipe = bench_recipe(
+            None, chosen.set, {"model": model, "engine.build": False, "allocate.cross_terms": True}
+        )
         name = Path(model).stem
         with open_pipeline(recipe, chosen.out / f"bench-predict-{name}", PlainTalk()) as pipeline:
             pipeline.run_until("measure")
-            page.say(f"## {name}\n\n{weights_digest(pipeline.run)}\n\n{made_by_stages(pipeline.run, STAGES)}")
+            page.say(
+                f"## {name}\n\n{weights_digest(pipeline.run)}\n\n{made_by_stages(pipeline.run, STAGES)}"
+            )
             truth = Truth(pipeline.run, chosen.images, chosen.seed)
             solvers = {refined: PlanSolver(pipeline.run) for refined in (True, False)}
             solvers[False].section = recipe.allocate.model_copy(update={"cross_terms": False})
-            found = [row_of(pipeline.run, truth, solvers, budget) for budget in parse_budgets(chosen.budgets)]
+            found = [
+                row_of(pipeline.run, truth, solvers, budget)
+                for budget in parse_budgets(chosen.budgets)
+            ]
         rows = [row for row in found if row is not None]
-        header = ("budget", "predicted", "measured", "predicted / measured", "rho", "moves", "change held back")
+        header = (
+            "budget",
+            "predicted",
+            "measured",
+            "predicted / measured",
+            "rho",
+            "moves",
+            "change held back",
+        )
         page.say(markdown((*header, "change measured", "PSNR dB"), [cells(row) for row in rows]))
         judged += checks(name, rows)
-        best.append(min(rows, key=lambda row: row.change / max(row.change_error, 1e-12) if row.change else 0.0))
+        best.append(
+            min(
+                rows,
+                key=lambda row: row.change / max(row.change_error, 1e-12) if row.change else 0.0,
+            )
+        )
     gains = any(row.change < -SIGNIFICANT * row.change_error for row in best)
-    said = ", ".join(f"{row.change:+.1%} ± {row.change_error:.1%} (at {row.budget:g})" for row in best)
+    said = ", ".join(
+        f"{row.change:+.1%} ± {row.change_error:.1%} (at {row.budget:g})" for row in best
+    )
     judged.append((gains, verdict(gains, "refining gains somewhere beyond noise", said)))
     page.conclude(judged, chosen.page)
 

@@ -46,7 +46,11 @@ Found = dict[str, SensitivityTable]
 def measured(run: Run, metric: str, layers: list[Layer]) -> SensitivityTable:
     """Return the table of a metric, kept in the run folder as a stage of its own."""
     name = f"bench-{metric}"
-    inputs = {**STAGES["measure"].fields(run), "recipe.measure.method": metric, "code": code_digest()}
+    inputs = {
+        **STAGES["measure"].fields(run),
+        "recipe.measure.method": metric,
+        "code": code_digest(),
+    }
     if metric == TRUTH:
         inputs["layers"] = [layer.name for layer in layers]
     if run.folder.changed_fields(name, inputs) != []:
@@ -63,20 +67,32 @@ def measure_one(run: Run, metric: str, layers: list[Layer]) -> SensitivityTable:
     inputs, stats = run.calibration
     settings = section.replace(calls=section.samples)
     candidates = candidates_of(run, exported.graph)
-    calls = (inputs.split(section.samples)[1], exported.conditions, exported.spec, settings, run.talk)
+    calls = (
+        inputs.split(section.samples)[1],
+        exported.conditions,
+        exported.spec,
+        settings,
+        run.talk,
+    )
     subject = Subject(exported.graph, candidates, stats, *calls)
     if metric != TRUTH:
         return measure(metric, subject)
-    pairs = {(layer.name, scheme.name) for layer in layers for scheme in candidates[layer.name].schemes}
+    pairs = {
+        (layer.name, scheme.name) for layer in layers for scheme in candidates[layer.name].schemes
+    }
     return measure_exhaustive(subject, pairs=pairs)
 
 
 def code_digest() -> list[str]:
     """Digests of the code that measures: other code measures again."""
-    return [file_digest(path) for path in sorted(Path(mpq_deploy.sensitivity.__path__[0]).glob("*.py"))]
+    return [
+        file_digest(path) for path in sorted(Path(mpq_deploy.sensitivity.__path__[0]).glob("*.py"))
+    ]
 
 
-def compare(truth: SensitivityTable, table: SensitivityTable, scheme: str) -> tuple[int, float, list[float]]:
+def compare(
+    truth: SensitivityTable, table: SensitivityTable, scheme: str
+) -> tuple[int, float, list[float]]:
     """Return the number of layers, Spearman, and the 10th, 50th and 90th percentile of prediction / truth.
 
     Layers that a scheme changes nothing of, and FP16 weights, are left out.
@@ -85,7 +101,11 @@ def compare(truth: SensitivityTable, table: SensitivityTable, scheme: str) -> tu
     compared = Compared.of(pairs, truth.losses, table.losses)
     rank = float(rho_of(moments(compared.true, compared.found)))
     spread = compared.calibration()
-    return len(compared.true), rank, [spread.low, spread.median, spread.high] if spread else [float("nan")] * 3
+    return (
+        len(compared.true),
+        rank,
+        [spread.low, spread.median, spread.high] if spread else [float("nan")] * 3,
+    )
 
 
 def agreement(found: Found) -> tuple[str, list[tuple[str, int, float]]]:
@@ -100,7 +120,10 @@ def agreement(found: Found) -> tuple[str, list[tuple[str, int, float]]]:
         for metric in CHEAP:
             count, rank, (low, middle, high) = compare(found[TRUTH], found[metric], scheme)
             if count:
-                row += [f"{rank:.4f}" if count > 2 else "-", f"{middle:.3g} ({low:.3g} to {high:.3g})"]
+                row += [
+                    f"{rank:.4f}" if count > 2 else "-",
+                    f"{middle:.3g} ({low:.3g} to {high:.3g})",
+                ]
             else:
                 row += ["-", "changes nothing"]
             if metric == "probe":
@@ -117,25 +140,45 @@ def costs(run: Run, found: Found) -> str:
         timing = timings[f"bench-{metric}"]
         pairs = sum(map(len, found[metric].losses.values()))
         seconds, memory = f"{timing['seconds']:.1f}", f"{timing['peak_rss_bytes'] / 1e6:.0f}"
-        rows.append([TITLES.get(metric, metric), str(pairs), seconds, memory, f"{timing['seconds'] / pairs * 1e3:.0f}"])
+        rows.append(
+            [
+                TITLES.get(metric, metric),
+                str(pairs),
+                seconds,
+                memory,
+                f"{timing['seconds'] / pairs * 1e3:.0f}",
+            ]
+        )
     return markdown(("metric", "layer-scheme pairs", "CPU s", "peak MB", "CPU ms a pair"), rows)
 
 
 def main() -> None:
     parser = bench_parser(__doc__)
-    parser.add_argument("model", nargs="?", default="digits", help="as of mpq-deploy build (default: digits)")
-    parser.add_argument("--layers", default="*", help="a shell pattern: the truth of these layers only")
+    parser.add_argument(
+        "model", nargs="?", default="digits", help="as of mpq-deploy build (default: digits)"
+    )
+    parser.add_argument(
+        "--layers", default="*", help="a shell pattern: the truth of these layers only"
+    )
     parser.add_argument("--every", type=int, default=1, help="of these, every nth")
     parser.add_argument("--recipe", type=Path, help="a recipe to start from")
-    parser.add_argument("-o", "--out", type=Path, help="run folder (default: runs/bench-probe-quality-NAME)")
+    parser.add_argument(
+        "-o", "--out", type=Path, help="run folder (default: runs/bench-probe-quality-NAME)"
+    )
     chosen = parser.parse_args()
     # Branches would multiply the single layers to quantize, which take minutes as it is; --set brings them back.
     values = {"model": chosen.model, "engine.build": False, "allocate.branches": []}
     recipe = bench_recipe(chosen.recipe, chosen.set, values)
     name = Path(chosen.model).stem
-    with open_pipeline(recipe, chosen.out or Path("runs") / f"bench-probe-quality-{name}", PlainTalk()) as pipeline:
+    with open_pipeline(
+        recipe, chosen.out or Path("runs") / f"bench-probe-quality-{name}", PlainTalk()
+    ) as pipeline:
         pipeline.run_until("candidates")
-        every = [n for n in pipeline.run.exported.graph.layers if fnmatch.fnmatchcase(n.name, chosen.layers)]
+        every = [
+            n
+            for n in pipeline.run.exported.graph.layers
+            if fnmatch.fnmatchcase(n.name, chosen.layers)
+        ]
         layers = every[:: chosen.every]
         if not layers:
             parser.error(f"no layer is named like {chosen.layers}")
@@ -144,7 +187,9 @@ def main() -> None:
         page = Page(f"Sensitivity metrics against the truth: {name}")
         page.say(weights_digest(pipeline.run))
         calls = f"{recipe.calibrate.timesteps} timesteps x {section.samples} samples"
-        page.say(f"{calls}, {section.probes} probes, rounding {recipe.quantize.rounding}, {len(layers)} layers.")
+        page.say(
+            f"{calls}, {section.probes} probes, rounding {recipe.quantize.rounding}, {len(layers)} layers."
+        )
         table, probes = agreement(found)
         page.say(table)
         page.say(costs(pipeline.run, found))
@@ -152,7 +197,11 @@ def main() -> None:
     passed = bool(judged) and all(rank >= WANTED for _, rank in judged)
     worst = min(judged, key=lambda item: item[1], default=("none", float("nan")))
     page.say(
-        verdict(passed, f"Spearman by probes is at least {WANTED} for every scheme", f"{worst[1]:.4f} ({worst[0]})")
+        verdict(
+            passed,
+            f"Spearman by probes is at least {WANTED} for every scheme",
+            f"{worst[1]:.4f} ({worst[0]})",
+        )
     )
     page.save(chosen.page)
     sys.exit(0 if passed else 1)

@@ -37,7 +37,13 @@ from mpq_deploy.system.progress import PlainTalk
 # Settings that differ from the recipe's. "base" is EfficientDM's training as its code has it: adapters and scales at
 # its learning rate, the noise as target, all timesteps alike.
 PARTS: dict[str, dict[str, Any]] = {
-    "base": {"losses": {"eps": 1.0}, "timesteps": "uniform", "rank": 32, "adapter_rate": 1.0, "constant_rate": 0.0},
+    "base": {
+        "losses": {"eps": 1.0},
+        "timesteps": "uniform",
+        "rank": 32,
+        "adapter_rate": 1.0,
+        "constant_rate": 0.0,
+    },
     "scales alone": {"adapter_rate": 0.0, "constant_rate": 0.0},
     "scales, constants": {"adapter_rate": 0.0},
     "recovery": {},
@@ -92,7 +98,9 @@ def cells(name: str, rows: Sequence[Row], plan_nmse: float) -> list[str]:
     spread = f"{100 * (max(removed) - min(removed)):.1f} %" if len(rows) > 1 else ""
     mean = {key: float(np.mean([getattr(row, key) for row in rows])) for key in ("nmse", "psnr_db")}
     held = " -> ".join(f"{np.mean([row.held_out[i] for row in rows]):.2e}" for i in (0, 1))
-    times = [f"{np.mean([getattr(row, key) for row in rows]):.1f}" for key in ("cpu_minutes", "minutes")]
+    times = [
+        f"{np.mean([getattr(row, key) for row in rows]):.1f}" for key in ("cpu_minutes", "minutes")
+    ]
     share = f"{100 * float(np.mean(removed)):.1f} %"
     return [name, held, f"{mean['nmse']:.2e}", share, spread, decibels(mean["psnr_db"]), *times]
 
@@ -101,7 +109,9 @@ def measure_model(model: str, chosen: argparse.Namespace, page: Page) -> bool:
     """Measure one model; say its table and checks; return whether they passed."""
     values = {"model": model, "budget": chosen.budget, "engine.build": False, "recover.steps": 0}
     recipe = bench_recipe(None, chosen.set, values)
-    recipe = recipe.model_copy(update={"recover": recipe.recover.model_copy(update={"steps": chosen.steps})})
+    recipe = recipe.model_copy(
+        update={"recover": recipe.recover.model_copy(update={"steps": chosen.steps})}
+    )
     rows: dict[str, list[Row]] = {part: [] for part in chosen.parts}
     with open_pipeline(recipe, chosen.out / Path(model).stem, PlainTalk()) as pipeline:
         for stage in ("quantize", "controls"):
@@ -114,7 +124,9 @@ def measure_model(model: str, chosen: argparse.Namespace, page: Page) -> bool:
                     rows[part].append(train_and_evaluate(pipeline.run, part, seed, Path(folder)))
                     pipeline.run.talk.line(" | ".join(cells(part, rows[part][-1:], plan.nmse)))
     first = ["the plan", "", f"{plan.nmse:.2e}", "", "", decibels(plan.psnr_db), "", ""]
-    page.say(markdown(HEADER, [first, *(cells(part, found, plan.nmse) for part, found in rows.items())]))
+    page.say(
+        markdown(HEADER, [first, *(cells(part, found, plan.nmse) for part, found in rows.items())])
+    )
     if "recovery" not in rows:
         return True
     removed = 1 - float(np.mean([row.nmse for row in rows["recovery"]])) / plan.nmse
@@ -122,7 +134,9 @@ def measure_model(model: str, chosen: argparse.Namespace, page: Page) -> bool:
     passed = removed >= GOAL and spent <= CPU_MINUTES
     page.say(
         verdict(
-            passed, f"{model}: at least half of the error is removed", f"{100 * removed:.1f} %, {spent:.1f} CPU min"
+            passed,
+            f"{model}: at least half of the error is removed",
+            f"{100 * removed:.1f} %, {spent:.1f} CPU min",
         )
     )
     return passed
@@ -133,17 +147,25 @@ def planned(run: Run) -> Row:
     plan = run.plan
     graph = run.stage("quantize") / SIMULATED
     found: Evaluation = evaluate_variants(run, graph, plan.size_bytes, latency=False)
-    return Row((0.0, 0.0), found.variants["ours"].measured_nmse, found.variants["ours"].psnr_db, 0.0, 0.0)
+    return Row(
+        (0.0, 0.0), found.variants["ours"].measured_nmse, found.variants["ours"].psnr_db, 0.0, 0.0
+    )
 
 
 def main() -> None:
     parser = bench_parser(__doc__)
-    parser.add_argument("models", nargs="*", default=["emoji", "digits"], help="bundled names, folders, ONNX files")
+    parser.add_argument(
+        "models", nargs="*", default=["emoji", "digits"], help="bundled names, folders, ONNX files"
+    )
     parser.add_argument("--budget", default="0.27")
     parser.add_argument("--steps", type=int, default=2050, help="updates of each training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[4, 5, 6])
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART")
-    parser.add_argument("-o", "--out", type=Path, default=Path("runs/bench-recover"), help="folder of run folders")
+    parser.add_argument(
+        "--parts", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART"
+    )
+    parser.add_argument(
+        "-o", "--out", type=Path, default=Path("runs/bench-recover"), help="folder of run folders"
+    )
     chosen = parser.parse_args()
     page = Page("Recovery")
     page.say(ABOUT)

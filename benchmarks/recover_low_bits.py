@@ -110,7 +110,9 @@ class LowBits:
         if part.branch is None:
             return self.bench.ours(name, uniform.size_bytes, with_shared_bits(int(self.body[3])))
         if part.branch:
-            return self.bench.uniform(name, f"{self.body}+{part.branch}", self.body, eight="w8a8-sim")
+            return self.bench.uniform(
+                name, f"{self.body}+{part.branch}", self.body, eight="w8a8-sim"
+            )
         return uniform
 
     def train(self, name: str, part: Part, seed: int, steps: int) -> Row:
@@ -119,15 +121,27 @@ class LowBits:
         recipe = run.recipe
         task = recover_task(run, plan.schemes)
         options = run.recipe.recover.replace(steps=steps, seed=seed, **part.settings)
-        args = (task.model, task.spec, task.conditions, recipe.calibrate.steps, recipe.evaluate.sampler)
+        args = (
+            task.model,
+            task.spec,
+            task.conditions,
+            recipe.calibrate.steps,
+            recipe.evaluate.sampler,
+        )
         cpu = time.process_time()
         with tempfile.TemporaryDirectory(dir=run.scratch()) as scratch:
             folder = Path(scratch)
             state = folder / "checkpoint"
-            recovered = recover(task, options, TrajectoryRecorder(*args), run.talk, state, f"{name} {seed}")
+            recovered = recover(
+                task, options, TrajectoryRecorder(*args), run.talk, state, f"{name} {seed}"
+            )
             minutes = (time.process_time() - cpu) / 60
             write_recovered(task, recovered, folder)
-            return Row(recovered.recovery.before, self.bench.evaluate_graph(plan, folder / SIMULATED), minutes)
+            return Row(
+                recovered.recovery.before,
+                self.bench.evaluate_graph(plan, folder / SIMULATED),
+                minutes,
+            )
 
 
 def mean(rows: Sequence[Row], key: str) -> float:
@@ -148,7 +162,10 @@ def gone(rows: Sequence[Row], base: Sequence[Row], float_real: float) -> float:
 
 def cells(name: str, rows: Sequence[Row], base: Sequence[Row], float_real: float) -> list[str]:
     """Return one row of the table."""
-    values = {key: [getattr(row.result, key) for row in rows] for key in ("nmse", "psnr_db", "to_real", "to_float")}
+    values = {
+        key: [getattr(row.result, key) for row in rows]
+        for key in ("nmse", "psnr_db", "to_real", "to_float")
+    }
     return [
         name,
         f"{rows[0].result.plan.size_bytes:,}",
@@ -188,7 +205,9 @@ def measure_model(model: str, chosen: argparse.Namespace, page: Page) -> list[bo
                 pipeline.run.talk.line(" | ".join(cells(name, found[-1:], [], 0.0)))
         float_real = bench.bench.float_real
     base = rows.get("base", [])
-    page.say(markdown(HEADER, [cells(name, found, base, float_real) for name, found in rows.items()]))
+    page.say(
+        markdown(HEADER, [cells(name, found, base, float_real) for name, found in rows.items()])
+    )
     page.say(f"The float model's own distance to the real images is {float_real:.3f}.")
     return checks(model, rows, float_real, page)
 
@@ -212,9 +231,15 @@ def main() -> None:
     parser.add_argument("--bits", default="w2a4", help="of the uniform plan, such as w2a4 or w3a6")
     parser.add_argument("--steps", type=int, default=400, help="updates of each training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[4, 5, 6])
-    parser.add_argument("--samples", type=int, default=512, help="images behind each Frechet distance")
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART")
-    parser.add_argument("-o", "--out", type=Path, default=Path("runs/bench-seeds"), help="folder of run folders")
+    parser.add_argument(
+        "--samples", type=int, default=512, help="images behind each Frechet distance"
+    )
+    parser.add_argument(
+        "--parts", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART"
+    )
+    parser.add_argument(
+        "-o", "--out", type=Path, default=Path("runs/bench-seeds"), help="folder of run folders"
+    )
     chosen = parser.parse_args()
     page = Page("Recovery at low bits (simulated)")
     passed = [ok for model in chosen.models for ok in measure_model(model, chosen, page)]

@@ -53,13 +53,25 @@ QUICK: dict[str, Any] = {
     "recover.check_every": 2,
 }
 NEAR = 0.25
-HEADER = ("", "estimate MB", "weights", "adapters", "values", "trajectories", "peak MB", "peak / estimate")
+HEADER = (
+    "",
+    "estimate MB",
+    "weights",
+    "adapters",
+    "values",
+    "trajectories",
+    "peak MB",
+    "peak / estimate",
+)
 
 
 def child(recipe_text: str, run: Path) -> None:
     """Train two updates; print what was expected and the peak, bytes."""
     recipe = bench_recipe(None, [], json.loads(recipe_text))
-    with open_pipeline(recipe, run, PlainTalk()) as pipeline, tempfile.TemporaryDirectory() as folder:
+    with (
+        open_pipeline(recipe, run, PlainTalk()) as pipeline,
+        tempfile.TemporaryDirectory() as folder,
+    ):
         plan = pipeline.run.plan
         task, options = recover_task(pipeline.run, plan.schemes), pipeline.recipe.recover
         steps, sampler = recipe.calibrate.steps, recipe.evaluate.sampler
@@ -67,7 +79,10 @@ def child(recipe_text: str, run: Path) -> None:
         estimate = expected_memory(task, options, recorder.calls, pipeline.run.talk)
         recover(task, options, recorder, pipeline.run.talk, Path(folder) / "checkpoint", "memory")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    parts = {key: getattr(estimate, key) for key in ("total", "weights", "adapters", "values", "trajectories")}
+    parts = {
+        key: getattr(estimate, key)
+        for key in ("total", "weights", "adapters", "values", "trajectories")
+    }
     print(json.dumps({**parts, "peak": peak}))
 
 
@@ -86,25 +101,38 @@ def measure_model(model: str, changes: Sequence[str], out: Path, page: Page) -> 
         share = found["peak"] / found["total"]
         near.append(abs(share - 1) <= NEAR)
         sizes = [
-            f"{found[key] / 1e6:,.0f}" for key in ("total", "weights", "adapters", "values", "trajectories", "peak")
+            f"{found[key] / 1e6:,.0f}"
+            for key in ("total", "weights", "adapters", "values", "trajectories", "peak")
         ]
         rows.append([name, *sizes, f"{share:.2f}"])
     page.say(f"## {Path(model).stem}\n\n{markdown(HEADER, rows)}")
-    page.say(verdict(all(near), f"{Path(model).stem}: every peak is within 25 % of the estimate", f"{sum(near)} are"))
+    page.say(
+        verdict(
+            all(near),
+            f"{Path(model).stem}: every peak is within 25 % of the estimate",
+            f"{sum(near)} are",
+        )
+    )
     return near
 
 
 def main() -> None:
     parser = bench_parser(__doc__)
-    parser.add_argument("models", nargs="*", default=["digits", "emoji"], help="bundled names, folders, ONNX files")
-    parser.add_argument("-o", "--out", type=Path, default=Path("runs/bench-memory"), help="folder of run folders")
+    parser.add_argument(
+        "models", nargs="*", default=["digits", "emoji"], help="bundled names, folders, ONNX files"
+    )
+    parser.add_argument(
+        "-o", "--out", type=Path, default=Path("runs/bench-memory"), help="folder of run folders"
+    )
     parser.add_argument("--child", metavar="JSON", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.child:
         child(chosen.child, chosen.out)
         return
     page = Page("Memory of recovery")
-    near = [ok for model in chosen.models for ok in measure_model(model, chosen.set, chosen.out, page)]
+    near = [
+        ok for model in chosen.models for ok in measure_model(model, chosen.set, chosen.out, page)
+    ]
     page.save(chosen.page)
     sys.exit(0 if all(near) else 1)
 

@@ -34,29 +34,48 @@ def measure_model(model: str, chosen: argparse.Namespace, page: Page) -> bool:
     for name, values in WAYS.items():
         # One run folder: what comes before rounding is made once.
         recipe = bench_recipe(None, [], {"model": model, "engine.build": False, **values})
-        with open_pipeline(recipe, chosen.out / f"bench-rounding-{Path(model).stem}", PlainTalk()) as pipeline:
+        with open_pipeline(
+            recipe, chosen.out / f"bench-rounding-{Path(model).stem}", PlainTalk()
+        ) as pipeline:
             pipeline.run_until("candidates")
             if not rows:
                 page.say(f"## {Path(model).stem}\n\n{weights_digest(pipeline.run)}")
             truth = Truth(pipeline.run, chosen.images, chosen.seed)
             target = pipeline.run.target
-            schemes = {layer.name: control_scheme(layer, BODY, target).name for layer in truth.exported.graph.layers}
+            schemes = {
+                layer.name: control_scheme(layer, BODY, target).name
+                for layer in truth.exported.graph.layers
+            }
             found = truth.errors(schemes)
             errors.append(float(found.mean()))
             seconds = pipeline.results["candidates"].seconds
-        rows.append([name, f"{errors[-1]:.2e} ± {relative_error(found, errors[-1]):.0%}", f"{seconds:.0f}"])
+        rows.append(
+            [name, f"{errors[-1]:.2e} ± {relative_error(found, errors[-1]):.0%}", f"{seconds:.0f}"]
+        )
     page.say(markdown(("rounding", "error", "candidates, s"), rows))
     ordered = errors[0] > errors[1] > errors[2]
-    page.say(verdict(ordered, f"{model}: GPTQ is better than nearest, refined better than GPTQ", "as in the table"))
+    page.say(
+        verdict(
+            ordered,
+            f"{model}: GPTQ is better than nearest, refined better than GPTQ",
+            "as in the table",
+        )
+    )
     return ordered
 
 
 def main() -> None:
     parser = bench_parser(__doc__, recipe=False)
-    parser.add_argument("models", nargs="*", default=["digits"], help="what `mpq-deploy build` takes")
-    parser.add_argument("--images", type=int, default=128, help="fresh trajectories behind every error")
+    parser.add_argument(
+        "models", nargs="*", default=["digits"], help="what `mpq-deploy build` takes"
+    )
+    parser.add_argument(
+        "--images", type=int, default=128, help="fresh trajectories behind every error"
+    )
     parser.add_argument("--seed", type=int, default=20260)
-    parser.add_argument("-o", "--out", type=Path, default=Path("runs"), help="where the run folders are")
+    parser.add_argument(
+        "-o", "--out", type=Path, default=Path("runs"), help="where the run folders are"
+    )
     chosen = parser.parse_args()
     page = Page("Rounding")
     passed = [measure_model(model, chosen, page) for model in chosen.models]

@@ -82,10 +82,19 @@ def tree_memory(pid: int) -> tuple[int, int]:
         one = waiting.pop()
         try:
             status = Path(f"/proc/{one}/status").read_text(encoding="utf-8")
-            waiting += [int(c) for c in Path(f"/proc/{one}/task/{one}/children").read_text(encoding="utf-8").split()]
+            waiting += [
+                int(c)
+                for c in Path(f"/proc/{one}/task/{one}/children")
+                .read_text(encoding="utf-8")
+                .split()
+            ]
         except (FileNotFoundError, ProcessLookupError):
             continue
-        sizes = {line.split(":")[0]: line.split()[1] for line in status.splitlines() if line.startswith("Rss")}
+        sizes = {
+            line.split(":")[0]: line.split()[1]
+            for line in status.splitlines()
+            if line.startswith("Rss")
+        }
         resident += 1024 * sum(map(int, sizes.values()))
         private += 1024 * int(sizes.get("RssAnon", 0))
     return resident, private
@@ -104,7 +113,9 @@ def in_child(arguments: Sequence[str]) -> StageCost:
     if child.returncode:
         raise subprocess.CalledProcessError(child.returncode, command)
     after = os.times()
-    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    cpu = (
+        after.children_user + after.children_system - before.children_user - before.children_system
+    )
     return StageCost(arguments[1], time.monotonic() - started, cpu, peak, private, 0)
 
 
@@ -118,14 +129,22 @@ def stage_costs(size: str, work: Path, recipe: Recipe, stages: Sequence[str]) ->
     """Make the model and run the stages, each in a child; those measured before by the same call are kept."""
     kept = work / "costs.json"
     work.mkdir(parents=True, exist_ok=True)
-    costs = [StageCost(**values) for values in json.loads(kept.read_text(encoding="utf-8"))] if kept.is_file() else []
+    costs = (
+        [StageCost(**values) for values in json.loads(kept.read_text(encoding="utf-8"))]
+        if kept.is_file()
+        else []
+    )
     (work / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     for stage in ("model", *stages):
         if any(cost.stage == stage for cost in costs):
             continue
-        cost = in_child(["--child", stage, "--out", str(work), "--latent", str(latent_of(recipe)), size])
+        cost = in_child(
+            ["--child", stage, "--out", str(work), "--latent", str(latent_of(recipe)), size]
+        )
         folder = work / "model" if stage == "model" else work / "run" / stage
-        cost.written_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        cost.written_bytes = sum(
+            path.stat().st_size for path in folder.rglob("*") if path.is_file()
+        )
         costs.append(cost)
         kept.write_text(json.dumps([asdict(c) for c in costs], indent=1) + "\n", encoding="utf-8")
         print(f"{size} {cost}", file=sys.stderr, flush=True)
@@ -164,7 +183,9 @@ def cost_table(costs: Sequence[StageCost]) -> str:
     total = [sum(c.seconds for c in made) / 60, sum(c.cpu_seconds for c in made) / 60]
     peaks = [max(c.peak_bytes for c in made) / 1e9, max(c.private_bytes for c in made) / 1e9]
     rows.append(["all stages", *(f"{t:.1f}" for t in total), *(f"{p:.2f}" for p in peaks), ""])
-    return markdown(("stage", "minutes", "CPU minutes", "peak GB", "private GB", "MB written"), rows)
+    return markdown(
+        ("stage", "minutes", "CPU minutes", "peak GB", "private GB", "MB written"), rows
+    )
 
 
 def goals(size: str, costs: Sequence[StageCost], recipe: Recipe) -> list[tuple[bool, str]]:
@@ -173,13 +194,19 @@ def goals(size: str, costs: Sequence[StageCost], recipe: Recipe) -> list[tuple[b
     found = []
     if size in MOST_BYTES:
         limit, stages = MOST_BYTES[size]
-        most = max((cost for cost in made if cost.stage in stages), key=lambda cost: cost.peak_bytes)
+        most = max(
+            (cost for cost in made if cost.stage in stages), key=lambda cost: cost.peak_bytes
+        )
         passed = most.peak_bytes < limit
         which = "every stage stays" if stages == STAGES else f"{', '.join(stages)} stay"
         what = f"{size}: {which} under {limit / 1e9:g} GB"
-        found.append((passed, verdict(passed, what, f"{most.peak_bytes / 1e9:.2f} GB ({most.stage})")))
+        found.append(
+            (passed, verdict(passed, what, f"{most.peak_bytes / 1e9:.2f} GB ({most.stage})"))
+        )
     minutes = {cost.stage: cost.seconds / 60 for cost in made}
-    wanted = recipe.measure.timesteps >= MEASURED_TIMESTEPS and recipe.measure.probes >= MEASURED_PROBES
+    wanted = (
+        recipe.measure.timesteps >= MEASURED_TIMESTEPS and recipe.measure.probes >= MEASURED_PROBES
+    )
     if size == "860M" and wanted and set(STAGES) <= set(minutes):
         passed = minutes["measure"] < MOST_MEASURE_MINUTES
         what = f"{size}: measuring takes less than {MOST_MEASURE_MINUTES} minutes"
@@ -192,15 +219,23 @@ def goals(size: str, costs: Sequence[StageCost], recipe: Recipe) -> list[tuple[b
 
 def main() -> None:
     parser = bench_parser(__doc__)
-    parser.add_argument("sizes", nargs="*", choices=[[], *SIZES], metavar="SIZE", help=", ".join(SIZES))
+    parser.add_argument(
+        "sizes", nargs="*", choices=[[], *SIZES], metavar="SIZE", help=", ".join(SIZES)
+    )
     parser.add_argument("--latent", type=int, default=32, help="side of the latent (default 32)")
     parser.add_argument("--until", default=STAGES[-1], choices=STAGES, help="the last stage")
-    parser.add_argument("-o", "--out", type=Path, default=Path("runs") / "bench-scale", help="folder of the runs")
-    parser.add_argument("--keep", action="store_true", help="keep models and runs, which take gigabytes")
+    parser.add_argument(
+        "-o", "--out", type=Path, default=Path("runs") / "bench-scale", help="folder of the runs"
+    )
+    parser.add_argument(
+        "--keep", action="store_true", help="keep models and runs, which take gigabytes"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.child == "model":
-        print(f"{make_model(SIZES[chosen.sizes[0]], chosen.latent, chosen.out / 'model'):,} parameters")
+        print(
+            f"{make_model(SIZES[chosen.sizes[0]], chosen.latent, chosen.out / 'model'):,} parameters"
+        )
         return
     if chosen.child:
         run_stage(chosen.child, load_recipe(chosen.out / "recipe.yaml"), chosen.out / "run")

@@ -90,9 +90,16 @@ def make_model(size: Size, latent: int, folder: Path, seed: int = 0) -> int:
     (folder / "unet").mkdir(parents=True)
     (folder / "scheduler").mkdir()
     module.save_config(folder / "unet")
-    save_file(weights, folder / "unet" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER), encoding="utf-8")
-    index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
+    save_file(
+        weights, folder / "unet" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"}
+    )
+    (folder / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps(SCHEDULER), encoding="utf-8"
+    )
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "unet": ["diffusers", "UNet2DConditionModel"],
+    }
     (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     np.savez(folder / "conditions.npz", **_conditions(size, random))  # type: ignore[arg-type]
     return sum(map(prod, shapes.values()))
@@ -112,8 +119,14 @@ def _weight(name: str, shape: tuple[int, ...], random: np.random.Generator) -> n
 
 
 def _conditions(size: Size, random: np.random.Generator) -> dict[str, np.ndarray[Any, Any]]:
-    found = {"encoder_hidden_states": random.standard_normal((CONDITION_ROWS, TOKENS, size.text), np.float32)}
+    found = {
+        "encoder_hidden_states": random.standard_normal(
+            (CONDITION_ROWS, TOKENS, size.text), np.float32
+        )
+    }
     if size.sdxl:
         found["text_embeds"] = random.standard_normal((CONDITION_ROWS, 1280), np.float32)
-        found["time_ids"] = np.tile(np.array([1024, 1024, 0, 0, 1024, 1024], np.float32), (CONDITION_ROWS, 1))
+        found["time_ids"] = np.tile(
+            np.array([1024, 1024, 0, 0, 1024, 1024], np.float32), (CONDITION_ROWS, 1)
+        )
     return found

@@ -79,7 +79,9 @@ class Cost:
 
     def until_now(self) -> Cost:
         """Return what was taken since; this one holds the clocks' readings then."""
-        return Cost(time.perf_counter() - self.wall, processor_seconds() - self.cpu, os.getloadavg()[0])
+        return Cost(
+            time.perf_counter() - self.wall, processor_seconds() - self.cpu, os.getloadavg()[0]
+        )
 
 
 def processor_seconds() -> float:
@@ -106,7 +108,8 @@ class Costs:
         """Keep and say a cost."""
         self.found[name] = cost
         self._path.write_text(
-            json.dumps({n: asdict(c) for n, c in self.found.items()}, indent=1) + "\n", encoding="utf-8"
+            json.dumps({n: asdict(c) for n, c in self.found.items()}, indent=1) + "\n",
+            encoding="utf-8",
         )
         print(f"{name}: {cost.wall:.1f} s, {cost.cpu:.1f} CPU s", file=sys.stderr, flush=True)
 
@@ -154,9 +157,14 @@ def other_budget(run: Path) -> None:
 def bare_passes(run: Path, recipe: Recipe) -> None:
     """Run the float model as often as calibrate does: along the trajectories, then on the calls that are observed."""
     exported = load_exported(run / "export")
-    conditions, recorded = dict(exported.conditions.arrays), CalibrationSet.load(run / "calibrate" / "inputs.npz")
+    conditions, recorded = (
+        dict(exported.conditions.arrays),
+        CalibrationSet.load(run / "calibrate" / "inputs.npz"),
+    )
     denoiser = OrtDenoiser(exported.model, exported.spec)
-    every = list(RecordedCalls(recorded, conditions, exported.spec).batches(recipe.calibrate.batch_size))
+    every = list(
+        RecordedCalls(recorded, conditions, exported.spec).batches(recipe.calibrate.batch_size)
+    )
     calls = len(recorded.rows)
     observed = len(recorded.timesteps) * min(calls, recipe.calibrate.observed)
     # Trajectories end at the last step that is kept.
@@ -171,22 +179,37 @@ def bare_passes(run: Path, recipe: Recipe) -> None:
 def import_cost() -> Cost:
     """Return the least wall and processor seconds of importing the command line, of several fresh processes."""
     command = [sys.executable, "-c", IMPORT]
-    texts = [subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout for _ in range(IMPORTS)]
+    texts = [
+        subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout
+        for _ in range(IMPORTS)
+    ]
     found = np.array([[float(number) for number in text.split()] for text in texts])
     return Cost(float(found[:, 0].min()), float(found[:, 1].min()), os.getloadavg()[0])
 
 
 def cost_table(costs: dict[str, Cost]) -> str:
     """Return one row per stage, their sum, and what was measured beside them."""
-    names = {"bare": "forward passes of calibrate", "budget": f"budget {OTHER_BUDGET}", "import": "import of the CLI"}
+    names = {
+        "bare": "forward passes of calibrate",
+        "budget": f"budget {OTHER_BUDGET}",
+        "import": "import of the CLI",
+    }
     rows = [row(stage, costs[stage]) for stage in ORDER if stage in costs]
     rows.append(row("stages together", total(costs)))
-    rows += [row(title, costs[name]) for name, title in {FEW: FEW, **names}.items() if name in costs]
+    rows += [
+        row(title, costs[name]) for name, title in {FEW: FEW, **names}.items() if name in costs
+    ]
     return markdown(("", "wall s", "CPU s", "CPU s / 2", "load"), rows)
 
 
 def row(name: str, cost: Cost) -> list[str]:
-    return [name, f"{cost.wall:.2f}", f"{cost.cpu:.2f}", f"{cost.cpu / CORES:.2f}", f"{cost.load:.1f}"]
+    return [
+        name,
+        f"{cost.wall:.2f}",
+        f"{cost.cpu:.2f}",
+        f"{cost.cpu / CORES:.2f}",
+        f"{cost.load:.1f}",
+    ]
 
 
 def total(costs: dict[str, Cost], without: str = "") -> Cost:
@@ -202,24 +225,44 @@ def goals(model: str, costs: dict[str, Cost]) -> list[tuple[bool, str]]:
         ("quantize with a given plan", costs.get("quantize"), QUANTIZE_SECONDS),
         ("the whole build", None if missing else total(costs), BUILD_SECONDS),
         (f"the whole build with {FEW_IMAGES} images", few, BUILD_SECONDS),
-        ("the whole build but for its images", None if missing else total(costs, without=IMAGES), BUILD_SECONDS),
+        (
+            "the whole build but for its images",
+            None if missing else total(costs, without=IMAGES),
+            BUILD_SECONDS,
+        ),
         ("another budget, to its quantized model", costs.get("budget"), BUDGET_SECONDS),
         ("import of the CLI", costs.get("import"), IMPORT_SECONDS),
     )
     found = [judged(model, what, cost, limit) for what, cost, limit in limits if cost is not None]
     if {"calibrate", "bare"} <= costs.keys():
-        ratios = [costs["calibrate"].wall / costs["bare"].wall, costs["calibrate"].cpu / costs["bare"].cpu]
+        ratios = [
+            costs["calibrate"].wall / costs["bare"].wall,
+            costs["calibrate"].cpu / costs["bare"].cpu,
+        ]
         what = f"{model}: calibrate takes at most {CALIBRATE_RATIO} times its forward passes"
         passed = min(ratios) <= CALIBRATE_RATIO
-        found.append((passed, verdict(passed, what, f"{ratios[0]:.2f} by wall, {ratios[1]:.2f} by CPU seconds")))
+        found.append(
+            (
+                passed,
+                verdict(passed, what, f"{ratios[0]:.2f} by wall, {ratios[1]:.2f} by CPU seconds"),
+            )
+        )
     if missing:
-        found.append((False, f"- {model}: not judged as a whole: {', '.join(missing)} not measured in this run"))
+        found.append(
+            (
+                False,
+                f"- {model}: not judged as a whole: {', '.join(missing)} not measured in this run",
+            )
+        )
     return found
 
 
 def judged(model: str, what: str, cost: Cost, limit: float) -> tuple[bool, str]:
     by = {"wall": cost.wall, "CPU / 2": cost.cpu / CORES}
-    words = ", ".join(f"{'PASS' if value < limit else 'FAIL'} by {name} {value:.2f} s" for name, value in by.items())
+    words = ", ".join(
+        f"{'PASS' if value < limit else 'FAIL'} by {name} {value:.2f} s"
+        for name, value in by.items()
+    )
     passed = min(by.values()) < limit
     return passed, verdict(passed, f"{model}: {what} below {limit:g} s", words)
 
@@ -232,7 +275,12 @@ def curve(files: list[Path]) -> str:
     sizes, found = [], []
     for path in files:
         sizes.append(parameters(path.parent / "run"))
-        found.append({one["stage"]: one["cpu_seconds"] for one in json.loads(path.read_text(encoding="utf-8"))})
+        found.append(
+            {
+                one["stage"]: one["cpu_seconds"]
+                for one in json.loads(path.read_text(encoding="utf-8"))
+            }
+        )
     order = np.argsort(sizes)
     rows = []
     for stage in (s for s in STAGES if all(s in costs for costs in found)):
@@ -247,7 +295,9 @@ def parameters(run: Path) -> int:
     from mpq_deploy.graph.layers import layer_graph
     from mpq_deploy.graph.load import load_model
 
-    return sum(layer.weights for layer in layer_graph(load_model(run / "export" / "model.onnx")).layers)
+    return sum(
+        layer.weights for layer in layer_graph(load_model(run / "export" / "model.onnx")).layers
+    )
 
 
 def source_of(model: str, out: Path) -> str:
@@ -262,13 +312,22 @@ def source_of(model: str, out: Path) -> str:
 
 def main() -> None:
     parser = bench_parser(__doc__)
-    parser.add_argument("models", nargs="*", default=[UNET], help="what mpq-deploy build takes (default: unet)")
+    parser.add_argument(
+        "models", nargs="*", default=[UNET], help="what mpq-deploy build takes (default: unet)"
+    )
     parser.add_argument("--until", default=ORDER[-1], choices=ORDER, help="the last stage")
     parser.add_argument("--fresh", action="store_true", help="measure again what is kept")
     parser.add_argument(
-        "--curve", nargs="+", type=Path, default=[], metavar="COSTS", help="costs.json of scale.py --keep"
+        "--curve",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="COSTS",
+        help="costs.json of scale.py --keep",
     )
-    parser.add_argument("-o", "--out", type=Path, default=Path("runs") / "bench-speed", help="folder of the runs")
+    parser.add_argument(
+        "-o", "--out", type=Path, default=Path("runs") / "bench-speed", help="folder of the runs"
+    )
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.child:
@@ -284,7 +343,9 @@ def main() -> None:
         recipe = bench_recipe(None, chosen.set, values)
         costs = measure(model, work, recipe, chosen.until).found
         page.say(f"## {model}\n\n{cost_table(costs)}")
-        said = ", ".join([*(f"{k} {v}" for k, v in SETTINGS.items()), f"engine.build {str(builder).lower()}"])
+        said = ", ".join(
+            [*(f"{k} {v}" for k, v in SETTINGS.items()), f"engine.build {str(builder).lower()}"]
+        )
         page.say(f"The default recipe, with {', '.join([said, *chosen.set])}.")
         checks += goals(model, costs)
     if chosen.curve:

@@ -18,7 +18,17 @@ from mpq_deploy.recipe import Recipe, load_recipe
 from mpq_deploy.run.pipeline import STAGES
 from mpq_deploy.run.view import Run
 
-PACKAGES = ("mpq-deploy", "numpy", "onnx", "onnxruntime", "torch", "diffusers", "highspy", "scipy", "tensorrt-rtx")
+PACKAGES = (
+    "mpq-deploy",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "torch",
+    "diffusers",
+    "highspy",
+    "scipy",
+    "tensorrt-rtx",
+)
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -47,7 +57,9 @@ def versions(packages: Sequence[str] = PACKAGES) -> str:
         except PackageNotFoundError:
             continue
     load = os.getloadavg()[0]
-    return f"{', '.join(found)}; {os.cpu_count()} cores, load average {load:.1f} when the script ended"
+    return (
+        f"{', '.join(found)}; {os.cpu_count()} cores, load average {load:.1f} when the script ended"
+    )
 
 
 def command() -> str:
@@ -89,7 +101,11 @@ def bench_parser(description: str | None, recipe: bool = True) -> argparse.Argum
     parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
     if recipe:
         parser.add_argument(
-            "--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe entry, repeatable"
+            "--set",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="a recipe entry, repeatable",
         )
     parser.add_argument("--page", type=Path, help="keep the result as a Markdown page")
     return parser
@@ -107,7 +123,11 @@ def bench_recipe(path: Path | None, changes: Sequence[str], values: dict[str, An
 def weights_digest(run: Run) -> str:
     """Say which weights were measured, as a paragraph: the start of the SHA-256 of each weights file."""
     files: dict[str, str] = STAGES["export"].fields(run)["model.files"]
-    named = [f"{name} {digest[:12]}" for name, digest in files.items() if name.endswith((".safetensors", ".onnx"))]
+    named = [
+        f"{name} {digest[:12]}"
+        for name, digest in files.items()
+        if name.endswith((".safetensors", ".onnx"))
+    ]
     return f"Weights (SHA-256): {', '.join(named)}."
 
 

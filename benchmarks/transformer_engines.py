@@ -31,7 +31,13 @@ from mpq_deploy.system.progress import PlainTalk
 
 HEADS, WIDTH, TEXT, POOLED, ROWS, TOKENS = 4, 128, 48, 32, 3, 12
 BLOCKS: dict[str, Any] = {"num_attention_heads": HEADS, "attention_head_dim": WIDTH // HEADS}
-LATENT: dict[str, Any] = {**BLOCKS, "num_layers": 2, "in_channels": 4, "sample_size": 16, "patch_size": 2}
+LATENT: dict[str, Any] = {
+    **BLOCKS,
+    "num_layers": 2,
+    "in_channels": 4,
+    "sample_size": 16,
+    "patch_size": 2,
+}
 JOINT: dict[str, Any] = {"joint_attention_dim": TEXT, "pooled_projection_dim": POOLED}
 SD3: dict[str, Any] = {
     **LATENT,
@@ -47,7 +53,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {**LATENT, "out_channels": 8, "cross_attention_dim": WIDTH, "caption_channels": TEXT},
     ),
     "sd3": ("SD3Transformer2DModel", SD3),
-    "sd3.5": ("SD3Transformer2DModel", {**SD3, "qk_norm": "rms_norm", "dual_attention_layers": (0,)}),
+    "sd3.5": (
+        "SD3Transformer2DModel",
+        {**SD3, "qk_norm": "rms_norm", "dual_attention_layers": (0,)},
+    ),
     "flux": (
         "FluxTransformer2DModel",
         {
@@ -71,7 +80,11 @@ def everything(scheme: str) -> dict[str, Any]:
 
 PLANS: dict[str, dict[str, Any]] = {
     "mix": {"budget": 0.4, "allocate.branches": BRANCHES},
-    "mix, INT8 compute": {"budget": 0.45, "allocate.schemes": ["fp16", "w8a8", "w4a8"], "allocate.branches": BRANCHES},
+    "mix, INT8 compute": {
+        "budget": 0.45,
+        "allocate.schemes": ["fp16", "w8a8", "w4a8"],
+        "allocate.branches": BRANCHES,
+    },
     **{f"all {scheme}": everything(scheme) for scheme in ("w8a8", "w8a16", "w4a16", "w4a8")},
 }
 # Enough to fill every statistic; the weights are random, so more would say nothing.
@@ -94,7 +107,9 @@ FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps":
 DDIM = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "clip_sample": False}
 
 
-def write_model(name: str, folder: Path, seed: int, larger: dict[str, Any] | None = None) -> dict[str, str]:
+def write_model(
+    name: str, folder: Path, seed: int, larger: dict[str, Any] | None = None
+) -> dict[str, str]:
     """Write a model with random weights and its conditions; return what the recipe says of it.
 
     ``larger``: options in place of the small ones.
@@ -110,14 +125,20 @@ def write_model(name: str, folder: Path, seed: int, larger: dict[str, Any] | Non
     model.save_pretrained(folder, safe_serialization=True)
     if name == "flux":
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        (folder / "config.json").write_text(json.dumps({**config, "sample_size": 16}), encoding="utf-8")
+        (folder / "config.json").write_text(
+            json.dumps({**config, "sample_size": 16}), encoding="utf-8"
+        )
     scheduler = folder / "scheduler_config.json"
-    scheduler.write_text(json.dumps(FLOW if name.startswith(("sd3", "flux")) else DDIM), encoding="utf-8")
+    scheduler.write_text(
+        json.dumps(FLOW if name.startswith(("sd3", "flux")) else DDIM), encoding="utf-8"
+    )
     described = {"model": str(folder), "scheduler": str(scheduler)}
     if name == "dit":
         return described
     rng = np.random.default_rng(seed)
-    arrays: dict[str, Any] = {"encoder_hidden_states": rng.standard_normal((ROWS, TOKENS, TEXT), np.float32)}
+    arrays: dict[str, Any] = {
+        "encoder_hidden_states": rng.standard_normal((ROWS, TOKENS, TEXT), np.float32)
+    }
     if name == "pixart":
         arrays["encoder_attention_mask"] = np.ones((ROWS, TOKENS), np.float32)
     else:
@@ -167,10 +188,16 @@ def build(name: str, plans: list[str], chosen: argparse.Namespace) -> tuple[list
 
 def main() -> None:
     parser = bench_parser(__doc__)
-    parser.add_argument("--models", default=",".join(MODELS), help="of those in the table, by comma")
-    parser.add_argument("--plans", default=";".join(PLANS), help="of those in the table, by semicolon")
+    parser.add_argument(
+        "--models", default=",".join(MODELS), help="of those in the table, by comma"
+    )
+    parser.add_argument(
+        "--plans", default=";".join(PLANS), help="of those in the table, by semicolon"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the weights")
-    parser.add_argument("-o", "--out", type=Path, default=Path("runs"), help="where the run folders are")
+    parser.add_argument(
+        "-o", "--out", type=Path, default=Path("runs"), help="where the run folders are"
+    )
     chosen = parser.parse_args()
     page = Page("Engines of diffusion transformers")
     page.say((__doc__ or "").split("\n\n")[2].replace("\n", " "))
@@ -179,9 +206,23 @@ def main() -> None:
         found, passed = build(name, chosen.plans.split(";"), chosen)
         rows += found
         verdicts.append((name, passed))
-    header = ("model", "plan", "layers", "planned bytes", "engine's bytes", "kernels", "as planned", "NMSE")
+    header = (
+        "model",
+        "plan",
+        "layers",
+        "planned bytes",
+        "engine's bytes",
+        "kernels",
+        "as planned",
+        "NMSE",
+    )
     page.say(markdown(header, rows))
-    page.say("\n".join(verdict(passed, f"{name}: every engine is as planned", "as above") for name, passed in verdicts))
+    page.say(
+        "\n".join(
+            verdict(passed, f"{name}: every engine is as planned", "as above")
+            for name, passed in verdicts
+        )
+    )
     page.save(chosen.page)
     sys.exit(0 if all(passed for _, passed in verdicts) else 1)
 

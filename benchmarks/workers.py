@@ -60,7 +60,9 @@ def measured(recipe: Recipe, run: Path, stage: str, crew: Crew | None) -> Cost:
         wall = time.monotonic() - started
     own, theirs = (processor(who) - mark for who, mark in zip(WHO, marks, strict=True))
     outputs = json.loads((run / stage / "stage.json").read_text(encoding="utf-8"))["outputs"]
-    kept = json.dumps({name: digest for name, digest in sorted(outputs.items()) if name not in CLOCKS})
+    kept = json.dumps(
+        {name: digest for name, digest in sorted(outputs.items()) if name not in CLOCKS}
+    )
     return Cost(wall, own, theirs, hashlib.sha256(kept.encode()).hexdigest()[:12])
 
 
@@ -89,10 +91,16 @@ def main() -> None:
     """Print the tables."""
     parser = bench_parser(__doc__)
     parser.add_argument("model", nargs="?", default="digits")
-    parser.add_argument("--stages", default=STAGES_TIMED, help=f"comma-separated (default: {STAGES_TIMED})")
+    parser.add_argument(
+        "--stages", default=STAGES_TIMED, help=f"comma-separated (default: {STAGES_TIMED})"
+    )
     parser.add_argument("--workers", default="1,2", help="numbers of workers, comma-separated")
-    parser.add_argument("--threads", type=int, default=1, help="threads of a worker, beside the default ones")
-    parser.add_argument("--run", type=Path, help="a run folder to use and keep (default: a temporary one)")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="threads of a worker, beside the default ones"
+    )
+    parser.add_argument(
+        "--run", type=Path, help="a run folder to use and keep (default: a temporary one)"
+    )
     chosen = parser.parse_args()
     counts = [int(text) for text in chosen.workers.split(",")]
     recipe = bench_recipe(None, chosen.set, {"model": chosen.model, "engine.build": False})
@@ -109,7 +117,9 @@ def main() -> None:
             for threads in (None, chosen.threads):
                 found = {cost.digest for (_, of), cost in costs.items() if of == threads}
                 said = f"{stage}: the same bytes for every number of workers at {threads or 'the default'} threads"
-                checks.append((len(found) == 1, verdict(len(found) == 1, said, ", ".join(sorted(found)))))
+                checks.append(
+                    (len(found) == 1, verdict(len(found) == 1, said, ", ".join(sorted(found))))
+                )
     page.say(f"{os.cpu_count()} cores. Settings: {', '.join(chosen.set) or 'the default recipe'}.")
     page.conclude(checks, chosen.page)
 

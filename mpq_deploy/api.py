@@ -46,17 +46,22 @@ def build(
 ) -> BuildResult:
     """Build a quantized engine of the wanted size and its report, as ``mpq-deploy build`` does.
 
-    ``model``, ``budget`` and ``target`` as on the command line; ``recipe``: a YAML file or the name of a bundled
-    recipe; ``settings``: any other values of the recipe by dotted key, such as ``{"evaluate.samples": 32}``;
-    ``out``: the run folder.
-    ``workers``, ``ray``, ``threads``: who computes what can be spread, as ``--workers``, ``--ray``, ``--threads``.
-    Raises the errors of ``mpq_deploy.errors``: UsageError for what the caller can mend, MpqError for the rest.
+    ``model``, ``budget`` and ``target`` as on the command line; ``recipe``: a YAML file or the name
+    of a bundled recipe; ``settings``: any other values of the recipe by dotted key, such as
+    ``{"evaluate.samples": 32}``; ``out``: the run folder. ``workers``, ``ray``, ``threads``: who
+    computes what can be spread, as ``--workers``, ``--ray``, ``--threads``. Raises the errors of
+    ``mpq_deploy.errors``: UsageError for what the caller can mend, MpqError for the rest.
     """
     from mpq_deploy.recipe import load_recipe
     from mpq_deploy.run.pipeline import default_run, open_pipeline
     from mpq_deploy.system.parallel.crew import crew_for
 
-    given = {"model": None if model is None else str(model), "budget": budget, "target": target, **(settings or {})}
+    given = {
+        "model": None if model is None else str(model),
+        "budget": budget,
+        "target": target,
+        **(settings or {}),
+    }
     chosen = load_recipe(recipe, given)
     run = Path(out) if out else default_run(chosen)
     crew = crew_for(workers, ray, threads)
@@ -65,11 +70,14 @@ def build(
     return BuildResult(run, summary.values["report"])
 
 
-def load(source: str | Path, *, backend: str = "auto", device: str | None = None, threads: int = 0) -> RuntimeUNet:
-    """Open a run folder, an engine or an ONNX file as a denoiser that replaces ``pipe.unet`` of a diffusers pipeline.
+def load(
+    source: str | Path, *, backend: str = "auto", device: str | None = None, threads: int = 0
+) -> RuntimeUNet:
+    """Open a run folder, an engine or an ONNX file as a denoiser that replaces ``pipe.unet`` of a
+    diffusers pipeline.
 
-    ``backend``: auto, onnxruntime, tensorrt_rtx or tensorrt; auto takes the engine where a GPU and its library are.
-    Raises as ``runtime.drop_in.load`` does. Needs PyTorch.
+    ``backend``: auto, onnxruntime, tensorrt_rtx or tensorrt; auto takes the engine where a GPU and
+    its library are. Raises as ``runtime.drop_in.load`` does. Needs PyTorch.
     """
     import importlib.util
 

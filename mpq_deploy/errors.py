@@ -10,8 +10,8 @@ from typing import Any
 class MpqError(Exception):
     """A failure with a message for the user and, where there is one, a remedy.
 
-    The command line prints ``message`` and ``hint`` and exits with ``exit_code``; a traceback appears only
-    with ``--debug``.
+    The command line prints ``message`` and ``hint`` and exits with ``exit_code``; a traceback
+    appears only with ``--debug``.
     """
 
     exit_code = 1
@@ -25,7 +25,8 @@ class MpqError(Exception):
         return f"{self.message} {self.hint}".strip()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Errors come back from worker processes, and constructors of subclasses take other arguments.
+        # Errors come back from worker processes, and constructors of subclasses take other
+        # arguments.
         return _remade, (type(self), self.__dict__)
 
 

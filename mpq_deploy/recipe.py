@@ -1,7 +1,7 @@
 """The recipe: every setting of a run, validated once; its sections are the options that rooms take.
 
-In: a YAML file, the name of a bundled recipe, command-line options, or values from Python. Out: a frozen
-Recipe, its YAML with every default, and the same with a comment per setting.
+In: a YAML file, the name of a bundled recipe, command-line options, or values from Python. Out: a
+frozen Recipe, its YAML with every default, and the same with a comment per setting.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ SamplerKind = Literal["auto", "ddim", "folder"]
 Loss = Literal["output", "eps", "v", "sample", "relation", "memory"]
 # Losses of recovery: see ``recover.losses``.
 LOSSES: tuple[Loss, ...] = get_args(Loss)
-# What the target simulate chooses from unless the recipe says otherwise: few enough to measure quickly (our choice).
+# What the target simulate chooses from unless the recipe says otherwise: few enough to measure
+# quickly (our choice).
 SIMULATED_DEFAULT = ("fp16", *(f"w{bits}a{a}-sim" for bits in (2, 3, 4, 5, 6, 8) for a in (8, 16)))
 
 
@@ -59,47 +60,64 @@ class CalibrateSettings(Section):
     steps: int = Field(20, ge=1, description="sampler steps per trajectory")
     batch_size: int = Field(16, ge=1, description="samples per call")
     seed: int = Field(1, ge=0, description="seed of the initial noise")
-    scale: Literal["mse", "percentile", "absmax"] = Field("mse", description="how INT8 scales are chosen")
-    percentile: float = Field(99.99, gt=50, le=100, description="of absolute values, for scale: percentile")
-    reservoir: int = Field(8192, ge=256, description="values kept per activation to choose its scale")
+    scale: Literal["mse", "percentile", "absmax"] = Field(
+        "mse", description="how INT8 scales are chosen"
+    )
+    percentile: float = Field(
+        99.99, gt=50, le=100, description="of absolute values, for scale: percentile"
+    )
+    reservoir: int = Field(
+        8192, ge=256, description="values kept per activation to choose its scale"
+    )
 
 
 class OrmSettings(Section):
     """Orthogonality (MPQ-Diff): settings of measure.method orm and of its controls.
 
-    ``beta``: gamma is in [0, 1], after division by L - 1. ``eta``: growth of the timesteps' weights over the whole
-    denoising trajectory. ``bits`` that the objective counts: 4, 8 and 16, or with scales, so that finer blocks count
-    as more. ``activation_budget`` is over the activations that have the choice.
+    ``beta``: gamma is in [0, 1], after division by L - 1. ``eta``: growth of the timesteps' weights
+    over the whole denoising trajectory. ``bits`` that the objective counts: 4, 8 and 16, or with
+    scales, so that finer blocks count as more. ``activation_budget`` is over the activations that
+    have the choice.
     """
 
     beta: float = Field(1.0, ge=0, allow_inf_nan=False, description="theta = exp(-beta gamma)")
     estimator: Estimator = Field("biased", description="of linear CKA between layer outputs")
     aggregation: Aggregation = Field("mean", description="of theta over timesteps")
-    eta: float = Field(1.0, allow_inf_nan=False, description="growth rate of the exponential weights")
+    eta: float = Field(
+        1.0, allow_inf_nan=False, description="growth rate of the exponential weights"
+    )
     importance: Reach = Field("layer", description="later: mean over a layer and all later ones")
     bits: Bits = Field("nominal", description="deployed: scales count as bits")
     activation_bits: Literal["int8", "program", "fp16"] = Field(
-        "int8", description="of layers that may have INT8 activations; program: chosen by a second program"
+        "int8",
+        description="of layers that may have INT8 activations; program: chosen by a second program",
     )
-    activation_budget: float = Field(12.0, ge=8, le=16, description="bits per activation element, for program")
+    activation_budget: float = Field(
+        12.0, ge=8, le=16, description="bits per activation element, for program"
+    )
 
 
 class MeasureSettings(Section):
     """How the loss of every (layer, scheme) is predicted."""
 
-    method: Literal["probe", "gain", "local_error", "exhaustive", "kurtosis", "orm", "size-only", "random"] = Field(
-        "probe", description="sensitivity metric"
-    )
+    method: Literal[
+        "probe", "gain", "local_error", "exhaustive", "kurtosis", "orm", "size-only", "random"
+    ] = Field("probe", description="sensitivity metric")
     probes: int = Field(4, ge=1, description="random adjoint directions per call")
     timesteps: int = Field(20, ge=1, description="calibrated timesteps that are measured")
-    samples: int = Field(128, ge=1, description="calibration samples measured on and kept from rounding")
+    samples: int = Field(
+        128, ge=1, description="calibration samples measured on and kept from rounding"
+    )
     calls: int = Field(24, ge=1, description="samples measured at each timestep, in turn")
     batch_size: int = Field(16, ge=1, description="samples per call")
     seed: int = Field(2, ge=0, description="seed of probes, noise and random losses")
     sampling: Literal["uniform", "adaptive"] = Field(
-        "uniform", description="adaptive: more timesteps where the layers' importance (ORM) changes fastest"
+        "uniform",
+        description="adaptive: more timesteps where the layers' importance (ORM) changes fastest",
     )
-    coarse_timesteps: int = Field(5, ge=2, description="timesteps of adaptive sampling's first pass")
+    coarse_timesteps: int = Field(
+        5, ge=2, description="timesteps of adaptive sampling's first pass"
+    )
     orm: OrmSettings = OrmSettings()
 
 
@@ -120,25 +138,39 @@ class AllocateSettings(Section):
     """What the solver may choose from."""
 
     schemes: tuple[str, ...] = Field(
-        ("fp16", "w8a8", "w8a16", "w4a16", "w4a8"), description="what a layer may take, where the target takes it"
+        ("fp16", "w8a8", "w8a16", "w4a16", "w4a8"),
+        description="what a layer may take, where the target takes it",
     )
     branches: tuple[str, ...] = Field(
         ("rows",),
         description="what may stand beside a quantized body, where the target takes it; omq and zres: simulated alone",
     )
     branch_penalty: float = Field(
-        0.002, ge=0, description="share of the plan's loss that each kernel of a branch must take off to be worth it"
+        0.002,
+        ge=0,
+        description="share of the plan's loss that each kernel of a branch must take off to be worth it",
     )
-    cross_terms: bool = Field(True, description="refine the plan with the cross terms between layers, where that helps")
-    objective: Literal["loss", "latency"] = Field("loss", description="what is minimized, within the budget")
+    cross_terms: bool = Field(
+        True, description="refine the plan with the cross terms between layers, where that helps"
+    )
+    objective: Literal["loss", "latency"] = Field(
+        "loss", description="what is minimized, within the budget"
+    )
     max_latency: LatencyEntry | None = Field(
         None, description="of one call at engine.batch_opt: 120ms; a limit beside the budget"
     )
     max_loss: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="with objective latency: limit on the sum of the predicted losses"
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="with objective latency: limit on the sum of the predicted losses",
     )
-    latency_table: str | None = Field(None, description="file of 'mpq-deploy profile'; what it lacks is estimated")
-    protect: tuple[ProtectRule, ...] = Field((), description="layers that may only take some schemes")
+    latency_table: str | None = Field(
+        None, description="file of 'mpq-deploy profile'; what it lacks is estimated"
+    )
+    protect: tuple[ProtectRule, ...] = Field(
+        (), description="layers that may only take some schemes"
+    )
     gap: float = Field(1e-4, ge=0, lt=1, description="relative gap at which the solver may stop")
     time_limit: float = Field(60.0, gt=0, description="seconds")
 
@@ -164,13 +196,25 @@ class QuantizeSettings(Section):
 
     rounding: Literal["gptq", "nearest"] = Field("gptq", description="nearest is a baseline")
     noise_draws: int = Field(
-        3, ge=0, description="fresh noises per recorded sample for the Hessians; 0: the recorded ones"
+        3,
+        ge=0,
+        description="fresh noises per recorded sample for the Hessians; 0: the recorded ones",
     )
-    damping: float = Field(0.05, gt=0, description="added to the Hessian's diagonal, relative to each element")
-    salience: Literal["probe", "kurtosis"] = Field("probe", description="order of channels in a rows branch")
-    refinements: int = Field(2, ge=0, description="rounds of refitting INT4 scales and codes after GPTQ")
-    hessian_rows: int = Field(8192, ge=64, description="input vectors per layer's Hessian, at least 2 per column")
-    hessian_width: int = Field(4096, ge=64, description="above this width the Hessian is block-diagonal")
+    damping: float = Field(
+        0.05, gt=0, description="added to the Hessian's diagonal, relative to each element"
+    )
+    salience: Literal["probe", "kurtosis"] = Field(
+        "probe", description="order of channels in a rows branch"
+    )
+    refinements: int = Field(
+        2, ge=0, description="rounds of refitting INT4 scales and codes after GPTQ"
+    )
+    hessian_rows: int = Field(
+        8192, ge=64, description="input vectors per layer's Hessian, at least 2 per column"
+    )
+    hessian_width: int = Field(
+        4096, ge=64, description="above this width the Hessian is block-diagonal"
+    )
     memory_mb: int = Field(512, ge=16, description="limit on the Hessians held at once")
 
 
@@ -181,8 +225,9 @@ RECOVER_STEPS = 2050
 class RecoverSettings(Section):
     """Training of the quantized model towards the float one (AdamW); steps 0: none.
 
-    Learning rates hold for a plan with a measured NMSE of 1e-3 or more, below which they follow its square
-    root; each has a warm-up and a cosine to zero, and a rate of 0 freezes that kind of parameter.
+    Learning rates hold for a plan with a measured NMSE of 1e-3 or more, below which they follow its
+    square root; each has a warm-up and a cosine to zero, and a rate of 0 freezes that kind of
+    parameter.
     """
 
     steps: int = Field(0, ge=0, description="updates; 0: no recovery")
@@ -190,26 +235,48 @@ class RecoverSettings(Section):
     trajectories: int = Field(80, ge=1, description="float trajectories per round, recorded anew")
     round_steps: int = Field(100, ge=1, description="updates per round")
     replay: int = Field(6, ge=1, description="rounds drawn from, the current one included")
-    held_out: int = Field(32, ge=1, description="validation trajectories: they choose the state kept")
-    check_every: int = Field(200, ge=1, description="updates between validations, each with a checkpoint")
-    rank: int = Field(0, ge=0, description="maximum rank of the adapters; 0: full, as memory allows")
-    margin: float = Field(0.0, ge=0, le=0.499, description="initial distance of weights from their code, in steps")
-    initialization: Literal["zero", "svd"] = Field("zero", description="of the adapters; svd as in MPQ-DMv2")
-    losses: dict[Loss, float] = Field({"output": 1.0}, description=f"weights, by name: {', '.join(LOSSES)}")
+    held_out: int = Field(
+        32, ge=1, description="validation trajectories: they choose the state kept"
+    )
+    check_every: int = Field(
+        200, ge=1, description="updates between validations, each with a checkpoint"
+    )
+    rank: int = Field(
+        0, ge=0, description="maximum rank of the adapters; 0: full, as memory allows"
+    )
+    margin: float = Field(
+        0.0, ge=0, le=0.499, description="initial distance of weights from their code, in steps"
+    )
+    initialization: Literal["zero", "svd"] = Field(
+        "zero", description="of the adapters; svd as in MPQ-DMv2"
+    )
+    losses: dict[Loss, float] = Field(
+        {"output": 1.0}, description=f"weights, by name: {', '.join(LOSSES)}"
+    )
     timesteps: Literal["uniform", "sensitivity"] = Field(
         "sensitivity", description="sensitivity: drawn more often where the plan's error is larger"
     )
-    adapter_rate: float = Field(45.0, ge=0, description="learning rate, in units of a layer's mean step / 2500")
+    adapter_rate: float = Field(
+        45.0, ge=0, description="learning rate, in units of a layer's mean step / 2500"
+    )
     scale_rate: float = Field(0.0015, ge=0, description="learning rate of log scales")
-    constant_rate: float = Field(0.0015, ge=0, description="learning rate of FP16 constants, in units of their rms")
+    constant_rate: float = Field(
+        0.0015, ge=0, description="learning rate of FP16 constants, in units of their rms"
+    )
     warmup: int = Field(10, ge=0, description="updates")
-    segments: int = Field(1, ge=1, description="graph parts recomputed in the backward pass, to save memory")
+    segments: int = Field(
+        1, ge=1, description="graph parts recomputed in the backward pass, to save memory"
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of training; auto: bfloat16 on a GPU that has it"
     )
-    relation_pixels: int = Field(256, ge=1, description="maximum pixels per map in the relation loss")
+    relation_pixels: int = Field(
+        256, ge=1, description="maximum pixels per map in the relation loss"
+    )
     memory_size: int = Field(20000, ge=1, description="pixels in the memory loss's ring buffer")
-    memory_pixels: int = Field(128, ge=1, description="pixels compared and then stored at each update")
+    memory_pixels: int = Field(
+        128, ge=1, description="pixels compared and then stored at each update"
+    )
     memory_anchors: int = Field(4096, ge=1, description="stored pixels that they are compared with")
     seed: int = Field(4, ge=0, description="seed of batches and noise")
 
@@ -235,37 +302,58 @@ class EvaluateSettings(Section):
 
     samples: int = Field(32, ge=1, description="images per model, from the same noise")
     steps: int = Field(20, ge=1, description="sampler steps per image")
-    timesteps: int = Field(20, ge=1, description="timesteps at which the output's error is measured")
-    calls: int = Field(8, ge=1, description="images measured at each timestep, in turn; each at least once")
+    timesteps: int = Field(
+        20, ge=1, description="timesteps at which the output's error is measured"
+    )
+    calls: int = Field(
+        8, ge=1, description="images measured at each timestep, in turn; each at least once"
+    )
     batch_size: int = Field(16, ge=1, description="samples per call")
     seed: int = Field(1234, ge=0, description="seed of the initial noise; not calibration's")
     sampler: SamplerKind = Field(
         "auto", description="auto: built-in DDIM for DDIM and DDPM, else the folder's own class"
     )
     controls: bool = Field(True, description="also evaluate everything-INT8 and everything-INT4")
-    correction: Literal["none", "ptqd"] = Field("none", description="ptqd: also sample with corrected outputs")
-    correction_bias: Literal["channel", "scalar"] = Field("channel", description="one bias per channel, or one")
+    correction: Literal["none", "ptqd"] = Field(
+        "none", description="ptqd: also sample with corrected outputs"
+    )
+    correction_bias: Literal["channel", "scalar"] = Field(
+        "channel", description="one bias per channel, or one"
+    )
 
 
 class Recipe(Section):
     """All settings of a run."""
 
-    model: str | None = Field(None, description="folder, ONNX file, hub id or bundled model; null: emoji")
+    model: str | None = Field(
+        None, description="folder, ONNX file, hub id or bundled model; null: emoji"
+    )
     budget: BudgetEntry = Field(
-        Budget.parse("0.35"), description="of all constants: share of FP16, size (600MB) or 4.5bits per weight"
+        Budget.parse("0.35"),
+        description="of all constants: share of FP16, size (600MB) or 4.5bits per weight",
     )
     target: str = Field("rtx", description="name of a target (mpq-deploy targets), or a YAML file")
-    description: str | None = Field(None, description="YAML of an ONNX model, where it is not beside it")
-    conditions: str | None = Field(None, description=".npz: arrays by input name, one row per condition")
+    description: str | None = Field(
+        None, description="YAML of an ONNX model, where it is not beside it"
+    )
+    conditions: str | None = Field(
+        None, description=".npz: arrays by input name, one row per condition"
+    )
     scheduler: str | None = Field(None, description="scheduler_config.json, or its folder")
     prompts: str | None = Field(None, description="text file, one prompt per line")
     component: str | None = Field(
-        None, description="pipeline part: unet, transformer, vae, text_encoder ...; null: the denoiser"
+        None,
+        description="pipeline part: unet, transformer, vae, text_encoder ...; null: the denoiser",
     )
-    component_samples: int = Field(64, ge=8, description="inputs that a vae is calibrated and compared with")
-    guidance_scale: float | None = Field(None, description="classifier-free guidance; null: the model's own")
+    component_samples: int = Field(
+        64, ge=8, description="inputs that a vae is calibrated and compared with"
+    )
+    guidance_scale: float | None = Field(
+        None, description="classifier-free guidance; null: the model's own"
+    )
     first_token: Literal["quantized", "precomputed"] = Field(
-        "quantized", description="precomputed: a text's first token has FP16 keys and values (MixDQ)"
+        "quantized",
+        description="precomputed: a text's first token has FP16 keys and values (MixDQ)",
     )
     calibrate: CalibrateSettings = CalibrateSettings()
     measure: MeasureSettings = MeasureSettings()
@@ -310,7 +398,9 @@ def _explained(section: Section, indent: str = "") -> Iterator[str]:
         if value != field.default:
             default = str(field.default) if isinstance(field.default, Budget) else field.default
             notes.append(f"default: {_flow(default)}")
-        yield from _commented(f"{indent}{name}: {_flow(values[name])}", "; ".join(filter(None, notes)))
+        yield from _commented(
+            f"{indent}{name}: {_flow(values[name])}", "; ".join(filter(None, notes))
+        )
 
 
 def _commented(entry: str, comment: str) -> list[str]:

@@ -41,7 +41,9 @@ Float64 = np.ndarray[Any, np.dtype[np.float64]]
 class Recipe:
     """How to train and augment for one data set."""
 
-    widths: tuple[int, ...]  # channels of the convolutions; every one but the first halves the resolution
+    widths: tuple[
+        int, ...
+    ]  # channels of the convolutions; every one but the first halves the resolution
     epochs: int
     shift: int  # largest shift, pixels
     jitter: float  # standard deviation of a gain and an offset per colour channel
@@ -64,7 +66,11 @@ class Classifier(nn.Module):  # type: ignore[misc]  # torch is not followed by m
         blocks: list[nn.Module] = []
         for index, (before, after) in enumerate(zip((channels, *widths), (*widths, FEATURES))):
             stride = 1 if index == 0 else 2
-            blocks += [nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+            blocks += [
+                nn.Conv2d(before, after, 3, stride, 1, bias=False),
+                nn.BatchNorm2d(after),
+                nn.ReLU(),
+            ]
         self.body = nn.Sequential(*blocks)
         self.head = nn.Linear(FEATURES, classes)
 
@@ -74,7 +80,9 @@ class Classifier(nn.Module):  # type: ignore[misc]  # torch is not followed by m
         return features, self.head(features)
 
 
-def stratified_halves(labels: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def stratified_halves(
+    labels: Tensor, share: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Indices of a random `share` of every class, and of the rest."""
     first, second = [], []
     for label in labels.unique():
@@ -89,7 +97,9 @@ def stratified_halves(labels: Tensor, share: float, generator: torch.Generator) 
 def augment(images: Tensor, labels: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
     """Small shifts (edges repeated), colour jitter per image and channel, mirrored where that is legal."""
     count, channels, height, width = images.shape
-    mirrored = torch.tensor(recipe.mirrored)[labels] & (torch.rand(count, generator=generator) < 0.5)
+    mirrored = torch.tensor(recipe.mirrored)[labels] & (
+        torch.rand(count, generator=generator) < 0.5
+    )
     images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
     padded = nn.functional.pad(images, (recipe.shift,) * 4, mode="replicate")
     offsets = torch.randint(2 * recipe.shift + 1, (count, 2), generator=generator)
@@ -110,7 +120,9 @@ def train_classifier(train: Split, recipe: Recipe, batch: int = 64) -> Classifie
     steps = recipe.epochs * math.ceil(len(train.labels) / batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
-    criterion = nn.CrossEntropyLoss(weight=counts.rsqrt() / counts.rsqrt().mean(), label_smoothing=0.05)
+    criterion = nn.CrossEntropyLoss(
+        weight=counts.rsqrt() / counts.rsqrt().mean(), label_smoothing=0.05
+    )
     for _ in range(recipe.epochs):
         for picked in torch.randperm(len(train.labels), generator=generator).split(batch):
             labels = train.labels[picked]
@@ -191,7 +203,9 @@ def data_and_recipe(name: str, data: Path | None) -> tuple[Split, Recipe]:
         images, labels = digits()
         return Split(images, labels), Recipe((24, 48), 60, 1, 0.05, (False,) * 10)
     if data is None:
-        raise SystemExit("emoji needs --data: the folder with the two unpacked npm packages, see train_emoji.py")
+        raise SystemExit(
+            "emoji needs --data: the folder with the two unpacked npm packages, see train_emoji.py"
+        )
     mirrored = tuple(emoji_class.name not in UNMIRRORED for emoji_class in CLASSES)
     images, labels = load_emoji(data)
     return Split(images, labels), Recipe((16, 32, 64), 300, 2, 0.15, mirrored)
@@ -199,7 +213,9 @@ def data_and_recipe(name: str, data: Path | None) -> tuple[Split, Recipe]:
 
 def main() -> None:
     """Train, measure on the held-out fifth, export, and write the statistics of the real images."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("name", choices=("emoji", "digits"))
     parser.add_argument("--data", type=Path)
     parser.add_argument("--out", type=Path, required=True)
@@ -207,7 +223,9 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
     real, recipe = data_and_recipe(options.name, options.data)
-    held_out, kept = stratified_halves(real.labels, HELD_OUT_SHARE, torch.Generator().manual_seed(SEED))
+    held_out, kept = stratified_halves(
+        real.labels, HELD_OUT_SHARE, torch.Generator().manual_seed(SEED)
+    )
     model = train_classifier(Split(real.images[kept], real.labels[kept]), recipe)
     with torch.no_grad():
         features, logits = model(real.images)
@@ -215,7 +233,10 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     export_onnx(model, real.images[:2], options.out / "features.onnx")
     write_stats(features.double().numpy(), real.labels, options.out / "features_stats.npz")
-    per_class = [float(correct[held_out][real.labels[held_out] == c].float().mean()) for c in range(logits.shape[1])]
+    per_class = [
+        float(correct[held_out][real.labels[held_out] == c].float().mean())
+        for c in range(logits.shape[1])
+    ]
     report = {
         "held_out_images": len(held_out),
         "held_out_accuracy": round(float(correct[held_out].float().mean()), 4),

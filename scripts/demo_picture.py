@@ -42,11 +42,19 @@ def labelled_rows(images: Tensor, names: list[str], zoom: int) -> Image.Image:
     """Images [len(names) * columns, C, H, W], one row per name."""
     columns = len(images) // len(names)
     step = images.shape[-1] * zoom + GAP
-    canvas = Image.new("RGB", (LABEL_WIDTH + columns * step + GAP, len(names) * step + GAP), "white")
+    canvas = Image.new(
+        "RGB", (LABEL_WIDTH + columns * step + GAP, len(names) * step + GAP), "white"
+    )
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(FONT_SIZE)
     for row, name in enumerate(names):
-        draw.text((LABEL_WIDTH - 12, GAP + row * step + step // 2), name, fill="black", font=font, anchor="rm")
+        draw.text(
+            (LABEL_WIDTH - 12, GAP + row * step + step // 2),
+            name,
+            fill="black",
+            font=font,
+            anchor="rm",
+        )
         for column in range(columns):
             picture = tile(images[row * columns + column], zoom)
             canvas.paste(picture, (LABEL_WIDTH + GAP + column * step, GAP + row * step))
@@ -55,7 +63,9 @@ def labelled_rows(images: Tensor, names: list[str], zoom: int) -> Image.Image:
 
 def main() -> None:
     """Sample and draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--demo", type=Path, required=True, help="demo folder")
     parser.add_argument("--out", type=Path, required=True, help="PNG to write")
     parser.add_argument("--columns", type=int, default=10)

@@ -59,7 +59,9 @@ class Ema:
 
     def __init__(self, model: UNet2DModel, decay: float) -> None:
         self.decay = decay
-        self.shadow: dict[str, Tensor] = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        self.shadow: dict[str, Tensor] = {
+            k: v.detach().clone() for k, v in model.state_dict().items()
+        }
 
     def update(self, model: UNet2DModel, step: int) -> None:
         """Move the average towards the model's weights after optimizer step `step` (from 1)."""
@@ -88,11 +90,20 @@ def balanced_batch(by_class: list[Tensor], batch: int, generator: torch.Generato
     everything = torch.cat(by_class)
     uniform = everything[torch.randint(len(everything), (batch - batch // 2,), generator=generator)]
     classes = torch.randint(len(by_class), (batch // 2,), generator=generator)
-    picked = [by_class[c][torch.randint(len(by_class[c]), (), generator=generator)] for c in classes.tolist()]
+    picked = [
+        by_class[c][torch.randint(len(by_class[c]), (), generator=generator)]
+        for c in classes.tolist()
+    ]
     return torch.cat([uniform, torch.stack(picked)]) if picked else uniform
 
 
-def sample(unet: UNet2DModel, scheduler: DDIMScheduler, labels: Tensor, seed: int, steps: int = SAMPLE_STEPS) -> Tensor:
+def sample(
+    unet: UNet2DModel,
+    scheduler: DDIMScheduler,
+    labels: Tensor,
+    seed: int,
+    steps: int = SAMPLE_STEPS,
+) -> Tensor:
     """Deterministic DDIM samples, float32 [len(labels), C, H, W] in [-1, 1]."""
     unet.eval()
     size, channels = int(unet.config["sample_size"]), int(unet.config["in_channels"])
@@ -111,7 +122,9 @@ def grid_image(images: Tensor, columns: int, zoom: int, gap: int = 1) -> Image.I
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     count, height, width, channels = pixels.shape
     rows = -(-count // columns)
-    canvas = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 128, np.uint8)
+    canvas = np.full(
+        (rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 128, np.uint8
+    )
     for index, tile in enumerate(pixels):
         top = gap + (index // columns) * (height + gap)
         left = gap + (index % columns) * (width + gap)
@@ -121,13 +134,19 @@ def grid_image(images: Tensor, columns: int, zoom: int, gap: int = 1) -> Image.I
 
 
 def export_pipeline(
-    unet: UNet2DModel, weights: dict[str, Tensor], scheduler: DDIMScheduler, card: dict[str, Any], out: Path
+    unet: UNet2DModel,
+    weights: dict[str, Tensor],
+    scheduler: DDIMScheduler,
+    card: dict[str, Any],
+    out: Path,
 ) -> UNet2DModel:
     """Write a pipeline folder with FP16 weights and demo.json; returns the FP16-rounded UNet in float32."""
     rounded = UNet2DModel.from_config(dict(unet.config))
     rounded.load_state_dict(weights)
     DDIMPipeline(rounded.half(), scheduler).save_pretrained(out, safe_serialization=True)
-    (out / "demo.json").write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (out / "demo.json").write_text(
+        json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     result: UNet2DModel = rounded.float()
     return result
 
@@ -136,10 +155,23 @@ class Trainer:
     """The training loop and its state; `run` trains until the time budget is used."""
 
     def __init__(
-        self, unet: UNet2DModel, scheduler: DDIMScheduler, settings: TrainSettings, card: DemoCard, out: Path
+        self,
+        unet: UNet2DModel,
+        scheduler: DDIMScheduler,
+        settings: TrainSettings,
+        card: DemoCard,
+        out: Path,
     ) -> None:
-        self.unet, self.scheduler, self.settings, self.card, self.out = unet, scheduler, settings, card, out
-        self.optimizer = torch.optim.AdamW(unet.parameters(), lr=settings.lr, weight_decay=0.0, betas=(0.9, 0.99))
+        self.unet, self.scheduler, self.settings, self.card, self.out = (
+            unet,
+            scheduler,
+            settings,
+            card,
+            out,
+        )
+        self.optimizer = torch.optim.AdamW(
+            unet.parameters(), lr=settings.lr, weight_decay=0.0, betas=(0.9, 0.99)
+        )
         self.ema = Ema(unet, settings.ema_decay)
         self.step = 0
         self.wall_s = 0.0
@@ -229,12 +261,16 @@ class Trainer:
         }
         torch.save(state, self.out / "state.tmp")
         (self.out / "state.tmp").replace(self.out / "state.pt")
-        unet = export_pipeline(self.unet, self.ema.shadow, self.scheduler, self.record(), self.out / "pipeline")
+        unet = export_pipeline(
+            self.unet, self.ema.shadow, self.scheduler, self.record(), self.out / "pipeline"
+        )
         labels = torch.arange(len(self.card.classes)).repeat_interleave(per_class)
         grid = grid_image(sample(unet, self.scheduler, labels, seed=0), per_class, zoom=2)
         grid.save(self.out / f"grid_{self.wall_s / 60:05.1f}.png")
         rows = [f"{i},{value:.5f}" for i, value in enumerate(self.losses)]
-        (self.out / "losses.csv").write_text("step,loss\n" + "\n".join(rows) + "\n", encoding="utf-8")
+        (self.out / "losses.csv").write_text(
+            "step,loss\n" + "\n".join(rows) + "\n", encoding="utf-8"
+        )
 
     def resume(self) -> bool:
         """Continue from `state.pt` in the output folder; False where there is none."""

@@ -23,7 +23,9 @@ MAX_COLUMNS, MAX_LONG_LINES_PERCENT = 100, 3.0
 LINES_BEFORE, SMALLER_BY = 43_131, 0.12
 FORMATS, STAGES = "formats", "stages"
 # What says by its name that it holds a format's or a branch's name, whatever it is compared with.
-FORM_NAMES = frozenset({"family", "series", "weight_form", "activation_form", "branch_kind", "scheme_name"})
+FORM_NAMES = frozenset(
+    {"family", "series", "weight_form", "activation_form", "branch_kind", "scheme_name"}
+)
 # What may hold one: it counts when it is compared with one of these words, or read from a branch or scheme.
 KIND_NAMES = frozenset({"kind", "form", "name", "branch", "scheme", "precision"})
 OWNERS = frozenset({"branch", "scheme", "weight", "activation", "precision"})
@@ -90,11 +92,15 @@ def top_folders(modules: Sequence[Module]) -> list[str]:
 
 def repeated_names(modules: Sequence[Module]) -> list[str]:
     """Module names that occur more than once, ``__init__``, ``__main__`` and stages aside."""
-    counts = Counter(m.path.stem for m in modules if m.room != STAGES and not m.path.stem.startswith("__"))
+    counts = Counter(
+        m.path.stem for m in modules if m.room != STAGES and not m.path.stem.startswith("__")
+    )
     return sorted(name for name, count in counts.items() if count > 1)
 
 
-def functions(modules: Sequence[Module]) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+def functions(
+    modules: Sequence[Module],
+) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
     """Every function and method with its place, such as ``graph/save.py:12 save``."""
     for module in modules:
         for node in ast.walk(module.tree):
@@ -104,7 +110,9 @@ def functions(modules: Sequence[Module]) -> Iterator[tuple[str, ast.FunctionDef 
 
 def long_functions(modules: Sequence[Module]) -> list[str]:
     """Functions of more than 50 lines, signature and docstring included."""
-    lengths = {place: (node.end_lineno or 0) - node.lineno + 1 for place, node in functions(modules)}
+    lengths = {
+        place: (node.end_lineno or 0) - node.lineno + 1 for place, node in functions(modules)
+    }
     return [f"{place} ({lines})" for place, lines in lengths.items() if lines > MAX_FUNCTION_LINES]
 
 
@@ -146,7 +154,9 @@ def _compares_kind(node: ast.AST) -> bool:
     """Whether ``node`` is ``x.kind == "rows"``, ``x.form in (...)``, ``x.startswith("+")`` or a match on them."""
     if isinstance(node, ast.Compare):
         sides = [node.left, *node.comparators]
-        return any(_is_kind(one, _strings(other)) for one in sides for other in sides if one is not other)
+        return any(
+            _is_kind(one, _strings(other)) for one in sides for other in sides if one is not other
+        )
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:
         words = _strings(node.args[0])
         if node.func.attr not in ("startswith", "endswith", "removeprefix", "removesuffix"):
@@ -203,7 +213,9 @@ def imported_modules(module: Module, names: set[str]) -> set[str]:
         base = base[: len(base) - node.level + 1] if node.level else []
         source = ".".join([*base, *(node.module or "").split(".")]).strip(".")
         # A name may be a module of the package, or something that the package's own file defines.
-        found |= {f"{source}.{a.name}" if f"{source}.{a.name}" in names else source for a in node.names}
+        found |= {
+            f"{source}.{a.name}" if f"{source}.{a.name}" in names else source for a in node.names
+        }
     return found & names
 
 
@@ -251,7 +263,10 @@ def measure(modules: Sequence[Module]) -> list[Measure]:
         "folders at the top": (top_folders, MAX_FOLDERS),
         "module names that occur twice": (repeated_names, 0),
         f"functions over {MAX_FUNCTION_LINES} lines": (long_functions, 0),
-        f"functions with over {MAX_PARAMETERS} parameters": (functions_of_many_parameters, MAX_MANY_PARAMETERS),
+        f"functions with over {MAX_PARAMETERS} parameters": (
+            functions_of_many_parameters,
+            MAX_MANY_PARAMETERS,
+        ),
         "files in the largest import circle": (largest_import_circle, MAX_CIRCLE),
     }
     measures = []
@@ -272,7 +287,9 @@ def measure(modules: Sequence[Module]) -> list[Measure]:
 def table(measures: Sequence[Measure]) -> str:
     """Return the measures as a Markdown table, and below it what breaks a limit."""
     lines = ["| measure | value | limit | ok |", "|---|---:|---:|---|"]
-    lines += [f"| {m.name} | {m.value:,} | {m.limit:,} | {'yes' if m.kept else 'NO'} |" for m in measures]
+    lines += [
+        f"| {m.name} | {m.value:,} | {m.limit:,} | {'yes' if m.kept else 'NO'} |" for m in measures
+    ]
     for m in measures:
         if not m.kept and m.names:
             lines += ["", f"{m.name}:", *(f"  {name}" for name in m.names)]

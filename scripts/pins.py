@@ -21,7 +21,9 @@ REQUIREMENT = re.compile(r"([\w.-]+)>=([\w.]+)")
 def main() -> None:
     """Print one line per package."""
     pins = oldest_pins() if "--oldest" in sys.argv[1:] else installed_pins()
-    print("# Made by scripts/pins.py. Older Pythons take the newest versions that pyproject.toml allows.")
+    print(
+        "# Made by scripts/pins.py. Older Pythons take the newest versions that pyproject.toml allows."
+    )
     print("\n".join(sorted(pins)))
 
 
@@ -48,7 +50,10 @@ def oldest_pins() -> list[str]:
 
     text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
     project = tomllib.loads(text)["project"]
-    names = [*project["dependencies"], *(name for extra in EXTRAS for name in project["optional-dependencies"][extra])]
+    names = [
+        *project["dependencies"],
+        *(name for extra in EXTRAS for name in project["optional-dependencies"][extra]),
+    ]
     bounds = {match[1]: match[2] for name in names if (match := REQUIREMENT.match(name))}
     return [f"{name}=={version}" for name, version in bounds.items()]
 

@@ -73,7 +73,9 @@ def _table(marker: str, text: str, folder: Path) -> str:
     lines = [header, rule]
     for line, row in zip(body, wanted):
         label = line.split("|")[1].strip()
-        lines.append("| " + " | ".join([label, *(_cell(table, row, c, page) for c in names)]) + " |")
+        lines.append(
+            "| " + " | ".join([label, *(_cell(table, row, c, page) for c in names)]) + " |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -86,7 +88,9 @@ def read_table(folder: Path, page: str, column: str) -> Table:
     lines = file.read_text(encoding="utf-8").splitlines()
     start = 0
     if heading:
-        starts = [n for n, line in enumerate(lines) if line.startswith("#") and slug(line) == heading]
+        starts = [
+            n for n, line in enumerate(lines) if line.startswith("#") and slug(line) == heading
+        ]
         if not starts:
             raise QuoteError(f"{name} has no heading #{heading}")
         start = starts[0] + 1

@@ -69,9 +69,13 @@ def differing_parts(name: str, old: bytes | None, new: bytes | None, rules: Rule
     if old is None or new is None:
         return [] if old is new else [f"{name}: only in {'NEW' if old is None else 'OLD'}"]
     if name.endswith(".json"):
-        return [f"{name}: {line}" for line in differing_values(json.loads(old), json.loads(new), rules)]
+        return [
+            f"{name}: {line}" for line in differing_values(json.loads(old), json.loads(new), rules)
+        ]
     digests = [hashlib.sha256(content).hexdigest()[:12] for content in (old, new)]
-    return [] if digests[0] == digests[1] else [f"{name}: bytes differ ({digests[0]}, {digests[1]})"]
+    return (
+        [] if digests[0] == digests[1] else [f"{name}: bytes differ ({digests[0]}, {digests[1]})"]
+    )
 
 
 def differing_packages(old: Path, new: Path, rules: Rules) -> list[str]:
@@ -142,8 +146,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Compare the results of two run folders.")
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
-    parser.add_argument("--renamed", type=_pair, action="append", default=[], metavar="old=new", help="field or value")
-    parser.add_argument("--removed", action="append", default=[], help="field that only one of the runs has")
+    parser.add_argument(
+        "--renamed",
+        type=_pair,
+        action="append",
+        default=[],
+        metavar="old=new",
+        help="field or value",
+    )
+    parser.add_argument(
+        "--removed", action="append", default=[], help="field that only one of the runs has"
+    )
     parser.add_argument("--words", action="store_true", help="texts of several words may differ")
     chosen = parser.parse_args(arguments)
     rules = Rules(dict(chosen.renamed), frozenset(chosen.removed), chosen.words)

@@ -16,11 +16,22 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from mkdocs.utils import get_relative_url
 from pymdownx.slugs import slugify
-from site_pages import COMMANDS_FOLDER, DOCS, RECIPE_PAGE, ROOT, ROOT_PAGES, commands, generated_pages, recipe_keys
+from site_pages import (
+    COMMANDS_FOLDER,
+    DOCS,
+    RECIPE_PAGE,
+    ROOT,
+    ROOT_PAGES,
+    commands,
+    generated_pages,
+    recipe_keys,
+)
 
 LINK = re.compile(r"(?<=\]\()(?P<file>[^)#\s:]+)(?P<anchor>#[^)]*)?(?=\))")
 # What must not be linked within (code blocks, links, headings), or a piece of inline code.
-CODE = re.compile(r"<(?P<skip>pre|a|h1|h2|h3|h4)\b.*?</(?P=skip)>|<code>(?P<text>[^<]+)</code>", re.DOTALL)
+CODE = re.compile(
+    r"<(?P<skip>pre|a|h1|h2|h3|h4)\b.*?</(?P=skip)>|<code>(?P<text>[^<]+)</code>", re.DOTALL
+)
 log = logging.getLogger("mkdocs.hooks.site")
 
 
@@ -46,7 +57,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
     def replaced(found: re.Match[str]) -> str:
         wanted = posixpath.normpath(posixpath.join(posixpath.dirname(source), found["file"]))
-        there = ROOT_PAGES.get(wanted) or (wanted.removeprefix("docs/") if wanted.startswith("docs/") else None)
+        there = ROOT_PAGES.get(wanted) or (
+            wanted.removeprefix("docs/") if wanted.startswith("docs/") else None
+        )
         if there is None and (ROOT / wanted).exists():
             log.warning("%s links to %s, which is no part of the site.", source, wanted)
         if there is None:
@@ -85,9 +98,15 @@ def _expanded(nav: Any, named: set[str]) -> Any:
     """Replace entries ``commands/*`` and ``*`` by the pages of that folder which the navigation does not name."""
     if isinstance(nav, list):
         return [
-            one for entry in nav for one in (_matching(entry, named) if _is_glob(entry) else [_expanded(entry, named)])
+            one
+            for entry in nav
+            for one in (_matching(entry, named) if _is_glob(entry) else [_expanded(entry, named)])
         ]
-    return {title: _expanded(inner, named) for title, inner in nav.items()} if isinstance(nav, dict) else nav
+    return (
+        {title: _expanded(inner, named) for title, inner in nav.items()}
+        if isinstance(nav, dict)
+        else nav
+    )
 
 
 def _matching(pattern: str, named: set[str]) -> list[Any]:

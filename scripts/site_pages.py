@@ -48,7 +48,9 @@ def generated_pages() -> dict[str, str]:
     pages[f"{COMMANDS_FOLDER}/index.md"] = commands_page()
     pages[RECIPE_PAGE] = recipe_page()
     pages[TARGETS_PAGE] = targets_page()
-    return pages | {page: (ROOT / source).read_text(encoding="utf-8") for source, page in ROOT_PAGES.items()}
+    return pages | {
+        page: (ROOT / source).read_text(encoding="utf-8") for source, page in ROOT_PAGES.items()
+    }
 
 
 def commands() -> dict[str, Any]:
@@ -75,7 +77,10 @@ def commands_page() -> str:
     """All commands, by the groups of ``--help``, and the options that stand before a command."""
     root = typer.main.get_command(app)
     context = root.make_context("mpq-deploy", [], resilient_parsing=True)
-    parts = ["# Commands", "Made from the command line itself: `mpq-deploy COMMAND --help` prints the same."]
+    parts = [
+        "# Commands",
+        "Made from the command line itself: `mpq-deploy COMMAND --help` prints the same.",
+    ]
     groups: dict[str, list[str]] = {}
     for name, command in commands().items():
         first = (command.help or "").split("\n\n")[0].replace("\n", " ")
@@ -89,7 +94,8 @@ def commands_page() -> str:
 
 
 EXIT_CODES = (
-    "Exit codes: 0 done, 1 failed (or a limit of `gate` not kept), 2 wrong command or input, 130 stopped by Ctrl-C."
+    "Exit codes: 0 done, 1 failed (or a limit of `gate` not kept), 2 wrong command or input, "
+    "130 stopped by Ctrl-C."
 )
 
 
@@ -98,10 +104,18 @@ def recipe_page() -> str:
     parts = [RECIPE_HEAD]
     for path, model in _sections(Recipe):
         title = f"## {path}" if path else "## The run"
-        rows = [_key_row(f"{path}.{name}" if path else name, field) for name, field in _own_keys(model)]
+        rows = [
+            _key_row(f"{path}.{name}" if path else name, field) for name, field in _own_keys(model)
+        ]
         head = "| key | type | default | what it is |\n|---|---|---|---|"
-        parts.append("\n".join((f"{title}\n", *([model.__doc__ + "\n"] if model.__doc__ else []), head, *rows)))
-    parts.append("## Bundled recipes\n\nEach holds what differs from the defaults: `mpq-deploy build --recipe NAME`.")
+        parts.append(
+            "\n".join(
+                (f"{title}\n", *([model.__doc__ + "\n"] if model.__doc__ else []), head, *rows)
+            )
+        )
+    parts.append(
+        "## Bundled recipes\n\nEach holds what differs from the defaults: `mpq-deploy build --recipe NAME`."
+    )
     parts += [_shipped(name, path) for name, path in bundled_recipes().items()]
     return "\n\n".join(parts) + "\n"
 
@@ -130,12 +144,22 @@ def targets_page() -> str:
     targets = [load_target(name) for name in known_targets()]
     head = "| target | dialect | builder | memory | bandwidth | INT8, dense | FP16, dense |\n"
     head += "|---|---|---|---:|---:|---:|---:|"
-    parts = [TARGETS_HEAD, "\n".join((head, *map(_target_row, targets))), "## Which layer may take what"]
+    parts = [
+        TARGETS_HEAD,
+        "\n".join((head, *map(_target_row, targets))),
+        "## Which layer may take what",
+    ]
     rows = [
-        f"| [`{t.name}`](#{t.name}) | " + " | ".join(", ".join(t.schemes[op]) for op in LAYER_OPS) + " |"
+        f"| [`{t.name}`](#{t.name}) | "
+        + " | ".join(", ".join(t.schemes[op]) for op in LAYER_OPS)
+        + " |"
         for t in targets
     ]
-    parts.append("\n".join((f"| target | {' | '.join(LAYER_OPS)} |", "|---" * (len(LAYER_OPS) + 1) + "|", *rows)))
+    parts.append(
+        "\n".join(
+            (f"| target | {' | '.join(LAYER_OPS)} |", "|---" * (len(LAYER_OPS) + 1) + "|", *rows)
+        )
+    )
     parts.append("What a target leaves out has its reason below.")
     parts += [f"## {target.name}\n\n```text\n{describe_target(target)}\n```" for target in targets]
     return "\n\n".join(parts) + "\n"
@@ -168,7 +192,11 @@ def _sections(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, typ
 
 
 def _own_keys(model: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
-    yield from ((name, field) for name, field in model.model_fields.items() if not _is_model(field.annotation))
+    yield from (
+        (name, field)
+        for name, field in model.model_fields.items()
+        if not _is_model(field.annotation)
+    )
 
 
 def _is_model(annotation: Any) -> bool:
@@ -233,7 +261,11 @@ def _target_row(target: Target) -> str:
 
 
 def _figure(figure: Figure | None, unit: str, scale: float) -> str:
-    return "" if figure is None else f"{figure.value / scale:,.1f} {unit}{'' if figure.confirmed else ' ?'}"
+    return (
+        ""
+        if figure is None
+        else f"{figure.value / scale:,.1f} {unit}{'' if figure.confirmed else ' ?'}"
+    )
 
 
 def _example(command: Any) -> str:

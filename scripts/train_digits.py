@@ -55,11 +55,17 @@ def main() -> None:
     """Parse the arguments and train."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=6.0, help="wall-clock minutes to train")
-    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and the pipeline")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for checkpoints and the pipeline"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     settings = TrainSettings(
-        minutes=options.minutes, batch=64, seed=options.seed, ema_decay=0.998, checkpoint_minutes=1.0
+        minutes=options.minutes,
+        batch=64,
+        seed=options.seed,
+        ema_decay=0.998,
+        checkpoint_minutes=1.0,
     )
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)

@@ -68,7 +68,9 @@ orange_heart light_blue_heart grey_heart pink_heart heart broken_heart two_heart
 cupid gift_heart revolving_hearts heart_on_fire mending_heart"""
 
 CLASSES = (
-    EmojiClass("flag", of("country-flag"), vendors=("twitter",)),  # Google's wave; flat ones are homogeneous
+    EmojiClass(
+        "flag", of("country-flag"), vendors=("twitter",)
+    ),  # Google's wave; flat ones are homogeneous
     EmojiClass("happy face", of("face-smiling", "face-affection", "face-tongue", "face-glasses")),
     EmojiClass("sad face", of("face-concerned", "face-neutral-skeptical", "face-sleepy")),
     EmojiClass("heart", named(HEARTS)),
@@ -86,7 +88,9 @@ def read_image(path: Path) -> Image32:
     white = Image.new("RGBA", picture.size, "white")
     white.alpha_composite(picture)
     small = white.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
-    pixels: Image32 = np.asarray(small, np.float32).transpose(2, 0, 1) / np.float32(127.5) - np.float32(1)
+    pixels: Image32 = np.asarray(small, np.float32).transpose(2, 0, 1) / np.float32(
+        127.5
+    ) - np.float32(1)
     return pixels
 
 
@@ -136,10 +140,16 @@ def emoji_scheduler() -> DDIMScheduler:
 
 def main() -> None:
     """Parse the arguments and train."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with the two unpacked packages")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with the two unpacked packages"
+    )
     parser.add_argument("--minutes", type=float, default=90.0, help="wall-clock minutes to train")
-    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and the pipeline")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for checkpoints and the pipeline"
+    )
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -20,11 +20,22 @@ def test_build_returns_a_model_that_runs_and_a_report_that_is_true(tmp_path: Pat
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(RECIPE), encoding="utf-8")
     result = mpq_deploy.build(
-        model, budget=0.5, recipe=recipe, out=tmp_path / "run", settings={"evaluate.samples": 3}, quiet=True
+        model,
+        budget=0.5,
+        recipe=recipe,
+        out=tmp_path / "run",
+        settings={"evaluate.samples": 3},
+        quiet=True,
     )
-    assert result.report["size_bytes"] == constant_bytes(result.model) <= 0.5 * result.report["fp16_size_bytes"]
+    assert (
+        result.report["size_bytes"]
+        == constant_bytes(result.model)
+        <= 0.5 * result.report["fp16_size_bytes"]
+    )
     assert result.report["evaluation"]["samples"] == 3
-    assert any("The deployed file computes in FP16: on 2 calls" in note for note in result.report["notes"])
+    assert any(
+        "The deployed file computes in FP16: on 2 calls" in note for note in result.report["notes"]
+    )
     assert result.engine is None and "engine.build" in result.report["engine_note"]
     session = ort.InferenceSession(str(result.model))
     sample = np.zeros((1, 3, 8, 8), np.float16)
@@ -34,6 +45,8 @@ def test_build_returns_a_model_that_runs_and_a_report_that_is_true(tmp_path: Pat
 
 def test_mistakes_are_our_errors(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no model"):
-        mpq_deploy.build("nosuch", out=tmp_path / "run", settings={"engine.build": False}, quiet=True)
+        mpq_deploy.build(
+            "nosuch", out=tmp_path / "run", settings={"engine.build": False}, quiet=True
+        )
     with pytest.raises(UsageError, match="Unknown key"):
         mpq_deploy.build(settings={"calibrate.sample": 3}, out=tmp_path / "run", quiet=True)

@@ -14,8 +14,30 @@ from mpq_deploy.cli import app
 
 RUNNER = CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"})
 COMMANDS = [
-    *("build", "export", "calibrate", "measure", "allocate", "quantize", "engine", "evaluate", "report"),
-    *("sweep", "sample", "check", "compare", "gate", "package", "install", "deploy", "bench", "targets", "doctor"),
+    *(
+        "build",
+        "export",
+        "calibrate",
+        "measure",
+        "allocate",
+        "quantize",
+        "engine",
+        "evaluate",
+        "report",
+    ),
+    *(
+        "sweep",
+        "sample",
+        "check",
+        "compare",
+        "gate",
+        "package",
+        "install",
+        "deploy",
+        "bench",
+        "targets",
+        "doctor",
+    ),
 ]
 
 
@@ -38,7 +60,9 @@ def test_help_loads_nothing_heavy() -> None:
         "heavy = {'torch', 'diffusers', 'onnx', 'onnxruntime', 'numpy', 'pydantic', 'matplotlib', 'tensorrt_rtx'}; "
         "print(sorted(heavy & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, encoding="utf-8", check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, encoding="utf-8", check=True
+    )
     assert done.stdout.strip() == "[]"
 
 

@@ -23,7 +23,9 @@ def flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in values.items():
         key = f"{path}{name}"
-        found |= flat(value, f"{key}.") if isinstance(value, dict) and name != "losses" else {key: value}
+        found |= (
+            flat(value, f"{key}.") if isinstance(value, dict) and name != "losses" else {key: value}
+        )
     return found
 
 
@@ -42,14 +44,18 @@ def test_a_bundled_recipe_says_for_whom_it_is_and_holds_only_what_differs(name: 
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_printed_recipe_has_every_setting_with_a_comment_and_is_the_same_recipe(name: str, tmp_path: Path) -> None:
+def test_a_printed_recipe_has_every_setting_with_a_comment_and_is_the_same_recipe(
+    name: str, tmp_path: Path
+) -> None:
     shown = RUNNER.invoke(app, ["recipe", name])
     assert shown.exit_code == 0, shown.output
     (tmp_path / "mine.yaml").write_text(shown.stdout, encoding="utf-8")
     assert load_recipe(tmp_path / "mine.yaml") == load_recipe(name)
     assert set(flat(yaml.safe_load(shown.stdout))) == set(flat(Recipe().model_dump(mode="json")))
     lines = shown.stdout.splitlines()
-    settings = [number for number, line in enumerate(lines) if line and not line.strip().startswith("#")]
+    settings = [
+        number for number, line in enumerate(lines) if line and not line.strip().startswith("#")
+    ]
     assert all("  # " in lines[n] or lines[n - 1].strip().startswith("# ") for n in settings)
     values = json.loads(RUNNER.invoke(app, ["--json", "recipe", name]).stdout)
     assert values == load_recipe(name).model_dump(mode="json")
@@ -68,7 +74,9 @@ def test_recipes_are_listed_in_80_columns() -> None:
     assert set(json.loads(RUNNER.invoke(app, ["--json", "recipe"]).stdout)) == set(RECIPES)
 
 
-def test_a_file_wins_over_a_bundled_name_where_it_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_wins_over_a_bundled_name_where_it_is_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "quick").write_text("budget: 0.9\n", encoding="utf-8")
     assert str(load_recipe("./quick").budget) == "0.9"
@@ -76,7 +84,9 @@ def test_a_file_wins_over_a_bundled_name_where_it_is_a_path(tmp_path: Path, monk
 
 
 def test_a_recipe_survives_its_own_yaml() -> None:
-    recipe = load_recipe(None, {"budget": "0.3", "allocate.protect": [{"layers": "conv_in", "schemes": ["fp16"]}]})
+    recipe = load_recipe(
+        None, {"budget": "0.3", "allocate.protect": [{"layers": "conv_in", "schemes": ["fp16"]}]}
+    )
     for text in (recipe.to_yaml(), recipe.explained()):
         assert Recipe.model_validate(yaml.safe_load(text)) == recipe
 

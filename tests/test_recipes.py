@@ -17,7 +17,11 @@ pytest.importorskip("transformers")
 
 from mpq_deploy.recipe import bundled_recipes, load_recipe  # noqa: E402
 from tests.pipeline.runs import build  # noqa: E402
-from tests.tiny_models import tiny_text_pipeline_folder, tiny_text_transformer_folder, tiny_unet_folder  # noqa: E402
+from tests.tiny_models import (  # noqa: E402
+    tiny_text_pipeline_folder,
+    tiny_text_transformer_folder,
+    tiny_unet_folder,
+)
 
 pytestmark = pytest.mark.torch
 Model = Callable[[Path], Path]
@@ -31,13 +35,25 @@ CLASSES: dict[str, Model] = {
     "sd15-jetson-orin-nano": partial(tiny_text_pipeline_folder, **ONE_LEVEL),
     "sdxl-rtx": partial(tiny_text_pipeline_folder, xl=True, **ONE_LEVEL),
     "sd3-rtx-blackwell": partial(tiny_text_transformer_folder, class_name="SD3Transformer2DModel"),
-    "flux-rtx-blackwell": partial(tiny_text_transformer_folder, class_name="FluxTransformer2DModel"),
+    "flux-rtx-blackwell": partial(
+        tiny_text_transformer_folder, class_name="FluxTransformer2DModel"
+    ),
 }
 COUNTS: dict[str, Any] = {
-    **{"calibrate.timesteps": 2, "calibrate.samples": 4, "calibrate.steps": 3, "calibrate.reservoir": 256},
+    **{
+        "calibrate.timesteps": 2,
+        "calibrate.samples": 4,
+        "calibrate.steps": 3,
+        "calibrate.reservoir": 256,
+    },
     **{"measure.timesteps": 1, "measure.probes": 1, "measure.samples": 2, "measure.calls": 1},
     **{"quantize.hessian_rows": 64, "quantize.noise_draws": 0, "quantize.refinements": 0},
-    **{"evaluate.samples": 1, "evaluate.steps": 2, "evaluate.timesteps": 1, "evaluate.controls": False},
+    **{
+        "evaluate.samples": 1,
+        "evaluate.steps": 2,
+        "evaluate.timesteps": 1,
+        "evaluate.controls": False,
+    },
     # Builders of engines are not everywhere; tests/pipeline builds engines where one is.
     "engine.build": False,
 }

@@ -23,7 +23,12 @@ BLOCKS: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 8, "nu
 PATCHES: dict[str, Any] = {**BLOCKS, "in_channels": 4, "sample_size": 8, "patch_size": 2}
 TEXT: dict[str, Any] = {"joint_attention_dim": TEXT_WIDTH, "pooled_projection_dim": POOLED_WIDTH}
 TRANSFORMERS: dict[str, dict[str, Any]] = {
-    "DiTTransformer2DModel": {**PATCHES, "out_channels": 8, "num_embeds_ada_norm": CLASSES, "norm_num_groups": 4},
+    "DiTTransformer2DModel": {
+        **PATCHES,
+        "out_channels": 8,
+        "num_embeds_ada_norm": CLASSES,
+        "norm_num_groups": 4,
+    },
     "PixArtTransformer2DModel": {
         **PATCHES,
         "out_channels": 8,
@@ -129,11 +134,18 @@ def write_index(folder: Path, class_name: str, **parts: tuple[str, str]) -> None
 def write_scheduler(folder: Path, scheduler: dict[str, Any]) -> None:
     """Write scheduler/scheduler_config.json."""
     (folder / "scheduler").mkdir(parents=True, exist_ok=True)
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler), encoding="utf-8")
+    (folder / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps(scheduler), encoding="utf-8"
+    )
 
 
 def tiny_unet_folder(
-    tmp_path: Path, *, scheduler: dict[str, Any] | None = None, half: bool = False, seed: int = 0, **unet: Any
+    tmp_path: Path,
+    *,
+    scheduler: dict[str, Any] | None = None,
+    half: bool = False,
+    seed: int = 0,
+    **unet: Any,
 ) -> Path:
     """A pipeline folder with a class-conditional UNet2DModel (``num_class_embeds=None``: unconditional).
 
@@ -145,7 +157,10 @@ def tiny_unet_folder(
     config = scheduler or tiny_scheduler()
     write_scheduler(folder, config)
     write_index(
-        folder, "DDIMPipeline", unet=("diffusers", "UNet2DModel"), scheduler=("diffusers", config["_class_name"])
+        folder,
+        "DDIMPipeline",
+        unet=("diffusers", "UNet2DModel"),
+        scheduler=("diffusers", config["_class_name"]),
     )
     return folder
 
@@ -163,12 +178,16 @@ def write_tokenizer(folder: Path) -> Any:
 
     letters = [*PROMPT_LETTERS, *(f"{letter}</w>" for letter in PROMPT_LETTERS)]
     words = [*letters, "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=TOKENS)
+    tokenizer = CLIPTokenizer(
+        vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=TOKENS
+    )
     tokenizer.save_pretrained(folder)
     return tokenizer
 
 
-def write_text_encoder(folder: Path, vocabulary: int, end: int, projected: bool, width: int, seed: int) -> None:
+def write_text_encoder(
+    folder: Path, vocabulary: int, end: int, projected: bool, width: int, seed: int
+) -> None:
     """A random CLIP text model of one layer."""
     import torch
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -197,13 +216,20 @@ def tiny_clip_folder(tmp_path: Path, seed: int = 0) -> Path:
 
     folder = tmp_path / "tiny_clip"
     tokenizer = write_tokenizer(folder)
-    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     end = tokenizer.eos_token_id
     text = {**shape, "vocab_size": len(tokenizer), "max_position_embeddings": TOKENS}
     text |= {"bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end}
     vision = {**shape, "image_size": 28, "patch_size": 14}
     torch.manual_seed(seed)
-    model = randomize(CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)), seed)
+    model = randomize(
+        CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)), seed
+    )
     model.save_pretrained(folder, safe_serialization=True)
     half = [0.5, 0.5, 0.5]
     settings = {"crop_size": {"height": 28, "width": 28}, "image_mean": half, "image_std": half}
@@ -273,7 +299,9 @@ def write_t5(folder: Path, suffix: str, width: int, seed: int) -> None:
     tokenizer = T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=TOKENS)
     tokenizer.save_pretrained(folder / f"tokenizer{suffix}")
     torch.manual_seed(seed)
-    config = T5Config(vocab_size=len(words), d_model=width, d_kv=4, d_ff=2 * width, num_layers=1, num_heads=2)
+    config = T5Config(
+        vocab_size=len(words), d_model=width, d_kv=4, d_ff=2 * width, num_layers=1, num_heads=2
+    )
     encoder = randomize(T5EncoderModel(config), seed)
     encoder.save_pretrained(folder / f"text_encoder{suffix}", safe_serialization=True)
 
@@ -309,9 +337,14 @@ def tiny_text_transformer_folder(
             tokenizer = write_tokenizer(folder / f"tokenizer{suffix}")
             projected, width = encoder
             place = folder / f"text_encoder{suffix}"
-            write_text_encoder(place, len(tokenizer), tokenizer.eos_token_id, projected, width, number)
+            write_text_encoder(
+                place, len(tokenizer), tokenizer.eos_token_id, projected, width, number
+            )
             kind = "CLIPTextModelWithProjection" if projected else "CLIPTextModel"
-            index |= {f"tokenizer{suffix}": ("transformers", "CLIPTokenizer"), place.name: ("transformers", kind)}
+            index |= {
+                f"tokenizer{suffix}": ("transformers", "CLIPTokenizer"),
+                place.name: ("transformers", kind),
+            }
     (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     return folder
 
@@ -322,27 +355,41 @@ def tiny_transformer(class_name: str, seed: int = 0, **options: Any) -> Any:
     import torch
 
     torch.manual_seed(seed)
-    return randomize(getattr(diffusers, class_name)(**{**TRANSFORMERS[class_name], **options}), seed)
+    return randomize(
+        getattr(diffusers, class_name)(**{**TRANSFORMERS[class_name], **options}), seed
+    )
 
 
 def tiny_transformer_folder(
-    tmp_path: Path, class_name: str, scheduler: dict[str, Any] | None = None, vae: bool = False, **options: Any
+    tmp_path: Path,
+    class_name: str,
+    scheduler: dict[str, Any] | None = None,
+    vae: bool = False,
+    **options: Any,
 ) -> Path:
     """A pipeline folder with such a transformer, its scheduler and perhaps an AutoencoderKL."""
     flow = class_name in ("SD3Transformer2DModel", "FluxTransformer2DModel")
     config = scheduler or (tiny_flow_scheduler() if flow else tiny_scheduler(clip_sample=False))
     folder = tmp_path / f"tiny_{class_name}"
-    tiny_transformer(class_name, **options).save_pretrained(folder / "transformer", safe_serialization=True)
+    tiny_transformer(class_name, **options).save_pretrained(
+        folder / "transformer", safe_serialization=True
+    )
     if class_name == "FluxTransformer2DModel":
         # Its own configuration does not say how large its images are.
         path = folder / "transformer" / "config.json"
         path.write_text(
-            json.dumps({**json.loads(path.read_text(encoding="utf-8")), "sample_size": 8}), encoding="utf-8"
+            json.dumps({**json.loads(path.read_text(encoding="utf-8")), "sample_size": 8}),
+            encoding="utf-8",
         )
     write_scheduler(folder, config)
-    parts = {"transformer": ("diffusers", class_name), "scheduler": ("diffusers", config["_class_name"])}
+    parts = {
+        "transformer": ("diffusers", class_name),
+        "scheduler": ("diffusers", config["_class_name"]),
+    }
     if vae:
-        tiny_vae(4, **({"shift_factor": 0.1} if flow else {})).save_pretrained(folder / "vae", safe_serialization=True)
+        tiny_vae(4, **({"shift_factor": 0.1} if flow else {})).save_pretrained(
+            folder / "vae", safe_serialization=True
+        )
         parts["vae"] = ("diffusers", "AutoencoderKL")
     write_index(folder, "DiffusionPipeline", **parts)
     return folder
@@ -351,9 +398,13 @@ def tiny_transformer_folder(
 def tiny_transformer_conditions(path: Path, class_name: str, rows: int = 3, seed: int = 0) -> Path:
     """Random text for such a transformer as --conditions takes it, the last row the empty prompt's."""
     rng = np.random.default_rng(seed)
-    arrays: dict[str, Any] = {"encoder_hidden_states": rng.standard_normal((rows, 6, TEXT_WIDTH), np.float32)}
+    arrays: dict[str, Any] = {
+        "encoder_hidden_states": rng.standard_normal((rows, 6, TEXT_WIDTH), np.float32)
+    }
     if class_name == "PixArtTransformer2DModel":
-        arrays["encoder_attention_mask"] = (np.arange(6) < 2 + np.arange(rows)[:, None]).astype(np.float32)
+        arrays["encoder_attention_mask"] = (np.arange(6) < 2 + np.arange(rows)[:, None]).astype(
+            np.float32
+        )
     else:
         arrays["pooled_projections"] = rng.standard_normal((rows, POOLED_WIDTH), np.float32)
     if class_name == "FluxTransformer2DModel":
@@ -364,7 +415,12 @@ def tiny_transformer_conditions(path: Path, class_name: str, rows: int = 3, seed
 
 def tiny_flow_scheduler(**options: Any) -> dict[str, Any]:
     """A flow-matching configuration; ``options`` replace entries."""
-    return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0, **options}
+    return {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "shift": 3.0,
+        **options,
+    }
 
 
 def tiny_vae(latent_channels: int, seed: int = 0, **options: Any) -> Any:
@@ -401,7 +457,14 @@ def tiny_onnx_denoiser(opset: int = 17, size: int = 9) -> onnx.ModelProto:
     down = graph.conv(x, "down", 8, 3, strides=[2, 2])
     mixed = graph.op("Relu", [graph.op("Add", [down, planes], "mixed")], "act")
     weight = graph.random("up.weight", 8, 8, 3, 3, scale=0.1)
-    up = graph.op("ConvTranspose", [mixed, weight], "up", strides=[2, 2], pads=[1, 1, 1, 1], kernel_shape=[3, 3])
+    up = graph.op(
+        "ConvTranspose",
+        [mixed, weight],
+        "up",
+        strides=[2, 2],
+        pads=[1, 1, 1, 1],
+        kernel_shape=[3, 3],
+    )
     graph.conv(up, "last", 3, 8)
     graph.nodes[-1].output[0] = graph.output("out", ["batch", 3, size, size])
     return graph.model()

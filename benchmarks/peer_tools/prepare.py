@@ -58,22 +58,42 @@ def save_inputs(run: Path, folder: Path) -> None:
     onnx.save(onnx.load(exported.model), folder / "model.onnx")
     section = load_recipe(run / "recipe.yaml").calibrate
     options = CalibrateSettings(
-        timesteps=section.steps, samples=HELD_OUT, steps=section.steps, seed=HELD_OUT_SEED, batch_size=8
+        timesteps=section.steps,
+        samples=HELD_OUT,
+        steps=section.steps,
+        seed=HELD_OUT_SEED,
+        batch_size=8,
     )
     sampler = make_sampler(spec.scheduler, section.steps, HELD_OUT_SEED)
     fresh = record_trajectories(
-        GuidedDenoiser(OrtDenoiser(exported.model, spec), spec, conditions), sampler, options, Talk()
+        GuidedDenoiser(OrtDenoiser(exported.model, spec), spec, conditions),
+        sampler,
+        options,
+        Talk(),
     )
     recorded = CalibrationSet.load(run / "calibrate" / "inputs.npz")
-    every = [(step, call) for step in range(len(recorded.timesteps)) for call in range(len(recorded.rows))]
+    every = [
+        (step, call)
+        for step in range(len(recorded.timesteps))
+        for call in range(len(recorded.rows))
+    ]
     # A step of its own, drawn at random, for each held-out sample.
     drawn = np.random.default_rng(HELD_OUT_SEED).integers(0, len(fresh.timesteps), HELD_OUT)
-    picked = {"calibration": (recorded, every), "heldout": (fresh, [(int(s), n) for n, s in enumerate(drawn)])}
+    picked = {
+        "calibration": (recorded, every),
+        "heldout": (fresh, [(int(s), n) for n, s in enumerate(drawn)]),
+    }
     arrays = {}
     for split, (calls, places) in picked.items():
         for number, (step, call) in enumerate(places):
             one = slice(call, call + 1)
-            feed = feed_rows(spec, calls.samples[step, one], float(calls.timesteps[step]), calls.rows[one], conditions)
+            feed = feed_rows(
+                spec,
+                calls.samples[step, one],
+                float(calls.timesteps[step]),
+                calls.rows[one],
+                conditions,
+            )
             arrays |= {f"{split}/{number}/{name}": value for name, value in feed.items()}
     np.savez(folder / "inputs.npz", **arrays)
     print(f"{len(every)} calibration inputs, {HELD_OUT} held out", file=sys.stderr)

@@ -9,7 +9,11 @@ import numpy as np
 from inputs import arguments
 from modelopt.onnx.quantization import quantize
 
-METHODS = {"int8-max": ("int8", "max"), "int8-entropy": ("int8", "entropy"), "int4-rtn": ("int4", "rtn_dq")}
+METHODS = {
+    "int8-max": ("int8", "max"),
+    "int8-entropy": ("int8", "entropy"),
+    "int4-rtn": ("int4", "rtn_dq"),
+}
 
 model, feeds, mode, out = arguments()
 kind, method = METHODS[mode]

@@ -6,7 +6,13 @@ python run_onnxruntime.py MODEL INPUTS MODE OUT     MODE: minmax, percentile, mi
 from __future__ import annotations
 
 from inputs import arguments
-from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    CalibrationMethod,
+    QuantFormat,
+    QuantType,
+    quantize_static,
+)
 
 METHODS = {
     "minmax": CalibrationMethod.MinMax,

@@ -24,7 +24,9 @@ from mpq_deploy.system.progress import PlainTalk
 
 
 def export(model: str, run: Path, *changes: str) -> None:
-    values = {key: yaml.safe_load(value) for key, value in (change.split("=", 1) for change in changes)}
+    values = {
+        key: yaml.safe_load(value) for key, value in (change.split("=", 1) for change in changes)
+    }
     recipe = load_recipe(None, {"model": model, "engine.build": False, **values})
     within(run, recipe, lambda pipeline: pipeline.current("export"))
 
@@ -74,7 +76,11 @@ def say_shares(run: Run, chosen: dict[str, str]) -> None:
         family = chosen[layer.name].split("-")[0]
         weights[family] = weights.get(family, 0) + layer.weights
     total = sum(weights.values())
-    print(", ".join(f"{family} {100 * count / total:.0f} %" for family, count in sorted(weights.items())))
+    print(
+        ", ".join(
+            f"{family} {100 * count / total:.0f} %" for family, count in sorted(weights.items())
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -21,10 +21,13 @@ from mpq_deploy.runtime.ort import session_options
 
 def outputs(path: str, feeds: list[dict[str, np.ndarray]]) -> list[np.ndarray]:
     """Run a model on every feed and return its first output, float64."""
-    session = ort.InferenceSession(path, session_options(fake_quant_only=True), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(
+        path, session_options(fake_quant_only=True), providers=["CPUExecutionProvider"]
+    )
     names = {value.name for value in session.get_inputs()}
     return [
-        np.asarray(session.run(None, {n: v for n, v in feed.items() if n in names})[0], np.float64) for feed in feeds
+        np.asarray(session.run(None, {n: v for n, v in feed.items() if n in names})[0], np.float64)
+        for feed in feeds
     ]
 
 

@@ -52,7 +52,11 @@ class Quadratic:
     """
 
     def __init__(
-        self, problem: Problem, projections: Projections, rho: float = 1.0, kernel_penalty: float = 0.0
+        self,
+        problem: Problem,
+        projections: Projections,
+        rho: float = 1.0,
+        kernel_penalty: float = 0.0,
     ) -> None:
         self.problem = problem
         self.rho = rho
@@ -86,7 +90,9 @@ class Quadratic:
         chosen = self.chosen(schemes)
         instead_of = chosen[self.layer]
         along = self.vectors @ self.vectors[chosen].sum(0)
-        overlap = np.concatenate([self._overlap(layer, int(move)) for layer, move in enumerate(chosen)])
+        overlap = np.concatenate(
+            [self._overlap(layer, int(move)) for layer, move in enumerate(chosen)]
+        )
         apart = self._squares - self._squares[instead_of]
         steps = self._squares + self._squares[instead_of] - 2 * overlap
         change = (1 - self.rho) * apart + self.rho * (2 * (along - along[instead_of]) + steps)
@@ -154,7 +160,9 @@ def shrinkage(vectors: Array, calls: Array, steps: int) -> float:
     return float(np.clip(1 - variance[off].sum() / signal, 0.0, 1.0)) if signal > 0 else 0.0
 
 
-def refine(quadratic: Quadratic, schemes: Mapping[str, str], time_limit: float = 10.0) -> dict[str, str]:
+def refine(
+    quadratic: Quadratic, schemes: Mapping[str, str], time_limit: float = 10.0
+) -> dict[str, str]:
     """Return a plan within the problem's budget whose loss is at most that of ``schemes``.
 
     The result repeats for equal inputs. ``time_limit``: seconds for each small MILP.
@@ -180,9 +188,15 @@ def refine(quadratic: Quadratic, schemes: Mapping[str, str], time_limit: float =
     return current
 
 
-def _best_moves(quadratic: Quadratic, current: Mapping[str, str], moves: int, time_limit: float) -> dict[str, str]:
+def _best_moves(
+    quadratic: Quadratic, current: Mapping[str, str], moves: int, time_limit: float
+) -> dict[str, str]:
     """Solve for at most ``moves`` changes, each at what it alone would change the quadratic by."""
-    problem, chosen, changes = quadratic.problem, quadratic.chosen(current), quadratic.changes(current)
+    problem, chosen, changes = (
+        quadratic.problem,
+        quadratic.chosen(current),
+        quadratic.changes(current),
+    )
     added = quadratic.bytes - quadratic.bytes[chosen[quadratic.layer]]
     costs: dict[str, dict[str, float]] = {layer.name: {} for layer in problem.layers}
     for move in np.sort(np.concatenate([chosen, _promising(quadratic, changes, added, chosen)])):
@@ -192,7 +206,9 @@ def _best_moves(quadratic: Quadratic, current: Mapping[str, str], moves: int, ti
     return solve(narrowed, Objective(costs), GAP, time_limit, Nearby(current, moves)).schemes
 
 
-def _best_pair(quadratic: Quadratic, current: Mapping[str, str], loss: float) -> dict[str, str] | None:
+def _best_pair(
+    quadratic: Quadratic, current: Mapping[str, str], loss: float
+) -> dict[str, str] | None:
     """Return the plan after the best fitting change or pair of changes, or None when none gains."""
     problem, chosen = quadratic.problem, quadratic.chosen(current)
     instead_of = chosen[quadratic.layer]
@@ -225,7 +241,9 @@ def _best_pair(quadratic: Quadratic, current: Mapping[str, str], loss: float) ->
     return None
 
 
-def _rule_out_slow(quadratic: Quadratic, current: Mapping[str, str], moves: Array, gain: Array) -> None:
+def _rule_out_slow(
+    quadratic: Quadratic, current: Mapping[str, str], moves: Array, gain: Array
+) -> None:
     """Set ``gain`` [moves, moves] of pairs over the limit on latency to infinity, in place."""
     problem = quadratic.problem
     if problem.max_latency_ns is None:
@@ -277,7 +295,10 @@ class CrossTerms:
 
 
 def allocate_with_cross_terms(
-    problem: Problem, table: SensitivityTable, allocate: Callable[[Problem], Allocation], improve: bool = True
+    problem: Problem,
+    table: SensitivityTable,
+    allocate: Callable[[Problem], Allocation],
+    improve: bool = True,
 ) -> tuple[Allocation, CrossTerms]:
     """Solve ``problem``, refine the plan by cross terms, keep what is better on held-back calls.
 
@@ -321,4 +342,6 @@ def _refined(
     rho = shrinkage(vectors, table.calls, len(table.timesteps))
     if not rho:
         return plan.schemes, 0.0
-    return refine(Quadratic(problem, table.projections, rho, plan.kernel_penalty), plan.schemes), rho
+    return refine(
+        Quadratic(problem, table.projections, rho, plan.kernel_penalty), plan.schemes
+    ), rho

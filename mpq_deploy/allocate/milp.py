@@ -64,7 +64,9 @@ class Nearby:
     moves: int
 
 
-def allocate(problem: Problem, section: AllocateSettings | None = None, kernel_penalty: float = 0.0) -> Allocation:
+def allocate(
+    problem: Problem, section: AllocateSettings | None = None, kernel_penalty: float = 0.0
+) -> Allocation:
     """Minimize the predicted loss within the problem's limits, to the section's ``gap``.
 
     ``kernel_penalty``: loss that every kernel of a branch adds (``penalty_per_kernel``). The
@@ -172,7 +174,11 @@ def _affordable(problem: Problem, objective: Objective, solution: Solution) -> P
 
 
 def solve(
-    problem: Problem, objective: Objective, gap: float, time_limit: float, near: Nearby | None = None
+    problem: Problem,
+    objective: Objective,
+    gap: float,
+    time_limit: float,
+    near: Nearby | None = None,
 ) -> Solution:
     """Solve a problem that has a solution; costs may be negative (changes of a loss).
 
@@ -205,7 +211,8 @@ def undominated(layer: LayerChoice, costs: Sequence[Mapping[str, float]]) -> lis
     for scheme in sorted(layer.bytes, key=lambda s: (layer.bytes[s], costs[0][s], s)):
         readable: tuple[dict[str, int], ...] = ({}, layer.quantizers(scheme))
         beaten = any(
-            all(cost.get(k, 0.0) <= cost.get(scheme, 0.0) for cost in costs) and layer.quantizers(k) in readable
+            all(cost.get(k, 0.0) <= cost.get(scheme, 0.0) for cost in costs)
+            and layer.quantizers(k) in readable
             for k in best
         )
         if not beaten:
@@ -237,7 +244,9 @@ class _Model:
         self.cost = _floats(objective.costs[layer.name][s] for layer, s in self.pairs)
         if not np.all(np.isfinite(self.cost)):
             layer, scheme = self.pairs[int(np.flatnonzero(~np.isfinite(self.cost))[0])]
-            raise MpqError(f"The measured loss of {layer.name} under {scheme} is not finite.", "Measure again.")
+            raise MpqError(
+                f"The measured loss of {layer.name} under {scheme} is not finite.", "Measure again."
+            )
         self.bytes = _floats(layer.bytes[s] for layer, s in self.pairs)
         self.quantizer_bytes = _floats(read[name] for name in self.quantizers)
 

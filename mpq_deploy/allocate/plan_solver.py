@@ -48,7 +48,9 @@ class PlanSolver:
         self.layers = self.exported.graph.layers
         self.table = table or SensitivityTable.load(run.stage("measure") / control)
         candidates = choices_of(run, self.exported.graph)
-        self.refused = {name: {**c.refused, **self._ruled_out(name, c)} for name, c in candidates.items()}
+        self.refused = {
+            name: {**c.refused, **self._ruled_out(name, c)} for name, c in candidates.items()
+        }
         rules: list[tuple[str, tuple[str, ...]]]
         rules = [
             (pattern, ("fp16",))
@@ -74,7 +76,9 @@ class PlanSolver:
             {name: SCHEMES[name].weight_bytes(layer) for name in names},
             {name: self.table.losses[layer.name][name] for name in names},
             {name: SCHEMES[name].input_bytes(layer) for name in names},
-            {name: self.costs.layer_ns(layer, SCHEMES[name]) for name in names} if self.costs else {},
+            {name: self.costs.layer_ns(layer, SCHEMES[name]) for name in names}
+            if self.costs
+            else {},
         )
 
     def _with_latency(self, problem: Problem) -> Problem:
@@ -91,13 +95,19 @@ class PlanSolver:
             if name == tensor + SCHEMES[scheme].activation_form
         }
         limit = section.max_latency.nanoseconds if section.max_latency else None
-        timed = replace(problem, quantizer_ns=shared, fixed_ns=self.costs.others_ns, max_latency_ns=limit)
+        timed = replace(
+            problem, quantizer_ns=shared, fixed_ns=self.costs.others_ns, max_latency_ns=limit
+        )
         if section.objective == "loss":
             return timed
         if problem.plan_bytes(problem.smallest_plan()) > problem.budget_bytes:
             return timed  # the solver says what the smallest feasible budget is
         minimum = timed.plan_ns(fastest_plan(replace(timed, max_loss=section.max_loss), section))
-        return timed if limit is not None and limit < minimum else replace(timed, max_latency_ns=minimum)
+        return (
+            timed
+            if limit is not None and limit < minimum
+            else replace(timed, max_latency_ns=minimum)
+        )
 
     @property
     def smallest(self) -> int:
@@ -113,7 +123,9 @@ class PlanSolver:
     def _problem(self, budget_bytes: int) -> Problem:
         return Problem(self.choices, self.fixed_bytes, budget_bytes, self.foldable)
 
-    def unrefined(self, budget_bytes: int, gap: float) -> tuple[dict[str, str], int, float | None] | None:
+    def unrefined(
+        self, budget_bytes: int, gap: float
+    ) -> tuple[dict[str, str], int, float | None] | None:
         """Solve for ``budget_bytes`` without cross terms: schemes, bytes and predicted loss.
 
         Quicker than ``solve``, which refines the plan with the cross terms; the prediction has them
@@ -178,7 +190,9 @@ class PlanSolver:
         """Solve, and refine by the cross terms where the metric knows them."""
         if self.table.projections is None:
             return self._allocated(problem), None
-        return allocate_with_cross_terms(problem, self.table, self._allocated, self.section.cross_terms)
+        return allocate_with_cross_terms(
+            problem, self.table, self._allocated, self.section.cross_terms
+        )
 
     def _allocated(self, problem: Problem, gap: float | None = None) -> Allocation:
         """Solve without cross terms, to the recipe's gap where there is no other."""
@@ -202,10 +216,14 @@ class PlanSolver:
         reason = f"the metric {self.table.metric} has not measured it"
         if importance is not None:
             bits = int(importance.activation_bits[importance.layers.index(layer)])
-            reason = f"the metric {self.table.metric} fixes the activations of this layer at {bits} bits"
+            reason = (
+                f"the metric {self.table.metric} fixes the activations of this layer at {bits} bits"
+            )
         return {s.name: reason for s in choices.schemes if s.name not in self.table.losses[layer]}
 
-    def _bit_program(self, schemes: dict[str, str], weight_bytes: int) -> tuple[BitProgram | None, list[LayerBits]]:
+    def _bit_program(
+        self, schemes: dict[str, str], weight_bytes: int
+    ) -> tuple[BitProgram | None, list[LayerBits]]:
         """Return the plan's weighted bits with their bound; per layer, importance and bits.
 
         None for a metric without importances. ``weight_bytes``: the budget less all other
@@ -226,10 +244,17 @@ class PlanSolver:
         bound = linear_bits(importance, sizes, low, high, 8.0 * weight_bytes)
         taken = np.array([row[schemes[layer.name]] for row, layer in zip(bits, self.layers)])
         rows: list[LayerBits] = [(float(c), float(b)) for c, b in zip(importance, bound.bits)]
-        return BitProgram(weighted_bits=float(importance @ taken), linear_bound=bound.objective), rows
+        return BitProgram(
+            weighted_bits=float(importance @ taken), linear_bound=bound.objective
+        ), rows
 
     def _planned(
-        self, layer: Layer, choice: LayerChoice, scheme: str, importance: float | None, linear_bits: float | None
+        self,
+        layer: Layer,
+        choice: LayerChoice,
+        scheme: str,
+        importance: float | None,
+        linear_bits: float | None,
     ) -> PlannedLayer:
         return PlannedLayer(
             name=layer.name,

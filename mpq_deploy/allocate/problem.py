@@ -145,7 +145,9 @@ class Objective:
         """Minimize the predicted loss, plus ``kernel_penalty`` for every kernel of a branch."""
         costs = {}
         for layer in problem.layers:
-            costs[layer.name] = {s: loss + kernel_penalty * kernels(s) for s, loss in layer.loss.items()}
+            costs[layer.name] = {
+                s: loss + kernel_penalty * kernels(s) for s, loss in layer.loss.items()
+            }
         return cls(costs)
 
     @classmethod
@@ -181,10 +183,14 @@ def protected_schemes(
     for pattern, allowed in rules:
         matching = [name for name in choices if fnmatch.fnmatchcase(name, pattern)]
         if not matching:
-            hint = nearest(pattern, choices) or f"Layers are named like '{next(iter(choices), '')}'."
+            hint = (
+                nearest(pattern, choices) or f"Layers are named like '{next(iter(choices), '')}'."
+            )
             raise UsageError(f"The protection rule '{pattern}' matches no layer.", hint)
         for name in matching:
-            choices[name] = tuple(s for s in candidates[name] if s in allowed or SCHEMES[s].family in allowed)
+            choices[name] = tuple(
+                s for s in candidates[name] if s in allowed or SCHEMES[s].family in allowed
+            )
             if not choices[name]:
                 raise UsageError(
                     f"The protection rule '{pattern}' leaves no scheme for {name}.",

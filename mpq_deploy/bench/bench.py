@@ -116,7 +116,9 @@ def measure(subjects: Sequence[Subject], schedule: Schedule, talk: Talk) -> list
                 advance(1)
     return [
         Measured(subject, warm_up=warm, milliseconds=rounds, **first, **memory)
-        for subject, warm, rounds, first, memory in zip(subjects, warm_up, times, opened, last, strict=True)
+        for subject, warm, rounds, first, memory in zip(
+            subjects, warm_up, times, opened, last, strict=True
+        )
     ]
 
 
@@ -215,7 +217,9 @@ def results(measured: Sequence[Measured], origin: Origin) -> dict[str, Any]:
         "memory": {
             "weights_bytes": None,
             "activation_bytes": None,
-            "taken_bytes": ours.peak_rss_bytes - ours.interpreter_rss_bytes if cpu else ours.gpu_bytes,
+            "taken_bytes": ours.peak_rss_bytes - ours.interpreter_rss_bytes
+            if cpu
+            else ours.gpu_bytes,
         },
         "passed": True,
         "bench": {
@@ -227,7 +231,11 @@ def results(measured: Sequence[Measured], origin: Origin) -> dict[str, Any]:
 
 
 def _device(kind: str) -> dict[str, str]:
-    facts = {"board": board(), "machine": f"{platform.machine()} CPU", "python": platform.python_version()}
+    facts = {
+        "board": board(),
+        "machine": f"{platform.machine()} CPU",
+        "python": platform.python_version(),
+    }
     if kind == "cpu" or why_no_gpu():
         return {**facts, "gpu": "", "compute_capability": ""}
     cuda = Cuda()

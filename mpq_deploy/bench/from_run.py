@@ -21,7 +21,12 @@ from mpq_deploy.engine.target import Target
 from mpq_deploy.errors import UsageError
 from mpq_deploy.formats.scheme import FP16
 from mpq_deploy.graph.dialects import dialect_named
-from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED, FloatGraph, write_quantized
+from mpq_deploy.graph.writers.deployed_graphs import (
+    DEPLOYED,
+    SIMULATED,
+    FloatGraph,
+    write_quantized,
+)
 from mpq_deploy.graph.writers.quantize_layers import LayerRewrite
 
 if TYPE_CHECKING:
@@ -54,7 +59,9 @@ def _takes_engine(engine: Path, wish: Wish) -> bool:
     if wish.backend == ORT or wish.device == "cpu":
         return False
     if wish.backend != "auto" and not engine.is_file():
-        raise UsageError(f"There is no engine at {engine}.", "Build it, or give --backend onnxruntime.")
+        raise UsageError(
+            f"There is no engine at {engine}.", "Build it, or give --backend onnxruntime."
+        )
     if not engine.is_file():
         return False
     try:

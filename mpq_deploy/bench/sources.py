@@ -42,14 +42,26 @@ def subject_of(file: Path, name: str, wish: Wish) -> Subject:
     if file.suffix in ENGINES:
         return _engine(file, name, wish)
     if file.suffix != ".onnx":
-        raise UsageError(f"{file} is no .onnx and no .engine file.", "Give one of these, or a run folder.")
+        raise UsageError(
+            f"{file} is no .onnx and no .engine file.", "Give one of these, or a run folder."
+        )
     if wish.backend not in ("auto", ORT):
         what = f"{file} is a graph: {wish.backend} runs engines."
         raise UsageError(what, "Build one, or give --backend onnxruntime.")
-    device = "cuda" if wish.device == "cuda" or (wish.device == "auto" and cuda_provider()) else "cpu"
+    device = (
+        "cuda" if wish.device == "cuda" or (wish.device == "auto" and cuda_provider()) else "cpu"
+    )
     # As mpq_deploy.load: integer kernels of some CPUs saturate, which no target does.
     return Subject(
-        name, str(file.resolve()), ORT, device, wish.batch, wish.threads, device == "cpu", False, wish.shapes
+        name,
+        str(file.resolve()),
+        ORT,
+        device,
+        wish.batch,
+        wish.threads,
+        device == "cpu",
+        False,
+        wish.shapes,
     )
 
 
@@ -61,7 +73,9 @@ def _engine(file: Path, name: str, wish: Wish) -> Subject:
             "Time the graph it was built from in ONNX Runtime instead, which says nothing about the engine.",
         )
     library = wish.backend if wish.backend in LIBRARIES else library_of(file)
-    return Subject(name, str(file.resolve()), library, "cuda", wish.batch, 0, False, wish.graphs, wish.shapes)
+    return Subject(
+        name, str(file.resolve()), library, "cuda", wish.batch, 0, False, wish.graphs, wish.shapes
+    )
 
 
 def library_of(engine: Path) -> str:

@@ -16,7 +16,9 @@ MIN_ROUNDS = 5
 def call_times(milliseconds: Sequence[float]) -> dict[str, float]:
     """Return mean and percentiles in milliseconds, and the number of calls."""
     times = np.asarray(milliseconds, np.float64)
-    percentiles = {f"p{percent}_ms": float(np.percentile(times, percent)) for percent in PERCENTILES}
+    percentiles = {
+        f"p{percent}_ms": float(np.percentile(times, percent)) for percent in PERCENTILES
+    }
     return {"mean_ms": float(times.mean()), "calls": len(times), **percentiles}
 
 
@@ -26,14 +28,19 @@ def summary(milliseconds: Sequence[float], batch: int) -> dict[str, float]:
     return {**times, "samples_per_second": 1e3 * batch / times["mean_ms"]}
 
 
-def ratio(ours: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> dict[str, float | int | None]:
+def ratio(
+    ours: Sequence[Sequence[float]], other: Sequence[Sequence[float]]
+) -> dict[str, float | int | None]:
     """Return median(ours) / median(other) over all calls, with its bootstrap interval over rounds.
 
     Both are [rounds, calls]; round i of both ran side by side and is drawn as one. Percentile
     bootstrap (Efron 1979), seeded; no interval below ``MIN_ROUNDS`` rounds.
     """
     a, b = np.asarray(ours, np.float64), np.asarray(other, np.float64)
-    ratio: dict[str, float | int | None] = {"value": float(np.median(a) / np.median(b)), "rounds": len(a)}
+    ratio: dict[str, float | int | None] = {
+        "value": float(np.median(a) / np.median(b)),
+        "rounds": len(a),
+    }
     if len(a) < MIN_ROUNDS:
         return {**ratio, "low": None, "high": None}
     rows = np.random.default_rng(SEED).integers(0, len(a), (DRAWS, len(a)))

@@ -40,7 +40,9 @@ class OrtCall:
             ort = importlib.import_module("onnxruntime")
             options = importlib.import_module("mpq_deploy.runtime.ort")
         except ImportError as error:
-            raise MissingDependencyError("onnxruntime", "torch", f"Timing {subject.file}") from error
+            raise MissingDependencyError(
+                "onnxruntime", "torch", f"Timing {subject.file}"
+            ) from error
         provider = "CUDAExecutionProvider" if subject.device == "cuda" else "CPUExecutionProvider"
         if provider not in ort.get_available_providers():
             providers = ", ".join(ort.get_available_providers())
@@ -106,7 +108,9 @@ class EngineCall:
         try:
             trt = importlib.import_module(subject.backend)
         except ImportError as error:
-            raise MissingDependencyError(subject.backend, "rtx", f"Running {subject.file}") from error
+            raise MissingDependencyError(
+                subject.backend, "rtx", f"Running {subject.file}"
+            ) from error
         logger = trt.Logger(trt.Logger.WARNING)
         self._runner = EngineRunner(trt, cuda, Path(subject.file), logger, subject.graphs)
         self.version = str(trt.__version__)
@@ -151,7 +155,9 @@ def gpu_of(subject: Subject) -> Cuda | None:
     return Cuda() if subject.device == "cuda" else None
 
 
-def serve(subject: Subject, orders: Callable[[], str], answer: Callable[[dict[str, Any]], None]) -> None:
+def serve(
+    subject: Subject, orders: Callable[[], str], answer: Callable[[dict[str, Any]], None]
+) -> None:
     """Open the subject, then run as many calls as each order says."""
     interpreter, gpu = peak_rss_bytes(), gpu_of(subject)
     free = gpu.free_bytes() if gpu else 0

@@ -75,10 +75,15 @@ def activation_shapes(
             feed = feed_rows(spec, sample, float(recorded.timesteps[0]), rows, calls.conditions)
             shapes.append(session.run(None, {k: v for k, v in feed.items() if k in names_fed}))
     one, two = shapes[0], shapes[-1]
-    return {name: _shape(name, a.tolist(), b.tolist()) for name, a, b in zip(names, one, two, strict=True)}
+    return {
+        name: _shape(name, a.tolist(), b.tolist())
+        for name, a, b in zip(names, one, two, strict=True)
+    }
 
 
-def _declared(graph: LayerGraph, spec: DenoiserSpec, names: tuple[str, ...]) -> dict[str, ActivationShape] | None:
+def _declared(
+    graph: LayerGraph, spec: DenoiserSpec, names: tuple[str, ...]
+) -> dict[str, ActivationShape] | None:
     """Return the shapes that the graph declares; None unless complete but for the batch."""
     values = tensors_of(graph.model)
     sample = values.get(spec.sample.name)
@@ -126,7 +131,11 @@ def _shape(name: str, one: list[int], two: list[int]) -> ActivationShape:
             "Check the inputs' shapes, or export the model without that layer.",
         )
     changed = [axis for axis, (a, b) in enumerate(zip(one, two)) if a != b]
-    if len(one) != len(two) or len(changed) > 1 or any(two[axis] != 2 * one[axis] for axis in changed):
+    if (
+        len(one) != len(two)
+        or len(changed) > 1
+        or any(two[axis] != 2 * one[axis] for axis in changed)
+    ):
         raise ModelError(
             f"The activation '{name}' has shape {one} for one call and {two} for two.",
             "Export the model with a batch axis that every activation follows.",

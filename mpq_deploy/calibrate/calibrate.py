@@ -87,14 +87,18 @@ def weight_ranges(graph: LayerGraph) -> dict[str, Array]:
             continue
         axis = 1 - layer.out_axis
         weight = np.abs(weight_array(graph.model, layer))
-        largest = weight.max(axis=tuple(a for a in range(weight.ndim) if a != axis)).astype(np.float64)
+        largest = weight.max(axis=tuple(a for a in range(weight.ndim) if a != axis)).astype(
+            np.float64
+        )
         drop_pages(graph.model.graph.initializers[layer.weight].const_value)
         for tensor in layer.inputs:
             ranges[tensor] = np.maximum(ranges[tensor], largest) if tensor in ranges else largest
     return ranges
 
 
-def summarise(seen: Observation, weights: Mapping[str, Array], settings: CalibrateSettings) -> CalibrationStats:
+def summarise(
+    seen: Observation, weights: Mapping[str, Array], settings: CalibrateSettings
+) -> CalibrationStats:
     """Turn sums into moments and choose each tensor's INT8 scale over all timesteps and samples.
 
     ``weights``: as ``weight_ranges`` returns them.
@@ -104,7 +108,9 @@ def summarise(seen: Observation, weights: Mapping[str, Array], settings: Calibra
         place = slice(seen.offsets[number], seen.offsets[number + 1])
         amax, count = seen.amax[place], seen.counts[number]
         values = seen.values[number]
-        scale = activation_scale(settings.scale, values, float(amax.max()), count * len(amax), settings.percentile)
+        scale = activation_scale(
+            settings.scale, values, float(amax.max()), count * len(amax), settings.percentile
+        )
         # Channels that stretch the range, rarely (range of all timesteps) or often (fourth moment).
         stretch = amax * np.sqrt(np.sqrt(seen.fourth_sum[place] / count))
         outliers = np.argsort(-stretch, kind="stable").astype(np.int32)
@@ -122,13 +128,17 @@ def summarise(seen: Observation, weights: Mapping[str, Array], settings: Calibra
             outliers,
             np.array([_scale_of(rest, seen, number, settings) for rest in rests]),
             factors,
-            np.array([_rescaled_scale(row.astype(np.float64), seen, number, settings) for row in factors]),
+            np.array(
+                [_rescaled_scale(row.astype(np.float64), seen, number, settings) for row in factors]
+            ),
             float(count * len(amax)),
         )
     return CalibrationStats(activations)
 
 
-def _rescaled_scale(factors: Array, seen: Observation, number: int, settings: CalibrateSettings) -> float:
+def _rescaled_scale(
+    factors: Array, seen: Observation, number: int, settings: CalibrateSettings
+) -> float:
     """Choose activation ``number``'s INT8 scale with its channels multiplied by ``factors`` [C]."""
     amax = seen.amax[seen.offsets[number] : seen.offsets[number + 1]] * factors
     sample = seen.values[number] * factors[seen.channels[number]]
@@ -136,7 +146,9 @@ def _rescaled_scale(factors: Array, seen: Observation, number: int, settings: Ca
     return activation_scale(settings.scale, sample, float(amax.max()), count, settings.percentile)
 
 
-def _scale_of(channels: Array, seen: Observation, number: int, settings: CalibrateSettings) -> float:
+def _scale_of(
+    channels: Array, seen: Observation, number: int, settings: CalibrateSettings
+) -> float:
     """Choose the INT8 scale of some channels of activation ``number``; the smallest for none."""
     if not len(channels):
         return SMALLEST_SCALE

@@ -60,7 +60,9 @@ class CallMoments:
 
     def at(self, index: int) -> CallMoments:
         """Return the moments of one timestep, float64 [N, C]."""
-        return CallMoments(self.timesteps[index], self.positions, *(getattr(self, name)[index] for name in SUMS))
+        return CallMoments(
+            self.timesteps[index], self.positions, *(getattr(self, name)[index] for name in SUMS)
+        )
 
     def fit(self, calls: Array, bias_per: BiasPer) -> tuple[float, Array]:
         """Return the least-squares k and b [C or 1] of d = k m + b over the calls of a mask [N]."""
@@ -99,26 +101,39 @@ def call_moments(
     with talk.bar("float and quantized outputs of the calibration calls", len(parts)) as advance:
         done = 0
         for batch in calls.batches(batch_size):
-            taken = {name: values[recorded.rows[batch.calls]] for name, values in calls.conditions.items()}
+            taken = {
+                name: values[recorded.rows[batch.calls]]
+                for name, values in calls.conditions.items()
+            }
             sample = recorded.samples[batch.step, batch.calls]
-            outputs = [_finite(model, sample, batch.timestep, taken)[:, :channels] for model in models]
-            parts[batch.step].append(CallMoments.of(np.array([batch.timestep]), outputs[0][None], outputs[1][None]))
+            outputs = [
+                _finite(model, sample, batch.timestep, taken)[:, :channels] for model in models
+            ]
+            parts[batch.step].append(
+                CallMoments.of(np.array([batch.timestep]), outputs[0][None], outputs[1][None])
+            )
             advance(batch.step - done)
             done = batch.step
         advance(len(parts) - done)
     return _joined(recorded.timesteps, parts)
 
 
-def _finite(model: DenoiserCall, sample: Array, timestep: float, conditions: dict[str, Array]) -> Array:
+def _finite(
+    model: DenoiserCall, sample: Array, timestep: float, conditions: dict[str, Array]
+) -> Array:
     output = model(sample, timestep, conditions)
     if not np.isfinite(output).all():
-        raise ModelError(f"An output on the calibration calls is not finite at timestep {timestep:g}.")
+        raise ModelError(
+            f"An output on the calibration calls is not finite at timestep {timestep:g}."
+        )
     return output
 
 
 def _joined(timesteps: Array, parts: list[list[CallMoments]]) -> CallMoments:
     sums = {
-        name: np.concatenate([np.concatenate([getattr(part, name) for part in step], axis=1) for step in parts])
+        name: np.concatenate(
+            [np.concatenate([getattr(part, name) for part in step], axis=1) for step in parts]
+        )
         for name in SUMS
     }
     return CallMoments(np.asarray(timesteps, np.float64), parts[0][0].positions, **sums)
@@ -138,7 +153,8 @@ def fit_correction(
     calls, channels = moments.m.shape[1:]
     if calls < 2:
         raise UsageError(
-            f"PTQD's correction cannot be fitted on {calls} call.", "Calibrate on more samples (calibrate.samples)."
+            f"PTQD's correction cannot be fitted on {calls} call.",
+            "Calibrate on more samples (calibrate.samples).",
         )
     folds = min(FOLDS, calls)
     order = np.argsort(moments.timesteps)
@@ -188,11 +204,15 @@ def _refusal(gains: Array, slopes: list[float]) -> str:
         return f"not applied: a slope of {min(slopes):.2f} is no small error"
     needed = STANDARD_ERRORS * float(np.std(gains, ddof=1)) / len(gains) ** 0.5
     if float(gains.mean()) <= needed:
-        return "not applied: the error of held-out calls does not fall by more than its standard error"
+        return (
+            "not applied: the error of held-out calls does not fall by more than its standard error"
+        )
     return ""
 
 
 def _ratio(error: float, energy: float) -> float:
     if energy <= 0:
-        raise ModelError("The float model's output is zero everywhere, so it has no relative error.")
+        raise ModelError(
+            "The float model's output is zero everywhere, so it has no relative error."
+        )
     return error / energy

@@ -47,7 +47,9 @@ class GramGraph:
     outputs: tuple[str, ...]
 
     @classmethod
-    def of(cls, graph: LayerGraph, layers: tuple[Layer, ...], shapes: Mapping[str, ActivationShape]) -> GramGraph:
+    def of(
+        cls, graph: LayerGraph, layers: tuple[Layer, ...], shapes: Mapping[str, ActivationShape]
+    ) -> GramGraph:
         """Observe the outputs of ``layers``, whose shapes for one call are ``shapes``."""
         model = graph.model.clone()
         writer = ObserverWriter(model)
@@ -62,17 +64,25 @@ class GramGraph:
         outputs = tuple(value.name or "" for value in model.graph.outputs)
         return cls(model, layers, tuple(uses), outputs)
 
-    def grams(self, session: ort.InferenceSession, feeds: Mapping[str, Array], count: int, timestep: float) -> Array:
+    def grams(
+        self, session: ort.InferenceSession, feeds: Mapping[str, Array], count: int, timestep: float
+    ) -> Array:
         """Run ``count`` calls; return the layers' Gram matrices, float64 [L, N, N], 0 if constant.
 
         ``session`` is of this graph, ``feeds`` holds N = ``count`` calls of ``timestep``. Raises
         ModelError, naming the layer, for an output that is not finite.
         """
         inputs = {entry.name for entry in session.get_inputs()}
-        results = session.run(list(self.outputs), {k: v for k, v in feeds.items() if k in inputs}) if self.uses else []
+        results = (
+            session.run(list(self.outputs), {k: v for k, v in feeds.items() if k in inputs})
+            if self.uses
+            else []
+        )
         total = np.zeros((len(self.layers), count, count), np.float64)
         power = np.zeros(len(self.layers), np.float64)
-        for use, (index, gram, mean) in enumerate(zip(self.uses, results[0::2], results[1::2], strict=True)):
+        for use, (index, gram, mean) in enumerate(
+            zip(self.uses, results[0::2], results[1::2], strict=True)
+        ):
             if not (np.isfinite(gram).all() and np.isfinite(mean)):
                 raise ModelError(
                     f"The output of layer '{self.layers[index].name}' (use {use}) is not finite at timestep "

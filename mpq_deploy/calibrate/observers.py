@@ -45,8 +45,8 @@ class Observation:
 
     Per channel, float64 [sum C_i]: ``amax``, ``square_sum`` (of x^2), ``fourth_sum`` (of x^4).
     ``counts`` float64 [T]: values seen per channel. ``amax_by_timestep`` float32 [K, T]. The
-    reservoir: ``priorities`` uint64 [R'], ascending, common to all tensors, ``values`` float32 [T, R']
-    and the ``channels`` int32 [T, R'] they come from.
+    reservoir: ``priorities`` uint64 [R'], ascending, common to all tensors, ``values`` float32 [T,
+    R'] and the ``channels`` int32 [T, R'] they come from.
     """
 
     names: tuple[str, ...]
@@ -67,7 +67,11 @@ def merge(a: Observation, b: Observation) -> Observation:
 
     ValueError when they are of different tensors, timesteps or reservoir sizes.
     """
-    if (a.names, a.reservoir, a.amax_by_timestep.shape) != (b.names, b.reservoir, b.amax_by_timestep.shape):
+    if (a.names, a.reservoir, a.amax_by_timestep.shape) != (
+        b.names,
+        b.reservoir,
+        b.amax_by_timestep.shape,
+    ):
         raise ValueError("The observations are of different graphs, timesteps or reservoir sizes.")
     if not np.array_equal(a.offsets, b.offsets):
         raise ValueError("The observations are of tensors with different channels.")
@@ -136,7 +140,9 @@ class ObservedGraph:
         """Add the reductions to a copy of ``graph``, each right after the node that it observes."""
         model = graph.model.clone()
         writer = ObserverWriter(model)
-        convolved = {use.input for layer in graph.layers if layer.op == "Conv" for use in layer.uses}
+        convolved = {
+            use.input for layer in graph.layers if layer.op == "Conv" for use in layer.uses
+        }
         values = tensors_of(model)
         model.graph.outputs.clear()
         channels = []
@@ -146,7 +152,9 @@ class ObservedGraph:
         outputs = tuple(value.name or "" for value in model.graph.outputs)
         return cls(model, shapes, tuple(channels), outputs)
 
-    def run(self, session: ort.InferenceSession, batch: Batch, settings: CalibrateSettings) -> list[Array]:
+    def run(
+        self, session: ort.InferenceSession, batch: Batch, settings: CalibrateSettings
+    ) -> list[Array]:
         """Run a batch on the graph, opened as ``session``; return its outputs in order."""
         _, draws = draws_of(settings, batch)
         feed = {**batch.feed, **self.positions(draws)}
@@ -187,7 +195,10 @@ class ObserverWriter:
         if tensor.dtype != ir.DataType.FLOAT:
             tensor = self.op("Cast", tensor, to=ir.DataType.FLOAT)
         if shape.batch_axis:
-            order = [shape.batch_axis, *(a for a in range(len(shape.shape)) if a != shape.batch_axis)]
+            order = [
+                shape.batch_axis,
+                *(a for a in range(len(shape.shape)) if a != shape.batch_axis),
+            ]
             tensor = self.op("Transpose", tensor, perm=order)
         sizes = list(shape.shape)
         if convolved:
@@ -264,10 +275,16 @@ def draws_of(settings: CalibrateSettings, batch: Batch) -> tuple[Array, Array]:
     return priorities, draws
 
 
-def _smallest(priorities: Array, values: Array, channels: Array, count: int) -> tuple[Array, Array, Array]:
+def _smallest(
+    priorities: Array, values: Array, channels: Array, count: int
+) -> tuple[Array, Array, Array]:
     """Keep the columns [T, n] with the ``count`` smallest priorities, in ascending order."""
     # Equal priorities (one in 2^64) are ordered by value, so that no order of merging shows.
-    order = np.lexsort((values[0], priorities))[:count] if len(values) else np.argsort(priorities)[:count]
+    order = (
+        np.lexsort((values[0], priorities))[:count]
+        if len(values)
+        else np.argsort(priorities)[:count]
+    )
     return priorities[order], values[:, order], channels[:, order]
 
 
@@ -283,9 +300,21 @@ def _channel_of(draws: Array, shape: ActivationShape, convolved: bool) -> Array:
 class Totals:
     """Sums what each batch gives into one Observation."""
 
-    def __init__(self, graph: LayerGraph, observed: ObservedGraph, timesteps: int, settings: CalibrateSettings) -> None:
-        self.graph, self.shapes, self.reservoir = graph, list(observed.shapes.items()), settings.reservoir
-        self.offsets = np.concatenate([[0], np.cumsum(observed.channels, dtype=np.int64)]).astype(np.int64)
+    def __init__(
+        self,
+        graph: LayerGraph,
+        observed: ObservedGraph,
+        timesteps: int,
+        settings: CalibrateSettings,
+    ) -> None:
+        self.graph, self.shapes, self.reservoir = (
+            graph,
+            list(observed.shapes.items()),
+            settings.reservoir,
+        )
+        self.offsets = np.concatenate([[0], np.cumsum(observed.channels, dtype=np.int64)]).astype(
+            np.int64
+        )
         size = int(self.offsets[-1])
         self.amax, self.square_sum, self.fourth_sum = (np.zeros(size, np.float64) for _ in range(3))
         self.counts = np.zeros(len(self.shapes), np.float64)
@@ -293,7 +322,9 @@ class Totals:
         self.priorities = np.empty(0, np.uint64)
         self.values = np.empty((len(self.shapes), 0), np.float32)
         self.channels = np.empty((len(self.shapes), 0), np.int32)
-        self.convolved = {use.input for layer in graph.layers if layer.op == "Conv" for use in layer.uses}
+        self.convolved = {
+            use.input for layer in graph.layers if layer.op == "Conv" for use in layer.uses
+        }
 
     def add(self, batch: Batch, results: list[Array], priorities: Array, draws: Array) -> None:
         """Add the outputs of one run."""
@@ -301,7 +332,8 @@ class Totals:
         for number, (name, shape) in enumerate(self.shapes):
             channels = int(self.offsets[number + 1] - self.offsets[number])
             greatest, squares, fourths = (
-                r.reshape(-1, channels).astype(np.float64) for r in results[4 * number : 4 * number + 3]
+                r.reshape(-1, channels).astype(np.float64)
+                for r in results[4 * number : 4 * number + 3]
             )
             if len(squares) != (calls if shape.batch_axis is not None else 1):
                 raise ModelError(
@@ -320,7 +352,9 @@ class Totals:
             self.square_sum[place] += square_sum
             self.fourth_sum[place] += fourth_sum
             self.counts[number] += calls * (shape.elements // channels)
-            self.by_timestep[batch.step, number] = max(self.by_timestep[batch.step, number], amax.max())
+            self.by_timestep[batch.step, number] = max(
+                self.by_timestep[batch.step, number], amax.max()
+            )
         values = np.stack([r.ravel() for r in results[3::4]]) if results else self.values[:, :0]
         places = [_channel_of(draws, shape, name in self.convolved) for name, shape in self.shapes]
         self.priorities, self.values, self.channels = _smallest(
@@ -333,7 +367,11 @@ class Totals:
     def _not_finite(self, name: str, finite: Array, fourth_sum: Array, batch: Batch) -> ModelError:
         readers = self.graph.activations[name]
         channel = int(np.argmin(np.isfinite(fourth_sum)))
-        what = "is not finite" if not finite.all() else "is so large that its fourth power is not finite"
+        what = (
+            "is not finite"
+            if not finite.all()
+            else "is so large that its fourth power is not finite"
+        )
         return ModelError(
             f"The activation '{name}', read by layer '{readers[0]}', {what} in channel {channel} "
             f"at timestep {batch.timestep:g}.",

@@ -26,7 +26,9 @@ TAIL_POINTS = 16
 SEARCH_POINTS = 4096
 
 
-def activation_scale(method: str, sample: Array, amax: float, count: float, percentile: float = 99.99) -> float:
+def activation_scale(
+    method: str, sample: Array, amax: float, count: float, percentile: float = 99.99
+) -> float:
     """Return the scale, a positive normal FP16 number, by ``method``: mse, percentile or absmax.
 
     ``sample`` float [R]: a uniform sample of the ``count`` values; ``amax``: their exact maximum.
@@ -70,7 +72,9 @@ def with_tail(sample: Array, amax: float, count: float) -> tuple[Array, Array]:
     return np.append(sample, tail), weights / weights.sum()
 
 
-def mse_scale(points: Array, weights: Array, amax: float, limits: tuple[int, int] = (QUANT_MIN, QUANT_MAX)) -> float:
+def mse_scale(
+    points: Array, weights: Array, amax: float, limits: tuple[int, int] = (QUANT_MIN, QUANT_MAX)
+) -> float:
     """Return the FP16 scale of minimum expected squared error with codes clipped to ``limits``."""
     coarse = _rounded(amax / limits[1] * COARSE_RATIOS)
     best = coarse[np.argmin(quantization_error(points, weights, coarse, limits))]
@@ -91,8 +95,13 @@ def simulated_grid(bits: int, sample: Array, amax: float, count: float) -> Activ
         return ActivationGrid(SMALLEST_SCALE, 0, levels)
     sign = 1.0 if sample[np.argmax(np.abs(sample))] >= 0 else -1.0
     points, weights = with_tail(sign * sample[:: -(-len(sample) // SEARCH_POINTS)], amax, count)
-    best, lowest = ActivationGrid(round_scale(2 * amax / levels), -(levels // 2), levels - levels // 2), np.inf
-    for below in np.unique(np.rint(np.linspace(0, (levels + 1) / 2, min(17, 2 ** (bits - 1) + 1))).astype(int)):
+    best, lowest = (
+        ActivationGrid(round_scale(2 * amax / levels), -(levels // 2), levels - levels // 2),
+        np.inf,
+    )
+    for below in np.unique(
+        np.rint(np.linspace(0, (levels + 1) / 2, min(17, 2 ** (bits - 1) + 1))).astype(int)
+    ):
         limits = (-int(below), levels - int(below))
         scale = mse_scale(points, weights, amax, limits)
         error = float(quantization_error(points, weights, np.array([scale]), limits)[0])
@@ -117,8 +126,12 @@ def quantization_error(
     np.clip(codes, *limits, out=codes)
     codes *= step
     codes -= x
-    return unit**2 * np.asarray(np.square(codes, out=codes) @ np.asarray(weights, np.float32), np.float64)
+    return unit**2 * np.asarray(
+        np.square(codes, out=codes) @ np.asarray(weights, np.float32), np.float64
+    )
 
 
 def _rounded(scales: Array) -> Array:
-    return np.unique(np.clip(scales, SMALLEST_SCALE, LARGEST_SCALE).astype(np.float16)).astype(np.float32)
+    return np.unique(np.clip(scales, SMALLEST_SCALE, LARGEST_SCALE).astype(np.float16)).astype(
+        np.float32
+    )

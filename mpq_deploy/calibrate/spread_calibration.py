@@ -95,7 +95,9 @@ def record_in_shards(pool: Pool, setup: CalibrationSetup, talk: Talk) -> Calibra
         return record_trajectories(setup.denoiser(setup.model), sampler, setup.settings, talk)
     size, count = setup.settings.batch_size, setup.settings.samples
     tasks = [_Record(start, min(start + size, count)) for start in range(0, count, size)]
-    shards = [Shard(f"trajectories {t.start} to {t.stop - 1}", t, len(sampler.timesteps)) for t in tasks]
+    shards = [
+        Shard(f"trajectories {t.start} to {t.stop - 1}", t, len(sampler.timesteps)) for t in tasks
+    ]
     parts = list(run_shards(pool, "record trajectories", shards, talk))
     return CalibrationSet(
         np.concatenate([part["samples"] for part in parts], axis=1),
@@ -117,7 +119,11 @@ def observe_in_shards(
     observed = ObservedGraph.of(graph, activation_shapes(graph, calls, talk, scratch))
     total = Totals(graph, observed, len(recorded.timesteps), settings)
     shards = [
-        Shard(f"timestep {timestep:g}", _Observe(step, recorded.at(np.array([step]))), len(recorded.rows))
+        Shard(
+            f"timestep {timestep:g}",
+            _Observe(step, recorded.at(np.array([step]))),
+            len(recorded.rows),
+        )
         for step, timestep in enumerate(recorded.timesteps)
     ]
     for step, result in enumerate(run_shards(pool, "observe activations", shards, talk)):
@@ -136,7 +142,9 @@ def _open(setup: CalibrationSetup, scratch: Path | None, root: Path, talk: Talk)
     worker = _Calibrating(setup, root, None if scratch is None else root / scratch)
 
     def work(task: _Record | _Observe, inner: Talk) -> Result:
-        return worker.record(task, inner) if isinstance(task, _Record) else worker.observe(task, inner)
+        return (
+            worker.record(task, inner) if isinstance(task, _Record) else worker.observe(task, inner)
+        )
 
     return work
 
@@ -155,7 +163,9 @@ class _Calibrating:
         if self._denoiser is None:
             self._denoiser = setup.denoiser(self._model)
         part = slice(task.start, task.stop)
-        recorded = record_trajectories(self._denoiser, setup.make_sampler(), setup.settings, talk, part)
+        recorded = record_trajectories(
+            self._denoiser, setup.make_sampler(), setup.settings, talk, part
+        )
         return {name: getattr(recorded, name) for name in ("samples", "timesteps", "rows")}
 
     def observe(self, task: _Observe, talk: Talk) -> Result:
@@ -172,7 +182,9 @@ class _Calibrating:
                 advance(len(batch.calls))
         return outputs
 
-    def _session(self, recorded: CalibrationSet, talk: Talk) -> tuple[ObservedGraph, ort.InferenceSession]:
+    def _session(
+        self, recorded: CalibrationSet, talk: Talk
+    ) -> tuple[ObservedGraph, ort.InferenceSession]:
         if self._observing is None:
             # A session is made from a hard link to the weights, which other readers of them refuse:
             # one at a time, and the link goes as soon as ONNX Runtime has mapped the file.
@@ -180,7 +192,9 @@ class _Calibrating:
                 self._observing = self._opened(recorded, talk)
         return self._observing
 
-    def _opened(self, recorded: CalibrationSet, talk: Talk) -> tuple[ObservedGraph, ort.InferenceSession]:
+    def _opened(
+        self, recorded: CalibrationSet, talk: Talk
+    ) -> tuple[ObservedGraph, ort.InferenceSession]:
         setup, graph = self._setup, layer_graph(load_model(self._model))
         if self._scratch is not None:
             self._scratch.mkdir(exist_ok=True)

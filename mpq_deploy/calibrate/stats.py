@@ -44,7 +44,9 @@ class ActivationStats:
     def simulated(self, bits: int) -> ActivationGrid:
         """Return the quantizer of a simulated format of ``bits``, found by a search of its own."""
         if bits not in self._searched:
-            self._searched[bits] = simulated_grid(bits, self.reservoir, float(self.amax.max()), self.count)
+            self._searched[bits] = simulated_grid(
+                bits, self.reservoir, float(self.amax.max()), self.count
+            )
         return self._searched[bits]
 
     @cached_property

@@ -28,7 +28,9 @@ class CorrectedSampler:
         return self._sampler.step(corrected, step_index, x)
 
 
-def corrected_sampler(sampler: Sampler, correction: Correction, spec: DenoiserSpec) -> tuple[Sampler, str]:
+def corrected_sampler(
+    sampler: Sampler, correction: Correction, spec: DenoiserSpec
+) -> tuple[Sampler, str]:
     """Return ``sampler`` with the correction in front, and in words what of it applies.
 
     The built-in DDIM (eta 0) gets slope and bias; a scheduler of diffusers what
@@ -41,5 +43,7 @@ def corrected_sampler(sampler: Sampler, correction: Correction, spec: DenoiserSp
             "Use the correction that was made with this model.",
         )
     if isinstance(sampler, DiffusersSampler):
-        return sampler.corrected(correction, 1.0 if spec.uncond_row is None else spec.guidance_scale)
+        return sampler.corrected(
+            correction, 1.0 if spec.uncond_row is None else spec.guidance_scale
+        )
     return CorrectedSampler(sampler, correction), "slope and bias only: the sampler adds no noise"

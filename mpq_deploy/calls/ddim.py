@@ -53,7 +53,10 @@ def _cumulative(betas: Array) -> Array:
 
 def _named_schedule(config: dict[str, Any]) -> Array:
     count = int(config.get("num_train_timesteps", TRAIN_TIMESTEPS))
-    start, end = float(config.get("beta_start", BETA_START)), float(config.get("beta_end", BETA_END))
+    start, end = (
+        float(config.get("beta_start", BETA_START)),
+        float(config.get("beta_end", BETA_END)),
+    )
     schedule = config.get("beta_schedule", "linear")
     if schedule == "linear":
         return np.linspace(start, end, count)
@@ -90,7 +93,8 @@ def spaced_timesteps(config: dict[str, Any], steps: int) -> Array:
     count = int(config.get("num_train_timesteps", 1000))
     if not 1 <= steps <= count:
         raise UsageError(
-            f"Invalid number of sampling steps: {steps}.", f"The scheduler has {count} timesteps: choose 1 to {count}."
+            f"Invalid number of sampling steps: {steps}.",
+            f"The scheduler has {count} timesteps: choose 1 to {count}.",
         )
     spacing = str(config.get("timestep_spacing", "leading"))
     if spacing == "linspace":

@@ -56,22 +56,30 @@ class DiffusersSampler:
             self._begin()
         if not hasattr(self._scheduler, "scale_model_input"):
             return x
-        scaled = self._scheduler.scale_model_input(self._torch.from_numpy(x), self._timesteps[step_index])
+        scaled = self._scheduler.scale_model_input(
+            self._torch.from_numpy(x), self._timesteps[step_index]
+        )
         return np.asarray(scaled.numpy(), np.float32)
 
     def step(self, model_output: Array, step_index: int, x: Array) -> Array:
         """Return the sample of the next timestep; float32 [N, ...] in and out."""
         options = {"generator": self._generator} if self._takes_generator else {}
         output, sample = self._torch.from_numpy(model_output), self._torch.from_numpy(x)
-        stepped = self._scheduler.step(output, self._timesteps[step_index], sample, return_dict=False, **options)[0]
+        stepped = self._scheduler.step(
+            output, self._timesteps[step_index], sample, return_dict=False, **options
+        )[0]
         return np.asarray(stepped.numpy(), np.float32)
 
-    def corrected(self, correction: Correction, guidance_scale: float) -> tuple[DiffusersSampler, str]:
+    def corrected(
+        self, correction: Correction, guidance_scale: float
+    ) -> tuple[DiffusersSampler, str]:
         """Return this sampler with corrected outputs, and in words which corrections apply."""
         from mpq_deploy.runtime.corrected_scheduler import CorrectedScheduler
 
         sampler = copy.copy(self)
-        sampler._scheduler = CorrectedScheduler(self._scheduler, correction, guidance_scale=guidance_scale)
+        sampler._scheduler = CorrectedScheduler(
+            self._scheduler, correction, guidance_scale=guidance_scale
+        )
         sampler.name = f"{self.name}, corrected"
         return sampler, sampler._scheduler.variance_note
 
@@ -99,7 +107,10 @@ def _schedule(config: dict[str, Any], tokens: int | None, steps: int) -> dict[st
         return {}
     arguments: dict[str, Any] = {"sigmas": np.linspace(1.0, 1 / steps, steps).tolist()}
     if dynamic:
-        few, many = int(config.get("base_image_seq_len", 256)), int(config.get("max_image_seq_len", 4096))
+        few, many = (
+            int(config.get("base_image_seq_len", 256)),
+            int(config.get("max_image_seq_len", 4096)),
+        )
         low, high = float(config.get("base_shift", 0.5)), float(config.get("max_shift", 1.15))
         arguments["mu"] = low + (high - low) * (tokens - few) / (many - few)
     return arguments

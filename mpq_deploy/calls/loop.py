@@ -20,7 +20,9 @@ OnCall = Callable[[int, float, Array, Array], None]
 class DenoiserCall(Protocol):
     """A denoiser: sample [M, ...], timestep, conditions with M rows -> output [M, ...], float32."""
 
-    def __call__(self, sample: Array, timestep: float | Array, conditions: dict[str, Array]) -> Array:
+    def __call__(
+        self, sample: Array, timestep: float | Array, conditions: dict[str, Array]
+    ) -> Array:
         """Return the denoiser's output."""
 
 
@@ -30,11 +32,15 @@ def initial_noise(spec: DenoiserSpec, count: int, seed: int) -> Array:
     Sample i is the same for any ``count``: it has a generator of its own, seeded with (seed, i).
     """
     shape = spec.sample.shape
-    noise = [np.random.default_rng((seed, i)).standard_normal(shape, np.float32) for i in range(count)]
+    noise = [
+        np.random.default_rng((seed, i)).standard_normal(shape, np.float32) for i in range(count)
+    ]
     return np.stack(noise) if noise else np.empty((0, *shape), np.float32)
 
 
-def first_samples(spec: DenoiserSpec, rows: Array, conditions: dict[str, Array], seed: int) -> Array:
+def first_samples(
+    spec: DenoiserSpec, rows: Array, conditions: dict[str, Array], seed: int
+) -> Array:
     """Return what each trajectory begins with, float32 [len(rows), *sample shape].
 
     Noise (see ``initial_noise``), or rows of its own inputs without timesteps.

@@ -88,7 +88,9 @@ def feed_rows(
 
     ``rows`` int64 [M] picks each call's row of the arrays in ``conditions``.
     """
-    return model_feeds(spec, sample, timestep, {name: values[rows] for name, values in conditions.items()})
+    return model_feeds(
+        spec, sample, timestep, {name: values[rows] for name, values in conditions.items()}
+    )
 
 
 @dataclass(frozen=True)
@@ -99,14 +101,23 @@ class RecordedCalls:
     conditions: dict[str, Array]
     spec: DenoiserSpec
 
-    def batches(self, size: int, steps: range | None = None, calls: range | None = None) -> Iterator[Batch]:
+    def batches(
+        self, size: int, steps: range | None = None, calls: range | None = None
+    ) -> Iterator[Batch]:
         """Yield the calls, ``size`` of one timestep at a time, or a part of them."""
         if not all(condition.batched for condition in self.spec.conditions):
             size = 1
-        chosen = np.asarray(calls if calls is not None else range(len(self.recorded.rows)), np.int64)
+        chosen = np.asarray(
+            calls if calls is not None else range(len(self.recorded.rows)), np.int64
+        )
         for step in steps if steps is not None else range(len(self.recorded.timesteps)):
             timestep = float(self.recorded.timesteps[step])
             for start in range(0, len(chosen), size):
                 picked = chosen[start : start + size]
                 sample, rows = self.recorded.samples[step, picked], self.recorded.rows[picked]
-                yield Batch(step, timestep, picked, feed_rows(self.spec, sample, timestep, rows, self.conditions))
+                yield Batch(
+                    step,
+                    timestep,
+                    picked,
+                    feed_rows(self.spec, sample, timestep, rows, self.conditions),
+                )

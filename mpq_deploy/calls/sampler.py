@@ -53,7 +53,9 @@ class OneCallSampler:
         return model_output
 
 
-def make_sampler(scheduler: dict[str, Any], steps: int, seed: int = 0, kind: SamplerKind = "auto") -> Sampler:
+def make_sampler(
+    scheduler: dict[str, Any], steps: int, seed: int = 0, kind: SamplerKind = "auto"
+) -> Sampler:
     """Make the sampler for a diffusers scheduler configuration (with ``_class_name``).
 
     ``auto`` takes the built-in DDIM for DDIM and DDPM configurations and the folder's own class,

@@ -28,12 +28,12 @@ def adaptive_steps(curve: Array, coarse: Array, steps: int, count: int) -> Array
     """Return ``count`` of ``steps`` positions, int64, ascending: more where ``curve`` changes fast.
 
     Our choice: equal arc length. ``curve`` [C, L] is a vector (the layers' importances) at the C
-    positions ``coarse`` of a first pass, ascending. Its length between two neighbours is the Euclidean
-    distance; it grows evenly between them, and beyond the first and last as fast as beside them.
-    The midpoints of ``count`` equal parts of the whole length, each at the position where the curve
-    has it, are the answer; what falls on a position already taken moves to the next free one. A
-    curve that does not change gives ``sampled_steps``. Raises UsageError when there are fewer
-    positions than timesteps.
+    positions ``coarse`` of a first pass, ascending. Its length between two neighbours is the
+    Euclidean distance; it grows evenly between them, and beyond the first and last as fast as
+    beside them. The midpoints of ``count`` equal parts of the whole length, each at the position
+    where the curve has it, are the answer; what falls on a position already taken moves to the next
+    free one. A curve that does not change gives ``sampled_steps``. Raises UsageError when there are
+    fewer positions than timesteps.
     """
     uniform = sampled_steps(steps, count)
     lengths = np.linalg.norm(np.diff(np.asarray(curve, np.float64), axis=0), axis=1)

@@ -35,7 +35,9 @@ def record_trajectories(
     Stops after the last recorded step. Raises UsageError for fewer steps than timesteps.
     """
     spec, conditions = model.spec, model.conditions
-    recorded_steps = sampled_steps(len(sampler.timesteps), 1 if spec.timestep is None else settings.timesteps)
+    recorded_steps = sampled_steps(
+        len(sampler.timesteps), 1 if spec.timestep is None else settings.timesteps
+    )
     recorder = _Recorder({int(step): [] for step in recorded_steps})
     rows = cycled_rows(spec, conditions, settings.samples, settings.seed)
     chosen = part or slice(None)
@@ -60,7 +62,8 @@ def cycled_rows(spec: DenoiserSpec, conditions: dict[str, Array], samples: int, 
     counts = {name: len(values) for name, values in conditions.items()}
     if len(set(counts.values())) > 1:
         raise UsageError(
-            f"The conditions have different numbers of rows: {counts}.", "Give each one row per condition."
+            f"The conditions have different numbers of rows: {counts}.",
+            "Give each one row per condition.",
         )
     count = next(iter(counts.values()), 1)
     rows = np.arange(spec.calibration_rows or count)
@@ -110,7 +113,9 @@ class _FirstSteps:
         return self._sampler.step(model_output, step_index, x)
 
 
-def renoised(recorded: CalibrationSet, spec: DenoiserSpec, draws: int, seed: int = 0) -> CalibrationSet:
+def renoised(
+    recorded: CalibrationSet, spec: DenoiserSpec, draws: int, seed: int = 0
+) -> CalibrationSet:
     """Return ``draws`` times as many calls, with fresh noise added to the last samples.
 
     The calls of one trajectory share one noise, so their activations are much alike, and rounding

@@ -145,7 +145,9 @@ class View:
 
     def __init__(self, proto: onnx.ModelProto, folder: Path) -> None:
         self.proto, self.folder = proto, folder
-        self.opset = next((o.version for o in proto.opset_import if o.domain in STANDARD_DOMAINS), 0)
+        self.opset = next(
+            (o.version for o in proto.opset_import if o.domain in STANDARD_DOMAINS), 0
+        )
         weights = {tensor.name for tensor in proto.graph.initializer}
         self.inputs = tuple(v for v in proto.graph.input if v.name not in weights)
         self.nodes = tuple(_nodes(proto.graph))
@@ -258,7 +260,9 @@ class View:
             if tensor.data_location != TensorProto.EXTERNAL and tensor.ByteSize() <= SMALL_BYTES:
                 light.graph.initializer.append(tensor)
             else:
-                value = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+                value = onnx.helper.make_tensor_value_info(
+                    tensor.name, tensor.data_type, tensor.dims
+                )
                 light.graph.input.append(value)
         inferred = onnx.shape_inference.infer_shapes(light).graph
         return {v.name: v for v in (*inferred.value_info, *inferred.input, *inferred.output)}

@@ -87,7 +87,9 @@ def findings_of(rule: Rule, context: Context) -> list[Finding]:
     findings = []
     for match in rule.find(context):
         label, op = (match.node.label, match.node.op) if match.node else ("", "")
-        findings.append(Finding(rule.name, verdict.effect, verdict.proof, label, op, match.message, rule.fix))
+        findings.append(
+            Finding(rule.name, verdict.effect, verdict.proof, label, op, match.message, rule.fix)
+        )
     return findings
 
 

@@ -17,7 +17,10 @@ def scale_of_one_element(context: Context) -> Iterator[Match]:
     for layer, pair in _int8_layers(context.view):
         scale = context.view.scale(pair.q)
         if layer.node.op == "Conv" and scale is not None and scale.shape == (1,):
-            yield Match(layer.node, f"the scale '{scale.name}' of its activation has the shape [1], not rank 0")
+            yield Match(
+                layer.node,
+                f"the scale '{scale.name}' of its activation has the shape [1], not rank 0",
+            )
 
 
 def scale_of_rank(context: Context) -> Iterator[Match]:
@@ -71,7 +74,10 @@ def own_quantizers(context: Context) -> Iterator[Match]:
             continue
         first = seen.setdefault((pair.source, scale.array().tobytes()), pair.q)
         if first is not pair.q:
-            yield Match(pair.q, f"it repeats {first.label}, which quantizes the same tensor with the same scale")
+            yield Match(
+                pair.q,
+                f"it repeats {first.label}, which quantizes the same tensor with the same scale",
+            )
 
 
 def int8_branch(context: Context) -> Iterator[Match]:
@@ -104,7 +110,9 @@ def turing_conv(context: Context) -> Iterator[Match]:
         return
     for layer, _ in _int8_layers(context.view):
         if layer.node.op == "Conv":
-            yield Match(layer.node, f"an INT8 convolution is computed in FP16 on SM{context.oldest}")
+            yield Match(
+                layer.node, f"an INT8 convolution is computed in FP16 on SM{context.oldest}"
+            )
 
 
 def shared_input(context: Context) -> Iterator[Match]:

@@ -106,7 +106,9 @@ def uint8_by_default(context: Context) -> Iterator[Match]:
     """QuantizeLinear that says no type at all: UINT8 in ONNX, INT8 in TensorRT."""
     for node in context.view.nodes_of("QuantizeLinear"):
         if not node.input(2) and not node.get("output_dtype"):
-            yield Match(node, "it names no output type: ONNX means UINT8 by that, TensorRT takes INT8")
+            yield Match(
+                node, "it names no output type: ONNX means UINT8 by that, TensorRT takes INT8"
+            )
 
 
 def zero_point_value(context: Context) -> Iterator[Match]:
@@ -207,7 +209,9 @@ def _needs_gpu(context: Context, prefix: str, first: int, name: str) -> Iterator
     for node in context.view.nodes_of(*QDQ):
         quantized = node.outputs[0] if node.op == "QuantizeLinear" else node.input(0)
         if context.view.dtype(quantized).startswith(prefix):
-            yield Match(node, f"it uses {name}, which needs SM{first} or newer; the target has SM{oldest}")
+            yield Match(
+                node, f"it uses {name}, which needs SM{first} or newer; the target has SM{oldest}"
+            )
 
 
 def _scales(context: Context) -> Iterator[tuple[Node, Array]]:

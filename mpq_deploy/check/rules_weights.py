@@ -43,7 +43,9 @@ def shared_blocks(context: Context) -> Iterator[Match]:
     for name, nodes in users.items():
         if len(nodes) > 1:
             labels = ", ".join(node.label for node in nodes)
-            yield Match(nodes[0], f"{labels} share the INT4 weight '{name}': TensorRT-RTX's builder crashes")
+            yield Match(
+                nodes[0], f"{labels} share the INT4 weight '{name}': TensorRT-RTX's builder crashes"
+            )
 
 
 def block_axis(context: Context) -> Iterator[Match]:
@@ -61,7 +63,9 @@ def block_rank(context: Context) -> Iterator[Match]:
     for node, constant in _block_codes(context.view):
         if rank is not None and len(constant.shape) != rank:
             shape = list(constant.shape)
-            yield Match(node, f"it has blocks in a weight of shape {shape}: only matrices may have them")
+            yield Match(
+                node, f"it has blocks in a weight of shape {shape}: only matrices may have them"
+            )
         elif constant.dtype not in context.dialect.block_types:
             types = ", ".join(sorted(context.dialect.block_types))
             yield Match(node, f"it has blocks of {constant.dtype}: only {types} may have them")
@@ -99,7 +103,10 @@ def w4a8_conv_reshaped(context: Context) -> Iterator[Match]:
     """The same with the weight as a matrix: it builds, and computes in FP16."""
     for layer in _w4a8(context, product=False):
         if _reshaped(layer.weight):
-            yield Match(layer.node, "it convolves an INT8 activation with an INT4 weight: INT8 is undone again")
+            yield Match(
+                layer.node,
+                "it convolves an INT8 activation with an INT4 weight: INT8 is undone again",
+            )
 
 
 def same_scales(context: Context) -> Iterator[Match]:
@@ -110,7 +117,9 @@ def same_scales(context: Context) -> Iterator[Match]:
             continue
         first, second = (context.view.scale(node) for node in path[:2])
         if first and second and np.array_equal(first.array(), second.array()):
-            yield Match(path[1], "it quantizes to INT8 with the scales of the INT4 weight before it")
+            yield Match(
+                path[1], "it quantizes to INT8 with the scales of the INT4 weight before it"
+            )
 
 
 def requantized(context: Context) -> Iterator[Match]:
@@ -118,7 +127,9 @@ def requantized(context: Context) -> Iterator[Match]:
     if not context.dialect.requantized:
         for layer in context.view.layers:
             if layer.weight.quantized and layer.weight.requantized:
-                yield Match(layer.node, f"its {layer.weight.dtype} weight is quantized again at run time")
+                yield Match(
+                    layer.node, f"its {layer.weight.dtype} weight is quantized again at run time"
+                )
 
 
 def conv_reshaped(context: Context) -> Iterator[Match]:
@@ -126,7 +137,10 @@ def conv_reshaped(context: Context) -> Iterator[Match]:
     if not context.dialect.int4_conv:
         for layer in context.view.layers:
             if layer.node.op == "Conv" and _int4(layer.weight) and not layer.weight.requantized:
-                yield Match(layer.node, "its weight is INT4: INT4 convolutions are documented for no TensorRT")
+                yield Match(
+                    layer.node,
+                    "its weight is INT4: INT4 convolutions are documented for no TensorRT",
+                )
 
 
 def int8_weight_only(context: Context) -> Iterator[Match]:
@@ -134,7 +148,10 @@ def int8_weight_only(context: Context) -> Iterator[Match]:
     if not context.dialect.int8_weights_only:
         for layer in context.view.layers:
             if layer.weight_only and layer.weight.dtype == "INT8":
-                yield Match(layer.node, "its weight is INT8 and its activation is not: it may be stored as FP16")
+                yield Match(
+                    layer.node,
+                    "its weight is INT8 and its activation is not: it may be stored as FP16",
+                )
 
 
 def int4_wide_scale(context: Context) -> Iterator[Match]:
@@ -244,7 +261,9 @@ def one_hot(context: Context) -> Iterator[Match]:
             array = constant.array().astype(np.float32)
             one_each = np.all(np.count_nonzero(array, axis=0) == 1)
             if one_each and np.all(array.max(axis=0) == 1):
-                yield Match(layer.node, f"it only picks {array.shape[1]} of {array.shape[0]} channels")
+                yield Match(
+                    layer.node, f"it only picks {array.shape[1]} of {array.shape[0]} channels"
+                )
 
 
 def fp4_unpacked(context: Context) -> Iterator[Match]:
@@ -272,7 +291,10 @@ def transposed_int8(context: Context) -> Iterator[Match]:
     """A ConvTranspose with a quantized weight and activation."""
     for layer in context.view.layers:
         if layer.node.op == "ConvTranspose" and layer.weight.quantized and layer.pair is not None:
-            yield Match(layer.node, "a quantized ConvTranspose runs in FP16 and unpacks its weight at each call")
+            yield Match(
+                layer.node,
+                "a quantized ConvTranspose runs in FP16 and unpacks its weight at each call",
+            )
 
 
 def weight_scale_rank(context: Context) -> Iterator[Match]:

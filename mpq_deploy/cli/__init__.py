@@ -40,7 +40,9 @@ def main() -> None:
             sys.stderr.write(f"  {error.hint}\n")
         sys.exit(error.exit_code)
     except _Stopped:
-        sys.stderr.write("mpq-deploy: stopped; the next call goes on from the last finished stage\n")
+        sys.stderr.write(
+            "mpq-deploy: stopped; the next call goes on from the last finished stage\n"
+        )
         sys.exit(130)
     except OSError as error:
         if State.debug:

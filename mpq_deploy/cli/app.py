@@ -57,9 +57,14 @@ def _version(requested: bool) -> None:
 def _main(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Results on stdout as JSON.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks, and what libraries log.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks, and what libraries log.")
+    ] = False,
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+        bool,
+        typer.Option(
+            "--version", help="Print the version and exit.", callback=_version, is_eager=True
+        ),
     ] = False,
 ) -> None:
     State.quiet, State.json, State.debug = quiet, json, debug
@@ -71,15 +76,22 @@ def recipe_for(recipe: str | Path | None, options: Mapping[str, Any]) -> Recipe:
     """Return a recipe with ``options`` (values by dotted key; None: not given) over it."""
     from mpq_deploy.recipe import load_recipe
 
-    plain = {key: value.value if isinstance(value, Enum) else value for key, value in options.items()}
-    return load_recipe(recipe, {key: str(v) if isinstance(v, Path) else v for key, v in plain.items()})
+    plain = {
+        key: value.value if isinstance(value, Enum) else value for key, value in options.items()
+    }
+    return load_recipe(
+        recipe, {key: str(v) if isinstance(v, Path) else v for key, v in plain.items()}
+    )
 
 
 def recipe_of(run: Path, recipe: str | None, options: Mapping[str, Any] | None = None) -> Recipe:
     """Return the recipe of a run folder, or another one for it, with ``options`` over it."""
     stored = run / "recipe.yaml"
     if recipe is None and not stored.is_file():
-        raise UsageError(f"{run} is not a run folder: it has no recipe.yaml.", "Make one: mpq-deploy build -o RUN")
+        raise UsageError(
+            f"{run} is not a run folder: it has no recipe.yaml.",
+            "Make one: mpq-deploy build -o RUN",
+        )
     return recipe_for(recipe or stored, options or {})
 
 

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from mpq_deploy.cli.app import STAGES, app, make_talk, print_result, print_summary, recipe_for, recipe_of, run_until
+from mpq_deploy.cli.app import (
+    STAGES,
+    app,
+    make_talk,
+    print_result,
+    print_summary,
+    recipe_for,
+    recipe_of,
+    run_until,
+)
 from mpq_deploy.cli.options import (
     BudgetOption,
     ComponentOption,
@@ -36,7 +45,9 @@ if TYPE_CHECKING:
     from mpq_deploy.recipe import Recipe
 
 
-@app.command(epilog="Example: mpq-deploy build ./my-pipeline --budget 0.35 --target rtx -o runs/mine")
+@app.command(
+    epilog="Example: mpq-deploy build ./my-pipeline --budget 0.35 --target rtx -o runs/mine"
+)
 def build(
     model: ModelArgument = None,
     budget: BudgetOption = None,
@@ -50,7 +61,11 @@ def build(
     component: ComponentOption = None,
     recover: Annotated[
         bool,
-        typer.Option("--recover", help="Then train the quantized model towards the float one.", show_default=False),
+        typer.Option(
+            "--recover",
+            help="Then train the quantized model towards the float one.",
+            show_default=False,
+        ),
     ] = False,
     max_latency: MaxLatencyOption = None,
     objective: ObjectiveOption = None,
@@ -63,10 +78,17 @@ def build(
 
     A second call on the same run folder repeats only what changed: another budget takes seconds.
     """
-    given: dict[str, Any] = {"model": model, "budget": budget, "target": target, "measure.method": sensitivity}
-    given |= {"conditions": conditions, "scheduler": scheduler, "prompts": prompts, "component": component}
-    settings = recipe_for(recipe, {**given, **latency_settings(max_latency, objective, latency_table)})
-    run_until("report", recovering(settings) if recover else settings, out, crew_for(workers, ray, threads))
+    given: dict[str, Any] = {"model": model, "budget": budget, "target": target}
+    given |= {"measure.method": sensitivity, "conditions": conditions, "scheduler": scheduler}
+    given |= {"prompts": prompts, "component": component}
+    given |= latency_settings(max_latency, objective, latency_table)
+    settings = recipe_for(recipe, given)
+    run_until(
+        "report",
+        recovering(settings) if recover else settings,
+        out,
+        crew_for(workers, ray, threads),
+    )
 
 
 @app.command(epilog="Example: mpq-deploy recipe sdxl-rtx > mine.yaml")
@@ -117,7 +139,9 @@ def calibrate(
     run_until("calibrate", recipe_of(run, recipe), run, crew_for(workers, ray, threads))
 
 
-@app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy measure runs/mine --sensitivity probe")
+@app.command(
+    rich_help_panel=STAGES, epilog="Example: mpq-deploy measure runs/mine --sensitivity probe"
+)
 def measure(
     run: RunArgument,
     recipe: RecipeOption = None,
@@ -156,7 +180,12 @@ def recover(
     run: RunArgument,
     steps: Annotated[
         Optional[int],
-        typer.Option("--steps", min=0, help="Updates; 0 restores the plan's weights.", show_default="the recipe's"),
+        typer.Option(
+            "--steps",
+            min=0,
+            help="Updates; 0 restores the plan's weights.",
+            show_default="the recipe's",
+        ),
     ] = None,
     loss: Annotated[
         Optional[list[str]],
@@ -190,7 +219,9 @@ def evaluate(
     correction: Annotated[
         Optional[CorrectionKind],
         typer.Option(
-            "--correction", help="Also evaluate with a corrected sampler (ptqd), or stop.", show_default=False
+            "--correction",
+            help="Also evaluate with a corrected sampler (ptqd), or stop.",
+            show_default=False,
         ),
     ] = None,
     workers: WorkersOption = None,
@@ -208,9 +239,13 @@ def report(
     recipe: RecipeOption = None,
     device: Annotated[
         Optional[list[Path]],
-        typer.Option("--device", metavar="FILE", help="Include a device's results.json.", show_default=False),
+        typer.Option(
+            "--device", metavar="FILE", help="Include a device's results.json.", show_default=False
+        ),
     ] = None,
-    as_is: Annotated[bool, typer.Option("--as-is", help="Report existing stages only; run none.")] = False,
+    as_is: Annotated[
+        bool, typer.Option("--as-is", help="Report existing stages only; run none.")
+    ] = False,
 ) -> None:
     """Write report.html, report.md and report.json."""
     from mpq_deploy.run.pipeline import open_pipeline
@@ -234,7 +269,9 @@ def recovering(settings: Recipe) -> Recipe:
     from mpq_deploy.recipe import RECOVER_STEPS
 
     steps = settings.recover.steps or RECOVER_STEPS
-    return settings.model_copy(update={"recover": settings.recover.model_copy(update={"steps": steps})})
+    return settings.model_copy(
+        update={"recover": settings.recover.model_copy(update={"steps": steps})}
+    )
 
 
 def losses_of(given: list[str] | None) -> dict[str, float] | None:
@@ -245,9 +282,14 @@ def losses_of(given: list[str] | None) -> dict[str, float] | None:
     for text in given or ():
         name, _, weight = text.partition("=")
         if name not in LOSSES:
-            raise UsageError(f"--loss {text} names no loss.", f"{nearest(name, LOSSES)}Known: {', '.join(LOSSES)}.")
+            raise UsageError(
+                f"--loss {text} names no loss.",
+                f"{nearest(name, LOSSES)}Known: {', '.join(LOSSES)}.",
+            )
         try:
             losses[name] = float(weight or 1.0)
         except ValueError as error:
-            raise UsageError(f"The weight in --loss {text} is no number.", "Write for example relation=0.1.") from error
+            raise UsageError(
+                f"The weight in --loss {text} is no number.", "Write for example relation=0.1."
+            ) from error
     return losses or None

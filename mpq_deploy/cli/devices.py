@@ -11,13 +11,17 @@ from mpq_deploy.cli.app import DEVICE, app, make_talk, print_result, recipe_of
 from mpq_deploy.cli.options import RunArgument, TargetOption
 
 
-@app.command(rich_help_panel=DEVICE, epilog="Example: mpq-deploy package runs/mine --target jetson-agx-orin")
+@app.command(
+    rich_help_panel=DEVICE, epilog="Example: mpq-deploy package runs/mine --target jetson-agx-orin"
+)
 def package(
     run: RunArgument,
     target: TargetOption = None,
     out: Annotated[
         Optional[Path],
-        typer.Option("--out", "-o", metavar="FILE", help="Archive to write.", show_default="<run>.mpq.tar"),
+        typer.Option(
+            "--out", "-o", metavar="FILE", help="Archive to write.", show_default="<run>.mpq.tar"
+        ),
     ] = None,
 ) -> None:
     """Pack what a device needs into one archive: the graph, its checks, an installer."""
@@ -29,26 +33,38 @@ def package(
     device = load_target(target or recipe.target)
     check_builder(device)
     with open_pipeline(recipe, run, make_talk()) as pipeline:
-        written = make_package(pipeline.deployed(corrected=True), device, out or Path(f"{run.name}.mpq.tar"))
-    print_result(written, f"{written['file']}  {written['bytes']:,} bytes\nsha256 {written['sha256']}")
+        written = make_package(
+            pipeline.deployed(corrected=True), device, out or Path(f"{run.name}.mpq.tar")
+        )
+    print_result(
+        written, f"{written['file']}  {written['bytes']:,} bytes\nsha256 {written['sha256']}"
+    )
 
 
 @app.command(rich_help_panel=DEVICE, epilog="Example: mpq-deploy install model.mpq.tar")
 def install(
-    archive: Annotated[Path, typer.Argument(metavar="MODEL.mpq.tar", help="The package.", show_default=False)],
+    archive: Annotated[
+        Path, typer.Argument(metavar="MODEL.mpq.tar", help="The package.", show_default=False)
+    ],
     out: Annotated[
         Optional[Path],
         typer.Option(
-            "--out", "-o", metavar="FOLDER", help="Folder to install into.", show_default="beside the archive"
+            "--out",
+            "-o",
+            metavar="FOLDER",
+            help="Folder to install into.",
+            show_default="beside the archive",
         ),
     ] = None,
     force_memory: Annotated[
-        bool, typer.Option("--force-memory", help="Build even if memory is estimated to be too small.")
+        bool,
+        typer.Option("--force-memory", help="Build even if memory is estimated to be too small."),
     ] = False,
 ) -> None:
     """On the device: verify, build, check layers and reference outputs, measure latency.
 
-    Without mpq-deploy on the device: tar xf MODEL.mpq.tar, then ./build.sh. Exit code 1 when something differs.
+    Without mpq-deploy on the device: tar xf MODEL.mpq.tar, then ./build.sh. Exit code 1 when
+    something differs.
     """
     from mpq_deploy.device.installer import default_out, summary
     from mpq_deploy.device.installer import install as install_package
@@ -60,14 +76,22 @@ def install(
         raise typer.Exit(1)
 
 
-@app.command(rich_help_panel=DEVICE, epilog="Example: mpq-deploy deploy runs/mine --ssh nvidia@orin.local")
+@app.command(
+    rich_help_panel=DEVICE, epilog="Example: mpq-deploy deploy runs/mine --ssh nvidia@orin.local"
+)
 def deploy(
     run: RunArgument,
     ssh: Annotated[str, typer.Option("--ssh", metavar="USER@HOST", help="The device, as for ssh.")],
     target: TargetOption = None,
-    ssh_command: Annotated[str, typer.Option("--ssh-command", help="ssh client, with its options.")] = "ssh",
-    folder: Annotated[str, typer.Option("--folder", help="The folder on the device.")] = "mpq-deploy",
-    python: Annotated[str, typer.Option("--python", help="Python that runs the installer.")] = "python3",
+    ssh_command: Annotated[
+        str, typer.Option("--ssh-command", help="ssh client, with its options.")
+    ] = "ssh",
+    folder: Annotated[
+        str, typer.Option("--folder", help="The folder on the device.")
+    ] = "mpq-deploy",
+    python: Annotated[
+        str, typer.Option("--python", help="Python that runs the installer.")
+    ] = "python3",
 ) -> None:
     """Package, copy, install on the device and fetch the results, over your own ssh.
 

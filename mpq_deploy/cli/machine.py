@@ -27,17 +27,30 @@ if TYPE_CHECKING:
     from mpq_deploy.system.doctor import Finding
 
 
-@app.command(rich_help_panel=MACHINE, epilog="Example: mpq-deploy profile runs/mine --target rtx-ada")
+@app.command(
+    rich_help_panel=MACHINE, epilog="Example: mpq-deploy profile runs/mine --target rtx-ada"
+)
 def profile(
     run: Annotated[
-        Path, typer.Argument(metavar="[RUN]", help="The run folder whose layers are timed.", show_default=True)
+        Path,
+        typer.Argument(
+            metavar="[RUN]", help="The run folder whose layers are timed.", show_default=True
+        ),
     ] = Path("runs/emoji"),
     target: TargetOption = None,
     out: Annotated[
         Optional[Path],
-        typer.Option("--out", "-o", metavar="FILE", help="Table to write.", show_default="<target>.latency.json"),
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FILE",
+            help="Table to write.",
+            show_default="<target>.latency.json",
+        ),
     ] = None,
-    estimate: Annotated[bool, typer.Option("--estimate", help="Write estimates instead: needs no hardware.")] = False,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Write estimates instead: needs no hardware.")
+    ] = False,
 ) -> None:
     """Time every distinct layer under every scheme on this GPU, for --latency-table.
 
@@ -58,7 +71,8 @@ def profile(
         else:
             profiling.refuse_without_hardware()
             table = profiling.measure(path)
-    values = {"file": str(path), "entries": len(table.entries), "source": table.source, "device": table.device}
+    values = {"file": str(path), "entries": len(table.entries)}
+    values |= {"source": table.source, "device": table.device}
     left = len(profiling.jobs) - len(table.entries)
     missing = f", {left} left out" if left > 0 else ""
     text = f"{path}  {len(table.entries)} rows {table.source}, of {table.device or 'no device'}{missing}"
@@ -68,7 +82,10 @@ def profile(
 @app.command(rich_help_panel=MACHINE, epilog="Example: mpq-deploy bench runs/mine --calls 200")
 def bench(
     source: Annotated[
-        Path, typer.Argument(metavar="RUN", help="A run folder, an engine, or an ONNX file.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="RUN", help="A run folder, an engine, or an ONNX file.", show_default=False
+        ),
     ],
     against: AgainstOption = None,
     backend: BackendOption = "auto",
@@ -112,7 +129,9 @@ def bench(
 
 
 @app.command(rich_help_panel=MACHINE, epilog="Example: mpq-deploy targets rtx")
-def targets(name: Annotated[Optional[str], typer.Argument(help="Show one target in full.")] = None) -> None:
+def targets(
+    name: Annotated[Optional[str], typer.Argument(help="Show one target in full.")] = None,
+) -> None:
     """List the targets, or show what one target may take and what is proven of it."""
     from mpq_deploy.engine.target import known_targets, load_target
 

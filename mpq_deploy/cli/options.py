@@ -50,7 +50,9 @@ ModelArgument = Annotated[
         show_default=False,
     ),
 ]
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.", show_default=False)]
+RunArgument = Annotated[
+    Path, typer.Argument(metavar="RUN", help="The run folder.", show_default=False)
+]
 ReportArgument = Annotated[
     Path, typer.Argument(metavar="RUN", help="A run folder, or a report.json.", show_default=False)
 ]
@@ -77,7 +79,11 @@ RecipeOption = Annotated[
 TargetOption = Annotated[
     Optional[str],
     typer.Option(
-        "--target", "-t", metavar="NAME", help="Target of the engine: see 'mpq-deploy targets'.", show_default="rtx"
+        "--target",
+        "-t",
+        metavar="NAME",
+        help="Target of the engine: see 'mpq-deploy targets'.",
+        show_default="rtx",
     ),
 ]
 OutOption = Annotated[
@@ -125,19 +131,33 @@ ComponentOption = Annotated[
 ]
 SensitivityOption = Annotated[
     Optional[Sensitivity],
-    typer.Option("--sensitivity", help="Sensitivity metric that predicts losses.", show_default="probe"),
+    typer.Option(
+        "--sensitivity", help="Sensitivity metric that predicts losses.", show_default="probe"
+    ),
 ]
 MaxLatencyOption = Annotated[
     Optional[str],
-    typer.Option("--max-latency", metavar="TIME", help="Latency limit of one call, such as 120ms.", show_default=False),
+    typer.Option(
+        "--max-latency",
+        metavar="TIME",
+        help="Latency limit of one call, such as 120ms.",
+        show_default=False,
+    ),
 ]
 ObjectiveOption = Annotated[
     Optional[Objective],
-    typer.Option("--objective", help="Quantity to minimize within the budget.", show_default="loss"),
+    typer.Option(
+        "--objective", help="Quantity to minimize within the budget.", show_default="loss"
+    ),
 ]
 LatencyTableOption = Annotated[
     Optional[Path],
-    typer.Option("--latency-table", metavar="FILE", help="Table from 'mpq-deploy profile'.", show_default="estimates"),
+    typer.Option(
+        "--latency-table",
+        metavar="FILE",
+        help="Table from 'mpq-deploy profile'.",
+        show_default="estimates",
+    ),
 ]
 WORKERS = "Workers"
 WorkersOption = Annotated[
@@ -176,7 +196,10 @@ ThreadsOption = Annotated[
 MaxSizeOption = Annotated[
     Optional[str],
     typer.Option(
-        "--max-size", metavar="SIZE", help="Size of all constants, as a budget: 0.36, 36%, 600MB.", show_default=False
+        "--max-size",
+        metavar="SIZE",
+        help="Size of all constants, as a budget: 0.36, 36%, 600MB.",
+        show_default=False,
     ),
 ]
 MinPsnrOption = Annotated[
@@ -193,19 +216,29 @@ MaxNmseOption = Annotated[
 MaxFrechetOption = Annotated[
     Optional[float],
     typer.Option(
-        "--max-frechet-increase", help="Frechet distance above the float model's or the baseline's.", show_default=False
+        "--max-frechet-increase",
+        help="Frechet distance above the float model's or the baseline's.",
+        show_default=False,
     ),
 ]
 LatencyLimitOption = Annotated[
     Optional[str],
-    typer.Option("--max-latency", metavar="TIME", help="Latency of one call: 120ms, 0.12s.", show_default=False),
+    typer.Option(
+        "--max-latency",
+        metavar="TIME",
+        help="Latency of one call: 120ms, 0.12s.",
+        show_default=False,
+    ),
 ]
 AllowEstimateOption = Annotated[
-    bool, typer.Option("--allow-estimate", help="Accept an estimated latency where none was measured.")
+    bool,
+    typer.Option("--allow-estimate", help="Accept an estimated latency where none was measured."),
 ]
 MaxPsnrDropOption = Annotated[
     Optional[float],
-    typer.Option("--max-psnr-drop", metavar="DB", help="PSNR below the baseline's.", show_default=False),
+    typer.Option(
+        "--max-psnr-drop", metavar="DB", help="PSNR below the baseline's.", show_default=False
+    ),
 ]
 MaxLpipsOption = Annotated[
     Optional[float],
@@ -217,7 +250,12 @@ MaxClipDropOption = Annotated[
 ]
 BaselineOption = Annotated[
     Optional[Path],
-    typer.Option("--baseline", metavar="RUN", help="Run folder or report.json to compare with.", show_default=False),
+    typer.Option(
+        "--baseline",
+        metavar="RUN",
+        help="Run folder or report.json to compare with.",
+        show_default=False,
+    ),
 ]
 JunitOption = Annotated[
     Optional[Path],
@@ -225,7 +263,9 @@ JunitOption = Annotated[
 ]
 MarkdownFileOption = Annotated[
     Optional[Path],
-    typer.Option("--markdown", metavar="FILE", help="Write a Markdown summary.", show_default=False),
+    typer.Option(
+        "--markdown", metavar="FILE", help="Write a Markdown summary.", show_default=False
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 NetworkOption = Annotated[
@@ -240,11 +280,18 @@ NetworkOption = Annotated[
 ImagesOption = Annotated[int, typer.Option("--images", min=2, help="Images per model.")]
 RealOption = Annotated[
     Optional[Path],
-    typer.Option("--real", metavar="PATH", help="Real images: a folder or .npz.", show_default=False),
+    typer.Option(
+        "--real", metavar="PATH", help="Real images: a folder or .npz.", show_default=False
+    ),
 ]
 WeightsOption = Annotated[
     Optional[list[str]],
-    typer.Option("--weights", metavar="NAME=PATH", help="Weights of a network; repeatable.", show_default=False),
+    typer.Option(
+        "--weights",
+        metavar="NAME=PATH",
+        help="Weights of a network; repeatable.",
+        show_default=False,
+    ),
 ]
 SeedOption = Annotated[
     Optional[int],
@@ -261,56 +308,101 @@ SamplingWorkersOption = Annotated[
         show_default="one per core",
     ),
 ]
-ControlsOption = Annotated[bool, typer.Option("--controls", help="Also measure everything-INT8 and everything-INT4.")]
+ControlsOption = Annotated[
+    bool, typer.Option("--controls", help="Also measure everything-INT8 and everything-INT4.")
+]
 LpipsOption = Annotated[bool, typer.Option("--lpips", help="Also measure LPIPS, image by image.")]
 ClipScoreOption = Annotated[
     bool, typer.Option("--clip-score", help="Also measure how well images match their prompts.")
 ]
 AgainstOption = Annotated[
     Optional[Path],
-    typer.Option("--against", metavar="FILE", help="Model to alternate with.", show_default="the float model"),
+    typer.Option(
+        "--against", metavar="FILE", help="Model to alternate with.", show_default="the float model"
+    ),
 ]
 BackendOption = Annotated[
-    str, typer.Option("--backend", metavar="NAME", help="onnxruntime, tensorrt_rtx, tensorrt, or auto.")
+    str,
+    typer.Option("--backend", metavar="NAME", help="onnxruntime, tensorrt_rtx, tensorrt, or auto."),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", metavar="NAME", help="cpu, cuda, or auto.")]
 BatchOption = Annotated[int, typer.Option("--batch", min=1, help="Samples per call.")]
 CallsOption = Annotated[int, typer.Option("--calls", min=1, help="Timed calls per model.")]
-RoundsOption = Annotated[int, typer.Option("--rounds", min=1, help="Rounds that the calls are split into.")]
-WarmUpOption = Annotated[int, typer.Option("--warm-up", min=1, help="Warm-up calls, reported separately.")]
-CpuThreadsOption = Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0: one per core.")]
+RoundsOption = Annotated[
+    int, typer.Option("--rounds", min=1, help="Rounds that the calls are split into.")
+]
+WarmUpOption = Annotated[
+    int, typer.Option("--warm-up", min=1, help="Warm-up calls, reported separately.")
+]
+CpuThreadsOption = Annotated[
+    int, typer.Option("--threads", min=0, help="CPU threads; 0: one per core.")
+]
 ShapeOption = Annotated[
     Optional[list[str]],
     typer.Option(
-        "--shape", metavar="NAME:1x4x8x8", help="Input shape where the file leaves it open.", show_default=False
+        "--shape",
+        metavar="NAME:1x4x8x8",
+        help="Input shape where the file leaves it open.",
+        show_default=False,
     ),
 ]
 BenchOutOption = Annotated[
     Optional[Path],
-    typer.Option("--out", "-o", metavar="FILE", help="Write the results, for 'report --device'.", show_default=False),
+    typer.Option(
+        "--out",
+        "-o",
+        metavar="FILE",
+        help="Write the results, for 'report --device'.",
+        show_default=False,
+    ),
 ]
 
 AuditOutOption = Annotated[
     Optional[Path],
-    typer.Option("--out", "-o", metavar="RUN", help="Run folder of the audit.", show_default="runs/audit-<model>"),
+    typer.Option(
+        "--out",
+        "-o",
+        metavar="RUN",
+        help="Run folder of the audit.",
+        show_default="runs/audit-<model>",
+    ),
 ]
 BudgetListOption = Annotated[
-    str, typer.Option("--budgets", metavar="LIST", help="FROM:TO, FROM:TO:STEP, or a comma-separated list.")
+    str,
+    typer.Option(
+        "--budgets", metavar="LIST", help="FROM:TO, FROM:TO:STEP, or a comma-separated list."
+    ),
 ]
 MethodsOption = Annotated[
     Optional[str],
-    typer.Option("--methods", metavar="LIST", help="Sensitivity metrics, comma-separated.", show_default="all"),
+    typer.Option(
+        "--methods",
+        metavar="LIST",
+        help="Sensitivity metrics, comma-separated.",
+        show_default="all",
+    ),
 ]
 PairsOption = Annotated[
-    int, typer.Option("--pairs", min=1, help="Maximum of (layer, scheme) pairs measured exhaustively.")
+    int,
+    typer.Option("--pairs", min=1, help="Maximum of (layer, scheme) pairs measured exhaustively."),
 ]
 CallsPerTimestepOption = Annotated[
     Optional[int],
-    typer.Option("--samples", min=1, help="Calls measured at each timestep.", show_default="measure.calls: 24"),
+    typer.Option(
+        "--samples",
+        min=1,
+        help="Calls measured at each timestep.",
+        show_default="measure.calls: 24",
+    ),
 ]
 SetOption = Annotated[
     Optional[list[str]],
-    typer.Option("--set", metavar="KEY=VALUE", help="Set an entry of the recipe; repeatable.", show_default=False),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Set an entry of the recipe; repeatable.",
+        show_default=False,
+    ),
 ]
 
 
@@ -321,7 +413,9 @@ def crew_for(workers: int | None, ray: str | None, threads: int | None) -> Crew 
     return crew_of(workers, ray, threads)
 
 
-def latency_settings(max_latency: str | None, objective: Objective | None, table: Path | None) -> dict[str, Any]:
+def latency_settings(
+    max_latency: str | None, objective: Objective | None, table: Path | None
+) -> dict[str, Any]:
     """Return the recipe entries of the three options about latency."""
     return {
         "allocate.max_latency": max_latency,

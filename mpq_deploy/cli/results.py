@@ -52,11 +52,16 @@ from mpq_deploy.cli.options import (
 )
 
 
-@app.command(rich_help_panel=LOOK, epilog="Example: mpq-deploy sweep runs/emoji --budgets 0.26:0.5 --evaluate")
+@app.command(
+    rich_help_panel=LOOK,
+    epilog="Example: mpq-deploy sweep runs/emoji --budgets 0.26:0.5 --evaluate",
+)
 def sweep(
     run: RunArgument,
     budgets: BudgetListOption = "0.26:0.5",
-    evaluate: Annotated[bool, typer.Option("--evaluate", help="Also quantize and measure at each budget.")] = False,
+    evaluate: Annotated[
+        bool, typer.Option("--evaluate", help="Also quantize and measure at each budget.")
+    ] = False,
     points: Annotated[
         Optional[int],
         typer.Option(
@@ -80,13 +85,20 @@ def sweep(
     chosen = parse_budgets(budgets)
     crew = crew_for(workers, ray, threads)
     with open_pipeline(recipe_of(run, recipe), run, make_talk(), crew) as pipeline:
-        current = pipeline.current("measure", *(["controls"] if evaluate or points is not None else []))
-        result = run_sweep(current, chosen, evaluate, points, shlex.join(["mpq-deploy", *sys.argv[1:]]))
+        current = pipeline.current(
+            "measure", *(["controls"] if evaluate or points is not None else [])
+        )
+        result = run_sweep(
+            current, chosen, evaluate, points, shlex.join(["mpq-deploy", *sys.argv[1:]])
+        )
     text = f"{sweep_table(result)}\n\ncurve: {run / 'sweep.svg'}\npage:  {run / 'sweep.html'}"
     print_result(result, text)
 
 
-@app.command(rich_help_panel=LOOK, epilog="Example: mpq-deploy audit ./my-pipeline --budgets 0.28,0.35 --pairs 200")
+@app.command(
+    rich_help_panel=LOOK,
+    epilog="Example: mpq-deploy audit ./my-pipeline --budgets 0.28,0.35 --pairs 200",
+)
 def audit(
     model: ModelArgument = None,
     out: AuditOutOption = None,
@@ -101,9 +113,11 @@ def audit(
     ray: RayOption = None,
     threads: ThreadsOption = None,
 ) -> None:
-    """Compare every sensitivity with exhaustive measurement, and by the quality of the plans it leads to.
+    """Compare every sensitivity with exhaustive measurement, and by the quality of the plans it
+    leads to.
 
-    Takes minutes for the bundled models, hours for large ones; a stopped call continues where it was.
+    Takes minutes for the bundled models, hours for large ones; a stopped call continues where it
+    was.
     """
     from mpq_deploy.report.audit_page import audit_table, write_audit
     from mpq_deploy.run.pipeline import open_pipeline
@@ -116,16 +130,24 @@ def audit(
     run = study.audit_run(settings, out)
     study.check_audit(settings)
     with open_pipeline(settings, run, make_talk(), crew_for(workers, ray, threads)) as pipeline:
-        result = study.run_audit(pipeline.current("candidates"), options, shlex.join(["mpq-deploy", *sys.argv[1:]]))
+        result = study.run_audit(
+            pipeline.current("candidates"), options, shlex.join(["mpq-deploy", *sys.argv[1:]])
+        )
         write_audit(result, run)
     print_result(result.as_json(), f"{audit_table(result)}\n\nreport: {run / 'audit.html'}", json)
 
 
-@app.command(rich_help_panel=LOOK, epilog="Example: mpq-deploy sample runs/emoji -o grid.png --count 8")
+@app.command(
+    rich_help_panel=LOOK, epilog="Example: mpq-deploy sample runs/emoji -o grid.png --count 8"
+)
 def sample(
     run: RunArgument,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="PNG", help="The picture to write.")] = Path("grid.png"),
-    count: Annotated[int, typer.Option("--count", "-n", min=1, max=256, help="Number of images.")] = 8,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="PNG", help="The picture to write.")
+    ] = Path("grid.png"),
+    count: Annotated[
+        int, typer.Option("--count", "-n", min=1, max=256, help="Number of images.")
+    ] = 8,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the noise.")] = 0,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of the sampler.")] = 20,
     controls: Annotated[
@@ -142,10 +164,15 @@ def sample(
     print(out)
 
 
-@app.command(rich_help_panel=LOOK, epilog="Example: mpq-deploy compare runs/old runs/new --html compare.html")
+@app.command(
+    rich_help_panel=LOOK, epilog="Example: mpq-deploy compare runs/old runs/new --html compare.html"
+)
 def compare(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Run folders, or report.json files.", show_default=False)
+        list[Path],
+        typer.Argument(
+            metavar="RUN...", help="Run folders, or report.json files.", show_default=False
+        ),
     ],
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
     html: Annotated[
@@ -167,7 +194,10 @@ def compare(
     print_result(comparison.as_json(), text, json)
 
 
-@app.command(rich_help_panel=LOOK, epilog="Example: mpq-deploy metrics runs/mine --images 2048 --real photos/")
+@app.command(
+    rich_help_panel=LOOK,
+    epilog="Example: mpq-deploy metrics runs/mine --images 2048 --real photos/",
+)
 def metrics(
     run: RunArgument,
     network: NetworkOption = None,
@@ -184,12 +214,16 @@ def metrics(
 ) -> None:
     """Compare distributions of images: FID or another Frechet distance, KID, precision, recall.
 
-    Against the float model's images from the same noise and against real ones; image by image with --lpips and
-    --clip-score. A stopped call continues with the images that are finished.
+    Against the float model's images from the same noise and against real ones; image by image with
+    --lpips and --clip-score. A stopped call continues with the images that are finished.
 
     The result is added to the run's reports: run it before 'mpq-deploy gate'.
     """
-    from mpq_deploy.evaluate.metrics.measure_images import MetricsOptions, check_metrics, measure_metrics
+    from mpq_deploy.evaluate.metrics.measure_images import (
+        MetricsOptions,
+        check_metrics,
+        measure_metrics,
+    )
     from mpq_deploy.evaluate.metrics.metric_text import metrics_text
     from mpq_deploy.evaluate.metrics.networks import LPIPS, parse_weights
     from mpq_deploy.evaluate.metrics.scores import CLIP_SCORE
@@ -197,7 +231,9 @@ def metrics(
 
     scores = tuple(name for name, asked in ((LPIPS, lpips), (CLIP_SCORE, clip_score)) if asked)
     given = parse_weights(weights or [])
-    options = MetricsOptions(tuple(network or ()), images, real, given, seed, workers, controls, scores)
+    options = MetricsOptions(
+        tuple(network or ()), images, real, given, seed, workers, controls, scores
+    )
     settings = recipe_of(run, None)
     # A stage may take minutes: report first what is missing.
     check_metrics(settings.model, options)
@@ -208,7 +244,9 @@ def metrics(
     print_result(measured.as_json(), metrics_text(measured))
 
 
-@app.command(rich_help_panel=LOOK, epilog="Example: mpq-deploy gate runs/mine --max-size 0.36 --min-psnr 40")
+@app.command(
+    rich_help_panel=LOOK, epilog="Example: mpq-deploy gate runs/mine --max-size 0.36 --min-psnr 40"
+)
 def gate(
     run: ReportArgument,
     max_size: MaxSizeOption = None,
@@ -256,11 +294,17 @@ def gate(
         raise typer.Exit(1)
 
 
-@app.command(rich_help_panel=LOOK, epilog="Example: mpq-deploy check model.onnx --target jetson-agx-orin")
+@app.command(
+    rich_help_panel=LOOK, epilog="Example: mpq-deploy check model.onnx --target jetson-agx-orin"
+)
 def check(
-    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="Any ONNX file.", show_default=False)],
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL.onnx", help="Any ONNX file.", show_default=False)
+    ],
     target: TargetOption = "rtx",
-    strict: Annotated[bool, typer.Option("--strict", help="Exit code 1 for warnings, too.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit code 1 for warnings, too.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """List the nodes that a target's TensorRT refuses, computes wrongly, in FP16 or slowly.

@@ -58,7 +58,9 @@ class Remote:
     def run(self, script: str, accept: tuple[int, ...] = (0,)) -> subprocess.CompletedProcess[str]:
         """Run ``script``; EngineError when ssh fails or the exit code is none of ``accept``."""
         try:
-            done = subprocess.run(self.argv(script), capture_output=True, encoding="utf-8", check=False)
+            done = subprocess.run(
+                self.argv(script), capture_output=True, encoding="utf-8", check=False
+            )
         except FileNotFoundError as error:
             what = f"There is no '{self.command[0]}' on this machine."
             raise UsageError(what, "Install an ssh client.") from error
@@ -71,7 +73,9 @@ class Remote:
         words = " ".join(text.split())[-300:] or "no reason given"
         what = "ssh failed" if code == SSH_FAILED else f"A command ended with code {code}"
         again = "Repeat the command when the connection is back: it goes on where it stopped."
-        return EngineError(f"{what} on {self.destination}: {words}", again if code == SSH_FAILED else "")
+        return EngineError(
+            f"{what} on {self.destination}: {words}", again if code == SSH_FAILED else ""
+        )
 
 
 def deploy(run: Run, target: Target, remote: Remote) -> dict[str, Any]:
@@ -97,7 +101,9 @@ def deploy(run: Run, target: Target, remote: Remote) -> dict[str, Any]:
     else:
         talk.line("already installed there")
     if fetched is None:
-        raise EngineError(f"The installer on {remote.destination} left no {RESULTS} of this package.")
+        raise EngineError(
+            f"The installer on {remote.destination} left no {RESULTS} of this package."
+        )
     results = kept / RESULTS
     results.write_text(fetched, encoding="utf-8")
     take_in(run, results)
@@ -151,7 +157,9 @@ def _send(remote: Remote, archive: Path, part: str, start: int, size: int, talk:
         raise remote.failure(process.returncode or SSH_FAILED, text)
 
 
-def _feed(write: Callable[[bytes], Any], archive: Path, start: int, advance: Callable[[int], None]) -> bool:
+def _feed(
+    write: Callable[[bytes], Any], archive: Path, start: int, advance: Callable[[int], None]
+) -> bool:
     """Write the rest of ``archive``; False when the other side went away."""
     with archive.open("rb") as file:
         file.seek(start)
@@ -197,7 +205,9 @@ def _install(remote: Remote, name: str, talk: Talk) -> None:
     for line in (done.stderr + done.stdout).splitlines():
         talk.line(f"  {line}")
     if done.returncode and RESULTS not in done.stdout:
-        what = f"The installer failed on {remote.destination}: {' '.join(done.stderr.split())[-300:]}"
+        what = (
+            f"The installer failed on {remote.destination}: {' '.join(done.stderr.split())[-300:]}"
+        )
         raise EngineError(what, "The message says what to change there.")
 
 

@@ -48,11 +48,20 @@ TOLERANCE_FACTOR, TOLERANCE_FLOOR = 10.0, 1e-4
 DEVICE_ROOMS = ("bench", "device", "formats", "formats/branches")
 DEVICE_MODULES = (
     *("__init__.py", "api.py", "errors.py", "install.py"),
-    *(f"system/{name}.py" for name in ("__init__", "children", "files", "memory", "progress", "release")),
+    *(
+        f"system/{name}.py"
+        for name in ("__init__", "children", "files", "memory", "progress", "release")
+    ),
     *(f"rounding/{name}.py" for name in ("__init__", "quantizers", "row_grids")),
     "engine/__init__.py",
-    *(f"engine/{name}.py" for name in ("bisect", "build_log", "build_target", "build_worker", "builder", "expected")),
-    *(f"engine/{name}.py" for name in ("failure", "layer_information", "record", "trtexec", "verify")),
+    *(
+        f"engine/{name}.py"
+        for name in ("bisect", "build_log", "build_target", "build_worker", "builder", "expected")
+    ),
+    *(
+        f"engine/{name}.py"
+        for name in ("failure", "layer_information", "record", "trtexec", "verify")
+    ),
 )
 
 
@@ -102,7 +111,9 @@ def check_plan(run: Run, target: Target) -> None:
     for one in check_model(run.deployed / DEPLOYED, target).findings:
         if one.effect in ERRORS or one.rule == "opset":
             where = one.node or "opset"
-            raise ModelError(f"{target.title} does not take the graph: {where}: {one.message}.", again)
+            raise ModelError(
+                f"{target.title} does not take the graph: {where}: {one.message}.", again
+            )
 
 
 def make_reference(run: Run) -> tuple[Reference, bytes]:
@@ -121,11 +132,18 @@ def make_reference(run: Run) -> tuple[Reference, bytes]:
     half = _half_session(quantized / DEPLOYED)
     arrays: dict[str, Array] = {}
     errors = []
-    cases = {"smallest": (section.batch_min, 0), "usual": (section.batch_opt, len(calls.timesteps) - 1)}
+    cases = {
+        "smallest": (section.batch_min, 0),
+        "usual": (section.batch_opt, len(calls.timesteps) - 1),
+    }
     for case, (batch, step) in cases.items():
         chosen = np.arange(batch) % len(calls.rows)
-        conditions = {name: values[calls.rows[chosen]] for name, values in exported.conditions.items()}
-        feeds = model_feeds(spec, calls.samples[step][chosen], float(calls.timesteps[step]), conditions)
+        conditions = {
+            name: values[calls.rows[chosen]] for name, values in exported.conditions.items()
+        }
+        feeds = model_feeds(
+            spec, calls.samples[step][chosen], float(calls.timesteps[step]), conditions
+        )
         feeds = {name: values.astype(types[name]) for name, values in feeds.items()}
         wide = {item.name: feeds[item.name].astype(item.dtype) for item in spec.inputs}
         output = np.asarray(twin.session.run([spec.output], wide)[0], np.float32)
@@ -167,7 +185,8 @@ def build_script(manifest: Manifest) -> str:
     text = (resources.files("mpq_deploy") / "device" / "build.sh.in").read_text(encoding="utf-8")
     versions_here = " ".join(version.rstrip(".") for version in manifest.target.versions)
     others = ", ".join(
-        f"{', '.join(versions)}: --target {name}" for name, versions in sorted(manifest.alternatives.items())
+        f"{', '.join(versions)}: --target {name}"
+        for name, versions in sorted(manifest.alternatives.items())
     )
     choice = others or "see mpq-deploy targets"
     remedy = f"Package the run again at home for the version here ({choice})."
@@ -187,7 +206,9 @@ def build_script(manifest: Manifest) -> str:
 def _shape_flags(manifest: Manifest) -> list[str]:
     flags = []
     for flag, batch in zip(("minShapes", "optShapes", "maxShapes"), manifest.batches):
-        sizes = {name: "x".join(map(str, (batch, *shape))) for name, shape in manifest.shapes.items()}
+        sizes = {
+            name: "x".join(map(str, (batch, *shape))) for name, shape in manifest.shapes.items()
+        }
         shapes = ",".join(f"{tensor}:{size}" for tensor, size in sizes.items())
         flags.append(f"--{flag}={shapes}")
     return flags
@@ -200,7 +221,9 @@ def _files(run: Run) -> dict[str, Source]:
         DEPLOYED: quantized / DEPLOYED,
         WEIGHTS: quantized / WEIGHTS,
         PLAN: run.stage("allocate") / "plan.json",
-        DENOISER: _json(spec.model_copy(update={"source": Path(spec.source).name}).model_dump(mode="json")),
+        DENOISER: _json(
+            spec.model_copy(update={"source": Path(spec.source).name}).model_dump(mode="json")
+        ),
         "scheduler_config.json": _json(spec.scheduler),
     }
     if run.recipe.evaluate.correction != "none":
@@ -236,7 +259,8 @@ def _alternatives(target: Target) -> dict[str, tuple[str, ...]]:
     return {
         other.name: other.versions
         for other in others
-        if (other.compute_capabilities, other.memory_bytes) == gpu and other.versions != target.versions
+        if (other.compute_capabilities, other.memory_bytes) == gpu
+        and other.versions != target.versions
     }
 
 

@@ -103,7 +103,9 @@ def extract(path: Path, entries: Mapping[str, Entry], folder: Path) -> None:
                     digest.update(piece)
                     out.write(piece)
             if digest.hexdigest() != entry.sha256:
-                raise ArchiveError(f"The part '{entry.name}' of {path} changed while it was unpacked.", AGAIN)
+                raise ArchiveError(
+                    f"The part '{entry.name}' of {path} changed while it was unpacked.", AGAIN
+                )
             target.chmod(_mode(entry.name))
 
 
@@ -188,7 +190,9 @@ def _check_sums(file: BinaryIO, entries: Mapping[str, Entry], path: Path) -> Non
             raise ArchiveError(what, "See mpq-deploy package.")
     file.seek(entries[SUMS].offset)
     text = file.read(entries[SUMS].size).decode("ascii", "replace")
-    listed = {name: digest for digest, _, name in (line.partition("  ") for line in text.splitlines())}
+    listed = {
+        name: digest for digest, _, name in (line.partition("  ") for line in text.splitlines())
+    }
     others = [name for name in entries if name != SUMS]
     if list(listed) != others or text != "".join(f"{listed[name]}  {name}\n" for name in others):
         what = f"The part '{SUMS}' of {path} is altered: it does not list the parts that are there."
@@ -203,7 +207,9 @@ def _check_sums(file: BinaryIO, entries: Mapping[str, Entry], path: Path) -> Non
     altered = wrong[0]
     if altered != MANIFEST and f'"{entries[altered].sha256}"' in manifest:
         altered = SUMS
-    what = f"The part '{altered}' of {path} is altered: its SHA-256 is not the one it was packed with."
+    what = (
+        f"The part '{altered}' of {path} is altered: its SHA-256 is not the one it was packed with."
+    )
     raise ArchiveError(what, AGAIN)
 
 

@@ -47,7 +47,9 @@ class OpenEngine:
             aside.write_bytes(bytes(self.cache.serialize()))
             aside.replace(self.cache_file)
         except OSError as error:
-            warnings.warn(f"The runtime cache {self.cache_file} is not kept: {error.strerror}.", stacklevel=2)
+            warnings.warn(
+                f"The runtime cache {self.cache_file} is not kept: {error.strerror}.", stacklevel=2
+            )
 
 
 def refuse_other_gpu(engine: Path, capability: str) -> None:
@@ -107,7 +109,9 @@ def open_context(trt: Any, engine: Any, path: Path, graphs: bool = True) -> Open
     builtin = hasattr(trt, "CudaGraphStrategy")
     if builtin:
         strategies = trt.CudaGraphStrategy
-        config.cuda_graph_strategy = strategies.WHOLE_GRAPH_CAPTURE if graphs else strategies.DISABLED
+        config.cuda_graph_strategy = (
+            strategies.WHOLE_GRAPH_CAPTURE if graphs else strategies.DISABLED
+        )
     context = engine.create_execution_context(config)
     if context is None:
         what = f"{trt.__name__} cannot make a context for {path}."

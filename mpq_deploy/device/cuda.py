@@ -76,12 +76,16 @@ class Cuda:
     def to_device(self, address: int, host: Any) -> None:
         """Copy a contiguous array."""
         source = ctypes.c_void_p(host.ctypes.data)
-        self._call("cuMemcpyHtoD_v2", ctypes.c_uint64(address), source, ctypes.c_size_t(host.nbytes))
+        self._call(
+            "cuMemcpyHtoD_v2", ctypes.c_uint64(address), source, ctypes.c_size_t(host.nbytes)
+        )
 
     def to_host(self, host: Any, address: int) -> None:
         """Copy into a contiguous array."""
         target = ctypes.c_void_p(host.ctypes.data)
-        self._call("cuMemcpyDtoH_v2", target, ctypes.c_uint64(address), ctypes.c_size_t(host.nbytes))
+        self._call(
+            "cuMemcpyDtoH_v2", target, ctypes.c_uint64(address), ctypes.c_size_t(host.nbytes)
+        )
 
     def synchronize(self) -> None:
         """Wait for the stream."""
@@ -109,7 +113,9 @@ class Cuda:
             work()
         finally:
             self._call("cuStreamEndCapture", stream, ctypes.byref(graph))
-        self._call("cuGraphInstantiateWithFlags", ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
+        self._call(
+            "cuGraphInstantiateWithFlags", ctypes.byref(executable), graph, ctypes.c_ulonglong(0)
+        )
         return executable
 
     def launch(self, graph: ctypes.c_void_p) -> None:

@@ -35,7 +35,9 @@ class EngineRunner:
         """Names of the inputs and of the outputs."""
         engine = self.opened.engine
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-        inputs = [name for name in names if engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT]
+        inputs = [
+            name for name in names if engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT
+        ]
         return inputs, [name for name in names if name not in inputs]
 
     def dtype(self, name: str) -> np.dtype[Any]:

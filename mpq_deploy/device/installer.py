@@ -37,7 +37,9 @@ from mpq_deploy.system.release import __version__
 
 RESULTS, ENGINE_FOLDER = "results.json", "engine"
 RESULTS_FORMAT = 1
-RESULTS_FIELDS = frozenset(("package", "target", "device", "engine", "reference", "latency", "memory", "passed"))
+RESULTS_FIELDS = frozenset(
+    ("package", "target", "device", "engine", "reference", "latency", "memory", "passed")
+)
 # TensorRT-RTX's builder was measured at about three times the weights, on top of what it needs for
 # itself.
 BUILD_FACTOR, BUILD_BASE_BYTES = 3, 500_000_000
@@ -71,13 +73,18 @@ def install(archive: Path, out: Path, talk: Talk, force_memory: bool = False) ->
         unpack(archive, out, talk)
     manifest = Manifest.load(out / MANIFEST)
     runtime = probe(manifest)
-    talk.line(f"{runtime.builder} {runtime.version or '(version unknown)'} for {manifest.target.name}")
+    talk.line(
+        f"{runtime.builder} {runtime.version or '(version unknown)'} for {manifest.target.name}"
+    )
     check_gpu(manifest)
     check_memory(manifest, force_memory)
     check_gpu_memory(manifest, force_memory)
     record = _build(manifest, runtime, out, talk)
     run = run_engine(runtime.builder, out / ENGINE_FOLDER / record.file, out, manifest.reference)
-    text = json.dumps(_results(manifest, record, run, out), indent=1, sort_keys=True, allow_nan=False) + "\n"
+    text = (
+        json.dumps(_results(manifest, record, run, out), indent=1, sort_keys=True, allow_nan=False)
+        + "\n"
+    )
     write_text(out / RESULTS, text)
     results: dict[str, Any] = json.loads(text)
     return results
@@ -109,7 +116,9 @@ def probe(manifest: Manifest) -> Runtime:
     if runtime.version and not manifest.target.takes_version(runtime.version):
         versions = " or ".join(f"{version.rstrip('.')}.x" for version in manifest.target.versions)
         release = f" (JetPack {manifest.target.jetpack})" if manifest.target.jetpack else ""
-        remedy = "No shipped target has that version; see 'mpq-deploy targets', or write a YAML for it."
+        remedy = (
+            "No shipped target has that version; see 'mpq-deploy targets', or write a YAML for it."
+        )
         for name, others in manifest.alternatives.items():
             if version_fits(runtime.version, others):
                 remedy = f"Package the run again at home: mpq-deploy package RUN --target {name}."
@@ -167,7 +176,9 @@ def check_gpu_memory(manifest: Manifest, force: bool) -> None:
 
 def _runtime(builder: str) -> Runtime | None:
     """What builds here for ``builder``: trtexec and the Python package stand in for each other."""
-    order = {"trtexec": ("trtexec", "tensorrt"), "tensorrt": ("tensorrt", "trtexec")}.get(builder, (builder,))
+    order = {"trtexec": ("trtexec", "tensorrt"), "tensorrt": ("tensorrt", "trtexec")}.get(
+        builder, (builder,)
+    )
     for name in order:
         if name == "trtexec":
             path = find_trtexec()
@@ -206,7 +217,11 @@ def _results(manifest: Manifest, record: EngineRecord, run: Run, out: Path) -> d
     return {
         "format": RESULTS_FORMAT,
         "made_by": __version__,
-        "package": {"name": manifest.name, "manifest_sha256": file_digest(out / MANIFEST), "digests": manifest.digests},
+        "package": {
+            "name": manifest.name,
+            "manifest_sha256": file_digest(out / MANIFEST),
+            "digests": manifest.digests,
+        },
         "target": manifest.target.name,
         "dialect": manifest.target.dialect,
         "device": {
@@ -231,7 +246,9 @@ def _results(manifest: Manifest, record: EngineRecord, run: Run, out: Path) -> d
 
 def board(path: Path = Path("/proc/device-tree/model")) -> str:
     """The board's name where the kernel tells it (Jetson); else empty."""
-    return path.read_text(errors="replace", encoding="utf-8").strip("\0\n ") if path.is_file() else ""
+    return (
+        path.read_text(errors="replace", encoding="utf-8").strip("\0\n ") if path.is_file() else ""
+    )
 
 
 def _needed(builder: str) -> str:
@@ -255,7 +272,11 @@ def summary(results: dict[str, Any], out: Path) -> str:
         shown = f"NMSE {worst:.2e}" if finite else "not finite"
         verdict = "agree" if reference["passed"] else "DIFFER"
         numbers = f"{verdict} ({shown}, allowed {reference['tolerance_nmse']:.2e})"
-    speed = f"{times['p50_ms']:.2f} ms median, {times['p99_ms']:.2f} ms p99" if times else "not measured"
+    speed = (
+        f"{times['p50_ms']:.2f} ms median, {times['p99_ms']:.2f} ms p99"
+        if times
+        else "not measured"
+    )
     rows = (
         ("engine", f"{out / ENGINE_FOLDER / engine['file']}, {engine['bytes']:,} bytes"),
         ("layers", layers),
@@ -277,8 +298,15 @@ def main(arguments: list[str] | None = None, write: Callable[[str], Any] = sys.s
     parser = argparse.ArgumentParser(prog="mpq-install", description=about)
     option = parser.add_argument
     option("archive", type=Path, nargs="?", help="the .mpq.tar")
-    option("--unpacked", type=Path, metavar="FOLDER", help="a folder that tar unpacked the package into")
-    option("-o", "--out", type=Path, help="the folder to install into (default: beside the archive)")
+    option(
+        "--unpacked",
+        type=Path,
+        metavar="FOLDER",
+        help="a folder that tar unpacked the package into",
+    )
+    option(
+        "-o", "--out", type=Path, help="the folder to install into (default: beside the archive)"
+    )
     option("--force-memory", action="store_true", help="build even if memory may be too small")
     option("--json", action="store_true", help="print results.json")
     chosen = parser.parse_args(arguments)

@@ -76,7 +76,10 @@ class Manifest:
             target = _tuples(values["target"], "versions", "compute_capabilities")
             values["target"] = BuildTarget(**target)
             values["reference"] = Reference(**_tuples(values["reference"], "cases", "inputs"))
-            layers = [ExpectedLayer(**_tuples(one, "nodes", "kernel")) for one in values["expected"]["layers"]]
+            layers = [
+                ExpectedLayer(**_tuples(one, "nodes", "kernel"))
+                for one in values["expected"]["layers"]
+            ]
             expected = values["expected"]
             values["expected"] = ExpectedLayers(
                 tuple(layers), expected["total_bytes"], expected.get("repeated_bytes", 0)

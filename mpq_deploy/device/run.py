@@ -65,7 +65,10 @@ def _in_child(module: str, engine: Path, folder: Path, reference: Reference) -> 
     done = run_child("mpq_deploy.device.run_worker", str(folder / "run.job.json"))
     if done.returncode:
         words = " ".join(done.stderr.split())[-400:]
-        raise EngineError(f"The engine's process ended with code {done.returncode}: {words}", f"Log: {files['log']}")
+        raise EngineError(
+            f"The engine's process ended with code {done.returncode}: {words}",
+            f"Log: {files['log']}",
+        )
     result = json.loads(Path(files["result"]).read_text(encoding="utf-8"))
     if "error" in result:
         raise EngineError(str(result["error"]), f"Log: {files['log']}")
@@ -84,7 +87,9 @@ def _with_trtexec(engine: Path, folder: Path, reference: Reference) -> Run:
     log = ""
     for case in reference.cases:
         with np.load(folder / reference.file, allow_pickle=False) as data:
-            feeds = {name: np.ascontiguousarray(data[f"{case}/{name}"]) for name in reference.inputs}
+            feeds = {
+                name: np.ascontiguousarray(data[f"{case}/{name}"]) for name in reference.inputs
+            }
             shape = data[f"{case}/{reference.output}"].shape
         exported, timed = folder / f"{case}.outputs.json", folder / f"{case}.times.json"
         done = subprocess.run(
@@ -96,9 +101,13 @@ def _with_trtexec(engine: Path, folder: Path, reference: Reference) -> Run:
         log = done.stdout
         (folder / f"{case}.run.log").write_text(log + done.stderr, encoding="utf-8")
         if done.returncode or not exported.is_file():
-            raise EngineError(f"trtexec failed on the case '{case}'.", f"Log: {folder / f'{case}.run.log'}")
+            raise EngineError(
+                f"trtexec failed on the case '{case}'.", f"Log: {folder / f'{case}.run.log'}"
+            )
         outputs[case] = read_trtexec_output(exported, reference.output, shape)
-        times = tuple(float(one["computeMs"]) for one in json.loads(timed.read_text(encoding="utf-8")))
+        times = tuple(
+            float(one["computeMs"]) for one in json.loads(timed.read_text(encoding="utf-8"))
+        )
     match = re.search(r"Compute Capability: (\d+)\.(\d+)", log)
     named = re.search(r"Selected Device: (.+)", log)
     capability = f"SM{match.group(1)}{match.group(2)}" if match else ""
@@ -129,7 +138,11 @@ def _trtexec_command(
 def read_trtexec_output(path: Path, name: str, shape: tuple[int, ...]) -> Array:
     """Read the tensor ``name`` from what ``--exportOutput`` wrote; EngineError without it."""
     try:
-        outputs = {one["name"]: one["values"] for one in json.loads(path.read_text(encoding="utf-8"))}
+        outputs = {
+            one["name"]: one["values"] for one in json.loads(path.read_text(encoding="utf-8"))
+        }
         return np.asarray(outputs[name], np.float32).reshape(shape)
     except (ValueError, KeyError, TypeError) as error:
-        raise EngineError(f"trtexec's output {path} has no tensor '{name}' of shape {shape}.") from error
+        raise EngineError(
+            f"trtexec's output {path} has no tensor '{name}' of shape {shape}."
+        ) from error

@@ -59,7 +59,9 @@ def run(job: RunJob, trt: Any, cuda: Cuda, logger: Any) -> dict[str, Any]:
     timed: list[float] = []
     with np.load(job.references, allow_pickle=False) as references:
         for number, case in enumerate(job.cases):
-            runner.bind({name: np.ascontiguousarray(references[f"{case}/{name}"]) for name in job.inputs})
+            runner.bind(
+                {name: np.ascontiguousarray(references[f"{case}/{name}"]) for name in job.inputs}
+            )
             runner.call()
             if number == len(job.cases) - 1:
                 timed = _timed(runner, job.calls)
@@ -93,7 +95,9 @@ def main(arguments: list[str]) -> int:
             result = run(job, trt, Cuda(), make_logger(trt, stream, [], []))
         except EngineError as error:
             result = {"error": str(error)}
-    Path(job.result).write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    Path(job.result).write_text(
+        json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8"
+    )
     return 0
 
 

@@ -70,7 +70,11 @@ class _Counted:
 
 
 def find_suspects(
-    model: Path, folder: Path, trial: Trial, max_trials: int = MAX_TRIALS, seconds: float = MAX_SECONDS
+    model: Path,
+    folder: Path,
+    trial: Trial,
+    max_trials: int = MAX_TRIALS,
+    seconds: float = MAX_SECONDS,
 ) -> Suspects | None:
     """Find what crashes; None where the graph does not crash when tried again.
 
@@ -103,7 +107,9 @@ def quantized_layers(proto: onnx.ModelProto) -> list[str]:
     """Names of the layers that read a DequantizeLinear, directly or through what moves a weight."""
     producers = {output: node for node in proto.graph.node for output in node.output}
     layers = (node for node in proto.graph.node if node.op_type in LAYERS)
-    return [node.name for node in layers if any(_dequantize(name, producers) for name in node.input)]
+    return [
+        node.name for node in layers if any(_dequantize(name, producers) for name in node.input)
+    ]
 
 
 def _dequantize(name: str, producers: dict[str, onnx.NodeProto]) -> onnx.NodeProto | None:
@@ -114,7 +120,9 @@ def _dequantize(name: str, producers: dict[str, onnx.NodeProto]) -> onnx.NodePro
     return node
 
 
-def _minimized(layers: Sequence[str], crashes: Callable[[Sequence[str]], bool]) -> Iterator[tuple[str, ...]]:
+def _minimized(
+    layers: Sequence[str], crashes: Callable[[Sequence[str]], bool]
+) -> Iterator[tuple[str, ...]]:
     """ddmin: yield each smaller set that crashes; the last crashes only with all of its parts."""
     current, parts = list(layers), 2
     while len(current) > 1:
@@ -170,7 +178,9 @@ def _before(name: str, producers: dict[str, onnx.NodeProto]) -> str:
     return name
 
 
-def _constant_shapes(proto: onnx.ModelProto, constants: dict[str, TensorProto]) -> dict[str, tuple[int, ...]]:
+def _constant_shapes(
+    proto: onnx.ModelProto, constants: dict[str, TensorProto]
+) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors that follow from constants alone through Q/DQ and moves of them."""
     shapes = {name: tuple(tensor.dims) for name, tensor in constants.items()}
     inferred = _inferred_shapes(proto)

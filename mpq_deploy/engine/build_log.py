@@ -132,9 +132,13 @@ def _layer(line: str) -> EngineLayer:
             "The builder's version may write another form; report it with the log.",
         )
     fields = match.groupdict()
-    inputs, constants, outputs = (_tensors(fields[name]) for name in ("inputs", "constants", "outputs"))
+    inputs, constants, outputs = (
+        _tensors(fields[name]) for name in ("inputs", "constants", "outputs")
+    )
     nodes = tuple(dict.fromkeys(ONNX_NODE.findall(fields["metadata"])))
-    return EngineLayer(fields["name"], fields["type"], inputs, constants, outputs, fields["tactic"], nodes)
+    return EngineLayer(
+        fields["name"], fields["type"], inputs, constants, outputs, fields["tactic"], nodes
+    )
 
 
 def _tensors(text: str) -> tuple[EngineTensor, ...]:

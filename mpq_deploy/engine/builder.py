@@ -22,7 +22,14 @@ from mpq_deploy.engine.build_log import EngineLog, layers_text, parse_engine_log
 from mpq_deploy.engine.build_target import BuildTarget
 from mpq_deploy.engine.build_worker import DISK_FAILURE, REPORTED_FAILURE, BuildJob, InputShapes
 from mpq_deploy.engine.expected import ExpectedLayers
-from mpq_deploy.engine.failure import FAULTS, BuilderCrashedError, crashed, fatal_signal, located, refused
+from mpq_deploy.engine.failure import (
+    FAULTS,
+    BuilderCrashedError,
+    crashed,
+    fatal_signal,
+    located,
+    refused,
+)
 from mpq_deploy.engine.layer_information import parse_layer_information
 from mpq_deploy.engine.record import RECORD, BuildTiming, EngineRecord
 from mpq_deploy.engine.trtexec import build_with_trtexec, trtexec_trial
@@ -62,7 +69,10 @@ class BatchProfile:
     def inputs(self) -> dict[str, InputShapes]:
         """Return the whole shapes, batch axis first."""
         sizes = (self.minimum, self.optimum, self.maximum)
-        return {name: InputShapes(*((size, *shape) for size in sizes)) for name, shape in self.shapes.items()}
+        return {
+            name: InputShapes(*((size, *shape) for size in sizes))
+            for name, shape in self.shapes.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -183,7 +193,9 @@ def _save_job(request: BuildRequest, engine: Path, log: Path) -> tuple[Path, Pat
     return job_file, result
 
 
-def _located(crash: BuilderCrashedError, request: BuildRequest, folder: Path, talk: Talk) -> EngineError:
+def _located(
+    crash: BuilderCrashedError, request: BuildRequest, folder: Path, talk: Talk
+) -> EngineError:
     """Look for the nodes that crash the builder, where graphs can be cut (a device has no onnx)."""
     if importlib.util.find_spec("onnx") is None:
         return crash
@@ -228,7 +240,9 @@ def _check_version(target: BuildTarget) -> None:
         )
 
 
-def _record(engine: Path, target: BuildTarget, raw: RawBuild, expected: ExpectedLayers) -> EngineRecord:
+def _record(
+    engine: Path, target: BuildTarget, raw: RawBuild, expected: ExpectedLayers
+) -> EngineRecord:
     problems = tuple(verify(raw.log, expected))
     return EngineRecord(
         target=target.name,

@@ -48,17 +48,23 @@ class MemoryEstimate:
         return self.weights_bytes + self.activation_bytes + self.unpacked_bytes + self.runtime_bytes
 
 
-def estimate_memory(model: Path, shapes: Mapping[str, tuple[int, ...]], weights_bytes: int) -> MemoryEstimate:
+def estimate_memory(
+    model: Path, shapes: Mapping[str, tuple[int, ...]], weights_bytes: int
+) -> MemoryEstimate:
     """Estimate for ``model`` at inputs of ``shapes``; tensors live until their last reader.
 
     Tensors whose shape cannot be inferred count nothing, so the estimate is then too low.
     """
     graph = inferred_graph(onnx.load(model, load_external_data=False), shapes)
-    sizes = {value.name: _bytes(value) for value in (*graph.input, *graph.value_info, *graph.output)}
+    sizes = {
+        value.name: _bytes(value) for value in (*graph.input, *graph.value_info, *graph.output)
+    }
     constant = {tensor.name for tensor in graph.initializer}
     unpacked = 0
     for node in graph.node:
-        if node.op_type in WEIGHT_FORMS and all(name in constant or not name for name in node.input):
+        if node.op_type in WEIGHT_FORMS and all(
+            name in constant or not name for name in node.input
+        ):
             constant.update(node.output)
             unpacked = max(unpacked, *(sizes.get(name, 0) for name in node.output))
     activations = WORKSPACE_BYTES + COPIES * peak_alive(graph, sizes, constant)
@@ -85,7 +91,9 @@ def peak_alive(graph: onnx.GraphProto, sizes: Mapping[str, int], constant: set[s
     live = {value.name: sizes.get(value.name, 0) for value in graph.input}
     peak = 0
     for index, node in enumerate(graph.node):
-        live.update({name: sizes.get(name, 0) for name in node.output if name and name not in constant})
+        live.update(
+            {name: sizes.get(name, 0) for name in node.output if name and name not in constant}
+        )
         peak = max(peak, sum(live.values()))
         for name in {*node.input, *node.output}:
             if last.get(name, index) <= index:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class ExpectedLayer:
     """One layer of the plan: the ONNX nodes that apply it, its scheme, and its bytes in the file.
 
-    ``reduction`` and ``out_channels`` are those of the weight as a matrix, ``kernel`` its spatial shape (empty for
-    products), ``blocks`` how many scales each output channel has.
+    ``reduction`` and ``out_channels`` are those of the weight as a matrix, ``kernel`` its spatial
+    shape (empty for products), ``blocks`` how many scales each output channel has.
     """
 
     name: str
@@ -63,7 +63,11 @@ class ExpectedLayers:
 
     @classmethod
     def of(
-        cls, layers: Iterable[Layer], schemes: Mapping[str, Scheme], total_bytes: int, repeated_bytes: int = 0
+        cls,
+        layers: Iterable[Layer],
+        schemes: Mapping[str, Scheme],
+        total_bytes: int,
+        repeated_bytes: int = 0,
     ) -> ExpectedLayers:
         """Describe ``layers`` under ``schemes`` (by layer name); a branch is a layer of its own.
 
@@ -73,7 +77,11 @@ class ExpectedLayers:
         if simulated:
             raise ValueError(f"{', '.join(simulated)}: no engine can hold simulated schemes")
         parts = (part for layer in layers for part in schemes[layer.name].parts(layer))
-        return cls(tuple(ExpectedLayer.of(layer, scheme) for layer, scheme in parts), total_bytes, repeated_bytes)
+        return cls(
+            tuple(ExpectedLayer.of(layer, scheme) for layer, scheme in parts),
+            total_bytes,
+            repeated_bytes,
+        )
 
     def save(self, path: Path) -> None:
         """Write as JSON with sorted keys."""
@@ -85,4 +93,8 @@ class ExpectedLayers:
         data = json.loads(path.read_text(encoding="utf-8"))
         tuples = ("nodes", "kernel")
         layers = [{**one, **{key: tuple(one[key]) for key in tuples}} for one in data["layers"]]
-        return cls(tuple(ExpectedLayer(**one) for one in layers), data["total_bytes"], data.get("repeated_bytes", 0))
+        return cls(
+            tuple(ExpectedLayer(**one) for one in layers),
+            data["total_bytes"],
+            data.get("repeated_bytes", 0),
+        )

@@ -19,7 +19,9 @@ PRODUCTS = ("MatMul", "Gemm")
 # raise; what others send.
 SHELL_SIGNALS = 128
 # Windows lacks some of them.
-FAULTS = tuple(n for name in ("SEGV", "ABRT", "BUS", "FPE", "ILL") if (n := getattr(signal, f"SIG{name}", 0)))
+FAULTS = tuple(
+    n for name in ("SEGV", "ABRT", "BUS", "FPE", "ILL") if (n := getattr(signal, f"SIG{name}", 0))
+)
 KILLS = tuple(n for name in ("KILL", "TERM") if (n := getattr(signal, f"SIG{name}", 0)))
 
 
@@ -85,7 +87,9 @@ def crashed(model: Path, log: Path, returncode: int, stderr: str) -> EngineError
 def located(crash: BuilderCrashedError, suspects: Suspects | None) -> EngineError:
     """Add to ``crash`` the nodes that building smaller graphs blames."""
     if suspects is None:
-        return EngineError(f"{crash.message} A second build of the same graph did not crash.", crash.hint)
+        return EngineError(
+            f"{crash.message} A second build of the same graph did not crash.", crash.hint
+        )
     named, more = ", ".join(suspects.nodes[:NAMED_NODES]), len(suspects.nodes) - NAMED_NODES
     if more > 0:
         named += f" and {more} more"
@@ -112,8 +116,12 @@ def known_suspects(model: Path) -> list[str]:
     types = {tensor.name: tensor.data_type for tensor in graph.initializer}
     blocked: dict[str, str] = {}
     for node in graph.node:
-        is_int4 = node.op_type == "DequantizeLinear" and types.get(node.input[0]) == onnx.TensorProto.INT4
-        if is_int4 and any(attribute.name == "block_size" and attribute.i for attribute in node.attribute):
+        is_int4 = (
+            node.op_type == "DequantizeLinear" and types.get(node.input[0]) == onnx.TensorProto.INT4
+        )
+        if is_int4 and any(
+            attribute.name == "block_size" and attribute.i for attribute in node.attribute
+        ):
             blocked[node.output[0]] = node.input[0]
     suspects = []
     readers: dict[str, list[str]] = {}

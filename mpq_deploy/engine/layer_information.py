@@ -15,8 +15,19 @@ from mpq_deploy.errors import EngineError
 
 # The words of TensorRT's format descriptions, such as "Row major linear FP16 format", and of its
 # weights.
-_DTYPES = {"INT8": "Int8", "INT4": "Int4", "FP16": "Half", "HALF": "Half", "FP32": "Float", "FLOAT": "Float"}
-_TYPES = {"CASKCONVOLUTION": "correlation", "CONVOLUTION": "correlation", "CASKGEMMCONVOLUTION": "correlation"}
+_DTYPES = {
+    "INT8": "Int8",
+    "INT4": "Int4",
+    "FP16": "Half",
+    "HALF": "Half",
+    "FP32": "Float",
+    "FLOAT": "Float",
+}
+_TYPES = {
+    "CASKCONVOLUTION": "correlation",
+    "CONVOLUTION": "correlation",
+    "CASKGEMMCONVOLUTION": "correlation",
+}
 
 
 def parse_layer_information(text: str, log: str) -> EngineLog:
@@ -27,7 +38,9 @@ def parse_layer_information(text: str, log: str) -> EngineLog:
     try:
         listed = json.loads(text)["Layers"]
     except (ValueError, KeyError, TypeError) as error:
-        text = "The builder's layer information is no JSON with 'Layers', so the engine is unchecked."
+        text = (
+            "The builder's layer information is no JSON with 'Layers', so the engine is unchecked."
+        )
         raise EngineError(text) from error
     if any(not isinstance(layer, dict) for layer in listed):
         raise EngineError(
@@ -35,7 +48,9 @@ def parse_layer_information(text: str, log: str) -> EngineLog:
             "Build with --profilingVerbosity=detailed.",
         )
     memory = totals(log)
-    return EngineLog(tuple(_layer(layer) for layer in listed), memory.get("Weights"), memory.get("Activation"))
+    return EngineLog(
+        tuple(_layer(layer) for layer in listed), memory.get("Weights"), memory.get("Activation")
+    )
 
 
 def _layer(layer: dict[str, Any]) -> EngineLayer:
@@ -43,7 +58,9 @@ def _layer(layer: dict[str, Any]) -> EngineLayer:
     constants = [_tensor(one) for one in layer.get("Constants", ())]
     weights = layer.get("Weights")
     if isinstance(weights, dict) and weights.get("Count"):
-        constants.append(EngineTensor("weights", (int(weights["Count"]),), _dtype(str(weights.get("Type", "")))))
+        constants.append(
+            EngineTensor("weights", (int(weights["Count"]),), _dtype(str(weights.get("Type", ""))))
+        )
     return EngineLayer(
         str(layer.get("Name", "")),
         _TYPES.get(kind.upper(), kind),
@@ -57,7 +74,9 @@ def _layer(layer: dict[str, Any]) -> EngineLayer:
 
 def _tensor(tensor: dict[str, Any]) -> EngineTensor:
     dtype = _dtype(str(tensor.get("Datatype") or tensor.get("Format/Datatype") or ""))
-    return EngineTensor(str(tensor.get("Name", "")), tuple(map(int, tensor.get("Dimensions", ()))), dtype)
+    return EngineTensor(
+        str(tensor.get("Name", "")), tuple(map(int, tensor.get("Dimensions", ()))), dtype
+    )
 
 
 def _dtype(described: str) -> str:

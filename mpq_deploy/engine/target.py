@@ -34,7 +34,9 @@ from mpq_deploy.graph.layers import LAYER_OPS, Layer
 Dialect = Literal["trt-rtx", "trt-10.3", "trt-10.13", "trt-11", "onnxruntime"]
 Builder = Literal["tensorrt_rtx", "tensorrt", "trtexec", "none"]
 Proof = Literal["built here", "built on the device", "documented", "unproven"]
-Condition = Literal["always", "depthwise", "grouped", "conv1d", "conv3d", "odd elements", "odd last dimension"]
+Condition = Literal[
+    "always", "depthwise", "grouped", "conv1d", "conv3d", "odd elements", "odd last dimension"
+]
 SUFFIXES = (".yaml", ".yml")
 
 # The builder of TensorRT-RTX, which runs here without a GPU.
@@ -69,7 +71,11 @@ class Rule(BaseModel):
 
     def concerns(self, layer: Layer, scheme: Scheme) -> bool:
         """Tell whether the rule forbids ``scheme`` for ``layer``."""
-        return layer.op in self.ops and scheme.family in self.families and _holds(self.when, layer, scheme)
+        return (
+            layer.op in self.ops
+            and scheme.family in self.families
+            and _holds(self.when, layer, scheme)
+        )
 
 
 class Evidence(BaseModel):
@@ -132,18 +138,28 @@ class Target(BaseModel):
             _check_known("scheme family", allowed, families())
             if "fp16" not in allowed:
                 raise ValueError(f"schemes.{op} must list fp16, which every layer may fall back to")
-            explained = {f for r in self.rules if op in r.ops and r.when == "always" for f in r.families}
-            silent = [family for family in FAMILIES if family not in allowed and family not in explained]
+            explained = {
+                f for r in self.rules if op in r.ops and r.when == "always" for f in r.families
+            }
+            silent = [
+                family for family in FAMILIES if family not in allowed and family not in explained
+            ]
             if silent:
-                raise ValueError(f"schemes.{op} leaves out {', '.join(silent)}, and no rule gives the reason")
+                raise ValueError(
+                    f"schemes.{op} leaves out {', '.join(silent)}, and no rule gives the reason"
+                )
         if self.simulated and self.builder != "none":
-            raise ValueError(f"simulated schemes never reach a builder, and this target has '{self.builder}'")
+            raise ValueError(
+                f"simulated schemes never reach a builder, and this target has '{self.builder}'"
+            )
         return self
 
     @property
     def build_target(self) -> BuildTarget:
         """What a builder must know of it."""
-        return BuildTarget(**{name: getattr(self, name) for name in BuildTarget.__dataclass_fields__})
+        return BuildTarget(
+            **{name: getattr(self, name) for name in BuildTarget.__dataclass_fields__}
+        )
 
     @property
     def simulated(self) -> bool:
@@ -167,7 +183,9 @@ class Target(BaseModel):
             return f"{_not_in_tensorrt(scheme)}; nearest: {self.nearest(layer.op, scheme)}"
         for rule in self.rules:
             if (rule.when == "always") == left_out and rule.concerns(layer, scheme):
-                return rule.reason + (f"; nearest: {self.nearest(layer.op, scheme)}" if left_out else "")
+                return rule.reason + (
+                    f"; nearest: {self.nearest(layer.op, scheme)}" if left_out else ""
+                )
         if left_out:
             return f"{self.name} does not list {scheme.family}; nearest: {self.nearest(layer.op, scheme)}"
         if scheme.branch and scheme.branch.kind not in self.branches.get(layer.op, ()):
@@ -183,7 +201,9 @@ def _not_in_tensorrt(scheme: Scheme) -> str:
     if activation not in (8, 16):
         return f"{activation}-bit activations do not exist in TensorRT"
     if scheme.branch:
-        return f"{scheme.branch.kind} gives channels different bits, which does not exist in TensorRT"
+        return (
+            f"{scheme.branch.kind} gives channels different bits, which does not exist in TensorRT"
+        )
     return "it is simulated, with zero points and nominal bytes, for the target simulate alone"
 
 
@@ -226,7 +246,9 @@ def _folder() -> Any:
 
 
 def _shipped_fields(name: str) -> dict[str, Any]:
-    fields: dict[str, Any] = yaml.safe_load((_folder() / f"{name}.yaml").read_text(encoding="utf-8"))
+    fields: dict[str, Any] = yaml.safe_load(
+        (_folder() / f"{name}.yaml").read_text(encoding="utf-8")
+    )
     return fields
 
 
@@ -234,7 +256,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"The target file {path} cannot be read: {error.strerror}.", _known()) from error
+        raise UsageError(
+            f"The target file {path} cannot be read: {error.strerror}.", _known()
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"The target file {path} is no YAML: {reason}.") from error
@@ -256,7 +280,11 @@ def _extended(fields: dict[str, Any], seen: tuple[str, ...], where: str) -> dict
         )
     inherited = _extended(_shipped_fields(base), (*seen, base), base)
     merged = {**inherited, **{key: value for key, value in fields.items() if key != "extends"}}
-    if isinstance(fields.get("name"), str) and "title" not in fields and where not in known_targets():
+    if (
+        isinstance(fields.get("name"), str)
+        and "title" not in fields
+        and where not in known_targets()
+    ):
         merged["title"] = f"{inherited['title']} (as {fields['name']})"
     for key in ("rules", "proven"):
         if isinstance(fields.get(key, []), list):
@@ -290,7 +318,9 @@ def _one_line(error: Any) -> str:
 def _check_known(what: str, names: tuple[str, ...], known: tuple[str, ...]) -> None:
     for name in names:
         if name not in known:
-            raise ValueError(f"unknown {what} '{name}'. {nearest(name, known)}Known: {', '.join(known)}")
+            raise ValueError(
+                f"unknown {what} '{name}'. {nearest(name, known)}Known: {', '.join(known)}"
+            )
 
 
 def _holds(condition: Condition, layer: Layer, scheme: Scheme) -> bool:

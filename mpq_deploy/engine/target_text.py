@@ -59,14 +59,20 @@ def _figures(target: Target) -> list[str]:
         ("FP16", target.fp16_ops_per_s, "TFLOPS dense", 1e12),
     )
     of = _entry("figures of", target.figures_of) if target.figures_of else []
-    return of + [line for name, figure, unit, scale in rows for line in _entry(name, figure_text(figure, unit, scale))]
+    return of + [
+        line
+        for name, figure, unit, scale in rows
+        for line in _entry(name, figure_text(figure, unit, scale))
+    ]
 
 
 def _schemes(target: Target) -> list[str]:
     """A table: one row per operator, one column per family, branches at the end."""
     lines = [" " * LABEL + "".join(f"{family:<7}" for family in FAMILIES) + "branches"]
     for op in LAYER_OPS:
-        marks = "".join(f"{'yes' if family in target.schemes[op] else '-':<7}" for family in FAMILIES)
+        marks = "".join(
+            f"{'yes' if family in target.schemes[op] else '-':<7}" for family in FAMILIES
+        )
         lines += [f"{op:<{LABEL}}{marks}{', '.join(target.branches.get(op, ())) or 'none'}"]
     return lines
 

@@ -25,7 +25,9 @@ PLACES = ("/usr/src/tensorrt/bin/trtexec",)
 
 def find_trtexec() -> str | None:
     """Return the path of trtexec on this machine, or None."""
-    return shutil.which("trtexec") or next((place for place in PLACES if Path(place).is_file()), None)
+    return shutil.which("trtexec") or next(
+        (place for place in PLACES if Path(place).is_file()), None
+    )
 
 
 def trtexec_command(
@@ -45,8 +47,14 @@ def trtexec_command(
         "--skipInference",
         "--verbose",
     ]
-    for flag, field in (("minShapes", "minimum"), ("optShapes", "optimum"), ("maxShapes", "maximum")):
-        described = [f"{name}:{'x'.join(map(str, getattr(shape, field)))}" for name, shape in shapes.items()]
+    for flag, field in (
+        ("minShapes", "minimum"),
+        ("optShapes", "optimum"),
+        ("maxShapes", "maximum"),
+    ):
+        described = [
+            f"{name}:{'x'.join(map(str, getattr(shape, field)))}" for name, shape in shapes.items()
+        ]
         if described:
             command.append(f"--{flag}={','.join(described)}")
     return command

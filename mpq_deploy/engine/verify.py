@@ -1,15 +1,17 @@
-"""Check an engine against the plan, from the builder's own words: does each layer compute and lie as planned?
+"""Check an engine against the plan, from the builder's own words: does each layer compute and lie
+as planned?
 
 In: an ``EngineLog`` and the ``ExpectedLayers``. Out: ``Problem`` objects; none means that
 
 1. every node of every layer is computed by a kernel that names it;
 2. w8a8 and w4a8 multiply INT8 by INT8, and no other layer does;
-3. the weights of w8* layers lie in the engine as INT8, those of w4* as INT4 (a kernel may unpack them at run time);
-4. all constants together have the planned bytes, equal ones counted once or as often as they are, within 2 % and a
-   stated allowance for what the builder adds.
+3. the weights of w8* layers lie in the engine as INT8, those of w4* as INT4 (a kernel may unpack
+   them at run time);
+4. all constants together have the planned bytes, equal ones counted once or as often as they are,
+   within 2 % and a stated allowance for what the builder adds.
 
-A layer that is right but slow (its whole weight is unpacked at each call although its form could be fused) is a
-problem of severity ``slow``; all others are ``wrong``.
+A layer that is right but slow (its whole weight is unpacked at each call although its form could be
+fused) is a problem of severity ``slow``; all others are ``wrong``.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ Severity = Literal["wrong", "slow"]
 
 # How far the engine's weights may be from the plan's bytes.
 WEIGHTS_TOLERANCE = 0.02
-# It aligns each constant to 128 bytes: half of that is lost on average, by codes, scales, bias and channel scales.
+# It aligns each constant to 128 bytes: half of that is lost on average, by codes, scales, bias and
+# channel scales.
 ALIGNMENT_BYTES = 4 * 64
 # It pads the channels of a convolution to 4, and those of odd products to 2.
 CHANNEL_MULTIPLE = 4
@@ -36,7 +39,11 @@ CHANNEL_MULTIPLE = 4
 BASE_BYTES = 4096
 
 # Types in which products multiply both operands, FP16's apart.
-OPERANDS = tuple(dict.fromkeys(s.activation.operand for s in SCHEMES.values() if s.activation and not s.simulated))
+OPERANDS = tuple(
+    dict.fromkeys(
+        s.activation.operand for s in SCHEMES.values() if s.activation and not s.simulated
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -58,11 +65,18 @@ def verify(log: EngineLog, expected: ExpectedLayers) -> list[Problem]:
     problems: list[Problem] = []
     for layer in expected.layers:
         kernels = {
-            node: [i for i, one in enumerate(log.layers) if node in one.nodes and _applies(one, node)]
+            node: [
+                i for i, one in enumerate(log.layers) if node in one.nodes and _applies(one, node)
+            ]
             for node in layer.nodes
         }
-        # A weight that several nodes share may be unpacked for the first of them, which hands it to the others.
-        shared = _union(behind[i] for found in kernels.values() for i in found) if len(layer.nodes) > 1 else ()
+        # A weight that several nodes share may be unpacked for the first of them, which hands it to
+        # the others.
+        shared = (
+            _union(behind[i] for found in kernels.values() for i in found)
+            if len(layer.nodes) > 1
+            else ()
+        )
         for node, found in kernels.items():
             pairs = [(log.layers[i], _union([behind[i], shared])) for i in found]
             problems += _check_node(layer, node, pairs, planned)
@@ -81,9 +95,11 @@ def can_fuse(layer: ExpectedLayer) -> bool:
 
 
 def _applies(kernel: EngineLayer, node: str) -> bool:
-    """Whether ``kernel`` may be the one that multiplies for ``node``: epilogues and unpacking also name it.
+    """Whether ``kernel`` may be the one that multiplies for ``node``: epilogues and unpacking also
+    name it.
 
-    A tiny product may be a generated kernel; then it reads an activation and no other kernel computes.
+    A tiny product may be a generated kernel; then it reads an activation and no other kernel
+    computes.
     """
     return kernel.compute or bool(kernel.inputs)
 
@@ -123,7 +139,12 @@ def _check_node(
         operand = next((operand for operand in OPERANDS if _multiplies(kernel, operand)), "")
         if operand != (layer.form.activation.operand if layer.form.activation else ""):
             types = operand or "/".join(dict.fromkeys(tensor.dtype for tensor in kernel.inputs))
-            problems.append(Problem(layer.name, f"planned {layer.scheme}, but it computes in {types} ({kernel.name})"))
+            problems.append(
+                Problem(
+                    layer.name,
+                    f"planned {layer.scheme}, but it computes in {types} ({kernel.name})",
+                )
+            )
     for kernel, constants in _whole(layer, computing):
         problems += _check_storage(layer, kernel, constants, planned)
     return problems
@@ -134,8 +155,9 @@ def _whole(
 ) -> list[tuple[EngineLayer, tuple[EngineTensor, ...]]]:
     """Kernels with the weights that each must hold: parts of one product count as one kernel.
 
-    Where a model splits the output of a product (scale and shift of an adaptive norm), the builder makes one kernel per
-    piece, each with its own columns of the weight: none of them holds all, every one holds some.
+    Where a model splits the output of a product (scale and shift of an adaptive norm), the builder
+    makes one kernel per piece, each with its own columns of the weight: none of them holds all,
+    every one holds some.
     """
     held = [_held(layer, constants) for _, constants in computing]
     if len(computing) < 2 or not all(0 < count < layer.weights for count in held):
@@ -183,7 +205,12 @@ def _check_storage(
     together = {planned[node].name: planned[node] for node in kernel.nodes if node in planned}
     needed = sum(one.weights for one in together.values() if one.form.weight.engine_types == stored)
     if _held(layer, constants) < needed:
-        kinds = ", ".join(f"{t.dtype} {list(t.shape)}" for t in constants if t.elements >= layer.weights) or "none"
+        kinds = (
+            ", ".join(
+                f"{t.dtype} {list(t.shape)}" for t in constants if t.elements >= layer.weights
+            )
+            or "none"
+        )
         message = f"planned {layer.scheme}, but its weight does not lie in the engine as {stored[0]} (found: {kinds})"
         return [Problem(layer.name, message)]
     if can_fuse(layer) and _held(layer, kernel.constants) < needed:
@@ -201,7 +228,9 @@ def _check_bytes(log: EngineLog, expected: ExpectedLayers) -> list[Problem]:
     least = expected.total_bytes - expected.repeated_bytes - bound
     if least <= log.weights_bytes <= expected.total_bytes + bound:
         return []
-    repeated = f", {expected.repeated_bytes:,} of them equal to others" if expected.repeated_bytes else ""
+    repeated = (
+        f", {expected.repeated_bytes:,} of them equal to others" if expected.repeated_bytes else ""
+    )
     message = (
         f"the engine holds {log.weights_bytes:,} bytes of weights, the plan has {expected.total_bytes:,}{repeated} "
         f"(allowed: {WEIGHTS_TOLERANCE:.0%} and {allowance:,} bytes for padding, alignment and FP32 factors)"
@@ -215,6 +244,9 @@ def _layer_allowance(layer: ExpectedLayer) -> int:
     for size in layer.kernel:
         area *= size
     channels = layer.reduction // area
-    padded = -channels % multiple * area * layer.out_channels + -layer.out_channels % multiple * layer.reduction
+    padded = (
+        -channels % multiple * area * layer.out_channels
+        + -layer.out_channels % multiple * layer.reduction
+    )
     factors = layer.form.activation.engine_bytes(layer) if layer.form.activation else 0
     return ALIGNMENT_BYTES + factors + padded * layer.form.operand_bytes

@@ -1,8 +1,8 @@
 """Results kept by what they were made from, so that float and the controls are not sampled twice.
 
-An entry is one .npz file named by the digest of its key, with the SHA-256 of that file after it (readers of archives
-pass over what follows one). It is written aside and moved into place; an entry that is cut short or altered is made
-again: an archive's own checksums do not cover all of it.
+An entry is one .npz file named by the digest of its key, with the SHA-256 of that file after it
+(readers of archives pass over what follows one). It is written aside and moved into place; an entry
+that is cut short or altered is made again: an archive's own checksums do not cover all of it.
 """
 
 from __future__ import annotations
@@ -66,12 +66,16 @@ class SampleCache:
         except OSError as error:
             damage = str(error)
         if damage:
-            self._talk.warn(f"The cache entry {path.name} cannot be read ({damage}); it is made again.")
+            self._talk.warn(
+                f"The cache entry {path.name} cannot be read ({damage}); it is made again."
+            )
             return None
         with np.load(path, allow_pickle=False) as data:
             arrays = {name: data[name] for name in data.files}
         if str(arrays.pop("key", "")) != text:
-            self._talk.warn(f"The cache entry {path.name} belongs to something else; it is made again.")
+            self._talk.warn(
+                f"The cache entry {path.name} belongs to something else; it is made again."
+            )
             return None
         return arrays
 
@@ -120,7 +124,8 @@ def arrays_digest(arrays: Mapping[str, Array]) -> str:
 def model_digest(path: Path) -> str:
     """Return the SHA-256 of an ONNX file and of the external data files that it names.
 
-    Raises ModelError when a file is missing or truncated, is no ONNX, or names data outside its folder.
+    Raises ModelError when a file is missing or truncated, is no ONNX, or names data outside its
+    folder.
     """
     digest = hashlib.sha256()
     for file in model_files(path):
@@ -133,6 +138,8 @@ def model_digest(path: Path) -> str:
 
 def model_files(path: Path) -> list[Path]:
     """Return an ONNX file and the external data files that it names."""
-    tensors = [tensor for tensor in read_proto(path).graph.initializer if uses_external_data(tensor)]
+    tensors = [
+        tensor for tensor in read_proto(path).graph.initializer if uses_external_data(tensor)
+    ]
     locations = sorted({ExternalDataInfo(tensor).location for tensor in tensors})
     return [path, *(path.parent / location for location in locations)]

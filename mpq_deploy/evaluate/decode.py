@@ -42,9 +42,13 @@ def decode(path: Path, latents: Array, batch_size: int, talk: Talk) -> Array:
             try:
                 images.append(np.asarray(session.run([output], {feed: chunk})[0], np.float32))
             except ORT_ERRORS as error:
-                raise ModelError(f"The decoder {path.name} failed on {list(chunk.shape)}: {error}") from error
+                raise ModelError(
+                    f"The decoder {path.name} failed on {list(chunk.shape)}: {error}"
+                ) from error
             advance(len(chunk))
     decoded = np.concatenate(images)
     if not np.isfinite(decoded).all():
-        raise ModelError(f"The decoder {path.name} gives images that are not finite.", "Check its weights.")
+        raise ModelError(
+            f"The decoder {path.name} gives images that are not finite.", "Check its weights."
+        )
     return decoded

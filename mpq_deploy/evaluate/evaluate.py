@@ -1,7 +1,9 @@
-"""Evaluate quantized graphs against the float one: the same noise, the same sampler, ONNX Runtime for all.
+"""Evaluate quantized graphs against the float one: the same noise, the same sampler, ONNX Runtime
+for all.
 
-In: ONNX files by the variant's name and the float model. Out: an ``Evaluation``. The float model's own trajectories
-give the inputs on which the outputs are compared; they come from another seed than calibration's.
+In: ONNX files by the variant's name and the float model. Out: an ``Evaluation``. The float model's
+own trajectories give the inputs on which the outputs are compared; they come from another seed than
+calibration's.
 """
 
 from __future__ import annotations
@@ -22,7 +24,15 @@ from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.evaluate.cache import SampleCache, arrays_digest, model_digest, model_files
 from mpq_deploy.evaluate.decode import decode, decoder_path
 from mpq_deploy.evaluate.evaluation_result import Evaluation, ImageKind, VariantResult
-from mpq_deploy.evaluate.images import data_range, pooled_psnr_db, psnr_db, psnr_db_each, ssim_each, to_uint8, to_unit
+from mpq_deploy.evaluate.images import (
+    data_range,
+    pooled_psnr_db,
+    psnr_db,
+    psnr_db_each,
+    ssim_each,
+    to_uint8,
+    to_unit,
+)
 from mpq_deploy.evaluate.output_error import nmse, stride_midpoints, taken_turns
 from mpq_deploy.models.spec import Array, DenoiserSpec, FloatModel
 from mpq_deploy.recipe import EvaluateSettings
@@ -41,9 +51,11 @@ DECODED_RANGE = (-1.0, 1.0)
 
 @dataclass(frozen=True)
 class Variant:
-    """A quantized graph: its file, the bytes it takes when deployed, and a correction of its output.
+    """A quantized graph: its file, the bytes it takes when deployed, and a correction of its
+    output.
 
-    The size is passed through; the correction applies to the error and before every step of the sampler.
+    The size is passed through; the correction applies to the error and before every step of the
+    sampler.
     """
 
     path: Path
@@ -71,8 +83,12 @@ class Setup:
     def of(cls, model: FloatModel, settings: EvaluateSettings, talk: Talk) -> Setup:
         """Choose the samples' conditions; the decoder lies beside the model."""
         spec, first = model.spec, model.spec.calibration_rows or 0
-        rows = first + spread_rows(_condition_count(model.conditions) - first, settings.samples, spec.uncond_row)
-        return cls(spec, model.conditions, settings, rows, decoder_path(spec, model.path.parent), talk)
+        rows = first + spread_rows(
+            _condition_count(model.conditions) - first, settings.samples, spec.uncond_row
+        )
+        return cls(
+            spec, model.conditions, settings, rows, decoder_path(spec, model.path.parent), talk
+        )
 
 
 def evaluate(
@@ -86,9 +102,9 @@ def evaluate(
 ) -> Evaluation:
     """Compare each of ``variants`` (by name, such as ours, int8, int4) with the float ``model``.
 
-    ``cache`` is a folder in which samples are kept by content, so that only what changed is sampled.
-    ``crew``: who samples, one model each (None: this process). Raises ModelError naming variant and timestep for an
-    output that is not finite.
+    ``cache`` is a folder in which samples are kept by content, so that only what changed is
+    sampled. ``crew``: who samples, one model each (None: this process). Raises ModelError naming
+    variant and timestep for an output that is not finite.
     """
     talk = talk or Talk()
     _check(variants, model.spec)
@@ -97,12 +113,17 @@ def evaluate(
     files, job = _job(setup, [model.path, *(variant.path for variant in variants.values())])
     results: dict[str, VariantResult] = {}
     with (crew or Alone()).open(job, talk) as pool:
-        part = Shard("float", _Part(FLOAT, files.below(model.path)), settings.steps, {**common, "part": "float"})
+        task = _Part(FLOAT, files.below(model.path))
+        part = Shard("float", task, settings.steps, {**common, "part": "float"})
         (reference,) = run_shards(pool, "sample the float model", [part], talk, store)
         kind, value_range = _pixels(setup, reference["images"])
         images = {FLOAT: to_uint8(reference["images"], value_range)}
-        shards = [_shard(name, files, variants[name], reference, common, settings.steps) for name in variants]
-        for name, arrays in zip(variants, run_shards(pool, "evaluate", shards, talk, store), strict=True):
+        shards = [
+            _shard(name, files, variants[name], reference, common, settings.steps)
+            for name in variants
+        ]
+        sampled = run_shards(pool, "evaluate", shards, talk, store)
+        for name, arrays in zip(variants, sampled, strict=True):
             results[name] = _scored(reference, arrays, value_range, variants[name])
             images[name] = to_uint8(arrays["images"], value_range)
     return Evaluation(
@@ -126,12 +147,19 @@ def _job(setup: Setup, models: list[Path]) -> tuple[Files, Job]:
     # A worker has the float model and then a variant, as it is and prepared for the kernels.
     largest = 2 * max(sum(file.stat().st_size for file in model_files(model)) for model in models)
     # Workers get paths relative to the root, and no progress.
-    told = replace(setup, decoder=None if setup.decoder is None else files.below(setup.decoder), talk=Talk())
+    told = replace(
+        setup, decoder=None if setup.decoder is None else files.below(setup.decoder), talk=Talk()
+    )
     return files, Job("evaluation", partial(_open, told), files.root, files.names, largest)
 
 
 def _shard(
-    name: str, files: Files, variant: Variant, reference: dict[str, Array], common: dict[str, Any], steps: int
+    name: str,
+    files: Files,
+    variant: Variant,
+    reference: dict[str, Array],
+    common: dict[str, Any],
+    steps: int,
 ) -> Shard:
     """Return the shard that runs a variant on the float model's calls, and samples it."""
     key = {**common, "part": "variant", "variant": variant.digest}
@@ -143,9 +171,11 @@ def _shard(
 
 
 def spread_rows(available: int, samples: int, uncond_row: int | None = None) -> Array:
-    """Choose a condition for each sample, int64 [samples]: spread evenly, each used before any is used twice.
+    """Choose a condition for each sample, int64 [samples]: spread evenly, each used before any is
+    used twice.
 
-    The row for classifier-free guidance is left out where there are others; without conditions all rows are 0.
+    The row for classifier-free guidance is left out where there are others; without conditions all
+    rows are 0.
     """
     rows = np.array([row for row in range(available) if row != uncond_row] or [0], np.int64)
     if samples <= len(rows):
@@ -155,7 +185,8 @@ def spread_rows(available: int, samples: int, uncond_row: int | None = None) -> 
 
 @dataclass(frozen=True)
 class _Part:
-    """What a worker makes: the float model's samples, or those of a variant and its error on the float inputs.
+    """What a worker makes: the float model's samples, or those of a variant and its error on the
+    float inputs.
 
     ``path`` is relative to the job's root.
     """
@@ -170,7 +201,9 @@ def _open(setup: Setup, root: Path, talk: Talk) -> Work:
     """Return what makes a ``_Part``."""
 
     def work(part: _Part, inner: Talk) -> Result:
-        here = replace(setup, decoder=None if setup.decoder is None else root / setup.decoder, talk=inner)
+        here = replace(
+            setup, decoder=None if setup.decoder is None else root / setup.decoder, talk=inner
+        )
         if part.reference is None:
             return _reference(here, root / part.path)
         return _variant(here, part.name, root / part.path, part.reference, part.correction)
@@ -180,7 +213,9 @@ def _open(setup: Setup, root: Path, talk: Talk) -> Work:
 
 def _reference(setup: Setup, path: Path) -> dict[str, Array]:
     """Sample the float model; keep its images, and its inputs and outputs at the chosen timesteps."""
-    sampler = make_sampler(setup.spec.scheduler, setup.settings.steps, setup.settings.seed, setup.settings.sampler)
+    sampler = make_sampler(
+        setup.spec.scheduler, setup.settings.steps, setup.settings.seed, setup.settings.sampler
+    )
     chosen = stride_midpoints(len(sampler.timesteps), setup.settings.timesteps)
     watched = _Watched(OrtDenoiser(path, setup.spec), FLOAT, {int(index) for index in chosen})
     samples = _sample(setup, watched, watched)
@@ -204,7 +239,8 @@ def _variant(
     errors, batch = [], setup.settings.batch_size
     with setup.talk.bar(f"output error of {name}", len(reference["timesteps"])) as advance:
         for timestep, inputs, expected, rows in zip(
-            *(reference[key] for key in ("timesteps", "inputs", "outputs", "input_rows")), strict=True
+            *(reference[key] for key in ("timesteps", "inputs", "outputs", "input_rows")),
+            strict=True,
         ):
             outputs = []
             for start in range(0, len(inputs), batch):
@@ -214,23 +250,33 @@ def _variant(
                 outputs.append(correction.apply(output, float(timestep)) if correction else output)
             errors.append(nmse(expected, np.concatenate(outputs)))
             advance(1)
-    return {"nmse": np.array(errors), "images": _decoded(setup, _sample(setup, watched, correction=correction))}
+    return {
+        "nmse": np.array(errors),
+        "images": _decoded(setup, _sample(setup, watched, correction=correction)),
+    }
 
 
 def _sampler(setup: Setup, correction: Correction | None = None) -> tuple[Sampler, str]:
     """Return the sampler and, with a correction, what of it applies."""
     settings = setup.settings
     sampler = make_sampler(setup.spec.scheduler, settings.steps, settings.seed, settings.sampler)
-    return (sampler, "") if correction is None else corrected_sampler(sampler, correction, setup.spec)
+    return (
+        (sampler, "") if correction is None else corrected_sampler(sampler, correction, setup.spec)
+    )
 
 
 def _sample(
-    setup: Setup, denoiser: DenoiserCall, watched: _Watched | None = None, correction: Correction | None = None
+    setup: Setup,
+    denoiser: DenoiserCall,
+    watched: _Watched | None = None,
+    correction: Correction | None = None,
 ) -> Array:
     settings = setup.settings
     sampler, _ = _sampler(setup, correction)
     noise = first_samples(setup.spec, setup.rows, setup.conditions, settings.seed)
-    model = GuidedDenoiser(denoiser, setup.spec, setup.conditions, watched.on_call if watched else None)
+    model = GuidedDenoiser(
+        denoiser, setup.spec, setup.conditions, watched.on_call if watched else None
+    )
     return denoise(model, sampler, noise, setup.rows, settings.batch_size, setup.talk)
 
 
@@ -247,7 +293,9 @@ class _Watched:
         """Note what the next call is for (the loop calls this first)."""
         self._step, self._pending = step_index, (sample, rows)
 
-    def __call__(self, sample: Array, timestep: float | Array, conditions: dict[str, Array]) -> Array:
+    def __call__(
+        self, sample: Array, timestep: float | Array, conditions: dict[str, Array]
+    ) -> Array:
         """Return the denoiser's output; ModelError when it is not finite."""
         output = self._denoiser(sample, timestep, conditions)
         if not np.isfinite(output).all():
@@ -257,19 +305,26 @@ class _Watched:
                 "layers concerned in the recipe.",
             )
         if self._step in self._steps and self._pending is not None:
-            self._calls.setdefault(self._step, []).append((self._pending[0], output, self._pending[1]))
+            self._calls.setdefault(self._step, []).append(
+                (self._pending[0], output, self._pending[1])
+            )
             self._pending = None
         return output
 
     def recorded(self, calls: int | None) -> tuple[Array, Array, Array]:
-        """Return inputs [K, M, ...], outputs [K, M, ...] and condition rows [K, M] of the chosen steps.
+        """Return inputs [K, M, ...], outputs [K, M, ...] and condition rows [K, M] of the chosen
+        steps.
 
         Of the M' calls at a step those whose turn it is (``taken_turns``).
         """
-        steps = [[np.concatenate(part) for part in zip(*self._calls[index])] for index in sorted(self._calls)]
+        steps = [
+            [np.concatenate(part) for part in zip(*self._calls[index])]
+            for index in sorted(self._calls)
+        ]
         turns = taken_turns(len(steps[0][2]), len(steps), calls)
         inputs, outputs, rows = (
-            np.stack([step[i][turn] for step, turn in zip(steps, turns, strict=True)]) for i in range(3)
+            np.stack([step[i][turn] for step, turn in zip(steps, turns, strict=True)])
+            for i in range(3)
         )
         return inputs, outputs, rows
 
@@ -304,7 +359,10 @@ def _scored(
     value_range: tuple[float, float],
     variant: Variant,
 ) -> VariantResult:
-    expected, images = to_unit(reference["images"], value_range), to_unit(arrays["images"], value_range)
+    expected, images = (
+        to_unit(reference["images"], value_range),
+        to_unit(arrays["images"], value_range),
+    )
     errors = tuple(float(error) for error in arrays["nmse"])
     alike = ssim_each(expected, images)
     return VariantResult(
@@ -333,7 +391,9 @@ def _check(variants: Mapping[str, Variant], spec: DenoiserSpec) -> None:
 def _condition_count(conditions: Mapping[str, Array]) -> int:
     counts = {name: len(values) for name, values in conditions.items()}
     if len(set(counts.values())) > 1:
-        raise ModelError(f"The conditions differ in their number of rows: {counts}.", "Give each the same rows.")
+        raise ModelError(
+            f"The conditions differ in their number of rows: {counts}.", "Give each the same rows."
+        )
     return next(iter(counts.values()), 0)
 
 
@@ -358,7 +418,9 @@ def _notes(setup: Setup, kind: ImageKind, value_range: tuple[float, float]) -> l
             f"outputs' range [{value_range[0]:.3g}, {value_range[1]:.3g}] as the peak."
         )
     if kind == "decoded":
-        notes.append(f"The samples are latents, decoded in float by {setup.spec.decoder} for every variant alike.")
+        notes.append(
+            f"The samples are latents, decoded in float by {setup.spec.decoder} for every variant alike."
+        )
     if setup.spec.guidance_scale != 1 and setup.spec.uncond_row is not None:
         notes.append(
             f"Samples use classifier-free guidance of {setup.spec.guidance_scale:g}; the output's error is that "
@@ -376,7 +438,9 @@ def _correction_notes(setup: Setup, variants: Mapping[str, Variant]) -> list[str
 
 
 def _common_key(setup: Setup, float_model: Path) -> dict[str, Any]:
-    spec = setup.spec.model_dump(mode="json", exclude={"name", "source", "labels", "synthetic", "pixel_range"})
+    spec = setup.spec.model_dump(
+        mode="json", exclude={"name", "source", "labels", "synthetic", "pixel_range"}
+    )
     settings = setup.settings
     return {
         "format": CACHE_FORMAT,

@@ -1,7 +1,8 @@
-"""What evaluating leaves behind: the error and the images of every variant, and where they come from.
+"""What evaluating leaves behind: the error and the images of every variant, and where they come
+from.
 
-``evaluation.json`` holds numbers, ``images.npz`` the pixels; both are the same for the same inputs. What this
-machine's clock said is kept apart in ``latency.json``.
+``evaluation.json`` holds numbers, ``images.npz`` the pixels; both are the same for the same inputs.
+What this machine's clock said is kept apart in ``latency.json``.
 """
 
 from __future__ import annotations
@@ -21,19 +22,22 @@ from mpq_deploy.system.files import sealed_json, unsealed
 
 IDENTICAL = "identical to the float model's, so the PSNR is infinite"
 
-# How the compared images came about: samples that are pixels, latents through the decoder, or latents as such.
+# How the compared images came about: samples that are pixels, latents through the decoder, or
+# latents as such.
 ImageKind = Literal["pixels", "decoded", "latents", "features"]
 
 
 @dataclass(frozen=True)
 class VariantResult:
-    """One quantized graph against the float one. ``psnr_db`` is the mean over images, ``pooled_psnr_db`` that of the
-    squared error of all together; both are ``inf`` for identical images.
+    """One quantized graph against the float one. ``psnr_db`` is the mean over images,
+    ``pooled_psnr_db`` that of the squared error of all together; both are ``inf`` for identical
+    images.
 
-    ``nmse_by_timestep`` is the output's error at each of the evaluation's timesteps, on the float model's
-    inputs; ``measured_nmse`` their mean, which the predicted loss estimates. ``psnr_db_each`` and ``ssim_each`` are
-    those of each image, in the order of the evaluation's rows: what an interval or a paired difference needs. An image
-    equal to its reference has ``EQUAL_IMAGE_DB`` there.
+    ``nmse_by_timestep`` is the output's error at each of the evaluation's timesteps, on the float
+    model's inputs; ``measured_nmse`` their mean, which the predicted loss estimates.
+    ``psnr_db_each`` and ``ssim_each`` are those of each image, in the order of the evaluation's
+    rows: what an interval or a paired difference needs. An image equal to its reference has
+    ``EQUAL_IMAGE_DB`` there.
     """
 
     digest: str
@@ -49,10 +53,11 @@ class VariantResult:
 
 @dataclass(frozen=True)
 class CpuLatency:
-    """Median time of one call of batch 1 in ONNX Runtime on this machine's CPU: not the target device's.
+    """Median time of one call of batch 1 in ONNX Runtime on this machine's CPU: not the target
+    device's.
 
-    The quantized graph computes in float what the device would compute in integers, so ``variant`` over
-    ``float`` says what fake quantization costs here, nothing about the engine.
+    The quantized graph computes in float what the device would compute in integers, so ``variant``
+    over ``float`` says what fake quantization costs here, nothing about the engine.
     """
 
     float_ms: float
@@ -66,9 +71,9 @@ class CpuLatency:
 class Evaluation:
     """Every variant, sampled from the same noise as the float model.
 
-    ``timesteps`` are scheduler values in sampling order; ``rows`` and ``labels`` tell each sample's condition;
-    ``sampler`` names the sampler and its steps; ``float_digest``: SHA-256 of the float graph and its weights;
-    ``images`` uint8 [N, H, W, C] by variant, with ``float`` first.
+    ``timesteps`` are scheduler values in sampling order; ``rows`` and ``labels`` tell each sample's
+    condition; ``sampler`` names the sampler and its steps; ``float_digest``: SHA-256 of the float
+    graph and its weights; ``images`` uint8 [N, H, W, C] by variant, with ``float`` first.
     """
 
     settings: EvaluateSettings
@@ -86,7 +91,9 @@ class Evaluation:
     def save(self, folder: Path) -> None:
         """Write evaluation.json, images.npz and, where measured, latency.json into ``folder``."""
         folder.mkdir(parents=True, exist_ok=True)
-        write_aside(folder / "images.npz", npz_bytes({f"image.{k}": v for k, v in self.images.items()}))
+        write_aside(
+            folder / "images.npz", npz_bytes({f"image.{k}": v for k, v in self.images.items()})
+        )
         if self.latency is not None:
             write_aside(folder / "latency.json", sealed_json(asdict(self.latency)).encode())
         write_aside(folder / "evaluation.json", _json(self.as_json()))
@@ -121,11 +128,15 @@ class Evaluation:
             sampler=text["sampler"],
             image_kind=text["image_kind"],
             variants={
-                name: _variant_from_json(text["variants"][name]) for name in text["order"] if name in text["variants"]
+                name: _variant_from_json(text["variants"][name])
+                for name in text["order"]
+                if name in text["variants"]
             },
             images=images,
             float_digest=text["float_digest"],
-            latency=CpuLatency(**unsealed(latency.read_text(encoding="utf-8"))) if latency.exists() else None,
+            latency=CpuLatency(**unsealed(latency.read_text(encoding="utf-8")))
+            if latency.exists()
+            else None,
             notes=tuple(text["notes"]),
         )
 

@@ -1,7 +1,9 @@
-"""The float model on trajectories that nothing was fitted on, and the error of a quantized graph there, image by image.
+"""The float model on trajectories that nothing was fitted on, and the error of a quantized graph
+there, image by image.
 
-In: the float ONNX file with its description and conditions. Out: the squared error of a graph's output relative to the
-float model's, for every image: their mean is the measured NMSE, their spread its standard error.
+In: the float ONNX file with its description and conditions. Out: the squared error of a graph's
+output relative to the float model's, for every image: their mean is the measured NMSE, their spread
+its standard error.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ class FreshCalls:
         self._power = np.array([np.square(output).sum() / len(output) for output in self._outputs])
 
     def errors(self, model: Path) -> Array:
-        """Return each call's squared error relative to the mean output of its timestep, float64 [N], mean over those.
+        """Return each call's squared error relative to the mean output of its timestep, float64
+        [N], mean over those.
 
         ``model`` is a quantized graph of FP32 arithmetic. The mean of the result is the NMSE.
         """
@@ -57,8 +60,14 @@ class FreshCalls:
         outputs = []
         for start in range(0, len(self.inputs.rows), self._batch_size):
             chunk = slice(start, start + self._batch_size)
-            taken = {name: values[self.inputs.rows[chunk]] for name, values in self._conditions.items()}
-            outputs.append(denoiser(self.inputs.samples[step][chunk], float(self.inputs.timesteps[step]), taken))
+            taken = {
+                name: values[self.inputs.rows[chunk]] for name, values in self._conditions.items()
+            }
+            outputs.append(
+                denoiser(
+                    self.inputs.samples[step][chunk], float(self.inputs.timesteps[step]), taken
+                )
+            )
         return np.concatenate(outputs)
 
 

@@ -1,4 +1,5 @@
-"""A PNG that a person can judge: a row per variant, a column per condition, the same noise in each column.
+"""A PNG that a person can judge: a row per variant, a column per condition, the same noise in each
+column.
 
 In: uint8 images [N, H, W, C] by the row's caption, and the columns' labels. Out: a Pillow image.
 """
@@ -46,8 +47,11 @@ def as_rgb(images: Array) -> Array:
     return np.ascontiguousarray(images[..., :3])
 
 
-def image_grid(rows: Mapping[str, Array], labels: Sequence[str] = (), style: GridStyle | None = None) -> Image.Image:
-    """Draw the images of every row side by side, upscaled without smoothing, captions left and labels on top.
+def image_grid(
+    rows: Mapping[str, Array], labels: Sequence[str] = (), style: GridStyle | None = None
+) -> Image.Image:
+    """Draw the images of every row side by side, upscaled without smoothing, captions left and
+    labels on top.
 
     Raises UsageError when there is nothing to draw or the rows differ in shape.
     """
@@ -73,7 +77,9 @@ def image_grid(rows: Mapping[str, Array], labels: Sequence[str] = (), style: Gri
             draw.text((x, y), line, fill=style.ink, font=font, anchor="ma")
     for row, (caption, images) in enumerate(zip(captions, rows.values(), strict=True)):
         y = top + row * (cell[1] + style.gap)
-        draw.text((left - style.gap, y + cell[1] / 2), caption, fill=style.ink, font=font, anchor="rm")
+        draw.text(
+            (left - style.gap, y + cell[1] / 2), caption, fill=style.ink, font=font, anchor="rm"
+        )
         for column, pixels in enumerate(as_rgb(images)):
             tile = Image.fromarray(pixels).resize(cell, Image.Resampling.NEAREST)
             canvas.paste(tile, (left + column * (cell[0] + style.gap), y))
@@ -97,7 +103,9 @@ def _common_shape(rows: Mapping[str, Array]) -> tuple[int, int, int]:
             "Give uint8 images [N, H, W, C] for each row.",
         )
     if len({shape[:3] for shape in shapes.values()}) > 1:
-        raise UsageError(f"The rows' images differ in shape: {shapes}.", "All rows must show the same samples.")
+        raise UsageError(
+            f"The rows' images differ in shape: {shapes}.", "All rows must show the same samples."
+        )
     count, height, width, _ = next(iter(shapes.values()))
     return count, height, width
 

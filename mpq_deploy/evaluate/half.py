@@ -1,9 +1,11 @@
-"""Whether the deployed file's FP16 arithmetic gives what its FP32-arithmetic twin gives: a few calls of both.
+"""Whether the deployed file's FP16 arithmetic gives what its FP32-arithmetic twin gives: a few
+calls of both.
 
-In: the float file, the deployed one and its twin, some recorded calls. Out: the output's error of both against the
-float model's, and the values that FP16 does not hold. Images and errors of an evaluation are the twin's, which no
-overflow of FP16 can reach: that would show in the engine alone. ONNX Runtime computes much of an FP16 graph in FP32 on
-the CPU, so values beyond FP16 need not show in its output either, and are looked for in the float model.
+In: the float file, the deployed one and its twin, some recorded calls. Out: the output's error of
+both against the float model's, and the values that FP16 does not hold. Images and errors of an
+evaluation are the twin's, which no overflow of FP16 can reach: that would show in the engine alone.
+ONNX Runtime computes much of an FP16 graph in FP32 on the CPU, so values beyond FP16 need not show
+in its output either, and are looked for in the float model.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from mpq_deploy.system.sessions import open_session
 
 # Timesteps at which one call is compared: the noisiest, the middle and the last.
 TIMESTEPS = 3
-# FP16 arithmetic is worth a warning where it makes the error so many times larger, above so much (our choice).
+# FP16 arithmetic is worth a warning where it makes the error so many times larger, above so much
+# (our choice).
 WORSE, LEAST = 2.0, 1e-4
 # Nodes named in a message.
 NAMED = 3
@@ -37,10 +40,12 @@ NAMED = 3
 
 @dataclass(frozen=True)
 class HalfPrecision:
-    """The error (NMSE) of the deployed file's output in FP16 arithmetic, and of its twin's in FP32, on ``calls``.
+    """The error (NMSE) of the deployed file's output in FP16 arithmetic, and of its twin's in FP32,
+    on ``calls``.
 
-    ``beyond``: nodes that the file computes in FP16 and whose values pass its range in the float model, with the
-    largest, in graph order. ``unknown``: why there are no errors, where ONNX Runtime has no kernel for the file.
+    ``beyond``: nodes that the file computes in FP16 and whose values pass its range in the float
+    model, with the largest, in graph order. ``unknown``: why there are no errors, where ONNX
+    Runtime has no kernel for the file.
     """
 
     deployed: float = 0.0
@@ -76,10 +81,13 @@ class HalfPrecision:
         )
 
 
-def half_precision(float_model: Path, deployed: Path, twin: Path, calls: RecordedCalls, talk: Talk) -> HalfPrecision:
+def half_precision(
+    float_model: Path, deployed: Path, twin: Path, calls: RecordedCalls, talk: Talk
+) -> HalfPrecision:
     """Run one recorded call at some timesteps through all three files, one file after the other.
 
-    Raises ModelError, naming the nodes whose values FP16 does not hold, where the deployed file's output is not finite.
+    Raises ModelError, naming the nodes whose values FP16 does not hold, where the deployed file's
+    output is not finite.
     """
     recorded = calls.recorded
     steps = np.unique(np.linspace(0, len(recorded.timesteps) - 1, TIMESTEPS).round().astype(int))
@@ -106,15 +114,23 @@ def half_precision(float_model: Path, deployed: Path, twin: Path, calls: Recorde
                 "An engine would give no images. Such a model needs its weights scaled down where its normalisation "
                 "allows that, or training in FP16 (bfloat16 reaches further).",
             )
-    expected, single = outputs(make_session(float_model)), outputs(make_session(twin, fake_quant_only=True))
-    errors = [np.mean([nmse(*pair) for pair in zip(expected, other, strict=True)]) for other in (half, single)]
+    expected, single = (
+        outputs(make_session(float_model)),
+        outputs(make_session(twin, fake_quant_only=True)),
+    )
+    errors = [
+        np.mean([nmse(*pair) for pair in zip(expected, other, strict=True)])
+        for other in (half, single)
+    ]
     return HalfPrecision(float(errors[0]), float(errors[1]), len(steps), beyond)
 
 
 def beyond_half(model: Path, calls: RecordedCalls, talk: Talk) -> tuple[tuple[str, float], ...]:
-    """Return the nodes computed in FP16 whose values pass its range in the float ``model``, with the largest.
+    """Return the nodes computed in FP16 whose values pass its range in the float ``model``, with
+    the largest.
 
-    In graph order. Only values above zero: masks are as far below it as can be, and do no harm as minus infinity.
+    In graph order. Only values above zero: masks are as far below it as can be, and do no harm as
+    minus infinity.
     """
     watched = load_model(model)
     region = fp16_region(watched, calls.spec.timestep_name, calls.spec.sample.name)
@@ -138,7 +154,11 @@ def beyond_half(model: Path, calls: RecordedCalls, talk: Talk) -> tuple[tuple[st
         for batch in calls.batches(1):
             values = session.run(None, {n: v for n, v in batch.feed.items() if n in inputs})
             np.maximum(largest, np.array(values, np.float64), out=largest)
-    return tuple((name, float(most)) for name, most in zip(names, largest, strict=True) if not most <= LARGEST_FP16)
+    return tuple(
+        (name, float(most))
+        for name, most in zip(names, largest, strict=True)
+        if not most <= LARGEST_FP16
+    )
 
 
 def _named(large: Sequence[tuple[str, float]]) -> str:

@@ -1,7 +1,9 @@
-"""Paired image metrics: how far are a variant's images from the float model's, made from the same noise?
+"""Paired image metrics: how far are a variant's images from the float model's, made from the same
+noise?
 
-In: two batches of samples [N, C, H, W] and the range that their pixels live in. Out: PSNR in dB and SSIM. All
-arithmetic is in float64 on values clipped to the range and mapped to [0, 1], so that the peak is 1.
+In: two batches of samples [N, C, H, W] and the range that their pixels live in. Out: PSNR in dB and
+SSIM. All arithmetic is in float64 on values clipped to the range and mapped to [0, 1], so that the
+peak is 1.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ import numpy as np
 from mpq_deploy.errors import ModelError
 from mpq_deploy.models.spec import Array
 
-# Wang, Bovik, Sheikh, Simoncelli 2004, "Image quality assessment", section III.C: window, sigma, K1 and K2.
+# Wang, Bovik, Sheikh, Simoncelli 2004, "Image quality assessment", section III.C: window, sigma, K1
+# and K2.
 SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
 SSIM_K1 = 0.01
@@ -46,16 +49,16 @@ def data_range(reference: Array) -> tuple[float, float]:
     return (low, high) if high > low else (low, low + 1.0)
 
 
-# An image equal to its reference counts as this much in a mean over images (our choice): far above any difference
-# that 32-bit floats of a denoised image show.
+# An image equal to its reference counts as this much in a mean over images (our choice): far above
+# any difference that 32-bit floats of a denoised image show.
 EQUAL_IMAGE_DB = 120.0
 
 
 def psnr_db(reference: Array, images: Array) -> float:
     """Mean over images of each one's PSNR, in dB; both [N, ...] in [0, 1], so the peak is 1.
 
-    The convention of the field (each image pair has its PSNR). An equal pair counts as ``EQUAL_IMAGE_DB``; ``inf``
-    when all are equal. See ``pooled_psnr_db`` for the other convention.
+    The convention of the field (each image pair has its PSNR). An equal pair counts as
+    ``EQUAL_IMAGE_DB``; ``inf`` when all are equal. See ``pooled_psnr_db`` for the other convention.
     """
     _same_shape(reference, images)
     if np.array_equal(np.asarray(reference, np.float64), np.asarray(images, np.float64)):
@@ -75,19 +78,22 @@ def psnr_db_each(reference: Array, images: Array) -> Array:
 def pooled_psnr_db(reference: Array, images: Array) -> float:
     """PSNR of the mean squared error over all images together, in dB; ``inf`` when all are equal.
 
-    One image that takes another path dominates it: it is the stricter figure, and reported beside ``psnr_db``.
+    One image that takes another path dominates it: it is the stricter figure, and reported beside
+    ``psnr_db``.
     """
     _same_shape(reference, images)
-    error = float(np.mean(np.square(np.asarray(reference, np.float64) - np.asarray(images, np.float64))))
+    error = float(
+        np.mean(np.square(np.asarray(reference, np.float64) - np.asarray(images, np.float64)))
+    )
     return math.inf if error == 0.0 else -10.0 * math.log10(error)
 
 
 def ssim(reference: Array, images: Array) -> float:
     """Mean structural similarity of [N, C, H, W] images in [0, 1] (Wang et al. 2004, equation 13).
 
-    Gaussian window of 11 x 11 pixels, sigma 1.5, population statistics, only where the whole window lies in
-    the image; each channel by itself, then the mean over positions, channels and images. Images smaller than
-    the window get the largest odd window that fits [our choice].
+    Gaussian window of 11 x 11 pixels, sigma 1.5, population statistics, only where the whole window
+    lies in the image; each channel by itself, then the mean over positions, channels and images.
+    Images smaller than the window get the largest odd window that fits [our choice].
     """
     return float(np.mean(ssim_each(reference, images)))
 

@@ -1,6 +1,8 @@
-"""How sure is a mean over images? A bootstrap interval of it, and of the difference of two paired means.
+"""How sure is a mean over images? A bootstrap interval of it, and of the difference of two paired
+means.
 
-In: a figure of each image. Out: low and high end of the 95 % interval. Seeded, so that a report repeats.
+In: a figure of each image. Out: low and high end of the 95 % interval. Seeded, so that a report
+repeats.
 """
 
 from __future__ import annotations
@@ -16,22 +18,28 @@ LEVEL = 0.95
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Return the interval of the mean of ``values`` [N], a percentile bootstrap over images; None below two images.
+    """Return the interval of the mean of ``values`` [N], a percentile bootstrap over images; None
+    below two images.
 
-    Efron 1979 ("Bootstrap methods: another look at the jackknife"); the percentiles are linear between draws. With few
-    images it is somewhat too narrow.
+    Efron 1979 ("Bootstrap methods: another look at the jackknife"); the percentiles are linear
+    between draws. With few images it is somewhat too narrow.
     """
     sample = np.asarray(values, np.float64)
     if len(sample) < 2:
         return None
-    drawn = np.random.default_rng(BOOTSTRAP_SEED).integers(0, len(sample), (BOOTSTRAP_DRAWS, len(sample)))
+    drawn = np.random.default_rng(BOOTSTRAP_SEED).integers(
+        0, len(sample), (BOOTSTRAP_DRAWS, len(sample))
+    )
     tail = 100 * (1 - LEVEL) / 2
     low, high = np.percentile(sample[drawn].mean(axis=1), [tail, 100 - tail])
     return float(low), float(high)
 
 
-def paired_interval(values: Sequence[float], reference: Sequence[float]) -> tuple[float, float] | None:
-    """Return the interval of the mean of ``values`` - ``reference``, image by image; None below two images.
+def paired_interval(
+    values: Sequence[float], reference: Sequence[float]
+) -> tuple[float, float] | None:
+    """Return the interval of the mean of ``values`` - ``reference``, image by image; None below two
+    images.
 
     Both come from the same noise, image for image: what makes an image hard for both cancels.
     """

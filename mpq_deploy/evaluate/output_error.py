@@ -1,7 +1,7 @@
 """The error of the denoiser's output against the float model's, timestep by timestep.
 
-In: outputs of the float model and of a variant for the same inputs. Out: the normalised mean squared error
-(NMSE), the measure that the allocation predicts.
+In: outputs of the float model and of a variant for the same inputs. Out: the normalised mean
+squared error (NMSE), the measure that the allocation predicts.
 """
 
 from __future__ import annotations
@@ -40,11 +40,13 @@ def sqnr_db(error: float) -> float:
 
 
 def taken_turns(available: int, timesteps: int, calls: int | None) -> Array:
-    """Return which of the ``available`` calls are compared at each timestep, int64 [timesteps, M], ascending.
+    """Return which of the ``available`` calls are compared at each timestep, int64 [timesteps, M],
+    ascending.
 
-    ``calls`` of them, evenly spread, and at each timestep the next ones, so that all have about equally many turns;
-    more where that would leave some out, and all for None. A call's error at one timestep says much about its error
-    at the next, so that the choice of trajectories leaves far more doubt than the turns (our choice, as in measuring).
+    ``calls`` of them, evenly spread, and at each timestep the next ones, so that all have about
+    equally many turns; more where that would leave some out, and all for None. A call's error at
+    one timestep says much about its error at the next, so that the choice of trajectories leaves
+    far more doubt than the turns (our choice, as in measuring).
     """
     count = available if calls is None else min(available, max(calls, -(-available // timesteps)))
     first = np.arange(count) * available // count
@@ -52,7 +54,8 @@ def taken_turns(available: int, timesteps: int, calls: int | None) -> Array:
 
 
 def stride_midpoints(steps: int, count: int) -> Array:
-    """Return the step indices in the middle of ``count`` equal strides of ``steps`` steps, int64, ascending.
+    """Return the step indices in the middle of ``count`` equal strides of ``steps`` steps, int64,
+    ascending.
 
     All steps when ``count`` is not below ``steps``.
     """

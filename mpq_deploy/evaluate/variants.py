@@ -29,7 +29,8 @@ LATENCY = "latency.json"
 CORRECTED = "ours+ptqd"
 # The plan as it was before recovery, where there was one.
 BEFORE = "plan"
-# Both graphs are held at once so that their calls can alternate; beyond this the memory is not worth the number.
+# Both graphs are held at once so that their calls can alternate; beyond this the memory is not
+# worth the number.
 LARGEST_PAIR_BYTES = 2 * 2**30
 WARM_UP_CALLS, TIMED_CALLS = 2, 7
 
@@ -42,14 +43,18 @@ def evaluate_variants(
     correction: Correction | None = None,
     before: Path | None = None,
 ) -> Evaluation:
-    """Compare the graph ``ours`` (without and with ``correction``) and the controls with the float model.
+    """Compare the graph ``ours`` (without and with ``correction``) and the controls with the float
+    model.
 
-    ``before``: the plan's graph where ``ours`` is the recovered one, of the same size. Samples are cached by content.
+    ``before``: the plan's graph where ``ours`` is the recovered one, of the same size. Samples are
+    cached by content.
     """
     model, settings = run.exported.model, run.recipe.evaluate
     if model.spec.timestep is None:
         # A model without timesteps is called once per input that was held out.
-        held_out = len(model.conditions[model.spec.sample.name]) - (model.spec.calibration_rows or 0)
+        held_out = len(model.conditions[model.spec.sample.name]) - (
+            model.spec.calibration_rows or 0
+        )
         settings = settings.replace(steps=1, samples=min(settings.samples, held_out))
     settings = settings.replace(timesteps=min(settings.timesteps, settings.steps))
     controls = run.stage("controls")
@@ -60,12 +65,17 @@ def evaluate_variants(
     if before is not None:
         variants[BEFORE] = Variant(before, size_bytes)
     variants |= {name: Variant(controls / name / SIMULATED, size) for name, size in sizes.items()}
-    evaluation = evaluate(variants, model, settings, run.talk, cache=run.path / ".samples", crew=run.crew)
+    evaluation = evaluate(
+        variants, model, settings, run.talk, cache=run.path / ".samples", crew=run.crew
+    )
     return with_cpu_latency(evaluation, model, "ours", ours) if latency else evaluation
 
 
-def with_cpu_latency(evaluation: Evaluation, model: FloatModel, name: str, path: Path) -> Evaluation:
-    """Return the evaluation with the median CPU time of a call, of the float model and of the variant ``name``.
+def with_cpu_latency(
+    evaluation: Evaluation, model: FloatModel, name: str, path: Path
+) -> Evaluation:
+    """Return the evaluation with the median CPU time of a call, of the float model and of the
+    variant ``name``.
 
     In ONNX Runtime on this CPU, which is not the target device's latency. Batch 1, at the last
     timestep; without times (and with a note) where both are too large to be held at once. Calls
@@ -75,8 +85,13 @@ def with_cpu_latency(evaluation: Evaluation, model: FloatModel, name: str, path:
     if pair > LARGEST_PAIR_BYTES:
         note = f"CPU latency not measured: both graphs together take {pair / 1e9:.1f} GB."
         return replace(evaluation, notes=(*evaluation.notes, note))
-    denoisers = (OrtDenoiser(model.path, model.spec), OrtDenoiser(path, model.spec, fake_quant_only=True))
-    noise = first_samples(model.spec, np.zeros(1, np.int64), model.conditions, evaluation.settings.seed)
+    denoisers = (
+        OrtDenoiser(model.path, model.spec),
+        OrtDenoiser(path, model.spec, fake_quant_only=True),
+    )
+    noise = first_samples(
+        model.spec, np.zeros(1, np.int64), model.conditions, evaluation.settings.seed
+    )
     first = {key: values[:1] for key, values in model.conditions.items()}
     times: tuple[list[float], list[float]] = ([], [])
     for call in range(WARM_UP_CALLS + TIMED_CALLS):

@@ -1,8 +1,9 @@
-"""The candidates of a layer: the schemes it may take on a target, why not the others, and their rounded weights.
+"""The candidates of a layer: the schemes it may take on a target, why not the others, and their
+rounded weights.
 
-In: a layer, the recipe's schemes, the target's rules, what is known of the input. Out: for each weight
-form the codes and scales that would be deployed, so that measuring, allocating and writing see the
-same weights.
+In: a layer, the recipe's schemes, the target's rules, what is known of the input. Out: for each
+weight form the codes and scales that would be deployed, so that measuring, allocating and writing
+see the same weights.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from mpq_deploy.models.spec import Array
 from mpq_deploy.rounding.quantizers import LARGEST_SCALE, Rounding
 
 Refusal = Callable[[Layer, Scheme], str]
-# Branches stand beside one of a layer's bodies of each kind, that of blocks nearest to this: blocks and
-# branches would otherwise multiply the candidates.
+# Branches stand beside one of a layer's bodies of each kind, that of blocks nearest to this: blocks
+# and branches would otherwise multiply the candidates.
 BRANCH_BLOCK = 128
 
 
@@ -39,11 +40,12 @@ class Choices:
 
 
 def choices_for(layer: Layer, wanted: tuple[Scheme, ...], refusal: Refusal) -> Choices:
-    """Sort the ``wanted`` schemes into those ``layer`` may take and those it may not, with the reason.
+    """Sort the ``wanted`` schemes into those ``layer`` may take and those it may not, with the
+    reason.
 
     FP16 is always possible. Two nominal block sizes that give the same real one are one candidate.
-    Branches come after the bodies in ``wanted``; of a family's bodies only the one of blocks nearest to
-    ``BRANCH_BLOCK`` has them.
+    Branches come after the bodies in ``wanted``; of a family's bodies only the one of blocks
+    nearest to ``BRANCH_BLOCK`` has them.
     """
     allowed: list[Scheme] = [FP16]
     refused: dict[str, str] = {}
@@ -67,7 +69,9 @@ def choices_for(layer: Layer, wanted: tuple[Scheme, ...], refusal: Refusal) -> C
 
 def _branch_bodies(allowed: list[Scheme]) -> list[Scheme]:
     bodies: dict[str, Scheme] = {}
-    for scheme in sorted(allowed, key=lambda s: abs(log2((s.block_size or BRANCH_BLOCK) / BRANCH_BLOCK))):
+    for scheme in sorted(
+        allowed, key=lambda s: abs(log2((s.block_size or BRANCH_BLOCK) / BRANCH_BLOCK))
+    ):
         if scheme.quantized and not scheme.branch:
             bodies.setdefault(scheme.series, scheme)
     return list(bodies.values())
@@ -81,7 +85,9 @@ def weight_matrix(layer: Layer, weight: Array) -> Array:
 
 def fold_matrix(layer: Layer, matrix: Array) -> Array:
     """Bring a matrix [out_channels, reduction] back to the weight's shape in the file."""
-    return np.ascontiguousarray((matrix if layer.out_axis == 0 else matrix.T).reshape(layer.weight_shape))
+    return np.ascontiguousarray(
+        (matrix if layer.out_axis == 0 else matrix.T).reshape(layer.weight_shape)
+    )
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,9 @@ class LayerCandidates:
         """Return the deployed weight of a form, dequantized, float32 [out_channels, reduction]."""
         if form == FP16.weight_form:
             # Clipped as the file's are.
-            return np.asarray(np.clip(self.weight, -LARGEST_SCALE, LARGEST_SCALE).astype(np.float16), np.float32)
+            return np.asarray(
+                np.clip(self.weight, -LARGEST_SCALE, LARGEST_SCALE).astype(np.float16), np.float32
+            )
         return self.forms[form].dequantize()
 
     def promoted(self, form: str) -> Array:
@@ -116,12 +124,15 @@ def round_candidates(
     how: Rounding,
     also: tuple[Scheme, ...] = (),
 ) -> LayerCandidates:
-    """Round ``weight`` float32 [O, K] for every weight form that ``choices`` need, and for the schemes ``also``.
+    """Round ``weight`` float32 [O, K] for every weight form that ``choices`` need, and for the
+    schemes ``also``.
 
     Raises ModelError when the weight holds NaN or Inf.
     """
     if not np.all(np.isfinite(weight)):
-        raise ModelError(f"The weight '{layer.weight}' holds NaN or Inf.", "Mend the model before quantizing it.")
+        raise ModelError(
+            f"The weight '{layer.weight}' holds NaN or Inf.", "Mend the model before quantizing it."
+        )
     work = LayerRounding(layer, weight, inputs, how)
     forms: dict[str, DeployedMatrix] = {}
     for rounder, schemes in _by_rounder((*choices.schemes, *also)).items():
@@ -147,7 +158,9 @@ def with_promoted_rows(candidates: LayerCandidates, order: Array) -> LayerCandid
     forms = dict(candidates.forms)
     for scheme in candidates.schemes:
         if scheme.branch.promotes:
-            forms[scheme.weight_form] = scheme.branch.assemble(scheme, candidates.layer, forms, order)
+            forms[scheme.weight_form] = scheme.branch.assemble(
+                scheme, candidates.layer, forms, order
+            )
     return replace(candidates, forms=forms)
 
 
@@ -156,12 +169,16 @@ def save_candidates(candidates: LayerCandidates, path: Path) -> None:
     from safetensors.numpy import save
 
     arrays = {
-        f"{form}.{name}": array for form, matrix in candidates.forms.items() for name, array in matrix.arrays().items()
+        f"{form}.{name}": array
+        for form, matrix in candidates.forms.items()
+        for name, array in matrix.arrays().items()
     }
-    # A layer that may only be FP16 has no arrays; safetensors wants at least a header, which it writes.
+    # A layer that may only be FP16 has no arrays; safetensors wants at least a header, which it
+    # writes.
     choices = {"schemes": [s.name for s in candidates.schemes], "refused": candidates.refused}
-    # One entry: safetensors writes several in random order, and equal candidates must give equal bytes.
-    # Written by us: a full disk is then an OSError like any other, not one of safetensors' own.
+    # One entry: safetensors writes several in random order, and equal candidates must give equal
+    # bytes. Written by us: a full disk is then an OSError like any other, not one of safetensors'
+    # own.
     path.write_bytes(save(arrays, metadata={"choices": json.dumps(choices, sort_keys=True)}))
 
 

@@ -73,7 +73,9 @@ class Int4Weight(IntegerWeight):
 
     def write(self, to: LayerWriter, matrix: QuantizedMatrix) -> ir.Value:
         first, layer = to.layer.out_axis == 0, to.layer
-        codes = to.codes(lambda: matrix.codes if first else matrix.codes.T, "INT4", matrix_shape(layer))
+        codes = to.codes(
+            lambda: matrix.codes if first else matrix.codes.T, "INT4", matrix_shape(layer)
+        )
         scale = matrix.scale.astype(np.float32)
         inputs = [codes, to.constant("scale", scale if first else scale.T)]
         block = layer.reduction // matrix.scale.shape[1]
@@ -87,7 +89,8 @@ class Int4Weight(IntegerWeight):
 
 @dataclass(frozen=True)
 class RequantizedInt4(Int4Weight):
-    """As ``Int4Weight``, then QuantizeLinear to INT8 per output channel: 4-bit storage, INT8 compute.
+    """As ``Int4Weight``, then QuantizeLinear to INT8 per output channel: 4-bit storage, INT8
+    compute.
 
     Every block scale is an integer multiple of its channel's INT8 scale, so nothing is lost.
     """
@@ -109,7 +112,9 @@ class RequantizedInt4(Int4Weight):
         return False
 
     def scales(self, layer: Layer, weight: Array, importance: Array) -> tuple[Array, Array | None]:
-        return choose_multiple_scale(weight, importance, super().scales(layer, weight, importance)[0])
+        return choose_multiple_scale(
+            weight, importance, super().scales(layer, weight, importance)[0]
+        )
 
     def write(self, to: LayerWriter, matrix: QuantizedMatrix) -> ir.Value:
         assert matrix.channel_scale is not None
@@ -122,9 +127,17 @@ class RequantizedInt4(Int4Weight):
 
 
 INT4_BODIES = (
-    *(Scheme(f"w4a16-b{block}", Int4Weight(block), meaning="4-bit weights, FP16 arithmetic") for block in BLOCK_SIZES),
     *(
-        Scheme(f"w4a8-b{block}", RequantizedInt4(block), INT8_INPUT, meaning="4-bit weights, INT8 arithmetic")
+        Scheme(f"w4a16-b{block}", Int4Weight(block), meaning="4-bit weights, FP16 arithmetic")
+        for block in BLOCK_SIZES
+    ),
+    *(
+        Scheme(
+            f"w4a8-b{block}",
+            RequantizedInt4(block),
+            INT8_INPUT,
+            meaning="4-bit weights, INT8 arithmetic",
+        )
         for block in BLOCK_SIZES
     ),
 )

@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from mpq_deploy.latency.roofline import Rates
     from mpq_deploy.models.spec import Array
 
-# TensorRT keeps three FP32 factors per output channel of a convolution (three constants [1, O, 1, 1]
-# of type Float in its log), two FP16 ones of a product, where the file has one FP16 scale. A product
-# has two FP32 factors of one element beside them, each alone in its 128 bytes (seen in every build).
+# TensorRT keeps three FP32 factors per output channel of a convolution (three constants [1, O, 1,
+# 1] of type Float in its log), two FP16 ones of a product, where the file has one FP16 scale. A
+# product has two FP32 factors of one element beside them, each alone in its 128 bytes (seen in
+# every build).
 CHANNEL_BYTES = {"Conv": 3 * 4, "Gemm": 2 * 2, "MatMul": 2 * 2}
 FACTOR_BYTES = {"Conv": 0, "Gemm": 2 * 128, "MatMul": 2 * 128}
 # onnx.TensorProto.INT8
@@ -73,16 +74,25 @@ class Int8Activation(ActivationFormat):
     def operations_per_s(self, rates: Rates) -> float:
         return rates.int8
 
-    def write(self, to: NodeWriter, value: ir.Value, grid: ActivationGrid, key: tuple[str, str]) -> list[ir.Node]:
+    def write(
+        self, to: NodeWriter, value: ir.Value, grid: ActivationGrid, key: tuple[str, str]
+    ) -> list[ir.Node]:
         tensor, form = key
         # Rank 0: with shape [1] TensorRT silently runs the convolution in FP16.
         scale = to.named_constant(f"{tensor}//scale{form}", np.asarray(grid.scale, np.float32))
         inputs, to_int8 = [value, scale], {"output_dtype": ONNX_INT8}
-        quantize = to.make("QuantizeLinear", inputs, to_int8, f"{tensor}/quantize{form}", like=value, dtype="INT8")
+        quantize = to.make(
+            "QuantizeLinear", inputs, to_int8, f"{tensor}/quantize{form}", like=value, dtype="INT8"
+        )
         inputs = [quantize.outputs[0], scale]
-        return [quantize, to.make("DequantizeLinear", inputs, {}, f"{tensor}/dequantize{form}", like=value)]
+        return [
+            quantize,
+            to.make("DequantizeLinear", inputs, {}, f"{tensor}/dequantize{form}", like=value),
+        ]
 
 
 INT8_WEIGHT, INT8_INPUT = Int8Weight(), Int8Activation()
-W8A8 = Scheme("w8a8", INT8_WEIGHT, INT8_INPUT, meaning="8-bit weights and activations, INT8 arithmetic")
+W8A8 = Scheme(
+    "w8a8", INT8_WEIGHT, INT8_INPUT, meaning="8-bit weights and activations, INT8 arithmetic"
+)
 W8A16 = Scheme("w8a16", INT8_WEIGHT, meaning="8-bit weights, FP16 arithmetic")

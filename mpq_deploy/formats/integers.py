@@ -10,7 +10,13 @@ import numpy as np
 
 from mpq_deploy.formats.interfaces import Precision, Rounder, Scheme, WeightFormat
 from mpq_deploy.formats.layer_rounding import LayerRounding, importance_of
-from mpq_deploy.rounding.quantizers import Grid, QuantizedMatrix, Rounding, gptq_codes, refine_rounding
+from mpq_deploy.rounding.quantizers import (
+    Grid,
+    QuantizedMatrix,
+    Rounding,
+    gptq_codes,
+    refine_rounding,
+)
 
 if TYPE_CHECKING:
     from mpq_deploy.formats.interfaces import DeployedMatrix
@@ -65,14 +71,20 @@ def round_integers(schemes: Sequence[Scheme], layer: LayerRounding) -> dict[str,
     return {form: _joined(pieces) for form, pieces in parts.items()}
 
 
-def round_alone(body: Scheme, layer: LayerRounding, weight: Array, moments: list[Array]) -> QuantizedMatrix:
+def round_alone(
+    body: Scheme, layer: LayerRounding, weight: Array, moments: list[Array]
+) -> QuantizedMatrix:
     """Round a ``weight`` [O, K] of its own for ``body``, unrefined; ``moments`` as it sees them."""
     formats = {body.weight_form: integer_format(body)}
     return _round_group(layer.layer, weight, moments, formats, layer.unrefined())[body.weight_form]
 
 
 def _round_group(
-    layer: Layer, weight: Array, blocks: list[Array], formats: Mapping[str, IntegerWeight], how: Rounding
+    layer: Layer,
+    weight: Array,
+    blocks: list[Array],
+    formats: Mapping[str, IntegerWeight],
+    how: Rounding,
 ) -> dict[str, QuantizedMatrix]:
     importance = importance_of(blocks)
     scales = {form: own.scales(layer, weight, importance) for form, own in formats.items()}
@@ -80,7 +92,9 @@ def _round_group(
     # INT8 has little to gain, and w4a8's scales are tied to their channel's.
     free = [form for form, own in formats.items() if how.gptq and own.refined]
     started = [(codes[form], scales[form][0]) for form in free]
-    refined = dict(zip(free, refine_rounding(weight, started, blocks, how.damping, how.refinements)))
+    refined = dict(
+        zip(free, refine_rounding(weight, started, blocks, how.damping, how.refinements))
+    )
     rounded = {form: (codes[form], scales[form][0]) for form in formats} | refined
     return {form: QuantizedMatrix(*rounded[form], scales[form][1]) for form in formats}
 
@@ -107,7 +121,9 @@ def _codes(
         span = slice(start, start + len(block))
         start += len(block)
         cut = [grid.cut(span) for grid in grids.values()]
-        for form, codes in zip(grids, gptq_codes(weight[:, span], cut, block, damping) if cut else []):
+        for form, codes in zip(
+            grids, gptq_codes(weight[:, span], cut, block, damping) if cut else []
+        ):
             pieces[form].append(codes)
     return {form: np.concatenate(codes, axis=1) for form, codes in pieces.items()}
 

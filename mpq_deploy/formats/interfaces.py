@@ -1,10 +1,12 @@
-"""What a layer may become: the interfaces of number formats and branches, and the scheme that joins them.
+"""What a layer may become: the interfaces of number formats and branches, and the scheme that joins
+them.
 
 A number format is one frozen value of a subclass of ``WeightFormat`` or ``ActivationFormat``, a
 branch one of ``Branch``. Each class lives in a file of its own and owns all that follows from it:
 bytes, refusals, rounding, nodes, the twin in torch, traffic, and what an engine's log must show.
 ``formats.scheme`` lists them. All of this is imported on devices too: NumPy and the standard
-library alone; ONNX nodes and torch modules are made by the writer and the kit that methods are given.
+library alone; ONNX nodes and torch modules are made by the writer and the kit that methods are
+given.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ INT8 = Precision("int8", 8, -127, 127)
 
 @dataclass(frozen=True)
 class ActivationGrid:
-    """A quantizer of an activation: codes ``quant_min`` to ``quant_max``, zero point taken off, times ``scale``.
+    """A quantizer of an activation: codes ``quant_min`` to ``quant_max``, zero point taken off,
+    times ``scale``.
 
     By default what QuantizeLinear saturates to in INT8.
     """
@@ -179,7 +182,9 @@ class ActivationFormat:
         """Peak rate of products in this format."""
         raise NotImplementedError
 
-    def write(self, to: NodeWriter, value: ir.Value, grid: ActivationGrid, key: tuple[str, str]) -> list[ir.Node]:
+    def write(
+        self, to: NodeWriter, value: ir.Value, grid: ActivationGrid, key: tuple[str, str]
+    ) -> list[ir.Node]:
         """Return nodes, not yet inserted, that round ``value``; the last gives the rounded value.
 
         ``key``: the tensor and the scheme's ``activation_form``, for names.
@@ -202,7 +207,8 @@ class Branch:
     # Kernels launched beside the body's, and those among them that work on the input alone.
     kernels: ClassVar[int] = 0
     input_kernels: ClassVar[int] = 0
-    # Output channels get INT8 weights, most salient first: ``assemble`` makes the matrix from an order.
+    # Output channels get INT8 weights, most salient first: ``assemble`` makes the matrix from an
+    # order.
     promotes: ClassVar[bool] = False
     # The input's channels are multiplied by factors, which its producer may take.
     rescales: ClassVar[bool] = False
@@ -380,15 +386,20 @@ class Scheme:
         scheme's bytes are nominal: those that a packed form would take, if there were one.
         """
         if self.branch:
-            return sum(s.weight_bytes(part) for part, s in self.parts(layer)) + self.branch.joining_bytes(layer)
-        return self.weight.bytes_of(layer) + (self.activation.reader_bytes(layer) if self.activation else 0)
+            return sum(
+                s.weight_bytes(part) for part, s in self.parts(layer)
+            ) + self.branch.joining_bytes(layer)
+        return self.weight.bytes_of(layer) + (
+            self.activation.reader_bytes(layer) if self.activation else 0
+        )
 
     def unpacked_bytes(self, layer: Layer) -> int:
         """Bytes of the body's weight that a call unpacks into memory; 0 where that is fused into the product."""
         return self.weight.unpacked_bytes(layer, self.activation is None)
 
     def input_bytes(self, layer: Layer) -> int:
-        """Bytes of the constants that quantize the input: layers that share the quantizer share them.
+        """Bytes of the constants that quantize the input: layers that share the quantizer share
+        them.
 
         Factors of channels are counted, though a producer may take them.
         """

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class InputMoments:
     """What is known of a layer's input.
 
-    ``blocks`` float [group * B, w, w]: for each group the B diagonal blocks of the mean of x x^T, of
-    which block b covers ``widths[b]`` columns (their sum is K). For branches that want them:
+    ``blocks`` float [group * B, w, w]: for each group the B diagonal blocks of the mean of x x^T,
+    of which block b covers ``widths[b]`` columns (their sum is K). For branches that want them:
     ``outliers`` int32 [C], the input channels, those to take out of INT8 first; ``factors`` float16
     [C], by what channels are multiplied; ``amax`` [K], the absolute maximum per column.
     """

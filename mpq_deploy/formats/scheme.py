@@ -22,9 +22,20 @@ from mpq_deploy.formats.int8 import W8A8, W8A16
 from mpq_deploy.formats.interfaces import SIMULATED, Branch, Scheme
 from mpq_deploy.formats.simulated import SIMULATED_BODIES
 
-__all__ = ["BRANCH_KINDS", "FAMILIES", "FP16", "SCHEMES", "SIMULATED", "W8A8", "W8A16", "Scheme", "families"]
+__all__ = [
+    "BRANCH_KINDS",
+    "FAMILIES",
+    "FP16",
+    "SCHEMES",
+    "SIMULATED",
+    "W8A8",
+    "W8A16",
+    "Scheme",
+    "families",
+]
 
-# Every target says of these whether its layers may take them, and if not, why; others it may leave out.
+# Every target says of these whether its layers may take them, and if not, why; others it may leave
+# out.
 FAMILIES = ("fp16", "w8a8", "w8a16", "w4a16", "w4a8")
 # Schemes without branches, and the branches that stand beside those that they suit.
 FORMATS: tuple[Scheme, ...] = (FP16, W8A8, W8A16, *INT4_BODIES)
@@ -68,17 +79,22 @@ def families() -> tuple[str, ...]:
 def branches_of(bodies: tuple[Scheme, ...], kinds: tuple[str, ...]) -> tuple[Scheme, ...]:
     """Return the schemes with a branch of one of ``kinds`` beside one of ``bodies``."""
     names = {scheme.name for scheme in bodies}
-    return tuple(s for s in SCHEMES.values() if s.branch and s.branch.kind in kinds and s.body.name in names)
+    return tuple(
+        s for s in SCHEMES.values() if s.branch and s.branch.kind in kinds and s.body.name in names
+    )
 
 
 def schemes_named(names: list[str] | tuple[str, ...]) -> tuple[Scheme, ...]:
-    """Return the schemes for ``names``, where a family such as ``w4a16`` stands for all its block sizes.
+    """Return the schemes for ``names``, where a family such as ``w4a16`` stands for all its block
+    sizes.
 
     Raises UsageError for an unknown name, naming the nearest.
     """
     chosen: dict[str, Scheme] = {}
     for name in names:
-        found = [s for s in SCHEMES.values() if name == s.name or (name == s.family and not s.branch)]
+        found = [
+            s for s in SCHEMES.values() if name == s.name or (name == s.family and not s.branch)
+        ]
         if not found:
             known = [*SCHEMES, *FAMILIES, SIMULATED]
             deployable = ", ".join(s.name for s in SCHEMES.values() if not s.simulated)
@@ -92,12 +108,17 @@ def schemes_named(names: list[str] | tuple[str, ...]) -> tuple[Scheme, ...]:
 
 
 def nearest_scheme(scheme: Scheme, offered: tuple[Scheme, ...]) -> Scheme:
-    """Return the one of ``offered`` (not empty) that comes nearest to ``scheme`` in its weights' bits, then in its
-    activations'; of two as near, the wider. Our choice.
+    """Return the one of ``offered`` (not empty) that comes nearest to ``scheme`` in its weights'
+    bits, then in its activations'; of two as near, the wider. Our choice.
     """
 
     def distance(other: Scheme) -> tuple[float, ...]:
         pairs = list(zip(other.bits, scheme.bits))
-        return (*(abs(log2(a / b)) for a, b in pairs), -other.bits[0], -other.bits[1], len(other.name))
+        return (
+            *(abs(log2(a / b)) for a, b in pairs),
+            -other.bits[0],
+            -other.bits[1],
+            len(other.name),
+        )
 
     return min(offered, key=distance)

@@ -1,7 +1,9 @@
-"""Simulated formats of 2 to 8 bits, which no engine can hold: their bytes are nominal, ONNX Runtime runs them.
+"""Simulated formats of 2 to 8 bits, which no engine can hold: their bytes are nominal, ONNX Runtime
+runs them.
 
-Weights have one scale and zero point per output channel (``rounding.row_grids``), activations one of
-each per tensor. ``SharedBits`` are branches that share out a layer's bits among its output channels.
+Weights have one scale and zero point per output channel (``rounding.row_grids``), activations one
+of each per tensor. ``SharedBits`` are branches that share out a layer's bits among its output
+channels.
 """
 
 from __future__ import annotations
@@ -12,9 +14,23 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from mpq_deploy.formats.interfaces import ActivationFormat, ActivationGrid, Branch, Rounder, Scheme, WeightFormat
+from mpq_deploy.formats.interfaces import (
+    ActivationFormat,
+    ActivationGrid,
+    Branch,
+    Rounder,
+    Scheme,
+    WeightFormat,
+)
 from mpq_deploy.formats.sizes import FP16_BYTES
-from mpq_deploy.rounding.row_grids import RowForm, SimulatedMatrix, plain, round_forms, row_errors, stacked
+from mpq_deploy.rounding.row_grids import (
+    RowForm,
+    SimulatedMatrix,
+    plain,
+    round_forms,
+    row_errors,
+    stacked,
+)
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -28,12 +44,13 @@ if TYPE_CHECKING:
     from mpq_deploy.recover.trained_weights import LayerTwin, StartingWeight, TwinKit
 
 SIMULATED_BITS = (2, 3, 4, 5, 6, 7, 8)
-# Mean bits of the layers that share out bits among their channels: {1, 2, 3} to {3, 4, 5} bits per channel.
+# Mean bits of the layers that share out bits among their channels: {1, 2, 3} to {3, 4, 5} bits per
+# channel.
 SHARED_OUT_BITS = (2, 3, 4)
 # A zero point of each output channel, and of the input of each layer that reads it (our choice).
 ZERO_POINT_BYTES = 1
-# Keys of the model's metadata, JSON: layer -> scheme, and of each output channel the bits of its grid and
-# its residuals; and the activations' quantizers, by name, with their bits.
+# Keys of the model's metadata, JSON: layer -> scheme, and of each output channel the bits of its
+# grid and its residuals; and the activations' quantizers, by name, with their bits.
 WEIGHTS_KEY = "mpq_deploy.simulated_weights"
 ACTIVATIONS_KEY = "mpq_deploy.simulated_activations"
 
@@ -42,7 +59,8 @@ ACTIVATIONS_KEY = "mpq_deploy.simulated_activations"
 class SimulatedWeight(WeightFormat):
     """UINT8 codes and zero points -> DequantizeLinear per output channel.
 
-    Each binary residual is a tensor of signs behind a DequantizeLinear of its own, and Add joins them.
+    Each binary residual is a tensor of signs behind a DequantizeLinear of its own, and Add joins
+    them.
     """
 
     width: int = 8
@@ -60,7 +78,9 @@ class SimulatedWeight(WeightFormat):
 
     def bytes_of(self, layer: Layer) -> int:
         """Bits x weights, one FP16 scale and one zero point per output channel."""
-        return packed_bytes(self.width * layer.weights) + layer.out_channels * (FP16_BYTES + ZERO_POINT_BYTES)
+        return packed_bytes(self.width * layer.weights) + layer.out_channels * (
+            FP16_BYTES + ZERO_POINT_BYTES
+        )
 
     @property
     def rounder(self) -> Rounder:
@@ -119,7 +139,9 @@ class SimulatedActivation(ActivationFormat):
         """A zero point."""
         return ZERO_POINT_BYTES * len(layer.inputs)
 
-    def write(self, to: NodeWriter, value: ir.Value, grid: ActivationGrid, key: tuple[str, str]) -> list[ir.Node]:
+    def write(
+        self, to: NodeWriter, value: ir.Value, grid: ActivationGrid, key: tuple[str, str]
+    ) -> list[ir.Node]:
         base = f"{key[0]}//sim{key[1]}"
         scale = to.named_constant(f"{base}/scale", np.asarray(grid.scale, np.float32))
         zero_point = to.named_constant(f"{base}/zero_point", np.asarray(-grid.quant_min, np.uint8))
@@ -132,7 +154,9 @@ class SimulatedActivation(ActivationFormat):
             nodes.append(to.make("Clip", [value, *bounds], {}, f"{base}/clip", like=value))
         source = nodes[-1].outputs[0] if nodes else value
         inputs = [source, scale, zero_point]
-        nodes.append(to.make("QuantizeLinear", inputs, {}, f"{base}/quantize", like=value, dtype="UINT8"))
+        nodes.append(
+            to.make("QuantizeLinear", inputs, {}, f"{base}/quantize", like=value, dtype="UINT8")
+        )
         inputs = [nodes[-1].outputs[0], scale, zero_point]
         return [*nodes, to.make("DequantizeLinear", inputs, {}, f"{base}/dequantize", like=value)]
 
@@ -141,7 +165,8 @@ class SimulatedActivation(ActivationFormat):
 class SharedBits(Branch):
     """Output channels have N - 1, N or N + 1 bits, N on average; there is no amount.
 
-    ``form_bits``: bits that tell which form a channel has. ``residuals``: FP16 residual sizes per channel.
+    ``form_bits``: bits that tell which form a channel has. ``residuals``: FP16 residual sizes per
+    channel.
     """
 
     form_bits: ClassVar[int]
@@ -165,8 +190,8 @@ class SharedBits(Branch):
     def steps(self, errors: Sequence[Array], kurtosis: Array | None) -> Array:
         """Return which channels get a bit more (1) and less (-1), int64 [O].
 
-        ``errors``: of the best form of each channel with a bit less, as many and a bit more, [O] each;
-        ``kurtosis`` [O] of the channels, where the input's range is known.
+        ``errors``: of the best form of each channel with a bit less, as many and a bit more, [O]
+        each; ``kurtosis`` [O] of the channels, where the input's range is known.
         """
         raise NotImplementedError
 
@@ -178,7 +203,9 @@ def packed_bytes(bits: int) -> int:
 
 def residual_room(layer: Layer, scheme: Scheme) -> int:
     """How many binary residuals the nominal bytes of ``layer`` have room for."""
-    return layer.out_channels * (scheme.branch.residuals if isinstance(scheme.branch, SharedBits) else 0)
+    return layer.out_channels * (
+        scheme.branch.residuals if isinstance(scheme.branch, SharedBits) else 0
+    )
 
 
 def round_simulated(schemes: Sequence[Scheme], layer: LayerRounding) -> dict[str, DeployedMatrix]:
@@ -229,18 +256,23 @@ def assemble(
     steps = scheme.branch.steps(least, kurtosis)
     every = [form for forms in choices for form in forms]
     first = np.cumsum([0, *map(len, choices[:-1])])
-    best = [np.argmin([errors[form] for form in forms], axis=0) + start for forms, start in zip(choices, first)]
+    best = [
+        np.argmin([errors[form] for form in forms], axis=0) + start
+        for forms, start in zip(choices, first)
+    ]
     rows = np.arange(len(steps))
     chosen = np.stack(best)[steps + 1, rows]
     return stacked([rounded[form] for form in every]).take(chosen * len(steps) + rows)
 
 
 def row_kurtosis(weight: Array, input_amax: Array) -> Array:
-    """Return the Pearson kurtosis of each row of ``weight`` [O, K] after MPQ-DM's pre-scaling, float64 [O].
+    """Return the Pearson kurtosis of each row of ``weight`` [O, K] after MPQ-DM's pre-scaling,
+    float64 [O].
 
     ``input_amax`` float [K]: the input's absolute maximum per column. The weight is divided by
-    delta_k = sqrt(max|W_k| / max|X_k|); columns that are zero on either side keep their scale. A constant
-    row has kurtosis 0. Source: MPQ-DM (arXiv 2412.11549) and its published code: mean((w - mu)^4) / std^4.
+    delta_k = sqrt(max|W_k| / max|X_k|); columns that are zero on either side keep their scale. A
+    constant row has kurtosis 0. Source: MPQ-DM (arXiv 2412.11549) and its published code: mean((w -
+    mu)^4) / std^4.
     """
     largest = np.abs(weight).max(axis=0)
     usable = (largest > 0) & (input_amax > 0)

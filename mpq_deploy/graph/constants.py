@@ -21,13 +21,19 @@ def add_constant(model: ir.Model, name: str, content: Array | ir.TensorProtocol)
         model.graph.register_initializer(value)
         return value
     if known.const_value is None or not _alike(known.const_value, value.const_value):
-        raise ValueError(f"The graph has another constant '{name}': {known.const_value}, not {value.const_value}.")
+        raise ValueError(
+            f"The graph has another constant '{name}': {known.const_value}, not {value.const_value}."
+        )
     return known
 
 
 def constant(name: str, content: Array | ir.TensorProtocol) -> ir.Value:
     """Return a value that holds ``content``, for a graph that is still being made."""
-    tensor = ir.Tensor(np.asarray(content, order="C"), name=name) if isinstance(content, np.ndarray) else content
+    tensor = (
+        ir.Tensor(np.asarray(content, order="C"), name=name)
+        if isinstance(content, np.ndarray)
+        else content
+    )
     shape = ir.Shape(tensor.shape.numpy())
     return ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
 

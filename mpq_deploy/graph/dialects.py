@@ -26,7 +26,9 @@ UNSUPPORTED = frozenset({
 # Operators of opset 23 and later: in operators.md of 10.15, not in the parser of 2024.
 SINCE_2025 = frozenset({"Attention", "RMSNormalization", "RotaryEmbedding"})
 SINCE_2026 = frozenset({"CausalConvWithState", "LinearAttention", "Swish", "TensorScatter"})
-TYPES = frozenset({"FLOAT", "DOUBLE", "FLOAT16", "BFLOAT16", "INT32", "INT64", "INT8", "INT4", "UINT8", "BOOL"})
+TYPES = frozenset(
+    {"FLOAT", "DOUBLE", "FLOAT16", "BFLOAT16", "INT32", "INT64", "INT8", "INT4", "UINT8", "BOOL"}
+)
 FP8, FP4 = "FLOAT8E4M3FN", "FLOAT4E2M1"
 
 

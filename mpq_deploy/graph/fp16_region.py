@@ -178,4 +178,6 @@ def to_float16(tensor: ir.TensorProtocol, name: str) -> ir.LazyTensor:
         clipped = np.where(np.isinf(array), array, np.clip(array, -limit, limit))
         return ir.Tensor(np.asarray(clipped, np.float16), name=name)
 
-    return ir.LazyTensor(convert, dtype=ir.DataType.FLOAT16, shape=ir.Shape(tensor.shape.numpy()), name=name)
+    return ir.LazyTensor(
+        convert, dtype=ir.DataType.FLOAT16, shape=ir.Shape(tensor.shape.numpy()), name=name
+    )

@@ -131,7 +131,9 @@ def layer_graph(model: ir.Model) -> LayerGraph:
         short = len(weight) <= len(".weight")
         name = (node.name or weight) if short else weight.removesuffix(".weight")
         places = tuple(use for _, use in uses)
-        layers.append(Layer(name, node.op_type, weight, shape, _out_axis(node), _group(node), places))
+        layers.append(
+            Layer(name, node.op_type, weight, shape, _out_axis(node), _group(node), places)
+        )
     others = []
     for name, (op, reason) in refused.items():
         shape = _shape(model.graph.initializers[name])
@@ -171,7 +173,9 @@ def _refusal(node: ir.Node, index: int, value: ir.Value) -> str:
         return f"its type is {value.dtype}, not a float"
     if node.op_type == "MatMul" and len(shape) != 2:
         return f"a MatMul weight of {len(shape)} dimensions is a batch of matrices"
-    if node.op_type == "Gemm" and (_attribute(node, "transA", 0) or _attribute(node, "alpha", 1.0) != 1.0):
+    if node.op_type == "Gemm" and (
+        _attribute(node, "transA", 0) or _attribute(node, "alpha", 1.0) != 1.0
+    ):
         return "a Gemm with transA or alpha is not rewritten"
     if node.inputs[0] is None or node.inputs[0].is_initializer():
         return "both operands are constants"

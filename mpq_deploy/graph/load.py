@@ -74,7 +74,9 @@ def parse_proto(content: bytes, name: str) -> onnx.ModelProto:
     try:
         proto.ParseFromString(content)
     except DecodeError as error:
-        raise ModelError(f"{name} ({len(content):,} bytes) cannot be read as ONNX: {error}.", hint) from error
+        raise ModelError(
+            f"{name} ({len(content):,} bytes) cannot be read as ONNX: {error}.", hint
+        ) from error
     if not proto.graph.node or not proto.graph.output or not proto.opset_import:
         raise ModelError(f"{name} ({len(content):,} bytes) holds no ONNX graph.", hint)
     return proto

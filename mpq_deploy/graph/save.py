@@ -33,7 +33,9 @@ def save_sharing(models: dict[str, ir.Model], folder: Path, data_name: str) -> N
             if tensor is None or (written is None and tensor.nbytes < EXTERNAL_FROM_BYTES):
                 continue
             if written is None or written.dtype != tensor.dtype or written.shape != tensor.shape:
-                raise ValueError(f"The constant '{value.name}' of {name} is not in the shared weights file.")
+                raise ValueError(
+                    f"The constant '{value.name}' of {name} is not in the shared weights file."
+                )
             value.const_value = written
         path = folder / name
         path.write_bytes(ir.serde.serialize_model(model).SerializeToString(deterministic=True))
@@ -57,7 +59,12 @@ def _write_data(model: ir.Model, path: Path) -> dict[str, ir.ExternalTensor]:
                 places[id(tensor)] = (start, file.tell() - start)
             shape, name = ir.Shape(tensor.shape.numpy()), value.name or ""
             written[name] = ir.ExternalTensor(
-                path.name, *places[id(tensor)], tensor.dtype, shape=shape, name=name, base_dir=path.parent
+                path.name,
+                *places[id(tensor)],
+                tensor.dtype,
+                shape=shape,
+                name=name,
+                base_dir=path.parent,
             )
         file.flush()
         os.fsync(file.fileno())
@@ -106,7 +113,9 @@ def repeated_bytes(path: Path) -> int:
     repeated = 0
     for (_, _, length), places in alike.items():
         if len(places) > 1:
-            distinct = {_digest(path.parent / location, offset, length) for location, offset in places}
+            distinct = {
+                _digest(path.parent / location, offset, length) for location, offset in places
+            }
             repeated += length * (len(places) - len(distinct))
     return repeated
 

@@ -19,7 +19,9 @@ def known_shapes(
     return graph, _complete(graph)
 
 
-def inferred_shapes(proto: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def inferred_shapes(
+    proto: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
     """Return what follows from inputs of ``shapes``; ``proto`` loses its own shapes, and weights."""
     return _complete(inferred_graph(proto, shapes))
 
@@ -30,12 +32,18 @@ def _complete(graph: onnx.GraphProto) -> dict[str, tuple[int, ...]]:
         tensor = value.type.tensor_type
         dims = tensor.shape.dim
         # Without a shape at all the list of sizes is empty too, as that of a scalar is.
-        if tensor.elem_type and tensor.HasField("shape") and all(dim.HasField("dim_value") for dim in dims):
+        if (
+            tensor.elem_type
+            and tensor.HasField("shape")
+            and all(dim.HasField("dim_value") for dim in dims)
+        ):
             shapes[value.name] = tuple(dim.dim_value for dim in dims)
     return shapes
 
 
-def inferred_graph(proto: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> onnx.GraphProto:
+def inferred_graph(
+    proto: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]
+) -> onnx.GraphProto:
     """Return the graph with all shapes inferred from those of its inputs, computed shapes included."""
     for value in proto.graph.input:
         if value.name in shapes:

@@ -1,7 +1,9 @@
-"""What every (layer, scheme) takes on a target, in nanoseconds: measured where a table says so, else estimated.
+"""What every (layer, scheme) takes on a target, in nanoseconds: measured where a table says so,
+else estimated.
 
-In: the graph, the shapes of its activations at the deployed batch, the target, a latency table if there is one. Out:
-``LatencyCosts``, which the solver's problem and the plan's ``PlanLatency`` are filled from.
+In: the graph, the shapes of its activations at the deployed batch, the target, a latency table if
+there is one. Out: ``LatencyCosts``, which the solver's problem and the plan's ``PlanLatency`` are
+filled from.
 """
 
 from __future__ import annotations
@@ -25,14 +27,16 @@ NAMED = 4
 
 @dataclass(frozen=True)
 class PlanLatency:
-    """Milliseconds per call of a plan, beside everything FP16 and everything INT8 (where a layer may take it).
+    """Milliseconds per call of a plan, beside everything FP16 and everything INT8 (where a layer
+    may take it).
 
-    All are sums over single layers and of ``others_ms``, what is no layer: nothing here was measured as a whole.
-    ``source``: estimated, measured, or "measured and estimated" for the layers; ``basis`` says in words on what.
-    ``measured`` and ``estimated`` count the solver's (layer, scheme) entries. ``slower_in_int8``: layers that are
-    expected to be slower in INT8 than in FP16; ``taken``: those among them that the plan has in INT8 all the same.
-    ``int4_ms``: with INT4 weights wherever a layer may have them; None where a table lacks layers and nothing is known
-    to estimate them from.
+    All are sums over single layers and of ``others_ms``, what is no layer: nothing here was
+    measured as a whole. ``source``: estimated, measured, or "measured and estimated" for the
+    layers; ``basis`` says in words on what. ``measured`` and ``estimated`` count the solver's
+    (layer, scheme) entries. ``slower_in_int8``: layers that are expected to be slower in INT8 than
+    in FP16; ``taken``: those among them that the plan has in INT8 all the same. ``int4_ms``: with
+    INT4 weights wherever a layer may have them; None where a table lacks layers and nothing is
+    known to estimate them from.
     """
 
     ours_ms: float
@@ -54,8 +58,9 @@ class PlanLatency:
 class LatencyCosts:
     """Nanoseconds of layers, of shared quantizers, and of what is no layer.
 
-    ``shapes``: activation -> shape with the batch in it, of all that layers read and write (and of the others).
-    Raises UsageError where a layer has neither a row in ``table`` nor figures of ``target`` to estimate it from.
+    ``shapes``: activation -> shape with the batch in it, of all that layers read and write (and of
+    the others). Raises UsageError where a layer has neither a row in ``table`` nor figures of
+    ``target`` to estimate it from.
     """
 
     def __init__(
@@ -79,7 +84,8 @@ class LatencyCosts:
         return sum(self._use_ns(layer, use, scheme) for use in layer.uses)
 
     def quantizer_ns(self, tensor: str, scheme: Scheme) -> int:
-        """Return what quantizing the activation ``tensor`` takes under ``scheme``, once for all readers: an estimate.
+        """Return what quantizing the activation ``tensor`` takes under ``scheme``, once for all
+        readers: an estimate.
 
         0 without figures: then each reader's own row holds it.
         """
@@ -89,11 +95,19 @@ class LatencyCosts:
 
     def alone_ns(self, layer: Layer, scheme: Scheme) -> int:
         """Return what ``layer`` takes when it shares no quantizer."""
-        return self.layer_ns(layer, scheme) + sum(self.quantizer_ns(tensor, scheme) for tensor in layer.inputs)
+        return self.layer_ns(layer, scheme) + sum(
+            self.quantizer_ns(tensor, scheme) for tensor in layer.inputs
+        )
 
     def shape(self, layer: Layer, use: LayerUse) -> LayerShape:
         """Return the key of one use of ``layer`` in latency tables."""
-        return LayerShape(layer.op, self.shapes[use.input], self.shapes[use.output], layer.weight_shape, layer.group)
+        return LayerShape(
+            layer.op,
+            self.shapes[use.input],
+            self.shapes[use.output],
+            layer.weight_shape,
+            layer.group,
+        )
 
     def plan_ns(self, layers: Iterable[Layer], schemes: Mapping[str, Scheme]) -> int:
         """Return what a plan (layer -> scheme) takes, what is no layer included."""
@@ -105,9 +119,13 @@ class LatencyCosts:
                 shared[tensor + scheme.activation_form] = self.quantizer_ns(tensor, scheme)
         return total + sum(shared.values())
 
-    def slower_in_int8(self, layers: Iterable[Layer], int8: Mapping[str, Scheme]) -> tuple[str, ...]:
+    def slower_in_int8(
+        self, layers: Iterable[Layer], int8: Mapping[str, Scheme]
+    ) -> tuple[str, ...]:
         """Return the layers that alone are slower under ``int8`` (layer -> scheme) than in FP16."""
-        return tuple(n.name for n in layers if self.alone_ns(n, int8[n.name]) > self.alone_ns(n, FP16))
+        return tuple(
+            n.name for n in layers if self.alone_ns(n, int8[n.name]) > self.alone_ns(n, FP16)
+        )
 
     def source(self) -> str:
         """Say in a word where the layers' times come from, as far as they were asked for."""
@@ -121,21 +139,32 @@ class LatencyCosts:
         if self.measured and self.table is not None:
             rows = len(self.measured)
             of = f" of {rows + len(self.estimated):,}" if self.estimated else ""
-            said.append(f"{rows:,}{of} (layer, scheme) times measured on {self.table.device} ({self.table.builder})")
+            said.append(
+                f"{rows:,}{of} (layer, scheme) times measured on {self.table.device} ({self.table.builder})"
+            )
         if self.table is not None and self.table.source == "estimated":
             said.append(f"the table given is itself an estimate, of {self.table.device}")
         if self.rates is not None:
-            doubt = f"; not confirmed: {', '.join(self.rates.unconfirmed)}" if self.rates.unconfirmed else ""
+            doubt = (
+                f"; not confirmed: {', '.join(self.rates.unconfirmed)}"
+                if self.rates.unconfirmed
+                else ""
+            )
             all_or_rest = "the rest estimated" if self.measured else "estimated"
             said.append(f"{all_or_rest} by a roofline of peak figures ({self.rates.device}{doubt})")
         return "; ".join(said)
 
     def _use_ns(self, layer: Layer, use: LayerUse, scheme: Scheme) -> int:
-        found = self.table.entries.get((self.shape(layer, use), scheme.name)) if self.table else None
+        found = (
+            self.table.entries.get((self.shape(layer, use), scheme.name)) if self.table else None
+        )
         if found is not None:
             assert self.table is not None
-            (self.measured if self.table.source == "measured" else self.estimated).add((layer.name, scheme.name))
-            # A row is of the layer alone, its quantizer included; that counts apart, once for all readers.
+            (self.measured if self.table.source == "measured" else self.estimated).add(
+                (layer.name, scheme.name)
+            )
+            # A row is of the layer alone, its quantizer included; that counts apart, once for all
+            # readers.
             own = self.quantizer_ns(use.input, scheme)
             return max(ceil(found * 1e6) - own, 0)
         if self.rates is None:

@@ -1,6 +1,8 @@
-"""Latency tables: what each (layer shape, scheme) takes on one target, in milliseconds, and where that comes from.
+"""Latency tables: what each (layer shape, scheme) takes on one target, in milliseconds, and where
+that comes from.
 
-In and out: a JSON file, made by ``mpq-deploy profile`` on the machine that has the hardware, and read at home.
+In and out: a JSON file, made by ``mpq-deploy profile`` on the machine that has the hardware, and
+read at home.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ class Entry(BaseModel):
     @property
     def shape(self) -> LayerShape:
         """The layer that it is about."""
-        return LayerShape(self.op, self.input_shape, self.output_shape, self.weight_shape, self.group)
+        return LayerShape(
+            self.op, self.input_shape, self.output_shape, self.weight_shape, self.group
+        )
 
 
 class _File(BaseModel):
@@ -66,8 +70,8 @@ class _File(BaseModel):
 class LatencyTable:
     """Milliseconds by (shape, scheme name), and their provenance.
 
-    ``device``: the GPU's name (whose figures, where estimated); ``builder``: its name and version (empty where
-    estimated); ``source``: measured or estimated; ``date``: when, not digested.
+    ``device``: the GPU's name (whose figures, where estimated); ``builder``: its name and version
+    (empty where estimated); ``source``: measured or estimated; ``date``: when, not digested.
     """
 
     target: str
@@ -88,7 +92,10 @@ class LatencyTable:
 
     def _values(self) -> dict[str, object]:
         rows = sorted(self.entries.items(), key=lambda item: (repr(item[0][0]), item[0][1]))
-        entries = [{**vars(shape), "scheme": scheme, "milliseconds": value} for (shape, scheme), value in rows]
+        entries = [
+            {**vars(shape), "scheme": scheme, "milliseconds": value}
+            for (shape, scheme), value in rows
+        ]
         return {
             "format": FORMAT,
             "target": self.target,
@@ -106,18 +113,24 @@ class LatencyTable:
             read = _File.model_validate(json.loads(path.read_text(encoding="utf-8")))
         except OSError as error:
             raise UsageError(
-                f"The latency table {path} cannot be read: {error.strerror}.", "Make one with 'mpq-deploy profile'."
+                f"The latency table {path} cannot be read: {error.strerror}.",
+                "Make one with 'mpq-deploy profile'.",
             ) from error
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise UsageError(
-                f"{path} is no latency table: {where}: {first['msg']}.", "Make one with 'mpq-deploy profile'."
+                f"{path} is no latency table: {where}: {first['msg']}.",
+                "Make one with 'mpq-deploy profile'.",
             ) from error
         except ValueError as error:
-            raise UsageError(f"{path} is no JSON: {error}.", "Make one with 'mpq-deploy profile'.") from error
+            raise UsageError(
+                f"{path} is no JSON: {error}.", "Make one with 'mpq-deploy profile'."
+            ) from error
         entries = {(entry.shape, entry.scheme): entry.milliseconds for entry in read.entries}
-        return cls(read.target, read.device, read.builder, read.source, read.batch, entries, read.date)
+        return cls(
+            read.target, read.device, read.builder, read.source, read.batch, entries, read.date
+        )
 
     def require(self, target: str, batch: int) -> None:
         """Raise UsageError unless the table is of ``target`` and of the ``batch`` that the engine is optimised for."""

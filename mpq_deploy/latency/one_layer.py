@@ -1,7 +1,8 @@
-"""A graph of one layer under one scheme, in the target's dialect: what is built and timed for a latency table.
+"""A graph of one layer under one scheme, in the target's dialect: what is built and timed for a
+latency table.
 
-In: a layer of a model, its scheme, its shapes. Out: a folder with the deployed ONNX file. Weights are random (seeded):
-times do not depend on them.
+In: a layer of a model, its scheme, its shapes. Out: a folder with the deployed ONNX file. Weights
+are random (seeded): times do not depend on them.
 """
 
 from __future__ import annotations
@@ -78,13 +79,28 @@ def _float_model(one: OneLayer, weight: Array) -> ir.Model:
         if given is None or given.const_value is None:
             inputs.append(None)
             continue
-        constants.append(constant(f"bias{number}", np.zeros(given.const_value.shape.numpy(), np.float32)))
+        constants.append(
+            constant(f"bias{number}", np.zeros(given.const_value.shape.numpy(), np.float32))
+        )
         inputs.append(constants[-1])
-    node = ir.Node("", one.layer.op, inputs, one.node.attributes.values(), num_outputs=1, name=one.alone.uses[0].node)
+    node = ir.Node(
+        "",
+        one.layer.op,
+        inputs,
+        one.node.attributes.values(),
+        num_outputs=1,
+        name=one.alone.uses[0].node,
+    )
     y = node.outputs[0]
-    y.name, y.shape, y.type = OUTPUT, ir.Shape(one.shape.output_shape), ir.TensorType(ir.DataType.FLOAT)
+    y.name, y.shape, y.type = (
+        OUTPUT,
+        ir.Shape(one.shape.output_shape),
+        ir.TensorType(ir.DataType.FLOAT),
+    )
     opsets = {"": OPSET}
-    graph = ir.Graph([x], [y], nodes=[node], initializers=constants, opset_imports=opsets, name="one_layer")
+    graph = ir.Graph(
+        [x], [y], nodes=[node], initializers=constants, opset_imports=opsets, name="one_layer"
+    )
     return ir.Model(graph, ir_version=IR_VERSION)
 
 

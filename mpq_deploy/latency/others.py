@@ -1,7 +1,9 @@
-"""Estimate what is no layer: products of two activations, norms, and what only moves values. Always FP16.
+"""Estimate what is no layer: products of two activations, norms, and what only moves values. Always
+FP16.
 
-In: the graph, the shapes of activations, the target's figures. Out: seconds per call. Pointwise operators count
-nothing: TensorRT fuses them into their neighbours. Our choice, and a rough one: it is the same for every plan.
+In: the graph, the shapes of activations, the target's figures. Out: seconds per call. Pointwise
+operators count nothing: TensorRT fuses them into their neighbours. Our choice, and a rough one: it
+is the same for every plan.
 """
 
 from __future__ import annotations
@@ -15,7 +17,13 @@ from mpq_deploy.formats.sizes import FP16_BYTES
 from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.latency.roofline import Rates, fp16_seconds
 
-NORMS = ("InstanceNormalization", "GroupNormalization", "LayerNormalization", "RMSNormalization", "BatchNormalization")
+NORMS = (
+    "InstanceNormalization",
+    "GroupNormalization",
+    "LayerNormalization",
+    "RMSNormalization",
+    "BatchNormalization",
+)
 MOVES = ("Resize", "Concat", "ConvTranspose", "AveragePool", "MaxPool")
 
 
@@ -33,15 +41,20 @@ def weighed_nodes(graph: LayerGraph) -> list[ir.Node]:
 
 def activations_of(node: ir.Node) -> list[str]:
     """Return the names of the tensors that a node reads and writes, constants left out."""
-    read = [v for v in node.inputs if v is not None and not v.is_initializer() and v.dtype in (None, ir.DataType.FLOAT)]
+    read = [
+        v
+        for v in node.inputs
+        if v is not None and not v.is_initializer() and v.dtype in (None, ir.DataType.FLOAT)
+    ]
     return [value.name or "" for value in (*read, *node.outputs)]
 
 
 def others_seconds(graph: LayerGraph, shapes: Mapping[str, tuple[int, ...]], rates: Rates) -> float:
-    """Estimate one call of everything that is no layer. ``shapes``: tensor -> shape with the batch in it.
+    """Estimate one call of everything that is no layer. ``shapes``: tensor -> shape with the batch
+    in it.
 
-    Of the three tensors of a product of two activations, the largest counts no bytes: in fused attention it is never
-    written.
+    Of the three tensors of a product of two activations, the largest counts no bytes: in fused
+    attention it is never written.
     """
     total = 0.0
     for node in weighed_nodes(graph):

@@ -55,9 +55,14 @@ def check_latency(recipe: Recipe, target: Target) -> None:
     """Find mistakes about latency that need no run folder."""
     section = recipe.allocate
     if section.max_loss is not None and section.objective != "latency":
-        raise UsageError("allocate.max_loss is for allocate.objective: latency.", "The default minimizes the loss.")
+        raise UsageError(
+            "allocate.max_loss is for allocate.objective: latency.",
+            "The default minimizes the loss.",
+        )
     table = read_table(recipe)
-    if limits_latency(recipe) and (target.simulated or (table is None and Rates.of(target) is None)):
+    if limits_latency(recipe) and (
+        target.simulated or (table is None and Rates.of(target) is None)
+    ):
         raise UsageError(
             f"Nothing is known of the speed of the target {target.name}: it has no figures to estimate latency from.",
             "Choose a target of one device, give the figures in a YAML that extends it, or give --latency-table.",
@@ -65,21 +70,26 @@ def check_latency(recipe: Recipe, target: Target) -> None:
 
 
 def call_shapes(run: Run, exported: Exported) -> dict[str, tuple[int, ...]]:
-    """Return the shapes that layers (and what else counts) read and write at the engine's usual batch, by tensor.
+    """Return the shapes that layers (and what else counts) read and write at the engine's usual
+    batch, by tensor.
 
     Raises ModelError where a shape does not follow the batch.
     """
     from mpq_deploy.calibrate.activation_shapes import activation_shapes
 
     graph, batch = exported.graph, run.recipe.engine.batch_opt
-    uses = [name for layer in graph.layers for use in layer.uses for name in (use.input, use.output)]
+    uses = [
+        name for layer in graph.layers for use in layer.uses for name in (use.input, use.output)
+    ]
     others = [name for node in weighed_nodes(graph) for name in activations_of(node)]
     names = tuple(dict.fromkeys([*uses, *others]))
     recorded = run.calibration.inputs
     calls = RecordedCalls(recorded, exported.conditions, exported.spec)
     found = activation_shapes(graph, calls, run.talk, run.scratch(), names)
     return {
-        name: tuple(size * batch if axis == one.batch_axis else size for axis, size in enumerate(one.shape))
+        name: tuple(
+            size * batch if axis == one.batch_axis else size for axis, size in enumerate(one.shape)
+        )
         for name, one in found.items()
     }
 

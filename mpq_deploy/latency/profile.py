@@ -1,7 +1,9 @@
-"""Make a latency table: build an engine of every distinct layer shape under every scheme, and time it on this GPU.
+"""Make a latency table: build an engine of every distinct layer shape under every scheme, and time
+it on this GPU.
 
-In: a run (its export and calibration), a target. Out: a ``LatencyTable``. Where nothing can be timed, one line says why
-and what would be. Building on TensorRT-RTX was tested here; timing is unproven: no GPU was at hand.
+In: a run (its export and calibration), a target. Out: a ``LatencyTable``. Where nothing can be
+timed, one line says why and what would be. Building on TensorRT-RTX was tested here; timing is
+unproven: no GPU was at hand.
 """
 
 from __future__ import annotations
@@ -61,7 +63,9 @@ class Profile:
             for use in layer.uses:
                 shape = costs.shape(layer, use)
                 for scheme in _schemes(layer, wanted, target):
-                    self.jobs.setdefault((shape, scheme.name), OneLayer(layer, nodes[use.node], shape, scheme))
+                    self.jobs.setdefault(
+                        (shape, scheme.name), OneLayer(layer, nodes[use.node], shape, scheme)
+                    )
 
     def refuse_without_hardware(self) -> None:
         """Raise UsageError, which says what would be measured, unless engines can be built and timed here."""
@@ -87,9 +91,11 @@ class Profile:
         return LatencyTable(self.target.name, rates.device, "", "estimated", self.batch, found)
 
     def measure(self, out: Path) -> LatencyTable:
-        """Build and time every engine; the table in ``out`` grows with each, so that a stopped call goes on there.
+        """Build and time every engine; the table in ``out`` grows with each, so that a stopped call
+        goes on there.
 
-        An engine that cannot be built, or is not what its scheme means, is said and left out (estimated later).
+        An engine that cannot be built, or is not what its scheme means, is said and left out
+        (estimated later).
         """
         table = self._begun(out)
         with self.talk.bar("profile layers", len(self.jobs)) as advance:
@@ -107,17 +113,25 @@ class Profile:
         table = LatencyTable.load(out)
         table.require(self.target.name, self.batch)
         if table.source != "measured":
-            raise UsageError(f"{out} holds estimates.", "Give another file for what is measured (--out).")
+            raise UsageError(
+                f"{out} holds estimates.", "Give another file for what is measured (--out)."
+            )
         return replace(table, date=date)
 
-    def _timed(self, table: LatencyTable, key: tuple[LayerShape, str], one: OneLayer) -> LatencyTable:
+    def _timed(
+        self, table: LatencyTable, key: tuple[LayerShape, str], one: OneLayer
+    ) -> LatencyTable:
         try:
             record, run = time_one_layer(one, self.target)
         except EngineError as error:
             self.talk.warn(f"{one.layer.name} as {one.scheme.name} is left out: {error.message}")
             return table
         if not record.verified or not run.milliseconds:
-            why = "; ".join(str(problem) for problem in record.problems[:1]) or run.why or "no times came back"
+            why = (
+                "; ".join(str(problem) for problem in record.problems[:1])
+                or run.why
+                or "no times came back"
+            )
             self.talk.warn(f"{one.layer.name} as {one.scheme.name} is left out: {why}")
             return table
         builder = f"{record.backend} {record.version}"

@@ -1,8 +1,10 @@
-"""Estimate what a layer takes under a scheme from the target's peak rates: the larger of computing and moving bytes.
+"""Estimate what a layer takes under a scheme from the target's peak rates: the larger of computing
+and moving bytes.
 
-In: a layer, its scheme, how many values it reads and writes per call, the target's figures. Out: seconds, of which all
-are estimates: no peak rate is ever reached, and how TensorRT fuses is known only for the forms of docs/engine-forms.md.
-Williams, Waterman and Patterson (2009), "Roofline"; what moves is from the kernels that TensorRT-RTX 1.7 builds.
+In: a layer, its scheme, how many values it reads and writes per call, the target's figures. Out:
+seconds, of which all are estimates: no peak rate is ever reached, and how TensorRT fuses is known
+only for the forms of docs/engine-forms.md. Williams, Waterman and Patterson (2009), "Roofline";
+what moves is from the kernels that TensorRT-RTX 1.7 builds.
 """
 
 from __future__ import annotations
@@ -14,15 +16,15 @@ from mpq_deploy.formats.interfaces import Scheme
 from mpq_deploy.formats.sizes import FP16_BYTES
 from mpq_deploy.graph.layers import Layer
 
-# What starting one kernel costs: between a launch inside a CUDA graph (1 to 2 us) and one on a stream (5 us and more).
-# Our choice, the same for all targets.
+# What starting one kernel costs: between a launch inside a CUDA graph (1 to 2 us) and one on a
+# stream (5 us and more). Our choice, the same for all targets.
 LAUNCH_SECONDS = 3e-6
 
 
 @dataclass(frozen=True)
 class Rates:
-    """A target's peak figures: bytes and operations per second. ``device``: whose they are; ``unconfirmed``: which of
-    them nobody looked up.
+    """A target's peak figures: bytes and operations per second. ``device``: whose they are;
+    ``unconfirmed``: which of them nobody looked up.
     """
 
     device: str
@@ -56,25 +58,30 @@ class Traffic:
 
 
 def layer_seconds(layer: Layer, scheme: Scheme, traffic: Traffic, rates: Rates) -> float:
-    """Estimate one use of ``layer`` under ``scheme``, without the quantizer of its input (``quantizer_seconds``).
+    """Estimate one use of ``layer`` under ``scheme``, without the quantizer of its input
+    (``quantizer_seconds``).
 
-    The body and each part of a branch are products of their own; what unpacks a weight and what joins a branch only
-    moves bytes. Raises ValueError for a simulated scheme, which no engine holds.
+    The body and each part of a branch are products of their own; what unpacks a weight and what
+    joins a branch only moves bytes. Raises ValueError for a simulated scheme, which no engine
+    holds.
     """
     if scheme.simulated:
         raise ValueError(f"{scheme.name} is simulated: it has no latency")
     branch = scheme.branch
     total = branch.joining_traffic(layer, traffic) / rates.bandwidth
-    for (part, form), moved in zip(scheme.parts(layer), branch.traffic(layer, traffic), strict=True):
+    for (part, form), moved in zip(
+        scheme.parts(layer), branch.traffic(layer, traffic), strict=True
+    ):
         total += _product_seconds(part, form, moved, rates)
     return total + LAUNCH_SECONDS * (1 + branch.kernels - branch.input_kernels)
 
 
 def quantizer_seconds(values: int, scheme: Scheme, rates: Rates) -> float:
-    """Estimate what quantizes ``values`` activations under ``scheme``: FP16 is read, INT8 written, by one kernel.
+    """Estimate what quantizes ``values`` activations under ``scheme``: FP16 is read, INT8 written,
+    by one kernel.
 
-    TensorRT often fuses it into the producer; then it is cheaper than this. Factors of channels take another kernel,
-    unless the producer takes them. Readers of one tensor share it.
+    TensorRT often fuses it into the producer; then it is cheaper than this. Factors of channels
+    take another kernel, unless the producer takes them. Readers of one tensor share it.
     """
     if scheme.activation is None:
         return 0.0
@@ -83,11 +90,16 @@ def quantizer_seconds(values: int, scheme: Scheme, rates: Rates) -> float:
 
 
 def bytes_moved(layer: Layer, scheme: Scheme, traffic: Traffic) -> int:
-    """Bytes that one product without a branch moves per call: its weight once, activations in and out.
+    """Bytes that one product without a branch moves per call: its weight once, activations in and
+    out.
 
     A weight that is unpacked as a whole is read packed, written, and read again.
     """
-    moved = scheme.weight_bytes(layer) + scheme.operand_bytes * traffic.inputs + FP16_BYTES * traffic.outputs
+    moved = (
+        scheme.weight_bytes(layer)
+        + scheme.operand_bytes * traffic.inputs
+        + FP16_BYTES * traffic.outputs
+    )
     return moved + 2 * scheme.unpacked_bytes(layer)
 
 

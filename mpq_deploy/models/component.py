@@ -42,13 +42,20 @@ def open_component(folder: Path, source: str, additions: Additions, talk: Talk) 
     """
     component = str(additions.component)
     if not (folder / INDEX).is_file():
-        raise UsageError(f"{folder} has no {INDEX}, so it has no component '{component}'.", "Give a pipeline folder.")
+        raise UsageError(
+            f"{folder} has no {INDEX}, so it has no component '{component}'.",
+            "Give a pipeline folder.",
+        )
     pipeline = read_json(folder / INDEX)
     if component in FOLDERS:
         return _vae(folder, source, additions, talk)
     if component in TEXT_ENCODERS and (folder / component).is_dir():
         return _text_encoder(folder, source, pipeline, additions)
-    here = [name for name in ("unet", "transformer", *FOLDERS, *TEXT_ENCODERS) if (folder / name / CONFIG).is_file()]
+    here = [
+        name
+        for name in ("unet", "transformer", *FOLDERS, *TEXT_ENCODERS)
+        if (folder / name / CONFIG).is_file()
+    ]
     raise UsageError(
         f"The component '{component}' of {folder} cannot be quantized.",
         f"{nearest(component, here)}Here: {', '.join(here) or 'none'}.",
@@ -59,7 +66,10 @@ def _vae(folder: Path, source: str, additions: Additions, talk: Talk) -> Denoise
     """Open the decoder; its input is ``vae.decode``'s: latents / scaling_factor + shift_factor."""
     loaded = load_decoder(folder)
     if loaded is None:
-        raise UsageError(f"{folder} has no vae/ or vqvae/ with a {CONFIG}.", "Give a pipeline that decodes latents.")
+        raise UsageError(
+            f"{folder} has no vae/ or vqvae/ with a {CONFIG}.",
+            "Give a pipeline that decodes latents.",
+        )
     module, scale, shift = loaded
     samples, note = _latents(folder, source, module, additions, talk)
     rows = np.asarray(samples / scale + shift, np.float32)
@@ -69,16 +79,22 @@ def _vae(folder: Path, source: str, additions: Additions, talk: Talk) -> Denoise
         return decoded
 
     sample = InputSpec(name=LATENTS, shape=rows.shape[1:])
-    spec = _spec(folder, source, additions, sample, "image", len(rows)).model_copy(update={"pixel_range": IMAGE_RANGE})
+    spec = _spec(folder, source, additions, sample, "image", len(rows)).model_copy(
+        update={"pixel_range": IMAGE_RANGE}
+    )
     conditions = Conditions({LATENTS: rows}, len(rows))
     return Denoiser(spec, conditions, TorchNetwork(module, (sample,), "image", call), None, (note,))
 
 
-def _latents(folder: Path, source: str, module: Any, additions: Additions, talk: Talk) -> tuple[Array, str]:
+def _latents(
+    folder: Path, source: str, module: Any, additions: Additions, talk: Talk
+) -> tuple[Array, str]:
     """Return latents as a denoiser makes them, float32 [rows, C, H, W], and their origin."""
     count = additions.component_samples
     try:
-        whole = Additions(additions.conditions, additions.scheduler, additions.prompts, additions.guidance_scale)
+        whole = Additions(
+            additions.conditions, additions.scheduler, additions.prompts, additions.guidance_scale
+        )
         denoiser = open_folder(folder, source, whole, talk)
     except (UsageError, ModelError) as reason:
         note = f"The decoder's inputs are standard normal latents, as there is no denoiser: {reason.message}"
@@ -96,7 +112,9 @@ def _latents(folder: Path, source: str, module: Any, additions: Additions, talk:
         return denoiser.network.reference(model_feeds(spec, sample, timestep, conditions))
 
     noise = initial_noise(spec, count, SEED)
-    made = denoise(GuidedDenoiser(call, spec, denoiser.conditions.arrays), sampler, noise, rows, BATCH, talk)
+    made = denoise(
+        GuidedDenoiser(call, spec, denoiser.conditions.arrays), sampler, noise, rows, BATCH, talk
+    )
     if denoiser.unpack is not None:
         made = denoiser.unpack(torch.from_numpy(made)).numpy()
     note = f"The decoder's inputs are {count} samples of the float denoiser: {sampler.name}, seed {SEED}"
@@ -111,7 +129,9 @@ def _latent_size(module: Any) -> tuple[int, int]:
     return int(height) // pixels, int(width) // pixels
 
 
-def _text_encoder(folder: Path, source: str, pipeline: dict[str, Any], additions: Additions) -> Denoiser:
+def _text_encoder(
+    folder: Path, source: str, pipeline: dict[str, Any], additions: Additions
+) -> Denoiser:
     """Open a text encoder. Its output is the states that the pipeline's denoiser takes."""
     from mpq_deploy.models.prompts import EMPTY_LABEL, Encoder, prompts_file, read_prompts
 
@@ -127,20 +147,28 @@ def _text_encoder(folder: Path, source: str, pipeline: dict[str, Any], additions
         inputs.append(InputSpec(name=MASK, shape=mask.shape[1:], dtype="int64"))
 
     def call(model: Any, tokens: torch.Tensor, *masks: torch.Tensor) -> torch.Tensor:
-        output = model(tokens, attention_mask=masks[0] if masks else None, output_hidden_states=True)
+        output = model(
+            tokens, attention_mask=masks[0] if masks else None, output_hidden_states=True
+        )
         return encoder.states(output)
 
     labels = tuple((prompts[i] or EMPTY_LABEL) for i in order)
     spec = _spec(folder, source, additions, inputs[0], "hidden_states", len(prompts))
     spec = spec.model_copy(update={"conditions": tuple(inputs[1:]), "labels": labels})
-    notes = (f"The text encoder's inputs are {len(prompts)} prompts; its output is the {encoder.layer}",)
+    notes = (
+        f"The text encoder's inputs are {len(prompts)} prompts; its output is the {encoder.layer}",
+    )
     network = TorchNetwork(encoder.model, inputs, "hidden_states", call)
     return Denoiser(spec, Conditions(arrays, len(prompts), None, labels), network, None, notes)
 
 
-def _spec(folder: Path, source: str, additions: Additions, sample: InputSpec, output: str, rows: int) -> DenoiserSpec:
+def _spec(
+    folder: Path, source: str, additions: Additions, sample: InputSpec, output: str, rows: int
+) -> DenoiserSpec:
     if rows < 2:
-        raise UsageError(f"There is {rows} input to calibrate and to compare with.", "Give at least 2 prompts.")
+        raise UsageError(
+            f"There is {rows} input to calibrate and to compare with.", "Give at least 2 prompts."
+        )
     return DenoiserSpec(
         name=f"{folder.resolve().name} {additions.component}",
         source=source,

@@ -43,13 +43,16 @@ class Conditions:
     def load(cls, path: Path) -> Conditions:
         """Read what ``save`` wrote, or a user's file. Raises UsageError or ModelError."""
         if not path.is_file():
-            raise UsageError(f"There is no conditions file at {path}.", "Give a .npz file, one array per input.")
+            raise UsageError(
+                f"There is no conditions file at {path}.", "Give a .npz file, one array per input."
+            )
         try:
             with np.load(path, allow_pickle=False) as data:
                 entries = {name: data[name] for name in data.files}
         except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
             raise ModelError(
-                f"{path} cannot be read as conditions: {error}", "Write it with numpy.savez, plain numbers only."
+                f"{path} cannot be read as conditions: {error}",
+                "Write it with numpy.savez, plain numbers only.",
             ) from error
         labels = tuple(str(label) for label in entries.pop(LABELS, np.array(())))
         uncond = entries.pop(UNCOND_ROW, None)
@@ -80,7 +83,9 @@ class WantedInput:
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Say whether an array of ``shape`` (rows first) may be this input."""
         sizes = shape[1:]
-        return len(sizes) == len(self.shape) and all(w in (None, s) for w, s in zip(self.shape, sizes))
+        return len(sizes) == len(self.shape) and all(
+            w in (None, s) for w, s in zip(self.shape, sizes)
+        )
 
 
 def list_inputs(wanted: Sequence[WantedInput]) -> str:
@@ -88,7 +93,9 @@ def list_inputs(wanted: Sequence[WantedInput]) -> str:
     return "; ".join(str(item) for item in wanted)
 
 
-def check_conditions(conditions: Conditions, wanted: Sequence[WantedInput], origin: str) -> tuple[InputSpec, ...]:
+def check_conditions(
+    conditions: Conditions, wanted: Sequence[WantedInput], origin: str
+) -> tuple[InputSpec, ...]:
     """Return the inputs with the shapes of the given arrays.
 
     Raises UsageError naming what is missing, unknown, of another shape or type.
@@ -104,12 +111,22 @@ def check_conditions(conditions: Conditions, wanted: Sequence[WantedInput], orig
     for item in wanted:
         values = conditions.arrays.get(item.name)
         if values is None:
-            raise UsageError(f"{origin} has no array '{item.name}'.", f"Needed: {list_inputs(wanted)}.")
+            raise UsageError(
+                f"{origin} has no array '{item.name}'.", f"Needed: {list_inputs(wanted)}."
+            )
         if not item.fits(values.shape):
-            raise UsageError(f"The array '{item.name}' of {origin} has shape {values.shape}.", f"Needed: {item}.")
+            raise UsageError(
+                f"The array '{item.name}' of {origin} has shape {values.shape}.", f"Needed: {item}."
+            )
         if not np.isfinite(values).all():
             raise ModelError(f"The array '{item.name}' of {origin} holds NaN or infinite values.")
         if item.dtype.startswith("int") and not np.issubdtype(values.dtype, np.integer):
-            raise UsageError(f"The array '{item.name}' of {origin} has type {values.dtype}.", f"Needed: {item}.")
-        inputs.append(InputSpec.model_validate({"name": item.name, "shape": values.shape[1:], "dtype": item.dtype}))
+            raise UsageError(
+                f"The array '{item.name}' of {origin} has type {values.dtype}.", f"Needed: {item}."
+            )
+        inputs.append(
+            InputSpec.model_validate(
+                {"name": item.name, "shape": values.shape[1:], "dtype": item.dtype}
+            )
+        )
     return tuple(inputs)

@@ -21,7 +21,9 @@ SCALING_FACTOR = 0.18215
 
 
 def decoder_network(
-    folder: Path, latents: tuple[int, ...], unpack: Callable[[torch.Tensor], torch.Tensor] | None = None
+    folder: Path,
+    latents: tuple[int, ...],
+    unpack: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> TorchNetwork | None:
     """Return the decoder of a pipeline folder, or None where it has none.
 
@@ -47,17 +49,23 @@ def load_decoder(folder: Path) -> tuple[torch.nn.Module, float, float] | None:
 
     Latents are decoded as latents / scale + shift. Raises as ``decoder_network`` does.
     """
-    part = next((folder / name for name in FOLDERS if (folder / name / "config.json").is_file()), None)
+    part = next(
+        (folder / name for name in FOLDERS if (folder / name / "config.json").is_file()), None
+    )
     if part is None:
         return None
     config = read_json(part / "config.json")
     name = str(config.get("_class_name"))
     if name not in DECODERS:
-        raise ModelError(f"The decoder in {part} is a {name}.", f"Supported: {', '.join(DECODERS)}.")
+        raise ModelError(
+            f"The decoder in {part} is a {name}.", f"Supported: {', '.join(DECODERS)}."
+        )
     import diffusers
 
     module = load_pretrained(getattr(diffusers, name), part, find_weights(part, WEIGHTS_NAME))
-    scale = float(config.get("scaling_factor") or (1.0 if name == "AutoencoderTiny" else SCALING_FACTOR))
+    scale = float(
+        config.get("scaling_factor") or (1.0 if name == "AutoencoderTiny" else SCALING_FACTOR)
+    )
     return module, scale, float(config.get("shift_factor") or 0.0)
 
 

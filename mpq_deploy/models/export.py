@@ -21,7 +21,12 @@ from mpq_deploy.models.conditions import Conditions
 from mpq_deploy.models.denoiser import Denoiser, Network
 from mpq_deploy.models.spec import Array, DenoiserSpec
 from mpq_deploy.runtime.not_finite import first_not_finite
-from mpq_deploy.runtime.ort import make_session_with, model_feeds, options_for_few_calls, run_session
+from mpq_deploy.runtime.ort import (
+    make_session_with,
+    model_feeds,
+    options_for_few_calls,
+    run_session,
+)
 from mpq_deploy.system.progress import Talk
 
 MODEL, SPEC, CONDITIONS, DECODER = "model.onnx", "denoiser.json", "conditions.npz", "decoder.onnx"
@@ -88,10 +93,9 @@ def export_denoiser(
         spec, note = keep_first_token_apart(model, spec, denoiser.conditions)
         notes.append(note)
     save_model(model, folder / MODEL)
-    sizes = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
-    opset, parameters = model.graph.opset_imports[""], sum(int(tensor.size) for tensor in sizes)
-    weight_bytes = sum(tensor.nbytes for tensor in sizes)
-    del model, sizes
+    opset = model.graph.opset_imports[""]
+    parameters, weight_bytes = _sizes(model)
+    del model
     error = _compared_with_source(denoiser, folder / MODEL, release)
     if denoiser.decoder is not None:
         decoder_error, note = _export_decoder(denoiser.decoder, spec, folder / DECODER, talk)
@@ -112,7 +116,16 @@ def export_denoiser(
     )
 
 
-def keep_first_token_apart(model: ir.Model, spec: DenoiserSpec, conditions: Conditions) -> tuple[DenoiserSpec, str]:
+def _sizes(model: ir.Model) -> tuple[int, int]:
+    """Return the number of elements of all constants, and their bytes."""
+    values = [value.const_value for value in model.graph.initializers.values()]
+    tensors = [tensor for tensor in values if tensor is not None]
+    return sum(int(tensor.size) for tensor in tensors), sum(tensor.nbytes for tensor in tensors)
+
+
+def keep_first_token_apart(
+    model: ir.Model, spec: DenoiserSpec, conditions: Conditions
+) -> tuple[DenoiserSpec, str]:
     """Rewrite ``model`` by ``graph.passes.first_token``; return its new description and a note.
 
     Raises UsageError where cross-attention reads no text itself, or its first token varies.
@@ -151,7 +164,14 @@ def save_model(model: ir.Model, path: Path) -> None:
 
 
 COMPARING = ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")
-RANDOM = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial")
+RANDOM = (
+    "RandomNormal",
+    "RandomNormalLike",
+    "RandomUniform",
+    "RandomUniformLike",
+    "Bernoulli",
+    "Multinomial",
+)
 
 
 def check_finite(model: ir.Model) -> None:
@@ -231,7 +251,9 @@ def _not_finite(spec: DenoiserSpec, path: Path, feeds: dict[str, Array]) -> Mode
     )
 
 
-def _export_decoder(decoder: Network, spec: DenoiserSpec, path: Path, talk: Talk) -> tuple[float | None, str]:
+def _export_decoder(
+    decoder: Network, spec: DenoiserSpec, path: Path, talk: Talk
+) -> tuple[float | None, str]:
     """Export the decoder; return its largest relative error, or None and the reason it failed."""
     try:
         return _write_decoder(decoder, spec, path, talk), ""
@@ -261,4 +283,6 @@ def relative_error(output: Array, reference: Array) -> float:
     if output.shape != reference.shape or not np.isfinite(output).all():
         return float("inf")
     largest = float(np.max(np.abs(reference)))
-    return float(np.max(np.abs(output - reference))) / max(largest, float(np.finfo(np.float32).tiny))
+    return float(np.max(np.abs(output - reference))) / max(
+        largest, float(np.finfo(np.float32).tiny)
+    )

@@ -58,7 +58,9 @@ def locate(source: str | Path | None, talk: Talk | None = None) -> Path:
     )
 
 
-def source_files(source: str | Path | None, description: Path | None = None) -> list[tuple[str, Path]]:
+def source_files(
+    source: str | Path | None, description: Path | None = None
+) -> list[tuple[str, Path]]:
     """Return the files that ``open_denoiser(source)`` reads: (name in the model, path), sorted.
 
     For an ONNX file: itself, its external data, its YAML and the scheduler that this names.
@@ -66,7 +68,12 @@ def source_files(source: str | Path | None, description: Path | None = None) -> 
     path = locate(source)
     if path.is_dir():
         folders = [path, *(path / part for part in PARTS if (path / part).is_dir())]
-        files = {p for folder in folders for p in folder.iterdir() if p.suffix in SOURCE_ENDINGS and p.is_file()}
+        files = {
+            p
+            for folder in folders
+            for p in folder.iterdir()
+            if p.suffix in SOURCE_ENDINGS and p.is_file()
+        }
         return sorted((p.relative_to(path).as_posix(), p) for p in files)
     from mpq_deploy.graph.load import external_files, read_proto
     from mpq_deploy.models.onnx_file import description_path, read_description
@@ -84,12 +91,15 @@ def bundled_demo(name: str | None = None) -> Path:
 
     Raises UsageError for an unknown name, naming the nearest.
     """
-    present = {demo: path for demo in DEMOS if (path := _folder(demo) / "model_index.json").is_file()}
+    present = {
+        demo: path for demo in DEMOS if (path := _folder(demo) / "model_index.json").is_file()
+    }
     if name is None:
         name = next(iter(present), DEMOS[0])
     if name not in present:
         raise UsageError(
-            f"There is no bundled model '{name}'.", f"{nearest(name, present)}Bundled: {', '.join(present)}."
+            f"There is no bundled model '{name}'.",
+            f"{nearest(name, present)}Bundled: {', '.join(present)}.",
         )
     return _folder(name)
 
@@ -113,11 +123,18 @@ def fetch(hub_id: str, talk: Talk) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, RevisionResolutionError
 
-    patterns = ["model_index.json", "config.json", "diffusion_pytorch_model*.safetensors*", "scheduler_config.json"]
+    patterns = [
+        "model_index.json",
+        "config.json",
+        "diffusion_pytorch_model*.safetensors*",
+        "scheduler_config.json",
+    ]
     patterns += [f"{part}/{kind}" for part in PARTS for kind in KINDS]
     talk.line(f"  looking for {hub_id} on the hub")
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=list(LEFT_OUT)))
+        return Path(
+            snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=list(LEFT_OUT))
+        )
     except (OSError, HFValidationError, RevisionResolutionError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UsageError(

@@ -116,7 +116,9 @@ def model_form(config: dict[str, Any], folder: Path, given: Conditions | None) -
     if name == FLUX:
         rows, columns = flux_tokens(config)
         form = replace(
-            form, timestep_scale=1 / FLUX_TIMESTEPS, unpack=lambda tokens: flux_unpacked(tokens, rows, columns)
+            form,
+            timestep_scale=1 / FLUX_TIMESTEPS,
+            unpack=lambda tokens: flux_unpacked(tokens, rows, columns),
         )
     return replace(form, wanted=(*form.wanted, *_further(form, given)))
 
@@ -128,7 +130,9 @@ def _further(form: ModelForm, given: Conditions | None) -> tuple[WantedInput, ..
     return given_inputs(Signature(form.sample.name, allowed), given, form.wanted, form.class_name)
 
 
-def network(module: Any, form: ModelForm, config: dict[str, Any], conditions: Sequence[InputSpec]) -> TorchNetwork:
+def network(
+    module: Any, form: ModelForm, config: dict[str, Any], conditions: Sequence[InputSpec]
+) -> TorchNetwork:
     """Return the module as a network of tensors: sample, timestep [N], then conditions by name."""
     names = [item.name for item in conditions]
     fixed: dict[str, Any] = dict(form.fixed)
@@ -145,10 +149,14 @@ def network(module: Any, form: ModelForm, config: dict[str, Any], conditions: Se
         arguments = {form.sample.name: x, timestep: t, **fixed, **given}
         output = model(**arguments, return_dict=False)[0]
         if not isinstance(output, torch.Tensor):
-            raise TypeError(f"it gives {type(output).__name__}s of tensors, not one as a denoiser does")
+            raise TypeError(
+                f"it gives {type(output).__name__}s of tensors, not one as a denoiser does"
+            )
         return output
 
     given = {name.split(ELEMENT)[0] for name in names}
     given |= set(form.fixed)
     left_out = [] if form.known else [name for name in form.signature.others if name not in given]
-    return TorchNetwork(module, (form.sample, InputSpec(name=timestep), *conditions), OUTPUT, call, left_out)
+    return TorchNetwork(
+        module, (form.sample, InputSpec(name=timestep), *conditions), OUTPUT, call, left_out
+    )

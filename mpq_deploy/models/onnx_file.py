@@ -121,7 +121,10 @@ class OnnxNetwork:
             self._session = make_session_with(self.path, options_for_few_calls())
         session = self._session
         types = {"tensor(float16)": np.float16, "tensor(double)": np.float64}
-        given = {i.name: feeds[i.name].astype(types.get(i.type, feeds[i.name].dtype)) for i in session.get_inputs()}
+        given = {
+            i.name: feeds[i.name].astype(types.get(i.type, feeds[i.name].dtype))
+            for i in session.get_inputs()
+        }
         return np.asarray(run_session(session, self._output, given), np.float32)
 
     def release(self) -> None:
@@ -131,7 +134,9 @@ class OnnxNetwork:
 
 def description_path(model: Path, given: Path | None) -> Path:
     """Return the YAML of an ONNX file. Raises UsageError when there is none."""
-    candidates = [given] if given is not None else [model.with_suffix(".yaml"), model.with_suffix(".yml")]
+    candidates = (
+        [given] if given is not None else [model.with_suffix(".yaml"), model.with_suffix(".yml")]
+    )
     file = next((path for path in candidates if path.is_file()), None)
     if file is None:
         raise UsageError(
@@ -156,7 +161,9 @@ def read_description(path: Path) -> OnnxDescription:
         entry = ".".join(str(part) for part in first["loc"])
         known = list(OnnxDescription.model_fields)
         hint = f"{nearest(entry, known)}Entries: {', '.join(known)}."
-        raise UsageError(f"{path}: '{entry}': {first['msg']} (found {first['input']!r}).", hint) from error
+        raise UsageError(
+            f"{path}: '{entry}': {first['msg']} (found {first['input']!r}).", hint
+        ) from error
 
 
 def open_onnx(path: Path, source: str, additions: Additions, talk: Talk) -> Denoiser:
@@ -168,7 +175,8 @@ def open_onnx(path: Path, source: str, additions: Additions, talk: Talk) -> Deno
     model = load_model(path)
     yaml_path = description_path(path, additions.description)
     description = read_description(yaml_path)
-    declared = {value.name or "": value for value in model.graph.inputs if not value.is_initializer()}
+    inputs = [value for value in model.graph.inputs if not value.is_initializer()]
+    declared = {value.name or "": value for value in inputs}
     _check_names(declared, description, yaml_path)
     sample = _input(declared[description.sample.name], description.sample, path)
     timestep = _input(declared[description.timestep.name], description.timestep, path)
@@ -182,16 +190,20 @@ def open_onnx(path: Path, source: str, additions: Additions, talk: Talk) -> Deno
     wanted = tuple(_wanted(declared[item.name], item, path) for item in description.conditions)
     scheduler = _scheduler(description, yaml_path, additions)
     conditions = _conditions(description, wanted, additions, path)
-    inputs = check_conditions(conditions, wanted, str(additions.conditions or yaml_path))
-    scale = additions.guidance_scale if additions.guidance_scale is not None else description.guidance.scale
+    checked = check_conditions(conditions, wanted, str(additions.conditions or yaml_path))
+    scale = description.guidance.scale
+    if additions.guidance_scale is not None:
+        scale = additions.guidance_scale
     if scale != 1 and conditions.uncond_row is None:
-        raise UsageError(f"The guidance scale is {scale}, but no uncond_row is given.", f"Add it in {yaml_path}.")
+        raise UsageError(
+            f"The guidance scale is {scale}, but no uncond_row is given.", f"Add it in {yaml_path}."
+        )
     spec = DenoiserSpec(
         name=description.name or path.stem,
         source=source,
         sample=sample,
         timestep=timestep,
-        conditions=inputs,
+        conditions=checked,
         output=_output(model, description, yaml_path),
         prediction_type=predicted(scheduler),
         scheduler=scheduler,
@@ -200,7 +212,8 @@ def open_onnx(path: Path, source: str, additions: Additions, talk: Talk) -> Deno
         labels=conditions.labels,
         pixel_range=description.pixel_range,
     )
-    return Denoiser(spec, conditions, OnnxNetwork(path, spec.output), notes=_notes(model, path, talk))
+    network = OnnxNetwork(path, spec.output)
+    return Denoiser(spec, conditions, network, notes=_notes(model, path, talk))
 
 
 def _notes(model: ir.Model, path: Path, talk: Talk) -> tuple[str, ...]:
@@ -213,8 +226,14 @@ def _notes(model: ir.Model, path: Path, talk: Talk) -> tuple[str, ...]:
     return (note,)
 
 
-def _check_names(declared: dict[str, ir.Value], description: OnnxDescription, yaml_path: Path) -> None:
-    named = [description.sample.name, description.timestep.name, *(item.name for item in description.conditions)]
+def _check_names(
+    declared: dict[str, ir.Value], description: OnnxDescription, yaml_path: Path
+) -> None:
+    named = [
+        description.sample.name,
+        description.timestep.name,
+        *(item.name for item in description.conditions),
+    ]
     for name in named:
         if name not in declared:
             raise UsageError(
@@ -233,14 +252,18 @@ def _sizes(value: ir.Value, item: NamedInput, path: Path) -> tuple[bool, tuple[i
     """Return whether axis 0 is a batch axis, and the other sizes (None: not declared)."""
     if value.shape is None:
         if item.shape is None:
-            raise UsageError(f"{path} declares no shape for '{item.name}'.", "Give its shape in the YAML.")
+            raise UsageError(
+                f"{path} declares no shape for '{item.name}'.", "Give its shape in the YAML."
+            )
         return True, item.shape
     sizes = [size if isinstance(size, int) else None for size in value.shape]
     batched = bool(sizes) and sizes[0] is None
     rest = tuple(sizes[1:]) if batched else tuple(sizes)
     if item.shape is None or not batched:
         return batched, rest
-    if len(item.shape) != len(rest) or any(s not in (None, given) for s, given in zip(rest, item.shape)):
+    if len(item.shape) != len(rest) or any(
+        s not in (None, given) for s, given in zip(rest, item.shape)
+    ):
         raise UsageError(
             f"The YAML gives '{item.name}' the shape {list(item.shape)}, the file {list(rest)}.",
             "Leave the batch axis out of the shape.",
@@ -251,7 +274,10 @@ def _sizes(value: ir.Value, item: NamedInput, path: Path) -> tuple[bool, tuple[i
 def _dtype(value: ir.Value, path: Path) -> str:
     name = value.dtype.name if value.dtype is not None else "unknown"
     if name not in DTYPES:
-        raise ModelError(f"The input '{value.name}' of {path} has the type {name}.", f"Known: {', '.join(DTYPES)}.")
+        raise ModelError(
+            f"The input '{value.name}' of {path} has the type {name}.",
+            f"Known: {', '.join(DTYPES)}.",
+        )
     return DTYPES[name]
 
 
@@ -276,7 +302,8 @@ def _wanted(value: ir.Value, item: NamedInput, path: Path) -> WantedInput:
 
 def _fixed_batch(path: Path, name: str) -> ModelError:
     return ModelError(
-        f"The input '{name}' of {path} has no dynamic batch axis.", "Export the model with a dynamic first axis."
+        f"The input '{name}' of {path} has no dynamic batch axis.",
+        "Export the model with a dynamic first axis.",
     )
 
 
@@ -286,12 +313,15 @@ def _output(model: ir.Model, description: OnnxDescription, yaml_path: Path) -> s
         return outputs[0]
     if description.output not in outputs:
         raise UsageError(
-            f"{yaml_path} names the output '{description.output}'.", f"The model's outputs are {', '.join(outputs)}."
+            f"{yaml_path} names the output '{description.output}'.",
+            f"The model's outputs are {', '.join(outputs)}.",
         )
     return description.output
 
 
-def _scheduler(description: OnnxDescription, yaml_path: Path, additions: Additions) -> dict[str, Any]:
+def _scheduler(
+    description: OnnxDescription, yaml_path: Path, additions: Additions
+) -> dict[str, Any]:
     """Return the scheduler's configuration with the description's prediction type in it."""
     if additions.scheduler is not None:
         scheduler = read_scheduler(additions.scheduler)

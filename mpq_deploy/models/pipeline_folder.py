@@ -9,7 +9,14 @@ import numpy as np
 
 from mpq_deploy.calls.diffusers_sampler import IMAGE_TOKENS
 from mpq_deploy.errors import ModelError, UsageError
-from mpq_deploy.models.additions import DENOISERS, SCHEDULER_FILE, Additions, predicted, read_json, read_scheduler
+from mpq_deploy.models.additions import (
+    DENOISERS,
+    SCHEDULER_FILE,
+    Additions,
+    predicted,
+    read_json,
+    read_scheduler,
+)
 from mpq_deploy.models.conditions import Conditions, WantedInput, check_conditions, list_inputs
 from mpq_deploy.models.decoder import decoder_network, decoder_upscale
 from mpq_deploy.models.denoiser import Denoiser
@@ -65,8 +72,13 @@ def open_folder(folder: Path, source: str, additions: Additions, talk: Talk) -> 
     )
     decoder, notes = _decoder(folder, form, talk)
     if not form.known:
-        notes = (*notes, f"{form.class_name} is called as its signature says, with the scheduler's own timesteps")
-    return Denoiser(spec, conditions, network(module, form, config, inputs), decoder, notes, form.unpack)
+        notes = (
+            *notes,
+            f"{form.class_name} is called as its signature says, with the scheduler's own timesteps",
+        )
+    return Denoiser(
+        spec, conditions, network(module, form, config, inputs), decoder, notes, form.unpack
+    )
 
 
 def _latent(folder: Path, shape: tuple[int, ...]) -> bool:
@@ -75,7 +87,9 @@ def _latent(folder: Path, shape: tuple[int, ...]) -> bool:
     return decoded or len(shape) != 3 or shape[0] not in IMAGE_CHANNELS
 
 
-def _decoder(folder: Path, form: ModelForm, talk: Talk) -> tuple[TorchNetwork | None, tuple[str, ...]]:
+def _decoder(
+    folder: Path, form: ModelForm, talk: Talk
+) -> tuple[TorchNetwork | None, tuple[str, ...]]:
     """Return the pipeline's decoder; when it cannot be used, None and the reason."""
     try:
         return decoder_network(folder, form.sample.shape, form.unpack), ()
@@ -115,7 +129,9 @@ def _scheduler(path: Path, form: ModelForm, config: dict[str, Any]) -> dict[str,
     return scheduler
 
 
-def _check_nothing_missing(folder: Path, wanted: tuple[WantedInput, ...], additions: Additions) -> None:
+def _check_nothing_missing(
+    folder: Path, wanted: tuple[WantedInput, ...], additions: Additions
+) -> None:
     """Raise one UsageError that lists everything the folder lacks."""
     missing = []
     has_scheduler = any((folder / place / SCHEDULER_FILE).is_file() for place in (".", "scheduler"))
@@ -126,7 +142,10 @@ def _check_nothing_missing(folder: Path, wanted: tuple[WantedInput, ...], additi
     if wanted and additions.conditions is None and not own_classes and not has_text:
         missing.append(f"conditions: --conditions FILE.npz with the arrays {list_inputs(wanted)}")
     if missing:
-        raise UsageError(f"{folder} does not bring everything that is needed.", f"Missing: {'; and '.join(missing)}.")
+        raise UsageError(
+            f"{folder} does not bring everything that is needed.",
+            f"Missing: {'; and '.join(missing)}.",
+        )
 
 
 def _own_conditions(
@@ -142,7 +161,9 @@ def _own_conditions(
     return _every_class(int(config["num_class_embeds"]), card)
 
 
-def _texts(folder: Path, pipeline: dict[str, Any], form: ModelForm, additions: Additions, talk: Talk) -> Conditions:
+def _texts(
+    folder: Path, pipeline: dict[str, Any], form: ModelForm, additions: Additions, talk: Talk
+) -> Conditions:
     """Return the prompts through the folder's text encoders."""
     from mpq_deploy.models.prompts import Wanted, prompts_file, read_prompts, text_conditions
 
@@ -169,7 +190,9 @@ def _every_class(count: int, card: dict[str, Any]) -> Conditions:
     return Conditions({"class_labels": np.arange(count, dtype=np.int64)}, count, empty, labels)
 
 
-def _guidance(additions: Additions, card: dict[str, Any], conditions: Conditions, form: ModelForm) -> float:
+def _guidance(
+    additions: Additions, card: dict[str, Any], conditions: Conditions, form: ModelForm
+) -> float:
     """Return the guidance scale: the user's, the card's, the class's pipeline's, or 1 (none)."""
     names = [item.name for item in form.wanted]
     distilled = any(name in names for name in GUIDING_INPUTS)
@@ -181,7 +204,11 @@ def _guidance(additions: Additions, card: dict[str, Any], conditions: Conditions
         and ("encoder_hidden_states" in names or form.class_name == DIT)
     )
     default = form.guidance if guided else 1.0
-    scale = additions.guidance_scale if additions.guidance_scale is not None else card.get("guidance", default)
+    scale = (
+        additions.guidance_scale
+        if additions.guidance_scale is not None
+        else card.get("guidance", default)
+    )
     if scale != 1 and conditions.uncond_row is None:
         raise UsageError(
             f"The guidance scale is {scale}, but the conditions have no row for the empty condition.",

@@ -73,20 +73,29 @@ class Wanted:
 def prompts_file() -> Path:
     """Return the package's own prompts (``calibration/prompts.txt`` of the source tree)."""
     package = Path(str(resources.files("mpq_deploy")))
-    for path in (package / "calibration_data" / "prompts.txt", package.parent / "calibration" / "prompts.txt"):
+    for path in (
+        package / "calibration_data" / "prompts.txt",
+        package.parent / "calibration" / "prompts.txt",
+    ):
         if path.is_file():
             return path
-    raise ModelError("The package's prompts.txt is missing.", "Install it again, or give --prompts FILE.")
+    raise ModelError(
+        "The package's prompts.txt is missing.", "Install it again, or give --prompts FILE."
+    )
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
     """Return the prompts of a file, one per line, without empty lines and # comments."""
     if not path.is_file():
-        raise UsageError(f"There is no prompts file at {path}.", "Give a text file with one prompt per line.")
+        raise UsageError(
+            f"There is no prompts file at {path}.", "Give a text file with one prompt per line."
+        )
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is no UTF-8 text: {error}", "Give one prompt per line.") from error
+        raise UsageError(
+            f"{path} is no UTF-8 text: {error}", "Give one prompt per line."
+        ) from error
     prompts = tuple(line for line in lines if line and not line.startswith("#"))
     if not prompts:
         raise UsageError(f"{path} holds no prompt.", "Give a text file with one prompt per line.")
@@ -125,7 +134,10 @@ def text_conditions(
         if pipeline.get("force_zeros_for_empty_prompt"):
             arrays["encoder_hidden_states"][-1] = 0
             arrays["text_embeds"][-1] = 0
-    arrays |= {name: np.tile(row, (len(texts), *[1] * row.ndim)) for name, row in _same_for_all(wanted).items()}
+    arrays |= {
+        name: np.tile(row, (len(texts), *[1] * row.ndim))
+        for name, row in _same_for_all(wanted).items()
+    }
     return Conditions(arrays, len(texts), len(prompts), (*prompts, EMPTY_LABEL))
 
 
@@ -141,12 +153,16 @@ def _joint(encoded: list[_Encoded], wanted: Wanted, folder: Path) -> dict[str, A
     width = int((wanted.shape("encoder_hidden_states") or (None, 0))[1] or 0)
     unlike = next((states.shape[-1] for states in t5 if states.shape[-1] != width), None)
     if unlike is not None:
-        raise ModelError(f"The T5 of {folder} gives {unlike} values per token, not {width} as its denoiser takes.")
+        raise ModelError(
+            f"The T5 of {folder} gives {unlike} values per token, not {width} as its denoiser takes."
+        )
     tokens = t5
     if wanted.class_name != FLUX and pooled:
         clip = np.concatenate([one.states for one in encoded if not one.t5], axis=-1)
         if clip.shape[-1] > width:
-            raise ModelError(f"The text encoders of {folder} give {clip.shape[-1]} values per token, not {width}.")
+            raise ModelError(
+                f"The text encoders of {folder} give {clip.shape[-1]} values per token, not {width}."
+            )
         padded = np.pad(clip, ((0, 0), (0, 0), (0, width - clip.shape[-1])))
         nothing = np.zeros((len(padded), T5_TOKENS[SD3], width), np.float32)
         tokens = [padded, *(t5 or [nothing])]
@@ -174,7 +190,11 @@ def _same_for_all(wanted: Wanted) -> dict[str, Array]:
         shape = wanted.shape(name)
         if shape is not None:
             scale = default if wanted.guidance is None else wanted.guidance
-            arrays[name] = guidance_embedding(scale - 1, int(shape[0] or 0)) if shape else np.array(scale, np.float32)
+            arrays[name] = (
+                guidance_embedding(scale - 1, int(shape[0] or 0))
+                if shape
+                else np.array(scale, np.float32)
+            )
     return arrays
 
 
@@ -183,12 +203,16 @@ def guidance_embedding(scale: float, width: int) -> Array:
     half = width // 2
     rates = np.exp(-np.log(LONGEST_PERIOD) * np.arange(half) / (half - 1))
     angles = GUIDANCE_FACTOR * scale * rates
-    return np.pad(np.concatenate([np.sin(angles), np.cos(angles)]), (0, width % 2)).astype(np.float32)
+    return np.pad(np.concatenate([np.sin(angles), np.cos(angles)]), (0, width % 2)).astype(
+        np.float32
+    )
 
 
 def _needed(pooled: Array | None, folder: Path) -> Array:
     if pooled is None:
-        raise ModelError(f"The text encoders of {folder} give no pooled vector, which its denoiser takes.")
+        raise ModelError(
+            f"The text encoders of {folder} give no pooled vector, which its denoiser takes."
+        )
     return pooled
 
 
@@ -216,7 +240,9 @@ class Encoder:
         joint = wanted.shape("pooled_projections") is not None
         self.penultimate = not self.t5 and (joint or wanted.shape("text_embeds") is not None)
         # Stable Diffusion 3 and Flux let T5 see its padding.
-        self.masked = (self.t5 and not joint) or bool(getattr(self.model.config, "use_attention_mask", False))
+        self.masked = (self.t5 and not joint) or bool(
+            getattr(self.model.config, "use_attention_mask", False)
+        )
         self._tokens = min(self._tokenizer.model_max_length, LENGTH_LIMIT)
         if self.t5:
             of_class = T5_TOKENS.get(wanted.class_name, self._tokens)
@@ -240,14 +266,20 @@ class Encoder:
 
     def states(self, output: Any) -> torch.Tensor:
         """Return the hidden states that the denoiser takes, [texts, tokens, width]."""
-        states: torch.Tensor = output.hidden_states[-2] if self.penultimate else output.last_hidden_state
+        states: torch.Tensor = (
+            output.hidden_states[-2] if self.penultimate else output.last_hidden_state
+        )
         return states
 
     def tokenize(self, texts: tuple[str, ...]) -> tuple[Array, Array]:
         """Return token ids and mask, int64 [texts, tokens] each."""
         handed = [text.lower().strip() for text in texts] if self._lower_case else list(texts)
         tokens = self._tokenizer(
-            handed, padding="max_length", max_length=self._tokens, truncation=True, return_tensors="np"
+            handed,
+            padding="max_length",
+            max_length=self._tokens,
+            truncation=True,
+            return_tensors="np",
         )
         return np.asarray(tokens.input_ids, np.int64), np.asarray(tokens.attention_mask, np.int64)
 
@@ -294,10 +326,14 @@ def load_part(folder: Path, pipeline: dict[str, Any], name: str, allowed: tuple[
         with no_bars("transformers"):
             loaded = getattr(transformers, class_name).from_pretrained(folder / name, **options)
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-        raise ModelError(f"The {name} of {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise ModelError(
+            f"The {name} of {folder} cannot be loaded: {str(error).splitlines()[0]}"
+        ) from error
     if not name.startswith("text_encoder"):
         return loaded
     model, info = loaded
     if info["missing_keys"]:
-        raise ModelError(f"The weights of the {name} in {folder} lack '{min(info['missing_keys'])}'.")
+        raise ModelError(
+            f"The weights of the {name} in {folder} lack '{min(info['missing_keys'])}'."
+        )
     return model.eval()

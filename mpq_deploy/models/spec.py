@@ -69,7 +69,9 @@ class DenoiserSpec(BaseModel):
 
     def input_shapes(self, calls: int = 1) -> dict[str, tuple[int, ...]]:
         """Return the shape of every input for so many calls, by name."""
-        return {item.name: (calls, *item.shape) if item.batched else item.shape for item in self.inputs}
+        return {
+            item.name: (calls, *item.shape) if item.batched else item.shape for item in self.inputs
+        }
 
     @property
     def timestep_name(self) -> str:
@@ -80,7 +82,10 @@ class DenoiserSpec(BaseModel):
         """Write the specification as JSON with sorted keys."""
         import json
 
-        path.write_text(json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        path.write_text(
+            json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n",
+            encoding="utf-8",
+        )
 
     @classmethod
     def load(cls, path: Path) -> DenoiserSpec:

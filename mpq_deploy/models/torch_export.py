@@ -186,7 +186,11 @@ def name_parameters(model: ir.Model, module: torch.nn.Module) -> None:
     initializers = model.graph.initializers
     for node in model.graph:
         prefix = f"{_module_of(node)}."
-        own = {name: values for name, values in parameters.items() if name.rpartition(".")[0] == prefix[:-1]}
+        own = {
+            name: values
+            for name, values in parameters.items()
+            if name.rpartition(".")[0] == prefix[:-1]
+        }
         for value in node.inputs:
             if value is None or not value.is_initializer() or value.name in parameters:
                 continue
@@ -252,7 +256,10 @@ def _first_line(error: Exception) -> str:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence the exporter's log: remarks on packages, traces of errors, which still raise."""
-    loggers = {logging.getLogger("torch.onnx"): logging.ERROR, logging.getLogger("torch.export"): logging.CRITICAL}
+    loggers = {
+        logging.getLogger("torch.onnx"): logging.ERROR,
+        logging.getLogger("torch.export"): logging.CRITICAL,
+    }
     loggers[logging.getLogger("torch._subclasses.fake_tensor")] = logging.CRITICAL
     before = {logger: logger.level for logger in loggers}
     for logger, level in loggers.items():

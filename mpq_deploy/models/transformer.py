@@ -62,13 +62,17 @@ def signature_of(model_class: Any) -> Signature | None:
     parameters = dict(inspect.signature(model_class.forward).parameters)
     parameters.pop("self", None)
     sample = next((name for name in SAMPLE_NAMES if name in parameters), None)
-    timestep = next((name for name in parameters if name.startswith(TIMESTEP) and not name.endswith("_cond")), None)
+    timestep = next(
+        (name for name in parameters if name.startswith(TIMESTEP) and not name.endswith("_cond")),
+        None,
+    )
     if sample is None or timestep is None:
         return None
     taken = {
         name: parameter.default is inspect.Parameter.empty
         for name, parameter in parameters.items()
-        if name not in (sample, timestep, "return_dict") and (name == ADDED or not name.endswith("_kwargs"))
+        if name not in (sample, timestep, "return_dict")
+        and (name == ADDED or not name.endswith("_kwargs"))
     }
     return Signature(sample, taken, timestep)
 
@@ -103,7 +107,9 @@ def transformer_inputs(config: dict[str, Any]) -> tuple[WantedInput, ...]:
         mask = WantedInput("encoder_attention_mask", (None,))
         sizes = (WantedInput("resolution", (2,)), WantedInput("aspect_ratio", (1,)))
         return (text, mask, *(sizes if _with_sizes(config) else ()))
-    text = WantedInput("encoder_hidden_states", (None, int(config.get("joint_attention_dim", 4096))))
+    text = WantedInput(
+        "encoder_hidden_states", (None, int(config.get("joint_attention_dim", 4096)))
+    )
     pooled = WantedInput("pooled_projections", (int(config.get("pooled_projection_dim", 768)),))
     if name == FLUX and config.get("guidance_embeds"):
         return (text, pooled, WantedInput("guidance", ()))
@@ -134,7 +140,11 @@ def given_inputs(
     names = [item.name for item in known]
     arrays = {} if conditions is None else conditions.arrays
     given = {name.split(ELEMENT)[0] for name in (*arrays, *names)}
-    lacking = [name for name, needed in signature.others.items() if needed and name not in given and name not in fixed]
+    lacking = [
+        name
+        for name, needed in signature.others.items()
+        if needed and name not in given and name not in fixed
+    ]
     if lacking:
         raise UsageError(
             f"{class_name} needs {', '.join(lacking)}, and nothing here makes them.",
@@ -142,13 +152,17 @@ def given_inputs(
             f"samples goes into config.json as {ARGUMENTS}.",
         )
     return tuple(
-        _as_given(name, values) for name, values in arrays.items() if name not in names and signature.takes(name)
+        _as_given(name, values)
+        for name, values in arrays.items()
+        if name not in names and signature.takes(name)
     )
 
 
 def _as_given(name: str, values: Any) -> WantedInput:
     kinds = {"i": "int64", "u": "int64", "b": "bool"}
-    return WantedInput(name, tuple(int(size) for size in values.shape[1:]), kinds.get(values.dtype.kind, "float32"))
+    return WantedInput(
+        name, tuple(int(size) for size in values.shape[1:]), kinds.get(values.dtype.kind, "float32")
+    )
 
 
 def keyword_arguments(signature: Signature, given: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -163,7 +177,10 @@ def keyword_arguments(signature: Signature, given: dict[str, torch.Tensor]) -> d
             arguments[name] = value
         else:
             arguments.setdefault(ADDED, {})[name] = value
-    return {**arguments, **{head: tuple(values[i] for i in sorted(values)) for head, values in lists.items()}}
+    return {
+        **arguments,
+        **{head: tuple(values[i] for i in sorted(values)) for head, values in lists.items()},
+    }
 
 
 def flux_tokens(config: dict[str, Any]) -> tuple[int, int]:
@@ -174,7 +191,10 @@ def flux_tokens(config: dict[str, Any]) -> tuple[int, int]:
     size = config.get("sample_size") or FLUX_SIZE
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     if height % FLUX_PATCH or width % FLUX_PATCH:
-        raise UsageError(f"Flux' sample_size is {size}, but a token covers 2 x 2 latents.", "Choose even numbers.")
+        raise UsageError(
+            f"Flux' sample_size is {size}, but a token covers 2 x 2 latents.",
+            "Choose even numbers.",
+        )
     return int(height) // FLUX_PATCH, int(width) // FLUX_PATCH
 
 
@@ -182,7 +202,9 @@ def flux_unpacked(tokens: torch.Tensor, rows: int, columns: int) -> torch.Tensor
     """Return Flux' tokens [N, rows * columns, 4 C] as latents [N, C, 2 rows, 2 columns]."""
     channels = tokens.shape[-1] // FLUX_PATCH**2
     grid = tokens.reshape(-1, rows, columns, channels, FLUX_PATCH, FLUX_PATCH)
-    return grid.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, FLUX_PATCH * rows, FLUX_PATCH * columns)
+    return grid.permute(0, 3, 1, 4, 2, 5).reshape(
+        -1, channels, FLUX_PATCH * rows, FLUX_PATCH * columns
+    )
 
 
 class _FixedRotation(torch.nn.Module):  # type: ignore[misc]
@@ -198,20 +220,29 @@ class _FixedRotation(torch.nn.Module):  # type: ignore[misc]
         return self.cosines, self.sines
 
 
-def fix_flux_positions(module: Any, text_tokens: int, tokens: tuple[int, int]) -> dict[str, torch.Tensor]:
+def fix_flux_positions(
+    module: Any, text_tokens: int, tokens: tuple[int, int]
+) -> dict[str, torch.Tensor]:
     """Make the positions of ``module`` constant; return the ids of text and image tokens."""
     rows, columns = tokens
     image = torch.zeros(rows, columns, FLUX_IDS)
     image[..., 1] += torch.arange(rows)[:, None]
     image[..., 2] += torch.arange(columns)[None]
-    ids = {"txt_ids": torch.zeros(text_tokens, FLUX_IDS), "img_ids": image.reshape(rows * columns, FLUX_IDS)}
+    ids = {
+        "txt_ids": torch.zeros(text_tokens, FLUX_IDS),
+        "img_ids": image.reshape(rows * columns, FLUX_IDS),
+    }
     if not isinstance(module.pos_embed, _FixedRotation):
         with torch.no_grad():
-            module.pos_embed = _FixedRotation(*module.pos_embed(torch.cat([ids["txt_ids"], ids["img_ids"]])))
+            module.pos_embed = _FixedRotation(
+                *module.pos_embed(torch.cat([ids["txt_ids"], ids["img_ids"]]))
+            )
     return ids
 
 
 def flux_sample(config: dict[str, Any]) -> InputSpec:
     """Return Flux' sample: packed latents [tokens, channels]."""
     rows, columns = flux_tokens(config)
-    return InputSpec(name="hidden_states", shape=(rows * columns, int(config.get("in_channels", 64))))
+    return InputSpec(
+        name="hidden_states", shape=(rows * columns, int(config.get("in_channels", 64)))
+    )

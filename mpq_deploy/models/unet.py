@@ -58,7 +58,9 @@ def _class_inputs(config: dict[str, Any]) -> list[WantedInput]:
     if kind == "identity":
         return [WantedInput("class_labels", (width,))]
     if kind in ("projection", "simple_projection"):
-        return [WantedInput("class_labels", (int(config["projection_class_embeddings_input_dim"]),))]
+        return [
+            WantedInput("class_labels", (int(config["projection_class_embeddings_input_dim"]),))
+        ]
     raise UsageError(f"The UNet's class_embed_type is '{kind}', which is not supported.")
 
 
@@ -67,7 +69,9 @@ def _added_inputs(config: dict[str, Any]) -> list[WantedInput]:
     if kind in (None, "text"):
         return []
     if kind == "text_time":
-        text = int(config["projection_class_embeddings_input_dim"]) - TIME_IDS * int(config["addition_time_embed_dim"])
+        text = int(config["projection_class_embeddings_input_dim"]) - TIME_IDS * int(
+            config["addition_time_embed_dim"]
+        )
         return [WantedInput("text_embeds", (text,)), WantedInput("time_ids", (TIME_IDS,))]
     raise UsageError(
         f"The UNet's addition_embed_type is '{kind}', which is not supported.",
@@ -163,7 +167,9 @@ def find_weights(folder: Path, stem: str) -> str | None:
     Raises ModelError when there are none; pickled weights are refused: loading runs their code.
     """
     files = sorted(folder.glob(f"{stem}*.safetensors*"))
-    if (folder / f"{stem}.safetensors").exists() or (folder / f"{stem}.safetensors.index.json").exists():
+    if (folder / f"{stem}.safetensors").exists() or (
+        folder / f"{stem}.safetensors.index.json"
+    ).exists():
         return None
     if files:
         parts = files[0].name.removeprefix(f"{stem}.").split(".")
@@ -175,7 +181,9 @@ def find_weights(folder: Path, stem: str) -> str | None:
             "Where you trust the file, load the model with diffusers and write it again with "
             "save_pretrained(FOLDER, safe_serialization=True).",
         )
-    raise ModelError(f"{folder} holds no weights ({stem}.safetensors).", "Copy the weights into the folder.")
+    raise ModelError(
+        f"{folder} holds no weights ({stem}.safetensors).", "Copy the weights into the folder."
+    )
 
 
 def _first(value: Any) -> int:

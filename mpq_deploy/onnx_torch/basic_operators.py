@@ -124,7 +124,9 @@ def _hard_sigmoid(call: Call, x: Inputs) -> Outputs:
 
 
 def _shape(call: Call, x: Inputs) -> Outputs:
-    return torch.tensor(list(x[0].shape)[call.get("start", 0) : call.get("end", None)], dtype=torch.int64)
+    return torch.tensor(
+        list(x[0].shape)[call.get("start", 0) : call.get("end", None)], dtype=torch.int64
+    )
 
 
 def _reshape(call: Call, x: Inputs) -> Outputs:
@@ -160,7 +162,11 @@ def _slice(call: Call, x: Inputs) -> Outputs:
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         index = range(*slice(start, end, step).indices(result.shape[axis]))
         if step == 1:
-            result = result.narrow(axis, index.start, len(index)) if len(index) else result.narrow(axis, 0, 0)
+            result = (
+                result.narrow(axis, index.start, len(index))
+                if len(index)
+                else result.narrow(axis, 0, 0)
+            )
         else:
             result = result.index_select(axis, torch.tensor(list(index), dtype=torch.int64))
     return result
@@ -226,7 +232,11 @@ def _pad(call: Call, x: Inputs) -> Outputs:
     after = dict(zip(axes, amounts[len(axes) :], strict=True))
     if mode == "constant":
         value = 0.0 if optional(x, 2) is None else x[2].item()
-        flat = [n for axis in reversed(range(x[0].ndim)) for n in (before.get(axis, 0), after.get(axis, 0))]
+        flat = [
+            n
+            for axis in reversed(range(x[0].ndim))
+            for n in (before.get(axis, 0), after.get(axis, 0))
+        ]
         return functional.pad(x[0], flat, value=value)
     result = x[0]
     for axis in axes:

@@ -22,7 +22,9 @@ class Merged:
 
 def merged_nodes(graph: Iterable[ir.Node]) -> dict[int, Merged]:
     """Return what the last node of each operation stands for, by the node's id()."""
-    return {id(node): found for node in graph if (found := _gate(node) or _attention(node)) is not None}
+    return {
+        id(node): found for node in graph if (found := _gate(node) or _attention(node)) is not None
+    }
 
 
 def _gate(node: ir.Node) -> Merged | None:
@@ -47,15 +49,24 @@ def _attention(node: ir.Node) -> Merged | None:
     axis = softmax.attributes.get("axis")
     inputs = (scores.inputs[0], scores.inputs[1], node.inputs[1])
     # Products with constants are layers, whose inputs and outputs are looked at.
-    if (axis is not None and axis.as_int() != -1) or any(value is None or value.is_initializer() for value in inputs):
+    if (axis is not None and axis.as_int() != -1) or any(
+        value is None or value.is_initializer() for value in inputs
+    ):
         return None
-    return Merged("attention", tuple(value for value in inputs if value is not None), (scores, softmax))
+    return Merged(
+        "attention", tuple(value for value in inputs if value is not None), (scores, softmax)
+    )
 
 
 def _sole_source(value: ir.Value | None, op_type: str) -> ir.Node | None:
     """Return the node of ``op_type`` that makes ``value``, where one node alone reads it."""
     made = None if value is None else value.producer()
-    if value is None or made is None or made.op_type != op_type or made.domain not in STANDARD_DOMAINS:
+    if (
+        value is None
+        or made is None
+        or made.op_type != op_type
+        or made.domain not in STANDARD_DOMAINS
+    ):
         return None
     return made if len(list(value.uses())) == 1 and not value.is_graph_output() else None
 

@@ -40,7 +40,9 @@ def convolve(x: Any, weight: Any, bias: Any, attributes: Any, kernel: tuple[int,
     if before != after:
         x = functional.pad(x, _flat_pads(before, after))
         before = (0,) * rank
-    return _CONVOLUTIONS[rank](x, weight, bias, strides, before, dilations, attributes.get("group", 1))
+    return _CONVOLUTIONS[rank](
+        x, weight, bias, strides, before, dilations, attributes.get("group", 1)
+    )
 
 
 def _flat_pads(before: tuple[int, ...], after: tuple[int, ...]) -> list[int]:
@@ -58,7 +60,10 @@ def _conv_transpose(call: Call, x: Inputs) -> Outputs:
     rank = x[1].ndim - 2
     if rank not in _TRANSPOSED:
         raise UnsupportedForm(f"{rank} spatial dimensions")
-    if call.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID") or "output_shape" in call.attributes:
+    if (
+        call.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
+        or "output_shape" in call.attributes
+    ):
         raise UnsupportedForm("auto_pad or output_shape")
     strides = tuple(call.get("strides", (1,) * rank))
     dilations = tuple(call.get("dilations", (1,) * rank))
@@ -66,7 +71,9 @@ def _conv_transpose(call: Call, x: Inputs) -> Outputs:
     pads = tuple(call.get("pads", (0,) * 2 * rank))
     # torch takes one pad per axis and bounds output_padding: compute the full output, then crop.
     full = _TRANSPOSED[rank](x[0], x[1], None, strides, 0, 0, call.get("group", 1), dilations)
-    crop = _flat_pads(tuple(-p for p in pads[:rank]), tuple(e - p for e, p in zip(extra, pads[rank:])))
+    crop = _flat_pads(
+        tuple(-p for p in pads[:rank]), tuple(e - p for e, p in zip(extra, pads[rank:]))
+    )
     full = functional.pad(full, crop)
     bias = optional(x, 2)
     return full if bias is None else full + bias.reshape(-1, *(1,) * rank)
@@ -78,7 +85,11 @@ def _max_pool(call: Call, x: Inputs) -> Outputs:
     kernel = tuple(call.attributes["kernel_shape"])
     rank = len(kernel)
     before, after = window_pads(call.attributes, tuple(x[0].shape[2:]), kernel)
-    padded = functional.pad(x[0], _flat_pads(before, after), value=-math.inf) if any(before + after) else x[0]
+    padded = (
+        functional.pad(x[0], _flat_pads(before, after), value=-math.inf)
+        if any(before + after)
+        else x[0]
+    )
     strides = tuple(call.get("strides", (1,) * rank))
     dilations = tuple(call.get("dilations", (1,) * rank))
     return _MAXIMA[rank](padded, kernel, strides, 0, dilations, bool(call.get("ceil_mode", 0)))
@@ -152,14 +163,18 @@ def _resize(call: Call, x: Inputs) -> Outputs:
 
 def _resize_axis(call: Call, x: Any, axis: int, new: int, scale: float, mode: str) -> Any:
     size = x.shape[axis]
-    where = _source_coordinates(call.get("coordinate_transformation_mode", "half_pixel"), new, size, scale)
+    where = _source_coordinates(
+        call.get("coordinate_transformation_mode", "half_pixel"), new, size, scale
+    )
     if mode == "linear":
         low = torch.floor(where)
         fraction = (where - low).to(x.dtype).reshape(-1, *(1,) * (x.ndim - axis - 1))
         first = low.clamp(0, size - 1).long()
         second = (low + 1).clamp(0, size - 1).long()
         return torch.lerp(x.index_select(axis, first), x.index_select(axis, second), fraction)
-    index = _nearest(call.get("nearest_mode", "round_prefer_floor"), where).clamp(0, size - 1).long()
+    index = (
+        _nearest(call.get("nearest_mode", "round_prefer_floor"), where).clamp(0, size - 1).long()
+    )
     factor = new // size
     if factor * size == new and torch.equal(index, torch.arange(new) // max(factor, 1)):
         # The gradient of a broadcast is a sum, many times faster than that of an index.
@@ -170,7 +185,9 @@ def _resize_axis(call: Call, x: Any, axis: int, new: int, scale: float, mode: st
 
 
 def _source_coordinates(form: str, new: int, size: int, scale: float) -> Any:
-    at = torch.arange(new, dtype=torch.float32)  # as runtimes do: 3 / 0.6 is 5 in float32, 4.9999998 in float64
+    at = torch.arange(
+        new, dtype=torch.float32
+    )  # as runtimes do: 3 / 0.6 is 5 in float32, 4.9999998 in float64
     if form == "half_pixel" or (form == "pytorch_half_pixel" and new > 1):
         return (at + 0.5) / scale - 0.5
     if form == "pytorch_half_pixel":
@@ -204,7 +221,9 @@ def _nearest(form: str, where: Any) -> Any:
 def _instance_norm(call: Call, x: Inputs) -> Outputs:
     # Torch's layer norm over the space takes under half the time of its instance norm.
     normed = functional.layer_norm(x[0], x[0].shape[2:], eps=call.get("epsilon", 1e-5))
-    if not (x[1].requires_grad or x[2].requires_grad or bool((x[1] != 1).any()) or bool(x[2].any())):
+    if not (
+        x[1].requires_grad or x[2].requires_grad or bool((x[1] != 1).any()) or bool(x[2].any())
+    ):
         return normed  # as exporters write a group norm, whose factors follow
     channels = (-1, *(1,) * (x[0].ndim - 2))
     return normed * x[1].reshape(channels) + x[2].reshape(channels)
@@ -235,7 +254,9 @@ def _rms_norm(call: Call, x: Inputs) -> Outputs:
 def _batch_norm(call: Call, x: Inputs) -> Outputs:
     if call.get("training_mode", 0):
         raise UnsupportedForm("training_mode")
-    return functional.batch_norm(x[0], x[3], x[4], x[1], x[2], False, 0.0, call.get("epsilon", 1e-5))
+    return functional.batch_norm(
+        x[0], x[3], x[4], x[1], x[2], False, 0.0, call.get("epsilon", 1e-5)
+    )
 
 
 def _attention(call: Call, x: Inputs) -> Outputs:
@@ -243,7 +264,11 @@ def _attention(call: Call, x: Inputs) -> Outputs:
     mask = optional(x, 3)
     if len(x) > 4 and any(v is not None for v in x[4:]):
         raise UnsupportedForm("past keys and values")
-    if call.outputs > 1 or call.get("softcap", 0.0) or (mask is not None and call.get("is_causal", 0)):
+    if (
+        call.outputs > 1
+        or call.get("softcap", 0.0)
+        or (mask is not None and call.get("is_causal", 0))
+    ):
         raise UnsupportedForm("softcap, several outputs, or a mask with is_causal")
     q, k, v = x[:3]
     flat = q.ndim == 3

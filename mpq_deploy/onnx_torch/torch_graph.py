@@ -132,12 +132,18 @@ class TorchGraph:
         values: dict[str, Any] = {**feeds, **known}
         length = max(1, -(-len(self._steps) // segments))
         for start in range(0, len(self._steps), length):
-            part = partial(self._run_steps, slice(start, start + length), needed, differentiate, rewire, known)
+            part = partial(
+                self._run_steps, slice(start, start + length), needed, differentiate, rewire, known
+            )
             values = checkpoint(part, values, use_reentrant=False) if segments > 1 else part(values)
         return {name: self._value(values, name) for name in dict.fromkeys((*self.outputs, *keep))}
 
     def run_part(
-        self, part: slice, values: Mapping[str, Any], keep: Collection[str] = (), differentiate: Collection[str] = ()
+        self,
+        part: slice,
+        values: Mapping[str, Any],
+        keep: Collection[str] = (),
+        differentiate: Collection[str] = (),
     ) -> dict[str, Any]:
         """Evaluate the nodes ``part`` on the ``values`` that those before them left.
 
@@ -149,7 +155,9 @@ class TorchGraph:
         """Return the names of the values that the nodes ``part`` compute."""
         return {name for step in self._steps[part] for name in step.outputs}
 
-    def footprint(self, feeds: Mapping[str, Any], see: Callable[[str, Any], None]) -> tuple[Footprint, dict[str, Any]]:
+    def footprint(
+        self, feeds: Mapping[str, Any], see: Callable[[str, Any], None]
+    ) -> tuple[Footprint, dict[str, Any]]:
         """Evaluate node by node, holding no more than is needed, and show each value to ``see``.
 
         Returns what each node takes, and the graph's outputs.
@@ -160,7 +168,9 @@ class TorchGraph:
             values = self.run_part(slice(number, number + 1), values, step.outputs)
             for name in step.outputs:
                 see(name, values[name])
-            made.append(sum(size for place, size in _storages(values).items() if place not in before))
+            made.append(
+                sum(size for place, size in _storages(values).items() if place not in before)
+            )
             for name in step.outputs:
                 if name in step.last_uses and name not in self.outputs:
                     del values[name]
@@ -231,7 +241,9 @@ def _converted(array: Any, float_type: torch.dtype) -> Any:
     with warnings.catch_warnings():
         # A memory-mapped file is read-only; nothing here writes to it.
         warnings.filterwarnings("ignore", message=".*not writable.*")
-        tensor = torch.from_numpy(array) if array.flags.c_contiguous else torch.from_numpy(array.copy())
+        tensor = (
+            torch.from_numpy(array) if array.flags.c_contiguous else torch.from_numpy(array.copy())
+        )
     return tensor.to(float_type) if tensor.dtype in (torch.float32, torch.float16) else tensor
 
 
@@ -248,7 +260,9 @@ def _steps(graph: ir.Graph, opset: int, float_type: torch.dtype) -> tuple[_Step,
     ends: dict[int, list[str]] = {}
     for name, number in last.items():
         ends.setdefault(number, []).append(name)
-    steps = [_step(node, n, opset, float_type, tuple(ends.get(n, ()))) for n, node in enumerate(nodes)]
+    steps = [
+        _step(node, n, opset, float_type, tuple(ends.get(n, ()))) for n, node in enumerate(nodes)
+    ]
     for number, node in enumerate(nodes):
         if id(node) in merged:
             operation = merged[id(node)]
@@ -269,7 +283,10 @@ def _attend(call: Call, x: Sequence[Any]) -> Any:
     lead = queries.shape[:-2]
     if len(lead) > 2 or keys.shape[:-2] != lead or values.shape[:-2] != lead:
         return torch.matmul(torch.softmax(torch.matmul(queries, keys), -1), values)
-    four = [part.reshape(*(1,) * (2 - len(lead)), *part.shape) for part in (queries, keys.transpose(-2, -1), values)]
+    four = [
+        part.reshape(*(1,) * (2 - len(lead)), *part.shape)
+        for part in (queries, keys.transpose(-2, -1), values)
+    ]
     attended = functional.scaled_dot_product_attention(four[0], four[1], four[2], scale=1.0)
     return attended.reshape(*lead, *attended.shape[-2:])
 
@@ -278,11 +295,15 @@ def _attend(call: Call, x: Sequence[Any]) -> Any:
 MERGED: dict[str, Operator] = {"silu": _silu, "attention": _attend}
 
 
-def _step(node: ir.Node, number: int, opset: int, float_type: torch.dtype, last_uses: tuple[str, ...]) -> _Step:
+def _step(
+    node: ir.Node, number: int, opset: int, float_type: torch.dtype, last_uses: tuple[str, ...]
+) -> _Step:
     name = node.name or f"{node.op_type}#{number}"
     standard = node.domain in STANDARD_DOMAINS
     if not standard or node.op_type not in OPERATORS:
-        raise UnsupportedOperator(node.op_type if standard else f"{node.domain}::{node.op_type}", name)
+        raise UnsupportedOperator(
+            node.op_type if standard else f"{node.domain}::{node.op_type}", name
+        )
     attributes = {}
     for key, attribute in node.attributes.items():
         if attribute.type == ir.AttributeType.TENSOR:
@@ -295,7 +316,9 @@ def _step(node: ir.Node, number: int, opset: int, float_type: torch.dtype, last_
     used = max((i + 1 for i, v in enumerate(node.outputs) if v.name and _is_read(v)), default=1)
     split = len(outputs) if node.op_type == "Split" else used
     call = Call(attributes, opset, split, float_type)
-    return _Step(name, node.op_type, OPERATORS[node.op_type], call, names, outputs[:split], last_uses)
+    return _Step(
+        name, node.op_type, OPERATORS[node.op_type], call, names, outputs[:split], last_uses
+    )
 
 
 def _is_read(value: ir.Value) -> bool:
@@ -315,4 +338,11 @@ def _evaluate(step: _Step, inputs: list[Any]) -> tuple[Any, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
-__all__ = ["DOUBLE", "FLOATS", "Footprint", "TorchGraph", "UnsupportedOperator", "torch_from_constant"]
+__all__ = [
+    "DOUBLE",
+    "FLOATS",
+    "Footprint",
+    "TorchGraph",
+    "UnsupportedOperator",
+    "torch_from_constant",
+]

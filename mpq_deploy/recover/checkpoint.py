@@ -35,7 +35,9 @@ def save_checkpoint(trainer: Trainer, path: Path, key: str) -> None:
         for name, value in trainer.optimizer.state[parameter].items():
             tensors[f"optimizer.{number}.{name}"] = torch.as_tensor(value)
     if trainer.losses.memory is not None:
-        tensors.update({f"memory.{name}": value for name, value in trainer.losses.memory.state().items()})
+        tensors.update(
+            {f"memory.{name}": value for name, value in trainer.losses.memory.state().items()}
+        )
     values = {
         "format": CHECKPOINT_FORMAT,
         "key": key,
@@ -79,14 +81,23 @@ def restore_checkpoint(trainer: Trainer, path: Path, key: str, talk: Talk) -> bo
         for name, parameter in trainer.student.named_parameters():
             parameter.copy_(tensors[f"now.{name}"])
     for number, parameter in enumerate(_optimized(trainer)):
-        held = {m: tensors[f"optimizer.{number}.{m}"] for m in MOMENTS if f"optimizer.{number}.{m}" in tensors}
-        trainer.optimizer.state[parameter] = {m: v if m == "step" else v.to(device) for m, v in held.items()}
+        held = {
+            m: tensors[f"optimizer.{number}.{m}"]
+            for m in MOMENTS
+            if f"optimizer.{number}.{m}" in tensors
+        }
+        trainer.optimizer.state[parameter] = {
+            m: v if m == "step" else v.to(device) for m, v in held.items()
+        }
     if trainer.losses.memory is not None:
         trainer.losses.memory.restore(_under("memory.", tensors))
     progress.best = _under("best.", tensors)
     for name in ("step", "best_step", "best_error"):
         setattr(progress, name, values[name])
-    progress.before, progress.best_by_timestep = np.array(values["before"]), np.array(values["best_by_timestep"])
+    progress.before, progress.best_by_timestep = (
+        np.array(values["before"]),
+        np.array(values["best_by_timestep"]),
+    )
     progress.curve = [CurvePoint(**point) for point in values["curve"]]
     return True
 
@@ -118,4 +129,8 @@ def _optimized(trainer: Trainer) -> list[Any]:
 
 
 def _under(prefix: str, tensors: dict[str, Any]) -> dict[str, Any]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): value
+        for name, value in tensors.items()
+        if name.startswith(prefix)
+    }

@@ -40,11 +40,18 @@ class MemoryEstimate:
 
     def refuse_too_large(self, room: Room | None, held: int = 0) -> None:
         """Raise UsageError when this exceeds the ``room``; ``held`` may include the fixed bytes."""
-        refuse_too_large("Recovery", {**asdict(self), "code": FIXED_BYTES}, room, HINT, min(held, FIXED_BYTES))
+        refuse_too_large(
+            "Recovery", {**asdict(self), "code": FIXED_BYTES}, room, HINT, min(held, FIXED_BYTES)
+        )
 
 
 def estimate_memory(
-    shapes: Sequence[tuple[int, int]], rank: int, value_bytes: int, batch_size: int, segments: int, pool_bytes: int = 0
+    shapes: Sequence[tuple[int, int]],
+    rank: int,
+    value_bytes: int,
+    batch_size: int,
+    segments: int,
+    pool_bytes: int = 0,
 ) -> MemoryEstimate:
     """Estimate the bytes of training weights of ``shapes`` (O, K) with adapters of ``rank``.
 
@@ -54,7 +61,11 @@ def estimate_memory(
     joins them they are there twice.
     """
     weights = sum(rows * columns for rows, columns in shapes)
-    adapters = sum(min(rank, rows, columns) * (rows + columns) for rows, columns in shapes) if rank else weights
+    adapters = (
+        sum(min(rank, rows, columns) * (rows + columns) for rows, columns in shapes)
+        if rank
+        else weights
+    )
     share = 1.0 if segments == 1 else min(1.0, 2.0 / segments)
     return MemoryEstimate(
         # One copy more: ONNX Runtime's, for the trajectories.

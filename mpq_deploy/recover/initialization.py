@@ -23,7 +23,9 @@ Tensor = Any  # torch.Tensor; torch is not followed by mypy here
 GAINS = (0.0, 0.5, 1.0, -0.5, -1.0)
 
 
-def initialize_from_error(student: Student, calls: Sequence[Mapping[str, Tensor]]) -> Counter[float]:
+def initialize_from_error(
+    student: Student, calls: Sequence[Mapping[str, Tensor]]
+) -> Counter[float]:
     """Start adapters from their layer's quantization error where that helps; count the gains.
 
     ``calls``: inputs of some calls of the float model, on whose values each layer's output error is
@@ -45,16 +47,26 @@ def initialize_from_error(student: Student, calls: Sequence[Mapping[str, Tensor]
 
 def _factors(weight: LayerWeight) -> tuple[Tensor, Tensor]:
     """Return U sqrt(S) [O, r] and sqrt(S) V^T [r, K] of the layer's quantization error."""
-    rank = weight.adapter.up.shape[1] if weight.adapter.down is not None else min(weight.target.shape)
+    rank = (
+        weight.adapter.up.shape[1] if weight.adapter.down is not None else min(weight.target.shape)
+    )
     with torch.no_grad():
-        error = torch.from_numpy(weight.target) - weight.through(torch.zeros_like(weight.adapter())).cpu()
+        error = (
+            torch.from_numpy(weight.target)
+            - weight.through(torch.zeros_like(weight.adapter())).cpu()
+        )
         u, s, v = torch.linalg.svd(error, full_matrices=False)
     root = s[:rank].sqrt()
     return u[:, :rank] * root, root[:, None] * v[:rank]
 
 
 def _add_errors(
-    student: Student, factors: list[tuple[Tensor, Tensor]], errors: Any, number: int, node: str, inputs: list[Any]
+    student: Student,
+    factors: list[tuple[Tensor, Tensor]],
+    errors: Any,
+    number: int,
+    node: str,
+    inputs: list[Any],
 ) -> None:
     """Add the squared output error of layer ``number`` under every gain to its row of ``errors``."""
     weight = student.layer_weights[number]

@@ -65,7 +65,9 @@ def pixels_of(feature: Tensor, channel_axis: int, most: int) -> Tensor:
         stride = max(1, math.ceil((math.prod(feature.shape[2:]) / most) ** (1 / space) - 1e-9))
         places = tuple([slice(None)] * 2 + [slice(None, None, stride)] * space)
         feature = feature[places]
-    return functional.normalize(feature.flatten(2) if space else feature[:, :, None], dim=1).transpose(1, 2)
+    return functional.normalize(
+        feature.flatten(2) if space else feature[:, :, None], dim=1
+    ).transpose(1, 2)
 
 
 def relation_loss(expected: Tensor, output: Tensor) -> Tensor:
@@ -86,7 +88,9 @@ class LossTerms:
     ``energy`` [K]: mean squared norm of the float output at each timestep.
     """
 
-    def __init__(self, spec: DenoiserSpec, options: RecoverSettings, energy: Array, elements: int) -> None:
+    def __init__(
+        self, spec: DenoiserSpec, options: RecoverSettings, energy: Array, elements: int
+    ) -> None:
         self._weights = {name: weight for name, weight in options.losses.items() if weight > 0}
         self._options, self._spec = options, spec
         self._energy, self._elements = np.maximum(energy, np.finfo(np.float64).tiny), elements
@@ -101,7 +105,9 @@ class LossTerms:
                 )
             self._alphas = np.asarray(alphas_cumprod(spec.scheduler), np.float64)
 
-    def terms(self, student: Student, batch: Batch, weights: Array, rng: np.random.Generator) -> Terms:
+    def terms(
+        self, student: Student, batch: Batch, weights: Array, rng: np.random.Generator
+    ) -> Terms:
         """Return each loss on ``batch`` with its weight. ``weights`` [M]: ``draw_weights``."""
         related = [name for name in ("relation", "memory") if name in self._weights]
         keep = (student.feature,) if related else ()
@@ -124,10 +130,14 @@ class LossTerms:
     def _factors(self, name: str, batch: Batch) -> Array:
         if name == "output":
             return np.asarray(1.0 / self._energy[batch.steps])
-        signal = np.interp(batch.timesteps.astype(np.float64), np.arange(len(self._alphas)), self._alphas)
+        signal = np.interp(
+            batch.timesteps.astype(np.float64), np.arange(len(self._alphas)), self._alphas
+        )
         return space_factor(self._spec.prediction_type, name, signal) ** 2 / self._elements
 
-    def _relation(self, student: Student, batch: Batch, float_feature: Tensor, feature: Tensor) -> Tensor:
+    def _relation(
+        self, student: Student, batch: Batch, float_feature: Tensor, feature: Tensor
+    ) -> Tensor:
         """Relate features smoothed over two steps (as MPQ-DM); only this one has a gradient."""
         earlier = student.feed(batch.earlier)
         with torch.no_grad():
@@ -138,14 +148,23 @@ class LossTerms:
         return relation_loss(expected, pixels_of((feature + before) / 2, axis, most))
 
     def _remembered(
-        self, student: Student, batch: Batch, float_feature: Tensor, feature: Tensor, rng: np.random.Generator
+        self,
+        student: Student,
+        batch: Batch,
+        float_feature: Tensor,
+        feature: Tensor,
+        rng: np.random.Generator,
     ) -> Tensor:
         assert self.memory is not None
         options = self._options
         everything = math.prod(float_feature.shape)
-        expected, output = (pixels_of(f, student.feature_axis, everything) for f in (float_feature, feature))
+        expected, output = (
+            pixels_of(f, student.feature_axis, everything) for f in (float_feature, feature)
+        )
         count = expected.shape[0] * expected.shape[1]
-        picked = torch.from_numpy(rng.choice(count, min(options.memory_pixels, count), replace=False))
+        picked = torch.from_numpy(
+            rng.choice(count, min(options.memory_pixels, count), replace=False)
+        )
         some = expected.flatten(0, 1)[picked]
         loss = self.memory.loss(some, output.flatten(0, 1)[picked], options.memory_anchors, rng)
         self.memory.enqueue(some, np.repeat(batch.timesteps, expected.shape[1])[picked.numpy()])

@@ -48,10 +48,14 @@ class PixelMemory:
         tags = self.timesteps[: self.used]
         _, which, counts = np.unique(tags, return_inverse=True, return_counts=True)
         chances = 1.0 / counts[which]
-        places = rng.choice(self.used, min(count, self.used), replace=False, p=chances / chances.sum())
+        places = rng.choice(
+            self.used, min(count, self.used), replace=False, p=chances / chances.sum()
+        )
         return self.pixels[torch.from_numpy(places)]
 
-    def loss(self, expected: Tensor, output: Tensor, count: int, rng: np.random.Generator) -> Tensor:
+    def loss(
+        self, expected: Tensor, output: Tensor, count: int, rng: np.random.Generator
+    ) -> Tensor:
         """Return the mean over pixels of KL(softmax(f . a / 0.1) || softmax(q . a / 0.1)).
 
         ``expected`` f, ``output`` q: unit pixels [n, C] of the float model and the student. Zero

@@ -70,7 +70,12 @@ class Recovered:
 
 
 def recover(
-    task: RecoverTask, options: RecoverSettings, recorder: TrajectoryRecorder, talk: Talk, checkpoint: Path, key: str
+    task: RecoverTask,
+    options: RecoverSettings,
+    recorder: TrajectoryRecorder,
+    talk: Talk,
+    checkpoint: Path,
+    key: str,
 ) -> Recovered:
     """Train and return the student in its best state, with what was measured.
 
@@ -95,10 +100,14 @@ def recover(
     with torch.no_grad():
         for name, parameter in student.named_parameters():
             parameter.copy_(progress.best[name])
-    return Recovered(student, _recovery(progress, options, trainer.held_out, starts), trainer.held_out)
+    return Recovered(
+        student, _recovery(progress, options, trainer.held_out, starts), trainer.held_out
+    )
 
 
-def write_recovered(task: RecoverTask, recovered: Recovered, folder: Path, dialect: Dialect | None = None) -> int:
+def write_recovered(
+    task: RecoverTask, recovered: Recovered, folder: Path, dialect: Dialect | None = None
+) -> int:
     """Write the graphs of the best state into ``folder``; return their bytes of constants.
 
     Raises MpqError when ONNX Runtime does not measure on the written graph what torch measured
@@ -106,7 +115,9 @@ def write_recovered(task: RecoverTask, recovered: Recovered, folder: Path, diale
     """
     student, after = recovered.student, recovered.recovery.after
     written = write_quantized(
-        FloatGraph(task.model, task.spec.timestep_name, task.spec.sample.name, student.learned_constants()),
+        FloatGraph(
+            task.model, task.spec.timestep_name, task.spec.sample.name, student.learned_constants()
+        ),
         student.rewrites(task.starts),
         student.activation_scales(),
         folder,
@@ -132,7 +143,9 @@ def measured_error(graph: Path, task: RecoverTask, held_out: Trajectories) -> fl
             calls = slice(start, start + batch)
             taken = {name: values[held_out.rows[calls]] for name, values in task.conditions.items()}
             output = denoiser(held_out.inputs[step, calls], float(timestep), taken)
-            squared += float(np.square(output - held_out.outputs[step, calls], dtype=np.float64).sum())
+            squared += float(
+                np.square(output - held_out.outputs[step, calls], dtype=np.float64).sum()
+            )
         errors.append(squared / (float(held_out.energy[step]) * len(held_out.rows)))
     return float(np.mean(errors))
 
@@ -142,17 +155,23 @@ def _place(student: Student, options: RecoverSettings) -> None:
     cuda = torch.cuda.is_available()
     if cuda:
         student.move(torch.device("cuda"))
-    half = options.precision == "bfloat16" or (options.precision == "auto" and cuda and torch.cuda.is_bf16_supported())
+    half = options.precision == "bfloat16" or (
+        options.precision == "auto" and cuda and torch.cuda.is_bf16_supported()
+    )
     student.training_type = torch.bfloat16 if half else torch.float32
 
 
-def expected_memory(task: RecoverTask, options: RecoverSettings, steps: int, talk: Talk) -> MemoryEstimate:
+def expected_memory(
+    task: RecoverTask, options: RecoverSettings, steps: int, talk: Talk
+) -> MemoryEstimate:
     """Estimate the memory of training from the layers' shapes and one forward pass.
 
     ``steps``: calls of a trajectory, or twice as many with guidance.
     """
     names = tuple(name for name in tensors_of(task.graph.model) if name)
-    shapes = activation_shapes(task.graph, RecordedCalls(task.recorded, task.conditions, task.spec), talk, names=names)
+    shapes = activation_shapes(
+        task.graph, RecordedCalls(task.recorded, task.conditions, task.spec), talk, names=names
+    )
     return estimate_memory(
         [(len(start.weight), start.weight.shape[1]) for start in task.starts],
         options.rank,
@@ -160,7 +179,12 @@ def expected_memory(task: RecoverTask, options: RecoverSettings, steps: int, tal
         options.batch_size,
         options.segments,
         # Inputs and outputs.
-        2 * FLOAT32_BYTES * math.prod(task.spec.sample.shape) * steps * options.trajectories * options.replay,
+        2
+        * FLOAT32_BYTES
+        * math.prod(task.spec.sample.shape)
+        * steps
+        * options.trajectories
+        * options.replay,
     )
 
 
@@ -177,11 +201,17 @@ def _some_calls(student: Student, trainer: Trainer, pool: Trajectories) -> list[
     """Return inputs at four timesteps spread over the trajectory."""
     calls = np.arange(min(trainer.batches.size, len(pool.rows)))
     steps = np.linspace(0, len(pool.timesteps) - 1, INITIAL_STEPS).round().astype(np.int64)
-    return [student.feed(trainer.batches.of(pool, np.full(len(calls), step), calls).feeds) for step in steps]
+    return [
+        student.feed(trainer.batches.of(pool, np.full(len(calls), step), calls).feeds)
+        for step in steps
+    ]
 
 
 def _recovery(
-    progress: Progress, options: RecoverSettings, held_out: Trajectories, starts: dict[str, int] | None
+    progress: Progress,
+    options: RecoverSettings,
+    held_out: Trajectories,
+    starts: dict[str, int] | None,
 ) -> Recovery:
     return Recovery(
         steps=options.steps,

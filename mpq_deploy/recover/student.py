@@ -62,7 +62,9 @@ class Student(torch.nn.Module):  # type: ignore[misc]
         self.feature, self.feature_axis = last_features(model)
         self.segments, self.training_type = options.segments, torch.float32
         weights = [
-            layer_weight(start, options.rank, options.margin, np.random.default_rng((options.seed, number)))
+            layer_weight(
+                start, options.rank, options.margin, np.random.default_rng((options.seed, number))
+            )
             for number, start in enumerate(starts)
         ]
         self.weights = torch.nn.ModuleList(weights)
@@ -74,12 +76,21 @@ class Student(torch.nn.Module):  # type: ignore[misc]
         stored = {value.name or "": value for value in halves if value.name not in own}
         self._constant_names = sorted(name for name, value in stored.items() if self._learns(value))
         self.constants = torch.nn.ParameterList(
-            [torch.nn.Parameter(self.graph.constants[name].clone()) for name in self._constant_names]
+            [
+                torch.nn.Parameter(self.graph.constants[name].clone())
+                for name in self._constant_names
+            ]
         )
-        fixed = [name for name in stored if name not in self._constant_names and name in self.graph.constants]
+        fixed = [
+            name
+            for name in stored
+            if name not in self._constant_names and name in self.graph.constants
+        ]
         self._fixed = {name: self._stored(name, self.graph.constants[name]) for name in fixed}
 
-    def _activation_scales(self, starts: Sequence[StartingWeight], stats: CalibrationStats) -> list[ActivationScale]:
+    def _activation_scales(
+        self, starts: Sequence[StartingWeight], stats: CalibrationStats
+    ) -> list[ActivationScale]:
         made = []
         for start in starts:
             if start.matrix is None or start.scheme.activation is None:
@@ -89,7 +100,11 @@ class Student(torch.nn.Module):  # type: ignore[misc]
                 if tensor + form not in self._scale_keys:
                     known = stats.activations[tensor]
                     self._scale_keys.append(tensor + form)
-                    made.append(ActivationScale(start.scheme.input_grid(known), start.scheme.branch.left_out(known)))
+                    made.append(
+                        ActivationScale(
+                            start.scheme.input_grid(known), start.scheme.branch.left_out(known)
+                        )
+                    )
         return made
 
     def _layer_uses(self, starts: Sequence[StartingWeight]) -> dict[str, tuple[int, str | None]]:
@@ -98,7 +113,10 @@ class Student(torch.nn.Module):  # type: ignore[misc]
         for number, start in enumerate(starts):
             rounds = start.matrix is not None and start.scheme.activation is not None
             for use in start.layer.uses:
-                uses[use.node] = (number, use.input + start.scheme.activation_form if rounds else None)
+                uses[use.node] = (
+                    number,
+                    use.input + start.scheme.activation_form if rounds else None,
+                )
         return uses
 
     def _learns(self, value: ir.Value) -> bool:
@@ -106,8 +124,14 @@ class Student(torch.nn.Module):  # type: ignore[misc]
         tensor = self.graph.constants.get(value.name or "")
         if tensor is None or tensor.numel() < 2 or not bool(torch.isfinite(halved(tensor)).all()):
             return False
-        slots = [(node.op_type, node.name in self._uses and index == 2, index) for node, index in value.uses()]
-        return all(bias or (op in AFFINE and (index > 0 or op in ("Add", "Mul"))) for op, bias, index in slots)
+        slots = [
+            (node.op_type, node.name in self._uses and index == 2, index)
+            for node, index in value.uses()
+        ]
+        return all(
+            bias or (op in AFFINE and (index > 0 or op in ("Add", "Mul")))
+            for op, bias, index in slots
+        )
 
     def feed(self, arrays: Mapping[str, Array]) -> dict[str, Tensor]:
         """Turn NumPy inputs into tensors where the model is."""
@@ -138,12 +162,22 @@ class Student(torch.nn.Module):  # type: ignore[misc]
         """
         learning = torch.is_grad_enabled()
         made = [weight() for weight in self.weights]
-        rewire = {node: partial(self.rewired, node, made[number]) for node, (number, _) in self._uses.items()}
-        known = {**self._fixed, **{n: self._stored(n, c) for n, c in zip(self._constant_names, self.constants)}}
+        rewire = {
+            node: partial(self.rewired, node, made[number])
+            for node, (number, _) in self._uses.items()
+        }
+        known = {
+            **self._fixed,
+            **{n: self._stored(n, c) for n, c in zip(self._constant_names, self.constants)},
+        }
         half = learning and self.training_type != torch.float32
         with torch.autocast(self.device.type, self.training_type, enabled=half):
             values = self.graph.run(
-                feeds, keep=keep, rewire=rewire, known=known, segments=self.segments if learning else 1
+                feeds,
+                keep=keep,
+                rewire=rewire,
+                known=known,
+                segments=self.segments if learning else 1,
             )
         return {name: value.float() for name, value in values.items()}
 
@@ -152,7 +186,9 @@ class Student(torch.nn.Module):  # type: ignore[misc]
         with torch.no_grad():
             return self.graph.run(feeds, keep=keep)
 
-    def observe(self, feeds: Mapping[str, Tensor], see: Callable[[int, str, list[Any]], None]) -> None:
+    def observe(
+        self, feeds: Mapping[str, Tensor], see: Callable[[int, str, list[Any]], None]
+    ) -> None:
         """Evaluate the float model and call ``see`` with each layer's number, node and inputs."""
 
         def seen(number: int, node: str, inputs: list[Any]) -> list[Any]:
@@ -161,7 +197,10 @@ class Student(torch.nn.Module):  # type: ignore[misc]
 
         with torch.no_grad():
             self.graph.run(
-                feeds, rewire={node: partial(seen, number, node) for node, (number, _) in self._uses.items()}
+                feeds,
+                rewire={
+                    node: partial(seen, number, node) for node, (number, _) in self._uses.items()
+                },
             )
 
     def _stored(self, name: str, constant: Tensor) -> Tensor:
@@ -169,7 +208,9 @@ class Student(torch.nn.Module):  # type: ignore[misc]
         fold = self._folds.get(name)
         return halved(constant if fold is None else constant * fold.to(constant.device))
 
-    def rewired(self, node: str, weight: Tensor, inputs: list[Any], of_float: bool = False) -> list[Any]:
+    def rewired(
+        self, node: str, weight: Tensor, inputs: list[Any], of_float: bool = False
+    ) -> list[Any]:
         """Return what a layer's ``node`` reads in the quantized model: rounded input, ``weight``.
 
         ``of_float``: the inputs are the float model's, whose norms have taken no factors.
@@ -259,7 +300,11 @@ def last_features(model: ir.Model) -> tuple[str, int]:
 
     A model without a Conv has its last layer's input, whose channels come last.
     """
-    inputs = [node.inputs[0].name for node in model.graph if node.op_type == "Conv" and node.inputs[0] is not None]
+    inputs = [
+        node.inputs[0].name
+        for node in model.graph
+        if node.op_type == "Conv" and node.inputs[0] is not None
+    ]
     if inputs:
         return inputs[-1] or "", 1
     return layer_graph(model).layers[-1].uses[-1].input, -1

@@ -43,10 +43,14 @@ def rounded(x: Tensor) -> Tensor:
 
 def halved(x: Tensor) -> Tensor:
     """Round to FP16, saturating as when constants are written; the gradient passes."""
-    return _StraightThrough.apply(x, x.detach().clamp(-LARGEST_HALF, LARGEST_HALF).half().to(x.dtype))
+    return _StraightThrough.apply(
+        x, x.detach().clamp(-LARGEST_HALF, LARGEST_HALF).half().to(x.dtype)
+    )
 
 
-def fake_quantize(x: Tensor, scale: Tensor, quant_min: int = QUANT_MIN, quant_max: int = QUANT_MAX) -> Tensor:
+def fake_quantize(
+    x: Tensor, scale: Tensor, quant_min: int = QUANT_MIN, quant_max: int = QUANT_MAX
+) -> Tensor:
     """Return ``x`` through QuantizeLinear and DequantizeLinear; ``x`` and ``scale`` get gradients.
 
     The gradient of the scale is LSQ's (Esser et al. 2020): code - x / scale within the limits, the
@@ -108,12 +112,16 @@ class Grid(torch.nn.Module):  # type: ignore[misc]
         self.register_buffer("first", torch.from_numpy(np.asarray(blocks, np.float32)))
         self.register_buffer("low", torch.as_tensor(limits[0], dtype=torch.float32))
         self.register_buffer("high", torch.as_tensor(limits[1], dtype=torch.float32))
-        self.register_buffer("multiples", None if multiples is None else torch.from_numpy(np.float32(multiples)))
+        self.register_buffer(
+            "multiples", None if multiples is None else torch.from_numpy(np.float32(multiples))
+        )
         self.scale = LearnedScale(scale, SMALLEST_SCALE, LARGEST_SCALE)
 
     def codes(self, delta: Tensor) -> Tensor:
         """Return the integers [O, K] of the latent moved by ``delta`` [O, K], as floats."""
-        moved = self.start + (_blocked(delta, self.first) / self.first[:, :, None]).reshape(delta.shape)
+        moved = self.start + (_blocked(delta, self.first) / self.first[:, :, None]).reshape(
+            delta.shape
+        )
         return torch.clamp(rounded(moved), self.low, self.high)
 
     def forward(self, delta: Tensor) -> Tensor:
@@ -157,7 +165,9 @@ class Levels(torch.nn.Module):  # type: ignore[misc]
         # Rows of fewer levels end in infinities.
         counts = np.isfinite(values).sum(axis=1)
         last = np.take_along_axis(values, counts[:, None] - 1, axis=1)
-        self.step = np.maximum((last - values[:, :1]) / np.maximum(counts - 1, 1)[:, None], np.finfo(np.float32).tiny)
+        self.step = np.maximum(
+            (last - values[:, :1]) / np.maximum(counts - 1, 1)[:, None], np.finfo(np.float32).tiny
+        )
         middles = (values[:, 1:] + values[:, :-1]) / 2
         self.register_buffer("middles", torch.from_numpy(np.ascontiguousarray(middles)))
         self.register_buffer("lowest", torch.from_numpy(values[:, :1].copy()))
@@ -165,13 +175,18 @@ class Levels(torch.nn.Module):  # type: ignore[misc]
         self.register_buffer("code_of", torch.from_numpy(codes))
         self.register_buffer("sign_of", torch.from_numpy(signs))
         beyond = np.clip(target - held, -margin * self.step, margin * self.step)
-        moved, start = torch.from_numpy(np.asarray(held + beyond, np.float32)), torch.from_numpy(held)
+        moved, start = (
+            torch.from_numpy(np.asarray(held + beyond, np.float32)),
+            torch.from_numpy(held),
+        )
         same = torch.searchsorted(self.middles, moved) == torch.searchsorted(self.middles, start)
         self.register_buffer("start", torch.where(same, moved, start))
         self.scale = LearnedScale(matrix.grids.scale[:, None], SMALLEST_SCALE, LARGEST_SCALE)
         sizes = np.where(matrix.grids.residual > 0, matrix.grids.residual, SMALLEST_SCALE)
         some = bool(matrix.grids.residual.any())
-        self.residual = LearnedScale(sizes[:, :, None], SMALLEST_SCALE, LARGEST_SCALE) if some else None
+        self.residual = (
+            LearnedScale(sizes[:, :, None], SMALLEST_SCALE, LARGEST_SCALE) if some else None
+        )
         self._limits = matrix.grids
 
     @property
@@ -197,12 +212,17 @@ class Levels(torch.nn.Module):  # type: ignore[misc]
         with torch.no_grad():
             places = self._places(delta)
             codes = torch.gather(self.code_of, 1, places).cpu().numpy().astype(np.int8)
-            signs = [torch.gather(table, 1, places).cpu().numpy().astype(np.int8) for table in self.sign_of]
+            signs = [
+                torch.gather(table, 1, places).cpu().numpy().astype(np.int8)
+                for table in self.sign_of
+            ]
         old = self._limits
         sizes = old.residual if self.residual is None else self.residual.stored()[:, :, 0]
         sizes = np.where(old.residual > 0, sizes, 0).astype(np.float16)
         grids = RowGrids(old.low, old.high, self.scale.stored()[:, 0], sizes)
-        return SimulatedMatrix(grids, codes, np.asarray(signs, np.int8).reshape(len(signs), *codes.shape))
+        return SimulatedMatrix(
+            grids, codes, np.asarray(signs, np.int8).reshape(len(signs), *codes.shape)
+        )
 
 
 def _levels(matrix: SimulatedMatrix) -> tuple[Array, Array, Array]:
@@ -213,12 +233,18 @@ def _levels(matrix: SimulatedMatrix) -> tuple[Array, Array, Array]:
     rows, orders = len(grids.scale), len(grids.residual)
     low, high = int(grids.low.min()), int(grids.high.max())
     choices = [np.arange(low, high + 1), *[np.array([-1, 1])] * orders]
-    combined = np.stack([axis.ravel() for axis in np.meshgrid(*choices, indexing="ij")]).astype(np.float32)
+    combined = np.stack([axis.ravel() for axis in np.meshgrid(*choices, indexing="ij")]).astype(
+        np.float32
+    )
     codes = np.repeat(combined[:1], rows, axis=0)
     signs = np.repeat(combined[1:, None], rows, axis=1)
     sizes = grids.residual.astype(np.float32)[:, :, None]
     # A residual that a row lacks is one level, not two.
-    there = (codes >= grids.low[:, None]) & (codes <= grids.high[:, None]) & ((sizes > 0) | (signs > 0)).all(axis=0)
+    there = (
+        (codes >= grids.low[:, None])
+        & (codes <= grids.high[:, None])
+        & ((sizes > 0) | (signs > 0)).all(axis=0)
+    )
     signs = signs * (sizes > 0)
     values = codes * grids.scale.astype(np.float32)[:, None]
     for sign, size in zip(signs, sizes):
@@ -236,7 +262,9 @@ class ActivationScale(LearnedScale):
     """The scale of an activation tensor, rounded to ``grid`` except for the channels ``kept``."""
 
     def __init__(self, grid: ActivationGrid, kept: Array) -> None:
-        super().__init__(np.float32(grid.scale), SMALLEST_ACTIVATION_SCALE, LARGEST_ACTIVATION_SCALE)
+        super().__init__(
+            np.float32(grid.scale), SMALLEST_ACTIVATION_SCALE, LARGEST_ACTIVATION_SCALE
+        )
         self.kept, self.code_limits = kept, (grid.quant_min, grid.quant_max)
 
     def grid(self) -> ActivationGrid:

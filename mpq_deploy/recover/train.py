@@ -67,11 +67,15 @@ class Trainer:
         self.student, self.options, self.talk = student, options, talk
         self._recorder = recorder
         self.batches = Batches(spec, conditions, options.batch_size)
-        self.held_out = recorder.record(options.held_out, options.seed, HELD_OUT_ROUND, held_out=True)
+        self.held_out = recorder.record(
+            options.held_out, options.seed, HELD_OUT_ROUND, held_out=True
+        )
         # The trajectories that are drawn from, and the number of the newest round among them.
         self._pool: Trajectories | None = None
         self._newest = -1
-        self.losses = LossTerms(spec, options, self.held_out.energy, int(np.prod(self.held_out.outputs.shape[2:])))
+        self.losses = LossTerms(
+            spec, options, self.held_out.energy, int(np.prod(self.held_out.outputs.shape[2:]))
+        )
         self.optimizer = _optimizer(student, options)
         self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.progress = Progress()
@@ -94,7 +98,9 @@ class Trainer:
                 values = self._update(batch, weights[batch.steps], rng)
                 bad = [name for name, value in values.items() if not math.isfinite(value)]
                 if bad:
-                    progress.stopped = f"the loss '{bad[0]}' is {values[bad[0]]} at step {progress.step + 1}"
+                    progress.stopped = (
+                        f"the loss '{bad[0]}' is {values[bad[0]]} at step {progress.step + 1}"
+                    )
                     break
                 progress.step += 1
                 advance(1)
@@ -133,7 +139,9 @@ class Trainer:
                 self._pool = None
             for new in range(oldest if self._pool is None else self._newest + 1, number + 1):
                 more = self._recorder.record(options.trajectories, options.seed, new)
-                self._pool = more if self._pool is None else self._pool.followed_by(more, options.replay)
+                self._pool = (
+                    more if self._pool is None else self._pool.followed_by(more, options.replay)
+                )
             self._newest = number
         assert self._pool is not None
         return self._pool
@@ -147,8 +155,14 @@ class Trainer:
             progress.before = by_timestep
         progress.curve.append(CurvePoint(progress.step, error, dict(losses or {})))
         if error < progress.best_error:
-            progress.best_error, progress.best_step, progress.best_by_timestep = error, progress.step, by_timestep
-            progress.best = {name: value.detach().clone() for name, value in self.student.named_parameters()}
+            progress.best_error, progress.best_step, progress.best_by_timestep = (
+                error,
+                progress.step,
+                by_timestep,
+            )
+            progress.best = {
+                name: value.detach().clone() for name, value in self.student.named_parameters()
+            }
 
     def held_out_error(self) -> Array:
         """Return the NMSE of the student's output on the held-out trajectories, float64 [K]."""
@@ -161,7 +175,9 @@ class Trainer:
                     calls = np.arange(start, min(start + self.batches.size, count))
                     batch = self.batches.of(pool, np.full(len(calls), step), calls)
                     output = self.student.run(self.student.feed(batch.feeds))[self.student.output]
-                    squared += float((output - self.student.place(batch.expected)).double().square().sum())
+                    squared += float(
+                        (output - self.student.place(batch.expected)).double().square().sum()
+                    )
                 errors.append(squared / max(float(pool.energy[step]) * count, 1e-300))
         return np.array(errors)
 

@@ -76,7 +76,10 @@ class TwinKit:
 
     def of(self, grid: Grid | Levels) -> LayerTwin:
         """Return the twin of a weight that is ``grid`` and nothing else."""
-        through, deployed = (lambda w, delta: w.grid(delta)), (lambda w, delta: w.grid.merged(delta))
+        through, deployed = (
+            (lambda w, delta: w.grid(delta)),
+            (lambda w, delta: w.grid.merged(delta)),
+        )
         return LayerTwin({"grid": grid}, through, deployed, grid.mean_step)
 
     def of_half(self, weight: Array) -> LayerTwin:
@@ -85,7 +88,9 @@ class TwinKit:
         # codes is.
         step = float(np.abs(weight).max() / INT8.quant_max) or 1.0
         parts = {"float_weight": self.tensor(weight)}
-        return LayerTwin(parts, lambda w, delta: halved(w.float_weight + delta), lambda w, delta: None, step)
+        return LayerTwin(
+            parts, lambda w, delta: halved(w.float_weight + delta), lambda w, delta: None, step
+        )
 
     def tensor(self, array: Array) -> Tensor:
         """Return a float32 tensor."""
@@ -178,7 +183,9 @@ class LayerWeight(torch.nn.Module):  # type: ignore[misc]
         return (matrix if self.layer.out_axis == 0 else matrix.T).reshape(self.layer.weight_shape)
 
 
-def layer_weight(start: StartingWeight, rank: int, margin: float, rng: np.random.Generator) -> LayerWeight:
+def layer_weight(
+    start: StartingWeight, rank: int, margin: float, rng: np.random.Generator
+) -> LayerWeight:
     """Make the trainable weight of a layer: the form that its plan deploys."""
     rows, columns = start.weight.shape
     return LayerWeight(start, Adapter(rows, columns, rank, rng), margin)

@@ -55,7 +55,12 @@ class TrajectoryRecorder:
     """Runs the float denoiser from noise, seeded by (``seed``, round): rounds share no noise."""
 
     def __init__(
-        self, model: Path, spec: DenoiserSpec, conditions: dict[str, Array], steps: int, sampler: SamplerKind
+        self,
+        model: Path,
+        spec: DenoiserSpec,
+        conditions: dict[str, Array],
+        steps: int,
+        sampler: SamplerKind,
     ) -> None:
         self._denoiser = OrtDenoiser(model, spec)
         self._spec, self._conditions, self._steps, self._kind = spec, conditions, steps, sampler
@@ -79,7 +84,13 @@ class TrajectoryRecorder:
         batch = 16 if all(item.batched for item in self._spec.conditions) else 1
         rows = self._rows(count, noise_seed, held_out)
         model = GuidedDenoiser(recording, self._spec, self._conditions, recording.on_call)
-        denoise(model, sampler, first_samples(self._spec, rows, self._conditions, noise_seed), rows, batch)
+        denoise(
+            model,
+            sampler,
+            first_samples(self._spec, rows, self._conditions, noise_seed),
+            rows,
+            batch,
+        )
         return recording.finish()
 
     def _rows(self, count: int, seed: int, held_out: bool) -> Array:
@@ -95,7 +106,10 @@ class TrajectoryRecorder:
         if held_out:
             return np.arange(known - apart, known, dtype=np.int64)[:count]
         return cycled_rows(
-            self._spec.model_copy(update={"calibration_rows": known - apart}), self._conditions, count, seed
+            self._spec.model_copy(update={"calibration_rows": known - apart}),
+            self._conditions,
+            count,
+            seed,
         )
 
 
@@ -110,7 +124,9 @@ class _Recording:
     def on_call(self, step_index: int, timestep: float, model_input: Array, rows: Array) -> None:
         self.pending = (step_index, timestep, model_input.astype(np.float32), rows.copy())
 
-    def __call__(self, sample: Array, timestep: float | Array, conditions: dict[str, Array]) -> Array:
+    def __call__(
+        self, sample: Array, timestep: float | Array, conditions: dict[str, Array]
+    ) -> Array:
         output = self.denoiser(sample, timestep, conditions)
         assert self.pending is not None
         step_index, at, model_input, rows = self.pending

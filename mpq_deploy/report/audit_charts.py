@@ -51,7 +51,10 @@ def interval(correlation: Correlation) -> str:
     if correlation.rho is None:
         return NO_ORDER
     places = 3 if correlation.rho > 0.99 else 2
-    parts = [f"{value:.{places}f}".replace("-", "−") for value in (correlation.rho, correlation.low, correlation.high)]
+    parts = [
+        f"{value:.{places}f}".replace("-", "−")
+        for value in (correlation.rho, correlation.low, correlation.high)
+    ]
     return f"{parts[0]} ({parts[1]} to {parts[2]})"
 
 
@@ -66,7 +69,9 @@ def correlation_chart(result: AuditResult) -> Markup | None:
     x = Axis(ticks[0], 1.0, LABEL_WIDTH, WIDTH - CORRELATION_WIDTH)
     y = Axis(0, len(rows), top, height - BOTTOM)
     shown = [(t, f"{t:g}".replace("-", "−")) for t in ticks]
-    parts = [x_axis(x, y, shown, "rank correlation with the exhaustive truth, within schemes", grid=True)]
+    parts = [
+        x_axis(x, y, shown, "rank correlation with the exhaustive truth, within schemes", grid=True)
+    ]
     parts.append(_legend(_families(result), LABEL_WIDTH))
     for number, (row, pooled) in enumerate(rows):
         level, key = y(number + 0.5), css_key(row.key)
@@ -77,9 +82,9 @@ def correlation_chart(result: AuditResult) -> Markup | None:
         left, right = sorted((x(0.0), x(pooled.rho)))
         text = f"{row.title}: {interval(pooled)}"
         parts.append(
-            Markup('<path class="bar series-{}" d="M{:.1f} {:.1f}H{:.1f}v18H{:.1f}Z"><title>{}</title></path>').format(
-                key, left, level - 9, right, left, text
-            )
+            Markup(
+                '<path class="bar series-{}" d="M{:.1f} {:.1f}H{:.1f}v18H{:.1f}Z"><title>{}</title></path>'
+            ).format(key, left, level - 9, right, left, text)
         )
         parts.append(_whisker_across(key, x(pooled.low), x(pooled.high), level))
         for family, found in (row.classes or {}).items():
@@ -92,7 +97,11 @@ def correlation_chart(result: AuditResult) -> Markup | None:
 def scatter_chart(result: AuditResult) -> Markup | None:
     """Draw each metric's losses over the true ones, a panel per metric, both axes logarithmic."""
     rows = [row for row in result.metrics if row.pooled is not None]
-    true = [loss[TRUTH] for loss in result.losses if loss[TRUTH] > 0 and SCHEMES[loss["scheme"]].quantized]
+    true = [
+        loss[TRUTH]
+        for loss in result.losses
+        if loss[TRUTH] > 0 and SCHEMES[loss["scheme"]].quantized
+    ]
     if not rows or not true:
         return None
     lines = -(-len(rows) // COLUMNS)
@@ -102,13 +111,31 @@ def scatter_chart(result: AuditResult) -> Markup | None:
         left = 40 + (number % COLUMNS) * PANEL
         upper = top + (number // COLUMNS) * PANEL_HEIGHT
         parts.append(_panel(result, row, true, left, upper))
-    parts.append(label(WIDTH / 2, top + lines * PANEL_HEIGHT + 14, "true loss (exhaustive)", "middle", "axis-title"))
-    text = "; ".join(f"{row.title}: {interval(row.pooled)}" for row in rows if row.pooled is not None)
+    parts.append(
+        label(
+            WIDTH / 2,
+            top + lines * PANEL_HEIGHT + 14,
+            "true loss (exhaustive)",
+            "middle",
+            "axis-title",
+        )
+    )
+    text = "; ".join(
+        f"{row.title}: {interval(row.pooled)}" for row in rows if row.pooled is not None
+    )
     height = top + lines * PANEL_HEIGHT + 26
-    return chart("scatter", "Losses of each metric over the true ones", f"Rank correlations: {text}", parts, height)
+    return chart(
+        "scatter",
+        "Losses of each metric over the true ones",
+        f"Rank correlations: {text}",
+        parts,
+        height,
+    )
 
 
-def _panel(result: AuditResult, row: MetricResult, true: Sequence[float], left: float, upper: float) -> Markup:
+def _panel(
+    result: AuditResult, row: MetricResult, true: Sequence[float], left: float, upper: float
+) -> Markup:
     points: dict[str, list[tuple[float, float]]] = {}
     for loss in result.losses:
         estimate = loss.get(row.key)
@@ -133,9 +160,15 @@ def _panel(result: AuditResult, row: MetricResult, true: Sequence[float], left: 
     if row.calibration:
         low, high = max(across[0], up[0]), min(across[-1], up[-1])
         parts.append(
-            Markup('<path class="diagonal" d="M{:.1f} {:.1f}L{:.1f} {:.1f}"/>').format(x(low), y(low), x(high), y(high))
+            Markup('<path class="diagonal" d="M{:.1f} {:.1f}L{:.1f} {:.1f}"/>').format(
+                x(low), y(low), x(high), y(high)
+            )
         )
-    parts += [_dots(name, [(x(a), y(b)) for a, b in points[name]]) for name in _families(result) if name in points]
+    parts += [
+        _dots(name, [(x(a), y(b)) for a, b in points[name]])
+        for name in _families(result)
+        if name in points
+    ]
     return Markup("").join(parts)
 
 
@@ -152,7 +185,11 @@ def quality_chart(result: AuditResult, psnr: bool) -> Markup | None:
     y_ticks = nice_ticks(heights, 6) if psnr else log_ticks(heights)
     y = Axis(y_ticks[0], y_ticks[-1], QUALITY_HEIGHT - BOTTOM, TOP, log=not psnr)
     named = [(t, f"{t:g}" if psnr else power_label(t)) for t in y_ticks]
-    title = "PSNR in dB: higher is closer to the original" if psnr else "relative squared error of the output"
+    title = (
+        "PSNR in dB: higher is closer to the original"
+        if psnr
+        else "relative squared error of the output"
+    )
     parts = [
         y_axis(x, y, named, title),
         x_axis(x, y, [(t, f"{100 * t:.3g} %") for t in x_ticks], "size, relative to FP16"),
@@ -161,7 +198,9 @@ def quality_chart(result: AuditResult, psnr: bool) -> Markup | None:
     for (row, points), place in zip(rows, places, strict=True):
         parts.append(_curve(x, y, row, points, psnr))
         parts.append(label(x.end + 12, place + 4, row.title, "start", "label"))
-    text = "; ".join(f"{row.title}: {', '.join(_figure(p, psnr) for p in points)}" for row, points in rows)
+    text = "; ".join(
+        f"{row.title}: {', '.join(_figure(p, psnr) for p in points)}" for row, points in rows
+    )
     name = "quality-psnr" if psnr else "quality-nmse"
     return chart(name, "Quality of each metric's plans over size", text, parts, QUALITY_HEIGHT)
 
@@ -172,7 +211,10 @@ def _curve(x: Axis, y: Axis, row: MetricResult, points: Sequence[PlanPoint], psn
     parts = [polyline(x, y, Series(key, row.title, tuple(at)))]
     for point, (size, height) in zip(points, at, strict=True):
         if not psnr and point.nmse_error:
-            low, high = max(height - point.nmse_error, y.low), min(height + point.nmse_error, y.high)
+            low, high = (
+                max(height - point.nmse_error, y.low),
+                min(height + point.nmse_error, y.high),
+            )
             parts.append(
                 Markup('<path class="whisker series-{}" d="M{:.1f} {:.1f}V{:.1f}"/>').format(
                     key, x(size), y(low), y(high)
@@ -192,12 +234,20 @@ def _figure(point: PlanPoint, psnr: bool) -> str:
 
 
 def _families(result: AuditResult) -> list[str]:
-    used = {SCHEMES[loss["scheme"]].family for loss in result.losses if SCHEMES[loss["scheme"]].quantized}
-    return [family for family in dict.fromkeys(s.family for s in SCHEMES.values()) if family in used]
+    used = {
+        SCHEMES[loss["scheme"]].family
+        for loss in result.losses
+        if SCHEMES[loss["scheme"]].quantized
+    }
+    return [
+        family for family in dict.fromkeys(s.family for s in SCHEMES.values()) if family in used
+    ]
 
 
 def _class_values(result: AuditResult) -> list[float]:
-    return [c.rho for row in result.metrics for c in (row.classes or {}).values() if c.rho is not None]
+    return [
+        c.rho for row in result.metrics for c in (row.classes or {}).values() if c.rho is not None
+    ]
 
 
 def _legend(families: Sequence[str], left: float) -> Markup:
@@ -216,16 +266,20 @@ def _dots(family: str, places: Sequence[tuple[float, float]], large: bool = Fals
 
 
 def _whisker_across(key: str, start: float, end: float, level: float) -> Markup:
-    return Markup('<path class="whisker series-{}" d="M{:.1f} {:.1f}v8M{:.1f} {:.1f}H{:.1f}M{:.1f} {:.1f}v8"/>').format(
-        key, start, level - 4, start, level, end, end, level - 4
-    )
+    return Markup(
+        '<path class="whisker series-{}" d="M{:.1f} {:.1f}v8M{:.1f} {:.1f}H{:.1f}M{:.1f} {:.1f}v8"/>'
+    ).format(key, start, level - 4, start, level, end, end, level - 4)
 
 
 def standalone(drawn: Markup) -> str:
     """Return a chart as an SVG file of its own, with the page's light colours and chart rules."""
-    css = (resources.files("mpq_deploy.report") / "templates" / "style.css").read_text(encoding="utf-8")
+    css = (resources.files("mpq_deploy.report") / "templates" / "style.css").read_text(
+        encoding="utf-8"
+    )
     light = css[: css.index("}") + 1]
-    rules = [line for line in css.splitlines() if line.startswith((".chart ", "[class*=", ".scheme-"))]
+    rules = [
+        line for line in css.splitlines() if line.startswith((".chart ", "[class*=", ".scheme-"))
+    ]
     width, height = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', drawn)[0]
     style = "\n".join([light, ".chart { font-family: system-ui, sans-serif; }", *rules])
     head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '

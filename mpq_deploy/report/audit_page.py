@@ -34,7 +34,9 @@ def write_audit(result: AuditResult, folder: Path) -> tuple[Path, ...]:
     """Write audit.json, audit.md, audit.html and audit-NAME.svg; return the paths."""
     charts = {name: drawn for name, drawn in _charts(result).items() if drawn is not None}
     made = {f"audit-{name}.svg": standalone(drawn) for name, drawn in charts.items()}
-    made["audit.json"] = json.dumps(result.as_json(), indent=1, sort_keys=True, allow_nan=False) + "\n"
+    made["audit.json"] = (
+        json.dumps(result.as_json(), indent=1, sort_keys=True, allow_nan=False) + "\n"
+    )
     made["audit.md"] = audit_markdown(result, tuple(charts))
     made["audit.html"] = audit_page(result)
     for name, text in made.items():
@@ -70,7 +72,13 @@ def audit_page(result: AuditResult) -> str:
 
 def audit_markdown(result: AuditResult, pictures: Sequence[str] = ()) -> str:
     """Return audit.md; ``pictures`` are the names of the charts that lie beside it."""
-    header = ("metric", "rank correlation (95 %)", *class_names(result), "predicted / true (10 to 90 %)", "CPU s")
+    header = (
+        "metric",
+        "rank correlation (95 %)",
+        *class_names(result),
+        "predicted / true (10 to 90 %)",
+        "CPU s",
+    )
     budgets = [f"{budget:g}" for budget in result.budgets]
     parts = [
         f"# Which sensitivity to trust: {plain(result.model)}",
@@ -90,18 +98,26 @@ def audit_markdown(result: AuditResult, pictures: Sequence[str] = ()) -> str:
         *_picture("psnr", "PSNR of each metric's plans over size", pictures),
         "## Notes",
         "\n".join(f"- {plain(note)}" for note in [*result.notes, *metric_notes(result)]),
-        ", ".join(f"{plain(name)} {plain(version)}" for name, version in sorted(result.versions.items())),
+        ", ".join(
+            f"{plain(name)} {plain(version)}" for name, version in sorted(result.versions.items())
+        ),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def findings(result: AuditResult) -> list[str]:
     """Summarize in sentences which metric orders layers best, and what orthogonality is worth."""
-    ordered = [(row, row.pooled) for row in result.metrics if row.pooled is not None and row.pooled.rho is not None]
+    ordered = [
+        (row, row.pooled)
+        for row in result.metrics
+        if row.pooled is not None and row.pooled.rho is not None
+    ]
     parts = []
     if ordered:
         best, correlation = max(ordered, key=lambda pair: pair[1].rho or -1.0)
-        parts.append(f"Best agreement with the truth: {best.title}, rank correlation {interval(correlation)}.")
+        parts.append(
+            f"Best agreement with the truth: {best.title}, rank correlation {interval(correlation)}."
+        )
     orm = result.metric("orm")
     if orm is not None and orm.pooled is not None and orm.pooled.rho is not None:
         parts.append(
@@ -124,10 +140,18 @@ def _verdict(correlation: Correlation) -> str:
 
 def _orm_plans(result: AuditResult, orm: MetricResult) -> list[str]:
     """Compare orm's plans with those of its controls and of the best metric, budget by budget."""
-    others = [row for key in ("size-only", "random", "probe") if (row := result.metric(key)) is not None and row.plans]
+    others = [
+        row
+        for key in ("size-only", "random", "probe")
+        if (row := result.metric(key)) is not None and row.plans
+    ]
     parts = []
     for number, point in enumerate(orm.plans):
-        beside = [(row.title, row.plans[number].nmse) for row in others if row.plans[number].nmse is not None]
+        beside = [
+            (row.title, row.plans[number].nmse)
+            for row in others
+            if row.plans[number].nmse is not None
+        ]
         if point.nmse is not None and beside:
             listed = ", ".join(f"{title} {words.error(found)}" for title, found in beside)
             parts.append(f"at {point.budget:g} {words.error(point.nmse)} ({listed})")
@@ -147,10 +171,20 @@ def agreement_rows(result: AuditResult) -> list[list[str]]:
             rows.append([row.title, "not measured", *[""] * len(class_names(result)), "", ""])
         elif row.pooled is not None:
             classes = [_rho((row.classes or {}).get(name)) for name in class_names(result)]
-            rows.append([row.title, interval(row.pooled), *classes, _calibration(row), _seconds(row.seconds)])
+            rows.append(
+                [
+                    row.title,
+                    interval(row.pooled),
+                    *classes,
+                    _calibration(row),
+                    _seconds(row.seconds),
+                ]
+            )
     truth = result.metric(TRUTH)
     blank = [""] * (len(class_names(result)) + 1)
-    rows.append([truth.title if truth else TRUTH, "the truth", *blank, _seconds(result.truth.seconds)])
+    rows.append(
+        [truth.title if truth else TRUTH, "the truth", *blank, _seconds(result.truth.seconds)]
+    )
     return rows
 
 
@@ -186,16 +220,24 @@ def metric_notes(result: AuditResult) -> list[str]:
 
 def audit_table(result: AuditResult) -> str:
     """Return the tables for the terminal, at most 80 columns wide."""
-    lines = [f"{'metric':<20} {'rank correlation (95 %)':<26} {'predicted / true':>16} {'CPU s':>8}"]
+    lines = [
+        f"{'metric':<20} {'rank correlation (95 %)':<26} {'predicted / true':>16} {'CPU s':>8}"
+    ]
     for row in agreement_rows(result):
         calibration = row[-2].split(" (")[0]
         lines.append(f"{row[0]:<20} {row[1]:<26} {calibration:>16} {row[-1]:>8}")
     for start in range(0, len(result.budgets), BUDGETS_ACROSS):
         chosen = slice(start, start + BUDGETS_ACROSS)
-        lines += ["", f"{'NMSE of the plan at':<20}" + "".join(f" {b:>10g}" for b in result.budgets[chosen])]
+        lines += [
+            "",
+            f"{'NMSE of the plan at':<20}" + "".join(f" {b:>10g}" for b in result.budgets[chosen]),
+        ]
         for metric in result.metrics:
             if metric.plans:
-                lines.append(f"{metric.title:<20}" + "".join(f" {_short(p):>10}" for p in metric.plans[chosen]))
+                lines.append(
+                    f"{metric.title:<20}"
+                    + "".join(f" {_short(p):>10}" for p in metric.plans[chosen])
+                )
     return "\n".join(lines)
 
 
@@ -216,7 +258,11 @@ def _rho(correlation: Correlation | None) -> str:
 
 def _calibration(row: MetricResult) -> str:
     calibration = row.calibration
-    return "–" if calibration is None else f"{calibration.median:.2f} ({calibration.low:.2f} to {calibration.high:.2f})"
+    return (
+        "–"
+        if calibration is None
+        else f"{calibration.median:.2f} ({calibration.low:.2f} to {calibration.high:.2f})"
+    )
 
 
 def _seconds(seconds: float | None) -> str:

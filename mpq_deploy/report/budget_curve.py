@@ -88,17 +88,32 @@ def budget_view(data: ReportData) -> BudgetView | None:
     if data.budgets is None or not data.budgets.plans:
         return None
     plans, own = _with_own(data.budgets, data)
-    marks = [Mark("ours", title_of("ours", data), data.size_ratio, data.measured_nmse, data.predicted_nmse)]
+    marks = [
+        Mark(
+            "ours", title_of("ours", data), data.size_ratio, data.measured_nmse, data.predicted_nmse
+        )
+    ]
     marks += [Mark(key, c.title, c.size_ratio, c.measured_nmse) for key, c in data.compared.items()]
-    marks += [Mark("swept", "", p.size_ratio, p.measured_nmse, p.predicted_nmse) for p in data.curve if p.measured_nmse]
+    marks += [
+        Mark("swept", "", p.size_ratio, p.measured_nmse, p.predicted_nmse)
+        for p in data.curve
+        if p.measured_nmse
+    ]
     return view(plans, data.fp16_size_bytes, marks, own, data.simulated)
 
 
 def view(
-    plans: BudgetPlans, fp16_size: int, marks: Sequence[Mark], own: Stop | None = None, simulated: bool = False
+    plans: BudgetPlans,
+    fp16_size: int,
+    marks: Sequence[Mark],
+    own: Stop | None = None,
+    simulated: bool = False,
 ) -> BudgetView:
     """Return the view of ``plans``; the slider starts at ``own``, else in the middle."""
-    grid = [Stop(p.size_bytes, p.size_bytes / fp16_size, p.predicted_nmse, p.schemes) for p in plans.plans]
+    grid = [
+        Stop(p.size_bytes, p.size_bytes / fp16_size, p.predicted_nmse, p.schemes)
+        for p in plans.plans
+    ]
     stops = sorted([*grid, *([own] if own else [])], key=lambda stop: (stop.size_bytes, stop.own))
     start = next((i for i, stop in enumerate(stops) if stop.own), len(stops) // 2)
     families = in_order({family(scheme) for scheme in plans.schemes})
@@ -123,7 +138,9 @@ def view(
         ]
         for stop, share in zip(stops, shares, strict=True)
     ]
-    missing = f"Only {len(plans.plans)} of {plans.wanted} budgets were solved before the time was up."
+    missing = (
+        f"Only {len(plans.plans)} of {plans.wanted} budgets were solved before the time was up."
+    )
     return BudgetView(
         drawn,
         rows,
@@ -143,7 +160,9 @@ def _stop_values(stop: Stop, own: Stop | None) -> dict[str, object]:
         "ratio": percent(stop.size_ratio),
         "size": size(stop.size_bytes),
         "loss": error(stop.predicted) if stop.predicted is not None else "",
-        "budget": f"{stop.size_ratio:.4f}" if stop.own else f"{_budget(stop.size_ratio):.4f}".rstrip("0"),
+        "budget": f"{stop.size_ratio:.4f}"
+        if stop.own
+        else f"{_budget(stop.size_ratio):.4f}".rstrip("0"),
         "own": stop.own,
         "changed": _changed(stop, own),
         "plan": list(stop.schemes),
@@ -153,7 +172,7 @@ def _stop_values(stop: Stop, own: Stop | None) -> dict[str, object]:
 def curve_chart(
     grid: Sequence[Stop], stops: Sequence[Stop], marks: Sequence[Mark], simulated: bool = False
 ) -> tuple[Markup | None, list[list[float] | None]]:
-    """Draw the predicted error of the ``grid`` over size with ``marks``; return each stop's place too.
+    """Draw the predicted error of the ``grid`` over size with ``marks``; also return stops' places.
 
     The chart is None where no error is positive, a place where its error is 0.
     """
@@ -165,27 +184,35 @@ def curve_chart(
     heights = [loss for _, loss in line] + measured + [m.predicted for m in known if m.predicted]
     if not heights:
         return None, [None] * len(stops)
-    ticks = [t for t in nice_ticks([r for r, _ in line] + [m.size_ratio for m in known], 6) if t >= 0]
+    ratios = [ratio for ratio, _ in line] + [mark.size_ratio for mark in known]
+    ticks = [tick for tick in nice_ticks(ratios, 6) if tick >= 0]
     decades = log_ticks(heights)
     x = Axis(ticks[0], ticks[-1], LEFT, WIDTH - RIGHT)
     y = Axis(decades[0], decades[-1], HEIGHT - BOTTOM, TOP, log=True)
-    nominal = "nominal bytes (simulated), relative to FP16" if simulated else "size, relative to FP16"
+    nominal = f"{'nominal bytes (simulated)' if simulated else 'size'}, relative to FP16"
+    title = "relative squared error of the output: lower is better"
     parts = [
-        y_axis(x, y, [(d, power_label(d)) for d in decades], "relative squared error of the output: lower is better"),
+        y_axis(x, y, [(d, power_label(d)) for d in decades], title),
         x_axis(x, y, [(t, f"{100 * t:.3g} %") for t in ticks], nominal),
     ]
     if len(line) > 1:
         parts.append(polyline(x, y, Series("curve", "", tuple(line))))
     parts += _marks(x, y, known)
     parts.append(
-        Markup('<g class="cursor" id="budget-cursor" hidden><path d="M0 {:.1f}V{:.1f}"/>').format(y.end, y.start)
+        Markup('<g class="cursor" id="budget-cursor" hidden><path d="M0 {:.1f}V{:.1f}"/>').format(
+            y.end, y.start
+        )
     )
     parts.append(Markup('<circle r="6"/></g>'))
     places: list[list[float] | None] = [
-        [round(x(s.size_ratio), 1), round(y(s.predicted), 1)] if s.predicted and s.predicted >= decades[0] else None
+        [round(x(s.size_ratio), 1), round(y(s.predicted), 1)]
+        if s.predicted and s.predicted >= decades[0]
+        else None
         for s in stops
     ]
-    return chart("curve", "Predicted and measured error over size", _description(line, known), parts), places
+    return chart(
+        "curve", "Predicted and measured error over size", _description(line, known), parts
+    ), places
 
 
 def _marks(x: Axis, y: Axis, marks: Sequence[Mark]) -> list[Markup]:
@@ -198,9 +225,19 @@ def _marks(x: Axis, y: Axis, marks: Sequence[Mark]) -> list[Markup]:
             title = mark.title or f"{percent(mark.size_ratio)} of FP16"
             radius = 4 if mark.key == "swept" else 7
             at = (x(mark.size_ratio), y(value))
-            parts.append(marker(mark.key, at, f"{title}, {what}: {error(value)}", radius, hollow=what == "predicted"))
+            parts.append(
+                marker(
+                    mark.key,
+                    at,
+                    f"{title}, {what}: {error(value)}",
+                    radius,
+                    hollow=what == "predicted",
+                )
+            )
         if mark.title:
-            named.append((mark.title, x(mark.size_ratio), y(mark.measured or mark.predicted or 1.0)))
+            named.append(
+                (mark.title, x(mark.size_ratio), y(mark.measured or mark.predicted or 1.0))
+            )
     heights = spread_out([height for _, _, height in named], 16)
     for (title, at_x, _), height in zip(named, heights, strict=True):
         left = at_x > x.end - LABEL_ROOM
@@ -210,7 +247,9 @@ def _marks(x: Axis, y: Axis, marks: Sequence[Mark]) -> list[Markup]:
 
 
 def _description(line: Sequence[tuple[float, float]], marks: Sequence[Mark]) -> str:
-    ends = [f"predicted {error(loss)} at {percent(ratio)}" for ratio, loss in [*line[:1], *line[-1:]]]
+    ends = [
+        f"predicted {error(loss)} at {percent(ratio)}" for ratio, loss in [*line[:1], *line[-1:]]
+    ]
     points = [
         f"{mark.title or 'a swept budget'} {percent(mark.size_ratio)}: measured {error(mark.measured)}"
         for mark in marks
@@ -251,7 +290,8 @@ def _with_own(plans: BudgetPlans, data: ReportData) -> tuple[BudgetPlans, Stop]:
     schemes = (*plans.schemes, *added)
     number: Mapping[str, int] = {scheme: i for i, scheme in enumerate(schemes)}
     sizes = tuple(
-        {**row, number[layer.scheme]: layer.bytes} for row, layer in zip(plans.layer_bytes, chosen, strict=True)
+        {**row, number[layer.scheme]: layer.bytes}
+        for row, layer in zip(plans.layer_bytes, chosen, strict=True)
     )
     own = tuple(number[layer.scheme] for layer in chosen)
     stop = Stop(data.size_bytes, data.size_ratio, data.predicted_nmse, own, own=True)

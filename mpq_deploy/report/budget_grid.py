@@ -49,18 +49,30 @@ def budget_plans(run: Run, plan: PrecisionPlan) -> BudgetPlans:
     record = run.folder.record("allocate")
     fields = {k: v for k, v in (record.inputs if record else {}).items() if k != "recipe.budget"}
     ratio = plan.budget_bytes / plan.fp16_size_bytes
-    made_from = canonical_json({**fields, "highest": _highest(solver.smallest / solver.fp16_size, ratio)})
+    made_from = canonical_json(
+        {**fields, "highest": _highest(solver.smallest / solver.fp16_size, ratio)}
+    )
     stored = _read(run).get("budgets", {})
-    plans = _stored_plans(stored) if isinstance(stored, dict) and stored.get("from") == made_from else None
+    plans = (
+        _stored_plans(stored)
+        if isinstance(stored, dict) and stored.get("from") == made_from
+        else None
+    )
     if plans is None:
         plans = grid_plans(run, solver, ratio)
         if len(plans.plans) == plans.wanted:
             _keep(run, "budgets", {"from": made_from, "plans": plans.model_dump(mode="json")})
-    smaller, larger = zip(*(_options(choice, plan, solver.table.predicts_nmse) for choice in solver.choices))
+    smaller, larger = zip(
+        *(_options(choice, plan, solver.table.predicts_nmse) for choice in solver.choices)
+    )
     return plans.model_copy(
         update={
-            "smaller": {name: option for name, option in zip(plans.layers, smaller) if option is not None},
-            "larger": {name: option for name, option in zip(plans.layers, larger) if option is not None},
+            "smaller": {
+                name: option for name, option in zip(plans.layers, smaller) if option is not None
+            },
+            "larger": {
+                name: option for name, option in zip(plans.layers, larger) if option is not None
+            },
             "command": _command(run),
         }
     )
@@ -107,14 +119,25 @@ def layer_kurtoses(run: Run, exported: Exported) -> dict[str, float]:
     """Mean Pearson kurtosis of each layer's weight rows, pre-scaled (MPQ-DM, arXiv 2412.11549)."""
     made_from = canonical_json({name: run.digest(name) for name in ("export", "calibrate")})
     stored = _read(run).get("kurtosis", {})
-    if isinstance(stored, dict) and stored.get("from") == made_from and isinstance(stored.get("values"), dict):
+    if (
+        isinstance(stored, dict)
+        and stored.get("from") == made_from
+        and isinstance(stored.get("values"), dict)
+    ):
         return dict(stored["values"])
     from mpq_deploy.sensitivity.kurtosis import layer_kurtosis
     from mpq_deploy.sensitivity.layer_weights import float_matrix
 
     stats = run.calibration.stats
-    layers = [layer for layer in exported.graph.layers if all(name in stats.activations for name in layer.inputs)]
-    kurtoses = {layer.name: layer_kurtosis(layer, float_matrix(exported.graph, layer), stats) for layer in layers}
+    layers = [
+        layer
+        for layer in exported.graph.layers
+        if all(name in stats.activations for name in layer.inputs)
+    ]
+    kurtoses = {
+        layer.name: layer_kurtosis(layer, float_matrix(exported.graph, layer), stats)
+        for layer in layers
+    }
     values = {name: value for name, value in kurtoses.items() if np.isfinite(value)}
     _keep(run, "kurtosis", {"from": made_from, "values": values})
     return values
@@ -135,7 +158,11 @@ def packed(solver: PlanSolver, solved: Iterable[Plan], wanted: int = 0) -> Budge
     One plan per size, none with a non-finite prediction. ``wanted``: how many there would be if
     some are missing.
     """
-    by_size = {size: (schemes, loss) for schemes, size, loss in solved if loss is None or math.isfinite(loss)}
+    by_size = {
+        size: (schemes, loss)
+        for schemes, size, loss in solved
+        if loss is None or math.isfinite(loss)
+    }
     used = sorted({scheme for schemes, _ in by_size.values() for scheme in schemes.values()})
     number = {scheme: i for i, scheme in enumerate(used)}
     names = tuple(choice.name for choice in solver.choices)
@@ -143,18 +170,27 @@ def packed(solver: PlanSolver, solved: Iterable[Plan], wanted: int = 0) -> Budge
         layers=names,
         schemes=tuple(used),
         layer_bytes=tuple(
-            {number[s]: c.bytes[s] for s in sorted({schemes[c.name] for schemes, _ in by_size.values()})}
+            {
+                number[s]: c.bytes[s]
+                for s in sorted({schemes[c.name] for schemes, _ in by_size.values()})
+            }
             for c in solver.choices
         ),
         plans=tuple(
-            BudgetPlan(size_bytes=size, predicted_nmse=loss, schemes=tuple(number[schemes[name]] for name in names))
+            BudgetPlan(
+                size_bytes=size,
+                predicted_nmse=loss,
+                schemes=tuple(number[schemes[name]] for name in names),
+            )
             for size, (schemes, loss) in sorted(by_size.items())
         ),
         wanted=max(wanted, len(by_size)),
     )
 
 
-def _options(choice: LayerChoice, plan: PrecisionPlan, predicts: bool) -> tuple[LayerOption | None, LayerOption | None]:
+def _options(
+    choice: LayerChoice, plan: PrecisionPlan, predicts: bool
+) -> tuple[LayerOption | None, LayerOption | None]:
     """Return the best smaller option of a layer and the next larger one on its frontier.
 
     The next is the smallest that has less loss than the plan's scheme. None where there is none.

@@ -38,8 +38,12 @@ COLUMN = 12
 def size_quality_chart(data: ReportData) -> Markup | None:
     """PSNR over size of this plan, the controls and a sweep; None when no PSNR is finite."""
     variants = [("ours", data.size_ratio, data.psnr_db)]
-    variants += [(key, control.size_ratio, control.psnr_db) for key, control in data.compared.items()]
-    points = [(key, title_of(key, data), ratio, psnr) for key, ratio, psnr in variants if psnr is not None]
+    variants += [
+        (key, control.size_ratio, control.psnr_db) for key, control in data.compared.items()
+    ]
+    points = [
+        (key, title_of(key, data), ratio, psnr) for key, ratio, psnr in variants if psnr is not None
+    ]
     if not points:
         return None
     curve = tuple(sorted((p.size_ratio, p.psnr_db) for p in data.curve if p.psnr_db is not None))
@@ -48,7 +52,9 @@ def size_quality_chart(data: ReportData) -> Markup | None:
     x = Axis(x_ticks[0], x_ticks[-1], LEFT, WIDTH - RIGHT)
     y = Axis(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)
     parts = [
-        y_axis(x, y, [(t, f"{t:g}") for t in y_ticks], "PSNR in dB: higher is closer to the original"),
+        y_axis(
+            x, y, [(t, f"{t:g}") for t in y_ticks], "PSNR in dB: higher is closer to the original"
+        ),
         x_axis(x, y, [(t, f"{100 * t:.3g} %") for t in x_ticks], "size, relative to FP16"),
         _budget_line(x, y, data.budget),
     ]
@@ -61,13 +67,18 @@ def size_quality_chart(data: ReportData) -> Markup | None:
         left = at[0] > WIDTH - LABEL_WIDTH
         offset, anchor = (-13, "end") if left else (13, "start")
         parts.append(label(at[0] + offset, height + 4, title, anchor, "label"))
-    text = "; ".join(f"{title} {percent(ratio)}, {decibels(psnr)}" for _, title, ratio, psnr in points)
+    text = "; ".join(
+        f"{title} {percent(ratio)}, {decibels(psnr)}" for _, title, ratio, psnr in points
+    )
     return chart("size-quality", "Image quality over size", text, parts)
 
 
 def timestep_chart(data: ReportData) -> Markup | None:
     """Error of the output over timesteps, from noise (left) to image; None when not measured."""
-    rows = [("ours", data.nmse_by_timestep), *((k, c.nmse_by_timestep) for k, c in data.compared.items())]
+    rows = [
+        ("ours", data.nmse_by_timestep),
+        *((k, c.nmse_by_timestep) for k, c in data.compared.items()),
+    ]
     series = [
         Series(key, title_of(key, data), tuple((i, v) for i, v in enumerate(values) if v > 0))
         for key, values in rows
@@ -81,7 +92,9 @@ def timestep_chart(data: ReportData) -> Markup | None:
     every = max(1, -(-len(data.timesteps) // 10))
     ticks = [(float(i), f"{t:g}") for i, t in enumerate(data.timesteps) if i % every == 0]
     parts = [
-        y_axis(x, y, [(d, power_label(d)) for d in decades], "relative squared error of the output"),
+        y_axis(
+            x, y, [(d, power_label(d)) for d in decades], "relative squared error of the output"
+        ),
         x_axis(x, y, ticks, "timestep: from noise (left) to image (right)"),
     ]
     heights = spread_out([y(one.points[-1][1]) for one in series], 17)
@@ -91,7 +104,9 @@ def timestep_chart(data: ReportData) -> Markup | None:
             text = f"{one.title}, timestep {data.timesteps[int(index)]:g}: {error(value)}"
             parts.append(marker(one.key, (x(index), y(value)), text, 4))
         parts.append(label(x.end + 12, height + 4, one.title, "start", "label"))
-    text = "; ".join(f"{s.title} from {error(s.points[0][1])} to {error(s.points[-1][1])}" for s in series)
+    text = "; ".join(
+        f"{s.title} from {error(s.points[0][1])} to {error(s.points[-1][1])}" for s in series
+    )
     return chart("timesteps", "Error of the output over timesteps", text, parts)
 
 
@@ -100,12 +115,24 @@ def prediction_chart(data: ReportData) -> Markup | None:
     if not data.measured_nmse or not data.predicted_nmse:
         return None
     rows = [("ours", [("predicted", data.predicted_nmse), ("measured", data.measured_nmse)])]
-    rows += [(key, [("measured", c.measured_nmse)]) for key, c in data.compared.items() if c.measured_nmse]
+    rows += [
+        (key, [("measured", c.measured_nmse)])
+        for key, c in data.compared.items()
+        if c.measured_nmse
+    ]
     decades = log_ticks([value for _, values in rows for _, value in values])
     height = TOP + 44 * len(rows) + BOTTOM
     x = Axis(decades[0], decades[-1], LABEL_WIDTH, WIDTH - RIGHT, log=True)
     y = Axis(0, len(rows), TOP - 8, height - BOTTOM)
-    parts = [x_axis(x, y, [(d, power_label(d)) for d in decades], "relative squared error of the output", grid=True)]
+    parts = [
+        x_axis(
+            x,
+            y,
+            [(d, power_label(d)) for d in decades],
+            "relative squared error of the output",
+            grid=True,
+        )
+    ]
     for number, (key, values) in enumerate(rows):
         level = y(number + 0.5)
         parts.append(label(x.start - 14, level + 4, title_of(key, data), "end", "label"))
@@ -115,13 +142,21 @@ def prediction_chart(data: ReportData) -> Markup | None:
             text = f"{title_of(key, data)}, {what}: {error(value)}"
             parts.append(marker(key, (x(value), level), text, 7, hollow=what == "predicted"))
         parts.append(_beside(x, values, level))
-    text = "; ".join(f"{title_of(key, data)}, {what} {error(value)}" for key, values in rows for what, value in values)
+    text = "; ".join(
+        f"{title_of(key, data)}, {what} {error(value)}"
+        for key, values in rows
+        for what, value in values
+    )
     return chart("prediction", "Predicted and measured error", text, parts, height)
 
 
 def recovery_chart(data: ReportData) -> Markup | None:
     """Held-out error during training, over updates; None without recovery or error."""
-    if data.recovery is None or len(data.recovery.curve) < 2 or min(e for _, e in data.recovery.curve) <= 0:
+    if (
+        data.recovery is None
+        or len(data.recovery.curve) < 2
+        or min(e for _, e in data.recovery.curve) <= 0
+    ):
         return None
     points = tuple((float(step), value) for step, value in data.recovery.curve)
     ticks = nice_ticks([step for step, _ in points], 6)
@@ -130,7 +165,9 @@ def recovery_chart(data: ReportData) -> Markup | None:
     x = Axis(0, points[-1][0], LEFT + 12, WIDTH - RIGHT - 12)
     y = Axis(decades[0], decades[-1], HEIGHT - BOTTOM, TOP, log=True)
     parts = [
-        y_axis(x, y, [(d, power_label(d)) for d in decades], "relative squared error of the output"),
+        y_axis(
+            x, y, [(d, power_label(d)) for d in decades], "relative squared error of the output"
+        ),
         x_axis(x, y, [(t, f"{t:g}") for t in ticks], "updates"),
         polyline(x, y, Series("ours", "", points)),
     ]
@@ -165,5 +202,7 @@ def _beside_each_other(places: Sequence[tuple[float, float]]) -> list[float]:
 
 
 def _budget_line(x: Axis, y: Axis, budget: float) -> Markup:
-    drawn = Markup('<path class="budget" d="M{:.1f} {:.1f}V{:.1f}"/>').format(x(budget), y.start, y.end)
+    drawn = Markup('<path class="budget" d="M{:.1f} {:.1f}V{:.1f}"/>').format(
+        x(budget), y.start, y.end
+    )
     return drawn + label(x(budget) + 6, y.start - 8, f"budget {percent(budget)}", "start", "tick")

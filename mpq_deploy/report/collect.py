@@ -68,7 +68,17 @@ SIMULATED_TITLES = {
     "size-only": "Size only, no ORM, simulated",
     "random": "Random theta, simulated",
 }
-PACKAGES = ("onnx", "onnx-ir", "onnxruntime", "highspy", "numpy", "torch", "diffusers", "tensorrt-rtx", "tensorrt")
+PACKAGES = (
+    "onnx",
+    "onnx-ir",
+    "onnxruntime",
+    "highspy",
+    "numpy",
+    "torch",
+    "diffusers",
+    "tensorrt-rtx",
+    "tensorrt",
+)
 
 
 def report_data(run: Run) -> ReportData:
@@ -100,15 +110,17 @@ def report_data(run: Run) -> ReportData:
         layers=tuple(_layer_row(layer, table, kurtoses) for layer in plan.layers),
         loss_timesteps=tuple(float(t) for t in table.timesteps) if table.predicts_nmse else (),
         others=tuple(OtherRow(**asdict(other)) for other in plan.others),
-        stages=tuple(
-            StageRow(name=r.name, seconds=r.seconds, peak_rss_bytes=r.peak_rss_bytes or None, cached=r.cached)
-            for r in run.results.values()
-        ),
+        stages=_stage_rows(run),
         solver=SolverInfo(status=plan.solver.status, gap=max(plan.solver.gap, 0.0)),
         sensitivity=table.metric,
         versions=_versions(),
         reproduce=_command(run),
-        notes=(*plan.notes, *evaluated.notes, *exported.facts["notes"], *(metrics.notes if metrics else ())),
+        notes=(
+            *plan.notes,
+            *evaluated.notes,
+            *exported.facts["notes"],
+            *(metrics.notes if metrics else ()),
+        ),
         budgets=budget_plans(run, plan),
         importance=_importance(run, plan, table),
         orm=_orm_pictures(table),
@@ -117,6 +129,15 @@ def report_data(run: Run) -> ReportData:
         frechet=metrics.frechet if metrics else (),
         frechet_controls=metrics.controls if metrics else {},
         scores=metrics.scores if metrics else (),
+    )
+
+
+def _stage_rows(run: Run) -> tuple[StageRow, ...]:
+    return tuple(
+        StageRow(
+            name=r.name, seconds=r.seconds, peak_rss_bytes=r.peak_rss_bytes or None, cached=r.cached
+        )
+        for r in run.results.values()
     )
 
 
@@ -148,7 +169,12 @@ class _Evaluated:
     @classmethod
     def of(cls, run: Run, plan: PrecisionPlan) -> _Evaluated:
         if "evaluate" not in run.results:
-            return cls({}, "", "", ("evaluation is missing: 'mpq-deploy report RUN' without --as-is makes it",))
+            return cls(
+                {},
+                "",
+                "",
+                ("evaluation is missing: 'mpq-deploy report RUN' without --as-is makes it",),
+            )
         result = Evaluation.load(run.stage("evaluate"))
         variants = {name: _control(name, v, plan) for name, v in result.variants.items()}
         ours = variants.pop("ours").model_dump(exclude={"title", "size_bytes", "size_ratio"})
@@ -156,7 +182,9 @@ class _Evaluated:
         fields = {
             **ours,
             "timesteps": result.timesteps,
-            "evaluation": EvaluationInfo(**conditions, sampler=result.sampler, image_kind=result.image_kind),
+            "evaluation": EvaluationInfo(
+                **conditions, sampler=result.sampler, image_kind=result.image_kind
+            ),
             "extras": {name: v for name, v in variants.items() if name in (CORRECTED, BEFORE)},
             "controls": {n: v for n, v in variants.items() if n not in (CORRECTED, BEFORE)},
             "images": ImageSet(result.images, result.labels, titles(plan)),
@@ -203,7 +231,11 @@ def _engine(run: Run) -> tuple[EngineInfo | None, str]:
         engine_bytes=record.bytes,
         verified=record.verified,
         checks=(
-            Check(what="every layer computes and lies as planned", passed=not wrong, detail="; ".join(wrong)),
+            Check(
+                what="every layer computes and lies as planned",
+                passed=not wrong,
+                detail="; ".join(wrong),
+            ),
             Check(what="weights memory agrees with the plan", passed=not wrong, detail=planned),
         ),
         build_seconds=seconds,
@@ -265,7 +297,9 @@ def _metrics(run: Run, exported: Exported, evaluated: _Evaluated) -> ImageMetric
     measured = read_kept(run.path, run.talk, "is left out of the report")
     if measured is None:
         return None
-    current, stale = measured.still_true(made_from(run, exported, evaluated.graph, evaluated.digest))
+    current, stale = measured.still_true(
+        made_from(run, exported, evaluated.graph, evaluated.digest)
+    )
     if stale:
         run.talk.warn(f"{stale}: left out; measure again with 'mpq-deploy metrics'")
     return current
@@ -350,10 +384,14 @@ def _orm_pictures(table: SensitivityTable) -> OrmPictures | None:
     return OrmPictures(of.layers, of.timesteps, of.weights, of.theta, of.orm, constant)
 
 
-def _layer_row(layer: PlannedLayer, table: SensitivityTable, kurtoses: dict[str, float]) -> LayerRow:
+def _layer_row(
+    layer: PlannedLayer, table: SensitivityTable, kurtoses: dict[str, float]
+) -> LayerRow:
     losses: tuple[float, ...] = ()
     if table.predicts_nmse:
-        losses = _all_finite(tuple(float(loss) for loss in table.losses_by_timestep[layer.name][layer.scheme]))
+        losses = _all_finite(
+            tuple(float(loss) for loss in table.losses_by_timestep[layer.name][layer.scheme])
+        )
     return LayerRow(**asdict(layer), kurtosis=kurtoses.get(layer.name), loss_by_timestep=losses)
 
 
@@ -366,7 +404,9 @@ def _versions() -> dict[str, str]:
 
 def _command(run: Run) -> str:
     """The command that repeats this run: the recipe in the run folder holds every setting."""
-    return shlex.join(["mpq-deploy", "build", "--recipe", str(run.path / "recipe.yaml"), "-o", "runs/again"])
+    return shlex.join(
+        ["mpq-deploy", "build", "--recipe", str(run.path / "recipe.yaml"), "-o", "runs/again"]
+    )
 
 
 def _finite(value: float | None) -> float | None:
@@ -390,7 +430,9 @@ def summarise(run: Run, last: str) -> Summary:
     """Say what a command ended with: files and figures."""
     values: dict[str, Any] = {
         "run": str(run.path),
-        "stages": {r.name: {"cached": r.cached, "seconds": r.seconds} for r in run.results.values()},
+        "stages": {
+            r.name: {"cached": r.cached, "seconds": r.seconds} for r in run.results.values()
+        },
     }
     if last != "report":
         files = [str(path) for path in sorted(run.stage(last).iterdir()) if path.is_file()][:8]
@@ -400,7 +442,10 @@ def summarise(run: Run, last: str) -> Summary:
 
 
 def _headline(run: Path, report: dict[str, Any]) -> str:
-    lines = [f"{'':<9} {'of FP16':>8} {'bytes':>14} {'PSNR dB':>8} {'SSIM':>6} {'NMSE':>9}", _row("ours", report)]
+    lines = [
+        f"{'':<9} {'of FP16':>8} {'bytes':>14} {'PSNR dB':>8} {'SSIM':>6} {'NMSE':>9}",
+        _row("ours", report),
+    ]
     lines += [_row(name, row) for name, row in {**report["extras"], **report["controls"]}.items()]
     if report["simulated"]:
         lines = [lines[0], *(f"{line}  simulated, nominal bytes" for line in lines[1:])]
@@ -433,12 +478,18 @@ def sample_grid(run: Run, out: Path, count: int, seed: int, steps: int, controls
     from mpq_deploy.evaluate.evaluate import Variant, evaluate
     from mpq_deploy.evaluate.grid import save_grid
 
-    settings = run.recipe.evaluate.replace(samples=count, steps=steps, timesteps=1, calls=count, seed=seed)
+    settings = run.recipe.evaluate.replace(
+        samples=count, steps=steps, timesteps=1, calls=count, seed=seed
+    )
     variants = {"ours": Variant(run.deployed / SIMULATED)}
     if controls:
         folder = run.stage("controls")
         sizes: dict[str, int] = json.loads((folder / "sizes.json").read_text(encoding="utf-8"))
-        variants |= {name: Variant(folder / name / SIMULATED) for name in sorted(sizes, reverse=True)}
+        variants |= {
+            name: Variant(folder / name / SIMULATED) for name in sorted(sizes, reverse=True)
+        }
     result = evaluate(variants, run.exported.model, settings, run.talk)
     plan = run.plan
-    save_grid(out, {titles(plan)[name]: images for name, images in result.images.items()}, result.labels)
+    save_grid(
+        out, {titles(plan)[name]: images for name, images in result.images.items()}, result.labels
+    )

@@ -122,14 +122,18 @@ class Comparison:
 
     def as_json(self) -> dict[str, Any]:
         """Return plain values."""
-        return {"runs": [_run_json(report) for report in self.reports], "against_first": list(map(asdict, self.pairs))}
+        return {
+            "runs": [_run_json(report) for report in self.reports],
+            "against_first": list(map(asdict, self.pairs)),
+        }
 
 
 def compare_reports(reports: Sequence[ReadReport]) -> Comparison:
     """Compare the first report with each other one; UsageError below two."""
     if len(reports) < 2:
         raise UsageError(
-            f"There is {len(reports)} run to compare.", "Give two or more run folders or report.json files."
+            f"There is {len(reports)} run to compare.",
+            "Give two or more run folders or report.json files.",
         )
     first = reports[0]
     return Comparison(tuple(reports), tuple(_pair(first, other) for other in reports[1:]))
@@ -168,7 +172,9 @@ def obstacles(first: ReadReport, other: ReadReport) -> tuple[str, ...]:
     return tuple(obstacle for obstacle in reasons if obstacle)
 
 
-def figure_difference(first: ReadReport, other: ReadReport, name: Literal["psnr_db", "ssim"]) -> Difference | None:
+def figure_difference(
+    first: ReadReport, other: ReadReport, name: Literal["psnr_db", "ssim"]
+) -> Difference | None:
     """Return ``other`` minus ``first``, paired by image where both keep a figure of each.
 
     None where one was not measured, or is infinite (images identical to the float model's).
@@ -177,7 +183,9 @@ def figure_difference(first: ReadReport, other: ReadReport, name: Literal["psnr_
     if before is None or after is None:
         return None
     each = getattr(first, f"{name}_each"), getattr(other, f"{name}_each")
-    interval = paired_interval(each[1], each[0]) if all(each) and len(each[0]) == len(each[1]) else None
+    interval = (
+        paired_interval(each[1], each[0]) if all(each) and len(each[0]) == len(each[1]) else None
+    )
     return Difference(after - before, interval)
 
 
@@ -191,11 +199,15 @@ def plan_change(first: ReadReport, other: ReadReport) -> PlanChange | None:
     if not common:
         return None
     changed = [
-        ChangedLayer(key[0], before[key].scheme, after[key].scheme, before[key].bytes, after[key].bytes)
+        ChangedLayer(
+            key[0], before[key].scheme, after[key].scheme, before[key].bytes, after[key].bytes
+        )
         for key in common
         if before[key].scheme != after[key].scheme
     ]
-    by_size = sorted(changed, key=lambda layer: (-max(layer.bytes_before, layer.bytes_after), layer.name))
+    by_size = sorted(
+        changed, key=lambda layer: (-max(layer.bytes_before, layer.bytes_after), layer.name)
+    )
     return PlanChange(
         changed=len(changed),
         common=len(common),
@@ -211,10 +223,18 @@ def _moves(changed: list[ChangedLayer]) -> tuple[Move, ...]:
     for layer in changed:
         groups[layer.before, layer.after].append(layer)
     moves = [
-        Move(before, after, len(rows), sum(row.bytes_before for row in rows), sum(row.bytes_after for row in rows))
+        Move(
+            before,
+            after,
+            len(rows),
+            sum(row.bytes_before for row in rows),
+            sum(row.bytes_after for row in rows),
+        )
         for (before, after), rows in groups.items()
     ]
-    return tuple(sorted(moves, key=lambda m: (-max(m.bytes_before, m.bytes_after), m.before, m.after)))
+    return tuple(
+        sorted(moves, key=lambda m: (-max(m.bytes_before, m.bytes_after), m.before, m.after))
+    )
 
 
 def distance_changes(first: ReadReport, other: ReadReport) -> tuple[DistanceChange, ...]:
@@ -275,17 +295,32 @@ def _notes(first: ReadReport, other: ReadReport, comparable: bool) -> list[str]:
     if first.simulated != other.simulated:
         parts.append("One of the plans is simulated: its bytes are nominal.")
     if comparable and not (first.model.digest and other.model.digest):
-        parts.append("A report does not record the float model's digest: the models agree in name and layers.")
+        parts.append(
+            "A report does not record the float model's digest: the models agree in name and layers."
+        )
     if comparable and not (first.psnr_db_each and other.psnr_db_each):
-        parts.append("Not both reports keep the PSNR of each image, so the difference has no interval.")
-    if first.frechet and other.frechet and not distance_changes(first, other) and not model_obstacle(first, other):
-        parts.append("Their Frechet distances differ in network, images, sampler or seed: not compared.")
+        parts.append(
+            "Not both reports keep the PSNR of each image, so the difference has no interval."
+        )
+    if (
+        first.frechet
+        and other.frechet
+        and not distance_changes(first, other)
+        and not model_obstacle(first, other)
+    ):
+        parts.append(
+            "Their Frechet distances differ in network, images, sampler or seed: not compared."
+        )
     if bool(first.frechet) != bool(other.frechet):
         lacking = other if first.frechet else first
-        parts.append(f"{lacking.label} has no Frechet distance to compare: measure it with 'mpq-deploy metrics'.")
+        parts.append(
+            f"{lacking.label} has no Frechet distance to compare: measure it with 'mpq-deploy metrics'."
+        )
     if comparable and first.identical != other.identical:
         same = first if first.identical else other
-        parts.append(f"The images of {same.label} are identical to the float model's: no difference in dB.")
+        parts.append(
+            f"The images of {same.label} are identical to the float model's: no difference in dB."
+        )
     return parts
 
 
@@ -295,8 +330,24 @@ def _shapes(report: ReadReport) -> list[tuple[str, tuple[int, ...]]]:
 
 def _run_json(report: ReadReport) -> dict[str, Any]:
     latency = slowest(report)
-    names = ("label", "schema_version", "budget", "size_bytes", "fp16_size_bytes", "measured_nmse", "psnr_db")
-    kept = ("pooled_psnr_db", "ssim", "psnr_db_interval", "ssim_interval", "identical", "evaluation", "simulated")
+    names = (
+        "label",
+        "schema_version",
+        "budget",
+        "size_bytes",
+        "fp16_size_bytes",
+        "measured_nmse",
+        "psnr_db",
+    )
+    kept = (
+        "pooled_psnr_db",
+        "ssim",
+        "psnr_db_interval",
+        "ssim_interval",
+        "identical",
+        "evaluation",
+        "simulated",
+    )
     plain = report.model_dump(mode="json", include={*names, *kept, "frechet", "scores"})
     return {
         **plain,

@@ -21,9 +21,17 @@ _NAME = 38
 
 def comparison_text(comparison: Comparison) -> str:
     """Return the comparison for a terminal, at most 80 columns wide."""
-    lines = [f"{'':<3} {'size':>9} {'of FP16':>8} {'PSNR dB':>20} {'SSIM':>7} {'NMSE':>9} {'latency':>10}"]
+    lines = [
+        f"{'':<3} {'size':>9} {'of FP16':>8} {'PSNR dB':>20} {'SSIM':>7} {'NMSE':>9} {'latency':>10}"
+    ]
     for number, report in enumerate(comparison.reports, 1):
-        row = (_bytes(report), f"{report.size_ratio:.4f}", _psnr(report), *_figures(report), _milliseconds(report))
+        row = (
+            _bytes(report),
+            f"{report.size_ratio:.4f}",
+            _psnr(report),
+            *_figures(report),
+            _milliseconds(report),
+        )
         cells = zip(row, (9, 8, 20, 7, 9, 10), strict=True)
         lines.append(f"{number:<3} " + " ".join(f"{cell:>{width}}" for cell, width in cells))
     lines.append("")
@@ -94,9 +102,15 @@ def about(report: ReadReport) -> list[str]:
         if report.expected_latency is not None:
             parts.append(report.expected_latency.words)
     else:
-        other = "" if latency.target == report.target.name else f" (another target than {report.target.name})"
+        other = (
+            ""
+            if latency.target == report.target.name
+            else f" (another target than {report.target.name})"
+        )
         wrong = f", but {latency.problem}" if latency.problem else ""
-        parts.append(f"latency {words.digits(latency.milliseconds)} ms: {latency.source}{other}{wrong}")
+        parts.append(
+            f"latency {words.digits(latency.milliseconds)} ms: {latency.source}{other}{wrong}"
+        )
     for score in report.scores:
         if score.variant == "ours":
             own = f"; the float model's {score.floor:.4g}" if score.score == "clip-score" else ""
@@ -107,7 +121,8 @@ def about(report: ReadReport) -> list[str]:
 def distances(report: ReadReport) -> list[str]:
     """Say each Frechet distance of a run, beside the float model's own to the same."""
     return [
-        f"{one.described}: {one.distance:.4g}" + (f", the float model {one.floor:.4g}" if one.against == "real" else "")
+        f"{one.described}: {one.distance:.4g}"
+        + (f", the float model {one.floor:.4g}" if one.against == "real" else "")
         for one in report.frechet
     ]
 
@@ -117,7 +132,10 @@ def sentences(pair: Pair) -> list[str]:
     parts = [f"Size: {_more(pair.size_bytes, 'bytes')}."]
     if pair.obstacles:
         parts += [*pair.obstacles, "So the quality figures are not subtracted."]
-    for name, difference, places, unit in (("PSNR", pair.psnr_db, 2, " dB"), ("SSIM", pair.ssim, 5, "")):
+    for name, difference, places, unit in (
+        ("PSNR", pair.psnr_db, 2, " dB"),
+        ("SSIM", pair.ssim, 5, ""),
+    ):
         if difference is not None:
             parts.append(f"{name}: {_difference(difference, places, unit)}.")
     if pair.nmse_ratio is not None:
@@ -140,12 +158,18 @@ def _distance_sentence(change: DistanceChange) -> str:
 
 def move_rows(plan: PlanChange) -> list[list[str]]:
     """Return the moves from scheme to scheme, the most bytes first."""
-    return [[m.before, m.after, str(m.layers), f"{m.bytes_before:,}", f"{m.bytes_after:,}"] for m in plan.moves]
+    return [
+        [m.before, m.after, str(m.layers), f"{m.bytes_before:,}", f"{m.bytes_after:,}"]
+        for m in plan.moves
+    ]
 
 
 def layer_rows(plan: PlanChange) -> list[list[str]]:
     """Return the largest layers that changed."""
-    return [[one.name, one.before, one.after, f"{one.bytes_before:,}", f"{one.bytes_after:,}"] for one in plan.largest]
+    return [
+        [one.name, one.before, one.after, f"{one.bytes_before:,}", f"{one.bytes_after:,}"]
+        for one in plan.largest
+    ]
 
 
 def _plan_sentences(plan: PlanChange | None) -> list[str]:
@@ -166,7 +190,9 @@ def _plan_lines(plan: PlanChange | None) -> list[str]:
     lines = ["", f"    {'layers':>6} {'bytes before':>14} {'after':>14}  scheme"]
     for move in plan.moves:
         bytes_ = f"{move.bytes_before:>14,} {move.bytes_after:>14,}"
-        lines.append(f"    {move.layers:>6} {bytes_}  {_cut(f'{move.before} -> {move.after}', WIDTH - 42)}")
+        lines.append(
+            f"    {move.layers:>6} {bytes_}  {_cut(f'{move.before} -> {move.after}', WIDTH - 42)}"
+        )
     some = f" {len(plan.largest)} of {plan.changed}" if len(plan.largest) < plan.changed else ""
     lines.append(f"    the largest{some}, by bytes:")
     for one in plan.largest:
@@ -199,7 +225,9 @@ def _psnr(report: ReadReport) -> str:
     if report.psnr_db is None:
         return "identical" if report.identical else "-"
     interval = report.psnr_db_interval
-    return f"{report.psnr_db:.1f}" + ("" if interval is None else f" ({interval.low:.1f} to {interval.high:.1f})")
+    return f"{report.psnr_db:.1f}" + (
+        "" if interval is None else f" ({interval.low:.1f} to {interval.high:.1f})"
+    )
 
 
 def _bytes(report: ReadReport) -> str:

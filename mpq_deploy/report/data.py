@@ -71,10 +71,14 @@ class Quality(Part):
     ssim: float | None = None
     psnr_db_interval: Interval | None = None
     ssim_interval: Interval | None = None
-    psnr_db_each: tuple[float, ...] = Field((), description="of each image, in the order of the noise")
+    psnr_db_each: tuple[float, ...] = Field(
+        (), description="of each image, in the order of the noise"
+    )
     ssim_each: tuple[float, ...] = ()
     nmse_by_timestep: tuple[float, ...] = ()
-    identical: bool = Field(False, description="images equal to the float model's: psnr_db is infinite and so None")
+    identical: bool = Field(
+        False, description="images equal to the float model's: psnr_db is infinite and so None"
+    )
 
 
 class Control(Quality):
@@ -155,7 +159,9 @@ class DeviceInfo(Part):
     p99_ms: float | None = Field(None, ge=0)
     calls: int | None = Field(None, ge=0)
     graph: bool = Field(False, description="no engine: ONNX Runtime ran the graph itself")
-    ratio: Ratio | None = Field(None, description="from 'mpq-deploy bench': beside the float or FP16 model")
+    ratio: Ratio | None = Field(
+        None, description="from 'mpq-deploy bench': beside the float or FP16 model"
+    )
 
 
 class LayerRow(Part):
@@ -175,8 +181,12 @@ class LayerRow(Part):
     predicted_loss: float | None = Field(None, ge=0)
     refused: dict[str, str] = Field(default_factory=dict)
     loss_by_timestep: tuple[float, ...] = Field((), description="at the report's loss_timesteps")
-    kurtosis: float | None = Field(None, ge=0, description="mean over the weight's rows, pre-scaled; normal: 3")
-    latency_ms: float | None = Field(None, ge=0, description="alone; estimated or measured as ExpectedLatency says")
+    kurtosis: float | None = Field(
+        None, ge=0, description="mean over the weight's rows, pre-scaled; normal: 3"
+    )
+    latency_ms: float | None = Field(
+        None, ge=0, description="alone; estimated or measured as ExpectedLatency says"
+    )
     importance: float | None = None
     linear_bits: float | None = Field(None, ge=0)
 
@@ -303,12 +313,24 @@ class FrechetInfo(Part):
     def kind(self) -> tuple[object, ...]:
         """What the same distance of another variant shares."""
         against = (self.against, self.against_digest if self.against == "real" else "")
-        return (self.network, self.network_digest, *against, self.samples, self.sampler, self.steps, self.seed)
+        return (
+            self.network,
+            self.network_digest,
+            *against,
+            self.samples,
+            self.sampler,
+            self.steps,
+            self.seed,
+        )
 
     @property
     def described(self) -> str:
         """Its name with everything that it depends on, in words."""
-        to = "the float model's images" if self.against == "float" else self.against_source or "real images"
+        to = (
+            "the float model's images"
+            if self.against == "float"
+            else self.against_source or "real images"
+        )
         return f"{self.title}, {self.samples:,} images, {self.sampler}, seed {self.seed}, to {to}"
 
     @property
@@ -469,7 +491,9 @@ class ReportData(Quality):
     is None.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True
+    )
 
     model: ModelInfo
     target: TargetInfo
@@ -478,17 +502,23 @@ class ReportData(Quality):
     size_bytes: int = Field(ge=0)
     fp16_size_bytes: int = Field(gt=0)
     fixed_bytes: int = Field(0, ge=0, description="constants that are no layers")
-    predicted_nmse: float | None = Field(ge=0, description="None: the metric ranks layers and predicts no error")
+    predicted_nmse: float | None = Field(
+        ge=0, description="None: the metric ranks layers and predicts no error"
+    )
     timesteps: tuple[float, ...] = ()
     evaluation: EvaluationInfo | None = None
     loss_timesteps: tuple[float, ...] = ()
-    extras: dict[str, Control] = Field(default_factory=dict, description="this plan, run in another way")
+    extras: dict[str, Control] = Field(
+        default_factory=dict, description="this plan, run in another way"
+    )
     controls: dict[str, Control] = Field(default_factory=dict)
     curve: tuple[CurvePoint, ...] = ()
     engine: EngineInfo | None = None
     engine_note: str = ""
     cpu_latency: CpuLatencyInfo | None = None
-    expected_latency: ExpectedLatency | None = Field(None, description="None: nothing is known of the target's speed")
+    expected_latency: ExpectedLatency | None = Field(
+        None, description="None: nothing is known of the target's speed"
+    )
     devices: tuple[DeviceInfo, ...] = Field((), description="from installed packages")
     layers: tuple[LayerRow, ...]
     others: tuple[OtherRow, ...] = ()
@@ -502,10 +532,16 @@ class ReportData(Quality):
     importance: ImportanceInfo | None = None
     orm: OrmPictures | None = Field(None, exclude=True, repr=False)
     budgets: BudgetPlans | None = Field(None, exclude=True, repr=False)
-    simulated: bool = Field(False, description="no engine can hold the plan's schemes: bytes are nominal")
+    simulated: bool = Field(
+        False, description="no engine can hold the plan's schemes: bytes are nominal"
+    )
     recovery: RecoveryInfo | None = None
-    frechet: tuple[FrechetInfo, ...] = Field((), description="of this plan's images; from 'mpq-deploy metrics'")
-    frechet_controls: dict[str, tuple[FrechetInfo, ...]] = Field(default_factory=dict, description="of the controls'")
+    frechet: tuple[FrechetInfo, ...] = Field(
+        (), description="of this plan's images; from 'mpq-deploy metrics'"
+    )
+    frechet_controls: dict[str, tuple[FrechetInfo, ...]] = Field(
+        default_factory=dict, description="of the controls'"
+    )
     scores: tuple[ScoreInfo, ...] = Field(
         (), description="LPIPS and CLIP scores of this plan's images and the controls'"
     )
@@ -582,11 +618,15 @@ def kept_in_fp16(data: ReportData) -> tuple[KeptReason, ...]:
     known = {name for layer in data.layers for name in (layer.scheme, *layer.refused)} - {FP16.name}
     for layer in data.layers:
         if layer.scheme == FP16.name:
-            groups.setdefault(("layer", _reason(layer, known)), []).append((layer.name, layer.bytes))
+            groups.setdefault(("layer", _reason(layer, known)), []).append(
+                (layer.name, layer.bytes)
+            )
     for other in data.others:
         groups.setdefault(("other", other.reason), []).append((other.name, 2 * other.elements))
     kept = [
-        KeptReason(reason, len(rows), sum(size for _, size in rows), tuple(name for name, _ in rows), kind)
+        KeptReason(
+            reason, len(rows), sum(size for _, size in rows), tuple(name for name, _ in rows), kind
+        )
         for (kind, reason), rows in groups.items()
     ]
     return tuple(sorted(kept, key=lambda k: (k.kind, -k.bytes, k.reason)))
@@ -598,7 +638,9 @@ def _reason(layer: LayerRow, known_schemes: set[str]) -> str:
     A refusal names a scheme, or a family for all its block sizes.
     """
     open_schemes = {
-        s for s in known_schemes if s not in layer.refused and s.split("+")[0].split("-")[0] not in layer.refused
+        s
+        for s in known_schemes
+        if s not in layer.refused and s.split("+")[0].split("-")[0] not in layer.refused
     }
     if open_schemes or not layer.refused:
         return CHOSEN_FP16

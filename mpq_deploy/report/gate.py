@@ -53,11 +53,15 @@ class Limits:
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, float) and not math.isfinite(value):
-                raise UsageError(f"--{field.name.replace('_', '-')} is {value}.", "Give a finite number.")
+                raise UsageError(
+                    f"--{field.name.replace('_', '-')} is {value}.", "Give a finite number."
+                )
         for name in ("max_nmse", "min_ssim", "max_lpips"):
             value = getattr(self, name)
             if value is not None and value < 0:
-                raise UsageError(f"--{name.replace('_', '-')} is {value:g}.", "It cannot be negative.")
+                raise UsageError(
+                    f"--{name.replace('_', '-')} is {value:g}.", "It cannot be negative."
+                )
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,10 @@ class GateResult:
 
 
 def check_gate(
-    report: ReadReport, limits: Limits, baseline: ReadReport | None = None, allow_estimate: bool = False
+    report: ReadReport,
+    limits: Limits,
+    baseline: ReadReport | None = None,
+    allow_estimate: bool = False,
 ) -> GateResult:
     """Hold ``report`` against ``limits``; ``allow_estimate`` accepts an estimated latency.
 
@@ -128,22 +135,33 @@ def check_gate(
     if report.model.synthetic:
         notes.append(report.model.synthetic)
     label = None if baseline is None else baseline.label
-    return GateResult(report.label, report.model.name, report.target.name, outcomes, tuple(notes), label)
+    return GateResult(
+        report.label, report.model.name, report.target.name, outcomes, tuple(notes), label
+    )
 
 
 def _check(report: ReadReport, limits: Limits, baseline: ReadReport | None) -> None:
     if all(getattr(limits, field.name) is None for field in fields(limits)):
-        raise UsageError("There is no limit to hold the run against.", "Give at least one, such as --max-size 0.36.")
+        raise UsageError(
+            "There is no limit to hold the run against.",
+            "Give at least one, such as --max-size 0.36.",
+        )
     if limits.max_psnr_drop is not None and baseline is None:
-        raise UsageError("--max-psnr-drop needs a baseline.", "Give one with --baseline report.json.")
+        raise UsageError(
+            "--max-psnr-drop needs a baseline.", "Give one with --baseline report.json."
+        )
     if baseline is None:
         return
     if limits.max_psnr_drop is None and limits.max_frechet_increase is None:
-        raise UsageError("--baseline is given, but no limit uses it.", "Add --max-psnr-drop or --max-frechet-increase.")
+        raise UsageError(
+            "--baseline is given, but no limit uses it.",
+            "Add --max-psnr-drop or --max-frechet-increase.",
+        )
     other = model_obstacle(baseline, report)
     if other:
         raise UsageError(
-            f"The baseline {baseline.label} is that of another model. {other}", "Give one of the same model."
+            f"The baseline {baseline.label} is that of another model. {other}",
+            "Give one of the same model.",
         )
 
 
@@ -154,10 +172,14 @@ def _size(report: ReadReport, limit: Budget) -> Outcome:
     allowed = limit.bytes(report.fp16_size_bytes, weights)
     measured = f"{report.size_ratio:.4f} of FP16, {report.size_bytes:,} bytes"
     status = _status(report.size_bytes <= allowed)
-    return Outcome("size", f"at most {limit} ({allowed:,} bytes)", measured, status, report.size_bytes, allowed)
+    return Outcome(
+        "size", f"at most {limit} ({allowed:,} bytes)", measured, status, report.size_bytes, allowed
+    )
 
 
-def _missing(name: str, required: str, bound: float, why: str, shown: str = words.NOT_MEASURED) -> Outcome:
+def _missing(
+    name: str, required: str, bound: float, why: str, shown: str = words.NOT_MEASURED
+) -> Outcome:
     """Return the outcome of a limit whose figure is missing: it is not kept."""
     return Outcome(name, required, shown, "not measured", None, bound, detail=why)
 
@@ -169,7 +191,9 @@ def _status(passed: bool) -> Status:
 def _psnr(report: ReadReport, limit: float) -> Outcome:
     required = f"at least {limit:g} dB"
     if report.identical and report.psnr_db is None:
-        return Outcome("PSNR", required, "identical images", "passed", None, limit, detail="An infinite PSNR.")
+        return Outcome(
+            "PSNR", required, "identical images", "passed", None, limit, detail="An infinite PSNR."
+        )
     return _at_least("PSNR", report.psnr_db, report.psnr_db_interval, limit, report)
 
 
@@ -177,7 +201,9 @@ def _ssim(report: ReadReport, limit: float) -> Outcome:
     return _at_least("SSIM", report.ssim, report.ssim_interval, limit, report)
 
 
-def _at_least(name: str, value: float | None, ends: Interval | None, limit: float, report: ReadReport) -> Outcome:
+def _at_least(
+    name: str, value: float | None, ends: Interval | None, limit: float, report: ReadReport
+) -> Outcome:
     """Hold a mean over images against its lower limit."""
     unit, places = (" dB", 2) if name == "PSNR" else ("", 4)
     required, interval = f"at least {limit:g}{unit}", _ends(ends)
@@ -214,7 +240,9 @@ def _frechet(report: ReadReport, limit: float, baseline: ReadReport | None) -> O
     over = "the baseline's" if baseline is not None else "the float model's own"
     text = f"{of.described}; over {over} {floor:.3g}."
     text = f"{text} {_about(limit, interval, '', f'{of.samples:,} images', '--images')}"
-    return Outcome(name, required, f"{worst:+.3g}", _status(worst <= limit), worst, limit, interval, text)
+    return Outcome(
+        name, required, f"{worst:+.3g}", _status(worst <= limit), worst, limit, interval, text
+    )
 
 
 def _frechet_floor(one: FrechetInfo, baseline: ReadReport | None) -> float | None:
@@ -224,7 +252,9 @@ def _frechet_floor(one: FrechetInfo, baseline: ReadReport | None) -> float | Non
     return next((other.distance for other in baseline.frechet if other.kind == one.kind), None)
 
 
-def _increase_interval(one: FrechetInfo, floor: float, against_baseline: bool) -> tuple[float, float] | None:
+def _increase_interval(
+    one: FrechetInfo, floor: float, against_baseline: bool
+) -> tuple[float, float] | None:
     """The increase's paired interval; over a baseline only the distance's own is known."""
     if one.increase_interval is not None and not against_baseline:
         return _ends(one.increase_interval)
@@ -241,7 +271,9 @@ def _latency(report: ReadReport, limit: float, allow_estimate: bool) -> Outcome:
     shown = f"{words.digits(latency.milliseconds)} ms"
     if latency.problem:
         text += f" It does not count: {latency.problem}."
-        return Outcome("latency", required, shown, "failed", latency.milliseconds, limit, detail=text)
+        return Outcome(
+            "latency", required, shown, "failed", latency.milliseconds, limit, detail=text
+        )
     status = _status(latency.milliseconds <= limit)
     return Outcome("latency", required, shown, status, latency.milliseconds, limit, detail=text)
 
@@ -252,16 +284,22 @@ def _no_latency(report: ReadReport, limit: float, required: str, allow_estimate:
     if expected is not None and allow_estimate:
         status = _status(expected.ours_ms <= limit)
         shown = f"{words.digits(expected.ours_ms)} ms, estimated"
-        return Outcome("latency", required, shown, status, expected.ours_ms, limit, detail=f"{expected.words}.")
+        return Outcome(
+            "latency", required, shown, status, expected.ours_ms, limit, detail=f"{expected.words}."
+        )
     parts = [
         "No engine latency was measured. Run 'mpq-deploy package RUN', install the package on the device, and take its "
         "results in with 'mpq-deploy report RUN --device results.json'."
     ]
     if expected is not None:
-        parts.append(f"There is only an estimate, which --allow-estimate would take: {expected.words}.")
+        parts.append(
+            f"There is only an estimate, which --allow-estimate would take: {expected.words}."
+        )
     if report.cpu_latency is not None:
         cpu = report.cpu_latency
-        parts.append(f"The report's {cpu.ours_ms:g} ms are no latency of the engine ({cpu.source}).")
+        parts.append(
+            f"The report's {cpu.ours_ms:g} ms are no latency of the engine ({cpu.source})."
+        )
     return _missing("latency", required, limit, " ".join(parts))
 
 
@@ -271,14 +309,24 @@ def _psnr_drop(report: ReadReport, limit: float, baseline: ReadReport | None) ->
     name, required = "PSNR against the baseline", f"at most {limit:g} dB lower"
     different = obstacles(baseline, report)
     if different:
-        text = f"{' '.join(different)} Evaluate both with the same evaluate.* entries of the recipe."
+        text = (
+            f"{' '.join(different)} Evaluate both with the same evaluate.* entries of the recipe."
+        )
         return _missing(name, required, limit, text, "not comparable")
     if report.identical:
-        return Outcome(name, required, "identical images", "passed", None, limit, detail="An infinite PSNR.")
+        return Outcome(
+            name, required, "identical images", "passed", None, limit, detail="An infinite PSNR."
+        )
     if baseline.identical:
         text = "The baseline's images are identical to the float model's, these are not."
         return Outcome(
-            name, required, f"{words.decibels(report.psnr_db)} after infinity", "failed", None, limit, detail=text
+            name,
+            required,
+            f"{words.decibels(report.psnr_db)} after infinity",
+            "failed",
+            None,
+            limit,
+            detail=text,
         )
     difference = figure_difference(baseline, report, "psnr_db")
     if difference is None:
@@ -287,13 +335,24 @@ def _psnr_drop(report: ReadReport, limit: float, baseline: ReadReport | None) ->
         return _missing(name, required, limit, text)
     interval = difference.interval
     if interval is None:
-        text = "Not paired by image: not both reports keep the PSNR of each, so there is no interval."
+        text = (
+            "Not paired by image: not both reports keep the PSNR of each, so there is no interval."
+        )
     else:
         text = _about(-limit, interval, " dB", f"{_images(report)}, paired")
         if difference.within_noise:
             text = f"No difference is shown: 0 lies inside the interval. {text}"
     shown = f"{_shown(difference.value, -limit, 2, '+')} dB"
-    return Outcome(name, required, shown, _status(-difference.value <= limit), difference.value, -limit, interval, text)
+    return Outcome(
+        name,
+        required,
+        shown,
+        _status(-difference.value <= limit),
+        difference.value,
+        -limit,
+        interval,
+        text,
+    )
 
 
 def _lpips(report: ReadReport, limit: float) -> Outcome:
@@ -305,12 +364,18 @@ def _lpips(report: ReadReport, limit: float) -> Outcome:
     interval = _ends(worst.interval)
     text = f"{worst.title}. {_about(limit, interval, '', words.count(worst.samples, 'image'), '--images')}"
     status = _status(worst.value <= limit)
-    return Outcome("LPIPS", required, _shown(worst.value, limit, 4), status, worst.value, limit, interval, text)
+    return Outcome(
+        "LPIPS", required, _shown(worst.value, limit, 4), status, worst.value, limit, interval, text
+    )
 
 
 def _clip_drop(report: ReadReport, limit: float) -> Outcome:
     """Hold the CLIP score against the float model's own, of the same noise and prompts."""
-    name, required, measured = "CLIP score", f"at most {limit:g} below the float model's", _scores(report, "clip-score")
+    name, required, measured = (
+        "CLIP score",
+        f"at most {limit:g} below the float model's",
+        _scores(report, "clip-score"),
+    )
     if not measured:
         text = "The report holds no CLIP score of this plan. Measure it with 'mpq-deploy metrics RUN --clip-score'."
         return _missing(name, required, limit, text)
@@ -319,7 +384,9 @@ def _clip_drop(report: ReadReport, limit: float) -> Outcome:
     text = f"{worst.title}: {worst.value:.4g}, the float model's {worst.floor:.4g}."
     text = f"{text} {_about(-limit, interval, '', f'{worst.samples:,} images, paired', '--images')}"
     status = _status(-change <= limit)
-    return Outcome(name, required, _shown(change, -limit, 3, "+"), status, change, -limit, interval, text)
+    return Outcome(
+        name, required, _shown(change, -limit, 3, "+"), status, change, -limit, interval, text
+    )
 
 
 def _scores(report: ReadReport, kind: str) -> list[ScoreInfo]:
@@ -332,7 +399,11 @@ def _ends(interval: Interval | None) -> tuple[float, float] | None:
 
 
 def _about(
-    limit: float, interval: tuple[float, float] | None, unit: str, over: str, more: str = "evaluate.samples"
+    limit: float,
+    interval: tuple[float, float] | None,
+    unit: str,
+    over: str,
+    more: str = "evaluate.samples",
 ) -> str:
     """State the interval; point out a limit inside it, which other images might cross."""
     if interval is None:
@@ -351,7 +422,11 @@ def _shown(value: float, limit: float, places: int, sign: str = "") -> str:
 
 
 def _images(report: ReadReport) -> str:
-    return "the images" if report.evaluation is None else words.count(report.evaluation.samples, "image")
+    return (
+        "the images"
+        if report.evaluation is None
+        else words.count(report.evaluation.samples, "image")
+    )
 
 
 def _capital(text: str) -> str:
@@ -408,11 +483,19 @@ def gate_junit(result: GateResult) -> str:
     root = ET.Element("testsuites", counts)
     suite = ET.SubElement(root, "testsuite", {**counts, "skipped": "0"})
     properties = ET.SubElement(suite, "properties")
-    stated = {"run": result.run, "model": result.model, "target": result.target, "baseline": result.baseline or ""}
+    stated = {
+        "run": result.run,
+        "model": result.model,
+        "target": result.target,
+        "baseline": result.baseline or "",
+    }
     for name, value in stated.items():
         ET.SubElement(properties, "property", {"name": name, "value": _xml(value)})
     for outcome in result.outcomes:
-        named = {"classname": _xml(f"mpq-deploy.gate.{result.model}"), "name": _xml(f"{outcome.name} {outcome.limit}")}
+        named = {
+            "classname": _xml(f"mpq-deploy.gate.{result.model}"),
+            "name": _xml(f"{outcome.name} {outcome.limit}"),
+        }
         case = ET.SubElement(suite, "testcase", {**named, "time": "0"})
         text = f"{outcome.name}: {outcome.measured}, limit: {outcome.limit}"
         if not outcome.passed:

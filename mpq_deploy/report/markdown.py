@@ -55,7 +55,9 @@ def markdown_report(data: ReportData) -> str:
         *_notes(data),
         "### Reproduce",
         _code(data.reproduce),
-        ", ".join(f"{plain(name)} {plain(version)}" for name, version in sorted(data.versions.items())),
+        ", ".join(
+            f"{plain(name)} {plain(version)}" for name, version in sorted(data.versions.items())
+        ),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -113,12 +115,18 @@ def _variants(data: ReportData) -> list[list[str]]:
 def _engine_line(data: ReportData) -> str:
     word, line = engine_state(data)
     speed, where = latency(data)
-    expected = f" {plain(expected_latency(data.expected_latency))}." if data.expected_latency else ""
+    expected = (
+        f" {plain(expected_latency(data.expected_latency))}." if data.expected_latency else ""
+    )
     return f"Engine: {word} ({plain(line)}). Latency: {speed} ({plain(where)}).{expected}"
 
 
 def _devices(data: ReportData) -> list[str]:
-    return ["### On devices", table(DEVICE_COLUMNS, map(device_row, data.devices))] if data.devices else []
+    return (
+        ["### On devices", table(DEVICE_COLUMNS, map(device_row, data.devices))]
+        if data.devices
+        else []
+    )
 
 
 def _totals(data: ReportData) -> list[list[str]]:
@@ -139,7 +147,10 @@ def _kept(data: ReportData) -> list[str]:
 
 
 def _stages(data: ReportData) -> list[list[str]]:
-    return [[s.name, duration(s.seconds), size(s.peak_rss_bytes), "kept" if s.cached else "made"] for s in data.stages]
+    return [
+        [s.name, duration(s.seconds), size(s.peak_rss_bytes), "kept" if s.cached else "made"]
+        for s in data.stages
+    ]
 
 
 def _notes(data: ReportData) -> list[str]:

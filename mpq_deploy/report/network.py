@@ -92,7 +92,9 @@ def legend(data: ReportData) -> list[LegendEntry]:
 
 def in_order(names: Iterable[str]) -> list[str]:
     """Return families, the widest format first, simulated ones last."""
-    return sorted(names, key=lambda name: (FAMILIES.index(name) if name in FAMILIES else len(FAMILIES), name))
+    return sorted(
+        names, key=lambda name: (FAMILIES.index(name) if name in FAMILIES else len(FAMILIES), name)
+    )
 
 
 def layer_details(data: ReportData) -> list[dict[str, object]]:
@@ -107,7 +109,10 @@ def layer_details(data: ReportData) -> list[dict[str, object]]:
             "name": layer.name,
             "facts": [
                 ["Operator", layer.op],
-                ["Weight", " × ".join(map(str, layer.weight_shape)) or f"{layer.weights:,} elements"],
+                [
+                    "Weight",
+                    " × ".join(map(str, layer.weight_shape)) or f"{layer.weights:,} elements",
+                ],
                 ["Scheme", f"{layer.scheme} ({meaning(layer.scheme)})"],
                 ["Size", f"{size(layer.bytes)}, {_of_fp16(layer)}"],
                 ["Predicted error", _loss(layer, total)],
@@ -129,7 +134,9 @@ def byte_price(data: ReportData) -> float | None:
     """
     if data.budgets is None:
         return None
-    known = [(p.size_bytes, p.predicted_nmse) for p in data.budgets.plans if p.predicted_nmse is not None]
+    known = [
+        (p.size_bytes, p.predicted_nmse) for p in data.budgets.plans if p.predicted_nmse is not None
+    ]
     below = max((p for p in known if p[0] < data.size_bytes), default=None)
     above = min((p for p in known if p[0] > data.size_bytes), default=None)
     if below is None or above is None or above[1] >= below[1]:
@@ -178,7 +185,11 @@ def _change(layer: LayerRow, option: LayerOption, verb: str) -> str:
 
 
 def _kurtosis(layer: LayerRow) -> list[list[str]]:
-    return [] if layer.kurtosis is None else [["Kurtosis", f"{layer.kurtosis:.3g} (normal: 3; more means outliers)"]]
+    return (
+        []
+        if layer.kurtosis is None
+        else [["Kurtosis", f"{layer.kurtosis:.3g} (normal: 3; more means outliers)"]]
+    )
 
 
 def layer_label(layer: LayerRow) -> str:
@@ -211,7 +222,11 @@ def branched(data: ReportData) -> tuple[int, int]:
 
 
 def _of_fp16(layer: LayerRow) -> str:
-    return f"{percent(layer.bytes / layer.fp16_bytes)} of FP16" if layer.fp16_bytes else "nothing in FP16"
+    return (
+        f"{percent(layer.bytes / layer.fp16_bytes)} of FP16"
+        if layer.fp16_bytes
+        else "nothing in FP16"
+    )
 
 
 def _loss(layer: LayerRow, total: float) -> str:
@@ -228,7 +243,9 @@ def _importance(layer: LayerRow) -> list[list[str]]:
     return [["Importance", bits]]
 
 
-def _grouped(layers: Sequence[LayerRow], parts: int) -> list[tuple[str, list[tuple[int, LayerRow]]]]:
+def _grouped(
+    layers: Sequence[LayerRow], parts: int
+) -> list[tuple[str, list[tuple[int, LayerRow]]]]:
     groups: list[tuple[str, list[tuple[int, LayerRow]]]] = []
     for index, layer in enumerate(layers):
         name = _block_name(layer.name, parts)

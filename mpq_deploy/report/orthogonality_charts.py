@@ -80,7 +80,9 @@ def orm_view(pictures: OrmPictures) -> OrmView:
     least = float(pictures.orm.min())
     low = 0.0 if least >= 0 else -np.ceil(-10 * least) / 10
     shown = stride_midpoints(len(pictures.timesteps), MOST_MAPS)
-    maps = tuple(_heat_map(float(pictures.timesteps[k]), pictures.orm[k], pooled, low) for k in shown)
+    maps = tuple(
+        _heat_map(float(pictures.timesteps[k]), pictures.orm[k], pooled, low) for k in shown
+    )
     colours = _palette()
     return OrmView(
         maps,
@@ -104,7 +106,11 @@ def _heat_map(timestep: float, orm: Array, pooled: int, low: float) -> HeatMap:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)
     others = orm[~np.eye(len(orm), dtype=bool)]
-    text = f"mean {others.mean():.2f}, from {others.min():.2f} to {others.max():.2f}" if len(others) else "one layer"
+    text = (
+        f"mean {others.mean():.2f}, from {others.min():.2f} to {others.max():.2f}"
+        if len(others)
+        else "one layer"
+    )
     return HeatMap(timestep, data_uri(buffer.getvalue()), text)
 
 
@@ -118,7 +124,9 @@ def pool(matrix: Array, size: int) -> Array:
 
 def _palette() -> Array:
     """Return the colours, float64 [LEVELS, 3], between ``ANCHORS``."""
-    anchors = np.array([[int(colour[i : i + 2], 16) for i in (0, 2, 4)] for colour in ANCHORS], np.float64)
+    anchors = np.array(
+        [[int(colour[i : i + 2], 16) for i in (0, 2, 4)] for colour in ANCHORS], np.float64
+    )
     at = np.linspace(0, len(ANCHORS) - 1, LEVELS)
     parts = [np.interp(at, np.arange(len(ANCHORS)), part) for part in anchors.T]
     return np.asarray(np.rint(np.stack(parts, axis=1)))
@@ -144,14 +152,18 @@ def importance_chart(pictures: OrmPictures) -> Markup | None:
     every = max(1, -(-steps // 7))
     at = [(float(k), f"{t:.4g}") for k, t in enumerate(pictures.timesteps) if k % every == 0]
     parts = [
-        y_axis(x, y, [(t, f"{t:g}") for t in ticks], "importance of a layer: theta = exp(-beta gamma)"),
+        y_axis(
+            x, y, [(t, f"{t:g}") for t in ticks], "importance of a layer: theta = exp(-beta gamma)"
+        ),
         x_axis(x, y, at, "timestep: from noise (left) to image (right)"),
         *(_trace(x, y, i, theta[:, i], pictures.layers[i], i in named) for i in drawn),
     ]
     heights = spread_out([y(theta[-1, i]) for i in named], 15)
     for i, height in zip(named, heights, strict=True):
         parts.append(label(x.end + 10, height + 4, _short(pictures.layers[i]), "start", "tick"))
-    most, least = (", ".join(pictures.layers[i] for i in part) for part in (order[:NAMED], order[-NAMED:]))
+    most, least = (
+        ", ".join(pictures.layers[i] for i in part) for part in (order[:NAMED], order[-NAMED:])
+    )
     text = f"Most important: {most}. Least important: {least}."
     return chart("importance", "Importance of each layer over timesteps", text, parts)
 

@@ -10,7 +10,12 @@ from markupsafe import Markup
 from mpq_deploy.formats.scheme import FP16
 from mpq_deploy.report import words
 from mpq_deploy.report.budget_curve import budget_view
-from mpq_deploy.report.charts import prediction_chart, recovery_chart, size_quality_chart, timestep_chart
+from mpq_deploy.report.charts import (
+    prediction_chart,
+    recovery_chart,
+    size_quality_chart,
+    timestep_chart,
+)
 from mpq_deploy.report.data import ReportData, SchemeTotal, kept_in_fp16
 from mpq_deploy.report.network import branched, layer_details, legend, network_rows
 from mpq_deploy.report.orthogonality_charts import orm_view
@@ -20,7 +25,11 @@ from mpq_deploy.report.pictures import picture_table
 def html_page(data: ReportData) -> str:
     """Return the page. Every string of ``data`` is escaped by the templates."""
     titles = {name: words.title_of(name, data) for name in ("float", "ours", *data.compared)}
-    pictures = picture_table(data.images, titles) if data.images is not None and data.images.images else None
+    pictures = (
+        picture_table(data.images, titles)
+        if data.images is not None and data.images.images
+        else None
+    )
     return rendered(
         "report.html.j2",
         data=data,
@@ -52,7 +61,9 @@ def rendered(template: str, **values: object) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(template).render(words=words, style=asset("style.css"), **values)
+    return environment.get_template(template).render(
+        words=words, style=asset("style.css"), **values
+    )
 
 
 def scheme_table(
@@ -65,10 +76,14 @@ def scheme_table(
     for op in sorted({total.op for total in totals}):
         cells = [by_pair.get((op, scheme)) for scheme in schemes]
         present = [cell for cell in cells if cell is not None]
-        rows.append((op, cells, sum(cell.layers for cell in present), sum(cell.bytes for cell in present)))
+        rows.append(
+            (op, cells, sum(cell.layers for cell in present), sum(cell.bytes for cell in present))
+        )
     return schemes, rows
 
 
 def asset(name: str) -> Markup:
     """Return a file of ``templates/`` as it is: it is ours, and holds nothing of the user's."""
-    return Markup((resources.files("mpq_deploy.report") / "templates" / name).read_text(encoding="utf-8"))
+    return Markup(
+        (resources.files("mpq_deploy.report") / "templates" / name).read_text(encoding="utf-8")
+    )

@@ -44,24 +44,30 @@ class PictureTable:
     reduction: int
 
 
-def picture_table(images: ImageSet, titles: dict[str, str], limit: int = PICTURE_BYTES) -> PictureTable:
+def picture_table(
+    images: ImageSet, titles: dict[str, str], limit: int = PICTURE_BYTES
+) -> PictureTable:
     """Encode evenly spread columns of every variant's images within ``limit`` bytes."""
     first = next(iter(images.images.values()))
     columns = stride_midpoints(len(first), COLUMNS)
     reduction = 1
     while True:
         encoded = {
-            name: [_png(image, reduction) for image in as_rgb(batch[columns])] for name, batch in images.images.items()
+            name: [_png(image, reduction) for image in as_rgb(batch[columns])]
+            for name, batch in images.images.items()
         }
         total = sum(len(png) for pngs in encoded.values() for png in pngs)
         if total <= limit or min(first.shape[1:3]) // (2 * reduction) < 8:
             break
         reduction *= 2
     rows = tuple(
-        PictureRow(name, titles.get(name, name), tuple(data_uri(png) for png in pngs)) for name, pngs in encoded.items()
+        PictureRow(name, titles.get(name, name), tuple(data_uri(png) for png in pngs))
+        for name, pngs in encoded.items()
     )
     height, width = (side // reduction for side in first.shape[1:3])
-    labels = tuple(images.labels[column] if column < len(images.labels) else "" for column in columns)
+    labels = tuple(
+        images.labels[column] if column < len(images.labels) else "" for column in columns
+    )
     return PictureTable(labels, rows, width, height, len(columns), len(first), reduction)
 
 

@@ -63,7 +63,9 @@ def read_report(path: Path) -> ReadReport:
     text, raw = _object(file)
     version = raw.get("schema_version")
     if type(version) is not int:
-        raise UsageError(f"{file} is no report of mpq-deploy: its schema_version is {version!r}.", FOREIGN)
+        raise UsageError(
+            f"{file} is no report of mpq-deploy: its schema_version is {version!r}.", FOREIGN
+        )
     if version != SCHEMA_VERSION:
         raise UsageError(
             f"{file} has schema {version}; this release reads {SCHEMA_VERSION}.",
@@ -75,7 +77,9 @@ def read_report(path: Path) -> ReadReport:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise UsageError(f"{file} is damaged: {f'{where}: ' if where else ''}{first['msg']}.", AGAIN) from None
+        raise UsageError(
+            f"{file} is damaged: {f'{where}: ' if where else ''}{first['msg']}.", AGAIN
+        ) from None
     if path.is_dir():
         _check_current(path, report)
     return report
@@ -88,7 +92,9 @@ def latencies(report: ReadReport) -> list[Latency]:
     """
     measured = []
     for device in report.devices:
-        if device.median_ms is not None and (not device.graph or device.target == report.target.name):
+        if device.median_ms is not None and (
+            not device.graph or device.target == report.target.name
+        ):
             calls = f"median of {device.calls} calls" if device.calls else "median"
             source = f"measured on {device.device} ({device.target}, {device.builder}; {calls})"
             measured.append(Latency(device.median_ms, source, device.target, _problem(device)))
@@ -109,7 +115,11 @@ def slowest(report: ReadReport) -> Latency | None:
 def _problem(device: DeviceInfo) -> str:
     if not device.layers_verified:
         return "the engine's layers there are not as planned"
-    return "the engine's outputs there differ from the references" if device.outputs_agree is False else ""
+    return (
+        "the engine's outputs there differ from the references"
+        if device.outputs_agree is False
+        else ""
+    )
 
 
 def _object(file: Path) -> tuple[str, dict[str, Any]]:
@@ -122,7 +132,9 @@ def _object(file: Path) -> tuple[str, dict[str, Any]]:
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{file} is no complete JSON ({error}).", AGAIN) from None
     if not isinstance(raw, dict):
-        raise UsageError(f"{file} is no report of mpq-deploy: it holds a {type(raw).__name__}.", FOREIGN)
+        raise UsageError(
+            f"{file} is no report of mpq-deploy: it holds a {type(raw).__name__}.", FOREIGN
+        )
     return text, raw
 
 
@@ -134,7 +146,9 @@ def _check_digest(file: Path, text: str, raw: dict[str, Any]) -> None:
         # Values that no report holds (NaN, infinity): they came in later.
         intact = False
     if not intact:
-        problem = f"its {SEAL} does not match its values" if SEAL in raw else f"its {SEAL} was removed"
+        problem = (
+            f"its {SEAL} does not match its values" if SEAL in raw else f"its {SEAL} was removed"
+        )
         raise UsageError(
             f"{file} was changed after it was written: {problem}.",
             "Write it again with 'mpq-deploy report RUN', or fetch the release's own file again.",
@@ -148,7 +162,9 @@ def _check_current(run: Path, report: ReadReport) -> None:
         return
     rows = _object(plan)[1].get("layers")
     rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-    if {row.get("name"): row.get("scheme") for row in rows} != {layer.name: layer.scheme for layer in report.layers}:
+    if {row.get("name"): row.get("scheme") for row in rows} != {
+        layer.name: layer.scheme for layer in report.layers
+    }:
         raise UsageError(
             f"{run / REPORT} reports an earlier plan: {plan} has been made again since.",
             f"Update it with 'mpq-deploy report {run}'.",

@@ -56,7 +56,9 @@ class Axis:
     def __call__(self, value: float) -> float:
         """Return the pixel of ``value``."""
         low, high, value = (
-            (math.log10(v) for v in (self.low, self.high, value)) if self.log else (self.low, self.high, value)
+            (math.log10(v) for v in (self.low, self.high, value))
+            if self.log
+            else (self.low, self.high, value)
         )
         return self.start + (value - low) / (high - low) * (self.end - self.start)
 
@@ -108,16 +110,26 @@ def power_label(decade: float) -> str:
 
 def label(x: float, y: float, text: str, anchor: str = "middle", kind: str = "tick") -> Markup:
     """Write ``text`` at a place; ``kind`` is its CSS class."""
-    return Markup('<text class="{}" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(kind, x, y, anchor, text)
+    return Markup('<text class="{}" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(
+        kind, x, y, anchor, text
+    )
 
 
-def x_axis(x: Axis, y: Axis, ticks: Sequence[tuple[float, str]], title: str, grid: bool = False) -> Markup:
+def x_axis(
+    x: Axis, y: Axis, ticks: Sequence[tuple[float, str]], title: str, grid: bool = False
+) -> Markup:
     """Draw the axis below, with its ticks and title, and with ``grid`` a line up from each tick."""
     bottom, top = max(y.start, y.end), min(y.start, y.end)
-    parts = [Markup('<path class="axis" d="M{:.1f} {:.1f}H{:.1f}"/>').format(x.start, bottom, x.end)]
+    parts = [
+        Markup('<path class="axis" d="M{:.1f} {:.1f}H{:.1f}"/>').format(x.start, bottom, x.end)
+    ]
     for value, name in ticks:
         if grid:
-            parts.append(Markup('<path class="grid" d="M{:.1f} {:.1f}V{:.1f}"/>').format(x(value), bottom, top))
+            parts.append(
+                Markup('<path class="grid" d="M{:.1f} {:.1f}V{:.1f}"/>').format(
+                    x(value), bottom, top
+                )
+            )
         parts.append(label(x(value), bottom + 18, name))
     parts.append(label((x.start + x.end) / 2, bottom + 42, title, "middle", "axis-title"))
     return Markup("").join(parts)
@@ -127,7 +139,11 @@ def y_axis(x: Axis, y: Axis, ticks: Sequence[tuple[float, str]], title: str) -> 
     """Draw a line across at every tick, the ticks' labels on the left, and the title on top."""
     parts = []
     for value, name in ticks:
-        parts.append(Markup('<path class="grid" d="M{:.1f} {:.1f}H{:.1f}"/>').format(x.start, y(value), x.end))
+        parts.append(
+            Markup('<path class="grid" d="M{:.1f} {:.1f}H{:.1f}"/>').format(
+                x.start, y(value), x.end
+            )
+        )
         parts.append(label(x.start - 10, y(value) + 4, name, "end"))
     parts.append(label(8, 14, title, "start", "axis-title"))
     return Markup("").join(parts)
@@ -143,10 +159,14 @@ def polyline(x: Axis, y: Axis, series: Series) -> Markup:
 
 def segment(key: str, start: float, end: float, y: float) -> Markup:
     """Draw a level line in the colour of ``key``."""
-    return Markup('<path class="line series-{}" d="M{:.1f} {:.1f}H{:.1f}"/>').format(key, start, y, end)
+    return Markup('<path class="line series-{}" d="M{:.1f} {:.1f}H{:.1f}"/>').format(
+        key, start, y, end
+    )
 
 
-def marker(key: str, at: tuple[float, float], title: str, radius: float, hollow: bool = False) -> Markup:
+def marker(
+    key: str, at: tuple[float, float], title: str, radius: float, hollow: bool = False
+) -> Markup:
     """Draw a point whose shape (``SHAPES``, else a diamond) tells the series."""
     (x, y), r = at, radius
     shapes = {
@@ -163,7 +183,9 @@ def marker(key: str, at: tuple[float, float], title: str, radius: float, hollow:
     )
 
 
-def chart(name: str, title: str, described: str, parts: Sequence[Markup], height: float = HEIGHT) -> Markup:
+def chart(
+    name: str, title: str, described: str, parts: Sequence[Markup], height: float = HEIGHT
+) -> Markup:
     """Put the parts into the frame of a chart; ``described`` is its text for screen readers."""
     head = Markup(
         '<svg class="chart" viewBox="0 0 {} {:g}" role="img" aria-labelledby="{}-title {}-desc">'

@@ -20,7 +20,8 @@ def sweep_page(result: dict[str, Any], plans: BudgetPlans, about: dict[str, str]
     points = [point for point in result["points"] if "size_bytes" in point]
     fp16_size = round(points[0]["size_bytes"] / points[0]["size_ratio"]) if points else 1
     marks = [
-        Mark("swept", "", point["size_ratio"], point.get("measured_nmse"), point["predicted_nmse"]) for point in points
+        Mark("swept", "", point["size_ratio"], point.get("measured_nmse"), point["predicted_nmse"])
+        for point in points
     ]
     marks += [
         Mark(name, control["title"], control["size_ratio"], control["measured_nmse"])
@@ -33,7 +34,10 @@ def sweep_page(result: dict[str, Any], plans: BudgetPlans, about: dict[str, str]
         budgets=view(plans, fp16_size, marks, simulated=simulated) if plans.plans else None,
         curve_note=_note(result),
         columns=COLUMNS,
-        rows=[*(_row(point) for point in points), *(_control(c) for c in result["controls"].values())],
+        rows=[
+            *(_row(point) for point in points),
+            *(_control(c) for c in result["controls"].values()),
+        ],
         refused=[_refused(point) for point in result["points"] if "size_bytes" not in point],
         simulated=simulated,
         lead=_lead(points, simulated),
@@ -47,7 +51,9 @@ def _lead(points: list[dict[str, Any]], simulated: bool) -> str:
     if not measured:
         return f"{nominal}{words.count(len(points), 'budget')}, predicted; --evaluate or --points measures them."
     compared = [
-        p["predicted_nmse"] / p["measured_nmse"] for p in measured if p["predicted_nmse"] and p["measured_nmse"]
+        p["predicted_nmse"] / p["measured_nmse"]
+        for p in measured
+        if p["predicted_nmse"] and p["measured_nmse"]
     ]
     text = f"{nominal}{words.count(len(measured), 'budget')} measured"
     if not compared:

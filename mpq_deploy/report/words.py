@@ -82,11 +82,22 @@ def intervals_note(data: ReportData) -> str:
     """Say what stands in brackets behind a quality figure; empty where nothing does."""
     if data.psnr_db_interval is None and data.ssim_interval is None:
         return ""
-    number = f" over {count(data.evaluation.samples, 'image')}" if data.evaluation is not None else " over the images"
+    number = (
+        f" over {count(data.evaluation.samples, 'image')}"
+        if data.evaluation is not None
+        else " over the images"
+    )
     return f"In brackets: the 95 % interval of the mean, by a bootstrap{number}."
 
 
-FRECHET_COLUMNS = ("variant", "distance", "95 % interval", "over the float model's", "95 % interval", "verdict")
+FRECHET_COLUMNS = (
+    "variant",
+    "distance",
+    "95 % interval",
+    "over the float model's",
+    "95 % interval",
+    "verdict",
+)
 
 
 def frechet_about(row: FrechetInfo) -> str:
@@ -98,11 +109,17 @@ def frechet_about(row: FrechetInfo) -> str:
         f"{row.against_source}{known if row.against == 'real' else ''}."
     ]
     if row.against == "float":
-        parts.append(f"Other noise alone makes {digits(row.other_noise)} between two sets of the float model.")
+        parts.append(
+            f"Other noise alone makes {digits(row.other_noise)} between two sets of the float model."
+        )
     else:
-        parts.append(f"The float model's own: {digits(row.floor)}, from other noise {digits(row.other_noise)}.")
+        parts.append(
+            f"The float model's own: {digits(row.floor)}, from other noise {digits(row.other_noise)}."
+        )
     if row.real_floor is not None and row.real_floor_samples is not None:
-        parts.append(f"Real against real: {digits(row.real_floor)} (halves of {row.real_floor_samples:,}).")
+        parts.append(
+            f"Real against real: {digits(row.real_floor)} (halves of {row.real_floor_samples:,})."
+        )
     if row.extrapolated is not None and row.extrapolated_floor is not None:
         parts.append(
             f"Extrapolated to infinitely many images: {row.extrapolated:.3g}, the float model "
@@ -113,7 +130,9 @@ def frechet_about(row: FrechetInfo) -> str:
 
 def _sampler(row: FrechetInfo | ScoreInfo) -> str:
     """Name the sampler with its steps, which most names hold already."""
-    return row.sampler if f"{row.steps} steps" in row.sampler else f"{row.sampler}, {row.steps} steps"
+    return (
+        row.sampler if f"{row.steps} steps" in row.sampler else f"{row.sampler}, {row.steps} steps"
+    )
 
 
 def frechet_verdict(row: FrechetInfo) -> str:
@@ -128,7 +147,14 @@ def frechet_verdict(row: FrechetInfo) -> str:
 def frechet_row(title: str, row: FrechetInfo) -> list[str]:
     """Return the cells of ``FRECHET_COLUMNS``."""
     ends = [f"{one.low:.3g} to {one.high:.3g}" for one in (row.interval, row.increase_interval)]
-    return [title, f"{row.distance:.4g}", ends[0], f"{row.increase:+.3g}", ends[1], frechet_verdict(row)]
+    return [
+        title,
+        f"{row.distance:.4g}",
+        ends[0],
+        f"{row.increase:+.3g}",
+        ends[1],
+        frechet_verdict(row),
+    ]
 
 
 def frechet_other(row: FrechetInfo) -> str:
@@ -139,9 +165,13 @@ def frechet_other(row: FrechetInfo) -> str:
         ("recall", row.recall, row.recall_floor),
     )
     parts = [
-        f"{name} {ours:.3g} (float {own:.3g})" for name, ours, own in figures if ours is not None and own is not None
+        f"{name} {ours:.3g} (float {own:.3g})"
+        for name, ours, own in figures
+        if ours is not None and own is not None
     ]
-    against = "the float model's images from other noise" if row.against == "float" else "the real images"
+    against = (
+        "the float model's images from other noise" if row.against == "float" else "the real images"
+    )
     return f"Against {against}: {', '.join(parts)}." if parts else ""
 
 
@@ -155,14 +185,27 @@ def frechet_groups(data: ReportData) -> list[tuple[str, list[list[str]], str]]:
             for row in rows
             if row.kind == own.kind
         ]
-        groups.append((frechet_about(own), [frechet_row(title, row) for title, row in same], frechet_other(own)))
+        groups.append(
+            (
+                frechet_about(own),
+                [frechet_row(title, row) for title, row in same],
+                frechet_other(own),
+            )
+        )
     return groups
 
 
 # The float model's own LPIPS is 0: nothing to be over.
 SCORE_COLUMNS: dict[str, tuple[str, ...]] = {
     "lpips": ("variant", "mean", "95 % interval", "verdict"),
-    "clip-score": ("variant", "mean", "95 % interval", "over the float model's", "95 % interval", "verdict"),
+    "clip-score": (
+        "variant",
+        "mean",
+        "95 % interval",
+        "over the float model's",
+        "95 % interval",
+        "verdict",
+    ),
 }
 
 
@@ -184,14 +227,20 @@ def score_verdict(row: ScoreInfo) -> str:
     """Say in a few words what a score shows."""
     if row.score == "lpips":
         return "below other noise's" if row.value < row.other_noise else "not below other noise's"
-    if row.increase_interval is None or row.increase_interval.low <= 0 <= row.increase_interval.high:
+    if (
+        row.increase_interval is None
+        or row.increase_interval.low <= 0 <= row.increase_interval.high
+    ):
         return "no difference shown"
     return "fits better" if row.increase > 0 else "fits worse"
 
 
 def score_row(title: str, row: ScoreInfo) -> list[str]:
     """Return the cells of ``SCORE_COLUMNS``."""
-    ends = ["" if one is None else f"{one.low:.3g} to {one.high:.3g}" for one in (row.interval, row.increase_interval)]
+    ends = [
+        "" if one is None else f"{one.low:.3g} to {one.high:.3g}"
+        for one in (row.interval, row.increase_interval)
+    ]
     over = [] if row.score == "lpips" else [f"{row.increase:+.3g}", ends[1]]
     return [title, f"{row.value:.4g}", ends[0], *over, score_verdict(row)]
 
@@ -202,7 +251,11 @@ def score_groups(data: ReportData) -> list[tuple[str, tuple[str, ...], list[list
         (
             score_about(own),
             SCORE_COLUMNS[own.score],
-            [score_row(title_of(row.variant, data), row) for row in data.scores if row.kind == own.kind],
+            [
+                score_row(title_of(row.variant, data), row)
+                for row in data.scores
+                if row.kind == own.kind
+            ],
         )
         for own in data.scores
         if own.variant == "ours"
@@ -243,12 +296,18 @@ def headline(data: ReportData) -> list[str]:
     if data.identical:
         parts.append("The images are identical to the original model's.")
     elif data.psnr_db is not None:
-        parts.append(f"The images match the original model's to {decibels(data.psnr_db)} PSNR (more is closer).")
+        parts.append(
+            f"The images match the original model's to {decibels(data.psnr_db)} PSNR (more is closer)."
+        )
     else:
         parts.append("The images have not been compared with the original model's.")
     reference = _reference_control(data)
     if reference is not None:
-        reached = "gives identical images" if reference.identical else f"reaches {decibels(reference.psnr_db)}"
+        reached = (
+            "gives identical images"
+            if reference.identical
+            else f"reaches {decibels(reference.psnr_db)}"
+        )
         parts.append(f"{reference.title} takes {percent(reference.size_ratio)} and {reached}.")
     return parts
 
@@ -304,8 +363,13 @@ def engine_state(data: ReportData) -> tuple[str, str]:
     engine = data.engine
     if engine is None:
         return "not built", data.engine_note or "no engine was asked for"
-    built = f", built in {duration(engine.build_seconds)}" if engine.build_seconds is not None else ""
-    return "verified" if engine.verified else "not verified", f"{engine.backend} {engine.version}{built}"
+    built = (
+        f", built in {duration(engine.build_seconds)}" if engine.build_seconds is not None else ""
+    )
+    return (
+        "verified" if engine.verified else "not verified",
+        f"{engine.backend} {engine.version}{built}",
+    )
 
 
 def latency(data: ReportData) -> tuple[str, str]:
@@ -330,7 +394,11 @@ def expected_latency(info: ExpectedLatency) -> str:
 def glance_rows(data: ReportData) -> list[list[str]]:
     """Return the headline's table: this plan, FP16 and the uniform plans."""
     expected = data.expected_latency
-    times = {"fp16": expected.fp16_ms, "ours": expected.ours_ms, "int8": expected.int8_ms} if expected else {}
+    times = (
+        {"fp16": expected.fp16_ms, "ours": expected.ours_ms, "int8": expected.int8_ms}
+        if expected
+        else {}
+    )
     if expected is not None and expected.int4_ms is not None:
         times["int4"] = expected.int4_ms
 
@@ -338,7 +406,9 @@ def glance_rows(data: ReportData) -> list[list[str]]:
         time = [f"{digits(times[key])} ms" if key in times else "not estimated"] if times else []
         return [title, size(bytes_), percent(bytes_ / data.fp16_size_bytes), quality, *time]
 
-    rows = [row("ours", title_of("ours", data), data.size_bytes, decibels(data.psnr_db, data.identical))]
+    rows = [
+        row("ours", title_of("ours", data), data.size_bytes, decibels(data.psnr_db, data.identical))
+    ]
     rows.append(row("fp16", "Everything FP16", data.fp16_size_bytes, "the reference"))
     rows += [
         row(key, control.title, control.size_bytes, decibels(control.psnr_db, control.identical))
@@ -360,11 +430,23 @@ def latency_rows(data: ReportData) -> list[list[str]]:
     """Return every latency with what it is of and how it is known; measurements first."""
     rows = []
     if data.engine is not None and data.engine.latency_ms is not None:
-        rows.append(["This engine", f"{digits(data.engine.latency_ms)} ms", f"measured: {data.engine.latency_source}"])
+        rows.append(
+            [
+                "This engine",
+                f"{digits(data.engine.latency_ms)} ms",
+                f"measured: {data.engine.latency_source}",
+            ]
+        )
     for device in data.devices:
         if device.median_ms:
             calls = f", median of {device.calls:,} calls" if device.calls else ""
-            rows.append([f"This plan on {device.device}", f"{digits(device.median_ms)} ms", f"measured there{calls}"])
+            rows.append(
+                [
+                    f"This plan on {device.device}",
+                    f"{digits(device.median_ms)} ms",
+                    f"measured there{calls}",
+                ]
+            )
     expected = data.expected_latency
     if expected is not None:
         known = {
@@ -380,8 +462,16 @@ def latency_rows(data: ReportData) -> list[list[str]]:
         rows += [[title, f"{digits(ms)} ms", known] for title, ms in figures if ms is not None]
     if data.cpu_latency is not None:
         cpu = data.cpu_latency
-        rows.append(["Float, on the building machine's CPU", f"{digits(cpu.float_ms)} ms", cpu.source])
-        rows.append(["This plan, on that CPU", f"{digits(cpu.ours_ms)} ms", "as above; says nothing about the device"])
+        rows.append(
+            ["Float, on the building machine's CPU", f"{digits(cpu.float_ms)} ms", cpu.source]
+        )
+        rows.append(
+            [
+                "This plan, on that CPU",
+                f"{digits(cpu.ours_ms)} ms",
+                "as above; says nothing about the device",
+            ]
+        )
     return rows
 
 
@@ -405,21 +495,31 @@ DEVICE_COLUMNS = ("device", "engine", "layers", "outputs", "latency (median, p99
 
 def device_row(info: DeviceInfo) -> tuple[str, str, str, str, str]:
     """Return the cells of ``DEVICE_COLUMNS`` for one device."""
-    layers = "as planned" if info.layers_verified else f"not as planned: {'; '.join(info.problems[:2])}"
+    layers = (
+        "as planned" if info.layers_verified else f"not as planned: {'; '.join(info.problems[:2])}"
+    )
     layers = "the graph itself" if info.graph else layers
     if info.outputs_agree is None:
         outputs = f"not run: {info.not_run}"
     else:
         shown = "not finite" if info.output_nmse is None else f"NMSE {error(info.output_nmse)}"
         outputs = f"{'agree' if info.outputs_agree else 'differ'} ({shown})"
-    times = f"{digits(info.median_ms)} ms, {digits(info.p99_ms)} ms" if info.median_ms and info.p99_ms else NOT_MEASURED
+    times = (
+        f"{digits(info.median_ms)} ms, {digits(info.p99_ms)} ms"
+        if info.median_ms and info.p99_ms
+        else NOT_MEASURED
+    )
     where = f"{info.device} ({info.target})"
     times += f"; {_ratio(info.ratio)}" if info.ratio else ""
     return where, f"{info.builder}, {size(info.engine_bytes)}", layers, outputs, times
 
 
 def _ratio(ratio: Ratio) -> str:
-    ends = f" ({ratio.low:.2f} to {ratio.high:.2f})" if ratio.low is not None and ratio.high is not None else ""
+    ends = (
+        f" ({ratio.low:.2f} to {ratio.high:.2f})"
+        if ratio.low is not None and ratio.high is not None
+        else ""
+    )
     return f"{ratio.value:.2f}{ends} of {ratio.against}'s time"
 
 
@@ -430,4 +530,8 @@ def _within(title: str) -> str:
 
 def _reference_control(data: ReportData) -> Control | None:
     measured = [c for c in data.controls.values() if c.psnr_db is not None or c.identical]
-    return data.controls.get("int8") if data.controls.get("int8") in measured else next(iter(measured), None)
+    return (
+        data.controls.get("int8")
+        if data.controls.get("int8") in measured
+        else next(iter(measured), None)
+    )

@@ -1,6 +1,8 @@
-"""The candidates of a run: which schemes its layers and the controls may take, and the rounded weights by layer name.
+"""The candidates of a run: which schemes its layers and the controls may take, and the rounded
+weights by layer name.
 
-In: the stage folder that ``rounding.rounder`` filled, one file per layer. Out: ``LayerCandidates``, read on demand.
+In: the stage folder that ``rounding.rounder`` filled, one file per layer. Out: ``LayerCandidates``,
+read on demand.
 """
 
 from __future__ import annotations
@@ -35,9 +37,9 @@ if TYPE_CHECKING:
 ROW_ORDERS = "row-orders.npz"
 # Candidates that are kept in memory once they were read (our choice).
 HELD_BYTES = 512 << 20
-# Controls: what a user would get without this tool, at the same rounding: one scheme for every layer that may
-# take it (FP16 for the others).
-# The last of each is what the target simulate takes instead.
+# Controls: what a user would get without this tool, at the same rounding: one scheme for every
+# layer that may take it (FP16 for the others). The last of each is what the target simulate takes
+# instead.
 CONTROLS = {
     "int8": ("w8a8", "w8a16", "w8a8-sim"),
     "int4": ("w4a16-b32", "w4a16-b64", "w4a16-b128", "w4a16-sim"),
@@ -52,16 +54,19 @@ def wanted_schemes(recipe: Recipe) -> tuple[Scheme, ...]:
 
 def control_scheme(layer: Layer, preferred: tuple[str, ...], target: Target) -> Scheme:
     """Return the first of the ``preferred`` schemes that ``layer`` may take on ``target``; FP16 when none."""
-    allowed = {s.name: s for s in choices_for(layer, schemes_named(preferred), target.refusal).schemes}
+    allowed = {
+        s.name: s for s in choices_for(layer, schemes_named(preferred), target.refusal).schemes
+    }
     return next((allowed[name] for name in preferred if name in allowed), FP16)
 
 
 class StoredCandidates(Mapping[str, LayerCandidates]):
-    """The candidates of ``layers`` (None: all) in a stage ``folder``, by layer name, read when they are asked for.
+    """The candidates of ``layers`` (None: all) in a stage ``folder``, by layer name, read when they
+    are asked for.
 
-    Those asked for first are kept in memory, up to ``limit`` bytes (None: ``HELD_BYTES``): all forms of 860 M weights
-    are gigabytes of codes. ``orders``: layer name -> its output channels, most salient first, where a scheme promotes
-    them.
+    Those asked for first are kept in memory, up to ``limit`` bytes (None: ``HELD_BYTES``): all
+    forms of 860 M weights are gigabytes of codes. ``orders``: layer name -> its output channels,
+    most salient first, where a scheme promotes them.
     """
 
     def __init__(
@@ -75,7 +80,9 @@ class StoredCandidates(Mapping[str, LayerCandidates]):
         self.folder, self._graph, self._orders = folder, graph, orders
         self._limit = HELD_BYTES if limit is None else limit
         chosen = {layer.name for layer in (graph.layers if layers is None else layers)}
-        self._numbers = {layer.name: i for i, layer in enumerate(graph.layers) if layer.name in chosen}
+        self._numbers = {
+            layer.name: i for i, layer in enumerate(graph.layers) if layer.name in chosen
+        }
         self._held: dict[str, LayerCandidates] = {}
         self._bytes = 0
 
@@ -84,7 +91,12 @@ class StoredCandidates(Mapping[str, LayerCandidates]):
         """Open a finished stage ``folder``."""
         names = {str(number): layer.name for number, layer in enumerate(graph.layers)}
         with np.load(folder / ROW_ORDERS, allow_pickle=False) as orders:
-            return cls(folder, graph, {names[number]: orders[number] for number in orders.files}, limit=limit)
+            return cls(
+                folder,
+                graph,
+                {names[number]: orders[number] for number in orders.files},
+                limit=limit,
+            )
 
     def __getitem__(self, name: str) -> LayerCandidates:
         held = self._held.get(name)
@@ -143,4 +155,6 @@ def iterate_candidates(folder: Path, graph: LayerGraph) -> Iterator[LayerCandida
 def choices_of(run: Run, graph: LayerGraph) -> dict[str, Choices]:
     """Read which schemes every layer may take, by layer name, without its weights."""
     folder = run.stage("candidates")
-    return {layer.name: load_choices(candidate_file(folder, i)) for i, layer in enumerate(graph.layers)}
+    return {
+        layer.name: load_choices(candidate_file(folder, i)) for i, layer in enumerate(graph.layers)
+    }

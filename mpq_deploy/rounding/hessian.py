@@ -1,9 +1,10 @@
 """X^T X of each layer's inputs, for GPTQ, within a cap on memory.
 
-In: a layer graph and the recorded calls. Out: one ``Hessian`` per layer, in graph order. The denoiser runs once per
-group of layers whose matrices fit the cap together, up to the last of them only. Of each activation a fixed
-random subset of output positions is used, as many per call; their patches (for a Conv) are gathered in the graph,
-so whole activations never leave the runtime, and multiplied by NumPy, whose A^T A does half the work of a product.
+In: a layer graph and the recorded calls. Out: one ``Hessian`` per layer, in graph order. The
+denoiser runs once per group of layers whose matrices fit the cap together, up to the last of them
+only. Of each activation a fixed random subset of output positions is used, as many per call; their
+patches (for a Conv) are gathered in the graph, so whole activations never leave the runtime, and
+multiplied by NumPy, whose A^T A does half the work of a product.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ from mpq_deploy.system.locks import alone_with
 from mpq_deploy.system.progress import Advance, Talk
 from mpq_deploy.system.sessions import open_session
 
-# Share of the memory cap for rows that wait to be multiplied: a product of many rows costs less per row, because
-# each one also touches the whole matrix.
+# Share of the memory cap for rows that wait to be multiplied: a product of many rows costs less per
+# row, because each one also touches the whole matrix.
 WAITING_SHARE = 0.25
-# Blocks of a block-diagonal Hessian are a multiple of the largest quantization block, so none is cut.
+# Blocks of a block-diagonal Hessian are a multiple of the largest quantization block, so none is
+# cut.
 WIDTH_MULTIPLE = 256
 # Rows behind each column of a Hessian, at least (our choice).
 ROWS_PER_COLUMN = 2.0
@@ -50,9 +52,10 @@ SEED = 0
 class Hessian:
     """Mean of x x^T over the rows of a layer's input, float32 ``blocks`` [group * B, w, w].
 
-    Each of the layer's groups has B = len(widths) diagonal blocks over consecutive columns of its canonical
-    reduction axis (``weight.reshape(O, -1)``); block b covers ``widths[b]`` columns, and w is the widest. What
-    lies beyond a narrower block's width is zero. B is 1 unless the reduction exceeds max_width.
+    Each of the layer's groups has B = len(widths) diagonal blocks over consecutive columns of its
+    canonical reduction axis (``weight.reshape(O, -1)``); block b covers ``widths[b]`` columns, and
+    w is the widest. What lies beyond a narrower block's width is zero. B is 1 unless the reduction
+    exceeds max_width.
     """
 
     layer: Layer
@@ -73,9 +76,9 @@ def iterate_hessians(
 
     A layer of reduction K uses about max(``hessian_rows``, ROWS_PER_COLUMN * K) rows of ``calls``,
     or all where there are fewer. Beyond ``hessian_width`` columns a matrix is block-diagonal.
-    Layers that read one tensor through the same patches share one array: do not write into ``blocks``.
-    Raises UsageError when one layer's matrices exceed ``memory_mb``, ModelError when an input is not
-    finite.
+    Layers that read one tensor through the same patches share one array: do not write into
+    ``blocks``. Raises UsageError when one layer's matrices exceed ``memory_mb``, ModelError when an
+    input is not finite.
     """
     plan = HessianPlan.of(graph, calls, settings, talk, scratch=scratch)
     for number in range(len(plan)):
@@ -83,7 +86,8 @@ def iterate_hessians(
 
 
 class HessianPlan:
-    """The layers in groups whose distinct matrices fit the cap together: for each the denoiser runs once.
+    """The layers in groups whose distinct matrices fit the cap together: for each the denoiser runs
+    once.
 
     A group's Hessians have the same bits in whatever order and process the groups are made.
     """
@@ -104,14 +108,21 @@ class HessianPlan:
     ) -> HessianPlan:
         """Plan the Hessians; the arguments and errors are those of ``iterate_hessians``.
 
-        ``guard``: a file that processes which read the same model lock while its weights are linked for a session.
+        ``guard``: a file that processes which read the same model lock while its weights are linked
+        for a session.
         """
         source = _Source(graph, calls, settings, talk, scratch, guard)
         with alone_with(guard) if guard else nullcontext():
             shapes = activation_shapes(graph, calls, talk, scratch)
         nodes = {node.name: node for node in graph.model.graph}
         planned = [
-            (layer, tuple(_Patches.of(nodes[use.node], use, layer, shapes[use.input]) for use in layer.uses))
+            (
+                layer,
+                tuple(
+                    _Patches.of(nodes[use.node], use, layer, shapes[use.input])
+                    for use in layer.uses
+                ),
+            )
             for layer in graph.layers
         ]
         return cls(source, _groups(planned, settings))
@@ -123,8 +134,11 @@ class HessianPlan:
         """Return the layers of group ``number``, in graph order."""
         return tuple(layer for layer, _ in self._groups[number])
 
-    def hessians(self, number: int, gathered: Iterable[list[Array]] | None = None) -> Iterator[Hessian]:
-        """Yield the Hessians of group ``number``; ``gathered``: what its ``Gathering`` gave elsewhere, in order.
+    def hessians(
+        self, number: int, gathered: Iterable[list[Array]] | None = None
+    ) -> Iterator[Hessian]:
+        """Yield the Hessians of group ``number``; ``gathered``: what its ``Gathering`` gave
+        elsewhere, in order.
 
         Raises as ``iterate_hessians`` does.
         """
@@ -139,7 +153,9 @@ class HessianPlan:
             for patches in set(uses):
                 if last[patches] == layer.name:
                     del means[patches]
-            yield Hessian(layer, blocks, _widths(layer.reduction, source.settings.hessian_width), rows)
+            yield Hessian(
+                layer, blocks, _widths(layer.reduction, source.settings.hessian_width), rows
+            )
             del blocks
 
     @property
@@ -153,7 +169,9 @@ class HessianPlan:
 
     def gathering(self, number: int) -> Gathering:
         """Open what gives the rows of group ``number``; one session at a time is enough for all timesteps."""
-        with _session(self._source, _gathering_graph(self._source.graph, self._jobs(number))) as session:
+        with _session(
+            self._source, _gathering_graph(self._source.graph, self._jobs(number))
+        ) as session:
             return Gathering(self._source, self._jobs(number), session)
 
     def _jobs(self, number: int) -> list[_Patches]:
@@ -192,7 +210,8 @@ class _Source:
 
 @dataclass(frozen=True)
 class _Patches:
-    """How a node sees its input as rows: [positions, group, columns]. Equal patches mean equal Hessians.
+    """How a node sees its input as rows: [positions, group, columns]. Equal patches mean equal
+    Hessians.
 
     For a Conv the spatial attributes are per dimension; for a product ``kernel`` is empty.
     """
@@ -225,8 +244,20 @@ class _Patches:
         elif mode != "NOTSET":
             pads = _same_pads(size, strides, reach, mode == "SAME_UPPER")
         dims = len(kernel)
-        out_size = tuple((size[d] + pads[d] + pads[d + dims] - reach[d]) // strides[d] + 1 for d in range(dims))
-        return cls(use.input, shape, shape.shape[1], layer.group, kernel, strides, pads[:dims], dilations, out_size)
+        out_size = tuple(
+            (size[d] + pads[d] + pads[d + dims] - reach[d]) // strides[d] + 1 for d in range(dims)
+        )
+        return cls(
+            use.input,
+            shape,
+            shape.shape[1],
+            layer.group,
+            kernel,
+            strides,
+            pads[:dims],
+            dilations,
+            out_size,
+        )
 
     @property
     def columns(self) -> int:
@@ -252,10 +283,12 @@ class _Patches:
         return 4 * (self.group * len(widths) + 1) * max(widths) ** 2
 
     def taps(self, positions: Array, calls: int) -> tuple[Array, Array | None]:
-        """Return where the rows' input pixels lie in the flat [pixels, channels] view, and which are inside.
+        """Return where the rows' input pixels lie in the flat [pixels, channels] view, and which
+        are inside.
 
-        ``positions`` int64 [M, r] of rows within a call; M is 1 for a tensor that is the same for all calls.
-        Returns int64 [M * r, taps] (pixels outside point at 0) and bool of the same shape, None for all inside.
+        ``positions`` int64 [M, r] of rows within a call; M is 1 for a tensor that is the same for
+        all calls. Returns int64 [M * r, taps] (pixels outside point at 0) and bool of the same
+        shape, None for all inside.
         """
         per_call = np.arange(len(positions), dtype=np.int64)[:, None]
         if not self.kernel:
@@ -267,7 +300,11 @@ class _Patches:
         inside = np.ones(flat.shape, bool)
         offsets = np.array(list(product(*(range(k) for k in self.kernel))), np.int64)
         for d, length in enumerate(size):
-            at = out[d + 1][:, None] * self.strides[d] - self.pads[d] + offsets[None, :, d] * self.dilations[d]
+            at = (
+                out[d + 1][:, None] * self.strides[d]
+                - self.pads[d]
+                + offsets[None, :, d] * self.dilations[d]
+            )
             inside &= (at >= 0) & (at < length)
             flat = flat * length + at
         flat[~inside] = 0
@@ -289,7 +326,9 @@ def _integers(node: ir.Node, name: str, default: tuple[int, ...]) -> tuple[int, 
     return tuple(attribute.as_ints()) if attribute is not None else default
 
 
-def _same_pads(size: tuple[int, ...], strides: tuple[int, ...], reach: tuple[int, ...], upper: bool) -> tuple[int, ...]:
+def _same_pads(
+    size: tuple[int, ...], strides: tuple[int, ...], reach: tuple[int, ...], upper: bool
+) -> tuple[int, ...]:
     """Return the pads of auto_pad SAME_UPPER or SAME_LOWER: output size ceil(size / stride), as ONNX says."""
     total = [max((ceil(n / s) - 1) * s + r - n, 0) for n, s, r in zip(size, strides, reach)]
     small, large = [t // 2 for t in total], [t - t // 2 for t in total]
@@ -358,7 +397,9 @@ def _over_uses(means: list[_Sum]) -> tuple[Array, int]:
 class Gathering:
     """A group of Hessians being made: an open session, and the rows that a batch gives of each of ``jobs``."""
 
-    def __init__(self, source: _Source, jobs: list[_Patches], session: ort.InferenceSession) -> None:
+    def __init__(
+        self, source: _Source, jobs: list[_Patches], session: ort.InferenceSession
+    ) -> None:
         self._source, self._jobs, self._session = source, jobs, session
         self._needed = {entry.name for entry in session.get_inputs()}
         self._calls, self._total = source.calls, source.total_calls
@@ -373,7 +414,9 @@ class Gathering:
     def rows(self, batch: Batch) -> list[Array]:
         """Run the calls of ``batch``; return per job float32 [rows, group, columns], zero outside the image."""
         jobs = self._jobs
-        taps = [_batch_taps(job, batch, self._calls, self._total, self._source.settings) for job in jobs]
+        taps = [
+            _batch_taps(job, batch, self._calls, self._total, self._source.settings) for job in jobs
+        ]
         feed = batch.feed | {f"hessian.rows.{i}": flat.ravel() for i, (flat, _) in enumerate(taps)}
         results = self._session.run(None, {k: v for k, v in feed.items() if k in self._needed})
         return [
@@ -388,7 +431,9 @@ def _as_rows(job: _Patches, gathered: Array, inside: Array | None) -> Array:
         gathered[~inside] = 0
     count, taps, channels = gathered.shape
     # Channel before tap, as in the weight; then one matrix per group of channels.
-    rows: Array = gathered.transpose(0, 2, 1).reshape(count, job.group, channels // job.group * taps)
+    rows: Array = gathered.transpose(0, 2, 1).reshape(
+        count, job.group, channels // job.group * taps
+    )
     return rows
 
 
@@ -402,7 +447,9 @@ def _gathered_here(source: _Source, jobs: list[_Patches], label: str) -> Iterato
             advance(len(batch.calls))
 
 
-def _accumulate(source: _Source, jobs: list[_Patches], gathered: Iterable[list[Array]]) -> dict[_Patches, _Sum]:
+def _accumulate(
+    source: _Source, jobs: list[_Patches], gathered: Iterable[list[Array]]
+) -> dict[_Patches, _Sum]:
     """Return the mean of x x^T for each of ``jobs``; ``gathered``: their rows in every batch."""
     settings = source.settings
     sums = {}
@@ -442,7 +489,8 @@ def _session(source: _Source, model: ir.Model) -> Iterator[ort.InferenceSession]
 def _batch_taps(
     job: _Patches, batch: Batch, calls: int, total_calls: int, settings: QuantizeSettings
 ) -> tuple[Array, Array | None]:
-    """Draw this batch's rows of ``job``: one of each of r equal strides of the positions of every call.
+    """Draw this batch's rows of ``job``: one of each of r equal strides of the positions of every
+    call.
 
     The draw depends on seed, tensor, timestep and call, not on the batch.
     """
@@ -507,7 +555,9 @@ def _gathering_graph(graph: LayerGraph, jobs: list[_Patches]) -> ir.Model:
         if key not in views:
             views[key] = _pixels(model, values[job.tensor], job)
         name = f"hessian.rows.{number}"
-        rows = ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([f"rows_{number}"]))
+        rows = ir.Value(
+            name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([f"rows_{number}"])
+        )
         model.graph.inputs.append(rows)
         gather = ir.node("Gather", [views[key], rows], attributes={"axis": 0})
         gather.outputs[0].name = f"hessian.output.{number}"
@@ -530,7 +580,9 @@ def _pixels(model: ir.Model, tensor: ir.Value, job: _Patches) -> ir.Value:
         order = [0, *range(2, len(job.shape.shape)), 1]
         nodes.append(ir.node("Transpose", [value], attributes={"perm": order}))
         value = nodes[-1].outputs[0]
-    shape = add_constant(model, f"hessian.view.{job.channels}", np.asarray([-1, job.channels], np.int64))
+    shape = add_constant(
+        model, f"hessian.view.{job.channels}", np.asarray([-1, job.channels], np.int64)
+    )
     nodes.append(ir.node("Reshape", [value, shape]))
     producer = tensor.producer()
     if producer is not None:

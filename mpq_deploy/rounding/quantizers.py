@@ -1,7 +1,9 @@
-"""Symmetric weight quantizers in NumPy: scales by weighted error search, rounding to nearest or GPTQ.
+"""Symmetric weight quantizers in NumPy: scales by weighted error search, rounding to nearest or
+GPTQ.
 
-A weight is a matrix W float32 [O, K]: O output channels, K products summed into one output. Scales are stored in
-FP16, so every scale here is rounded to FP16 before codes are computed; what is returned is what is deployed.
+A weight is a matrix W float32 [O, K]: O output channels, K products summed into one output. Scales
+are stored in FP16, so every scale here is rounded to FP16 before codes are computed; what is
+returned is what is deployed.
 """
 
 from __future__ import annotations
@@ -17,32 +19,37 @@ from mpq_deploy.formats.interfaces import INT4, Precision
 if TYPE_CHECKING:
     from mpq_deploy.models.spec import Array
 
-# Smallest scale that is written: the smallest normal FP16 number over 8, so that at least 7 bits of the scale
-# remain. A channel with smaller weights than 127 times this is a channel of zeros for any FP16 network.
+# Smallest scale that is written: the smallest normal FP16 number over 8, so that at least 7 bits of
+# the scale remain. A channel with smaller weights than 127 times this is a channel of zeros for any
+# FP16 network.
 SMALLEST_SCALE = float(2.0**-17)
 LARGEST_SCALE = 65504.0
-# Clipping ratios tried for a scale, of the absolute maximum: our choice, from no clipping (INT4's range reaches
-# -8, so 8/7.5 of the symmetric step) down to half.
+# Clipping ratios tried for a scale, of the absolute maximum: our choice, from no clipping (INT4's
+# range reaches -8, so 8/7.5 of the symmetric step) down to half.
 CLIP_RATIOS = np.linspace(0.5, 1.05, 23)
 # Largest multiple of the INT8 scale that an INT4 block scale may be: |-8| * 15 = 120 <= 127.
 LARGEST_MULTIPLE = 15
-# Rows of a weight whose scales are searched together take so much, so that the search stays in the cache: a quarter to
-# half of the time that a wide layer takes as a whole (measured).
+# Rows of a weight whose scales are searched together take so much, so that the search stays in the
+# cache: a quarter to half of the time that a wide layer takes as a whole (measured).
 PIECE_BYTES = 1 << 18
-# The least damping of correlations that may be factored in float32 (our choice; the recipe's is 0.05).
+# The least damping of correlations that may be factored in float32 (our choice; the recipe's is
+# 0.05).
 SAFE_DAMPING = 0.01
-# Columns that are refined together, at least: fewer products of more rows each (measured). Their codes are moved in
-# smaller parts, whose slopes stay in the cache.
+# Columns that are refined together, at least: fewer products of more rows each (measured). Their
+# codes are moved in smaller parts, whose slopes stay in the cache.
 REFINED_TOGETHER, CODES_TOGETHER = 128, 64
-# What rounding a weight [O, K] holds, as arrays of float32 (measured). To nearest: arrays [O, K], and one per form.
+# What rounding a weight [O, K] holds, as arrays of float32 (measured). To nearest: arrays [O, K],
+# and one per form.
 NEAREST_ARRAYS, NEAREST_FORM_ARRAYS = 3, 1
-# By GPTQ: matrices [K, K] for the factor (the correlations as columns are visited, the factor, a product); then the
-# factor, arrays [O, K], and those of each form, whose rows are rounded and refined side by side.
+# By GPTQ: matrices [K, K] for the factor (the correlations as columns are visited, the factor, a
+# product); then the factor, arrays [O, K], and those of each form, whose rows are rounded and
+# refined side by side.
 FACTOR_MATRICES, GPTQ_ARRAYS, GPTQ_FORM_ARRAYS = 3, 6, 2.6
 
 
 def rounding_bytes(weights: int, width: int, forms: int, gptq: bool) -> int:
-    """Estimate the bytes that rounding a layer of so many ``weights`` to its ``forms`` takes, its Hessian aside.
+    """Estimate the bytes that rounding a layer of so many ``weights`` to its ``forms`` takes, its
+    Hessian aside.
 
     ``width``: columns of the Hessian's widest diagonal block.
     """
@@ -65,9 +72,10 @@ class Rounding:
 class QuantizedMatrix:
     """Codes int8 [O, K] and FP16 scales of a weight matrix.
 
-    ``scale`` float16 [O, B]: B = 1 for one scale per output channel, else K / B consecutive elements share one.
-    ``channel_scale`` float16 [O] is given for 4-bit storage with INT8 compute: every block scale is an integer
-    multiple of it, so that quantizing the dequantized weight again to INT8 is exact.
+    ``scale`` float16 [O, B]: B = 1 for one scale per output channel, else K / B consecutive
+    elements share one. ``channel_scale`` float16 [O] is given for 4-bit storage with INT8 compute:
+    every block scale is an integer multiple of it, so that quantizing the dequantized weight again
+    to INT8 is exact.
     """
 
     codes: Array
@@ -76,7 +84,9 @@ class QuantizedMatrix:
 
     def dequantize(self) -> Array:
         """Return the deployed weight, float32 [O, K]."""
-        return np.asarray(self.codes * _per_column(self.effective_scale(), self.codes.shape[1]), np.float32)
+        return np.asarray(
+            self.codes * _per_column(self.effective_scale(), self.codes.shape[1]), np.float32
+        )
 
     def effective_scale(self) -> Array:
         """Scales float32 [O, B] with which the codes become the deployed weight."""
@@ -115,12 +125,16 @@ def round_scale(scale: Array) -> Array:
 
 
 def choose_scale(weight: Array, importance: Array, blocks: int, precision: Precision) -> Array:
-    """Choose FP16 scales [O, blocks] that minimise sum_k importance_k (w_k - q_k)^2 over clipping ratios.
+    """Choose FP16 scales [O, blocks] that minimise sum_k importance_k (w_k - q_k)^2 over clipping
+    ratios.
 
-    ``importance`` float [K]: the input's mean square per column (llama.cpp calls it the importance matrix).
+    ``importance`` float [K]: the input's mean square per column (llama.cpp calls it the importance
+    matrix).
     """
     share = importance.reshape(1, blocks, -1).astype(np.float32)
-    return np.concatenate([_chosen_scale(weight[part], share, precision) for part in _pieces(weight)])
+    return np.concatenate(
+        [_chosen_scale(weight[part], share, precision) for part in _pieces(weight)]
+    )
 
 
 def _pieces(weight: Array) -> list[slice]:
@@ -146,11 +160,14 @@ def _chosen_scale(weight: Array, share: Array, precision: Precision) -> Array:
     return best[:, :, 0]
 
 
-def choose_multiple_scale(weight: Array, importance: Array, block_scale: Array) -> tuple[Array, Array]:
-    """Turn free INT4 block scales into integer multiples of one INT8 scale per channel, with the least error.
+def choose_multiple_scale(
+    weight: Array, importance: Array, block_scale: Array
+) -> tuple[Array, Array]:
+    """Turn free INT4 block scales into integer multiples of one INT8 scale per channel, with the
+    least error.
 
-    Returns (block scales float16 [O, B], channel scales float16 [O]). Tries the multiples 8 to 15 for the
-    largest block of a channel (our choice).
+    Returns (block scales float16 [O, B], channel scales float16 [O]). Tries the multiples 8 to 15
+    for the largest block of a channel (our choice).
     """
     share = importance[None].astype(np.float32)
     found = [_chosen_multiple(weight[part], share, block_scale[part]) for part in _pieces(weight)]
@@ -195,10 +212,12 @@ def round_to_nearest(weight: Array, step: Array, quant_min: int, quant_max: int)
 
 
 def damped(hessian: Array, damping: float, dtype: type[np.floating[Any]] = np.float64) -> Array:
-    """Return a copy of ``hessian`` [K, K] in ``dtype`` with every diagonal element raised by the share ``damping``.
+    """Return a copy of ``hessian`` [K, K] in ``dtype`` with every diagonal element raised by the
+    share ``damping``.
 
-    GPTQ adds a share of the diagonal's mean; ours is relative to each column, which shrinks all correlations alike, so
-    that a few columns of large inputs do not damp all the others away. Columns that are always zero get the mean.
+    GPTQ adds a share of the diagonal's mean; ours is relative to each column, which shrinks all
+    correlations alike, so that a few columns of large inputs do not damp all the others away.
+    Columns that are always zero get the mean.
     """
     matrix = np.array(hessian, dtype)
     np.fill_diagonal(matrix, _damped_diagonal(hessian, damping))
@@ -215,16 +234,18 @@ def _damped_diagonal(hessian: Array, damping: float) -> Array:
 
 
 def gptq_factor(hessian: Array, damping: float) -> tuple[Array, Array]:
-    """Return what earlier columns' errors add to each column, float32 [K, K], zero on and below the diagonal.
+    """Return what earlier columns' errors add to each column, float32 [K, K], zero on and below the
+    diagonal.
 
-    And the pivots [K]: a column's share of the error is its pivot times the square of what rounding missed of the
-    value that the column was to make up for. ``hessian``: mean of x x^T over the layer's inputs, damped here by
-    ``damped``. With H = U U^T, U upper triangular, they are U_jk / U_kk and U_kk^2, and columns are rounded from the
-    first to the last. That is GPTQ (Frantar et al. 2023, section 3) without its inverse matrix: Chee et al., QuIP
-    (2023), theorem 6.
+    And the pivots [K]: a column's share of the error is its pivot times the square of what rounding
+    missed of the value that the column was to make up for. ``hessian``: mean of x x^T over the
+    layer's inputs, damped here by ``damped``. With H = U U^T, U upper triangular, they are U_jk /
+    U_kk and U_kk^2, and columns are rounded from the first to the last. That is GPTQ (Frantar et
+    al. 2023, section 3) without its inverse matrix: Chee et al., QuIP (2023), theorem 6.
     """
     size = np.sqrt(_damped_diagonal(hessian, damping))
-    # Correlations: damping keeps their eigenvalues far enough from zero for float32, which takes half the time.
+    # Correlations: damping keeps their eigenvalues far enough from zero for float32, which takes
+    # half the time.
     upper = hessian.astype(np.float32 if damping >= SAFE_DAMPING else np.float64)
     upper /= size[:, None].astype(upper.dtype)
     upper /= size.astype(upper.dtype)
@@ -238,10 +259,12 @@ def gptq_factor(hessian: Array, damping: float) -> tuple[Array, Array]:
 
 
 def _upper_cholesky(matrix: Array, chunk: int = 256) -> None:
-    """Replace a positive definite ``matrix`` [K, K] by the upper triangular U with U U^T equal to it.
+    """Replace a positive definite ``matrix`` [K, K] by the upper triangular U with U U^T equal to
+    it.
 
-    From the last columns to the first, some at a time, so that nearly all of the work is products of matrices: LAPACK's
-    own routine, as NumPy's wheels bring it, took longer at thousands of columns.
+    From the last columns to the first, some at a time, so that nearly all of the work is products
+    of matrices: LAPACK's own routine, as NumPy's wheels bring it, took longer at thousands of
+    columns.
     """
     for stop in range(len(matrix), 0, -chunk):
         start = max(0, stop - chunk)
@@ -255,7 +278,8 @@ def _upper_cholesky(matrix: Array, chunk: int = 256) -> None:
 
 @dataclass(frozen=True)
 class Grid:
-    """What a weight [O, K] may be rounded to: multiples, ``quant_min`` to ``quant_max``, of its step.
+    """What a weight [O, K] may be rounded to: multiples, ``quant_min`` to ``quant_max``, of its
+    step.
 
     ``step`` float32 [O, B]; ``columns`` int [K] says which of the B each column has.
     """
@@ -275,11 +299,13 @@ class Grid:
 
 
 def gptq_codes(weight: Array, grids: list[Grid], hessian: Array, damping: float) -> list[Array]:
-    """Round ``weight`` [O, K] by GPTQ to each of the ``grids``: codes int8 [O, K]. ``hessian`` [K, K].
+    """Round ``weight`` [O, K] by GPTQ to each of the ``grids``: codes int8 [O, K]. ``hessian`` [K,
+    K].
 
-    Columns are visited by falling diagonal of the Hessian (GPTQ's act-order; the scales are fixed beforehand, so
-    the order costs nothing at run time). Each output row is kept from GPTQ or from rounding to nearest, whichever
-    has the smaller error e H e^T, H damped, so the result is never worse than nearest.
+    Columns are visited by falling diagonal of the Hessian (GPTQ's act-order; the scales are fixed
+    beforehand, so the order costs nothing at run time). Each output row is kept from GPTQ or from
+    rounding to nearest, whichever has the smaller error e H e^T, H damped, so the result is never
+    worse than nearest.
     """
     order = np.argsort(-np.diagonal(hessian), kind="stable")
     factor, pivots = gptq_factor(hessian[np.ix_(order, order)], damping)
@@ -304,7 +330,10 @@ def gptq_codes(weight: Array, grids: list[Grid], hessian: Array, damping: float)
     found = []
     for number, grid in enumerate(grids):
         part = slice(number * len(weight), (number + 1) * len(weight))
-        own, plain = codes[:, part], np.clip(np.rint(ordered / step[:, part]), grid.quant_min, grid.quant_max)
+        own, plain = (
+            codes[:, part],
+            np.clip(np.rint(ordered / step[:, part]), grid.quant_min, grid.quant_max),
+        )
         worse = error[part] > seen_error(ordered - plain * step[:, part], factor, pivots)
         own[:, worse] = plain[:, worse]
         restored = np.empty_like(own)
@@ -317,11 +346,15 @@ def gptq_codes(weight: Array, grids: list[Grid], hessian: Array, damping: float)
 Nearest = Callable[[int, "Array"], "Array"]
 
 
-def compensate(remaining: Array, factor: Array, pivots: Array, nearest: Nearest, chunk: int = 128) -> Array:
-    """GPTQ's pass over the columns of ``remaining`` [K, R]: each makes up for the errors of those before it.
+def compensate(
+    remaining: Array, factor: Array, pivots: Array, nearest: Nearest, chunk: int = 128
+) -> Array:
+    """GPTQ's pass over the columns of ``remaining`` [K, R]: each makes up for the errors of those
+    before it.
 
-    In the end ``remaining`` holds the errors e. Returns e H e^T, float64 [R], H being what ``factor`` [K, K] and
-    ``pivots`` [K] come from (``gptq_factor``). The number format is ``nearest``, which is called once per column.
+    In the end ``remaining`` holds the errors e. Returns e H e^T, float64 [R], H being what
+    ``factor`` [K, K] and ``pivots`` [K] come from (``gptq_factor``). The number format is
+    ``nearest``, which is called once per column.
     """
     error = np.zeros(remaining.shape[1])
     for start in range(0, len(factor), chunk):
@@ -352,12 +385,13 @@ Rounded = tuple["Array", "Array"]
 def refine_rounding(
     weight: Array, forms: list[Rounded], moments: list[Array], damping: float, rounds: int
 ) -> list[Rounded]:
-    """Lower the error e H e^T of INT4 ``forms`` of one weight [O, K]: (codes [O, K], block scales [O, B]) each.
+    """Lower the error e H e^T of INT4 ``forms`` of one weight [O, K]: (codes [O, K], block scales
+    [O, B]) each.
 
-    Each round goes over the columns once, some blocks at a time: it fits each block's scale to its codes by least
-    squares, then moves every code to the best level, each for all the others as they stand (coordinate descent).
-    ``moments``: the diagonal blocks of the Hessian, together K wide, damped here as for GPTQ. Neither step makes a row
-    worse. Our choice.
+    Each round goes over the columns once, some blocks at a time: it fits each block's scale to its
+    codes by least squares, then moves every code to the best level, each for all the others as they
+    stand (coordinate descent). ``moments``: the diagonal blocks of the Hessian, together K wide,
+    damped here as for GPTQ. Neither step makes a row worse. Our choice.
     """
     if not rounds:
         return forms
@@ -414,9 +448,13 @@ class _Descent:
     def __init__(self, weight: Array, forms: list[Rounded]) -> None:
         self._rows, columns = len(weight), weight.shape[1]
         self._blocks = [columns // scale.shape[1] for _, scale in forms]
-        step = np.concatenate([_per_column(scale.astype(np.float32), columns) for _, scale in forms])
+        step = np.concatenate(
+            [_per_column(scale.astype(np.float32), columns) for _, scale in forms]
+        )
         self._step = np.ascontiguousarray(step.T)
-        self._levels = np.ascontiguousarray(np.concatenate([codes for codes, _ in forms]).T, np.float32)
+        self._levels = np.ascontiguousarray(
+            np.concatenate([codes for codes, _ in forms]).T, np.float32
+        )
         self._error = np.tile(weight.T, (1, len(forms))) - self._levels * self._step
 
     def visit(self, start: int, stop: int, hessian: BlockDiagonal) -> None:
@@ -470,11 +508,18 @@ class _Descent:
         """Return the codes [O, K] and scales [O, B] of each form."""
         codes, parts = self._levels.T.astype(np.int8), range(len(self._blocks))
         cut = [slice(form * self._rows, (form + 1) * self._rows) for form in parts]
-        scales = [self._step[:: self._blocks[form], cut[form]].T.astype(np.float16) for form in parts]
-        return [(np.ascontiguousarray(codes[cut[form]]), np.ascontiguousarray(scales[form])) for form in parts]
+        scales = [
+            self._step[:: self._blocks[form], cut[form]].T.astype(np.float16) for form in parts
+        ]
+        return [
+            (np.ascontiguousarray(codes[cut[form]]), np.ascontiguousarray(scales[form]))
+            for form in parts
+        ]
 
 
-def descend(target: Array, values: Array, hessian: Array, nearest: Nearest, chunk: int = 64) -> None:
+def descend(
+    target: Array, values: Array, hessian: Array, nearest: Nearest, chunk: int = 64
+) -> None:
     """Visit every column of ``values`` [K, R] (overwritten) once: set it to the best for the others as they stand."""
     error = target - values
     for start in range(0, len(hessian), chunk):

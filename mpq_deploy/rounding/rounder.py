@@ -28,7 +28,12 @@ from mpq_deploy.formats.scheme import Scheme
 from mpq_deploy.graph.layers import Layer
 from mpq_deploy.graph.writers.quantize_layers import bias_refusal, weight_array
 from mpq_deploy.models.spec import Array
-from mpq_deploy.rounding.candidate_store import CONTROLS, candidate_file, control_scheme, wanted_schemes
+from mpq_deploy.rounding.candidate_store import (
+    CONTROLS,
+    candidate_file,
+    control_scheme,
+    wanted_schemes,
+)
 from mpq_deploy.rounding.hessian import Hessian, iterate_hessians
 from mpq_deploy.rounding.quantizers import Rounding
 from mpq_deploy.run.view import Exported
@@ -43,10 +48,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rounder:
-    """Rounds the layers of ``exported`` one by one: the same bytes in any process, with one thread of NumPy's BLAS.
+    """Rounds the layers of ``exported`` one by one: the same bytes in any process, with one thread
+    of NumPy's BLAS.
 
-    With other threads some products round otherwise. Nor do more help where another process uses the cores: threads
-    that wait for each other thousands of times in a layer then take many times as long as one.
+    With other threads some products round otherwise. Nor do more help where another process uses
+    the cores: threads that wait for each other thousands of times in a layer then take many times
+    as long as one.
     """
 
     exported: Exported
@@ -83,7 +90,9 @@ class Rounder:
                 ),
                 Rounding(section.rounding == "gptq", section.damping, section.refinements),
                 # The controls are what they say whatever the recipe allows the plan.
-                also=tuple(control_scheme(layer, names, self.target) for names in CONTROLS.values()),
+                also=tuple(
+                    control_scheme(layer, names, self.target) for names in CONTROLS.values()
+                ),
             )
         path = candidate_file(folder, self.numbers[layer.name])
         save_candidates(candidates, path)
@@ -98,13 +107,19 @@ class Rounder:
         reason = self.target.refusal(layer, scheme)
         if reason or not scheme.branch or scheme.simulated:
             return reason
-        if scheme.activation_form and layer.op != "Conv" and self._convolved.intersection(layer.inputs):
+        if (
+            scheme.activation_form
+            and layer.op != "Conv"
+            and self._convolved.intersection(layer.inputs)
+        ):
             return "convolutions read its input too, whose channels lie on another axis"
         return bias_refusal(self.exported.graph.model, layer)
 
     @cached_property
     def _convolved(self) -> frozenset[str]:
-        return frozenset(t for layer in self.exported.graph.layers if layer.op == "Conv" for t in layer.inputs)
+        return frozenset(
+            t for layer in self.exported.graph.layers if layer.op == "Conv" for t in layer.inputs
+        )
 
 
 def _column_amax(layer: Layer, stats: CalibrationStats) -> Array:
@@ -127,7 +142,9 @@ def layer_moments(run: Run, rounder: Rounder) -> Iterator[Hessian]:
         yield from map(rounder.diagonal, run.exported.graph.layers)
         return
     calls, settings = rounding_calls(run), run.recipe.quantize
-    yield from iterate_hessians(run.exported.graph, calls, settings, run.talk, scratch=run.scratch())
+    yield from iterate_hessians(
+        run.exported.graph, calls, settings, run.talk, scratch=run.scratch()
+    )
 
 
 def _diagonal_moments(layer: Layer, stats: CalibrationStats) -> Array:

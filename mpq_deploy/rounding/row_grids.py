@@ -1,12 +1,12 @@
 """Weights of 1 to 8 bits per output channel: each channel's levels, and rounding to them by GPTQ.
 
 In: a weight matrix float32 [O, K], the second moments of its input, the forms wanted. Out:
-``SimulatedMatrix``, codes and scales from which ``dequantize`` makes the weight. Everything here is a
-function of its arguments.
+``SimulatedMatrix``, codes and scales from which ``dequantize`` makes the weight. Everything here is
+a function of its arguments.
 
-Each output channel has one FP16 scale and one zero point: with four levels it matters on which side of
-zero the third one lies, and the networks of MPQ-DM and its base are asymmetric too. Channels of one
-layer may differ in their bits, and have binary residuals: W^ = q + sum_o alpha_o sign(R_o).
+Each output channel has one FP16 scale and one zero point: with four levels it matters on which side
+of zero the third one lies, and the networks of MPQ-DM and its base are asymmetric too. Channels of
+one layer may differ in their bits, and have binary residuals: W^ = q + sum_o alpha_o sign(R_o).
 """
 
 from __future__ import annotations
@@ -32,12 +32,14 @@ if TYPE_CHECKING:
 
 GRID_ARRAYS = ("low", "high", "scale", "residual")
 
-# Clipping ratios of the range of a channel, by bits of its grid: the fewer levels, the more is clipped (our choice).
+# Clipping ratios of the range of a channel, by bits of its grid: the fewer levels, the more is
+# clipped (our choice).
 LEAST_RATIOS = {2: 0.15, 3: 0.25, 4: 0.35}
 RATIO_STEPS = 24
 # Zero points tried around the one that the clipped range asks for.
 SHIFTS = (-1, 0, 1)
-# A grid of so many levels has zero in its middle: codes are held as signed bytes, and nothing is gained beside it.
+# A grid of so many levels has zero in its middle: codes are held as signed bytes, and nothing is
+# gained beside it.
 SYMMETRIC_BITS = 8
 
 
@@ -61,8 +63,8 @@ def plain(bits: int) -> RowForm:
 
 @dataclass(frozen=True)
 class RowGrids:
-    """The levels of O channels: ``low`` <= code <= ``high`` (int16 [O], low <= 0 <= high) times ``scale`` float16 [O],
-    and plus or minus each ``residual`` float16 [Z, O] (0: none).
+    """The levels of O channels: ``low`` <= code <= ``high`` (int16 [O], low <= 0 <= high) times
+    ``scale`` float16 [O], and plus or minus each ``residual`` float16 [Z, O] (0: none).
     """
 
     low: Array
@@ -123,7 +125,9 @@ def stacked(parts: Sequence[SimulatedMatrix]) -> SimulatedMatrix:
     orders = max(len(part.signs) for part in parts)
 
     def padded(array: Array) -> Array:
-        return np.concatenate([array, np.zeros((orders - len(array), *array.shape[1:]), array.dtype)])
+        return np.concatenate(
+            [array, np.zeros((orders - len(array), *array.shape[1:]), array.dtype)]
+        )
 
     grids = RowGrids(
         np.concatenate([p.grids.low for p in parts]),
@@ -149,9 +153,11 @@ def round_to_grids(weight: Array, grids: RowGrids) -> SimulatedMatrix:
 
 
 def choose_grids(weight: Array, importance: Array, form: RowForm) -> RowGrids:
-    """Choose the levels of every channel of ``weight`` [O, K] that minimise sum_k importance_k (w_k - q_k)^2.
+    """Choose the levels of every channel of ``weight`` [O, K] that minimise sum_k importance_k (w_k
+    - q_k)^2.
 
-    The grid's clip and zero point are searched jointly with the residuals' sizes, the weighted means of |R_o|.
+    The grid's clip and zero point are searched jointly with the residuals' sizes, the weighted
+    means of |R_o|.
     """
     share = (importance if importance.sum() > 0 else np.ones_like(importance)).astype(np.float32)
     best_error = np.full(len(weight), np.inf, np.float32)
@@ -183,7 +189,9 @@ def _bases(weight: Array, bits: int) -> list[RowGrids]:
         scale = round_scale(ratio * (high - low) / levels)
         middle = np.rint(-ratio * low / scale.astype(np.float32))
         for shift in SHIFTS if bits < SYMMETRIC_BITS else (0,):
-            zero_point = np.clip(middle + shift, 0, levels) if bits < SYMMETRIC_BITS else np.full(rows, 128)
+            zero_point = (
+                np.clip(middle + shift, 0, levels) if bits < SYMMETRIC_BITS else np.full(rows, 128)
+            )
             first = -zero_point.astype(np.int16)
             found.append(RowGrids(first, (first + levels).astype(np.int16), scale, none))
     return found
@@ -194,7 +202,9 @@ def _with_residuals(weight: Array, share: Array, base: RowGrids, orders: int) ->
     for _ in range(orders):
         rest = np.abs(weight - round_to_grids(weight, grids).dequantize())
         size = round_scale(rest @ share / share.sum())
-        grids = RowGrids(base.low, base.high, base.scale, np.concatenate([grids.residual, size[None]]))
+        grids = RowGrids(
+            base.low, base.high, base.scale, np.concatenate([grids.residual, size[None]])
+        )
     return grids
 
 
@@ -212,7 +222,9 @@ def round_forms(
 ) -> dict[RowForm, SimulatedMatrix]:
     """Round ``weight`` [O, K] in every one of ``forms``; ``moments``: the diagonal blocks of the mean of x x^T."""
     importance = np.concatenate([np.diagonal(block) for block in moments])
-    together = stacked([round_to_grids(weight, choose_grids(weight, importance, form)) for form in forms])
+    together = stacked(
+        [round_to_grids(weight, choose_grids(weight, importance, form)) for form in forms]
+    )
     target = np.tile(weight, (len(forms), 1))
     if how.gptq:
         together = _compensated(target, together, moments, how.damping)
@@ -231,10 +243,14 @@ def row_errors(weight: Array, matrix: SimulatedMatrix, moments: list[Array]) -> 
         return np.asarray(np.square(error) @ np.concatenate(moments)[:, 0])
     cuts = np.cumsum([len(block) for block in moments])[:-1]
     parts = np.split(error, cuts, axis=1)
-    return np.asarray(sum(np.einsum("ok,ok->o", part @ block, part) for part, block in zip(parts, moments)))
+    return np.asarray(
+        sum(np.einsum("ok,ok->o", part @ block, part) for part, block in zip(parts, moments))
+    )
 
 
-def _better(weight: Array, old: SimulatedMatrix, new: SimulatedMatrix, moments: list[Array]) -> SimulatedMatrix:
+def _better(
+    weight: Array, old: SimulatedMatrix, new: SimulatedMatrix, moments: list[Array]
+) -> SimulatedMatrix:
     """Take each channel from whichever has the smaller error."""
     better = row_errors(weight, new, moments) < row_errors(weight, old, moments)
     rows = np.arange(len(weight)) + np.where(better, len(weight), 0)
@@ -246,7 +262,9 @@ class _Encoder:
 
     def __init__(self, grids: RowGrids, columns: int) -> None:
         self._grids = grids
-        self._low, self._high, self._step = (a.astype(np.float32) for a in (grids.low, grids.high, grids.scale))
+        self._low, self._high, self._step = (
+            a.astype(np.float32) for a in (grids.low, grids.high, grids.scale)
+        )
         self._sizes = grids.residual.astype(np.float32)
         self._codes = np.zeros((columns, len(grids.scale)), np.int8)
         self._signs = np.zeros((len(grids.residual), columns, len(grids.scale)), np.int8)
@@ -273,7 +291,9 @@ class _Encoder:
         return SimulatedMatrix(self._grids, np.ascontiguousarray(self._codes.T), signs)
 
 
-def _compensated(weight: Array, nearest: SimulatedMatrix, moments: list[Array], damping: float) -> SimulatedMatrix:
+def _compensated(
+    weight: Array, nearest: SimulatedMatrix, moments: list[Array], damping: float
+) -> SimulatedMatrix:
     """Round by GPTQ, columns by falling diagonal; channels for which ``nearest`` is better stay there."""
     encoder = _Encoder(nearest.grids, weight.shape[1])
     start = 0
@@ -310,8 +330,12 @@ def _refitted(weight: Array, matrix: SimulatedMatrix, hessians: list[Array]) -> 
     cuts = np.cumsum([len(block) for block in hessians])[:-1]
     blocks = list(zip(np.split(basis, cuts, axis=2), np.split(weight, cuts, axis=1), hessians))
     seen = [(part, part @ hessian, target) for part, target, hessian in blocks]
-    normal = np.asarray(sum(np.einsum("iok,jok->oij", through, part) for part, through, _ in seen), np.float64)
-    wanted = np.asarray(sum(np.einsum("iok,ok->oi", through, target) for _, through, target in seen), np.float64)
+    normal = np.asarray(
+        sum(np.einsum("iok,jok->oij", through, part) for part, through, _ in seen), np.float64
+    )
+    wanted = np.asarray(
+        sum(np.einsum("iok,ok->oi", through, target) for _, through, target in seen), np.float64
+    )
     ridge = 1e-6 * np.einsum("oii->o", normal) / len(basis) + np.finfo(np.float32).tiny
     normal += ridge[:, None, None] * np.eye(len(basis))
     fitted = np.linalg.solve(normal, wanted[:, :, None])[:, :, 0].T

@@ -1,6 +1,8 @@
-"""Which output channels of a layer a rows branch promotes: ordered by probes on the calls that weights are rounded on.
+"""Which output channels of a layer a rows branch promotes: ordered by probes on the calls that
+weights are rounded on.
 
-In: the candidates of layers that have such a branch. Out: layer name -> its output channels, most salient first.
+In: the candidates of layers that have such a branch. Out: layer name -> its output channels, most
+salient first.
 """
 
 from __future__ import annotations
@@ -37,11 +39,15 @@ def salient_first(run: Run, folder: Path) -> tuple[dict[str, Array], str]:
     saliences = _probed_salience(run, chosen) if method == "probe" else None
     if saliences is None:
         saliences = {name: _kurtosis(c, stats) for name, c in chosen.items()}
-        why = ", salient rows by kurtosis" + (" (torch cannot evaluate this graph)" if method == "probe" else "")
+        why = ", salient rows by kurtosis" + (
+            " (torch cannot evaluate this graph)" if method == "probe" else ""
+        )
     else:
         why = ", salient rows by probes"
     # Equal saliences keep the channels' order, so equal inputs give equal plans.
-    return {name: np.argsort(-s, kind="stable").astype(np.int32) for name, s in saliences.items()}, why
+    return {
+        name: np.argsort(-s, kind="stable").astype(np.int32) for name, s in saliences.items()
+    }, why
 
 
 def _kurtosis(candidates: LayerCandidates, stats: CalibrationStats) -> Array:
@@ -69,7 +75,9 @@ def _probed_salience(run: Run, chosen: StoredCandidates) -> dict[str, Array] | N
         return None
 
 
-def salience_inputs(run: Run, chosen: StoredCandidates) -> tuple[LayerGraph, Mapping[str, Array], RecordedCalls, int]:
+def salience_inputs(
+    run: Run, chosen: StoredCandidates
+) -> tuple[LayerGraph, Mapping[str, Array], RecordedCalls, int]:
     """Return what the errors of channels are measured on: graph, weights, calls, how many of these."""
     from mpq_deploy.calls.timesteps import sampled_steps
     from mpq_deploy.sensitivity.salience import body_weights
@@ -94,7 +102,9 @@ def salience_over_workers(run: Run, chosen: StoredCandidates) -> dict[str, Array
     steps = range(len(calls.timesteps))
     shards = [Shard(f"salient channels, timestep {step + 1}", step, calls.count) for step in steps]
     names = set(chosen)
-    found = {layer.name: np.zeros(layer.out_channels) for layer in graph.layers if layer.name in names}
+    found = {
+        layer.name: np.zeros(layer.out_channels) for layer in graph.layers if layer.name in names
+    }
     with run.crew.open(job, run.talk) as pool:
         for result in run_shards(pool, "salient channels", shards, run.talk):
             for name, parts in result.items():

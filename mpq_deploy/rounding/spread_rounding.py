@@ -1,9 +1,10 @@
 """The stage candidates over workers: they run the calls behind the Hessians, and round the layers.
 
-Layers come in the groups whose Hessians fit the cap together, as in one process. Of each group workers first gather the
-rows of the layers' inputs, a shard per timestep; this process multiplies them in the order of the timesteps, which is
-where rounding errors would differ. Then a shard is a layer, those with the most weights first. Workers that see this
-machine's files read the Hessian from the run's scratch folder, others are sent it.
+Layers come in the groups whose Hessians fit the cap together, as in one process. Of each group
+workers first gather the rows of the layers' inputs, a shard per timestep; this process multiplies
+them in the order of the timesteps, which is where rounding errors would differ. Then a shard is a
+layer, those with the most weights first. Workers that see this machine's files read the Hessian
+from the run's scratch folder, others are sent it.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ FILES = (RECIPE, "export", "calibrate")
 
 @dataclass(frozen=True)
 class _Layer:
-    """Layer ``number`` and its Hessian, whose columns are cut into ``widths``: in the file ``place`` below the root, or
-    itself (``blocks``). Neither: the layer is rounded to nearest, by what the calibration knows of its inputs.
+    """Layer ``number`` and its Hessian, whose columns are cut into ``widths``: in the file
+    ``place`` below the root, or itself (``blocks``). Neither: the layer is rounded to nearest,
+    by what the calibration knows of its inputs.
     """
 
     number: int
@@ -59,7 +61,9 @@ def round_over_workers(run: Run, folder: Path) -> None:
     with crew.open(job, run.talk) as pool:
         dealing = _Dealing(run, pool, folder)
         if plan is None:
-            dealing.round([dealing.layer(_Layer(number)) for number in range(len(run.exported.graph.layers))])
+            dealing.round(
+                [dealing.layer(_Layer(number)) for number in range(len(run.exported.graph.layers))]
+            )
             return
         for number in range(len(plan)):
             which = f" {number + 1} of {len(plan)}"
@@ -87,7 +91,9 @@ class _Dealing:
 
     def with_hessians(self, hessians: Iterator[Hessian], scratch: Path) -> Iterator[Shard]:
         """Yield the shards of a group; each Hessian goes into ``scratch`` where workers can read it there."""
-        numbers = {layer.name: number for number, layer in enumerate(self.run.exported.graph.layers)}
+        numbers = {
+            layer.name: number for number, layer in enumerate(self.run.exported.graph.layers)
+        }
         last: tuple[Array, Path] | None = None
         for found in hessians:
             number = numbers[found.layer.name]
@@ -103,9 +109,13 @@ class _Dealing:
     def gathered(self, plan: HessianPlan, group: int, title: str) -> Iterator[list[Array]]:
         """Yield the rows of every batch of all timesteps, in order."""
         steps = range(plan.timesteps)
-        shards = [Shard(f"{title}, timestep {s + 1}", _Gather(group, s), plan.calls(s)) for s in steps]
+        shards = [
+            Shard(f"{title}, timestep {s + 1}", _Gather(group, s), plan.calls(s)) for s in steps
+        ]
         for result in run_shards(self.pool, title, shards, self.run.talk):
-            batches, jobs = (1 + max(int(name.split(".")[place]) for name in result) for place in (0, 1))
+            batches, jobs = (
+                1 + max(int(name.split(".")[place]) for name in result) for place in (0, 1)
+            )
             for batch in range(batches):
                 yield [result.pop(f"{batch}.{job}") for job in range(jobs)]
 
@@ -124,7 +134,8 @@ class _Rounding:
     def __init__(self, root: Path, out: Path, shares_files: bool, talk: Talk) -> None:
         self._root, self._out, self._shares = root, root / out, shares_files
         self._run = Run.opened(root, talk)
-        # Another worker of this node may have linked the weights for a session, which readers refuse.
+        # Another worker of this node may have linked the weights for a session, which readers
+        # refuse.
         with alone_with(root / RECIPE):
             self._layers = self._run.exported.graph.layers
         self._rounder = Rounder.of(self._run)
@@ -173,6 +184,7 @@ class _Rounding:
         layer = self._layers[task.number]
         if task.place is None and task.blocks is None:
             return self._rounder.diagonal(layer)
-        # Memory of this process, as where Hessians are made: what lies elsewhere is aligned otherwise.
+        # Memory of this process, as where Hessians are made: what lies elsewhere is aligned
+        # otherwise.
         blocks = np.load(self._root / task.place) if task.place else np.array(task.blocks)
         return Hessian(layer, blocks, task.widths, 0)

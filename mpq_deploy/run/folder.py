@@ -16,7 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpq_deploy.errors import RunFolderError
-from mpq_deploy.system.files import Fields, canonical_json, disk_error, file_digest, sealed_json, unsealed, write_text
+from mpq_deploy.system.files import (
+    Fields,
+    canonical_json,
+    disk_error,
+    file_digest,
+    sealed_json,
+    unsealed,
+    write_text,
+)
 from mpq_deploy.system.locks import HeldError, hold_folder
 from mpq_deploy.system.release import __version__
 
@@ -178,7 +186,9 @@ def _check_format(path: Path) -> None:
         made = json.loads(marker.read_text(encoding="utf-8"))
         made_format, made_by = int(made["format"]), str(made["made_by"])
     except (ValueError, KeyError, TypeError) as error:
-        raise RunFolderError(f"{marker} cannot be read: {error}.", "Give a new run folder with -o.") from error
+        raise RunFolderError(
+            f"{marker} cannot be read: {error}.", "Give a new run folder with -o."
+        ) from error
     if made_format != FORMAT:
         raise RunFolderError(
             f"The run folder {path} was made by mpq-deploy {made_by} (format {made_format}; this is {FORMAT}).",

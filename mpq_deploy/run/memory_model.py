@@ -1,8 +1,9 @@
 """What a stage will take of memory, before it starts, and whether there is so much.
 
-In: the layers of an exported model and the recipe. Out: a ``StageMemory``. What is counted follows from how the stages
-work: weights are mapped from their file and count once; values of one call, Hessians, stacks of candidates and the work
-on one layer are held beside them. The constants were fitted to peaks of resident memory (docs/results/memory.md).
+In: the layers of an exported model and the recipe. Out: a ``StageMemory``. What is counted follows
+from how the stages work: weights are mapped from their file and count once; values of one call,
+Hessians, stacks of candidates and the work on one layer are held beside them. The constants were
+fitted to peaks of resident memory (docs/results/memory.md).
 """
 
 from __future__ import annotations
@@ -19,12 +20,23 @@ from mpq_deploy.formats.scheme import BRANCH_KINDS
 from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.graph.shapes import known_shapes
 from mpq_deploy.onnx_torch.merged_nodes import merged_nodes
-from mpq_deploy.onnx_torch.pass_memory import BOUNDARY_SHARE, DISTINCT_SHARE, PASS_COPIES, VALUE_SHARE, WHOLE_SHARE
+from mpq_deploy.onnx_torch.pass_memory import (
+    BOUNDARY_SHARE,
+    DISTINCT_SHARE,
+    PASS_COPIES,
+    VALUE_SHARE,
+    WHOLE_SHARE,
+)
 from mpq_deploy.rounding.candidate_store import HELD_BYTES
 from mpq_deploy.rounding.hessian import BATCH_SIZE as HESSIAN_BATCH
 from mpq_deploy.rounding.hessian import ROWS_PER_COLUMN, WAITING_SHARE
 from mpq_deploy.rounding.quantizers import NEAREST_ARRAYS, rounding_bytes
-from mpq_deploy.runtime.ort import ARENA_SHARE, HESSIAN_ARENA_SHARE, LARGE_WEIGHTS_BYTES, SESSION_COPIES
+from mpq_deploy.runtime.ort import (
+    ARENA_SHARE,
+    HESSIAN_ARENA_SHARE,
+    LARGE_WEIGHTS_BYTES,
+    SESSION_COPIES,
+)
 from mpq_deploy.sensitivity.measured_calls import HELD_SHARE, SALIENCE_BATCH, STACK_ARRAYS
 from mpq_deploy.sensitivity.measured_calls import MEMORY_BYTES as MEASURE_BYTES
 from mpq_deploy.system.memory import Room, refuse_too_large
@@ -36,8 +48,34 @@ if TYPE_CHECKING:
 
 FLOAT32_BYTES = 4
 IN_PLACE = {
-    *("Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Exp", "Erf", "Tanh", "Sigmoid", "Relu", "Gelu", "Softmax", "Cast"),
-    *("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Dropout", "Neg", "Reciprocal", "Clip", "Where"),
+    *(
+        "Add",
+        "Sub",
+        "Mul",
+        "Div",
+        "Pow",
+        "Sqrt",
+        "Exp",
+        "Erf",
+        "Tanh",
+        "Sigmoid",
+        "Relu",
+        "Gelu",
+        "Softmax",
+        "Cast",
+    ),
+    *(
+        "Reshape",
+        "Squeeze",
+        "Unsqueeze",
+        "Flatten",
+        "Identity",
+        "Dropout",
+        "Neg",
+        "Reciprocal",
+        "Clip",
+        "Where",
+    ),
 }
 
 
@@ -54,9 +92,10 @@ class Patches:
 class ModelSize:
     """What memory depends on. Bytes are of float32, values those of one call.
 
-    ``weights``: bytes of all constants; ``largest``: elements of the largest layer's weight; ``values``: bytes of all
-    values that torch makes; ``alive``: most bytes that live at once in ONNX Runtime; ``outputs``: bytes of the layers'
-    outputs; ``nodes``: of the graph; ``patches``: one entry per Hessian.
+    ``weights``: bytes of all constants; ``largest``: elements of the largest layer's weight;
+    ``values``: bytes of all values that torch makes; ``alive``: most bytes that live at once in
+    ONNX Runtime; ``outputs``: bytes of the layers' outputs; ``nodes``: of the graph; ``patches``:
+    one entry per Hessian.
     """
 
     weights: int
@@ -69,20 +108,31 @@ class ModelSize:
 
 
 def model_size(path: Path, graph: LayerGraph, inputs: Mapping[str, tuple[int, ...]]) -> ModelSize:
-    """Add up the constants and values of ``graph``, read from ``path``, for ``inputs`` of these shapes (one call).
+    """Add up the constants and values of ``graph``, read from ``path``, for ``inputs`` of these
+    shapes (one call).
 
-    Shapes are inferred from those of the inputs, computed ones included: exporters leave the keys' axis of an attention
-    open, which is the longest of all. Values whose shape depends on data count nothing.
+    Shapes are inferred from those of the inputs, computed ones included: exporters leave the keys'
+    axis of an attention open, which is the longest of all. Values whose shape depends on data count
+    nothing.
     """
     proto, shapes = known_shapes(path, inputs)
     sizes = {name: FLOAT32_BYTES * prod(shape) for name, shape in shapes.items()}
     model = graph.model.graph
-    weights = sum(v.const_value.nbytes for v in model.initializers.values() if v.const_value is not None)
+    weights = sum(
+        v.const_value.nbytes for v in model.initializers.values() if v.const_value is not None
+    )
     made = {name: sizes.get(name, 0) for node in proto.node for name in node.output if name}
-    apart = {value.name for found in merged_nodes(model).values() for node in found.dropped for value in node.outputs}
+    apart = {
+        value.name
+        for found in merged_nodes(model).values()
+        for node in found.dropped
+        for value in node.outputs
+    }
     patches = {
         (use.input, layer.group, layer.reduction): Patches(
-            layer.group, layer.reduction, prod(shapes.get(use.output, ())) // max(layer.out_channels, 1)
+            layer.group,
+            layer.reduction,
+            prod(shapes.get(use.output, ())) // max(layer.out_channels, 1),
         )
         for layer in graph.layers
         for use in layer.uses
@@ -101,12 +151,15 @@ def model_size(path: Path, graph: LayerGraph, inputs: Mapping[str, tuple[int, ..
 def _most_alive(nodes: Collection[onnx.NodeProto], sizes: Mapping[str, int]) -> int:
     """Return the most bytes of computed values that live at once.
 
-    ONNX Runtime writes results of ``IN_PLACE`` over an input of the same size that nothing else reads.
+    ONNX Runtime writes results of ``IN_PLACE`` over an input of the same size that nothing else
+    reads.
     """
     last = {name: number for number, node in enumerate(nodes) for name in node.input}
     alive = most = 0
     for number, node in enumerate(nodes):
-        ended = [sizes.get(name, 0) for name in dict.fromkeys(node.input) if last.get(name) == number]
+        ended = [
+            sizes.get(name, 0) for name in dict.fromkeys(node.input) if last.get(name) == number
+        ]
         made = [sizes.get(name, 0) for name in node.output]
         in_place = node.op_type in IN_PLACE and made[0] in ended
         alive += sum(made) - (made[0] if in_place else 0)
@@ -117,7 +170,8 @@ def _most_alive(nodes: Collection[onnx.NodeProto], sizes: Mapping[str, int]) -> 
 
 
 def source_size(files: Iterable[Path]) -> tuple[int, int]:
-    """Return the bytes in float32 and the number of the tensors in safetensors ``files``, read from their headers.
+    """Return the bytes in float32 and the number of the tensors in safetensors ``files``, read from
+    their headers.
 
     Raises ModelError for a file that is none.
     """
@@ -131,17 +185,19 @@ def source_size(files: Iterable[Path]) -> tuple[int, int]:
                 shapes += [file.get_slice(name).get_shape() for name in names]
         except (OSError, SafetensorError) as error:
             raise ModelError(
-                f"{path} cannot be read: {error}.", "The file is damaged: download or save the model again."
+                f"{path} cannot be read: {error}.",
+                "The file is damaged: download or save the model again.",
             ) from error
     return FLOAT32_BYTES * sum(map(prod, shapes)), len(shapes)
 
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes that a stage holds at its peak: of ``weights``, ``values`` of its calls, its ``work``, and ``code``.
+    """Bytes that a stage holds at its peak: of ``weights``, ``values`` of its calls, its ``work``,
+    and ``code``.
 
-    ``code`` is what the process holds of the interpreter, libraries and graphs; in a process that has run other stages
-    it is there already.
+    ``code`` is what the process holds of the interpreter, libraries and graphs; in a process that
+    has run other stages it is there already.
     """
 
     stage: str
@@ -161,15 +217,20 @@ class StageMemory:
         refuse_too_large(f"The stage '{self.stage}'", parts, room, hint, min(held, self.code))
 
 
-# A worker of the stage candidates, without its graph: the interpreter with NumPy, ONNX and its runtime.
+# A worker of the stage candidates, without its graph: the interpreter with NumPy, ONNX and its
+# runtime.
 ROUNDER_BYTES = 190 << 20
-# The interpreter with NumPy and ONNX; with the solver or ONNX Runtime; with torch; with diffusers and the exporter.
+# The interpreter with NumPy and ONNX; with the solver or ONNX Runtime; with torch; with diffusers
+# and the exporter.
 BARE_BYTES, SESSION_BYTES, TORCH_BYTES, EXPORT_BYTES = 140 << 20, 85 << 20, 400 << 20, 530 << 20
-# What each node of the graph takes: its objects; those and a session's, or a plan's; the exporter, per parameter.
+# What each node of the graph takes: its objects; those and a session's, or a plan's; the exporter,
+# per parameter.
 OBJECT_BYTES, NODE_BYTES, PARAMETER_BYTES = 37_000, 130_000, 280_000
-# The float module, and of the file's pages and the source's those that are in memory when most of both are.
+# The float module, and of the file's pages and the source's those that are in memory when most of
+# both are.
 EXPORT_COPIES = 1.6
-# For an ONNX file: the interpreter; per node and per byte of weights, the sessions of the file and of the export.
+# For an ONNX file: the interpreter; per node and per byte of weights, the sessions of the file and
+# of the export.
 ONNX_BYTES, ONNX_NODE_BYTES, ONNX_COPIES = 125 << 20, 72_000, 2.1
 # Calls of the largest batch of the comparison.
 COMPARED_CALLS = 2
@@ -177,7 +238,9 @@ COMPARED_CALLS = 2
 
 def estimate_torch_export(weights: int, parameters: int) -> StageMemory:
     """Estimate the export of a module of PyTorch: ``weights`` bytes in float32, in so many ``parameters``."""
-    return StageMemory("export", int(EXPORT_COPIES * weights), 0, 0, EXPORT_BYTES + PARAMETER_BYTES * parameters)
+    return StageMemory(
+        "export", int(EXPORT_COPIES * weights), 0, 0, EXPORT_BYTES + PARAMETER_BYTES * parameters
+    )
 
 
 def estimate_onnx_export(path: Path, inputs: Mapping[str, tuple[int, ...]]) -> StageMemory:
@@ -197,20 +260,26 @@ def estimate_engine(weights: int, nodes: int) -> StageMemory:
     return StageMemory("engine", BUILDER_COPIES * weights, 0, child, _bare(nodes))
 
 
-def estimate_stage(stage: str, size: ModelSize, recipe: Recipe, forms: int, workers: int = 0) -> StageMemory:
-    """Estimate the peak of a stage from ``calibrate`` to ``quantize``; ``forms``: weight forms per layer, at most.
+def estimate_stage(
+    stage: str, size: ModelSize, recipe: Recipe, forms: int, workers: int = 0
+) -> StageMemory:
+    """Estimate the peak of a stage from ``calibrate`` to ``quantize``; ``forms``: weight forms per
+    layer, at most.
 
     ``workers``: processes of this machine that round layers; what they hold counts as work.
     """
     if stage == "calibrate":
         values = int(ARENA_SHARE * recipe.calibrate.batch_size * size.alive)
-        return StageMemory(stage, _session(size.weights), values, 0, SESSION_BYTES + NODE_BYTES * size.nodes)
+        return StageMemory(
+            stage, _session(size.weights), values, 0, SESSION_BYTES + NODE_BYTES * size.nodes
+        )
     if stage == "candidates":
         return _candidates(size, recipe, forms, workers)
     if stage == "measure":
         return _measure(size, recipe, forms)
     if stage == "allocate":
-        # Every weight is looked at for what may be folded into it, so all of its file is in memory once.
+        # Every weight is looked at for what may be folded into it, so all of its file is in memory
+        # once.
         return StageMemory(stage, size.weights, 0, 0, SESSION_BYTES + NODE_BYTES * size.nodes)
     # Codes of one byte per weight, of all layers.
     work = FLOAT32_BYTES * size.largest * NEAREST_ARRAYS
@@ -228,7 +297,10 @@ def _session(weights: int) -> int:
 def _candidates(size: ModelSize, recipe: Recipe, forms: int, workers: int) -> StageMemory:
     """Return the largest of the phases: rounding a layer, gathering Hessians, ordering salient channels."""
     code, gptq = SESSION_BYTES + NODE_BYTES * size.nodes, recipe.quantize.rounding != "nearest"
-    held, beside = hessian_bytes(size, recipe) if gptq else (0, 0), code if gptq else _bare(size.nodes)
+    held, beside = (
+        hessian_bytes(size, recipe) if gptq else (0, 0),
+        code if gptq else _bare(size.nodes),
+    )
     rounding = _rounding(size, recipe, forms) + held[0]
     if workers:
         # Hessians lie in files then.
@@ -236,7 +308,9 @@ def _candidates(size: ModelSize, recipe: Recipe, forms: int, workers: int) -> St
     phases = [StageMemory("candidates", 0, 0, rounding, beside)]
     if gptq:
         # Weights that sessions do not copy are in memory once, whoever has mapped them.
-        sessions = _session(size.weights) * (1 if size.weights >= LARGE_WEIGHTS_BYTES else max(workers, 1))
+        sessions = _session(size.weights) * (
+            1 if size.weights >= LARGE_WEIGHTS_BYTES else max(workers, 1)
+        )
         values = max(workers, 1) * _gathered_values(size, recipe)
         work = sum(held) + workers * _gatherer_bytes(size, recipe)
         phases += [StageMemory("candidates", sessions, values, work, code)]
@@ -260,7 +334,9 @@ def candidates_worker_bytes(size: ModelSize, recipe: Recipe, forms: int) -> int:
     rounding = _rounder_bytes(size, recipe, forms)
     if recipe.quantize.rounding == "nearest":
         return rounding
-    gathering = _session(size.weights) + _gathered_values(size, recipe) + _gatherer_bytes(size, recipe)
+    gathering = (
+        _session(size.weights) + _gathered_values(size, recipe) + _gatherer_bytes(size, recipe)
+    )
     return max(rounding, gathering)
 
 
@@ -339,7 +415,10 @@ def _row_bytes(patches: Patches, recipe: Recipe) -> int:
 
 def _adjoint(size: ModelSize, directions: int, calls: int) -> int:
     """Return what a pass back through the graph holds: all of it, or a part where it takes several times its bound."""
-    if PASS_COPIES * DISTINCT_SHARE * size.values + directions * size.outputs > WHOLE_SHARE * MEASURE_BYTES:
+    if (
+        PASS_COPIES * DISTINCT_SHARE * size.values + directions * size.outputs
+        > WHOLE_SHARE * MEASURE_BYTES
+    ):
         return MEASURE_BYTES + int(BOUNDARY_SHARE * size.alive)
     return calls * (int(VALUE_SHARE * size.values) + directions * size.outputs)
 
@@ -348,7 +427,9 @@ def _measure(size: ModelSize, recipe: Recipe, forms: int) -> StageMemory:
     batch = min(recipe.measure.batch_size, recipe.measure.calls)
     probes = recipe.measure.probes
     # As the probes choose how many calls to evaluate at once.
-    most = MEASURE_BYTES // max(int(PASS_COPIES * DISTINCT_SHARE * size.values) + probes * size.outputs, 1)
+    most = MEASURE_BYTES // max(
+        int(PASS_COPIES * DISTINCT_SHARE * size.values) + probes * size.outputs, 1
+    )
     values = _adjoint(size, probes, max(1, min(batch, most)))
     stacks = size.weights * (1 + forms)
     kept = min(stacks, MEASURE_BYTES) if stacks < HELD_SHARE * MEASURE_BYTES else 0

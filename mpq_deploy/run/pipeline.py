@@ -54,7 +54,9 @@ STAGES = stages_in_order(
 class Pipeline:
     """One recipe on one open run folder. ``run``: the view of its present state."""
 
-    def __init__(self, folder: RunFolder, recipe: Recipe, talk: Talk, crew: Crew | None = None) -> None:
+    def __init__(
+        self, folder: RunFolder, recipe: Recipe, talk: Talk, crew: Crew | None = None
+    ) -> None:
         self.results: dict[str, StageResult] = {}
         # No result depends on who computes shards, so the crew is no part of the recipe.
         self.run = Run(recipe, folder, talk, crew or Alone(), self.results)
@@ -81,14 +83,18 @@ class Pipeline:
         stage = STAGES[name]
         inputs = None if stage.inputs is None else stage.fields(self.run)
         changed = None if inputs is None else self.run.folder.changed_fields(name, inputs)
-        self.results[name] = self._cached(name) if changed == [] else self._make(stage, inputs, changed)
+        self.results[name] = (
+            self._cached(name) if changed == [] else self._make(stage, inputs, changed)
+        )
         return self.results[name]
 
     def report_as_is(self) -> Summary:
         """Report existing stages only; run none. Raises UsageError without a current plan."""
         order = self._order("report")
         for stage in (STAGES[name] for name in order):
-            if stage.inputs is None or not all(need in self.results for need in stage.needs if need in order):
+            if stage.inputs is None or not all(
+                need in self.results for need in stage.needs if need in order
+            ):
                 continue
             if self.run.folder.changed_fields(stage.name, stage.fields(self.run)) == []:
                 self.results[stage.name] = self._cached(stage.name)
@@ -112,7 +118,9 @@ class Pipeline:
     def _cached(self, name: str) -> StageResult:
         timing = self.run.folder.timings().get(name, {})
         self.run.talk.line(f"{name:<10} up to date")
-        return StageResult(name, timing.get("seconds", 0.0), int(timing.get("peak_rss_bytes", 0)), True)
+        return StageResult(
+            name, timing.get("seconds", 0.0), int(timing.get("peak_rss_bytes", 0)), True
+        )
 
     def _make(self, stage: Stage, inputs: Fields | None, changed: list[str] | None) -> StageResult:
         run, name = self.run, stage.name
@@ -131,7 +139,9 @@ class Pipeline:
 
 
 @contextmanager
-def open_pipeline(recipe: Recipe, run: Path, talk: Talk, crew: Crew | None = None) -> Iterator[Pipeline]:
+def open_pipeline(
+    recipe: Recipe, run: Path, talk: Talk, crew: Crew | None = None
+) -> Iterator[Pipeline]:
     """Open and lock the run folder for ``recipe``; write the recipe with every default into it.
 
     ``crew``: who computes what can be spread over workers; None: this process.

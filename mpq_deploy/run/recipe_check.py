@@ -18,7 +18,9 @@ def check_recipe(recipe: Recipe) -> None:
     """Refuse an unknown target and options that contradict each other."""
     target = load_target(recipe.target)
     if recipe.engine.build and target.builder == RTX and not builder_present(target):
-        raise MissingDependencyError("tensorrt-rtx", "rtx", f"Building an engine for '{target.name}'")
+        raise MissingDependencyError(
+            "tensorrt-rtx", "rtx", f"Building an engine for '{target.name}'"
+        )
     _check_schemes(recipe, target)
     check_latency(recipe, target)
     if recipe.measure.method == "orm" or recipe.measure.sampling == "adaptive":

@@ -66,7 +66,9 @@ def stages_in_order(*stages: Stage) -> dict[str, Stage]:
             raise ValueError(f"The stage '{stage.name}' is declared twice.")
         for need in stage.needs:
             if need not in by_name:
-                raise ValueError(f"The stage '{stage.name}' needs '{need}', not declared before it.")
+                raise ValueError(
+                    f"The stage '{stage.name}' needs '{need}', not declared before it."
+                )
         by_name[stage.name] = stage
     return by_name
 

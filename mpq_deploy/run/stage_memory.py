@@ -21,7 +21,9 @@ def check_memory(run: Run, stage: Stage) -> StageMemory:
     """Estimate what ``stage`` takes; raises UsageError when there is less."""
     estimate = stage_memory(run, stage.name)
     fewer = "Give fewer --workers. " if _rounding_workers(run, stage.name) else ""
-    estimate.refuse_too_large(memory.memory_room(), f"{fewer}{stage.hint} {MORE}", memory.held_memory())
+    estimate.refuse_too_large(
+        memory.memory_room(), f"{fewer}{stage.hint} {MORE}", memory.held_memory()
+    )
     return estimate
 
 
@@ -74,7 +76,11 @@ def _sizes(run: Run) -> tuple[ModelSize, int]:
 
     exported, recipe = run.exported, run.recipe
     named = recipe.allocate.schemes
-    forms = {s.weight_form for s in SCHEMES.values() if not s.branch and (s.name in named or s.family in named)}
+    forms = {
+        s.weight_form
+        for s in SCHEMES.values()
+        if not s.branch and (s.name in named or s.family in named)
+    }
     return model_size(exported.path, exported.graph, exported.spec.input_shapes()), len(forms)
 
 
@@ -99,7 +105,9 @@ def _weight_files(folder: Path) -> list[Path]:
     """Return the safetensors of one variant: the plain one where there is one."""
     files = sorted(folder.glob("*.safetensors"))
     plain = [file for file in files if file.name.count(".") == 1]
-    return plain or [file for file in files if file.name.split(".")[1] == files[0].name.split(".")[1]]
+    return plain or [
+        file for file in files if file.name.split(".")[1] == files[0].name.split(".")[1]
+    ]
 
 
 def _engine(run: Run) -> StageMemory:

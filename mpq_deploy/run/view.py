@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from mpq_deploy.recipe import Recipe
     from mpq_deploy.system.progress import Talk
 
-# In the run folder: the recipe that its stages are made by, the finished shards of unfinished stages,
-# and sampled images by what they were made from.
+# In the run folder: the recipe that its stages are made by, the finished shards of unfinished
+# stages, and sampled images by what they were made from.
 RECIPE, SHARDS, SAMPLES = "recipe.yaml", ".shards", ".samples"
 
 
@@ -103,7 +103,9 @@ class Run:
         """Digest of a finished stage's outputs. Raises UsageError when there is none."""
         record = self.folder.record(name)
         if record is None:
-            raise UsageError(f"The stage '{name}' is missing in {self.path}.", "Run 'mpq-deploy build' first.")
+            raise UsageError(
+                f"The stage '{name}' is missing in {self.path}.", "Run 'mpq-deploy build' first."
+            )
         return record.digest
 
     def scratch(self) -> Path:
@@ -145,7 +147,9 @@ class Run:
     def calibration(self) -> Calibration:
         """What the stage calibrate left."""
         folder = self.stage("calibrate")
-        return Calibration(CalibrationSet.load(folder / "inputs.npz"), CalibrationStats.load(folder / "stats.npz"))
+        return Calibration(
+            CalibrationSet.load(folder / "inputs.npz"), CalibrationStats.load(folder / "stats.npz")
+        )
 
     @cached_property
     def plan(self) -> PrecisionPlan:

@@ -21,7 +21,13 @@ from mpq_deploy.runtime.ort import ORT_ERRORS, OrtDenoiser
 
 __all__ = ["RUNTIME_CACHE", "Backend", "EngineBackend", "OrtBackend"]
 
-DTYPES = {"FLOAT": torch.float32, "HALF": torch.float16, "INT64": torch.int64, "INT32": torch.int32, "BOOL": torch.bool}
+DTYPES = {
+    "FLOAT": torch.float32,
+    "HALF": torch.float16,
+    "INT64": torch.int64,
+    "INT32": torch.int32,
+    "BOOL": torch.bool,
+}
 
 
 class Backend(Protocol):
@@ -39,13 +45,19 @@ class OrtBackend:
 
     name = "onnxruntime"
 
-    def __init__(self, model: Path, spec: DenoiserSpec, device: torch.device, threads: int = 0) -> None:
+    def __init__(
+        self, model: Path, spec: DenoiserSpec, device: torch.device, threads: int = 0
+    ) -> None:
         self.device = device
         cuda = device.type == "cuda"
         provider = "CUDAExecutionProvider" if cuda else "CPUExecutionProvider"
         # Integer kernels of some CPUs saturate, unlike any target's: there Q/DQ pairs stay.
-        self._session = OrtDenoiser(model, spec, threads, [provider], fake_quant_only=not cuda).session
-        self._output = next(value for value in self._session.get_outputs() if value.name == spec.output)
+        self._session = OrtDenoiser(
+            model, spec, threads, [provider], fake_quant_only=not cuda
+        ).session
+        self._output = next(
+            value for value in self._session.get_outputs() if value.name == spec.output
+        )
         self._sample = spec.sample.name
 
     def __call__(self, feeds: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -55,15 +67,25 @@ class OrtBackend:
         for name, tensor in feeds.items():
             kind = np.dtype(str(tensor.dtype).removeprefix("torch."))
             binding.bind_input(
-                name, **place, element_type=kind, shape=tuple(tensor.shape), buffer_ptr=tensor.data_ptr()
+                name,
+                **place,
+                element_type=kind,
+                shape=tuple(tensor.shape),
+                buffer_ptr=tensor.data_ptr(),
             )
-        shape = [len(feeds[self._sample]) if i == 0 else n for i, n in enumerate(self._output.shape)]
+        shape = [
+            len(feeds[self._sample]) if i == 0 else n for i, n in enumerate(self._output.shape)
+        ]
         if all(isinstance(n, int) for n in shape):
             kind = torch.float16 if "float16" in self._output.type else torch.float32
             output = torch.empty(shape, dtype=kind, device=self.device)
             numpy_kind = np.dtype(str(kind).removeprefix("torch."))
             binding.bind_output(
-                self._output.name, **place, element_type=numpy_kind, shape=shape, buffer_ptr=output.data_ptr()
+                self._output.name,
+                **place,
+                element_type=numpy_kind,
+                shape=shape,
+                buffer_ptr=output.data_ptr(),
             )
         else:
             output = None
@@ -72,8 +94,14 @@ class OrtBackend:
             self._session.run_with_iobinding(binding)
         except ORT_ERRORS as error:
             shapes = {name: tuple(tensor.shape) for name, tensor in feeds.items()}
-            raise ModelError(f"ONNX Runtime failed on inputs of shapes {shapes}: {error}") from error
-        return output if output is not None else torch.from_numpy(binding.copy_outputs_to_cpu()[0]).to(self.device)
+            raise ModelError(
+                f"ONNX Runtime failed on inputs of shapes {shapes}: {error}"
+            ) from error
+        return (
+            output
+            if output is not None
+            else torch.from_numpy(binding.copy_outputs_to_cpu()[0]).to(self.device)
+        )
 
 
 class EngineBackend:
@@ -86,11 +114,20 @@ class EngineBackend:
     Nothing here has run on a GPU yet (docs/devices.md).
     """
 
-    def __init__(self, path: Path, spec: DenoiserSpec, device: torch.device, library: str, graphs: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path,
+        spec: DenoiserSpec,
+        device: torch.device,
+        library: str,
+        graphs: bool = True,
+    ) -> None:
         try:
             trt: Any = importlib.import_module(library)
         except ImportError as error:
-            raise MissingDependencyError(library.replace("_", "-"), "rtx", f"Running {path.name}") from error
+            raise MissingDependencyError(
+                library.replace("_", "-"), "rtx", f"Running {path.name}"
+            ) from error
         self.name, self.device, self._output = library, device, spec.output
         refuse_other_gpu(path, "SM{}{}".format(*torch.cuda.get_device_capability(device)))
         engine = load_engine(trt, trt.Logger(trt.Logger.WARNING), path)
@@ -115,7 +152,10 @@ class EngineBackend:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _run(self, feeds: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        same = all(name in self._buffers and self._buffers[name].shape == t.shape for name, t in feeds.items())
+        same = all(
+            name in self._buffers and self._buffers[name].shape == t.shape
+            for name, t in feeds.items()
+        )
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             if not same:
@@ -146,7 +186,9 @@ class EngineBackend:
         self._buffers = {name: torch.empty_like(tensor) for name, tensor in feeds.items()}
         for name, tensor in feeds.items():
             if not context.set_input_shape(name, tuple(tensor.shape)):
-                raise EngineError(f"The engine does not take {name} of shape {tuple(tensor.shape)}.")
+                raise EngineError(
+                    f"The engine does not take {name} of shape {tuple(tensor.shape)}."
+                )
         kind = DTYPES[self._opened.engine.get_tensor_dtype(self._output).name]
         shape = tuple(context.get_tensor_shape(self._output))
         self._buffers[self._output] = torch.empty(shape, dtype=kind, device=self.device)

@@ -38,7 +38,9 @@ VARIANCE_FORMS = {
     "fixed_small_log": "root",
     "learned_range": "logarithm",
 }
-_OWN = frozenset({"correction", "last_step", "variance_note", "_scheduler", "_reach", "_residual_factor"})
+_OWN = frozenset(
+    {"correction", "last_step", "variance_note", "_scheduler", "_reach", "_residual_factor"}
+)
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,8 @@ class CorrectedScheduler:
     the guided output (1 - w) u + w c has the same k and b, because the weights add up to 1, and a
     residual of variance (1-w)^2 + w^2 + 2 w (1-w) rho = 1 + 2 w (w - 1) (1 - rho) times that of one
     call, where rho is the correlation of the two calls' residuals. rho is not measured:
-    ``residual_correlation`` 1, the default, takes the minimum out of the noise (for w > 1). [ours] A
-    guidance rescale after guidance is not linear: correct before it, with ``Correction.apply``.
+    ``residual_correlation`` 1, the default, takes the minimum out of the noise (for w > 1). [ours]
+    A guidance rescale after guidance is not linear: correct before it, with ``Correction.apply``.
 
     Raises UsageError for a scheduler of another prediction type, or rho outside [-1, 1].
     """
@@ -88,11 +90,15 @@ class CorrectedScheduler:
                 "Set the scheduler's prediction_type to the model's.",
             )
         if not -1 <= residual_correlation <= 1:
-            raise UsageError(f"residual_correlation is {residual_correlation}.", "Give one from -1 to 1.")
+            raise UsageError(
+                f"residual_correlation is {residual_correlation}.", "Give one from -1 to 1."
+            )
         self._scheduler = scheduler
         self.correction = correction
         self.last_step: StepNote | None = None
-        self._residual_factor = 1 + 2 * guidance_scale * (guidance_scale - 1) * (1 - residual_correlation)
+        self._residual_factor = 1 + 2 * guidance_scale * (guidance_scale - 1) * (
+            1 - residual_correlation
+        )
         self._reach, self.variance_note = _reach(scheduler)
 
     def __getattr__(self, name: str) -> Any:
@@ -148,9 +154,13 @@ class CorrectedScheduler:
             return output
         channels = self.correction.channels
         wide = torch.promote_types(output.dtype, torch.float32)
-        bias = torch.as_tensor(at.bias, dtype=wide, device=output.device).reshape(-1, *[1] * (output.ndim - 2))
+        bias = torch.as_tensor(at.bias, dtype=wide, device=output.device).reshape(
+            -1, *[1] * (output.ndim - 2)
+        )
         mean = ((output[:, :channels].to(wide) - bias) / (1 + at.slope)).to(output.dtype)
-        return torch.cat([mean, output[:, channels:]], dim=1) if output.shape[1] > channels else mean
+        return (
+            torch.cat([mean, output[:, channels:]], dim=1) if output.shape[1] > channels else mean
+        )
 
 
 Reach = Callable[[Any, inspect.BoundArguments, Correction, float], tuple[Any, float]]
@@ -166,7 +176,10 @@ def _reach(scheduler: Any) -> tuple[Reach | None, str]:
     if config.thresholding:
         return None, "slope and bias only: dynamic thresholding is not linear in the output"
     if name in DDIM:
-        return _ddim_step, f"slope and bias; where eta > 0 the residual's variance comes out of {name}'s noise"
+        return (
+            _ddim_step,
+            f"slope and bias; where eta > 0 the residual's variance comes out of {name}'s noise",
+        )
     if config.variance_type not in VARIANCE_FORMS:
         return None, f"slope and bias only: {name} with variance_type {config.variance_type}"
     return _ddpm_step, f"slope and bias; the residual's variance comes out of {name}'s noise"
@@ -178,12 +191,15 @@ def _one_timestep(timestep: Any) -> float:
     values = torch.as_tensor(timestep).flatten()
     if not len(values) or bool((values != values[0]).any()):
         raise UsageError(
-            f"A step was asked for at {len(values)} timesteps at once.", "Take the step of each timestep by itself."
+            f"A step was asked for at {len(values)} timesteps at once.",
+            "Take the step of each timestep by itself.",
         )
     return float(values[0])
 
 
-def _ddpm_step(scheduler: Any, bound: inspect.BoundArguments, correction: Correction, variance: float) -> Any:
+def _ddpm_step(
+    scheduler: Any, bound: inspect.BoundArguments, correction: Correction, variance: float
+) -> Any:
     """Take a DDPM step with the residual's variance out of its noise; return it and that share."""
     import torch
 
@@ -214,7 +230,9 @@ def _ddpm_step(scheduler: Any, bound: inspect.BoundArguments, correction: Correc
         del scheduler._get_variance
 
 
-def _ddim_step(scheduler: Any, bound: inspect.BoundArguments, correction: Correction, variance: float) -> Any:
+def _ddim_step(
+    scheduler: Any, bound: inspect.BoundArguments, correction: Correction, variance: float
+) -> Any:
     """Take a DDIM step, its noise reduced by the residual's variance; return it and that share."""
     import torch
     from diffusers.utils.torch_utils import randn_tensor
@@ -226,7 +244,9 @@ def _ddim_step(scheduler: Any, bound: inspect.BoundArguments, correction: Correc
     if sigma == 0:
         return scheduler.step(*bound.args, **bound.kwargs), 0.0
     power = float(scheduler.alphas_cumprod[timestep])
-    previous = float(scheduler.alphas_cumprod[before] if before >= 0 else scheduler.final_alpha_cumprod)
+    previous = float(
+        scheduler.alphas_cumprod[before] if before >= 0 else scheduler.final_alpha_cumprod
+    )
     clean, noise = ddim_effect(scheduler.config.prediction_type, power, previous, sigma)
     open_ = _unclipped(scheduler, given, correction, power)
     effect = (clean + noise) * open_ if given["use_clipped_model_output"] else clean * open_ + noise
@@ -234,7 +254,9 @@ def _ddim_step(scheduler: Any, bound: inspect.BoundArguments, correction: Correc
     drawn = given["variance_noise"]
     if drawn is None:
         output = given["model_output"]
-        drawn = randn_tensor(output.shape, generator=given["generator"], device=output.device, dtype=output.dtype)
+        drawn = randn_tensor(
+            output.shape, generator=given["generator"], device=output.device, dtype=output.dtype
+        )
     given["variance_noise"] = drawn * torch.sqrt(torch.clamp(1 - share, min=0)).to(drawn)
     given["generator"] = None
     return scheduler.step(*bound.args, **bound.kwargs), float(share.mean())
@@ -249,7 +271,9 @@ def _unclipped(scheduler: Any, given: dict[str, Any], correction: Correction, po
     if scheduler.config.prediction_type == "epsilon":
         clean = (x - noise * output) / signal
     else:
-        clean = output if scheduler.config.prediction_type == "sample" else signal * x - noise * output
+        clean = (
+            output if scheduler.config.prediction_type == "sample" else signal * x - noise * output
+        )
     return (clean.abs() <= scheduler.config.clip_sample_range).to(x.dtype)
 
 
@@ -280,7 +304,9 @@ def ddpm_effect(prediction_type: str, power: float, previous: float) -> float:
     return math.sqrt(previous) * beta / (1 - power) * clean_slope(prediction_type, power)
 
 
-def ddim_effect(prediction_type: str, power: float, previous: float, sigma: float) -> tuple[float, float]:
+def ddim_effect(
+    prediction_type: str, power: float, previous: float, sigma: float
+) -> tuple[float, float]:
     """Return d x_{t-1} / d output of DDIM (Song et al. 2021, eq. 12), through x_0 and epsilon.
 
     Their sum is the effect; they are apart because clipping x_0 stops the first.

@@ -160,7 +160,10 @@ class Correction(BaseModel):
 
     def save(self, path: Path) -> None:
         """Write the file: JSON with sorted keys, the same bytes for the same correction."""
-        path.write_text(json.dumps(self.as_json(), indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+        path.write_text(
+            json.dumps(self.as_json(), indent=1, sort_keys=True, allow_nan=False) + "\n",
+            encoding="utf-8",
+        )
 
     def require_model(self, model: Path) -> Correction:
         """Return self. Raises ModelError unless it belongs to the ONNX file ``model``."""
@@ -168,7 +171,9 @@ class Correction(BaseModel):
 
         own = model_digest(model)
         if own not in self.models.values():
-            known = ", ".join(f"{name} {digest[:12]}" for name, digest in sorted(self.models.items()))
+            known = ", ".join(
+                f"{name} {digest[:12]}" for name, digest in sorted(self.models.items())
+            )
             raise ModelError(
                 f"The correction belongs to another model: it was fitted for {known}; {model.name} is {own[:12]}.",
                 "Use the correction of this model's run folder, or fit it again: evaluate.correction: ptqd.",
@@ -190,7 +195,9 @@ def read_correction(path: Path) -> Correction:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UsageError(f"There is no correction {path}.", "Set evaluate.correction: ptqd, and build.") from error
+        raise UsageError(
+            f"There is no correction {path}.", "Set evaluate.correction: ptqd, and build."
+        ) from error
     except (ValueError, IsADirectoryError) as error:
         raise ModelError(f"{path} is cut short or no JSON: {error}.", "Make it again.") from error
     version = values.get("format") if isinstance(values, dict) else None

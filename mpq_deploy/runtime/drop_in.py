@@ -45,13 +45,20 @@ class RuntimeUNet(torch.nn.Module):  # type: ignore[misc]
         known: dict[str, Any] = {}
         if len(spec.sample.shape) == 3:
             channels, *size = spec.sample.shape
-            known = {"in_channels": channels, "sample_size": size[0] if len(set(size)) == 1 else size}
-        self.config = Config({"time_cond_proj_dim": None, "addition_embed_type": None, **known, **spec.config})
+            known = {
+                "in_channels": channels,
+                "sample_size": size[0] if len(set(size)) == 1 else size,
+            }
+        self.config = Config(
+            {"time_cond_proj_dim": None, "addition_embed_type": None, **known, **spec.config}
+        )
         self.dtype = torch.float32
         self.device = backend.device
         width = self.config.get("projection_class_embeddings_input_dim")
         # Stable Diffusion XL's pipelines read the width of the added conditions from this layer.
-        self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width)) if width else None
+        self.add_embedding = (
+            SimpleNamespace(linear_1=SimpleNamespace(in_features=width)) if width else None
+        )
 
     def forward(
         self,
@@ -69,7 +76,10 @@ class RuntimeUNet(torch.nn.Module):  # type: ignore[misc]
         """
         named = dict(zip((SAMPLE, "timestep", "encoder_hidden_states"), leading))
         if len(leading) > len(named):
-            raise UsageError(f"{len(leading)} inputs were given without a name.", "Name all but sample and timestep.")
+            raise UsageError(
+                f"{len(leading)} inputs were given without a name.",
+                "Name all but sample and timestep.",
+            )
         given = _flat({**named, **({} if timestep is None else {"timestep": timestep}), **others})
         given |= _flat(added_cond_kwargs or {})
         declared = self.spec.timestep
@@ -140,7 +150,9 @@ class RuntimeUNet(torch.nn.Module):  # type: ignore[misc]
 
     def _one_time(self, times: torch.Tensor, declared: InputSpec) -> torch.Tensor:
         if times.ndim and len(torch.unique(times)) > 1:
-            raise UsageError(f"The model takes one timestep per call, but {len(torch.unique(times))} were given.")
+            raise UsageError(
+                f"The model takes one timestep per call, but {len(torch.unique(times))} were given."
+            )
         return times.reshape(-1)[0].reshape(declared.shape)
 
     def _cast(self, value: torch.Tensor, item: InputSpec) -> torch.Tensor:
@@ -189,6 +201,9 @@ def _first(given: dict[str, Any], names: tuple[str, ...], what: str) -> Any:
     raise UsageError(f"The denoiser needs a {what}, and none was given.")
 
 
+BY_ORT = "take backend='onnxruntime'"
+
+
 def load(
     source: str | Path,
     *,
@@ -205,7 +220,9 @@ def load(
     RunFolderError for files of a run that were altered since they were made.
     """
     if backend not in BACKENDS:
-        raise UsageError(f"There is no backend '{backend}'.", f"{nearest(backend, BACKENDS)}One of {BACKENDS}.")
+        raise UsageError(
+            f"There is no backend '{backend}'.", f"{nearest(backend, BACKENDS)}One of {BACKENDS}."
+        )
     path = Path(source)
     if not path.exists():
         raise UsageError(f"There is no {path}.", "Give a run folder, an engine, or an ONNX file.")
@@ -218,16 +235,23 @@ def load(
     library = _library(engine, backend)
     if library:
         if engine is None:
-            raise UsageError(f"{path} holds no engine.", "Build one, or take backend='onnxruntime'.")
+            raise UsageError(f"{path} holds no engine.", f"Build one, or {BY_ORT}.")
         if not torch.cuda.is_available():
-            raise UsageError("No CUDA device is here: an engine cannot run.", "Take backend='onnxruntime'.")
+            raise UsageError(
+                "No CUDA device is here: an engine cannot run.", f"To run here, {BY_ORT}."
+            )
         refuse_altered([engine])
-        return RuntimeUNet(spec, EngineBackend(engine, spec, torch.device(device or "cuda"), library))
+        engine_backend = EngineBackend(engine, spec, torch.device(device or "cuda"), library)
+        return RuntimeUNet(spec, engine_backend)
     if not models:
-        raise UsageError(f"{path} holds no quantized ONNX model.", "Finish the build of that run, or give another.")
+        raise UsageError(
+            f"{path} holds no quantized ONNX model.",
+            "Finish the build of that run, or give another.",
+        )
     chosen = torch.device(device or "cpu")
     # On a CPU the twin with FP32 arithmetic: the deployed graph without FP16 kernels.
-    model = models.get(DEPLOYED if chosen.type == "cuda" else SIMULATED) or next(iter(models.values()))
+    preferred = DEPLOYED if chosen.type == "cuda" else SIMULATED
+    model = models.get(preferred) or next(iter(models.values()))
     refuse_altered(model_files(model))
     return RuntimeUNet(spec, OrtBackend(model, spec, chosen, threads))
 
@@ -238,11 +262,16 @@ def _found(path: Path) -> tuple[DenoiserSpec, Path | None, dict[str, Path]]:
     places = [run / "export" / SPEC, (path if path.is_dir() else path.parent) / SPEC]
     described = next((place for place in places if place.is_file()), None)
     if described is None:
-        raise UsageError(f"Nothing beside {path} says what it takes ({SPEC}).", "Give a run folder, or put it there.")
+        raise UsageError(
+            f"Nothing beside {path} says what it takes ({SPEC}).",
+            "Give a run folder, or put it there.",
+        )
     spec = DenoiserSpec.load(described)
     if path.is_file():
         if path.suffix not in (".onnx", ".engine"):
-            raise UsageError(f"{path} is no .onnx and no .engine file.", "Give one of these, or the run folder.")
+            raise UsageError(
+                f"{path} is no .onnx and no .engine file.", "Give one of these, or the run folder."
+            )
         return (spec, path, {}) if path.suffix == ".engine" else (spec, None, {path.name: path})
     folders = [path / "engine", path / ("recover" if _recovers(path) else "quantize"), path]
     engine = next((f / ENGINE for f in folders if (f / ENGINE).is_file()), None)

@@ -79,7 +79,9 @@ class CheckedDenoiser:
     def __init__(self, model: Path, denoiser: OrtDenoiser) -> None:
         self._model, self._denoiser = model, denoiser
 
-    def __call__(self, sample: Array, timestep: float | Array, conditions: dict[str, Array]) -> Array:
+    def __call__(
+        self, sample: Array, timestep: float | Array, conditions: dict[str, Array]
+    ) -> Array:
         """Return the output; ModelError when it is not finite."""
         output = self._denoiser(sample, timestep, conditions)
         if not np.isfinite(output).all():

@@ -143,7 +143,9 @@ class OrtDenoiser:
                 f"{nearest(spec.output, outputs)}Its outputs are {', '.join(outputs)}.",
             )
 
-    def __call__(self, sample: Array, timestep: float | Array, conditions: dict[str, Array]) -> Array:
+    def __call__(
+        self, sample: Array, timestep: float | Array, conditions: dict[str, Array]
+    ) -> Array:
         """Return the output, float32 [N, ...], for ``sample`` [N, ...].
 
         ``timestep`` is one number or [N]; ``conditions`` hold N rows per input. Everything is cast
@@ -180,10 +182,14 @@ def model_feeds(
         feeds[spec.timestep.name] = _cast(scaled, spec.timestep)
     for item in spec.conditions:
         if item.name not in conditions:
-            raise ModelError(f"The condition '{item.name}' is missing.", f"Its shape is [N, {item.shape}].")
+            raise ModelError(
+                f"The condition '{item.name}' is missing.", f"Its shape is [N, {item.shape}]."
+            )
         values = np.asarray(conditions[item.name])
         if len(values) != count:
-            raise ModelError(f"The condition '{item.name}' has {len(values)} rows for {count} samples.")
+            raise ModelError(
+                f"The condition '{item.name}' has {len(values)} rows for {count} samples."
+            )
         feeds[item.name] = _cast(values, item)
     return feeds
 
@@ -202,4 +208,6 @@ def _timestep_rows(timestep: float | Array, count: int, item: InputSpec) -> Arra
 
 
 def _cast(values: Array, item: InputSpec) -> Array:
-    return np.ascontiguousarray(values, dtype=item.dtype) if values.ndim else values.astype(item.dtype)
+    return (
+        np.ascontiguousarray(values, dtype=item.dtype) if values.ndim else values.astype(item.dtype)
+    )

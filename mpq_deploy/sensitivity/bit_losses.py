@@ -30,11 +30,15 @@ FULL_BITS = 16
 INT8_BITS = 8
 
 
-def table_from_importance(metric: str, subject: Subject, theta: Array, notes: tuple[str, ...] = ()) -> SensitivityTable:
+def table_from_importance(
+    metric: str, subject: Subject, theta: Array, notes: tuple[str, ...] = ()
+) -> SensitivityTable:
     """Return the table of ``theta`` [K, L]: losses whose mean over timesteps is c_i (16 - b_s)."""
     layers, options, timesteps = subject.layers, subject.settings.orm, subject.calibration.timesteps
     shapes = activation_shapes(subject.graph, subject.recorded, subject.talk)
-    elements = np.array([sum(shapes[name].elements for name in n.inputs) for n in layers], np.float64)
+    elements = np.array(
+        [sum(shapes[name].elements for name in n.inputs) for n in layers], np.float64
+    )
     steps = len(timesteps)
     shares = np.full(steps, 1 / steps) if subject.shares is None else np.asarray(subject.shares)
     weights = timestep_weights(shares, options.aggregation, options.eta)
@@ -46,11 +50,19 @@ def table_from_importance(metric: str, subject: Subject, theta: Array, notes: tu
             scheme.name: FULL_BITS - scheme_bits(layer, scheme, options.bits)
             for scheme in schemes_at(schemes[i], int(fixed[i]))
         }
-        losses[layer.name] = {name: steps * weights * theta[:, i] * bits for name, bits in missing.items()}
-    note = f"the metric '{metric}' weighs bits by the layers' importance: it does not predict an error"
+        losses[layer.name] = {
+            name: steps * weights * theta[:, i] * bits for name, bits in missing.items()
+        }
+    note = (
+        f"the metric '{metric}' weighs bits by the layers' importance: it does not predict an error"
+    )
     constant = np.zeros((steps, len(layers)), bool)
-    importance = Importance(tuple(n.name for n in layers), timesteps, weights, theta, constant, fixed)
-    return replace(table_from_losses(metric, timesteps, losses, (note, *notes)), importance=importance)
+    importance = Importance(
+        tuple(n.name for n in layers), timesteps, weights, theta, constant, fixed
+    )
+    return replace(
+        table_from_losses(metric, timesteps, losses, (note, *notes)), importance=importance
+    )
 
 
 def scheme_bits(layer: Layer, scheme: Scheme, bits: Bits) -> float:
@@ -76,14 +88,18 @@ def activation_bits(
     ``activation_budget`` sum m_i, with m_i = ``elements`` of its inputs, over the layers that have
     the choice (our reading).
     """
-    free = np.array([len({s.activation is None for s in row if s.quantized}) == 2 for row in schemes], bool)
+    free = np.array(
+        [len({s.activation is None for s in row if s.quantized}) == 2 for row in schemes], bool
+    )
     bits = np.zeros(len(schemes), np.int64)
     if options.activation_bits != "program":
         bits[free] = INT8_BITS if options.activation_bits == "int8" else FULL_BITS
     elif free.any():
         budget = options.activation_budget * float(elements[free].sum())
         choices = [(INT8_BITS, FULL_BITS)] * int(free.sum())
-        bits[free] = chosen_bits(importance[free], elements[free], choices, budget).bits.astype(np.int64)
+        bits[free] = chosen_bits(importance[free], elements[free], choices, budget).bits.astype(
+            np.int64
+        )
     return bits
 
 
@@ -91,4 +107,6 @@ def schemes_at(schemes: tuple[Scheme, ...], bits: int) -> tuple[Scheme, ...]:
     """Return the schemes whose activations have ``bits`` (0: all), and FP16 weights."""
     if not bits:
         return schemes
-    return tuple(s for s in schemes if not s.quantized or (s.activation is None) == (bits == FULL_BITS))
+    return tuple(
+        s for s in schemes if not s.quantized or (s.activation is None) == (bits == FULL_BITS)
+    )

@@ -28,7 +28,9 @@ class BitSolution:
     objective: float
 
 
-def linear_bits(importance: Array, elements: Array, low: Array, high: Array, budget_bits: float) -> BitSolution:
+def linear_bits(
+    importance: Array, elements: Array, low: Array, high: Array, budget_bits: float
+) -> BitSolution:
     """Solve the linear program over continuous bits low_i <= b_i <= high_i.
 
     ``importance`` and ``elements``: c and n, [L]. Raises UsageError when the lowest bits are over
@@ -73,7 +75,9 @@ def _check_fits(elements: Array, low: Array, budget_bits: float) -> None:
         )
 
 
-def _solve(benefit: Array, cost: Array, low: Array, high: Array, budget: float, owner: Array | None = None) -> Array:
+def _solve(
+    benefit: Array, cost: Array, low: Array, high: Array, budget: float, owner: Array | None = None
+) -> Array:
     """Return x in [low, high] of maximum ``benefit`` x with ``cost`` x <= budget.
 
     With ``owner`` [columns] x is binary, and the columns of one owner sum to 1.
@@ -92,5 +96,8 @@ def _solve(benefit: Array, cost: Array, low: Array, high: Array, budget: float, 
     )
     outcome = solve_program(program, mip_rel_gap=0.0)
     if outcome.status != "Optimal":
-        raise MpqError(f"HiGHS ended with '{outcome.status}' on the bit widths.", "This is a defect: please report it.")
+        raise MpqError(
+            f"HiGHS ended with '{outcome.status}' on the bit widths.",
+            "This is a defect: please report it.",
+        )
     return outcome.values

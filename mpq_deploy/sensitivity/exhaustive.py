@@ -21,7 +21,13 @@ from mpq_deploy.calibrate.stats import CalibrationStats
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.graph.layers import Layer, LayerGraph, dataflow
 from mpq_deploy.models.spec import Array
-from mpq_deploy.sensitivity.layer_weights import FormStack, InputRounding, StackStore, input_roundings, numpy_stacks
+from mpq_deploy.sensitivity.layer_weights import (
+    FormStack,
+    InputRounding,
+    StackStore,
+    input_roundings,
+    numpy_stacks,
+)
 from mpq_deploy.sensitivity.local_error import LayerErrors, Taps, tap_names
 from mpq_deploy.sensitivity.measured_calls import MEMORY_BYTES, Calls
 from mpq_deploy.sensitivity.ort_graph import noisy_graph, tapped_graph
@@ -38,7 +44,9 @@ Evaluate = Callable[[dict[str, Array]], tuple[float, Iterator[tuple[str, str, fl
 
 
 def measure_exhaustive(
-    subject: Subject, pairs: Collection[tuple[str, str]] | None = None, use_torch: bool | None = None
+    subject: Subject,
+    pairs: Collection[tuple[str, str]] | None = None,
+    use_torch: bool | None = None,
 ) -> SensitivityTable:
     """Measure every (layer, scheme), or those in ``pairs``, one at a time.
 
@@ -46,18 +54,26 @@ def measure_exhaustive(
     """
     chosen = {
         layer: frozenset(
-            s.name for s in subject.candidates[layer.name].schemes if pairs is None or (layer.name, s.name) in pairs
+            s.name
+            for s in subject.candidates[layer.name].schemes
+            if pairs is None or (layer.name, s.name) in pairs
         )
         for layer in subject.layers
     }
     chosen = {layer: schemes for layer, schemes in chosen.items() if schemes}
     calls = subject.calls()
     steps = len(calls.timesteps)
-    errors = {layer.name: {s: np.zeros(steps) for s in sorted(schemes)} for layer, schemes in chosen.items()}
+    errors = {
+        layer.name: {s: np.zeros(steps) for s in sorted(schemes)}
+        for layer, schemes in chosen.items()
+    }
     power = np.zeros(steps)
     torch_graph = _torch_graph(subject.graph) if use_torch is not False else None
     if torch_graph is None:
-        opened, notes = _in_onnxruntime(subject, calls, chosen), _chained_uses(subject.graph, chosen)
+        opened, notes = (
+            _in_onnxruntime(subject, calls, chosen),
+            _chained_uses(subject.graph, chosen),
+        )
     else:
         opened, notes = _in_torch(torch_graph, subject, chosen), ()
     total = steps * calls.count * sum(map(len, chosen.values()))
@@ -118,7 +134,11 @@ def _in_torch(graph: TorchGraph, subject: Subject, chosen: Chosen) -> Iterator[E
 
 
 def _rewire(
-    layer: Layer, scheme: str, stacks: StackStore[FormStack], stats: CalibrationStats, float_type: Any
+    layer: Layer,
+    scheme: str,
+    stacks: StackStore[FormStack],
+    stats: CalibrationStats,
+    float_type: Any,
 ) -> dict[str, Any]:
     """Return what the layer's nodes read under ``scheme``: rounded input, dequantized weight."""
     from mpq_deploy.onnx_torch.torch_graph import torch_from_constant
@@ -126,7 +146,9 @@ def _rewire(
 
     stack = stacks[layer]
     matrix = stack.weight + stack.difference(scheme)
-    weight = (matrix if layer.out_axis == 0 else np.ascontiguousarray(matrix.T)).reshape(layer.weight_shape)
+    weight = (matrix if layer.out_axis == 0 else np.ascontiguousarray(matrix.T)).reshape(
+        layer.weight_shape
+    )
     tensor = torch_from_constant(weight, float_type)
 
     def replace_inputs(roundings: dict[str, InputRounding]) -> Any:
@@ -138,7 +160,10 @@ def _rewire(
 
         return change
 
-    return {use.node: replace_inputs(input_roundings(stats, use, [SCHEMES[scheme]])) for use in layer.uses}
+    return {
+        use.node: replace_inputs(input_roundings(stats, use, [SCHEMES[scheme]]))
+        for use in layer.uses
+    }
 
 
 @contextmanager
@@ -176,6 +201,11 @@ def _chained_uses(graph: LayerGraph, layers: Collection[Layer]) -> tuple[str, ..
     chained = [
         layer.name
         for layer in layers
-        if any(a is not b and nx.has_path(flow, a.node, b.node) for a in layer.uses for b in layer.uses)
+        if any(
+            a is not b and nx.has_path(flow, a.node, b.node) for a in layer.uses for b in layer.uses
+        )
     ]
-    return tuple(f"uses of '{name}' feed one another: later ones were taken on float inputs" for name in chained)
+    return tuple(
+        f"uses of '{name}' feed one another: later ones were taken on float inputs"
+        for name in chained
+    )

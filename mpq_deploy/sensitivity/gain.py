@@ -34,7 +34,8 @@ def measure_gain(subject: Subject) -> SensitivityTable:
     samples = min(calls.count, max(GAIN_SAMPLES, calls.fixed_batch or 1))
     gains = propagation_gains(subject, local, subject.calls(samples))
     losses = {
-        name: {scheme: gains[name] * error for scheme, error in row.items()} for name, row in local.relative.items()
+        name: {scheme: gains[name] * error for scheme, error in row.items()}
+        for name, row in local.relative.items()
     }
     return table_from_losses("gain", calls.timesteps, losses)
 
@@ -63,7 +64,9 @@ def propagation_gains(subject: Subject, local: LocalErrors, calls: Calls) -> dic
                 random = np.random.default_rng((seed, step_index, chunk.start, number))
                 noise = _noise(layer, local, step_index, batches, random)
                 change = session.run(feeds, noise) - reference
-                changed[layer.name][step_index] += float(np.sum(np.square(change, dtype=np.float64)))
+                changed[layer.name][step_index] += float(
+                    np.sum(np.square(change, dtype=np.float64))
+                )
             advance(chunk.stop - chunk.start)
     safe = np.where(power > 0, power, 1.0)
     return {name: total / safe / NOISE**2 for name, total in changed.items()}

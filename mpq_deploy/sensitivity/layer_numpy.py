@@ -20,7 +20,9 @@ def fake_quantize(x: Array, rounding: InputRounding, layer: Layer) -> Array:
     The kept channels stay as they are.
     """
     step = rounding.step(layer, x.ndim)
-    rounded: Array = np.clip(np.rint(x / step), rounding.quant_min, rounding.quant_max).astype(np.float32) * step
+    rounded: Array = (
+        np.clip(np.rint(x / step), rounding.quant_min, rounding.quant_max).astype(np.float32) * step
+    )
     if not len(rounding.kept):
         return rounded
     channels = x.shape[1 if layer.op == "Conv" else -1]
@@ -49,7 +51,9 @@ class LayerInput:
         return product.reshape(len(self._x), layer.out_channels, *self._spatial)
 
 
-def _patches(layer: Layer, attributes: Mapping[str, Any], x: Array) -> tuple[Array, tuple[int, ...]]:
+def _patches(
+    layer: Layer, attributes: Mapping[str, Any], x: Array
+) -> tuple[Array, tuple[int, ...]]:
     """Return a convolution's columns [N, group, reduction, L] and its output's spatial shape."""
     rank = len(layer.kernel)
     strides = attributes.get("strides", (1,) * rank)
@@ -57,7 +61,9 @@ def _patches(layer: Layer, attributes: Mapping[str, Any], x: Array) -> tuple[Arr
     before, after = window_pads(attributes, x.shape[2:], layer.kernel)
     padded = np.pad(x, [(0, 0), (0, 0), *zip(before, after, strict=True)])
     reach = tuple((k - 1) * d + 1 for k, d in zip(layer.kernel, dilations, strict=True))
-    windows = np.lib.stride_tricks.sliding_window_view(padded, reach, axis=tuple(range(2, 2 + rank)))
+    windows = np.lib.stride_tricks.sliding_window_view(
+        padded, reach, axis=tuple(range(2, 2 + rank))
+    )
     every = tuple(slice(None, None, step) for step in (1, 1, *strides, *dilations))
     windows = windows[every]
     spatial = windows.shape[2 : 2 + rank]
@@ -76,17 +82,28 @@ class UseErrors:
     stack: FormStack
     roundings: Mapping[str, InputRounding]
 
-    def errors(self, x: Array, schemes: Collection[str] | None = None) -> Iterator[tuple[str, Array]]:
+    def errors(
+        self, x: Array, schemes: Collection[str] | None = None
+    ) -> Iterator[tuple[str, Array]]:
         """Yield (scheme, dY) for every scheme, or those in ``schemes``, one at a time."""
         stack = self.stack
         promoted = [(p.body, scheme) for p in stack.promotions for scheme in p.counts]
-        plain = _chosen([*stack.weights_only, *(s for body, s in promoted if body in stack.weights_only)], schemes)
+        plain = _chosen(
+            [*stack.weights_only, *(s for body, s in promoted if body in stack.weights_only)],
+            schemes,
+        )
         if plain:
             columns = LayerInput(self.layer, self.attributes, x)
             for scheme in plain:
                 yield scheme, columns.times(stack.difference(scheme))
-        rounded_all = [*stack.with_activation, *(s for body, s in promoted if body in stack.with_activation)]
-        for form, names in {"": rounded_all, **{f: list(rows) for f, rows in stack.with_kept.items()}}.items():
+        rounded_all = [
+            *stack.with_activation,
+            *(s for body, s in promoted if body in stack.with_activation),
+        ]
+        for form, names in {
+            "": rounded_all,
+            **{f: list(rows) for f, rows in stack.with_kept.items()},
+        }.items():
             rounding = _chosen(names, schemes)
             if not rounding:
                 continue

@@ -88,7 +88,9 @@ class FormStack:
                 whole[promotion.channels[:count]] += promotion.differences[:count]
                 return whole
         groups = (self.weights_only, self.with_activation, *self.with_kept.values())
-        return np.asarray(self.differences[next(names[scheme] for names in groups if scheme in names)])
+        return np.asarray(
+            self.differences[next(names[scheme] for names in groups if scheme in names)]
+        )
 
 
 def float_matrix(graph: LayerGraph, layer: Layer) -> Array:
@@ -99,7 +101,9 @@ def float_matrix(graph: LayerGraph, layer: Layer) -> Array:
     array = tensor.numpy()
     if layer.op != "Conv" and layer.out_axis == 1:
         array = array.T
-    return np.ascontiguousarray(array.reshape(layer.out_channels, layer.reduction), dtype=np.float32)
+    return np.ascontiguousarray(
+        array.reshape(layer.out_channels, layer.reduction), dtype=np.float32
+    )
 
 
 def form_stack(weight: Array, candidate: CandidateWeights) -> FormStack:
@@ -137,7 +141,10 @@ def form_stack(weight: Array, candidate: CandidateWeights) -> FormStack:
         kept_start - len(quantized),
         len(plain),
         kept_start,
-        {form: {s.name: row_apart[form, s.weight_form] for s in schemes} for form, schemes in kept.items()},
+        {
+            form: {s.name: row_apart[form, s.weight_form] for s in schemes}
+            for form, schemes in kept.items()
+        },
         _promotions(candidate),
     )
 
@@ -169,7 +176,9 @@ def _weights_only(candidate: CandidateWeights) -> list[Scheme]:
 
 def _rounding_all(candidate: CandidateWeights) -> list[Scheme]:
     return [
-        s for s in candidate.schemes if s.activation is not None and not s.activation_form and not s.branch.promotes
+        s
+        for s in candidate.schemes
+        if s.activation is not None and not s.activation_form and not s.branch.promotes
     ]
 
 
@@ -188,7 +197,9 @@ StackType = TypeVar("StackType", bound=Stack)
 class Kept(Generic[Value]):
     """Values by layer, made on demand; up to ``limit`` bytes stay in memory."""
 
-    def __init__(self, make: Callable[[Layer], Value], size: Callable[[Value], int], limit: int) -> None:
+    def __init__(
+        self, make: Callable[[Layer], Value], size: Callable[[Value], int], limit: int
+    ) -> None:
         self._make, self._size, self._limit = make, size, limit
         self._held: dict[str, Value] = {}
         self._bytes = 0
@@ -221,7 +232,9 @@ class StackStore(Kept[StackType]):
         super().__init__(make, lambda stack: stack.bytes, limit)
 
 
-def numpy_stacks(graph: LayerGraph, candidates: Mapping[str, CandidateWeights], limit: int) -> StackStore[FormStack]:
+def numpy_stacks(
+    graph: LayerGraph, candidates: Mapping[str, CandidateWeights], limit: int
+) -> StackStore[FormStack]:
     """Return a store of FormStacks as they are."""
     return StackStore(graph, candidates, lambda stack: stack, limit)
 
@@ -256,7 +269,9 @@ class InputRounding:
         return mask.reshape(1, -1, *(1,) * (rank - 2)) if layer.op == "Conv" else mask
 
 
-def input_roundings(stats: CalibrationStats, use: LayerUse, schemes: Iterable[Scheme]) -> dict[str, InputRounding]:
+def input_roundings(
+    stats: CalibrationStats, use: LayerUse, schemes: Iterable[Scheme]
+) -> dict[str, InputRounding]:
     """Return how ``schemes`` round the activation of ``use``, by activation form.
 
     Raises ModelError when it was not calibrated.
@@ -271,7 +286,11 @@ def input_roundings(stats: CalibrationStats, use: LayerUse, schemes: Iterable[Sc
 def _rounding(found: ActivationStats, scheme: Scheme) -> InputRounding:
     grid = scheme.input_grid(found)
     return InputRounding(
-        grid.scale, scheme.branch.left_out(found), scheme.branch.factors(found), grid.quant_min, grid.quant_max
+        grid.scale,
+        scheme.branch.left_out(found),
+        scheme.branch.factors(found),
+        grid.quant_min,
+        grid.quant_max,
     )
 
 
@@ -295,7 +314,9 @@ def node_attributes(graph: LayerGraph) -> dict[str, dict[str, Any]]:
     }
 
 
-def measured_layers(graph: LayerGraph, candidates: Mapping[str, CandidateWeights]) -> tuple[Layer, ...]:
+def measured_layers(
+    graph: LayerGraph, candidates: Mapping[str, CandidateWeights]
+) -> tuple[Layer, ...]:
     """Return the layers with candidates, in graph order. Raises ModelError for a candidate of no
     layer.
     """

@@ -49,13 +49,18 @@ def measure_local_error(subject: Subject) -> SensitivityTable:
     """Take the layer's own error as the loss, whatever the network makes of it: a baseline."""
     calls = subject.calls()
     note = "losses are relative errors of the layers' own outputs, not of the denoiser's"
-    return table_from_losses("local_error", calls.timesteps, local_errors(subject, calls).relative, (note,))
+    return table_from_losses(
+        "local_error", calls.timesteps, local_errors(subject, calls).relative, (note,)
+    )
 
 
 def local_errors(subject: Subject, calls: Calls) -> LocalErrors:
     """Compute the error of every scheme of every layer on the float inputs of ``calls``."""
     layers, errors, steps = subject.layers, LayerErrors(subject), len(calls.timesteps)
-    totals = {n.name: {s.name: np.zeros(steps) for s in subject.candidates[n.name].schemes} for n in layers}
+    totals = {
+        n.name: {s.name: np.zeros(steps) for s in subject.candidates[n.name].schemes}
+        for n in layers
+    }
     power: dict[str, Array] = {use.output: np.zeros(steps) for n in layers for use in n.uses}
     counts = dict.fromkeys(power, 0)
     names = tap_names(layers)
@@ -96,7 +101,9 @@ class LayerErrors:
         """Yield (output name, scheme, dY) for every use and scheme of ``layer``."""
         stack = self._stacks[layer]
         for use in layer.uses:
-            roundings = input_roundings(self._subject.stats, use, self._subject.candidates[layer.name].schemes)
+            roundings = input_roundings(
+                self._subject.stats, use, self._subject.candidates[layer.name].schemes
+            )
             errors = UseErrors(layer, self._attributes[use.node], stack, roundings)
             for scheme, error in errors.errors(values[use.input], schemes):
                 yield use.output, scheme, error
@@ -113,17 +120,23 @@ class Taps:
 
     def values(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run once and return every tapped value."""
-        outputs = dict(zip(self._outputs, run_session(self._session, self._outputs, feeds), strict=True))
+        outputs = dict(
+            zip(self._outputs, run_session(self._session, self._outputs, feeds), strict=True)
+        )
         return {name: outputs[name] if name in outputs else feeds[name] for name in self._names}
 
     def shapes(self, calls: Calls) -> dict[str, tuple[int, ...]]:
         """Return every value's shape for the first of ``calls`` (or the first fixed batch)."""
-        return {name: value.shape for name, value in self.values(calls.feeds(0, calls.first)).items()}
+        return {
+            name: value.shape for name, value in self.values(calls.feeds(0, calls.first)).items()
+        }
 
 
 def tap_names(layers: tuple[Layer, ...]) -> list[str]:
     """Return the names of all inputs and outputs of ``layers``."""
-    return list(dict.fromkeys(name for n in layers for use in n.uses for name in (use.input, use.output)))
+    return list(
+        dict.fromkeys(name for n in layers for use in n.uses for name in (use.input, use.output))
+    )
 
 
 def _shared_values(taps: Taps, shapes: Shapes, calls: Calls) -> frozenset[str]:

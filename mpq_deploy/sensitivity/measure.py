@@ -23,7 +23,9 @@ def measure(method: str, subject: Subject) -> SensitivityTable:
     """
     if method not in METHODS:
         known = ", ".join(METHODS)
-        raise UsageError(f"Unknown sensitivity '{method}'.", f"{nearest(method, METHODS)}Known: {known}.")
+        raise UsageError(
+            f"Unknown sensitivity '{method}'.", f"{nearest(method, METHODS)}Known: {known}."
+        )
     shares = subject.shares
     if shares is not None and not METHODS[method].weighs_bits:
         even = replace(subject, shares=None)

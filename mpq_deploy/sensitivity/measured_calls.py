@@ -34,7 +34,9 @@ class Calls:
     for a missing condition or too few calls for the batch.
     """
 
-    def __init__(self, graph: LayerGraph, calls: RecordedCalls, samples: int, rotate: bool = False) -> None:
+    def __init__(
+        self, graph: LayerGraph, calls: RecordedCalls, samples: int, rotate: bool = False
+    ) -> None:
         spec, calibration = calls.spec, calls.recorded
         missing = [c.name for c in spec.conditions if c.name not in calls.conditions]
         if missing:
@@ -90,6 +92,10 @@ def _fixed_batch(graph: LayerGraph, spec: DenoiserSpec) -> int | None:
     if not all(item.batched for item in spec.conditions):
         return 1
     for value in graph.model.graph.inputs:
-        if value.name == spec.sample.name and value.shape is not None and isinstance(value.shape[0], int):
+        if (
+            value.name == spec.sample.name
+            and value.shape is not None
+            and isinstance(value.shape[0], int)
+        ):
             return int(value.shape[0])
     return None

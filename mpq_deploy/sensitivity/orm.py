@@ -43,7 +43,9 @@ def measure_orm(subject: Subject) -> SensitivityTable:
     one Gram matrix.
     """
     settings, layers = subject.settings.orm, subject.layers
-    seen = observe_orthogonality(subject.graph, layers, subject.recorded, subject.settings, subject.talk)
+    seen = observe_orthogonality(
+        subject.graph, layers, subject.recorded, subject.settings, subject.talk
+    )
     orm = orthogonality(seen.hsic)
     notes = []
     if seen.calls < ENOUGH_CALLS:
@@ -91,11 +93,16 @@ def observe_orthogonality(
     steps = len(calls.timesteps)
     hsic = np.zeros((steps, len(layers), len(layers)))
     constant = np.ones((steps, len(layers)), bool)
-    with open_session(observed.model, talk) as session, talk.bar("orthogonality", steps * calls.count) as advance:
+    with (
+        open_session(observed.model, talk) as session,
+        talk.bar("orthogonality", steps * calls.count) as advance,
+    ):
         for step in range(steps):
             for part in parts:
                 count = part.stop - part.start
-                grams = observed.grams(session, calls.feeds(step, part), count, float(calls.timesteps[step]))
+                grams = observed.grams(
+                    session, calls.feeds(step, part), count, float(calls.timesteps[step])
+                )
                 hsic[step] += dependence(grams, settings.orm.estimator)
                 constant[step] &= ~grams.any(axis=(1, 2))
                 advance(count)
@@ -129,7 +136,11 @@ def _batches(calls: Calls, settings: MeasureSettings) -> list[slice]:
     parts = [slice(int(a), int(b)) for a, b in pairwise(bounds)]
     fewest = min(part.stop - part.start for part in parts)
     if fewest < minimum:
-        fixed = f"the model takes {calls.fixed_batch} at once" if calls.fixed_batch else f"{calls.count} are measured"
+        fixed = (
+            f"the model takes {calls.fixed_batch} at once"
+            if calls.fixed_batch
+            else f"{calls.count} are measured"
+        )
         raise UsageError(
             f"ORM compares calls that run together: the {settings.orm.estimator} estimator needs {minimum}, "
             f"here are {fewest} ({fixed}, measure.batch_size is {settings.batch_size}).",

@@ -24,7 +24,9 @@ from mpq_deploy.system.sessions import open_session
 class NoisyGraph:
     """A session whose runs can add noise to layer outputs."""
 
-    def __init__(self, session: ort.InferenceSession, noise: dict[str, tuple[str, int]], output: str) -> None:
+    def __init__(
+        self, session: ort.InferenceSession, noise: dict[str, tuple[str, int]], output: str
+    ) -> None:
         self._session = session
         self._noise = noise
         self._output = output
@@ -36,12 +38,16 @@ class NoisyGraph:
         return run_session(self._session, [self._output], {**feeds, **self._zero, **added})[0]
 
 
-def run_session(session: ort.InferenceSession, outputs: list[str], feeds: Mapping[str, Array]) -> list[Array]:
+def run_session(
+    session: ort.InferenceSession, outputs: list[str], feeds: Mapping[str, Array]
+) -> list[Array]:
     """Run a session, turning its errors into ModelError."""
     try:
         found: list[Array] = session.run(outputs, dict(feeds))
     except ORT_ERRORS as error:
-        raise ModelError(f"ONNX Runtime failed on the float graph: {error}", "Check the calibration inputs.") from error
+        raise ModelError(
+            f"ONNX Runtime failed on the float graph: {error}", "Check the calibration inputs."
+        ) from error
     return found
 
 
@@ -84,10 +90,14 @@ def _add_noise(model: ir.Model, node: ir.Node, rank: int) -> str:
 
 
 @contextmanager
-def tapped_graph(graph: LayerGraph, taps: Iterable[str], talk: Talk) -> Iterator[ort.InferenceSession]:
+def tapped_graph(
+    graph: LayerGraph, taps: Iterable[str], talk: Talk
+) -> Iterator[ort.InferenceSession]:
     """Open a session that also returns the inner values ``taps``."""
     model = graph.model.clone()
-    present = {value.name for value in model.graph.outputs} | {value.name for value in model.graph.inputs}
+    present = {value.name for value in model.graph.outputs} | {
+        value.name for value in model.graph.inputs
+    }
     wanted = set(taps) - present
     for node in model.graph:
         model.graph.outputs.extend(v for v in node.outputs if v.name in wanted)

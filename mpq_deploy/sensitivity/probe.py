@@ -54,7 +54,9 @@ def measure_probe(subject: Subject) -> SensitivityTable:
         ends = tuple(int(end) for end in plan["ends"])
         key = {"part": "probes", "batch": batch, "ends": list(ends)}
         shards = [
-            subject.shard(f"probes, timestep {t:g}", _Task(step, batch, ends), calls.count, step=step, **key)
+            subject.shard(
+                f"probes, timestep {t:g}", _Task(step, batch, ends), calls.count, step=step, **key
+            )
             for step, t in enumerate(calls.timesteps)
         ]
         results = list(run_shards(pool, "probes", shards, subject.talk, subject.store))
@@ -77,7 +79,11 @@ class _Task:
 
 def _pairs(subject: Subject) -> list[tuple[str, str]]:
     """Return every (layer, scheme), in the order in which their projections are stacked."""
-    return [(layer.name, s.name) for layer in subject.layers for s in subject.candidates[layer.name].schemes]
+    return [
+        (layer.name, s.name)
+        for layer in subject.layers
+        for s in subject.candidates[layer.name].schemes
+    ]
 
 
 def _probing(subject: Subject) -> Work:
@@ -91,7 +97,11 @@ def _probing(subject: Subject) -> Work:
     def compute(task: _Task, talk: Talk) -> Result:
         if task.step_index is None:
             batch, ends, notes = work.plan()
-            return {"batch": np.array(batch), "ends": np.array(ends, np.int64), "notes": np.array(notes, np.str_)}
+            return {
+                "batch": np.array(batch),
+                "ends": np.array(ends, np.int64),
+                "notes": np.array(notes, np.str_),
+            }
         parts = tuple(slice(start, end) for start, end in zip((0, *task.ends), task.ends))
         stacked = np.zeros((len(pairs), subject.settings.probes, calls.count), np.float32)
         values: Nested = {}
@@ -129,7 +139,11 @@ class _Probing:
             MEMORY_BYTES if _stack_bytes(subject) < HELD_SHARE * MEMORY_BYTES else 0,
         )
         self._uses = [
-            _Use(layer, use, input_roundings(subject.stats, use, subject.candidates[layer.name].schemes))
+            _Use(
+                layer,
+                use,
+                input_roundings(subject.stats, use, subject.candidates[layer.name].schemes),
+            )
             for layer in subject.layers
             for use in layer.uses
         ]
@@ -149,7 +163,9 @@ class _Probing:
                 outputs[name] = value.numel() * value.element_size()
 
         with torch.no_grad():
-            footprint, _ = self._graph.footprint(self._graph.feed(self._calls.feeds(0, self._calls.first)), see)
+            footprint, _ = self._graph.footprint(
+                self._graph.feed(self._calls.feeds(0, self._calls.first)), see
+            )
         gradients = sum(outputs[u.use.output] for u in self._uses) * self._settings.probes
         one = PASS_COPIES * sum(footprint.made) + gradients
         whole, parts = (len(footprint.made),), parts_within(footprint, gradients, MEMORY_BYTES)
@@ -161,12 +177,18 @@ class _Probing:
         batch = max(1, min(largest, MEMORY_BYTES // max(one, 1)))
         mixed = self._mixed() if batch > 1 else ""
         if mixed:
-            return 1, whole, (f"samples were measured one by one: '{mixed}' does not keep them apart",)
+            return (
+                1,
+                whole,
+                (f"samples were measured one by one: '{mixed}' does not keep them apart",),
+            )
         return batch, whole, ()
 
     def _mixed(self) -> str:
         """Return the first value of a layer that does not keep samples apart; empty when all do."""
-        names = list(dict.fromkeys(name for u in self._uses for name in (u.use.input, u.use.output)))
+        names = list(
+            dict.fromkeys(name for u in self._uses for name in (u.use.input, u.use.output))
+        )
         with torch.no_grad():
             first, pair = (
                 self._graph.run(self._graph.feed(self._calls.feeds(0, chunk)), keep=names)
@@ -188,7 +210,9 @@ class _Probing:
             return [one.reshape(output.shape) for one in noise]
 
         uses = [item.use for item in self._uses]
-        for number, x, rows in layer_gradients(self._graph, feeds, parts, uses, {self._output: seeds}):
+        for number, x, rows in layer_gradients(
+            self._graph, feeds, parts, uses, {self._output: seeds}
+        ):
             with torch.no_grad():
                 self._project(self._uses[number], x, torch.stack(rows, 1), chunk, values)
         return power
@@ -220,7 +244,10 @@ def _refuse_non_finite(name: str, value: Any) -> None:
 
 def _stack_bytes(subject: Subject) -> int:
     """Return what the stacks of all layers would take in float32."""
-    forms = {layer: len({s.weight_form for s in subject.candidates[layer.name].schemes}) for layer in subject.layers}
+    forms = {
+        layer: len({s.weight_form for s in subject.candidates[layer.name].schemes})
+        for layer in subject.layers
+    }
     return sum(4 * layer.weights * (1 + count) for layer, count in forms.items())
 
 
@@ -229,4 +256,8 @@ def _starts_with(pair: Any, first: Any) -> bool:
     if pair.numel() != 2 * first.numel():
         return False
     half = pair.reshape(2, -1)[0].float()
-    return bool(torch.allclose(half, first.reshape(-1).float(), rtol=1e-2, atol=1e-3 * float(half.abs().max())))
+    return bool(
+        torch.allclose(
+            half, first.reshape(-1).float(), rtol=1e-2, atol=1e-3 * float(half.abs().max())
+        )
+    )

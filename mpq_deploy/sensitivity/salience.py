@@ -23,7 +23,11 @@ from mpq_deploy.onnx_torch.pass_memory import PASS_COPIES, WHOLE_SHARE
 from mpq_deploy.onnx_torch.torch_graph import TorchGraph
 from mpq_deploy.sensitivity.layer_weights import Kept, float_matrix, node_attributes
 from mpq_deploy.sensitivity.measured_calls import MEMORY_BYTES, SALIENCE_BATCH, Calls
-from mpq_deploy.sensitivity.torch_projection import apply_matrix, canonical_gradients, canonical_input
+from mpq_deploy.sensitivity.torch_projection import (
+    apply_matrix,
+    canonical_gradients,
+    canonical_input,
+)
 from mpq_deploy.system.progress import Advance, Talk
 
 # Of the probes' noise.
@@ -31,7 +35,11 @@ SEED = 0
 
 
 def channel_errors(
-    graph: LayerGraph, bodies: Mapping[str, Array], recorded: RecordedCalls, samples: int, talk: Talk
+    graph: LayerGraph,
+    bodies: Mapping[str, Array],
+    recorded: RecordedCalls,
+    samples: int,
+    talk: Talk,
 ) -> dict[str, Array]:
     """Return layer name -> float64 [O]: the error that each output channel of its body causes.
 
@@ -52,7 +60,9 @@ def channel_errors(
 class ChannelErrors:
     """The sums that ``channel_errors`` adds up, timestep by timestep; its arguments and errors."""
 
-    def __init__(self, graph: LayerGraph, bodies: Mapping[str, Array], recorded: RecordedCalls, samples: int) -> None:
+    def __init__(
+        self, graph: LayerGraph, bodies: Mapping[str, Array], recorded: RecordedCalls, samples: int
+    ) -> None:
         # To ask a mapping that reads files whether it holds a layer would read it.
         names = set(bodies)
         self.layers = [layer for layer in graph.layers if layer.name in names]
@@ -82,7 +92,11 @@ class ChannelErrors:
         for chunk in self._calls.chunks_of_step(self._batch):
 
             def direction(output: Any, seed: Any = (SEED, step, chunk.start)) -> list[Any]:
-                return [torch.from_numpy(np.random.default_rng(seed).standard_normal(tuple(output.shape), np.float32))]
+                return [
+                    torch.from_numpy(
+                        np.random.default_rng(seed).standard_normal(tuple(output.shape), np.float32)
+                    )
+                ]
 
             feeds = self._graph.feed(self._calls.feeds(step, chunk))
             for number, x, (gradient,) in layer_gradients(
@@ -91,12 +105,16 @@ class ChannelErrors:
                 layer, use = uses[number]
                 with torch.no_grad():
                     attributes, difference = self._attributes[use.node], self._differences[layer]
-                    errors[layer.name].append(_by_channel(layer, attributes, x, gradient, difference))
+                    errors[layer.name].append(
+                        _by_channel(layer, attributes, x, gradient, difference)
+                    )
             advance(chunk.stop - chunk.start)
         return {name: np.stack(parts) for name, parts in errors.items() if parts}
 
 
-def _by_channel(layer: Layer, attributes: dict[str, Any], x: Any, gradient: Any, difference: Any) -> Array:
+def _by_channel(
+    layer: Layer, attributes: dict[str, Any], x: Any, gradient: Any, difference: Any
+) -> Array:
     """Return the sum over samples of <G_c, dY_c>^2, float64 [O].
 
     Rows of a tensor that all samples share (an embedding computed once) count as one sample.

@@ -90,7 +90,9 @@ class Subject:
             "rotate": self.rotate,
             "timesteps": [float(t) for t in self.calibration.timesteps],
         }
-        return Shard(name, task, size, {**self.spread.key, **key, "settings": settings, "threads": threads})
+        return Shard(
+            name, task, size, {**self.spread.key, **key, "settings": settings, "threads": threads}
+        )
 
     def memory_bytes(self) -> int:
         """Estimate what a worker holds: candidates, errors and activations, the latter two limited."""

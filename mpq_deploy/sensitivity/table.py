@@ -168,7 +168,9 @@ class SensitivityTable:
         text = json.loads((folder / "table.json").read_text(encoding="utf-8"))
         with np.load(folder / "projections.npz", allow_pickle=False) as data:
             by_timestep = _by_pair(text["pairs"], data["by_timestep"])
-            projections = _by_pair(text["pairs"], data["projections"]) if "projections" in data else None
+            projections = (
+                _by_pair(text["pairs"], data["projections"]) if "projections" in data else None
+            )
             calls = data.get("calls", None)
         stored = folder / IMPORTANCE
         return cls(
@@ -190,7 +192,9 @@ def table_from_projections(
 
     ``losses`` are means over all probes. ``calls`` int [K, N]: the call behind each.
     """
-    shape = next(iter(next(iter(values.values())).values())).shape if values else (len(timesteps), 1, 1)
+    shape = (
+        next(iter(next(iter(values.values())).values())).shape if values else (len(timesteps), 1, 1)
+    )
     factor = np.float32(1 / np.sqrt(np.prod(shape)))
     vectors = _each(values, lambda a: a.reshape(-1).astype(np.float32) * factor)
     table = _from_vectors("probe", timesteps, vectors, notes)
@@ -208,7 +212,9 @@ def table_from_losses(
     return SensitivityTable(metric, np.asarray(timesteps, np.float32), losses, rows, notes=notes)
 
 
-def _from_vectors(metric: str, timesteps: Array, vectors: Nested, notes: tuple[str, ...]) -> SensitivityTable:
+def _from_vectors(
+    metric: str, timesteps: Array, vectors: Nested, notes: tuple[str, ...]
+) -> SensitivityTable:
     """Make a table from projection vectors [P], whose entries are ordered by timestep first."""
     steps = len(timesteps)
 
@@ -216,11 +222,18 @@ def _from_vectors(metric: str, timesteps: Array, vectors: Nested, notes: tuple[s
         squares = np.square(vector, dtype=np.float64).reshape(steps, -1)
         return np.asarray(squares.sum(1) * steps)
 
-    return replace(table_from_losses(metric, timesteps, _each(vectors, losses), notes), projections=vectors)
+    return replace(
+        table_from_losses(metric, timesteps, _each(vectors, losses), notes), projections=vectors
+    )
 
 
-def _each(values: Mapping[str, Mapping[str, Array]], change: Callable[[Array], T]) -> dict[str, dict[str, T]]:
-    return {layer: {scheme: change(value) for scheme, value in row.items()} for layer, row in values.items()}
+def _each(
+    values: Mapping[str, Mapping[str, Array]], change: Callable[[Array], T]
+) -> dict[str, dict[str, T]]:
+    return {
+        layer: {scheme: change(value) for scheme, value in row.items()}
+        for layer, row in values.items()
+    }
 
 
 def _by_pair(pairs: list[list[str]], rows: Array) -> Nested:

@@ -52,7 +52,11 @@ def quantized_codes(x: Any, scale: Any) -> Any:
 def fake_quantize(x: Any, rounding: InputRounding, layer: Layer) -> Any:
     """Round ``x`` as QuantizeLinear and DequantizeLinear do; kept channels stay."""
     if rounding.factors is None:
-        rounded = torch.round(x / rounding.scale).clamp_(rounding.quant_min, rounding.quant_max).mul_(rounding.scale)
+        rounded = (
+            torch.round(x / rounding.scale)
+            .clamp_(rounding.quant_min, rounding.quant_max)
+            .mul_(rounding.scale)
+        )
     else:
         step = torch.from_numpy(np.asarray(rounding.step(layer, x.ndim))).to(x.dtype)
         rounded = quantized_codes(x, step).mul_(step)
@@ -82,7 +86,11 @@ class TorchStack(FormStack):
     @property
     def bytes(self) -> int:
         """Memory held by the tensors."""
-        return int(self.weight.nbytes + self.differences.nbytes + sum(d.nbytes for d in self.promoted_differences))
+        return int(
+            self.weight.nbytes
+            + self.differences.nbytes
+            + sum(d.nbytes for d in self.promoted_differences)
+        )
 
 
 def apply_matrix(layer: Layer, attributes: dict[str, Any], x: Any, matrices: Any) -> Any:
@@ -159,14 +167,22 @@ class ProjectedUse:
         Layers with such branches have one group.
         """
         rows, _, probes, _ = g.shape
-        errors = apply_matrix(self.layer, self.attributes, x, matrix[None]).reshape(rows, len(channels), 1, -1)
+        errors = apply_matrix(self.layer, self.attributes, x, matrix[None]).reshape(
+            rows, len(channels), 1, -1
+        )
         outputs = g.reshape(rows, probes, self.layer.out_channels, -1)
         chosen = outputs[:, :, torch.from_numpy(channels)].transpose(1, 2)
-        products = torch.matmul(errors, chosen.transpose(2, 3)).float().reshape(samples, -1, len(channels), probes)
+        products = (
+            torch.matmul(errors, chosen.transpose(2, 3))
+            .float()
+            .reshape(samples, -1, len(channels), probes)
+        )
         return products.sum(1).permute(2, 0, 1)
 
 
-def project_layer(use: ProjectedUse, x: Any, gradients: Any, samples: int, way: str = "") -> dict[str, Any]:
+def project_layer(
+    use: ProjectedUse, x: Any, gradients: Any, samples: int, way: str = ""
+) -> dict[str, Any]:
     """Return scheme -> <G, dY_s> as [P, samples], for one use of a layer.
 
     ``x``: the layer's float input, its leading axis running over samples first; ``gradients``
@@ -176,7 +192,11 @@ def project_layer(use: ProjectedUse, x: Any, gradients: Any, samples: int, way: 
     x = canonical_input(use.layer, x, samples)
     g = canonical_gradients(use.layer, gradients, samples)
     chosen = way or _cheaper_way(use.layer, use.stack, x, g, samples)
-    project = _project_by_weights if chosen == "weights" and _has_weight_way(use.layer) else _project_all_forward
+    project = (
+        _project_by_weights
+        if chosen == "weights" and _has_weight_way(use.layer)
+        else _project_all_forward
+    )
     return project(use, x, g, samples)
 
 
@@ -195,7 +215,9 @@ def _project_all_forward(use: ProjectedUse, x: Any, g: Any, samples: int) -> dic
         quantized = stack.differences[stack.split_start : stack.kept_start]
         rows = use.forward(codes, quantized, g, samples) * scale
         rows = rows + use.forward(rounding, stack.weight[None], g, samples)
-        products.update({name: rows[row - stack.split_start] for name, row in stack.with_activation.items()})
+        products.update(
+            {name: rows[row - stack.split_start] for name, row in stack.with_activation.items()}
+        )
     for promotion, differences in zip(stack.promotions, stack.promoted_differences, strict=True):
         rounds = promotion.body in stack.with_activation
         scale = use.rounding("").scale if rounds else 1.0
@@ -239,7 +261,9 @@ def _project_by_weights(use: ProjectedUse, x: Any, g: Any, samples: int) -> dict
         for names, error in inputs:
             rounding = _weight_gradients(layer, attributes, error[chunk], g[chunk])
             from_weight = (rounding @ weights).float()
-            found.update({s: v + from_weight for s, v in _rows(stack, names, rounding.add_(plain)).items()})
+            found.update(
+                {s: v + from_weight for s, v in _rows(stack, names, rounding.add_(plain)).items()}
+            )
         parts.append({name: values.reshape(-1, g.shape[2]).T for name, values in found.items()})
     return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
 
@@ -271,7 +295,9 @@ def _weight_gradients(layer: Layer, attributes: dict[str, Any], x: Any, g: Any) 
     piece = max(1, PATCH_BYTES // per_sample)
     for start in range(0, samples, piece):
         chunk = slice(start, min(start + piece, samples))
-        torch.bmm(gradients[chunk], _patches(layer, attributes, x[chunk].to(g.dtype)), out=found[chunk])
+        torch.bmm(
+            gradients[chunk], _patches(layer, attributes, x[chunk].to(g.dtype)), out=found[chunk]
+        )
     return found.reshape(samples * probes, -1)
 
 
@@ -280,9 +306,16 @@ def _patches(layer: Layer, attributes: dict[str, Any], x: Any) -> Any:
     if layer.op != "Conv":
         return x
     before, after = window_pads(attributes, tuple(x.shape[2:]), layer.kernel)
-    x = functional.pad(x, (before[1], after[1], before[0], after[0])) if any((*before, *after)) else x.contiguous()
+    x = (
+        functional.pad(x, (before[1], after[1], before[0], after[0]))
+        if any((*before, *after))
+        else x.contiguous()
+    )
     strides, dilations = attributes.get("strides", (1, 1)), attributes.get("dilations", (1, 1))
-    sizes = [(size - d * (k - 1) - 1) // s + 1 for size, k, s, d in zip(x.shape[2:], layer.kernel, strides, dilations)]
+    sizes = [
+        (size - d * (k - 1) - 1) // s + 1
+        for size, k, s, d in zip(x.shape[2:], layer.kernel, strides, dilations)
+    ]
     # A view [n, C, kh, kw, H, W] copied once: two to three times as fast as unfold.
     n, c, h, w = x.stride()
     steps = (n, c, h * dilations[0], w * dilations[1], h * strides[0], w * strides[1])
@@ -303,5 +336,7 @@ def _cheaper_way(layer: Layer, stack: TorchStack, x: Any, g: Any, samples: int) 
     forms = stack.split_end + len(stack.differences) - stack.split_start
     promoted = sum(len(p.channels) for p in stack.promotions) / layer.out_channels
     forward = (forms + promoted + roundings) * positions
-    by_weights = (1 + roundings) * (probes * (positions + GRADIENT_POSITIONS) + PATCH_POSITIONS * positions)
+    by_weights = (1 + roundings) * (
+        probes * (positions + GRADIENT_POSITIONS) + PATCH_POSITIONS * positions
+    )
     return "weights" if by_weights + forms * probes < forward else "forward"

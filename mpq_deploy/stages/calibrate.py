@@ -43,7 +43,9 @@ def make(run: Run, folder: Path) -> str:
         section = section.replace(samples=min(section.samples, rows))
     sampler = run.recipe.evaluate.sampler
     setup = CalibrationSetup(exported.path, exported.spec, exported.conditions, section, sampler)
-    recorded, stats = calibrate(setup, exported.graph, run.talk, scratch=run.scratch(), crew=run.crew)
+    recorded, stats = calibrate(
+        setup, exported.graph, run.talk, scratch=run.scratch(), crew=run.crew
+    )
     recorded.save(folder / "inputs.npz")
     stats.save(folder / "stats.npz")
     return f"{len(recorded.timesteps)} timesteps x {len(recorded.rows)} calls, {len(stats.activations)} activations"

@@ -51,7 +51,9 @@ def make(run: Run, folder: Path) -> str:
     orders, how = salient_first(run, folder)
     numbers = {layer.name: number for number, layer in enumerate(exported.graph.layers)}
     np.savez(folder / ROW_ORDERS, **{str(numbers[name]): order for name, order in orders.items()})  # type: ignore[arg-type]
-    return f"{len(wanted_schemes(run.recipe))} schemes, rounding {run.recipe.quantize.rounding}{how}"
+    return (
+        f"{len(wanted_schemes(run.recipe))} schemes, rounding {run.recipe.quantize.rounding}{how}"
+    )
 
 
 STAGE = Stage(

@@ -36,7 +36,9 @@ def make(run: Run, folder: Path) -> str:
         layers = run.exported.graph.layers
         target = run.target
         for name, preferred in CONTROLS.items():
-            schemes = {layer.name: control_scheme(layer, preferred, target).name for layer in layers}
+            schemes = {
+                layer.name: control_scheme(layer, preferred, target).name for layer in layers
+            }
             (folder / name).mkdir()
             sizes[name] = write_plan(run, schemes, folder / name)
         for name in ORM_CONTROLS if run.recipe.measure.method == "orm" else ():

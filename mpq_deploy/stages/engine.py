@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from mpq_deploy.run.view import Run
 
 
-SIMULATED_PLAN = "the plan is simulated: no engine can hold its schemes, ONNX Runtime runs the graph"
+SIMULATED_PLAN = (
+    "the plan is simulated: no engine can hold its schemes, ONNX Runtime runs the graph"
+)
 
 
 def inputs(run: Run) -> Fields:
@@ -44,9 +46,13 @@ def make(run: Run, folder: Path) -> str:
     check_memory(run, STAGE)
     request = BuildRequest(run.deployed / DEPLOYED, target.build_target, batch_profile(run))
     try:
-        record = build_engine(request, folder, expected_layers(run), run.talk, run.path / "engine.log")
+        record = build_engine(
+            request, folder, expected_layers(run), run.talk, run.path / "engine.log"
+        )
     except BuilderKilledError as error:
-        raise EngineError(f"The stage 'engine' was cut short. {error.message}", error.hint) from error
+        raise EngineError(
+            f"The stage 'engine' was cut short. {error.message}", error.hint
+        ) from error
     record.require_verified()
     return f"{record.backend} {record.version}, {record.weights_bytes or 0:,} bytes of weights, verified"
 

@@ -30,7 +30,9 @@ def inputs(run: Run) -> Fields:
     return {
         "evaluation.format": EVALUATION_FORMAT,
         **({"recover": run.digest("recover")} if run.recipe.recover.steps else {}),
-        "correction": None if run.recipe.evaluate.correction == "none" else run.digest("correction"),
+        "correction": None
+        if run.recipe.evaluate.correction == "none"
+        else run.digest("correction"),
         **settings(run.recipe.evaluate, "evaluate"),
         "recipe.calibrate.seed": run.recipe.calibrate.seed,
         **version_of("onnxruntime", "numpy"),
@@ -62,7 +64,11 @@ def make(run: Run, folder: Path) -> str:
     # What a clock said is no part of what must repeat byte for byte.
     if (folder / LATENCY).exists():
         (folder / LATENCY).replace(run.path / LATENCY)
-    measured = [(name, result.variants[name]) for name in ("ours", CORRECTED, BEFORE) if name in result.variants]
+    measured = [
+        (name, result.variants[name])
+        for name in ("ours", CORRECTED, BEFORE)
+        if name in result.variants
+    ]
     figures = [f"{n}: NMSE {v.measured_nmse:.2e}, PSNR {v.psnr_db:.1f} dB" for n, v in measured]
     return "; ".join(figures).removeprefix("ours: ")
 

@@ -69,7 +69,9 @@ def _path_digest(path: Path) -> str:
     if path.is_file():
         return file_digest(path)
     if path.is_dir():
-        return canonical_json({p.name: file_digest(p) for p in sorted(path.iterdir()) if p.is_file()})
+        return canonical_json(
+            {p.name: file_digest(p) for p in sorted(path.iterdir()) if p.is_file()}
+        )
     raise UsageError(f"There is no file {path}.", "Check the path.")
 
 

@@ -75,7 +75,9 @@ def recover_task(run: Run, schemes: dict[str, str]) -> RecoverTask:
         scheme = SCHEMES[schemes[candidates.layer.name]]
         matrix = candidates.forms.get(scheme.weight_form)
         starts.append(StartingWeight(candidates.layer, scheme, matrix, candidates.weight))
-    return RecoverTask(exported.path, exported.graph, exported.spec, exported.conditions, starts, recorded, stats)
+    return RecoverTask(
+        exported.path, exported.graph, exported.spec, exported.conditions, starts, recorded, stats
+    )
 
 
 STAGE = Stage(

@@ -95,7 +95,9 @@ def moments(true: Array, found: Array) -> Array:
 def rho_of(total: Array) -> Array:
     """Return the correlation from sums of ``moments`` [..., 3]; NaN where one side does not vary."""
     norm = np.sqrt(total[..., 1] * total[..., 2])
-    return np.asarray(np.divide(total[..., 0], norm, out=np.full(norm.shape, np.nan), where=norm > 1e-12))
+    return np.asarray(
+        np.divide(total[..., 0], norm, out=np.full(norm.shape, np.nan), where=norm > 1e-12)
+    )
 
 
 def correlations(
@@ -110,30 +112,49 @@ def correlations(
     layers = {name: number for number, name in enumerate(dict.fromkeys(compared.layers))}
     members = [np.flatnonzero(np.array(compared.schemes) == scheme) for scheme in schemes]
     owner = np.array([layers[name] for name in compared.layers], np.int64)
-    plain = np.array([moments(compared.true[rows], compared.found[rows]) for rows in members]).reshape(-1, 3)
+    plain = np.array(
+        [moments(compared.true[rows], compared.found[rows]) for rows in members]
+    ).reshape(-1, 3)
     drawn = _resampled(compared, members, owner, len(layers), seed, resamples)
     result = {}
     for name, of_class in classes.items():
-        chosen = [i for i, scheme in enumerate(schemes) if scheme in of_class and len(members[i]) >= FEWEST]
+        chosen = [
+            i
+            for i, scheme in enumerate(schemes)
+            if scheme in of_class and len(members[i]) >= FEWEST
+        ]
         pairs = sum(len(members[i]) for i in chosen)
         rho = float(rho_of(plain[chosen].sum(axis=0)))
         if np.isnan(rho):
             result[name] = Correlation(pairs, None)
             continue
         spread = rho_of(drawn[:, chosen].sum(axis=1))
-        low, high = np.percentile(spread[~np.isnan(spread)], INTERVAL) if (~np.isnan(spread)).any() else (rho, rho)
+        low, high = (
+            np.percentile(spread[~np.isnan(spread)], INTERVAL)
+            if (~np.isnan(spread)).any()
+            else (rho, rho)
+        )
         result[name] = Correlation(pairs, rho, float(low), float(high))
     return result
 
 
 def _resampled(
-    compared: Compared, members: Sequence[Array], owner: Array, layers: int, seed: int, resamples: int
+    compared: Compared,
+    members: Sequence[Array],
+    owner: Array,
+    layers: int,
+    seed: int,
+    resamples: int,
 ) -> Array:
     """Return the moments of each scheme in every resample, float64 [resamples, schemes, 3]."""
     random = np.random.default_rng(seed)
     drawn = np.zeros((resamples, len(members), 3))
     for number in range(resamples):
-        times = np.bincount(random.integers(0, layers, layers), minlength=layers) if layers else np.zeros(0, int)
+        times = (
+            np.bincount(random.integers(0, layers, layers), minlength=layers)
+            if layers
+            else np.zeros(0, int)
+        )
         for index, rows in enumerate(members):
             again = np.repeat(rows, times[owner[rows]])
             drawn[number, index] = moments(compared.true[again], compared.found[again])

@@ -51,7 +51,9 @@ def parse_methods(text: str) -> tuple[str, ...]:
     known = f"Known: {', '.join(AUDITED)}."
     for name in names:
         if name == TRUTH:
-            raise UsageError(f"'{TRUTH}' is what the methods are compared with.", f"Leave it out. {known}")
+            raise UsageError(
+                f"'{TRUTH}' is what the methods are compared with.", f"Leave it out. {known}"
+            )
         if name not in AUDITED:
             raise UsageError(f"Unknown method '{name}'.", f"{nearest(name, AUDITED)}{known}")
     if not names:
@@ -68,11 +70,15 @@ def audit_recipe(source: str | None, model: str | None, changes: Sequence[str]) 
     for change in changes:
         key, equals, value = change.partition("=")
         if not equals or not key:
-            raise UsageError(f"Invalid --set {change}.", "Write KEY=VALUE, such as measure.timesteps=10.")
+            raise UsageError(
+                f"Invalid --set {change}.", "Write KEY=VALUE, such as measure.timesteps=10."
+            )
         try:
             given[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise UsageError(f"The value of --set {change} is not YAML.", "Write KEY=VALUE.") from error
+            raise UsageError(
+                f"The value of --set {change} is not YAML.", "Write KEY=VALUE."
+            ) from error
     return load_recipe(source, given)
 
 
@@ -106,7 +112,9 @@ def run_audit(run: Run, options: AuditOptions, command: str = "") -> AuditResult
     ``command``: the command line, for the report. A metric that refuses its settings (orm with too
     few calls) and a budget that no plan of a metric fits are part of the result, not errors.
     """
-    losses = Losses(run, options.samples or min(run.recipe.measure.calls, run.recipe.measure.samples))
+    losses = Losses(
+        run, options.samples or min(run.recipe.measure.calls, run.recipe.measure.samples)
+    )
     tables: dict[str, SensitivityTable] = {}
     refused: dict[str, str] = {}
     for method in options.methods:
@@ -124,18 +132,28 @@ def run_audit(run: Run, options: AuditOptions, command: str = "") -> AuditResult
             continue
         row = _agreement(method, tables[method], truth, losses, run.recipe.measure.seed)
         rows.append((row, solved_plans(run, tables[method], options.budgets, cross_terms=False)))
-        if method == "probe" and tables[method].projections is not None and run.recipe.allocate.cross_terms:
+        if (
+            method == "probe"
+            and tables[method].projections is not None
+            and run.recipe.allocate.cross_terms
+        ):
             again = solved_plans(run, tables[method], options.budgets, cross_terms=True)
             rows.append((MetricResult(CROSS, row.metric, None), again))
-    own = solved_plans(run, truth.table, options.budgets, cross_terms=False) if truth.complete else ()
+    own = (
+        solved_plans(run, truth.table, options.budgets, cross_terms=False) if truth.complete else ()
+    )
     rows.append((MetricResult(TRUTH, TRUTH, truth.seconds, notes=truth.table.notes), own))
-    quality.prepare([one.plan.schemes for _, solved in rows for one in solved if one.plan is not None])
+    quality.prepare(
+        [one.plan.schemes for _, solved in rows for one in solved if one.plan is not None]
+    )
     measured = [_with_plans(run, row, solved, quality) for row, solved in rows]
     command = command or shlex.join(["mpq-deploy", "audit", run.recipe.model or "emoji"])
     return replace(_result(run, options, losses, truth, measured, tables), command=command)
 
 
-def _agreement(method: str, table: SensitivityTable, truth: Truth, losses: Losses, seed: int) -> MetricResult:
+def _agreement(
+    method: str, table: SensitivityTable, truth: Truth, losses: Losses, seed: int
+) -> MetricResult:
     """Compare a metric with the truth on the pairs of the latter."""
     compared = Compared.of(truth.pairs, truth.table.losses, table.losses)
     classes = scheme_classes(set(compared.schemes))
@@ -152,7 +170,9 @@ def _agreement(method: str, table: SensitivityTable, truth: Truth, losses: Losse
     )
 
 
-def _with_plans(run: Run, row: MetricResult, solved: Sequence[Solved], quality: PlanQuality) -> MetricResult:
+def _with_plans(
+    run: Run, row: MetricResult, solved: Sequence[Solved], quality: PlanQuality
+) -> MetricResult:
     points = plan_points(solved, quality)
     for point in points:
         outcome = point.refused or f"NMSE {point.nmse:.2e}"
@@ -182,14 +202,21 @@ def _result(
         evaluation={"images": section.samples, "steps": section.steps, "seed": section.seed},
         synthetic=spec.synthetic,
         notes=tuple(_notes(run, losses, truth, rows)),
-        versions={k.removeprefix("version."): str(v) for k, v in version_of(*PACKAGES).items() if v},
+        versions={
+            k.removeprefix("version."): str(v) for k, v in version_of(*PACKAGES).items() if v
+        },
         command="",
     )
 
 
-def _loss_row(pair: tuple[str, str], truth: Truth, tables: dict[str, SensitivityTable]) -> dict[str, Any]:
+def _loss_row(
+    pair: tuple[str, str], truth: Truth, tables: dict[str, SensitivityTable]
+) -> dict[str, Any]:
     layer, scheme = pair
-    losses = {name: table.losses.get(layer, {}).get(scheme) for name, table in {TRUTH: truth.table, **tables}.items()}
+    losses = {
+        name: table.losses.get(layer, {}).get(scheme)
+        for name, table in {TRUTH: truth.table, **tables}.items()
+    }
     return {"layer": layer, "scheme": scheme, **losses}
 
 
@@ -212,12 +239,18 @@ def _notes(run: Run, losses: Losses, truth: Truth, rows: Iterable[MetricResult])
         "layers. All plans are solved without cross terms between layers, except where the row says so."
     )
     if any(run.recipe.allocate.branches):
-        notes.append("Truth and correlations leave residual branches out; the metrics' plans may take them.")
-    if measure.orm.activation_bits != "program" and any(row.key in ("orm", "kurtosis") for row in rows):
+        notes.append(
+            "Truth and correlations leave residual branches out; the metrics' plans may take them."
+        )
+    if measure.orm.activation_bits != "program" and any(
+        row.key in ("orm", "kurtosis") for row in rows
+    ):
         notes.append(
             f"kurtosis, orm and its controls cannot compare activations: measure.orm.activation_bits fixes them at "
             f"{measure.orm.activation_bits}, which rules out schemes that the other metrics may choose."
         )
     if losses.samples < ENOUGH_CALLS and any(row.key == "orm" for row in rows):
-        notes.append(f"{losses.samples} calls are few for orm: below {ENOUGH_CALLS} it says little.")
+        notes.append(
+            f"{losses.samples} calls are few for orm: below {ENOUGH_CALLS} it says little."
+        )
     return notes

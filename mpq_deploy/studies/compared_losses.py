@@ -89,7 +89,12 @@ class Losses:
         if method == "probe":
             fields["recipe.measure.probes"] = section.probes
         if METHODS[method].weighs_bits:
-            fields.update({f"recipe.measure.orm.{key}": value for key, value in section.orm.model_dump().items()})
+            fields.update(
+                {
+                    f"recipe.measure.orm.{key}": value
+                    for key, value in section.orm.model_dump().items()
+                }
+            )
 
         def make() -> SensitivityTable:
             return measure(method, self.subject())
@@ -104,7 +109,9 @@ class Losses:
         """Measure ``count`` pairs exhaustively, or all where there are no more."""
         everything = bodies(self.candidates.values())
         still = [pair for pair in everything if not self._changes(pair)]
-        chosen = sampled_pairs([p for p in everything if p not in set(still)], count, self._run.recipe.measure.seed)
+        chosen = sampled_pairs(
+            [p for p in everything if p not in set(still)], count, self._run.recipe.measure.seed
+        )
         starts = range(0, len(chosen), SHARD)
         names = [f"{TRUTH}-{number:03d}" for number in range(len(starts))]
         parts = {name: tuple(chosen[start : start + SHARD]) for name, start in zip(names, starts)}
@@ -138,7 +145,11 @@ class Losses:
     def _spread_out(self, parts: dict[str, tuple[Pair, ...]]) -> None:
         """Have workers, where there are any, measure and store what is missing of ``parts``."""
         run, crew = self._run.folder, self._run.crew
-        missing = [n for n, pairs in parts.items() if run.changed_fields(f"audit-{n}", self._truth_fields(pairs)) != []]
+        missing = [
+            n
+            for n, pairs in parts.items()
+            if run.changed_fields(f"audit-{n}", self._truth_fields(pairs)) != []
+        ]
         # Sessions of ONNX Runtime link the weights while they are open, which other readers of them
         # refuse.
         if isinstance(crew, Alone) or len(missing) < 2 or not evaluates_in_torch(self.graph):
@@ -146,13 +157,18 @@ class Losses:
         subject = self.subject()
         assert subject.spread is not None
         opener = partial(_open_truth, self.samples)
-        job = Job("exhaustive", opener, subject.spread.root, subject.spread.files, subject.memory_bytes())
+        job = Job(
+            "exhaustive", opener, subject.spread.root, subject.spread.files, subject.memory_bytes()
+        )
         shards = [Shard(name, parts[name], len(parts[name])) for name in missing]
         with crew.open(job, self._run.talk) as pool:
             results = run_shards(pool, "single layers", shards, self._run.talk)
             for name, result in zip(missing, results, strict=True):
-                fields, table = self._truth_fields(parts[name]), _table_of(result, self.calls.timesteps)
-                self._stored(f"audit-{name}", fields, lambda made=table: made, float(result["seconds"]))  # type: ignore[misc]
+                table = _table_of(result, self.calls.timesteps)
+                make = partial(lambda made: made, table)
+                self._stored(
+                    f"audit-{name}", self._truth_fields(parts[name]), make, float(result["seconds"])
+                )
 
     def _changes(self, pair: Pair) -> bool:
         scheme = SCHEMES[pair[1]]
@@ -186,7 +202,11 @@ class Losses:
         }
 
     def _stored(
-        self, name: str, fields: Fields, make: Callable[[], SensitivityTable], elsewhere: float = 0.0
+        self,
+        name: str,
+        fields: Fields,
+        make: Callable[[], SensitivityTable],
+        elsewhere: float = 0.0,
     ) -> SensitivityTable:
         """Return the table of a stage folder, made by ``make`` where it is not current.
 
@@ -214,12 +234,16 @@ def _open_truth(samples: int, root: Path, talk: Talk) -> Work:
 
     def work(pairs: tuple[Pair, ...], inner: Talk) -> Result:
         started = time.process_time()
-        table = measure_exhaustive(replace(losses.subject(), talk=Within.silent(inner)), pairs=set(pairs))
+        table = measure_exhaustive(
+            replace(losses.subject(), talk=Within.silent(inner)), pairs=set(pairs)
+        )
         measured = [(layer, scheme) for layer, row in table.losses.items() for scheme in row]
         return {
             "pairs": np.array(measured, np.str_),
             "losses": np.array([table.losses[layer][scheme] for layer, scheme in measured]),
-            "by_timestep": np.array([table.losses_by_timestep[layer][scheme] for layer, scheme in measured]),
+            "by_timestep": np.array(
+                [table.losses_by_timestep[layer][scheme] for layer, scheme in measured]
+            ),
             "notes": np.array(table.notes, np.str_),
             "seconds": np.array(time.process_time() - started),
         }
@@ -230,16 +254,22 @@ def _open_truth(samples: int, root: Path, talk: Talk) -> Work:
 def _table_of(result: Result, timesteps: Array) -> SensitivityTable:
     losses: dict[str, dict[str, float]] = {}
     by_timestep: dict[str, dict[str, Array]] = {}
-    for (layer, scheme), loss, row in zip(result["pairs"], result["losses"], result["by_timestep"], strict=True):
+    for (layer, scheme), loss, row in zip(
+        result["pairs"], result["losses"], result["by_timestep"], strict=True
+    ):
         losses.setdefault(str(layer), {})[str(scheme)] = float(loss)
         by_timestep.setdefault(str(layer), {})[str(scheme)] = row
     notes = tuple(str(note) for note in result["notes"])
-    return SensitivityTable(TRUTH, np.asarray(timesteps, np.float32), losses, by_timestep, notes=notes)
+    return SensitivityTable(
+        TRUTH, np.asarray(timesteps, np.float32), losses, by_timestep, notes=notes
+    )
 
 
 def bodies(candidates: Collection[LayerCandidates]) -> list[Pair]:
     """Return every (layer, scheme) without a branch: those would multiply the work."""
-    return [(c.layer.name, scheme.name) for c in candidates for scheme in c.schemes if not scheme.branch]
+    return [
+        (c.layer.name, scheme.name) for c in candidates for scheme in c.schemes if not scheme.branch
+    ]
 
 
 def sampled_pairs(pairs: Sequence[Pair], count: int, seed: int) -> list[Pair]:

@@ -67,7 +67,11 @@ class PlanQuality:
     def prepare(self, plans: Sequence[dict[str, str]]) -> None:
         """Have workers, where there are any, measure the plans that are not stored yet."""
         missing = {self._key(schemes): schemes for schemes in plans}
-        missing = {key: schemes for key, schemes in missing.items() if _read(self._place / f"{key}.json") is None}
+        missing = {
+            key: schemes
+            for key, schemes in missing.items()
+            if _read(self._place / f"{key}.json") is None
+        }
         run = self.run
         if isinstance(run.crew, Alone) or len(missing) < 2:
             return
@@ -103,7 +107,9 @@ class PlanQuality:
         made_of = {
             "schemes": schemes,
             **{name: self.run.digest(name) for name in ("export", "calibrate", "candidates")},
-            **self.settings.model_dump(include={"samples", "steps", "seed", "sampler", "batch_size"}),
+            **self.settings.model_dump(
+                include={"samples", "steps", "seed", "sampler", "batch_size"}
+            ),
             **version_of("onnxruntime", "numpy"),
         }
         return hashlib.sha256(canonical_json(made_of).encode()).hexdigest()[:32]
@@ -115,7 +121,9 @@ def _read(path: Path) -> dict[str, Any] | None:
         figures = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    complete = isinstance(figures, dict) and {"nmse", "nmse_error", "errors", "psnr_db"} <= set(figures)
+    complete = isinstance(figures, dict) and {"nmse", "nmse_error", "errors", "psnr_db"} <= set(
+        figures
+    )
     return figures if complete else None
 
 
@@ -148,7 +156,9 @@ def plan_points(solved: Sequence[Solved], quality: PlanQuality) -> tuple[PlanPoi
     points = []
     for one in solved:
         if one.refused is not None:
-            points.append(PlanPoint(one.budget, refused=str(one.refused), smallest_bytes=one.refused.smallest))
+            points.append(
+                PlanPoint(one.budget, refused=str(one.refused), smallest_bytes=one.refused.smallest)
+            )
         if one.plan is None:
             continue
         figures = quality.of(one.plan.schemes)
@@ -187,4 +197,9 @@ def _open_plans(root: Path, talk: Talk) -> Work:
 def _figures(result: Result) -> dict[str, Any]:
     nmse, error, psnr = result["nmse"].tolist()
     errors = result["errors"].tolist()
-    return {"nmse": nmse, "nmse_error": error, "errors": errors, "psnr_db": None if math.isnan(psnr) else psnr}
+    return {
+        "nmse": nmse,
+        "nmse_error": error,
+        "errors": errors,
+        "psnr_db": None if math.isnan(psnr) else psnr,
+    }

@@ -58,7 +58,9 @@ def parse_budgets(text: str) -> list[float]:
             "Give FROM:TO, FROM:TO:STEP or a comma-separated list of fractions, such as 0.26:0.5:0.02.",
         ) from error
     if not budgets or not all(0 < b <= 1 and np.isfinite(b) for b in budgets):
-        raise UsageError(f"The budgets '{text}' are not between 0 and 1.", "Give fractions of the FP16 size.")
+        raise UsageError(
+            f"The budgets '{text}' are not between 0 and 1.", "Give fractions of the FP16 size."
+        )
     if len(budgets) > MOST_POINTS:
         raise UsageError(f"'{text}' is more than {MOST_POINTS} budgets.", "Give a larger step.")
     return budgets
@@ -88,16 +90,26 @@ def spread_over(sizes: Sequence[float], losses: Sequence[float | None], count: i
     return sorted({frontier[int(np.argmin(np.abs(np.array(along) - at)))] for at in places})
 
 
-def points_on_curve(plans: BudgetPlans, fp16_size: int, count: int, highest: float = HIGHEST) -> list[float]:
+def points_on_curve(
+    plans: BudgetPlans, fp16_size: int, count: int, highest: float = HIGHEST
+) -> list[float]:
     """Return ``count`` ascending budgets spread over the predicted curve, at most ``highest``."""
-    low = [plan for plan in plans.plans if plan.size_bytes <= highest * fp16_size] or list(plans.plans[:1])
-    chosen = spread_over([p.size_bytes / fp16_size for p in low], [p.predicted_nmse for p in low], count)
+    low = [plan for plan in plans.plans if plan.size_bytes <= highest * fp16_size] or list(
+        plans.plans[:1]
+    )
+    chosen = spread_over(
+        [p.size_bytes / fp16_size for p in low], [p.predicted_nmse for p in low], count
+    )
     # Rounded up, so that the plan still fits.
     return sorted({math.ceil(low[i].size_bytes / fp16_size * 1e4) / 1e4 for i in chosen})
 
 
 def run_sweep(
-    run: Run, budgets: list[float], evaluate: bool, points_wanted: int | None = None, command: str = ""
+    run: Run,
+    budgets: list[float],
+    evaluate: bool,
+    points_wanted: int | None = None,
+    command: str = "",
 ) -> dict[str, Any]:
     """Solve (with ``evaluate``: and measure) every budget; write sweep.json, .svg and .html.
 
@@ -116,15 +128,25 @@ def run_sweep(
     plans, points = _solve(run, solver, budgets)
     controls = _measure(run, plans, points) if evaluate else {}
     simulated = any(plan.simulated for plan in plans.values())
-    result = {"measure": run.digest("measure"), "points": points, "controls": controls, "simulated": simulated}
+    result = {
+        "measure": run.digest("measure"),
+        "points": points,
+        "controls": controls,
+        "simulated": simulated,
+    }
     if curve is not None:
         result["curve"] = [
-            {"size_ratio": plan.size_bytes / solver.fp16_size, "predicted_nmse": plan.predicted_nmse}
+            {
+                "size_ratio": plan.size_bytes / solver.fp16_size,
+                "predicted_nmse": plan.predicted_nmse,
+            }
             for plan in curve.plans
         ]
     write_text(run.path / "sweep.json", sealed_json(result))
     _draw(result, run.path / "sweep.svg")
-    shown = curve or packed(solver, [(p.schemes, p.size_bytes, p.predicted_loss) for p in plans.values()])
+    shown = curve or packed(
+        solver, [(p.schemes, p.size_bytes, p.predicted_loss) for p in plans.values()]
+    )
     write_text(run.path / "sweep.html", sweep_page(result, shown, _about(run, solver, command)))
     return result
 
@@ -162,7 +184,9 @@ def _about(run: Run, solver: PlanSolver, command: str) -> dict[str, str]:
     }
 
 
-def _measure(run: Run, plans: dict[float, PrecisionPlan], points: list[dict[str, Any]]) -> dict[str, Any]:
+def _measure(
+    run: Run, plans: dict[float, PrecisionPlan], points: list[dict[str, Any]]
+) -> dict[str, Any]:
     """Evaluate every plan beside the controls; fill in the points, return the controls' figures."""
     from mpq_deploy.report.collect import titles
 
@@ -200,7 +224,9 @@ class _Plan:
 FIGURES = ("measured_nmse", "psnr_db", "pooled_psnr_db", "size_bytes")
 
 
-def _measured_plans(run: Run, plans: Sequence[PrecisionPlan]) -> Iterator[dict[str, dict[str, float]]]:
+def _measured_plans(
+    run: Run, plans: Sequence[PrecisionPlan]
+) -> Iterator[dict[str, dict[str, float]]]:
     """Yield each plan's and the controls' ``FIGURES`` by variant; measure the first plan here.
 
     By then the float model's samples and the controls' are in the cache that workers read.
@@ -217,7 +243,12 @@ def _measured_plans(run: Run, plans: Sequence[PrecisionPlan]) -> Iterator[dict[s
     made_of |= {**settings(run.recipe.evaluate, "evaluate"), **version_of("onnxruntime", "numpy")}
     made_of |= {"threads": asdict(run.crew.threads_of_shard())}
     shards = [
-        Shard(f"{task.size_bytes:,} bytes", task, 1, {"part": "sweep", **made_of, "schemes": task.schemes})
+        Shard(
+            f"{task.size_bytes:,} bytes",
+            task,
+            1,
+            {"part": "sweep", **made_of, "schemes": task.schemes},
+        )
         for task in tasks
     ]
     yield _figures(_measure_plan(run, tasks[0]))
@@ -264,11 +295,15 @@ def _finite(value: float) -> float | None:
 
 def sweep_table(result: dict[str, Any]) -> str:
     """The points as a table for the terminal."""
-    lines = [f"{'budget':>8} {'of FP16':>8} {'bytes':>14} {'predicted':>10} {'measured':>10} {'PSNR dB':>8}"]
+    lines = [
+        f"{'budget':>8} {'of FP16':>8} {'bytes':>14} {'predicted':>10} {'measured':>10} {'PSNR dB':>8}"
+    ]
     for point in result["points"]:
         if "minimum_latency_ms" in point:
             fastest = f"{point['minimum_latency_ms']:.3f} ms"
-            lines.append(f"{point['budget']:>8.4f} no plan is fast enough: the fastest takes {fastest}")
+            lines.append(
+                f"{point['budget']:>8.4f} no plan is fast enough: the fastest takes {fastest}"
+            )
             continue
         if "size_bytes" not in point:
             smallest = f"{point['smallest_feasible_bytes']:,} bytes"
@@ -310,10 +345,17 @@ def _draw(result: dict[str, Any], path: Path) -> None:
         if predicted:
             sizes = [p["size_ratio"] for p in predicted]
             axes.plot(sizes, [p["predicted_nmse"] for p in predicted], label="predicted")
-        axes.plot([p["size_ratio"] for p in measured], [p["measured_nmse"] for p in measured], "o", label="measured")
+        axes.plot(
+            [p["size_ratio"] for p in measured],
+            [p["measured_nmse"] for p in measured],
+            "o",
+            label="measured",
+        )
         for name, control in result["controls"].items():
             axes.plot(control["size_ratio"], control["measured_nmse"], "s", color="0.4")
-            axes.annotate(control.get("title", name), (control["size_ratio"], control["measured_nmse"]))
+            axes.annotate(
+                control.get("title", name), (control["size_ratio"], control["measured_nmse"])
+            )
         if predicted or measured:
             axes.set_yscale("log")
         nominal = "nominal bytes (simulated)" if result.get("simulated") else "bytes"

@@ -1,7 +1,8 @@
-"""Child processes: modules that run with this Python, end when this process ends, and say how they ended.
+"""Child processes: modules that run with this Python, end when this process ends, and say how they
+ended.
 
-A child's stdin is a pipe that only this process holds open. It carries orders; when it closes, the child ends.
-Standard library only: devices use it, too.
+A child's stdin is a pipe that only this process holds open. It carries orders; when it closes, the
+child ends. Standard library only: devices use it, too.
 """
 
 from __future__ import annotations
@@ -39,8 +40,11 @@ def apart() -> dict[str, Any]:
     return {"start_new_session": True}
 
 
-def run_child(module: str, *arguments: str, seconds: float | None = None) -> subprocess.CompletedProcess[str]:
-    """Run ``module``, which calls ``orders_from_parent``, to its end; return its exit code and output.
+def run_child(
+    module: str, *arguments: str, seconds: float | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run ``module``, which calls ``orders_from_parent``, to its end; return its exit code and
+    output.
 
     Raises subprocess.TimeoutExpired when it takes longer than ``seconds``; it is killed then.
     """
@@ -61,11 +65,13 @@ def run_child(module: str, *arguments: str, seconds: float | None = None) -> sub
         os.close(write)
 
 
-def orders_from_parent(read: Callable[[IO[bytes]], bytes] | None = None) -> queue.SimpleQueue[bytes]:
+def orders_from_parent(
+    read: Callable[[IO[bytes]], bytes] | None = None,
+) -> queue.SimpleQueue[bytes]:
     """In a child: return the orders that come on stdin, and end this process when that closes.
 
-    ``read`` reads one order, b"" at the end; None: there are none. Afterwards descriptor 0 reads nothing, here and in
-    children of this process.
+    ``read`` reads one order, b"" at the end; None: there are none. Afterwards descriptor 0 reads
+    nothing, here and in children of this process.
     """
     stream = os.fdopen(os.dup(0), "rb")
     nothing = os.open(os.devnull, os.O_RDONLY)

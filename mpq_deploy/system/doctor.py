@@ -1,6 +1,7 @@
 """What this machine has, and what it can build and run. Data only: the command line prints it.
 
-Nothing heavy is imported: versions come from the packages' metadata; only ONNX Runtime is asked for its providers.
+Nothing heavy is imported: versions come from the packages' metadata; only ONNX Runtime is asked for
+its providers.
 """
 
 from __future__ import annotations
@@ -61,7 +62,11 @@ def inspect_machine() -> list[Finding]:
         *_packages(),
         *_builders(),
         *_gpu_findings(gpus),
-        *(finding for name in known_targets() for finding in target_findings(load_target(name), gpus)),
+        *(
+            finding
+            for name in known_targets()
+            for finding in target_findings(load_target(name), gpus)
+        ),
     ]
 
 
@@ -102,7 +107,9 @@ def target_findings(target: Target, gpus: list[Gpu]) -> list[Finding]:
     missing = why_not_build(target)
     build = _answer(target.name, "build", missing, _how_it_builds(target))
     stopped = why_not_run(target, gpus)
-    run = _answer(target.name, "run", stopped, "ONNX Runtime" if target.builder == "none" else _names(gpus))
+    run = _answer(
+        target.name, "run", stopped, "ONNX Runtime" if target.builder == "none" else _names(gpus)
+    )
     return [build, run]
 
 
@@ -123,7 +130,11 @@ def why_not_build(target: Target) -> str:
 def why_not_run(target: Target, gpus: list[Gpu]) -> str:
     """Return what stands against running an engine of ``target`` on this machine; empty when nothing does."""
     if target.builder == "none":
-        return "" if _version("onnxruntime") or _version("onnxruntime-gpu") else "ONNX Runtime is not installed"
+        return (
+            ""
+            if _version("onnxruntime") or _version("onnxruntime-gpu")
+            else "ONNX Runtime is not installed"
+        )
     if not gpus:
         return "no NVIDIA GPU with a driver"
     runtime = "tensorrt" if target.builder == "trtexec" else target.builder
@@ -151,14 +162,21 @@ def _how_it_builds(target: Target) -> str:
 
 
 def _names(gpus: list[Gpu]) -> str:
-    return ", ".join(f"{gpu.name} ({gpu.compute_capability or 'unknown capability'})" for gpu in gpus)
+    return ", ".join(
+        f"{gpu.name} ({gpu.compute_capability or 'unknown capability'})" for gpu in gpus
+    )
 
 
 def _machine() -> list[Finding]:
     disk = shutil.disk_usage(Path.cwd())
     free = f"{disk.free / 1e9:.0f} GB free here"
     return [
-        Finding("machine", "Python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        Finding(
+            "machine",
+            "Python",
+            "ok",
+            f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        ),
         Finding("machine", "CPU cores", "ok", str(available_cores())),
         Finding("machine", "memory", "ok", _memory()),
         Finding("machine", "disk", "ok" if disk.free > 2e9 else "note", free),
@@ -180,7 +198,9 @@ def _packages() -> list[Finding]:
     for name in ("torch", "diffusers"):
         found = _version(name)
         hint = "" if found else PACKAGE_HINTS[name]
-        findings.append(Finding("packages", name, "ok" if found else "missing", found or "not installed", hint))
+        findings.append(
+            Finding("packages", name, "ok" if found else "missing", found or "not installed", hint)
+        )
     return findings
 
 
@@ -201,8 +221,14 @@ def _builders() -> list[Finding]:
         hint = "" if here else PACKAGE_HINTS[name]
         findings.append(Finding("builders", name, "ok" if here else "missing", detail, hint))
     trtexec = find_trtexec()
-    hint = "" if trtexec else "comes with JetPack and the TensorRT packages; engines for Jetson are built there"
-    findings.append(Finding("builders", "trtexec", "ok" if trtexec else "missing", trtexec or "not found", hint))
+    hint = (
+        ""
+        if trtexec
+        else "comes with JetPack and the TensorRT packages; engines for Jetson are built there"
+    )
+    findings.append(
+        Finding("builders", "trtexec", "ok" if trtexec else "missing", trtexec or "not found", hint)
+    )
     return findings
 
 
@@ -211,7 +237,12 @@ def _gpu_findings(gpus: list[Gpu]) -> list[Finding]:
     findings = []
     if board.is_file():
         findings.append(
-            Finding("gpu", "board", "note", board.read_text(errors="replace", encoding="utf-8").strip("\0\n "))
+            Finding(
+                "gpu",
+                "board",
+                "note",
+                board.read_text(errors="replace", encoding="utf-8").strip("\0\n "),
+            )
         )
     if not gpus:
         detail = "none with a driver: engines can be built for RTX targets, not run"

@@ -1,4 +1,5 @@
-"""Files that others read: written whole or not at all, JSON of equal values with equal bytes, digests, disk errors.
+"""Files that others read: written whole or not at all, JSON of equal values with equal bytes,
+digests, disk errors.
 
 Standard library only: devices use it, too.
 """
@@ -49,7 +50,11 @@ def _values_digest(values: Fields) -> str:
 def file_digest(path: Path) -> str:
     """SHA-256 of a file, read in pieces."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _digest(file)
+        )
 
 
 def _digest(file: Any) -> str:
@@ -85,5 +90,7 @@ def disk_error(error: OSError, path: Path) -> MpqError:
             "Free some space, or give another run folder with -o; what is finished is kept.",
         )
     if error.errno in FORBIDDEN:
-        return DiskError(f"{path} cannot be written: {error.strerror}.", "Give another run folder with -o.")
+        return DiskError(
+            f"{path} cannot be written: {error.strerror}.", "Give another run folder with -o."
+        )
     return MpqError(f"{error.strerror or error}: {error.filename or path}")

@@ -17,7 +17,12 @@ class QuietHighs(highspy.Highs):  # type: ignore[misc]
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        for option, value in {"output_flag": False, "threads": 1, "random_seed": 1, **options}.items():
+        for option, value in {
+            "output_flag": False,
+            "threads": 1,
+            "random_seed": 1,
+            **options,
+        }.items():
             self.setOptionValue(option, value)
 
     def enableCallbacks(self) -> None:  # noqa: N802
@@ -79,4 +84,8 @@ def solve_program(program: LinearProgram, **options: Any) -> Outcome:
     highs.passModel(lp)
     highs.run()
     values = np.asarray(highs.getSolution().col_value, np.float64)
-    return Outcome(highs.modelStatusToString(highs.getModelStatus()), values, float(highs.getInfo().mip_dual_bound))
+    return Outcome(
+        highs.modelStatusToString(highs.getModelStatus()),
+        values,
+        float(highs.getInfo().mip_dual_bound),
+    )

@@ -16,11 +16,14 @@ SETTINGS = {
     "PYTHONWARNINGS": "ignore",
 }
 # Warnings of their code; ours are shown.
-WARNING_MODULES = r"(torch|torchmetrics|diffusers|transformers|huggingface_hub|onnx\w*|matplotlib)(\.|$)"
+WARNING_MODULES = (
+    r"(torch|torchmetrics|diffusers|transformers|huggingface_hub|onnx\w*|matplotlib)(\.|$)"
+)
 
 
 def quiet_libraries() -> None:
-    """Show errors of other libraries only, here and in child processes; what the user has set stays.
+    """Show errors of other libraries only, here and in child processes; what the user has set
+    stays.
 
     They read these settings when they are imported, so call it first.
     """

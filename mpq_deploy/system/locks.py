@@ -11,8 +11,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-# In a folder that is held: what is locked, and the process id of the holder. Two files, since Windows lets nobody
-# read a locked one.
+# In a folder that is held: what is locked, and the process id of the holder. Two files, since
+# Windows lets nobody read a locked one.
 LOCK, OWNER = ".lock", ".owner"
 
 
@@ -39,7 +39,8 @@ def hold_folder(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def alone_with(path: Path) -> Iterator[None]:
-    """Let one process of this machine at a time do something with ``path``, which need not be writable.
+    """Let one process of this machine at a time do something with ``path``, which need not be
+    writable.
 
     Raises OSError where the folder for temporary files is not.
     """

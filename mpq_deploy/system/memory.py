@@ -1,8 +1,10 @@
-"""Memory: what there is and what of it new work may take, what this process holds and has held, and when it runs out.
+"""Memory: what there is and what of it new work may take, what this process holds and has held, and
+when it runs out.
 
-The least of three bounds counts: the machine's free memory, the limits of this process's control groups (the kernel
-kills what exceeds one of them, whatever the machine has left), and its limit on address space. psutil says what the
-machine has. Devices may lack it: there the kernel's own files do. Nothing else outside the standard library is needed.
+The least of three bounds counts: the machine's free memory, the limits of this process's control
+groups (the kernel kills what exceeds one of them, whatever the machine has left), and its limit on
+address space. psutil says what the machine has. Devices may lack it: there the kernel's own files
+do. Nothing else outside the standard library is needed.
 """
 
 from __future__ import annotations
@@ -24,9 +26,20 @@ VARIABLE = "MPQ_DEPLOY_MEMORY"
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 # The first version of control groups writes "no limit" as the largest number of whole pages.
 UNLIMITED = 1 << 62
-MACHINE, ADDRESS_SPACE, SAID = "this machine", "the limit on address space (ulimit -v)", f"the variable {VARIABLE}"
+MACHINE, ADDRESS_SPACE, SAID = (
+    "this machine",
+    "the limit on address space (ulimit -v)",
+    f"the variable {VARIABLE}",
+)
 # How NumPy, ONNX Runtime, torch and the system say that an allocation failed.
-FAILED = ("bad_alloc", "bad allocation", "MemoryError", "allocate memory", "Unable to allocate", "out of memory")
+FAILED = (
+    "bad_alloc",
+    "bad allocation",
+    "MemoryError",
+    "allocate memory",
+    "Unable to allocate",
+    "out of memory",
+)
 
 
 @dataclass(frozen=True)
@@ -73,13 +86,17 @@ class _Files:
     reclaimable: str
 
 
-# Documentation/admin-guide of Linux: cgroup-v2.rst (memory.high throttles, memory.max kills) and cgroup-v1/memory.rst.
+# Documentation/admin-guide of Linux: cgroup-v2.rst (memory.high throttles, memory.max kills) and
+# cgroup-v1/memory.rst.
 SECOND = _Files(("memory.max", "memory.high"), "memory.current", "inactive_file")
 FIRST = _Files(("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file")
 
 
-def refuse_too_large(work: str, parts: Mapping[str, int], room: Room | None, hint: str, held: int = 0) -> None:
-    """Raise UsageError when ``work`` needs more than the ``room``; nothing where the system does not say what there is.
+def refuse_too_large(
+    work: str, parts: Mapping[str, int], room: Room | None, hint: str, held: int = 0
+) -> None:
+    """Raise UsageError when ``work`` needs more than the ``room``; nothing where the system does
+    not say what there is.
 
     ``parts``: bytes by what they are for. ``held``: bytes of them that this process holds already.
     """
@@ -87,7 +104,9 @@ def refuse_too_large(work: str, parts: Mapping[str, int], room: Room | None, hin
     if room is None or room.holds(total - held):
         return
     figures = ", ".join(f"{size / 1e9:.1f} for {what}" for what, size in parts.items())
-    raise UsageError(f"{work} would need about {total / 1e9:.1f} GB of memory ({figures}), and {room}.", hint)
+    raise UsageError(
+        f"{work} would need about {total / 1e9:.1f} GB of memory ({figures}), and {room}.", hint
+    )
 
 
 @contextmanager
@@ -111,8 +130,9 @@ def ran_out(error: BaseException) -> bool:
 def metered() -> Iterator[Reading]:
     """Measure the block: wall seconds, and the peak resident memory of this process during it.
 
-    On Linux the kernel's high-water mark is reset first; elsewhere, or where that is forbidden, the peak is the
-    process's own since its start. Child processes count with their largest peak so far, when that is larger.
+    On Linux the kernel's high-water mark is reset first; elsewhere, or where that is forbidden, the
+    peak is the process's own since its start. Child processes count with their largest peak so far,
+    when that is larger.
     """
     reading = Reading()
     _reset_peak()
@@ -154,7 +174,8 @@ def _reset_peak() -> None:
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except OSError:
-        # No such file (not Linux) or forbidden (containers): the peak is then that of the whole process.
+        # No such file (not Linux) or forbidden (containers): the peak is then that of the whole
+        # process.
         return
 
 
@@ -170,15 +191,17 @@ def held_memory() -> int:
 def memory_room(root: Path = Path("/")) -> Room | None:
     """Return the least of what bounds memory; None where the system says nothing.
 
-    ``root``: where the file system with the files about control groups begins. Raises UsageError when the variable
-    MPQ_DEPLOY_MEMORY is set and no amount.
+    ``root``: where the file system with the files about control groups begins. Raises UsageError
+    when the variable MPQ_DEPLOY_MEMORY is set and no amount.
     """
     said = os.environ.get(VARIABLE, "")
     if said:
         return Room(_amount(said), SAID)
     machine = machine_memory()
     rooms = [Room(machine.available, MACHINE)] if machine else []
-    return min([*rooms, *_address_space(), *_groups(root)], key=lambda room: room.bytes, default=None)
+    return min(
+        [*rooms, *_address_space(), *_groups(root)], key=lambda room: room.bytes, default=None
+    )
 
 
 def machine_memory() -> Machine | None:
@@ -205,7 +228,9 @@ def _psutil() -> ModuleType | None:
 def _amount(text: str) -> int:
     amount = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]?I?)B?", text.strip().upper())
     if amount is None or amount.group(2) not in UNITS:
-        raise UsageError(f"Invalid amount of memory '{text}' in {VARIABLE}.", f"Write {VARIABLE}=12GB.")
+        raise UsageError(
+            f"Invalid amount of memory '{text}' in {VARIABLE}.", f"Write {VARIABLE}=12GB."
+        )
     return int(float(amount.group(1)) * UNITS[amount.group(2)])
 
 
@@ -266,7 +291,9 @@ def _upwards(mounted: Path, below: str) -> Iterator[Path]:
 
 def _left(folder: Path, files: _Files) -> int | None:
     """Return the least limit of a group less its use; pages of files that are dropped when needed are no use."""
-    limits = [int(text) for name in files.limits if (text := _text(folder / name).strip()).isdigit()]
+    limits = [
+        int(text) for name in files.limits if (text := _text(folder / name).strip()).isdigit()
+    ]
     used = _text(folder / files.used).strip()
     if not limits or min(limits) >= UNLIMITED or not used.isdigit():
         return None

@@ -68,7 +68,13 @@ class RichTalk(Talk):
     @contextmanager
     def bar(self, what: str, total: int) -> Iterator[Advance]:
         """Draw the bar while the block runs."""
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
         columns = (
             TextColumn("  {task.description}"),

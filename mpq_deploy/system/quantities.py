@@ -11,7 +11,15 @@ from pydantic import PlainSerializer, PlainValidator
 
 from mpq_deploy.errors import UsageError
 
-SIZE_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+SIZE_UNITS = {
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+}
 TIME_UNITS_NS = {"us": 1e3, "µs": 1e3, "μs": 1e3, "ms": 1e6, "s": 1e9}
 _NUMBER_AND_UNIT = re.compile(r"([0-9]*\.?[0-9]+(?:e[-+]?[0-9]+)?|[0-9]+\.)([a-zµμ%]*)")
 
@@ -47,7 +55,9 @@ class Budget:
             if share <= 1:
                 return cls(text, share, "share")
             if unit and number > 0:
-                raise UsageError(f"The budget '{text}' is more than the FP16 size.", "Give at most 100%.")
+                raise UsageError(
+                    f"The budget '{text}' is more than the FP16 size.", "Give at most 100%."
+                )
         elif unit == "bits" and number > 0:
             return cls(text, number, "bits")
         elif unit in SIZE_UNITS and number > 0:
@@ -82,7 +92,9 @@ class Latency:
         text = str(value).strip()
         number, unit = _number_and_unit(text)
         if not number > 0 or unit not in TIME_UNITS_NS:
-            raise UsageError(f"Invalid latency '{text}'.", "Give a number with its unit: 120ms, 0.12s or 850us.")
+            raise UsageError(
+                f"Invalid latency '{text}'.", "Give a number with its unit: 120ms, 0.12s or 850us."
+            )
         # Rounded first: 0.12 s are 120,000,000 ns, not one less.
         return cls(text, int(round(number * TIME_UNITS_NS[unit], 3)))
 
@@ -97,4 +109,6 @@ class Latency:
 
 # Entries of a recipe: parsed when it is read, written as the user wrote them.
 BudgetEntry = Annotated[Budget, PlainValidator(Budget.parse), PlainSerializer(str, return_type=str)]
-LatencyEntry = Annotated[Latency, PlainValidator(Latency.parse), PlainSerializer(str, return_type=str)]
+LatencyEntry = Annotated[
+    Latency, PlainValidator(Latency.parse), PlainSerializer(str, return_type=str)
+]

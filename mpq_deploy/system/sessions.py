@@ -1,8 +1,8 @@
 """Open an ONNX Runtime session on a graph in memory without holding its weights twice.
 
-In: an ``onnx_ir.Model`` whose large constants lie in memory-mapped files. Out: an InferenceSession. ONNX Runtime
-reads external data only from below the graph file's own folder, so a scratch folder gets the graph and a hard
-link to each data file.
+In: an ``onnx_ir.Model`` whose large constants lie in memory-mapped files. Out: an InferenceSession.
+ONNX Runtime reads external data only from below the graph file's own folder, so a scratch folder
+gets the graph and a hard link to each data file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from mpq_deploy.errors import ModelError
 from mpq_deploy.runtime.ort import LARGE_WEIGHTS_BYTES, ORT_ERRORS, session_options, spare_memory
 from mpq_deploy.system.progress import Talk
 
-# Graphs whose constants are all in memory and below this are handed over as bytes, without any file.
+# Graphs whose constants are all in memory and below this are handed over as bytes, without any
+# file.
 IN_MEMORY_BYTES = 64 * 1024 * 1024
 # Smaller constants stay inside the graph file, where shape inference can read them.
 INLINE_BYTES = 1024
@@ -37,14 +38,17 @@ def open_session(
     threads: int = 0,
     optimize: bool = True,
 ) -> Iterator[ort.InferenceSession]:
-    """Open a session on the CPU. ``model`` is consumed: its constants may be made to point to scratch files.
+    """Open a session on the CPU. ``model`` is consumed: its constants may be made to point to
+    scratch files.
 
-    ``scratch``: an existing folder, best on the disk of the weights (None: the system's). What is written there
-    is removed at the end. ``optimize`` False makes a session that starts fast and runs slowly.
-    Raises ModelError when ONNX Runtime refuses the graph.
+    ``scratch``: an existing folder, best on the disk of the weights (None: the system's). What is
+    written there is removed at the end. ``optimize`` False makes a session that starts fast and
+    runs slowly. Raises ModelError when ONNX Runtime refuses the graph.
     """
     options = _options(threads, optimize)
-    tensors = [v.const_value for g in model.graphs() for v in g.initializers.values() if v.const_value]
+    tensors = [
+        v.const_value for g in model.graphs() for v in g.initializers.values() if v.const_value
+    ]
     external = any(isinstance(tensor, ir.ExternalTensor) for tensor in tensors)
     weights = sum(tensor.nbytes for tensor in tensors)
     if optimize and weights >= LARGE_WEIGHTS_BYTES:
@@ -54,7 +58,9 @@ def open_session(
         return
     # Windows removes no file that ONNX Runtime has mapped.
     windows = os.name == "nt"
-    with tempfile.TemporaryDirectory(prefix="session-", dir=scratch, ignore_cleanup_errors=windows) as folder:
+    with tempfile.TemporaryDirectory(
+        prefix="session-", dir=scratch, ignore_cleanup_errors=windows
+    ) as folder:
         _write(model, Path(folder), talk)
         yield _session(str(Path(folder) / "model.onnx"), options)
 
@@ -62,9 +68,9 @@ def open_session(
 def _options(threads: int, optimize: bool) -> ort.SessionOptions:
     """Return the options of calibration sessions.
 
-    Nodes run in the order of the file where data allows: observers then run right after what they observe, while
-    it is in the cache and before its memory is needed again. (The default order runs them last; on a 21 M
-    parameter UNet that took twice the memory.)
+    Nodes run in the order of the file where data allows: observers then run right after what they
+    observe, while it is in the cache and before its memory is needed again. (The default order runs
+    them last; on a 21 M parameter UNet that took twice the memory.)
     """
     options = session_options(threads)
     options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
@@ -96,12 +102,16 @@ def _write(model: ir.Model, folder: Path, talk: Talk) -> None:
                     if source not in links:
                         links[source] = f"weights.{len(links)}.data"
                         _link(source, folder / links[source], talk)
-                    value.const_value = _external(tensor, links[source], tensor.offset, tensor.length, folder)
+                    value.const_value = _external(
+                        tensor, links[source], tensor.offset, tensor.length, folder
+                    )
                 elif tensor is not None and tensor.nbytes >= INLINE_BYTES:
                     data.write(b"\0" * (-data.tell() % ALIGNMENT))
                     offset = data.tell()
                     data.write(tensor.tobytes())
-                    value.const_value = _external(tensor, "memory.data", offset, tensor.nbytes, folder)
+                    value.const_value = _external(
+                        tensor, "memory.data", offset, tensor.nbytes, folder
+                    )
     (folder / "model.onnx").write_bytes(ir.to_proto(model).SerializeToString())
 
 
@@ -120,5 +130,7 @@ def _link(source: Path, target: Path, talk: Talk) -> None:
     try:
         os.link(resolved, target)
     except OSError as error:
-        talk.line(f"  copying {source.name} for ONNX Runtime: it cannot be linked ({error.strerror})")
+        talk.line(
+            f"  copying {source.name} for ONNX Runtime: it cannot be linked ({error.strerror})"
+        )
         shutil.copyfile(resolved, target)

@@ -9,8 +9,8 @@ import sys
 def claim_stdout() -> None:
     """Give ``sys.stdout`` a descriptor of its own (UTF-8), and point descriptor 1 at stderr.
 
-    C libraries and child processes that print then write to stderr. For the start of a process; does nothing where
-    somebody has replaced ``sys.stdout``, such as a test that captures it.
+    C libraries and child processes that print then write to stderr. For the start of a process;
+    does nothing where somebody has replaced ``sys.stdout``, such as a test that captures it.
     """
     stream = sys.stdout
     if stream is not sys.__stdout__:
@@ -24,7 +24,11 @@ def claim_stdout() -> None:
     if stream is not None:
         stream.flush()
         sys.stdout = os.fdopen(
-            os.dup(1), "w", 1 if stream.line_buffering else -1, encoding="utf-8", errors="backslashreplace"
+            os.dup(1),
+            "w",
+            1 if stream.line_buffering else -1,
+            encoding="utf-8",
+            errors="backslashreplace",
         )
     elif _is_open(1):
         # The process began without stdout, and a file has got its number.

@@ -1,7 +1,8 @@
-"""How many threads compute. The last digits of a result may depend on it, so it is chosen in one place.
+"""How many threads compute. The last digits of a result may depend on it, so it is chosen in one
+place.
 
-Sums that are split over other numbers of threads round otherwise. A worker process gets the numbers of the process that
-started it, through its environment: so both compute the same bits.
+Sums that are split over other numbers of threads round otherwise. A worker process gets the numbers
+of the process that started it, through its environment: so both compute the same bits.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from pathlib import Path
 
 import psutil
 
-# Set for worker processes: threads of ONNX Runtime, which waits for them sleeping where the variable is set.
+# Set for worker processes: threads of ONNX Runtime, which waits for them sleeping where the
+# variable is set.
 RUNTIME_THREADS = "MPQ_DEPLOY_THREADS"
 TORCH_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "BLIS_NUM_THREADS")
-# Several processes share the cores, so threads that wait should sleep: how they wait changes no result.
+# Several processes share the cores, so threads that wait should sleep: how they wait changes no
+# result.
 SLEEPING = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
@@ -80,7 +83,9 @@ def physical_cores() -> int:
         topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
         try:
             names = ("physical_package_id", "core_id")
-            places.add(tuple((topology / name).read_text(encoding="utf-8").strip() for name in names))
+            places.add(
+                tuple((topology / name).read_text(encoding="utf-8").strip() for name in names)
+            )
         except OSError:
             # A container may hide it.
             return available_cores()

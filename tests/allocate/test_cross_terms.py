@@ -35,7 +35,9 @@ def case(seed: int, layers: int, correlated: float, entries: int = 40, budget: i
     choices = []
     for number in range(layers):
         size = 10 ** rng.uniform(-2, -1)
-        direction = correlated * rng.choice([-1.0, 1.0]) * common + (1 - correlated) * rng.standard_normal(entries)
+        direction = correlated * rng.choice([-1.0, 1.0]) * common + (
+            1 - correlated
+        ) * rng.standard_normal(entries)
         factors = {"fp16": 1e-3, "w8a8": rng.uniform(0.05, 0.5), "w4a16-b32": 1.0}
         vectors = {s: (size * f * direction).astype(np.float32) for s, f in factors.items()}
         projections[f"l{number}"] = vectors
@@ -46,7 +48,9 @@ def case(seed: int, layers: int, correlated: float, entries: int = 40, budget: i
 
 def quadratic_loss(projections: dict[str, dict[str, Array]], plan: dict[str, str]) -> float:
     """||sum_l a_{l,s_l}||^2, entry by entry."""
-    entries = zip(*(projections[name][scheme].tolist() for name, scheme in plan.items()), strict=True)
+    entries = zip(
+        *(projections[name][scheme].tolist() for name, scheme in plan.items()), strict=True
+    )
     return sum(sum(entry) ** 2 for entry in entries)
 
 
@@ -57,7 +61,9 @@ def fitting(problem: Problem) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("rho", [0.4, 1.0])
 @pytest.mark.parametrize("correlated", [0.0, 0.5, 0.8])
-def test_the_optimum_is_found_in_most_cases_and_a_worse_plan_never(correlated: float, rho: float) -> None:
+def test_the_optimum_is_found_in_most_cases_and_a_worse_plan_never(
+    correlated: float, rho: float
+) -> None:
     optimal = 0
     for seed in range(12):
         problem, projections = case(seed, 6, correlated)
@@ -74,19 +80,25 @@ def test_the_optimum_is_found_in_most_cases_and_a_worse_plan_never(correlated: f
 def test_the_loss_is_the_shrunk_quadratic_and_changes_are_its_differences() -> None:
     problem, projections = case(3, 5, 0.5)
     plan = {layer.name: "w8a8" for layer in problem.layers}
-    apart = sum(float(np.square(projections[name][s], dtype=np.float64).sum()) for name, s in plan.items())
+    apart = sum(
+        float(np.square(projections[name][s], dtype=np.float64).sum()) for name, s in plan.items()
+    )
     for rho in (0.0, 0.3, 1.0):
         quadratic = Quadratic(problem, projections, rho)
         expected = (1 - rho) * apart + rho * quadratic_loss(projections, plan)
         assert quadratic.loss(plan) == pytest.approx(expected, rel=1e-9)
         for (layer, scheme), change in zip(quadratic.moves, quadratic.changes(plan), strict=True):
             moved = {**plan, layer: scheme}
-            assert change == pytest.approx(quadratic.loss(moved) - quadratic.loss(plan), rel=1e-6, abs=1e-12)
+            assert change == pytest.approx(
+                quadratic.loss(moved) - quadratic.loss(plan), rel=1e-6, abs=1e-12
+            )
 
 
 @st.composite
 def random_cases(draw: st.DrawFn) -> Case:
-    problem, projections = case(draw(st.integers(0, 10**6)), draw(st.integers(1, 7)), draw(st.floats(0, 1)))
+    problem, projections = case(
+        draw(st.integers(0, 10**6)), draw(st.integers(1, 7)), draw(st.floats(0, 1))
+    )
     layers = []
     for layer in problem.layers:
         kept = draw(st.lists(st.sampled_from(list(SIZES)), min_size=1, max_size=3, unique=True))
@@ -158,7 +170,8 @@ def test_errors_that_cancel_are_found() -> None:
     }
     sizes = {"fp16": 80, "w4a16-b32": 23}
     layers = [
-        LayerChoice(n, (n,), sizes, {s: float(v @ v) for s, v in vectors.items()}) for n, vectors in projections.items()
+        LayerChoice(n, (n,), sizes, {s: float(v @ v) for s, v in vectors.items()})
+        for n, vectors in projections.items()
     ]
     problem = Problem(layers, 0, 126)
     plan = allocate(problem).schemes
@@ -171,7 +184,10 @@ def test_branches_bear_a_penalty_here_too() -> None:
     small, large = np.full(4, 0.1, np.float32), np.full(4, 0.11, np.float32)
     projections = {"a": {"w4a16-b32": large, "w4a16-b32+rows1": small}}
     layer = LayerChoice(
-        "a", ("a",), {"w4a16-b32": 10, "w4a16-b32+rows1": 11}, {"w4a16-b32": 0.05, "w4a16-b32+rows1": 0.04}
+        "a",
+        ("a",),
+        {"w4a16-b32": 10, "w4a16-b32+rows1": 11},
+        {"w4a16-b32": 0.05, "w4a16-b32+rows1": 0.04},
     )
     problem, plan = Problem([layer], 0, 20), {"a": "w4a16-b32"}
     assert refine(Quadratic(problem, projections, kernel_penalty=0.0), plan) != plan
@@ -200,10 +216,14 @@ def made_table(
     common, hardness = rng.standard_normal(shape), np.exp(0.5 * rng.standard_normal(calls))
     values: dict[str, dict[str, Array]] = {}
     for number in range(layers):
-        direction = correlated * signs[number] * common + (1 - correlated) * rng.standard_normal(shape)
+        direction = correlated * signs[number] * common + (1 - correlated) * rng.standard_normal(
+            shape
+        )
         size = 0.05 * (1 + number % 3) * hardness
         factors = {"fp16": 1e-3, "w8a8": 0.3, "w4a16-b32": 1.0}
-        values[f"l{number}"] = {s: (f * size * direction).astype(np.float32) for s, f in factors.items()}
+        values[f"l{number}"] = {
+            s: (f * size * direction).astype(np.float32) for s, f in factors.items()
+        }
     turns = np.tile(np.arange(calls), (steps, 1))
     table = table_from_projections(np.arange(steps, dtype=np.float32), values, (), turns)
     choices = [LayerChoice(n, (n,), SIZES, table.losses[n]) for n in values]
@@ -219,7 +239,8 @@ def test_shrinkage_tells_noise_from_correlation() -> None:
     noise = [made_table(seed, 24, 0.0)[1] for seed in range(20)]
     alike = [made_table(seed, 24, 0.7)[1] for seed in range(20)]
     rhos = [
-        [shrinkage(chosen_vectors(t), t.calls, 3) for t in tables if t.calls is not None] for tables in (noise, alike)
+        [shrinkage(chosen_vectors(t), t.calls, 3) for t in tables if t.calls is not None]
+        for tables in (noise, alike)
     ]
     assert np.mean(rhos[0]) < 0.2
     assert np.mean(rhos[1]) > 0.8
@@ -276,7 +297,10 @@ def test_folds_share_no_call_and_average_to_the_whole() -> None:
 def test_parts_of_unequal_calls_are_unbiased() -> None:
     """7 calls in 4 parts: each timestep still counts for its share."""
     _, table = made_table(4, 7, 0.0)
-    flat = {n: {s: np.ones_like(v) for s, v in row.items()} for n, row in (table.projections or {}).items()}
+    flat = {
+        n: {s: np.ones_like(v) for s, v in row.items()}
+        for n, row in (table.projections or {}).items()
+    }
     table = replace(table, projections=flat)
     one = {"l0": "fp16"}
     for seen, part in table.folds(FOLDS):
@@ -295,12 +319,16 @@ def test_too_few_calls_cannot_be_split() -> None:
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("correlated", [0.0, 0.6])
-def test_the_refined_plan_is_kept_only_when_held_back_calls_confirm_it(seed: int, correlated: float) -> None:
+def test_the_refined_plan_is_kept_only_when_held_back_calls_confirm_it(
+    seed: int, correlated: float
+) -> None:
     problem, table = made_table(seed, 8, correlated)
     found, crossed = allocate_with_cross_terms(problem, table, allocate)
     plain = allocate(problem)
     assert crossed.milp_held_back is not None and crossed.refined_held_back is not None
-    assert crossed.kept == (crossed.moves > 0 and crossed.refined_held_back < crossed.milp_held_back)
+    assert crossed.kept == (
+        crossed.moves > 0 and crossed.refined_held_back < crossed.milp_held_back
+    )
     assert (found.schemes != plain.schemes) == crossed.kept
     assert crossed.predicted_loss == min(crossed.milp_held_back, crossed.predicted_loss)
     assert crossed.refined_seen <= crossed.milp_seen or crossed.rho < 1

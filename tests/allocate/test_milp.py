@@ -45,7 +45,9 @@ def every_plan(problem: Problem) -> list[dict[str, str]]:
 @settings(max_examples=120, deadline=None)
 @given(problems())
 def test_the_plan_is_the_best_of_all_that_fit(problem: Problem) -> None:
-    fitting = [plan for plan in every_plan(problem) if problem.plan_bytes(plan) <= problem.budget_bytes]
+    fitting = [
+        plan for plan in every_plan(problem) if problem.plan_bytes(plan) <= problem.budget_bytes
+    ]
     allocation = allocate(problem, EXACT)
     plan, report = allocation.schemes, allocation.report
     assert problem.plan_bytes(plan) <= problem.budget_bytes
@@ -67,7 +69,9 @@ def test_the_smallest_feasible_budget_is_exact(problem: Problem) -> None:
 
 
 def test_an_impossible_budget_names_the_smallest_feasible_one() -> None:
-    layers = [LayerChoice("conv", ("x",), {"fp16": 200, "w4a16-b32": 60}, {"fp16": 0.0, "w4a16-b32": 1.0})]
+    layers = [
+        LayerChoice("conv", ("x",), {"fp16": 200, "w4a16-b32": 60}, {"fp16": 0.0, "w4a16-b32": 1.0})
+    ]
     with pytest.raises(InfeasibleBudgetError, match="71") as caught:
         allocate(Problem(layers, 11, 70))
     plan = allocate(Problem(layers, 11, caught.value.smallest)).schemes
@@ -75,16 +79,33 @@ def test_an_impossible_budget_names_the_smallest_feasible_one() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.integers(-12, 0), st.integers(-12, 0), st.integers(-14, -9)), min_size=3, max_size=6))
-def test_losses_that_span_many_orders_are_solved_as_well(powers: list[tuple[int, int, int]]) -> None:
+@given(
+    st.lists(
+        st.tuples(st.integers(-12, 0), st.integers(-12, 0), st.integers(-14, -9)),
+        min_size=3,
+        max_size=6,
+    )
+)
+def test_losses_that_span_many_orders_are_solved_as_well(
+    powers: list[tuple[int, int, int]],
+) -> None:
     sizes = {"fp16": 80, "w8a16": 41, "w4a16-b32": 23}
     layers = [
-        LayerChoice(f"l{i}", (f"x{i}",), sizes, {"fp16": 10.0**c, "w8a16": 1.7 * 10.0**b, "w4a16-b32": 2.3 * 10.0**a})
+        LayerChoice(
+            f"l{i}",
+            (f"x{i}",),
+            sizes,
+            {"fp16": 10.0**c, "w8a16": 1.7 * 10.0**b, "w4a16-b32": 2.3 * 10.0**a},
+        )
         for i, (a, b, c) in enumerate(powers)
     ]
     problem = Problem(layers, 0, 50 * len(layers))
     plan = allocate(problem, AllocateSettings(gap=1e-6)).schemes
-    best = min(problem.plan_loss(p) for p in every_plan(problem) if problem.plan_bytes(p) <= problem.budget_bytes)
+    best = min(
+        problem.plan_loss(p)
+        for p in every_plan(problem)
+        if problem.plan_bytes(p) <= problem.budget_bytes
+    )
     assert problem.plan_loss(plan) <= best * (1 + 1e-4)
 
 
@@ -94,7 +115,9 @@ def test_equal_inputs_give_equal_plans_whatever_the_dictionary_order() -> None:
         sizes = {"fp16": 80, "w8a8": 42, "w4a16-b32": 23, "w4a8-b64": 23}
         losses = {"fp16": 0.0, "w8a8": 1.0, "w4a16-b32": 3.0, "w4a8-b64": 3.0}
         layers = [
-            LayerChoice(f"l{i}", (f"x{i}",), {n: sizes[n] for n in names}, {n: losses[n] for n in names})
+            LayerChoice(
+                f"l{i}", (f"x{i}",), {n: sizes[n] for n in names}, {n: losses[n] for n in names}
+            )
             for i in range(6)
         ]
         return Problem(layers, 0, 250)
@@ -104,11 +127,20 @@ def test_equal_inputs_give_equal_plans_whatever_the_dictionary_order() -> None:
 
 def test_what_presolve_takes_for_infeasible_is_solved() -> None:
     """Four layers of a real model, on which HiGHS 1.15.1 ended with 'Infeasible' although the present plan fits."""
-    rows, int8 = "w4a8-b32+rows", {"w8a8": 2, "w4a8-b32": 2, **{f"w4a8-b32+rows{n}": 2 for n in range(1, 6)}}
+    rows, int8 = (
+        "w4a8-b32+rows",
+        {"w8a8": 2, "w4a8-b32": 2, **{f"w4a8-b32+rows{n}": 2 for n in range(1, 6)}},
+    )
     tables: list[tuple[dict[str, int], list[float]]] = [
         (
             {"w8a8": 2176, "w8a16": 2176, "w4a16-b32": 1152, "w4a8-b32": 1280, f"{rows}1": 1620},
-            [-0.0003749713025984079, -0.000350680537079278, 0.0, -0.000187510439570559, -0.00023320777052262227],
+            [
+                -0.0003749713025984079,
+                -0.000350680537079278,
+                0.0,
+                -0.000187510439570559,
+                -0.00023320777052262227,
+            ],
         ),
         (
             {
@@ -131,10 +163,19 @@ def test_what_presolve_takes_for_infeasible_is_solved() -> None:
             ],
         ),
         ({"w4a16-b32": 576, f"{rows}5": 978}, [0.0, -0.0014481799136573967]),
-        ({"w4a16-b32": 576, f"{rows}3": 894, f"{rows}5": 978}, [0.0, -0.002617007914298305, -0.0027005338910181605]),
+        (
+            {"w4a16-b32": 576, f"{rows}3": 894, f"{rows}5": 978},
+            [0.0, -0.002617007914298305, -0.0027005338910181605],
+        ),
     ]
     layers = [
-        LayerChoice(f"layer{i}", (f"x{i}",), sizes, dict(zip(sizes, losses)), {s: int8.get(s, 0) for s in sizes})
+        LayerChoice(
+            f"layer{i}",
+            (f"x{i}",),
+            sizes,
+            dict(zip(sizes, losses)),
+            {s: int8.get(s, 0) for s in sizes},
+        )
         for i, (sizes, losses) in enumerate(tables)
     ]
     problem = Problem(layers, 494, 3384)
@@ -147,4 +188,6 @@ def test_what_presolve_takes_for_infeasible_is_solved() -> None:
         and sum(plan[name] != scheme for name, scheme in current.items()) <= 2
     ]
     assert found in fitting
-    assert problem.plan_loss(found) == pytest.approx(min(problem.plan_loss(plan) for plan in fitting), abs=1e-12)
+    assert problem.plan_loss(found) == pytest.approx(
+        min(problem.plan_loss(plan) for plan in fitting), abs=1e-12
+    )

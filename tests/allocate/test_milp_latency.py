@@ -36,23 +36,34 @@ def timed_problems(draw: st.DrawFn) -> Problem:
         )
     shared = {f"x{i}": draw(st.integers(0, 30_000)) for i in range(2)}
     free = Problem(layers, 7, 0, quantizer_ns=shared, fixed_ns=draw(st.integers(0, 5_000)))
-    return replace(free, budget_bytes=free.plan_bytes(free.smallest_plan()) + draw(st.integers(0, 120)))
+    return replace(
+        free, budget_bytes=free.plan_bytes(free.smallest_plan()) + draw(st.integers(0, 120))
+    )
 
 
 def time_of(problem: Problem, plan: dict[str, str]) -> int:
     """The plan's latency, counted apart from the code under test."""
-    read = {n for layer in problem.layers if plan[layer.name][:4] in ("w8a8", "w4a8") for n in layer.inputs}
+    read = {
+        n
+        for layer in problem.layers
+        if plan[layer.name][:4] in ("w8a8", "w4a8")
+        for n in layer.inputs
+    }
     layers = sum(layer.latency_ns[plan[layer.name]] for layer in problem.layers)
     return problem.fixed_ns + layers + sum(problem.quantizer_ns[name] for name in read)
 
 
 def within_bytes(problem: Problem) -> list[dict[str, str]]:
-    return [plan for plan in every_plan(problem) if problem.plan_bytes(plan) <= problem.budget_bytes]
+    return [
+        plan for plan in every_plan(problem) if problem.plan_bytes(plan) <= problem.budget_bytes
+    ]
 
 
 @settings(max_examples=100, deadline=None)
 @given(timed_problems(), st.floats(0, 1))
-def test_the_plan_is_the_best_of_all_that_are_small_and_fast_enough(problem: Problem, tightness: float) -> None:
+def test_the_plan_is_the_best_of_all_that_are_small_and_fast_enough(
+    problem: Problem, tightness: float
+) -> None:
     times = [time_of(problem, plan) for plan in within_bytes(problem)]
     limit = int(min(times) + tightness * (max(times) - min(times)))
     limited = replace(problem, max_latency_ns=limit)
@@ -123,7 +134,10 @@ def test_branches_bear_a_penalty_and_hold_the_limit() -> None:
 @given(timed_problems(), st.integers(0, 2**31), st.floats(0, 1))
 def test_refining_holds_the_limit_on_latency(problem: Problem, seed: int, tightness: float) -> None:
     rng = np.random.default_rng(seed)
-    vectors = {n.name: {s: rng.standard_normal(3).astype(np.float32) for s in n.bytes} for n in problem.layers}
+    vectors = {
+        n.name: {s: rng.standard_normal(3).astype(np.float32) for s in n.bytes}
+        for n in problem.layers
+    }
     squares = {name: {s: float(v @ v) for s, v in found.items()} for name, found in vectors.items()}
     times = [time_of(problem, plan) for plan in within_bytes(problem)]
     limit = int(min(times) + tightness * (max(times) - min(times)))

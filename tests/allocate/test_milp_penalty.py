@@ -36,7 +36,12 @@ def test_every_branch_is_worth_its_penalty(problem: Problem, share: float) -> No
     kernels = 2 * sum("+" in scheme for scheme in plan.values())
     bodies = Problem(
         [
-            LayerChoice(la.name, la.inputs, {s: la.bytes[s] for s in NAMES[:3]}, {s: la.loss[s] for s in NAMES[:3]})
+            LayerChoice(
+                la.name,
+                la.inputs,
+                {s: la.bytes[s] for s in NAMES[:3]},
+                {s: la.loss[s] for s in NAMES[:3]},
+            )
             for la in problem.layers
         ],
         problem.fixed_bytes,

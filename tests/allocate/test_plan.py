@@ -14,7 +14,9 @@ from mpq_deploy.allocate.plan import BitProgram, PlannedLayer, PrecisionPlan
 from mpq_deploy.graph.layers import OtherWeight
 from mpq_deploy.latency.costs import PlanLatency
 
-LAYER = PlannedLayer("conv", "Conv", "w8a8", 70, 128, 64, (8, 8, 1, 1), 1e-4, 0.003, {"w4a16-b32": "too narrow"})
+LAYER = PlannedLayer(
+    "conv", "Conv", "w8a8", 70, 128, 64, (8, 8, 1, 1), 1e-4, 0.003, {"w4a16-b32": "too narrow"}
+)
 PLAN = PrecisionPlan(
     budget_bytes=100,
     size_bytes=90,
@@ -27,7 +29,9 @@ PLAN = PrecisionPlan(
     solver=SolverReport("Optimal", 0.0, 1e-4, 1e-4),
     notes=("a note",),
     cross_terms=CrossTerms(0.5, 1, True, 4, 1e-4, None, 9e-5, None),
-    latency=PlanLatency(1.0, 2.0, 3.0, 0.5, 2, "estimated", "a roofline", 0, 4, ("conv",), (), "loss", None),
+    latency=PlanLatency(
+        1.0, 2.0, 3.0, 0.5, 2, "estimated", "a roofline", 0, 4, ("conv",), (), "loss", None
+    ),
 )
 WEIGHED = replace(
     PLAN,

@@ -27,7 +27,10 @@ def test_quantizers_with_and_without_outlier_channels_are_two() -> None:
 
 
 def test_readers_of_one_tensor_wait_for_its_quantizer_once() -> None:
-    layers = [LayerChoice(n, ("x",), {"w8a8": 1}, {"w8a8": 0.0}, latency_ns={"w8a8": 10}) for n in ("q", "k", "v")]
+    layers = [
+        LayerChoice(n, ("x",), {"w8a8": 1}, {"w8a8": 0.0}, latency_ns={"w8a8": 10})
+        for n in ("q", "k", "v")
+    ]
     problem = Problem(layers, 0, 100, quantizer_ns={"x": 7}, fixed_ns=3)
     assert problem.plan_ns(dict.fromkeys("qkv", "w8a8")) == 3 + 30 + 7
     assert set(layers[0].quantizers("w8a8")) == {"x"}
@@ -37,7 +40,10 @@ def test_protection_limits_a_layer_and_refuses_what_matches_nothing() -> None:
     names = ("fp16", "w8a8", "w4a16-b32", "w4a8-b64")
     layers = [("conv_in", names), ("mid.conv1", names)]
     assert protected_schemes(layers, [("conv_*", ("fp16",))])["conv_in"] == ("fp16",)
-    assert protected_schemes(layers, [("mid.*", ("w4a16", "fp16"))])["mid.conv1"] == ("fp16", "w4a16-b32")
+    assert protected_schemes(layers, [("mid.*", ("w4a16", "fp16"))])["mid.conv1"] == (
+        "fp16",
+        "w4a16-b32",
+    )
     with pytest.raises(UsageError, match="matches no layer"):
         protected_schemes(layers, [("nothing.*", ("fp16",))])
     with pytest.raises(UsageError, match="leaves no scheme"):
@@ -60,5 +66,8 @@ def test_each_objective_counts_what_it_is_named_after() -> None:
 def test_without_branches_a_layer_keeps_one_where_it_has_nothing_else() -> None:
     alone = LayerChoice("b", ("y",), {"w4a16-b32+rows1": 25}, {"w4a16-b32+rows1": 2.0})
     plain = Problem([LayerChoice("a", ("x",), SIZES, LOSSES), alone], 0, 0).without_branches()
-    assert [list(layer.bytes) for layer in plain.layers] == [["fp16", "w8a8", "w4a16-b32"], ["w4a16-b32+rows1"]]
+    assert [list(layer.bytes) for layer in plain.layers] == [
+        ["fp16", "w8a8", "w4a16-b32"],
+        ["w4a16-b32+rows1"],
+    ]
     assert list(plain.layers[0].loss) == ["fp16", "w8a8", "w4a16-b32"]

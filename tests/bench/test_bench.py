@@ -59,7 +59,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_percentiles_and_rates_are_numpys() -> None:
     times = [float(n) for n in range(1, 102)]
     found = summary(times, batch=4)
-    assert (found["p50_ms"], found["p90_ms"], found["p99_ms"], found["calls"]) == (51.0, 91.0, 100.0, 101)
+    assert (found["p50_ms"], found["p90_ms"], found["p99_ms"], found["calls"]) == (
+        51.0,
+        91.0,
+        100.0,
+        101,
+    )
     assert found["samples_per_second"] == pytest.approx(4 * 1000 / np.mean(times))
 
 
@@ -69,7 +74,10 @@ def test_the_ratio_cancels_noise_that_meets_both_and_its_interval_holds_the_trut
     ours, other = 0.8 * slow, 1.0 * slow
     exact = ratio(ours.tolist(), other.tolist())
     assert exact["value"] == pytest.approx(0.8) and exact["low"] == pytest.approx(0.8)
-    noisy = ratio((ours * (1 + 0.2 * rng.random((20, 5)))).tolist(), (other * (1 + 0.2 * rng.random((20, 5)))).tolist())
+    noisy = ratio(
+        (ours * (1 + 0.2 * rng.random((20, 5)))).tolist(),
+        (other * (1 + 0.2 * rng.random((20, 5)))).tolist(),
+    )
     assert noisy["low"] is not None and noisy["high"] is not None
     assert noisy["low"] < 0.8 < noisy["high"] < 0.95
     assert ratio(ours.tolist(), other.tolist()) == exact
@@ -79,8 +87,12 @@ def test_the_ratio_cancels_noise_that_meets_both_and_its_interval_holds_the_trut
 
 
 def test_a_larger_model_takes_longer_and_more_memory(tmp_path: Path) -> None:
-    small, large = (subject_of(product(tmp_path, width), str(width), Wish(threads=1)) for width in (8, 2048))
-    found = results(measure([small, large], SHORT, Talk()), origin_of(Path(small.file), "onnxruntime", "cpu"))
+    small, large = (
+        subject_of(product(tmp_path, width), str(width), Wish(threads=1)) for width in (8, 2048)
+    )
+    found = results(
+        measure([small, large], SHORT, Talk()), origin_of(Path(small.file), "onnxruntime", "cpu")
+    )
     one, other = found["bench"]["subjects"]
     assert found["bench"]["ratio"]["high"] < 0.5
     assert one["latency"]["calls"] == other["latency"]["calls"] == 20
@@ -110,7 +122,11 @@ def test_subjects_take_turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 
 def test_inputs_are_the_same_each_time_and_of_their_types() -> None:
-    wanted = {"x": ((2, 3), np.dtype("float16")), "t": ((), np.dtype("int64")), "m": ((2,), np.dtype("bool"))}
+    wanted = {
+        "x": ((2, 3), np.dtype("float16")),
+        "t": ((), np.dtype("int64")),
+        "m": ((2,), np.dtype("bool")),
+    }
     first, second = random_feeds(wanted), random_feeds(wanted)
     for name, (shape, kind) in wanted.items():
         assert first[name].shape == shape and first[name].dtype == kind
@@ -127,7 +143,9 @@ def test_an_open_shape_must_be_given(tmp_path: Path) -> None:
     assert measure([subject_of(path, "a", wish)], SHORT, Talk())[0].shapes == {"x": [3, 5, 8]}
 
 
-def test_a_run_is_held_against_its_float_model_and_the_report_takes_it_in(run: Path, tmp_path: Path) -> None:
+def test_a_run_is_held_against_its_float_model_and_the_report_takes_it_in(
+    run: Path, tmp_path: Path
+) -> None:
     file = tmp_path / "bench.json"
     done = call("bench", run, "--calls", 20, "--rounds", 5, "--threads", 1, "--json", "--out", file)
     assert done.returncode == 0, done.stderr
@@ -150,7 +168,9 @@ def test_a_run_is_held_against_its_float_model_and_the_report_takes_it_in(run: P
     assert "No engine latency was measured" in gated.stdout
 
 
-def test_a_process_that_dies_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_process_that_dies_is_an_error_that_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys; sys.stderr.write('the end'); os.kill(os.getpid(), 11)", encoding="utf-8"
@@ -190,7 +210,9 @@ def test_bad_input_is_one_message(
     assert re.search(words, capsys.readouterr().err)
 
 
-def test_an_engine_is_run_by_what_its_record_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_is_run_by_what_its_record_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Which library and target, without running: no GPU is here."""
     monkeypatch.setattr(sources, "why_no_gpu", lambda: "")
     record = {
@@ -203,9 +225,13 @@ def test_an_engine_is_run_by_what_its_record_names(tmp_path: Path, monkeypatch: 
     subject = subject_of(tmp_path / "model.engine", "ours", Wish())
     assert (subject.backend, subject.device, subject.graphs) == ("tensorrt_rtx", "cuda", True)
     assert origin_of(tmp_path / "model.engine", "tensorrt_rtx", "cuda").target == "rtx"
-    (tmp_path / "build.json").write_text(json.dumps({**record, "backend": "trtexec"}), encoding="utf-8")
+    (tmp_path / "build.json").write_text(
+        json.dumps({**record, "backend": "trtexec"}), encoding="utf-8"
+    )
     assert subject_of(tmp_path / "model.engine", "ours", Wish()).backend == "tensorrt"
-    assert Subject.from_json(replace(subject, shapes={"x": (1, 2)}).to_json()).shapes == {"x": (1, 2)}
+    assert Subject.from_json(replace(subject, shapes={"x": (1, 2)}).to_json()).shapes == {
+        "x": (1, 2)
+    }
 
 
 def test_the_engine_side_needs_numpy_alone(tmp_path: Path) -> None:
@@ -216,14 +242,18 @@ def test_the_engine_side_needs_numpy_alone(tmp_path: Path) -> None:
     environment = {**isolated(tmp_path), "PYTHONPATH": f"{tmp_path}:{package}"}
     (tmp_path / "m.engine").write_bytes(b"no engine")
     command = [sys.executable, "-m", "mpq_deploy.bench", str(tmp_path / "m.engine")]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, cwd=tmp_path, check=False)
+    done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", env=environment, cwd=tmp_path, check=False
+    )
     assert done.returncode in (1, 2)
     assert done.stderr.startswith("mpq-bench: ")
     assert "Traceback" not in done.stderr
     shutil.rmtree(tmp_path)
 
 
-def test_the_engine_side_serves_orders_with_a_fake_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engine_side_serves_orders_with_a_fake_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With a FAKE of TensorRT and of the GPU: what is asked, answered and kept; no time here means anything."""
     from mpq_deploy.bench.worker import serve
     from mpq_deploy.device import cuda
@@ -268,7 +298,10 @@ def test_a_run_with_an_engine_is_held_against_an_fp16_engine_that_is_built_once(
         assert [one.backend for one in subjects] == ["onnxruntime"] * 2  # no GPU is here
         monkeypatch.setattr(sources, "why_no_gpu", lambda: "")
         subjects, origin = subjects_of(pipeline.run, Wish())
-        assert [(one.name, one.backend) for one in subjects] == [("ours", "tensorrt_rtx"), ("FP16", "tensorrt_rtx")]
+        assert [(one.name, one.backend) for one in subjects] == [
+            ("ours", "tensorrt_rtx"),
+            ("FP16", "tensorrt_rtx"),
+        ]
         assert subjects[1].file == str(built.resolve())
         assert (origin.target, set(origin.digests)) == ("rtx", {"allocate", "quantize"})
         assert built.stat().st_mtime_ns == before

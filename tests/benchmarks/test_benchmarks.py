@@ -38,7 +38,10 @@ def using(name: str) -> Any:
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_says_what_it_shows(name: str) -> None:
     done = subprocess.run(
-        [sys.executable, str(FOLDER / f"{name}.py"), "--help"], capture_output=True, encoding="utf-8", timeout=60
+        [sys.executable, str(FOLDER / f"{name}.py"), "--help"],
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
     assert f"python benchmarks/{name}.py" in done.stdout
@@ -46,7 +49,9 @@ def test_help_says_what_it_shows(name: str) -> None:
 
 @using("allocate")
 @pytest.mark.parametrize("budget", [0.3, 0.4, 0.55])
-def test_lagrangian_bound_is_below_the_optimum_and_near_it(script: ModuleType, budget: float) -> None:
+def test_lagrangian_bound_is_below_the_optimum_and_near_it(
+    script: ModuleType, budget: float
+) -> None:
     layers = script.made_up(4, seed=5)
     fp16 = sum(layer.bytes["fp16"] for layer in layers)
     problem = Problem(layers, 0, int(budget * fp16))
@@ -55,7 +60,9 @@ def test_lagrangian_bound_is_below_the_optimum_and_near_it(script: ModuleType, b
         for schemes in itertools.product(script.TYPICAL, repeat=len(layers))
     )
     losses = [
-        sum(n.loss[plan[n.name]] for n in layers) for plan in plans if problem.plan_bytes(plan) <= problem.budget_bytes
+        sum(n.loss[plan[n.name]] for n in layers)
+        for plan in plans
+        if problem.plan_bytes(plan) <= problem.budget_bytes
     ]
     bound = script.lagrangian_bound(problem)
     assert 0 < bound <= min(losses) * (1 + 1e-12)
@@ -66,12 +73,20 @@ def test_made_up_layers_repeat_and_share_inputs(script: ModuleType) -> None:
     first, again = script.made_up(50, seed=1), script.made_up(50, seed=1)
     assert first == again
     assert len({layer.inputs for layer in first}) < 50
-    assert all(layer.bytes["w4a16-b128"] < layer.bytes["w8a16"] < layer.bytes["fp16"] for layer in first)
+    assert all(
+        layer.bytes["w4a16-b128"] < layer.bytes["w8a16"] < layer.bytes["fp16"] for layer in first
+    )
 
 
 def point(budget: float, psnr: float | None, ratio: float = 1.0) -> dict[str, Any]:
     quality = {"psnr_db": psnr, "pooled_psnr_db": psnr}
-    return {"budget": budget, **quality, "size_bytes": 1, "predicted_nmse": ratio, "measured_nmse": 1.0}
+    return {
+        "budget": budget,
+        **quality,
+        "size_bytes": 1,
+        "predicted_nmse": ratio,
+        "measured_nmse": 1.0,
+    }
 
 
 INT8 = {"psnr_db": 40.0, "pooled_psnr_db": 39.0}
@@ -88,7 +103,11 @@ INT8 = {"psnr_db": 40.0, "pooled_psnr_db": 39.0}
     ids=["just enough", "just short", "identical images"],
 )
 def test_leads_over_int8(
-    script: ModuleType, at_265: float | None, at_28: float | None, at_35: float | None, expected: list[bool]
+    script: ModuleType,
+    at_265: float | None,
+    at_28: float | None,
+    at_35: float | None,
+    expected: list[bool],
 ) -> None:
     points = [point(0.265, at_265), point(0.28, at_28), point(0.35, at_35)]
     assert [passed for passed, _ in script.lead_checks(points, INT8)] == expected
@@ -103,7 +122,9 @@ def test_a_budget_that_no_plan_fits_fails_its_check(script: ModuleType) -> None:
 
 
 @using("budgets")
-@pytest.mark.parametrize(("ratio", "expected"), [(0.6, True), (1.6, True), (0.59, False), (1.61, False)])
+@pytest.mark.parametrize(
+    ("ratio", "expected"), [(0.6, True), (1.6, True), (0.59, False), (1.61, False)]
+)
 def test_ratios(script: ModuleType, ratio: float, expected: bool) -> None:
     assert script.ratio_check([point(0.3, 40.0), point(0.4, 40.0, ratio)])[0] is expected
 
@@ -145,7 +166,9 @@ def test_agreement_is_perfect_with_itself_and_knows_a_factor(script: ModuleType)
     from mpq_deploy.sensitivity.table import SensitivityTable
 
     truth = {f"l{i}": {"fp16": 0.0, "w8a8": 10.0**-i} for i in range(5)}
-    twice = {name: {scheme: 2 * loss for scheme, loss in row.items()} for name, row in truth.items()}
+    twice = {
+        name: {scheme: 2 * loss for scheme, loss in row.items()} for name, row in truth.items()
+    }
     tables = [SensitivityTable("x", [0.0], losses, {}) for losses in (truth, twice)]
     count, rank, spread = script.compare(*tables, "w8a8")
     assert (count, rank) == (5, pytest.approx(1.0))
@@ -158,10 +181,15 @@ def test_agreement_is_perfect_with_itself_and_knows_a_factor(script: ModuleType)
 @using("scale")
 def test_goals_of_scale_need_every_stage_and_enough_measuring(script: ModuleType) -> None:
     def recipe(**measure: int) -> Any:
-        return script.bench_recipe(None, [], {f"measure.{key}": value for key, value in measure.items()})
+        return script.bench_recipe(
+            None, [], {f"measure.{key}": value for key, value in measure.items()}
+        )
 
     def costs(minutes: float, peak: float) -> list[Any]:
-        return [script.StageCost(stage, 60 * minutes, 0.0, int(peak), 0, 0) for stage in ("model", *script.STAGES)]
+        return [
+            script.StageCost(stage, 60 * minutes, 0.0, int(peak), 0, 0)
+            for stage in ("model", *script.STAGES)
+        ]
 
     enough = recipe(timesteps=4, probes=4)
     assert [passed for passed, _ in script.goals("860M", costs(1, 7e9), enough)] == [True] * 3
@@ -180,7 +208,11 @@ def test_memory_of_a_process_tree_includes_its_children(script: ModuleType) -> N
         assert process.stdout is not None
         process.stdout.readline()
         resident, private = script.tree_memory(process.pid)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()
+        children = (
+            Path(f"/proc/{process.pid}/task/{process.pid}/children")
+            .read_text(encoding="utf-8")
+            .split()
+        )
         for child in (*map(int, children), process.pid):
             os.kill(child, signal.SIGKILL)
     assert private > 64 << 20
@@ -224,11 +256,15 @@ def test_goals_of_speed_are_judged_by_wall_and_by_processor_time(script: ModuleT
     assert len(checks) == 6 and all(passed for passed, _ in checks)
     # Images count in the whole build, not in what is judged without them.
     dear = script.goals("m", {**fine, "evaluate": script.Cost(500.0, 500.0, 0.0)})
-    assert [line.split(" below")[0] for passed, line in dear if not passed] == ["- FAIL: m: the whole build"]
+    assert [line.split(" below")[0] for passed, line in dear if not passed] == [
+        "- FAIL: m: the whole build"
+    ]
     # A busy machine: wall time is lost, processor time is not.
     checks = script.goals("m", {**fine, "quantize": script.Cost(30.0, 4.0, 9.0)})
     assert all(passed for passed, _ in checks)
-    assert any("FAIL by wall 30.00 s" in line and "PASS by CPU / 2 2.00 s" in line for _, line in checks)
+    assert any(
+        "FAIL by wall 30.00 s" in line and "PASS by CPU / 2 2.00 s" in line for _, line in checks
+    )
     slow = {**fine, "calibrate": script.Cost(1.5, 1.5, 0.0), "budget": script.Cost(30.0, 30.0, 0.0)}
     assert [passed for passed, _ in script.goals("m", slow)].count(False) == 2
     # A sum that lacks a stage passes nothing.
@@ -246,14 +282,18 @@ def test_a_cost_linear_in_the_size_has_exponent_one(
     for name, size in (("large", 20_000_000), ("small", 2_000_000)):
         (tmp_path / name).mkdir()
         files.append(tmp_path / name / "costs.json")
-        files[-1].write_text(f'[{{"stage": "measure", "cpu_seconds": {size / 1e6}}}]', encoding="utf-8")
+        files[-1].write_text(
+            f'[{{"stage": "measure", "cpu_seconds": {size / 1e6}}}]', encoding="utf-8"
+        )
         sizes[tmp_path / name / "run"] = size
     monkeypatch.setattr(script, "parameters", sizes.__getitem__)
     assert script.curve(files).splitlines()[-1] == "| measure | 2.0 | 20.0 | 1.00 |"
 
 
 @using("kills")
-def test_killed_builds_are_compared_by_their_engines_too(script: ModuleType, tmp_path: Path) -> None:
+def test_killed_builds_are_compared_by_their_engines_too(
+    script: ModuleType, tmp_path: Path
+) -> None:
     """All but digest and size of the engine's own file, which no two builds share."""
 
     def contents(kernels: str = "gemm", **changes: Any) -> Any:

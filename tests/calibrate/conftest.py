@@ -57,7 +57,11 @@ class Case:
 
 
 def case(
-    builder: GraphBuilder, shape: tuple[int, ...], timesteps: int = 3, calls: int = 5, batched: bool = True
+    builder: GraphBuilder,
+    shape: tuple[int, ...],
+    timesteps: int = 3,
+    calls: int = 5,
+    batched: bool = True,
 ) -> Case:
     rng = np.random.default_rng(7)
     spec = DenoiserSpec(
@@ -69,7 +73,9 @@ def case(
     )
     samples = rng.standard_normal((timesteps, calls, *shape)).astype(np.float32)
     steps = np.linspace(900, 20, timesteps).astype(np.float32)
-    return Case(builder.model(), spec, CalibrationSet(samples, steps, np.zeros(calls, np.int64)), {})
+    return Case(
+        builder.model(), spec, CalibrationSet(samples, steps, np.zeros(calls, np.int64)), {}
+    )
 
 
 def denoiser_case(**options: int) -> Case:
@@ -79,8 +85,12 @@ def denoiser_case(**options: int) -> Case:
 def with_timestep(builder: GraphBuilder, x: str, channels: int) -> str:
     """Add the timestep to ``x`` [N, channels, ...] so that a graph has both inputs."""
     builder.input("timestep", ["N"])
-    column = builder.op("Unsqueeze", ["timestep", builder.weight("axes123", np.array([1, 2, 3], np.int64))], "t")
-    small = builder.op("Mul", [column, builder.weight("small", np.asarray(0.001, np.float32))], "t_small")
+    column = builder.op(
+        "Unsqueeze", ["timestep", builder.weight("axes123", np.array([1, 2, 3], np.int64))], "t"
+    )
+    small = builder.op(
+        "Mul", [column, builder.weight("small", np.asarray(0.001, np.float32))], "t_small"
+    )
     return builder.op("Add", [x, small], "with_t")
 
 

@@ -29,7 +29,9 @@ def outputs(seed: int = 0, calls: int = 24, noise: float = NOISE) -> tuple[Array
     clean = rng.standard_normal((3, calls, 2, 16, 16)) + np.array([0.5, -1.0]).reshape(2, 1, 1)
     shape = (3, 1, 1, 1, 1)
     bias = BIASES.reshape(3, 1, 2, 1, 1)
-    return clean, (1 + SLOPES.reshape(shape)) * clean + bias + noise * rng.standard_normal(clean.shape)
+    return clean, (1 + SLOPES.reshape(shape)) * clean + bias + noise * rng.standard_normal(
+        clean.shape
+    )
 
 
 def test_known_slope_bias_and_noise_are_recovered() -> None:
@@ -52,7 +54,10 @@ def test_the_corrected_output_of_fresh_calls_is_closer_and_as_good_as_was_said()
         index = list(TIMESTEPS).index(timestep)
         before, after = (
             np.square(found - clean[index]).sum() / np.square(clean[index]).sum()
-            for found in (quantized[index], made.apply(quantized[index].astype(np.float32), timestep))
+            for found in (
+                quantized[index],
+                made.apply(quantized[index].astype(np.float32), timestep),
+            )
         )
         assert after < 0.9 * before
         assert (before, after) == (
@@ -96,12 +101,16 @@ def test_errors_from_sums_are_those_of_the_arrays() -> None:
         k, *bias = np.linalg.lstsq(np.stack(columns, 1), (q - m).ravel(), rcond=None)[0]
         corrected = (quantized[0, held] - np.reshape(bias, (2, 1, 1))) / (1 + k)
         total += np.square(corrected - clean[0, held]).sum()
-    assert made.steps[0].heldout_nmse_fitted == pytest.approx(total / np.square(clean).sum(), rel=1e-9)
+    assert made.steps[0].heldout_nmse_fitted == pytest.approx(
+        total / np.square(clean).sum(), rel=1e-9
+    )
 
 
 def test_one_bias_for_all_channels() -> None:
     clean, quantized = outputs()
-    made = fit_correction(CallMoments.of(TIMESTEPS, clean, quantized), {"m": "0"}, "epsilon", "scalar")
+    made = fit_correction(
+        CallMoments.of(TIMESTEPS, clean, quantized), {"m": "0"}, "epsilon", "scalar"
+    )
     m, d = clean[0].ravel(), (quantized - clean)[0].ravel()
     slope, intercept = np.polyfit(m, d, 1)
     assert made.steps[2].slope == pytest.approx(slope, rel=1e-6)
@@ -110,7 +119,9 @@ def test_one_bias_for_all_channels() -> None:
 
 def test_an_output_that_is_not_the_float_ones_is_left_alone() -> None:
     clean = np.random.default_rng(0).standard_normal((1, 4, 1, 8, 8))
-    step = fit_correction(CallMoments.of(np.array([1.0]), clean, 0.1 * clean), {"m": "0"}, "epsilon").steps[0]
+    step = fit_correction(
+        CallMoments.of(np.array([1.0]), clean, 0.1 * clean), {"m": "0"}, "epsilon"
+    ).steps[0]
     assert not step.applied
     assert "slope of -0.90" in step.note
 
@@ -127,7 +138,11 @@ def test_too_few_calls_and_a_dead_model_are_refused() -> None:
     with pytest.raises(UsageError, match="1 call"):
         fit_correction(CallMoments.of(TIMESTEPS, clean, quantized), {"m": "0"}, "epsilon")
     with pytest.raises(ModelError, match="zero everywhere"):
-        fit_correction(CallMoments.of(TIMESTEPS, np.zeros((3, 4, 1, 2)), np.ones((3, 4, 1, 2))), {"m": "0"}, "epsilon")
+        fit_correction(
+            CallMoments.of(TIMESTEPS, np.zeros((3, 4, 1, 2)), np.ones((3, 4, 1, 2))),
+            {"m": "0"},
+            "epsilon",
+        )
 
 
 def scaled(graph: GraphBuilder) -> GraphBuilder:
@@ -160,7 +175,9 @@ def test_two_models_are_run_on_the_recorded_calls(tmp_path: Path) -> None:
     clean = np.stack([model(x, t, {}) for x, t in zip(samples, (900.0, 100.0), strict=True)])
     expected = CallMoments.of(recorded.timesteps, clean, 1.25 * clean + 0.5)
     for name in ("m", "d", "mm", "md", "dd"):
-        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(
+            getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-4
+        )
     made = fit_correction(found, {"m": "0"}, "epsilon")
     assert made.steps[0].slope == pytest.approx(0.25, abs=1e-4)
     assert made.steps[0].bias == pytest.approx([0.5] * 3, abs=1e-4)

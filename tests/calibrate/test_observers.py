@@ -31,7 +31,9 @@ OPTIONS = CalibrateSettings(batch_size=2, reservoir=256)
 
 def seen(given_case: Case, options: CalibrateSettings = OPTIONS, **part) -> Observation:
     calls = calls_of(given_case)
-    return observe(given_case.graph, calls, options, Talk(), chosen=calls.batches(options.batch_size, **part))
+    return observe(
+        given_case.graph, calls, options, Talk(), chosen=calls.batches(options.batch_size, **part)
+    )
 
 
 def calls_of(given_case: Case) -> RecordedCalls:
@@ -49,16 +51,24 @@ def check_against_numpy(case_: Case) -> None:
         flat = np.moveaxis(whole, 2 + axis if axis == 1 else -1, 0)
         flat = flat.reshape(len(flat), -1)
         one = stats.activations[name]
-        np.testing.assert_allclose(one.amax, np.abs(flat).max(axis=1), rtol=2e-5, atol=1e-6, err_msg=name)
-        np.testing.assert_allclose(one.second_moment, np.mean(flat**2, axis=1), rtol=1e-4, atol=1e-9)
-        np.testing.assert_allclose(one.fourth_moment, np.mean(flat**4, axis=1), rtol=1e-4, atol=1e-9)
+        np.testing.assert_allclose(
+            one.amax, np.abs(flat).max(axis=1), rtol=2e-5, atol=1e-6, err_msg=name
+        )
+        np.testing.assert_allclose(
+            one.second_moment, np.mean(flat**2, axis=1), rtol=1e-4, atol=1e-9
+        )
+        np.testing.assert_allclose(
+            one.fourth_moment, np.mean(flat**4, axis=1), rtol=1e-4, atol=1e-9
+        )
         per_step = np.abs(whole).reshape(len(whole), -1).max(axis=1)
         np.testing.assert_allclose(one.amax_by_timestep, per_step, rtol=2e-5)
         assert observed.counts[number] == flat.shape[1]
         # Each sampled value is one of the tensor's.
         ordered = np.sort(whole.ravel())
         place = np.clip(np.searchsorted(ordered, one.reservoir), 1, ordered.size - 1)
-        gap = np.minimum(abs(ordered[place] - one.reservoir), abs(ordered[place - 1] - one.reservoir))
+        gap = np.minimum(
+            abs(ordered[place] - one.reservoir), abs(ordered[place - 1] - one.reservoir)
+        )
         assert gap.max() <= 1e-4 * max(1.0, np.abs(ordered).max()), name
         assert len(one.reservoir) == OPTIONS.reservoir
         # And of the channel that it is said to come from.
@@ -87,14 +97,23 @@ def test_a_tensor_that_is_the_same_for_all_calls_counts_for_each() -> None:
     g = GraphBuilder()
     g.input("sample", ["N", 4, 6, 6])
     g.input("timestep", [])
-    scaled = g.op("Mul", [g.weight("f", np.linspace(0.001, 0.01, 8, dtype=np.float32)[None]), "timestep"], "angle")
+    scaled = g.op(
+        "Mul",
+        [g.weight("f", np.linspace(0.001, 0.01, 8, dtype=np.float32)[None]), "timestep"],
+        "angle",
+    )
     shift = g.gemm(g.op("Sin", [scaled], "sin"), "time.proj", 4, 8)
     axes = g.weight("axes23", np.array([2, 3], np.int64))
-    end(g, g.conv(g.op("Add", ["sample", g.op("Unsqueeze", [shift, axes], "u")], "add"), "conv", 4, 4))
+    end(
+        g,
+        g.conv(g.op("Add", ["sample", g.op("Unsqueeze", [shift, axes], "u")], "add"), "conv", 4, 4),
+    )
     check_against_numpy(case(g, (4, 6, 6), batched=False))
 
 
-def test_a_channel_that_stretches_the_range_is_found_and_the_scale_without_it_is_that_of_the_others() -> None:
+def test_a_channel_that_stretches_the_range_is_found_and_the_scale_without_it_is_that_of_the_others() -> (
+    None
+):
     g = GraphBuilder()
     g.input("sample", ["N", 64, 4, 4])
     g.input("timestep", ["N"])
@@ -116,7 +135,15 @@ def test_a_channel_that_stretches_the_range_is_found_and_the_scale_without_it_is
 
 def same(a: Observation, b: Observation) -> None:
     """Equal, sums up to float64 rounding."""
-    for field in ("amax", "counts", "amax_by_timestep", "priorities", "values", "channels", "offsets"):
+    for field in (
+        "amax",
+        "counts",
+        "amax_by_timestep",
+        "priorities",
+        "values",
+        "channels",
+        "offsets",
+    ):
         np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
     for field in ("square_sum", "fourth_sum"):
         np.testing.assert_allclose(getattr(a, field), getattr(b, field), rtol=1e-12)
@@ -133,7 +160,9 @@ def shards() -> list[Observation]:
 
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
-def test_any_order_and_any_tree_of_merges_agree(shards: list[Observation], data: st.DataObject) -> None:
+def test_any_order_and_any_tree_of_merges_agree(
+    shards: list[Observation], data: st.DataObject
+) -> None:
     straight = reduce(merge, shards)
     heap = [shards[i] for i in data.draw(st.permutations(range(len(shards))))]
     while len(heap) > 1:
@@ -221,7 +250,9 @@ def test_external_weights_are_linked_not_copied(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
-def test_where_links_are_impossible_the_copy_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_links_are_impossible_the_copy_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "model.onnx"
     ir.save(ir.from_proto(denoiser_case().proto), path, external_data="model.onnx.data")
     lines: list[str] = []
@@ -248,18 +279,25 @@ def two_convs() -> Case:
     return case(g, (4, 6, 6))
 
 
-def test_shapes_are_the_same_whether_declared_inferred_or_found_by_running(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shapes_are_the_same_whether_declared_inferred_or_found_by_running(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     declared, bare = two_convs(), two_convs()
     del bare.proto.graph.value_info[:]
     runs: list[object] = []
     real = shapes_module.open_session
-    monkeypatch.setattr(shapes_module, "open_session", lambda *a, **k: (runs.append(a), real(*a, **k))[1])
+    monkeypatch.setattr(
+        shapes_module, "open_session", lambda *a, **k: (runs.append(a), real(*a, **k))[1]
+    )
     found = [activation_shapes(c.graph, calls_of(c), Talk()) for c in (declared, bare)]
     assert not runs
     monkeypatch.setattr(shapes_module, "inferred_shapes", lambda *_: {})
     found.append(activation_shapes(bare.graph, calls_of(bare), Talk()))
     assert len(runs) == 1
-    expected = {"with_t_out": ActivationShape((1, 4, 6, 6), 0), "relu_out": ActivationShape((1, 8, 3, 3), 0)}
+    expected = {
+        "with_t_out": ActivationShape((1, 4, 6, 6), 0),
+        "relu_out": ActivationShape((1, 8, 3, 3), 0),
+    }
     assert found == [expected] * 3
 
 
@@ -269,6 +307,9 @@ def test_a_wrongly_declared_shape_is_an_error() -> None:
     shapes = activation_shapes(graph, calls_of(small), Talk())
     wrong = ActivationShape((1, 8, 3, 1), 0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mpq_deploy.calibrate.observers.activation_shapes", lambda *_: shapes | {"relu_out": wrong})
+        patch.setattr(
+            "mpq_deploy.calibrate.observers.activation_shapes",
+            lambda *_: shapes | {"relu_out": wrong},
+        )
         with pytest.raises(ModelError, match="'relu_out' is not of the shape"):
             observe(graph, calls_of(small), OPTIONS, Talk())

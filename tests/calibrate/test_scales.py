@@ -40,7 +40,10 @@ def test_mse_is_close_to_the_best_fp16_scale(kind: str) -> None:
     values = SAMPLES[kind](np.random.default_rng(1)).astype(np.float32)
     amax = float(np.abs(values).max())
     chosen = activation_scale("mse", values, amax, values.size)
-    best = min(error_in_float64(values, s) for s in all_scales(amax / 127 / 40, max(amax / 127 * 1.02, SMALLEST_SCALE)))
+    best = min(
+        error_in_float64(values, s)
+        for s in all_scales(amax / 127 / 40, max(amax / 127 * 1.02, SMALLEST_SCALE))
+    )
     assert error_in_float64(values, chosen) <= 1.015 * best
 
 
@@ -87,9 +90,14 @@ def test_the_tail_stops_a_sample_from_clipping_what_it_missed() -> None:
     with_it, without = [], []
     for seed in range(5):
         sample = np.random.default_rng(seed).choice(whole, 512)
-        with_it.append(error_in_float64(whole, activation_scale("mse", sample, amax, whole.size)) / best)
+        with_it.append(
+            error_in_float64(whole, activation_scale("mse", sample, amax, whole.size)) / best
+        )
         without.append(
-            error_in_float64(whole, activation_scale("mse", sample, float(np.abs(sample).max()), 512)) / best
+            error_in_float64(
+                whole, activation_scale("mse", sample, float(np.abs(sample).max()), 512)
+            )
+            / best
         )
     assert np.mean(with_it) < np.mean(without) and max(with_it) < 1.5
 

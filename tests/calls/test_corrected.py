@@ -30,7 +30,9 @@ def specification(name: str = "DDIMScheduler", **changes: Any) -> DenoiserSpec:
     )
 
 
-def samples(spec: DenoiserSpec, correction: Correction | None, quantized: bool, kind: SamplerKind = "auto") -> Array:
+def samples(
+    spec: DenoiserSpec, correction: Correction | None, quantized: bool, kind: SamplerKind = "auto"
+) -> Array:
     def model(x: Array, timestep: float | Array, conditions: dict[str, Array]) -> Array:
         clean = np.tanh(x * np.float32(1.2)) + conditions["y"].reshape(-1, 1, 1, 1)
         return np.asarray((1 + SLOPE) * clean + BIAS if quantized else clean, np.float32)
@@ -39,7 +41,13 @@ def samples(spec: DenoiserSpec, correction: Correction | None, quantized: bool, 
     if correction is not None:
         sampler, _ = corrected_sampler(sampler, correction, spec)
     conditions = {"y": np.float32([0.0, 0.3, -0.2])}
-    return denoise(GuidedDenoiser(model, spec, conditions), sampler, initial_noise(spec, 3, 0), np.array([1, 2, 1]), 2)
+    return denoise(
+        GuidedDenoiser(model, spec, conditions),
+        sampler,
+        initial_noise(spec, 3, 0),
+        np.array([1, 2, 1]),
+        2,
+    )
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
@@ -47,7 +55,9 @@ def test_the_built_in_ddim(guidance: float) -> None:
     spec = specification(guidance_scale=guidance, uncond_row=0)
     correction = known(SLOPE, BIAS, 0.01, channels=3)
     clean = samples(spec, None, quantized=False)
-    np.testing.assert_allclose(samples(spec, correction, quantized=True), clean, atol=1e-4 * np.abs(clean).max())
+    np.testing.assert_allclose(
+        samples(spec, correction, quantized=True), clean, atol=1e-4 * np.abs(clean).max()
+    )
     assert np.abs(samples(spec, None, quantized=True) - clean).max() > 0.01
     np.testing.assert_array_equal(samples(spec, identity(3), quantized=False), clean)
 
@@ -66,9 +76,15 @@ def test_a_scheduler_of_diffusers(name: str) -> None:
 def test_it_says_what_applies() -> None:
     correction = known(SLOPE, BIAS, 0.01, channels=3)
     notes = {}
-    for name, kind in (("DDIMScheduler", "ddim"), ("DDPMScheduler", "folder"), ("LCMScheduler", "folder")):
+    for name, kind in (
+        ("DDIMScheduler", "ddim"),
+        ("DDPMScheduler", "folder"),
+        ("LCMScheduler", "folder"),
+    ):
         spec = specification(name)
-        sampler, notes[name] = corrected_sampler(make_sampler(spec.scheduler, 5, 3, kind), correction, spec)  # type: ignore[arg-type]
+        sampler, notes[name] = corrected_sampler(
+            make_sampler(spec.scheduler, 5, 3, kind), correction, spec
+        )  # type: ignore[arg-type]
         assert "corrected" in sampler.name
     assert "adds no noise" in notes["DDIMScheduler"]
     assert "comes out" in notes["DDPMScheduler"]

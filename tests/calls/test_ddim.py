@@ -14,7 +14,12 @@ from tests.tiny_models import tiny_scheduler
 
 OPTIONS: list[dict[str, Any]] = [
     {},
-    {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False},
+    {
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "clip_sample": False,
+    },
     {"beta_schedule": "squaredcos_cap_v2"},
     {"trained_betas": np.linspace(1e-4, 0.03, 500).tolist(), "num_train_timesteps": 500},
     {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False},
@@ -57,9 +62,13 @@ def test_equals_diffusers(options: dict[str, Any], prediction: str, steps: int) 
 @pytest.mark.torch
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
 def test_equals_diffusers_from_pure_noise(prediction: str) -> None:
-    config = tiny_scheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type=prediction)
+    config = tiny_scheduler(
+        rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type=prediction
+    )
     noise = np.random.default_rng(1).standard_normal((2, 1, 4, 4), np.float32)
-    ours, theirs = (trajectory(make_sampler(config, 10, kind=k), noise)[-1] for k in ("ddim", "folder"))
+    ours, theirs = (
+        trajectory(make_sampler(config, 10, kind=k), noise)[-1] for k in ("ddim", "folder")
+    )
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
@@ -69,7 +78,9 @@ def test_betas_equal_diffusers(schedule: str) -> None:
     from diffusers import DDPMScheduler
 
     theirs = DDPMScheduler(beta_schedule=schedule).betas.numpy()
-    np.testing.assert_allclose(betas_from_config({"beta_schedule": schedule}), theirs, rtol=2e-6, atol=1e-9)
+    np.testing.assert_allclose(
+        betas_from_config({"beta_schedule": schedule}), theirs, rtol=2e-6, atol=1e-9
+    )
 
 
 def test_a_perfect_noise_prediction_recovers_the_image() -> None:
@@ -88,7 +99,9 @@ def test_ddpm_configuration_is_sampled_by_the_built_in_ddim() -> None:
 
 
 def test_latents_of_other_classes_are_not_clipped_by_default() -> None:
-    sampler = make_sampler({"_class_name": "PNDMScheduler", "prediction_type": "sample"}, 4, kind="ddim")
+    sampler = make_sampler(
+        {"_class_name": "PNDMScheduler", "prediction_type": "sample"}, 4, kind="ddim"
+    )
     x = np.full((1, 1, 2, 2), 5.0, np.float32)
     last = len(sampler.timesteps) - 1
     np.testing.assert_allclose(sampler.step(x, last, x), x)
@@ -104,7 +117,15 @@ def test_latents_of_other_classes_are_not_clipped_by_default() -> None:
         ({"_class_name": "DDIMScheduler"}, 0, "at least 1"),
         ({"_class_name": "DDIMScheduler", "steps_offset": 1}, 1000, "fewer steps"),
         ({}, 5, "_class_name"),
-        ({"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, 5, "noise"),
+        (
+            {
+                "_class_name": "DDIMScheduler",
+                "rescale_betas_zero_snr": True,
+                "timestep_spacing": "trailing",
+            },
+            5,
+            "noise",
+        ),
     ],
 )
 def test_wrong_configurations_are_named(config: dict[str, Any], steps: int, said: str) -> None:

@@ -63,7 +63,9 @@ def test_equals_diffusers_own_loop(name: str) -> None:
 
 def test_the_seed_decides_the_noise_of_a_stochastic_sampler() -> None:
     noise = np.zeros((1, 1, 4, 4), np.float32)
-    samples = [ours(make_sampler({"_class_name": "DDPMScheduler"}, 4, s, "folder"), noise) for s in (0, 1)]
+    samples = [
+        ours(make_sampler({"_class_name": "DDPMScheduler"}, 4, s, "folder"), noise) for s in (0, 1)
+    ]
     assert np.abs(samples[0] - samples[1]).max() > 1e-3
 
 
@@ -83,7 +85,9 @@ def test_the_nearest_class_is_named() -> None:
 
 
 def test_a_learned_variance_is_left_out() -> None:
-    sampler = make_sampler({"_class_name": "DDPMScheduler", "variance_type": "learned_range"}, 4, kind="folder")
+    sampler = make_sampler(
+        {"_class_name": "DDPMScheduler", "variance_type": "learned_range"}, 4, kind="folder"
+    )
     assert np.isfinite(ours(sampler, np.ones((1, 1, 2, 2), np.float32))).all()
 
 

@@ -30,10 +30,14 @@ def shifting(sample: Array, timestep: Any, conditions: dict[str, Array]) -> Arra
     return np.asarray(0.5 * sample + conditions["shift"][:, None, None, None], np.float32)
 
 
-def run(spec: DenoiserSpec = SPEC, batch_size: int = 8, denoiser: Any = shifting, on_call: Any = None) -> Array:
+def run(
+    spec: DenoiserSpec = SPEC, batch_size: int = 8, denoiser: Any = shifting, on_call: Any = None
+) -> Array:
     sampler = make_sampler(spec.scheduler, 4)
     noise = initial_noise(spec, len(ROWS), 0)
-    return denoise(GuidedDenoiser(denoiser, spec, CONDITIONS, on_call), sampler, noise, ROWS, batch_size)
+    return denoise(
+        GuidedDenoiser(denoiser, spec, CONDITIONS, on_call), sampler, noise, ROWS, batch_size
+    )
 
 
 def test_the_batch_size_does_not_matter() -> None:
@@ -43,7 +47,11 @@ def test_the_batch_size_does_not_matter() -> None:
 def test_samples_of_one_row_and_noise_are_equal_and_rows_differ() -> None:
     noise = np.repeat(initial_noise(SPEC, 1, 0), 3, axis=0)
     x = denoise(
-        GuidedDenoiser(shifting, SPEC, CONDITIONS), make_sampler(SPEC.scheduler, 4), noise, np.array([1, 1, 2]), 8
+        GuidedDenoiser(shifting, SPEC, CONDITIONS),
+        make_sampler(SPEC.scheduler, 4),
+        noise,
+        np.array([1, 1, 2]),
+        8,
     )
     np.testing.assert_array_equal(x[0], x[1])
     assert np.abs(x[0] - x[2]).max() > 1e-3

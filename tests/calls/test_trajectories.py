@@ -71,7 +71,9 @@ def test_recorded_calls_are_those_of_the_loop_and_stop_after_the_last() -> None:
     spec, labels = spec_of(), {"label": np.arange(5)}
     options = CalibrateSettings(timesteps=3, samples=7, steps=12, batch_size=4, seed=3)
     denoiser = Counting()
-    recorded = record_trajectories(GuidedDenoiser(denoiser, spec, labels), make_sampler(SCHEDULER, 12), options, Talk())
+    recorded = record_trajectories(
+        GuidedDenoiser(denoiser, spec, labels), make_sampler(SCHEDULER, 12), options, Talk()
+    )
     steps = sampled_steps(12, 3)
     assert recorded.samples.shape == (3, 7, 3, 4, 4) and recorded.samples.dtype == np.float32
     assert len(denoiser.calls) == 2 * (int(steps[-1]) + 1)
@@ -120,13 +122,17 @@ def test_calibrate_end_to_end_is_deterministic_and_survives_the_disk(tiny, tmp_p
     path, spec = tiny
     graph = layer_graph(load_model(path))
     options = CalibrateSettings(timesteps=3, samples=4, steps=6, batch_size=3)
-    recorded, stats = calibrate(CalibrationSetup(path, spec, {}, options), graph, Talk(), scratch=tmp_path)
+    recorded, stats = calibrate(
+        CalibrationSetup(path, spec, {}, options), graph, Talk(), scratch=tmp_path
+    )
     again = calibrate(CalibrationSetup(path, spec, {}, options), graph, Talk())
     assert set(stats.activations) == set(graph.activations)
     recorded.save(tmp_path / "set.npz")
     stats.save(tmp_path / "stats.npz")
     read = CalibrationStats.load(tmp_path / "stats.npz")
-    np.testing.assert_array_equal(CalibrationSet.load(tmp_path / "set.npz").samples, again[0].samples)
+    np.testing.assert_array_equal(
+        CalibrationSet.load(tmp_path / "set.npz").samples, again[0].samples
+    )
     for name, one in again[1].activations.items():
         for field, value in vars(one).items():
             np.testing.assert_array_equal(getattr(read.activations[name], field), value)
@@ -155,7 +161,9 @@ def test_nan_weight_is_named(tmp_path: Path) -> None:
         calibrate(CalibrationSetup(path, spec, {}, options), layer_graph(load_model(path)), Talk())
 
 
-@pytest.mark.parametrize("wrong", [{"samples": 0}, {"scale": "best"}, {"percentile": 40.0}, {"reservoir": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"samples": 0}, {"scale": "best"}, {"percentile": 40.0}, {"reservoir": 0}]
+)
 def test_wrong_options(wrong) -> None:
     with pytest.raises(UsageError):
         make_recipe({"calibrate": wrong})
@@ -182,7 +190,9 @@ def test_each_timestep_has_the_forward_process_s_mean_and_variance() -> None:
     power = alphas_cumprod(SCHEDULER)
     for index, timestep in enumerate((900, 400)):
         kept = power[timestep] / power[20]
-        rest = made.samples[index] - np.sqrt(kept) * np.tile(three_steps().samples[-1], (8, 1, 1, 1))
+        rest = made.samples[index] - np.sqrt(kept) * np.tile(
+            three_steps().samples[-1], (8, 1, 1, 1)
+        )
         np.testing.assert_allclose(rest.std(), np.sqrt(1 - kept), rtol=0.02)
         np.testing.assert_allclose(rest.mean(), 0, atol=0.02)
 
@@ -205,7 +215,9 @@ def test_what_has_no_forward_process_stays_as_recorded() -> None:
 
 def test_flow_matching_goes_along_straight_lines() -> None:
     """From the last sample (1 - s_0) x + s_0 e the line leads to (1 - s) x + s e': its variance says so."""
-    flow = forward_spec("flow_prediction").model_copy(update={"scheduler": {"num_train_timesteps": 1000}})
+    flow = forward_spec("flow_prediction").model_copy(
+        update={"scheduler": {"num_train_timesteps": 1000}}
+    )
     one = three_steps()
     rng = np.random.default_rng(3)
     clean = 2 * np.sign(rng.standard_normal((4, 2, 40, 40)))

@@ -34,14 +34,18 @@ class Draft:
     def raw(self, data_type: int, shape: list[int], content: bytes) -> str:
         """A constant of a type that NumPy does not have."""
         self.count += 1
-        tensor = TensorProto(name=f"raw_{self.count}", data_type=data_type, dims=shape, raw_data=content)
+        tensor = TensorProto(
+            name=f"raw_{self.count}", data_type=data_type, dims=shape, raw_data=content
+        )
         self.constants.append(tensor)
         return tensor.name
 
     def op(self, op: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
         self.count += 1
         out = f"{op.lower()}_{self.count}"
-        self.nodes.append(helper.make_node(op, list(inputs), [out], name=f"n.{out}", domain=domain, **attributes))
+        self.nodes.append(
+            helper.make_node(op, list(inputs), [out], name=f"n.{out}", domain=domain, **attributes)
+        )
         return out
 
     def relu(self) -> str:
@@ -50,7 +54,9 @@ class Draft:
     def half(self, *shape: int) -> str:
         return self.const((self.rng.standard_normal(shape) * 0.05).astype(np.float16), "w")
 
-    def scale(self, value: float = 0.05, shape: tuple[int, ...] = (), dtype: Any = np.float16) -> str:
+    def scale(
+        self, value: float = 0.05, shape: tuple[int, ...] = (), dtype: Any = np.float16
+    ) -> str:
         return self.const(np.full(shape, value, dtype), "scale")
 
     def act(self, x: str, scale: str = "", **more: Any) -> str:
@@ -64,9 +70,21 @@ class Draft:
         return self.const(self.rng.integers(low, high, shape).astype(kind), "w")
 
     def int8(self, *shape: int, axis: int = 0) -> str:
-        return self.op("DequantizeLinear", self.codes("int8", *shape), self.scale(0.01, (shape[axis],)), axis=axis)
+        return self.op(
+            "DequantizeLinear",
+            self.codes("int8", *shape),
+            self.scale(0.01, (shape[axis],)),
+            axis=axis,
+        )
 
-    def int4(self, *shape: int, block: int | None = 64, axis: int = 0, scale: Any = np.float16, **more: Any) -> str:
+    def int4(
+        self,
+        *shape: int,
+        block: int | None = 64,
+        axis: int = 0,
+        scale: Any = np.float16,
+        **more: Any,
+    ) -> str:
         """INT4 in blocks along ``axis``; with block None one scale per entry of that axis."""
         if block is None:
             return self.op(
@@ -79,7 +97,14 @@ class Draft:
         size = list(shape)
         size[axis] = -(-shape[axis] // block)
         scales = self.const((self.rng.random(size) * 0.01 + 0.01).astype(scale), "scales")
-        return self.op("DequantizeLinear", self.codes("int4", *shape), scales, axis=axis, block_size=block, **more)
+        return self.op(
+            "DequantizeLinear",
+            self.codes("int4", *shape),
+            scales,
+            axis=axis,
+            block_size=block,
+            **more,
+        )
 
     def requant(self, w: str, channels: int, axis: int, scale: str = "") -> str:
         s = scale or self.scale(0.003, (channels,))
@@ -95,7 +120,13 @@ class Draft:
     def resize(self, x: str) -> str:
         sizes = self.const(np.array([1, 1, 2, 2], np.float32), "sizes")
         return self.op(
-            "Resize", x, "", sizes, mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor"
+            "Resize",
+            x,
+            "",
+            sizes,
+            mode="nearest",
+            coordinate_transformation_mode="asymmetric",
+            nearest_mode="floor",
         )
 
     def model(self, y: str) -> onnx.ModelProto:
@@ -105,7 +136,10 @@ class Draft:
         graph = helper.make_graph(self.nodes, "form", [x], [output], self.constants)
         ir_version = helper.find_min_ir_version_for([helper.make_opsetid("", self.opset)])
         domains = sorted({node.domain for node in self.nodes} - {""})
-        opsets = [helper.make_opsetid("", self.opset), *(helper.make_opsetid(name, 1) for name in domains)]
+        opsets = [
+            helper.make_opsetid("", self.opset),
+            *(helper.make_opsetid(name, 1) for name in domains),
+        ]
         return helper.make_model(graph, opset_imports=opsets, ir_version=max(ir_version, 10))
 
     def save(self, y: str, path: Path) -> Path:

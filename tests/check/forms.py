@@ -53,7 +53,9 @@ def mm8(d: Draft, w: str) -> str:
 def act_with(d: Draft, scale: str, zero: str = "", **more: Any) -> str:
     inputs = [d.relu(), scale] + ([zero] if zero else [])
     q = d.op("QuantizeLinear", *inputs, **more)
-    return d.op("DequantizeLinear", q, *inputs[1:], **{k: v for k, v in more.items() if k == "axis"})
+    return d.op(
+        "DequantizeLinear", q, *inputs[1:], **{k: v for k, v in more.items() if k == "axis"}
+    )
 
 
 def shared_int4(d: Draft) -> str:
@@ -79,14 +81,28 @@ def int4_cast(d: Draft) -> str:
 
 
 def qlinear(d: Draft) -> str:
-    bits = d.op("BitShift", d.const(np.ones(4, np.uint8)), d.const(np.ones(4, np.uint8)), direction="LEFT")
+    bits = d.op(
+        "BitShift", d.const(np.ones(4, np.uint8)), d.const(np.ones(4, np.uint8)), direction="LEFT"
+    )
     scale = d.op("Cast", bits, to=TensorProto.FLOAT16)
-    return d.op("Mul", d.op("ReduceMean", d.relu(), keepdims=1), d.op("ReduceMax", scale, keepdims=0))
+    return d.op(
+        "Mul", d.op("ReduceMean", d.relu(), keepdims=1), d.op("ReduceMax", scale, keepdims=0)
+    )
 
 
 def nbits(d: Draft) -> str:
     codes, scales = d.const(np.zeros((128, 4, 16), np.uint8)), d.const(np.ones(512, np.float16))
-    return d.op("MatMulNBits", d.relu(), codes, scales, domain="com.microsoft", K=128, N=128, bits=4, block_size=32)
+    return d.op(
+        "MatMulNBits",
+        d.relu(),
+        codes,
+        scales,
+        domain="com.microsoft",
+        K=128,
+        N=128,
+        bits=4,
+        block_size=32,
+    )
 
 
 def cast_scale(d: Draft) -> str:
@@ -198,7 +214,9 @@ def int32_bias(d: Draft) -> str:
 
 
 def scalar_int8(d: Draft) -> str:
-    return d.op("Mul", d.relu(), d.op("DequantizeLinear", d.const(np.asarray(np.int8(3))), d.scale()))
+    return d.op(
+        "Mul", d.relu(), d.op("DequantizeLinear", d.const(np.asarray(np.int8(3))), d.scale())
+    )
 
 
 def float32_conv(d: Draft) -> str:

@@ -45,7 +45,9 @@ def form_of(rule: str) -> Form:
     ],
 )
 def test_exit_codes(rule: str, options: list[str], code: int, tmp_path: Path) -> None:
-    result = RUNNER.invoke(app, ["check", saved(form_of(rule), tmp_path), "--target", "rtx", *options])
+    result = RUNNER.invoke(
+        app, ["check", saved(form_of(rule), tmp_path), "--target", "rtx", *options]
+    )
     assert result.exit_code == code
     assert rule in result.stdout
 
@@ -59,12 +61,18 @@ def test_json_holds_every_finding_and_whether_it_passes(tmp_path: Path) -> None:
     assert shown["findings"][0]["node"].startswith("n.matmul")
 
 
-@pytest.mark.parametrize("name", ["rtx", "jetson-agx-orin", "jetson-thor", "tensorrt-11", "onnxruntime-cpu"])
+@pytest.mark.parametrize(
+    "name", ["rtx", "jetson-agx-orin", "jetson-thor", "tensorrt-11", "onnxruntime-cpu"]
+)
 def test_plain_denoisers_are_refused_nowhere(name: str, tmp_path: Path) -> None:
     for graph in (denoiser_graph(), awkward_graph()):
         result = check_model(graph.save(tmp_path / "m.onnx"), load_target(name))
         assert result.passes(strict=False), result.text()
-        assert {finding.rule for finding in result.findings} <= {"float32", "dynamic-inputs", "shared-input"}
+        assert {finding.rule for finding in result.findings} <= {
+            "float32",
+            "dynamic-inputs",
+            "shared-input",
+        }
 
 
 def test_a_weight_is_traced_through_what_hands_it_on(tmp_path: Path) -> None:
@@ -80,17 +88,24 @@ def test_constant_nodes_and_functions_are_seen_through(tmp_path: Path) -> None:
     d = Draft(64, 16, 16)
     y = conv8(d, d.act(d.relu(), d.scale(0.05, (1,))))
     model = d.model(y)
-    constants = [helper.make_node("Constant", [], [t.name], value=t) for t in model.graph.initializer]
+    constants = [
+        helper.make_node("Constant", [], [t.name], value=t) for t in model.graph.initializer
+    ]
     nodes = [*constants, *model.graph.node]
     opsets = list(model.opset_import)
     function = helper.make_function("mine", "block", ["x"], [y], nodes, opsets)
     call = helper.make_node("block", ["x"], [y], domain="mine", name="call")
     graph = helper.make_graph([call], "g", model.graph.input, model.graph.output)
     whole = helper.make_model(
-        graph, functions=[function], opset_imports=[*opsets, helper.make_opsetid("mine", 1)], ir_version=10
+        graph,
+        functions=[function],
+        opset_imports=[*opsets, helper.make_opsetid("mine", 1)],
+        ir_version=10,
     )
     onnx.save(whole, tmp_path / "m.onnx")
-    found = {finding.rule for finding in check_model(tmp_path / "m.onnx", load_target("rtx")).findings}
+    found = {
+        finding.rule for finding in check_model(tmp_path / "m.onnx", load_target("rtx")).findings
+    }
     assert found == {"activation-scale-shape", "node-names", "dynamic-inputs"}
 
 
@@ -157,11 +172,17 @@ def test_weights_are_not_read(tmp_path: Path) -> None:
     """External data of the right length is enough: only scales and zero points are read."""
     path = tmp_path / "m.onnx"
     onnx.save(
-        model_of(form_of("conv-unpacked")), path, save_as_external_data=True, location="m.data", size_threshold=9999
+        model_of(form_of("conv-unpacked")),
+        path,
+        save_as_external_data=True,
+        location="m.data",
+        size_threshold=9999,
     )
     size = (tmp_path / "m.data").stat().st_size
     (tmp_path / "m.data").write_bytes(bytes(size))
-    assert "conv-unpacked" in {finding.rule for finding in check_model(path, load_target("rtx")).findings}
+    assert "conv-unpacked" in {
+        finding.rule for finding in check_model(path, load_target("rtx")).findings
+    }
 
 
 def test_a_weight_made_twice_of_the_same_constant_is_still_a_weight(tmp_path: Path) -> None:
@@ -169,7 +190,10 @@ def test_a_weight_made_twice_of_the_same_constant_is_still_a_weight(tmp_path: Pa
     w = d.int4(128, 128)
     twice = d.op("Add", w, d.op("Mul", w, d.scale(0.5)))
     found = {
-        finding.rule for finding in check_model(d.save(mm(d, twice), tmp_path / "m.onnx"), load_target("rtx")).findings
+        finding.rule
+        for finding in check_model(
+            d.save(mm(d, twice), tmp_path / "m.onnx"), load_target("rtx")
+        ).findings
     }
     assert "weight-sum" in found
 
@@ -179,7 +203,10 @@ def test_a_weight_made_twice_of_the_same_constant_is_still_a_weight(tmp_path: Pa
     [
         ({}, {"zero-point"}),
         ({"ActivationSymmetric": True, "WeightSymmetric": True}, {"int32-codes", "scalar-codes"}),
-        ({"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False}, {"scalar-codes"}),
+        (
+            {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False},
+            {"scalar-codes"},
+        ),
     ],
 )
 def test_models_that_onnxruntime_quantized_are_refused_as_tensorrt_refuses_them(
@@ -196,11 +223,19 @@ def test_models_that_onnxruntime_quantized_are_refused_as_tensorrt_refuses_them(
             self.left -= 1
             rng = np.random.default_rng(self.left + 1)
             shapes = {"sample": (1, 3, 8, 8), "timestep": (1,)}
-            return {n: rng.random(s, np.float32) for n, s in shapes.items()} if self.left >= 0 else None
+            return (
+                {n: rng.random(s, np.float32) for n, s in shapes.items()}
+                if self.left >= 0
+                else None
+            )
 
     denoiser_graph().save(tmp_path / "m.onnx")
     quantize_static(
-        tmp_path / "m.onnx", tmp_path / "q.onnx", Reader(), quant_format=QuantFormat.QDQ, extra_options=options
+        tmp_path / "m.onnx",
+        tmp_path / "q.onnx",
+        Reader(),
+        quant_format=QuantFormat.QDQ,
+        extra_options=options,
     )
     result = check_model(tmp_path / "q.onnx", load_target("rtx"))
     refused = {finding.rule for finding in result.findings if finding.effect == "refused"}

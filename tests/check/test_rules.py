@@ -20,7 +20,11 @@ from tests.check.forms import BAD, GOOD, Form, model_of
 
 IDS = [f"{form.rule}-{form.target}-{number}" for number, form in enumerate(BAD)]
 # TensorRT-RTX is asked what its rules say; the other targets' rules come from documents.
-BUILT = [form for form in (*BAD, *GOOD) if load_target(form.target).builder == "tensorrt_rtx" and form.build]
+BUILT = [
+    form
+    for form in (*BAD, *GOOD)
+    if load_target(form.target).builder == "tensorrt_rtx" and form.build
+]
 
 
 @pytest.mark.parametrize("form", BAD, ids=IDS)
@@ -49,7 +53,9 @@ def test_every_rule_has_a_form_and_every_verdict_a_dialect() -> None:
     for rule in RULES:
         assert set(rule.verdicts) <= set(DIALECTS)
         proofs = {name: verdict.proof for name, verdict in rule.verdicts.items()}
-        assert all(proof != "built here" for name, proof in proofs.items() if DIALECTS[name].proper), rule.name
+        assert all(
+            proof != "built here" for name, proof in proofs.items() if DIALECTS[name].proper
+        ), rule.name
 
 
 def test_every_rule_is_documented_with_what_it_does_where() -> None:
@@ -58,28 +64,45 @@ def test_every_rule_is_documented_with_what_it_does_where() -> None:
         for line in Path("docs/targets.md").read_text(encoding="utf-8").splitlines()
         if line.startswith("| `")
     ]
-    documented = {row[1].strip(" `"): [cell.strip() for cell in row[3:8]] for row in rows if len(row) == 9}
+    documented = {
+        row[1].strip(" `"): [cell.strip() for cell in row[3:8]] for row in rows if len(row) == 9
+    }
     marks = {"built here": "", "documented": " (d)", "unproven": " (u)"}
     for rule in RULES:
-        cells = [rule.verdicts.get(name) for name in ("trt-10.3", "trt-10.13", "trt-11", "trt-rtx", "onnxruntime")]
-        assert documented[rule.name] == [one.effect + marks[one.proof] if one else "" for one in cells]
+        cells = [
+            rule.verdicts.get(name)
+            for name in ("trt-10.3", "trt-10.13", "trt-11", "trt-rtx", "onnxruntime")
+        ]
+        assert documented[rule.name] == [
+            one.effect + marks[one.proof] if one else "" for one in cells
+        ]
 
 
 def built(form: Form, folder: Path) -> EngineLog | None:
     """The engine's log; None when the builder refuses or crashes."""
     onnx.save(model_of(form), folder / "m.onnx")
-    shapes = {"x": InputShapes(*((size, *form.shape) for size in (1, 2, 4)))} if form.batch == "batch" else {}
+    shapes = (
+        {"x": InputShapes(*((size, *form.shape) for size in (1, 2, 4)))}
+        if form.batch == "batch"
+        else {}
+    )
     names = [str(folder / name) for name in ("m.onnx", "engine", "log", "result")]
-    BuildJob("tensorrt_rtx", *names, load_target(form.target).compute_capabilities, shapes).save(folder / "job.json")
+    BuildJob("tensorrt_rtx", *names, load_target(form.target).compute_capabilities, shapes).save(
+        folder / "job.json"
+    )
     done = run_child(WORKER, str(folder / "job.json"))
-    if done.returncode < 0 or "errors" in json.loads((folder / "result").read_text(encoding="utf-8")):
+    if done.returncode < 0 or "errors" in json.loads(
+        (folder / "result").read_text(encoding="utf-8")
+    ):
         return None
     return parse_engine_log((folder / "log").read_text(encoding="utf-8"))
 
 
 @pytest.mark.rtx
 @pytest.mark.slow
-@pytest.mark.parametrize("form", BUILT, ids=[f"{form.rule or 'good'}-{number}" for number, form in enumerate(BUILT)])
+@pytest.mark.parametrize(
+    "form", BUILT, ids=[f"{form.rule or 'good'}-{number}" for number, form in enumerate(BUILT)]
+)
 def test_tensorrt_rtx_does_what_the_rule_says(form: Form, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     log = built(form, tmp_path)
@@ -97,7 +120,8 @@ def test_tensorrt_rtx_does_what_the_rule_says(form: Form, tmp_path: Path) -> Non
         unpacking = [
             layer
             for layer in log.layers
-            if not layer.compute and any(tensor.dtype.startswith(narrow) for tensor in layer.constants)
+            if not layer.compute
+            and any(tensor.dtype.startswith(narrow) for tensor in layer.constants)
         ]
         assert unpacking, [(layer.type, [t.dtype for t in layer.constants]) for layer in log.layers]
     if not form.rule and form.target == "rtx" and computing:

@@ -25,7 +25,8 @@ from tests.pipeline.runs import Notes
 
 SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
 needs_sshd = pytest.mark.skipif(
-    not Path(SSHD).exists() or shutil.which("ssh") is None, reason="openssh-server is not installed here"
+    not Path(SSHD).exists() or shutil.which("ssh") is None,
+    reason="openssh-server is not installed here",
 )
 
 
@@ -45,7 +46,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         port = probe.getsockname()[1]
     settings = f"Port {port}\nListenAddress 127.0.0.1\nHostKey {host}\nAuthorizedKeysFile {folder / 'authorized'}\n"
     (folder / "sshd").write_text(
-        f"{settings}StrictModes no\nUsePAM no\nPidFile none\nPasswordAuthentication no\n", encoding="utf-8"
+        f"{settings}StrictModes no\nUsePAM no\nPidFile none\nPasswordAuthentication no\n",
+        encoding="utf-8",
     )
     if os.geteuid() == 0:
         Path("/run/sshd").mkdir(exist_ok=True)
@@ -56,7 +58,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         f" IdentitiesOnly yes\n UserKnownHostsFile {folder / 'known'}\n BatchMode yes\n",
         encoding="utf-8",
     )
-    process = subprocess.Popen([SSHD, "-D", "-e", "-f", str(folder / "sshd")], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [SSHD, "-D", "-e", "-f", str(folder / "sshd")], stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         with socket.socket() as probe:
@@ -90,7 +94,9 @@ def test_a_run_is_deployed_and_a_second_call_finds_it_installed(
 
 
 @needs_sshd
-def test_an_upload_goes_on_after_what_arrived_if_that_is_its_beginning(server: Path, tmp_path: Path) -> None:
+def test_an_upload_goes_on_after_what_arrived_if_that_is_its_beginning(
+    server: Path, tmp_path: Path
+) -> None:
     archive = tmp_path / "a.tar"
     archive.write_bytes(os.urandom(1_000_000))
     there = tmp_path / "there"
@@ -141,16 +147,27 @@ def test_an_unknown_host_key_is_refused(server: Path, tmp_path: Path) -> None:
     other = key(tmp_path / "other").with_suffix(".pub").read_text(encoding="utf-8").split()[1]
     line = (server / "known").read_text(encoding="utf-8").split()
     (tmp_path / "known").write_text(f"{line[0]} {line[1]} {other}\n", encoding="utf-8")
-    config = (server / "config").read_text(encoding="utf-8").replace(str(server / "known"), str(tmp_path / "known"))
+    config = (
+        (server / "config")
+        .read_text(encoding="utf-8")
+        .replace(str(server / "known"), str(tmp_path / "known"))
+    )
     (tmp_path / "config").write_text(config, encoding="utf-8")
-    with pytest.raises(EngineError, match=r"ssh failed on device: .*[Hh]ost key verification failed"):
+    with pytest.raises(
+        EngineError, match=r"ssh failed on device: .*[Hh]ost key verification failed"
+    ):
         Remote("device", ("ssh", "-F", str(tmp_path / "config"))).run("true")
 
 
 @needs_sshd
-def test_an_installer_that_fails_there_says_why(server: Path, rtx_run: tuple[Recipe, Path], tmp_path: Path) -> None:
+def test_an_installer_that_fails_there_says_why(
+    server: Path, rtx_run: tuple[Recipe, Path], tmp_path: Path
+) -> None:
     run = Path(shutil.copytree(rtx_run[1], tmp_path / "run"))
-    with open_pipeline(rtx_run[0], run, Talk()) as pipeline, pytest.raises(EngineError, match="code 127"):
+    with (
+        open_pipeline(rtx_run[0], run, Talk()) as pipeline,
+        pytest.raises(EngineError, match="code 127"),
+    ):
         deploy(
             pipeline.deployed(corrected=True),
             load_target("rtx"),

@@ -19,12 +19,23 @@ from tests.pipeline.runs import Notes, call
 
 
 def results(digests: dict[str, str], **changes: Any) -> dict[str, Any]:
-    engine = {"backend": "trtexec", "version": "10.3.0", "bytes": 1000, "weights_bytes": 900, "activation_bytes": 50}
+    engine = {
+        "backend": "trtexec",
+        "version": "10.3.0",
+        "bytes": 1000,
+        "weights_bytes": 900,
+        "activation_bytes": 50,
+    }
     values = {
         "format": 1,
         "package": {"name": "m", "manifest_sha256": "0", "digests": digests},
         "target": "jetson-agx-orin",
-        "device": {"board": "Jetson <AGX> Orin", "gpu": "Orin", "machine": "aarch64", "compute_capability": "SM87"},
+        "device": {
+            "board": "Jetson <AGX> Orin",
+            "gpu": "Orin",
+            "machine": "aarch64",
+            "compute_capability": "SM87",
+        },
         "engine": {**engine, "verified": True, "problems": []},
         "reference": {"ran": True, "why": "", "passed": True, "cases": {"a": 1e-6, "b": 2e-6}},
         "latency": {"p50_ms": 12.5, "p90_ms": 13.0, "p99_ms": 14.0, "mean_ms": 12.6, "calls": 100},
@@ -46,7 +57,9 @@ def digests(run: Path) -> dict[str, str]:
     return {name: record.digest for name, record in found.items() if record}
 
 
-def test_the_report_shows_what_the_device_measured(run: tuple[Recipe, Path], tmp_path: Path) -> None:
+def test_the_report_shows_what_the_device_measured(
+    run: tuple[Recipe, Path], tmp_path: Path
+) -> None:
     file = tmp_path / "results.json"
     file.write_text(json.dumps(results(digests(run[1]))), encoding="utf-8")
     done = call("report", run[1], "--device", file)
@@ -59,7 +72,9 @@ def test_the_report_shows_what_the_device_measured(run: tuple[Recipe, Path], tmp
     assert "NMSE 2.0 × 10⁻⁶" in page
 
 
-def test_results_of_another_plan_are_refused_and_former_ones_left_out(run: tuple[Recipe, Path], tmp_path: Path) -> None:
+def test_results_of_another_plan_are_refused_and_former_ones_left_out(
+    run: tuple[Recipe, Path], tmp_path: Path
+) -> None:
     file = tmp_path / "results.json"
     file.write_text(json.dumps(results({**digests(run[1]), "quantize": "0"})), encoding="utf-8")
     notes = Notes()
@@ -76,7 +91,10 @@ def test_results_of_another_plan_are_refused_and_former_ones_left_out(run: tuple
 
 def test_a_file_that_is_none_is_refused(run: tuple[Recipe, Path], tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{}", encoding="utf-8")
-    with open_pipeline(*run, Talk()) as pipeline, pytest.raises(UsageError, match=r"no results\.json"):
+    with (
+        open_pipeline(*run, Talk()) as pipeline,
+        pytest.raises(UsageError, match=r"no results\.json"),
+    ):
         take_in(pipeline.deployed(), tmp_path / "x.json")
 
 

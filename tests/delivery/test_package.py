@@ -60,11 +60,17 @@ def test_two_clean_runs_of_a_text_transformer_give_the_same_archive(tmp_path: Pa
         (place / "run").mkdir()
         given = {"model": str(folder), "prompts": str(place / "prompts.txt"), "target": "rtx"}
         write_recipe(place / "run" / "recipe.yaml", **given)
-        done = call("--json", "package", place / "run", "-o", place / "made.mpq.tar", PYTHONHASHSEED=seed)
+        done = call(
+            "--json", "package", place / "run", "-o", place / "made.mpq.tar", PYTHONHASHSEED=seed
+        )
         assert done.returncode == 0, done.stderr
         made.append((place / "made.mpq.tar").read_bytes())
     assert made[0] == made[1]
-    extract(tmp_path / "1" / "made.mpq.tar", read_archive(tmp_path / "1" / "made.mpq.tar"), tmp_path / "out")
+    extract(
+        tmp_path / "1" / "made.mpq.tar",
+        read_archive(tmp_path / "1" / "made.mpq.tar"),
+        tmp_path / "out",
+    )
     inputs = Manifest.load(tmp_path / "out" / "manifest.json").reference.inputs
     assert {"encoder_hidden_states", "pooled_projections"} <= set(inputs)
 
@@ -75,8 +81,13 @@ def test_the_manifest_says_what_the_engine_must_be(unpacked: Path) -> None:
     assert manifest.target.takes_version("1.7.1.116")
     assert manifest.expected.layers
     assert manifest.expected.total_bytes < manifest.fp16_bytes
-    assert set(manifest.parts) == {p.name for p in unpacked.iterdir()} - {"manifest.json", "SHA256SUMS"}
-    assert {INSTALLER, SCRIPT, REFERENCE, "correction.json", "scheduler_config.json"} <= set(manifest.parts)
+    assert set(manifest.parts) == {p.name for p in unpacked.iterdir()} - {
+        "manifest.json",
+        "SHA256SUMS",
+    }
+    assert {INSTALLER, SCRIPT, REFERENCE, "correction.json", "scheduler_config.json"} <= set(
+        manifest.parts
+    )
     assert manifest.to_json() == (unpacked / "manifest.json").read_text(encoding="utf-8")
     assert str(Path.home()) not in (unpacked / "denoiser.json").read_text(encoding="utf-8")
 
@@ -99,17 +110,30 @@ def test_the_correction_belongs_to_the_packed_graph(unpacked: Path) -> None:
     assert load_correction(unpacked / "correction.json", unpacked / "model.onnx")
 
 
-def test_a_plan_for_another_target_is_refused_by_layer(rtx_run: tuple[Recipe, Path], tmp_path: Path) -> None:
+def test_a_plan_for_another_target_is_refused_by_layer(
+    rtx_run: tuple[Recipe, Path], tmp_path: Path
+) -> None:
     with open_pipeline(*rtx_run, Talk()) as pipeline, pytest.raises(UsageError) as caught:
-        make_package(pipeline.deployed(corrected=True), load_target("jetson-agx-orin"), tmp_path / "x.mpq.tar")
+        make_package(
+            pipeline.deployed(corrected=True),
+            load_target("jetson-agx-orin"),
+            tmp_path / "x.mpq.tar",
+        )
     assert "The plan is not for 'jetson-agx-orin'" in caught.value.message
     assert "mpq-deploy build --target jetson-agx-orin" in caught.value.hint
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_target_without_engine_is_refused(rtx_run: tuple[Recipe, Path], tmp_path: Path) -> None:
-    with open_pipeline(*rtx_run, Talk()) as pipeline, pytest.raises(UsageError, match="has no engine to build"):
-        make_package(pipeline.deployed(corrected=True), load_target("onnxruntime-cpu"), tmp_path / "x.mpq.tar")
+    with (
+        open_pipeline(*rtx_run, Talk()) as pipeline,
+        pytest.raises(UsageError, match="has no engine to build"),
+    ):
+        make_package(
+            pipeline.deployed(corrected=True),
+            load_target("onnxruntime-cpu"),
+            tmp_path / "x.mpq.tar",
+        )
 
 
 def test_the_other_jetpacks_of_a_device_are_alternatives(orin: Path, tmp_path: Path) -> None:
@@ -123,10 +147,13 @@ def test_a_device_with_too_little_memory_is_refused_before_packing(
 ) -> None:
     small = tmp_path / "small.yaml"
     small.write_text(
-        'extends: rtx\nname: small\nmemory_bytes: {value: 0.2e9, source: "a small board"}\n', encoding="utf-8"
+        'extends: rtx\nname: small\nmemory_bytes: {value: 0.2e9, source: "a small board"}\n',
+        encoding="utf-8",
     )
     with open_pipeline(*rtx_run, Talk()) as pipeline, pytest.raises(UsageError) as caught:
-        make_package(pipeline.deployed(corrected=True), load_target(str(small)), tmp_path / "x.mpq.tar")
+        make_package(
+            pipeline.deployed(corrected=True), load_target(str(small)), tmp_path / "x.mpq.tar"
+        )
     assert "estimated to take 0.51 GB at batch 8" in caught.value.message
     assert "small has 0.20 GB" in caught.value.message
     assert "engine.batch_max" in caught.value.hint

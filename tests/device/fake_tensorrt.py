@@ -46,7 +46,9 @@ class IRuntimeCache:
         return True
 
     def serialize(self) -> bytes:
-        return b"fake:" + b";".join(",".join(map(str, one)).encode() for one in sorted(self.entries))
+        return b"fake:" + b";".join(
+            ",".join(map(str, one)).encode() for one in sorted(self.entries)
+        )
 
     def reset(self) -> bool:
         self.resets += 1
@@ -87,7 +89,11 @@ class IExecutionContext:
     def execute_async_v3(self, stream_handle: int) -> bool:
         self.calls += 1
         x, y = (self._view(name, self.shapes["x"]) for name in ("x", "y"))
-        if self.config and self.config.cache is not None and self.shapes["x"] not in self.config.cache.entries:
+        if (
+            self.config
+            and self.config.cache is not None
+            and self.shapes["x"] not in self.config.cache.entries
+        ):
             self.config.cache.entries.add(self.shapes["x"])
             self.compiled += 1
         y[:] = 2 * x + self._view("t", self.shapes["t"]).reshape(-1, 1)

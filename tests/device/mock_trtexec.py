@@ -32,10 +32,27 @@ def layers():
             made.append(
                 {
                     "Name": node,
-                    "LayerType": "CaskConvolution" if layer["op"] == "Conv" else "CaskGemmConvolution",
-                    "Inputs": [{"Name": "x", "Dimensions": [1], "Format/Datatype": f"Row major linear {kind} format"}],
-                    "Outputs": [{"Name": "y", "Dimensions": [1], "Format/Datatype": "Row major linear FP16 format"}],
-                    "Weights": {"Type": stored, "Count": layer["out_channels"] * layer["reduction"]},
+                    "LayerType": "CaskConvolution"
+                    if layer["op"] == "Conv"
+                    else "CaskGemmConvolution",
+                    "Inputs": [
+                        {
+                            "Name": "x",
+                            "Dimensions": [1],
+                            "Format/Datatype": f"Row major linear {kind} format",
+                        }
+                    ],
+                    "Outputs": [
+                        {
+                            "Name": "y",
+                            "Dimensions": [1],
+                            "Format/Datatype": "Row major linear FP16 format",
+                        }
+                    ],
+                    "Weights": {
+                        "Type": stored,
+                        "Count": layer["out_channels"] * layer["reduction"],
+                    },
                     "TacticName": "mock",
                     "Metadata": f"[ONNX Layer: {node}]",
                 }
@@ -53,7 +70,9 @@ def outputs(case_file):
     if os.environ.get("MOCK_FAULT") == "numbers":
         values = values[::-1] * 0.5
     dimensions = "x".join(map(str, values.shape))
-    return [{"name": name, "dimensions": dimensions, "values": [float(v) for v in values.reshape(-1)]}]
+    return [
+        {"name": name, "dimensions": dimensions, "values": [float(v) for v in values.reshape(-1)]}
+    ]
 
 
 def main():
@@ -69,7 +88,15 @@ def main():
         "--exportLayerInfo",
         "--skipInference",
     )
-    known += ("--verbose", "--minShapes", "--optShapes", "--maxShapes", "--loadEngine", "--loadInputs", "--shapes")
+    known += (
+        "--verbose",
+        "--minShapes",
+        "--optShapes",
+        "--maxShapes",
+        "--loadEngine",
+        "--loadInputs",
+        "--shapes",
+    )
     known += ("--exportOutput", "--exportTimes", "--iterations")
     for argument in sys.argv[1:]:
         if argument.split("=")[0] not in known:
@@ -83,14 +110,19 @@ def main():
         listed, total = layers()
         Path(flag("exportLayerInfo")).write_text(json.dumps(listed), encoding="utf-8")
         say(f"[I] [TRT] Total Weights Memory: {total} bytes")
-        say("[I] GPU Compute Time: min = 1.1 ms, max = 2 ms, mean = 1.3 ms, median = 1.25 ms, percentile(99%) = 2 ms")
+        say(
+            "[I] GPU Compute Time: min = 1.1 ms, max = 2 ms, mean = 1.3 ms, median = 1.25 ms, percentile(99%) = 2 ms"
+        )
     if flag("loadInputs"):
         say("[I] Selected Device: MOCK Orin\n[I] Compute Capability: 8.7")
         for pair in flag("loadInputs").split(","):
             assert Path(pair.split(":", 1)[1]).stat().st_size > 0
-        Path(flag("exportOutput")).write_text(json.dumps(outputs(flag("exportOutput"))), encoding="utf-8")
+        Path(flag("exportOutput")).write_text(
+            json.dumps(outputs(flag("exportOutput"))), encoding="utf-8"
+        )
         Path(flag("exportTimes")).write_text(
-            json.dumps([{"computeMs": 1.0 + 0.01 * i, "latencyMs": 2.0} for i in range(100)]), encoding="utf-8"
+            json.dumps([{"computeMs": 1.0 + 0.01 * i, "latencyMs": 2.0} for i in range(100)]),
+            encoding="utf-8",
         )
     return 0
 

@@ -56,10 +56,14 @@ def mock_device(orin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     tools.mkdir()
     extract(orin, read_archive(orin), parts)
     mock = Path(__file__).with_name("mock_trtexec.py")
-    (tools / "trtexec").write_text(f'#!/bin/sh\nexec {sys.executable} {mock} "$@"\n', encoding="utf-8")
+    (tools / "trtexec").write_text(
+        f'#!/bin/sh\nexec {sys.executable} {mock} "$@"\n', encoding="utf-8"
+    )
     (tools / "trtexec").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
     monkeypatch.setenv("MOCK_MANIFEST", str(parts / "manifest.json"))
     monkeypatch.setenv("MOCK_REFERENCE", str(parts / REFERENCE))
-    monkeypatch.setenv("MOCK_OUTPUT", f'"{Manifest.load(parts / "manifest.json").reference.output}"')
+    monkeypatch.setenv(
+        "MOCK_OUTPUT", f'"{Manifest.load(parts / "manifest.json").reference.output}"'
+    )
     yield tools

@@ -11,7 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from mpq_deploy.device.archive import BLOCK, MANIFEST, SUMS, ArchiveError, extract, read_archive, write_archive
+from mpq_deploy.device.archive import (
+    BLOCK,
+    MANIFEST,
+    SUMS,
+    ArchiveError,
+    extract,
+    read_archive,
+    write_archive,
+)
 from mpq_deploy.errors import UsageError
 
 WEIGHTS = bytes(range(256)) * 5
@@ -39,7 +47,9 @@ def part_at(archive: Path, position: int) -> str:
     return ""
 
 
-def test_equal_parts_give_equal_bytes_whatever_their_order_and_source(archive: Path, tmp_path: Path) -> None:
+def test_equal_parts_give_equal_bytes_whatever_their_order_and_source(
+    archive: Path, tmp_path: Path
+) -> None:
     (tmp_path / "w").write_bytes(WEIGHTS)
     reordered = {**dict(reversed(parts().items())), "weights.bin": tmp_path / "w"}
     digest = write_archive(tmp_path / "b.tar", reordered)
@@ -58,7 +68,9 @@ def test_tar_itself_reads_it_and_sha256sum_agrees(archive: Path, tmp_path: Path)
 
 def test_what_is_extracted_is_what_was_packed(archive: Path, tmp_path: Path) -> None:
     extract(archive, read_archive(archive), tmp_path / "out")
-    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir() if p.name != SUMS} == parts()
+    assert {
+        p.name: p.read_bytes() for p in (tmp_path / "out").iterdir() if p.name != SUMS
+    } == parts()
 
 
 def test_every_byte_counts_and_the_part_is_named(archive: Path, tmp_path: Path) -> None:
@@ -72,7 +84,11 @@ def test_every_byte_counts_and_the_part_is_named(archive: Path, tmp_path: Path) 
         with pytest.raises(ArchiveError) as caught:
             read_archive(broken)
         name = part_at(archive, position)
-        if name and "header after" not in caught.value.message and "which no package has" not in caught.value.message:
+        if (
+            name
+            and "header after" not in caught.value.message
+            and "which no package has" not in caught.value.message
+        ):
             # An altered name shows as another part, or as one that is missing.
             named = f"'{name}'" in caught.value.message or position % BLOCK < 100
             assert named, (position, name, caught.value.message)
@@ -85,7 +101,9 @@ def test_an_archive_cut_short_anywhere_names_the_part(archive: Path, tmp_path: P
         with pytest.raises(ArchiveError, match=r"cut short|altered"):
             read_archive(tmp_path / "short.tar")
     (tmp_path / "short.tar").write_bytes(content[: content.index(WEIGHTS) + 100])
-    with pytest.raises(ArchiveError, match=r"cut short in the part 'weights.bin' \(100 of 1,280 bytes are there\)"):
+    with pytest.raises(
+        ArchiveError, match=r"cut short in the part 'weights.bin' \(100 of 1,280 bytes are there\)"
+    ):
         read_archive(tmp_path / "short.tar")
 
 
@@ -122,7 +140,17 @@ def link(kind: bytes) -> tarfile.TarInfo:
         link(tarfile.CHRTYPE),
         link(tarfile.DIRTYPE),
     ],
-    ids=["parent", "absolute", "folder", "hidden", "newline", "symlink", "hardlink", "device", "directory"],
+    ids=[
+        "parent",
+        "absolute",
+        "folder",
+        "hidden",
+        "newline",
+        "symlink",
+        "hardlink",
+        "device",
+        "directory",
+    ],
 )
 def test_no_path_link_or_device_gets_in(member: tarfile.TarInfo, tmp_path: Path) -> None:
     (tmp_path / "bad.tar").write_bytes(hostile(member))

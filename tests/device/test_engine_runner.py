@@ -24,7 +24,10 @@ def engine_file(folder: Path, content: bytes = b"rtx") -> Path:
 
 def feeds(count: int, seed: int = 0) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
-    return {"x": rng.standard_normal((count, 3)).astype(np.float32), "t": np.arange(count, dtype=np.float32)}
+    return {
+        "x": rng.standard_normal((count, 3)).astype(np.float32),
+        "t": np.arange(count, dtype=np.float32),
+    }
 
 
 @pytest.mark.rtx
@@ -32,11 +35,19 @@ def test_the_fake_has_no_name_that_the_real_bindings_lack() -> None:
     """What our code calls on the fake exists in the installed tensorrt_rtx, by name."""
     real = pytest.importorskip("tensorrt_rtx")
     for one in (
-        *(fake.IRuntimeCache, fake.IRuntimeConfig, fake.IExecutionContext, fake.ICudaEngine, fake.Runtime),
+        *(
+            fake.IRuntimeCache,
+            fake.IRuntimeConfig,
+            fake.IExecutionContext,
+            fake.ICudaEngine,
+            fake.Runtime,
+        ),
         *(fake.TensorIOMode, fake.CudaGraphStrategy),
     ):
         theirs = getattr(real, one.__name__)
-        ours = {name for base in one.__mro__[:-1] for name in vars(base) if not name.startswith("_")}
+        ours = {
+            name for base in one.__mro__[:-1] for name in vars(base) if not name.startswith("_")
+        }
         missing = {name for name in ours if not hasattr(theirs, name)}
         assert missing == set(), (one.__name__, missing)
     assert hasattr(real, "nptype")
@@ -44,7 +55,9 @@ def test_the_fake_has_no_name_that_the_real_bindings_lack() -> None:
 
 @pytest.mark.parametrize("content", [b"rtx", b"trt"])
 @pytest.mark.parametrize("graphs", [False, True])
-def test_outputs_follow_the_inputs_whatever_launches_them(tmp_path: Path, content: bytes, graphs: bool) -> None:
+def test_outputs_follow_the_inputs_whatever_launches_them(
+    tmp_path: Path, content: bytes, graphs: bool
+) -> None:
     cuda: Any = fake.FakeCuda()
     runner = EngineRunner(fake, cuda, engine_file(tmp_path, content), None, graphs)
     assert runner.tensors() == (["x", "t"], ["y"])
@@ -98,13 +111,18 @@ def test_a_folder_that_cannot_be_written_only_costs_the_cache(tmp_path: Path) ->
 
 def test_graphs_can_be_left_out(tmp_path: Path) -> None:
     path = engine_file(tmp_path)
-    chosen = [open_context(fake, fake.ICudaEngine(), path, graphs).context.config for graphs in (True, False)]
+    chosen = [
+        open_context(fake, fake.ICudaEngine(), path, graphs).context.config
+        for graphs in (True, False)
+    ]
     assert [config.cuda_graph_strategy for config in chosen] == ["whole", "disabled"]
 
 
 def test_an_altered_engine_is_refused_before_the_library_sees_it(tmp_path: Path) -> None:
     path = engine_file(tmp_path)
-    (tmp_path / "build.json").write_text(json.dumps({"sha256": hashlib.sha256(b"rtx").hexdigest()}), encoding="utf-8")
+    (tmp_path / "build.json").write_text(
+        json.dumps({"sha256": hashlib.sha256(b"rtx").hexdigest()}), encoding="utf-8"
+    )
     EngineRunner(fake, fake.FakeCuda(), path, None)  # type: ignore[arg-type]
     # Another engine that would load.
     path.write_bytes(b"trt")
@@ -117,7 +135,9 @@ def test_an_engine_of_another_gpu_is_refused_before_it_is_loaded(tmp_path: Path)
     (tmp_path / "build.json").write_text(
         json.dumps({"compute_capabilities": ["SM120"], "target": "rtx-blackwell"}), encoding="utf-8"
     )
-    with pytest.raises(EngineError, match=r"is for SM120 \(target rtx-blackwell\); the GPU here is SM89"):
+    with pytest.raises(
+        EngineError, match=r"is for SM120 \(target rtx-blackwell\); the GPU here is SM89"
+    ):
         EngineRunner(fake, fake.FakeCuda(), path, None)  # type: ignore[arg-type]
     refuse_other_gpu(path, "SM120")
     (tmp_path / "build.json").write_text(

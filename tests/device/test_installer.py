@@ -66,7 +66,9 @@ def isolated(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.rtx
-def test_the_installer_in_the_package_builds_with_numpy_and_tensorrt_alone(rtx: Path, tmp_path: Path) -> None:
+def test_the_installer_in_the_package_builds_with_numpy_and_tensorrt_alone(
+    rtx: Path, tmp_path: Path
+) -> None:
     """install.pyz from the archive, in a process tree that cannot import anything else."""
     pytest.importorskip("tensorrt_rtx")
     parts = tmp_path / "parts"
@@ -83,7 +85,14 @@ def test_the_installer_in_the_package_builds_with_numpy_and_tensorrt_alone(rtx: 
     )
     assert "install.pyz" in where.stdout
     done = subprocess.run(
-        [sys.executable, str(parts / "install.pyz"), str(rtx), "-o", str(tmp_path / "out"), "--json"],
+        [
+            sys.executable,
+            str(parts / "install.pyz"),
+            str(rtx),
+            "-o",
+            str(tmp_path / "out"),
+            "--json",
+        ],
         capture_output=True,
         encoding="utf-8",
         check=False,
@@ -96,14 +105,18 @@ def test_the_installer_in_the_package_builds_with_numpy_and_tensorrt_alone(rtx: 
     assert results["engine"]["verified"]
     assert results["engine"]["problems"] == []
     assert results["engine"]["backend"] == "tensorrt_rtx"
-    assert (tmp_path / "out" / "engine" / "model.engine").stat().st_size == results["engine"]["bytes"]
+    assert (tmp_path / "out" / "engine" / "model.engine").stat().st_size == results["engine"][
+        "bytes"
+    ]
     if not results["reference"]["ran"]:
         assert "NVIDIA driver" in results["reference"]["why"]
         assert results["latency"] is None
 
 
 @pytest.mark.rtx
-def test_an_engine_that_is_not_as_planned_fails(rtx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_is_not_as_planned_fails(
+    rtx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("tensorrt_rtx")
     real = Manifest.load
 
@@ -122,22 +135,39 @@ def test_an_engine_that_is_not_as_planned_fails(rtx: Path, tmp_path: Path, monke
 
 def test_the_blocked_packages_are_really_blocked(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", "import onnx"], env=isolated(tmp_path), capture_output=True, encoding="utf-8"
+        [sys.executable, "-c", "import onnx"],
+        env=isolated(tmp_path),
+        capture_output=True,
+        encoding="utf-8",
     )
     assert "blocked: onnx" in done.stderr
 
 
-def test_the_module_runs_without_what_a_device_lacks(orin: Path, mock_device: Path, tmp_path: Path) -> None:
+def test_the_module_runs_without_what_a_device_lacks(
+    orin: Path, mock_device: Path, tmp_path: Path
+) -> None:
     """``python -m mpq_deploy.install`` from an installed mpq-deploy, with a MOCK trtexec."""
     package = Path(install_module.__file__).parents[2]
     environment = {**isolated(tmp_path), "PYTHONPATH": f"{tmp_path}:{package}"}
-    command = [sys.executable, "-m", "mpq_deploy.install", str(orin), "-o", str(tmp_path / "out"), "--force-memory"]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, cwd=tmp_path, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "mpq_deploy.install",
+        str(orin),
+        "-o",
+        str(tmp_path / "out"),
+        "--force-memory",
+    ]
+    done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", env=environment, cwd=tmp_path, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "outputs  agree" in done.stdout
 
 
-def test_with_a_mock_trtexec_everything_is_checked_and_measured(orin: Path, mock_device: Path, tmp_path: Path) -> None:
+def test_with_a_mock_trtexec_everything_is_checked_and_measured(
+    orin: Path, mock_device: Path, tmp_path: Path
+) -> None:
     results = install(orin, tmp_path / "out", Talk(), force_memory=True)
     assert results["passed"]
     assert results["engine"]["backend"] == "trtexec"
@@ -155,7 +185,12 @@ def test_with_a_mock_trtexec_everything_is_checked_and_measured(orin: Path, mock
     [("half", "layers   "), ("numbers", "outputs  DIFFER (NMSE")],
 )
 def test_faults_of_the_mock_device_fail_the_install(
-    fault: str, says: str, orin: Path, mock_device: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fault: str,
+    says: str,
+    orin: Path,
+    mock_device: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("MOCK_FAULT", fault)
     said: list[str] = []
@@ -181,12 +216,21 @@ def test_a_refusal_of_the_mock_builder_is_an_error_with_its_words(
     ],
 )
 def test_another_tensorrt_is_refused_with_the_target_to_package_for(
-    digits: str, found: str, remedy: str, orin: Path, mock_device: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    digits: str,
+    found: str,
+    remedy: str,
+    orin: Path,
+    mock_device: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("MOCK_VERSION", digits)
     with pytest.raises(EngineError) as caught:
         install(orin, tmp_path / "out", Talk(), force_memory=True)
-    assert "TensorRT 10.3.x (JetPack 6.1 and 6.2), dialect trt-10.3; trtexec here is " + found in caught.value.message
+    assert (
+        "TensorRT 10.3.x (JetPack 6.1 and 6.2), dialect trt-10.3; trtexec here is " + found
+        in caught.value.message
+    )
     assert remedy in caught.value.hint
 
 
@@ -196,10 +240,18 @@ def test_build_sh_does_the_same_with_python_and_builds_without(
     parts = tmp_path / "parts"
     parts.mkdir()
     subprocess.run(["tar", "xf", str(orin), "-C", str(parts)], check=True)
-    environment = {**isolated(tmp_path), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment = {
+        **isolated(tmp_path),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
     environment["PATH"] = f"{mock_device}:{environment['PATH']}"
     whole = subprocess.run(
-        ["./build.sh", "--force-memory"], cwd=parts, capture_output=True, encoding="utf-8", env=environment, check=False
+        ["./build.sh", "--force-memory"],
+        cwd=parts,
+        capture_output=True,
+        encoding="utf-8",
+        env=environment,
+        check=False,
     )
     assert whole.returncode == 0, whole.stderr
     assert "outputs  agree" in whole.stdout
@@ -230,13 +282,20 @@ def test_build_sh_does_the_same_with_python_and_builds_without(
     assert "--target jetson-agx-orin-jp7" in wrong.stderr
     (parts / "weights.bin").write_bytes(b"x")
     damaged = subprocess.run(
-        ["./build.sh"], cwd=parts, capture_output=True, encoding="utf-8", env=environment, check=False
+        ["./build.sh"],
+        cwd=parts,
+        capture_output=True,
+        encoding="utf-8",
+        env=environment,
+        check=False,
     )
     assert damaged.returncode == 1
     assert "weights.bin" in damaged.stdout + damaged.stderr
 
 
-def test_an_altered_archive_is_refused_before_anything_is_written(orin: Path, tmp_path: Path) -> None:
+def test_an_altered_archive_is_refused_before_anything_is_written(
+    orin: Path, tmp_path: Path
+) -> None:
     content = bytearray(orin.read_bytes())
     with tarfile.open(orin) as tar:
         content[tar.getmember("model.onnx").offset_data + 100] ^= 1
@@ -260,12 +319,16 @@ def test_a_device_without_tensorrt_says_where_it_is(
     orin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(install_module, "_runtime", lambda builder: None)
-    with pytest.raises(EngineError, match="there is no trtexec and no Python package tensorrt here") as caught:
+    with pytest.raises(
+        EngineError, match="there is no trtexec and no Python package tensorrt here"
+    ) as caught:
         probe(unpacked(orin, tmp_path))
     assert "/usr/src/tensorrt/bin" in caught.value.hint
 
 
-def test_another_gpu_is_refused(orin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_gpu_is_refused(
+    orin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Thor:
         def name(self) -> str:
             return "NVIDIA Thor"
@@ -284,7 +347,9 @@ def test_too_little_memory_is_refused_before_building(
 ) -> None:
     manifest = unpacked(orin, tmp_path / "p")
     monkeypatch.setattr(memory, "machine_memory", lambda: memory.Machine(900_000_000, 100_000_000))
-    with pytest.raises(EngineError, match=r"estimated to take 0\.5 GB of memory, and this machine has 0\.1 GB free"):
+    with pytest.raises(
+        EngineError, match=r"estimated to take 0\.5 GB of memory, and this machine has 0\.1 GB free"
+    ):
         check_memory(manifest, False)
     check_memory(manifest, True)
     monkeypatch.setattr(install_module, "memory_room", lambda: None)
@@ -309,13 +374,17 @@ def test_too_little_gpu_memory_is_refused_before_building(
     check_gpu_memory(manifest, False)  # no GPU is here: nothing to refuse
     monkeypatch.setattr(install_module, "why_no_gpu", lambda: "")
     monkeypatch.setattr(install_module, "Cuda", Full)
-    with pytest.raises(EngineError, match=r"take 0\.51 GB at batch 8; Orin has 0\.10 of 64\.00 GB free") as caught:
+    with pytest.raises(
+        EngineError, match=r"take 0\.51 GB at batch 8; Orin has 0\.10 of 64\.00 GB free"
+    ) as caught:
         check_gpu_memory(manifest, False)
     assert "--force-memory" in caught.value.hint
     check_gpu_memory(manifest, True)
 
 
-def test_a_manifest_of_another_format_or_without_a_field_is_refused(orin: Path, tmp_path: Path) -> None:
+def test_a_manifest_of_another_format_or_without_a_field_is_refused(
+    orin: Path, tmp_path: Path
+) -> None:
     unpacked(orin, tmp_path)
     values = json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8"))
     (tmp_path / "m1").write_text(json.dumps({**values, "format": 9}), encoding="utf-8")

@@ -25,7 +25,9 @@ def parse(line: str) -> None:
     words = shlex.split(line, comments=True)
     assert words[0] == "mpq-deploy", line
     with COMMANDS.make_context("mpq-deploy", words[1:]) as context:
-        name, command, rest = COMMANDS.resolve_command(context, [*context._protected_args, *context.args])  # type: ignore[attr-defined]
+        name, command, rest = COMMANDS.resolve_command(
+            context, [*context._protected_args, *context.args]
+        )  # type: ignore[attr-defined]
         with command.make_context(name, rest, parent=context):
             pass
 
@@ -37,18 +39,31 @@ def steps() -> list[dict[str, object]]:
 
 
 def lines(text: str) -> Iterator[str]:
-    yield from (line.strip() for line in text.splitlines() if line.strip().startswith("mpq-deploy "))
+    yield from (
+        line.strip() for line in text.splitlines() if line.strip().startswith("mpq-deploy ")
+    )
 
 
 def test_every_command_of_the_workflow_is_one() -> None:
     commands = [line for step in steps() for line in lines(str(step.get("run", "")))]
     for command in commands:
         parse(command)
-    assert [shlex.split(command)[1] for command in commands] == ["build", "check", "gate", "gate", "package"]
+    assert [shlex.split(command)[1] for command in commands] == [
+        "build",
+        "check",
+        "gate",
+        "gate",
+        "package",
+    ]
 
 
 @pytest.mark.parametrize(
-    "wrong", ["mpq-deploy gate runs/m --min-psn 40", "mpq-deploy packag runs/m", "mpq-deploy gate runs/m --min-psnr x"]
+    "wrong",
+    [
+        "mpq-deploy gate runs/m --min-psn 40",
+        "mpq-deploy packag runs/m",
+        "mpq-deploy gate runs/m --min-psnr x",
+    ],
 )
 def test_a_wrong_command_would_be_noticed(wrong: str) -> None:
     with pytest.raises(Exception, match=r"(?i)no such|should be a valid"):
@@ -59,9 +74,13 @@ def test_the_workflow_gates_before_it_packages_and_keeps_its_evidence() -> None:
     workflow = yaml.safe_load(WORKFLOW.read_text(encoding="utf-8"))
     assert workflow["permissions"] == {"contents": "read"}
     names = [str(step.get("name", step.get("uses"))) for step in steps()]
-    assert names.index("Build") < names.index("Gate") < names.index("Package") < names.index("Digests")
+    assert (
+        names.index("Build") < names.index("Gate") < names.index("Package") < names.index("Digests")
+    )
     by_name = dict(zip(names, steps()))
-    assert "report.md" in str(by_name["Summary"]["run"]) and "GITHUB_STEP_SUMMARY" in str(by_name["Summary"]["run"])
+    assert "report.md" in str(by_name["Summary"]["run"]) and "GITHUB_STEP_SUMMARY" in str(
+        by_name["Summary"]["run"]
+    )
     upload = by_name["actions/upload-artifact@v4"]
     for name in ("Summary", "actions/upload-artifact@v4"):
         assert "!cancelled()" in str(by_name[name]["if"])
@@ -88,7 +107,11 @@ def test_the_workflow_installs_what_the_project_declares() -> None:
 
 def instructions() -> list[tuple[str, str]]:
     joined = re.sub(
-        r"\\\n", " ", "\n".join(x for x in CONTAINER.read_text(encoding="utf-8").splitlines() if not x.startswith("#"))
+        r"\\\n",
+        " ",
+        "\n".join(
+            x for x in CONTAINER.read_text(encoding="utf-8").splitlines() if not x.startswith("#")
+        ),
     )
     return [tuple(line.split(maxsplit=1)) for line in joined.splitlines() if line.strip()]  # type: ignore[misc]
 

@@ -14,7 +14,9 @@ APACHE_2 = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
 
 
 def project(key: str) -> str:
-    found = re.search(rf'^{key} = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    found = re.search(
+        rf'^{key} = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE
+    )
     assert found is not None
     return found[1]
 
@@ -31,8 +33,12 @@ def test_the_citation_is_valid_and_of_this_version() -> None:
     optional = {"abstract", "keywords", "license", "type", "version", "date-released", "doi", "url"}
     assert required <= citation.keys() <= required | optional
     assert citation["cff-version"] == "1.2.0" and citation["type"] == "software"
-    assert str(citation["version"]) == project("version") and citation["license"] == project("license")
-    assert all(author["name"] for author in citation["authors"]) and all(map(str, citation["keywords"]))
+    assert str(citation["version"]) == project("version") and citation["license"] == project(
+        "license"
+    )
+    assert all(author["name"] for author in citation["authors"]) and all(
+        map(str, citation["keywords"])
+    )
 
 
 def test_the_security_policy_says_how_to_report() -> None:

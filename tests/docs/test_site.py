@@ -25,7 +25,8 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md"), ROOT / "calibration
 COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 TROUBLE = DOCS / "troubleshooting.md"
 needs_mkdocs = pytest.mark.skipif(
-    importlib.util.find_spec("material") is None, reason='needs mkdocs-material: pip install "mpq-deploy[docs]"'
+    importlib.util.find_spec("material") is None,
+    reason='needs mkdocs-material: pip install "mpq-deploy[docs]"',
 )
 
 
@@ -47,9 +48,20 @@ class Requests(HTMLParser):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--quiet",
+        "--site-dir",
+        str(folder),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, encoding="utf-8", check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, encoding="utf-8", check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -70,7 +82,9 @@ def test_every_command_has_a_page_with_every_option(site: Path) -> None:
         assert f"commands/{name}.html" in (site / "index.html").read_text(encoding="utf-8"), (
             "the navigation leads there"
         )
-        options = [option for one in root.commands[name].params for option in one.opts if option[0] == "-"]  # type: ignore[attr-defined]
+        options = [
+            option for one in root.commands[name].params for option in one.opts if option[0] == "-"
+        ]  # type: ignore[attr-defined]
         for option in options:
             assert re.search(rf"<code>[^<]*{option}\b", text), f"{name} {option}"
 
@@ -80,11 +94,21 @@ def test_every_recipe_key_stands_there_with_its_default(site: Path) -> None:
     text = (site / "recipe.html").read_text(encoding="utf-8")
     for key in keys(Recipe().model_dump(mode="json")):
         assert f'id="{key}"' in text, key
-    row = next(line for line in re.findall(r"<tr>.*?</tr>", text, re.DOTALL) if 'id="calibrate.samples"' in line)
-    assert all(word in row for word in ("integer", "at least 1", "<code>160</code>", "trajectories"))
+    row = next(
+        line
+        for line in re.findall(r"<tr>.*?</tr>", text, re.DOTALL)
+        if 'id="calibrate.samples"' in line
+    )
+    assert all(
+        word in row for word in ("integer", "at least 1", "<code>160</code>", "trajectories")
+    )
     assert 'id="allocate.protect[].schemes"' in text
-    described = re.findall(r'id="([^"]+)">[^<]*</code></td>\s*<td>.*?</td>\s*<td>.*?</td>\s*<td>(.*?)</td>', text)
-    assert len(described) >= 80 and all(words for _, words in described), [key for key, words in described if not words]
+    described = re.findall(
+        r'id="([^"]+)">[^<]*</code></td>\s*<td>.*?</td>\s*<td>.*?</td>\s*<td>(.*?)</td>', text
+    )
+    assert len(described) >= 80 and all(words for _, words in described), [
+        key for key, words in described if not words
+    ]
 
 
 @needs_mkdocs
@@ -111,9 +135,13 @@ def test_viewing_fetches_nothing_from_elsewhere(site: Path) -> None:
         requests = Requests()
         requests.feed(page.read_text(encoding="utf-8"))
         assert any(one.endswith(".css") for one in requests.found)
-        assert not [one for one in requests.found if "//" in one and not one.startswith("data:")], page
+        assert not [one for one in requests.found if "//" in one and not one.startswith("data:")], (
+            page
+        )
     for sheet in site.rglob("*.css"):
-        assert not re.search(r"(url\(|@import)\s*[\"']?(https?:)?//", sheet.read_text(encoding="utf-8")), sheet
+        assert not re.search(
+            r"(url\(|@import)\s*[\"']?(https?:)?//", sheet.read_text(encoding="utf-8")
+        ), sheet
 
 
 @needs_mkdocs
@@ -123,7 +151,9 @@ def test_a_broken_link_would_fail_the_build(tmp_path: Path) -> None:
     (docs / "index.md").write_text("# Page\n\n[there](nowhere.md)\n", encoding="utf-8")
     settings = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     validation = settings[settings.index("validation:") : settings.index("# An entry")]
-    (tmp_path / "mkdocs.yml").write_text(f"site_name: x\nstrict: true\n{validation}", encoding="utf-8")
+    (tmp_path / "mkdocs.yml").write_text(
+        f"site_name: x\nstrict: true\n{validation}", encoding="utf-8"
+    )
     command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode != 0 and "nowhere.md" in done.stderr
@@ -160,7 +190,11 @@ def messages() -> list[str]:
     for path in (ROOT / "mpq_deploy").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
-                found.append("".join(one.value if isinstance(one, ast.Constant) else "…" for one in node.values))  # type: ignore[misc]
+                found.append(
+                    "".join(
+                        one.value if isinstance(one, ast.Constant) else "…" for one in node.values
+                    )
+                )  # type: ignore[misc]
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(node.value)
     return found

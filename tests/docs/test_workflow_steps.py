@@ -34,7 +34,9 @@ def runner(tmp_path: Path) -> Path:
     write_recipe(tmp_path / "recipe.yaml", engine__build=True, evaluate__controls=False)
     (tmp_path / "bin").mkdir()
     program = tmp_path / "bin" / "mpq-deploy"
-    program.write_text(f"#!{sys.executable}\nfrom mpq_deploy.cli import main\nmain()\n", encoding="utf-8")
+    program.write_text(
+        f"#!{sys.executable}\nfrom mpq_deploy.cli import main\nmain()\n", encoding="utf-8"
+    )
     program.chmod(0o755)
     return tmp_path
 
@@ -75,23 +77,40 @@ def test_the_steps_build_gate_package_and_keep_what_they_promise(runner: Path) -
         if step.get("if") == WITH_BASELINE:
             # The release that a baseline would come from: this one.
             (runner / "baseline").mkdir(exist_ok=True)
-            shutil.copy(runner / "runs" / "model" / "report.json", runner / "baseline" / "report.json")
+            shutil.copy(
+                runner / "runs" / "model" / "report.json", runner / "baseline" / "report.json"
+            )
         run_step({**step, "run": step["run"].replace(LIMIT, LOOSE)}, runner)
         ran.append(step["name"])
-    assert ran == ["Build", "Check the graph", "Gate", "Gate against the baseline", "Package", "Digests", "Summary"]
-    upload = next(step for step in steps if str(step.get("uses", "")).startswith("actions/upload-artifact"))
+    assert ran == [
+        "Build",
+        "Check the graph",
+        "Gate",
+        "Gate against the baseline",
+        "Package",
+        "Digests",
+        "Summary",
+    ]
+    upload = next(
+        step for step in steps if str(step.get("uses", "")).startswith("actions/upload-artifact")
+    )
     kept = [runner / name for name in str(upload["with"]["path"]).split()]
     assert [path for path in kept if not path.is_file()] == []
     for line in (runner / "SHA256SUMS").read_text(encoding="utf-8").splitlines():
         digest, name = line.split()
         assert hashlib.sha256((runner / name).read_bytes()).hexdigest() == digest
     summary = (runner / "summary.md").read_text(encoding="utf-8")
-    assert "### Digests" in summary and (runner / "runs" / "model" / "report.md").read_text(encoding="utf-8") in summary
+    assert (
+        "### Digests" in summary
+        and (runner / "runs" / "model" / "report.md").read_text(encoding="utf-8") in summary
+    )
     for name in ("gate.xml", "baseline.xml"):
         assert next(ElementTree.parse(runner / name).iter("testsuite")).get("failures") == "0"
     with tarfile.open(runner / "model.mpq.tar") as archive:
         assert "model.onnx" in archive.getnames()
-    assert json.loads((runner / "runs" / "model" / "engine" / "build.json").read_text(encoding="utf-8"))["verified"]
+    assert json.loads(
+        (runner / "runs" / "model" / "engine" / "build.json").read_text(encoding="utf-8")
+    )["verified"]
 
 
 @pytest.mark.slow

@@ -24,7 +24,15 @@ def quantized(graph):
     reached = set()
     names = set()
     for node in graph.node:
-        through = node.op_type in ("Reshape", "Transpose", "Cast", "Identity", "Concat", "Gather", "QuantizeLinear")
+        through = node.op_type in (
+            "Reshape",
+            "Transpose",
+            "Cast",
+            "Identity",
+            "Concat",
+            "Gather",
+            "QuantizeLinear",
+        )
         reads = any(name in reached for name in node.input)
         if node.op_type == "DequantizeLinear" or (through and reads):
             reached.update(node.output)
@@ -40,7 +48,9 @@ with Path(os.environ["CRASH_COUNT"]).open("a", encoding="utf-8") as count:
 inputs = {value.name for value in graph.input}
 for shape in (flag("minShapes") or "").split(","):
     if shape.split(":")[0] not in inputs:
-        sys.stdout.write(f"[E] Cannot find input tensor with name {shape.split(':')[0]!r} in the network inputs!\n")
+        sys.stdout.write(
+            f"[E] Cannot find input tensor with name {shape.split(':')[0]!r} in the network inputs!\n"
+        )
         sys.exit(1)
 wanted = json.loads(os.environ["CRASH_WHEN"])
 found = quantized(graph) if "quantized" in wanted else {node.name for node in graph.node}

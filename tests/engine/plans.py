@@ -69,5 +69,7 @@ def rounded(weight: np.ndarray, layer: Layer, scheme: Scheme) -> QuantizedMatrix
         multiple = np.maximum(np.rint(scale / channel[:, None].astype(np.float32)), 1)
         scale = (multiple * channel[:, None]).astype(np.float16)
     codes = np.rint(weight / np.repeat(scale.astype(np.float32), width, axis=1))
-    codes = np.clip(codes, scheme.weight.precision.quant_min, scheme.weight.precision.quant_max).astype(np.int8)
+    codes = np.clip(
+        codes, scheme.weight.precision.quant_min, scheme.weight.precision.quant_max
+    ).astype(np.int8)
     return QuantizedMatrix(codes, scale, channel)

@@ -30,7 +30,9 @@ from tests.graphs import GraphBuilder
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A denoiser whose layers take all families in turns."""
-    return write_plan(tmp_path_factory.mktemp("plan"), lambda number, layer: FAMILIES[number % len(FAMILIES)]).model
+    return write_plan(
+        tmp_path_factory.mktemp("plan"), lambda number, layer: FAMILIES[number % len(FAMILIES)]
+    ).model
 
 
 def crashing_when(together: set[str]) -> Callable[[Path], bool]:
@@ -81,7 +83,11 @@ def test_a_crash_that_does_not_come_again_is_none(model: Path, tmp_path: Path) -
 
 def test_a_crash_without_quantization_is_found_by_halving(model: Path, tmp_path: Path) -> None:
     proto = onnx.load(model, load_external_data=False)
-    plain = [node.name for node in proto.graph.node if node.op_type in ("Sigmoid", "Mul", "Add", "Softmax")]
+    plain = [
+        node.name
+        for node in proto.graph.node
+        if node.op_type in ("Sigmoid", "Mul", "Add", "Softmax")
+    ]
     bad = plain[len(plain) // 2]
 
     def trial(path: Path) -> bool:
@@ -138,7 +144,11 @@ def test_a_crash_of_trtexec_without_quantization(
 ) -> None:
     """Beginnings of the graph may lack an input, whose name trtexec would refuse; here a shell script runs it."""
     monkeypatch.setenv("CRASH_VIA_SHELL", "1")
-    nodes = [node.name for node in onnx.load(model, load_external_data=False).graph.node if node.op_type == "Sigmoid"]
+    nodes = [
+        node.name
+        for node in onnx.load(model, load_external_data=False).graph.node
+        if node.op_type == "Sigmoid"
+    ]
     monkeypatch.setenv("CRASH_WHEN", json.dumps({"present": nodes[:1]}))
     said = build_by_trtexec(model, tmp_path / "engine").message
     assert f"without any quantization too, when the graph has come to {nodes[0]}." in said
@@ -148,10 +158,18 @@ def test_a_device_without_onnx_is_told_what_happened_and_no_more(
     model: Path, stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "onnx" else real(name, *more))
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *more: None if name == "onnx" else real(name, *more),
+    )
     monkeypatch.setenv("CRASH_WHEN", json.dumps({"present": []}))
     said = build_by_trtexec(model, tmp_path / "engine").message
-    assert "crashed (SIGSEGV)" in said and "onnx is not installed" in said and "smaller builds" not in said
+    assert (
+        "crashed (SIGSEGV)" in said
+        and "onnx is not installed" in said
+        and "smaller builds" not in said
+    )
     assert stand_in.read_text(encoding="utf-8") == "x"
 
 
@@ -161,7 +179,9 @@ def test_a_trtexec_that_the_dialect_is_not_written_for_is_refused(
     """The STAND-IN says 10.3, as JetPack 6 does."""
     monkeypatch.setenv("CRASH_WHEN", json.dumps({"present": ["nothing"]}))
     profile = BatchProfile(1, 1, 2, {"sample": (3, SIZE, SIZE), "timestep": ()})
-    with pytest.raises(EngineError, match=r"'jetson-thor' is for TensorRT 10\.13, but trtexec is 10\.3\.0"):
+    with pytest.raises(
+        EngineError, match=r"'jetson-thor' is for TensorRT 10\.13, but trtexec is 10\.3\.0"
+    ):
         build_engine(
             BuildRequest(model, load_target("jetson-thor").build_target, profile),
             tmp_path / "engine",
@@ -175,7 +195,10 @@ def test_a_refusal_of_trtexec_is_no_crash(
 ) -> None:
     monkeypatch.setenv("CRASH_WHEN", json.dumps({"present": ["nothing"]}))
     profile = BatchProfile(1, 1, 2, {"nobody": (3, SIZE, SIZE)})
-    with pytest.raises(EngineError, match=r"trtexec refuses the graph: .*Cannot find input tensor with name 'nobody'"):
+    with pytest.raises(
+        EngineError,
+        match=r"trtexec refuses the graph: .*Cannot find input tensor with name 'nobody'",
+    ):
         build_engine(
             BuildRequest(model, load_target("jetson-agx-orin").build_target, profile),
             tmp_path / "engine",
@@ -201,7 +224,9 @@ def shared_weight(products: int) -> onnx.ModelProto:
         x = g.op("MatMul", [x, weight(f"w{number}")], f"fine{number}")
     both = weight("shared")
     mean = g.op("ReduceMean", [x, g.weight("axes", np.array([1], np.int64))], "mean", keepdims=1)
-    g.op("Add", [g.op("MatMul", [x, both], "fc.long"), g.op("MatMul", [mean, both], "fc.short")], "y")
+    g.op(
+        "Add", [g.op("MatMul", [x, both], "fc.long"), g.op("MatMul", [mean, both], "fc.short")], "y"
+    )
     inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT16, ["N", 128, 128])]
     outputs = [helper.make_tensor_value_info("y_out", TensorProto.FLOAT16, None)]
     graph = helper.make_graph(g.nodes, "shared", inputs, outputs, g.weights)
@@ -225,6 +250,9 @@ def test_two_products_that_share_an_int4_weight_are_found_by_the_real_builder(
             Talk(),
         )
     assert "crashed (SIGSEGV)" in caught.value.message
-    assert "these are quantized together: fc.long, fc.short; and not when nothing is" in caught.value.message
+    assert (
+        "these are quantized together: fc.long, fc.short; and not when nothing is"
+        in caught.value.message
+    )
     assert "fine" not in caught.value.message.split("Suspects by")[1]
     assert list((tmp_path / "engine").iterdir()) == []

@@ -28,7 +28,11 @@ LOG = (
 def test_a_kernel_is_read_with_its_operands_and_nodes() -> None:
     log = parse_engine_log(LOG)
     conv, signal = log.layers
-    assert (conv.type, conv.tactic, conv.nodes) == ("correlation", "sm80_xmma", ("down.conv1/Conv", "x/dequantize"))
+    assert (conv.type, conv.tactic, conv.nodes) == (
+        "correlation",
+        "sm80_xmma",
+        ("down.conv1/Conv", "x/dequantize"),
+    )
     assert conv.inputs == (EngineTensor("x", (-1, 32, 16, 16), "Int8"),)
     assert conv.constants[0].elements == 64 * 32 * 9
     assert conv.constants[1] == EngineTensor("s", (), "Float")

@@ -40,19 +40,26 @@ class Listener(Talk):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     pytest.importorskip("tensorrt_rtx")
-    return write_plan(tmp_path_factory.mktemp("plan"), lambda number, layer: FAMILIES[number % len(FAMILIES)])
+    return write_plan(
+        tmp_path_factory.mktemp("plan"), lambda number, layer: FAMILIES[number % len(FAMILIES)]
+    )
 
 
 def build(written: Written, out: Path, target: str = "rtx") -> EngineRecord:
     return build_engine(
-        BuildRequest(written.model, load_target(target).build_target, profile()), out, written.expected, Talk()
+        BuildRequest(written.model, load_target(target).build_target, profile()),
+        out,
+        written.expected,
+        Talk(),
     )
 
 
 @pytest.mark.rtx
 def test_an_engine_is_built_verified_and_recorded(written: Written, tmp_path: Path) -> None:
     record = build(written, tmp_path / "engine")
-    assert sorted(p.name for p in (tmp_path / "engine").iterdir()) == sorted([ENGINE, LAYERS, RECORD])
+    assert sorted(p.name for p in (tmp_path / "engine").iterdir()) == sorted(
+        [ENGINE, LAYERS, RECORD]
+    )
     assert record.verified
     assert record.require_verified() is record
     assert record.bytes == (tmp_path / "engine" / ENGINE).stat().st_size
@@ -71,16 +78,24 @@ def test_building_twice_gives_the_same_kernels_and_sizes(written: Written, tmp_p
     """The engine's own bytes hold numbers that follow memory addresses; everything else repeats."""
     first, second = (build(written, tmp_path / name) for name in ("a", "b"))
     assert (tmp_path / "a" / LAYERS).read_bytes() == (tmp_path / "b" / LAYERS).read_bytes()
-    assert (first.weights_bytes, first.activation_bytes) == (second.weights_bytes, second.activation_bytes)
+    assert (first.weights_bytes, first.activation_bytes) == (
+        second.weights_bytes,
+        second.activation_bytes,
+    )
     assert first.kernels == second.kernels
 
 
 @pytest.mark.rtx
-def test_problems_are_said_and_recorded_and_become_an_error_on_demand(written: Written, tmp_path: Path) -> None:
+def test_problems_are_said_and_recorded_and_become_an_error_on_demand(
+    written: Written, tmp_path: Path
+) -> None:
     listener = Listener()
     wrong = ExpectedLayers(written.expected.layers, 10 * written.expected.total_bytes)
     record = build_engine(
-        BuildRequest(written.model, load_target("rtx").build_target, profile()), tmp_path / "e", wrong, listener
+        BuildRequest(written.model, load_target("rtx").build_target, profile()),
+        tmp_path / "e",
+        wrong,
+        listener,
     )
     assert not record.verified
     assert len(record.problems) == len(listener.warnings) == 1
@@ -103,8 +118,12 @@ def small_graph(product: str) -> onnx.ModelProto:
     elif product == "odd":
         g.op("MatMul", ["x", w], "y")
     else:
-        mean = g.op("ReduceMean", ["x", g.weight("axes", np.array([1], np.int64))], "mean", keepdims=1)
-        g.op("Add", [g.op("MatMul", ["x", w], "fc.long"), g.op("MatMul", [mean, w], "fc.short")], "y")
+        mean = g.op(
+            "ReduceMean", ["x", g.weight("axes", np.array([1], np.int64))], "mean", keepdims=1
+        )
+        g.op(
+            "Add", [g.op("MatMul", ["x", w], "fc.long"), g.op("MatMul", [mean, w], "fc.short")], "y"
+        )
     inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT16, ["N", 128, k])]
     outputs = [helper.make_tensor_value_info("y_out", TensorProto.FLOAT16, None)]
     graph = helper.make_graph(g.nodes, "small", inputs, outputs, g.weights)
@@ -116,13 +135,20 @@ def build_small(product: str, folder: Path) -> EngineRecord:
     width = 27 if product == "odd" else 128
     shapes = BatchProfile(1, 2, 4, {"x": (128, width)})
     return build_engine(
-        BuildRequest(folder / "model.onnx", load_target("rtx").build_target, shapes), folder / "engine", NOTHING, Talk()
+        BuildRequest(folder / "model.onnx", load_target("rtx").build_target, shapes),
+        folder / "engine",
+        NOTHING,
+        Talk(),
     )
 
 
 @pytest.mark.rtx
-@pytest.mark.parametrize(("product", "names"), [("left", "y (its left operand"), ("shared", "fc.long and fc.short")])
-def test_a_builder_that_crashes_is_an_error_that_names_the_nodes(tmp_path: Path, product: str, names: str) -> None:
+@pytest.mark.parametrize(
+    ("product", "names"), [("left", "y (its left operand"), ("shared", "fc.long and fc.short")]
+)
+def test_a_builder_that_crashes_is_an_error_that_names_the_nodes(
+    tmp_path: Path, product: str, names: str
+) -> None:
     """These forms end the builder's process with a segmentation fault; ours goes on."""
     pytest.importorskip("tensorrt_rtx")
     with pytest.raises(EngineError) as caught:
@@ -147,7 +173,9 @@ def test_a_node_that_the_parser_refuses_is_named(tmp_path: Path) -> None:
     model = small_graph("odd")
     del model.graph.node[:]
     model.graph.node.append(helper.make_node("Relu", ["x"], ["r"], name="first"))
-    model.graph.node.append(helper.make_node("BitShift", ["r", "r"], ["y_out"], name="the.bad.one", direction="LEFT"))
+    model.graph.node.append(
+        helper.make_node("BitShift", ["r", "r"], ["y_out"], name="the.bad.one", direction="LEFT")
+    )
     del model.graph.initializer[:]
     onnx.save(model, tmp_path / "model.onnx")
     shapes = BatchProfile(1, 1, 1, {"x": (128, 27)})
@@ -176,16 +204,26 @@ def test_a_dynamic_input_without_shape_is_named(written: Written, tmp_path: Path
 def test_a_version_that_the_target_is_not_for_is_refused(written: Written, tmp_path: Path) -> None:
     old = load_target("rtx").model_copy(update={"versions": ("0.1",)})
     with pytest.raises(EngineError, match=r"is for tensorrt_rtx 0\.1; "):
-        build_engine(BuildRequest(written.model, old.build_target, profile()), tmp_path / "e", written.expected, Talk())
+        build_engine(
+            BuildRequest(written.model, old.build_target, profile()),
+            tmp_path / "e",
+            written.expected,
+            Talk(),
+        )
 
 
 def refuse(target: Target, folder: Path) -> None:
     build_engine(
-        BuildRequest(folder / "model.onnx", target.build_target, profile()), folder / "engine", NOTHING, Talk()
+        BuildRequest(folder / "model.onnx", target.build_target, profile()),
+        folder / "engine",
+        NOTHING,
+        Talk(),
     )
 
 
-def test_a_missing_builder_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_builder_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(builder_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r"tensorrt-rtx.*mpq-deploy\[rtx\]"):
         refuse(load_target("rtx"), tmp_path)
@@ -198,7 +236,9 @@ def test_a_target_without_builder_is_a_usage_error(tmp_path: Path) -> None:
         refuse(load_target("onnxruntime-cpu"), tmp_path)
 
 
-def test_trtexec_absent_says_where_to_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trtexec_absent_says_where_to_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(trtexec_module, "find_trtexec", lambda: None)
     with pytest.raises(EngineError) as caught:
         refuse(load_target("jetson-agx-orin"), tmp_path)
@@ -219,15 +259,29 @@ def test_the_trtexec_command_line() -> None:
     }
     command = trtexec_command("trtexec", Path("/m.onnx"), Path("/e"), Path("/l.json"), shapes)
     assert command[0] == "trtexec"
-    assert {"--onnx=/m.onnx", "--saveEngine=/e", "--stronglyTyped", "--exportLayerInfo=/l.json"} <= set(command)
+    assert {
+        "--onnx=/m.onnx",
+        "--saveEngine=/e",
+        "--stronglyTyped",
+        "--exportLayerInfo=/l.json",
+    } <= set(command)
     assert "--optShapes=sample:2x3x8x8,timestep:2" in command
-    assert not any(flag in argument for argument in command for flag in ("--fp16", "--int8", "--best"))
-    assert not any("Shapes" in argument for argument in trtexec_command("t", Path("m"), Path("e"), Path("l"), {}))
+    assert not any(
+        flag in argument for argument in command for flag in ("--fp16", "--int8", "--best")
+    )
+    assert not any(
+        "Shapes" in argument
+        for argument in trtexec_command("t", Path("m"), Path("e"), Path("l"), {})
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "version"),
-    [("&&&& RUNNING TensorRT.trtexec [TensorRT v100300] # x", "10.3.0"), ("[TensorRT v101303]", "10.13.3"), ("", "")],
+    [
+        ("&&&& RUNNING TensorRT.trtexec [TensorRT v100300] # x", "10.3.0"),
+        ("[TensorRT v101303]", "10.13.3"),
+        ("", ""),
+    ],
 )
 def test_the_version_of_trtexec(text: str, version: str) -> None:
     assert trtexec_version(text) == version
@@ -238,16 +292,32 @@ def test_layer_information_of_tensorrt_proper_is_read() -> None:
         "Name": "down.conv1",
         "LayerType": "CaskConvolution",
         "Inputs": [
-            {"Name": "x", "Dimensions": [1, 64, 8, 8], "Format/Datatype": "Thirty-two wide channel Int8 format"}
+            {
+                "Name": "x",
+                "Dimensions": [1, 64, 8, 8],
+                "Format/Datatype": "Thirty-two wide channel Int8 format",
+            }
         ],
-        "Outputs": [{"Name": "y", "Dimensions": [1, 64, 8, 8], "Format/Datatype": "Row major linear FP16 format"}],
+        "Outputs": [
+            {
+                "Name": "y",
+                "Dimensions": [1, 64, 8, 8],
+                "Format/Datatype": "Row major linear FP16 format",
+            }
+        ],
         "Weights": {"Type": "Int8", "Count": 36864},
         "Metadata": "[ONNX Layer: down.conv1]",
     }
-    log = parse_layer_information(json.dumps({"Layers": [layer]}), "Total Weights Memory: 37000 bytes")
+    log = parse_layer_information(
+        json.dumps({"Layers": [layer]}), "Total Weights Memory: 37000 bytes"
+    )
     (read,) = log.layers
     assert (read.type, read.nodes, log.weights_bytes) == ("correlation", ("down.conv1",), 37000)
-    assert (read.inputs[0].dtype, read.constants[0].dtype, read.outputs[0].dtype) == ("Int8", "Int8", "Half")
+    assert (read.inputs[0].dtype, read.constants[0].dtype, read.outputs[0].dtype) == (
+        "Int8",
+        "Int8",
+        "Half",
+    )
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"Layers": ["conv1"]}'])
@@ -266,7 +336,15 @@ def test_many_problems_are_counted(tmp_path: Path) -> None:
     problems = tuple(Problem(f"layer{i}", "is wrong") for i in range(9))
     sizes = {"bytes": 1, "weights_bytes": 1, "activation_bytes": 1, "planned_bytes": 1}
     record = EngineRecord(
-        "rtx", "tensorrt_rtx", "1", ENGINE, "0", **sizes, kernels={}, verified=False, problems=problems
+        "rtx",
+        "tensorrt_rtx",
+        "1",
+        ENGINE,
+        "0",
+        **sizes,
+        kernels={},
+        verified=False,
+        problems=problems,
     )
     record.save(tmp_path / RECORD)
     assert EngineRecord.load(tmp_path / RECORD) == record

@@ -10,7 +10,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from mpq_deploy.engine.builder import BuildRequest, build_engine
-from mpq_deploy.engine.engine_memory import COPIES, RUNTIME_BYTES, WORKSPACE_BYTES, estimate_memory, refuse_too_large
+from mpq_deploy.engine.engine_memory import (
+    COPIES,
+    RUNTIME_BYTES,
+    WORKSPACE_BYTES,
+    estimate_memory,
+    refuse_too_large,
+)
 from mpq_deploy.engine.target import load_target
 from mpq_deploy.errors import UsageError
 from mpq_deploy.system.progress import Talk
@@ -29,7 +35,9 @@ def chain(folder: Path) -> Path:
     sides = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, ["N", 10]) for name in "xy"]
     graph = helper.make_graph(nodes, "chain", sides[:1], sides[1:], [half])
     path = folder / "chain.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path
+    )
     return path
 
 
@@ -45,7 +53,9 @@ def test_what_lives_at_once_is_counted_by_hand(batch: int, tmp_path: Path) -> No
 def test_more_batch_takes_more_and_weights_are_no_activations(tmp_path: Path) -> None:
     written = write_plan(tmp_path, lambda number, layer: FAMILIES[number % len(FAMILIES)])
     found = [
-        estimate_memory(written.model, {"sample": (n, 3, SIZE, SIZE), "timestep": (n,)}, 10).activation_bytes
+        estimate_memory(
+            written.model, {"sample": (n, 3, SIZE, SIZE), "timestep": (n,)}, 10
+        ).activation_bytes
         for n in (1, 2, 4)
     ]
     steps = np.diff(found)
@@ -67,9 +77,13 @@ def test_the_builders_own_figure_is_near(tmp_path: Path) -> None:
     assert 0.35 < record.activation_bytes / found.activation_bytes < 2
 
 
-def test_a_target_without_the_memory_is_refused_one_that_does_not_tell_is_not(tmp_path: Path) -> None:
+def test_a_target_without_the_memory_is_refused_one_that_does_not_tell_is_not(
+    tmp_path: Path,
+) -> None:
     found = estimate_memory(chain(tmp_path), {"x": (1, 10)}, int(12e9))
-    with pytest.raises(UsageError, match=r"take 12\.51 GB at batch 1 .*rtx has 12\.00 GB \(GeForce RTX 3060"):
+    with pytest.raises(
+        UsageError, match=r"take 12\.51 GB at batch 1 .*rtx has 12\.00 GB \(GeForce RTX 3060"
+    ):
         refuse_too_large(found, load_target("rtx"), 1)
     refuse_too_large(found, load_target("jetson-agx-orin"), 1)
     refuse_too_large(found, load_target("tensorrt-10"), 1)

@@ -33,7 +33,9 @@ def test_every_shipped_target_loads_and_explains_what_it_leaves_out(name: str) -
     for layer in (conv(64, 64, 3, 3), matmul(64, 64)):
         for scheme in SCHEMES.values():
             kinds = target.branches.get(layer.op, ())
-            allowed = scheme.family in target.schemes[layer.op] and (not scheme.branch or scheme.branch.kind in kinds)
+            allowed = scheme.family in target.schemes[layer.op] and (
+                not scheme.branch or scheme.branch.kind in kinds
+            )
             assert bool(target.refusal(layer, scheme)) != allowed
 
 
@@ -76,7 +78,12 @@ def test_simulated_schemes_never_reach_a_builder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", known_targets())
 def test_figures_name_their_source(name: str) -> None:
     target = load_target(name)
-    for figure in (target.memory_bytes, target.bandwidth_bytes_per_s, target.int8_ops_per_s, target.fp16_ops_per_s):
+    for figure in (
+        target.memory_bytes,
+        target.bandwidth_bytes_per_s,
+        target.int8_ops_per_s,
+        target.fp16_ops_per_s,
+    ):
         assert figure is None or (figure.value > 0 and len(figure.source) > 10)
 
 
@@ -133,7 +140,9 @@ def test_an_unknown_target_names_the_nearest_and_lists_all() -> None:
     assert all(name in caught.value.hint for name in known_targets())
 
 
-def test_a_users_file_extends_a_shipped_target_and_may_allow_what_it_forbids(tmp_path: Path) -> None:
+def test_a_users_file_extends_a_shipped_target_and_may_allow_what_it_forbids(
+    tmp_path: Path,
+) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(
         "extends: jetson-agx-orin\nname: my-orin\nversions: ['10.16']\n"
@@ -202,11 +211,20 @@ def test_a_target_prints_in_80_columns_with_its_reasons_and_doubts(name: str) ->
     flat = " ".join(text.split())
     for said in (*(rule.reason for rule in target.rules), *(one.what for one in target.proven)):
         assert " ".join(said.split()) in flat
-    figures = (target.memory_bytes, target.bandwidth_bytes_per_s, target.int8_ops_per_s, target.fp16_ops_per_s)
-    assert text.count("(unconfirmed)") == sum(figure is not None and not figure.confirmed for figure in figures)
+    figures = (
+        target.memory_bytes,
+        target.bandwidth_bytes_per_s,
+        target.int8_ops_per_s,
+        target.fp16_ops_per_s,
+    )
+    assert text.count("(unconfirmed)") == sum(
+        figure is not None and not figure.confirmed for figure in figures
+    )
 
 
-@pytest.mark.parametrize("name", [name for name in known_targets() if name.startswith(("jetson", "rtx"))])
+@pytest.mark.parametrize(
+    "name", [name for name in known_targets() if name.startswith(("jetson", "rtx"))]
+)
 def test_every_device_has_its_figures(name: str) -> None:
     target = load_target(name)
     assert target.memory_bytes is not None
@@ -220,7 +238,11 @@ def test_every_device_has_its_figures(name: str) -> None:
 
 def test_each_jetpack_has_a_target_of_its_own_and_no_version_belongs_to_two() -> None:
     jetsons = [load_target(name) for name in known_targets() if name.startswith("jetson")]
-    for version, dialect in (("10.3.0", "trt-10.3"), ("10.13.3", "trt-10.13"), ("11.4.1", "trt-11")):
+    for version, dialect in (
+        ("10.3.0", "trt-10.3"),
+        ("10.13.3", "trt-10.13"),
+        ("11.4.1", "trt-11"),
+    ):
         found = {target.dialect for target in jetsons if target.build_target.takes_version(version)}
         assert found == {dialect}
     assert all(target.jetpack for target in jetsons)

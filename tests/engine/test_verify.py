@@ -22,7 +22,13 @@ from tests.graphs import GraphBuilder
 def engine_log(written: Written, folder: Path) -> EngineLog:
     files = {name: str(folder / name) for name in ("engine", "log", "result")}
     sm = load_target("rtx").compute_capabilities
-    job = BuildJob("tensorrt_rtx", str(written.model), **files, compute_capabilities=sm, shapes=profile().inputs())
+    job = BuildJob(
+        "tensorrt_rtx",
+        str(written.model),
+        **files,
+        compute_capabilities=sm,
+        shapes=profile().inputs(),
+    )
     job.save(folder / "job.json")
     done = run_child(WORKER, str(folder / "job.json"))
     assert done.returncode == 0, (folder / "result").read_text(encoding="utf-8")
@@ -30,13 +36,19 @@ def engine_log(written: Written, folder: Path) -> EngineLog:
 
 
 @pytest.fixture(scope="module", params=["mix0", "mix1", *FAMILIES])
-def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Written, EngineLog]:
+def built(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Written, EngineLog]:
     pytest.importorskip("tensorrt_rtx")
     folder = tmp_path_factory.mktemp(request.param)
     shift = int(request.param[3:]) * 2 if request.param.startswith("mix") else 0
 
     def choose(number: int, layer: object) -> str:
-        return FAMILIES[(number + shift) % len(FAMILIES)] if request.param.startswith("mix") else request.param
+        return (
+            FAMILIES[(number + shift) % len(FAMILIES)]
+            if request.param.startswith("mix")
+            else request.param
+        )
 
     written = write_plan(folder, choose)
     return written, engine_log(written, folder)
@@ -57,8 +69,12 @@ def test_every_false_claim_about_one_layer_is_caught(built: tuple[Written, Engin
             if SCHEMES[name].family == layer.form.family:
                 continue
             claimed = replace(layer, scheme=name)
-            false = replace(written.expected, layers=(*layers[:index], claimed, *layers[index + 1 :]))
-            assert any(p.severity == "wrong" for p in verify(log, false)), f"{layer.name}: {layer.scheme} as {name}"
+            false = replace(
+                written.expected, layers=(*layers[:index], claimed, *layers[index + 1 :])
+            )
+            assert any(p.severity == "wrong" for p in verify(log, false)), (
+                f"{layer.name}: {layer.scheme} as {name}"
+            )
 
 
 @pytest.mark.rtx
@@ -72,7 +88,9 @@ def test_bytes_that_are_not_the_plans_are_caught(built: tuple[Written, EngineLog
         assert any("bytes of weights" in problem.message for problem in problems)
 
 
-def silent_fallback(folder: Path, *, scale_shape: list[int], resize_between: bool) -> tuple[ExpectedLayers, EngineLog]:
+def silent_fallback(
+    folder: Path, *, scale_shape: list[int], resize_between: bool
+) -> tuple[ExpectedLayers, EngineLog]:
     """One w8a8 convolution in a form that TensorRT builds without a word, and computes in FP16 (or INT8)."""
     import numpy as np
     import onnx
@@ -83,8 +101,15 @@ def silent_fallback(folder: Path, *, scale_shape: list[int], resize_between: boo
     q = g.op("QuantizeLinear", ["x", scale], "x/quantize", output_dtype=TensorProto.INT8)
     x = g.op("DequantizeLinear", [q, scale], "x/dequantize")
     if resize_between:
-        x = g.op("Resize", [x, "", g.weight("two", np.array([1, 1, 2, 2], np.float32))], "up", mode="nearest")
-    codes = g.weight("conv.weight//codes", g.rng.integers(-127, 128, (64, 64, 3, 3)).astype(np.int8))
+        x = g.op(
+            "Resize",
+            [x, "", g.weight("two", np.array([1, 1, 2, 2], np.float32))],
+            "up",
+            mode="nearest",
+        )
+    codes = g.weight(
+        "conv.weight//codes", g.rng.integers(-127, 128, (64, 64, 3, 3)).astype(np.int8)
+    )
     scales = g.weight("conv.weight//scale", np.full(64, 0.01, np.float16))
     w = g.op("DequantizeLinear", [codes, scales], "conv/weight_dequantize", axis=0)
     g.op("Conv", [x, w], "conv", pads=[1, 1, 1, 1])
@@ -101,13 +126,16 @@ def silent_fallback(folder: Path, *, scale_shape: list[int], resize_between: boo
 
 @pytest.mark.rtx
 @pytest.mark.parametrize(
-    ("scale_shape", "resize_between", "falls_back"), [([], False, False), ([1], False, True), ([], True, True)]
+    ("scale_shape", "resize_between", "falls_back"),
+    [([], False, False), ([1], False, True), ([], True, True)],
 )
 def test_a_silent_fallback_to_fp16_is_caught(
     tmp_path: Path, scale_shape: list[int], resize_between: bool, falls_back: bool
 ) -> None:
     pytest.importorskip("tensorrt_rtx")
-    expected, log = silent_fallback(tmp_path, scale_shape=scale_shape, resize_between=resize_between)
+    expected, log = silent_fallback(
+        tmp_path, scale_shape=scale_shape, resize_between=resize_between
+    )
     problems = verify(log, expected)
     assert bool(problems) == falls_back
     if falls_back:
@@ -115,9 +143,15 @@ def test_a_silent_fallback_to_fp16_is_caught(
         assert "planned w8a8, but it computes in Half" in problems[0].message
 
 
-def kernel(type_: str, inputs: str, constants: tuple[EngineTensor, ...], *nodes: str, out: str = "y") -> EngineLayer:
-    tensors = tuple(EngineTensor(name, (4, 8), dtype) for name, dtype in (p.split(":") for p in inputs.split()))
-    return EngineLayer("k", type_, tensors, constants, (EngineTensor(out, (4, 8), "Half"),), "", nodes)
+def kernel(
+    type_: str, inputs: str, constants: tuple[EngineTensor, ...], *nodes: str, out: str = "y"
+) -> EngineLayer:
+    tensors = tuple(
+        EngineTensor(name, (4, 8), dtype) for name, dtype in (p.split(":") for p in inputs.split())
+    )
+    return EngineLayer(
+        "k", type_, tensors, constants, (EngineTensor(out, (4, 8), "Half"),), "", nodes
+    )
 
 
 INT4_WEIGHT = EngineTensor("w", (8, 8), "Int4")
@@ -128,10 +162,14 @@ def problems_of(*kernels: EngineLayer, layer: ExpectedLayer = LAYER) -> list[Pro
     return verify(EngineLog(kernels, 100, 0), ExpectedLayers((layer,), 100))
 
 
-@pytest.mark.parametrize(("held", "right"), [(1_000_000, True), (600_000, True), (500_000, False), (1_100_000, False)])
+@pytest.mark.parametrize(
+    ("held", "right"), [(1_000_000, True), (600_000, True), (500_000, False), (1_100_000, False)]
+)
 def test_equal_constants_may_be_stored_once(held: int, right: bool) -> None:
     product = kernel("gemm", "x:Half", (INT4_WEIGHT,), "fc")
-    problems = verify(EngineLog((product,), held, 0), ExpectedLayers((LAYER,), 1_000_000, repeated_bytes=400_000))
+    problems = verify(
+        EngineLog((product,), held, 0), ExpectedLayers((LAYER,), 1_000_000, repeated_bytes=400_000)
+    )
     assert (problems == []) == right
     if not right:
         assert "400,000 of them equal to others" in problems[0].message

@@ -12,7 +12,10 @@ from mpq_deploy.system.progress import Talk
 
 KEY = {"model": "a", "steps": 20}
 # Larger than what a reader of archives takes at once, so that a header that asks for less would go unnoticed.
-ARRAYS = {"images": np.random.default_rng(0).standard_normal((8, 3, 32, 32)).astype(np.float32), "t": np.arange(9.0)}
+ARRAYS = {
+    "images": np.random.default_rng(0).standard_normal((8, 3, 32, 32)).astype(np.float32),
+    "t": np.arange(9.0),
+}
 
 
 @pytest.fixture

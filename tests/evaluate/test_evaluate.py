@@ -48,7 +48,11 @@ def specification(**changes):
         "sample": InputSpec(name="sample", shape=(3, 8, 8)),
         "timestep": InputSpec(name="timestep"),
         "conditions": (InputSpec(name="class_labels", shape=(4,)),),
-        "scheduler": {"_class_name": "DDIMScheduler", "num_train_timesteps": 100, "clip_sample": True},
+        "scheduler": {
+            "_class_name": "DDIMScheduler",
+            "num_train_timesteps": 100,
+            "clip_sample": True,
+        },
         "labels": ("cat", "dog", "fox", "<b>owl</b>"),
         "pixel_range": (-1.0, 1.0),
     }
@@ -91,7 +95,9 @@ def denoiser_file(path, change=1.0, poison=None):
         [helper.make_tensor_value_info("out_sample", TensorProto.FLOAT, shape)],
         initializers,
     )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path
+    )
     return path
 
 
@@ -112,7 +118,9 @@ def decoder_file(path):
         [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["n", 3, 16, 16])],
         initializers,
     )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path
+    )
     return path
 
 
@@ -126,7 +134,11 @@ def files(tmp_path):
 
 
 def run(files, spec=None, settings=SETTINGS, **more):
-    variants = {name: Variant(path, 123 if name == "ours" else None) for name, path in files.items() if name != "float"}
+    variants = {
+        name: Variant(path, 123 if name == "ours" else None)
+        for name, path in files.items()
+        if name != "float"
+    }
     return evaluate(variants, float_model(files, spec), settings, **more)
 
 
@@ -135,7 +147,8 @@ def float_model(files, spec=None):
 
 
 @pytest.mark.parametrize(
-    ("count", "turns"), [(5, [range(5)] * 3), (2, [[0, 2], [1, 3], [2, 4]]), (1, [[0, 2], [1, 3], [2, 4]])]
+    ("count", "turns"),
+    [(5, [range(5)] * 3), (2, [[0, 2], [1, 3], [2, 4]]), (1, [[0, 2], [1, 3], [2, 4]])],
 )
 def test_agrees_with_a_plain_loop(files, count, turns):
     """At three timesteps one call of five at each would leave two out: two are taken."""
@@ -149,13 +162,19 @@ def test_agrees_with_a_plain_loop(files, count, turns):
     for name in ("float", "ours"):
         hook = (lambda i, t, x, r: calls.append((i, t, x, r))) if name == "float" else None
         images[name] = denoise(
-            GuidedDenoiser(OrtDenoiser(files[name], spec), spec, CONDITIONS, hook), sampler, noise, rows, 5
+            GuidedDenoiser(OrtDenoiser(files[name], spec), spec, CONDITIONS, hook),
+            sampler,
+            noise,
+            rows,
+            5,
         )
     errors = []
     for index, turn in zip((1, 3, 5), turns, strict=True):
         _, timestep, inputs, _ = calls[index]
         taken = {"class_labels": CONDITIONS["class_labels"][rows[turn]]}
-        outputs = [OrtDenoiser(files[n], spec)(inputs[turn], timestep, taken) for n in ("float", "ours")]
+        outputs = [
+            OrtDenoiser(files[n], spec)(inputs[turn], timestep, taken) for n in ("float", "ours")
+        ]
         errors.append(nmse(*outputs))
     ours = found.variants["ours"]
     assert found.timesteps == tuple(calls[i][1] for i in (1, 3, 5))
@@ -163,8 +182,14 @@ def test_agrees_with_a_plain_loop(files, count, turns):
     assert ours.measured_nmse == pytest.approx(np.mean(errors), rel=1e-4)
     expected = psnr_db(*(to_unit(images[n], (-1, 1)) for n in ("float", "ours")))
     assert ours.psnr_db == pytest.approx(expected, abs=1e-3)
-    assert (len(ours.psnr_db_each), np.mean(ours.psnr_db_each)) == (len(images["ours"]), pytest.approx(ours.psnr_db))
-    assert (len(ours.ssim_each), np.mean(ours.ssim_each)) == (len(images["ours"]), pytest.approx(ours.ssim))
+    assert (len(ours.psnr_db_each), np.mean(ours.psnr_db_each)) == (
+        len(images["ours"]),
+        pytest.approx(ours.psnr_db),
+    )
+    assert (len(ours.ssim_each), np.mean(ours.ssim_each)) == (
+        len(images["ours"]),
+        pytest.approx(ours.ssim),
+    )
     assert ours.size_bytes == 123 and found.variants["int4"].size_bytes is None
     assert list(found.images) == ["float", "ours", "int4"]
     assert found.images["ours"].shape == (5, 8, 8, 3) and found.images["ours"].dtype == np.uint8
@@ -181,7 +206,9 @@ def correction(slope):
         heldout_nmse_before=2e-4,
         heldout_nmse_fitted=1e-4,
     )
-    return Correction(models={"m": "0"}, prediction_type="epsilon", channels=3, bias_per="scalar", steps=(step,))
+    return Correction(
+        models={"m": "0"}, prediction_type="epsilon", channels=3, bias_per="scalar", steps=(step,)
+    )
 
 
 def test_a_correction_changes_the_error_and_the_samples_of_its_variant_only(files, tmp_path):
@@ -189,14 +216,19 @@ def test_a_correction_changes_the_error_and_the_samples_of_its_variant_only(file
     model = float_model(files)
 
     def evaluated(corrected):
-        variants = {"ours": Variant(model.path), "ours+ptqd": Variant(model.path, correction=corrected)}
+        variants = {
+            "ours": Variant(model.path),
+            "ours+ptqd": Variant(model.path, correction=corrected),
+        }
         return evaluate(variants, model, SETTINGS, cache=tmp_path / "cache")
 
     for slope in (0.1, 0.25):
         found = evaluated(correction(slope))
         assert found.variants["ours"].measured_nmse == 0
         expected = (1 / (1 + slope) - 1) ** 2
-        assert found.variants["ours+ptqd"].nmse_by_timestep == pytest.approx([expected] * 3, rel=1e-4)
+        assert found.variants["ours+ptqd"].nmse_by_timestep == pytest.approx(
+            [expected] * 3, rel=1e-4
+        )
         assert found.variants["ours+ptqd"].psnr_db < math.inf
     note = next(note for note in found.notes if note.startswith("ours+ptqd"))
     assert "2.00e-04 -> 1.00e-04" in note and "adds no noise" in note
@@ -236,7 +268,9 @@ def test_saved_and_loaded_are_equal_and_repeat_byte_for_byte(files, tmp_path):
 def test_only_what_changed_is_sampled_again(files, tmp_path, monkeypatch):
     opened = []
     real = module.OrtDenoiser
-    monkeypatch.setattr(module, "OrtDenoiser", lambda path, *a, **k: opened.append(path.name) or real(path, *a, **k))
+    monkeypatch.setattr(
+        module, "OrtDenoiser", lambda path, *a, **k: opened.append(path.name) or real(path, *a, **k)
+    )
     cold = run(files, cache=tmp_path / "cache")
     assert opened == ["float.onnx", "ours.onnx", "int4.onnx"]
     opened.clear()
@@ -299,7 +333,9 @@ def test_guidance_counts_both_calls(files):
 
 def test_latency_is_labelled_as_the_cpus(files, tmp_path):
     settings = SETTINGS.replace(samples=2, steps=3, timesteps=2)
-    found = with_cpu_latency(run(files, settings=settings), float_model(files), "ours", files["ours"])
+    found = with_cpu_latency(
+        run(files, settings=settings), float_model(files), "ours", files["ours"]
+    )
     assert found.latency.float_ms > 0 and list(found.latency.variant_ms) == ["ours"]
     assert "not the target device" in found.latency.source
     found.save(tmp_path)
@@ -328,5 +364,7 @@ def test_bad_input_is_refused(files, tmp_path):
     with pytest.raises(ModelError, match=r"missing\.onnx"):
         run({**files, "ours": tmp_path / "missing.onnx"})
     with pytest.raises(ModelError, match="rows"):
-        other = FloatModel(files["float"], specification(), {"a": np.zeros((2, 1)), "b": np.zeros((3, 1))})
+        other = FloatModel(
+            files["float"], specification(), {"a": np.zeros((2, 1)), "b": np.zeros((3, 1))}
+        )
         evaluate({"ours": Variant(files["ours"])}, other, SETTINGS)

@@ -36,7 +36,9 @@ def test_any_number_of_channels(channels):
 def test_long_labels_do_not_widen_the_columns():
     rows = {"float": images(0)}
     short = image_grid(rows, ("a", "b", "c"))
-    long = image_grid(rows, ("grinning face with very big eyes and an extraordinarilylongword " * 3, "b", "c"))
+    long = image_grid(
+        rows, ("grinning face with very big eyes and an extraordinarilylongword " * 3, "b", "c")
+    )
     assert long.width == short.width
     assert long.height > short.height
 

@@ -10,7 +10,12 @@ from onnx import TensorProto, helper, numpy_helper
 from mpq_deploy.calls.recorded import CalibrationSet, RecordedCalls
 from mpq_deploy.errors import ModelError
 from mpq_deploy.evaluate.half import HalfPrecision, half_precision
-from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED, FloatGraph, write_quantized
+from mpq_deploy.graph.writers.deployed_graphs import (
+    DEPLOYED,
+    SIMULATED,
+    FloatGraph,
+    write_quantized,
+)
 from mpq_deploy.models.spec import DenoiserSpec, InputSpec
 from mpq_deploy.system.progress import Talk
 
@@ -49,7 +54,10 @@ def exported(path: Path, size: float, mended: float = 0.5) -> Path:
             helper.make_tensor_value_info("timestep", TensorProto.FLOAT, ["n"]),
         ],
         [helper.make_tensor_value_info("out_sample", TensorProto.FLOAT, shape)],
-        [numpy_helper.from_array(v if v.dtype == np.int64 else v.astype(np.float32), k) for k, v in constants.items()],
+        [
+            numpy_helper.from_array(v if v.dtype == np.int64 else v.astype(np.float32), k)
+            for k, v in constants.items()
+        ],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     onnx.save(onnx.shape_inference.infer_shapes(model), path)
@@ -62,10 +70,14 @@ def compared(folder: Path, size: float, mended: float = 0.5) -> HalfPrecision:
     write_quantized(FloatGraph(model, "timestep", "sample"), [], {}, folder / "written")
     rng = np.random.default_rng(1)
     calls = CalibrationSet(
-        rng.standard_normal((5, 2, 3, 8, 8)).astype(np.float32), np.linspace(99, 0, 5), np.zeros(2, np.int64)
+        rng.standard_normal((5, 2, 3, 8, 8)).astype(np.float32),
+        np.linspace(99, 0, 5),
+        np.zeros(2, np.int64),
     )
     written = folder / "written"
-    return half_precision(model, written / DEPLOYED, written / SIMULATED, RecordedCalls(calls, {}, SPEC), Talk())
+    return half_precision(
+        model, written / DEPLOYED, written / SIMULATED, RecordedCalls(calls, {}, SPEC), Talk()
+    )
 
 
 def test_fp16_costs_its_rounding_and_no_more(tmp_path: Path) -> None:
@@ -80,12 +92,18 @@ def test_values_beyond_fp16_are_named_before_an_engine_shows_them(tmp_path: Path
     found = compared(tmp_path, 2e4)
     ((name, most),) = found.beyond
     assert name == "up (Conv)" and 65504 < most < 1e6
-    assert f"up (Conv) {most:.3g}: an engine may give NaN" in found.warning and f"up (Conv) {most:.3g}." in found.note
+    assert (
+        f"up (Conv) {most:.3g}: an engine may give NaN" in found.warning
+        and f"up (Conv) {most:.3g}." in found.note
+    )
 
 
 def test_an_output_that_is_not_finite_in_fp16_ends_the_build(tmp_path: Path) -> None:
     """The last node's values are beyond FP16, so no runtime can give them."""
-    with pytest.raises(ModelError, match=r"not finite at timestep 99: .* reach beyond: up \(Conv\) \S+, mend \(Mul\)"):
+    with pytest.raises(
+        ModelError,
+        match=r"not finite at timestep 99: .* reach beyond: up \(Conv\) \S+, mend \(Mul\)",
+    ):
         compared(tmp_path, 2e4, mended=1e5)
 
 
@@ -101,6 +119,12 @@ def test_a_file_without_kernels_here_is_said_to_be_unknown(tmp_path: Path) -> No
     foreign = onnx.load(model)
     foreign.graph.node[0].op_type = "NoSuchOperator"
     onnx.save(foreign, tmp_path / "foreign.onnx")
-    calls = CalibrationSet(np.zeros((1, 1, 3, 8, 8), np.float32), np.zeros(1), np.zeros(1, np.int64))
-    found = half_precision(model, tmp_path / "foreign.onnx", model, RecordedCalls(calls, {}, SPEC), Talk())
-    assert found.warning == found.note and "not known" in found.note and "NoSuchOperator" in found.note
+    calls = CalibrationSet(
+        np.zeros((1, 1, 3, 8, 8), np.float32), np.zeros(1), np.zeros(1, np.int64)
+    )
+    found = half_precision(
+        model, tmp_path / "foreign.onnx", model, RecordedCalls(calls, {}, SPEC), Talk()
+    )
+    assert (
+        found.warning == found.note and "not known" in found.note and "NoSuchOperator" in found.note
+    )

@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpq_deploy.errors import ModelError
-from mpq_deploy.evaluate.images import EQUAL_IMAGE_DB, data_range, pooled_psnr_db, psnr_db, ssim, to_uint8, to_unit
+from mpq_deploy.evaluate.images import (
+    EQUAL_IMAGE_DB,
+    data_range,
+    pooled_psnr_db,
+    psnr_db,
+    ssim,
+    to_uint8,
+    to_unit,
+)
 from mpq_deploy.evaluate.output_error import nmse, sqnr_db, stride_midpoints, taken_turns
 
 
@@ -25,19 +33,28 @@ def ssim_by_loops(x, y, window, sigma=1.5):
     weights = np.exp(-(grid[:, None] ** 2 + grid[None, :] ** 2) / (2 * sigma**2))
     weights /= weights.sum()
     values = []
-    for image_x, image_y in zip(x.reshape(-1, *x.shape[2:]), y.reshape(-1, *y.shape[2:]), strict=True):
+    for image_x, image_y in zip(
+        x.reshape(-1, *x.shape[2:]), y.reshape(-1, *y.shape[2:]), strict=True
+    ):
         for i in range(image_x.shape[0] - window + 1):
             for j in range(image_x.shape[1] - window + 1):
-                a, b = image_x[i : i + window, j : j + window], image_y[i : i + window, j : j + window]
+                a, b = (
+                    image_x[i : i + window, j : j + window],
+                    image_y[i : i + window, j : j + window],
+                )
                 ma, mb = (weights * a).sum(), (weights * b).sum()
                 va, vb = (weights * (a - ma) ** 2).sum(), (weights * (b - mb) ** 2).sum()
                 cov = (weights * (a - ma) * (b - mb)).sum()
                 c1, c2 = 1e-4, 9e-4
-                values.append((2 * ma * mb + c1) * (2 * cov + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2)))
+                values.append(
+                    (2 * ma * mb + c1) * (2 * cov + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2))
+                )
     return float(np.mean(values))
 
 
-@pytest.mark.parametrize(("shape", "window"), [((2, 3, 13, 15), 11), ((2, 1, 8, 9), 7), ((1, 1, 3, 3), 3)])
+@pytest.mark.parametrize(
+    ("shape", "window"), [((2, 3, 13, 15), 11), ((2, 1, 8, 9), 7), ((1, 1, 3, 3), 3)]
+)
 def test_ssim_agrees_with_its_definition(shape, window):
     x, y = pair(0, shape)
     assert ssim(x, y) == pytest.approx(ssim_by_loops(x, y, window), rel=1e-9)
@@ -134,6 +151,9 @@ def test_stride_midpoints_are_distinct_and_inside(steps, count):
 def test_every_call_has_its_turn_and_none_twice_at_a_timestep(available, timesteps, calls):
     turns = taken_turns(available, timesteps, calls)
     least = -(-available // timesteps)
-    assert turns.shape == (timesteps, available if calls is None else min(available, max(calls, least)))
+    assert turns.shape == (
+        timesteps,
+        available if calls is None else min(available, max(calls, least)),
+    )
     assert all(len(set(turn)) == len(turn) for turn in turns.tolist())
     assert set(turns.ravel().tolist()) == set(range(available))

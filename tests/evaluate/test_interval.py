@@ -18,7 +18,9 @@ def test_the_interval_is_that_of_the_normal_approximation_for_many_images():
     values = np.random.default_rng(1).normal(40, 3, 2000)
     low, high = mean_interval(values)
     half = 1.96 * values.std() / np.sqrt(len(values))
-    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.1 * half)
+    assert (low, high) == pytest.approx(
+        (values.mean() - half, values.mean() + half), abs=0.1 * half
+    )
 
 
 def test_more_images_make_it_narrower_and_equal_ones_a_point():

@@ -16,7 +16,11 @@ VALUES = r"INT4|INT8|INT8_WEIGHT|INT8_INPUT"
 def told_apart(tree: ast.AST) -> Iterator[str]:
     """What ``isinstance`` asks for, and what is compared with a name or with one kind among several."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id == "isinstance"
+        ):
             yield from re.findall(rf"\b(?:{CLASSES})\b", ast.unparse(node.args[1]))
         if isinstance(node, ast.Compare):
             sides = [ast.unparse(side) for side in (node.left, *node.comparators)]
@@ -34,5 +38,7 @@ def test_no_class_or_value_of_formats_is_compared() -> None:
 
 
 def test_what_would_be_found() -> None:
-    text = "isinstance(m, (RowsMatrix, int)) or s.weight is INT8 or 'rows' in recipe.allocate.branches"
+    text = (
+        "isinstance(m, (RowsMatrix, int)) or s.weight is INT8 or 'rows' in recipe.allocate.branches"
+    )
     assert len(list(told_apart(ast.parse(text)))) == 3

@@ -66,7 +66,9 @@ class PowerWeight(WeightFormat):
         return "power6"
 
     def refusal(self, layer: Layer) -> str:
-        return f"it has {layer.out_channels} channels" if layer.out_channels < FEWEST_CHANNELS else ""
+        return (
+            f"it has {layer.out_channels} channels" if layer.out_channels < FEWEST_CHANNELS else ""
+        )
 
     def bytes_of(self, layer: Layer) -> int:
         return layer.weights + 2 * layer.out_channels
@@ -80,8 +82,13 @@ class PowerWeight(WeightFormat):
 
     def write(self, to: Any, matrix: PowerMatrix) -> Any:
         scale = np.ldexp(np.float32(1), matrix.exponents.astype(np.int32))
-        inputs = [to.codes(lambda: to.folded(matrix.codes), "INT8", to.layer.weight_shape), to.constant("scale", scale)]
-        return to.insert("DequantizeLinear", inputs, {"axis": to.layer.out_axis}, "weight_dequantize")
+        inputs = [
+            to.codes(lambda: to.folded(matrix.codes), "INT8", to.layer.weight_shape),
+            to.constant("scale", scale),
+        ]
+        return to.insert(
+            "DequantizeLinear", inputs, {"axis": to.layer.out_axis}, "weight_dequantize"
+        )
 
 
 def round_powers(schemes: Sequence[Scheme], layer: LayerRounding) -> dict[str, Any]:
@@ -103,17 +110,25 @@ def registered() -> Iterator[None]:
     del SCHEMES[POWER.name]
 
 
-def test_a_made_up_format_goes_from_the_recipe_to_the_graph(registered: None, tmp_path: Path) -> None:
+def test_a_made_up_format_goes_from_the_recipe_to_the_graph(
+    registered: None, tmp_path: Path
+) -> None:
     (tmp_path / "mine.yaml").write_text(TARGET, encoding="utf-8")
     model, run = save_denoiser(tmp_path), tmp_path / "run"
     allocate = {"allocate__schemes": [POWER.name], "allocate__branches": []}
-    build(recipe_for(model, budget=0.6, target=str(tmp_path / "mine.yaml"), **allocate), run, "quantize")
+    build(
+        recipe_for(model, budget=0.6, target=str(tmp_path / "mine.yaml"), **allocate),
+        run,
+        "quantize",
+    )
 
     plan = json.loads((run / "allocate" / "plan.json").read_text(encoding="utf-8"))
     taken = {name for name, scheme in plan["schemes"].items() if scheme == POWER.name}
     rows = {row["name"]: row for row in plan["layers"]}
     exported = onnx.load(run / "export" / "model.onnx")
-    layers = {layer.name: layer for layer in layer_graph(load_model(run / "export" / "model.onnx")).layers}
+    layers = {
+        layer.name: layer for layer in layer_graph(load_model(run / "export" / "model.onnx")).layers
+    }
     assert taken
     assert any("channels" in row["refused"].get(POWER.name, "") for row in rows.values())
     assert constant_bytes(run / "quantize" / DEPLOYED) == plan["size_bytes"] <= plan["budget_bytes"]
@@ -129,7 +144,10 @@ def test_a_made_up_format_goes_from_the_recipe_to_the_graph(registered: None, tm
             tensor.CopyFrom(onnx.numpy_helper.from_array(rounded, tensor.name))
     onnx.save(exported, tmp_path / "reference.onnx")
     rng = np.random.default_rng(0)
-    feeds = {"sample": rng.standard_normal((2, 3, 8, 8)).astype(np.float32), "timestep": np.array([5, 900], np.float32)}
+    feeds = {
+        "sample": rng.standard_normal((2, 3, 8, 8)).astype(np.float32),
+        "timestep": np.array([5, 900], np.float32),
+    }
     found, expected = (
         make_session(path, 1).run(None, feeds)[0]
         for path in (run / "quantize" / SIMULATED, tmp_path / "reference.onnx")

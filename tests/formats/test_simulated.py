@@ -13,7 +13,13 @@ from scipy import stats
 from mpq_deploy.calibrate.scales import simulated_grid
 from mpq_deploy.formats.branches.omq import outlier_steps
 from mpq_deploy.formats.branches.zres import balanced_steps, with_residuals
-from mpq_deploy.formats.candidates import Choices, LayerCandidates, load_candidates, round_candidates, save_candidates
+from mpq_deploy.formats.candidates import (
+    Choices,
+    LayerCandidates,
+    load_candidates,
+    round_candidates,
+    save_candidates,
+)
 from mpq_deploy.formats.layer_rounding import InputMoments
 from mpq_deploy.formats.scheme import FAMILIES, SCHEMES, nearest_scheme, schemes_named
 from mpq_deploy.formats.simulated import (
@@ -43,9 +49,9 @@ def weights(rows: int, columns: int, seed: int = 0, heavy: bool = True) -> np.nd
 
 
 def second_moments(columns: int, seed: int = 1) -> np.ndarray:
-    x = np.random.default_rng(seed).standard_normal((200, columns)) @ np.random.default_rng(2).standard_normal(
-        (columns, columns)
-    )
+    x = np.random.default_rng(seed).standard_normal((200, columns)) @ np.random.default_rng(
+        2
+    ).standard_normal((columns, columns))
     return (x.T @ x / len(x)).astype(np.float32)
 
 
@@ -57,7 +63,9 @@ def candidates_of(weight: np.ndarray, names: list[str], gptq: bool = True) -> La
         layer,
         Choices(tuple(SCHEMES[name] for name in names), {}),
         weight,
-        InputMoments(moments, (columns,) if gptq else (1,) * columns, amax=np.linspace(1, 2, columns)),
+        InputMoments(
+            moments, (columns,) if gptq else (1,) * columns, amax=np.linspace(1, 2, columns)
+        ),
         Rounding(gptq, 0.05, 2),
     )
 
@@ -73,7 +81,8 @@ def test_every_name_says_that_it_is_simulated() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "nearest"), [("w2a4-sim", "w4a8"), ("w3a6-sim", "w4a8"), ("w4a16-sim", "w4a16"), ("w7a7-sim", "w8a8")]
+    ("asked", "nearest"),
+    [("w2a4-sim", "w4a8"), ("w3a6-sim", "w4a8"), ("w4a16-sim", "w4a16"), ("w7a7-sim", "w8a8")],
 )
 def test_the_nearest_deployable_scheme(asked: str, nearest: str) -> None:
     offered = tuple(s for s in SCHEMES.values() if s.quantized and not s.simulated and not s.branch)
@@ -88,7 +97,10 @@ def test_grids_are_as_good_as_brute_force(bits: int) -> None:
     levels = 2**bits
     for row, error in zip(weight, found):
         best = min(
-            float(np.square(row - scale * np.clip(np.rint(row / scale), -below, levels - 1 - below)) @ share)
+            float(
+                np.square(row - scale * np.clip(np.rint(row / scale), -below, levels - 1 - below))
+                @ share
+            )
             for scale in np.geomspace(0.02, 1.2, 300) * np.abs(row).max()
             for below in range(levels)
         )
@@ -96,7 +108,9 @@ def test_grids_are_as_good_as_brute_force(bits: int) -> None:
         assert best * 0.97 <= error <= 1.15 * best
 
 
-@pytest.mark.parametrize("form", [plain(1), plain(2), plain(5), plain(8), RowForm(2, 2), RowForm(0, 3)], ids=str)
+@pytest.mark.parametrize(
+    "form", [plain(1), plain(2), plain(5), plain(8), RowForm(2, 2), RowForm(0, 3)], ids=str
+)
 def test_codes_stay_within_their_bits_and_rounding_beats_the_nearest(form: RowForm) -> None:
     weight, moments = weights(12, 32), [second_moments(32)]
     nearest = round_forms(weight, [form], moments, Rounding(False, 0.05, 0))[form]
@@ -112,7 +126,9 @@ def test_codes_stay_within_their_bits_and_rounding_beats_the_nearest(form: RowFo
 
 def test_one_bit_is_sign_times_the_mean_size() -> None:
     weight = weights(5, 40)
-    found = round_to_grids(weight, choose_grids(weight, np.ones(40, np.float32), plain(1))).dequantize()
+    found = round_to_grids(
+        weight, choose_grids(weight, np.ones(40, np.float32), plain(1))
+    ).dequantize()
     expected = np.sign(weight) * np.abs(weight).mean(axis=1, keepdims=True)
     np.testing.assert_allclose(found, expected, rtol=1e-3)
 
@@ -134,7 +150,9 @@ def test_residuals_are_the_formula_of_the_method() -> None:
 def test_a_channel_of_zeros_stays_zero() -> None:
     weight = weights(4, 16)
     weight[1] = 0
-    found = round_forms(weight, [plain(2), RowForm(1, 1)], [np.eye(16, dtype=np.float32)], Rounding(True, 0.05, 1))
+    found = round_forms(
+        weight, [plain(2), RowForm(1, 1)], [np.eye(16, dtype=np.float32)], Rounding(True, 0.05, 1)
+    )
     for matrix in found.values():
         assert np.abs(matrix.dequantize()[1]).max() < 1e-4
 
@@ -171,7 +189,9 @@ def test_outlier_steps_are_the_best_group_and_never_worse_than_none(channels: in
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("kind", ["omq", "zres"])
-def test_shared_out_bits_keep_their_mean_and_are_never_worse_than_even_ones(bits: int, kind: str) -> None:
+def test_shared_out_bits_keep_their_mean_and_are_never_worse_than_even_ones(
+    bits: int, kind: str
+) -> None:
     weight = weights(40, 24)
     weight[:6] *= np.random.default_rng(4).standard_t(2, (6, 24)).astype(np.float32)
     body = f"w{bits}a16-sim"
@@ -184,7 +204,9 @@ def test_shared_out_bits_keep_their_mean_and_are_never_worse_than_even_ones(bits
         assert (shared.orders - (shared.grid_bits == 0)).sum() <= 40
         assert ((shared.orders == 0) | (shared.grid_bits <= bits - 1)).all()
     moments = [second_moments(24)]
-    assert row_errors(weight, shared, moments).sum() <= row_errors(weight, even, moments).sum() * (1 + 1e-9)
+    assert row_errors(weight, shared, moments).sum() <= row_errors(weight, even, moments).sum() * (
+        1 + 1e-9
+    )
 
 
 def test_residuals_are_chosen_by_heavy_tails_rather_than_by_uniform_weights() -> None:
@@ -204,7 +226,9 @@ def test_forms_of_residuals_stand_on_a_base_of_one_bit_less() -> None:
 
 
 def test_nominal_bytes_are_those_of_a_packed_form() -> None:
-    layer = Layer("fc", "Gemm", "fc.weight", (40, 25), 0, 1, ())  # it has no use, so no input to count
+    layer = Layer(
+        "fc", "Gemm", "fc.weight", (40, 25), 0, 1, ()
+    )  # it has no use, so no input to count
     assert SCHEMES["w3a16-sim"].weight_bytes(layer) == 3 * 1000 // 8 + 40 * 3
     assert SCHEMES["w3a16-sim+omq"].weight_bytes(layer) == 375 + 40 * 3 + 2 * 40 // 8
     assert SCHEMES["w3a16-sim+zres"].weight_bytes(layer) == 375 + 40 * 3 + 3 * 40 // 8 + 2 * 40
@@ -214,7 +238,9 @@ def test_nominal_bytes_are_those_of_a_packed_form() -> None:
 
 def test_candidates_survive_their_file(tmp_path: Path) -> None:
     weight = weights(40, 24)
-    made = candidates_of(weight, ["w2a4-sim", "w2a4-sim+omq", "w3a6-sim+zres", "w8a8-sim", "w4a16-b32"])
+    made = candidates_of(
+        weight, ["w2a4-sim", "w2a4-sim+omq", "w3a6-sim+zres", "w8a8-sim", "w4a16-b32"]
+    )
     save_candidates(made, tmp_path / "a.safetensors")
     read = load_candidates(made.layer, weight, tmp_path / "a.safetensors")
     assert set(read.forms) == set(made.forms) and read.schemes == made.schemes
@@ -235,7 +261,9 @@ def test_activation_grids_are_as_good_as_brute_force(bits: int, side: float) -> 
     grid = simulated_grid(bits, x, amax, len(x))
     assert grid.quant_max - grid.quant_min == levels and grid.quant_min <= 0 <= grid.quant_max
     scales = np.geomspace(0.01, 1.5, 150) * amax
-    best = min(error(s, -below) for s in scales for below in range(0, levels + 1, max(1, levels // 16)))
+    best = min(
+        error(s, -below) for s in scales for below in range(0, levels + 1, max(1, levels // 16))
+    )
     assert error(grid.scale, grid.quant_min) <= 1.1 * best
 
 

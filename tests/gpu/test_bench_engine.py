@@ -39,7 +39,9 @@ def engine(tmp_path: Path) -> Path:
 
 def test_an_engine_is_timed_and_its_cache_kept(engine: Path) -> None:
     subjects = [subject_of(engine, name, Wish(batch=2)) for name in ("ours", "other")]
-    found = results(measure(subjects, Schedule(20, 5, 3), Talk()), Origin("m", "rtx", "trt-rtx", {}))
+    found = results(
+        measure(subjects, Schedule(20, 5, 3), Talk()), Origin("m", "rtx", "trt-rtx", {})
+    )
     assert found["latency"]["p50_ms"] > 0
     assert found["memory"]["taken_bytes"] > 0
     # The same engine twice.

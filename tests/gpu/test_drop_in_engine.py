@@ -21,7 +21,12 @@ def test_the_engine_answers_as_onnxruntime_does(tmp_path: Path) -> None:
     import mpq_deploy
 
     folder = tiny_unet_folder(tmp_path)
-    small = {"calibrate.samples": 8, "measure.samples": 2, "measure.calls": 2, "evaluate.samples": 2}
+    small = {
+        "calibrate.samples": 8,
+        "measure.samples": 2,
+        "measure.calls": 2,
+        "evaluate.samples": 2,
+    }
     built = mpq_deploy.build(folder, budget=0.6, out=tmp_path / "run", settings=small, quiet=True)
     engine = mpq_deploy.load(built.run, backend="tensorrt_rtx")
     reference = mpq_deploy.load(built.run, backend="onnxruntime", device="cpu")

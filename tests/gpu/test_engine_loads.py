@@ -24,7 +24,10 @@ def test_an_engine_of_every_scheme_loads_on_this_gpu(tmp_path: Path) -> None:
 
     written = write_plan(tmp_path, lambda number, layer: FAMILIES[number % len(FAMILIES)])
     build_engine(
-        BuildRequest(written.model, target.build_target, profile()), tmp_path / "engine", written.expected, Talk()
+        BuildRequest(written.model, target.build_target, profile()),
+        tmp_path / "engine",
+        written.expected,
+        Talk(),
     )
     runtime = tensorrt_rtx.Runtime(tensorrt_rtx.Logger(tensorrt_rtx.Logger.WARNING))
     engine = runtime.deserialize_cuda_engine((tmp_path / "engine" / ENGINE).read_bytes())

@@ -24,7 +24,9 @@ def test_an_array_is_stored_with_its_type_and_shape(shape: tuple[int, ...]) -> N
     value = add_constant(model, "added", array)
     assert model.graph.initializers["added"] is value and value.is_initializer()
     assert (value.dtype, value.shape) == (ir.DataType.FLOAT16, ir.Shape(array.shape))
-    np.testing.assert_array_equal(ir.from_proto(ir.to_proto(model)).graph.initializers["added"].const_value, array)
+    np.testing.assert_array_equal(
+        ir.from_proto(ir.to_proto(model)).graph.initializers["added"].const_value, array
+    )
 
 
 def test_an_equal_constant_is_shared() -> None:
@@ -33,7 +35,9 @@ def test_an_equal_constant_is_shared() -> None:
 
 
 @pytest.mark.parametrize(
-    "other", [np.arange(1, 4), np.arange(3, dtype=np.int32), np.arange(3).reshape(3, 1)], ids=["value", "type", "shape"]
+    "other",
+    [np.arange(1, 4), np.arange(3, dtype=np.int32), np.arange(3).reshape(3, 1)],
+    ids=["value", "type", "shape"],
 )
 def test_another_constant_of_that_name_is_refused(other: np.ndarray) -> None:
     model = some_model()

@@ -40,12 +40,18 @@ def test_a_lowered_graph_computes_the_same(opset: int, tmp_path: Path) -> None:
     save_sharing({"old.onnx": model}, tmp_path, "old.bin")
     onnx.checker.check_model(str(tmp_path / "old.onnx"))
     rng = np.random.default_rng(0)
-    feeds = {"sample": rng.standard_normal((2, 3, 7, 9)).astype(np.float32), "timestep": np.asarray(7, np.float32)}
+    feeds = {
+        "sample": rng.standard_normal((2, 3, 7, 9)).astype(np.float32),
+        "timestep": np.asarray(7, np.float32),
+    }
     results = [
-        onnxruntime.InferenceSession(str(tmp_path / name)).run(None, feeds)[0] for name in ("new.onnx", "old.onnx")
+        onnxruntime.InferenceSession(str(tmp_path / name)).run(None, feeds)[0]
+        for name in ("new.onnx", "old.onnx")
     ]
     if tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 25):
-        pytest.skip("ONNX Runtime before 1.25 fuses nodes of opset 21 alone, which rounds differently")
+        pytest.skip(
+            "ONNX Runtime before 1.25 fuses nodes of opset 21 alone, which rounds differently"
+        )
     assert np.array_equal(*results)
 
 
@@ -56,7 +62,9 @@ def test_a_node_that_the_older_opset_does_not_know_is_named(tmp_path: Path) -> N
     g.output("the.norm_out", ["N", 8])
     model = load_model(g.save(tmp_path / "m.onnx"))
     assert not LowerOpsetPass(24)(model).modified
-    with pytest.raises(ModelError, match=r"'the.norm' \(RMSNormalization\) has no counterpart in opset 21"):
+    with pytest.raises(
+        ModelError, match=r"'the.norm' \(RMSNormalization\) has no counterpart in opset 21"
+    ):
         LowerOpsetPass(21)(model)
 
 
@@ -64,10 +72,14 @@ def test_an_attribute_that_the_older_opset_does_not_know_is_named(tmp_path: Path
     g = GraphBuilder(opset=23)
     g.input("x", ["N", 8])
     codes = g.weight("codes", np.ones((8,), np.int8))
-    wide = g.op("DequantizeLinear", [codes, g.weight("s", np.float32(0.1))], "the.dq", output_dtype=1)
+    wide = g.op(
+        "DequantizeLinear", [codes, g.weight("s", np.float32(0.1))], "the.dq", output_dtype=1
+    )
     g.op("Mul", ["x", wide], "y")
     g.output("y_out", ["N", 8])
-    with pytest.raises(ModelError, match=r"'the.dq' \(DequantizeLinear\) has the attribute output_dtype"):
+    with pytest.raises(
+        ModelError, match=r"'the.dq' \(DequantizeLinear\) has the attribute output_dtype"
+    ):
         LowerOpsetPass(21)(load_model(g.save(tmp_path / "m.onnx")))
 
 
@@ -83,9 +95,18 @@ def test_what_is_written_passes_its_own_check(dialect: str, tmp_path: Path) -> N
     out = tmp_path / "out"
     out.mkdir()
     write_quantized(
-        FloatGraph(tmp_path / "export.onnx", "timestep", "sample"), rewrites, {}, out, dialect_named(dialect)
+        FloatGraph(tmp_path / "export.onnx", "timestep", "sample"),
+        rewrites,
+        {},
+        out,
+        dialect_named(dialect),
     )
-    target = {"trt-10.3": "jetson-agx-orin", "trt-10.13": "jetson-thor", "trt-11": "tensorrt-11", "trt-rtx": "rtx"}
+    target = {
+        "trt-10.3": "jetson-agx-orin",
+        "trt-10.13": "jetson-thor",
+        "trt-11": "tensorrt-11",
+        "trt-rtx": "rtx",
+    }
     result = check_model(out / "model.onnx", load_target(target[dialect]))
     assert {finding.rule for finding in result.findings} <= {"dynamic-inputs", "shared-input"}
     declared = onnx.load(out / "model.onnx", load_external_data=False).opset_import[0].version

@@ -17,17 +17,26 @@ from mpq_deploy.graph.passes.fp16_storage import Fp16StoragePass
 
 def ratio(op: str, scalar: float, *between: str) -> ir.Model:
     """y = x / f(x op scalar), after a convolution's weight would have made x: no position is read."""
-    nodes = [make_node("Relu", ["x"], ["r"], name="relu"), make_node(op, ["r", "c"], ["d0"], name="term")]
+    nodes = [
+        make_node("Relu", ["x"], ["r"], name="relu"),
+        make_node(op, ["r", "c"], ["d0"], name="term"),
+    ]
     for number, root in enumerate(between):
         nodes.append(make_node(root, [f"d{number}"], [f"d{number + 1}"], name=root))
     nodes.append(make_node("Div", ["x", f"d{len(between)}"], ["q"], name="quotient"))
     nodes.append(make_node("Neg", ["q"], ["y"], name="after"))
     values = [make_tensor_value_info(name, TensorProto.FLOAT, [2, 4]) for name in ("r", "q", "y")]
-    values += [make_tensor_value_info(f"d{number}", TensorProto.FLOAT, [2, 4]) for number in range(len(between) + 1)]
+    values += [
+        make_tensor_value_info(f"d{number}", TensorProto.FLOAT, [2, 4])
+        for number in range(len(between) + 1)
+    ]
     graph = make_graph(
         nodes,
         "g",
-        [make_tensor_value_info("x", TensorProto.FLOAT, [2, 4]), make_tensor_value_info("t", TensorProto.FLOAT, [1])],
+        [
+            make_tensor_value_info("x", TensorProto.FLOAT, [2, 4]),
+            make_tensor_value_info("t", TensorProto.FLOAT, [1]),
+        ],
         [make_tensor_value_info("y", TensorProto.FLOAT, [2, 4])],
         [from_array(np.array(scalar, np.float32), "c")],
         value_info=[value for value in values if value.name != "y"],
@@ -59,16 +68,23 @@ def test_a_term_that_keeps_a_divisor_from_zero_still_does(finish: object) -> Non
     model = ratio("Add", 1e-15)
     region = fp16_region(model, "t", "x")
     finish(region)(model)  # type: ignore[operator]
-    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(
+        ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
     kind = np.float16 if "float16" in session.get_inputs()[0].type else np.float32
     x = np.array([[0, 0, 1, 2], [0, 3, 0, 4]], kind)
-    (y,) = session.run(None, {"x": x, **({"t": np.zeros(1, np.float32)} if len(session.get_inputs()) > 1 else {})})
+    (y,) = session.run(
+        None, {"x": x, **({"t": np.zeros(1, np.float32)} if len(session.get_inputs()) > 1 else {})}
+    )
     np.testing.assert_array_equal(y, -(x > 0).astype(kind))
 
 
 def test_operators_that_take_no_fp16_stay_in_fp32() -> None:
     """Range and Celu are defined for FP32 alone: ONNX Runtime refused the FP16 graph."""
-    nodes = [make_node("Celu", ["x"], ["a"], name="celu"), make_node("Range", ["c0", "c4", "c1"], ["r"], name="range")]
+    nodes = [
+        make_node("Celu", ["x"], ["a"], name="celu"),
+        make_node("Range", ["c0", "c4", "c1"], ["r"], name="range"),
+    ]
     nodes.append(make_node("Mul", ["a", "r"], ["y"], name="mul"))
     rows = make_tensor_value_info("x", TensorProto.FLOAT, [2, 4])
     graph = make_graph(
@@ -77,13 +93,17 @@ def test_operators_that_take_no_fp16_stay_in_fp32() -> None:
         [rows, make_tensor_value_info("t", TensorProto.FLOAT, [1])],
         [make_tensor_value_info("y", TensorProto.FLOAT, [2, 4])],
         [from_array(np.array(n, np.float32), f"c{n}") for n in (0, 1, 4)],
-        value_info=[make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("a", [2, 4]), ("r", [4]))],
+        value_info=[
+            make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("a", [2, 4]), ("r", [4]))
+        ],
     )
     model = ir.from_proto(make_model(graph, opset_imports=[make_opsetid("", 21)], ir_version=10))
     region = fp16_region(model, "t", "x")
     assert region.nodes32 == {"celu", "range"}
     Fp16ArithmeticPass(region)(model)
-    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(
+        ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
     x = np.array([[1, -1, 2, 0.5], [0, 3, -2, 1]], np.float16)
     feeds = {"x": x, "t": np.zeros(1, np.float32)}
     given = {
@@ -106,17 +126,27 @@ def test_positions_that_are_made_of_constants_stay_in_fp32() -> None:
     graph = make_graph(
         nodes,
         "g",
-        [make_tensor_value_info("x", TensorProto.FLOAT, [2, 4]), make_tensor_value_info("t", TensorProto.FLOAT, [1])],
+        [
+            make_tensor_value_info("x", TensorProto.FLOAT, [2, 4]),
+            make_tensor_value_info("t", TensorProto.FLOAT, [1]),
+        ],
         [make_tensor_value_info("y", TensorProto.FLOAT, [2, 4])],
-        [from_array(np.array([4e4], np.float32), "big"), from_array(np.array([2.0], np.float32), "two")],
-        value_info=[make_tensor_value_info(n, TensorProto.FLOAT, [2, 4]) for n in ("p", "angle", "c")]
+        [
+            from_array(np.array([4e4], np.float32), "big"),
+            from_array(np.array([2.0], np.float32), "two"),
+        ],
+        value_info=[
+            make_tensor_value_info(n, TensorProto.FLOAT, [2, 4]) for n in ("p", "angle", "c")
+        ]
         + [make_tensor_value_info("s", TensorProto.INT64, [2])],
     )
     model = ir.from_proto(make_model(graph, opset_imports=[make_opsetid("", 21)], ir_version=10))
     region = fp16_region(model, "t", "x")
     assert region.nodes32 == {"expand", "angles", "cos"} | ({"shape"} & region.nodes32)
     Fp16ArithmeticPass(region)(model)
-    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(
+        ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
     feeds = {"x": np.ones((2, 4), np.float16), "t": np.zeros(1, np.float32)}
     given = {i.name: feeds[i.name] for i in session.get_inputs()}
     np.testing.assert_allclose(session.run(None, given)[0], np.cos(8e4), rtol=2e-3)

@@ -25,7 +25,9 @@ Array = np.ndarray[Any, Any]
 
 
 def run(model: ir.Model, **feeds: Array) -> Array:
-    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(
+        ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
     return np.asarray(session.run(None, feeds)[0])
 
 
@@ -86,7 +88,9 @@ def test_chains_of_shape_operators_fold() -> None:
     w = graph.random("norm.weight", 2, scale=1.0)
     grown = graph.op("Unsqueeze", [w, graph.weight("axes", np.array([1]))], "grow")
     shaped = graph.op("Reshape", [grown, graph.weight("shape", np.array([0, -1]))], "shape_it")
-    cast = graph.op("Cast", [graph.op("Cast", [shaped], "to_double", to=TensorProto.DOUBLE)], "back", to=1)
+    cast = graph.op(
+        "Cast", [graph.op("Cast", [shaped], "to_double", to=TensorProto.DOUBLE)], "back", to=1
+    )
     flat = graph.op("Flatten", [cast], "flat", axis=-1)
     model = finished(graph, graph.op("Mul", [x, flat], "scale"), ["n", 2, 3])
     feed = graph.rng.standard_normal((2, 2, 3)).astype(np.float32)
@@ -104,9 +108,16 @@ def sliced(shared: bool) -> ir.Model:
     table = graph.random("positions", 6, 5, scale=1.0)
 
     def index(name: str, *values: int) -> str:
-        return graph.op("Cast", [graph.weight(f"{name}.int", np.array(values, np.int32))], name, to=TensorProto.INT64)
+        return graph.op(
+            "Cast",
+            [graph.weight(f"{name}.int", np.array(values, np.int32))],
+            name,
+            to=TensorProto.INT64,
+        )
 
-    rows = graph.op("Slice", [table, index("a", -5), index("b", 1 << 30), index("c", 0), index("d", 1)], "rows")
+    rows = graph.op(
+        "Slice", [table, index("a", -5), index("b", 1 << 30), index("c", 0), index("d", 1)], "rows"
+    )
     both = [index("e", -1, 0), index("f", -3, 3), index("g", 0, -1), index("h", -1, 1)]
     part = graph.op("Slice", [rows, *both], "part")
     total = graph.op("Add", [x, part], "add")
@@ -154,7 +165,9 @@ def test_constants_identities_and_unused_weights() -> None:
     graph.random("unused.weight", 4, 4)
     value = numpy_helper.from_array(graph.rng.standard_normal((4, 4)).astype(np.float32))
     w = graph.op("Identity", [graph.op("Constant", [], "constant", value=value)], "alias")
-    model = finished(graph, graph.op("Identity", [graph.op("MatMul", [x, w], "product")], "same"), ["n", 4])
+    model = finished(
+        graph, graph.op("Identity", [graph.op("MatMul", [x, w], "product")], "same"), ["n", 4]
+    )
     feed = np.eye(4, dtype=np.float32)
     before = run(model, x=feed)
     model = normalise(model)
@@ -179,11 +192,18 @@ def test_nodes_get_unique_names() -> None:
 def group_norm_18() -> onnx.ModelProto:
     """GroupNormalization of opset 18: one scale per group; opset 21 has one per channel."""
     builder = GraphBuilder()
-    scale, bias = (numpy_helper.from_array(np.float32(v), n) for v, n in (([2, 3], "scale"), ([0.5, -1], "bias")))
+    scale, bias = (
+        numpy_helper.from_array(np.float32(v), n)
+        for v, n in (([2, 3], "scale"), ([0.5, -1], "bias"))
+    )
     node = helper.make_node("GroupNormalization", ["x", "scale", "bias"], ["out"], num_groups=2)
-    large = numpy_helper.from_array(builder.rng.standard_normal((4, 4, 9, 9)).astype(np.float32), "conv.weight")
+    large = numpy_helper.from_array(
+        builder.rng.standard_normal((4, 4, 9, 9)).astype(np.float32), "conv.weight"
+    )
     conv = helper.make_node("Conv", ["out", "conv.weight"], ["y"], pads=[4, 4, 4, 4])
-    shapes = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["n", 4, 5, 5]) for n in ("x", "y")]
+    shapes = [
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, ["n", 4, 5, 5]) for n in ("x", "y")
+    ]
     graph = helper.make_graph([node, conv], "g", shapes[:1], shapes[1:], [scale, bias, large])
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
 
@@ -194,7 +214,9 @@ def test_raising_the_opset_converts_operators_that_changed() -> None:
     before = run(model, x=feed)
     raised = normalise(model)
     assert raised.graph.opset_imports[""] == 21
-    assert [value.name for value in raised.graph.inputs] == ["x"] and "conv.weight" in raised.graph.initializers
+    assert [value.name for value in raised.graph.inputs] == [
+        "x"
+    ] and "conv.weight" in raised.graph.initializers
     assert "GroupNormalization" not in {node.op_type for node in raised.graph}
     np.testing.assert_allclose(run(raised, x=feed), before, atol=1e-4)
 
@@ -203,7 +225,9 @@ def test_group_norm_per_channel_becomes_instance_norm_with_the_names_kept() -> N
     graph = GraphBuilder(opset=21)
     x = graph.input("x", ["n", 6, 3, 2])
     weights = [graph.random(f"norm.{part}", 6, scale=1.0) for part in ("weight", "bias")]
-    model = finished(graph, graph.op("GroupNormalization", [x, *weights], "norm", num_groups=3), ["n", 6, 3, 2])
+    model = finished(
+        graph, graph.op("GroupNormalization", [x, *weights], "norm", num_groups=3), ["n", 6, 3, 2]
+    )
     feed = graph.rng.standard_normal((2, 6, 3, 2)).astype(np.float32)
     before = run(model, x=feed)
     made = normalise(model)
@@ -255,33 +279,51 @@ def test_types_that_no_one_declared_are_inferred() -> None:
     scale, bias = graph.random("norm.weight", 8, scale=1.0), graph.random("norm.bias", 8, scale=0.1)
     # ONNX infers nothing of GroupNormalization, nor of what follows.
     normal = graph.op("GroupNormalization", [x, scale, bias], "norm", num_groups=2)
-    again = graph.op("GroupNormalization", [graph.conv(normal, "conv", 8, 8), scale, bias], "norm_2", num_groups=4)
+    again = graph.op(
+        "GroupNormalization",
+        [graph.conv(normal, "conv", 8, 8), scale, bias],
+        "norm_2",
+        num_groups=4,
+    )
     graph.op("Relu", [again], "relu")
     graph.nodes[-1].output[0] = graph.output("out", ["n", 8, 4, 4])
     model = normalise(bare(graph))
     untyped = [value.name for node in model.graph for value in node.outputs if value.dtype is None]
     assert not untyped
     feed = graph.rng.standard_normal((2, 8, 4, 4)).astype(np.float32)
-    np.testing.assert_allclose(run(model, x=feed), run(ir.from_proto(graph.model()), x=feed), atol=1e-5)
+    np.testing.assert_allclose(
+        run(model, x=feed), run(ir.from_proto(graph.model()), x=feed), atol=1e-5
+    )
 
 
 def test_outputs_of_foreign_operators_take_the_type_of_their_floats() -> None:
     graph = GraphBuilder()
     x = graph.input("x", ["n", 4])
-    graph.nodes.append(helper.make_node("QuickGelu", [x], ["g"], name="gelu", domain="com.microsoft"))
+    graph.nodes.append(
+        helper.make_node("QuickGelu", [x], ["g"], name="gelu", domain="com.microsoft")
+    )
     graph.op("MatMul", ["g", graph.random("w", 4, 4)], "product")
     graph.nodes[-1].output[0] = graph.output("out", ["n", 4])
     made = helper.make_graph(graph.nodes, "g", graph.inputs, graph.outputs, graph.weights)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     model = normalise(ir.from_proto(helper.make_model(made, opset_imports=opsets, ir_version=10)))
-    assert next(node for node in model.graph if node.op_type == "QuickGelu").outputs[0].dtype == ir.DataType.FLOAT
+    assert (
+        next(node for node in model.graph if node.op_type == "QuickGelu").outputs[0].dtype
+        == ir.DataType.FLOAT
+    )
 
 
 def test_what_the_converter_makes_constants_of_becomes_initializers() -> None:
     """Limits of Clip are attributes until opset 10: the converter writes them as Constant nodes."""
     graph = GraphBuilder(opset=10)
     x = graph.input("x", ["n", 4])
-    graph.op("Clip", [graph.op("MatMul", [x, graph.random("w", 4, 4)], "product")], "clip", min=-0.5, max=0.5)
+    graph.op(
+        "Clip",
+        [graph.op("MatMul", [x, graph.random("w", 4, 4)], "product")],
+        "clip",
+        min=-0.5,
+        max=0.5,
+    )
     graph.nodes[-1].output[0] = graph.output("out", ["n", 4])
     made = helper.make_graph(graph.nodes, "g", graph.inputs, graph.outputs, graph.weights)
     proto = helper.make_model(made, opset_imports=[helper.make_opsetid("", 10)], ir_version=5)
@@ -298,7 +340,9 @@ def test_double_precision_becomes_single() -> None:
     graph = GraphBuilder()
     x = graph.op("Cast", [graph.input("x", ["n", 4])], "to_double", to=TensorProto.DOUBLE)
     weight = graph.weight("w", graph.rng.standard_normal((4, 6)))
-    single = graph.op("Cast", [graph.op("MatMul", [x, weight], "product")], "to_single", to=TensorProto.FLOAT)
+    single = graph.op(
+        "Cast", [graph.op("MatMul", [x, weight], "product")], "to_single", to=TensorProto.FLOAT
+    )
     model = finished(graph, single, ["n", 6])
     feed = graph.rng.standard_normal((3, 4)).astype(np.float32)
     before = run(model, x=feed)
@@ -314,14 +358,23 @@ def test_infinite_masks_become_finite_and_softmax_stays() -> None:
     mask = graph.weight("mask", np.array([0, -np.inf, 0], np.float32))
     above = graph.op(
         "Where",
-        [graph.weight("keep", np.array([True, True, False])), x, graph.weight("low", np.float32(-np.inf))],
+        [
+            graph.weight("keep", np.array([True, True, False])),
+            x,
+            graph.weight("low", np.float32(-np.inf)),
+        ],
         "where",
     )
-    model = finished(graph, graph.op("Softmax", [graph.op("Add", [above, mask], "add")], "softmax"), ["n", 3])
+    model = finished(
+        graph, graph.op("Softmax", [graph.op("Add", [above, mask], "add")], "softmax"), ["n", 3]
+    )
     feed = graph.rng.standard_normal((2, 3)).astype(np.float32)
     before = run(model, x=feed)
     model = normalise(model)
-    assert np.isfinite(initializer(model, "mask")).all() and np.isfinite(initializer(model, "low")).all()
+    assert (
+        np.isfinite(initializer(model, "mask")).all()
+        and np.isfinite(initializer(model, "low")).all()
+    )
     np.testing.assert_array_equal(run(model, x=feed), before)
 
 
@@ -329,7 +382,9 @@ def test_infinity_that_is_compared_with_stays() -> None:
     graph = GraphBuilder()
     x = graph.input("x", ["n", 3])
     equal = graph.op("Equal", [x, graph.weight("inf", np.float32(np.inf))], "equal")
-    model = normalise(finished(graph, graph.op("Cast", [equal], "cast", to=TensorProto.FLOAT), ["n", 3]))
+    model = normalise(
+        finished(graph, graph.op("Cast", [equal], "cast", to=TensorProto.FLOAT), ["n", 3])
+    )
     assert np.isinf(initializer(model, "inf"))
 
 

@@ -13,7 +13,9 @@ from mpq_deploy.errors import UsageError
 from mpq_deploy.latency.latency_table import LatencyTable, LayerShape
 
 SHAPE = LayerShape("Conv", (2, 8, 4, 4), (2, 16, 4, 4), (16, 8, 3, 3))
-TABLE = LatencyTable("rtx-ada", "a GPU", "tensorrt_rtx 1.7", "measured", 2, {(SHAPE, "fp16"): 0.25}, "2026-01-02")
+TABLE = LatencyTable(
+    "rtx-ada", "a GPU", "tensorrt_rtx 1.7", "measured", 2, {(SHAPE, "fp16"): 0.25}, "2026-01-02"
+)
 
 
 def test_a_table_comes_back_as_it_was_written(tmp_path: Path) -> None:
@@ -45,10 +47,14 @@ def test_a_table_of_another_target_or_batch_is_refused() -> None:
         ({"colour": "red"}, "colour"),
     ],
 )
-def test_a_file_that_is_no_table_is_refused_by_its_field(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_table_is_refused_by_its_field(
+    change: dict[str, Any], words: str, tmp_path: Path
+) -> None:
     path = tmp_path / "table.json"
     TABLE.save(path)
-    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **change}), encoding="utf-8")
+    path.write_text(
+        json.dumps({**json.loads(path.read_text(encoding="utf-8")), **change}), encoding="utf-8"
+    )
     with pytest.raises(UsageError, match=words):
         LatencyTable.load(path)
 
@@ -57,7 +63,9 @@ def test_a_file_that_is_no_table_is_refused_by_its_field(change: dict[str, Any],
 def test_a_time_that_is_none_is_refused(milliseconds: object, tmp_path: Path) -> None:
     path = tmp_path / "table.json"
     TABLE.save(path)
-    path.write_text(path.read_text(encoding="utf-8").replace("0.25", str(milliseconds)), encoding="utf-8")
+    path.write_text(
+        path.read_text(encoding="utf-8").replace("0.25", str(milliseconds)), encoding="utf-8"
+    )
     with pytest.raises(UsageError, match="milliseconds"):
         LatencyTable.load(path)
 

@@ -36,7 +36,15 @@ FORMS = (
 
 
 def convolution(scheme: str) -> OneLayer:
-    layer = Layer("block.conv", "Conv", "block.conv.weight", (64, 64, 3, 3), 0, 1, (LayerUse("/conv", "a", "b"),))
+    layer = Layer(
+        "block.conv",
+        "Conv",
+        "block.conv.weight",
+        (64, 64, 3, 3),
+        0,
+        1,
+        (LayerUse("/conv", "a", "b"),),
+    )
     attributes = [ir.AttrInt64s("pads", [1, 1, 1, 1]), ir.AttrInt64s("strides", [2, 2])]
     bias = ir.Value(name="bias", const_value=ir.Tensor(np.ones(64, np.float32)))
     node = ir.Node("", "Conv", [None, None, bias], attributes, name="/conv")
@@ -47,12 +55,16 @@ def convolution(scheme: str) -> OneLayer:
 def product(scheme: str) -> OneLayer:
     layer = Layer("to_q", "MatMul", "to_q.weight", (128, 64), 1, 1, (LayerUse("/to_q", "a", "b"),))
     node = ir.Node("", "MatMul", [None, None], name="/to_q")
-    return OneLayer(layer, node, LayerShape("MatMul", (2, 16, 128), (2, 16, 64), (128, 64)), SCHEMES[scheme])
+    return OneLayer(
+        layer, node, LayerShape("MatMul", (2, 16, 128), (2, 16, 64), (128, 64)), SCHEMES[scheme]
+    )
 
 
 @pytest.mark.parametrize("make", [convolution, product], ids=["conv", "matmul"])
 @pytest.mark.parametrize("scheme", FORMS)
-def test_a_layer_alone_has_its_schemes_bytes_and_shapes(make: object, scheme: str, tmp_path: Path) -> None:
+def test_a_layer_alone_has_its_schemes_bytes_and_shapes(
+    make: object, scheme: str, tmp_path: Path
+) -> None:
     one: OneLayer = make(scheme)  # type: ignore[operator]
     size = write_one_layer(one, tmp_path, dialect_named("trt-rtx"))
     bias = 2 * 64 if one.layer.op == "Conv" else 0
@@ -68,14 +80,18 @@ def test_a_layer_alone_has_its_schemes_bytes_and_shapes(make: object, scheme: st
 
 @pytest.mark.rtx
 @pytest.mark.parametrize("scheme", ["fp16", "w8a8", "w4a16-b64", "w4a8-b64", "w4a16-b128+rows2"])
-def test_the_builder_makes_of_a_layer_alone_what_its_scheme_means(scheme: str, tmp_path: Path) -> None:
+def test_the_builder_makes_of_a_layer_alone_what_its_scheme_means(
+    scheme: str, tmp_path: Path
+) -> None:
     pytest.importorskip("tensorrt_rtx")
     record = build_one_layer(convolution(scheme), load_target("rtx"), tmp_path)
     assert record.verified, record.problems
 
 
 @pytest.mark.rtx
-def test_a_timed_layer_becomes_a_row_with_its_provenance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_timed_layer_becomes_a_row_with_its_provenance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("tensorrt_rtx")
     # What runs the engine is replaced: no GPU is here.
     times = Run({}, (3.0, 1.0, 2.0), None, "a GPU", "SM86")
@@ -86,7 +102,9 @@ def test_a_timed_layer_becomes_a_row_with_its_provenance(tmp_path: Path, monkeyp
     wanted.jobs = {(one.shape, "w8a8"): one}
     table = wanted.measure(tmp_path / "table.json")
     assert table.entries == {(one.shape, "w8a8"): 2.0}
-    assert (table.device, table.source) == ("a GPU", "measured") and table.builder.startswith("tensorrt_rtx 1.")
+    assert (table.device, table.source) == ("a GPU", "measured") and table.builder.startswith(
+        "tensorrt_rtx 1."
+    )
     # A second call finds everything there; on another GPU it refuses to mix.
     monkeypatch.setattr(profile, "time_one_layer", lambda *arguments: pytest.fail("measured again"))
     assert wanted.measure(tmp_path / "table.json").entries == table.entries
@@ -97,7 +115,9 @@ def test_a_timed_layer_becomes_a_row_with_its_provenance(tmp_path: Path, monkeyp
         wanted.measure(tmp_path / "table.json")
 
 
-def test_a_layer_that_cannot_be_built_is_said_and_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_that_cannot_be_built_is_said_and_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(*arguments: object) -> None:
         raise profile.EngineError("The builder crashed.")
 

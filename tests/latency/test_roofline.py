@@ -66,8 +66,12 @@ def test_a_product_that_computes_more_than_it_moves_takes_as_long_as_its_operati
     layer, positions = conv(256), 4 * 1024
     traffic = Traffic(256 * positions, 256 * positions)
     operations = 2 * positions * 256 * 256 * 9
-    assert layer_seconds(layer, SCHEMES["fp16"], traffic, RATES) == pytest.approx(operations / 10e12 + LAUNCH_SECONDS)
-    assert layer_seconds(layer, SCHEMES["w8a8"], traffic, RATES) == pytest.approx(operations / 20e12 + LAUNCH_SECONDS)
+    assert layer_seconds(layer, SCHEMES["fp16"], traffic, RATES) == pytest.approx(
+        operations / 10e12 + LAUNCH_SECONDS
+    )
+    assert layer_seconds(layer, SCHEMES["w8a8"], traffic, RATES) == pytest.approx(
+        operations / 20e12 + LAUNCH_SECONDS
+    )
 
 
 def test_int4_of_a_convolution_saves_memory_and_moves_more_bytes_than_fp16() -> None:
@@ -75,12 +79,20 @@ def test_int4_of_a_convolution_saves_memory_and_moves_more_bytes_than_fp16() -> 
     # Per weight: half a byte and a sixty-fourth of a scale read, 2 written, 2 read; FP16 reads 2.
     assert SCHEMES["w4a16-b64"].unpacked_bytes(layer) == 2 * layer.weights
     assert SCHEMES["w4a8-b64"].unpacked_bytes(layer) == layer.weights
-    assert bytes_moved(layer, SCHEMES["w4a16-b64"], traffic) > 2.2 * bytes_moved(layer, SCHEMES["fp16"], traffic)
-    assert bytes_moved(layer, SCHEMES["w8a8"], traffic) < 0.6 * bytes_moved(layer, SCHEMES["fp16"], traffic)
+    assert bytes_moved(layer, SCHEMES["w4a16-b64"], traffic) > 2.2 * bytes_moved(
+        layer, SCHEMES["fp16"], traffic
+    )
+    assert bytes_moved(layer, SCHEMES["w8a8"], traffic) < 0.6 * bytes_moved(
+        layer, SCHEMES["fp16"], traffic
+    )
 
 
 def test_int4_of_a_product_is_unpacked_in_its_kernel() -> None:
-    assert SCHEMES["w4a16-b64"].unpacked_bytes(matmul()) == SCHEMES["w8a16"].unpacked_bytes(matmul()) == 0
+    assert (
+        SCHEMES["w4a16-b64"].unpacked_bytes(matmul())
+        == SCHEMES["w8a16"].unpacked_bytes(matmul())
+        == 0
+    )
     small = Traffic(512, 512)
     int4, fp16 = (layer_seconds(matmul(), SCHEMES[s], small, RATES) for s in ("w4a16-b64", "fp16"))
     assert int4 < fp16
@@ -90,13 +102,18 @@ def test_int4_of_a_product_is_unpacked_in_its_kernel() -> None:
 @pytest.mark.parametrize("layer", [conv(), matmul()], ids=["conv", "matmul"])
 def test_a_branch_costs_at_least_its_kernels(layer: Layer, branch: str) -> None:
     traffic = Traffic(layer.weight_shape[1 - layer.out_axis] * 16, layer.out_channels * 16)
-    body, whole = (layer_seconds(layer, SCHEMES[s], traffic, RATES) for s in ("w4a16-b128", f"w4a16-b128+{branch}"))
+    body, whole = (
+        layer_seconds(layer, SCHEMES[s], traffic, RATES)
+        for s in ("w4a16-b128", f"w4a16-b128+{branch}")
+    )
     assert whole > body + 1.9 * LAUNCH_SECONDS
 
 
 def test_a_small_layer_is_slower_in_int8_once_its_input_must_be_quantized() -> None:
     layer, traffic = conv(16, 1), Traffic(16 * 64, 16 * 64)
-    int8 = layer_seconds(layer, SCHEMES["w8a8"], traffic, RATES) + quantizer_seconds(16 * 64, SCHEMES["w8a8"], RATES)
+    int8 = layer_seconds(layer, SCHEMES["w8a8"], traffic, RATES) + quantizer_seconds(
+        16 * 64, SCHEMES["w8a8"], RATES
+    )
     assert int8 > layer_seconds(layer, SCHEMES["fp16"], traffic, RATES)
 
 

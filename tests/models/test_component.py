@@ -30,7 +30,11 @@ def test_a_decoder_gets_samples_of_the_float_denoiser(text: Path, tmp_path: Path
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("abc\ndef\n", encoding="utf-8")
     vae = open_denoiser(text, Additions(component="vae", component_samples=8, prompts=prompts))
-    assert vae.spec.timestep is None and vae.spec.calibration_rows == 6 and vae.spec.pixel_range == (-1, 1)
+    assert (
+        vae.spec.timestep is None
+        and vae.spec.calibration_rows == 6
+        and vae.spec.pixel_range == (-1, 1)
+    )
     rows = vae.conditions.arrays["latent_sample"]
     assert rows.shape == (8, 4, 8, 8) and "samples of the float denoiser" in vae.notes[0]
     assert len(np.unique(rows.reshape(8, -1), axis=0)) == 8
@@ -38,7 +42,9 @@ def test_a_decoder_gets_samples_of_the_float_denoiser(text: Path, tmp_path: Path
     # The scaling factor is not part of the graph: its input is what vae.decode takes.
     with torch.no_grad():
         expected = vae.network.module.decode(torch.from_numpy(rows[:2])).sample.numpy()  # type: ignore[attr-defined]
-    np.testing.assert_allclose(vae.network.reference({"latent_sample": rows[:2]}), expected, atol=1e-6)
+    np.testing.assert_allclose(
+        vae.network.reference({"latent_sample": rows[:2]}), expected, atol=1e-6
+    )
 
 
 def test_without_a_denoiser_it_gets_noise_and_says_so(text: Path, tmp_path: Path) -> None:
@@ -69,11 +75,16 @@ def test_a_text_encoder_gets_the_prompts(tmp_path: Path, xl: bool) -> None:
 
 
 def test_what_cannot_be_a_component_is_refused(text: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"'text_encoder_2' of .* cannot be quantized\. Did you mean 'text_encoder'"):
+    with pytest.raises(
+        UsageError,
+        match=r"'text_encoder_2' of .* cannot be quantized\. Did you mean 'text_encoder'",
+    ):
         open_denoiser(text, Additions(component="text_encoder_2"))
     with pytest.raises(UsageError, match="Here: unet, vae, text_encoder"):
         open_denoiser(text, Additions(component="scheduler"))
     with pytest.raises(UsageError, match="has no vae/"):
-        open_denoiser(tiny_transformer_folder(tmp_path, "DiTTransformer2DModel"), Additions(component="vae"))
+        open_denoiser(
+            tiny_transformer_folder(tmp_path, "DiTTransformer2DModel"), Additions(component="vae")
+        )
     with pytest.raises(UsageError, match=r"has no model_index\.json"):
         open_denoiser(text / "unet", Additions(component="vae"))

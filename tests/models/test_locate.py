@@ -21,7 +21,9 @@ def test_ids(name: str) -> None:
     assert is_hub_id(name)
 
 
-@pytest.mark.parametrize("name", ["name", "/abs/path", "./org/name", "a/b/c", "../a", "a/", "org/../name"])
+@pytest.mark.parametrize(
+    "name", ["name", "/abs/path", "./org/name", "a/b/c", "../a", "a/", "org/../name"]
+)
 def test_paths_are_no_ids(name: str) -> None:
     assert not is_hub_id(name)
 
@@ -58,6 +60,13 @@ def test_only_harmless_files_are_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_
         )
 
     assert all(taken(str(f.relative_to(folder))) for f in folder.rglob("*.*"))
-    assert taken("unet/diffusion_pytorch_model-00001-of-00002.safetensors") and taken("tokenizer/merges.txt")
-    for name in ("unet/diffusion_pytorch_model.bin", "pipeline.py", "model.ckpt", "unet/x.fp16.safetensors"):
+    assert taken("unet/diffusion_pytorch_model-00001-of-00002.safetensors") and taken(
+        "tokenizer/merges.txt"
+    )
+    for name in (
+        "unet/diffusion_pytorch_model.bin",
+        "pipeline.py",
+        "model.ckpt",
+        "unet/x.fp16.safetensors",
+    ):
         assert not taken(name)

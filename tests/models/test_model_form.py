@@ -33,7 +33,9 @@ def saved(
     """Write ``model`` with further entries in its configuration; return the arguments of ``open_denoiser``."""
     randomize(model).save_pretrained(folder / "model", safe_serialization=True)
     path = folder / "model" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **config}), encoding="utf-8")
+    path.write_text(
+        json.dumps({**json.loads(path.read_text(encoding="utf-8")), **config}), encoding="utf-8"
+    )
     write_scheduler(folder, scheduler)
     if not arrays:
         return folder / "model", Additions(scheduler=folder)
@@ -58,7 +60,10 @@ def tiny_ltx() -> Any:
 
 
 def ltx(folder: Path, **entries: Any) -> tuple[Path, Additions]:
-    video = {"sample_shape": [2 * 4 * 3, 8], "forward_arguments": {"num_frames": 2, "height": 4, "width": 3}}
+    video = {
+        "sample_shape": [2 * 4 * 3, 8],
+        "forward_arguments": {"num_frames": 2, "height": 4, "width": 3},
+    }
     mask = np.ones((ROWS, TOKENS), np.float32)
     text = {"encoder_hidden_states": random(ROWS, TOKENS, 16), "encoder_attention_mask": mask}
     return saved(folder, tiny_ltx(), tiny_flow_scheduler(), {**video, **entries}, **text)
@@ -102,7 +107,9 @@ def test_vectors(tmp_path: Path) -> None:
     )
     arrays = {"proj_embedding": random(ROWS, 16), "encoder_hidden_states": random(ROWS, TOKENS, 16)}
     arrays["attention_mask"] = np.ones((ROWS, TOKENS), bool)
-    denoiser = open_denoiser(*saved(tmp_path, model, tiny_scheduler(), {"sample_shape": [16]}, **arrays))
+    denoiser = open_denoiser(
+        *saved(tmp_path, model, tiny_scheduler(), {"sample_shape": [16]}, **arrays)
+    )
     assert denoiser.spec.sample.shape == (16,)
     assert export_denoiser(denoiser, tmp_path / "export").max_relative_error < 1e-3
 
@@ -112,8 +119,14 @@ def test_vectors(tmp_path: Path) -> None:
     [
         ({"_class_name": "UNet1DModel", "in_channels": 2, "sample_size": 64}, (2, 64)),
         ({"_class_name": "UNet2DModel", "sample_size": 8}, (3, 8, 8)),
-        ({"_class_name": "UNet3DConditionModel", "in_channels": 4, "sample_size": [2, 8, 6]}, (4, 2, 8, 6)),
-        ({"_class_name": "CogVideoXTransformer3DModel", "sample_shape": [2, 4, 8, 8]}, (2, 4, 8, 8)),
+        (
+            {"_class_name": "UNet3DConditionModel", "in_channels": 4, "sample_size": [2, 8, 6]},
+            (4, 2, 8, 6),
+        ),
+        (
+            {"_class_name": "CogVideoXTransformer3DModel", "sample_shape": [2, 4, 8, 8]},
+            (2, 4, 8, 8),
+        ),
     ],
 )
 def test_the_shape_of_a_sample(config: dict[str, Any], shape: tuple[int, ...]) -> None:
@@ -123,7 +136,10 @@ def test_the_shape_of_a_sample(config: dict[str, Any], shape: tuple[int, ...]) -
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"_class_name": "UNet3DConditionModel", "in_channels": 4, "sample_size": 8}, "names no frames"),
+        (
+            {"_class_name": "UNet3DConditionModel", "in_channels": 4, "sample_size": 8},
+            "names no frames",
+        ),
         ({"_class_name": "UNet2DModel"}, "sample_size"),
         ({"_class_name": "UNet2DModel", "sample_shape": [4, 0]}, r"\[4, 0\]"),
         ({"_class_name": "UNet2DModel", "sample_shape": "4, 8, 8"}, "4, 8, 8"),
@@ -156,7 +172,9 @@ def test_a_timestep_of_another_name(tmp_path: Path) -> None:
     )
     scheduler = {"_class_name": "DDPMWuerstchenScheduler"}
     text = random(ROWS, 1, 12)
-    denoiser = open_denoiser(*saved(tmp_path, model, scheduler, {"sample_size": 4}, clip_text_pooled=text))
+    denoiser = open_denoiser(
+        *saved(tmp_path, model, scheduler, {"sample_size": 4}, clip_text_pooled=text)
+    )
     assert denoiser.spec.timestep_name == "timestep_ratio"
     # Its scheduler steps with one timestep per sample, and counts none of training.
     with pytest.raises(UsageError, match="DDPMWuerstchenScheduler") as caught:
@@ -177,8 +195,13 @@ def test_what_gives_no_sample_is_named(tmp_path: Path) -> None:
         attention_head_dim=4,
         conditioning_embedding_out_channels=(4, 4, 4, 4),
     )
-    arrays = {"encoder_hidden_states": random(ROWS, TOKENS, 8), "controlnet_cond": random(ROWS, 3, 64, 64)}
-    denoiser = open_denoiser(*saved(tmp_path, model, tiny_scheduler(), {"sample_size": 8}, **arrays))
+    arrays = {
+        "encoder_hidden_states": random(ROWS, TOKENS, 8),
+        "controlnet_cond": random(ROWS, 3, 64, 64),
+    }
+    denoiser = open_denoiser(
+        *saved(tmp_path, model, tiny_scheduler(), {"sample_size": 8}, **arrays)
+    )
     with pytest.raises(ModelError, match="gives lists of tensors"):
         export_denoiser(denoiser, tmp_path / "export")
 
@@ -206,4 +229,7 @@ def test_the_replacement_takes_the_timestep_by_the_models_own_name() -> None:
     unet = RuntimeUNet(spec, backend)
     for named in ({"timestep_ratio": torch.tensor(0.5)}, {"timestep": torch.full((3,), 0.5)}):
         unet(torch.zeros(3, 4), num_frames=2, return_dict=False, **named)
-        assert backend.feeds["timestep_ratio"].tolist() == [[0.5]] * 3 and "num_frames" not in backend.feeds
+        assert (
+            backend.feeds["timestep_ratio"].tolist() == [[0.5]] * 3
+            and "num_frames" not in backend.feeds
+        )

@@ -55,7 +55,9 @@ def test_the_export_equals_the_file(tmp_path: Path) -> None:
     export_denoiser(denoiser, tmp_path / "export")
     exported = load_exported(tmp_path / "export")
     x = np.random.default_rng(0).standard_normal((4, 3, 9, 9), np.float32)
-    runs = [OrtDenoiser(p, exported.spec)(x, 77.0, {"y": np.arange(4)}) for p in (path, exported.model)]
+    runs = [
+        OrtDenoiser(p, exported.spec)(x, 77.0, {"y": np.arange(4)}) for p in (path, exported.model)
+    ]
     np.testing.assert_allclose(runs[0], runs[1], atol=1e-6)
 
 
@@ -74,7 +76,11 @@ def test_half_precision_files_are_widened(tmp_path: Path) -> None:
     report = export_denoiser(denoiser, tmp_path / "export")
     assert 0 < report.max_relative_error < 1e-2
     exported = load_model(tmp_path / "export" / "model.onnx")
-    values = [*exported.graph.inputs, *exported.graph.outputs, *exported.graph.initializers.values()]
+    values = [
+        *exported.graph.inputs,
+        *exported.graph.outputs,
+        *exported.graph.initializers.values(),
+    ]
     values += [value for node in exported.graph for value in node.outputs]
     assert ir.DataType.FLOAT16 not in {value.dtype for value in values}
 
@@ -95,7 +101,9 @@ def test_half_precision_files_are_widened(tmp_path: Path) -> None:
         ({"pixel_range": [0]}, "pixel_range"),
     ],
 )
-def test_a_yaml_that_does_not_fit_is_named(tmp_path: Path, entries: dict[str, Any], said: str) -> None:
+def test_a_yaml_that_does_not_fit_is_named(
+    tmp_path: Path, entries: dict[str, Any], said: str
+) -> None:
     with pytest.raises(UsageError, match=said):
         open_denoiser(tiny_onnx_with_yaml(tmp_path, **entries))
 
@@ -115,7 +123,11 @@ def test_the_yaml_itself(tmp_path: Path) -> None:
 def test_a_yaml_elsewhere_a_scheduler_file_and_guidance(tmp_path: Path) -> None:
     guidance = {"scale": 2.0, "uncond_row": 3}
     path = tiny_onnx_with_yaml(
-        tmp_path, scheduler="s.json", labels=["a", "b", "c"], guidance=guidance, prediction_type="v_prediction"
+        tmp_path,
+        scheduler="s.json",
+        labels=["a", "b", "c"],
+        guidance=guidance,
+        prediction_type="v_prediction",
     )
     (tmp_path / "s.json").write_text(json.dumps(tiny_scheduler()), encoding="utf-8")
     description = path.with_suffix(".yaml").rename(tmp_path / "other.yaml")
@@ -155,7 +167,9 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
         export_denoiser(open_denoiser(path), tmp_path / "export")
 
 
-@pytest.mark.parametrize("location", ["../secret.bin", "/etc/hostname", "sub/../../secret.bin", "link.bin", ""])
+@pytest.mark.parametrize(
+    "location", ["../secret.bin", "/etc/hostname", "sub/../../secret.bin", "link.bin", ""]
+)
 def test_external_data_outside_the_folder_is_refused(tmp_path: Path, location: str) -> None:
     folder = tmp_path / "model"
     path = tiny_onnx_with_yaml(folder)
@@ -175,7 +189,9 @@ def test_external_data_outside_the_folder_is_refused(tmp_path: Path, location: s
 
 def test_external_data_that_is_missing_or_cut_is_named(tmp_path: Path) -> None:
     path = tiny_onnx_with_yaml(tmp_path)
-    onnx.save(onnx.load(path), path, save_as_external_data=True, location="w.bin", size_threshold=64)
+    onnx.save(
+        onnx.load(path), path, save_as_external_data=True, location="w.bin", size_threshold=64
+    )
     export_denoiser(open_denoiser(path), tmp_path / "export")
     content = (tmp_path / "w.bin").read_bytes()
     (tmp_path / "w.bin").write_bytes(content[: len(content) // 2])
@@ -188,7 +204,9 @@ def test_external_data_that_is_missing_or_cut_is_named(tmp_path: Path) -> None:
 
 def test_a_linked_model_with_linked_data_opens(tmp_path: Path) -> None:
     real = tiny_onnx_with_yaml(tmp_path / "real")
-    onnx.save(onnx.load(real), real, save_as_external_data=True, location="w.bin", size_threshold=64)
+    onnx.save(
+        onnx.load(real), real, save_as_external_data=True, location="w.bin", size_threshold=64
+    )
     (tmp_path / "links").mkdir()
     for file in real.parent.iterdir():
         (tmp_path / "links" / file.name).symlink_to(file)
@@ -227,7 +245,11 @@ def test_a_timestep_in_a_column_of_any_type(tmp_path: Path, kind: int) -> None:
     def change(model: onnx.ModelProto) -> None:
         model.graph.input[1].CopyFrom(helper.make_tensor_value_info("t", kind, ["batch", 1]))
         column = next(node for node in model.graph.node if node.name == "column")
-        column.CopyFrom(helper.make_node("Cast", ["t"], list(column.output), name="column", to=TensorProto.FLOAT))
+        column.CopyFrom(
+            helper.make_node(
+                "Cast", ["t"], list(column.output), name="column", to=TensorProto.FLOAT
+            )
+        )
 
     path = edited(tmp_path, change)
     denoiser = open_denoiser(path)
@@ -235,14 +257,23 @@ def test_a_timestep_in_a_column_of_any_type(tmp_path: Path, kind: int) -> None:
     assert export_denoiser(denoiser, tmp_path / "export").max_relative_error < 1e-5
     exported = load_exported(tmp_path / "export")
     x = np.random.default_rng(0).standard_normal((3, 3, 9, 9), np.float32)
-    plain = OrtDenoiser(tiny_onnx_with_yaml(tmp_path / "plain"), open_denoiser(tmp_path / "plain" / "tiny.onnx").spec)
-    found = OrtDenoiser(exported.model, exported.spec)(x, np.array([3.0, 70.0, 900.0]), {"y": np.arange(3)})
-    np.testing.assert_allclose(found, plain(x, np.array([3.0, 70.0, 900.0]), {"y": np.arange(3)}), atol=1e-6)
+    plain = OrtDenoiser(
+        tiny_onnx_with_yaml(tmp_path / "plain"),
+        open_denoiser(tmp_path / "plain" / "tiny.onnx").spec,
+    )
+    found = OrtDenoiser(exported.model, exported.spec)(
+        x, np.array([3.0, 70.0, 900.0]), {"y": np.arange(3)}
+    )
+    np.testing.assert_allclose(
+        found, plain(x, np.array([3.0, 70.0, 900.0]), {"y": np.arange(3)}), atol=1e-6
+    )
 
 
 def test_a_timestep_that_is_no_number_is_refused(tmp_path: Path) -> None:
     def change(model: onnx.ModelProto) -> None:
-        model.graph.input[1].CopyFrom(helper.make_tensor_value_info("t", TensorProto.FLOAT, ["batch", 16]))
+        model.graph.input[1].CopyFrom(
+            helper.make_tensor_value_info("t", TensorProto.FLOAT, ["batch", 16])
+        )
 
     with pytest.raises(UsageError, match=r"'t' .* shape \[16\]"):
         open_denoiser(edited(tmp_path, change))
@@ -250,18 +281,26 @@ def test_a_timestep_that_is_no_number_is_refused(tmp_path: Path) -> None:
 
 def test_further_outputs_are_left_out(tmp_path: Path) -> None:
     def change(model: onnx.ModelProto) -> None:
-        model.graph.output.insert(0, helper.make_tensor_value_info("down_out", TensorProto.FLOAT, None))
-        model.graph.output.append(helper.make_tensor_value_info("down.weight", TensorProto.FLOAT, None))
+        model.graph.output.insert(
+            0, helper.make_tensor_value_info("down_out", TensorProto.FLOAT, None)
+        )
+        model.graph.output.append(
+            helper.make_tensor_value_info("down.weight", TensorProto.FLOAT, None)
+        )
 
     denoiser = open_denoiser(edited(tmp_path, change, output="out"))
     assert export_denoiser(denoiser, tmp_path / "export").max_relative_error < 1e-5
-    assert [value.name for value in load_model(tmp_path / "export" / "model.onnx").graph.outputs] == ["out"]
+    assert [
+        value.name for value in load_model(tmp_path / "export" / "model.onnx").graph.outputs
+    ] == ["out"]
 
 
 def test_a_model_that_draws_random_numbers_is_refused(tmp_path: Path) -> None:
     def change(model: onnx.ModelProto) -> None:
         act = next(node for node in model.graph.node if node.name == "act")
-        act.CopyFrom(helper.make_node("RandomNormalLike", list(act.input), list(act.output), name="noise"))
+        act.CopyFrom(
+            helper.make_node("RandomNormalLike", list(act.input), list(act.output), name="noise")
+        )
 
     with pytest.raises(ModelError, match=r"'noise' .* draws random numbers"):
         export_denoiser(open_denoiser(edited(tmp_path, change)), tmp_path / "export")
@@ -287,12 +326,18 @@ def test_a_weight_without_values_is_no_layer(tmp_path: Path) -> None:
     def change(model: onnx.ModelProto) -> None:
         graph = model.graph
         ends = {"none": [0], "from": [0], "along": [1]}
-        graph.initializer.extend(numpy_helper.from_array(np.array(value), name) for name, value in ends.items())
-        graph.initializer.append(numpy_helper.from_array(np.zeros((0, 8), np.float32), "empty.weight"))
+        graph.initializer.extend(
+            numpy_helper.from_array(np.array(value), name) for name, value in ends.items()
+        )
+        graph.initializer.append(
+            numpy_helper.from_array(np.zeros((0, 8), np.float32), "empty.weight")
+        )
         place = next(i for i, node in enumerate(graph.node) if node.name == "both")
         graph.node[place].output[0] = "both_before"
         added = [
-            helper.make_node("Slice", ["both_before", "from", "none", "along"], ["nothing"], name="slice"),
+            helper.make_node(
+                "Slice", ["both_before", "from", "none", "along"], ["nothing"], name="slice"
+            ),
             helper.make_node("MatMul", ["nothing", "empty.weight"], ["zeros"], name="empty"),
             helper.make_node("Add", ["both_before", "zeros"], ["both_out"], name="both_after"),
         ]

@@ -43,19 +43,29 @@ def test_a_class_conditional_folder(tmp_path: Path) -> None:
 
 def test_an_unconditional_folder_has_one_row_and_no_array(tmp_path: Path) -> None:
     denoiser = open_denoiser(tiny_unet_folder(tmp_path, num_class_embeds=None))
-    assert denoiser.spec.conditions == () and denoiser.conditions.rows == 1 and not denoiser.conditions.arrays
+    assert (
+        denoiser.spec.conditions == ()
+        and denoiser.conditions.rows == 1
+        and not denoiser.conditions.arrays
+    )
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_the_prediction_type_comes_from_the_scheduler(tmp_path: Path, prediction: str) -> None:
-    scheduler = tiny_scheduler(_class_name="DPMSolverMultistepScheduler", prediction_type=prediction)
+    scheduler = tiny_scheduler(
+        _class_name="DPMSolverMultistepScheduler", prediction_type=prediction
+    )
     spec = open_denoiser(tiny_unet_folder(tmp_path, scheduler=scheduler)).spec
     assert spec.prediction_type == prediction and spec.scheduler == scheduler
 
 
 def test_a_bare_unet_folder_with_a_scheduler(tmp_path: Path) -> None:
     folder = tiny_unet_folder(tmp_path)
-    assert open_denoiser(folder / "unet", Additions(scheduler=folder)).spec.sample.shape == (3, 8, 8)
+    assert open_denoiser(folder / "unet", Additions(scheduler=folder)).spec.sample.shape == (
+        3,
+        8,
+        8,
+    )
     with pytest.raises(UsageError, match="--scheduler"):
         open_denoiser(folder / "unet")
 
@@ -100,12 +110,17 @@ def test_everything_that_is_missing_is_listed_at_once(tmp_path: Path) -> None:
         ({"encoder_hidden_state": np.zeros((2, 7, 12))}, "Did you mean 'encoder_hidden_states'"),
         ({}, "common number of rows"),
         ({"encoder_hidden_states": np.full((2, 7, 12), np.nan)}, "NaN"),
-        ({"encoder_hidden_states": np.zeros((2, 7, 12)), "class_labels": np.zeros(3, int)}, "common number of rows"),
+        (
+            {"encoder_hidden_states": np.zeros((2, 7, 12)), "class_labels": np.zeros(3, int)},
+            "common number of rows",
+        ),
         ({"encoder_hidden_states": np.zeros((2, 7, 12)), "class_labels": np.zeros(2)}, "float64"),
         ({"encoder_hidden_states": np.zeros((2, 7, 12))}, "no array 'class_labels'"),
     ],
 )
-def test_conditions_that_do_not_fit_are_named(tmp_path: Path, arrays: dict[str, Any], said: str) -> None:
+def test_conditions_that_do_not_fit_are_named(
+    tmp_path: Path, arrays: dict[str, Any], said: str
+) -> None:
     folder = tiny_conditional_folder(tmp_path, num_class_embeds=3)
     (folder / "scheduler_config.json").write_text(json.dumps(tiny_scheduler()), encoding="utf-8")
     np.savez(tmp_path / "c.npz", **arrays)
@@ -117,7 +132,12 @@ def test_a_conditions_file_may_name_rows_and_the_empty_one(tmp_path: Path) -> No
     folder = tiny_conditional_folder(tmp_path)
     (folder / "scheduler_config.json").write_text(json.dumps(tiny_scheduler()), encoding="utf-8")
     states = np.zeros((2, 7, 12), np.float32)
-    np.savez(tmp_path / "c.npz", encoder_hidden_states=states, _uncond_row=1, _labels=np.array(["a", "none"]))
+    np.savez(
+        tmp_path / "c.npz",
+        encoder_hidden_states=states,
+        _uncond_row=1,
+        _labels=np.array(["a", "none"]),
+    )
     spec = open_denoiser(folder, Additions(conditions=tmp_path / "c.npz", guidance_scale=2.0)).spec
     assert spec.uncond_row == 1 and spec.labels == ("a", "none") and spec.guidance_scale == 2.0
     np.savez(tmp_path / "d.npz", encoder_hidden_states=states)
@@ -153,9 +173,12 @@ def test_the_prompts_give_what_the_text_model_gives(tmp_path: Path) -> None:
     states = open_denoiser(folder).conditions.arrays["encoder_hidden_states"]
     assert len(states) == 65
     tokenizer, model = (
-        c.from_pretrained(folder / n) for c, n in ((CLIPTokenizer, "tokenizer"), (CLIPTextModel, "text_encoder"))
+        c.from_pretrained(folder / n)
+        for c, n in ((CLIPTokenizer, "tokenizer"), (CLIPTextModel, "text_encoder"))
     )
-    tokens = tokenizer("a red bicycle leaning against a brick wall", padding="max_length", truncation=True)
+    tokens = tokenizer(
+        "a red bicycle leaning against a brick wall", padding="max_length", truncation=True
+    )
     with torch.no_grad():
         expected = model(torch.tensor([tokens["input_ids"]]))[0].numpy()
     np.testing.assert_allclose(states[:1], expected, atol=1e-5)
@@ -181,7 +204,9 @@ def test_an_empty_or_missing_prompts_file_is_named(tmp_path: Path) -> None:
             open_denoiser(folder, Additions(prompts=tmp_path / name))
 
 
-@pytest.mark.parametrize("name", ["digitz", "emoji2", "no/such/folder/at/all", "missing.onnx", "some/missing.onnx"])
+@pytest.mark.parametrize(
+    "name", ["digitz", "emoji2", "no/such/folder/at/all", "missing.onnx", "some/missing.onnx"]
+)
 def test_no_such_model(name: str) -> None:
     with pytest.raises(UsageError, match=name):
         open_denoiser(name)
@@ -198,13 +223,17 @@ def test_a_folder_that_is_no_diffusers_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert"}', encoding="utf-8")
     with pytest.raises(UsageError, match="UNet2DModel"):
         open_denoiser(tmp_path)
-    (tmp_path / "config.json").write_text('{"_class_name": "UNet2DConditionalModel"}', encoding="utf-8")
+    (tmp_path / "config.json").write_text(
+        '{"_class_name": "UNet2DConditionalModel"}', encoding="utf-8"
+    )
     with pytest.raises(UsageError, match="Did you mean 'UNet2DConditionModel'"):
         open_denoiser(tmp_path)
     (tmp_path / "config.json").write_text('{"_class', encoding="utf-8")
     with pytest.raises(ModelError, match="JSON"):
         open_denoiser(tmp_path)
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline", "transformer": []}', encoding="utf-8")
+    (tmp_path / "model_index.json").write_text(
+        '{"_class_name": "FluxPipeline", "transformer": []}', encoding="utf-8"
+    )
     with pytest.raises(UsageError, match="transformer"):
         open_denoiser(tmp_path)
 
@@ -229,7 +258,9 @@ def test_weights_that_are_missing_cut_or_of_another_model(tmp_path: Path) -> Non
         open_denoiser(folder)
     file.write_bytes(whole)
     config = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
-    (folder / "unet" / "config.json").write_text(json.dumps({**config, "layers_per_block": 2}), encoding="utf-8")
+    (folder / "unet" / "config.json").write_text(
+        json.dumps({**config, "layers_per_block": 2}), encoding="utf-8"
+    )
     with pytest.raises(ModelError, match="cannot be loaded"):
         open_denoiser(folder)
     (folder / "unet" / "config.json").write_text(
@@ -274,7 +305,11 @@ def test_inpainting_and_unknown_sizes_are_refused(tmp_path: Path) -> None:
 def test_source_files_change_with_the_model_only(tmp_path: Path) -> None:
     folder = tiny_unet_folder(tmp_path)
     names = [name for name, _ in source_files(folder)]
-    assert names == sorted(names) and f"unet/{WEIGHTS}" in names and "scheduler/scheduler_config.json" in names
+    assert (
+        names == sorted(names)
+        and f"unet/{WEIGHTS}" in names
+        and "scheduler/scheduler_config.json" in names
+    )
     (folder / "notes.md").write_text("read me", encoding="utf-8")
     assert [name for name, _ in source_files(folder)] == names
     path = tiny_onnx_with_yaml(tmp_path / "onnx")

@@ -38,7 +38,10 @@ def test_residuals_of_a_controlnet_are_inputs(tmp_path: Path) -> None:
     assert len(denoiser.spec.conditions) == len(RESIDUALS) + 2
     assert export_denoiser(denoiser, tmp_path / "run" / "export").max_relative_error < 1e-4
     sample = torch.from_numpy(rng.standard_normal((2, 4, 8, 8), np.float32))
-    down = [torch.from_numpy(arrays[f"down_block_additional_residuals.{i}"]) for i in range(len(RESIDUALS))]
+    down = [
+        torch.from_numpy(arrays[f"down_block_additional_residuals.{i}"])
+        for i in range(len(RESIDUALS))
+    ]
     given = {
         "encoder_hidden_states": torch.from_numpy(arrays["encoder_hidden_states"]),
         "down_block_additional_residuals": down,
@@ -61,4 +64,6 @@ def test_a_consistency_model_is_told_its_guidance(tmp_path: Path) -> None:
     assert denoiser.spec.guidance_scale == 1.0
     pipeline = diffusers.LatentConsistencyModelPipeline
     expected = pipeline.get_guidance_scale_embedding(None, torch.tensor([2.0]), embedding_dim=9)
-    np.testing.assert_allclose(denoiser.conditions.arrays["timestep_cond"][:1], expected.numpy(), atol=2e-4)
+    np.testing.assert_allclose(
+        denoiser.conditions.arrays["timestep_cond"][:1], expected.numpy(), atol=2e-4
+    )

@@ -15,7 +15,12 @@ pytest.importorskip("transformers")
 from mpq_deploy.errors import ModelError, UsageError  # noqa: E402
 from mpq_deploy.models.additions import Additions  # noqa: E402
 from mpq_deploy.models.open import open_denoiser  # noqa: E402
-from tests.tiny_models import TEXT_PIPELINES, tiny_text_transformer_folder, tiny_transformer_folder, write_t5  # noqa: E402
+from tests.tiny_models import (  # noqa: E402
+    TEXT_PIPELINES,
+    tiny_text_transformer_folder,
+    tiny_transformer_folder,
+    write_t5,
+)
 
 pytestmark = pytest.mark.torch
 PROMPTS = ("a bc", "Defghi J")
@@ -34,7 +39,11 @@ def opened(folder: Path, **options: Any) -> Any:
 
 def of_the_pipeline(folder: Path) -> dict[str, Any]:
     """What the pipeline's own encode_prompt makes of the prompts and the empty one, by the denoiser's inputs."""
-    absent = {} if (folder / "text_encoder_3").is_dir() else {"text_encoder_3": None, "tokenizer_3": None}
+    absent = (
+        {}
+        if (folder / "text_encoder_3").is_dir()
+        else {"text_encoder_3": None, "tokenizer_3": None}
+    )
     three = "text_encoder_3" in (folder / "model_index.json").read_text(encoding="utf-8")
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **(absent if three else {}))
     texts = [*PROMPTS, ""]
@@ -52,8 +61,12 @@ def of_the_pipeline(folder: Path) -> dict[str, Any]:
 
 
 # Only Stable Diffusion 3 runs without its T5.
-@pytest.mark.parametrize(("class_name", "t5"), [(PIXART, True), (SD3, True), (SD3, False), (FLUX, True)])
-def test_the_conditions_are_those_of_the_pipeline(tmp_path: Path, class_name: str, t5: bool) -> None:
+@pytest.mark.parametrize(
+    ("class_name", "t5"), [(PIXART, True), (SD3, True), (SD3, False), (FLUX, True)]
+)
+def test_the_conditions_are_those_of_the_pipeline(
+    tmp_path: Path, class_name: str, t5: bool
+) -> None:
     folder = tiny_text_transformer_folder(tmp_path, class_name, t5=t5)
     denoiser = opened(folder)
     arrays, expected = denoiser.conditions.arrays, of_the_pipeline(folder)
@@ -94,7 +107,10 @@ def test_flux_is_told_a_guidance_and_is_not_guided_again(tmp_path: Path) -> None
     assert usual.spec.guidance_scale == chosen.spec.guidance_scale == 1.0
     # Without the guidance's embedding (schnell) there is no such input.
     plain = tiny_text_transformer_folder(tmp_path / "plain", FLUX, guidance_embeds=False)
-    assert {item.name for item in opened(plain).spec.conditions} == {"encoder_hidden_states", "pooled_projections"}
+    assert {item.name for item in opened(plain).spec.conditions} == {
+        "encoder_hidden_states",
+        "pooled_projections",
+    }
 
 
 def test_encoders_that_do_not_fit_their_denoiser_are_named(tmp_path: Path) -> None:
@@ -103,7 +119,10 @@ def test_encoders_that_do_not_fit_their_denoiser_are_named(tmp_path: Path) -> No
     with pytest.raises(ModelError, match=r"T5 of .* gives 16 values per token, not 12"):
         opened(folder)
     flux = tiny_text_transformer_folder(tmp_path, FLUX, t5=False)
-    with pytest.raises(UsageError, match=r"no CLIP text encoder, or no T5.*pooled_projections: float32 \[rows, 10\]"):
+    with pytest.raises(
+        UsageError,
+        match=r"no CLIP text encoder, or no T5.*pooled_projections: float32 \[rows, 10\]",
+    ):
         opened(flux)
     bare = tiny_transformer_folder(tmp_path / "bare", SD3)
     with pytest.raises(UsageError, match=r"Missing: conditions: --conditions FILE.npz"):

@@ -19,7 +19,12 @@ from mpq_deploy.models.open import open_denoiser
 from mpq_deploy.models.spec import InputSpec
 from mpq_deploy.runtime.ort import OrtDenoiser
 from mpq_deploy.system.progress import Talk
-from tests.tiny_models import tiny_conditional_folder, tiny_scheduler, tiny_text_pipeline_folder, tiny_unet_folder
+from tests.tiny_models import (
+    tiny_conditional_folder,
+    tiny_scheduler,
+    tiny_text_pipeline_folder,
+    tiny_unet_folder,
+)
 
 pytestmark = pytest.mark.torch
 
@@ -65,9 +70,15 @@ def test_a_unet_exports_equal_and_complete(class_conditional: Any) -> None:
     model = load_model(folder / "model.onnx")
     check_names(model, denoiser.network.module)
     assert all(v.dtype != ir.DataType.FLOAT16 for v in model.graph.initializers.values())
-    large = [v for v in model.graph.initializers.values() if v.const_value and v.const_value.nbytes > 1024]
+    large = [
+        v
+        for v in model.graph.initializers.values()
+        if v.const_value and v.const_value.nbytes > 1024
+    ]
     assert large and all(isinstance(v.const_value, ir.ExternalTensor) for v in large)
-    assert report.weight_bytes == sum(v.const_value.nbytes for v in model.graph.initializers.values())
+    assert report.weight_bytes == sum(
+        v.const_value.nbytes for v in model.graph.initializers.values()
+    )
 
 
 def test_the_file_gives_what_the_module_gives_at_other_batch_sizes(class_conditional: Any) -> None:
@@ -81,7 +92,9 @@ def test_the_file_gives_what_the_module_gives_at_other_batch_sizes(class_conditi
         labels = np.arange(count)
         with torch.no_grad():
             module = denoiser.network.module
-            there = module(torch.from_numpy(x), torch.tensor(321), torch.from_numpy(labels)).sample.numpy()
+            there = module(
+                torch.from_numpy(x), torch.tensor(321), torch.from_numpy(labels)
+            ).sample.numpy()
         here = OrtDenoiser(exported.model, exported.spec)(x, 321.0, {"class_labels": labels})
         np.testing.assert_allclose(here, there, atol=1e-4 * np.abs(there).max())
 
@@ -92,7 +105,10 @@ def test_nodes_are_called_after_their_modules(class_conditional: Any) -> None:
     names = [node.name for node in model.graph]
     assert len(set(names)) == len(names)
     by_name = {node.name: node for node in model.graph}
-    assert by_name["down_blocks.0.resnets.0.conv1/Conv"].inputs[1].name == "down_blocks.0.resnets.0.conv1.weight"
+    assert (
+        by_name["down_blocks.0.resnets.0.conv1/Conv"].inputs[1].name
+        == "down_blocks.0.resnets.0.conv1.weight"
+    )
     to_q = by_name["down_blocks.1.attentions.0.to_q/MatMul"]
     assert to_q.inputs[1].name == "down_blocks.1.attentions.0.to_q.weight"
     assert "InstanceNormalization" in {node.op_type for node in model.graph}
@@ -108,8 +124,14 @@ def test_every_linear_and_convolution_is_a_layer(class_conditional: Any) -> None
 
     denoiser, folder, _ = class_conditional
     kinds = (torch.nn.Linear, torch.nn.Conv2d)
-    modules = {name for name, module in denoiser.network.module.named_modules() if isinstance(module, kinds)}
-    assert {layer.name for layer in layer_graph(load_model(folder / "model.onnx")).layers} == modules
+    modules = {
+        name
+        for name, module in denoiser.network.module.named_modules()
+        if isinstance(module, kinds)
+    }
+    assert {
+        layer.name for layer in layer_graph(load_model(folder / "model.onnx")).layers
+    } == modules
 
 
 @pytest.mark.slow
@@ -132,20 +154,27 @@ def test_normalising_an_export_changes_nothing(class_conditional: Any) -> None:
     [
         pytest.param({"use_linear_projection": True}, 9, id="linear-odd"),
         pytest.param(
-            {"use_linear_projection": False, "num_class_embeds": 3}, 8, id="conv-classes", marks=pytest.mark.slow
+            {"use_linear_projection": False, "num_class_embeds": 3},
+            8,
+            id="conv-classes",
+            marks=pytest.mark.slow,
         ),
     ],
 )
 def test_cross_attention_exports_equal(tmp_path: Path, unet: dict[str, Any], size: int) -> None:
     folder = tiny_conditional_folder(tmp_path, sample_size=size, **unet, **ONE_LEVEL)
-    arrays: dict[str, Any] = {"encoder_hidden_states": np.random.default_rng(0).normal(size=(3, 7, 12))}
+    arrays: dict[str, Any] = {
+        "encoder_hidden_states": np.random.default_rng(0).normal(size=(3, 7, 12))
+    }
     if "num_class_embeds" in unet:
         arrays["class_labels"] = np.arange(3)
     np.savez(tmp_path / "conditions.npz", **arrays)
     (tmp_path / "scheduler_config.json").write_text(
         json.dumps(tiny_scheduler(prediction_type="v_prediction")), encoding="utf-8"
     )
-    denoiser = open_denoiser(folder, Additions(conditions=tmp_path / "conditions.npz", scheduler=tmp_path))
+    denoiser = open_denoiser(
+        folder, Additions(conditions=tmp_path / "conditions.npz", scheduler=tmp_path)
+    )
     assert denoiser.spec.prediction_type == "v_prediction" and denoiser.spec.pixel_range is None
     report = export_denoiser(denoiser, tmp_path / "export")
     assert report.max_relative_error < 1e-5
@@ -161,7 +190,11 @@ def test_a_text_pipeline_exports_with_its_decoder(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n", encoding="utf-8")
     denoiser = open_denoiser(folder, Additions(prompts=tmp_path / "prompts.txt"))
     report = export_denoiser(denoiser, tmp_path / "export")
-    assert report.max_relative_error < 1e-4 and report.decoder_error is not None and report.decoder_error < 1e-4
+    assert (
+        report.max_relative_error < 1e-4
+        and report.decoder_error is not None
+        and report.decoder_error < 1e-4
+    )
     exported = load_exported(tmp_path / "export")
     assert exported.spec.decoder == "decoder.onnx" and exported.decoder is not None
     decoder = load_model(exported.decoder)
@@ -233,7 +266,9 @@ def test_a_weight_tied_in_two_forms_keeps_both_forms() -> None:
     module = TwoForms()
     model = export_module(module, (3, 8))
     stored = model.graph.initializers
-    np.testing.assert_array_equal(stored["plain.weight"].const_value.numpy(), module.plain.weight.detach().numpy())
+    np.testing.assert_array_equal(
+        stored["plain.weight"].const_value.numpy(), module.plain.weight.detach().numpy()
+    )
     transposed = stored["plain.weight.transposed"].const_value.numpy()
     np.testing.assert_array_equal(transposed, module.plain.weight.detach().numpy().T)
 

@@ -35,7 +35,9 @@ def opened(tmp_path: Path, class_name: str, **options: Any) -> Any:
     folder = tiny_transformer_folder(tmp_path, class_name, **options)
     if class_name == "DiTTransformer2DModel":
         return open_denoiser(folder)
-    return open_denoiser(folder, Additions(conditions=tiny_transformer_conditions(tmp_path / "c.npz", class_name)))
+    return open_denoiser(
+        folder, Additions(conditions=tiny_transformer_conditions(tmp_path / "c.npz", class_name))
+    )
 
 
 @pytest.mark.parametrize("class_name", TRANSFORMERS)
@@ -43,10 +45,14 @@ def test_the_export_gives_what_the_transformer_gives(tmp_path: Path, class_name:
     denoiser = opened(tmp_path, class_name)
     report = export_denoiser(denoiser, tmp_path / "export")
     assert report.max_relative_error < 1e-5
-    layers = {layer.name for layer in layer_graph(load_model(tmp_path / "export" / "model.onnx")).layers}
+    layers = {
+        layer.name for layer in layer_graph(load_model(tmp_path / "export" / "model.onnx")).layers
+    }
     module = denoiser.network.module
     # Every linear and convolution of the module is a layer under its own name.
-    linear = {n for n, m in module.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
+    linear = {
+        n for n, m in module.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))
+    }
     assert layers == linear
     # Called as the class's own pipeline calls it.
     run = OrtDenoiser(tmp_path / "export" / "model.onnx", denoiser.spec)
@@ -63,7 +69,9 @@ def test_the_export_gives_what_the_transformer_gives(tmp_path: Path, class_name:
     if class_name == "PixArtTransformer2DModel":
         arguments["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
     with torch.no_grad():
-        expected = module(torch.from_numpy(sample), timestep=time, **arguments, return_dict=False)[0]
+        expected = module(torch.from_numpy(sample), timestep=time, **arguments, return_dict=False)[
+            0
+        ]
     found = run(sample, 400.0, given)
     np.testing.assert_allclose(found, expected.numpy(), atol=2e-5 * float(expected.abs().max()))
 
@@ -75,7 +83,14 @@ def test_a_dit_has_one_row_per_class_and_one_for_none(tmp_path: Path) -> None:
         json.dumps({**index, "id2label": {"0": "tench, Tinca tinca"}}), encoding="utf-8"
     )
     denoiser = open_denoiser(folder)
-    assert denoiser.spec.labels == ("tench", "class 1", "class 2", "class 3", "class 4", "(no class)")
+    assert denoiser.spec.labels == (
+        "tench",
+        "class 1",
+        "class 2",
+        "class 3",
+        "class 4",
+        "(no class)",
+    )
     assert denoiser.spec.uncond_row == CLASSES and denoiser.spec.guidance_scale == 4.0
 
 
@@ -83,10 +98,17 @@ def test_pixart_takes_the_image_size_where_its_configuration_says_so(tmp_path: P
     # The three sizes share the width among them.
     sized = {"use_additional_conditions": True, "attention_head_dim": 12, "cross_attention_dim": 24}
     folder = tiny_transformer_folder(tmp_path, "PixArtTransformer2DModel", **sized)
-    with pytest.raises(UsageError, match=r"resolution: float32 \[rows, 2\]; aspect_ratio: float32 \[rows, 1\]"):
+    with pytest.raises(
+        UsageError, match=r"resolution: float32 \[rows, 2\]; aspect_ratio: float32 \[rows, 1\]"
+    ):
         open_denoiser(folder)
-    text = dict(np.load(tiny_transformer_conditions(tmp_path / "c.npz", "PixArtTransformer2DModel")))
-    sizes = {"resolution": np.full((3, 2), 16, np.float32), "aspect_ratio": np.ones((3, 1), np.float32)}
+    text = dict(
+        np.load(tiny_transformer_conditions(tmp_path / "c.npz", "PixArtTransformer2DModel"))
+    )
+    sizes = {
+        "resolution": np.full((3, 2), 16, np.float32),
+        "aspect_ratio": np.ones((3, 1), np.float32),
+    }
     np.savez(tmp_path / "d.npz", **text, **sizes)
     denoiser = open_denoiser(folder, Additions(conditions=tmp_path / "d.npz"))
     assert export_denoiser(denoiser, tmp_path / "export").max_relative_error < 1e-5
@@ -110,7 +132,9 @@ def test_a_denoiser_that_nobody_listed_is_called_as_its_signature_says(tmp_path:
     folder = tiny_transformer_folder(tmp_path, "SD3Transformer2DModel")
     text = np.random.default_rng(0).standard_normal((3, 6, 12), np.float32)
     np.savez(tmp_path / "c.npz", encoder_hidden_states=text)
-    denoiser = open_denoiser(tmp_path / "aura", Additions(scheduler=folder, conditions=tmp_path / "c.npz"))
+    denoiser = open_denoiser(
+        tmp_path / "aura", Additions(scheduler=folder, conditions=tmp_path / "c.npz")
+    )
     assert denoiser.spec.sample.shape == (4, 8, 8) and "signature" in denoiser.notes[0]
     assert [item.name for item in denoiser.spec.conditions] == ["encoder_hidden_states"]
     # The embedding takes the sine of 1000 times the timestep: a last digit of 1e6 shows.
@@ -120,28 +144,47 @@ def test_a_denoiser_that_nobody_listed_is_called_as_its_signature_says(tmp_path:
         open_denoiser(tmp_path / "aura", Additions(scheduler=folder, conditions=tmp_path / "d.npz"))
     # It calls its text optional, and fails without it.
     with pytest.raises(ModelError, match="cannot export AuraFlow") as caught:
-        export_denoiser(open_denoiser(tmp_path / "aura", Additions(scheduler=folder)), tmp_path / "without")
+        export_denoiser(
+            open_denoiser(tmp_path / "aura", Additions(scheduler=folder)), tmp_path / "without"
+        )
     assert "(encoder_hidden_states" in caught.value.hint and "--conditions" in caught.value.hint
 
 
 def test_a_class_that_keeps_parts_in_float32_is_loaded_and_so_is_video(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 8, "ffn_dim": 32, "freq_dim": 32}
+    sizes = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "text_dim": 8,
+        "ffn_dim": 32,
+        "freq_dim": 32,
+    }
     model = diffusers.WanTransformer3DModel(
-        patch_size=(1, 2, 2), in_channels=4, out_channels=4, num_layers=1, rope_max_seq_len=16, **sizes
+        patch_size=(1, 2, 2),
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        rope_max_seq_len=16,
+        **sizes,
     )
     assert model._keep_in_fp32_modules
     model.save_pretrained(tmp_path / "wan", safe_serialization=True)
-    np.savez(tmp_path / "c.npz", encoder_hidden_states=np.random.default_rng(0).standard_normal((3, 6, 8), np.float32))
+    np.savez(
+        tmp_path / "c.npz",
+        encoder_hidden_states=np.random.default_rng(0).standard_normal((3, 6, 8), np.float32),
+    )
     folder = tiny_transformer_folder(tmp_path, "SD3Transformer2DModel")
     with pytest.raises(UsageError, match="sample_size") as caught:
         open_denoiser(tmp_path / "wan", Additions(scheduler=folder, conditions=tmp_path / "c.npz"))
     assert "[frames, height, width]" in caught.value.hint
     config = tmp_path / "wan" / "config.json"
     config.write_text(
-        json.dumps({**json.loads(config.read_text(encoding="utf-8")), "sample_size": [2, 8, 8]}), encoding="utf-8"
+        json.dumps({**json.loads(config.read_text(encoding="utf-8")), "sample_size": [2, 8, 8]}),
+        encoding="utf-8",
     )
-    denoiser = open_denoiser(tmp_path / "wan", Additions(scheduler=folder, conditions=tmp_path / "c.npz"))
+    denoiser = open_denoiser(
+        tmp_path / "wan", Additions(scheduler=folder, conditions=tmp_path / "c.npz")
+    )
     assert denoiser.spec.sample.shape == (4, 2, 8, 8)
     assert export_denoiser(denoiser, tmp_path / "export").max_relative_error < 1e-3
 
@@ -156,18 +199,26 @@ def test_linear_attention_keeps_what_it_adds_to_its_divisor(tmp_path: Path) -> N
     )
     model.save_pretrained(tmp_path / "sana", safe_serialization=True)
     folder = tiny_transformer_folder(tmp_path, "SD3Transformer2DModel")
-    np.savez(tmp_path / "c.npz", encoder_hidden_states=np.random.default_rng(0).standard_normal((3, 6, 8), np.float32))
-    denoiser = open_denoiser(tmp_path / "sana", Additions(scheduler=folder, conditions=tmp_path / "c.npz"))
+    np.savez(
+        tmp_path / "c.npz",
+        encoder_hidden_states=np.random.default_rng(0).standard_normal((3, 6, 8), np.float32),
+    )
+    denoiser = open_denoiser(
+        tmp_path / "sana", Additions(scheduler=folder, conditions=tmp_path / "c.npz")
+    )
     assert export_denoiser(denoiser, tmp_path / "export").max_relative_error < 1e-4
 
 
 def test_what_is_no_denoiser_is_refused(tmp_path: Path) -> None:
     folder = tiny_transformer_folder(tmp_path, "DiTTransformer2DModel", vae=True)
-    with pytest.raises(UsageError, match=r"AutoencoderKL, which is no denoiser.*take a sample and a timestep"):
+    with pytest.raises(
+        UsageError, match=r"AutoencoderKL, which is no denoiser.*take a sample and a timestep"
+    ):
         open_denoiser(folder / "vae", Additions(scheduler=folder))
     config = folder / "transformer" / "config.json"
     config.write_text(
-        config.read_text(encoding="utf-8").replace("DiTTransformer2DModel", "DiTTransformer2D"), encoding="utf-8"
+        config.read_text(encoding="utf-8").replace("DiTTransformer2DModel", "DiTTransformer2D"),
+        encoding="utf-8",
     )
     with pytest.raises(UsageError, match="Did you mean 'DiTTransformer2DModel'"):
         open_denoiser(folder)

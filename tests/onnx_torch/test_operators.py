@@ -31,7 +31,9 @@ class Case:
 
     @property
     def id(self) -> str:
-        shapes = "-".join("none" if x is None else "x".join(map(str, np.shape(x))) for x in self.inputs)
+        shapes = "-".join(
+            "none" if x is None else "x".join(map(str, np.shape(x))) for x in self.inputs
+        )
         return f"{self.op}-{shapes}-{','.join(f'{k}={v}' for k, v in self.attributes.items())}-{self.opset}"
 
 
@@ -55,14 +57,40 @@ IMAGE = floats(2, 4, 7, 9)
 
 
 def elementwise() -> list[Case]:
-    plain = ["Abs", "Ceil", "Cos", "Erf", "Exp", "Floor", "HardSwish", "Identity", "Mish", "Neg", "Relu", "Round"]
-    plain += ["Sigmoid", "Sign", "Sin", "Softplus", "Softsign", "Tanh", "Dropout", "Gelu", "LeakyRelu", "Elu"]
+    plain = [
+        "Abs",
+        "Ceil",
+        "Cos",
+        "Erf",
+        "Exp",
+        "Floor",
+        "HardSwish",
+        "Identity",
+        "Mish",
+        "Neg",
+        "Relu",
+        "Round",
+    ]
+    plain += [
+        "Sigmoid",
+        "Sign",
+        "Sin",
+        "Softplus",
+        "Softsign",
+        "Tanh",
+        "Dropout",
+        "Gelu",
+        "LeakyRelu",
+        "Elu",
+    ]
     plain += ["HardSigmoid", "Softmax", "LogSoftmax"]
     cases = [Case(op, [X * 3]) for op in plain]
     cases += [Case(op, [floats(2, 3, positive=True)]) for op in ("Log", "Reciprocal", "Sqrt")]
     cases += [Case(op, PAIR) for op in ("Add", "Div", "Max", "Mean", "Min", "Mul", "Sub", "Sum")]
     cases += [Case(op, [X, X[:1], floats(5)]) for op in ("Max", "Mean", "Min", "Sum")]
-    cases += [Case(op, PAIR) for op in ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")]
+    cases += [
+        Case(op, PAIR) for op in ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")
+    ]
     cases += [Case(op, BOOLS) for op in ("And", "Or", "Xor")]
     cases += [Case("IsNaN", [np.array([1.0, np.nan, np.inf], np.float32)])]
     cases += [Case("Not", BOOLS[:1]), Case("Where", [BOOLS[0], floats(2, 3), floats(3, seed=2)])]
@@ -123,7 +151,11 @@ def shapes() -> list[Case]:
         Case("Range", [scalar(2, np.int64), scalar(11, np.int64), scalar(3, np.int64)]),
         Case("Range", [scalar(3.0), scalar(-1.0), scalar(-0.5)]),
         Case("ConstantOfShape", [ints(2, 3)]),
-        Case("ConstantOfShape", [ints(2)], {"value": numpy_helper.from_array(np.array([7], np.int64))}),
+        Case(
+            "ConstantOfShape",
+            [ints(2)],
+            {"value": numpy_helper.from_array(np.array([7], np.int64))},
+        ),
         Case("Constant", [], {"value": numpy_helper.from_array(floats(2, 2))}),
         Case("Constant", [], {"value_float": 1.5}),
         Case("Constant", [], {"value_ints": [1, 2]}),
@@ -155,7 +187,15 @@ def products() -> list[Case]:
         Case("Einsum", [floats(2, 3, 4), floats(2, 5, 4)], {"equation": "bij, bkj -> bik"}),
         *(
             Case(op, [X * 2, ints(1, -1)], {"keepdims": keep}, opset=21)
-            for op in ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceProd")
+            for op in (
+                "ReduceMean",
+                "ReduceSum",
+                "ReduceMax",
+                "ReduceMin",
+                "ReduceL1",
+                "ReduceL2",
+                "ReduceProd",
+            )
             for keep in (0, 1)
         ),
         Case("ReduceSumSquare", [X, ints(2)]),
@@ -183,9 +223,15 @@ def windows() -> list[Case]:
         Case("Conv", [IMAGE, w], {"auto_pad": "VALID"}),
         Case("Conv", [IMAGE, grouped], {"group": 2}),
         Case("Conv", [IMAGE, depthwise], {"group": 4, "pads": [1, 0, 2, 1]}),
-        Case("Conv", [floats(2, 4, 9), floats(5, 4, 3), floats(5)], {"pads": [1, 2], "strides": [2]}),
+        Case(
+            "Conv", [floats(2, 4, 9), floats(5, 4, 3), floats(5)], {"pads": [1, 2], "strides": [2]}
+        ),
         Case("Conv", [floats(1, 2, 4, 5, 6), floats(3, 2, 2, 2, 2)]),
-        Case("ConvTranspose", [IMAGE, transposed, floats(3)], {"strides": [2, 2], "pads": [1, 1, 1, 1]}),
+        Case(
+            "ConvTranspose",
+            [IMAGE, transposed, floats(3)],
+            {"strides": [2, 2], "pads": [1, 1, 1, 1]},
+        ),
         Case("ConvTranspose", [IMAGE, transposed], {"strides": [2, 2], "output_padding": [1, 1]}),
         Case("ConvTranspose", [IMAGE, transposed], {"strides": [2, 1], "pads": [0, 1, 1, 0]}),
         Case("ConvTranspose", [IMAGE, floats(4, 2, 2, 2)], {"group": 2, "dilations": [2, 2]}),
@@ -195,7 +241,11 @@ def windows() -> list[Case]:
         Case("AveragePool", [IMAGE], {"kernel_shape": [2, 2], "strides": [2, 2]}),
         Case("AveragePool", [IMAGE], {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]}),
         Case("AveragePool", [IMAGE], {"kernel_shape": [3, 3], "pads": [0, 1, 1, 1]}),
-        Case("AveragePool", [IMAGE], {"kernel_shape": [3, 3], "pads": [0, 1, 1, 1], "count_include_pad": 1}),
+        Case(
+            "AveragePool",
+            [IMAGE],
+            {"kernel_shape": [3, 3], "pads": [0, 1, 1, 1], "count_include_pad": 1},
+        ),
         Case("AveragePool", [floats(2, 3, 9)], {"kernel_shape": [2], "auto_pad": "SAME_UPPER"}),
         Case("GlobalAveragePool", [IMAGE]),
         Case("GlobalMaxPool", [IMAGE]),
@@ -207,16 +257,37 @@ def resizes() -> list[Case]:
     cases = []
     for form in ("asymmetric", "half_pixel", "pytorch_half_pixel", "align_corners"):
         for scales in (double, third):
-            for mode, nearest in (("linear", "floor"), ("nearest", "floor"), ("nearest", "round_prefer_ceil")):
-                attributes = {"mode": mode, "coordinate_transformation_mode": form, "nearest_mode": nearest}
+            for mode, nearest in (
+                ("linear", "floor"),
+                ("nearest", "floor"),
+                ("nearest", "round_prefer_ceil"),
+            ):
+                attributes = {
+                    "mode": mode,
+                    "coordinate_transformation_mode": form,
+                    "nearest_mode": nearest,
+                }
                 cases.append(Case("Resize", [IMAGE, None, scales], attributes, constants=(2,)))
-    attributes = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+    attributes = {
+        "mode": "nearest",
+        "coordinate_transformation_mode": "asymmetric",
+        "nearest_mode": "floor",
+    }
     cases += [
         Case("Resize", [IMAGE, None, None, ints(2, 4, 14, 18)], attributes, constants=(3,)),
-        Case("Resize", [IMAGE, None, None, ints(2, 4, 5, 20)], {**attributes, "mode": "linear"}, constants=(3,)),
-        Case("Resize", [IMAGE, None, double], {"nearest_mode": "round_prefer_floor"}, constants=(2,)),
+        Case(
+            "Resize",
+            [IMAGE, None, None, ints(2, 4, 5, 20)],
+            {**attributes, "mode": "linear"},
+            constants=(3,),
+        ),
+        Case(
+            "Resize", [IMAGE, None, double], {"nearest_mode": "round_prefer_floor"}, constants=(2,)
+        ),
         Case("Resize", [IMAGE, None, third], {"nearest_mode": "ceil"}, constants=(2,)),
-        Case("Resize", [IMAGE, None, double[2:]], {"axes": [2, 3], "mode": "linear"}, constants=(2,)),
+        Case(
+            "Resize", [IMAGE, None, double[2:]], {"axes": [2, 3], "mode": "linear"}, constants=(2,)
+        ),
     ]
     return cases
 
@@ -259,11 +330,15 @@ def model_of(case: Case) -> onnx.ModelProto:
     constants = [numpy_helper.from_array(case.inputs[i], f"in{i}") for i in case.constants]
     results = [onnx.ValueInfoProto(name=name) for name in outputs]
     graph = helper.make_graph([node], "one", fed, results, constants)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", case.opset)], ir_version=10)
+    return helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", case.opset)], ir_version=10
+    )
 
 
 def reference(case: Case, model: onnx.ModelProto) -> list[Any]:
-    feeds = {f"in{i}": x for i, x in enumerate(case.inputs) if x is not None and i not in case.constants}
+    feeds = {
+        f"in{i}": x for i, x in enumerate(case.inputs) if x is not None and i not in case.constants
+    }
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return session.run(None, feeds)
 
@@ -273,7 +348,9 @@ def test_operator_agrees_with_onnxruntime(case: Case) -> None:
     model = model_of(case)
     expected = reference(case, model)
     graph = TorchGraph(ir.from_proto(model))
-    feeds = {f"in{i}": x for i, x in enumerate(case.inputs) if x is not None and i not in case.constants}
+    feeds = {
+        f"in{i}": x for i, x in enumerate(case.inputs) if x is not None and i not in case.constants
+    }
     found = graph.run(graph.feed(feeds))
     for name, value in zip(graph.outputs, expected, strict=True):
         actual = found[name].numpy()
@@ -298,7 +375,12 @@ def test_swish_is_x_times_sigmoid() -> None:
     "case",
     [
         Case("Det", [floats(3, 3)]),
-        Case("Resize", [IMAGE, None, np.array([1, 1, 2, 2], np.float32)], {"mode": "cubic"}, constants=(2,)),
+        Case(
+            "Resize",
+            [IMAGE, None, np.array([1, 1, 2, 2], np.float32)],
+            {"mode": "cubic"},
+            constants=(2,),
+        ),
         Case("AveragePool", [IMAGE], {"kernel_shape": [2, 2], "dilations": [2, 2]}),
     ],
     ids=lambda case: case.op,
@@ -313,7 +395,12 @@ def test_what_is_outside_the_table_is_named(case: Case) -> None:
 
 
 def test_group_norm_before_opset_21_has_one_scale_per_group() -> None:
-    case = Case("GroupNormalization", [IMAGE, floats(2, seed=1), floats(2, seed=2)], {"num_groups": 2}, opset=18)
+    case = Case(
+        "GroupNormalization",
+        [IMAGE, floats(2, seed=1), floats(2, seed=2)],
+        {"num_groups": 2},
+        opset=18,
+    )
     wide = [IMAGE, *(v.repeat(2) for v in case.inputs[1:])]
     graph = TorchGraph(ir.from_proto(model_of(case)))
     found = graph.run(graph.feed({f"in{i}": x for i, x in enumerate(case.inputs)}))["out0"].numpy()
@@ -327,7 +414,15 @@ def test_group_norm_before_opset_21_has_one_scale_per_group() -> None:
     [
         ([("Sigmoid", "x", "s"), ("Mul", "x s", "y")], True),
         ([("Sigmoid", "x", "s"), ("Mul", "s x", "y")], True),
-        ([("Sigmoid", "x", "s"), ("Mul", "x s", "t"), ("Sigmoid", "t", "u"), ("Mul", "u t", "y")], True),
+        (
+            [
+                ("Sigmoid", "x", "s"),
+                ("Mul", "x s", "t"),
+                ("Sigmoid", "t", "u"),
+                ("Mul", "u t", "y"),
+            ],
+            True,
+        ),
         ([("Sigmoid", "x", "s"), ("Neg", "x", "n"), ("Mul", "n s", "y")], False),
         ([("Sigmoid", "x", "s"), ("Mul", "x s", "t"), ("Add", "t s", "y")], False),
         ([("Sigmoid", "x", "s"), ("Mul", "s s", "y")], False),
@@ -337,14 +432,20 @@ def test_group_norm_before_opset_21_has_one_scale_per_group() -> None:
 def test_a_gated_sigmoid_is_one_operator_where_nothing_else_reads_it(
     nodes: list[tuple[str, str, str]], fused: bool
 ) -> None:
-    made = [helper.make_node(op, given.split(), [out], name=f"{op}_{out}") for op, given, out in nodes]
-    ends = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, X.shape) for name in ("x", "y")]
+    made = [
+        helper.make_node(op, given.split(), [out], name=f"{op}_{out}") for op, given, out in nodes
+    ]
+    ends = [
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, X.shape) for name in ("x", "y")
+    ]
     graph = helper.make_graph(made, "gates", ends[:1], ends[1:])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     evaluated = TorchGraph(ir.from_proto(model))
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     found = evaluated.run(evaluated.feed({"x": X}), keep=evaluated.values)
-    np.testing.assert_allclose(found["y"].numpy(), session.run(None, {"x": X})[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        found["y"].numpy(), session.run(None, {"x": X})[0], rtol=1e-5, atol=1e-6
+    )
     assert ("s" not in evaluated.values) == (fused or "s" not in {out for _, _, out in nodes})
 
 
@@ -353,9 +454,33 @@ def test_a_gated_sigmoid_is_one_operator_where_nothing_else_reads_it(
     ("nodes", "fused"),
     [
         ([("MatMul", "q k", "s"), ("Softmax", "s", "p"), ("MatMul", "p v", "y")], True),
-        ([("MatMul", "q k", "s"), ("Add", "s s", "t"), ("Softmax", "t", "p"), ("MatMul", "p v", "y")], False),
-        ([("MatMul", "q k", "s"), ("Softmax", "s", "p"), ("MatMul", "p v", "t"), ("MatMul", "p t", "y")], False),
-        ([("MatMul", "q k", "s"), ("Softmax", "s", "p"), ("MatMul", "p s", "t"), ("MatMul", "t v", "y")], False),
+        (
+            [
+                ("MatMul", "q k", "s"),
+                ("Add", "s s", "t"),
+                ("Softmax", "t", "p"),
+                ("MatMul", "p v", "y"),
+            ],
+            False,
+        ),
+        (
+            [
+                ("MatMul", "q k", "s"),
+                ("Softmax", "s", "p"),
+                ("MatMul", "p v", "t"),
+                ("MatMul", "p t", "y"),
+            ],
+            False,
+        ),
+        (
+            [
+                ("MatMul", "q k", "s"),
+                ("Softmax", "s", "p"),
+                ("MatMul", "p s", "t"),
+                ("MatMul", "t v", "y"),
+            ],
+            False,
+        ),
         ([("MatMul", "q k", "s"), ("Softmax 1", "s", "p"), ("MatMul", "p v", "y")], False),
     ],
 )
@@ -365,39 +490,56 @@ def test_attention_is_one_operator_where_nothing_else_reads_its_scores(
     made = []
     for op, given, out in nodes:
         op, *axis = op.split()
-        made.append(helper.make_node(op, given.split(), [out], name=f"{op}_{out}", **({"axis": 1} if axis else {})))
+        made.append(
+            helper.make_node(
+                op, given.split(), [out], name=f"{op}_{out}", **({"axis": 1} if axis else {})
+            )
+        )
     tokens = shape[-2]
     shapes = {"q": shape, "k": (*shape[:-2], shape[-1], tokens), "v": shape}
     random = np.random.default_rng(0)
     feeds = {name: random.standard_normal(size).astype(np.float32) for name, size in shapes.items()}
-    inputs = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, size) for name, size in shapes.items()]
+    inputs = [
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, size)
+        for name, size in shapes.items()
+    ]
     output = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, shape)
     graph = helper.make_graph(made, "attention", inputs, [output])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     evaluated = TorchGraph(ir.from_proto(model))
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     found = evaluated.run(evaluated.feed(feeds), keep=evaluated.values)
-    np.testing.assert_allclose(found["y"].numpy(), session.run(None, feeds)[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        found["y"].numpy(), session.run(None, feeds)[0], rtol=1e-4, atol=1e-5
+    )
     assert ("s" not in evaluated.values) == fused
 
 
 def test_the_gradients_of_attention_are_those_of_its_products() -> None:
-    q, k, v = (torch.randn(2, 3, 5, 4, generator=torch.manual_seed(n), requires_grad=True) for n in range(3))
+    q, k, v = (
+        torch.randn(2, 3, 5, 4, generator=torch.manual_seed(n), requires_grad=True)
+        for n in range(3)
+    )
     nodes = [
         helper.make_node("MatMul", ["q", "k"], ["s"]),
         helper.make_node("Softmax", ["s"], ["p"]),
         helper.make_node("MatMul", ["p", "v"], ["y"]),
     ]
     shapes = {"q": (2, 3, 5, 4), "k": (2, 3, 4, 5), "v": (2, 3, 5, 4)}
-    inputs = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, size) for name, size in shapes.items()]
+    inputs = [
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, size)
+        for name, size in shapes.items()
+    ]
     output = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, shapes["q"])
     model = helper.make_model(
-        helper.make_graph(nodes, "attention", inputs, [output]), opset_imports=[helper.make_opsetid("", 21)]
+        helper.make_graph(nodes, "attention", inputs, [output]),
+        opset_imports=[helper.make_opsetid("", 21)],
     )
     found = TorchGraph(ir.from_proto(model)).run({"q": q, "k": k.transpose(-2, -1), "v": v})["y"]
     direct = torch.softmax(q @ k.transpose(-2, -1), -1) @ v
     for one, other in zip(
-        torch.autograd.grad(found.square().sum(), (q, k, v)), torch.autograd.grad(direct.square().sum(), (q, k, v))
+        torch.autograd.grad(found.square().sum(), (q, k, v)),
+        torch.autograd.grad(direct.square().sum(), (q, k, v)),
     ):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 

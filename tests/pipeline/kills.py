@@ -19,7 +19,11 @@ from tests.pipeline.runs import build
 FORKED = multiprocessing.get_context("forkserver")
 PRELOAD = ["mpq_deploy.run.pipeline", "mpq_deploy.sensitivity.probe", "mpq_deploy.runtime.ort"]
 PRELOAD += ["mpq_deploy.report.write"]
-PRELOAD += ["mpq_deploy.calibrate.calibrate", "mpq_deploy.evaluate.evaluate", "tests.pipeline.kills"]
+PRELOAD += [
+    "mpq_deploy.calibrate.calibrate",
+    "mpq_deploy.evaluate.evaluate",
+    "tests.pipeline.kills",
+]
 
 
 def die() -> None:
@@ -65,7 +69,9 @@ def kill_between_renames(stage: str) -> None:
     Path.replace = replace_or_die  # type: ignore[method-assign]
 
 
-def _child(recipe: Recipe, run: Path, prepare: Callable[[str], None] | None, stage: str, told: Path) -> None:
+def _child(
+    recipe: Recipe, run: Path, prepare: Callable[[str], None] | None, stage: str, told: Path
+) -> None:
     if prepare is not None:
         prepare(stage)
     told.write_text(json.dumps(build(recipe, run).made), encoding="utf-8")

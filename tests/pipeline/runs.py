@@ -19,7 +19,17 @@ from tests.graphs import GraphBuilder, denoiser_graph
 from tests.tiny_models import tiny_scheduler
 
 # The stages whose folders are digested, in order.
-DIGESTED = ("export", "calibrate", "candidates", "measure", "allocate", "quantize", "controls", "engine", "evaluate")
+DIGESTED = (
+    "export",
+    "calibrate",
+    "candidates",
+    "measure",
+    "allocate",
+    "quantize",
+    "controls",
+    "engine",
+    "evaluate",
+)
 RECIPE: dict[str, Any] = {
     "budget": 0.4,
     "calibrate": {"timesteps": 2, "samples": 4, "steps": 4, "batch_size": 4, "reservoir": 256},
@@ -51,7 +61,11 @@ def save_denoiser(folder: Path, graph: GraphBuilder | None = None, **entries: An
 
 def describe(path: Path, **entries: Any) -> Path:
     """Write the YAML beside an ONNX file and return the file's path."""
-    described: dict[str, Any] = {"sample": "sample", "timestep": "timestep", "prediction_type": "epsilon"}
+    described: dict[str, Any] = {
+        "sample": "sample",
+        "timestep": "timestep",
+        "prediction_type": "epsilon",
+    }
     described |= {"scheduler": tiny_scheduler(), "pixel_range": [-1, 1], **entries}
     path.with_suffix(".yaml").write_text(yaml.safe_dump(described), encoding="utf-8")
     return path
@@ -98,7 +112,11 @@ def build(recipe: Recipe, run: Path, last: str = "report") -> Built:
     with open_pipeline(recipe, run, notes) as pipeline:
         pipeline.run_until(last)
         made = [result.name for result in pipeline.results.values() if not result.cached]
-    report = json.loads((run / "report.json").read_text(encoding="utf-8")) if (run / "report.json").exists() else {}
+    report = (
+        json.loads((run / "report.json").read_text(encoding="utf-8"))
+        if (run / "report.json").exists()
+        else {}
+    )
     return Built(run, made, notes.lines, report)
 
 
@@ -115,7 +133,11 @@ def command(*arguments: object) -> list[str]:
 def call(*arguments: object, **more: str) -> subprocess.CompletedProcess[str]:
     """Run ``mpq-deploy`` in a child."""
     return subprocess.run(
-        command(*arguments), capture_output=True, encoding="utf-8", env=environment(**more), timeout=300
+        command(*arguments),
+        capture_output=True,
+        encoding="utf-8",
+        env=environment(**more),
+        timeout=300,
     )
 
 
@@ -124,7 +146,10 @@ def children_of(parent: int, module: str) -> list[int]:
     found = []
     for place in Path("/proc").iterdir():
         try:
-            status, line = (place / "status").read_text(encoding="utf-8"), (place / "cmdline").read_bytes()
+            status, line = (
+                (place / "status").read_text(encoding="utf-8"),
+                (place / "cmdline").read_bytes(),
+            )
         except (OSError, ValueError):
             continue
         if f"PPid:\t{parent}\n" in status and module.encode() in line:

@@ -35,7 +35,9 @@ QUICK = ("local_error", "kurtosis", "orm", "size-only", "random")
 FLOOR, BUDGET = 0.1, 0.4
 
 
-def audit(model: Path, run: Path, options: AuditOptions, **changes: Any) -> tuple[AuditResult, list[str]]:
+def audit(
+    model: Path, run: Path, options: AuditOptions, **changes: Any
+) -> tuple[AuditResult, list[str]]:
     notes = Notes()
     with open_pipeline(recipe_for(model, **{**CHANGES, **changes}), run, notes) as pipeline:
         result = run_audit(pipeline.current("candidates"), options)
@@ -67,7 +69,9 @@ def test_gain_agrees_and_what_knows_nothing_does_not(found: AuditResult) -> None
     gain = found.metric("gain")
     assert gain is not None and gain.calibration is not None and 0.3 < gain.calibration.median < 3
     orm = found.metric("orm")
-    assert orm is not None and orm.calibration is None and set(orm.classes or {}) == {"w8a8", "w4a8"}
+    assert (
+        orm is not None and orm.calibration is None and set(orm.classes or {}) == {"w8a8", "w4a8"}
+    )
     assert found.truth.complete and found.truth.pairs == len(found.losses)
 
 
@@ -95,14 +99,20 @@ def test_the_three_reports_hold_it(found: AuditResult, place: Path) -> None:
 
 def test_the_terminals_table_fits_eighty_columns(found: AuditResult) -> None:
     many = replace(
-        found, budgets=found.budgets * 4, metrics=tuple(replace(m, plans=m.plans * 4) for m in found.metrics)
+        found,
+        budgets=found.budgets * 4,
+        metrics=tuple(replace(m, plans=m.plans * 4) for m in found.metrics),
     )
     for result in (found, many):
         assert max(map(len, audit_table(result).splitlines())) <= 80
 
 
 def test_a_second_audit_measures_nothing(found: AuditResult, model: Path, place: Path) -> None:
-    again, said = audit(model, place, AuditOptions(found.budgets, tuple(m for m in AUDITED if m in (*QUICK, "gain"))))
+    again, said = audit(
+        model,
+        place,
+        AuditOptions(found.budgets, tuple(m for m in AUDITED if m in (*QUICK, "gain"))),
+    )
     assert not [line for line in said if "processor time" in line]
     assert again.as_json() == found.as_json()
 
@@ -113,7 +123,12 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("plans", [0, 3])
 def test_killed_between_plans_it_goes_on(
-    found: AuditResult, model: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plans: int
+    found: AuditResult,
+    model: Path,
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    plans: int,
 ) -> None:
     shutil.copytree(place, tmp_path / "run", ignore=shutil.ignore_patterns("plans", ".samples"))
     measure, counted = PlanQuality._measure, []
@@ -173,7 +188,9 @@ def test_a_perfect_metric_has_correlation_one_and_the_best_plan(
     monkeypatch.setattr(losses_module, "measure", perfect)
     result, _ = audit(model, tmp_path / "run", AuditOptions((BUDGET,), ("gain",)))
     row, truth = result.metric("gain"), result.metric("exhaustive")
-    assert row is not None and truth is not None and row.pooled is not None and row.classes is not None
+    assert (
+        row is not None and truth is not None and row.pooled is not None and row.classes is not None
+    )
     assert [c.rho for c in (row.pooled, *row.classes.values())] == pytest.approx([1.0] * 5)
     assert row.plans == truth.plans
     with open_pipeline(recipe_for(model, **CHANGES), place, Notes()) as pipeline:
@@ -182,7 +199,9 @@ def test_a_perfect_metric_has_correlation_one_and_the_best_plan(
         exact = losses.truth(600).table
         best = exact.plan_loss(PlanSolver(pipeline.run, table=exact).solve(str(BUDGET)).schemes)
         for method in QUICK:
-            schemes = PlanSolver(pipeline.run, table=losses.metric(method)).solve(str(BUDGET)).schemes
+            schemes = (
+                PlanSolver(pipeline.run, table=losses.metric(method)).solve(str(BUDGET)).schemes
+            )
             assert exact.plan_loss(schemes) >= best * (1 - 1e-4)
 
 
@@ -190,7 +209,9 @@ def test_few_calls_are_said_in_the_result(model: Path, tmp_path: Path) -> None:
     audit(model, tmp_path / "run", AuditOptions((BUDGET,), ("orm",), pairs=10, samples=4))
     written = (tmp_path / "run" / "audit.json").read_text(encoding="utf-8")
     assert "only 4 calls" in written and "4 calls are few for orm" in written
-    again, said = audit(model, tmp_path / "run", AuditOptions((BUDGET,), ("orm", "size-only"), pairs=10, samples=2))
+    again, said = audit(
+        model, tmp_path / "run", AuditOptions((BUDGET,), ("orm", "size-only"), pairs=10, samples=2)
+    )
     orm, size = again.metric("orm"), again.metric("size-only")
     assert orm is not None and "needs 3" in orm.refused and orm.plans == ()
     assert size is not None and size.plans[0].nmse
@@ -213,15 +234,24 @@ def refuse(cli: Callable[..., Outcome], model: Path, tmp_path: Path) -> Callable
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--methods", "probe,kurtosi"), ("Unknown method 'kurtosi'", "Did you mean 'kurtosis'?", "size-only")),
+        (
+            ("--methods", "probe,kurtosi"),
+            ("Unknown method 'kurtosi'", "Did you mean 'kurtosis'?", "size-only"),
+        ),
         (("--methods", ","), ("No methods", "probe")),
         (("--methods", "exhaustive"), ("what the methods are compared with",)),
         (("--budgets", "much"), ("Invalid budgets 'much'",)),
         (("--pairs", "0"), ("--pairs",)),
-        (("--samples", "9", "--methods", "random"), ("9 calls per timestep, but there are 8", "--samples 8")),
+        (
+            ("--samples", "9", "--methods", "random"),
+            ("9 calls per timestep, but there are 8", "--samples 8"),
+        ),
         (("--set", "measure.timestep=2"), ("'measure.timestep'", "Did you mean 'timesteps'?")),
         (("--set", "measure.timesteps"), ("Invalid --set measure.timesteps", "KEY=VALUE")),
-        (("--set", "measure.timesteps=5"), ("measure.timesteps is 5, but the sampler takes only 4 steps",)),
+        (
+            ("--set", "measure.timesteps=5"),
+            ("measure.timesteps is 5, but the sampler takes only 4 steps",),
+        ),
         (
             ("--set", "measure.sampling=adaptive", "--set", "measure.coarse_timesteps=2"),
             ("measure.sampling is adaptive",),
@@ -248,4 +278,7 @@ def test_the_command_prints_json(cli: Callable[..., Outcome], model: Path, tmp_p
     outcome = cli("audit", model, "-r", recipe, "-o", tmp_path / "run", *options)
     assert outcome.code == 0, outcome.err
     values = json.loads(outcome.out)
-    assert values["truth"]["pairs"] == 12 and [m["key"] for m in values["metrics"]] == ["random", "exhaustive"]
+    assert values["truth"]["pairs"] == 12 and [m["key"] for m in values["metrics"]] == [
+        "random",
+        "exhaustive",
+    ]

@@ -40,7 +40,11 @@ def check(built: Built, factor: float = 4.0) -> dict[str, dict[str, Any]]:
     """Check sizes and errors of a finished run; return the report's layers by name."""
     report = built.report
     plan = json.loads((built.run / "allocate" / "plan.json").read_text(encoding="utf-8"))
-    assert constant_bytes(built.run / "quantize" / "model.onnx") == plan["size_bytes"] == report["size_bytes"]
+    assert (
+        constant_bytes(built.run / "quantize" / "model.onnx")
+        == plan["size_bytes"]
+        == report["size_bytes"]
+    )
     assert report["size_bytes"] <= plan["budget_bytes"]
     measured = report["measured_nmse"]
     assert math.isfinite(measured)
@@ -81,7 +85,9 @@ def test_a_shared_weight_is_one_layer(awkward: tuple[Path, Built]) -> None:
     names = [row["name"] for row in built.report["layers"]]
     assert names.count("tied") == names.count("shared") == 1
     model = onnx.load(built.run / "quantize" / "model.onnx", load_external_data=False)
-    assert {"tied", "tied_again", "shared_a", "shared_b"} <= {node.name for node in model.graph.node}
+    assert {"tied", "tied_again", "shared_a", "shared_b"} <= {
+        node.name for node in model.graph.node
+    }
 
 
 def smallest_of(path: Path, run: Path, family: str) -> Any:
@@ -94,7 +100,9 @@ def smallest_of(path: Path, run: Path, family: str) -> Any:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_layer_in_one_family(awkward: tuple[Path, Built], tmp_path: Path, family: str) -> None:
+def test_every_layer_in_one_family(
+    awkward: tuple[Path, Built], tmp_path: Path, family: str
+) -> None:
     """The smallest plan of each family: every layer that may take it does, and the file still agrees."""
     path, _ = awkward
     built = build(smallest_of(path, tmp_path / "run", family), tmp_path / "run")
@@ -107,7 +115,9 @@ def test_every_layer_in_one_family(awkward: tuple[Path, Built], tmp_path: Path, 
 
 @pytest.mark.rtx
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_engine_holds_what_was_planned(awkward: tuple[Path, Built], tmp_path: Path, family: str) -> None:
+def test_the_engine_holds_what_was_planned(
+    awkward: tuple[Path, Built], tmp_path: Path, family: str
+) -> None:
     pytest.importorskip("tensorrt_rtx")
     path, _ = awkward
     recipe = smallest_of(path, tmp_path / "run", family)
@@ -125,9 +135,17 @@ def small(body: Callable[[GraphBuilder, str, str], str], opset: int = 21) -> Gra
     g = GraphBuilder(opset=opset, seed=3)
     g.input("sample", ["N", 3, 7, 9])
     g.input("timestep", ["N"])
-    column = g.op("Unsqueeze", ["timestep", g.weight("axes1", np.array([1], np.int64))], "time/unsqueeze")
-    angle = g.op("Mul", [column, g.weight("time.frequencies", np.geomspace(1, 1e-3, 16, dtype=np.float32)[None])], "a")
-    hidden = g.op("Concat", [g.op("Sin", [angle], "sin"), g.op("Cos", [angle], "cos")], "time/concat", axis=1)
+    column = g.op(
+        "Unsqueeze", ["timestep", g.weight("axes1", np.array([1], np.int64))], "time/unsqueeze"
+    )
+    angle = g.op(
+        "Mul",
+        [column, g.weight("time.frequencies", np.geomspace(1, 1e-3, 16, dtype=np.float32)[None])],
+        "a",
+    )
+    hidden = g.op(
+        "Concat", [g.op("Sin", [angle], "sin"), g.op("Cos", [angle], "cos")], "time/concat", axis=1
+    )
     x = body(g, g.conv("sample", "conv_in", 16, 3), g.gemm(hidden, "time.linear", 32, 32))
     g.conv(x, "conv_out", 3, 16)
     g.nodes[-1].output[0] = g.output("out_sample", ["N", 3, 7, 9])
@@ -136,12 +154,21 @@ def small(body: Callable[[GraphBuilder, str, str], str], opset: int = 21) -> Gra
 
 def shifted(g: GraphBuilder, x: str, vector: str, name: str) -> str:
     axes = g.weight("axes23", np.array([2, 3], np.int64))
-    return g.op("Relu", [g.op("Add", [x, g.op("Unsqueeze", [vector, axes], f"{name}/image")], name)], f"{name}/relu")
+    return g.op(
+        "Relu",
+        [g.op("Add", [x, g.op("Unsqueeze", [vector, axes], f"{name}/image")], name)],
+        f"{name}/relu",
+    )
 
 
 def different_widths(g: GraphBuilder, x: str, hidden: str) -> str:
     x = shifted(g, x, g.gemm(hidden, "proj_16", 16, 32), "first")
-    return g.conv(shifted(g, g.conv(x, "wide", 24, 16), g.gemm(hidden, "proj_24", 24, 32), "second"), "back", 16, 24)
+    return g.conv(
+        shifted(g, g.conv(x, "wide", 24, 16), g.gemm(hidden, "proj_24", 24, 32), "second"),
+        "back",
+        16,
+        24,
+    )
 
 
 def both_gemms(g: GraphBuilder, x: str, hidden: str) -> str:
@@ -150,7 +177,9 @@ def both_gemms(g: GraphBuilder, x: str, hidden: str) -> str:
 
 
 def depthwise(g: GraphBuilder, x: str, hidden: str) -> str:
-    x = g.conv(shifted(g, x, g.gemm(hidden, "proj", 16, 32), "first"), "depthwise", 16, 16, group=16)
+    x = g.conv(
+        shifted(g, x, g.gemm(hidden, "proj", 16, 32), "first"), "depthwise", 16, 16, group=16
+    )
     return g.conv(g.conv(x, "grouped", 16, 16, group=4), "pointwise", 16, 16, kernel=1)
 
 
@@ -171,12 +200,16 @@ def zero_layer(g: GraphBuilder, x: str, hidden: str) -> str:
 def dead_input(g: GraphBuilder, x: str, hidden: str) -> str:
     """A layer whose input is zero at every call: it has no range, no Hessian."""
     zero = g.op(
-        "Mul", [shifted(g, x, g.gemm(hidden, "proj", 16, 32), "first"), g.weight("zero", np.float32(0))], "dead"
+        "Mul",
+        [shifted(g, x, g.gemm(hidden, "proj", 16, 32), "first"), g.weight("zero", np.float32(0))],
+        "dead",
     )
     return g.op("Add", [g.conv(zero, "unused", 16, 16), x], "residual")
 
 
-@pytest.mark.parametrize("body", [different_widths, both_gemms, depthwise, zero_channel, zero_layer, dead_input])
+@pytest.mark.parametrize(
+    "body", [different_widths, both_gemms, depthwise, zero_channel, zero_layer, dead_input]
+)
 def test_one_case(tmp_path: Path, body: Callable[[GraphBuilder, str, str], str]) -> None:
     path = save_denoiser(tmp_path, small(body))
     check(build(recipe_for(path, **{**ALIKE, "measure__samples": 2}), tmp_path / "run"), factor=10)
@@ -185,7 +218,8 @@ def test_one_case(tmp_path: Path, body: Callable[[GraphBuilder, str, str], str])
 def with_constants(model: onnx.ModelProto) -> onnx.ModelProto:
     """Weights as Constant nodes, no declared shapes, nodes without names: as older exporters write them."""
     constants = [
-        helper.make_node("Constant", [], [tensor.name], value=tensor, name="") for tensor in model.graph.initializer
+        helper.make_node("Constant", [], [tensor.name], value=tensor, name="")
+        for tensor in model.graph.initializer
     ]
     nodes = [*constants, *model.graph.node]
     for node in nodes:
@@ -211,13 +245,23 @@ def test_shared_initializers(tmp_path: Path) -> None:
     """One bias for many layers, and one weight that two layers read both ways round: dynamo's deduplication."""
     model = denoiser_graph(channels=16, size=8).model()
     values = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    equal = [name for name, value in values.items() if name.endswith(".bias") and value.shape == (16,)]
+    equal = [
+        name for name, value in values.items() if name.endswith(".bias") and value.shape == (16,)
+    ]
     first = "attn.to_q.weight"
-    renamed = {**dict.fromkeys(equal, equal[0]), "attn.to_k.weight": first, "attn.to_v.weight": first}
+    renamed = {
+        **dict.fromkeys(equal, equal[0]),
+        "attn.to_k.weight": first,
+        "attn.to_v.weight": first,
+    }
     for node in model.graph.node:
         for index, name in enumerate(node.input):
             node.input[index] = renamed.get(name, name)
-    kept = [tensor for tensor in model.graph.initializer if renamed.get(tensor.name, tensor.name) == tensor.name]
+    kept = [
+        tensor
+        for tensor in model.graph.initializer
+        if renamed.get(tensor.name, tensor.name) == tensor.name
+    ]
     del model.graph.initializer[:]
     model.graph.initializer.extend(kept)
     onnx.save(model, tmp_path / "model.onnx")
@@ -241,11 +285,15 @@ def test_an_operator_that_no_target_takes_is_refused_before_any_work(tmp_path: P
     place = next(i for i, node in enumerate(model.graph.node) if node.op_type == "Relu")
     relu = model.graph.node[place]
     model.graph.node[place].CopyFrom(
-        helper.make_node("QuickGelu", list(relu.input), list(relu.output), name="gelu", domain="com.microsoft")
+        helper.make_node(
+            "QuickGelu", list(relu.input), list(relu.output), name="gelu", domain="com.microsoft"
+        )
     )
     model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     onnx.save(model, tmp_path / "model.onnx")
-    with pytest.raises(ModelError, match=r"'gelu' \(QuickGelu\) cannot be deployed on rtx") as caught:
+    with pytest.raises(
+        ModelError, match=r"'gelu' \(QuickGelu\) cannot be deployed on rtx"
+    ) as caught:
         build(recipe_for(describe(tmp_path / "model.onnx"), **ALIKE), tmp_path / "run")
     assert "plain ONNX operators" in caught.value.hint
     assert not (tmp_path / "run" / "calibrate" / "stats.npz").exists()
@@ -258,6 +306,9 @@ def test_a_file_without_declared_types_gives_a_whole_fp16_graph(tmp_path: Path) 
     model = small(both_gemms).model()
     del model.graph.value_info[:]
     onnx.save(model, tmp_path / "model.onnx")
-    built = build(recipe_for(describe(tmp_path / "model.onnx"), **{**ALIKE, "measure__samples": 2}), tmp_path / "run")
+    built = build(
+        recipe_for(describe(tmp_path / "model.onnx"), **{**ALIKE, "measure__samples": 2}),
+        tmp_path / "run",
+    )
     check(built, factor=10)
     ort.InferenceSession(built.run / "quantize" / "model.onnx", providers=["CPUExecutionProvider"])

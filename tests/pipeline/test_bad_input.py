@@ -20,7 +20,16 @@ from onnx import TensorProto, numpy_helper
 from mpq_deploy.run.folder import RECORD
 from mpq_deploy.system.locks import LOCK, OWNER
 from tests.pipeline.conftest import Outcome
-from tests.pipeline.runs import DIGESTED, Built, build, describe, recipe_for, save_denoiser, stage_bytes, write_recipe
+from tests.pipeline.runs import (
+    DIGESTED,
+    Built,
+    build,
+    describe,
+    recipe_for,
+    save_denoiser,
+    stage_bytes,
+    write_recipe,
+)
 
 Cli = Callable[..., Outcome]
 
@@ -54,7 +63,12 @@ def test_no_such_model(cli: Cli, tmp_path: Path, name: str) -> None:
 def test_a_folder_that_is_no_model(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.txt").write_text("a", encoding="utf-8")
-    refused(bad_model(cli, tmp_path, tmp_path / "photos"), 2, "is no diffusers model", "model_index.json")
+    refused(
+        bad_model(cli, tmp_path, tmp_path / "photos"),
+        2,
+        "is no diffusers model",
+        "model_index.json",
+    )
 
 
 @pytest.mark.torch
@@ -65,16 +79,26 @@ def test_pickled_weights(cli: Cli, tmp_path: Path) -> None:
     weights = next((folder / "unet").glob("*.safetensors"))
     weights.unlink()
     (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps({"a": 1}))
-    refused(bad_model(cli, tmp_path, folder), 1, "diffusion_pytorch_model.bin", "safe_serialization")
+    refused(
+        bad_model(cli, tmp_path, folder), 1, "diffusion_pytorch_model.bin", "safe_serialization"
+    )
     (tmp_path / "model.ckpt").write_bytes(pickle.dumps({"a": 1}))
-    refused(bad_model(cli, tmp_path, tmp_path / "model.ckpt"), 1, "no .onnx file", "safe_serialization")
+    refused(
+        bad_model(cli, tmp_path, tmp_path / "model.ckpt"), 1, "no .onnx file", "safe_serialization"
+    )
 
 
 @pytest.mark.parametrize("kept", [0, 1, 100, 5000])
 def test_a_truncated_file(cli: Cli, tmp_path: Path, model: Path, kept: int) -> None:
     path = describe(tmp_path / "cut.onnx")
     path.write_bytes(model.read_bytes()[:kept])
-    refused(bad_model(cli, tmp_path, path), 1, "cut.onnx", f"{kept:,} bytes", "truncated or not an ONNX model")
+    refused(
+        bad_model(cli, tmp_path, path),
+        1,
+        "cut.onnx",
+        f"{kept:,} bytes",
+        "truncated or not an ONNX model",
+    )
 
 
 def test_a_file_of_another_kind(cli: Cli, tmp_path: Path) -> None:
@@ -90,9 +114,16 @@ def test_an_onnx_file_without_its_yaml(cli: Cli, tmp_path: Path, model: Path) ->
 
 @pytest.mark.parametrize(
     ("location", "word"),
-    [("../secret.bin", "outside"), ("/etc/passwd", "outside"), ("link.bin", "outside"), ("gone.bin", "no file")],
+    [
+        ("../secret.bin", "outside"),
+        ("/etc/passwd", "outside"),
+        ("link.bin", "outside"),
+        ("gone.bin", "no file"),
+    ],
 )
-def test_external_data_elsewhere(cli: Cli, tmp_path: Path, model: Path, location: str, word: str) -> None:
+def test_external_data_elsewhere(
+    cli: Cli, tmp_path: Path, model: Path, location: str, word: str
+) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     (tmp_path / "secret.bin").write_bytes(bytes(1 << 16))
@@ -138,7 +169,14 @@ def test_activations_that_overflow(cli: Cli, tmp_path: Path, model: Path) -> Non
 
     path = with_weight(model, tmp_path / "model", "down.conv1.weight", enlarge)
     path = with_weight(path, tmp_path / "model2", "mid.conv1.weight", enlarge)
-    refused(bad_model(cli, tmp_path, path), 1, "NaN or Inf", "at timestep ", "'mid.conv1_out'", "the Conv 'mid.conv1'")
+    refused(
+        bad_model(cli, tmp_path, path),
+        1,
+        "NaN or Inf",
+        "at timestep ",
+        "'mid.conv1_out'",
+        "the Conv 'mid.conv1'",
+    )
 
 
 def test_activations_that_overflow_only_later(tmp_path: Path, model: Path) -> None:
@@ -170,11 +208,20 @@ def test_activations_that_overflow_only_later(tmp_path: Path, model: Path) -> No
         ({"calibrate": 3}, ("calibrate", "3")),
         ({"conditions": "nowhere.npz"}, ("nowhere.npz",)),
         ({"scheduler": "nowhere"}, ("nowhere",)),
-        ({"allocate__protect": [{"layers": "nolayer*", "schemes": ["fp16"]}]}, ("'nolayer*' matches no layer",)),
+        (
+            {"allocate__protect": [{"layers": "nolayer*", "schemes": ["fp16"]}]},
+            ("'nolayer*' matches no layer",),
+        ),
     ],
 )
 def test_a_wrong_recipe(
-    cli: Cli, tmp_path: Path, model: Path, run: Path, finished: Built, changes: dict[str, Any], words: tuple[str, ...]
+    cli: Cli,
+    tmp_path: Path,
+    model: Path,
+    run: Path,
+    finished: Built,
+    changes: dict[str, Any],
+    words: tuple[str, ...],
 ) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", **changes)
     refused(cli("build", model, "--recipe", recipe, "-o", run), 2, *words)
@@ -197,7 +244,9 @@ def usable(cli: Cli, run: Path, finished: Built) -> None:
 
 
 @pytest.mark.parametrize("budget", ["0", "-1", "40", "abc", "", "nan", "0MB", "200%", "4.5bit"])
-def test_a_budget_that_is_none(cli: Cli, model: Path, run: Path, finished: Built, budget: str) -> None:
+def test_a_budget_that_is_none(
+    cli: Cli, model: Path, run: Path, finished: Built, budget: str
+) -> None:
     outcome = cli("allocate", run, f"--budget={budget}")
     refused(outcome, 2, f"'{budget}'", "at most 100%" if budget == "200%" else "0.35")
     usable(cli, run, finished)
@@ -220,7 +269,11 @@ def test_an_infeasible_budget_names_one_that_works(
 @pytest.mark.parametrize("text", ["- a\n- b\n", "just words", "{: :", "\x00"])
 def test_a_recipe_that_is_no_mapping(cli: Cli, tmp_path: Path, model: Path, text: str) -> None:
     (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
-    refused(cli("build", model, "-r", tmp_path / "recipe.yaml", "-o", tmp_path / "new"), 2, "recipe.yaml")
+    refused(
+        cli("build", model, "-r", tmp_path / "recipe.yaml", "-o", tmp_path / "new"),
+        2,
+        "recipe.yaml",
+    )
     assert not (tmp_path / "new").exists()
 
 
@@ -276,11 +329,19 @@ def flip(path: Path) -> None:
     ("damage", "made"),
     [
         (
-            lambda run: (run / "quantize" / "stage.json").write_text('{"stage": "qu', encoding="utf-8"),
+            lambda run: (run / "quantize" / "stage.json").write_text(
+                '{"stage": "qu', encoding="utf-8"
+            ),
             ["quantize", "report"],
         ),
-        (lambda run: (run / "quantize" / "stage.json").write_text("[]", encoding="utf-8"), ["quantize", "report"]),
-        (lambda run: (run / "quantize" / "stage.json").write_bytes(b"\xff\xfe"), ["quantize", "report"]),
+        (
+            lambda run: (run / "quantize" / "stage.json").write_text("[]", encoding="utf-8"),
+            ["quantize", "report"],
+        ),
+        (
+            lambda run: (run / "quantize" / "stage.json").write_bytes(b"\xff\xfe"),
+            ["quantize", "report"],
+        ),
         (lambda run: flip(run / "quantize" / "weights.bin"), ["quantize", "report"]),
         (lambda run: (run / "measure" / "stage.json").unlink(), ["measure", "report"]),
         (lambda run: shutil.rmtree(run / "calibrate"), ["calibrate", "report"]),
@@ -303,7 +364,9 @@ def test_damaged_files_are_made_again(
 
 
 @pytest.mark.parametrize("stage", DIGESTED)
-def test_one_altered_bit_of_a_stage_makes_it_again(model: Path, run: Path, finished: Built, stage: str) -> None:
+def test_one_altered_bit_of_a_stage_makes_it_again(
+    model: Path, run: Path, finished: Built, stage: str
+) -> None:
     """In a graph, in weights, in figures, in a digest of the record: what comes after need not be made again."""
     rng = np.random.default_rng(len(stage))
     files = sorted(path for path in (run / stage).rglob("*") if path.is_file())
@@ -325,7 +388,9 @@ def test_altered_figures_outside_the_stages_are_left_out(model: Path, run: Path)
     text = path.read_text(encoding="utf-8")
     found = re.search(r'"float_ms": [^1-8]*([1-8])', text)
     assert found is not None
-    path.write_text(text[: found.start(1)] + str(int(found[1]) + 1) + text[found.end(1) :], encoding="utf-8")
+    path.write_text(
+        text[: found.start(1)] + str(int(found[1]) + 1) + text[found.end(1) :], encoding="utf-8"
+    )
     again = build(recipe_for(model), run)
     assert again.report["cpu_latency"] is None
     assert any("latency.json cannot be read" in line and "altered" in line for line in again.said)
@@ -341,7 +406,9 @@ def test_a_damaged_cache_entry_is_made_again(model: Path, run: Path, finished: B
     assert stage_bytes(run) == stage_bytes(finished.run)
 
 
-def test_a_bad_model_leaves_the_run_usable(cli: Cli, tmp_path: Path, run: Path, finished: Built, model: Path) -> None:
+def test_a_bad_model_leaves_the_run_usable(
+    cli: Cli, tmp_path: Path, run: Path, finished: Built, model: Path
+) -> None:
     """Another model that cannot be read, into a folder that is finished: nothing of it is lost."""
     path = describe(tmp_path / "cut.onnx")
     path.write_bytes(model.read_bytes()[:3000])
@@ -357,7 +424,9 @@ def test_damaged_sources_are_named(cli: Cli, tmp_path: Path) -> None:
     """A YAML that does not fit the file says which entry, and what the model has."""
     path = save_denoiser(tmp_path / "model")
     described = yaml.safe_load(path.with_suffix(".yaml").read_text(encoding="utf-8"))
-    path.with_suffix(".yaml").write_text(yaml.safe_dump({**described, "timestep": "timestop"}), encoding="utf-8")
+    path.with_suffix(".yaml").write_text(
+        yaml.safe_dump({**described, "timestep": "timestop"}), encoding="utf-8"
+    )
     refused(bad_model(cli, tmp_path, path), 2, "'timestop'", "Did you mean 'timestep'?")
 
 

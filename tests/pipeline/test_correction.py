@@ -52,12 +52,15 @@ def test_nothing_changed_makes_nothing_again(model: Path, corrected: Built, tmp_
     assert again.made == ["report"]
 
 
-def test_another_budget_makes_another_correction(model: Path, corrected: Built, tmp_path: Path) -> None:
+def test_another_budget_makes_another_correction(
+    model: Path, corrected: Built, tmp_path: Path
+) -> None:
     run = Path(shutil.copytree(corrected.run, tmp_path / "run"))
     again = build(recipe_for(model, evaluate__correction="ptqd", budget=0.6), run)
     assert again.made == ["allocate", "quantize", "correction", "engine", "evaluate", "report"]
     old, new = (
-        json.loads((r / "correction" / "correction.json").read_text(encoding="utf-8")) for r in (corrected.run, run)
+        json.loads((r / "correction" / "correction.json").read_text(encoding="utf-8"))
+        for r in (corrected.run, run)
     )
     assert old["models"] != new["models"]
     back = build(recipe_for(model, evaluate__correction="ptqd"), run)
@@ -65,11 +68,17 @@ def test_another_budget_makes_another_correction(model: Path, corrected: Built, 
     assert stage_bytes(run, ("correction",)) == stage_bytes(corrected.run, ("correction",))
 
 
-def test_one_bias_for_all_channels_is_another_correction(model: Path, corrected: Built, tmp_path: Path) -> None:
+def test_one_bias_for_all_channels_is_another_correction(
+    model: Path, corrected: Built, tmp_path: Path
+) -> None:
     run = Path(shutil.copytree(corrected.run, tmp_path / "run"))
-    again = build(recipe_for(model, evaluate__correction="ptqd", evaluate__correction_bias="scalar"), run)
+    again = build(
+        recipe_for(model, evaluate__correction="ptqd", evaluate__correction_bias="scalar"), run
+    )
     assert again.made == ["correction", "evaluate", "report"]
-    steps = json.loads((run / "correction" / "correction.json").read_text(encoding="utf-8"))["steps"]
+    steps = json.loads((run / "correction" / "correction.json").read_text(encoding="utf-8"))[
+        "steps"
+    ]
     assert {len(step["bias"]) for step in steps} == {1}
 
 

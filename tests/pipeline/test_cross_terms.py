@@ -20,7 +20,9 @@ def test_the_plan_says_what_came_of_the_cross_terms(tmp_path: Path) -> None:
     for wanted in (True, False):
         changes = {**CALLS, "allocate__cross_terms": wanted}
         build(recipe_for(model, **changes), tmp_path / "run", "allocate")
-        plans[wanted] = json.loads((tmp_path / "run" / "allocate" / "plan.json").read_text(encoding="utf-8"))
+        plans[wanted] = json.loads(
+            (tmp_path / "run" / "allocate" / "plan.json").read_text(encoding="utf-8")
+        )
     crossed, plain = plans[True]["cross_terms"], plans[False]["cross_terms"]
     assert crossed["folds"] == plain["folds"] == FOLDS
     assert plain["moves"] == 0 and not plain["kept"]
@@ -28,16 +30,31 @@ def test_the_plan_says_what_came_of_the_cross_terms(tmp_path: Path) -> None:
     kept = "refined_held_back" if crossed["kept"] else "milp_held_back"
     assert plans[True]["predicted_loss"] == crossed[kept] <= crossed["milp_held_back"]
     assert plans[True]["size_bytes"] <= plans[True]["budget_bytes"]
-    changed = [name for name, scheme in plans[True]["schemes"].items() if scheme != plans[False]["schemes"][name]]
+    changed = [
+        name
+        for name, scheme in plans[True]["schemes"].items()
+        if scheme != plans[False]["schemes"][name]
+    ]
     assert len(changed) == (crossed["moves"] if crossed["kept"] else 0)
 
 
 def test_too_few_calls_to_hold_any_back(tmp_path: Path) -> None:
     build(recipe_for(save_denoiser(tmp_path / "model")), tmp_path / "run", "allocate")
-    crossed = json.loads((tmp_path / "run" / "allocate" / "plan.json").read_text(encoding="utf-8"))["cross_terms"]
+    crossed = json.loads((tmp_path / "run" / "allocate" / "plan.json").read_text(encoding="utf-8"))[
+        "cross_terms"
+    ]
     assert crossed["folds"] == 0 and not crossed["kept"] and crossed["milp_held_back"] is None
 
 
 def test_a_metric_without_probes_has_no_cross_terms(tmp_path: Path) -> None:
-    build(recipe_for(save_denoiser(tmp_path / "model"), measure__method="gain"), tmp_path / "run", "allocate")
-    assert json.loads((tmp_path / "run" / "allocate" / "plan.json").read_text(encoding="utf-8"))["cross_terms"] is None
+    build(
+        recipe_for(save_denoiser(tmp_path / "model"), measure__method="gain"),
+        tmp_path / "run",
+        "allocate",
+    )
+    assert (
+        json.loads((tmp_path / "run" / "allocate" / "plan.json").read_text(encoding="utf-8"))[
+            "cross_terms"
+        ]
+        is None
+    )

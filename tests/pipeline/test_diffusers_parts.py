@@ -37,7 +37,9 @@ def built(model: Path, run: Path, **changes: Any) -> Built:
 def test_a_transformer_becomes_a_denoiser_that_its_pipeline_runs(tmp_path: Path) -> None:
     folder = tiny_transformer_folder(tmp_path, "DiTTransformer2DModel", vae=True)
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "DiTPipeline"}), encoding="utf-8")
+    (folder / "model_index.json").write_text(
+        json.dumps({**index, "_class_name": "DiTPipeline"}), encoding="utf-8"
+    )
     found = built(folder, tmp_path / "run", guidance_scale=2.0)
     assert found.report["evaluation"]["image_kind"] == "decoded"
     schemes = {row["scheme"] for row in found.report["layers"]}
@@ -78,14 +80,18 @@ def test_a_text_pipeline_and_its_parts_build(tmp_path: Path) -> None:
     assert decoder.report["evaluation"]["image_kind"] == "pixels"
     assert any("samples of the float denoiser" in note for note in decoder.report["notes"])
     training = {"steps": 4, "check_every": 2, "batch_size": 2, "held_out": 4, "trajectories": 4}
-    encoder = built(folder, tmp_path / "text", component="text_encoder", budget=0.7, recover=training, **options)
+    encoder = built(
+        folder, tmp_path / "text", component="text_encoder", budget=0.7, recover=training, **options
+    )
     recovery = encoder.report["recovery"]
     assert recovery["after"] <= recovery["before"]
     assert encoder.report["evaluation"]["image_kind"] == "features"
     # What was calibrated on is not what is compared on.
     with np.load(tmp_path / "text" / "calibrate" / "inputs.npz") as inputs:
         assert inputs["rows"].max() < 6 and inputs["samples"].shape[0] == 1
-    evaluation = json.loads((tmp_path / "text" / "evaluate" / "evaluation.json").read_text(encoding="utf-8"))
+    evaluation = json.loads(
+        (tmp_path / "text" / "evaluate" / "evaluation.json").read_text(encoding="utf-8")
+    )
     assert min(evaluation["rows"]) >= 6
     with pytest.raises(UsageError, match="component without timesteps"):
         mpq_deploy.load(tmp_path / "vae")

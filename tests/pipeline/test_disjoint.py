@@ -44,4 +44,6 @@ def test_rounding_sees_fresh_noise_of_calls_that_are_not_measured(
     assert not calls(seen["rounded"]) & calls(seen["measured"])
     # At the first timestep the noise is not that of any recorded call.
     first: Array = recorded.samples[0]
-    assert not any(np.array_equal(mine, theirs) for mine in seen["rounded"].samples[0] for theirs in first)
+    assert not any(
+        np.array_equal(mine, theirs) for mine in seen["rounded"].samples[0] for theirs in first
+    )

@@ -27,7 +27,9 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     if shutil.which("mount") is None or os.geteuid() != 0:
         pytest.skip("only root can mount a small file system")
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(place)], capture_output=True, encoding="utf-8"
+        ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(place)],
+        capture_output=True,
+        encoding="utf-8",
     )
     if mounted.returncode != 0:
         pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
@@ -78,7 +80,9 @@ def test_a_disk_that_fills_up(
     assert stage_bytes(run) == stage_bytes(finished.run)
 
 
-def test_a_limit_on_the_size_of_files(cli: Cli, model: Path, finished: Built, run: Path, tmp_path: Path) -> None:
+def test_a_limit_on_the_size_of_files(
+    cli: Cli, model: Path, finished: Built, run: Path, tmp_path: Path
+) -> None:
     """A quota on one file (ulimit -f) is met like a full disk: no traceback, the run folder stays usable."""
     shutil.rmtree(run / "quantize")
     file = write_recipe(tmp_path / "recipe.yaml")
@@ -93,7 +97,9 @@ def test_a_limit_on_the_size_of_files(cli: Cli, model: Path, finished: Built, ru
     assert stage_bytes(run) == stage_bytes(finished.run)
 
 
-def test_a_folder_that_cannot_be_written(cli: Cli, model: Path, disk: Path, tmp_path: Path, finished: Built) -> None:
+def test_a_folder_that_cannot_be_written(
+    cli: Cli, model: Path, disk: Path, tmp_path: Path, finished: Built
+) -> None:
     """A file system mounted read-only, with a finished run on it."""
     shutil.copytree(finished.run, disk / "run")
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
@@ -113,6 +119,10 @@ def test_a_disk_that_fills_up_while_an_engine_is_built(
     shutil.copytree(finished.run, disk / "run")
     file = write_recipe(tmp_path / "recipe.yaml", engine__build=True)
     fill(disk, left)
-    refused(cli("build", model, "-r", file, "-o", disk / "run"), 1, "disk is full", "Free some space")
+    refused(
+        cli("build", model, "-r", file, "-o", disk / "run"), 1, "disk is full", "Free some space"
+    )
     assert stage_bytes(disk / "run") == stage_bytes(finished.run)
-    assert not [path.name for path in (disk / "run").iterdir() if path.name.endswith((".partial", ".old"))]
+    assert not [
+        path.name for path in (disk / "run").iterdir() if path.name.endswith((".partial", ".old"))
+    ]

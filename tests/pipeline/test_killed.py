@@ -30,7 +30,9 @@ from tests.pipeline.runs import (
 MADE = tuple(name for name in STAGES if name not in ("correction", "recover"))
 
 
-@pytest.mark.parametrize("prepare", [kills.kill_while_making, kills.kill_after], ids=["while", "after"])
+@pytest.mark.parametrize(
+    "prepare", [kills.kill_while_making, kills.kill_after], ids=["while", "after"]
+)
 def test_killed_at_every_stage(
     model: Path, tmp_path: Path, finished: Built, prepare: kills.Callable[[str], None]
 ) -> None:
@@ -73,13 +75,19 @@ def test_stopped_by_the_user(model: Path, tmp_path: Path, finished: Built) -> No
     """Ctrl-C through the command line: one line, exit code 130, and the run goes on afterwards."""
     recipe, run = write_recipe(tmp_path / "recipe.yaml"), tmp_path / "run"
     process = subprocess.Popen(
-        command("build", model, "-r", recipe, "-o", run), stderr=subprocess.PIPE, encoding="utf-8", env=environment()
+        command("build", model, "-r", recipe, "-o", run),
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        env=environment(),
     )
     wait_for(run / ".measure.partial", process)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert err.splitlines()[-1] == "mpq-deploy: stopped; the next call goes on from the last finished stage"
+    assert (
+        err.splitlines()[-1]
+        == "mpq-deploy: stopped; the next call goes on from the last finished stage"
+    )
     assert "Traceback" not in err
     assert not (run / ".measure.partial").exists()
     assert build(recipe_for(model), run).made == [
@@ -102,13 +110,19 @@ def test_killed_while_an_engine_is_built(model: Path, run: Path, tmp_path: Path)
     expected = build(recipe, Path(shutil.copytree(run, tmp_path / "whole")))
     file = write_recipe(tmp_path / "recipe.yaml", engine__build=True)
     process = subprocess.Popen(
-        command("build", model, "-r", file, "-o", run), stderr=subprocess.PIPE, encoding="utf-8", env=environment()
+        command("build", model, "-r", file, "-o", run),
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        env=environment(),
     )
     wait_for(run / ".engine.partial", process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert build(recipe, run).made == ["engine", "report"]
-    layers = [(folder / "engine" / "layers.txt").read_text(encoding="utf-8") for folder in (run, expected.run)]
+    layers = [
+        (folder / "engine" / "layers.txt").read_text(encoding="utf-8")
+        for folder in (run, expected.run)
+    ]
     assert layers[0] == layers[1]
 
 
@@ -128,14 +142,19 @@ def test_the_builder_itself_is_killed(model: Path, run: Path, tmp_path: Path, mo
     log.write_text("[INFO] words of an earlier build\n", encoding="utf-8")
     before = stage_bytes(run)
     process = subprocess.Popen(
-        command("build", model, "-r", file, "-o", run), stderr=subprocess.PIPE, encoding="utf-8", env=environment()
+        command("build", model, "-r", file, "-o", run),
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        env=environment(),
     )
     wait_for(run / ".engine.partial", process)
     killed: list[int] = []
     while not killed:
         assert process.poll() is None, process.communicate()[1]
         if moment == "starting" or (
-            "earlier" not in (text := log.read_text(encoding="utf-8") if log.exists() else "earlier") and text
+            "earlier"
+            not in (text := log.read_text(encoding="utf-8") if log.exists() else "earlier")
+            and text
         ):
             for child in builder_of(process.pid):
                 os.kill(child, signal.SIGKILL)
@@ -144,14 +163,21 @@ def test_the_builder_itself_is_killed(model: Path, run: Path, tmp_path: Path, mo
     _, said = process.communicate(timeout=120)
     assert process.returncode == 1 and "Traceback" not in said
     line, hint = said.splitlines()[-2:]
-    assert line.startswith("mpq-deploy: The stage 'engine' was cut short. The builder was killed (SIGKILL)")
-    assert ("printed nothing yet" if moment == "starting" else "last words: [") in line and "earlier" not in line
+    assert line.startswith(
+        "mpq-deploy: The stage 'engine' was cut short. The builder was killed (SIGKILL)"
+    )
+    assert (
+        "printed nothing yet" if moment == "starting" else "last words: ["
+    ) in line and "earlier" not in line
     assert hint.startswith("  Repeat the command") and str(log) in hint
     # What was finished is there; the stage engine is the former one, and nothing of the new one is left.
     assert stage_bytes(run) == before
     assert not [path.name for path in run.iterdir() if path.name.endswith((".partial", ".old"))]
     assert build(recipe, run).made == ["engine", "report"]
-    layers = [(folder / "engine" / "layers.txt").read_text(encoding="utf-8") for folder in (run, expected.run)]
+    layers = [
+        (folder / "engine" / "layers.txt").read_text(encoding="utf-8")
+        for folder in (run, expected.run)
+    ]
     assert layers[0] == layers[1]
 
 
@@ -161,9 +187,14 @@ def test_two_engines_are_built_at_once(model: Path, run: Path, tmp_path: Path) -
     pytest.importorskip("tensorrt_rtx")
     alone, other = (Path(shutil.copytree(run, tmp_path / name)) for name in ("alone", "other"))
     build(recipe_for(model, engine__build=True), alone)
-    file, ways = write_recipe(tmp_path / "recipe.yaml", engine__build=True), {"stderr": subprocess.PIPE, "text": True}
+    file, ways = (
+        write_recipe(tmp_path / "recipe.yaml", engine__build=True),
+        {"stderr": subprocess.PIPE, "text": True},
+    )
     builds = [
-        subprocess.Popen(command("build", model, "-r", file, "-o", folder), env=environment(), **ways)
+        subprocess.Popen(
+            command("build", model, "-r", file, "-o", folder), env=environment(), **ways
+        )
         for folder in (run, other)
     ]
     wait_for(run / ".engine.partial", builds[0])
@@ -171,13 +202,20 @@ def test_two_engines_are_built_at_once(model: Path, run: Path, tmp_path: Path) -
     builds[0].send_signal(signal.SIGSTOP)
     refused = call("build", model, "-r", file, "-o", run)
     builds[0].send_signal(signal.SIGCONT)
-    assert refused.returncode == 1 and f"in use by another process (pid {builds[0].pid})" in refused.stderr
+    assert (
+        refused.returncode == 1
+        and f"in use by another process (pid {builds[0].pid})" in refused.stderr
+    )
     for process in builds:
         assert process.communicate(timeout=120)[1] is not None and process.returncode == 0
 
     def engine(folder: Path) -> tuple[str, dict[str, object]]:
         record = json.loads((folder / "engine" / "build.json").read_text(encoding="utf-8"))
         # The engine's own file differs between two builds by TensorRT in a few bytes, and in their number.
-        return (folder / "engine" / "layers.txt").read_text(encoding="utf-8"), {**record, "sha256": "", "bytes": 0}
+        return (folder / "engine" / "layers.txt").read_text(encoding="utf-8"), {
+            **record,
+            "sha256": "",
+            "bytes": 0,
+        }
 
     assert engine(run) == engine(other) == engine(alone)

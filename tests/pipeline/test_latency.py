@@ -59,13 +59,17 @@ def test_latency_as_the_objective_is_never_slower_and_holds_the_budget(run: Path
     assert fastest["latency"]["ours_ms"] <= default["latency"]["ours_ms"]
     assert fastest["size_bytes"] <= fastest["budget_bytes"]
     between = (default["latency"]["ours_ms"] + fastest["latency"]["ours_ms"]) / 2
-    assert cli("allocate", run, "--objective", "loss", "--max-latency", f"{between:.6f}ms").code == 0
+    assert (
+        cli("allocate", run, "--objective", "loss", "--max-latency", f"{between:.6f}ms").code == 0
+    )
     limited = plan_of(run)
     assert limited["latency"]["ours_ms"] <= between
     assert limited["size_bytes"] <= limited["budget_bytes"]
 
 
-def test_with_room_for_fp16_latency_leaves_layers_that_int8_slows_down_in_fp16(run: Path, cli: Cli) -> None:
+def test_with_room_for_fp16_latency_leaves_layers_that_int8_slows_down_in_fp16(
+    run: Path, cli: Cli
+) -> None:
     assert cli("allocate", run, "--objective", "latency", "--budget", "1.0").code == 0
     plan = plan_of(run)
     assert plan["latency"]["slower_in_int8"]
@@ -82,7 +86,9 @@ def test_a_limit_too_small_names_the_least_which_then_works(run: Path, cli: Cli)
 
 
 def test_a_sweep_says_which_budgets_no_plan_is_fast_enough_for(run: Path, cli: Cli) -> None:
-    least = cli("allocate", run, "--max-latency", "1us", "--budget", "1.0").err.split("the fastest takes ")[1]
+    least = cli("allocate", run, "--max-latency", "1us", "--budget", "1.0").err.split(
+        "the fastest takes "
+    )[1]
     limited = float(least.split(" ms")[0]) * 1.0001
     assert cli("allocate", run, "--max-latency", f"{limited}ms", "--budget", "1.0").code == 0
     swept = cli("sweep", run, "--budgets", "0.4,1.0")
@@ -91,7 +97,11 @@ def test_a_sweep_says_which_budgets_no_plan_is_fast_enough_for(run: Path, cli: C
 
 
 def test_a_target_without_figures_is_refused_where_latency_counts(run: Path, cli: Cli) -> None:
-    recipe = (run / "recipe.yaml").read_text(encoding="utf-8").replace("target: rtx", "target: onnxruntime-cpu")
+    recipe = (
+        (run / "recipe.yaml")
+        .read_text(encoding="utf-8")
+        .replace("target: rtx", "target: onnxruntime-cpu")
+    )
     (run / "recipe.yaml").write_text(recipe, encoding="utf-8")
     refused = cli("allocate", run, "--max-latency", "5ms")
     assert refused.code == 2
@@ -100,7 +110,10 @@ def test_a_target_without_figures_is_refused_where_latency_counts(run: Path, cli
 
 def test_a_limit_on_the_loss_needs_latency_as_the_objective(model: Path, tmp_path: Path) -> None:
     recipe = recipe_for(model, allocate__max_loss=0.1)
-    with pytest.raises(UsageError, match="max_loss"), open_pipeline(recipe, tmp_path / "run", Talk()):
+    with (
+        pytest.raises(UsageError, match="max_loss"),
+        open_pipeline(recipe, tmp_path / "run", Talk()),
+    ):
         pass
 
 
@@ -110,7 +123,9 @@ def estimated_table(run: Path, cli: Cli, path: Path) -> LatencyTable:
     return LatencyTable.load(path)
 
 
-def test_a_table_of_the_estimates_gives_the_estimates_back(run: Path, cli: Cli, tmp_path: Path) -> None:
+def test_a_table_of_the_estimates_gives_the_estimates_back(
+    run: Path, cli: Cli, tmp_path: Path
+) -> None:
     before = plan_of(run)
     table = estimated_table(run, cli, tmp_path / "table.json")
     assert table.source == "estimated"
@@ -123,23 +138,41 @@ def test_a_table_of_the_estimates_gives_the_estimates_back(run: Path, cli: Cli, 
         assert after["latency"][key] == pytest.approx(before["latency"][key], abs=1e-5)
 
 
-def test_measured_rows_are_taken_and_what_is_missing_is_counted_and_said(run: Path, cli: Cli, tmp_path: Path) -> None:
+def test_measured_rows_are_taken_and_what_is_missing_is_counted_and_said(
+    run: Path, cli: Cli, tmp_path: Path
+) -> None:
     path = tmp_path / "table.json"
     whole = estimated_table(run, cli, path)
     # INT8 on this device is ten times slower than anything else; one in three rows is missing.
-    kept = {key: 10.0 if "a8" in key[1] else 0.01 for number, key in enumerate(whole.entries) if number % 3}
-    replace(whole, source="measured", device="a slow GPU", builder="a builder 1.0", entries=kept).save(path)
-    assert cli("allocate", run, "--latency-table", path, "--objective", "latency", "--budget", "1.0").code == 0
+    kept = {
+        key: 10.0 if "a8" in key[1] else 0.01
+        for number, key in enumerate(whole.entries)
+        if number % 3
+    }
+    replace(
+        whole, source="measured", device="a slow GPU", builder="a builder 1.0", entries=kept
+    ).save(path)
+    assert (
+        cli(
+            "allocate", run, "--latency-table", path, "--objective", "latency", "--budget", "1.0"
+        ).code
+        == 0
+    )
     plan = plan_of(run)
     latency = plan["latency"]
     assert latency["source"] == "measured and estimated"
     assert latency["measured"] > 0 and latency["estimated"] > 0
-    assert f"{latency['measured']:,} of {latency['measured'] + latency['estimated']:,}" in latency["basis"]
+    assert (
+        f"{latency['measured']:,} of {latency['measured'] + latency['estimated']:,}"
+        in latency["basis"]
+    )
     assert "a slow GPU (a builder 1.0)" in latency["basis"]
     assert latency["ours_ms"] < 1.0 < latency["int8_ms"]
 
 
-def test_another_date_makes_nothing_again_and_another_time_does(run: Path, cli: Cli, tmp_path: Path) -> None:
+def test_another_date_makes_nothing_again_and_another_time_does(
+    run: Path, cli: Cli, tmp_path: Path
+) -> None:
     path = tmp_path / "table.json"
     table = estimated_table(run, cli, path)
     cli("allocate", run, "--latency-table", path)
@@ -150,7 +183,9 @@ def test_another_date_makes_nothing_again_and_another_time_does(run: Path, cli: 
     assert "allocate   again: latency_table changed" in cli("allocate", run).err
 
 
-def test_a_table_of_another_target_is_refused_before_anything_is_made(run: Path, cli: Cli, tmp_path: Path) -> None:
+def test_a_table_of_another_target_is_refused_before_anything_is_made(
+    run: Path, cli: Cli, tmp_path: Path
+) -> None:
     path = tmp_path / "table.json"
     replace(estimated_table(run, cli, path), target="rtx-ada").save(path)
     before = (run / "allocate" / "plan.json").read_bytes()

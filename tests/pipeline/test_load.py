@@ -27,7 +27,9 @@ def answers(run: Path, **conditions: Any) -> Any:
 def test_a_run_answers_with_its_quantized_graph(finished: Built) -> None:
     exported = load_exported(finished.run / "export")
     rows = {name: values[:3] for name, values in exported.conditions.arrays.items()}
-    sample, found = answers(finished.run, **{name: torch.from_numpy(values) for name, values in rows.items()})
+    sample, found = answers(
+        finished.run, **{name: torch.from_numpy(values) for name, values in rows.items()}
+    )
     plan, whole = (
         OrtDenoiser(path, exported.spec, fake_quant_only=True)(sample.numpy(), 300.0, rows)
         for path in (finished.run / "quantize" / SIMULATED, exported.model)

@@ -39,16 +39,32 @@ def quarters(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "open_network", lambda name, options: Quarters())
 
 
-def test_distances_reach_the_reports_and_the_gate(quarters: None, run: Path, cli: Cli, tmp_path: Path) -> None:
-    channels, height, width = json.loads((run / "report.json").read_text(encoding="utf-8"))["model"]["sample_shape"]
+def test_distances_reach_the_reports_and_the_gate(
+    quarters: None, run: Path, cli: Cli, tmp_path: Path
+) -> None:
+    channels, height, width = json.loads((run / "report.json").read_text(encoding="utf-8"))[
+        "model"
+    ]["sample_shape"]
     real = np.random.default_rng(0).integers(0, 256, (40, height, width, channels), dtype=np.uint8)
     np.savez(tmp_path / "real.npz", images=real)
     gate = ("gate", run, "--max-frechet-increase", "1e9")
     assert cli(*gate).code == 1
-    said = cli("metrics", run, "--images", IMAGES, "--real", tmp_path / "real.npz", "--workers", 1, "--controls")
+    said = cli(
+        "metrics",
+        run,
+        "--images",
+        IMAGES,
+        "--real",
+        tmp_path / "real.npz",
+        "--workers",
+        1,
+        "--controls",
+    )
     assert said.code == 0, said.err
     # A path is not broken, however long it is.
-    assert all(len(line) <= 80 or " " not in line.strip() for line in said.out.splitlines()), said.out
+    assert all(len(line) <= 80 or " " not in line.strip() for line in said.out.splitlines()), (
+        said.out
+    )
     assert f"Frechet distance (quarters), {IMAGES} images" in said.out
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))
     assert [row["against"] for row in report["frechet"]] == ["float", "real"]
@@ -57,7 +73,10 @@ def test_distances_reach_the_reports_and_the_gate(quarters: None, run: Path, cli
     assert paired["interval"]["low"] <= paired["distance"] <= paired["interval"]["high"]
     assert against_real["real_floor"] > 0
     assert against_real["against_samples"] == 40
-    assert all(row["samples"] == IMAGES and row["seed"] == 1234 and row["steps"] == 3 for row in report["frechet"])
+    assert all(
+        row["samples"] == IMAGES and row["seed"] == 1234 and row["steps"] == 3
+        for row in report["frechet"]
+    )
     assert set(report["frechet_controls"]) == {"int8", "int4"}
     for name in ("report.md", "report.html"):
         assert "Distribution of the images" in (run / name).read_text(encoding="utf-8")
@@ -67,14 +86,21 @@ def test_distances_reach_the_reports_and_the_gate(quarters: None, run: Path, cli
     assert cli("gate", run, "--max-frechet-increase", "-1e9").code == 1
 
     kept = (run / "metrics.json").read_bytes()
-    assert cli("metrics", run, "--images", IMAGES, "--real", tmp_path / "real.npz", "--controls").code == 0
+    assert (
+        cli("metrics", run, "--images", IMAGES, "--real", tmp_path / "real.npz", "--controls").code
+        == 0
+    )
     assert (run / "metrics.json").read_bytes() == kept
 
 
-def test_a_baseline_from_other_noise_is_not_compared(quarters: None, run: Path, cli: Cli, tmp_path: Path) -> None:
+def test_a_baseline_from_other_noise_is_not_compared(
+    quarters: None, run: Path, cli: Cli, tmp_path: Path
+) -> None:
     for seed in (50, 60):
         assert cli("metrics", run, "--images", IMAGES, "--seed", seed, "--workers", 1).code == 0
-        (tmp_path / f"{seed}.json").write_text((run / "report.json").read_text(encoding="utf-8"), encoding="utf-8")
+        (tmp_path / f"{seed}.json").write_text(
+            (run / "report.json").read_text(encoding="utf-8"), encoding="utf-8"
+        )
     gate = ("gate", run, "--max-frechet-increase", "0.001", "--baseline")
     same, other = (cli(*gate, tmp_path / f"{seed}.json") for seed in (60, 50))
     assert same.code == 0
@@ -84,7 +110,10 @@ def test_a_baseline_from_other_noise_is_not_compared(quarters: None, run: Path, 
 
 
 def test_calls_add_up_in_any_order(quarters: None, run: Path, cli: Cli) -> None:
-    asked = {seed: ("metrics", run, "--images", IMAGES, "--seed", seed, "--workers", 1) for seed in (50, 60)}
+    asked = {
+        seed: ("metrics", run, "--images", IMAGES, "--seed", seed, "--workers", 1)
+        for seed in (50, 60)
+    }
     assert cli(*asked[50], "--controls").code == 0
     said = cli(*asked[60])
     assert said.code == 0
@@ -100,13 +129,18 @@ def test_calls_add_up_in_any_order(quarters: None, run: Path, cli: Cli) -> None:
     assert (run / "metrics.json").read_bytes() == kept
 
 
-def test_what_a_former_plan_measured_is_dropped_in_one_line(quarters: None, run: Path, cli: Cli, model: Path) -> None:
+def test_what_a_former_plan_measured_is_dropped_in_one_line(
+    quarters: None, run: Path, cli: Cli, model: Path
+) -> None:
     assert cli("metrics", run, "--images", IMAGES, "--seed", 50, "--workers", 1).code == 0
     build(recipe_for(model, budget=0.6), run)
     said = cli("metrics", run, "--images", IMAGES, "--seed", 60, "--workers", 1)
     assert said.code == 0
     assert "metrics.json is of a former plan: dropped" in " ".join(said.err.split())
-    assert [row["seed"] for row in json.loads((run / "report.json").read_text(encoding="utf-8"))["frechet"]] == [60]
+    assert [
+        row["seed"]
+        for row in json.loads((run / "report.json").read_text(encoding="utf-8"))["frechet"]
+    ] == [60]
 
 
 @pytest.mark.parametrize(
@@ -121,7 +155,12 @@ def test_what_a_former_plan_measured_is_dropped_in_one_line(quarters: None, run:
     ],
 )
 def test_what_is_missing_is_said_before_any_stage(
-    run: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], said: str
+    run: Path,
+    cli: Cli,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
+    said: str,
 ) -> None:
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
@@ -144,7 +183,9 @@ def test_too_few_images_are_refused_before_sampling(quarters: None, run: Path, c
     assert "Traceback" not in said.err
 
 
-def test_a_stale_or_damaged_result_is_left_out_and_said(quarters: None, run: Path, cli: Cli, model: Path) -> None:
+def test_a_stale_or_damaged_result_is_left_out_and_said(
+    quarters: None, run: Path, cli: Cli, model: Path
+) -> None:
     assert cli("metrics", run, "--images", IMAGES, "--workers", 1).code == 0
     other = build(recipe_for(model, budget=0.6), run)
     assert any("metrics.json is of a former plan" in line for line in other.said)
@@ -172,7 +213,9 @@ def test_what_is_kept_is_read_again(quarters: None, run: Path, cli: Cli) -> None
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "swapped"])
-def test_every_damaged_entry_of_the_cache_is_made_again(quarters: None, run: Path, cli: Cli, damage: str) -> None:
+def test_every_damaged_entry_of_the_cache_is_made_again(
+    quarters: None, run: Path, cli: Cli, damage: str
+) -> None:
     asked = ("metrics", run, "--images", IMAGES, "--workers", 1)
     assert cli(*asked).code == 0
     kept, entries = (run / "metrics.json").read_bytes(), sorted((run / ".samples").glob("*.npz"))
@@ -193,7 +236,9 @@ def test_every_damaged_entry_of_the_cache_is_made_again(quarters: None, run: Pat
     assert (run / "metrics.json").read_bytes() == kept
     # Sampled, looked at and kept as before.
     mended = {path: path.read_bytes() for path in entries}
-    assert sum(mended[path] == content for path, content in zip(entries, contents, strict=True)) >= 4
+    assert (
+        sum(mended[path] == content for path, content in zip(entries, contents, strict=True)) >= 4
+    )
 
 
 def test_real_pictures_of_two_sizes_are_refused_before_sampling(
@@ -221,7 +266,12 @@ def test_real_pictures_of_two_sizes_are_refused_before_sampling(
     ],
 )
 def test_what_is_missing_is_one_line_before_sampling(
-    run: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], said: str
+    run: Path,
+    cli: Cli,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
+    said: str,
 ) -> None:
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
@@ -234,7 +284,9 @@ def test_what_is_missing_is_one_line_before_sampling(
     assert sorted((run / ".samples").iterdir()) == before
 
 
-def test_a_baseline_of_another_model_ends_the_gate_with_2(quarters: None, run: Path, cli: Cli, tmp_path: Path) -> None:
+def test_a_baseline_of_another_model_ends_the_gate_with_2(
+    quarters: None, run: Path, cli: Cli, tmp_path: Path
+) -> None:
     assert cli("metrics", run, "--images", IMAGES, "--workers", 1).code == 0
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))
     del report["sha256"]

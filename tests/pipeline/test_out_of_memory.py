@@ -25,12 +25,16 @@ HUGE = 1 << 45
 
 
 @pytest.mark.parametrize("stage", ["export", "measure", "allocate"])
-def test_a_build_stops_before_the_stage(run: Path, model: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+def test_a_build_stops_before_the_stage(
+    run: Path, model: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
     shutil.rmtree(run / stage)
     before = stage_bytes(run)
     monkeypatch.setenv("MPQ_DEPLOY_MEMORY", "1MB")
     monkeypatch.setattr(memory, "held_memory", lambda: 0)
-    with pytest.raises(UsageError, match=f"The stage '{stage}' would need about .* has 0.0 GB free") as caught:
+    with pytest.raises(
+        UsageError, match=f"The stage '{stage}' would need about .* has 0.0 GB free"
+    ) as caught:
         build(recipe_for(model), run)
     assert "MPQ_DEPLOY_MEMORY" in caught.value.hint
     assert stage_bytes(run) == before
@@ -59,7 +63,9 @@ def onnxruntime_runs_out() -> None:
     make_session(model.SerializeToString()).run(None, {"n": np.array([HUGE])})
 
 
-@pytest.mark.parametrize("fail", [numpy_runs_out, torch_runs_out, onnxruntime_runs_out], ids=lambda fail: fail.__name__)
+@pytest.mark.parametrize(
+    "fail", [numpy_runs_out, torch_runs_out, onnxruntime_runs_out], ids=lambda fail: fail.__name__
+)
 def test_memory_that_runs_out_is_said_in_one_line(
     cli: Cli,
     model: Path,
@@ -80,7 +86,10 @@ def test_memory_that_runs_out_is_said_in_one_line(
 
     monkeypatch.setitem(STAGES, "quantize", replace(STAGES["quantize"], make=make))
     refused(
-        cli("build", model, "-r", file, "-o", run), 1, "Memory ran out in the stage 'quantize'", "goes on from there"
+        cli("build", model, "-r", file, "-o", run),
+        1,
+        "Memory ran out in the stage 'quantize'",
+        "goes on from there",
     )
     assert not [path.name for path in run.iterdir() if path.name.endswith((".partial", ".old"))]
     monkeypatch.undo()

@@ -39,15 +39,21 @@ def test_off_does_not_run_it(finished: Built) -> None:
     assert finished.report["recovery"] is None and finished.report["extras"] == {}
 
 
-def test_the_recovered_graph_takes_the_place_of_the_plan_s(recovered: Built, finished: Built) -> None:
+def test_the_recovered_graph_takes_the_place_of_the_plan_s(
+    recovered: Built, finished: Built
+) -> None:
     assert recovered.made == ["recover", "engine", "evaluate", "report"]
     report, before = recovered.report, recovered.report["extras"]["plan"]
     assert before["measured_nmse"] == finished.report["measured_nmse"]
-    assert report["measured_nmse"] != before["measured_nmse"]  # two images say nothing about which is better
+    assert (
+        report["measured_nmse"] != before["measured_nmse"]
+    )  # two images say nothing about which is better
     assert report["size_bytes"] == before["size_bytes"] == finished.report["size_bytes"]
     assert constant_bytes(recovered.run / "recover" / "model.onnx") == report["size_bytes"]
     assert report["recovery"]["after"] < report["recovery"]["before"]
-    assert stage_bytes(recovered.run, ("quantize", "allocate")) == stage_bytes(finished.run, ("quantize", "allocate"))
+    assert stage_bytes(recovered.run, ("quantize", "allocate")) == stage_bytes(
+        finished.run, ("quantize", "allocate")
+    )
     assert not (recovered.run / CHECKPOINT).exists()
     assert "Error while training" in (recovered.run / "report.html").read_text(encoding="utf-8")
     for page in ("report.md", "report.html"):
@@ -62,7 +68,9 @@ def test_nothing_changed_makes_nothing_again(model: Path, recovered: Built, tmp_
     assert more.made == ["recover", "engine", "evaluate", "report"]
 
 
-def test_off_again_goes_back_to_the_plan(model: Path, finished: Built, recovered: Built, tmp_path: Path) -> None:
+def test_off_again_goes_back_to_the_plan(
+    model: Path, finished: Built, recovered: Built, tmp_path: Path
+) -> None:
     run = Path(shutil.copytree(recovered.run, tmp_path / "run"))
     again = build(recipe_for(model), run)
     assert again.made == ["engine", "evaluate", "report"]
@@ -97,17 +105,23 @@ def test_killed_training_goes_on_and_ends_with_the_same_bytes(
 
 
 def test_the_command_line_turns_it_on_and_off(model: Path, run: Path, cli: Any) -> None:
-    settings = json.loads(json.dumps({k.split("__")[1]: v for k, v in SETTINGS.items() if not k.endswith("steps")}))
+    settings = json.loads(
+        json.dumps({k.split("__")[1]: v for k, v in SETTINGS.items() if not k.endswith("steps")})
+    )
     import yaml
 
     stored = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
     stored["recover"].update(settings, round_steps=6)
     (run / "recipe.yaml").write_text(yaml.safe_dump(stored), encoding="utf-8")
-    done = cli("--quiet", "recover", run, "--steps", 3, "--loss", "output", "--loss", "relation=0.01")
+    done = cli(
+        "--quiet", "recover", run, "--steps", 3, "--loss", "output", "--loss", "relation=0.01"
+    )
     assert done.code == 0 and done.out.strip() == str(run / "recover")
     kept = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))["recover"]
     assert kept["steps"] == 3 and kept["losses"] == {"output": 1.0, "relation": 0.01}
     assert cli("recover", run, "--loss", "relation=much").code == 2
     assert cli("recover", run, "--loss", "colour").code == 2
     assert cli("--quiet", "recover", run, "--steps", 0).code == 0
-    assert yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))["recover"]["steps"] == 0
+    assert (
+        yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))["recover"]["steps"] == 0
+    )

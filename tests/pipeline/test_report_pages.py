@@ -34,7 +34,11 @@ def test_a_run_without_evaluation_is_reported_as_it_is(run: Path, cli: Cli) -> N
         (run / "report.html").read_text(encoding="utf-8"),
         json.loads((run / "report.json").read_text(encoding="utf-8")),
     )
-    assert "have not been compared" in page and "without --as-is makes it" in page and 'id="budgets"' in page
+    assert (
+        "have not been compared" in page
+        and "without --as-is makes it" in page
+        and 'id="budgets"' in page
+    )
     assert values["psnr_db"] is None and values["evaluation"] is None and values["controls"] == {}
     assert not (run / "evaluate").exists() and not (run / "engine").exists()
     assert "-" in done.out.splitlines()[1].split()
@@ -43,18 +47,33 @@ def test_a_run_without_evaluation_is_reported_as_it_is(run: Path, cli: Cli) -> N
 def test_a_run_without_a_plan_has_nothing_to_report(run: Path, cli: Cli) -> None:
     shutil.rmtree(run / "allocate")
     done = cli("report", run, "--as-is")
-    assert done.code == 2 and "'allocate' is missing" in done.err and "mpq-deploy allocate" in done.err
+    assert (
+        done.code == 2 and "'allocate' is missing" in done.err and "mpq-deploy allocate" in done.err
+    )
 
 
-def test_what_is_no_number_is_left_out_and_named(run: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_number_is_left_out_and_named(
+    run: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = Evaluation.load(run / "evaluate")
     variants = {
-        "ours": {"measured_nmse": math.nan, "psnr_db": math.nan, "pooled_psnr_db": math.nan, "ssim": math.nan},
-        "int8": {"measured_nmse": math.inf, "psnr_db": -math.inf, "nmse_by_timestep": (math.inf, 1.0)},
+        "ours": {
+            "measured_nmse": math.nan,
+            "psnr_db": math.nan,
+            "pooled_psnr_db": math.nan,
+            "ssim": math.nan,
+        },
+        "int8": {
+            "measured_nmse": math.inf,
+            "psnr_db": -math.inf,
+            "nmse_by_timestep": (math.inf, 1.0),
+        },
     }
     wrong = replace(
         whole,
-        variants={name: replace(found, **variants.get(name, {})) for name, found in whole.variants.items()},
+        variants={
+            name: replace(found, **variants.get(name, {})) for name, found in whole.variants.items()
+        },
     )
     monkeypatch.setattr(assemble.Evaluation, "load", classmethod(lambda cls, folder: wrong))
     done = cli("report", run)
@@ -62,11 +81,17 @@ def test_what_is_no_number_is_left_out_and_named(run: Path, cli: Cli, monkeypatc
     values = json.loads((run / "report.json").read_text(encoding="utf-8"))
     assert values["measured_nmse"] is None and values["psnr_db"] is None and not values["identical"]
     assert values["controls"]["int8"]["nmse_by_timestep"] == []
-    assert "the measured error of ours is not finite" in (run / "report.html").read_text(encoding="utf-8")
-    assert "the measured error of int8 is not finite" in (run / "report.md").read_text(encoding="utf-8")
+    assert "the measured error of ours is not finite" in (run / "report.html").read_text(
+        encoding="utf-8"
+    )
+    assert "the measured error of int8 is not finite" in (run / "report.md").read_text(
+        encoding="utf-8"
+    )
 
 
-def test_the_plans_of_other_budgets_hold_them_and_are_kept(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plans_of_other_budgets_hold_them_and_are_kept(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with open_pipeline(load_recipe(run / "recipe.yaml"), run, Talk()) as pipeline:
         pipeline.run_until("allocate")
         plan = PrecisionPlan.load(run / "allocate" / "plan.json")
@@ -75,7 +100,9 @@ def test_the_plans_of_other_budgets_hold_them_and_are_kept(run: Path, monkeypatc
         losses = [one.predicted_nmse for one in found.plans]
         assert len(found.plans) > 3 and losses == sorted(losses, reverse=True)
         for one in found.plans:
-            schemes = {name: found.schemes[i] for name, i in zip(found.layers, one.schemes, strict=True)}
+            schemes = {
+                name: found.schemes[i] for name, i in zip(found.layers, one.schemes, strict=True)
+            }
             assert one.predicted_nmse == pytest.approx(table.plan_loss(schemes))
             sizes = sum(row[i] for row, i in zip(found.layer_bytes, one.schemes, strict=True))
             assert plan.fixed_bytes + sizes <= one.size_bytes <= plan.fp16_size_bytes
@@ -101,22 +128,32 @@ def test_the_kurtosis_is_that_of_the_weights_rows(run: Path) -> None:
         twice = [budgets.layer_kurtoses(pipeline.run, exported) for _ in range(2)]
         layer = exported.graph.layers[1]
         assert twice[0] == twice[1] and set(twice[0]) == {one.name for one in exported.graph.layers}
-        assert twice[0][layer.name] == layer_kurtosis(layer, float_matrix(exported.graph, layer), stats)
+        assert twice[0][layer.name] == layer_kurtosis(
+            layer, float_matrix(exported.graph, layer), stats
+        )
 
 
 def test_a_sweep_measures_points_of_the_curve_onto_its_page(run: Path, cli: Cli) -> None:
     done = cli("sweep", run, "--points", "3")
     assert done.code == 0, done.err
     swept = json.loads((run / "sweep.json").read_text(encoding="utf-8"))
-    assert len(swept["points"]) == 3 and all(point["measured_nmse"] > 0 for point in swept["points"])
+    assert len(swept["points"]) == 3 and all(
+        point["measured_nmse"] > 0 for point in swept["points"]
+    )
     sizes = np.array([point["size_ratio"] for point in swept["curve"]])
     for point in swept["points"]:
         assert np.abs(sizes - point["size_ratio"]).min() < 0.02
         assert point["size_ratio"] <= point["budget"]
     page = (run / "sweep.html").read_text(encoding="utf-8")
-    assert page.count('class="marker series-swept"') == 3 and "Everything INT8" in page and "sweep.html" in done.out
+    assert (
+        page.count('class="marker series-swept"') == 3
+        and "Everything INT8" in page
+        and "sweep.html" in done.out
+    )
     cli("report", run)
-    assert (run / "report.html").read_text(encoding="utf-8").count('class="marker series-swept"') == 3
+    assert (run / "report.html").read_text(encoding="utf-8").count(
+        'class="marker series-swept"'
+    ) == 3
 
 
 def test_a_predicted_sweep_has_a_page_too(run: Path, cli: Cli) -> None:

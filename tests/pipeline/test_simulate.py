@@ -51,10 +51,15 @@ def test_every_report_says_simulated(built: Built) -> None:
         "Everything 8-bit, simulated",
         "Everything 4-bit, simulated",
     }
-    markdown, page = ((built.run / f"report.{kind}").read_text(encoding="utf-8") for kind in ("md", "html"))
+    markdown, page = (
+        (built.run / f"report.{kind}").read_text(encoding="utf-8") for kind in ("md", "html")
+    )
     for row in (line for line in markdown.splitlines() if " dB |" in line):
         assert "simulated" in row
-    assert "nominal bytes, which no engine reaches" in markdown and "nominal bytes, which no engine reaches" in page
+    assert (
+        "nominal bytes, which no engine reaches" in markdown
+        and "nominal bytes, which no engine reaches" in page
+    )
     assert page.count("simulated") > 5
     said = "\n".join(built.said)
     assert "nominal bytes, simulated" in said
@@ -73,7 +78,9 @@ def test_the_command_line_says_simulated(built: Built, cli: Any) -> None:
     rows = [line for line in outcome.out.splitlines() if line.startswith(("ours", "int8", "int4"))]
     assert len(rows) == 3 and all("simulated" in row for row in rows), shown
     listed: Outcome = cli("targets")
-    assert any("simulated" in line for line in listed.out.splitlines() if line.startswith("simulate"))
+    assert any(
+        "simulated" in line for line in listed.out.splitlines() if line.startswith("simulate")
+    )
     swept: Outcome = cli("sweep", built.run, "--budgets", "0.25,0.3")
     assert "simulated" in swept.out
 
@@ -98,7 +105,9 @@ def test_the_target_has_candidates_of_its_own() -> None:
 def test_a_scheme_of_another_target_is_refused_before_anything_starts(
     target: str, schemes: list[str], says: str
 ) -> None:
-    recipe = load_recipe(None, {"target": target, "allocate.schemes": schemes, "engine.build": False})
+    recipe = load_recipe(
+        None, {"target": target, "allocate.schemes": schemes, "engine.build": False}
+    )
     with pytest.raises(UsageError) as caught:
         check_recipe(recipe)
     assert says in caught.value.message

@@ -67,7 +67,11 @@ def test_a_build_that_keeps_no_candidates_ends_with_the_same_bytes(
     monkeypatch.setattr(candidate_store, "HELD_BYTES", 0)
     again = build(recipe_for(save_denoiser(tmp_path)), tmp_path / "run", last="quantize")
     outputs = [
-        {name: content for name, content in stage_bytes(run, STAGES).items() if not name.endswith("stage.json")}
+        {
+            name: content
+            for name, content in stage_bytes(run, STAGES).items()
+            if not name.endswith("stage.json")
+        }
         for run in (built.run, again.run)
     ]
     assert outputs[0] == outputs[1]

@@ -14,7 +14,16 @@ from tests.pipeline.runs import DIGESTED, Built, build, recipe_for, stage_bytes
 AFTER_ALLOCATE = ("allocate", "quantize", "engine", "evaluate", "report")
 AFTER_MEASURE = ("measure", *AFTER_ALLOCATE)
 # Another plan of the same candidates leaves the controls as they are; other candidates do not.
-AFTER_CANDIDATES = ("candidates", "measure", "allocate", "quantize", "controls", "engine", "evaluate", "report")
+AFTER_CANDIDATES = (
+    "candidates",
+    "measure",
+    "allocate",
+    "quantize",
+    "controls",
+    "engine",
+    "evaluate",
+    "report",
+)
 AFTER_CALIBRATE = ("calibrate", *AFTER_CANDIDATES)
 
 
@@ -42,7 +51,9 @@ def test_nothing_changed(model: Path, run: Path, finished: Built) -> None:
         ("engine.batch_max", 16, "engine", ("engine", "report")),
     ],
 )
-def test_a_changed_field(model: Path, run: Path, field: str, value: Any, first: str, stages: tuple[str, ...]) -> None:
+def test_a_changed_field(
+    model: Path, run: Path, field: str, value: Any, first: str, stages: tuple[str, ...]
+) -> None:
     again = build(recipe_for(model, **{field.replace(".", "__"): value}), run)
     # A stage that turns out the same bytes as before spares those behind it; the model decides whether it does.
     exact = field in ("budget", "quantize.rounding", "calibrate.seed", "evaluate.steps")
@@ -76,7 +87,9 @@ def test_a_second_budget_measures_nothing_again(model: Path, run: Path, finished
     assert again.report["predicted_nmse"] < finished.report["predicted_nmse"]
 
 
-def test_back_to_the_first_budget_gives_the_first_bytes(model: Path, run: Path, finished: Built) -> None:
+def test_back_to_the_first_budget_gives_the_first_bytes(
+    model: Path, run: Path, finished: Built
+) -> None:
     build(recipe_for(model, budget=0.6), run)
     build(recipe_for(model), run)
     assert stage_bytes(run) == stage_bytes(finished.run)

@@ -49,7 +49,10 @@ def random_alexnet(path: Path) -> Path:
     state, inputs = {}, 3
     for place, (outputs, kernel, *_) in zip((0, 3, 6, 8, 10), CONVOLUTIONS, strict=True):
         layer = torch.nn.Conv2d(inputs, outputs, kernel)
-        state |= {f"features.{place}.weight": layer.weight.data, f"features.{place}.bias": layer.bias.data}
+        state |= {
+            f"features.{place}.weight": layer.weight.data,
+            f"features.{place}.bias": layer.bias.data,
+        }
         inputs = outputs
     torch.save(state, path)
     return path
@@ -76,7 +79,10 @@ def test_the_first_token_is_kept_apart_and_said(built: Built) -> None:
     layers = layer_graph(load_model(exported / "model.onnx")).layers
     read = {tensor for layer in layers if "attn2.to_k" in layer.name for tensor in layer.inputs}
     assert read == {"encoder_hidden_states/others_output"}
-    assert json.loads((exported / "facts.json").read_text(encoding="utf-8"))["max_relative_error"] < 1e-3
+    assert (
+        json.loads((exported / "facts.json").read_text(encoding="utf-8"))["max_relative_error"]
+        < 1e-3
+    )
 
 
 def test_another_first_token_is_refused_at_run_time(built: Built) -> None:
@@ -101,13 +107,19 @@ def test_the_choice_makes_another_export(built: Built, folder: Path, tmp_path: P
         json.loads((run / "export" / "stage.json").read_text(encoding="utf-8"))["inputs"]
         for run in (built.run, plain.run)
     ]
-    assert {key for key in fields[0] if fields[0].get(key) != fields[1].get(key)} == {"recipe.first_token"}
+    assert {key for key in fields[0] if fields[0].get(key) != fields[1].get(key)} == {
+        "recipe.first_token"
+    }
 
 
 def test_a_model_without_text_has_no_first_token(tmp_path: Path) -> None:
     model = tiny_unet_folder(tmp_path)
     with pytest.raises(UsageError, match="no product that reads a text's tokens"):
-        build(recipe_for(model, target="onnxruntime-cpu", first_token="precomputed"), tmp_path / "run", last="export")
+        build(
+            recipe_for(model, target="onnxruntime-cpu", first_token="precomputed"),
+            tmp_path / "run",
+            last="export",
+        )
 
 
 def test_scores_reach_reports_and_gate(built: Built, cli: Cli, tmp_path: Path) -> None:
@@ -136,10 +148,14 @@ def test_scores_reach_reports_and_gate(built: Built, cli: Cli, tmp_path: Path) -
     )
     said = cli(*asked, *weights)
     assert said.code == 0, said.err
-    assert all(len(line) <= 80 or " " not in line.strip() for line in said.out.splitlines()), said.out
+    assert all(len(line) <= 80 or " " not in line.strip() for line in said.out.splitlines()), (
+        said.out
+    )
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))
     scores = {(row["score"], row["variant"]): row for row in report["scores"]}
-    assert set(scores) == {(score, name) for score in ("lpips", "clip-score") for name in ("ours", "int8", "int4")}
+    assert set(scores) == {
+        (score, name) for score in ("lpips", "clip-score") for name in ("ours", "int8", "int4")
+    }
     ours = scores["lpips", "ours"]
     assert 0 < ours["value"] < ours["other_noise"]
     assert ours["floor"] == 0
@@ -152,12 +168,18 @@ def test_scores_reach_reports_and_gate(built: Built, cli: Cli, tmp_path: Path) -
     assert cli("gate", run, "--max-lpips", 0).code == 1
     # Lines are broken to the terminal, where depends on the run's path.
     assert "LPIPS (AlexNet, other weights)" in " ".join(cli("compare", run, run).out.split())
-    alone = cli("metrics", run, "--network", "none", "--images", 3, "--workers", 1, "--lpips", *weights)
+    alone = cli(
+        "metrics", run, "--network", "none", "--images", 3, "--workers", 1, "--lpips", *weights
+    )
     assert alone.code == 0, alone.err
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))
     # What the first call measured otherwise stays; only what this one measured is printed.
     assert [row["network"] for row in report["frechet"]] == ["clip"]
-    lpips = [row["samples"] for row in report["scores"] if (row["score"], row["variant"]) == ("lpips", "ours")]
+    lpips = [
+        row["samples"]
+        for row in report["scores"]
+        if (row["score"], row["variant"]) == ("lpips", "ours")
+    ]
     assert sorted(lpips) == [3, 16]
     assert "Frechet" not in alone.out and "16 images" not in alone.out
     kept = (run / "metrics.json").read_bytes()
@@ -170,7 +192,10 @@ def test_missing_weights_are_said_before_anything_is_sampled(
 ) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     before = set((built.run / ".samples").iterdir())
-    for option, place in (("--lpips", "--weights lpips=FILE"), ("--clip-score", "--weights clip=FOLDER")):
+    for option, place in (
+        ("--lpips", "--weights lpips=FILE"),
+        ("--clip-score", "--weights clip=FOLDER"),
+    ):
         said = cli("metrics", built.run, option, "--images", 1300)
         assert said.code in (1, 2)
         assert place in " ".join(said.err.split())

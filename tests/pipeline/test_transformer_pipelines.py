@@ -21,7 +21,12 @@ from mpq_deploy.graph.layers import layer_graph  # noqa: E402
 from mpq_deploy.graph.load import load_model  # noqa: E402
 from mpq_deploy.models.export import load_exported  # noqa: E402
 from tests.pipeline.runs import Built, build, recipe_for  # noqa: E402
-from tests.tiny_models import TEXT_PIPELINES, TRANSFORMERS, tiny_text_transformer_folder, tiny_transformer_folder  # noqa: E402
+from tests.tiny_models import (  # noqa: E402
+    TEXT_PIPELINES,
+    TRANSFORMERS,
+    tiny_text_transformer_folder,
+    tiny_transformer_folder,
+)
 
 pytestmark = [pytest.mark.torch, pytest.mark.rtx]
 DIT, PIXART, SD3, FLUX = TRANSFORMERS
@@ -53,11 +58,20 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     if request.param == DIT:
         folder, given = tiny_transformer_folder(place, DIT, vae=True), {}
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "DiTPipeline"}), encoding="utf-8")
+        (folder / "model_index.json").write_text(
+            json.dumps({**index, "_class_name": "DiTPipeline"}), encoding="utf-8"
+        )
     else:
         folder = tiny_text_transformer_folder(place, request.param)
-    options = {"target": "rtx", "engine__build": True, "engine__batch_max": 2, "evaluate__controls": False}
-    return Case(request.param, folder, build(recipe_for(folder, **options, **given, **MIX), place / "run"))
+    options = {
+        "target": "rtx",
+        "engine__build": True,
+        "engine__batch_max": 2,
+        "evaluate__controls": False,
+    }
+    return Case(
+        request.param, folder, build(recipe_for(folder, **options, **given, **MIX), place / "run")
+    )
 
 
 def elements(log: str, dtype: str) -> int:
@@ -65,7 +79,9 @@ def elements(log: str, dtype: str) -> int:
     listed = log[log.rindex("Layers:") :]
     found = {}
     for group in re.findall(r"Constants: \[(.*?)\], Outputs:", listed):
-        for name, shape, kind in re.findall(r"\{ Name: (\S+), Dimensions: \[([\d,]+)\].*?Datatype: (\w+)", group):
+        for name, shape, kind in re.findall(
+            r"\{ Name: (\S+), Dimensions: \[([\d,]+)\].*?Datatype: (\w+)", group
+        ):
             if kind == dtype:
                 found[name] = int(np.prod([int(size) for size in shape.split(",")]))
     return sum(found.values())
@@ -74,8 +90,15 @@ def elements(log: str, dtype: str) -> int:
 def test_every_stage_runs_and_the_engine_is_packed(case: Case) -> None:
     record = json.loads((case.built.run / "engine" / "build.json").read_text(encoding="utf-8"))
     assert record["verified"] and record["problems"] == []
-    assert case.built.made[0] == "export" and case.built.made[-1] == "report" and "calibrate" in case.built.made
-    layers = {layer.name: layer for layer in layer_graph(load_model(case.built.run / "export" / "model.onnx")).layers}
+    assert (
+        case.built.made[0] == "export"
+        and case.built.made[-1] == "report"
+        and "calibrate" in case.built.made
+    )
+    layers = {
+        layer.name: layer
+        for layer in layer_graph(load_model(case.built.run / "export" / "model.onnx")).layers
+    }
     schemes = {row["name"]: row["scheme"] for row in case.built.report["layers"]}
     assert set(schemes) == set(layers)
     weights = {name: layer.out_channels * layer.reduction for name, layer in layers.items()}
@@ -107,17 +130,31 @@ def test_it_draws_in_the_place_of_the_pipelines_transformer(case: Case, tmp_path
     pipe.transformer = mpq_deploy.load(case.built.run / "export" / "model.onnx", device="cpu")
     np.testing.assert_allclose(images(pipe, case.class_name), before, atol=5e-4)
     pipe.transformer = mpq_deploy.load(case.built.run, backend="onnxruntime", device="cpu")
-    error = np.square(images(pipe, case.class_name) - before).mean() / np.square(before - before.mean()).mean()
+    error = (
+        np.square(images(pipe, case.class_name) - before).mean()
+        / np.square(before - before.mean()).mean()
+    )
     # As far from the float model as the run's own evaluation of it says, within what other noise makes of it.
     assert 0 < error < 0.1
     pipe.to("cpu", torch.float32)
     if case.class_name in TEXT_PIPELINES:
-        other = pipe("xyz", num_inference_steps=STEPS, output_type="latent", height=16, width=16, **quiet(case))
+        other = pipe(
+            "xyz",
+            num_inference_steps=STEPS,
+            output_type="latent",
+            height=16,
+            width=16,
+            **quiet(case),
+        )
         assert np.isfinite(np.asarray(other.images.detach())).all()
 
 
 def quiet(case: Case) -> dict[str, Any]:
-    return {"use_resolution_binning": False, "clean_caption": False} if case.class_name == PIXART else {}
+    return (
+        {"use_resolution_binning": False, "clean_caption": False}
+        if case.class_name == PIXART
+        else {}
+    )
 
 
 def test_the_run_holds_the_pipelines_prompts(case: Case) -> None:

@@ -46,7 +46,9 @@ from tests.pipeline.runs import (
 from tests.pipeline.test_audit import CHANGES, without_seconds
 
 
-def over(crew: Crew | None, model: Path, run: Path, do: Callable[[Pipeline], Any], **changes: Any) -> tuple[Any, str]:
+def over(
+    crew: Crew | None, model: Path, run: Path, do: Callable[[Pipeline], Any], **changes: Any
+) -> tuple[Any, str]:
     """Open the run folder with ``crew``; return what ``do`` returns, and what was said."""
     notes = Notes()
     with open_pipeline(recipe_for(model, **changes), run, notes, crew) as pipeline:
@@ -64,15 +66,21 @@ def remade(run: Path, *stages: str) -> Path:
 def test_a_build_has_the_same_bytes_over_any_number_of_workers(
     model: Path, finished: Built, tmp_path: Path, workers: int
 ) -> None:
-    _, said = over(Processes(workers), model, tmp_path / "run", lambda pipeline: pipeline.run_until("report"))
+    _, said = over(
+        Processes(workers), model, tmp_path / "run", lambda pipeline: pipeline.run_until("report")
+    )
     assert stage_bytes(tmp_path / "run") == stage_bytes(finished.run)
     for name in ("calibration", "rounding", "salient channels", "probes", "evaluation"):
         assert f"  {name} on {workers} workers, an estimated " in said
     assert not (tmp_path / "run" / SHARDS).exists()
 
 
-@pytest.mark.parametrize("changes", [{"rounding": "nearest"}, {"memory_mb": 16, "hessian_rows": 8192}], ids=str)
-def test_layers_are_rounded_alike_over_workers(model: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "changes", [{"rounding": "nearest"}, {"memory_mb": 16, "hessian_rows": 8192}], ids=str
+)
+def test_layers_are_rounded_alike_over_workers(
+    model: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
     """To nearest, where there are no Hessians; and with Hessians whose rows do not fit their cap at once."""
     found = []
     for crew in (None, Processes(2)):
@@ -84,9 +92,15 @@ def test_layers_are_rounded_alike_over_workers(model: Path, tmp_path: Path, chan
     assert found[0] == found[1]
 
 
-def test_layers_are_rounded_by_one_thread_of_blas(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_are_rounded_by_one_thread_of_blas(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """However many there are: with others some products round otherwise, and the bytes would depend on the crew."""
-    blas, seen, real = ThreadpoolController().select(user_api="blas"), set(), rounder.round_candidates
+    blas, seen, real = (
+        ThreadpoolController().select(user_api="blas"),
+        set(),
+        rounder.round_candidates,
+    )
 
     def watched(*arguments: Any, **named: Any) -> Any:
         seen.update(found["num_threads"] for found in blas.info())
@@ -109,7 +123,9 @@ def test_a_worker_killed_while_it_rounds_changes_nothing(
 
     def assigning(self: Any, waiting: Any, shards: Any) -> None:
         real(self, waiting, shards)
-        if not killed and any(w.busy is not None and type(shards[w.busy].task).__name__ == task for w in self.workers):
+        if not killed and any(
+            w.busy is not None and type(shards[w.busy].task).__name__ == task for w in self.workers
+        ):
             killed.append(self.workers[0].process.pid)
             os.kill(killed[0], signal.SIGKILL)
 
@@ -121,7 +137,9 @@ def test_a_worker_killed_while_it_rounds_changes_nothing(
     assert not workers_of(os.getpid())
 
 
-def test_a_worker_killed_while_it_measures_changes_nothing(model: Path, run: Path, finished: Built) -> None:
+def test_a_worker_killed_while_it_measures_changes_nothing(
+    model: Path, run: Path, finished: Built
+) -> None:
     remade(run, "measure")
     ended = threading.Event()
     killed: list[int] = []
@@ -168,7 +186,9 @@ def test_a_stopped_measurement_goes_on_with_the_timesteps_that_are_finished(
     )  # the batch size, and one timestep
     seen.clear()
     monkeypatch.setattr(
-        probe._Probing, "probe", lambda self, step, *rest: (seen.append(step), real(self, step, *rest))[1]
+        probe._Probing,
+        "probe",
+        lambda self, step, *rest: (seen.append(step), real(self, step, *rest))[1],
     )
     over(None, model, run, lambda pipeline: pipeline.run_until("measure"))
     assert seen == [1]
@@ -190,7 +210,9 @@ def test_a_sweep_over_workers_is_the_same_sweep(model: Path, run: Path, tmp_path
     assert "measuring plans on 2 workers" in said
 
 
-def test_an_audit_over_workers_is_the_same_audit(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_audit_over_workers_is_the_same_audit(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(losses_module, "SHARD", 12)
     options, found = AuditOptions((0.35, 0.5), ("probe", "size-only"), 30), []
 
@@ -203,7 +225,9 @@ def test_an_audit_over_workers_is_the_same_audit(model: Path, tmp_path: Path, mo
         found.append(without_seconds(json.loads(json.dumps(result.as_json()))))
     assert found[0] == found[1]
     assert "exhaustive on 2 workers" in said and "measuring plans on 2 workers" in said
-    assert stage_bytes(tmp_path / "0", ("audit-exhaustive-000", "audit-exhaustive-002", "audit-probe")) == stage_bytes(
+    assert stage_bytes(
+        tmp_path / "0", ("audit-exhaustive-000", "audit-exhaustive-002", "audit-probe")
+    ) == stage_bytes(
         tmp_path / "1", ("audit-exhaustive-000", "audit-exhaustive-002", "audit-probe")
     )
 
@@ -220,7 +244,9 @@ def test_images_are_the_same_with_any_crew_of_as_many_threads(model: Path, run: 
     assert (alone == over(Processes(2), model, run, sampled)[0]).all()
 
 
-def test_the_options_reach_the_stages(model: Path, run: Path, finished: Built, cli: Callable[..., Outcome]) -> None:
+def test_the_options_reach_the_stages(
+    model: Path, run: Path, finished: Built, cli: Callable[..., Outcome]
+) -> None:
     said = cli("measure", remade(run, "measure"), "--workers", 2)
     assert said.code == 0 and "probes on 2 workers" in said.err, said.err
     assert stage_bytes(run) == stage_bytes(finished.run)
@@ -231,13 +257,21 @@ def test_two_builds_at_once_do_not_meet(model: Path, finished: Built, tmp_path: 
     """In different run folders both end with the reference bytes; in one and the same the second is refused."""
     recipe = write_recipe(tmp_path / "recipe.yaml", model=str(model))
     runs = [tmp_path / "one", tmp_path / "two"]
-    ways = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True, "env": environment()}
+    ways = {
+        "stderr": subprocess.PIPE,
+        "stdout": subprocess.DEVNULL,
+        "text": True,
+        "env": environment(),
+    }
     builds = [subprocess.Popen(command("build", "-r", recipe, "-o", run), **ways) for run in runs]
     while not (runs[0] / "export").exists():
         assert builds[0].poll() is None, builds[0].communicate()[1]
         time.sleep(0.02)
     refused = call("build", "-r", recipe, "-o", runs[0])
-    assert refused.returncode == 1 and f"in use by another process (pid {builds[0].pid})" in refused.stderr
+    assert (
+        refused.returncode == 1
+        and f"in use by another process (pid {builds[0].pid})" in refused.stderr
+    )
     for build, run in zip(builds, runs, strict=True):
         _, said = build.communicate(timeout=300)
         assert build.returncode == 0, said

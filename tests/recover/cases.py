@@ -33,7 +33,15 @@ from tests.tiny_models import tiny_scheduler
 
 STEPS = 4
 # Few of the many.
-SIMULATED_FORMS = ("w2a4-sim", "w3a6-sim+omq", "w3a6-sim", "w3a6-sim+zres", "w2a16-sim", "w2a16-sim+zres", "w8a8-sim")
+SIMULATED_FORMS = (
+    "w2a4-sim",
+    "w3a6-sim+omq",
+    "w3a6-sim",
+    "w3a6-sim+zres",
+    "w2a16-sim",
+    "w2a16-sim+zres",
+    "w8a8-sim",
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,11 @@ class Case:
         for layer in self.task.graph.layers:
             candidate = self.candidates[layer.name]
             scheme = next((s for s in candidate.schemes if _matches(s, wanted)), SCHEMES["fp16"])
-            starts.append(StartingWeight(layer, scheme, candidate.forms.get(scheme.weight_form), candidate.weight))
+            starts.append(
+                StartingWeight(
+                    layer, scheme, candidate.forms.get(scheme.weight_form), candidate.weight
+                )
+            )
         return replace(self.task, starts=starts)
 
 
@@ -63,17 +75,29 @@ def normed_denoiser() -> GraphBuilder:
     g.input("timestep", ["N"])
     x = g.conv("sample", "conv_in", 32, 3)
     column = g.op("Unsqueeze", ["timestep", g.weight("ax", np.array([1, 2, 3], np.int64))], "t4")
-    x = g.op("Add", [x, g.op("Mul", [column, g.weight("slow", np.asarray(1e-3, np.float32))], "t_scaled")], "timed")
+    x = g.op(
+        "Add",
+        [x, g.op("Mul", [column, g.weight("slow", np.asarray(1e-3, np.float32))], "t_scaled")],
+        "timed",
+    )
     tokens = g.op(
-        "Transpose", [g.op("Reshape", [x, g.weight("flat", [0, 32, 64])], "flat_x")], "tokens", perm=[0, 2, 1]
+        "Transpose",
+        [g.op("Reshape", [x, g.weight("flat", [0, 32, 64])], "flat_x")],
+        "tokens",
+        perm=[0, 2, 1],
     )
     rng = np.random.default_rng(3)
-    gain, bias = (g.weight(f"norm.{n}", rng.uniform(0.5, 1.5, 32).astype(np.float32)) for n in ("weight", "bias"))
+    gain, bias = (
+        g.weight(f"norm.{n}", rng.uniform(0.5, 1.5, 32).astype(np.float32))
+        for n in ("weight", "bias")
+    )
     normed = g.op("LayerNormalization", [tokens, gain, bias], "norm", axis=-1)
     mixed = [g.matmul(normed, f"to_{n}", 32, 32) for n in "abc"]
     mixed = g.op("Add", [g.op("Mul", mixed[:2], "gate"), mixed[2]], "mix")
     back = g.op(
-        "Reshape", [g.op("Transpose", [mixed], "back", perm=[0, 2, 1]), g.weight("map", [0, 32, 8, 8])], "image"
+        "Reshape",
+        [g.op("Transpose", [mixed], "back", perm=[0, 2, 1]), g.weight("map", [0, 32, 8, 8])],
+        "image",
     )
     g.conv(back, "conv_out", 3, 32)
     g.nodes[-1].output[0] = "out_sample"
@@ -113,9 +137,15 @@ def make_case(folder: Path, graph: GraphBuilder | None = None, **spec: Any) -> C
             ),
             Rounding(gptq=True, damping=0.01, refinements=1),
         )
-        candidates[layer.name] = with_promoted_rows(made, rng.permutation(layer.out_channels).astype(np.int32))
+        candidates[layer.name] = with_promoted_rows(
+            made, rng.permutation(layer.out_channels).astype(np.int32)
+        )
     shape = (3, 8, 8)
-    described: dict[str, Any] = {"prediction_type": "epsilon", "scheduler": tiny_scheduler(), **spec}
+    described: dict[str, Any] = {
+        "prediction_type": "epsilon",
+        "scheduler": tiny_scheduler(),
+        **spec,
+    }
     task = RecoverTask(
         path,
         layers,
@@ -139,7 +169,11 @@ def make_case(folder: Path, graph: GraphBuilder | None = None, **spec: Any) -> C
 
 
 def outlier_order(layer: Layer) -> Any:
-    return np.random.default_rng(input_channels(layer)).permutation(input_channels(layer)).astype(np.int32)
+    return (
+        np.random.default_rng(input_channels(layer))
+        .permutation(input_channels(layer))
+        .astype(np.int32)
+    )
 
 
 def factors_of(layer: Layer) -> Any:
@@ -150,7 +184,9 @@ def factors_of(layer: Layer) -> Any:
 def _stats(layers: tuple[Layer, ...], tensor: str) -> ActivationStats:
     layer = next(layer for layer in layers if tensor in layer.inputs)
     channels = np.ones(input_channels(layer) * layer.group)
-    outliers = outlier_order(layer) if layer.group == 1 else np.arange(len(channels), dtype=np.int32)
+    outliers = (
+        outlier_order(layer) if layer.group == 1 else np.arange(len(channels), dtype=np.int32)
+    )
     scale = float(np.float16(0.03))
     return ActivationStats(
         channels,

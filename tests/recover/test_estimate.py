@@ -10,7 +10,9 @@ from mpq_deploy.system.memory import Room
 
 
 def test_the_parts_are_counted() -> None:
-    found = estimate_memory([(64, 576), (10, 20)], rank=32, value_bytes=1000, batch_size=8, segments=1)
+    found = estimate_memory(
+        [(64, 576), (10, 20)], rank=32, value_bytes=1000, batch_size=8, segments=1
+    )
     assert found.weights == 4 * 8 * (64 * 576 + 10 * 20)
     assert found.adapters == 4 * 5 * (32 * (64 + 576) + 10 * 30)
     assert found.values == 2 * 1000 * 8

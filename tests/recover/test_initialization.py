@@ -25,7 +25,9 @@ def layer_errors(student: Student, feeds: dict[str, torch.Tensor]) -> np.ndarray
 
     def add(number: int, node: str, inputs: list[torch.Tensor]) -> None:
         exact = student.graph.apply(node, inputs)
-        found = student.graph.apply(node, student.rewired(node, student.layer_weights[number](), inputs, of_float=True))
+        found = student.graph.apply(
+            node, student.rewired(node, student.layer_weights[number](), inputs, of_float=True)
+        )
         errors[number] += float((found - exact).square().sum())
 
     student.observe(feeds, add)
@@ -37,7 +39,10 @@ def coarse(task: RecoverTask) -> RecoverTask:
     starts = []
     for start in task.starts:
         if isinstance(start.matrix, QuantizedMatrix):
-            start = replace(start, matrix=replace(start.matrix, codes=(start.matrix.codes // 4 * 4).astype(np.int8)))
+            start = replace(
+                start,
+                matrix=replace(start.matrix, codes=(start.matrix.codes // 4 * 4).astype(np.int8)),
+            )
         starts.append(start)
     return replace(task, starts=starts)
 
@@ -49,7 +54,13 @@ def test_no_layer_is_worse_than_from_zero(case: Case, wanted: str, margin: float
     pool = case.recorder().record(4, 0, 0)
     calls = Batches(task.spec, {}, 4).of(pool, np.arange(4), np.arange(4)).feeds
     made = [
-        Student(task.model, task.spec, task.starts, task.stats, RecoverSettings(rank=8, margin=margin, seed=0))
+        Student(
+            task.model,
+            task.spec,
+            task.starts,
+            task.stats,
+            RecoverSettings(rank=8, margin=margin, seed=0),
+        )
         for _ in range(2)
     ]
     zero, started = made
@@ -61,7 +72,9 @@ def test_no_layer_is_worse_than_from_zero(case: Case, wanted: str, margin: float
 
 def test_large_errors_are_started_from(case: Case) -> None:
     task = coarse(case.planned("w8a16"))
-    student = Student(task.model, task.spec, task.starts, task.stats, RecoverSettings(rank=8, seed=0))
+    student = Student(
+        task.model, task.spec, task.starts, task.stats, RecoverSettings(rank=8, seed=0)
+    )
     pool = case.recorder().record(4, 0, 0)
     feeds = student.feed(Batches(task.spec, {}, 4).of(pool, np.arange(4), np.arange(4)).feeds)
     before = layer_errors(student, feeds)

@@ -21,7 +21,13 @@ pytestmark = pytest.mark.torch
 def test_every_loss_reaches_the_adapters(case: Case, name: str) -> None:
     """MPQ-DM's published relation loss has no gradient: ours, and every other, must."""
     task = case.planned("w4a16")
-    student = Student(task.model, task.spec, task.starts, task.stats, RecoverSettings(rank=4, margin=0.499, seed=0))
+    student = Student(
+        task.model,
+        task.spec,
+        task.starts,
+        task.stats,
+        RecoverSettings(rank=4, margin=0.499, seed=0),
+    )
     pool = case.recorder().record(4, 0, 0)
     options = RecoverSettings(losses={name: 1.0})
     terms = LossTerms(task.spec, options, pool.energy, 192)
@@ -38,16 +44,28 @@ def test_every_loss_reaches_the_adapters(case: Case, name: str) -> None:
 
 def test_the_output_loss_is_the_nmse_that_evaluation_measures(case: Case) -> None:
     task = case.planned("w4a16")
-    student = Student(task.model, task.spec, task.starts, task.stats, RecoverSettings(rank=4, margin=0.499, seed=0))
+    student = Student(
+        task.model,
+        task.spec,
+        task.starts,
+        task.stats,
+        RecoverSettings(rank=4, margin=0.499, seed=0),
+    )
     pool = case.recorder().record(3, 0, 0)
     terms = LossTerms(task.spec, RecoverSettings(), pool.energy, 192)
     batches, expected, found = Batches(task.spec, {}, 3), [], []
     for step in range(len(pool.timesteps)):
         batch = batches.of(pool, np.full(3, step), np.arange(3))
         with torch.no_grad():
-            found.append(float(terms.terms(student, batch, np.ones(3), np.random.default_rng(0))["output"][0]))
+            found.append(
+                float(
+                    terms.terms(student, batch, np.ones(3), np.random.default_rng(0))["output"][0]
+                )
+            )
             output = student.run(student.feed(batch.feeds))["out_sample"].numpy()
-        expected.append(np.sum((output - pool.outputs[step]) ** 2) / np.sum(pool.outputs[step] ** 2))
+        expected.append(
+            np.sum((output - pool.outputs[step]) ** 2) / np.sum(pool.outputs[step] ** 2)
+        )
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
@@ -75,7 +93,9 @@ def test_errors_change_space_as_the_forward_process_says(prediction: str, space:
     rng = np.random.default_rng(0)
     rng.standard_normal((2, 3))
     y, z = rng.standard_normal((2, 3))
-    np.testing.assert_allclose(np.abs(one - other), space_factor(prediction, space, a) * np.abs(y - z), rtol=1e-9)
+    np.testing.assert_allclose(
+        np.abs(one - other), space_factor(prediction, space, a) * np.abs(y - z), rtol=1e-9
+    )
 
 
 def test_flow_models_have_no_noise_to_match(case: Case) -> None:
@@ -97,7 +117,9 @@ def test_relations_against_loops() -> None:
         total += 100 * np.sum(maps[0] * np.log(maps[0] / maps[1]))
     found = relation_loss(*(pixels_of(torch.from_numpy(f), 1, 100) for f in (one, other)))
     assert float(found) == pytest.approx(total / 2, rel=1e-4)
-    assert float(relation_loss(*[pixels_of(torch.from_numpy(one), 1, 100)] * 2)) == pytest.approx(0, abs=1e-4)
+    assert float(relation_loss(*[pixels_of(torch.from_numpy(one), 1, 100)] * 2)) == pytest.approx(
+        0, abs=1e-4
+    )
 
 
 def test_large_maps_are_taken_on_a_grid() -> None:
@@ -135,8 +157,12 @@ def test_the_memory_draws_timesteps_alike() -> None:
 def test_timesteps_are_drawn_by_error_and_weigh_the_same_in_the_mean() -> None:
     errors = np.array([1e-4, 4e-4, 1e-2, 0.0])
     shares = timestep_shares(errors, "sensitivity")
-    assert shares.sum() == pytest.approx(1) and shares.min() > 0.05 and np.all(np.diff(shares[:3]) > 0)
+    assert (
+        shares.sum() == pytest.approx(1) and shares.min() > 0.05 and np.all(np.diff(shares[:3]) > 0)
+    )
     np.testing.assert_array_equal(timestep_shares(errors, "uniform"), np.full(4, 0.25))
     assert np.sum(shares * draw_weights(shares) * errors) == pytest.approx(errors.mean())
-    drawn = np.concatenate([drawn_timesteps(shares, 7, np.random.default_rng(i)) for i in range(2000)])
+    drawn = np.concatenate(
+        [drawn_timesteps(shares, 7, np.random.default_rng(i)) for i in range(2000)]
+    )
     np.testing.assert_allclose(np.bincount(drawn, minlength=4) / len(drawn), shares, atol=0.01)

@@ -16,7 +16,12 @@ from mpq_deploy.formats.branches.prescaled import ScaledMatrix
 from mpq_deploy.formats.branches.rows import RowsMatrix
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.graph.save import constant_bytes
-from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED, FloatGraph, write_quantized
+from mpq_deploy.graph.writers.deployed_graphs import (
+    DEPLOYED,
+    SIMULATED,
+    FloatGraph,
+    write_quantized,
+)
 from mpq_deploy.recipe import RecoverSettings
 from mpq_deploy.recover.recover import RecoverTask
 from mpq_deploy.recover.student import Student
@@ -53,7 +58,9 @@ def move(student: Student, size: float) -> None:
     with torch.no_grad():
         for kind, parameters in student.kinds().items():
             for parameter, unit in parameters:
-                noise = torch.from_numpy(rng.standard_normal(tuple(parameter.shape)).astype(np.float32))
+                noise = torch.from_numpy(
+                    rng.standard_normal(tuple(parameter.shape)).astype(np.float32)
+                )
                 unit = 1.0 if kind == "adapters" else min(unit, 1.0)
                 parameter.add_(size * unit * noise)
 
@@ -62,7 +69,10 @@ def write(task: RecoverTask, student: Student, folder: Path) -> Path:
     folder.mkdir()
     scales, constants = student.activation_scales(), student.learned_constants()
     write_quantized(
-        FloatGraph(task.model, "timestep", "sample", constants), student.rewrites(task.starts), scales, folder
+        FloatGraph(task.model, "timestep", "sample", constants),
+        student.rewrites(task.starts),
+        scales,
+        folder,
     )
     return folder
 
@@ -111,11 +121,17 @@ def assert_same(found: np.ndarray, expected: np.ndarray, rounds_activations: boo
 
 @pytest.mark.parametrize("wanted", FORMS)
 @pytest.mark.parametrize("margin", [0.0, 0.499])
-def test_at_the_start_the_student_is_the_plan(case: Case, tmp_path: Path, wanted: str, margin: float) -> None:
+def test_at_the_start_the_student_is_the_plan(
+    case: Case, tmp_path: Path, wanted: str, margin: float
+) -> None:
     task = case.planned(wanted)
     assert wanted == "fp16" or any(start.matrix is not None for start in task.starts)
     student = student_of(task, margin)
-    assert_same(by_torch(student), by_runtime(write_start(task, tmp_path / "plan") / SIMULATED), rounds(wanted))
+    assert_same(
+        by_torch(student),
+        by_runtime(write_start(task, tmp_path / "plan") / SIMULATED),
+        rounds(wanted),
+    )
     for start, rewrite in zip(task.starts, student.rewrites(task.starts)):
         if start.matrix is not None:
             assert rewrite.matrix is not None
@@ -127,7 +143,9 @@ def test_at_the_start_the_student_is_the_plan(case: Case, tmp_path: Path, wanted
 
 
 @pytest.mark.parametrize("wanted", FORMS)
-def test_merged_parameters_compute_what_was_trained_in_the_same_bytes(case: Case, tmp_path: Path, wanted: str) -> None:
+def test_merged_parameters_compute_what_was_trained_in_the_same_bytes(
+    case: Case, tmp_path: Path, wanted: str
+) -> None:
     task = case.planned(wanted)
     student = student_of(task)
     start = by_torch(student)
@@ -151,7 +169,9 @@ def test_a_full_adapter_moves_every_code_by_itself(case: Case, tmp_path: Path) -
         weight.adapter.up[0, 1] = 1e6
     changed = torch.nonzero(weight.matrix() != before)
     assert weight.adapter.down is None and changed.tolist() == [[0, 1]]
-    assert_same(by_torch(student), by_runtime(write(task, student, tmp_path / "student") / SIMULATED), False)
+    assert_same(
+        by_torch(student), by_runtime(write(task, student, tmp_path / "student") / SIMULATED), False
+    )
     factors = torch.ones(len(before), 2), torch.full((2, before.shape[1]), 0.5)
     weight.adapter.start_from(*factors)
     torch.testing.assert_close(weight.adapter(), torch.ones_like(before))
@@ -182,7 +202,11 @@ def test_codes_of_every_form_move_and_stay_in_range(case: Case) -> None:
         for start, rewrite in zip(task.starts, student.rewrites(task.starts)):
             for before, after in zip(grids(start.matrix), grids(rewrite.matrix)):
                 changed += int((before.codes != after.codes).sum())
-                limit = 7 if "w4" in wanted and before.codes.min() >= -8 and before.codes.max() <= 7 else 127
+                limit = (
+                    7
+                    if "w4" in wanted and before.codes.min() >= -8 and before.codes.max() <= 7
+                    else 127
+                )
                 assert after.codes.max() <= limit
                 assert after.scale.dtype == np.float16 and np.all(after.scale > 0)
         assert changed
@@ -214,8 +238,19 @@ def test_checkpointed_segments_give_the_same_gradients(case: Case) -> None:
 def test_every_parameter_learns(case: Case) -> None:
     """After one step of the output's error all kinds have gradients; A has none while B is zero."""
     silent: Callable[[str], bool] = lambda name: name.endswith("adapter.down")  # noqa: E731
-    for wanted in ("w4a16", "w3a6-sim+zres", "w3a6-sim+omq", "w4a8+cols1", "w4a16+lowrank8", "w4a8+rows1"):
+    for wanted in (
+        "w4a16",
+        "w3a6-sim+zres",
+        "w3a6-sim+omq",
+        "w4a8+cols1",
+        "w4a16+lowrank8",
+        "w4a8+rows1",
+    ):
         student = student_of(case.planned(wanted))
         student.run(student.feed(feeds()))["out_sample"].square().sum().backward()
-        dead = [n for n, p in student.named_parameters() if p.grad is None or not bool(p.grad.abs().sum() > 0)]
+        dead = [
+            n
+            for n, p in student.named_parameters()
+            if p.grad is None or not bool(p.grad.abs().sum() > 0)
+        ]
         assert all(silent(name) or "bias" in name for name in dead), dead

@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from mpq_deploy.formats.interfaces import ActivationGrid
-from mpq_deploy.recover.torch_quantizers import ActivationScale, Grid, Levels, fake_quantize, halved, rounded
+from mpq_deploy.recover.torch_quantizers import (
+    ActivationScale,
+    Grid,
+    Levels,
+    fake_quantize,
+    halved,
+    rounded,
+)
 from mpq_deploy.rounding.row_grids import RowGrids, SimulatedMatrix
 
 pytestmark = pytest.mark.torch
@@ -35,7 +42,9 @@ def test_channels_may_have_grids_of_their_own() -> None:
     np.testing.assert_array_equal(up[:, :1], high)
     np.testing.assert_array_equal(down[:, :1], low)
     scale = ActivationScale(ActivationGrid(0.5, -8, 7), np.empty(0))
-    np.testing.assert_array_equal(scale.quantize(torch.tensor([[-9.0, 0.6, 9.0]]), 1).detach(), [[-4.0, 0.5, 3.5]])
+    np.testing.assert_array_equal(
+        scale.quantize(torch.tensor([[-9.0, 0.6, 9.0]]), 1).detach(), [[-4.0, 0.5, 3.5]]
+    )
 
 
 def mixed_levels(rng: np.random.Generator) -> SimulatedMatrix:
@@ -44,7 +53,9 @@ def mixed_levels(rng: np.random.Generator) -> SimulatedMatrix:
     residual = np.array([[0, 0.3, 0.21, 0.25], [0, 0, 0, 0.09]], np.float16)
     grids = RowGrids(low, high, np.array([0.2, 1, 0.5, 0.35], np.float16), residual)
     codes = np.stack([rng.integers(a, b + 1, 24) for a, b in zip(low, high)]).astype(np.int8)
-    signs = rng.choice(np.array([-1, 1], np.int8), (2, 4, 24)) * (residual > 0)[:, :, None].astype(np.int8)
+    signs = rng.choice(np.array([-1, 1], np.int8), (2, 4, 24)) * (residual > 0)[:, :, None].astype(
+        np.int8
+    )
     return SimulatedMatrix(grids, codes, signs)
 
 
@@ -76,7 +87,9 @@ def test_levels_start_at_the_given_matrix_and_take_the_nearest_one() -> None:
         np.testing.assert_array_equal(delta.grad[row] != 0, inside)
     merged = levels.merged(delta)
     np.testing.assert_array_equal(merged.dequantize(), found.detach().numpy())
-    assert (merged.codes >= merged.grids.low[:, None]).all() and (merged.codes <= merged.grids.high[:, None]).all()
+    assert (merged.codes >= merged.grids.low[:, None]).all() and (
+        merged.codes <= merged.grids.high[:, None]
+    ).all()
     assert (np.abs(merged.signs) == (matrix.grids.residual > 0)[:, :, None]).all()
 
 
@@ -94,7 +107,13 @@ def test_learned_sizes_of_levels_move_the_weight_and_no_code() -> None:
 
 
 def test_a_learned_scale_moves_the_weight_and_no_code() -> None:
-    grid = Grid(np.full((2, 4), 3), np.full((2, 1), 0.5, np.float16), np.full((2, 4), 1.7, np.float32), (-8, 7), 0.499)
+    grid = Grid(
+        np.full((2, 4), 3),
+        np.full((2, 1), 0.5, np.float16),
+        np.full((2, 4), 1.7, np.float32),
+        (-8, 7),
+        0.499,
+    )
     with torch.no_grad():
         grid.scale.log_ratio.fill_(np.log(1.5))
     assert bool((grid.codes(torch.zeros(2, 4)) == 3).all())

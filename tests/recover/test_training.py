@@ -22,19 +22,30 @@ from tests.recover.cases import Case
 
 pytestmark = pytest.mark.torch
 OPTIONS = RecoverSettings(
-    steps=12, batch_size=4, trajectories=4, round_steps=5, held_out=4, check_every=4, rank=4, warmup=2
+    steps=12,
+    batch_size=4,
+    trajectories=4,
+    round_steps=5,
+    held_out=4,
+    check_every=4,
+    rank=4,
+    warmup=2,
 )
 ALL_LOSSES = {"output": 1.0, "relation": 0.01, "memory": 0.1}
 
 
 def trainer_of(case: Case, task: RecoverTask, options: RecoverSettings) -> Trainer:
-    student = Student(task.model, task.spec, task.starts, task.stats, options.replace(rank=4, seed=0))
+    student = Student(
+        task.model, task.spec, task.starts, task.stats, options.replace(rank=4, seed=0)
+    )
     return Trainer(student, case.recorder(), task.spec, {}, options, Talk())
 
 
 def test_training_lowers_the_error_that_the_written_graph_has(case: Case, tmp_path: Path) -> None:
     task = case.planned("w4a16")
-    recovered = recover(task, OPTIONS.replace(steps=40), case.recorder(), Talk(), tmp_path / "checkpoint", "key")
+    recovered = recover(
+        task, OPTIONS.replace(steps=40), case.recorder(), Talk(), tmp_path / "checkpoint", "key"
+    )
     recovery = recovered.recovery
     assert recovery.improved and recovery.after < 0.9 * recovery.before
     (tmp_path / "out").mkdir()
@@ -58,15 +69,27 @@ def test_the_last_rounds_are_drawn_from(case: Case) -> None:
     options = OPTIONS.replace(trajectories=3, round_steps=2, replay=2)
     trainer, later = (trainer_of(case, case.planned("w4a16"), options) for _ in range(2))
     rounds = [case.recorder().record(3, options.seed, number).inputs for number in range(4)]
-    for step, expected in ((0, rounds[:1]), (1, rounds[:1]), (2, rounds[:2]), (4, rounds[1:3]), (6, rounds[2:])):
-        np.testing.assert_array_equal(trainer._trajectories(step).inputs, np.concatenate(expected, axis=1))
+    for step, expected in (
+        (0, rounds[:1]),
+        (1, rounds[:1]),
+        (2, rounds[:2]),
+        (4, rounds[1:3]),
+        (6, rounds[2:]),
+    ):
+        np.testing.assert_array_equal(
+            trainer._trajectories(step).inputs, np.concatenate(expected, axis=1)
+        )
     # Training that goes on from there draws from the same calls in the same order.
     for name in ("inputs", "outputs", "rows"):
-        np.testing.assert_array_equal(getattr(later._trajectories(6), name), getattr(trainer._trajectories(6), name))
+        np.testing.assert_array_equal(
+            getattr(later._trajectories(6), name), getattr(trainer._trajectories(6), name)
+        )
 
 
 @pytest.mark.parametrize("losses", [{"output": 1.0}, ALL_LOSSES], ids=["output", "all"])
-def test_interrupted_training_ends_as_if_it_had_not_been(case: Case, tmp_path: Path, losses: dict[str, float]) -> None:
+def test_interrupted_training_ends_as_if_it_had_not_been(
+    case: Case, tmp_path: Path, losses: dict[str, float]
+) -> None:
     task, options = case.planned("w4a8+rows1"), OPTIONS.replace(losses=losses)
     whole = trainer_of(case, task, options)
     whole.train()
@@ -90,7 +113,9 @@ def test_interrupted_training_ends_as_if_it_had_not_been(case: Case, tmp_path: P
     second.train()
     assert second.progress.curve == whole.progress.curve
     assert second.progress.best_step == whole.progress.best_step
-    for (name, one), (_, other) in zip(whole.student.named_parameters(), second.student.named_parameters()):
+    for (name, one), (_, other) in zip(
+        whole.student.named_parameters(), second.student.named_parameters()
+    ):
         assert torch.equal(one, other), name
 
 
@@ -113,7 +138,9 @@ def test_an_altered_checkpoint_is_as_good_as_none(case: Case, tmp_path: Path) ->
         heard = Heard()
         assert not restore_checkpoint(trainer, state, "key", heard)
         assert heard.warnings == [f"{state} was cut short or altered: training starts anew"]
-    assert all(torch.equal(before[name], value) for name, value in trainer.student.named_parameters())
+    assert all(
+        torch.equal(before[name], value) for name, value in trainer.student.named_parameters()
+    )
     state.write_bytes(whole)
     assert restore_checkpoint(trainer, state, "key", Talk())
 
@@ -139,7 +166,9 @@ def test_nan_stops_with_step_and_loss_and_keeps_the_best(
 
     monkeypatch.setattr(losses, "relation_loss", broken)
     options = OPTIONS.replace(losses={"output": 1.0, "relation": 0.001})
-    recovered = recover(case.planned("w4a16"), options, case.recorder(), Talk(), tmp_path / "state", "key")
+    recovered = recover(
+        case.planned("w4a16"), options, case.recorder(), Talk(), tmp_path / "state", "key"
+    )
     assert recovered.recovery.stopped == "the loss 'relation' is nan at step 6"
     assert recovered.recovery.best_step in (0, 4)
     assert "step 6" in recovered.recovery.summary()
@@ -150,7 +179,9 @@ def test_nan_stops_with_step_and_loss_and_keeps_the_best(
 def test_without_improvement_the_plan_stays(case: Case, tmp_path: Path) -> None:
     """Rates so large that every state is worse than the plan."""
     options = OPTIONS.replace(scale_rate=3.0, constant_rate=3.0, adapter_rate=1e5)
-    recovery = recover(case.planned("w8a16"), options, case.recorder(), Talk(), tmp_path / "state", "key").recovery
+    recovery = recover(
+        case.planned("w8a16"), options, case.recorder(), Talk(), tmp_path / "state", "key"
+    ).recovery
     assert not recovery.improved and recovery.after == recovery.before
     assert "those stay" in recovery.summary()
 
@@ -164,7 +195,9 @@ def test_learning_rates_follow_the_root_of_the_plan_s_error() -> None:
 def test_a_wrong_graph_is_noticed(case: Case, tmp_path: Path) -> None:
     task = case.planned("w4a16")
     recovered = recover(task, OPTIONS, case.recorder(), Talk(), tmp_path / "state", "key")
-    other = replace(recovered, recovery=replace(recovered.recovery, after=2 * recovered.recovery.after))
+    other = replace(
+        recovered, recovery=replace(recovered.recovery, after=2 * recovered.recovery.after)
+    )
     (tmp_path / "out").mkdir()
     with pytest.raises(MpqError, match="in ONNX Runtime"):
         write_recovered(task, other, tmp_path / "out")
@@ -178,5 +211,8 @@ def test_too_little_memory_is_refused_before_anything_is_made(
     monkeypatch.setattr(module, "memory_room", lambda: Room(10 << 20, "this machine"))
     monkeypatch.setattr(module, "held_memory", lambda: 0)
     monkeypatch.setattr(module, "Student", None)
-    with pytest.raises(UsageError, match=r"needs? about|would need about .* GB .* and this machine has 0\.0 GB free"):
+    with pytest.raises(
+        UsageError,
+        match=r"needs? about|would need about .* GB .* and this machine has 0\.0 GB free",
+    ):
         recover(case.planned("w4a16"), OPTIONS, case.recorder(), Talk(), tmp_path / "state", "key")

@@ -22,7 +22,16 @@ from mpq_deploy.report.data import (
     TargetInfo,
 )
 
-LABELS = ("grinning face", "winking face", "flag: Japan", "flag: France", "sun", "sad face", "ball", "green heart")
+LABELS = (
+    "grinning face",
+    "winking face",
+    "flag: Japan",
+    "flag: France",
+    "sun",
+    "sad face",
+    "ball",
+    "green heart",
+)
 
 
 def layer_shapes():
@@ -67,7 +76,14 @@ def attention(name, width):
 
 def layer_rows():
     rng = np.random.default_rng(0)
-    bits = {"fp16": 16, "w8a8": 8.1, "w8a16": 8.1, "w4a16-b32": 4.5, "w4a16-b64": 4.25, "w4a8-b32": 4.5}
+    bits = {
+        "fp16": 16,
+        "w8a8": 8.1,
+        "w8a16": 8.1,
+        "w4a16-b32": 4.5,
+        "w4a16-b64": 4.25,
+        "w4a8-b32": 4.5,
+    }
     rows = []
     for name, shape in layer_shapes():
         weights = int(np.prod(shape))
@@ -76,11 +92,16 @@ def layer_rows():
             scheme = "fp16"
         else:
             scheme = str(
-                rng.choice(["w4a16-b32", "w4a16-b64", "w4a8-b32", "w8a16", "w8a8"], p=[0.4, 0.25, 0.2, 0.1, 0.05])
+                rng.choice(
+                    ["w4a16-b32", "w4a16-b64", "w4a8-b32", "w8a16", "w8a8"],
+                    p=[0.4, 0.25, 0.2, 0.1, 0.05],
+                )
             )
         refused = {}
         if name == "conv_in":
-            refused = dict.fromkeys(("w8a8", "w8a16", "w4a16", "w4a8"), "the recipe protects 'conv_in'")
+            refused = dict.fromkeys(
+                ("w8a8", "w8a16", "w4a16", "w4a8"), "the recipe protects 'conv_in'"
+            )
         if name == "conv_out":
             refused = {"w4a16-b64": "blocks of 64 do not divide 3 x 576"}
         rows.append(
@@ -101,18 +122,28 @@ def layer_rows():
     return tuple(rows)
 
 
-def make_budgets(layers, command="mpq-deploy build --recipe runs/emoji/recipe.yaml -o runs/emoji --budget"):
+def make_budgets(
+    layers, command="mpq-deploy build --recipe runs/emoji/recipe.yaml -o runs/emoji --budget"
+):
     """Nine plans: from every layer in w4a16-b64 to the first half of them in w8a16, and an eighth more each time."""
     forms = {"w4a16-b64": 4.25, "w8a16": 8.1}
-    sizes = tuple({i: int(row.weights * bits / 8) for i, bits in enumerate(forms.values())} for row in layers)
+    sizes = tuple(
+        {i: int(row.weights * bits / 8) for i, bits in enumerate(forms.values())} for row in layers
+    )
     plans = []
     for step in range(9):
         large = step * len(layers) // 16
         schemes = tuple(int(number < large) for number in range(len(layers)))
         total = sum(row[scheme] for row, scheme in zip(sizes, schemes, strict=True)) + 25_000 + step
         plans.append(BudgetPlan(size_bytes=total, predicted_nmse=3e-5 * 0.5**step, schemes=schemes))
-    smaller = {row.name: LayerOption(scheme="w4a16-b64", bytes=row.bytes // 2, predicted_loss=1e-5) for row in layers}
-    larger = {row.name: LayerOption(scheme="fp16", bytes=2 * row.weights + 1, predicted_loss=0.0) for row in layers}
+    smaller = {
+        row.name: LayerOption(scheme="w4a16-b64", bytes=row.bytes // 2, predicted_loss=1e-5)
+        for row in layers
+    }
+    larger = {
+        row.name: LayerOption(scheme="fp16", bytes=2 * row.weights + 1, predicted_loss=0.0)
+        for row in layers
+    }
     return BudgetPlans(
         layers=tuple(row.name for row in layers),
         schemes=tuple(forms),
@@ -138,10 +169,14 @@ def pictures(noise):
             for part, colour in enumerate(("#0055a4", "#ffffff", "#ef4135")):
                 draw.rectangle((1 + 10 * part, 6, 10 + 10 * part, 25), colour)
         else:
-            colour = ("#ffcc33", "#ffcc33", "", "", "#ff9922", "#ffdd55", "#e8e8e8", "#33aa55")[number]
+            colour = ("#ffcc33", "#ffcc33", "", "", "#ff9922", "#ffdd55", "#e8e8e8", "#33aa55")[
+                number
+            ]
             draw.ellipse((2, 2, 29, 29), colour, "#885500")
             draw.ellipse((9, 10, 12, 14), "#442200")
-            draw.line((19, 12, 23, 12), "#442200", 2) if number == 1 else draw.ellipse((19, 10, 22, 14), "#442200")
+            draw.line((19, 12, 23, 12), "#442200", 2) if number == 1 else draw.ellipse(
+                (19, 10, 22, 14), "#442200"
+            )
             draw.arc((8, 10, 23, 24), 20, 160, "#442200", 2)
         draws.append(np.asarray(image, np.float64))
     stack = np.stack(draws)
@@ -157,7 +192,12 @@ def make_report(**changes):
     timesteps = tuple(float(t) for t in range(950, -1, -100))
     rise = np.geomspace(0.4, 2.2, len(timesteps))
     values = {
-        "model": ModelInfo(name="emoji", source="bundled demo", labels=LABELS, weights=sum(x.weights for x in layers)),
+        "model": ModelInfo(
+            name="emoji",
+            source="bundled demo",
+            labels=LABELS,
+            weights=sum(x.weights for x in layers),
+        ),
         "target": TargetInfo(name="rtx", title="GeForce RTX, TensorRT-RTX", dialect="trt-rtx"),
         "budget": 0.35,
         "budget_bytes": int(0.35 * fp16),
@@ -208,18 +248,27 @@ def make_report(**changes):
                     passed=True,
                     detail=f"{len(layers)} layers, from the build log",
                 ),
-                Check(what="Weights memory agrees with the plan within 2 %", passed=True, detail="0.4 % more"),
+                Check(
+                    what="Weights memory agrees with the plan within 2 %",
+                    passed=True,
+                    detail="0.4 % more",
+                ),
             ),
             build_seconds=0.53,
         ),
         "cpu_latency": CpuLatencyInfo(
-            float_ms=6.1, ours_ms=9.4, source="ONNX Runtime on this CPU, fake-quantized, batch 1; not the target device"
+            float_ms=6.1,
+            ours_ms=9.4,
+            source="ONNX Runtime on this CPU, fake-quantized, batch 1; not the target device",
         ),
         "layers": layers,
         "loss_timesteps": timesteps,
         "others": (
             OtherRow(
-                name="class_embedding.weight", op="Gather", elements=8 * 256, reason="Gather is no Conv, Gemm or MatMul"
+                name="class_embedding.weight",
+                op="Gather",
+                elements=8 * 256,
+                reason="Gather is no Conv, Gemm or MatMul",
             ),
             OtherRow(
                 name="up.weight",
@@ -252,7 +301,13 @@ def make_report(**changes):
         "reproduce": "mpq-deploy build --budget 0.35 --target rtx -o runs/emoji",
         "notes": ("Predicted losses are stated from held-back probes.",),
         "images": ImageSet(
-            {"float": pictures(0), "ours": pictures(0.4), "int8": pictures(2), "int4": pictures(11)}, LABELS
+            {
+                "float": pictures(0),
+                "ours": pictures(0.4),
+                "int8": pictures(2),
+                "int4": pictures(11),
+            },
+            LABELS,
         ),
     }
     given = {**values, **changes}
@@ -263,10 +318,31 @@ def make_report(**changes):
 
 def distance_row(**changes):
     """A Frechet distance as report.json holds it."""
-    row = {"variant": "ours", "title": "Frechet distance (demo)", "network": "demo", "network_digest": "n"}
-    row |= {"network_features": 64, "against": "float", "against_source": "", "against_samples": 200}
-    row |= {"against_digest": "", "samples": 200, "sampler": "DDIM", "steps": 20, "seed": 5, "distance": 1.0}
-    row |= {"floor": 0.0, "interval": {"low": 0.9, "high": 1.1}, "increase_interval": {"low": 0.9, "high": 1.1}}
+    row = {
+        "variant": "ours",
+        "title": "Frechet distance (demo)",
+        "network": "demo",
+        "network_digest": "n",
+    }
+    row |= {
+        "network_features": 64,
+        "against": "float",
+        "against_source": "",
+        "against_samples": 200,
+    }
+    row |= {
+        "against_digest": "",
+        "samples": 200,
+        "sampler": "DDIM",
+        "steps": 20,
+        "seed": 5,
+        "distance": 1.0,
+    }
+    row |= {
+        "floor": 0.0,
+        "interval": {"low": 0.9, "high": 1.1},
+        "increase_interval": {"low": 0.9, "high": 1.1},
+    }
     return {**row, "other_noise": 2.0, **changes}
 
 

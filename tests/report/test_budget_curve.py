@@ -70,8 +70,12 @@ def test_the_run_is_a_stop_among_the_grid_with_its_own_bytes():
     report = make_report()
     seen = budget_view(report)
     own = seen.stops[seen.start]
-    assert own.own and own.size_bytes == report.size_bytes and own.predicted == report.predicted_nmse
-    assert [stop.size_bytes for stop in seen.stops] == sorted(stop.size_bytes for stop in seen.stops)
+    assert (
+        own.own and own.size_bytes == report.size_bytes and own.predicted == report.predicted_nmse
+    )
+    assert [stop.size_bytes for stop in seen.stops] == sorted(
+        stop.size_bytes for stop in seen.stops
+    )
     values = seen.values
     sizes = [row[str(scheme)] for row, scheme in zip(values["bytes"], own.schemes, strict=True)]
     assert sizes == [layer.bytes for layer in report.layers]
@@ -79,7 +83,10 @@ def test_the_run_is_a_stop_among_the_grid_with_its_own_bytes():
     assert names == [layer.scheme for layer in report.layers]
     for stop, row in zip(values["stops"], seen.rows, strict=True):
         assert sum(layers for layers, _ in stop["shares"]) == len(report.layers)
-        assert float(stop["budget"]) * report.fp16_size_bytes >= seen.stops[seen.rows.index(row)].size_bytes - 1e-4
+        assert (
+            float(stop["budget"]) * report.fp16_size_bytes
+            >= seen.stops[seen.rows.index(row)].size_bytes - 1e-4
+        )
     first = values["stops"][0]
     moved = sum(a != b for a, b in zip(seen.stops[0].schemes, own.schemes, strict=True))
     assert first["changed"].startswith(f"{moved} layer")
@@ -99,9 +106,13 @@ def test_a_metric_that_predicts_nothing_has_plans_but_no_curve():
     unpredicted = tuple(p.model_copy(update={"predicted_nmse": None}) for p in report.budgets.plans)
     silent = report.budgets.model_copy(update={"plans": unpredicted})
     seen = view(silent, report.fp16_size_bytes, [])
-    assert seen.chart is None and all(stop["at"] is None and stop["loss"] == "" for stop in seen.values["stops"])
+    assert seen.chart is None and all(
+        stop["at"] is None and stop["loss"] == "" for stop in seen.values["stops"]
+    )
     text = html_page(
-        make_report(budgets=silent, predicted_nmse=None, measured_nmse=None, sensitivity="orm", controls={})
+        make_report(
+            budgets=silent, predicted_nmse=None, measured_nmse=None, sensitivity="orm", controls={}
+        )
     )
     assert "predicts no error" in text and "integer program's plans" not in text
 
@@ -139,5 +150,7 @@ def test_reasons_count_bytes_and_errors():
     said = " ".join(why(layer, report, 1e-9))
     smaller = report.budgets.smaller[layer.name]
     assert smaller.scheme in said and "1.0 × 10⁻⁶ of predicted error" in said
-    alone = report.model_copy(update={"budgets": report.budgets.model_copy(update={"smaller": {}, "larger": {}})})
+    alone = report.model_copy(
+        update={"budgets": report.budgets.model_copy(update={"smaller": {}, "larger": {}})}
+    )
     assert "only scheme" in why(layer, alone, None)[0]

@@ -38,7 +38,9 @@ def reported(tmp_path):
         path = tmp_path / name
         values = {**(data or make_report()).as_json(), **changes}
         values = {key: value for key, value in values.items() if key not in without}
-        path.write_text(report_json(values) if finite(values) else json.dumps(values), encoding="utf-8")
+        path.write_text(
+            report_json(values) if finite(values) else json.dumps(values), encoding="utf-8"
+        )
         return read_report(path)
 
     return write
@@ -57,7 +59,9 @@ def test_the_plan_s_changes_are_counted_and_the_largest_named(reported):
     sizes = sorted((row for row in rows if row.scheme == "w4a16-b32"), key=lambda row: -row.bytes)
     moved = {sizes[0].name: "w8a16", sizes[1].name: "w8a16", sizes[-1].name: "fp16"}
     after = tuple(
-        row.model_copy(update={"scheme": moved[row.name], "bytes": 2 * row.bytes}) if row.name in moved else row
+        row.model_copy(update={"scheme": moved[row.name], "bytes": 2 * row.bytes})
+        if row.name in moved
+        else row
         for row in rows
     )
     change = plan_change(reported(), reported(make_report(layers=after), "new.json"))
@@ -67,8 +71,14 @@ def test_the_plan_s_changes_are_counted_and_the_largest_named(reported):
         ("w4a16-b32", "fp16", 1),
     ]
     assert change.moves[0].bytes_before == sizes[0].bytes + sizes[1].bytes
-    assert sum(move.bytes_after for move in change.moves) == 2 * sum(move.bytes_before for move in change.moves)
-    assert [layer.name for layer in change.largest] == [sizes[0].name, sizes[1].name, sizes[-1].name]
+    assert sum(move.bytes_after for move in change.moves) == 2 * sum(
+        move.bytes_before for move in change.moves
+    )
+    assert [layer.name for layer in change.largest] == [
+        sizes[0].name,
+        sizes[1].name,
+        sizes[-1].name,
+    ]
 
 
 def test_layers_of_one_plan_only_are_named(reported):
@@ -112,7 +122,10 @@ def test_swapping_two_runs_changes_the_sign(reported):
     better = tuple(value + 0.1 * number for number, value in enumerate(EACH))
     data = make_report(psnr_db=56.79, psnr_db_each=better, evaluation=evaluated())
     other = reported(data, "new.json")
-    there, back = figure_difference(first, other, "psnr_db"), figure_difference(other, first, "psnr_db")
+    there, back = (
+        figure_difference(first, other, "psnr_db"),
+        figure_difference(other, first, "psnr_db"),
+    )
     assert there.value == pytest.approx(-back.value)
     assert there.interval == pytest.approx((-back.interval[1], -back.interval[0]), abs=0.02)
 
@@ -129,12 +142,20 @@ def test_every_form_escapes_what_the_reports_hold(reported):
 
 def test_the_terminal_s_table_keeps_80_columns_for_many_runs(reported):
     long = "a_rather_long_name_for_a_block." * 4
-    rows = tuple(row.model_copy(update={"name": f"{long}{n}"}) for n, row in enumerate(layer_rows()))
+    rows = tuple(
+        row.model_copy(update={"name": f"{long}{n}"}) for n, row in enumerate(layer_rows())
+    )
     moved = tuple(row.model_copy(update={"scheme": "w4a16-b128+rows2"}) for row in rows)
     interval = Interval(low=155.123, high=158.4)
     names = ["report.json", *(f"{n}.json" for n in range(12))]
-    data = [make_report(layers=rows if n % 2 else moved, psnr_db_interval=interval) for n in range(len(names))]
-    reports = [reported(d, name).model_copy(update={"label": name}) for d, name in zip(data, names, strict=True)]
+    data = [
+        make_report(layers=rows if n % 2 else moved, psnr_db_interval=interval)
+        for n in range(len(names))
+    ]
+    reports = [
+        reported(d, name).model_copy(update={"label": name})
+        for d, name in zip(data, names, strict=True)
+    ]
     text = comparison_text(compare_reports(reports))
     # Only a name without a space may be longer.
     assert max(len(line) for line in text.splitlines() if long not in line) <= 80
@@ -236,8 +257,18 @@ def test_the_command_line_prints_every_form(tmp_path, reported):
 
 def test_a_report_shows_its_intervals(tmp_path):
     interval = Interval(low=55.31, high=57.92)
-    control = Control(title="Everything INT8", size_bytes=1, size_ratio=0.5, psnr_db=42.2, psnr_db_interval=interval)
-    data = make_report(psnr_db_interval=interval, ssim_interval=Interval(low=0.9, high=1), controls={"int8": control})
+    control = Control(
+        title="Everything INT8",
+        size_bytes=1,
+        size_ratio=0.5,
+        psnr_db=42.2,
+        psnr_db_interval=interval,
+    )
+    data = make_report(
+        psnr_db_interval=interval,
+        ssim_interval=Interval(low=0.9, high=1),
+        controls={"int8": control},
+    )
     _, markdown, page = write_reports(data, tmp_path)
     for path in (markdown, page):
         text = path.read_text(encoding="utf-8")
@@ -250,19 +281,28 @@ def test_a_report_shows_its_intervals(tmp_path):
 
 def distance(value, **changes):
     ends = {"low": 0.9 * value, "high": 1.1 * value}
-    return distance_row(**{"distance": value, "interval": ends, "samples": 200, "seed": 5, **changes})
+    return distance_row(
+        **{"distance": value, "interval": ends, "samples": 200, "seed": 5, **changes}
+    )
 
 
 @pytest.mark.parametrize(
     ("value", "ends"),
-    [(2.0, "their intervals lie apart."), (1.1, "their intervals overlap: no difference is shown.")],
+    [
+        (2.0, "their intervals lie apart."),
+        (1.1, "their intervals overlap: no difference is shown."),
+    ],
     ids=["apart", "overlapping"],
 )
 def test_frechet_distances_of_one_kind_are_held_against_each_other(reported, value, ends):
     first = reported(frechet=[distance(1.0), distance(3.0, samples=50)])
     comparison = compare_reports([first, reported(name="new.json", frechet=[distance(value)])])
     said = f"Frechet distance (demo), 200 images, DDIM, seed 5, to the float model's images: {value:g}, the first's 1; "
-    for text in (comparison_text(comparison), comparison_markdown(comparison), comparison_page(comparison)):
+    for text in (
+        comparison_text(comparison),
+        comparison_markdown(comparison),
+        comparison_page(comparison),
+    ):
         flat = " ".join(text.replace("&#39;", "'").split())
         assert said + ends in flat
         assert "50 images" in flat
@@ -276,14 +316,25 @@ def test_distances_that_cannot_be_compared_are_said(reported):
     none = compare_reports([first, reported(name="new.json")])
     assert "has no Frechet distance to compare" in " ".join(comparison_text(none).split())
     other = make_report(model=ModelInfo(name="digits", source=""), layers=layer_rows()[2:])
-    assert compare_reports([first, reported(other, "new.json", frechet=[distance(1.0)])]).pairs[0].distances == ()
+    assert (
+        compare_reports([first, reported(other, "new.json", frechet=[distance(1.0)])])
+        .pairs[0]
+        .distances
+        == ()
+    )
 
 
 def test_estimated_latencies_are_compared_on_one_basis_alone(reported):
     def estimated(name, milliseconds, basis):
         return reported(name=name, expected_latency=expected_row(milliseconds, basis))
 
-    same = compare_reports([estimated("a.json", 2.0, "peak figures"), estimated("b.json", 3.0, "peak figures")])
-    assert "Estimated latency: 3.00 ms, the first's 2.00 ms." in " ".join(comparison_text(same).split())
-    apart = compare_reports([estimated("a.json", 2.0, "peak figures"), estimated("b.json", 3.0, "a table")])
+    same = compare_reports(
+        [estimated("a.json", 2.0, "peak figures"), estimated("b.json", 3.0, "peak figures")]
+    )
+    assert "Estimated latency: 3.00 ms, the first's 2.00 ms." in " ".join(
+        comparison_text(same).split()
+    )
+    apart = compare_reports(
+        [estimated("a.json", 2.0, "peak figures"), estimated("b.json", 3.0, "a table")]
+    )
     assert apart.pairs[0].latency is None

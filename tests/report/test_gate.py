@@ -43,7 +43,14 @@ def scored(values, **changes):
 
 def device(**changes):
     return DeviceInfo(
-        **{**ORIN, "layers_verified": True, "outputs_agree": True, "median_ms": 80.0, "calls": 30, **changes}
+        **{
+            **ORIN,
+            "layers_verified": True,
+            "outputs_agree": True,
+            "median_ms": 80.0,
+            "calls": 30,
+            **changes,
+        }
     )
 
 
@@ -53,7 +60,9 @@ def reported(tmp_path):
 
     def write(data=None, name="report.json", **changes):
         path = tmp_path / name
-        path.write_text(report_json({**(data or make_report()).as_json(), **changes}), encoding="utf-8")
+        path.write_text(
+            report_json({**(data or make_report()).as_json(), **changes}), encoding="utf-8"
+        )
         return read_report(path)
 
     return write
@@ -71,13 +80,17 @@ FIGURES = {"min_psnr": 56.64, "min_ssim": 0.99912, "max_nmse": 1.7e-6}
 
 @settings(max_examples=60, deadline=None)
 @given(name=st.sampled_from(sorted(FIGURES)), scale=st.floats(0.5, 2), looser=st.floats(0, 1))
-def test_a_looser_limit_passes_whatever_a_stricter_one_passes(tmp_path_factory, name, scale, looser):
+def test_a_looser_limit_passes_whatever_a_stricter_one_passes(
+    tmp_path_factory, name, scale, looser
+):
     report = sample(tmp_path_factory)
     limit = FIGURES[name] * scale
     loose = limit * (1 - looser) if name.startswith("min") else limit * (1 + looser)
     strict_passes = outcome(report, **{name: limit}).passed
     assert outcome(report, **{name: loose}).passed or not strict_passes
-    assert strict_passes == (FIGURES[name] >= limit if name.startswith("min") else FIGURES[name] <= limit)
+    assert strict_passes == (
+        FIGURES[name] >= limit if name.startswith("min") else FIGURES[name] <= limit
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -195,7 +208,9 @@ def test_a_difference_inside_the_noise_is_said_to_be_so(reported):
     rng = np.random.default_rng(2)
     before = rng.normal(45, 3, 16)
     after = before + 0.5 * (rng.standard_normal(16))
-    found = outcome(reported(scored(list(after))), reported(scored(list(before)), "old.json"), max_psnr_drop=2.0)
+    found = outcome(
+        reported(scored(list(after))), reported(scored(list(before)), "old.json"), max_psnr_drop=2.0
+    )
     assert found.interval[0] < 0 < found.interval[1]
     assert "No difference is shown" in found.detail
 
@@ -227,13 +242,20 @@ def test_identical_images_are_infinitely_good(reported):
 
 @pytest.mark.parametrize(
     ("digests", "name", "refused"),
-    [(("a" * 64, "a" * 64), "other", False), (("a" * 64, "b" * 64), "emoji", True), (("", ""), "other", True)],
+    [
+        (("a" * 64, "a" * 64), "other", False),
+        (("a" * 64, "b" * 64), "emoji", True),
+        (("", ""), "other", True),
+    ],
 )
 def test_a_baseline_of_another_model_is_refused(reported, digests, name, refused):
     def model(digest, name):
         return make_report(model=ModelInfo(name=name, source="", digest=digest))
 
-    report, baseline = reported(model(digests[0], "emoji")), reported(model(digests[1], name), "old.json")
+    report, baseline = (
+        reported(model(digests[0], "emoji")),
+        reported(model(digests[1], name), "old.json"),
+    )
     if refused:
         with pytest.raises(UsageError, match="another model"):
             outcome(report, baseline, max_psnr_drop=1.0)
@@ -254,7 +276,9 @@ SCORES = (
 )
 
 
-@pytest.mark.parametrize(("name", "kept", "broken"), [("max_lpips", 0.06, 0.04), ("max_clip_drop", 0.3, 0.1)])
+@pytest.mark.parametrize(
+    ("name", "kept", "broken"), [("max_lpips", 0.06, 0.04), ("max_clip_drop", 0.3, 0.1)]
+)
 def test_scores_of_the_plan_are_held_and_fail_where_they_are_missing(reported, name, kept, broken):
     report = reported(scores=list(SCORES))
     assert outcome(report, **{name: kept}).passed
@@ -271,7 +295,11 @@ def test_a_clip_score_that_shows_no_drop_says_so(reported):
 
 
 DISTANCE = distance_row(
-    against="real", samples=1000, distance=12.0, floor=11.6, increase_interval={"low": 0.3, "high": 0.5}
+    against="real",
+    samples=1000,
+    distance=12.0,
+    floor=11.6,
+    increase_interval={"low": 0.3, "high": 0.5},
 )
 
 
@@ -292,7 +320,9 @@ def test_a_frechet_increase_is_over_the_float_model_s_or_the_baseline_s(reported
 
 def test_junit_says_what_ci_systems_read(reported):
     data = make_report(model=ModelInfo(name='<b>&"\x00\x1b[31m\ufffe', source=""))
-    result = check_gate(reported(data), Limits(Budget.parse("0.36"), 40.0, max_nmse=1e-9, max_latency=ms(120.0)))
+    result = check_gate(
+        reported(data), Limits(Budget.parse("0.36"), 40.0, max_nmse=1e-9, max_latency=ms(120.0))
+    )
     text = gate_junit(result)
     root = ET.fromstring(text)
     assert root.tag == "testsuites"
@@ -303,7 +333,10 @@ def test_junit_says_what_ci_systems_read(reported):
         assert int(element.get("tests")) == len(cases) == 4
         assert int(element.get("failures")) == len(failures) == 2
     assert {failure.get("type") for failure in failures} == {"failed", "not-measured"}
-    assert all(case.get("name") and case.get("classname") and float(case.get("time")) == 0 for case in cases)
+    assert all(
+        case.get("name") and case.get("classname") and float(case.get("time")) == 0
+        for case in cases
+    )
     assert not suite.findall("testcase/skipped")
     assert gate_junit(result) == text
 
@@ -318,7 +351,10 @@ def test_markdown_and_text_name_every_limit(reported):
 
 
 def test_simulated_plans_say_so(reported):
-    assert any("simulated" in note for note in check_gate(reported(simulated=True), Limits(Budget.parse("0.9"))).notes)
+    assert any(
+        "simulated" in note
+        for note in check_gate(reported(simulated=True), Limits(Budget.parse("0.9"))).notes
+    )
 
 
 @pytest.mark.parametrize(
@@ -349,7 +385,9 @@ def test_the_command_line_exits_with_0_1_and_2(tmp_path, reported):
     assert good.exit_code == 0, good.output
     assert ET.parse(tmp_path / "new" / "gate.xml").getroot().get("failures") == "0"
     assert "Passed: 2 of 2" in (tmp_path / "gate.md").read_text(encoding="utf-8")
-    bad = RUNNER.invoke(app, ["gate", path, "--max-size", "0.9", "--max-latency", "120ms", "--json", *files])
+    bad = RUNNER.invoke(
+        app, ["gate", path, "--max-size", "0.9", "--max-latency", "120ms", "--json", *files]
+    )
     assert bad.exit_code == 1
     assert json.loads(bad.stdout)["passed"] is False
     assert ET.parse(tmp_path / "new" / "gate.xml").getroot().get("failures") == "1"

@@ -14,13 +14,16 @@ from mpq_deploy.report.sweep_page import sweep_page
 from tests.report.sample_report import make_budgets, make_report, pictures
 from tests.report.test_report import HOSTILE, bare_report, identical_report, orm_report
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+sync_api = pytest.importorskip(
+    "playwright.sync_api", reason="playwright is not installed: pip install playwright"
+)
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        CHROMIUM is None, reason="no chromium here: apt-get install chromium, or set CHROMIUM to its path"
+        CHROMIUM is None,
+        reason="no chromium here: apt-get install chromium, or set CHROMIUM to its path",
     ),
 ]
 
@@ -28,7 +31,9 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def browser():
     with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=120_000)
+        started = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox"], timeout=120_000
+        )
         yield started
         started.close()
 
@@ -47,8 +52,13 @@ def open_page(browser, tmp_path):
         page = context.new_page()
         page.on("console", lambda message: wrong.append(f"console: {message.text}"))
         page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
-        page.on("dialog", lambda dialog: (wrong.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-        page.on("request", lambda request: wrong.append(request.url) if not own(request.url, path) else None)
+        page.on(
+            "dialog", lambda dialog: (wrong.append(f"dialog: {dialog.message}"), dialog.dismiss())
+        )
+        page.on(
+            "request",
+            lambda request: wrong.append(request.url) if not own(request.url, path) else None,
+        )
         page.goto(path.as_uri())
         return page
 
@@ -82,9 +92,12 @@ def one_layer():
 def thousand_layers():
     row = make_report().layers[5]
     rows = tuple(
-        row.model_copy(update={"name": f"blocks.{i}.attn.to_q", "loss_by_timestep": (1e-7,) * 20}) for i in range(1000)
+        row.model_copy(update={"name": f"blocks.{i}.attn.to_q", "loss_by_timestep": (1e-7,) * 20})
+        for i in range(1000)
     )
-    return make_report(layers=rows, budgets=make_budgets(rows), loss_timesteps=tuple(map(float, range(20))))
+    return make_report(
+        layers=rows, budgets=make_budgets(rows), loss_timesteps=tuple(map(float, range(20)))
+    )
 
 
 def latents():
@@ -118,35 +131,71 @@ def frechet_info(**changes):
 
 
 def hostile():
-    row = make_report().layers[0].model_copy(update={"name": HOSTILE, "op": HOSTILE, "refused": {HOSTILE: HOSTILE}})
+    row = (
+        make_report()
+        .layers[0]
+        .model_copy(update={"name": HOSTILE, "op": HOSTILE, "refused": {HOSTILE: HOSTILE}})
+    )
     return make_report(
         layers=(row,),
         budgets=make_budgets((row,), command=HOSTILE),
         notes=(HOSTILE,),
-        images=ImageSet({"float": pictures(0), "ours": pictures(1)}, (HOSTILE,) * 8, {"ours": HOSTILE}),
-        frechet=(frechet_info(title=HOSTILE, network=HOSTILE, against="real", against_source=HOSTILE),),
+        images=ImageSet(
+            {"float": pictures(0), "ours": pictures(1)}, (HOSTILE,) * 8, {"ours": HOSTILE}
+        ),
+        frechet=(
+            frechet_info(title=HOSTILE, network=HOSTILE, against="real", against_source=HOSTILE),
+        ),
     )
 
 
 def scores():
     """LPIPS and the CLIP score of the plan and of everything INT4."""
-    common = {"score_digest": "d", "samples": 64, "sampler": "DDIM, 20 steps", "steps": 20, "seed": 7}
+    common = {
+        "score_digest": "d",
+        "samples": 64,
+        "sampler": "DDIM, 20 steps",
+        "steps": 20,
+        "seed": 7,
+    }
     found = []
     for variant, lpips, clip in (("ours", 0.01, 25.0), ("int4", 0.2, 20.0)):
         about = {"variant": variant, **common}
         near = Interval(low=0.9 * lpips, high=1.1 * lpips)
         kinds = {"title": "LPIPS (AlexNet)", "score": "lpips"}
         found.append(
-            ScoreInfo(**about, **kinds, value=lpips, floor=0, other_noise=0.5, interval=near, increase_interval=near)
+            ScoreInfo(
+                **about,
+                **kinds,
+                value=lpips,
+                floor=0,
+                other_noise=0.5,
+                interval=near,
+                increase_interval=near,
+            )
         )
         lower = Interval(low=clip - 26.5, high=clip - 25.5)
         kinds = {"title": "CLIP score (clip)", "score": "clip-score"}
-        found.append(ScoreInfo(**about, **kinds, value=clip, floor=26, other_noise=26, increase_interval=lower))
+        found.append(
+            ScoreInfo(
+                **about, **kinds, value=clip, floor=26, other_noise=26, increase_interval=lower
+            )
+        )
     return tuple(found)
 
 
 @pytest.mark.parametrize(
-    "make", [make_report, bare_report, identical_report, orm_report, one_layer, thousand_layers, latents, hostile]
+    "make",
+    [
+        make_report,
+        bare_report,
+        identical_report,
+        orm_report,
+        one_layer,
+        thousand_layers,
+        latents,
+        hostile,
+    ],
 )
 def test_every_kind_of_report_opens_and_fits_any_width(make, open_page):
     text = html_page(make())
@@ -155,7 +204,9 @@ def test_every_kind_of_report_opens_and_fits_any_width(make, open_page):
         page = open_page(text)
         page.set_viewport_size({"width": width, "height": 800})
         assert page.evaluate("document.documentElement.scrollWidth") <= width
-        assert page.locator("#layer-panel h4").inner_text() in [layer.name for layer in make().layers]
+        assert page.locator("#layer-panel h4").inner_text() in [
+            layer.name for layer in make().layers
+        ]
 
 
 def test_orthogonality_is_read_back_from_the_colours(open_page):
@@ -187,7 +238,9 @@ def test_the_budget_slider_shows_the_plan_of_each_budget(open_page):
     assert len(seen) == len(stops)
     # The last plan's layers, as wide as their bytes.
     last, layers = report.budgets.plans[-1], report.budgets.layer_bytes
-    grown = page.eval_on_selector_all("#budget-strip span", "spans => spans.map(one => Number(one.style.flexGrow))")
+    grown = page.eval_on_selector_all(
+        "#budget-strip span", "spans => spans.map(one => Number(one.style.flexGrow))"
+    )
     assert grown == [row[scheme] for row, scheme in zip(layers, last.schemes, strict=True)]
     page.get_by_role("button", name="Back to this run").click()
     assert slider.input_value() == str(own)
@@ -220,7 +273,10 @@ def test_the_difference_is_the_amplified_difference(open_page):
 
 def test_modes_and_gain_by_keyboard(open_page):
     page = open_page(html_page(make_report()))
-    table, gain = page.locator("#pictures"), page.get_by_role("slider", name="Gain of the difference")
+    table, gain = (
+        page.locator("#pictures"),
+        page.get_by_role("slider", name="Gain of the difference"),
+    )
     assert gain.is_disabled()
     page.get_by_role("radio", name="Images").focus()
     page.keyboard.press("ArrowRight")
@@ -228,7 +284,11 @@ def test_modes_and_gain_by_keyboard(open_page):
     page.keyboard.press("ArrowRight")
     assert table.get_attribute("data-mode") == "difference" and gain.is_enabled()
     gain.press("End")
-    assert page.locator("#gain-value").inner_text() == page.locator("#difference-gain").inner_text() == "128"
+    assert (
+        page.locator("#gain-value").inner_text()
+        == page.locator("#difference-gain").inner_text()
+        == "128"
+    )
     assert "Amplified 128 times" in page.locator("#image-hint").inner_text()
 
 
@@ -241,7 +301,13 @@ def test_layers_by_keyboard_with_their_reasons(open_page):
     page.keyboard.press("ArrowLeft")
     panel = page.locator("#layer-panel")
     assert panel.locator("h4").inner_text() == report.layers[-2].name
-    for said in ("Kurtosis", "Why this scheme:", "would save", "1 kB is worth about", "largest at timestep"):
+    for said in (
+        "Kurtosis",
+        "Why this scheme:",
+        "would save",
+        "1 kB is worth about",
+        "largest at timestep",
+    ):
         assert said in panel.inner_text(), said
     assert panel.locator(".steps span").count() == len(report.loss_timesteps)
     # One tab stop for all layers.
@@ -288,12 +354,29 @@ def test_the_page_is_whole_without_scripts(open_page):
 def test_the_sweep_page_has_its_own_slider(open_page):
     rows = make_report().layers
     points = [
-        {"budget": 0.3, "size_ratio": 0.3, "size_bytes": 300, "predicted_nmse": 2e-5, "measured_nmse": 1.8e-5},
-        {"budget": 0.4, "size_ratio": 0.4, "size_bytes": 400, "predicted_nmse": 2e-6, "measured_nmse": 2.2e-6},
+        {
+            "budget": 0.3,
+            "size_ratio": 0.3,
+            "size_bytes": 300,
+            "predicted_nmse": 2e-5,
+            "measured_nmse": 1.8e-5,
+        },
+        {
+            "budget": 0.4,
+            "size_ratio": 0.4,
+            "size_bytes": 400,
+            "predicted_nmse": 2e-6,
+            "measured_nmse": 2.2e-6,
+        },
         {"budget": 0.1, "smallest_feasible_bytes": 200},
     ]
     points[0]["psnr_db"] = 50.0
-    control = {"title": "Everything INT8", "size_ratio": 0.5, "measured_nmse": 1e-3, "psnr_db": 41.0}
+    control = {
+        "title": "Everything INT8",
+        "size_ratio": 0.5,
+        "measured_nmse": 1e-3,
+        "psnr_db": 41.0,
+    }
     about = {"model": HOSTILE, "target": "rtx", "synthetic": "", "command": HOSTILE}
     result = {"points": points, "controls": {"int8": control}, "simulated": True}
     page = open_page(sweep_page(result, make_budgets(rows), about))
@@ -301,7 +384,14 @@ def test_the_sweep_page_has_its_own_slider(open_page):
     page.get_by_role("slider", name="Budget").press("ArrowRight")
     assert page.locator("#budget-size").inner_text() != before
     text = page.locator("main").inner_text()
-    for said in ("2 budgets measured", "between 0.91 and 1.11", "50.0 dB", "no plan fits", "nominal", "Simulated"):
+    for said in (
+        "2 budgets measured",
+        "between 0.91 and 1.11",
+        "50.0 dB",
+        "no plan fits",
+        "nominal",
+        "Simulated",
+    ):
         assert said in text, said
     assert not page.get_by_role("button", name="Back to this run").is_visible()
 
@@ -327,9 +417,12 @@ def test_scores_are_tables_of_the_plan_and_the_controls(open_page):
 def test_long_prompts_fit_a_narrow_page(open_page):
     report = make_report()
     labels = tuple(
-        f"a photograph of number {number}, in the style of an old master, " + "very " * 20 for number in range(4)
+        f"a photograph of number {number}, in the style of an old master, " + "very " * 20
+        for number in range(4)
     )
-    page = open_page(html_page(make_report(images=ImageSet(report.images.images, labels, report.images.titles))))
+    page = open_page(
+        html_page(make_report(images=ImageSet(report.images.images, labels, report.images.titles)))
+    )
     page.set_viewport_size({"width": 400, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
 
@@ -360,7 +453,11 @@ def test_distances_are_seen_whole_on_a_desktop(open_page, width):
     """The verdict is the last column: cut off it would be read as nothing said."""
     long = Interval(low=0.000136, high=0.000342)
     rows = {
-        name: (frechet_info(variant=name, distance=0.0002391, floor=0.0, interval=long, increase_interval=long),)
+        name: (
+            frechet_info(
+                variant=name, distance=0.0002391, floor=0.0, interval=long, increase_interval=long
+            ),
+        )
         for name in ("ours", "int4", "int8")
     }
     text = html_page(make_report(frechet=rows.pop("ours"), frechet_controls=rows))

@@ -35,7 +35,16 @@ from mpq_deploy.report.orthogonality_charts import orm_view, pool
 from mpq_deploy.report.page import html_page
 from mpq_deploy.report.pictures import picture_table
 from mpq_deploy.report.svg import log_ticks, nice_ticks, spread_out
-from mpq_deploy.report.words import decibels, digits, duration, error, glance_rows, headline, latency_rows, size
+from mpq_deploy.report.words import (
+    decibels,
+    digits,
+    duration,
+    error,
+    glance_rows,
+    headline,
+    latency_rows,
+    size,
+)
 from mpq_deploy.report.write import write_reports
 from tests.report.sample_report import LABELS, make_report, pictures
 
@@ -108,7 +117,9 @@ def bare_report():
 
 
 def identical_report():
-    return make_report(psnr_db=None, identical=True, measured_nmse=0.0, nmse_by_timestep=(0.0,) * 10)
+    return make_report(
+        psnr_db=None, identical=True, measured_nmse=0.0, nmse_by_timestep=(0.0,) * 10
+    )
 
 
 def orm_report(layers=60, steps=4, **changes):
@@ -139,7 +150,13 @@ def orm_report(layers=60, steps=4, **changes):
     )
     given = {"predicted_loss": None, "importance": 0.5, "linear_bits": 6.25}
     rows = tuple(row.model_copy(update={"name": name, **given}) for name in names)
-    values = {"layers": rows, "predicted_nmse": None, "sensitivity": "orm", "importance": info, "orm": pictures}
+    values = {
+        "layers": rows,
+        "predicted_nmse": None,
+        "sensitivity": "orm",
+        "importance": info,
+        "orm": pictures,
+    }
     return make_report(**{**values, **changes})
 
 
@@ -163,14 +180,27 @@ def test_json_has_the_promised_keys(report, tmp_path):
         assert isinstance(found[key], int | float), key
     for control in ("int8", "int4"):
         assert {"size_ratio", "measured_nmse", "psnr_db"} <= set(found["controls"][control])
-    assert {"backend", "version", "file", "sha256", "weights_bytes", "verified", "build_seconds"} <= set(
-        found["engine"]
+    assert {
+        "backend",
+        "version",
+        "file",
+        "sha256",
+        "weights_bytes",
+        "verified",
+        "build_seconds",
+    } <= set(found["engine"])
+    assert {"name", "op", "scheme", "bytes", "predicted_loss", "weights", "refused"} <= set(
+        found["layers"][0]
     )
-    assert {"name", "op", "scheme", "bytes", "predicted_loss", "weights", "refused"} <= set(found["layers"][0])
     assert {"name", "seconds", "peak_rss_bytes", "cached"} == set(found["stages"][0])
     assert {"name", "source", "labels", "synthetic"} <= set(found["model"])
     assert {"status", "gap", "seconds"} == set(found["solver"])
-    assert found["versions"] and found["reproduce"] and found["target"] and found["schema_version"] == 3
+    assert (
+        found["versions"]
+        and found["reproduce"]
+        and found["target"]
+        and found["schema_version"] == 3
+    )
     assert "images" not in found
     assert list(found) == sorted(found)
     assert found["size_ratio"] == found["size_bytes"] / found["fp16_size_bytes"] <= found["budget"]
@@ -182,13 +212,17 @@ def test_json_is_strict_and_repeats(make, tmp_path):
     def refuse(token):
         raise AssertionError(token)
 
-    first, second = (write_reports(make(), tmp_path / name)[0].read_text(encoding="utf-8") for name in "ab")
+    first, second = (
+        write_reports(make(), tmp_path / name)[0].read_text(encoding="utf-8") for name in "ab"
+    )
     assert first == second
     json.loads(first, parse_constant=refuse)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("field", ["psnr_db", "measured_nmse", "predicted_nmse", "nmse_by_timestep"])
+@pytest.mark.parametrize(
+    "field", ["psnr_db", "measured_nmse", "predicted_nmse", "nmse_by_timestep"]
+)
 def test_numbers_that_are_not_finite_are_refused(field, value):
     with pytest.raises(ValidationError, match=field):
         make_report(**{field: (value,) if field == "nmse_by_timestep" else value})
@@ -225,7 +259,9 @@ def test_markdown_tables_are_well_formed(make):
 
 def test_markdown_shows_text_as_it_is():
     assert plain("a|b*c_<d>\n# e") == r"a\|b\*c\_\<d\> \# e"
-    text = markdown_report(make_report(model=ModelInfo(name=HOSTILE, source="x"), reproduce="a ``` b"))
+    text = markdown_report(
+        make_report(model=ModelInfo(name=HOSTILE, source="x"), reproduce="a ``` b")
+    )
     assert "<script>" not in text.replace("\\<", "\\\0")
     assert "````\na ``` b\n````" in text
 
@@ -247,7 +283,9 @@ def test_page_is_well_formed_and_accessible(make):
 def test_page_reaches_for_nothing_outside(make):
     text = html_page(make())
     markup = re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
-    found = re.findall(r"""(?:src|href|action|poster)\s*=\s*["']?([^"'\s>]+)|url\(([^)]*)\)""", markup)
+    found = re.findall(
+        r"""(?:src|href|action|poster)\s*=\s*["']?([^"'\s>]+)|url\(([^)]*)\)""", markup
+    )
     targets = [a or b for a, b in found]
     assert all(target.startswith(("#", "data:image/png;base64,")) for target in targets)
     assert len(targets) > 4
@@ -256,7 +294,11 @@ def test_page_reaches_for_nothing_outside(make):
 
 
 def test_every_string_of_the_user_is_escaped():
-    row = make_report().layers[0].model_copy(update={"name": HOSTILE, "op": HOSTILE, "refused": {HOSTILE: HOSTILE}})
+    row = (
+        make_report()
+        .layers[0]
+        .model_copy(update={"name": HOSTILE, "op": HOSTILE, "refused": {HOSTILE: HOSTILE}})
+    )
     hostile = make_report(
         model=ModelInfo(name=HOSTILE, source=HOSTILE, synthetic=HOSTILE),
         target=TargetInfo(name=HOSTILE, title=HOSTILE, dialect=HOSTILE),
@@ -299,14 +341,21 @@ def test_page_says_what_it_should(report):
 
 def test_page_without_evaluation_or_engine_says_so():
     text = " ".join("".join(Page(html_page(bare_report())).text).split())
-    for said in ("have not been compared", "No engine was built.", "The target has no builder.", "not measured"):
+    for said in (
+        "have not been compared",
+        "No engine was built.",
+        "The target has no builder.",
+        "not measured",
+    ):
         assert said in text
     assert "identical" in html_page(identical_report())
 
 
 def test_page_keeps_below_its_limit_with_large_pictures():
     noise = np.random.default_rng(0).integers(0, 256, (9, 256, 256, 3), np.uint8)
-    large = make_report(images=ImageSet(dict.fromkeys(("float", "ours", "int8", "int4"), noise), LABELS))
+    large = make_report(
+        images=ImageSet(dict.fromkeys(("float", "ours", "int8", "int4"), noise), LABELS)
+    )
     text = html_page(large)
     assert len(text.encode()) < 5_000_000
     assert "of their size" in text and "8 of the 9 samples" in " ".join(text.split())
@@ -344,8 +393,13 @@ def test_heat_maps_keep_their_values():
     view = orm_view(data)
     assert view.pooled == 1 and view.low == -0.1
     image = Image.open(io.BytesIO(base64.b64decode(view.maps[2].uri.split(",")[1])))
-    colours = [",".join(map(str, colour)) for colour in np.asarray(image.convert("RGB")).reshape(-1, 3)]
-    read = view.low + (1 - view.low) * np.array([view.palette.index(colour) for colour in colours]) / 100
+    colours = [
+        ",".join(map(str, colour)) for colour in np.asarray(image.convert("RGB")).reshape(-1, 3)
+    ]
+    read = (
+        view.low
+        + (1 - view.low) * np.array([view.palette.index(colour) for colour in colours]) / 100
+    )
     assert np.abs(read.reshape(7, 7) - data.orm[2]).max() <= 0.0056
     assert np.allclose(pool(np.arange(9.0).reshape(3, 3), 2), [[2, 3.5], [6.5, 8]])
     assert len(set(view.palette)) == len(view.palette)
@@ -355,7 +409,12 @@ def test_heat_maps_keep_their_values():
 def test_pictures_of_any_channels(channels):
     batch = pictures(0)[..., :1].repeat(channels, axis=-1)
     table = picture_table(ImageSet({"float": batch}), {})
-    assert table.shown == 8 and table.width == 32 and table.reduction == 1 and table.rows[0].title == "float"
+    assert (
+        table.shown == 8
+        and table.width == 32
+        and table.reduction == 1
+        and table.rows[0].title == "float"
+    )
 
 
 def test_colours_have_enough_contrast():
@@ -364,9 +423,17 @@ def test_colours_have_enough_contrast():
     light = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", blocks[0]))
     for changes in blocks:
         colours = {**light, **dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", changes))}
-        text = [("ink", "paper"), ("quiet", "paper"), ("accent", "paper"), ("bad", "paper"), ("ink", "raised")]
+        text = [
+            ("ink", "paper"),
+            ("quiet", "paper"),
+            ("accent", "paper"),
+            ("bad", "paper"),
+            ("ink", "raised"),
+        ]
         text += [("quiet", "raised"), ("ink", "accent-soft"), ("on-w8a8", "w8a8")]
-        text += [("on-scheme", scheme) for scheme in ("fp16", "w8a16", "w4a16", "w4a8", "other-scheme")]
+        text += [
+            ("on-scheme", scheme) for scheme in ("fp16", "w8a16", "w4a16", "w4a8", "other-scheme")
+        ]
         for ink, ground in text:
             assert contrast(colours[ink], colours[ground]) >= 4.5, (ink, ground)
         for mark in ("accent", "int8", "int4", "strong-line"):
@@ -392,7 +459,12 @@ def test_reasons_for_fp16():
     rows = {entry.reason: entry for entry in kept_in_fp16(make_report())}
     assert rows[CHOSEN_FP16].names == ("time_embedding.linear_1", "conv_out")
     assert rows["the recipe protects 'conv_in'"].count == 1
-    assert [entry.kind for entry in kept_in_fp16(make_report())] == ["layer", "layer", "other", "other"]
+    assert [entry.kind for entry in kept_in_fp16(make_report())] == [
+        "layer",
+        "layer",
+        "other",
+        "other",
+    ]
     row = LayerRow(name="a", op="Conv", scheme="fp16", bytes=2, fp16_bytes=2, weights=1)
     assert kept_in_fp16(make_report(layers=(row,), others=()))[0].reason == CHOSEN_FP16
 
@@ -402,18 +474,32 @@ def test_network_keeps_order_and_every_layer(report):
     assert [block.index for row in rows for block in row.blocks] == list(range(len(report.layers)))
     assert sum(row.bytes for row in rows) == sum(layer.bytes for layer in report.layers)
     assert max(sum(block.width for block in row.blocks) for row in rows) == pytest.approx(100)
-    assert [row.name for row in rows][:4] == ["time_embedding", "conv_in", "down_blocks.0", "down_blocks.1"]
+    assert [row.name for row in rows][:4] == [
+        "time_embedding",
+        "conv_in",
+        "down_blocks.0",
+        "down_blocks.1",
+    ]
 
 
 def test_headline_is_fair_when_int8_is_better():
     worse = make_report(psnr_db=40.0)
     assert "40.0 dB" in headline(worse)[1] and "42.2 dB" in headline(worse)[2]
-    assert "-2.2 dB against everything INT8" in html_page(worse) and "more squared pixel error" in html_page(worse)
+    assert "-2.2 dB against everything INT8" in html_page(
+        worse
+    ) and "more squared pixel error" in html_page(worse)
 
 
 @pytest.mark.parametrize(
     ("value", "said"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (999_700, "1.00 MB"), (1_414_000, "1.41 MB"), (2.5e9, "2.50 GB")],
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.00 kB"),
+        (999_700, "1.00 MB"),
+        (1_414_000, "1.41 MB"),
+        (2.5e9, "2.50 GB"),
+    ],
 )
 def test_sizes(value, said):
     assert size(value) == said
@@ -423,8 +509,19 @@ def test_numbers_as_read():
     assert error(1.66e-6) == "1.7 × 10⁻⁶" and error(0.0) == "0" and error(None) == "not measured"
     assert error(12.0) == "1.2 × 10¹"
     assert decibels(None, True) == "identical images" and decibels(None) == "not measured"
-    assert [digits(v) for v in (9.996, 0.5, 141.4, 12345.0, 0)] == ["10.0", "0.500", "141", "12,300", "0"]
-    assert [duration(v) for v in (0.42, 12.34, 125.2, 119.7)] == ["0.42 s", "12.3 s", "2 min 5 s", "2 min 0 s"]
+    assert [digits(v) for v in (9.996, 0.5, 141.4, 12345.0, 0)] == [
+        "10.0",
+        "0.500",
+        "141",
+        "12,300",
+        "0",
+    ]
+    assert [duration(v) for v in (0.42, 12.34, 125.2, 119.7)] == [
+        "0.42 s",
+        "12.3 s",
+        "2 min 5 s",
+        "2 min 0 s",
+    ]
 
 
 def test_axes_enclose_their_values():
@@ -438,7 +535,10 @@ def test_axes_enclose_their_values():
 
 
 def test_curve_and_engine_latency_are_drawn():
-    curve = tuple(CurvePoint(size_ratio=r, predicted_nmse=1e-6, psnr_db=40 + 100 * r) for r in (0.26, 0.3, 0.4))
+    curve = tuple(
+        CurvePoint(size_ratio=r, predicted_nmse=1e-6, psnr_db=40 + 100 * r)
+        for r in (0.26, 0.3, 0.4)
+    )
     engine = EngineInfo(
         backend="TensorRT",
         version="10.13",
@@ -455,7 +555,8 @@ def test_curve_and_engine_latency_are_drawn():
 
 def test_labels_of_plans_of_one_size_do_not_overlap():
     others = {
-        name: Control(title=name, size_bytes=1, size_ratio=0.35, psnr_db=56.6) for name in ("size-only", "random")
+        name: Control(title=name, size_bytes=1, size_ratio=0.35, psnr_db=56.6)
+        for name in ("size-only", "random")
     }
     text = size_quality_chart(make_report(controls=others))
     heights = sorted(float(y) for y in re.findall(r'class="label" x="[\d.]+" y="([\d.]+)"', text))
@@ -483,8 +584,17 @@ def test_the_corrected_variant_stands_beside_the_plan_and_is_no_control() -> Non
 
 def test_the_headline_says_which_latency_was_not_estimated():
     """A dash would be read as none."""
-    times = {"ours_ms": 2.0, "fp16_ms": 3.0, "int8_ms": 2.5, "others_ms": 0.1, "batch": 1, "source": "estimated"}
-    expected = ExpectedLatency(**times, basis="peak figures", measured=0, estimated=9, objective="error")
+    times = {
+        "ours_ms": 2.0,
+        "fp16_ms": 3.0,
+        "int8_ms": 2.5,
+        "others_ms": 0.1,
+        "batch": 1,
+        "source": "estimated",
+    }
+    expected = ExpectedLatency(
+        **times, basis="peak figures", measured=0, estimated=9, objective="error"
+    )
     rows = {row[0]: row[-1] for row in glance_rows(make_report(expected_latency=expected))}
     assert rows["Everything FP16"] == "3.00 ms"
     assert rows["Everything INT4"] == "not estimated"

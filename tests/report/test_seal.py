@@ -32,7 +32,9 @@ def refused(path, said):
 
 
 def test_a_report_as_it_was_written_is_verified(report):
-    assert read_report(report).psnr_db == read_report(report.parent).psnr_db == make_report().psnr_db
+    assert (
+        read_report(report).psnr_db == read_report(report.parent).psnr_db == make_report().psnr_db
+    )
 
 
 def test_any_digit_that_was_changed_is_noticed(report):
@@ -44,7 +46,12 @@ def test_any_digit_that_was_changed_is_noticed(report):
         at = found.start() + found.group().startswith("-")
         report.write_text(text[:at] + str(int(text[at]) % 9 + 1) + text[at + 1 :], encoding="utf-8")
         # A schema that this release does not know is refused as such.
-        refused(report, "has schema" if '"schema_version": ' in text[at - 20 : at] else "was changed after it was")
+        refused(
+            report,
+            "has schema"
+            if '"schema_version": ' in text[at - 20 : at]
+            else "was changed after it was",
+        )
     report.write_text(text, encoding="utf-8")
     assert read_report(report).label == str(report)
 
@@ -62,7 +69,17 @@ def test_any_digit_that_was_changed_is_noticed(report):
         lambda values: values.update(sha256=None),
         lambda values: values.pop("sha256"),
     ],
-    ids=["word", "key lost", "key more", "order", "null", "NaN", "digest", "no digest", "digest lost"],
+    ids=[
+        "word",
+        "key lost",
+        "key more",
+        "order",
+        "null",
+        "NaN",
+        "digest",
+        "no digest",
+        "digest lost",
+    ],
 )
 def test_every_other_change_is_noticed(report, change):
     values = json.loads(report.read_text(encoding="utf-8"))
@@ -100,7 +117,12 @@ def as_javascript(value):
     ids=["one line", "indented", "reversed", "javascript", "exponents", "tabs"],
 )
 def test_another_layout_of_the_same_values_is_verified(tmp_path, layout):
-    data = make_report(psnr_db=57.0, ssim=1.0, measured_nmse=1.7e-06, psnr_db_interval={"low": 0.1 + 0.2, "high": 60})
+    data = make_report(
+        psnr_db=57.0,
+        ssim=1.0,
+        measured_nmse=1.7e-06,
+        psnr_db_interval={"low": 0.1 + 0.2, "high": 60},
+    )
     path = write_reports(data, tmp_path)[0]
     before, figures = path.read_text(encoding="utf-8"), read_report(path)
     path.write_text(layout(json.loads(before)), encoding="utf-8")
@@ -111,32 +133,57 @@ def test_another_layout_of_the_same_values_is_verified(tmp_path, layout):
 @settings(max_examples=200, deadline=None)
 @given(
     st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats(allow_nan=False, allow_infinity=False)
+        | st.text(),
         lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
     )
 )
 def test_values_go_through_json_without_another_digest(value):
     text = report_json({"value": value})
-    assert json.loads(text)["sha256"] == values_digest(text) == values_digest(json.dumps(json.loads(text)))
+    assert (
+        json.loads(text)["sha256"]
+        == values_digest(text)
+        == values_digest(json.dumps(json.loads(text)))
+    )
 
 
-@given(st.floats(allow_nan=False, allow_infinity=False), st.floats(allow_nan=False, allow_infinity=False))
+@given(
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.floats(allow_nan=False, allow_infinity=False),
+)
 def test_two_floats_share_a_digest_only_where_they_are_equal(a, b):
     assert (values_digest(json.dumps({"x": a})) == values_digest(json.dumps({"x": b}))) == (a == b)
 
 
 def test_neighbouring_numbers_and_types_differ():
-    digests = [values_digest(f'{{"x": {x}}}') for x in (2**53, 2**53 + 1, 2**60, 2**60 + 1, "true", "1", '"1"', "0.1")]
-    digests += [values_digest('{"x": 0.10000000000000002}'), values_digest("{}"), values_digest('{"y": 1}')]
+    digests = [
+        values_digest(f'{{"x": {x}}}')
+        for x in (2**53, 2**53 + 1, 2**60, 2**60 + 1, "true", "1", '"1"', "0.1")
+    ]
+    digests += [
+        values_digest('{"x": 0.10000000000000002}'),
+        values_digest("{}"),
+        values_digest('{"y": 1}'),
+    ]
     assert len(set(digests)) == len(digests)
-    assert values_digest('{"x": 1.0}') == values_digest('{"x": 1}') == values_digest('{"x": 1e0, "sha256": "a"}')
+    assert (
+        values_digest('{"x": 1.0}')
+        == values_digest('{"x": 1}')
+        == values_digest('{"x": 1e0, "sha256": "a"}')
+    )
 
 
 def test_the_commands_refuse_a_changed_report(report):
     report.write_text(
-        report.read_text(encoding="utf-8").replace('"psnr_db": 56.64', '"psnr_db": 66.64'), encoding="utf-8"
+        report.read_text(encoding="utf-8").replace('"psnr_db": 56.64', '"psnr_db": 66.64'),
+        encoding="utf-8",
     )
     gate = ["gate", str(report), "--min-psnr", "40"]
     for command in (gate, ["compare", str(report), str(report)]):
         changed = RUNNER.invoke(app, command)
-        assert isinstance(changed.exception, UsageError) and "was changed" in changed.exception.message
+        assert (
+            isinstance(changed.exception, UsageError) and "was changed" in changed.exception.message
+        )

@@ -48,7 +48,9 @@ def im2col(x: np.ndarray, node, kernel: tuple[int, ...], group: int) -> np.ndarr
     dilations = list(attributes["dilations"].ints) if "dilations" in attributes else [1, 1]
     pads = list(attributes["pads"].ints) if "pads" in attributes else [0, 0, 0, 0]
     padded = np.pad(x, ((0, 0), (0, 0), (pads[0], pads[2]), (pads[1], pads[3])))
-    high, wide = ((padded.shape[2 + d] - dilations[d] * (kernel[d] - 1) - 1) // strides[d] + 1 for d in (0, 1))
+    high, wide = (
+        (padded.shape[2 + d] - dilations[d] * (kernel[d] - 1) - 1) // strides[d] + 1 for d in (0, 1)
+    )
     rows = []
     for i, j in product(range(high), range(wide)):
         taps = [
@@ -81,7 +83,11 @@ def check(given: Case) -> None:
         expected = brute_force(given, layer)
         assert found[layer.name].blocks.shape == expected.shape
         np.testing.assert_allclose(
-            found[layer.name].blocks, expected, rtol=2e-4, atol=1e-5 * np.abs(expected).max(), err_msg=layer.name
+            found[layer.name].blocks,
+            expected,
+            rtol=2e-4,
+            atol=1e-5 * np.abs(expected).max(),
+            err_msg=layer.name,
         )
 
 
@@ -116,9 +122,15 @@ def test_automatic_pads_are_those_of_the_runtime(mode: str) -> None:
     given = case(g, (4, 6, 7))
     found = hessians(given)["auto"]
     # An independent way: outputs without bias have the second moment w H w^T, summed over positions.
-    matrix = np.asarray(given.graph.model.graph.initializers["auto.weight"].const_value).reshape(8, -1)
+    matrix = np.asarray(given.graph.model.graph.initializers["auto.weight"].const_value).reshape(
+        8, -1
+    )
     bias = np.asarray(given.graph.model.graph.initializers["auto.bias"].const_value)
-    outputs = [y[0] - bias[:, None, None] for step in given.activations(["auto_out"])["auto_out"] for y in step]
+    outputs = [
+        y[0] - bias[:, None, None]
+        for step in given.activations(["auto_out"])["auto_out"]
+        for y in step
+    ]
     measured = np.mean([np.square(y).mean(axis=(1, 2)) for y in outputs], axis=0)
     expected = np.einsum("ok,kl,ol->o", matrix, found.blocks[0], matrix)
     np.testing.assert_allclose(expected, measured, rtol=1e-3)
@@ -129,7 +141,9 @@ def test_products_of_two_three_and_four_dimensions() -> None:
     g.input("sample", ["N", 4, 6, 8])
     x = with_timestep(g, "sample", 4)
     four = g.matmul(x, "four", 8, 8)
-    three = g.matmul(g.op("Reshape", [four, g.weight("s3", np.array([0, 24, 8]))], "r3"), "three", 10, 8)
+    three = g.matmul(
+        g.op("Reshape", [four, g.weight("s3", np.array([0, 24, 8]))], "r3"), "three", 10, 8
+    )
     two = g.op("Reshape", [three, g.weight("s2", np.array([-1, 10]))], "r2")
     end(g, g.gemm(two, "two.transposed", 12, 10, trans_b=1), rank=2)
     end(g, g.gemm(two, "two.plain", 7, 10, trans_b=0), rank=2)
@@ -162,10 +176,17 @@ def test_timestep_without_batch_axis() -> None:
     g = GraphBuilder()
     g.input("sample", ["N", 4, 6, 6])
     g.input("timestep", [])
-    scaled = g.op("Mul", [g.weight("f", np.linspace(0.001, 0.01, 8, dtype=np.float32)[None]), "timestep"], "angle")
+    scaled = g.op(
+        "Mul",
+        [g.weight("f", np.linspace(0.001, 0.01, 8, dtype=np.float32)[None]), "timestep"],
+        "angle",
+    )
     shift = g.gemm(g.op("Sin", [scaled], "sin"), "time.proj", 4, 8)
     axes = g.weight("axes23", np.array([2, 3], np.int64))
-    end(g, g.conv(g.op("Add", ["sample", g.op("Unsqueeze", [shift, axes], "u")], "add"), "conv", 4, 4))
+    end(
+        g,
+        g.conv(g.op("Add", ["sample", g.op("Unsqueeze", [shift, axes], "u")], "add"), "conv", 4, 4),
+    )
     check(case(g, (4, 6, 6), batched=False))
 
 
@@ -179,7 +200,10 @@ def test_wide_layers_become_block_diagonal() -> None:
     for number, width in enumerate(cut.widths):
         place = slice(start, start + width)
         np.testing.assert_allclose(
-            cut.blocks[number, :width, :width], full[name].blocks[0, place, place], rtol=1e-4, atol=1e-6
+            cut.blocks[number, :width, :width],
+            full[name].blocks[0, place, place],
+            rtol=1e-4,
+            atol=1e-6,
         )
         start += width
 
@@ -198,12 +222,16 @@ def test_a_small_cap_means_more_passes_and_the_same_matrices() -> None:
     found = iterate_hessians(given.graph, calls_of(given), settings, Listening())
     once = hessians(given)
     for hessian in found:
-        np.testing.assert_allclose(hessian.blocks, once[hessian.layer.name].blocks, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(
+            hessian.blocks, once[hessian.layer.name].blocks, rtol=1e-4, atol=1e-6
+        )
     assert len(bars) > 1
 
 
 @pytest.mark.parametrize("guarded", [False, True])
-def test_rows_that_were_gathered_elsewhere_give_the_same_bits(tmp_path: Path, guarded: bool) -> None:
+def test_rows_that_were_gathered_elsewhere_give_the_same_bits(
+    tmp_path: Path, guarded: bool
+) -> None:
     """Timestep by timestep, the last one first, in plans of their own: as workers do it."""
     given, guard = denoiser_case(), tmp_path / "guard"
     guard.touch()
@@ -215,10 +243,16 @@ def test_rows_that_were_gathered_elsewhere_give_the_same_bits(tmp_path: Path, gu
     for number in range(len(plan)):
         elsewhere = HessianPlan.of(*calls, guard=guard if guarded else None).gathering(number)
         moved: list[int] = []
-        steps = {step: list(elsewhere.at(step, moved.append)) for step in reversed(range(plan.timesteps))}
+        steps = {
+            step: list(elsewhere.at(step, moved.append)) for step in reversed(range(plan.timesteps))
+        }
         assert sum(moved) == sum(plan.calls(step) for step in range(plan.timesteps))
-        found += plan.hessians(number, (rows for step in range(plan.timesteps) for rows in steps[step]))
-        assert {layer.name for layer in plan.layers(number)} <= {hessian.layer.name for hessian in found}
+        found += plan.hessians(
+            number, (rows for step in range(plan.timesteps) for rows in steps[step])
+        )
+        assert {layer.name for layer in plan.layers(number)} <= {
+            hessian.layer.name for hessian in found
+        }
     assert len(plan) > 1 and [h.layer for h in found] == [h.layer for h in here]
     for one, other in zip(found, here):
         np.testing.assert_array_equal(one.blocks, other.blocks)

@@ -40,8 +40,15 @@ def clip_and_round(w: np.ndarray, scale: np.ndarray, low: int, high: int) -> np.
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10_000), st.sampled_from([1, 2, 4]), st.sampled_from([4, 8]), st.floats(1e-3, 30.0))
-def test_the_chosen_scale_is_never_worse_than_the_plain_ones(seed: int, blocks: int, bits: int, spread: float) -> None:
+@given(
+    st.integers(0, 10_000),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([4, 8]),
+    st.floats(1e-3, 30.0),
+)
+def test_the_chosen_scale_is_never_worse_than_the_plain_ones(
+    seed: int, blocks: int, bits: int, spread: float
+) -> None:
     weight = random_weight(seed, spread=spread)
     importance = np.random.default_rng(seed + 1).uniform(0.1, 2, 32)
     precision = INT4 if bits == 4 else INT8
@@ -60,14 +67,20 @@ def test_the_chosen_scale_is_never_worse_than_the_plain_ones(seed: int, blocks: 
         assert np.sum(error(scale)) <= np.sum(error(plain)) * 1.02
 
 
-@pytest.mark.parametrize("piece_bytes", [1, 3 * 4 * 32, 1 << 30], ids=["a row", "three rows", "all rows"])
-def test_scales_do_not_depend_on_the_rows_searched_together(piece_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "piece_bytes", [1, 3 * 4 * 32, 1 << 30], ids=["a row", "three rows", "all rows"]
+)
+def test_scales_do_not_depend_on_the_rows_searched_together(
+    piece_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weight, importance = random_weight(3, rows=7), np.random.default_rng(4).uniform(0.1, 2, 32)
     block_scale = choose_scale(weight, importance, 2, INT4)
     multiples = choose_multiple_scale(weight, importance, block_scale)
     monkeypatch.setattr(quantizers, "PIECE_BYTES", piece_bytes)
     np.testing.assert_array_equal(choose_scale(weight, importance, 2, INT4), block_scale)
-    for again, before in zip(choose_multiple_scale(weight, importance, block_scale), multiples, strict=True):
+    for again, before in zip(
+        choose_multiple_scale(weight, importance, block_scale), multiples, strict=True
+    ):
         np.testing.assert_array_equal(again, before)
 
 
@@ -82,8 +95,12 @@ def test_a_zero_channel_quantizes_to_zeros_with_a_valid_scale() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10_000), st.sampled_from([1, 2, 4, 8]), st.sampled_from([1e-4, 1e-3, 0.1, 5.0]))
-def test_requantizing_the_stored_weight_to_int8_is_exact(seed: int, blocks: int, spread: float) -> None:
+@given(
+    st.integers(0, 10_000), st.sampled_from([1, 2, 4, 8]), st.sampled_from([1e-4, 1e-3, 0.1, 5.0])
+)
+def test_requantizing_the_stored_weight_to_int8_is_exact(
+    seed: int, blocks: int, spread: float
+) -> None:
     weight = random_weight(seed, spread=spread)
     weight[0] *= 40  # channels of very different size
     free = choose_scale(weight, np.ones(32), blocks, INT4)
@@ -95,7 +112,9 @@ def test_requantizing_the_stored_weight_to_int8_is_exact(seed: int, blocks: int,
         matrix = QuantizedMatrix(np.full(weight.shape, code, np.int8), scale, channel)
         expected = matrix.effective_scale() * code
         assert np.abs(requantized).max() <= 127
-        np.testing.assert_allclose(requantized * channel.astype(np.float32)[:, None], expected, rtol=1e-6, atol=0)
+        np.testing.assert_allclose(
+            requantized * channel.astype(np.float32)[:, None], expected, rtol=1e-6, atol=0
+        )
 
 
 def by_column(step: np.ndarray, quant_min: int = -8, quant_max: int = 7) -> Grid:
@@ -103,7 +122,9 @@ def by_column(step: np.ndarray, quant_min: int = -8, quant_max: int = 7) -> Grid
     return Grid(step, np.arange(step.shape[1]), quant_min, quant_max)
 
 
-def naive_gptq(w: np.ndarray, step: np.ndarray, hessian: np.ndarray, damping: float, order: np.ndarray) -> np.ndarray:
+def naive_gptq(
+    w: np.ndarray, step: np.ndarray, hessian: np.ndarray, damping: float, order: np.ndarray
+) -> np.ndarray:
     """GPTQ as the paper states it: round one column, update the rest with H^-1, remove the column, repeat."""
     h = np.array(hessian, np.float64) + damping * np.diag(np.diagonal(hessian))
     left, w = list(order), w.astype(np.float64).copy()
@@ -120,7 +141,9 @@ def naive_gptq(w: np.ndarray, step: np.ndarray, hessian: np.ndarray, damping: fl
 
 def test_gptq_equals_the_paper_s_procedure_where_it_beats_nearest() -> None:
     weight, hessian = random_weight(3), random_hessian(4)
-    step = np.repeat(choose_scale(weight, np.diagonal(hessian), 2, INT4).astype(np.float32), 16, axis=1)
+    step = np.repeat(
+        choose_scale(weight, np.diagonal(hessian), 2, INT4).astype(np.float32), 16, axis=1
+    )
     order = np.argsort(-np.diagonal(hessian), kind="stable")
     expected = naive_gptq(weight, step, hessian, 0.01, order)
     (codes,) = gptq_codes(weight, [by_column(step)], hessian, 0.01)
@@ -134,7 +157,9 @@ def test_gptq_equals_the_paper_s_procedure_where_it_beats_nearest() -> None:
 @given(st.integers(0, 10_000))
 def test_gptq_is_never_worse_than_nearest_in_any_row(seed: int) -> None:
     weight, hessian = random_weight(seed), random_hessian(seed + 1)
-    step = np.repeat(choose_scale(weight, np.diagonal(hessian), 1, INT4).astype(np.float32), 32, axis=1)
+    step = np.repeat(
+        choose_scale(weight, np.diagonal(hessian), 1, INT4).astype(np.float32), 32, axis=1
+    )
 
     def row_error(codes: np.ndarray) -> np.ndarray:
         e = weight - codes * step
@@ -150,7 +175,14 @@ def test_rounding_forms_together_or_apart_gives_the_same_codes() -> None:
     grids = []
     for blocks, precision in ((2, INT4), (4, INT4), (1, INT8)):
         step = choose_scale(weight, np.ones(32), blocks, precision).astype(np.float32)
-        grids.append(Grid(step, np.repeat(np.arange(blocks), 32 // blocks), precision.quant_min, precision.quant_max))
+        grids.append(
+            Grid(
+                step,
+                np.repeat(np.arange(blocks), 32 // blocks),
+                precision.quant_min,
+                precision.quant_max,
+            )
+        )
     together = gptq_codes(weight, grids, hessian, 0.01)
     apart = [gptq_codes(weight, [grid], hessian, 0.01)[0] for grid in grids]
     for one, other in zip(together, apart, strict=True):
@@ -173,7 +205,9 @@ def test_the_factor_makes_the_damped_hessian_diagonal_and_survives_dead_columns(
 
 @pytest.mark.parametrize("columns", [1, 255, 256, 257, 700])
 @pytest.mark.parametrize(("damping", "accuracy"), [(0.05, 1e-4), (1e-4, 1e-8)])
-def test_the_factor_is_that_of_a_whole_cholesky(columns: int, damping: float, accuracy: float) -> None:
+def test_the_factor_is_that_of_a_whole_cholesky(
+    columns: int, damping: float, accuracy: float
+) -> None:
     """Also where columns are few chunks or many, their inputs differ by orders, and correlations are strong."""
     rng = np.random.default_rng(columns)
     shared = rng.standard_normal((2000, 3)) @ rng.standard_normal((3, columns))
@@ -186,16 +220,23 @@ def test_the_factor_is_that_of_a_whole_cholesky(columns: int, damping: float, ac
     sizes = np.sqrt(np.diagonal(hessian)).astype(np.float64)
     expected = (lower / np.diagonal(lower))[::-1, ::-1] - np.eye(columns)
     found = factor * sizes[None] / sizes[:, None]
-    np.testing.assert_allclose(found, expected * sizes[None] / sizes[:, None], atol=max(accuracy, 1e-6))
+    np.testing.assert_allclose(
+        found, expected * sizes[None] / sizes[:, None], atol=max(accuracy, 1e-6)
+    )
 
 
 def test_errors_are_summed_as_the_damped_hessian_sees_them() -> None:
-    hessian, errors = random_hessian(3), np.random.default_rng(4).standard_normal((32, 5)).astype(np.float32)
+    hessian, errors = (
+        random_hessian(3),
+        np.random.default_rng(4).standard_normal((32, 5)).astype(np.float32),
+    )
     expected = np.einsum("ko,kj,jo->o", errors, damped(hessian, 0.02), errors)
     factor, pivots = gptq_factor(hessian, 0.02)
     np.testing.assert_allclose(seen_error(errors, factor, pivots, chunk=10), expected, rtol=1e-5)
     remaining = np.ascontiguousarray(random_weight(5).T)
-    found = compensate(remaining, factor, pivots, lambda i, wanted: np.rint(4 * wanted) / 4, chunk=10)
+    found = compensate(
+        remaining, factor, pivots, lambda i, wanted: np.rint(4 * wanted) / 4, chunk=10
+    )
     np.testing.assert_allclose(found, seen_error(remaining, factor, pivots), rtol=1e-4)
 
 
@@ -235,7 +276,9 @@ def test_refining_never_makes_a_row_worse_and_ends_where_no_single_code_helps(
     w, hessian = random_weight(seed), random_hessian(seed + 1)
     codes, scale = nearest_form(w, blocks)
     [(better, fitted)] = refine_rounding(w, [(codes, scale)], [hessian], 0.01, rounds)
-    before, after = (damped_error(w, c, s, hessian, 0.01) for c, s in ((codes, scale), (better, fitted)))
+    before, after = (
+        damped_error(w, c, s, hessian, 0.01) for c, s in ((codes, scale), (better, fitted))
+    )
     assert np.all(after <= before * (1 + 1e-4) + 1e-9)
     assert np.any(after < before)
     # Many rounds with the scales as they are end where no single code can be moved to advantage.
@@ -275,7 +318,9 @@ def test_refining_by_diagonal_blocks_equals_the_whole_block_diagonal_matrix(
     apart = refine_rounding(w, [(codes, scale)], parts, undamped, 2)[0]
     joined = refine_rounding(w, [(codes, scale)], [whole], undamped, 2)[0]
     np.testing.assert_array_equal(apart[0], joined[0])
-    np.testing.assert_allclose(apart[1].astype(np.float32), joined[1].astype(np.float32), rtol=2e-3)  # one FP16 ulp
+    np.testing.assert_allclose(
+        apart[1].astype(np.float32), joined[1].astype(np.float32), rtol=2e-3
+    )  # one FP16 ulp
 
 
 def test_refining_forms_together_or_apart_gives_the_same() -> None:
@@ -294,15 +339,23 @@ def test_rounding_hardly_depends_on_how_large_a_column_s_input_is() -> None:
     factor = 2.0 ** np.random.default_rng(12).integers(-5, 6, 32).astype(np.float32)
     step = np.full_like(w, 0.02)
     plain = gptq_codes(w, [by_column(step)], hessian, 0.05)[0]
-    scaled = gptq_codes(w / factor, [by_column(step / factor)], hessian * factor[:, None] * factor[None], 0.05)[0]
+    scaled = gptq_codes(
+        w / factor, [by_column(step / factor)], hessian * factor[:, None] * factor[None], 0.05
+    )[0]
     # Columns are visited by falling diagonal, so the order differs, and with it the last bit of some codes.
     error = [np.einsum("ok,kj,oj->", w - c * step, hessian, w - c * step) for c in (plain, scaled)]
     assert error[1] == pytest.approx(error[0], rel=0.15)
 
 
-def naive_refined(w: np.ndarray, codes: np.ndarray, scale: np.ndarray, h: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def naive_refined(
+    w: np.ndarray, codes: np.ndarray, scale: np.ndarray, h: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """One round as its docstring states it, row by row and in float64: all columns together."""
-    codes, scale, block = codes.astype(np.float64), scale.astype(np.float64), w.shape[1] // scale.shape[1]
+    codes, scale, block = (
+        codes.astype(np.float64),
+        scale.astype(np.float64),
+        w.shape[1] // scale.shape[1],
+    )
 
     def fit(row: int) -> None:
         for b in range(scale.shape[1]):
@@ -321,7 +374,9 @@ def naive_refined(w: np.ndarray, codes: np.ndarray, scale: np.ndarray, h: np.nda
         step = np.repeat(scale[row], block)
         for k in range(w.shape[1]):
             error = w[row] - codes[row] * step
-            codes[row, k] = np.clip(np.rint(codes[row, k] + h[k] @ error / (h[k, k] * step[k])), -8, 7)
+            codes[row, k] = np.clip(
+                np.rint(codes[row, k] + h[k] @ error / (h[k, k] * step[k])), -8, 7
+            )
         fit(row)
     return codes, scale
 
@@ -337,13 +392,20 @@ def test_refining_is_what_it_says() -> None:
 
 
 def test_parts_of_a_block_diagonal_matrix_are_those_of_the_dense_one() -> None:
-    blocks = [random_hessian(seed, size).astype(np.float32) for seed, size in ((1, 5), (2, 9), (3, 4))]
+    blocks = [
+        random_hessian(seed, size).astype(np.float32) for seed, size in ((1, 5), (2, 9), (3, 4))
+    ]
     dense, start = np.zeros((18, 18), np.float32), 0
     for block in blocks:
         dense[start : start + len(block), start : start + len(block)] = block
         start += len(block)
-    matrix, rows = quantizers.BlockDiagonal(blocks), np.random.default_rng(0).random((18, 3), np.float32)
+    matrix, rows = (
+        quantizers.BlockDiagonal(blocks),
+        np.random.default_rng(0).random((18, 3), np.float32),
+    )
     for first in range(18):
         for last in range(first + 1, 19):
             np.testing.assert_array_equal(matrix.square(first, last), dense[first:last, first:last])
-            np.testing.assert_allclose(matrix.times(first, last, rows), dense[first:last] @ rows, rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(
+                matrix.times(first, last, rows), dense[first:last] @ rows, rtol=1e-5, atol=1e-5
+            )

@@ -25,7 +25,11 @@ def test_gptq_takes_about_its_estimate(names: tuple[str, ...], rows: int, column
     schemes = tuple(scheme for scheme in schemes_named(names) if not scheme.branch)
     choices = choices_for(layer, schemes, refuse_none)
     tracemalloc.start()
-    found = round_candidates(layer, choices, weight, moments, widths=(columns,), gptq=True, damping=0.05, refinements=2)
+    found = round_candidates(
+        layer, choices, weight, moments, widths=(columns,), gptq=True, damping=0.05, refinements=2
+    )
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert 0.9 * peak < rounding_bytes(weight.size, columns, len(found.forms), gptq=True) < 1.3 * peak
+    assert (
+        0.9 * peak < rounding_bytes(weight.size, columns, len(found.forms), gptq=True) < 1.3 * peak
+    )

@@ -62,7 +62,11 @@ def test_equal_outputs_have_equal_digests(tmp_path: Path) -> None:
 
 
 def test_a_run_folder_is_locked_while_open(tmp_path: Path) -> None:
-    with open_run(tmp_path / "run"), pytest.raises(RunFolderError, match="in use"), open_run(tmp_path / "run"):
+    with (
+        open_run(tmp_path / "run"),
+        pytest.raises(RunFolderError, match="in use"),
+        open_run(tmp_path / "run"),
+    ):
         pass
     with open_run(tmp_path / "run"):
         pass
@@ -71,7 +75,9 @@ def test_a_run_folder_is_locked_while_open(tmp_path: Path) -> None:
 def test_folders_of_another_format_or_kind_are_refused(tmp_path: Path) -> None:
     with open_run(tmp_path / "run"):
         pass
-    (tmp_path / "run" / "run.json").write_text(json.dumps({"format": 99, "made_by": "7.0"}), encoding="utf-8")
+    (tmp_path / "run" / "run.json").write_text(
+        json.dumps({"format": 99, "made_by": "7.0"}), encoding="utf-8"
+    )
     with pytest.raises(RunFolderError, match=r"7\.0"), open_run(tmp_path / "run"):
         pass
     (tmp_path / "photos").mkdir()

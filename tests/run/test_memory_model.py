@@ -36,15 +36,24 @@ STAGES = ("calibrate", "candidates", "measure", "allocate", "quantize")
 # With one call at a time: larger values make the probes take fewer calls at once, and that may be less in all.
 RECIPE = make_recipe({"measure": {"batch_size": 1}})
 GB = 10**9
-SMALL = ModelSize(weights=GB // 10, largest=10**6, values=GB // 10, alive=GB // 100, outputs=GB // 50)
+SMALL = ModelSize(
+    weights=GB // 10, largest=10**6, values=GB // 10, alive=GB // 100, outputs=GB // 50
+)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_more_of_anything_never_takes_less(stage: str) -> None:
     before = estimate_stage(stage, SMALL, RECIPE, 4).total
     for field in ("largest", "values", "alive", "outputs"):
-        assert estimate_stage(stage, replace(SMALL, **{field: 4 * getattr(SMALL, field)}), RECIPE, 4).total >= before
-    assert estimate_stage(stage, replace(SMALL, weights=4 * SMALL.weights), RECIPE, 4).total > before
+        assert (
+            estimate_stage(
+                stage, replace(SMALL, **{field: 4 * getattr(SMALL, field)}), RECIPE, 4
+            ).total
+            >= before
+        )
+    assert (
+        estimate_stage(stage, replace(SMALL, weights=4 * SMALL.weights), RECIPE, 4).total > before
+    )
 
 
 # Without the order of salient channels, which takes torch.
@@ -52,7 +61,10 @@ UNORDERED = {"quantize": {"salience": "kurtosis"}}
 
 
 def test_every_worker_that_rounds_takes_its_own() -> None:
-    wide, recipe = replace(SMALL, patches=(Patches(1, 2048, 1024),), nodes=500), make_recipe(UNORDERED)
+    wide, recipe = (
+        replace(SMALL, patches=(Patches(1, 2048, 1024),), nodes=500),
+        make_recipe(UNORDERED),
+    )
     each = candidates_worker_bytes(wide, recipe, 4)
     alone, two, four = (estimate_stage("candidates", wide, recipe, 4, n) for n in (0, 2, 4))
     assert alone.total < two.total < four.total
@@ -71,7 +83,9 @@ def test_every_worker_that_rounds_takes_its_own() -> None:
 
 @pytest.mark.parametrize("stage", ("calibrate", "measure"))
 def test_large_weights_count_once(stage: str) -> None:
-    one, two = (estimate_stage(stage, replace(SMALL, weights=n * 10 * GB), RECIPE, 4).total for n in (1, 2))
+    one, two = (
+        estimate_stage(stage, replace(SMALL, weights=n * 10 * GB), RECIPE, 4).total for n in (1, 2)
+    )
     assert two - one == 10 * GB
 
 
@@ -93,7 +107,10 @@ def test_estimates_lie_within_a_quarter_of_measured_peaks(stage: str) -> None:
 
 
 def test_batches_count() -> None:
-    calibrated = [estimate_stage("calibrate", SMALL, make_recipe({"calibrate": {"batch_size": n}}), 4) for n in (2, 4)]
+    calibrated = [
+        estimate_stage("calibrate", SMALL, make_recipe({"calibrate": {"batch_size": n}}), 4)
+        for n in (2, 4)
+    ]
     assert calibrated[1].values == pytest.approx(2 * calibrated[0].values, rel=1e-6)
 
 
@@ -108,7 +125,9 @@ def test_a_stage_that_does_not_fit_is_refused_with_its_figures() -> None:
     estimate = estimate_stage("measure", SMALL, RECIPE, 4)
     estimate.refuse_too_large(None, "")
     estimate.refuse_too_large(Room(estimate.total, "it"), "")
-    with pytest.raises(UsageError, match=r"'measure' would need about \d\.\d GB .* and the box has 0\.3 GB") as caught:
+    with pytest.raises(
+        UsageError, match=r"'measure' would need about \d\.\d GB .* and the box has 0\.3 GB"
+    ) as caught:
         estimate.refuse_too_large(Room(3 * GB // 10, "the box"), "Lower something.")
     assert caught.value.hint == "Lower something."
 
@@ -149,9 +168,13 @@ def test_long_attention_counts(tmp_path: Path) -> None:
     inputs = [make_tensor_value_info("x", TensorProto.FLOAT, ["n", tokens, width])]
     outputs = [make_tensor_value_info("y", TensorProto.FLOAT, ["n", None, None])]
     weight = from_array(np.ones((width, width), np.float32), "w")
-    model = make_model(make_graph(nodes, "g", inputs, outputs, [weight]), opset_imports=[make_opsetid("", 20)])
+    model = make_model(
+        make_graph(nodes, "g", inputs, outputs, [weight]), opset_imports=[make_opsetid("", 20)]
+    )
     onnx.save(model, tmp_path / "m.onnx")
-    size = model_size(tmp_path / "m.onnx", layer_graph(load_model(tmp_path / "m.onnx")), {"x": (1, tokens, width)})
+    size = model_size(
+        tmp_path / "m.onnx", layer_graph(load_model(tmp_path / "m.onnx")), {"x": (1, tokens, width)}
+    )
     scores, small = 4 * tokens * tokens, 4 * tokens * width
     # Softmax writes over the scores; the input's copy, q and the transposed keys may live beside them.
     assert scores <= size.alive <= scores + 4 * small
@@ -163,13 +186,19 @@ def test_long_attention_counts(tmp_path: Path) -> None:
 def test_tensors_are_counted_from_headers(tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
-    arrays = {"a": np.zeros((3, 5), np.float16), "b": np.zeros(7, np.float32), "c": np.zeros((), np.float32)}
+    arrays = {
+        "a": np.zeros((3, 5), np.float16),
+        "b": np.zeros(7, np.float32),
+        "c": np.zeros((), np.float32),
+    }
     save_file(arrays, tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert source_size([tmp_path / "model.safetensors"]) == (4 * (15 + 7 + 1), 3)
     assert source_size([]) == (0, 0)
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff" * 5000, b"\x00\x20" + bytes(6) + b'{"a": {"dtype": "F16"'])
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff" * 5000, b"\x00\x20" + bytes(6) + b'{"a": {"dtype": "F16"']
+)
 def test_a_damaged_file_of_weights_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(ModelError, match=r"model\.safetensors cannot be read") as caught:
@@ -179,7 +208,9 @@ def test_a_damaged_file_of_weights_is_named(tmp_path: Path, content: bytes) -> N
 
 def test_constants_and_values_are_those_of_the_graph(tmp_path: Path) -> None:
     path = save_denoiser(tmp_path)
-    size = model_size(path, layer_graph(load_model(path)), {"sample": (1, 3, 8, 8), "timestep": (1,)})
+    size = model_size(
+        path, layer_graph(load_model(path)), {"sample": (1, 3, 8, 8), "timestep": (1,)}
+    )
     one = 4 * 16 * 8 * 8  # channels x side x side
     assert size.weights == sum(
         value.const_value.nbytes  # type: ignore[union-attr]

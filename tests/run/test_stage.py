@@ -66,7 +66,9 @@ def test_a_stage_is_made_after_all_that_it_needs_and_once(made_up: MadeUp, tmp_p
     assert made_up.made == ["first", "second", "last"]
 
 
-def test_a_stage_that_the_recipe_does_not_want_is_passed_over_on_the_way(made_up: MadeUp, tmp_path: Path) -> None:
+def test_a_stage_that_the_recipe_does_not_want_is_passed_over_on_the_way(
+    made_up: MadeUp, tmp_path: Path
+) -> None:
     opened(tmp_path / "run", recovers=False).current("last")
     assert made_up.made == ["first", "last"]
     opened(tmp_path / "run", recovers=False).current("second")  # asked for by name, it is made
@@ -82,7 +84,11 @@ def test_only_what_reads_a_changed_output_is_made_again(made_up: MadeUp, tmp_pat
     # "last" is made after "second", but does not read it.
     assert made_up.made == ["second"]
     text = "\n".join(notes.lines)
-    assert "first      up to date" in text and "second     again: second.value changed" in text and "wrote 20" in text
+    assert (
+        "first      up to date" in text
+        and "second     again: second.value changed" in text
+        and "wrote 20" in text
+    )
     made_up.made.clear()
     made_up.values["first"] = "10"
     notes = Notes()

@@ -56,7 +56,9 @@ def test_the_deployed_graphs_are_those_of_recover_where_the_recipe_wants_it(run:
 
 
 def test_a_worker_opens_a_folder_by_its_recipe(tmp_path: Path) -> None:
-    (tmp_path / RECIPE).write_text(Recipe.model_validate({"budget": 0.31}).to_yaml(), encoding="utf-8")
+    (tmp_path / RECIPE).write_text(
+        Recipe.model_validate({"budget": 0.31}).to_yaml(), encoding="utf-8"
+    )
     opened = Run.opened(tmp_path, Talk())
     assert str(opened.recipe.budget) == "0.31" and not opened.results
     assert [file.name for file in tmp_path.iterdir()] == [RECIPE]  # no lock, nothing written

@@ -81,7 +81,9 @@ def backend(folder: Path, content: bytes) -> Any:
 
 
 @pytest.mark.parametrize("content", [b"rtx", b"trt"])
-def test_batches_are_split_and_outputs_are_the_callers_own(cuda: None, tmp_path: Path, content: bytes) -> None:
+def test_batches_are_split_and_outputs_are_the_callers_own(
+    cuda: None, tmp_path: Path, content: bytes
+) -> None:
     engine = backend(tmp_path, content)
     former = None
     for seed in range(3):
@@ -94,7 +96,9 @@ def test_batches_are_split_and_outputs_are_the_callers_own(cuda: None, tmp_path:
         former = (found, found.clone())
 
 
-def test_tensorrts_calls_are_captured_once_their_shapes_are_settled(cuda: None, tmp_path: Path) -> None:
+def test_tensorrts_calls_are_captured_once_their_shapes_are_settled(
+    cuda: None, tmp_path: Path
+) -> None:
     engine = backend(tmp_path, b"trt")
     Graph.context = engine._opened.context
     replays = []
@@ -115,6 +119,8 @@ def test_rtx_captures_by_itself_and_its_cache_is_kept_per_shape(cuda: None, tmp_
 
 
 def test_an_engine_of_another_gpu_is_refused(cuda: None, tmp_path: Path) -> None:
-    (tmp_path / "build.json").write_text('{"compute_capabilities": ["SM75"], "target": "rtx-turing"}', encoding="utf-8")
+    (tmp_path / "build.json").write_text(
+        '{"compute_capabilities": ["SM75"], "target": "rtx-turing"}', encoding="utf-8"
+    )
     with pytest.raises(EngineError, match="the GPU here is SM89"):
         backend(tmp_path, b"rtx")

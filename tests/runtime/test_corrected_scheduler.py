@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 
 from mpq_deploy.errors import ModelError, UsageError
-from mpq_deploy.runtime.corrected_scheduler import PREDICTIONS, clean_slope, ddim_effect, ddpm_effect, noise_slope
+from mpq_deploy.runtime.corrected_scheduler import (
+    PREDICTIONS,
+    clean_slope,
+    ddim_effect,
+    ddpm_effect,
+    noise_slope,
+)
 from mpq_deploy.runtime.correction import Correction, CorrectionStep
 
 pytestmark = pytest.mark.torch
@@ -31,7 +37,12 @@ CLASSES = [
     "LCMScheduler",
     "FlowMatchEulerDiscreteScheduler",
 ]
-RANDOM = ("DDPMScheduler", "DDPMParallelScheduler", "EulerAncestralDiscreteScheduler", "LCMScheduler")
+RANDOM = (
+    "DDPMScheduler",
+    "DDPMParallelScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "LCMScheduler",
+)
 
 
 def identity(channels: int, prediction: str = "epsilon") -> Correction:
@@ -45,10 +56,18 @@ def identity(channels: int, prediction: str = "epsilon") -> Correction:
         heldout_nmse_before=0.0,
         heldout_nmse_fitted=0.0,
     )
-    return Correction(models={"m": ""}, prediction_type=prediction, channels=channels, bias_per="scalar", steps=(step,))
+    return Correction(
+        models={"m": ""},
+        prediction_type=prediction,
+        channels=channels,
+        bias_per="scalar",
+        steps=(step,),
+    )
 
 
-def known(slope: float, bias: float, variance: float, prediction: str = "epsilon", channels: int = 1) -> Correction:
+def known(
+    slope: float, bias: float, variance: float, prediction: str = "epsilon", channels: int = 1
+) -> Correction:
     """The same correction at every timestep; ``variance`` of the residual before the division by 1 + slope."""
     step = CorrectionStep(
         timestep=500.0,
@@ -60,7 +79,11 @@ def known(slope: float, bias: float, variance: float, prediction: str = "epsilon
         heldout_nmse_fitted=0.5,
     )
     return Correction(
-        models={"m": "0"}, prediction_type=prediction, channels=channels, bias_per="scalar", steps=(step,)
+        models={"m": "0"},
+        prediction_type=prediction,
+        channels=channels,
+        bias_per="scalar",
+        steps=(step,),
     )
 
 
@@ -87,7 +110,9 @@ def sampled(moving: Any, name: str, steps: int = 5, **options: Any) -> Any:
         options["generator"] = torch.Generator().manual_seed(3)
     for t in moving.timesteps:
         fed = moving.scale_model_input(x, t) if hasattr(moving, "scale_model_input") else x
-        x = moving.step(torch.tanh(fed * (1 + float(t) / 1000)), t, x, return_dict=False, **options)[0]
+        x = moving.step(
+            torch.tanh(fed * (1 + float(t) / 1000)), t, x, return_dict=False, **options
+        )[0]
     return x.numpy()
 
 
@@ -122,7 +147,9 @@ def test_a_known_slope_and_bias_are_undone_in_every_sampler(name: str) -> None:
             return self.inner.step(output * (1 + SLOPE) + BIAS, t, x, **options)
 
     plain = sampled(scheduler(name), name)
-    corrected = sampled(Quantized(wrapped(scheduler(name), known(SLOPE, BIAS, 0.0, channels=3))), name)
+    corrected = sampled(
+        Quantized(wrapped(scheduler(name), known(SLOPE, BIAS, 0.0, channels=3))), name
+    )
     wrong = sampled(Quantized(scheduler(name)), name)
     assert np.abs(corrected - plain).max() < 1e-4 * np.abs(plain).max()
     assert np.abs(wrong - plain).max() > 1e-2 * np.abs(plain).max()
@@ -130,7 +157,9 @@ def test_a_known_slope_and_bias_are_undone_in_every_sampler(name: str) -> None:
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize(("power", "previous"), [(0.3, 0.5), (0.01, 0.02), (0.9, 0.99)])
-def test_ddim_of_eta_one_and_ddpm_have_the_same_effect(prediction: str, power: float, previous: float) -> None:
+def test_ddim_of_eta_one_and_ddpm_have_the_same_effect(
+    prediction: str, power: float, previous: float
+) -> None:
     sigma = math.sqrt((1 - previous) / (1 - power) * (1 - power / previous))
     assert sum(ddim_effect(prediction, power, previous, sigma)) == pytest.approx(
         ddpm_effect(prediction, power, previous)
@@ -140,7 +169,9 @@ def test_ddim_of_eta_one_and_ddpm_have_the_same_effect(prediction: str, power: f
 def test_the_papers_formulas_for_epsilon() -> None:
     power, previous, sigma = 0.3, 0.5, 0.2
     alpha = power / previous
-    assert ddpm_effect("epsilon", power, previous) ** 2 == pytest.approx((1 - alpha) ** 2 / (alpha * (1 - power)))
+    assert ddpm_effect("epsilon", power, previous) ** 2 == pytest.approx(
+        (1 - alpha) ** 2 / (alpha * (1 - power))
+    )
     code = math.sqrt(1 - previous - sigma**2) - math.sqrt(previous * (1 - power) / power)
     assert sum(ddim_effect("epsilon", power, previous, sigma)) == pytest.approx(code)
 
@@ -192,7 +223,9 @@ def test_a_step_has_the_float_models_moments(
     held = (1 + SLOPE) ** 2 * variance
     moving = wrapped(inner, known(SLOPE, BIAS, held, prediction))
     corrected = moments(moving, quantized, x, timestep, **options)
-    left_in = moments(wrapped(inner, known(SLOPE, BIAS, 0.0, prediction)), quantized, x, timestep, **options)
+    left_in = moments(
+        wrapped(inner, known(SLOPE, BIAS, 0.0, prediction)), quantized, x, timestep, **options
+    )
     error = math.sqrt(2 / count)
     assert moving.last_step.noise_share == pytest.approx(0.4, rel=0.01)
     assert corrected[0] == pytest.approx(mean, abs=5 * math.sqrt(spread / count))
@@ -228,7 +261,10 @@ def test_a_learned_variance_gives_way_too() -> None:
     mean, spread = moments(inner, output, x, 500)
     found = moments(moving, torch.cat([residual, 0.2 * x], dim=1), x, 500)
     assert moving.last_step.noise_share > 0.01
-    assert found == (pytest.approx(mean, abs=5 * (spread / count) ** 0.5), pytest.approx(spread, rel=5 * 0.0023))
+    assert found == (
+        pytest.approx(mean, abs=5 * (spread / count) ** 0.5),
+        pytest.approx(spread, rel=5 * 0.0023),
+    )
 
 
 def test_where_the_image_is_clipped_the_noise_stays() -> None:
@@ -246,7 +282,9 @@ def test_where_the_image_is_clipped_the_noise_stays() -> None:
     assert moving.last_step.noise_share > 0
 
 
-@pytest.mark.parametrize(("correlation", "factor"), [(1.0, 1.0), (0.0, (1 - 3.0) ** 2 + 3.0**2), (-1.0, 25.0)])
+@pytest.mark.parametrize(
+    ("correlation", "factor"), [(1.0, 1.0), (0.0, (1 - 3.0) ** 2 + 3.0**2), (-1.0, 25.0)]
+)
 def test_guidance_scales_the_residual(correlation: float, factor: float) -> None:
     """(1 - w) r_u + w r_c by hand, at w = 3."""
     import torch
@@ -266,14 +304,20 @@ def test_guidance_scales_the_residual(correlation: float, factor: float) -> None
 
 
 def test_it_says_what_applies() -> None:
-    assert "comes out of DDPMScheduler" in wrapped(scheduler("DDPMScheduler"), known(0, 0, 1)).variance_note
+    assert (
+        "comes out of DDPMScheduler"
+        in wrapped(scheduler("DDPMScheduler"), known(0, 0, 1)).variance_note
+    )
     assert "eta > 0" in wrapped(scheduler("DDIMScheduler"), known(0, 0, 1)).variance_note
     for name, config in [
         ("EulerDiscreteScheduler", {}),
         ("DDPMScheduler", {"thresholding": True}),
         ("DDPMScheduler", {"variance_type": "fixed_large_log"}),
     ]:
-        assert "slope and bias only" in wrapped(scheduler(name, **config), known(0, 0, 1)).variance_note
+        assert (
+            "slope and bias only"
+            in wrapped(scheduler(name, **config), known(0, 0, 1)).variance_note
+        )
 
 
 def test_everything_else_is_the_wrapped_schedulers() -> None:
@@ -298,7 +342,9 @@ def test_half_precision_stays_half() -> None:
     inner = scheduler("DDIMScheduler")
     inner.set_timesteps(4)
     x = torch.ones(1, 1, 4, 4, dtype=torch.float16)
-    moved = wrapped(inner, known(SLOPE, BIAS, 1e-4)).step(x, inner.timesteps[0], x, return_dict=False)[0]
+    moved = wrapped(inner, known(SLOPE, BIAS, 1e-4)).step(
+        x, inner.timesteps[0], x, return_dict=False
+    )[0]
     assert moved.dtype == torch.float16
 
 
@@ -338,7 +384,9 @@ def test_in_a_pipeline_of_diffusers() -> None:
 
     def images() -> Any:
         generator = torch.Generator().manual_seed(0)
-        return pipeline(num_inference_steps=3, eta=0.5, generator=generator, output_type="np").images
+        return pipeline(
+            num_inference_steps=3, eta=0.5, generator=generator, output_type="np"
+        ).images
 
     plain = images()
     inner = pipeline.scheduler

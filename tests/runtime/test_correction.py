@@ -11,18 +11,32 @@ import pytest
 
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.evaluate.cache import model_digest
-from mpq_deploy.runtime.correction import Correction, CorrectionStep, load_correction, read_correction
+from mpq_deploy.runtime.correction import (
+    Correction,
+    CorrectionStep,
+    load_correction,
+    read_correction,
+)
 from tests.graphs import denoiser_graph
 from tests.runtime.test_corrected_scheduler import identity
 
 
-def step(timestep: float, slope: float = 0.1, bias: tuple[float, ...] = (0.2, 0.0), **values: Any) -> CorrectionStep:
-    given = {"residual_variance": 0.01, "applied": True, "heldout_nmse_before": 0.02, "heldout_nmse_fitted": 0.01}
+def step(
+    timestep: float, slope: float = 0.1, bias: tuple[float, ...] = (0.2, 0.0), **values: Any
+) -> CorrectionStep:
+    given = {
+        "residual_variance": 0.01,
+        "applied": True,
+        "heldout_nmse_before": 0.02,
+        "heldout_nmse_fitted": 0.01,
+    }
     return CorrectionStep(timestep=timestep, slope=slope, bias=bias, **{**given, **values})
 
 
 def two_steps(models: dict[str, str] | None = None) -> Correction:
-    refused = step(300, 0.0, (0.0, 0.0), residual_variance=0.03, applied=False, heldout_nmse_fitted=0.04)
+    refused = step(
+        300, 0.0, (0.0, 0.0), residual_variance=0.03, applied=False, heldout_nmse_fitted=0.04
+    )
     return Correction(
         models=models or {"model.onnx": "0" * 64},
         prediction_type="epsilon",

@@ -48,7 +48,9 @@ def test_a_text_pipeline_gives_the_same_images(tmp_path: Path, xl: bool) -> None
     def images() -> Any:
         size = {"height": 16, "width": 16}
         generator = torch.Generator().manual_seed(5)
-        return pipe("abc", generator=generator, num_inference_steps=3, output_type="np", **size).images
+        return pipe(
+            "abc", generator=generator, num_inference_steps=3, output_type="np", **size
+        ).images
 
     before = images()
     assert np.ptp(before) > 0.1
@@ -57,7 +59,9 @@ def test_a_text_pipeline_gives_the_same_images(tmp_path: Path, xl: bool) -> None
     pipe.to("cpu", torch.float32)
     # Another prompt is another image: the conditions arrive.
     replaced.eval()
-    assert not np.allclose(pipe("xyz", num_inference_steps=3, output_type="np", height=16, width=16).images, before)
+    assert not np.allclose(
+        pipe("xyz", num_inference_steps=3, output_type="np", height=16, width=16).images, before
+    )
 
 
 def test_an_unconditional_pipeline_gives_the_same_images(tmp_path: Path) -> None:
@@ -65,7 +69,12 @@ def test_an_unconditional_pipeline_gives_the_same_images(tmp_path: Path) -> None
     pipe = diffusers.DDIMPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     before, after = (
-        pipe(batch_size=2, generator=torch.Generator().manual_seed(5), num_inference_steps=4, output_type="np").images
+        pipe(
+            batch_size=2,
+            generator=torch.Generator().manual_seed(5),
+            num_inference_steps=4,
+            output_type="np",
+        ).images
         for pipe.unet in (pipe.unet, exported(folder, tmp_path / "run" / "export"))
     )
     assert np.ptp(before) > 0.1
@@ -82,13 +91,17 @@ def test_it_answers_like_the_unet(classes: tuple[Path, RuntimeUNet]) -> None:
     with torch.no_grad():
         expected = unet(sample, 400, class_labels=label).sample
         each = unet(sample, times, class_labels=label).sample
-    assert torch.allclose(replaced(sample, 400, class_labels=label).sample, expected, atol=TOLERANCE)
+    assert torch.allclose(
+        replaced(sample, 400, class_labels=label).sample, expected, atol=TOLERANCE
+    )
     tensor = replaced(sample, torch.tensor(400), class_labels=label, return_dict=False)[0]
     assert torch.allclose(tensor, expected, atol=TOLERANCE)
     assert torch.allclose(replaced(sample, times, class_labels=label)[0], each, atol=TOLERANCE)
     # Strided input, half precision: cast on the way in and out.
     turned = sample.transpose(2, 3).contiguous().transpose(2, 3)
-    assert torch.allclose(replaced(turned, 400, class_labels=label).sample, expected, atol=TOLERANCE)
+    assert torch.allclose(
+        replaced(turned, 400, class_labels=label).sample, expected, atol=TOLERANCE
+    )
     half = replaced(sample.half(), 400, class_labels=label).sample
     assert half.dtype == torch.float16 and torch.allclose(half.float(), expected, atol=2e-2)
     assert replaced.to(torch.float16).dtype == torch.float16

@@ -31,6 +31,12 @@ def test_an_infinite_mask_is_no_fault(tmp_path: Path) -> None:
 def test_the_first_of_the_nodes_that_overflow_is_named(tmp_path: Path) -> None:
     feeds = {"x": np.ones((3, 4), np.float32)}
     assert first_not_finite(masked(tmp_path, 1e30), feeds) == "'out', the output of the Mul 'twice'"
-    assert first_not_finite(masked(tmp_path, np.inf), feeds) == "'once_out', the output of the Mul 'once'"
+    assert (
+        first_not_finite(masked(tmp_path, np.inf), feeds)
+        == "'once_out', the output of the Mul 'once'"
+    )
     one = {"x": np.full((1, 4), np.nan, np.float32)}
-    assert first_not_finite(masked(tmp_path, 1.0), one) == "'masked_out', the output of the Add 'masked'"
+    assert (
+        first_not_finite(masked(tmp_path, 1.0), one)
+        == "'masked_out', the output of the Add 'masked'"
+    )

@@ -56,14 +56,19 @@ def test_a_session_without_copies_of_its_weights_computes_the_same(
 def test_inputs_are_cast_to_the_declared_types(exported: ExportedModel) -> None:
     run = OrtDenoiser(exported.model, exported.spec)
     precise = run(sample(2), 10.0, {"y": np.arange(2)})
-    cast = run(sample(2).astype(np.float64), np.array([10, 10], np.int32), {"y": np.arange(2, dtype=np.uint8)})
+    cast = run(
+        sample(2).astype(np.float64),
+        np.array([10, 10], np.int32),
+        {"y": np.arange(2, dtype=np.uint8)},
+    )
     np.testing.assert_array_equal(precise, cast)
 
 
 def test_strided_views_are_accepted(exported: ExportedModel) -> None:
     run = OrtDenoiser(exported.model, exported.spec)
     np.testing.assert_array_equal(
-        run(sample(4)[::2], 10.0, {"y": np.arange(4)[::2]}), run(sample(4), 10.0, {"y": np.arange(4)})[::2]
+        run(sample(4)[::2], 10.0, {"y": np.arange(4)[::2]}),
+        run(sample(4), 10.0, {"y": np.arange(4)})[::2],
     )
 
 
@@ -121,7 +126,9 @@ def test_a_truncated_file_is_named(exported: ExportedModel, tmp_path: Path, kept
         make_session(path)
 
 
-def test_a_missing_file_an_unknown_provider_and_a_wrong_description(exported: ExportedModel, tmp_path: Path) -> None:
+def test_a_missing_file_an_unknown_provider_and_a_wrong_description(
+    exported: ExportedModel, tmp_path: Path
+) -> None:
     with pytest.raises(ModelError, match="no ONNX file"):
         make_session(tmp_path / "none.onnx")
     with pytest.raises(UsageError, match="CPUExecutionProvider"):

@@ -19,7 +19,9 @@ def package(folder: Path, files: dict[str, str]) -> list[house.Module]:
 
 
 def test_loose_files_and_folders(tmp_path: Path) -> None:
-    modules = package(tmp_path, dict.fromkeys(["__init__", "api", "docs", "graph/save", "graph/passes/fold"], ""))
+    modules = package(
+        tmp_path, dict.fromkeys(["__init__", "api", "docs", "graph/save", "graph/passes/fold"], "")
+    )
     (tmp_path / "house" / "images").mkdir()
     assert house.loose_files(modules) == ["api.py", "docs.py"]
     assert house.top_folders(modules) == ["graph"]
@@ -27,7 +29,9 @@ def test_loose_files_and_folders(tmp_path: Path) -> None:
 
 def test_names_that_occur_twice_leave_stages_and_package_files_aside(tmp_path: Path) -> None:
     for room in ("graph", "check", "stages"):
-        package(tmp_path, dict.fromkeys([f"{room}/__init__", f"{room}/memory", f"{room}/{room}s"], ""))
+        package(
+            tmp_path, dict.fromkeys([f"{room}/__init__", f"{room}/memory", f"{room}/{room}s"], "")
+        )
     modules = house.read_package(tmp_path / "house")
     assert house.repeated_names(modules) == ["memory"]
     (tmp_path / "house" / "check" / "memory.py").unlink()
@@ -35,10 +39,14 @@ def test_names_that_occur_twice_leave_stages_and_package_files_aside(tmp_path: P
 
 
 @pytest.mark.parametrize(("statements", "is_long"), [(49, False), (50, True)])
-def test_long_functions_count_their_signature(tmp_path: Path, statements: int, is_long: bool) -> None:
+def test_long_functions_count_their_signature(
+    tmp_path: Path, statements: int, is_long: bool
+) -> None:
     body = "\n".join(["    x = 1"] * statements)
     modules = package(tmp_path, {"api": f"class A:\n  @staticmethod\n  def run():\n{body}\n"})
-    assert house.long_functions(modules) == ([f"api.py:3 run ({statements + 1})"] if is_long else [])
+    assert house.long_functions(modules) == (
+        [f"api.py:3 run ({statements + 1})"] if is_long else []
+    )
 
 
 @pytest.mark.parametrize(

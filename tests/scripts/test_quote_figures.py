@@ -41,7 +41,9 @@ def test_documents_quote_the_pages_as_they_are(document: Path) -> None:
 def test_every_marker_is_one_that_is_read(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
     assert text.count("<!-- quote ") == len(INLINE.findall(text)) + len(TABLE.findall(text))
-    assert not re.search(r"^<!-- quote .*<!-- end -->", text, re.MULTILINE), "it would end the paragraph"
+    assert not re.search(r"^<!-- quote .*<!-- end -->", text, re.MULTILINE), (
+        "it would end the paragraph"
+    )
 
 
 def test_the_readme_is_short_and_quotes_its_results() -> None:
@@ -91,4 +93,6 @@ def test_what_is_not_there_is_named(folder: Path, marker: str, message: str) -> 
 
 def test_a_table_of_other_length_is_refused(folder: Path) -> None:
     with pytest.raises(QuoteError, match="2 rows are quoted in a table of 1"):
-        quoted("<!-- quote page.md | 0.35; 0.5 | PSNR dB -->\n\n| | dB |\n|---|---:|\n| a |\n", folder)
+        quoted(
+            "<!-- quote page.md | 0.35; 0.5 | PSNR dB -->\n\n| | dB |\n|---|---:|\n| a |\n", folder
+        )

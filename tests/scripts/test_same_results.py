@@ -13,7 +13,12 @@ import pytest
 
 from scripts.same_results import BY_DIGEST, Rules, differing_runs, differing_values, main
 
-REPORT = {"psnr_db": 41.2, "layers": [{"name": "conv", "loss": 1e-9}], "sha256": "ab", "groups": None}
+REPORT = {
+    "psnr_db": 41.2,
+    "layers": [{"name": "conv", "loss": 1e-9}],
+    "sha256": "ab",
+    "groups": None,
+}
 PLAN = {"schemes": {"conv": "w8a16"}, "size_bytes": 10, "notes": ["one layer is slower"]}
 
 
@@ -42,7 +47,12 @@ def run(tmp_path: Path) -> Path:
     for name in BY_DIGEST:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(name.encode())
-    write_package(folder / "mine.mpq.tar", manifest__json=b'{"name": "a"}', weights__bin=b"1", install__pyz=b"1")
+    write_package(
+        folder / "mine.mpq.tar",
+        manifest__json=b'{"name": "a"}',
+        weights__bin=b"1",
+        install__pyz=b"1",
+    )
     return folder
 
 
@@ -52,7 +62,9 @@ def twin(run: Path) -> Path:
 
 
 def change(file: Path, **values: Any) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | values), encoding="utf-8")
+    file.write_text(
+        json.dumps(json.loads(file.read_text(encoding="utf-8")) | values), encoding="utf-8"
+    )
 
 
 def test_a_copy_is_the_same(run: Path, twin: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,7 +83,9 @@ def test_a_copy_is_the_same(run: Path, twin: Path, capsys: pytest.CaptureFixture
         "engine/layers.txt",
     ],
 )
-def test_one_byte_is_found(run: Path, twin: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_byte_is_found(
+    run: Path, twin: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     (twin / name).write_bytes((twin / name).read_bytes()[:-1] + b"!")
     assert main([str(run), str(twin)]) == 1
     assert capsys.readouterr().out.startswith(f"{name}: bytes differ (")
@@ -88,7 +102,9 @@ def test_one_byte_is_found(run: Path, twin: Path, name: str, capsys: pytest.Capt
         ("report.json", {"new": 1}, "new: only in NEW"),
     ],
 )
-def test_one_value_is_found(run: Path, twin: Path, name: str, values: dict[str, Any], line: str) -> None:
+def test_one_value_is_found(
+    run: Path, twin: Path, name: str, values: dict[str, Any], line: str
+) -> None:
     change(twin / name, **values)
     assert differing_runs(run, twin, Rules()) == [f"{name}: {line}"]
 
@@ -101,7 +117,9 @@ def test_a_missing_file_is_found(run: Path, twin: Path) -> None:
 
 
 def test_packages_are_compared_by_part(run: Path, twin: Path) -> None:
-    write_package(twin / "mine.mpq.tar", manifest__json=b'{"name": "b"}', weights__bin=b"2", install__pyz=b"2")
+    write_package(
+        twin / "mine.mpq.tar", manifest__json=b'{"name": "b"}', weights__bin=b"2", install__pyz=b"2"
+    )
     lines = differing_runs(run, twin, Rules())
     assert lines[0] == 'mine.mpq.tar/manifest.json: name: "a" -> "b"'
     assert lines[1].startswith("mine.mpq.tar/weights.bin: bytes differ")
@@ -112,7 +130,13 @@ def test_what_is_set_aside(run: Path, twin: Path) -> None:
     change(twin / "engine/build.json", sha256="cd", build_seconds=3)
     stages = [{"seconds": 1, "peak_rss_bytes": 2, "cached": True}]
     change(run / "report.json", stages=stages, versions={"numpy": "1"}, cpu_latency=None)
-    change(twin / "report.json", stages=[{}], versions={"numpy": "2"}, cpu_latency={"ours_ms": 1}, sha256="ef")
+    change(
+        twin / "report.json",
+        stages=[{}],
+        versions={"numpy": "2"},
+        cpu_latency={"ours_ms": 1},
+        sha256="ef",
+    )
     assert differing_runs(run, twin, Rules()) == []
 
 
@@ -121,7 +145,9 @@ def test_renamed_and_removed_fields(run: Path, twin: Path) -> None:
     report["layers"] = [{"name": "conv", "predicted_loss": 1e-9}]
     (twin / "report.json").write_text(json.dumps(report), encoding="utf-8")
     assert len(differing_runs(run, twin, Rules())) == 3
-    assert main([str(run), str(twin), "--renamed", "loss=predicted_loss", "--removed", "groups"]) == 0
+    assert (
+        main([str(run), str(twin), "--renamed", "loss=predicted_loss", "--removed", "groups"]) == 0
+    )
 
 
 def test_wording(run: Path, twin: Path) -> None:

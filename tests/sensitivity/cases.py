@@ -19,7 +19,16 @@ from mpq_deploy.models.spec import DenoiserSpec, InputSpec
 from mpq_deploy.sensitivity.layer_weights import float_matrix
 from tests.graphs import GraphBuilder
 
-NAMES = ("fp16", "w8a8", "w8a16", "w4a16-b32", "w4a8-b32", "w8a8+cols1", "w4a8-b32+cols1", "w8a8+scale5")
+NAMES = (
+    "fp16",
+    "w8a8",
+    "w8a16",
+    "w4a16-b32",
+    "w4a8-b32",
+    "w8a8+cols1",
+    "w4a8-b32+cols1",
+    "w8a8+scale5",
+)
 # One weight form behind two activation forms, and two behind one.
 NAMES = (*NAMES, "w5a16-sim", "w5a7-sim", "w6a7-sim")
 ROWS = tuple(f"{body}+rows{tenths}" for body in ("w4a16-b32", "w4a8-b32") for tenths in (1, 2, 3))
@@ -92,7 +101,9 @@ class Setting:
         model.CopyFrom(self.model)
         known = {v.name for v in model.graph.output}
         model.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n not in known)
-        session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(
+            model.SerializeToString(), providers=["CPUExecutionProvider"]
+        )
         declared = {v.name for v in session.get_inputs()}
         feeds = {n: v for n, v in self.feeds(step).items() if n in declared}
         asked = [n for n in names if n not in feeds]
@@ -100,7 +111,11 @@ class Setting:
 
 
 def setting(
-    builder: GraphBuilder, shape: tuple[int, ...], steps: int = 2, calls: int = 3, batched_time: bool = True
+    builder: GraphBuilder,
+    shape: tuple[int, ...],
+    steps: int = 2,
+    calls: int = 3,
+    batched_time: bool = True,
 ) -> Setting:
     model = builder.model()
     graph = layer_graph(ir.from_proto(model))
@@ -120,13 +135,17 @@ def setting(
     )
     rows = tuple(SCHEMES[name] for name in ROWS)
     candidates = {
-        n.name: Rounded(n, schemes + rows * (n.out_channels > 2 and n.group == 1), float_matrix(graph, n))
+        n.name: Rounded(
+            n, schemes + rows * (n.out_channels > 2 and n.group == 1), float_matrix(graph, n)
+        )
         for n in graph.layers
     }
     made = Setting(graph, candidates, CalibrationStats({}), calibration, {}, spec, model)
     tensors = list(graph.activations)
     seen = [made.values(step, tensors) for step in range(steps)]
-    reservoirs = {name: np.concatenate([np.ravel(values[name]) for values in seen]) for name in tensors}
+    reservoirs = {
+        name: np.concatenate([np.ravel(values[name]) for values in seen]) for name in tensors
+    }
     tops = {name: float(np.abs(values).max()) for name, values in reservoirs.items()}
     empty = np.zeros(1, np.float32)
     channels = {t: _channels(n) for n in graph.layers for t in n.inputs}

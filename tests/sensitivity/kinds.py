@@ -12,7 +12,9 @@ def kinds() -> GraphBuilder:
     g.input("timestep", ["N"])
     axes = g.weight("axes", [1])
     time = g.op("Unsqueeze", ["timestep", axes], "time")
-    time = g.op("Sin", [g.op("Mul", [time, g.random("frequency", 1, 8, scale=0.01)], "angle")], "sin")
+    time = g.op(
+        "Sin", [g.op("Mul", [time, g.random("frequency", 1, 8, scale=0.01)], "angle")], "sin"
+    )
     a, b = g.gemm(time, "time.a", 8, 8, trans_b=1), g.gemm(time, "time.b", 8, 8, trans_b=0)
     shift = g.op("Unsqueeze", [g.op("Mul", [a, b], "ab"), g.weight("axes23", [2, 3])], "shift")
     x = g.op("Add", [g.conv("sample", "conv_in", 8, 4), shift], "add")

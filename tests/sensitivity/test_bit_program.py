@@ -39,7 +39,9 @@ def test_the_linear_program(seed: int, layers: int, mean: float) -> None:
     low, high, budget = np.full(layers, 4.0), np.full(layers, 16.0), mean * float(elements.sum())
     found = linear_bits(importance, elements, low, high, budget)
     unit = elements.max()
-    reference = linprog(-importance, A_ub=[elements / unit], b_ub=[budget / unit], bounds=[(4, 16)] * layers)
+    reference = linprog(
+        -importance, A_ub=[elements / unit], b_ub=[budget / unit], bounds=[(4, 16)] * layers
+    )
     assert found.objective == pytest.approx(-reference.fun, rel=1e-6)
     by_hand = knapsack(importance, elements, low, high, budget)
     assert found.objective == pytest.approx(importance @ by_hand, rel=1e-6)
@@ -60,7 +62,9 @@ def test_the_multiple_choice_program_by_every_combination(seed: int, mean: float
     assert found.objective == pytest.approx(max(importance @ bits for bits in fitting), rel=1e-9)
     assert all(bits in row for bits, row in zip(found.bits, choices))
     assert elements @ found.bits <= budget * (1 + 1e-9)
-    bound = linear_bits(importance, elements, np.array([min(r) for r in choices], float), np.full(6, 16.0), budget)
+    bound = linear_bits(
+        importance, elements, np.array([min(r) for r in choices], float), np.full(6, 16.0), budget
+    )
     assert bound.objective >= found.objective - 1e-9
 
 

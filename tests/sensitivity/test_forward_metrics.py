@@ -68,7 +68,9 @@ def test_gemm_local_error_by_hand() -> None:
     case = setting(linear(), (12,), calls=3)
     table = measure_local_error(Subject(*case, OPTIONS, Talk()))
     weight = case.candidates["first"].weight
-    bias = next(numpy_helper.to_array(w) for w in case.model.graph.initializer if w.name == "first.bias")
+    bias = next(
+        numpy_helper.to_array(w) for w in case.model.graph.initializer if w.name == "first.bias"
+    )
     x = case.calibration.samples[1]
     stats = case.stats.activations["sample"]
     for scheme in NAMES:
@@ -76,8 +78,12 @@ def test_gemm_local_error_by_hand() -> None:
         grid = (kind if kind.activation else SCHEMES["w8a8"]).input_grid(stats)
         scale = np.float32(grid.scale)
         factors = stats.factors[0].astype(np.float32) if "+scale" in scheme else np.float32(1)
-        rounded = np.clip(np.rint(x * factors / scale), grid.quant_min, grid.quant_max) * scale / factors
-        assert not kind.simulated or kind.activation is None or grid.quant_max - grid.quant_min == 127
+        rounded = (
+            np.clip(np.rint(x * factors / scale), grid.quant_min, grid.quant_max) * scale / factors
+        )
+        assert (
+            not kind.simulated or kind.activation is None or grid.quant_max - grid.quant_min == 127
+        )
         kept = stats.outliers[:1] if "+cols" in scheme else []
         rounded[:, kept] = x[:, kept]
         quantized = case.candidates["first"].weight_matrix(kind.weight_form)
@@ -87,7 +93,9 @@ def test_gemm_local_error_by_hand() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 16])
-def test_exhaustive_is_the_same_in_torch_and_in_onnxruntime(mixed: Setting, batch_size: int) -> None:
+def test_exhaustive_is_the_same_in_torch_and_in_onnxruntime(
+    mixed: Setting, batch_size: int
+) -> None:
     pytest.importorskip("torch")
     options = MeasureSettings(calls=3, batch_size=batch_size)
     one = measure_exhaustive(Subject(*mixed, options, Talk()), use_torch=True)
@@ -95,13 +103,21 @@ def test_exhaustive_is_the_same_in_torch_and_in_onnxruntime(mixed: Setting, batc
     for layer, row in one.losses.items():
         # One use of to_k's weight feeds the other's neighbour, not the other: injection is exact for it as well.
         for scheme, loss in row.items():
-            assert two.losses[layer][scheme] == pytest.approx(loss, rel=2e-2, abs=1e-12), (layer, scheme)
+            assert two.losses[layer][scheme] == pytest.approx(loss, rel=2e-2, abs=1e-12), (
+                layer,
+                scheme,
+            )
 
 
 def test_exhaustive_of_chosen_pairs_measures_only_those(mixed: Setting) -> None:
     remarks = Remarks()
-    table = measure_exhaustive(Subject(*mixed, OPTIONS, remarks), pairs={("to_q", "w8a8"), ("conv_in", "fp16")})
-    assert {layer: set(row) for layer, row in table.losses.items()} == {"to_q": {"w8a8"}, "conv_in": {"fp16"}}
+    table = measure_exhaustive(
+        Subject(*mixed, OPTIONS, remarks), pairs={("to_q", "w8a8"), ("conv_in", "fp16")}
+    )
+    assert {layer: set(row) for layer, row in table.losses.items()} == {
+        "to_q": {"w8a8"},
+        "conv_in": {"fp16"},
+    }
     total, done = remarks.bars["single layers"]
     assert total == done == 2 * 2 * 3
 
@@ -148,7 +164,8 @@ def test_noise_enters_where_it_is_put(mixed: Setting) -> None:
         moved = noisy.run(feeds, {"out_sample": np.full_like(values["out_sample"], 0.25)})
         np.testing.assert_allclose(moved, values["out_sample"] + 0.25, rtol=1e-4, atol=1e-5)
         assert not np.allclose(
-            noisy.run(feeds, {"strided_out": np.ones_like(values["strided_out"])}), values["out_sample"]
+            noisy.run(feeds, {"strided_out": np.ones_like(values["strided_out"])}),
+            values["out_sample"],
         )
 
 
@@ -245,9 +262,14 @@ def test_candidates_of_another_graph_are_refused(mixed: Setting) -> None:
 
 def test_missing_conditions_are_named(mixed: Setting) -> None:
     graph, candidates, stats, calibration, conditions, spec = mixed
-    wanted = spec.model_copy(update={"conditions": (spec.timestep.model_copy(update={"name": "prompt"}),)})
+    wanted = spec.model_copy(
+        update={"conditions": (spec.timestep.model_copy(update={"name": "prompt"}),)}
+    )
     with pytest.raises(ModelError, match="prompt"):
-        measure("gain", Subject(graph, candidates, stats, calibration, conditions, wanted, OPTIONS, Talk()))
+        measure(
+            "gain",
+            Subject(graph, candidates, stats, calibration, conditions, wanted, OPTIONS, Talk()),
+        )
 
 
 def test_stacks_hold_each_form_once() -> None:
@@ -265,5 +287,7 @@ def test_stacks_hold_each_form_once() -> None:
     for name in names:
         row = stack.with_activation.get(name, stack.weights_only.get(name))
         np.testing.assert_allclose(
-            stack.differences[row], candidate.weight_matrix(SCHEMES[name].weight_form) - weight, atol=1e-7
+            stack.differences[row],
+            candidate.weight_matrix(SCHEMES[name].weight_form) - weight,
+            atol=1e-7,
         )

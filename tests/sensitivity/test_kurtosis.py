@@ -53,7 +53,9 @@ def test_heavy_tails_come_first(mixed: Setting) -> None:
     layer = next(n for n in mixed.graph.layers if n.name == "conv_in")
     random = np.random.default_rng(5)
     # Without pre-scaling, so that only the tails differ.
-    flat = CalibrationStats({name: replace(s, amax=np.zeros(1)) for name, s in mixed.stats.activations.items()})
+    flat = CalibrationStats(
+        {name: replace(s, amax=np.zeros(1)) for name, s in mixed.stats.activations.items()}
+    )
     shape = mixed.candidates["conv_in"].weight.shape
     normal, heavy = random.standard_normal(shape), random.standard_t(3, shape)
     assert layer_kurtosis(layer, heavy, flat) > layer_kurtosis(layer, normal, flat) > 1
@@ -64,7 +66,9 @@ def test_losses_are_bits_not_given_times_weights_times_kurtosis(mixed: Setting) 
     assert table.metric == "kurtosis" and not table.predicts_nmse
     assert any("our reading" in note for note in table.notes)
     for layer in mixed.graph.layers:
-        expected = layer.weights * layer_kurtosis(layer, mixed.candidates[layer.name].weight, mixed.stats)
+        expected = layer.weights * layer_kurtosis(
+            layer, mixed.candidates[layer.name].weight, mixed.stats
+        )
         row = table.losses[layer.name]
         assert row["fp16"] == 0
         assert row["w8a16"] == pytest.approx(8 * expected)

@@ -53,7 +53,9 @@ def test_without_rotation_or_spare_calls_every_timestep_sees_the_same() -> None:
 def test_turns_number_the_calls(rotate: bool) -> None:
     calls = calls_of([n // 8 for n in range(32)], 8, 5, rotate)
     # The same turn is the same call at every timestep, and any four turns in a row have four conditions.
-    pairs = set(zip(calls.turns.reshape(-1).tolist(), calls.picked.reshape(-1).tolist(), strict=True))
+    pairs = set(
+        zip(calls.turns.reshape(-1).tolist(), calls.picked.reshape(-1).tolist(), strict=True)
+    )
     assert len(pairs) == len({turn for turn, _ in pairs}) == len({call for _, call in pairs})
     by_turn = dict(pairs)
     if rotate:

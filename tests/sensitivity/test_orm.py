@@ -57,7 +57,9 @@ def outputs(case: Setting, step: int) -> dict[str, np.ndarray[Any, Any]]:
 
 
 @pytest.mark.parametrize(("estimator", "reference"), [("biased", cka), ("debiased", debiased_cka)])
-def test_orm_of_a_graph_is_cka_of_its_outputs(mixed: Setting, estimator: Any, reference: Any) -> None:
+def test_orm_of_a_graph_is_cka_of_its_outputs(
+    mixed: Setting, estimator: Any, reference: Any
+) -> None:
     options = OPTIONS.replace(orm=OrmSettings(estimator=estimator))
     found = measure("orm", Subject(*mixed, options, Talk())).importance
     assert found is not None and found.orm is not None
@@ -69,7 +71,9 @@ def test_orm_of_a_graph_is_cka_of_its_outputs(mixed: Setting, estimator: Any, re
         assert list(found.constant[step]) == constant and sum(constant) == 2
         for i, a in enumerate(found.layers):
             for j, b in enumerate(found.layers):
-                expected = float(i == j) if constant[i] or constant[j] else reference(rows[a], rows[b])
+                expected = (
+                    float(i == j) if constant[i] or constant[j] else reference(rows[a], rows[b])
+                )
                 assert found.orm[step, i, j] == pytest.approx(expected, abs=2e-5), (a, b)
 
 
@@ -126,7 +130,9 @@ def replace_calls(case: Setting, calls: slice) -> Setting:
 def test_fewer_than_eight_calls_are_said_in_the_result(mixed: Setting) -> None:
     few = measure("orm", Subject(*mixed, OPTIONS.replace(batch_size=4), Talk()))
     assert any("only 4 calls" in note and "batch_size" in note for note in few.notes)
-    assert not any("calls at a time" in note for note in measure("orm", Subject(*mixed, OPTIONS, Talk())).notes)
+    assert not any(
+        "calls at a time" in note for note in measure("orm", Subject(*mixed, OPTIONS, Talk())).notes
+    )
 
 
 @pytest.mark.parametrize(("estimator", "calls"), [("biased", 2), ("debiased", 3)])
@@ -137,7 +143,9 @@ def test_too_few_calls_for_any_orm_are_refused(mixed: Setting, estimator: Any, c
 
 
 def test_a_model_that_takes_one_call_at_once_is_refused(mixed: Setting) -> None:
-    fixed = mixed.spec.model_copy(update={"conditions": (InputSpec(name="text", shape=(1,), batched=False),)})
+    fixed = mixed.spec.model_copy(
+        update={"conditions": (InputSpec(name="text", shape=(1,), batched=False),)}
+    )
     case = replace(mixed, spec=fixed, conditions={"text": np.zeros((1, 1), np.float32)})
     with pytest.raises(UsageError, match="takes 1 at once"):
         measure("orm", Subject(*case, OPTIONS, Talk()))
@@ -185,20 +193,31 @@ def test_the_plan_maximises_weighted_bits(method: str, bits: Any, mean_bits: flo
     c = table.importance.total
 
     def weighted(plan: Any) -> float:
-        return sum(c[i] * scheme_bits(layer, SCHEMES[plan[layer.name]], bits) for i, layer in enumerate(graph.layers))
+        return sum(
+            c[i] * scheme_bits(layer, SCHEMES[plan[layer.name]], bits)
+            for i, layer in enumerate(graph.layers)
+        )
 
     names = [layer.name for layer in graph.layers]
-    every = (dict(zip(names, choice)) for choice in product(*(table.losses[name] for name in names)))
+    every = (
+        dict(zip(names, choice)) for choice in product(*(table.losses[name] for name in names))
+    )
     best = max(weighted(plan) for plan in every if problem.plan_bytes(plan) <= problem.budget_bytes)
     assert weighted(schemes) == pytest.approx(best, rel=1e-6)
     sizes = np.array([layer.weights for layer in graph.layers], float)
     low, high = np.full(len(sizes), 4.0), np.full(len(sizes), 16.0)
-    assert linear_bits(c, sizes, low, high, 8.0 * (problem.budget_bytes - 100)).objective >= best - 1e-9
+    assert (
+        linear_bits(c, sizes, low, high, 8.0 * (problem.budget_bytes - 100)).objective
+        >= best - 1e-9
+    )
 
 
 def test_the_controls_know_sizes_and_nothing(mixed: Setting) -> None:
     even = measure("size-only", Subject(*mixed, OPTIONS, Talk())).importance
-    drawn = [measure("random", Subject(*mixed, OPTIONS.replace(seed=seed), Talk())).importance for seed in (1, 1, 2)]
+    drawn = [
+        measure("random", Subject(*mixed, OPTIONS.replace(seed=seed), Talk())).importance
+        for seed in (1, 1, 2)
+    ]
     assert even is not None and np.array_equal(even.total, np.ones(len(even.layers)))
     one, again, other = (found.total for found in drawn if found is not None)
     assert np.array_equal(one, again) and not np.allclose(one, other)
@@ -209,12 +228,16 @@ def test_activation_bits(mixed: Setting) -> None:
     def kept(**options: Any) -> tuple[dict[str, set[str]], np.ndarray[Any, Any]]:
         table = measure("orm", Subject(*mixed, OPTIONS.replace(orm=OrmSettings(**options)), Talk()))
         assert table.importance is not None
-        return {name: set(row) for name, row in table.losses.items()}, table.importance.activation_bits
+        return {
+            name: set(row) for name, row in table.losses.items()
+        }, table.importance.activation_bits
 
     rounded, bits = kept(activation_bits="int8")
     assert set(bits) == {8} and all(row == {"fp16", "w8a8", "w4a8-b32"} for row in rounded.values())
     plain, bits = kept(activation_bits="fp16")
-    assert set(bits) == {16} and all(row == {"fp16", "w8a16", "w4a16-b32"} for row in plain.values())
+    assert set(bits) == {16} and all(
+        row == {"fp16", "w8a16", "w4a16-b32"} for row in plain.values()
+    )
     assert set(kept(activation_bits="program", activation_budget=8)[1]) == {8}
     assert set(kept(activation_bits="program", activation_budget=16)[1]) == {16}
     both, bits = kept(activation_bits="program", activation_budget=11)
@@ -228,20 +251,24 @@ def test_activation_bits(mixed: Setting) -> None:
     assert schemes_at(plain_schemes, 0) == plain_schemes
 
 
-def test_losses_by_timestep_average_to_the_loss_and_survive_the_disk(mixed: Setting, tmp_path: Any) -> None:
+def test_losses_by_timestep_average_to_the_loss_and_survive_the_disk(
+    mixed: Setting, tmp_path: Any
+) -> None:
     options = OPTIONS.replace(orm=OrmSettings(beta=2, aggregation="exponential", eta=1))
     table = measure("orm", Subject(*mixed, options, Talk(), shares=(0.5, 0.3, 0.2)))
     table.save(tmp_path)
     read = SensitivityTable.load(tmp_path)
     assert not read.predicts_nmse and read.importance is not None and table.importance is not None
     for name, value in vars(table.importance).items():
-        assert np.array_equal(getattr(read.importance, name), np.asarray(value, getattr(value, "dtype", None))) or (
-            name == "orm" and np.allclose(read.importance.orm, value, atol=1e-7)
-        )
+        assert np.array_equal(
+            getattr(read.importance, name), np.asarray(value, getattr(value, "dtype", None))
+        ) or (name == "orm" and np.allclose(read.importance.orm, value, atol=1e-7))
     for i, layer in enumerate(table.importance.layers):
         for scheme, rows in read.losses_by_timestep[layer].items():
             given = {"fp16": 16, "w8a8": 8, "w4a8-b32": 4}[scheme]
-            assert read.losses[layer][scheme] == pytest.approx(table.importance.total[i] * (16 - given))
+            assert read.losses[layer][scheme] == pytest.approx(
+                table.importance.total[i] * (16 - given)
+            )
             assert rows.mean() == pytest.approx(read.losses[layer][scheme], rel=1e-5)
 
 
@@ -285,7 +312,9 @@ def test_the_first_pass_follows_the_graph() -> None:
     g.input("sample", ["N", 6])
     g.input("timestep", ["N"])
     column = g.op("Unsqueeze", ["timestep", g.weight("axes", np.array([1], np.int64))], "column")
-    late = g.op("Relu", [g.op("Sub", [g.weight("late", np.float32(200)), column], "before")], "fade")
+    late = g.op(
+        "Relu", [g.op("Sub", [g.weight("late", np.float32(200)), column], "before")], "fade"
+    )
     fade = g.op("Mul", [late, g.weight("small", np.float32(0.01))], "factor")
     first = g.gemm("sample", "first", 8, 6)
     other = g.op("Mul", [g.op("Sin", [g.op("Mul", [first, first], "sq")], "sin"), fade], "other")
@@ -318,12 +347,18 @@ def test_shares_weigh_projections_too(mixed: Setting) -> None:
         plan = {layer: "w4a16-b32"}
         rows = even.losses_by_timestep[layer]["w4a16-b32"]
         assert weighed.plan_loss(plan) == pytest.approx(np.dot((0.6, 0.3, 0.1), rows), rel=1e-4)
-        assert weighed.losses[layer]["w4a16-b32"] == pytest.approx(weighed.plan_loss(plan), rel=1e-4)
+        assert weighed.losses[layer]["w4a16-b32"] == pytest.approx(
+            weighed.plan_loss(plan), rel=1e-4
+        )
 
 
 def test_bits_of_branches_are_means_over_the_weights(mixed: Setting) -> None:
     layer = replace(mixed.graph.layers[0], weight_shape=(20, 64), out_axis=0)
-    for name, bits in (("w4a16-b128", 4), ("w4a16-b128+rows3", 4 + 4 * 6 / 20), ("w4a16-b128+lowrank8", 4)):
+    for name, bits in (
+        ("w4a16-b128", 4),
+        ("w4a16-b128+rows3", 4 + 4 * 6 / 20),
+        ("w4a16-b128+lowrank8", 4),
+    ):
         assert scheme_bits(layer, SCHEMES[name], "nominal") == pytest.approx(bits)
     assert scheme_bits(layer, SCHEMES["w8a8+cols1"], "nominal") == pytest.approx(8 + 8 * 2 / 64)
     for scheme in SCHEMES.values():

@@ -65,14 +65,17 @@ def test_orm_is_cka_of_the_features(estimator: Any, reference: Any, count: int) 
 
 @pytest.mark.parametrize("estimator", ["biased", "debiased"])
 @given(seed=st.integers(0, 1000), count=st.integers(5, 20))
-def test_orm_knows_neither_scale_nor_rotation_nor_offset(estimator: Any, seed: int, count: int) -> None:
+def test_orm_knows_neither_scale_nor_rotation_nor_offset(
+    estimator: Any, seed: int, count: int
+) -> None:
     rows = features(count, seed)
     orm = orthogonality(dependence(grams(rows), estimator))
     assert np.array_equal(orm, orm.T) and np.array_equal(np.diagonal(orm), np.ones(4))
     assert orm.min() >= (0 if estimator == "biased" else -1) and orm.max() <= 1
     rng = np.random.default_rng(seed)
     moved = [
-        factor * f @ np.linalg.qr(rng.standard_normal((f.shape[1],) * 2))[0] + rng.standard_normal(f.shape[1])
+        factor * f @ np.linalg.qr(rng.standard_normal((f.shape[1],) * 2))[0]
+        + rng.standard_normal(f.shape[1])
         for f, factor in zip(rows, (1e-3, -2, 7, 100))
     ]
     np.testing.assert_allclose(orthogonality(dependence(grams(moved), estimator)), orm, atol=1e-6)

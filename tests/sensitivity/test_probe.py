@@ -41,13 +41,16 @@ def brute_force(case: Setting, options: MeasureSettings) -> dict[str, dict[str, 
     uses = [(n, use) for n in case.graph.layers for use in n.uses]
     steps = len(case.calibration.timesteps)
     found = {
-        n: {s.name: np.zeros((steps, options.probes, calls)) for s in c.schemes} for n, c in case.candidates.items()
+        n: {s.name: np.zeros((steps, options.probes, calls)) for s in c.schemes}
+        for n, c in case.candidates.items()
     }
     nodes = {node.name: node for node in case.model.graph.node}
     for step in range(steps):
         feeds = {n: torch.from_numpy(v).double() for n, v in case.feeds(step).items()}
         outputs = [use.output for _, use in uses]
-        values = graph.run(feeds, keep=[*outputs, *(use.input for _, use in uses)], differentiate=outputs)
+        values = graph.run(
+            feeds, keep=[*outputs, *(use.input for _, use in uses)], differentiate=outputs
+        )
         out = values["out_sample"]
         norm = (out.detach().square().sum() / calls).sqrt().item()
         for call in range(calls):
@@ -56,7 +59,9 @@ def brute_force(case: Setting, options: MeasureSettings) -> dict[str, dict[str, 
             )
             for p in range(options.probes):
                 weighted = (out[call] * torch.from_numpy(r[p]).double()).sum()
-                gradients = torch.autograd.grad(weighted, [values[o] for o in outputs], retain_graph=True)
+                gradients = torch.autograd.grad(
+                    weighted, [values[o] for o in outputs], retain_graph=True
+                )
                 for (layer, use), gradient in zip(uses, gradients):
                     x = values[use.input].detach()
                     for scheme in case.candidates[layer.name].schemes:
@@ -64,7 +69,9 @@ def brute_force(case: Setting, options: MeasureSettings) -> dict[str, dict[str, 
                         product = (error * gradient).sum().item()
                         found[layer.name][scheme.name][step, p, call] += product / norm
     entries = steps * options.probes * calls
-    return {n: {s: a.reshape(-1) / entries**0.5 for s, a in row.items()} for n, row in found.items()}
+    return {
+        n: {s: a.reshape(-1) / entries**0.5 for s, a in row.items()} for n, row in found.items()
+    }
 
 
 def local_error(case: Setting, layer: Any, node: Any, x: Any, scheme: Any, tensor: str) -> Any:
@@ -83,7 +90,11 @@ def local_error(case: Setting, layer: Any, node: Any, x: Any, scheme: Any, tenso
         codes = torch.round(x.float() / step)
         rounded = torch.clamp(codes, grid.quant_min, grid.quant_max).double() * step.double()
         if "+cols" in scheme.name:
-            place = (slice(None), int(stats.outliers[0])) if layer.op == "Conv" else (..., int(stats.outliers[0]))
+            place = (
+                (slice(None), int(stats.outliers[0]))
+                if layer.op == "Conv"
+                else (..., int(stats.outliers[0]))
+            )
             rounded[place] = x[place]
 
     def apply(inputs: Any, matrix: Any) -> Any:
@@ -93,7 +104,9 @@ def local_error(case: Setting, layer: Any, node: Any, x: Any, scheme: Any, tenso
         pads = attributes["pads"]
         padded = torch.nn.functional.pad(inputs, (pads[1], pads[3], pads[0], pads[2]))
         w = w.reshape(layer.weight_shape)
-        return torch.nn.functional.conv2d(padded, w, None, attributes.get("strides", 1), 0, 1, attributes["group"])
+        return torch.nn.functional.conv2d(
+            padded, w, None, attributes.get("strides", 1), 0, 1, attributes["group"]
+        )
 
     return apply(rounded, candidate.weight_matrix(scheme.weight_form)) - apply(x, candidate.weight)
 
@@ -127,7 +140,10 @@ def test_parts_of_the_graph_give_the_same_products(
     assert whole is not None and parts is not None
     for layer, row in whole.items():
         for scheme, vector in row.items():
-            assert np.linalg.norm(parts[layer][scheme] - vector) <= 1e-4 * np.linalg.norm(vector) + 1e-9
+            assert (
+                np.linalg.norm(parts[layer][scheme] - vector)
+                <= 1e-4 * np.linalg.norm(vector) + 1e-9
+            )
     number = len(parts_of(mixed, memory_bytes))
     assert number > 2 and (memory_bytes > 1 or number > 0.8 * len(mixed.model.graph.node))
 
@@ -135,7 +151,9 @@ def test_parts_of_the_graph_give_the_same_products(
 def parts_of(case: Setting, memory_bytes: int) -> tuple[slice, ...]:
     graph = TorchGraph(case.graph.model)
     with torch.no_grad():
-        footprint, _ = graph.footprint(graph.feed({n: v[:1] for n, v in case.feeds(0).items()}), lambda *_: None)
+        footprint, _ = graph.footprint(
+            graph.feed({n: v[:1] for n, v in case.feeds(0).items()}), lambda *_: None
+        )
     found = parts_within(footprint, 0, memory_bytes)
     assert [part.start for part in found] == [0, *(part.stop for part in found[:-1])]
     most = max(memory_bytes // 2, *footprint.made)
@@ -152,7 +170,9 @@ def test_the_kinds_are_all_there(mixed: Setting) -> None:
 
 
 def test_losses_agree_with_the_exhaustive_ones() -> None:
-    case = setting(denoiser_graph(channels=16, size=8, image_channels=3), (3, 8, 8), steps=2, calls=4)
+    case = setting(
+        denoiser_graph(channels=16, size=8, image_channels=3), (3, 8, 8), steps=2, calls=4
+    )
     options = MeasureSettings(probes=48, calls=4)
     probed = measure_probe(Subject(*case, options, Talk()))
     truth = measure_exhaustive(Subject(*case, options, Talk()))
@@ -171,7 +191,9 @@ def test_a_linear_layer_is_exact_in_expectation() -> None:
     truth = measure_exhaustive(Subject(*case, options, Talk()))
     for layer in ("first", "second"):
         for scheme in NAMES:
-            assert probed.losses[layer][scheme] == pytest.approx(truth.losses[layer][scheme], rel=0.06)
+            assert probed.losses[layer][scheme] == pytest.approx(
+                truth.losses[layer][scheme], rel=0.06
+            )
             assert probed.losses_by_timestep[layer][scheme] == pytest.approx(
                 truth.losses_by_timestep[layer][scheme], rel=0.1
             )
@@ -205,14 +227,20 @@ def test_opposite_errors_cancel_in_a_plan() -> None:
     g.weight("b.weight", numpy_helper.to_array(g.weights[-1]))
     a = g.op("Gemm", ["sample", w], "a", transB=1)
     b = g.op("Gemm", ["sample", "b.weight"], "b", transB=1)
-    g.op("Add", [g.op("Sub", [a, b], "difference"), g.op("Sub", [g.gemm("sample", "c", 8, 16), b], "d")], "sum")
+    g.op(
+        "Add",
+        [g.op("Sub", [a, b], "difference"), g.op("Sub", [g.gemm("sample", "c", 8, 16), b], "d")],
+        "sum",
+    )
     g.nodes[-1].output[0] = "out_sample"
     g.output("out_sample", ["N", 8])
     case = setting(g, (16,))
     table = measure_probe(Subject(*case, MeasureSettings(probes=8, calls=3), Talk()))
     lone = table.plan_loss({"b": "w4a16-b32"})
     # out = a - 2b + c: with the error of a added, half of that of b goes.
-    assert table.plan_loss({"a": "w4a16-b32", "b": "w4a16-b32"}) == pytest.approx(lone / 4, rel=1e-3)
+    assert table.plan_loss({"a": "w4a16-b32", "b": "w4a16-b32"}) == pytest.approx(
+        lone / 4, rel=1e-3
+    )
 
 
 def test_a_timestep_that_all_samples_share_is_measured_one_by_one() -> None:
@@ -250,7 +278,10 @@ def test_the_first_probes_do_not_depend_on_how_many_follow(mixed: Setting) -> No
 
 def test_same_seed_same_table_and_another_seed_another(mixed: Setting) -> None:
     options = MeasureSettings(probes=2, calls=2)
-    one, two = measure_probe(Subject(*mixed, options, Talk())), measure_probe(Subject(*mixed, options, Talk()))
+    one, two = (
+        measure_probe(Subject(*mixed, options, Talk())),
+        measure_probe(Subject(*mixed, options, Talk())),
+    )
     other = measure_probe(Subject(*mixed, options.replace(seed=1), Talk()))
     assert one.losses == two.losses
     assert one.losses != other.losses

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 from scipy.stats import rankdata, spearmanr
 
-from mpq_deploy.studies.agreement import Compared, correlations, moments, ranks, rho_of, scheme_classes
+from mpq_deploy.studies.agreement import (
+    Compared,
+    correlations,
+    moments,
+    ranks,
+    rho_of,
+    scheme_classes,
+)
 from mpq_deploy.studies.compared_losses import sampled_pairs
 
 SCHEMES = ("w8a8", "w4a16-b32", "w4a8-b32")
@@ -42,7 +49,9 @@ def test_pooled_over_schemes_is_the_mean_within_them_whatever_lies_between() -> 
     true, found = random.random((2, 3, 30))
     within = [spearmanr(a, b).statistic for a, b in zip(true, found, strict=True)]
     for apart in (0.0, 100.0):
-        shifted = compared(true + apart * np.arange(3)[:, None], found + apart * np.arange(3)[:, None])
+        shifted = compared(
+            true + apart * np.arange(3)[:, None], found + apart * np.arange(3)[:, None]
+        )
         assert correlations(shifted, ALL, 0, 10)["all"].rho == pytest.approx(np.mean(within))
 
 
@@ -52,7 +61,9 @@ def test_a_perfect_metric_has_one_and_a_reversed_one_minus_one() -> None:
         rho = correlations(compared(true, found), ALL, 0, 50)["all"]
         assert (rho.rho, rho.low, rho.high) == pytest.approx((expected, expected, expected))
     spread = compared(true, 2 * true).calibration()
-    assert spread is not None and (spread.low, spread.median, spread.high) == pytest.approx((2, 2, 2))
+    assert spread is not None and (spread.low, spread.median, spread.high) == pytest.approx(
+        (2, 2, 2)
+    )
 
 
 def test_what_is_the_same_for_all_layers_has_no_order() -> None:
@@ -85,7 +96,9 @@ def test_copies_of_a_scheme_make_the_interval_no_narrower() -> None:
     """A layer is drawn with all its pairs: three schemes of the same losses say no more than one."""
     true, found = np.random.default_rng(6).random((2, 1, 40))
     once = correlations(compared(true, found), ALL, 5, 300)["all"]
-    thrice = correlations(compared(np.tile(true, (3, 1)), np.tile(found, (3, 1))), ALL, 5, 300)["all"]
+    thrice = correlations(compared(np.tile(true, (3, 1)), np.tile(found, (3, 1))), ALL, 5, 300)[
+        "all"
+    ]
     assert (thrice.rho, thrice.low, thrice.high) == pytest.approx((once.rho, once.low, once.high))
 
 

@@ -30,7 +30,20 @@ def test_a_list_is_sorted_and_said_once() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "x", "0.5:0.2", "0:0.5", "0.2:0.5:0", "0.2:0.5:-1", "1:2:3:4", "0.2,,0.3", "nan", "1.5", "0.1:1:1e-6"]
+    "text",
+    [
+        "",
+        "x",
+        "0.5:0.2",
+        "0:0.5",
+        "0.2:0.5:0",
+        "0.2:0.5:-1",
+        "1:2:3:4",
+        "0.2,,0.3",
+        "nan",
+        "1.5",
+        "0.1:1:1e-6",
+    ],
 )
 def test_what_is_no_list_of_budgets_is_refused_with_its_text(text: str) -> None:
     with pytest.raises(UsageError):

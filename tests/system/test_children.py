@@ -58,7 +58,9 @@ def test_a_child_gives_its_output_and_exit_code(module: str, tmp_path: Path) -> 
 def test_a_child_ends_when_its_parent_is_killed(module: str, tmp_path: Path, busy: str) -> None:
     told = tmp_path / "pid"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
-    with subprocess.Popen([sys.executable, "-c", PARENT, str(told), busy], env=environment) as parent:
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(told), busy], env=environment
+    ) as parent:
         until = time.monotonic() + 60
         while not (told.exists() and told.read_text(encoding="utf-8")):
             assert parent.poll() is None and time.monotonic() < until

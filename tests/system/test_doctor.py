@@ -8,7 +8,14 @@ import pytest
 
 from mpq_deploy.engine.target import known_targets, load_target
 from mpq_deploy.system import doctor
-from mpq_deploy.system.doctor import Gpu, inspect_machine, parse_nvidia_smi, target_findings, why_not_build, why_not_run
+from mpq_deploy.system.doctor import (
+    Gpu,
+    inspect_machine,
+    parse_nvidia_smi,
+    target_findings,
+    why_not_build,
+    why_not_run,
+)
 
 RTX_3060 = Gpu("NVIDIA GeForce RTX 3060", "570.86", "SM86", "12288 MiB")
 H200 = Gpu("NVIDIA H200", "570.86", "SM90", "143771 MiB")
@@ -18,9 +25,13 @@ def test_every_finding_is_complete_and_every_target_is_answered_twice() -> None:
     findings = inspect_machine()
     assert all(finding.name and finding.value for finding in findings)
     names = [finding.name for finding in findings if finding.group == "targets"]
-    assert names == [f"{target}: {what} here" for target in known_targets() for what in ("build", "run")]
+    assert names == [
+        f"{target}: {what} here" for target in known_targets() for what in ("build", "run")
+    ]
     missing = [
-        finding for finding in findings if finding.group in ("packages", "builders") and finding.status == "missing"
+        finding
+        for finding in findings
+        if finding.group in ("packages", "builders") and finding.status == "missing"
     ]
     assert all(finding.hint for finding in missing)
 
@@ -43,9 +54,12 @@ def test_the_drivers_files_are_read_without_nvidia_smi(tmp_path: Path) -> None:
     folder = tmp_path / "gpus" / "0000:01:00.0"
     folder.mkdir(parents=True)
     (tmp_path / "version").write_text(
-        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release\n", encoding="utf-8"
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release\n",
+        encoding="utf-8",
     )
-    (folder / "information").write_text("Model: \t\t NVIDIA GeForce RTX 3060\nIRQ: 3\n", encoding="utf-8")
+    (folder / "information").write_text(
+        "Model: \t\t NVIDIA GeForce RTX 3060\nIRQ: 3\n", encoding="utf-8"
+    )
     (gpu,) = doctor._gpus_of_proc(tmp_path)
     assert (gpu.name, gpu.driver) == ("NVIDIA GeForce RTX 3060", "570.86.15")
     assert doctor._gpus_of_proc(tmp_path / "none") == []

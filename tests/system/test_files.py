@@ -10,7 +10,9 @@ import pytest
 from mpq_deploy.system.files import disk_error, sealed_json, unsealed
 
 
-@pytest.mark.parametrize(("code", "words"), [(errno.ENOSPC, "disk is full"), (errno.EROFS, "cannot be written")])
+@pytest.mark.parametrize(
+    ("code", "words"), [(errno.ENOSPC, "disk is full"), (errno.EROFS, "cannot be written")]
+)
 def test_the_disk_s_errors_say_what_to_do(tmp_path: Path, code: int, words: str) -> None:
     error = disk_error(OSError(code, "strerror"), tmp_path)
     assert words in error.message and "-o" in error.hint

@@ -43,7 +43,10 @@ main()
 def test_lines_of_libraries_are_shown_with_debug_alone(debug: bool, tmp_path: Path) -> None:
     folder = tiny_unet_folder(tmp_path)
     config = folder / "unet" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text(encoding="utf-8")), "made_up": 1}), encoding="utf-8")
+    config.write_text(
+        json.dumps({**json.loads(config.read_text(encoding="utf-8")), "made_up": 1}),
+        encoding="utf-8",
+    )
     arguments = ["--debug"] if debug else []
     done = subprocess.run(
         [sys.executable, "-c", CODE, *arguments, "doctor", str(folder)],
@@ -53,7 +56,9 @@ def test_lines_of_libraries_are_shown_with_debug_alone(debug: bool, tmp_path: Pa
         env={name: value for name, value in os.environ.items() if name not in SETTINGS},
     )
     assert done.returncode == 0, done.stderr
-    assert all((line in done.stderr) == debug for line in ("made_up", "outdated", "doubtful")), done.stderr
+    assert all((line in done.stderr) == debug for line in ("made_up", "outdated", "doubtful")), (
+        done.stderr
+    )
     assert "ours" in done.stderr
 
 

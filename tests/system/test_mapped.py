@@ -23,7 +23,9 @@ def mapped(folder: Path) -> ir.ExternalTensor:
     values = np.arange(BYTES // 4, dtype=np.float32)
     values.tofile(folder / "a.data")
     shape = ir.Shape(values.shape)
-    return ir.ExternalTensor("a.data", 0, BYTES, ir.DataType.FLOAT, shape=shape, name="a", base_dir=folder)
+    return ir.ExternalTensor(
+        "a.data", 0, BYTES, ir.DataType.FLOAT, shape=shape, name="a", base_dir=folder
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -42,7 +44,9 @@ def test_pages_go_and_values_stay(tmp_path: Path) -> None:
 def test_constants_in_memory_are_left_alone() -> None:
     tensor = ir.tensor(np.ones(3, np.float32), name="a")
     value = ir.Value(name="a", const_value=tensor)
-    model = ir.Model(ir.Graph([], [], nodes=[], initializers=[value], opset_imports={"": 21}), ir_version=10)
+    model = ir.Model(
+        ir.Graph([], [], nodes=[], initializers=[value], opset_imports={"": 21}), ir_version=10
+    )
     drop_pages(None)
     drop_all_pages(model)
     np.testing.assert_array_equal(tensor.numpy(), 1)

@@ -43,12 +43,16 @@ class Tree:
     def second(self, group: str = "/", mounted: str = "/") -> None:
         """Be in ``group`` of the second version, of which ``mounted`` is what is seen at /sys/fs/cgroup."""
         self.write("proc/self/cgroup", f"0::{group}\n")
-        self.write("proc/self/mountinfo", f"30 24 0:26 {mounted} /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n")
+        self.write(
+            "proc/self/mountinfo", f"30 24 0:26 {mounted} /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n"
+        )
 
     def group(self, path: str, used: int, inactive: int = 0, **limits: int) -> None:
         folder = f"sys/fs/cgroup/{path}".rstrip("/")
         self.write(f"{folder}/memory.current", f"{used}\n")
-        self.write(f"{folder}/memory.stat", f"anon {used}\ninactive_file {inactive}\nactive_file 7\n")
+        self.write(
+            f"{folder}/memory.stat", f"anon {used}\ninactive_file {inactive}\nactive_file 7\n"
+        )
         for name in ("max", "high"):
             self.write(f"{folder}/memory.{name}", f"{limits.get(name, 'max')}\n")
 
@@ -74,7 +78,9 @@ def test_a_system_that_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert memory_room(tmp_path) is None and machine_memory() is None and held_memory() == 0
 
 
-def test_a_device_without_psutil_reads_the_same_from_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_without_psutil_reads_the_same_from_the_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     if not Path("/proc/meminfo").is_file():
         pytest.skip("only Linux says it in a file")
     expected = machine_memory()
@@ -133,7 +139,9 @@ def test_no_limit_and_a_group_over_its_limit(tree: Tree) -> None:
     assert memory_room(tree.root).bytes == 0
 
 
-@pytest.mark.parametrize(("group", "mounted"), [("/docker/1f", "/docker/1f"), ("/../other", "/docker/1f")])
+@pytest.mark.parametrize(
+    ("group", "mounted"), [("/docker/1f", "/docker/1f"), ("/../other", "/docker/1f")]
+)
 def test_a_group_that_is_named_from_outside(tree: Tree, group: str, mounted: str) -> None:
     """Where only part of the groups is mounted, paths are relative to it, or lie outside of it."""
     tree.second(group, mounted)
@@ -171,24 +179,36 @@ def test_the_variable_goes_first(tree: Tree, monkeypatch: pytest.MonkeyPatch) ->
 
 def child(before: str = "") -> tuple[int, str]:
     done = subprocess.run(
-        [sys.executable, "-c", f"{before}\n{CHILD}"], capture_output=True, encoding="utf-8", check=True
+        [sys.executable, "-c", f"{before}\n{CHILD}"],
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
     )
     size, _, whose = done.stdout.strip().partition(" ")
     return int(size), whose
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux says what a process has mapped")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="only Linux says what a process has mapped"
+)
 def test_a_limit_on_address_space() -> None:
     limit = GB // 2
-    size, whose = child(f"import resource; resource.setrlimit(resource.RLIMIT_AS, ({limit}, {limit}))")
+    size, whose = child(
+        f"import resource; resource.setrlimit(resource.RLIMIT_AS, ({limit}, {limit}))"
+    )
     assert 0 < size < limit and "ulimit -v" in whose
-    assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY or memory_room() is not None
+    assert (
+        resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
+        or memory_room() is not None
+    )
 
 
 def test_a_group_of_the_kernel() -> None:
     """A real limit, where this process may make a control group."""
     first = Path("/sys/fs/cgroup/memory")
-    parent, limit = (first, "memory.limit_in_bytes") if first.is_dir() else (first.parent, "memory.max")
+    parent, limit = (
+        (first, "memory.limit_in_bytes") if first.is_dir() else (first.parent, "memory.max")
+    )
     if not (parent / "cgroup.procs").is_file() or not os.access(parent, os.W_OK):
         pytest.skip("this process may make no control group")
     group = parent / f"mpq-deploy-test-{os.getpid()}"
@@ -200,7 +220,9 @@ def test_a_group_of_the_kernel() -> None:
         if not (group / limit).is_file():
             pytest.skip("the control groups here do not limit memory")
         (group / limit).write_text(str(200 << 20), encoding="utf-8")
-        size, whose = child(f"import os; open({str(group / 'cgroup.procs')!r}, 'w').write(str(os.getpid()))")
+        size, whose = child(
+            f"import os; open({str(group / 'cgroup.procs')!r}, 'w').write(str(os.getpid()))"
+        )
         assert 100 << 20 < size <= 200 << 20
         assert group.name in whose
     finally:

@@ -36,7 +36,11 @@ measure: {probes: 1, timesteps: 2, samples: 2, calls: 2}
 quantize: {rounding: nearest}
 evaluate: {samples: 2, steps: 4, timesteps: 2}
 """
-MODULES = [m.name for m in pkgutil.walk_packages(mpq_deploy.__path__, "mpq_deploy.") if "demo" not in m.name]
+MODULES = [
+    m.name
+    for m in pkgutil.walk_packages(mpq_deploy.__path__, "mpq_deploy.")
+    if "demo" not in m.name
+]
 ROOT = Path(mpq_deploy.__file__).parents[1]
 
 
@@ -57,7 +61,10 @@ for name in {MODULES}:
     importlib.import_module(name)
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **elsewhere}, capture_output=True, encoding="utf-8"
+        [sys.executable, "-c", code],
+        env={**os.environ, **elsewhere},
+        capture_output=True,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
 

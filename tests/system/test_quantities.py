@@ -13,7 +13,14 @@ from mpq_deploy.system.quantities import Budget, Latency
     ("text", "expected"),
     [
         *(("0.35", 350), ("35%", 350), (0.35, 350), ("1", 1000), ("100 %", 1000)),
-        *(("600B", 600), ("1kB", 1000), ("1KiB", 1024), ("0.6 kB", 600), ("8bits", 400), ("4.5 bits", 225)),
+        *(
+            ("600B", 600),
+            ("1kB", 1000),
+            ("1KiB", 1024),
+            ("0.6 kB", 600),
+            ("8bits", 400),
+            ("4.5 bits", 225),
+        ),
     ],
 )
 def test_budgets_as_a_user_writes_them(text: str | float, expected: int) -> None:
@@ -22,7 +29,9 @@ def test_budgets_as_a_user_writes_them(text: str | float, expected: int) -> None
     assert str(budget) == str(text) and Budget.parse(budget) is budget
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "40", "abc", "", "nan", "inf", "120%", "0%", "0MB", "MB", "4.5 bytes"])
+@pytest.mark.parametrize(
+    "text", ["0", "-1", "40", "abc", "", "nan", "inf", "120%", "0%", "0MB", "MB", "4.5 bytes"]
+)
 def test_a_budget_that_is_no_size_is_refused_with_its_value(text: str) -> None:
     with pytest.raises(UsageError, match=f"budget '{text}'"):
         Budget.parse(text)
@@ -31,7 +40,12 @@ def test_a_budget_that_is_no_size_is_refused_with_its_value(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        *(("120ms", 120_000_000), ("0.12 s", 120_000_000), ("0.12s", 120_000_000), ("1.2s", 1_200_000_000)),
+        *(
+            ("120ms", 120_000_000),
+            ("0.12 s", 120_000_000),
+            ("0.12s", 120_000_000),
+            ("1.2s", 1_200_000_000),
+        ),
         *(("850us", 850_000), ("850µs", 850_000), ("0.85ms", 850_000), (" 1e2 ms ", 100_000_000)),
     ],
 )

@@ -33,7 +33,9 @@ NOISE = ("raw noise", "buffered noise", "noise of a child")
 
 def run(code: str, *arguments: str, **options: object) -> subprocess.CompletedProcess[bytes]:
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-    return subprocess.run([sys.executable, "-c", code, *arguments], check=False, timeout=120, **streams)
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], check=False, timeout=120, **streams
+    )
 
 
 def test_an_answer_in_json_stays_json_when_libraries_print():
@@ -59,7 +61,9 @@ def test_text_is_utf8_whatever_the_locale():
 @pytest.mark.parametrize("closed", ["1>&-", "2>&-", "1>&- 2>&-"])
 def test_closed_streams_are_no_error(closed, tmp_path):
     line = f'"$0" -c "$1" --json doctor {closed}'
-    done = subprocess.run(["sh", "-c", line, sys.executable, NOISY], capture_output=True, timeout=120, check=False)
+    done = subprocess.run(
+        ["sh", "-c", line, sys.executable, NOISY], capture_output=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert ("1>&-" in closed) == (done.stdout == b"")
     assert not done.stdout or json.loads(done.stdout)

@@ -1,4 +1,5 @@
-"""The CLIP score: how well each image agrees with its prompt (Hessel et al. 2021, without their factor of 2.5).
+"""The CLIP score: how well each image agrees with its prompt (Hessel et al. 2021, without their
+factor of 2.5).
 
 In: a local folder of the transformers library with a whole CLIP: both towers and the tokenizer.
 """
@@ -17,7 +18,13 @@ from mpq_deploy.errors import MissingDependencyError, UsageError
 from mpq_deploy.evaluate.metrics.efficientnet import torch_features
 from mpq_deploy.evaluate.metrics.networks import BATCH, CLIP, digest_of
 from mpq_deploy.evaluate.metrics.scores import ScoreKind
-from mpq_deploy.evaluate.metrics.vision import CONFIG, PREPROCESSOR, WEIGHTS, from_folder, preprocessing
+from mpq_deploy.evaluate.metrics.vision import (
+    CONFIG,
+    PREPROCESSOR,
+    WEIGHTS,
+    from_folder,
+    preprocessing,
+)
 from mpq_deploy.models.spec import Array
 from mpq_deploy.system.files import file_digest
 
@@ -46,10 +53,11 @@ def check_clip_score(path: Path | None, offline: str) -> Path:
 
 
 class ClipScore:
-    """100 times the cosine between CLIP's embeddings of image and prompt, and 0 where that is negative.
+    """100 times the cosine between CLIP's embeddings of image and prompt, and 0 where that is
+    negative.
 
-    Images are prepared as for the network 'clip': made as large as the crop, nothing cropped. Prompts are cut at the
-    text tower's length, as CLIP's own are.
+    Images are prepared as for the network 'clip': made as large as the crop, nothing cropped.
+    Prompts are cut at the text tower's length, as CLIP's own are.
     """
 
     name: ScoreKind = "clip-score"
@@ -60,7 +68,9 @@ class ClipScore:
         self._model, self._tokenizer = _opened(folder)
         self._length = int(self._model.config.text_config.max_position_embeddings)
         self.title = f"CLIP score ({folder.resolve().name})"
-        tokenizer = next(folder / file for file in (TOKENIZER, VOCABULARY) if (folder / file).is_file())
+        tokenizer = next(
+            folder / file for file in (TOKENIZER, VOCABULARY) if (folder / file).is_file()
+        )
         settings = repr((self._side, self._mean, self._deviation, self._length))
         self.digest = digest_of(file_digest(folder / WEIGHTS), file_digest(tokenizer), settings)
 
@@ -74,7 +84,9 @@ class ClipScore:
         return np.asarray(np.maximum(100 * np.concatenate(found), 0))
 
     def _cosine(self, texts: list[str], pixels: Any) -> Any:
-        tokens = self._tokenizer(texts, padding=True, truncation=True, max_length=self._length, return_tensors="pt")
+        tokens = self._tokenizer(
+            texts, padding=True, truncation=True, max_length=self._length, return_tensors="pt"
+        )
         taken = {name: tokens[name] for name in ("input_ids", "attention_mask")}
         # Both embeddings have length 1.
         found = self._model(pixel_values=pixels, **taken)

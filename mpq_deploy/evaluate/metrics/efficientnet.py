@@ -14,13 +14,15 @@ from mpq_deploy.models.spec import Array
 from mpq_deploy.system.files import file_digest
 
 SIDE = 224
-# What the weights were converted for (the package efficientnet-lite-pytorch): ImageNet's mean and deviation.
+# What the weights were converted for (the package efficientnet-lite-pytorch): ImageNet's mean and
+# deviation.
 MEAN = (0.485, 0.456, 0.406)
 DEVIATION = (0.229, 0.224, 0.225)
 
 
 class EfficientNetLite0:
-    """1,280 features, the mean over positions behind the last convolution (Tan and Le 2019; Apache-2.0).
+    """1,280 features, the mean over positions behind the last convolution (Tan and Le 2019;
+    Apache-2.0).
 
     Images are made 224 x 224 by bicubic interpolation without clipping (our choice).
     """
@@ -34,16 +36,22 @@ class EfficientNetLite0:
 
     def features(self, images: Array) -> Array:
         """Return float64 [N, 1280] of ``images`` uint8 [N, H, W, C] with 1 or 3 channels."""
-        return torch_features(lambda batch: self._model.extract_features(batch).mean(dim=(2, 3)), images, SIDE)
+        return torch_features(
+            lambda batch: self._model.extract_features(batch).mean(dim=(2, 3)), images, SIDE
+        )
 
 
-def torch_features(network: Any, images: Array, side: int, mean: Any = MEAN, deviation: Any = DEVIATION) -> Array:
+def torch_features(
+    network: Any, images: Array, side: int, mean: Any = MEAN, deviation: Any = DEVIATION
+) -> Array:
     """Return ``network`` of ``images`` uint8 [N, H, W, C], resized to ``side`` and normalised, float64 [N, D]."""
     import torch
 
     found = []
     for start in range(0, len(images), BATCH):
-        pixels = torch.from_numpy(as_rgb(images[start : start + BATCH]).astype(np.float32) / 255).permute(0, 3, 1, 2)
+        pixels = torch.from_numpy(
+            as_rgb(images[start : start + BATCH]).astype(np.float32) / 255
+        ).permute(0, 3, 1, 2)
         resized = torch.nn.functional.interpolate(
             pixels, size=(side, side), mode="bicubic", align_corners=False, antialias=True
         )

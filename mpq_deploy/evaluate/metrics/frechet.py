@@ -1,8 +1,10 @@
-"""The Frechet distance between two sets of features: value, interval, and what infinitely many images would give.
+"""The Frechet distance between two sets of features: value, interval, and what infinitely many
+images would give.
 
-In: features float64 [N, D] of a network, or the moments of such features. Out: distances, float. The numerics are our
-own because the kept libraries (torchmetrics, torch-fidelity) take images alone: neither shipped statistics nor draws of
-a bootstrap. They need NumPy only; the tests hold them against torchmetrics and SciPy.
+In: features float64 [N, D] of a network, or the moments of such features. Out: distances, float.
+The numerics are our own because the kept libraries (torchmetrics, torch-fidelity) take images
+alone: neither shipped statistics nor draws of a bootstrap. They need NumPy only; the tests hold
+them against torchmetrics and SciPy.
 """
 
 from __future__ import annotations
@@ -18,16 +20,19 @@ from mpq_deploy.errors import UsageError
 from mpq_deploy.models.spec import Array
 from mpq_deploy.system.threads import available_cores
 
-# Our choices: draws of the bootstrap for networks up to that many features and beyond (a draw takes O(D^3)), its seed.
+# Our choices: draws of the bootstrap for networks up to that many features and beyond (a draw takes
+# O(D^3)), its seed.
 DRAWS = 200
 WIDE_FEATURES = 256
 DRAWS_WIDE = 40
 SEED = 0
-# Images that a condition must have for draws to keep to it, our choice: fewer have no spread of their own to speak of.
+# Images that a condition must have for draws to keep to it, our choice: fewer have no spread of
+# their own to speak of.
 LEAST_OF_CONDITION = 10
 # Two-sided 95 % of the normal distribution.
 NORMAL_95 = 1.959964
-# Our choices: counts that the extrapolation fits, random subsets of each, and the smallest as a share of all images.
+# Our choices: counts that the extrapolation fits, random subsets of each, and the smallest as a
+# share of all images.
 COUNTS = 6
 SUBSETS = 6
 SMALLEST_SHARE = 0.5
@@ -63,7 +68,11 @@ def check_count(count: int, width: int, what: str, network: str) -> None:
     """Refuse fewer images than a covariance takes: a UsageError that says the minimum."""
     minimum = minimum_images(width)
     if count < minimum:
-        fewer = ", or use a network with fewer features (demo: 64, for the bundled models)" if width > 64 else ""
+        fewer = (
+            ", or use a network with fewer features (demo: 64, for the bundled models)"
+            if width > 64
+            else ""
+        )
         raise UsageError(
             f"{count:,} {what} are too few for the covariance of the {width:,} features of '{network}'.",
             f"Give at least {minimum:,}{fewer}.",
@@ -102,23 +111,29 @@ class Spread:
 
 
 def strata_of(rows: Array) -> list[Array]:
-    """Return the images [n] of each condition in ``rows`` [N], which draws and subsets keep in proportion.
+    """Return the images [n] of each condition in ``rows`` [N], which draws and subsets keep in
+    proportion.
 
-    Samples are dealt out to the conditions, not drawn: a draw that mixed the proportions would say more spread than
-    other noise brings. Where a condition has fewer than ``LEAST_OF_CONDITION`` images all are one group.
+    Samples are dealt out to the conditions, not drawn: a draw that mixed the proportions would say
+    more spread than other noise brings. Where a condition has fewer than ``LEAST_OF_CONDITION``
+    images all are one group.
     """
     groups = [np.flatnonzero(rows == row) for row in np.unique(rows)]
     return groups if min(map(len, groups)) >= LEAST_OF_CONDITION else [np.arange(len(rows))]
 
 
-def spread_to_reference(features: Array, reference: Array, strata: list[Array], real: Moments | None = None) -> Spread:
-    """Bootstrap the distance of ``features`` [N, D] to ``real``, beside that of ``reference`` [N, D] (same noise).
+def spread_to_reference(
+    features: Array, reference: Array, strata: list[Array], real: Moments | None = None
+) -> Spread:
+    """Bootstrap the distance of ``features`` [N, D] to ``real``, beside that of ``reference`` [N,
+    D] (same noise).
 
-    Without ``real`` the distance is that to ``reference`` itself. Images are drawn in pairs, for both sets come from
-    the same noise, and within ``strata``; the real images stay as they are. Only the spread of the draws is used: their
-    centre is shifted upwards, since a draw with repetitions has fewer different images (Efron 1979; draws and seed are
-    our choice). For the same reason the spread is too wide rather than too narrow: by a fifth to a half at four images
-    per feature, in simulation.
+    Without ``real`` the distance is that to ``reference`` itself. Images are drawn in pairs, for
+    both sets come from the same noise, and within ``strata``; the real images stay as they are.
+    Only the spread of the draws is used: their centre is shifted upwards, since a draw with
+    repetitions has fewer different images (Efron 1979; draws and seed are our choice). For the same
+    reason the spread is too wide rather than too narrow: by a fifth to a half at four images per
+    feature, in simulation.
     """
     generator = np.random.default_rng(SEED)
     root = None if real is None else _root(real.covariance)
@@ -142,8 +157,9 @@ def spread_to_reference(features: Array, reference: Array, strata: list[Array], 
 def _side_by_side(work: Callable[[Task], Made], tasks: Iterable[Task]) -> list[Made]:
     """Return ``work`` of each task, in their order, a core each.
 
-    BLAS has one thread meanwhile: its threads wait for each other at every step of an eigenvalue problem, so that small
-    ones took eighty times as long on a machine with other work. Nor do values then depend on the number of cores.
+    BLAS has one thread meanwhile: its threads wait for each other at every step of an eigenvalue
+    problem, so that small ones took eighty times as long on a machine with other work. Nor do
+    values then depend on the number of cores.
     """
     from threadpoolctl import ThreadpoolController
 
@@ -155,11 +171,13 @@ def _side_by_side(work: Callable[[Task], Made], tasks: Iterable[Task]) -> list[M
 
 
 def extrapolated(features: Array, strata: list[Array], real: Moments) -> float | None:
-    """Return the distance to ``real`` that infinitely many images would have; None where there are too few to say.
+    """Return the distance to ``real`` that infinitely many images would have; None where there are
+    too few to say.
 
-    The bias of a Frechet distance falls as 1/N: a straight line through the distances at several counts, at 1/N = 0
-    (Chong and Forsyth 2020, arXiv 1911.07023). Subsets keep the proportions of ``strata``. The real images keep their
-    number, and so their share of the bias. Can fall below zero, as fits do.
+    The bias of a Frechet distance falls as 1/N: a straight line through the distances at several
+    counts, at 1/N = 0 (Chong and Forsyth 2020, arXiv 1911.07023). Subsets keep the proportions of
+    ``strata``. The real images keep their number, and so their share of the bias. Can fall below
+    zero, as fits do.
     """
     count, width = features.shape
     smallest = int(SMALLEST_SHARE * count)
@@ -172,7 +190,11 @@ def extrapolated(features: Array, strata: list[Array], real: Moments) -> float |
         share = 1 / inverse / count
         for _ in range(SUBSETS if share < 1 else 1):
             subsets.append(
-                np.concatenate([generator.permutation(group)[: round(share * len(group))] for group in strata])
+                np.concatenate(
+                    [generator.permutation(group)[: round(share * len(group))] for group in strata]
+                )
             )
-    distances = _side_by_side(lambda taken: _distance(Moments.of(features[taken]), real, root), subsets)
+    distances = _side_by_side(
+        lambda taken: _distance(Moments.of(features[taken]), real, root), subsets
+    )
     return float(np.polyfit([1 / len(taken) for taken in subsets], distances, 1)[1])

@@ -1,6 +1,8 @@
-"""Inception v3 as FID is defined on it: torch-fidelity's port of the original graph, with its own resizing.
+"""Inception v3 as FID is defined on it: torch-fidelity's port of the original graph, with its own
+resizing.
 
-The weights are the user's: a path, or torch-fidelity's file in PyTorch's cache. Nothing is downloaded.
+The weights are the user's: a path, or torch-fidelity's file in PyTorch's cache. Nothing is
+downloaded.
 """
 
 from __future__ import annotations
@@ -58,7 +60,9 @@ class Inception:
         weights = path or cached_weights()
         self.name, self.width = INCEPTION, int(LAYER)
         found = file_digest(weights)
-        self.title = "FID" if found.startswith(STANDARD) else f"{title_of(INCEPTION)}, other weights"
+        self.title = (
+            "FID" if found.startswith(STANDARD) else f"{title_of(INCEPTION)}, other weights"
+        )
         self.digest = digest_of(found, "torch-fidelity inception-v3-compat")
         self._model = _model(weights)
 
@@ -68,7 +72,9 @@ class Inception:
 
         found = []
         for start in range(0, len(images), BATCH):
-            pixels = np.ascontiguousarray(as_rgb(images[start : start + BATCH]).transpose(0, 3, 1, 2))
+            pixels = np.ascontiguousarray(
+                as_rgb(images[start : start + BATCH]).transpose(0, 3, 1, 2)
+            )
             with torch.inference_mode():
                 found.append(self._model(torch.from_numpy(pixels))[0].double().numpy())
         return np.concatenate(found)
@@ -87,14 +93,17 @@ def _model(weights: Path):  # type: ignore[no-untyped-def]  # a class of torch-f
         state = torch.load(weights, weights_only=True, map_location="cpu")
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise UsageError(
-            f"{weights} cannot be read as weights of tensors alone: {error}", f"Get {FILE} of torch-fidelity again."
+            f"{weights} cannot be read as weights of tensors alone: {error}",
+            f"Get {FILE} of torch-fidelity again.",
         ) from error
     # torch-fidelity unpickles whatever its path holds, so it is given a file that was written here.
     with tempfile.TemporaryDirectory() as folder:
         clean = Path(folder) / "weights.pth"
         torch.save(state, clean)
         try:
-            return _torch_fidelity().FeatureExtractorInceptionV3("inception-v3-compat", [LAYER], str(clean))
+            return _torch_fidelity().FeatureExtractorInceptionV3(
+                "inception-v3-compat", [LAYER], str(clean)
+            )
         except (RuntimeError, TypeError) as error:
             raise UsageError(
                 f"{weights} does not hold the weights of torch-fidelity's Inception: {str(error).splitlines()[0]}",

@@ -1,6 +1,7 @@
 """What was measured of a run's images, kept as metrics.json in the run folder: calls add up.
 
-In: the rows of one call, and those of earlier ones. Out: ``ImageMetrics``, from where the reports and the gate take it.
+In: the rows of one call, and those of earlier ones. Out: ``ImageMetrics``, from where the reports
+and the gate take it.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ Row = TypeVar("Row", bound="FrechetInfo | ScoreInfo")
 
 @dataclass(frozen=True)
 class MadeFrom:
-    """Digests of what images depend on, but for sampler, steps, seed and number, which each row names itself.
+    """Digests of what images depend on, but for sampler, steps, seed and number, which each row
+    names itself.
 
-    ``ours``, ``float_model``: the graphs. ``conditions``: of ``conditions_digest``. ``controls``: of the stage; empty
-    where there is none.
+    ``ours``, ``float_model``: the graphs. ``conditions``: of ``conditions_digest``. ``controls``:
+    of the stage; empty where there is none.
     """
 
     ours: str
@@ -52,16 +54,23 @@ class MadeFrom:
 def conditions_digest(spec: DenoiserSpec, conditions: Mapping[str, Array], folder: Path) -> str:
     """Return the digest of conditions, their prompts, and the decoder in ``folder``, if there is one."""
     decoder = decoder_path(spec, folder)
-    return digest_of(arrays_digest(dict(conditions)), *spec.labels, "" if decoder is None else model_digest(decoder))
+    return digest_of(
+        arrays_digest(dict(conditions)),
+        *spec.labels,
+        "" if decoder is None else model_digest(decoder),
+    )
 
 
 @dataclass(frozen=True)
 class ImageMetrics:
-    """The distances of the plan's images (``frechet``) and of the controls', and what the images were made from.
+    """The distances of the plan's images (``frechet``) and of the controls', and what the images
+    were made from.
 
-    ``scores``: LPIPS and CLIP scores, those of the plan and of the controls, where they were asked for.
+    ``scores``: LPIPS and CLIP scores, those of the plan and of the controls, where they were asked
+    for.
 
-    Seconds of sampling and of all, and whether every image was ``fresh`` (none cached), are not kept.
+    Seconds of sampling and of all, and whether every image was ``fresh`` (none cached), are not
+    kept.
     """
 
     frechet: tuple[FrechetInfo, ...]
@@ -93,10 +102,11 @@ class ImageMetrics:
         return replace(self, controls={}, scores=own), f"{FILE} holds figures of former controls"
 
     def added_to(self, earlier: ImageMetrics) -> tuple[ImageMetrics, str]:
-        """Return these and, of ``earlier``, all that still holds and is not measured anew; and what does not hold.
+        """Return these and, of ``earlier``, all that still holds and is not measured anew; and what
+        does not hold.
 
-        A row takes the place of one of the same kind and variant. Rows are in an order of their own, so that the same
-        measurements give the same file whatever call made which.
+        A row takes the place of one of the same kind and variant. Rows are in an order of their
+        own, so that the same measurements give the same file whatever call made which.
         """
         kept, said = earlier.still_true(self.made_from)
         kept = kept or replace(self, frechet=(), controls={}, scores=())
@@ -104,7 +114,10 @@ class ImageMetrics:
         merged = replace(
             self,
             frechet=_joined(self.frechet, kept.frechet),
-            controls={name: _joined(self.controls.get(name, ()), kept.controls.get(name, ())) for name in names},
+            controls={
+                name: _joined(self.controls.get(name, ()), kept.controls.get(name, ()))
+                for name in names
+            },
             scores=_joined(self.scores, kept.scores),
         )
         return merged, said
@@ -117,7 +130,10 @@ class ImageMetrics:
         """Return plain values, without what a clock said."""
         return {
             "frechet": [one.model_dump(mode="json") for one in self.frechet],
-            "controls": {name: [one.model_dump(mode="json") for one in rows] for name, rows in self.controls.items()},
+            "controls": {
+                name: [one.model_dump(mode="json") for one in rows]
+                for name, rows in self.controls.items()
+            },
             "made_from": vars(self.made_from),
             "notes": list(self.notes),
             "scores": [one.model_dump(mode="json") for one in self.scores],
@@ -137,7 +153,10 @@ class ImageMetrics:
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         return cls(
             tuple(FrechetInfo(**row) for row in text["frechet"]),
-            {name: tuple(FrechetInfo(**row) for row in rows) for name, rows in text["controls"].items()},
+            {
+                name: tuple(FrechetInfo(**row) for row in rows)
+                for name, rows in text["controls"].items()
+            },
             MadeFrom(**text["made_from"]),
             tuple(ScoreInfo(**row) for row in text["scores"]),
         )
@@ -162,14 +181,26 @@ def _joined(new: Sequence[Row], earlier: Sequence[Row]) -> tuple[Row, ...]:
 def _place(row: FrechetInfo | ScoreInfo) -> tuple[Any, ...]:
     """Where a row stands: distances to the float model's images before those to real ones, the plan first."""
     network = row.network if isinstance(row, FrechetInfo) else row.score
-    return (network, row.samples, row.steps, row.sampler, row.seed, row.variant != OURS, row.variant, repr(row.kind))
+    return (
+        network,
+        row.samples,
+        row.steps,
+        row.sampler,
+        row.seed,
+        row.variant != OURS,
+        row.variant,
+        repr(row.kind),
+    )
 
 
 def _notes(rows: Sequence[FrechetInfo]) -> tuple[str, ...]:
     if not rows:
         return ()
     networks = dict.fromkeys((row.samples, row.network, row.network_features) for row in rows)
-    sizes = ", ".join(f"{samples:,} images on the {width:,} features of {name}" for samples, name, width in networks)
+    sizes = ", ".join(
+        f"{samples:,} images on the {width:,} features of {name}"
+        for samples, name, width in networks
+    )
     notes = [
         f"Frechet distances are too large with few images, most where these are few beside the features (here {sizes}):"
         " compare equal numbers alone."
@@ -180,5 +211,7 @@ def _notes(rows: Sequence[FrechetInfo]) -> tuple[str, ...]:
             notes.append(f"{name}: no real images were given (--real), so none are compared with.")
         if any(row.samples // 2 < minimum_images(row.network_features) for row in real):
             minimum = 2 * minimum_images(real[0].network_features)
-            notes.append(f"{name}: no extrapolation to infinitely many images, which takes {minimum:,}.")
+            notes.append(
+                f"{name}: no extrapolation to infinitely many images, which takes {minimum:,}."
+            )
     return tuple(notes)

@@ -15,10 +15,11 @@ SEED = 0
 
 
 def kernel_distance(a: Array, b: Array) -> float | None:
-    """Return the unbiased squared MMD of ``a`` [N, D] and ``b`` [M, D] with a cubic kernel; None without torchmetrics.
+    """Return the unbiased squared MMD of ``a`` [N, D] and ``b`` [M, D] with a cubic kernel; None
+    without torchmetrics.
 
-    Binkowski et al. 2018 (arXiv 1801.01401), section 4. Up to ``SUBSET`` images all are taken at once, so that nothing
-    is drawn. Unbiased, so it may lie below zero; it needs no covariance.
+    Binkowski et al. 2018 (arXiv 1801.01401), section 4. Up to ``SUBSET`` images all are taken at
+    once, so that nothing is drawn. Unbiased, so it may lie below zero; it needs no covariance.
     """
     if any(importlib.util.find_spec(name) is None for name in ("torch", "torchmetrics")):
         return None
@@ -29,13 +30,18 @@ def kernel_distance(a: Array, b: Array) -> float | None:
 
     size = min(len(a), len(b), SUBSET)
     everything = len(a) == len(b) == size
-    # torchmetrics takes a network for its images: here the features are given, and the network is the identity.
+    # torchmetrics takes a network for its images: here the features are given, and the network is
+    # the identity.
     identity = torch.nn.Identity()
     identity.num_features = a.shape[1]
     with warnings.catch_warnings():
         # It warns that it keeps the features, which are held here anyway.
-        warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer", category=UserWarning)
-        metric = KernelInceptionDistance(feature=identity, subsets=1 if everything else SUBSETS, subset_size=size)
+        warnings.filterwarnings(
+            "ignore", message=".*will save all extracted features in buffer", category=UserWarning
+        )
+        metric = KernelInceptionDistance(
+            feature=identity, subsets=1 if everything else SUBSETS, subset_size=size
+        )
     metric.update(torch.from_numpy(np.asarray(a, np.float64)), real=True)
     metric.update(torch.from_numpy(np.asarray(b, np.float64)), real=False)
     # It draws subsets from the global generator; what others draw from it stays as it was.

@@ -1,7 +1,8 @@
-"""LPIPS on AlexNet (Zhang et al. 2018, "The unreasonable effectiveness of deep features as a perceptual metric").
+"""LPIPS on AlexNet (Zhang et al. 2018, "The unreasonable effectiveness of deep features as a
+perceptual metric").
 
-The distance and its linear heads are torchmetrics'; AlexNet's weights are the user's: torchvision's file, from a path
-or PyTorch's cache. torchvision itself is not needed. Nothing is downloaded.
+The distance and its linear heads are torchmetrics'; AlexNet's weights are the user's: torchvision's
+file, from a path or PyTorch's cache. torchvision itself is not needed. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ FILE = "alexnet-owt-7be5be79.pth"
 STANDARD = "7be5be79"
 # Below this AlexNet's third pooling has nothing left to pool.
 MIN_SIDE = 31
-# AlexNet as torchvision has it: of each convolution the outputs, kernel, stride and padding, and whether a pooling of
-# 3 x 3 and stride 2 comes before it. LPIPS compares what each leaves behind its ReLU.
+# AlexNet as torchvision has it: of each convolution the outputs, kernel, stride and padding, and
+# whether a pooling of 3 x 3 and stride 2 comes before it. LPIPS compares what each leaves behind
+# its ReLU.
 CONVOLUTIONS = (
     (64, 11, 4, 2, False),
     (192, 5, 1, 2, True),
@@ -65,7 +67,9 @@ class Lpips:
     def __init__(self, path: Path | None) -> None:
         weights = path or cached_weights()
         found = file_digest(weights)
-        self.title = "LPIPS (AlexNet)" if found.startswith(STANDARD) else "LPIPS (AlexNet, other weights)"
+        self.title = (
+            "LPIPS (AlexNet)" if found.startswith(STANDARD) else "LPIPS (AlexNet, other weights)"
+        )
         self.digest = digest_of(found, file_digest(_heads()), "lpips alex")
         self._network = _network(weights)
 
@@ -93,7 +97,9 @@ def _heads() -> Path:
 
     path = Path(lpips.__file__).parent / "lpips_models" / "alex.pth"
     if not path.is_file():
-        raise ModelError(f"torchmetrics holds no {path.name} of LPIPS.", "Install torchmetrics again.")
+        raise ModelError(
+            f"torchmetrics holds no {path.name} of LPIPS.", "Install torchmetrics again."
+        )
     return path
 
 
@@ -146,10 +152,15 @@ def _alexnet(weights: Path) -> Any:
     slices = Slices()
     with torch.no_grad():
         for convolution, (weight, bias) in zip(
-            (one for one in slices.modules() if isinstance(one, torch.nn.Conv2d)), _stored(weights), strict=True
+            (one for one in slices.modules() if isinstance(one, torch.nn.Conv2d)),
+            _stored(weights),
+            strict=True,
         ):
             if weight.shape != convolution.weight.shape or bias.shape != convolution.bias.shape:
-                raise _wrong(weights, f"a convolution of {list(weight.shape)}, not {list(convolution.weight.shape)}")
+                raise _wrong(
+                    weights,
+                    f"a convolution of {list(weight.shape)}, not {list(convolution.weight.shape)}",
+                )
             convolution.weight.copy_(weight)
             convolution.bias.copy_(bias)
     return slices
@@ -166,12 +177,15 @@ def _stored(weights: Path) -> list[tuple[Any, Any]]:
         state = torch.load(weights, weights_only=True, map_location="cpu")
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise UsageError(
-            f"{weights} cannot be read as weights of tensors alone: {str(error).splitlines()[0]}", f"Get {FILE} again."
+            f"{weights} cannot be read as weights of tensors alone: {str(error).splitlines()[0]}",
+            f"Get {FILE} again.",
         ) from error
     names = [f"features.{place}" for place in (0, 3, 6, 8, 10)]
     if not isinstance(state, dict):
         raise _wrong(weights, f"a {type(state).__name__}")
-    missing = [key for name in names for key in (f"{name}.weight", f"{name}.bias") if key not in state]
+    missing = [
+        key for name in names for key in (f"{name}.weight", f"{name}.bias") if key not in state
+    ]
     if missing:
         raise _wrong(weights, f"no {missing[0]}")
     return [(state[f"{name}.weight"], state[f"{name}.bias"]) for name in names]

@@ -27,10 +27,22 @@ from mpq_deploy.evaluate.metrics.frechet import (
     spread_to_reference,
     strata_of,
 )
-from mpq_deploy.evaluate.metrics.kept import OURS, ImageMetrics, MadeFrom, conditions_digest, read_kept
+from mpq_deploy.evaluate.metrics.kept import (
+    OURS,
+    ImageMetrics,
+    MadeFrom,
+    conditions_digest,
+    read_kept,
+)
 from mpq_deploy.evaluate.metrics.kernel import kernel_distance
 from mpq_deploy.evaluate.metrics.neighbours import precision_recall
-from mpq_deploy.evaluate.metrics.networks import FeatureNetwork, NetworkOptions, bundled_name, default_network, demo_of
+from mpq_deploy.evaluate.metrics.networks import (
+    FeatureNetwork,
+    NetworkOptions,
+    bundled_name,
+    default_network,
+    demo_of,
+)
 from mpq_deploy.evaluate.metrics.open_networks import check_networks, open_network
 from mpq_deploy.evaluate.metrics.real import RealSet, check_real, real_set
 from mpq_deploy.evaluate.metrics.sample_images import Sampled, Source, image_shape, sample_many
@@ -57,7 +69,8 @@ CHUNK = 64
 
 @dataclass(frozen=True)
 class MetricsOptions:
-    """What to measure. ``networks`` empty: the default one, ``none``: scores alone; ``seed`` None: the evaluation's.
+    """What to measure. ``networks`` empty: the default one, ``none``: scores alone; ``seed`` None:
+    the evaluation's.
 
     ``scores``: names of ``metrics.scores.SCORES``.
     """
@@ -73,10 +86,11 @@ class MetricsOptions:
 
 
 def check_metrics(model: str | None, options: MetricsOptions) -> None:
-    """Find what is missing before any stage of a run of ``model`` is made: weights, packages, real images.
+    """Find what is missing before any stage of a run of ``model`` is made: weights, packages, real
+    images.
 
-    ``model`` as in the recipe. What takes the model itself (prompts, the images' size) shows later. Raises UsageError,
-    MissingDependencyError.
+    ``model`` as in the recipe. What takes the model itself (prompts, the images' size) shows later.
+    Raises UsageError, MissingDependencyError.
     """
     network_options = NetworkOptions(bundled_name(model), options.weights)
     check_networks(_names(options, network_options), network_options)
@@ -85,11 +99,12 @@ def check_metrics(model: str | None, options: MetricsOptions) -> None:
 
 
 def measure_metrics(run: Run, options: MetricsOptions) -> ImageMetrics:
-    """Sample the float model twice, the plan and, if asked for, the controls; measure, and return what was measured.
+    """Sample the float model twice, the plan and, if asked for, the controls; measure, and return
+    what was measured.
 
-    It is added to what the run folder keeps. The deployed graphs, and the controls where asked for, must be current.
-    Raises UsageError before anything is sampled where a network cannot be had, the images are too few for its
-    covariance, or the real images do not fit.
+    It is added to what the run folder keeps. The deployed graphs, and the controls where asked for,
+    must be current. Raises UsageError before anything is sampled where a network cannot be had, the
+    images are too few for its covariance, or the real images do not fit.
     """
     started = time.monotonic()
     exported = run.exported
@@ -105,7 +120,10 @@ def measure_metrics(run: Run, options: MetricsOptions) -> ImageMetrics:
     cache = run.path / ".samples"
     shape = image_shape(exported.spec, exported.path.parent)
     scores = open_scores(options.scores, network_options, exported.spec, shape)
-    reals = {network.name: real_set(options.real, network, network_options, shape) for network in networks}
+    reals = {
+        network.name: real_set(options.real, network, network_options, shape)
+        for network in networks
+    }
     sources = _sources(run, exported.path, settings.seed, options.controls)
     model = FloatModel(exported.path, exported.spec, exported.conditions)
     sampled = sample_many(sources, model, settings, cache, run.talk, _crew(run, options.workers))
@@ -152,7 +170,9 @@ def _keep(run: Run, metrics: ImageMetrics) -> None:
         talk.warn(f"{dropped}: dropped")
     more = merged.count - metrics.count
     if more:
-        talk.line(f"{count(more, 'figure')} of this plan from earlier calls stay{'s' if more == 1 else ''}")
+        talk.line(
+            f"{count(more, 'figure')} of this plan from earlier calls stay{'s' if more == 1 else ''}"
+        )
     merged.save(folder)
 
 
@@ -161,9 +181,14 @@ def _names(options: MetricsOptions, network_options: NetworkOptions) -> tuple[st
     if NO_NETWORK not in options.networks:
         return tuple(dict.fromkeys(options.networks)) or (default_network(network_options),)
     if len(set(options.networks)) > 1 or not options.scores:
-        also = f" beside {', '.join(sorted(set(options.networks) - {NO_NETWORK}))}" if len(options.networks) > 1 else ""
+        also = (
+            f" beside {', '.join(sorted(set(options.networks) - {NO_NETWORK}))}"
+            if len(options.networks) > 1
+            else ""
+        )
         raise UsageError(
-            f"--network is {NO_NETWORK}{also}.", "It stands alone, for --lpips or --clip-score without distances."
+            f"--network is {NO_NETWORK}{also}.",
+            "It stands alone, for --lpips or --clip-score without distances.",
         )
     return ()
 
@@ -181,9 +206,12 @@ def _sources(run: Run, float_model: Path, seed: int, controls: bool) -> dict[str
         sizes = json.loads((folder / "sizes.json").read_text(encoding="utf-8"))
         if not sizes:
             raise UsageError(
-                "The run has no controls.", "Set evaluate.controls in its recipe, or leave --controls out."
+                "The run has no controls.",
+                "Set evaluate.controls in its recipe, or leave --controls out.",
             )
-        sources.update({name: Source(folder / name / SIMULATED, seed) for name in sorted(sizes, reverse=True)})
+        sources.update(
+            {name: Source(folder / name / SIMULATED, seed) for name in sorted(sizes, reverse=True)}
+        )
     return sources
 
 
@@ -194,7 +222,9 @@ def _other_seed(seed: int, calibration: int) -> int:
 class _Measure:
     """Features and distances of one set of samples."""
 
-    def __init__(self, sampled: Sampled, settings: EvaluateSettings, store: SampleCache, talk: Talk) -> None:
+    def __init__(
+        self, sampled: Sampled, settings: EvaluateSettings, store: SampleCache, talk: Talk
+    ) -> None:
         self._sampled, self._settings, self._store, self._talk = sampled, settings, store, talk
         self._strata = strata_of(sampled.rows)
 
@@ -204,7 +234,9 @@ class _Measure:
         """Return for each variant its distances to the float model's images and, where there are some, real ones."""
         features = {name: self._features(network, name) for name in (FLOAT, OTHER, *variants)}
         rows: dict[str, list[FrechetInfo]] = {}
-        with self._talk.bar(f"distances on {network.name}", len(variants) * (2 if real else 1)) as advance:
+        with self._talk.bar(
+            f"distances on {network.name}", len(variants) * (2 if real else 1)
+        ) as advance:
             for name in variants:
                 rows[name] = [self._to_float(network, features, name)]
                 advance(1)
@@ -215,7 +247,11 @@ class _Measure:
 
     def _features(self, network: FeatureNetwork, name: str) -> Array:
         images = self._sampled.images[name]
-        key = {"part": "features", "network": network.digest, "images": arrays_digest({"images": images})}
+        key = {
+            "part": "features",
+            "network": network.digest,
+            "images": arrays_digest({"images": images}),
+        }
         stored = self._store.find(key)
         if stored is not None:
             return stored["features"]
@@ -226,7 +262,9 @@ class _Measure:
                 advance(len(parts[-1]))
         return self._store.keep(key, {"features": np.concatenate(parts)})["features"]
 
-    def _to_float(self, network: FeatureNetwork, features: Mapping[str, Array], name: str) -> FrechetInfo:
+    def _to_float(
+        self, network: FeatureNetwork, features: Mapping[str, Array], name: str
+    ) -> FrechetInfo:
         ours, reference, other = features[name], features[FLOAT], features[OTHER]
         distance = frechet_distance(Moments.of(ours), Moments.of(reference))
         spread = spread_to_reference(ours, reference, self._strata)
@@ -245,9 +283,13 @@ class _Measure:
             **_sets(ours, reference, other),
         )
 
-    def _to_real(self, network: FeatureNetwork, features: Mapping[str, Array], name: str, real: RealSet) -> FrechetInfo:
+    def _to_real(
+        self, network: FeatureNetwork, features: Mapping[str, Array], name: str, real: RealSet
+    ) -> FrechetInfo:
         ours, reference = features[name], features[FLOAT]
-        distance, floor = (frechet_distance(Moments.of(one), real.moments) for one in (ours, reference))
+        distance, floor = (
+            frechet_distance(Moments.of(one), real.moments) for one in (ours, reference)
+        )
         spread = spread_to_reference(ours, reference, self._strata, real.moments)
         return FrechetInfo(
             **self._about(network, name),
@@ -267,9 +309,14 @@ class _Measure:
             **(_sets(ours, reference, real.features) if real.features is not None else {}),
         )
 
-    def scored(self, score: ImageScore, variants: tuple[str, ...], prompts: tuple[str, ...]) -> list[ScoreInfo]:
+    def scored(
+        self, score: ImageScore, variants: tuple[str, ...], prompts: tuple[str, ...]
+    ) -> list[ScoreInfo]:
         """Return the mean score of each of ``variants``, beside the float model's; ``prompts``: one per image."""
-        values = {name: self._scores(score, name, prompts) for name in dict.fromkeys((FLOAT, OTHER, *variants))}
+        values = {
+            name: self._scores(score, name, prompts)
+            for name in dict.fromkeys((FLOAT, OTHER, *variants))
+        }
         own = values[FLOAT]
         return [
             ScoreInfo(
@@ -323,7 +370,8 @@ class _Measure:
 
 def _sets(ours: Array, reference: Array, against: Array) -> dict[str, float | None]:
     """KID, precision and recall of ours against other images, with those of the float model."""
-    # Images from the same noise are no independent sets, which all three presume: hence never float's own.
+    # Images from the same noise are no independent sets, which all three presume: hence never
+    # float's own.
     precision, recall = precision_recall(ours, against)
     precision_floor, recall_floor = precision_recall(reference, against)
     return {

@@ -7,7 +7,13 @@ from collections.abc import Iterable
 
 from mpq_deploy.evaluate.metrics.kept import OURS, ImageMetrics
 from mpq_deploy.report.data import FrechetInfo, ScoreInfo
-from mpq_deploy.report.words import frechet_about, frechet_other, frechet_verdict, score_about, score_verdict
+from mpq_deploy.report.words import (
+    frechet_about,
+    frechet_other,
+    frechet_verdict,
+    score_about,
+    score_verdict,
+)
 
 
 def metrics_text(metrics: ImageMetrics) -> str:
@@ -16,7 +22,12 @@ def metrics_text(metrics: ImageMetrics) -> str:
     lines: list[str] = []
     for first in metrics.frechet:
         group = [row for row in everything if row.kind == first.kind]
-        lines += [*_wrapped(frechet_about(first)), *_table(group), *_wrapped(frechet_other(first)), ""]
+        lines += [
+            *_wrapped(frechet_about(first)),
+            *_table(group),
+            *_wrapped(frechet_other(first)),
+            "",
+        ]
     for own in (row for row in metrics.scores if row.variant == OURS):
         lines += [
             *_wrapped(score_about(own)),
@@ -42,7 +53,9 @@ def _score_table(rows: Iterable[ScoreInfo]) -> list[str]:
     for row in rows:
         ends = row.increase_interval
         interval = "" if ends is None else f"{ends.low:+.2g} to {ends.high:+.2g}"
-        lines.append(f"  {row.variant:<9} {row.value:>9.4g} {row.increase:>+10.3g}  {interval:<22}{score_verdict(row)}")
+        lines.append(
+            f"  {row.variant:<9} {row.value:>9.4g} {row.increase:>+10.3g}  {interval:<22}{score_verdict(row)}"
+        )
     return lines
 
 

@@ -14,9 +14,9 @@ CHUNK = 1024
 def precision_recall(generated: Array, real: Array) -> tuple[float, float]:
     """Return precision and recall of ``generated`` [N, D] against ``real`` [M, D], each in [0, 1].
 
-    Kynkaanniemi et al. 2019 (arXiv 1904.06991), equations 1 and 2: precision is the share of generated images within
-    the radius of a real one, its distance to its third nearest neighbour among the real; recall the other way round.
-    N and M must be above 3.
+    Kynkaanniemi et al. 2019 (arXiv 1904.06991), equations 1 and 2: precision is the share of
+    generated images within the radius of a real one, its distance to its third nearest neighbour
+    among the real; recall the other way round. N and M must be above 3.
     """
     return _covered(generated, real), _covered(real, generated)
 
@@ -25,7 +25,10 @@ def _covered(points: Array, support: Array) -> float:
     """Return the share of ``points`` that lie within the radius of any of ``support``."""
     # A point is its own nearest neighbour, at distance zero.
     radii = np.concatenate(
-        [np.partition(part, NEIGHBOURS, axis=1)[:, NEIGHBOURS] for part in _squares(support, support)]
+        [
+            np.partition(part, NEIGHBOURS, axis=1)[:, NEIGHBOURS]
+            for part in _squares(support, support)
+        ]
     )
     inside = [(part <= radii).any(axis=1) for part in _squares(points, support)]
     return float(np.concatenate(inside).mean())

@@ -24,8 +24,8 @@ BATCH = 32
 class FeatureNetwork(Protocol):
     """Turns images into features.
 
-    ``digest`` tells its weights and preprocessing; ``width``: features per image; ``title``: what a Frechet distance on
-    it is called.
+    ``digest`` tells its weights and preprocessing; ``width``: features per image; ``title``: what a
+    Frechet distance on it is called.
     """
 
     name: str
@@ -55,7 +55,9 @@ def parse_weights(texts: Sequence[str]) -> tuple[tuple[str, Path], ...]:
     for text in texts:
         name, separator, path = text.partition("=")
         if not separator or not path:
-            raise UsageError(f"--weights is '{text}'.", f"Give NAME=PATH, such as {INCEPTION}=weights.pth.")
+            raise UsageError(
+                f"--weights is '{text}'.", f"Give NAME=PATH, such as {INCEPTION}=weights.pth."
+            )
         found.append((name, Path(path)))
     return tuple(found)
 

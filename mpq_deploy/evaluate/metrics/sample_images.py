@@ -1,7 +1,9 @@
-"""Many images of several models from the same noise: in shards that are cached by content, over several processes.
+"""Many images of several models from the same noise: in shards that are cached by content, over
+several processes.
 
-In: a run's float graph and variants, their description and conditions. Out: pixels uint8 [N, H, W, C] by model. A
-killed call goes on with the shards that are finished, and a damaged one is made again.
+In: a run's float graph and variants, their description and conditions. Out: pixels uint8 [N, H, W,
+C] by model. A killed call goes on with the shards that are finished, and a damaged one is made
+again.
 """
 
 from __future__ import annotations
@@ -84,11 +86,12 @@ def sample_many(
     talk: Talk,
     crew: Crew | None = None,
 ) -> Sampled:
-    """Sample every one of ``sources``; image i of two sources of the same seed comes from the same noise.
+    """Sample every one of ``sources``; image i of two sources of the same seed comes from the same
+    noise.
 
-    ``model``: the float model that they are variants of; ``crew``: who samples; None: as many processes
-    of this machine as its memory and cores allow. Raises UsageError where the samples are no images
-    (latents without a decoder), ModelError for samples that are not finite.
+    ``model``: the float model that they are variants of; ``crew``: who samples; None: as many
+    processes of this machine as its memory and cores allow. Raises UsageError where the samples are
+    no images (latents without a decoder), ModelError for samples that are not finite.
     """
     spec = model.spec
     _check_pixels(spec)
@@ -98,15 +101,21 @@ def sample_many(
     rows = spread_rows(conditions, settings.samples, spec.uncond_row)
     models = list({source.model: None for source in sources.values()})
     crew, threads = _crew(models, crew)
-    files = Files.of(file for path in [*models, *([decoder] if decoder else [])] for file in model_files(path))
+    files = Files.of(
+        file for path in [*models, *([decoder] if decoder else [])] for file in model_files(path)
+    )
     store, job = _Counting(cache, talk), _job(files, models)
     shared = _Shared(spec, model.conditions, decoder, rows, settings, threads)
-    shards = [shard for name, source in sources.items() for shard in _shards(name, source, shared, files)]
+    shards = [
+        shard for name, source in sources.items() for shard in _shards(name, source, shared, files)
+    ]
     with crew.open(job, talk) as pool:
         title = f"sample {len(sources)} sets of {settings.samples}"
         images = [result["images"] for result in run_shards(pool, title, shards, talk, store)]
     each = len(shards) // len(sources)
-    whole = {name: np.concatenate(images[n * each : (n + 1) * each]) for n, name in enumerate(sources)}
+    whole = {
+        name: np.concatenate(images[n * each : (n + 1) * each]) for n, name in enumerate(sources)
+    }
     sampler = make_sampler(spec.scheduler, settings.steps, settings.seed, settings.sampler).name
     return Sampled(whole, rows, sampler, len(shards), store.made, time.monotonic() - started)
 
@@ -129,11 +138,18 @@ def _shards(name: str, source: Source, shared: _Shared, files: Files) -> list[Sh
     relative = replace(source, model=files.below(source.model))
     decoder = None if shared.decoder is None else files.below(shared.decoder)
     common = _common_key(shared.spec, shared.conditions, shared.decoder, settings)
-    key = {**common, "model": model_digest(source.model), "float": source.is_float, "seed": source.seed}
+    key = {
+        **common,
+        "model": model_digest(source.model),
+        "float": source.is_float,
+        "seed": source.seed,
+    }
     shards = []
     for start in range(0, settings.samples, SHARD):
         rows = tuple(int(row) for row in shared.rows[start : start + SHARD])
-        task = Shard(relative, shared.spec, shared.conditions, decoder, rows, start, settings, shared.threads)
+        task = Shard(
+            relative, shared.spec, shared.conditions, decoder, rows, start, settings, shared.threads
+        )
         title = f"{name}, images {start} to {start + len(rows) - 1}"
         shards.append(ShardOf(title, task, 1, {**key, "start": start, "rows": list(rows)}))
     return shards
@@ -166,7 +182,11 @@ def sample_shard(shard: Shard) -> Array:
     """Make the images of ``shard``, uint8 [n, H, W, C]: the same ones in any process."""
     settings, spec, source = shard.settings, shard.spec, shard.source
     denoiser = _opened(
-        source.model, source.model.stat().st_mtime_ns, spec.model_dump_json(), shard.threads, source.is_float
+        source.model,
+        source.model.stat().st_mtime_ns,
+        spec.model_dump_json(),
+        shard.threads,
+        source.is_float,
     )
     # A sampler that adds noise draws it shard by shard: each needs draws of its own.
     seed = int(np.random.SeedSequence((source.seed, shard.start)).generate_state(1)[0])
@@ -181,14 +201,20 @@ def sample_shard(shard: Shard) -> Array:
     if shard.decoder is None:
         assert spec.pixel_range is not None  # checked by _check_pixels
         return to_uint8(samples, spec.pixel_range)
-    return to_uint8(decode(shard.decoder, samples, settings.batch_size, Talk()), spec.pixel_range or DECODED_RANGE)
+    return to_uint8(
+        decode(shard.decoder, samples, settings.batch_size, Talk()),
+        spec.pixel_range or DECODED_RANGE,
+    )
 
 
 def shard_noise(spec: DenoiserSpec, start: int, count: int, seed: int) -> Array:
     """Return the noise of images ``start`` to ``start + count``: that of ``sampling.loop.initial_noise``."""
     shape = spec.sample.shape
     return np.stack(
-        [np.random.default_rng((seed, i)).standard_normal(shape, np.float32) for i in range(start, start + count)]
+        [
+            np.random.default_rng((seed, i)).standard_normal(shape, np.float32)
+            for i in range(start, start + count)
+        ]
     )
 
 
@@ -213,7 +239,8 @@ def _crew(models: list[Path], crew: Crew | None) -> tuple[Crew, int]:
 
 
 def _job(files: Files, models: list[Path]) -> Job:
-    # The graph is held as it is and prepared for the kernels; activations of one batch are far smaller.
+    # The graph is held as it is and prepared for the kernels; activations of one batch are far
+    # smaller.
     return Job("sampling", open_sampler, files.root, files.names, 2 * max(map(_bytes, models)))
 
 
@@ -236,11 +263,16 @@ def _check_pixels(spec: DenoiserSpec) -> None:
             "Give the pipeline folder its VAE; an ONNX file's YAML can name a decoder, or a pixel_range.",
         )
     if len(spec.sample.shape) != 3:
-        raise ModelError(f"The samples have the shape {list(spec.sample.shape)}.", "Images are [channels, H, W].")
+        raise ModelError(
+            f"The samples have the shape {list(spec.sample.shape)}.", "Images are [channels, H, W]."
+        )
 
 
 def _common_key(
-    spec: DenoiserSpec, conditions: Mapping[str, Array], decoder: Path | None, settings: EvaluateSettings
+    spec: DenoiserSpec,
+    conditions: Mapping[str, Array],
+    decoder: Path | None,
+    settings: EvaluateSettings,
 ) -> dict[str, Any]:
     plain = spec.model_dump(mode="json", exclude={"name", "source", "labels", "synthetic"})
     return {

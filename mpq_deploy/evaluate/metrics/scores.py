@@ -1,7 +1,9 @@
-"""Scores of single images, by name: LPIPS to the float model's image, CLIP's agreement with the prompt.
+"""Scores of single images, by name: LPIPS to the float model's image, CLIP's agreement with the
+prompt.
 
-In: images uint8 [N, H, W, C], the float model's from the same noise, and the prompts. Out: a figure of each image. What
-the weights lack is an error that says where to get them; nothing is downloaded, and nothing stands in for them.
+In: images uint8 [N, H, W, C], the float model's from the same noise, and the prompts. Out: a figure
+of each image. What the weights lack is an error that says where to get them; nothing is downloaded,
+and nothing stands in for them.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ ScoreKind = Literal["lpips", "clip-score"]
 class ImageScore(Protocol):
     """Gives each image a figure.
 
-    ``digest`` tells its weights and preprocessing; ``title``: what it is called; ``min_side``: minimum
-    height and width of an image, in pixels.
+    ``digest`` tells its weights and preprocessing; ``title``: what it is called; ``min_side``:
+    minimum height and width of an image, in pixels.
     """
 
     name: ScoreKind
@@ -90,7 +92,8 @@ def has_prompts(spec: DenoiserSpec) -> bool:
 
 
 def prompts_of(spec: DenoiserSpec, rows: Array) -> tuple[str, ...]:
-    """Return the prompt of each image, by its row of the conditions; empty where the labels are no prompts.
+    """Return the prompt of each image, by its row of the conditions; empty where the labels are no
+    prompts.
 
     Raises UsageError for a row without a label.
     """

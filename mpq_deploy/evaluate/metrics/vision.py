@@ -29,15 +29,16 @@ def check_vision(name: str, path: Path | None, offline: str) -> None:
     for file in (CONFIG, PREPROCESSOR, WEIGHTS):
         if not (path / file).is_file():
             raise UsageError(
-                f"{path} holds no {file}.", f"Give a folder with {CONFIG}, {PREPROCESSOR} and {WEIGHTS}. {offline}"
+                f"{path} holds no {file}.",
+                f"Give a folder with {CONFIG}, {PREPROCESSOR} and {WEIGHTS}. {offline}",
             )
 
 
 class VisionNetwork:
     """CLIP: the projected image embedding; DINOv2: the class token behind the last norm.
 
-    The whole image is made as large as the network's crop, by bicubic interpolation, with the folder's mean and
-    deviation; nothing is cropped (our choice: the samples are square).
+    The whole image is made as large as the network's crop, by bicubic interpolation, with the
+    folder's mean and deviation; nothing is cropped (our choice: the samples are square).
     """
 
     def __init__(self, name: str, folder: Path) -> None:
@@ -47,7 +48,9 @@ class VisionNetwork:
         config = self._model.config
         self.width = int(config.projection_dim if self._projects else config.hidden_size)
         self.name, self.title = name, title_of(name)
-        self.digest = digest_of(file_digest(folder / WEIGHTS), repr((self._side, self._mean, self._deviation)))
+        self.digest = digest_of(
+            file_digest(folder / WEIGHTS), repr((self._side, self._mean, self._deviation))
+        )
 
     def features(self, images: Array) -> Array:
         """Return float64 [N, width] of ``images`` uint8 [N, H, W, C] with 1 or 3 channels."""
@@ -59,7 +62,8 @@ class VisionNetwork:
 
 
 def preprocessing(folder: Path) -> tuple[int, list[float], list[float]]:
-    """Return the side of the crop, the mean and the deviation that a folder's preprocessor_config.json names.
+    """Return the side of the crop, the mean and the deviation that a folder's
+    preprocessor_config.json names.
 
     Raises UsageError for one that does not.
     """
@@ -76,19 +80,25 @@ def preprocessing(folder: Path) -> tuple[int, list[float], list[float]]:
 
 
 def from_folder(kind: Any, folder: Path, name: str, **options: Any) -> Any:
-    """Return a model of transformers' class ``kind`` with all its weights from ``folder``, in evaluation mode.
+    """Return a model of transformers' class ``kind`` with all its weights from ``folder``, in
+    evaluation mode.
 
     Raises UsageError where the folder does not hold them all.
     """
     from transformers.utils import logging
 
     level = logging.get_verbosity()
-    # Weights of the other tower are listed as unexpected, line by line; what is missing is told below.
+    # Weights of the other tower are listed as unexpected, line by line; what is missing is told
+    # below.
     logging.set_verbosity_error()
     try:
         with no_bars("transformers"):
             model, info = kind.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
+                folder,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
             )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise UsageError(
@@ -116,5 +126,7 @@ def _model(name: str, folder: Path) -> Any:
     tower = settings.get("vision_config", settings)
     # A whole CLIP says how wide its embeddings are beside its towers, not in them.
     width = settings.get("projection_dim", tower.get("projection_dim"))
-    config = transformers.CLIPVisionConfig(**{**tower, **({} if width is None else {"projection_dim": width})})
+    config = transformers.CLIPVisionConfig(
+        **{**tower, **({} if width is None else {"projection_dim": width})}
+    )
     return from_folder(transformers.CLIPVisionModelWithProjection, folder, name, config=config)

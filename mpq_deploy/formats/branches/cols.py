@@ -30,7 +30,8 @@ SHARES = (1, 2)
 
 @dataclass(frozen=True)
 class ColsMatrix:
-    """A body whose columns of the input channels ``columns`` (int32 [n], ascending) are zero, and their FP16 weights.
+    """A body whose columns of the input channels ``columns`` (int32 [n], ascending) are zero, and
+    their FP16 weights.
 
     ``weight`` float16 [O, n * taps] holds those columns, ``taps`` of each channel together.
     """
@@ -65,7 +66,8 @@ class Cols(Branch):
 
     kind = "cols"
     meaning = "the outlier input channels in FP16 beside it"
-    # The gathering and the small product: TensorRT-RTX fuses an addition into the product before it.
+    # The gathering and the small product: TensorRT-RTX fuses an addition into the product before
+    # it.
     kernels = 2
 
     @property
@@ -87,7 +89,9 @@ class Cols(Branch):
     def parts(self, layer: Layer, scheme: Scheme) -> tuple[tuple[Layer, Scheme], ...]:
         shape = list(layer.weight_shape)
         shape[1 - layer.out_axis] = self.columns(layer)
-        outliers = replace(part_of(layer, layer.out_channels, "outliers"), weight_shape=tuple(shape))
+        outliers = replace(
+            part_of(layer, layer.out_channels, "outliers"), weight_shape=tuple(shape)
+        )
         return (layer, scheme.body), (outliers, FP16)
 
     def joining_bytes(self, layer: Layer) -> int:
@@ -105,14 +109,22 @@ class Cols(Branch):
 
     def round(self, scheme: Scheme, layer: LayerRounding, forms: Forms) -> ColsMatrix:
         """Errors and sizes of the outlier channels are none of the body's concern."""
-        assert layer.inputs.outliers is not None, "branches that take outlier channels out need to know them"
+        assert layer.inputs.outliers is not None, (
+            "branches that take outlier channels out need to know them"
+        )
         channels = np.sort(layer.inputs.outliers[: self.columns(layer.layer)])
-        rest, moments = without_columns(layer.weight, layer.moments, columns_of(channels, layer.taps))
-        return beside_body(round_alone(scheme.body, layer, rest, moments), layer.weight, channels, layer.taps)
+        rest, moments = without_columns(
+            layer.weight, layer.moments, columns_of(channels, layer.taps)
+        )
+        return beside_body(
+            round_alone(scheme.body, layer, rest, moments), layer.weight, channels, layer.taps
+        )
 
     def read(self, scheme: Scheme, stored: StoredMatrix) -> ColsMatrix:
         taps = stored.layer.reduction // input_channels(stored.layer)
-        return beside_body(QuantizedMatrix.of(stored.arrays), stored.weight, stored.arrays["columns"], taps)
+        return beside_body(
+            QuantizedMatrix.of(stored.arrays), stored.weight, stored.arrays["columns"], taps
+        )
 
     def write(self, to: LayerWriter, scheme: Scheme, matrix: ColsMatrix) -> None:
         super().write(to, scheme, matrix.body)
@@ -124,7 +136,9 @@ class Cols(Branch):
         axis = {"axis": 1 if layer.op == "Conv" else -1}
         gather = to.beside("Gather", [to.x, indices], axis, "outlier_channels", to.x)
         twin.replace_input_with(0, gather.outputs[0])
-        twin.replace_input_with(1, to.named_constant(f"{layer.weight}//outliers", weight.astype(np.float32)))
+        twin.replace_input_with(
+            1, to.named_constant(f"{layer.weight}//outliers", weight.astype(np.float32))
+        )
         to.add_output([gather, twin], "outliers_add")
 
     def twin(self, start: StartingWeight, kit: TwinKit) -> LayerTwin:
@@ -164,10 +178,14 @@ def columns_of(channels: Array, taps: int) -> Array:
     return np.asarray((channels[:, None] * taps + np.arange(taps)).reshape(-1))
 
 
-def without_columns(weight: Array, moments: list[Array], columns: Array) -> tuple[Array, list[Array]]:
-    """Return the weight [O, K] and the Hessian's diagonal blocks as the body sees them without ``columns``.
+def without_columns(
+    weight: Array, moments: list[Array], columns: Array
+) -> tuple[Array, list[Array]]:
+    """Return the weight [O, K] and the Hessian's diagonal blocks as the body sees them without
+    ``columns``.
 
-    The branch leaves no error in those columns, so the others must not be rounded to make up for one.
+    The branch leaves no error in those columns, so the others must not be rounded to make up for
+    one.
     """
     rest = weight.copy()
     rest[:, columns] = 0

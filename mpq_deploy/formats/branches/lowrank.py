@@ -1,4 +1,5 @@
-"""The branch ``lowrank``: two FP16 factors take the largest part of what the INT4 body's rounding destroys.
+"""The branch ``lowrank``: two FP16 factors take the largest part of what the INT4 body's rounding
+destroys.
 
 As the layer's input sees it (after SVDQuant, which splits the weight before rounding; ours).
 """
@@ -69,7 +70,11 @@ class LowRank(Branch):
         """The second factor is a 1x1 convolution, or a product as the layer is one."""
         down = part_of(layer, self.amount, "lowrank_down")
         up = part_of(layer, layer.out_channels, "lowrank_up")
-        shape = (layer.out_channels, self.amount) if layer.out_axis == 0 else (self.amount, layer.out_channels)
+        shape = (
+            (layer.out_channels, self.amount)
+            if layer.out_axis == 0
+            else (self.amount, layer.out_channels)
+        )
         ones = tuple(1 for _ in layer.kernel)
         return (layer, scheme.body), (down, FP16), (replace(up, weight_shape=(*shape, *ones)), FP16)
 
@@ -77,7 +82,9 @@ class LowRank(Branch):
         body = forms[scheme.body.weight_form]
         assert isinstance(body, QuantizedMatrix)
         error = layer.weight - body.dequantize()
-        return LowRankMatrix(body, *low_rank_factors(error, layer.moments, layer.how.damping, self.amount))
+        return LowRankMatrix(
+            body, *low_rank_factors(error, layer.moments, layer.how.damping, self.amount)
+        )
 
     def read(self, scheme: Scheme, stored: StoredMatrix) -> LowRankMatrix:
         assert isinstance(stored.body, QuantizedMatrix)
@@ -123,18 +130,22 @@ class LowRank(Branch):
         return FP16_BYTES * whole.outputs
 
 
-def low_rank_factors(error: Array, moments: list[Array], damping: float, rank: int) -> tuple[Array, Array]:
-    """Return FP16 factors (down [r, K], up [O, r]) whose product is nearest to ``error`` float32 [O, K].
+def low_rank_factors(
+    error: Array, moments: list[Array], damping: float, rank: int
+) -> tuple[Array, Array]:
+    """Return FP16 factors (down [r, K], up [O, r]) whose product is nearest to ``error`` float32
+    [O, K].
 
-    Nearest in the error of the layer's output: with H = L L^T (the mean of x x^T, damped, given as its
-    diagonal blocks ``moments``) the singular vectors are those of error L, so that
-    |(error - up down) L| is the minimum for this rank.
+    Nearest in the error of the layer's output: with H = L L^T (the mean of x x^T, damped, given as
+    its diagonal blocks ``moments``) the singular vectors are those of error L, so that |(error - up
+    down) L| is the minimum for this rank.
     """
     roots = [np.linalg.cholesky(damped(block, damping)) for block in moments]
     cuts = np.cumsum([len(root) for root in roots])[:-1]
     parts = np.split(error.astype(np.float64), cuts, axis=1)
     seen = np.concatenate([part @ root for part, root in zip(parts, roots)], axis=1)
-    # The left singular vectors from the small Gram matrix; projecting on them is the best factorisation.
+    # The left singular vectors from the small Gram matrix; projecting on them is the best
+    # factorisation.
     _, vectors = np.linalg.eigh(seen @ seen.T)
     up = vectors[:, ::-1][:, :rank]
     # Signs of eigenvectors are free: fixed here, so that equal inputs give equal bytes.

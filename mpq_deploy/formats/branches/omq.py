@@ -1,7 +1,8 @@
-"""The branch ``omq``: the channels of highest kurtosis get a bit more, as many of lowest a bit less.
+"""The branch ``omq``: the channels of highest kurtosis get a bit more, as many of lowest a bit
+less.
 
-MPQ-DM (arXiv 2412.11549): m channels get N + 1 bits and m get N - 1, so the mean stays N; m in
-{0, k, 2k, ...} up to half the channels, k = O // 10, by the error of the layer's output.
+MPQ-DM (arXiv 2412.11549): m channels get N + 1 bits and m get N - 1, so the mean stays N; m in {0,
+k, 2k, ...} up to half the channels, k = O // 10, by the error of the layer's output.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ class Omq(SharedBits):
 def outlier_steps(kurtosis: Array, fewer: Array, same: Array, more: Array) -> Array:
     """Return which channels get a bit more (1) and less (-1), int64 [O], by MPQ-DM's group search.
 
-    ``fewer``, ``same``, ``more`` [O]: a channel's error with N - 1, N and N + 1 bits. The m channels of highest
-    kurtosis are promoted and the m of lowest demoted, m in {0, k, 2k, ...} up to half of them, k = O // 10, by the sum
-    of all errors.
+    ``fewer``, ``same``, ``more`` [O]: a channel's error with N - 1, N and N + 1 bits. The m
+    channels of highest kurtosis are promoted and the m of lowest demoted, m in {0, k, 2k, ...} up
+    to half of them, k = O // 10, by the sum of all errors.
     """
     channels = len(kurtosis)
     order = np.argsort(-kurtosis, kind="stable")

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from mpq_deploy.models.spec import Array
     from mpq_deploy.recover.trained_weights import LayerTwin, StartingWeight, TwinKit
 
-# Tenths of the activation's range that move to the weight: factors of (max|W| / max|X|) ** 0.5, MPQ-DM's.
+# Tenths of the activation's range that move to the weight: factors of (max|W| / max|X|) ** 0.5,
+# MPQ-DM's.
 TENTHS = (5,)
 
 
@@ -116,12 +117,13 @@ def rescaled(weight: Array, moments: list[Array], columns: Array) -> tuple[Array
 
 
 def scale_factors(weight_amax: Array, input_amax: Array, share: float) -> Array:
-    """Return by what to multiply each input channel so that its range and that of its weights meet, float16 [C].
+    """Return by what to multiply each input channel so that its range and that of its weights meet,
+    float16 [C].
 
-    With ``share`` a in [0, 1] the factors are max|W_c|^(1-a) / max|X_c|^a, brought to a geometric mean
-    of 1: for a = 0.5 MPQ-DM's delta = sqrt(max|W_c| / max|X_c|) (its published code) but for that mean,
-    which the scales take up. Channels that are zero on either side keep 1. Bounded to 2^-10 .. 2^10,
-    so that FP16 holds both the factors and what they make (our choice).
+    With ``share`` a in [0, 1] the factors are max|W_c|^(1-a) / max|X_c|^a, brought to a geometric
+    mean of 1: for a = 0.5 MPQ-DM's delta = sqrt(max|W_c| / max|X_c|) (its published code) but for
+    that mean, which the scales take up. Channels that are zero on either side keep 1. Bounded to
+    2^-10 .. 2^10, so that FP16 holds both the factors and what they make (our choice).
     """
     usable = (weight_amax > 0) & (input_amax > 0)
     logs = np.zeros(len(usable))

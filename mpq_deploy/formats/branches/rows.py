@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 Tensor = Any  # torch.Tensor
 
-# MPQ-DM's group search: m = 0, k, 2k, ... of the output channels, k = c_out // 10, up to half of them.
+# MPQ-DM's group search: m = 0, k, 2k, ... of the output channels, k = c_out // 10, up to half of
+# them.
 TENTHS = (1, 2, 3, 4, 5)
 
 
@@ -129,7 +130,9 @@ class Rows(Branch):
             values = bias.const_value.numpy()
             halves = (node, "body", matrix.others), (twin, "promoted", matrix.rows)
             for half, name, channels in halves:
-                half.replace_input_with(2, to.named_constant(f"{bias.name}//{name}", values[channels]))
+                half.replace_input_with(
+                    2, to.named_constant(f"{bias.name}//{name}", values[channels])
+                )
             del to.graph.initializers[bias.name or ""]
         (body_layer, body), (promoted_layer, promoted) = self.parts(to.layer, scheme)
         super().write(to.of(body_layer), body, matrix.body)
@@ -154,11 +157,18 @@ class Rows(Branch):
 
         def deployed(w: LayerWeight, delta: Tensor) -> RowsMatrix:
             new = w.body.merged(delta[w.others]), w.promoted.merged(delta[w.rows])
-            wholes = matrix.every_body.with_rows(others, new[0]), matrix.every_int8.with_rows(rows, new[1])
+            wholes = (
+                matrix.every_body.with_rows(others, new[0]),
+                matrix.every_int8.with_rows(rows, new[1]),
+            )
             return RowsMatrix(*wholes, rows)
 
         indices = {"others": others, "rows": rows, "order": matrix.order}
-        parts = {"body": body, "promoted": promoted, **{name: kit.indices(i) for name, i in indices.items()}}
+        parts = {
+            "body": body,
+            "promoted": promoted,
+            **{name: kit.indices(i) for name, i in indices.items()},
+        }
         return kit.twin(parts, through, deployed, body.mean_step)
 
     def traffic(self, layer: Layer, whole: Traffic) -> tuple[Traffic, ...]:

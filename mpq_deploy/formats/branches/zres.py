@@ -1,10 +1,11 @@
-"""The branch ``zres``: channels have binary residuals over a grid of a bit less, or grids, where either is better.
+"""The branch ``zres``: channels have binary residuals over a grid of a bit less, or grids, where
+either is better.
 
-MPQ-DMv2 (arXiv 2507.04290; only its abstract is public, everything here is our reading): a grid of N - 1
-bits and z in {0, 1, 2} binary residuals in place of N - 1, N and N + 1 bits. The grid's clip is searched
-jointly with the residuals' sizes. At equal bits a plain grid is a candidate for each channel too, so the
-residual is taken only where it is better; which channels get how many bits minimizes the error of the
-layer's output.
+MPQ-DMv2 (arXiv 2507.04290; only its abstract is public, everything here is our reading): a grid of
+N - 1 bits and z in {0, 1, 2} binary residuals in place of N - 1, N and N + 1 bits. The grid's clip
+is searched jointly with the residuals' sizes. At equal bits a plain grid is a candidate for each
+channel too, so the residual is taken only where it is better; which channels get how many bits
+minimizes the error of the layer's output.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ class ZeroResidual(SharedBits):
     """Binary residuals."""
 
     kind = "zres"
-    meaning = "channels have binary residuals over a grid of a bit less, or grids, where either is better"
+    meaning = (
+        "channels have binary residuals over a grid of a bit less, or grids, where either is better"
+    )
     # Which of five forms a channel has; one of two residuals takes the place of one with none.
     form_bits = 3
     residuals = 1
@@ -47,7 +50,8 @@ def with_residuals(bits: int, orders: int) -> RowForm:
 
 
 def balanced_steps(fewer: Array, same: Array, more: Array) -> Array:
-    """Return which channels get a bit more (1) and less (-1), int64 [O], as many of either, for the least total error.
+    """Return which channels get a bit more (1) and less (-1), int64 [O], as many of either, for the
+    least total error.
 
     Exact, by dynamic programming over the channels and the balance so far. Our choice.
     """

@@ -61,4 +61,6 @@ def require_names(model: ir.Model) -> None:
     """Raise PreconditionError unless every node has a name of its own."""
     names = [node.name for node in model.graph]
     if not all(names) or len(set(names)) < len(names):
-        raise ir.passes.PreconditionError("Two nodes have one name, or one has none: run NameNodesPass before.")
+        raise ir.passes.PreconditionError(
+            "Two nodes have one name, or one has none: run NameNodesPass before."
+        )

@@ -25,13 +25,18 @@ class DropSqueezesPass(GraphPass):
         for node in idle:
             source = node.inputs[0]
             assert source is not None  # Squeeze has its data
-            ir.convenience.replace_all_uses_with(node.outputs[0], source, replace_graph_outputs=True)
+            ir.convenience.replace_all_uses_with(
+                node.outputs[0], source, replace_graph_outputs=True
+            )
             model.graph.remove(node, safe=True)
         return ir.passes.PassResult(model, bool(idle))
 
     def ensures(self, model: ir.Model) -> None:
         """No Squeeze that does nothing is left."""
-        ensure(not any(map(_does_nothing, model.graph)), "A Squeeze of an axis that is not of size one is left.")
+        ensure(
+            not any(map(_does_nothing, model.graph)),
+            "A Squeeze of an axis that is not of size one is left.",
+        )
 
 
 def _does_nothing(node: ir.Node) -> bool:

@@ -35,7 +35,10 @@ class FiniteMasksPass(GraphPass):
 
     def ensures(self, model: ir.Model) -> None:
         """No mask or fill is infinite."""
-        ensure(not any(_infinite_masks(model)) and not any(_infinite_fills(model)), "An infinite mask is left.")
+        ensure(
+            not any(_infinite_masks(model)) and not any(_infinite_fills(model)),
+            "An infinite mask is left.",
+        )
 
 
 def _infinite_masks(model: ir.Model) -> Iterator[tuple[ir.Value, Array]]:

@@ -26,7 +26,8 @@ def common_first_token(name: str, texts: Array) -> Array:
     tokens = np.asarray(texts[:, 0], np.float64)
     if texts.shape[1] < 2:
         raise UsageError(
-            f"The condition '{name}' has {texts.shape[1]} token.", "Leave first_token as it is: quantized."
+            f"The condition '{name}' has {texts.shape[1]} token.",
+            "Leave first_token as it is: quantized.",
         )
     apart = token_distance(tokens, tokens[0])
     if apart > SAME_TOKEN:
@@ -82,7 +83,9 @@ class FirstTokenPass(GraphPass):
 
     def ensures(self, model: ir.Model) -> None:
         """No projection reads the whole text."""
-        ensure(not projections(model, self.name), f"A projection reads all tokens of '{self.name}'.")
+        ensure(
+            not projections(model, self.name), f"A projection reads all tokens of '{self.name}'."
+        )
 
 
 def projections(model: ir.Model, name: str) -> list[ir.Node]:
@@ -92,13 +95,20 @@ def projections(model: ir.Model, name: str) -> list[ir.Node]:
 
 
 def _projects(node: ir.Node) -> bool:
-    weight = node.inputs[1] if node.op_type == "MatMul" and node.domain in STANDARD_DOMAINS else None
-    return weight is not None and weight.const_value is not None and len(weight.const_value.shape) == 2
+    weight = (
+        node.inputs[1] if node.op_type == "MatMul" and node.domain in STANDARD_DOMAINS else None
+    )
+    return (
+        weight is not None and weight.const_value is not None and len(weight.const_value.shape) == 2
+    )
 
 
 def _others(model: ir.Model, text: ir.Value) -> ir.Value:
     """Return tokens 1 to T - 1 of ``text``."""
-    bounds = [add_constant(model, f"{text.name}//others_{part}", np.array([value])) for part, value in _BOUNDS.items()]
+    bounds = [
+        add_constant(model, f"{text.name}//others_{part}", np.array([value]))
+        for part, value in _BOUNDS.items()
+    ]
     node = _node("Slice", [text, *bounds], {}, f"{text.name}/others", ir.DataType.FLOAT)
     if text.shape is not None and isinstance(text.shape[1], int):
         node.outputs[0].shape = ir.Shape([text.shape[0], text.shape[1] - 1, text.shape[2]])
@@ -114,7 +124,9 @@ def _batch(model: ir.Model, text: ir.Value) -> ir.Value:
     """Return the shape [B, 1, 1] that a constant row is repeated to, once for each sample."""
     shape = _node("Shape", [text], {"start": 0, "end": 1}, f"{text.name}/batch", ir.DataType.INT64)
     ones = add_constant(model, f"{text.name}//one_row", np.array([1, 1]))
-    join = _node("Concat", [shape.outputs[0], ones], {"axis": 0}, f"{text.name}/row_shape", ir.DataType.INT64)
+    join = _node(
+        "Concat", [shape.outputs[0], ones], {"axis": 0}, f"{text.name}/row_shape", ir.DataType.INT64
+    )
     model.graph.insert_before(model.graph[0], [shape, join])
     return join.outputs[0]
 
@@ -124,9 +136,17 @@ def _join(model: ir.Model, node: ir.Node, rest: ir.Value, batch: ir.Value, token
     output, weight = node.outputs[0], node.inputs[1]
     assert weight is not None and weight.const_value is not None  # projects
     row = token @ weight.const_value.numpy().astype(np.float64)
-    constant = add_constant(model, f"{weight.name}//first_token", row.astype(np.float32).reshape(1, 1, -1))
+    constant = add_constant(
+        model, f"{weight.name}//first_token", row.astype(np.float32).reshape(1, 1, -1)
+    )
     repeat = _node("Expand", [constant, batch], {}, f"{node.name}/first_token", ir.DataType.FLOAT)
-    join = _node("Concat", [repeat.outputs[0], output], {"axis": 1}, f"{node.name}/first_token_join", ir.DataType.FLOAT)
+    join = _node(
+        "Concat",
+        [repeat.outputs[0], output],
+        {"axis": 1},
+        f"{node.name}/first_token_join",
+        ir.DataType.FLOAT,
+    )
     joined = join.outputs[0]
     ir.convenience.replace_all_uses_with(output, joined, replace_graph_outputs=True)
     # That replaced the join's own input, too.
@@ -140,7 +160,9 @@ def _join(model: ir.Model, node: ir.Node, rest: ir.Value, batch: ir.Value, token
     model.graph.insert_after(node, [repeat, join])
 
 
-def _node(op: str, inputs: list[ir.Value], attributes: dict[str, Any], name: str, dtype: ir.DataType) -> ir.Node:
+def _node(
+    op: str, inputs: list[ir.Value], attributes: dict[str, Any], name: str, dtype: ir.DataType
+) -> ir.Node:
     node = ir.node(op, inputs, attributes, name=name, num_outputs=1)
     node.outputs[0].name, node.outputs[0].type = f"{name}_output", ir.TensorType(dtype)
     return node

@@ -41,7 +41,11 @@ class FoldConstantsPass(GraphPass):
 
     def ensures(self, model: ir.Model) -> None:
         """Nothing folds any more."""
-        left = [name for name, value in model.graph.initializers.items() if any(_foldable(model.graph, value))]
+        left = [
+            name
+            for name, value in model.graph.initializers.items()
+            if any(_foldable(model.graph, value))
+        ]
         ensure(not left, f"Operators on weights are left: {', '.join(left[:3])}.")
 
 

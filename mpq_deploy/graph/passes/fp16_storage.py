@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from mpq_deploy.graph.fp16_region import Fp16Region, is_stored_half, split_initializers, store_float16
+from mpq_deploy.graph.fp16_region import (
+    Fp16Region,
+    is_stored_half,
+    split_initializers,
+    store_float16,
+)
 from mpq_deploy.graph.passes.base import GraphPass, cast_node, ensure, require_names
 
 

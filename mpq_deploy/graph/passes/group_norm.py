@@ -59,7 +59,9 @@ class GroupNormPass(GraphPass):
 
 
 def _group_norms(model: ir.Model) -> list[ir.Node]:
-    return [n for n in model.graph if n.op_type == "GroupNormalization" and n.domain in STANDARD_DOMAINS]
+    return [
+        n for n in model.graph if n.op_type == "GroupNormalization" and n.domain in STANDARD_DOMAINS
+    ]
 
 
 def _replace(model: ir.Model, node: ir.Node, per_group: bool) -> None:
@@ -111,4 +113,6 @@ def _repeated(model: ir.Model, value: ir.Value | None, times: int) -> ir.Value:
     assert value is not None and value.const_value is not None  # requires
     if times == 1:
         return value
-    return add_constant(model, f"{value.name}.per_channel", np.repeat(value.const_value.numpy(), times))
+    return add_constant(
+        model, f"{value.name}.per_channel", np.repeat(value.const_value.numpy(), times)
+    )

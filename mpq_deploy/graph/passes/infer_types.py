@@ -58,9 +58,13 @@ def _type_others(model: ir.Model) -> bool:
     changed = False
     for node in model.graph:
         ours = node.domain in STANDARD_DOMAINS
-        if all(value.type is not None for value in node.outputs) or (ours and node.op_type != "GroupNormalization"):
+        if all(value.type is not None for value in node.outputs) or (
+            ours and node.op_type != "GroupNormalization"
+        ):
             continue
-        kinds = {value.dtype for value in node.inputs if value is not None and value.dtype in FLOATS}
+        kinds = {
+            value.dtype for value in node.inputs if value is not None and value.dtype in FLOATS
+        }
         if len(kinds) != 1:
             continue
         kind = kinds.pop()

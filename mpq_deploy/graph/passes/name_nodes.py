@@ -35,4 +35,7 @@ class NameNodesPass(GraphPass):
     def ensures(self, model: ir.Model) -> None:
         """Every node has a name of its own."""
         names = [node.name for node in model.graph]
-        ensure(all(names) and len(set(names)) == len(names), "Two nodes have one name, or one has none.")
+        ensure(
+            all(names) and len(set(names)) == len(names),
+            "Two nodes have one name, or one has none.",
+        )

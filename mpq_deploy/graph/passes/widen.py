@@ -72,7 +72,9 @@ def _uses(model: ir.Model, kinds: tuple[ir.DataType, ...]) -> bool:
 
 def _names(attribute: ir.Attr, kinds: tuple[ir.DataType, ...]) -> bool:
     if attribute.type == ir.AttributeType.INT:
-        return attribute.name in TYPE_ATTRIBUTES and attribute.value in [int(kind) for kind in kinds]
+        return attribute.name in TYPE_ATTRIBUTES and attribute.value in [
+            int(kind) for kind in kinds
+        ]
     return attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype in kinds
 
 

@@ -71,9 +71,9 @@ class NodeWriter:
 class LayerWriter(NodeWriter):
     """Writes one quantized weight, and the branch beside it, for one ``node`` that uses it.
 
-    ``x``: the node's float input. A weight used by several nodes: use ``number`` gets its own constants,
-    which share ``tensors``, so that the file holds them once. (One blocked INT4 initializer that feeds
-    products of different shapes crashes TensorRT's builder.)
+    ``x``: the node's float input. A weight used by several nodes: use ``number`` gets its own
+    constants, which share ``tensors``, so that the file holds them once. (One blocked INT4
+    initializer that feeds products of different shapes crashes TensorRT's builder.)
     """
 
     layer: Layer
@@ -89,7 +89,9 @@ class LayerWriter(NodeWriter):
 
     def folded(self, matrix: Array) -> Array:
         """Bring a matrix [out_channels, reduction] back to the weight's shape in the file."""
-        return np.asarray((matrix if self.layer.out_axis == 0 else matrix.T).reshape(self.layer.weight_shape))
+        return np.asarray(
+            (matrix if self.layer.out_axis == 0 else matrix.T).reshape(self.layer.weight_shape)
+        )
 
     def constant(self, part: str, array: Array) -> ir.Value:
         """Return the constant of this use that holds ``array``, ``part`` of the weight."""
@@ -104,7 +106,9 @@ class LayerWriter(NodeWriter):
             return ir.Tensor(np.asarray(make().astype(kind.numpy()), order="C"), name=name)
 
         lazy = ir.LazyTensor(stored, dtype=kind, shape=ir.Shape(shape), name=name)
-        return self.named_constant(f"{name}//codes{self._suffix}", self.tensors.setdefault("codes", lazy))
+        return self.named_constant(
+            f"{name}//codes{self._suffix}", self.tensors.setdefault("codes", lazy)
+        )
 
     def insert(
         self,

@@ -1,7 +1,7 @@
 """Count the nominal bytes of simulated schemes from the file that was written.
 
-What each channel's codes may be is recorded in the model's metadata; ``nominal_bytes`` believes nothing of
-it that the codes in the file do not show.
+What each channel's codes may be is recorded in the model's metadata; ``nominal_bytes`` believes
+nothing of it that the codes in the file do not show.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from mpq_deploy.models.spec import Array
 
 
 def nominal_bytes(path: Path, layers: Iterable[Layer]) -> int:
-    """Return the bytes of the graph in ``path``: of all constants as stored, but nominal ones for what is simulated.
+    """Return the bytes of the graph in ``path``: of all constants as stored, but nominal ones for
+    what is simulated.
 
-    Raises MpqError when codes leave the range of their bits, or weights and bits do not make up what the scheme says.
+    Raises MpqError when codes leave the range of their bits, or weights and bits do not make up
+    what the scheme says.
     """
     model = ir.load(path)
     weights: dict[str, Any] = json.loads(model.metadata_props.get(WEIGHTS_KEY, "{}"))
@@ -37,7 +39,9 @@ def nominal_bytes(path: Path, layers: Iterable[Layer]) -> int:
         if layer.name in weights:
             _check_channels(model, layer, weights[layer.name])
             total += SCHEMES[weights[layer.name]["scheme"]].weight_bytes(layer)
-            skipped |= {name for name in model.graph.initializers if name.startswith(f"{layer.weight}//")}
+            skipped |= {
+                name for name in model.graph.initializers if name.startswith(f"{layer.weight}//")
+            }
     # Their zero points are counted with the layers that read them.
     return total + FP16_BYTES * len(activations) + constant_bytes(path, skipped)
 
@@ -51,7 +55,10 @@ def _check_channels(model: ir.Model, layer: Layer, recorded: dict[str, Any]) -> 
         raise _defect(layer, f"code {codes[worst].max()} in a channel of {grid_bits[worst]} bits")
     there = np.zeros_like(orders)
     for order in range(int(orders.max(initial=0))):
-        signs, sizes = _rows(model, layer, f"signs{order}"), _array(model, layer, f"residual{order}") > 0
+        signs, sizes = (
+            _rows(model, layer, f"signs{order}"),
+            _array(model, layer, f"residual{order}") > 0,
+        )
         if (np.abs(signs).min(axis=1) != sizes).any() or (np.abs(signs).max(axis=1) != sizes).any():
             raise _defect(layer, f"signs of residual {order} that are not -1 and 1")
         there += sizes

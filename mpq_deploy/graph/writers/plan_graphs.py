@@ -22,9 +22,13 @@ def write_plan(run: Run, schemes: dict[str, str], folder: Path) -> int:
     rewrites = []
     for candidates in iterate_candidates(run.stage("candidates"), exported.graph):
         scheme = SCHEMES[schemes[candidates.layer.name]]
-        rewrites.append(LayerRewrite(candidates.layer, scheme, candidates.forms.get(scheme.weight_form)))
+        rewrites.append(
+            LayerRewrite(candidates.layer, scheme, candidates.forms.get(scheme.weight_form))
+        )
     scales = {
-        tensor + rewrite.scheme.activation_form: rewrite.scheme.input_grid(stats.activations[tensor])
+        tensor + rewrite.scheme.activation_form: rewrite.scheme.input_grid(
+            stats.activations[tensor]
+        )
         for rewrite in rewrites
         if rewrite.scheme.activation
         for tensor in rewrite.layer.inputs

@@ -1,9 +1,10 @@
-"""Multiply the channels of an activation by factors: in the constants of its producer where possible, else by a Mul.
+"""Multiply the channels of an activation by factors: in the constants of its producer where
+possible, else by a Mul.
 
-Pre-scaling evens out the channels' ranges before they are rounded, and the weight is divided by the same factors. Where
-every reader of the tensor wants them, and it comes from the gain and bias of a norm (behind transposes and reshapes),
-those constants take the factors, at no bytes and no kernel. Source: MPQ-DM (arXiv 2412.11549) pre-scales; where it is
-folded is our choice.
+Pre-scaling evens out the channels' ranges before they are rounded, and the weight is divided by the
+same factors. Where every reader of the tensor wants them, and it comes from the gain and bias of a
+norm (behind transposes and reshapes), those constants take the factors, at no bytes and no kernel.
+Source: MPQ-DM (arXiv 2412.11549) pre-scales; where it is folded is our choice.
 """
 
 from __future__ import annotations
@@ -14,8 +15,14 @@ import onnx_ir as ir
 from mpq_deploy.graph.layers import Layer, LayerGraph
 from mpq_deploy.models.spec import Array
 
-# Norms with a gain and, if there is a third input, a bias per channel; and the axis of their channels.
-NORM_AXES = {"LayerNormalization": -1, "RMSNormalization": -1, "GroupNormalization": 1, "InstanceNormalization": 1}
+# Norms with a gain and, if there is a third input, a bias per channel; and the axis of their
+# channels.
+NORM_AXES = {
+    "LayerNormalization": -1,
+    "RMSNormalization": -1,
+    "GroupNormalization": 1,
+    "InstanceNormalization": 1,
+}
 MOST_STEPS = 16
 
 
@@ -55,13 +62,17 @@ def factor_constants(value: ir.Value, layer: Layer) -> list[tuple[ir.Value, int]
     return constants
 
 
-def multiply_channels(model: ir.Model, value: ir.Value, layer: Layer, factors: Array, suffix: str) -> ir.Value:
+def multiply_channels(
+    model: ir.Model, value: ir.Value, layer: Layer, factors: Array, suffix: str
+) -> ir.Value:
     """Insert a Mul by ``factors`` float16 [C] right after the producer of ``value``; return its output."""
     trailing = len(layer.kernel) if layer.op == "Conv" else 0
     array = factors.astype(np.float32).reshape(-1, *(1,) * trailing)
     name = f"{value.name}//factors{suffix}"
     tensor = ir.Tensor(array, name=name)
-    constant = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    constant = ir.Value(
+        name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
     model.graph.register_initializer(constant)
     node = ir.node("Mul", [value, constant], name=f"{value.name}/prescale{suffix}", num_outputs=1)
     node.outputs[0].name = f"{node.name}_output"
@@ -82,7 +93,8 @@ def channel_axis(value: ir.Value, layer: Layer) -> int | None:
 
 
 def _constants(value: ir.Value, axis: int | None) -> list[tuple[ir.Value, int]] | None:
-    """Return the constants that scale the channels of ``value``, each with its channel axis; None where none do.
+    """Return the constants that scale the channels of ``value``, each with its channel axis; None
+    where none do.
 
     Walks from ``value`` to the gain of a norm: everything on the way must be read by nothing else.
     """
@@ -102,7 +114,9 @@ def _constants(value: ir.Value, axis: int | None) -> list[tuple[ir.Value, int]] 
             if node.op_type == "Mul":
                 return found
         elif node.op_type in ("Transpose", "Reshape") and node.inputs[0] is not None:
-            axis = (_before_transpose if node.op_type == "Transpose" else _before_reshape)(node, axis)
+            axis = (_before_transpose if node.op_type == "Transpose" else _before_reshape)(
+                node, axis
+            )
             value = node.inputs[0]
         else:
             return None
@@ -111,9 +125,15 @@ def _constants(value: ir.Value, axis: int | None) -> list[tuple[ir.Value, int]] 
     return None
 
 
-def _with_norm(node: ir.Node, axis: int, found: list[tuple[ir.Value, int]]) -> list[tuple[ir.Value, int]] | None:
+def _with_norm(
+    node: ir.Node, axis: int, found: list[tuple[ir.Value, int]]
+) -> list[tuple[ir.Value, int]] | None:
     own, rank = NORM_AXES[node.op_type], _rank(node.outputs[0])
-    if rank is None or axis != own % rank or node.attributes.get_int("axis", -1) not in (-1, rank - 1):
+    if (
+        rank is None
+        or axis != own % rank
+        or node.attributes.get_int("axis", -1) not in (-1, rank - 1)
+    ):
         return None
     for constant in node.inputs[1:]:
         # Before opset 21 a GroupNormalization has a gain per group.
@@ -138,7 +158,12 @@ def _channel_constant(node: ir.Node, axis: int) -> tuple[ir.Value, ir.Value, int
 
 
 def _own_constant(value: ir.Value | None) -> bool:
-    return value is not None and value.const_value is not None and value.is_initializer() and len(value.uses()) == 1
+    return (
+        value is not None
+        and value.const_value is not None
+        and value.is_initializer()
+        and len(value.uses()) == 1
+    )
 
 
 def _before_transpose(node: ir.Node, axis: int) -> int | None:
@@ -159,12 +184,16 @@ def _before_reshape(node: ir.Node, axis: int) -> int | None:
         return None
     if axis == len(after.shape) - 1 and before.shape[-1] == channels:
         return len(before.shape) - 1
-    same = len(before.shape) > axis and all(before.shape[i] == after.shape[i] for i in range(axis + 1))
+    same = len(before.shape) > axis and all(
+        before.shape[i] == after.shape[i] for i in range(axis + 1)
+    )
     return axis if same else None
 
 
 def _only_read_by(value: ir.Value, nodes: set[str]) -> bool:
-    return not value.is_graph_output() and all(user.name in nodes and index == 0 for user, index in value.uses())
+    return not value.is_graph_output() and all(
+        user.name in nodes and index == 0 for user, index in value.uses()
+    )
 
 
 def _rank(value: ir.Value) -> int | None:

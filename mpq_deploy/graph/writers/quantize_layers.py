@@ -1,11 +1,13 @@
-"""Pass: give each layer the Q/DQ nodes of its scheme, in the forms that TensorRT builds and keeps packed.
+"""Pass: give each layer the Q/DQ nodes of its scheme, in the forms that TensorRT builds and keeps
+packed.
 
 1. FP16: nothing.
-2. Quantized activations: one QuantizeLinear/DequantizeLinear pair per activation tensor and form, shared
-   by all its readers, directly on their inputs; factors of its channels before it (see ``prescale``).
-3. Weights and branches: what the scheme's format and branch write (see ``formats``). Branches stand on the
-   activation side, where TensorRT keeps both parts packed: it rebuilds a weight that is the sum or
-   concatenation of dequantized ones at each call, or fails to build.
+2. Quantized activations: one QuantizeLinear/DequantizeLinear pair per activation tensor and form,
+   shared by all its readers, directly on their inputs; factors of its channels before it (see
+   ``prescale``).
+3. Weights and branches: what the scheme's format and branch write (see ``formats``). Branches stand
+   on the activation side, where TensorRT keeps both parts packed: it rebuilds a weight that is the
+   sum or concatenation of dequantized ones at each call, or fails to build.
 """
 
 from __future__ import annotations
@@ -45,8 +47,8 @@ def quantize_layers(
 ) -> tuple[ir.Model, bool]:
     """Rewrite ``model`` in place; return it and whether anything changed.
 
-    ``activation_scales``: activation tensor (followed by the scheme's ``activation_form``) -> its quantizer,
-    or the scale of one of INT8, for every input of a layer with quantized activations.
+    ``activation_scales``: activation tensor (followed by the scheme's ``activation_form``) -> its
+    quantizer, or the scale of one of INT8, for every input of a layer with quantized activations.
     """
     nodes = {node.name: node for node in model.graph}
     pairs: dict[str, ir.Value] = {}
@@ -64,7 +66,9 @@ def quantize_layers(
                 key = use.input + rewrite.scheme.activation_form
                 if key not in pairs:
                     factors = None if use.input in folded else rewrite.factors
-                    pairs[key] = _quantize_activation(model, x, rewrite, activation_scales[key], factors)
+                    pairs[key] = _quantize_activation(
+                        model, x, rewrite, activation_scales[key], factors
+                    )
                 node.replace_input_with(0, pairs[key])
             to = LayerWriter(model, rewrite.layer, rewrite.scheme, node, x, number, tensors)
             rewrite.scheme.branch.write(to, rewrite.scheme, rewrite.matrix)
@@ -76,8 +80,8 @@ def quantize_layers(
 def bias_refusal(model: ir.Model, layer: Layer) -> str:
     """Say why a branch cannot be written beside ``layer`` because of its bias; empty when it can.
 
-    Promoting rows splits the bias. One that other nodes read too would then lie in the file twice, and
-    bytes would not be those of the plan.
+    Promoting rows splits the bias. One that other nodes read too would then lie in the file twice,
+    and bytes would not be those of the plan.
     """
     nodes = {node.name: node for node in model.graph}
     own = [nodes[use.node] for use in layer.uses]
@@ -101,7 +105,9 @@ def folded_activations(model: ir.Model, rewrites: list[LayerRewrite]) -> dict[st
     if not scaled:
         return {}
     folded = {}
-    for tensor, readers in foldable_inputs(LayerGraph(model, tuple(r.layer for r in rewrites), ())).items():
+    for tensor, readers in foldable_inputs(
+        LayerGraph(model, tuple(r.layer for r in rewrites), ())
+    ).items():
         wanted = [scaled[name] for name in sorted(readers) if name in scaled]
         if len(wanted) == len(readers) and len({r.scheme.activation_form for r in wanted}) == 1:
             folded[tensor] = wanted[0]
@@ -130,7 +136,9 @@ def _quantize_activation(
     scheme = rewrite.scheme
     assert scheme.activation is not None and x.name is not None
     if not np.isfinite(grid.scale) or grid.scale <= 0:
-        raise ModelError(f"The scale of the activation '{x.name}' is {grid.scale}.", "Calibrate again.")
+        raise ModelError(
+            f"The scale of the activation '{x.name}' is {grid.scale}.", "Calibrate again."
+        )
     form, to, value = scheme.activation_form, NodeWriter(model), x
     if factors is not None:
         value = multiply_channels(model, x, rewrite.layer, factors, form)

@@ -1,10 +1,11 @@
-"""A worker process: opens the job once, then computes one shard after the other. Run with ``python -m``.
+"""A worker process: opens the job once, then computes one shard after the other. Run with ``python
+-m``.
 
-Orders come on stdin, answers go to stdout, both pickled; what it prints goes to stderr. When the process that started
-it ends, however that ends, so does this one.
+Orders come on stdin, answers go to stdout, both pickled; what it prints goes to stderr. When the
+process that started it ends, however that ends, so does this one.
 
-Orders: ("open", opener, root), ("run", number, task), None (end). Answers: ("line" or "warn", text), ("steps", number,
-steps), ("done", number, arrays), ("failed", number or None, error).
+Orders: ("open", opener, root), ("run", number, task), None (end). Answers: ("line" or "warn",
+text), ("steps", number, steps), ("done", number, arrays), ("failed", number or None, error).
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ class Worker:
 
     def _run(self, number: int, task: Any) -> Result:
         if self._work is None:
-            raise ShardError("A worker was given a shard before its job.", "This is a defect: please report it.")
+            raise ShardError(
+                "A worker was given a shard before its job.", "This is a defect: please report it."
+            )
         return self._work(task, self._talk(number))
 
     def _talk(self, number: int | None) -> Within:
@@ -66,8 +69,12 @@ def sendable(error: Exception, root: Path) -> MpqError:
         return error
     if isinstance(error, OSError) and isinstance(found := disk_error(error, root), DiskError):
         return found
-    failed = ShardError(f"A worker failed: {type(error).__name__}: {error}.", "--debug shows where.")
-    failed.__dict__[TRACEBACK] = "\n" + "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    failed = ShardError(
+        f"A worker failed: {type(error).__name__}: {error}.", "--debug shows where."
+    )
+    failed.__dict__[TRACEBACK] = "\n" + "".join(
+        traceback.format_exception(type(error), error, error.__traceback__)
+    )
     return failed
 
 

@@ -1,7 +1,8 @@
-"""Shards on a Ray cluster that exists already. A worker or node that is lost loses its shards to others.
+"""Shards on a Ray cluster that exists already. A worker or node that is lost loses its shards to
+others.
 
-Only versions and processors of the nodes can make results differ from those of one process; the first is refused, the
-second is said.
+Only versions and processors of the nodes can make results differ from those of one process; the
+first is refused, the second is said.
 """
 
 from __future__ import annotations
@@ -23,7 +24,16 @@ import numpy as np
 from mpq_deploy.errors import MissingDependencyError, UsageError
 from mpq_deploy.system.parallel.node import Facts, NodeWorker, Packed
 from mpq_deploy.system.parallel.processes import REPEATS
-from mpq_deploy.system.parallel.work import Job, Pool, Progress, Result, Shard, ShardError, in_shard, lost_too_often
+from mpq_deploy.system.parallel.work import (
+    Job,
+    Pool,
+    Progress,
+    Result,
+    Shard,
+    ShardError,
+    in_shard,
+    lost_too_often,
+)
 from mpq_deploy.system.progress import Talk
 from mpq_deploy.system.threads import Threads, threads_here
 
@@ -36,7 +46,8 @@ LOOK_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Cluster:
-    """The Ray cluster at ``address``: ``workers`` (None: as many as its processors allow) of ``threads`` each.
+    """The Ray cluster at ``address``: ``workers`` (None: as many as its processors allow) of
+    ``threads`` each.
 
     ``threads`` None: those of this process, so that results have the same bits.
     """
@@ -151,12 +162,19 @@ class _ClusterPool:
                         break
                     if answer[0] == "failed":
                         actor.busy = None
-                        raise answer[2] if answer[1] is None else in_shard(answer[2], shards[answer[1]])
+                        raise (
+                            answer[2]
+                            if answer[1] is None
+                            else in_shard(answer[2], shards[answer[1]])
+                        )
                     if answer[0] == "done":
                         actor.busy = None
                         left -= 1
                         # Arrays from the store are read-only views of it.
-                        yield answer[1], {name: np.array(array) for name, array in answer[2].items()}
+                        yield (
+                            answer[1],
+                            {name: np.array(array) for name, array in answer[2].items()},
+                        )
                     elif answer[0] == "steps":
                         progress(answer[1], answer[2])
                     else:
@@ -164,7 +182,11 @@ class _ClusterPool:
 
     def end(self) -> None:
         """End all workers, and remove the files from the nodes where a worker has nothing else to do."""
-        idle = [actor.handle.forget.remote() for actor in self.actors if actor.open and actor.busy is None]
+        idle = [
+            actor.handle.forget.remote()
+            for actor in self.actors
+            if actor.open and actor.busy is None
+        ]
         if idle:
             self.ray.wait(idle, num_returns=len(idle), timeout=LOOK_SECONDS)
         for actor in self.actors:
@@ -202,7 +224,9 @@ class _ClusterPool:
         remote = self.ray.remote(_OnRay).options(**options, runtime_env={"env_vars": environment})
         handle = remote.remote()
         started = handle.__ray_ready__.remote()
-        self.actors.append(_Actor(handle, started, handle.open.remote(self.job.opener, self.packed)))
+        self.actors.append(
+            _Actor(handle, started, handle.open.remote(self.job.opener, self.packed))
+        )
 
     def _assign(self, waiting: deque[int], shards: Sequence[Shard]) -> None:
         for actor in self.actors:
@@ -225,7 +249,9 @@ class _ClusterPool:
 
     def _started(self) -> bool:
         """Whether a worker is there, which may take long to get its files."""
-        started, _ = self.ray.wait([actor.started for actor in self.actors], num_returns=1, timeout=0)
+        started, _ = self.ray.wait(
+            [actor.started for actor in self.actors], num_returns=1, timeout=0
+        )
         return bool(started)
 
     def _answers(self, actor: _Actor) -> list[Any] | None:
@@ -233,7 +259,12 @@ class _ClusterPool:
         errors = self.ray.exceptions
         try:
             found = self.ray.get(actor.asked)
-        except (errors.RayActorError, errors.ObjectLostError, errors.NodeDiedError, errors.WorkerCrashedError):
+        except (
+            errors.RayActorError,
+            errors.ObjectLostError,
+            errors.NodeDiedError,
+            errors.WorkerCrashedError,
+        ):
             return None
         except (errors.RaySystemError, errors.RuntimeEnvSetupError) as error:
             raise ShardError(f"The Ray cluster failed: {error}", "Look at 'ray status'.") from error
@@ -256,9 +287,13 @@ class _ClusterPool:
                     "Install the same versions on all: results would differ in their last digits, or more.",
                 )
         if here.processor != facts.processor:
-            self._say("warn", "a node has another processor than this machine: last digits may differ")
+            self._say(
+                "warn", "a node has another processor than this machine: last digits may differ"
+            )
 
-    def _lost(self, actor: _Actor, shards: Sequence[Shard], waiting: deque[int], lost: Counter[int]) -> None:
+    def _lost(
+        self, actor: _Actor, shards: Sequence[Shard], waiting: deque[int], lost: Counter[int]
+    ) -> None:
         """Replace a worker; its shard waits again, before the others, unless it was lost too often."""
         self.actors.remove(actor)
         self.losses += 1
@@ -267,7 +302,9 @@ class _ClusterPool:
             shard = shards[actor.busy]
             if lost[actor.busy] > self.crew.repeats:
                 raise lost_too_often(shard, lost[actor.busy], "or its node was lost", 1)
-            self.talk.warn(f"a worker or its node was lost; the shard '{shard.name}' is computed again")
+            self.talk.warn(
+                f"a worker or its node was lost; the shard '{shard.name}' is computed again"
+            )
             waiting.appendleft(actor.busy)
         elif self.losses > self.crew.repeats * (len(self.actors) + 1):
             raise ShardError(
@@ -294,7 +331,9 @@ class _ClusterPool:
         if self.actors:
             return
         fit = [
-            node for node, about in nodes.items() if node not in self.unfit and about["Resources"].get("CPU", 0) >= 1
+            node
+            for node, about in nodes.items()
+            if node not in self.unfit and about["Resources"].get("CPU", 0) >= 1
         ]
         if not fit:
             raise ShardError(
@@ -325,5 +364,6 @@ class _OnRay(NodeWorker):
         import ray
 
         node = ray.get_runtime_context().get_node_id()
-        # A store that can take no more pieces never answers: TimeoutError is an OSError, so the node is unfit then.
+        # A store that can take no more pieces never answers: TimeoutError is an OSError, so the
+        # node is unfit then.
         return node, super().open(node, opener, packed, partial(ray.get, timeout=WAITING_SECONDS))

@@ -1,7 +1,8 @@
 """A worker on a node of a Ray cluster: its copy of the job's files, and the shards it computes.
 
-The files come through Ray's object store, once per node: the first worker there writes them into a folder that all
-workers of the node read. Only ``cluster.py`` imports this module's class into a cluster.
+The files come through Ray's object store, once per node: the first worker there writes them into a
+folder that all workers of the node read. Only ``cluster.py`` imports this module's class into a
+cluster.
 """
 
 from __future__ import annotations
@@ -47,7 +48,10 @@ class Facts:
     @classmethod
     def here(cls) -> Facts:
         """Return the facts of this machine."""
-        return cls((("mpq-deploy", __version__), *((name, _version(name)) for name in SAME_VERSIONS)), _processor())
+        return cls(
+            (("mpq-deploy", __version__), *((name, _version(name)) for name in SAME_VERSIONS)),
+            _processor(),
+        )
 
 
 class NodeWorker:
@@ -58,8 +62,11 @@ class NodeWorker:
         self._worker = Worker(self._answers.append)
         self._folder: Path | None = None
 
-    def open(self, node: str, opener: Opener, packed: Packed, fetch: Callable[[Any], Any]) -> tuple[Facts, list[Any]]:
-        """Bring the files to this node, open the job, and say what this node is; ``fetch`` gets a reference.
+    def open(
+        self, node: str, opener: Opener, packed: Packed, fetch: Callable[[Any], Any]
+    ) -> tuple[Facts, list[Any]]:
+        """Bring the files to this node, open the job, and say what this node is; ``fetch`` gets a
+        reference.
 
         Where the node cannot keep the files, the answer is ("unfit", None, why).
         """
@@ -123,7 +130,9 @@ def _why(error: OSError) -> str:
     except OSError as nowhere:
         return str(nowhere)
     if error.errno in FULL:
-        return f"its disk is full: {shutil.disk_usage(where).free / 1e6:.0f} MB are left under {where}"
+        return (
+            f"its disk is full: {shutil.disk_usage(where).free / 1e6:.0f} MB are left under {where}"
+        )
     return f"its folder {where} cannot be used: {error}"
 
 

@@ -1,8 +1,9 @@
-"""Shards in several processes of this machine. A process that is killed loses its shard to another one.
+"""Shards in several processes of this machine. A process that is killed loses its shard to another
+one.
 
-Processes are started with ``python -m`` in a session of their own, not forked: threads of ONNX Runtime and torch do not
-survive a fork, a user's script needs no guard around its main code, and Ctrl-C reaches this process alone, which ends
-the others.
+Processes are started with ``python -m`` in a session of their own, not forked: threads of ONNX
+Runtime and torch do not survive a fork, a user's script needs no guard around its main code, and
+Ctrl-C reaches this process alone, which ends the others.
 """
 
 from __future__ import annotations
@@ -18,17 +19,39 @@ from queue import SimpleQueue
 from typing import Any, ClassVar
 
 from mpq_deploy.errors import UsageError
-from mpq_deploy.system.children import apart, child_command, child_environment, fate, read_frame, write_frame
+from mpq_deploy.system.children import (
+    apart,
+    child_command,
+    child_environment,
+    fate,
+    read_frame,
+    write_frame,
+)
 from mpq_deploy.system.memory import Room, memory_room
-from mpq_deploy.system.parallel.work import Job, Pool, Progress, Result, Shard, in_shard, lost_too_often
+from mpq_deploy.system.parallel.work import (
+    Job,
+    Pool,
+    Progress,
+    Result,
+    Shard,
+    in_shard,
+    lost_too_often,
+)
 from mpq_deploy.system.progress import Talk
-from mpq_deploy.system.threads import RUNTIME_THREADS, SLEEPING, Threads, runtime_threads, threads_here
+from mpq_deploy.system.threads import (
+    RUNTIME_THREADS,
+    SLEEPING,
+    Threads,
+    runtime_threads,
+    threads_here,
+)
 
 # How often a shard is given to a worker again after it lost one.
 REPEATS = 2
 # Seconds that a worker that has nothing to do may take to end by itself.
 PATIENCE = 2.0
-# What a worker with a tiny model holds at most (benchmarks/workers.py), mostly torch's code, here its CPU build.
+# What a worker with a tiny model holds at most (benchmarks/workers.py), mostly torch's code, here
+# its CPU build.
 PROCESS_BYTES = 400_000_000
 
 
@@ -60,9 +83,11 @@ class Processes:
             pool.end()
 
     def environment(self) -> dict[str, str]:
-        """Return the environment of a worker: that of this process, with the number of threads where it is asked for.
+        """Return the environment of a worker: that of this process, with the number of threads
+        where it is asked for.
 
-        torch and BLAS find the same environment and machine as here, and so take the same number of threads.
+        torch and BLAS find the same environment and machine as here, and so take the same number of
+        threads.
         """
         threads = {RUNTIME_THREADS: str(runtime_threads()), **SLEEPING}
         if self.threads is not None:
@@ -79,7 +104,9 @@ class _Process:
     busy: int | None = None
 
     @classmethod
-    def start(cls, environment: dict[str, str], answers: SimpleQueue[tuple[_Process, bytes]]) -> _Process:
+    def start(
+        cls, environment: dict[str, str], answers: SimpleQueue[tuple[_Process, bytes]]
+    ) -> _Process:
         process = subprocess.Popen(
             child_command("mpq_deploy.system.parallel.child"),
             stdin=subprocess.PIPE,
@@ -178,7 +205,9 @@ class _ProcessPool:
         worker.send(("open", self.job.opener, self.job.root))
         return worker
 
-    def _lost(self, worker: _Process, shards: Sequence[Shard], waiting: deque[int], lost: Counter[int]) -> None:
+    def _lost(
+        self, worker: _Process, shards: Sequence[Shard], waiting: deque[int], lost: Counter[int]
+    ) -> None:
         """Take a worker out; its shard waits again, before the others, unless it was lost too often."""
         self.workers.remove(worker)
         how = fate(worker.process.wait())
@@ -220,5 +249,9 @@ def _hint(fitting: int, room: Room) -> str:
     if fitting > 1:
         first = f"Give --workers {fitting}, which fit"
     else:
-        first = "Leave --workers and --threads out: one process holds less" if fitting else "Not one of them fits"
+        first = (
+            "Leave --workers and --threads out: one process holds less"
+            if fitting
+            else "Not one of them fits"
+        )
     return f"{first}; or set MPQ_DEPLOY_MEMORY to what may be taken if you know better."

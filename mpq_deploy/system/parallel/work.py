@@ -1,11 +1,13 @@
 """Work in independent shards, and their results in order.
 
-In: a ``Job`` (what to open), a list of ``Shard`` (descriptions that can be pickled: no session, no open file) and a
-``Crew`` (who computes). Out: the arrays of each shard, in the order of the list, whoever computed them and whenever.
+In: a ``Job`` (what to open), a list of ``Shard`` (descriptions that can be pickled: no session, no
+open file) and a ``Crew`` (who computes). Out: the arrays of each shard, in the order of the list,
+whoever computed them and whenever.
 
-A caller merges the results in that order, so the merged result does not depend on the crew. Two more things make it
-equal to the bit: what a shard is (a timestep, a batch) does not depend on the number of workers, and every worker
-computes with the threads of the process that started it (``runtime.threads``).
+A caller merges the results in that order, so the merged result does not depend on the crew. Two
+more things make it equal to the bit: what a shard is (a timestep, a batch) does not depend on the
+number of workers, and every worker computes with the threads of the process that started it
+(``runtime.threads``).
 """
 
 from __future__ import annotations
@@ -27,9 +29,11 @@ if TYPE_CHECKING:
     from mpq_deploy.evaluate.cache import SampleCache
 
 Result = dict[str, npt.NDArray[Any]]
-# What computes a shard: its task -> arrays by name. Bars of the talk it is given move the shard's own bar.
+# What computes a shard: its task -> arrays by name. Bars of the talk it is given move the shard's
+# own bar.
 Work = Callable[[Any, Talk], Result]
-# What a worker does first, once: opens the model under a folder. A function of a module, or a partial of one.
+# What a worker does first, once: opens the model under a folder. A function of a module, or a
+# partial of one.
 Opener = Callable[[Path, Talk], Work]
 
 
@@ -49,9 +53,9 @@ class ShardError(MpqError):
 class Job:
     """What workers open before their first shard.
 
-    ``opener`` can be pickled; it is called as ``opener(root, talk)``, where ``root`` holds the ``files`` (files or
-    folders, relative to it): the folder itself on this machine, a copy of it on another. ``memory_bytes``: estimate of
-    what a worker holds.
+    ``opener`` can be pickled; it is called as ``opener(root, talk)``, where ``root`` holds the
+    ``files`` (files or folders, relative to it): the folder itself on this machine, a copy of it on
+    another. ``memory_bytes``: estimate of what a worker holds.
     """
 
     name: str
@@ -81,7 +85,8 @@ class Pool(Protocol):
     def run(self, shards: Sequence[Shard], progress: Progress) -> Iterator[tuple[int, Result]]:
         """Yield (index, result) of every shard as it is finished.
 
-        Raises the error of a shard that failed, naming it; ShardError where its workers were lost too often.
+        Raises the error of a shard that failed, naming it; ShardError where its workers were lost
+        too often.
         """
 
 
@@ -127,7 +132,9 @@ class _Here:
     def run(self, shards: Sequence[Shard], progress: Progress) -> Iterator[tuple[int, Result]]:
         for index, shard in enumerate(shards):
             with named(shard):
-                result = self.work(shard.task, Within(self.talk.line, self.talk.warn, stepper(progress, index)))
+                result = self.work(
+                    shard.task, Within(self.talk.line, self.talk.warn, stepper(progress, index))
+                )
             yield index, result
 
 
@@ -136,10 +143,14 @@ def run_shards(
 ) -> Iterator[Result]:
     """Yield the result of every shard in the order of ``shards``, with a bar called ``what``.
 
-    Results are kept in ``store`` by the shards' keys, and those that are there already are not computed again.
-    Raises as ``Pool.run`` does.
+    Results are kept in ``store`` by the shards' keys, and those that are there already are not
+    computed again. Raises as ``Pool.run`` does.
     """
-    kept = {i: store.find(shard.key) for i, shard in enumerate(shards) if store is not None and shard.key is not None}
+    kept = {
+        i: store.find(shard.key)
+        for i, shard in enumerate(shards)
+        if store is not None and shard.key is not None
+    }
     ready = {index: result for index, result in kept.items() if result is not None}
     wanted = [index for index in range(len(shards)) if index not in ready]
     bar = talk.bar(what, sum(shard.size for shard in shards))
@@ -159,7 +170,9 @@ def run_shards(
         for number, result in pool.run([shards[index] for index in wanted], progress):
             progress(number, shards[wanted[number]].size)
             key = shards[wanted[number]].key
-            ready[wanted[number]] = result if store is None or key is None else store.keep(key, result)
+            ready[wanted[number]] = (
+                result if store is None or key is None else store.keep(key, result)
+            )
             while place in ready:
                 yield ready.pop(place)
                 place += 1
@@ -171,7 +184,9 @@ def run_shards(
 class Within(Talk):
     """The talk inside a shard: lines go out, and every bar moves the shard's own."""
 
-    def __init__(self, line: Callable[[str], None], warn: Callable[[str], None], advance: Advance) -> None:
+    def __init__(
+        self, line: Callable[[str], None], warn: Callable[[str], None], advance: Advance
+    ) -> None:
         self._line, self._warn, self._advance = line, warn, advance
 
     def line(self, text: str) -> None:

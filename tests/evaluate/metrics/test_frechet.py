@@ -27,7 +27,9 @@ WIDTH = 6
 
 def features(seed, count=200, shift=0.0, scale=1.0, width=WIDTH):
     rng = np.random.default_rng(seed)
-    mixed = rng.standard_normal((count, width)) @ np.random.default_rng(99).standard_normal((width, width))
+    mixed = rng.standard_normal((count, width)) @ np.random.default_rng(99).standard_normal(
+        (width, width)
+    )
     return scale * mixed + shift
 
 
@@ -58,7 +60,9 @@ def test_the_distance_is_torchmetrics(tmp_path):
     a, b = features(1), features(2, shift=0.5)
     metric.update(torch.from_numpy(a), real=True)
     metric.update(torch.from_numpy(b), real=False)
-    assert frechet_distance(Moments.of(a), Moments.of(b)) == pytest.approx(float(metric.compute()), rel=1e-9)
+    assert frechet_distance(Moments.of(a), Moments.of(b)) == pytest.approx(
+        float(metric.compute()), rel=1e-9
+    )
 
 
 def test_two_gaussians_by_hand():
@@ -75,7 +79,9 @@ def test_the_interval_has_the_spread_of_other_noise(against_real):
 
     def pair(seed):
         reference = features(seed, count)
-        ours = reference + 0.3 * np.random.default_rng((seed, 1)).standard_normal((count, WIDTH)) + 0.1
+        ours = (
+            reference + 0.3 * np.random.default_rng((seed, 1)).standard_normal((count, WIDTH)) + 0.1
+        )
         return ours, reference
 
     def increase(seed):
@@ -85,7 +91,9 @@ def test_the_interval_has_the_spread_of_other_noise(against_real):
         return frechet_distance(ours, real) - frechet_distance(reference, real)
 
     truth = np.std([increase(1000 + seed) for seed in range(150)], ddof=1)
-    errors = [spread_to_reference(*pair(seed), [np.arange(count)], real).increase for seed in range(3)]
+    errors = [
+        spread_to_reference(*pair(seed), [np.arange(count)], real).increase for seed in range(3)
+    ]
     assert 0.85 * truth < np.mean(errors) < 2 * truth
 
 
@@ -172,7 +180,11 @@ def test_precision_and_recall_are_the_slow_definition(tmp_path):
 
 
 def blas_threads():
-    return {pool["num_threads"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"}
+    return {
+        pool["num_threads"]
+        for pool in threadpoolctl.threadpool_info()
+        if pool["user_api"] == "blas"
+    }
 
 
 @pytest.mark.parametrize("cores", [1, 3])

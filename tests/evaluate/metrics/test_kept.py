@@ -17,9 +17,27 @@ SAMPLED = {"samples": 64, "sampler": "DDIM", "steps": 20, "seed": 5}
 
 def distance(value=0.5, **changes):
     values = {
-        **{"variant": "ours", "title": "t", "network": "lite", "network_digest": "w", "network_features": 4},
-        **{"against": "float", "against_source": "s", "against_samples": 64, "against_digest": "images"},
-        **{**SAMPLED, "distance": value, "floor": 0.0, "interval": NEAR, "increase_interval": NEAR, "other_noise": 1},
+        **{
+            "variant": "ours",
+            "title": "t",
+            "network": "lite",
+            "network_digest": "w",
+            "network_features": 4,
+        },
+        **{
+            "against": "float",
+            "against_source": "s",
+            "against_samples": 64,
+            "against_digest": "images",
+        },
+        **{
+            **SAMPLED,
+            "distance": value,
+            "floor": 0.0,
+            "interval": NEAR,
+            "increase_interval": NEAR,
+            "other_noise": 1,
+        },
     }
     return FrechetInfo(**{**values, **changes})
 
@@ -86,10 +104,13 @@ def test_any_order_of_calls_ends_alike():
 
 
 @pytest.mark.parametrize(
-    ("field", "said"), [("ours", "plan"), ("float_model", "model"), ("conditions", "conditions, prompts or decoder")]
+    ("field", "said"),
+    [("ours", "plan"), ("float_model", "model"), ("conditions", "conditions, prompts or decoder")],
 )
 def test_other_images_drop_all_and_say_why(field, said):
-    earlier = metrics(distance(seed=1), scores=[score()], made_from=replace(NOW, **{field: "former"}))
+    earlier = metrics(
+        distance(seed=1), scores=[score()], made_from=replace(NOW, **{field: "former"})
+    )
     merged, why = metrics(distance()).added_to(earlier)
     assert merged == metrics(distance())
     assert why == f"metrics.json is of a former {said}"
@@ -97,16 +118,26 @@ def test_other_images_drop_all_and_say_why(field, said):
 
 def test_other_controls_drop_only_theirs():
     controls, scores = {"int4": (distance(variant="int4"),)}, [score(), score(variant="int4")]
-    former = metrics(distance(), controls=controls, scores=scores, made_from=replace(NOW, controls="former"))
+    former = metrics(
+        distance(), controls=controls, scores=scores, made_from=replace(NOW, controls="former")
+    )
     held, said = former.still_true(NOW)
-    assert held is not None and (held.frechet, held.controls, held.scores) == ((distance(),), {}, (score(),))
+    assert held is not None and (held.frechet, held.controls, held.scores) == (
+        (distance(),),
+        {},
+        (score(),),
+    )
     assert "controls" in said
     # Where none were measured nothing is lost, and nothing said.
     assert metrics(distance(), made_from=replace(NOW, controls="former")).still_true(NOW)[1] == ""
 
 
 def test_what_is_written_is_read_and_notes_follow_from_the_rows(tmp_path):
-    kept = metrics(distance(), distance(0.4, network="clip", network_features=40, against="real"), scores=[score()])
+    kept = metrics(
+        distance(),
+        distance(0.4, network="clip", network_features=40, against="real"),
+        scores=[score()],
+    )
     kept.save(tmp_path)
     assert ImageMetrics.load(tmp_path) == kept
     notes = " ".join(kept.notes)

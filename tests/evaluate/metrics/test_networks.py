@@ -30,7 +30,9 @@ DIGITS = NetworkOptions(demo="digits")
 
 
 def pictures(count, side, channels, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (count, side, side, channels), dtype=np.uint8)
+    return np.random.default_rng(seed).integers(
+        0, 256, (count, side, side, channels), dtype=np.uint8
+    )
 
 
 @pytest.mark.parametrize(("demo", "side", "channels"), [("digits", 8, 1), ("emoji", 32, 3)])
@@ -44,7 +46,11 @@ def test_demo_networks_and_their_shipped_statistics_fit(demo, side, channels):
     real = real_set(None, network, options, images.shape[1:])
     assert real is not None
     assert real.features is None
-    assert 0 < real.floor < frechet_distance(Moments.of(network.features(pictures(80, side, channels))), real.moments)
+    assert (
+        0
+        < real.floor
+        < frechet_distance(Moments.of(network.features(pictures(80, side, channels))), real.moments)
+    )
     assert network.title == "Frechet distance (demo)"
 
 
@@ -108,7 +114,9 @@ def fidelity(monkeypatch):
     return torch
 
 
-def test_inception_takes_the_user_s_file_and_is_called_fid_with_the_standard_one_alone(fidelity, tmp_path, monkeypatch):
+def test_inception_takes_the_user_s_file_and_is_called_fid_with_the_standard_one_alone(
+    fidelity, tmp_path, monkeypatch
+):
     path = tmp_path / "weights.pth"
     fidelity.save({"scale": fidelity.tensor(2.0)}, path)
     options = NetworkOptions(weights=((INCEPTION, path),))
@@ -159,7 +167,13 @@ def test_efficientnet_sees_photographs_as_they_are():
 def test_a_saved_image_tower_is_read(name, tmp_path):
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
-    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    small = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
     torch.manual_seed(0)
     if name == CLIP:
         config = transformers.CLIPVisionConfig(**small, intermediate_size=16, projection_dim=12)

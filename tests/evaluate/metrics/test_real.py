@@ -20,7 +20,9 @@ class Tiny:
 
 
 def pictures(count, side=8, channels=3, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (count, side, side, channels), dtype=np.uint8)
+    return np.random.default_rng(seed).integers(
+        0, 256, (count, side, side, channels), dtype=np.uint8
+    )
 
 
 def save_folder(folder, images):
@@ -60,7 +62,11 @@ def test_statistics_are_taken_in_both_spellings(tmp_path):
 def test_statistics_may_lack_rank_and_carry_rounding(tmp_path):
     """Fewer pictures than features have such a covariance, and pytorch-fid's files say no count."""
     rows = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
-    np.savez(tmp_path / "low.npz", mu=rows.mean(axis=0), sigma=np.cov(rows, rowvar=False).astype(np.float32))
+    np.savez(
+        tmp_path / "low.npz",
+        mu=rows.mean(axis=0),
+        sigma=np.cov(rows, rowvar=False).astype(np.float32),
+    )
     assert taken(tmp_path / "low.npz").moments.count == 0
 
 
@@ -126,8 +132,14 @@ def damaged(path):
         (saved(mean=np.full(4, np.nan), cov=np.eye(4), count=9), "not finite"),
         # Each of these has a distance that could pass a gate: of the negative one it is 0.
         (saved(mean=np.zeros(4), cov=-np.eye(4), count=9), "negative eigenvalue -1\\."),
-        (saved(mean=np.zeros(4), cov=np.triu(np.ones((4, 4))), count=9), "not symmetric: .* by up to 1"),
-        (saved(mean=np.zeros(4), cov=np.eye(4), count=4), "4 real images behind .* too few.*at least 5"),
+        (
+            saved(mean=np.zeros(4), cov=np.triu(np.ones((4, 4))), count=9),
+            "not symmetric: .* by up to 1",
+        ),
+        (
+            saved(mean=np.zeros(4), cov=np.eye(4), count=4),
+            "4 real images behind .* too few.*at least 5",
+        ),
         (saved(mean=np.zeros(4), cov=np.eye(4), count=-9), "too few"),
         (saved(mean=np.zeros(4), cov=np.eye(4), count=[3, 9]), "count in .* int64 .2."),
         (saved(mean=np.array(list("abcd")), cov=np.eye(4), count=9), "are <U1 .4."),

@@ -35,7 +35,11 @@ def specification(**changes):
         "sample": InputSpec(name="sample", shape=(1, SIZE, SIZE)),
         "timestep": InputSpec(name="timestep"),
         "conditions": (InputSpec(name="class_labels", shape=(4,)),),
-        "scheduler": {"_class_name": "DDIMScheduler", "num_train_timesteps": 100, "clip_sample": True},
+        "scheduler": {
+            "_class_name": "DDIMScheduler",
+            "num_train_timesteps": 100,
+            "clip_sample": True,
+        },
         "pixel_range": (-1.0, 1.0),
     }
     return DenoiserSpec(**{**values, **changes})
@@ -57,13 +61,23 @@ def save_model(path, scale=0.1):
         helper.make_node("Unsqueeze", ["embedding", "spatial"], ["map"]),
         helper.make_node("Add", ["features", "map"], ["out_sample"]),
     ]
-    constants = [numpy_helper.from_array(value.astype(np.float32), name) for name, value in weights.items()]
-    constants += [numpy_helper.from_array(np.array(v, np.int64), k) for k, v in (("one", [1]), ("spatial", [2, 3]))]
+    constants = [
+        numpy_helper.from_array(value.astype(np.float32), name) for name, value in weights.items()
+    ]
+    constants += [
+        numpy_helper.from_array(np.array(v, np.int64), k)
+        for k, v in (("one", [1]), ("spatial", [2, 3]))
+    ]
     values = {"sample": ["n", 1, SIZE, SIZE], "timestep": ["n"], "class_labels": ["n", 4]}
-    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in values.items()]
+    inputs = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+        for name, shape in values.items()
+    ]
     output = helper.make_tensor_value_info("out_sample", TensorProto.FLOAT, values["sample"])
     graph = helper.make_graph(nodes, "tiny", inputs, [output], constants)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path
+    )
     return path
 
 
@@ -94,7 +108,11 @@ def test_shards_are_the_images_of_one_long_batch(sources):
     rows = np.arange(10) % 4
     noise = initial_noise(spec, 10, 3)
     whole = denoise(
-        GuidedDenoiser(OrtDenoiser(sources["float"].model, spec), spec, CONDITIONS), sampler, noise, rows, 10
+        GuidedDenoiser(OrtDenoiser(sources["float"].model, spec), spec, CONDITIONS),
+        sampler,
+        noise,
+        rows,
+        10,
     )
     pixels = np.rint((np.clip(whole, -1, 1) + 1) * 127.5).transpose(0, 2, 3, 1)
     assert np.abs(found.images["float"].astype(int) - pixels).max() <= 1
@@ -151,7 +169,12 @@ def test_more_images_keep_those_that_there_are(sources, tmp_path):
 def test_another_model_or_seed_is_sampled_anew(sources, tmp_path):
     cache = tmp_path / "cache"
     sampled(sources, images=4, workers=1, cache=cache)
-    assert sampled({**sources, "ours": Source(sources["ours"].model, 4)}, images=4, workers=1, cache=cache).made == 1
+    assert (
+        sampled(
+            {**sources, "ours": Source(sources["ours"].model, 4)}, images=4, workers=1, cache=cache
+        ).made
+        == 1
+    )
     save_model(sources["ours"].model, 0.2)
     assert sampled(sources, images=4, workers=1, cache=cache).made == 1
 

@@ -36,7 +36,9 @@ def spec(*conditions, labels=PROMPTS):
 
 
 def pictures(count, side=32, channels=3, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (count, side, side, channels), dtype=np.uint8)
+    return np.random.default_rng(seed).integers(
+        0, 256, (count, side, side, channels), dtype=np.uint8
+    )
 
 
 def alexnet_features():
@@ -70,7 +72,9 @@ def random_alexnet(tmp_path):
 
 
 def opened(name, weights, *conditions, side=32):
-    (score,) = open_scores((name,), NetworkOptions(weights=tuple(weights.items())), spec(*conditions), (side, side, 3))
+    (score,) = open_scores(
+        (name,), NetworkOptions(weights=tuple(weights.items())), spec(*conditions), (side, side, 3)
+    )
     return score
 
 
@@ -110,7 +114,9 @@ def test_other_weights_than_torchvision_s_are_named(random_alexnet, monkeypatch)
 
 def test_the_cache_is_looked_into_and_nothing_is_downloaded(random_alexnet, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *args, **kwargs: pytest.fail("a download"))
+    monkeypatch.setattr(
+        torch.hub, "load_state_dict_from_url", lambda *args, **kwargs: pytest.fail("a download")
+    )
     with pytest.raises(UsageError) as caught:
         opened("lpips", {})
     said = str(caught.value)
@@ -147,7 +153,9 @@ def test_a_wrong_file_is_refused(tmp_path, content, said):
         torch.save({"features.0.weight": Trap(marker)}, path)
     elif content == "small":
         names = [f"features.{place}" for place in (0, 3, 6, 8, 10)]
-        torch.save({f"{n}.{kind}": torch.zeros(1) for n in names for kind in ("weight", "bias")}, path)
+        torch.save(
+            {f"{n}.{kind}": torch.zeros(1) for n in names for kind in ("weight", "bias")}, path
+        )
     else:
         torch.save(content, path)
     with pytest.raises(UsageError, match=said):
@@ -196,7 +204,9 @@ def test_the_clip_score_is_torchmetrics_own(random_clip):
             return model.visual_projection(model.vision_model(pixels).pooler_output)
 
         def get_text_features(self, tokens, mask):
-            return model.text_projection(model.text_model(input_ids=tokens, attention_mask=mask).pooler_output)
+            return model.text_projection(
+                model.text_model(input_ids=tokens, attention_mask=mask).pooler_output
+            )
 
     def processor(text=None, images=None, **_):
         if images is not None:
@@ -205,7 +215,9 @@ def test_the_clip_score_is_torchmetrics_own(random_clip):
 
     with torch.inference_mode():
         for image, prompt, value in zip(images, prompts, found, strict=True):
-            own = clip_score(torch.from_numpy(image).permute(2, 0, 1), prompt, lambda: (Towers(), processor))
+            own = clip_score(
+                torch.from_numpy(image).permute(2, 0, 1), prompt, lambda: (Towers(), processor)
+            )
             assert value == pytest.approx(float(own), rel=1e-3, abs=1e-3)
     assert found.min() > 0
 
@@ -221,7 +233,9 @@ def test_each_image_is_scored_with_its_own_prompt(random_clip):
 @pytest.mark.parametrize("missing", ["model.safetensors", "preprocessor_config.json", "tokenizer"])
 def test_a_folder_that_is_no_whole_clip_is_refused(random_clip, missing):
     for file in random_clip.iterdir():
-        if file.name == missing or (missing == "tokenizer" and file.name in ("tokenizer.json", "vocab.json")):
+        if file.name == missing or (
+            missing == "tokenizer" and file.name in ("tokenizer.json", "vocab.json")
+        ):
             file.unlink()
     with pytest.raises(UsageError, match=f"holds no {missing}") as caught:
         opened("clip-score", {"clip": random_clip}, TEXT)

@@ -15,7 +15,9 @@ def test_outlier_columns_are_exact_to_fp16_and_zero_in_the_body() -> None:
     np.testing.assert_array_equal(columns_of(np.array([0, 2]), 9), taken)
     body.codes[:, taken] = 0
     split = beside_body(body, weight, np.array([0, 2], np.int32), 9)
-    np.testing.assert_array_equal(split.dequantize()[:, taken], weight[:, taken].astype(np.float16).astype(np.float32))
+    np.testing.assert_array_equal(
+        split.dequantize()[:, taken], weight[:, taken].astype(np.float16).astype(np.float32)
+    )
     others = [k for k in range(36) if k not in taken]
     np.testing.assert_array_equal(split.dequantize()[:, others], body.dequantize()[:, others])
 

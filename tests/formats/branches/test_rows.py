@@ -12,7 +12,9 @@ from tests.formats.branches.cases import quantized
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(2, 30), st.integers(1, 12), st.integers(0, 1000))
-def test_promoted_rows_come_from_int8_and_all_others_from_the_body(rows: int, promoted: int, seed: int) -> None:
+def test_promoted_rows_come_from_int8_and_all_others_from_the_body(
+    rows: int, promoted: int, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
     weight = rng.standard_normal((rows, 8)).astype(np.float32)
     body, int8 = quantized(weight, 7), quantized(weight, 127)

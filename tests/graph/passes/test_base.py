@@ -33,7 +33,9 @@ from tests.graphs import GraphBuilder
 Made = tuple[GraphPass, ir.Model]
 
 
-def model_of(graph: GraphBuilder, last: str, shape: list[int | str], dtype: int = TensorProto.FLOAT) -> ir.Model:
+def model_of(
+    graph: GraphBuilder, last: str, shape: list[int | str], dtype: int = TensorProto.FLOAT
+) -> ir.Model:
     graph.op("Neg", [last], "end")
     graph.nodes[-1].output[0] = graph.output("out", shape)
     graph.outputs[-1].type.tensor_type.elem_type = dtype
@@ -44,13 +46,17 @@ def drop_squeezes() -> Made:
     graph = GraphBuilder()
     x = graph.input("x", ["n", 4, 3])
     axis = graph.weight("axis", np.array([1]))
-    return DropSqueezesPass(), model_of(graph, graph.op("Squeeze", [x, axis], "squeeze"), ["n", 4, 3])
+    return DropSqueezesPass(), model_of(
+        graph, graph.op("Squeeze", [x, axis], "squeeze"), ["n", 4, 3]
+    )
 
 
 def finite_masks() -> Made:
     graph = GraphBuilder()
     mask = graph.weight("mask", np.array([0, -np.inf], np.float32))
-    return FiniteMasksPass(), model_of(graph, graph.op("Add", [graph.input("x", ["n", 2]), mask], "add"), ["n", 2])
+    return FiniteMasksPass(), model_of(
+        graph, graph.op("Add", [graph.input("x", ["n", 2]), mask], "add"), ["n", 2]
+    )
 
 
 def first_token() -> Made:
@@ -98,19 +104,25 @@ def fp16_storage() -> Made:
 def group_norm() -> Made:
     graph = GraphBuilder()
     weights = [graph.random(name, 4, scale=1.0) for name in ("scale", "bias")]
-    normal = graph.op("GroupNormalization", [graph.input("x", ["n", 4, 3]), *weights], "norm", num_groups=2)
+    normal = graph.op(
+        "GroupNormalization", [graph.input("x", ["n", 4, 3]), *weights], "norm", num_groups=2
+    )
     return GroupNormPass(), model_of(graph, normal, ["n", 4, 3])
 
 
 def hide_near_neutral() -> Made:
     graph = GraphBuilder()
     tiny = graph.weight("tiny", np.float32(1e-15))
-    return HideNearNeutralPass(), model_of(graph, graph.op("Add", [graph.input("x", ["n", 4]), tiny], "add"), ["n", 4])
+    return HideNearNeutralPass(), model_of(
+        graph, graph.op("Add", [graph.input("x", ["n", 4]), tiny], "add"), ["n", 4]
+    )
 
 
 def infer_types() -> Made:
     graph = GraphBuilder()
-    proto = ir.to_proto(model_of(graph, graph.op("Relu", [graph.input("x", ["n", 4])], "relu"), ["n", 4]))
+    proto = ir.to_proto(
+        model_of(graph, graph.op("Relu", [graph.input("x", ["n", 4])], "relu"), ["n", 4])
+    )
     del proto.graph.value_info[:]
     return InferTypesPass(), ir.from_proto(proto)
 
@@ -130,14 +142,18 @@ def name_nodes() -> Made:
 
 def raise_opset() -> Made:
     graph = GraphBuilder(opset=18)
-    product = graph.op("MatMul", [graph.input("x", ["n", 40]), graph.random("w", 40, 40)], "product")
+    product = graph.op(
+        "MatMul", [graph.input("x", ["n", 40]), graph.random("w", 40, 40)], "product"
+    )
     return RaiseOpsetPass(), model_of(graph, product, ["n", 40])
 
 
 def widen() -> Made:
     graph = GraphBuilder()
     weight = graph.weight("w", np.ones((4, 4), np.float16))
-    product = graph.op("MatMul", [graph.input("x", ["n", 4], TensorProto.FLOAT16), weight], "product")
+    product = graph.op(
+        "MatMul", [graph.input("x", ["n", 4], TensorProto.FLOAT16), weight], "product"
+    )
     return WidenPass(), model_of(graph, product, ["n", 4], TensorProto.FLOAT16)
 
 
@@ -160,8 +176,16 @@ EXAMPLES: list[Callable[[], Made]] = [
 
 
 def test_every_pass_has_an_example() -> None:
-    modules = [importlib.import_module(f"{passes.__name__}.{m.name}") for m in pkgutil.iter_modules(passes.__path__)]
-    classes = {one for m in modules for one in vars(m).values() if isinstance(one, type) and issubclass(one, GraphPass)}
+    modules = [
+        importlib.import_module(f"{passes.__name__}.{m.name}")
+        for m in pkgutil.iter_modules(passes.__path__)
+    ]
+    classes = {
+        one
+        for m in modules
+        for one in vars(m).values()
+        if isinstance(one, type) and issubclass(one, GraphPass)
+    }
     assert classes == {GraphPass, *(type(example()[0]) for example in EXAMPLES)}
 
 

@@ -17,8 +17,19 @@ from mpq_deploy.formats.candidates import choices_for, round_candidates, weight_
 from mpq_deploy.formats.layer_rounding import InputMoments
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.graph.layers import layer_graph
-from mpq_deploy.graph.passes.first_token import SAME_TOKEN, FirstTokenPass, common_first_token, projections
-from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED, FloatGraph, fp16_bytes, write_quantized
+from mpq_deploy.graph.passes.first_token import (
+    SAME_TOKEN,
+    FirstTokenPass,
+    common_first_token,
+    projections,
+)
+from mpq_deploy.graph.writers.deployed_graphs import (
+    DEPLOYED,
+    SIMULATED,
+    FloatGraph,
+    fp16_bytes,
+    write_quantized,
+)
 from mpq_deploy.graph.writers.quantize_layers import LayerRewrite, weight_array
 from mpq_deploy.models.spec import DenoiserSpec, InputSpec
 from mpq_deploy.rounding.quantizers import Rounding
@@ -35,13 +46,19 @@ def cross_attention() -> GraphBuilder:
     g = GraphBuilder(seed=1)
     g.input("sample", ["N", 4, 4, 4])
     g.input("text", ["N", TOKENS, WIDTH])
-    flat = g.op("Reshape", ["sample", g.weight("flat", np.array([0, 4, 16], np.int64))], "flat/reshape")
+    flat = g.op(
+        "Reshape", ["sample", g.weight("flat", np.array([0, 4, 16], np.int64))], "flat/reshape"
+    )
     pixels = g.op("Transpose", [flat], "pixels", perm=[0, 2, 1])
     query = g.matmul(pixels, "attn2.to_q", INNER, 4)
     key, value = (g.matmul("text", name, INNER, WIDTH) for name in PROJECTIONS)
     turned = g.op("Transpose", [key], "key/turned", perm=[0, 2, 1])
     # A token thirty times as large must not make the attention look at one token alone.
-    scores = g.op("Mul", [g.op("MatMul", [query, turned], "scores"), g.weight("small", np.float32([0.02]))], "scaled")
+    scores = g.op(
+        "Mul",
+        [g.op("MatMul", [query, turned], "scores"), g.weight("small", np.float32([0.02]))],
+        "scaled",
+    )
     looked = g.op("MatMul", [g.op("Softmax", [scores], "softmax", axis=-1), value], "looked")
     out = g.matmul(looked, "attn2.to_out", 4, INNER)
     back = g.op("Transpose", [out], "back", perm=[0, 2, 1])
@@ -97,7 +114,9 @@ def test_the_float_graph_computes_the_same(tmp_path: Path) -> None:
 def test_layers_stay_what_they_are_and_bytes_grow_by_the_rows(tmp_path: Path) -> None:
     text = texts(1.0)
     plain, apart = (ir.load(saved(tmp_path, text, flag)) for flag in (False, True))
-    before, after = ({layer.name: layer for layer in layer_graph(model).layers} for model in (plain, apart))
+    before, after = (
+        {layer.name: layer for layer in layer_graph(model).layers} for model in (plain, apart)
+    )
     assert {n: (x.weight, x.weight_shape) for n, x in before.items()} == {
         n: (x.weight, x.weight_shape) for n, x in after.items()
     }
@@ -142,13 +161,17 @@ def observed(path: Path, tensor: str, text: np.ndarray) -> float:
     proto = onnx.load(path)
     if tensor in feeds(text):
         return float(np.abs(feeds(text)[tensor]).max())
-    proto.graph.output.append(onnx.helper.make_tensor_value_info(tensor, onnx.TensorProto.FLOAT, None))
+    proto.graph.output.append(
+        onnx.helper.make_tensor_value_info(tensor, onnx.TensorProto.FLOAT, None)
+    )
     session = ort.InferenceSession(proto.SerializeToString(), session_options(1))
     return float(np.abs(session.run([tensor], feeds(text))[0]).max())
 
 
 def test_a_large_first_token_no_longer_sets_the_others_range(tmp_path: Path) -> None:
-    with_it, without = (int8_error(tmp_path / f"large-{flag}", 30.0, flag) for flag in (True, False))
+    with_it, without = (
+        int8_error(tmp_path / f"large-{flag}", 30.0, flag) for flag in (True, False)
+    )
     assert with_it < without / 20
     alike = [int8_error(tmp_path / f"alike-{flag}", 1.0, flag) for flag in (True, False)]
     assert 0.5 < alike[0] / alike[1] < 1.2

@@ -27,7 +27,13 @@ from mpq_deploy.formats.layer_rounding import InputMoments
 from mpq_deploy.formats.scheme import SCHEMES, Scheme
 from mpq_deploy.formats.sizes import FP16_BYTES, input_channels
 from mpq_deploy.graph.layers import Layer, LayerGraph, layer_graph
-from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED, FloatGraph, fp16_bytes, write_quantized
+from mpq_deploy.graph.writers.deployed_graphs import (
+    DEPLOYED,
+    SIMULATED,
+    FloatGraph,
+    fp16_bytes,
+    write_quantized,
+)
 from mpq_deploy.graph.writers.prescale import foldable_inputs
 from mpq_deploy.graph.writers.quantize_layers import LayerRewrite, bias_refusal, weight_array
 from mpq_deploy.rounding.quantizers import Rounding
@@ -56,9 +62,13 @@ def network() -> GraphBuilder:
     x = g.conv("sample", "conv_in", 64, 4)
     x = g.conv(g.op("Relu", [x], "relu_1"), "conv", 96, 64, strides=[2, 2])
     g.nodes.append(
-        onnx.helper.make_node("Conv", [x, g.random("plain.weight", 64, 96, 1, 1)], ["plain_out"], name="plain")
+        onnx.helper.make_node(
+            "Conv", [x, g.random("plain.weight", 64, 96, 1, 1)], ["plain_out"], name="plain"
+        )
     )
-    tokens = g.op("Reshape", [g.op("Relu", ["plain_out"], "relu_2"), g.weight("shape", [-1, 64])], "tokens")
+    tokens = g.op(
+        "Reshape", [g.op("Relu", ["plain_out"], "relu_2"), g.weight("shape", [-1, 64])], "tokens"
+    )
     x = g.gemm(tokens, "gemm", 80, 64)
     x = g.gemm(g.op("Relu", [x], "relu_3"), "gemm_untransposed", 64, 80, trans_b=0)
     x = g.op("Reshape", [x, g.weight("three", [-1, 16, 64])], "three_axes")
@@ -86,18 +96,28 @@ def candidates_of(graph: LayerGraph) -> dict[str, LayerCandidates]:
             ),
             Rounding(gptq=True, damping=0.01),
         )
-        found[layer.name] = with_promoted_rows(made, rng.permutation(layer.out_channels).astype(np.int32))
+        found[layer.name] = with_promoted_rows(
+            made, rng.permutation(layer.out_channels).astype(np.int32)
+        )
     return found
 
 
 def outlier_order(layer: Layer) -> np.ndarray:
     """The same for all layers that read one tensor, as calibration's is."""
-    return np.random.default_rng(input_channels(layer)).permutation(input_channels(layer)).astype(np.int32)
+    return (
+        np.random.default_rng(input_channels(layer))
+        .permutation(input_channels(layer))
+        .astype(np.int32)
+    )
 
 
 def factors_of(layer: Layer) -> np.ndarray:
     """The same for all layers that read one tensor, as calibration's are."""
-    return np.random.default_rng(input_channels(layer)).uniform(0.5, 2, input_channels(layer)).astype(np.float16)
+    return (
+        np.random.default_rng(input_channels(layer))
+        .uniform(0.5, 2, input_channels(layer))
+        .astype(np.float16)
+    )
 
 
 def plan_for(graph: LayerGraph, wanted: str) -> dict[str, str]:
@@ -105,7 +125,11 @@ def plan_for(graph: LayerGraph, wanted: str) -> dict[str, str]:
     family, branch = wanted.split("+")
     plan = {}
     for name, candidate in candidates_of(graph).items():
-        found = [s.name for s in candidate.schemes if s.branch and s.family == family and s.name.endswith(f"+{branch}")]
+        found = [
+            s.name
+            for s in candidate.schemes
+            if s.branch and s.family == family and s.name.endswith(f"+{branch}")
+        ]
         plan[name] = found[0] if found else "fp16"
     return plan
 
@@ -114,7 +138,11 @@ def write(path: Path, graph: LayerGraph, plan: dict[str, str], folder: Path) -> 
     folder.mkdir()
     candidates = candidates_of(graph)
     rewrites = [
-        LayerRewrite(n, SCHEMES[plan[n.name]], candidates[n.name].forms.get(SCHEMES[plan[n.name]].weight_form))
+        LayerRewrite(
+            n,
+            SCHEMES[plan[n.name]],
+            candidates[n.name].forms.get(SCHEMES[plan[n.name]].weight_form),
+        )
         for n in graph.layers
     ]
     scales = {t + form: s for t in graph.activations for form, s in (("", SCALE), *without())}
@@ -151,7 +179,9 @@ def reference(path: Path, graph: LayerGraph, plan: dict[str, str]) -> bytes:
     return model.SerializeToString()
 
 
-def rounded_input(model: onnx.ModelProto, node: onnx.NodeProto, layer: Layer, scheme: Scheme) -> list[onnx.NodeProto]:
+def rounded_input(
+    model: onnx.ModelProto, node: onnx.NodeProto, layer: Layer, scheme: Scheme
+) -> list[onnx.NodeProto]:
     """Div, Round, Clip, Mul in float, and Where for the channels that stay as they are."""
     x, name = node.input[0], node.name
     step = np.float16(dict(without()).get(scheme.activation_form, SCALE)).astype(np.float32)
@@ -165,7 +195,9 @@ def rounded_input(model: onnx.ModelProto, node: onnx.NodeProto, layer: Layer, sc
     mask = kept.reshape(1, -1, 1, 1) if layer.op == "Conv" else kept
     constants = {"step": step, "low": np.float32(-128), "high": np.float32(127), "kept": mask}
     for key, value in constants.items():
-        model.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(value), f"{name}/{key}"))
+        model.graph.initializer.append(
+            onnx.numpy_helper.from_array(np.asarray(value), f"{name}/{key}")
+        )
     chain = [
         ("Div", [x, f"{name}/step"]),
         ("Round", [f"{name}/Div"]),
@@ -174,16 +206,22 @@ def rounded_input(model: onnx.ModelProto, node: onnx.NodeProto, layer: Layer, sc
         ("Where", [f"{name}/kept", x, f"{name}/Mul"]),
     ]
     node.input[0] = f"{name}/Where"
-    return [onnx.helper.make_node(op, given, [f"{name}/{op}"], name=f"{name}/{op}") for op, given in chain]
+    return [
+        onnx.helper.make_node(op, given, [f"{name}/{op}"], name=f"{name}/{op}")
+        for op, given in chain
+    ]
 
 
 def run(source: bytes | Path) -> np.ndarray:
     feeds = {"sample": np.random.default_rng(0).standard_normal((3, 4, 8, 8)).astype(np.float32)}
     session = ort.InferenceSession(
-        source if isinstance(source, bytes) else str(source), session_options(1, fake_quant_only=True)
+        source if isinstance(source, bytes) else str(source),
+        session_options(1, fake_quant_only=True),
     )
     return np.asarray(
-        session.run(None, {k: v for k, v in feeds.items() if k in {i.name for i in session.get_inputs()}})[0]
+        session.run(
+            None, {k: v for k, v in feeds.items() if k in {i.name for i in session.get_inputs()}}
+        )[0]
     )
 
 
@@ -198,7 +236,9 @@ def planned_bytes(model: Path, graph: LayerGraph, plan: dict[str, str]) -> int:
         name = plan[n.name]
         sizes = {name: SCHEMES[name].weight_bytes(n)}, {}, {name: SCHEMES[name].input_bytes(n)}
         choices.append(LayerChoice(n.name, n.inputs, *sizes))
-    fixed = fp16_bytes(ir.load(model), "timestep", "sample") - FP16_BYTES * sum(n.weights for n in graph.layers)
+    fixed = fp16_bytes(ir.load(model), "timestep", "sample") - FP16_BYTES * sum(
+        n.weights for n in graph.layers
+    )
     return Problem(choices, fixed, 0, foldable_inputs(graph)).plan_bytes(plan)
 
 
@@ -223,7 +263,9 @@ def test_body_and_branch_compute_what_their_weights_say_in_the_planned_bytes(
 
 @pytest.mark.rtx
 @pytest.mark.parametrize("scheme", BRANCHES)
-def test_every_branch_builds_into_a_verified_engine(model: Path, tmp_path: Path, scheme: str) -> None:
+def test_every_branch_builds_into_a_verified_engine(
+    model: Path, tmp_path: Path, scheme: str
+) -> None:
     pytest.importorskip("tensorrt_rtx")
     graph = layer_graph(ir.load(model))
     plan = plan_for(graph, scheme)
@@ -233,7 +275,9 @@ def test_every_branch_builds_into_a_verified_engine(model: Path, tmp_path: Path,
     assert len(expected.layers) > len(graph.layers) or "+scale" in scheme
     record = build_engine(
         BuildRequest(
-            tmp_path / "out" / DEPLOYED, load_target("rtx").build_target, BatchProfile(1, 2, 4, {"sample": (4, 8, 8)})
+            tmp_path / "out" / DEPLOYED,
+            load_target("rtx").build_target,
+            BatchProfile(1, 2, 4, {"sample": (4, 8, 8)}),
         ),
         tmp_path / "engine",
         expected,
@@ -248,7 +292,12 @@ def test_a_shared_bias_or_weight_keeps_a_layer_whole(tmp_path: Path) -> None:
     bias = g.random("shared.bias", 64)
     for name in ("first", "second"):
         g.nodes.append(
-            onnx.helper.make_node("Conv", ["sample", g.random(f"{name}.weight", 64, 64, 1, 1), bias], [name], name=name)
+            onnx.helper.make_node(
+                "Conv",
+                ["sample", g.random(f"{name}.weight", 64, 64, 1, 1), bias],
+                [name],
+                name=name,
+            )
         )
     tied = g.random("tied.weight", 64, 64, 1, 1)
     for name, x in (("tied_a", "first"), ("tied_b", "second")):
@@ -264,13 +313,27 @@ def attention(group_norm: bool) -> GraphBuilder:
     """Three products that share a normalised input, as attention has it, and the sum of what they give."""
     g = GraphBuilder()
     g.input("sample", ["N", 4, 8, 8])
-    x = g.op("Reshape", [g.conv("sample", "conv_in", 64, 4), g.weight("flat", [0, 64, 64])], "flattened")
+    x = g.op(
+        "Reshape", [g.conv("sample", "conv_in", 64, 4), g.weight("flat", [0, 64, 64])], "flattened"
+    )
     if group_norm:
         groups = g.op("Reshape", [x, g.weight("groups", [0, 8, 512])], "grouped")
-        ones, zeros = g.weight("ones", np.ones(8, np.float32)), g.weight("zeros", np.zeros(8, np.float32))
-        x = g.op("Reshape", [g.op("InstanceNormalization", [groups, ones, zeros], "norm"), "flat"], "ungrouped")
+        ones, zeros = (
+            g.weight("ones", np.ones(8, np.float32)),
+            g.weight("zeros", np.zeros(8, np.float32)),
+        )
+        x = g.op(
+            "Reshape",
+            [g.op("InstanceNormalization", [groups, ones, zeros], "norm"), "flat"],
+            "ungrouped",
+        )
         x = g.op("Mul", [x, g.random("gain", 64, 1)], "scaled")
-        x = g.op("Transpose", [g.op("Add", [x, g.random("shift", 64, 1)], "shifted")], "tokens", perm=[0, 2, 1])
+        x = g.op(
+            "Transpose",
+            [g.op("Add", [x, g.random("shift", 64, 1)], "shifted")],
+            "tokens",
+            perm=[0, 2, 1],
+        )
     else:
         x = g.op("Transpose", [x], "tokens", perm=[0, 2, 1])
         x = g.op("LayerNormalization", [x, g.random("gain", 64), g.random("shift", 64)], "norm")
@@ -292,7 +355,10 @@ def test_a_norm_takes_the_factors_where_all_its_readers_want_them(
     assert sum("scale" in s for s in plan.values()) == len(readers)
     written = write(model, graph, plan, tmp_path / "out")
     assert written == planned_bytes(model, graph, plan)
-    names = [node.name for node in onnx.load(tmp_path / "out" / SIMULATED, load_external_data=False).graph.node]
+    names = [
+        node.name
+        for node in onnx.load(tmp_path / "out" / SIMULATED, load_external_data=False).graph.node
+    ]
     assert any("prescale" in name for name in names) == (len(readers) < 3)
     found, expected = run(tmp_path / "out" / SIMULATED), run(reference(model, graph, plan))
     # The folded gain is rounded to FP16 once more than a factor beside it is, so a few values change their code.

@@ -11,14 +11,26 @@ import onnxruntime as ort
 import pytest
 
 from mpq_deploy.errors import MpqError
-from mpq_deploy.formats.candidates import Choices, LayerCandidates, fold_matrix, round_candidates, weight_matrix
+from mpq_deploy.formats.candidates import (
+    Choices,
+    LayerCandidates,
+    fold_matrix,
+    round_candidates,
+    weight_matrix,
+)
 from mpq_deploy.formats.interfaces import ActivationGrid
 from mpq_deploy.formats.layer_rounding import InputMoments
 from mpq_deploy.formats.scheme import SCHEMES, Scheme
 from mpq_deploy.formats.sizes import ACTIVATION_SCALE_BYTES, FP16_BYTES
 from mpq_deploy.graph.layers import Layer, LayerGraph, layer_graph
 from mpq_deploy.graph.save import constant_bytes
-from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED, FloatGraph, fp16_bytes, write_quantized
+from mpq_deploy.graph.writers.deployed_graphs import (
+    DEPLOYED,
+    SIMULATED,
+    FloatGraph,
+    fp16_bytes,
+    write_quantized,
+)
 from mpq_deploy.graph.writers.nominal_bytes import WEIGHTS_KEY, nominal_bytes
 from mpq_deploy.graph.writers.quantize_layers import LayerRewrite, weight_array
 from mpq_deploy.rounding.quantizers import Rounding
@@ -60,17 +72,25 @@ def grid_of(scheme: Scheme) -> ActivationGrid:
     return ActivationGrid(float(np.float16(3.0 / levels)), -below, levels - below)
 
 
-def write(path: Path, name: str, folder: Path) -> tuple[LayerGraph, dict[str, LayerCandidates], int]:
+def write(
+    path: Path, name: str, folder: Path
+) -> tuple[LayerGraph, dict[str, LayerCandidates], int]:
     graph = layer_graph(ir.load(path))
     candidates = candidates_for(graph, SCHEMES[name])
     rewrites = []
     for layer in graph.layers:
         scheme = candidates[layer.name].schemes[0]
-        rewrites.append(LayerRewrite(layer, scheme, candidates[layer.name].forms[scheme.weight_form]))
+        rewrites.append(
+            LayerRewrite(layer, scheme, candidates[layer.name].forms[scheme.weight_form])
+        )
     form = SCHEMES[name].activation_form
     scales = {tensor + form: grid_of(SCHEMES[name]) for tensor in graph.activations} if form else {}
     folder.mkdir()
-    return graph, candidates, write_quantized(FloatGraph(path, "timestep", "sample"), rewrites, scales, folder)
+    return (
+        graph,
+        candidates,
+        write_quantized(FloatGraph(path, "timestep", "sample"), rewrites, scales, folder),
+    )
 
 
 def feeds() -> dict[str, np.ndarray]:
@@ -83,10 +103,14 @@ def feeds() -> dict[str, np.ndarray]:
 
 def run(model: Path | bytes) -> np.ndarray:
     source = model if isinstance(model, bytes) else str(model)
-    return ort.InferenceSession(source, session_options(1, fake_quant_only=True)).run(None, feeds())[0]
+    return ort.InferenceSession(source, session_options(1, fake_quant_only=True)).run(
+        None, feeds()
+    )[0]
 
 
-def faked(path: Path, graph: LayerGraph, candidates: dict[str, LayerCandidates], scheme: Scheme) -> bytes:
+def faked(
+    path: Path, graph: LayerGraph, candidates: dict[str, LayerCandidates], scheme: Scheme
+) -> bytes:
     """The float graph with dequantized weights, and Div, Round, Clip, Mul before every layer."""
     reference = onnx.load(path)
     layers = {layer.weight: layer for layer in graph.layers}
@@ -94,7 +118,9 @@ def faked(path: Path, graph: LayerGraph, candidates: dict[str, LayerCandidates],
         array = onnx.numpy_helper.to_array(tensor)
         if tensor.name in layers:
             candidate = candidates[layers[tensor.name].name]
-            array = fold_matrix(candidate.layer, candidate.weight_matrix(candidate.schemes[0].weight_form))
+            array = fold_matrix(
+                candidate.layer, candidate.weight_matrix(candidate.schemes[0].weight_form)
+            )
         elif array.dtype == np.float32 and tensor.name != "time.frequencies":
             array = array.astype(np.float16).astype(np.float32)
         tensor.CopyFrom(onnx.numpy_helper.from_array(np.asarray(array), tensor.name))
@@ -102,7 +128,9 @@ def faked(path: Path, graph: LayerGraph, candidates: dict[str, LayerCandidates],
         return reference.SerializeToString()
     grid = grid_of(scheme)
     for name, value in (("scale", grid.scale), ("low", grid.quant_min), ("high", grid.quant_max)):
-        reference.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(value, np.float32), f"fq.{name}"))
+        reference.graph.initializer.append(
+            onnx.numpy_helper.from_array(np.asarray(value, np.float32), f"fq.{name}")
+        )
     readers = {use.node for layer in graph.layers for use in layer.uses}
     nodes = []
     for node in reference.graph.node:
@@ -127,7 +155,10 @@ def faked(path: Path, graph: LayerGraph, candidates: dict[str, LayerCandidates],
 @pytest.mark.parametrize("name", [*BODIES, *SHARED])
 def test_onnxruntime_computes_what_numpy_says(model: Path, tmp_path: Path, name: str) -> None:
     graph, candidates, _ = write(model, name, tmp_path / "out")
-    found, expected = run(tmp_path / "out" / SIMULATED), run(faked(model, graph, candidates, SCHEMES[name]))
+    found, expected = (
+        run(tmp_path / "out" / SIMULATED),
+        run(faked(model, graph, candidates, SCHEMES[name])),
+    )
     # A value on a rounding boundary may fall to either side.
     assert np.sum((found - expected) ** 2) <= 1e-3 * np.sum(expected**2)
     if SCHEMES[name].activation is None:
@@ -137,9 +168,15 @@ def test_onnxruntime_computes_what_numpy_says(model: Path, tmp_path: Path, name:
 @pytest.mark.parametrize("name", [*BODIES, *SHARED])
 def test_bytes_are_nominal_and_exact(model: Path, tmp_path: Path, name: str) -> None:
     graph, candidates, written = write(model, name, tmp_path / "out")
-    fixed = fp16_bytes(ir.load(model), "timestep", "sample") - FP16_BYTES * sum(n.weights for n in graph.layers)
+    fixed = fp16_bytes(ir.load(model), "timestep", "sample") - FP16_BYTES * sum(
+        n.weights for n in graph.layers
+    )
     weights = sum(candidates[layer.name].schemes[0].weight_bytes(layer) for layer in graph.layers)
-    inputs = {tensor for layer in graph.layers for tensor in layer.inputs} if SCHEMES[name].activation else set()
+    inputs = (
+        {tensor for layer in graph.layers for tensor in layer.inputs}
+        if SCHEMES[name].activation
+        else set()
+    )
     assert written == fixed + weights + ACTIVATION_SCALE_BYTES * len(inputs)
     bits = sum(SCHEMES[name].bits[0] * layer.weights for layer in graph.layers)
     overhead = sum(11 * layer.out_channels + 2 for layer in graph.layers)
@@ -152,7 +189,9 @@ def test_bytes_are_nominal_and_exact(model: Path, tmp_path: Path, name: str) -> 
 def test_codes_in_the_file_lie_within_their_bits(model: Path, tmp_path: Path, name: str) -> None:
     graph, _, _ = write(model, name, tmp_path / "out")
     loaded = onnx.load(tmp_path / "out" / DEPLOYED)
-    arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in loaded.graph.initializer}
+    arrays = {
+        tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in loaded.graph.initializer
+    }
     most = SCHEMES[name].bits[0] + (1 if SCHEMES[name].branch else 0)
     for layer in graph.layers:
         assert arrays[f"{layer.weight}//codes"].max() < 2**most
@@ -176,20 +215,30 @@ def broken(folder: Path, change: str, layer: Layer) -> None:
         array.flat[np.flatnonzero(array)[0]] = 0
         value.const_value = ir.Tensor(array)
     else:
-        model.metadata_props[WEIGHTS_KEY] = model.metadata_props[WEIGHTS_KEY].replace(change, change[:-1] + "4", 1)
+        model.metadata_props[WEIGHTS_KEY] = model.metadata_props[WEIGHTS_KEY].replace(
+            change, change[:-1] + "4", 1
+        )
     ir.save(model, folder / DEPLOYED)
 
 
 @pytest.mark.parametrize(
-    ("change", "says"), [("code", "code 200 in a channel of"), ("sign", "not -1 and 1"), ('"grid_bits": [3', "bits in")]
+    ("change", "says"),
+    [
+        ("code", "code 200 in a channel of"),
+        ("sign", "not -1 and 1"),
+        ('"grid_bits": [3', "bits in"),
+    ],
 )
-def test_a_file_that_breaks_its_bits_is_found(model: Path, tmp_path: Path, change: str, says: str) -> None:
+def test_a_file_that_breaks_its_bits_is_found(
+    model: Path, tmp_path: Path, change: str, says: str
+) -> None:
     name = "w3a6-sim+zres" if change == "sign" else "w3a6-sim"
     graph, _, _ = write(model, name, tmp_path / "out")
     layer = next(
         n
         for n in graph.layers
-        if change != "sign" or f"{n.weight}//signs0" in ir.load(tmp_path / "out" / DEPLOYED).graph.initializers
+        if change != "sign"
+        or f"{n.weight}//signs0" in ir.load(tmp_path / "out" / DEPLOYED).graph.initializers
     )
     broken(tmp_path / "out", change, layer)
     with pytest.raises(MpqError, match=says):

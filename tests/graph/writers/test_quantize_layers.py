@@ -26,7 +26,13 @@ from mpq_deploy.graph.layers import Layer, LayerGraph, layer_graph
 from mpq_deploy.graph.passes.fp16_arithmetic import Fp16ArithmeticPass
 from mpq_deploy.graph.passes.fp16_storage import Fp16StoragePass
 from mpq_deploy.graph.save import constant_bytes
-from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED, FloatGraph, fp16_bytes, write_quantized
+from mpq_deploy.graph.writers.deployed_graphs import (
+    DEPLOYED,
+    SIMULATED,
+    FloatGraph,
+    fp16_bytes,
+    write_quantized,
+)
 from mpq_deploy.graph.writers.quantize_layers import LayerRewrite, quantize_layers, weight_array
 from mpq_deploy.rounding.quantizers import Rounding
 from mpq_deploy.runtime.ort import session_options
@@ -41,19 +47,27 @@ def even(layer: Layer, scheme: Scheme) -> str:
 def candidates_for(graph: LayerGraph) -> dict[str, LayerCandidates]:
     found = {}
     for layer in graph.layers:
-        choices = choices_for(layer, tuple(s for s in SCHEMES.values() if not s.branch and not s.simulated), even)
+        choices = choices_for(
+            layer, tuple(s for s in SCHEMES.values() if not s.branch and not s.simulated), even
+        )
         weight = weight_matrix(layer, weight_array(graph.model, layer))
         moments = np.ones((layer.group * layer.reduction, 1, 1))
         widths = (1,) * layer.reduction
         found[layer.name] = round_candidates(
-            layer, choices, weight, InputMoments(moments, widths), Rounding(gptq=False, damping=0.01)
+            layer,
+            choices,
+            weight,
+            InputMoments(moments, widths),
+            Rounding(gptq=False, damping=0.01),
         )
     return found
 
 
 def run(path: Path | bytes, feeds: dict[str, np.ndarray]) -> np.ndarray:
     source = path if isinstance(path, bytes) else str(path)
-    return ort.InferenceSession(source, session_options(1, fake_quant_only=True)).run(None, feeds)[0]
+    return ort.InferenceSession(source, session_options(1, fake_quant_only=True)).run(None, feeds)[
+        0
+    ]
 
 
 def feeds(size: int = 8, seed: int = 0, dtype: type = np.float32) -> dict[str, np.ndarray]:
@@ -74,7 +88,10 @@ def all_of(graph: LayerGraph, scheme: str) -> dict[str, str]:
 
 def mixed(graph: LayerGraph, seed: int) -> dict[str, str]:
     rng = np.random.default_rng(seed)
-    return {name: str(rng.choice([s.name for s in c.schemes])) for name, c in candidates_for(graph).items()}
+    return {
+        name: str(rng.choice([s.name for s in c.schemes]))
+        for name, c in candidates_for(graph).items()
+    }
 
 
 def write(path: Path, graph: LayerGraph, schemes: dict[str, str], folder: Path) -> tuple[int, int]:
@@ -91,9 +108,15 @@ def write(path: Path, graph: LayerGraph, schemes: dict[str, str], folder: Path) 
     ]
     scales = dict.fromkeys(graph.activations, 0.03)
     written = write_quantized(FloatGraph(path, "timestep", "sample"), rewrites, scales, folder)
-    fixed = fp16_bytes(ir.load(path), "timestep", "sample") - FP16_BYTES * sum(layer.weights for layer in graph.layers)
-    quantized = {t for layer in graph.layers if SCHEMES[schemes[layer.name]].activation for t in layer.inputs}
-    expected = fixed + sum(SCHEMES[schemes[layer.name]].weight_bytes(layer) for layer in graph.layers)
+    fixed = fp16_bytes(ir.load(path), "timestep", "sample") - FP16_BYTES * sum(
+        layer.weights for layer in graph.layers
+    )
+    quantized = {
+        t for layer in graph.layers if SCHEMES[schemes[layer.name]].activation for t in layer.inputs
+    }
+    expected = fixed + sum(
+        SCHEMES[schemes[layer.name]].weight_bytes(layer) for layer in graph.layers
+    )
     return written, expected + ACTIVATION_SCALE_BYTES * len(quantized)
 
 
@@ -102,7 +125,9 @@ def model(tmp_path: Path) -> Path:
     return denoiser_graph().save(tmp_path / "model.onnx")
 
 
-@pytest.mark.parametrize("scheme", ["fp16", "w8a8", "w8a16", "w4a16-b32", "w4a16-b128", "w4a8-b64", "mix0", "mix1"])
+@pytest.mark.parametrize(
+    "scheme", ["fp16", "w8a8", "w8a16", "w4a16-b32", "w4a16-b128", "w4a8-b64", "mix0", "mix1"]
+)
 def test_the_file_holds_exactly_the_planned_bytes(model: Path, tmp_path: Path, scheme: str) -> None:
     graph = layer_graph(ir.load(model))
     schemes = mixed(graph, int(scheme[3:])) if scheme.startswith("mix") else all_of(graph, scheme)
@@ -111,11 +136,19 @@ def test_the_file_holds_exactly_the_planned_bytes(model: Path, tmp_path: Path, s
     assert constant_bytes(tmp_path / "out" / SIMULATED) == written
     # An independent count: onnx loads all tensors, 4-bit ones by their packed bytes.
     loaded = onnx.load(tmp_path / "out" / DEPLOYED)
-    assert sum(len(t.raw_data) or onnx.numpy_helper.to_array(t).nbytes for t in loaded.graph.initializer) == written
+    assert (
+        sum(
+            len(t.raw_data) or onnx.numpy_helper.to_array(t).nbytes
+            for t in loaded.graph.initializer
+        )
+        == written
+    )
 
 
 @pytest.mark.parametrize("scheme", ["w8a16", "w4a16-b64", "w4a8-b32", "w8a8"])
-def test_quantized_weights_compute_what_numpy_says(model: Path, tmp_path: Path, scheme: str) -> None:
+def test_quantized_weights_compute_what_numpy_says(
+    model: Path, tmp_path: Path, scheme: str
+) -> None:
     """Replace each float weight by its dequantized one and fake-quantize activations in NumPy terms: same output."""
     graph = layer_graph(ir.load(model))
     schemes = all_of(graph, scheme)
@@ -133,7 +166,12 @@ def test_quantized_weights_compute_what_numpy_says(model: Path, tmp_path: Path, 
         tensor.CopyFrom(onnx.numpy_helper.from_array(np.asarray(array), tensor.name))
     if SCHEMES[scheme].activation:
         scale = float(np.float16(0.03))
-        quantized = {t for layer in graph.layers if SCHEMES[schemes[layer.name]].activation for t in layer.inputs}
+        quantized = {
+            t
+            for layer in graph.layers
+            if SCHEMES[schemes[layer.name]].activation
+            for t in layer.inputs
+        }
         reference = fake_quantize_in_float(reference, graph, schemes, quantized, scale)
     expected = run(reference.SerializeToString(), feeds())
     found = run(tmp_path / "out" / SIMULATED, feeds())
@@ -144,24 +182,46 @@ def test_quantized_weights_compute_what_numpy_says(model: Path, tmp_path: Path, 
 
 
 def fake_quantize_in_float(
-    reference: onnx.ModelProto, graph: LayerGraph, schemes: dict[str, str], tensors: set[str], scale: float
+    reference: onnx.ModelProto,
+    graph: LayerGraph,
+    schemes: dict[str, str],
+    tensors: set[str],
+    scale: float,
 ) -> onnx.ModelProto:
     """Insert Div, Round, Clip, Mul for each tensor, for the readers that are INT8."""
     constants = {"fq.scale": scale, "fq.low": -128.0, "fq.high": 127.0}
     for name, value in constants.items():
-        reference.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(value, np.float32), name))
-    readers = {use.node for layer in graph.layers if SCHEMES[schemes[layer.name]].activation for use in layer.uses}
+        reference.graph.initializer.append(
+            onnx.numpy_helper.from_array(np.asarray(value, np.float32), name)
+        )
+    readers = {
+        use.node
+        for layer in graph.layers
+        if SCHEMES[schemes[layer.name]].activation
+        for use in layer.uses
+    }
     nodes = []
     done: set[str] = set()
     for node in reference.graph.node:
         if node.name in readers and node.input[0] in tensors:
             x = node.input[0]
             if x not in done:
-                chain = [("Div", "fq.scale"), ("Round", None), ("Clip", "fq.low"), ("Mul", "fq.scale")]
+                chain = [
+                    ("Div", "fq.scale"),
+                    ("Round", None),
+                    ("Clip", "fq.low"),
+                    ("Mul", "fq.scale"),
+                ]
                 current = x
                 for op, constant in chain:
-                    inputs = [current, *([constant] if constant else []), *(["fq.high"] if op == "Clip" else [])]
-                    nodes.append(onnx.helper.make_node(op, inputs, [f"{x}/fq/{op}"], name=f"{x}/fq_{op}"))
+                    inputs = [
+                        current,
+                        *([constant] if constant else []),
+                        *(["fq.high"] if op == "Clip" else []),
+                    ]
+                    nodes.append(
+                        onnx.helper.make_node(op, inputs, [f"{x}/fq/{op}"], name=f"{x}/fq_{op}")
+                    )
                     current = f"{x}/fq/{op}"
                 done.add(x)
             node.input[0] = f"{x}/fq/Mul"
@@ -179,9 +239,13 @@ def test_the_fp16_graph_computes_like_its_fp32_twin(model: Path, tmp_path: Path)
     graph = layer_graph(ir.load(model))
     write(model, graph, mixed(graph, 3), tmp_path / "out")
     twin = run(tmp_path / "out" / SIMULATED, feeds())
-    half = run(tmp_path / "out" / DEPLOYED, {**feeds(dtype=np.float16), "timestep": feeds()["timestep"]})
+    half = run(
+        tmp_path / "out" / DEPLOYED, {**feeds(dtype=np.float16), "timestep": feeds()["timestep"]}
+    )
     assert half.dtype == np.float16
-    assert np.sum((half.astype(np.float64) - twin) ** 2) <= 2e-3 * np.sum(twin.astype(np.float64) ** 2)
+    assert np.sum((half.astype(np.float64) - twin) ** 2) <= 2e-3 * np.sum(
+        twin.astype(np.float64) ** 2
+    )
 
 
 def test_the_timestep_stays_in_fp32_up_to_the_first_layer(model: Path) -> None:
@@ -189,10 +253,14 @@ def test_the_timestep_stays_in_fp32_up_to_the_first_layer(model: Path) -> None:
     region = fp16_region(loaded, "timestep", "sample")
     Fp16ArithmeticPass(region)(loaded)
     types = {node.name: node.outputs[0].dtype for node in loaded.graph}
-    assert {types[f"time/{name}"] for name in ("unsqueeze", "angle", "sin", "cos", "concat")} == {ir.DataType.FLOAT}
+    assert {types[f"time/{name}"] for name in ("unsqueeze", "angle", "sin", "cos", "concat")} == {
+        ir.DataType.FLOAT
+    }
     assert types["time.linear_1"] == ir.DataType.FLOAT16
     assert loaded.graph.initializers["time.frequencies"].dtype == ir.DataType.FLOAT
-    assert loaded.graph.initializers["scales"].dtype == ir.DataType.FLOAT  # Resize takes its scales in FP32
+    assert (
+        loaded.graph.initializers["scales"].dtype == ir.DataType.FLOAT
+    )  # Resize takes its scales in FP32
 
 
 @pytest.mark.parametrize("run_pass", [Fp16ArithmeticPass, Fp16StoragePass])
@@ -206,7 +274,9 @@ def test_a_second_run_of_a_pass_changes_nothing(model: Path, run_pass) -> None: 
     assert nodes == [node.name for node in loaded.graph]
 
 
-def test_int8_readers_of_one_tensor_share_its_quantizer_and_fp16_readers_bypass_it(model: Path) -> None:
+def test_int8_readers_of_one_tensor_share_its_quantizer_and_fp16_readers_bypass_it(
+    model: Path,
+) -> None:
     loaded = ir.load(model)
     graph = layer_graph(loaded)
     schemes = {**all_of(graph, "fp16"), "attn.to_q": "w8a8", "attn.to_k": "w4a8-b64"}
@@ -235,7 +305,9 @@ def test_a_weight_shared_by_two_layers_is_stored_once_and_copied_per_use(tmp_pat
     g.input("timestep", ["N"])
     x = g.conv("sample", "conv_in", 64, 3)
     x = g.op("Relu", [g.conv(x, "tied", 64, 64)], "relu")
-    g.nodes.append(onnx.helper.make_node("Conv", [x, "tied.weight"], ["half"], name="tied_again", pads=[1] * 4))
+    g.nodes.append(
+        onnx.helper.make_node("Conv", [x, "tied.weight"], ["half"], name="tied_again", pads=[1] * 4)
+    )
     column = g.op("Unsqueeze", ["timestep", g.weight("ax", np.array([1, 2, 3], np.int64))], "t4")
     g.nodes[-1].name = "time/unsqueeze"
     g.nodes.append(onnx.helper.make_node("Add", ["half", column], ["out_sample"], name="sum"))
@@ -244,12 +316,19 @@ def test_a_weight_shared_by_two_layers_is_stored_once_and_copied_per_use(tmp_pat
     graph = layer_graph(ir.load(path))
     tied = next(layer for layer in graph.layers if layer.name == "tied")
     assert [use.node for use in tied.uses] == ["tied", "tied_again"]
-    written, expected = write(path, graph, {"conv_in": "fp16", "tied": "w4a16-b64"}, tmp_path / "out")
+    written, expected = write(
+        path, graph, {"conv_in": "fp16", "tied": "w4a16-b64"}, tmp_path / "out"
+    )
     assert written == expected
-    names = [t.name for t in onnx.load(tmp_path / "out" / DEPLOYED, load_external_data=False).graph.initializer]
+    names = [
+        t.name
+        for t in onnx.load(tmp_path / "out" / DEPLOYED, load_external_data=False).graph.initializer
+    ]
     assert {"tied.weight//codes", "tied.weight//codes//use1"} <= set(names)
     plain = run(path, feeds())
-    assert np.sum((run(tmp_path / "out" / SIMULATED, feeds()) - plain) ** 2) < 0.02 * np.sum(plain**2)
+    assert np.sum((run(tmp_path / "out" / SIMULATED, feeds()) - plain) ** 2) < 0.02 * np.sum(
+        plain**2
+    )
 
 
 def test_what_is_no_layer_says_why(tmp_path: Path) -> None:
@@ -270,9 +349,19 @@ def test_what_is_no_layer_says_why(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("reduction", "nominal", "expected"),
-    [(64, 32, 32), (100, 64, 50), (27, 32, 27), (16, 128, 16), (67, 32, None), (288, 64, 72), (320, 128, 160)],
+    [
+        (64, 32, 32),
+        (100, 64, 50),
+        (27, 32, 27),
+        (16, 128, 16),
+        (67, 32, None),
+        (288, 64, 72),
+        (320, 128, 160),
+    ],
 )
-def test_a_block_divides_the_reduction_or_there_is_none(reduction: int, nominal: int, expected: int | None) -> None:
+def test_a_block_divides_the_reduction_or_there_is_none(
+    reduction: int, nominal: int, expected: int | None
+) -> None:
     layer = Layer("l", "MatMul", "layer.weight", (reduction, 8), 1, 1, ())
     assert Int4Weight(nominal).block(layer) == expected
 

@@ -72,7 +72,10 @@ def fill(task: Task) -> None:
     if task.accident != "full":
         import ray
 
-        node, place = ray.get_runtime_context().get_node_id(), Path(task.accident.removeprefix("full once "))
+        node, place = (
+            ray.get_runtime_context().get_node_id(),
+            Path(task.accident.removeprefix("full once ")),
+        )
         with suppress(FileExistsError), place.open("x", encoding="utf-8") as file:
             file.write(node)
         if place.read_text(encoding="utf-8") != node:
@@ -86,7 +89,11 @@ def opened(word: str, root: Path, talk: Talk) -> Any:
     text = (root / "file.txt").read_text(encoding="utf-8")
 
     def work(task: Task, inner: Talk) -> Result:
-        return {**noise(task, inner), "text": np.array(text), "threads": np.array(os.environ.get("OMP_NUM_THREADS"))}
+        return {
+            **noise(task, inner),
+            "text": np.array(text),
+            "threads": np.array(os.environ.get("OMP_NUM_THREADS")),
+        }
 
     return work
 
@@ -94,7 +101,15 @@ def opened(word: str, root: Path, talk: Talk) -> Any:
 def job(root: Path, **changes: Any) -> Job:
     root.mkdir(exist_ok=True)
     (root / "file.txt").write_text("a model", encoding="utf-8")
-    return Job(**{"name": "noise", "opener": partial(opened, "care"), "root": root, "files": ("file.txt",), **changes})
+    return Job(
+        **{
+            "name": "noise",
+            "opener": partial(opened, "care"),
+            "root": root,
+            "files": ("file.txt",),
+            **changes,
+        }
+    )
 
 
 def shards(count: int, **accidents: Task) -> list[Shard]:

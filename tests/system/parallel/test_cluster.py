@@ -73,7 +73,8 @@ def test_a_killed_worker_changes_nothing(tmp_path, nodes):
     heard = Heard()
     once = shards(PARTS, at3=Task(3, "killed", tmp_path / "happened"))
     same(
-        merged(Cluster(nodes.address), tmp_path / "job", once, heard), merged(Alone(), tmp_path / "job", shards(PARTS))
+        merged(Cluster(nodes.address), tmp_path / "job", once, heard),
+        merged(Alone(), tmp_path / "job", shards(PARTS)),
     )
     assert (tmp_path / "happened").exists()
     assert sum("part 3" in text for text in heard.warnings) == 1
@@ -95,7 +96,9 @@ def test_a_build_on_the_cluster_has_the_bytes_of_one_process(tmp_path, nodes):
     made = ("export", "calibrate", "candidates", "measure")
     assert stage_bytes(run, made) == stage_bytes(alone.run, made)
     for name in ("calibration", "rounding", "salient channels", "probes"):
-        assert any(f"{name} on 2 workers of a Ray cluster of 3 nodes" in line for line in notes.lines), notes.lines
+        assert any(
+            f"{name} on 2 workers of a Ray cluster of 3 nodes" in line for line in notes.lines
+        ), notes.lines
 
 
 @pytest.mark.slow
@@ -105,7 +108,10 @@ def test_workers_killed_while_they_round_change_nothing(tmp_path, nodes):
     run = Path(shutil.copytree(alone.run, tmp_path / "run"))
     shutil.rmtree(run / "candidates")
     notes = Notes()
-    with open_pipeline(recipe_for(model), run, notes, Cluster(nodes.address)) as pipeline, killing(notes) as killed:
+    with (
+        open_pipeline(recipe_for(model), run, notes, Cluster(nodes.address)) as pipeline,
+        killing(notes) as killed,
+    ):
         pipeline.run_until("candidates")
     assert killed and lost(notes), notes.lines
     assert stage_bytes(run, ("candidates",)) == stage_bytes(alone.run, ("candidates",))
@@ -135,11 +141,15 @@ def test_a_worker_killed_while_it_measures_changes_nothing(tmp_path, nodes):
         ended.set()
         killer.join()
         found = run_sweep(pipeline.current("measure", "controls"), budgets, True)
-    assert killed and any("node was lost; the shard 'probes" in line for line in notes.lines), notes.lines
+    assert killed and any("node was lost; the shard 'probes" in line for line in notes.lines), (
+        notes.lines
+    )
     made = ("export", "calibrate", "candidates", "measure", "controls")
     assert stage_bytes(run, made) == stage_bytes(tmp_path / "alone", made)
     assert found == expected and all("measured_nmse" in point for point in found["points"])
-    assert any("measuring plans on 2 workers of a Ray cluster" in line for line in notes.lines), notes.lines
+    assert any("measuring plans on 2 workers of a Ray cluster" in line for line in notes.lines), (
+        notes.lines
+    )
 
 
 def computing():
@@ -147,7 +157,9 @@ def computing():
     found = []
     for place in Path("/proc").iterdir():
         try:
-            if place.name.isdigit() and (place / "cmdline").read_bytes().startswith(b"ray::_OnRay.run"):
+            if place.name.isdigit() and (place / "cmdline").read_bytes().startswith(
+                b"ray::_OnRay.run"
+            ):
                 found.append(int(place.name))
         except OSError:
             continue
@@ -163,13 +175,21 @@ def test_an_audit_with_killed_workers_is_that_of_one_process(tmp_path, nodes, mo
         notes, run = Notes(), tmp_path / f"run-{len(found)}"
         with open_pipeline(recipe, run, notes, crew) as pipeline, killing(notes) as killed:
             found.append(
-                without_seconds(json.loads(json.dumps(run_audit(pipeline.current("candidates"), options).as_json())))
+                without_seconds(
+                    json.loads(
+                        json.dumps(run_audit(pipeline.current("candidates"), options).as_json())
+                    )
+                )
             )
     assert found[0] == found[1]
-    parts = [f"audit-{name}" for name in ("exhaustive-000", "exhaustive-001", "exhaustive-002", "probe")]
+    parts = [
+        f"audit-{name}" for name in ("exhaustive-000", "exhaustive-001", "exhaustive-002", "probe")
+    ]
     assert stage_bytes(tmp_path / "run-1", parts) == stage_bytes(tmp_path / "run-0", parts)
     for name in ("exhaustive", "measuring plans"):
-        assert any(f"{name} on 2 workers of a Ray cluster" in line for line in notes.lines), notes.lines
+        assert any(f"{name} on 2 workers of a Ray cluster" in line for line in notes.lines), (
+            notes.lines
+        )
     assert len(killed) > 1 and lost(notes), notes.lines
 
 
@@ -189,7 +209,9 @@ def test_metrics_with_a_killed_worker_are_those_of_one_process(tmp_path, nodes, 
                 made = measure_metrics(pipeline.run, MetricsOptions(images=256, workers=1))
         found.append((without_seconds(made.as_json()), stage_bytes(run, (".samples",))))
     assert found[0] == found[1] and len(found[0][1]) >= 3 * 256 // 32
-    assert any("sampling on 2 workers of a Ray cluster" in line for line in notes.lines), notes.lines
+    assert any("sampling on 2 workers of a Ray cluster" in line for line in notes.lines), (
+        notes.lines
+    )
     assert killed and lost(notes), notes.lines
 
 
@@ -226,7 +248,10 @@ def another_node(nodes, temporary):
     import ray
 
     node = nodes.add_node(
-        num_cpus=1, object_store_memory=80 << 20, include_dashboard=False, env_vars={"TMPDIR": str(temporary)}
+        num_cpus=1,
+        object_store_memory=80 << 20,
+        include_dashboard=False,
+        env_vars={"TMPDIR": str(temporary)},
     )
     try:
         nodes.wait_for_nodes(PATIENCE)
@@ -246,7 +271,9 @@ def small_disk(folder):
     if (
         shutil.which("mount") is None
         or subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], capture_output=True, check=False
+            ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder],
+            capture_output=True,
+            check=False,
         ).returncode
     ):
         pytest.skip("no file system can be mounted here")
@@ -309,7 +336,9 @@ def test_a_node_whose_folder_cannot_be_used_is_left_out_by_name(tmp_path, nodes)
 def test_a_disk_that_fills_in_the_middle_of_a_shard_leaves_its_node_out(tmp_path, nodes):
     """Simulated: the shard raises what the system would. One worker was asked for: it goes to the other node."""
     heard = Heard()
-    parts = shards(PARTS, **{f"at{n}": Task(n, f"full once {tmp_path / 'node'}") for n in range(PARTS)})
+    parts = shards(
+        PARTS, **{f"at{n}": Task(n, f"full once {tmp_path / 'node'}") for n in range(PARTS)}
+    )
     found = merged(Cluster(nodes.address, workers=1), tmp_path / "job", parts, heard)
     same(found, merged(Alone(), tmp_path / "job", shards(PARTS)))
     (said,) = left_out(heard)
@@ -322,7 +351,10 @@ def test_no_node_with_room_on_its_disk_is_one_message(tmp_path, nodes):
         ShardError, match=r"No node .* can keep the files of noise\. node .*full.*; node .*full"
     ) as caught:
         merged(
-            Cluster(nodes.address), tmp_path / "job", shards(PARTS, at0=Task(0, "full"), at1=Task(1, "full")), Heard()
+            Cluster(nodes.address),
+            tmp_path / "job",
+            shards(PARTS, at0=Task(0, "full"), at1=Task(1, "full")),
+            Heard(),
         )
     assert "TMPDIR" in caught.value.hint
 

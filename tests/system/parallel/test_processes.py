@@ -145,7 +145,10 @@ def test_finished_shards_are_kept_and_not_computed_again(tmp_path, crew):
     heard = Heard()
     # Those that are finished would hang if they were computed.
     parts = shards(PARTS, **{f"at{n}": Task(n, "hang") for n in range(3)})
-    same(merged(crew, tmp_path / "job", parts, heard, store), merged(Alone(), tmp_path / "job", shards(PARTS)))
+    same(
+        merged(crew, tmp_path / "job", parts, heard, store),
+        merged(Alone(), tmp_path / "job", shards(PARTS)),
+    )
     assert sum(heard.moves) == 3 * PARTS
 
 
@@ -169,7 +172,9 @@ def test_fewer_than_one_is_refused(change):
         Processes(**change)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name
+)
 def test_no_process_outlives_a_stopped_call(tmp_path, number):
     root, repository = tmp_path / "job", Path(__file__).parents[3]
     code = (
@@ -181,7 +186,10 @@ def test_no_process_outlives_a_stopped_call(tmp_path, number):
         "merged(Processes(2), root, shards(4, at0=Task(0, 'hang', root / 'a'), at1=Task(1, 'hang', root / 'b')))\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(root)], cwd=repository, stderr=subprocess.PIPE, start_new_session=True
+        [sys.executable, "-c", code, str(root)],
+        cwd=repository,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
     )
     told = [root / "a", root / "b"]
     until = time.monotonic() + 60

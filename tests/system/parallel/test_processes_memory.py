@@ -22,10 +22,16 @@ def never(root: Path, talk: Talk) -> None:
 JOB = Job("probes", never, Path(), (), GB)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("free", "advice"), [(3, "--workers 3"), (1, "one process"), (0, "Not one")])
-def test_workers_are_refused_with_the_number_that_fits(monkeypatch: pytest.MonkeyPatch, free: int, advice: str) -> None:
+@pytest.mark.parametrize(
+    ("free", "advice"), [(3, "--workers 3"), (1, "one process"), (0, "Not one")]
+)
+def test_workers_are_refused_with_the_number_that_fits(
+    monkeypatch: pytest.MonkeyPatch, free: int, advice: str
+) -> None:
     monkeypatch.setenv("MPQ_DEPLOY_MEMORY", str(free * EACH + 1))
-    with pytest.raises(UsageError, match=r"4 workers would need about 5\.6 GB of memory for probes") as caught:
+    with pytest.raises(
+        UsageError, match=r"4 workers would need about 5\.6 GB of memory for probes"
+    ) as caught:
         check_workers(4, JOB, Talk())
     assert advice in caught.value.hint
     if free:
@@ -34,5 +40,8 @@ def test_workers_are_refused_with_the_number_that_fits(monkeypatch: pytest.Monke
 
 def test_no_worker_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MPQ_DEPLOY_MEMORY", "1GB")
-    with pytest.raises(UsageError, match="2 workers would need"), Processes(2).open(JOB, Talk()) as pool:
+    with (
+        pytest.raises(UsageError, match="2 workers would need"),
+        Processes(2).open(JOB, Talk()) as pool,
+    ):
         list(run_shards(pool, "probes", [Shard("one", None), Shard("two", None)], Talk()))
