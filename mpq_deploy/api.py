@@ -73,8 +73,7 @@ def build(
 def load(
     source: str | Path, *, backend: str = "auto", device: str | None = None, threads: int = 0
 ) -> RuntimeUNet:
-    """Open a run folder, an engine or an ONNX file as a denoiser that replaces ``pipe.unet`` of a
-    diffusers pipeline.
+    """Open a run folder, an engine or an ONNX file as a replacement of ``pipe.unet``.
 
     ``backend``: auto, onnxruntime, tensorrt_rtx or tensorrt; auto takes the engine where a GPU and
     its library are. Raises as ``runtime.drop_in.load`` does. Needs PyTorch.

@@ -44,8 +44,7 @@ Projections = Mapping[str, Mapping[str, Array]]
 
 
 class Quadratic:
-    """The shrunk quadratic over a problem's schemes, plus ``kernel_penalty`` per kernel of a
-    branch.
+    """The shrunk quadratic over a problem's schemes, plus ``kernel_penalty`` per branch kernel.
 
     ``projections``: layer -> scheme -> float [P]. Moves are numbered: one per (layer, scheme), in
     the problem's order.

@@ -113,8 +113,7 @@ def audit(
     ray: RayOption = None,
     threads: ThreadsOption = None,
 ) -> None:
-    """Compare every sensitivity with exhaustive measurement, and by the quality of the plans it
-    leads to.
+    """Compare every sensitivity with exhaustive measurement, and by the plans it leads to.
 
     Takes minutes for the bundled models, hours for large ones; a stopped call continues where it
     was.

@@ -1,5 +1,4 @@
-"""Check an engine against the plan, from the builder's own words: does each layer compute and lie
-as planned?
+"""Check an engine against the plan by the builder's own words: types, packing and bytes.
 
 In: an ``EngineLog`` and the ``ExpectedLayers``. Out: ``Problem`` objects; none means that
 
@@ -95,8 +94,7 @@ def can_fuse(layer: ExpectedLayer) -> bool:
 
 
 def _applies(kernel: EngineLayer, node: str) -> bool:
-    """Whether ``kernel`` may be the one that multiplies for ``node``: epilogues and unpacking also
-    name it.
+    """Whether ``kernel`` may be the product of ``node``: epilogues and unpacking name it too.
 
     A tiny product may be a generated kernel; then it reads an activation and no other kernel
     computes.

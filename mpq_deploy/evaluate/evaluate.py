@@ -1,5 +1,4 @@
-"""Evaluate quantized graphs against the float one: the same noise, the same sampler, ONNX Runtime
-for all.
+"""Evaluate quantized graphs against the float one: same noise, same sampler, ONNX Runtime.
 
 In: ONNX files by the variant's name and the float model. Out: an ``Evaluation``. The float model's
 own trajectories give the inputs on which the outputs are compared; they come from another seed than
@@ -51,8 +50,7 @@ DECODED_RANGE = (-1.0, 1.0)
 
 @dataclass(frozen=True)
 class Variant:
-    """A quantized graph: its file, the bytes it takes when deployed, and a correction of its
-    output.
+    """A quantized graph: its file, its deployed bytes, and a correction of its output.
 
     The size is passed through; the correction applies to the error and before every step of the
     sampler.
@@ -171,8 +169,7 @@ def _shard(
 
 
 def spread_rows(available: int, samples: int, uncond_row: int | None = None) -> Array:
-    """Choose a condition for each sample, int64 [samples]: spread evenly, each used before any is
-    used twice.
+    """Choose a condition for each sample, int64 [samples], spread evenly.
 
     The row for classifier-free guidance is left out where there are others; without conditions all
     rows are 0.
@@ -185,8 +182,7 @@ def spread_rows(available: int, samples: int, uncond_row: int | None = None) -> 
 
 @dataclass(frozen=True)
 class _Part:
-    """What a worker makes: the float model's samples, or those of a variant and its error on the
-    float inputs.
+    """A worker's task: the float model's samples, or a variant's and its error on float inputs.
 
     ``path`` is relative to the job's root.
     """
@@ -312,8 +308,7 @@ class _Watched:
         return output
 
     def recorded(self, calls: int | None) -> tuple[Array, Array, Array]:
-        """Return inputs [K, M, ...], outputs [K, M, ...] and condition rows [K, M] of the chosen
-        steps.
+        """Return inputs and outputs [K, M, ...] and condition rows [K, M] of the chosen steps.
 
         Of the M' calls at a step those whose turn it is (``taken_turns``).
         """

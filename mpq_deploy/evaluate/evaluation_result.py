@@ -1,5 +1,4 @@
-"""What evaluating leaves behind: the error and the images of every variant, and where they come
-from.
+"""What evaluation leaves behind: error and images of every variant, and their origin.
 
 ``evaluation.json`` holds numbers, ``images.npz`` the pixels; both are the same for the same inputs.
 What this machine's clock said is kept apart in ``latency.json``.
@@ -53,8 +52,7 @@ class VariantResult:
 
 @dataclass(frozen=True)
 class CpuLatency:
-    """Median time of one call of batch 1 in ONNX Runtime on this machine's CPU: not the target
-    device's.
+    """Median time of a call of batch 1 in ONNX Runtime on this CPU, not the target device.
 
     The quantized graph computes in float what the device would compute in integers, so ``variant``
     over ``float`` says what fake quantization costs here, nothing about the engine.

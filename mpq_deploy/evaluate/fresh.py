@@ -1,5 +1,4 @@
-"""The float model on trajectories that nothing was fitted on, and the error of a quantized graph
-there, image by image.
+"""The float model on fresh trajectories, and a quantized graph's error there, per image.
 
 In: the float ONNX file with its description and conditions. Out: the squared error of a graph's
 output relative to the float model's, for every image: their mean is the measured NMSE, their spread
@@ -44,8 +43,7 @@ class FreshCalls:
         self._power = np.array([np.square(output).sum() / len(output) for output in self._outputs])
 
     def errors(self, model: Path) -> Array:
-        """Return each call's squared error relative to the mean output of its timestep, float64
-        [N], mean over those.
+        """Return each call's squared error over the timestep's mean output, averaged, float64 [N].
 
         ``model`` is a quantized graph of FP32 arithmetic. The mean of the result is the NMSE.
         """

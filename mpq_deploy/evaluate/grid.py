@@ -1,5 +1,4 @@
-"""A PNG that a person can judge: a row per variant, a column per condition, the same noise in each
-column.
+"""A PNG to look at: a row per variant, a column per condition, the same noise per column.
 
 In: uint8 images [N, H, W, C] by the row's caption, and the columns' labels. Out: a Pillow image.
 """
@@ -50,8 +49,7 @@ def as_rgb(images: Array) -> Array:
 def image_grid(
     rows: Mapping[str, Array], labels: Sequence[str] = (), style: GridStyle | None = None
 ) -> Image.Image:
-    """Draw the images of every row side by side, upscaled without smoothing, captions left and
-    labels on top.
+    """Draw every row's images side by side, upscaled without smoothing, with captions and labels.
 
     Raises UsageError when there is nothing to draw or the rows differ in shape.
     """

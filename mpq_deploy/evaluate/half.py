@@ -1,5 +1,4 @@
-"""Whether the deployed file's FP16 arithmetic gives what its FP32-arithmetic twin gives: a few
-calls of both.
+"""Whether the deployed file's FP16 arithmetic gives what its FP32 twin gives, by a few calls.
 
 In: the float file, the deployed one and its twin, some recorded calls. Out: the output's error of
 both against the float model's, and the values that FP16 does not hold. Images and errors of an
@@ -40,8 +39,7 @@ NAMED = 3
 
 @dataclass(frozen=True)
 class HalfPrecision:
-    """The error (NMSE) of the deployed file's output in FP16 arithmetic, and of its twin's in FP32,
-    on ``calls``.
+    """The output's error (NMSE) of the deployed FP16 file and of its FP32 twin on ``calls``.
 
     ``beyond``: nodes that the file computes in FP16 and whose values pass its range in the float
     model, with the largest, in graph order. ``unknown``: why there are no errors, where ONNX
@@ -126,8 +124,7 @@ def half_precision(
 
 
 def beyond_half(model: Path, calls: RecordedCalls, talk: Talk) -> tuple[tuple[str, float], ...]:
-    """Return the nodes computed in FP16 whose values pass its range in the float ``model``, with
-    the largest.
+    """Return the FP16 nodes whose values in the float ``model`` pass FP16's range, with the largest.
 
     In graph order. Only values above zero: masks are as far below it as can be, and do no harm as
     minus infinity.

@@ -1,5 +1,4 @@
-"""Paired image metrics: how far are a variant's images from the float model's, made from the same
-noise?
+"""Paired image metrics: how far a variant's images are from the float model's.
 
 In: two batches of samples [N, C, H, W] and the range that their pixels live in. Out: PSNR in dB and
 SSIM. All arithmetic is in float64 on values clipped to the range and mapped to [0, 1], so that the

@@ -1,5 +1,4 @@
-"""How sure is a mean over images? A bootstrap interval of it, and of the difference of two paired
-means.
+"""Bootstrap intervals of a mean over images, and of the difference of two paired means.
 
 In: a figure of each image. Out: low and high end of the 95 % interval. Seeded, so that a report
 repeats.
@@ -18,8 +17,7 @@ LEVEL = 0.95
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Return the interval of the mean of ``values`` [N], a percentile bootstrap over images; None
-    below two images.
+    """Return the percentile bootstrap interval of the mean of ``values`` [N]; None below two.
 
     Efron 1979 ("Bootstrap methods: another look at the jackknife"); the percentiles are linear
     between draws. With few images it is somewhat too narrow.
@@ -38,8 +36,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
 def paired_interval(
     values: Sequence[float], reference: Sequence[float]
 ) -> tuple[float, float] | None:
-    """Return the interval of the mean of ``values`` - ``reference``, image by image; None below two
-    images.
+    """Return the interval of the mean of ``values`` - ``reference`` by image; None below two.
 
     Both come from the same noise, image for image: what makes an image hard for both cancels.
     """

@@ -40,8 +40,7 @@ def sqnr_db(error: float) -> float:
 
 
 def taken_turns(available: int, timesteps: int, calls: int | None) -> Array:
-    """Return which of the ``available`` calls are compared at each timestep, int64 [timesteps, M],
-    ascending.
+    """Return the ``available`` calls compared at each timestep, int64 [timesteps, M], ascending.
 
     ``calls`` of them, evenly spread, and at each timestep the next ones, so that all have about
     equally many turns; more where that would leave some out, and all for None. A call's error at
@@ -54,8 +53,7 @@ def taken_turns(available: int, timesteps: int, calls: int | None) -> Array:
 
 
 def stride_midpoints(steps: int, count: int) -> Array:
-    """Return the step indices in the middle of ``count`` equal strides of ``steps`` steps, int64,
-    ascending.
+    """Return the midpoints of ``count`` equal strides of ``steps`` steps, int64, ascending.
 
     All steps when ``count`` is not below ``steps``.
     """

@@ -43,8 +43,7 @@ def evaluate_variants(
     correction: Correction | None = None,
     before: Path | None = None,
 ) -> Evaluation:
-    """Compare the graph ``ours`` (without and with ``correction``) and the controls with the float
-    model.
+    """Compare ``ours`` (without and with ``correction``) and the controls with the float model.
 
     ``before``: the plan's graph where ``ours`` is the recovered one, of the same size. Samples are
     cached by content.
@@ -74,8 +73,7 @@ def evaluate_variants(
 def with_cpu_latency(
     evaluation: Evaluation, model: FloatModel, name: str, path: Path
 ) -> Evaluation:
-    """Return the evaluation with the median CPU time of a call, of the float model and of the
-    variant ``name``.
+    """Return the evaluation with a call's median CPU time, float and of the variant ``name``.
 
     In ONNX Runtime on this CPU, which is not the target device's latency. Batch 1, at the last
     timestep; without times (and with a note) where both are too large to be held at once. Calls

@@ -1,5 +1,4 @@
-"""The candidates of a layer: the schemes it may take on a target, why not the others, and their
-rounded weights.
+"""The candidates of a layer: the schemes it may take, why not the others, their weights.
 
 In: a layer, the recipe's schemes, the target's rules, what is known of the input. Out: for each
 weight form the codes and scales that would be deployed, so that measuring, allocating and writing
@@ -40,8 +39,7 @@ class Choices:
 
 
 def choices_for(layer: Layer, wanted: tuple[Scheme, ...], refusal: Refusal) -> Choices:
-    """Sort the ``wanted`` schemes into those ``layer`` may take and those it may not, with the
-    reason.
+    """Sort the ``wanted`` schemes into those ``layer`` may take and those refused, with reasons.
 
     FP16 is always possible. Two nominal block sizes that give the same real one are one candidate.
     Branches come after the bodies in ``wanted``; of a family's bodies only the one of blocks
@@ -124,8 +122,7 @@ def round_candidates(
     how: Rounding,
     also: tuple[Scheme, ...] = (),
 ) -> LayerCandidates:
-    """Round ``weight`` float32 [O, K] for every weight form that ``choices`` need, and for the
-    schemes ``also``.
+    """Round ``weight`` float32 [O, K] for the weight forms of ``choices`` and of ``also``.
 
     Raises ModelError when the weight holds NaN or Inf.
     """

@@ -89,8 +89,7 @@ class Int4Weight(IntegerWeight):
 
 @dataclass(frozen=True)
 class RequantizedInt4(Int4Weight):
-    """As ``Int4Weight``, then QuantizeLinear to INT8 per output channel: 4-bit storage, INT8
-    compute.
+    """As ``Int4Weight``, then quantized to INT8 per output channel: 4-bit storage, INT8 compute.
 
     Every block scale is an integer multiple of its channel's INT8 scale, so nothing is lost.
     """

@@ -1,5 +1,4 @@
-"""What a layer may become: the interfaces of number formats and branches, and the scheme that joins
-them.
+"""The interfaces of number formats and branches, and the scheme that joins them.
 
 A number format is one frozen value of a subclass of ``WeightFormat`` or ``ActivationFormat``, a
 branch one of ``Branch``. Each class lives in a file of its own and owns all that follows from it:
@@ -50,8 +49,7 @@ INT8 = Precision("int8", 8, -127, 127)
 
 @dataclass(frozen=True)
 class ActivationGrid:
-    """A quantizer of an activation: codes ``quant_min`` to ``quant_max``, zero point taken off,
-    times ``scale``.
+    """An activation's quantizer: integer codes from ``quant_min`` to ``quant_max``, a scale.
 
     By default what QuantizeLinear saturates to in INT8.
     """
@@ -398,8 +396,7 @@ class Scheme:
         return self.weight.unpacked_bytes(layer, self.activation is None)
 
     def input_bytes(self, layer: Layer) -> int:
-        """Bytes of the constants that quantize the input: layers that share the quantizer share
-        them.
+        """Bytes of the constants that quantize the input, shared by layers that share them.
 
         Factors of channels are counted, though a producer may take them.
         """

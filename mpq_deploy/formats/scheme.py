@@ -85,8 +85,7 @@ def branches_of(bodies: tuple[Scheme, ...], kinds: tuple[str, ...]) -> tuple[Sch
 
 
 def schemes_named(names: list[str] | tuple[str, ...]) -> tuple[Scheme, ...]:
-    """Return the schemes for ``names``, where a family such as ``w4a16`` stands for all its block
-    sizes.
+    """Return the schemes for ``names``; a family (``w4a16``) stands for all its block sizes.
 
     Raises UsageError for an unknown name, naming the nearest.
     """

@@ -1,5 +1,4 @@
-"""Simulated formats of 2 to 8 bits, which no engine can hold: their bytes are nominal, ONNX Runtime
-runs them.
+"""Simulated formats of 2 to 8 bits that no engine can hold; their bytes are nominal.
 
 Weights have one scale and zero point per output channel (``rounding.row_grids``), activations one
 of each per tensor. ``SharedBits`` are branches that share out a layer's bits among its output
@@ -266,8 +265,7 @@ def assemble(
 
 
 def row_kurtosis(weight: Array, input_amax: Array) -> Array:
-    """Return the Pearson kurtosis of each row of ``weight`` [O, K] after MPQ-DM's pre-scaling,
-    float64 [O].
+    """Return the Pearson kurtosis of pre-scaled rows of ``weight`` [O, K], float64 [O].
 
     ``input_amax`` float [K]: the input's absolute maximum per column. The weight is divided by
     delta_k = sqrt(max|W_k| / max|X_k|); columns that are zero on either side keep their scale. A

@@ -24,8 +24,7 @@ def divisors(number: int) -> tuple[int, ...]:
 
 
 def nearest_divisor(reduction: int, nominal: int) -> int | None:
-    """Return the block size that a ``reduction`` gets for a ``nominal`` one; None when none is
-    near.
+    """Return the block size for a ``reduction`` near the ``nominal`` one; None without any.
 
     TensorRT infers the block size from the scale's shape, so it must divide the reduction: the
     divisor nearest to the nominal size in ratio is taken if it lies within a factor of 1.5 (our

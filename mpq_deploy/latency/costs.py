@@ -1,5 +1,4 @@
-"""What every (layer, scheme) takes on a target, in nanoseconds: measured where a table says so,
-else estimated.
+"""The nanoseconds of every (layer, scheme) on a target: measured by a table, or estimated.
 
 In: the graph, the shapes of its activations at the deployed batch, the target, a latency table if
 there is one. Out: ``LatencyCosts``, which the solver's problem and the plan's ``PlanLatency`` are
@@ -27,8 +26,7 @@ NAMED = 4
 
 @dataclass(frozen=True)
 class PlanLatency:
-    """Milliseconds per call of a plan, beside everything FP16 and everything INT8 (where a layer
-    may take it).
+    """Milliseconds per call of a plan, beside everything FP16, INT8 and INT4.
 
     All are sums over single layers and of ``others_ms``, what is no layer: nothing here was
     measured as a whole. ``source``: estimated, measured, or "measured and estimated" for the
@@ -84,8 +82,7 @@ class LatencyCosts:
         return sum(self._use_ns(layer, use, scheme) for use in layer.uses)
 
     def quantizer_ns(self, tensor: str, scheme: Scheme) -> int:
-        """Return what quantizing the activation ``tensor`` takes under ``scheme``, once for all
-        readers: an estimate.
+        """Estimate quantizing the activation ``tensor`` under ``scheme``, once for all readers.
 
         0 without figures: then each reader's own row holds it.
         """

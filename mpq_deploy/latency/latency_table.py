@@ -1,5 +1,4 @@
-"""Latency tables: what each (layer shape, scheme) takes on one target, in milliseconds, and where
-that comes from.
+"""Latency tables: milliseconds of each (layer shape, scheme) on a target, and their source.
 
 In and out: a JSON file, made by ``mpq-deploy profile`` on the machine that has the hardware, and
 read at home.

@@ -1,5 +1,4 @@
-"""A graph of one layer under one scheme, in the target's dialect: what is built and timed for a
-latency table.
+"""A graph of one layer under one scheme in a target's dialect, built for a latency table.
 
 In: a layer of a model, its scheme, its shapes. Out: a folder with the deployed ONNX file. Weights
 are random (seeded): times do not depend on them.

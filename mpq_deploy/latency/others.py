@@ -1,5 +1,4 @@
-"""Estimate what is no layer: products of two activations, norms, and what only moves values. Always
-FP16.
+"""Estimate what is no layer: products of two activations, norms, moves. Always FP16.
 
 In: the graph, the shapes of activations, the target's figures. Out: seconds per call. Pointwise
 operators count nothing: TensorRT fuses them into their neighbours. Our choice, and a rough one: it
@@ -50,8 +49,7 @@ def activations_of(node: ir.Node) -> list[str]:
 
 
 def others_seconds(graph: LayerGraph, shapes: Mapping[str, tuple[int, ...]], rates: Rates) -> float:
-    """Estimate one call of everything that is no layer. ``shapes``: tensor -> shape with the batch
-    in it.
+    """Estimate a call of all that is no layer. ``shapes``: tensor -> shape with the batch.
 
     Of the three tensors of a product of two activations, the largest counts no bytes: in fused
     attention it is never written.

@@ -70,8 +70,7 @@ def check_latency(recipe: Recipe, target: Target) -> None:
 
 
 def call_shapes(run: Run, exported: Exported) -> dict[str, tuple[int, ...]]:
-    """Return the shapes that layers (and what else counts) read and write at the engine's usual
-    batch, by tensor.
+    """Return the shapes of all that counts at the engine's usual batch, by tensor.
 
     Raises ModelError where a shape does not follow the batch.
     """

@@ -1,5 +1,4 @@
-"""Make a latency table: build an engine of every distinct layer shape under every scheme, and time
-it on this GPU.
+"""Make a latency table: build an engine per layer shape and scheme, and time it here.
 
 In: a run (its export and calibration), a target. Out: a ``LatencyTable``. Where nothing can be
 timed, one line says why and what would be. Building on TensorRT-RTX was tested here; timing is
@@ -91,8 +90,7 @@ class Profile:
         return LatencyTable(self.target.name, rates.device, "", "estimated", self.batch, found)
 
     def measure(self, out: Path) -> LatencyTable:
-        """Build and time every engine; the table in ``out`` grows with each, so that a stopped call
-        goes on there.
+        """Build and time every engine; the table in ``out`` grows, so a stopped call goes on.
 
         An engine that cannot be built, or is not what its scheme means, is said and left out
         (estimated later).

@@ -1,5 +1,4 @@
-"""Estimate what a layer takes under a scheme from the target's peak rates: the larger of computing
-and moving bytes.
+"""Estimate a layer's time by the target's peak rates: the larger of compute and traffic.
 
 In: a layer, its scheme, how many values it reads and writes per call, the target's figures. Out:
 seconds, of which all are estimates: no peak rate is ever reached, and how TensorRT fuses is known
@@ -58,8 +57,7 @@ class Traffic:
 
 
 def layer_seconds(layer: Layer, scheme: Scheme, traffic: Traffic, rates: Rates) -> float:
-    """Estimate one use of ``layer`` under ``scheme``, without the quantizer of its input
-    (``quantizer_seconds``).
+    """Estimate one use of ``layer`` under ``scheme``, without its input's quantizer.
 
     The body and each part of a branch are products of their own; what unpacks a weight and what
     joins a branch only moves bytes. Raises ValueError for a simulated scheme, which no engine
@@ -77,8 +75,7 @@ def layer_seconds(layer: Layer, scheme: Scheme, traffic: Traffic, rates: Rates) 
 
 
 def quantizer_seconds(values: int, scheme: Scheme, rates: Rates) -> float:
-    """Estimate what quantizes ``values`` activations under ``scheme``: FP16 is read, INT8 written,
-    by one kernel.
+    """Estimate quantizing ``values`` activations under ``scheme``, by one kernel.
 
     TensorRT often fuses it into the producer; then it is cheaper than this. Factors of channels
     take another kernel, unless the producer takes them. Readers of one tensor share it.
@@ -90,8 +87,7 @@ def quantizer_seconds(values: int, scheme: Scheme, rates: Rates) -> float:
 
 
 def bytes_moved(layer: Layer, scheme: Scheme, traffic: Traffic) -> int:
-    """Bytes that one product without a branch moves per call: its weight once, activations in and
-    out.
+    """Bytes that a product without a branch moves per call: weight, activations in and out.
 
     A weight that is unpacked as a whole is read packed, written, and read again.
     """

@@ -1,5 +1,4 @@
-"""The candidates of a run: which schemes its layers and the controls may take, and the rounded
-weights by layer name.
+"""The candidates of a run: schemes of layers and controls, and rounded weights by layer.
 
 In: the stage folder that ``rounding.rounder`` filled, one file per layer. Out: ``LayerCandidates``,
 read on demand.
@@ -61,8 +60,7 @@ def control_scheme(layer: Layer, preferred: tuple[str, ...], target: Target) -> 
 
 
 class StoredCandidates(Mapping[str, LayerCandidates]):
-    """The candidates of ``layers`` (None: all) in a stage ``folder``, by layer name, read when they
-    are asked for.
+    """The candidates of ``layers`` (None: all) in ``folder``, read when they are asked for.
 
     Those asked for first are kept in memory, up to ``limit`` bytes (None: ``HELD_BYTES``): all
     forms of 860 M weights are gigabytes of codes. ``orders``: layer name -> its output channels,

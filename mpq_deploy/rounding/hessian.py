@@ -86,8 +86,7 @@ def iterate_hessians(
 
 
 class HessianPlan:
-    """The layers in groups whose distinct matrices fit the cap together: for each the denoiser runs
-    once.
+    """The layers in groups whose matrices fit the cap together; each takes one run of calls.
 
     A group's Hessians have the same bits in whatever order and process the groups are made.
     """
@@ -137,8 +136,7 @@ class HessianPlan:
     def hessians(
         self, number: int, gathered: Iterable[list[Array]] | None = None
     ) -> Iterator[Hessian]:
-        """Yield the Hessians of group ``number``; ``gathered``: what its ``Gathering`` gave
-        elsewhere, in order.
+        """Yield the Hessians of group ``number``; ``gathered``: rows made elsewhere, in order.
 
         Raises as ``iterate_hessians`` does.
         """
@@ -210,8 +208,7 @@ class _Source:
 
 @dataclass(frozen=True)
 class _Patches:
-    """How a node sees its input as rows: [positions, group, columns]. Equal patches mean equal
-    Hessians.
+    """How a node sees its input as rows [positions, group, columns]; the key of a Hessian.
 
     For a Conv the spatial attributes are per dimension; for a product ``kernel`` is empty.
     """
@@ -283,8 +280,7 @@ class _Patches:
         return 4 * (self.group * len(widths) + 1) * max(widths) ** 2
 
     def taps(self, positions: Array, calls: int) -> tuple[Array, Array | None]:
-        """Return where the rows' input pixels lie in the flat [pixels, channels] view, and which
-        are inside.
+        """Return the rows' input pixels in the flat [pixels, channels] view, and which are inside.
 
         ``positions`` int64 [M, r] of rows within a call; M is 1 for a tensor that is the same for
         all calls. Returns int64 [M * r, taps] (pixels outside point at 0) and bool of the same
@@ -489,8 +485,7 @@ def _session(source: _Source, model: ir.Model) -> Iterator[ort.InferenceSession]
 def _batch_taps(
     job: _Patches, batch: Batch, calls: int, total_calls: int, settings: QuantizeSettings
 ) -> tuple[Array, Array | None]:
-    """Draw this batch's rows of ``job``: one of each of r equal strides of the positions of every
-    call.
+    """Draw this batch's rows of ``job``: one of each of r equal strides of every call.
 
     The draw depends on seed, tensor, timestep and call, not on the batch.
     """

@@ -1,5 +1,4 @@
-"""Symmetric weight quantizers in NumPy: scales by weighted error search, rounding to nearest or
-GPTQ.
+"""Symmetric weight quantizers in NumPy: scales by error search, nearest rounding, GPTQ.
 
 A weight is a matrix W float32 [O, K]: O output channels, K products summed into one output. Scales
 are stored in FP16, so every scale here is rounded to FP16 before codes are computed; what is
@@ -48,8 +47,7 @@ FACTOR_MATRICES, GPTQ_ARRAYS, GPTQ_FORM_ARRAYS = 3, 6, 2.6
 
 
 def rounding_bytes(weights: int, width: int, forms: int, gptq: bool) -> int:
-    """Estimate the bytes that rounding a layer of so many ``weights`` to its ``forms`` takes, its
-    Hessian aside.
+    """Estimate the bytes that rounding ``weights`` to ``forms`` takes, the Hessian aside.
 
     ``width``: columns of the Hessian's widest diagonal block.
     """
@@ -125,8 +123,7 @@ def round_scale(scale: Array) -> Array:
 
 
 def choose_scale(weight: Array, importance: Array, blocks: int, precision: Precision) -> Array:
-    """Choose FP16 scales [O, blocks] that minimise sum_k importance_k (w_k - q_k)^2 over clipping
-    ratios.
+    """Choose FP16 scales [O, blocks] minimizing sum_k importance_k (w_k - q_k)^2 over clips.
 
     ``importance`` float [K]: the input's mean square per column (llama.cpp calls it the importance
     matrix).
@@ -163,8 +160,7 @@ def _chosen_scale(weight: Array, share: Array, precision: Precision) -> Array:
 def choose_multiple_scale(
     weight: Array, importance: Array, block_scale: Array
 ) -> tuple[Array, Array]:
-    """Turn free INT4 block scales into integer multiples of one INT8 scale per channel, with the
-    least error.
+    """Turn INT4 block scales into integer multiples of one INT8 scale per channel.
 
     Returns (block scales float16 [O, B], channel scales float16 [O]). Tries the multiples 8 to 15
     for the largest block of a channel (our choice).
@@ -212,8 +208,7 @@ def round_to_nearest(weight: Array, step: Array, quant_min: int, quant_max: int)
 
 
 def damped(hessian: Array, damping: float, dtype: type[np.floating[Any]] = np.float64) -> Array:
-    """Return a copy of ``hessian`` [K, K] in ``dtype`` with every diagonal element raised by the
-    share ``damping``.
+    """Return a copy of ``hessian`` [K, K] in ``dtype``, its diagonal raised by ``damping``.
 
     GPTQ adds a share of the diagonal's mean; ours is relative to each column, which shrinks all
     correlations alike, so that a few columns of large inputs do not damp all the others away.
@@ -234,8 +229,7 @@ def _damped_diagonal(hessian: Array, damping: float) -> Array:
 
 
 def gptq_factor(hessian: Array, damping: float) -> tuple[Array, Array]:
-    """Return what earlier columns' errors add to each column, float32 [K, K], zero on and below the
-    diagonal.
+    """Return what earlier columns' errors add to each column, strictly upper [K, K].
 
     And the pivots [K]: a column's share of the error is its pivot times the square of what rounding
     missed of the value that the column was to make up for. ``hessian``: mean of x x^T over the
@@ -259,8 +253,7 @@ def gptq_factor(hessian: Array, damping: float) -> tuple[Array, Array]:
 
 
 def _upper_cholesky(matrix: Array, chunk: int = 256) -> None:
-    """Replace a positive definite ``matrix`` [K, K] by the upper triangular U with U U^T equal to
-    it.
+    """Replace a positive definite ``matrix`` [K, K] by upper U with U U^T equal to it.
 
     From the last columns to the first, some at a time, so that nearly all of the work is products
     of matrices: LAPACK's own routine, as NumPy's wheels bring it, took longer at thousands of
@@ -278,8 +271,7 @@ def _upper_cholesky(matrix: Array, chunk: int = 256) -> None:
 
 @dataclass(frozen=True)
 class Grid:
-    """What a weight [O, K] may be rounded to: multiples, ``quant_min`` to ``quant_max``, of its
-    step.
+    """The grid of a weight [O, K]: multiples ``quant_min`` to ``quant_max`` of its step.
 
     ``step`` float32 [O, B]; ``columns`` int [K] says which of the B each column has.
     """
@@ -299,8 +291,7 @@ class Grid:
 
 
 def gptq_codes(weight: Array, grids: list[Grid], hessian: Array, damping: float) -> list[Array]:
-    """Round ``weight`` [O, K] by GPTQ to each of the ``grids``: codes int8 [O, K]. ``hessian`` [K,
-    K].
+    """Round ``weight`` [O, K] by GPTQ to each of ``grids``: codes int8 [O, K].
 
     Columns are visited by falling diagonal of the Hessian (GPTQ's act-order; the scales are fixed
     beforehand, so the order costs nothing at run time). Each output row is kept from GPTQ or from
@@ -349,8 +340,7 @@ Nearest = Callable[[int, "Array"], "Array"]
 def compensate(
     remaining: Array, factor: Array, pivots: Array, nearest: Nearest, chunk: int = 128
 ) -> Array:
-    """GPTQ's pass over the columns of ``remaining`` [K, R]: each makes up for the errors of those
-    before it.
+    """GPTQ's pass over columns of ``remaining`` [K, R], each making up for those before.
 
     In the end ``remaining`` holds the errors e. Returns e H e^T, float64 [R], H being what
     ``factor`` [K, K] and ``pivots`` [K] come from (``gptq_factor``). The number format is
@@ -385,8 +375,7 @@ Rounded = tuple["Array", "Array"]
 def refine_rounding(
     weight: Array, forms: list[Rounded], moments: list[Array], damping: float, rounds: int
 ) -> list[Rounded]:
-    """Lower the error e H e^T of INT4 ``forms`` of one weight [O, K]: (codes [O, K], block scales
-    [O, B]) each.
+    """Lower the error e H e^T of INT4 ``forms`` of a weight [O, K]: codes and block scales.
 
     Each round goes over the columns once, some blocks at a time: it fits each block's scale to its
     codes by least squares, then moves every code to the best level, each for all the others as they

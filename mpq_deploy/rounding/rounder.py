@@ -48,8 +48,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rounder:
-    """Rounds the layers of ``exported`` one by one: the same bytes in any process, with one thread
-    of NumPy's BLAS.
+    """Rounds the layers of ``exported`` one by one, with the same bytes in any process.
 
     With other threads some products round otherwise. Nor do more help where another process uses
     the cores: threads that wait for each other thousands of times in a layer then take many times

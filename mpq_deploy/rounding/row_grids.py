@@ -153,8 +153,7 @@ def round_to_grids(weight: Array, grids: RowGrids) -> SimulatedMatrix:
 
 
 def choose_grids(weight: Array, importance: Array, form: RowForm) -> RowGrids:
-    """Choose the levels of every channel of ``weight`` [O, K] that minimise sum_k importance_k (w_k
-    - q_k)^2.
+    """Choose each channel's levels for ``weight`` [O, K] by importance-weighted error.
 
     The grid's clip and zero point are searched jointly with the residuals' sizes, the weighted
     means of |R_o|.

@@ -1,5 +1,4 @@
-"""Which output channels of a layer a rows branch promotes: ordered by probes on the calls that
-weights are rounded on.
+"""Which output channels a rows branch promotes, ordered by probes on the rounding's calls.
 
 In: the candidates of layers that have such a branch. Out: layer name -> its output channels, most
 salient first.

@@ -108,8 +108,7 @@ class ModelSize:
 
 
 def model_size(path: Path, graph: LayerGraph, inputs: Mapping[str, tuple[int, ...]]) -> ModelSize:
-    """Add up the constants and values of ``graph``, read from ``path``, for ``inputs`` of these
-    shapes (one call).
+    """Add up constants and values of ``graph``, read from ``path``, for one call of ``inputs``.
 
     Shapes are inferred from those of the inputs, computed ones included: exporters leave the keys'
     axis of an attention open, which is the longest of all. Values whose shape depends on data count
@@ -170,8 +169,7 @@ def _most_alive(nodes: Collection[onnx.NodeProto], sizes: Mapping[str, int]) -> 
 
 
 def source_size(files: Iterable[Path]) -> tuple[int, int]:
-    """Return the bytes in float32 and the number of the tensors in safetensors ``files``, read from
-    their headers.
+    """Return the float32 bytes and number of tensors in safetensors ``files``, from headers.
 
     Raises ModelError for a file that is none.
     """
@@ -193,8 +191,7 @@ def source_size(files: Iterable[Path]) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes that a stage holds at its peak: of ``weights``, ``values`` of its calls, its ``work``,
-    and ``code``.
+    """Bytes at a stage's peak: ``weights``, ``values`` of calls, its ``work``, and ``code``.
 
     ``code`` is what the process holds of the interpreter, libraries and graphs; in a process that
     has run other stages it is there already.
@@ -263,8 +260,7 @@ def estimate_engine(weights: int, nodes: int) -> StageMemory:
 def estimate_stage(
     stage: str, size: ModelSize, recipe: Recipe, forms: int, workers: int = 0
 ) -> StageMemory:
-    """Estimate the peak of a stage from ``calibrate`` to ``quantize``; ``forms``: weight forms per
-    layer, at most.
+    """Estimate the peak of a stage; ``forms``: weight forms per layer, at most.
 
     ``workers``: processes of this machine that round layers; what they hold counts as work.
     """

@@ -1,5 +1,4 @@
-"""A diffusers scheduler with PTQD's correction in front: ``pipe.scheduler =
-CorrectedScheduler(pipe.scheduler, c)``.
+"""A diffusers scheduler with PTQD's correction in front of it.
 
 Every scheduler gets the corrected output. A scheduler that adds noise and lets its variance be
 reached (DDPM; DDIM with eta > 0) adds less of it, by the variance that the residual has brought

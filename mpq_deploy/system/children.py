@@ -1,5 +1,4 @@
-"""Child processes: modules that run with this Python, end when this process ends, and say how they
-ended.
+"""Child processes: modules run by this Python that end with this process.
 
 A child's stdin is a pipe that only this process holds open. It carries orders; when it closes, the
 child ends. Standard library only: devices use it, too.
@@ -43,8 +42,7 @@ def apart() -> dict[str, Any]:
 def run_child(
     module: str, *arguments: str, seconds: float | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``module``, which calls ``orders_from_parent``, to its end; return its exit code and
-    output.
+    """Run ``module`` to its end (see ``orders_from_parent``); return its exit code and output.
 
     Raises subprocess.TimeoutExpired when it takes longer than ``seconds``; it is killed then.
     """

@@ -1,5 +1,4 @@
-"""Files that others read: written whole or not at all, JSON of equal values with equal bytes,
-digests, disk errors.
+"""Files that others read: whole or not at all, canonical JSON, digests, disk errors.
 
 Standard library only: devices use it, too.
 """

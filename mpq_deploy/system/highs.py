@@ -43,8 +43,7 @@ class Row:
 
 @dataclass(frozen=True)
 class LinearProgram:
-    """Minimize (``maximize``: maximize) ``cost`` x over ``low`` <= x <= ``high``, all [N], within
-    ``rows``.
+    """Minimize or ``maximize`` ``cost`` x over ``low`` <= x <= ``high``, all [N], within ``rows``.
 
     ``integer``: x takes whole values alone.
     """

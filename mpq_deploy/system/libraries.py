@@ -22,8 +22,7 @@ WARNING_MODULES = (
 
 
 def quiet_libraries() -> None:
-    """Show errors of other libraries only, here and in child processes; what the user has set
-    stays.
+    """Show only errors of other libraries, also in children; the user's own settings stay.
 
     They read these settings when they are imported, so call it first.
     """

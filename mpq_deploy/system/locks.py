@@ -39,8 +39,7 @@ def hold_folder(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def alone_with(path: Path) -> Iterator[None]:
-    """Let one process of this machine at a time do something with ``path``, which need not be
-    writable.
+    """Let one process of this machine at a time work on ``path``, which may be read-only.
 
     Raises OSError where the folder for temporary files is not.
     """

@@ -11,8 +11,7 @@ DROP = getattr(mmap, "MADV_DONTNEED", None)
 
 
 def drop_pages(tensor: ir.TensorProtocol | None) -> None:
-    """Take a mapped constant out of this process's memory once it was used; it is read again when
-    it is needed.
+    """Drop a mapped constant from this process's memory; it is read again when needed.
 
     Arrays that were taken from it stay valid. Constants in memory are left as they are.
     """

@@ -1,5 +1,4 @@
-"""Memory: what there is and what of it new work may take, what this process holds and has held, and
-when it runs out.
+"""Memory: what is there, what new work may take, what this process holds, running out.
 
 The least of three bounds counts: the machine's free memory, the limits of this process's control
 groups (the kernel kills what exceeds one of them, whatever the machine has left), and its limit on
@@ -95,8 +94,7 @@ FIRST = _Files(("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inact
 def refuse_too_large(
     work: str, parts: Mapping[str, int], room: Room | None, hint: str, held: int = 0
 ) -> None:
-    """Raise UsageError when ``work`` needs more than the ``room``; nothing where the system does
-    not say what there is.
+    """Raise UsageError when ``work`` needs more than the ``room`` (None: not known).
 
     ``parts``: bytes by what they are for. ``held``: bytes of them that this process holds already.
     """

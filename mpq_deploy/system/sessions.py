@@ -38,8 +38,7 @@ def open_session(
     threads: int = 0,
     optimize: bool = True,
 ) -> Iterator[ort.InferenceSession]:
-    """Open a session on the CPU. ``model`` is consumed: its constants may be made to point to
-    scratch files.
+    """Open a session on the CPU; ``model`` is consumed (constants may move to scratch files).
 
     ``scratch``: an existing folder, best on the disk of the weights (None: the system's). What is
     written there is removed at the end. ``optimize`` False makes a session that starts fast and

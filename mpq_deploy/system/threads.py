@@ -1,5 +1,4 @@
-"""How many threads compute. The last digits of a result may depend on it, so it is chosen in one
-place.
+"""How many threads compute, chosen in one place, since last digits may depend on it.
 
 Sums that are split over other numbers of threads round otherwise. A worker process gets the numbers
 of the process that started it, through its environment: so both compute the same bits.

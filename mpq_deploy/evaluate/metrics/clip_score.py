@@ -1,5 +1,4 @@
-"""The CLIP score: how well each image agrees with its prompt (Hessel et al. 2021, without their
-factor of 2.5).
+"""The CLIP score: how well each image agrees with its prompt (Hessel et al. 2021).
 
 In: a local folder of the transformers library with a whole CLIP: both towers and the tokenizer.
 """
@@ -53,8 +52,7 @@ def check_clip_score(path: Path | None, offline: str) -> Path:
 
 
 class ClipScore:
-    """100 times the cosine between CLIP's embeddings of image and prompt, and 0 where that is
-    negative.
+    """100 times the cosine between CLIP's embeddings of image and prompt, at least 0.
 
     Images are prepared as for the network 'clip': made as large as the crop, nothing cropped.
     Prompts are cut at the text tower's length, as CLIP's own are.

@@ -21,8 +21,7 @@ DEVIATION = (0.229, 0.224, 0.225)
 
 
 class EfficientNetLite0:
-    """1,280 features, the mean over positions behind the last convolution (Tan and Le 2019;
-    Apache-2.0).
+    """1,280 features: the mean over positions of the last convolution (Tan and Le 2019).
 
     Images are made 224 x 224 by bicubic interpolation without clipping (our choice).
     """

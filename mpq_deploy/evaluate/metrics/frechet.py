@@ -1,5 +1,4 @@
-"""The Frechet distance between two sets of features: value, interval, and what infinitely many
-images would give.
+"""The Frechet distance between two sets of features, its interval and its extrapolation.
 
 In: features float64 [N, D] of a network, or the moments of such features. Out: distances, float.
 The numerics are our own because the kept libraries (torchmetrics, torch-fidelity) take images
@@ -111,8 +110,7 @@ class Spread:
 
 
 def strata_of(rows: Array) -> list[Array]:
-    """Return the images [n] of each condition in ``rows`` [N], which draws and subsets keep in
-    proportion.
+    """Return the images [n] of each condition in ``rows`` [N], for proportional draws.
 
     Samples are dealt out to the conditions, not drawn: a draw that mixed the proportions would say
     more spread than other noise brings. Where a condition has fewer than ``LEAST_OF_CONDITION``
@@ -125,8 +123,7 @@ def strata_of(rows: Array) -> list[Array]:
 def spread_to_reference(
     features: Array, reference: Array, strata: list[Array], real: Moments | None = None
 ) -> Spread:
-    """Bootstrap the distance of ``features`` [N, D] to ``real``, beside that of ``reference`` [N,
-    D] (same noise).
+    """Bootstrap the distance of ``features`` [N, D] to ``real`` beside that of ``reference``.
 
     Without ``real`` the distance is that to ``reference`` itself. Images are drawn in pairs, for
     both sets come from the same noise, and within ``strata``; the real images stay as they are.
@@ -171,8 +168,7 @@ def _side_by_side(work: Callable[[Task], Made], tasks: Iterable[Task]) -> list[M
 
 
 def extrapolated(features: Array, strata: list[Array], real: Moments) -> float | None:
-    """Return the distance to ``real`` that infinitely many images would have; None where there are
-    too few to say.
+    """Return the distance extrapolated to infinitely many images; None for too few images.
 
     The bias of a Frechet distance falls as 1/N: a straight line through the distances at several
     counts, at 1/N = 0 (Chong and Forsyth 2020, arXiv 1911.07023). Subsets keep the proportions of

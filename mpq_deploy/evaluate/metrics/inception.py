@@ -1,5 +1,4 @@
-"""Inception v3 as FID is defined on it: torch-fidelity's port of the original graph, with its own
-resizing.
+"""Inception v3 as FID defines it: torch-fidelity's port with its own resizing.
 
 The weights are the user's: a path, or torch-fidelity's file in PyTorch's cache. Nothing is
 downloaded.

@@ -29,8 +29,7 @@ Row = TypeVar("Row", bound="FrechetInfo | ScoreInfo")
 
 @dataclass(frozen=True)
 class MadeFrom:
-    """Digests of what images depend on, but for sampler, steps, seed and number, which each row
-    names itself.
+    """Digests of what images depend on; sampler, steps, seed and number stand in each row.
 
     ``ours``, ``float_model``: the graphs. ``conditions``: of ``conditions_digest``. ``controls``:
     of the stage; empty where there is none.
@@ -63,8 +62,7 @@ def conditions_digest(spec: DenoiserSpec, conditions: Mapping[str, Array], folde
 
 @dataclass(frozen=True)
 class ImageMetrics:
-    """The distances of the plan's images (``frechet``) and of the controls', and what the images
-    were made from.
+    """The distances of the plan's images (``frechet``), the controls', and the images' origin.
 
     ``scores``: LPIPS and CLIP scores, those of the plan and of the controls, where they were asked
     for.
@@ -102,8 +100,7 @@ class ImageMetrics:
         return replace(self, controls={}, scores=own), f"{FILE} holds figures of former controls"
 
     def added_to(self, earlier: ImageMetrics) -> tuple[ImageMetrics, str]:
-        """Return these and, of ``earlier``, all that still holds and is not measured anew; and what
-        does not hold.
+        """Return these with what still holds of ``earlier``, and what of it does not hold.
 
         A row takes the place of one of the same kind and variant. Rows are in an order of their
         own, so that the same measurements give the same file whatever call made which.

@@ -15,8 +15,7 @@ SEED = 0
 
 
 def kernel_distance(a: Array, b: Array) -> float | None:
-    """Return the unbiased squared MMD of ``a`` [N, D] and ``b`` [M, D] with a cubic kernel; None
-    without torchmetrics.
+    """Return the unbiased squared MMD of ``a`` [N, D] and ``b`` [M, D] with a cubic kernel.
 
     Binkowski et al. 2018 (arXiv 1801.01401), section 4. Up to ``SUBSET`` images all are taken at
     once, so that nothing is drawn. Unbiased, so it may lie below zero; it needs no covariance.

@@ -1,5 +1,4 @@
-"""LPIPS on AlexNet (Zhang et al. 2018, "The unreasonable effectiveness of deep features as a
-perceptual metric").
+"""LPIPS on AlexNet (Zhang et al. 2018, "The unreasonable effectiveness of deep features").
 
 The distance and its linear heads are torchmetrics'; AlexNet's weights are the user's: torchvision's
 file, from a path or PyTorch's cache. torchvision itself is not needed. Nothing is downloaded.

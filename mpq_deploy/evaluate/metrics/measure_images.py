@@ -69,8 +69,7 @@ CHUNK = 64
 
 @dataclass(frozen=True)
 class MetricsOptions:
-    """What to measure. ``networks`` empty: the default one, ``none``: scores alone; ``seed`` None:
-    the evaluation's.
+    """What to measure. ``networks`` empty: the default; ``seed`` None: the evaluation's.
 
     ``scores``: names of ``metrics.scores.SCORES``.
     """
@@ -86,8 +85,7 @@ class MetricsOptions:
 
 
 def check_metrics(model: str | None, options: MetricsOptions) -> None:
-    """Find what is missing before any stage of a run of ``model`` is made: weights, packages, real
-    images.
+    """Check weights, packages and real images before any stage of ``model``'s run is made.
 
     ``model`` as in the recipe. What takes the model itself (prompts, the images' size) shows later.
     Raises UsageError, MissingDependencyError.
@@ -99,8 +97,7 @@ def check_metrics(model: str | None, options: MetricsOptions) -> None:
 
 
 def measure_metrics(run: Run, options: MetricsOptions) -> ImageMetrics:
-    """Sample the float model twice, the plan and, if asked for, the controls; measure, and return
-    what was measured.
+    """Sample the float model twice, the plan and optionally the controls; measure them.
 
     It is added to what the run folder keeps. The deployed graphs, and the controls where asked for,
     must be current. Raises UsageError before anything is sampled where a network cannot be had, the

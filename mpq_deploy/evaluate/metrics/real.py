@@ -27,8 +27,7 @@ HINT = "Give a folder of pictures, an .npz with images uint8 [N, H, W, C], or on
 
 @dataclass(frozen=True)
 class RealSet:
-    """What real images are on one network. ``features`` [M, D] where they are known, not only their
-    ``moments``.
+    """Real images on one network: ``moments``, and ``features`` [M, D] where known.
 
     ``floor``: the distance between two random halves of ``floor_count`` images each, or None where
     a half is too small for a covariance.
@@ -51,8 +50,7 @@ def check_real(path: Path | None) -> None:
 def real_set(
     path: Path | None, network: FeatureNetwork, options: NetworkOptions, shape: tuple[int, ...]
 ) -> RealSet | None:
-    """Return the real images at ``path`` on ``network``; without a path the bundled model's
-    statistics, or None.
+    """Return the real images at ``path`` on ``network``; else the bundled statistics, or None.
 
     ``shape``: [H, W, C] of the samples, which real images must have. Raises UsageError for what
     cannot be compared.
@@ -76,8 +74,7 @@ def real_set(
 
 
 def read_folder(folder: Path, channels: int) -> Array:
-    """Read every picture of ``folder`` (not of folders in it), in the order of names, uint8 [N, H,
-    W, channels].
+    """Read every picture directly in ``folder``, by name, uint8 [N, H, W, channels].
 
     Raises UsageError for an empty folder, a file that is no picture, transparency, and pictures of
     different sizes.

@@ -1,5 +1,4 @@
-"""Many images of several models from the same noise: in shards that are cached by content, over
-several processes.
+"""Many images of several models from the same noise, in cached shards over processes.
 
 In: a run's float graph and variants, their description and conditions. Out: pixels uint8 [N, H, W,
 C] by model. A killed call goes on with the shards that are finished, and a damaged one is made
@@ -86,8 +85,7 @@ def sample_many(
     talk: Talk,
     crew: Crew | None = None,
 ) -> Sampled:
-    """Sample every one of ``sources``; image i of two sources of the same seed comes from the same
-    noise.
+    """Sample every one of ``sources``; image i of equal seeds comes from the same noise.
 
     ``model``: the float model that they are variants of; ``crew``: who samples; None: as many
     processes of this machine as its memory and cores allow. Raises UsageError where the samples are

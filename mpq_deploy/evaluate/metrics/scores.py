@@ -1,5 +1,4 @@
-"""Scores of single images, by name: LPIPS to the float model's image, CLIP's agreement with the
-prompt.
+"""Scores of single images: LPIPS to the float model's, CLIP's agreement with the prompt.
 
 In: images uint8 [N, H, W, C], the float model's from the same noise, and the prompts. Out: a figure
 of each image. What the weights lack is an error that says where to get them; nothing is downloaded,
@@ -92,8 +91,7 @@ def has_prompts(spec: DenoiserSpec) -> bool:
 
 
 def prompts_of(spec: DenoiserSpec, rows: Array) -> tuple[str, ...]:
-    """Return the prompt of each image, by its row of the conditions; empty where the labels are no
-    prompts.
+    """Return each image's prompt by its condition row; empty where labels are no prompts.
 
     Raises UsageError for a row without a label.
     """

@@ -62,8 +62,7 @@ class VisionNetwork:
 
 
 def preprocessing(folder: Path) -> tuple[int, list[float], list[float]]:
-    """Return the side of the crop, the mean and the deviation that a folder's
-    preprocessor_config.json names.
+    """Return crop size, mean and deviation from a folder's preprocessor_config.json.
 
     Raises UsageError for one that does not.
     """
@@ -80,8 +79,7 @@ def preprocessing(folder: Path) -> tuple[int, list[float], list[float]]:
 
 
 def from_folder(kind: Any, folder: Path, name: str, **options: Any) -> Any:
-    """Return a model of transformers' class ``kind`` with all its weights from ``folder``, in
-    evaluation mode.
+    """Return a transformers model of class ``kind`` with all its weights from ``folder``.
 
     Raises UsageError where the folder does not hold them all.
     """

@@ -30,8 +30,7 @@ SHARES = (1, 2)
 
 @dataclass(frozen=True)
 class ColsMatrix:
-    """A body whose columns of the input channels ``columns`` (int32 [n], ascending) are zero, and
-    their FP16 weights.
+    """A body with zeros for the input channels ``columns`` (int32 [n]), and their FP16 weights.
 
     ``weight`` float16 [O, n * taps] holds those columns, ``taps`` of each channel together.
     """
@@ -181,8 +180,7 @@ def columns_of(channels: Array, taps: int) -> Array:
 def without_columns(
     weight: Array, moments: list[Array], columns: Array
 ) -> tuple[Array, list[Array]]:
-    """Return the weight [O, K] and the Hessian's diagonal blocks as the body sees them without
-    ``columns``.
+    """Return the weight [O, K] and Hessian blocks as the body sees them without ``columns``.
 
     The branch leaves no error in those columns, so the others must not be rounded to make up for
     one.

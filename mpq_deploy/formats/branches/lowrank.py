@@ -1,5 +1,4 @@
-"""The branch ``lowrank``: two FP16 factors take the largest part of what the INT4 body's rounding
-destroys.
+"""The branch ``lowrank``: two FP16 factors take the largest part of the rounding error.
 
 As the layer's input sees it (after SVDQuant, which splits the weight before rounding; ours).
 """
@@ -133,8 +132,7 @@ class LowRank(Branch):
 def low_rank_factors(
     error: Array, moments: list[Array], damping: float, rank: int
 ) -> tuple[Array, Array]:
-    """Return FP16 factors (down [r, K], up [O, r]) whose product is nearest to ``error`` float32
-    [O, K].
+    """Return FP16 factors (down [r, K], up [O, r]) whose product is nearest to ``error``.
 
     Nearest in the error of the layer's output: with H = L L^T (the mean of x x^T, damped, given as
     its diagonal blocks ``moments``) the singular vectors are those of error L, so that |(error - up

@@ -1,5 +1,4 @@
-"""The branch ``omq``: the channels of highest kurtosis get a bit more, as many of lowest a bit
-less.
+"""The branch ``omq``: channels of highest kurtosis get a bit more, as many a bit less.
 
 MPQ-DM (arXiv 2412.11549): m channels get N + 1 bits and m get N - 1, so the mean stays N; m in {0,
 k, 2k, ...} up to half the channels, k = O // 10, by the error of the layer's output.

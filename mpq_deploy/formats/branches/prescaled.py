@@ -117,8 +117,7 @@ def rescaled(weight: Array, moments: list[Array], columns: Array) -> tuple[Array
 
 
 def scale_factors(weight_amax: Array, input_amax: Array, share: float) -> Array:
-    """Return by what to multiply each input channel so that its range and that of its weights meet,
-    float16 [C].
+    """Return factors that match each input channel's range to its weights', float16 [C].
 
     With ``share`` a in [0, 1] the factors are max|W_c|^(1-a) / max|X_c|^a, brought to a geometric
     mean of 1: for a = 0.5 MPQ-DM's delta = sqrt(max|W_c| / max|X_c|) (its published code) but for

@@ -1,5 +1,4 @@
-"""The branch ``zres``: channels have binary residuals over a grid of a bit less, or grids, where
-either is better.
+"""The branch ``zres``: channels take binary residuals over a smaller grid where better.
 
 MPQ-DMv2 (arXiv 2507.04290; only its abstract is public, everything here is our reading): a grid of
 N - 1 bits and z in {0, 1, 2} binary residuals in place of N - 1, N and N + 1 bits. The grid's clip
@@ -50,8 +49,7 @@ def with_residuals(bits: int, orders: int) -> RowForm:
 
 
 def balanced_steps(fewer: Array, same: Array, more: Array) -> Array:
-    """Return which channels get a bit more (1) and less (-1), int64 [O], as many of either, for the
-    least total error.
+    """Return channels with a bit more (1) and less (-1), int64 [O], for the minimum error.
 
     Exact, by dynamic programming over the channels and the balance so far. Our choice.
     """

@@ -24,8 +24,7 @@ from mpq_deploy.models.spec import Array
 
 
 def nominal_bytes(path: Path, layers: Iterable[Layer]) -> int:
-    """Return the bytes of the graph in ``path``: of all constants as stored, but nominal ones for
-    what is simulated.
+    """Return the bytes of all constants in ``path``, nominal for what is simulated.
 
     Raises MpqError when codes leave the range of their bits, or weights and bits do not make up
     what the scheme says.

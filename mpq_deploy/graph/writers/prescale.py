@@ -1,5 +1,4 @@
-"""Multiply the channels of an activation by factors: in the constants of its producer where
-possible, else by a Mul.
+"""Multiply an activation's channels by factors, in its producer's constants or by a Mul.
 
 Pre-scaling evens out the channels' ranges before they are rounded, and the weight is divided by the
 same factors. Where every reader of the tensor wants them, and it comes from the gain and bias of a
@@ -93,8 +92,7 @@ def channel_axis(value: ir.Value, layer: Layer) -> int | None:
 
 
 def _constants(value: ir.Value, axis: int | None) -> list[tuple[ir.Value, int]] | None:
-    """Return the constants that scale the channels of ``value``, each with its channel axis; None
-    where none do.
+    """Return the constants that scale the channels of ``value`` with their axes, or None.
 
     Walks from ``value`` to the gain of a norm: everything on the way must be read by nothing else.
     """

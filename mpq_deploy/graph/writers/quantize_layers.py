@@ -1,5 +1,4 @@
-"""Pass: give each layer the Q/DQ nodes of its scheme, in the forms that TensorRT builds and keeps
-packed.
+"""Pass: give each layer the Q/DQ nodes of its scheme, in forms that stay packed.
 
 1. FP16: nothing.
 2. Quantized activations: one QuantizeLinear/DequantizeLinear pair per activation tensor and form,

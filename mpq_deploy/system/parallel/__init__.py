@@ -1,5 +1,4 @@
-"""Independent parts of a stage's work, computed in this process, in several, or on a Ray cluster:
-always the same bits.
+"""Independent shards of work in this process, in several, or on Ray: the same bits.
 
 Read ``work.py`` first: what a shard is, and how results are put in order.
 """

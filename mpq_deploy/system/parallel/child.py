@@ -1,5 +1,4 @@
-"""A worker process: opens the job once, then computes one shard after the other. Run with ``python
--m``.
+"""A worker process: opens the job once, then computes shards one after the other.
 
 Orders come on stdin, answers go to stdout, both pickled; what it prints goes to stderr. When the
 process that started it ends, however that ends, so does this one.

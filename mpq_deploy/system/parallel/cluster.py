@@ -1,5 +1,4 @@
-"""Shards on a Ray cluster that exists already. A worker or node that is lost loses its shards to
-others.
+"""Shards on an existing Ray cluster; a lost worker or node loses its shards to others.
 
 Only versions and processors of the nodes can make results differ from those of one process; the
 first is refused, the second is said.
@@ -46,8 +45,7 @@ LOOK_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Cluster:
-    """The Ray cluster at ``address``: ``workers`` (None: as many as its processors allow) of
-    ``threads`` each.
+    """The Ray cluster at ``address``: ``workers`` (None: all that fit) of ``threads`` each.
 
     ``threads`` None: those of this process, so that results have the same bits.
     """

@@ -6,8 +6,7 @@ from mpq_deploy.system.parallel.work import Crew
 
 
 def crew_for(workers: int | None, ray: str | None, threads: int | None) -> Crew | None:
-    """Return who computes what can be spread: processes, a Ray cluster, or None where nothing was
-    asked for.
+    """Return who computes what can be spread: processes, a Ray cluster, or None.
 
     ``workers`` processes (or workers on the cluster at the address ``ray``) of ``threads`` each.
     Raises UsageError for less than one.

@@ -65,8 +65,7 @@ class NodeWorker:
     def open(
         self, node: str, opener: Opener, packed: Packed, fetch: Callable[[Any], Any]
     ) -> tuple[Facts, list[Any]]:
-        """Bring the files to this node, open the job, and say what this node is; ``fetch`` gets a
-        reference.
+        """Bring the files to this node, open the job, and describe this node.
 
         Where the node cannot keep the files, the answer is ("unfit", None, why).
         """

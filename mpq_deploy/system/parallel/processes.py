@@ -1,5 +1,4 @@
-"""Shards in several processes of this machine. A process that is killed loses its shard to another
-one.
+"""Shards in several processes here; a killed process loses its shard to another.
 
 Processes are started with ``python -m`` in a session of their own, not forked: threads of ONNX
 Runtime and torch do not survive a fork, a user's script needs no guard around its main code, and
@@ -83,8 +82,7 @@ class Processes:
             pool.end()
 
     def environment(self) -> dict[str, str]:
-        """Return the environment of a worker: that of this process, with the number of threads
-        where it is asked for.
+        """Return a worker's environment: this process's, with the number of threads asked for.
 
         torch and BLAS find the same environment and machine as here, and so take the same number of
         threads.
