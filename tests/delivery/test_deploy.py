@@ -182,5 +182,5 @@ def test_a_destination_that_is_an_option_is_refused(destination: str) -> None:
 
 
 def test_a_missing_client_says_so() -> None:
-    with pytest.raises(UsageError, match="no 'no-such-ssh' here"):
+    with pytest.raises(UsageError, match="no 'no-such-ssh' on this machine"):
         Remote("device", ("no-such-ssh",)).run("true")

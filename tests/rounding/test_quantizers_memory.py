@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from mpq_deploy.formats.candidates import choices_for, round_candidates
+from mpq_deploy.formats.layer_rounding import InputMoments
 from mpq_deploy.formats.scheme import Scheme, schemes_named
 from mpq_deploy.graph.layers import Layer
-from mpq_deploy.rounding.quantizers import rounding_bytes
+from mpq_deploy.rounding.quantizers import Rounding, rounding_bytes
 
 
 @pytest.mark.parametrize("names", [("w8a8",), ("w8a8", "w4a8"), ("w8a8", "w4a16", "w4a8")], ids=len)
@@ -25,9 +26,8 @@ def test_gptq_takes_about_its_estimate(names: tuple[str, ...], rows: int, column
     schemes = tuple(scheme for scheme in schemes_named(names) if not scheme.branch)
     choices = choices_for(layer, schemes, refuse_none)
     tracemalloc.start()
-    found = round_candidates(
-        layer, choices, weight, moments, widths=(columns,), gptq=True, damping=0.05, refinements=2
-    )
+    inputs, how = InputMoments(moments, (columns,)), Rounding(True, 0.05, 2)
+    found = round_candidates(layer, choices, weight, inputs, how)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert (
