@@ -140,6 +140,21 @@ def test_the_container_file_copies_what_is_there_and_runs_as_nobody_special() ->
     parse(f"mpq-deploy {example.group(1)}")
 
 
+def test_the_container_copies_all_that_the_wheel_is_made_of() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    project, wheel = settings["project"], settings["tool"]["hatch"]["build"]["targets"]["wheel"]
+    needed = {"pyproject.toml", project["readme"], *wheel["packages"], *wheel["force-include"]}
+    needed |= {name for name in project["license-files"] if (ROOT / name).is_file()}
+    copied = {
+        source
+        for line in CONTAINER.read_text(encoding="utf-8").splitlines()
+        if line.startswith("COPY ") and "--from" not in line
+        for source in line.split()[1:-1]
+    }
+    assert needed <= copied
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_command_of_the_documents_is_one(document: Path) -> None:
     """Lines of code blocks (indented by four) that begin with the command."""
