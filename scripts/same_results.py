@@ -53,7 +53,7 @@ def differing_runs(old: Path, new: Path, rules: Rules) -> list[str]:
     """One line per difference between two run folders; raise FileNotFoundError where one is no run."""
     for folder in (old, new):
         if not (folder / "run.json").is_file():
-            raise FileNotFoundError(f"{folder} is no run folder: it has no run.json")
+            raise FileNotFoundError(f"{folder} is not a run folder: it has no run.json")
     lines = []
     for name in (*BY_DIGEST, *BY_VALUE):
         parts = [_read(folder / name) for folder in (old, new)]

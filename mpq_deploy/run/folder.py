@@ -177,7 +177,7 @@ def _check_format(path: Path) -> None:
         others = [p.name for p in path.iterdir() if p.name[0] != "." and p.name != "recipe.yaml"]
         if others:
             raise RunFolderError(
-                f"{path} is no run folder: it holds {others[0]} and no run.json.",
+                f"{path} is not a run folder: it holds {others[0]} and no run.json.",
                 "Give an empty or new folder.",
             )
         write_text(marker, canonical_json({"format": FORMAT, "made_by": __version__}))

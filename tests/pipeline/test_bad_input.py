@@ -306,7 +306,7 @@ def test_a_folder_of_something_else(cli: Cli, tmp_path: Path, model: Path) -> No
     holiday = tmp_path / "holiday"
     holiday.mkdir()
     (holiday / "beach.jpg").write_text("sand", encoding="utf-8")
-    refused(cli("build", model, "-o", holiday), 1, "is no run folder", "beach.jpg")
+    refused(cli("build", model, "-o", holiday), 1, "is not a run folder", "beach.jpg")
     assert sorted(path.name for path in holiday.iterdir() if path.name != ".lock") == ["beach.jpg"]
     refused(cli("allocate", holiday), 2, "is not a run folder", "recipe.yaml")
     refused(cli("allocate", tmp_path / "nowhere"), 2, "is not a run folder")

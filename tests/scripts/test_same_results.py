@@ -159,4 +159,4 @@ def test_wording(run: Path, twin: Path) -> None:
 
 def test_no_run_folder(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(run), str(tmp_path / "none")]) == 2
-    assert "is no run folder" in capsys.readouterr().err
+    assert "is not a run folder" in capsys.readouterr().err
