@@ -82,6 +82,6 @@ def test_folders_of_another_format_or_kind_are_refused(tmp_path: Path) -> None:
         pass
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").write_text("", encoding="utf-8")
-    with pytest.raises(RunFolderError, match="no run folder"), open_run(tmp_path / "photos"):
+    with pytest.raises(RunFolderError, match="not a run folder"), open_run(tmp_path / "photos"):
         pass
     assert (tmp_path / "photos" / "cat.png").exists()
