@@ -44,6 +44,10 @@ class UsageError(MpqError):
     exit_code = 2
 
 
+class InputError(MpqError):
+    """A file or a name from someone else cannot be read, or is not what it should be."""
+
+
 class ModelError(MpqError):
     """The model cannot be read, or holds something that cannot be deployed."""
 

@@ -50,7 +50,10 @@ DEVICE_MODULES = (
     *("__init__.py", "api.py", "errors.py", "install.py"),
     *(
         f"system/{name}.py"
-        for name in ("__init__", "children", "files", "memory", "progress", "release")
+        for name in (
+            *("__init__", "array_file", "children", "files", "inputs", "memory", "names"),
+            *("progress", "release", "typed"),
+        )
     ),
     *(f"rounding/{name}.py" for name in ("__init__", "quantizers", "row_grids")),
     "engine/__init__.py",
