@@ -89,11 +89,12 @@ def test_any_cut_or_altered_byte_is_read_or_refused(tmp_path: Path) -> None:
 
 
 def test_pictures_are_decoded_after_their_size_was_looked_at(tmp_path: Path) -> None:
-    picture = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    picture = Image.fromarray(noise)
     picture.save(tmp_path / "a.png")
     np.testing.assert_array_equal(np.asarray(read_picture(tmp_path / "a.png")), np.asarray(picture))
-    with pytest.raises(InputError, match="4 x 4 pixels, more than 15"):
-        read_picture(tmp_path / "a.png", pixels=15)
+    with pytest.raises(InputError, match="64 x 64 pixels, more than 4,095"):
+        read_picture(tmp_path / "a.png", pixels=4095)
     (tmp_path / "big.png").write_bytes(_png(30_000, 30_000))
     with pytest.raises(InputError, match="more than 64,000,000"):
         read_picture(tmp_path / "big.png")
@@ -101,7 +102,7 @@ def test_pictures_are_decoded_after_their_size_was_looked_at(tmp_path: Path) -> 
     with pytest.raises(InputError, match="is no picture"):
         read_picture(tmp_path / "text.png")
     whole = (tmp_path / "a.png").read_bytes()
-    (tmp_path / "cut.png").write_bytes(whole[: len(whole) - 20])
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match="cannot be decoded"):
         read_picture(tmp_path / "cut.png")
 
