@@ -20,6 +20,7 @@ class MpqError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.exit_code = type(self).exit_code
 
     def __str__(self) -> str:
         return f"{self.message} {self.hint}".strip()
@@ -45,7 +46,9 @@ class UsageError(MpqError):
 
 
 class InputError(MpqError):
-    """A file or a name from someone else cannot be read, or is not what it should be."""
+    """A file or a name from someone else cannot be read, or is not what it should be. Exit code 2."""
+
+    exit_code = 2
 
 
 class ModelError(MpqError):

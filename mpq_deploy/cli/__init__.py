@@ -7,13 +7,18 @@ import sys
 from pathlib import Path
 
 from mpq_deploy.cli.app import State, app
-from mpq_deploy.errors import MpqError
+from mpq_deploy.errors import MpqError, UsageError
+from mpq_deploy.system.names import printable
 from mpq_deploy.system.stdout import claim_stdout
 
 # Importing a group of commands adds it to the application; --help shows the groups in this order.
 # isort: off
 from mpq_deploy.cli import build, results, devices, machine
 # isort: on
+
+# Exit code for an error of our own (EX_SOFTWARE of sysexits.h); the others: docs/troubleshooting.md.
+UNEXPECTED = 70
+LONGEST_LINE = 300
 
 __all__ = ["app", "build", "devices", "machine", "main", "results"]
 
@@ -27,27 +32,47 @@ def _stop(number: int, frame: object) -> None:
 
 
 def main() -> None:
-    """Run the command line; our own errors become one message and an exit code, without a traceback."""
+    """Run the command line; every error becomes a message and an exit code, without a traceback."""
     claim_stdout()
     signal.signal(signal.SIGINT, _stop)
     try:
+        _check_folder()
         app()
-    except MpqError as error:
-        if State.debug:
-            raise
-        sys.stderr.write(f"mpq-deploy: {error.message}\n")
-        if error.hint:
-            sys.stderr.write(f"  {error.hint}\n")
-        sys.exit(error.exit_code)
     except _Stopped:
         sys.stderr.write(
             "mpq-deploy: stopped; the next call goes on from the last finished stage\n"
         )
         sys.exit(130)
-    except OSError as error:
+    except Exception as error:
         if State.debug:
             raise
+        sys.exit(_report(error))
+
+
+def _check_folder() -> None:
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise UsageError(
+            f"The current folder cannot be used: {error.strerror}.",
+            "Change to a folder that exists.",
+        ) from error
+
+
+def _report(error: Exception) -> int:
+    """Write one line about ``error``, and one that says what to do; return the exit code."""
+    if isinstance(error, OSError):
         from mpq_deploy.system.files import disk_error
 
-        sys.stderr.write(f"mpq-deploy: {disk_error(error, Path())}\n")
-        sys.exit(1)
+        error = disk_error(error, Path())
+    if isinstance(error, MpqError):
+        message, hint, code = error.message, error.hint, error.exit_code
+    else:
+        said = " ".join(str(error).split())
+        message = f"an error that should not happen: {type(error).__name__}: {said[:LONGEST_LINE]}"
+        hint = "Please report it with what the same command prints after 'mpq-deploy --debug'."
+        code = UNEXPECTED
+    sys.stderr.write(f"mpq-deploy: {printable(message)}\n")
+    if hint:
+        sys.stderr.write(f"  {printable(hint)}\n")
+    return code

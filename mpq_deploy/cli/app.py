@@ -11,6 +11,8 @@ import typer
 
 from mpq_deploy.errors import UsageError
 from mpq_deploy.system.libraries import quiet_libraries
+from mpq_deploy.system.names import printable
+from mpq_deploy.system.progress import LINE_ENDS
 from mpq_deploy.system.release import __version__
 
 if TYPE_CHECKING:
@@ -122,11 +124,16 @@ def make_talk() -> Talk:
 def print_result(values: Any, text: str, json: bool = False) -> None:
     """Print a result on stdout: its text, or its values as JSON where the command or the call asks for it."""
     if not (State.json or json):
-        print(text)
+        print_text(text)
         return
     from json import dumps
 
     print(dumps(values, indent=1, sort_keys=True))
+
+
+def print_text(text: str) -> None:
+    """Print text for people on stdout: control characters of names are shown as escapes."""
+    print(printable(text, LINE_ENDS))
 
 
 def print_json(value: Any) -> None:

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from mpq_deploy.cli.app import MACHINE, State, app, make_talk, print_json, print_result, recipe_of
+from mpq_deploy.cli.app import (
+    MACHINE,
+    State,
+    app,
+    make_talk,
+    print_json,
+    print_result,
+    print_text,
+    recipe_of,
+)
 from mpq_deploy.cli.options import (
     AgainstOption,
     BackendOption,
@@ -142,7 +151,7 @@ def targets(
         else:
             from mpq_deploy.engine.target_text import describe_target
 
-            print(describe_target(target))
+            print_text(describe_target(target))
         return
     rows = [load_target(known) for known in known_targets()]
     if State.json:
@@ -150,7 +159,7 @@ def targets(
         return
     width = max(len(row.name) for row in rows)
     for row in rows:
-        print(f"{row.name:<{width}}  {row.dialect:<12}  {row.title}")
+        print_text(f"{row.name:<{width}}  {row.dialect:<12}  {row.title}")
 
 
 @app.command(rich_help_panel=MACHINE, epilog="Example: mpq-deploy doctor")
@@ -175,12 +184,12 @@ def _print_findings(findings: list[Finding]) -> None:
     for finding in plain:
         if finding.group != group:
             group = finding.group
-            print(f"{group}:")
-        print(f"  {finding.name:<{width}}  {finding.value}")
+            print_text(f"{group}:")
+        print_text(f"  {finding.name:<{width}}  {finding.value}")
         if finding.hint and finding.status != "ok":
-            print(f"  {'':<{width}}  {finding.hint}")
-    print("targets:")
+            print_text(f"  {'':<{width}}  {finding.hint}")
+    print_text("targets:")
     for finding in findings:
         if finding.group == "targets":
             name, what = finding.name.split(": ")
-            print(f"  {name:<17} {what:<10}  {finding.value}")
+            print_text(f"  {name:<17} {what:<10}  {finding.value}")

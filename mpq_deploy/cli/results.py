@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from mpq_deploy.cli.app import LOOK, app, make_talk, print_result, recipe_of
+from mpq_deploy.cli.app import LOOK, app, make_talk, print_result, print_text, recipe_of
 from mpq_deploy.cli.options import (
     AllowEstimateOption,
     AuditOutOption,
@@ -50,6 +50,7 @@ from mpq_deploy.cli.options import (
     WorkersOption,
     crew_for,
 )
+from mpq_deploy.errors import MpqError, UsageError
 
 
 @app.command(
@@ -160,7 +161,7 @@ def sample(
     with open_pipeline(recipe_of(run, None), run, make_talk()) as pipeline:
         pipeline.current(*(["controls"] if controls else []))
         sample_grid(pipeline.deployed(), out, count, seed, steps, controls)
-    print(out)
+    print_text(str(out))
 
 
 @app.command(
@@ -308,12 +309,18 @@ def check(
 ) -> None:
     """List the nodes that a target's TensorRT refuses, computes wrongly, in FP16 or slowly.
 
-    Exit code 1 when something is refused or wrong; with --strict also for warnings.
+    Exit code 1 when something is refused or wrong, with --strict also for warnings; 2 when the
+    file cannot be read.
     """
     from mpq_deploy.check.check import check_model
     from mpq_deploy.engine.target import load_target
 
-    result = check_model(model, load_target(target or "rtx"))
+    try:
+        result = check_model(model, load_target(target or "rtx"))
+    except MpqError as error:
+        # A file that cannot be read is no finding: that is all that 1 means here.
+        error.exit_code = UsageError.exit_code
+        raise
     print_result(result.as_json(strict), result.text(), json)
     if not result.passes(strict):
         raise typer.Exit(1)

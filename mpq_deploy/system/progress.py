@@ -8,7 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+from mpq_deploy.system.names import printable
+
 Advance = Callable[[int], None]
+
+# Control characters that texts of ours hold; those of names are shown as escapes.
+LINE_ENDS = "\n\t"
 
 
 class Talk:
@@ -34,7 +39,7 @@ class PlainTalk(Talk):
 
     def line(self, text: str) -> None:
         """Write the line."""
-        self._stream.write(text + "\n")
+        self._stream.write(printable(text, LINE_ENDS) + "\n")
         self._stream.flush()
 
     def warn(self, text: str) -> None:
@@ -59,11 +64,12 @@ class RichTalk(Talk):
 
     def line(self, text: str) -> None:
         """Write the line."""
-        self._console.print(text, markup=False, soft_wrap=True)
+        self._console.print(printable(text, LINE_ENDS), markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """Write the line, marked."""
-        self._console.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
+        text = f"warning: {printable(text, LINE_ENDS)}"
+        self._console.print(text, style="yellow", markup=False, soft_wrap=True)
 
     @contextmanager
     def bar(self, what: str, total: int) -> Iterator[Advance]:
@@ -77,14 +83,14 @@ class RichTalk(Talk):
         )
 
         columns = (
-            TextColumn("  {task.description}"),
+            TextColumn("  {task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self._console, transient=True) as progress:
-            task = progress.add_task(what, total=total, rate="")
+            task = progress.add_task(printable(what), total=total, rate="")
             started = time.monotonic()
 
             def advance(steps: int) -> None:
