@@ -7,20 +7,25 @@ already, so that a repeated call goes on at the last byte that arrived, or after
 from __future__ import annotations
 
 import hashlib
-import json
+import re
 import shlex
 import subprocess
+import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpq_deploy.delivery.package import INSTALLER, make_package
 from mpq_deploy.device.archive import MANIFEST, pieces, read_archive
-from mpq_deploy.device.installer import RESULTS, read_results
-from mpq_deploy.errors import EngineError, UsageError
-from mpq_deploy.system.files import file_digest
+from mpq_deploy.device.installer import RESULTS
+from mpq_deploy.errors import EngineError, InputError, UsageError
+from mpq_deploy.system.children import Collected, run_bounded
+from mpq_deploy.system.files import file_digest, write_text
+from mpq_deploy.system.inputs import as_object, parse_json
+from mpq_deploy.system.names import printable
 
 if TYPE_CHECKING:
     from mpq_deploy.engine.target import Target
@@ -31,6 +36,10 @@ PIECE = 1 << 18
 # What ssh itself returns when there is no connection; commands of ours return less.
 SSH_FAILED = 255
 KEPT = ".deploy"
+# How long one command on the device may take, the installer, and the copying of one piece (our
+# choice): digesting some gigabytes takes minutes there, building an engine can take an hour.
+STEP_SECONDS, INSTALL_SECONDS, STALLED_SECONDS = 1800.0, 6 * 3600.0, 300.0
+AGAIN = "Repeat the command when the connection is back: it goes on where it stopped."
 
 
 @dataclass(frozen=True)
@@ -47,20 +56,39 @@ class Remote:
 
     def __post_init__(self) -> None:
         # ssh would take it as an option.
-        if not self.destination or self.destination.startswith("-"):
-            what = f"'{self.destination}' is no ssh destination."
+        if not self.destination.isprintable() or self.destination[:1] in ("", "-"):
+            what = f"'{printable(self.destination)}' is no ssh destination."
             raise UsageError(what, "Give user@host, as for ssh.")
+        if not self.folder or not self.folder.isprintable():
+            raise UsageError(f"'{printable(self.folder)}' is no folder.", "See --folder.")
+        if re.match(r"~[^/]", self.folder):
+            what = f"'{self.folder}' is the home of another user."
+            raise UsageError(what, "Give its whole path: --folder /home/USER/...")
+
+    @property
+    def place(self) -> str:
+        """``folder`` as a path for the shell there, quoted; its own home is where ssh starts."""
+        inside = re.sub(r"^~/*", "", self.folder) if self.folder.startswith("~") else self.folder
+        # A name that begins with a dash would be an option.
+        return shlex.quote(inside if inside.startswith("/") else f"./{inside}")
 
     def argv(self, script: str) -> list[str]:
         """The command line that runs ``script`` in a shell there."""
         return [*self.command, "--", self.destination, script]
 
-    def run(self, script: str, accept: tuple[int, ...] = (0,)) -> subprocess.CompletedProcess[str]:
-        """Run ``script``; EngineError when ssh fails or the exit code is none of ``accept``."""
+    def run(
+        self, script: str, accept: tuple[int, ...] = (0,), seconds: float = STEP_SECONDS
+    ) -> subprocess.CompletedProcess[str]:
+        """Run ``script``.
+
+        Raises EngineError when ssh fails, the exit code is none of ``accept``, it takes longer than
+        ``seconds``, or the device sends more than ``children.OUTPUT_BYTES``.
+        """
         try:
-            done = subprocess.run(
-                self.argv(script), capture_output=True, encoding="utf-8", check=False
-            )
+            done = run_bounded(self.argv(script), seconds=seconds)
+        except subprocess.TimeoutExpired as error:
+            what = f"{self.destination} did not answer within {seconds / 60:.0f} minutes."
+            raise EngineError(what, AGAIN) from error
         except FileNotFoundError as error:
             what = f"There is no '{self.command[0]}' on this machine."
             raise UsageError(what, "Install an ssh client.") from error
@@ -72,9 +100,8 @@ class Remote:
         """Say what went wrong, and that the next call goes on."""
         words = " ".join(text.split())[-300:] or "no reason given"
         what = "ssh failed" if code == SSH_FAILED else f"A command ended with code {code}"
-        again = "Repeat the command when the connection is back: it goes on where it stopped."
         return EngineError(
-            f"{what} on {self.destination}: {words}", again if code == SSH_FAILED else ""
+            f"{what} on {self.destination}: {words}", AGAIN if code == SSH_FAILED else ""
         )
 
 
@@ -83,7 +110,7 @@ def deploy(run: Run, target: Target, remote: Remote) -> dict[str, Any]:
 
     Raises EngineError when ssh or the installer fails, and what ``make_package`` raises.
     """
-    from mpq_deploy.delivery.device_results import take_in
+    from mpq_deploy.delivery.device_results import read_results, take_in
 
     talk = run.talk
     kept = run.path / KEPT
@@ -92,7 +119,7 @@ def deploy(run: Run, target: Target, remote: Remote) -> dict[str, Any]:
     written = make_package(run, target, archive)
     talk.line(f"packaged {archive}, {written['bytes']:,} bytes")
     name = f"{written['sha256'][:16]}.mpq.tar"
-    remote.run(f"mkdir -p {shlex.quote(remote.folder)}")
+    remote.run(f"mkdir -p {remote.place}")
     upload(remote, archive, name, talk)
     fetched = _installed(remote, archive, name)
     if fetched is None:
@@ -105,15 +132,14 @@ def deploy(run: Run, target: Target, remote: Remote) -> dict[str, Any]:
             f"The installer on {remote.destination} left no {RESULTS} of this package."
         )
     results = kept / RESULTS
-    results.write_text(fetched, encoding="utf-8")
-    take_in(run, results)
-    return read_results(results)
+    write_text(results, fetched)
+    return read_results(take_in(run, results)).model_dump(mode="json")
 
 
 def upload(remote: Remote, archive: Path, name: str, talk: Talk) -> None:
     """Bring ``archive`` to ``remote.folder/name``, going on after a beginning of it that is there."""
     digest, size = file_digest(archive), archive.stat().st_size
-    part, whole = (shlex.quote(f"{remote.folder}/{one}") for one in (f"{name}.part", name))
+    part, whole = (f"{remote.place}/{shlex.quote(one)}" for one in (f"{name}.part", name))
     script = f"[ -f {whole} ] && sha256sum < {whole} || [ -f {part} ] && wc -c < {part} || echo 0"
     there = remote.run(script).stdout
     if there.split()[:1] == [digest]:
@@ -148,13 +174,50 @@ def _good_bytes(remote: Remote, archive: Path, part: str, listed: str) -> int:
 
 def _send(remote: Remote, archive: Path, part: str, start: int, size: int, talk: Talk) -> None:
     """Append the bytes of ``archive`` from ``start`` on."""
-    argv = remote.argv(f"cat >> {part}")
-    with talk.bar("bytes to the device", size - start) as advance, _process(argv) as process:
-        assert process.stdin is not None
-        sent = _feed(process.stdin.write, archive, start, advance)
-        text = _ended(process)
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        remote.argv(f"cat >> {part}"), stdin=pipe, stdout=subprocess.DEVNULL, stderr=pipe
+    )
+    assert process.stdin is not None and process.stderr is not None
+    said = Collected(process, process.stderr)
+    with talk.bar("bytes to the device", size - start) as advance, _watched(process) as moved:
+
+        def report(count: int) -> None:
+            advance(count)
+            moved()
+
+        sent = _feed(process.stdin.write, archive, start, report)
+        with suppress(BrokenPipeError):
+            process.stdin.close()
+        process.wait()
+    said.end()
     if process.returncode != 0 or not sent:
-        raise remote.failure(process.returncode or SSH_FAILED, text)
+        text = said.text() or "the connection was lost, or nothing arrived for some minutes"
+        raise remote.failure(process.returncode if process.returncode > 0 else SSH_FAILED, text)
+
+
+@contextmanager
+def _watched(process: subprocess.Popen[bytes]) -> Iterator[Callable[[], None]]:
+    """Kill ``process`` at the end, or once nobody called the yielded function for some minutes."""
+    ended, last = threading.Event(), [time.monotonic()]
+
+    def moved() -> None:
+        last[0] = time.monotonic()
+
+    def watch() -> None:
+        while not ended.wait(1.0):
+            if time.monotonic() - last[0] > STALLED_SECONDS:
+                process.kill()
+                return
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield moved
+    finally:
+        ended.set()
+        if process.poll() is None:
+            process.kill()
+            process.wait()
 
 
 def _feed(
@@ -172,36 +235,15 @@ def _feed(
     return True
 
 
-def _ended(process: subprocess.Popen[bytes]) -> str:
-    """Close the input, wait, and return what stands on stderr."""
-    try:
-        return process.communicate()[1].decode(errors="replace")
-    except BrokenPipeError:
-        process.wait()
-        return "the connection was lost"
-
-
-@contextmanager
-def _process(argv: list[str]) -> Iterator[subprocess.Popen[bytes]]:
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(argv, stdin=pipe, stdout=subprocess.DEVNULL, stderr=pipe)
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-
-
 def _install(remote: Remote, name: str, talk: Talk) -> None:
     """Run the archive's installer there. Exit code 1 may mean failed checks: results are fetched."""
-    folder, python = shlex.quote(remote.folder), shlex.quote(remote.python)
+    folder, python = remote.place, shlex.quote(remote.python)
     talk.line(f"installing on {remote.destination} (building takes minutes on a small device)")
     script = (
         f"cd {folder} && tar xOf {name} {INSTALLER} > {name}.{INSTALLER} && "
         f"{python} {name}.{INSTALLER} {name} -o {name}.installed"
     )
-    done = remote.run(script, accept=(0, 1))
+    done = remote.run(script, accept=(0, 1), seconds=INSTALL_SECONDS)
     for line in (done.stderr + done.stdout).splitlines():
         talk.line(f"  {line}")
     if done.returncode and RESULTS not in done.stdout:
@@ -213,13 +255,14 @@ def _install(remote: Remote, name: str, talk: Talk) -> None:
 
 def _installed(remote: Remote, archive: Path, name: str) -> str | None:
     """The results.json there, if it is of this very package; None when there is none."""
-    path = shlex.quote(f"{remote.folder}/{name}.installed/{RESULTS}")
+    path = f"{remote.place}/{shlex.quote(f'{name}.installed')}/{RESULTS}"
     text = remote.run(f"cat {path} 2>/dev/null || true").stdout
     if not text.strip():
         return None
     digest = read_archive(archive)[MANIFEST].sha256
     try:
-        matches = json.loads(text)["package"]["manifest_sha256"] == digest
-    except (ValueError, KeyError, TypeError):
+        values = as_object(parse_json(text, RESULTS), RESULTS)
+        package = as_object(values.get("package"), RESULTS)
+    except InputError:
         return None
-    return text if matches else None
+    return text if package.get("manifest_sha256") == digest else None

@@ -1,26 +1,210 @@
 """results.json of a device or of 'mpq-deploy bench': checked, kept, and read for the report.
 
-It must be of the run's present plan. Kept in ``RUN/devices/<target>.json``, outside the stages,
-since timings do not repeat.
+It must be of the run's present plan. Only what validates here is kept, in
+``RUN/devices/<target>.json``, outside the stages, since timings do not repeat.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from mpq_deploy.bench.timed_subject import ORT
-from mpq_deploy.device.installer import read_results
-from mpq_deploy.errors import UsageError
+from mpq_deploy.device.installer import RESULTS_FORMAT
+from mpq_deploy.errors import InputError, UsageError
 from mpq_deploy.report.data import DeviceInfo, Ratio
 from mpq_deploy.system.files import write_text
+from mpq_deploy.system.inputs import read_json_object
+from mpq_deploy.system.names import path_inside, plain_name, printable
 
 if TYPE_CHECKING:
     from mpq_deploy.run.view import Run
+    from mpq_deploy.system.progress import Talk
 
 FOLDER = "devices"
 STAGES = ("allocate", "quantize")
+HINT = "Give the results.json that 'mpq-deploy install' wrote on the device."
+# A file of ours has some kilobytes; one with many problems some hundred.
+RESULTS_BYTES = 4 << 20
+# Sections without which the rest still says something: left out, and said, where they do not
+# validate.
+OPTIONAL = ("build", "latency", "memory", "bench")
+
+# Text of a device: control characters as escapes, so that it can be shown anywhere.
+Text = Annotated[str, Field(max_length=2000), AfterValidator(printable)]
+PlainName = Annotated[str, AfterValidator(lambda name: _plain(name))]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{0,64}$")]
+Bytes = Annotated[int, Field(ge=0, le=1 << 50)]
+# An hour for one call is no timing of ours.
+Milliseconds = Annotated[float, Field(gt=0, le=3.6e6)]
+Quotient = Annotated[float, Field(gt=0, le=1e9)]
+
+
+def _plain(name: str) -> str:
+    try:
+        return plain_name(name, "it")
+    except InputError as error:
+        raise ValueError(error.message) from error
+
+
+class _Section(BaseModel):
+    """Fields that nobody here reads are dropped: a newer mpq-deploy may write more."""
+
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False, extra="ignore")
+
+
+class _Package(_Section):
+    name: Text = ""
+    manifest_sha256: Digest = ""
+    digests: dict[Text, Text] = Field(default={}, max_length=100)
+
+
+class _Device(_Section):
+    board: Text = ""
+    machine: Text = ""
+    python: Text = ""
+    gpu: Text = ""
+    compute_capability: Text = ""
+
+
+class _Problem(_Section):
+    layer: Text = ""
+    message: Text
+    severity: Literal["wrong", "slow"]
+
+
+class _Engine(_Section):
+    backend: Text
+    version: Text
+    bytes: Bytes
+    weights_bytes: Bytes | None
+    activation_bytes: Bytes | None
+    verified: bool
+    problems: list[_Problem] = Field(max_length=100_000)
+    file: Text = ""
+
+
+class _Reference(_Section):
+    ran: bool
+    why: Text
+    passed: bool | None
+    cases: dict[Text, Annotated[float, Field(ge=0)] | None] = Field(max_length=100)
+    tolerance_nmse: Annotated[float, Field(ge=0)] | None = None
+    made_by: Text = ""
+
+    @model_validator(mode="after")
+    def _agrees(self) -> _Reference:
+        if self.ran and self.passed and None in self.cases.values():
+            raise ValueError("it passed, though an output is not finite")
+        return self
+
+
+class _Latency(_Section):
+    mean_ms: Milliseconds
+    p50_ms: Milliseconds
+    p90_ms: Milliseconds
+    p99_ms: Milliseconds
+    calls: Annotated[int, Field(ge=1, le=10**9)]
+    samples_per_second: Quotient | None = None
+
+
+class _Memory(_Section):
+    weights_bytes: Bytes | None = None
+    activation_bytes: Bytes | None = None
+    taken_bytes: Annotated[int, Field(ge=-(1 << 50), le=1 << 50)] | None = None
+
+
+class _Build(_Section):
+    build_seconds: Annotated[float, Field(ge=0, le=1e7)]
+    peak_rss_bytes: Bytes
+
+
+class _Ratio(_Section):
+    value: Quotient
+    low: Quotient | None
+    high: Quotient | None
+    rounds: Annotated[int, Field(ge=1)] = 1
+
+
+class _Subject(_Section):
+    name: Text
+    file: Text = ""
+    backend: Text = ""
+    device: Text = ""
+    batch: Annotated[int, Field(ge=1)] | None = None
+    latency: _Latency | None = None
+
+
+class _Bench(_Section):
+    subjects: list[_Subject] = Field(min_length=1, max_length=2)
+    ratio: _Ratio | None
+    note: Text = ""
+
+    @model_validator(mode="after")
+    def _two(self) -> _Bench:
+        if self.ratio is not None and len(self.subjects) < 2:
+            raise ValueError("a ratio needs two subjects")
+        return self
+
+
+class DeviceResults(_Section):
+    """What a results.json says, every value checked. Fields as ``device.installer`` writes them."""
+
+    format: Literal[1] = RESULTS_FORMAT  # type: ignore[assignment]
+    made_by: Text = ""
+    package: _Package
+    target: PlainName
+    dialect: Text = ""
+    device: _Device
+    engine: _Engine
+    build: _Build | None = None
+    reference: _Reference
+    latency: _Latency | None
+    memory: _Memory | None = None
+    passed: bool
+    bench: _Bench | None = None
+
+
+def read_results(path: Path, talk: Talk | None = None) -> DeviceResults:
+    """Read and check a results.json that came home; what is optional and wrong is left out and said.
+
+    Raises UsageError, naming the field, when it is none.
+    """
+    values = read_json_object(path, limit=RESULTS_BYTES, error=UsageError, hint=HINT)
+    if values.get("format") != RESULTS_FORMAT:
+        version = printable(repr(values.get("format"))[:40])
+        what = f"{path} is no results.json of format {RESULTS_FORMAT} (found {version})."
+        raise UsageError(what, HINT)
+    try:
+        return DeviceResults.model_validate(values)
+    except ValidationError as error:
+        wrong = {str(one["loc"][0]) if one["loc"] else "" for one in error.errors()}
+        if not wrong <= set(OPTIONAL):
+            raise UsageError(f"{path} is no results.json: {_said(error)}.", HINT) from error
+        if talk is not None:
+            talk.warn(f"{path}: {', '.join(sorted(wrong))} left out: {_said(error)}")
+        # Null is what the device writes where it did not measure.
+        return DeviceResults.model_validate({**values, **dict.fromkeys(wrong)})
+
+
+def _said(error: ValidationError) -> str:
+    """Name the first field that is wrong, and how many more are."""
+    first = error.errors()[0]
+    place = printable(".".join(map(str, first["loc"]))[:200])
+    shown = repr(first["input"])
+    shown = f" (found {printable(shown[:60])})" if first["type"] != "missing" else ""
+    more = f", and {error.error_count() - 1} more" if error.error_count() > 1 else ""
+    return f"{place}: {first['msg'].removeprefix('Value error, ')}{shown}{more}"
 
 
 def take_in(run: Run, path: Path) -> Path:
@@ -28,25 +212,34 @@ def take_in(run: Run, path: Path) -> Path:
 
     Raises UsageError when it is no results.json, or one of another plan.
     """
-    results = read_results(path)
+    results = read_results(path, run.talk)
     stale = _stale(run, results)
     if stale:
         raise UsageError(
             f"{path} was measured with another {stale} than that of {run.path}.",
             "Give the run that was packaged, or package this one and install it again.",
         )
-    kind = ".bench" if "bench" in results else ""
-    kept = run.path / FOLDER / f"{results['target']}{kind}.json"
-    kept.parent.mkdir(exist_ok=True)
-    write_text(kept, json.dumps(results, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    kind = ".bench" if results.bench else ""
+    folder = run.path / FOLDER
+    kept = path_inside(folder, results.target, "The target of results.json", suffix=f"{kind}.json")
+    folder.mkdir(exist_ok=True)
+    values = results.model_dump(mode="json")
+    write_text(kept, json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n")
     return kept
 
 
 def device_infos(run: Run) -> tuple[DeviceInfo, ...]:
-    """Return the devices' results of this plan, by target; warn about those of an earlier plan."""
+    """Return the devices' results of this plan, by target.
+
+    Warns of those of an earlier plan, and of files that are no results, and leaves them out.
+    """
     infos = []
     for path in sorted((run.path / FOLDER).glob("*.json")):
-        results = read_results(path)
+        try:
+            results = read_results(path, run.talk)
+        except UsageError as error:
+            run.talk.warn(f"left out of the report: {error.message}")
+            continue
         if _stale(run, results):
             run.talk.warn(f"{path} belongs to a former plan and is left out of the report")
         else:
@@ -54,41 +247,42 @@ def device_infos(run: Run) -> tuple[DeviceInfo, ...]:
     return tuple(infos)
 
 
-def device_info(results: dict[str, Any]) -> DeviceInfo:
-    """Read one results.json for the report."""
-    engine, reference, times = results["engine"], results["reference"], results["latency"] or {}
-    errors = list(reference["cases"].values())
-    device = results["device"]
-    wrong = [one for one in engine["problems"] if one["severity"] == "wrong"]
+def device_info(results: DeviceResults) -> DeviceInfo:
+    """Return what the report shows of one device."""
+    engine, reference, times = results.engine, results.reference, results.latency
+    errors = list(reference.cases.values())
+    finite = [error for error in errors if error is not None]
+    device = results.device
+    wrong = [one for one in engine.problems if one.severity == "wrong"]
     return DeviceInfo(
-        target=results["target"],
-        device=device["board"] or device["gpu"] or device["machine"],
-        builder=f"{engine['backend']} {engine['version']}",
-        engine_bytes=engine["bytes"],
-        weights_bytes=engine["weights_bytes"],
-        activation_bytes=engine["activation_bytes"],
-        layers_verified=engine["verified"],
-        problems=tuple(f"{one['layer']}: {one['message']}" for one in wrong),
-        outputs_agree=reference["passed"],
-        output_nmse=max(errors) if errors and None not in errors else None,
-        not_run=reference["why"],
-        median_ms=times.get("p50_ms"),
-        p99_ms=times.get("p99_ms"),
-        calls=times.get("calls"),
-        graph=engine["backend"] == ORT,
-        ratio=_ratio(results.get("bench")),
+        target=results.target,
+        device=device.board or device.gpu or device.machine,
+        builder=f"{engine.backend} {engine.version}",
+        engine_bytes=engine.bytes,
+        weights_bytes=engine.weights_bytes,
+        activation_bytes=engine.activation_bytes,
+        layers_verified=engine.verified,
+        problems=tuple(f"{one.layer}: {one.message}" for one in wrong),
+        outputs_agree=reference.passed,
+        output_nmse=max(finite) if finite and len(finite) == len(errors) else None,
+        not_run=reference.why,
+        median_ms=times.p50_ms if times else None,
+        p99_ms=times.p99_ms if times else None,
+        calls=times.calls if times else None,
+        graph=engine.backend == ORT,
+        ratio=_ratio(results.bench),
     )
 
 
-def _ratio(bench: dict[str, Any] | None) -> Ratio | None:
-    if bench is None or bench["ratio"] is None:
+def _ratio(bench: _Bench | None) -> Ratio | None:
+    if bench is None or bench.ratio is None:
         return None
-    figures = {key: bench["ratio"][key] for key in ("value", "low", "high")}
-    return Ratio(against=bench["subjects"][1]["name"], **figures)
+    ratio = bench.ratio
+    return Ratio(against=bench.subjects[1].name, value=ratio.value, low=ratio.low, high=ratio.high)
 
 
-def _stale(run: Run, results: dict[str, Any]) -> str:
+def _stale(run: Run, results: DeviceResults) -> str:
     """The first stage whose outputs are not those that were packaged; empty when all are."""
-    digests = results["package"].get("digests", {})
+    digests = results.package.digests
     made_by = {name: run.deployed_stage if name == "quantize" else name for name in STAGES}
     return next((name for name in STAGES if digests.get(name) != run.digest(made_by[name])), "")

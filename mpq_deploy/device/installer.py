@@ -29,7 +29,7 @@ from mpq_deploy.engine.build_target import version_fits
 from mpq_deploy.engine.builder import PACKAGES, BatchProfile, BuildRequest, build_engine
 from mpq_deploy.engine.record import EngineRecord
 from mpq_deploy.engine.trtexec import find_trtexec, trtexec_version
-from mpq_deploy.errors import EngineError, MpqError, UsageError
+from mpq_deploy.errors import EngineError, MpqError
 from mpq_deploy.system.files import file_digest, write_text
 from mpq_deploy.system.memory import memory_room
 from mpq_deploy.system.progress import PlainTalk, Talk
@@ -37,9 +37,6 @@ from mpq_deploy.system.release import __version__
 
 RESULTS, ENGINE_FOLDER = "results.json", "engine"
 RESULTS_FORMAT = 1
-RESULTS_FIELDS = frozenset(
-    ("package", "target", "device", "engine", "reference", "latency", "memory", "passed")
-)
 # TensorRT-RTX's builder was measured at about three times the weights, on top of what it needs for
 # itself.
 BUILD_FACTOR, BUILD_BASE_BYTES = 3, 500_000_000
@@ -323,18 +320,3 @@ def main(arguments: list[str] | None = None, write: Callable[[str], Any] = sys.s
     as_json = json.dumps(results, indent=1, sort_keys=True)
     write(f"{as_json if chosen.json else summary(results, out)}\n")
     return 0 if results["passed"] else 1
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """Read and check a results.json that came home. Raises UsageError when it is none."""
-    hint = "Give the results.json that 'mpq-deploy install' wrote on the device."
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        version = values["format"]
-        missing = RESULTS_FIELDS - set(values)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} is no results.json: {error!r}.", hint) from error
-    if version != RESULTS_FORMAT or missing:
-        what = f"{path} is no results.json of format {RESULTS_FORMAT} (found {version!r})."
-        raise UsageError(what, hint)
-    return dict(values)

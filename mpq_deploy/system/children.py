@@ -13,11 +13,17 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any
+
+from mpq_deploy.errors import EngineError
 
 # Exit code of a child whose parent is gone.
 ORPHANED = 5
+# Most that a child may write to stdout or stderr, and to a log (our choice): a builder's verbose log
+# of a large model has a hundred megabytes.
+OUTPUT_BYTES, LOG_BYTES = 16 << 20, 2 << 30
+LAST_BYTES_SECONDS = 5.0
 # Before each frame: how many bytes it has.
 FRAME = struct.Struct("<Q")
 
@@ -44,23 +50,98 @@ def run_child(
 ) -> subprocess.CompletedProcess[str]:
     """Run ``module`` to its end (see ``orders_from_parent``); return its exit code and output.
 
-    Raises subprocess.TimeoutExpired when it takes longer than ``seconds``; it is killed then.
+    Raises subprocess.TimeoutExpired when it takes longer than ``seconds``, and EngineError when it
+    writes more than ``OUTPUT_BYTES``; it is killed then.
     """
     read, write = os.pipe()
     try:
-        return subprocess.run(
-            child_command(module, *arguments),
-            stdin=read,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            check=False,
-            env=child_environment(),
-            timeout=seconds,
-        )
+        command = child_command(module, *arguments)
+        return run_bounded(command, seconds=seconds, stdin=read, env=child_environment())
     finally:
         os.close(read)
         os.close(write)
+
+
+def run_bounded(
+    command: Sequence[str],
+    *,
+    seconds: float | None,
+    stdin: int = subprocess.DEVNULL,
+    env: Mapping[str, str] | None = None,
+    log: IO[bytes] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Run ``command`` to its end; return its exit code and what it wrote, as text.
+
+    ``log`` gets both streams instead, up to ``LOG_BYTES``. Raises subprocess.TimeoutExpired when it
+    takes longer than ``seconds``, EngineError when it writes more than ``OUTPUT_BYTES`` to a
+    stream; it is killed then.
+    """
+    pipe, joined = subprocess.PIPE, subprocess.STDOUT
+    process = subprocess.Popen(
+        command, stdin=stdin, stdout=pipe, stderr=joined if log else pipe, env=env
+    )
+    streams = [
+        Collected(process, stream, log) for stream in (process.stdout, process.stderr) if stream
+    ]
+    try:
+        code = process.wait(seconds)
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    finally:
+        for stream in streams:
+            stream.end()
+    if any(stream.full for stream in streams):
+        limit = LOG_BYTES if log else OUTPUT_BYTES
+        raise EngineError(f"{command[0]} wrote more than {limit:,} bytes, and was ended.")
+    if any(stream.failed for stream in streams):
+        raise next(stream.failed for stream in streams if stream.failed)
+    out, errors = ([stream.text() for stream in streams] + [""])[:2]
+    return subprocess.CompletedProcess(list(command), code, out, errors)
+
+
+class Collected:
+    """Reads one stream of ``process`` to its end, at most up to the limit; then the process is killed."""
+
+    def __init__(
+        self, process: subprocess.Popen[bytes], stream: IO[bytes], log: IO[bytes] | None = None
+    ) -> None:
+        self.full, self._content = False, bytearray()
+        self.failed: OSError | None = None
+        self._process, self._stream, self._log = process, stream, log
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        left = LOG_BYTES if self._log else OUTPUT_BYTES
+        try:
+            # Pieces as they come: a log is read while it grows.
+            while piece := self._stream.read1(1 << 16):  # type: ignore[attr-defined]
+                left -= len(piece)
+                if left < 0:
+                    self.full = True
+                    self._process.kill()
+                    return
+                if self._log:
+                    self._log.write(piece)
+                    self._log.flush()
+                else:
+                    self._content += piece
+        except (OSError, ValueError) as error:
+            # A full disk; or the stream was closed, since a process that outlives ours holds it.
+            self.failed = error if isinstance(error, OSError) else None
+            self._process.kill()
+
+    def end(self) -> None:
+        """Wait for the last bytes; not for processes that our child has left behind."""
+        self._thread.join(LAST_BYTES_SECONDS)
+        if not self._thread.is_alive():
+            self._stream.close()
+
+    def text(self) -> str:
+        """What was read, as text."""
+        return self._content.decode("utf-8", "replace").replace("\r\n", "\n")
 
 
 def orders_from_parent(

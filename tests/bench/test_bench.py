@@ -25,7 +25,7 @@ from mpq_deploy.bench.sources import Wish, parse_shapes, subject_of
 from mpq_deploy.bench.statistics import ratio, summary
 from mpq_deploy.bench.timed_subject import Subject
 from mpq_deploy.bench.worker import random_feeds
-from mpq_deploy.device.installer import read_results
+from mpq_deploy.delivery.device_results import read_results
 from mpq_deploy.engine.record import EngineRecord
 from mpq_deploy.engine.target import load_target
 from mpq_deploy.errors import EngineError, MpqError
@@ -150,7 +150,10 @@ def test_a_run_is_held_against_its_float_model_and_the_report_takes_it_in(
     done = call("bench", run, "--calls", 20, "--rounds", 5, "--threads", 1, "--json", "--out", file)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found == read_results(file)
+    assert found == json.loads(file.read_text(encoding="utf-8"))
+    read = read_results(file)
+    assert read.bench is not None and read.bench.ratio is not None
+    assert read.bench.ratio.value == found["bench"]["ratio"]["value"]
     assert [one["name"] for one in found["bench"]["subjects"]] == ["ours", "float"]
     assert found["target"] == "onnxruntime-cpu"
     assert found["device"]["gpu"] == ""

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from mpq_deploy.delivery.device_results import device_info, device_infos, take_in
+from mpq_deploy.delivery.device_results import device_info, device_infos, read_results, take_in
 from mpq_deploy.errors import UsageError
 from mpq_deploy.recipe import Recipe
+from mpq_deploy.report.data import DeviceInfo
 from mpq_deploy.report.words import device_row
 from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.system.progress import Talk
@@ -93,19 +94,24 @@ def test_a_file_that_is_none_is_refused(run: tuple[Recipe, Path], tmp_path: Path
     (tmp_path / "x.json").write_text("{}", encoding="utf-8")
     with (
         open_pipeline(*run, Talk()) as pipeline,
-        pytest.raises(UsageError, match=r"no results\.json"),
+        pytest.raises(UsageError, match=r"no results\.json of format 1"),
     ):
         take_in(pipeline.deployed(), tmp_path / "x.json")
 
 
-def test_what_was_not_measured_says_so() -> None:
+def shown(values: dict[str, Any], folder: Path) -> DeviceInfo:
+    (folder / "results.json").write_text(json.dumps(values), encoding="utf-8")
+    return device_info(read_results(folder / "results.json"))
+
+
+def test_what_was_not_measured_says_so(tmp_path: Path) -> None:
     silent = results(
         {},
         latency=None,
         reference={"ran": False, "why": "no GPU", "passed": None, "cases": {}},
         device={"board": "", "gpu": "", "machine": "x86_64"},
     )
-    row = device_row(device_info(silent))
+    row = device_row(shown(silent, tmp_path))
     assert row[0] == "x86_64 (jetson-agx-orin)"
     assert row[3:] == ("not run: no GPU", "not measured")
     bad = results({}, reference={"ran": True, "why": "", "passed": False, "cases": {"a": None}})
@@ -114,5 +120,87 @@ def test_what_was_not_measured_says_so() -> None:
         "verified": False,
         "problems": [{"layer": "l", "message": "m", "severity": "wrong"}],
     }
-    row = device_row(device_info(bad))
+    row = device_row(shown(bad, tmp_path))
     assert row[2:4] == ("not as planned: l: m", "differ (not finite)")
+
+
+@pytest.mark.parametrize(
+    "target", ["../../escaped", "/tmp/escaped", "", ".hidden", "a/b", "a\nb", "\x1b[2J", 5, None]
+)
+def test_a_name_from_a_device_never_leaves_the_run(
+    target: Any, run: tuple[Recipe, Path], tmp_path: Path
+) -> None:
+    before = set(tmp_path.rglob("*"))
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(results(digests(run[1]), target=target)), encoding="utf-8")
+    with open_pipeline(*run, Talk()) as pipeline:
+        with pytest.raises(UsageError, match="target") as caught:
+            take_in(pipeline.deployed(), file)
+        assert "\x1b" not in str(caught.value) and "\n" not in str(caught.value)
+    assert set(tmp_path.rglob("*")) - before == {file, run[1] / ".lock"} - before
+    assert not Path("/tmp/escaped.json").exists()
+
+
+WRONG: dict[str, Any] = {
+    "engine": ({"engine": None}, "engine"),
+    "engine.bytes": ({"engine": {"backend": "x"}}, "engine.version"),
+    "cases": ({"reference": {"ran": True, "why": "", "passed": True, "cases": []}}, "cases"),
+    "negative": (
+        {"reference": {"ran": True, "why": "", "passed": True, "cases": {"a": -1.0}}},
+        "reference.cases.a",
+    ),
+    "passed": ({"passed": "yes"}, "passed"),
+    "device": ({"device": {"board": ["x"]}}, "device.board"),
+    "package": ({"package": []}, "package"),
+    "format": ({"format": 2}, "format 1"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG.values(), ids=WRONG)
+def test_malformed_results_are_refused_before_anything_is_kept(
+    changes: dict[str, Any], message: str, run: tuple[Recipe, Path], tmp_path: Path
+) -> None:
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps({**results(digests(run[1])), **changes}), encoding="utf-8")
+    with open_pipeline(*run, Talk()) as pipeline, pytest.raises(UsageError, match=message):
+        take_in(pipeline.deployed(), file)
+    assert not (run[1] / "devices").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "value"),
+    [
+        ("latency", {"p50_ms": "fast"}),
+        ("latency", {"p50_ms": -1.0, "p90_ms": 1.0, "p99_ms": 1.0, "mean_ms": 1.0, "calls": 1}),
+        ("bench", {"subjects": [], "ratio": None}),
+        ("memory", {"weights_bytes": 1e300}),
+        ("build", []),
+    ],
+)
+def test_an_optional_section_that_is_wrong_is_left_out_and_said(
+    section: str, value: Any, run: tuple[Recipe, Path], tmp_path: Path
+) -> None:
+    file, notes = tmp_path / "results.json", Notes()
+    file.write_text(json.dumps({**results(digests(run[1])), section: value}), encoding="utf-8")
+    with open_pipeline(*run, notes) as pipeline:
+        kept = take_in(pipeline.deployed(), file)
+        assert len(device_infos(pipeline.run)) == 1
+    assert json.loads(kept.read_text(encoding="utf-8"))[section] is None
+    assert any(f"{section} left out" in line for line in notes.lines)
+
+
+def test_what_lies_in_the_run_and_is_no_results_file_is_left_out_of_reports(
+    run: tuple[Recipe, Path],
+) -> None:
+    folder, notes = run[1] / "devices", Notes()
+    folder.mkdir()
+    for number, text in enumerate(("", "[]", "{", '{"format": 1}', '{"format": NaN}')):
+        (folder / f"x{number}.json").write_text(text, encoding="utf-8")
+    with open_pipeline(*run, notes) as pipeline:
+        assert device_infos(pipeline.run) == ()
+    assert sum("left out of the report" in line for line in notes.lines) == 5
+
+
+def test_texts_of_a_device_are_shown_without_control_characters(tmp_path: Path) -> None:
+    values = results({}, device={"board": "\x1b[2J\u202eOrin"})
+    assert shown(values, tmp_path).device == "\\x1b[2J\\u202eOrin"
