@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shlex
 import zipfile
 from dataclasses import replace
@@ -23,7 +24,7 @@ import onnx
 from mpq_deploy.check.check import check_model
 from mpq_deploy.check.rule import ERRORS
 from mpq_deploy.device.archive import MANIFEST, Source, part_digest, write_archive
-from mpq_deploy.device.manifest import Manifest, Reference
+from mpq_deploy.device.manifest import LARGEST_TOLERANCE, Manifest, Reference
 from mpq_deploy.device.output_check import relative_squared_error
 from mpq_deploy.engine.plan_engine import batch_profile, check_target_memory, expected_layers
 from mpq_deploy.engine.target import Target, known_targets, load_target
@@ -31,6 +32,7 @@ from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED, WEIGHTS
 from mpq_deploy.runtime.correction import FILE as CORRECTION
+from mpq_deploy.system.names import plain_name
 from mpq_deploy.system.release import __version__
 
 if TYPE_CHECKING:
@@ -93,8 +95,12 @@ def make_package(run: Run, target: Target, out: Path) -> dict[str, Any]:
     parts[INSTALLER] = installer()
     manifest = replace(_manifest(run, target, reference, parts), needed_bytes=needed.total_bytes)
     parts[SCRIPT] = build_script(manifest).encode()
-    digests = {name: part_digest(part) for name, part in parts.items()}
-    parts[MANIFEST] = replace(manifest, parts=digests).to_json().encode()
+    manifest = replace(manifest, parts={name: part_digest(part) for name, part in parts.items()})
+    try:
+        manifest.check()
+    except ValueError as error:
+        raise ModelError(f"The run cannot be packaged: {error}.") from error
+    parts[MANIFEST] = manifest.to_json().encode()
     digest = write_archive(out, parts)
     return {"file": str(out), "sha256": digest, "bytes": out.stat().st_size, "parts": sorted(parts)}
 
@@ -163,7 +169,7 @@ def make_reference(run: Run) -> tuple[Reference, bytes]:
         spec.output,
         f"ONNX Runtime {version('onnxruntime')}, CPU, FP32 arithmetic on the same integers and scales",
         fp16,
-        max(TOLERANCE_FLOOR, TOLERANCE_FACTOR * (fp16 or 0.0)),
+        min(LARGEST_TOLERANCE, max(TOLERANCE_FLOOR, TOLERANCE_FACTOR * (fp16 or 0.0))),
     )
     return reference, _npz(arrays)
 
@@ -194,16 +200,15 @@ def build_script(manifest: Manifest) -> str:
     choice = others or "see mpq-deploy targets"
     remedy = f"Package the run again at home for the version here ({choice})."
     values = {
-        "TARGET": shlex.quote(manifest.target.name),
-        "DIALECT": manifest.target.dialect,
+        "TARGET": plain_name(manifest.target.name, "The target's name"),
+        "DIALECT": plain_name(manifest.target.dialect, "The dialect"),
         "VERSIONS": shlex.quote(versions_here),
         "REMEDY": shlex.quote(remedy),
         "MODEL": shlex.quote(manifest.model),
         "SHAPES": " ".join(shlex.quote(flag) for flag in _shape_flags(manifest)),
     }
-    for key, value in values.items():
-        text = text.replace(f"@{key}@", value)
-    return text
+    # In one pass: a value that looks like another's place is not filled in again.
+    return re.sub(r"@([A-Z]+)@", lambda place: values[place[1]], text)
 
 
 def _shape_flags(manifest: Manifest) -> list[str]:

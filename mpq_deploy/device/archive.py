@@ -18,8 +18,15 @@ from typing import Any, BinaryIO
 
 from mpq_deploy.errors import MpqError, UsageError
 from mpq_deploy.system.files import file_digest
+from mpq_deploy.system.inputs import open_input
 
 SUMS, MANIFEST = "SHA256SUMS", "manifest.json"
+# What a package may hold beside these two, and what every package holds: nothing else is unpacked.
+REQUIRED_PARTS = frozenset(
+    {"model.onnx", "weights.bin", "plan.json", "reference.npz", "denoiser.json"}
+    | {"scheduler_config.json", "install.pyz", "build.sh"}
+)
+PARTS = REQUIRED_PARTS | {"correction.json"}
 BLOCK = tarfile.BLOCKSIZE
 PIECE = 1 << 20
 # hashlib names no type for what sha256() returns.
@@ -77,12 +84,18 @@ def read_archive(path: Path) -> dict[str, Entry]:
 
     Raises ArchiveError naming the part that is cut short, altered, missing or not expected.
     """
-    if not path.is_file():
-        raise ArchiveError(f"There is no archive at {path}.", "Check the path.")
-    with path.open("rb") as file:
+    with open_input(path, error=ArchiveError) as file:
         entries = _entries(file, path)
         _check_sums(file, entries, path)
     return entries
+
+
+def check_parts(entries: Mapping[str, Entry], path: Path) -> None:
+    """Raise ArchiveError where the archive holds other parts than a package's: no code comes along."""
+    odd = sorted(set(entries) - PARTS - {SUMS, MANIFEST}) + sorted(REQUIRED_PARTS - set(entries))
+    if odd:
+        what = f"{path} does not hold the parts of a package: {', '.join(odd[:5])}."
+        raise ArchiveError(what, "See mpq-deploy package.")
 
 
 def extract(path: Path, entries: Mapping[str, Entry], folder: Path) -> None:

@@ -8,7 +8,6 @@ and NVIDIA's documents; not run on a GPU yet (docs/devices.md).
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import warnings
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mpq_deploy.errors import EngineError
+from mpq_deploy.system.inputs import read_json_object
 
 RUNTIME_CACHE = "model.runtime-cache"
 # What ``engine.builder`` writes beside an engine.
@@ -68,8 +68,7 @@ def refuse_other_gpu(engine: Path, capability: str) -> None:
 
 def _record(engine: Path) -> dict[str, Any]:
     path = engine.with_name(RECORD)
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return values
+    return read_json_object(path, error=EngineError) if path.is_file() else {}
 
 
 def load_engine(trt: Any, logger: Any, path: Path) -> Any:

@@ -20,23 +20,32 @@ from pathlib import Path
 from typing import Any
 
 from mpq_deploy.bench.statistics import call_times
-from mpq_deploy.device.archive import MANIFEST, ArchiveError, extract, read_archive
+from mpq_deploy.device.archive import (
+    MANIFEST,
+    ArchiveError,
+    check_parts,
+    extract,
+    read_archive,
+)
 from mpq_deploy.device.cuda import Cuda, why_no_gpu
 from mpq_deploy.device.manifest import Manifest
 from mpq_deploy.device.output_check import compare
-from mpq_deploy.device.run import Run, run_engine
-from mpq_deploy.engine.build_target import version_fits
+from mpq_deploy.device.run import Run, reference_arrays, run_engine
+from mpq_deploy.engine.build_target import BUILDERS, version_fits
 from mpq_deploy.engine.builder import PACKAGES, BatchProfile, BuildRequest, build_engine
 from mpq_deploy.engine.record import EngineRecord
 from mpq_deploy.engine.trtexec import find_trtexec, trtexec_version
 from mpq_deploy.errors import EngineError, MpqError
-from mpq_deploy.system.files import file_digest, write_text
+from mpq_deploy.system.children import run_bounded
+from mpq_deploy.system.files import disk_error, file_digest, write_text
 from mpq_deploy.system.memory import memory_room
+from mpq_deploy.system.names import path_inside, printable
 from mpq_deploy.system.progress import PlainTalk, Talk
 from mpq_deploy.system.release import __version__
 
 RESULTS, ENGINE_FOLDER = "results.json", "engine"
 RESULTS_FORMAT = 1
+BANNER_SECONDS = 120.0
 # TensorRT-RTX's builder was measured at about three times the weights, on top of what it needs for
 # itself.
 BUILD_FACTOR, BUILD_BASE_BYTES = 3, 500_000_000
@@ -53,7 +62,9 @@ class Runtime:
 def unpack(archive: Path, out: Path, talk: Talk) -> None:
     """Verify ``archive`` and write its parts into ``out``; ArchiveError when cut short or altered."""
     talk.line(f"verifying {archive}")
-    extract(archive, read_archive(archive), out)
+    entries = read_archive(archive)
+    check_parts(entries, archive)
+    extract(archive, entries, out)
 
 
 def install(archive: Path, out: Path, talk: Talk, force_memory: bool = False) -> dict[str, Any]:
@@ -65,10 +76,10 @@ def install(archive: Path, out: Path, talk: Talk, force_memory: bool = False) ->
     """
     if archive.is_dir():
         out = archive
-        check_unpacked(archive)
     else:
         unpack(archive, out, talk)
     manifest = Manifest.load(out / MANIFEST)
+    check_unpacked(out, manifest)
     runtime = probe(manifest)
     talk.line(
         f"{runtime.builder} {runtime.version or '(version unknown)'} for {manifest.target.name}"
@@ -87,15 +98,27 @@ def install(archive: Path, out: Path, talk: Talk, force_memory: bool = False) ->
     return results
 
 
-def check_unpacked(folder: Path) -> None:
-    """Verify the parts that tar unpacked into ``folder``. Raises ArchiveError naming a part."""
-    manifest = Manifest.load(folder / MANIFEST)
+def check_unpacked(folder: Path, manifest: Manifest) -> None:
+    """Verify the parts that lie in ``folder``, and that the references hold what the manifest says.
+
+    Raises ArchiveError naming a part.
+    """
     again = "Unpack the package again."
     for name, digest in manifest.parts.items():
-        if not (folder / name).is_file():
+        path = path_inside(folder, name, "A part's name", ArchiveError)
+        if path.is_symlink() or not path.is_file():
             raise ArchiveError(f"The part '{name}' is missing in {folder}.", again)
-        if file_digest(folder / name) != digest:
+        if file_digest(path) != digest:
             raise ArchiveError(f"The part '{name}' in {folder} is altered.", again)
+    arrays = reference_arrays(folder, manifest.reference)
+    for case in manifest.reference.cases:
+        for name in manifest.reference.inputs:
+            shape, expected = arrays[f"{case}/{name}"].shape, manifest.shapes[name]
+            if shape[1:] != expected or not 1 <= shape[0] <= manifest.batches[2]:
+                what = (
+                    f"The reference '{case}' gives {name} the shape {shape}, not [N, {expected}]."
+                )
+                raise ArchiveError(what, "Package the run again.")
 
 
 def probe(manifest: Manifest) -> Runtime:
@@ -181,14 +204,17 @@ def _runtime(builder: str) -> Runtime | None:
             path = find_trtexec()
             if path is not None:
                 return Runtime(name, trtexec_banner_version(path))
-        elif importlib.util.find_spec(name) is not None:
+        elif name in BUILDERS and importlib.util.find_spec(name) is not None:
             return Runtime(name, _module_version(name))
     return None
 
 
 def trtexec_banner_version(path: str) -> str:
     """The version that trtexec says of itself in its first line; empty when it says none."""
-    done = subprocess.run([path, "--help"], capture_output=True, encoding="utf-8", check=False)
+    try:
+        done = run_bounded([path, "--help"], seconds=BANNER_SECONDS)
+    except subprocess.TimeoutExpired:
+        return ""
     return trtexec_version(done.stdout + done.stderr)
 
 
@@ -313,10 +339,11 @@ def main(arguments: list[str] | None = None, write: Callable[[str], Any] = sys.s
     out = chosen.unpacked or chosen.out or default_out(archive)
     try:
         results = install(archive, out, PlainTalk(), chosen.force_memory)
-    except MpqError as error:
-        hint = f"  {error.hint}\n" if error.hint else ""
-        sys.stderr.write(f"mpq-install: {error.message}\n{hint}")
-        return error.exit_code
+    except (MpqError, OSError) as error:
+        shown = error if isinstance(error, MpqError) else disk_error(error, out)
+        hint = f"  {printable(shown.hint)}\n" if shown.hint else ""
+        sys.stderr.write(f"mpq-install: {printable(shown.message)}\n{hint}")
+        return shown.exit_code
     as_json = json.dumps(results, indent=1, sort_keys=True)
     write(f"{as_json if chosen.json else summary(results, out)}\n")
     return 0 if results["passed"] else 1

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from mpq_deploy.device.archive import MANIFEST, ArchiveError
-from mpq_deploy.engine.build_target import BuildTarget
-from mpq_deploy.engine.expected import ExpectedLayer, ExpectedLayers
+from mpq_deploy.device.archive import MANIFEST, PARTS, REQUIRED_PARTS, ArchiveError
+from mpq_deploy.engine.build_target import BUILDERS, BuildTarget
+from mpq_deploy.engine.expected import ExpectedLayers
+from mpq_deploy.errors import InputError, MpqError
+from mpq_deploy.formats.scheme import SCHEMES
+from mpq_deploy.system.inputs import read_json_object
+from mpq_deploy.system.names import checked_name, plain_name, printable
+from mpq_deploy.system.typed import typed
 
 FORMAT = 1
+AGAIN = "Package the run again."
+# A device whose output differs by more than a tenth of its energy (-10 dB) runs another model, in
+# whatever arithmetic (our choice; usual tolerances are 1e-4 to 1e-2).
+LARGEST_TOLERANCE = 0.1
+# Larger batches than any GPU of the targets holds (our choice).
+LARGEST_BATCH = 4096
+DIGEST, VERSION = re.compile(r"[0-9a-f]{64}"), re.compile(r"\d+(\.\d+)*\.?")
+TENSOR = re.compile(r"[\w./:-]+", re.ASCII)
+PRODUCTS = ("Conv", "Gemm", "MatMul")
 
 
 @dataclass(frozen=True)
@@ -30,6 +45,18 @@ class Reference:
     made_by: str
     fp16_nmse: float | None
     tolerance_nmse: float
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise ValueError where nothing would be compared, or anything would pass."""
+        if not self.cases or not self.inputs or set(self.inputs) != set(shapes):
+            raise ValueError("its references have no cases, or other inputs than the model")
+        if len(set(self.cases)) < len(self.cases):
+            raise ValueError("two cases of its references have one name")
+        if not 0 < self.tolerance_nmse <= LARGEST_TOLERANCE:
+            raise ValueError(
+                f"its references' tolerance is {self.tolerance_nmse}, not above 0 and at most "
+                f"{LARGEST_TOLERANCE}"
+            )
 
 
 @dataclass(frozen=True)
@@ -64,33 +91,85 @@ class Manifest:
 
     @classmethod
     def load(cls, path: Path) -> Manifest:
-        """Read what ``to_json`` gave; ArchiveError for another format or a missing field."""
-        try:
-            values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            version = values.pop("format")
-            if version != FORMAT:
-                raise ArchiveError(
-                    f"{path} has format {version}; this mpq-deploy reads format {FORMAT}.",
-                    f"Install the mpq-deploy that made it ({values.get('made_by')}) on the device.",
-                )
-            target = _tuples(values["target"], "versions", "compute_capabilities")
-            values["target"] = BuildTarget(**target)
-            values["reference"] = Reference(**_tuples(values["reference"], "cases", "inputs"))
-            layers = [
-                ExpectedLayer(**_tuples(one, "nodes", "kernel"))
-                for one in values["expected"]["layers"]
-            ]
-            expected = values["expected"]
-            values["expected"] = ExpectedLayers(
-                tuple(layers), expected["total_bytes"], expected.get("repeated_bytes", 0)
+        """Read what ``to_json`` gave.
+
+        Raises ArchiveError for another format, a field of another kind, and checks that are left
+        out or switched off (``check``).
+        """
+        values = read_json_object(path, error=ArchiveError, hint=AGAIN)
+        version = values.pop("format", None)
+        if version != FORMAT:
+            made_by = printable(str(values.get("made_by"))[:60])
+            raise ArchiveError(
+                f"{path} has format {printable(repr(version)[:20])}; this mpq-deploy reads format {FORMAT}.",
+                f"Install the mpq-deploy that made it ({made_by}) on the device.",
             )
-            for key in ("shapes", "alternatives"):
-                values[key] = {name: tuple(one) for name, one in values[key].items()}
-            return cls(**_tuples(values, "batches", "notes"))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            what = f"The part '{MANIFEST}' cannot be read: {error!r}."
-            raise ArchiveError(what, "Package the run again.") from error
+        try:
+            manifest = typed(cls, values)
+            manifest.check()
+        except (ValueError, MpqError) as error:
+            what = f"The part '{MANIFEST}' cannot be used: {printable(str(error))}."
+            raise ArchiveError(what.replace("..", "."), AGAIN) from error
+        return manifest
+
+    def check(self) -> None:
+        """Raise ValueError or InputError where a value is impossible, or a check is switched off.
+
+        Whoever may write the manifest may write the references too: this keeps honest packages
+        whole, and forged ones from looking checked (docs/security.md).
+        """
+        self._check_names()
+        if set(self.parts) != PARTS & set(self.parts) or set(self.parts) < REQUIRED_PARTS:
+            odd = sorted(set(self.parts) - PARTS) + sorted(REQUIRED_PARTS - set(self.parts))
+            raise ValueError(f"its parts are not those of a package: {', '.join(odd[:5])}")
+        for name, digest in self.parts.items():
+            if not DIGEST.fullmatch(digest):
+                raise ValueError(f"'parts.{name}' is no SHA-256")
+        if self.model not in self.parts or self.reference.file not in self.parts:
+            raise ValueError("its model or its references are not among its parts")
+        if not self.expected.layers or self.expected.total_bytes <= 0:
+            raise ValueError("it expects no layers, so that no engine could differ from it")
+        for layer in self.expected.layers:
+            checked_name(layer.name, "A layer's name")
+            if not layer.nodes or layer.scheme not in SCHEMES or layer.op not in PRODUCTS:
+                raise ValueError(
+                    f"the layer '{layer.name}' has no nodes, or an unknown scheme or op"
+                )
+            if min(layer.bytes, layer.out_channels, layer.reduction, layer.blocks) < 1:
+                raise ValueError(f"the layer '{layer.name}' has no size")
+        if not 1 <= self.batches[0] <= self.batches[1] <= self.batches[2] <= LARGEST_BATCH:
+            raise ValueError(f"its batches are {self.batches}")
+        if not self.shapes or any(size < 1 for shape in self.shapes.values() for size in shape):
+            raise ValueError("its inputs have no shapes, or sizes below 1")
+        if min(self.fp16_bytes, self.needed_bytes) < 0:
+            raise ValueError("it has negative sizes")
+        self.reference.check(self.shapes)
+
+    def _check_names(self) -> None:
+        target = self.target
+        for name, what in (
+            (target.name, "The target's name"),
+            (target.dialect, "The dialect"),
+            *((one, "A part's name") for one in (*self.parts, self.model, self.reference.file)),
+            *((one, "A case's name") for one in self.reference.cases),
+            *((one, "A target's name") for one in self.alternatives),
+            *((one, "A compute capability") for one in target.compute_capabilities),
+        ):
+            plain_name(name, what)
+        for version in (*target.versions, *(v for one in self.alternatives.values() for v in one)):
+            if not VERSION.fullmatch(version):
+                raise ValueError(f"'{version}' is no version")
+        if target.builder not in BUILDERS:
+            raise ValueError(f"its builder '{target.builder}' is none of {', '.join(BUILDERS)}")
+        for name in (*self.shapes, *self.reference.inputs, self.reference.output):
+            tensor_name(name)
 
 
-def _tuples(values: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {**values, **{name: tuple(values[name]) for name in names}}
+def tensor_name(name: str) -> str:
+    """Return the name of an input or output as trtexec takes it. Raises InputError for another."""
+    if TENSOR.fullmatch(checked_name(name, "An input's or output's name")):
+        return name
+    raise InputError(
+        f"The input or output '{name}' cannot be named to trtexec.",
+        "Rename it: letters, digits and . _ / : - only.",
+    )

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mpq_deploy.device.manifest import Reference
-from mpq_deploy.device.run import Run
+from mpq_deploy.device.run import Run, reference_arrays
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -26,11 +26,11 @@ def compare(run: Run, reference: Reference, folder: Path) -> dict[str, Any]:
     """Return the section ``reference`` of results.json. An infinite error is written as null."""
     if run.why:
         return {"ran": False, "why": run.why, "passed": None, "cases": {}}
-    with np.load(folder / reference.file, allow_pickle=False) as data:
-        errors = {
-            case: relative_squared_error(run.outputs[case], data[f"{case}/{reference.output}"])
-            for case in reference.cases
-        }
+    data = reference_arrays(folder, reference)
+    errors = {
+        case: relative_squared_error(run.outputs[case], data[f"{case}/{reference.output}"])
+        for case in reference.cases
+    }
     return {
         "ran": True,
         "why": "",

@@ -6,7 +6,6 @@ nothing ran. Unproven: no GPU was at hand; trtexec's part was tested with a mock
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 from collections.abc import Mapping
@@ -16,14 +15,24 @@ from typing import Any
 
 import numpy as np
 
+from mpq_deploy.device.archive import ArchiveError
 from mpq_deploy.device.cuda import why_no_gpu
 from mpq_deploy.device.manifest import Reference
 from mpq_deploy.device.run_worker import RunJob
 from mpq_deploy.engine.trtexec import find_trtexec
 from mpq_deploy.errors import EngineError
-from mpq_deploy.system.children import run_child
+from mpq_deploy.system.array_file import read_arrays
+from mpq_deploy.system.children import run_bounded, run_child
+from mpq_deploy.system.files import write_text
+from mpq_deploy.system.inputs import read_json, read_json_object
+from mpq_deploy.system.names import path_inside
 
 CALLS = 100
+WORKER = "mpq_deploy.device.run_worker"
+# A hundred calls of a second each, a first one that compiles, and as much again (our choice).
+RUN_SECONDS = 1800.0
+# Outputs as JSON: twenty bytes for each of up to 13 million values.
+OUTPUT_BYTES = 256 << 20
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -62,18 +71,22 @@ def _in_child(module: str, engine: Path, folder: Path, reference: Reference) -> 
         **files,
     )
     job.save(folder / "run.job.json")
-    done = run_child("mpq_deploy.device.run_worker", str(folder / "run.job.json"))
+    try:
+        done = run_child(WORKER, str(folder / "run.job.json"), seconds=RUN_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        what = f"The engine ran for more than {RUN_SECONDS / 60:.0f} minutes."
+        raise EngineError(what, f"Log: {files['log']}") from error
     if done.returncode:
         words = " ".join(done.stderr.split())[-400:]
         raise EngineError(
             f"The engine's process ended with code {done.returncode}: {words}",
             f"Log: {files['log']}",
         )
-    result = json.loads(Path(files["result"]).read_text(encoding="utf-8"))
+    result = read_json_object(Path(files["result"]), error=EngineError)
     if "error" in result:
         raise EngineError(str(result["error"]), f"Log: {files['log']}")
-    with np.load(files["outputs"], allow_pickle=False) as data:
-        outputs = {case: data[f"{case}/{reference.output}"] for case in reference.cases}
+    data = read_arrays(Path(files["outputs"]), error=EngineError)
+    outputs = {case: data[f"{case}/{reference.output}"] for case in reference.cases}
     keys = ("memory_bytes", "gpu", "compute_capability")
     return Run(outputs, tuple(result["milliseconds"]), **{key: result[key] for key in keys})
 
@@ -85,29 +98,28 @@ def _with_trtexec(engine: Path, folder: Path, reference: Reference) -> Run:
     outputs: dict[str, Array] = {}
     times: tuple[float, ...] = ()
     log = ""
+    data = reference_arrays(folder, reference)
     for case in reference.cases:
-        with np.load(folder / reference.file, allow_pickle=False) as data:
-            feeds = {
-                name: np.ascontiguousarray(data[f"{case}/{name}"]) for name in reference.inputs
-            }
-            shape = data[f"{case}/{reference.output}"].shape
-        exported, timed = folder / f"{case}.outputs.json", folder / f"{case}.times.json"
-        done = subprocess.run(
-            _trtexec_command(engine, folder, case, feeds, exported, timed),
-            capture_output=True,
-            encoding="utf-8",
-            check=False,
+        feeds = {name: np.ascontiguousarray(data[f"{case}/{name}"]) for name in reference.inputs}
+        shape = data[f"{case}/{reference.output}"].shape
+        exported, timed, said = (
+            path_inside(folder, case, "A case's name", EngineError, suffix)
+            for suffix in (".outputs.json", ".times.json", ".run.log")
         )
+        for path in (exported, timed):
+            path.unlink(missing_ok=True)
+        command = _trtexec_command(engine, folder, case, feeds, exported, timed)
+        try:
+            done = run_bounded(command, seconds=RUN_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            what = f"trtexec ran the case '{case}' for more than {RUN_SECONDS / 60:.0f} minutes."
+            raise EngineError(what) from error
         log = done.stdout
-        (folder / f"{case}.run.log").write_text(log + done.stderr, encoding="utf-8")
+        write_text(said, log + done.stderr)
         if done.returncode or not exported.is_file():
-            raise EngineError(
-                f"trtexec failed on the case '{case}'.", f"Log: {folder / f'{case}.run.log'}"
-            )
+            raise EngineError(f"trtexec failed on the case '{case}'.", f"Log: {said}")
         outputs[case] = read_trtexec_output(exported, reference.output, shape)
-        times = tuple(
-            float(one["computeMs"]) for one in json.loads(timed.read_text(encoding="utf-8"))
-        )
+        times = _trtexec_times(timed)
     match = re.search(r"Compute Capability: (\d+)\.(\d+)", log)
     named = re.search(r"Selected Device: (.+)", log)
     capability = f"SM{match.group(1)}{match.group(2)}" if match else ""
@@ -135,12 +147,35 @@ def _trtexec_command(
     ]
 
 
+def reference_arrays(folder: Path, reference: Reference) -> dict[str, Array]:
+    """Return the arrays of ``reference``, every one that its cases name among them.
+
+    Raises ArchiveError where one is missing, or the file is damaged.
+    """
+    tensors = (*reference.inputs, reference.output)
+    names = tuple(f"{case}/{name}" for case in reference.cases for name in tensors)
+    path = path_inside(folder, reference.file, "The references' file", ArchiveError)
+    arrays = read_arrays(path, names, error=ArchiveError, hint="Package the run again.")
+    for name, values in arrays.items():
+        if values.dtype.kind not in "fiub" or not values.size:
+            raise ArchiveError(f"{path}: '{name}' holds no numbers.", "Package the run again.")
+    return arrays
+
+
+def _trtexec_times(path: Path) -> tuple[float, ...]:
+    """Milliseconds of each call from what ``--exportTimes`` wrote. Raises EngineError without them."""
+    times = read_json(path, limit=OUTPUT_BYTES, error=EngineError)
+    try:
+        return tuple(float(one["computeMs"]) for one in times)
+    except (KeyError, TypeError, ValueError) as error:
+        raise EngineError(f"trtexec's times {path} are not those of calls.") from error
+
+
 def read_trtexec_output(path: Path, name: str, shape: tuple[int, ...]) -> Array:
     """Read the tensor ``name`` from what ``--exportOutput`` wrote; EngineError without it."""
     try:
-        outputs = {
-            one["name"]: one["values"] for one in json.loads(path.read_text(encoding="utf-8"))
-        }
+        read = read_json(path, limit=OUTPUT_BYTES, error=EngineError)
+        outputs = {one["name"]: one["values"] for one in read}
         return np.asarray(outputs[name], np.float32).reshape(shape)
     except (ValueError, KeyError, TypeError) as error:
         raise EngineError(

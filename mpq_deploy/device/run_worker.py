@@ -20,7 +20,10 @@ from mpq_deploy.device.cuda import Cuda
 from mpq_deploy.device.engine_runner import EngineRunner
 from mpq_deploy.engine.build_worker import make_logger
 from mpq_deploy.errors import EngineError
+from mpq_deploy.system.array_file import read_arrays
 from mpq_deploy.system.children import orders_from_parent
+from mpq_deploy.system.inputs import read_json_object
+from mpq_deploy.system.typed import typed
 
 WARM_UP = 10
 
@@ -47,8 +50,7 @@ class RunJob:
     @classmethod
     def load(cls, path: Path) -> RunJob:
         """Read what ``save`` wrote."""
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return cls(**{**values, "cases": tuple(values["cases"]), "inputs": tuple(values["inputs"])})
+        return typed(cls, read_json_object(path))
 
 
 def run(job: RunJob, trt: Any, cuda: Cuda, logger: Any) -> dict[str, Any]:
@@ -57,15 +59,15 @@ def run(job: RunJob, trt: Any, cuda: Cuda, logger: Any) -> dict[str, Any]:
     runner = EngineRunner(trt, cuda, Path(job.engine), logger)
     outputs: dict[str, Any] = {}
     timed: list[float] = []
-    with np.load(job.references, allow_pickle=False) as references:
-        for number, case in enumerate(job.cases):
-            runner.bind(
-                {name: np.ascontiguousarray(references[f"{case}/{name}"]) for name in job.inputs}
-            )
-            runner.call()
-            if number == len(job.cases) - 1:
-                timed = _timed(runner, job.calls)
-            outputs[f"{case}/{job.output}"] = runner.output(job.output).astype(np.float32)
+    references = read_arrays(Path(job.references))
+    for number, case in enumerate(job.cases):
+        runner.bind(
+            {name: np.ascontiguousarray(references[f"{case}/{name}"]) for name in job.inputs}
+        )
+        runner.call()
+        if number == len(job.cases) - 1:
+            timed = _timed(runner, job.calls)
+        outputs[f"{case}/{job.output}"] = runner.output(job.output).astype(np.float32)
     np.savez(job.outputs, **outputs)
     # What it compiled for this GPU is there at the next start.
     runner.opened.keep_cache()

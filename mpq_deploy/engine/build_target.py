@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+# What may build an engine: two Python packages of NVIDIA, and its command-line program. A builder's
+# name becomes a module's, so that no other is ever taken.
+BUILDERS = ("tensorrt_rtx", "tensorrt", "trtexec")
+
 
 @dataclass(frozen=True)
 class BuildTarget:

@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mpq_deploy.system.children import orders_from_parent
+from mpq_deploy.system.inputs import read_json_object
 from mpq_deploy.system.memory import peak_rss_bytes
+from mpq_deploy.system.typed import typed
 
 # A parser or build failure that was reported in ``result``, as opposed to a crash (negative return
 # code).
@@ -58,13 +60,7 @@ class BuildJob:
     @classmethod
     def load(cls, path: Path) -> BuildJob:
         """Read what ``save`` wrote."""
-        data = json.loads(path.read_text(encoding="utf-8"))
-        data["compute_capabilities"] = tuple(data["compute_capabilities"])
-        data["shapes"] = {
-            name: InputShapes(**{key: tuple(value) for key, value in shapes.items()})
-            for name, shapes in data["shapes"].items()
-        }
-        return cls(**data)
+        return typed(cls, read_json_object(path))
 
 
 class BuildFailedError(Exception):

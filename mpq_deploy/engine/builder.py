@@ -8,7 +8,6 @@ same bytes when repeated; the full log and the time taken lie outside of it.
 from __future__ import annotations
 
 import importlib.util
-import json
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping
@@ -19,7 +18,7 @@ from importlib.metadata import version as package_version
 from pathlib import Path
 
 from mpq_deploy.engine.build_log import EngineLog, layers_text, parse_engine_log
-from mpq_deploy.engine.build_target import BuildTarget
+from mpq_deploy.engine.build_target import BUILDERS, BuildTarget
 from mpq_deploy.engine.build_worker import DISK_FAILURE, REPORTED_FAILURE, BuildJob, InputShapes
 from mpq_deploy.engine.expected import ExpectedLayers
 from mpq_deploy.engine.failure import (
@@ -32,11 +31,17 @@ from mpq_deploy.engine.failure import (
 )
 from mpq_deploy.engine.layer_information import parse_layer_information
 from mpq_deploy.engine.record import RECORD, BuildTiming, EngineRecord
-from mpq_deploy.engine.trtexec import build_with_trtexec, trtexec_trial
+from mpq_deploy.engine.trtexec import (
+    BUILD_SECONDS,
+    LAYERS_BYTES,
+    build_with_trtexec,
+    trtexec_trial,
+)
 from mpq_deploy.engine.verify import verify
 from mpq_deploy.errors import EngineError, MissingDependencyError, UsageError
 from mpq_deploy.system.children import run_child
 from mpq_deploy.system.files import file_digest, sealed_json
+from mpq_deploy.system.inputs import read_json_object
 from mpq_deploy.system.progress import Talk
 
 ENGINE, LAYERS = "model.engine", "layers.txt"
@@ -139,6 +144,8 @@ def _backend(target: BuildTarget) -> Backend:
         )
     if target.builder == "trtexec":
         return _build_trtexec
+    if target.builder not in PACKAGES:
+        raise UsageError(f"'{target.builder}' is no builder.", f"Builders: {', '.join(BUILDERS)}.")
     if importlib.util.find_spec(target.builder) is None:
         purpose = f"Building an engine for '{target.name}'"
         raise MissingDependencyError(*PACKAGES[target.builder], purpose)
@@ -158,7 +165,11 @@ def _build_in_child(request: BuildRequest, engine: Path, log: Path) -> RawBuild:
     job_file, result = _save_job(request, engine, log)
     # The last words of an earlier build are not those of this one.
     log.unlink(missing_ok=True)
-    done = run_child(WORKER, str(job_file))
+    try:
+        done = run_child(WORKER, str(job_file), seconds=BUILD_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        what = f"The builder was ended after {BUILD_SECONDS / 3600:.0f} hours."
+        raise EngineError(what, f"Log: {log}") from error
     if done.returncode == DISK_FAILURE:
         code, _, text = done.stderr.splitlines()[-1].partition(" ")
         raise OSError(int(code), text, str(engine))
@@ -167,7 +178,7 @@ def _build_in_child(request: BuildRequest, engine: Path, log: Path) -> RawBuild:
             stream.write(f"[stderr] {done.stderr}")
     if done.returncode not in (0, REPORTED_FAILURE):
         raise crashed(request.model, log, done.returncode, done.stderr)
-    values = json.loads(result.read_text(encoding="utf-8"))
+    values = read_json_object(result, limit=LAYERS_BYTES, error=EngineError)
     if "errors" in values:
         raise refused(values, request.target.builder, log)
     text = log.read_text(encoding="utf-8")

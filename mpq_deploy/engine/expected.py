@@ -8,7 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpq_deploy.errors import InputError
 from mpq_deploy.formats.scheme import SCHEMES, Scheme
+from mpq_deploy.system.inputs import read_json_object
+from mpq_deploy.system.names import printable
+from mpq_deploy.system.typed import typed
 
 if TYPE_CHECKING:
     from mpq_deploy.graph.layers import Layer
@@ -90,11 +94,7 @@ class ExpectedLayers:
     @classmethod
     def load(cls, path: Path) -> ExpectedLayers:
         """Read what ``save`` wrote."""
-        data = json.loads(path.read_text(encoding="utf-8"))
-        tuples = ("nodes", "kernel")
-        layers = [{**one, **{key: tuple(one[key]) for key in tuples}} for one in data["layers"]]
-        return cls(
-            tuple(ExpectedLayer(**one) for one in layers),
-            data["total_bytes"],
-            data.get("repeated_bytes", 0),
-        )
+        try:
+            return typed(cls, read_json_object(path))
+        except ValueError as error:
+            raise InputError(f"{path}: {printable(str(error))}.", "Build it again.") from error

@@ -6,12 +6,12 @@ without a GPU prints its layers in the log instead (``build_log``).
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
 from mpq_deploy.engine.build_log import ONNX_NODE, EngineLayer, EngineLog, EngineTensor, totals
-from mpq_deploy.errors import EngineError
+from mpq_deploy.errors import EngineError, InputError
+from mpq_deploy.system.inputs import as_object, parse_json
 
 # The words of TensorRT's format descriptions, such as "Row major linear FP16 format", and of its
 # weights.
@@ -36,8 +36,10 @@ def parse_layer_information(text: str, log: str) -> EngineLog:
     Raises EngineError when the JSON holds no detailed layers.
     """
     try:
-        listed = json.loads(text)["Layers"]
-    except (ValueError, KeyError, TypeError) as error:
+        listed = as_object(parse_json(text, "it"), "it")["Layers"]
+        if not isinstance(listed, list):
+            raise KeyError("Layers")
+    except (InputError, KeyError) as error:
         text = (
             "The builder's layer information is no JSON with 'Layers', so the engine is unchecked."
         )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from mpq_deploy.engine.verify import Problem
-from mpq_deploy.errors import EngineError
+from mpq_deploy.errors import EngineError, InputError
 from mpq_deploy.system.files import unsealed
+from mpq_deploy.system.inputs import read_json_object, read_text
+from mpq_deploy.system.names import printable
+from mpq_deploy.system.typed import typed
 
 # Its file beside the engine.
 RECORD = "build.json"
@@ -27,8 +30,8 @@ class BuildTiming:
     def load(cls, path: Path) -> BuildTiming | None:
         """Read what was written beside a build; None where it was altered."""
         try:
-            return cls(**unsealed(path.read_text(encoding="utf-8")))
-        except ValueError:
+            return typed(cls, unsealed(read_text(path)))
+        except (ValueError, InputError):
             return None
 
 
@@ -82,9 +85,12 @@ class EngineRecord:
     @classmethod
     def load(cls, path: Path, timing: Path | None = None) -> EngineRecord:
         """Read what ``save`` wrote, with the timing where there is one."""
-        values = json.loads(path.read_text(encoding="utf-8"))
-        values["compute_capabilities"] = tuple(values.get("compute_capabilities", ()))
-        values["problems"] = tuple(Problem(**problem) for problem in values["problems"])
+        try:
+            record = typed(cls, read_json_object(path))
+        except ValueError as error:
+            raise InputError(
+                f"{path}: {printable(str(error))}.", "Build the engine again."
+            ) from error
         if timing is not None and timing.is_file():
-            values["timing"] = BuildTiming.load(timing)
-        return cls(**values)
+            record = replace(record, timing=BuildTiming.load(timing))
+        return record

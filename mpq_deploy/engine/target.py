@@ -14,12 +14,11 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mpq_deploy.engine.build_target import BuildTarget
 from mpq_deploy.engine.trtexec import find_trtexec
-from mpq_deploy.errors import UsageError, nearest
+from mpq_deploy.errors import MpqError, UsageError, nearest
 from mpq_deploy.formats.scheme import (
     BRANCH_KINDS,
     FAMILIES,
@@ -30,6 +29,8 @@ from mpq_deploy.formats.scheme import (
     nearest_scheme,
 )
 from mpq_deploy.graph.layers import LAYER_OPS, Layer
+from mpq_deploy.system.names import plain_name, printable
+from mpq_deploy.system.yaml_file import parse_yaml, read_yaml
 
 Dialect = Literal["trt-rtx", "trt-10.3", "trt-10.13", "trt-11", "onnxruntime"]
 Builder = Literal["tensorrt_rtx", "tensorrt", "trtexec", "none"]
@@ -41,6 +42,10 @@ SUFFIXES = (".yaml", ".yml")
 
 # The builder of TensorRT-RTX, which runs here without a GPU.
 RTX = "tensorrt_rtx"
+
+
+class _InvalidNameError(MpqError, ValueError):
+    """So that pydantic says it beside what else is wrong."""
 
 
 class Figure(BaseModel):
@@ -121,6 +126,10 @@ class Target(BaseModel):
 
     @model_validator(mode="after")
     def _well_formed(self) -> Target:
+        plain_name(self.name, "name", _InvalidNameError)
+        for text in (self.title, self.jetpack, self.figures_of):
+            if printable(text) != text:
+                raise ValueError(f"'{printable(text)}' holds control characters")
         for name in self.compute_capabilities:
             if not re.fullmatch(r"SM\d{2,3}", name):
                 raise ValueError(f"compute_capabilities: '{name}' is not of the form SM87")
@@ -246,22 +255,13 @@ def _folder() -> Any:
 
 
 def _shipped_fields(name: str) -> dict[str, Any]:
-    fields: dict[str, Any] = yaml.safe_load(
-        (_folder() / f"{name}.yaml").read_text(encoding="utf-8")
-    )
+    text = (_folder() / f"{name}.yaml").read_text(encoding="utf-8")
+    fields: dict[str, Any] = parse_yaml(text, name)
     return fields
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(
-            f"The target file {path} cannot be read: {error.strerror}.", _known()
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"The target file {path} is no YAML: {reason}.") from error
+    fields = read_yaml(path, error=UsageError, hint=_known())
     if not isinstance(fields, dict):
         kind = type(fields).__name__
         raise UsageError(f"The target file {path} holds {kind}, not fields such as 'extends: rtx'.")

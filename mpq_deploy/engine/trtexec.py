@@ -17,10 +17,14 @@ from mpq_deploy.engine.build_worker import InputShapes
 from mpq_deploy.engine.failure import crashed, fatal_signal
 from mpq_deploy.engine.record import BuildTiming
 from mpq_deploy.errors import EngineError
+from mpq_deploy.system.children import run_bounded
+from mpq_deploy.system.inputs import read_text
 from mpq_deploy.system.memory import children_peak_bytes
 
 # Where JetPack and the Debian packages put it, beside the search path.
 PLACES = ("/usr/src/tensorrt/bin/trtexec",)
+# One build: hours on a small device (our choice). What it lists of its layers: some kilobytes each.
+BUILD_SECONDS, LAYERS_BYTES = 12 * 3600.0, 256 << 20
 
 
 def find_trtexec() -> str | None:
@@ -75,9 +79,13 @@ def build_with_trtexec(
         )
     layers = engine.with_name("layers.json")
     started = time.monotonic()
-    with log.open("w", encoding="utf-8") as stream:
-        command = trtexec_command(trtexec, model, engine, layers, shapes)
-        done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False)
+    command = trtexec_command(trtexec, model, engine, layers, shapes)
+    with log.open("wb") as stream:
+        try:
+            done = run_bounded(command, seconds=BUILD_SECONDS, log=stream)
+        except subprocess.TimeoutExpired as error:
+            what = f"trtexec was ended after {BUILD_SECONDS / 3600:.0f} hours."
+            raise EngineError(what, f"Log: {log}") from error
     text = log.read_text(errors="replace", encoding="utf-8")
     version = trtexec_version(text)
     if version and not target.takes_version(version):
@@ -92,7 +100,7 @@ def build_with_trtexec(
         reason = " / ".join(errors) or "no reason given"
         raise EngineError(f"trtexec refuses the graph: {reason}.", f"Log: {log}")
     timing = BuildTiming(round(time.monotonic() - started, 3), children_peak_bytes())
-    return version, layers.read_text(encoding="utf-8"), timing
+    return version, read_text(layers, limit=LAYERS_BYTES, error=EngineError), timing
 
 
 def trtexec_trial(graph: Path, shapes: Mapping[str, InputShapes], seconds: float) -> int:
@@ -109,7 +117,7 @@ def trtexec_trial(graph: Path, shapes: Mapping[str, InputShapes], seconds: float
     engine, layers = graph.with_name("trial.engine"), graph.with_name("trial.json")
     command = trtexec_command(trtexec, graph, engine, layers, present)
     try:
-        return subprocess.run(command, capture_output=True, check=False, timeout=seconds).returncode
+        return run_bounded(command, seconds=seconds).returncode
     except subprocess.TimeoutExpired:
         return 0
 

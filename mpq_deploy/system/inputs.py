@@ -22,7 +22,7 @@ from mpq_deploy.system.names import printable
 # we know. The values of a text take up to 25 times its size in memory.
 TEXT_BYTES = 16 << 20
 # What no file of ours comes near: levels of nesting, values in a text, digits of a number.
-DEPTH, VALUES, DIGITS = 64, 4_000_000, 40
+DEPTH, VALUES, DIGITS = 64, 16_000_000, 40
 
 _KINDS = {
     stat.S_IFDIR: "a folder",

@@ -53,9 +53,9 @@ def parse_yaml(
         raise error(f"{printable(source)} is nested too deeply.", hint) from problem
     except yaml.MarkedYAMLError as problem:
         mark = problem.problem_mark
-        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         text = ", ".join(part for part in (problem.context, problem.problem) if part)
-        what = f"{printable(source)}{where}: {printable(text)}."
+        what = f"{printable(source)} is no YAML that can be used: {where}{printable(text)}."
         raise error(what, hint) from problem
     except (
         yaml.YAMLError,

@@ -194,7 +194,7 @@ def test_a_users_wrong_file_is_one_clear_line(tmp_path: Path, text: str, says: s
 
 
 def test_a_missing_file_is_a_usage_error(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(UsageError, match="There is no file"):
         load_target(tmp_path / "none.yaml")
 
 
