@@ -53,7 +53,16 @@ DEVICE_MODULES = (
     *(
         f"system/{name}.py"
         for name in (
-            *("__init__", "array_file", "children", "files", "inputs", "memory", "names"),
+            *(
+                "__init__",
+                "array_file",
+                "children",
+                "files",
+                "import_path",
+                "inputs",
+                "memory",
+                "names",
+            ),
             *("progress", "release", "typed"),
         )
     ),

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any
 
 from mpq_deploy.errors import EngineError
+from mpq_deploy.system.import_path import children_path
 
 # Exit code of a child whose parent is gone.
 ORPHANED = 5
@@ -24,18 +25,23 @@ ORPHANED = 5
 # of a large model has a hundred megabytes.
 OUTPUT_BYTES, LOG_BYTES = 16 << 20, 2 << 30
 LAST_BYTES_SECONDS = 5.0
+# What `python -m` does, without the current folder on the import path (Python 3.10 has no -P).
+START = (
+    "import sys; sys.path[:] = [p for p in sys.path if p]; import runpy; del sys.argv[0]; "
+    "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
+)
 # Before each frame: how many bytes it has.
 FRAME = struct.Struct("<Q")
 
 
 def child_command(module: str, *arguments: str) -> list[str]:
-    """Return the command that runs ``module`` with this Python."""
-    return [sys.executable, "-m", module, *arguments]
+    """Return the command that runs ``module`` with this Python, and imports nothing from its folder."""
+    return [sys.executable, "-c", START, module, *arguments]
 
 
 def child_environment() -> dict[str, str]:
     """The environment of a child process that imports what this one does (the package may lie in a zip file)."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    return {**os.environ, "PYTHONPATH": children_path()}
 
 
 def apart() -> dict[str, Any]:

@@ -20,6 +20,7 @@ import numpy as np
 
 from mpq_deploy.errors import DiskError
 from mpq_deploy.system.files import FULL
+from mpq_deploy.system.import_path import drop_current_folder
 from mpq_deploy.system.locks import alone_with, user_folder
 from mpq_deploy.system.parallel.child import Worker
 from mpq_deploy.system.parallel.work import Opener
@@ -58,6 +59,8 @@ class NodeWorker:
     """Opens a job and computes its shards; answers as a worker process does (``child.py``)."""
 
     def __init__(self) -> None:
+        # Ray gives its workers the import path of the process that started the work.
+        drop_current_folder()
         self._answers: list[tuple[Any, ...]] = []
         self._worker = Worker(self._answers.append)
         self._folder: Path | None = None
