@@ -26,7 +26,6 @@ from mpq_deploy.models.spec import Array, DenoiserSpec
 from mpq_deploy.recipe import CalibrateSettings, SamplerKind
 from mpq_deploy.runtime.not_finite import CheckedDenoiser
 from mpq_deploy.runtime.ort import OrtDenoiser
-from mpq_deploy.system.locks import alone_with
 from mpq_deploy.system.parallel.job_files import Files
 from mpq_deploy.system.parallel.work import Job, Pool, Result, Shard, Work, run_shards
 from mpq_deploy.system.progress import Talk
@@ -186,10 +185,7 @@ class _Calibrating:
         self, recorded: CalibrationSet, talk: Talk
     ) -> tuple[ObservedGraph, ort.InferenceSession]:
         if self._observing is None:
-            # A session is made from a hard link to the weights, which other readers of them refuse:
-            # one at a time, and the link goes as soon as ONNX Runtime has mapped the file.
-            with alone_with(self._model):
-                self._observing = self._opened(recorded, talk)
+            self._observing = self._opened(recorded, talk)
         return self._observing
 
     def _opened(

@@ -26,6 +26,7 @@ from mpq_deploy.report.data import DeviceInfo, Ratio
 from mpq_deploy.system.files import write_text
 from mpq_deploy.system.inputs import read_json_object
 from mpq_deploy.system.names import path_inside, plain_name, printable
+from mpq_deploy.system.validated import first_error
 
 if TYPE_CHECKING:
     from mpq_deploy.run.view import Run
@@ -190,21 +191,11 @@ def read_results(path: Path, talk: Talk | None = None) -> DeviceResults:
     except ValidationError as error:
         wrong = {str(one["loc"][0]) if one["loc"] else "" for one in error.errors()}
         if not wrong <= set(OPTIONAL):
-            raise UsageError(f"{path} is no results.json: {_said(error)}.", HINT) from error
+            raise UsageError(f"{path} is no results.json: {first_error(error)}.", HINT) from error
         if talk is not None:
-            talk.warn(f"{path}: {', '.join(sorted(wrong))} left out: {_said(error)}")
+            talk.warn(f"{path}: {', '.join(sorted(wrong))} left out: {first_error(error)}")
         # Null is what the device writes where it did not measure.
         return DeviceResults.model_validate({**values, **dict.fromkeys(wrong)})
-
-
-def _said(error: ValidationError) -> str:
-    """Name the first field that is wrong, and how many more are."""
-    first = error.errors()[0]
-    place = printable(".".join(map(str, first["loc"]))[:200])
-    shown = repr(first["input"])
-    shown = f" (found {printable(shown[:60])})" if first["type"] != "missing" else ""
-    more = f", and {error.error_count() - 1} more" if error.error_count() > 1 else ""
-    return f"{place}: {first['msg'].removeprefix('Value error, ')}{shown}{more}"
 
 
 def take_in(run: Run, path: Path) -> Path:

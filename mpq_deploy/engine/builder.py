@@ -8,6 +8,8 @@ same bytes when repeated; the full log and the time taken lie outside of it.
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping
@@ -45,6 +47,8 @@ from mpq_deploy.system.inputs import read_json_object
 from mpq_deploy.system.progress import Talk
 
 ENGINE, LAYERS = "model.engine", "layers.txt"
+# How the folder of a build in work begins; the number of its process follows.
+BUILDING = ".build-"
 # What a child process runs.
 WORKER = "mpq_deploy.engine.build_worker"
 # The file that ``bisect`` writes its smaller graphs to.
@@ -117,7 +121,8 @@ def build_engine(
     backend = _backend(target)
     out.mkdir(parents=True, exist_ok=True)
     talk.line(f"building the engine for {target.name} with {target.builder}")
-    with tempfile.TemporaryDirectory(dir=out, prefix=".build-") as folder:
+    _remove_leftovers(out)
+    with tempfile.TemporaryDirectory(dir=out, prefix=f"{BUILDING}{os.getpid()}-") as folder:
         built = Path(folder) / ENGINE
         try:
             raw = backend(request, built.resolve(), log.resolve())
@@ -131,6 +136,14 @@ def build_engine(
     for problem in record.problems:
         talk.warn(str(problem))
     return record
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Remove what builds that were killed have left in ``out`` (where the system lists processes)."""
+    for left in out.glob(f"{BUILDING}*"):
+        process = left.name.removeprefix(BUILDING).partition("-")[0]
+        if Path("/proc/self").exists() and not Path("/proc", process).exists():
+            shutil.rmtree(left, ignore_errors=True)
 
 
 Backend = Callable[[BuildRequest, Path, Path], RawBuild]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import datetime
 import importlib.util
 import statistics
-import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +37,7 @@ from mpq_deploy.latency.one_layer import INPUT, OUTPUT, OneLayer, write_one_laye
 from mpq_deploy.latency.plan_latency import call_shapes
 from mpq_deploy.latency.roofline import Rates
 from mpq_deploy.rounding.candidate_store import CONTROLS, control_scheme, wanted_schemes
+from mpq_deploy.system.locks import scratch_folder
 from mpq_deploy.system.progress import Talk
 
 if TYPE_CHECKING:
@@ -148,8 +148,7 @@ class Profile:
 
 def time_one_layer(one: OneLayer, target: Target) -> tuple[EngineRecord, Run]:
     """Build the engine of one layer and time it. Raises EngineError where either fails."""
-    with tempfile.TemporaryDirectory(prefix="mpq-profile-") as scratch:
-        folder = Path(scratch)
+    with scratch_folder("profile") as folder:
         record = build_one_layer(one, target, folder)
         rng = np.random.default_rng(0)
         x = rng.standard_normal(one.shape.input_shape).astype(np.float16)

@@ -9,8 +9,12 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from mpq_deploy.errors import ModelError
+from mpq_deploy.system.validated import read_model
+
 Array = np.ndarray[Any, np.dtype[Any]]
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
+SPEC_HINT = "Export the model again, or correct the file."
 
 
 class InputSpec(BaseModel):
@@ -89,8 +93,8 @@ class DenoiserSpec(BaseModel):
 
     @classmethod
     def load(cls, path: Path) -> DenoiserSpec:
-        """Read what ``save`` wrote."""
-        return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        """Read what ``save`` wrote. Raises ModelError naming the first field that is wrong."""
+        return read_model(cls, path, infinite=True, error=ModelError, hint=SPEC_HINT)
 
 
 @dataclass(frozen=True)

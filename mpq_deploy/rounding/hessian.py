@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -29,7 +28,6 @@ from mpq_deploy.graph.constants import add_constant
 from mpq_deploy.graph.layers import Layer, LayerGraph, LayerUse
 from mpq_deploy.models.spec import Array
 from mpq_deploy.recipe import QuantizeSettings
-from mpq_deploy.system.locks import alone_with
 from mpq_deploy.system.progress import Advance, Talk
 from mpq_deploy.system.sessions import open_session
 
@@ -103,16 +101,10 @@ class HessianPlan:
         talk: Talk,
         *,
         scratch: Path | None = None,
-        guard: Path | None = None,
     ) -> HessianPlan:
-        """Plan the Hessians; the arguments and errors are those of ``iterate_hessians``.
-
-        ``guard``: a file that processes which read the same model lock while its weights are linked
-        for a session.
-        """
-        source = _Source(graph, calls, settings, talk, scratch, guard)
-        with alone_with(guard) if guard else nullcontext():
-            shapes = activation_shapes(graph, calls, talk, scratch)
+        """Plan the Hessians; the arguments and errors are those of ``iterate_hessians``."""
+        source = _Source(graph, calls, settings, talk, scratch)
+        shapes = activation_shapes(graph, calls, talk, scratch)
         nodes = {node.name: node for node in graph.model.graph}
         planned = [
             (
@@ -167,9 +159,9 @@ class HessianPlan:
 
     def gathering(self, number: int) -> Gathering:
         """Open what gives the rows of group ``number``; one session at a time is enough for all timesteps."""
-        with _session(
-            self._source, _gathering_graph(self._source.graph, self._jobs(number))
-        ) as session:
+        source = self._source
+        model = _gathering_graph(source.graph, self._jobs(number))
+        with open_session(model, source.talk, scratch=source.scratch) as session:
             return Gathering(self._source, self._jobs(number), session)
 
     def _jobs(self, number: int) -> list[_Patches]:
@@ -183,7 +175,6 @@ class _Source:
     settings: QuantizeSettings
     talk: Talk
     scratch: Path | None
-    guard: Path | None
 
     @cached_property
     def batches(self) -> list[Batch]:
@@ -436,7 +427,10 @@ def _as_rows(job: _Patches, gathered: Array, inside: Array | None) -> Array:
 def _gathered_here(source: _Source, jobs: list[_Patches], label: str) -> Iterator[list[Array]]:
     """Run the calls once; yield the rows of each batch."""
     model = _gathering_graph(source.graph, jobs)
-    with _session(source, model) as session, source.talk.bar(label, source.total_calls) as advance:
+    with (
+        open_session(model, source.talk, scratch=source.scratch) as session,
+        source.talk.bar(label, source.total_calls) as advance,
+    ):
         gathering = Gathering(source, jobs, session)
         for batch in source.batches:
             yield gathering.rows(batch)
@@ -467,19 +461,6 @@ def _accumulate(
                 "Calibrate again: the observers name the layer and the timestep.",
             )
     return sums
-
-
-@contextmanager
-def _session(source: _Source, model: ir.Model) -> Iterator[ort.InferenceSession]:
-    """Open a session on ``model``; where others may read its weights, these are linked only until they are mapped."""
-    opened = open_session(model, source.talk, scratch=source.scratch)
-    if source.guard is None:
-        with opened as session:
-            yield session
-        return
-    with alone_with(source.guard), opened as session:
-        pass
-    yield session
 
 
 def _batch_taps(

@@ -23,7 +23,6 @@ from mpq_deploy.rounding.rounder import Rounder, rounding_calls
 from mpq_deploy.run.stage_memory import rounding_worker_bytes
 from mpq_deploy.run.view import RECIPE, Run
 from mpq_deploy.system.files import disk_error
-from mpq_deploy.system.locks import alone_with
 from mpq_deploy.system.parallel.work import Job, Pool, Result, Shard, Within, Work, run_shards
 from mpq_deploy.system.progress import Talk
 
@@ -73,9 +72,9 @@ def round_over_workers(run: Run, folder: Path) -> None:
                 dealing.round(shards, which if len(plan) > 1 else "")
 
 
-def _plan(run: Run, talk: Talk, guard: Path | None = None) -> HessianPlan:
+def _plan(run: Run, talk: Talk) -> HessianPlan:
     graph, calls, settings = run.exported.graph, rounding_calls(run), run.recipe.quantize
-    return HessianPlan.of(graph, calls, settings, talk, scratch=run.scratch(), guard=guard)
+    return HessianPlan.of(graph, calls, settings, talk, scratch=run.scratch())
 
 
 @dataclass(frozen=True)
@@ -134,10 +133,7 @@ class _Rounding:
     def __init__(self, root: Path, out: Path, shares_files: bool, talk: Talk) -> None:
         self._root, self._out, self._shares = root, root / out, shares_files
         self._run = Run.opened(root, talk)
-        # Another worker of this node may have linked the weights for a session, which readers
-        # refuse.
-        with alone_with(root / RECIPE):
-            self._layers = self._run.exported.graph.layers
+        self._layers = self._run.exported.graph.layers
         self._rounder = Rounder.of(self._run)
         self._plan: HessianPlan | None = None
         self._open: tuple[int, Gathering] | None = None
@@ -155,7 +151,7 @@ class _Rounding:
     def gather(self, task: _Gather, talk: Talk) -> Result:
         """Return the rows by batch and Hessian."""
         if self._plan is None:
-            self._plan = _plan(self._run, Within.silent(talk), self._root / RECIPE)
+            self._plan = _plan(self._run, Within.silent(talk))
         if self._open is None or self._open[0] != task.group:
             # Two sessions would hold two copies of the weights.
             self._open = None

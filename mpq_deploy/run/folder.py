@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpq_deploy.errors import RunFolderError
+from mpq_deploy.errors import InputError, RunFolderError
 from mpq_deploy.system.files import (
     Fields,
     canonical_json,
@@ -25,12 +25,17 @@ from mpq_deploy.system.files import (
     unsealed,
     write_text,
 )
+from mpq_deploy.system.inputs import read_json, read_json_object, read_text
 from mpq_deploy.system.locks import HeldError, hold_folder
+from mpq_deploy.system.names import printable
 from mpq_deploy.system.release import __version__
+from mpq_deploy.system.typed import typed
 
 FORMAT = 1
 RECORD = "stage.json"
 TIMINGS = "timings.json"
+# What makes a folder a run.
+MARKER = "run.json"
 
 
 @dataclass(frozen=True)
@@ -65,14 +70,12 @@ class RunFolder:
 
     def record(self, name: str) -> StageRecord | None:
         """Return the record of a finished stage; None where there is none or it cannot be read."""
-        path = self.path / name / RECORD
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            record = StageRecord(values["stage"], dict(values["inputs"]), dict(values["outputs"]))
-            return record if record.stage == name else None
-        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+            record = typed(StageRecord, read_json(self.path / name / RECORD))
+        except (InputError, ValueError):
             # Missing, cut short or altered: the stage is made again.
             return None
+        return record if record.stage == name else None
 
     def changed_fields(self, name: str, inputs: Fields) -> list[str] | None:
         """Name the inputs that differ from those recorded; [] when current, None when absent.
@@ -120,8 +123,9 @@ class RunFolder:
     def timings(self) -> dict[str, dict[str, float]]:
         """Seconds and peak memory of each stage when it was last made."""
         try:
-            return unsealed((self.path / TIMINGS).read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+            timings = unsealed(read_text(self.path / TIMINGS))
+            return typed(dict[str, dict[str, float]], timings)
+        except (InputError, ValueError):
             # Only figures of the report: damaged ones are left out until the stages are made again.
             return {}
 
@@ -136,15 +140,19 @@ def refuse_altered(files: Iterable[Path]) -> None:
     """Raise RunFolderError when one of ``files`` is not as its finished stage left it.
 
     For callers that open results without the pipeline, which would make the stage again. Files
-    outside a stage's folder are passed over: nothing is known of them.
+    outside a run folder are passed over: nothing is known of them. Within one, a stage without its
+    record is refused as well.
     """
     for path in files:
-        record = RunFolder(path.parent.parent).record(path.parent.name)
+        run = path.parent.parent
+        if not (run / MARKER).exists():
+            continue
+        record = RunFolder(run).record(path.parent.name)
         known = {} if record is None else record.outputs
-        if path.name in known and file_digest(path) != known[path.name]:
+        if known.get(path.name) != file_digest(path):
+            what = "was altered since it was made" if path.name in known else "is not in its record"
             raise RunFolderError(
-                f"{path} was altered since it was made.",
-                "Run 'mpq-deploy build' on its run folder: it makes it again.",
+                f"{path} {what}.", "Run 'mpq-deploy build' on its run folder: it makes it again."
             )
 
 
@@ -172,7 +180,7 @@ def open_run(path: Path) -> Iterator[RunFolder]:
 
 
 def _check_format(path: Path) -> None:
-    marker = path / "run.json"
+    marker = path / MARKER
     if not marker.exists():
         others = [p.name for p in path.iterdir() if p.name[0] != "." and p.name != "recipe.yaml"]
         if others:
@@ -182,13 +190,9 @@ def _check_format(path: Path) -> None:
             )
         write_text(marker, canonical_json({"format": FORMAT, "made_by": __version__}))
         return
-    try:
-        made = json.loads(marker.read_text(encoding="utf-8"))
-        made_format, made_by = int(made["format"]), str(made["made_by"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunFolderError(
-            f"{marker} cannot be read: {error}.", "Give a new run folder with -o."
-        ) from error
+    again = "Give a new run folder with -o."
+    made = read_json_object(marker, error=RunFolderError, hint=again)
+    made_format, made_by = made.get("format"), printable(str(made.get("made_by"))[:40])
     if made_format != FORMAT:
         raise RunFolderError(
             f"The run folder {path} was made by mpq-deploy {made_by} (format {made_format}; this is {FORMAT}).",

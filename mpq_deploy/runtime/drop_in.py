@@ -12,7 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from mpq_deploy.device.archive import MANIFEST, ArchiveError
+from mpq_deploy.device.manifest import Manifest
 from mpq_deploy.engine.builder import ENGINE
+from mpq_deploy.engine.record import EngineRecord
 from mpq_deploy.errors import UsageError, nearest
 from mpq_deploy.evaluate.cache import model_files
 from mpq_deploy.graph.passes.first_token import SAME_TOKEN, token_distance
@@ -21,6 +24,7 @@ from mpq_deploy.models.export import SPEC
 from mpq_deploy.models.spec import DenoiserSpec, InputSpec
 from mpq_deploy.run.folder import refuse_altered
 from mpq_deploy.runtime.backends import Backend, EngineBackend, OrtBackend
+from mpq_deploy.system.files import file_digest
 
 # What the first input is called here; a transformer's pipeline calls it hidden_states.
 SAMPLE = "sample"
@@ -226,7 +230,10 @@ def load(
     path = Path(source)
     if not path.exists():
         raise UsageError(f"There is no {path}.", "Give a run folder, an engine, or an ONNX file.")
-    spec, engine, models = _found(path)
+    described, engine, models = _found(path)
+    refuse_altered([described])
+    _refuse_altered_part(described)
+    spec = DenoiserSpec.load(described)
     if spec.timestep is None:
         raise UsageError(
             f"{path} holds a component without timesteps ({spec.name}), not a denoiser.",
@@ -256,8 +263,15 @@ def load(
     return RuntimeUNet(spec, OrtBackend(model, spec, chosen, threads))
 
 
-def _found(path: Path) -> tuple[DenoiserSpec, Path | None, dict[str, Path]]:
-    """Return the specification, the engine if there is one, and the ONNX graphs by file name."""
+def _refuse_altered_part(path: Path) -> None:
+    """Raise ArchiveError where ``path`` is a part of an unpacked package, and not as it was packed."""
+    manifest = path.with_name(MANIFEST)
+    if manifest.is_file() and Manifest.load(manifest).parts.get(path.name) != file_digest(path):
+        raise ArchiveError(f"{path} is altered.", "Unpack the package again.")
+
+
+def _found(path: Path) -> tuple[Path, Path | None, dict[str, Path]]:
+    """Return the specification's file, the engine if there is one, and the ONNX graphs by file name."""
     run = path if path.is_dir() else path.parent.parent
     places = [run / "export" / SPEC, (path if path.is_dir() else path.parent) / SPEC]
     described = next((place for place in places if place.is_file()), None)
@@ -266,18 +280,18 @@ def _found(path: Path) -> tuple[DenoiserSpec, Path | None, dict[str, Path]]:
             f"Nothing beside {path} says what it takes ({SPEC}).",
             "Give a run folder, or put it there.",
         )
-    spec = DenoiserSpec.load(described)
     if path.is_file():
         if path.suffix not in (".onnx", ".engine"):
             raise UsageError(
                 f"{path} is no .onnx and no .engine file.", "Give one of these, or the run folder."
             )
-        return (spec, path, {}) if path.suffix == ".engine" else (spec, None, {path.name: path})
+        engine = path if path.suffix == ".engine" else None
+        return described, engine, {} if engine else {path.name: path}
     folders = [path / "engine", path / ("recover" if _recovers(path) else "quantize"), path]
     engine = next((f / ENGINE for f in folders if (f / ENGINE).is_file()), None)
     graphs = [f / name for name in (DEPLOYED, SIMULATED) for f in folders if (f / name).is_file()]
     # The first folder that has a file wins.
-    return spec, engine, {file.name: file for file in reversed(graphs)}
+    return described, engine, {file.name: file for file in reversed(graphs)}
 
 
 def _recovers(run: Path) -> bool:
@@ -296,7 +310,6 @@ def _library(engine: Path | None, backend: str) -> str | None:
         return None
     if not torch.cuda.is_available():
         return None
-    record = engine.with_name("build.json")
-    text = record.read_text(encoding="utf-8") if record.is_file() else ""
-    library = "tensorrt_rtx" if "tensorrt_rtx" in text else "tensorrt"
+    record = EngineRecord.beside(engine)
+    library = "tensorrt_rtx" if record and record.backend == "tensorrt_rtx" else "tensorrt"
     return library if importlib.util.find_spec(library) else None

@@ -13,7 +13,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from mpq_deploy.errors import DiskError, MpqError
+from mpq_deploy.errors import DiskError, InputError, MpqError
+from mpq_deploy.system.inputs import parse_json
 
 # The entry of a sealed JSON file with the digest of all others.
 SEAL = "sha256"
@@ -33,7 +34,10 @@ def sealed_json(values: Fields) -> str:
 
 def unsealed(text: str) -> Fields:
     """Return the values that ``sealed_json`` wrote. Raises ValueError where they are not those."""
-    values = json.loads(text)
+    try:
+        values = parse_json(text, "it")
+    except InputError as error:
+        raise ValueError(error.message) from error
     if not isinstance(values, dict) or SEAL not in values:
         raise ValueError(f"it holds no {SEAL}")
     if values.pop(SEAL) != _values_digest(values):

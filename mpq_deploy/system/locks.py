@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+from mpq_deploy.errors import UsageError
 
 # In a folder that is held: what is locked, and the process id of the holder. Two files, since
 # Windows lets nobody read a locked one.
@@ -49,8 +53,54 @@ def alone_with(path: Path) -> Iterator[None]:
 
 
 def user_folder() -> Path:
-    """Return this user's own folder below that of temporary files."""
+    """Return this user's own folder below that of temporary files.
+
+    Raises UsageError where it is a link, another user's, or open to others: whoever may write there
+    could hand over files in our name.
+    """
     user = f"-{os.getuid()}" if hasattr(os, "getuid") else ""
     folder = Path(tempfile.gettempdir()) / f"mpq-deploy{user}"
     folder.mkdir(mode=0o700, exist_ok=True)
+    check_private(folder)
     return folder
+
+
+def check_private(folder: Path) -> None:
+    """Raise UsageError unless ``folder`` is a folder of this user that no other may write into."""
+    status = folder.lstat()
+    reason = ""
+    if not stat.S_ISDIR(status.st_mode):
+        reason = "is a link or a file"
+    elif hasattr(os, "getuid") and status.st_uid != os.getuid():
+        reason = f"belongs to another user (uid {status.st_uid})"
+    elif hasattr(os, "getuid") and status.st_mode & 0o022:
+        reason = f"may be written by others (mode {status.st_mode & 0o777:o})"
+    if reason:
+        raise UsageError(
+            f"{folder} {reason}, so that files in it cannot be trusted.",
+            "Remove it, or set TMPDIR to a folder of your own.",
+        )
+
+
+@contextmanager
+def scratch_folder(name: str, parent: Path | None = None) -> Iterator[Path]:
+    """Yield an empty folder in ``parent`` (None: this user's own), removed at the end.
+
+    Those that a killed process has left there are removed first: a lock beside each tells whether
+    its process lives.
+    """
+    place = user_folder() if parent is None else parent
+    for left in place.glob(f"{name}-*.lock"):
+        with suppress(Timeout, OSError), FileLock(left, timeout=0):
+            shutil.rmtree(left.with_suffix(""), ignore_errors=True)
+            left.unlink(missing_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=place))
+    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
+    try:
+        with lock:
+            yield folder
+    finally:
+        # Windows removes no file that ONNX Runtime has mapped: the next start does.
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            folder.with_name(f"{folder.name}.lock").unlink(missing_ok=True)

@@ -1,15 +1,13 @@
 """Open an ONNX Runtime session on a graph in memory without holding its weights twice.
 
 In: an ``onnx_ir.Model`` whose large constants lie in memory-mapped files. Out: an InferenceSession.
-ONNX Runtime reads external data only from below the graph file's own folder, so a scratch folder
-gets the graph and a hard link to each data file.
+The graph is handed over as bytes, in which constants name their files from the root of the file
+system: ONNX Runtime maps those of the user where they lie, without a link or a copy.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +17,12 @@ import onnxruntime as ort
 
 from mpq_deploy.errors import ModelError
 from mpq_deploy.runtime.ort import LARGE_WEIGHTS_BYTES, ORT_ERRORS, session_options, spare_memory
+from mpq_deploy.system.locks import scratch_folder
 from mpq_deploy.system.progress import Talk
 
+# The folder that names of external files count from where a session is made from bytes (ONNX
+# Runtime's onnxruntime_session_options_config_keys.h).
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 # Graphs whose constants are all in memory and below this are handed over as bytes, without any
 # file.
 IN_MEMORY_BYTES = 64 * 1024 * 1024
@@ -55,13 +57,10 @@ def open_session(
     if not external and weights < IN_MEMORY_BYTES:
         yield _session(ir.to_proto(model).SerializeToString(), options)
         return
-    # Windows removes no file that ONNX Runtime has mapped.
-    windows = os.name == "nt"
-    with tempfile.TemporaryDirectory(
-        prefix="session-", dir=scratch, ignore_cleanup_errors=windows
-    ) as folder:
-        _write(model, Path(folder), talk)
-        yield _session(str(Path(folder) / "model.onnx"), options)
+    with scratch_folder("session", scratch) as folder:
+        _write(model, folder, talk)
+        options.add_session_config_entry(WEIGHTS_FOLDER, folder.anchor)
+        yield _session(ir.to_proto(model).SerializeToString(), options)
 
 
 def _options(threads: int, optimize: bool) -> ort.SessionOptions:
@@ -90,46 +89,40 @@ def _session(source: str | bytes, options: ort.SessionOptions) -> ort.InferenceS
 
 
 def _write(model: ir.Model, folder: Path, talk: Talk) -> None:
-    """Write ``model`` into ``folder``: data files are linked, large constants in memory written to one file."""
-    links: dict[Path, str] = {}
-    with (folder / "memory.data").open("wb") as data:
+    """Let constants name their files from the root; write large ones in memory into ``folder``."""
+    copies: dict[Path, Path] = {}
+    memory = folder / "memory.data"
+    with memory.open("wb") as data:
         for graph in model.graphs():
             for value in graph.initializers.values():
                 tensor = value.const_value
                 if isinstance(tensor, ir.ExternalTensor):
-                    source = Path(tensor.path)
-                    if source not in links:
-                        links[source] = f"weights.{len(links)}.data"
-                        _link(source, folder / links[source], talk)
+                    source = Path(tensor.path).resolve()
+                    if source not in copies:
+                        copies[source] = _reachable(source, folder, len(copies), talk)
                     value.const_value = _external(
-                        tensor, links[source], tensor.offset, tensor.length, folder
+                        tensor, copies[source], tensor.offset, tensor.length
                     )
                 elif tensor is not None and tensor.nbytes >= INLINE_BYTES:
                     data.write(b"\0" * (-data.tell() % ALIGNMENT))
                     offset = data.tell()
                     data.write(tensor.tobytes())
-                    value.const_value = _external(
-                        tensor, "memory.data", offset, tensor.nbytes, folder
-                    )
-    (folder / "model.onnx").write_bytes(ir.to_proto(model).SerializeToString())
+                    value.const_value = _external(tensor, memory, offset, tensor.nbytes)
 
 
 def _external(
-    tensor: ir.TensorProtocol, location: str, offset: int | None, length: int | None, folder: Path
+    tensor: ir.TensorProtocol, file: Path, offset: int | None, length: int | None
 ) -> ir.ExternalTensor:
-    shape = ir.Shape(tensor.shape.numpy())
+    shape, root = ir.Shape(tensor.shape.numpy()), file.anchor
+    location = file.relative_to(root).as_posix()
     return ir.ExternalTensor(
-        location, offset, length, tensor.dtype, shape=shape, name=tensor.name or "", base_dir=folder
+        location, offset, length, tensor.dtype, shape=shape, name=tensor.name or "", base_dir=root
     )
 
 
-def _link(source: Path, target: Path, talk: Talk) -> None:
-    # A link to a symbolic link would dangle once it is moved: link what it points to.
-    resolved = source.resolve()
-    try:
-        os.link(resolved, target)
-    except OSError as error:
-        talk.line(
-            f"  copying {source.name} for ONNX Runtime: it cannot be linked ({error.strerror})"
-        )
-        shutil.copyfile(resolved, target)
+def _reachable(source: Path, folder: Path, number: int, talk: Talk) -> Path:
+    """Return ``source``, or a copy in ``folder`` where another drive (Windows) has it."""
+    if source.anchor == folder.anchor:
+        return source
+    talk.line(f"  copying {source.name} for ONNX Runtime: it lies on another drive")
+    return Path(shutil.copyfile(source, folder / f"weights.{number}.data"))

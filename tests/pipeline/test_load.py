@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from mpq_deploy.errors import ModelError, RunFolderError, UsageError
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED
 from mpq_deploy.models.export import load_exported
 from mpq_deploy.runtime.ort import OrtDenoiser
-from tests.pipeline.runs import Built
+from tests.pipeline.runs import Built, call
 
 torch = pytest.importorskip("torch")
 
@@ -56,3 +59,28 @@ def test_what_was_altered_does_not_answer(run: Path, name: str) -> None:
     path.write_bytes(content)
     with pytest.raises((RunFolderError, ModelError), match=f"{name} was altered|is no ONNX"):
         mpq_deploy.load(run, backend="onnxruntime")
+
+
+def test_a_description_that_was_altered_does_not_answer(run: Path) -> None:
+    path = run / "export" / "denoiser.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**values, "guidance_scale": 99.0}), encoding="utf-8")
+    with pytest.raises(RunFolderError, match=r"denoiser\.json was altered"):
+        mpq_deploy.load(run, backend="onnxruntime")
+
+
+@pytest.mark.parametrize("stage", ["quantize", "export"])
+def test_a_stage_without_its_record_does_not_answer(run: Path, stage: str) -> None:
+    (run / stage / "stage.json").unlink()
+    with pytest.raises(RunFolderError, match="is not in its record"):
+        mpq_deploy.load(run, backend="onnxruntime")
+
+
+def test_a_folder_of_hard_links_opens(run: Path, tmp_path: Path) -> None:
+    """As `cp -al` makes it, and as a killed process could leave one."""
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy, copy_function=os.link)
+    assert (copy / "quantize" / "weights.bin").stat().st_nlink == 2
+    assert np.array_equal(answers(copy)[1].numpy(), answers(run)[1].numpy())
+    done = call("evaluate", copy)
+    assert done.returncode == 0, done.stderr

@@ -228,20 +228,18 @@ def test_a_small_cap_means_more_passes_and_the_same_matrices() -> None:
     assert len(bars) > 1
 
 
-@pytest.mark.parametrize("guarded", [False, True])
 def test_rows_that_were_gathered_elsewhere_give_the_same_bits(
-    tmp_path: Path, guarded: bool
+    tmp_path: Path,
 ) -> None:
     """Timestep by timestep, the last one first, in plans of their own: as workers do it."""
-    given, guard = denoiser_case(), tmp_path / "guard"
-    guard.touch()
+    given = denoiser_case()
     largest = 4 * 4 * max(layer.reduction for layer in given.graph.layers) ** 2
     settings = bounds(hessian_rows=40, memory_mb=largest / 2**20)
     calls = (given.graph, calls_of(given), settings, Talk())
     here = list(iterate_hessians(*calls))
     plan, found = HessianPlan.of(*calls), []
     for number in range(len(plan)):
-        elsewhere = HessianPlan.of(*calls, guard=guard if guarded else None).gathering(number)
+        elsewhere = HessianPlan.of(*calls).gathering(number)
         moved: list[int] = []
         steps = {
             step: list(elsewhere.at(step, moved.append)) for step in reversed(range(plan.timesteps))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import tempfile
 from pathlib import Path
 from types import ModuleType
 
@@ -18,6 +17,7 @@ from mpq_deploy.errors import MissingDependencyError, UsageError
 from mpq_deploy.evaluate.metrics.networks import BATCH, INCEPTION, as_rgb, digest_of, title_of
 from mpq_deploy.models.spec import Array
 from mpq_deploy.system.files import file_digest
+from mpq_deploy.system.locks import scratch_folder
 
 # torch-fidelity's release of the weights; its name ends with the start of their SHA-256.
 FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -96,8 +96,8 @@ def _model(weights: Path):  # type: ignore[no-untyped-def]  # a class of torch-f
             f"Get {FILE} of torch-fidelity again.",
         ) from error
     # torch-fidelity unpickles whatever its path holds, so it is given a file that was written here.
-    with tempfile.TemporaryDirectory() as folder:
-        clean = Path(folder) / "weights.pth"
+    with scratch_folder("inception") as folder:
+        clean = folder / "weights.pth"
         torch.save(state, clean)
         try:
             return _torch_fidelity().FeatureExtractorInceptionV3(
