@@ -34,6 +34,9 @@ LOSSES: tuple[Loss, ...] = get_args(Loss)
 SIMULATED_DEFAULT = ("fp16", *(f"w{bits}a{a}-sim" for bits in (2, 3, 4, 5, 6, 8) for a in (8, 16)))
 
 
+# NumPy's and torch's generators take as many seeds; no other whole number here is larger than a
+# billion (our choice).
+LARGEST_SEED, LARGEST_NUMBER = 2**63 - 1, 10**9
 # Columns of a recipe that is printed with comments (our choice).
 COLUMNS = 100
 
@@ -44,7 +47,14 @@ AnySection = TypeVar("AnySection", bound="Section")
 class Section(BaseModel):
     """A part of the recipe: unknown keys are errors, values are frozen."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _of_usual_size(self) -> Section:
+        for name, value in self:
+            if isinstance(value, int) and value > LARGEST_NUMBER and name != "seed":
+                raise ValueError(f"{name} is {value:,}, more than {LARGEST_NUMBER:,}")
+        return self
 
     def replace(self: AnySection, **values: Any) -> AnySection:
         """Return the section with other ``values``, validated."""
@@ -59,7 +69,7 @@ class CalibrateSettings(Section):
     observed: int = Field(48, ge=1, description="recorded calls that activations are observed on")
     steps: int = Field(20, ge=1, description="sampler steps per trajectory")
     batch_size: int = Field(16, ge=1, description="samples per call")
-    seed: int = Field(1, ge=0, description="seed of the initial noise")
+    seed: int = Field(1, ge=0, le=LARGEST_SEED, description="seed of the initial noise")
     scale: Literal["mse", "percentile", "absmax"] = Field(
         "mse", description="how INT8 scales are chosen"
     )
@@ -110,7 +120,9 @@ class MeasureSettings(Section):
     )
     calls: int = Field(24, ge=1, description="samples measured at each timestep, in turn")
     batch_size: int = Field(16, ge=1, description="samples per call")
-    seed: int = Field(2, ge=0, description="seed of probes, noise and random losses")
+    seed: int = Field(
+        2, ge=0, le=LARGEST_SEED, description="seed of probes, noise and random losses"
+    )
     sampling: Literal["uniform", "adaptive"] = Field(
         "uniform",
         description="adaptive: more timesteps where the layers' importance (ORM) changes fastest",
@@ -278,7 +290,7 @@ class RecoverSettings(Section):
         128, ge=1, description="pixels compared and then stored at each update"
     )
     memory_anchors: int = Field(4096, ge=1, description="stored pixels that they are compared with")
-    seed: int = Field(4, ge=0, description="seed of batches and noise")
+    seed: int = Field(4, ge=0, le=LARGEST_SEED, description="seed of batches and noise")
 
     @field_validator("losses")
     @classmethod
@@ -309,7 +321,9 @@ class EvaluateSettings(Section):
         8, ge=1, description="images measured at each timestep, in turn; each at least once"
     )
     batch_size: int = Field(16, ge=1, description="samples per call")
-    seed: int = Field(1234, ge=0, description="seed of the initial noise; not calibration's")
+    seed: int = Field(
+        1234, ge=0, le=LARGEST_SEED, description="seed of the initial noise; not calibration's"
+    )
     sampler: SamplerKind = Field(
         "auto", description="auto: built-in DDIM for DDIM and DDPM, else the folder's own class"
     )

@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from mpq_deploy.cli.app import DEVICE, app, make_talk, print_result, recipe_of
-from mpq_deploy.cli.options import RunArgument, TargetOption
+from mpq_deploy.cli.options import RunArgument, TargetOption, output_file
 
 
 @app.command(
@@ -20,7 +20,12 @@ def package(
     out: Annotated[
         Optional[Path],
         typer.Option(
-            "--out", "-o", metavar="FILE", help="Archive to write.", show_default="<run>.mpq.tar"
+            "--out",
+            "-o",
+            metavar="FILE",
+            help="Archive to write.",
+            show_default="<run>.mpq.tar",
+            callback=output_file,
         ),
     ] = None,
 ) -> None:

@@ -30,6 +30,7 @@ from mpq_deploy.cli.options import (
     ShapeOption,
     TargetOption,
     WarmUpOption,
+    output_file,
 )
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def profile(
             "-o",
             metavar="FILE",
             help="Table to write.",
+            callback=output_file,
             show_default="<target>.latency.json",
         ),
     ] = None,
@@ -132,7 +134,6 @@ def bench(
         subjects = [subjects[0], subject_of(against, "other", wish)]
     result = results(measure(subjects, schedule, make_talk()), origin)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_text(out, canonical_json(result))
     print_result(result, bench_text(result), json)
 

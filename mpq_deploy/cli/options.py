@@ -8,10 +8,36 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from mpq_deploy.errors import UsageError
+
 if TYPE_CHECKING:
     from mpq_deploy.system.parallel.work import Crew
 
 OF_MODEL = "What the model lacks"
+# NumPy's and torch's generators take as many.
+LARGEST_SEED = 2**63 - 1
+
+
+def output_file(path: Path | None) -> Path | None:
+    """Return the file that a command is to write; no folder is made for it.
+
+    Raises UsageError, before any work, for a folder or a device, and where its folder is not there.
+    """
+    if path is None:
+        return None
+    path = path.expanduser()
+    try:
+        if path.is_dir():
+            raise UsageError(f"{path} is a folder.", "Give the file to write.")
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path} is no regular file.", "Give the file to write.")
+        if not path.parent.is_dir():
+            raise UsageError(
+                f"There is no folder {path.parent}.", "Make it first, or give another."
+            )
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{str(path)[:200]} cannot be written: {error}.") from error
+    return path
 
 
 class Sensitivity(str, Enum):
@@ -259,12 +285,22 @@ BaselineOption = Annotated[
 ]
 JunitOption = Annotated[
     Optional[Path],
-    typer.Option("--junit", metavar="FILE", help="Write JUnit XML.", show_default=False),
+    typer.Option(
+        "--junit",
+        metavar="FILE",
+        help="Write JUnit XML.",
+        show_default=False,
+        callback=output_file,
+    ),
 ]
 MarkdownFileOption = Annotated[
     Optional[Path],
     typer.Option(
-        "--markdown", metavar="FILE", help="Write a Markdown summary.", show_default=False
+        "--markdown",
+        metavar="FILE",
+        help="Write a Markdown summary.",
+        show_default=False,
+        callback=output_file,
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -295,7 +331,9 @@ WeightsOption = Annotated[
 ]
 SeedOption = Annotated[
     Optional[int],
-    typer.Option("--seed", min=0, help="Seed of the noise.", show_default="evaluate.seed"),
+    typer.Option(
+        "--seed", min=0, max=LARGEST_SEED, help="Seed of the noise.", show_default="evaluate.seed"
+    ),
 ]
 SamplingWorkersOption = Annotated[
     Optional[int],
@@ -354,6 +392,7 @@ BenchOutOption = Annotated[
         metavar="FILE",
         help="Write the results, for 'report --device'.",
         show_default=False,
+        callback=output_file,
     ),
 ]
 

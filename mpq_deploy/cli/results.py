@@ -11,6 +11,7 @@ import typer
 
 from mpq_deploy.cli.app import LOOK, app, make_talk, print_result, print_text, recipe_of
 from mpq_deploy.cli.options import (
+    LARGEST_SEED,
     AllowEstimateOption,
     AuditOutOption,
     BaselineOption,
@@ -49,8 +50,10 @@ from mpq_deploy.cli.options import (
     WeightsOption,
     WorkersOption,
     crew_for,
+    output_file,
 )
 from mpq_deploy.errors import MpqError, UsageError
+from mpq_deploy.system.files import write_text
 
 
 @app.command(
@@ -143,12 +146,17 @@ def audit(
 def sample(
     run: RunArgument,
     out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="PNG", help="The picture to write.")
+        Path,
+        typer.Option(
+            "--out", "-o", metavar="PNG", help="The picture to write.", callback=output_file
+        ),
     ] = Path("grid.png"),
     count: Annotated[
         int, typer.Option("--count", "-n", min=1, max=256, help="Number of images.")
     ] = 8,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the noise.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=LARGEST_SEED, help="Seed of the noise.")
+    ] = 0,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of the sampler.")] = 20,
     controls: Annotated[
         bool, typer.Option("--controls", help="Also sample everything-INT8 and everything-INT4.")
@@ -177,7 +185,13 @@ def compare(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
     html: Annotated[
         Optional[Path],
-        typer.Option("--html", metavar="FILE", help="Write an HTML page.", show_default=False),
+        typer.Option(
+            "--html",
+            metavar="FILE",
+            help="Write an HTML page.",
+            show_default=False,
+            callback=output_file,
+        ),
     ] = None,
     json: JsonOption = False,
 ) -> None:
@@ -188,8 +202,7 @@ def compare(
 
     comparison = compare_reports([read_report(path) for path in runs])
     if html is not None:
-        html.parent.mkdir(parents=True, exist_ok=True)
-        html.write_text(comparison_page(comparison), encoding="utf-8")
+        write_text(html, comparison_page(comparison))
     text = comparison_markdown(comparison) if markdown else comparison_text(comparison)
     print_result(comparison.as_json(), text, json)
 
@@ -287,8 +300,7 @@ def gate(
     result = check_gate(read_report(run), limits, former, allow_estimate)
     for path, text in ((junit, gate_junit(result)), (markdown, gate_markdown(result))):
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+            write_text(path, text)
     print_result(result.as_json(), gate_text(result), json)
     if not result.passed:
         raise typer.Exit(1)

@@ -37,7 +37,7 @@ from mpq_deploy.engine.record import EngineRecord
 from mpq_deploy.engine.trtexec import find_trtexec, trtexec_version
 from mpq_deploy.errors import EngineError, MpqError
 from mpq_deploy.system.children import run_bounded
-from mpq_deploy.system.files import disk_error, file_digest, write_text
+from mpq_deploy.system.files import disk_error, file_digest, refuse_links, write_text
 from mpq_deploy.system.memory import memory_room
 from mpq_deploy.system.names import path_inside, printable
 from mpq_deploy.system.progress import PlainTalk, Talk
@@ -76,7 +76,8 @@ def install(archive: Path, out: Path, talk: Talk, force_memory: bool = False) ->
     """
     if archive.is_dir():
         out = archive
-    else:
+    refuse_links(out, ArchiveError)
+    if not archive.is_dir():
         unpack(archive, out, talk)
     manifest = Manifest.load(out / MANIFEST)
     check_unpacked(out, manifest)

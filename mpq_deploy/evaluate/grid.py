@@ -88,7 +88,6 @@ def save_grid(path: Path, rows: Mapping[str, Array], labels: Sequence[str] = ())
     """Write the grid as PNG, aside and then into place."""
     buffer = io.BytesIO()
     image_grid(rows, labels).save(buffer, format="PNG", optimize=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_aside(path, buffer.getvalue())
     return path
 

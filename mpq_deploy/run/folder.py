@@ -11,9 +11,9 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from mpq_deploy.errors import InputError, RunFolderError
 from mpq_deploy.system.files import (
@@ -21,6 +21,7 @@ from mpq_deploy.system.files import (
     canonical_json,
     disk_error,
     file_digest,
+    refuse_links,
     sealed_json,
     unsealed,
     write_text,
@@ -75,7 +76,8 @@ class RunFolder:
         except (InputError, ValueError):
             # Missing, cut short or altered: the stage is made again.
             return None
-        return record if record.stage == name else None
+        plain = all(_inside(file) for file in record.outputs)
+        return record if plain and record.stage == name else None
 
     def changed_fields(self, name: str, inputs: Fields) -> list[str] | None:
         """Name the inputs that differ from those recorded; [] when current, None when absent.
@@ -163,9 +165,13 @@ def open_run(path: Path) -> Iterator[RunFolder]:
     Raises RunFolderError for a folder that is in use, has another format, is no run folder, or
     cannot be written.
     """
+    missing = [place for place in (path, *path.parents) if not place.exists()]
     with ExitStack() as stack:
+        # Last, when the lock is free again.
+        stack.callback(_remove_unused, path, missing)
         try:
             path.mkdir(parents=True, exist_ok=True)
+            refuse_links(path, RunFolderError)
             stack.enter_context(hold_folder(path))
             _check_format(path)
             _remove(path / ".scratch")
@@ -177,6 +183,17 @@ def open_run(path: Path) -> Iterator[RunFolder]:
         except OSError as error:
             raise disk_error(error, path) from error
         yield RunFolder(path)
+
+
+def _remove_unused(path: Path, made: list[Path]) -> None:
+    """Remove a run folder in which nothing was finished, and the folders ``made`` for it."""
+    if not made or not path.is_dir() or any(one.is_dir() for one in path.iterdir()):
+        return
+    for file in path.iterdir():
+        file.unlink()
+    for place in made:
+        with suppress(OSError):
+            place.rmdir()
 
 
 def _check_format(path: Path) -> None:
@@ -198,6 +215,12 @@ def _check_format(path: Path) -> None:
             f"The run folder {path} was made by mpq-deploy {made_by} (format {made_format}; this is {FORMAT}).",
             f"Give a new run folder with -o, or use mpq-deploy {made_by}.",
         )
+
+
+def _inside(file: str) -> bool:
+    """Whether a record's file lies in its stage's folder."""
+    path = PurePosixPath(file)
+    return not path.is_absolute() and ".." not in path.parts and "\0" not in file
 
 
 def _remove(path: Path) -> None:

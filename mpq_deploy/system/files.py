@@ -10,11 +10,13 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
 from mpq_deploy.errors import DiskError, InputError, MpqError
 from mpq_deploy.system.inputs import parse_json
+from mpq_deploy.system.names import printable
 
 # The entry of a sealed JSON file with the digest of all others.
 SEAL = "sha256"
@@ -68,16 +70,41 @@ def _digest(file: Any) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` aside and move it into place, so that a reader or a kill never sees half of it."""
+    """Write ``text`` aside and move it into place, so that a reader or a kill never sees half of it.
+
+    A link at ``path`` is replaced, not followed. Raises OSError naming a folder at ``path``.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     aside = path.with_name(f".{path.name}.{os.getpid()}")
+    # What a killed process left, or a link that somebody put there.
+    aside.unlink(missing_ok=True)
     try:
-        with aside.open("w", encoding="utf-8") as file:
+        with aside.open("x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def refuse_links(folder: Path, error: type[MpqError] = InputError) -> None:
+    """Raise ``error`` where ``folder`` holds a link, a named pipe or a device, however deep.
+
+    For folders that came from elsewhere and are written into: what is written through a link
+    replaces files outside, and a pipe never ends.
+    """
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(place, name)
+            mode = path.lstat().st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                kind = "a symbolic link" if stat.S_ISLNK(mode) else "neither a file nor a folder"
+                raise error(
+                    f"{printable(str(path))} is {kind}, and nothing is written beside such.",
+                    "Copy the folder without it: cp -rL copies what links point to.",
+                )
 
 
 # How the system says that a file cannot grow, and that none can be made.

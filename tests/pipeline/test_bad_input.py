@@ -298,7 +298,7 @@ def test_a_folder_of_another_format(cli: Cli, run: Path) -> None:
     before = stage_bytes(run)
     refused(cli("allocate", run, "--budget", "0.5"), 1, "mpq-deploy 9.9", "format 99")
     (run / "run.json").write_text("{", encoding="utf-8")
-    refused(cli("allocate", run, "--budget", "0.5"), 1, "run.json cannot be read")
+    refused(cli("allocate", run, "--budget", "0.5"), 1, "run.json is no JSON")
     assert stage_bytes(run) == before
 
 

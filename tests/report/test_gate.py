@@ -381,6 +381,10 @@ def test_the_command_line_exits_with_0_1_and_2(tmp_path, reported):
     reported()
     path = str(tmp_path / "report.json")
     files = ["--junit", str(tmp_path / "new" / "gate.xml"), "--markdown", str(tmp_path / "gate.md")]
+    nowhere = RUNNER.invoke(app, ["gate", path, "--max-size", "0.9", *files])
+    assert isinstance(nowhere.exception, UsageError)
+    assert "no folder" in nowhere.exception.message and not (tmp_path / "new").exists()
+    (tmp_path / "new").mkdir()
     good = RUNNER.invoke(app, ["gate", path, "--max-size", "0.9", "--min-psnr", "40", *files])
     assert good.exit_code == 0, good.output
     assert ET.parse(tmp_path / "new" / "gate.xml").getroot().get("failures") == "0"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
 
-from mpq_deploy.system.files import disk_error, sealed_json, unsealed
+from mpq_deploy.system.files import disk_error, sealed_json, unsealed, write_text
 
 
 @pytest.mark.parametrize(
@@ -31,3 +32,16 @@ def test_every_altered_digit_of_a_sealed_file_is_noticed() -> None:
     for other in ("", "[]", "{}", '{"seconds": 12.5}', text[:-3]):
         with pytest.raises(ValueError):
             unsealed(other)
+
+
+def test_a_link_is_replaced_and_not_followed(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("mine", encoding="utf-8")
+    path = tmp_path / "results.json"
+    for link in (path, path.with_name(f".{path.name}.{os.getpid()}")):
+        link.symlink_to(precious)
+    write_text(path, "new")
+    assert precious.read_text(encoding="utf-8") == "mine"
+    assert path.read_text(encoding="utf-8") == "new" and not path.is_symlink()
+    with pytest.raises(IsADirectoryError):
+        write_text(tmp_path, "x")
