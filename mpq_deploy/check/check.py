@@ -12,7 +12,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
-from mpq_deploy.check.graph_view import open_view
+from mpq_deploy.check.graph_view import open_view, read_known
 from mpq_deploy.check.rule import EFFECTS, ERRORS, WARNINGS, Context, Finding, findings_of
 from mpq_deploy.check.rules_activations import ACTIVATION_RULES
 from mpq_deploy.check.rules_graph import GRAPH_RULES
@@ -21,6 +21,7 @@ from mpq_deploy.check.rules_weights import WEIGHT_RULES
 from mpq_deploy.engine.target import Target
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.dialects import dialect_named
+from mpq_deploy.graph.sound import checker_problem
 
 if TYPE_CHECKING:
     from mpq_deploy.run.view import Run
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 RULES = (*GRAPH_RULES, *TYPE_RULES, *WEIGHT_RULES, *ACTIVATION_RULES)
 # No plan changes these: what they find in the exported graph they would find in the quantized one.
 OPERATOR_RULES = ("operator-unknown", "operator-unsupported", "operator-foreign")
+INVALID_FIX = "mend what onnx.checker says, or export the model again"
 WIDTH = 80
 NAMED = 6
 WORDS = {
@@ -77,12 +79,24 @@ class CheckResult:
 
 
 def check_model(path: Path, target: Target) -> CheckResult:
-    """Apply every rule to the model at ``path``. Raises ModelError when it cannot be read."""
-    view = open_view(path)
+    """Apply every rule to the model at ``path``. Raises ModelError when it cannot be read.
+
+    What onnx.checker refuses, strict shape inference included, is a finding; the only one where the
+    structure is not sound, which the rules rely on.
+    """
+    proto = read_known(path)
     dialect = dialect_named(target.dialect)
+    nodes, findings = len(proto.graph.node), []
+    unsound = checker_problem(proto, strict=False)
+    problem = unsound or checker_problem(proto, strict=True)
+    if problem is not None:
+        findings.append(Finding("onnx-invalid", "refused", "documented", *problem, INVALID_FIX))
+    if unsound is not None:
+        return CheckResult(str(path), target.name, dialect.name, nodes, tuple(findings))
+    view = open_view(proto, path)
     capabilities = tuple(int(name.removeprefix("SM")) for name in target.compute_capabilities)
     context = Context(view, dialect, capabilities)
-    findings = [finding for rule in RULES for finding in findings_of(rule, context)]
+    findings += [finding for rule in RULES for finding in findings_of(rule, context)]
     ordered = sorted(findings, key=lambda finding: EFFECTS.index(finding.effect))
     return CheckResult(str(path), target.name, dialect.name, len(view.nodes), tuple(ordered))
 

@@ -21,6 +21,7 @@ from onnx import TensorProto, numpy_helper
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import STANDARD_DOMAINS
 from mpq_deploy.graph.load import read_proto
+from mpq_deploy.graph.sound import without_weights
 
 LAYER_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 PRODUCTS = ("Gemm", "MatMul")
@@ -29,8 +30,6 @@ HANDING_ON = (
     *("Reshape", "Transpose", "Cast", "Identity", "Squeeze", "Unsqueeze", "Flatten"),
     *("QuantizeLinear", "DequantizeLinear"),
 )
-# Constants up to this are handed to shape inference: shapes, axes.
-SMALL_BYTES = 1024
 # The narrow floats of ONNX all begin so.
 QUANTIZED_TYPES = ("INT4", "INT8", "UINT8", "FLOAT8", "FLOAT4")
 
@@ -249,27 +248,17 @@ class View:
     @cached_property
     def _types(self) -> dict[str, onnx.ValueInfoProto]:
         """What shape inference says, run on a copy whose weights are graph inputs."""
-        proto, graph = self.proto, self.proto.graph
-        light = onnx.ModelProto(ir_version=proto.ir_version, opset_import=proto.opset_import)
-        light.graph.name = "light"
-        light.graph.node.extend(graph.node)
-        light.graph.input.extend(self.inputs)
-        light.graph.output.extend(graph.output)
-        light.graph.value_info.extend(graph.value_info)
-        for tensor in graph.initializer:
-            if tensor.data_location != TensorProto.EXTERNAL and tensor.ByteSize() <= SMALL_BYTES:
-                light.graph.initializer.append(tensor)
-            else:
-                value = onnx.helper.make_tensor_value_info(
-                    tensor.name, tensor.data_type, tensor.dims
-                )
-                light.graph.input.append(value)
-        inferred = onnx.shape_inference.infer_shapes(light).graph
+        light = without_weights(self.proto)
+        try:
+            inferred = onnx.shape_inference.infer_shapes(light).graph
+        except onnx.shape_inference.InferenceError:
+            # What is declared contradicts itself, which is a finding of its own.
+            inferred = light.graph
         return {v.name: v for v in (*inferred.value_info, *inferred.input, *inferred.output)}
 
 
-def open_view(path: Path) -> View:
-    """Read the model at ``path``; ModelError when missing, cut short, no ONNX, or too new for onnx."""
+def read_known(path: Path) -> onnx.ModelProto:
+    """Read the file at ``path``; ModelError when missing, cut short, no ONNX, or too new for onnx."""
     proto = read_proto(path)
     newest = onnx.defs.onnx_opset_version()
     versions = [o.version for o in proto.opset_import if o.domain in STANDARD_DOMAINS]
@@ -279,7 +268,13 @@ def open_view(path: Path) -> View:
             f"knows 1 to {newest}.",
             "Update onnx, or export the model again with an older opset.",
         )
+    return proto
+
+
+def open_view(proto: onnx.ModelProto, path: Path) -> View:
+    """Return the view of a sound model that was read from ``path``, its functions expanded."""
     if proto.functions:
+        # Bounded by ``graph.sound``.
         proto = onnx.inliner.inline_local_functions(proto)
     return View(proto, path.resolve().parent)
 

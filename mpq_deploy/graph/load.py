@@ -6,6 +6,7 @@ used.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import onnx
@@ -22,6 +23,8 @@ from mpq_deploy.graph.passes.infer_types import InferTypesPass
 from mpq_deploy.graph.passes.name_nodes import NameNodesPass
 from mpq_deploy.graph.passes.raise_opset import RaiseOpsetPass
 from mpq_deploy.graph.passes.widen import WidenPass
+from mpq_deploy.graph.sound import check_bounds, refuse_unsound, tensor_bytes
+from mpq_deploy.system.inputs import open_input
 
 # A protobuf file cannot be larger; such models keep their weights in a second file.
 PROTOBUF_LIMIT = 2**31
@@ -34,9 +37,10 @@ def load_model(path: Path) -> ir.Model:
     missing, too short or outside the model's folder.
     """
     proto = read_proto(path)
+    refuse_unsound(proto, str(path))
     try:
         model: ir.Model = ir.from_proto(proto)
-    except ir.serde.SerdeError as error:
+    except (ir.serde.SerdeError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"{path} holds a graph that cannot be read: {_root_cause(error)}",
             "Check it with onnx.checker, and save sparse tensors as dense ones.",
@@ -55,14 +59,14 @@ def _root_cause(error: BaseException) -> str:
 
 def read_proto(path: Path) -> onnx.ModelProto:
     """Return the file at ``path`` without external weights. Raises ModelError as ``load_model``."""
-    if not path.is_file():
-        raise ModelError(f"There is no ONNX file at {path}.", "Check the path.")
-    if path.stat().st_size >= PROTOBUF_LIMIT:
-        raise ModelError(
-            f"{path} has {path.stat().st_size:,} bytes; a protobuf file ends at 2 GB.",
-            "Save it with its weights as external data.",
-        )
-    proto = parse_proto(path.read_bytes(), str(path))
+    with open_input(path, error=ModelError, hint="Give an ONNX file.") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size >= PROTOBUF_LIMIT:
+            raise ModelError(
+                f"{path} has {size:,} bytes; a protobuf file ends at 2 GB.",
+                "Save it with its weights as external data.",
+            )
+        proto = parse_proto(file.read(), str(path))
     check_external_data(proto, path)
     return proto
 
@@ -79,6 +83,7 @@ def parse_proto(content: bytes, name: str) -> onnx.ModelProto:
         ) from error
     if not proto.graph.node or not proto.graph.output or not proto.opset_import:
         raise ModelError(f"{name} ({len(content):,} bytes) holds no ONNX graph.", hint)
+    check_bounds(proto, name)
     return proto
 
 
@@ -103,13 +108,32 @@ def check_external_data(proto: onnx.ModelProto, path: Path) -> None:
                 f"The weights of {path} are missing: there is no file '{location}' beside it.",
                 "Copy the data file together with the model.",
             )
-        needed = int(entries.get("offset", 0)) + int(entries.get("length", 0))
+        needed = _end(tensor, entries, path)
         if file.stat().st_size < needed:
             raise ModelError(
                 f"'{location}' beside {path} has {file.stat().st_size:,} bytes, but '{tensor.name}' "
                 f"ends at {needed:,}.",
                 "The data file is truncated: export or copy it again.",
             )
+
+
+def _end(tensor: onnx.TensorProto, entries: dict[str, str], path: Path) -> int:
+    """Return where a tensor's data ends in its file. Raises ModelError where that is no place."""
+    numbers = [entries.get(key, "0") for key in ("offset", "length")]
+    if not all(text.isascii() and text.isdecimal() and len(text) < 19 for text in numbers):
+        raise ModelError(
+            f"The weight '{tensor.name}' of {path} has the offset and length {numbers}.",
+            "Export the model again.",
+        )
+    offset, length = map(int, numbers)
+    size = tensor_bytes(tensor)
+    if "length" in entries and size is not None and length != size:
+        raise ModelError(
+            f"The weight '{tensor.name}' of {path} has {length:,} bytes of data, and its shape "
+            f"{list(tensor.dims)} needs {size:,}.",
+            "Export the model again.",
+        )
+    return offset + (length if "length" in entries else size or 0)
 
 
 def external_files(proto: onnx.ModelProto, path: Path) -> list[Path]:

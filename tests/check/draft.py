@@ -140,7 +140,13 @@ class Draft:
             helper.make_opsetid("", self.opset),
             *(helper.make_opsetid(name, 1) for name in domains),
         ]
-        return helper.make_model(graph, opset_imports=opsets, ir_version=max(ir_version, 10))
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=max(ir_version, 10))
+        inferred = onnx.shape_inference.infer_shapes(model).graph.output[0].type.tensor_type
+        # An output that nobody can infer has some shape of four dimensions.
+        unknown = helper.make_tensor_value_info(y, self.dtype, [None] * 4).type.tensor_type
+        shape = inferred.shape if inferred.HasField("shape") else unknown.shape
+        model.graph.output[0].type.tensor_type.shape.CopyFrom(shape)
+        return model
 
     def save(self, y: str, path: Path) -> Path:
         onnx.save(self.model(y), path)

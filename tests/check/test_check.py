@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 from typer.testing import CliRunner
 
 from mpq_deploy.check.check import check_model
-from mpq_deploy.check.graph_view import open_view
+from mpq_deploy.check.graph_view import open_view, read_known
 from mpq_deploy.cli import app
 from mpq_deploy.engine.target import load_target
 from mpq_deploy.errors import ModelError
@@ -78,7 +78,8 @@ def test_plain_denoisers_are_refused_nowhere(name: str, tmp_path: Path) -> None:
 def test_a_weight_is_traced_through_what_hands_it_on(tmp_path: Path) -> None:
     d = Draft(16, 128)
     y = mm(d, d.op("Transpose", d.int4(128, 128, axis=1), perm=[1, 0]))
-    (layer,) = open_view(d.save(y, tmp_path / "m.onnx")).layers
+    path = d.save(y, tmp_path / "m.onnx")
+    (layer,) = open_view(read_known(path), path).layers
     assert (layer.weight.dtype, layer.side, layer.pair) == ("INT4", 1, None)
     assert [node.op for node in layer.weight.path] == ["DequantizeLinear", "Transpose"]
 
@@ -156,7 +157,7 @@ def broken(kind: str, folder: Path) -> Path:
         ("data missing", "no file 'm.data'"),
         ("data short", "ends at"),
         ("new opset", "opset 999"),
-        ("absent", "no ONNX file"),
+        ("absent", "There is no file"),
         ("text", "m.onnx"),
     ],
 )

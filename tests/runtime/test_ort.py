@@ -129,7 +129,7 @@ def test_a_truncated_file_is_named(exported: ExportedModel, tmp_path: Path, kept
 def test_a_missing_file_an_unknown_provider_and_a_wrong_description(
     exported: ExportedModel, tmp_path: Path
 ) -> None:
-    with pytest.raises(ModelError, match="no ONNX file"):
+    with pytest.raises(ModelError, match="There is no file"):
         make_session(tmp_path / "none.onnx")
     with pytest.raises(UsageError, match="CPUExecutionProvider"):
         make_session(exported.model, providers=["CPUExecutionProvidr"])

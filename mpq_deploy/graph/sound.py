@@ -1,0 +1,268 @@
+"""What a stranger's ONNX file may hold, looked at before anything is expanded or allocated.
+
+In: a parsed file. Out: nothing, a ModelError, or what ``onnx.checker`` says of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from math import prod
+
+import onnx
+import onnx.checker
+import onnx.shape_inference
+from onnx import TensorProto
+
+from mpq_deploy.errors import ModelError
+from mpq_deploy.graph.layers import STANDARD_DOMAINS
+from mpq_deploy.system.names import checked_name, printable
+
+# Nodes of a graph with all functions expanded (our choice: SDXL's UNet has some ten thousand).
+LARGEST_GRAPH = 1_000_000
+# Subgraphs within subgraphs.
+DEPTH = 16
+# Constants up to this are handed to ONNX's shape inference: shapes, axes.
+SMALL_BYTES = 1024
+_NODE = re.compile(r"Name: (.*?) OpType: (\S+)")
+
+Nodes = Iterable[onnx.NodeProto]
+Function = tuple[str, str, str]
+
+
+def check_bounds(proto: onnx.ModelProto, name: str) -> None:
+    """Raise ModelError for what would hang, fill the memory or garble a terminal.
+
+    That is: recursive functions, more than ``LARGEST_GRAPH`` nodes once functions are expanded,
+    subgraphs nested beyond ``DEPTH``, tensors of negative size, and names with control characters.
+    ``name``: the file, for errors.
+    """
+    _check_expansion(proto, name)
+    for graph in _graphs(proto.graph, name):
+        for node in graph.node:
+            for one in (node.name, node.op_type, node.domain, *node.input, *node.output):
+                _check_name(one, "node", name)
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            _check_name(value.name, "value", name)
+        for tensor in graph.initializer:
+            _check_name(tensor.name, "weight", name)
+            _check_tensor(tensor, name)
+        for node in graph.node:
+            for attribute in node.attribute:
+                for tensor in (attribute.t, *attribute.tensors):
+                    _check_tensor(tensor, name)
+
+
+def without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a small copy of ``proto`` in which larger constants are inputs of their type and shape."""
+    light = onnx.ModelProto(ir_version=proto.ir_version, opset_import=proto.opset_import)
+    light.functions.extend(proto.functions)
+    graph, given = light.graph, {tensor.name for tensor in proto.graph.initializer}
+    graph.name = proto.graph.name or "graph"
+    graph.node.extend(proto.graph.node)
+    graph.input.extend(v for v in proto.graph.input if v.name not in given)
+    graph.output.extend(proto.graph.output)
+    graph.value_info.extend(proto.graph.value_info)
+    graph.sparse_initializer.extend(proto.graph.sparse_initializer)
+    for tensor in proto.graph.initializer:
+        if tensor.data_location != TensorProto.EXTERNAL and tensor.ByteSize() <= SMALL_BYTES:
+            graph.initializer.append(tensor)
+        else:
+            value = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            graph.input.append(value)
+    return light
+
+
+def checker_problem(proto: onnx.ModelProto, *, strict: bool) -> tuple[str, str, str] | None:
+    """Return the first thing that onnx.checker finds: node, operator and its words; None: nothing.
+
+    ``strict``: infer types and shapes, too; else operators that ONNX does not have and outputs
+    without a shape pass, which runtimes take. Weights are checked one by one, so that none is
+    copied with the whole. ``check_bounds`` must have passed.
+    """
+    light = without_weights(proto)
+    if not strict:
+        _set_apart_unknown(light)
+        for value in light.graph.output:
+            if value.type.HasField("tensor_type"):
+                value.type.tensor_type.shape.SetInParent()
+    try:
+        _check_constant_outputs(proto)
+        for tensor in proto.graph.initializer:
+            if tensor.data_location != TensorProto.EXTERNAL:
+                _check_content(tensor)
+        onnx.checker.check_model(light, full_check=strict)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        return _problem(str(error))
+    except (ValueError, TypeError, RuntimeError, IndexError) as error:
+        # onnx's own code raises these for protobufs that no exporter writes.
+        return _problem(str(error))
+    return None
+
+
+def _set_apart_unknown(proto: onnx.ModelProto) -> None:
+    """Give nodes whose operator ONNX does not have, in this opset, a domain that nobody checks."""
+    versions = {entry.domain: entry.version for entry in proto.opset_import}
+    version = versions.get("", versions.get("ai.onnx", 1))
+    own = {function.name for function in proto.functions if function.domain in STANDARD_DOMAINS}
+    for graph in _graphs(proto.graph, "the graph"):
+        for node in graph.node:
+            standard = node.domain in STANDARD_DOMAINS and node.op_type not in own
+            if standard and not _known(node.op_type, version):
+                node.domain = "unknown"
+    if "unknown" not in versions:
+        proto.opset_import.append(onnx.helper.make_opsetid("unknown", 1))
+
+
+def _known(op: str, version: int) -> bool:
+    try:
+        return not onnx.defs.get_schema(op, version, "").deprecated
+    except onnx.defs.SchemaError:
+        return False
+
+
+def refuse_unsound(proto: onnx.ModelProto, name: str) -> None:
+    """Raise ModelError with what onnx.checker says of the structure of ``proto``, if anything."""
+    problem = checker_problem(proto, strict=False)
+    if problem is not None:
+        node, op, words = problem
+        where = f" at the node '{node}' ({op})" if op else ""
+        raise ModelError(
+            f"{name} is no valid ONNX graph{where}: {words}.",
+            "Check it with onnx.checker, and export it again.",
+        )
+
+
+def tensor_bytes(tensor: TensorProto) -> int | None:
+    """Bytes of a tensor's data by its shape and type; None for types without a fixed size."""
+    bits = _BITS.get(tensor.data_type)
+    return None if bits is None else (prod(tensor.dims) * bits + 7) // 8
+
+
+def _problem(text: str) -> tuple[str, str, str]:
+    found = _NODE.search(text)
+    words = " ".join(text.partition("==> Context")[0].split())
+    node, op = (printable(found[1]), printable(found[2])) if found else ("", "")
+    return node, op, printable(words)[:300].rstrip(". ")
+
+
+def _check_constant_outputs(proto: onnx.ModelProto) -> None:
+    """Raise ValidationError where an output is a weight of another shape than it declares."""
+    weights = {tensor.name: tensor for tensor in proto.graph.initializer}
+    for value in proto.graph.output:
+        declared = value.type.tensor_type
+        if value.name not in weights or not declared.HasField("shape"):
+            continue
+        weight, sizes = weights[value.name], declared.shape.dim
+        differ = len(sizes) != len(weight.dims) or any(
+            size.HasField("dim_value") and size.dim_value != actual
+            for size, actual in zip(sizes, weight.dims)
+        )
+        if differ or declared.elem_type != weight.data_type:
+            raise onnx.checker.ValidationError(
+                f"the output '{value.name}' is a weight of another type or shape than it declares"
+            )
+
+
+def _check_content(tensor: TensorProto) -> None:
+    """Raise ValidationError where a weight's data has not the size that its dimensions say."""
+    needed = tensor_bytes(tensor)
+    if tensor.HasField("raw_data") and needed is not None:
+        if len(tensor.raw_data) != needed:
+            raise onnx.checker.ValidationError(
+                f"the weight '{tensor.name}' has {len(tensor.raw_data):,} bytes of data, and needs {needed:,}"
+            )
+    else:
+        onnx.checker.check_tensor(tensor)
+
+
+_BITS = {
+    **dict.fromkeys((TensorProto.FLOAT, TensorProto.INT32, TensorProto.UINT32), 32),
+    **dict.fromkeys((TensorProto.DOUBLE, TensorProto.INT64, TensorProto.UINT64), 64),
+    **dict.fromkeys((TensorProto.FLOAT16, TensorProto.BFLOAT16), 16),
+    **dict.fromkeys((TensorProto.INT16, TensorProto.UINT16), 16),
+    **dict.fromkeys((TensorProto.INT8, TensorProto.UINT8, TensorProto.BOOL), 8),
+    **dict.fromkeys((TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E5M2), 8),
+    **dict.fromkeys((TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1), 4),
+}
+
+
+def _check_expansion(proto: onnx.ModelProto, name: str) -> None:
+    """Count the nodes that expanding all functions would make, each function once."""
+    functions = {(f.domain, f.name, f.overload): f for f in proto.functions}
+    sizes: dict[Function, int] = {}
+    # Functions whose callees are counted first, without recursion of ours.
+    for key in functions:
+        waiting, active = [key], set()
+        while waiting:
+            key = waiting[-1]
+            if key in sizes:
+                waiting.pop()
+                continue
+            called = [c for c in _called(functions[key].node, name) if c in functions]
+            missing = [one for one in called if one not in sizes]
+            if missing:
+                if key in active:
+                    raise ModelError(
+                        f"{name} holds the function '{printable(key[1])}', which calls itself.",
+                        "ONNX has no recursion: export the model again.",
+                    )
+                active.add(key)
+                waiting += missing
+                continue
+            active.discard(key)
+            waiting.pop()
+            sizes[key] = sum(sizes.get(one, 1) for one in _called(functions[key].node, name))
+            _check_count(sizes[key], name)
+    _check_count(sum(sizes.get(one, 1) for one in _called(proto.graph.node, name)), name)
+
+
+def _called(nodes: Nodes, name: str) -> Iterator[Function]:
+    """Yield the operator of every node, subgraphs included."""
+    for node in _nodes(nodes, name):
+        yield node.domain, node.op_type, node.overload
+
+
+def _check_count(count: int, name: str) -> None:
+    if count > LARGEST_GRAPH:
+        raise ModelError(
+            f"{name} expands to more than {LARGEST_GRAPH:,} nodes through its functions.",
+            "Export the model again, without functions that multiply.",
+        )
+
+
+def _nodes(nodes: Nodes, name: str) -> Iterator[onnx.NodeProto]:
+    waiting = [(nodes, 0)]
+    while waiting:
+        inner, depth = waiting.pop()
+        if depth > DEPTH:
+            raise ModelError(f"{name} nests subgraphs more than {DEPTH} deep.", "Export it again.")
+        for node in inner:
+            yield node
+            for attribute in node.attribute:
+                graphs = [*attribute.graphs]
+                graphs += [attribute.g] if attribute.HasField("g") else []
+                waiting += [(graph.node, depth + 1) for graph in graphs]
+
+
+def _graphs(graph: onnx.GraphProto, name: str) -> Iterator[onnx.GraphProto]:
+    yield graph
+    for node in _nodes(graph.node, name):
+        for attribute in node.attribute:
+            yield from attribute.graphs
+            if attribute.HasField("g"):
+                yield attribute.g
+
+
+def _check_name(text: str, what: str, name: str) -> None:
+    # Empty: a node without a name, an input that is left out.
+    if text and not (text.isascii() and text.isprintable() and len(text) < 1000):
+        checked_name(text, f"The name of a {what} in {name}", ModelError)
+
+
+def _check_tensor(tensor: TensorProto, name: str) -> None:
+    if any(size < 0 for size in tensor.dims):
+        raise ModelError(
+            f"The weight '{printable(tensor.name)}' of {name} has the shape {list(tensor.dims)[:8]}.",
+            "No dimension is negative: export the model again.",
+        )
