@@ -20,6 +20,7 @@ from mpq_deploy.models.model_form import model_form
 from mpq_deploy.models.spec import Array
 from mpq_deploy.models.transformer import FLUX, PIXART, SD3
 from mpq_deploy.models.unet import find_weights
+from mpq_deploy.models.weight_files import refuse_unborne
 from mpq_deploy.system.libraries import no_bars
 from mpq_deploy.system.progress import Talk
 
@@ -320,6 +321,7 @@ def load_part(folder: Path, pipeline: dict[str, Any], name: str, allowed: tuple[
     if name.startswith("text_encoder"):
         options["use_safetensors"] = True
         options["variant"] = find_weights(folder / name, WEIGHTS_STEM)
+        refuse_unborne(folder / name, WEIGHTS_STEM, options["variant"])
         options["dtype"] = torch.float32
         options["output_loading_info"] = True
     try:

@@ -11,6 +11,14 @@ import torch
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.models.conditions import WantedInput
 from mpq_deploy.models.locate import PICKLE_ENDINGS
+from mpq_deploy.models.weight_files import (
+    AGAIN,
+    CONFIG,
+    check_config,
+    check_shapes,
+    stored_weights,
+)
+from mpq_deploy.system.inputs import read_json_object
 from mpq_deploy.system.libraries import no_bars
 
 UNET_CLASSES = ("UNet2DModel", "UNet2DConditionModel")
@@ -130,11 +138,15 @@ def load_pretrained(model_class: Any, folder: Path, variant: str | None) -> torc
     """Load a diffusers model in float32, every weight from the file. Raises ModelError."""
     from safetensors import SafetensorError
 
+    config = read_json_object(folder / CONFIG, error=ModelError, hint=AGAIN)
+    stored = stored_weights(folder, WEIGHTS_NAME, variant)
+    check_config(config, stored, folder)
     if getattr(model_class, "_keep_in_fp32_modules", None):
         # All of it is float32 here; diffusers would ask for another package to load only parts so.
         model_class = type(model_class.__name__, (model_class,), {"_keep_in_fp32_modules": None})
     try:
         with no_bars("diffusers"):
+            check_shapes(lambda: model_class.from_config(config), stored, folder)
             model, loaded = model_class.from_pretrained(
                 folder,
                 variant=variant,

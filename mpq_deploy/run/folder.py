@@ -152,10 +152,10 @@ def refuse_altered(files: Iterable[Path]) -> None:
         record = RunFolder(run).record(path.parent.name)
         known = {} if record is None else record.outputs
         if known.get(path.name) != file_digest(path):
-            what = "was altered since it was made" if path.name in known else "is not in its record"
-            raise RunFolderError(
-                f"{path} {what}.", "Run 'mpq-deploy build' on its run folder: it makes it again."
-            )
+            again = "Run 'mpq-deploy build' on its run folder: it makes it again."
+            if path.name in known:
+                raise RunFolderError(f"{path} was altered since it was made.", again)
+            raise RunFolderError(f"{path} is not in the record of its stage.", again)
 
 
 @contextmanager

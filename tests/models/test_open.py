@@ -254,19 +254,19 @@ def test_weights_that_are_missing_cut_or_of_another_model(tmp_path: Path) -> Non
     file = folder / "unet" / WEIGHTS
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(ModelError, match="cannot be read"):
         open_denoiser(folder)
     file.write_bytes(whole)
     config = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
     (folder / "unet" / "config.json").write_text(
         json.dumps({**config, "layers_per_block": 2}), encoding="utf-8"
     )
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(ModelError, match=r"has the shape .*config\.json asks for"):
         open_denoiser(folder)
     (folder / "unet" / "config.json").write_text(
         json.dumps({**config, "block_out_channels": [8, 32]}), encoding="utf-8"
     )
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(ModelError, match=r"has the shape .*config\.json asks for"):
         open_denoiser(folder)
     file.unlink()
     with pytest.raises(ModelError, match="no weights"):

@@ -72,7 +72,7 @@ def test_a_description_that_was_altered_does_not_answer(run: Path) -> None:
 @pytest.mark.parametrize("stage", ["quantize", "export"])
 def test_a_stage_without_its_record_does_not_answer(run: Path, stage: str) -> None:
     (run / stage / "stage.json").unlink()
-    with pytest.raises(RunFolderError, match="is not in its record"):
+    with pytest.raises(RunFolderError, match="is not in the record"):
         mpq_deploy.load(run, backend="onnxruntime")
 
 

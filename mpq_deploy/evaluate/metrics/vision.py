@@ -11,6 +11,7 @@ from mpq_deploy.errors import MissingDependencyError, UsageError
 from mpq_deploy.evaluate.metrics.efficientnet import torch_features
 from mpq_deploy.evaluate.metrics.networks import CLIP, digest_of, title_of
 from mpq_deploy.models.spec import Array
+from mpq_deploy.models.weight_files import refuse_unborne
 from mpq_deploy.system.files import file_digest
 from mpq_deploy.system.libraries import no_bars
 
@@ -85,6 +86,7 @@ def from_folder(kind: Any, folder: Path, name: str, **options: Any) -> Any:
     """
     from transformers.utils import logging
 
+    refuse_unborne(folder, "model", None)
     level = logging.get_verbosity()
     # Weights of the other tower are listed as unexpected, line by line; what is missing is told
     # below.

@@ -1,0 +1,168 @@
+"""Weights of a stranger's folder, looked at before a class is made or a byte of them is loaded.
+
+In: the folder of a diffusers or transformers model. Out: nothing, or a ModelError. A class is made
+as its config.json says, and so could fill the memory or never end; the header of the weights says
+how large it can be.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from mpq_deploy.errors import ModelError
+from mpq_deploy.system.inputs import read_json_object
+from mpq_deploy.system.names import path_inside, printable
+
+CONFIG, SAFETENSORS, INDEX = "config.json", ".safetensors", ".safetensors.index.json"
+AGAIN = "The file belongs to another config.json, or is damaged: download or save the model again."
+# Numbers in a configuration up to this are taken as they are; larger ones must be a dimension of
+# some weight (our choice: widths, heads, tokens of an image, steps of training).
+USUAL_NUMBER = 16384
+# Sides of images, latents and tables of positions: a table of their square is made in memory.
+LARGEST_SIDE = 8192
+# Text encoders note lengths and tokens that have no weight.
+TEXT_NUMBER = 10_000_000
+# A class may hold so many elements beside those of the file: buffers, tables.
+SPARE_ELEMENTS = 64_000_000
+_SIDES = re.compile(r"size|height|width|side|max_pos|seq")
+_COUNTS = re.compile(r"num_layers|layers_per|num_blocks|depth|num_.*_layers|n_layers")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The tensors of a folder's weights: name -> shape, from the headers of its files."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def elements(self) -> int:
+        """Elements of all tensors."""
+        return sum(prod(shape) for shape in self.shapes.values())
+
+    @property
+    def largest(self) -> int:
+        """The largest dimension of all."""
+        return max((size for shape in self.shapes.values() for size in shape), default=0)
+
+
+def stored_weights(folder: Path, stem: str, variant: str | None) -> Stored:
+    """Read the headers of ``folder``'s safetensors of that ``stem`` and ``variant``.
+
+    Raises ModelError for an index that names anything but safetensors in the folder, and for files
+    that are damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in _files(folder, stem, variant):
+        try:
+            with safe_open(path, framework="numpy") as file:
+                for name in file.keys():  # noqa: SIM118 (no mapping)
+                    shapes[name] = tuple(file.get_slice(name).get_shape())
+        except (SafetensorError, OSError, ValueError) as error:
+            said = printable(str(error).splitlines()[0] if str(error) else "")
+            raise ModelError(f"The weights in {path} cannot be read: {said}.", AGAIN) from error
+    return Stored(shapes)
+
+
+def _files(folder: Path, stem: str, variant: str | None) -> list[Path]:
+    named = f"{stem}.{variant}" if variant else stem
+    indexes = [f"{named}{INDEX}", f"{stem}{SAFETENSORS}.index.{variant}.json"]
+    index = next((folder / name for name in indexes if (folder / name).is_file()), None)
+    if index is None:
+        return [folder / f"{named}{SAFETENSORS}"]
+    parts = read_json_object(index, error=ModelError, hint=AGAIN).get("weight_map")
+    if not isinstance(parts, dict) or not parts:
+        raise ModelError(f"{index} has no weight_map.", AGAIN)
+    files = set()
+    for part in parts.values():
+        if not isinstance(part, str) or not part.endswith(SAFETENSORS):
+            raise ModelError(
+                f"{index} names '{printable(str(part)[:80])}', which is no safetensors file.",
+                "Pickled weights are refused: loading them can run any code. Save the model again "
+                "with safe_serialization=True.",
+            )
+        files.add(path_inside(folder, part, f"A file that {index} names", ModelError))
+    return sorted(files)
+
+
+def check_config(
+    config: dict[str, Any], stored: Stored, folder: Path, *, usual: int = USUAL_NUMBER
+) -> None:
+    """Raise ModelError for a number of config.json that no weight of the file bears out.
+
+    ``usual``: numbers up to this need no weight; text encoders note lengths without any.
+    """
+    numbers = max(usual, stored.largest)
+    sides = max(LARGEST_SIDE, stored.largest) if usual == USUAL_NUMBER else numbers
+    for place, value, count in _numbers(config):
+        dimensions = f"the largest dimension of its weights is {stored.largest:,}"
+        problem = ""
+        if _COUNTS.search(place) and value > max(len(stored.shapes), 1):
+            problem = f"the file has {len(stored.shapes):,} tensors"
+        elif value > (sides if _SIDES.search(place) else numbers) or -value > numbers:
+            problem = dimensions
+        elif count > max(len(stored.shapes), 1024):
+            problem = f"it is one of {count:,}"
+        if problem:
+            raise ModelError(
+                f"{folder / CONFIG}: '{printable(place)}' is {value:,}, but {problem}.", AGAIN
+            )
+
+
+def refuse_unborne(folder: Path, stem: str, variant: str | None) -> None:
+    """Check the weights' headers and the configuration of a transformers model. Raises ModelError."""
+    config = read_json_object(folder / CONFIG, error=ModelError, hint=AGAIN)
+    check_config(config, stored_weights(folder, stem, variant), folder, usual=TEXT_NUMBER)
+
+
+def _numbers(values: Any, place: str = "", count: int = 1) -> Iterator[tuple[str, int, int]]:
+    """Yield the whole numbers of a configuration: place, value, length of the list it is in."""
+    if isinstance(values, dict):
+        for key, one in values.items():
+            if not str(key).startswith("_") and key not in _FREE:
+                yield from _numbers(one, f"{place}.{key}" if place else str(key))
+    elif isinstance(values, list):
+        for one in values:
+            yield from _numbers(one, place, len(values))
+    elif isinstance(values, int) and not isinstance(values, bool):
+        yield place, values, count
+
+
+# What classes only note: ids of tokens, constants of formulas.
+_FREE = frozenset({"rope_theta", "theta"})
+
+
+def check_shapes(make: Callable[[], Any], stored: Stored, folder: Path) -> None:
+    """Make the class without memory, and raise ModelError where a weight's shape is not the file's.
+
+    ``make`` is called under torch's meta device. Tensors that the file lacks, or has beside, are
+    told by whoever loads them, unless they would take much more memory than the file.
+    """
+    import torch
+
+    try:
+        with torch.device("meta"):
+            made = make().state_dict()
+    except NotImplementedError:
+        # An operator without a meta kernel: loading compares the shapes, after allocating them.
+        return
+    expected = {name: tuple(tensor.shape) for name, tensor in made.items()}
+    for name, shape in expected.items():
+        if name in stored.shapes and stored.shapes[name] != shape:
+            raise ModelError(
+                f"'{name}' in the weights of {folder} has the shape {list(stored.shapes[name])}, "
+                f"and {CONFIG} asks for {list(shape)}.",
+                AGAIN,
+            )
+    elements = sum(prod(shape) for shape in expected.values())
+    if elements > 2 * stored.elements + SPARE_ELEMENTS:
+        raise ModelError(
+            f"{folder / CONFIG} asks for {elements:,} weights; the file holds {stored.elements:,}.",
+            AGAIN,
+        )
