@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from mpq_deploy.errors import UsageError, nearest
 from mpq_deploy.formats.scheme import BRANCH_KINDS, schemes_named
 from mpq_deploy.system.quantities import Budget, BudgetEntry, LatencyEntry
+from mpq_deploy.system.yaml_file import read_yaml
 
 Estimator = Literal["biased", "debiased"]
 Aggregation = Literal["mean", "exponential"]
@@ -462,10 +463,7 @@ def load_recipe(source: str | Path | None, overrides: dict[str, Any] | None = No
     values: dict[str, Any] = {}
     if source is not None:
         path = recipe_file(source)
-        try:
-            read = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
-            raise UsageError(f"{path} is not valid YAML: {str(error).splitlines()[0]}.") from error
+        read = read_yaml(path, error=UsageError)
         if read is not None and not isinstance(read, dict):
             raise UsageError(f"{path} holds a {type(read).__name__}, not keys and values.")
         values = read or {}
@@ -485,7 +483,7 @@ def recipe_file(source: str | Path) -> Path:
     bundled = bundled_recipes()
     if isinstance(source, str) and source in bundled:
         return bundled[source]
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.exists():
         return path
     hint = f"{nearest(path.stem, bundled)}Give a YAML file, or one of {', '.join(bundled)}."

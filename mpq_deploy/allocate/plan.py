@@ -6,12 +6,12 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pydantic import TypeAdapter
-
 from mpq_deploy.allocate.cross_terms import CrossTerms
 from mpq_deploy.allocate.milp import SolverReport
 from mpq_deploy.graph.layers import OtherWeight
 from mpq_deploy.latency.costs import PlanLatency
+from mpq_deploy.system.inputs import read_json
+from mpq_deploy.system.validated import model_of
 
 
 @dataclass(frozen=True)
@@ -79,4 +79,5 @@ class PrecisionPlan:
     @classmethod
     def load(cls, path: Path) -> PrecisionPlan:
         """Read what ``save`` wrote."""
-        return TypeAdapter(cls).validate_python(json.loads(path.read_text(encoding="utf-8")))
+        plan: PrecisionPlan = model_of(cls, read_json(path), str(path))
+        return plan

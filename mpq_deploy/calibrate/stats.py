@@ -12,6 +12,8 @@ import numpy as np
 from mpq_deploy.calibrate.scales import simulated_grid
 from mpq_deploy.formats.interfaces import ActivationGrid
 from mpq_deploy.models.spec import Array
+from mpq_deploy.system.array_file import read_arrays
+from mpq_deploy.system.inputs import whole
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ class CalibrationStats:
     def load(cls, path: Path) -> CalibrationStats:
         """Read what ``save`` wrote."""
         fields = ActivationStats.__dataclass_fields__
-        with np.load(path, allow_pickle=False) as data:
+        data = read_arrays(path)
+        with whole(path):
             names = json.loads(str(data["index"]))
             read = {
                 name: ActivationStats(

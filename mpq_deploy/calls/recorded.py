@@ -10,6 +10,7 @@ import numpy as np
 
 from mpq_deploy.models.spec import Array, DenoiserSpec
 from mpq_deploy.runtime.ort import model_feeds
+from mpq_deploy.system.array_file import read_arrays
 
 SPLIT_SEED = 3
 
@@ -54,8 +55,8 @@ class CalibrationSet:
     @classmethod
     def load(cls, path: Path) -> CalibrationSet:
         """Read what ``save`` wrote."""
-        with np.load(path, allow_pickle=False) as data:
-            return cls(data["samples"], data["timesteps"], data["rows"])
+        data = read_arrays(path, ("samples", "timesteps", "rows"))
+        return cls(data["samples"], data["timesteps"], data["rows"])
 
 
 def dealt(rows: Array, order: Array) -> Array:

@@ -20,6 +20,7 @@ from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from mpq_deploy.graph.load import read_proto
 from mpq_deploy.models.spec import Array
+from mpq_deploy.system.array_file import read_arrays
 from mpq_deploy.system.progress import Talk
 
 CHUNK_BYTES = 1 << 20
@@ -70,8 +71,7 @@ class SampleCache:
                 f"The cache entry {path.name} cannot be read ({damage}); it is made again."
             )
             return None
-        with np.load(path, allow_pickle=False) as data:
-            arrays = {name: data[name] for name in data.files}
+        arrays = read_arrays(path)
         if str(arrays.pop("key", "")) != text:
             self._talk.warn(
                 f"The cache entry {path.name} belongs to something else; it is made again."

@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from mpq_deploy.evaluate.cache import npz_bytes, write_aside
 from mpq_deploy.models.spec import Array
 from mpq_deploy.recipe import EvaluateSettings
+from mpq_deploy.system.array_file import read_arrays
 from mpq_deploy.system.files import sealed_json, unsealed
+from mpq_deploy.system.inputs import read_json_object, read_text, whole
 
 IDENTICAL = "identical to the float model's, so the PSNR is infinite"
 
@@ -114,9 +114,14 @@ class Evaluation:
     @classmethod
     def load(cls, folder: Path) -> Evaluation:
         """Read what ``save`` wrote."""
-        text = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-        with np.load(folder / "images.npz", allow_pickle=False) as data:
-            images = {name: data[f"image.{name}"] for name in text["order"]}
+        path = folder / "evaluation.json"
+        with whole(path):
+            return cls._made(folder, read_json_object(path))
+
+    @classmethod
+    def _made(cls, folder: Path, text: dict[str, Any]) -> Evaluation:
+        data = read_arrays(folder / "images.npz")
+        images = {name: data[f"image.{name}"] for name in text["order"]}
         latency = folder / "latency.json"
         return cls(
             settings=EvaluateSettings(**text["settings"]),
@@ -132,9 +137,7 @@ class Evaluation:
             },
             images=images,
             float_digest=text["float_digest"],
-            latency=CpuLatency(**unsealed(latency.read_text(encoding="utf-8")))
-            if latency.exists()
-            else None,
+            latency=CpuLatency(**unsealed(read_text(latency))) if latency.exists() else None,
             notes=tuple(text["notes"]),
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from dataclasses import replace
@@ -11,6 +10,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 import numpy as np
+from pydantic import NonNegativeInt
 
 from mpq_deploy.calls.loop import first_samples
 from mpq_deploy.evaluate.cache import model_files
@@ -20,6 +20,9 @@ from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
 from mpq_deploy.models.spec import FloatModel
 from mpq_deploy.runtime.correction import Correction
 from mpq_deploy.runtime.ort import OrtDenoiser
+from mpq_deploy.system.inputs import read_json
+from mpq_deploy.system.names import plain_name
+from mpq_deploy.system.validated import model_of
 
 if TYPE_CHECKING:
     from mpq_deploy.run.view import Run
@@ -33,6 +36,13 @@ BEFORE = "plan"
 # worth the number.
 LARGEST_PAIR_BYTES = 2 * 2**30
 WARM_UP_CALLS, TIMED_CALLS = 2, 7
+
+
+def read_sizes(controls: Path) -> dict[str, int]:
+    """Return the bytes of each control, by name, from the stage's folder. Raises InputError."""
+    path = controls / "sizes.json"
+    sizes: dict[str, int] = model_of(dict[str, NonNegativeInt], read_json(path), str(path))
+    return {plain_name(name, "A control's name"): size for name, size in sizes.items()}
 
 
 def evaluate_variants(
@@ -57,7 +67,7 @@ def evaluate_variants(
         settings = settings.replace(steps=1, samples=min(settings.samples, held_out))
     settings = settings.replace(timesteps=min(settings.timesteps, settings.steps))
     controls = run.stage("controls")
-    sizes: dict[str, int] = json.loads((controls / "sizes.json").read_text(encoding="utf-8"))
+    sizes = read_sizes(controls)
     variants = {"ours": Variant(ours, size_bytes)}
     if correction is not None:
         variants[CORRECTED] = Variant(ours, size_bytes, correction)

@@ -23,6 +23,7 @@ from mpq_deploy.formats.scheme import FP16, SCHEMES, Scheme
 from mpq_deploy.graph.layers import Layer
 from mpq_deploy.models.spec import Array
 from mpq_deploy.rounding.quantizers import LARGEST_SCALE, Rounding
+from mpq_deploy.system.inputs import whole
 
 Refusal = Callable[[Layer, Scheme], str]
 # Branches stand beside one of a layer's bodies of each kind, that of blocks nearest to this: blocks
@@ -183,7 +184,7 @@ def load_choices(path: Path) -> Choices:
     """Read only which schemes a layer may take, and why not the others."""
     from safetensors import safe_open
 
-    with safe_open(path, framework="numpy") as file:
+    with whole(path), safe_open(path, framework="numpy") as file:
         return _choices(file.metadata())
 
 
@@ -197,7 +198,7 @@ def load_candidates(layer: Layer, weight: Array, path: Path) -> LayerCandidates:
     from safetensors import safe_open
 
     stored: dict[str, dict[str, Array]] = {}
-    with safe_open(path, framework="numpy") as file:
+    with whole(path), safe_open(path, framework="numpy") as file:
         choices = _choices(file.metadata())
         for name in sorted(file.keys()):
             form, _, part = name.partition(".")

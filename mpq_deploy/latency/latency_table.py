@@ -6,15 +6,15 @@ read at home.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from mpq_deploy.errors import UsageError
 from mpq_deploy.system.files import canonical_json
+from mpq_deploy.system.validated import read_model
 
 FORMAT = 1
 Source = Literal["measured", "estimated"]
@@ -108,24 +108,7 @@ class LatencyTable:
     @classmethod
     def load(cls, path: Path) -> LatencyTable:
         """Read a table. Raises UsageError for a file that is missing or no latency table."""
-        try:
-            read = _File.model_validate(json.loads(path.read_text(encoding="utf-8")))
-        except OSError as error:
-            raise UsageError(
-                f"The latency table {path} cannot be read: {error.strerror}.",
-                "Make one with 'mpq-deploy profile'.",
-            ) from error
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise UsageError(
-                f"{path} is no latency table: {where}: {first['msg']}.",
-                "Make one with 'mpq-deploy profile'.",
-            ) from error
-        except ValueError as error:
-            raise UsageError(
-                f"{path} is no JSON: {error}.", "Make one with 'mpq-deploy profile'."
-            ) from error
+        read = read_model(_File, path, error=UsageError, hint="Make one with 'mpq-deploy profile'.")
         entries = {(entry.shape, entry.scheme): entry.milliseconds for entry in read.entries}
         return cls(
             read.target, read.device, read.builder, read.source, read.batch, entries, read.date

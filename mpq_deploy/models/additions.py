@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mpq_deploy.errors import ModelError, UsageError
+from mpq_deploy.system.inputs import read_json_object
 
 # Parts of a pipeline that denoise, the first that is there by default.
 DENOISERS = ("unet", "transformer")
@@ -61,11 +61,5 @@ def predicted(scheduler: dict[str, Any]) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file. Raises ModelError when it cannot be read as one."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ModelError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} holds no JSON object.")
-    return content
+    """Return the object in a JSON file of diffusers, which writes infinities. Raises ModelError."""
+    return read_json_object(path, infinite=True, error=ModelError)

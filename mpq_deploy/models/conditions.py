@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +10,14 @@ import numpy as np
 
 from mpq_deploy.errors import ModelError, UsageError, nearest
 from mpq_deploy.models.spec import Array, InputSpec
+from mpq_deploy.system.array_file import read_arrays
 
 # Entries of the file that are no inputs: the number of rows (an unconditional denoiser has one row
 # and no array), the row for classifier-free guidance, and what the rows are called.
 ROWS, UNCOND_ROW, LABELS = "_rows", "_uncond_row", "_labels"
+
+# How users make the file.
+WRITE = "Write it with numpy.savez, plain numbers only."
 
 
 @dataclass(frozen=True)
@@ -42,18 +45,17 @@ class Conditions:
     @classmethod
     def load(cls, path: Path) -> Conditions:
         """Read what ``save`` wrote, or a user's file. Raises UsageError or ModelError."""
-        if not path.is_file():
+        path = path.expanduser()
+        if not path.exists():
             raise UsageError(
                 f"There is no conditions file at {path}.", "Give a .npz file, one array per input."
             )
-        try:
-            with np.load(path, allow_pickle=False) as data:
-                entries = {name: data[name] for name in data.files}
-        except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-            raise ModelError(
-                f"{path} cannot be read as conditions: {error}",
-                "Write it with numpy.savez, plain numbers only.",
-            ) from error
+        entries = read_arrays(path, error=ModelError, hint=WRITE)
+        for name in (ROWS, UNCOND_ROW):
+            if name in entries and (
+                entries[name].size != 1 or entries[name].dtype.kind not in "iu"
+            ):
+                raise ModelError(f"'{name}' in {path} is no whole number.", WRITE)
         labels = tuple(str(label) for label in entries.pop(LABELS, np.array(())))
         uncond = entries.pop(UNCOND_ROW, None)
         declared = entries.pop(ROWS, None)

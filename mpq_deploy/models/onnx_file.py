@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from mpq_deploy.errors import ModelError, UsageError, nearest
@@ -33,6 +32,7 @@ from mpq_deploy.models.conditions import Conditions, WantedInput, check_conditio
 from mpq_deploy.models.denoiser import Denoiser
 from mpq_deploy.models.spec import Array, DenoiserSpec, InputSpec, PredictionType
 from mpq_deploy.system.progress import Talk
+from mpq_deploy.system.yaml_file import read_yaml
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -148,10 +148,7 @@ def description_path(model: Path, given: Path | None) -> Path:
 
 def read_description(path: Path) -> OnnxDescription:
     """Return the checked YAML at ``path``. Raises UsageError naming the entry that is wrong."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read as YAML: {error}") from error
+    content = read_yaml(path, error=UsageError)
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds no entries.", "Begin with sample: NAME and timestep: NAME.")
     try:

@@ -17,6 +17,7 @@ import torch
 
 from mpq_deploy.recover.recovery_result import CurvePoint
 from mpq_deploy.recover.train import Trainer
+from mpq_deploy.system.inputs import parse_json
 from mpq_deploy.system.progress import Talk
 
 # Raised with every change of what a checkpoint holds.
@@ -115,7 +116,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
     text = metadata.get("progress", "")
     if metadata.get("sha256") != _digest(tensors, text):
         return None
-    return json.loads(text), tensors
+    return parse_json(text, "the checkpoint"), tensors
 
 
 def _digest(tensors: dict[str, torch.Tensor], text: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from dataclasses import asdict, dataclass
@@ -15,7 +14,7 @@ from mpq_deploy.allocate.plan import PlannedLayer, PrecisionPlan
 from mpq_deploy.delivery.device_results import device_infos
 from mpq_deploy.evaluate.evaluation_result import Evaluation, VariantResult
 from mpq_deploy.evaluate.interval import mean_interval
-from mpq_deploy.evaluate.variants import BEFORE, CORRECTED, LATENCY
+from mpq_deploy.evaluate.variants import BEFORE, CORRECTED, LATENCY, read_sizes
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED
 from mpq_deploy.report.budget_grid import budget_plans, layer_kurtoses
 from mpq_deploy.report.data import (
@@ -44,6 +43,7 @@ from mpq_deploy.run.view import Exported
 from mpq_deploy.runtime.correction import FILE as CORRECTION
 from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.system.files import unsealed
+from mpq_deploy.system.inputs import read_json_object
 
 if TYPE_CHECKING:
     from mpq_deploy.evaluate.metrics.kept import ImageMetrics
@@ -213,7 +213,7 @@ def _engine(run: Run) -> tuple[EngineInfo | None, str]:
     folder = run.stage("engine")
     none = folder / "none.json"
     if none.exists():
-        return None, json.loads(none.read_text(encoding="utf-8"))["reason"]
+        return None, str(read_json_object(none).get("reason"))
     from mpq_deploy.engine.record import RECORD, EngineRecord
 
     record = EngineRecord.load(folder / RECORD)
@@ -437,7 +437,7 @@ def summarise(run: Run, last: str) -> Summary:
     if last != "report":
         files = [str(path) for path in sorted(run.stage(last).iterdir()) if path.is_file()][:8]
         return Summary(str(run.stage(last)), {**values, "files": files})
-    report = json.loads((run.path / "report.json").read_text(encoding="utf-8"))
+    report = read_json_object(run.path / "report.json")
     return Summary(_headline(run.path, report), {**values, "report": report})
 
 
@@ -484,7 +484,7 @@ def sample_grid(run: Run, out: Path, count: int, seed: int, steps: int, controls
     variants = {"ours": Variant(run.deployed / SIMULATED)}
     if controls:
         folder = run.stage("controls")
-        sizes: dict[str, int] = json.loads((folder / "sizes.json").read_text(encoding="utf-8"))
+        sizes = read_sizes(folder)
         variants |= {
             name: Variant(folder / name / SIMULATED) for name in sorted(sizes, reverse=True)
         }

@@ -6,7 +6,6 @@ passed over; a file whose values do not match its digest is refused.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from mpq_deploy.errors import UsageError
 from mpq_deploy.report.data import SCHEMA_VERSION, DeviceInfo, ReportData
 from mpq_deploy.report.seal import values_digest
 from mpq_deploy.system.files import SEAL
+from mpq_deploy.system.inputs import as_object, parse_json, read_text
 
 REPORT = "report.json"
 AGAIN = "Write it again with 'mpq-deploy report RUN'."
@@ -85,6 +85,10 @@ def read_report(path: Path) -> ReadReport:
     return report
 
 
+# Reports hold a row for each layer and figure: some megabytes for the largest models.
+REPORT_BYTES = 64 << 20
+
+
 def latencies(report: ReadReport) -> list[Latency]:
     """Return every measured latency of the plan, by device.
 
@@ -124,18 +128,13 @@ def _problem(device: DeviceInfo) -> str:
 
 def _object(file: Path) -> tuple[str, dict[str, Any]]:
     """Return a file's text and the JSON object in it."""
-    if not file.is_file():
+    if not file.exists():
         raise UsageError(f"There is no report at {file}.", "Make it with 'mpq-deploy report RUN'.")
-    try:
-        text = file.read_text(encoding="utf-8")
-        raw = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{file} is no complete JSON ({error}).", AGAIN) from None
-    if not isinstance(raw, dict):
-        raise UsageError(
-            f"{file} is no report of mpq-deploy: it holds a {type(raw).__name__}.", FOREIGN
-        )
-    return text, raw
+    text = read_text(file, limit=REPORT_BYTES, error=UsageError, hint=FOREIGN)
+    raw = parse_json(text, str(file), error=UsageError, hint=AGAIN)
+    return text, as_object(
+        raw, f"{file} is no report of mpq-deploy: it", error=UsageError, hint=FOREIGN
+    )
 
 
 def _check_digest(file: Path, text: str, raw: dict[str, Any]) -> None:

@@ -10,8 +10,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from mpq_deploy.engine.target import Target
 from mpq_deploy.formats.candidates import (
     Choices,
@@ -26,6 +24,8 @@ from mpq_deploy.formats.scheme import FP16, Scheme, branches_of, schemes_named
 from mpq_deploy.graph.layers import Layer, LayerGraph
 from mpq_deploy.graph.writers.quantize_layers import weight_array
 from mpq_deploy.models.spec import Array
+from mpq_deploy.system.array_file import read_arrays
+from mpq_deploy.system.inputs import whole
 from mpq_deploy.system.mapped import drop_pages
 
 if TYPE_CHECKING:
@@ -88,13 +88,10 @@ class StoredCandidates(Mapping[str, LayerCandidates]):
     def of(cls, folder: Path, graph: LayerGraph, limit: int | None = None) -> StoredCandidates:
         """Open a finished stage ``folder``."""
         names = {str(number): layer.name for number, layer in enumerate(graph.layers)}
-        with np.load(folder / ROW_ORDERS, allow_pickle=False) as orders:
-            return cls(
-                folder,
-                graph,
-                {names[number]: orders[number] for number in orders.files},
-                limit=limit,
-            )
+        orders = read_arrays(folder / ROW_ORDERS)
+        with whole(folder / ROW_ORDERS):
+            named = {names[number]: order for number, order in orders.items()}
+        return cls(folder, graph, named, limit=limit)
 
     def __getitem__(self, name: str) -> LayerCandidates:
         held = self._held.get(name)

@@ -6,7 +6,6 @@ on a run folder, or on a copy of some of its stages. Everything is opened once p
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from mpq_deploy.graph.load import load_model
 from mpq_deploy.models.export import load_exported
 from mpq_deploy.models.spec import Array, FloatModel
 from mpq_deploy.run.folder import RunFolder
+from mpq_deploy.system.inputs import read_json_object
 from mpq_deploy.system.parallel.work import Alone, Crew
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Exported:
         self.path = exported.model
         self.spec = exported.spec
         self.conditions: dict[str, Array] = dict(exported.conditions.arrays)
-        self.facts: dict[str, Any] = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+        self.facts: dict[str, Any] = read_json_object(folder / "facts.json")
         self.graph: LayerGraph = layer_graph(load_model(self.path))
 
     @property

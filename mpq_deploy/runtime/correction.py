@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.models.spec import Array
+from mpq_deploy.system.inputs import read_json
 
 # Raised with every change of what the file holds.
 FORMAT: Literal[1] = 1
@@ -192,14 +193,11 @@ def load_correction(path: Path | str, model: Path | str) -> Correction:
 
 def read_correction(path: Path) -> Correction:
     """Read ``correction.json`` without asking whose it is; raises as ``load_correction``."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    if not path.exists():
         raise UsageError(
             f"There is no correction {path}.", "Set evaluate.correction: ptqd, and build."
-        ) from error
-    except (ValueError, IsADirectoryError) as error:
-        raise ModelError(f"{path} is cut short or no JSON: {error}.", "Make it again.") from error
+        )
+    values = read_json(path, error=ModelError, hint="Make it again.")
     version = values.get("format") if isinstance(values, dict) else None
     if version != FORMAT:
         raise ModelError(

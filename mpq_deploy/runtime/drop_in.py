@@ -231,9 +231,7 @@ def load(
     if not path.exists():
         raise UsageError(f"There is no {path}.", "Give a run folder, an engine, or an ONNX file.")
     described, engine, models = _found(path)
-    refuse_altered([described])
-    _refuse_altered_part(described)
-    spec = DenoiserSpec.load(described)
+    spec = _description(described)
     if spec.timestep is None:
         raise UsageError(
             f"{path} holds a component without timesteps ({spec.name}), not a denoiser.",
@@ -263,11 +261,16 @@ def load(
     return RuntimeUNet(spec, OrtBackend(model, spec, chosen, threads))
 
 
-def _refuse_altered_part(path: Path) -> None:
-    """Raise ArchiveError where ``path`` is a part of an unpacked package, and not as it was packed."""
+def _description(path: Path) -> DenoiserSpec:
+    """Read a denoiser.json that is as its stage, or the package that it is a part of, left it.
+
+    Raises RunFolderError or ArchiveError for another.
+    """
+    refuse_altered([path])
     manifest = path.with_name(MANIFEST)
     if manifest.is_file() and Manifest.load(manifest).parts.get(path.name) != file_digest(path):
         raise ArchiveError(f"{path} is altered.", "Unpack the package again.")
+    return DenoiserSpec.load(path)
 
 
 def _found(path: Path) -> tuple[Path, Path | None, dict[str, Path]]:

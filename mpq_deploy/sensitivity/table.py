@@ -12,6 +12,8 @@ import numpy as np
 
 from mpq_deploy.models.spec import Array
 from mpq_deploy.sensitivity.methods import METHODS
+from mpq_deploy.system.array_file import read_arrays
+from mpq_deploy.system.inputs import read_json_object, whole
 
 IMPORTANCE = "orm.npz"
 T = TypeVar("T")
@@ -57,10 +59,10 @@ class Importance:
     @classmethod
     def load(cls, path: Path) -> Importance:
         """Read what ``save`` wrote."""
-        with np.load(path, allow_pickle=False) as data:
-            values: dict[str, Any] = dict(data)
-        values["layers"] = tuple(json.loads(str(values["layers"])))
-        return cls(**{**values, "calls": int(values["calls"])})
+        values: dict[str, Any] = dict(read_arrays(path))
+        with whole(path):
+            values["layers"] = tuple(json.loads(str(values["layers"])))
+            return cls(**{**values, "calls": int(values["calls"])})
 
 
 @dataclass(frozen=True)
@@ -165,24 +167,21 @@ class SensitivityTable:
     @classmethod
     def load(cls, folder: Path) -> SensitivityTable:
         """Read what ``save`` wrote."""
-        text = json.loads((folder / "table.json").read_text(encoding="utf-8"))
-        with np.load(folder / "projections.npz", allow_pickle=False) as data:
-            by_timestep = _by_pair(text["pairs"], data["by_timestep"])
-            projections = (
-                _by_pair(text["pairs"], data["projections"]) if "projections" in data else None
-            )
-            calls = data.get("calls", None)
+        text = read_json_object(folder / "table.json")
+        data = read_arrays(folder / "projections.npz")
         stored = folder / IMPORTANCE
-        return cls(
-            text["metric"],
-            np.array(text["timesteps"], np.float32),
-            text["losses"],
-            by_timestep,
-            projections,
-            tuple(text["notes"]),
-            Importance.load(stored) if stored.exists() else None,
-            calls,
-        )
+        with whole(folder):
+            pairs = text["pairs"]
+            return cls(
+                text["metric"],
+                np.array(text["timesteps"], np.float32),
+                text["losses"],
+                _by_pair(pairs, data["by_timestep"]),
+                _by_pair(pairs, data["projections"]) if "projections" in data else None,
+                tuple(text["notes"]),
+                Importance.load(stored) if stored.exists() else None,
+                data.get("calls"),
+            )
 
 
 def table_from_projections(

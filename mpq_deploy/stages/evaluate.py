@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from mpq_deploy.run.stage import Stage, settings, version_of
 from mpq_deploy.runtime.correction import FILE as CORRECTION
 from mpq_deploy.runtime.correction import load_correction
 from mpq_deploy.system.files import Fields
+from mpq_deploy.system.inputs import read_json_object, whole
 
 if TYPE_CHECKING:
     from mpq_deploy.evaluate.half import HalfPrecision
@@ -48,10 +48,16 @@ def _half_precision(run: Run, deployed: Path) -> HalfPrecision:
     return half_precision(*files, calls, run.talk)
 
 
+def _size(deployed: Path) -> int:
+    path = deployed / "size.json"
+    with whole(path):
+        return int(read_json_object(path)["size_bytes"])
+
+
 def make(run: Run, folder: Path) -> str:
     """Make the stage in ``folder``; return a few words for the log."""
     deployed = run.deployed
-    size = json.loads((deployed / "size.json").read_text(encoding="utf-8"))["size_bytes"]
+    size = _size(deployed)
     graph, correction = deployed / SIMULATED, None
     if run.recipe.evaluate.correction != "none":
         correction = load_correction(run.stage("correction") / CORRECTION, graph)

@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from mpq_deploy.errors import UsageError, nearest
 from mpq_deploy.recipe import Recipe, load_recipe
 from mpq_deploy.run.pipeline import default_run
@@ -20,6 +18,7 @@ from mpq_deploy.studies.agreement import Compared, correlations, scheme_classes
 from mpq_deploy.studies.audit_result import AuditResult, MetricResult, TruthInfo
 from mpq_deploy.studies.compared_losses import TRUTH, Losses, Truth
 from mpq_deploy.studies.compared_plans import PlanQuality, Solved, plan_points, solved_plans
+from mpq_deploy.system.yaml_file import parse_yaml
 
 if TYPE_CHECKING:
     from mpq_deploy.run.view import Run
@@ -73,12 +72,7 @@ def audit_recipe(source: str | None, model: str | None, changes: Sequence[str]) 
             raise UsageError(
                 f"Invalid --set {change}.", "Write KEY=VALUE, such as measure.timesteps=10."
             )
-        try:
-            given[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UsageError(
-                f"The value of --set {change} is not YAML.", "Write KEY=VALUE."
-            ) from error
+        given[key] = parse_yaml(value, f"--set {key}", error=UsageError, hint="Write KEY=VALUE.")
     return load_recipe(source, given)
 
 

@@ -7,7 +7,6 @@ its schemes, of the stages behind its weights, and of how it was measured.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import tempfile
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpq_deploy.allocate.plan_solver import PlanSolver
-from mpq_deploy.errors import InfeasibleBudgetError
+from mpq_deploy.errors import InfeasibleBudgetError, InputError
 from mpq_deploy.evaluate.evaluate import Variant, evaluate
 from mpq_deploy.evaluate.fresh import FreshCalls, standard_error
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
@@ -27,6 +26,7 @@ from mpq_deploy.run.stage import version_of
 from mpq_deploy.run.view import RECIPE, SAMPLES, Run
 from mpq_deploy.studies.audit_result import PlanPoint
 from mpq_deploy.system.files import canonical_json, write_text
+from mpq_deploy.system.inputs import read_json
 from mpq_deploy.system.parallel.work import Alone, Job, Result, Shard, Within, Work, run_shards
 from mpq_deploy.system.progress import Talk
 
@@ -118,8 +118,8 @@ class PlanQuality:
 def _read(path: Path) -> dict[str, Any] | None:
     """Return the stored figures; None where there are none or the file is damaged."""
     try:
-        figures = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        figures = read_json(path)
+    except InputError:
         return None
     complete = isinstance(figures, dict) and {"nmse", "nmse_error", "errors", "psnr_db"} <= set(
         figures

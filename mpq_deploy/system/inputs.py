@@ -12,6 +12,7 @@ import math
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -223,6 +224,25 @@ def _lone_surrogate(text: str) -> bool:
     except UnicodeEncodeError:
         return True
     return False
+
+
+@contextmanager
+def whole(path: Path, error: type[MpqError] = InputError, hint: str = "") -> Iterator[None]:
+    """Raise ``error`` where what is made of the file or folder at ``path`` in the block fails.
+
+    For files that this program writes: whoever altered them gets one line, not a traceback.
+    """
+    try:
+        yield
+    except MpqError:
+        raise
+    except (
+        *(ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError),
+        *(RecursionError, TypeError, ValueError),
+    ) as problem:
+        said = printable(" ".join(str(problem).split())[:200])
+        what = f"{_shown(path)} is not what was written there ({type(problem).__name__}: {said})."
+        raise error(what, hint or "It was altered: make it again.") from problem
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

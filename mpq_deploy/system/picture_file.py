@@ -14,13 +14,21 @@ from mpq_deploy.system.names import printable
 # 64 million pixels take 200 MB as RGB (our choice): a PNG of ten kilobytes can hold more.
 PIXELS = 64_000_000
 # Pillow's other formats (PostScript, PDF, fonts) start programs or are rarely read.
+# Pillow's modes with transparency.
+ALPHA = ("RGBA", "LA", "PA")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 
 def read_picture(
-    path: Path, *, pixels: int = PIXELS, error: type[MpqError] = InputError, hint: str = ""
+    path: Path,
+    *,
+    mode: str = "RGB",
+    opaque: bool = False,
+    pixels: int = PIXELS,
+    error: type[MpqError] = InputError,
+    hint: str = "",
 ) -> Image.Image:
-    """Return a picture's first frame as RGB.
+    """Return a picture's first frame in Pillow's ``mode``; ``opaque`` refuses transparency.
 
     Raises ``error`` for a file that is no picture of ``FORMATS``, is damaged, or has more than
     ``pixels`` pixels.
@@ -35,7 +43,10 @@ def read_picture(
                 if width * height > pixels:
                     what = f"{shown} has {width:,} x {height:,} pixels, more than {pixels:,}."
                     raise error(what, hint or "Make it smaller.")
-                decoded: Image.Image = picture.convert("RGB")
+                if opaque and (picture.mode in ALPHA or "transparency" in picture.info):
+                    what = f"{shown} has transparency."
+                    raise error(what, "Lay it over a background first.")
+                decoded: Image.Image = picture.convert(mode)
                 return decoded
         except MpqError:
             raise

@@ -44,6 +44,7 @@ def test_long_labels_do_not_widen_the_columns():
 
 
 def test_saved_file_is_the_same_each_time(tmp_path):
+    (tmp_path / "deep").mkdir()
     first = save_grid(tmp_path / "deep" / "a.png", {"x": images(0)}, ("ü", "é", "文"))
     second = save_grid(tmp_path / "b.png", {"x": images(0)}, ("ü", "é", "文"))
     assert first.read_bytes() == second.read_bytes()

@@ -71,7 +71,7 @@ def test_a_time_that_is_none_is_refused(milliseconds: object, tmp_path: Path) ->
 
 
 def test_a_file_that_is_missing_or_cut_short_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(UsageError, match="There is no file"):
         LatencyTable.load(tmp_path / "none.json")
     (tmp_path / "cut.json").write_text('{"format": 1, "entr', encoding="utf-8")
     with pytest.raises(UsageError, match="no JSON"):

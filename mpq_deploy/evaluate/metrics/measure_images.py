@@ -6,7 +6,6 @@ In: a run whose graphs are written. Out: ``ImageMetrics``, added to those that t
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -47,6 +46,7 @@ from mpq_deploy.evaluate.metrics.open_networks import check_networks, open_netwo
 from mpq_deploy.evaluate.metrics.real import RealSet, check_real, real_set
 from mpq_deploy.evaluate.metrics.sample_images import Sampled, Source, image_shape, sample_many
 from mpq_deploy.evaluate.metrics.scores import ImageScore, check_scores, open_scores, prompts_of
+from mpq_deploy.evaluate.variants import read_sizes
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
 from mpq_deploy.models.spec import Array, FloatModel
 from mpq_deploy.recipe import EvaluateSettings
@@ -200,7 +200,7 @@ def _sources(run: Run, float_model: Path, seed: int, controls: bool) -> dict[str
     }
     if controls:
         folder = run.stage("controls")
-        sizes = json.loads((folder / "sizes.json").read_text(encoding="utf-8"))
+        sizes = read_sizes(folder)
         if not sizes:
             raise UsageError(
                 "The run has no controls.",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from mpq_deploy.evaluate.metrics.frechet import Moments, check_count, frechet_di
 from mpq_deploy.evaluate.metrics.networks import DEMO, FeatureNetwork, NetworkOptions, digest_of
 from mpq_deploy.models.locate import bundled_demo
 from mpq_deploy.models.spec import Array
+from mpq_deploy.system.array_file import read_arrays
 from mpq_deploy.system.files import file_digest
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -23,6 +22,8 @@ SEED = 0
 # its precision).
 ROUNDING = 1e-5
 HINT = "Give a folder of pictures, an .npz with images uint8 [N, H, W, C], or one with mean, cov and count of features."
+# What to do about a picture that cannot be used.
+REPLACE = "Remove or replace it."
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def read_folder(folder: Path, channels: int) -> Array:
     Raises UsageError for an empty folder, a file that is no picture, transparency, and pictures of
     different sizes.
     """
-    from PIL import Image, UnidentifiedImageError
+    from mpq_deploy.system.picture_file import read_picture
 
     if not folder.is_dir():
         raise UsageError(f"There are no real images at {folder}.", HINT)
@@ -88,13 +89,9 @@ def read_folder(folder: Path, channels: int) -> Array:
         raise UsageError(f"{folder} holds no pictures ({', '.join(SUFFIXES)}).", HINT)
     found: list[Array] = []
     for file in files:
-        try:
-            with Image.open(file) as picture:
-                if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-                    raise UsageError(f"{file} has transparency.", "Lay it over a background first.")
-                pixels = np.asarray(picture.convert("RGB" if channels == 3 else "L"))
-        except (UnidentifiedImageError, OSError) as error:
-            raise UsageError(f"{file} cannot be read: {error}.", "Remove or replace it.") from error
+        mode = "RGB" if channels == 3 else "L"
+        picture = read_picture(file, mode=mode, opaque=True, error=UsageError, hint=REPLACE)
+        pixels = np.asarray(picture)
         pixels = pixels.reshape(*pixels.shape[:2], -1)
         if found and pixels.shape != found[0].shape:
             raise UsageError(
@@ -200,13 +197,7 @@ def _of_features(features: Array, digest: str, source: str) -> RealSet:
 
 
 def _arrays(path: Path) -> dict[str, Array]:
-    if not zipfile.is_zipfile(path):
-        raise UsageError(f"{path} is no .npz: it is no zip archive, or not a whole one.", HINT)
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            return {name: stored[name] for name in stored.files}
-    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
-        raise UsageError(f"{path} cannot be read: {error}.", HINT) from error
+    return read_arrays(path, error=UsageError, hint=HINT)
 
 
 def _images_digest(images: Array) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from mpq_deploy.evaluate.metrics.networks import CLIP, digest_of, title_of
 from mpq_deploy.models.spec import Array
 from mpq_deploy.models.weight_files import refuse_unborne
 from mpq_deploy.system.files import file_digest
+from mpq_deploy.system.inputs import read_json_object
 from mpq_deploy.system.libraries import no_bars
 
 CONFIG, PREPROCESSOR, WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
@@ -68,12 +68,12 @@ def preprocessing(folder: Path) -> tuple[int, list[float], list[float]]:
     Raises UsageError for one that does not.
     """
     path = folder / PREPROCESSOR
+    settings = read_json_object(path, error=UsageError)
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
         crop = settings.get("crop_size") or settings.get("size") or {}
         side = int(crop if isinstance(crop, int) else crop["height"])
         return side, settings["image_mean"], settings["image_std"]
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UsageError(
             f"{path} does not say {error}.", "It must name crop_size, image_mean and image_std."
         ) from error
@@ -122,7 +122,7 @@ def _model(name: str, folder: Path) -> Any:
 
     if name != CLIP:
         return from_folder(transformers.Dinov2Model, folder, name)
-    settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    settings = read_json_object(folder / CONFIG, error=UsageError)
     tower = settings.get("vision_config", settings)
     # A whole CLIP says how wide its embeddings are beside its towers, not in them.
     width = settings.get("projection_dim", tower.get("projection_dim"))

@@ -120,10 +120,10 @@ def damaged(path):
     [
         (different_sizes, r"differ in size: 000.png has 8 x 8 .* zzz.png has 16 x 16"),
         (transparent, "transparency"),
-        (broken, "bbb.png cannot be read"),
+        (broken, "bbb.png is no picture"),
         (empty, "holds no pictures"),
         (lambda path: path / "none", "no real images at"),
-        (damaged, "is no .npz"),
+        (damaged, "is no file of NumPy arrays"),
         (saved(images=pictures(6, 16)), "16 x 16 pixels, 3 channels, the model's samples 8 x 8"),
         (saved(images=pictures(6).astype(np.float32)), "float32"),
         (saved(images=pictures(4)), "too few for the covariance of the 4 features.*at least 5"),
@@ -143,7 +143,7 @@ def damaged(path):
         (saved(mean=np.zeros(4), cov=np.eye(4), count=-9), "too few"),
         (saved(mean=np.zeros(4), cov=np.eye(4), count=[3, 9]), "count in .* int64 .2."),
         (saved(mean=np.array(list("abcd")), cov=np.eye(4), count=9), "are <U1 .4."),
-        (saved(images=np.array([{}], dtype=object)), "cannot be read"),
+        (saved(images=np.array([{}], dtype=object)), "Python objects"),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path, make, said):
