@@ -33,11 +33,13 @@ from mpq_deploy.cli.options import (
     RunArgument,
     SchedulerOption,
     SensitivityOption,
+    SignOption,
     TargetOption,
     ThreadsOption,
     WorkersOption,
     crew_for,
     latency_settings,
+    signing_key,
 )
 from mpq_deploy.errors import UsageError, nearest
 
@@ -246,11 +248,12 @@ def report(
     as_is: Annotated[
         bool, typer.Option("--as-is", help="Report existing stages only; run none.")
     ] = False,
+    sign: SignOption = None,
 ) -> None:
     """Write report.html, report.md and report.json."""
     from mpq_deploy.run.pipeline import open_pipeline
 
-    settings = recipe_of(run, recipe)
+    settings, key = recipe_of(run, recipe), signing_key(sign)
     if device:
         from mpq_deploy.delivery.device_results import take_in
 
@@ -262,6 +265,10 @@ def report(
             print_summary(pipeline.report_as_is())
     else:
         run_until("report", settings, run)
+    if key is not None:
+        from mpq_deploy.device.signature import sign as sign_file
+
+        make_talk().line(f"signed: {sign_file(run / 'report.json', key)}")
 
 
 def recovering(settings: Recipe) -> Recipe:

@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from mpq_deploy.cli.app import DEVICE, app, make_talk, print_result, recipe_of
-from mpq_deploy.cli.options import RunArgument, TargetOption, output_file
+from mpq_deploy.cli.options import RunArgument, SignOption, TargetOption, output_file, signing_key
 
 
 @app.command(
@@ -28,6 +28,7 @@ def package(
             callback=output_file,
         ),
     ] = None,
+    sign: SignOption = None,
 ) -> None:
     """Pack what a device needs into one archive: the graph, its checks, an installer."""
     from mpq_deploy.delivery.package import check_builder, make_package
@@ -37,13 +38,18 @@ def package(
     recipe = recipe_of(run, None)
     device = load_target(target or recipe.target)
     check_builder(device)
+    key = signing_key(sign)
     with open_pipeline(recipe, run, make_talk()) as pipeline:
         written = make_package(
             pipeline.deployed(corrected=True), device, out or Path(f"{run.name}.mpq.tar")
         )
-    print_result(
-        written, f"{written['file']}  {written['bytes']:,} bytes\nsha256 {written['sha256']}"
-    )
+    text = f"{written['file']}  {written['bytes']:,} bytes\nsha256 {written['sha256']}"
+    if key is not None:
+        from mpq_deploy.device.signature import sign as sign_file
+
+        written["signature"] = str(sign_file(Path(written["file"]), key))
+        text += f"\nsignature {written['signature']}"
+    print_result(written, text)
 
 
 @app.command(rich_help_panel=DEVICE, epilog="Example: mpq-deploy install model.mpq.tar")
@@ -61,6 +67,24 @@ def install(
             show_default="beside the archive",
         ),
     ] = None,
+    sha256: Annotated[
+        str,
+        typer.Option(
+            "--sha256",
+            metavar="DIGEST",
+            help="Refuse an archive of another SHA-256.",
+            show_default=False,
+        ),
+    ] = "",
+    trust: Annotated[
+        str,
+        typer.Option(
+            "--trust",
+            metavar="PUBKEY",
+            help="Refuse an archive that this key of minisign (a file, or its text) has not signed.",
+            show_default=False,
+        ),
+    ] = "",
     force_memory: Annotated[
         bool,
         typer.Option("--force-memory", help="Build even if memory is estimated to be too small."),
@@ -71,11 +95,11 @@ def install(
     Without mpq-deploy on the device: tar xf MODEL.mpq.tar, then ./build.sh. Exit code 1 when
     something differs.
     """
-    from mpq_deploy.device.installer import default_out, summary
+    from mpq_deploy.device.installer import Trust, default_out, summary
     from mpq_deploy.device.installer import install as install_package
 
     folder = out or default_out(archive)
-    results = install_package(archive, folder, make_talk(), force_memory)
+    results = install_package(archive, folder, make_talk(), force_memory, Trust(sha256, trust))
     print_result(results, summary(results, folder))
     if not results["passed"]:
         raise typer.Exit(1)

@@ -11,11 +11,22 @@ import typer
 from mpq_deploy.errors import UsageError
 
 if TYPE_CHECKING:
+    from mpq_deploy.device.signature import SecretKey
     from mpq_deploy.system.parallel.work import Crew
 
 OF_MODEL = "What the model lacks"
 # NumPy's and torch's generators take as many.
 LARGEST_SEED = 2**63 - 1
+
+
+def signing_key(path: Path | None) -> SecretKey | None:
+    """Read minisign's secret key, before any work. Raises UsageError, or that cryptography is missing."""
+    if path is None:
+        return None
+    from mpq_deploy.device.signature import read_secret_key, require_crypto
+
+    require_crypto()
+    return read_secret_key(path)
 
 
 def output_file(path: Path | None) -> Path | None:
@@ -280,6 +291,24 @@ BaselineOption = Annotated[
         "--baseline",
         metavar="RUN",
         help="Run folder or report.json to compare with.",
+        show_default=False,
+    ),
+]
+SignOption = Annotated[
+    Optional[Path],
+    typer.Option(
+        "--sign",
+        metavar="KEY",
+        help="Sign what is written with this secret key of minisign (FILE.minisig).",
+        show_default=False,
+    ),
+]
+TrustOption = Annotated[
+    Optional[str],
+    typer.Option(
+        "--trust",
+        metavar="PUBKEY",
+        help="Refuse reports that this key of minisign has not signed.",
         show_default=False,
     ),
 ]

@@ -47,6 +47,7 @@ from mpq_deploy.cli.options import (
     SetOption,
     TargetOption,
     ThreadsOption,
+    TrustOption,
     WeightsOption,
     WorkersOption,
     crew_for,
@@ -273,6 +274,7 @@ def gate(
     max_lpips: MaxLpipsOption = None,
     max_clip_drop: MaxClipDropOption = None,
     baseline: BaselineOption = None,
+    trust: TrustOption = None,
     junit: JunitOption = None,
     markdown: MarkdownFileOption = None,
     json: JsonOption = False,
@@ -296,6 +298,11 @@ def gate(
         max_lpips,
         max_clip_drop,
     )
+    if trust is not None:
+        from mpq_deploy.device.signature import read_public_key
+        from mpq_deploy.report.read import check_signed
+
+        check_signed((run, baseline), read_public_key(trust))
     former = None if baseline is None else read_report(baseline)
     result = check_gate(read_report(run), limits, former, allow_estimate)
     for path, text in ((junit, gate_junit(result)), (markdown, gate_markdown(result))):

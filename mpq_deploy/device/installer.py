@@ -28,16 +28,18 @@ from mpq_deploy.device.archive import (
     read_archive,
 )
 from mpq_deploy.device.cuda import Cuda, why_no_gpu
-from mpq_deploy.device.manifest import Manifest
+from mpq_deploy.device.manifest import DIGEST, Manifest
 from mpq_deploy.device.output_check import compare
 from mpq_deploy.device.run import Run, reference_arrays, run_engine
+from mpq_deploy.device.signature import read_public_key, verify
 from mpq_deploy.engine.build_target import BUILDERS, version_fits
 from mpq_deploy.engine.builder import PACKAGES, BatchProfile, BuildRequest, build_engine
 from mpq_deploy.engine.record import EngineRecord
 from mpq_deploy.engine.trtexec import find_trtexec, trtexec_version
-from mpq_deploy.errors import EngineError, MpqError
+from mpq_deploy.errors import EngineError, MissingDependencyError, MpqError, UsageError
 from mpq_deploy.system.children import run_bounded
 from mpq_deploy.system.files import disk_error, file_digest, refuse_links, write_text
+from mpq_deploy.system.inputs import open_input
 from mpq_deploy.system.memory import memory_room
 from mpq_deploy.system.names import path_inside, printable
 from mpq_deploy.system.progress import PlainTalk, Talk
@@ -67,13 +69,64 @@ def unpack(archive: Path, out: Path, talk: Talk) -> None:
     extract(archive, entries, out)
 
 
-def install(archive: Path, out: Path, talk: Talk, force_memory: bool = False) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Trust:
+    """What an archive must be: of the digest ``sha256`` and signed by ``key``; empty: not asked for.
+
+    ``key``: minisign's public key, a file or its text.
+    """
+
+    sha256: str = ""
+    key: str = ""
+
+    def check(self, archive: Path) -> None:
+        """Raise ArchiveError or SignatureError where ``archive`` is another.
+
+        Raises UsageError for what is no digest or key.
+        """
+        if not self.sha256 and not self.key:
+            return
+        if archive.is_dir():
+            what = f"{archive} is a folder, which has no digest or signature of its own."
+            raise UsageError(what, "Give the .mpq.tar.")
+        if self.sha256:
+            expected = self.sha256.strip().lower()
+            if not DIGEST.fullmatch(expected):
+                raise UsageError(
+                    f"'{printable(self.sha256[:80])}' is no SHA-256.",
+                    "Give the 64 digits that 'mpq-deploy package' printed.",
+                )
+            with open_input(archive, error=ArchiveError):
+                found = file_digest(archive)
+            if found != expected:
+                what = f"{archive} has the SHA-256 {found}, not {expected}."
+                raise ArchiveError(what, "Get it again from whoever packed it.")
+        if self.key:
+            key = read_public_key(self.key)
+            try:
+                verify(archive, key)
+            except MissingDependencyError as error:
+                raise UsageError(
+                    "Signatures cannot be checked here: the Python package cryptography is missing.",
+                    "Check with minisign itself (minisign -Vm FILE -p KEY), and give --sha256 here.",
+                ) from error
+
+
+def install(
+    archive: Path,
+    out: Path,
+    talk: Talk,
+    force_memory: bool = False,
+    trust: Trust = Trust(),
+) -> dict[str, Any]:
     """Install ``archive`` (or its unpacked folder) into ``out``; return what results.json holds.
 
-    Raises ArchiveError for an archive that is cut short or altered, EngineError for a wrong
-    TensorRT or GPU, too little memory (unless ``force_memory``) or a builder that fails. An engine
-    that differs from the plan or the references only makes ``results["passed"]`` false.
+    Nothing of it is read before it is what ``trust`` says. Raises ArchiveError for an archive that
+    is cut short or altered, EngineError for a wrong TensorRT or GPU, too little memory (unless
+    ``force_memory``) or a builder that fails. An engine that differs from the plan or the
+    references only makes ``results["passed"]`` false.
     """
+    trust.check(archive)
     if archive.is_dir():
         out = archive
     refuse_links(out, ArchiveError)
@@ -331,6 +384,8 @@ def main(arguments: list[str] | None = None, write: Callable[[str], Any] = sys.s
     option(
         "-o", "--out", type=Path, help="the folder to install into (default: beside the archive)"
     )
+    option("--sha256", default="", help="the digest that the archive must have")
+    option("--trust", default="", metavar="PUBKEY", help="minisign's key that must have signed it")
     option("--force-memory", action="store_true", help="build even if memory may be too small")
     option("--json", action="store_true", help="print results.json")
     chosen = parser.parse_args(arguments)
@@ -339,7 +394,13 @@ def main(arguments: list[str] | None = None, write: Callable[[str], Any] = sys.s
         parser.error("give the .mpq.tar, or --unpacked FOLDER")
     out = chosen.unpacked or chosen.out or default_out(archive)
     try:
-        results = install(archive, out, PlainTalk(), chosen.force_memory)
+        results = install(
+            archive,
+            out,
+            PlainTalk(),
+            chosen.force_memory,
+            Trust(chosen.sha256, chosen.trust),
+        )
     except (MpqError, OSError) as error:
         shown = error if isinstance(error, MpqError) else disk_error(error, out)
         hint = f"  {printable(shown.hint)}\n" if shown.hint else ""

@@ -6,12 +6,14 @@ passed over; a file whose values do not match its digest is refused.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError, model_validator
 
+from mpq_deploy.device.signature import PublicKey, verify
 from mpq_deploy.errors import UsageError
 from mpq_deploy.report.data import SCHEMA_VERSION, DeviceInfo, ReportData
 from mpq_deploy.report.seal import values_digest
@@ -87,6 +89,13 @@ def read_report(path: Path) -> ReadReport:
 
 # Reports hold a row for each layer and figure: some megabytes for the largest models.
 REPORT_BYTES = 64 << 20
+
+
+def check_signed(paths: Iterable[Path | None], key: PublicKey) -> None:
+    """Raise SignatureError unless each report (file or run folder; None: none) is signed by ``key``."""
+    for path in paths:
+        if path is not None:
+            verify(path / REPORT if path.is_dir() else path, key)
 
 
 def latencies(report: ReadReport) -> list[Latency]:

@@ -224,12 +224,9 @@ def load(
     RunFolderError for files of a run that were altered since they were made.
     """
     if backend not in BACKENDS:
-        raise UsageError(
-            f"There is no backend '{backend}'.", f"{nearest(backend, BACKENDS)}One of {BACKENDS}."
-        )
+        hint = f"{nearest(backend, BACKENDS)}One of {BACKENDS}."
+        raise UsageError(f"There is no backend '{backend}'.", hint)
     path = Path(source)
-    if not path.exists():
-        raise UsageError(f"There is no {path}.", "Give a run folder, an engine, or an ONNX file.")
     described, engine, models = _found(path)
     spec = _description(described)
     if spec.timestep is None:
@@ -246,8 +243,8 @@ def load(
                 "No CUDA device is here: an engine cannot run.", f"To run here, {BY_ORT}."
             )
         refuse_altered([engine])
-        engine_backend = EngineBackend(engine, spec, torch.device(device or "cuda"), library)
-        return RuntimeUNet(spec, engine_backend)
+        cuda = torch.device(device or "cuda")
+        return RuntimeUNet(spec, EngineBackend(engine, spec, cuda, library))
     if not models:
         raise UsageError(
             f"{path} holds no quantized ONNX model.",
@@ -275,6 +272,8 @@ def _description(path: Path) -> DenoiserSpec:
 
 def _found(path: Path) -> tuple[Path, Path | None, dict[str, Path]]:
     """Return the specification's file, the engine if there is one, and the ONNX graphs by file name."""
+    if not path.exists():
+        raise UsageError(f"There is no {path}.", "Give a run folder, an engine, or an ONNX file.")
     run = path if path.is_dir() else path.parent.parent
     places = [run / "export" / SPEC, (path if path.is_dir() else path.parent) / SPEC]
     described = next((place for place in places if place.is_file()), None)
