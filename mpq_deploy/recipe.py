@@ -10,6 +10,7 @@ import difflib
 import itertools
 import textwrap
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -19,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from mpq_deploy.errors import UsageError, nearest
 from mpq_deploy.formats.scheme import BRANCH_KINDS, schemes_named
+from mpq_deploy.system.names import LONGEST_NAME, printable
 from mpq_deploy.system.quantities import Budget, BudgetEntry, LatencyEntry
 from mpq_deploy.system.yaml_file import read_yaml
 
@@ -38,6 +40,8 @@ SIMULATED_DEFAULT = ("fp16", *(f"w{bits}a{a}-sim" for bits in (2, 3, 4, 5, 6, 8)
 # NumPy's and torch's generators take as many seeds; no other whole number here is larger than a
 # billion (our choice).
 LARGEST_SEED, LARGEST_NUMBER = 2**63 - 1, 10**9
+# Characters of an error's message that are shown (our choice).
+LONGEST_MESSAGE = 500
 # Columns of a recipe that is printed with comments (our choice).
 COLUMNS = 100
 
@@ -55,11 +59,31 @@ class Section(BaseModel):
         for name, value in self:
             if isinstance(value, int) and value > LARGEST_NUMBER and name != "seed":
                 raise ValueError(f"{name} is {value:,}, more than {LARGEST_NUMBER:,}")
+            if isinstance(value, float) and abs(value) > LARGEST_NUMBER:
+                raise ValueError(f"{name} is {value:g}, which is too large")
+            # An empty model is no model: the one that opens it says so.
+            texts = value if isinstance(value, (tuple, dict)) else (value,)
+            texts = () if (name, value) == ("model", "") else texts
+            if any(isinstance(text, str) and not _usable(text) for text in texts):
+                what = "is empty, too long, or holds a control character"
+                raise ValueError(f"{name} {what}: {_short(value)}")
         return self
 
     def replace(self: AnySection, **values: Any) -> AnySection:
         """Return the section with other ``values``, validated."""
         return type(self)(**{**dict(self), **values})
+
+
+def _usable(text: str) -> bool:
+    return bool(text.strip()) and len(text) <= LONGEST_NAME and printable(text) == text
+
+
+def _home(path: str) -> str:
+    """Return ``path`` with a leading ~ as the home folder, as a shell does; of unknown users as it is."""
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError:
+        return path
 
 
 class CalibrateSettings(Section):
@@ -187,6 +211,11 @@ class AllocateSettings(Section):
     gap: float = Field(1e-4, ge=0, lt=1, description="relative gap at which the solver may stop")
     time_limit: float = Field(60.0, gt=0, description="seconds")
 
+    @field_validator("latency_table")
+    @classmethod
+    def _of_the_user(cls, path: str | None) -> str | None:
+        return None if path is None else _home(path)
+
     @field_validator("schemes")
     @classmethod
     def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -296,6 +325,9 @@ class RecoverSettings(Section):
     @field_validator("losses")
     @classmethod
     def _any_weight(cls, losses: dict[Loss, float]) -> dict[Loss, float]:
+        for name, weight in losses.items():
+            if not 0 <= weight <= LARGEST_NUMBER:
+                raise ValueError(f"the weight of {name} is {weight:g}; it must be 0 to 1e9")
         if not any(weight > 0 for weight in losses.values()):
             raise ValueError("at least one loss needs a weight above 0")
         return losses
@@ -378,6 +410,12 @@ class Recipe(Section):
     engine: EngineSettings = EngineSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
 
+    @field_validator("model", "target", "description", "conditions", "scheduler", "prompts")
+    @classmethod
+    def _of_the_user(cls, path: str | None) -> str | None:
+        """Read a leading ~ as the home folder, as a shell does."""
+        return None if path is None else _home(path)
+
     @model_validator(mode="before")
     @classmethod
     def _simulated_by_default(cls, values: Any) -> Any:
@@ -454,8 +492,16 @@ def make_recipe(values: dict[str, Any], source: str = "the recipe") -> Recipe:
             hint = f"Did you mean '{close[0]}'? " if close else ""
             hint += f"Known keys there: {', '.join(known)}."
             raise UsageError(f"Unknown key '{where}' in {source}.", hint) from error
-        message = str(first["msg"]).removeprefix("Value error, ")
-        raise UsageError(f"{where} in {source}: {message} (found {first['input']!r}).") from error
+        message = str(first["msg"]).removeprefix("Value error, ")[:LONGEST_MESSAGE]
+        # A section's own check names the setting and its value.
+        found = "" if isinstance(first["input"], dict) else f" (found {_short(first['input'])})"
+        place = f"{where} in {source}" if where else source
+        raise UsageError(f"{place}: {message}{found}.") from error
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."
 
 
 def load_recipe(source: str | Path | None, overrides: dict[str, Any] | None = None) -> Recipe:
@@ -473,8 +519,11 @@ def load_recipe(source: str | Path | None, overrides: dict[str, Any] | None = No
         place = values
         *parents, last = dotted.split(".")
         for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = value
+            if not isinstance(place.setdefault(parent, {}), dict):
+                break
+            place = place[parent]
+        else:
+            place[last] = value
     return make_recipe(values, "the options" if source is None else path.name)
 
 
@@ -483,9 +532,11 @@ def recipe_file(source: str | Path) -> Path:
     bundled = bundled_recipes()
     if isinstance(source, str) and source in bundled:
         return bundled[source]
-    path = Path(source).expanduser()
-    if path.exists():
-        return path
+    path = Path(_home(str(source)))
+    with suppress(OSError, ValueError):
+        # Names of any text: too long, or with a NUL character.
+        if path.exists():
+            return path
     hint = f"{nearest(path.stem, bundled)}Give a YAML file, or one of {', '.join(bundled)}."
     raise UsageError(f"There is no recipe '{source}'.", hint)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 
 from mpq_deploy.cli import app
 from mpq_deploy.errors import UsageError
-from mpq_deploy.recipe import Recipe, bundled_recipes, load_recipe, recipe_heading
+from mpq_deploy.recipe import Recipe, Section, bundled_recipes, load_recipe, recipe_heading
 
 RUNNER = CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"})
 RECIPES = bundled_recipes()
@@ -127,3 +128,57 @@ def test_an_absent_recipe_is_refused_with_the_nearest_name(tmp_path: Path) -> No
         load_recipe(tmp_path / "none.yaml")
     with pytest.raises(UsageError, match="Did you mean 'sdxl-rtx'"):
         load_recipe("sdxl")
+
+
+def _setting_names(model=Recipe, before=""):
+    for name, field in model.model_fields.items():
+        nested = field.annotation
+        if isinstance(nested, type) and issubclass(nested, Section):
+            yield from _setting_names(nested, f"{before}{name}.")
+        yield before + name
+
+
+@pytest.mark.parametrize(
+    "value",
+    [float("nan"), 1e308, -1e308, 10**30, "", "a\0b", "\x1b[31m", "x" * 5000, [[]], {"a": 1}],
+    ids=["nan", "huge", "negative", "integer", "empty", "NUL", "escape", "long", "list", "object"],
+)
+def test_a_value_of_the_wrong_kind_is_refused_for_every_setting(value):
+    for name in _setting_names():
+        if (name, value) == ("model", ""):
+            continue  # said where models are opened
+        with pytest.raises(UsageError) as caught:
+            load_recipe(None, {name: value})
+        assert len(caught.value.message) < 1000, name
+
+
+def test_a_section_that_is_no_section_is_refused_under_options(tmp_path):
+    (tmp_path / "r.yaml").write_text("allocate: 3\n", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"allocate in r\.yaml"):
+        load_recipe(tmp_path / "r.yaml", {"allocate.gap": 0.1})
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "r.yaml").write_text("model: ~/model\nallocate: {latency_table: ~/t.json}\n")
+    recipe = load_recipe("~/r.yaml")
+    assert recipe.model == str(tmp_path / "model")
+    assert recipe.allocate.latency_table == str(tmp_path / "t.json")
+
+
+def test_a_recipe_from_a_stranger_ends_in_one_line(tmp_path):
+    path = tmp_path / "r.yaml"
+    for content in (
+        "[" * 5000,
+        "budget: .inf",
+        "budget: 1\nbudget: 2",
+        "a: !!python/name:os.x",
+        "\0",
+    ):
+        path.write_text(content, encoding="utf-8")
+        with pytest.raises(UsageError, match=r"r\.yaml"):
+            load_recipe(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UsageError, match="named pipe"):
+        load_recipe(path)

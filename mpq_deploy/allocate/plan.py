@@ -79,5 +79,5 @@ class PrecisionPlan:
     @classmethod
     def load(cls, path: Path) -> PrecisionPlan:
         """Read what ``save`` wrote."""
-        plan: PrecisionPlan = model_of(cls, read_json(path), str(path))
+        plan: PrecisionPlan = model_of(cls, read_json(path, infinite=True), str(path))
         return plan

@@ -16,8 +16,8 @@ from mpq_deploy.evaluate.cache import npz_bytes, write_aside
 from mpq_deploy.models.spec import Array
 from mpq_deploy.recipe import EvaluateSettings
 from mpq_deploy.system.array_file import read_arrays
-from mpq_deploy.system.files import sealed_json, unsealed
-from mpq_deploy.system.inputs import read_json_object, read_text, whole
+from mpq_deploy.system.files import read_sealed, sealed_json
+from mpq_deploy.system.inputs import read_json_object, whole
 
 IDENTICAL = "identical to the float model's, so the PSNR is infinite"
 
@@ -137,7 +137,7 @@ class Evaluation:
             },
             images=images,
             float_digest=text["float_digest"],
-            latency=CpuLatency(**unsealed(read_text(latency))) if latency.exists() else None,
+            latency=CpuLatency(**read_sealed(latency)) if latency.exists() else None,
             notes=tuple(text["notes"]),
         )
 

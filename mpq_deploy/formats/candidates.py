@@ -8,14 +8,16 @@ see the same weights.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import log2
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from mpq_deploy.errors import ModelError
+from mpq_deploy.errors import InputError, ModelError
 from mpq_deploy.formats.branches.rows import RowsMatrix
 from mpq_deploy.formats.interfaces import DeployedMatrix, Rounder, StoredMatrix
 from mpq_deploy.formats.layer_rounding import InputMoments, LayerRounding
@@ -23,7 +25,7 @@ from mpq_deploy.formats.scheme import FP16, SCHEMES, Scheme
 from mpq_deploy.graph.layers import Layer
 from mpq_deploy.models.spec import Array
 from mpq_deploy.rounding.quantizers import LARGEST_SCALE, Rounding
-from mpq_deploy.system.inputs import whole
+from mpq_deploy.system.inputs import open_input, parse_json, whole
 
 Refusal = Callable[[Layer, Scheme], str]
 # Branches stand beside one of a layer's bodies of each kind, that of blocks nearest to this: blocks
@@ -182,27 +184,44 @@ def save_candidates(candidates: LayerCandidates, path: Path) -> None:
 
 def load_choices(path: Path) -> Choices:
     """Read only which schemes a layer may take, and why not the others."""
-    from safetensors import safe_open
-
-    with whole(path), safe_open(path, framework="numpy") as file:
+    with _opened(path) as file:
         return _choices(file.metadata())
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a safetensors file. Raises InputError that names it where it is none of ours."""
+    from safetensors import SafetensorError, safe_open
+
+    open_input(path).close()
+    try:
+        with whole(path), safe_open(path, framework="numpy") as file:
+            yield file
+    except SafetensorError as error:
+        raise InputError(f"{path} is no safetensors file: {error}.", "Make it again.") from error
+
+
 def _choices(metadata: dict[str, str]) -> Choices:
-    choices = json.loads(metadata["choices"])
+    choices = parse_json(metadata["choices"], "choices")
     return Choices(tuple(SCHEMES[name] for name in choices["schemes"]), choices["refused"])
 
 
 def load_candidates(layer: Layer, weight: Array, path: Path) -> LayerCandidates:
     """Read what ``save_candidates`` wrote; ``weight`` is the float matrix [out_channels, reduction]."""
-    from safetensors import safe_open
-
     stored: dict[str, dict[str, Array]] = {}
-    with whole(path), safe_open(path, framework="numpy") as file:
+    with _opened(path) as file:
         choices = _choices(file.metadata())
         for name in sorted(file.keys()):
             form, _, part = name.partition(".")
             stored.setdefault(form, {})[part] = file.get_tensor(name)
+    with whole(path):
+        forms = _forms(stored, layer, weight)
+    return LayerCandidates(layer, choices.schemes, choices.refused, weight, forms)
+
+
+def _forms(
+    stored: dict[str, dict[str, Array]], layer: Layer, weight: Array
+) -> dict[str, DeployedMatrix]:
     schemes = {scheme.weight_form: scheme for scheme in SCHEMES.values()}
     forms: dict[str, DeployedMatrix] = {}
     # Bodies first: branches may share them.
@@ -210,4 +229,4 @@ def load_candidates(layer: Layer, weight: Array, path: Path) -> LayerCandidates:
         scheme = schemes[form]
         body = forms.get(scheme.body.weight_form)
         forms[form] = scheme.branch.read(scheme, StoredMatrix(arrays, layer, weight, body))
-    return LayerCandidates(layer, choices.schemes, choices.refused, weight, forms)
+    return forms

@@ -17,7 +17,7 @@ import torch
 
 from mpq_deploy.recover.recovery_result import CurvePoint
 from mpq_deploy.recover.train import Trainer
-from mpq_deploy.system.inputs import parse_json
+from mpq_deploy.system.inputs import as_object, parse_json, whole
 from mpq_deploy.system.progress import Talk
 
 # Raised with every change of what a checkpoint holds.
@@ -76,6 +76,12 @@ def restore_checkpoint(trainer: Trainer, path: Path, key: str, talk: Talk) -> bo
     values, tensors = read
     if values.get("format") != CHECKPOINT_FORMAT or values.get("key") != key:
         return False
+    with whole(path):
+        _take_over(trainer, values, tensors)
+    return True
+
+
+def _take_over(trainer: Trainer, values: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     progress = trainer.progress
     device = trainer.student.device
     with torch.no_grad():
@@ -100,7 +106,6 @@ def restore_checkpoint(trainer: Trainer, path: Path, key: str, talk: Talk) -> bo
         np.array(values["best_by_timestep"]),
     )
     progress.curve = [CurvePoint(**point) for point in values["curve"]]
-    return True
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
@@ -111,12 +116,14 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    except SafetensorError:
+    except (SafetensorError, OSError):
         return None
     text = metadata.get("progress", "")
     if metadata.get("sha256") != _digest(tensors, text):
         return None
-    return parse_json(text, "the checkpoint"), tensors
+    return as_object(
+        parse_json(text, f"{path}: progress", infinite=True), f"{path}: progress"
+    ), tensors
 
 
 def _digest(tensors: dict[str, torch.Tensor], text: str) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pydantic import TypeAdapter
-
 from mpq_deploy.system.files import canonical_json
+from mpq_deploy.system.inputs import read_json
+from mpq_deploy.system.validated import model_of
 
 FILE = "recovery.json"
 
@@ -69,4 +69,6 @@ class Recovery:
     @classmethod
     def load(cls, folder: Path) -> Recovery:
         """Read what ``save`` wrote."""
-        return TypeAdapter(cls).validate_json((folder / FILE).read_bytes())
+        values = read_json(folder / FILE)
+        read: Recovery = model_of(cls, values, str(folder / FILE), hint="Make it again.")
+        return read

@@ -19,10 +19,10 @@ from pydantic import ValidationError
 from mpq_deploy.allocate.plan import PrecisionPlan
 from mpq_deploy.allocate.plan_solver import PlanSolver
 from mpq_deploy.allocate.problem import LayerChoice
-from mpq_deploy.errors import InfeasibleLatencyError
+from mpq_deploy.errors import InfeasibleLatencyError, InputError
 from mpq_deploy.report.data import BudgetPlan, BudgetPlans, LayerOption
 from mpq_deploy.run.view import RECIPE, Exported
-from mpq_deploy.system.files import canonical_json, sealed_json, unsealed, write_text
+from mpq_deploy.system.files import canonical_json, read_sealed, sealed_json, write_text
 
 if TYPE_CHECKING:
     from mpq_deploy.run.view import Run
@@ -230,8 +230,8 @@ def _stored_plans(stored: dict[str, Any]) -> BudgetPlans | None:
 def _read(run: Run) -> dict[str, Any]:
     """Read what was kept; empty where there is nothing of this form."""
     try:
-        kept = unsealed((run.path / CACHE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        kept = read_sealed(run.path / CACHE)
+    except InputError:
         return {}
     return kept if kept.get("format") == CACHE_FORMAT else {}
 

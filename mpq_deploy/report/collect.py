@@ -12,6 +12,7 @@ import numpy as np
 
 from mpq_deploy.allocate.plan import PlannedLayer, PrecisionPlan
 from mpq_deploy.delivery.device_results import device_infos
+from mpq_deploy.errors import InputError
 from mpq_deploy.evaluate.evaluation_result import Evaluation, VariantResult
 from mpq_deploy.evaluate.interval import mean_interval
 from mpq_deploy.evaluate.variants import BEFORE, CORRECTED, LATENCY, read_sizes
@@ -42,8 +43,8 @@ from mpq_deploy.run.stage import version_of
 from mpq_deploy.run.view import Exported
 from mpq_deploy.runtime.correction import FILE as CORRECTION
 from mpq_deploy.sensitivity.table import SensitivityTable
-from mpq_deploy.system.files import unsealed
-from mpq_deploy.system.inputs import read_json_object
+from mpq_deploy.system.files import read_sealed
+from mpq_deploy.system.inputs import read_json_object, whole
 
 if TYPE_CHECKING:
     from mpq_deploy.evaluate.metrics.kept import ImageMetrics
@@ -319,18 +320,21 @@ def _cpu_latency(run: Run) -> CpuLatencyInfo | None:
     figures = _read_figures(run, run.path / LATENCY, {"float_ms", "variant_ms", "source"})
     if figures is None:
         return None
-    ours_ms = figures["variant_ms"]["ours"]
-    return CpuLatencyInfo(float_ms=figures["float_ms"], ours_ms=ours_ms, source=figures["source"])
+    with whole(run.path / LATENCY):
+        ours_ms = figures["variant_ms"]["ours"]
+        return CpuLatencyInfo(
+            float_ms=figures["float_ms"], ours_ms=ours_ms, source=figures["source"]
+        )
 
 
 def _read_figures(run: Run, path: Path, keys: set[str]) -> dict[str, Any] | None:
     """Read figures outside the stages' digests; None, with a warning, for a damaged file."""
-    try:
-        figures = unsealed(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except ValueError as error:
-        run.talk.warn(f"{path} cannot be read and is left out of the report: {error}")
+    try:
+        figures = read_sealed(path)
+    except InputError as error:
+        run.talk.warn(f"{path} cannot be read and is left out of the report: {error.message}")
         return None
     if not keys <= set(figures):
         run.talk.warn(f"{path} lacks {', '.join(sorted(keys))} and is left out of the report")

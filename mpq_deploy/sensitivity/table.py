@@ -14,8 +14,11 @@ from mpq_deploy.models.spec import Array
 from mpq_deploy.sensitivity.methods import METHODS
 from mpq_deploy.system.array_file import read_arrays
 from mpq_deploy.system.inputs import read_json_object, whole
+from mpq_deploy.system.validated import model_of
 
 IMPORTANCE = "orm.npz"
+# Largest table.json read, ten times that of a thousand layers with a hundred schemes (our choice).
+TABLE_BYTES = 128 << 20
 T = TypeVar("T")
 # Layer -> scheme -> values.
 Nested = dict[str, dict[str, Array]]
@@ -167,15 +170,16 @@ class SensitivityTable:
     @classmethod
     def load(cls, folder: Path) -> SensitivityTable:
         """Read what ``save`` wrote."""
-        text = read_json_object(folder / "table.json")
+        file = folder / "table.json"
+        text = read_json_object(file, limit=TABLE_BYTES, infinite=True)
         data = read_arrays(folder / "projections.npz")
         stored = folder / IMPORTANCE
-        with whole(folder):
+        with whole(file):
             pairs = text["pairs"]
             return cls(
                 text["metric"],
                 np.array(text["timesteps"], np.float32),
-                text["losses"],
+                model_of(dict[str, dict[str, float]], text["losses"], f"{file}: losses"),
                 _by_pair(pairs, data["by_timestep"]),
                 _by_pair(pairs, data["projections"]) if "projections" in data else None,
                 tuple(text["notes"]),

@@ -118,7 +118,7 @@ class PlanQuality:
 def _read(path: Path) -> dict[str, Any] | None:
     """Return the stored figures; None where there are none or the file is damaged."""
     try:
-        figures = read_json(path)
+        figures = read_json(path, infinite=True)
     except InputError:
         return None
     complete = isinstance(figures, dict) and {"nmse", "nmse_error", "errors", "psnr_db"} <= set(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mpq_deploy.errors import DiskError, InputError, MpqError
-from mpq_deploy.system.inputs import parse_json
+from mpq_deploy.system.inputs import parse_json, read_text
 from mpq_deploy.system.names import printable
 
 # The entry of a sealed JSON file with the digest of all others.
@@ -45,6 +45,16 @@ def unsealed(text: str) -> Fields:
     if values.pop(SEAL) != _values_digest(values):
         raise ValueError(f"its {SEAL} is not that of its values: it was altered")
     return values
+
+
+def read_sealed(path: Path) -> Fields:
+    """Return the values of a file that ``sealed_json`` wrote. Raises InputError for any other."""
+    text = read_text(path)
+    try:
+        return unsealed(text)
+    except ValueError as problem:
+        what = f"{printable(str(path))} cannot be used: {printable(str(problem))}."
+        raise InputError(what, "Make it again.") from problem
 
 
 def _values_digest(values: Fields) -> str:

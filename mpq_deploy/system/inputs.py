@@ -238,7 +238,7 @@ def whole(path: Path, error: type[MpqError] = InputError, hint: str = "") -> Ite
         raise
     except (
         *(ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError),
-        *(RecursionError, TypeError, ValueError),
+        *(RuntimeError, TypeError, ValueError),
     ) as problem:
         said = printable(" ".join(str(problem).split())[:200])
         what = f"{_shown(path)} is not what was written there ({type(problem).__name__}: {said})."

@@ -63,7 +63,7 @@ class Budget:
         elif unit in SIZE_UNITS and number > 0:
             return cls(text, number * SIZE_UNITS[unit], "bytes")
         raise UsageError(
-            f"Invalid budget '{text}'.",
+            f"Invalid budget '{str(text)[:80]}'.",
             'Give a share of the FP16 size up to 1 (0.35), a size ("600MB"), or bits per weight ("4.5bits").',
         )
 
@@ -93,7 +93,8 @@ class Latency:
         number, unit = _number_and_unit(text)
         if not number > 0 or unit not in TIME_UNITS_NS:
             raise UsageError(
-                f"Invalid latency '{text}'.", "Give a number with its unit: 120ms, 0.12s or 850us."
+                f"Invalid latency '{str(text)[:80]}'.",
+                "Give a number with its unit: 120ms, 0.12s or 850us.",
             )
         # Rounded first: 0.12 s are 120,000,000 ns, not one less.
         return cls(text, int(round(number * TIME_UNITS_NS[unit], 3)))

@@ -11,13 +11,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mpq_deploy.errors import InputError
 from mpq_deploy.evaluate.cache import arrays_digest, model_digest
 from mpq_deploy.evaluate.decode import decoder_path
 from mpq_deploy.evaluate.metrics.frechet import minimum_images
 from mpq_deploy.evaluate.metrics.networks import digest_of
 from mpq_deploy.models.spec import Array, DenoiserSpec
 from mpq_deploy.report.data import FrechetInfo, ScoreInfo
-from mpq_deploy.system.files import sealed_json, unsealed, write_text
+from mpq_deploy.system.files import read_sealed, sealed_json, write_text
+from mpq_deploy.system.inputs import whole
 from mpq_deploy.system.progress import Talk
 
 FILE = "metrics.json"
@@ -138,16 +140,21 @@ class ImageMetrics:
 
     @classmethod
     def load(cls, run: Path) -> ImageMetrics | None:
-        """Read metrics.json; None where there is none. Raises ValueError (also of pydantic) for a damaged one."""
+        """Read metrics.json; None where there is none. Raises InputError for a damaged one."""
         path = run / FILE
         if not path.is_file():
             return None
-        text = unsealed(path.read_text(encoding="utf-8"))
+        text = read_sealed(path)
         if text.get("format") != FORMAT:
-            raise ValueError(f"it is not of format {FORMAT}")
+            raise InputError(f"{path} is not of format {FORMAT}.")
         missing = {"frechet", "controls", "made_from", "scores"} - set(text)
         if missing:
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+            raise InputError(f"{path} lacks {', '.join(sorted(missing))}.")
+        with whole(path):
+            return cls._of(text)
+
+    @classmethod
+    def _of(cls, text: dict[str, Any]) -> ImageMetrics:
         return cls(
             tuple(FrechetInfo(**row) for row in text["frechet"]),
             {
@@ -163,9 +170,8 @@ def read_kept(run: Path, talk: Talk, consequence: str) -> ImageMetrics | None:
     """Return what metrics.json of ``run`` holds; None where there is none, or a damaged one, of which it warns."""
     try:
         return ImageMetrics.load(run)
-    # pydantic's ValidationError is a ValueError.
-    except (ValueError, TypeError, KeyError) as error:
-        talk.warn(f"{run / FILE} cannot be read and {consequence}: {str(error).splitlines()[0]}")
+    except InputError as error:
+        talk.warn(f"{run / FILE} cannot be read and {consequence}: {error.message}")
         return None
 
 

@@ -68,14 +68,14 @@ def real_set(
             return _statistics(path, arrays, network)
         images = arrays["images"]
     else:
-        images = read_folder(path, shape[2])
+        images = read_folder(path, shape)
     check_images(images, shape, path)
     check_count(len(images), network.width, f"real images in {path}", network.name)
     return _of_features(network.features(images), digest_of(_images_digest(images)), str(path))
 
 
-def read_folder(folder: Path, channels: int) -> Array:
-    """Read every picture directly in ``folder``, by name, uint8 [N, H, W, channels].
+def read_folder(folder: Path, shape: tuple[int, ...]) -> Array:
+    """Read every picture directly in ``folder``, by name, uint8 [N, H, W, C]; ``shape``: [H, W, C] that they must have.
 
     Raises UsageError for an empty folder, a file that is no picture, transparency, and pictures of
     different sizes.
@@ -89,7 +89,7 @@ def read_folder(folder: Path, channels: int) -> Array:
         raise UsageError(f"{folder} holds no pictures ({', '.join(SUFFIXES)}).", HINT)
     found: list[Array] = []
     for file in files:
-        mode = "RGB" if channels == 3 else "L"
+        mode = "RGB" if shape[2] == 3 else "L"
         picture = read_picture(file, mode=mode, opaque=True, error=UsageError, hint=REPLACE)
         pixels = np.asarray(picture)
         pixels = pixels.reshape(*pixels.shape[:2], -1)
@@ -99,6 +99,9 @@ def read_folder(folder: Path, channels: int) -> Array:
                 f"{_size(pixels.shape)}.",
                 "Bring all to the size of the model's samples; nothing is resized for you.",
             )
+        if not found:
+            # Before the others are read: all of them are held at this size.
+            check_images(pixels[None], shape, folder)
         found.append(pixels)
     return np.stack(found)
 

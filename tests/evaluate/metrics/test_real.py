@@ -40,7 +40,7 @@ def taken(path, shape=(8, 8, 3)):
 def test_a_folder_and_an_npz_of_the_same_images_agree(tmp_path, channels):
     images = pictures(20, channels=channels)
     folder = save_folder(tmp_path / "real", images)
-    np.testing.assert_array_equal(read_folder(folder, channels), images)
+    np.testing.assert_array_equal(read_folder(folder, images.shape[1:]), images)
     np.savez(tmp_path / "real.npz", images=images)
     first, second = taken(folder, images.shape[1:]), taken(tmp_path / "real.npz", images.shape[1:])
     np.testing.assert_array_equal(first.features, second.features)
@@ -149,3 +149,19 @@ def damaged(path):
 def test_what_does_not_fit_is_refused(tmp_path, make, said):
     with pytest.raises(UsageError, match=said):
         taken(make(tmp_path))
+
+
+def test_the_first_picture_of_another_size_ends_the_reading(tmp_path, monkeypatch):
+    from mpq_deploy.system import picture_file
+
+    folder, read = save_folder(tmp_path / "real", pictures(6, 16)), []
+    original = picture_file.read_picture
+
+    def counted(path, **options):
+        read.append(path)
+        return original(path, **options)
+
+    monkeypatch.setattr(picture_file, "read_picture", counted)
+    with pytest.raises(UsageError, match="16 x 16 pixels"):
+        taken(folder)
+    assert len(read) == 1
