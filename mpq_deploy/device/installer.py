@@ -366,7 +366,8 @@ def summary(results: dict[str, Any], out: Path) -> str:
 
 def default_out(archive: Path) -> Path:
     """The folder beside the archive, named after it."""
-    return archive.with_name(archive.name.removesuffix(".tar").removesuffix(".mpq") + ".installed")
+    name = archive.name.removesuffix(".tar").removesuffix(".mpq")
+    return archive.parent / f"{name}.installed"
 
 
 def main(arguments: list[str] | None = None, write: Callable[[str], Any] = sys.stdout.write) -> int:

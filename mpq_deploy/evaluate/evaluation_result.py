@@ -18,6 +18,7 @@ from mpq_deploy.recipe import EvaluateSettings
 from mpq_deploy.system.array_file import read_arrays
 from mpq_deploy.system.files import read_sealed, sealed_json
 from mpq_deploy.system.inputs import read_json_object, whole
+from mpq_deploy.system.validated import model_of
 
 IDENTICAL = "identical to the float model's, so the PSNR is infinite"
 
@@ -160,7 +161,8 @@ def _variant_from_json(text: dict[str, Any]) -> VariantResult:
         fields[name] = tuple(fields[name])
     for name in ("psnr_db", "pooled_psnr_db"):
         fields[name] = math.inf if fields[name] is None else fields[name]
-    return VariantResult(**fields)
+    result: VariantResult = model_of(VariantResult, fields, "evaluation.json: a variant")
+    return result
 
 
 def _json(value: dict[str, Any]) -> bytes:

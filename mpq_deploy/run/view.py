@@ -13,6 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pydantic import PositiveInt
+
 from mpq_deploy.allocate.plan import PrecisionPlan
 from mpq_deploy.calibrate.stats import CalibrationStats
 from mpq_deploy.calls.recorded import CalibrationSet
@@ -26,6 +28,7 @@ from mpq_deploy.models.spec import Array, FloatModel
 from mpq_deploy.run.folder import RunFolder
 from mpq_deploy.system.inputs import read_json_object
 from mpq_deploy.system.parallel.work import Alone, Crew
+from mpq_deploy.system.validated import model_of
 
 if TYPE_CHECKING:
     from mpq_deploy.recipe import Recipe
@@ -54,7 +57,10 @@ class Exported:
         self.path = exported.model
         self.spec = exported.spec
         self.conditions: dict[str, Array] = dict(exported.conditions.arrays)
-        self.facts: dict[str, Any] = read_json_object(folder / "facts.json")
+        facts = folder / "facts.json"
+        self.facts: dict[str, Any] = read_json_object(facts)
+        for name, kind in (("fp16_size_bytes", PositiveInt), ("notes", list[str])):
+            model_of(kind, self.facts.get(name), f"{facts}: {name}")
         self.graph: LayerGraph = layer_graph(load_model(self.path))
 
     @property

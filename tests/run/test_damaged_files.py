@@ -77,3 +77,13 @@ def test_arrays_of_another_form_name_the_file(tmp_path, load, index):
     np.savez(path, index=text, layers=text, **{"0.scale": np.array(["x", "y"])})
     with pytest.raises(MpqError, match=r"some\.npz"):
         load(path)
+
+
+def test_a_variant_of_text_is_no_variant():
+    from mpq_deploy.evaluate.evaluation_result import _variant_from_json
+
+    with pytest.raises(MpqError, match="a variant"):
+        _variant_from_json(
+            dict.fromkeys(("nmse_by_timestep", "psnr_db_each", "ssim_each"), "x")
+            | {"psnr_db": 1, "pooled_psnr_db": 1}
+        )
