@@ -31,7 +31,7 @@ RECIPE_PAGE, TARGETS_PAGE, COMMANDS_FOLDER = "recipe.md", "every-target.md", "co
 ROOT_PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
-    "SECURITY.md": "security.md",
+    "SECURITY.md": "reporting.md",
     "calibration/README.md": "calibration.md",
 }
 WHOLE = "The whole build"

@@ -60,14 +60,14 @@ class Conditions:
         uncond = entries.pop(UNCOND_ROW, None)
         declared = entries.pop(ROWS, None)
         sizes = {len(values) if values.ndim else 0 for values in entries.values()}
-        sizes |= set() if declared is None else {int(declared)}
+        sizes |= set() if declared is None else {int(declared.item())}
         if len(sizes) != 1 or min(sizes) < 1:
             shapes = {name: values.shape for name, values in entries.items()}
             raise UsageError(
                 f"The arrays in {path} do not have one common number of rows: {shapes}.",
                 "Give one row per condition in every array.",
             )
-        return cls(entries, sizes.pop(), None if uncond is None else int(uncond), labels)
+        return cls(entries, sizes.pop(), None if uncond is None else int(uncond.item()), labels)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from mpq_deploy.models.transformer import FLUX, PIXART, SD3
 from mpq_deploy.models.unet import find_weights
 from mpq_deploy.models.weight_files import refuse_unborne
 from mpq_deploy.system.libraries import no_bars
+from mpq_deploy.system.names import printable
 from mpq_deploy.system.progress import Talk
 
 # Classes of transformers that are opened: those of the Stable Diffusion and T5 families.
@@ -327,10 +328,10 @@ def load_part(folder: Path, pipeline: dict[str, Any], name: str, allowed: tuple[
     try:
         with no_bars("transformers"):
             loaded = getattr(transformers, class_name).from_pretrained(folder / name, **options)
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-        raise ModelError(
-            f"The {name} of {folder} cannot be loaded: {str(error).splitlines()[0]}"
-        ) from error
+    except Exception as error:
+        # Classes and tokenizers raise anything at all for files that are not their own.
+        reason = printable(" ".join(str(error).split())[:300]) or type(error).__name__
+        raise ModelError(f"The {name} of {folder} cannot be loaded: {reason}.") from error
     if not name.startswith("text_encoder"):
         return loaded
     model, info = loaded

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mpq_deploy.errors import ModelError, UsageError
+from mpq_deploy.errors import ModelError, MpqError, UsageError
 from mpq_deploy.models.conditions import WantedInput
 from mpq_deploy.models.locate import PICKLE_ENDINGS
 from mpq_deploy.models.weight_files import (
@@ -20,6 +20,7 @@ from mpq_deploy.models.weight_files import (
 )
 from mpq_deploy.system.inputs import read_json_object
 from mpq_deploy.system.libraries import no_bars
+from mpq_deploy.system.names import printable
 
 UNET_CLASSES = ("UNet2DModel", "UNet2DConditionModel")
 WEIGHTS_NAME = "diffusion_pytorch_model"
@@ -136,8 +137,6 @@ def _whole_shape(given: Any, folder: Path) -> tuple[int, ...]:
 
 def load_pretrained(model_class: Any, folder: Path, variant: str | None) -> torch.nn.Module:
     """Load a diffusers model in float32, every weight from the file. Raises ModelError."""
-    from safetensors import SafetensorError
-
     config = read_json_object(folder / CONFIG, error=ModelError, hint=AGAIN)
     stored = stored_weights(folder, WEIGHTS_NAME, variant)
     check_config(config, stored, folder)
@@ -156,8 +155,11 @@ def load_pretrained(model_class: Any, folder: Path, variant: str | None) -> torc
                 low_cpu_mem_usage=False,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
-        reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
+    except MpqError:
+        raise
+    except Exception as error:
+        # A class raises anything at all for a configuration that is not its own.
+        reason = printable(" ".join(str(error).split())[:300]) or type(error).__name__
         raise ModelError(
             f"The weights in {folder} cannot be loaded: {reason}",
             "The file is damaged or belongs to another config.json: download or save the model again.",

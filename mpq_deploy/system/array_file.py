@@ -111,7 +111,8 @@ def _array(file: Any, size: int, shown: str, error: type[MpqError], hint: str) -
     """Read one array of ``size`` bytes, header included, from a binary file."""
     try:
         shape, fortran, dtype = _header(file)
-    except (ValueError, EOFError, SyntaxError, TypeError, RecursionError, MemoryError) as problem:
+    except Exception as problem:
+        # NumPy reads a header with Python's own tokenizer and parser, and passes on what these raise.
         text = printable(" ".join(str(problem).split())[:200])
         raise error(f"{shown} is no NumPy array: {text}.", hint) from problem
     if dtype.hasobject:
