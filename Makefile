@@ -8,7 +8,7 @@ TORCH = torch==2.13.0
 CONSTRAINTS ?= constraints.txt
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS))
 
-.PHONY: demo test lint pytest install latest lock test-latest test-oldest clean
+.PHONY: demo test lint pytest install latest lock test-latest test-oldest fuzz clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/mpq-deploy build --budget 0.35
@@ -36,6 +36,12 @@ $(VENV)/.runtime: $(BIN)/python pyproject.toml $(CONSTRAINTS)
 $(VENV)/.dev: $(VENV)/.runtime
 	$(PIP) -e ".[torch,rtx,dev]"
 	touch $@
+
+# New mutated files for MINUTES (tests/fuzz); SEED draws others.
+MINUTES ?= 10
+SEED ?= 0
+fuzz: $(VENV)/.dev
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) --seed $(SEED)
 
 # A fresh environment of the newest versions that pyproject.toml allows.
 latest:

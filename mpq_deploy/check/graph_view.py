@@ -22,6 +22,7 @@ from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import STANDARD_DOMAINS
 from mpq_deploy.graph.load import read_proto
 from mpq_deploy.graph.sound import without_weights
+from mpq_deploy.system.names import printable
 
 LAYER_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 PRODUCTS = ("Gemm", "MatMul")
@@ -275,7 +276,13 @@ def open_view(proto: onnx.ModelProto, path: Path) -> View:
     """Return the view of a sound model that was read from ``path``, its functions expanded."""
     if proto.functions:
         # Bounded by ``graph.sound``.
-        proto = onnx.inliner.inline_local_functions(proto)
+        try:
+            proto = onnx.inliner.inline_local_functions(proto)
+        except RuntimeError as error:
+            raise ModelError(
+                f"The functions of {path} cannot be expanded: {printable(str(error))[:200]}.",
+                "Check it with onnx.checker, and export it again.",
+            ) from error
     return View(proto, path.resolve().parent)
 
 

@@ -6,11 +6,14 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpq_deploy.errors import MissingDependencyError, UsageError
+from pydantic import ValidationError
+
+from mpq_deploy.errors import MissingDependencyError, ModelError, UsageError
 from mpq_deploy.models.additions import DENOISERS, Additions
 from mpq_deploy.models.denoiser import Denoiser
 from mpq_deploy.models.locate import DEMOS, locate
 from mpq_deploy.system.progress import Talk
+from mpq_deploy.system.validated import first_error
 
 if TYPE_CHECKING:
     from mpq_deploy.recipe import Recipe
@@ -25,6 +28,14 @@ def open_denoiser(
     """
     talk, additions = talk or Talk(), additions or Additions()
     path = locate(source, talk)
+    try:
+        return _open(path, source, additions, talk)
+    except ValidationError as error:
+        # What the model's files say of it, put together, is no denoiser.
+        raise ModelError(f"{path}: {first_error(error)}.", "Correct its configuration.") from error
+
+
+def _open(path: Path, source: str | Path | None, additions: Additions, talk: Talk) -> Denoiser:
     if path.is_dir():
         name = f"bundled:{path.name}" if source is None or str(source) in DEMOS else str(source)
         return _open_folder(path, name, additions, talk)

@@ -26,6 +26,7 @@ from mpq_deploy.models.torch_export import TorchNetwork
 from mpq_deploy.models.transformer import DIT, FLUX
 from mpq_deploy.models.unet import WEIGHTS_NAME, find_weights, load_pretrained
 from mpq_deploy.models.weight_files import check_config, stored_weights
+from mpq_deploy.system.inputs import whole
 from mpq_deploy.system.progress import Talk
 
 INDEX, CONFIG, CARD = "model_index.json", "config.json", "demo.json"
@@ -46,15 +47,16 @@ def open_folder(folder: Path, source: str, additions: Additions, talk: Talk) -> 
     part = _denoiser_folder(folder, pipeline, additions.component)
     config = read_json(part / CONFIG)
     given = Conditions.load(additions.conditions) if additions.conditions is not None else None
-    form = model_form(config, part, given)
-    variant = find_weights(part, WEIGHTS_NAME)
-    check_config(config, stored_weights(part, WEIGHTS_NAME, variant), part)
-    card = read_json(folder / CARD) if (folder / CARD).is_file() else {}
-    _check_nothing_missing(folder, form.wanted, additions)
-    scheduler = _scheduler(additions.scheduler or folder, form, config)
-    conditions = given or _own_conditions(form, config, card, pipeline)
-    conditions = conditions or _texts(folder, pipeline, form, additions, talk)
-    inputs = check_conditions(conditions, form.wanted, str(additions.conditions or folder))
+    with whole(part / CONFIG, ModelError, "Correct it, or download the model again."):
+        form = model_form(config, part, given)
+        variant = find_weights(part, WEIGHTS_NAME)
+        check_config(config, stored_weights(part, WEIGHTS_NAME, variant), part)
+        card = read_json(folder / CARD) if (folder / CARD).is_file() else {}
+        _check_nothing_missing(folder, form.wanted, additions)
+        scheduler = _scheduler(additions.scheduler or folder, form, config)
+        conditions = given or _own_conditions(form, config, card, pipeline)
+        conditions = conditions or _texts(folder, pipeline, form, additions, talk)
+        inputs = check_conditions(conditions, form.wanted, str(additions.conditions or folder))
     module = load_pretrained(model_class(config, part), part, variant)
     spec = DenoiserSpec(
         name=str(card.get("name") or folder.resolve().name),

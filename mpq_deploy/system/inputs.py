@@ -230,7 +230,7 @@ def _lone_surrogate(text: str) -> bool:
 def whole(path: Path, error: type[MpqError] = InputError, hint: str = "") -> Iterator[None]:
     """Raise ``error`` where what is made of the file or folder at ``path`` in the block fails.
 
-    For files that this program writes: whoever altered them gets one line, not a traceback.
+    For files that programs write: whoever altered them gets one line, not a traceback.
     """
     try:
         yield
@@ -241,7 +241,7 @@ def whole(path: Path, error: type[MpqError] = InputError, hint: str = "") -> Ite
         *(RuntimeError, TypeError, ValueError),
     ) as problem:
         said = printable(" ".join(str(problem).split())[:200])
-        what = f"{_shown(path)} is not what was written there ({type(problem).__name__}: {said})."
+        what = f"{_shown(path)} does not hold what it should ({type(problem).__name__}: {said})."
         raise error(what, hint or "It was altered: make it again.") from problem
 
 

@@ -162,6 +162,8 @@ def mutated_arrays(content: bytes, draw: Random) -> bytes:
         return mutated_bytes(content, draw)
     with np.load(io.BytesIO(content)) as read:
         arrays = {name: read[name] for name in read.files}
+    if not arrays:
+        return mutated_bytes(content, draw)
     name = draw.choice(sorted(arrays))
     array = arrays[name]
     kind = draw.randrange(9)
