@@ -3,11 +3,13 @@
     python benchmarks/kills.py [MODEL] [--kills 50] [--seed 0] [--set KEY=VALUE]
 
 One build runs to its end. Then builds of the same recipe, each in a new folder, are killed with SIGKILL (the whole
-process group, so that no child does its parent's work), started again on the same folder, and so on until all kills are
-spent; the last ones run to their end. The moment is drawn anew each time: within the start of Python, or up to a time
-that lets the longest stage end now and then. Every finished folder must hold the same bytes in every stage. Engines are
-compared by the list of their kernels and by their record without digest and size of the engine's file: two builds of
-one graph by TensorRT differ there in a few bytes. After each kill no process of the build may be left.
+process group, so that no child does its parent's work), started again on the same folder, and so on until all kills
+are spent; the last ones run to their end. The moment is drawn anew each time: within the start of Python, or up to a
+time that lets the longest stage end now and then. No file of the run may then be linked from elsewhere, as sessions
+over its external weights (in calibrate, candidates and evaluate) once left them. Every finished folder must hold the
+same bytes in every stage. Engines are compared by the list of their kernels and by their record without digest and
+size of the engine's file: two builds of one graph by TensorRT differ there in a few bytes. After each kill no process
+of the build may be left.
 """
 
 from __future__ import annotations
@@ -119,6 +121,11 @@ def processes_of(group: int) -> list[int]:
     return found
 
 
+def linked_files(run: Path) -> list[Path]:
+    """Return the run's files that are linked from elsewhere: sessions must map weights where they lie."""
+    return [path for path in run.rglob("*") if path.is_file() and path.stat().st_nlink > 1]
+
+
 def contents(run: Path) -> dict[str, str]:
     """Return the digest of every compared file of a run, and what is compared of its engine."""
     files = [
@@ -174,6 +181,8 @@ def main() -> None:
                 )
                 if not builds.kill_after(run, seconds):
                     break
+                if linked := linked_files(run):
+                    sys.exit(f"{linked[0]} has another link after a kill")
                 stage = next_stage(run)
                 killed[stage] += 1
                 print(

@@ -66,7 +66,7 @@ def _report(error: Exception) -> int:
     if isinstance(error, OSError):
         from mpq_deploy.system.files import disk_error
 
-        error = disk_error(error, Path())
+        error = disk_error(error, None)
     if isinstance(error, MpqError):
         message, hint, code = error.message, error.hint, error.exit_code
     else:

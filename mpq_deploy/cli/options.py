@@ -29,6 +29,11 @@ def signing_key(path: Path | None) -> SecretKey | None:
     return read_secret_key(path)
 
 
+def expanded(path: Path | None) -> Path | None:
+    """Return ``path`` with the user's home for ``~``, which shells leave in ``--out=~/x``."""
+    return None if path is None else path.expanduser()
+
+
 def output_file(path: Path | None) -> Path | None:
     """Return the file that a command is to write; no folder is made for it.
 
@@ -88,10 +93,17 @@ ModelArgument = Annotated[
     ),
 ]
 RunArgument = Annotated[
-    Path, typer.Argument(metavar="RUN", help="The run folder.", show_default=False)
+    Path,
+    typer.Argument(metavar="RUN", help="The run folder.", show_default=False, callback=expanded),
 ]
 ReportArgument = Annotated[
-    Path, typer.Argument(metavar="RUN", help="A run folder, or a report.json.", show_default=False)
+    Path,
+    typer.Argument(
+        metavar="RUN",
+        help="A run folder, or a report.json.",
+        show_default=False,
+        callback=expanded,
+    ),
 ]
 BudgetOption = Annotated[
     Optional[str],
@@ -125,7 +137,14 @@ TargetOption = Annotated[
 ]
 OutOption = Annotated[
     Optional[Path],
-    typer.Option("--out", "-o", metavar="RUN", help="The run folder.", show_default="runs/<model>"),
+    typer.Option(
+        "--out",
+        "-o",
+        metavar="RUN",
+        help="The run folder.",
+        show_default="runs/<model>",
+        callback=expanded,
+    ),
 ]
 ConditionsOption = Annotated[
     Optional[Path],

@@ -95,6 +95,9 @@ def write_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
+    except OSError as error:
+        # The system does not say which file could not grow.
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         aside.unlink(missing_ok=True)
 
@@ -121,16 +124,25 @@ def refuse_links(folder: Path, error: type[MpqError] = InputError) -> None:
 FULL, FORBIDDEN = (errno.ENOSPC, errno.EDQUOT), (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
-def disk_error(error: OSError, path: Path) -> MpqError:
-    """Turn an operating system's error into a message for the user."""
+def disk_error(error: OSError, path: Path | None) -> MpqError:
+    """Turn an operating system's error into a message for the user.
+
+    ``path``: where was written, if the error itself does not name it; None: nobody knows.
+    """
+    place = Path(os.fsdecode(error.filename)) if error.filename else path
+    named = printable(str(place)[:300]) if place is not None else "a file"
     if error.errno in FULL:
-        free = shutil.disk_usage(path).free if path.exists() else 0
+        if place is None:
+            what = "A disk is full."
+        else:
+            there = next((one for one in (place, *place.absolute().parents) if one.is_dir()), None)
+            free = shutil.disk_usage(there).free if there is not None else 0
+            what = f"The disk is full: {free / 1e6:.0f} MB are left under {printable(str(there))}."
         return DiskError(
-            f"The disk is full: {free / 1e6:.0f} MB are left under {path}.",
-            "Free some space, or give another run folder with -o; what is finished is kept.",
+            what, "Free some space, or give another run folder with -o; what is finished is kept."
         )
     if error.errno in FORBIDDEN:
         return DiskError(
-            f"{path} cannot be written: {error.strerror}.", "Give another run folder with -o."
+            f"{named} cannot be written: {error.strerror}.", "Give another run folder with -o."
         )
-    return MpqError(f"{error.strerror or error}: {error.filename or path}")
+    return MpqError(f"{printable(error.strerror or str(error))}: {named}")

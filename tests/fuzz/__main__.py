@@ -8,11 +8,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 from tests.fuzz.cases import KINDS, Bases
@@ -31,10 +33,12 @@ def main() -> int:
     parser.add_argument("--kind", action="append", choices=list(KINDS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--page", type=Path)
+    parser.add_argument("--record", type=Path)
     chosen = parser.parse_args()
     end = time.monotonic() + 60 * (chosen.minutes or (10 if chosen.cases is None else 1e9))
     kinds = chosen.kind or list(KINDS)
-    outcomes: dict[str, list[Outcome]] = defaultdict(list)
+    outcomes = recorded(chosen.record)
+    done = {(one.kind, one.seed) for ones in outcomes.values() for one in ones}
     with tempfile.TemporaryDirectory(prefix="fuzz-bases-") as folder:
         bases = Bases.made(Path(folder) / "bases")
         number = 0
@@ -43,8 +47,12 @@ def main() -> int:
                 seeds = range(chosen.seed + number, chosen.seed + number + 2 * WORKERS)
                 seeds = seeds[: (chosen.cases or 10**9) - number]
                 jobs = [(kind, seed) for seed in seeds for kind in kinds]
+                jobs = [job for job in jobs if job not in done]
                 for outcome in pool.map(lambda job: run_seed(*job, bases), jobs):
                     outcomes[outcome.kind].append(outcome)
+                    if chosen.record:
+                        with chosen.record.open("a", encoding="utf-8") as file:
+                            file.write(json.dumps({**asdict(outcome), "said": ""}) + "\n")
                     if outcome.problem:
                         _tell(outcome)
                 number += len(seeds)
@@ -55,7 +63,18 @@ def main() -> int:
             PAGE.format(table=text, seconds=SECONDS, memory=MEMORY_BYTES / 1e9, cases=number),
             encoding="utf-8",
         )
-    return int(any(one.problem for all_ in outcomes.values() for one in all_))
+    return int(any(one.problem for ones in outcomes.values() for one in ones))
+
+
+def recorded(path: Path | None) -> dict[str, list[Outcome]]:
+    """Return the outcomes that stand in a record; none without one."""
+    outcomes: dict[str, list[Outcome]] = defaultdict(list)
+    if path is not None and path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            values = json.loads(line)
+            outcome = Outcome(**{**values, "arguments": tuple(values["arguments"])})
+            outcomes[outcome.kind].append(outcome)
+    return outcomes
 
 
 def _tell(outcome: Outcome) -> None:

@@ -30,6 +30,7 @@ PRELOAD = [
     *("diffusers.models.unets.unet_2d", "diffusers.schedulers.scheduling_ddim", "diffusers"),
     *("mpq_deploy.sensitivity.probe", "mpq_deploy.evaluate.evaluate", "tests.fuzz.runner"),
 ]
+LOST = 255
 FORKED = multiprocessing.get_context("forkserver")
 # Raises these where a library is asked for in a stranger's folder.
 PLANTED = ("json", "numpy", "onnx", "tensorrt_rtx", "torch")
@@ -102,8 +103,14 @@ def _in_child(arguments: Arguments, folder: Path) -> tuple[int | None, float, in
     seconds = time.monotonic() - started
     said = folder / "said"
     text = said.read_text(encoding="utf-8", errors="replace") if said.exists() else ""
-    ended = peak > MEMORY_BYTES or seconds > SECONDS
-    return (None if ended else process.exitcode), seconds, peak, text
+    if peak > MEMORY_BYTES or seconds > SECONDS:
+        return None, seconds, peak, text
+    # multiprocessing's server loses an exit code now and then, and says 255.
+    told = folder / "code"
+    code = process.exitcode
+    if code == LOST and told.exists():
+        code = int(told.read_text(encoding="utf-8"))
+    return code, seconds, peak, text
 
 
 def _child(arguments: Arguments, folder: Path) -> None:
@@ -120,6 +127,7 @@ def _child(arguments: Arguments, folder: Path) -> None:
         said.write(traceback.format_exc())
         code = 99
     (folder / "said").write_text(said.getvalue(), encoding="utf-8", errors="backslashreplace")
+    (folder / "code").write_text(str(code), encoding="utf-8")
     os._exit(code)
 
 
@@ -173,7 +181,7 @@ def _problem(
         return f"control characters reach the terminal: {sorted(map(ord, raw))}"
     if (folder / "mark").exists() or (folder / "here" / "owned").exists():
         return "code was run"
-    if sorted(one.name for one in folder.iterdir()) != ["case", "here", "home", "said"]:
+    if sorted(one.name for one in folder.iterdir()) != ["case", "code", "here", "home", "said"]:
         return "files beside the case were written"
     if arguments[0] == "check" and code == 0:
         return _refused_by_onnx(Path(arguments[1]))

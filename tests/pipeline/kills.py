@@ -57,6 +57,28 @@ def kill_after(stage: str) -> None:
     RunFolder.save_timing = save_or_die  # type: ignore[method-assign]
 
 
+def kill_in_session(stage: str) -> None:
+    """Die when the stage has opened a session over the model's external weights."""
+    from mpq_deploy.evaluate import evaluate
+    from mpq_deploy.system import sessions
+
+    opened, denoiser = sessions._session, evaluate.OrtDenoiser
+
+    def open_and_die(*rest: Any) -> Any:
+        opened(*rest)
+        die()
+
+    class DyingDenoiser(denoiser):  # type: ignore[misc, valid-type]
+        def __init__(self, *rest: Any, **more: Any) -> None:
+            super().__init__(*rest, **more)
+            die()
+
+    if stage == "evaluate":
+        evaluate.OrtDenoiser = DyingDenoiser  # type: ignore[misc]
+    else:
+        sessions._session = open_and_die
+
+
 def kill_between_renames(stage: str) -> None:
     """Die when the stage's old folder was moved away and the new one is not yet in its place."""
     rename = Path.replace

@@ -50,6 +50,19 @@ def test_killed_at_every_stage(
     assert not [path.name for path in run.iterdir() if path.name.endswith((".partial", ".old"))]
 
 
+def test_killed_while_sessions_map_the_weights(
+    model: Path, tmp_path: Path, finished: Built
+) -> None:
+    """Nothing of the run is linked from elsewhere, and the next call goes on."""
+    recipe, run = recipe_for(model), tmp_path / "run"
+    for stage in ("calibrate", "evaluate"):
+        code, _ = kills.build_in_child(recipe, run, kills.kill_in_session, stage)
+        assert code == -signal.SIGKILL
+        assert all(path.stat().st_nlink == 1 for path in run.rglob("*") if path.is_file())
+    assert kills.build_in_child(recipe, run)[0] == 0
+    assert stage_bytes(run) == stage_bytes(finished.run)
+
+
 def test_killed_between_the_two_renames(model: Path, run: Path, finished: Built) -> None:
     """The old plan is already away, the new one not yet there: the next call makes it again."""
     recipe = recipe_for(model, budget=0.5)

@@ -11,6 +11,14 @@ import pytest
 from mpq_deploy.system.files import disk_error, sealed_json, unsealed, write_text
 
 
+def test_the_full_disk_is_the_one_that_was_written_to(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "new" / "file"
+    error = disk_error(OSError(errno.ENOSPC, "full", str(elsewhere)), Path("/"))
+    assert f"left under {tmp_path}." in error.message
+    assert disk_error(OSError(errno.ENOSPC, "full"), None).message == "A disk is full."
+    assert "a file cannot be written" in disk_error(OSError(errno.EROFS, "no"), None).message
+
+
 @pytest.mark.parametrize(
     ("code", "words"), [(errno.ENOSPC, "disk is full"), (errno.EROFS, "cannot be written")]
 )
