@@ -68,23 +68,23 @@ def install(
         ),
     ] = None,
     sha256: Annotated[
-        str,
+        Optional[str],
         typer.Option(
             "--sha256",
             metavar="DIGEST",
             help="Refuse an archive of another SHA-256.",
             show_default=False,
         ),
-    ] = "",
+    ] = None,
     trust: Annotated[
-        str,
+        Optional[str],
         typer.Option(
             "--trust",
             metavar="PUBKEY",
             help="Refuse an archive that this key of minisign (a file, or its text) has not signed.",
             show_default=False,
         ),
-    ] = "",
+    ] = None,
     force_memory: Annotated[
         bool,
         typer.Option("--force-memory", help="Build even if memory is estimated to be too small."),

@@ -71,25 +71,26 @@ def unpack(archive: Path, out: Path, talk: Talk) -> None:
 
 @dataclass(frozen=True)
 class Trust:
-    """What an archive must be: of the digest ``sha256`` and signed by ``key``; empty: not asked for.
+    """What an archive must be: of the digest ``sha256`` and signed by ``key``; None: not asked for.
 
-    ``key``: minisign's public key, a file or its text.
+    ``key``: minisign's public key, a file or its text. An empty text was asked for, and is refused:
+    a shell makes one of a variable that is not set.
     """
 
-    sha256: str = ""
-    key: str = ""
+    sha256: str | None = None
+    key: str | None = None
 
     def check(self, archive: Path) -> None:
         """Raise ArchiveError or SignatureError where ``archive`` is another.
 
         Raises UsageError for what is no digest or key.
         """
-        if not self.sha256 and not self.key:
+        if self.sha256 is None and self.key is None:
             return
         if archive.is_dir():
             what = f"{archive} is a folder, which has no digest or signature of its own."
             raise UsageError(what, "Give the .mpq.tar.")
-        if self.sha256:
+        if self.sha256 is not None:
             expected = self.sha256.strip().lower()
             if not DIGEST.fullmatch(expected):
                 raise UsageError(
@@ -101,7 +102,7 @@ class Trust:
             if found != expected:
                 what = f"{archive} has the SHA-256 {found}, not {expected}."
                 raise ArchiveError(what, "Get it again from whoever packed it.")
-        if self.key:
+        if self.key is not None:
             key = read_public_key(self.key)
             try:
                 verify(archive, key)
@@ -385,8 +386,8 @@ def main(arguments: list[str] | None = None, write: Callable[[str], Any] = sys.s
     option(
         "-o", "--out", type=Path, help="the folder to install into (default: beside the archive)"
     )
-    option("--sha256", default="", help="the digest that the archive must have")
-    option("--trust", default="", metavar="PUBKEY", help="minisign's key that must have signed it")
+    option("--sha256", help="the digest that the archive must have")
+    option("--trust", metavar="PUBKEY", help="minisign's key that must have signed it")
     option("--force-memory", action="store_true", help="build even if memory may be too small")
     option("--json", action="store_true", help="print results.json")
     chosen = parser.parse_args(arguments)

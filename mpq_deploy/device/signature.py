@@ -58,6 +58,8 @@ class SecretKey:
 def read_public_key(given: str) -> PublicKey:
     """Read a public key: minisign's file, or the text in it that begins with RW. Raises UsageError."""
     text = given.strip()
+    if not text:
+        raise UsageError("The public key is empty.", "Give minisign.pub, or its second line.")
     if not (text.startswith("RW") and len(text) == 56):
         lines = read_text(Path(given).expanduser(), limit=KEY_FILE_BYTES, error=UsageError)
         text = (lines.splitlines() or [""])[-1].strip()
@@ -98,7 +100,7 @@ def sign(path: Path, key: SecretKey) -> Path:
     """Write the signature of ``path`` beside it; return where. The same bytes each time."""
     signer = _ed25519().Ed25519PrivateKey.from_private_bytes(key.seed)
     signature: bytes = signer.sign(_digest(path))
-    comment = f"file:{path.name}\tprehashed"
+    comment = f"file:{printable(path.name)}\tprehashed"
     whole: bytes = signer.sign(signature + comment.encode())
     out = path.with_name(path.name + SUFFIX)
     lines = (
@@ -119,7 +121,7 @@ def verify(path: Path, key: PublicKey) -> str:
     beside = path.with_name(path.name + SUFFIX)
     hint = "Get the file and its signature again from whoever signed it."
     text = read_text(beside, limit=KEY_FILE_BYTES, error=SignatureError, hint=hint)
-    lines = text.split("\n")
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
     signature = _decoded(lines[1], 74) if len(lines) > 1 else None
     whole = _decoded(lines[3], 64) if len(lines) > 3 else None
     if signature is None or whole is None or not lines[2].startswith(TRUSTED):

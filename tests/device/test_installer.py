@@ -247,6 +247,8 @@ def test_build_sh_does_the_same_with_python_and_builds_without(
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     environment["PATH"] = f"{mock_device}:{environment['PATH']}"
+    # A Python that has no folder of its own to leave out checks the layers all the same.
+    environment["PYTHONSAFEPATH"] = "1"
     whole = subprocess.run(
         ["./build.sh", "--force-memory"],
         cwd=parts,
@@ -270,6 +272,16 @@ def test_build_sh_does_the_same_with_python_and_builds_without(
     assert "latency  1.25 ms median" in plain.stdout
     assert "NOT checked" in plain.stdout
     assert json.loads((parts / "build.json").read_text(encoding="utf-8"))["trtexec"] == "10.3.0"
+    unchecked = subprocess.run(
+        ["./build.sh", "--trust", "release.pub"],
+        cwd=parts,
+        capture_output=True,
+        encoding="utf-8",
+        env={**environment, "MPQ_PLAIN": "1"},
+        check=False,
+    )
+    assert unchecked.returncode == 2
+    assert "'--trust' needs python3 with NumPy" in unchecked.stderr
     monkeypatch.setenv("MOCK_VERSION", "110401")
     wrong = subprocess.run(
         ["./build.sh"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -128,7 +129,7 @@ def test_an_archive_is_what_trust_says_before_anything_of_it_is_read(
         return installer.install(signed, tmp_path / "out", installer.Talk(), trust=trust)
 
     # It is no package: that is what is said once it is trusted.
-    for good in (Trust(digest), Trust("", pub), Trust(digest.upper(), pub)):
+    for good in (Trust(digest), Trust(key=pub), Trust(digest.upper(), pub)):
         with pytest.raises(ArchiveError, match="no package"):
             install(good)
     with pytest.raises(ArchiveError, match="has the SHA-256"):
@@ -144,6 +145,35 @@ def test_an_archive_is_what_trust_says_before_anything_of_it_is_read(
     assert installer.main([str(signed), "--trust", str(REAL / "sealed.pub")]) == 1
 
 
+@pytest.mark.parametrize("option", ["--sha256", "--trust"])
+def test_what_is_asked_for_with_an_empty_text_is_refused(
+    option: str, signed: Path, tmp_path: Path
+) -> None:
+    """A shell makes it of a variable that is not set; it must not be as if nothing was asked."""
+    out = tmp_path / "out"
+    trust = Trust(**{"key" if option == "--trust" else "sha256": ""})
+    with pytest.raises(UsageError, match=r"is empty|is no SHA-256"):
+        installer.install(signed, out, installer.Talk(), trust=trust)
+    assert installer.main([str(signed), "-o", str(out), option, ""]) == 2
+    result = CliRunner().invoke(app, ["install", str(signed), "-o", str(out), option, ""])
+    assert isinstance(result.exception, UsageError)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["a\nb.tar", os.fsdecode(b"\xff.tar")])
+def test_a_file_of_any_name_is_signed(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"x")
+    sign(path, read_secret_key(REAL / "plain.key"))
+    verify(path, read_public_key(str(REAL / "plain.pub")))
+
+
+def test_line_ends_of_windows_are_taken_as_the_real_tool_takes_them(signed: Path) -> None:
+    beside = signed.with_name(signed.name + ".minisig")
+    beside.write_bytes(beside.read_bytes().replace(b"\n", b"\r\n"))
+    verify(signed, read_public_key(str(REAL / "plain.pub")))
+
+
 def test_without_cryptography_a_signature_is_refused_not_passed_over(
     signed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,7 +187,7 @@ def test_without_cryptography_a_signature_is_refused_not_passed_over(
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UsageError, match="cannot be checked here") as caught:
         installer.install(
-            signed, tmp_path / "out", installer.Talk(), trust=Trust("", str(REAL / "plain.pub"))
+            signed, tmp_path / "out", installer.Talk(), trust=Trust(key=str(REAL / "plain.pub"))
         )
     assert "--sha256" in caught.value.hint
 
