@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mpq_deploy.errors import InputError
 from mpq_deploy.models.spec import Array, DenoiserSpec
 from mpq_deploy.runtime.ort import model_feeds
 from mpq_deploy.system.array_file import read_arrays
@@ -56,7 +57,15 @@ class CalibrationSet:
     def load(cls, path: Path) -> CalibrationSet:
         """Read what ``save`` wrote."""
         data = read_arrays(path, ("samples", "timesteps", "rows"))
-        return cls(data["samples"], data["timesteps"], data["rows"])
+        read = cls(data["samples"], data["timesteps"], data["rows"])
+        counts = (len(read.timesteps), len(read.rows))
+        numbers = read.rows.dtype.kind in "iu" and read.timesteps.dtype.kind == "f"
+        if read.samples.shape[:2] != counts or 0 in counts or not numbers or read.rows.min() < 0:
+            what = f"{path} holds samples {read.samples.shape}, timesteps {read.timesteps.shape}"
+            raise InputError(
+                f"{what} and rows {read.rows.shape}, which do not fit.", "Calibrate again."
+            )
+        return read
 
 
 def dealt(rows: Array, order: Array) -> Array:

@@ -303,7 +303,8 @@ _GRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 
 
 def _type_name(kind: int) -> str:
-    name: str = TensorProto.DataType.Name(kind)
+    known = TensorProto.DataType.values()
+    name: str = TensorProto.DataType.Name(kind) if kind in known else f"type {kind}"
     return name
 
 

@@ -14,7 +14,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from mpq_deploy.errors import ModelError
+from mpq_deploy.errors import ModelError, MpqError
 from mpq_deploy.graph.passes.base import run_passes
 from mpq_deploy.graph.passes.finite_masks import FiniteMasksPass
 from mpq_deploy.graph.passes.fold_constants import FoldConstantsPass
@@ -25,6 +25,7 @@ from mpq_deploy.graph.passes.raise_opset import RaiseOpsetPass
 from mpq_deploy.graph.passes.widen import WidenPass
 from mpq_deploy.graph.sound import check_bounds, refuse_unsound, tensor_bytes
 from mpq_deploy.system.inputs import open_input
+from mpq_deploy.system.names import printable
 
 # A protobuf file cannot be larger; such models keep their weights in a second file.
 PROTOBUF_LIMIT = 2**31
@@ -164,7 +165,24 @@ def normalise(model: ir.Model) -> ir.Model:
     the opset is 21 or later. Raises ModelError when the opset, a norm or half precision cannot be
     converted, or a type cannot be inferred.
     """
-    return run_passes(model, NORMAL_FORM).model
+    try:
+        return run_passes(model, NORMAL_FORM).model
+    except MpqError:
+        raise
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        # Operators that onnx.checker lets pass, with attributes or weights that they cannot have.
+        said = printable(" ".join(str(error).split())[:300])
+        raise ModelError(
+            f"The graph cannot be brought to its normal form: {said}.",
+            "Run the model in ONNX Runtime, or export it again.",
+        ) from error
 
 
 _LIFT = common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)

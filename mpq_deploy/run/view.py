@@ -19,7 +19,7 @@ from mpq_deploy.allocate.plan import PrecisionPlan
 from mpq_deploy.calibrate.stats import CalibrationStats
 from mpq_deploy.calls.recorded import CalibrationSet
 from mpq_deploy.engine.target import Target, load_target
-from mpq_deploy.errors import UsageError
+from mpq_deploy.errors import RunFolderError, UsageError
 from mpq_deploy.evaluate.cache import SampleCache
 from mpq_deploy.graph.layers import LayerGraph, layer_graph
 from mpq_deploy.graph.load import load_model
@@ -153,9 +153,16 @@ class Run:
     def calibration(self) -> Calibration:
         """What the stage calibrate left."""
         folder = self.stage("calibrate")
-        return Calibration(
-            CalibrationSet.load(folder / "inputs.npz"), CalibrationStats.load(folder / "stats.npz")
-        )
+        path = folder / "inputs.npz"
+        inputs = CalibrationSet.load(path)
+        rows = min((len(values) for values in self.exported.conditions.values()), default=None)
+        shape = inputs.samples.shape[2:]
+        if shape != self.exported.spec.sample.shape or (rows and inputs.rows.max() >= rows):
+            raise RunFolderError(
+                f"{path} does not fit the exported model: samples {shape}, rows up to {inputs.rows.max()}.",
+                "Calibrate again.",
+            )
+        return Calibration(inputs, CalibrationStats.load(folder / "stats.npz"))
 
     @cached_property
     def plan(self) -> PrecisionPlan:
