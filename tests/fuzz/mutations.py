@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import struct
@@ -114,7 +115,8 @@ def mutated_values(values: Any, draw: Random) -> Any:
         elif kind == 3 and isinstance(holder[key], (int, float)):
             holder[key] = -holder[key] if draw.random() < 0.5 else str(holder[key])
         elif kind == 4:
-            holder[key] = draw.choice([holder[key]] + [h[k] for h, k in draw.sample(places, 1)])
+            other, where = draw.choice(places)
+            holder[key] = copy.deepcopy(other[where])
         else:
             holder[key] = odd_value(draw)
     return values
