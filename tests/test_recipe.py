@@ -160,7 +160,8 @@ def test_a_section_that_is_no_section_is_refused_under_options(tmp_path):
 
 def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "r.yaml").write_text("model: ~/model\nallocate: {latency_table: ~/t.json}\n")
+    text = "model: ~/model\nallocate: {latency_table: ~/t.json}\n"
+    (tmp_path / "r.yaml").write_text(text, encoding="utf-8")
     recipe = load_recipe("~/r.yaml")
     assert recipe.model == str(tmp_path / "model")
     assert recipe.allocate.latency_table == str(tmp_path / "t.json")

@@ -176,14 +176,23 @@ def _check_content(tensor: TensorProto) -> None:
         onnx.checker.check_tensor(tensor)
 
 
+# Bits of an element by its type; text has no size.
 _BITS = {
-    **dict.fromkeys((TensorProto.FLOAT, TensorProto.INT32, TensorProto.UINT32), 32),
-    **dict.fromkeys((TensorProto.DOUBLE, TensorProto.INT64, TensorProto.UINT64), 64),
-    **dict.fromkeys((TensorProto.FLOAT16, TensorProto.BFLOAT16), 16),
-    **dict.fromkeys((TensorProto.INT16, TensorProto.UINT16), 16),
-    **dict.fromkeys((TensorProto.INT8, TensorProto.UINT8, TensorProto.BOOL), 8),
-    **dict.fromkeys((TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E5M2), 8),
-    **dict.fromkeys((TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1), 4),
+    TensorProto.DataType.Value(name): bits
+    for bits, names in {
+        128: ("COMPLEX128",),
+        64: ("DOUBLE", "INT64", "UINT64", "COMPLEX64"),
+        32: ("FLOAT", "INT32", "UINT32"),
+        16: ("FLOAT16", "BFLOAT16", "INT16", "UINT16"),
+        8: (
+            *("INT8", "UINT8", "BOOL", "FLOAT8E8M0"),
+            *("FLOAT8E4M3FN", "FLOAT8E4M3FNUZ", "FLOAT8E5M2", "FLOAT8E5M2FNUZ"),
+        ),
+        4: ("INT4", "UINT4", "FLOAT4E2M1"),
+        2: ("INT2", "UINT2"),
+    }.items()
+    for name in names
+    if name in TensorProto.DataType.keys()  # noqa: SIM118 (no mapping)
 }
 
 

@@ -22,6 +22,7 @@ from mpq_deploy.rounding.hessian import Gathering, Hessian, HessianPlan
 from mpq_deploy.rounding.rounder import Rounder, rounding_calls
 from mpq_deploy.run.stage_memory import rounding_worker_bytes
 from mpq_deploy.run.view import RECIPE, Run
+from mpq_deploy.system.array_file import read_array
 from mpq_deploy.system.files import disk_error
 from mpq_deploy.system.parallel.work import Job, Pool, Result, Shard, Within, Work, run_shards
 from mpq_deploy.system.progress import Talk
@@ -182,5 +183,5 @@ class _Rounding:
             return self._rounder.diagonal(layer)
         # Memory of this process, as where Hessians are made: what lies elsewhere is aligned
         # otherwise.
-        blocks = np.load(self._root / task.place) if task.place else np.array(task.blocks)
+        blocks = read_array(self._root / task.place) if task.place else np.array(task.blocks)
         return Hessian(layer, blocks, task.widths, 0)

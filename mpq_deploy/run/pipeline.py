@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from mpq_deploy.errors import MpqError, UsageError
+from mpq_deploy.errors import MpqError, RunFolderError, UsageError
 from mpq_deploy.recipe import Recipe
 from mpq_deploy.report.collect import Summary, summarise
 from mpq_deploy.run.folder import RunFolder, open_run
@@ -30,6 +30,7 @@ from mpq_deploy.stages import (
     report,
 )
 from mpq_deploy.system.files import Fields, write_text
+from mpq_deploy.system.inputs import read_text
 from mpq_deploy.system.memory import metered
 from mpq_deploy.system.parallel.work import Alone, Crew
 from mpq_deploy.system.progress import Talk
@@ -149,7 +150,7 @@ def open_pipeline(
     check_recipe(recipe)
     with open_run(run) as folder:
         stored = run / RECIPE
-        before = stored.read_text(encoding="utf-8") if stored.is_file() else None
+        before = read_text(stored, error=RunFolderError) if stored.is_file() else None
         write_text(stored, recipe.to_yaml())
         pipeline = Pipeline(folder, recipe, talk, crew)
         try:

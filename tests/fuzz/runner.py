@@ -89,13 +89,14 @@ def _in_child(arguments: Arguments, folder: Path) -> tuple[int | None, float, in
     process = FORKED.Process(target=_child, args=(arguments, folder))
     started = time.monotonic()
     process.start()
-    peak, watched = 0, psutil.Process(process.pid)
+    peak = 0
     while process.is_alive():
         process.join(0.02)
         try:
-            peak = max(peak, watched.memory_info().rss)
+            peak = max(peak, psutil.Process(process.pid).memory_info().rss)
         except psutil.Error:
-            break
+            # It has just ended.
+            continue
         if peak > MEMORY_BYTES or time.monotonic() - started > SECONDS:
             process.kill()
             break
