@@ -12,6 +12,7 @@ from math import prod
 import onnx
 import onnx.checker
 import onnx.shape_inference
+import onnx_ir as ir
 from onnx import TensorProto
 
 from mpq_deploy.errors import ModelError
@@ -20,10 +21,14 @@ from mpq_deploy.system.names import checked_name, printable
 
 # Nodes of a graph with all functions expanded (our choice: SDXL's UNet has some ten thousand).
 LARGEST_GRAPH = 1_000_000
+# Numbers that all Concats of constants make together (our choice: they join shapes and biases).
+LARGEST_CONSTANTS = 10_000_000
 # Subgraphs within subgraphs.
 DEPTH = 16
-# Constants up to this are handed to ONNX's shape inference: shapes, axes.
+# Constants up to this are handed to ONNX's shape inference, and integers up to the second size, for
+# shapes and axes are integers.
 SMALL_BYTES = 1024
+SMALL_INTEGER_BYTES = 1 << 18
 _NODE = re.compile(r"Name: (.*?) OpType: (\S+)")
 
 Nodes = Iterable[onnx.NodeProto]
@@ -33,24 +38,34 @@ Function = tuple[str, str, str]
 def check_bounds(proto: onnx.ModelProto, name: str) -> None:
     """Raise ModelError for what would hang, fill the memory or garble a terminal.
 
-    That is: recursive functions, more than ``LARGEST_GRAPH`` nodes once functions are expanded,
-    subgraphs nested beyond ``DEPTH``, tensors of negative size, and names with control characters.
-    ``name``: the file, for errors.
+    That is: opsets that are no version, recursive functions, more than ``LARGEST_GRAPH`` nodes once
+    functions are expanded, subgraphs nested beyond ``DEPTH``, tensors of negative size or unknown
+    type, and names with control characters; in functions as well. ``name``: the file, for errors.
     """
+    functions = list(proto.functions)
+    for entry in (*proto.opset_import, *(e for one in functions for e in one.opset_import)):
+        _check_name(entry.domain, "domain", name)
+        _check_version(entry, name)
     _check_expansion(proto, name)
-    for graph in _graphs(proto.graph, name):
-        for node in graph.node:
+    for function in functions:
+        for one in (function.name, function.domain, *function.input, *function.output):
+            _check_name(one, "function", name)
+    for nodes in (proto.graph.node, *(function.node for function in functions)):
+        for node in _nodes(nodes, name):
             for one in (node.name, node.op_type, node.domain, *node.input, *node.output):
                 _check_name(one, "node", name)
+            for attribute in node.attribute:
+                for tensor in (attribute.t, *attribute.tensors):
+                    _check_tensor(tensor, name)
+    for graph in (
+        *_graphs(proto.graph.node, name, proto.graph),
+        *(graph for function in functions for graph in _graphs(function.node, name)),
+    ):
         for value in (*graph.input, *graph.output, *graph.value_info):
             _check_name(value.name, "value", name)
         for tensor in graph.initializer:
             _check_name(tensor.name, "weight", name)
             _check_tensor(tensor, name)
-        for node in graph.node:
-            for attribute in node.attribute:
-                for tensor in (attribute.t, *attribute.tensors):
-                    _check_tensor(tensor, name)
 
 
 def without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -58,14 +73,16 @@ def without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
     light = onnx.ModelProto(ir_version=proto.ir_version, opset_import=proto.opset_import)
     light.functions.extend(proto.functions)
     graph, given = light.graph, {tensor.name for tensor in proto.graph.initializer}
-    graph.name = proto.graph.name or "graph"
+    graph.name = proto.graph.name
     graph.node.extend(proto.graph.node)
     graph.input.extend(v for v in proto.graph.input if v.name not in given)
     graph.output.extend(proto.graph.output)
     graph.value_info.extend(proto.graph.value_info)
     graph.sparse_initializer.extend(proto.graph.sparse_initializer)
     for tensor in proto.graph.initializer:
-        if tensor.data_location != TensorProto.EXTERNAL and tensor.ByteSize() <= SMALL_BYTES:
+        integer = tensor.data_type in (TensorProto.INT32, TensorProto.INT64)
+        most = SMALL_INTEGER_BYTES if integer else SMALL_BYTES
+        if tensor.data_location != TensorProto.EXTERNAL and tensor.ByteSize() <= most:
             graph.initializer.append(tensor)
         else:
             value = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
@@ -82,12 +99,14 @@ def checker_problem(proto: onnx.ModelProto, *, strict: bool) -> tuple[str, str, 
     """
     light = without_weights(proto)
     if not strict:
+        light.graph.name = light.graph.name or "graph"
         _set_apart_unknown(light)
         for value in light.graph.output:
             if value.type.HasField("tensor_type"):
                 value.type.tensor_type.shape.SetInParent()
     try:
-        _check_constant_outputs(proto)
+        _check_declared_weights(proto)
+        _check_references(proto.graph)
         for tensor in proto.graph.initializer:
             if tensor.data_location != TensorProto.EXTERNAL:
                 _check_content(tensor)
@@ -105,7 +124,7 @@ def _set_apart_unknown(proto: onnx.ModelProto) -> None:
     versions = {entry.domain: entry.version for entry in proto.opset_import}
     version = versions.get("", versions.get("ai.onnx", 1))
     own = {function.name for function in proto.functions if function.domain in STANDARD_DOMAINS}
-    for graph in _graphs(proto.graph, "the graph"):
+    for graph in _graphs(proto.graph.node, "the graph", proto.graph):
         for node in graph.node:
             standard = node.domain in STANDARD_DOMAINS and node.op_type not in own
             if standard and not _known(node.op_type, version):
@@ -119,6 +138,33 @@ def _known(op: str, version: int) -> bool:
         return not onnx.defs.get_schema(op, version, "").deprecated
     except onnx.defs.SchemaError:
         return False
+
+
+def check_growth(model: ir.Model) -> None:
+    """Raise ModelError where Concats of constants make more than ``LARGEST_CONSTANTS`` numbers.
+
+    Sixty that each double their input make 2^60. ONNX's shape inference follows the numbers of
+    one-dimensional constants, and ONNX Runtime folds them, both without a bound. Of the operators
+    that are followed only Concat makes more numbers than it is given; a shape has at most eight.
+    """
+    counts: dict[ir.Value, int] = {}
+    for value in model.graph.initializers.values():
+        sizes = () if value.shape is None else value.shape.numpy()
+        counts[value] = prod(sizes) if len(sizes) < 2 else 0
+    total = 0
+    for node in model.graph:
+        given = [counts.get(value, 0) for value in node.inputs if value is not None]
+        made = 8 if node.op_type == "Shape" else max(given, default=0)
+        if node.op_type == "Concat":
+            made = sum(given)
+            total += made
+        counts.update(dict.fromkeys(node.outputs, made))
+        if total > LARGEST_CONSTANTS:
+            raise ModelError(
+                f"The graph makes more than {LARGEST_CONSTANTS:,} numbers of its constants, by Concats "
+                f"of Concats: '{node.outputs[0].name}' is one of them.",
+                "Export the model again, with its constants as they are.",
+            )
 
 
 def refuse_unsound(proto: onnx.ModelProto, name: str) -> None:
@@ -146,22 +192,37 @@ def _problem(text: str) -> tuple[str, str, str]:
     return node, op, printable(words)[:300].rstrip(". ")
 
 
-def _check_constant_outputs(proto: onnx.ModelProto) -> None:
-    """Raise ValidationError where an output is a weight of another shape than it declares."""
+def _check_declared_weights(proto: onnx.ModelProto) -> None:
+    """Raise ValidationError where an input or output is a weight of another shape than it declares."""
     weights = {tensor.name: tensor for tensor in proto.graph.initializer}
-    for value in proto.graph.output:
-        declared = value.type.tensor_type
-        if value.name not in weights or not declared.HasField("shape"):
-            continue
-        weight, sizes = weights[value.name], declared.shape.dim
-        differ = len(sizes) != len(weight.dims) or any(
-            size.HasField("dim_value") and size.dim_value != actual
-            for size, actual in zip(sizes, weight.dims)
-        )
-        if differ or declared.elem_type != weight.data_type:
-            raise onnx.checker.ValidationError(
-                f"the output '{value.name}' is a weight of another type or shape than it declares"
+    for what, values in (("input", proto.graph.input), ("output", proto.graph.output)):
+        for value in values:
+            declared = value.type.tensor_type
+            if value.name not in weights or not value.type.HasField("tensor_type"):
+                continue
+            weight, sizes = weights[value.name], declared.shape.dim
+            differ = declared.HasField("shape") and (
+                len(sizes) != len(weight.dims)
+                or any(
+                    size.HasField("dim_value") and size.dim_value != actual
+                    for size, actual in zip(sizes, weight.dims)
+                )
             )
+            if differ or declared.elem_type != weight.data_type:
+                raise onnx.checker.ValidationError(
+                    f"the {what} '{value.name}' is a weight of another type or shape than it declares"
+                )
+
+
+def _check_references(graph: onnx.GraphProto) -> None:
+    """Raise ValidationError where an attribute outside of functions is a function's parameter."""
+    for node in _nodes(graph.node, "the graph"):
+        for attribute in node.attribute:
+            if attribute.ref_attr_name:
+                raise onnx.checker.ValidationError(
+                    f"the node '{node.name}' ({node.op_type}) takes its attribute '{attribute.name}' "
+                    f"from '{attribute.ref_attr_name}', and stands in no function"
+                )
 
 
 def _check_content(tensor: TensorProto) -> None:
@@ -254,9 +315,10 @@ def _nodes(nodes: Nodes, name: str) -> Iterator[onnx.NodeProto]:
                 waiting += [(graph.node, depth + 1) for graph in graphs]
 
 
-def _graphs(graph: onnx.GraphProto, name: str) -> Iterator[onnx.GraphProto]:
-    yield graph
-    for node in _nodes(graph.node, name):
+def _graphs(nodes: Nodes, name: str, *outer: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """Yield ``outer``, then the subgraphs of ``nodes`` at any depth."""
+    yield from outer
+    for node in _nodes(nodes, name):
         for attribute in node.attribute:
             yield from attribute.graphs
             if attribute.HasField("g"):
@@ -269,7 +331,21 @@ def _check_name(text: str, what: str, name: str) -> None:
         checked_name(text, f"The name of a {what} in {name}", ModelError)
 
 
+def _check_version(entry: onnx.OperatorSetIdProto, name: str) -> None:
+    if not 0 < entry.version < 1 << 31:
+        raise ModelError(
+            f"{name} declares version {entry.version} of the operators '{entry.domain or 'ai.onnx'}'.",
+            "Versions begin with 1: export the model again.",
+        )
+
+
 def _check_tensor(tensor: TensorProto, name: str) -> None:
+    if tensor.data_type not in TensorProto.DataType.values():
+        raise ModelError(
+            f"The weight '{printable(tensor.name)}' of {name} has the type {tensor.data_type}, which "
+            "the installed onnx does not know.",
+            "Update onnx, or export the model again.",
+        )
     if any(size < 0 for size in tensor.dims):
         raise ModelError(
             f"The weight '{printable(tensor.name)}' of {name} has the shape {list(tensor.dims)[:8]}.",

@@ -40,6 +40,17 @@ def function(name: str, *called: str) -> onnx.FunctionProto:
     return helper.make_function("own", name, ["a"], ["b"], nodes, opsets)
 
 
+def named(made: onnx.FunctionProto, name: str) -> onnx.FunctionProto:
+    made.node[0].name = name
+    return made
+
+
+def holding(made: onnx.FunctionProto, dims: list[int]) -> onnx.FunctionProto:
+    tensor = TensorProto(data_type=TensorProto.FLOAT, dims=dims)
+    made.node[0].attribute.append(helper.make_attribute("t", tensor))
+    return made
+
+
 def saved(model: onnx.ModelProto, folder: Path) -> Path:
     path = folder / "m.onnx"
     path.write_bytes(model.SerializeToString())
@@ -110,6 +121,33 @@ MUTATIONS: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
     "escape": (lambda m: setattr(m.graph.node[0], "name", "a\x1b[2J"), "control character"),
     "line": (lambda m: setattr(m.graph.input[0], "name", "a\nb"), "control character"),
     "direction": (lambda m: setattr(m.graph.node[0], "op_type", "a\u202eb"), "control character"),
+    "no such type": (
+        lambda m: setattr(m.graph.initializer[0], "data_type", 2**31 - 1),
+        "type 2147483647, which the installed onnx does not know",
+    ),
+    "no such attribute type": (
+        lambda m: m.graph.node[0].attribute.append(
+            helper.make_attribute("t", TensorProto(data_type=99, dims=[1]))
+        ),
+        "has the type 99",
+    ),
+    "no version": (
+        lambda m: setattr(m.opset_import[0], "version", -(2**63)),
+        "declares version -9",
+    ),
+    "version zero": (lambda m: setattr(m.opset_import[0], "version", 0), "declares version 0"),
+    "escape in a function": (
+        lambda m: m.functions.append(function("f\x1b[2J", "Relu")),
+        "control character",
+    ),
+    "escape in a function's node": (
+        lambda m: m.functions.append(named(function("f", "Relu"), "a\x1b[2J")),
+        "control character",
+    ),
+    "negative size in a function": (
+        lambda m: m.functions.append(holding(function("f", "Relu"), [-1])),
+        "No dimension is negative",
+    ),
 }
 
 
@@ -130,6 +168,13 @@ UNSOUND: dict[str, Callable[[onnx.ModelProto], object]] = {
     "data too short": lambda m: setattr(m.graph.initializer[0], "raw_data", b"abc"),
     "unknown operator": lambda m: setattr(m.graph.node[0], "op_type", "Nope"),
     "no such type": lambda m: setattr(m.graph.input[0].type.tensor_type, "elem_type", 99),
+    "no graph name": lambda m: m.graph.ClearField("name"),
+    "input unlike its weight": lambda m: m.graph.input.append(
+        helper.make_tensor_value_info(m.graph.initializer[0].name, TensorProto.FLOAT, [7, 7])
+    ),
+    "input of another type than its weight": lambda m: m.graph.input.append(
+        helper.make_tensor_value_info(m.graph.initializer[0].name, TensorProto.INT32, None)
+    ),
 }
 
 

@@ -10,6 +10,7 @@ import onnx_ir.passes.common as common_passes
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import STANDARD_DOMAINS
 from mpq_deploy.graph.passes.base import GraphPass
+from mpq_deploy.graph.sound import check_growth
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 
@@ -23,7 +24,12 @@ class InferTypesPass(GraphPass):
        ONNX Runtime do). From there it goes on.
     3. A graph whose values all have types is left as it is. What stays unknown is a ModelError that
        names the value.
+    4. Constants that multiply, which inference would follow, are refused first.
     """
+
+    def requires(self, model: ir.Model) -> None:
+        """Constants do not multiply."""
+        check_growth(model)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Infer until nothing follows any more."""
