@@ -161,7 +161,7 @@ def upload(remote: Remote, archive: Path, name: str, talk: Talk) -> None:
 def _good_bytes(remote: Remote, archive: Path, part: str, listed: str) -> int:
     """Count the bytes of ``archive`` that are there, if they are a beginning of it; else 0."""
     first = (listed.split() or ["0"])[0]
-    count = int(first) if first.isdecimal() else 0
+    count = int(first) if first.isdecimal() and len(first) < 19 else 0
     if not 0 < count <= archive.stat().st_size:
         return 0
     digest = hashlib.sha256()

@@ -94,6 +94,12 @@ class _Engine(_Section):
     problems: list[_Problem] = Field(max_length=100_000)
     file: Text = ""
 
+    @model_validator(mode="after")
+    def _agrees(self) -> _Engine:
+        if self.verified and any(one.severity == "wrong" for one in self.problems):
+            raise ValueError("it is verified, though layers are wrong")
+        return self
+
 
 class _Reference(_Section):
     ran: bool
@@ -105,8 +111,15 @@ class _Reference(_Section):
 
     @model_validator(mode="after")
     def _agrees(self) -> _Reference:
-        if self.ran and self.passed and None in self.cases.values():
+        if not self.ran and self.passed is not None:
+            raise ValueError("it passed or failed, though nothing ran")
+        if self.ran and not self.cases:
+            raise ValueError("it ran, and has no cases")
+        if self.passed and None in self.cases.values():
             raise ValueError("it passed, though an output is not finite")
+        limit = self.tolerance_nmse
+        if self.passed and limit is not None and max(e or 0 for e in self.cases.values()) > limit:
+            raise ValueError(f"it passed, though an error is above its tolerance {limit}")
         return self
 
 
@@ -174,6 +187,14 @@ class DeviceResults(_Section):
     memory: _Memory | None = None
     passed: bool
     bench: _Bench | None = None
+
+    @model_validator(mode="after")
+    def _agrees(self) -> DeviceResults:
+        # 'mpq-deploy bench' times, and passes whatever the engine holds.
+        agrees = self.engine.verified and self.reference.passed is not False
+        if self.bench is None and self.passed != agrees:
+            raise ValueError("'passed' is not what its engine and references say")
+        return self
 
 
 def read_results(path: Path, talk: Talk | None = None) -> DeviceResults:

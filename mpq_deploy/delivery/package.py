@@ -23,7 +23,7 @@ import onnx
 
 from mpq_deploy.check.check import check_model
 from mpq_deploy.check.rule import ERRORS
-from mpq_deploy.device.archive import MANIFEST, Source, part_digest, write_archive
+from mpq_deploy.device.archive import MANIFEST, PLAN, Source, part_digest, write_archive
 from mpq_deploy.device.manifest import LARGEST_TOLERANCE, Manifest, Reference
 from mpq_deploy.device.output_check import relative_squared_error
 from mpq_deploy.engine.plan_engine import batch_profile, check_target_memory, expected_layers
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from mpq_deploy.models.spec import Array
     from mpq_deploy.run.view import Run
 
-REFERENCE, DENOISER, PLAN = "reference.npz", "denoiser.json", "plan.json"
+REFERENCE, DENOISER = "reference.npz", "denoiser.json"
 INSTALLER, SCRIPT = "install.pyz", "build.sh"
 # What a device may differ from the reference by: so many times what FP16 arithmetic alone does on a
 # CPU, since values that lie between two INT8 codes round to either; and never less than -40 dB

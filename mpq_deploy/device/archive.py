@@ -19,16 +19,19 @@ from typing import Any, BinaryIO
 from mpq_deploy.errors import MpqError, UsageError
 from mpq_deploy.system.files import file_digest
 from mpq_deploy.system.inputs import open_input
+from mpq_deploy.system.names import printable
 
-SUMS, MANIFEST = "SHA256SUMS", "manifest.json"
+SUMS, MANIFEST, PLAN = "SHA256SUMS", "manifest.json", "plan.json"
 # What a package may hold beside these two, and what every package holds: nothing else is unpacked.
 REQUIRED_PARTS = frozenset(
-    {"model.onnx", "weights.bin", "plan.json", "reference.npz", "denoiser.json"}
+    {"model.onnx", "weights.bin", PLAN, "reference.npz", "denoiser.json"}
     | {"scheduler_config.json", "install.pyz", "build.sh"}
 )
 PARTS = REQUIRED_PARTS | {"correction.json"}
 BLOCK = tarfile.BLOCKSIZE
 PIECE = 1 << 20
+# What is read at once (our choice: a manifest has some hundred bytes for each layer).
+LISTS = {SUMS: 1 << 16, MANIFEST: 64 << 20}
 # hashlib names no type for what sha256() returns.
 Digest = Any
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,98}")
@@ -161,6 +164,8 @@ def _entries(file: BinaryIO, path: Path) -> dict[str, Entry]:
             raise ArchiveError(f"{path} is cut short after {last}.", AGAIN)
         if not any(header):
             break
+        if len(entries) == len(PARTS) + len(LISTS):
+            raise ArchiveError(f"{path} holds more parts than a package has.", AGAIN)
         entry = _entry(file, header, last, path)
         if entry.name in entries:
             raise ArchiveError(f"{path} holds the part '{entry.name}' twice.", AGAIN)
@@ -177,8 +182,8 @@ def _entry(file: BinaryIO, header: bytes, last: str, path: Path) -> Entry:
     except (tarfile.HeaderError, UnicodeDecodeError) as error:
         what = f"The header after {last} of {path} is altered, or this is no package."
         raise ArchiveError(what, AGAIN) from error
-    if not NAME.fullmatch(info.name) or not 0 <= info.size <= LARGEST:
-        what = f"{path} holds a part with the name {info.name!r}, which no package has."
+    if not NAME.fullmatch(info.name) or not 0 <= info.size <= LISTS.get(info.name, LARGEST):
+        what = f"{path} holds a part '{printable(info.name)}' of {info.size:,} bytes, which no package has."
         raise ArchiveError(what, AGAIN)
     if _header(info.name, info.size) != header:
         raise ArchiveError(f"The header of the part '{info.name}' of {path} is altered.", AGAIN)

@@ -22,6 +22,7 @@ from typing import Any
 from mpq_deploy.bench.statistics import call_times
 from mpq_deploy.device.archive import (
     MANIFEST,
+    PLAN,
     ArchiveError,
     check_parts,
     extract,
@@ -39,11 +40,12 @@ from mpq_deploy.engine.trtexec import find_trtexec, trtexec_version
 from mpq_deploy.errors import EngineError, MissingDependencyError, MpqError, UsageError
 from mpq_deploy.system.children import run_bounded
 from mpq_deploy.system.files import disk_error, file_digest, refuse_links, write_text
-from mpq_deploy.system.inputs import open_input
+from mpq_deploy.system.inputs import open_input, read_json_object
 from mpq_deploy.system.memory import memory_room
 from mpq_deploy.system.names import path_inside, printable
 from mpq_deploy.system.progress import PlainTalk, Talk
 from mpq_deploy.system.release import __version__
+from mpq_deploy.system.typed import typed
 
 RESULTS, ENGINE_FOLDER = "results.json", "engine"
 RESULTS_FORMAT = 1
@@ -165,6 +167,7 @@ def check_unpacked(folder: Path, manifest: Manifest) -> None:
             raise ArchiveError(f"The part '{name}' is missing in {folder}.", again)
         if file_digest(path) != digest:
             raise ArchiveError(f"The part '{name}' in {folder} is altered.", again)
+    _check_plan(folder, manifest)
     arrays = reference_arrays(folder, manifest.reference)
     for case in manifest.reference.cases:
         for name in manifest.reference.inputs:
@@ -174,6 +177,17 @@ def check_unpacked(folder: Path, manifest: Manifest) -> None:
                     f"The reference '{case}' gives {name} the shape {shape}, not [N, {expected}]."
                 )
                 raise ArchiveError(what, "Package the run again.")
+
+
+def _check_plan(folder: Path, manifest: Manifest) -> None:
+    """Raise ArchiveError where the manifest expects other layers than the package's own plan has."""
+    again = "Package the run again."
+    values = read_json_object(folder / PLAN, error=ArchiveError, hint=again)
+    try:
+        manifest.check_plan(typed(dict[str, str], values.get("schemes")))
+    except (ValueError, TypeError) as error:
+        what = f"The part '{MANIFEST}' does not fit '{PLAN}': {printable(str(error))}."
+        raise ArchiveError(what, again) from error
 
 
 def probe(manifest: Manifest) -> Runtime:

@@ -119,7 +119,7 @@ class Manifest:
         whole, and forged ones from looking checked (docs/security.md).
         """
         self._check_names()
-        if set(self.parts) != PARTS & set(self.parts) or set(self.parts) < REQUIRED_PARTS:
+        if not REQUIRED_PARTS <= set(self.parts) <= PARTS:
             odd = sorted(set(self.parts) - PARTS) + sorted(REQUIRED_PARTS - set(self.parts))
             raise ValueError(f"its parts are not those of a package: {', '.join(odd[:5])}")
         for name, digest in self.parts.items():
@@ -144,6 +144,26 @@ class Manifest:
         if min(self.fp16_bytes, self.needed_bytes) < 0:
             raise ValueError("it has negative sizes")
         self.reference.check(self.shapes)
+
+    def check_plan(self, schemes: Mapping[str, str]) -> None:
+        """Raise ValueError where the layers expected are not those of a plan's ``schemes``.
+
+        ``schemes``: layer -> scheme. A branch's parts are expected as layers below their layer's name.
+        """
+        expected = {layer.name: layer.scheme for layer in self.expected.layers}
+        if len(expected) < len(self.expected.layers):
+            raise ValueError("two of its layers have one name")
+        for name, scheme in schemes.items():
+            body = SCHEMES[scheme].body.name if scheme in SCHEMES else f"unknown ({scheme})"
+            if expected.get(name) != body:
+                raise ValueError(
+                    f"it expects the layer '{name}' as {expected.get(name, 'no layer')}, and the plan "
+                    f"says {body}"
+                )
+        for name in expected:
+            above = name.rpartition("/")[0]
+            if name not in schemes and not SCHEMES[schemes.get(above, "fp16")].branch:
+                raise ValueError(f"it expects the layer '{name}', which the plan does not have")
 
     def _check_names(self) -> None:
         target = self.target

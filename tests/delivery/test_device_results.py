@@ -114,7 +114,8 @@ def test_what_was_not_measured_says_so(tmp_path: Path) -> None:
     row = device_row(shown(silent, tmp_path))
     assert row[0] == "x86_64 (jetson-agx-orin)"
     assert row[3:] == ("not run: no GPU", "not measured")
-    bad = results({}, reference={"ran": True, "why": "", "passed": False, "cases": {"a": None}})
+    failed = {"ran": True, "why": "", "passed": False, "cases": {"a": None}}
+    bad = results({}, reference=failed, passed=False)
     bad["engine"] = {
         **bad["engine"],
         "verified": False,
@@ -153,6 +154,24 @@ WRONG: dict[str, Any] = {
     "device": ({"device": {"board": ["x"]}}, "device.board"),
     "package": ({"package": []}, "package"),
     "format": ({"format": 2}, "format 1"),
+    "not run": (
+        {"reference": {"ran": False, "why": "", "passed": True, "cases": {}}},
+        "though nothing ran",
+    ),
+    "no cases": ({"reference": {"ran": True, "why": "", "passed": True, "cases": {}}}, "no cases"),
+    "above": (
+        {
+            "reference": {
+                **{"ran": True, "why": "", "passed": True, "cases": {"a": 0.1}},
+                "tolerance_nmse": 0.01,
+            }
+        },
+        "above its tolerance",
+    ),
+    "failed": (
+        {"reference": {"ran": True, "why": "", "passed": False, "cases": {"a": 0.1}}},
+        "not what its engine and references say",
+    ),
 }
 
 
@@ -187,6 +206,14 @@ def test_an_optional_section_that_is_wrong_is_left_out_and_said(
         assert len(device_infos(pipeline.run)) == 1
     assert json.loads(kept.read_text(encoding="utf-8"))[section] is None
     assert any(f"{section} left out" in line for line in notes.lines)
+
+
+def test_an_engine_with_wrong_layers_is_not_verified(tmp_path: Path) -> None:
+    values = results({})
+    values["engine"]["problems"] = [{"layer": "l", "message": "m", "severity": "wrong"}]
+    (tmp_path / "results.json").write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(UsageError, match="verified, though layers are wrong"):
+        read_results(tmp_path / "results.json")
 
 
 def test_what_lies_in_the_run_and_is_no_results_file_is_left_out_of_reports(

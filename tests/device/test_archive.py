@@ -183,3 +183,13 @@ def test_names_that_are_not_plain_are_not_written(name: str, tmp_path: Path) -> 
     with pytest.raises(UsageError):
         write_archive(tmp_path / "a.tar", {**parts(), name: b""})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_long_lists_and_many_parts_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.mpq.tar"
+    write_archive(path, {MANIFEST: b"{}", **{f"p{number}": b"x" for number in range(30)}})
+    with pytest.raises(ArchiveError, match="more parts than a package has"):
+        read_archive(path)
+    write_archive(path, {MANIFEST: b"x" * ((64 << 20) + 1)})
+    with pytest.raises(ArchiveError, match=r"'manifest\.json' of 67,108,865 bytes"):
+        read_archive(path)

@@ -132,6 +132,54 @@ def test_a_forged_manifest_is_refused_in_one_line(place: str, value: Any, tmp_pa
     assert "\n" not in caught.value.message and "\x1b" not in caught.value.message
 
 
+@pytest.mark.parametrize("name", sorted(REQUIRED_PARTS))
+def test_no_part_is_left_out_for_another(name: str) -> None:
+    parts = {**GOOD.parts, "correction.json": "0" * 64}
+    replace(GOOD, parts=parts).check()
+    del parts[name]
+    with pytest.raises(ValueError, match=rf"not those of a package: {name}"):
+        replace(GOOD, parts=parts).check()
+
+
+BRANCHED = replace(
+    GOOD,
+    expected=ExpectedLayers(
+        (
+            LAYER,
+            replace(LAYER, name="lin", op="MatMul", scheme="w4a16-b32"),
+            replace(LAYER, name="lin/lowrank_down", op="MatMul", scheme="fp16"),
+        ),
+        300,
+    ),
+)
+PLANS: dict[str, tuple[dict[str, str], str]] = {
+    "nothing": ({}, "which the plan does not have"),
+    "a layer less": ({"conv": "w8a8"}, "'lin', which the plan does not have"),
+    "a layer more": (
+        {"conv": "w8a8", "lin": "w4a16-b32+lowrank8", "x": "fp16"},
+        "'x' as no layer",
+    ),
+    "another scheme": (
+        {"conv": "fp16", "lin": "w4a16-b32+lowrank8"},
+        "w8a8, and the plan says fp16",
+    ),
+    "no branch": ({"conv": "w8a8", "lin": "w4a16-b32"}, "lowrank_down', which the plan"),
+    "unknown": ({"conv": "w1a1", "lin": "w4a16-b32"}, "unknown"),
+}
+
+
+def test_the_plan_fits_what_is_expected() -> None:
+    BRANCHED.check_plan({"conv": "w8a8", "lin": "w4a16-b32+lowrank8"})
+
+
+@pytest.mark.parametrize(("schemes", "words"), PLANS.values(), ids=PLANS)
+def test_layers_that_the_plan_does_not_have_are_refused(
+    schemes: dict[str, str], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        BRANCHED.check_plan(schemes)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "null", "{", '{"format": 1}', '{"a":' * 500])
 def test_what_is_no_manifest_is_one_line(text: str, tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_text(text, encoding="utf-8")
