@@ -219,6 +219,24 @@ def load_candidates(layer: Layer, weight: Array, path: Path) -> LayerCandidates:
     return LayerCandidates(layer, choices.schemes, choices.refused, weight, forms)
 
 
+def _check_sizes(form: str, arrays: Mapping[str, Array], rows: int, columns: int) -> None:
+    """Raise ValueError for arrays that are not of a weight [rows, columns]: another layer's file."""
+    for part, array in arrays.items():
+        name = part.rpartition(".")[2]
+        fits = {
+            **dict.fromkeys(("codes", "levels"), array.shape == (rows, columns)),
+            **dict.fromkeys(
+                ("scale", "channel_scale", "low", "high", "up"), array.shape[:1] == (rows,)
+            ),
+            "down": array.shape[1:] == (columns,),
+        }.get(name, True)
+        if name == "scale" and array.ndim == 2:
+            fits = fits and array.shape[1] > 0 and columns % array.shape[1] == 0
+        if not fits:
+            shape = list(array.shape)
+            raise ValueError(f"{form}.{part} has the shape {shape} for a weight {[rows, columns]}")
+
+
 def _forms(
     stored: dict[str, dict[str, Array]], layer: Layer, weight: Array
 ) -> dict[str, DeployedMatrix]:
@@ -226,6 +244,7 @@ def _forms(
     forms: dict[str, DeployedMatrix] = {}
     # Bodies first: branches may share them.
     for form, arrays in sorted(stored.items(), key=lambda item: bool(schemes[item[0]].branch)):
+        _check_sizes(form, arrays, *weight.shape)
         scheme = schemes[form]
         body = forms.get(scheme.body.weight_form)
         forms[form] = scheme.branch.read(scheme, StoredMatrix(arrays, layer, weight, body))

@@ -104,7 +104,8 @@ def _member(
     except MpqError:
         raise
     except _BAD_ZIP as problem:
-        raise error(f"{shown} is damaged: {printable(str(problem))}.", hint) from problem
+        said = printable(str(problem)).rstrip(".")
+        raise error(f"{shown} is damaged: {said}.", hint) from problem
 
 
 def _array(file: Any, size: int, shown: str, error: type[MpqError], hint: str) -> Array:

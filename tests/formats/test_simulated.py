@@ -11,6 +11,7 @@ import pytest
 from scipy import stats
 
 from mpq_deploy.calibrate.scales import simulated_grid
+from mpq_deploy.errors import InputError
 from mpq_deploy.formats.branches.omq import outlier_steps
 from mpq_deploy.formats.branches.zres import balanced_steps, with_residuals
 from mpq_deploy.formats.candidates import (
@@ -246,6 +247,16 @@ def test_candidates_survive_their_file(tmp_path: Path) -> None:
     assert set(read.forms) == set(made.forms) and read.schemes == made.schemes
     for form in made.forms:
         np.testing.assert_array_equal(read.weight_matrix(form), made.weight_matrix(form))
+
+
+@pytest.mark.parametrize("scheme", ["w2a4-sim", "w4a16-b32", "w8a8"])
+def test_candidates_of_another_layer_are_refused(scheme: str, tmp_path: Path) -> None:
+    weight = weights(40, 24)
+    path = tmp_path / "a.safetensors"
+    save_candidates(candidates_of(weight, [scheme]), path)
+    other = candidates_of(weights(24, 40), [scheme])
+    with pytest.raises(InputError, match=r"has the shape .* for a weight"):
+        load_candidates(other.layer, other.weight, path)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 6])

@@ -120,6 +120,7 @@ results, reports and the configurations of a diffusers folder; `arrays` conditio
 folder; `archive` packages, with digests that fit and without; `run` run folders, whose records a forger has made to
 fit in six of ten cases. Largest is the process's resident memory, of which its libraries take some 250 MB.
 
+A case that failed was run again after its fault was mended.
 `make fuzz MINUTES=10` draws new cases (`SEED=` another beginning); `make test` runs a few of each kind and the files in
 `tests/fuzz/corpus`, which earlier versions failed on.
 """

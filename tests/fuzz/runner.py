@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 import traceback
+import unicodedata
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ PRELOAD = [
     *("mpq_deploy.sensitivity.probe", "mpq_deploy.evaluate.evaluate", "tests.fuzz.runner"),
 ]
 LOST = 255
+# Unicode's classes of what must not reach a terminal raw; blanks of other scripts may.
+HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 FORKED = multiprocessing.get_context("forkserver")
 # Raises these where a library is asked for in a stranger's folder.
 PLANTED = ("json", "numpy", "onnx", "tensorrt_rtx", "torch")
@@ -177,7 +180,7 @@ def _problem(
     messages = said[said.rfind("mpq-deploy: ") :].splitlines() if "mpq-deploy: " in said else []
     if code and messages and len(messages) > 2:
         return f"a message of {len(messages)} lines"
-    raw = {one for one in said if not one.isprintable() and one not in "\n\t"}
+    raw = {one for one in said if unicodedata.category(one) in HIDDEN and one not in "\n\t"}
     if raw:
         return f"control characters reach the terminal: {sorted(map(ord, raw))}"
     if (folder / "mark").exists() or (folder / "here" / "owned").exists():
