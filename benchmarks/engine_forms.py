@@ -138,6 +138,77 @@ def conv4(
     return form
 
 
+def conv4_turned(o: int, i: int, k: int, block: int, *, act: str = "") -> Form:
+    """INT4 conv whose reduction runs over positions first: 2-D blocks, a Reshape and a Transpose."""
+
+    def form(d: Draft) -> str:
+        x = d.op("Relu", "x")
+        w = d.op(
+            "Transpose", d.reshape(d.int4((o, k * k * i), block, 1), o, k, k, i), perm=[0, 3, 1, 2]
+        )
+        if act:
+            w, x = d.requant(w, o, 0, act), d.act(x, act)
+        return conv(d, x, w, k)
+
+    return form
+
+
+def windows(d: Draft, x: str, k: int, stride: int, dilation: int, pads: list[int]) -> str:
+    """Im2col: [N, C, *sizes] -> [N, *sizes, k^n * C], positions first, then channels."""
+    rank = len(pads) // 2
+    if any(pads):
+        zeros = [0, 0]
+        pads = [*zeros, *pads[:rank], *zeros, *pads[rank:]]
+        x = d.op("Pad", x, d.const(np.array(pads, np.int64), "pads"))
+    axes = d.const(np.arange(2, 2 + rank, dtype=np.int32), "axes")
+    steps = (d.const(np.full(rank, stride, np.int32), "steps"),) if stride > 1 else ()
+    pieces = []
+    for place in np.ndindex(*([k] * rank)):
+        starts = np.array(place, np.int32) * dilation
+        last = np.iinfo(np.int32).max
+        ends = [start - (k - 1) * dilation or last for start in starts.tolist()]
+        bounds = d.const(starts, "starts"), d.const(np.array(ends, np.int32), "ends")
+        pieces.append(d.op("Slice", x, *bounds, axes, *steps))
+    x = d.op("Concat", *pieces, axis=1) if len(pieces) > 1 else pieces[0]
+    return d.op("Transpose", x, perm=[0, *range(2, 2 + rank), 1])
+
+
+def product(
+    o: int,
+    i: int,
+    k: int,
+    block: int | None,
+    *,
+    rank: int = 2,
+    stride: int = 1,
+    dilation: int = 1,
+    fourth: bool = False,
+) -> Form:
+    """A convolution as a matrix product over its windows: INT4 in blocks; block None: INT8 weights alone.
+
+    ``fourth``: a 1-D input has another axis for the product.
+    """
+
+    def form(d: Draft) -> str:
+        x = d.op("Relu", "x")
+        if k > 1:
+            x = windows(d, x, k, stride, dilation, [k // 2 * dilation] * 2 * rank)
+        else:
+            x = d.op("Transpose", x, perm=[0, *range(2, 2 + rank), 1])
+        shape = (k**rank * i, o)
+        w = d.int8(shape, 1) if block is None else d.int4(shape, block, 0)
+        bias = d.const(d.rng.standard_normal(o).astype(np.float16), "bias")
+        if fourth:
+            x = d.op("Unsqueeze", x, d.const(np.array([1], np.int64), "axes"))
+        y = d.op("Add", d.op("MatMul", x, w), bias)
+        if fourth:
+            y = d.op("Transpose", y, perm=[0, 3, 1, 2])
+            return d.op("Squeeze", y, d.const(np.array([2], np.int64), "axes"))
+        return d.op("Transpose", y, perm=[0, rank + 1, *range(1, rank + 1)])
+
+    return form
+
+
 def conv8(o: int, i: int, k: int, *, group: int = 1, act: str = "none") -> Form:
     """INT8 conv; ``act`` empty leaves the activation in FP16 (weights only)."""
 
@@ -314,6 +385,25 @@ def forms() -> list[tuple[str, tuple[int, ...], Form]]:
         ("conv w4a16 groups=2 b32", square, conv4(64, 64, 3, 32, group=2)),
         ("conv w4a16 depthwise (K=9)", square, conv4(64, 64, 3, 9, group=64)),
         ("conv w4a16 1-D", (64, 32), conv1d4),
+        ("conv w4a16 b64 as a product over windows", square, product(64, 64, 3, 64)),
+        ("conv w4a16 b64 as a product, stride 2", square, product(64, 64, 3, 64, stride=2)),
+        ("conv w4a16 b64 as a product, dilation 2", square, product(64, 64, 3, 64, dilation=2)),
+        ("conv w4a16 b64 as a product, 1-D", (64, 16), product(64, 64, 3, 64, rank=1)),
+        (
+            "conv w4a16 b64 as a product, 1-D with a fourth axis",
+            (64, 16),
+            product(64, 64, 3, 64, rank=1, fourth=True),
+        ),
+        ("conv w4a16 b96 as a product, 3-D", (32, 4, 8, 8), product(64, 32, 3, 96, rank=3)),
+        ("conv w4a16 b32 as a product, 1x1", square, product(64, 64, 1, 32)),
+        ("conv w4a16 b64 as a product, 1x1 of one block", square, product(64, 64, 1, 64)),
+        ("conv w4a16 b18 as a product, 4 channels in", (4, 16, 16), product(64, 4, 3, 18)),
+        ("conv w4a16 b64 as a product, 4 channels out", square, product(4, 64, 3, 64)),
+        ("conv w4a16 b64 as a product, 5x5", square, product(64, 64, 5, 64)),
+        ("conv w8a16 as a product over windows", square, product(64, 64, 3, None)),
+        ("conv w8a16 as a product, 1x1", square, product(64, 64, 1, None)),
+        ("conv w4a16 b64, positions first", square, conv4_turned(64, 64, 3, 64)),
+        ("conv w4a8 b64, positions first", square, conv4_turned(64, 64, 3, 64, act="none")),
         ("conv w4a8 b64, output_dtype", square, conv4(64, 64, 3, 64, act="none")),
         ("conv w4a8 b64, int8 zero points", square, conv4(64, 64, 3, 64, act="const")),
         ("conv w4a8 1x1 b64", square, conv4(64, 64, 1, 64, act="none")),
@@ -444,6 +534,8 @@ What follows from it, and is a rule of the target `rtx` or of the check of engin
 - A product by INT4 weights takes them as they lie if K and N are even and K has at least two blocks; else the whole
   weight is unpacked at each call (the bytes stay packed). INT8 weights alone: K and N even.
 - Convolutions by INT4 or INT8 weights alone unpack the whole weight at each call: memory is saved, not bandwidth.
+  Written as a product over its windows (Slices, Concat, Transpose, MatMul) a convolution takes the packed weight as
+  products do, and moves its windows instead; a product of three axes is not fused, so a 1-D one needs a fourth.
 - INT8 convolutions pad the channels of a group to 4: nothing for most, but four times the bytes of a depthwise one.
 - Layers that read the same tensor share its Q/DQ pair, whatever their weights are.
 """

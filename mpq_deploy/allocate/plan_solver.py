@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpq_deploy.allocate.cross_terms import CrossTerms, allocate_with_cross_terms
+from mpq_deploy.allocate.floor import floor_causes, floor_text
 from mpq_deploy.allocate.milp import Allocation, allocate, fastest_plan, penalty_per_kernel
 from mpq_deploy.allocate.plan import BitProgram, PlannedLayer, PrecisionPlan
 from mpq_deploy.allocate.problem import LayerChoice, Problem, protected_schemes
@@ -51,18 +52,19 @@ class PlanSolver:
         self.refused = {
             name: {**c.refused, **self._ruled_out(name, c)} for name, c in candidates.items()
         }
-        rules: list[tuple[str, tuple[str, ...]]]
-        rules = [
+        self.target = run.target
+        by_target = [
             (pattern, ("fp16",))
             for pattern in run.target.protected
             if any(fnmatch.fnmatchcase(name, pattern) for name in candidates)
         ]
-        rules += [(rule.layers, rule.schemes) for rule in self.section.protect]
+        by_recipe = [(rule.layers, rule.schemes) for rule in self.section.protect]
+        self.rules = by_target, by_recipe
         measured = [
             (name, tuple(s.name for s in choices.schemes if s.name in self.table.losses[name]))
             for name, choices in candidates.items()
         ]
-        allowed = protected_schemes(measured, rules)
+        allowed = protected_schemes(measured, [*by_target, *by_recipe])
         self.costs, self.no_latency = latency_costs(run, self.exported)
         self.choices = [self._choice(layer, allowed[layer.name]) for layer in self.layers]
         self.fp16_size = int(self.exported.facts["fp16_size_bytes"])
@@ -148,8 +150,8 @@ class PlanSolver:
             ratio = math.ceil(error.smallest / self.fp16_size * 1e4) / 1e4
             raise InfeasibleBudgetError(
                 f"No plan fits the budget {budget} ({problem.budget_bytes:,} bytes).",
-                f"The smallest feasible budget is {ratio:.4f} ({error.smallest:,} bytes); or allow smaller schemes."
-                + self._activations_hint(),
+                f"The smallest feasible budget is {ratio:.4f} ({error.smallest:,} bytes). "
+                f"{self._floor(error.smallest)}{self._activations_hint()}",
                 error.smallest,
             ) from error
         schemes = allocation.schemes
@@ -203,6 +205,11 @@ class PlanSolver:
         if cross_terms is not None:
             return cross_terms.predicted_loss
         return self.table.plan_loss(schemes) if self.table.predicts_nmse else None
+
+    def _floor(self, smallest: int) -> str:
+        """Say what keeps plans from being smaller than ``smallest`` bytes."""
+        causes = floor_causes(self.layers, self.choices, self.refused, self.rules, self.target)
+        return floor_text(causes, smallest, self.fixed_bytes, self.fp16_size)
 
     def _activations_hint(self) -> str:
         importance = self.table.importance

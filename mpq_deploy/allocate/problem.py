@@ -171,8 +171,12 @@ def kernels(scheme: str) -> int:
     return SCHEMES[scheme].branch.kernels
 
 
+# Layer pattern, and the schemes or families that its layers may take.
+Rules = Sequence[tuple[str, tuple[str, ...]]]
+
+
 def protected_schemes(
-    layers: Sequence[tuple[str, tuple[str, ...]]], rules: Sequence[tuple[str, tuple[str, ...]]]
+    layers: Sequence[tuple[str, tuple[str, ...]]], rules: Rules
 ) -> dict[str, tuple[str, ...]]:
     """Apply protection rules (layer pattern, allowed schemes or families); later rules win.
 

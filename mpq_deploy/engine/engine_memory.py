@@ -89,16 +89,26 @@ def peak_alive(graph: onnx.GraphProto, sizes: Mapping[str, int], constant: set[s
     last = {name: index for index, node in enumerate(graph.node) for name in node.input}
     last.update({value.name: len(graph.node) for value in graph.output})
     live = {value.name: sizes.get(value.name, 0) for value in graph.input}
+    nowhere = constant | _pieces(graph)
     peak = 0
     for index, node in enumerate(graph.node):
         live.update(
-            {name: sizes.get(name, 0) for name in node.output if name and name not in constant}
+            {name: sizes.get(name, 0) for name in node.output if name and name not in nowhere}
         )
         peak = max(peak, sum(live.values()))
         for name in {*node.input, *node.output}:
             if last.get(name, index) <= index:
                 live.pop(name, None)
     return peak
+
+
+def _pieces(graph: onnx.GraphProto) -> set[str]:
+    """Slices that Concats alone read: one kernel writes them where they are joined (engine-forms.md)."""
+    cut = {name for node in graph.node if node.op_type == "Slice" for name in node.output}
+    for node in graph.node:
+        if node.op_type != "Concat":
+            cut.difference_update(node.input)
+    return cut - {value.name for value in graph.output}
 
 
 def _bytes(value: onnx.ValueInfoProto) -> int:

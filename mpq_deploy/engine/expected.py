@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 class ExpectedLayer:
     """One layer of the plan: the ONNX nodes that apply it, its scheme, and its bytes in the file.
 
+    A Conv that is written as a product is a MatMul here.
+
     ``reduction`` and ``out_channels`` are those of the weight as a matrix, ``kernel`` its spatial
     shape (empty for products), ``blocks`` how many scales each output channel has.
     """
@@ -53,8 +55,11 @@ class ExpectedLayer:
         blocks = layer.reduction // block if block else 1
         nodes = tuple(use.node for use in layer.uses)
         size = scheme.weight_bytes(layer)
-        shape = (layer.out_channels, layer.reduction, layer.kernel, blocks)
-        return cls(layer.name, layer.op, nodes, scheme.name, size, *shape)
+        product = scheme.multiplies(layer)
+        kernel = () if product else layer.kernel
+        shape = (layer.out_channels, layer.reduction, kernel, blocks)
+        op = "MatMul" if product else layer.op
+        return cls(layer.name, op, nodes, scheme.name, size, *shape)
 
 
 @dataclass(frozen=True)

@@ -74,12 +74,10 @@ class Rule(BaseModel):
         _check_known("scheme family", self.families, families())
         return self
 
-    def concerns(self, layer: Layer, scheme: Scheme) -> bool:
-        """Tell whether the rule forbids ``scheme`` for ``layer``."""
+    def concerns(self, op: str, layer: Layer, scheme: Scheme) -> bool:
+        """Tell whether the rule forbids ``scheme`` for ``layer``, written as an ``op``."""
         return (
-            layer.op in self.ops
-            and scheme.family in self.families
-            and _holds(self.when, layer, scheme)
+            op in self.ops and scheme.family in self.families and _holds(self.when, layer, scheme)
         )
 
 
@@ -100,7 +98,9 @@ class Target(BaseModel):
     reason. ``branches``: op -> kinds of branches that may stand beside a body. ``versions``: the
     builder's versions that the dialect holds for, as far as they are given (``10.3`` is 10.3.x);
     empty accepts any. ``jetpack``: the JetPack releases that bring them. Rates are peak and dense;
-    ``figures_of`` is the device that they belong to, where the target is a family. ``protected``:
+    ``figures_of`` is the device that they belong to, where the target is a family.
+    ``conv_products``: convolutions may become matrix products where their weights alone are
+    quantized, and then take what a MatMul takes (``latency.conv_products``). ``protected``:
     shell patterns of layer names that stay FP16 unless the recipe says otherwise.
     """
 
@@ -120,6 +120,7 @@ class Target(BaseModel):
     fp16_ops_per_s: Figure | None = None
     schemes: dict[str, tuple[str, ...]]
     branches: dict[str, tuple[str, ...]] = {}
+    conv_products: bool = True
     rules: tuple[Rule, ...] = ()
     protected: tuple[str, ...] = ()
     proven: tuple[Evidence, ...] = ()
@@ -185,20 +186,23 @@ class Target(BaseModel):
         """Return why ``layer`` may not take ``scheme`` on this target; empty when it may."""
         if not scheme.quantized:
             return ""
+        product = self.conv_products and scheme.multiplies(layer)
+        op = "MatMul" if product else layer.op
         # A rule without condition explains what `schemes` leaves out; a file that extends this one
         # may allow it.
-        left_out = scheme.family not in self.schemes[layer.op]
+        left_out = scheme.family not in self.schemes[op]
         if left_out and scheme.simulated:
-            return f"{_not_in_tensorrt(scheme)}; nearest: {self.nearest(layer.op, scheme)}"
+            return f"{_not_in_tensorrt(scheme)}; nearest: {self.nearest(op, scheme)}"
         for rule in self.rules:
-            if (rule.when == "always") == left_out and rule.concerns(layer, scheme):
-                return rule.reason + (
-                    f"; nearest: {self.nearest(layer.op, scheme)}" if left_out else ""
-                )
+            if (rule.when == "always") == left_out and rule.concerns(op, layer, scheme):
+                more = f"; nearest: {self.nearest(op, scheme)}" if left_out else ""
+                if left_out and layer.no_product and scheme.activation is None:
+                    more = f"; as a matrix product: {layer.no_product}{more}"
+                return f"{rule.reason}{more}"
         if left_out:
-            return f"{self.name} does not list {scheme.family}; nearest: {self.nearest(layer.op, scheme)}"
-        if scheme.branch and scheme.branch.kind not in self.branches.get(layer.op, ()):
-            return f"a {scheme.branch.kind} branch beside a {layer.op} is unproven on {self.name}"
+            return f"{self.name} does not list {scheme.family}; nearest: {self.nearest(op, scheme)}"
+        if scheme.branch and scheme.branch.kind not in self.branches.get(op, ()):
+            return f"a {scheme.branch.kind} branch beside a {op} is unproven on {self.name}"
         return ""
 
 

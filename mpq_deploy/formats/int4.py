@@ -12,7 +12,12 @@ from mpq_deploy.formats.int8 import INT8_INPUT, ONNX_INT8
 from mpq_deploy.formats.integers import IntegerWeight
 from mpq_deploy.formats.interfaces import INT4, Scheme
 from mpq_deploy.formats.sizes import FP16_BYTES, INT64_BYTES, matrix_shape, nearest_divisor
-from mpq_deploy.rounding.quantizers import QuantizedMatrix, choose_multiple_scale, choose_scale
+from mpq_deploy.rounding.quantizers import (
+    QuantizedMatrix,
+    choose_multiple_scale,
+    choose_scale,
+    position_first,
+)
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -28,7 +33,11 @@ BLOCK_SIZES = (32, 64, 128, 256)
 
 @dataclass(frozen=True)
 class Int4Weight(IntegerWeight):
-    """Codes -> DequantizeLinear in blocks; a Conv's weight is the matrix [O, I*kh*kw], then reshaped."""
+    """Codes -> DequantizeLinear in blocks.
+
+    A Conv's weight is the matrix [O, I*kh*kw], then reshaped; where it is written as a product,
+    [kh*kw*I, O].
+    """
 
     bits = 4
     precision = INT4
@@ -36,15 +45,26 @@ class Int4Weight(IntegerWeight):
     engine_types = ("Int4",)
 
     def block(self, layer: Layer) -> int | None:
-        return nearest_divisor(layer.reduction, self.block_size or layer.reduction)
+        nominal = self.block_size or layer.reduction
+        if self.multiplies(layer, alone=True):
+            # A product of a single block unpacks its weight at every call.
+            nominal = min(nominal, max(1, layer.reduction // 2))
+        return nearest_divisor(layer.reduction, nominal)
+
+    def taps(self, layer: Layer) -> int:
+        return layer.taps if self.multiplies(layer, alone=True) else 1
 
     def refusal(self, layer: Layer) -> str:
         if self.block(layer) is not None:
             return ""
         return f"no divisor of its reduction {layer.reduction} lies near {self.block_size}"
 
-    def dialect_refusal(self, layer: Layer, dialect: Dialect) -> str:
+    def stored_shape(self, layer: Layer) -> tuple[int, int]:
         shape = matrix_shape(layer)
+        return shape[::-1] if self.multiplies(layer, alone=True) else shape
+
+    def dialect_refusal(self, layer: Layer, dialect: Dialect) -> str:
+        shape = self.stored_shape(layer)
         if prod(shape) % 2:
             return "size is odd"
         return "last dimension is odd" if shape[-1] % 2 and not dialect.odd_rows else ""
@@ -55,12 +75,14 @@ class Int4Weight(IntegerWeight):
             raise ValueError(f"blocks of {self.block_size} do not fit {layer.name}")
         scales = layer.out_channels * (layer.reduction // block)
         # The shape to which a Conv's matrix [O, K] is brought back.
-        shape = INT64_BYTES * len(layer.weight_shape) if layer.op == "Conv" else 0
+        reshaped = layer.op == "Conv" and not self.multiplies(layer, alone=True)
+        shape = INT64_BYTES * len(layer.weight_shape) if reshaped else 0
         return (layer.weights + 1) // 2 + FP16_BYTES * scales + shape
 
     def unpacked_bytes(self, layer: Layer, alone: bool) -> int:
         """A Conv's weight becomes FP16 at every call; a product's is fused."""
-        return FP16_BYTES * layer.weights if alone and layer.op == "Conv" else 0
+        whole = alone and layer.op == "Conv" and not self.multiplies(layer, alone)
+        return FP16_BYTES * layer.weights if whole else 0
 
     def fuses(self, layer: ExpectedLayer) -> bool:
         even = layer.reduction % 2 == 0 and layer.out_channels % 2 == 0
@@ -72,16 +94,21 @@ class Int4Weight(IntegerWeight):
         return choose_scale(weight, importance, layer.reduction // block, self.precision), None
 
     def write(self, to: LayerWriter, matrix: QuantizedMatrix) -> ir.Value:
-        first, layer = to.layer.out_axis == 0, to.layer
-        codes = to.codes(
-            lambda: matrix.codes if first else matrix.codes.T, "INT4", matrix_shape(layer)
-        )
+        layer = to.layer
+        product = self.multiplies(layer, alone=True)
+        first = layer.out_axis == 0 and not product
+
+        def stored() -> Array:
+            ordered = position_first(matrix.codes, matrix.taps)
+            return ordered if first else ordered.T
+
+        codes = to.codes(stored, "INT4", self.stored_shape(layer))
         scale = matrix.scale.astype(np.float32)
         inputs = [codes, to.constant("scale", scale if first else scale.T)]
         block = layer.reduction // matrix.scale.shape[1]
-        attributes = {"axis": 1 - layer.out_axis, "block_size": block}
+        attributes = {"axis": int(first), "block_size": block}
         weight = to.insert("DequantizeLinear", inputs, attributes, "weight_dequantize")
-        if layer.op != "Conv":
+        if layer.op != "Conv" or product:
             return weight
         shape = to.named_constant(f"{layer.weight}//shape", np.array(layer.weight_shape, np.int64))
         return to.insert("Reshape", [weight, shape], {}, "weight_reshape")
@@ -99,6 +126,9 @@ class RequantizedInt4(Int4Weight):
     @property
     def form(self) -> str:
         return f"int4x8-b{self.block_size}"
+
+    def multiplies(self, layer: Layer, alone: bool) -> bool:
+        return False
 
     def bytes_of(self, layer: Layer) -> int:
         return super().bytes_of(layer) + FP16_BYTES * layer.out_channels

@@ -10,7 +10,7 @@ import numpy as np
 from mpq_deploy.formats.integers import IntegerWeight
 from mpq_deploy.formats.interfaces import INT8, ActivationFormat, ActivationGrid, Scheme
 from mpq_deploy.formats.sizes import FP16_BYTES
-from mpq_deploy.rounding.quantizers import QuantizedMatrix, choose_scale
+from mpq_deploy.rounding.quantizers import QuantizedMatrix, choose_scale, position_first
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -45,15 +45,22 @@ class Int8Weight(IntegerWeight):
 
     def unpacked_bytes(self, layer: Layer, alone: bool) -> int:
         """Weights alone of a Conv become FP16 at every call; those of products are fused."""
-        return FP16_BYTES * layer.weights if alone and layer.op == "Conv" else 0
+        whole = alone and layer.op == "Conv" and not self.multiplies(layer, alone)
+        return FP16_BYTES * layer.weights if whole else 0
 
     def scales(self, layer: Layer, weight: Array, importance: Array) -> tuple[Array, Array | None]:
         return choose_scale(weight, importance, 1, self.precision), None
 
     def write(self, to: LayerWriter, matrix: QuantizedMatrix) -> ir.Value:
-        codes = to.codes(lambda: to.folded(matrix.codes), "INT8", to.layer.weight_shape)
+        layer = to.layer
+        if self.multiplies(layer, to.scheme.activation is None):
+            axis, shape = 1, (layer.reduction, layer.out_channels)
+            codes = to.codes(lambda: position_first(matrix.codes, layer.taps).T, "INT8", shape)
+        else:
+            axis = layer.out_axis
+            codes = to.codes(lambda: to.folded(matrix.codes), "INT8", layer.weight_shape)
         scale = to.constant("scale", matrix.scale[:, 0].astype(np.float32))
-        attributes = {"axis": to.layer.out_axis}
+        attributes = {"axis": axis}
         return to.insert("DequantizeLinear", [codes, scale], attributes, "weight_dequantize")
 
 

@@ -15,6 +15,7 @@ from mpq_deploy.rounding.quantizers import (
     QuantizedMatrix,
     Rounding,
     gptq_codes,
+    position_first,
     refine_rounding,
 )
 
@@ -32,6 +33,10 @@ class IntegerWeight(WeightFormat):
     precision: ClassVar[Precision]
     # Whether refinement after GPTQ may move its scales.
     refined: ClassVar[bool] = False
+
+    def taps(self, layer: Layer) -> int:
+        """How its blocks run in ``layer``, as ``QuantizedMatrix.taps`` says."""
+        return 1
 
     @property
     def form(self) -> str:
@@ -87,31 +92,41 @@ def _round_group(
     how: Rounding,
 ) -> dict[str, QuantizedMatrix]:
     importance = importance_of(blocks)
-    scales = {form: own.scales(layer, weight, importance) for form, own in formats.items()}
-    codes = _codes(weight, scales, formats, blocks if how.gptq else None, how.damping)
+    grids, taps = {}, {form: own.taps(layer) for form, own in formats.items()}
+    for form, own in formats.items():
+        ordered = position_first(weight, taps[form])
+        scale, channel = own.scales(layer, ordered, position_first(importance[None], taps[form])[0])
+        empty = np.zeros_like(weight, np.int8)
+        grids[form] = QuantizedMatrix(empty, scale, channel, taps[form])
+    codes = _codes(weight, grids, formats, blocks if how.gptq else None, how.damping)
     # INT8 has little to gain, and w4a8's scales are tied to their channel's.
     free = [form for form, own in formats.items() if how.gptq and own.refined]
-    started = [(codes[form], scales[form][0]) for form in free]
-    refined = dict(
-        zip(free, refine_rounding(weight, started, blocks, how.damping, how.refinements))
-    )
-    rounded = {form: (codes[form], scales[form][0]) for form in formats} | refined
-    return {form: QuantizedMatrix(*rounded[form], scales[form][1]) for form in formats}
+    started = [(codes[form], grids[form].scale) for form in free]
+    along = taps[free[0]] if free else 1
+    refined = refine_rounding(weight, started, blocks, how.damping, how.refinements, along)
+    rounded = {form: (codes[form], grids[form].scale) for form in formats}
+    rounded.update(zip(free, refined))
+    return {
+        form: QuantizedMatrix(*rounded[form], grid.channel_scale, grid.taps)
+        for form, grid in grids.items()
+    }
 
 
 def _codes(
     weight: Array,
-    scales: Mapping[str, tuple[Array, Array | None]],
+    matrices: Mapping[str, QuantizedMatrix],
     formats: Mapping[str, IntegerWeight],
     blocks: list[Array] | None,
     damping: float,
 ) -> dict[str, Array]:
-    """Round ``weight`` [O, K] for all forms at once: they share the input, so they share GPTQ's factor."""
+    """Round ``weight`` [O, K] for all forms at once: they share the input, so they share GPTQ's factor.
+
+    ``matrices``: their scales, without codes.
+    """
     grids = {}
-    for form, (scale, channel) in scales.items():
+    for form, matrix in matrices.items():
         limits = formats[form].precision
-        step = QuantizedMatrix(np.zeros_like(weight, np.int8), scale, channel).effective_scale()
-        columns = np.repeat(np.arange(step.shape[1]), weight.shape[1] // step.shape[1])
+        step, columns = matrix.effective_scale(), matrix.columns()
         grids[form] = Grid(step, columns, limits.quant_min, limits.quant_max)
     if blocks is None:
         return {form: grid.nearest(weight) for form, grid in grids.items()}
@@ -134,4 +149,5 @@ def _joined(pieces: list[QuantizedMatrix]) -> QuantizedMatrix:
         np.concatenate([p.codes for p in pieces]),
         np.concatenate([p.scale for p in pieces]),
         np.concatenate(channels) if channels else None,
+        pieces[0].taps,
     )

@@ -16,7 +16,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
-from mpq_deploy.formats.sizes import ACTIVATION_SCALE_BYTES, FP16_BYTES, matrix_shape
+from mpq_deploy.formats.sizes import (
+    ACTIVATION_SCALE_BYTES,
+    FP16_BYTES,
+    matrix_shape,
+    window_bytes,
+)
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -111,6 +116,14 @@ class WeightFormat:
     def refusal(self, layer: Layer) -> str:
         """Say why ``layer`` cannot be stored so; empty when it can."""
         return ""
+
+    def multiplies(self, layer: Layer, alone: bool) -> bool:
+        """Whether a Conv becomes a matrix product over its windows; ``alone``: its input stays in FP16."""
+        return layer.window is not None and alone and self.quantized and not self.simulated
+
+    def stored_shape(self, layer: Layer) -> tuple[int, int]:
+        """Rows and columns in which the file holds the weight."""
+        return matrix_shape(layer)
 
     def dialect_refusal(self, layer: Layer, dialect: Dialect) -> str:
         """Say what of the weight a builder is documented to refuse, such as "size is odd"; else empty."""
@@ -282,7 +295,11 @@ class Branch:
 
     def write(self, to: LayerWriter, scheme: Scheme, matrix: Any) -> None:
         """Give ``to.node`` the quantized weight, and write the branch beside it."""
-        to.node.replace_input_with(1, scheme.weight.write(to, matrix))
+        weight = scheme.weight.write(to, matrix)
+        if scheme.multiplies(to.layer):
+            to.multiply(weight)
+        else:
+            to.node.replace_input_with(1, weight)
 
     def twin(self, start: StartingWeight, kit: TwinKit) -> LayerTwin:
         """As ``WeightFormat.twin``."""
@@ -363,6 +380,10 @@ class Scheme:
         """Return this scheme with ``branch`` beside it."""
         return replace(self, name=f"{self.name}{branch.suffix}", branch=branch)
 
+    def multiplies(self, layer: Layer) -> bool:
+        """Whether ``layer`` is a Conv that the scheme turns into a matrix product over its windows."""
+        return self.weight.multiplies(layer, self.activation is None)
+
     def refusal(self, layer: Layer) -> str:
         """Say why ``layer`` cannot take the scheme, whatever the target; empty when it can."""
         if self.branch and layer.group > 1:
@@ -375,7 +396,7 @@ class Scheme:
 
     def stored_shape(self, layer: Layer) -> tuple[int, int]:
         """Rows and columns in which the file holds the body's weight."""
-        return matrix_shape(self.parts(layer)[0][0])
+        return self.weight.stored_shape(self.parts(layer)[0][0])
 
     def weight_bytes(self, layer: Layer) -> int:
         """Bytes of all constants that are written for ``layer``: codes, scales and shapes.
@@ -387,9 +408,11 @@ class Scheme:
             return sum(
                 s.weight_bytes(part) for part, s in self.parts(layer)
             ) + self.branch.joining_bytes(layer)
-        return self.weight.bytes_of(layer) + (
-            self.activation.reader_bytes(layer) if self.activation else 0
-        )
+        total = self.weight.bytes_of(layer)
+        if self.activation:
+            return total + self.activation.reader_bytes(layer)
+        windows = layer.window if self.multiplies(layer) else None
+        return total + (window_bytes(windows, layer.taps) if windows else 0)
 
     def unpacked_bytes(self, layer: Layer) -> int:
         """Bytes of the body's weight that a call unpacks into memory; 0 where that is fused into the product."""

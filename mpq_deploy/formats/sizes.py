@@ -7,7 +7,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mpq_deploy.graph.layers import Layer
+    from mpq_deploy.graph.layers import Layer, Window
 
 FP16_BYTES = 2
 INT64_BYTES = 8
@@ -53,6 +53,25 @@ def matrix_shape(layer: Layer) -> tuple[int, int]:
     """
     channels, reduction = layer.out_channels, layer.reduction
     return (channels, reduction) if layer.out_axis == 0 else (reduction, channels)
+
+
+def cuts(window: Window, taps: int) -> bool:
+    """Whether windows are cut out at all: of a 1x1 kernel only where it has strides."""
+    return taps > 1 or any(step != 1 for step in window.strides)
+
+
+def window_bytes(window: Window, taps: int) -> int:
+    """Bytes of the constants that cut out the windows of a Conv that is written as a product.
+
+    Its padding as INT64; the axes, the steps, and each position's first and last places as INT32;
+    of a 1-D one also the axis that is added and taken away. Each layer has its own.
+    """
+    rank, total = len(window.strides), 0
+    if any(window.pads):
+        total += 2 * (rank + 2) * INT64_BYTES
+    if cuts(window, taps):
+        total += rank * INT32_BYTES * 2 * (1 + taps)
+    return total + (INT64_BYTES if rank == 1 else 0)
 
 
 def part_of(layer: Layer, out_channels: int, suffix: str = "") -> Layer:

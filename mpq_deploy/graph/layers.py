@@ -27,12 +27,23 @@ class LayerUse:
 
 
 @dataclass(frozen=True)
+class Window:
+    """Where the windows of a convolution lie, per spatial axis: ``pads`` before all, then after all."""
+
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    pads: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Layer:
     """A Conv, Gemm or MatMul with a constant weight: the unit for which a scheme is chosen.
 
     A weight shared by several nodes is one layer with several uses. ``weight_shape`` is the shape
     in the file; seen as a matrix [out_channels, reduction] (see ``weight_matrix``) the output
-    channels come first.
+    channels come first. ``window``: of a Conv that is written as a matrix product over its windows
+    where its weight alone is quantized; None where it is not, and ``no_product`` says why
+    (``latency.conv_products`` decides).
     """
 
     name: str
@@ -42,6 +53,8 @@ class Layer:
     out_axis: int
     group: int
     uses: tuple[LayerUse, ...]
+    window: Window | None = None
+    no_product: str = ""
 
     @property
     def weights(self) -> int:
@@ -62,6 +75,11 @@ class Layer:
     def kernel(self) -> tuple[int, ...]:
         """Spatial kernel shape; empty for products."""
         return self.weight_shape[2:] if self.op == "Conv" else ()
+
+    @property
+    def taps(self) -> int:
+        """Positions of the kernel: 1 for products."""
+        return prod(self.kernel)
 
     @property
     def depthwise(self) -> bool:

@@ -74,6 +74,11 @@ def layer_seconds(layer: Layer, scheme: Scheme, traffic: Traffic, rates: Rates) 
     return total + LAUNCH_SECONDS * (1 + branch.kernels - branch.input_kernels)
 
 
+def column_count(layer: Layer, traffic: Traffic) -> int:
+    """How many values the windows of one use of ``layer`` hold: a column of K for each place."""
+    return traffic.outputs // layer.out_channels * layer.reduction
+
+
 def quantizer_seconds(values: int, scheme: Scheme, rates: Rates) -> float:
     """Estimate quantizing ``values`` activations under ``scheme``, by one kernel.
 
@@ -89,13 +94,18 @@ def quantizer_seconds(values: int, scheme: Scheme, rates: Rates) -> float:
 def bytes_moved(layer: Layer, scheme: Scheme, traffic: Traffic) -> int:
     """Bytes that a product without a branch moves per call: weight, activations in and out.
 
-    A weight that is unpacked as a whole is read packed, written, and read again.
+    A weight that is unpacked as a whole is read packed, written, and read again. The windows of a
+    convolution that is a product are written by one kernel, and its output is brought back into the
+    order of channels by another.
     """
+    product = scheme.multiplies(layer)
     moved = (
         scheme.weight_bytes(layer)
-        + scheme.operand_bytes * traffic.inputs
+        + scheme.operand_bytes * (column_count(layer, traffic) if product else traffic.inputs)
         + FP16_BYTES * traffic.outputs
     )
+    if product:
+        moved += _rearranged_bytes(layer, traffic)
     return moved + 2 * scheme.unpacked_bytes(layer)
 
 
@@ -105,11 +115,20 @@ def _product_seconds(layer: Layer, scheme: Scheme, traffic: Traffic, rates: Rate
     operations = 2.0 * traffic.outputs / layer.out_channels * layer.weights
     unpacked = scheme.unpacked_bytes(layer)
     read = bytes_moved(layer, scheme, traffic)
+    if scheme.multiplies(layer):
+        rearranged = _rearranged_bytes(layer, traffic)
+        alone = max(operations / rate, (read - rearranged) / rates.bandwidth)
+        return alone + rearranged / rates.bandwidth + 2 * LAUNCH_SECONDS
     if not unpacked:
         return max(operations / rate, read / rates.bandwidth)
     packed = scheme.weight_bytes(layer)
     unpacking = (packed + unpacked) / rates.bandwidth + LAUNCH_SECONDS
     return unpacking + max(operations / rate, (read - packed - unpacked) / rates.bandwidth)
+
+
+def _rearranged_bytes(layer: Layer, traffic: Traffic) -> int:
+    """What the two kernels around a convolution's product move: the windows, and the output."""
+    return FP16_BYTES * (traffic.inputs + column_count(layer, traffic) + 2 * traffic.outputs)
 
 
 def fp16_seconds(operations: float, moved: int, rates: Rates) -> float:

@@ -17,7 +17,12 @@ from mpq_deploy.calibrate.scales import QUANT_MAX, QUANT_MIN
 from mpq_deploy.calibrate.scales import SMALLEST_SCALE as SMALLEST_ACTIVATION_SCALE
 from mpq_deploy.formats.interfaces import ActivationGrid
 from mpq_deploy.models.spec import Array
-from mpq_deploy.rounding.quantizers import LARGEST_SCALE, SMALLEST_SCALE, QuantizedMatrix
+from mpq_deploy.rounding.quantizers import (
+    LARGEST_SCALE,
+    SMALLEST_SCALE,
+    QuantizedMatrix,
+    channel_first,
+)
 from mpq_deploy.rounding.row_grids import RowGrids, SimulatedMatrix
 
 Tensor = Any  # torch.Tensor; torch is not followed by mypy here
@@ -87,7 +92,8 @@ class Grid(torch.nn.Module):  # type: ignore[misc]
     ``codes`` int [O, K] and ``scale`` float16 [O, B] are what training starts from: for a ``delta``
     of zero the result is exactly theirs. ``multiples`` float [O, B], for 4-bit storage with INT8
     compute: then ``scale`` is [O, 1] and each block's scale is that many of it. ``limits`` of the
-    codes: numbers, or arrays [O, 1] for grids of different widths per channel.
+    codes: numbers, or arrays [O, 1] for grids of different widths per channel. ``taps``: how blocks
+    run over columns, as ``QuantizedMatrix.taps`` says.
 
     The latent weight starts where ``target`` float [O, K] (the float weight) lies, but within
     ``margin`` steps of the code's middle, so that rounding that compensated errors (GPTQ) is kept.
@@ -103,10 +109,12 @@ class Grid(torch.nn.Module):  # type: ignore[misc]
         limits: tuple[int | Array, int | Array],
         margin: float,
         multiples: Array | None = None,
+        taps: int = 1,
     ) -> None:
         super().__init__()
+        self.taps = taps
         blocks = scale.astype(np.float32) * (1 if multiples is None else multiples)
-        step = np.repeat(blocks, codes.shape[1] // blocks.shape[1], axis=1)
+        step = channel_first(np.repeat(blocks, codes.shape[1] // blocks.shape[1], axis=1), taps)
         beyond = np.clip(target / step - codes, -margin, margin)
         self.register_buffer("start", torch.from_numpy((codes + beyond).astype(np.float32)))
         self.register_buffer("first", torch.from_numpy(np.asarray(blocks, np.float32)))
@@ -119,19 +127,29 @@ class Grid(torch.nn.Module):  # type: ignore[misc]
 
     def codes(self, delta: Tensor) -> Tensor:
         """Return the integers [O, K] of the latent moved by ``delta`` [O, K], as floats."""
-        moved = self.start + (_blocked(delta, self.first) / self.first[:, :, None]).reshape(
-            delta.shape
-        )
+        moved = self.start + self._flat(self._blocked(delta) / self.first[:, :, None], delta)
         return torch.clamp(rounded(moved), self.low, self.high)
 
     def forward(self, delta: Tensor) -> Tensor:
         """Return the deployed weight [O, K]."""
-        codes = _blocked(self.codes(delta), self.first)
+        codes = self._blocked(self.codes(delta))
         if self.multiples is None:
-            return (codes * self.scale()[:, :, None]).reshape(delta.shape)
+            return self._flat(codes * self.scale()[:, :, None], delta)
         # In this order the integers are exact, as they are when INT8 codes are made of them at run
         # time.
-        return (codes * self.multiples[:, :, None] * self.scale()[:, :, None]).reshape(delta.shape)
+        return self._flat(codes * self.multiples[:, :, None] * self.scale()[:, :, None], delta)
+
+    def _blocked(self, matrix: Tensor) -> Tensor:
+        """See [O, K] as [O, B, K / B]."""
+        if self.taps > 1:
+            matrix = matrix.reshape(len(matrix), -1, self.taps).transpose(1, 2)
+        return matrix.reshape(len(matrix), self.first.shape[1], -1)
+
+    def _flat(self, blocked: Tensor, like: Tensor) -> Tensor:
+        """Undo ``_blocked`` for a matrix of the shape of ``like``."""
+        if self.taps > 1:
+            blocked = blocked.reshape(len(like), self.taps, -1).transpose(1, 2)
+        return blocked.reshape(like.shape)
 
     @property
     def mean_step(self) -> float:
@@ -144,9 +162,9 @@ class Grid(torch.nn.Module):  # type: ignore[misc]
             codes = self.codes(delta).cpu().numpy().astype(np.int8)
         scale = self.scale.stored()
         if self.multiples is None:
-            return QuantizedMatrix(codes, scale)
+            return QuantizedMatrix(codes, scale, None, self.taps)
         blocks = self.multiples.cpu().numpy() * scale.astype(np.float32)
-        return QuantizedMatrix(codes, blocks.astype(np.float16), scale[:, 0])
+        return QuantizedMatrix(codes, blocks.astype(np.float16), scale[:, 0], self.taps)
 
 
 class Levels(torch.nn.Module):  # type: ignore[misc]
@@ -281,8 +299,3 @@ class ActivationScale(LearnedScale):
         shape = [1] * x.ndim
         shape[channel_axis] = -1
         return torch.where(mask.reshape(shape), x, quantized)
-
-
-def _blocked(matrix: Tensor, blocks: Any) -> Tensor:
-    """See [O, K] as [O, B, K / B]."""
-    return matrix.reshape(len(matrix), blocks.shape[1], -1)

@@ -73,18 +73,25 @@ class QuantizedMatrix:
     ``scale`` float16 [O, B]: B = 1 for one scale per output channel, else K / B consecutive
     elements share one. ``channel_scale`` float16 [O] is given for 4-bit storage with INT8 compute:
     every block scale is an integer multiple of it, so that quantizing the dequantized weight again
-    to INT8 is exact.
+    to INT8 is exact. ``taps``: columns of an input channel, where blocks run over the channels of
+    one position of the kernel and then over those of the next; 1 where they run as columns do.
     """
 
     codes: Array
     scale: Array
     channel_scale: Array | None = None
+    taps: int = 1
 
     def dequantize(self) -> Array:
         """Return the deployed weight, float32 [O, K]."""
-        return np.asarray(
-            self.codes * _per_column(self.effective_scale(), self.codes.shape[1]), np.float32
-        )
+        return np.asarray(self.codes * self.effective_scale()[:, self.columns()], np.float32)
+
+    def columns(self) -> Array:
+        """Return which of the B scales each column has, int [K]."""
+        count = self.codes.shape[1]
+        blocks = np.arange(self.scale.shape[1])
+        ordered = np.repeat(blocks, count // len(blocks))
+        return np.asarray(channel_first(ordered[None], self.taps)[0])
 
     def effective_scale(self) -> Array:
         """Scales float32 [O, B] with which the codes become the deployed weight."""
@@ -97,24 +104,43 @@ class QuantizedMatrix:
     def arrays(self) -> dict[str, Array]:
         """Return what is stored of it."""
         channel = {} if self.channel_scale is None else {"channel_scale": self.channel_scale}
-        return {"codes": self.codes, "scale": self.scale, **channel}
+        taps = {} if self.taps == 1 else {"taps": np.array(self.taps, np.int32)}
+        return {"codes": self.codes, "scale": self.scale, **channel, **taps}
 
     @classmethod
     def of(cls, arrays: Mapping[str, Array]) -> QuantizedMatrix:
         """Read what ``arrays`` gave."""
-        return cls(arrays["codes"], arrays["scale"], arrays.get("channel_scale"))
+        taps = int(arrays.get("taps", 1))
+        return cls(arrays["codes"], arrays["scale"], arrays.get("channel_scale"), taps)
 
     def take(self, rows: Array) -> QuantizedMatrix:
         """Return some of the output channels."""
         channel = None if self.channel_scale is None else self.channel_scale[rows]
-        return QuantizedMatrix(self.codes[rows], self.scale[rows], channel)
+        return QuantizedMatrix(self.codes[rows], self.scale[rows], channel, self.taps)
 
     def with_rows(self, rows: Array, part: QuantizedMatrix) -> QuantizedMatrix:
         """Return the matrix with its output channels ``rows`` replaced by those of ``part``."""
-        arrays = {name: array.copy() for name, array in self.arrays().items()}
-        for name, array in part.arrays().items():
-            arrays[name][rows] = array
-        return QuantizedMatrix.of(arrays)
+        codes, scale = self.codes.copy(), self.scale.copy()
+        codes[rows], scale[rows] = part.codes, part.scale
+        channel = self.channel_scale
+        if channel is not None and part.channel_scale is not None:
+            channel = channel.copy()
+            channel[rows] = part.channel_scale
+        return QuantizedMatrix(codes, scale, channel, self.taps)
+
+
+def position_first(matrix: Array, taps: int) -> Array:
+    """Bring columns [O, C * taps] into the order of positions, channels within each: [O, taps * C]."""
+    if taps == 1:
+        return matrix
+    return np.ascontiguousarray(
+        matrix.reshape(len(matrix), -1, taps).swapaxes(1, 2).reshape(matrix.shape)
+    )
+
+
+def channel_first(matrix: Array, taps: int) -> Array:
+    """Bring columns back from the order of ``position_first``."""
+    return position_first(matrix, matrix.shape[1] // taps) if taps > 1 else matrix
 
 
 def round_scale(scale: Array) -> Array:
@@ -373,25 +399,32 @@ Rounded = tuple["Array", "Array"]
 
 
 def refine_rounding(
-    weight: Array, forms: list[Rounded], moments: list[Array], damping: float, rounds: int
+    weight: Array,
+    forms: list[Rounded],
+    moments: list[Array],
+    damping: float,
+    rounds: int,
+    taps: int = 1,
 ) -> list[Rounded]:
     """Lower the error e H e^T of INT4 ``forms`` of a weight [O, K]: codes and block scales.
 
     Each round goes over the columns once, some blocks at a time: it fits each block's scale to its
     codes by least squares, then moves every code to the best level, each for all the others as they
     stand (coordinate descent). ``moments``: the diagonal blocks of the Hessian, together K wide,
-    damped here as for GPTQ. Neither step makes a row worse. Our choice.
+    damped here as for GPTQ. ``taps``: how blocks run (``QuantizedMatrix``). Neither step makes a
+    row worse. Our choice.
     """
     if not rounds:
         return forms
     hessian = BlockDiagonal([damped(block, damping, np.float32) for block in moments])
     columns = weight.shape[1]
+    order = position_first(np.arange(columns)[None], taps)[0] if taps > 1 else None
     spans = [_refined_together(columns // scale.shape[1]) for _, scale in forms]
     found: dict[int, Rounded] = {}
     for span in sorted(set(spans)):
         # Forms share the Hessian, so the rows of those that are cut alike are visited together.
         alike = [number for number, own in enumerate(spans) if own == span]
-        state = _Descent(weight, [forms[number] for number in alike])
+        state = _Descent(weight, [forms[number] for number in alike], order)
         for _ in range(rounds):
             for start in range(0, columns, span):
                 state.visit(start, min(start + span, columns), hessian)
@@ -411,35 +444,41 @@ class BlockDiagonal:
         edges = np.cumsum([0, *map(len, blocks)])
         self._blocks = list(zip(blocks, edges[:-1].tolist(), edges[1:].tolist()))
 
-    def times(self, start: int, stop: int, rows: Array) -> Array:
-        """Return rows ``start`` to ``stop`` of the matrix times ``rows`` [K, R]."""
-        parts = [
-            block[max(start, low) - low : min(stop, high) - low] @ rows[low:high]
-            for block, low, high in self._blocks
-            if low < stop and high > start
-        ]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-    def square(self, start: int, stop: int) -> Array:
-        """Return the part of rows and columns ``start`` to ``stop``."""
-        found = np.zeros((stop - start, stop - start), np.float32)
+    def times(self, columns: Array, rows: Array) -> Array:
+        """Return the rows ``columns`` int [n] of the matrix times ``rows`` [K, R]."""
+        found = np.empty((len(columns), rows.shape[1]), np.float32)
         for block, low, high in self._blocks:
-            first, last = max(start, low), min(stop, high)
-            if first < last:
-                own = slice(first - start, last - start)
-                found[own, own] = block[first - low : last - low, first - low : last - low]
+            own = np.flatnonzero((columns >= low) & (columns < high))
+            if len(own):
+                found[own] = block[columns[own] - low] @ rows[low:high]
+        return found
+
+    def square(self, columns: Array) -> Array:
+        """Return the part of the rows and columns ``columns`` int [n]."""
+        found = np.zeros((len(columns), len(columns)), np.float32)
+        for block, low, high in self._blocks:
+            own = np.flatnonzero((columns >= low) & (columns < high))
+            inside = columns[own] - low
+            found[np.ix_(own, own)] = block[np.ix_(inside, inside)]
         return found
 
 
 class _Descent:
-    """Forms of one weight while they are refined: columns are contiguous, [K, R], forms side by side."""
+    """Forms of one weight while they are refined: columns are contiguous, [K, R], forms side by side.
 
-    def __init__(self, weight: Array, forms: list[Rounded]) -> None:
+    ``order`` int [K]: the columns as blocks run over them; None: as they come.
+    """
+
+    def __init__(self, weight: Array, forms: list[Rounded], order: Array | None) -> None:
         self._rows, columns = len(weight), weight.shape[1]
         self._blocks = [columns // scale.shape[1] for _, scale in forms]
+        self._order = np.arange(columns) if order is None else order
+        self._along = order is None
         step = np.concatenate(
             [_per_column(scale.astype(np.float32), columns) for _, scale in forms]
         )
+        if order is not None:
+            step[:, order] = step.copy()
         self._step = np.ascontiguousarray(step.T)
         self._levels = np.ascontiguousarray(
             np.concatenate([codes for codes, _ in forms]).T, np.float32
@@ -447,8 +486,9 @@ class _Descent:
         self._error = np.tile(weight.T, (1, len(forms))) - self._levels * self._step
 
     def visit(self, start: int, stop: int, hessian: BlockDiagonal) -> None:
-        """Fit the scales of the columns ``start`` to ``stop``, move their codes, and fit the scales to those."""
-        square, slope = hessian.square(start, stop), hessian.times(start, stop, self._error)
+        """Fit scales of the columns ``start`` to ``stop`` in order, move their codes, fit scales to those."""
+        columns = self._order[start:stop]
+        square, slope = hessian.square(columns), hessian.times(columns, self._error)
         self._fit_all(start, stop, square, slope)
         for first in range(start, stop, CODES_TOGETHER):
             self._move(first, min(first + CODES_TOGETHER, stop), start, square, slope)
@@ -458,12 +498,18 @@ class _Descent:
         for form, block in enumerate(self._blocks):
             part = slice(form * self._rows, (form + 1) * self._rows)
             for first in range(start, stop, block):
-                self._fit(slice(first, first + block), part, start, square, slope[:, part])
+                local = slice(first - start, first - start + block)
+                self._fit(self._at(first, first + block), part, local, square, slope[:, part])
 
-    def _fit(self, columns: slice, part: slice, start: int, square: Array, slope: Array) -> None:
+    def _at(self, start: int, stop: int) -> slice | Array:
+        """What the columns ``start`` to ``stop`` in order are: a slice where they lie together."""
+        return slice(start, stop) if self._along else self._order[start:stop]
+
+    def _fit(
+        self, columns: slice | Array, part: slice, local: slice, square: Array, slope: Array
+    ) -> None:
         """Fit one block's scale: the error falls by 2 d g - d^2 h when it changes by d."""
-        local = slice(columns.start - start, columns.stop - start)
-        levels, old = self._levels[columns, part], self._step[columns.start, part]
+        levels, old = self._levels[columns, part], self._step[columns, part][0]
         raised = square[:, local] @ levels
         gradient = np.einsum("kr,kr->r", levels, slope[local])
         curvature = np.einsum("kr,kr->r", levels, raised[local])
@@ -478,8 +524,8 @@ class _Descent:
 
     def _move(self, first: int, last: int, start: int, square: Array, slope: Array) -> None:
         """Move the codes of some columns, and let the ``slope`` of all follow."""
-        own = slice(first - start, last - start)
-        levels, step, within = self._levels[first:last], self._step[first:last], square[own, own]
+        own, columns = slice(first - start, last - start), self._at(first, last)
+        levels, step, within = self._levels[columns], self._step[columns], square[own, own]
         wanted, moved = slope[own].copy(), np.empty_like(levels)
         for i, best in enumerate(wanted):
             best -= within[i, :i] @ moved[:i]
@@ -489,8 +535,8 @@ class _Descent:
             np.maximum(best, INT4.quant_min, out=best)
             np.minimum(best, INT4.quant_max, out=best)
             np.multiply(best - levels[i], step[i], out=moved[i])
-        levels[:] = wanted
-        self._error[first:last] -= moved
+        self._levels[columns] = wanted
+        self._error[columns] -= moved
         slope -= square[:, own] @ moved
 
     def forms(self) -> list[Rounded]:
@@ -498,7 +544,8 @@ class _Descent:
         codes, parts = self._levels.T.astype(np.int8), range(len(self._blocks))
         cut = [slice(form * self._rows, (form + 1) * self._rows) for form in parts]
         scales = [
-            self._step[:: self._blocks[form], cut[form]].T.astype(np.float16) for form in parts
+            self._step[self._order[:: self._blocks[form]], cut[form]].T.astype(np.float16)
+            for form in parts
         ]
         return [
             (np.ascontiguousarray(codes[cut[form]]), np.ascontiguousarray(scales[form]))

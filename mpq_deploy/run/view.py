@@ -23,6 +23,8 @@ from mpq_deploy.errors import RunFolderError, UsageError
 from mpq_deploy.evaluate.cache import SampleCache
 from mpq_deploy.graph.layers import LayerGraph, layer_graph
 from mpq_deploy.graph.load import load_model
+from mpq_deploy.graph.shapes import known_shapes
+from mpq_deploy.latency.conv_products import wants_products, with_products
 from mpq_deploy.models.export import load_exported
 from mpq_deploy.models.spec import Array, FloatModel
 from mpq_deploy.run.folder import RunFolder
@@ -146,8 +148,16 @@ class Run:
 
     @cached_property
     def exported(self) -> Exported:
-        """What the stage export left."""
-        return Exported(self.stage("export"))
+        """What the stage export left; layers as the target's engine will have them."""
+        found = Exported(self.stage("export"))
+        if wants_products(found.graph, self.target):
+            engine = self.recipe.engine
+            usual, largest = (
+                known_shapes(found.path, found.spec.input_shapes(batch))[1]
+                for batch in (engine.batch_opt, engine.batch_max)
+            )
+            found.graph = with_products(found.graph, self.target, usual, largest)
+        return found
 
     @cached_property
     def calibration(self) -> Calibration:

@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
 
 # Raised with every change of what the candidates' files hold.
-CANDIDATES_FORMAT = 7
+CANDIDATES_FORMAT = 8
+TAKEN = {"dialect", "schemes", "branches", "rules", "conv_products"}
+FIGURES = {
+    *("memory_bytes", "bandwidth_bytes_per_s", "int8_ops_per_s", "fp16_ops_per_s"),
+}
 
 
 def inputs(run: Run) -> Fields:
@@ -32,7 +36,10 @@ def inputs(run: Run) -> Fields:
         "recipe.allocate.branches": list(run.recipe.allocate.branches),
         "recipe.measure.samples": run.recipe.measure.samples,
         "candidates.format": CANDIDATES_FORMAT,
-        "target.schemes": target.model_dump(mode="json", include={"schemes", "branches", "rules"}),
+        "target.schemes": target.model_dump(mode="json", include=TAKEN),
+        # What decides which convolutions become products.
+        "target.figures": target.model_dump(mode="json", include=FIGURES),
+        "recipe.engine.batches": [run.recipe.engine.batch_opt, run.recipe.engine.batch_max],
         **settings(run.recipe.quantize, "quantize"),
         **version_of("onnxruntime", "numpy", "torch"),
     }

@@ -15,7 +15,7 @@ from mpq_deploy.device.run import Run
 from mpq_deploy.engine.target import load_target
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.graph.dialects import dialect_named
-from mpq_deploy.graph.layers import Layer, LayerUse
+from mpq_deploy.graph.layers import Layer, LayerUse, Window
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
 from mpq_deploy.latency import profile
 from mpq_deploy.latency.latency_table import LayerShape
@@ -52,6 +52,25 @@ def convolution(scheme: str) -> OneLayer:
     return OneLayer(layer, node, shape, SCHEMES[scheme])
 
 
+def windowed(scheme: str) -> OneLayer:
+    """The convolution, as a product over its windows where its weight alone is quantized."""
+    one = convolution(scheme)
+    window = Window((2, 2), (1, 1), (1, 1, 1, 1))
+    return replace(one, layer=replace(one.layer, window=window))
+
+
+def line(scheme: str) -> OneLayer:
+    """A 1-D convolution as a product."""
+    layer = Layer(
+        *("line", "Conv", "line.weight", (64, 64, 3), 0, 1),
+        (LayerUse("/line", "a", "b"),),
+        window=Window((1,), (1,), (1, 1)),
+    )
+    node = ir.Node("", "Conv", [None, None], [ir.AttrInt64s("pads", [1, 1])], name="/line")
+    shape = LayerShape("Conv", (2, 64, 16), (2, 64, 16), (64, 64, 3))
+    return OneLayer(layer, node, shape, SCHEMES[scheme])
+
+
 def product(scheme: str) -> OneLayer:
     layer = Layer("to_q", "MatMul", "to_q.weight", (128, 64), 1, 1, (LayerUse("/to_q", "a", "b"),))
     node = ir.Node("", "MatMul", [None, None], name="/to_q")
@@ -60,7 +79,9 @@ def product(scheme: str) -> OneLayer:
     )
 
 
-@pytest.mark.parametrize("make", [convolution, product], ids=["conv", "matmul"])
+@pytest.mark.parametrize(
+    "make", [convolution, windowed, product], ids=["conv", "windowed", "matmul"]
+)
 @pytest.mark.parametrize("scheme", FORMS)
 def test_a_layer_alone_has_its_schemes_bytes_and_shapes(
     make: object, scheme: str, tmp_path: Path
@@ -86,6 +107,22 @@ def test_the_builder_makes_of_a_layer_alone_what_its_scheme_means(
     pytest.importorskip("tensorrt_rtx")
     record = build_one_layer(convolution(scheme), load_target("rtx"), tmp_path)
     assert record.verified, record.problems
+
+
+@pytest.mark.rtx
+@pytest.mark.parametrize(
+    "one",
+    [
+        *(windowed(name) for name in ("w4a16-b64", "w8a16", "w8a8", "w4a16-b128+rows2")),
+        *(line(name) for name in ("w4a16-b64", "w8a16")),
+    ],
+    ids=lambda one: f"{one.layer.name}-{one.scheme.name}",
+)
+def test_a_product_over_windows_takes_its_weight_packed(one: OneLayer, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    record = build_one_layer(one, load_target("rtx"), tmp_path)
+    # Neither wrong nor slow: nothing is unpacked at a call.
+    assert record.verified and not record.problems
 
 
 @pytest.mark.rtx

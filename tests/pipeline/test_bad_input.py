@@ -231,7 +231,7 @@ def test_a_wrong_recipe(
 def test_no_scheme_is_allowed(cli: Cli, tmp_path: Path, model: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", allocate__schemes=[])
     outcome = cli("build", model, "-r", recipe, "-o", tmp_path / "new")
-    refused(outcome, 2, "smallest feasible budget is 1.0000", "allow smaller schemes")
+    refused(outcome, 2, "smallest feasible budget is 1.0000", "more of allocate.schemes")
 
 
 def usable(cli: Cli, run: Path, finished: Built) -> None:

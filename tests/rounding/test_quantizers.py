@@ -12,12 +12,14 @@ from mpq_deploy.rounding import quantizers
 from mpq_deploy.rounding.quantizers import (
     Grid,
     QuantizedMatrix,
+    channel_first,
     choose_multiple_scale,
     choose_scale,
     compensate,
     damped,
     gptq_codes,
     gptq_factor,
+    position_first,
     refine_rounding,
     round_to_nearest,
     seen_error,
@@ -405,7 +407,54 @@ def test_parts_of_a_block_diagonal_matrix_are_those_of_the_dense_one() -> None:
     )
     for first in range(18):
         for last in range(first + 1, 19):
-            np.testing.assert_array_equal(matrix.square(first, last), dense[first:last, first:last])
-            np.testing.assert_allclose(
-                matrix.times(first, last, rows), dense[first:last] @ rows, rtol=1e-5, atol=1e-5
-            )
+            for columns in (np.arange(first, last), np.arange(18)[::-2][first:last]):
+                square = dense[np.ix_(columns, columns)]
+                np.testing.assert_array_equal(matrix.square(columns), square)
+                np.testing.assert_allclose(
+                    matrix.times(columns, rows), dense[columns] @ rows, rtol=1e-5, atol=1e-5
+                )
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_refining_along_positions_is_refining_the_reordered_weight(parts: int) -> None:
+    taps, block = 4, 8
+    w = random_weight(21, rows=5)
+    order = position_first(np.arange(w.shape[1])[None], taps)[0]
+    hessian = random_hessian(22, w.shape[1])
+    edges = np.array_split(np.arange(w.shape[1]), parts)
+    moments = [hessian[np.ix_(edge, edge)] for edge in edges]
+    whole = np.zeros_like(hessian)
+    for edge in edges:
+        whole[np.ix_(edge, edge)] = hessian[np.ix_(edge, edge)]
+    codes, scale = nearest_form(w[:, order], block)
+    [expected] = refine_rounding(
+        w[:, order], [(codes, scale)], [whole[np.ix_(order, order)]], 0.02, 2
+    )
+    unordered = np.empty_like(codes)
+    unordered[:, order] = codes
+    [found] = refine_rounding(w, [(unordered, scale)], moments, 0.02, 2, taps)
+    np.testing.assert_array_equal(found[0][:, order], expected[0])
+    np.testing.assert_array_equal(found[1], expected[1])
+
+
+def test_blocks_along_positions_have_one_scale_for_channels_of_a_position() -> None:
+    taps, channels = 4, 6
+    codes = np.ones((2, channels * taps), np.int8)
+    scale = np.arange(1, 1 + 2 * 2 * taps).reshape(2, -1).astype(np.float16)
+    matrix = QuantizedMatrix(codes, scale, None, taps)
+    held = matrix.dequantize().reshape(2, channels, taps)
+    for position in range(taps):
+        half = channels // 2
+        assert (held[:, :half, position] == scale[:, None, 2 * position]).all()
+        assert (held[:, half:, position] == scale[:, None, 2 * position + 1]).all()
+    again = QuantizedMatrix.of(matrix.arrays())
+    assert again.taps == taps and "taps" not in QuantizedMatrix(codes, scale).arrays()
+    np.testing.assert_array_equal(again.dequantize(), matrix.dequantize())
+    np.testing.assert_array_equal(
+        channel_first(position_first(codes * held.reshape(2, -1), taps), taps), held.reshape(2, -1)
+    )
+    assert (
+        matrix.take(np.array([1])).taps
+        == matrix.with_rows(np.array([1]), matrix.take(np.array([0]))).taps
+        == taps
+    )

@@ -126,11 +126,12 @@ class Cols(Branch):
         )
 
     def write(self, to: LayerWriter, scheme: Scheme, matrix: ColsMatrix) -> None:
+        # Before the body, which may make a product of the node.
+        twin = to.copy("outliers", bias=False)
         super().write(to, scheme, matrix.body)
         layer, shape = to.layer, list(to.layer.weight_shape)
         shape[1 - layer.out_axis] = len(matrix.columns)
         weight = (matrix.weight if layer.out_axis == 0 else matrix.weight.T).reshape(shape)
-        twin = to.copy("outliers", bias=False)
         indices = to.named_constant(f"{layer.weight}//outlier_channels", matrix.columns)
         axis = {"axis": 1 if layer.op == "Conv" else -1}
         gather = to.beside("Gather", [to.x, indices], axis, "outlier_channels", to.x)

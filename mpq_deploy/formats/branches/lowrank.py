@@ -60,6 +60,9 @@ class LowRank(Branch):
         return body.weight.bits == 4 and body.activation is None and not body.simulated
 
     def refusal(self, layer: Layer) -> str:
+        if layer.window is not None:
+            # Built: the engine holds it all, and no kernel of the log names the second factor.
+            return "its engine cannot be verified beside a product over windows"
         if 2 * self.amount <= min(layer.out_channels, layer.reduction):
             return ""
         size = f"{layer.out_channels} x {layer.reduction}"
@@ -90,6 +93,8 @@ class LowRank(Branch):
         return LowRankMatrix(stored.body, stored.arrays["down"], stored.arrays["up"])
 
     def write(self, to: LayerWriter, scheme: Scheme, matrix: LowRankMatrix) -> None:
+        # Before the body, which may make a product of the node.
+        down = to.copy("lowrank_down", bias=False)
         super().write(to, scheme, matrix.body)
         layer, first = to.layer, to.layer.out_axis == 0
         _, (down_layer, _), (up_layer, _) = self.parts(layer, scheme)
@@ -97,7 +102,6 @@ class LowRank(Branch):
         for part, factor in ((down_layer, matrix.down), (up_layer, matrix.up)):
             array = (factor if first else factor.T).reshape(part.weight_shape).astype(np.float32)
             values.append(to.named_constant(part.weight, array))
-        down = to.copy("lowrank_down", bias=False)
         down.replace_input_with(0, to.x)
         down.replace_input_with(1, values[0])
         attributes = {"transB": 1} if layer.op == "Gemm" and first else {}

@@ -14,11 +14,14 @@ import numpy as np
 import onnx_ir as ir
 
 from mpq_deploy.formats.interfaces import Scheme
+from mpq_deploy.formats.sizes import cuts
 from mpq_deploy.graph.constants import add_constant
 from mpq_deploy.graph.layers import Layer
 from mpq_deploy.models.spec import Array
 
 Attributes = dict[str, Any]
+# Beyond every size, as an end of a Slice.
+TO_THE_END = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,96 @@ class LayerWriter(NodeWriter):
         node = self.make(op, inputs, attributes, name, dtype=dtype)
         self.graph.insert_before(self.node, node)
         return node.outputs[0]
+
+    def multiply(self, weight: ir.Value) -> None:
+        """Write the layer's Conv as a product: its windows [N, *sizes, K] times ``weight`` [K, O].
+
+        Positions of the kernel first, channels within each. A window's first place is a Slice of
+        the whole input, so no size must be known. TensorRT-RTX makes one kernel of the windows, a
+        product of the packed weight, and one kernel back (docs/engine-forms.md); of three axes it
+        unpacks the weight, so a 1-D input gets a fourth. The node's name goes to the product, for
+        engines are looked up by it; its output stays its own.
+        """
+        node, rank = self.node, len(self.layer.kernel)
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        name, x = node.name, node.inputs[0]
+        assert x is not None
+        value, added = self._windows(x), None
+        if rank == 1:
+            added = self.constant("added_axis", np.array([2], np.int64))
+            value = self._beside_product("Unsqueeze", [value, added], {}, "add_axis")
+            rank = 2
+        last = {"perm": [0, *range(2, 2 + rank), 1]}
+        value = self._beside_product("Transpose", [value], last, "channels_last")
+        node.name = f"{name}/channels_first"
+        value = self._beside_product("MatMul", [value, weight], {}, "", name)
+        if bias is not None:
+            value = self._beside_product("Add", [value, bias], {}, "bias")
+        first = {"perm": [0, 1 + rank, *range(1, 1 + rank)]}
+        if added is not None:
+            value = self._beside_product("Transpose", [value], first, "channels_second")
+            self._become("Squeeze", [value, added], {})
+        else:
+            self._become("Transpose", [value], first)
+
+    def _windows(self, x: ir.Value) -> ir.Value:
+        """Cut [N, C, *sizes] into what each position of the kernel sees: [N, taps * C, *sizes]."""
+        window, kernel = self.layer.window, self.layer.kernel
+        assert window is not None
+        rank = len(kernel)
+        if any(window.pads):
+            before, after = window.pads[:rank], window.pads[rank:]
+            pads = np.array([0, 0, *before, 0, 0, *after], np.int64)
+            x = self._beside_product("Pad", [x, self.constant("pads", pads)], {}, "pad")
+        if not cuts(window, self.layer.taps):
+            return x
+        axes = self.constant("axes", np.arange(2, 2 + rank, dtype=np.int32))
+        # Steps of 1 as well: without them TensorRT-RTX's parser refuses a Slice of one axis.
+        steps = self.constant("steps", np.array(window.strides, np.int32))
+        pieces = []
+        for number, place in enumerate(np.ndindex(*kernel)):
+            starts = [i * step for i, step in zip(place, window.dilations)]
+            # From the end: -2 leaves out the last two places; none are left out at the last one.
+            ends = [
+                (i - size + 1) * step or TO_THE_END
+                for i, size, step in zip(place, kernel, window.dilations)
+            ]
+            bounds = [
+                self.constant(f"{what}{number}", np.array(places, np.int32))
+                for what, places in (("starts", starts), ("ends", ends))
+            ]
+            inputs = [x, *bounds, axes, steps]
+            pieces.append(self._beside_product("Slice", inputs, {}, f"slice{number}"))
+        if len(pieces) == 1:
+            return pieces[0]
+        return self._beside_product("Concat", pieces, {"axis": 1}, "windows")
+
+    def _beside_product(
+        self,
+        op: str,
+        inputs: Sequence[ir.Value],
+        attributes: Attributes,
+        label: str,
+        name: str | None = None,
+    ) -> ir.Value:
+        node = self.make(op, inputs, attributes, name or f"{self.layer.name}/{label}{self._suffix}")
+        if name is not None:
+            # The layer's own output may have the name that its node's name gives.
+            node.outputs[0].name = f"{name}/product"
+        self.graph.insert_before(self.node, node)
+        return node.outputs[0]
+
+    def _become(self, op: str, inputs: Sequence[ir.Value], attributes: Attributes) -> None:
+        """Make the layer's node another operator, so that who reads its output reads on."""
+        node = self.node
+        node.op_type = op
+        node.attributes.clear()
+        node.attributes.update(
+            {key: ir.convenience.convert_attribute(key, value) for key, value in attributes.items()}
+        )
+        node.resize_inputs(len(inputs))
+        for index, value in enumerate(inputs):
+            node.replace_input_with(index, value)
 
     @property
     def _suffix(self) -> str:

@@ -1,0 +1,104 @@
+"""Why no plan is smaller: the layers that keep more than 4 bits, the reason, and what would lift it.
+
+In: what each layer may take at which bytes, and why not the rest. Out: sentences for the message
+that a budget is infeasible.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mpq_deploy.allocate.problem import LayerChoice, Rules
+from mpq_deploy.engine.target import Target, load_target
+from mpq_deploy.formats.scheme import SCHEMES
+
+if TYPE_CHECKING:
+    from mpq_deploy.graph.layers import Layer
+
+# Reasons that are told, the weightiest first, and layers that are named of each.
+TOLD, NAMED = 3, 2
+# The target that takes the most forms, which is compared with.
+OTHER = "rtx"
+# The smallest weights that every target may have; blocks of 128 stand for all.
+SMALLEST = "w4a16-b128"
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Layers that stay larger than 4 bits for one ``reason``: by how many bytes together."""
+
+    reason: str
+    layers: tuple[str, ...]
+    bytes: int
+    lift: str
+
+
+def floor_causes(
+    layers: Sequence[Layer],
+    choices: Sequence[LayerChoice],
+    refused: Mapping[str, Mapping[str, str]],
+    rules: tuple[Rules, Rules],
+    target: Target,
+) -> list[Cause]:
+    """Return why layers stay larger than 4 bits, the weightiest reason first.
+
+    ``rules``: protection by the target, and by the recipe.
+    """
+    groups: dict[tuple[str, str], list[tuple[str, int]]] = {}
+    for layer, choice in zip(layers, choices):
+        smallest = min(choice.bytes, key=lambda name: choice.bytes[name])
+        if SCHEMES[smallest].weight.bits <= 4:
+            continue
+        beyond = choice.bytes[smallest] - layer.weights // 2
+        cause = _cause(layer, smallest, refused[layer.name], rules, target)
+        groups.setdefault(cause, []).append((layer.name, beyond))
+    causes = [
+        Cause(reason, tuple(name for name, _ in held), sum(size for _, size in held), lift)
+        for (reason, lift), held in groups.items()
+    ]
+    return sorted(causes, key=lambda cause: -cause.bytes)
+
+
+def floor_text(
+    causes: Sequence[Cause], smallest_bytes: int, fixed_bytes: int, fp16_bytes: int
+) -> str:
+    """Say what ``smallest_bytes`` are made of, as shares of the FP16 size, and what would lift it."""
+    rest = smallest_bytes - fixed_bytes - sum(cause.bytes for cause in causes)
+    said = [
+        f"{rest / fp16_bytes:.4f} are weights of 4 bits with their scales",
+        f"{fixed_bytes / fp16_bytes:.4f} constants that are no layers",
+    ]
+    for cause in causes[:TOLD]:
+        names = ", ".join(cause.layers[:NAMED])
+        more = f" and {len(cause.layers) - NAMED} more" if len(cause.layers) > NAMED else ""
+        said.append(
+            f"{cause.bytes / fp16_bytes:.4f} what {names}{more} take beyond 4 bits ({cause.reason})"
+        )
+    lifts = list(dict.fromkeys(cause.lift for cause in causes[:TOLD] if cause.lift))
+    text = f"Of it {', '.join(said)}."
+    return f"{text} What would lift it: {'; '.join(lifts)}." if lifts else text
+
+
+def _cause(
+    layer: Layer,
+    smallest: str,
+    refused: Mapping[str, str],
+    rules: tuple[Rules, Rules],
+    target: Target,
+) -> tuple[str, str]:
+    for whose, rule, lift in (
+        ("the recipe", rules[1], "other schemes in allocate.protect"),
+        ("the target", rules[0], "a rule in allocate.protect, which overrides the target's"),
+    ):
+        if any(fnmatch.fnmatchcase(layer.name, pattern) for pattern, _ in rule):
+            return f"protected by {whose}", lift
+    reason = next((why for name, why in refused.items() if name.startswith("w4a16-")), "")
+    reason = reason.partition("; nearest")[0]
+    if not reason:
+        return f"{smallest} is the smallest that allocate.schemes has", "more of allocate.schemes"
+    other = "" if target.name == OTHER else load_target(OTHER).refusal(layer, SCHEMES[SMALLEST])
+    lift = f"--target {OTHER} takes them" if not other and target.name != OTHER else ""
+    return reason, lift
