@@ -20,7 +20,6 @@ from mpq_deploy.check.rules_types import TYPE_RULES
 from mpq_deploy.check.rules_weights import WEIGHT_RULES
 from mpq_deploy.engine.target import Target
 from mpq_deploy.errors import ModelError
-from mpq_deploy.graph.dialects import dialect_named
 from mpq_deploy.graph.sound import checker_problem
 
 if TYPE_CHECKING:
@@ -85,7 +84,7 @@ def check_model(path: Path, target: Target) -> CheckResult:
     structure is not sound, which the rules rely on.
     """
     proto = read_known(path)
-    dialect = dialect_named(target.dialect)
+    dialect = target.forms
     nodes, findings = len(proto.graph.node), []
     unsound = checker_problem(proto, strict=False)
     problem = unsound or checker_problem(proto, strict=True)

@@ -52,6 +52,41 @@ def package(
     print_result(written, text)
 
 
+@app.command(
+    rich_help_panel=DEVICE,
+    epilog="Example: mpq-deploy probe --target jetson-orin-nano -o probe.tar",
+)
+def probe(
+    target: Annotated[
+        str, typer.Option("--target", metavar="NAME", help="Target whose forms are tried.")
+    ],
+    out: Annotated[
+        Optional[Path],
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FILE",
+            help="Tar to write.",
+            show_default="<target>-probe.tar",
+            callback=output_file,
+        ),
+    ] = None,
+) -> None:
+    """Pack small graphs of the forms that are unproven on a target, for a device to try.
+
+    On the device: tar xf probe.tar, then probe/run.sh.
+
+    At home again: mpq-deploy targets --take probe-results.json.
+    """
+    from mpq_deploy.delivery.probe_package import make_probe
+    from mpq_deploy.engine.target import load_target
+
+    device = load_target(target)
+    written = make_probe(device, out or Path(f"{device.name}-probe.tar"))
+    text = f"{written['file']}  {written['bytes']:,} bytes, {len(written['forms'])} forms"
+    print_result(written, text)
+
+
 @app.command(rich_help_panel=DEVICE, epilog="Example: mpq-deploy install model.mpq.tar")
 def install(
     archive: Annotated[

@@ -32,6 +32,7 @@ from mpq_deploy.cli.options import (
     WarmUpOption,
     output_file,
 )
+from mpq_deploy.errors import UsageError
 
 if TYPE_CHECKING:
     from mpq_deploy.system.doctor import Finding
@@ -141,10 +142,44 @@ def bench(
 @app.command(rich_help_panel=MACHINE, epilog="Example: mpq-deploy targets rtx")
 def targets(
     name: Annotated[Optional[str], typer.Argument(help="Show one target in full.")] = None,
+    take: Annotated[
+        Optional[Path],
+        typer.Option(
+            "--take",
+            metavar="FILE",
+            help="Make a target of what a probe's results have shown.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Optional[Path],
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FILE",
+            help="The YAML to write, with --take.",
+            show_default="TARGET-proven.yaml",
+            callback=output_file,
+        ),
+    ] = None,
 ) -> None:
     """List the targets, or show what one target may take and what is proven of it."""
     from mpq_deploy.engine.target import known_targets, load_target
 
+    if (take is None and out is not None) or (take is not None and name is not None):
+        raise UsageError(
+            "targets takes a name, or --take FILE with --out.", "See mpq-deploy targets --help."
+        )
+    if take is not None:
+        from mpq_deploy.delivery.probe_results import take_probe
+
+        written, results = take_probe(take, out)
+        lines = [f"{form:<18}{found.said}" for form, found in results.forms.items()]
+        if not results.finished:
+            lines.append("not finished: run.sh on the device goes on with the other forms")
+        lines.append(f"target  {written}  (use it as --target ./{written.name})")
+        print_result({"file": str(written), **results.model_dump(mode="json")}, "\n".join(lines))
+        return
     if name is not None:
         target = load_target(name)
         if State.json:

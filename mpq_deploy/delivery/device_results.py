@@ -78,7 +78,9 @@ class _Device(_Section):
     compute_capability: Text = ""
 
 
-class _Problem(_Section):
+class DeviceProblem(_Section):
+    """A layer that is not as planned."""
+
     layer: Text = ""
     message: Text
     severity: Literal["wrong", "slow"]
@@ -91,7 +93,7 @@ class _Engine(_Section):
     weights_bytes: Bytes | None
     activation_bytes: Bytes | None
     verified: bool
-    problems: list[_Problem] = Field(max_length=100_000)
+    problems: list[DeviceProblem] = Field(max_length=100_000)
     file: Text = ""
 
     @model_validator(mode="after")
@@ -101,7 +103,9 @@ class _Engine(_Section):
         return self
 
 
-class _Reference(_Section):
+class DeviceReference(_Section):
+    """Whether the outputs of reference inputs agree."""
+
     ran: bool
     why: Text
     passed: bool | None
@@ -110,7 +114,7 @@ class _Reference(_Section):
     made_by: Text = ""
 
     @model_validator(mode="after")
-    def _agrees(self) -> _Reference:
+    def _agrees(self) -> DeviceReference:
         if not self.ran and self.passed is not None:
             raise ValueError("it passed or failed, though nothing ran")
         if self.ran and not self.cases:
@@ -123,7 +127,9 @@ class _Reference(_Section):
         return self
 
 
-class _Latency(_Section):
+class DeviceLatency(_Section):
+    """Times of calls."""
+
     mean_ms: Milliseconds
     p50_ms: Milliseconds
     p90_ms: Milliseconds
@@ -156,7 +162,7 @@ class _Subject(_Section):
     backend: Text = ""
     device: Text = ""
     batch: Annotated[int, Field(ge=1)] | None = None
-    latency: _Latency | None = None
+    latency: DeviceLatency | None = None
 
 
 class _Bench(_Section):
@@ -182,8 +188,8 @@ class DeviceResults(_Section):
     device: _Device
     engine: _Engine
     build: _Build | None = None
-    reference: _Reference
-    latency: _Latency | None
+    reference: DeviceReference
+    latency: DeviceLatency | None
     memory: _Memory | None = None
     passed: bool
     bench: _Bench | None = None

@@ -180,18 +180,23 @@ def make_reference(run: Run) -> tuple[Reference, bytes]:
         fp16,
         min(LARGEST_TOLERANCE, max(TOLERANCE_FLOOR, TOLERANCE_FACTOR * (fp16 or 0.0))),
     )
-    return reference, _npz(arrays)
+    return reference, npz_bytes(arrays)
 
 
 def installer() -> bytes:
     """The device's part of this package as one file for python3, with nothing to install."""
+    return device_program("installer")
+
+
+def device_program(module: str) -> bytes:
+    """``main`` of a module of the room ``device``, with all it needs, as one file for python3."""
     root = resources.files("mpq_deploy")
     files = [f"{room}/{one.name}" for room in DEVICE_ROOMS for one in (root / room).iterdir()]
     names = sorted(name for name in (*DEVICE_MODULES, *files) if name.endswith(".py"))
     content = io.BytesIO()
     # Stored, not deflated: the bytes must not depend on the version of zlib.
     with zipfile.ZipFile(content, "w", zipfile.ZIP_STORED) as archive:
-        main = "import sys\n\nfrom mpq_deploy.device.installer import main\n\nsys.exit(main())\n"
+        main = f"import sys\n\nfrom mpq_deploy.device.{module} import main\n\nsys.exit(main())\n"
         _add(archive, "__main__.py", main.encode())
         for name in names:
             _add(archive, f"mpq_deploy/{name}", (root / name).read_bytes())
@@ -302,7 +307,8 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
 
 
-def _npz(arrays: dict[str, Array]) -> bytes:
+def npz_bytes(arrays: dict[str, Array]) -> bytes:
+    """Return ``arrays`` as the content of an .npz, the same bytes each time."""
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", zipfile.ZIP_STORED) as archive:
         for name in sorted(arrays):

@@ -12,7 +12,7 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
@@ -33,7 +33,7 @@ from mpq_deploy.device.manifest import DIGEST, Manifest
 from mpq_deploy.device.output_check import compare
 from mpq_deploy.device.run import Run, reference_arrays, run_engine
 from mpq_deploy.device.signature import read_public_key, verify
-from mpq_deploy.engine.build_target import BUILDERS, version_fits
+from mpq_deploy.engine.build_target import BUILDERS, BuildTarget, version_fits
 from mpq_deploy.engine.builder import PACKAGES, BatchProfile, BuildRequest, build_engine
 from mpq_deploy.engine.record import EngineRecord
 from mpq_deploy.engine.trtexec import find_trtexec, trtexec_version
@@ -196,25 +196,30 @@ def probe(manifest: Manifest) -> Runtime:
     Raises EngineError that names the version found, and the target to package for instead where one
     is known.
     """
-    runtime = _runtime(manifest.target.builder)
+    return runtime_for(manifest.target, manifest.alternatives)
+
+
+def runtime_for(target: BuildTarget, alternatives: Mapping[str, tuple[str, ...]]) -> Runtime:
+    """Find what builds for ``target`` here, as ``probe`` does."""
+    runtime = _runtime(target.builder)
     if runtime is None:
         raise EngineError(
-            f"The package is for {manifest.target.title}, but there is no {_needed(manifest.target.builder)} here.",
+            f"The package is for {target.title}, but there is no {_needed(target.builder)} here.",
             "JetPack brings it in /usr/src/tensorrt/bin; for RTX targets: pip install tensorrt-rtx.",
         )
-    if runtime.version and not manifest.target.takes_version(runtime.version):
-        versions = " or ".join(f"{version.rstrip('.')}.x" for version in manifest.target.versions)
-        release = f" (JetPack {manifest.target.jetpack})" if manifest.target.jetpack else ""
+    if runtime.version and not target.takes_version(runtime.version):
+        versions = " or ".join(f"{version.rstrip('.')}.x" for version in target.versions)
+        release = f" (JetPack {target.jetpack})" if target.jetpack else ""
         remedy = (
             "No shipped target has that version; see 'mpq-deploy targets', or write a YAML for it."
         )
-        for name, others in manifest.alternatives.items():
+        for name, others in alternatives.items():
             if version_fits(runtime.version, others):
                 remedy = f"Package the run again at home: mpq-deploy package RUN --target {name}."
                 break
         raise EngineError(
             f"The package is written for TensorRT {versions}{release}, dialect "
-            f"{manifest.target.dialect}; {runtime.builder} here is {runtime.version}.",
+            f"{target.dialect}; {runtime.builder} here is {runtime.version}.",
             remedy,
         )
     return runtime

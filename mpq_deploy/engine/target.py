@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from dataclasses import replace
 from functools import cache
 from importlib import resources
 from math import prod
@@ -28,11 +29,12 @@ from mpq_deploy.formats.scheme import (
     families,
     nearest_scheme,
 )
+from mpq_deploy.graph.dialects import Dialect, dialect_named
 from mpq_deploy.graph.layers import LAYER_OPS, Layer
 from mpq_deploy.system.names import plain_name, printable
 from mpq_deploy.system.yaml_file import parse_yaml, read_yaml
 
-Dialect = Literal["trt-rtx", "trt-10.3", "trt-10.13", "trt-11", "onnxruntime"]
+DialectName = Literal["trt-rtx", "trt-10.3", "trt-10.13", "trt-11", "onnxruntime"]
 Builder = Literal["tensorrt_rtx", "tensorrt", "trtexec", "none"]
 Proof = Literal["built here", "built on the device", "documented", "unproven"]
 Condition = Literal[
@@ -100,7 +102,8 @@ class Target(BaseModel):
     empty accepts any. ``jetpack``: the JetPack releases that bring them. Rates are peak and dense;
     ``figures_of`` is the device that they belong to, where the target is a family.
     ``conv_products``: convolutions may become matrix products where their weights alone are
-    quantized, and then take what a MatMul takes (``latency.conv_products``). ``protected``:
+    quantized, and then take what a MatMul takes (``latency.conv_products``). ``shown``: forms
+    that its dialect does not vouch for, and a device has shown (``mpq-deploy probe``). ``protected``:
     shell patterns of layer names that stay FP16 unless the recipe says otherwise.
     """
 
@@ -108,7 +111,7 @@ class Target(BaseModel):
 
     name: str
     title: str
-    dialect: Dialect
+    dialect: DialectName
     builder: Builder
     versions: tuple[str, ...] = ()
     jetpack: str = ""
@@ -121,6 +124,7 @@ class Target(BaseModel):
     schemes: dict[str, tuple[str, ...]]
     branches: dict[str, tuple[str, ...]] = {}
     conv_products: bool = True
+    shown: tuple[Literal["int4_conv", "requantized", "int8_weights_only"], ...] = ()
     rules: tuple[Rule, ...] = ()
     protected: tuple[str, ...] = ()
     proven: tuple[Evidence, ...] = ()
@@ -170,6 +174,12 @@ class Target(BaseModel):
         return BuildTarget(
             **{name: getattr(self, name) for name in BuildTarget.__dataclass_fields__}
         )
+
+    @property
+    def forms(self) -> Dialect:
+        """Its dialect, with what devices have shown."""
+        shown: dict[str, Any] = dict.fromkeys(self.shown, True)
+        return replace(dialect_named(self.dialect), **shown)
 
     @property
     def simulated(self) -> bool:

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 from mpq_deploy.engine.engine_memory import COPIES, RUNTIME_BYTES, WORKSPACE_BYTES
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.formats.sizes import FP16_BYTES
-from mpq_deploy.graph.dialects import dialect_named
 from mpq_deploy.graph.layers import Layer, LayerGraph, Window
 from mpq_deploy.latency.roofline import Rates, Traffic, column_count, layer_seconds
 
@@ -36,7 +35,7 @@ COMPARED = "w4a16-b128"
 
 def wants_products(graph: LayerGraph, target: Target) -> bool:
     """Whether any layer of ``graph`` may become a product for ``target``."""
-    dialect = dialect_named(target.dialect)
+    dialect = target.forms
     products = any(SCHEMES[COMPARED].family in target.schemes[op] for op in ("MatMul",))
     return (
         target.conv_products
@@ -55,7 +54,7 @@ def with_products(graph: LayerGraph, target: Target, usual: Shapes, largest: Sha
     if not wants_products(graph, target):
         return graph
     nodes = {node.name: node for node in graph.model.graph}
-    either = dialect_named(target.dialect).int4_conv
+    either = target.forms.int4_conv
     rates = Rates.of(target)
 
     def decided(layer: Layer) -> Layer:

@@ -22,10 +22,7 @@ if TYPE_CHECKING:
 
 # Raised with every change of what the candidates' files hold.
 CANDIDATES_FORMAT = 8
-TAKEN = {"dialect", "schemes", "branches", "rules", "conv_products"}
-FIGURES = {
-    *("memory_bytes", "bandwidth_bytes_per_s", "int8_ops_per_s", "fp16_ops_per_s"),
-}
+TAKEN = {"schemes", "branches", "rules", "conv_products"}
 
 
 def inputs(run: Run) -> Fields:
@@ -37,9 +34,7 @@ def inputs(run: Run) -> Fields:
         "recipe.measure.samples": run.recipe.measure.samples,
         "candidates.format": CANDIDATES_FORMAT,
         "target.schemes": target.model_dump(mode="json", include=TAKEN),
-        # What decides which convolutions become products.
-        "target.figures": target.model_dump(mode="json", include=FIGURES),
-        "recipe.engine.batches": [run.recipe.engine.batch_opt, run.recipe.engine.batch_max],
+        "layers.products": [n.name for n in run.exported.graph.layers if n.window is not None],
         **settings(run.recipe.quantize, "quantize"),
         **version_of("onnxruntime", "numpy", "torch"),
     }

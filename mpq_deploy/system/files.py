@@ -80,7 +80,12 @@ def _digest(file: Any) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` aside and move it into place, so that a reader or a kill never sees half of it.
+    """Write ``text`` as ``write_bytes`` does."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write ``content`` aside and move it into place, so that a reader or a kill never sees half of it.
 
     A link at ``path`` is replaced, not followed. Raises OSError naming a folder at ``path``.
     """
@@ -90,8 +95,8 @@ def write_text(path: Path, text: str) -> None:
     # What a killed process left, or a link that somebody put there.
     aside.unlink(missing_ok=True)
     try:
-        with aside.open("x", encoding="utf-8") as file:
-            file.write(text)
+        with aside.open("xb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)

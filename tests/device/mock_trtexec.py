@@ -2,7 +2,8 @@
 """MOCK of trtexec for tests on machines without TensorRT: it builds and runs nothing.
 
 It takes the flags that mpq-deploy passes and writes files of the documented form. ``MOCK_MANIFEST`` names the manifest
-whose plan its layer information repeats; ``MOCK_REFERENCE`` the npz whose outputs it gives back. ``MOCK_VERSION`` is
+whose plan its layer information repeats; ``MOCK_REFERENCE`` the npz whose outputs it gives back. Without them the files
+of a probe are taken that lie beside what it builds or runs (``probe.json``, ``reference.npz``). ``MOCK_VERSION`` is
 what it says of itself, ``MOCK_FAULT`` what it gets wrong: half, numbers, build.
 """
 
@@ -20,8 +21,18 @@ def flag(name):
     return next((a.split("=", 1)[1] for a in sys.argv if a.startswith(f"--{name}=")), None)
 
 
+def tensor(name, kind):
+    return {"Name": name, "Dimensions": [1], "Format/Datatype": f"Row major linear {kind} format"}
+
+
 def layers():
-    expected = json.loads(Path(os.environ["MOCK_MANIFEST"]).read_text(encoding="utf-8"))["expected"]
+    if "MOCK_MANIFEST" in os.environ:
+        held = json.loads(Path(os.environ["MOCK_MANIFEST"]).read_text(encoding="utf-8"))
+    else:
+        form = Path(flag("onnx")).parent
+        forms = json.loads((form.parents[1] / "probe.json").read_text(encoding="utf-8"))["forms"]
+        held = next(one for one in forms if one["name"] == form.name)
+    expected = held["expected"] or {"layers": [], "total_bytes": held["bytes"]}
     half = os.environ.get("MOCK_FAULT") == "half"
     made = []
     for layer in expected["layers"]:
@@ -29,30 +40,32 @@ def layers():
         stored = {"w8": "Int8", "w4": "Int4"}.get(layer["scheme"][:2], "FP16")
         kind = "Int8" if int8 else "FP16"
         for node in layer["nodes"]:
+            weights = {"Type": stored, "Count": layer["out_channels"] * layer["reduction"]}
+            unpacked = []
+            if int8 and stored == "Int4":
+                # A kernel of its own turns the weight into INT8.
+                unpacked = [tensor(f"{node}.w", "Int8")]
+                made.append(
+                    {
+                        "Name": f"{node}.w",
+                        "LayerType": "kgen",
+                        "Inputs": [],
+                        "Outputs": unpacked,
+                        "Weights": weights,
+                        "TacticName": "mock",
+                        "Metadata": "",
+                    }
+                )
+                weights = {"Type": "FP16", "Count": 0}
             made.append(
                 {
                     "Name": node,
                     "LayerType": "CaskConvolution"
                     if layer["op"] == "Conv"
                     else "CaskGemmConvolution",
-                    "Inputs": [
-                        {
-                            "Name": "x",
-                            "Dimensions": [1],
-                            "Format/Datatype": f"Row major linear {kind} format",
-                        }
-                    ],
-                    "Outputs": [
-                        {
-                            "Name": "y",
-                            "Dimensions": [1],
-                            "Format/Datatype": "Row major linear FP16 format",
-                        }
-                    ],
-                    "Weights": {
-                        "Type": stored,
-                        "Count": layer["out_channels"] * layer["reduction"],
-                    },
+                    "Inputs": [tensor("x", kind), *unpacked],
+                    "Outputs": [tensor("y", "FP16")],
+                    "Weights": weights,
                     "TacticName": "mock",
                     "Metadata": f"[ONNX Layer: {node}]",
                 }
@@ -64,8 +77,9 @@ def outputs(case_file):
     import numpy as np
 
     case = Path(case_file).name.split(".")[0]
-    with np.load(os.environ["MOCK_REFERENCE"]) as data:
-        name = json.loads(os.environ["MOCK_OUTPUT"])
+    beside = Path(case_file).with_name("reference.npz")
+    with np.load(os.environ.get("MOCK_REFERENCE", beside)) as data:
+        name = json.loads(os.environ.get("MOCK_OUTPUT", '"y"'))
         values = data[f"{case}/{name}"]
     if os.environ.get("MOCK_FAULT") == "numbers":
         values = values[::-1] * 0.5

@@ -15,6 +15,7 @@ from mpq_deploy.recover.torch_quantizers import (
     halved,
     rounded,
 )
+from mpq_deploy.rounding.quantizers import QuantizedMatrix
 from mpq_deploy.rounding.row_grids import RowGrids, SimulatedMatrix
 
 pytestmark = pytest.mark.torch
@@ -45,6 +46,22 @@ def test_channels_may_have_grids_of_their_own() -> None:
     np.testing.assert_array_equal(
         scale.quantize(torch.tensor([[-9.0, 0.6, 9.0]]), 1).detach(), [[-4.0, 0.5, 3.5]]
     )
+
+
+@pytest.mark.parametrize("taps", [1, 3])
+def test_blocks_along_positions_learn_as_they_are_stored(taps: int) -> None:
+    rng = np.random.default_rng(5)
+    codes = rng.integers(-8, 8, (4, 24)).astype(np.int8)
+    scale = rng.uniform(0.1, 0.4, (4, 6)).astype(np.float16)
+    matrix = QuantizedMatrix(codes, scale, None, taps)
+    grid = Grid(codes, scale, matrix.dequantize(), (-8, 7), 0.0, None, taps)
+    zero = torch.zeros(4, 24)
+    np.testing.assert_array_equal(grid(zero).detach(), matrix.dequantize())
+    np.testing.assert_array_equal(grid.merged(zero).dequantize(), matrix.dequantize())
+    # A move by one step of each column's own scale changes each code by one.
+    step = matrix.effective_scale()[:, matrix.columns()]
+    moved = grid.merged(torch.from_numpy(step)).codes
+    np.testing.assert_array_equal(moved, np.clip(codes + 1, -8, 7))
 
 
 def mixed_levels(rng: np.random.Generator) -> SimulatedMatrix:

@@ -6,9 +6,11 @@ from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from mpq_deploy.errors import UsageError
+from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.recipe import Recipe
 from mpq_deploy.run import view
 from mpq_deploy.run.folder import RunFolder
@@ -43,6 +45,7 @@ def test_what_a_view_opens_is_opened_once(run: Run, monkeypatch: pytest.MonkeyPa
     class Exported:
         def __init__(self, folder: Path) -> None:
             opened.append(folder)
+            self.graph = LayerGraph(ir.Model(ir.Graph([], [], nodes=[]), ir_version=10), (), ())
 
     monkeypatch.setattr(view, "Exported", Exported)
     assert run.exported is run.exported and run.target is run.target
