@@ -72,6 +72,7 @@ def without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
     """Return a small copy of ``proto`` in which larger constants are inputs of their type and shape."""
     light = onnx.ModelProto(ir_version=proto.ir_version, opset_import=proto.opset_import)
     light.functions.extend(proto.functions)
+    light.metadata_props.extend(proto.metadata_props)
     graph, given = light.graph, {tensor.name for tensor in proto.graph.initializer}
     graph.name = proto.graph.name
     graph.node.extend(proto.graph.node)

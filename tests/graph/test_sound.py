@@ -168,6 +168,9 @@ UNSOUND: dict[str, Callable[[onnx.ModelProto], object]] = {
     "data too short": lambda m: setattr(m.graph.initializer[0], "raw_data", b"abc"),
     "unknown operator": lambda m: setattr(m.graph.node[0], "op_type", "Nope"),
     "no such type": lambda m: setattr(m.graph.input[0].type.tensor_type, "elem_type", 99),
+    "metadata twice": lambda m: m.metadata_props.extend(
+        onnx.StringStringEntryProto(key="a", value=str(n)) for n in range(2)
+    ),
     "no graph name": lambda m: m.graph.ClearField("name"),
     "input unlike its weight": lambda m: m.graph.input.append(
         helper.make_tensor_value_info(m.graph.initializer[0].name, TensorProto.FLOAT, [7, 7])
