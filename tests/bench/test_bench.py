@@ -176,7 +176,7 @@ def test_a_process_that_dies_is_an_error_that_says_so(
 ) -> None:
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     (tmp_path / "sitecustomize.py").write_text(
-        "import os, sys; sys.stderr.write('the end'); os.kill(os.getpid(), 11)", encoding="utf-8"
+        "import os, sys; sys.stderr.write('the end\\n'); os.kill(os.getpid(), 11)", encoding="utf-8"
     )
     monkeypatch.setattr(bench_module, "child_environment", lambda: environment)
     with pytest.raises(EngineError, match="was killed by SIGSEGV: the end"):
