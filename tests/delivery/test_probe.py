@@ -54,6 +54,14 @@ def device(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return tmp_path / "probe"
 
 
+def shortened(device: Path, forms: int = 3) -> Path:
+    """Leave the first forms of the probe."""
+    values = json.loads((device / "probe.json").read_text(encoding="utf-8"))
+    values["forms"] = values["forms"][:forms]
+    (device / "probe.json").write_text(json.dumps(values), encoding="utf-8")
+    return device
+
+
 def test_two_probes_are_the_same_bytes_and_name_every_part(packed: Path, tmp_path: Path) -> None:
     make_probe(NANO, tmp_path / "again.tar")
     assert (tmp_path / "again.tar").read_bytes() == packed.read_bytes()
@@ -120,21 +128,23 @@ def test_other_outputs_and_refusals_prove_nothing(
     fault: str, device: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MOCK_FAULT", fault)
-    run_probe(device, Talk())
+    run_probe(shortened(device), Talk())
     out, results = take_probe(device / RESULTS, tmp_path / "mine.yaml")
+    assert len(results.forms) == 3
     assert not any(form.proven for form in results.forms.values())
     assert load_target(out).schemes == NANO.schemes and load_target(out).shown == ()
 
 
 def test_a_second_call_goes_on(device: Path) -> None:
     said: list[str] = []
+    shortened(device)
     assert probe_main([str(device), "--minutes", "0"], said.append) == 1
     first = read_sealed(device / RESULTS)
     assert len(first["forms"]) <= 1 and not first["finished"]
     kept = {"w8a8-conv": {**run_probe(device, Talk())["forms"]["w8a8-conv"], "build_seconds": 77.0}}
     (device / RESULTS).write_text(sealed_json({**first, "forms": kept}), encoding="utf-8")
     again = run_probe(device, Talk())
-    assert again["finished"] and len(again["forms"]) == len(PROBED)
+    assert again["finished"] and len(again["forms"]) == 3
     assert again["forms"]["w8a8-conv"]["build_seconds"] == 77.0
 
 
