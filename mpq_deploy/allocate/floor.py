@@ -68,7 +68,7 @@ def floor_text(
     """Say what ``smallest_bytes`` are made of, as shares of the FP16 size, and what would lift it."""
     rest = smallest_bytes - fixed_bytes - sum(cause.bytes for cause in causes)
     said = [
-        f"{rest / fp16_bytes:.4f} are weights of 4 bits with their scales",
+        f"{rest / fp16_bytes:.4f} are weights of 4 bits or fewer, with their scales",
         f"{fixed_bytes / fp16_bytes:.4f} constants that are no layers",
     ]
     for cause in causes[:TOLD]:
@@ -99,6 +99,8 @@ def _cause(
     reason = reason.partition("; nearest")[0]
     if not reason:
         return f"{smallest} is the smallest that allocate.schemes has", "more of allocate.schemes"
-    other = "" if target.name == OTHER else load_target(OTHER).refusal(layer, SCHEMES[SMALLEST])
-    lift = f"--target {OTHER} takes them" if not other and target.name != OTHER else ""
-    return reason, lift
+    if target.forms.int4_conv or load_target(OTHER).refusal(layer, SCHEMES[SMALLEST]):
+        return reason, ""
+    # What TensorRT-RTX takes a device may show as well.
+    shown = f", or a device that shows it (mpq-deploy probe --target {target.name})"
+    return reason, f"--target {OTHER}, which takes it{shown if target.builder != 'none' else ''}"

@@ -58,19 +58,19 @@ def _plain(name: str) -> str:
         raise ValueError(error.message) from error
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     """Fields that nobody here reads are dropped: a newer mpq-deploy may write more."""
 
     model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False, extra="ignore")
 
 
-class _Package(_Section):
+class _Package(Section):
     name: Text = ""
     manifest_sha256: Digest = ""
     digests: dict[Text, Text] = Field(default={}, max_length=100)
 
 
-class _Device(_Section):
+class _Device(Section):
     board: Text = ""
     machine: Text = ""
     python: Text = ""
@@ -78,7 +78,7 @@ class _Device(_Section):
     compute_capability: Text = ""
 
 
-class DeviceProblem(_Section):
+class DeviceProblem(Section):
     """A layer that is not as planned."""
 
     layer: Text = ""
@@ -86,7 +86,7 @@ class DeviceProblem(_Section):
     severity: Literal["wrong", "slow"]
 
 
-class _Engine(_Section):
+class _Engine(Section):
     backend: Text
     version: Text
     bytes: Bytes
@@ -103,7 +103,7 @@ class _Engine(_Section):
         return self
 
 
-class DeviceReference(_Section):
+class DeviceReference(Section):
     """Whether the outputs of reference inputs agree."""
 
     ran: bool
@@ -127,7 +127,7 @@ class DeviceReference(_Section):
         return self
 
 
-class DeviceLatency(_Section):
+class DeviceLatency(Section):
     """Times of calls."""
 
     mean_ms: Milliseconds
@@ -138,25 +138,25 @@ class DeviceLatency(_Section):
     samples_per_second: Quotient | None = None
 
 
-class _Memory(_Section):
+class _Memory(Section):
     weights_bytes: Bytes | None = None
     activation_bytes: Bytes | None = None
     taken_bytes: Annotated[int, Field(ge=-(1 << 50), le=1 << 50)] | None = None
 
 
-class _Build(_Section):
+class _Build(Section):
     build_seconds: Annotated[float, Field(ge=0, le=1e7)]
     peak_rss_bytes: Bytes
 
 
-class _Ratio(_Section):
+class _Ratio(Section):
     value: Quotient
     low: Quotient | None
     high: Quotient | None
     rounds: Annotated[int, Field(ge=1)] = 1
 
 
-class _Subject(_Section):
+class _Subject(Section):
     name: Text
     file: Text = ""
     backend: Text = ""
@@ -165,7 +165,7 @@ class _Subject(_Section):
     latency: DeviceLatency | None = None
 
 
-class _Bench(_Section):
+class _Bench(Section):
     subjects: list[_Subject] = Field(min_length=1, max_length=2)
     ratio: _Ratio | None
     note: Text = ""
@@ -177,7 +177,7 @@ class _Bench(_Section):
         return self
 
 
-class DeviceResults(_Section):
+class DeviceResults(Section):
     """What a results.json says, every value checked. Fields as ``device.installer`` writes them."""
 
     format: Literal[1] = RESULTS_FORMAT  # type: ignore[assignment]

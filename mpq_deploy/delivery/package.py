@@ -268,14 +268,14 @@ def _manifest(run: Run, target: Target, reference: Reference, parts: dict[str, S
         reference=reference,
         # What is deployed goes by one name, whichever stage made it.
         digests={"allocate": run.digest("allocate"), "quantize": run.digest(run.deployed_stage)},
-        alternatives=_alternatives(target),
+        alternatives=alternatives(target),
         versions={name: version(name) for name in ("numpy", "onnx", "onnxruntime")},
         notes=tuple(run.plan.notes),
     )
 
 
-def _alternatives(target: Target) -> dict[str, tuple[str, ...]]:
-    """The shipped targets of the same GPU with other versions of TensorRT."""
+def alternatives(target: Target) -> dict[str, tuple[str, ...]]:
+    """Return the shipped targets of the same GPU with other versions of TensorRT."""
     gpu = (target.compute_capabilities, target.memory_bytes)
     others = (load_target(name) for name in known_targets() if name != target.name)
     return {

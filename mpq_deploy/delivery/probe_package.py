@@ -18,7 +18,7 @@ import onnx
 import onnx_ir as ir
 from onnx import TensorProto, helper, numpy_helper
 
-from mpq_deploy.delivery.package import check_builder, device_program, npz_bytes
+from mpq_deploy.delivery.package import alternatives, check_builder, device_program, npz_bytes
 from mpq_deploy.device.archive import part_digest
 from mpq_deploy.device.form_probe import MODEL, PROBE, Probe, ProbeForm
 from mpq_deploy.device.manifest import Reference
@@ -109,7 +109,7 @@ def make_probe(target: Target, out: Path) -> dict[str, Any]:
             forms.append(form)
             parts.update({f"forms/{name}/{file}": data for file, data in files.items()})
     digests = {name: part_digest(data) for name, data in parts.items()}
-    probe = Probe(__version__, target.build_target, tuple(forms), digests)
+    probe = Probe(__version__, target.build_target, tuple(forms), digests, alternatives(target))
     parts[PROBE] = probe.to_json().encode()
     content = _tar(parts)
     write_bytes(out, content)

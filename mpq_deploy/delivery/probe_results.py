@@ -1,7 +1,8 @@
 """Results of a probe, made into a target: what the device has shown is taken from then on.
 
 In: ``probe-results.json`` that came home. Out: a YAML that extends the target, to be given as
-``--target`` and shared as a file. Candidates, the check and the latency table follow it.
+``--target`` and shared as a file. Candidates, the check and what ``profile`` times follow it; the
+probe's own times are evidence alone.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from mpq_deploy.delivery.device_results import (
     Bytes,
@@ -18,6 +19,7 @@ from mpq_deploy.delivery.device_results import (
     DeviceProblem,
     DeviceReference,
     PlainName,
+    Section,
     Text,
 )
 from mpq_deploy.delivery.probe_package import PROBED, PRODUCTS, Probed
@@ -34,16 +36,12 @@ HINT = "Give the probe-results.json that run.sh wrote on the device."
 Line = Annotated[str, Field(max_length=200), AfterValidator(printable)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False, extra="ignore")
-
-
-class _Builder(_Section):
+class _Builder(Section):
     name: Literal["trtexec", "tensorrt", "tensorrt_rtx"]
     version: Annotated[str, Field(pattern=r"^\d+(\.\d+){1,4}$")]
 
 
-class _Device(_Section):
+class _Device(Section):
     board: Line = ""
     release: Line = ""
     machine: Line = ""
@@ -51,7 +49,7 @@ class _Device(_Section):
     compute_capability: Line = ""
 
 
-class ProbedForm(_Section):
+class ProbedForm(Section):
     """What a device made of one form."""
 
     built: bool
@@ -89,7 +87,7 @@ class ProbedForm(_Section):
         return ", ".join(words)
 
 
-class ProbeResults(_Section):
+class ProbeResults(Section):
     """What ``device.form_probe`` wrote, every value checked."""
 
     format: Literal[1] = RESULTS_FORMAT  # type: ignore[assignment]

@@ -28,7 +28,7 @@ from mpq_deploy.engine.build_target import BuildTarget
 from mpq_deploy.engine.builder import BatchProfile, BuildRequest, build_engine
 from mpq_deploy.engine.expected import ExpectedLayers
 from mpq_deploy.engine.record import EngineRecord
-from mpq_deploy.errors import EngineError, MpqError
+from mpq_deploy.errors import EngineError, InputError, MpqError
 from mpq_deploy.system.files import disk_error, file_digest, read_sealed, sealed_json, write_text
 from mpq_deploy.system.inputs import read_json_object
 from mpq_deploy.system.names import path_inside, plain_name, printable
@@ -61,12 +61,16 @@ class ProbeForm:
 
 @dataclass(frozen=True)
 class Probe:
-    """What is tried, and for which target. ``digests``: path of every other part -> SHA-256."""
+    """What is tried, and for which target. ``digests``: path of every other part -> SHA-256.
+
+    ``alternatives``: target -> versions of TensorRT on the same device.
+    """
 
     made_by: str
     target: BuildTarget
     forms: tuple[ProbeForm, ...]
     digests: dict[str, str]
+    alternatives: dict[str, tuple[str, ...]]
 
     def to_json(self) -> str:
         """Return JSON with sorted keys."""
@@ -101,7 +105,10 @@ def run_probe(folder: Path, talk: Talk, minutes: float = MINUTES) -> dict[str, A
     damaged probe, and EngineError where the device has another TensorRT than the target.
     """
     probe = Probe.load(folder)
-    runtime = runtime_for(probe.target, {})
+    runtime = runtime_for(
+        *(probe.target, probe.alternatives, "probe"),
+        "Make another at home: mpq-deploy probe",
+    )
     started = time.monotonic()
     results = _begun(folder, probe, runtime)
     for form in probe.forms:
@@ -144,7 +151,10 @@ def _begun(folder: Path, probe: Probe, runtime: Runtime) -> dict[str, Any]:
     path = folder / RESULTS
     if not path.is_file():
         return fresh
-    earlier = read_sealed(path)
+    try:
+        earlier = read_sealed(path)
+    except InputError as error:
+        raise InputError(error.message, f"Remove {path}: every form is tried again.") from error
     same = all(earlier.get(key) == fresh[key] for key in ("probe_sha256", "builder", "made_by"))
     return dict(earlier) if same else fresh
 

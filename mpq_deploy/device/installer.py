@@ -199,12 +199,17 @@ def probe(manifest: Manifest) -> Runtime:
     return runtime_for(manifest.target, manifest.alternatives)
 
 
-def runtime_for(target: BuildTarget, alternatives: Mapping[str, tuple[str, ...]]) -> Runtime:
-    """Find what builds for ``target`` here, as ``probe`` does."""
+def runtime_for(
+    target: BuildTarget,
+    alternatives: Mapping[str, tuple[str, ...]],
+    what: str = "package",
+    again: str = "Package the run again at home: mpq-deploy package RUN",
+) -> Runtime:
+    """Find what builds for ``target`` here, as ``probe`` does; ``what`` is for it, and how to make it again."""
     runtime = _runtime(target.builder)
     if runtime is None:
         raise EngineError(
-            f"The package is for {target.title}, but there is no {_needed(target.builder)} here.",
+            f"The {what} is for {target.title}, but there is no {_needed(target.builder)} here.",
             "JetPack brings it in /usr/src/tensorrt/bin; for RTX targets: pip install tensorrt-rtx.",
         )
     if runtime.version and not target.takes_version(runtime.version):
@@ -215,10 +220,10 @@ def runtime_for(target: BuildTarget, alternatives: Mapping[str, tuple[str, ...]]
         )
         for name, others in alternatives.items():
             if version_fits(runtime.version, others):
-                remedy = f"Package the run again at home: mpq-deploy package RUN --target {name}."
+                remedy = f"{again} --target {name}."
                 break
         raise EngineError(
-            f"The package is written for TensorRT {versions}{release}, dialect "
+            f"The {what} is written for TensorRT {versions}{release}, dialect "
             f"{target.dialect}; {runtime.builder} here is {runtime.version}.",
             remedy,
         )

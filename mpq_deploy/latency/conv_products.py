@@ -35,14 +35,9 @@ COMPARED = "w4a16-b128"
 
 def wants_products(graph: LayerGraph, target: Target) -> bool:
     """Whether any layer of ``graph`` may become a product for ``target``."""
-    dialect = target.forms
-    products = any(SCHEMES[COMPARED].family in target.schemes[op] for op in ("MatMul",))
-    return (
-        target.conv_products
-        and dialect.tensorrt
-        and products
-        and any(layer.op == "Conv" for layer in graph.layers)
-    )
+    products = SCHEMES[COMPARED].family in target.schemes["MatMul"]
+    convs = any(layer.op == "Conv" for layer in graph.layers)
+    return target.conv_products and target.forms.tensorrt and products and convs
 
 
 def with_products(graph: LayerGraph, target: Target, usual: Shapes, largest: Shapes) -> LayerGraph:

@@ -57,7 +57,9 @@ def open_session(
     if not external and weights < IN_MEMORY_BYTES:
         yield _session(ir.to_proto(model).SerializeToString(), options)
         return
-    with scratch_folder("session", scratch) as folder:
+    with scratch_folder("session", scratch) as made:
+        # From the root on: a relative one would seem to lie on another drive than the weights.
+        folder = made.resolve()
         _write(model, folder, talk)
         options.add_session_config_entry(WEIGHTS_FOLDER, folder.anchor)
         yield _session(ir.to_proto(model).SerializeToString(), options)

@@ -152,8 +152,34 @@ def test_a_device_with_another_tensorrt_is_refused(
     device: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MOCK_VERSION", "80600")
-    with pytest.raises(EngineError, match=r"written for TensorRT 10\.3\.x.*8\.6\.0"):
+    with pytest.raises(EngineError, match=r"probe is written for TensorRT 10\.3\.x.*8\.6\.0"):
         run_probe(device, Talk())
+
+
+def test_earlier_results_that_were_altered_are_named_with_what_to_do(
+    device: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (device / RESULTS).write_text("{}", encoding="utf-8")
+    assert probe_main([str(device)], lambda text: None) != 0
+    said = capsys.readouterr().err
+    assert "it holds no sha256" in said and f"Remove {device / RESULTS}" in said
+
+
+def test_the_target_of_the_builder_that_is_there_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_probe(load_target("jetson-agx-orin"), tmp_path / "p.tar")
+    with tarfile.open(tmp_path / "p.tar") as archive:
+        archive.extractall(tmp_path, filter="data")
+    (tmp_path / "trtexec").write_text(
+        f'#!/bin/sh\nexec {sys.executable} {MOCK} "$@"\n', encoding="utf-8"
+    )
+    (tmp_path / "trtexec").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("MOCK_VERSION", "110400")
+    with pytest.raises(EngineError) as caught:
+        run_probe(tmp_path / "probe", Talk())
+    assert "mpq-deploy probe --target jetson-agx-orin-jp7" in caught.value.hint
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
