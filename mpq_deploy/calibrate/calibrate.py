@@ -16,7 +16,7 @@ from mpq_deploy.calibrate.spread_calibration import (
     record_in_shards,
 )
 from mpq_deploy.calibrate.stats import ActivationStats, CalibrationStats
-from mpq_deploy.calls.recorded import CalibrationSet, dealt
+from mpq_deploy.calls.recorded import CallSet, dealt
 from mpq_deploy.calls.trajectories import record_trajectories
 from mpq_deploy.formats.branches.cols import SHARES
 from mpq_deploy.formats.branches.prescaled import TENTHS, scale_factors
@@ -40,7 +40,7 @@ def calibrate(
     *,
     scratch: Path | None = None,
     crew: Crew | None = None,
-) -> tuple[CalibrationSet, CalibrationStats]:
+) -> tuple[CallSet, CalibrationStats]:
     """Return the recorded calls and the statistics of every activation that a layer reads.
 
     ``graph``: the layers of the setup's model. ``scratch``: an existing folder, best on the disk of
@@ -66,11 +66,11 @@ def calibrate(
     return recorded, stats
 
 
-def _observed(recorded: CalibrationSet, count: int) -> CalibrationSet:
+def _observed(recorded: CallSet, count: int) -> CallSet:
     """Return ``count`` of the calls, conditions evenly: scales need fewer calls than measuring."""
-    if count >= len(recorded.rows):
+    if count >= recorded.count:
         return recorded
-    return recorded.take(np.sort(dealt(recorded.rows, np.arange(len(recorded.rows)))[:count]))
+    return recorded.take(np.sort(dealt(recorded.rows, np.arange(recorded.count))[:count]))
 
 
 def weight_ranges(graph: LayerGraph) -> dict[str, Array]:

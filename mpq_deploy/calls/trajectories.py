@@ -1,6 +1,6 @@
 """Record what the float denoiser is fed along its own denoising trajectories.
 
-In: a denoiser, a sampler and conditions. Out: a ``CalibrationSet``, whose calls are those that
+In: a denoiser, a sampler and conditions. Out: a ``CallSet``, whose calls are those that
 sampling makes: with classifier-free guidance the unconditional and the conditional half of each are
 calls of their own.
 """
@@ -13,7 +13,7 @@ import numpy as np
 
 from mpq_deploy.calls.ddim import alphas_cumprod
 from mpq_deploy.calls.loop import GuidedDenoiser, denoise, first_samples
-from mpq_deploy.calls.recorded import CalibrationSet
+from mpq_deploy.calls.recorded import CallSet
 from mpq_deploy.calls.sampler import Sampler
 from mpq_deploy.calls.timesteps import sampled_steps
 from mpq_deploy.errors import UsageError
@@ -28,7 +28,7 @@ def record_trajectories(
     settings: CalibrateSettings,
     talk: Talk,
     part: slice | None = None,
-) -> CalibrationSet:
+) -> CallSet:
     """Denoise ``settings.samples`` samples; keep the inputs at ``settings.timesteps`` steps.
 
     ``part`` denoises only these samples, which is the same for samplers that keep samples apart.
@@ -49,7 +49,8 @@ def record_trajectories(
         settings.batch_size,
         talk,
     )
-    return recorder.finish()
+    samples, timesteps, called = recorder.finish()
+    return CallSet.of_samples(spec, samples, timesteps, called, conditions)
 
 
 def cycled_rows(spec: DenoiserSpec, conditions: dict[str, Array], samples: int, seed: int) -> Array:
@@ -87,10 +88,10 @@ class _Recorder:
             # A sampler may reuse its arrays.
             self.calls[step_index].append((timestep, model_input.astype(np.float32), rows.copy()))
 
-    def finish(self) -> CalibrationSet:
-        """Stack the calls, which come in the same order at every step."""
+    def finish(self) -> tuple[Array, Array, Array]:
+        """Return samples [K, N, ...], timesteps [K] and rows [N]: calls come in one order."""
         steps = list(self.calls.values())
-        return CalibrationSet(
+        return (
             np.stack([np.concatenate([sample for _, sample, _ in step]) for step in steps]),
             np.array([step[0][0] for step in steps], np.float32),
             np.concatenate([rows for _, _, rows in steps[0]]).astype(np.int64),
@@ -113,9 +114,7 @@ class _FirstSteps:
         return self._sampler.step(model_output, step_index, x)
 
 
-def renoised(
-    recorded: CalibrationSet, spec: DenoiserSpec, draws: int, seed: int = 0
-) -> CalibrationSet:
+def renoised(recorded: CallSet, spec: DenoiserSpec, draws: int, seed: int = 0) -> CallSet:
     """Return ``draws`` times as many calls, with fresh noise added to the last samples.
 
     The calls of one trajectory share one noise, so their activations are much alike, and rounding
@@ -136,12 +135,13 @@ def renoised(
         at = np.interp(times, np.arange(len(power)), power)
         remaining = np.minimum(at / at[-1], 1.0)
         shares = np.sqrt(remaining), np.sqrt(1 - remaining)
-    last = np.tile(recorded.samples[-1], (draws, *[1] * (recorded.samples.ndim - 2)))
+    many = recorded.take(np.tile(np.arange(recorded.count), draws))
+    last = many.values(spec.sample.name, -1, slice(None))
     samples = np.empty((len(times), *last.shape), np.float32)
     for step_index, (signal, added) in enumerate(zip(*shares, strict=True)):
         noise = np.random.default_rng((seed, step_index)).standard_normal(last.shape, np.float32)
         samples[step_index] = signal * last + added * noise
-    return CalibrationSet(samples, recorded.timesteps, np.tile(recorded.rows, draws))
+    return many.with_values(spec.sample.name, samples)
 
 
 def _flow_shares(sigmas: Array) -> tuple[Array, Array]:

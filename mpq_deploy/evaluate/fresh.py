@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from mpq_deploy.calls.loop import GuidedDenoiser
-from mpq_deploy.calls.recorded import CalibrationSet
+from mpq_deploy.calls.recorded import CallSet, RecordedCalls
 from mpq_deploy.calls.sampler import make_sampler
 from mpq_deploy.calls.trajectories import record_trajectories
 from mpq_deploy.models.spec import Array, FloatModel
@@ -26,7 +26,7 @@ class FreshCalls:
 
     def __init__(self, model: FloatModel, settings: EvaluateSettings, talk: Talk) -> None:
         spec = model.spec
-        self._spec, self._conditions, self._batch_size = spec, model.conditions, settings.batch_size
+        self._spec, self._batch_size = spec, settings.batch_size
         sampler = make_sampler(spec.scheduler, settings.steps, settings.seed, settings.sampler)
         recorded = CalibrateSettings(
             timesteps=len(sampler.timesteps),
@@ -36,8 +36,8 @@ class FreshCalls:
             seed=settings.seed,
         )
         denoiser = OrtDenoiser(model.path, spec)
-        self.inputs: CalibrationSet = record_trajectories(
-            GuidedDenoiser(denoiser, spec, self._conditions), sampler, recorded, talk
+        self.inputs: CallSet = record_trajectories(
+            GuidedDenoiser(denoiser, spec, model.conditions), sampler, recorded, talk
         )
         self._outputs = [self._run(denoiser, step) for step in range(len(self.inputs.timesteps))]
         self._power = np.array([np.square(output).sum() / len(output) for output in self._outputs])
@@ -56,16 +56,9 @@ class FreshCalls:
 
     def _run(self, denoiser: OrtDenoiser, step: int) -> Array:
         outputs = []
-        for start in range(0, len(self.inputs.rows), self._batch_size):
-            chunk = slice(start, start + self._batch_size)
-            taken = {
-                name: values[self.inputs.rows[chunk]] for name, values in self._conditions.items()
-            }
-            outputs.append(
-                denoiser(
-                    self.inputs.samples[step][chunk], float(self.inputs.timesteps[step]), taken
-                )
-            )
+        calls = RecordedCalls(self.inputs, self._spec)
+        for batch in calls.batches(self._batch_size, range(step, step + 1)):
+            outputs.append(denoiser.run(batch.feed))
         return np.concatenate(outputs)
 
 

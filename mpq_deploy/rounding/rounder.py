@@ -132,7 +132,7 @@ def rounding_calls(run: Run) -> RecordedCalls:
     exported = run.exported
     rounded_on, _ = run.calibration.inputs.split(run.recipe.measure.samples)
     rounded_on = renoised(rounded_on, exported.spec, run.recipe.quantize.noise_draws)
-    return RecordedCalls(rounded_on, exported.conditions, exported.spec)
+    return RecordedCalls(rounded_on, exported.spec)
 
 
 def layer_moments(run: Run, rounder: Rounder) -> Iterator[Hessian]:

@@ -85,7 +85,7 @@ def salience_inputs(
     count = len(rounded_on.timesteps)
     some = rounded_on.at(sampled_steps(count, min(SALIENCE_TIMESTEPS, count)))
     exported = run.exported
-    recorded = RecordedCalls(some, exported.conditions, exported.spec)
+    recorded = RecordedCalls(some, exported.spec)
     return exported.graph, body_weights(chosen), recorded, SALIENCE_SAMPLES
 
 

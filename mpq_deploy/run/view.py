@@ -17,7 +17,7 @@ from pydantic import PositiveInt
 
 from mpq_deploy.allocate.plan import PrecisionPlan
 from mpq_deploy.calibrate.stats import CalibrationStats
-from mpq_deploy.calls.recorded import CalibrationSet
+from mpq_deploy.calls.recorded import CallSet
 from mpq_deploy.engine.target import Target, load_target
 from mpq_deploy.errors import RunFolderError, UsageError
 from mpq_deploy.evaluate.cache import SampleCache
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 # In the run folder: the recipe that its stages are made by, the finished shards of unfinished
 # stages, and sampled images by what they were made from.
 RECIPE, SHARDS, SAMPLES = "recipe.yaml", ".shards", ".samples"
+# In the folder of the stage calibrate: the recorded calls.
+CALLS = "calls"
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Exported:
 class Calibration(NamedTuple):
     """The calibrate stage, opened: recorded inputs, and statistics of the activations."""
 
-    inputs: CalibrationSet
+    inputs: CallSet
     stats: CalibrationStats
 
 
@@ -163,15 +165,16 @@ class Run:
     def calibration(self) -> Calibration:
         """What the stage calibrate left."""
         folder = self.stage("calibrate")
-        path = folder / "inputs.npz"
-        inputs = CalibrationSet.load(path)
-        rows = min((len(values) for values in self.exported.conditions.values()), default=None)
-        shape = inputs.samples.shape[2:]
-        if shape != self.exported.spec.sample.shape or (rows and inputs.rows.max() >= rows):
-            raise RunFolderError(
-                f"{path} does not fit the exported model: samples {shape}, rows up to {inputs.rows.max()}.",
-                "Calibrate again.",
-            )
+        inputs = CallSet.load(folder / CALLS)
+        for item in self.exported.spec.inputs:
+            given = inputs.inputs.get(item.name)
+            shape = None if given is None else given.values.shape[1:]
+            if shape != item.shape:
+                raise RunFolderError(
+                    f"The calls in {folder / CALLS} do not fit the exported model: '{item.name}' has the shape "
+                    f"{shape}, not {item.shape}.",
+                    "Calibrate again.",
+                )
         return Calibration(inputs, CalibrationStats.load(folder / "stats.npz"))
 
     @cached_property

@@ -27,6 +27,7 @@ from mpq_deploy.sensitivity.ort_graph import noisy_graph
 from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.system.progress import Talk
+from tests.calls.sets import samples_of
 from tests.graphs import GraphBuilder, denoiser_graph
 from tests.sensitivity.cases import NAMES, Rounded, Setting, setting
 from tests.sensitivity.kinds import kinds, linear
@@ -71,7 +72,7 @@ def test_gemm_local_error_by_hand() -> None:
     bias = next(
         numpy_helper.to_array(w) for w in case.model.graph.initializer if w.name == "first.bias"
     )
-    x = case.calibration.samples[1]
+    x = samples_of(case.calibration)[1]
     stats = case.stats.activations["sample"]
     for scheme in NAMES:
         kind = SCHEMES[scheme]
@@ -261,14 +262,14 @@ def test_candidates_of_another_graph_are_refused(mixed: Setting) -> None:
 
 
 def test_missing_conditions_are_named(mixed: Setting) -> None:
-    graph, candidates, stats, calibration, conditions, spec = mixed
+    graph, candidates, stats, calibration, spec = mixed
     wanted = spec.model_copy(
         update={"conditions": (spec.timestep.model_copy(update={"name": "prompt"}),)}
     )
     with pytest.raises(ModelError, match="prompt"):
         measure(
             "gain",
-            Subject(graph, candidates, stats, calibration, conditions, wanted, OPTIONS, Talk()),
+            Subject(graph, candidates, stats, calibration, wanted, OPTIONS, Talk()),
         )
 
 
