@@ -22,7 +22,7 @@ from mpq_deploy.calls.trajectories import record_trajectories
 from mpq_deploy.evaluate.cache import model_files
 from mpq_deploy.graph.layers import LayerGraph, layer_graph
 from mpq_deploy.graph.load import load_model
-from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.models.spec import FloatModel
 from mpq_deploy.recipe import CalibrateSettings, SamplerKind
 from mpq_deploy.runtime.not_finite import CheckedDenoiser
 from mpq_deploy.runtime.ort import OrtDenoiser
@@ -39,25 +39,24 @@ class CalibrationSetup:
     Workers have the path below their root.
     """
 
-    model: Path
-    spec: DenoiserSpec
-    conditions: dict[str, Array]
+    source: FloatModel
     settings: CalibrateSettings
     sampler: SamplerKind = "auto"
 
     def calls(self, recorded: CallSet) -> RecordedCalls:
         """Return ``recorded`` as calls of the model."""
-        return RecordedCalls(recorded, self.spec)
+        return RecordedCalls(recorded, self.source.spec)
 
     def make_sampler(self) -> Sampler:
         """Return the sampler whose trajectories are recorded."""
         settings = self.settings
-        return make_sampler(self.spec.scheduler, settings.steps, settings.seed, self.sampler)
+        return make_sampler(self.source.spec.scheduler, settings.steps, settings.seed, self.sampler)
 
     def denoiser(self, model: Path) -> GuidedDenoiser:
         """Return the float model in the file ``model``; it refuses outputs that are not finite."""
-        denoiser = CheckedDenoiser(model, OrtDenoiser(model, self.spec))
-        return GuidedDenoiser(denoiser, self.spec, self.conditions)
+        source = self.source
+        denoiser = CheckedDenoiser(model, OrtDenoiser(model, source.spec))
+        return GuidedDenoiser(denoiser, source.spec, source.conditions)
 
 
 @dataclass(frozen=True)
@@ -78,10 +77,10 @@ class _Observe:
 
 def calibration_job(setup: CalibrationSetup, scratch: Path | None) -> Job:
     """Return the job of both parts. ``scratch``: as for ``calibrate``."""
-    model = setup.model
+    model = setup.source.path
     files = Files.of([*model_files(model), *([scratch / "any"] if scratch else [])])
     below = scratch.resolve().relative_to(files.root) if scratch else None
-    setup = replace(setup, model=files.below(model))
+    setup = replace(setup, source=replace(setup.source, path=files.below(model)))
     size = sum(file.stat().st_size for file in model_files(model))
     names = tuple(files.below(file).as_posix() for file in model_files(model))
     return Job("calibration", partial(_open, setup, below), files.root, names, 2 * size)
@@ -91,7 +90,7 @@ def record_in_shards(pool: Pool, setup: CalibrationSetup, talk: Talk) -> CallSet
     """Record like ``record_trajectories``, batch by batch where samples are independent."""
     sampler = setup.make_sampler()
     if not keeps_samples_apart(sampler):
-        return record_trajectories(setup.denoiser(setup.model), sampler, setup.settings, talk)
+        return record_trajectories(setup.denoiser(setup.source.path), sampler, setup.settings, talk)
     size, count = setup.settings.batch_size, setup.settings.samples
     tasks = [_Record(start, min(start + size, count)) for start in range(0, count, size)]
     shards = [
@@ -148,7 +147,7 @@ class _Calibrating:
     """A worker's float model: plain to record, with observers to observe, never both."""
 
     def __init__(self, setup: CalibrationSetup, root: Path, scratch: Path | None) -> None:
-        self._setup, self._model, self._scratch = setup, root / setup.model, scratch
+        self._setup, self._model, self._scratch = setup, root / setup.source.path, scratch
         self._denoiser: GuidedDenoiser | None = None
         self._observing: tuple[ObservedGraph, ort.InferenceSession] | None = None
 

@@ -107,6 +107,11 @@ class CallSet:
         """Return the set at only the given positions of its timesteps, int64 [M]."""
         return self._indexed(self.timesteps[steps], self.rows, steps)
 
+    def turns(self, chosen: Array) -> CallSet:
+        """Return the set with other calls at each timestep: positions ``chosen``, int64 [K, M]."""
+        place = (np.arange(len(self.timesteps))[:, None], chosen)
+        return self._indexed(self.timesteps, self.rows[chosen[0]], place)
+
     def _indexed(self, timesteps: Array, rows: Array, place: Any) -> CallSet:
         inputs = {
             name: replace(given, index=given.index[place]) for name, given in self.inputs.items()

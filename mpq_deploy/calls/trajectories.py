@@ -72,6 +72,11 @@ def cycled_rows(spec: DenoiserSpec, conditions: dict[str, Array], samples: int, 
         rows = np.delete(rows, spec.uncond_row)
     if not len(rows):
         raise UsageError("The conditions have no rows.", "Give at least one.")
+    return cycled(rows, samples, seed)
+
+
+def cycled(rows: Array, samples: int, seed: int) -> Array:
+    """Return ``samples`` of ``rows``, int64, dealt out in shuffled rounds."""
     rng = np.random.default_rng((seed, samples))
     rounds = [rng.permutation(rows) for _ in range(-(-samples // len(rows)))]
     return np.concatenate(rounds)[:samples].astype(np.int64)
@@ -123,9 +128,10 @@ def renoised(recorded: CallSet, spec: DenoiserSpec, draws: int, seed: int = 0) -
     alpha-bar_t / alpha-bar_last (Ho et al. 2020, equation 4). Our choice. The last timestep itself
     stays as recorded. Flow matching goes along straight lines instead: x_t = (1 - s) x_0 + s noise
     with s = t / T (Lipman et al. 2023, equation 22), so the last sample is shrunk by (1 - s) / (1 -
-    s_last) and what noise lacks to s is added. A component without timesteps is returned as it is.
+    s_last) and what noise lacks to s is added. What is the same at the first and the last timestep
+    (an image beside the noise) stays. Calls without such a process are returned as they are.
     """
-    if spec.timestep is None or not draws:
+    if not draws or not has_forward_process(spec):
         return recorded
     times = recorded.timesteps.astype(np.float64)
     if spec.prediction_type == "flow_prediction":
@@ -141,7 +147,22 @@ def renoised(recorded: CallSet, spec: DenoiserSpec, draws: int, seed: int = 0) -
     for step_index, (signal, added) in enumerate(zip(*shares, strict=True)):
         noise = np.random.default_rng((seed, step_index)).standard_normal(last.shape, np.float32)
         samples[step_index] = signal * last + added * noise
+    still = many.values(spec.sample.name, 0, slice(None)) == last
+    if len(times) > 1 and still.any():
+        samples[:, still] = last[still]
     return many.with_values(spec.sample.name, samples)
+
+
+def has_forward_process(spec: DenoiserSpec) -> bool:
+    """Whether the scheduler's configuration says how samples are noised from one timestep on.
+
+    Of pipelines only those with betas or along straight lines: others scale samples in other ways.
+    """
+    if spec.timestep is None:
+        return False
+    if spec.pipeline is None or spec.prediction_type == "flow_prediction":
+        return True
+    return any(name in spec.scheduler for name in ("beta_start", "trained_betas"))
 
 
 def _flow_shares(sigmas: Array) -> tuple[Array, Array]:

@@ -8,6 +8,8 @@ from importlib import resources
 from pathlib import Path
 
 from mpq_deploy.errors import MissingDependencyError, ModelError, UsageError, nearest
+from mpq_deploy.system.inputs import read_json_object
+from mpq_deploy.system.names import plain_name
 from mpq_deploy.system.progress import Talk
 
 # In order of preference: the first whose weights are there is the default.
@@ -67,7 +69,8 @@ def source_files(
     """
     path = locate(source)
     if path.is_dir():
-        folders = [path, *(path / part for part in PARTS if (path / part).is_dir())]
+        parts = [*PARTS, *_named_parts(path)]
+        folders = [path, *(path / part for part in dict.fromkeys(parts) if (path / part).is_dir())]
         files = {
             p
             for folder in folders
@@ -84,6 +87,17 @@ def source_files(
     if isinstance(scheduler, str) and (yaml_path.parent / scheduler).is_file():
         files.add(yaml_path.parent / scheduler)
     return sorted((p.name, p) for p in files)
+
+
+def _named_parts(folder: Path) -> list[str]:
+    """Return the parts that a pipeline's index names."""
+    index = folder / "model_index.json"
+    entries = read_json_object(index, error=ModelError) if index.is_file() else {}
+    return [
+        plain_name(name, f"A part that {index} names", ModelError)
+        for name in entries
+        if not name.startswith("_")
+    ]
 
 
 def bundled_demo(name: str | None = None) -> Path:
@@ -129,7 +143,7 @@ def fetch(hub_id: str, talk: Talk) -> Path:
         "diffusion_pytorch_model*.safetensors*",
         "scheduler_config.json",
     ]
-    patterns += [f"{part}/{kind}" for part in PARTS for kind in KINDS]
+    patterns += [f"*/{kind}" for kind in KINDS]
     talk.line(f"  looking for {hub_id} on the hub")
     try:
         return Path(

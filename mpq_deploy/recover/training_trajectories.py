@@ -6,18 +6,21 @@ do not depend on the student and are recorded beforehand.
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
 from mpq_deploy.calls.loop import GuidedDenoiser, denoise, first_samples
 from mpq_deploy.calls.recorded import CallSet, joined
 from mpq_deploy.calls.sampler import make_sampler
-from mpq_deploy.calls.trajectories import cycled_rows
+from mpq_deploy.calls.trajectories import cycled, cycled_rows
 from mpq_deploy.errors import UsageError
 from mpq_deploy.models.spec import Array, DenoiserSpec, FloatModel
 from mpq_deploy.recipe import SamplerKind
 from mpq_deploy.runtime.ort import OrtDenoiser
+from mpq_deploy.system.progress import Talk
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class TrajectoryRecorder:
         steps: int,
         sampler: SamplerKind,
     ) -> None:
+        self._model = model
         self._denoiser = OrtDenoiser(model.path, model.spec)
         self._spec, self._conditions = model.spec, model.conditions
         self._steps, self._kind = steps, sampler
@@ -61,6 +65,9 @@ class TrajectoryRecorder:
     @property
     def calls(self) -> int:
         """Calls along one trajectory: its steps, twice with guidance."""
+        if self._spec.pipeline is not None:
+            # Most pipelines guide, with two calls per step.
+            return 2 * self._steps
         guided = self._spec.uncond_row is not None and self._spec.guidance_scale != 1
         return (1 if self._spec.timestep is None else self._steps) * (1 + guided)
 
@@ -72,6 +79,8 @@ class TrajectoryRecorder:
         ``count``. Raises UsageError where it has fewer than two.
         """
         noise_seed = int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
+        if self._model.pipeline is not None:
+            return self._record_pipeline(count, noise_seed)
         sampler = make_sampler(self._spec.scheduler, self._steps, noise_seed, self._kind)
         recording = _Recording(self._denoiser)
         batch = 16 if all(item.batched for item in self._spec.conditions) else 1
@@ -85,6 +94,19 @@ class TrajectoryRecorder:
             batch,
         )
         return recording.finish(self._spec, self._conditions)
+
+    def _record_pipeline(self, count: int, seed: int) -> Trajectories:
+        """Return the calls of ``count`` images of the model's own pipeline."""
+        from mpq_deploy.calls.record_pipeline import Runs, record_pipeline
+
+        assert self._spec.pipeline is not None
+        numbers = cycled(np.arange(len(self._spec.pipeline.calls)), count, seed)
+        runs = Runs([int(one) for one in numbers], self._steps, seed)
+        with tempfile.TemporaryDirectory() as folder:
+            made = record_pipeline(
+                self._model, runs, None, Path(folder), Talk(), self._denoiser.run, outputs=True
+            )
+            return Trajectories(made.calls.compact(), made.outputs)
 
     def _rows(self, count: int, seed: int, held_out: bool) -> Array:
         known = self._spec.calibration_rows

@@ -26,6 +26,7 @@ from mpq_deploy.graph.load import load_model
 from mpq_deploy.graph.shapes import known_shapes
 from mpq_deploy.latency.conv_products import wants_products, with_products
 from mpq_deploy.models.export import load_exported
+from mpq_deploy.models.locate import locate
 from mpq_deploy.models.spec import Array, FloatModel
 from mpq_deploy.run.folder import RunFolder
 from mpq_deploy.system.inputs import read_json_object
@@ -56,8 +57,9 @@ class StageResult:
 class Exported:
     """The export stage, opened: graph, specification, conditions."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, source: str | None) -> None:
         exported = load_exported(folder)
+        self._source = source
         self.path = exported.model
         self.spec = exported.spec
         self.conditions: dict[str, Array] = dict(exported.conditions.arrays)
@@ -70,7 +72,8 @@ class Exported:
     @property
     def model(self) -> FloatModel:
         """The float model, as rooms that call it take it."""
-        return FloatModel(self.path, self.spec, self.conditions)
+        pipeline = locate(self._source) if self.spec.pipeline is not None else None
+        return FloatModel(self.path, self.spec, self.conditions, pipeline)
 
 
 class Calibration(NamedTuple):
@@ -151,7 +154,7 @@ class Run:
     @cached_property
     def exported(self) -> Exported:
         """What the stage export left; layers as the target's engine will have them."""
-        found = Exported(self.stage("export"))
+        found = Exported(self.stage("export"), self.recipe.model)
         if wants_products(found.graph, self.target):
             engine = self.recipe.engine
             usual, largest = (

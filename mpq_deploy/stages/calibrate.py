@@ -43,7 +43,7 @@ def make(run: Run, folder: Path) -> str:
     if rows is not None:
         section = section.replace(samples=min(section.samples, rows))
     sampler = run.recipe.evaluate.sampler
-    setup = CalibrationSetup(exported.path, exported.spec, exported.conditions, section, sampler)
+    setup = CalibrationSetup(exported.model, section, sampler)
     recorded, stats = calibrate(
         setup, exported.graph, run.talk, scratch=run.scratch(), crew=run.crew
     )

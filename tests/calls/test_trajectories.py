@@ -19,7 +19,7 @@ from mpq_deploy.calls.trajectories import cycled_rows, record_trajectories, reno
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.graph.layers import layer_graph
 from mpq_deploy.graph.load import load_model
-from mpq_deploy.models.spec import DenoiserSpec, InputSpec
+from mpq_deploy.models.spec import DenoiserSpec, FloatModel, InputSpec
 from mpq_deploy.recipe import CalibrateSettings, make_recipe
 from mpq_deploy.system.progress import Talk
 from tests.calls.sets import call_set, samples_of
@@ -126,9 +126,9 @@ def test_calibrate_end_to_end_is_deterministic_and_survives_the_disk(tiny, tmp_p
     graph = layer_graph(load_model(path))
     options = CalibrateSettings(timesteps=3, samples=4, steps=6, batch_size=3)
     recorded, stats = calibrate(
-        CalibrationSetup(path, spec, {}, options), graph, Talk(), scratch=tmp_path
+        CalibrationSetup(FloatModel(path, spec, {}), options), graph, Talk(), scratch=tmp_path
     )
-    again = calibrate(CalibrationSetup(path, spec, {}, options), graph, Talk())
+    again = calibrate(CalibrationSetup(FloatModel(path, spec, {}), options), graph, Talk())
     assert set(stats.activations) == set(graph.activations)
     recorded.save(tmp_path / "set")
     stats.save(tmp_path / "stats.npz")
@@ -145,7 +145,11 @@ def test_too_many_timesteps_is_refused_before_anything_runs(tiny) -> None:
     path, spec = tiny
     options = CalibrateSettings(timesteps=30, steps=20)
     with pytest.raises(UsageError, match="30"):
-        calibrate(CalibrationSetup(path, spec, {}, options), layer_graph(load_model(path)), Talk())
+        calibrate(
+            CalibrationSetup(FloatModel(path, spec, {}), options),
+            layer_graph(load_model(path)),
+            Talk(),
+        )
 
 
 def test_nan_weight_is_named(tmp_path: Path) -> None:
@@ -159,7 +163,11 @@ def test_nan_weight_is_named(tmp_path: Path) -> None:
     spec = spec_of(sample=InputSpec(name="sample", shape=(3, 8, 8)), conditions=())
     options = CalibrateSettings(timesteps=2, samples=2, steps=4)
     with pytest.raises(ModelError, match=r"NaN or Inf at timestep .*'down.conv1'"):
-        calibrate(CalibrationSetup(path, spec, {}, options), layer_graph(load_model(path)), Talk())
+        calibrate(
+            CalibrationSetup(FloatModel(path, spec, {}), options),
+            layer_graph(load_model(path)),
+            Talk(),
+        )
 
 
 @pytest.mark.parametrize(
