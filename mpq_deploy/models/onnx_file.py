@@ -24,6 +24,7 @@ import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from mpq_deploy.errors import ModelError, UsageError, nearest
+from mpq_deploy.graph.known_values import Sizes
 from mpq_deploy.graph.load import load_model, normalise
 from mpq_deploy.graph.passes.raise_opset import QUANTIZED_OPSET
 from mpq_deploy.graph.passes.widen import uses_halves
@@ -97,8 +98,8 @@ class OnnxDescription(BaseModel):
 class OnnxNetwork:
     """An ONNX file: normalised for the export, run as it is for the comparison."""
 
-    def __init__(self, path: Path, output: str) -> None:
-        self.path, self._output = path, output
+    def __init__(self, path: Path, output: str, inputs: Sizes) -> None:
+        self.path, self._output, self._inputs = path, output, inputs
         self._session: ort.InferenceSession | None = None
         self.tolerance = HALF_TOLERANCE if uses_halves(load_model(path)) else TOLERANCE
 
@@ -111,7 +112,7 @@ class OnnxNetwork:
         output = [value for value in outputs if value.name == self._output]
         outputs.clear()
         outputs.extend(output)
-        return normalise(model)
+        return normalise(model, self._inputs)
 
     def reference(self, feeds: dict[str, Array]) -> Array:
         """Return what the file itself gives, through ONNX Runtime."""
@@ -209,7 +210,9 @@ def open_onnx(path: Path, source: str, additions: Additions, talk: Talk) -> Deno
         labels=conditions.labels,
         pixel_range=description.pixel_range,
     )
-    network = OnnxNetwork(path, spec.output)
+    fed = (sample, timestep, *checked)
+    sizes = {item.name: (None, *item.shape) if item.batched else item.shape for item in fed}
+    network = OnnxNetwork(path, spec.output, sizes)
     return Denoiser(spec, conditions, network, notes=_notes(model, path, talk))
 
 

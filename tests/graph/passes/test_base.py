@@ -18,6 +18,7 @@ from mpq_deploy.graph.passes.base import GraphPass, run_passes
 from mpq_deploy.graph.passes.drop_squeezes import DropSqueezesPass
 from mpq_deploy.graph.passes.finite_masks import FiniteMasksPass
 from mpq_deploy.graph.passes.first_token import FirstTokenPass
+from mpq_deploy.graph.passes.fold_branches import FoldBranchesPass
 from mpq_deploy.graph.passes.fold_constants import FoldConstantsPass
 from mpq_deploy.graph.passes.fp16_arithmetic import Fp16ArithmeticPass
 from mpq_deploy.graph.passes.fp16_storage import Fp16StoragePass
@@ -64,6 +65,16 @@ def first_token() -> Made:
     text = graph.input("text", ["n", 5, 4])
     model = model_of(graph, graph.matmul(text, "to_k", 3, 4), ["n", 5, 3])
     return FirstTokenPass("text", np.ones(4)), model
+
+
+def fold_branches() -> Made:
+    graph = GraphBuilder()
+    yes, x = graph.weight("yes", np.array(True)), graph.input("x", ["n", 4])
+    name = helper.make_tensor_value_info("same", TensorProto.FLOAT, ["n", 4])
+    nodes = [helper.make_node("Identity", [x], ["same"], name="hand_on")]
+    branch = helper.make_graph(nodes, "branch", [], [name])
+    taken = graph.op("If", [yes], "if", then_branch=branch, else_branch=branch)
+    return FoldBranchesPass(), model_of(graph, taken, ["n", 4])
 
 
 def fold_constants() -> Made:
@@ -161,6 +172,7 @@ EXAMPLES: list[Callable[[], Made]] = [
     drop_squeezes,
     finite_masks,
     first_token,
+    fold_branches,
     fold_constants,
     fp16_arithmetic,
     fp16_arithmetic_into_the_island,
