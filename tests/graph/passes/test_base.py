@@ -20,6 +20,7 @@ from mpq_deploy.graph.passes.finite_masks import FiniteMasksPass
 from mpq_deploy.graph.passes.first_token import FirstTokenPass
 from mpq_deploy.graph.passes.fold_branches import FoldBranchesPass
 from mpq_deploy.graph.passes.fold_constants import FoldConstantsPass
+from mpq_deploy.graph.passes.fold_weights import FoldWeightsPass
 from mpq_deploy.graph.passes.fp16_arithmetic import Fp16ArithmeticPass
 from mpq_deploy.graph.passes.fp16_storage import Fp16StoragePass
 from mpq_deploy.graph.passes.group_norm import GroupNormPass
@@ -82,6 +83,13 @@ def fold_constants() -> Made:
     weight = graph.op("Transpose", [graph.random("w", 6, 4)], "turn", perm=[1, 0])
     product = graph.op("MatMul", [graph.input("x", ["n", 4]), weight], "product")
     return FoldConstantsPass(), model_of(graph, product, ["n", 6])
+
+
+def fold_weights() -> Made:
+    graph = GraphBuilder()
+    half = graph.op("Mul", [graph.random("w", 4, 6), graph.weight("half", np.float32(0.5))], "half")
+    product = graph.op("MatMul", [graph.input("x", ["n", 4]), half], "product")
+    return FoldWeightsPass(), model_of(graph, product, ["n", 6])
 
 
 def island() -> ir.Model:
@@ -174,6 +182,7 @@ EXAMPLES: list[Callable[[], Made]] = [
     first_token,
     fold_branches,
     fold_constants,
+    fold_weights,
     fp16_arithmetic,
     fp16_arithmetic_into_the_island,
     fp16_storage,
