@@ -7,6 +7,7 @@ used.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import onnx
@@ -16,6 +17,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from mpq_deploy.errors import ModelError, MpqError
 from mpq_deploy.graph.known_values import Sizes
+from mpq_deploy.graph.passes.attention_products import AttentionProductsPass
 from mpq_deploy.graph.passes.base import run_passes
 from mpq_deploy.graph.passes.finite_masks import FiniteMasksPass
 from mpq_deploy.graph.passes.fold_branches import FoldBranchesPass
@@ -170,8 +172,20 @@ def normalise(model: ir.Model, inputs: Sizes | None = None) -> ir.Model:
     node names unique, and the opset is 21 or later. Raises ModelError for other control flow, when
     the opset or a norm cannot be converted, or a type cannot be inferred.
     """
+    return _passed(model, (*_OPENED, FoldBranchesPass(inputs), *_WIDENED, *_REST))
+
+
+def widened(model: ir.Model, inputs: Sizes | None = None) -> ir.Model:
+    """Return ``model`` in FP32 and otherwise as it is: what ONNX Runtime runs of one in bfloat16.
+
+    Raises ModelError as ``normalise`` does.
+    """
+    return _passed(model, (*_OPENED, FoldBranchesPass(inputs), *_WIDENED))
+
+
+def _passed(model: ir.Model, passes: Iterable[ir.passes.PassBase]) -> ir.Model:
     try:
-        return run_passes(model, (*_OPENED, FoldBranchesPass(inputs), *_REST)).model
+        return run_passes(model, passes).model
     except MpqError:
         raise
     except (
@@ -196,10 +210,13 @@ _OPENED: tuple[ir.passes.PassBase, ...] = (
     common_passes.RemoveInitializersFromInputsPass(),
     _LIFT,
 )
-_REST: tuple[ir.passes.PassBase, ...] = (
+_WIDENED: tuple[ir.passes.PassBase, ...] = (
     common_passes.IdentityEliminationPass(),
     InferTypesPass(),
     WidenPass(),
+)
+_REST: tuple[ir.passes.PassBase, ...] = (
+    AttentionProductsPass(),
     FiniteMasksPass(),
     GroupNormPass(),
     FoldWeightsPass(),

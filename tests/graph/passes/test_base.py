@@ -14,6 +14,7 @@ from onnx import TensorProto, helper
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph import passes
 from mpq_deploy.graph.fp16_region import fp16_region
+from mpq_deploy.graph.passes.attention_products import AttentionProductsPass
 from mpq_deploy.graph.passes.base import GraphPass, run_passes
 from mpq_deploy.graph.passes.drop_squeezes import DropSqueezesPass
 from mpq_deploy.graph.passes.finite_masks import FiniteMasksPass
@@ -42,6 +43,14 @@ def model_of(
     graph.nodes[-1].output[0] = graph.output("out", shape)
     graph.outputs[-1].type.tensor_type.elem_type = dtype
     return ir.from_proto(graph.model())
+
+
+def attention_products() -> Made:
+    graph = GraphBuilder(opset=23)
+    operands = [graph.input(name, ["n", 2, 5, 4]) for name in "qkv"]
+    return AttentionProductsPass(), model_of(
+        graph, graph.op("Attention", operands, "attend"), ["n", 2, 5, 4]
+    )
 
 
 def drop_squeezes() -> Made:
@@ -177,6 +186,7 @@ def widen() -> Made:
 
 
 EXAMPLES: list[Callable[[], Made]] = [
+    attention_products,
     drop_squeezes,
     finite_masks,
     first_token,
