@@ -70,7 +70,8 @@ def _probed_salience(run: Run, chosen: StoredCandidates) -> dict[str, Array] | N
         if not evaluates_in_torch(run.exported.graph):
             return None
         return salience_over_workers(run, chosen)
-    except UnsupportedOperator:
+    except UnsupportedOperator as error:
+        run.talk.warn(f"salient rows are ranked by kurtosis instead of probes: {error.message}")
         return None
 
 

@@ -224,6 +224,40 @@ def test_probe_falls_back_on_an_unknown_operator() -> None:
     assert "LpNormalization" in table.notes[-1] and "'odd'" in table.notes[-1]
 
 
+@pytest.fixture
+def no_gemm_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch knows Gemm, and fails on every one."""
+    pytest.importorskip("torch")
+    from mpq_deploy.onnx_torch import operators
+
+    def fail(call: Any, inputs: Any) -> Any:
+        raise TypeError('reshape() missing 1 required positional arguments: "shape"')
+
+    monkeypatch.setitem(operators.OPERATORS, "Gemm", fail)
+
+
+@pytest.mark.usefixtures("no_gemm_in_torch")
+def test_probe_falls_back_where_torch_fails_on_an_operator(mixed: Setting) -> None:
+    remarks = Remarks()
+    table = measure("probe", Subject(*mixed, OPTIONS, remarks))
+    assert table.metric == "gain"
+    assert "(Gemm) failed in torch: reshape() missing" in table.notes[-1]
+    assert remarks.warnings == [table.notes[-1]]
+
+
+@pytest.mark.usefixtures("no_gemm_in_torch")
+def test_exhaustive_goes_to_onnxruntime_where_torch_fails(mixed: Setting) -> None:
+    from mpq_deploy.onnx_torch.torch_graph import FailedOperator
+
+    remarks = Remarks()
+    found = measure_exhaustive(Subject(*mixed, OPTIONS, remarks))
+    wanted = measure_exhaustive(Subject(*mixed, OPTIONS, Talk()), use_torch=False)
+    assert found.losses == wanted.losses
+    assert "failed in torch" in remarks.warnings[0]
+    with pytest.raises(FailedOperator):
+        measure_exhaustive(Subject(*mixed, OPTIONS, Talk()), use_torch=True)
+
+
 def test_an_unknown_method_names_the_nearest(mixed: Setting) -> None:
     with pytest.raises(UsageError) as caught:
         measure("local-error", Subject(*mixed, OPTIONS, Talk()))
