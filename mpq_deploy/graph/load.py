@@ -128,7 +128,7 @@ def hub_blobs(path: Path) -> Path | None:
     The cache's layout: ``models--ORG--NAME/snapshots/REVISION/FILE`` is a link into ``blobs/``. Links
     to anywhere else are not the cache's.
     """
-    shown = Path(os.path.abspath(path))
+    shown = path.absolute()
     for root in shown.parents:
         if root.name.startswith("models--") and shown.relative_to(root).parts[0] == "snapshots":
             blobs = (root / "blobs").resolve()
