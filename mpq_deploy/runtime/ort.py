@@ -194,6 +194,12 @@ def model_feeds(
     if spec.timestep is not None:
         rows = _timestep_rows(timestep, count, spec.timestep)
         scaled = rows if spec.timestep_scale == 1 else rows * spec.timestep_scale
+        fraction = first_fraction(scaled) if spec.timestep.dtype.startswith("int") else None
+        if fraction is not None:
+            raise ModelError(
+                f"The timestep '{spec.timestep.name}' is {spec.timestep.dtype}, and {fraction:g} is no whole number.",
+                "Use a scheduler of whole timesteps, or export the model with a float timestep.",
+            )
         feeds[spec.timestep.name] = _cast(scaled, spec.timestep)
     for item in spec.conditions:
         if item.name not in conditions:
@@ -207,6 +213,12 @@ def model_feeds(
             )
         feeds[item.name] = _cast(values, item)
     return feeds
+
+
+def first_fraction(values: Array) -> float | None:
+    """Return the first of ``values`` that is no whole number; None: all are."""
+    fractions = values[values != np.round(values)]
+    return float(fractions.flat[0]) if fractions.size else None
 
 
 def _timestep_rows(timestep: float | Array, count: int, item: InputSpec) -> Array:

@@ -12,6 +12,7 @@ from mpq_deploy.graph.writers.deployed_graphs import fp16_bytes
 from mpq_deploy.models.export import export_denoiser
 from mpq_deploy.models.locate import source_files
 from mpq_deploy.models.open import source_denoiser
+from mpq_deploy.models.sampling_fit import check_declared, check_timesteps
 from mpq_deploy.run.stage import Stage, version_of
 from mpq_deploy.run.stage_memory import check_memory
 from mpq_deploy.system.files import Fields, canonical_json, file_digest
@@ -44,6 +45,9 @@ def make(run: Run, folder: Path) -> str:
     recipe = run.recipe
     check_memory(run, STAGE)
     denoiser = source_denoiser(recipe, run.talk)
+    check_declared(denoiser.spec)
+    steps = (recipe.calibrate.steps, recipe.evaluate.steps)
+    check_timesteps(denoiser.spec, steps, recipe.evaluate.sampler)
     apart = recipe.first_token == "precomputed"
     report = export_denoiser(denoiser, folder, run.talk, first_token_apart=apart, release=True)
     graph = layer_graph(load_model(folder / "model.onnx"))
