@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpq_deploy.errors import UsageError
+from mpq_deploy.graph.census import take_census
 from mpq_deploy.graph.layers import layer_graph
 from mpq_deploy.graph.load import load_model
 from mpq_deploy.graph.writers.deployed_graphs import fp16_bytes
@@ -20,12 +21,15 @@ from mpq_deploy.system.files import Fields, canonical_json, file_digest
 if TYPE_CHECKING:
     from mpq_deploy.run.view import Run
 
+EXPORT_FORMAT = 2
+
 
 def inputs(run: Run) -> Fields:
     """Return the settings and versions that the stage depends on, beside the stages it reads."""
     recipe = run.recipe
     files = source_files(recipe.model, Path(recipe.description) if recipe.description else None)
     fields: Fields = {
+        "export.format": EXPORT_FORMAT,
         "recipe.model": recipe.model,
         "recipe.guidance_scale": recipe.guidance_scale,
         "recipe.component": recipe.component,
@@ -51,11 +55,13 @@ def make(run: Run, folder: Path) -> str:
     apart = recipe.first_token == "precomputed"
     report = export_denoiser(denoiser, folder, run.talk, first_token_apart=apart, release=True)
     graph = layer_graph(load_model(folder / "model.onnx"))
+    census = take_census(graph)
     if not graph.layers:
         raise UsageError(
-            f"{recipe.model} has no layer to quantize: no Conv, Gemm or MatMul with a constant weight.",
-            "Is it a denoiser?",
+            f"{recipe.model} has no layer to quantize: {census.text()}",
+            "Export it with its weights as constants that Conv, Gemm or MatMul take as they are.",
         )
+    run.talk.line(f"  {census.text()}")
     spec = denoiser.spec
     size = fp16_bytes(load_model(folder / "model.onnx"), spec.timestep_name, spec.sample.name)
     facts = {
@@ -63,6 +69,7 @@ def make(run: Run, folder: Path) -> str:
         "layers": len(graph.layers),
         "max_relative_error": report.max_relative_error,
         "notes": list(report.notes),
+        "products": census.values(),
     }
     (folder / "facts.json").write_text(canonical_json(facts), encoding="utf-8")
     return f"{len(graph.layers)} layers, {size / 1e6:.2f} MB in FP16, max error {report.max_relative_error:.1e}"
