@@ -28,6 +28,7 @@ from mpq_deploy.runtime.ort import (
     options_for_few_calls,
     run_session,
 )
+from mpq_deploy.system.libraries import tell_cause
 from mpq_deploy.system.progress import Talk
 
 MODEL, SPEC, CONDITIONS, DECODER = "model.onnx", "denoiser.json", "conditions.npz", "decoder.onnx"
@@ -261,6 +262,7 @@ def _export_decoder(
     try:
         return _write_decoder(decoder, spec, path, talk), ""
     except ModelError as reason:
+        tell_cause(reason)
         note = f"The decoder was not exported, samples are compared as latents: {reason.message}"
         talk.warn(note)
         return None, note

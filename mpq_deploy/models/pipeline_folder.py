@@ -29,6 +29,7 @@ from mpq_deploy.models.transformer import DIT, FLUX
 from mpq_deploy.models.unet import WEIGHTS_NAME, find_weights, load_pretrained
 from mpq_deploy.models.weight_files import check_config, stored_weights
 from mpq_deploy.system.inputs import whole
+from mpq_deploy.system.libraries import tell_cause
 from mpq_deploy.system.progress import Talk
 
 INDEX, CONFIG, CARD = "model_index.json", "config.json", "demo.json"
@@ -100,6 +101,7 @@ def _decoder(
     try:
         return decoder_network(folder, form.sample.shape, form.unpack), ()
     except ModelError as error:
+        tell_cause(error)
         talk.warn(f"samples are compared as latents: {error.message}")
         return None, (f"No decoder, samples are compared as latents: {error.message}",)
 

@@ -24,8 +24,7 @@ from mpq_deploy.models.weight_kinds import (
     refuse_weights,
 )
 from mpq_deploy.system.inputs import read_json_object
-from mpq_deploy.system.libraries import no_bars
-from mpq_deploy.system.names import printable
+from mpq_deploy.system.libraries import gist, no_bars, silenced
 
 UNET_CLASSES = ("UNet2DModel", "UNet2DConditionModel")
 WEIGHTS_NAME = "diffusion_pytorch_model"
@@ -151,7 +150,7 @@ def load_pretrained(model_class: Any, folder: Path, variant: str | None) -> torc
         # All of it is float32 here; diffusers would ask for another package to load only parts so.
         model_class = type(model_class.__name__, (model_class,), {"_keep_in_fp32_modules": None})
     try:
-        with no_bars("diffusers"):
+        with no_bars("diffusers"), silenced():
             check_shapes(lambda: model_class.from_config(config), stored, folder)
             model, loaded = model_class.from_pretrained(
                 folder,
@@ -166,9 +165,8 @@ def load_pretrained(model_class: Any, folder: Path, variant: str | None) -> torc
         raise
     except Exception as error:
         # A class raises anything at all for a configuration that is not its own.
-        reason = printable(" ".join(str(error).split())[:300]) or type(error).__name__
         raise ModelError(
-            f"The weights in {folder} cannot be loaded: {reason}",
+            f"The weights in {folder} cannot be loaded: {gist(error)}",
             "The file is damaged or belongs to another config.json: download or save the model again.",
         ) from error
     refuse_other_names(
