@@ -25,28 +25,35 @@ def check_output(spec: DenoiserSpec, shape: tuple[int, ...]) -> None:
     if spec.timestep is None:
         return
     sample, output = spec.sample.shape, tuple(shape[1:])
-    takes = f"The model takes samples of shape {list(sample)} and gives {list(output)}"
-    doubled = (2 * sample[0], *sample[1:])
-    if output not in (sample, doubled):
-        extra = len(output) == len(sample) and output[0] < sample[0]
-        if extra and output[1:] == sample[1:]:
+    why, remedy = _misfit(sample, output, str(spec.scheduler.get("variance_type", "")))
+    if why:
+        raise ModelError(
+            f"The model takes samples of shape {list(sample)} and gives {list(output)}: {why}.",
+            remedy,
+        )
+
+
+def _misfit(sample: tuple[int, ...], output: tuple[int, ...], variance: str) -> tuple[str, str]:
+    """Say why an output is nothing that a sampler takes, and what to do; empty: it is."""
+    if output not in (sample, (2 * sample[0], *sample[1:])):
+        if len(output) == len(sample) and output[0] < sample[0] and output[1:] == sample[1:]:
             beyond = sample[0] - output[0]
-            raise ModelError(
-                f"{takes}: {beyond} of its {sample[0]} channels are no noise, but a mask or an image.",
+            return (
+                f"{beyond} of its {sample[0]} channels are no noise, but a mask or an image",
                 EXTRA,
             )
-        raise ModelError(
-            f"{takes}: a denoiser gives the shape that it takes, or twice the channels (a learned variance).",
+        return (
+            "a denoiser gives the shape that it takes, or twice the channels (a learned variance)",
             "Name the right output (output: in the YAML of an ONNX file), or export the model again.",
         )
-    kind = str(spec.scheduler.get("variance_type", ""))
-    if output == sample and kind.startswith("learned") and sample[0] % 2 == 0:
+    if output == sample and variance.startswith("learned") and sample[0] % 2 == 0:
         half = sample[0] // 2
-        raise ModelError(
-            f"{takes}, and its scheduler's variance_type is {kind}: {half} of these channels are noise and {half} its "
-            f"variance, so {half} of what it takes are an image.",
+        return (
+            f"by its scheduler's variance_type {variance} {half} of these channels are noise and {half} its variance, "
+            f"so {half} of what it takes are an image",
             f"{EXTRA} Where no output is a variance, give the scheduler that says so: --scheduler FILE.",
         )
+    return "", ""
 
 
 def check_declared(spec: DenoiserSpec) -> None:
