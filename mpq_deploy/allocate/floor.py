@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from mpq_deploy.allocate.problem import LayerChoice, Rules
 from mpq_deploy.engine.target import Target, load_target
 from mpq_deploy.formats.scheme import SCHEMES
+from mpq_deploy.graph.census import Census
 
 if TYPE_CHECKING:
     from mpq_deploy.graph.layers import Layer
@@ -63,9 +64,12 @@ def floor_causes(
 
 
 def floor_text(
-    causes: Sequence[Cause], smallest_bytes: int, fixed_bytes: int, fp16_bytes: int
+    causes: Sequence[Cause], smallest_bytes: int, fixed_bytes: int, fp16_bytes: int, census: Census
 ) -> str:
-    """Say what ``smallest_bytes`` are made of, as shares of the FP16 size, and what would lift it."""
+    """Say what ``smallest_bytes`` are made of, as shares of the FP16 size, and what would lift it.
+
+    ``census``: which products of the graph are layers at all, told where others are not.
+    """
     rest = smallest_bytes - fixed_bytes - sum(cause.bytes for cause in causes)
     said = [
         f"{rest / fp16_bytes:.4f} are weights of 4 bits or fewer, with their scales",
@@ -79,6 +83,8 @@ def floor_text(
         )
     lifts = list(dict.fromkeys(cause.lift for cause in causes[:TOLD] if cause.lift))
     text = f"Of it {', '.join(said)}."
+    if census.others:
+        text = f"{text} {census.text()}"
     return f"{text} What would lift it: {'; '.join(lifts)}." if lifts else text
 
 

@@ -18,6 +18,7 @@ from mpq_deploy.errors import InfeasibleBudgetError
 from mpq_deploy.formats.candidates import Choices
 from mpq_deploy.formats.scheme import SCHEMES
 from mpq_deploy.formats.sizes import FP16_BYTES
+from mpq_deploy.graph.census import take_census
 from mpq_deploy.graph.layers import Layer
 from mpq_deploy.graph.writers.prescale import foldable_inputs
 from mpq_deploy.latency.costs import PlanLatency, int8_warning
@@ -209,7 +210,8 @@ class PlanSolver:
     def _floor(self, smallest: int) -> str:
         """Say what keeps plans from being smaller than ``smallest`` bytes."""
         causes = floor_causes(self.layers, self.choices, self.refused, self.rules, self.target)
-        return floor_text(causes, smallest, self.fixed_bytes, self.fp16_size)
+        census = take_census(self.exported.graph)
+        return floor_text(causes, smallest, self.fixed_bytes, self.fp16_size, census)
 
     def _activations_hint(self) -> str:
         importance = self.table.importance

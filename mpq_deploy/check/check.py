@@ -27,7 +27,12 @@ if TYPE_CHECKING:
 
 RULES = (*GRAPH_RULES, *TYPE_RULES, *WEIGHT_RULES, *ACTIVATION_RULES)
 # No plan changes these: what they find in the exported graph they would find in the quantized one.
-OPERATOR_RULES = ("operator-unknown", "operator-unsupported", "operator-foreign")
+OPERATOR_RULES = (
+    "operator-unknown",
+    "operator-unsupported",
+    "operator-foreign",
+    "operator-plugin",
+)
 INVALID_FIX = "mend what onnx.checker says, or export the model again"
 WIDTH = 80
 NAMED = 6

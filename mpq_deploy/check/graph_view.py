@@ -31,6 +31,8 @@ HANDING_ON = (
     *("Reshape", "Transpose", "Cast", "Identity", "Squeeze", "Unsqueeze", "Flatten"),
     *("QuantizeLinear", "DequantizeLinear"),
 )
+# Operators of ONNX Runtime's domain that TensorRT-RTX was seen to read as ONNX's: it looks at names.
+READ_ALIKE = (("com.microsoft", "QuantizeLinear"), ("com.microsoft", "DequantizeLinear"))
 # The narrow floats of ONNX all begin so.
 QUANTIZED_TYPES = ("INT4", "INT8", "UINT8", "FLOAT8", "FLOAT4")
 
@@ -67,6 +69,11 @@ class Node:
     outputs: tuple[str, ...]
     attributes: dict[str, Any]
     named: bool
+
+    @property
+    def standard(self) -> bool:
+        """An operator of ONNX, or one that is read as such."""
+        return self.domain in STANDARD_DOMAINS or (self.domain, self.op) in READ_ALIKE
 
     def get(self, name: str, default: Any = None) -> Any:
         """Return an attribute's value."""
@@ -170,7 +177,7 @@ class View:
 
     def nodes_of(self, *ops: str) -> Iterator[Node]:
         """Yield the nodes of ONNX's own operators ``ops``, in order."""
-        return (n for n in self.nodes if n.op in ops and n.domain in STANDARD_DOMAINS)
+        return (n for n in self.nodes if n.op in ops and n.standard)
 
     def producer(self, name: str) -> Node | None:
         """The node that makes a tensor; None for constants and graph inputs."""
@@ -187,7 +194,7 @@ class View:
         path: list[Node] = []
         while name not in self.constants:
             node = self.producers[name]
-            if node.op not in HANDING_ON or node.domain not in STANDARD_DOMAINS or not node.inputs:
+            if node.op not in HANDING_ON or not node.standard or not node.inputs:
                 return Stored(None, tuple(reversed(path)), node)
             path.append(node)
             name = node.inputs[0]

@@ -8,7 +8,15 @@ import numpy as np
 import onnx
 
 from mpq_deploy.check.graph_view import Node
-from mpq_deploy.check.rule import Context, Match, Rule, Verdict, built_here, documented
+from mpq_deploy.check.rule import (
+    TENSORRT,
+    Context,
+    Match,
+    Rule,
+    Verdict,
+    built_here,
+    documented,
+)
 from mpq_deploy.graph.dialects import FP4
 from mpq_deploy.graph.layers import STANDARD_DOMAINS
 from mpq_deploy.models.spec import Array
@@ -17,6 +25,25 @@ QDQ = ("QuantizeLinear", "DequantizeLinear")
 # Data sheets and builds: FP8 from SM89 on; FP4 was built for SM120 only, and is documented from
 # SM100 on.
 FP8_FROM, FP4_FROM, INT4_FROM = 89, 100, 80
+MICROSOFT = "com.microsoft"
+# Operators of ONNX Runtime as TensorRT-RTX 1.7.1 was given them, one form each: it refuses the
+# first (MultiHeadAttention ends its process) and builds the second.
+FOREIGN_REFUSED = frozenset({
+    "Attention", "BiasAdd", "BiasGelu", "BiasSplitGelu", "FastGelu", "FusedConv", "FusedGemm",
+    "FusedMatMul", "GroupNorm", "MatMulNBits", "MultiHeadAttention", "NhwcConv", "QLinearAdd",
+    "QuickGelu", "SkipGroupNorm", "SkipLayerNormalization",
+})  # fmt: skip
+FOREIGN_BUILT = frozenset({
+    "DequantizeLinear", "Gelu", "LayerNormalization", "QuantizeLinear",
+    "SimplifiedLayerNormalization", "Trilu",
+})  # fmt: skip
+# Names that the parser has, and ONNX has not.
+PARSER_ALONE = frozenset({"GroupQueryAttention", "SimplifiedLayerNormalization"})
+TRT_OPERATORS = frozenset({
+    "TRT_FP8QuantizeLinear", "TRT_FP8DequantizeLinear", "TRT_INT4QuantizeLinear",
+    "TRT_INT4DequantizeLinear", "TRT_FP4DynamicQuantize", "TRT_MXFP8DynamicQuantize",
+    "TRT_MXFP8DequantizeLinear",
+})  # fmt: skip
 INSTEAD = {
     "BitShift": "store 4-bit codes as an INT4 constant under a DequantizeLinear",
     "BitwiseAnd": "store 4-bit codes as an INT4 constant under a DequantizeLinear",
@@ -51,11 +78,61 @@ def unknown_operator(context: Context) -> Iterator[Match]:
 
 
 def foreign_operator(context: Context) -> Iterator[Match]:
-    """Operators of another domain, such as com.microsoft: they need a plugin of that name."""
+    """Operators of ONNX Runtime that TensorRT-RTX was given and did not take."""
+    for node, name in _foreign(context):
+        if node.domain == MICROSOFT and node.op in FOREIGN_REFUSED:
+            yield Match(node, f"{name} is no operator of ONNX, and the parser has no form of it")
+
+
+def plugin_operator(context: Context) -> Iterator[Match]:
+    """Operators of another domain that no one here has tried, with names that no parser has."""
+    for node, name in _foreign(context):
+        tried = node.domain == MICROSOFT and node.op in (*FOREIGN_REFUSED, *FOREIGN_BUILT)
+        if not tried and not _own_of_tensorrt(node, context) and not _named_alike(node):
+            yield Match(node, f"{name} is no operator of ONNX: it needs a plugin of that name")
+
+
+def alike_operator(context: Context) -> Iterator[Match]:
+    """Operators of another domain with a name that the parser has, for an operator of its own."""
+    for node, name in _foreign(context):
+        tried = node.domain == MICROSOFT and node.op in (*FOREIGN_REFUSED, *FOREIGN_BUILT)
+        if not tried and _named_alike(node):
+            yield Match(
+                node, f"the parser looks at names alone: it reads {name} as its own {node.op}"
+            )
+
+
+def known_foreign_operator(context: Context) -> Iterator[Match]:
+    """Operators of ONNX Runtime that TensorRT-RTX takes: it looks at names alone."""
+    for node, name in _foreign(context):
+        if node.domain == MICROSOFT and node.op in FOREIGN_BUILT:
+            yield Match(
+                node, f"the parser looks at names alone: it reads {name} as its own {node.op}"
+            )
+
+
+def tensorrt_operator(context: Context) -> Iterator[Match]:
+    """TensorRT's own quantizers (trt::TRT_FP8QuantizeLinear and others), as modelopt writes them."""
+    for node, name in _foreign(context):
+        if _own_of_tensorrt(node, context):
+            yield Match(node, f"{name} is an operator of TensorRT alone")
+
+
+def _foreign(context: Context) -> Iterator[tuple[Node, str]]:
+    """Yield the nodes of other domains with their whole names."""
     for node in context.view.nodes:
         if node.domain not in STANDARD_DOMAINS:
-            name = f"{node.domain}::{node.op}"
-            yield Match(node, f"{name} is no operator of ONNX: it needs a plugin of that name")
+            yield node, f"{node.domain}::{node.op}"
+
+
+def _named_alike(node: Node) -> bool:
+    return onnx.defs.has(node.op) or node.op in PARSER_ALONE
+
+
+def _own_of_tensorrt(node: Node, context: Context) -> bool:
+    """Whether a node is one of TensorRT's quantizers, which this release has."""
+    new = node.op.startswith(("TRT_FP4", "TRT_MXFP8")) and FP4 not in context.dialect.types
+    return node.domain == "trt" and node.op in TRT_OPERATORS and not new
 
 
 def constant_type(context: Context) -> Iterator[Match]:
@@ -206,9 +283,12 @@ def _needs_gpu(context: Context, prefix: str, first: int, name: str) -> Iterator
     oldest = context.oldest
     if oldest is None or oldest >= first:
         return
-    for node in context.view.nodes_of(*QDQ):
+    for node in context.view.nodes:
         quantized = node.outputs[0] if node.op == "QuantizeLinear" else node.input(0)
-        if context.view.dtype(quantized).startswith(prefix):
+        standard = node.standard and node.op in QDQ
+        if (standard and context.view.dtype(quantized).startswith(prefix)) or (
+            node.domain == "trt" and node.op.startswith(f"TRT_{name}")
+        ):
             yield Match(
                 node, f"it uses {name}, which needs SM{first} or newer; the target has SM{oldest}"
             )
@@ -239,6 +319,17 @@ TYPE_RULES = (
     Rule("operator-foreign", foreign_operator,
          "export to plain ONNX operators (for MatMulNBits: an INT4 constant, DequantizeLinear and "
          "MatMul)", built_here("refused", "documented")),
+    Rule("operator-plugin", plugin_operator,
+         "export to plain ONNX operators, or load the plugin when the engine is built and run",
+         {**documented("refused"), "trt-rtx": Verdict("refused", "unproven")}),
+    Rule("operator-alike", alike_operator,
+         "export to plain ONNX operators: the two may differ in inputs, layout or what they compute",
+         {name: Verdict("doubtful", "unproven") for name in TENSORRT}),
+    Rule("operator-by-name", known_foreign_operator,
+         "nothing, or export to plain ONNX operators, which others read too", built_here("note")),
+    Rule("operator-tensorrt", tensorrt_operator,
+         "nothing for TensorRT; ONNX Runtime and others need QuantizeLinear and DequantizeLinear",
+         built_here("note", "documented")),
     Rule("constant-type", constant_type,
          "store codes as INT8 or INT4 (signed), indices as INT32 or INT64, numbers as FP16 or FP32",
          built_here("refused", "documented")),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mpq_deploy.errors import UsageError
-from mpq_deploy.system.libraries import quiet_libraries
+from mpq_deploy.system.libraries import quiet_libraries, show_libraries
 from mpq_deploy.system.names import printable
 from mpq_deploy.system.progress import LINE_ENDS
 from mpq_deploy.system.release import __version__
@@ -70,7 +70,9 @@ def _main(
     ] = False,
 ) -> None:
     State.quiet, State.json, State.debug = quiet, json, debug
-    if not debug:
+    if debug:
+        show_libraries()
+    else:
         quiet_libraries()
 
 

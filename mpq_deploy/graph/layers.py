@@ -128,12 +128,12 @@ def layer_graph(model: ir.Model) -> LayerGraph:
         for index, value in enumerate(node.inputs):
             if value is None or not value.is_initializer() or value.name is None:
                 continue
-            reason = _refusal(node, index, value)
+            reason = refusal(node, index, value)
             if reason:
                 refused.setdefault(value.name, (node.op_type, reason))
             else:
                 source = node.inputs[0]
-                assert source is not None  # as _refusal says
+                assert source is not None  # as refusal says
                 use = LayerUse(node.name or "", source.name or "", node.outputs[0].name or "")
                 users.setdefault(value.name, []).append((node, use))
     layers: list[Layer] = []
@@ -172,7 +172,7 @@ def dataflow(model: ir.Model) -> nx.DiGraph:
     return graph
 
 
-def _refusal(node: ir.Node, index: int, value: ir.Value) -> str:
+def refusal(node: ir.Node, index: int, value: ir.Value) -> str:
     """Say why constant ``value`` at input ``index`` of ``node`` makes no layer; empty: it does."""
     shape = _shape(value)
     if node.domain not in STANDARD_DOMAINS:

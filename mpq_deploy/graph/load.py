@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import onnx
+import onnx.external_data_helper
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
@@ -96,14 +97,15 @@ def parse_proto(content: bytes, name: str) -> onnx.ModelProto:
 def check_external_data(proto: onnx.ModelProto, path: Path) -> None:
     """Raise ModelError unless every external tensor lies complete in the folder of ``path``.
 
-    A model that is a link has its data beside the file that it links to.
+    A model that is a link has its data beside the file that it links to. In a cache of the hub both
+    are links into ``blobs/``: there the locations become the names of those files.
     """
-    folder = path.resolve().parent
-    for tensor in _external_tensors(proto):
+    folder, blobs = path.resolve().parent, hub_blobs(path)
+    for tensor in external_tensors(proto):
         entries = {entry.key: entry.value for entry in tensor.external_data}
         location = entries.get("location", "")
         inside = not Path(location).is_absolute() and ".." not in Path(location).parts
-        file = folder / location
+        file = (folder if blobs is None else path.parent) / location
         if not location or not inside or not file.resolve().is_relative_to(folder):
             raise ModelError(
                 f"The weight '{tensor.name}' of {path} is stored outside the model's folder, in '{location}'.",
@@ -121,6 +123,45 @@ def check_external_data(proto: onnx.ModelProto, path: Path) -> None:
                 f"ends at {needed:,}.",
                 "The data file is truncated: export or copy it again.",
             )
+        if blobs is not None:
+            _locate_in(blobs, tensor, file)
+
+
+def hub_blobs(path: Path) -> Path | None:
+    """Return the folder of files of the hub's cache that ``path`` lies in; None: in none.
+
+    The cache's layout: ``models--ORG--NAME/snapshots/REVISION/FILE`` is a link into ``blobs/``. Links
+    to anywhere else are not the cache's.
+    """
+    shown = path.absolute()
+    for root in shown.parents:
+        if root.name.startswith("models--") and shown.relative_to(root).parts[0] == "snapshots":
+            blobs = (root / "blobs").resolve()
+            linked = blobs.parent == root.resolve() and shown.resolve().parent == blobs
+            return blobs if linked else None
+    return None
+
+
+def small_inline(proto: onnx.ModelProto, path: Path, limit: int) -> bool:
+    """Read external tensors of up to ``limit`` bytes into ``proto``, which ``read_proto`` gave for ``path``.
+
+    Returns whether there were any.
+    """
+    folder, small = path.resolve().parent, 0
+    for tensor in external_tensors(proto):
+        if (tensor_bytes(tensor) or 0) <= limit:
+            onnx.external_data_helper.load_external_data_for_tensor(tensor, str(folder))
+            tensor.data_location = onnx.TensorProto.DEFAULT
+            del tensor.external_data[:]
+            small += 1
+    return small > 0
+
+
+def _locate_in(blobs: Path, tensor: onnx.TensorProto, file: Path) -> None:
+    """Let ``tensor`` name the file that the link ``file`` leads to."""
+    for entry in tensor.external_data:
+        if entry.key == "location":
+            entry.value = file.resolve().relative_to(blobs).as_posix()
 
 
 def _end(tensor: onnx.TensorProto, entries: dict[str, str], path: Path) -> int:
@@ -143,13 +184,13 @@ def _end(tensor: onnx.TensorProto, entries: dict[str, str], path: Path) -> int:
 
 
 def external_files(proto: onnx.ModelProto, path: Path) -> list[Path]:
-    """Return the files in which the model at ``path`` keeps its weights, sorted."""
-    entries = [entry for tensor in _external_tensors(proto) for entry in tensor.external_data]
+    """Return the files in which the model at ``path``, as ``read_proto`` gave it, keeps its weights."""
+    entries = [entry for tensor in external_tensors(proto) for entry in tensor.external_data]
     names = sorted({entry.value for entry in entries if entry.key == "location"})
     return [path.resolve().parent / name for name in names]
 
 
-def _external_tensors(proto: onnx.ModelProto) -> list[onnx.TensorProto]:
+def external_tensors(proto: onnx.ModelProto) -> list[onnx.TensorProto]:
     """Return the tensors with external data, also those of attributes, subgraphs and functions."""
     tensors = list(proto.graph.initializer)
     nodes = [*proto.graph.node, *(node for function in proto.functions for node in function.node)]

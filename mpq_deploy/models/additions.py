@@ -9,9 +9,11 @@ from typing import Any
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.system.inputs import read_json_object
 
-# Parts of a pipeline that denoise, the first that is there by default.
-DENOISERS = ("unet", "transformer")
+# Parts of a pipeline that denoise, the first that is there by default; training keeps averages
+# beside the weights.
+DENOISERS = ("unet", "transformer", "unet_ema", "transformer_ema")
 SCHEDULER_FILE = "scheduler_config.json"
+INDEX, CONFIG = "model_index.json", "config.json"
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,34 @@ def read_scheduler(path: Path) -> dict[str, Any]:
             'Add, for example, "_class_name": "DDIMScheduler".',
         )
     return config
+
+
+def denoiser_part(folder: Path, component: str | None) -> Path | None:
+    """Return the folder of what denoises (or of ``component``) in a pipeline's; None: there is none.
+
+    A folder with a configuration of its own and no parts is that folder itself.
+    """
+    names = DENOISERS if component is None else (component,)
+    part = next((folder / name for name in names if (folder / name / CONFIG).is_file()), None)
+    alone = (folder / CONFIG).is_file() and not (folder / INDEX).is_file()
+    return folder if part is None and alone else part
+
+
+def pipeline_index(folder: Path) -> dict[str, Any]:
+    """Return model_index.json; without one (checkpoints of training) what the parts' own files say."""
+    if (folder / INDEX).is_file():
+        return read_json(folder / INDEX)
+    parts: dict[str, Any] = {}
+    for path in sorted(folder.glob(f"*/{CONFIG}")):
+        config = read_json(path)
+        architectures = config.get("architectures")
+        if config.get("_class_name"):
+            parts[path.parent.name] = ["diffusers", config["_class_name"]]
+        elif isinstance(architectures, list) and architectures:
+            parts[path.parent.name] = ["transformers", architectures[0]]
+    for path in sorted(folder.glob("tokenizer*/tokenizer_config.json")):
+        parts[path.parent.name] = ["transformers", read_json(path).get("tokenizer_class")]
+    return parts if any(name in parts for name in DENOISERS) else {}
 
 
 def predicted(scheduler: dict[str, Any]) -> Any:

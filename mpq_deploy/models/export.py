@@ -19,6 +19,7 @@ from mpq_deploy.graph.layers import STANDARD_DOMAINS
 from mpq_deploy.graph.passes.first_token import FirstTokenPass, common_first_token, projections
 from mpq_deploy.models.conditions import Conditions
 from mpq_deploy.models.denoiser import Denoiser, Network
+from mpq_deploy.models.sampling_fit import check_output
 from mpq_deploy.models.spec import Array, DenoiserSpec
 from mpq_deploy.runtime.not_finite import first_not_finite
 from mpq_deploy.runtime.ort import (
@@ -27,6 +28,7 @@ from mpq_deploy.runtime.ort import (
     options_for_few_calls,
     run_session,
 )
+from mpq_deploy.system.libraries import tell_cause
 from mpq_deploy.system.progress import Talk
 
 MODEL, SPEC, CONDITIONS, DECODER = "model.onnx", "denoiser.json", "conditions.npz", "decoder.onnx"
@@ -80,8 +82,9 @@ def export_denoiser(
     constants (``graph.passes.first_token``). ``release``: let go of the denoiser's own weights on
     the way, so that those of the file are not held beside them.
 
-    Raises ModelError when a weight is not finite, when the graph cannot be exported, or when the
-    outputs differ by more than the network's tolerance (1e-3 of the largest for a module).
+    Raises ModelError when a weight is not finite, when the graph cannot be exported, when its output
+    is nothing that a sampler takes, or when the outputs differ by more than the network's tolerance
+    (1e-3 of the largest for a module).
     """
     talk, started = talk or Talk(), time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
@@ -208,6 +211,7 @@ def _compared_with_source(denoiser: Denoiser, path: Path, release: bool) -> floa
     if release:
         denoiser.network.release()
     for feeds, reference in zip(cases, references):
+        check_output(denoiser.spec, reference.shape)
         if not np.isfinite(reference).all():
             raise _not_finite(denoiser.spec, path, feeds)
     session = make_session_with(path, options_for_few_calls())
@@ -261,6 +265,7 @@ def _export_decoder(
     try:
         return _write_decoder(decoder, spec, path, talk), ""
     except ModelError as reason:
+        tell_cause(reason)
         note = f"The decoder was not exported, samples are compared as latents: {reason.message}"
         talk.warn(note)
         return None, note

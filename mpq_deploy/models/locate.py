@@ -18,6 +18,8 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 PARTS = (
     "unet",
     "transformer",
+    "unet_ema",
+    "transformer_ema",
     "scheduler",
     *(f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")),
     "vae",
@@ -41,16 +43,12 @@ def locate(source: str | Path | None, talk: Talk | None = None) -> Path:
         return bundled_demo(None if source is None else str(source))
     path = Path(source)
     # Path("") is the current folder, which nobody named.
-    if source != "" and (path.is_dir() or (path.suffix == ".onnx" and path.is_file())):
+    if source != "" and path.is_dir():
+        return _in_folder(path)
+    if path.suffix == ".onnx" and path.is_file():
         return path
     if path.is_file():
-        raise ModelError(
-            f"{path} is a file, but no .onnx file.",
-            "Pickled checkpoints are refused, because loading them runs their code: load the model in diffusers where "
-            "you trust it and write it with save_pretrained(FOLDER, safe_serialization=True), then give the folder."
-            if path.suffix in PICKLE_ENDINGS
-            else "Give a diffusers folder or an .onnx file.",
-        )
+        raise ModelError(f"{path} is a file, but no .onnx file.", _other_file(path))
     if is_hub_id(str(source)) and path.suffix not in (".onnx", *PICKLE_ENDINGS):
         return fetch(str(source), talk or Talk())
     raise UsageError(
@@ -58,6 +56,32 @@ def locate(source: str | Path | None, talk: Talk | None = None) -> Path:
         f"{nearest(str(source), DEMOS)}Give a diffusers folder, an .onnx file, a hub id (org/name), or one of the "
         f"bundled models: {', '.join(DEMOS)}.",
     )
+
+
+def _in_folder(folder: Path) -> Path:
+    """Return ``folder``, or the ONNX file of the denoiser in it."""
+    from mpq_deploy.models.optimum_folder import onnx_denoiser
+
+    return onnx_denoiser(folder) or folder
+
+
+def _other_file(path: Path) -> str:
+    """Say what to do with a file that is no ONNX."""
+    if path.suffix in PICKLE_ENDINGS:
+        return (
+            "Pickled checkpoints are refused, because loading them runs their code: load the model in diffusers where "
+            "you trust it and write it with save_pretrained(FOLDER, safe_serialization=True), then give the folder."
+        )
+    if path.suffix == ".gguf":
+        return "A GGUF file is already quantized: give the float checkpoint, as a diffusers folder."
+    if path.suffix in (".engine", ".plan", ".trt"):
+        return "An engine is built already: give the float checkpoint that it was made from."
+    if path.suffix == ".safetensors":
+        return (
+            "A checkpoint in one file: load it in diffusers with from_single_file and write it with "
+            "save_pretrained(FOLDER), then give the folder. Where it lies in such a folder, give that."
+        )
+    return "Give a diffusers folder or an .onnx file."
 
 
 def source_files(
@@ -79,11 +103,13 @@ def source_files(
         }
         return sorted((p.relative_to(path).as_posix(), p) for p in files)
     from mpq_deploy.graph.load import external_files, read_proto
-    from mpq_deploy.models.onnx_file import description_path, read_description
+    from mpq_deploy.models.onnx_file import described
 
-    yaml_path = description_path(path, description)
-    files = {path, yaml_path, *external_files(read_proto(path), path)}
-    scheduler = read_description(yaml_path).scheduler
+    proto = read_proto(path)
+    names = [[value.name for value in values] for values in (proto.graph.input, proto.graph.output)]
+    said, yaml_path = described(path, description, *names)
+    files = {path, yaml_path, *external_files(proto, path)}
+    scheduler = said.scheduler
     if isinstance(scheduler, str) and (yaml_path.parent / scheduler).is_file():
         files.add(yaml_path.parent / scheduler)
     return sorted((p.name, p) for p in files)
@@ -127,8 +153,16 @@ def is_hub_id(source: str) -> bool:
     return HUB_ID.fullmatch(source) is not None
 
 
+def _bears_weights(folder: Path) -> bool:
+    """Whether the part that denoises has safetensors."""
+    from mpq_deploy.models.additions import denoiser_part
+
+    part = denoiser_part(folder, None)
+    return part is None or any(part.glob("*.safetensors"))
+
+
 def fetch(hub_id: str, talk: Talk) -> Path:
-    """Return the local folder of the hub's model, downloading what is not there yet.
+    """Return the local folder (or ONNX file) of the hub's model, downloading what is not there yet.
 
     Raises UsageError when there is no such model, no access to it or no network.
     """
@@ -146,9 +180,14 @@ def fetch(hub_id: str, talk: Talk) -> Path:
     patterns += [f"*/{kind}" for kind in KINDS]
     talk.line(f"  looking for {hub_id} on the hub")
     try:
-        return Path(
+        folder = Path(
             snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=list(LEFT_OUT))
         )
+        if not _bears_weights(folder):
+            # The repository has them in half precision alone, or as ONNX.
+            patterns += [f"{place}model.onnx*" for place in ("", "unet/", "transformer/")]
+            folder = Path(snapshot_download(hub_id, allow_patterns=patterns))
+        return _in_folder(folder)
     except (OSError, HFValidationError, RevisionResolutionError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UsageError(

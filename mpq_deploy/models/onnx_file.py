@@ -16,6 +16,7 @@ Example, ``model.yaml`` beside ``model.onnx``::
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from mpq_deploy.errors import ModelError, UsageError, nearest
+from mpq_deploy.graph.already_quantized import refuse_quantized
 from mpq_deploy.graph.known_values import Sizes
 from mpq_deploy.graph.load import load_model, normalise, widened
 from mpq_deploy.graph.passes.raise_opset import QUANTIZED_OPSET
@@ -32,6 +34,7 @@ from mpq_deploy.graph.passes.widen import uses_bfloat16, uses_halves
 from mpq_deploy.models.additions import Additions, predicted, read_scheduler
 from mpq_deploy.models.conditions import Conditions, WantedInput, check_conditions, list_inputs
 from mpq_deploy.models.denoiser import Denoiser
+from mpq_deploy.models.optimum_folder import CONFIG, own_description
 from mpq_deploy.models.spec import Array, DenoiserSpec, InputSpec, PredictionType
 from mpq_deploy.system.progress import Talk
 from mpq_deploy.system.yaml_file import read_yaml
@@ -165,6 +168,21 @@ def description_path(model: Path, given: Path | None) -> Path:
     return file
 
 
+def described(
+    model: Path, given: Path | None, inputs: Sequence[str], outputs: Sequence[str]
+) -> tuple[OnnxDescription, Path]:
+    """Return what the file's YAML says, or the folder's own configurations (optimum), and its path.
+
+    Raises UsageError where there is neither.
+    """
+    beside = any(model.with_suffix(ending).is_file() for ending in (".yaml", ".yml"))
+    own = {} if given is not None or beside else own_description(model, inputs, outputs)
+    if own:
+        return OnnxDescription.model_validate(own), model.parent / CONFIG
+    path = description_path(model, given)
+    return read_description(path), path
+
+
 def read_description(path: Path) -> OnnxDescription:
     """Return the checked YAML at ``path``. Raises UsageError naming the entry that is wrong."""
     content = read_yaml(path, error=UsageError)
@@ -189,10 +207,11 @@ def open_onnx(path: Path, source: str, additions: Additions, talk: Talk) -> Deno
     file that cannot be used (no dynamic batch axis, unknown input types).
     """
     model = load_model(path)
-    yaml_path = description_path(path, additions.description)
-    description = read_description(yaml_path)
+    refuse_quantized(model, path)
     inputs = [value for value in model.graph.inputs if not value.is_initializer()]
     declared = {value.name or "": value for value in inputs}
+    outputs = [value.name or "" for value in model.graph.outputs]
+    description, yaml_path = described(path, additions.description, list(declared), outputs)
     _check_names(declared, description, yaml_path)
     sample = _input(declared[description.sample.name], description.sample, path)
     timestep = _input(declared[description.timestep.name], description.timestep, path)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from mpq_deploy.errors import MissingDependencyError, ModelError, UsageError
-from mpq_deploy.models.additions import DENOISERS, Additions
+from mpq_deploy.models.additions import CONFIG, DENOISERS, Additions, denoiser_part, read_json
 from mpq_deploy.models.denoiser import Denoiser
 from mpq_deploy.models.locate import DEMOS, locate
+from mpq_deploy.models.weight_files import STEMS, find_weights, stored_weights
+from mpq_deploy.models.weight_kinds import refuse_quantized_config, refuse_weights
 from mpq_deploy.system.progress import Talk
 from mpq_deploy.system.validated import first_error
 
@@ -49,7 +52,23 @@ def _open(path: Path, source: str | Path | None, additions: Additions, talk: Tal
     return open_onnx(path, str(source), additions, talk)
 
 
+def look_at_weights(folder: Path, component: str | None) -> None:
+    """Raise ModelError for quantized weights and unmerged adapters, by headers alone.
+
+    Folders that cannot be opened for other reasons pass: whoever opens them says why.
+    """
+    part = denoiser_part(folder, component)
+    if part is None:
+        return
+    refuse_quantized_config(read_json(part / CONFIG), part / CONFIG)
+    for stem in STEMS:
+        if any(part.glob(f"{stem}*.safetensors*")):
+            stored = stored_weights(part, stem, find_weights(part, stem))
+            refuse_weights(stored.types, part)
+
+
 def _open_folder(folder: Path, source: str, additions: Additions, talk: Talk) -> Denoiser:
+    look_at_weights(folder, additions.component)
     for package in ("torch", "diffusers"):
         if importlib.util.find_spec(package) is None:
             raise MissingDependencyError(package, "torch", "Opening a diffusers folder")
@@ -59,7 +78,16 @@ def _open_folder(folder: Path, source: str, additions: Additions, talk: Talk) ->
         return open_component(folder, source, additions, talk)
     from mpq_deploy.models.pipeline_folder import open_folder
 
-    return open_folder(folder, source, additions, talk)
+    denoiser = open_folder(folder, source, additions, talk)
+    chosen = denoiser_part(folder, additions.component)
+    average = f"{chosen.name}_ema" if chosen is not None else ""
+    if additions.component is not None or not (folder / average / CONFIG).is_file():
+        return denoiser
+    note = (
+        f"{average}, the average of training, lies beside the weights taken: --component {average}"
+    )
+    talk.line(f"  {note}")
+    return replace(denoiser, notes=(*denoiser.notes, note))
 
 
 def source_denoiser(recipe: Recipe, talk: Talk) -> Denoiser:

@@ -16,6 +16,8 @@ from mpq_deploy.models.additions import (
     DENOISERS,
     SCHEDULER_FILE,
     Additions,
+    denoiser_part,
+    pipeline_index,
     predicted,
     read_json,
     read_scheduler,
@@ -31,6 +33,7 @@ from mpq_deploy.models.transformer import DIT, FLUX
 from mpq_deploy.models.unet import WEIGHTS_NAME, find_weights, load_pretrained
 from mpq_deploy.models.weight_files import check_config, stored_weights
 from mpq_deploy.system.inputs import whole
+from mpq_deploy.system.libraries import tell_cause
 from mpq_deploy.system.progress import Talk
 
 INDEX, CONFIG, CARD = "model_index.json", "config.json", "demo.json"
@@ -47,7 +50,7 @@ def open_folder(folder: Path, source: str, additions: Additions, talk: Talk) -> 
     Raises UsageError for a folder that is neither, for an unsupported class, and when something is
     missing that the folder cannot provide; ModelError for weights that cannot be loaded.
     """
-    pipeline = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
+    pipeline = pipeline_index(folder)
     part = _denoiser_folder(folder, pipeline, additions.component)
     config = read_json(part / CONFIG)
     if _runs_itself(folder, pipeline, config, additions):
@@ -155,23 +158,22 @@ def _decoder(
     try:
         return decoder_network(folder, form.sample.shape, form.unpack), ()
     except ModelError as error:
+        tell_cause(error)
         talk.warn(f"samples are compared as latents: {error.message}")
         return None, (f"No decoder, samples are compared as latents: {error.message}",)
 
 
 def _denoiser_folder(folder: Path, pipeline: dict[str, Any], component: str | None) -> Path:
+    part = denoiser_part(folder, component)
+    if part is not None:
+        return part
     if pipeline:
         names = DENOISERS if component is None else (component,)
-        part = next((folder / name for name in names if (folder / name / CONFIG).is_file()), None)
-        if part is not None:
-            return part
         parts = ", ".join(name for name in pipeline if not name.startswith("_"))
         raise UsageError(
             f"The pipeline in {folder} has no {' or '.join(names)} with a {CONFIG}; its parts are: {parts or 'none'}.",
             "Name the part with --component; export others to ONNX and give the ONNX file with a YAML.",
         )
-    if (folder / CONFIG).is_file():
-        return folder
     raise UsageError(
         f"{folder} is no diffusers model: it has neither {INDEX} nor {CONFIG}.",
         "Give the folder that save_pretrained wrote, or an .onnx file.",

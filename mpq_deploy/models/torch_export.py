@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import ast
 import gc
-import logging
 import re
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -28,6 +25,7 @@ from mpq_deploy.graph.passes.fold_constants import FoldConstantsPass
 from mpq_deploy.graph.passes.hide_near_neutral import HideNearNeutralPass
 from mpq_deploy.graph.passes.name_nodes import NameNodesPass
 from mpq_deploy.models.spec import Array, InputSpec
+from mpq_deploy.system.libraries import gist, silenced
 from mpq_deploy.system.progress import Talk
 
 # The last opset with GroupNorm written as InstanceNormalization, which all TensorRT versions run.
@@ -96,7 +94,7 @@ class TorchNetwork:
         axes = tuple({0: torch.export.Dim.DYNAMIC} for _ in example)
         wrapper = _Wrapper(self.module, self._call).eval()
         try:
-            with _quiet(), torch.no_grad():
+            with silenced(), torch.no_grad():
                 program = torch.onnx.export(
                     wrapper,
                     example,
@@ -110,7 +108,7 @@ class TorchNetwork:
                 )
         except torch.onnx.OnnxExporterError as error:
             raise ModelError(
-                f"PyTorch cannot export {type(self.module).__name__} to ONNX: {_first_line(error)}",
+                f"PyTorch cannot export {type(self.module).__name__} to ONNX: {gist(error)}",
                 self._remedy(),
             ) from error
         return program.model  # type: ignore[no-any-return]
@@ -170,7 +168,7 @@ def optimized(model: ir.Model) -> ir.Model:
     import onnxscript.optimizer
 
     HideNearNeutralPass()(model)
-    with _quiet():
+    with silenced():
         onnxscript.optimizer.optimize_ir(model)
     return model
 
@@ -245,29 +243,3 @@ def _rename_axis(value: ir.Value, batch: object) -> None:
     for axis, size in enumerate(value.shape):
         if isinstance(size, ir.SymbolicDim) and size.value is not None:
             value.shape[axis] = symbol.sub("batch", str(size.value))
-
-
-def _first_line(error: Exception) -> str:
-    """Return what went wrong without the exporter's own advice."""
-    cause = error.__cause__ or error
-    return str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the exporter's log: remarks on packages, traces of errors, which still raise."""
-    loggers = {
-        logging.getLogger("torch.onnx"): logging.ERROR,
-        logging.getLogger("torch.export"): logging.CRITICAL,
-    }
-    loggers[logging.getLogger("torch._subclasses.fake_tensor")] = logging.CRITICAL
-    before = {logger: logger.level for logger in loggers}
-    for logger, level in loggers.items():
-        logger.setLevel(level)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in before.items():
-            logger.setLevel(level)

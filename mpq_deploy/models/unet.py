@@ -10,7 +10,6 @@ import torch
 
 from mpq_deploy.errors import ModelError, MpqError, UsageError
 from mpq_deploy.models.conditions import WantedInput
-from mpq_deploy.models.locate import PICKLE_ENDINGS
 from mpq_deploy.models.weight_files import (
     AGAIN,
     CONFIG,
@@ -18,9 +17,14 @@ from mpq_deploy.models.weight_files import (
     check_shapes,
     stored_weights,
 )
+from mpq_deploy.models.weight_files import find_weights as find_weights
+from mpq_deploy.models.weight_kinds import (
+    refuse_other_names,
+    refuse_quantized_config,
+    refuse_weights,
+)
 from mpq_deploy.system.inputs import read_json_object
-from mpq_deploy.system.libraries import no_bars
-from mpq_deploy.system.names import printable
+from mpq_deploy.system.libraries import gist, no_bars, silenced
 
 UNET_CLASSES = ("UNet2DModel", "UNet2DConditionModel")
 WEIGHTS_NAME = "diffusion_pytorch_model"
@@ -138,13 +142,15 @@ def _whole_shape(given: Any, folder: Path) -> tuple[int, ...]:
 def load_pretrained(model_class: Any, folder: Path, variant: str | None) -> torch.nn.Module:
     """Load a diffusers model in float32, every weight from the file. Raises ModelError."""
     config = read_json_object(folder / CONFIG, error=ModelError, hint=AGAIN)
+    refuse_quantized_config(config, folder / CONFIG)
     stored = stored_weights(folder, WEIGHTS_NAME, variant)
+    refuse_weights(stored.types, folder)
     check_config(config, stored, folder)
     if getattr(model_class, "_keep_in_fp32_modules", None):
         # All of it is float32 here; diffusers would ask for another package to load only parts so.
         model_class = type(model_class.__name__, (model_class,), {"_keep_in_fp32_modules": None})
     try:
-        with no_bars("diffusers"):
+        with no_bars("diffusers"), silenced():
             check_shapes(lambda: model_class.from_config(config), stored, folder)
             model, loaded = model_class.from_pretrained(
                 folder,
@@ -159,45 +165,14 @@ def load_pretrained(model_class: Any, folder: Path, variant: str | None) -> torc
         raise
     except Exception as error:
         # A class raises anything at all for a configuration that is not its own.
-        reason = printable(" ".join(str(error).split())[:300]) or type(error).__name__
         raise ModelError(
-            f"The weights in {folder} cannot be loaded: {reason}",
+            f"The weights in {folder} cannot be loaded: {gist(error)}",
             "The file is damaged or belongs to another config.json: download or save the model again.",
         ) from error
-    missing, unexpected = sorted(loaded["missing_keys"]), sorted(loaded["unexpected_keys"])
-    if missing or unexpected:
-        names = missing or unexpected
-        problem = "lack" if missing else f"hold, and {model_class.__name__} does not take,"
-        raise ModelError(
-            f"The weights in {folder} {problem} {len(names)} tensors, such as '{names[0]}'.",
-            "The file belongs to another config.json, or was saved incompletely.",
-        )
-    return model.eval()
-
-
-def find_weights(folder: Path, stem: str) -> str | None:
-    """Return the variant (such as ``fp16``; None: plain) of the safetensors in ``folder``.
-
-    Raises ModelError when there are none; pickled weights are refused: loading runs their code.
-    """
-    files = sorted(folder.glob(f"{stem}*.safetensors*"))
-    if (folder / f"{stem}.safetensors").exists() or (
-        folder / f"{stem}.safetensors.index.json"
-    ).exists():
-        return None
-    if files:
-        parts = files[0].name.removeprefix(f"{stem}.").split(".")
-        return parts[0].split("-")[0]
-    pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_ENDINGS)
-    if pickled:
-        raise ModelError(
-            f"The weights in {folder} are pickled ({pickled[0]}), which is refused: loading them can run any code.",
-            "Where you trust the file, load the model with diffusers and write it again with "
-            "save_pretrained(FOLDER, safe_serialization=True).",
-        )
-    raise ModelError(
-        f"{folder} holds no weights ({stem}.safetensors).", "Copy the weights into the folder."
+    refuse_other_names(
+        loaded["missing_keys"], loaded["unexpected_keys"], model_class.__name__, folder
     )
+    return model.eval()
 
 
 def _first(value: Any) -> int:

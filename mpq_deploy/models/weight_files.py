@@ -15,10 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from mpq_deploy.errors import ModelError
+from mpq_deploy.models.locate import PICKLE_ENDINGS
+from mpq_deploy.models.weight_kinds import refuse_quantized_config, refuse_weights
 from mpq_deploy.system.inputs import read_json_object
 from mpq_deploy.system.names import path_inside, printable
 
 CONFIG, SAFETENSORS, INDEX = "config.json", ".safetensors", ".safetensors.index.json"
+# How the weights' files of diffusers and of transformers begin.
+STEMS = ("diffusion_pytorch_model", "model")
 AGAIN = "The file belongs to another config.json, or is damaged: download or save the model again."
 # Numbers in a configuration up to this are taken as they are; larger ones must be a dimension of
 # some weight (our choice: widths, heads, tokens of an image, steps of training).
@@ -35,9 +39,10 @@ _COUNTS = re.compile(r"num_layers|layers_per|num_blocks|depth|num_.*_layers|n_la
 
 @dataclass(frozen=True)
 class Stored:
-    """The tensors of a folder's weights: name -> shape, from the headers of its files."""
+    """The tensors of a folder's weights by name: shapes and types, from the headers of its files."""
 
     shapes: dict[str, tuple[int, ...]]
+    types: dict[str, str]
 
     @property
     def elements(self) -> int:
@@ -53,29 +58,67 @@ class Stored:
 def stored_weights(folder: Path, stem: str, variant: str | None) -> Stored:
     """Read the headers of ``folder``'s safetensors of that ``stem`` and ``variant``.
 
-    Raises ModelError for an index that names anything but safetensors in the folder, and for files
-    that are damaged.
+    Raises ModelError as ``weight_paths``, and for files that are damaged.
     """
     from safetensors import SafetensorError, safe_open
 
     shapes: dict[str, tuple[int, ...]] = {}
-    for path in _files(folder, stem, variant):
+    types: dict[str, str] = {}
+    for path in weight_paths(folder, stem, variant):
         try:
             with safe_open(path, framework="numpy") as file:
                 for name in file.keys():  # noqa: SIM118 (no mapping)
-                    shapes[name] = tuple(file.get_slice(name).get_shape())
+                    part = file.get_slice(name)
+                    shapes[name], types[name] = tuple(part.get_shape()), str(part.get_dtype())
         except (SafetensorError, OSError, ValueError) as error:
             said = printable(str(error).splitlines()[0] if str(error) else "")
             raise ModelError(f"The weights in {path} cannot be read: {said}.", AGAIN) from error
-    return Stored(shapes)
+    return Stored(shapes, types)
 
 
-def _files(folder: Path, stem: str, variant: str | None) -> list[Path]:
+def find_weights(folder: Path, stem: str) -> str | None:
+    """Return the variant (such as ``fp16``; None: plain) of the safetensors in ``folder``.
+
+    Raises ModelError when there are none; pickled weights are refused: loading runs their code.
+    """
+    parts = r"(-\d+-of-\d+)?"
+    file = re.compile(
+        rf"{re.escape(stem)}{parts}(\.([A-Za-z]\w*))?{parts}\.safetensors(\.index(\.([A-Za-z]\w*))?\.json)?"
+    )
+    found = [match for path in folder.iterdir() if (match := file.fullmatch(path.name))]
+    variants = {match[3] or match[7] for match in found}
+    if variants:
+        return None if None in variants else sorted(variants)[0]
+    pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_ENDINGS)
+    if pickled:
+        raise ModelError(
+            f"The weights in {folder} are pickled ({pickled[0]}), which is refused: loading them can run any code.",
+            "Where you trust the file, load the model with diffusers and write it again with "
+            "save_pretrained(FOLDER, safe_serialization=True).",
+        )
+    raise ModelError(
+        f"{folder} holds no weights ({stem}.safetensors).", "Copy the weights into the folder."
+    )
+
+
+def weight_paths(folder: Path, stem: str, variant: str | None) -> list[Path]:
+    """Return the safetensors of that ``stem`` and ``variant``: one, or the parts that an index names.
+
+    Raises ModelError for an index that names anything but safetensors in the folder, and for parts
+    without an index.
+    """
     named = f"{stem}.{variant}" if variant else stem
     indexes = [f"{named}{INDEX}", f"{stem}{SAFETENSORS}.index.{variant}.json"]
     index = next((folder / name for name in indexes if (folder / name).is_file()), None)
     if index is None:
-        return [folder / f"{named}{SAFETENSORS}"]
+        whole = folder / f"{named}{SAFETENSORS}"
+        shards = sorted(folder.glob(f"{stem}*-of-*{SAFETENSORS}"))
+        if shards and not whole.is_file():
+            raise ModelError(
+                f"{folder} holds parts of weights ({shards[0].name}) without their index.",
+                f"Copy {indexes[-1] if variant else indexes[0]} into the folder.",
+            )
+        return [whole]
     parts = read_json_object(index, error=ModelError, hint=AGAIN).get("weight_map")
     if not isinstance(parts, dict) or not parts:
         raise ModelError(f"{index} has no weight_map.", AGAIN)
@@ -118,7 +161,10 @@ def check_config(
 def refuse_unborne(folder: Path, stem: str, variant: str | None) -> None:
     """Check the weights' headers and the configuration of a transformers model. Raises ModelError."""
     config = read_json_object(folder / CONFIG, error=ModelError, hint=AGAIN)
-    check_config(config, stored_weights(folder, stem, variant), folder, usual=TEXT_NUMBER)
+    refuse_quantized_config(config, folder / CONFIG)
+    stored = stored_weights(folder, stem, variant)
+    refuse_weights(stored.types, folder)
+    check_config(config, stored, folder, usual=TEXT_NUMBER)
 
 
 def _numbers(values: Any, place: str = "", count: int = 1) -> Iterator[tuple[str, int, int]]:
@@ -134,8 +180,8 @@ def _numbers(values: Any, place: str = "", count: int = 1) -> Iterator[tuple[str
         yield place, values, count
 
 
-# What classes only note: ids of tokens, constants of formulas.
-_FREE = frozenset({"rope_theta", "theta"})
+# What classes only note: ids of tokens, constants of formulas, how far an average of training was.
+_FREE = frozenset({"rope_theta", "theta", "optimization_step", "update_after_step"})
 
 
 def check_shapes(make: Callable[[], Any], stored: Stored, folder: Path) -> None:

@@ -103,11 +103,13 @@ def _export(run: Run) -> StageMemory:
 
 def _weight_files(folder: Path) -> list[Path]:
     """Return the safetensors of one variant: the plain one where there is one."""
-    files = sorted(folder.glob("*.safetensors"))
-    plain = [file for file in files if file.name.count(".") == 1]
-    return plain or [
-        file for file in files if file.name.split(".")[1] == files[0].name.split(".")[1]
-    ]
+    from mpq_deploy.models.weight_files import STEMS, find_weights, weight_paths
+
+    for stem in STEMS:
+        if any(folder.glob(f"{stem}*.safetensors")):
+            files = weight_paths(folder, stem, find_weights(folder, stem))
+            return [file for file in files if file.is_file()]
+    return []
 
 
 def _engine(run: Run) -> StageMemory:

@@ -9,7 +9,13 @@ import numpy as np
 import onnxruntime as ort
 
 from mpq_deploy.errors import ModelError, UsageError, nearest
-from mpq_deploy.graph.load import external_files, parse_proto, read_proto
+from mpq_deploy.graph.load import (
+    external_files,
+    hub_blobs,
+    parse_proto,
+    read_proto,
+    small_inline,
+)
 from mpq_deploy.models.spec import Array, DenoiserSpec, InputSpec
 from mpq_deploy.system.threads import may_spin, runtime_threads
 
@@ -20,6 +26,11 @@ ORT_ERRORS = tuple(
     if isinstance(error, type) and issubclass(error, Exception)
 )
 ERROR_SEVERITY = 3
+# The folder that names of external files count from where a session is made from bytes (ONNX
+# Runtime's onnxruntime_session_options_config_keys.h).
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+# Smaller constants stay inside such bytes, where shape inference can read them.
+INLINE_BYTES = 1024
 CPU = "CPUExecutionProvider"
 # From so many bytes of weights on, sessions on the CPU leave them where the file is mapped (our
 # choice: smaller models run faster with weights in the layout of each kernel, which are copies).
@@ -87,10 +98,18 @@ def make_session_with(
 ) -> ort.InferenceSession:
     """Open ``model`` as ``make_session`` does, under the given options."""
     chosen = list(providers or [CPU])
+    source: str | bytes = model if isinstance(model, bytes) else str(model.resolve())
     if isinstance(model, bytes):
         parse_proto(model, "The model in memory")
     else:
-        files = external_files(read_proto(model), model)
+        proto = read_proto(model)
+        files = external_files(proto, model)
+        inlined = small_inline(proto, model, INLINE_BYTES)
+        if files and (inlined or hub_blobs(model) is not None):
+            # Shape inference reads no external data, and links into the hub's cache lead to files of
+            # other names than the model's own text says.
+            source = proto.SerializeToString()
+            options.add_session_config_entry(WEIGHTS_FOLDER, str(model.resolve().parent))
         if chosen == [CPU] and sum(file.stat().st_size for file in files) >= LARGE_WEIGHTS_BYTES:
             spare_memory(options)
     available = ort.get_available_providers()
@@ -101,11 +120,7 @@ def make_session_with(
                 f"{nearest(provider, available)}Available: {', '.join(available)}.",
             )
     try:
-        return ort.InferenceSession(
-            model if isinstance(model, bytes) else str(model.resolve()),
-            options,
-            providers=chosen,
-        )
+        return ort.InferenceSession(source, options, providers=chosen)
     except ORT_ERRORS as error:
         where = "the model in memory" if isinstance(model, bytes) else str(model)
         reason = " ".join(str(error).split())
@@ -182,6 +197,12 @@ def model_feeds(
     if spec.timestep is not None:
         rows = _timestep_rows(timestep, count, spec.timestep)
         scaled = rows if spec.timestep_scale == 1 else rows * spec.timestep_scale
+        fraction = first_fraction(scaled) if spec.timestep.dtype.startswith("int") else None
+        if fraction is not None:
+            raise ModelError(
+                f"The timestep '{spec.timestep.name}' is {spec.timestep.dtype}, and {fraction:g} is no whole number.",
+                "Use a scheduler of whole timesteps, or export the model with a float timestep.",
+            )
         feeds[spec.timestep.name] = _cast(scaled, spec.timestep)
     for item in spec.conditions:
         if item.name not in conditions:
@@ -195,6 +216,12 @@ def model_feeds(
             )
         feeds[item.name] = _cast(values, item)
     return feeds
+
+
+def first_fraction(values: Array) -> float | None:
+    """Return the first of ``values`` that is no whole number; None: all are."""
+    fractions = values[values != np.round(values)]
+    return float(fractions.flat[0]) if fractions.size else None
 
 
 def _timestep_rows(timestep: float | Array, count: int, item: InputSpec) -> Array:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpq_deploy.errors import UsageError
+from mpq_deploy.graph.census import take_census
 from mpq_deploy.graph.layers import layer_graph
 from mpq_deploy.graph.load import load_model
 from mpq_deploy.graph.writers.deployed_graphs import fp16_bytes
@@ -13,6 +14,7 @@ from mpq_deploy.models.call_file import pictures_of
 from mpq_deploy.models.export import export_denoiser
 from mpq_deploy.models.locate import source_files
 from mpq_deploy.models.open import source_denoiser
+from mpq_deploy.models.sampling_fit import check_declared, check_timesteps
 from mpq_deploy.run.stage import Stage, version_of
 from mpq_deploy.run.stage_memory import check_memory
 from mpq_deploy.system.files import Fields, canonical_json, file_digest
@@ -20,12 +22,15 @@ from mpq_deploy.system.files import Fields, canonical_json, file_digest
 if TYPE_CHECKING:
     from mpq_deploy.run.view import Run
 
+EXPORT_FORMAT = 2
+
 
 def inputs(run: Run) -> Fields:
     """Return the settings and versions that the stage depends on, beside the stages it reads."""
     recipe = run.recipe
     files = source_files(recipe.model, Path(recipe.description) if recipe.description else None)
     fields: Fields = {
+        "export.format": EXPORT_FORMAT,
         "recipe.model": recipe.model,
         "recipe.guidance_scale": recipe.guidance_scale,
         "recipe.component": recipe.component,
@@ -47,14 +52,19 @@ def make(run: Run, folder: Path) -> str:
     recipe = run.recipe
     check_memory(run, STAGE)
     denoiser = source_denoiser(recipe, run.talk)
+    check_declared(denoiser.spec)
+    steps = (recipe.calibrate.steps, recipe.evaluate.steps)
+    check_timesteps(denoiser.spec, steps, recipe.evaluate.sampler)
     apart = recipe.first_token == "precomputed"
     report = export_denoiser(denoiser, folder, run.talk, first_token_apart=apart, release=True)
     graph = layer_graph(load_model(folder / "model.onnx"))
+    census = take_census(graph)
     if not graph.layers:
         raise UsageError(
-            f"{recipe.model} has no layer to quantize: no Conv, Gemm or MatMul with a constant weight.",
-            "Is it a denoiser?",
+            f"{recipe.model} has no layer to quantize: {census.text()}",
+            "Export it with its weights as constants that Conv, Gemm or MatMul take as they are.",
         )
+    run.talk.line(f"  {census.text()}")
     spec = denoiser.spec
     size = fp16_bytes(load_model(folder / "model.onnx"), spec.timestep_name, spec.sample.name)
     facts = {
@@ -62,6 +72,7 @@ def make(run: Run, folder: Path) -> str:
         "layers": len(graph.layers),
         "max_relative_error": report.max_relative_error,
         "notes": list(report.notes),
+        "products": census.values(),
     }
     (folder / "facts.json").write_text(canonical_json(facts), encoding="utf-8")
     return f"{len(graph.layers)} layers, {size / 1e6:.2f} MB in FP16, max error {report.max_relative_error:.1e}"

@@ -1,13 +1,25 @@
-"""What diffusers, transformers and Python's warnings say stays out of the command line's output."""
+"""What other libraries log, print and warn of: kept from the user, or shown whole under ``--debug``."""
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib import import_module
+
+from mpq_deploy.system.names import printable
+
+# Set under --debug, for this process and its children.
+DEBUG = "MPQ_DEPLOY_DEBUG"
+# What a message of ours quotes of a library's.
+LONGEST_GIST = 300
+# Errors whose text alone says nothing.
+BARE = (LookupError, AssertionError, NotImplementedError)
 
 SETTINGS = {
     "DIFFUSERS_VERBOSITY": "error",
@@ -31,6 +43,62 @@ def quiet_libraries() -> None:
         warnings.filterwarnings("ignore", module=WARNING_MODULES)
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+
+
+def show_libraries() -> None:
+    """Show everything that other libraries say, also in children (``--debug``)."""
+    os.environ[DEBUG] = "1"
+
+
+def libraries_shown() -> bool:
+    """Whether the user asked for what other libraries say."""
+    return os.environ.get(DEBUG) == "1"
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Keep what libraries log, print and warn of in the block; all of it is shown under ``--debug``.
+
+    Errors are raised as ever: whoever catches one says its ``gist``.
+    """
+    if libraries_shown():
+        yield
+        return
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with (
+            redirect_stdout(io.StringIO()),
+            redirect_stderr(io.StringIO()),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def gist(error: BaseException) -> str:
+    """Return in one line what went wrong at first, without the advice around it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = lines[:1]
+    # "... the following conflicts:" is followed by them.
+    for line in lines[1:]:
+        if not said[-1].endswith(":"):
+            break
+        said.append(line)
+    text = printable(" ".join(said))[:LONGEST_GIST]
+    if not text or isinstance(error, BARE):
+        return f"{type(error).__name__}{': ' if text else ''}{text}"
+    return text
+
+
+def tell_cause(error: BaseException) -> None:
+    """Write an error that is only noted, and what it came from, to stderr under ``--debug``."""
+    if libraries_shown():
+        sys.stderr.write("".join(traceback.format_exception(error)))
 
 
 @contextmanager

@@ -16,18 +16,20 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from mpq_deploy.errors import ModelError
-from mpq_deploy.runtime.ort import LARGE_WEIGHTS_BYTES, ORT_ERRORS, session_options, spare_memory
+from mpq_deploy.runtime.ort import (
+    INLINE_BYTES,
+    LARGE_WEIGHTS_BYTES,
+    ORT_ERRORS,
+    WEIGHTS_FOLDER,
+    session_options,
+    spare_memory,
+)
 from mpq_deploy.system.locks import scratch_folder
 from mpq_deploy.system.progress import Talk
 
-# The folder that names of external files count from where a session is made from bytes (ONNX
-# Runtime's onnxruntime_session_options_config_keys.h).
-WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 # Graphs whose constants are all in memory and below this are handed over as bytes, without any
 # file.
 IN_MEMORY_BYTES = 64 * 1024 * 1024
-# Smaller constants stay inside the graph file, where shape inference can read them.
-INLINE_BYTES = 1024
 ALIGNMENT = 64
 
 

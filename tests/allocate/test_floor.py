@@ -8,6 +8,7 @@ from mpq_deploy.allocate.floor import floor_causes, floor_text
 from mpq_deploy.allocate.problem import LayerChoice
 from mpq_deploy.engine.target import load_target
 from mpq_deploy.formats.scheme import SCHEMES
+from mpq_deploy.graph.census import Census, NoLayers
 from mpq_deploy.graph.layers import Layer
 
 JETSON = load_target("jetson-orin-nano")
@@ -41,7 +42,10 @@ def test_every_byte_beyond_four_bits_has_a_reason() -> None:
     assert "2 groups" in causes[2].reason and "nearest" not in causes[2].reason
     assert causes[2].lift.startswith("--target rtx, which takes it, or a device that shows it")
     smallest = sum(min(one.bytes.values()) for one in choices) + 1000
-    text = floor_text(causes, smallest, 1000, 4 * 2 * 64 * 576)
+    others = (NoLayers("have a weight that the graph computes at run time", 2, 4_000_000),)
+    census = Census(4, 294_912, others)
+    text = floor_text(causes, smallest, 1000, 4 * 2 * 64 * 576, census)
+    assert "4 of 6 Conv, Gemm and MatMul are layers" in text and "at run time (4.00 MB)" in text
     shares = [float(word) for word in text.split() if word.startswith("0.")]
     assert sum(shares) == pytest.approx(smallest / (4 * 2 * 64 * 576), abs=3e-4)
     assert (

@@ -105,6 +105,30 @@ def nbits(d: Draft) -> str:
     )
 
 
+ZERO = np.int8(0)
+UNARY_REFUSED = ("FastGelu", "QuickGelu")
+
+
+def microsoft(d: Draft, op: str) -> str:
+    return d.op(op, d.relu(), domain="com.microsoft")
+
+
+def microsoft_pair(d: Draft, zero: Any = ZERO) -> str:
+    given = d.scale(), d.const(np.asarray(zero))
+    codes = d.op("QuantizeLinear", d.relu(), *given, domain="com.microsoft")
+    return d.op("DequantizeLinear", codes, *given, domain="com.microsoft")
+
+
+def trt_pair(d: Draft, x: str, kind: str) -> str:
+    scale = d.scale()
+    codes = d.op(f"TRT_{kind}QuantizeLinear", x, scale, domain="trt")
+    return d.op(f"TRT_{kind}DequantizeLinear", codes, scale, domain="trt")
+
+
+def fp4_dynamic(d: Draft) -> str:
+    return d.op("TRT_FP4DynamicQuantize", d.relu(), d.scale(), domain="trt", axis=-1, block_size=16)
+
+
 def cast_scale(d: Draft) -> str:
     return mm(d, d.op("Cast", d.int4(128, 128, scale=np.float32), to=TensorProto.FLOAT16))
 
@@ -287,6 +311,16 @@ BAD = [
     Form("operator-unsupported", lambda d: d.op("RMSNormalization", d.relu(), d.half(16)), target="jetson-agx-orin",
          opset=23),
     Form("operator-foreign", nbits, ROWS, build="fails"),
+    *(Form("operator-foreign", lambda d, op=op: microsoft(d, op), ROWS, build="fails") for op in UNARY_REFUSED),
+    Form("operator-plugin", lambda d: d.op("Own", d.relu(), domain="org.someone"), ROWS, build="fails"),
+    Form("operator-alike", lambda d: d.op("Relu", d.relu(), domain="org.someone"), ROWS),
+    *(Form("operator-by-name", lambda d, op=op: microsoft(d, op), ROWS) for op in ("Gelu", "Trilu")),
+    Form("operator-by-name", microsoft_pair, ROWS),
+    Form("zero-point", lambda d: microsoft_pair(d, np.uint8(128)), ROWS, build="fails"),
+    Form("operator-tensorrt", lambda d: mm(d, trt_pair(d, d.half(128, 128), "FP8")), ROWS, "rtx-ada"),
+    Form("operator-tensorrt", lambda d: mm(d, trt_pair(d, d.half(128, 128), "FP8")), ROWS, "tensorrt-10"),
+    Form("fp8-gpu", lambda d: mm(d, trt_pair(d, d.half(128, 128), "FP8")), ROWS, "rtx", build="fails"),
+    Form("operator-plugin", fp4_dynamic, ROWS, "jetson-agx-orin", opset=23),
     Form("constant-type", lambda d: raw_codes(d, TensorProto.UINT4, 4), ROWS, build="fails"),
     Form("constant-type", lambda d: raw_codes(d, TensorProto.INT2, 2), ROWS, build="fails", opset=25),
     Form("uint8-codes", lambda d: raw_codes(d, TensorProto.UINT8, 8), ROWS, build="fails"),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mpq_deploy.errors import UsageError
-from mpq_deploy.models.locate import is_hub_id
+from mpq_deploy.models.locate import is_hub_id, locate
 from mpq_deploy.models.open import open_denoiser
 from tests.tiny_models import tiny_unet_folder
 
@@ -70,3 +70,34 @@ def test_only_harmless_files_are_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_
         "unet/x.fp16.safetensors",
     ):
         assert not taken(name)
+
+
+@pytest.mark.parametrize("kind", ["fp16", "onnx"])
+def test_a_repository_without_plain_weights_is_asked_for_what_it_has(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+) -> None:
+    import huggingface_hub
+
+    folder = tiny_unet_folder(tmp_path)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    content = weights.read_bytes()
+    weights.unlink()
+    asked: list[dict[str, Any]] = []
+
+    def local(hub_id: str, **options: Any) -> str:
+        asked.append(options)
+        if len(asked) == 2 and kind == "fp16":
+            weights.with_name("diffusion_pytorch_model.fp16.safetensors").write_bytes(content)
+        elif len(asked) == 2:
+            (folder / "unet" / "model.onnx").write_bytes(b"")
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", local)
+    path = locate("some-org/some-model")
+    assert path == (folder if kind == "fp16" else folder / "unet" / "model.onnx")
+    assert len(asked) == 2 and "*.fp16.*" in asked[0]["ignore_patterns"]
+    assert not any(
+        pattern.endswith((".bin", ".py", "*"))
+        for pattern in asked[1]["allow_patterns"]
+        if not pattern.endswith((".safetensors*", ".onnx*"))
+    )

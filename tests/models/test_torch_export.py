@@ -284,3 +284,54 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path, value: float) -> 
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"mid_block\.resnets\.0\.conv1\.weight.* 1 values"):
         export_denoiser(open_denoiser(folder), tmp_path / "export")
+
+
+EXPORTED = """
+import sys
+import torch
+from mpq_deploy.models.spec import InputSpec
+from mpq_deploy.models.torch_export import TorchNetwork
+from mpq_deploy.system.libraries import quiet_libraries, show_libraries
+from mpq_deploy.system.progress import Talk
+
+show_libraries() if sys.argv[1] == "debug" else quiet_libraries()
+
+
+class Branching(torch.nn.Module):
+    def forward(self, x, t):
+        return x if x.sum() > 0 else x * 2
+
+
+class Eigenvalues(torch.nn.Module):
+    def forward(self, x, t):
+        return torch.linalg.eigvals(x[:, None] * x[..., None]).real
+
+
+inputs = [InputSpec(name="x", shape=(4,)), InputSpec(name="t")]
+for module in (Branching(), Eigenvalues()):
+    try:
+        TorchNetwork(module, inputs, "y", lambda m, x, t: m(x, t)).to_onnx(Talk())
+    except Exception as error:
+        print(error)
+        if sys.argv[1] == "debug":
+            import traceback
+
+            traceback.print_exception(error)
+"""
+
+
+@pytest.mark.parametrize("mode", ["usual", "debug"])
+def test_the_exporters_words_are_one_line_and_whole_with_debug(mode: str) -> None:
+    import subprocess
+    import sys
+
+    done = subprocess.run(
+        [sys.executable, "-c", EXPORTED, mode], capture_output=True, encoding="utf-8", timeout=300
+    )
+    lines = done.stdout.splitlines()
+    if mode == "usual":
+        assert done.stderr == "" and len(lines) == 2
+        assert "data-dependent expression" in lines[0]
+    else:
+        assert "def forward(self" in done.stderr and "This is step 1/3" in done.stderr
+    assert any("No ONNX function found" in line and "linalg_eig" in line for line in lines)

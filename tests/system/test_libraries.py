@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("diffusers", reason="needs diffusers: pip install mpq-deploy[torch]")
 
-from mpq_deploy.system.libraries import SETTINGS, no_bars
+from mpq_deploy.system.libraries import SETTINGS, gist, no_bars
 from tests.tiny_models import tiny_unet_folder
 
 pytestmark = pytest.mark.torch
@@ -69,3 +69,66 @@ def test_progress_bars_come_back(library: str) -> None:
     with no_bars(library):
         assert not logging.is_progress_bar_enabled()
     assert logging.is_progress_bar_enabled()
+
+
+NOISY = """
+import logging, sys, warnings
+from mpq_deploy.system.libraries import silenced, show_libraries, tell_cause
+
+if sys.argv[1] == "debug":
+    show_libraries()
+logging.basicConfig(level=logging.DEBUG)
+with silenced():
+    logging.getLogger("torch.onnx").error("logged")
+    print("printed")
+    print("printed to stderr", file=sys.stderr)
+    warnings.warn("warned of")
+    try:
+        raise ValueError("first line\\nsecond line")
+    except ValueError as error:
+        caught = error
+tell_cause(caught)
+logging.getLogger("ours").error("after")
+print("done")
+"""
+
+
+@pytest.mark.parametrize("mode", ["usual", "debug"])
+def test_what_a_library_says_in_a_block_is_shown_with_debug_alone(mode: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", NOISY, mode], capture_output=True, encoding="utf-8", timeout=60
+    )
+    said = done.stdout + done.stderr
+    for text in ("logged", "printed", "printed to stderr", "warned of", "second line"):
+        assert (text in said) == (mode == "debug"), said
+    assert "after" in done.stderr and done.stdout.endswith("done\n")
+
+
+def chained(*texts: str) -> Exception:
+    """Errors, each the cause of the one before."""
+    error: Exception | None = None
+    for text in reversed(texts):
+        outer = RuntimeError(text)
+        outer.__cause__ = error
+        error = outer
+    assert error is not None
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (chained("Failed to export.\n- Advice", "While translating", "no eig"), "no eig"),
+        (chained("", "\nfirst\nsecond"), "first"),
+        (
+            ValueError("Conflicts:\n- static shape of 2\n- another"),
+            "Conflicts: - static shape of 2",
+        ),
+        (KeyError("encoder"), "KeyError: 'encoder'"),
+        (AssertionError(), "AssertionError"),
+        (RuntimeError("\x1b[96mcolour"), "\\x1b[96mcolour"),
+        (RuntimeError("x" * 999), "x" * 300),
+    ],
+)
+def test_the_gist_of_an_error_is_what_went_wrong_at_first(error: Exception, said: str) -> None:
+    assert gist(error) == said
