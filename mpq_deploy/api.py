@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,6 +69,17 @@ def build(
     with open_pipeline(chosen, run, Talk() if quiet else PlainTalk(), crew) as pipeline:
         summary = pipeline.run_until("report")
     return BuildResult(run, summary.values["report"])
+
+
+def record(model: Any, folder: str | Path) -> AbstractContextManager[None]:
+    """Record what ``model`` is given inside a ``with`` block, for ``build MODEL.onnx --calls FOLDER``.
+
+    ``model``: a torch module, a diffusers pipeline, or an ``onnxruntime.InferenceSession``; ``folder``
+    is written anew. Raises UsageError for anything else, or where the model was never called.
+    """
+    from mpq_deploy.calls.script_calls import record as record_calls
+
+    return record_calls(model, folder)
 
 
 def load(

@@ -391,6 +391,7 @@ class Recipe(Section):
     call: str | None = Field(
         None, description="YAML: keyword arguments of the pipeline, a list of calls"
     )
+    calls: str | None = Field(None, description="folder that mpq_deploy.record wrote, for ONNX")
     component: str | None = Field(
         None,
         description="pipeline part: unet, transformer, vae, text_encoder ...; null: the denoiser",
@@ -413,7 +414,9 @@ class Recipe(Section):
     engine: EngineSettings = EngineSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
 
-    @field_validator("model", "target", "description", "conditions", "scheduler", "prompts", "call")
+    @field_validator(
+        "model", "target", "description", "conditions", "scheduler", "prompts", "call", "calls"
+    )
     @classmethod
     def _of_the_user(cls, path: str | None) -> str | None:
         """Read a leading ~ as the home folder, as a shell does."""

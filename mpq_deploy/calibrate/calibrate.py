@@ -18,6 +18,7 @@ from mpq_deploy.calibrate.spread_calibration import (
 )
 from mpq_deploy.calibrate.stats import ActivationStats, CalibrationStats
 from mpq_deploy.calls.recorded import CallSet, dealt
+from mpq_deploy.calls.script_calls import ScriptCalls
 from mpq_deploy.calls.trajectories import cycled, record_trajectories
 from mpq_deploy.formats.branches.cols import SHARES
 from mpq_deploy.formats.branches.prescaled import TENTHS, scale_factors
@@ -52,7 +53,7 @@ def calibrate(
     an activation that is not finite.
     """
     settings = setup.settings
-    if setup.source.spec.pipeline is not None:
+    if setup.source.spec.pipeline is not None or setup.source.spec.recorded:
         recorded = _recorded_runs(setup, talk, scratch)
         calls = setup.calls(_observed(recorded, settings.observed))
         seen = observe(graph, calls, settings, talk, scratch=scratch)
@@ -74,10 +75,13 @@ def calibrate(
 
 
 def _recorded_runs(setup: CalibrationSetup, talk: Talk, scratch: Path | None) -> CallSet:
-    """Return the calls of the model's own pipeline, each of its calls equally often."""
+    """Return the calls of a script, or of the model's pipeline, each of its calls equally often."""
     from mpq_deploy.calls.record_pipeline import Runs, record_pipeline
 
     source, settings = setup.source, setup.settings
+    if source.calls is not None:
+        calls = ScriptCalls.open(source.calls).parts(settings.timesteps)[0]
+        return calls.take(np.arange(min(settings.samples, calls.count))).only(source.spec)
     assert source.spec.pipeline is not None
     count = len(source.spec.pipeline.calls)
     numbers = cycled(np.arange(count), settings.samples, settings.seed)

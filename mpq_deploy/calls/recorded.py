@@ -145,6 +145,10 @@ class CallSet:
         given = self.inputs[name]
         return np.asarray(given.values[given.index[steps, calls]])
 
+    def only(self, spec: DenoiserSpec) -> CallSet:
+        """Return the set with the inputs of ``spec`` alone."""
+        return replace(self, inputs={item.name: self.inputs[item.name] for item in spec.inputs})
+
     def with_values(self, name: str, values: Array) -> CallSet:
         """Return the set with other ``values`` [K, N, ...] of an input."""
         steps, calls = values.shape[:2]
@@ -276,6 +280,7 @@ class RecordedCalls:
                     f"The recorded calls have no input '{item.name}'.", "Record them again."
                 )
             values = self.recorded.values(item.name, steps, calls)
+            values = values.reshape(len(values), *item.shape)
             if not item.batched:
                 if (values != values[0]).any():
                     raise ModelError(

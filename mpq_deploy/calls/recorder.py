@@ -55,9 +55,16 @@ class CallRecorder:
                 break
             self._columns[TIMESTEP][at] = timestep
 
+    def regroup(self, places: Sequence[tuple[int, int]]) -> None:
+        """Say run and step of each call, in their order, where only the end tells them."""
+        calls = self._columns.get(STEP, [])
+        self._columns[RUN], self._columns[STEP] = (
+            [places[call][part] for call in calls] for part in (0, 1)
+        )
+
     def close(self) -> None:
         """Write the rest and the index. Raises UsageError where nothing was recorded."""
-        if not self._columns:
+        if not self._columns.get(STEP):
             raise UsageError(
                 f"Nothing was recorded into {self.folder}: the model was never called.",
                 "Call it inside the 'with' block, as your script does.",

@@ -158,7 +158,7 @@ def has_forward_process(spec: DenoiserSpec) -> bool:
 
     Of pipelines only those with betas or along straight lines: others scale samples in other ways.
     """
-    if spec.timestep is None:
+    if spec.timestep is None or spec.recorded:
         return False
     if spec.pipeline is None or spec.prediction_type == "flow_prediction":
         return True

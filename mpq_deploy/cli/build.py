@@ -31,6 +31,7 @@ from mpq_deploy.cli.options import (
     PromptsOption,
     RayOption,
     RecipeOption,
+    RecordedOption,
     RunArgument,
     SchedulerOption,
     SensitivityOption,
@@ -62,6 +63,7 @@ def build(
     scheduler: SchedulerOption = None,
     prompts: PromptsOption = None,
     call: CallOption = None,
+    calls: RecordedOption = None,
     component: ComponentOption = None,
     recover: Annotated[
         bool,
@@ -84,7 +86,7 @@ def build(
     """
     given: dict[str, Any] = {"model": model, "budget": budget, "target": target}
     given |= {"measure.method": sensitivity, "conditions": conditions, "scheduler": scheduler}
-    given |= {"prompts": prompts, "call": call, "component": component}
+    given |= {"prompts": prompts, "call": call, "calls": calls, "component": component}
     given |= latency_settings(max_latency, objective, latency_table)
     settings = recipe_for(recipe, given)
     run_until(
@@ -125,11 +127,12 @@ def export(
     scheduler: SchedulerOption = None,
     prompts: PromptsOption = None,
     call: CallOption = None,
+    calls: RecordedOption = None,
     component: ComponentOption = None,
 ) -> None:
     """Export the denoiser to ONNX and check it against the original."""
     given = {"model": model, "conditions": conditions, "scheduler": scheduler, "prompts": prompts}
-    given |= {"call": call, "component": component}
+    given |= {"call": call, "calls": calls, "component": component}
     run_until("export", recipe_for(recipe, given), out)
 
 

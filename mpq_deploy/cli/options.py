@@ -186,6 +186,16 @@ CallOption = Annotated[
         show_default=False,
     ),
 ]
+RecordedOption = Annotated[
+    Optional[Path],
+    typer.Option(
+        "--calls",
+        metavar="FOLDER",
+        help="Calls that mpq_deploy.record wrote.",
+        rich_help_panel=OF_MODEL,
+        show_default=False,
+    ),
+]
 ComponentOption = Annotated[
     Optional[str],
     typer.Option(

@@ -31,6 +31,7 @@ from mpq_deploy.evaluate.cache import (
 from mpq_deploy.evaluate.decode import decode
 from mpq_deploy.evaluate.evaluation_result import Evaluation, ImageKind, VariantResult
 from mpq_deploy.evaluate.images import (
+    as_maps,
     data_range,
     is_picture,
     pooled_psnr_db,
@@ -41,6 +42,7 @@ from mpq_deploy.evaluate.images import (
     to_unit,
 )
 from mpq_deploy.evaluate.output_error import nmse, stride_midpoints
+from mpq_deploy.evaluate.recorded_outputs import recorded_images, recorded_reference
 from mpq_deploy.evaluate.setup import Part, Setup, finite_output, in_turn
 from mpq_deploy.models.spec import Array, DenoiserSpec, FloatModel
 from mpq_deploy.recipe import EvaluateSettings
@@ -98,8 +100,9 @@ def evaluate(
     store, common = SampleCache(cache, talk), _common_key(setup, model.path)
     files, job = _job(setup, [model.path, *(variant.path for variant in variants.values())])
     results: dict[str, VariantResult] = {}
-    # A pipeline's own files are on this machine alone.
-    with (crew if crew and setup.pipeline is None else Alone()).open(job, talk) as pool:
+    # A pipeline's files, and recorded calls, are on this machine alone.
+    here = setup.pipeline is not None or setup.calls is not None
+    with (crew if crew and not here else Alone()).open(job, talk) as pool:
         task = Part(FLOAT, files.below(model.path))
         part = Shard("float", task, settings.steps, {**common, "part": "float"})
         (reference,) = run_shards(pool, "sample the float model", [part], talk, store)
@@ -178,6 +181,8 @@ def _reference(setup: Setup, path: Path) -> dict[str, Array]:
         from mpq_deploy.evaluate.pipeline_samples import pipeline_reference
 
         return pipeline_reference(setup, path)
+    if setup.calls is not None:
+        return recorded_reference(setup, OrtDenoiser(path, setup.spec))
     sampler = make_sampler(setup.spec.scheduler, settings.steps, settings.seed, settings.sampler)
     chosen = stride_midpoints(len(sampler.timesteps), settings.timesteps)
     watched = _Watched(OrtDenoiser(path, setup.spec), FLOAT, {int(index) for index in chosen})
@@ -202,6 +207,8 @@ def _variant(setup: Setup, part: Part, path: Path) -> dict[str, Array]:
         from mpq_deploy.evaluate.pipeline_samples import pipeline_images
 
         return {"nmse": errors, "images": pipeline_images(setup, part, denoiser)}
+    if setup.calls is not None:
+        return {"nmse": errors, "images": recorded_images(setup, part, denoiser)}
     samples = _sample(setup, _Watched(denoiser, part.name), correction=part.correction)
     return {"nmse": errors, "images": _decoded(setup, samples)}
 
@@ -285,7 +292,7 @@ class _Watched:
 
 def _decoded(setup: Setup, samples: Array) -> Array:
     if setup.decoder is None:
-        return _as_maps(samples)
+        return as_maps(samples)
     return decode(setup.decoder, samples, setup.settings.batch_size, setup.talk)
 
 
@@ -295,20 +302,13 @@ def _pixels(setup: Setup, reference: Array) -> tuple[ImageKind, tuple[float, flo
         return (
             ("pixels", PICTURES) if is_picture(reference) else ("features", data_range(reference))
         )
+    if setup.calls is not None:
+        return "features", data_range(reference)
     if setup.decoder is not None:
         return "decoded", setup.spec.pixel_range or DECODED_RANGE
     if setup.spec.pixel_range is not None:
         return "pixels", setup.spec.pixel_range
     return "features" if setup.spec.timestep is None else "latents", data_range(reference)
-
-
-def _as_maps(values: Array) -> Array:
-    """Return samples as [N, C, H, W]: tokens [N, T, C] as one map, frames [N, C, F, H, W] below each other."""
-    if values.ndim == 4:
-        return values
-    if values.ndim > 4:
-        return values.reshape(*values.shape[:2], -1, values.shape[-1])
-    return values.reshape(len(values), 1, -1, values.shape[-1])
 
 
 def _scored(
@@ -355,6 +355,12 @@ def _labels(setup: Setup) -> list[str]:
 
 def _notes(setup: Setup, kind: ImageKind, value_range: tuple[float, float]) -> list[str]:
     notes = []
+    if setup.calls is not None:
+        return [
+            "The calls were recorded by a script: PSNR and SSIM compare the model's outputs at the last timestep, on "
+            f"calls that it was not calibrated on, with the range [{value_range[0]:.3g}, {value_range[1]:.3g}] as the "
+            "peak."
+        ]
     if setup.spec.pipeline is not None:
         from mpq_deploy.evaluate.pipeline_samples import pipeline_notes
 
@@ -411,6 +417,7 @@ def _common_key(setup: Setup, float_model: Path) -> dict[str, Any]:
         "conditions": arrays_digest(setup.conditions),
         "rows": [int(row) for row in setup.rows],
         "decoder": None if setup.decoder is None else model_digest(setup.decoder),
+        "recorded": None if setup.calls is None else folder_stamp(setup.calls),
         "pipeline": None if setup.pipeline is None else folder_stamp(setup.pipeline),
         "samples": settings.samples,
         "steps": settings.steps,

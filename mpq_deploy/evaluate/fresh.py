@@ -16,6 +16,7 @@ from mpq_deploy.calls.loop import GuidedDenoiser
 from mpq_deploy.calls.recorded import CallSet, RecordedCalls
 from mpq_deploy.calls.sampler import make_sampler
 from mpq_deploy.calls.trajectories import record_trajectories
+from mpq_deploy.evaluate.recorded_outputs import kept_calls
 from mpq_deploy.evaluate.setup import spread_rows
 from mpq_deploy.models.spec import Array, FloatModel
 from mpq_deploy.recipe import CalibrateSettings, EvaluateSettings
@@ -31,7 +32,9 @@ class FreshCalls:
         self._spec, self._batch_size = spec, settings.batch_size
         denoiser = OrtDenoiser(model.path, spec)
         self.inputs: CallSet = (
-            _of_sampler(model, denoiser, settings, talk)
+            kept_calls(model, None, settings.samples)
+            if spec.recorded
+            else _of_sampler(model, denoiser, settings, talk)
             if spec.pipeline is None
             else _of_pipeline(model, denoiser, settings, talk)
         )

@@ -39,9 +39,18 @@ def to_uint8(samples: Array, value_range: tuple[float, float]) -> Array:
     return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
 
 
+def as_maps(values: Array) -> Array:
+    """Return outputs as [N, C, H, W]: tokens [N, T, C] as one map, frames [N, C, F, H, W] below each other."""
+    if values.ndim == 4:
+        return values
+    if values.ndim > 4:
+        return values.reshape(*values.shape[:2], -1, values.shape[-1])
+    return values.reshape(len(values), 1, -1, values.shape[-1] if values.ndim > 1 else 1)
+
+
 def is_picture(images: Array) -> bool:
-    """Whether ``images`` are pictures in [0, 1]: [N, C, H, W], or videos [N, C, F, H, W]."""
-    shaped = images.ndim in (4, 5) and images.shape[1] in (1, 3, 4)
+    """Whether ``images`` are pictures in [0, 1]: [N, C, H, W], as maps."""
+    shaped = images.ndim == 4 and images.shape[1] in (1, 3, 4)
     return shaped and bool(images.min() >= 0 and images.max() <= 1)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from mpq_deploy.calls.pipeline_runs import PipelineRuns, image_seed, shown_call
 from mpq_deploy.calls.record_pipeline import Runs, joined_images, pipeline_folder, record_pipeline
 from mpq_deploy.calls.stand_in import Compute
+from mpq_deploy.evaluate.images import as_maps
 from mpq_deploy.evaluate.setup import Part, Setup, finite_output, in_turn
 from mpq_deploy.models.spec import Array
 from mpq_deploy.runtime.correction import Correction
@@ -39,7 +40,7 @@ def pipeline_reference(setup: Setup, path: Path) -> dict[str, Array]:
             outputs=True,
         )
         return {
-            "images": made.images,
+            "images": as_maps(made.images),
             **in_turn(made.calls, made.outputs, settings.calls),
             "sampler": np.array(made.name),
         }
@@ -60,7 +61,7 @@ def pipeline_images(setup: Setup, part: Part, denoiser: OrtDenoiser) -> Array:
             seed = image_seed(setup.settings.seed, place)
             images.append(runs.image(int(number), setup.settings.steps, seed))
             advance(1)
-    return joined_images(images)
+    return as_maps(joined_images(images))
 
 
 def pipeline_notes(setup: Setup, pictures: bool, value_range: tuple[float, float]) -> list[str]:

@@ -29,10 +29,11 @@ class Setup:
     decoder: Path | None
     talk: Talk
     pipeline: Path | None = None
+    calls: Path | None = None
 
     def float_model(self, path: Path) -> FloatModel:
         """Return the float model in the file ``path``."""
-        return FloatModel(path, self.spec, self.conditions, self.pipeline)
+        return FloatModel(path, self.spec, self.conditions, self.pipeline, self.calls)
 
     @classmethod
     def of(cls, model: FloatModel, settings: EvaluateSettings, talk: Talk) -> Setup:
@@ -41,6 +42,11 @@ class Setup:
         if spec.pipeline is not None:
             rows = spread_rows(len(spec.pipeline.calls), settings.samples)
             return cls(spec, {}, settings, rows, None, talk, model.pipeline)
+        if spec.recorded:
+            from mpq_deploy.evaluate.recorded_outputs import kept_calls
+
+            rows = np.arange(kept_calls(model, settings.timesteps, settings.samples).count)
+            return cls(spec, {}, settings, rows, None, talk, calls=model.calls)
         rows = first + spread_rows(
             condition_count(model.conditions) - first, settings.samples, spec.uncond_row
         )

@@ -17,9 +17,9 @@ from mpq_deploy.evaluate.cache import model_files
 from mpq_deploy.evaluate.evaluate import Variant, evaluate
 from mpq_deploy.evaluate.evaluation_result import CpuLatency, Evaluation
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
-from mpq_deploy.models.spec import FloatModel
+from mpq_deploy.models.spec import Array, FloatModel
 from mpq_deploy.runtime.correction import Correction
-from mpq_deploy.runtime.ort import OrtDenoiser
+from mpq_deploy.runtime.ort import OrtDenoiser, model_feeds
 from mpq_deploy.system.inputs import read_json
 from mpq_deploy.system.names import plain_name
 from mpq_deploy.system.validated import model_of
@@ -80,6 +80,22 @@ def evaluate_variants(
     return with_cpu_latency(evaluation, model, "ours", ours) if latency else evaluation
 
 
+def _first_feed(model: FloatModel, evaluation: Evaluation) -> dict[str, Array]:
+    """Return the inputs of one call at the last timestep, on noise or as it was recorded."""
+    spec = model.spec
+    first = {key: values[:1] for key, values in model.conditions.items()}
+    if spec.recorded:
+        return {
+            item.name: np.asarray(
+                first[item.name].reshape(1, *item.shape)[slice(None) if item.batched else 0],
+                item.dtype,
+            )
+            for item in spec.inputs
+        }
+    noise = first_samples(spec, np.zeros(1, np.int64), model.conditions, evaluation.settings.seed)
+    return model_feeds(spec, noise, evaluation.timesteps[-1], first)
+
+
 def with_cpu_latency(
     evaluation: Evaluation, model: FloatModel, name: str, path: Path
 ) -> Evaluation:
@@ -97,15 +113,12 @@ def with_cpu_latency(
         OrtDenoiser(model.path, model.spec),
         OrtDenoiser(path, model.spec, fake_quant_only=True),
     )
-    noise = first_samples(
-        model.spec, np.zeros(1, np.int64), model.conditions, evaluation.settings.seed
-    )
-    first = {key: values[:1] for key, values in model.conditions.items()}
+    feed = _first_feed(model, evaluation)
     times: tuple[list[float], list[float]] = ([], [])
     for call in range(WARM_UP_CALLS + TIMED_CALLS):
         for denoiser, milliseconds in zip(denoisers, times, strict=True):
             started = time.perf_counter()
-            denoiser(noise, evaluation.timesteps[-1], first)
+            denoiser.run(feed)
             if call >= WARM_UP_CALLS:
                 milliseconds.append(1e3 * (time.perf_counter() - started))
     latency = CpuLatency(

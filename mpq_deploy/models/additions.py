@@ -33,6 +33,7 @@ class Additions:
     component: str | None = None
     component_samples: int = 64
     call: Path | None = None
+    calls: Path | None = None
 
 
 def read_scheduler(path: Path) -> dict[str, Any]:

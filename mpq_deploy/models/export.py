@@ -228,6 +228,8 @@ def _compared_with_source(denoiser: Denoiser, path: Path, release: bool) -> floa
 def _case(denoiser: Denoiser, count: int, random: np.random.Generator) -> dict[str, Array]:
     """Return random inputs of ``count`` calls."""
     spec = denoiser.spec
+    if spec.recorded:
+        return _recorded_case(denoiser, count)
     sample = random.standard_normal((count, *spec.sample.shape), np.float32)
     timesteps = random.choice(_timesteps(denoiser), count).astype(np.float32)
     rows = random.integers(0, denoiser.conditions.rows, count)
@@ -235,6 +237,16 @@ def _case(denoiser: Denoiser, count: int, random: np.random.Generator) -> dict[s
         sample = denoiser.conditions.arrays[spec.sample.name][rows]
     timestep = timesteps if spec.timestep is None or spec.timestep.batched else float(timesteps[0])
     return model_feeds(spec, sample, timestep, denoiser.conditions.take(rows))
+
+
+def _recorded_case(denoiser: Denoiser, count: int) -> dict[str, Array]:
+    """Return the inputs of ``count`` recorded calls, the same ones again where there are fewer."""
+    arrays = denoiser.conditions.take(np.arange(count) % denoiser.conditions.rows)
+    feeds = {}
+    for item in denoiser.spec.inputs:
+        values = arrays[item.name].reshape(count, *item.shape).astype(item.dtype)
+        feeds[item.name] = values if item.batched else values[0]
+    return feeds
 
 
 def _timesteps(denoiser: Denoiser) -> Array:

@@ -85,11 +85,12 @@ def _other_file(path: Path) -> str:
 
 
 def source_files(
-    source: str | Path | None, description: Path | None = None
+    source: str | Path | None, description: Path | None = None, recorded: bool = False
 ) -> list[tuple[str, Path]]:
     """Return the files that ``open_denoiser(source)`` reads: (name in the model, path), sorted.
 
-    For an ONNX file: itself, its external data, its YAML and the scheduler that this names.
+    For an ONNX file: itself, its external data, its YAML and the scheduler that this names; the
+    first two alone where its calls were ``recorded``.
     """
     path = locate(source)
     if path.is_dir():
@@ -106,6 +107,8 @@ def source_files(
     from mpq_deploy.models.onnx_file import described
 
     proto = read_proto(path)
+    if recorded:
+        return sorted((p.name, p) for p in {path, *external_files(proto, path)})
     names = [[value.name for value in values] for values in (proto.graph.input, proto.graph.output)]
     said, yaml_path = described(path, description, *names)
     files = {path, yaml_path, *external_files(proto, path)}

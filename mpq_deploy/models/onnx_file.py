@@ -25,6 +25,8 @@ import numpy as np
 import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from mpq_deploy.calls.recorded import CallSet
+from mpq_deploy.calls.script_calls import ScriptCalls
 from mpq_deploy.errors import ModelError, UsageError, nearest
 from mpq_deploy.graph.already_quantized import refuse_quantized
 from mpq_deploy.graph.known_values import Sizes
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
     import onnxruntime as ort
 
 TOLERANCE = 1e-3
+# Recorded calls that the export is compared on.
+EXAMPLES = 8
 # The source rounds every activation to half precision, the export does not.
 HALF_TOLERANCE = 5e-2
 DTYPES = {"FLOAT": "float32", "FLOAT16": "float32", "BFLOAT16": "float32", "DOUBLE": "float32"}
@@ -211,6 +215,8 @@ def open_onnx(path: Path, source: str, additions: Additions, talk: Talk) -> Deno
     inputs = [value for value in model.graph.inputs if not value.is_initializer()]
     declared = {value.name or "": value for value in inputs}
     outputs = [value.name or "" for value in model.graph.outputs]
+    if additions.calls is not None:
+        return open_with_calls(path, source, additions, model, talk)
     description, yaml_path = described(path, additions.description, list(declared), outputs)
     _check_names(declared, description, yaml_path)
     sample = _input(declared[description.sample.name], description.sample, path)
@@ -251,6 +257,76 @@ def open_onnx(path: Path, source: str, additions: Additions, talk: Talk) -> Deno
     sizes = {item.name: (None, *item.shape) if item.batched else item.shape for item in fed}
     network = OnnxNetwork(path, spec.output, sizes)
     return Denoiser(spec, conditions, network, notes=_notes(model, path, talk))
+
+
+def open_with_calls(
+    path: Path, source: str, additions: Additions, model: ir.Model, talk: Talk
+) -> Denoiser:
+    """Open an ONNX file whose inputs are what ``additions.calls`` recorded.
+
+    Raises UsageError where these are not the file's inputs, ModelError as ``open_onnx``.
+    """
+    assert additions.calls is not None
+    calls = ScriptCalls.open(additions.calls)
+    inputs = {v.name or "": v for v in model.graph.inputs if not v.is_initializer()}
+    lacking = [name for name in inputs if name not in calls.inputs]
+    if lacking:
+        raise UsageError(
+            f"The calls in {calls.folder} have no input '{lacking[0]}' of {path}; they have "
+            f"{', '.join(calls.inputs)}.",
+            "Name the inputs of the ONNX file as the recorded model's parameters, or record an ONNX Runtime session.",
+        )
+    recorded = calls.grid(None)
+    specs = {name: _recorded_input(value, recorded, calls, path) for name, value in inputs.items()}
+    order = [name for name in calls.inputs if name in inputs]
+    sample = _main_input(specs, calls.timestep)
+    if not specs[sample].batched:
+        raise _fixed_batch(path, sample)
+    outputs = [value.name or "" for value in model.graph.outputs]
+    spec = DenoiserSpec(
+        name=path.stem,
+        source=source,
+        sample=specs[sample],
+        timestep=specs.get(calls.timestep),
+        conditions=tuple(specs[name] for name in order if name not in (sample, calls.timestep)),
+        output=outputs[0],
+        prediction_type="sample",
+        scheduler={"_class_name": "none"},
+        recorded=True,
+    )
+    rows = min(recorded.count, EXAMPLES)
+    arrays = {item.name: recorded.values(item.name, 0, slice(rows)) for item in spec.inputs}
+    sizes = {item.name: (None, *item.shape) if item.batched else item.shape for item in spec.inputs}
+    notes = [
+        *_notes(model, path, talk),
+        f"The calls are those in {calls.folder.name}: {recorded.count} at each of {len(recorded.timesteps)} timesteps.",
+    ]
+    if len(outputs) > 1:
+        notes.append(f"Of {len(outputs)} outputs the first is compared: {outputs[0]}.")
+    network = OnnxNetwork(path, spec.output, sizes)
+    return Denoiser(spec, Conditions(arrays, rows), network, notes=tuple(notes))
+
+
+def _recorded_input(
+    value: ir.Value, recorded: CallSet, calls: ScriptCalls, path: Path
+) -> InputSpec:
+    """Return an input with the shape of its recorded values; their type is what the file declares."""
+    name = value.name or ""
+    shape = tuple(recorded.inputs[name].values.shape[1:])
+    declared = None if value.shape is None else tuple(value.shape)
+    # A scalar, or a first axis of fixed size: one value for the whole batch.
+    batched = declared is None or (len(declared) > 0 and not isinstance(declared[0], int))
+    if name == calls.timestep:
+        beyond = () if declared is None else declared[1:] if batched else declared
+        shape = tuple(1 for _ in beyond)
+    fields = {"name": name, "shape": shape, "dtype": _dtype(value, path), "batched": batched}
+    return InputSpec.model_validate(fields)
+
+
+def _main_input(specs: dict[str, InputSpec], timestep: str) -> str:
+    """Return the input that carries the batch: the first with axes beyond it, else the first."""
+    others = [name for name in specs if name != timestep]
+    return next((name for name in others if specs[name].shape), (others or list(specs))[0])
 
 
 def _notes(model: ir.Model, path: Path, talk: Talk) -> tuple[str, ...]:

@@ -92,7 +92,7 @@ def _open_folder(folder: Path, source: str, additions: Additions, talk: Talk) ->
 
 def source_denoiser(recipe: Recipe, talk: Talk) -> Denoiser:
     """Open the model that ``recipe`` names."""
-    files = ("conditions", "scheduler", "prompts", "description", "call")
+    files = ("conditions", "scheduler", "prompts", "description", "call", "calls")
     additions = Additions(
         guidance_scale=recipe.guidance_scale,
         component=recipe.component,

@@ -126,10 +126,12 @@ class DenoiserSpec(BaseModel):
 class FloatModel:
     """A float ONNX file and how to call it: ``conditions`` by input name, one row per condition.
 
-    ``pipeline``: the folder of the diffusers pipeline that calls it, where ``spec`` names one.
+    ``pipeline``: the folder of the diffusers pipeline that calls it, where ``spec`` names one;
+    ``calls``: the folder of its calls where somebody's script recorded them.
     """
 
     path: Path
     spec: DenoiserSpec
     conditions: dict[str, Array]
     pipeline: Path | None = None
+    calls: Path | None = None

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from mpq_deploy.calls.loop import GuidedDenoiser, denoise, first_samples
-from mpq_deploy.calls.recorded import CallSet, joined
+from mpq_deploy.calls.recorded import CallSet, RecordedCalls, joined
 from mpq_deploy.calls.sampler import make_sampler
+from mpq_deploy.calls.script_calls import ScriptCalls
 from mpq_deploy.calls.trajectories import cycled, cycled_rows
 from mpq_deploy.errors import UsageError
 from mpq_deploy.models.spec import Array, DenoiserSpec, FloatModel
@@ -79,6 +80,8 @@ class TrajectoryRecorder:
         ``count``. Raises UsageError where it has fewer than two.
         """
         noise_seed = int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
+        if self._model.calls is not None:
+            return self._take_recorded(count, noise_seed, held_out)
         if self._model.pipeline is not None:
             return self._record_pipeline(count, noise_seed)
         sampler = make_sampler(self._spec.scheduler, self._steps, noise_seed, self._kind)
@@ -94,6 +97,26 @@ class TrajectoryRecorder:
             batch,
         )
         return recording.finish(self._spec, self._conditions)
+
+    def _take_recorded(self, count: int, seed: int, held_out: bool) -> Trajectories:
+        """Return some of the calls that a script recorded; the last fourth are for ``held_out``."""
+        assert self._model.calls is not None
+        calls = ScriptCalls.open(self._model.calls).parts(self._steps)[0].only(self._spec)
+        apart = max(1, calls.count // 4)
+        if calls.count < 2:
+            raise UsageError(
+                "Recovery needs two recorded calls at least.", "Record more calls of the model."
+            )
+        if held_out:
+            taken = np.arange(calls.count - apart, calls.count)[:count]
+        else:
+            taken = cycled(np.arange(calls.count - apart), count, seed)
+        calls = calls.take(taken).compact()
+        batches = RecordedCalls(calls, self._spec).batches(16)
+        outputs: list[list[Array]] = [[] for _ in calls.timesteps]
+        for batch in batches:
+            outputs[batch.step].append(self._denoiser.run(batch.feed))
+        return Trajectories(calls, np.stack([np.concatenate(step) for step in outputs]))
 
     def _record_pipeline(self, count: int, seed: int) -> Trajectories:
         """Return the calls of ``count`` images of the model's own pipeline."""

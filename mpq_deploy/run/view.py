@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -57,9 +58,9 @@ class StageResult:
 class Exported:
     """The export stage, opened: graph, specification, conditions."""
 
-    def __init__(self, folder: Path, source: str | None) -> None:
+    def __init__(self, folder: Path, source: str | None, calls: str | None) -> None:
         exported = load_exported(folder)
-        self._source = source
+        self._source, self._calls = source, calls
         self.path = exported.model
         self.spec = exported.spec
         self.conditions: dict[str, Array] = dict(exported.conditions.arrays)
@@ -73,7 +74,8 @@ class Exported:
     def model(self) -> FloatModel:
         """The float model, as rooms that call it take it."""
         pipeline = locate(self._source) if self.spec.pipeline is not None else None
-        return FloatModel(self.path, self.spec, self.conditions, pipeline)
+        calls = Path(self._calls) if self.spec.recorded and self._calls else None
+        return FloatModel(self.path, self.spec, self.conditions, pipeline, calls)
 
 
 class Calibration(NamedTuple):
@@ -154,7 +156,7 @@ class Run:
     @cached_property
     def exported(self) -> Exported:
         """What the stage export left; layers as the target's engine will have them."""
-        found = Exported(self.stage("export"), self.recipe.model)
+        found = Exported(self.stage("export"), self.recipe.model, self.recipe.calls)
         if wants_products(found.graph, self.target):
             engine = self.recipe.engine
             usual, largest = (
@@ -172,7 +174,7 @@ class Run:
         for item in self.exported.spec.inputs:
             given = inputs.inputs.get(item.name)
             shape = None if given is None else given.values.shape[1:]
-            if shape != item.shape:
+            if shape is None or prod(shape) != prod(item.shape):
                 raise RunFolderError(
                     f"The calls in {folder / CALLS} do not fit the exported model: '{item.name}' has the shape "
                     f"{shape}, not {item.shape}.",

@@ -9,6 +9,7 @@ import numpy as np
 
 from mpq_deploy.calibrate.fit_correction import call_moments, fit_correction
 from mpq_deploy.calls.recorded import RecordedCalls, dealt
+from mpq_deploy.errors import UsageError
 from mpq_deploy.evaluate.cache import model_digest
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED, SIMULATED
 from mpq_deploy.run.stage import Stage, version_of
@@ -39,6 +40,11 @@ def inputs(run: Run) -> Fields:
 def correction_for(run: Run, quantized: Path) -> Correction:
     """Fit the correction of the graphs in ``quantized``, on calls not used for rounding."""
     exported = run.exported
+    if exported.spec.recorded:
+        raise UsageError(
+            "PTQD's correction goes before a sampler's steps, and recorded calls have no sampler.",
+            "Leave evaluate.correction at none.",
+        )
     recorded = run.calibration.inputs
     _, held_out = recorded.split(run.recipe.measure.samples)
     chosen = held_out.take(dealt(held_out.rows, np.arange(held_out.count))[:CORRECTION_CALLS])

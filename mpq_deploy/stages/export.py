@@ -28,7 +28,8 @@ EXPORT_FORMAT = 2
 def inputs(run: Run) -> Fields:
     """Return the settings and versions that the stage depends on, beside the stages it reads."""
     recipe = run.recipe
-    files = source_files(recipe.model, Path(recipe.description) if recipe.description else None)
+    description = Path(recipe.description) if recipe.description else None
+    files = source_files(recipe.model, description, recorded=bool(recipe.calls))
     fields: Fields = {
         "export.format": EXPORT_FORMAT,
         "recipe.model": recipe.model,
@@ -39,7 +40,7 @@ def inputs(run: Run) -> Fields:
     }
     if recipe.first_token != "quantized":
         fields["recipe.first_token"] = recipe.first_token
-    for name in ("conditions", "scheduler", "prompts", "description", "call"):
+    for name in ("conditions", "scheduler", "prompts", "description", "call", "calls"):
         given = getattr(recipe, name)
         fields[f"recipe.{name}"] = _path_digest(Path(given)) if given else None
     if recipe.call:

@@ -222,7 +222,7 @@ def _pipeline_shape(model: FloatModel) -> tuple[int, ...]:
     denoiser = OrtDenoiser(model.path, model.spec)
     runs = PipelineRuns(pipeline_folder(model), model.spec, denoiser.run)
     made = runs.image(0, SHAPE_STEPS, 0)
-    if not is_picture(made) or made.ndim != 4:
+    if made.ndim != 4 or not is_picture(made):
         raise UsageError(
             f"{runs.short_name} returns an array {list(made.shape)}: no feature network can look at it.",
             "Feature networks judge pictures alone.",
@@ -318,6 +318,11 @@ def _opened(model: Path, changed: int, spec: str, threads: int, is_float: bool) 
 
 
 def _check_pixels(spec: DenoiserSpec) -> None:
+    if spec.recorded:
+        raise UsageError(
+            "The model's calls were recorded by a script, which leaves no images.",
+            "Compare images in your script: mpq_deploy.load(RUN) takes the model's place.",
+        )
     if spec.pipeline is not None:
         return
     if spec.decoder is None and spec.pixel_range is None:
