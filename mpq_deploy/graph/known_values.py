@@ -42,7 +42,10 @@ def known_values(proto: onnx.ModelProto, inputs: Sizes) -> dict[str, Array]:
     del light.graph.value_info[:]
     values: dict[str, Array] = {}
     for _ in range(ROUNDS):
-        graph = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
+        try:
+            graph = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
+        except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
+            break  # a graph of which ONNX infers nothing: no more is known of it
         found, sizes = _Follower(graph).follow()
         new = found.keys() - values.keys() or sizes.keys() - _declared(light.graph)
         values = found
