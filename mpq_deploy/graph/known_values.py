@@ -42,11 +42,15 @@ def known_values(proto: onnx.ModelProto, inputs: Sizes) -> dict[str, Array]:
     del light.graph.value_info[:]
     values: dict[str, Array] = {}
     for _ in range(ROUNDS):
-        graph = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
+        try:
+            graph = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
+        except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
+            break  # a graph of which ONNX infers nothing: no more is known of it
         found, sizes = _Follower(graph).follow()
-        if found.keys() == values.keys():
-            break
+        new = found.keys() - values.keys() or sizes.keys() - _declared(light.graph)
         values = found
+        if not new:
+            break
         _hand_back(light.graph, values, sizes)
     return values
 
@@ -57,6 +61,10 @@ def _declare(value: onnx.ValueInfoProto, sizes: Sequence[int | None]) -> None:
     shape.SetInParent()
     for size in sizes:
         shape.dim.add(**({} if size is None else {"dim_value": size}))
+
+
+def _declared(graph: onnx.GraphProto) -> set[str]:
+    return {value.name for value in graph.value_info}
 
 
 def _hand_back(graph: onnx.GraphProto, values: Mapping[str, Array], sizes: Sizes) -> None:
@@ -70,8 +78,9 @@ def _hand_back(graph: onnx.GraphProto, values: Mapping[str, Array], sizes: Sizes
     del graph.node[:]
     graph.node.extend(nodes)
     graph.initializer.extend(whole.values())
+    declared = _declared(graph)
     for name, size in sizes.items():
-        if name not in {value.name for value in graph.value_info}:
+        if name not in declared:
             _declare(graph.value_info.add(name=name), size)
             graph.value_info[-1].type.tensor_type.elem_type = TensorProto.FLOAT
 
@@ -217,11 +226,29 @@ def _unsqueeze(node: _Node) -> Array | None:
 
 def _slice(node: _Node) -> Array | None:
     starts, ends = node.integers(1, "starts"), node.integers(2, "ends")
-    steps = node.integers(4, "steps") if len(node.inputs) > 4 else [1]
     source = node.inputs[0]
-    if source is None or source.ndim != 1 or starts is None or ends is None or steps is None:
+    if source is None or starts is None or ends is None:
         return None
-    return source[starts[0] : ends[0] : steps[0]]
+    given = len(node.inputs)
+    axes = (
+        node.integers(3, "axes")
+        if given > 3 or "axes" in node.attributes
+        else list(range(len(starts)))
+    )
+    steps = node.integers(4, "steps") if given > 4 else [1] * len(starts)
+    if axes is None or steps is None:
+        return None
+    cut = [slice(None)] * source.ndim
+    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+        # From the back, what lies before the first place is written as a very negative end.
+        beyond = step < 0 and end < -source.shape[axis]
+        cut[axis] = slice(start, None if beyond else end, step)
+    return source[tuple(cut)]
+
+
+def _transpose(node: _Node) -> Array | None:
+    source = node.inputs[0]
+    return None if source is None else source.transpose(node.attributes.get("perm"))
 
 
 def _filled(node: _Node) -> Array | None:
@@ -271,5 +298,6 @@ _FOLLOWED: dict[str, Callable[[_Node], Array | None]] = {
     "Reshape": _reshape,
     "Slice": _slice,
     "Squeeze": _squeeze,
+    "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,
 }

@@ -187,6 +187,51 @@ def _gather_elements(call: Call, x: Inputs) -> Outputs:
     return torch.gather(x[0], axis, torch.where(index < 0, index + x[0].shape[axis], index))
 
 
+def _one_hot(call: Call, x: Inputs) -> Outputs:
+    depth, (off, on) = int(x[1].item()), x[2].unbind()
+    axis = call.get("axis", -1)
+    axis += x[0].ndim + 1 if axis < 0 else 0
+    index = torch.where(x[0] < 0, x[0] + depth, x[0]).unsqueeze(axis)
+    places = torch.arange(depth).reshape(-1, *(1,) * (x[0].ndim - axis))
+    return torch.where(index == places, on, off)
+
+
+def _scatter_elements(call: Call, x: Inputs) -> Outputs:
+    if call.get("reduction", "none") != "none":
+        raise UnsupportedForm("a reduction")
+    axis = axis_index(x[0], call.get("axis", 0))
+    index = x[1].to(torch.int64)
+    return torch.scatter(x[0], axis, torch.where(index < 0, index + x[0].shape[axis], index), x[2])
+
+
+def _scatter_nd(call: Call, x: Inputs) -> Outputs:
+    reduction = call.get("reduction", "none")
+    if reduction not in ("none", "add"):
+        raise UnsupportedForm(f"reduction={reduction}")
+    places = x[1].to(torch.int64).unbind(-1)
+    return torch.index_put(x[0], places, x[2], accumulate=reduction == "add")
+
+
+def _arg(function: Callable[..., Any]) -> Operator:
+    def operator(call: Call, x: Inputs) -> Outputs:
+        if call.get("select_last_index", 0):
+            raise UnsupportedForm("select_last_index")
+        return function(x[0], call.get("axis", 0), bool(call.get("keepdims", 1)))
+
+    return operator
+
+
+def _top_k(call: Call, x: Inputs) -> Outputs:
+    largest = bool(call.get("largest", 1))
+    found = torch.topk(x[0], int(x[1].item()), call.get("axis", -1), largest, True)
+    return tuple(found)
+
+
+def _selu(call: Call, x: Inputs) -> Outputs:
+    alpha, gamma = call.get("alpha", 1.6732632), call.get("gamma", 1.0507009)
+    return gamma * functional.elu(x[0], alpha)
+
+
 def _unsqueeze(call: Call, x: Inputs) -> Outputs:
     axes = integers(x[1])
     rank = x[0].ndim + len(axes)
@@ -322,6 +367,8 @@ BASIC: dict[str, Operator] = {
     "Abs": _unary(torch.abs),
     "Add": _binary(torch.add),
     "And": _binary(torch.logical_and),
+    "ArgMax": _arg(torch.argmax),
+    "ArgMin": _arg(torch.argmin),
     "Cast": lambda call, x: x[0].to(call.dtype(call.attributes["to"])),
     "CastLike": lambda call, x: x[0].to(x[1].dtype),
     "Ceil": _unary(torch.ceil),
@@ -365,6 +412,7 @@ BASIC: dict[str, Operator] = {
     "Mul": _binary(torch.mul),
     "Neg": _unary(torch.neg),
     "Not": _unary(torch.logical_not),
+    "OneHot": _one_hot,
     "Or": _binary(torch.logical_or),
     "PRelu": lambda call, x: torch.where(x[0] < 0, x[0] * x[1], x[0]),
     "Pad": _pad,
@@ -383,6 +431,9 @@ BASIC: dict[str, Operator] = {
     "Relu": _unary(torch.relu),
     "Reshape": _reshape,
     "Round": _unary(torch.round),
+    "ScatterElements": _scatter_elements,
+    "ScatterND": _scatter_nd,
+    "Selu": _selu,
     "Shape": _shape,
     "Sigmoid": _unary(torch.sigmoid),
     "Sign": _unary(torch.sign),
@@ -400,6 +451,7 @@ BASIC: dict[str, Operator] = {
     "Swish": lambda call, x: x[0] * torch.sigmoid(call.get("alpha", 1.0) * x[0]),
     "Tanh": _unary(torch.tanh),
     "Tile": lambda call, x: x[0].repeat(integers(x[1])),
+    "TopK": _top_k,
     "Transpose": lambda call, x: x[0].permute(call.get("perm", tuple(reversed(range(x[0].ndim))))),
     "Trilu": _trilu,
     "Unsqueeze": _unsqueeze,
