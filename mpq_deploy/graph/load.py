@@ -25,6 +25,7 @@ from mpq_deploy.graph.passes.name_nodes import NameNodesPass
 from mpq_deploy.graph.passes.raise_opset import RaiseOpsetPass
 from mpq_deploy.graph.passes.widen import WidenPass
 from mpq_deploy.graph.sound import check_bounds, refuse_unsound, tensor_bytes
+from mpq_deploy.system.hub_cache import hub_blobs
 from mpq_deploy.system.inputs import open_input
 from mpq_deploy.system.names import printable
 
@@ -120,21 +121,6 @@ def check_external_data(proto: onnx.ModelProto, path: Path) -> None:
             )
         if blobs is not None:
             _locate_in(blobs, tensor, file)
-
-
-def hub_blobs(path: Path) -> Path | None:
-    """Return the folder of files of the hub's cache that ``path`` lies in; None: in none.
-
-    The cache's layout: ``models--ORG--NAME/snapshots/REVISION/FILE`` is a link into ``blobs/``. Links
-    to anywhere else are not the cache's.
-    """
-    shown = path.absolute()
-    for root in shown.parents:
-        if root.name.startswith("models--") and shown.relative_to(root).parts[0] == "snapshots":
-            blobs = (root / "blobs").resolve()
-            linked = blobs.parent == root.resolve() and shown.resolve().parent == blobs
-            return blobs if linked else None
-    return None
 
 
 def small_inline(proto: onnx.ModelProto, path: Path, limit: int) -> bool:

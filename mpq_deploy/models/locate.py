@@ -91,14 +91,7 @@ def source_files(
     """
     path = locate(source)
     if path.is_dir():
-        folders = [path, *(path / part for part in PARTS if (path / part).is_dir())]
-        files = {
-            p
-            for folder in folders
-            for p in folder.iterdir()
-            if p.suffix in SOURCE_ENDINGS and p.is_file()
-        }
-        return sorted((p.relative_to(path).as_posix(), p) for p in files)
+        return folder_files(path)
     from mpq_deploy.graph.load import external_files, read_proto
     from mpq_deploy.models.onnx_file import described
 
@@ -110,6 +103,18 @@ def source_files(
     if isinstance(scheduler, str) and (yaml_path.parent / scheduler).is_file():
         files.add(yaml_path.parent / scheduler)
     return sorted((p.name, p) for p in files)
+
+
+def folder_files(path: Path) -> list[tuple[str, Path]]:
+    """Return the files of a diffusers folder that may be read: (name in the folder, path), sorted."""
+    folders = [path, *(path / part for part in PARTS if (path / part).is_dir())]
+    files = {
+        p
+        for folder in folders
+        for p in folder.iterdir()
+        if p.suffix in SOURCE_ENDINGS and p.is_file()
+    }
+    return sorted((p.relative_to(path).as_posix(), p) for p in files)
 
 
 def bundled_demo(name: str | None = None) -> Path:

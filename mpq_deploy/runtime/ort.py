@@ -11,12 +11,12 @@ import onnxruntime as ort
 from mpq_deploy.errors import ModelError, UsageError, nearest
 from mpq_deploy.graph.load import (
     external_files,
-    hub_blobs,
     parse_proto,
     read_proto,
     small_inline,
 )
 from mpq_deploy.models.spec import Array, DenoiserSpec, InputSpec
+from mpq_deploy.system.hub_cache import hub_blobs
 from mpq_deploy.system.threads import may_spin, runtime_threads
 
 # All errors that ONNX Runtime raises for a model it cannot run; they share no base class.
