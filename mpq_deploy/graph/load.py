@@ -10,7 +10,6 @@ import os
 from pathlib import Path
 
 import onnx
-import onnx.external_data_helper
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
@@ -130,8 +129,12 @@ def small_inline(proto: onnx.ModelProto, path: Path, limit: int) -> bool:
     """
     folder, small = path.resolve().parent, 0
     for tensor in external_tensors(proto):
-        if (tensor_bytes(tensor) or 0) <= limit:
-            onnx.external_data_helper.load_external_data_for_tensor(tensor, str(folder))
+        size = tensor_bytes(tensor)
+        if size is not None and size <= limit:
+            entries = {entry.key: entry.value for entry in tensor.external_data}
+            with open_input(folder / entries["location"], error=ModelError) as file:
+                file.seek(int(entries.get("offset", "0")))
+                tensor.raw_data = file.read(size)
             tensor.data_location = onnx.TensorProto.DEFAULT
             del tensor.external_data[:]
             small += 1

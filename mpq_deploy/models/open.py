@@ -43,7 +43,7 @@ def _open(path: Path, source: str | Path | None, additions: Additions, talk: Tal
     if path.is_dir():
         name = f"bundled:{path.name}" if source is None or str(source) in DEMOS else str(source)
         return _open_folder(path, name, additions, talk)
-    if additions.component is not None:
+    if additions.component not in (None, path.parent.name):
         raise UsageError(
             f"{path} is an ONNX file, which has no component '{additions.component}'.",
             "Give a pipeline folder.",
