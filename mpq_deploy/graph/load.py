@@ -30,6 +30,12 @@ from mpq_deploy.system.names import printable
 
 # A protobuf file cannot be larger; such models keep their weights in a second file.
 PROTOBUF_LIMIT = 2**31
+# Lists of numbers up to this are shapes and axes, or a Resize's scales; larger ones are tables.
+SIZES_BYTES = {
+    onnx.TensorProto.INT32: 1024,
+    onnx.TensorProto.INT64: 1024,
+    onnx.TensorProto.FLOAT: 32,
+}
 
 
 def load_model(path: Path) -> ir.Model:
@@ -122,23 +128,23 @@ def check_external_data(proto: onnx.ModelProto, path: Path) -> None:
             _locate_in(blobs, tensor, file)
 
 
-def small_inline(proto: onnx.ModelProto, path: Path, limit: int) -> bool:
-    """Read external tensors of up to ``limit`` bytes into ``proto``, which ``read_proto`` gave for ``path``.
+def inline_sizes(proto: onnx.ModelProto, path: Path) -> bool:
+    """Read external shapes, axes and limits into ``proto``, which ``read_proto`` gave for ``path``.
 
-    Returns whether there were any.
+    ONNX Runtime's shape inference reads none from files. Returns whether there were any.
     """
-    folder, small = path.resolve().parent, 0
+    folder, read = path.resolve().parent, 0
     for tensor in external_tensors(proto):
-        size = tensor_bytes(tensor)
-        if size is not None and size <= limit:
+        size, most = tensor_bytes(tensor), SIZES_BYTES.get(tensor.data_type, -1)
+        if size is not None and len(tensor.dims) <= 1 and size <= most:
             entries = {entry.key: entry.value for entry in tensor.external_data}
             with open_input(folder / entries["location"], error=ModelError) as file:
                 file.seek(int(entries.get("offset", "0")))
                 tensor.raw_data = file.read(size)
             tensor.data_location = onnx.TensorProto.DEFAULT
             del tensor.external_data[:]
-            small += 1
-    return small > 0
+            read += 1
+    return read > 0
 
 
 def _locate_in(blobs: Path, tensor: onnx.TensorProto, file: Path) -> None:
