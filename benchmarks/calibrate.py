@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from mpq_deploy.calibrate.observers import observe
-from mpq_deploy.calls.recorded import CalibrationSet, RecordedCalls
+from mpq_deploy.calls.recorded import CallSet, RecordedCalls
 from mpq_deploy.graph.layers import layer_graph
 from mpq_deploy.graph.load import load_model
 from mpq_deploy.models.export import export_denoiser, load_exported
@@ -67,8 +67,9 @@ def measure(folder: Path, mode: str, samples: int) -> dict[str, float]:
     shape = (TIMESTEPS, samples, *exported.spec.sample.shape)
     rows = np.arange(samples) % min((len(v) for v in conditions.values()), default=1)
     steps = np.linspace(950, 50, TIMESTEPS, dtype=np.float32)
-    recorded = CalibrationSet(rng.standard_normal(shape, np.float32), steps, rows)
-    calls = RecordedCalls(recorded, conditions, exported.spec)
+    samples = rng.standard_normal(shape, np.float32)
+    recorded = CallSet.of_samples(exported.spec, samples, steps, rows, conditions)
+    calls = RecordedCalls(recorded, exported.spec)
     settings = CalibrateSettings(batch_size=8, reservoir=4096)
     started = time.process_time()
     if mode == "bare":

@@ -79,7 +79,7 @@ def train_and_evaluate(run: Run, part: str, seed: int, folder: Path) -> Row:
     task = recover_task(run, plan.schemes)
     options = run.recipe.recover.replace(seed=seed, **PARTS[part])
     steps, sampler = run.recipe.calibrate.steps, run.recipe.evaluate.sampler
-    recorder = TrajectoryRecorder(task.model, task.spec, task.conditions, steps, sampler)
+    recorder = TrajectoryRecorder(run.exported.model, steps, sampler)
     started, cpu = time.monotonic(), time.process_time()
     recovered = recover(task, options, recorder, run.talk, folder / "checkpoint", part)
     minutes, cpu_minutes = (time.monotonic() - started) / 60, (time.process_time() - cpu) / 60

@@ -121,13 +121,7 @@ class LowBits:
         recipe = run.recipe
         task = recover_task(run, plan.schemes)
         options = run.recipe.recover.replace(steps=steps, seed=seed, **part.settings)
-        args = (
-            task.model,
-            task.spec,
-            task.conditions,
-            recipe.calibrate.steps,
-            recipe.evaluate.sampler,
-        )
+        args = (run.exported.model, recipe.calibrate.steps, recipe.evaluate.sampler)
         cpu = time.process_time()
         with tempfile.TemporaryDirectory(dir=run.scratch()) as scratch:
             folder = Path(scratch)

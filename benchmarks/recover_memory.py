@@ -75,7 +75,7 @@ def child(recipe_text: str, run: Path) -> None:
         plan = pipeline.run.plan
         task, options = recover_task(pipeline.run, plan.schemes), pipeline.recipe.recover
         steps, sampler = recipe.calibrate.steps, recipe.evaluate.sampler
-        recorder = TrajectoryRecorder(task.model, task.spec, task.conditions, steps, sampler)
+        recorder = TrajectoryRecorder(run.exported.model, steps, sampler)
         estimate = expected_memory(task, options, recorder.calls, pipeline.run.talk)
         recover(task, options, recorder, pipeline.run.talk, Path(folder) / "checkpoint", "memory")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -37,11 +37,12 @@ from typing import Any
 import numpy as np
 from table import Page, bench_parser, bench_recipe, markdown, verdict
 
-from mpq_deploy.calls.recorded import CalibrationSet, RecordedCalls
+from mpq_deploy.calls.recorded import CallSet, RecordedCalls
 from mpq_deploy.calls.timesteps import sampled_steps
 from mpq_deploy.models.export import load_exported
 from mpq_deploy.recipe import Recipe, load_recipe
 from mpq_deploy.run.pipeline import STAGES, open_pipeline
+from mpq_deploy.run.view import CALLS
 from mpq_deploy.runtime.ort import OrtDenoiser
 from mpq_deploy.system.progress import PlainTalk
 
@@ -157,15 +158,10 @@ def other_budget(run: Path) -> None:
 def bare_passes(run: Path, recipe: Recipe) -> None:
     """Run the float model as often as calibrate does: along the trajectories, then on the calls that are observed."""
     exported = load_exported(run / "export")
-    conditions, recorded = (
-        dict(exported.conditions.arrays),
-        CalibrationSet.load(run / "calibrate" / "inputs.npz"),
-    )
+    recorded = CallSet.load(run / "calibrate" / CALLS)
     denoiser = OrtDenoiser(exported.model, exported.spec)
-    every = list(
-        RecordedCalls(recorded, conditions, exported.spec).batches(recipe.calibrate.batch_size)
-    )
-    calls = len(recorded.rows)
+    every = list(RecordedCalls(recorded, exported.spec).batches(recipe.calibrate.batch_size))
+    calls = recorded.count
     observed = len(recorded.timesteps) * min(calls, recipe.calibrate.observed)
     # Trajectories end at the last step that is kept.
     steps = int(sampled_steps(recipe.calibrate.steps, recipe.calibrate.timesteps)[-1]) + 1

@@ -388,6 +388,9 @@ class Recipe(Section):
     )
     scheduler: str | None = Field(None, description="scheduler_config.json, or its folder")
     prompts: str | None = Field(None, description="text file, one prompt per line")
+    call: str | None = Field(
+        None, description="YAML: keyword arguments of the pipeline, a list of calls"
+    )
     component: str | None = Field(
         None,
         description="pipeline part: unet, transformer, vae, text_encoder ...; null: the denoiser",
@@ -410,7 +413,7 @@ class Recipe(Section):
     engine: EngineSettings = EngineSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
 
-    @field_validator("model", "target", "description", "conditions", "scheduler", "prompts")
+    @field_validator("model", "target", "description", "conditions", "scheduler", "prompts", "call")
     @classmethod
     def _of_the_user(cls, path: str | None) -> str | None:
         """Read a leading ~ as the home folder, as a shell does."""

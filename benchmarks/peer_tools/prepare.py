@@ -44,11 +44,12 @@ def save_inputs(run: Path, folder: Path) -> None:
     import onnx
 
     from mpq_deploy.calls.loop import GuidedDenoiser
-    from mpq_deploy.calls.recorded import CalibrationSet, feed_rows
+    from mpq_deploy.calls.recorded import CallSet, RecordedCalls
     from mpq_deploy.calls.sampler import make_sampler
     from mpq_deploy.calls.trajectories import record_trajectories
     from mpq_deploy.models.export import load_exported
     from mpq_deploy.recipe import CalibrateSettings, load_recipe
+    from mpq_deploy.run.view import CALLS
     from mpq_deploy.runtime.ort import OrtDenoiser
     from mpq_deploy.system.progress import Talk
 
@@ -71,11 +72,9 @@ def save_inputs(run: Path, folder: Path) -> None:
         options,
         Talk(),
     )
-    recorded = CalibrationSet.load(run / "calibrate" / "inputs.npz")
+    recorded = CallSet.load(run / "calibrate" / CALLS)
     every = [
-        (step, call)
-        for step in range(len(recorded.timesteps))
-        for call in range(len(recorded.rows))
+        (step, call) for step in range(len(recorded.timesteps)) for call in range(recorded.count)
     ]
     # A step of its own, drawn at random, for each held-out sample.
     drawn = np.random.default_rng(HELD_OUT_SEED).integers(0, len(fresh.timesteps), HELD_OUT)
@@ -86,14 +85,7 @@ def save_inputs(run: Path, folder: Path) -> None:
     arrays = {}
     for split, (calls, places) in picked.items():
         for number, (step, call) in enumerate(places):
-            one = slice(call, call + 1)
-            feed = feed_rows(
-                spec,
-                calls.samples[step, one],
-                float(calls.timesteps[step]),
-                calls.rows[one],
-                conditions,
-            )
+            feed = RecordedCalls(calls, spec).feed(step, slice(call, call + 1))
             arrays |= {f"{split}/{number}/{name}": value for name, value in feed.items()}
     np.savez(folder / "inputs.npz", **arrays)
     print(f"{len(every)} calibration inputs, {HELD_OUT} held out", file=sys.stderr)

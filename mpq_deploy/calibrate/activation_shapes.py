@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from mpq_deploy.calls.recorded import RecordedCalls, feed_rows
+from mpq_deploy.calls.recorded import RecordedCalls
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.graph.shapes import inferred_shapes
@@ -47,12 +47,12 @@ def activation_shapes(
 
     Raises ModelError when a shape depends on the number of calls in a way that is no batch axis.
     """
-    recorded, spec = calls.recorded, calls.spec
+    spec = calls.spec
     names = tuple(graph.activations) if names is None else names
     declared = _declared(graph, spec, names)
     if declared is not None:
         return declared
-    counts = (1, 2) if all(condition.batched for condition in spec.conditions) else (1,)
+    counts = (1, 2) if calls.together else (1,)
     inferred = _inferred(graph, spec, names, counts)
     if inferred is not None:
         return inferred
@@ -70,9 +70,7 @@ def activation_shapes(
     with open_session(model, talk, scratch=scratch, optimize=False) as session:
         names_fed = {entry.name for entry in session.get_inputs()}
         for count in counts:
-            sample = np.repeat(recorded.samples[0, :1], count, axis=0)
-            rows = np.repeat(recorded.rows[:1], count)
-            feed = feed_rows(spec, sample, float(recorded.timesteps[0]), rows, calls.conditions)
+            feed = calls.feed(0, np.zeros(count, np.int64))
             shapes.append(session.run(None, {k: v for k, v in feed.items() if k in names_fed}))
     one, two = shapes[0], shapes[-1]
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from mpq_deploy.calibrate.spread_calibration import (
     record_in_shards,
 )
 from mpq_deploy.calibrate.stats import ActivationStats, CalibrationStats
-from mpq_deploy.calls.recorded import CalibrationSet, dealt
-from mpq_deploy.calls.trajectories import record_trajectories
+from mpq_deploy.calls.recorded import CallSet, dealt
+from mpq_deploy.calls.trajectories import cycled, record_trajectories
 from mpq_deploy.formats.branches.cols import SHARES
 from mpq_deploy.formats.branches.prescaled import TENTHS, scale_factors
 from mpq_deploy.formats.sizes import outlier_count
@@ -25,6 +26,8 @@ from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.graph.writers.quantize_layers import weight_array
 from mpq_deploy.models.spec import Array
 from mpq_deploy.recipe import CalibrateSettings
+from mpq_deploy.runtime.not_finite import CheckedDenoiser
+from mpq_deploy.runtime.ort import OrtDenoiser
 from mpq_deploy.system.mapped import drop_pages
 from mpq_deploy.system.parallel.work import Alone, Crew
 from mpq_deploy.system.progress import Talk
@@ -40,7 +43,7 @@ def calibrate(
     *,
     scratch: Path | None = None,
     crew: Crew | None = None,
-) -> tuple[CalibrationSet, CalibrationStats]:
+) -> tuple[CallSet, CalibrationStats]:
     """Return the recorded calls and the statistics of every activation that a layer reads.
 
     ``graph``: the layers of the setup's model. ``scratch``: an existing folder, best on the disk of
@@ -49,9 +52,13 @@ def calibrate(
     an activation that is not finite.
     """
     settings = setup.settings
-    if crew is None or isinstance(crew, Alone):
+    if setup.source.spec.pipeline is not None:
+        recorded = _recorded_runs(setup, talk, scratch)
+        calls = setup.calls(_observed(recorded, settings.observed))
+        seen = observe(graph, calls, settings, talk, scratch=scratch)
+    elif crew is None or isinstance(crew, Alone):
         sampler = setup.make_sampler()
-        recorded = record_trajectories(setup.denoiser(setup.model), sampler, settings, talk)
+        recorded = record_trajectories(setup.denoiser(setup.source.path), sampler, settings, talk)
         calls = setup.calls(_observed(recorded, settings.observed))
         seen = observe(graph, calls, settings, talk, scratch=scratch)
     else:
@@ -66,11 +73,30 @@ def calibrate(
     return recorded, stats
 
 
-def _observed(recorded: CalibrationSet, count: int) -> CalibrationSet:
+def _recorded_runs(setup: CalibrationSetup, talk: Talk, scratch: Path | None) -> CallSet:
+    """Return the calls of the model's own pipeline, each of its calls equally often."""
+    from mpq_deploy.calls.record_pipeline import Runs, record_pipeline
+
+    source, settings = setup.source, setup.settings
+    assert source.spec.pipeline is not None
+    count = len(source.spec.pipeline.calls)
+    numbers = cycled(np.arange(count), settings.samples, settings.seed)
+    folder = Path(tempfile.mkdtemp(dir=scratch, prefix="calls-"))
+    float_model = CheckedDenoiser(source.path, OrtDenoiser(source.path, source.spec))
+    runs = Runs([int(number) for number in numbers], settings.steps, settings.seed)
+    recorded = record_pipeline(
+        source, runs, settings.timesteps, folder, talk, float_model.run
+    ).calls
+    if len(recorded.timesteps) < settings.timesteps:
+        talk.line(f"  the pipeline takes {len(recorded.timesteps)} steps: all are recorded")
+    return recorded
+
+
+def _observed(recorded: CallSet, count: int) -> CallSet:
     """Return ``count`` of the calls, conditions evenly: scales need fewer calls than measuring."""
-    if count >= len(recorded.rows):
+    if count >= recorded.count:
         return recorded
-    return recorded.take(np.sort(dealt(recorded.rows, np.arange(len(recorded.rows)))[:count]))
+    return recorded.take(np.sort(dealt(recorded.rows, np.arange(recorded.count))[:count]))
 
 
 def weight_ranges(graph: LayerGraph) -> dict[str, Array]:

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 
-from mpq_deploy.calls.loop import DenoiserCall
 from mpq_deploy.calls.recorded import RecordedCalls
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.models.spec import Array
@@ -101,14 +100,8 @@ def call_moments(
     with talk.bar("float and quantized outputs of the calibration calls", len(parts)) as advance:
         done = 0
         for batch in calls.batches(batch_size):
-            taken = {
-                name: values[recorded.rows[batch.calls]]
-                for name, values in calls.conditions.items()
-            }
-            sample = recorded.samples[batch.step, batch.calls]
-            outputs = [
-                _finite(model, sample, batch.timestep, taken)[:, :channels] for model in models
-            ]
+            feed = batch.feed
+            outputs = [_finite(model, feed, batch.timestep)[:, :channels] for model in models]
             parts[batch.step].append(
                 CallMoments.of(np.array([batch.timestep]), outputs[0][None], outputs[1][None])
             )
@@ -118,10 +111,8 @@ def call_moments(
     return _joined(recorded.timesteps, parts)
 
 
-def _finite(
-    model: DenoiserCall, sample: Array, timestep: float, conditions: dict[str, Array]
-) -> Array:
-    output = model(sample, timestep, conditions)
+def _finite(model: OrtDenoiser, feed: dict[str, Array], timestep: float) -> Array:
+    output = model.run(feed)
     if not np.isfinite(output).all():
         raise ModelError(
             f"An output on the calibration calls is not finite at timestep {timestep:g}."

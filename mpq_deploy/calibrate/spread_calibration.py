@@ -16,13 +16,13 @@ import onnxruntime as ort
 from mpq_deploy.calibrate.activation_shapes import activation_shapes
 from mpq_deploy.calibrate.observers import Observation, ObservedGraph, Totals, draws_of
 from mpq_deploy.calls.loop import GuidedDenoiser
-from mpq_deploy.calls.recorded import CalibrationSet, RecordedCalls
+from mpq_deploy.calls.recorded import CallSet, RecordedCalls, joined
 from mpq_deploy.calls.sampler import Sampler, keeps_samples_apart, make_sampler
 from mpq_deploy.calls.trajectories import record_trajectories
 from mpq_deploy.evaluate.cache import model_files
 from mpq_deploy.graph.layers import LayerGraph, layer_graph
 from mpq_deploy.graph.load import load_model
-from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.models.spec import FloatModel
 from mpq_deploy.recipe import CalibrateSettings, SamplerKind
 from mpq_deploy.runtime.not_finite import CheckedDenoiser
 from mpq_deploy.runtime.ort import OrtDenoiser
@@ -39,25 +39,24 @@ class CalibrationSetup:
     Workers have the path below their root.
     """
 
-    model: Path
-    spec: DenoiserSpec
-    conditions: dict[str, Array]
+    source: FloatModel
     settings: CalibrateSettings
     sampler: SamplerKind = "auto"
 
-    def calls(self, recorded: CalibrationSet) -> RecordedCalls:
-        """Return ``recorded`` with what the model is fed beside it."""
-        return RecordedCalls(recorded, self.conditions, self.spec)
+    def calls(self, recorded: CallSet) -> RecordedCalls:
+        """Return ``recorded`` as calls of the model."""
+        return RecordedCalls(recorded, self.source.spec)
 
     def make_sampler(self) -> Sampler:
         """Return the sampler whose trajectories are recorded."""
         settings = self.settings
-        return make_sampler(self.spec.scheduler, settings.steps, settings.seed, self.sampler)
+        return make_sampler(self.source.spec.scheduler, settings.steps, settings.seed, self.sampler)
 
     def denoiser(self, model: Path) -> GuidedDenoiser:
         """Return the float model in the file ``model``; it refuses outputs that are not finite."""
-        denoiser = CheckedDenoiser(model, OrtDenoiser(model, self.spec))
-        return GuidedDenoiser(denoiser, self.spec, self.conditions)
+        source = self.source
+        denoiser = CheckedDenoiser(model, OrtDenoiser(model, source.spec))
+        return GuidedDenoiser(denoiser, source.spec, source.conditions)
 
 
 @dataclass(frozen=True)
@@ -73,36 +72,32 @@ class _Observe:
     """Position ``step`` of the recorded timesteps; ``recorded`` holds it alone."""
 
     step: int
-    recorded: CalibrationSet
+    recorded: CallSet
 
 
 def calibration_job(setup: CalibrationSetup, scratch: Path | None) -> Job:
     """Return the job of both parts. ``scratch``: as for ``calibrate``."""
-    model = setup.model
+    model = setup.source.path
     files = Files.of([*model_files(model), *([scratch / "any"] if scratch else [])])
     below = scratch.resolve().relative_to(files.root) if scratch else None
-    setup = replace(setup, model=files.below(model))
+    setup = replace(setup, source=replace(setup.source, path=files.below(model)))
     size = sum(file.stat().st_size for file in model_files(model))
     names = tuple(files.below(file).as_posix() for file in model_files(model))
     return Job("calibration", partial(_open, setup, below), files.root, names, 2 * size)
 
 
-def record_in_shards(pool: Pool, setup: CalibrationSetup, talk: Talk) -> CalibrationSet:
+def record_in_shards(pool: Pool, setup: CalibrationSetup, talk: Talk) -> CallSet:
     """Record like ``record_trajectories``, batch by batch where samples are independent."""
     sampler = setup.make_sampler()
     if not keeps_samples_apart(sampler):
-        return record_trajectories(setup.denoiser(setup.model), sampler, setup.settings, talk)
+        return record_trajectories(setup.denoiser(setup.source.path), sampler, setup.settings, talk)
     size, count = setup.settings.batch_size, setup.settings.samples
     tasks = [_Record(start, min(start + size, count)) for start in range(0, count, size)]
     shards = [
         Shard(f"trajectories {t.start} to {t.stop - 1}", t, len(sampler.timesteps)) for t in tasks
     ]
-    parts = list(run_shards(pool, "record trajectories", shards, talk))
-    return CalibrationSet(
-        np.concatenate([part["samples"] for part in parts], axis=1),
-        parts[0]["timesteps"],
-        np.concatenate([part["rows"] for part in parts]),
-    )
+    parts = run_shards(pool, "record trajectories", shards, talk)
+    return joined([CallSet.of_arrays(part) for part in parts])
 
 
 def observe_in_shards(
@@ -120,8 +115,8 @@ def observe_in_shards(
     shards = [
         Shard(
             f"timestep {timestep:g}",
-            _Observe(step, recorded.at(np.array([step]))),
-            len(recorded.rows),
+            _Observe(step, recorded.at(np.array([step])).compact()),
+            recorded.count,
         )
         for step, timestep in enumerate(recorded.timesteps)
     ]
@@ -152,12 +147,12 @@ class _Calibrating:
     """A worker's float model: plain to record, with observers to observe, never both."""
 
     def __init__(self, setup: CalibrationSetup, root: Path, scratch: Path | None) -> None:
-        self._setup, self._model, self._scratch = setup, root / setup.model, scratch
+        self._setup, self._model, self._scratch = setup, root / setup.source.path, scratch
         self._denoiser: GuidedDenoiser | None = None
         self._observing: tuple[ObservedGraph, ort.InferenceSession] | None = None
 
     def record(self, task: _Record, talk: Talk) -> Result:
-        """Return the recorded samples, timesteps and rows."""
+        """Return the recorded calls as arrays."""
         setup = self._setup
         if self._denoiser is None:
             self._denoiser = setup.denoiser(self._model)
@@ -165,7 +160,7 @@ class _Calibrating:
         recorded = record_trajectories(
             self._denoiser, setup.make_sampler(), setup.settings, talk, part
         )
-        return {name: getattr(recorded, name) for name in ("samples", "timesteps", "rows")}
+        return recorded.arrays()
 
     def observe(self, task: _Observe, talk: Talk) -> Result:
         """Return what every batch of the timestep gives."""
@@ -174,23 +169,19 @@ class _Calibrating:
         observed, session = self._session(task.recorded, talk)
         outputs = {}
         parts = setup.calls(task.recorded).batches(setup.settings.batch_size)
-        with talk.bar("observe", len(task.recorded.rows)) as advance:
+        with talk.bar("observe", task.recorded.count) as advance:
             for number, batch in enumerate(replace(part, step=task.step) for part in parts):
                 for place, array in enumerate(observed.run(session, batch, setup.settings)):
                     outputs[_name(number, place)] = array
                 advance(len(batch.calls))
         return outputs
 
-    def _session(
-        self, recorded: CalibrationSet, talk: Talk
-    ) -> tuple[ObservedGraph, ort.InferenceSession]:
+    def _session(self, recorded: CallSet, talk: Talk) -> tuple[ObservedGraph, ort.InferenceSession]:
         if self._observing is None:
             self._observing = self._opened(recorded, talk)
         return self._observing
 
-    def _opened(
-        self, recorded: CalibrationSet, talk: Talk
-    ) -> tuple[ObservedGraph, ort.InferenceSession]:
+    def _opened(self, recorded: CallSet, talk: Talk) -> tuple[ObservedGraph, ort.InferenceSession]:
         setup, graph = self._setup, layer_graph(load_model(self._model))
         if self._scratch is not None:
             self._scratch.mkdir(exist_ok=True)

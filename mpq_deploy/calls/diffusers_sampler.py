@@ -31,16 +31,16 @@ class DiffusersSampler:
 
         self._torch = torch
         self._steps, self._seed = steps, seed
-        scheduler_class = _scheduler_class(str(config.get("_class_name")))
+        found = scheduler_class(str(config.get("_class_name")))
         # The loop drops a learned variance with the model's second half of channels.
         learned = str(config.get("variance_type", "")).startswith("learned")
         overrides = {"variance_type": "fixed_small"} if learned else {}
         config = dict(config)
         self._schedule = _schedule(config, config.pop(IMAGE_TOKENS, None), steps)
-        self._scheduler = scheduler_class.from_config({**config, **overrides})
+        self._scheduler = found.from_config({**config, **overrides})
         if "num_train_timesteps" not in self._scheduler.config:
             raise UsageError(
-                f"{scheduler_class.__name__} counts no timesteps of training, and steps in a way of its own.",
+                f"{found.__name__} counts no timesteps of training, and steps in a way of its own.",
                 "Give another that the model may be sampled with: --scheduler FILE.",
             )
         self._takes_generator = "generator" in inspect.signature(self._scheduler.step).parameters
@@ -48,7 +48,7 @@ class DiffusersSampler:
         self._timesteps = self._scheduler.timesteps
         self.timesteps: Array = self._timesteps.numpy().astype(np.float64)
         self.init_noise_sigma = float(getattr(self._scheduler, "init_noise_sigma", 1.0))
-        self.name = f"{scheduler_class.__name__} of diffusers, {steps} steps"
+        self.name = f"{found.__name__} of diffusers, {steps} steps"
 
     def scale_model_input(self, x: Array, step_index: int) -> Array:
         """Return what the denoiser is fed at this step; step 0 begins a new trajectory."""
@@ -116,7 +116,7 @@ def _schedule(config: dict[str, Any], tokens: int | None, steps: int) -> dict[st
     return arguments
 
 
-def _scheduler_class(name: str) -> Any:
+def scheduler_class(name: str) -> Any:
     """Return the diffusers class called ``name``; only schedulers can be reached this way."""
     for package in ("torch", "diffusers"):
         if importlib.util.find_spec(package) is None:
@@ -125,10 +125,10 @@ def _scheduler_class(name: str) -> Any:
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
     known = [n for n in dir(diffusers) if n.endswith("Scheduler") and "Flax" not in n]
-    scheduler_class = getattr(diffusers, name) if name in known else None
-    if not (inspect.isclass(scheduler_class) and issubclass(scheduler_class, SchedulerMixin)):
+    found = getattr(diffusers, name) if name in known else None
+    if not (inspect.isclass(found) and issubclass(found, SchedulerMixin)):
         raise UsageError(
             f"The scheduler class '{name}' is not one of diffusers.",
             f"{nearest(name, known)}Check _class_name in the scheduler's configuration.",
         )
-    return scheduler_class
+    return found

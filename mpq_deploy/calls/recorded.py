@@ -1,71 +1,223 @@
-"""Recorded calls of a denoiser: saved, split, and turned into the graph's inputs."""
+"""Recorded calls of a model: every input at K timesteps of N calls; split, saved, and fed again."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
-from mpq_deploy.errors import InputError
+from mpq_deploy.calls.shards import ShardWriter, read_shards
+from mpq_deploy.errors import InputError, ModelError
 from mpq_deploy.models.spec import Array, DenoiserSpec
-from mpq_deploy.runtime.ort import model_feeds
-from mpq_deploy.system.array_file import read_arrays
 
 SPLIT_SEED = 3
+# Columns of the index beside ``index.NAME``.
+STEP, TIMESTEP, ROW = "step", "timestep", "row"
+INDEX, VALUES = "index.", "values."
+
+
+class Rows(Protocol):
+    """Rows of one input: an array in memory, or files that rows are read from."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[U, *shape of one call]."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The rows' type."""
+
+    def __getitem__(self, rows: Any) -> Array:
+        """Return the given rows."""
 
 
 @dataclass(frozen=True)
-class CalibrationSet:
-    """Calls of the denoiser recorded along float trajectories: K timesteps x N calls.
+class InputCalls:
+    """What one input was given: ``values`` [U, ...], each once, and ``index`` int64 [K, N]."""
 
-    ``samples`` float32 [K, N, *sample shape] as the denoiser gets them (after scale_model_input);
-    ``timesteps`` float32 [K]; ``rows`` int64 [N], the row of conditions.npz of each call.
+    values: Rows
+    index: Array
+
+    def compact(self) -> InputCalls:
+        """Return the same with only the rows that are used, in memory."""
+        used, index = np.unique(self.index, return_inverse=True)
+        return InputCalls(np.asarray(self.values[used]), index.reshape(self.index.shape))
+
+
+@dataclass(frozen=True)
+class CallSet:
+    """Calls of the float model: at K timesteps N calls, each the inputs of one sample.
+
+    ``timesteps`` float32 [K] as the sampler counts them, for reports; ``rows`` int64 [N]: what a
+    call is conditioned on, equal for equal conditions; ``inputs``: what the model is given, by
+    name, in the types that it takes.
     """
 
-    samples: Array
     timesteps: Array
     rows: Array
+    inputs: Mapping[str, InputCalls]
 
-    def take(self, calls: Array) -> CalibrationSet:
+    @classmethod
+    def of_samples(
+        cls,
+        spec: DenoiserSpec,
+        samples: Array,
+        timesteps: Array,
+        rows: Array,
+        conditions: Mapping[str, Array],
+    ) -> CallSet:
+        """Return the calls of a sampler: ``samples`` [K, N, ...], ``rows`` [N] of ``conditions``.
+
+        Raises ModelError for a condition without rows.
+        """
+        steps, calls = samples.shape[:2]
+        each = np.arange(steps * calls).reshape(steps, calls)
+        flat = samples.reshape(-1, *samples.shape[2:])
+        inputs = {spec.sample.name: InputCalls(flat.astype(spec.sample.dtype, copy=False), each)}
+        if (timestep := spec.timestep) is not None:
+            scaled = np.asarray(timesteps, np.float64) * spec.timestep_scale
+            values = scaled.astype(timestep.dtype).reshape(steps, *timestep.shape)
+            inputs[timestep.name] = InputCalls(
+                values, np.repeat(np.arange(steps)[:, None], calls, 1)
+            )
+        used, index = np.unique(rows, return_inverse=True)
+        for item in spec.conditions:
+            if item.name not in conditions:
+                raise ModelError(
+                    f"The condition '{item.name}' of the denoiser was given no rows.",
+                    "Give it with --conditions FILE.npz, one row per condition.",
+                )
+            taken = np.asarray(conditions[item.name])[used].astype(item.dtype, copy=False)
+            inputs[item.name] = InputCalls(taken, np.tile(index, (steps, 1)))
+        return cls(np.asarray(timesteps, np.float32), np.asarray(rows, np.int64), inputs)
+
+    @property
+    def count(self) -> int:
+        """Calls at each timestep."""
+        return len(self.rows)
+
+    def take(self, calls: Array) -> CallSet:
         """Return the set with only the given calls, int64 [M], at every timestep."""
-        return CalibrationSet(self.samples[:, calls], self.timesteps, self.rows[calls])
+        return self._indexed(self.timesteps, self.rows[calls], (slice(None), calls))
 
-    def at(self, steps: Array) -> CalibrationSet:
+    def at(self, steps: Array) -> CallSet:
         """Return the set at only the given positions of its timesteps, int64 [M]."""
-        return CalibrationSet(self.samples[steps], self.timesteps[steps], self.rows)
+        return self._indexed(self.timesteps[steps], self.rows, steps)
 
-    def split(self, measured: int) -> tuple[CalibrationSet, CalibrationSet]:
+    def turns(self, chosen: Array) -> CallSet:
+        """Return the set with other calls at each timestep: positions ``chosen``, int64 [K, M]."""
+        place = (np.arange(len(self.timesteps))[:, None], chosen)
+        return self._indexed(self.timesteps, self.rows[chosen[0]], place)
+
+    def _indexed(self, timesteps: Array, rows: Array, place: Any) -> CallSet:
+        inputs = {
+            name: replace(given, index=given.index[place]) for name, given in self.inputs.items()
+        }
+        return CallSet(timesteps, rows, inputs)
+
+    def arrays(self) -> dict[str, Array]:
+        """Return the set as arrays by name, only with what it uses: what a shard gives back."""
+        arrays = {"timesteps": self.timesteps, "rows": self.rows}
+        for name, given in self.compact().inputs.items():
+            arrays |= {f"{VALUES}{name}": np.asarray(given.values), f"{INDEX}{name}": given.index}
+        return arrays
+
+    @classmethod
+    def of_arrays(cls, arrays: Mapping[str, Array]) -> CallSet:
+        """Return what ``arrays`` gave."""
+        inputs = {
+            name.removeprefix(INDEX): InputCalls(
+                arrays[f"{VALUES}{name.removeprefix(INDEX)}"], index
+            )
+            for name, index in arrays.items()
+            if name.startswith(INDEX)
+        }
+        return cls(arrays["timesteps"], arrays["rows"], inputs)
+
+    def compact(self) -> CallSet:
+        """Return the set with only what it uses, in memory: what a worker is sent."""
+        return replace(self, inputs={name: given.compact() for name, given in self.inputs.items()})
+
+    def values(self, name: str, steps: int | Array, calls: Any) -> Array:
+        """Return what input ``name`` was given, [M, ...], at one timestep or at one each."""
+        given = self.inputs[name]
+        return np.asarray(given.values[given.index[steps, calls]])
+
+    def with_values(self, name: str, values: Array) -> CallSet:
+        """Return the set with other ``values`` [K, N, ...] of an input."""
+        steps, calls = values.shape[:2]
+        each = np.arange(steps * calls).reshape(steps, calls)
+        given = InputCalls(values.reshape(-1, *values.shape[2:]), each)
+        return replace(self, inputs={**self.inputs, name: given})
+
+    def split(self, measured: int) -> tuple[CallSet, CallSet]:
         """Split the calls into those to round weights on and ``measured`` others, both evenly.
 
         Rounding fits its own inputs (GPTQ most of all), so a loss measured on them is too small.
         Where the others would leave less than a fifth of the calls to round on, both parts are the
         whole set.
         """
-        count = len(self.rows)
-        if count - measured < count / 5:
+        if self.count - measured < self.count / 5:
             return self, self
-        order = dealt(self.rows, np.random.default_rng(SPLIT_SEED).permutation(count))
+        order = dealt(self.rows, np.random.default_rng(SPLIT_SEED).permutation(self.count))
         return self.take(np.sort(order[measured:])), self.take(np.sort(order[:measured]))
 
-    def save(self, path: Path) -> None:
-        """Write the set as one .npz file (no pickle)."""
-        np.savez(path, samples=self.samples, timesteps=self.timesteps, rows=self.rows)
+    def save(self, folder: Path) -> None:
+        """Write the set into ``folder`` (see ``shards``)."""
+        steps = len(self.timesteps)
+        columns = {
+            STEP: np.repeat(np.arange(steps), self.count),
+            TIMESTEP: np.repeat(self.timesteps, self.count),
+            ROW: np.tile(self.rows, steps),
+        }
+        writer = ShardWriter(folder)
+        for name, given in sorted(self.inputs.items()):
+            used, index = np.unique(given.index, return_inverse=True)
+            writer.add_all(name, given.values, used)
+            columns[f"{INDEX}{name}"] = index.ravel()
+        writer.finish(columns)
 
     @classmethod
-    def load(cls, path: Path) -> CalibrationSet:
-        """Read what ``save`` wrote."""
-        data = read_arrays(path, ("samples", "timesteps", "rows"))
-        read = cls(data["samples"], data["timesteps"], data["rows"])
-        counts = (len(read.timesteps), len(read.rows))
-        numbers = read.rows.dtype.kind in "iu" and read.timesteps.dtype.kind == "f"
-        if read.samples.shape[:2] != counts or 0 in counts or not numbers or read.rows.min() < 0:
-            what = f"{path} holds samples {read.samples.shape}, timesteps {read.timesteps.shape}"
-            raise InputError(
-                f"{what} and rows {read.rows.shape}, which do not fit.", "Calibrate again."
-            )
-        return read
+    def load(cls, folder: Path) -> CallSet:
+        """Read what ``save`` wrote; rows stay in the files. Raises InputError."""
+        columns, values = read_shards(folder)
+        steps = len(np.unique(columns[STEP])) if STEP in columns else 0
+        count = len(columns[STEP]) // steps if steps else 0
+        wanted = {STEP, TIMESTEP, ROW, *(f"{INDEX}{name}" for name in values)}
+        grid = np.repeat(np.arange(steps), count)
+        if (
+            not count
+            or not values
+            or set(columns) != wanted
+            or not np.array_equal(columns[STEP], grid)
+        ):
+            raise InputError(f"{folder} holds no set of recorded calls.", "Calibrate again.")
+        shaped = {name: column.reshape(steps, count) for name, column in columns.items()}
+        if (shaped[ROW] != shaped[ROW][0]).any():
+            raise InputError(f"The calls in {folder} do not fit together.", "Calibrate again.")
+        inputs = {
+            name: InputCalls(rows, shaped[f"{INDEX}{name}"].astype(np.int64))
+            for name, rows in values.items()
+        }
+        return cls(shaped[TIMESTEP][:, 0].astype(np.float32), shaped[ROW][0], inputs)
+
+
+def joined(parts: Sequence[CallSet]) -> CallSet:
+    """Return the calls of all ``parts``, which have the same timesteps, side by side."""
+    if len(parts) == 1:
+        return parts[0]
+    inputs = {}
+    for name in parts[0].inputs:
+        given = [part.inputs[name].compact() for part in parts]
+        starts = np.cumsum([0, *(len(np.asarray(one.values)) for one in given)])
+        inputs[name] = InputCalls(
+            np.concatenate([np.asarray(one.values) for one in given]),
+            np.concatenate([one.index + start for one, start in zip(given, starts)], axis=1),
+        )
+    return CallSet(parts[0].timesteps, np.concatenate([part.rows for part in parts]), inputs)
 
 
 def dealt(rows: Array, order: Array) -> Array:
@@ -83,51 +235,66 @@ def dealt(rows: Array, order: Array) -> Array:
 
 @dataclass(frozen=True)
 class Batch:
-    """Some calls of one timestep: ``step`` indexes the timesteps, ``calls`` int64 [M] the calls."""
+    """Some calls of one timestep: ``step`` indexes the timesteps, ``calls`` int64 [M] the calls.
+
+    ``place``: the timestep's position in ``source``, which the inputs are read from on demand.
+    """
 
     step: int
     timestep: float
     calls: Array
-    feed: dict[str, Array]
+    source: RecordedCalls
+    place: int
 
-
-def feed_rows(
-    spec: DenoiserSpec, sample: Array, timestep: float, rows: Array, conditions: dict[str, Array]
-) -> dict[str, Array]:
-    """Return the graph's inputs for ``sample`` [M, ...] at one timestep, by name.
-
-    ``rows`` int64 [M] picks each call's row of the arrays in ``conditions``.
-    """
-    return model_feeds(
-        spec, sample, timestep, {name: values[rows] for name, values in conditions.items()}
-    )
+    @property
+    def feed(self) -> dict[str, Array]:
+        """The graph's inputs, by name."""
+        return self.source.feed(self.place, self.calls)
 
 
 @dataclass(frozen=True)
 class RecordedCalls:
-    """Recorded calls of the model ``spec`` with all rows of its condition inputs."""
+    """Recorded calls of the model ``spec``."""
 
-    recorded: CalibrationSet
-    conditions: dict[str, Array]
+    recorded: CallSet
     spec: DenoiserSpec
+
+    @property
+    def together(self) -> bool:
+        """Whether calls may run in one batch: no input is one for all of them."""
+        return all(condition.batched for condition in self.spec.conditions)
+
+    def feed(self, steps: int | Array, calls: Any) -> dict[str, Array]:
+        """Return the graph's inputs of ``calls`` (positions, or a slice) at a timestep, by name.
+
+        ``steps``: one position of the timesteps, or one for each call. Raises ModelError for
+        different values of an input that is one for all calls.
+        """
+        feeds = {}
+        for item in self.spec.inputs:
+            if item.name not in self.recorded.inputs:
+                raise ModelError(
+                    f"The recorded calls have no input '{item.name}'.", "Record them again."
+                )
+            values = self.recorded.values(item.name, steps, calls)
+            if not item.batched:
+                if (values != values[0]).any():
+                    raise ModelError(
+                        f"The model takes one '{item.name}' per call, but different ones were given."
+                    )
+                values = np.asarray(values[0])
+            feeds[item.name] = np.asarray(values, item.dtype)
+        return feeds
 
     def batches(
         self, size: int, steps: range | None = None, calls: range | None = None
     ) -> Iterator[Batch]:
         """Yield the calls, ``size`` of one timestep at a time, or a part of them."""
-        if not all(condition.batched for condition in self.spec.conditions):
+        if not self.together:
             size = 1
-        chosen = np.asarray(
-            calls if calls is not None else range(len(self.recorded.rows)), np.int64
-        )
+        chosen = np.asarray(calls if calls is not None else range(self.recorded.count), np.int64)
         for step in steps if steps is not None else range(len(self.recorded.timesteps)):
             timestep = float(self.recorded.timesteps[step])
             for start in range(0, len(chosen), size):
                 picked = chosen[start : start + size]
-                sample, rows = self.recorded.samples[step, picked], self.recorded.rows[picked]
-                yield Batch(
-                    step,
-                    timestep,
-                    picked,
-                    feed_rows(self.spec, sample, timestep, rows, self.conditions),
-                )
+                yield Batch(step, timestep, picked, self, step)

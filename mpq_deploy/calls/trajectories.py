@@ -1,6 +1,6 @@
 """Record what the float denoiser is fed along its own denoising trajectories.
 
-In: a denoiser, a sampler and conditions. Out: a ``CalibrationSet``, whose calls are those that
+In: a denoiser, a sampler and conditions. Out: a ``CallSet``, whose calls are those that
 sampling makes: with classifier-free guidance the unconditional and the conditional half of each are
 calls of their own.
 """
@@ -13,7 +13,7 @@ import numpy as np
 
 from mpq_deploy.calls.ddim import alphas_cumprod
 from mpq_deploy.calls.loop import GuidedDenoiser, denoise, first_samples
-from mpq_deploy.calls.recorded import CalibrationSet
+from mpq_deploy.calls.recorded import CallSet
 from mpq_deploy.calls.sampler import Sampler
 from mpq_deploy.calls.timesteps import sampled_steps
 from mpq_deploy.errors import UsageError
@@ -28,7 +28,7 @@ def record_trajectories(
     settings: CalibrateSettings,
     talk: Talk,
     part: slice | None = None,
-) -> CalibrationSet:
+) -> CallSet:
     """Denoise ``settings.samples`` samples; keep the inputs at ``settings.timesteps`` steps.
 
     ``part`` denoises only these samples, which is the same for samplers that keep samples apart.
@@ -49,7 +49,8 @@ def record_trajectories(
         settings.batch_size,
         talk,
     )
-    return recorder.finish()
+    samples, timesteps, called = recorder.finish()
+    return CallSet.of_samples(spec, samples, timesteps, called, conditions)
 
 
 def cycled_rows(spec: DenoiserSpec, conditions: dict[str, Array], samples: int, seed: int) -> Array:
@@ -71,6 +72,11 @@ def cycled_rows(spec: DenoiserSpec, conditions: dict[str, Array], samples: int, 
         rows = np.delete(rows, spec.uncond_row)
     if not len(rows):
         raise UsageError("The conditions have no rows.", "Give at least one.")
+    return cycled(rows, samples, seed)
+
+
+def cycled(rows: Array, samples: int, seed: int) -> Array:
+    """Return ``samples`` of ``rows``, int64, dealt out in shuffled rounds."""
     rng = np.random.default_rng((seed, samples))
     rounds = [rng.permutation(rows) for _ in range(-(-samples // len(rows)))]
     return np.concatenate(rounds)[:samples].astype(np.int64)
@@ -87,10 +93,10 @@ class _Recorder:
             # A sampler may reuse its arrays.
             self.calls[step_index].append((timestep, model_input.astype(np.float32), rows.copy()))
 
-    def finish(self) -> CalibrationSet:
-        """Stack the calls, which come in the same order at every step."""
+    def finish(self) -> tuple[Array, Array, Array]:
+        """Return samples [K, N, ...], timesteps [K] and rows [N]: calls come in one order."""
         steps = list(self.calls.values())
-        return CalibrationSet(
+        return (
             np.stack([np.concatenate([sample for _, sample, _ in step]) for step in steps]),
             np.array([step[0][0] for step in steps], np.float32),
             np.concatenate([rows for _, _, rows in steps[0]]).astype(np.int64),
@@ -113,9 +119,7 @@ class _FirstSteps:
         return self._sampler.step(model_output, step_index, x)
 
 
-def renoised(
-    recorded: CalibrationSet, spec: DenoiserSpec, draws: int, seed: int = 0
-) -> CalibrationSet:
+def renoised(recorded: CallSet, spec: DenoiserSpec, draws: int, seed: int = 0) -> CallSet:
     """Return ``draws`` times as many calls, with fresh noise added to the last samples.
 
     The calls of one trajectory share one noise, so their activations are much alike, and rounding
@@ -124,9 +128,10 @@ def renoised(
     alpha-bar_t / alpha-bar_last (Ho et al. 2020, equation 4). Our choice. The last timestep itself
     stays as recorded. Flow matching goes along straight lines instead: x_t = (1 - s) x_0 + s noise
     with s = t / T (Lipman et al. 2023, equation 22), so the last sample is shrunk by (1 - s) / (1 -
-    s_last) and what noise lacks to s is added. A component without timesteps is returned as it is.
+    s_last) and what noise lacks to s is added. What is the same at the first and the last timestep
+    (an image beside the noise) stays. Calls without such a process are returned as they are.
     """
-    if spec.timestep is None or not draws:
+    if not draws or not has_forward_process(spec):
         return recorded
     times = recorded.timesteps.astype(np.float64)
     if spec.prediction_type == "flow_prediction":
@@ -136,12 +141,28 @@ def renoised(
         at = np.interp(times, np.arange(len(power)), power)
         remaining = np.minimum(at / at[-1], 1.0)
         shares = np.sqrt(remaining), np.sqrt(1 - remaining)
-    last = np.tile(recorded.samples[-1], (draws, *[1] * (recorded.samples.ndim - 2)))
+    many = recorded.take(np.tile(np.arange(recorded.count), draws))
+    last = many.values(spec.sample.name, -1, slice(None))
     samples = np.empty((len(times), *last.shape), np.float32)
     for step_index, (signal, added) in enumerate(zip(*shares, strict=True)):
         noise = np.random.default_rng((seed, step_index)).standard_normal(last.shape, np.float32)
         samples[step_index] = signal * last + added * noise
-    return CalibrationSet(samples, recorded.timesteps, np.tile(recorded.rows, draws))
+    still = many.values(spec.sample.name, 0, slice(None)) == last
+    if len(times) > 1 and still.any():
+        samples[:, still] = last[still]
+    return many.with_values(spec.sample.name, samples)
+
+
+def has_forward_process(spec: DenoiserSpec) -> bool:
+    """Whether the scheduler's configuration says how samples are noised from one timestep on.
+
+    Of pipelines only those with betas or along straight lines: others scale samples in other ways.
+    """
+    if spec.timestep is None:
+        return False
+    if spec.pipeline is None or spec.prediction_type == "flow_prediction":
+        return True
+    return any(name in spec.scheduler for name in ("beta_start", "trained_betas"))
 
 
 def _flow_shares(sigmas: Array) -> tuple[Array, Array]:

@@ -19,6 +19,7 @@ from mpq_deploy.cli.app import (
 )
 from mpq_deploy.cli.options import (
     BudgetOption,
+    CallOption,
     ComponentOption,
     ConditionsOption,
     CorrectionKind,
@@ -60,6 +61,7 @@ def build(
     conditions: ConditionsOption = None,
     scheduler: SchedulerOption = None,
     prompts: PromptsOption = None,
+    call: CallOption = None,
     component: ComponentOption = None,
     recover: Annotated[
         bool,
@@ -82,7 +84,7 @@ def build(
     """
     given: dict[str, Any] = {"model": model, "budget": budget, "target": target}
     given |= {"measure.method": sensitivity, "conditions": conditions, "scheduler": scheduler}
-    given |= {"prompts": prompts, "component": component}
+    given |= {"prompts": prompts, "call": call, "component": component}
     given |= latency_settings(max_latency, objective, latency_table)
     settings = recipe_for(recipe, given)
     run_until(
@@ -122,11 +124,13 @@ def export(
     conditions: ConditionsOption = None,
     scheduler: SchedulerOption = None,
     prompts: PromptsOption = None,
+    call: CallOption = None,
     component: ComponentOption = None,
 ) -> None:
     """Export the denoiser to ONNX and check it against the original."""
     given = {"model": model, "conditions": conditions, "scheduler": scheduler, "prompts": prompts}
-    run_until("export", recipe_for(recipe, {**given, "component": component}), out)
+    given |= {"call": call, "component": component}
+    run_until("export", recipe_for(recipe, given), out)
 
 
 @app.command(rich_help_panel=STAGES, epilog="Example: mpq-deploy calibrate runs/mine")

@@ -176,6 +176,16 @@ PromptsOption = Annotated[
         show_default=False,
     ),
 ]
+CallOption = Annotated[
+    Optional[Path],
+    typer.Option(
+        "--call",
+        metavar="FILE",
+        help="What the pipeline is called with, a YAML.",
+        rich_help_panel=OF_MODEL,
+        show_default=False,
+    ),
+]
 ComponentOption = Annotated[
     Optional[str],
     typer.Option(

@@ -140,11 +140,12 @@ def make_reference(run: Run) -> tuple[Reference, bytes]:
     Two cases: the smallest batch at the first timestep, the usual batch at the last. Inputs are
     rounded to the deployed graph's types first, so that both graphs see the same numbers.
     """
-    from mpq_deploy.runtime.ort import OrtDenoiser, model_feeds
+    from mpq_deploy.calls.recorded import RecordedCalls
+    from mpq_deploy.runtime.ort import OrtDenoiser
 
     exported, quantized = run.exported, run.deployed
     spec, section = exported.spec, run.recipe.engine
-    calls = run.calibration.inputs
+    calls = RecordedCalls(run.calibration.inputs, spec)
     types = _input_types(quantized / DEPLOYED)
     twin = OrtDenoiser(quantized / SIMULATED, spec, threads=1)
     half = _half_session(quantized / DEPLOYED)
@@ -152,16 +153,11 @@ def make_reference(run: Run) -> tuple[Reference, bytes]:
     errors = []
     cases = {
         "smallest": (section.batch_min, 0),
-        "usual": (section.batch_opt, len(calls.timesteps) - 1),
+        "usual": (section.batch_opt, len(calls.recorded.timesteps) - 1),
     }
     for case, (batch, step) in cases.items():
-        chosen = np.arange(batch) % len(calls.rows)
-        conditions = {
-            name: values[calls.rows[chosen]] for name, values in exported.conditions.items()
-        }
-        feeds = model_feeds(
-            spec, calls.samples[step][chosen], float(calls.timesteps[step]), conditions
-        )
+        chosen = np.arange(batch) % calls.recorded.count
+        feeds = calls.feed(step, chosen)
         feeds = {name: values.astype(types[name]) for name, values in feeds.items()}
         wide = {item.name: feeds[item.name].astype(item.dtype) for item in spec.inputs}
         output = np.asarray(twin.session.run([spec.output], wide)[0], np.float32)

@@ -121,6 +121,15 @@ def arrays_digest(arrays: Mapping[str, Array]) -> str:
     return digest.hexdigest()
 
 
+def folder_stamp(folder: Path) -> list[list[Any]]:
+    """Return name, size and time of writing of every file below ``folder``, sorted."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [
+        [path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns]
+        for path in files
+    ]
+
+
 def model_digest(path: Path) -> str:
     """Return the SHA-256 of an ONNX file and of the external data files that it names.
 

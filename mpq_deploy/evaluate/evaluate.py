@@ -18,13 +18,21 @@ import onnxruntime as ort
 
 from mpq_deploy.calls.corrected import corrected_sampler
 from mpq_deploy.calls.loop import DenoiserCall, GuidedDenoiser, denoise, first_samples
+from mpq_deploy.calls.recorded import CallSet, RecordedCalls
 from mpq_deploy.calls.sampler import Sampler, make_sampler
-from mpq_deploy.errors import ModelError, UsageError
-from mpq_deploy.evaluate.cache import SampleCache, arrays_digest, model_digest, model_files
-from mpq_deploy.evaluate.decode import decode, decoder_path
+from mpq_deploy.errors import UsageError
+from mpq_deploy.evaluate.cache import (
+    SampleCache,
+    arrays_digest,
+    folder_stamp,
+    model_digest,
+    model_files,
+)
+from mpq_deploy.evaluate.decode import decode
 from mpq_deploy.evaluate.evaluation_result import Evaluation, ImageKind, VariantResult
 from mpq_deploy.evaluate.images import (
     data_range,
+    is_picture,
     pooled_psnr_db,
     psnr_db,
     psnr_db_each,
@@ -32,7 +40,8 @@ from mpq_deploy.evaluate.images import (
     to_uint8,
     to_unit,
 )
-from mpq_deploy.evaluate.output_error import nmse, stride_midpoints, taken_turns
+from mpq_deploy.evaluate.output_error import nmse, stride_midpoints
+from mpq_deploy.evaluate.setup import Part, Setup, finite_output, in_turn
 from mpq_deploy.models.spec import Array, DenoiserSpec, FloatModel
 from mpq_deploy.recipe import EvaluateSettings
 from mpq_deploy.runtime.correction import Correction
@@ -42,8 +51,10 @@ from mpq_deploy.system.parallel.work import Alone, Crew, Job, Result, Shard, Wor
 from mpq_deploy.system.progress import Talk
 
 # A change here makes every cache entry stale.
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 FLOAT = "float"
+# What pipelines return as pictures.
+PICTURES = (0.0, 1.0)
 # What a diffusers VAE decodes to, unless the denoiser's description says otherwise.
 DECODED_RANGE = (-1.0, 1.0)
 
@@ -64,29 +75,6 @@ class Variant:
     def digest(self) -> str:
         """SHA-256 of the graph and its weights."""
         return model_digest(self.path)
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What every variant has in common."""
-
-    spec: DenoiserSpec
-    conditions: dict[str, Array]
-    settings: EvaluateSettings
-    rows: Array
-    decoder: Path | None
-    talk: Talk
-
-    @classmethod
-    def of(cls, model: FloatModel, settings: EvaluateSettings, talk: Talk) -> Setup:
-        """Choose the samples' conditions; the decoder lies beside the model."""
-        spec, first = model.spec, model.spec.calibration_rows or 0
-        rows = first + spread_rows(
-            _condition_count(model.conditions) - first, settings.samples, spec.uncond_row
-        )
-        return cls(
-            spec, model.conditions, settings, rows, decoder_path(spec, model.path.parent), talk
-        )
 
 
 def evaluate(
@@ -110,8 +98,9 @@ def evaluate(
     store, common = SampleCache(cache, talk), _common_key(setup, model.path)
     files, job = _job(setup, [model.path, *(variant.path for variant in variants.values())])
     results: dict[str, VariantResult] = {}
-    with (crew or Alone()).open(job, talk) as pool:
-        task = _Part(FLOAT, files.below(model.path))
+    # A pipeline's own files are on this machine alone.
+    with (crew if crew and setup.pipeline is None else Alone()).open(job, talk) as pool:
+        task = Part(FLOAT, files.below(model.path))
         part = Shard("float", task, settings.steps, {**common, "part": "float"})
         (reference,) = run_shards(pool, "sample the float model", [part], talk, store)
         kind, value_range = _pixels(setup, reference["images"])
@@ -163,93 +152,75 @@ def _shard(
     key = {**common, "part": "variant", "variant": variant.digest}
     if variant.correction is not None:
         key["correction"] = variant.correction.as_json()
-    known = {name: array for name, array in reference.items() if name != "images"}
-    task = _Part(name, files.below(variant.path), known, variant.correction)
+    known = {name: array for name, array in reference.items() if name not in ("images", "sampler")}
+    task = Part(name, files.below(variant.path), known, variant.correction)
     return Shard(name, task, len(reference["timesteps"]) + steps, key)
 
 
-def spread_rows(available: int, samples: int, uncond_row: int | None = None) -> Array:
-    """Choose a condition for each sample, int64 [samples], spread evenly.
-
-    The row for classifier-free guidance is left out where there are others; without conditions all
-    rows are 0.
-    """
-    rows = np.array([row for row in range(available) if row != uncond_row] or [0], np.int64)
-    if samples <= len(rows):
-        return rows[stride_midpoints(len(rows), samples)]
-    return rows[np.arange(samples) % len(rows)]
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A worker's task: the float model's samples, or a variant's and its error on float inputs.
-
-    ``path`` is relative to the job's root.
-    """
-
-    name: str
-    path: Path
-    reference: dict[str, Array] | None = None
-    correction: Correction | None = None
-
-
 def _open(setup: Setup, root: Path, talk: Talk) -> Work:
-    """Return what makes a ``_Part``."""
+    """Return what makes a ``Part``."""
 
-    def work(part: _Part, inner: Talk) -> Result:
+    def work(part: Part, inner: Talk) -> Result:
         here = replace(
             setup, decoder=None if setup.decoder is None else root / setup.decoder, talk=inner
         )
         if part.reference is None:
             return _reference(here, root / part.path)
-        return _variant(here, part.name, root / part.path, part.reference, part.correction)
+        return _variant(here, part, root / part.path)
 
     return work
 
 
 def _reference(setup: Setup, path: Path) -> dict[str, Array]:
-    """Sample the float model; keep its images, and its inputs and outputs at the chosen timesteps."""
-    sampler = make_sampler(
-        setup.spec.scheduler, setup.settings.steps, setup.settings.seed, setup.settings.sampler
-    )
-    chosen = stride_midpoints(len(sampler.timesteps), setup.settings.timesteps)
+    """Sample the float model; keep its images, and its calls and outputs at the chosen timesteps."""
+    settings = setup.settings
+    if setup.pipeline is not None:
+        from mpq_deploy.evaluate.pipeline_samples import pipeline_reference
+
+        return pipeline_reference(setup, path)
+    sampler = make_sampler(setup.spec.scheduler, settings.steps, settings.seed, settings.sampler)
+    chosen = stride_midpoints(len(sampler.timesteps), settings.timesteps)
     watched = _Watched(OrtDenoiser(path, setup.spec), FLOAT, {int(index) for index in chosen})
     samples = _sample(setup, watched, watched)
-    inputs, outputs, rows = watched.recorded(setup.settings.calls)
+    inputs, outputs, rows = watched.recorded()
+    timesteps = np.asarray(sampler.timesteps, np.float64)[chosen]
+    calls = CallSet.of_samples(setup.spec, inputs, timesteps, rows, setup.conditions)
     return {
         "images": _decoded(setup, samples),
-        "inputs": inputs,
-        "outputs": outputs,
-        "input_rows": rows,
-        "timesteps": np.asarray(sampler.timesteps, np.float64)[chosen],
+        **in_turn(calls, outputs, settings.calls),
         "sampler": np.array(sampler.name),
     }
 
 
-def _variant(
-    setup: Setup, name: str, path: Path, reference: dict[str, Array], correction: Correction | None
-) -> dict[str, Array]:
-    """Run a variant on the float model's inputs, and sample it from the same noise."""
+def _variant(setup: Setup, part: Part, path: Path) -> dict[str, Array]:
+    """Run a variant on the float model's calls, and sample it from the same noise."""
     # Q/DQ pairs stay as written: integer kernels of some CPUs saturate, which no target does.
-    watched = _Watched(OrtDenoiser(path, setup.spec, fake_quant_only=True), name)
-    errors, batch = [], setup.settings.batch_size
-    with setup.talk.bar(f"output error of {name}", len(reference["timesteps"])) as advance:
-        for timestep, inputs, expected, rows in zip(
-            *(reference[key] for key in ("timesteps", "inputs", "outputs", "input_rows")),
-            strict=True,
-        ):
-            outputs = []
-            for start in range(0, len(inputs), batch):
-                chunk = slice(start, start + batch)
-                taken = {key: values[rows[chunk]] for key, values in setup.conditions.items()}
-                output = watched(inputs[chunk], float(timestep), taken)
-                outputs.append(correction.apply(output, float(timestep)) if correction else output)
-            errors.append(nmse(expected, np.concatenate(outputs)))
+    denoiser = OrtDenoiser(path, setup.spec, fake_quant_only=True)
+    assert part.reference is not None
+    errors = _errors(setup, part, denoiser, part.reference)
+    if setup.pipeline is not None:
+        from mpq_deploy.evaluate.pipeline_samples import pipeline_images
+
+        return {"nmse": errors, "images": pipeline_images(setup, part, denoiser)}
+    samples = _sample(setup, _Watched(denoiser, part.name), correction=part.correction)
+    return {"nmse": errors, "images": _decoded(setup, samples)}
+
+
+def _errors(setup: Setup, part: Part, denoiser: OrtDenoiser, reference: dict[str, Array]) -> Array:
+    """Return the error of the variant's output at each timestep, on the float model's calls."""
+    calls, outputs = RecordedCalls(CallSet.of_arrays(reference), setup.spec), reference["outputs"]
+    errors = []
+    with setup.talk.bar(f"output error of {part.name}", len(outputs)) as advance:
+        for step, expected in enumerate(outputs):
+            given = []
+            for batch in calls.batches(setup.settings.batch_size, range(step, step + 1)):
+                output = finite_output(denoiser.run(batch.feed), part.name, batch.timestep)
+                if part.correction is not None:
+                    output = part.correction.apply(output, batch.timestep)
+                given.append(output)
+            errors.append(nmse(expected, np.concatenate(given)))
             advance(1)
-    return {
-        "nmse": np.array(errors),
-        "images": _decoded(setup, _sample(setup, watched, correction=correction)),
-    }
+    return np.array(errors)
 
 
 def _sampler(setup: Setup, correction: Correction | None = None) -> tuple[Sampler, str]:
@@ -294,12 +265,7 @@ class _Watched:
     ) -> Array:
         """Return the denoiser's output; ModelError when it is not finite."""
         output = self._denoiser(sample, timestep, conditions)
-        if not np.isfinite(output).all():
-            raise ModelError(
-                f"The output of '{self._name}' is not finite at timestep {float(np.ravel(timestep)[0]):g}.",
-                "Check the model's weights and activations for values beyond the range of FP16; protect the "
-                "layers concerned in the recipe.",
-            )
+        finite_output(output, self._name, float(np.ravel(timestep)[0]))
         if self._step in self._steps and self._pending is not None:
             self._calls.setdefault(self._step, []).append(
                 (self._pending[0], output, self._pending[1])
@@ -307,21 +273,14 @@ class _Watched:
             self._pending = None
         return output
 
-    def recorded(self, calls: int | None) -> tuple[Array, Array, Array]:
-        """Return inputs and outputs [K, M, ...] and condition rows [K, M] of the chosen steps.
-
-        Of the M' calls at a step those whose turn it is (``taken_turns``).
-        """
+    def recorded(self) -> tuple[Array, Array, Array]:
+        """Return inputs and outputs [K, N, ...] of the chosen steps, and condition rows [N]."""
         steps = [
             [np.concatenate(part) for part in zip(*self._calls[index])]
             for index in sorted(self._calls)
         ]
-        turns = taken_turns(len(steps[0][2]), len(steps), calls)
-        inputs, outputs, rows = (
-            np.stack([step[i][turn] for step, turn in zip(steps, turns, strict=True)])
-            for i in range(3)
-        )
-        return inputs, outputs, rows
+        inputs, outputs = (np.stack([step[place] for step in steps]) for place in (0, 1))
+        return inputs, outputs, steps[0][2]
 
 
 def _decoded(setup: Setup, samples: Array) -> Array:
@@ -332,6 +291,10 @@ def _decoded(setup: Setup, samples: Array) -> Array:
 
 def _pixels(setup: Setup, reference: Array) -> tuple[ImageKind, tuple[float, float]]:
     """Return what the compared arrays are, and the range that is mapped to [0, 1]."""
+    if setup.pipeline is not None:
+        return (
+            ("pixels", PICTURES) if is_picture(reference) else ("features", data_range(reference))
+        )
     if setup.decoder is not None:
         return "decoded", setup.spec.pixel_range or DECODED_RANGE
     if setup.spec.pixel_range is not None:
@@ -383,17 +346,8 @@ def _check(variants: Mapping[str, Variant], spec: DenoiserSpec) -> None:
         to_unit(np.zeros(1), spec.pixel_range)
 
 
-def _condition_count(conditions: Mapping[str, Array]) -> int:
-    counts = {name: len(values) for name, values in conditions.items()}
-    if len(set(counts.values())) > 1:
-        raise ModelError(
-            f"The conditions differ in their number of rows: {counts}.", "Give each the same rows."
-        )
-    return next(iter(counts.values()), 0)
-
-
 def _labels(setup: Setup) -> list[str]:
-    if not setup.conditions:
+    if not setup.conditions and setup.pipeline is None:
         return [f"sample {number + 1}" for number in range(len(setup.rows))]
     labels = setup.spec.labels
     return [labels[row] if row < len(labels) else f"condition {row}" for row in setup.rows]
@@ -401,6 +355,10 @@ def _labels(setup: Setup) -> list[str]:
 
 def _notes(setup: Setup, kind: ImageKind, value_range: tuple[float, float]) -> list[str]:
     notes = []
+    if setup.spec.pipeline is not None:
+        from mpq_deploy.evaluate.pipeline_samples import pipeline_notes
+
+        return pipeline_notes(setup, kind == "pixels", value_range)
     if kind == "latents":
         notes.append(
             "The samples are latents and there is no decoder: PSNR and SSIM compare latents, with the float "
@@ -426,10 +384,19 @@ def _notes(setup: Setup, kind: ImageKind, value_range: tuple[float, float]) -> l
 
 def _correction_notes(setup: Setup, variants: Mapping[str, Variant]) -> list[str]:
     return [
-        f"{name}: PTQD's correction, {one.correction.summary()}; {_sampler(setup, one.correction)[1]}."
+        f"{name}: PTQD's correction, {one.correction.summary()}; {_applied(setup, one.correction)}."
         for name, one in variants.items()
         if one.correction is not None
     ]
+
+
+def _applied(setup: Setup, correction: Correction) -> str:
+    """Say what of a correction applies."""
+    if setup.pipeline is None:
+        return _sampler(setup, correction)[1]
+    from mpq_deploy.evaluate.pipeline_samples import correction_note
+
+    return correction_note(setup, correction)
 
 
 def _common_key(setup: Setup, float_model: Path) -> dict[str, Any]:
@@ -444,6 +411,7 @@ def _common_key(setup: Setup, float_model: Path) -> dict[str, Any]:
         "conditions": arrays_digest(setup.conditions),
         "rows": [int(row) for row in setup.rows],
         "decoder": None if setup.decoder is None else model_digest(setup.decoder),
+        "pipeline": None if setup.pipeline is None else folder_stamp(setup.pipeline),
         "samples": settings.samples,
         "steps": settings.steps,
         "timesteps": settings.timesteps,

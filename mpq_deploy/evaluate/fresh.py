@@ -7,14 +7,16 @@ its standard error.
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
 
 from mpq_deploy.calls.loop import GuidedDenoiser
-from mpq_deploy.calls.recorded import CalibrationSet
+from mpq_deploy.calls.recorded import CallSet, RecordedCalls
 from mpq_deploy.calls.sampler import make_sampler
 from mpq_deploy.calls.trajectories import record_trajectories
+from mpq_deploy.evaluate.setup import spread_rows
 from mpq_deploy.models.spec import Array, FloatModel
 from mpq_deploy.recipe import CalibrateSettings, EvaluateSettings
 from mpq_deploy.runtime.ort import OrtDenoiser
@@ -26,18 +28,12 @@ class FreshCalls:
 
     def __init__(self, model: FloatModel, settings: EvaluateSettings, talk: Talk) -> None:
         spec = model.spec
-        self._spec, self._conditions, self._batch_size = spec, model.conditions, settings.batch_size
-        sampler = make_sampler(spec.scheduler, settings.steps, settings.seed, settings.sampler)
-        recorded = CalibrateSettings(
-            timesteps=len(sampler.timesteps),
-            steps=settings.steps,
-            samples=settings.samples,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-        )
+        self._spec, self._batch_size = spec, settings.batch_size
         denoiser = OrtDenoiser(model.path, spec)
-        self.inputs: CalibrationSet = record_trajectories(
-            GuidedDenoiser(denoiser, spec, self._conditions), sampler, recorded, talk
+        self.inputs: CallSet = (
+            _of_sampler(model, denoiser, settings, talk)
+            if spec.pipeline is None
+            else _of_pipeline(model, denoiser, settings, talk)
         )
         self._outputs = [self._run(denoiser, step) for step in range(len(self.inputs.timesteps))]
         self._power = np.array([np.square(output).sum() / len(output) for output in self._outputs])
@@ -56,17 +52,41 @@ class FreshCalls:
 
     def _run(self, denoiser: OrtDenoiser, step: int) -> Array:
         outputs = []
-        for start in range(0, len(self.inputs.rows), self._batch_size):
-            chunk = slice(start, start + self._batch_size)
-            taken = {
-                name: values[self.inputs.rows[chunk]] for name, values in self._conditions.items()
-            }
-            outputs.append(
-                denoiser(
-                    self.inputs.samples[step][chunk], float(self.inputs.timesteps[step]), taken
-                )
-            )
+        calls = RecordedCalls(self.inputs, self._spec)
+        for batch in calls.batches(self._batch_size, range(step, step + 1)):
+            outputs.append(denoiser.run(batch.feed))
         return np.concatenate(outputs)
+
+
+def _of_sampler(
+    model: FloatModel, denoiser: OrtDenoiser, settings: EvaluateSettings, talk: Talk
+) -> CallSet:
+    """Return the calls of our own sampler at every step."""
+    spec = model.spec
+    sampler = make_sampler(spec.scheduler, settings.steps, settings.seed, settings.sampler)
+    recorded = CalibrateSettings(
+        timesteps=len(sampler.timesteps),
+        steps=settings.steps,
+        samples=settings.samples,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+    )
+    guided = GuidedDenoiser(denoiser, spec, model.conditions)
+    return record_trajectories(guided, sampler, recorded, talk)
+
+
+def _of_pipeline(
+    model: FloatModel, denoiser: OrtDenoiser, settings: EvaluateSettings, talk: Talk
+) -> CallSet:
+    """Return the calls of the model's own pipeline at every step."""
+    from mpq_deploy.calls.record_pipeline import Runs, record_pipeline
+
+    assert model.spec.pipeline is not None
+    numbers = spread_rows(len(model.spec.pipeline.calls), settings.samples)
+    runs = Runs([int(one) for one in numbers], settings.steps, settings.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        made = record_pipeline(model, runs, None, Path(folder), talk, denoiser.run)
+        return made.calls.compact()
 
 
 def standard_error(values: Array) -> float:

@@ -39,6 +39,12 @@ def to_uint8(samples: Array, value_range: tuple[float, float]) -> Array:
     return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
 
 
+def is_picture(images: Array) -> bool:
+    """Whether ``images`` are pictures in [0, 1]: [N, C, H, W], or videos [N, C, F, H, W]."""
+    shaped = images.ndim in (4, 5) and images.shape[1] in (1, 3, 4)
+    return shaped and bool(images.min() >= 0 and images.max() <= 1)
+
+
 def data_range(reference: Array) -> tuple[float, float]:
     """Return the range of samples that are no images (latents), so that their peak can be 1 too.
 

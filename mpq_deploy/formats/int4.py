@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpq_deploy.formats.int8 import INT8_INPUT, ONNX_INT8
+from mpq_deploy.formats.int8 import INT8_INPUT, INT8_WEIGHT, ONNX_INT8
 from mpq_deploy.formats.integers import IntegerWeight
 from mpq_deploy.formats.interfaces import INT4, Scheme
 from mpq_deploy.formats.sizes import FP16_BYTES, INT64_BYTES, matrix_shape, nearest_divisor
@@ -55,9 +55,15 @@ class Int4Weight(IntegerWeight):
         return layer.taps if self.multiplies(layer, alone=True) else 1
 
     def refusal(self, layer: Layer) -> str:
-        if self.block(layer) is not None:
+        if self.block(layer) is None:
+            return f"no divisor of its reduction {layer.reduction} lies near {self.block_size}"
+        # TensorRT-RTX refuses an engine whose blocks hold one weight each; none is worth having.
+        others = {"INT8": INT8_WEIGHT.bytes_of(layer), "FP16": FP16_BYTES * layer.weights}
+        smallest = min(others, key=lambda name: others[name])
+        size = self.bytes_of(layer)
+        if size < others[smallest]:
             return ""
-        return f"no divisor of its reduction {layer.reduction} lies near {self.block_size}"
+        return f"its {size:,} bytes are no fewer than {others[smallest]:,} in {smallest}"
 
     def stored_shape(self, layer: Layer) -> tuple[int, int]:
         shape = matrix_shape(layer)

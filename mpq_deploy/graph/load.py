@@ -7,6 +7,7 @@ used.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import onnx
@@ -15,9 +16,13 @@ import onnx_ir.passes.common as common_passes
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from mpq_deploy.errors import ModelError, MpqError
+from mpq_deploy.graph.known_values import Sizes
+from mpq_deploy.graph.passes.attention_products import AttentionProductsPass
 from mpq_deploy.graph.passes.base import run_passes
 from mpq_deploy.graph.passes.finite_masks import FiniteMasksPass
+from mpq_deploy.graph.passes.fold_branches import FoldBranchesPass
 from mpq_deploy.graph.passes.fold_constants import FoldConstantsPass
+from mpq_deploy.graph.passes.fold_weights import FoldWeightsPass
 from mpq_deploy.graph.passes.group_norm import GroupNormPass
 from mpq_deploy.graph.passes.infer_types import InferTypesPass
 from mpq_deploy.graph.passes.name_nodes import NameNodesPass
@@ -193,16 +198,30 @@ def external_tensors(proto: onnx.ModelProto) -> list[onnx.TensorProto]:
     return [tensor for tensor in tensors if tensor.data_location == onnx.TensorProto.EXTERNAL]
 
 
-def normalise(model: ir.Model) -> ir.Model:
-    """Return ``model`` after the passes of ``NORMAL_FORM``; doing it twice changes nothing.
+def normalise(model: ir.Model, inputs: Sizes | None = None) -> ir.Model:
+    """Return ``model`` in its normal form; doing it twice changes nothing.
 
-    Then functions are inlined, Constant nodes are initializers, types known, floats FP32, masks
-    finite, norms InstanceNormalization, shape operators folded into weights, node names unique, and
-    the opset is 21 or later. Raises ModelError when the opset, a norm or half precision cannot be
-    converted, or a type cannot be inferred.
+    ``inputs``: sizes of the graph's inputs by name, None for one that varies; they decide branches.
+
+    Then functions are inlined, branches folded, Constant nodes are initializers, types known,
+    floats FP32, masks finite, norms InstanceNormalization, shape operators folded into weights,
+    node names unique, and the opset is 21 or later. Raises ModelError for other control flow, when
+    the opset or a norm cannot be converted, or a type cannot be inferred.
     """
+    return _passed(model, (*_OPENED, FoldBranchesPass(inputs), *_WIDENED, *_REST))
+
+
+def widened(model: ir.Model, inputs: Sizes | None = None) -> ir.Model:
+    """Return ``model`` in FP32 and otherwise as it is: what ONNX Runtime runs of one in bfloat16.
+
+    Raises ModelError as ``normalise`` does.
+    """
+    return _passed(model, (*_OPENED, FoldBranchesPass(inputs), *_WIDENED))
+
+
+def _passed(model: ir.Model, passes: Iterable[ir.passes.PassBase]) -> ir.Model:
     try:
-        return run_passes(model, NORMAL_FORM).model
+        return run_passes(model, passes).model
     except MpqError:
         raise
     except (
@@ -222,15 +241,21 @@ def normalise(model: ir.Model) -> ir.Model:
 
 
 _LIFT = common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)
-NORMAL_FORM: tuple[ir.passes.PassBase, ...] = (
+_OPENED: tuple[ir.passes.PassBase, ...] = (
     common_passes.InlinePass(),
     common_passes.RemoveInitializersFromInputsPass(),
     _LIFT,
+)
+_WIDENED: tuple[ir.passes.PassBase, ...] = (
     common_passes.IdentityEliminationPass(),
     InferTypesPass(),
     WidenPass(),
+)
+_REST: tuple[ir.passes.PassBase, ...] = (
+    AttentionProductsPass(),
     FiniteMasksPass(),
     GroupNormPass(),
+    FoldWeightsPass(),
     FoldConstantsPass(),
     common_passes.RemoveUnusedNodesPass(),
     NameNodesPass(),

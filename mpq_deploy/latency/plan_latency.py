@@ -83,7 +83,7 @@ def call_shapes(run: Run, exported: Exported) -> dict[str, tuple[int, ...]]:
     others = [name for node in weighed_nodes(graph) for name in activations_of(node)]
     names = tuple(dict.fromkeys([*uses, *others]))
     recorded = run.calibration.inputs
-    calls = RecordedCalls(recorded, exported.conditions, exported.spec)
+    calls = RecordedCalls(recorded, exported.spec)
     found = activation_shapes(graph, calls, run.talk, run.scratch(), names)
     return {
         name: tuple(

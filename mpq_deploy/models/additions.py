@@ -32,6 +32,7 @@ class Additions:
     description: Path | None = None
     component: str | None = None
     component_samples: int = 64
+    call: Path | None = None
 
 
 def read_scheduler(path: Path) -> dict[str, Any]:

@@ -1,38 +1,54 @@
 """A part of a pipeline without timesteps, called once: a VAE's decoder or a text encoder.
 
-Its inputs are rows: latents that the pipeline's own denoiser made in float, or the prompts' tokens.
-Three quarters of them calibrate; what comes out is compared on the others.
+What it takes is recorded while its pipeline runs in float: the latents that the VAE decodes, the
+tokens that a text encoder is given. Three quarters calibrate; what comes out is compared on the
+others.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from mpq_deploy.calls.loop import GuidedDenoiser, denoise, initial_noise
-from mpq_deploy.calls.sampler import ONE_CALL, make_sampler
-from mpq_deploy.errors import ModelError, UsageError, nearest
-from mpq_deploy.models.additions import Additions, read_json
+from mpq_deploy.calls.arguments import Arguments
+from mpq_deploy.calls.pipeline_runs import (
+    FIRST_STEPS,
+    call_pipeline,
+    first_call,
+    image_seed,
+    load_pipeline,
+    opened_call,
+    with_steps,
+)
+from mpq_deploy.calls.sampler import ONE_CALL
+from mpq_deploy.errors import UsageError, nearest
+from mpq_deploy.models.additions import DENOISERS, Additions, read_json
 from mpq_deploy.models.conditions import Conditions
-from mpq_deploy.models.decoder import FOLDERS, load_decoder
 from mpq_deploy.models.denoiser import Denoiser
-from mpq_deploy.models.pipeline_folder import CONFIG, IMAGE_RANGE, INDEX, open_folder
+from mpq_deploy.models.pipeline_folder import CONFIG, IMAGE_RANGE, INDEX
+from mpq_deploy.models.pipeline_part import call_label, calls_of, dtype_name
 from mpq_deploy.models.spec import Array, DenoiserSpec, InputSpec
 from mpq_deploy.models.torch_export import TorchNetwork
-from mpq_deploy.runtime.ort import model_feeds
 from mpq_deploy.system.progress import Talk
 
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 # Share of the rows that calibrate.
 CALIBRATED = 0.75
-# Steps of the float denoiser to a latent, and how many it makes at once (our choice).
-STEPS, BATCH = 20, 4
 # Seed of the noise that latents come from: no other stage's.
 SEED = 77
-LATENTS, TOKENS, MASK = "latent_sample", "input_ids", "attention_mask"
+
+
+@dataclass
+class _Recorded:
+    """Calls of a part: their arguments, which text or image each is of, what of the output is used."""
+
+    calls: list[Arguments] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+    used: list[tuple[tuple[Any, ...], int]] = field(default_factory=list)
 
 
 def open_component(folder: Path, source: str, additions: Additions, talk: Talk) -> Denoiser:
@@ -46,136 +62,168 @@ def open_component(folder: Path, source: str, additions: Additions, talk: Talk) 
             f"{folder} has no {INDEX}, so it has no component '{component}'.",
             "Give a pipeline folder.",
         )
-    pipeline = read_json(folder / INDEX)
-    if component in FOLDERS:
-        return _vae(folder, source, additions, talk)
-    if component in TEXT_ENCODERS and (folder / component).is_dir():
-        return _text_encoder(folder, source, pipeline, additions)
-    here = [
-        name
-        for name in ("unet", "transformer", *FOLDERS, *TEXT_ENCODERS)
-        if (folder / name / CONFIG).is_file()
-    ]
-    raise UsageError(
-        f"The component '{component}' of {folder} cannot be quantized.",
-        f"{nearest(component, here)}Here: {', '.join(here) or 'none'}.",
-    )
-
-
-def _vae(folder: Path, source: str, additions: Additions, talk: Talk) -> Denoiser:
-    """Open the decoder; its input is ``vae.decode``'s: latents / scaling_factor + shift_factor."""
-    loaded = load_decoder(folder)
-    if loaded is None:
+    index = read_json(folder / INDEX)
+    here = [name for name in index if (folder / name / CONFIG).is_file()]
+    if component not in here:
         raise UsageError(
-            f"{folder} has no vae/ or vqvae/ with a {CONFIG}.",
-            "Give a pipeline that decodes latents.",
+            f"{folder} has no component '{component}'.",
+            f"{nearest(component, here)}Here: {', '.join(here) or 'none'}.",
         )
-    module, scale, shift = loaded
-    samples, note = _latents(folder, source, module, additions, talk)
-    rows = np.asarray(samples / scale + shift, np.float32)
-
-    def call(model: Any, values: torch.Tensor) -> torch.Tensor:
-        decoded: torch.Tensor = model.decode(values, return_dict=False)[0]
-        return decoded
-
-    sample = InputSpec(name=LATENTS, shape=rows.shape[1:])
-    spec = _spec(folder, source, additions, sample, "image", len(rows)).model_copy(
-        update={"pixel_range": IMAGE_RANGE}
-    )
-    conditions = Conditions({LATENTS: rows}, len(rows))
-    return Denoiser(spec, conditions, TorchNetwork(module, (sample,), "image", call), None, (note,))
-
-
-def _latents(
-    folder: Path, source: str, module: Any, additions: Additions, talk: Talk
-) -> tuple[Array, str]:
-    """Return latents as a denoiser makes them, float32 [rows, C, H, W], and their origin."""
-    count = additions.component_samples
-    try:
-        whole = Additions(
-            additions.conditions, additions.scheduler, additions.prompts, additions.guidance_scale
-        )
-        denoiser = open_folder(folder, source, whole, talk)
-    except (UsageError, ModelError) as reason:
-        note = f"The decoder's inputs are standard normal latents, as there is no denoiser: {reason.message}"
-        talk.warn(note)
-        shape = (int(module.config.latent_channels), *_latent_size(module))
-        return np.random.default_rng(SEED).standard_normal((count, *shape), np.float32), note
-    spec = denoiser.spec
-    sampler = make_sampler(spec.scheduler, STEPS, SEED)
-    usable = np.arange(denoiser.conditions.rows)
-    if spec.uncond_row is not None and len(usable) > 1:
-        usable = np.delete(usable, spec.uncond_row)
-    rows = usable[np.arange(count) % len(usable)]
-
-    def call(sample: Array, timestep: float | Array, conditions: dict[str, Array]) -> Array:
-        return denoiser.network.reference(model_feeds(spec, sample, timestep, conditions))
-
-    noise = initial_noise(spec, count, SEED)
-    made = denoise(
-        GuidedDenoiser(call, spec, denoiser.conditions.arrays), sampler, noise, rows, BATCH, talk
-    )
-    if denoiser.unpack is not None:
-        made = denoiser.unpack(torch.from_numpy(made)).numpy()
-    note = f"The decoder's inputs are {count} samples of the float denoiser: {sampler.name}, seed {SEED}"
-    return made, note
-
-
-def _latent_size(module: Any) -> tuple[int, int]:
-    """Return height and width of the latents that a decoder's configured image comes from."""
-    pixels = int(2 ** (len(module.config.block_out_channels) - 1))
-    size = module.config.sample_size
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    return int(height) // pixels, int(width) // pixels
-
-
-def _text_encoder(
-    folder: Path, source: str, pipeline: dict[str, Any], additions: Additions
-) -> Denoiser:
-    """Open a text encoder. Its output is the states that the pipeline's denoiser takes."""
-    from mpq_deploy.models.prompts import EMPTY_LABEL, Encoder, prompts_file, read_prompts
-
-    encoder = Encoder.of_pipeline(folder, pipeline, str(additions.component))
-    prompts = (*read_prompts(additions.prompts or prompts_file()), "")
-    ids, mask = encoder.tokenize(prompts)
-    # Prompts are shuffled, so that both parts have long and short ones: padding alone says little.
-    order = np.random.default_rng(SEED).permutation(len(prompts))
-    arrays = {TOKENS: ids[order]}
-    inputs = [InputSpec(name=TOKENS, shape=ids.shape[1:], dtype="int64")]
-    if encoder.masked:
-        arrays[MASK] = mask[order]
-        inputs.append(InputSpec(name=MASK, shape=mask.shape[1:], dtype="int64"))
-
-    def call(model: Any, tokens: torch.Tensor, *masks: torch.Tensor) -> torch.Tensor:
-        output = model(
-            tokens, attention_mask=masks[0] if masks else None, output_hidden_states=True
-        )
-        return encoder.states(output)
-
-    labels = tuple((prompts[i] or EMPTY_LABEL) for i in order)
-    spec = _spec(folder, source, additions, inputs[0], "hidden_states", len(prompts))
-    spec = spec.model_copy(update={"conditions": tuple(inputs[1:]), "labels": labels})
-    notes = (
-        f"The text encoder's inputs are {len(prompts)} prompts; its output is the {encoder.layer}",
-    )
-    network = TorchNetwork(encoder.model, inputs, "hidden_states", call)
-    return Denoiser(spec, Conditions(arrays, len(prompts), None, labels), network, None, notes)
-
-
-def _spec(
-    folder: Path, source: str, additions: Additions, sample: InputSpec, output: str, rows: int
-) -> DenoiserSpec:
-    if rows < 2:
-        raise UsageError(
-            f"There is {rows} input to calibrate and to compare with.", "Give at least 2 prompts."
-        )
-    return DenoiserSpec(
-        name=f"{folder.resolve().name} {additions.component}",
+    pipeline = load_pipeline(folder, index)
+    part = getattr(pipeline, component)
+    recorded = _record(pipeline, component, part, additions, talk)
+    inputs, arrays, labels = _rows(recorded)
+    decodes = hasattr(part, "decode")
+    spec = DenoiserSpec(
+        name=f"{folder.resolve().name} {component}",
         source=source,
-        sample=sample,
+        sample=inputs[0],
         timestep=None,
-        calibration_rows=max(1, int(rows * CALIBRATED)),
-        output=output,
+        calibration_rows=max(1, int(len(labels) * CALIBRATED)),
+        conditions=tuple(inputs[1:]),
+        output="image" if decodes else "hidden_states",
         prediction_type="sample",
         scheduler={"_class_name": ONE_CALL},
+        labels=labels,
+        pixel_range=IMAGE_RANGE if decodes and len(inputs[0].shape) == 3 else None,
     )
+    network = TorchNetwork(part, inputs, spec.output, _forward(recorded, inputs, decodes))
+    what = "samples of the float denoiser" if decodes else "texts that its pipeline gives it"
+    note = f"The {component}'s inputs are {len(labels)} {what}"
+    return Denoiser(spec, Conditions(arrays, len(labels), None, labels), network, None, (note,))
+
+
+def _record(
+    pipeline: Any, component: str, part: Any, additions: Additions, talk: Talk
+) -> _Recorded:
+    """Run the pipeline, up to its denoiser where that is enough, and keep the part's calls."""
+    calls = calls_of(pipeline, additions)
+    recorded = _Recorded()
+    name = "decode" if hasattr(part, "decode") else "forward"
+    original = getattr(part, name)
+    denoiser = next((n for n in DENOISERS if getattr(pipeline, n, None) is not None), "")
+    count = additions.component_samples if name == "decode" else len(calls)
+    label = ""
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        recorded.calls.append(Arguments.of(original, args, kwargs))
+        recorded.labels.append(label)
+        output = original(*args, **kwargs)
+        return output if name == "decode" else _Looked(output, (), recorded.used)
+
+    setattr(part, name, watched)
+    try:
+        with talk.bar(f"run {type(pipeline).__name__}", count) as advance:
+            for number in range(count):
+                call = calls[number % len(calls)]
+                label = call_label(call, number)
+                arguments = with_steps(pipeline, opened_call(call), FIRST_STEPS)
+                if name == "decode" or not denoiser:
+                    call_pipeline(pipeline, arguments, image_seed(SEED, number))
+                else:
+                    first_call(pipeline, denoiser, arguments)
+                advance(1)
+    finally:
+        delattr(part, name)
+    if not recorded.calls:
+        raise UsageError(
+            f"{type(pipeline).__name__} never calls its {component}, so there is nothing to calibrate on.",
+            "Name another part with --component.",
+        )
+    return recorded
+
+
+def _rows(recorded: _Recorded) -> tuple[list[InputSpec], dict[str, Array], tuple[str, ...]]:
+    """Return the inputs, the rows of all calls, each once and shuffled, and what they are of.
+
+    Rows are shuffled, so that both parts have long and short ones. Raises UsageError for inputs of
+    different shapes, and for a single row.
+    """
+    first = recorded.calls[0]
+    sample = next(iter(first.tensors))
+    count = len(first.tensors[sample])
+    names = [name for name, value in first.tensors.items() if value.ndim and len(value) == count]
+    rows: dict[bytes, tuple[str, dict[str, Array]]] = {}
+    for call, label in zip(recorded.calls, recorded.labels, strict=True):
+        arrays = {name: call.tensors[name].detach().numpy() for name in names}
+        for place in range(len(arrays[sample])):
+            row = {name: values[place] for name, values in arrays.items()}
+            rows.setdefault(b"".join(value.tobytes() for value in row.values()), (label, row))
+    shapes = {tuple(value.shape for value in row.values()) for _, row in rows.values()}
+    if len(shapes) > 1 or len(rows) < 2:
+        raise UsageError(
+            f"The pipeline gives the part {len(rows)} inputs of {len(shapes)} shapes.",
+            "Give at least two prompts, and one size for all calls.",
+        )
+    order = np.random.default_rng(SEED).permutation(len(rows))
+    listed = list(rows.values())
+    inputs = [
+        InputSpec.model_validate(
+            {
+                "name": name,
+                "shape": tuple(first.tensors[name].shape[1:]),
+                "dtype": dtype_name(first.tensors[name]),
+            }
+        )
+        for name in names
+    ]
+    stacked = {name: np.stack([listed[place][1][name] for place in order]) for name in names}
+    return inputs, stacked, tuple(listed[place][0] for place in order)
+
+
+def _forward(recorded: _Recorded, inputs: Sequence[InputSpec], decodes: bool) -> Any:
+    """Return how the part is called, and what of its output the pipeline uses."""
+    given, names = recorded.calls[0], [item.name for item in inputs]
+    fixed = {name: value for name, value in given.tensors.items() if name not in names}
+    used = _used(recorded)
+
+    def call(model: Any, *values: torch.Tensor) -> torch.Tensor:
+        arguments = given.filled({**fixed, **dict(zip(names, values, strict=True))})
+        if decodes:
+            output: Any = model.decode(**arguments, return_dict=False)[0]
+        else:
+            output = _followed(model(**arguments), used)
+        if not isinstance(output, torch.Tensor):
+            raise TypeError(f"it gives {type(output).__name__}s, not one tensor")
+        return output
+
+    return call
+
+
+def _used(recorded: _Recorded) -> tuple[Any, ...]:
+    """Return where in the output the states are that the pipeline takes: those it looked at last."""
+    states = [path for path, dimensions in recorded.used if dimensions > 2]
+    return states[-1] if states else (recorded.used[-1][0] if recorded.used else (0,))
+
+
+def _followed(output: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        output = getattr(output, key) if isinstance(key, str) else output[key]
+    return output
+
+
+class _Looked:
+    """A text encoder's output that notes which of its tensors are looked at."""
+
+    def __init__(
+        self, value: Any, path: tuple[Any, ...], used: list[tuple[tuple[Any, ...], int]]
+    ) -> None:
+        self._value, self._path, self._used = value, path, used
+
+    def __getattr__(self, name: str) -> Any:
+        return self._noted(getattr(self._value, name), name)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._noted(self._value[key], key)
+
+    def __len__(self) -> int:
+        return len(self._value)
+
+    def _noted(self, value: Any, key: Any) -> Any:
+        path = (*self._path, key)
+        if isinstance(value, torch.Tensor):
+            self._used.append((path, value.ndim))
+            return value
+        if isinstance(value, (tuple, list, Mapping)):
+            return _Looked(value, path, self._used)
+        return value

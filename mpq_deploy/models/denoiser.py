@@ -42,3 +42,5 @@ class Denoiser:
     notes: tuple[str, ...] = ()
     # Turns samples into latents [N, C, H, W] where they are packed into tokens (Flux).
     unpack: Callable[[Any], Any] | None = None
+    # The timestep that a pipeline's first call gives; None where a sampler says them.
+    first_timestep: float | None = None

@@ -229,7 +229,7 @@ def _case(denoiser: Denoiser, count: int, random: np.random.Generator) -> dict[s
     """Return random inputs of ``count`` calls."""
     spec = denoiser.spec
     sample = random.standard_normal((count, *spec.sample.shape), np.float32)
-    timesteps = random.choice(_timesteps(spec), count).astype(np.float32)
+    timesteps = random.choice(_timesteps(denoiser), count).astype(np.float32)
     rows = random.integers(0, denoiser.conditions.rows, count)
     if spec.timestep is None:
         sample = denoiser.conditions.arrays[spec.sample.name][rows]
@@ -237,8 +237,11 @@ def _case(denoiser: Denoiser, count: int, random: np.random.Generator) -> dict[s
     return model_feeds(spec, sample, timestep, denoiser.conditions.take(rows))
 
 
-def _timesteps(spec: DenoiserSpec) -> Array:
+def _timesteps(denoiser: Denoiser) -> Array:
     """Return the timesteps to compare at; a diffusers scheduler's own may lie between 0 and 1."""
+    spec = denoiser.spec
+    if denoiser.first_timestep is not None:
+        return denoiser.first_timestep * np.arange(1, CHECK_STEPS + 1) / CHECK_STEPS
     if not spec.config or spec.timestep is None:
         return np.arange(CHECK_TIMESTEPS)
     return make_sampler(spec.scheduler, CHECK_STEPS).timesteps

@@ -8,6 +8,8 @@ from importlib import resources
 from pathlib import Path
 
 from mpq_deploy.errors import MissingDependencyError, ModelError, UsageError, nearest
+from mpq_deploy.system.inputs import read_json_object
+from mpq_deploy.system.names import plain_name
 from mpq_deploy.system.progress import Talk
 
 # In order of preference: the first whose weights are there is the default.
@@ -107,7 +109,8 @@ def source_files(
 
 def folder_files(path: Path) -> list[tuple[str, Path]]:
     """Return the files of a diffusers folder that may be read: (name in the folder, path), sorted."""
-    folders = [path, *(path / part for part in PARTS if (path / part).is_dir())]
+    parts = dict.fromkeys((*PARTS, *_named_parts(path)))
+    folders = [path, *(path / part for part in parts if (path / part).is_dir())]
     files = {
         p
         for folder in folders
@@ -115,6 +118,17 @@ def folder_files(path: Path) -> list[tuple[str, Path]]:
         if p.suffix in SOURCE_ENDINGS and p.is_file()
     }
     return sorted((p.relative_to(path).as_posix(), p) for p in files)
+
+
+def _named_parts(folder: Path) -> list[str]:
+    """Return the parts that a pipeline's index names."""
+    index = folder / "model_index.json"
+    entries = read_json_object(index, error=ModelError) if index.is_file() else {}
+    return [
+        plain_name(name, f"A part that {index} names", ModelError)
+        for name in entries
+        if not name.startswith("_")
+    ]
 
 
 def bundled_demo(name: str | None = None) -> Path:
@@ -168,7 +182,7 @@ def fetch(hub_id: str, talk: Talk) -> Path:
         "diffusion_pytorch_model*.safetensors*",
         "scheduler_config.json",
     ]
-    patterns += [f"{part}/{kind}" for part in PARTS for kind in KINDS]
+    patterns += [f"*/{kind}" for kind in KINDS]
     talk.line(f"  looking for {hub_id} on the hub")
     try:
         folder = Path(

@@ -15,6 +15,7 @@ Example, ``model.yaml`` beside ``model.onnx``::
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
@@ -26,9 +27,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from mpq_deploy.errors import ModelError, UsageError, nearest
 from mpq_deploy.graph.already_quantized import refuse_quantized
-from mpq_deploy.graph.load import load_model, normalise
+from mpq_deploy.graph.known_values import Sizes
+from mpq_deploy.graph.load import load_model, normalise, widened
 from mpq_deploy.graph.passes.raise_opset import QUANTIZED_OPSET
-from mpq_deploy.graph.passes.widen import uses_halves
+from mpq_deploy.graph.passes.widen import uses_bfloat16, uses_halves
 from mpq_deploy.models.additions import Additions, predicted, read_scheduler
 from mpq_deploy.models.conditions import Conditions, WantedInput, check_conditions, list_inputs
 from mpq_deploy.models.denoiser import Denoiser
@@ -99,12 +101,18 @@ class OnnxDescription(BaseModel):
 
 
 class OnnxNetwork:
-    """An ONNX file: normalised for the export, run as it is for the comparison."""
+    """An ONNX file: normalised for the export, run as it is for the comparison.
 
-    def __init__(self, path: Path, output: str) -> None:
-        self.path, self._output = path, output
+    One in bfloat16, which ONNX Runtime does not run on the CPU, is widened to FP32 for that.
+    """
+
+    def __init__(self, path: Path, output: str, inputs: Sizes) -> None:
+        self.path, self._output, self._inputs = path, output, inputs
         self._session: ort.InferenceSession | None = None
-        self.tolerance = HALF_TOLERANCE if uses_halves(load_model(path)) else TOLERANCE
+        model = load_model(path)
+        self._widened = uses_bfloat16(model)
+        rounds = uses_halves(model) and not self._widened
+        self.tolerance = HALF_TOLERANCE if rounds else TOLERANCE
 
     def to_onnx(self, talk: Talk) -> ir.Model:
         """Return the file's graph in the form that the export writes."""
@@ -115,14 +123,14 @@ class OnnxNetwork:
         output = [value for value in outputs if value.name == self._output]
         outputs.clear()
         outputs.extend(output)
-        return normalise(model)
+        return normalise(model, self._inputs)
 
     def reference(self, feeds: dict[str, Array]) -> Array:
         """Return what the file itself gives, through ONNX Runtime."""
-        from mpq_deploy.runtime.ort import make_session_with, options_for_few_calls, run_session
+        from mpq_deploy.runtime.ort import run_session
 
         if self._session is None:
-            self._session = make_session_with(self.path, options_for_few_calls())
+            self._session = self._opened()
         session = self._session
         types = {"tensor(float16)": np.float16, "tensor(double)": np.float64}
         given = {
@@ -130,6 +138,17 @@ class OnnxNetwork:
             for i in session.get_inputs()
         }
         return np.asarray(run_session(session, self._output, given), np.float32)
+
+    def _opened(self) -> ort.InferenceSession:
+        from mpq_deploy.runtime.ort import make_session_with, options_for_few_calls
+
+        if not self._widened:
+            return make_session_with(self.path, options_for_few_calls())
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            copy = Path(folder) / "model.onnx"
+            model = widened(load_model(self.path), self._inputs)
+            ir.save(model, copy, external_data=f"{copy.name}.data")
+            return make_session_with(copy, options_for_few_calls())
 
     def release(self) -> None:
         """Close the file; the next call opens it again."""
@@ -231,18 +250,24 @@ def open_onnx(path: Path, source: str, additions: Additions, talk: Talk) -> Deno
         labels=conditions.labels,
         pixel_range=description.pixel_range,
     )
-    network = OnnxNetwork(path, spec.output)
+    fed = (sample, timestep, *checked)
+    sizes = {item.name: (None, *item.shape) if item.batched else item.shape for item in fed}
+    network = OnnxNetwork(path, spec.output, sizes)
     return Denoiser(spec, conditions, network, notes=_notes(model, path, talk))
 
 
 def _notes(model: ir.Model, path: Path, talk: Talk) -> tuple[str, ...]:
     """Say what the export will change of the file's form."""
-    opset = model.opset_imports.get("", 0)
-    if opset >= QUANTIZED_OPSET:
-        return ()
-    note = f"{path.name} has opset {opset}; its graph was converted to opset {QUANTIZED_OPSET}."
-    talk.line(f"  {note}")
-    return (note,)
+    opset, notes = model.opset_imports.get("", 0), list[str]()
+    if opset < QUANTIZED_OPSET:
+        notes.append(
+            f"{path.name} has opset {opset}; its graph was converted to opset {QUANTIZED_OPSET}."
+        )
+    if uses_bfloat16(model):
+        notes.append(f"{path.name} is in bfloat16; it was compared with its graph in FP32.")
+    for note in notes:
+        talk.line(f"  {note}")
+    return tuple(notes)
 
 
 def _check_names(

@@ -94,7 +94,7 @@ def _open_folder(folder: Path, source: str, additions: Additions, talk: Talk) ->
 
 def source_denoiser(recipe: Recipe, talk: Talk) -> Denoiser:
     """Open the model that ``recipe`` names."""
-    files = ("conditions", "scheduler", "prompts", "description")
+    files = ("conditions", "scheduler", "prompts", "description", "call")
     additions = Additions(
         guidance_scale=recipe.guidance_scale,
         component=recipe.component,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mpq_deploy.calls.diffusers_sampler import IMAGE_TOKENS
+from mpq_deploy.calls.pipeline_runs import LEFT_OUT, pipeline_class
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.models.additions import (
     DENOISERS,
@@ -23,6 +26,7 @@ from mpq_deploy.models.conditions import Conditions, WantedInput, check_conditio
 from mpq_deploy.models.decoder import decoder_network, decoder_upscale
 from mpq_deploy.models.denoiser import Denoiser
 from mpq_deploy.models.model_form import OUTPUT, ModelForm, model_class, model_form, network
+from mpq_deploy.models.pipeline_part import open_pipeline_part
 from mpq_deploy.models.spec import DenoiserSpec, InputSpec
 from mpq_deploy.models.torch_export import TorchNetwork
 from mpq_deploy.models.transformer import DIT, FLUX
@@ -49,6 +53,13 @@ def open_folder(folder: Path, source: str, additions: Additions, talk: Talk) -> 
     pipeline = pipeline_index(folder)
     part = _denoiser_folder(folder, pipeline, additions.component)
     config = read_json(part / CONFIG)
+    if _runs_itself(folder, pipeline, config, additions):
+        return _open_in_pipeline(folder, source, pipeline, part, additions, talk)
+    if additions.call is not None:
+        raise UsageError(
+            f"{folder} is sampled by our own sampler, which no --call can tell anything.",
+            "It is for pipeline folders whose own class runs them, without --conditions.",
+        )
     given = Conditions.load(additions.conditions) if additions.conditions is not None else None
     with whole(part / CONFIG, ModelError, "Correct it, or download the model again."):
         form = model_form(config, part, given)
@@ -86,6 +97,54 @@ def open_folder(folder: Path, source: str, additions: Additions, talk: Talk) -> 
     return Denoiser(
         spec, conditions, network(module, form, config, inputs), decoder, notes, form.unpack
     )
+
+
+def _runs_itself(
+    folder: Path, pipeline: dict[str, Any], config: dict[str, Any], additions: Additions
+) -> bool:
+    """Whether the folder's own pipeline makes the calls, and not our sampler.
+
+    Ours is for the bundled models, for arrays that the user gives, and for class-conditional models
+    in a pipeline that gives them no class. It is for checkpoints of training too, which name none.
+    """
+    if not (folder / INDEX).is_file() or (folder / CARD).is_file():
+        return False
+    if additions.conditions is not None:
+        return False
+    if not config.get("num_class_embeds"):
+        return True
+    called = inspect.signature(pipeline_class(pipeline, folder).__call__).parameters
+    return "class_labels" in called or "prompt" in called
+
+
+def _open_in_pipeline(
+    folder: Path,
+    source: str,
+    pipeline: dict[str, Any],
+    part: Path,
+    additions: Additions,
+    talk: Talk,
+) -> Denoiser:
+    """Open the denoiser in ``part`` as its pipeline calls it. Raises as ``open_folder`` does."""
+    absent = [
+        name
+        for name, entry in pipeline.items()
+        if isinstance(entry, list)
+        and entry[:1] not in ([], [None])
+        and not (folder / name).is_dir()
+    ]
+    absent = [name for name in absent if name not in LEFT_OUT]
+    if absent:
+        raise UsageError(
+            f"The pipeline in {folder} lacks its {', '.join(absent)}.",
+            "Download or save all of it; or give its denoiser's inputs yourself: --conditions FILE.npz.",
+        )
+    config = read_json(part / CONFIG)
+    variant = find_weights(part, WEIGHTS_NAME)
+    check_config(config, stored_weights(part, WEIGHTS_NAME, variant), part)
+    module = load_pretrained(model_class(config, part), part, variant)
+    opened = open_pipeline_part(folder, pipeline, part, module, additions, talk)
+    return replace(opened, spec=opened.spec.model_copy(update={"source": source}))
 
 
 def _latent(folder: Path, shape: tuple[int, ...]) -> bool:

@@ -29,6 +29,24 @@ class InputSpec(BaseModel):
     batched: bool = True
 
 
+class PipelineSpec(BaseModel):
+    """A diffusers pipeline that calls the model: its class, the part that the model is, its calls.
+
+    ``calls``: keyword arguments of the pipeline's ``__call__``, one mapping per image, used in turn.
+    ``scheduler``: a configuration in place of the pipeline's own.
+    ``fixed``: what the pipeline gives the model beside the graph's inputs, which the graph has as
+    constants: name -> digest of a tensor (``sha256:...``) or the value as text.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    class_name: str
+    component: str
+    calls: tuple[dict[str, Any], ...]
+    scheduler: dict[str, Any] | None = None
+    fixed: dict[str, str] = {}
+
+
 class DenoiserSpec(BaseModel):
     """How to call a denoiser and how to sample with it.
 
@@ -42,7 +60,8 @@ class DenoiserSpec(BaseModel):
     samples are rows of conditions.npz by their input's name: the first ``calibration_rows`` to
     calibrate with, the others to compare with. The model is fed the sampler's timestep times
     ``timestep_scale``. ``first_tokens``: by condition, the first token of every text, for which
-    alone the graph holds (``graph.passes.first_token``).
+    alone the graph holds (``graph.passes.first_token``). ``pipeline``: the model's calls are those
+    of a diffusers pipeline; then ``conditions.npz`` holds those of one call alone.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -64,6 +83,7 @@ class DenoiserSpec(BaseModel):
     decoder: str | None = None
     synthetic: str = ""
     first_tokens: dict[str, tuple[float, ...]] = {}
+    pipeline: PipelineSpec | None = None
     config: dict[str, Any] = {}
 
     @property
@@ -99,8 +119,12 @@ class DenoiserSpec(BaseModel):
 
 @dataclass(frozen=True)
 class FloatModel:
-    """A float ONNX file and how to call it: ``conditions`` by input name, one row per condition."""
+    """A float ONNX file and how to call it: ``conditions`` by input name, one row per condition.
+
+    ``pipeline``: the folder of the diffusers pipeline that calls it, where ``spec`` names one.
+    """
 
     path: Path
     spec: DenoiserSpec
     conditions: dict[str, Array]
+    pipeline: Path | None = None

@@ -177,7 +177,8 @@ def _gather(call: Call, x: Inputs) -> Outputs:
     index = x[1].to(x[0].device, torch.int64)
     index = torch.where(index < 0, index + x[0].shape[axis], index)
     picked = x[0].index_select(axis, index.reshape(-1))
-    return picked.reshape(*x[0].shape[:axis], *index.shape, *x[0].shape[axis + 1 :])
+    # As one list: a scalar taken from a vector has no sizes at all.
+    return picked.reshape((*x[0].shape[:axis], *index.shape, *x[0].shape[axis + 1 :]))
 
 
 def _gather_elements(call: Call, x: Inputs) -> Outputs:

@@ -22,6 +22,8 @@ from mpq_deploy.onnx_torch.operators import OPERATORS
 
 Tensor = torch.Tensor
 Rewire = Callable[[list[Any]], list[Any]]
+# What torch's allocator says, in an error of no type of its own on the CPU.
+OUT_OF_MEMORY = "allocate memory"
 
 
 class UnsupportedOperator(ModelError):  # noqa: N818 - what callers name it
@@ -35,6 +37,14 @@ class UnsupportedOperator(ModelError):  # noqa: N818 - what callers name it
         )
         self.op = op
         self.node = node
+
+
+class FailedOperator(UnsupportedOperator):
+    """An operator of the table failed in torch, on a node that ONNX Runtime may well run."""
+
+    def __init__(self, op: str, node: str, said: str) -> None:
+        super().__init__(op, node)
+        self.message = f"The node '{node}' ({op}) failed in torch: {said}."
 
 
 @dataclass(frozen=True)
@@ -330,17 +340,21 @@ def _evaluate(step: _Step, inputs: list[Any]) -> tuple[Any, ...]:
         result = step.function(step.call, inputs)
     except UnsupportedForm as form:
         raise UnsupportedOperator(step.op, step.node, str(form)) from form
-    except (RuntimeError, IndexError, TypeError) as error:
-        raise ModelError(
-            f"The node '{step.node}' ({step.op}) failed in torch: {error}.",
-            "Check the shapes of the inputs; if they are right, measure with the gain metric.",
-        ) from error
+    except (RuntimeError, IndexError, TypeError, ValueError, AttributeError) as error:
+        said = " ".join(str(error).split())
+        if OUT_OF_MEMORY in said:
+            raise ModelError(
+                f"The node '{step.node}' ({step.op}) found no memory in torch: {said}.",
+                "Lower measure.batch_size, end other programs, or measure with the gain metric.",
+            ) from error
+        raise FailedOperator(step.op, step.node, said) from error
     return result if isinstance(result, tuple) else (result,)
 
 
 __all__ = [
     "DOUBLE",
     "FLOATS",
+    "FailedOperator",
     "Footprint",
     "TorchGraph",
     "UnsupportedOperator",

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from mpq_deploy.calls.recorded import RecordedCalls
 from mpq_deploy.models.spec import Array, DenoiserSpec
 from mpq_deploy.recover.training_trajectories import Trajectories
-from mpq_deploy.runtime.ort import model_feeds
 
 # Share of the draws that go to all timesteps alike, so that none is forgotten.
 UNIFORM_SHARE = 0.25
@@ -33,8 +32,8 @@ class Batch:
 class Batches:
     """Draws batches: of one timestep (or call) where the timestep (or a condition) is not batched."""
 
-    def __init__(self, spec: DenoiserSpec, conditions: dict[str, Array], size: int) -> None:
-        self._spec, self._conditions = spec, conditions
+    def __init__(self, spec: DenoiserSpec, size: int) -> None:
+        self._spec = spec
         self.size = size if all(item.batched for item in spec.conditions) else 1
 
     def draw(self, pool: Trajectories, shares: Array, rng: np.random.Generator) -> Batch:
@@ -42,23 +41,20 @@ class Batches:
         steps = drawn_timesteps(shares, self.size, rng)
         if self._spec.timestep is not None and not self._spec.timestep.batched:
             steps = np.full(self.size, rng.choice(steps))
-        return self.of(pool, steps, rng.integers(len(pool.rows), size=self.size))
+        return self.of(pool, steps, rng.integers(pool.calls.count, size=self.size))
 
     def of(self, pool: Trajectories, steps: Array, calls: Array) -> Batch:
         """Return the batch of the given positions of timesteps and calls, int64 [M] each."""
         return Batch(
             steps,
-            pool.timesteps[steps],
+            pool.calls.timesteps[steps],
             self._feeds(pool, steps, calls),
             pool.outputs[steps, calls],
             self._feeds(pool, np.maximum(steps - 1, 0), calls),
         )
 
     def _feeds(self, pool: Trajectories, steps: Array, calls: Array) -> dict[str, Array]:
-        rows = pool.rows[calls]
-        taken = {item.name: self._conditions[item.name][rows] for item in self._spec.conditions}
-        timestep: Any = pool.timesteps[steps].astype(np.float64)
-        return model_feeds(self._spec, pool.inputs[steps, calls], timestep, taken)
+        return RecordedCalls(pool.calls, self._spec).feed(steps, calls)
 
 
 def timestep_shares(errors: Array, mode: str) -> Array:

@@ -18,12 +18,12 @@ import torch
 
 from mpq_deploy.calibrate.activation_shapes import activation_shapes, tensors_of
 from mpq_deploy.calibrate.stats import CalibrationStats
-from mpq_deploy.calls.recorded import CalibrationSet, RecordedCalls
+from mpq_deploy.calls.recorded import CallSet, RecordedCalls
 from mpq_deploy.errors import MpqError
 from mpq_deploy.graph.dialects import Dialect
 from mpq_deploy.graph.layers import LayerGraph
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED, FloatGraph, write_quantized
-from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.models.spec import DenoiserSpec
 from mpq_deploy.recipe import RecoverSettings
 from mpq_deploy.recover.checkpoint import restore_checkpoint, save_checkpoint
 from mpq_deploy.recover.estimate import FLOAT32_BYTES, MemoryEstimate, estimate_memory
@@ -54,9 +54,8 @@ class RecoverTask:
     model: Path
     graph: LayerGraph
     spec: DenoiserSpec
-    conditions: dict[str, Array]
     starts: Sequence[StartingWeight]
-    recorded: CalibrationSet
+    recorded: CallSet
     stats: CalibrationStats
 
 
@@ -87,7 +86,7 @@ def recover(
     student = Student(task.model, task.spec, task.starts, task.stats, options)
     _place(student, options)
     starts: dict[str, int] | None = None
-    trainer = Trainer(student, recorder, task.spec, task.conditions, options, talk)
+    trainer = Trainer(student, recorder, task.spec, options, talk)
     if options.initialization == "svd":
         pool = recorder.record(INITIAL_CALLS, options.seed, INITIAL_ROUND)
         chosen = initialize_from_error(student, _some_calls(student, trainer, pool))
@@ -135,19 +134,12 @@ def write_recovered(
 def measured_error(graph: Path, task: RecoverTask, held_out: Trajectories) -> float:
     """Return the NMSE of a written graph on ``held_out``, mean over timesteps, by ONNX Runtime."""
     denoiser = OrtDenoiser(graph, task.spec, fake_quant_only=True)
-    batch = 16 if all(item.batched for item in task.spec.conditions) else 1
-    errors = []
-    for step, timestep in enumerate(held_out.timesteps):
-        squared = 0.0
-        for start in range(0, len(held_out.rows), batch):
-            calls = slice(start, start + batch)
-            taken = {name: values[held_out.rows[calls]] for name, values in task.conditions.items()}
-            output = denoiser(held_out.inputs[step, calls], float(timestep), taken)
-            squared += float(
-                np.square(output - held_out.outputs[step, calls], dtype=np.float64).sum()
-            )
-        errors.append(squared / (float(held_out.energy[step]) * len(held_out.rows)))
-    return float(np.mean(errors))
+    calls = RecordedCalls(held_out.calls, task.spec)
+    squares = np.zeros(len(held_out.energy))
+    for batch in calls.batches(16):
+        error = denoiser.run(batch.feed) - held_out.outputs[batch.step, batch.calls]
+        squares[batch.step] += float(np.square(error, dtype=np.float64).sum())
+    return float(np.mean(squares / (held_out.energy * held_out.calls.count)))
 
 
 def _place(student: Student, options: RecoverSettings) -> None:
@@ -170,7 +162,7 @@ def expected_memory(
     """
     names = tuple(name for name in tensors_of(task.graph.model) if name)
     shapes = activation_shapes(
-        task.graph, RecordedCalls(task.recorded, task.conditions, task.spec), talk, names=names
+        task.graph, RecordedCalls(task.recorded, task.spec), talk, names=names
     )
     return estimate_memory(
         [(len(start.weight), start.weight.shape[1]) for start in task.starts],
@@ -199,8 +191,8 @@ def check_memory(task: RecoverTask, options: RecoverSettings, steps: int, talk: 
 
 def _some_calls(student: Student, trainer: Trainer, pool: Trajectories) -> list[dict[str, Any]]:
     """Return inputs at four timesteps spread over the trajectory."""
-    calls = np.arange(min(trainer.batches.size, len(pool.rows)))
-    steps = np.linspace(0, len(pool.timesteps) - 1, INITIAL_STEPS).round().astype(np.int64)
+    calls = np.arange(min(trainer.batches.size, pool.calls.count))
+    steps = np.linspace(0, len(pool.calls.timesteps) - 1, INITIAL_STEPS).round().astype(np.int64)
     return [
         student.feed(trainer.batches.of(pool, np.full(len(calls), step), calls).feeds)
         for step in steps
@@ -218,7 +210,7 @@ def _recovery(
         best_step=progress.best_step,
         before=float(progress.before.mean()),
         after=progress.best_error,
-        timesteps=tuple(float(t) for t in held_out.timesteps),
+        timesteps=tuple(float(t) for t in held_out.calls.timesteps),
         before_by_timestep=tuple(float(e) for e in progress.before),
         after_by_timestep=tuple(float(e) for e in progress.best_by_timestep),
         curve=tuple(progress.curve),

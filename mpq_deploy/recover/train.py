@@ -60,13 +60,12 @@ class Trainer:
         student: Student,
         recorder: TrajectoryRecorder,
         spec: DenoiserSpec,
-        conditions: dict[str, Array],
         options: RecoverSettings,
         talk: Talk,
     ) -> None:
         self.student, self.options, self.talk = student, options, talk
         self._recorder = recorder
-        self.batches = Batches(spec, conditions, options.batch_size)
+        self.batches = Batches(spec, options.batch_size)
         self.held_out = recorder.record(
             options.held_out, options.seed, HELD_OUT_ROUND, held_out=True
         )
@@ -167,9 +166,9 @@ class Trainer:
     def held_out_error(self) -> Array:
         """Return the NMSE of the student's output on the held-out trajectories, float64 [K]."""
         pool, errors = self.held_out, []
-        count = len(pool.rows)
+        count = pool.calls.count
         with torch.no_grad():
-            for step in range(len(pool.timesteps)):
+            for step in range(len(pool.calls.timesteps)):
                 squared = 0.0
                 for start in range(0, count, self.batches.size):
                     calls = np.arange(start, min(start + self.batches.size, count))

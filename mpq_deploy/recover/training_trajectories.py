@@ -6,33 +6,32 @@ do not depend on the student and are recorded beforehand.
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from mpq_deploy.calls.loop import GuidedDenoiser, denoise, first_samples
+from mpq_deploy.calls.recorded import CallSet, joined
 from mpq_deploy.calls.sampler import make_sampler
-from mpq_deploy.calls.trajectories import cycled_rows
+from mpq_deploy.calls.trajectories import cycled, cycled_rows
 from mpq_deploy.errors import UsageError
-from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.models.spec import Array, DenoiserSpec, FloatModel
 from mpq_deploy.recipe import SamplerKind
 from mpq_deploy.runtime.ort import OrtDenoiser
+from mpq_deploy.system.progress import Talk
 
 
 @dataclass(frozen=True)
 class Trajectories:
     """Calls of the float denoiser along M trajectories of K steps (with guidance 2 M calls).
 
-    ``inputs`` and ``outputs`` float32 [K, N, ...], ``timesteps`` float32 [K] in denoising order,
-    ``rows`` int64 [N]: each call's row of the conditions. ``energy`` float64 [K]: mean over calls
-    of the output's squared norm.
+    ``outputs`` float32 [K, N, ...] of the ``calls``, in denoising order.
     """
 
-    inputs: Array
+    calls: CallSet
     outputs: Array
-    timesteps: Array
-    rows: Array
 
     @property
     def energy(self) -> Array:
@@ -42,12 +41,10 @@ class Trajectories:
 
     def followed_by(self, other: Trajectories, most: int) -> Trajectories:
         """Return these calls and those of ``other``: the last ``most`` times its number."""
-        first = max(0, len(self.rows) - (most - 1) * len(other.rows))
+        first = max(0, self.calls.count - (most - 1) * other.calls.count)
         return Trajectories(
-            np.concatenate([self.inputs[:, first:], other.inputs], axis=1),
+            joined([self.calls.take(np.arange(first, self.calls.count)), other.calls]),
             np.concatenate([self.outputs[:, first:], other.outputs], axis=1),
-            self.timesteps,
-            np.concatenate([self.rows[first:], other.rows]),
         )
 
 
@@ -56,18 +53,21 @@ class TrajectoryRecorder:
 
     def __init__(
         self,
-        model: Path,
-        spec: DenoiserSpec,
-        conditions: dict[str, Array],
+        model: FloatModel,
         steps: int,
         sampler: SamplerKind,
     ) -> None:
-        self._denoiser = OrtDenoiser(model, spec)
-        self._spec, self._conditions, self._steps, self._kind = spec, conditions, steps, sampler
+        self._model = model
+        self._denoiser = OrtDenoiser(model.path, model.spec)
+        self._spec, self._conditions = model.spec, model.conditions
+        self._steps, self._kind = steps, sampler
 
     @property
     def calls(self) -> int:
         """Calls along one trajectory: its steps, twice with guidance."""
+        if self._spec.pipeline is not None:
+            # Most pipelines guide, with two calls per step.
+            return 2 * self._steps
         guided = self._spec.uncond_row is not None and self._spec.guidance_scale != 1
         return (1 if self._spec.timestep is None else self._steps) * (1 + guided)
 
@@ -79,6 +79,8 @@ class TrajectoryRecorder:
         ``count``. Raises UsageError where it has fewer than two.
         """
         noise_seed = int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
+        if self._model.pipeline is not None:
+            return self._record_pipeline(count, noise_seed)
         sampler = make_sampler(self._spec.scheduler, self._steps, noise_seed, self._kind)
         recording = _Recording(self._denoiser)
         batch = 16 if all(item.batched for item in self._spec.conditions) else 1
@@ -91,7 +93,20 @@ class TrajectoryRecorder:
             rows,
             batch,
         )
-        return recording.finish()
+        return recording.finish(self._spec, self._conditions)
+
+    def _record_pipeline(self, count: int, seed: int) -> Trajectories:
+        """Return the calls of ``count`` images of the model's own pipeline."""
+        from mpq_deploy.calls.record_pipeline import Runs, record_pipeline
+
+        assert self._spec.pipeline is not None
+        numbers = cycled(np.arange(len(self._spec.pipeline.calls)), count, seed)
+        runs = Runs([int(one) for one in numbers], self._steps, seed)
+        with tempfile.TemporaryDirectory() as folder:
+            made = record_pipeline(
+                self._model, runs, None, Path(folder), Talk(), self._denoiser.run, outputs=True
+            )
+            return Trajectories(made.calls.compact(), made.outputs)
 
     def _rows(self, count: int, seed: int, held_out: bool) -> Array:
         known = self._spec.calibration_rows
@@ -133,11 +148,12 @@ class _Recording:
         self.steps.setdefault(step_index, []).append((at, model_input, output, rows))
         return output
 
-    def finish(self) -> Trajectories:
+    def finish(self, spec: DenoiserSpec, conditions: dict[str, Array]) -> Trajectories:
         calls = list(self.steps.values())
-        return Trajectories(
-            np.stack([np.concatenate([call[1] for call in step]) for step in calls]),
-            np.stack([np.concatenate([call[2] for call in step]) for step in calls]),
-            np.array([step[0][0] for step in calls], np.float32),
-            np.concatenate([call[3] for call in calls[0]]).astype(np.int64),
+        inputs, outputs = (
+            np.stack([np.concatenate([call[place] for call in step]) for step in calls])
+            for place in (1, 2)
         )
+        timesteps = np.array([step[0][0] for step in calls], np.float32)
+        rows = np.concatenate([call[3] for call in calls[0]]).astype(np.int64)
+        return Trajectories(CallSet.of_samples(spec, inputs, timesteps, rows, conditions), outputs)

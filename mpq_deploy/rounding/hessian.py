@@ -189,7 +189,7 @@ class _Source:
     @property
     def calls(self) -> int:
         """Calls of each timestep."""
-        return len(self.recorded.recorded.rows)
+        return self.recorded.recorded.count
 
     @property
     def total_calls(self) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 
 from mpq_deploy.calibrate.stats import CalibrationStats
 from mpq_deploy.calls.recorded import RecordedCalls
-from mpq_deploy.calls.trajectories import renoised
+from mpq_deploy.calls.trajectories import has_forward_process, renoised
 from mpq_deploy.engine.target import Target
 from mpq_deploy.formats.candidates import (
     choices_for,
@@ -131,8 +131,12 @@ def rounding_calls(run: Run) -> RecordedCalls:
     """Return the calls that weights are rounded on, renoised."""
     exported = run.exported
     rounded_on, _ = run.calibration.inputs.split(run.recipe.measure.samples)
+    if run.recipe.quantize.noise_draws and not has_forward_process(exported.spec):
+        run.talk.line(
+            "  weights are rounded on the recorded calls alone: no fresh noise can be added"
+        )
     rounded_on = renoised(rounded_on, exported.spec, run.recipe.quantize.noise_draws)
-    return RecordedCalls(rounded_on, exported.conditions, exported.spec)
+    return RecordedCalls(rounded_on, exported.spec)
 
 
 def layer_moments(run: Run, rounder: Rounder) -> Iterator[Hessian]:

@@ -70,7 +70,8 @@ def _probed_salience(run: Run, chosen: StoredCandidates) -> dict[str, Array] | N
         if not evaluates_in_torch(run.exported.graph):
             return None
         return salience_over_workers(run, chosen)
-    except UnsupportedOperator:
+    except UnsupportedOperator as error:
+        run.talk.warn(f"salient rows are ranked by kurtosis instead of probes: {error.message}")
         return None
 
 
@@ -85,7 +86,7 @@ def salience_inputs(
     count = len(rounded_on.timesteps)
     some = rounded_on.at(sampled_steps(count, min(SALIENCE_TIMESTEPS, count)))
     exported = run.exported
-    recorded = RecordedCalls(some, exported.conditions, exported.spec)
+    recorded = RecordedCalls(some, exported.spec)
     return exported.graph, body_weights(chosen), recorded, SALIENCE_SAMPLES
 
 

@@ -380,7 +380,7 @@ def _blocks(patches: Patches, recipe: Recipe) -> tuple[int, int]:
 
 
 def _rounded_on(recipe: Recipe) -> int:
-    """Return the calls of a timestep that weights are rounded on (``calibrate.stats.CalibrationSet.split``)."""
+    """Return the calls of a timestep that weights are rounded on (``calls.recorded.CallSet.split``)."""
     samples = recipe.calibrate.samples
     rest = samples - recipe.measure.samples
     return (rest if rest >= samples / 5 else samples) * (1 + recipe.quantize.noise_draws)

@@ -17,7 +17,7 @@ from pydantic import PositiveInt
 
 from mpq_deploy.allocate.plan import PrecisionPlan
 from mpq_deploy.calibrate.stats import CalibrationStats
-from mpq_deploy.calls.recorded import CalibrationSet
+from mpq_deploy.calls.recorded import CallSet
 from mpq_deploy.engine.target import Target, load_target
 from mpq_deploy.errors import RunFolderError, UsageError
 from mpq_deploy.evaluate.cache import SampleCache
@@ -26,6 +26,7 @@ from mpq_deploy.graph.load import load_model
 from mpq_deploy.graph.shapes import known_shapes
 from mpq_deploy.latency.conv_products import wants_products, with_products
 from mpq_deploy.models.export import load_exported
+from mpq_deploy.models.locate import locate
 from mpq_deploy.models.spec import Array, FloatModel
 from mpq_deploy.run.folder import RunFolder
 from mpq_deploy.system.inputs import read_json_object
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 # In the run folder: the recipe that its stages are made by, the finished shards of unfinished
 # stages, and sampled images by what they were made from.
 RECIPE, SHARDS, SAMPLES = "recipe.yaml", ".shards", ".samples"
+# In the folder of the stage calibrate: the recorded calls.
+CALLS = "calls"
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,9 @@ class StageResult:
 class Exported:
     """The export stage, opened: graph, specification, conditions."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, source: str | None) -> None:
         exported = load_exported(folder)
+        self._source = source
         self.path = exported.model
         self.spec = exported.spec
         self.conditions: dict[str, Array] = dict(exported.conditions.arrays)
@@ -68,13 +72,14 @@ class Exported:
     @property
     def model(self) -> FloatModel:
         """The float model, as rooms that call it take it."""
-        return FloatModel(self.path, self.spec, self.conditions)
+        pipeline = locate(self._source) if self.spec.pipeline is not None else None
+        return FloatModel(self.path, self.spec, self.conditions, pipeline)
 
 
 class Calibration(NamedTuple):
     """The calibrate stage, opened: recorded inputs, and statistics of the activations."""
 
-    inputs: CalibrationSet
+    inputs: CallSet
     stats: CalibrationStats
 
 
@@ -149,7 +154,7 @@ class Run:
     @cached_property
     def exported(self) -> Exported:
         """What the stage export left; layers as the target's engine will have them."""
-        found = Exported(self.stage("export"))
+        found = Exported(self.stage("export"), self.recipe.model)
         if wants_products(found.graph, self.target):
             engine = self.recipe.engine
             usual, largest = (
@@ -163,15 +168,16 @@ class Run:
     def calibration(self) -> Calibration:
         """What the stage calibrate left."""
         folder = self.stage("calibrate")
-        path = folder / "inputs.npz"
-        inputs = CalibrationSet.load(path)
-        rows = min((len(values) for values in self.exported.conditions.values()), default=None)
-        shape = inputs.samples.shape[2:]
-        if shape != self.exported.spec.sample.shape or (rows and inputs.rows.max() >= rows):
-            raise RunFolderError(
-                f"{path} does not fit the exported model: samples {shape}, rows up to {inputs.rows.max()}.",
-                "Calibrate again.",
-            )
+        inputs = CallSet.load(folder / CALLS)
+        for item in self.exported.spec.inputs:
+            given = inputs.inputs.get(item.name)
+            shape = None if given is None else given.values.shape[1:]
+            if shape != item.shape:
+                raise RunFolderError(
+                    f"The calls in {folder / CALLS} do not fit the exported model: '{item.name}' has the shape "
+                    f"{shape}, not {item.shape}.",
+                    "Calibrate again.",
+                )
         return Calibration(inputs, CalibrationStats.load(folder / "stats.npz"))
 
     @cached_property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from mpq_deploy.calls.arguments import Arguments
+from mpq_deploy.calls.stand_in import fixed_text
 from mpq_deploy.device.archive import MANIFEST, ArchiveError
 from mpq_deploy.device.manifest import Manifest
 from mpq_deploy.engine.builder import ENGINE
@@ -45,7 +48,7 @@ class RuntimeUNet(torch.nn.Module):  # type: ignore[misc]
     def __init__(self, spec: DenoiserSpec, backend: Backend) -> None:
         super().__init__()
         self.spec, self.backend = spec, backend
-        self._checked: dict[str, torch.Tensor] = {}
+        self._checked: dict[str, Any] = {}
         known: dict[str, Any] = {}
         if len(spec.sample.shape) == 3:
             channels, *size = spec.sample.shape
@@ -78,14 +81,10 @@ class RuntimeUNet(torch.nn.Module):  # type: ignore[misc]
         lists of residuals are one input per element. Raises UsageError for an input that the
         exported model does not take or lacks.
         """
-        named = dict(zip((SAMPLE, "timestep", "encoder_hidden_states"), leading))
-        if len(leading) > len(named):
-            raise UsageError(
-                f"{len(leading)} inputs were given without a name.",
-                "Name all but sample and timestep.",
-            )
-        given = _flat({**named, **({} if timestep is None else {"timestep": timestep}), **others})
-        given |= _flat(added_cond_kwargs or {})
+        named = {} if timestep is None else {"timestep": timestep}
+        if added_cond_kwargs is not None:
+            named["added_cond_kwargs"] = added_cond_kwargs
+        given = self._by_name(leading, {**others, **named})
         declared = self.spec.timestep
         assert declared is not None  # load refuses a component without timesteps
         sample = _first(given, (SAMPLE, self.spec.sample.name, "hidden_states"), "sample")
@@ -105,11 +104,42 @@ class RuntimeUNet(torch.nn.Module):  # type: ignore[misc]
         kind = UNet2DOutput if self.spec.sample.name == "sample" else Transformer2DModelOutput
         return kind(sample=output)
 
+    def _by_name(self, leading: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
+        """Return all arguments by the names of the graph's inputs, lists and dictionaries apart."""
+        forward = getattr(self._class(), "forward", None)
+        if forward is not None:
+            called = Arguments.of(functools.partial(forward, self), leading, named)
+            return {**called.constants, **called.tensors}
+        by_place = dict(zip((SAMPLE, "timestep", "encoder_hidden_states"), leading))
+        if len(leading) > len(by_place):
+            raise UsageError(
+                f"{len(leading)} inputs were given without a name.",
+                "Name all but sample and timestep.",
+            )
+        added = named.pop("added_cond_kwargs", None) or {}
+        return {**_flat({**by_place, **named}), **_flat(added)}
+
+    def _class(self) -> Any:
+        """The class of diffusers whose place this takes; None for an ONNX model."""
+        import diffusers
+
+        return getattr(diffusers, str(self.config.get("_class_name")), None)
+
     def _conditions(self, given: dict[str, Any]) -> dict[str, Any]:
         """Return the conditions without those that are constants; refuse unknown ones."""
         fixed = FIXED_INPUTS.get(str(self.config.get("_class_name")), ())
         left_out = (*fixed, *dict(self.config.get("forward_arguments") or {}))
         given = {name: value for name, value in given.items() if name not in left_out}
+        for name, expected in (self.spec.pipeline.fixed if self.spec.pipeline else {}).items():
+            value = given.pop(name, None)
+            if value is None or self._checked.get(name) is value:
+                continue
+            if fixed_text(value) != expected:
+                raise UsageError(
+                    f"'{name}' is not what the model was exported with, where it is a constant.",
+                    "Use the image's size and the call's arguments that it was built with (--call).",
+                )
+            self._checked[name] = value
         taken = [item.name for item in self.spec.conditions]
         unknown = [name for name in given if name not in taken]
         if unknown:

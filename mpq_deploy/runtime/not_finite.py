@@ -83,9 +83,13 @@ class CheckedDenoiser:
         self, sample: Array, timestep: float | Array, conditions: dict[str, Array]
     ) -> Array:
         """Return the output; ModelError when it is not finite."""
-        output = self._denoiser(sample, timestep, conditions)
+        return self.run(model_feeds(self._denoiser.spec, sample, timestep, conditions))
+
+    def run(self, feeds: dict[str, Array]) -> Array:
+        """Return the output for every input by name; ModelError when it is not finite."""
+        output = self._denoiser.run(feeds)
         if not np.isfinite(output).all():
-            feeds = model_feeds(self._denoiser.spec, sample, timestep, conditions)
+            timestep = feeds.get(self._denoiser.spec.timestep_name, np.zeros(1))
             where = first_not_finite(self._model, feeds) or "its output"
             raise ModelError(
                 f"The float model gives NaN or Inf at timestep {np.ravel(timestep)[0]:g}: first in {where}.",

@@ -165,7 +165,10 @@ class OrtDenoiser:
         to the declared types. A model whose timestep has no batch axis takes one timestep per call.
         Raises ModelError naming a missing input or a row count that is not N.
         """
-        feeds = model_feeds(self.spec, sample, timestep, conditions)
+        return self.run(model_feeds(self.spec, sample, timestep, conditions))
+
+    def run(self, feeds: dict[str, Array]) -> Array:
+        """Return the output, float32 [N, ...], for every input by name, as the model takes it."""
         return np.asarray(run_session(self.session, self.spec.output, feeds), np.float32)
 
 

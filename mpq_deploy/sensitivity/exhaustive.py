@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import networkx as nx
@@ -61,6 +61,28 @@ def measure_exhaustive(
         for layer in subject.layers
     }
     chosen = {layer: schemes for layer, schemes in chosen.items() if schemes}
+    torch_graph = _torch_graph(subject.graph) if use_torch is not False else None
+    if torch_graph is not None:
+        from mpq_deploy.onnx_torch.torch_graph import FailedOperator
+
+        try:
+            return _table(subject, chosen, _in_torch(torch_graph, subject, chosen), ())
+        except FailedOperator as error:
+            if use_torch:
+                raise
+            # ONNX Runtime gives the same numbers, only slower.
+            subject.talk.warn(f"ONNX Runtime measures single layers: {error.message}")
+    notes = _chained_uses(subject.graph, chosen)
+    return _table(subject, chosen, _in_onnxruntime(subject, subject.calls(), chosen), notes)
+
+
+def _table(
+    subject: Subject,
+    chosen: Chosen,
+    opened: AbstractContextManager[Evaluate],
+    notes: tuple[str, ...],
+) -> SensitivityTable:
+    """Evaluate all calls by what ``opened`` gives."""
     calls = subject.calls()
     steps = len(calls.timesteps)
     errors = {
@@ -68,14 +90,6 @@ def measure_exhaustive(
         for layer, schemes in chosen.items()
     }
     power = np.zeros(steps)
-    torch_graph = _torch_graph(subject.graph) if use_torch is not False else None
-    if torch_graph is None:
-        opened, notes = (
-            _in_onnxruntime(subject, calls, chosen),
-            _chained_uses(subject.graph, chosen),
-        )
-    else:
-        opened, notes = _in_torch(torch_graph, subject, chosen), ()
     total = steps * calls.count * sum(map(len, chosen.values()))
     with opened as evaluate, subject.talk.bar("single layers", total) as advance:
         for step_index, chunk in calls.chunks(subject.batch_size(calls)):

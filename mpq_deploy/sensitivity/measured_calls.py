@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mpq_deploy.calls.recorded import RecordedCalls, dealt, feed_rows
+from mpq_deploy.calls.recorded import RecordedCalls, dealt
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.layers import LayerGraph
-from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.models.spec import Array
 
 # Memory for the values of a pass through the graph, and as much for what is kept of the layers'
 # errors.
@@ -31,21 +31,15 @@ class Calls:
     as far as there are others; a call's error at one timestep says much about its error at the
     next, and little about that of other calls. ``fixed_batch``: how many calls the graph takes at
     once, where its file or an input without a batch axis fixes that; else None. Raises ModelError
-    for a missing condition or too few calls for the batch.
+    for too few calls for the batch.
     """
 
     def __init__(
         self, graph: LayerGraph, calls: RecordedCalls, samples: int, rotate: bool = False
     ) -> None:
-        spec, calibration = calls.spec, calls.recorded
-        missing = [c.name for c in spec.conditions if c.name not in calls.conditions]
-        if missing:
-            raise ModelError(
-                f"The condition '{missing[0]}' of the denoiser was given no rows.",
-                "Give it with --conditions FILE.npz, one row per condition.",
-            )
-        self.fixed_batch = _fixed_batch(graph, spec)
-        recorded = calibration.samples.shape[1]
+        calibration = calls.recorded
+        self.fixed_batch = _fixed_batch(graph, calls)
+        recorded = calibration.count
         multiple = self.fixed_batch or 1
         self.count = min(samples, recorded) // multiple * multiple
         if not self.count:
@@ -55,9 +49,8 @@ class Calls:
             )
         self.timesteps = calibration.timesteps
         self.first = slice(0, multiple)
-        self.spec = spec
-        self._calibration = calibration
-        self._conditions = {item.name: calls.conditions[item.name] for item in spec.conditions}
+        self.spec = calls.spec
+        self._recorded = calls
         even = np.linspace(0, recorded - 1, self.count).round().astype(np.int64)
         self.picked = np.tile(even, (len(self.timesteps), 1))
         order = dealt(calibration.rows, np.arange(recorded)).astype(np.int64)
@@ -78,22 +71,15 @@ class Calls:
 
     def feeds(self, step_index: int, calls: slice) -> dict[str, Array]:
         """Return the graph's inputs of ``calls`` (a slice of 0..count) at a timestep."""
-        picked = self.picked[step_index, calls]
-        return feed_rows(
-            self.spec,
-            self._calibration.samples[step_index][picked],
-            float(self.timesteps[step_index]),
-            self._calibration.rows[picked],
-            self._conditions,
-        )
+        return self._recorded.feed(step_index, self.picked[step_index, calls])
 
 
-def _fixed_batch(graph: LayerGraph, spec: DenoiserSpec) -> int | None:
-    if not all(item.batched for item in spec.conditions):
+def _fixed_batch(graph: LayerGraph, calls: RecordedCalls) -> int | None:
+    if not calls.together:
         return 1
     for value in graph.model.graph.inputs:
         if (
-            value.name == spec.sample.name
+            value.name == calls.spec.sample.name
             and value.shape is not None
             and isinstance(value.shape[0], int)
         ):

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpq_deploy.calibrate.stats import CalibrationStats
-from mpq_deploy.calls.recorded import CalibrationSet, RecordedCalls
+from mpq_deploy.calls.recorded import CallSet, RecordedCalls
 from mpq_deploy.graph.layers import Layer, LayerGraph
-from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.models.spec import DenoiserSpec
 from mpq_deploy.recipe import MeasureSettings
 from mpq_deploy.sensitivity.layer_weights import CandidateWeights, measured_layers
 from mpq_deploy.sensitivity.measured_calls import MEMORY_BYTES, Calls
@@ -43,8 +43,7 @@ class Subject:
     """The model and the calls that every metric takes.
 
     ``candidates``: layer name -> the weights it may be deployed with; ``stats``: of its
-    activations; ``calibration``: the calls to measure on; ``conditions``: all rows of each
-    condition input (call n uses row ``calibration.rows[n]``). ``spread``: over which workers
+    activations; ``calibration``: the calls to measure on. ``spread``: over which workers
     measuring is spread; None: this process. ``shares``: the part of the trajectory that each
     timestep stands for, of sum 1; None: equal ones. ``rotate``: at each timestep the next
     ``settings.calls`` of the calls, so that more of them are seen in the same time, else the same
@@ -54,8 +53,7 @@ class Subject:
     graph: LayerGraph
     candidates: Mapping[str, CandidateWeights]
     stats: CalibrationStats
-    calibration: CalibrationSet
-    conditions: dict[str, Array]
+    calibration: CallSet
     spec: DenoiserSpec
     settings: MeasureSettings
     talk: Talk
@@ -102,8 +100,8 @@ class Subject:
 
     @property
     def recorded(self) -> RecordedCalls:
-        """The whole calibration set with what the model is fed beside it."""
-        return RecordedCalls(self.calibration, self.conditions, self.spec)
+        """The whole calibration set as calls of the model."""
+        return RecordedCalls(self.calibration, self.spec)
 
     @property
     def layers(self) -> tuple[Layer, ...]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from mpq_deploy.check.check import OPERATOR_RULES, check_dialect
 from mpq_deploy.run.stage import Stage, settings, version_of
 from mpq_deploy.run.stage_memory import check_memory
+from mpq_deploy.run.view import CALLS
 from mpq_deploy.system.files import Fields
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 # Raised with every change of what calibration leaves behind.
-CALIBRATION_FORMAT = 4
+CALIBRATION_FORMAT = 5
 
 
 def inputs(run: Run) -> Fields:
@@ -42,13 +43,13 @@ def make(run: Run, folder: Path) -> str:
     if rows is not None:
         section = section.replace(samples=min(section.samples, rows))
     sampler = run.recipe.evaluate.sampler
-    setup = CalibrationSetup(exported.path, exported.spec, exported.conditions, section, sampler)
+    setup = CalibrationSetup(exported.model, section, sampler)
     recorded, stats = calibrate(
         setup, exported.graph, run.talk, scratch=run.scratch(), crew=run.crew
     )
-    recorded.save(folder / "inputs.npz")
+    recorded.save(folder / CALLS)
     stats.save(folder / "stats.npz")
-    return f"{len(recorded.timesteps)} timesteps x {len(recorded.rows)} calls, {len(stats.activations)} activations"
+    return f"{len(recorded.timesteps)} timesteps x {recorded.count} calls, {len(stats.activations)} activations"
 
 
 STAGE = Stage(

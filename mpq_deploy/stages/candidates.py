@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 # Raised with every change of what the candidates' files hold.
-CANDIDATES_FORMAT = 8
+CANDIDATES_FORMAT = 9
 TAKEN = {"schemes", "branches", "rules", "conv_products"}
 
 

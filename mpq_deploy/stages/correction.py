@@ -41,11 +41,11 @@ def correction_for(run: Run, quantized: Path) -> Correction:
     exported = run.exported
     recorded = run.calibration.inputs
     _, held_out = recorded.split(run.recipe.measure.samples)
-    chosen = held_out.take(dealt(held_out.rows, np.arange(len(held_out.rows)))[:CORRECTION_CALLS])
+    chosen = held_out.take(dealt(held_out.rows, np.arange(held_out.count))[:CORRECTION_CALLS])
     moments = call_moments(
         exported.path,
         quantized / SIMULATED,
-        RecordedCalls(chosen, exported.conditions, exported.spec),
+        RecordedCalls(chosen, exported.spec),
         run.recipe.calibrate.batch_size,
         run.talk,
     )

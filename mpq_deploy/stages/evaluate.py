@@ -44,7 +44,7 @@ def _half_precision(run: Run, deployed: Path) -> HalfPrecision:
     exported = run.exported
     recorded = run.calibration.inputs
     files = exported.path, deployed / DEPLOYED, deployed / SIMULATED
-    calls = RecordedCalls(recorded, exported.conditions, exported.spec)
+    calls = RecordedCalls(recorded, exported.spec)
     return half_precision(*files, calls, run.talk)
 
 

@@ -10,6 +10,7 @@ from mpq_deploy.graph.census import take_census
 from mpq_deploy.graph.layers import layer_graph
 from mpq_deploy.graph.load import load_model
 from mpq_deploy.graph.writers.deployed_graphs import fp16_bytes
+from mpq_deploy.models.call_file import pictures_of
 from mpq_deploy.models.export import export_denoiser
 from mpq_deploy.models.locate import source_files
 from mpq_deploy.models.open import source_denoiser
@@ -38,9 +39,11 @@ def inputs(run: Run) -> Fields:
     }
     if recipe.first_token != "quantized":
         fields["recipe.first_token"] = recipe.first_token
-    for name in ("conditions", "scheduler", "prompts", "description"):
+    for name in ("conditions", "scheduler", "prompts", "description", "call"):
         given = getattr(recipe, name)
         fields[f"recipe.{name}"] = _path_digest(Path(given)) if given else None
+    if recipe.call:
+        fields["call.pictures"] = [file_digest(path) for path in pictures_of(Path(recipe.call))]
     return {**fields, **version_of("torch", "diffusers", "onnx", "onnxscript", "onnx-ir")}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mpq_deploy.calls.recorded import CalibrationSet, RecordedCalls
+from mpq_deploy.calls.recorded import CallSet, RecordedCalls
 from mpq_deploy.calls.timesteps import sampled_steps, stride_shares
 from mpq_deploy.models.spec import Array
 from mpq_deploy.recipe import MeasureSettings
@@ -66,12 +66,12 @@ def stage_subject(run: Run) -> tuple[Subject, tuple[str, ...]]:
 def measured_subject(chosen: tuple[int, ...], run: Run) -> Subject:
     """Return the run's candidates at positions ``chosen`` of the calibrated timesteps."""
     exported = run.exported
-    calls = _held_out(run).at(np.array(chosen)), exported.conditions, exported.spec
+    calls = _held_out(run).at(np.array(chosen)), exported.spec
     of = (exported.graph, candidates_of(run, exported.graph), run.calibration.stats)
     return Subject(*of, *calls, _settings(run), run.talk, rotate=True)
 
 
-def _held_out(run: Run) -> CalibrationSet:
+def _held_out(run: Run) -> CallSet:
     """Return the recorded calls to measure on."""
     return run.calibration.inputs.split(run.recipe.measure.samples)[1]
 
@@ -107,7 +107,7 @@ def _measured_steps(run: Run) -> tuple[Array, tuple[float, ...] | None, tuple[st
         notes = (fewer,) if section.timesteps > available else ()
         return sampled_steps(available, count), None, notes
     exported = run.exported
-    recorded = RecordedCalls(calls, exported.conditions, exported.spec)
+    recorded = RecordedCalls(calls, exported.spec)
     coarse = min(section.coarse_timesteps, available)
     chosen = adapted_steps(exported.graph, recorded, _settings(run), run.talk, count, coarse)
     shares = stride_shares(chosen, available)

@@ -48,7 +48,7 @@ def make(run: Run, folder: Path) -> str:
     plan = run.plan
     task = recover_task(run, plan.schemes)
     steps, sampler = run.recipe.calibrate.steps, run.recipe.evaluate.sampler
-    recorder = TrajectoryRecorder(task.model, task.spec, task.conditions, steps, sampler)
+    recorder = TrajectoryRecorder(run.exported.model, steps, sampler)
     checkpoint = run.path / CHECKPOINT
     key = hashlib.sha256(canonical_json(STAGE.fields(run)).encode()).hexdigest()
     recovered = recover(task, run.recipe.recover, recorder, run.talk, checkpoint, key)
@@ -75,9 +75,7 @@ def recover_task(run: Run, schemes: dict[str, str]) -> RecoverTask:
         scheme = SCHEMES[schemes[candidates.layer.name]]
         matrix = candidates.forms.get(scheme.weight_form)
         starts.append(StartingWeight(candidates.layer, scheme, matrix, candidates.weight))
-    return RecoverTask(
-        exported.path, exported.graph, exported.spec, exported.conditions, starts, recorded, stats
-    )
+    return RecoverTask(exported.path, exported.graph, exported.spec, starts, recorded, stats)
 
 
 STAGE = Stage(

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mpq_deploy.calls.recorded import CalibrationSet, dealt
+from mpq_deploy.calls.recorded import CallSet, dealt
 from mpq_deploy.calls.timesteps import sampled_steps
 from mpq_deploy.errors import UsageError
 from mpq_deploy.formats.candidates import LayerCandidates
@@ -73,14 +73,14 @@ class Losses:
         inputs, self._stats = run.calibration
         _, held_out = inputs.split(section.samples)
         self.unseen = held_out is not inputs
-        if samples > len(held_out.rows):
+        if samples > held_out.count:
             raise UsageError(
-                f"The audit is to measure {samples} calls per timestep, but there are {len(held_out.rows)}.",
-                f"Choose --samples {len(held_out.rows)} or fewer, or raise measure.samples and calibrate.samples.",
+                f"The audit is to measure {samples} calls per timestep, but there are {held_out.count}.",
+                f"Choose --samples {held_out.count} or fewer, or raise measure.samples and calibrate.samples.",
             )
-        order = dealt(held_out.rows, np.arange(len(held_out.rows)))
+        order = dealt(held_out.rows, np.arange(held_out.count))
         steps = sampled_steps(len(inputs.timesteps), min(section.timesteps, len(inputs.timesteps)))
-        self.calls: CalibrationSet = held_out.take(np.sort(order[:samples])).at(steps)
+        self.calls: CallSet = held_out.take(np.sort(order[:samples])).at(steps)
 
     def metric(self, method: str) -> SensitivityTable:
         """Return the table of ``method``, one of ``METHODS``."""
@@ -184,7 +184,7 @@ class Losses:
         section = self._run.recipe.measure
         settings = section.replace(calls=self.samples)
         exported = self.exported
-        calls = (self.calls, exported.conditions, exported.spec, settings, self._run.talk)
+        calls = (self.calls, exported.spec, settings, self._run.talk)
         files = (RECIPE, "export", "calibrate", "candidates")
         spread = Spread(self._run.crew, self._run.path, files, partial(_open_subject, self.samples))
         return Subject(self.graph, self.candidates, self._stats, *calls, spread)

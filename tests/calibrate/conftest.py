@@ -10,9 +10,10 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from mpq_deploy.calls.recorded import CalibrationSet
+from mpq_deploy.calls.recorded import CallSet
 from mpq_deploy.graph.layers import LayerGraph, layer_graph
 from mpq_deploy.models.spec import Array, DenoiserSpec, InputSpec
+from tests.calls.sets import call_set, samples_of
 from tests.graphs import GraphBuilder, denoiser_graph
 
 
@@ -22,8 +23,7 @@ class Case:
 
     proto: onnx.ModelProto
     spec: DenoiserSpec
-    recorded: CalibrationSet
-    conditions: dict[str, Array]
+    recorded: CallSet
 
     @property
     def graph(self) -> LayerGraph:
@@ -46,7 +46,7 @@ class Case:
             for name in names:
                 found[name].append([])
             for n in range(len(self.recorded.rows)):
-                feed: dict[str, Any] = {"sample": self.recorded.samples[k, n : n + 1]}
+                feed: dict[str, Any] = {"sample": samples_of(self.recorded)[k, n : n + 1]}
                 if "timestep" in inputs:
                     shape = (1,) if self.spec.timestep.batched else ()
                     feed["timestep"] = np.full(shape, timestep, np.float32)
@@ -73,9 +73,8 @@ def case(
     )
     samples = rng.standard_normal((timesteps, calls, *shape)).astype(np.float32)
     steps = np.linspace(900, 20, timesteps).astype(np.float32)
-    return Case(
-        builder.model(), spec, CalibrationSet(samples, steps, np.zeros(calls, np.int64)), {}
-    )
+    recorded = call_set(samples, steps, np.zeros(calls, np.int64), spec)
+    return Case(builder.model(), spec, recorded)
 
 
 def denoiser_case(**options: int) -> Case:

@@ -10,10 +10,11 @@ import onnx
 import pytest
 
 from mpq_deploy.calibrate.fit_correction import CallMoments, call_moments, fit_correction
-from mpq_deploy.calls.recorded import CalibrationSet, RecordedCalls
+from mpq_deploy.calls.recorded import RecordedCalls
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.models.spec import DenoiserSpec, InputSpec
 from mpq_deploy.runtime.ort import OrtDenoiser
+from tests.calls.sets import call_set
 from tests.graphs import GraphBuilder, denoiser_graph
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -169,8 +170,8 @@ def test_two_models_are_run_on_the_recorded_calls(tmp_path: Path) -> None:
         scheduler={"_class_name": "DDIMScheduler"},
     )
     samples = np.random.default_rng(0).standard_normal((2, 5, 3, 8, 8)).astype(np.float32)
-    recorded = CalibrationSet(samples, np.float32([900, 100]), np.zeros(5, np.int64))
-    found = call_moments(plain, other, RecordedCalls(recorded, {}, spec), 2, Talk())
+    recorded = call_set(samples, [900, 100], np.zeros(5, np.int64), spec)
+    found = call_moments(plain, other, RecordedCalls(recorded, spec), 2, Talk())
     model = OrtDenoiser(plain, spec)
     clean = np.stack([model(x, t, {}) for x, t in zip(samples, (900.0, 100.0), strict=True)])
     expected = CallMoments.of(recorded.timesteps, clean, 1.25 * clean + 0.5)

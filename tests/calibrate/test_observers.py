@@ -24,6 +24,7 @@ from mpq_deploy.recipe import CalibrateSettings
 from mpq_deploy.system.progress import Talk
 from mpq_deploy.system.sessions import open_session
 from tests.calibrate.conftest import Case, case, denoiser_case, end, with_timestep
+from tests.calls.sets import samples_of
 from tests.graphs import GraphBuilder
 
 OPTIONS = CalibrateSettings(batch_size=2, reservoir=256)
@@ -37,7 +38,7 @@ def seen(given_case: Case, options: CalibrateSettings = OPTIONS, **part) -> Obse
 
 
 def calls_of(given_case: Case) -> RecordedCalls:
-    return RecordedCalls(given_case.recorded, {}, given_case.spec)
+    return RecordedCalls(given_case.recorded, given_case.spec)
 
 
 def check_against_numpy(case_: Case) -> None:
@@ -119,12 +120,12 @@ def test_a_channel_that_stretches_the_range_is_found_and_the_scale_without_it_is
     g.input("timestep", ["N"])
     end(g, g.conv("sample", "conv", 4, 64))
     stretched = case(g, (64, 4, 4), timesteps=2, calls=16)
-    stretched.recorded.samples[:, :, 5] *= 40
-    stretched.recorded.samples[0, 3, 9] *= 30  # now and then counts as well
+    samples_of(stretched.recorded)[:, :, 5] *= 40
+    samples_of(stretched.recorded)[0, 3, 9] *= 30  # now and then counts as well
     options = CalibrateSettings(batch_size=8, reservoir=2048)
     one = summarise(seen(stretched, options), {}, options).activations["sample"]
     assert set(one.outliers[:2]) == {5, 9}
-    stretched.recorded.samples[:, :, [5, 9]] = 0
+    samples_of(stretched.recorded)[:, :, [5, 9]] = 0
     rest = summarise(seen(stretched, options), {}, options).activations["sample"]
     # The zeros that now stand in the two channels cost no rounding error, so the best scale is the same.
     without = SCHEMES["w8a8+cols1"]
@@ -194,11 +195,11 @@ def test_the_reservoir_is_uniform_over_calls_and_positions() -> None:
     end(g, g.conv("sample", "conv", 4, 4))
     ramp = case(g, (4, 8, 8), timesteps=2, calls=32)
     # Every value names its own place.
-    ramp.recorded.samples[:] = np.arange(ramp.recorded.samples.size, dtype=np.float32).reshape(
-        ramp.recorded.samples.shape
-    )
+    samples_of(ramp.recorded)[:] = np.arange(
+        samples_of(ramp.recorded).size, dtype=np.float32
+    ).reshape(samples_of(ramp.recorded).shape)
     drawn = seen(ramp, CalibrateSettings(batch_size=8, reservoir=4096)).values[0]
-    counts = np.histogram(drawn, bins=64, range=(0, ramp.recorded.samples.size))[0]
+    counts = np.histogram(drawn, bins=64, range=(0, samples_of(ramp.recorded).size))[0]
     # 64 cells of 64 expected: chi-square with 63 degrees of freedom, far below its 99.99 % point of 113.
     assert len(drawn) == 4096 and np.square(counts - 64).sum() / 64 < 113
 
@@ -206,7 +207,7 @@ def test_the_reservoir_is_uniform_over_calls_and_positions() -> None:
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_not_finite_names_tensor_layer_and_timestep(bad: float) -> None:
     broken = denoiser_case()
-    broken.recorded.samples[1, 3, 0, 2, 2] = bad
+    samples_of(broken.recorded)[1, 3, 0, 2, 2] = bad
     with pytest.raises(ModelError, match=r"'sample'.*'conv_in'.*not finite.*timestep 460"):
         seen(broken)
 

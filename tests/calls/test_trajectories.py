@@ -12,16 +12,17 @@ from mpq_deploy.calibrate.spread_calibration import CalibrationSetup
 from mpq_deploy.calibrate.stats import CalibrationStats
 from mpq_deploy.calls.ddim import alphas_cumprod
 from mpq_deploy.calls.loop import GuidedDenoiser, denoise, initial_noise
-from mpq_deploy.calls.recorded import CalibrationSet
+from mpq_deploy.calls.recorded import CallSet
 from mpq_deploy.calls.sampler import make_sampler
 from mpq_deploy.calls.timesteps import sampled_steps
 from mpq_deploy.calls.trajectories import cycled_rows, record_trajectories, renoised
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.graph.layers import layer_graph
 from mpq_deploy.graph.load import load_model
-from mpq_deploy.models.spec import DenoiserSpec, InputSpec
+from mpq_deploy.models.spec import DenoiserSpec, FloatModel, InputSpec
 from mpq_deploy.recipe import CalibrateSettings, make_recipe
 from mpq_deploy.system.progress import Talk
+from tests.calls.sets import call_set, samples_of
 from tests.graphs import denoiser_graph
 from tests.tiny_models import tiny_flow_scheduler
 
@@ -75,7 +76,9 @@ def test_recorded_calls_are_those_of_the_loop_and_stop_after_the_last() -> None:
         GuidedDenoiser(denoiser, spec, labels), make_sampler(SCHEDULER, 12), options, Talk()
     )
     steps = sampled_steps(12, 3)
-    assert recorded.samples.shape == (3, 7, 3, 4, 4) and recorded.samples.dtype == np.float32
+    assert (
+        samples_of(recorded).shape == (3, 7, 3, 4, 4) and samples_of(recorded).dtype == np.float32
+    )
     assert len(denoiser.calls) == 2 * (int(steps[-1]) + 1)
     every = Counting()
     rows = cycled_rows(spec, labels, 7, 3)
@@ -83,7 +86,7 @@ def test_recorded_calls_are_those_of_the_loop_and_stop_after_the_last() -> None:
     denoise(GuidedDenoiser(every, spec, labels), sampler, initial_noise(spec, 7, 3), rows, 4)
     for number, step in enumerate(steps):
         fed = np.concatenate([sample for sample, _, _ in every.calls[2 * step : 2 * step + 2]])
-        np.testing.assert_array_equal(recorded.samples[number], fed)
+        np.testing.assert_array_equal(samples_of(recorded)[number], fed)
         assert recorded.timesteps[number] == sampler.timesteps[step]
     np.testing.assert_array_equal(recorded.rows, rows)
 
@@ -95,11 +98,11 @@ def test_guidance_records_both_halves() -> None:
     recorded = record_trajectories(
         GuidedDenoiser(Counting(), spec, labels), make_sampler(SCHEDULER, 4), options, Talk()
     )
-    assert recorded.samples.shape[1] == len(recorded.rows) == 12
+    assert samples_of(recorded).shape[1] == len(recorded.rows) == 12
     assert (recorded.rows == 2).sum() == 6
     assert sorted(set(recorded.rows[recorded.rows != 2].tolist())) == [0, 1, 3]
     # In a batch of four the first four calls are unconditional, of the same samples as the next four.
-    np.testing.assert_array_equal(recorded.samples[:, :4], recorded.samples[:, 4:8])
+    np.testing.assert_array_equal(samples_of(recorded)[:, :4], samples_of(recorded)[:, 4:8])
 
 
 def test_rows_are_dealt_evenly_and_depend_on_the_seed() -> None:
@@ -123,16 +126,14 @@ def test_calibrate_end_to_end_is_deterministic_and_survives_the_disk(tiny, tmp_p
     graph = layer_graph(load_model(path))
     options = CalibrateSettings(timesteps=3, samples=4, steps=6, batch_size=3)
     recorded, stats = calibrate(
-        CalibrationSetup(path, spec, {}, options), graph, Talk(), scratch=tmp_path
+        CalibrationSetup(FloatModel(path, spec, {}), options), graph, Talk(), scratch=tmp_path
     )
-    again = calibrate(CalibrationSetup(path, spec, {}, options), graph, Talk())
+    again = calibrate(CalibrationSetup(FloatModel(path, spec, {}), options), graph, Talk())
     assert set(stats.activations) == set(graph.activations)
-    recorded.save(tmp_path / "set.npz")
+    recorded.save(tmp_path / "set")
     stats.save(tmp_path / "stats.npz")
     read = CalibrationStats.load(tmp_path / "stats.npz")
-    np.testing.assert_array_equal(
-        CalibrationSet.load(tmp_path / "set.npz").samples, again[0].samples
-    )
+    np.testing.assert_array_equal(samples_of(CallSet.load(tmp_path / "set")), samples_of(again[0]))
     for name, one in again[1].activations.items():
         for field, value in vars(one).items():
             np.testing.assert_array_equal(getattr(read.activations[name], field), value)
@@ -144,7 +145,11 @@ def test_too_many_timesteps_is_refused_before_anything_runs(tiny) -> None:
     path, spec = tiny
     options = CalibrateSettings(timesteps=30, steps=20)
     with pytest.raises(UsageError, match="30"):
-        calibrate(CalibrationSetup(path, spec, {}, options), layer_graph(load_model(path)), Talk())
+        calibrate(
+            CalibrationSetup(FloatModel(path, spec, {}), options),
+            layer_graph(load_model(path)),
+            Talk(),
+        )
 
 
 def test_nan_weight_is_named(tmp_path: Path) -> None:
@@ -158,7 +163,11 @@ def test_nan_weight_is_named(tmp_path: Path) -> None:
     spec = spec_of(sample=InputSpec(name="sample", shape=(3, 8, 8)), conditions=())
     options = CalibrateSettings(timesteps=2, samples=2, steps=4)
     with pytest.raises(ModelError, match=r"NaN or Inf at timestep .*'down.conv1'"):
-        calibrate(CalibrationSetup(path, spec, {}, options), layer_graph(load_model(path)), Talk())
+        calibrate(
+            CalibrationSetup(FloatModel(path, spec, {}), options),
+            layer_graph(load_model(path)),
+            Talk(),
+        )
 
 
 @pytest.mark.parametrize(
@@ -173,16 +182,16 @@ def forward_spec(prediction: str = "epsilon") -> DenoiserSpec:
     return DenoiserSpec(
         name="t",
         source="t",
-        sample=InputSpec(name="x", shape=(2, 40, 40)),
+        sample=InputSpec(name="sample", shape=(2, 40, 40)),
         timestep=InputSpec(name="t"),
         prediction_type=prediction,  # type: ignore[arg-type]
         scheduler=SCHEDULER,
     )
 
 
-def three_steps() -> CalibrationSet:
+def three_steps() -> CallSet:
     samples = np.random.default_rng(0).standard_normal((3, 4, 2, 40, 40)).astype(np.float32)
-    return CalibrationSet(samples, np.array([900.0, 400.0, 20.0], np.float32), np.arange(4))
+    return call_set(samples, [900.0, 400.0, 20.0], np.arange(4))
 
 
 def test_each_timestep_has_the_forward_process_s_mean_and_variance() -> None:
@@ -190,8 +199,8 @@ def test_each_timestep_has_the_forward_process_s_mean_and_variance() -> None:
     power = alphas_cumprod(SCHEDULER)
     for index, timestep in enumerate((900, 400)):
         kept = power[timestep] / power[20]
-        rest = made.samples[index] - np.sqrt(kept) * np.tile(
-            three_steps().samples[-1], (8, 1, 1, 1)
+        rest = samples_of(made)[index] - np.sqrt(kept) * np.tile(
+            samples_of(three_steps())[-1], (8, 1, 1, 1)
         )
         np.testing.assert_allclose(rest.std(), np.sqrt(1 - kept), rtol=0.02)
         np.testing.assert_allclose(rest.mean(), 0, atol=0.02)
@@ -199,12 +208,14 @@ def test_each_timestep_has_the_forward_process_s_mean_and_variance() -> None:
 
 def test_noise_is_fresh_at_every_timestep_and_draw_and_rows_stay_with_their_samples() -> None:
     made = renoised(three_steps(), forward_spec(), 2)
-    assert made.samples.shape[1] == 8
+    assert samples_of(made).shape[1] == 8
     np.testing.assert_array_equal(made.rows, [0, 1, 2, 3, 0, 1, 2, 3])
-    np.testing.assert_array_equal(made.samples[-1, :4], three_steps().samples[-1])
-    correlation = np.corrcoef(made.samples[0, 0].ravel(), made.samples[0, 4].ravel())[0, 1]
+    np.testing.assert_array_equal(samples_of(made)[-1, :4], samples_of(three_steps())[-1])
+    correlation = np.corrcoef(samples_of(made)[0, 0].ravel(), samples_of(made)[0, 4].ravel())[0, 1]
     assert abs(correlation) < 0.1
-    np.testing.assert_array_equal(made.samples, renoised(three_steps(), forward_spec(), 2).samples)
+    np.testing.assert_array_equal(
+        samples_of(made), samples_of(renoised(three_steps(), forward_spec(), 2))
+    )
 
 
 def test_what_has_no_forward_process_stays_as_recorded() -> None:
@@ -222,10 +233,10 @@ def test_flow_matching_goes_along_straight_lines() -> None:
     rng = np.random.default_rng(3)
     clean = 2 * np.sign(rng.standard_normal((4, 2, 40, 40)))
     last = 0.02
-    one.samples[-1] = (1 - last) * clean + last * rng.standard_normal(clean.shape)
+    samples_of(one)[-1] = (1 - last) * clean + last * rng.standard_normal(clean.shape)
     found = renoised(one, flow, 2)
     for step, s in enumerate((0.9, 0.4, 0.02)):
-        rest = found.samples[step] - (1 - s) * np.tile(clean, (2, 1, 1, 1))
+        rest = samples_of(found)[step] - (1 - s) * np.tile(clean, (2, 1, 1, 1))
         assert np.std(rest) == pytest.approx(s, rel=0.02)
 
 
@@ -234,7 +245,7 @@ def test_noise_is_added_along_straight_lines() -> None:
     spec = DenoiserSpec(
         name="flow",
         source="",
-        sample=InputSpec(name="x", shape=(4000,)),
+        sample=InputSpec(name="sample", shape=(4000,)),
         timestep=InputSpec(name="t"),
         prediction_type="flow_prediction",
         scheduler=tiny_flow_scheduler(),
@@ -242,8 +253,8 @@ def test_noise_is_added_along_straight_lines() -> None:
     clean, rng = 3.0, np.random.default_rng(0)
     noise = rng.standard_normal((4, 4000))
     samples = np.stack([(1 - s) * clean + s * noise for s in sigmas]).astype(np.float32)
-    recorded = CalibrationSet(samples, (1000 * sigmas).astype(np.float32), np.zeros(4, np.int64))
-    drawn = renoised(recorded, spec, draws=2).samples
+    recorded = call_set(samples, 1000 * sigmas, np.zeros(4, np.int64))
+    drawn = samples_of(renoised(recorded, spec, draws=2))
     # At every level the mixture is that of the forward process, whose noise has nothing to do with the recorded one.
     for sigma, level in zip(sigmas, drawn, strict=True):
         assert level.mean() == pytest.approx((1 - sigma) * clean, abs=0.03)

@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from mpq_deploy.calls.recorded import CalibrationSet, RecordedCalls
+from mpq_deploy.calls.recorded import RecordedCalls
 from mpq_deploy.errors import ModelError
 from mpq_deploy.evaluate.half import HalfPrecision, half_precision
 from mpq_deploy.graph.writers.deployed_graphs import (
@@ -18,6 +18,7 @@ from mpq_deploy.graph.writers.deployed_graphs import (
 )
 from mpq_deploy.models.spec import DenoiserSpec, InputSpec
 from mpq_deploy.system.progress import Talk
+from tests.calls.sets import call_set
 
 SPEC = DenoiserSpec(
     name="tiny",
@@ -69,14 +70,14 @@ def compared(folder: Path, size: float, mended: float = 0.5) -> HalfPrecision:
     (folder / "written").mkdir()
     write_quantized(FloatGraph(model, "timestep", "sample"), [], {}, folder / "written")
     rng = np.random.default_rng(1)
-    calls = CalibrationSet(
+    calls = call_set(
         rng.standard_normal((5, 2, 3, 8, 8)).astype(np.float32),
         np.linspace(99, 0, 5),
         np.zeros(2, np.int64),
     )
     written = folder / "written"
     return half_precision(
-        model, written / DEPLOYED, written / SIMULATED, RecordedCalls(calls, {}, SPEC), Talk()
+        model, written / DEPLOYED, written / SIMULATED, RecordedCalls(calls, SPEC), Talk()
     )
 
 
@@ -119,11 +120,9 @@ def test_a_file_without_kernels_here_is_said_to_be_unknown(tmp_path: Path) -> No
     foreign = onnx.load(model)
     foreign.graph.node[0].op_type = "NoSuchOperator"
     onnx.save(foreign, tmp_path / "foreign.onnx")
-    calls = CalibrationSet(
-        np.zeros((1, 1, 3, 8, 8), np.float32), np.zeros(1), np.zeros(1, np.int64)
-    )
+    calls = call_set(np.zeros((1, 1, 3, 8, 8), np.float32), np.zeros(1), np.zeros(1, np.int64))
     found = half_precision(
-        model, tmp_path / "foreign.onnx", model, RecordedCalls(calls, {}, SPEC), Talk()
+        model, tmp_path / "foreign.onnx", model, RecordedCalls(calls, SPEC), Talk()
     )
     assert (
         found.warning == found.note and "not known" in found.note and "NoSuchOperator" in found.note

@@ -140,6 +140,7 @@ def shapes() -> list[Case]:
         Case("Slice", [X, ints(3), ints(1), ints(2), ints(1)]),
         Case("Gather", [X, ints(2, -1, 0)], {"axis": 1}),
         Case("Gather", [X, scalar(1, np.int64)]),
+        Case("Gather", [ints(5, 6, 7), scalar(-1, np.int64)]),
         Case("Gather", [floats(10, 4), np.array([[1, 2], [3, -1]], np.int64)]),
         Case("GatherElements", [floats(3, 4), np.array([[0, -1], [2, 1]], np.int64)], {"axis": 1}),
         Case("Unsqueeze", [X, ints(0, -1)]),
@@ -315,7 +316,38 @@ def norms() -> list[Case]:
     ]
 
 
-CASES = [*elementwise(), *shapes(), *products(), *windows(), *resizes(), *norms()]
+def scalars() -> list[Case]:
+    """Inputs and outputs without any axis, as exporters write single sizes and timesteps."""
+    one, whole, vector = scalar(1.5), scalar(3, np.int64), ints(5, 6, 7)
+    return [
+        *(Case(op, [one, scalar(-2.0)]) for op in ("Add", "Div", "Max", "Min", "Mul", "Pow")),
+        *(Case(op, [whole, scalar(2, np.int64)]) for op in ("Add", "Div", "Equal", "Mod", "Mul")),
+        *(Case(op, [one]) for op in ("Cos", "Neg", "Shape", "Size", "Transpose")),
+        *(Case(op, [floats(4)]) for op in ("ReduceMax", "ReduceMean", "ReduceSum", "ReduceProd")),
+        *(Case(op, [floats(4)], {"keepdims": 0}) for op in ("ReduceMin", "ReduceMean", "ReduceL2")),
+        Case("Cast", [whole], {"to": onnx.TensorProto.FLOAT}),
+        Case("Unsqueeze", [whole, ints(0)]),
+        Case("Squeeze", [ints(4), ints(0)]),
+        Case("Squeeze", [ints(4)]),
+        Case("Reshape", [ints(4), ints()], constants=(1,)),
+        Case("Reshape", [one, ints(-1)], constants=(1,)),
+        Case("Expand", [one, ints()]),
+        Case("Expand", [one, ints(2, 3)]),
+        Case("ConstantOfShape", [ints()]),
+        Case("Where", [scalar(True, np.bool_), one, scalar(2.0)]),
+        Case("Flatten", [floats(3)], {"axis": 0}),
+        Case("Slice", [vector, ints(-2), ints(9)]),
+        Case("Split", [vector, ints(1, 2)], outputs=2),
+        Case("MatMul", [floats(4), floats(4, seed=1)]),
+        Case("Einsum", [floats(4), floats(4, seed=1)], {"equation": "i,i->"}),
+        Case("GatherElements", [vector, ints(2, -1)]),
+        Case("Softmax", [floats(4)]),
+        Case("Clip", [one, scalar(0.0), scalar(1.0)]),
+        Case("Not", [scalar(True, np.bool_)]),
+    ]
+
+
+CASES = [*elementwise(), *shapes(), *scalars(), *products(), *windows(), *resizes(), *norms()]
 
 
 def model_of(case: Case) -> onnx.ModelProto:

@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
 import mpq_deploy  # noqa: E402
+from mpq_deploy.calls.recorded import CallSet  # noqa: E402
 from mpq_deploy.errors import UsageError  # noqa: E402
 from mpq_deploy.models.spec import DenoiserSpec  # noqa: E402
 from tests.pipeline.runs import Built, build, recipe_for  # noqa: E402
@@ -87,8 +88,8 @@ def test_a_text_pipeline_and_its_parts_build(tmp_path: Path) -> None:
     assert recovery["after"] <= recovery["before"]
     assert encoder.report["evaluation"]["image_kind"] == "features"
     # What was calibrated on is not what is compared on.
-    with np.load(tmp_path / "text" / "calibrate" / "inputs.npz") as inputs:
-        assert inputs["rows"].max() < 6 and inputs["samples"].shape[0] == 1
+    calls = CallSet.load(tmp_path / "text" / "calibrate" / "calls")
+    assert calls.rows.max() < 6 and len(calls.timesteps) == 1
     evaluation = json.loads(
         (tmp_path / "text" / "evaluate" / "evaluation.json").read_text(encoding="utf-8")
     )

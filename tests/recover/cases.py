@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from mpq_deploy.calibrate.stats import ActivationStats, CalibrationStats
-from mpq_deploy.calls.recorded import CalibrationSet
 from mpq_deploy.formats.candidates import (
     LayerCandidates,
     choices_for,
@@ -23,11 +22,12 @@ from mpq_deploy.formats.sizes import input_channels
 from mpq_deploy.graph.layers import Layer, layer_graph
 from mpq_deploy.graph.load import load_model
 from mpq_deploy.graph.writers.quantize_layers import bias_refusal, weight_array
-from mpq_deploy.models.spec import DenoiserSpec, InputSpec
+from mpq_deploy.models.spec import DenoiserSpec, FloatModel, InputSpec
 from mpq_deploy.recover.recover import RecoverTask
 from mpq_deploy.recover.trained_weights import StartingWeight
 from mpq_deploy.recover.training_trajectories import TrajectoryRecorder
 from mpq_deploy.rounding.quantizers import Rounding
+from tests.calls.sets import call_set
 from tests.graphs import GraphBuilder, denoiser_graph
 from tests.tiny_models import tiny_scheduler
 
@@ -52,7 +52,7 @@ class Case:
     candidates: dict[str, LayerCandidates]
 
     def recorder(self) -> TrajectoryRecorder:
-        return TrajectoryRecorder(self.task.model, self.task.spec, {}, STEPS, "auto")
+        return TrajectoryRecorder(FloatModel(self.task.model, self.task.spec, {}), STEPS, "auto")
 
     def planned(self, wanted: str) -> RecoverTask:
         """Every layer takes ``wanted`` (family, or family+branch) where it can; FP16 where it cannot."""
@@ -156,9 +156,8 @@ def make_case(folder: Path, graph: GraphBuilder | None = None, **spec: Any) -> C
             timestep=InputSpec(name="timestep"),
             **described,
         ),
-        {},
         [],
-        CalibrationSet(
+        call_set(
             np.random.default_rng(1).standard_normal((2, 2, *shape)).astype(np.float32),
             np.array([900.0, 100.0], np.float32),
             np.zeros(2, np.int64),

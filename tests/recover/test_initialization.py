@@ -52,7 +52,7 @@ def coarse(task: RecoverTask) -> RecoverTask:
 def test_no_layer_is_worse_than_from_zero(case: Case, wanted: str, margin: float) -> None:
     task = case.planned(wanted)
     pool = case.recorder().record(4, 0, 0)
-    calls = Batches(task.spec, {}, 4).of(pool, np.arange(4), np.arange(4)).feeds
+    calls = Batches(task.spec, 4).of(pool, np.arange(4), np.arange(4)).feeds
     made = [
         Student(
             task.model,
@@ -76,7 +76,7 @@ def test_large_errors_are_started_from(case: Case) -> None:
         task.model, task.spec, task.starts, task.stats, RecoverSettings(rank=8, seed=0)
     )
     pool = case.recorder().record(4, 0, 0)
-    feeds = student.feed(Batches(task.spec, {}, 4).of(pool, np.arange(4), np.arange(4)).feeds)
+    feeds = student.feed(Batches(task.spec, 4).of(pool, np.arange(4), np.arange(4)).feeds)
     before = layer_errors(student, feeds)
     chosen = initialize_from_error(student, [feeds])
     after = layer_errors(student, feeds)

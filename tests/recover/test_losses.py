@@ -32,7 +32,7 @@ def test_every_loss_reaches_the_adapters(case: Case, name: str) -> None:
     options = RecoverSettings(losses={name: 1.0})
     terms = LossTerms(task.spec, options, pool.energy, 192)
     rng = np.random.default_rng(0)
-    batch = Batches(task.spec, {}, 4).draw(pool, np.full(4, 0.25), rng)
+    batch = Batches(task.spec, 4).draw(pool, np.full(4, 0.25), rng)
     terms.terms(student, batch, np.ones(4), rng)  # fills the memory
     found = terms.terms(student, batch, np.ones(4), rng)
     loss, weight = found[name]
@@ -53,8 +53,8 @@ def test_the_output_loss_is_the_nmse_that_evaluation_measures(case: Case) -> Non
     )
     pool = case.recorder().record(3, 0, 0)
     terms = LossTerms(task.spec, RecoverSettings(), pool.energy, 192)
-    batches, expected, found = Batches(task.spec, {}, 3), [], []
-    for step in range(len(pool.timesteps)):
+    batches, expected, found = Batches(task.spec, 3), [], []
+    for step in range(len(pool.calls.timesteps)):
         batch = batches.of(pool, np.full(3, step), np.arange(3))
         with torch.no_grad():
             found.append(

@@ -38,7 +38,7 @@ def trainer_of(case: Case, task: RecoverTask, options: RecoverSettings) -> Train
     student = Student(
         task.model, task.spec, task.starts, task.stats, options.replace(rank=4, seed=0)
     )
-    return Trainer(student, case.recorder(), task.spec, {}, options, Talk())
+    return Trainer(student, case.recorder(), task.spec, options, Talk())
 
 
 def test_training_lowers_the_error_that_the_written_graph_has(case: Case, tmp_path: Path) -> None:

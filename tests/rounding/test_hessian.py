@@ -33,7 +33,7 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def calls_of(given: Case) -> RecordedCalls:
-    return RecordedCalls(given.recorded, given.conditions, given.spec)
+    return RecordedCalls(given.recorded, given.spec)
 
 
 def hessians(given: Case, settings: QuantizeSettings = ALL_ROWS) -> dict:

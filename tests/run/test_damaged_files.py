@@ -9,7 +9,6 @@ import pytest
 
 from mpq_deploy.allocate.plan import PrecisionPlan
 from mpq_deploy.calibrate.stats import CalibrationStats
-from mpq_deploy.calls.recorded import CalibrationSet
 from mpq_deploy.errors import MpqError
 from mpq_deploy.evaluate.evaluation_result import Evaluation
 from mpq_deploy.evaluate.metrics.kept import ImageMetrics
@@ -63,7 +62,7 @@ def test_json_of_another_form_names_the_file(tmp_path, name, text):
     assert "\n" not in caught.value.message and len(caught.value.message) < 1000
 
 
-ARRAY_READERS = (CalibrationSet.load, CalibrationStats.load, Importance.load)
+ARRAY_READERS = (CalibrationStats.load, Importance.load)
 
 
 @pytest.mark.parametrize("load", ARRAY_READERS, ids=lambda load: load.__self__.__name__)

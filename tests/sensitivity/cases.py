@@ -12,11 +12,12 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from mpq_deploy.calibrate.stats import ActivationStats, CalibrationStats
-from mpq_deploy.calls.recorded import CalibrationSet
+from mpq_deploy.calls.recorded import CallSet
 from mpq_deploy.formats.scheme import SCHEMES, Scheme
 from mpq_deploy.graph.layers import Layer, LayerGraph, layer_graph
 from mpq_deploy.models.spec import DenoiserSpec, InputSpec
 from mpq_deploy.sensitivity.layer_weights import float_matrix
+from tests.calls.sets import call_set, samples_of
 from tests.graphs import GraphBuilder
 
 NAMES = (
@@ -71,8 +72,7 @@ class Setting:
     graph: LayerGraph
     candidates: dict[str, Rounded]
     stats: CalibrationStats
-    calibration: CalibrationSet
-    conditions: dict[str, Any]
+    calibration: CallSet
     spec: DenoiserSpec
     model: onnx.ModelProto = field(repr=False)
 
@@ -82,12 +82,11 @@ class Setting:
             self.candidates,
             self.stats,
             self.calibration,
-            self.conditions,
             self.spec,
         )
 
     def feeds(self, step: int) -> dict[str, Any]:
-        samples = self.calibration.samples[step]
+        samples = samples_of(self.calibration)[step]
         feeds = {"sample": samples}
         if self.spec.timestep.batched:
             feeds["timestep"] = np.full(len(samples), self.calibration.timesteps[step], np.float32)
@@ -121,17 +120,18 @@ def setting(
     graph = layer_graph(ir.from_proto(model))
     schemes = tuple(SCHEMES[name] for name in NAMES)
     random = np.random.default_rng(7)
-    calibration = CalibrationSet(
-        random.standard_normal((steps, calls, *shape)).astype(np.float32),
-        np.linspace(800, 20, steps).astype(np.float32),
-        np.zeros(calls, np.int64),
-    )
     spec = DenoiserSpec(
         name="tiny",
         source="test",
         sample=InputSpec(name="sample", shape=shape),
         timestep=InputSpec(name="timestep", batched=batched_time),
         scheduler={},
+    )
+    calibration = call_set(
+        random.standard_normal((steps, calls, *shape)).astype(np.float32),
+        np.linspace(800, 20, steps).astype(np.float32),
+        np.zeros(calls, np.int64),
+        spec,
     )
     rows = tuple(SCHEMES[name] for name in ROWS)
     candidates = {
@@ -140,7 +140,7 @@ def setting(
         )
         for n in graph.layers
     }
-    made = Setting(graph, candidates, CalibrationStats({}), calibration, {}, spec, model)
+    made = Setting(graph, candidates, CalibrationStats({}), calibration, spec, model)
     tensors = list(graph.activations)
     seen = [made.values(step, tensors) for step in range(steps)]
     reservoirs = {

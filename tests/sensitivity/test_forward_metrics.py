@@ -27,6 +27,7 @@ from mpq_deploy.sensitivity.ort_graph import noisy_graph
 from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.system.progress import Talk
+from tests.calls.sets import samples_of
 from tests.graphs import GraphBuilder, denoiser_graph
 from tests.sensitivity.cases import NAMES, Rounded, Setting, setting
 from tests.sensitivity.kinds import kinds, linear
@@ -71,7 +72,7 @@ def test_gemm_local_error_by_hand() -> None:
     bias = next(
         numpy_helper.to_array(w) for w in case.model.graph.initializer if w.name == "first.bias"
     )
-    x = case.calibration.samples[1]
+    x = samples_of(case.calibration)[1]
     stats = case.stats.activations["sample"]
     for scheme in NAMES:
         kind = SCHEMES[scheme]
@@ -223,6 +224,40 @@ def test_probe_falls_back_on_an_unknown_operator() -> None:
     assert "LpNormalization" in table.notes[-1] and "'odd'" in table.notes[-1]
 
 
+@pytest.fixture
+def no_gemm_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch knows Gemm, and fails on every one."""
+    pytest.importorskip("torch")
+    from mpq_deploy.onnx_torch import operators
+
+    def fail(call: Any, inputs: Any) -> Any:
+        raise TypeError('reshape() missing 1 required positional arguments: "shape"')
+
+    monkeypatch.setitem(operators.OPERATORS, "Gemm", fail)
+
+
+@pytest.mark.usefixtures("no_gemm_in_torch")
+def test_probe_falls_back_where_torch_fails_on_an_operator(mixed: Setting) -> None:
+    remarks = Remarks()
+    table = measure("probe", Subject(*mixed, OPTIONS, remarks))
+    assert table.metric == "gain"
+    assert "(Gemm) failed in torch: reshape() missing" in table.notes[-1]
+    assert remarks.warnings == [table.notes[-1]]
+
+
+@pytest.mark.usefixtures("no_gemm_in_torch")
+def test_exhaustive_goes_to_onnxruntime_where_torch_fails(mixed: Setting) -> None:
+    from mpq_deploy.onnx_torch.torch_graph import FailedOperator
+
+    remarks = Remarks()
+    found = measure_exhaustive(Subject(*mixed, OPTIONS, remarks))
+    wanted = measure_exhaustive(Subject(*mixed, OPTIONS, Talk()), use_torch=False)
+    assert found.losses == wanted.losses
+    assert "failed in torch" in remarks.warnings[0]
+    with pytest.raises(FailedOperator):
+        measure_exhaustive(Subject(*mixed, OPTIONS, Talk()), use_torch=True)
+
+
 def test_an_unknown_method_names_the_nearest(mixed: Setting) -> None:
     with pytest.raises(UsageError) as caught:
         measure("local-error", Subject(*mixed, OPTIONS, Talk()))
@@ -261,14 +296,14 @@ def test_candidates_of_another_graph_are_refused(mixed: Setting) -> None:
 
 
 def test_missing_conditions_are_named(mixed: Setting) -> None:
-    graph, candidates, stats, calibration, conditions, spec = mixed
+    graph, candidates, stats, calibration, spec = mixed
     wanted = spec.model_copy(
         update={"conditions": (spec.timestep.model_copy(update={"name": "prompt"}),)}
     )
     with pytest.raises(ModelError, match="prompt"):
         measure(
             "gain",
-            Subject(graph, candidates, stats, calibration, conditions, wanted, OPTIONS, Talk()),
+            Subject(graph, candidates, stats, calibration, wanted, OPTIONS, Talk()),
         )
 
 

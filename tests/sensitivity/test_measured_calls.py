@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from mpq_deploy.calls.recorded import CalibrationSet, RecordedCalls, dealt
+from mpq_deploy.calls.recorded import RecordedCalls, dealt
 from mpq_deploy.graph.layers import Layer, layer_graph
 from mpq_deploy.sensitivity.measured_calls import Calls
 from mpq_deploy.sensitivity.torch_projection import _patches
+from tests.calls.sets import call_set
 from tests.graphs import denoiser_graph
 from tests.sensitivity.cases import setting
 
@@ -24,8 +25,8 @@ def calls_of(rows: list[int], count: int, steps: int, rotate: bool) -> Calls:
     case = setting(denoiser_graph(channels=16, size=8), (3, 8, 8), steps=1, calls=1)
     samples = np.zeros((steps, len(rows), 3, 8, 8), np.float32)
     samples[..., 0, 0, 0] = np.arange(len(rows))
-    recorded = CalibrationSet(samples, np.arange(steps, dtype=np.float32), np.array(rows))
-    return Calls(case.graph, RecordedCalls(recorded, {}, case.spec), count, rotate)
+    recorded = call_set(samples, np.arange(steps, dtype=np.float32), rows, case.spec)
+    return Calls(case.graph, RecordedCalls(recorded, case.spec), count, rotate)
 
 
 def test_rotating_calls_are_used_equally_often_and_mix_conditions() -> None:

@@ -24,6 +24,7 @@ from mpq_deploy.sensitivity.orm import adapted_steps
 from mpq_deploy.sensitivity.subject import Subject
 from mpq_deploy.sensitivity.table import SensitivityTable
 from mpq_deploy.system.progress import Talk
+from tests.calls.sets import samples_of
 from tests.graphs import GraphBuilder, awkward_graph, denoiser_graph
 from tests.sensitivity.cases import Setting, setting
 from tests.sensitivity.kinds import kinds
@@ -146,7 +147,7 @@ def test_a_model_that_takes_one_call_at_once_is_refused(mixed: Setting) -> None:
     fixed = mixed.spec.model_copy(
         update={"conditions": (InputSpec(name="text", shape=(1,), batched=False),)}
     )
-    case = replace(mixed, spec=fixed, conditions={"text": np.zeros((1, 1), np.float32)})
+    case = replace(mixed, spec=fixed)
     with pytest.raises(UsageError, match="takes 1 at once"):
         measure("orm", Subject(*case, OPTIONS, Talk()))
 
@@ -322,8 +323,9 @@ def test_the_first_pass_follows_the_graph() -> None:
     g.nodes[-1].output[0] = "out_sample"
     g.output("out_sample", ["N", 5])
     case = setting(g, (6,), steps=20, calls=8)
-    case.calibration.samples[:] = case.calibration.samples[0]
-    recorded = RecordedCalls(case.calibration, case.conditions, case.spec)
+    samples = samples_of(case.calibration)
+    samples[:] = samples[0]
+    recorded = RecordedCalls(case.calibration, case.spec)
     chosen = adapted_steps(case.graph, recorded, OPTIONS, Talk(), count=6, coarse=10)
     # Timesteps fall from 800: those below 200 are the last five of twenty.
     assert (chosen >= 13).sum() >= 5

@@ -22,6 +22,7 @@ from mpq_deploy.sensitivity.measure import measure  # noqa: E402
 from mpq_deploy.sensitivity.probe import measure_probe  # noqa: E402
 from mpq_deploy.sensitivity.subject import Subject  # noqa: E402
 from mpq_deploy.system.progress import Talk  # noqa: E402
+from tests.calls.sets import samples_of  # noqa: E402
 from tests.graphs import GraphBuilder, denoiser_graph  # noqa: E402
 from tests.sensitivity.cases import NAMES, Setting, setting  # noqa: E402
 from tests.sensitivity.kinds import kinds, linear  # noqa: E402
@@ -205,7 +206,7 @@ def test_cross_terms_predict_a_plan_that_the_sum_of_losses_misses() -> None:
     table = measure_probe(Subject(*case, MeasureSettings(probes=4000, calls=4), Talk()))
     first, second = (case.candidates[n].weight for n in ("first", "second"))
     biases = {w.name: numpy_helper.to_array(w) for w in case.model.graph.initializer}
-    x = case.calibration.samples[0].astype(np.float64)
+    x = samples_of(case.calibration)[0].astype(np.float64)
 
     def network(a: Any, b: Any) -> Any:
         return (x @ a.T + biases["first.bias"]) @ b.T + biases["second.bias"]

@@ -25,7 +25,7 @@ def mixed() -> Setting:
 def errors(case: Setting, bodies: dict[str, np.ndarray], samples: int = 3) -> dict[str, np.ndarray]:
     from mpq_deploy.sensitivity.salience import channel_errors
 
-    recorded = RecordedCalls(case.calibration, case.conditions, case.spec)
+    recorded = RecordedCalls(case.calibration, case.spec)
     return channel_errors(case.graph, bodies, recorded, samples, Talk())
 
 

@@ -48,7 +48,7 @@ from mpq_deploy.evaluate.metrics.sample_images import Sampled, Source, image_sha
 from mpq_deploy.evaluate.metrics.scores import ImageScore, check_scores, open_scores, prompts_of
 from mpq_deploy.evaluate.variants import read_sizes
 from mpq_deploy.graph.writers.deployed_graphs import SIMULATED
-from mpq_deploy.models.spec import Array, FloatModel
+from mpq_deploy.models.spec import Array
 from mpq_deploy.recipe import EvaluateSettings
 from mpq_deploy.report.data import FrechetInfo, Interval, ScoreInfo
 from mpq_deploy.report.words import count
@@ -115,14 +115,14 @@ def measure_metrics(run: Run, options: MetricsOptions) -> ImageMetrics:
     if options.seed is not None:
         settings = settings.replace(seed=options.seed)
     cache = run.path / ".samples"
-    shape = image_shape(exported.spec, exported.path.parent)
+    shape = image_shape(exported.model)
     scores = open_scores(options.scores, network_options, exported.spec, shape)
     reals = {
         network.name: real_set(options.real, network, network_options, shape)
         for network in networks
     }
     sources = _sources(run, exported.path, settings.seed, options.controls)
-    model = FloatModel(exported.path, exported.spec, exported.conditions)
+    model = exported.model
     sampled = sample_many(sources, model, settings, cache, run.talk, _crew(run, options.workers))
     measure = _Measure(sampled, settings, SampleCache(cache, run.talk), run.talk)
     rows = {name: [] for name in sources if name not in (FLOAT, OTHER)}  # type: dict[str, list[FrechetInfo]]

@@ -20,10 +20,17 @@ import onnxruntime as ort
 from mpq_deploy.calls.loop import GuidedDenoiser, denoise
 from mpq_deploy.calls.sampler import make_sampler
 from mpq_deploy.errors import ModelError, UsageError
-from mpq_deploy.evaluate.cache import SampleCache, arrays_digest, model_digest, model_files
+from mpq_deploy.evaluate.cache import (
+    SampleCache,
+    arrays_digest,
+    folder_stamp,
+    model_digest,
+    model_files,
+)
 from mpq_deploy.evaluate.decode import decode, decoder_path
-from mpq_deploy.evaluate.evaluate import DECODED_RANGE, spread_rows
-from mpq_deploy.evaluate.images import to_uint8
+from mpq_deploy.evaluate.evaluate import DECODED_RANGE, PICTURES
+from mpq_deploy.evaluate.images import is_picture, to_uint8
+from mpq_deploy.evaluate.setup import spread_rows
 from mpq_deploy.models.spec import Array, DenoiserSpec, FloatModel
 from mpq_deploy.recipe import EvaluateSettings
 from mpq_deploy.runtime.ort import OrtDenoiser
@@ -38,6 +45,8 @@ from mpq_deploy.system.threads import available_cores, runtime_threads
 FORMAT = 1
 # Images of a shard, our choice: seconds to a minute of work, which is what a kill loses.
 SHARD = 32
+# Steps of the sampler to see what a pipeline returns.
+SHAPE_STEPS = 2
 # Models above this are held by one process at a time, unless more are asked for.
 LARGEST_SHARED_BYTES = 1 << 30
 
@@ -63,6 +72,7 @@ class Shard:
     start: int
     settings: EvaluateSettings
     threads: int
+    pipeline: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -96,14 +106,17 @@ def sample_many(
     started = time.monotonic()
     decoder = decoder_path(spec, model.path.parent)
     conditions = len(next(iter(model.conditions.values()), ()))
+    if spec.pipeline is not None:
+        conditions = len(spec.pipeline.calls)
     rows = spread_rows(conditions, settings.samples, spec.uncond_row)
     models = list({source.model: None for source in sources.values()})
-    crew, threads = _crew(models, crew)
+    # A pipeline's own files are on this machine alone.
+    crew, threads = _crew(models, crew if spec.pipeline is None else None)
     files = Files.of(
         file for path in [*models, *([decoder] if decoder else [])] for file in model_files(path)
     )
     store, job = _Counting(cache, talk), _job(files, models)
-    shared = _Shared(spec, model.conditions, decoder, rows, settings, threads)
+    shared = _Shared(spec, model.conditions, decoder, rows, settings, threads, model.pipeline)
     shards = [
         shard for name, source in sources.items() for shard in _shards(name, source, shared, files)
     ]
@@ -114,8 +127,14 @@ def sample_many(
     whole = {
         name: np.concatenate(images[n * each : (n + 1) * each]) for n, name in enumerate(sources)
     }
-    sampler = make_sampler(spec.scheduler, settings.steps, settings.seed, settings.sampler).name
-    return Sampled(whole, rows, sampler, len(shards), store.made, time.monotonic() - started)
+    return Sampled(
+        whole,
+        rows,
+        _sampler_name(spec, settings),
+        len(shards),
+        store.made,
+        time.monotonic() - started,
+    )
 
 
 @dataclass(frozen=True)
@@ -128,6 +147,7 @@ class _Shared:
     rows: Array
     settings: EvaluateSettings
     threads: int
+    pipeline: Path | None
 
 
 def _shards(name: str, source: Source, shared: _Shared, files: Files) -> list[ShardOf]:
@@ -141,12 +161,21 @@ def _shards(name: str, source: Source, shared: _Shared, files: Files) -> list[Sh
         "model": model_digest(source.model),
         "float": source.is_float,
         "seed": source.seed,
+        **({} if shared.pipeline is None else {"pipeline": folder_stamp(shared.pipeline)}),
     }
     shards = []
     for start in range(0, settings.samples, SHARD):
         rows = tuple(int(row) for row in shared.rows[start : start + SHARD])
         task = Shard(
-            relative, shared.spec, shared.conditions, decoder, rows, start, settings, shared.threads
+            relative,
+            shared.spec,
+            shared.conditions,
+            decoder,
+            rows,
+            start,
+            settings,
+            shared.threads,
+            shared.pipeline,
         )
         title = f"{name}, images {start} to {start + len(rows) - 1}"
         shards.append(ShardOf(title, task, 1, {**key, "start": start, "rows": list(rows)}))
@@ -163,17 +192,42 @@ class _Counting(SampleCache):
         return super().keep(key, arrays)
 
 
-def image_shape(spec: DenoiserSpec, folder: Path) -> tuple[int, ...]:
-    """Return [H, W, C] of the images; ``folder`` holds the decoder, if there is one.
+def _sampler_name(spec: DenoiserSpec, settings: EvaluateSettings) -> str:
+    if spec.pipeline is not None:
+        return f"{spec.pipeline.class_name} of diffusers"
+    return make_sampler(spec.scheduler, settings.steps, settings.seed, settings.sampler).name
+
+
+def image_shape(model: FloatModel) -> tuple[int, ...]:
+    """Return [H, W, C] of the images; the decoder lies beside the model, if there is one.
 
     Raises UsageError where the samples are no images: latents without a decoder.
     """
+    spec = model.spec
     _check_pixels(spec)
-    decoder = decoder_path(spec, folder)
+    if spec.pipeline is not None:
+        return _pipeline_shape(model)
+    decoder = decoder_path(spec, model.path.parent)
     shape = spec.sample.shape
     if decoder is not None:
         shape = decode(decoder, np.zeros((1, *shape), np.float32), 1, Talk()).shape[1:]
     return (*shape[1:], shape[0])
+
+
+def _pipeline_shape(model: FloatModel) -> tuple[int, ...]:
+    """Return [H, W, C] of what the model's pipeline returns. Raises UsageError for no pictures."""
+    from mpq_deploy.calls.pipeline_runs import PipelineRuns
+    from mpq_deploy.calls.record_pipeline import pipeline_folder
+
+    denoiser = OrtDenoiser(model.path, model.spec)
+    runs = PipelineRuns(pipeline_folder(model), model.spec, denoiser.run)
+    made = runs.image(0, SHAPE_STEPS, 0)
+    if not is_picture(made) or made.ndim != 4:
+        raise UsageError(
+            f"{runs.short_name} returns an array {list(made.shape)}: no feature network can look at it.",
+            "Feature networks judge pictures alone.",
+        )
+    return (*made.shape[2:], made.shape[1])
 
 
 def sample_shard(shard: Shard) -> Array:
@@ -186,6 +240,15 @@ def sample_shard(shard: Shard) -> Array:
         shard.threads,
         source.is_float,
     )
+    if shard.pipeline is not None:
+        from mpq_deploy.calls.pipeline_runs import PipelineRuns, image_seed
+
+        runs = PipelineRuns(shard.pipeline, spec, denoiser.run)
+        images = [
+            runs.image(row, settings.steps, image_seed(source.seed, shard.start + place))
+            for place, row in enumerate(shard.rows)
+        ]
+        return to_uint8(np.concatenate(images), PICTURES)
     # A sampler that adds noise draws it shard by shard: each needs draws of its own.
     seed = int(np.random.SeedSequence((source.seed, shard.start)).generate_state(1)[0])
     sampler = make_sampler(spec.scheduler, settings.steps, seed, settings.sampler)
@@ -255,6 +318,8 @@ def _opened(model: Path, changed: int, spec: str, threads: int, is_float: bool) 
 
 
 def _check_pixels(spec: DenoiserSpec) -> None:
+    if spec.pipeline is not None:
+        return
     if spec.decoder is None and spec.pixel_range is None:
         raise UsageError(
             "The samples are latents and there is no decoder: no feature network can look at them.",

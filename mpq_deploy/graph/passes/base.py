@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import onnx_ir as ir
 
 from mpq_deploy.errors import ModelError
+from mpq_deploy.graph.constants import add_constant
+from mpq_deploy.models.spec import Array
 
 
 class GraphPass(ir.passes.InPlacePass):
@@ -64,3 +66,24 @@ def require_names(model: ir.Model) -> None:
         raise ir.passes.PreconditionError(
             "Two nodes have one name, or one has none: run NameNodesPass before."
         )
+
+
+class NodeMaker:
+    """Makes the nodes and constants of one replacement, named after the node that is replaced."""
+
+    def __init__(self, model: ir.Model, name: str) -> None:
+        self.model, self.name = model, name
+        self.nodes: list[ir.Node] = []
+
+    def op(
+        self, op: str, *inputs: ir.Value | None, **attributes: float | Sequence[int]
+    ) -> ir.Value:
+        """Return the output of a new node."""
+        node = ir.node(op, list(inputs), attributes, name=f"{self.name}/{op}")
+        node.outputs[0].name = f"{self.name}/{op}_{len(self.nodes)}"
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def constant(self, name: str, array: Array) -> ir.Value:
+        """Return a constant that the replacement alone reads."""
+        return add_constant(self.model, f"{self.name}/{name}", array)

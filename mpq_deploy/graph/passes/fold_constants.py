@@ -68,7 +68,7 @@ def _fold_uses(graph: ir.Graph, value: ir.Value) -> list[ir.Value]:
         fold, suffix = _FOLDS[nodes[0].op_type]
         name = value.name or nodes[0].op_type
         if not sole:
-            name = _free_name(graph, f"{name}.{suffix}")
+            name = free_name(graph, f"{name}.{suffix}")
         assert value.const_value is not None  # an initializer
         replacement = constant(name, fold(value.const_value.numpy(), nodes[0]))
         for node in nodes:
@@ -113,7 +113,19 @@ def _fold_key(graph: ir.Graph, node: ir.Node, index: int) -> Key | None:
     return (node.op_type, attributes, *values)
 
 
-def _free_name(graph: ir.Graph, name: str) -> str:
+def shape_chain(value: ir.Value) -> bool:
+    """Say whether ``value`` is made of one initializer by operators that ``FoldConstantsPass`` folds."""
+    while (node := value.producer()) is not None:
+        source, *others = node.inputs
+        plain = all(other is None or other.is_initializer() for other in others)
+        if source is None or node.op_type not in _FOLDS or not plain:
+            return False
+        value = source
+    return value.is_initializer()
+
+
+def free_name(graph: ir.Graph, name: str) -> str:
+    """Return ``name``, numbered where an initializer of ``graph`` has it."""
     number, free = 1, name
     while free in graph.initializers:
         number += 1

@@ -8,8 +8,7 @@ import onnx_ir as ir
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.constants import add_constant
 from mpq_deploy.graph.layers import STANDARD_DOMAINS
-from mpq_deploy.graph.passes.base import GraphPass, ensure
-from mpq_deploy.models.spec import Array
+from mpq_deploy.graph.passes.base import GraphPass, NodeMaker, ensure
 
 # Until opset 20 GroupNormalization has one scale and bias per group, from 21 on one per channel.
 # ONNX's own converter leaves them as they are.
@@ -75,7 +74,7 @@ def _replace(model: ir.Model, node: ir.Node, per_group: bool) -> None:
     name = node.name or "GroupNormalization"
     if per_group:
         scale, bias = (_repeated(model, value, channels // groups) for value in (scale, bias))
-    new = _Maker(model, name)
+    new = NodeMaker(model, name)
     grouped = new.op("Reshape", x, new.constant("groups", np.array([0, groups, -1])))
     ones = new.constant("ones", np.ones(groups, np.float32))
     zeros = new.constant("zeros", np.zeros(groups, np.float32))
@@ -89,23 +88,6 @@ def _replace(model: ir.Model, node: ir.Node, per_group: bool) -> None:
     model.graph.insert_before(node, new.nodes)
     old.replace_all_uses_with(shifted, replace_graph_outputs=True)
     model.graph.remove(node, safe=True)
-
-
-class _Maker:
-    """Makes the nodes and constants of one replacement, named after the node that is replaced."""
-
-    def __init__(self, model: ir.Model, name: str) -> None:
-        self.model, self.name = model, name
-        self.nodes: list[ir.Node] = []
-
-    def op(self, op: str, *inputs: ir.Value | None, **attributes: float) -> ir.Value:
-        node = ir.node(op, list(inputs), attributes, name=f"{self.name}/{op}")
-        node.outputs[0].name = f"{self.name}/{op}_{len(self.nodes)}"
-        self.nodes.append(node)
-        return node.outputs[0]
-
-    def constant(self, name: str, array: Array) -> ir.Value:
-        return add_constant(self.model, f"{self.name}/{name}", array)
 
 
 def _repeated(model: ir.Model, value: ir.Value | None, times: int) -> ir.Value:

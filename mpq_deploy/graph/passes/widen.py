@@ -62,6 +62,11 @@ def uses_halves(model: ir.Model) -> bool:
     return _uses(model, HALVES)
 
 
+def uses_bfloat16(model: ir.Model) -> bool:
+    """Say whether any of them is in bfloat16, of which ONNX Runtime runs little on the CPU."""
+    return _uses(model, (ir.DataType.BFLOAT16,))
+
+
 def _uses(model: ir.Model, kinds: tuple[ir.DataType, ...]) -> bool:
     graph = model.graph
     values = (*graph.inputs, *graph.outputs, *graph.initializers.values())

@@ -14,11 +14,14 @@ from onnx import TensorProto, helper
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph import passes
 from mpq_deploy.graph.fp16_region import fp16_region
+from mpq_deploy.graph.passes.attention_products import AttentionProductsPass
 from mpq_deploy.graph.passes.base import GraphPass, run_passes
 from mpq_deploy.graph.passes.drop_squeezes import DropSqueezesPass
 from mpq_deploy.graph.passes.finite_masks import FiniteMasksPass
 from mpq_deploy.graph.passes.first_token import FirstTokenPass
+from mpq_deploy.graph.passes.fold_branches import FoldBranchesPass
 from mpq_deploy.graph.passes.fold_constants import FoldConstantsPass
+from mpq_deploy.graph.passes.fold_weights import FoldWeightsPass
 from mpq_deploy.graph.passes.fp16_arithmetic import Fp16ArithmeticPass
 from mpq_deploy.graph.passes.fp16_storage import Fp16StoragePass
 from mpq_deploy.graph.passes.group_norm import GroupNormPass
@@ -40,6 +43,14 @@ def model_of(
     graph.nodes[-1].output[0] = graph.output("out", shape)
     graph.outputs[-1].type.tensor_type.elem_type = dtype
     return ir.from_proto(graph.model())
+
+
+def attention_products() -> Made:
+    graph = GraphBuilder(opset=23)
+    operands = [graph.input(name, ["n", 2, 5, 4]) for name in "qkv"]
+    return AttentionProductsPass(), model_of(
+        graph, graph.op("Attention", operands, "attend"), ["n", 2, 5, 4]
+    )
 
 
 def drop_squeezes() -> Made:
@@ -66,11 +77,28 @@ def first_token() -> Made:
     return FirstTokenPass("text", np.ones(4)), model
 
 
+def fold_branches() -> Made:
+    graph = GraphBuilder()
+    yes, x = graph.weight("yes", np.array(True)), graph.input("x", ["n", 4])
+    name = helper.make_tensor_value_info("same", TensorProto.FLOAT, ["n", 4])
+    nodes = [helper.make_node("Identity", [x], ["same"], name="hand_on")]
+    branch = helper.make_graph(nodes, "branch", [], [name])
+    taken = graph.op("If", [yes], "if", then_branch=branch, else_branch=branch)
+    return FoldBranchesPass(), model_of(graph, taken, ["n", 4])
+
+
 def fold_constants() -> Made:
     graph = GraphBuilder()
     weight = graph.op("Transpose", [graph.random("w", 6, 4)], "turn", perm=[1, 0])
     product = graph.op("MatMul", [graph.input("x", ["n", 4]), weight], "product")
     return FoldConstantsPass(), model_of(graph, product, ["n", 6])
+
+
+def fold_weights() -> Made:
+    graph = GraphBuilder()
+    half = graph.op("Mul", [graph.random("w", 4, 6), graph.weight("half", np.float32(0.5))], "half")
+    product = graph.op("MatMul", [graph.input("x", ["n", 4]), half], "product")
+    return FoldWeightsPass(), model_of(graph, product, ["n", 6])
 
 
 def island() -> ir.Model:
@@ -158,10 +186,13 @@ def widen() -> Made:
 
 
 EXAMPLES: list[Callable[[], Made]] = [
+    attention_products,
     drop_squeezes,
     finite_masks,
     first_token,
+    fold_branches,
     fold_constants,
+    fold_weights,
     fp16_arithmetic,
     fp16_arithmetic_into_the_island,
     fp16_storage,

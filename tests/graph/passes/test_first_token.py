@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 
 from mpq_deploy.calibrate.activation_shapes import activation_shapes
-from mpq_deploy.calls.recorded import CalibrationSet, RecordedCalls
+from mpq_deploy.calls.recorded import RecordedCalls
 from mpq_deploy.errors import UsageError
 from mpq_deploy.formats.candidates import choices_for, round_candidates, weight_matrix
 from mpq_deploy.formats.layer_rounding import InputMoments
@@ -35,6 +35,7 @@ from mpq_deploy.models.spec import DenoiserSpec, InputSpec
 from mpq_deploy.rounding.quantizers import Rounding
 from mpq_deploy.runtime.ort import session_options
 from mpq_deploy.system.progress import Talk
+from tests.calls.sets import call_set
 from tests.graphs import GraphBuilder
 
 TOKENS, WIDTH, INNER = 6, 16, 8
@@ -190,8 +191,8 @@ def test_shapes_are_found_along_the_batch(tmp_path: Path) -> None:
         conditions=(InputSpec(name="text", shape=(TOKENS, WIDTH)),),
         scheduler={},
     )
-    recorded = CalibrationSet(np.array([0.0]), feeds(text)["sample"][None], np.arange(len(text)))
-    found = activation_shapes(graph, RecordedCalls(recorded, {"text": text}, spec), Talk())
+    recorded = call_set(feeds(text)["sample"][None], [0.0], np.arange(len(text)), spec, text=text)
+    found = activation_shapes(graph, RecordedCalls(recorded, spec), Talk())
     rest = found[next(layer.inputs[0] for layer in graph.layers if layer.name == "attn2.to_k")]
     assert (rest.shape, rest.batch_axis) == ((1, TOKENS - 1, WIDTH), 0)
 

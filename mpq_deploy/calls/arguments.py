@@ -1,0 +1,100 @@
+"""A denoiser's arguments as tensors by name, and back: lists and dictionaries are taken apart.
+
+``down_block_additional_residuals: [a, b]`` is ``down_block_additional_residuals.0`` and ``.1``;
+``added_cond_kwargs: {text_embeds: a}`` is ``text_embeds``. What is no tensor stays where it is.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mpq_deploy.errors import ModelError
+
+# Between a list's name and the number of its element.
+ELEMENT = "."
+# Arguments that say how to answer, not what of.
+ANSWERS = ("return_dict",)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of the tensor ``name``."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A call: ``tensors`` by name in the order of the parameters; ``form`` has ``Slot`` for each."""
+
+    tensors: dict[str, torch.Tensor]
+    form: dict[str, Any]
+
+    @classmethod
+    def of(cls, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        """Take a call of ``function`` apart. Raises ModelError where two tensors have one name."""
+        given = inspect.signature(function).bind(*args, **kwargs).arguments
+        flat: dict[str, Any] = {}
+        for name, value in given.items():
+            # What a function takes by **name is there by its own names.
+            kind = inspect.signature(function).parameters[name].kind
+            flat.update(value if kind is inspect.Parameter.VAR_KEYWORD else {name: value})
+        tensors: dict[str, torch.Tensor] = {}
+        form = {
+            name: _apart(name, value, tensors)
+            for name, value in flat.items()
+            if name not in ANSWERS and value is not None
+        }
+        return cls(tensors, form)
+
+    def filled(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """Return the arguments with other ``tensors`` in their places."""
+        return {name: _together(value, tensors) for name, value in self.form.items()}
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """What is no tensor, by name."""
+        found: dict[str, Any] = {}
+        for name, value in self.form.items():
+            _collect(name, value, found)
+        return found
+
+
+def _apart(name: str, value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        if name in tensors:
+            raise ModelError(f"The denoiser is given two tensors of the name '{name}'.")
+        tensors[name] = value
+        return Slot(name)
+    if isinstance(value, dict):
+        return {key: _apart(str(key), one, tensors) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        parts = [_apart(f"{name}{ELEMENT}{i}", one, tensors) for i, one in enumerate(value)]
+        return tuple(parts) if isinstance(value, tuple) else parts
+    return value
+
+
+def _together(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    if isinstance(value, Slot):
+        return tensors[value.name]
+    if isinstance(value, dict):
+        return {key: _together(one, tensors) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_together(one, tensors) for one in value)
+    return value
+
+
+def _collect(name: str, value: Any, found: dict[str, Any]) -> None:
+    if isinstance(value, dict):
+        for key, one in value.items():
+            _collect(str(key), one, found)
+    elif isinstance(value, (list, tuple)):
+        for number, one in enumerate(value):
+            _collect(f"{name}{ELEMENT}{number}", one, found)
+    elif not isinstance(value, Slot) and value is not None:
+        found[name] = value

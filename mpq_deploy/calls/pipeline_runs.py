@@ -1,0 +1,400 @@
+"""Run a diffusers pipeline as its users do, with our model in its denoiser's place.
+
+In: a pipeline folder, what to call it with, and what computes the denoiser. Out: what the pipeline
+returns as an array, and every call of the denoiser on the way. Nothing here knows a class of
+pipelines: text encoders, guidance, schedulers, images and masks are the pipeline's own.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from mpq_deploy.calls.arguments import Arguments
+from mpq_deploy.calls.stand_in import Compute, stand_in
+from mpq_deploy.errors import ModelError, MpqError, UsageError, nearest
+from mpq_deploy.models.call_file import FILE
+from mpq_deploy.models.spec import Array, DenoiserSpec
+from mpq_deploy.models.unet import find_weights
+from mpq_deploy.models.weight_files import CONFIG, check_config, refuse_unborne, stored_weights
+from mpq_deploy.system.inputs import read_json_object
+from mpq_deploy.system.libraries import no_bars
+from mpq_deploy.system.names import plain_name, printable
+
+if TYPE_CHECKING:
+    from mpq_deploy.runtime.correction import Correction
+
+# Where the parts of a pipeline may come from; anything else would be somebody's code.
+LIBRARIES = ("diffusers", "transformers")
+DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS = "diffusion_pytorch_model", "model"
+# It judges images and makes none.
+LEFT_OUT = ("safety_checker",)
+INDEX, STEPS = "model_index.json", "num_inference_steps"
+# Steps of the sampler where the recipe does not say how many.
+FIRST_STEPS = 20
+# Called after each step of the scheduler with its timestep.
+OnStep = Callable[[float], None]
+
+
+def pipeline_class(index: Mapping[str, Any], folder: Path) -> Any:
+    """Return the class of diffusers that a model_index.json names.
+
+    Raises UsageError for one that diffusers does not have, and for parts that bring code of their
+    own.
+    """
+    import diffusers
+
+    name = index.get("_class_name")
+    known = [n for n in dir(diffusers) if n.endswith("Pipeline")]
+    found = (
+        getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    )
+    if not (inspect.isclass(found) and issubclass(found, diffusers.DiffusionPipeline)):
+        raise UsageError(
+            f"The pipeline class '{printable(str(name))}' of {folder} is not one of diffusers.",
+            f"{nearest(str(name), known)}Pipelines that bring code of their own are not run; give the denoiser's "
+            "folder with --conditions and --scheduler, or calls recorded by your script with --calls.",
+        )
+    for part, entry in index.items():
+        if part.startswith("_") or not isinstance(entry, list):
+            continue
+        plain_name(part, f"A part of {folder}", ModelError)
+        if len(entry) != 2 or entry[0] not in (*LIBRARIES, None):
+            raise UsageError(
+                f"The part '{printable(part)}' of {folder} comes from {printable(str(entry))}, which is neither "
+                "diffusers nor transformers.",
+                "Code that comes with a model is never run: record calls by your own script, and give --calls.",
+            )
+    return found
+
+
+def load_pipeline(
+    folder: Path, index: Mapping[str, Any], given: Mapping[str, Any] | None = None
+) -> Any:
+    """Load the pipeline in ``folder``, with the parts ``given`` in place of its own, in float32.
+
+    Raises UsageError as ``pipeline_class``, ModelError for parts that cannot be loaded.
+    """
+    found = pipeline_class(index, folder)
+    parts = [
+        name
+        for name, entry in index.items()
+        if isinstance(entry, list) and entry[0] and name not in (*(given or {}), *LEFT_OUT)
+    ]
+    variants = {name: _checked_variant(folder / name) for name in parts}
+    variant = next((one for one in variants.values() if one), None)
+    taken = inspect.signature(found.__init__).parameters
+    absent: dict[str, Any] = {name: None for name in LEFT_OUT if name in taken}
+    try:
+        with no_bars("diffusers"), no_bars("transformers"):
+            pipeline = found.from_pretrained(
+                str(folder),
+                torch_dtype=torch.float32,
+                use_safetensors=True,
+                local_files_only=True,
+                variant=variant,
+                **(given or {}),
+                **absent,
+            )
+    except MpqError:
+        raise
+    except Exception as error:
+        # Parts raise anything at all for files that are not their own.
+        raise ModelError(
+            f"The pipeline in {folder} cannot be loaded: {gist(error)}",
+            "A file of it is missing or damaged: download or save it again.",
+        ) from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def gist(error: BaseException) -> str:
+    """Return another library's message in one line."""
+    text = printable(" ".join(str(error).split())[:300])
+    return f"{text or type(error).__name__}"
+
+
+def _checked_variant(part: Path) -> str | None:
+    """Return the variant of a part's weights; its configuration may ask for no more than they hold."""
+    if not (part / CONFIG).is_file():
+        return None
+    config = read_json_object(part / CONFIG, infinite=True, error=ModelError)
+    ours = "_class_name" in config
+    stem = DIFFUSERS_WEIGHTS if ours else TRANSFORMERS_WEIGHTS
+    variant = find_weights(part, stem)
+    if ours:
+        check_config(config, stored_weights(part, stem, variant), part)
+    else:
+        refuse_unborne(part, stem, variant)
+    return variant
+
+
+def call_pipeline(pipeline: Any, arguments: Mapping[str, Any], seed: int) -> Array:
+    """Return what the pipeline gives for ``arguments`` with noise from ``seed``, float32 [n, ...].
+
+    Images are [n, C, H, W] and videos [n, C, F, H, W], in [0, 1]; whatever else as it is. Raises
+    UsageError for arguments that the pipeline refuses.
+    """
+    taken = inspect.signature(type(pipeline).__call__).parameters
+    given = dict(arguments)
+    if "generator" in taken:
+        given["generator"] = torch.Generator().manual_seed(seed)
+    if "output_type" in taken:
+        given.setdefault("output_type", "np")
+    # Noise that a pipeline draws without the generator.
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), no_bars("diffusers"):
+        torch.manual_seed(seed)
+        try:
+            output = pipeline(**given)
+        except MpqError:
+            raise
+        except Exception as error:
+            raise UsageError(
+                f"{type(pipeline).__name__} cannot be called with {shown_call(arguments)}: {gist(error)}",
+                "Say with --call FILE.yaml what it is to be called with: the keyword arguments of the pipeline.",
+            ) from error
+    return returned_array(output)
+
+
+def shown_call(arguments: Mapping[str, Any]) -> str:
+    """Return a call's arguments in a few words."""
+    parts = [f"{name}={value!r:.40}" for name, value in arguments.items()]
+    return ", ".join(parts) or "no arguments"
+
+
+def returned_array(output: Any) -> Array:
+    """Return the first thing that a pipeline returned as an array, channels first."""
+    first = output[0]
+    values = _array(first)
+    if values.shape[-1] in (1, 3, 4) and values.ndim in (4, 5):
+        values = np.moveaxis(values, -1, 1)
+    return np.ascontiguousarray(values, np.float32)
+
+
+def _array(value: Any) -> Array:
+    if isinstance(value, torch.Tensor):
+        return np.asarray(value.detach().float().cpu().numpy())
+    if isinstance(value, (list, tuple)):
+        return np.stack([_array(one) for one in value])
+    if isinstance(value, np.ndarray):
+        return value
+    pixels = np.asarray(value)
+    if pixels.dtype == np.uint8:
+        shaped = pixels if pixels.ndim == 3 else pixels[..., None]
+        return shaped.astype(np.float32) / 255
+    raise ModelError(
+        f"The pipeline returns a {type(value).__name__}, which is no image, tensor or array.",
+        'Choose its output_type in --call FILE.yaml, such as output_type: "np".',
+    )
+
+
+@contextmanager
+def watched_steps(pipeline: Any, on_step: OnStep) -> Iterator[None]:
+    """Call ``on_step`` with the timestep of every step that the pipeline's scheduler takes."""
+    scheduler = getattr(pipeline, "scheduler", None)
+    original: Any = type(scheduler)
+    if scheduler is None or not hasattr(original, "step"):
+        yield
+        return
+
+    @functools.wraps(original.step)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(original.step).bind(self, *args, **kwargs).arguments
+        result = original.step(self, *args, **kwargs)
+        timestep = given.get("timestep", given.get("sigma"))
+        if timestep is not None:
+            on_step(float(torch.as_tensor(timestep).flatten()[0]))
+        return result
+
+    # A subclass, not an attribute: pipelines copy their schedulers.
+    scheduler.__class__ = type(original.__name__, (original,), {"step": step})
+    try:
+        yield
+    finally:
+        scheduler.__class__ = original
+
+
+class _Reached(BaseException):
+    """The denoiser was called: no error, so that no pipeline catches it."""
+
+    def __init__(self, given: Arguments) -> None:
+        self.given = given
+
+
+def first_call(pipeline: Any, component: str, arguments: Mapping[str, Any]) -> Arguments:
+    """Return what the pipeline gives its denoiser in its first call, and stop there.
+
+    Raises UsageError as ``call_pipeline``, and for a pipeline that never calls it.
+    """
+    module = getattr(pipeline, component)
+
+    def reached(called: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Reached(Arguments.of(called.forward, args, kwargs))
+
+    handle = module.register_forward_pre_hook(reached, with_kwargs=True)
+    try:
+        call_pipeline(pipeline, arguments, seed=0)
+    except _Reached as stop:
+        return stop.given
+    finally:
+        handle.remove()
+    raise UsageError(
+        f"{type(pipeline).__name__} does not call its {component} with {shown_call(arguments)}.",
+        "Name the part that denoises with --component.",
+    )
+
+
+def default_calls(
+    pipeline: Any, prompts: Sequence[str], guidance: float | None
+) -> tuple[dict[str, Any], ...]:
+    """Return what the pipeline is called with where the user does not say: one mapping per image.
+
+    Prompts or class labels where it takes them, and everything else as it has it.
+    """
+    taken = inspect.signature(type(pipeline).__call__).parameters
+    common: dict[str, Any] = {}
+    if guidance is not None:
+        if "guidance_scale" not in taken:
+            raise UsageError(
+                f"{type(pipeline).__name__} takes no guidance_scale.", "Leave out --guidance-scale."
+            )
+        common["guidance_scale"] = guidance
+    if "prompt" in taken:
+        return tuple({"prompt": prompt, **common} for prompt in prompts)
+    if "class_labels" in taken:
+        config = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
+        entries = dict(getattr(config, "config", {}))
+        count = int(entries.get("num_embeds_ada_norm") or entries.get("num_class_embeds") or 0)
+        if count:
+            listed = taken["class_labels"].default is inspect.Parameter.empty
+            return tuple(
+                {"class_labels": [one] if listed else one, **common} for one in range(count)
+            )
+    return (common,)
+
+
+class PipelineRuns:
+    """The pipeline in ``folder`` with the model ``spec`` in its denoiser's place.
+
+    ``compute`` is what the denoiser gives and may be set anew: the pipeline is loaded once.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        spec: DenoiserSpec,
+        compute: Compute | None = None,
+        correction: Correction | None = None,
+    ) -> None:
+        if spec.pipeline is None:
+            raise ModelError(f"{spec.name} was not opened as a part of a diffusers pipeline.")
+        import diffusers
+
+        self.spec, self.compute = spec, compute
+        index = read_json_object(folder / INDEX, error=ModelError)
+        denoiser = stand_in(
+            getattr(diffusers, str(spec.config["_class_name"])), spec.config, spec, self._computed
+        )
+        self._pipeline = load_pipeline(folder, index, {spec.pipeline.component: denoiser})
+        use_scheduler(self._pipeline, spec.pipeline.scheduler)
+        self._calls = [opened_call(call) for call in spec.pipeline.calls]
+        self.correction_note = ""
+        if correction is not None:
+            self._correct(correction)
+
+    @property
+    def name(self) -> str:
+        """The pipeline and its scheduler, for reports."""
+        scheduler = getattr(self._pipeline, "scheduler", None)
+        by = f", {type(scheduler).__name__}" if scheduler is not None else ""
+        return f"{type(self._pipeline).__name__} of diffusers{by}"
+
+    @property
+    def short_name(self) -> str:
+        """The pipeline's class."""
+        return type(self._pipeline).__name__
+
+    def image(self, number: int, steps: int, seed: int, on_step: OnStep | None = None) -> Array:
+        """Return what call ``number`` gives (they are used in turn), float32 [1, ...].
+
+        ``steps``: of the sampler, unless the call says how many; ``seed``: of this image's noise.
+        """
+        arguments = with_steps(self._pipeline, self._calls[number % len(self._calls)], steps)
+        # A corrected scheduler passes on what is set of it, so that it cannot be watched.
+        watch = watched_steps(self._pipeline, on_step) if on_step else nullcontext()
+        with watch:
+            made = call_pipeline(self._pipeline, arguments, seed)
+        if len(made) != 1:
+            raise UsageError(
+                f"{self.short_name} returns {len(made)} images for {shown_call(arguments)}.",
+                "Give one prompt per call (--call FILE.yaml), and num_images_per_prompt 1.",
+            )
+        return made
+
+    def _correct(self, correction: Correction) -> None:
+        """Put PTQD's correction before the pipeline's scheduler."""
+        from mpq_deploy.runtime.corrected_scheduler import CorrectedScheduler
+
+        taken = inspect.signature(type(self._pipeline).__call__).parameters
+        default = taken["guidance_scale"].default if "guidance_scale" in taken else 1.0
+        scale = float(self._calls[0].get("guidance_scale", default) or 1.0)
+        corrected = CorrectedScheduler(self._pipeline.scheduler, correction, guidance_scale=scale)
+        self._pipeline.scheduler, self.correction_note = corrected, corrected.variance_note
+
+    def _computed(self, feeds: dict[str, Array]) -> Array:
+        if self.compute is None:
+            raise ModelError("Nothing computes the denoiser.")
+        return self.compute(feeds)
+
+
+def with_steps(pipeline: Any, arguments: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """Return the arguments with the number of steps, where they name none and the pipeline takes it."""
+    taken = inspect.signature(type(pipeline).__call__).parameters
+    return {**({STEPS: steps} if STEPS in taken else {}), **arguments}
+
+
+def use_scheduler(pipeline: Any, config: Mapping[str, Any] | None) -> None:
+    """Give the pipeline another scheduler, by its configuration; None leaves its own."""
+    if config is not None:
+        from mpq_deploy.calls.diffusers_sampler import scheduler_class
+
+        pipeline.scheduler = scheduler_class(str(config.get("_class_name"))).from_config(config)
+
+
+def image_seed(seed: int, number: int) -> int:
+    """Return the seed of image ``number``'s noise: another for each, the same for any count."""
+    return int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0] >> 1)
+
+
+def opened_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a call with the pictures that it names by ``file://`` opened."""
+    return {name: _opened(value) for name, value in call.items()}
+
+
+def _opened(value: Any) -> Any:
+    if isinstance(value, str) and value.startswith(FILE):
+        return open_picture(Path(value.removeprefix(FILE)))
+    if isinstance(value, list):
+        return [_opened(one) for one in value]
+    return value
+
+
+def open_picture(path: Path) -> Any:
+    """Return a picture, RGB or grey. Raises UsageError for a file that is none."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("L" if picture.mode in ("1", "L") else "RGB")
+    except OSError as error:
+        raise UsageError(
+            f"{printable(str(path))} cannot be opened as a picture: {gist(error)}",
+            "Give a PNG or JPEG.",
+        ) from error

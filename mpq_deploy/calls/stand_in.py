@@ -1,0 +1,136 @@
+"""A module of a diffusers class without weights, computed elsewhere: what a pipeline is run with.
+
+It has the class's configuration and attributes, so that a pipeline finds all it asks for; what it
+is called with goes to a function as arrays by input name.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from mpq_deploy.calls.arguments import Arguments
+from mpq_deploy.errors import ModelError
+from mpq_deploy.models.spec import Array, DenoiserSpec
+
+# Every input by name, as the graph takes them -> the output.
+Compute = Callable[[dict[str, Array]], Array]
+TENSOR = "sha256:"
+
+
+def fixed_text(value: Any) -> str:
+    """Return what stands for a constant argument: a tensor's digest, or the value as text."""
+    if isinstance(value, torch.Tensor):
+        values = np.ascontiguousarray(value.detach().float().cpu().numpy())
+        return f"{TENSOR}{hashlib.sha256(values.data).hexdigest()}"
+    return repr(value)
+
+
+def stand_in(
+    module_class: Any, config: Mapping[str, Any], spec: DenoiserSpec, compute: Compute
+) -> torch.nn.Module:
+    """Return a module of ``module_class`` whose forward is ``compute``.
+
+    Its forward raises ModelError, naming the argument, for one that the graph has no input for.
+    """
+    module = without_weights(module_class, config)
+    caller = _Caller(module_class, spec, compute)
+
+    @functools.wraps(module_class.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return caller(self, args, kwargs)
+
+    cpu, float32 = torch.device("cpu"), torch.float32
+    members = {
+        "forward": forward,
+        "device": property(lambda self: cpu),
+        "dtype": property(lambda self: float32),
+        "to": lambda self, *args, **kwargs: self,
+    }
+    module.__class__ = type(module_class.__name__, (module_class,), members)
+    return module.eval()
+
+
+def without_weights(module_class: Any, config: Mapping[str, Any]) -> Any:
+    """Return a module of the class and configuration whose parameters hold no memory."""
+    try:
+        with torch.device("meta"):
+            return module_class.from_config(dict(config))
+    except (NotImplementedError, RuntimeError):
+        # Some constructors compute with what they make.
+        return module_class.from_config(dict(config)).to("meta")
+
+
+class _Caller:
+    """Takes a call of the module apart, computes it, and answers as the class does."""
+
+    def __init__(self, module_class: Any, spec: DenoiserSpec, compute: Compute) -> None:
+        self._class, self._spec, self._compute = module_class, spec, compute
+        self._fixed = dict(spec.pipeline.fixed) if spec.pipeline else {}
+        # Tensors that were compared with the graph's constants, which pipelines hand over each time.
+        self._same: dict[str, torch.Tensor] = {}
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        bound = functools.partial(self._class.forward, module)
+        given = Arguments.of(bound, args, kwargs)
+        feeds = self.feeds(given)
+        sample = given.tensors[self._spec.sample.name]
+        output = torch.from_numpy(self._compute(feeds)).to(sample.dtype)
+        if kwargs.get("return_dict", True) is False:
+            return (output,)
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        return Transformer2DModelOutput(sample=output)
+
+    def feeds(self, given: Arguments) -> dict[str, Array]:
+        """Return the graph's inputs. Raises ModelError for what the graph does not take."""
+        spec, tensors = self._spec, dict(given.tensors)
+        for name, value in given.constants.items():
+            if spec.timestep is not None and name == spec.timestep.name:
+                tensors[name] = torch.tensor(value)
+            else:
+                self._check(name, value)
+        if spec.sample.name not in tensors:
+            raise ModelError(f"The pipeline gives its denoiser no '{spec.sample.name}'.")
+        count = len(tensors[spec.sample.name])
+        feeds = {}
+        for item in spec.inputs:
+            value = tensors.pop(item.name, None)
+            if value is None:
+                raise ModelError(
+                    f"The pipeline gives its denoiser no '{item.name}' here, as it did in its first call.",
+                    "Calls whose inputs come and go are not supported: choose call arguments that give it always.",
+                )
+            wanted = (count, *item.shape)
+            if tuple(value.shape) != wanted and value.numel() == int(np.prod(item.shape)):
+                value = value.reshape(1, *item.shape).expand(wanted)
+            if tuple(value.shape) != wanted:
+                raise ModelError(
+                    f"The pipeline gives its denoiser '{item.name}' of the shape {list(value.shape)} here; in its "
+                    f"first call it was {list(wanted)}.",
+                    "An engine has one size of everything but the batch: use one size for all calls.",
+                )
+            feeds[item.name] = np.ascontiguousarray(value.detach().cpu().numpy().astype(item.dtype))
+        for name, value in tensors.items():
+            self._check(name, value)
+        return feeds
+
+    def _check(self, name: str, value: Any) -> None:
+        """Refuse an argument that is not what the graph has as a constant."""
+        if name in self._same and self._same[name] is value:
+            return
+        if name not in self._fixed or fixed_text(value) != self._fixed[name]:
+            shown = (
+                f"a tensor {list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+            )
+            raise ModelError(
+                f"The pipeline gives its denoiser '{name}' = {shown} here, unlike in its first call.",
+                "The exported graph has it as a constant: use the same call arguments throughout.",
+            )
+        if isinstance(value, torch.Tensor):
+            self._same[name] = value

@@ -1,0 +1,84 @@
+"""What a diffusers pipeline returns, with the float model and with each variant as its denoiser."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from mpq_deploy.calls.pipeline_runs import PipelineRuns, image_seed, shown_call
+from mpq_deploy.calls.record_pipeline import Runs, joined_images, pipeline_folder, record_pipeline
+from mpq_deploy.calls.stand_in import Compute
+from mpq_deploy.evaluate.setup import Part, Setup, finite_output, in_turn
+from mpq_deploy.models.spec import Array
+from mpq_deploy.runtime.correction import Correction
+from mpq_deploy.runtime.ort import OrtDenoiser
+
+
+def runs_of(
+    setup: Setup, compute: Compute | None = None, correction: Correction | None = None
+) -> PipelineRuns:
+    """Return the pipeline with ``compute`` as its denoiser."""
+    return PipelineRuns(pipeline_folder(setup.float_model(Path())), setup.spec, compute, correction)
+
+
+def pipeline_reference(setup: Setup, path: Path) -> dict[str, Array]:
+    """Run the pipeline with the float model as its denoiser."""
+    settings = setup.settings
+    runs = Runs([int(row) for row in setup.rows], settings.steps, settings.seed)
+    compute = OrtDenoiser(path, setup.spec).run
+    with tempfile.TemporaryDirectory() as folder:
+        made = record_pipeline(
+            setup.float_model(path),
+            runs,
+            settings.timesteps,
+            Path(folder),
+            setup.talk,
+            compute,
+            outputs=True,
+        )
+        return {
+            "images": made.images,
+            **in_turn(made.calls, made.outputs, settings.calls),
+            "sampler": np.array(made.name),
+        }
+
+
+def pipeline_images(setup: Setup, part: Part, denoiser: OrtDenoiser) -> Array:
+    """Return what the pipeline gives with a variant as its denoiser, from the float run's noise."""
+    timestep = setup.spec.timestep_name
+
+    def compute(feeds: dict[str, Array]) -> Array:
+        at = float(np.ravel(feeds[timestep])[0]) if timestep else 0.0
+        return finite_output(denoiser.run(feeds), part.name, at)
+
+    runs = runs_of(setup, compute, part.correction)
+    images = []
+    with setup.talk.bar(f"run {runs.short_name} with {part.name}", len(setup.rows)) as advance:
+        for place, number in enumerate(setup.rows):
+            seed = image_seed(setup.settings.seed, place)
+            images.append(runs.image(int(number), setup.settings.steps, seed))
+            advance(1)
+    return joined_images(images)
+
+
+def pipeline_notes(setup: Setup, pictures: bool, value_range: tuple[float, float]) -> list[str]:
+    """Say what was run, and with what."""
+    assert setup.spec.pipeline is not None
+    name, call = setup.spec.pipeline.class_name, setup.spec.pipeline.calls[int(setup.rows[0])]
+    notes = [
+        f"The samples are what {name} of diffusers returns, run with the float model and with each variant in its "
+        f"{setup.spec.pipeline.component}'s place; the first was called with {shown_call(call)}."
+    ]
+    if not pictures:
+        notes.append(
+            "It returns no pictures: PSNR and SSIM compare its arrays, with the float run's range "
+            f"[{value_range[0]:.3g}, {value_range[1]:.3g}] as the peak."
+        )
+    return notes
+
+
+def correction_note(setup: Setup, correction: Correction) -> str:
+    """Say what of a correction applies to the pipeline's scheduler."""
+    return runs_of(setup, correction=correction).correction_note

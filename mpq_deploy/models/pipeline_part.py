@@ -1,0 +1,229 @@
+"""The denoiser of a diffusers pipeline: what it takes is what its pipeline gives it.
+
+In: a pipeline folder. Out: a ``Denoiser`` whose inputs are those of the pipeline's first call.
+Tensors that grow with the number of images are inputs; what stays is a constant of the graph.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mpq_deploy.calls.arguments import Arguments
+from mpq_deploy.calls.pipeline_runs import (
+    FIRST_STEPS,
+    default_calls,
+    first_call,
+    load_pipeline,
+    opened_call,
+    use_scheduler,
+    with_steps,
+)
+from mpq_deploy.calls.stand_in import fixed_text
+from mpq_deploy.errors import ModelError, MpqError, UsageError
+from mpq_deploy.models.additions import Additions, predicted, read_scheduler
+from mpq_deploy.models.call_file import read_calls
+from mpq_deploy.models.conditions import Conditions
+from mpq_deploy.models.denoiser import Denoiser
+from mpq_deploy.models.model_form import OUTPUT
+from mpq_deploy.models.prompts import prompts_file, read_prompts
+from mpq_deploy.models.spec import DenoiserSpec, InputSpec, PipelineSpec
+from mpq_deploy.models.torch_export import TorchNetwork
+from mpq_deploy.models.transformer import signature_of
+from mpq_deploy.system.progress import Talk
+
+# Parameters of pipelines by which they make several images of one prompt.
+_EACH = re.compile(r"num_\w+_per_prompt|batch_size")
+DTYPES = {torch.bool: "bool", torch.int64: "int64", torch.int32: "int64"}
+
+
+def open_pipeline_part(
+    folder: Path,
+    index: Mapping[str, Any],
+    part: Path,
+    module: Any,
+    additions: Additions,
+    talk: Talk,
+) -> Denoiser:
+    """Open ``module``, the weights in ``part``, as its pipeline in ``folder`` calls it.
+
+    Raises UsageError for a pipeline that cannot be run or calls that it refuses, ModelError for one
+    whose denoiser takes no tensor of samples.
+    """
+    talk.line(f"  running {index.get('_class_name')} up to its denoiser")
+    pipeline = load_pipeline(folder, index, {part.name: module})
+    scheduler = None if additions.scheduler is None else read_scheduler(additions.scheduler)
+    use_scheduler(pipeline, scheduler)
+    calls = calls_of(pipeline, additions)
+    arguments = with_steps(pipeline, opened_call(calls[0]), FIRST_STEPS)
+    given = first_call(pipeline, part.name, arguments)
+    more = _doubled(pipeline, part.name, arguments)
+    names = _names(type(module), given)
+    inputs, fixed = _inputs(given, more, names)
+    own = getattr(pipeline, "scheduler", None)
+    config = dict(own.config) if own is not None else {}
+    config["_class_name"] = type(own).__name__ if own is not None else "none"
+    spec = DenoiserSpec(
+        name=folder.resolve().name,
+        source=str(folder),
+        sample=inputs[0],
+        timestep=inputs[1] if names[1] else None,
+        conditions=tuple(inputs[2 if names[1] else 1 :]),
+        output=OUTPUT,
+        prediction_type=predicted(config),
+        scheduler=_plain(config),
+        labels=tuple(call_label(call, number) for number, call in enumerate(calls)),
+        config=_plain(dict(module.config)) | {"_class_name": type(module).__name__},
+        pipeline=PipelineSpec(
+            class_name=type(pipeline).__name__,
+            component=part.name,
+            calls=calls,
+            scheduler=scheduler,
+            fixed={
+                **{name: fixed_text(value) for name, value in fixed.items()},
+                **{name: fixed_text(value) for name, value in given.constants.items()},
+            },
+        ),
+    )
+    network = _network(module, given, inputs, fixed)
+    first = given.tensors.get(names[1], given.constants.get(names[1]))
+    return Denoiser(
+        spec,
+        _conditions(given, spec),
+        network,
+        first_timestep=None if first is None else float(torch.as_tensor(first).flatten()[0]),
+    )
+
+
+def calls_of(pipeline: Any, additions: Additions) -> tuple[dict[str, Any], ...]:
+    """Return what the pipeline is called with: the user's calls, else its defaults with prompts."""
+    if additions.call is not None:
+        return read_calls(additions.call, pipeline)
+    prompts = read_prompts(additions.prompts or prompts_file())
+    return default_calls(pipeline, prompts, additions.guidance_scale)
+
+
+def _names(module_class: Any, given: Arguments) -> tuple[str, str]:
+    """Return the sample's name and the timestep's; empty for a model that takes no timestep."""
+    signature = signature_of(module_class)
+    sample = signature.sample if signature else next(iter(given.tensors), "")
+    if sample not in given.tensors:
+        raise ModelError(
+            f"{module_class.__name__} is given no tensor '{sample}', but {', '.join(given.tensors)}.",
+            "Export it to ONNX and record calls by your own script (--calls).",
+        )
+    timestep = signature.timestep if signature else ""
+    return sample, timestep if timestep in {*given.tensors, *given.constants} else ""
+
+
+def _inputs(
+    given: Arguments, more: Arguments | None, names: tuple[str, str]
+) -> tuple[list[InputSpec], dict[str, torch.Tensor]]:
+    """Return the graph's inputs, sample and timestep first, and the tensors that stay the same.
+
+    Raises UsageError for a tensor whose size changes with the number of images in another way.
+    """
+    sample, timestep = names
+    count = len(given.tensors[sample])
+    inputs, fixed = {}, {}
+    if timestep:
+        inputs[timestep] = InputSpec(name=timestep)
+    for name, value in given.tensors.items():
+        many = more.tensors.get(name) if more is not None else None
+        if name == timestep and value.numel() in (1, count):
+            inputs[name] = InputSpec(name=name)
+        elif _batched(value, many, count):
+            inputs[name] = InputSpec.model_validate(
+                {"name": name, "shape": tuple(value.shape[1:]), "dtype": dtype_name(value)}
+            )
+        elif many is not None and many.shape != value.shape:
+            raise UsageError(
+                f"The pipeline gives its denoiser '{name}' of the shape {list(value.shape)} for one image and "
+                f"{list(many.shape)} for two.",
+                "Its first axis must be the batch.",
+            )
+        else:
+            fixed[name] = value
+    order = [name for name in (sample, timestep) if name]
+    return [inputs[n] for n in (*order, *(n for n in inputs if n not in order))], fixed
+
+
+def _batched(value: torch.Tensor, many: torch.Tensor | None, count: int) -> bool:
+    """Whether axis 0 is the batch: it grows with the images, or is as long as the sample's."""
+    if value.ndim == 0:
+        return False
+    if many is None or many.ndim != value.ndim:
+        return len(value) == count
+    return len(many) == 2 * len(value) and many.shape[1:] == value.shape[1:]
+
+
+def dtype_name(value: torch.Tensor) -> str:
+    """Return the type that the graph takes a tensor in."""
+    return DTYPES.get(value.dtype, "float32")
+
+
+def _doubled(pipeline: Any, component: str, arguments: Mapping[str, Any]) -> Arguments | None:
+    """Return the first call for two images; None where the pipeline makes one at a time."""
+    taken = inspect.signature(type(pipeline).__call__).parameters
+    each = next((name for name in taken if _EACH.fullmatch(name)), None)
+    more = {**arguments, each: 2} if each else dict(arguments)
+    if not each and isinstance(arguments.get("class_labels"), list):
+        more["class_labels"] = arguments["class_labels"] * 2
+    if more == arguments:
+        return None
+    try:
+        return first_call(pipeline, component, more)
+    except MpqError:
+        return None
+
+
+def _network(
+    module: Any, given: Arguments, inputs: Sequence[InputSpec], fixed: Mapping[str, torch.Tensor]
+) -> TorchNetwork:
+    names = [item.name for item in inputs]
+    held = {name: value.detach().clone() for name, value in fixed.items()}
+
+    def call(model: Any, *values: torch.Tensor) -> torch.Tensor:
+        arguments = given.filled({**held, **dict(zip(names, values, strict=True))})
+        if "return_dict" in inspect.signature(type(model).forward).parameters:
+            arguments["return_dict"] = False
+        output = model(**arguments)[0]
+        if not isinstance(output, torch.Tensor):
+            raise TypeError(
+                f"it gives {type(output).__name__}s of tensors, not one as a denoiser does"
+            )
+        return output
+
+    return TorchNetwork(module, inputs, OUTPUT, call)
+
+
+def _conditions(given: Arguments, spec: DenoiserSpec) -> Conditions:
+    """Return what the first call conditions on: examples for the export."""
+    arrays = {
+        item.name: np.ascontiguousarray(given.tensors[item.name].detach().numpy(), item.dtype)
+        for item in spec.conditions
+    }
+    return Conditions(arrays, len(given.tensors[spec.sample.name]))
+
+
+def call_label(call: Mapping[str, Any], number: int) -> str:
+    """Return what a call's image is of, for reports."""
+    for name in ("prompt", "class_labels"):
+        if call.get(name) not in (None, ""):
+            return str(call[name])
+    return f"image {number + 1}"
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration as JSON has it: lists for tuples, and nothing private."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in values.items()
+        if not name.startswith("_") or name == "_class_name"
+    }
