@@ -48,7 +48,7 @@ class Arguments:
         form = {
             name: _apart(name, value, tensors)
             for name, value in flat.items()
-            if name not in ANSWERS and value is not None
+            if name not in ANSWERS
         }
         return cls(tensors, form)
 

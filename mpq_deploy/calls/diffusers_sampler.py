@@ -12,9 +12,6 @@ import numpy as np
 from mpq_deploy.errors import MissingDependencyError, UsageError, nearest
 from mpq_deploy.models.spec import Array
 
-# Added to a scheduler's configuration where the timesteps depend on the image's size.
-IMAGE_TOKENS = "_image_tokens"
-
 if TYPE_CHECKING:
     from mpq_deploy.runtime.correction import Correction
 
@@ -35,8 +32,12 @@ class DiffusersSampler:
         # The loop drops a learned variance with the model's second half of channels.
         learned = str(config.get("variance_type", "")).startswith("learned")
         overrides = {"variance_type": "fixed_small"} if learned else {}
-        config = dict(config)
-        self._schedule = _schedule(config, config.pop(IMAGE_TOKENS, None), steps)
+        if config.get("use_dynamic_shifting"):
+            raise UsageError(
+                f"{config.get('_class_name')} with use_dynamic_shifting shifts its timesteps by image size.",
+                "Give the whole pipeline folder, whose own class does that; or set use_dynamic_shifting to false in "
+                "the scheduler's configuration (--scheduler FILE).",
+            )
         self._scheduler = found.from_config({**config, **overrides})
         if "num_train_timesteps" not in self._scheduler.config:
             raise UsageError(
@@ -84,36 +85,8 @@ class DiffusersSampler:
         return sampler, sampler._scheduler.variance_note
 
     def _begin(self) -> None:
-        if self._schedule:
-            self._scheduler.set_timesteps(**self._schedule)
-        else:
-            self._scheduler.set_timesteps(self._steps)
+        self._scheduler.set_timesteps(self._steps)
         self._generator = self._torch.Generator().manual_seed(self._seed)
-
-
-def _schedule(config: dict[str, Any], tokens: int | None, steps: int) -> dict[str, Any]:
-    """Return the arguments of ``set_timesteps`` of Flux' pipeline; none without ``tokens``.
-
-    Sigmas are spread evenly from 1 to 1 / steps, and the shift mu grows linearly with the number of
-    image tokens (Esser et al. 2024, section 5.3.2, as ``calculate_shift`` of diffusers has it).
-    """
-    dynamic = bool(config.get("use_dynamic_shifting"))
-    if tokens is None:
-        if dynamic:
-            raise UsageError(
-                f"{config.get('_class_name')} with use_dynamic_shifting shifts its timesteps by image size.",
-                "Set use_dynamic_shifting to false in the scheduler's configuration (--scheduler FILE).",
-            )
-        return {}
-    arguments: dict[str, Any] = {"sigmas": np.linspace(1.0, 1 / steps, steps).tolist()}
-    if dynamic:
-        few, many = (
-            int(config.get("base_image_seq_len", 256)),
-            int(config.get("max_image_seq_len", 4096)),
-        )
-        low, high = float(config.get("base_shift", 0.5)), float(config.get("max_shift", 1.15))
-        arguments["mu"] = low + (high - low) * (tokens - few) / (many - few)
-    return arguments
 
 
 def scheduler_class(name: str) -> Any:

@@ -75,6 +75,25 @@ def pipeline_class(index: Mapping[str, Any], folder: Path) -> Any:
     return found
 
 
+def pipeline_of_parts(parts: Mapping[str, str]) -> str | None:
+    """Return the first text-to-image class of diffusers that takes ``parts`` (name -> class) whole."""
+    from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
+
+    denoiser = next((name for name in ("unet", "transformer") if name in parts), "")
+    for found in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values():
+        taken = inspect.signature(found.__init__).parameters
+        needed = {
+            name
+            for name, parameter in taken.items()
+            if parameter.default is inspect.Parameter.empty
+            and name not in ("self", *LEFT_OUT, *found._optional_components)
+        }
+        of_class = str(getattr(taken.get(denoiser), "annotation", ""))
+        if parts[denoiser] in of_class and needed <= set(parts) and set(parts) <= set(taken):
+            return str(found.__name__)
+    return None
+
+
 def load_pipeline(
     folder: Path, index: Mapping[str, Any], given: Mapping[str, Any] | None = None
 ) -> Any:
@@ -91,7 +110,13 @@ def load_pipeline(
     variants = {name: _checked_variant(folder / name) for name in parts}
     variant = next((one for one in variants.values() if one), None)
     taken = inspect.signature(found.__init__).parameters
-    absent: dict[str, Any] = {name: None for name in LEFT_OUT if name in taken}
+    # Parts that the index does not name, and what judges images.
+    absent: dict[str, Any] = {
+        name: None
+        for name, parameter in taken.items()
+        if name in LEFT_OUT
+        or (parameter.default is inspect.Parameter.empty and name not in (*index, "self"))
+    }
     try:
         with no_bars("diffusers"), no_bars("transformers"):
             pipeline = found.from_pretrained(

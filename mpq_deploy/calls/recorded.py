@@ -78,8 +78,7 @@ class CallSet:
         flat = samples.reshape(-1, *samples.shape[2:])
         inputs = {spec.sample.name: InputCalls(flat.astype(spec.sample.dtype, copy=False), each)}
         if (timestep := spec.timestep) is not None:
-            scaled = np.asarray(timesteps, np.float64) * spec.timestep_scale
-            values = scaled.astype(timestep.dtype).reshape(steps, *timestep.shape)
+            values = np.asarray(timesteps).astype(timestep.dtype).reshape(steps, *timestep.shape)
             inputs[timestep.name] = InputCalls(
                 values, np.repeat(np.arange(steps)[:, None], calls, 1)
             )

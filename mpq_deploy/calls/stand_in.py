@@ -16,6 +16,7 @@ import torch
 
 from mpq_deploy.calls.arguments import Arguments
 from mpq_deploy.errors import ModelError
+from mpq_deploy.graph.passes.first_token import SAME_TOKEN, token_distance
 from mpq_deploy.models.spec import Array, DenoiserSpec
 
 # Every input by name, as the graph takes them -> the output.
@@ -118,7 +119,18 @@ class _Caller:
             feeds[item.name] = np.ascontiguousarray(value.detach().cpu().numpy().astype(item.dtype))
         for name, value in tensors.items():
             self._check(name, value)
+        self._check_first_tokens(feeds)
         return feeds
+
+    def _check_first_tokens(self, feeds: Mapping[str, Array]) -> None:
+        """Refuse texts whose first token is not the one whose keys and values the graph holds."""
+        for name, token in self._spec.first_tokens.items():
+            apart = token_distance(feeds[name][:, 0].astype(np.float64), np.array(token))
+            if apart > SAME_TOKEN:
+                raise ModelError(
+                    f"The first token of '{name}' differs between calls by {apart:.2g} of its largest value.",
+                    "Build with first_token: quantized.",
+                )
 
     def _check(self, name: str, value: Any) -> None:
         """Refuse an argument that is not what the graph has as a constant."""

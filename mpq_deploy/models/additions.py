@@ -81,7 +81,17 @@ def pipeline_index(folder: Path) -> dict[str, Any]:
             parts[path.parent.name] = ["transformers", architectures[0]]
     for path in sorted(folder.glob("tokenizer*/tokenizer_config.json")):
         parts[path.parent.name] = ["transformers", read_json(path).get("tokenizer_class")]
-    return parts if any(name in parts for name in DENOISERS) else {}
+    return {**parts, **_named_pipeline(parts)} if any(name in parts for name in DENOISERS) else {}
+
+
+def _named_pipeline(parts: dict[str, Any]) -> dict[str, str]:
+    """Return the class of text-to-image pipelines whose parts these are; none where none is."""
+    if "text_encoder" not in parts:
+        return {}
+    from mpq_deploy.calls.pipeline_runs import pipeline_of_parts
+
+    found = pipeline_of_parts({name: str(entry[1]) for name, entry in parts.items()})
+    return {"_class_name": found} if found else {}
 
 
 def predicted(scheduler: dict[str, Any]) -> Any:

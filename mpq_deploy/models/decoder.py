@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,34 +19,12 @@ FOLDERS = ("vae", "vqvae")
 SCALING_FACTOR = 0.18215
 
 
-def decoder_network(
-    folder: Path,
-    latents: tuple[int, ...],
-    unpack: Callable[[torch.Tensor], torch.Tensor] | None = None,
-) -> TorchNetwork | None:
+def decoder_network(folder: Path, latents: tuple[int, ...]) -> TorchNetwork | None:
     """Return the decoder of a pipeline folder, or None where it has none.
 
     Its input ``latents`` float32 [N, *latents] are the denoiser's samples: the scaling is part of
-    the network, and so is ``unpack``, which lays them out as [N, C, H, W]. Raises ModelError for a
-    class that is not supported or weights that cannot be loaded.
-    """
-    loaded = load_decoder(folder)
-    if loaded is None:
-        return None
-    module, scale, shift = loaded
-
-    def call(model: Any, values: torch.Tensor) -> torch.Tensor:
-        laid_out = values if unpack is None else unpack(values)
-        decoded: torch.Tensor = model.decode(laid_out / scale + shift, return_dict=False)[0]
-        return decoded
-
-    return TorchNetwork(module, (InputSpec(name="latents", shape=latents),), "image", call)
-
-
-def load_decoder(folder: Path) -> tuple[torch.nn.Module, float, float] | None:
-    """Return the decoding module, its scaling factor and its shift; None where there is none.
-
-    Latents are decoded as latents / scale + shift. Raises as ``decoder_network`` does.
+    the network, and so are the latents' mean and deviation where its configuration has them. Raises
+    ModelError for a class that is not supported or weights that cannot be loaded.
     """
     part = next(
         (folder / name for name in FOLDERS if (folder / name / "config.json").is_file()), None
@@ -66,13 +43,16 @@ def load_decoder(folder: Path) -> tuple[torch.nn.Module, float, float] | None:
     scale = float(
         config.get("scaling_factor") or (1.0 if name == "AutoencoderTiny" else SCALING_FACTOR)
     )
-    return module, scale, float(config.get("shift_factor") or 0.0)
+    shift = float(config.get("shift_factor") or 0.0)
+    mean, deviation = (
+        torch.tensor(config.get(key) or [default], dtype=torch.float32).reshape(1, -1, 1, 1)
+        for key, default in (("latents_mean", shift), ("latents_std", 1.0))
+    )
 
+    def call(model: Any, values: torch.Tensor) -> torch.Tensor:
+        decoded: torch.Tensor = model.decode(
+            values * (deviation / scale) + mean, return_dict=False
+        )[0]
+        return decoded
 
-def decoder_upscale(folder: Path) -> int:
-    """Return how many pixels a latent covers along each axis (1 without a decoder)."""
-    for name in FOLDERS:
-        file = folder / name / "config.json"
-        if file.is_file():
-            return int(2 ** (len(read_json(file).get("block_out_channels", (1,))) - 1))
-    return 1
+    return TorchNetwork(module, (InputSpec(name="latents", shape=latents),), "image", call)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import onnx_ir as ir
 
@@ -40,7 +39,5 @@ class Denoiser:
     network: Network
     decoder: Network | None = None
     notes: tuple[str, ...] = ()
-    # Turns samples into latents [N, C, H, W] where they are packed into tokens (Flux).
-    unpack: Callable[[Any], Any] | None = None
     # The timestep that a pipeline's first call gives; None where a sampler says them.
     first_timestep: float | None = None

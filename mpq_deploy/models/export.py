@@ -251,7 +251,7 @@ def _not_finite(spec: DenoiserSpec, path: Path, feeds: dict[str, Array]) -> Mode
     where = first_not_finite(path, feeds) or f"'{spec.output}'"
     at = ""
     if spec.timestep is not None:
-        at = f" at timestep {np.ravel(feeds[spec.timestep.name])[0] / spec.timestep_scale:g}"
+        at = f" at timestep {np.ravel(feeds[spec.timestep.name])[0]:g}"
     return ModelError(
         f"The model gives NaN or Inf on standard normal noise{at}: first in {where}.",
         "Check the weights up to there: the model may have diverged, or need another input range.",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,10 @@ from mpq_deploy.models.conditions import Conditions, WantedInput
 from mpq_deploy.models.spec import InputSpec
 from mpq_deploy.models.torch_export import TorchNetwork
 from mpq_deploy.models.transformer import (
-    ELEMENT,
-    FLUX,
-    FLUX_TIMESTEPS,
-    GUIDANCE,
     PIXART,
     TRANSFORMER_CLASSES,
     Signature,
-    fix_flux_positions,
     fixed_arguments,
-    flux_sample,
-    flux_tokens,
-    flux_unpacked,
     given_inputs,
     keyword_arguments,
     signature_of,
@@ -33,7 +25,7 @@ from mpq_deploy.models.transformer import (
 )
 from mpq_deploy.models.unet import UNET_CLASSES, sample_shape, unet_inputs
 
-OUTPUT = "out_sample"
+OUTPUT, TEXT = "out_sample", "encoder_hidden_states"
 # Optional parameters of known classes: they become inputs where the user's conditions hold them.
 OPTIONAL: dict[str, tuple[str, ...]] = {
     "UNet2DModel": (),
@@ -46,33 +38,24 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
     "DiTTransformer2DModel": (),
     "PixArtTransformer2DModel": (),
     "SD3Transformer2DModel": ("block_controlnet_hidden_states",),
-    "FluxTransformer2DModel": ("controlnet_block_samples", "controlnet_single_block_samples"),
 }
-# The default guidance scale of diffusers' Stable Diffusion pipelines.
-TEXT_GUIDANCE = 7.5
 
 
 @dataclass(frozen=True)
 class ModelForm:
-    """``wanted``: the conditions; ``timestep_scale``: by what the sampler's timesteps are
-    multiplied for the model; ``guidance``: the scale of its own pipeline; ``unpack``: turns
-    packed samples into latents [N, C, H, W].
-    """
+    """``wanted``: the conditions."""
 
     class_name: str
     signature: Signature
     sample: InputSpec
     wanted: tuple[WantedInput, ...]
-    timestep_scale: float = 1.0
-    guidance: float = 1.0
-    unpack: Callable[[torch.Tensor], torch.Tensor] | None = None
     # What the forward is given at every call, beside sample, timestep and conditions.
     fixed: dict[str, Any] = field(default_factory=dict)
 
     @property
     def known(self) -> bool:
-        """Whether the configuration lists the inputs; else signature and given arrays do."""
-        return self.class_name in OPTIONAL
+        """Whether our own sampler calls it as its pipelines do: UNets, and the transformers above."""
+        return self.class_name in OPTIONAL or self.class_name.startswith("UNet")
 
 
 def model_class(config: dict[str, Any], folder: Path) -> Any:
@@ -104,30 +87,26 @@ def model_form(config: dict[str, Any], folder: Path, given: Conditions | None) -
     name = str(config["_class_name"])
     signature = signature_of(module_class)
     assert signature is not None  # model_class refuses others
-    if name == FLUX:
-        sample = flux_sample(config)
-    else:
-        sample = InputSpec(name=signature.sample, shape=sample_shape(config, folder))
-    form = ModelForm(name, signature, sample, (), fixed=fixed_arguments(config, module_class))
-    if name in UNET_CLASSES:
-        form = replace(form, wanted=unet_inputs(config), guidance=TEXT_GUIDANCE)
-    elif name in TRANSFORMER_CLASSES:
-        form = replace(form, wanted=transformer_inputs(config), guidance=GUIDANCE.get(name, 1.0))
-    if name == FLUX:
-        rows, columns = flux_tokens(config)
-        form = replace(
-            form,
-            timestep_scale=1 / FLUX_TIMESTEPS,
-            unpack=lambda tokens: flux_unpacked(tokens, rows, columns),
-        )
-    return replace(form, wanted=(*form.wanted, *_further(form, given)))
+    sample = InputSpec(name=signature.sample, shape=sample_shape(config, folder))
+    fixed = fixed_arguments(config, module_class)
+    if name not in OPTIONAL:
+        others = given_inputs(signature, given, (), name, fixed)
+        return ModelForm(name, signature, sample, others, fixed)
+    wanted = unet_inputs(config) if name in UNET_CLASSES else transformer_inputs(config)
+    allowed = Signature(sample.name, dict.fromkeys(OPTIONAL[name], False))
+    further = given_inputs(allowed, given, wanted, name)
+    return ModelForm(
+        name, signature, sample, (*_without_text(wanted, config, given), *further), fixed
+    )
 
 
-def _further(form: ModelForm, given: Conditions | None) -> tuple[WantedInput, ...]:
-    if not form.known:
-        return given_inputs(form.signature, given, form.wanted, form.class_name, form.fixed)
-    allowed = dict.fromkeys(OPTIONAL[form.class_name], False)
-    return given_inputs(Signature(form.sample.name, allowed), given, form.wanted, form.class_name)
+def _without_text(
+    wanted: tuple[WantedInput, ...], config: dict[str, Any], given: Conditions | None
+) -> tuple[WantedInput, ...]:
+    """Return the inputs, without text where a UNet reads its class vector in every block instead."""
+    if given is None or not config.get("class_embeddings_concat") or TEXT in given.arrays:
+        return wanted
+    return tuple(item for item in wanted if item.name != TEXT)
 
 
 def network(
@@ -137,9 +116,8 @@ def network(
     names = [item.name for item in conditions]
     fixed: dict[str, Any] = dict(form.fixed)
     timestep = form.signature.timestep
-    if form.class_name == FLUX:
-        tokens = next(item.shape[0] for item in conditions if item.name == "encoder_hidden_states")
-        fixed = fix_flux_positions(module, tokens, flux_tokens(config))
+    if TEXT in form.signature.others and TEXT not in names:
+        fixed[TEXT] = None
     if form.class_name == PIXART:
         # Without these it looks them up in the dictionary, whether it has any or not.
         fixed = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
@@ -154,9 +132,4 @@ def network(
             )
         return output
 
-    given = {name.split(ELEMENT)[0] for name in names}
-    given |= set(form.fixed)
-    left_out = [] if form.known else [name for name in form.signature.others if name not in given]
-    return TorchNetwork(
-        module, (form.sample, InputSpec(name=timestep), *conditions), OUTPUT, call, left_out
-    )
+    return TorchNetwork(module, (form.sample, InputSpec(name=timestep), *conditions), OUTPUT, call)

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from mpq_deploy.calls.diffusers_sampler import IMAGE_TOKENS
 from mpq_deploy.calls.pipeline_runs import LEFT_OUT, pipeline_class
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.models.additions import (
@@ -23,13 +22,13 @@ from mpq_deploy.models.additions import (
     read_scheduler,
 )
 from mpq_deploy.models.conditions import Conditions, WantedInput, check_conditions, list_inputs
-from mpq_deploy.models.decoder import decoder_network, decoder_upscale
+from mpq_deploy.models.decoder import decoder_network
 from mpq_deploy.models.denoiser import Denoiser
 from mpq_deploy.models.model_form import OUTPUT, ModelForm, model_class, model_form, network
 from mpq_deploy.models.pipeline_part import open_pipeline_part
 from mpq_deploy.models.spec import DenoiserSpec, InputSpec
 from mpq_deploy.models.torch_export import TorchNetwork
-from mpq_deploy.models.transformer import DIT, FLUX
+from mpq_deploy.models.transformer import DIT
 from mpq_deploy.models.unet import WEIGHTS_NAME, find_weights, load_pretrained
 from mpq_deploy.models.weight_files import check_config, stored_weights
 from mpq_deploy.system.inputs import whole
@@ -40,8 +39,6 @@ INDEX, CONFIG, CARD = "model_index.json", "config.json", "demo.json"
 # Channels of a sample that is an image; others are latents.
 IMAGE_CHANNELS = (1, 3)
 IMAGE_RANGE = (-1.0, 1.0)
-# Inputs that carry the guidance scale of a distilled model, which must not be guided again.
-GUIDING_INPUTS = ("timestep_cond", "guidance")
 
 
 def open_folder(folder: Path, source: str, additions: Additions, talk: Talk) -> Denoiser:
@@ -63,13 +60,19 @@ def open_folder(folder: Path, source: str, additions: Additions, talk: Talk) -> 
     given = Conditions.load(additions.conditions) if additions.conditions is not None else None
     with whole(part / CONFIG, ModelError, "Correct it, or download the model again."):
         form = model_form(config, part, given)
+        if not form.known and pipeline.get("_class_name"):
+            raise UsageError(
+                f"Our own sampler does not know how {pipeline['_class_name']} calls its {form.class_name}: it may "
+                "scale timesteps or shift them.",
+                "Give the whole pipeline folder without --conditions, which its own class then runs; or record the "
+                "calls of your script (mpq_deploy.record) and give them with the ONNX file: --calls.",
+            )
         variant = find_weights(part, WEIGHTS_NAME)
         check_config(config, stored_weights(part, WEIGHTS_NAME, variant), part)
         card = read_json(folder / CARD) if (folder / CARD).is_file() else {}
         _check_nothing_missing(folder, form.wanted, additions)
-        scheduler = _scheduler(additions.scheduler or folder, form, config)
-        conditions = given or _own_conditions(form, config, card, pipeline)
-        conditions = conditions or _texts(folder, pipeline, form, additions, talk)
+        scheduler = read_scheduler(additions.scheduler or folder)
+        conditions = given or _own_conditions(form, config, card)
         inputs = check_conditions(conditions, form.wanted, str(additions.conditions or folder))
     module = load_pretrained(model_class(config, part), part, variant)
     spec = DenoiserSpec(
@@ -77,12 +80,11 @@ def open_folder(folder: Path, source: str, additions: Additions, talk: Talk) -> 
         source=source,
         sample=form.sample,
         timestep=InputSpec(name=form.signature.timestep),
-        timestep_scale=form.timestep_scale,
         conditions=inputs,
         output=OUTPUT,
         prediction_type=predicted(scheduler),
         scheduler=scheduler,
-        guidance_scale=_guidance(additions, card, conditions, form),
+        guidance_scale=_guidance(additions, card, conditions),
         uncond_row=conditions.uncond_row,
         labels=conditions.labels,
         pixel_range=None if _latent(folder, form.sample.shape) else IMAGE_RANGE,
@@ -90,13 +92,12 @@ def open_folder(folder: Path, source: str, additions: Additions, talk: Talk) -> 
     )
     decoder, notes = _decoder(folder, form, talk)
     if not form.known:
-        notes = (
-            *notes,
-            f"{form.class_name} is called as its signature says, with the scheduler's own timesteps",
+        said = (
+            f"{form.class_name} is called as its signature says, with the scheduler's own timesteps"
         )
-    return Denoiser(
-        spec, conditions, network(module, form, config, inputs), decoder, notes, form.unpack
-    )
+        talk.warn(f"{said}; its pipeline may scale them: give the pipeline folder, which knows")
+        notes = (*notes, said)
+    return Denoiser(spec, conditions, network(module, form, config, inputs), decoder, notes)
 
 
 def _runs_itself(
@@ -105,11 +106,10 @@ def _runs_itself(
     """Whether the folder's own pipeline makes the calls, and not our sampler.
 
     Ours is for the bundled models, for arrays that the user gives, and for class-conditional models
-    in a pipeline that gives them no class. It is for checkpoints of training too, which name none.
+    in a pipeline that gives them no class.
     """
-    if not (folder / INDEX).is_file() or (folder / CARD).is_file():
-        return False
-    if additions.conditions is not None:
+    named = pipeline.get("_class_name") not in (None, "DiffusionPipeline")
+    if not named or additions.conditions is not None or (folder / CARD).is_file():
         return False
     if not config.get("num_class_embeds"):
         return True
@@ -158,7 +158,7 @@ def _decoder(
 ) -> tuple[TorchNetwork | None, tuple[str, ...]]:
     """Return the pipeline's decoder; when it cannot be used, None and the reason."""
     try:
-        return decoder_network(folder, form.sample.shape, form.unpack), ()
+        return decoder_network(folder, form.sample.shape), ()
     except ModelError as error:
         tell_cause(error)
         talk.warn(f"samples are compared as latents: {error.message}")
@@ -182,18 +182,6 @@ def _denoiser_folder(folder: Path, pipeline: dict[str, Any], component: str | No
     )
 
 
-def _scheduler(path: Path, form: ModelForm, config: dict[str, Any]) -> dict[str, Any]:
-    """Return the scheduler's configuration, with the image tokens where they matter."""
-    scheduler = read_scheduler(path)
-    if form.class_name == FLUX:
-        return {**scheduler, IMAGE_TOKENS: form.sample.shape[0]}
-    if scheduler.get("use_dynamic_shifting"):
-        patch = int(config.get("patch_size", 1))
-        tokens = int(np.prod([size // patch for size in form.sample.shape[1:]]))
-        return {**scheduler, IMAGE_TOKENS: tokens}
-    return scheduler
-
-
 def _check_nothing_missing(
     folder: Path, wanted: tuple[WantedInput, ...], additions: Additions
 ) -> None:
@@ -203,8 +191,7 @@ def _check_nothing_missing(
     if additions.scheduler is None and not has_scheduler:
         missing.append("a scheduler: --scheduler FILE_or_folder")
     own_classes = all(item.name == "class_labels" and item.dtype == "int64" for item in wanted)
-    has_text = (folder / "text_encoder").is_dir() and (folder / "tokenizer").is_dir()
-    if wanted and additions.conditions is None and not own_classes and not has_text:
+    if wanted and additions.conditions is None and not own_classes:
         missing.append(f"conditions: --conditions FILE.npz with the arrays {list_inputs(wanted)}")
     if missing:
         raise UsageError(
@@ -213,38 +200,13 @@ def _check_nothing_missing(
         )
 
 
-def _own_conditions(
-    form: ModelForm, config: dict[str, Any], card: dict[str, Any], pipeline: dict[str, Any]
-) -> Conditions | None:
-    """Return every class, or nothing for an unconditional model; None for one that takes texts."""
+def _own_conditions(form: ModelForm, config: dict[str, Any], card: dict[str, Any]) -> Conditions:
+    """Return a row per class, or nothing for an unconditional model."""
     if not form.wanted:
         return Conditions()
-    if [item.name for item in form.wanted] != ["class_labels"]:
-        return None
-    if form.class_name == DIT:
-        return _dit_classes(int(config.get("num_embeds_ada_norm", 1000)), pipeline)
-    return _every_class(int(config["num_class_embeds"]), card)
-
-
-def _texts(
-    folder: Path, pipeline: dict[str, Any], form: ModelForm, additions: Additions, talk: Talk
-) -> Conditions:
-    """Return the prompts through the folder's text encoders."""
-    from mpq_deploy.models.prompts import Wanted, prompts_file, read_prompts, text_conditions
-
-    prompts = read_prompts(additions.prompts or prompts_file())
-    pixels = decoder_upscale(folder)
-    height, width = (form.sample.shape[-2] * pixels, form.sample.shape[-1] * pixels)
-    wanted = Wanted(form.class_name, form.wanted, (height, width), additions.guidance_scale)
-    return text_conditions(folder, pipeline, wanted, prompts, talk)
-
-
-def _dit_classes(count: int, pipeline: dict[str, Any]) -> Conditions:
-    """Return one row per class of a DiT, and a last one for its empty class."""
-    names = pipeline.get("id2label") or {}
-    labels = tuple(str(names.get(str(i), f"class {i}")).split(",")[0] for i in range(count))
-    rows = np.arange(count + 1, dtype=np.int64)
-    return Conditions({"class_labels": rows}, count + 1, count, (*labels, "(no class)"))
+    count = config.get("num_class_embeds") or config.get("num_embeds_ada_norm") or 1000
+    # A DiT has an embedding more than classes, for none.
+    return _every_class(int(count) + (form.class_name == DIT), card)
 
 
 def _every_class(count: int, card: dict[str, Any]) -> Conditions:
@@ -255,25 +217,11 @@ def _every_class(count: int, card: dict[str, Any]) -> Conditions:
     return Conditions({"class_labels": np.arange(count, dtype=np.int64)}, count, empty, labels)
 
 
-def _guidance(
-    additions: Additions, card: dict[str, Any], conditions: Conditions, form: ModelForm
-) -> float:
-    """Return the guidance scale: the user's, the card's, the class's pipeline's, or 1 (none)."""
-    names = [item.name for item in form.wanted]
-    distilled = any(name in names for name in GUIDING_INPUTS)
-    if distilled and additions.conditions is None:
-        return 1.0  # the scale has become an input, see prompts.py
-    guided = (
-        conditions.uncond_row is not None
-        and not distilled
-        and ("encoder_hidden_states" in names or form.class_name == DIT)
-    )
-    default = form.guidance if guided else 1.0
-    scale = (
-        additions.guidance_scale
-        if additions.guidance_scale is not None
-        else card.get("guidance", default)
-    )
+def _guidance(additions: Additions, card: dict[str, Any], conditions: Conditions) -> float:
+    """Return the guidance scale: the user's, the card's, or 1 (none)."""
+    scale = additions.guidance_scale
+    if scale is None:
+        scale = float(card.get("guidance", 1.0))
     if scale != 1 and conditions.uncond_row is None:
         raise UsageError(
             f"The guidance scale is {scale}, but the conditions have no row for the empty condition.",

@@ -22,7 +22,7 @@ def check_output(spec: DenoiserSpec, shape: tuple[int, ...]) -> None:
 
     A learned variance doubles the channels, and its half is left out.
     """
-    if spec.timestep is None:
+    if not spec.sampled:
         return
     sample, output = spec.sample.shape, tuple(shape[1:])
     why, remedy = _misfit(sample, output, str(spec.scheduler.get("variance_type", "")))
@@ -72,10 +72,10 @@ def check_timesteps(
     spec: DenoiserSpec, numbers_of_steps: Iterable[int], kind: SamplerKind = "auto"
 ) -> None:
     """Raise ModelError where the model takes whole timesteps and the sampler has fractions between them."""
-    if spec.timestep is None or not spec.timestep.dtype.startswith("int"):
+    if not spec.sampled or spec.timestep is None or not spec.timestep.dtype.startswith("int"):
         return
     for steps in sorted(set(numbers_of_steps)):
-        timesteps = make_sampler(spec.scheduler, steps, kind=kind).timesteps * spec.timestep_scale
+        timesteps = make_sampler(spec.scheduler, steps, kind=kind).timesteps
         fraction = first_fraction(timesteps)
         if fraction is not None:
             raise ModelError(

@@ -58,10 +58,10 @@ class DenoiserSpec(BaseModel):
 
     ``timestep`` None: a component that is called once (a VAE's decoder, a text encoder). Its
     samples are rows of conditions.npz by their input's name: the first ``calibration_rows`` to
-    calibrate with, the others to compare with. The model is fed the sampler's timestep times
-    ``timestep_scale``. ``first_tokens``: by condition, the first token of every text, for which
+    calibrate with, the others to compare with. ``first_tokens``: by condition, the first token of every text, for which
     alone the graph holds (``graph.passes.first_token``). ``pipeline``: the model's calls are those
-    of a diffusers pipeline; then ``conditions.npz`` holds those of one call alone.
+    of a diffusers pipeline; then ``conditions.npz`` holds those of one call alone. ``recorded``: its calls
+    were recorded by somebody's script, and there is nothing to sample with.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -70,7 +70,6 @@ class DenoiserSpec(BaseModel):
     source: str
     sample: InputSpec
     timestep: InputSpec | None
-    timestep_scale: float = 1.0
     calibration_rows: int | None = None
     conditions: tuple[InputSpec, ...] = ()
     output: str = "out_sample"
@@ -83,6 +82,7 @@ class DenoiserSpec(BaseModel):
     decoder: str | None = None
     synthetic: str = ""
     first_tokens: dict[str, tuple[float, ...]] = {}
+    recorded: bool = False
     pipeline: PipelineSpec | None = None
     config: dict[str, Any] = {}
 
@@ -90,6 +90,11 @@ class DenoiserSpec(BaseModel):
     def inputs(self) -> tuple[InputSpec, ...]:
         """All inputs of the graph: the sample, the timestep where there is one, the conditions."""
         return (self.sample, *(() if self.timestep is None else (self.timestep,)), *self.conditions)
+
+    @property
+    def sampled(self) -> bool:
+        """Whether our own sampler makes the model's calls."""
+        return self.timestep is not None and self.pipeline is None and not self.recorded
 
     def input_shapes(self, calls: int = 1) -> dict[str, tuple[int, ...]]:
         """Return the shape of every input for so many calls, by name."""

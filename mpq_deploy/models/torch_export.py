@@ -38,6 +38,8 @@ PREFIX = "network."
 # What the exporter writes for nodes outside any module.
 OUTSIDE = "_empty_nn_module_stack_from_metadata_hook"
 
+ELSEWHERE = "Export it to ONNX by other means and give the ONNX file with a YAML."
+
 Forward = Callable[..., torch.Tensor]
 
 
@@ -55,11 +57,8 @@ class TorchNetwork:
         inputs: Sequence[InputSpec],
         output: str,
         call: Forward,
-        left_out: Sequence[str] = (),
     ) -> None:
         self.module = module.eval()
-        # Inputs with defaults that nothing gives.
-        self.left_out = tuple(left_out)
         self.inputs, self.output, self._call = tuple(inputs), output, call
 
     def to_onnx(self, talk: Talk) -> ir.Model:
@@ -109,16 +108,9 @@ class TorchNetwork:
         except torch.onnx.OnnxExporterError as error:
             raise ModelError(
                 f"PyTorch cannot export {type(self.module).__name__} to ONNX: {gist(error)}",
-                self._remedy(),
+                ELSEWHERE,
             ) from error
         return program.model  # type: ignore[no-any-return]
-
-    def _remedy(self) -> str:
-        onnx = "xport it to ONNX by other means and give the ONNX file with a YAML."
-        if not self.left_out:
-            return f"E{onnx}"
-        names = ", ".join(self.left_out)
-        return f"It may need inputs that it calls optional ({names}): give them with --conditions FILE.npz; or e{onnx}"
 
     def _example(self, item: InputSpec) -> torch.Tensor:
         shape = (EXAMPLE_BATCH, *item.shape)

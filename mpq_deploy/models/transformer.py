@@ -1,9 +1,4 @@
-"""Diffusion transformers, and any other class that denoises: inputs by configuration.
-
-The four classes here say in their configuration what they need. Of any other class of diffusers
-whose forward takes a sample, a timestep and further tensors, the forward's own signature and the
-user's arrays say it.
-"""
+"""How a denoiser's forward is called, and what the transformers take that our own sampler knows."""
 
 from __future__ import annotations
 
@@ -16,11 +11,10 @@ import torch
 
 from mpq_deploy.errors import UsageError, nearest
 from mpq_deploy.models.conditions import Conditions, WantedInput
-from mpq_deploy.models.spec import InputSpec
 
 DIT, PIXART = "DiTTransformer2DModel", "PixArtTransformer2DModel"
-SD3, FLUX = "SD3Transformer2DModel", "FluxTransformer2DModel"
-TRANSFORMER_CLASSES = (DIT, PIXART, SD3, FLUX)
+SD3 = "SD3Transformer2DModel"
+TRANSFORMER_CLASSES = (DIT, PIXART, SD3)
 # Names that forwards of diffusers have for the noisy sample, and what they call the timestep.
 SAMPLE_NAMES = ("hidden_states", "sample")
 TIMESTEP = "timestep"
@@ -31,14 +25,6 @@ ADDED = "added_cond_kwargs"
 ADDED_INPUTS = ("text_embeds", "time_ids", "image_embeds", "resolution", "aspect_ratio")
 # A list of tensors is one input per element: ``NAME.0``, ``NAME.1`` (ControlNet's residuals).
 ELEMENT = "."
-# The scales that diffusers' own pipelines guide with.
-GUIDANCE = {DIT: 4.0, PIXART: 4.5, SD3: 7.0}
-# Latent rows and columns per token of Flux, and latents per edge in its pipeline (1,024 pixels).
-FLUX_PATCH, FLUX_SIZE = 2, 128
-# The pipeline of Flux divides the scheduler's timesteps by this (the model multiplies them again).
-FLUX_TIMESTEPS = 1000
-# Flux' ids say batch, row and column of a token; text has none of its own.
-FLUX_IDS = 3
 
 
 @dataclass(frozen=True)
@@ -111,8 +97,6 @@ def transformer_inputs(config: dict[str, Any]) -> tuple[WantedInput, ...]:
         "encoder_hidden_states", (None, int(config.get("joint_attention_dim", 4096)))
     )
     pooled = WantedInput("pooled_projections", (int(config.get("pooled_projection_dim", 768)),))
-    if name == FLUX and config.get("guidance_embeds"):
-        return (text, pooled, WantedInput("guidance", ()))
     return (text, pooled)
 
 
@@ -181,68 +165,3 @@ def keyword_arguments(signature: Signature, given: dict[str, torch.Tensor]) -> d
         **arguments,
         **{head: tuple(values[i] for i in sorted(values)) for head, values in lists.items()},
     }
-
-
-def flux_tokens(config: dict[str, Any]) -> tuple[int, int]:
-    """Return rows and columns of Flux' tokens, from ``sample_size`` in latents (else 128).
-
-    Raises UsageError for a size that is no multiple of a token's.
-    """
-    size = config.get("sample_size") or FLUX_SIZE
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    if height % FLUX_PATCH or width % FLUX_PATCH:
-        raise UsageError(
-            f"Flux' sample_size is {size}, but a token covers 2 x 2 latents.",
-            "Choose even numbers.",
-        )
-    return int(height) // FLUX_PATCH, int(width) // FLUX_PATCH
-
-
-def flux_unpacked(tokens: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """Return Flux' tokens [N, rows * columns, 4 C] as latents [N, C, 2 rows, 2 columns]."""
-    channels = tokens.shape[-1] // FLUX_PATCH**2
-    grid = tokens.reshape(-1, rows, columns, channels, FLUX_PATCH, FLUX_PATCH)
-    return grid.permute(0, 3, 1, 4, 2, 5).reshape(
-        -1, channels, FLUX_PATCH * rows, FLUX_PATCH * columns
-    )
-
-
-class _FixedRotation(torch.nn.Module):  # type: ignore[misc]
-    """Flux' rotary embedding for known ids: cosines and sines [tokens, width], float32."""
-
-    def __init__(self, cosines: torch.Tensor, sines: torch.Tensor) -> None:
-        super().__init__()
-        self.register_buffer("cosines", cosines.float(), persistent=False)
-        self.register_buffer("sines", sines.float(), persistent=False)
-
-    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what was computed before; ``ids`` are those of the export."""
-        return self.cosines, self.sines
-
-
-def fix_flux_positions(
-    module: Any, text_tokens: int, tokens: tuple[int, int]
-) -> dict[str, torch.Tensor]:
-    """Make the positions of ``module`` constant; return the ids of text and image tokens."""
-    rows, columns = tokens
-    image = torch.zeros(rows, columns, FLUX_IDS)
-    image[..., 1] += torch.arange(rows)[:, None]
-    image[..., 2] += torch.arange(columns)[None]
-    ids = {
-        "txt_ids": torch.zeros(text_tokens, FLUX_IDS),
-        "img_ids": image.reshape(rows * columns, FLUX_IDS),
-    }
-    if not isinstance(module.pos_embed, _FixedRotation):
-        with torch.no_grad():
-            module.pos_embed = _FixedRotation(
-                *module.pos_embed(torch.cat([ids["txt_ids"], ids["img_ids"]]))
-            )
-    return ids
-
-
-def flux_sample(config: dict[str, Any]) -> InputSpec:
-    """Return Flux' sample: packed latents [tokens, channels]."""
-    rows, columns = flux_tokens(config)
-    return InputSpec(
-        name="hidden_states", shape=(rows * columns, int(config.get("in_channels", 64)))
-    )

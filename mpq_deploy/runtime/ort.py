@@ -194,14 +194,13 @@ def model_feeds(
     feeds = {spec.sample.name: _cast(sample, spec.sample)}
     if spec.timestep is not None:
         rows = _timestep_rows(timestep, count, spec.timestep)
-        scaled = rows if spec.timestep_scale == 1 else rows * spec.timestep_scale
-        fraction = first_fraction(scaled) if spec.timestep.dtype.startswith("int") else None
+        fraction = first_fraction(rows) if spec.timestep.dtype.startswith("int") else None
         if fraction is not None:
             raise ModelError(
                 f"The timestep '{spec.timestep.name}' is {spec.timestep.dtype}, and {fraction:g} is no whole number.",
                 "Use a scheduler of whole timesteps, or export the model with a float timestep.",
             )
-        feeds[spec.timestep.name] = _cast(scaled, spec.timestep)
+        feeds[spec.timestep.name] = _cast(rows, spec.timestep)
     for item in spec.conditions:
         if item.name not in conditions:
             raise ModelError(

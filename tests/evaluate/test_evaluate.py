@@ -12,10 +12,11 @@ from mpq_deploy.calls.loop import GuidedDenoiser, denoise, initial_noise
 from mpq_deploy.calls.sampler import make_sampler
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.evaluate import evaluate as module
-from mpq_deploy.evaluate.evaluate import Variant, evaluate, spread_rows
+from mpq_deploy.evaluate.evaluate import Variant, evaluate
 from mpq_deploy.evaluate.evaluation_result import Evaluation
 from mpq_deploy.evaluate.images import psnr_db, to_unit
 from mpq_deploy.evaluate.output_error import nmse
+from mpq_deploy.evaluate.setup import spread_rows
 from mpq_deploy.evaluate.variants import with_cpu_latency
 from mpq_deploy.models.spec import DenoiserSpec, FloatModel, InputSpec
 from mpq_deploy.recipe import EvaluateSettings

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 
@@ -100,14 +101,19 @@ def test_a_checkpoint_of_training_opens_without_an_index(tmp_path: Path) -> None
 
 
 @pytest.mark.torch
-def test_text_encoders_are_found_without_an_index(tmp_path: Path) -> None:
-    folder = tiny_text_pipeline_folder(tmp_path)
+@pytest.mark.parametrize("xl", [False, True])
+def test_a_text_pipeline_is_known_by_its_parts(tmp_path: Path, xl: bool) -> None:
+    folder = tiny_text_pipeline_folder(tmp_path, xl=xl)
     (tmp_path / "prompts.txt").write_text("a cat\n", encoding="utf-8")
     additions = Additions(prompts=tmp_path / "prompts.txt")
+    whole = open_denoiser(folder, additions)
     (folder / "model_index.json").unlink()
-    opened = open_denoiser(folder, additions)
-    assert opened.spec.labels == ("a cat", "(empty prompt)")
-    assert opened.conditions.arrays["encoder_hidden_states"].shape == (2, 8, 12)
+    parts = open_denoiser(folder, additions)
+    assert parts.spec.pipeline == whole.spec.pipeline
+    np.testing.assert_array_equal(
+        whole.conditions.arrays["encoder_hidden_states"],
+        parts.conditions.arrays["encoder_hidden_states"],
+    )
 
 
 def optimum_folder(tmp_path: Path, place: str = "unet", **config: Any) -> Path:

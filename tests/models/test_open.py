@@ -155,14 +155,16 @@ def test_a_pickled_conditions_file_is_refused(tmp_path: Path) -> None:
             open_denoiser(folder, Additions(conditions=tmp_path / name))
 
 
-def test_a_text_pipeline_encodes_its_prompts(tmp_path: Path) -> None:
+def test_a_text_pipeline_is_called_with_the_prompts(tmp_path: Path) -> None:
     folder = tiny_text_pipeline_folder(tmp_path)
     (tmp_path / "prompts.txt").write_text("# two\na cat\n\nthe dog\n", encoding="utf-8")
     denoiser = open_denoiser(folder, Additions(prompts=tmp_path / "prompts.txt"))
-    assert denoiser.spec.labels == ("a cat", "the dog", "(empty prompt)")
-    assert denoiser.spec.uncond_row == 2 and denoiser.spec.guidance_scale == 7.5
-    assert denoiser.conditions.arrays["encoder_hidden_states"].shape == (3, 8, 12)
-    assert denoiser.decoder is not None and denoiser.spec.pixel_range is None
+    spec = denoiser.spec
+    assert spec.labels == ("a cat", "the dog") and spec.pipeline is not None and not spec.sampled
+    assert spec.pipeline.calls == ({"prompt": "a cat"}, {"prompt": "the dog"})
+    # One image, and its guidance.
+    assert denoiser.conditions.arrays["encoder_hidden_states"].shape == (2, 8, 12)
+    assert denoiser.decoder is None and spec.pixel_range is None
 
 
 def test_the_prompts_give_what_the_text_model_gives(tmp_path: Path) -> None:
@@ -170,24 +172,23 @@ def test_the_prompts_give_what_the_text_model_gives(tmp_path: Path) -> None:
     from transformers import CLIPTextModel, CLIPTokenizer
 
     folder = tiny_text_pipeline_folder(tmp_path)
-    states = open_denoiser(folder).conditions.arrays["encoder_hidden_states"]
-    assert len(states) == 65
+    opened = open_denoiser(folder)
+    assert len(opened.spec.labels) == 64
     tokenizer, model = (
         c.from_pretrained(folder / n)
         for c, n in ((CLIPTokenizer, "tokenizer"), (CLIPTextModel, "text_encoder"))
     )
-    tokens = tokenizer(
-        "a red bicycle leaning against a brick wall", padding="max_length", truncation=True
-    )
+    texts = ["", "a red bicycle leaning against a brick wall"]
+    tokens = tokenizer(texts, padding="max_length", truncation=True)
     with torch.no_grad():
-        expected = model(torch.tensor([tokens["input_ids"]]))[0].numpy()
-    np.testing.assert_allclose(states[:1], expected, atol=1e-5)
+        expected = model(torch.tensor(tokens["input_ids"]))[0].numpy()
+    states = opened.conditions.arrays["encoder_hidden_states"]
+    np.testing.assert_allclose(states, expected, atol=1e-5)
 
 
 def test_an_sdxl_like_folder_has_pooled_text_and_time_ids(tmp_path: Path) -> None:
     folder = tiny_text_pipeline_folder(tmp_path, xl=True)
-    (tmp_path / "prompts.txt").write_text("a cat\n", encoding="utf-8")
-    arrays = open_denoiser(folder, Additions(prompts=tmp_path / "prompts.txt")).conditions.arrays
+    arrays = open_denoiser(folder).conditions.arrays
     assert {name: values.shape for name, values in arrays.items()} == {
         "encoder_hidden_states": (2, 8, 12),
         "text_embeds": (2, 6),

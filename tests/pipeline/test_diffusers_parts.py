@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -35,37 +34,12 @@ def built(model: Path, run: Path, **changes: Any) -> Built:
     return found
 
 
-def test_a_transformer_becomes_a_denoiser_that_its_pipeline_runs(tmp_path: Path) -> None:
-    folder = tiny_transformer_folder(tmp_path, "DiTTransformer2DModel", vae=True)
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    (folder / "model_index.json").write_text(
-        json.dumps({**index, "_class_name": "DiTPipeline"}), encoding="utf-8"
-    )
-    found = built(folder, tmp_path / "run", guidance_scale=2.0)
-    assert found.report["evaluation"]["image_kind"] == "decoded"
-    schemes = {row["scheme"] for row in found.report["layers"]}
-    assert schemes > {"fp16"}
-    pipe = diffusers.DiTPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-
-    def image() -> Any:
-        # The pipeline's own empty class is number 1,000, whatever the model has: no guidance here.
-        options = {"guidance_scale": 1.0, "num_inference_steps": 3, "output_type": "np"}
-        return pipe([1], generator=torch.Generator().manual_seed(3), **options).images
-
-    before = image()
-    pipe.transformer = mpq_deploy.load(tmp_path / "run")
-    after = image()
-    error = np.square(after - before).mean() / np.square(before - before.mean()).mean()
-    assert 0 < error < 0.1
-
-
 def test_a_flow_matching_transformer_builds(tmp_path: Path) -> None:
     folder = tiny_transformer_folder(tmp_path, "SD3Transformer2DModel")
     conditions = tiny_transformer_conditions(tmp_path / "c.npz", "SD3Transformer2DModel")
     found = built(folder, tmp_path / "run", conditions=str(conditions))
     spec = DenoiserSpec.load(tmp_path / "run" / "export" / "denoiser.json")
-    assert spec.prediction_type == "flow_prediction" and spec.guidance_scale == 7.0
+    assert spec.prediction_type == "flow_prediction" and spec.guidance_scale == 1
     assert "FlowMatchEulerDiscreteScheduler" in found.report["evaluation"]["sampler"]
 
 
@@ -76,7 +50,8 @@ def test_a_text_pipeline_and_its_parts_build(tmp_path: Path) -> None:
     prompts.write_text("abc\ndef\nghi\njkl\nmno\npqr\nstu\n", encoding="utf-8")
     options = {"prompts": str(prompts), "component_samples": 8}
     whole = built(folder, tmp_path / "unet", **options)
-    assert whole.report["evaluation"]["image_kind"] == "decoded"
+    assert whole.report["evaluation"]["image_kind"] == "pixels"
+    assert "StableDiffusionPipeline" in whole.report["evaluation"]["sampler"]
     decoder = built(folder, tmp_path / "vae", component="vae", **options)
     assert decoder.report["evaluation"]["image_kind"] == "pixels"
     assert any("samples of the float denoiser" in note for note in decoder.report["notes"])

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -23,14 +24,13 @@ from mpq_deploy.models.export import load_exported  # noqa: E402
 from tests.pipeline.runs import Built, build, recipe_for  # noqa: E402
 from tests.tiny_models import (  # noqa: E402
     TEXT_PIPELINES,
-    TRANSFORMERS,
     tiny_text_transformer_folder,
     tiny_transformer_folder,
 )
 
 pytestmark = [pytest.mark.torch, pytest.mark.rtx]
-DIT, PIXART, SD3, FLUX = TRANSFORMERS
-PROMPTS = "abc\nde f\nghi\n"
+DIT, SD3, FLUX = "DiTTransformer2DModel", "SD3Transformer2DModel", "FluxTransformer2DModel"
+PROMPTS = ["abc", "de f", "ghi"]
 STEPS = 3
 # No branches, so that each layer's weight lies in the engine in one type.
 MIX: dict[str, Any] = {
@@ -49,29 +49,30 @@ class Case:
     built: Built
 
 
-@pytest.fixture(scope="module", params=TRANSFORMERS)
+@pytest.fixture(scope="module", params=[DIT, SD3, FLUX])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     pytest.importorskip("tensorrt_rtx")
     place = tmp_path_factory.mktemp("pipeline")
-    (place / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
-    given: dict[str, Any] = {"prompts": str(place / "prompts.txt")}
+    # The pipeline's own empty class is number 1,000, whatever the model has: no guidance here.
+    calls: list[dict[str, Any]] = [{"class_labels": [n], "guidance_scale": 1.0} for n in range(3)]
     if request.param == DIT:
-        folder, given = tiny_transformer_folder(place, DIT, vae=True), {}
+        folder = tiny_transformer_folder(place, DIT, vae=True)
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         (folder / "model_index.json").write_text(
             json.dumps({**index, "_class_name": "DiTPipeline"}), encoding="utf-8"
         )
     else:
         folder = tiny_text_transformer_folder(place, request.param)
+        calls = [{"prompt": prompt, "height": 16, "width": 16} for prompt in PROMPTS]
     options = {
         "target": "rtx",
         "engine__build": True,
         "engine__batch_max": 2,
         "evaluate__controls": False,
+        "call": str(place / "calls.yaml"),
     }
-    return Case(
-        request.param, folder, build(recipe_for(folder, **options, **given, **MIX), place / "run")
-    )
+    (place / "calls.yaml").write_text(yaml.safe_dump(calls), encoding="utf-8")
+    return Case(request.param, folder, build(recipe_for(folder, **options, **MIX), place / "run"))
 
 
 def elements(log: str, dtype: str) -> int:
@@ -117,8 +118,6 @@ def images(pipe: Any, class_name: str) -> np.ndarray:
         # The pipeline's own empty class is number 1,000, whatever the model has: no guidance here.
         return np.asarray(pipe([1], guidance_scale=1.0, **options).images)
     options |= {"height": 16, "width": 16}
-    if class_name == PIXART:
-        options |= {"use_resolution_binning": False, "clean_caption": False}
     return np.asarray(pipe("de f", **options).images)
 
 
@@ -144,30 +143,27 @@ def test_it_draws_in_the_place_of_the_pipelines_transformer(case: Case, tmp_path
             output_type="latent",
             height=16,
             width=16,
-            **quiet(case),
         )
         assert np.isfinite(np.asarray(other.images.detach())).all()
 
 
-def quiet(case: Case) -> dict[str, Any]:
-    return (
-        {"use_resolution_binning": False, "clean_caption": False}
-        if case.class_name == PIXART
-        else {}
-    )
-
-
-def test_the_run_holds_the_pipelines_prompts(case: Case) -> None:
+def test_the_graph_takes_what_its_pipeline_gives(case: Case) -> None:
     exported = load_exported(case.built.run / "export")
-    names = [item.name for item in exported.spec.conditions]
+    spec = exported.spec
     wanted = {
         DIT: ["class_labels"],
-        PIXART: ["encoder_hidden_states", "encoder_attention_mask"],
         SD3: ["encoder_hidden_states", "pooled_projections"],
         FLUX: ["encoder_hidden_states", "pooled_projections", "guidance"],
     }
-    assert names == wanted[case.class_name] and set(names) == set(exported.conditions.arrays)
+    names = [item.name for item in spec.conditions]
+    assert sorted(names) == sorted(wanted[case.class_name])
+    assert set(names) == set(exported.conditions.arrays)
+    assert spec.pipeline is not None
+    assert set(spec.pipeline.fixed) == (
+        {"img_ids", "txt_ids"} if case.class_name == FLUX else set()
+    )
+    assert spec.pipeline.class_name in case.built.report["evaluation"]["sampler"]
     if case.class_name != DIT:
-        assert exported.spec.labels == (*PROMPTS.splitlines(), "(empty prompt)")
+        assert spec.labels == tuple(PROMPTS)
         with pytest.raises(UsageError, match="needs 'encoder_hidden_states'"):
-            mpq_deploy.load(case.built.run)(torch.zeros(1, *exported.spec.sample.shape), 7)
+            mpq_deploy.load(case.built.run)(torch.zeros(1, *spec.sample.shape), timestep=7)
