@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import onnx
-import onnx.external_data_helper
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
@@ -30,11 +29,18 @@ from mpq_deploy.graph.passes.name_nodes import NameNodesPass
 from mpq_deploy.graph.passes.raise_opset import RaiseOpsetPass
 from mpq_deploy.graph.passes.widen import WidenPass
 from mpq_deploy.graph.sound import check_bounds, refuse_unsound, tensor_bytes
+from mpq_deploy.system.hub_cache import hub_blobs
 from mpq_deploy.system.inputs import open_input
 from mpq_deploy.system.names import printable
 
 # A protobuf file cannot be larger; such models keep their weights in a second file.
 PROTOBUF_LIMIT = 2**31
+# Lists of numbers up to this are shapes and axes, or a Resize's scales; larger ones are tables.
+SIZES_BYTES = {
+    onnx.TensorProto.INT32: 1024,
+    onnx.TensorProto.INT64: 1024,
+    onnx.TensorProto.FLOAT: 32,
+}
 
 
 def load_model(path: Path) -> ir.Model:
@@ -127,34 +133,23 @@ def check_external_data(proto: onnx.ModelProto, path: Path) -> None:
             _locate_in(blobs, tensor, file)
 
 
-def hub_blobs(path: Path) -> Path | None:
-    """Return the folder of files of the hub's cache that ``path`` lies in; None: in none.
+def inline_sizes(proto: onnx.ModelProto, path: Path) -> bool:
+    """Read external shapes, axes and limits into ``proto``, which ``read_proto`` gave for ``path``.
 
-    The cache's layout: ``models--ORG--NAME/snapshots/REVISION/FILE`` is a link into ``blobs/``. Links
-    to anywhere else are not the cache's.
+    ONNX Runtime's shape inference reads none from files. Returns whether there were any.
     """
-    shown = path.absolute()
-    for root in shown.parents:
-        if root.name.startswith("models--") and shown.relative_to(root).parts[0] == "snapshots":
-            blobs = (root / "blobs").resolve()
-            linked = blobs.parent == root.resolve() and shown.resolve().parent == blobs
-            return blobs if linked else None
-    return None
-
-
-def small_inline(proto: onnx.ModelProto, path: Path, limit: int) -> bool:
-    """Read external tensors of up to ``limit`` bytes into ``proto``, which ``read_proto`` gave for ``path``.
-
-    Returns whether there were any.
-    """
-    folder, small = path.resolve().parent, 0
+    folder, read = path.resolve().parent, 0
     for tensor in external_tensors(proto):
-        if (tensor_bytes(tensor) or 0) <= limit:
-            onnx.external_data_helper.load_external_data_for_tensor(tensor, str(folder))
+        size, most = tensor_bytes(tensor), SIZES_BYTES.get(tensor.data_type, -1)
+        if size is not None and len(tensor.dims) <= 1 and size <= most:
+            entries = {entry.key: entry.value for entry in tensor.external_data}
+            with open_input(folder / entries["location"], error=ModelError) as file:
+                file.seek(int(entries.get("offset", "0")))
+                tensor.raw_data = file.read(size)
             tensor.data_location = onnx.TensorProto.DEFAULT
             del tensor.external_data[:]
-            small += 1
-    return small > 0
+            read += 1
+    return read > 0
 
 
 def _locate_in(blobs: Path, tensor: onnx.TensorProto, file: Path) -> None:

@@ -94,15 +94,7 @@ def source_files(
     """
     path = locate(source)
     if path.is_dir():
-        parts = [*PARTS, *_named_parts(path)]
-        folders = [path, *(path / part for part in dict.fromkeys(parts) if (path / part).is_dir())]
-        files = {
-            p
-            for folder in folders
-            for p in folder.iterdir()
-            if p.suffix in SOURCE_ENDINGS and p.is_file()
-        }
-        return sorted((p.relative_to(path).as_posix(), p) for p in files)
+        return folder_files(path)
     from mpq_deploy.graph.load import external_files, read_proto
     from mpq_deploy.models.onnx_file import described
 
@@ -116,6 +108,19 @@ def source_files(
     if isinstance(scheduler, str) and (yaml_path.parent / scheduler).is_file():
         files.add(yaml_path.parent / scheduler)
     return sorted((p.name, p) for p in files)
+
+
+def folder_files(path: Path) -> list[tuple[str, Path]]:
+    """Return the files of a diffusers folder that may be read: (name in the folder, path), sorted."""
+    parts = dict.fromkeys((*PARTS, *_named_parts(path)))
+    folders = [path, *(path / part for part in parts if (path / part).is_dir())]
+    files = {
+        p
+        for folder in folders
+        for p in folder.iterdir()
+        if p.suffix in SOURCE_ENDINGS and p.is_file()
+    }
+    return sorted((p.relative_to(path).as_posix(), p) for p in files)
 
 
 def _named_parts(folder: Path) -> list[str]:

@@ -38,6 +38,7 @@ from mpq_deploy.models.conditions import Conditions, WantedInput, check_conditio
 from mpq_deploy.models.denoiser import Denoiser
 from mpq_deploy.models.optimum_folder import CONFIG, own_description
 from mpq_deploy.models.spec import Array, DenoiserSpec, InputSpec, PredictionType
+from mpq_deploy.system.hub_cache import refuse_links_out
 from mpq_deploy.system.progress import Talk
 from mpq_deploy.system.yaml_file import read_yaml
 
@@ -210,6 +211,7 @@ def open_onnx(path: Path, source: str, additions: Additions, talk: Talk) -> Deno
     Raises UsageError when the YAML does not fit the file or something is missing, ModelError for a
     file that cannot be used (no dynamic batch axis, unknown input types).
     """
+    refuse_links_out([path])
     model = load_model(path)
     refuse_quantized(model, path)
     inputs = [value for value in model.graph.inputs if not value.is_initializer()]
@@ -218,6 +220,7 @@ def open_onnx(path: Path, source: str, additions: Additions, talk: Talk) -> Deno
     if additions.calls is not None:
         return open_with_calls(path, source, additions, model, talk)
     description, yaml_path = described(path, additions.description, list(declared), outputs)
+    refuse_links_out([yaml_path])
     _check_names(declared, description, yaml_path)
     sample = _input(declared[description.sample.name], description.sample, path)
     timestep = _input(declared[description.timestep.name], description.timestep, path)

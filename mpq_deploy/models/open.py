@@ -12,9 +12,10 @@ from pydantic import ValidationError
 from mpq_deploy.errors import MissingDependencyError, ModelError, UsageError
 from mpq_deploy.models.additions import CONFIG, DENOISERS, Additions, denoiser_part, read_json
 from mpq_deploy.models.denoiser import Denoiser
-from mpq_deploy.models.locate import DEMOS, locate
+from mpq_deploy.models.locate import DEMOS, folder_files, locate
 from mpq_deploy.models.weight_files import STEMS, find_weights, stored_weights
 from mpq_deploy.models.weight_kinds import refuse_quantized_config, refuse_weights
+from mpq_deploy.system.hub_cache import refuse_links_out
 from mpq_deploy.system.progress import Talk
 from mpq_deploy.system.validated import first_error
 
@@ -42,7 +43,7 @@ def _open(path: Path, source: str | Path | None, additions: Additions, talk: Tal
     if path.is_dir():
         name = f"bundled:{path.name}" if source is None or str(source) in DEMOS else str(source)
         return _open_folder(path, name, additions, talk)
-    if additions.component is not None:
+    if additions.component not in (None, path.parent.name):
         raise UsageError(
             f"{path} is an ONNX file, which has no component '{additions.component}'.",
             "Give a pipeline folder.",
@@ -68,6 +69,7 @@ def look_at_weights(folder: Path, component: str | None) -> None:
 
 
 def _open_folder(folder: Path, source: str, additions: Additions, talk: Talk) -> Denoiser:
+    refuse_links_out(path for _, path in folder_files(folder))
     look_at_weights(folder, additions.component)
     for package in ("torch", "diffusers"):
         if importlib.util.find_spec(package) is None:

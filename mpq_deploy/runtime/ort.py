@@ -11,12 +11,12 @@ import onnxruntime as ort
 from mpq_deploy.errors import ModelError, UsageError, nearest
 from mpq_deploy.graph.load import (
     external_files,
-    hub_blobs,
+    inline_sizes,
     parse_proto,
     read_proto,
-    small_inline,
 )
 from mpq_deploy.models.spec import Array, DenoiserSpec, InputSpec
+from mpq_deploy.system.hub_cache import hub_blobs
 from mpq_deploy.system.threads import may_spin, runtime_threads
 
 # All errors that ONNX Runtime raises for a model it cannot run; they share no base class.
@@ -29,8 +29,6 @@ ERROR_SEVERITY = 3
 # The folder that names of external files count from where a session is made from bytes (ONNX
 # Runtime's onnxruntime_session_options_config_keys.h).
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
-# Smaller constants stay inside such bytes, where shape inference can read them.
-INLINE_BYTES = 1024
 CPU = "CPUExecutionProvider"
 # From so many bytes of weights on, sessions on the CPU leave them where the file is mapped (our
 # choice: smaller models run faster with weights in the layout of each kernel, which are copies).
@@ -104,7 +102,7 @@ def make_session_with(
     else:
         proto = read_proto(model)
         files = external_files(proto, model)
-        inlined = small_inline(proto, model, INLINE_BYTES)
+        inlined = inline_sizes(proto, model)
         if files and (inlined or hub_blobs(model) is not None):
             # Shape inference reads no external data, and links into the hub's cache lead to files of
             # other names than the model's own text says.

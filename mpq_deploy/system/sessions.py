@@ -17,7 +17,6 @@ import onnxruntime as ort
 
 from mpq_deploy.errors import ModelError
 from mpq_deploy.runtime.ort import (
-    INLINE_BYTES,
     LARGE_WEIGHTS_BYTES,
     ORT_ERRORS,
     WEIGHTS_FOLDER,
@@ -30,6 +29,8 @@ from mpq_deploy.system.progress import Talk
 # Graphs whose constants are all in memory and below this are handed over as bytes, without any
 # file.
 IN_MEMORY_BYTES = 64 * 1024 * 1024
+# Smaller constants stay inside the graph file, where shape inference can read them.
+INLINE_BYTES = 1024
 ALIGNMENT = 64
 
 

@@ -142,6 +142,13 @@ def test_a_folder_of_optimum_opens_its_denoiser(tmp_path: Path) -> None:
     assert names == {"model.onnx", "config.json", "scheduler_config.json"}
 
 
+def test_its_denoiser_may_be_named_and_other_parts_not(tmp_path: Path) -> None:
+    folder = optimum_folder(tmp_path)
+    assert open_denoiser(folder, Additions(component="unet")).spec.sample.name == "sample"
+    with pytest.raises(UsageError, match="has no component 'vae'"):
+        open_denoiser(folder, Additions(component="vae"))
+
+
 def test_a_yaml_beside_it_comes_first(tmp_path: Path) -> None:
     folder = optimum_folder(tmp_path)
     describe(

@@ -114,3 +114,28 @@ def test_a_pipeline_folder_in_the_cache_opens(tmp_path: Path) -> None:
     snapshot = hub_cache(tiny_unet_folder(tmp_path / "plain"), tmp_path / "hub")
     assert open_denoiser(snapshot).spec.sample.shape == (3, 8, 8)
     assert "unet/config.json" in [name for name, _ in source_files(snapshot)]
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    "name", ["model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
+)
+def test_files_of_a_pipeline_that_lead_out_of_the_cache_are_refused(
+    tmp_path: Path, name: str
+) -> None:
+    plain = tiny_unet_folder(tmp_path / "plain")
+    snapshot = hub_cache(plain, tmp_path / "hub")
+    (snapshot / name).unlink()
+    (snapshot / name).symlink_to(plain / name)
+    with pytest.raises(ModelError, match=r"a link out of models--org--name"):
+        open_denoiser(snapshot)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.yaml"])
+def test_an_onnx_file_that_leads_out_of_the_cache_is_refused(tmp_path: Path, name: str) -> None:
+    plain = save_denoiser(tmp_path / "plain")
+    path = hub_cache(plain.parent, tmp_path / "hub") / "model.onnx"
+    (path.parent / name).unlink()
+    (path.parent / name).symlink_to(plain.parent / name)
+    with pytest.raises(ModelError, match=r"a link out of models--org--name"):
+        open_denoiser(path)

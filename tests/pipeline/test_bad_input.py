@@ -262,8 +262,9 @@ def test_an_infeasible_budget_names_one_that_works(
     smallest = outcome.err.split("smallest feasible budget is ")[1].split(" ")[0]
     assert cli("allocate", run, "--budget", smallest).code == 0
     size = json.loads((run / "allocate" / "plan.json").read_text(encoding="utf-8"))["size_bytes"]
-    named = int(outcome.err.split("(")[-1].split(" bytes")[0].replace(",", ""))
-    assert size == named
+    named = outcome.err.split("smallest feasible budget is ")[1].split("(")[1].split(" bytes")[0]
+    assert size == int(named.replace(",", ""))
+    assert "Conv, Gemm and MatMul are layers" in outcome.err
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "just words", "{: :", "\x00"])
