@@ -11,6 +11,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ import torch
 from mpq_deploy.calls.arguments import Arguments
 from mpq_deploy.calls.stand_in import Compute, stand_in
 from mpq_deploy.errors import ModelError, MpqError, UsageError, nearest
+from mpq_deploy.models.additions import INDEX, LEFT_OUT, pipeline_index
 from mpq_deploy.models.call_file import FILE
 from mpq_deploy.models.spec import Array, DenoiserSpec
 from mpq_deploy.models.unet import find_weights
@@ -34,9 +36,9 @@ if TYPE_CHECKING:
 # Where the parts of a pipeline may come from; anything else would be somebody's code.
 LIBRARIES = ("diffusers", "transformers")
 DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS = "diffusion_pytorch_model", "model"
-# It judges images and makes none.
-LEFT_OUT = ("safety_checker",)
-INDEX, STEPS = "model_index.json", "num_inference_steps"
+# How parts are loaded: in float32, without pickles, from what is here.
+_SAFELY = {"torch_dtype": torch.float32, "use_safetensors": True, "local_files_only": True}
+STEPS = "num_inference_steps"
 # Steps of the sampler where the recipe does not say how many.
 FIRST_STEPS = 20
 # Called after each step of the scheduler with its timestep.
@@ -75,25 +77,6 @@ def pipeline_class(index: Mapping[str, Any], folder: Path) -> Any:
     return found
 
 
-def pipeline_of_parts(parts: Mapping[str, str]) -> str | None:
-    """Return the first text-to-image class of diffusers that takes ``parts`` (name -> class) whole."""
-    from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
-
-    denoiser = next((name for name in ("unet", "transformer") if name in parts), "")
-    for found in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values():
-        taken = inspect.signature(found.__init__).parameters
-        needed = {
-            name
-            for name, parameter in taken.items()
-            if parameter.default is inspect.Parameter.empty
-            and name not in ("self", *LEFT_OUT, *found._optional_components)
-        }
-        of_class = str(getattr(taken.get(denoiser), "annotation", ""))
-        if parts[denoiser] in of_class and needed <= set(parts) and set(parts) <= set(taken):
-            return str(found.__name__)
-    return None
-
-
 def load_pipeline(
     folder: Path, index: Mapping[str, Any], given: Mapping[str, Any] | None = None
 ) -> Any:
@@ -119,15 +102,12 @@ def load_pipeline(
     }
     try:
         with no_bars("diffusers"), no_bars("transformers"):
-            pipeline = found.from_pretrained(
-                str(folder),
-                torch_dtype=torch.float32,
-                use_safetensors=True,
-                local_files_only=True,
-                variant=variant,
-                **(given or {}),
-                **absent,
-            )
+            whole = {**(given or {}), **absent}
+            if (folder / INDEX).is_file():
+                pipeline = found.from_pretrained(str(folder), variant=variant, **whole, **_SAFELY)
+            else:
+                loaded = {name: _part(folder / name, index[name], variants[name]) for name in parts}
+                pipeline = found(**loaded, **whole)
     except MpqError:
         raise
     except Exception as error:
@@ -138,6 +118,13 @@ def load_pipeline(
         ) from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _part(folder: Path, entry: Sequence[str], variant: str | None) -> Any:
+    """Load a part by the library and class that its index entry names."""
+    found = getattr(import_module(entry[0]), entry[1])
+    options = {**_SAFELY, "variant": variant} if (folder / CONFIG).is_file() else {}
+    return found.from_pretrained(str(folder), **options)
 
 
 def gist(error: BaseException) -> str:
@@ -323,7 +310,7 @@ class PipelineRuns:
         import diffusers
 
         self.spec, self.compute = spec, compute
-        index = read_json_object(folder / INDEX, error=ModelError)
+        index = pipeline_index(folder)
         denoiser = stand_in(
             getattr(diffusers, str(spec.config["_class_name"])), spec.config, spec, self._computed
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from mpq_deploy.system.inputs import read_json_object
 # beside the weights.
 DENOISERS = ("unet", "transformer", "unet_ema", "transformer_ema")
 SCHEDULER_FILE = "scheduler_config.json"
+# A part of pipelines that judges images and makes none.
+LEFT_OUT = ("safety_checker",)
 INDEX, CONFIG = "model_index.json", "config.json"
 
 
@@ -82,6 +86,9 @@ def pipeline_index(folder: Path) -> dict[str, Any]:
             parts[path.parent.name] = ["transformers", architectures[0]]
     for path in sorted(folder.glob("tokenizer*/tokenizer_config.json")):
         parts[path.parent.name] = ["transformers", read_json(path).get("tokenizer_class")]
+    scheduler = folder / "scheduler" / SCHEDULER_FILE
+    if scheduler.is_file():
+        parts["scheduler"] = ["diffusers", read_json(scheduler).get("_class_name")]
     return {**parts, **_named_pipeline(parts)} if any(name in parts for name in DENOISERS) else {}
 
 
@@ -89,10 +96,27 @@ def _named_pipeline(parts: dict[str, Any]) -> dict[str, str]:
     """Return the class of text-to-image pipelines whose parts these are; none where none is."""
     if "text_encoder" not in parts:
         return {}
-    from mpq_deploy.calls.pipeline_runs import pipeline_of_parts
-
     found = pipeline_of_parts({name: str(entry[1]) for name, entry in parts.items()})
     return {"_class_name": found} if found else {}
+
+
+def pipeline_of_parts(parts: Mapping[str, str]) -> str | None:
+    """Return the first text-to-image class of diffusers that takes ``parts`` (name -> class) whole."""
+    from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
+
+    denoiser = next((name for name in ("unet", "transformer") if name in parts), "")
+    for found in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values():
+        taken = inspect.signature(found.__init__).parameters
+        needed = {
+            name
+            for name, parameter in taken.items()
+            if parameter.default is inspect.Parameter.empty
+            and name not in ("self", *LEFT_OUT, *found._optional_components)
+        }
+        of_class = str(getattr(taken.get(denoiser), "annotation", ""))
+        if parts[denoiser] in of_class and needed <= set(parts) and set(parts) <= set(taken):
+            return str(found.__name__)
+    return None
 
 
 def predicted(scheduler: dict[str, Any]) -> Any:

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from mpq_deploy.calls.pipeline_runs import LEFT_OUT, pipeline_class
+from mpq_deploy.calls.pipeline_runs import pipeline_class
 from mpq_deploy.errors import ModelError, UsageError
 from mpq_deploy.models.additions import (
     DENOISERS,
+    LEFT_OUT,
     SCHEDULER_FILE,
     Additions,
     denoiser_part,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -108,8 +109,11 @@ class RuntimeUNet(torch.nn.Module):  # type: ignore[misc]
         """Return all arguments by the names of the graph's inputs, lists and dictionaries apart."""
         forward = getattr(self._class(), "forward", None)
         if forward is not None:
-            called = Arguments.of(functools.partial(forward, self), leading, named)
-            return {**called.constants, **called.tensors}
+            taken = inspect.signature(forward).parameters
+            known = {name: value for name, value in named.items() if name in taken}
+            others = {name: value for name, value in named.items() if name not in taken}
+            called = Arguments.of(functools.partial(forward, self), leading, known)
+            return {**called.constants, **called.tensors, **_flat(others)}
         by_place = dict(zip((SAMPLE, "timestep", "encoder_hidden_states"), leading))
         if len(leading) > len(by_place):
             raise UsageError(

@@ -17,7 +17,7 @@ from mpq_deploy.models.additions import Additions
 from mpq_deploy.models.export import export_denoiser, load_exported
 from mpq_deploy.models.open import open_denoiser
 from mpq_deploy.models.spec import InputSpec
-from mpq_deploy.runtime.ort import OrtDenoiser
+from mpq_deploy.runtime.ort import OrtDenoiser, make_session
 from mpq_deploy.system.progress import Talk
 from tests.tiny_models import (
     tiny_conditional_folder,
@@ -186,9 +186,18 @@ def test_cross_attention_exports_equal(tmp_path: Path, unet: dict[str, Any], siz
 
 @pytest.mark.slow
 def test_a_text_pipeline_exports_with_its_decoder(tmp_path: Path) -> None:
+    import diffusers
+    import torch
+
     folder = tiny_text_pipeline_folder(tmp_path, **ONE_LEVEL)
-    (tmp_path / "prompts.txt").write_text("a cat\na dog\n", encoding="utf-8")
-    denoiser = open_denoiser(folder, Additions(prompts=tmp_path / "prompts.txt"))
+    # Latents with a mean and a deviation of their own, as those of Playground's models.
+    statistics = {"latents_mean": [0.1, -0.2, 0.3, 0.4], "latents_std": [2.0, 1.0, 0.5, 3.0]}
+    config = folder / "vae" / "config.json"
+    values = {**json.loads(config.read_text(encoding="utf-8")), **statistics}
+    config.write_text(json.dumps(values), encoding="utf-8")
+    text = np.random.default_rng(0).standard_normal((2, 8, 12), np.float32)
+    np.savez(tmp_path / "c.npz", encoder_hidden_states=text)
+    denoiser = open_denoiser(folder, Additions(conditions=tmp_path / "c.npz"))
     report = export_denoiser(denoiser, tmp_path / "export")
     assert (
         report.max_relative_error < 1e-4
@@ -198,6 +207,15 @@ def test_a_text_pipeline_exports_with_its_decoder(tmp_path: Path) -> None:
     exported = load_exported(tmp_path / "export")
     assert exported.spec.decoder == "decoder.onnx" and exported.decoder is not None
     decoder = load_model(exported.decoder)
+    latents = np.random.default_rng(1).standard_normal((2, 4, 8, 8), np.float32)
+    session = make_session(exported.decoder)
+    found = session.run(None, {session.get_inputs()[0].name: latents})[0]
+    vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae")
+    mean, deviation = (torch.tensor(one).reshape(1, 4, 1, 1) for one in statistics.values())
+    with torch.no_grad():
+        scaled = torch.from_numpy(latents) * deviation / vae.config.scaling_factor + mean
+        expected = vae.decode(scaled).sample.numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-4)
     assert not any(name.startswith("encoder.") for name in decoder.graph.initializers)
 
 
