@@ -4,6 +4,92 @@ Sums over other numbers of threads round otherwise, so runs in this process and 
 thread is also what two busy cores can give.
 """
 
+import hashlib
+import importlib.util
 import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# What its tests are about is the export itself.
+EXPORTS = "test_torch_export.py"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def shared_exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Trace each tiny module once: PyTorch's exporter takes most of the suite's time.
+
+    The exporter's graph, before any pass of ours, is kept by module, weights, inputs and how the
+    module is called, for all processes of the suite.
+    """
+    if importlib.util.find_spec("torch") is None or importlib.util.find_spec("onnxscript") is None:
+        yield
+        return
+    import onnx_ir as ir
+
+    from mpq_deploy.models.torch_export import TorchNetwork
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "exports"
+    folder.mkdir(exist_ok=True)
+    original = TorchNetwork._exported
+
+    def exported(self: TorchNetwork) -> Any:
+        if EXPORTS in os.environ.get("PYTEST_CURRENT_TEST", ""):
+            return original(self)
+        path = folder / f"{_export_key(self)}.onnx"
+        if not path.is_file():
+            made = original(self)
+            aside = path.with_suffix(f".{os.getpid()}")
+            ir.save(made, aside, format="onnx")
+            aside.replace(path)
+            return made
+        return ir.load(path)
+
+    TorchNetwork._exported = exported  # type: ignore[method-assign]
+    yield
+    TorchNetwork._exported = original  # type: ignore[method-assign]
+
+
+def _export_key(network: Any) -> str:
+    """A digest of all that the exporter's graph depends on."""
+    digest = hashlib.sha256()
+    module = network.module
+    told = [type(module).__qualname__, str(getattr(module, "config", module)), network.output]
+    told += [repr(item) for item in network.inputs]
+    told += _described(network._call)
+    for text in told:
+        digest.update(text.encode())
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode() + tensor.detach().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _described(value: Any) -> list[str]:
+    """How a function calls: its code and what it closes over, tensors by their values."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return [hashlib.sha256(value.detach().float().contiguous().numpy().tobytes()).hexdigest()]
+    if isinstance(value, dict):
+        return [text for key, one in value.items() for text in (str(key), *_described(one))]
+    if callable(value) and hasattr(value, "__code__"):
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        code = value.__code__
+        return [
+            code.co_code.hex(),
+            re.sub(r" at 0x[0-9a-f]+", "", str(code.co_consts)),
+            *(t for c in cells for t in _described(c)),
+        ]
+    if hasattr(value, "form"):
+        # Arguments of a first call: the tensors in their places are replaced.
+        return [repr(value.form)]
+    if hasattr(value, "__dataclass_fields__"):
+        return [
+            text for name in value.__dataclass_fields__ for text in _described(getattr(value, name))
+        ]
+    return [re.sub(r" at 0x[0-9a-f]+", "", repr(value))]

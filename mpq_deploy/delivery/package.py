@@ -36,7 +36,7 @@ from mpq_deploy.system.names import plain_name
 from mpq_deploy.system.release import __version__
 
 if TYPE_CHECKING:
-    from mpq_deploy.models.spec import Array
+    from mpq_deploy.models.spec import Array, DenoiserSpec
     from mpq_deploy.run.view import Run
 
 REFERENCE, DENOISER = "reference.npz", "denoiser.json"
@@ -132,6 +132,12 @@ def check_plan(run: Run, target: Target) -> None:
             raise ModelError(
                 f"{target.title} does not take the graph: {where}: {one.message}.", again
             )
+
+
+def _portable(spec: DenoiserSpec) -> DenoiserSpec:
+    """Return the description without what is of this machine: paths, and the pipeline's calls."""
+    pipeline = spec.pipeline and spec.pipeline.model_copy(update={"calls": ()})
+    return spec.model_copy(update={"source": Path(spec.source).name, "pipeline": pipeline})
 
 
 def make_reference(run: Run) -> tuple[Reference, bytes]:
@@ -239,9 +245,7 @@ def _files(run: Run) -> dict[str, Source]:
         DEPLOYED: quantized / DEPLOYED,
         WEIGHTS: quantized / WEIGHTS,
         PLAN: run.stage("allocate") / "plan.json",
-        DENOISER: _json(
-            spec.model_copy(update={"source": Path(spec.source).name}).model_dump(mode="json")
-        ),
+        DENOISER: _json(_portable(spec).model_dump(mode="json")),
         "scheduler_config.json": _json(spec.scheduler),
     }
     if run.recipe.evaluate.correction != "none":

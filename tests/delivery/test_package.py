@@ -22,7 +22,13 @@ from mpq_deploy.run.pipeline import open_pipeline
 from mpq_deploy.runtime.correction import load_correction
 from mpq_deploy.system.progress import Talk
 from tests.pipeline.runs import call, write_recipe
-from tests.tiny_models import tiny_text_transformer_folder
+from tests.tiny_models import tiny_text_pipeline_folder
+
+ONE_LEVEL = {
+    "block_out_channels": (16,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+}
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +54,14 @@ def test_two_clean_runs_give_the_same_archive(model: Path, rtx: Path, tmp_path: 
 
 @pytest.mark.slow
 @pytest.mark.torch
-def test_two_clean_runs_of_a_text_transformer_give_the_same_archive(tmp_path: Path) -> None:
-    """From its pipeline folder: prompts through CLIP and T5, export, GPTQ and the plan, in two processes."""
+def test_two_clean_runs_of_a_text_pipeline_give_the_same_archive(tmp_path: Path) -> None:
+    """From its pipeline folder: its own calls, export, GPTQ and the plan, in two processes."""
     for package in ("torch", "diffusers", "transformers"):
         pytest.importorskip(package)
     made = []
     for seed in ("1", "2"):
         place = tmp_path / seed
-        folder = tiny_text_transformer_folder(place, "SD3Transformer2DModel")
+        folder = tiny_text_pipeline_folder(place, **ONE_LEVEL)
         (place / "prompts.txt").write_text("abc\ndef\n", encoding="utf-8")
         (place / "run").mkdir()
         given = {"model": str(folder), "prompts": str(place / "prompts.txt"), "target": "rtx"}
@@ -72,7 +78,7 @@ def test_two_clean_runs_of_a_text_transformer_give_the_same_archive(tmp_path: Pa
         tmp_path / "out",
     )
     inputs = Manifest.load(tmp_path / "out" / "manifest.json").reference.inputs
-    assert {"encoder_hidden_states", "pooled_projections"} <= set(inputs)
+    assert set(inputs) == {"sample", "timestep", "encoder_hidden_states"}
 
 
 def test_the_manifest_says_what_the_engine_must_be(unpacked: Path) -> None:
