@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import ast
 import gc
+import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -72,6 +74,7 @@ class TorchNetwork:
         FoldConstantsPass()(model)
         model = optimized(model)
         FoldConstantsPass()(model)
+        merge_constants(model, set(self.module.state_dict()))
         name_parameters(model, self.module)
         name_after_modules(model)
         return normalise(model)
@@ -163,6 +166,23 @@ def optimized(model: ir.Model) -> ir.Model:
     with silenced():
         onnxscript.optimizer.optimize_ir(model)
     return model
+
+
+def merge_constants(model: ir.Model, parameters: Collection[str]) -> None:
+    """Store equal constants that the exporter computed once: rotary tables, one per attention.
+
+    ``parameters`` stay apart, equal or not: their names say which layer they are of.
+    """
+    initializers, first = model.graph.initializers, dict[tuple[Any, ...], ir.Value]()
+    for name, value in list(initializers.items()):
+        tensor = value.const_value
+        if tensor is None or name in parameters or value.is_graph_output():
+            continue
+        digest = hashlib.sha256(tensor.tobytes()).digest()
+        kept = first.setdefault((tensor.dtype, tuple(tensor.shape), digest), value)
+        if kept is not value:
+            ir.convenience.replace_all_uses_with(value, kept)
+            del initializers[name]
 
 
 def name_parameters(model: ir.Model, module: torch.nn.Module) -> None:

@@ -58,7 +58,7 @@ class StageResult:
 class Exported:
     """The export stage, opened: graph, specification, conditions."""
 
-    def __init__(self, folder: Path, source: str | None, calls: str | None) -> None:
+    def __init__(self, folder: Path, source: str | None = None, calls: str | None = None) -> None:
         exported = load_exported(folder)
         self._source, self._calls = source, calls
         self.path = exported.model
