@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,24 @@ class Arguments:
         for name, value in self.form.items():
             _collect(name, value, found)
         return found
+
+
+def rows_for(
+    value: torch.Tensor, shape: tuple[int, ...], count: int
+) -> torch.Tensor | None:
+    """Return ``value`` as [count, *shape], as a graph takes it; None where it does not fit.
+
+    A tensor of one sample is repeated. Where a sample has several rows, [count * rows, ...] (a
+    video's frames in the batch axis), they become an axis of their own.
+    """
+    wanted, given = (count, *shape), tuple(value.shape)
+    if given == wanted:
+        return value
+    if given in (shape, (1, *shape)):
+        return value.reshape(1, *shape).expand(wanted)
+    if shape and given[1:] == shape[1:] and value.numel() == math.prod(wanted):
+        return value.reshape(wanted)
+    return None
 
 
 def _apart(name: str, value: Any, tensors: dict[str, torch.Tensor]) -> Any:

@@ -20,9 +20,9 @@ import torch
 from mpq_deploy.calls.arguments import Arguments
 from mpq_deploy.calls.stand_in import Compute, stand_in
 from mpq_deploy.errors import ModelError, MpqError, UsageError, nearest
-from mpq_deploy.models.call_file import FILE
+from mpq_deploy.models.call_file import ARRAY, FILE
 from mpq_deploy.models.spec import Array, DenoiserSpec
-from mpq_deploy.models.unet import find_weights
+from mpq_deploy.models.unet import find_weights, load_pretrained
 from mpq_deploy.models.weight_files import CONFIG, check_config, refuse_unborne, stored_weights
 from mpq_deploy.system.inputs import read_json_object
 from mpq_deploy.system.libraries import no_bars
@@ -36,6 +36,7 @@ LIBRARIES = ("diffusers", "transformers")
 DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS = "diffusion_pytorch_model", "model"
 # It judges images and makes none.
 LEFT_OUT = ("safety_checker",)
+PACKAGE = "Install what is missing into this environment."
 INDEX, STEPS = "model_index.json", "num_inference_steps"
 # Steps of the sampler where the recipe does not say how many.
 FIRST_STEPS = 20
@@ -56,6 +57,9 @@ def pipeline_class(index: Mapping[str, Any], folder: Path) -> Any:
     found = (
         getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
     )
+    if absent := getattr(found, "_backends", None):
+        # What diffusers has in place of a class that it cannot import.
+        raise UsageError(f"{name} of diffusers needs {', '.join(absent)}.", PACKAGE)
     if not (inspect.isclass(found) and issubclass(found, diffusers.DiffusionPipeline)):
         raise UsageError(
             f"The pipeline class '{printable(str(name))}' of {folder} is not one of diffusers.",
@@ -92,6 +96,7 @@ def load_pipeline(
     variant = next((one for one in variants.values() if one), None)
     taken = inspect.signature(found.__init__).parameters
     absent: dict[str, Any] = {name: None for name in LEFT_OUT if name in taken}
+    own = {**_loaded_here(folder, index, variants), **(given or {})}
     try:
         with no_bars("diffusers"), no_bars("transformers"):
             pipeline = found.from_pretrained(
@@ -100,11 +105,13 @@ def load_pipeline(
                 use_safetensors=True,
                 local_files_only=True,
                 variant=variant,
-                **(given or {}),
+                **own,
                 **absent,
             )
     except MpqError:
         raise
+    except ImportError as error:
+        raise UsageError(f"The pipeline in {folder} cannot be loaded: {gist(error)}", PACKAGE) from error
     except Exception as error:
         # Parts raise anything at all for files that are not their own.
         raise ModelError(
@@ -113,6 +120,20 @@ def load_pipeline(
         ) from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _loaded_here(
+    folder: Path, index: Mapping[str, Any], variants: Mapping[str, str | None]
+) -> dict[str, Any]:
+    """Return the parts that diffusers alone would need a further package for (accelerate)."""
+    import diffusers
+
+    classes = {name: getattr(diffusers, str(index[name][1]), None) for name in variants}
+    return {
+        name: load_pretrained(one, folder / name, variants[name])
+        for name, one in classes.items()
+        if index[name][0] == "diffusers" and getattr(one, "_keep_in_fp32_modules", None)
+    }
 
 
 def gist(error: BaseException) -> str:
@@ -155,6 +176,8 @@ def call_pipeline(pipeline: Any, arguments: Mapping[str, Any], seed: int) -> Arr
             output = pipeline(**given)
         except MpqError:
             raise
+        except ImportError as error:
+            raise UsageError(f"{type(pipeline).__name__} cannot be called: {gist(error)}", PACKAGE) from error
         except Exception as error:
             raise UsageError(
                 f"{type(pipeline).__name__} cannot be called with {shown_call(arguments)}: {gist(error)}",
@@ -374,16 +397,28 @@ def image_seed(seed: int, number: int) -> int:
 
 
 def opened_call(call: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a call with the pictures that it names by ``file://`` opened."""
+    """Return a call with the pictures and arrays that it names by ``file://`` opened."""
     return {name: _opened(value) for name, value in call.items()}
 
 
 def _opened(value: Any) -> Any:
     if isinstance(value, str) and value.startswith(FILE):
-        return open_picture(Path(value.removeprefix(FILE)))
+        path = Path(value.removeprefix(FILE))
+        return open_array(path) if path.suffix.lower() == ARRAY else open_picture(path)
     if isinstance(value, list):
         return [_opened(one) for one in value]
     return value
+
+
+def open_array(path: Path) -> torch.Tensor:
+    """Return the array in a ``.npy``. Raises UsageError for a file that is none."""
+    try:
+        return torch.from_numpy(np.load(path, allow_pickle=False))
+    except (OSError, ValueError, TypeError, EOFError) as error:
+        raise UsageError(
+            f"{printable(str(path))} cannot be read as an array: {gist(error)}",
+            "Write one with numpy.save.",
+        ) from error
 
 
 def open_picture(path: Path) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpq_deploy.calls.arguments import Arguments
+from mpq_deploy.calls.arguments import Arguments, rows_for
 from mpq_deploy.errors import ModelError
 from mpq_deploy.models.spec import Array, DenoiserSpec
 
@@ -106,16 +106,14 @@ class _Caller:
                     f"The pipeline gives its denoiser no '{item.name}' here, as it did in its first call.",
                     "Calls whose inputs come and go are not supported: choose call arguments that give it always.",
                 )
-            wanted = (count, *item.shape)
-            if tuple(value.shape) != wanted and value.numel() == int(np.prod(item.shape)):
-                value = value.reshape(1, *item.shape).expand(wanted)
-            if tuple(value.shape) != wanted:
+            rows = rows_for(value, item.shape, count)
+            if rows is None:
                 raise ModelError(
                     f"The pipeline gives its denoiser '{item.name}' of the shape {list(value.shape)} here; in its "
-                    f"first call it was {list(wanted)}.",
+                    f"first call it was {[count, *item.shape]}.",
                     "An engine has one size of everything but the batch: use one size for all calls.",
                 )
-            feeds[item.name] = np.ascontiguousarray(value.detach().cpu().numpy().astype(item.dtype))
+            feeds[item.name] = np.ascontiguousarray(rows.detach().cpu().numpy().astype(item.dtype))
         for name, value in tensors.items():
             self._check(name, value)
         return feeds
@@ -128,9 +126,11 @@ class _Caller:
             shown = (
                 f"a tensor {list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
             )
+            first = self._fixed.get(name, "nothing")
+            was = "another tensor" if first.startswith(TENSOR) else first
             raise ModelError(
-                f"The pipeline gives its denoiser '{name}' = {shown} here, unlike in its first call.",
-                "The exported graph has it as a constant: use the same call arguments throughout.",
+                f"The pipeline gives its denoiser '{name}' = {shown} here, and {was} in its first call.",
+                "The exported graph has it as a constant: choose call arguments that give it always the same.",
             )
         if isinstance(value, torch.Tensor):
             self._same[name] = value
