@@ -8,6 +8,7 @@ pipelines: text encoders, guidance, schedulers, images and masks are the pipelin
 from __future__ import annotations
 
 import functools
+import importlib.util
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -23,7 +24,13 @@ from mpq_deploy.errors import ModelError, MpqError, UsageError, nearest
 from mpq_deploy.models.call_file import ARRAY, FILE
 from mpq_deploy.models.spec import Array, DenoiserSpec
 from mpq_deploy.models.unet import find_weights, load_pretrained
-from mpq_deploy.models.weight_files import CONFIG, check_config, refuse_unborne, stored_weights
+from mpq_deploy.models.weight_files import (
+    CONFIG,
+    check_config,
+    own_tensors,
+    refuse_unborne,
+    stored_weights,
+)
 from mpq_deploy.system.inputs import read_json_object
 from mpq_deploy.system.libraries import no_bars
 from mpq_deploy.system.names import plain_name, printable
@@ -70,13 +77,22 @@ def pipeline_class(index: Mapping[str, Any], folder: Path) -> Any:
         if part.startswith("_") or not isinstance(entry, list):
             continue
         plain_name(part, f"A part of {folder}", ModelError)
-        if len(entry) != 2 or entry[0] not in (*LIBRARIES, None):
+        known = len(entry) == 2 and (entry[0] in (*LIBRARIES, None) or _of_pipeline(*entry))
+        if not known and part not in LEFT_OUT:
             raise UsageError(
                 f"The part '{printable(part)}' of {folder} comes from {printable(str(entry))}, which is neither "
                 "diffusers nor transformers.",
                 "Code that comes with a model is never run: record calls by your own script, and give --calls.",
             )
     return found
+
+
+def _of_pipeline(module: Any, class_name: Any) -> bool:
+    """Whether a part is of a module of diffusers' own pipelines, such as ``stable_audio``."""
+    from diffusers import pipelines
+
+    found = getattr(pipelines, module, None) if isinstance(module, str) else None
+    return inspect.ismodule(found) and inspect.isclass(getattr(found, str(class_name), None))
 
 
 def load_pipeline(
@@ -179,6 +195,12 @@ def call_pipeline(pipeline: Any, arguments: Mapping[str, Any], seed: int) -> Arr
         except ImportError as error:
             raise UsageError(f"{type(pipeline).__name__} cannot be called: {gist(error)}", PACKAGE) from error
         except Exception as error:
+            # Some pipelines import what is installed, and use it anyway.
+            absent = getattr(error, "name", None) if isinstance(error, NameError) else None
+            if absent and importlib.util.find_spec(absent) is None:
+                raise UsageError(
+                    f"{type(pipeline).__name__} needs the package {absent}.", PACKAGE
+                ) from error
             raise UsageError(
                 f"{type(pipeline).__name__} cannot be called with {shown_call(arguments)}: {gist(error)}",
                 "Say with --call FILE.yaml what it is to be called with: the keyword arguments of the pipeline.",
@@ -254,9 +276,11 @@ class _Reached(BaseException):
 def first_call(pipeline: Any, component: str, arguments: Mapping[str, Any]) -> Arguments:
     """Return what the pipeline gives its denoiser in its first call, and stop there.
 
-    Raises UsageError as ``call_pipeline``, and for a pipeline that never calls it.
+    Raises UsageError as ``call_pipeline``, for a pipeline that never calls it, and for one that
+    changes how it computes attention on the way.
     """
     module = getattr(pipeline, component)
+    processors = dict(getattr(module, "attn_processors", {}))
 
     def reached(called: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _Reached(Arguments.of(called.forward, args, kwargs))
@@ -265,6 +289,7 @@ def first_call(pipeline: Any, component: str, arguments: Mapping[str, Any]) -> A
     try:
         call_pipeline(pipeline, arguments, seed=0)
     except _Reached as stop:
+        _refuse_changed(pipeline, component, processors)
         return stop.given
     finally:
         handle.remove()
@@ -272,6 +297,18 @@ def first_call(pipeline: Any, component: str, arguments: Mapping[str, Any]) -> A
         f"{type(pipeline).__name__} does not call its {component} with {shown_call(arguments)}.",
         "Name the part that denoises with --component.",
     )
+
+
+def _refuse_changed(pipeline: Any, component: str, before: Mapping[str, Any]) -> None:
+    """Raise UsageError where attention is computed by other processors than ``before`` the call."""
+    after = getattr(getattr(pipeline, component), "attn_processors", {})
+    changed = next((one for name, one in after.items() if before.get(name) is not one), None)
+    if changed is not None:
+        raise UsageError(
+            f"{type(pipeline).__name__} makes its {component} compute attention by {type(changed).__name__} while it "
+            "runs, which no exported graph can follow.",
+            "Use the pipeline without that kind of guidance.",
+        )
 
 
 def default_calls(
@@ -322,8 +359,13 @@ class PipelineRuns:
 
         self.spec, self.compute = spec, compute
         index = read_json_object(folder / INDEX, error=ModelError)
+        part = folder / spec.pipeline.component
         denoiser = stand_in(
-            getattr(diffusers, str(spec.config["_class_name"])), spec.config, spec, self._computed
+            getattr(diffusers, str(spec.config["_class_name"])),
+            spec.config,
+            spec,
+            self._computed,
+            own_tensors(part, DIFFUSERS_WEIGHTS, find_weights(part, DIFFUSERS_WEIGHTS)),
         )
         self._pipeline = load_pipeline(folder, index, {spec.pipeline.component: denoiser})
         use_scheduler(self._pipeline, spec.pipeline.scheduler)

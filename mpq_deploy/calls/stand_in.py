@@ -6,8 +6,11 @@ is called with goes to a function as arrays by input name.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
+import inspect
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,13 +35,23 @@ def fixed_text(value: Any) -> str:
 
 
 def stand_in(
-    module_class: Any, config: Mapping[str, Any], spec: DenoiserSpec, compute: Compute
+    module_class: Any,
+    config: Mapping[str, Any],
+    spec: DenoiserSpec,
+    compute: Compute,
+    own: Mapping[str, torch.Tensor],
 ) -> torch.nn.Module:
     """Return a module of ``module_class`` whose forward is ``compute``.
+
+    ``own``: parameters and buffers of the module itself, not of its layers, which pipelines may
+    read (a prior's mean and deviation).
 
     Its forward raises ModelError, naming the argument, for one that the graph has no input for.
     """
     module = without_weights(module_class, config)
+    for name, value in own.items():
+        kept = module._parameters if name in module._parameters else module._buffers
+        kept[name] = torch.nn.Parameter(value, False) if kept is module._parameters else value
     caller = _Caller(module_class, spec, compute)
 
     @functools.wraps(module_class.forward)
@@ -66,12 +79,25 @@ def without_weights(module_class: Any, config: Mapping[str, Any]) -> Any:
         return module_class.from_config(dict(config)).to("meta")
 
 
+def _answer_of(module_class: Any) -> tuple[Any, str]:
+    """Return what the class's forward answers with, and the name of its first field."""
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+    from diffusers.utils import BaseOutput
+
+    used = inspect.unwrap(module_class.forward).__code__.co_names
+    here = vars(sys.modules[module_class.__module__])
+    kinds = [here[name] for name in used if inspect.isclass(here.get(name))]
+    kind = next((one for one in kinds if issubclass(one, BaseOutput)), Transformer2DModelOutput)
+    return kind, dataclasses.fields(kind)[0].name
+
+
 class _Caller:
     """Takes a call of the module apart, computes it, and answers as the class does."""
 
     def __init__(self, module_class: Any, spec: DenoiserSpec, compute: Compute) -> None:
         self._class, self._spec, self._compute = module_class, spec, compute
         self._fixed = dict(spec.pipeline.fixed) if spec.pipeline else {}
+        self._answer = _answer_of(module_class)
         # Tensors that were compared with the graph's constants, which pipelines hand over each time.
         self._same: dict[str, torch.Tensor] = {}
 
@@ -83,9 +109,8 @@ class _Caller:
         output = torch.from_numpy(self._compute(feeds)).to(sample.dtype)
         if kwargs.get("return_dict", True) is False:
             return (output,)
-        from diffusers.models.modeling_outputs import Transformer2DModelOutput
-
-        return Transformer2DModelOutput(sample=output)
+        kind, field = self._answer
+        return kind(**{field: output})
 
     def feeds(self, given: Arguments) -> dict[str, Array]:
         """Return the graph's inputs. Raises ModelError for what the graph does not take."""

@@ -73,8 +73,8 @@ def open_pipeline_part(
         name=folder.resolve().name,
         source=str(folder),
         sample=inputs[0],
-        timestep=inputs[1] if names[1] else None,
-        conditions=tuple(inputs[2 if names[1] else 1 :]),
+        timestep=inputs[1],
+        conditions=tuple(inputs[2:]),
         output=OUTPUT,
         prediction_type=predicted(config),
         scheduler=_plain(config),
@@ -113,7 +113,7 @@ def calls_of(pipeline: Any, additions: Additions) -> tuple[dict[str, Any], ...]:
 
 
 def _names(module_class: Any, given: Arguments) -> tuple[str, str]:
-    """Return the sample's name and the timestep's; empty for a model that takes no timestep."""
+    """Return the sample's name and the timestep's. Raises ModelError where either is missing."""
     signature = signature_of(module_class)
     sample = signature.sample if signature else next(iter(given.tensors), "")
     if ELEMENT in sample or f"{sample}{ELEMENT}0" in given.tensors:
@@ -128,11 +128,16 @@ def _names(module_class: Any, given: Arguments) -> tuple[str, str]:
             "Export it to ONNX and record calls by your own script (--calls).",
         )
     timestep = signature.timestep if signature else ""
-    return sample, timestep if timestep in {*given.tensors, *given.constants} else ""
+    if timestep not in {*given.tensors, *given.constants}:
+        raise ModelError(
+            f"{module_class.__name__} is given no timestep, but {', '.join((*given.tensors, *given.constants))}.",
+            "What predicts tokens or makes an image in one call is not supported.",
+        )
+    return sample, timestep
 
 
 def _inputs(
-    given: Arguments, more: Arguments | None, names: tuple[str, str]
+    given: Arguments, more: Mapping[str, torch.Tensor] | None, names: tuple[str, str]
 ) -> tuple[list[InputSpec], dict[str, torch.Tensor]]:
     """Return the graph's inputs, sample and timestep first, and the tensors that stay the same.
 
@@ -141,11 +146,9 @@ def _inputs(
     """
     sample, timestep = names
     count = len(given.tensors[sample])
-    inputs, fixed = {}, {}
-    if timestep:
-        inputs[timestep] = InputSpec(name=timestep)
+    inputs, fixed = {timestep: InputSpec(name=timestep)}, {}
     for name, value in given.tensors.items():
-        many = more.tensors.get(name) if more is not None else None
+        many = more.get(name) if more is not None else None
         if name == timestep and value.ndim < 2 and value.numel() in (1, count):
             inputs[name] = InputSpec(name=name)
         elif _batched(value, many, count):
@@ -161,8 +164,8 @@ def _inputs(
             )
         else:
             fixed[name] = value
-    order = [name for name in (sample, timestep) if name]
-    return [inputs[n] for n in (*order, *(n for n in inputs if n not in order))], fixed
+    others = [name for name in inputs if name not in names]
+    return [inputs[name] for name in (*names, *others)], fixed
 
 
 def _batched(value: torch.Tensor, many: torch.Tensor | None, count: int) -> bool:
@@ -181,19 +184,26 @@ def dtype_name(value: torch.Tensor) -> str:
 
 def _doubled(
     pipeline: Any, component: str, arguments: Mapping[str, Any], sample: str, count: int
-) -> Arguments | None:
-    """Return the first call for two images; None where the pipeline makes one at a time.
+) -> dict[str, torch.Tensor] | None:
+    """Return what it is given for two images; None where the pipeline makes one at a time.
 
-    ``count``: how many samples it gives its denoiser for one.
+    ``count``: how many samples it is given for one.
     """
+    embedded = any(isinstance(value, torch.Tensor) for value in arguments.values())
+    found: dict[str, torch.Tensor] = {}
     for more in _twice(pipeline, arguments):
         try:
-            given = first_call(pipeline, component, more)
+            given = first_call(pipeline, component, more).tensors
         except MpqError:
             continue
-        if len(given.tensors.get(sample, ())) == 2 * count:
-            return given
-    return None
+        if len(given.get(sample, ())) == 2 * count:
+            # Embeddings that the user gives are not repeated for each image, but there for each text.
+            for name, value in given.items():
+                if name not in found or value.numel() > found[name].numel():
+                    found[name] = value
+            if not embedded:
+                break
+    return found or None
 
 
 def _twice(pipeline: Any, arguments: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -207,15 +217,18 @@ def _twice(pipeline: Any, arguments: Mapping[str, Any]) -> Iterator[dict[str, An
         if (isinstance(value, str) and "prompt" in name)
         or (isinstance(value, list) and name == "class_labels")
     }
-    if texts:
-        yield {**arguments, **texts}
-    given: dict[str, Any] = {
-        name: torch.cat([value] * 2) if isinstance(value, torch.Tensor) else [value] * 2
+    arrays = {
+        name: torch.cat([value] * 2)
         for name, value in arguments.items()
-        if (isinstance(value, torch.Tensor) and value.ndim) or hasattr(value, "convert")
+        if isinstance(value, torch.Tensor) and value.ndim
     }
-    if given:
-        yield {**arguments, **texts, **given}
+    pictures = {
+        name: [value] * 2 for name, value in arguments.items() if hasattr(value, "convert")
+    }
+    if texts or arrays:
+        yield {**arguments, **texts, **arrays}
+    if pictures:
+        yield {**arguments, **texts, **arrays, **pictures}
 
 
 def _left_float(index: Mapping[str, Any], component: str, class_name: str) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from mpq_deploy.models.denoiser import Denoiser
 from mpq_deploy.models.open import open_denoiser
 from mpq_deploy.models.spec import FloatModel
 from mpq_deploy.system.progress import Talk
-from tests.oracle.pipelines import STEPS, Case
+from tests.oracle.pipelines import COMPONENTS, STEPS, Case
 from tests.oracle.recording import Array, Observed, observe
 
 SEED = 3
@@ -45,7 +45,7 @@ class Comparison:
 
 def open_case(case: Case) -> Denoiser:
     """Open the denoiser of the case's pipeline as a build does."""
-    return open_denoiser(str(case.folder), Additions(call=case.call))
+    return open_denoiser(str(case.folder), Additions(call=case.call, component=COMPONENTS.get(case.name)))
 
 
 def compare(case: Case, denoiser: Denoiser, compute: Compute, folder: Path) -> Comparison:
@@ -88,7 +88,10 @@ def _largest(name: str, recorded: Array, observed: Observed, counts: list[int]) 
     for call, count in zip(observed.calls, counts):
         expected = call[name]
         got = recorded[begin : begin + count].astype(np.float64)
-        if expected.ndim == 0 or len(expected) != count:
+        if expected.size == got.size:
+            # Several rows of one sample, such as a video's frames, are an axis of their own.
+            expected = expected.reshape(got.shape)
+        elif expected.ndim == 0 or len(expected) != count:
             expected = np.broadcast_to(expected.reshape(1, *got.shape[1:]), got.shape)
         largest, begin = max(largest, _difference(expected, got)), begin + count
     assert begin == len(recorded), f"{len(recorded)} rows of {name}, {begin} were given"

@@ -88,7 +88,7 @@ def sd3_skipping() -> Built:
     return diffusers.StableDiffusion3Pipeline(**_sd3_parts()), {**TEXT, **SIZE, **SHORT, **call}
 
 
-def _flux(name: str, channels: int = 16, guided: bool = True) -> Any:
+def _flux(name: str, channels: int = 16, guided: bool = True, **parts: Any) -> Any:
     transformer = tiny_transformer(
         "FluxTransformer2DModel", in_channels=channels, out_channels=16, guidance_embeds=guided
     )
@@ -100,6 +100,7 @@ def _flux(name: str, channels: int = 16, guided: bool = True) -> Any:
         text_encoder_2=t5_text(),
         tokenizer_2=t5_tokenizer(),
         transformer=transformer,
+        **parts,
     )
 
 

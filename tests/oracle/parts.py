@@ -150,9 +150,9 @@ def ddim(name: str = "DDIMScheduler", **options: Any) -> Any:
     return getattr(diffusers, name).from_config(tiny_scheduler(clip_sample=False, **options))
 
 
-def embedding(seed: int) -> Any:
-    """A random embedding of a picture [1, width]."""
-    return torch.randn(1, TEXT_WIDTH, generator=torch.Generator().manual_seed(seed))
+def embedding(seed: int, *shape: int) -> Any:
+    """A random embedding of a picture [1, *shape], by default [1, width]."""
+    return torch.randn(1, *(shape or (TEXT_WIDTH,)), generator=torch.Generator().manual_seed(seed))
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import torch
 import yaml
 from PIL import Image
 
-from tests.oracle import image_transformers, sequences, unets
+from tests.oracle import further, image_transformers, sequences, unets
 from tests.oracle.unets import Built
 
 BUILDERS: dict[str, Callable[[], Built]] = {
@@ -57,6 +57,7 @@ BUILDERS: dict[str, Callable[[], Built]] = {
     "LTXPipeline": sequences.ltx,
     "WanPipeline": sequences.wan,
     "WanPipeline of two transformers": sequences.wan_two,
+    "WanPipeline, the second of two transformers": sequences.wan_two,
     "WanPipeline, timesteps per token": sequences.wan_per_token,
     "StableVideoDiffusionPipeline": sequences.video_diffusion,
     "AnimateDiffPipeline": sequences.animate_diff,
@@ -64,6 +65,35 @@ BUILDERS: dict[str, Callable[[], Built]] = {
     "HunyuanVideoPipeline": sequences.hunyuan_video,
     "LattePipeline": sequences.latte,
     "StableAudioPipeline": sequences.stable_audio,
+    "StableDiffusionXLControlNetPipeline": further.xl_control_net,
+    "StableDiffusion3ControlNetPipeline": further.sd3_control_net,
+    "FluxControlNetPipeline": further.flux_control_net,
+    "StableDiffusionPAGPipeline": further.perturbed_attention,
+    "StableDiffusionLatentUpscalePipeline": further.latent_upscale,
+    "IFPipeline": further.deep_floyd,
+    "KandinskyV22PriorPipeline": further.kandinsky_prior,
+    "CogView3PlusPipeline": further.cog_view_3,
+    "MarigoldDepthPipeline": further.marigold,
+    "AmusedPipeline": further.amused,
+    "TextToVideoSDPipeline": further.text_to_video,
+    "WanImageToVideoPipeline": further.wan_image,
+    "WanImageToVideoPipeline, timesteps per token": further.wan_image_per_token,
+    "LTXImageToVideoPipeline": further.ltx_image,
+    "CogVideoXImageToVideoPipeline": further.cog_video_image,
+    "AudioLDMPipeline": further.audio_ldm,
+}
+# What is refused, and how its message begins or goes on.
+REFUSED = {
+    "StableDiffusionPipeline with an IP-Adapter": "hold an IP-Adapter",
+    "StableDiffusion3Pipeline, skipping layers": "'skip_layers.0' = 0 here, and nothing",
+    "ZImagePipeline": "takes a list of samples",
+    "StableDiffusionPAGPipeline": "compute attention by PAG",
+    "AmusedPipeline": "is given no timestep",
+}
+# The part that denoises, where no unet or transformer does.
+COMPONENTS = {
+    "KandinskyV22PriorPipeline": "prior",
+    "WanPipeline, the second of two transformers": "transformer_2",
 }
 CALL = "call.yaml"
 # Steps of the sampler; schedulers of second order take two calls in one.

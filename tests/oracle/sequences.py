@@ -185,12 +185,12 @@ def animate_diff() -> Built:
     return pipeline, {**TEXT, "num_frames": 2}
 
 
-def cog_video_x() -> Built:
+def cog_video_x(in_channels: int = 4) -> Built:
     """CogVideoX: frames before channels, rotary embeddings as a pair of tensors."""
     transformer = seeded(
         diffusers.CogVideoXTransformer3DModel,
         **{**HEADS, "attention_head_dim": 16},
-        in_channels=4,
+        in_channels=in_channels,
         out_channels=4,
         time_embed_dim=4,
         text_embed_dim=TEXT_WIDTH,

@@ -103,7 +103,7 @@ def control_net_part() -> Built:
     return pipeline, {**call, "control_guidance_end": 0.5}
 
 
-def _control_net() -> Any:
+def _control_net(**options: Any) -> Any:
     return seeded(
         diffusers.ControlNetModel,
         in_channels=4,
@@ -114,6 +114,7 @@ def _control_net() -> Any:
         attention_head_dim=4,
         cross_attention_dim=TEXT_WIDTH,
         conditioning_embedding_out_channels=UNET_CHANNELS,
+        **options,
     )
 
 
@@ -291,8 +292,9 @@ def kandinsky_3() -> Built:
         time_embedding_dim=8,
         groups=4,
         attention_head_dim=4,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
+        layers_per_block=2,
+        # Its lists are of four levels.
+        block_out_channels=(8, 16, 16, 16),
         cross_attention_dim=8,
         encoder_hid_dim=TEXT_WIDTH,
     )
