@@ -67,9 +67,7 @@ class Arguments:
         return found
 
 
-def rows_for(
-    value: torch.Tensor, shape: tuple[int, ...], count: int
-) -> torch.Tensor | None:
+def rows_for(value: torch.Tensor, shape: tuple[int, ...], count: int) -> torch.Tensor | None:
     """Return ``value`` as [count, *shape], as a graph takes it; None where it does not fit.
 
     A tensor of one sample is repeated. Where a sample has several rows, [count * rows, ...] (a

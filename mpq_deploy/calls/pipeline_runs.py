@@ -77,8 +77,8 @@ def pipeline_class(index: Mapping[str, Any], folder: Path) -> Any:
         if part.startswith("_") or not isinstance(entry, list):
             continue
         plain_name(part, f"A part of {folder}", ModelError)
-        known = len(entry) == 2 and (entry[0] in (*LIBRARIES, None) or _of_pipeline(*entry))
-        if not known and part not in LEFT_OUT:
+        ours = len(entry) == 2 and (entry[0] in (*LIBRARIES, None) or _of_pipeline(*entry))
+        if not ours and part not in LEFT_OUT:
             raise UsageError(
                 f"The part '{printable(part)}' of {folder} comes from {printable(str(entry))}, which is neither "
                 "diffusers nor transformers.",
@@ -127,7 +127,9 @@ def load_pipeline(
     except MpqError:
         raise
     except ImportError as error:
-        raise UsageError(f"The pipeline in {folder} cannot be loaded: {gist(error)}", PACKAGE) from error
+        raise UsageError(
+            f"The pipeline in {folder} cannot be loaded: {gist(error)}", PACKAGE
+        ) from error
     except Exception as error:
         # Parts raise anything at all for files that are not their own.
         raise ModelError(
@@ -193,7 +195,9 @@ def call_pipeline(pipeline: Any, arguments: Mapping[str, Any], seed: int) -> Arr
         except MpqError:
             raise
         except ImportError as error:
-            raise UsageError(f"{type(pipeline).__name__} cannot be called: {gist(error)}", PACKAGE) from error
+            raise UsageError(
+                f"{type(pipeline).__name__} cannot be called: {gist(error)}", PACKAGE
+            ) from error
         except Exception as error:
             # Some pipelines import what is installed, and use it anyway.
             absent = getattr(error, "name", None) if isinstance(error, NameError) else None

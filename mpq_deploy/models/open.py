@@ -98,7 +98,9 @@ def _denoises(part: Path) -> bool:
     from mpq_deploy.models.transformer import signature_of
 
     name = read_json(part / CONFIG).get("_class_name") if (part / CONFIG).is_file() else None
-    found = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    found = (
+        getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    )
     model = isinstance(found, type) and issubclass(found, diffusers.ModelMixin)
     return model and signature_of(found) is not None
 

@@ -66,9 +66,7 @@ def open_pipeline_part(
     names = _names(type(module), given)
     more = _doubled(pipeline, part.name, arguments, names[0], len(given.tensors[names[0]]))
     inputs, fixed = _inputs(given, more, names)
-    own = getattr(pipeline, "scheduler", None)
-    config = dict(own.config) if own is not None else {}
-    config["_class_name"] = type(own).__name__ if own is not None else "none"
+    config = _scheduler_config(pipeline)
     spec = DenoiserSpec(
         name=folder.resolve().name,
         source=str(folder),
@@ -85,23 +83,24 @@ def open_pipeline_part(
             component=part.name,
             calls=calls,
             scheduler=scheduler,
-            fixed={
-                **{name: fixed_text(value) for name, value in fixed.items()},
-                **{name: fixed_text(value) for name, value in given.constants.items()},
-            },
+            fixed={name: fixed_text(one) for name, one in {**fixed, **given.constants}.items()},
         ),
     )
-    network = _network(module, given, inputs, fixed)
     first = given.tensors.get(names[1], given.constants.get(names[1]))
-    notes = _left_float(index, part.name, type(module).__name__)
     return Denoiser(
         spec,
         _conditions(given, spec),
-        network,
-        notes=notes,
+        _network(module, given, inputs, fixed),
+        notes=_left_float(index, part.name, type(module).__name__),
         # Tokens of a given picture have none of the noise.
         first_timestep=None if first is None else float(torch.as_tensor(first).max()),
     )
+
+
+def _scheduler_config(pipeline: Any) -> dict[str, Any]:
+    own = getattr(pipeline, "scheduler", None)
+    config = dict(own.config) if own is not None else {}
+    return {**config, "_class_name": type(own).__name__ if own is not None else "none"}
 
 
 def calls_of(pipeline: Any, additions: Additions) -> tuple[dict[str, Any], ...]:
@@ -222,9 +221,7 @@ def _twice(pipeline: Any, arguments: Mapping[str, Any]) -> Iterator[dict[str, An
         for name, value in arguments.items()
         if isinstance(value, torch.Tensor) and value.ndim
     }
-    pictures = {
-        name: [value] * 2 for name, value in arguments.items() if hasattr(value, "convert")
-    }
+    pictures = {name: [value] * 2 for name, value in arguments.items() if hasattr(value, "convert")}
     if texts or arrays:
         yield {**arguments, **texts, **arrays}
     if pictures:

@@ -39,13 +39,14 @@ HEAD = """# Pipelines of diffusers
 
 {versions}.
 
-Each class is built from tiny configurations with random weights, saved, and called twice with the same noise, {steps} steps:
-once by diffusers alone, with hooks on its own denoiser, and once as a build runs it, with the denoiser's exported
-ONNX graph (float, ONNX Runtime) in its place. Everything else is the pipeline's own. *Inputs* and *images* are the
-largest differences at any step, as parts of the largest value of what is compared, at least 1: later steps start from
-what earlier ones gave, so they say how far the graph's rounding moves the run. With the denoiser computed by PyTorch
-they are at most 1e-5 and 1e-4 (`tests/oracle/test_oracle.py`). Nothing here says how well a trained model of that
-class takes a budget. Exit code 1 where a class differs by more than {limit:g}, or ends otherwise than listed.
+Each class is built from tiny configurations with random weights, saved, and called twice with the same noise, {steps}
+steps: once by diffusers alone, with hooks on its own denoiser, and once as a build runs it, with the denoiser's
+exported ONNX graph (float, ONNX Runtime) in its place. Everything else is the pipeline's own. *Inputs differ* and
+*images* are the largest differences at any step, as parts of the largest value of what is compared, at least 1: later
+steps start from what earlier ones gave, so they say how far the graph's rounding moves the run. With the denoiser
+computed by PyTorch they are at most 1e-5 and 1e-4 (`tests/oracle/test_oracle.py`). Nothing here says how well a
+trained model of that class takes a budget. Exit code 1 where a class differs by more than {limit:g}, or ends otherwise
+than the tests say.
 
 """
 

@@ -45,7 +45,9 @@ class Comparison:
 
 def open_case(case: Case) -> Denoiser:
     """Open the denoiser of the case's pipeline as a build does."""
-    return open_denoiser(str(case.folder), Additions(call=case.call, component=COMPONENTS.get(case.name)))
+    return open_denoiser(
+        str(case.folder), Additions(call=case.call, component=COMPONENTS.get(case.name))
+    )
 
 
 def compare(case: Case, denoiser: Denoiser, compute: Compute, folder: Path) -> Comparison:

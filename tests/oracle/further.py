@@ -328,5 +328,3 @@ def audio_ldm() -> Built:
         vocoder=seeded(transformers.SpeechT5HifiGan, vocoder),
     )
     return pipeline, {**TEXT, "audio_length_in_s": 0.032}
-
-

@@ -54,7 +54,9 @@ def _pixart(name: str, **options: Any) -> Built:
 
 def pixart_alpha() -> Built:
     """PixArt Alpha with the picture's size as a condition."""
-    return _pixart("PixArtAlphaPipeline", sample_size=128, attention_head_dim=12, cross_attention_dim=24)
+    return _pixart(
+        "PixArtAlphaPipeline", sample_size=128, attention_head_dim=12, cross_attention_dim=24
+    )
 
 
 def pixart_sigma() -> Built:

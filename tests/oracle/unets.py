@@ -245,9 +245,12 @@ def latent_superresolution() -> Built:
 
 def _movq(channels: int, spatial: bool = False) -> Any:
     options: dict[str, Any] = {"norm_type": "spatial"} if spatial else {}
-    attention = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"), (
-        "AttnUpDecoderBlock2D",
-        "UpDecoderBlock2D",
+    attention = (
+        ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+        (
+            "AttnUpDecoderBlock2D",
+            "UpDecoderBlock2D",
+        ),
     )
     plain = ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2
     down, up = attention if spatial else plain
