@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,16 +40,17 @@ class Arguments:
     def of(cls, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """Take a call of ``function`` apart. Raises ModelError where two tensors have one name."""
         given = inspect.signature(function).bind(*args, **kwargs).arguments
+        parameters = inspect.signature(function).parameters
         flat: dict[str, Any] = {}
         for name, value in given.items():
             # What a function takes by **name is there by its own names.
-            kind = inspect.signature(function).parameters[name].kind
+            kind = parameters[name].kind
             flat.update(value if kind is inspect.Parameter.VAR_KEYWORD else {name: value})
         tensors: dict[str, torch.Tensor] = {}
         form = {
             name: _apart(name, value, tensors)
             for name, value in flat.items()
-            if name not in ANSWERS
+            if name not in ANSWERS and (value is not None or _needed(parameters.get(name)))
         }
         return cls(tensors, form)
 
@@ -63,6 +65,27 @@ class Arguments:
         for name, value in self.form.items():
             _collect(name, value, found)
         return found
+
+
+def rows_for(value: torch.Tensor, shape: tuple[int, ...], count: int) -> torch.Tensor | None:
+    """Return ``value`` as [count, *shape], as a graph takes it; None where it does not fit.
+
+    A tensor of one sample is repeated. Where a sample has several rows, [count * rows, ...] (a
+    video's frames in the batch axis), they become an axis of their own.
+    """
+    wanted, given = (count, *shape), tuple(value.shape)
+    if given == wanted:
+        return value
+    if given in (shape, (1, *shape)):
+        return value.reshape(1, *shape).expand(wanted)
+    if shape and given[1:] == shape[1:] and value.numel() == math.prod(wanted):
+        return value.reshape(wanted)
+    return None
+
+
+def _needed(parameter: inspect.Parameter | None) -> bool:
+    """Whether a function cannot be called without it, be it with None."""
+    return parameter is not None and parameter.default is inspect.Parameter.empty
 
 
 def _apart(name: str, value: Any, tensors: dict[str, torch.Tensor]) -> Any:

@@ -8,6 +8,7 @@ pipelines: text encoders, guidance, schedulers, images and masks are the pipelin
 from __future__ import annotations
 
 import functools
+import importlib.util
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -22,10 +23,16 @@ from mpq_deploy.calls.arguments import Arguments
 from mpq_deploy.calls.stand_in import Compute, stand_in
 from mpq_deploy.errors import ModelError, MpqError, UsageError, nearest
 from mpq_deploy.models.additions import INDEX, LEFT_OUT, pipeline_index
-from mpq_deploy.models.call_file import FILE
+from mpq_deploy.models.call_file import ARRAY, FILE
 from mpq_deploy.models.spec import Array, DenoiserSpec
-from mpq_deploy.models.unet import find_weights
-from mpq_deploy.models.weight_files import CONFIG, check_config, refuse_unborne, stored_weights
+from mpq_deploy.models.unet import find_weights, load_pretrained
+from mpq_deploy.models.weight_files import (
+    CONFIG,
+    check_config,
+    own_tensors,
+    refuse_unborne,
+    stored_weights,
+)
 from mpq_deploy.system.inputs import read_json_object
 from mpq_deploy.system.libraries import no_bars
 from mpq_deploy.system.names import plain_name, printable
@@ -38,6 +45,7 @@ LIBRARIES = ("diffusers", "transformers")
 DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS = "diffusion_pytorch_model", "model"
 # How parts are loaded: in float32, without pickles, from what is here.
 _SAFELY = {"torch_dtype": torch.float32, "use_safetensors": True, "local_files_only": True}
+PACKAGE = "Install what is missing into this environment."
 STEPS = "num_inference_steps"
 # Steps of the sampler where the recipe does not say how many.
 FIRST_STEPS = 20
@@ -58,6 +66,9 @@ def pipeline_class(index: Mapping[str, Any], folder: Path) -> Any:
     found = (
         getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
     )
+    if absent := getattr(found, "_backends", None):
+        # What diffusers has in place of a class that it cannot import.
+        raise UsageError(f"{name} of diffusers needs {', '.join(absent)}.", PACKAGE)
     if not (inspect.isclass(found) and issubclass(found, diffusers.DiffusionPipeline)):
         raise UsageError(
             f"The pipeline class '{printable(str(name))}' of {folder} is not one of diffusers.",
@@ -68,13 +79,22 @@ def pipeline_class(index: Mapping[str, Any], folder: Path) -> Any:
         if part.startswith("_") or not isinstance(entry, list):
             continue
         plain_name(part, f"A part of {folder}", ModelError)
-        if len(entry) != 2 or entry[0] not in (*LIBRARIES, None):
+        ours = len(entry) == 2 and (entry[0] in (*LIBRARIES, None) or _of_pipeline(*entry))
+        if not ours and part not in LEFT_OUT:
             raise UsageError(
                 f"The part '{printable(part)}' of {folder} comes from {printable(str(entry))}, which is neither "
                 "diffusers nor transformers.",
                 "Code that comes with a model is never run: record calls by your own script, and give --calls.",
             )
     return found
+
+
+def _of_pipeline(module: Any, class_name: Any) -> bool:
+    """Whether a part is of a module of diffusers' own pipelines, such as ``stable_audio``."""
+    from diffusers import pipelines
+
+    found = getattr(pipelines, module, None) if isinstance(module, str) else None
+    return inspect.ismodule(found) and inspect.isclass(getattr(found, str(class_name), None))
 
 
 def load_pipeline(
@@ -100,16 +120,24 @@ def load_pipeline(
         if name in LEFT_OUT
         or (parameter.default is inspect.Parameter.empty and name not in (*index, "self"))
     }
+    own = {**_loaded_here(folder, index, variants), **(given or {})}
     try:
         with no_bars("diffusers"), no_bars("transformers"):
-            whole = {**(given or {}), **absent}
             if (folder / INDEX).is_file():
-                pipeline = found.from_pretrained(str(folder), variant=variant, **whole, **_SAFELY)
+                options = {**own, **absent, **_SAFELY}
+                pipeline = found.from_pretrained(str(folder), variant=variant, **options)
             else:
-                loaded = {name: _part(folder / name, index[name], variants[name]) for name in parts}
-                pipeline = found(**loaded, **whole)
+                others = [name for name in parts if name not in own]
+                loaded = {
+                    name: _part(folder / name, index[name], variants[name]) for name in others
+                }
+                pipeline = found(**loaded, **own, **absent)
     except MpqError:
         raise
+    except ImportError as error:
+        raise UsageError(
+            f"The pipeline in {folder} cannot be loaded: {gist(error)}", PACKAGE
+        ) from error
     except Exception as error:
         # Parts raise anything at all for files that are not their own.
         raise ModelError(
@@ -125,6 +153,20 @@ def _part(folder: Path, entry: Sequence[str], variant: str | None) -> Any:
     found = getattr(import_module(entry[0]), entry[1])
     options = {**_SAFELY, "variant": variant} if (folder / CONFIG).is_file() else {}
     return found.from_pretrained(str(folder), **options)
+
+
+def _loaded_here(
+    folder: Path, index: Mapping[str, Any], variants: Mapping[str, str | None]
+) -> dict[str, Any]:
+    """Return the parts that diffusers alone would need a further package for (accelerate)."""
+    import diffusers
+
+    classes = {name: getattr(diffusers, str(index[name][1]), None) for name in variants}
+    return {
+        name: load_pretrained(one, folder / name, variants[name])
+        for name, one in classes.items()
+        if index[name][0] == "diffusers" and getattr(one, "_keep_in_fp32_modules", None)
+    }
 
 
 def gist(error: BaseException) -> str:
@@ -167,7 +209,17 @@ def call_pipeline(pipeline: Any, arguments: Mapping[str, Any], seed: int) -> Arr
             output = pipeline(**given)
         except MpqError:
             raise
+        except ImportError as error:
+            raise UsageError(
+                f"{type(pipeline).__name__} cannot be called: {gist(error)}", PACKAGE
+            ) from error
         except Exception as error:
+            # Some pipelines import what is installed, and use it anyway.
+            absent = getattr(error, "name", None) if isinstance(error, NameError) else None
+            if absent and importlib.util.find_spec(absent) is None:
+                raise UsageError(
+                    f"{type(pipeline).__name__} needs the package {absent}.", PACKAGE
+                ) from error
             raise UsageError(
                 f"{type(pipeline).__name__} cannot be called with {shown_call(arguments)}: {gist(error)}",
                 "Say with --call FILE.yaml what it is to be called with: the keyword arguments of the pipeline.",
@@ -243,9 +295,11 @@ class _Reached(BaseException):
 def first_call(pipeline: Any, component: str, arguments: Mapping[str, Any]) -> Arguments:
     """Return what the pipeline gives its denoiser in its first call, and stop there.
 
-    Raises UsageError as ``call_pipeline``, and for a pipeline that never calls it.
+    Raises UsageError as ``call_pipeline``, for a pipeline that never calls it, and for one that
+    changes how it computes attention on the way.
     """
     module = getattr(pipeline, component)
+    processors = dict(getattr(module, "attn_processors", {}))
 
     def reached(called: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _Reached(Arguments.of(called.forward, args, kwargs))
@@ -254,6 +308,7 @@ def first_call(pipeline: Any, component: str, arguments: Mapping[str, Any]) -> A
     try:
         call_pipeline(pipeline, arguments, seed=0)
     except _Reached as stop:
+        _refuse_changed(pipeline, component, processors)
         return stop.given
     finally:
         handle.remove()
@@ -261,6 +316,18 @@ def first_call(pipeline: Any, component: str, arguments: Mapping[str, Any]) -> A
         f"{type(pipeline).__name__} does not call its {component} with {shown_call(arguments)}.",
         "Name the part that denoises with --component.",
     )
+
+
+def _refuse_changed(pipeline: Any, component: str, before: Mapping[str, Any]) -> None:
+    """Raise UsageError where attention is computed by other processors than ``before`` the call."""
+    after = getattr(getattr(pipeline, component), "attn_processors", {})
+    changed = next((one for name, one in after.items() if before.get(name) is not one), None)
+    if changed is not None:
+        raise UsageError(
+            f"{type(pipeline).__name__} makes its {component} compute attention by {type(changed).__name__} while it "
+            "runs, which no exported graph can follow.",
+            "Use the pipeline without that kind of guidance.",
+        )
 
 
 def default_calls(
@@ -311,8 +378,13 @@ class PipelineRuns:
 
         self.spec, self.compute = spec, compute
         index = pipeline_index(folder)
+        part = folder / spec.pipeline.component
         denoiser = stand_in(
-            getattr(diffusers, str(spec.config["_class_name"])), spec.config, spec, self._computed
+            getattr(diffusers, str(spec.config["_class_name"])),
+            spec.config,
+            spec,
+            self._computed,
+            own_tensors(part, DIFFUSERS_WEIGHTS, find_weights(part, DIFFUSERS_WEIGHTS)),
         )
         self._pipeline = load_pipeline(folder, index, {spec.pipeline.component: denoiser})
         use_scheduler(self._pipeline, spec.pipeline.scheduler)
@@ -386,16 +458,28 @@ def image_seed(seed: int, number: int) -> int:
 
 
 def opened_call(call: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a call with the pictures that it names by ``file://`` opened."""
+    """Return a call with the pictures and arrays that it names by ``file://`` opened."""
     return {name: _opened(value) for name, value in call.items()}
 
 
 def _opened(value: Any) -> Any:
     if isinstance(value, str) and value.startswith(FILE):
-        return open_picture(Path(value.removeprefix(FILE)))
+        path = Path(value.removeprefix(FILE))
+        return open_array(path) if path.suffix.lower() == ARRAY else open_picture(path)
     if isinstance(value, list):
         return [_opened(one) for one in value]
     return value
+
+
+def open_array(path: Path) -> torch.Tensor:
+    """Return the array in a ``.npy``. Raises UsageError for a file that is none."""
+    try:
+        return torch.from_numpy(np.load(path, allow_pickle=False))
+    except (OSError, ValueError, TypeError, EOFError) as error:
+        raise UsageError(
+            f"{printable(str(path))} cannot be read as an array: {gist(error)}",
+            "Write one with numpy.save.",
+        ) from error
 
 
 def open_picture(path: Path) -> Any:

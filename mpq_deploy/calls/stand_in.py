@@ -6,15 +6,18 @@ is called with goes to a function as arrays by input name.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
+import inspect
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
-from mpq_deploy.calls.arguments import Arguments
+from mpq_deploy.calls.arguments import Arguments, rows_for
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.passes.first_token import SAME_TOKEN, token_distance
 from mpq_deploy.models.spec import Array, DenoiserSpec
@@ -33,13 +36,23 @@ def fixed_text(value: Any) -> str:
 
 
 def stand_in(
-    module_class: Any, config: Mapping[str, Any], spec: DenoiserSpec, compute: Compute
+    module_class: Any,
+    config: Mapping[str, Any],
+    spec: DenoiserSpec,
+    compute: Compute,
+    own: Mapping[str, torch.Tensor],
 ) -> torch.nn.Module:
     """Return a module of ``module_class`` whose forward is ``compute``.
+
+    ``own``: parameters and buffers of the module itself, not of its layers, which pipelines may
+    read (a prior's mean and deviation).
 
     Its forward raises ModelError, naming the argument, for one that the graph has no input for.
     """
     module = without_weights(module_class, config)
+    for name, value in own.items():
+        kept = module._parameters if name in module._parameters else module._buffers
+        kept[name] = torch.nn.Parameter(value, False) if kept is module._parameters else value
     caller = _Caller(module_class, spec, compute)
 
     @functools.wraps(module_class.forward)
@@ -67,12 +80,25 @@ def without_weights(module_class: Any, config: Mapping[str, Any]) -> Any:
         return module_class.from_config(dict(config)).to("meta")
 
 
+def _answer_of(module_class: Any) -> tuple[Any, str]:
+    """Return what the class's forward answers with, and the name of its first field."""
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+    from diffusers.utils import BaseOutput
+
+    used = inspect.unwrap(module_class.forward).__code__.co_names
+    here = vars(sys.modules[module_class.__module__])
+    kinds = [here[name] for name in used if inspect.isclass(here.get(name))]
+    kind = next((one for one in kinds if issubclass(one, BaseOutput)), Transformer2DModelOutput)
+    return kind, dataclasses.fields(kind)[0].name
+
+
 class _Caller:
     """Takes a call of the module apart, computes it, and answers as the class does."""
 
     def __init__(self, module_class: Any, spec: DenoiserSpec, compute: Compute) -> None:
         self._class, self._spec, self._compute = module_class, spec, compute
         self._fixed = dict(spec.pipeline.fixed) if spec.pipeline else {}
+        self._answer = _answer_of(module_class)
         # Tensors that were compared with the graph's constants, which pipelines hand over each time.
         self._same: dict[str, torch.Tensor] = {}
 
@@ -84,9 +110,8 @@ class _Caller:
         output = torch.from_numpy(self._compute(feeds)).to(sample.dtype)
         if kwargs.get("return_dict", True) is False:
             return (output,)
-        from diffusers.models.modeling_outputs import Transformer2DModelOutput
-
-        return Transformer2DModelOutput(sample=output)
+        kind, field = self._answer
+        return kind(**{field: output})
 
     def feeds(self, given: Arguments) -> dict[str, Array]:
         """Return the graph's inputs. Raises ModelError for what the graph does not take."""
@@ -107,16 +132,14 @@ class _Caller:
                     f"The pipeline gives its denoiser no '{item.name}' here, as it did in its first call.",
                     "Calls whose inputs come and go are not supported: choose call arguments that give it always.",
                 )
-            wanted = (count, *item.shape)
-            if tuple(value.shape) != wanted and value.numel() == int(np.prod(item.shape)):
-                value = value.reshape(1, *item.shape).expand(wanted)
-            if tuple(value.shape) != wanted:
+            rows = rows_for(value, item.shape, count)
+            if rows is None:
                 raise ModelError(
                     f"The pipeline gives its denoiser '{item.name}' of the shape {list(value.shape)} here; in its "
-                    f"first call it was {list(wanted)}.",
+                    f"first call it was {[count, *item.shape]}.",
                     "An engine has one size of everything but the batch: use one size for all calls.",
                 )
-            feeds[item.name] = np.ascontiguousarray(value.detach().cpu().numpy().astype(item.dtype))
+            feeds[item.name] = np.ascontiguousarray(rows.detach().cpu().numpy().astype(item.dtype))
         for name, value in tensors.items():
             self._check(name, value)
         self._check_first_tokens(feeds)
@@ -140,9 +163,11 @@ class _Caller:
             shown = (
                 f"a tensor {list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
             )
+            first = self._fixed.get(name, "nothing")
+            was = "another tensor" if first.startswith(TENSOR) else first
             raise ModelError(
-                f"The pipeline gives its denoiser '{name}' = {shown} here, unlike in its first call.",
-                "The exported graph has it as a constant: use the same call arguments throughout.",
+                f"The pipeline gives its denoiser '{name}' = {shown} here, and {was} in its first call.",
+                "The exported graph has it as a constant: choose call arguments that give it always the same.",
             )
         if isinstance(value, torch.Tensor):
             self._same[name] = value

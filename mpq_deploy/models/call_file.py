@@ -4,6 +4,8 @@ Example, a list of calls (or one), one per image, used in turn::
 
     - {prompt: a red fox, negative_prompt: blurred, image: fox.png, strength: 0.6}
     - {prompt: a lighthouse, image: sea.png, strength: 0.6}
+
+A picture is named by its file, and a tensor (embeddings, depth) by a ``.npy``.
 """
 
 from __future__ import annotations
@@ -16,19 +18,19 @@ from mpq_deploy.errors import UsageError, nearest
 from mpq_deploy.system.names import printable
 from mpq_deploy.system.yaml_file import read_yaml
 
-# Before the path of a picture in a call that was read.
+# Before the path of a picture or array in a call that was read.
 FILE = "file://"
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+ARRAY = ".npy"
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ARRAY)
 # What each run sets itself: the noise of an image, and what it returns.
 OURS = ("generator", "return_dict", "callback", "callback_on_step_end")
 HINT = "Give the keyword arguments of the pipeline, such as: - {prompt: a red fox, image: fox.png}."
 
 
 def read_calls(path: Path, pipeline: Any) -> tuple[dict[str, Any], ...]:
-    """Return the calls of a file, pictures as ``file://`` with their whole path.
+    """Return the calls of a file, pictures and arrays as ``file://`` with their whole path.
 
-    Raises UsageError for an argument that the pipeline does not take, or a picture that is not
-    there.
+    Raises UsageError for an argument that the pipeline does not take, or a file that is not there.
     """
     calls = _calls_in(path)
     taken = [
@@ -48,7 +50,7 @@ def read_calls(path: Path, pipeline: Any) -> tuple[dict[str, Any], ...]:
 
 
 def pictures_of(path: Path) -> list[Path]:
-    """Return the pictures that the calls of a file name. Raises UsageError as ``read_calls``."""
+    """Return the pictures and arrays that the calls of a file name. Raises UsageError as ``read_calls``."""
     found: list[Path] = []
 
     def look(value: Any) -> None:
@@ -83,5 +85,5 @@ def _placed(value: Any, path: Path) -> Any:
 def _picture(value: str, path: Path) -> Path:
     picture = (path.parent / Path(value).expanduser()).resolve()
     if not picture.is_file():
-        raise UsageError(f"{path} names the picture {printable(value)}, which is not there.", HINT)
+        raise UsageError(f"{path} names the file {printable(value)}, which is not there.", HINT)
     return picture

@@ -58,8 +58,10 @@ class ModelForm:
         return self.class_name in OPTIONAL or self.class_name.startswith("UNet")
 
 
-def model_class(config: dict[str, Any], folder: Path) -> Any:
+def model_class(config: dict[str, Any], folder: Path, in_pipeline: bool = False) -> Any:
     """Return the class of diffusers that a configuration names.
+
+    ``in_pipeline``: its pipeline says how it is called, whatever its signature.
 
     Raises UsageError for one that diffusers does not have or that takes no sample and timestep.
     """
@@ -69,7 +71,7 @@ def model_class(config: dict[str, Any], folder: Path) -> Any:
     known = (*UNET_CLASSES, *TRANSFORMER_CLASSES)
     candidate = getattr(diffusers, name, None) if name.isidentifier() else None
     is_model = isinstance(candidate, type) and issubclass(candidate, diffusers.ModelMixin)
-    if not is_model or signature_of(candidate) is None:
+    if not is_model or (signature_of(candidate) is None and not in_pipeline):
         raise UsageError(
             f"{folder} holds {name or 'a model without _class_name'}, which is no denoiser of diffusers.",
             f"{nearest(name, known)}Supported: {', '.join(known)}, and other models of diffusers that take a "

@@ -74,7 +74,8 @@ def _open_folder(folder: Path, source: str, additions: Additions, talk: Talk) ->
     for package in ("torch", "diffusers"):
         if importlib.util.find_spec(package) is None:
             raise MissingDependencyError(package, "torch", "Opening a diffusers folder")
-    if additions.component is not None and additions.component not in DENOISERS:
+    component = additions.component
+    if component is not None and component not in DENOISERS and not _denoises(folder / component):
         from mpq_deploy.models.component import open_component
 
         return open_component(folder, source, additions, talk)
@@ -90,6 +91,20 @@ def _open_folder(folder: Path, source: str, additions: Additions, talk: Talk) ->
     )
     talk.line(f"  {note}")
     return replace(denoiser, notes=(*denoiser.notes, note))
+
+
+def _denoises(part: Path) -> bool:
+    """Whether a part of a pipeline takes a sample and a timestep: a prior, a second transformer."""
+    import diffusers
+
+    from mpq_deploy.models.transformer import signature_of
+
+    name = read_json(part / CONFIG).get("_class_name") if (part / CONFIG).is_file() else None
+    found = (
+        getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    )
+    model = isinstance(found, type) and issubclass(found, diffusers.ModelMixin)
+    return model and signature_of(found) is not None
 
 
 def source_denoiser(recipe: Recipe, talk: Talk) -> Denoiser:

@@ -143,7 +143,7 @@ def _open_in_pipeline(
     config = read_json(part / CONFIG)
     variant = find_weights(part, WEIGHTS_NAME)
     check_config(config, stored_weights(part, WEIGHTS_NAME, variant), part)
-    module = load_pretrained(model_class(config, part), part, variant)
+    module = load_pretrained(model_class(config, part, in_pipeline=True), part, variant)
     opened = open_pipeline_part(folder, pipeline, part, module, additions, talk)
     return replace(opened, spec=opened.spec.model_copy(update={"source": source}))
 

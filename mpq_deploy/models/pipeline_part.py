@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from mpq_deploy.calls.arguments import Arguments
+from mpq_deploy.calls.arguments import ELEMENT, Arguments, rows_for
 from mpq_deploy.calls.pipeline_runs import (
     FIRST_STEPS,
     default_calls,
@@ -63,18 +63,16 @@ def open_pipeline_part(
     calls = calls_of(pipeline, additions)
     arguments = with_steps(pipeline, opened_call(calls[0]), FIRST_STEPS)
     given = first_call(pipeline, part.name, arguments)
-    more = _doubled(pipeline, part.name, arguments)
     names = _names(type(module), given)
+    more = _doubled(pipeline, part.name, arguments, names[0], len(given.tensors[names[0]]))
     inputs, fixed = _inputs(given, more, names)
-    own = getattr(pipeline, "scheduler", None)
-    config = dict(own.config) if own is not None else {}
-    config["_class_name"] = type(own).__name__ if own is not None else "none"
+    config = _scheduler_config(pipeline)
     spec = DenoiserSpec(
         name=folder.resolve().name,
         source=str(folder),
         sample=inputs[0],
-        timestep=inputs[1] if names[1] else None,
-        conditions=tuple(inputs[2 if names[1] else 1 :]),
+        timestep=inputs[1],
+        conditions=tuple(inputs[2:]),
         output=OUTPUT,
         prediction_type=predicted(config),
         scheduler=_plain(config),
@@ -85,20 +83,24 @@ def open_pipeline_part(
             component=part.name,
             calls=calls,
             scheduler=scheduler,
-            fixed={
-                **{name: fixed_text(value) for name, value in fixed.items()},
-                **{name: fixed_text(value) for name, value in given.constants.items()},
-            },
+            fixed={name: fixed_text(one) for name, one in {**fixed, **given.constants}.items()},
         ),
     )
-    network = _network(module, given, inputs, fixed)
     first = given.tensors.get(names[1], given.constants.get(names[1]))
     return Denoiser(
         spec,
         _conditions(given, spec),
-        network,
-        first_timestep=None if first is None else float(torch.as_tensor(first).flatten()[0]),
+        _network(module, given, inputs, fixed),
+        notes=_left_float(index, part.name, type(module).__name__),
+        # Tokens of a given picture have none of the noise.
+        first_timestep=None if first is None else float(torch.as_tensor(first).max()),
     )
+
+
+def _scheduler_config(pipeline: Any) -> dict[str, Any]:
+    own = getattr(pipeline, "scheduler", None)
+    config = dict(own.config) if own is not None else {}
+    return {**config, "_class_name": type(own).__name__ if own is not None else "none"}
 
 
 def calls_of(pipeline: Any, additions: Additions) -> tuple[dict[str, Any], ...]:
@@ -110,37 +112,48 @@ def calls_of(pipeline: Any, additions: Additions) -> tuple[dict[str, Any], ...]:
 
 
 def _names(module_class: Any, given: Arguments) -> tuple[str, str]:
-    """Return the sample's name and the timestep's; empty for a model that takes no timestep."""
+    """Return the sample's name and the timestep's. Raises ModelError where either is missing."""
     signature = signature_of(module_class)
     sample = signature.sample if signature else next(iter(given.tensors), "")
+    if ELEMENT in sample or f"{sample}{ELEMENT}0" in given.tensors:
+        raise ModelError(
+            f"{module_class.__name__} takes a list of samples, '{sample.split(ELEMENT)[0]}', one tensor per image: "
+            "no graph has a batch axis for it.",
+            "Export it to ONNX yourself with one tensor for all samples, and give the ONNX file with a YAML.",
+        )
     if sample not in given.tensors:
         raise ModelError(
             f"{module_class.__name__} is given no tensor '{sample}', but {', '.join(given.tensors)}.",
             "Export it to ONNX and record calls by your own script (--calls).",
         )
     timestep = signature.timestep if signature else ""
-    return sample, timestep if timestep in {*given.tensors, *given.constants} else ""
+    if timestep not in {*given.tensors, *given.constants}:
+        raise ModelError(
+            f"{module_class.__name__} is given no timestep, but {', '.join((*given.tensors, *given.constants))}.",
+            "What predicts tokens or makes an image in one call is not supported.",
+        )
+    return sample, timestep
 
 
 def _inputs(
-    given: Arguments, more: Arguments | None, names: tuple[str, str]
+    given: Arguments, more: Mapping[str, torch.Tensor] | None, names: tuple[str, str]
 ) -> tuple[list[InputSpec], dict[str, torch.Tensor]]:
     """Return the graph's inputs, sample and timestep first, and the tensors that stay the same.
 
-    Raises UsageError for a tensor whose size changes with the number of images in another way.
+    A tensor with several rows per sample (a video's frames) has them as an axis. Raises UsageError
+    for one whose size changes with the number of images in another way.
     """
     sample, timestep = names
     count = len(given.tensors[sample])
-    inputs, fixed = {}, {}
-    if timestep:
-        inputs[timestep] = InputSpec(name=timestep)
+    inputs, fixed = {timestep: InputSpec(name=timestep)}, {}
     for name, value in given.tensors.items():
-        many = more.tensors.get(name) if more is not None else None
-        if name == timestep and value.numel() in (1, count):
+        many = more.get(name) if more is not None else None
+        if name == timestep and value.ndim < 2 and value.numel() in (1, count):
             inputs[name] = InputSpec(name=name)
         elif _batched(value, many, count):
+            rows = (len(value) // count,) if len(value) > count else ()
             inputs[name] = InputSpec.model_validate(
-                {"name": name, "shape": tuple(value.shape[1:]), "dtype": dtype_name(value)}
+                {"name": name, "shape": (*rows, *value.shape[1:]), "dtype": dtype_name(value)}
             )
         elif many is not None and many.shape != value.shape:
             raise UsageError(
@@ -150,8 +163,8 @@ def _inputs(
             )
         else:
             fixed[name] = value
-    order = [name for name in (sample, timestep) if name]
-    return [inputs[n] for n in (*order, *(n for n in inputs if n not in order))], fixed
+    others = [name for name in inputs if name not in names]
+    return [inputs[name] for name in (*names, *others)], fixed
 
 
 def _batched(value: torch.Tensor, many: torch.Tensor | None, count: int) -> bool:
@@ -160,7 +173,7 @@ def _batched(value: torch.Tensor, many: torch.Tensor | None, count: int) -> bool
         return False
     if many is None or many.ndim != value.ndim:
         return len(value) == count
-    return len(many) == 2 * len(value) and many.shape[1:] == value.shape[1:]
+    return len(many) == 2 * len(value) and (len(value) <= count or len(value) % count == 0)
 
 
 def dtype_name(value: torch.Tensor) -> str:
@@ -168,19 +181,64 @@ def dtype_name(value: torch.Tensor) -> str:
     return DTYPES.get(value.dtype, "float32")
 
 
-def _doubled(pipeline: Any, component: str, arguments: Mapping[str, Any]) -> Arguments | None:
-    """Return the first call for two images; None where the pipeline makes one at a time."""
+def _doubled(
+    pipeline: Any, component: str, arguments: Mapping[str, Any], sample: str, count: int
+) -> dict[str, torch.Tensor] | None:
+    """Return what it is given for two images; None where the pipeline makes one at a time.
+
+    ``count``: how many samples it is given for one.
+    """
+    embedded = any(isinstance(value, torch.Tensor) for value in arguments.values())
+    found: dict[str, torch.Tensor] = {}
+    for more in _twice(pipeline, arguments):
+        try:
+            given = first_call(pipeline, component, more).tensors
+        except MpqError:
+            continue
+        if len(given.get(sample, ())) == 2 * count:
+            # Embeddings that the user gives are not repeated for each image, but there for each text.
+            for name, value in given.items():
+                if name not in found or value.numel() > found[name].numel():
+                    found[name] = value
+            if not embedded:
+                break
+    return found or None
+
+
+def _twice(pipeline: Any, arguments: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the ways to ask for two images; some pipelines ignore the first."""
     taken = inspect.signature(type(pipeline).__call__).parameters
-    each = next((name for name in taken if _EACH.fullmatch(name)), None)
-    more = {**arguments, each: 2} if each else dict(arguments)
-    if not each and isinstance(arguments.get("class_labels"), list):
-        more["class_labels"] = arguments["class_labels"] * 2
-    if more == arguments:
-        return None
-    try:
-        return first_call(pipeline, component, more)
-    except MpqError:
-        return None
+    if each := next((name for name in taken if _EACH.fullmatch(name)), None):
+        yield {**arguments, each: 2}
+    texts = {
+        name: [value] * 2 if isinstance(value, str) else value * 2
+        for name, value in arguments.items()
+        if (isinstance(value, str) and "prompt" in name)
+        or (isinstance(value, list) and name == "class_labels")
+    }
+    arrays = {
+        name: torch.cat([value] * 2)
+        for name, value in arguments.items()
+        if isinstance(value, torch.Tensor) and value.ndim
+    }
+    pictures = {name: [value] * 2 for name, value in arguments.items() if hasattr(value, "convert")}
+    if texts or arrays:
+        yield {**arguments, **texts, **arrays}
+    if pictures:
+        yield {**arguments, **texts, **arrays, **pictures}
+
+
+def _left_float(index: Mapping[str, Any], component: str, class_name: str) -> tuple[str, ...]:
+    """Say which other parts denoise as well: they stay as they are."""
+    others = [
+        name
+        for name, entry in index.items()
+        if name != component and isinstance(entry, list) and entry[1:] == [class_name]
+    ]
+    return tuple(
+        f"{name} denoises as well and stays in float: build it with --component {name}"
+        for name in others
+    )
 
 
 def _network(
@@ -189,14 +247,22 @@ def _network(
     names = [item.name for item in inputs]
     held = {name: value.detach().clone() for name, value in fixed.items()}
 
+    # How many axes each tensor has in a call; frames of one sample are rows of the batch there.
+    axes = {name: value.ndim for name, value in given.tensors.items()}
+
     def call(model: Any, *values: torch.Tensor) -> torch.Tensor:
-        arguments = given.filled({**held, **dict(zip(names, values, strict=True))})
+        feeds = {
+            name: value.flatten(0, 1) if value.ndim > max(axes.get(name, 1), 1) else value
+            for name, value in zip(names, values, strict=True)
+        }
+        arguments = given.filled({**held, **feeds})
         if "return_dict" in inspect.signature(type(model).forward).parameters:
             arguments["return_dict"] = False
         output = model(**arguments)[0]
         if not isinstance(output, torch.Tensor):
-            raise TypeError(
-                f"it gives {type(output).__name__}s of tensors, not one as a denoiser does"
+            raise ModelError(
+                f"{type(model).__name__} gives a {type(output).__name__} of tensors, not one as a denoiser does.",
+                "Export it to ONNX yourself with one tensor for all samples, and give the ONNX file with a YAML.",
             )
         return output
 
@@ -205,11 +271,14 @@ def _network(
 
 def _conditions(given: Arguments, spec: DenoiserSpec) -> Conditions:
     """Return what the first call conditions on: examples for the export."""
-    arrays = {
-        item.name: np.ascontiguousarray(given.tensors[item.name].detach().numpy(), item.dtype)
-        for item in spec.conditions
-    }
-    return Conditions(arrays, len(given.tensors[spec.sample.name]))
+    count = len(given.tensors[spec.sample.name])
+    arrays = {}
+    for item in spec.conditions:
+        value = given.tensors[item.name]
+        rows = rows_for(value, item.shape, count)
+        value = value if rows is None else rows
+        arrays[item.name] = np.ascontiguousarray(value.detach().numpy(), item.dtype)
+    return Conditions(arrays, count)
 
 
 def call_label(call: Mapping[str, Any], number: int) -> str:

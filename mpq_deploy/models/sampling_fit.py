@@ -20,7 +20,8 @@ EXTRA = "Give a model that denoises all its input channels: samplers fill in no 
 def check_output(spec: DenoiserSpec, shape: tuple[int, ...]) -> None:
     """Raise ModelError unless an output of ``shape`` [N, ...] is noise for a sample, or noise and variance.
 
-    A learned variance doubles the channels, and its half is left out.
+    A learned variance doubles the channels, and its half is left out. A model in its own pipeline
+    may give anything: that takes it.
     """
     if not spec.sampled:
         return

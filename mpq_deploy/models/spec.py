@@ -13,7 +13,7 @@ from mpq_deploy.errors import ModelError
 from mpq_deploy.system.validated import read_model
 
 Array = np.ndarray[Any, np.dtype[Any]]
-PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction", "trigflow"]
 SPEC_HINT = "Export the model again, or correct the file."
 
 

@@ -76,6 +76,18 @@ def stored_weights(folder: Path, stem: str, variant: str | None) -> Stored:
     return Stored(shapes, types)
 
 
+def own_tensors(folder: Path, stem: str, variant: str | None) -> dict[str, Any]:
+    """Return, in float32, the tensors that belong to a module itself and to none of its layers."""
+    from safetensors import safe_open
+
+    found: dict[str, Any] = {}
+    for path in weight_paths(folder, stem, variant):
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if "." not in name]  # noqa: SIM118 (no mapping)
+            found |= {name: file.get_tensor(name).float() for name in names}
+    return found
+
+
 def find_weights(folder: Path, stem: str) -> str | None:
     """Return the variant (such as ``fp16``; None: plain) of the safetensors in ``folder``.
 

@@ -226,6 +226,11 @@ def _timestep_rows(timestep: float | Array, count: int, item: InputSpec) -> Arra
     values = np.asarray(timestep, np.float64)
     if item.batched:
         rows = np.broadcast_to(values, (count,)) if values.ndim == 0 else values
+        if rows.size == count:
+            # One for each of a sample's tokens, where the model takes as many.
+            rows = np.broadcast_to(
+                rows.reshape(count, *(1,) * len(item.shape)), (count, *item.shape)
+            )
         return rows.reshape(count, *item.shape)
     if values.ndim and len(np.unique(values)) > 1:
         raise ModelError(

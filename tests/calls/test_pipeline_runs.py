@@ -1,0 +1,96 @@
+"""Parts of a pipeline's index, pictures and arrays of a call, and rows that tensors are fitted to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("diffusers")
+
+import torch
+
+from mpq_deploy.calls.arguments import Arguments, rows_for
+from mpq_deploy.calls.pipeline_runs import call_pipeline, first_call, opened_call, pipeline_class
+from mpq_deploy.errors import UsageError
+from mpq_deploy.models.call_file import FILE
+
+pytestmark = pytest.mark.torch
+CHECKER = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+
+
+def test_parts_of_diffusers_own_pipelines_are_known(tmp_path: Path) -> None:
+    index = {"_class_name": "StableAudioPipeline"}
+    index["projection_model"] = ["stable_audio", "StableAudioProjectionModel"]  # type: ignore[assignment]
+    assert pipeline_class(index, tmp_path).__name__ == "StableAudioPipeline"
+    index = {"_class_name": "StableDiffusionPipeline", "safety_checker": CHECKER}  # type: ignore[dict-item]
+    assert pipeline_class(index, tmp_path).__name__ == "StableDiffusionPipeline"
+
+
+@pytest.mark.parametrize("entry", [["mine", "Unet"], ["stable_audio", "Nothing"], ["os", "path"]])
+def test_code_of_others_is_refused(entry: list[str], tmp_path: Path) -> None:
+    index = {"_class_name": "StableDiffusionPipeline", "unet": entry}
+    with pytest.raises(UsageError, match="neither diffusers nor transformers"):
+        pipeline_class(index, tmp_path)
+
+
+def test_an_array_of_a_call_is_a_tensor(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.float32([[1, 2]]))
+    assert opened_call({"embeds": f"{FILE}{tmp_path / 'a.npy'}"})["embeds"].tolist() == [[1, 2]]
+    (tmp_path / "b.npy").write_text("no array", encoding="utf-8")
+    with pytest.raises(UsageError, match="cannot be read as an array"):
+        opened_call({"embeds": f"{FILE}{tmp_path / 'b.npy'}"})
+
+
+@pytest.mark.parametrize(
+    ("given", "shape", "count", "expected"),
+    [
+        ((2, 3), (3,), 2, (2, 3)),
+        ((), (), 2, (2,)),
+        ((1,), (), 2, (2,)),
+        ((1, 3), (3,), 2, (2, 3)),
+        ((6, 4), (3, 4), 2, (2, 3, 4)),
+        ((3, 4), (3, 4), 2, (2, 3, 4)),
+        ((1, 4, 3), (3, 4), 1, None),
+        ((3, 4), (4,), 2, None),
+    ],
+)
+def test_tensors_are_fitted_to_rows(
+    given: tuple[int, ...], shape: tuple[int, ...], count: int, expected: tuple[int, ...] | None
+) -> None:
+    rows = rows_for(torch.arange(float(np.prod(given))).reshape(given), shape, count)
+    assert (None if rows is None else tuple(rows.shape)) == expected
+
+
+def test_a_needed_argument_may_be_none() -> None:
+    def forward(sample: Any, text: Any, mask: Any = None) -> None: ...
+
+    given = Arguments.of(forward, (torch.ones(1), None), {"mask": None})
+    assert given.filled(given.tensors) == {"sample": torch.ones(1), "text": None}
+
+
+class _Pipeline:
+    """A pipeline that a package is missing for, or that changes its denoiser."""
+
+    def __init__(self) -> None:
+        self.unet = torch.nn.Identity()
+        self.unet.attn_processors = {"layer": "usual"}
+
+    def __call__(self, package: bool = False) -> Any:
+        if package:
+            return absent_package_of_some_name.fix(1)  # type: ignore[name-defined] # noqa: F821
+        self.unet.attn_processors = {"layer": SimpleNamespace()}
+        return self.unet(torch.ones(1))
+
+
+def test_a_missing_package_is_named() -> None:
+    with pytest.raises(UsageError, match="needs the package absent_package_of_some_name"):
+        call_pipeline(_Pipeline(), {"package": True}, 0)
+
+
+def test_changed_attention_is_refused() -> None:
+    with pytest.raises(UsageError, match="compute attention by SimpleNamespace"):
+        first_call(_Pipeline(), "unet", {})
