@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
@@ -229,7 +230,7 @@ def call_pipeline(pipeline: Any, arguments: Mapping[str, Any], seed: int) -> Arr
 
 def shown_call(arguments: Mapping[str, Any]) -> str:
     """Return a call's arguments in a few words."""
-    parts = [f"{name}={value!r:.40}" for name, value in arguments.items()]
+    parts = [f"{name}={reprlib.repr(value)}" for name, value in arguments.items()]
     return ", ".join(parts) or "no arguments"
 
 

@@ -23,7 +23,13 @@ from mpq_deploy.models.transformer import (
     signature_of,
     transformer_inputs,
 )
-from mpq_deploy.models.unet import UNET_CLASSES, sample_shape, unet_inputs
+from mpq_deploy.models.unet import (
+    REFINER_TIME_IDS,
+    TIME_IDS,
+    UNET_CLASSES,
+    sample_shape,
+    unet_inputs,
+)
 
 OUTPUT, TEXT = "out_sample", "encoder_hidden_states"
 # Optional parameters of known classes: they become inputs where the user's conditions hold them.
@@ -80,8 +86,11 @@ def model_class(config: dict[str, Any], folder: Path, in_pipeline: bool = False)
     return candidate
 
 
-def model_form(config: dict[str, Any], folder: Path, given: Conditions | None) -> ModelForm:
-    """Return what a model of ``config`` takes; ``given`` are the user's own conditions.
+def model_form(
+    config: dict[str, Any], folder: Path, given: Conditions | None, refines: bool = False
+) -> ModelForm:
+    """Return what a model of ``config`` takes; ``given`` are the user's own conditions;
+    ``refines``: whether its pipeline gives it an aesthetic score.
 
     Raises UsageError for a class that is no denoiser, or a configuration that is not supported.
     """
@@ -94,7 +103,10 @@ def model_form(config: dict[str, Any], folder: Path, given: Conditions | None) -
     if name not in OPTIONAL:
         others = given_inputs(signature, given, (), name, fixed)
         return ModelForm(name, signature, sample, others, fixed)
-    wanted = unet_inputs(config) if name in UNET_CLASSES else transformer_inputs(config)
+    if name in UNET_CLASSES:
+        wanted = unet_inputs(config, REFINER_TIME_IDS if refines else TIME_IDS)
+    else:
+        wanted = transformer_inputs(config)
     allowed = Signature(sample.name, dict.fromkeys(OPTIONAL[name], False))
     further = given_inputs(allowed, given, wanted, name)
     return ModelForm(

@@ -26,7 +26,8 @@ import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from mpq_deploy.calls.recorded import CallSet
-from mpq_deploy.calls.script_calls import ScriptCalls
+from mpq_deploy.calls.sampler import ONE_CALL
+from mpq_deploy.calls.script_calls import CALIBRATED, ScriptCalls
 from mpq_deploy.errors import ModelError, UsageError, nearest
 from mpq_deploy.graph.already_quantized import refuse_quantized
 from mpq_deploy.graph.known_values import Sizes
@@ -79,7 +80,7 @@ class OnnxDescription(BaseModel):
 
     name: str | None = None
     sample: NamedInput
-    timestep: NamedInput
+    timestep: NamedInput | None = None
     conditions: tuple[NamedInput, ...] = ()
     output: str | None = None
     prediction_type: PredictionType | None = None
@@ -223,6 +224,8 @@ def open_onnx(path: Path, source: str, additions: Additions, talk: Talk) -> Deno
     refuse_links_out([yaml_path])
     _check_names(declared, description, yaml_path)
     sample = _input(declared[description.sample.name], description.sample, path)
+    if description.timestep is None:
+        return _open_without_timesteps(path, source, additions, description, yaml_path, model)
     timestep = _input(declared[description.timestep.name], description.timestep, path)
     if not sample.batched:
         raise _fixed_batch(path, sample.name)
@@ -260,6 +263,52 @@ def open_onnx(path: Path, source: str, additions: Additions, talk: Talk) -> Deno
     sizes = {item.name: (None, *item.shape) if item.batched else item.shape for item in fed}
     network = OnnxNetwork(path, spec.output, sizes)
     return Denoiser(spec, conditions, network, notes=_notes(model, path, talk))
+
+
+def _open_without_timesteps(
+    path: Path,
+    source: str,
+    additions: Additions,
+    description: OnnxDescription,
+    yaml_path: Path,
+    model: ir.Model,
+) -> Denoiser:
+    """Open a model that is called once (a VAE, a text encoder): rows of its inputs are the user's.
+
+    Raises UsageError where there are none.
+    """
+    declared = {v.name or "": v for v in model.graph.inputs if not v.is_initializer()}
+    sample = _input(declared[description.sample.name], description.sample, path)
+    if additions.conditions is None:
+        raise UsageError(
+            f"{yaml_path} names no timestep, so {path} is called once, and nothing brings its inputs.",
+            f"Record calls of it (mpq_deploy.record) and give --calls FOLDER; or --conditions FILE.npz with the array "
+            f"'{sample.name}' and the conditions' (of a denoiser name the timestep: timestep: NAME).",
+        )
+    given = Conditions.load(additions.conditions)
+    items = (description.sample, *description.conditions)
+    wanted = tuple(_wanted(declared[item.name], item, path) for item in items)
+    checked = check_conditions(given, wanted, str(additions.conditions))
+    if given.rows < 2:
+        raise UsageError(
+            f"{additions.conditions} holds {given.rows} row.",
+            "Give two at least: one is compared on.",
+        )
+    spec = DenoiserSpec(
+        name=description.name or path.stem,
+        source=source,
+        sample=checked[0],
+        timestep=None,
+        calibration_rows=max(1, int(given.rows * CALIBRATED)),
+        conditions=checked[1:],
+        output=_output(model, description, yaml_path),
+        prediction_type="sample",
+        scheduler={"_class_name": ONE_CALL},
+        labels=given.labels,
+        pixel_range=description.pixel_range,
+    )
+    sizes = {item.name: (None, *item.shape) for item in checked}
+    return Denoiser(spec, given, OnnxNetwork(path, spec.output, sizes))
 
 
 def open_with_calls(
@@ -351,7 +400,7 @@ def _check_names(
 ) -> None:
     named = [
         description.sample.name,
-        description.timestep.name,
+        *(() if description.timestep is None else (description.timestep.name,)),
         *(item.name for item in description.conditions),
     ]
     for name in named:

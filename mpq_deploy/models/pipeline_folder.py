@@ -60,7 +60,8 @@ def open_folder(folder: Path, source: str, additions: Additions, talk: Talk) -> 
         )
     given = Conditions.load(additions.conditions) if additions.conditions is not None else None
     with whole(part / CONFIG, ModelError, "Correct it, or download the model again."):
-        form = model_form(config, part, given)
+        refines = bool(pipeline.get("requires_aesthetics_score"))
+        form = model_form(config, part, given, refines)
         if not form.known and pipeline.get("_class_name"):
             raise UsageError(
                 f"Our own sampler does not know how {pipeline['_class_name']} calls its {form.class_name}: it may "

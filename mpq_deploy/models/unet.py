@@ -28,24 +28,35 @@ from mpq_deploy.system.libraries import gist, no_bars, silenced
 
 UNET_CLASSES = ("UNet2DModel", "UNet2DConditionModel")
 WEIGHTS_NAME = "diffusion_pytorch_model"
-# Original size, crop corner and target size (Podell et al. 2023, section 2.2).
-TIME_IDS = 6
+# Original size, crop corner and target size (Podell et al. 2023, section 2.2); of a refiner original size, crop corner
+# and aesthetic score.
+TIME_IDS, REFINER_TIME_IDS = 6, 5
 # An entry that a user may add to config.json: the shape of one sample.
 SHAPE = "sample_shape"
 VIDEO_AXES = 3
 
 
-def unet_inputs(config: dict[str, Any]) -> tuple[WantedInput, ...]:
-    """Return the conditions of a UNet of this configuration. Raises UsageError if unknown."""
+def unet_inputs(config: dict[str, Any], time_ids: int = TIME_IDS) -> tuple[WantedInput, ...]:
+    """Return the conditions of a UNet of this configuration; ``time_ids`` numbers in that input.
+
+    Raises UsageError for a kind that is not known.
+    """
     inputs = []
-    if config["_class_name"] == "UNet2DConditionModel":
+    if config["_class_name"] == "UNet2DConditionModel" and not _reads_class_alone(config):
         inputs.append(WantedInput("encoder_hidden_states", (None, _cross_attention_width(config))))
     inputs += _class_inputs(config)
     if config["_class_name"] == "UNet2DConditionModel":
-        inputs += _added_inputs(config)
+        inputs += _added_inputs(config, time_ids)
         if config.get("time_cond_proj_dim") is not None:
             inputs.append(WantedInput("timestep_cond", (int(config["time_cond_proj_dim"]),)))
     return tuple(inputs)
+
+
+def _reads_class_alone(config: dict[str, Any]) -> bool:
+    """Whether every block reads a class vector and no text: widths of its attention are its own."""
+    width = config.get("cross_attention_dim")
+    varied = isinstance(width, list) and len(set(width)) > 1
+    return varied and bool(config.get("class_embeddings_concat"))
 
 
 def _cross_attention_width(config: dict[str, Any]) -> int:
@@ -77,15 +88,15 @@ def _class_inputs(config: dict[str, Any]) -> list[WantedInput]:
     raise UsageError(f"The UNet's class_embed_type is '{kind}', which is not supported.")
 
 
-def _added_inputs(config: dict[str, Any]) -> list[WantedInput]:
+def _added_inputs(config: dict[str, Any], time_ids: int) -> list[WantedInput]:
     kind = config.get("addition_embed_type")
     if kind in (None, "text"):
         return []
     if kind == "text_time":
-        text = int(config["projection_class_embeddings_input_dim"]) - TIME_IDS * int(
+        text = int(config["projection_class_embeddings_input_dim"]) - time_ids * int(
             config["addition_time_embed_dim"]
         )
-        return [WantedInput("text_embeds", (text,)), WantedInput("time_ids", (TIME_IDS,))]
+        return [WantedInput("text_embeds", (text,)), WantedInput("time_ids", (time_ids,))]
     raise UsageError(
         f"The UNet's addition_embed_type is '{kind}', which is not supported.",
         "Export it to ONNX by other means and give the ONNX file with a YAML.",
