@@ -20,6 +20,7 @@ import torch
 
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.load import normalise
+from mpq_deploy.graph.passes.boolean_where import BooleanWherePass
 from mpq_deploy.graph.passes.drop_squeezes import DropSqueezesPass
 from mpq_deploy.graph.passes.fold_constants import FoldConstantsPass
 from mpq_deploy.graph.passes.hide_near_neutral import HideNearNeutralPass
@@ -37,6 +38,9 @@ SCOPES = "pkg.torch.onnx.name_scopes"
 PREFIX = "network."
 # What the exporter writes for nodes outside any module.
 OUTSIDE = "_empty_nn_module_stack_from_metadata_hook"
+
+# What torch.export says where tracing made the batch axis a number.
+FIXED_AXIS = "tracing inferred a static shape"
 
 Forward = Callable[..., torch.Tensor]
 
@@ -73,6 +77,7 @@ class TorchNetwork:
         FoldConstantsPass()(model)
         model = optimized(model)
         FoldConstantsPass()(model)
+        BooleanWherePass()(model)
         name_parameters(model, self.module)
         name_after_modules(model)
         return normalise(model)
@@ -107,6 +112,12 @@ class TorchNetwork:
                     verbose=False,
                 )
         except torch.onnx.OnnxExporterError as error:
+            if FIXED_AXIS in str(error.__cause__ or error):
+                raise ModelError(
+                    f"{type(self.module).__name__} computes with the number of samples as a Python number, so that "
+                    "PyTorch can export it for one number of samples alone.",
+                    self._remedy(),
+                ) from error
             raise ModelError(
                 f"PyTorch cannot export {type(self.module).__name__} to ONNX: {gist(error)}",
                 self._remedy(),
