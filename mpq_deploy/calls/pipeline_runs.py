@@ -320,9 +320,9 @@ def first_call(pipeline: Any, component: str, arguments: Mapping[str, Any]) -> A
 
 
 def _refuse_changed(pipeline: Any, component: str, before: Mapping[str, Any]) -> None:
-    """Raise UsageError where attention is computed by other processors than ``before`` the call."""
+    """Raise UsageError where attention is computed by processors of other classes than ``before``."""
     after = getattr(getattr(pipeline, component), "attn_processors", {})
-    changed = next((one for name, one in after.items() if before.get(name) is not one), None)
+    changed = next((p for name, p in after.items() if type(before.get(name)) is not type(p)), None)
     if changed is not None:
         raise UsageError(
             f"{type(pipeline).__name__} makes its {component} compute attention by {type(changed).__name__} while it "

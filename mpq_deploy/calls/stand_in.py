@@ -80,7 +80,7 @@ def without_weights(module_class: Any, config: Mapping[str, Any]) -> Any:
         return module_class.from_config(dict(config)).to("meta")
 
 
-def _answer_of(module_class: Any) -> tuple[Any, str]:
+def answer_of(module_class: Any) -> tuple[Any, str]:
     """Return what the class's forward answers with, and the name of its first field."""
     from diffusers.models.modeling_outputs import Transformer2DModelOutput
     from diffusers.utils import BaseOutput
@@ -98,7 +98,7 @@ class _Caller:
     def __init__(self, module_class: Any, spec: DenoiserSpec, compute: Compute) -> None:
         self._class, self._spec, self._compute = module_class, spec, compute
         self._fixed = dict(spec.pipeline.fixed) if spec.pipeline else {}
-        self._answer = _answer_of(module_class)
+        self._answer = answer_of(module_class)
         # Tensors that were compared with the graph's constants, which pipelines hand over each time.
         self._same: dict[str, torch.Tensor] = {}
 

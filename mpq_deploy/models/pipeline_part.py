@@ -53,8 +53,7 @@ def open_pipeline_part(
 ) -> Denoiser:
     """Open ``module``, the weights in ``part``, as its pipeline in ``folder`` calls it.
 
-    Raises UsageError for a pipeline that cannot be run or calls that it refuses, ModelError for one
-    whose denoiser takes no tensor of samples.
+    Raises UsageError for a pipeline that cannot be run or refuses its calls, ModelError as ``_names``.
     """
     talk.line(f"  running {index.get('_class_name')} up to its denoiser")
     pipeline = load_pipeline(folder, index, {part.name: module})
@@ -86,14 +85,13 @@ def open_pipeline_part(
             fixed={name: fixed_text(one) for name, one in {**fixed, **given.constants}.items()},
         ),
     )
-    first = given.tensors.get(names[1], given.constants.get(names[1]))
     return Denoiser(
         spec,
         _conditions(given, spec),
         _network(module, given, inputs, fixed),
         notes=_left_float(index, part.name, type(module).__name__),
         # Tokens of a given picture have none of the noise.
-        first_timestep=None if first is None else float(torch.as_tensor(first).max()),
+        first_timestep=float(torch.as_tensor({**given.tensors, **given.constants}[names[1]]).max()),
     )
 
 

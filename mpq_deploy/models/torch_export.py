@@ -22,6 +22,7 @@ import torch
 
 from mpq_deploy.errors import ModelError
 from mpq_deploy.graph.load import normalise
+from mpq_deploy.graph.passes.boolean_where import BooleanWherePass
 from mpq_deploy.graph.passes.drop_squeezes import DropSqueezesPass
 from mpq_deploy.graph.passes.fold_constants import FoldConstantsPass
 from mpq_deploy.graph.passes.hide_near_neutral import HideNearNeutralPass
@@ -41,6 +42,8 @@ PREFIX = "network."
 OUTSIDE = "_empty_nn_module_stack_from_metadata_hook"
 
 ELSEWHERE = "Export it to ONNX by other means and give the ONNX file with a YAML."
+# What torch.export says where tracing made the batch axis a number.
+FIXED_AXIS = "tracing inferred a static shape"
 
 Forward = Callable[..., torch.Tensor]
 
@@ -75,6 +78,7 @@ class TorchNetwork:
         model = optimized(model)
         FoldConstantsPass()(model)
         merge_constants(model, set(self.module.state_dict()))
+        BooleanWherePass()(model)
         name_parameters(model, self.module)
         name_after_modules(model)
         return normalise(model)
@@ -109,6 +113,12 @@ class TorchNetwork:
                     verbose=False,
                 )
         except torch.onnx.OnnxExporterError as error:
+            if FIXED_AXIS in str(error.__cause__ or error):
+                raise ModelError(
+                    f"{type(self.module).__name__} computes with the number of samples as a Python number, so that "
+                    "PyTorch can export it for one number of samples alone.",
+                    ELSEWHERE,
+                ) from error
             raise ModelError(
                 f"PyTorch cannot export {type(self.module).__name__} to ONNX: {gist(error)}",
                 ELSEWHERE,

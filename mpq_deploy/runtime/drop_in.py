@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpq_deploy.calls.arguments import Arguments
-from mpq_deploy.calls.stand_in import fixed_text
+from mpq_deploy.calls.arguments import Arguments, rows_for
+from mpq_deploy.calls.stand_in import answer_of, fixed_text
 from mpq_deploy.device.archive import MANIFEST, ArchiveError
 from mpq_deploy.device.manifest import Manifest
 from mpq_deploy.engine.builder import ENGINE
@@ -94,7 +94,10 @@ class RuntimeUNet(torch.nn.Module):  # type: ignore[misc]
         feeds = {
             self.spec.sample.name: self._cast(sample, self.spec.sample),
             declared.name: self._cast(self._times(times, declared, len(sample)), declared),
-            **{item.name: self._cast(conditions[item.name], item) for item in self.spec.conditions},
+            **{
+                item.name: self._cast(_rows(conditions[item.name], item, len(sample)), item)
+                for item in self.spec.conditions
+            },
         }
         output = self.backend(feeds).to(sample.device, sample.dtype)
         if not return_dict:
@@ -103,7 +106,9 @@ class RuntimeUNet(torch.nn.Module):  # type: ignore[misc]
         from diffusers.models.unets.unet_2d import UNet2DOutput
 
         kind = UNet2DOutput if self.spec.sample.name == "sample" else Transformer2DModelOutput
-        return kind(sample=output)
+        known = self._class()
+        kind, field = answer_of(known) if hasattr(known, "forward") else (kind, "sample")
+        return kind(**{field: output})
 
     def _by_name(self, leading: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
         """Return all arguments by the names of the graph's inputs, lists and dictionaries apart."""
@@ -229,6 +234,12 @@ def _flat(given: dict[str, Any]) -> dict[str, Any]:
         elif value is not None and not (isinstance(value, dict) and not value):
             flat[name] = value
     return flat
+
+
+def _rows(value: torch.Tensor, item: InputSpec, count: int) -> torch.Tensor:
+    """Return a condition with a row for each sample, where it can be made so."""
+    rows = rows_for(value, item.shape, count) if item.batched else None
+    return value if rows is None else rows
 
 
 def _first(given: dict[str, Any], names: tuple[str, ...], what: str) -> Any:

@@ -90,6 +90,12 @@ REFUSED = {
     "StableDiffusionPAGPipeline": "compute attention by PAG",
     "AmusedPipeline": "is given no timestep",
 }
+# What runs with PyTorch's denoiser, but has no ONNX graph: how its message begins or goes on.
+NOT_EXPORTED = {
+    "Lumina2Pipeline": "cannot export",
+    "ChromaPipeline": "for one number of samples alone",
+    "QwenImagePipeline": "cannot export",
+}
 # The part that denoises, where no unet or transformer does.
 COMPONENTS = {
     "KandinskyV22PriorPipeline": "prior",

@@ -17,8 +17,8 @@ from tests.oracle.pipelines import BUILDERS, REFUSED, save_case
 pytestmark = pytest.mark.torch
 # Parts of the largest value: float32 in other layouts of memory, and what steps make of it.
 INPUTS, IMAGES, EXPORTED = 1e-5, 1e-4, 1e-3
-# A UNet, a transformer with constants of positions, and a video with rows per frame.
-BY_GRAPH = ("StableDiffusionControlNetPipeline", "FluxPipeline", "WanPipeline")
+# A UNet of pixels, a transformer with constants of positions, and a video.
+BY_GRAPH = ("DDIMPipeline", "FluxPipeline", "WanPipeline")
 
 
 @pytest.mark.parametrize("name", [name for name in BUILDERS if name not in REFUSED])
