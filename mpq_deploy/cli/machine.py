@@ -171,14 +171,7 @@ def targets(
             "targets takes a name, or --take FILE with --out.", "See mpq-deploy targets --help."
         )
     if take is not None:
-        from mpq_deploy.delivery.probe_results import take_probe
-
-        written, results = take_probe(take, out)
-        lines = [f"{form:<18}{found.said}" for form, found in results.forms.items()]
-        if not results.finished:
-            lines.append("not finished: run.sh on the device goes on with the other forms")
-        lines.append(f"target  {written}  (use it as --target ./{written.name})")
-        print_result({"file": str(written), **results.model_dump(mode="json")}, "\n".join(lines))
+        _take(take, out)
         return
     if name is not None:
         target = load_target(name)
@@ -196,6 +189,18 @@ def targets(
     width = max(len(row.name) for row in rows)
     for row in rows:
         print_text(f"{row.name:<{width}}  {row.dialect:<12}  {row.title}")
+
+
+def _take(results_file: Path, out: Path | None) -> None:
+    """Make a target of a probe's results, and say what they are."""
+    from mpq_deploy.delivery.probe_results import take_probe
+
+    written, results = take_probe(results_file, out)
+    lines = [f"{form:<18}{found.said}" for form, found in results.forms.items()]
+    if not results.finished:
+        lines.append("not finished: run.sh on the device goes on with the other forms")
+    lines.append(f"target  {written}  (use it as --target ./{written.name})")
+    print_result({"file": str(written), **results.model_dump(mode="json")}, "\n".join(lines))
 
 
 @app.command(rich_help_panel=MACHINE, epilog="Example: mpq-deploy doctor")

@@ -227,20 +227,13 @@ def open_onnx(path: Path, source: str, additions: Additions, talk: Talk) -> Deno
     if description.timestep is None:
         return _open_without_timesteps(path, source, additions, description, yaml_path, model)
     timestep = _input(declared[description.timestep.name], description.timestep, path)
-    if not sample.batched:
-        raise _fixed_batch(path, sample.name)
-    if prod(timestep.shape) != 1:
-        raise UsageError(
-            f"The timestep '{timestep.name}' of {path} has the shape {list(timestep.shape)} beside the batch axis.",
-            "It must be one number per sample: [N], [N, 1], or a scalar for the whole batch.",
-        )
+    _check_axes(sample, timestep, path)
     wanted = tuple(_wanted(declared[item.name], item, path) for item in description.conditions)
     scheduler = _scheduler(description, yaml_path, additions)
     conditions = _conditions(description, wanted, additions, path)
     checked = check_conditions(conditions, wanted, str(additions.conditions or yaml_path))
-    scale = description.guidance.scale
-    if additions.guidance_scale is not None:
-        scale = additions.guidance_scale
+    given = additions.guidance_scale
+    scale = description.guidance.scale if given is None else given
     if scale != 1 and conditions.uncond_row is None:
         raise UsageError(
             f"The guidance scale is {scale}, but no uncond_row is given.", f"Add it in {yaml_path}."
@@ -263,6 +256,16 @@ def open_onnx(path: Path, source: str, additions: Additions, talk: Talk) -> Deno
     sizes = {item.name: (None, *item.shape) if item.batched else item.shape for item in fed}
     network = OnnxNetwork(path, spec.output, sizes)
     return Denoiser(spec, conditions, network, notes=_notes(model, path, talk))
+
+
+def _check_axes(sample: InputSpec, timestep: InputSpec, path: Path) -> None:
+    if not sample.batched:
+        raise _fixed_batch(path, sample.name)
+    if prod(timestep.shape) != 1:
+        raise UsageError(
+            f"The timestep '{timestep.name}' of {path} has the shape {list(timestep.shape)} beside the batch axis.",
+            "It must be one number per sample: [N], [N, 1], or a scalar for the whole batch.",
+        )
 
 
 def _open_without_timesteps(

@@ -58,17 +58,24 @@ def open_folder(folder: Path, source: str, additions: Additions, talk: Talk) -> 
             f"{folder} is sampled by our own sampler, which no --call can tell anything.",
             "It is for pipeline folders whose own class runs them, without --conditions.",
         )
+    return _open_sampled(folder, source, pipeline, part, additions, talk)
+
+
+def _open_sampled(
+    folder: Path,
+    source: str,
+    pipeline: dict[str, Any],
+    part: Path,
+    additions: Additions,
+    talk: Talk,
+) -> Denoiser:
+    """Open the denoiser in ``part`` for our own sampler. Raises as ``open_folder`` does."""
+    config = read_json(part / CONFIG)
     given = Conditions.load(additions.conditions) if additions.conditions is not None else None
     with whole(part / CONFIG, ModelError, "Correct it, or download the model again."):
         refines = bool(pipeline.get("requires_aesthetics_score"))
         form = model_form(config, part, given, refines)
-        if not form.known and pipeline.get("_class_name"):
-            raise UsageError(
-                f"Our own sampler does not know how {pipeline['_class_name']} calls its {form.class_name}: it may "
-                "scale timesteps or shift them.",
-                "Give the whole pipeline folder without --conditions, which its own class then runs; or record the "
-                "calls of your script (mpq_deploy.record) and give them with the ONNX file: --calls.",
-            )
+        _refuse_unknown(form, pipeline)
         variant = find_weights(part, WEIGHTS_NAME)
         check_config(config, stored_weights(part, WEIGHTS_NAME, variant), part)
         card = read_json(folder / CARD) if (folder / CARD).is_file() else {}
@@ -93,13 +100,28 @@ def open_folder(folder: Path, source: str, additions: Additions, talk: Talk) -> 
         config=config,
     )
     decoder, notes = _decoder(folder, form, talk)
-    if not form.known:
-        said = (
-            f"{form.class_name} is called as its signature says, with the scheduler's own timesteps"
-        )
-        talk.warn(f"{said}; its pipeline may scale them: give the pipeline folder, which knows")
-        notes = (*notes, said)
+    notes = (*notes, *_warned(form, talk))
     return Denoiser(spec, conditions, network(module, form, config, inputs), decoder, notes)
+
+
+def _refuse_unknown(form: ModelForm, pipeline: dict[str, Any]) -> None:
+    """Raise UsageError for a class whose pipeline is named, and may call it in a way of its own."""
+    if not form.known and pipeline.get("_class_name"):
+        raise UsageError(
+            f"Our own sampler does not know how {pipeline['_class_name']} calls its {form.class_name}: it may "
+            "scale timesteps or shift them.",
+            "Give the whole pipeline folder without --conditions, which its own class then runs; or record the "
+            "calls of your script (mpq_deploy.record) and give them with the ONNX file: --calls.",
+        )
+
+
+def _warned(form: ModelForm, talk: Talk) -> tuple[str, ...]:
+    """Warn of a class that our sampler calls by its signature alone; return the note."""
+    if form.known:
+        return ()
+    said = f"{form.class_name} is called as its signature says, with the scheduler's own timesteps"
+    talk.warn(f"{said}; its pipeline may scale them: give the pipeline folder, which knows")
+    return (said,)
 
 
 def _runs_itself(
