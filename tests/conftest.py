@@ -45,7 +45,7 @@ def shared_exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         if not path.is_file():
             made = original(self)
             aside = path.with_suffix(f".{os.getpid()}")
-            ir.save(made, aside, format="onnx")
+            ir.save(made, aside, format="protobuf")
             aside.replace(path)
             return made
         return ir.load(path)

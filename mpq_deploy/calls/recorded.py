@@ -178,9 +178,7 @@ class CallSet:
         }
         writer = ShardWriter(folder)
         for name, given in sorted(self.inputs.items()):
-            used, index = np.unique(given.index, return_inverse=True)
-            writer.add_all(name, given.values, used)
-            columns[f"{INDEX}{name}"] = index.ravel()
+            columns[f"{INDEX}{name}"] = writer.add_all(name, given.values, given.index)
         writer.finish(columns)
 
     @classmethod

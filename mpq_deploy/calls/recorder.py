@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 
 from mpq_deploy.calls.recorded import INDEX, STEP, TIMESTEP, CallSet, InputCalls
-from mpq_deploy.calls.shards import ShardWriter, read_shards
+from mpq_deploy.calls.shards import DIGEST_BYTES, ShardWriter, read_shards
 from mpq_deploy.calls.timesteps import sampled_steps
 from mpq_deploy.errors import InputError, UsageError
 from mpq_deploy.models.spec import Array
 
 RUN, PLACE = "run", "place"
-DIGEST_BYTES = 16
 
 
 @dataclass

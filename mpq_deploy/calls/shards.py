@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ INDEX, SHARD = "index.safetensors", "calls-{:05d}.safetensors"
 # Rows are gathered up to so many bytes before they are written (our choice).
 SHARD_BYTES = 64 << 20
 AGAIN = "Record the calls again."
+DIGEST_BYTES = 16
 
 
 class ShardWriter:
@@ -44,28 +46,37 @@ class ShardWriter:
             self._flush()
         return self._counts[name] - 1
 
-    def add_all(self, name: str, values: Any, rows: Array) -> None:
-        """Write the given ``rows`` (positions) of ``values`` [U, ...] of an input."""
-        for row in rows:
-            self.add(name, np.asarray(values[row]))
+    def add_all(self, name: str, values: Any, index: Array) -> Array:
+        """Write the rows of ``values`` [U, ...] that ``index`` names, equal ones once.
+
+        Return the same index of what is written, so that files depend on the calls alone.
+        """
+        places: dict[int, int] = {}
+        known: dict[bytes, int] = {}
+        for row in index.ravel():
+            if int(row) not in places:
+                content = np.array(values[row])
+                digest = blake2b(content.tobytes(), digest_size=DIGEST_BYTES).digest()
+                if digest not in known:
+                    known[digest] = self.add(name, content)
+                places[int(row)] = known[digest]
+        return np.array([places[int(row)] for row in index.ravel()], np.int64)
 
     def finish(self, columns: Mapping[str, Array]) -> None:
         """Write the last shard and the index with its ``columns``."""
-        from safetensors.numpy import save_file
-
         self._flush()
-        save_file({name: np.ascontiguousarray(c) for name, c in columns.items()}, self._index)
+        self._write(INDEX, {name: np.ascontiguousarray(c) for name, c in columns.items()})
 
-    @property
-    def _index(self) -> Path:
-        return self._folder / INDEX
+    def _write(self, name: str, tensors: dict[str, Array]) -> None:
+        from safetensors.numpy import save
+
+        # Not by the library: its errors do not say that a disk is full.
+        (self._folder / name).write_bytes(save(tensors))
 
     def _flush(self) -> None:
-        from safetensors.numpy import save_file
-
         if self._rows:
-            path = self._folder / SHARD.format(self._shards)
-            save_file({name: np.stack(rows) for name, rows in self._rows.items()}, path)
+            tensors = {name: np.stack(rows) for name, rows in self._rows.items()}
+            self._write(SHARD.format(self._shards), tensors)
             self._rows, self._bytes, self._shards = {}, 0, self._shards + 1
 
 

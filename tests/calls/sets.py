@@ -27,6 +27,7 @@ def call_set(
 def samples_of(recorded: CallSet, name: str = "sample") -> Array:
     """The samples [K, N, ...] of a set; of one that ``call_set`` made those that it holds."""
     given = recorded.inputs[name]
-    if isinstance(given.values, np.ndarray) and given.index.size == len(given.values):
+    each = np.arange(len(np.asarray(given.values)))
+    if isinstance(given.values, np.ndarray) and np.array_equal(given.index.ravel(), each):
         return given.values.reshape(*given.index.shape, *given.values.shape[1:])
     return np.asarray(given.values[given.index])

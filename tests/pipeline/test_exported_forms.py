@@ -13,6 +13,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from mpq_deploy.calls.recorded import CallSet  # noqa: E402
 from mpq_deploy.errors import ModelError  # noqa: E402
 from mpq_deploy.graph.layers import layer_graph  # noqa: E402
 from mpq_deploy.graph.load import load_model  # noqa: E402
@@ -21,6 +22,7 @@ from mpq_deploy.models.open import open_denoiser  # noqa: E402
 from mpq_deploy.onnx_torch import operators  # noqa: E402
 from mpq_deploy.onnx_torch.torch_graph import TorchGraph  # noqa: E402
 from mpq_deploy.runtime.ort import session_options  # noqa: E402
+from tests.calls.sets import samples_of  # noqa: E402
 from tests.exported_networks import NETWORKS, Form  # noqa: E402
 from tests.pipeline.runs import build, describe, recipe_for  # noqa: E402
 
@@ -128,11 +130,11 @@ def test_a_verified_engine(exported: Any, form: Form, tmp_path: Path) -> None:
     assert not [line for line in built.said if line.startswith("warning: losses are from")]
     # The plan's error is what its losses predict, on the calls that these were measured on.
     predicted = json.loads((built.run / "allocate" / "plan.json").read_text(encoding="utf-8"))
-    recorded = np.load(built.run / "calibrate" / "inputs.npz")
+    recorded = CallSet.load(built.run / "calibrate" / "calls")
     errors = []
     options = session_options(1, fake_quant_only=True)
     session = ort.InferenceSession(built.run / "quantize" / "model.onnx", options)
-    for sample, timestep in zip(recorded["samples"], recorded["timesteps"]):
+    for sample, timestep in zip(samples_of(recorded), recorded.timesteps):
         times = np.full(len(sample), timestep, np.int64)
         with torch.no_grad():
             wanted = module(torch.from_numpy(sample), torch.from_numpy(times)).numpy()

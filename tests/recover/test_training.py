@@ -18,6 +18,7 @@ from mpq_deploy.recover.student import Student
 from mpq_deploy.recover.train import HELD_OUT_ROUND, Trainer, error_factor
 from mpq_deploy.system.memory import Room
 from mpq_deploy.system.progress import Talk
+from tests.calls.sets import samples_of
 from tests.recover.cases import Case
 
 pytestmark = pytest.mark.torch
@@ -59,16 +60,17 @@ def test_training_lowers_the_error_that_the_written_graph_has(case: Case, tmp_pa
 def test_held_out_noise_is_never_trained_on(case: Case) -> None:
     recorder = case.recorder()
     rounds = [recorder.record(3, 0, number) for number in (0, 1, HELD_OUT_ROUND)]
-    starts = np.concatenate([r.inputs[0].reshape(len(r.rows), -1) for r in rounds])
+    starts = np.concatenate([samples_of(r.calls)[0].reshape(r.calls.count, -1) for r in rounds])
     assert len(np.unique(starts.round(5), axis=0)) == len(starts)
     again = case.recorder().record(3, 0, 1)
-    np.testing.assert_array_equal(again.inputs, rounds[1].inputs)
+    np.testing.assert_array_equal(samples_of(again.calls), samples_of(rounds[1].calls))
 
 
 def test_the_last_rounds_are_drawn_from(case: Case) -> None:
     options = OPTIONS.replace(trajectories=3, round_steps=2, replay=2)
     trainer, later = (trainer_of(case, case.planned("w4a16"), options) for _ in range(2))
-    rounds = [case.recorder().record(3, options.seed, number).inputs for number in range(4)]
+    recorded = [case.recorder().record(3, options.seed, number) for number in range(4)]
+    rounds = [samples_of(one.calls) for one in recorded]
     for step, expected in (
         (0, rounds[:1]),
         (1, rounds[:1]),
@@ -77,13 +79,17 @@ def test_the_last_rounds_are_drawn_from(case: Case) -> None:
         (6, rounds[2:]),
     ):
         np.testing.assert_array_equal(
-            trainer._trajectories(step).inputs, np.concatenate(expected, axis=1)
+            samples_of(trainer._trajectories(step).calls), np.concatenate(expected, axis=1)
         )
     # Training that goes on from there draws from the same calls in the same order.
-    for name in ("inputs", "outputs", "rows"):
-        np.testing.assert_array_equal(
-            getattr(later._trajectories(6), name), getattr(trainer._trajectories(6), name)
-        )
+    mine, other = later._trajectories(6), trainer._trajectories(6)
+    np.testing.assert_array_equal(mine.outputs, other.outputs)
+    for step in range(len(mine.calls.timesteps)):
+        for name in mine.calls.inputs:
+            np.testing.assert_array_equal(
+                mine.calls.values(name, step, slice(None)),
+                other.calls.values(name, step, slice(None)),
+            )
 
 
 @pytest.mark.parametrize("losses", [{"output": 1.0}, ALL_LOSSES], ids=["output", "all"])

@@ -153,9 +153,9 @@ def test_a_model_that_takes_one_call_at_once_is_refused(mixed: Setting) -> None:
 
 
 def test_an_activation_that_is_not_finite_is_named(mixed: Setting) -> None:
-    samples = mixed.calibration.samples.copy()
+    samples = samples_of(mixed.calibration).copy()
     samples[2, 3, 0, 0, 0] = np.inf
-    case = replace(mixed, calibration=replace(mixed.calibration, samples=samples))
+    case = replace(mixed, calibration=mixed.calibration.with_values("sample", samples))
     with pytest.raises(ModelError, match=r"'conv_in'.*timestep 20"):
         measure("orm", Subject(*case, OPTIONS, Talk()))
 

@@ -37,7 +37,7 @@ def mixed() -> Setting:
 
 def brute_force(case: Setting, options: MeasureSettings) -> dict[str, dict[str, Any]]:
     """<G, dY> from whole gradients and whole local errors, layer by layer, in float64."""
-    calls = case.calibration.samples.shape[1]
+    calls = case.calibration.count
     graph = TorchGraph(case.graph.model, torch.float64)
     uses = [(n, use) for n in case.graph.layers for use in n.uses]
     steps = len(case.calibration.timesteps)
@@ -306,9 +306,9 @@ def test_a_missing_scale_is_named(mixed: Setting) -> None:
 
 def test_nan_names_the_tensor(mixed: Setting) -> None:
     case = replace(mixed)
-    samples = case.calibration.samples.copy()
+    samples = samples_of(case.calibration).copy()
     samples[0, 0, 0, 0, 0] = np.nan
-    case.calibration = replace(case.calibration, samples=samples)
+    case.calibration = case.calibration.with_values("sample", samples)
     with pytest.raises(ModelError, match="conv_in_out"):
         measure_probe(Subject(*case, MeasureSettings(calls=3), Talk()))
 

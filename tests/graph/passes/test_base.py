@@ -16,6 +16,7 @@ from mpq_deploy.graph import passes
 from mpq_deploy.graph.fp16_region import fp16_region
 from mpq_deploy.graph.passes.attention_products import AttentionProductsPass
 from mpq_deploy.graph.passes.base import GraphPass, run_passes
+from mpq_deploy.graph.passes.boolean_where import BooleanWherePass
 from mpq_deploy.graph.passes.drop_squeezes import DropSqueezesPass
 from mpq_deploy.graph.passes.finite_masks import FiniteMasksPass
 from mpq_deploy.graph.passes.first_token import FirstTokenPass
@@ -51,6 +52,14 @@ def attention_products() -> Made:
     return AttentionProductsPass(), model_of(
         graph, graph.op("Attention", operands, "attend"), ["n", 2, 5, 4]
     )
+
+
+def boolean_where() -> Made:
+    graph = GraphBuilder(opset=20)
+    operands = [graph.input(name, ["n", 4], dtype=TensorProto.BOOL) for name in "abc"]
+    chosen = graph.op("Where", operands, "choose")
+    wide = graph.op("Cast", [chosen], "wide", to=TensorProto.FLOAT)
+    return BooleanWherePass(), model_of(graph, wide, ["n", 4])
 
 
 def drop_squeezes() -> Made:
@@ -187,6 +196,7 @@ def widen() -> Made:
 
 EXAMPLES: list[Callable[[], Made]] = [
     attention_products,
+    boolean_where,
     drop_squeezes,
     finite_masks,
     first_token,
