@@ -43,7 +43,7 @@ def test_what_a_view_opens_is_opened_once(run: Run, monkeypatch: pytest.MonkeyPa
     opened: list[Path] = []
 
     class Exported:
-        def __init__(self, folder: Path) -> None:
+        def __init__(self, folder: Path, *_: object) -> None:
             opened.append(folder)
             self.graph = LayerGraph(ir.Model(ir.Graph([], [], nodes=[]), ir_version=10), (), ())
 
