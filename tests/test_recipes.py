@@ -72,7 +72,9 @@ def test_it_builds_a_tiny_model_of_its_class(name: str, emoji_like: Path, tmp_pa
     given = {"model": str(model), **COUNTS, "budget": BUDGETS.get(name)}
     if "flux" in name:
         # Its pipeline makes images of 1,024 pixels, whatever the model's size.
-        (tmp_path / "call.yaml").write_text("{prompt: abc, height: 16, width: 16}")
+        (tmp_path / "call.yaml").write_text(
+            "{prompt: abc, height: 16, width: 16}", encoding="utf-8"
+        )
         given["call"] = str(tmp_path / "call.yaml")
     recipe = load_recipe(name, given)
     built = build(recipe, model.parent / "run")

@@ -262,6 +262,9 @@ def _rename_axis(value: ir.Value, batch: object) -> None:
     if value.shape is None:
         return
     symbol = re.compile(rf"\b{re.escape(str(batch))}\b")
-    for axis, size in enumerate(value.shape):
-        if isinstance(size, ir.SymbolicDim) and size.value is not None:
-            value.shape[axis] = symbol.sub("batch", str(size.value))
+    value.shape = ir.Shape(
+        symbol.sub("batch", str(size.value))
+        if isinstance(size, ir.SymbolicDim) and size.value is not None
+        else size
+        for size in value.shape
+    )

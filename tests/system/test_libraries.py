@@ -95,8 +95,14 @@ print("done")
 
 @pytest.mark.parametrize("mode", ["usual", "debug"])
 def test_what_a_library_says_in_a_block_is_shown_with_debug_alone(mode: str) -> None:
+    # Tests before this one may have set them in this process.
+    environment = {name: value for name, value in os.environ.items() if name not in SETTINGS}
     done = subprocess.run(
-        [sys.executable, "-c", NOISY, mode], capture_output=True, encoding="utf-8", timeout=60
+        [sys.executable, "-c", NOISY, mode],
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+        env=environment,
     )
     said = done.stdout + done.stderr
     for text in ("logged", "printed", "printed to stderr", "warned of", "second line"):
