@@ -35,7 +35,7 @@ from mpq_deploy.models.weight_files import (
     stored_weights,
 )
 from mpq_deploy.system.inputs import read_json_object
-from mpq_deploy.system.libraries import no_bars
+from mpq_deploy.system.libraries import gist, no_bars
 from mpq_deploy.system.names import plain_name, printable
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ LIBRARIES = ("diffusers", "transformers")
 DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS = "diffusion_pytorch_model", "model"
 # How parts are loaded: in float32, without pickles, from what is here.
 _SAFELY = {"torch_dtype": torch.float32, "use_safetensors": True, "local_files_only": True}
+# Where a configuration of transformers names code beside it.
+OWN_CODE = "auto_map"
 PACKAGE = "Install what is missing into this environment."
 STEPS = "num_inference_steps"
 # Steps of the sampler where the recipe does not say how many.
@@ -98,6 +100,19 @@ def _of_pipeline(module: Any, class_name: Any) -> bool:
     return inspect.ismodule(found) and inspect.isclass(getattr(found, str(class_name), None))
 
 
+def refuse_own_code(part: Path) -> None:
+    """Raise UsageError for a part whose files name code that comes with them.
+
+    transformers would ask whoever sits at the terminal whether to run it.
+    """
+    for path in sorted(part.glob("*config.json")):
+        if OWN_CODE in read_json_object(path, infinite=True, error=ModelError):
+            raise UsageError(
+                f"{path} has an {OWN_CODE}: it names code that comes with the model.",
+                "Such code is never run: record calls by your own script (mpq_deploy.record), and give --calls.",
+            )
+
+
 def load_pipeline(
     folder: Path, index: Mapping[str, Any], given: Mapping[str, Any] | None = None
 ) -> Any:
@@ -111,7 +126,9 @@ def load_pipeline(
         for name, entry in index.items()
         if isinstance(entry, list) and entry[0] and name not in (*(given or {}), *LEFT_OUT)
     ]
-    variants = {name: _checked_variant(folder / name) for name in parts}
+    for name in parts:
+        refuse_own_code(folder / name)
+    variants = {name: checked_variant(folder / name) for name in parts}
     variant = next((one for one in variants.values() if one), None)
     taken = inspect.signature(found.__init__).parameters
     # Parts that the index does not name, and what judges images.
@@ -133,7 +150,7 @@ def load_pipeline(
                     name: _part(folder / name, index[name], variants[name]) for name in others
                 }
                 pipeline = found(**loaded, **own, **absent)
-    except MpqError:
+    except (MpqError, MemoryError):
         raise
     except ImportError as error:
         raise UsageError(
@@ -170,13 +187,7 @@ def _loaded_here(
     }
 
 
-def gist(error: BaseException) -> str:
-    """Return another library's message in one line."""
-    text = printable(" ".join(str(error).split())[:300])
-    return f"{text or type(error).__name__}"
-
-
-def _checked_variant(part: Path) -> str | None:
+def checked_variant(part: Path) -> str | None:
     """Return the variant of a part's weights; its configuration may ask for no more than they hold."""
     if not (part / CONFIG).is_file():
         return None
@@ -208,7 +219,7 @@ def call_pipeline(pipeline: Any, arguments: Mapping[str, Any], seed: int) -> Arr
         torch.manual_seed(seed)
         try:
             output = pipeline(**given)
-        except MpqError:
+        except (MpqError, MemoryError):
             raise
         except ImportError as error:
             raise UsageError(

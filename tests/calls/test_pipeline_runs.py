@@ -14,7 +14,13 @@ pytest.importorskip("diffusers")
 import torch
 
 from mpq_deploy.calls.arguments import Arguments, rows_for
-from mpq_deploy.calls.pipeline_runs import call_pipeline, first_call, opened_call, pipeline_class
+from mpq_deploy.calls.pipeline_runs import (
+    call_pipeline,
+    first_call,
+    load_pipeline,
+    opened_call,
+    pipeline_class,
+)
 from mpq_deploy.errors import UsageError
 from mpq_deploy.models.call_file import FILE
 
@@ -35,6 +41,33 @@ def test_code_of_others_is_refused(entry: list[str], tmp_path: Path) -> None:
     index = {"_class_name": "StableDiffusionPipeline", "unet": entry}
     with pytest.raises(UsageError, match="neither diffusers nor transformers"):
         pipeline_class(index, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_a_part_that_names_code_beside_it_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "text_encoder").mkdir()
+    mark = tmp_path / "mark"
+    (tmp_path / "text_encoder" / "mine.py").write_text(
+        f"open({str(mark)!r}, 'w')", encoding="utf-8"
+    )
+    config = '{"model_type": "mine", "auto_map": {"AutoModel": "mine.Model"}}'
+    (tmp_path / "text_encoder" / name).write_text(config, encoding="utf-8")
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "text_encoder": ["transformers", "AutoModel"],
+    }
+    with pytest.raises(UsageError, match=f"{name} has an auto_map"):
+        load_pipeline(tmp_path, index)
+    assert not mark.exists()
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_call() -> None:
+    class Full:
+        def __call__(self) -> None:
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        call_pipeline(Full(), {}, 0)
 
 
 def test_an_array_of_a_call_is_a_tensor(tmp_path: Path) -> None:
