@@ -237,3 +237,34 @@ def _awkward_tokens(g: GraphBuilder, x: str) -> str:
     back = g.op("Transpose", [g.op("Add", pair, "tokens/add")], "tokens/out", perm=[0, 2, 1])
     shape = g.weight("image_shape", np.array([0, 20, 7, 9], np.int64))
     return g.op("Add", [g.op("Reshape", [back, shape], "tokens/image"), x], "tokens/skip")
+
+
+def loud_graph(size: int = 8) -> GraphBuilder:
+    """A denoiser whose values grow a hundredfold per convolution, as models trained in bfloat16 do, until a norm.
+
+    Inputs ``sample`` [N, 3, size, size] and ``timestep`` [N]; output ``out_sample``. A product over
+    pixels lies among the loud layers too.
+    """
+    g, c = GraphBuilder(seed=4), 32
+    g.input("sample", ["N", 3, size, size])
+    g.input("timestep", ["N"])
+    column = g.op("Unsqueeze", ["timestep", g.weight("axes1", np.array([1], np.int64))], "column")
+    late = g.op("Mul", [column, g.weight("slow", np.float32([[0.01]]))], "late")
+    shift = g.gemm(late, "time.linear", c, 1)
+    x = g.conv("sample", "conv_in", c, 3)
+    axes23 = g.weight("axes23", np.array([2, 3], np.int64))
+    x = g.op("Add", [x, g.op("Unsqueeze", [shift, axes23], "shift")], "shifted")
+    for number in range(3):
+        x = g.conv(g.op("Relu", [x], f"relu_{number}"), f"loud.{number}", c, c)
+        x = g.op("Mul", [x, g.weight(f"gain.{number}", np.float32(100.0))], f"gained_{number}")
+    flat = g.op("Reshape", [x, g.weight("flat_shape", np.array([0, c, -1], np.int64))], "flat")
+    tokens = g.op("Transpose", [flat], "tokens", perm=[0, 2, 1])
+    mixed = g.op("Transpose", [g.matmul(tokens, "loud.mix", c, c)], "mixed", perm=[0, 2, 1])
+    x = g.op("Reshape", [mixed, g.op("Shape", [x], "shape")], "back")
+    ones = g.weight("norm.weight", np.ones(c, np.float32))
+    zeros = g.weight("norm.bias", np.zeros(c, np.float32))
+    x = g.op("InstanceNormalization", [x, ones, zeros], "norm")
+    g.conv(g.op("Relu", [x], "relu_out"), "conv_out", 3, c)
+    g.nodes[-1].output[0] = "out_sample"
+    g.output("out_sample", ["N", 3, size, size])
+    return g

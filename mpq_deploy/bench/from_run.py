@@ -78,13 +78,15 @@ def _takes_engine(engine: Path, wish: Wish) -> bool:
 def fp16_graph(run: Run, target: Target) -> Path:
     """Write the FP16 graph without quantization, once per export; return its path."""
     folder = run.path / FOLDER / "fp16"
-    stamp = f"{run.digest('export')} {target.dialect}"
+    stamp = f"{run.digest('export')} {run.digest('calibrate')} {target.dialect}"
     if not _current(folder, stamp):
         exported = run.exported
         folder.mkdir(parents=True, exist_ok=True)
         rewrites = [LayerRewrite(layer, FP16, None) for layer in exported.graph.layers]
         spec, dialect = exported.spec, dialect_named(target.dialect)
-        source = FloatGraph(exported.path, spec.timestep_name, spec.sample.name)
+        beyond = run.calibration.beyond_fp16
+        names = spec.timestep_name, spec.sample.name
+        source = FloatGraph(exported.path, *names, beyond_fp16=beyond)
         write_quantized(source, rewrites, {}, folder, dialect)
         (folder / SIMULATED).unlink()
         (folder / STAMP).write_text(stamp, encoding="utf-8")

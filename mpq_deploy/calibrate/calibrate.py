@@ -18,7 +18,7 @@ from mpq_deploy.calibrate.spread_calibration import (
 )
 from mpq_deploy.calibrate.stats import ActivationStats, CalibrationStats
 from mpq_deploy.calls.recorded import CallSet, dealt
-from mpq_deploy.calls.script_calls import ScriptCalls
+from mpq_deploy.calls.script_calls import ScriptCalls, check_recorded_model
 from mpq_deploy.calls.trajectories import cycled, record_trajectories
 from mpq_deploy.formats.branches.cols import SHARES
 from mpq_deploy.formats.branches.prescaled import TENTHS, scale_factors
@@ -32,9 +32,6 @@ from mpq_deploy.runtime.ort import OrtDenoiser
 from mpq_deploy.system.mapped import drop_pages
 from mpq_deploy.system.parallel.work import Alone, Crew
 from mpq_deploy.system.progress import Talk
-
-# The largest FP16 number: an activation beyond it overflows in an FP16 engine.
-LARGEST_FP16 = 65504.0
 
 
 def calibrate(
@@ -67,11 +64,7 @@ def calibrate(
             recorded = record_in_shards(pool, setup, talk)
             calls = setup.calls(_observed(recorded, settings.observed))
             seen = observe_in_shards(pool, graph, calls, settings, talk, scratch)
-    stats = summarise(seen, weight_ranges(graph), settings)
-    for name, one in stats.activations.items():
-        if one.amax.max() > LARGEST_FP16:
-            talk.warn(f"the activation '{name}' reaches {one.amax.max():.3g}: it overflows in FP16")
-    return recorded, stats
+    return recorded, summarise(seen, weight_ranges(graph), settings)
 
 
 def _recorded_runs(setup: CalibrationSetup, talk: Talk, scratch: Path | None) -> CallSet:
@@ -80,8 +73,9 @@ def _recorded_runs(setup: CalibrationSetup, talk: Talk, scratch: Path | None) ->
 
     source, settings = setup.source, setup.settings
     if source.calls is not None:
-        calls = ScriptCalls.open(source.calls).parts(settings.timesteps)[0]
-        return calls.take(np.arange(min(settings.samples, calls.count))).only(source.spec)
+        calls = ScriptCalls.open(source.calls).parts(settings.timesteps)[0].only(source.spec)
+        check_recorded_model(OrtDenoiser(source.path, source.spec).run, calls, source)
+        return calls.take(np.arange(min(settings.samples, calls.count)))
     assert source.spec.pipeline is not None
     count = len(source.spec.pipeline.calls)
     numbers = cycled(np.arange(count), settings.samples, settings.seed)

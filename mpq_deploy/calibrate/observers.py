@@ -126,8 +126,8 @@ class ObservedGraph:
     """A copy of a graph that returns four reductions of each activation, ordered like ``shapes``.
 
     The copy shares the constants of the graph it was made from. For each tensor: the greatest x^2,
-    the sums of x^2 and of x^4, each [calls or 1, ..., C], and a gathered sample [calls,
-    candidates].
+    the sum of x^2, and that of x^4 in units of the greatest, each [calls or 1, ..., C], and a
+    gathered sample [calls, candidates].
     """
 
     model: ir.Model
@@ -188,7 +188,7 @@ class ObserverWriter:
             )
         self.pending: list[ir.Node] = []
         self.inputs: dict[str, ir.Value] = {}
-        self.constants: dict[tuple[int, ...], ir.Value] = {}
+        self.constants: dict[tuple[int, ...] | str, ir.Value] = {}
 
     def observe(self, tensor: ir.Value, shape: ActivationShape, convolved: bool) -> None:
         """Add the four reductions of ``tensor``."""
@@ -211,9 +211,12 @@ class ObserverWriter:
             target, axes = ([-1, shape.elements // sizes[-1], sizes[-1]], [1])
         viewed = self.op("Reshape", tensor, self.constant(target))
         square = self.op("Mul", viewed, viewed)
-        self.output(self.reduce("ReduceMax", square, axes))
+        greatest = self.op("ReduceMax", square, self.constant(axes), keepdims=1)
+        # In units of the greatest: fourth powers of what lies beyond 1e9 are not finite.
+        share = self.op("Div", square, self.op("Max", greatest, self.smallest()))
+        self.output(self.op("Squeeze", greatest, self.constant(axes)))
         self.output(self.reduce("ReduceSum", square, axes))
-        self.output(self.reduce("ReduceSum", self.op("Mul", square, square), axes))
+        self.output(self.reduce("ReduceSum", self.op("Mul", share, share), axes))
         flat = self.op("Reshape", tensor, self.constant([-1]))
         self.output(self.op("Gather", flat, self.input(_positions_name(shape)), axis=0))
         self.place(tensor)
@@ -235,6 +238,13 @@ class ObserverWriter:
             name = f"observer.constant.{len(self.constants)}"
             self.constants[key] = add_constant(self.model, name, np.asarray(numbers, np.int64))
         return self.constants[key]
+
+    def smallest(self) -> ir.Value:
+        """Return the smallest normal number, by which zeros are divided."""
+        if "smallest" not in self.constants:
+            tiny = np.asarray(np.finfo(np.float32).tiny)
+            self.constants["smallest"] = add_constant(self.model, "observer.smallest", tiny)
+        return self.constants["smallest"]
 
     def input(self, name: str) -> ir.Value:
         """Return the graph's input of positions ``name``, made when it is new."""
@@ -331,7 +341,7 @@ class Totals:
         calls = len(batch.calls)
         for number, (name, shape) in enumerate(self.shapes):
             channels = int(self.offsets[number + 1] - self.offsets[number])
-            greatest, squares, fourths = (
+            greatest, squares, shares = (
                 r.reshape(-1, channels).astype(np.float64)
                 for r in results[4 * number : 4 * number + 3]
             )
@@ -343,9 +353,10 @@ class Totals:
             place = slice(self.offsets[number], self.offsets[number + 1])
             # A tensor that is the same for all calls was reduced once and counts for each of them.
             repeats = 1 if shape.batch_axis is not None else calls
-            square_sum, fourth_sum = repeats * squares.sum(axis=0), repeats * fourths.sum(axis=0)
-            if not np.isfinite(fourth_sum).all():
-                raise self._not_finite(name, np.isfinite(square_sum), fourth_sum, batch)
+            square_sum = repeats * squares.sum(axis=0)
+            fourth_sum = repeats * (greatest**2 * shares).sum(axis=0)
+            if not np.isfinite(square_sum).all():
+                raise self._not_finite(name, square_sum, batch)
             # The square root of a rounded square is the number itself, in binary.
             amax = np.sqrt(greatest.max(axis=0))
             self.amax[place] = np.maximum(self.amax[place], amax)
@@ -364,17 +375,12 @@ class Totals:
             self.reservoir,
         )
 
-    def _not_finite(self, name: str, finite: Array, fourth_sum: Array, batch: Batch) -> ModelError:
+    def _not_finite(self, name: str, square_sum: Array, batch: Batch) -> ModelError:
         readers = self.graph.activations[name]
-        channel = int(np.argmin(np.isfinite(fourth_sum)))
-        what = (
-            "is not finite"
-            if not finite.all()
-            else "is so large that its fourth power is not finite"
-        )
+        channel = int(np.argmin(np.isfinite(square_sum)))
         return ModelError(
-            f"The activation '{name}', read by layer '{readers[0]}', {what} in channel {channel} "
-            f"at timestep {batch.timestep:g}.",
+            f"The activation '{name}', read by layer '{readers[0]}', is not finite (or its square is not) in "
+            f"channel {channel} at timestep {batch.timestep:g}.",
             "Check the weights before this layer for NaN and Inf, and the scheduler's configuration.",
         )
 

@@ -12,9 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from mpq_deploy.errors import ModelError
+from mpq_deploy.models.spec import Array
 
 # Between a list's name and the number of its element.
 ELEMENT = "."
@@ -65,6 +67,22 @@ class Arguments:
         for name, value in self.form.items():
             _collect(name, value, found)
         return found
+
+
+def first_tensor(output: Any) -> torch.Tensor | None:
+    """Return the first tensor of what a module answers with: itself, or in a tuple or mapping."""
+    if isinstance(output, torch.Tensor):
+        return output
+    parts = output.values() if isinstance(output, Mapping) else output
+    if not isinstance(parts, (list, tuple)) and not isinstance(output, Mapping):
+        return None
+    return next((one for one in map(first_tensor, parts) if one is not None), None)
+
+
+def as_array(value: torch.Tensor) -> Array:
+    """Return a tensor as an array: real numbers as float32, others as they are."""
+    detached = value.detach().float() if value.is_floating_point() else value.detach()
+    return np.asarray(detached.cpu().numpy())
 
 
 def rows_for(value: torch.Tensor, shape: tuple[int, ...], count: int) -> torch.Tensor | None:

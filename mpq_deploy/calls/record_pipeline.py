@@ -136,7 +136,7 @@ class _Watch:
             self._step += 1
         self._last = timestep
         kept = {OUTPUT: np.asarray(output, np.float32)} if self._outputs else {}
-        self.recorder.add(self._run, self._step, timestep, {**feeds, **kept})
+        self.recorder.add(self._run, self._step, timestep, {**feeds, **kept}, output)
         return output
 
     def _timestep(self, feeds: dict[str, Array]) -> float:

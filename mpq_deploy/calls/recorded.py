@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +17,8 @@ SPLIT_SEED = 3
 # Columns of the index beside ``index.NAME``.
 STEP, TIMESTEP, ROW = "step", "timestep", "row"
 INDEX, VALUES = "index.", "values."
+# Of the float model's output for each call, where it was seen when the call was recorded.
+OUTPUT_MEAN, OUTPUT_RMS = "output.mean", "output.rms"
 
 
 class Rows(Protocol):
@@ -53,12 +55,14 @@ class CallSet:
 
     ``timesteps`` float32 [K] as the sampler counts them, for reports; ``rows`` int64 [N]: what a
     call is conditioned on, equal for equal conditions; ``inputs``: what the model is given, by
-    name, in the types that it takes.
+    name, in the types that it takes; ``outputs``: mean and root mean square of the float model's
+    output, float64 [K, N] by column name, NaN or empty where it was not seen.
     """
 
     timesteps: Array
     rows: Array
     inputs: Mapping[str, InputCalls]
+    outputs: Mapping[str, Array] = field(default_factory=dict)
 
     @classmethod
     def of_samples(
@@ -115,11 +119,12 @@ class CallSet:
         inputs = {
             name: replace(given, index=given.index[place]) for name, given in self.inputs.items()
         }
-        return CallSet(timesteps, rows, inputs)
+        outputs = {name: values[place] for name, values in self.outputs.items()}
+        return CallSet(timesteps, rows, inputs, outputs)
 
     def arrays(self) -> dict[str, Array]:
         """Return the set as arrays by name, only with what it uses: what a shard gives back."""
-        arrays = {"timesteps": self.timesteps, "rows": self.rows}
+        arrays = {"timesteps": self.timesteps, "rows": self.rows, **self.outputs}
         for name, given in self.compact().inputs.items():
             arrays |= {f"{VALUES}{name}": np.asarray(given.values), f"{INDEX}{name}": given.index}
         return arrays
@@ -134,7 +139,7 @@ class CallSet:
             for name, index in arrays.items()
             if name.startswith(INDEX)
         }
-        return cls(arrays["timesteps"], arrays["rows"], inputs)
+        return cls(arrays["timesteps"], arrays["rows"], inputs, _outputs(arrays))
 
     def compact(self) -> CallSet:
         """Return the set with only what it uses, in memory: what a worker is sent."""
@@ -154,7 +159,7 @@ class CallSet:
         steps, calls = values.shape[:2]
         each = np.arange(steps * calls).reshape(steps, calls)
         given = InputCalls(values.reshape(-1, *values.shape[2:]), each)
-        return replace(self, inputs={**self.inputs, name: given})
+        return replace(self, inputs={**self.inputs, name: given}, outputs={})
 
     def split(self, measured: int) -> tuple[CallSet, CallSet]:
         """Split the calls into those to round weights on and ``measured`` others, both evenly.
@@ -179,7 +184,7 @@ class CallSet:
         writer = ShardWriter(folder)
         for name, given in sorted(self.inputs.items()):
             columns[f"{INDEX}{name}"] = writer.add_all(name, given.values, given.index)
-        writer.finish(columns)
+        writer.finish(columns | {name: values.ravel() for name, values in self.outputs.items()})
 
     @classmethod
     def load(cls, folder: Path) -> CallSet:
@@ -192,7 +197,7 @@ class CallSet:
         if (
             not count
             or not values
-            or set(columns) != wanted
+            or set(columns) - {OUTPUT_MEAN, OUTPUT_RMS} != wanted
             or not np.array_equal(columns[STEP], grid)
         ):
             raise InputError(f"{folder} holds no set of recorded calls.", "Calibrate again.")
@@ -203,7 +208,12 @@ class CallSet:
             name: InputCalls(rows, shaped[f"{INDEX}{name}"].astype(np.int64))
             for name, rows in values.items()
         }
-        return cls(shaped[TIMESTEP][:, 0].astype(np.float32), shaped[ROW][0], inputs)
+        timesteps = shaped[TIMESTEP][:, 0].astype(np.float32)
+        return cls(timesteps, shaped[ROW][0], inputs, _outputs(shaped))
+
+
+def _outputs(arrays: Mapping[str, Array]) -> dict[str, Array]:
+    return {name: arrays[name] for name in (OUTPUT_MEAN, OUTPUT_RMS) if name in arrays}
 
 
 def joined(parts: Sequence[CallSet]) -> CallSet:
@@ -218,7 +228,12 @@ def joined(parts: Sequence[CallSet]) -> CallSet:
             np.concatenate([np.asarray(one.values) for one in given]),
             np.concatenate([one.index + start for one, start in zip(given, starts)], axis=1),
         )
-    return CallSet(parts[0].timesteps, np.concatenate([part.rows for part in parts]), inputs)
+    outputs = {
+        name: np.concatenate([part.outputs[name] for part in parts], axis=1)
+        for name in parts[0].outputs
+    }
+    rows = np.concatenate([part.rows for part in parts])
+    return CallSet(parts[0].timesteps, rows, inputs, outputs)
 
 
 def dealt(rows: Array, order: Array) -> Array:

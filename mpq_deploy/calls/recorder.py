@@ -14,7 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from mpq_deploy.calls.recorded import INDEX, STEP, TIMESTEP, CallSet, InputCalls
+from mpq_deploy.calls.recorded import (
+    INDEX,
+    OUTPUT_MEAN,
+    OUTPUT_RMS,
+    STEP,
+    TIMESTEP,
+    CallSet,
+    InputCalls,
+)
 from mpq_deploy.calls.shards import DIGEST_BYTES, ShardWriter, read_shards
 from mpq_deploy.calls.timesteps import sampled_steps
 from mpq_deploy.errors import InputError, UsageError
@@ -37,10 +45,29 @@ class CallRecorder:
     def __post_init__(self) -> None:
         self._writer = ShardWriter(self.folder)
 
-    def add(self, run: int, step: int, timestep: float, feeds: Mapping[str, Array]) -> None:
-        """Record a call at ``step`` of a ``run``: ``feeds`` [M, ...] by input name."""
-        for place in range(min(len(values) for values in feeds.values())):
-            for name, value in ((RUN, run), (STEP, step), (TIMESTEP, timestep), (PLACE, place)):
+    def add(
+        self,
+        run: int,
+        step: int,
+        timestep: float,
+        feeds: Mapping[str, Array],
+        output: Array | None = None,
+    ) -> None:
+        """Record a call at ``step`` of a ``run``: ``feeds`` [M, ...] by input name.
+
+        ``output``: what the float model answered, [M, ...]; its statistics are kept.
+        """
+        count = min(len(values) for values in feeds.values())
+        means, sizes = output_statistics(output, count)
+        for place in range(count):
+            for name, value in (
+                (RUN, run),
+                (STEP, step),
+                (TIMESTEP, timestep),
+                (PLACE, place),
+                (OUTPUT_MEAN, means[place]),
+                (OUTPUT_RMS, sizes[place]),
+            ):
                 self._columns.setdefault(name, []).append(value)
             for name, values in feeds.items():
                 self._columns.setdefault(f"{INDEX}{name}", []).append(
@@ -84,6 +111,17 @@ class CallRecorder:
         return self._known[key]
 
 
+def output_statistics(output: Array | None, count: int) -> tuple[Array, Array]:
+    """Return mean and root mean square of each of ``count`` samples' output, float64 [count].
+
+    NaN where there is no output, or none with a row for each sample.
+    """
+    if output is None or len(output) != count or output.dtype.kind != "f":
+        return np.full(count, np.nan), np.full(count, np.nan)
+    flat = output.reshape(count, -1).astype(np.float64)
+    return flat.mean(axis=1), np.sqrt(np.square(flat).mean(axis=1))
+
+
 def recorded_grid(
     folder: Path,
     timesteps: int | None,
@@ -99,7 +137,7 @@ def recorded_grid(
     every step are taken. Raises InputError for a folder that holds no recorded calls.
     """
     columns, rows = read_shards(folder)
-    if missing := {RUN, STEP, TIMESTEP, PLACE} - set(columns):
+    if missing := {RUN, STEP, TIMESTEP, PLACE, OUTPUT_MEAN, OUTPUT_RMS} - set(columns):
         raise InputError(f"{folder} holds no recorded calls: no '{min(missing)}'.", "Record again.")
     every = [
         _by_step(columns, int(run)) for run in (np.unique(columns[RUN]) if runs is None else runs)
@@ -118,6 +156,7 @@ def recorded_grid(
         columns[TIMESTEP][calls].mean(axis=1).astype(np.float32),
         _strata([index[name][0] for name in conditions if name in index], calls.shape[1]),
         inputs,
+        {name: columns[name][calls] for name in (OUTPUT_MEAN, OUTPUT_RMS)},
     )
 
 

@@ -2,7 +2,9 @@
 
 ``with mpq_deploy.record(model, "calls"):`` writes what a torch module, the denoiser of a diffusers
 pipeline, or an ONNX Runtime session is given. The folder holds the calls (``shards``) and
-``calls.json``: the inputs in their order, which of them is the timestep, digests of the files.
+``calls.json``: the inputs in their order, which of them is the timestep, digests of the files. Of
+the outputs it keeps each call's mean and root mean square: by them a file that is given with the
+calls shows that it is the model that was recorded.
 """
 
 from __future__ import annotations
@@ -16,14 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from mpq_deploy.calls.recorded import CallSet, dealt
-from mpq_deploy.calls.recorder import CallRecorder, recorded_grid
+from mpq_deploy.calls.recorded import OUTPUT_MEAN, OUTPUT_RMS, CallSet, RecordedCalls, dealt
+from mpq_deploy.calls.recorder import CallRecorder, output_statistics, recorded_grid
 from mpq_deploy.errors import InputError, UsageError
-from mpq_deploy.models.spec import Array
+from mpq_deploy.models.spec import Array, FloatModel
 from mpq_deploy.system.files import file_digest, read_sealed, sealed_json
 from mpq_deploy.system.names import plain_name, printable
 
-DESCRIPTION, FORMAT = "calls.json", 1
+DESCRIPTION, FORMAT = "calls.json", 2
 # What exporters and authors call the timestep or noise level.
 TIMESTEPS = (
     "timestep",
@@ -37,6 +39,9 @@ TIMESTEPS = (
 )
 # Of a script's calls those that weights are rounded and measured on; the others are compared on.
 CALIBRATED = 0.75
+# How far statistics of the recorded and the given model's outputs may lie apart, in units of the
+# root mean square: bfloat16 rounds to 0.4 %, and errors add up over layers (our choice).
+SAME_OUTPUT = 0.05
 AGAIN = "Record the calls again: with mpq_deploy.record(model, FOLDER): ..."
 
 
@@ -78,30 +83,43 @@ def _listening(model: Any, tape: _Tape) -> Iterator[None]:
 
 @contextmanager
 def _hooked(module: Any, tape: _Tape) -> Iterator[None]:
-    from mpq_deploy.calls.arguments import Arguments
+    from mpq_deploy.calls.arguments import Arguments, as_array, first_tensor
 
-    def told(called: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = Arguments.of(called.forward, args, kwargs)
-        arrays = {n: v.detach().float().cpu().numpy() if v.is_floating_point() else v.cpu().numpy()
-                  for n, v in given.tensors.items()}  # fmt: skip
+    # Taken before the call, which may write into its inputs.
+    begun: list[dict[str, Array]] = []
+
+    def called(part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = Arguments.of(part.forward, args, kwargs)
+        arrays = {name: np.array(as_array(value)) for name, value in given.tensors.items()}
         numbers = {n: np.asarray(v) for n, v in given.constants.items() if n in TIMESTEPS}
-        tape.add({**arrays, **numbers})
+        begun.append({**arrays, **numbers})
 
-    handle = module.register_forward_pre_hook(told, with_kwargs=True)
+    def answered(part: Any, args: Any, output: Any) -> None:
+        first = first_tensor(output)
+        tape.add(begun.pop(), None if first is None else as_array(first))
+
+    before = module.register_forward_pre_hook(called, with_kwargs=True)
+    after = module.register_forward_hook(answered)
     try:
         yield
     finally:
-        handle.remove()
+        before.remove()
+        after.remove()
 
 
 @contextmanager
 def _wrapped(session: Any, tape: _Tape) -> Iterator[None]:
     original: Callable[..., Any] = session.run
+    outputs = [value.name for value in session.get_outputs()]
 
     @functools.wraps(original)
     def run(names: Any, feeds: Mapping[str, Any], *more: Any, **options: Any) -> Any:
-        tape.add({name: np.asarray(value) for name, value in feeds.items()})
-        return original(names, feeds, *more, **options)
+        results = original(names, feeds, *more, **options)
+        named = dict(zip(names or outputs, results))
+        given = {name: np.asarray(value) for name, value in feeds.items()}
+        # Whoever asks for other outputs alone is not told apart by the first.
+        tape.add(given, named.get(outputs[0]))
+        return results
 
     session.run = run
     try:
@@ -119,7 +137,7 @@ class _Tape:
         self._timestep = ""
         self._values: list[float] = []
 
-    def add(self, given: Mapping[str, Array]) -> None:
+    def add(self, given: Mapping[str, Array], output: Array | None) -> None:
         """Record a call: inputs whose first axis is the first one's, others once for every row."""
         if not self._names:
             self._names = tuple(given)
@@ -142,7 +160,7 @@ class _Tape:
                 f"A call has {len(times)} different values of '{self._timestep}'.",
                 "Record sampling, where all samples of a call are at one timestep.",
             )
-        self._recorder.add(0, len(self._values), float(times[0]), rows)
+        self._recorder.add(0, len(self._values), float(times[0]), rows, output)
         self._values.append(float(times[0]))
 
     def close(self) -> None:
@@ -222,3 +240,27 @@ class ScriptCalls:
         order = dealt(calls.rows, np.arange(calls.count))
         first = min(calls.count - 1, max(1, round(CALIBRATED * calls.count)))
         return calls.take(np.sort(order[:first])), calls.take(np.sort(order[first:]))
+
+
+def check_recorded_model(
+    compute: Callable[[dict[str, Array]], Array], calls: CallSet, model: FloatModel
+) -> None:
+    """Compare a call's output at each timestep with what was recorded of it.
+
+    ``compute``: the float model. Outputs that were not seen, and of other names, are not compared.
+    Raises UsageError where mean or root mean square differ: the calls are another model's.
+    """
+    if not {OUTPUT_MEAN, OUTPUT_RMS} <= set(calls.outputs):
+        return
+    first = calls.take(np.zeros(1, np.int64))
+    for batch in RecordedCalls(first, model.spec).batches(1):
+        mean, size = (float(first.outputs[n][batch.step, 0]) for n in (OUTPUT_MEAN, OUTPUT_RMS))
+        means, sizes = output_statistics(compute(batch.feed), 1)
+        apart = max(abs(means[0] - mean), abs(sizes[0] - size))
+        if apart > SAME_OUTPUT * max(size, float(sizes[0])):
+            raise UsageError(
+                f"The calls in {model.calls} were recorded around another model: at timestep "
+                f"{batch.timestep:g} its output has mean {mean:.4g} and root mean square {size:.4g}, that of "
+                f"{model.spec.name} has {means[0]:.4g} and {sizes[0]:.4g} on the same inputs.",
+                "Export the model that was recorded, or record the calls of this one.",
+            )

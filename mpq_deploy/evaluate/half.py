@@ -9,32 +9,26 @@ in its output either, and are looked for in the float model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 import onnxruntime as ort
 
-from mpq_deploy.calibrate.calibrate import LARGEST_FP16
+from mpq_deploy.calibrate.fp16_range import LARGEST_FP16, LargeValue, large_values, named
 from mpq_deploy.calls.recorded import RecordedCalls
 from mpq_deploy.errors import ModelError
 from mpq_deploy.evaluate.output_error import nmse
-from mpq_deploy.graph.fp16_region import fp16_region
-from mpq_deploy.graph.load import load_model
 from mpq_deploy.models.spec import Array
 from mpq_deploy.runtime.ort import make_session, run_session
 from mpq_deploy.system.progress import Talk
-from mpq_deploy.system.sessions import open_session
 
 # Timesteps at which one call is compared: the noisiest, the middle and the last.
 TIMESTEPS = 3
 # FP16 arithmetic is worth a warning where it makes the error so many times larger, above so much
 # (our choice).
 WORSE, LEAST = 2.0, 1e-4
-# Nodes named in a message.
-NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -42,14 +36,14 @@ class HalfPrecision:
     """The output's error (NMSE) of the deployed FP16 file and of its FP32 twin on ``calls``.
 
     ``beyond``: nodes that the file computes in FP16 and whose values pass its range in the float
-    model, with the largest, in graph order. ``unknown``: why there are no errors, where ONNX
+    model, in graph order. ``unknown``: why there are no errors, where ONNX
     Runtime has no kernel for the file.
     """
 
     deployed: float = 0.0
     twin: float = 0.0
     calls: int = 0
-    beyond: tuple[tuple[str, float], ...] = ()
+    beyond: tuple[LargeValue, ...] = ()
     unknown: str = ""
 
     @property
@@ -80,10 +74,16 @@ class HalfPrecision:
 
 
 def half_precision(
-    float_model: Path, deployed: Path, twin: Path, calls: RecordedCalls, talk: Talk
+    float_model: Path,
+    deployed: Path,
+    twin: Path,
+    calls: RecordedCalls,
+    talk: Talk,
+    wide: Collection[str] = (),
 ) -> HalfPrecision:
     """Run one recorded call at some timesteps through all three files, one file after the other.
 
+    ``wide``: nodes that the deployed file computes in FP32, since FP16 does not hold their values.
     Raises ModelError, naming the nodes whose values FP16 does not hold, where the deployed file's
     output is not finite.
     """
@@ -100,7 +100,7 @@ def half_precision(
             rows.append(np.asarray(run_session(session, calls.spec.output, feed), np.float32))
         return np.stack(rows)
 
-    beyond = beyond_half(float_model, some, talk)
+    beyond = large_values(float_model, some, talk, wide)
     try:
         half = outputs(make_session(deployed, fake_quant_only=True))
     except ModelError as error:
@@ -123,44 +123,7 @@ def half_precision(
     return HalfPrecision(float(errors[0]), float(errors[1]), len(steps), beyond)
 
 
-def beyond_half(model: Path, calls: RecordedCalls, talk: Talk) -> tuple[tuple[str, float], ...]:
-    """Return the FP16 nodes whose values in the float ``model`` pass FP16's range, with the largest.
-
-    In graph order. Only values above zero: masks are as far below it as can be, and do no harm as
-    minus infinity.
-    """
-    watched = load_model(model)
-    region = fp16_region(watched, calls.spec.timestep_name, calls.spec.sample.name)
-    names: list[str] = []
-    outputs = []
-    for node in list(watched.graph):
-        for value in () if node.name in region.nodes32 else node.outputs:
-            if value.name and value.dtype == ir.DataType.FLOAT:
-                maximum = ir.node("ReduceMax", [value], attributes={"keepdims": 0})
-                output = maximum.outputs[0]
-                output.name, output.shape = f"half.{len(names)}", ir.Shape([])
-                output.type = ir.TensorType(ir.DataType.FLOAT)
-                watched.graph.insert_after(node, [maximum])
-                names.append(f"{node.name or value.name} ({node.op_type})")
-                outputs.append(output)
-    watched.graph.outputs.clear()
-    watched.graph.outputs.extend(outputs)
-    largest = np.full(len(names), -np.inf)
-    with open_session(watched, talk) as session:
-        inputs = {entry.name for entry in session.get_inputs()}
-        for batch in calls.batches(1):
-            values = session.run(None, {n: v for n, v in batch.feed.items() if n in inputs})
-            np.maximum(largest, np.array(values, np.float64), out=largest)
-    return tuple(
-        (name, float(most))
-        for name, most in zip(names, largest, strict=True)
-        if not most <= LARGEST_FP16
-    )
-
-
-def _named(large: Sequence[tuple[str, float]]) -> str:
+def _named(large: Sequence[LargeValue]) -> str:
     if not large:
         return f"no value of the float model is above {LARGEST_FP16:,.0f}, so one within an operator must be"
-    nodes = ", ".join(f"{name} {most:.3g}" for name, most in large[:NAMED])
-    more = f" and {len(large) - NAMED} more" if len(large) > NAMED else ""
-    return f"FP16 ends at {LARGEST_FP16:,.0f}, and in the float model these reach beyond: {nodes}{more}"
+    return f"FP16 ends at {LARGEST_FP16:,.0f}, and in the float model these reach beyond: {named(large)}"

@@ -6,12 +6,14 @@ and any other input that reaches a Sin or Cos) and it lies before the first laye
 are made of constants stay too. So does a node with a scalar that FP16 does not hold: a term such as
 the 1e-15 that keeps a divisor from 0 would be 0, a factor of 1e6 another number. Roots and
 quotients of its result follow. And so does a node whose operator takes no FP16 in ONNX (Range,
-Celu). Everything else is FP16.
+Celu). Everything else is FP16, but for the nodes whose values were seen to pass FP16's range, and
+those that read these: they compute in FP32 too, on constants that are stored in FP16.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,18 +37,56 @@ FOLLOWING = ("Sqrt", "Pow", "Reciprocal", "Div", "Log")
 
 @dataclass(frozen=True)
 class Fp16Region:
-    """``nodes32``, ``inputs32``: names of the nodes and graph inputs that stay in FP32."""
+    """``nodes32``, ``inputs32``: names of the nodes and graph inputs that stay in FP32.
+
+    ``wide``: those of further nodes that compute in FP32, with constants stored in FP16, since
+    values of theirs or of what they read, the graph's values named ``beyond``, pass FP16's range.
+    """
 
     nodes32: frozenset[str]
     inputs32: frozenset[str]
+    wide: frozenset[str] = frozenset()
+    beyond: frozenset[str] = frozenset()
+    # Of the graph before schemes were written into it, where there are wide nodes.
+    known: frozenset[str] = frozenset()
 
     def takes_fp16(self, node: ir.Node, index: int) -> bool:
         """Say whether a float at input ``index`` of ``node`` is FP16."""
+        return node.name not in self.wide and self.stores_fp16(node, index)
+
+    def stores_fp16(self, node: ir.Node, index: int) -> bool:
+        """Say whether a float constant at input ``index`` of ``node`` is stored in FP16."""
         return node.name not in self.nodes32 and index not in FLOAT32_SLOTS.get(node.op_type, ())
 
+    def with_written(self, model: ir.Model) -> Fp16Region:
+        """Return the region of ``model`` once schemes are written into it.
 
-def fp16_region(model: ir.Model, timestep: str, sample: str) -> Fp16Region:
-    """Find the FP32 island of ``model``; ``timestep`` and ``sample`` are names of graph inputs."""
+        A node that reads a value beyond FP16, or what a written node makes of one, is wide, and so
+        is one that only wide nodes read: quantizers, windows, dequantized weights.
+        """
+        if not self.beyond:
+            return self
+        wide, carried = set(self.wide), set(self.beyond)
+        for node in model.graph:
+            if node.name not in self.known and any(
+                value is not None and value.name in carried for value in node.inputs
+            ):
+                wide.add(node.name or "")
+                carried.update(output.name or "" for output in node.outputs)
+        for node in reversed(model.graph):
+            readers = {reader.name for output in node.outputs for reader, _ in output.uses()}
+            if node.name not in self.known and readers and readers <= wide:
+                wide.add(node.name or "")
+        return replace(self, wide=frozenset(wide))
+
+
+def fp16_region(
+    model: ir.Model, timestep: str, sample: str, beyond: Collection[str] = ()
+) -> Fp16Region:
+    """Find the FP32 island of ``model``; ``timestep`` and ``sample`` are names of graph inputs.
+
+    ``beyond``: names of nodes whose values pass FP16's range.
+    """
     branch = subgraph_node(model)
     if branch is not None:
         raise ModelError(
@@ -71,7 +111,20 @@ def fp16_region(model: ir.Model, timestep: str, sample: str) -> Fp16Region:
     opset = model.graph.opset_imports.get("", 0)
     nodes32 |= {node.name or "" for node in model.graph if _takes_no_half(node, opset)}
     inputs32 = {value.name or "" for value in model.graph.inputs if value.name in positions}
-    return Fp16Region(frozenset(nodes32), frozenset(inputs32))
+    island = Fp16Region(frozenset(nodes32), frozenset(inputs32))
+    return _with_wide(model, island, beyond) if beyond else island
+
+
+def _with_wide(model: ir.Model, island: Fp16Region, beyond: Collection[str]) -> Fp16Region:
+    makers = [node for node in model.graph if node.name in beyond]
+    values = [output for node in makers for output in node.outputs]
+    wide = {node.name for node in makers} | {user.name for v in values for user, _ in v.uses()}
+    return replace(
+        island,
+        wide=frozenset(name or "" for name in wide) - island.nodes32,
+        beyond=frozenset(value.name or "" for value in values),
+        known=frozenset(node.name or "" for node in model.graph),
+    )
 
 
 def _out_of_range(model: ir.Model) -> set[str]:
@@ -141,7 +194,7 @@ def split_initializers(model: ir.Model, region: Fp16Region) -> list[ir.Value]:
     """
     chosen = [value for value in model.graph.initializers.values() if is_stored_half(value, region)]
     for value in chosen:
-        in32 = [use for use in value.uses() if not region.takes_fp16(*use)]
+        in32 = [use for use in value.uses() if not region.stores_fp16(*use)]
         if in32:
             assert value.const_value is not None
             copy = add_constant(model, f"{value.name}//fp32", value.const_value)
@@ -151,8 +204,10 @@ def split_initializers(model: ir.Model, region: Fp16Region) -> list[ir.Value]:
 
 
 def is_stored_half(value: ir.Value, region: Fp16Region) -> bool:
-    """Say whether ``value``, an FP32 constant, is to be stored in FP16: an FP16 node reads it."""
-    return value.dtype == ir.DataType.FLOAT and any(region.takes_fp16(*use) for use in value.uses())
+    """Say whether ``value``, an FP32 constant, is to be stored in FP16, as a reader of it wants."""
+    return value.dtype == ir.DataType.FLOAT and any(
+        region.stores_fp16(*use) for use in value.uses()
+    )
 
 
 def store_float16(values: list[ir.Value]) -> None:

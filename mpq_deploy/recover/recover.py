@@ -48,7 +48,7 @@ INITIAL_CALLS, INITIAL_STEPS = 8, 4
 class RecoverTask:
     """What is recovered: the exported ``model``, its description, and a plan's ``starts``.
 
-    ``recorded`` and ``stats`` are calibration's.
+    ``recorded``, ``stats`` and ``beyond_fp16`` are calibration's.
     """
 
     model: Path
@@ -57,6 +57,7 @@ class RecoverTask:
     starts: Sequence[StartingWeight]
     recorded: CallSet
     stats: CalibrationStats
+    beyond_fp16: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,11 @@ def write_recovered(
     student, after = recovered.student, recovered.recovery.after
     written = write_quantized(
         FloatGraph(
-            task.model, task.spec.timestep_name, task.spec.sample.name, student.learned_constants()
+            task.model,
+            task.spec.timestep_name,
+            task.spec.sample.name,
+            student.learned_constants(),
+            task.beyond_fp16,
         ),
         student.rewrites(task.starts),
         student.activation_scales(),

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpq_deploy.calibrate.scales import LARGEST_SCALE, QUANT_MAX
+from mpq_deploy.calibrate.stats import CalibrationStats
 from mpq_deploy.engine.target import Target
 from mpq_deploy.formats.candidates import (
     Choices,
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 ROW_ORDERS = "row-orders.npz"
 # Candidates that are kept in memory once they were read (our choice).
 HELD_BYTES = 512 << 20
+# What INT8 codes reach under the largest scale.
+LARGEST_ACTIVATION = QUANT_MAX * LARGEST_SCALE
 # Controls: what a user would get without this tool, at the same rounding: one scheme for every
 # layer that may take it (FP16 for the others). The last of each is what the target simulate takes
 # instead.
@@ -51,12 +55,31 @@ def wanted_schemes(recipe: Recipe) -> tuple[Scheme, ...]:
     return (*bodies, *branches_of(bodies, recipe.allocate.branches))
 
 
-def control_scheme(layer: Layer, preferred: tuple[str, ...], target: Target) -> Scheme:
-    """Return the first of the ``preferred`` schemes that ``layer`` may take on ``target``; FP16 when none."""
-    allowed = {
-        s.name: s for s in choices_for(layer, schemes_named(preferred), target.refusal).schemes
-    }
+def control_scheme(
+    layer: Layer,
+    preferred: tuple[str, ...],
+    target: Target,
+    stats: CalibrationStats | None = None,
+) -> Scheme:
+    """Return the first of the ``preferred`` schemes that ``layer`` may take on ``target``; FP16 when none.
+
+    ``stats``: of its inputs, some of which are too large to be rounded.
+    """
+
+    def refusal(layer: Layer, scheme: Scheme) -> str:
+        too_large = "" if stats is None else beyond_scales(layer, scheme, stats)
+        return target.refusal(layer, scheme) or too_large
+
+    allowed = {s.name: s for s in choices_for(layer, schemes_named(preferred), refusal).schemes}
     return next((allowed[name] for name in preferred if name in allowed), FP16)
+
+
+def beyond_scales(layer: Layer, scheme: Scheme, stats: CalibrationStats) -> str:
+    """Say that the layer's input is too large for INT8 codes under an FP16 scale; empty when it is not."""
+    largest = max(float(stats.activations[name].amax.max()) for name in layer.inputs)
+    if scheme.activation is None or largest <= LARGEST_ACTIVATION:
+        return ""
+    return f"its input reaches {largest:.3g}, beyond INT8 codes under an FP16 scale"
 
 
 class StoredCandidates(Mapping[str, LayerCandidates]):

@@ -30,6 +30,7 @@ from mpq_deploy.graph.writers.quantize_layers import bias_refusal, weight_array
 from mpq_deploy.models.spec import Array
 from mpq_deploy.rounding.candidate_store import (
     CONTROLS,
+    beyond_scales,
     candidate_file,
     control_scheme,
     wanted_schemes,
@@ -90,7 +91,8 @@ class Rounder:
                 Rounding(section.rounding == "gptq", section.damping, section.refinements),
                 # The controls are what they say whatever the recipe allows the plan.
                 also=tuple(
-                    control_scheme(layer, names, self.target) for names in CONTROLS.values()
+                    control_scheme(layer, names, self.target, self.stats)
+                    for names in CONTROLS.values()
                 ),
             )
         path = candidate_file(folder, self.numbers[layer.name])
@@ -103,7 +105,7 @@ class Rounder:
         return Hessian(layer, _diagonal_moments(layer, self.stats), (1,) * layer.reduction, 0)
 
     def _refusal(self, layer: Layer, scheme: Scheme) -> str:
-        reason = self.target.refusal(layer, scheme)
+        reason = self.target.refusal(layer, scheme) or beyond_scales(layer, scheme, self.stats)
         if reason or not scheme.branch or scheme.simulated:
             return reason
         if (

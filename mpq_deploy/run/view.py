@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pydantic import PositiveInt
 
 from mpq_deploy.allocate.plan import PrecisionPlan
+from mpq_deploy.calibrate.fp16_range import read_beyond
 from mpq_deploy.calibrate.stats import CalibrationStats
 from mpq_deploy.calls.recorded import CallSet
 from mpq_deploy.engine.target import Target, load_target
@@ -79,10 +80,14 @@ class Exported:
 
 
 class Calibration(NamedTuple):
-    """The calibrate stage, opened: recorded inputs, and statistics of the activations."""
+    """The calibrate stage, opened: recorded inputs, statistics of the activations.
+
+    ``beyond_fp16``: names of the nodes whose values FP16 does not hold.
+    """
 
     inputs: CallSet
     stats: CalibrationStats
+    beyond_fp16: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -180,7 +185,8 @@ class Run:
                     f"{shape}, not {item.shape}.",
                     "Calibrate again.",
                 )
-        return Calibration(inputs, CalibrationStats.load(folder / "stats.npz"))
+        stats = CalibrationStats.load(folder / "stats.npz")
+        return Calibration(inputs, stats, read_beyond(folder))
 
     @cached_property
     def plan(self) -> PrecisionPlan:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from mpq_deploy.check.check import OPERATOR_RULES, check_dialect
 from mpq_deploy.run.stage import Stage, settings, version_of
 from mpq_deploy.run.stage_memory import check_memory
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 
 # Raised with every change of what calibration leaves behind.
-CALIBRATION_FORMAT = 5
+CALIBRATION_FORMAT = 6
 
 
 def inputs(run: Run) -> Fields:
@@ -32,6 +34,7 @@ def inputs(run: Run) -> Fields:
 def make(run: Run, folder: Path) -> str:
     """Make the stage in ``folder``; return a few words for the log."""
     from mpq_deploy.calibrate.calibrate import calibrate
+    from mpq_deploy.calibrate.fp16_range import WIDE_FROM, large_values, named, save_beyond
     from mpq_deploy.calibrate.spread_calibration import CalibrationSetup
 
     section = run.recipe.calibrate
@@ -49,6 +52,14 @@ def make(run: Run, folder: Path) -> str:
     )
     recorded.save(folder / CALLS)
     stats.save(folder / "stats.npz")
+    # One call at each timestep.
+    watched = setup.calls(recorded.take(np.zeros(1, np.int64)))
+    beyond = large_values(exported.path, watched, run.talk, above=WIDE_FROM)
+    if beyond:
+        run.talk.line(
+            f"  {len(beyond)} nodes stay in FP32, near FP16's limit or beyond: {named(beyond)}"
+        )
+    save_beyond(beyond, folder)
     return f"{len(recorded.timesteps)} timesteps x {recorded.count} calls, {len(stats.activations)} activations"
 
 

@@ -34,10 +34,10 @@ def make(run: Run, folder: Path) -> str:
     sizes = {}
     if run.recipe.evaluate.controls:
         layers = run.exported.graph.layers
-        target = run.target
+        target, stats = run.target, run.calibration.stats
         for name, preferred in CONTROLS.items():
             schemes = {
-                layer.name: control_scheme(layer, preferred, target).name for layer in layers
+                layer.name: control_scheme(layer, preferred, target, stats).name for layer in layers
             }
             (folder / name).mkdir()
             sizes[name] = write_plan(run, schemes, folder / name)

@@ -45,7 +45,7 @@ def _half_precision(run: Run, deployed: Path) -> HalfPrecision:
     recorded = run.calibration.inputs
     files = exported.path, deployed / DEPLOYED, deployed / SIMULATED
     calls = RecordedCalls(recorded, exported.spec)
-    return half_precision(*files, calls, run.talk)
+    return half_precision(*files, calls, run.talk, run.calibration.beyond_fp16)
 
 
 def _size(deployed: Path) -> int:

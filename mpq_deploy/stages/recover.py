@@ -69,13 +69,13 @@ def recover_task(run: Run, schemes: dict[str, str]) -> RecoverTask:
     from mpq_deploy.recover.trained_weights import StartingWeight
 
     exported = run.exported
-    recorded, stats = run.calibration
+    calibration = run.calibration
     starts = []
     for candidates in iterate_candidates(run.stage("candidates"), exported.graph):
         scheme = SCHEMES[schemes[candidates.layer.name]]
         matrix = candidates.forms.get(scheme.weight_form)
         starts.append(StartingWeight(candidates.layer, scheme, matrix, candidates.weight))
-    return RecoverTask(exported.path, exported.graph, exported.spec, starts, recorded, stats)
+    return RecoverTask(exported.path, exported.graph, exported.spec, starts, *calibration)
 
 
 STAGE = Stage(

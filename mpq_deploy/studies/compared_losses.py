@@ -70,7 +70,7 @@ class Losses:
         self.exported = run.exported
         self.graph = self.exported.graph
         self.candidates: Mapping[str, LayerCandidates] = candidates_of(run, self.graph)
-        inputs, self._stats = run.calibration
+        inputs, self._stats = run.calibration.inputs, run.calibration.stats
         _, held_out = inputs.split(section.samples)
         self.unseen = held_out is not inputs
         if samples > held_out.count:

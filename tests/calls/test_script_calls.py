@@ -183,3 +183,45 @@ def test_altered_or_foreign_calls_are_refused(recorded: tuple[Path, Path], tmp_p
     other = encoder().save(tmp_path / "other.onnx")
     with pytest.raises(UsageError, match="have no input 'input_ids'"):
         build(recipe_for(other, calls=str(calls)), tmp_path / "run", "export")
+
+
+def test_outputs_are_known_by_their_statistics(recorded: tuple[Path, Path]) -> None:
+    model, folder = recorded
+    every = ScriptCalls.open(folder).grid(None)
+    session = ort.InferenceSession(model)
+    feeds = {
+        "sample": every.values("sample", 1, slice(4, 5)),
+        "timestep": np.full(1, SIGMAS[1], np.float32),
+    }
+    output = session.run(None, feeds)[0].astype(np.float64)
+    assert every.outputs["output.mean"][1, 4] == pytest.approx(output.mean(), abs=1e-6)
+    assert every.outputs["output.rms"][1, 4] == pytest.approx(np.sqrt((output**2).mean()), rel=1e-5)
+
+
+def test_calls_of_another_model_are_refused(recorded: tuple[Path, Path], tmp_path: Path) -> None:
+    model = onnx.load(recorded[0])
+    (weight,) = (w for w in model.graph.initializer if w.name == "conv_out.weight")
+    weight.CopyFrom(
+        onnx.numpy_helper.from_array(1.2 * onnx.numpy_helper.to_array(weight), weight.name)
+    )
+    onnx.save(model, tmp_path / "other.onnx")
+    recipe = recipe_for(tmp_path / "other.onnx", calls=str(recorded[1]), target="onnxruntime-cpu")
+    with pytest.raises(UsageError, match="around another model: at timestep 80 its output has"):
+        build(recipe, tmp_path / "run")
+
+
+def test_a_modules_inputs_are_taken_before_it_writes_into_them(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+
+    class Doubling(torch.nn.Module):  # type: ignore[misc]
+        def forward(self, sample: Any) -> dict[str, Any]:
+            return {"state": None, "sample": sample.mul_(2)}
+
+    module = Doubling()
+    with mpq_deploy.record(module, tmp_path / "calls"):
+        for seed in range(2):
+            module(torch.from_numpy(random(1, 3, seed=seed)))
+    calls = ScriptCalls.open(tmp_path / "calls").grid(None)
+    np.testing.assert_array_equal(calls.values("sample", 0, slice(0, 1)), random(1, 3))
+    double = 2 * random(1, 3).astype(np.float64)
+    assert calls.outputs["output.mean"][0, 0] == pytest.approx(double.mean())

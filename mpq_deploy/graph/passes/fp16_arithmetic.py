@@ -16,11 +16,11 @@ HALF = ir.TensorType(ir.DataType.FLOAT16)
 class Fp16ArithmeticPass(GraphPass):
     """Compute in FP16 outside the FP32 island of ``region``.
 
-    1. Float initializers become FP16, unless only FP32 nodes read them; one that both read is split
-       in two.
+    1. Float initializers become FP16, unless only nodes of the island read them; one that both read
+       is split in two.
     2. Graph inputs and outputs become FP16, the timestep and other positions excepted.
     3. A Cast or ConstantOfShape that makes FP32 makes FP16.
-    4. Where the FP32 island meets the rest, a Cast is inserted; graph outputs are FP16.
+    4. Where FP32 nodes meet the rest, a Cast is inserted; graph outputs are FP16.
     """
 
     def __init__(self, region: Fp16Region) -> None:
@@ -41,7 +41,7 @@ class Fp16ArithmeticPass(GraphPass):
                 value.type = HALF
                 changed = True
         for node in list(model.graph):
-            if node.name in region.nodes32 or _is_to_island(node):
+            if node.name in region.nodes32 or node.name in region.wide or _is_to_island(node):
                 continue
             changed |= _halve_attributes(node)
             for output in node.outputs:

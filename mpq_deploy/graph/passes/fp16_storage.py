@@ -38,7 +38,7 @@ class Fp16StoragePass(GraphPass):
         store_float16(values)
         for value in values:
             assert first is not None
-            readers = [use for use in value.uses() if self.region.takes_fp16(*use)]
+            readers = [use for use in value.uses() if self.region.stores_fp16(*use)]
             name = value.name
             cast = cast_node(value, ir.DataType.FLOAT, f"{name}/to_fp32", f"{name}//as_fp32")
             model.graph.insert_before(first, cast)

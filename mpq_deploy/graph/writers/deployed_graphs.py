@@ -7,7 +7,7 @@ scales of both.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,12 +36,14 @@ class FloatGraph:
     """The exported FP32 model: its file and the names of two of its inputs.
 
     ``constants`` take the place of the file's, by name: values that recovery has learned.
+    ``beyond_fp16``: names of nodes whose values FP16 does not hold.
     """
 
     path: Path
     timestep: str
     sample: str
     constants: Mapping[str, Array] = field(default_factory=dict)
+    beyond_fp16: Collection[str] = ()
 
 
 def write_quantized(
@@ -65,9 +67,9 @@ def write_quantized(
         model = load_model(exported.path)
         for constant, tensor in learned.items():
             model.graph.initializers[constant].const_value = tensor
-        region = fp16_region(model, exported.timestep, exported.sample)
+        region = fp16_region(model, exported.timestep, exported.sample, exported.beyond_fp16)
         quantize_layers(model, list(rewrites), scales)
-        finish(region)(model)
+        finish(region.with_written(model))(model)
         if dialect is not None:
             LowerOpsetPass(dialect.opsets[1])(model)
         models[name] = model

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def write_plan(run: Run, schemes: dict[str, str], folder: Path) -> int:
     """Write the graphs of a plan (layer -> scheme) into ``folder``; return the bytes counted from the file."""
     exported = run.exported
-    stats = run.calibration.stats
+    stats, beyond = run.calibration.stats, run.calibration.beyond_fp16
     rewrites = []
     for candidates in iterate_candidates(run.stage("candidates"), exported.graph):
         scheme = SCHEMES[schemes[candidates.layer.name]]
@@ -35,5 +35,6 @@ def write_plan(run: Run, schemes: dict[str, str], folder: Path) -> int:
     }
     spec = exported.spec
     dialect = dialect_named(run.target.dialect)
-    source = FloatGraph(exported.path, spec.timestep_name, spec.sample.name)
+    names = spec.timestep_name, spec.sample.name
+    source = FloatGraph(exported.path, *names, beyond_fp16=beyond)
     return write_quantized(source, rewrites, scales, folder, dialect)
