@@ -100,10 +100,10 @@ def tree_memory(pid: int) -> tuple[int, int]:
     return resident, private
 
 
-def in_child(arguments: Sequence[str]) -> StageCost:
-    """Run this script with ``arguments`` and watch it. Raises CalledProcessError when it fails."""
+def in_child(arguments: Sequence[str], script: str = __file__) -> StageCost:
+    """Run a script (this one) with ``arguments`` and watch it. Raises CalledProcessError when it fails."""
     started, before = time.monotonic(), os.times()
-    command = [sys.executable, str(Path(__file__).resolve()), *arguments]
+    command = [sys.executable, str(Path(script).resolve()), *arguments]
     peak = private = 0
     with subprocess.Popen(command) as child:
         while child.poll() is None:
