@@ -190,8 +190,15 @@ class AllocateSettings(Section):
     cross_terms: bool = Field(
         True, description="refine the plan with the cross terms between layers, where that helps"
     )
-    objective: Literal["loss", "latency"] = Field(
-        "loss", description="what is minimized, within the budget"
+    objective: Literal["balanced", "quality", "latency"] = Field(
+        "balanced",
+        description="within the budget: quality (least error), latency (fastest), balanced (fastest within slack)",
+    )
+    slack: float = Field(
+        2.0,
+        ge=1,
+        allow_inf_nan=False,
+        description="with objective balanced: how many times the least predicted error a faster plan may have",
     )
     max_latency: LatencyEntry | None = Field(
         None, description="of one call at engine.batch_opt: 120ms; a limit beside the budget"

@@ -128,6 +128,16 @@ def fastest_plan(problem: Problem, section: AllocateSettings | None = None) -> d
     return solve(free, Objective.latency(problem), 0.0, section.time_limit).schemes
 
 
+def balanced_limit(problem: Problem, section: AllocateSettings, least: float) -> int:
+    """Return the nanoseconds of the fastest plan whose loss is at most ``section.slack`` times ``least``.
+
+    ``least``: the minimum loss within the budget, of which there is a plan. To the section's gap.
+    """
+    slack = replace(problem, max_latency_ns=None, max_loss=section.slack * least)
+    found = solve(slack, Objective.latency(problem), section.gap, section.time_limit)
+    return problem.plan_ns(found.schemes)
+
+
 def _check_budget(problem: Problem, section: AllocateSettings) -> None:
     """Raise InfeasibleBudgetError when no plan is within the budget."""
     minimum = problem.plan_bytes(problem.smallest_plan())

@@ -11,7 +11,14 @@ import numpy as np
 
 from mpq_deploy.allocate.cross_terms import CrossTerms, allocate_with_cross_terms
 from mpq_deploy.allocate.floor import floor_causes, floor_text
-from mpq_deploy.allocate.milp import Allocation, allocate, fastest_plan, penalty_per_kernel
+from mpq_deploy.allocate.front import front
+from mpq_deploy.allocate.milp import (
+    Allocation,
+    allocate,
+    balanced_limit,
+    fastest_plan,
+    penalty_per_kernel,
+)
 from mpq_deploy.allocate.plan import BitProgram, PlannedLayer, PrecisionPlan
 from mpq_deploy.allocate.problem import LayerChoice, Problem, protected_schemes
 from mpq_deploy.errors import InfeasibleBudgetError
@@ -101,16 +108,26 @@ class PlanSolver:
         timed = replace(
             problem, quantizer_ns=shared, fixed_ns=self.costs.others_ns, max_latency_ns=limit
         )
-        if section.objective == "loss":
+        if section.objective == "quality" or self._slack_is_unknown:
             return timed
         if problem.plan_bytes(problem.smallest_plan()) > problem.budget_bytes:
             return timed  # the solver says what the smallest feasible budget is
-        minimum = timed.plan_ns(fastest_plan(replace(timed, max_loss=section.max_loss), section))
+        if section.objective == "balanced":
+            minimum = balanced_limit(timed, section, self._allocated(timed).report.loss)
+        else:
+            minimum = timed.plan_ns(
+                fastest_plan(replace(timed, max_loss=section.max_loss), section)
+            )
         return (
             timed
             if limit is not None and limit < minimum
             else replace(timed, max_latency_ns=minimum)
         )
+
+    @property
+    def _slack_is_unknown(self) -> bool:
+        """Whether the balanced objective has no errors to compare: the metric only ranks layers."""
+        return self.section.objective == "balanced" and not self.table.predicts_nmse
 
     @property
     def smallest(self) -> int:
@@ -183,10 +200,42 @@ class PlanSolver:
             return None
         limit = self.section.max_latency.nanoseconds if self.section.max_latency else None
         ours = problem.plan_ns(schemes)
-        return plan_latency_info(self.costs, self.exported, schemes, ours, limit, self.recipe)
+        info = plan_latency_info(self.costs, self.exported, schemes, ours, limit, self.recipe)
+        return self._with_faster(info, problem) if info.ours_ms > info.fp16_ms else info
+
+    def _with_faster(self, info: PlanLatency, problem: Problem) -> PlanLatency:
+        """Say of a plan that is slower than FP16 what would be faster: by the front's plans."""
+        plans = front(problem)
+        within = [plan for plan in plans if plan.size_bytes <= problem.budget_bytes]
+        fastest = min(within, key=lambda plan: (plan.latency_ns, plan.loss), default=None)
+        least, as_fast = math.inf, None
+        for plan in plans:
+            least = min(least, plan.loss)
+            in_time = plan.latency_ns <= 1e6 * info.fp16_ms
+            if in_time and plan.loss <= self.section.slack * least:
+                as_fast = plan.size_bytes / self.fp16_size
+                break
+        known = fastest is not None and fastest.latency_ns < 1e6 * info.ours_ms
+        return replace(
+            info,
+            fastest_ms=fastest.latency_ns / 1e6 if fastest and known else None,
+            fastest_loss=fastest.loss if fastest and known and self.table.predicts_nmse else None,
+            as_fast_at=as_fast,
+        )
 
     def _latency_notes(self, latency: PlanLatency | None) -> list[str]:
-        notes = (self.no_latency, int8_warning(latency, len(self.layers)) if latency else "")
+        notes = [self.no_latency, int8_warning(latency, len(self.layers)) if latency else ""]
+        if self.section.objective == "balanced" and not self.target.simulated:
+            if latency is None:
+                notes.append(
+                    f"Nothing is known of the speed of {self.target.name}: the plan is the one of the least predicted "
+                    "error (objective quality)."
+                )
+            elif self._slack_is_unknown:
+                notes.append(
+                    f"The metric {self.table.metric} predicts no errors: the plan is the best by its ranking, whatever "
+                    "its speed (objective quality)."
+                )
         return [note for note in notes if note]
 
     def _refined(self, problem: Problem) -> tuple[Allocation, CrossTerms | None]:

@@ -21,6 +21,7 @@ from mpq_deploy.engine.target import Target
 from mpq_deploy.errors import UsageError
 from mpq_deploy.formats.scheme import FP16
 from mpq_deploy.graph.dialects import dialect_named
+from mpq_deploy.graph.save import widened_bytes
 from mpq_deploy.graph.writers.deployed_graphs import (
     DEPLOYED,
     SIMULATED,
@@ -101,7 +102,8 @@ def fp16_engine(run: Run, target: Target) -> Path:
     if not _current(folder, stamp):
         layers = run.exported.graph.layers
         schemes = {layer.name: FP16 for layer in layers}
-        expected = ExpectedLayers.of(layers, schemes, run.plan.fp16_size_bytes)
+        size = run.plan.fp16_size_bytes
+        expected = ExpectedLayers.of(layers, schemes, size, widened_bytes=widened_bytes(graph))
         request = BuildRequest(graph, target.build_target, batch_profile(run))
         build_engine(request, folder, expected, run.talk)
         (folder / STAMP).write_text(stamp, encoding="utf-8")

@@ -79,7 +79,8 @@ class CorrectionKind(str, Enum):
 class Objective(str, Enum):
     """Values of --objective."""
 
-    loss = "loss"
+    balanced = "balanced"
+    quality = "quality"
     latency = "latency"
 
 
@@ -223,7 +224,7 @@ MaxLatencyOption = Annotated[
 ObjectiveOption = Annotated[
     Optional[Objective],
     typer.Option(
-        "--objective", help="Quantity to minimize within the budget.", show_default="loss"
+        "--objective", help="What the plan within the budget is best at.", show_default="balanced"
     ),
 ]
 LatencyTableOption = Annotated[

@@ -64,11 +64,15 @@ class ExpectedLayer:
 
 @dataclass(frozen=True)
 class ExpectedLayers:
-    """All layers of the plan, the bytes of all constants of the file, and of those how many repeat others."""
+    """All layers of the plan, the bytes of all constants of the file, and of those how many repeat others.
+
+    ``widened_bytes``: what is added where constants lie in FP32 that the file has in FP16.
+    """
 
     layers: tuple[ExpectedLayer, ...]
     total_bytes: int
     repeated_bytes: int = 0
+    widened_bytes: int = 0
 
     @classmethod
     def of(
@@ -77,6 +81,7 @@ class ExpectedLayers:
         schemes: Mapping[str, Scheme],
         total_bytes: int,
         repeated_bytes: int = 0,
+        widened_bytes: int = 0,
     ) -> ExpectedLayers:
         """Describe ``layers`` under ``schemes`` (by layer name); a branch is a layer of its own.
 
@@ -90,6 +95,7 @@ class ExpectedLayers:
             tuple(ExpectedLayer.of(layer, scheme) for layer, scheme in parts),
             total_bytes,
             repeated_bytes,
+            widened_bytes,
         )
 
     def save(self, path: Path) -> None:

@@ -9,7 +9,7 @@ from mpq_deploy.engine.engine_memory import MemoryEstimate, estimate_memory, ref
 from mpq_deploy.engine.expected import ExpectedLayers
 from mpq_deploy.engine.target import Target
 from mpq_deploy.formats.scheme import SCHEMES
-from mpq_deploy.graph.save import repeated_bytes
+from mpq_deploy.graph.save import repeated_bytes, widened_bytes
 from mpq_deploy.graph.writers.deployed_graphs import DEPLOYED
 
 if TYPE_CHECKING:
@@ -26,8 +26,9 @@ def batch_profile(run: Run) -> BatchProfile:
 def expected_layers(run: Run) -> ExpectedLayers:
     """Return what the engine of the plan must hold."""
     schemes = {name: SCHEMES[scheme] for name, scheme in run.plan.schemes.items()}
-    repeated = repeated_bytes(run.deployed / DEPLOYED)
-    return ExpectedLayers.of(run.exported.graph.layers, schemes, run.plan.size_bytes, repeated)
+    graph = run.deployed / DEPLOYED
+    apart = repeated_bytes(graph), widened_bytes(graph)
+    return ExpectedLayers.of(run.exported.graph.layers, schemes, run.plan.size_bytes, *apart)
 
 
 def check_target_memory(run: Run, target: Target) -> MemoryEstimate:

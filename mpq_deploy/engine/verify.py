@@ -224,11 +224,14 @@ def _check_bytes(log: EngineLog, expected: ExpectedLayers) -> list[Problem]:
     bound = WEIGHTS_TOLERANCE * expected.total_bytes + allowance
     # Equal constants may be stored once.
     least = expected.total_bytes - expected.repeated_bytes - bound
-    if least <= log.weights_bytes <= expected.total_bytes + bound:
+    most = expected.total_bytes + expected.widened_bytes + bound
+    if least <= log.weights_bytes <= most:
         return []
     repeated = (
         f", {expected.repeated_bytes:,} of them equal to others" if expected.repeated_bytes else ""
     )
+    if expected.widened_bytes:
+        repeated += f", {expected.widened_bytes:,} more where FP16 constants lie in FP32"
     message = (
         f"the engine holds {log.weights_bytes:,} bytes of weights, the plan has {expected.total_bytes:,}{repeated} "
         f"(allowed: {WEIGHTS_TOLERANCE:.0%} and {allowance:,} bytes for padding, alignment and FP32 factors)"

@@ -120,6 +120,18 @@ def repeated_bytes(path: Path) -> int:
     return repeated
 
 
+def widened_bytes(path: Path) -> int:
+    """Bytes that builders add where they hold in FP32 what the file has in FP16, for nodes that compute in FP32."""
+    model = onnx.load(path, load_external_data=False)
+    halves = {
+        tensor.name: 2 * prod(tensor.dims)
+        for tensor in model.graph.initializer
+        if tensor.data_type == onnx.TensorProto.FLOAT16
+    }
+    cast = {node.input[0] for node in model.graph.node if node.op_type == "Cast"}
+    return sum(size for name, size in halves.items() if name in cast)
+
+
 def _digest(path: Path, offset: int, length: int) -> bytes:
     with path.open("rb") as file:
         file.seek(offset)

@@ -46,8 +46,8 @@ def read_table(recipe: Recipe) -> LatencyTable | None:
     return table
 
 
-def limits_latency(recipe: Recipe) -> bool:
-    """Whether the plan depends on latency, and is not only described by it."""
+def needs_latency(recipe: Recipe) -> bool:
+    """Whether there is no plan where nothing is known of latency: balanced does without it."""
     return recipe.allocate.max_latency is not None or recipe.allocate.objective == "latency"
 
 
@@ -57,12 +57,10 @@ def check_latency(recipe: Recipe, target: Target) -> None:
     if section.max_loss is not None and section.objective != "latency":
         raise UsageError(
             "allocate.max_loss is for allocate.objective: latency.",
-            "The default minimizes the loss.",
+            "The default, balanced, takes allocate.slack.",
         )
     table = read_table(recipe)
-    if limits_latency(recipe) and (
-        target.simulated or (table is None and Rates.of(target) is None)
-    ):
+    if needs_latency(recipe) and (target.simulated or (table is None and Rates.of(target) is None)):
         raise UsageError(
             f"Nothing is known of the speed of the target {target.name}: it has no figures to estimate latency from.",
             "Choose a target of one device, give the figures in a YAML that extends it, or give --latency-table.",
@@ -105,7 +103,7 @@ def latency_costs(run: Run, exported: Exported) -> tuple[LatencyCosts | None, st
     try:
         shapes = call_shapes(run, exported)
     except ModelError as error:
-        if limits_latency(recipe):
+        if needs_latency(recipe):
             raise
         return None, f"latency is not estimated: {error.message}"
     return LatencyCosts(exported.graph, shapes, target, recipe.engine.batch_opt, table), ""

@@ -465,6 +465,8 @@ def _headline(run: Path, report: dict[str, Any]) -> str:
         )
     if CORRECTED in report["extras"]:
         lines.append(f"correction of the sampler: {run / 'correction' / CORRECTION}")
+    if expected and (slower := ExpectedLatency(**expected).slower):
+        lines += ["", slower]
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ images) is None. What was not measured is None, never 0.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -231,7 +232,9 @@ class ExpectedLatency(Part):
     Sums over single layers, never a measurement of the engine. ``source``: estimated, measured
     (layer by layer) or both; ``basis``: on what, in words. ``others_ms``: what is no layer, always
     estimated. ``slower_in_int8``: layers expected to be slower in INT8 than in FP16; ``taken``:
-    those that the plan has in INT8. ``limit_ms``: the limit asked for.
+    those that the plan has in INT8. ``limit_ms``: the limit asked for. Where the plan is slower than
+    FP16: ``fastest_ms`` within the budget with ``fastest_loss``, and ``as_fast_at``, the share of
+    FP16's size from which a plan is as fast as that.
     """
 
     ours_ms: float = Field(ge=0)
@@ -245,9 +248,31 @@ class ExpectedLatency(Part):
     estimated: int = Field(ge=0)
     slower_in_int8: tuple[str, ...] = ()
     taken: tuple[str, ...] = ()
-    objective: str = "loss"
+    objective: str = "quality"
     limit_ms: float | None = Field(None, gt=0)
     int4_ms: float | None = Field(None, ge=0)
+    fastest_ms: float | None = Field(None, ge=0)
+    fastest_loss: float | None = Field(None, ge=0)
+    as_fast_at: float | None = Field(None, ge=0)
+
+    @property
+    def slower(self) -> str:
+        """Say that the plan is slower than FP16 and what would be faster; empty where it is not."""
+        if self.ours_ms <= self.fp16_ms:
+            return ""
+        said = f"Slower than FP16 ({self.source}): {self.ours_ms:.3g} ms per call, FP16 {self.fp16_ms:.3g} ms."
+        if self.fastest_ms is not None:
+            loss = (
+                ""
+                if self.fastest_loss is None
+                else f" with a predicted NMSE of {self.fastest_loss:.2e}"
+            )
+            said += (
+                f" Fastest within the budget: {self.fastest_ms:.3g} ms{loss} (--objective latency)."
+            )
+        if self.as_fast_at is not None:
+            said += f" As fast as FP16: --budget {math.ceil(100 * self.as_fast_at) / 100:.2f}."
+        return said
 
     @property
     def words(self) -> str:

@@ -388,6 +388,7 @@ def expected_latency(info: ExpectedLatency) -> str:
     return (
         f"{word}, not measured: {digits(info.ours_ms)} ms per call at batch {info.batch}{limit}; everything FP16 "
         f"{digits(info.fp16_ms)} ms, everything INT8 {digits(info.int8_ms)} ms ({info.basis})"
+        + (f". {info.slower.removesuffix('.')}" if info.slower else "")
     )
 
 

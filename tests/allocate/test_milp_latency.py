@@ -10,7 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpq_deploy.allocate.cross_terms import Quadratic, refine
-from mpq_deploy.allocate.milp import allocate, fastest_plan, penalty_per_kernel
+from mpq_deploy.allocate.milp import (
+    allocate,
+    balanced_limit,
+    fastest_plan,
+    penalty_per_kernel,
+)
 from mpq_deploy.allocate.problem import LayerChoice, Problem
 from mpq_deploy.errors import InfeasibleLatencyError, UsageError
 from mpq_deploy.recipe import AllocateSettings
@@ -99,6 +104,21 @@ def test_the_fastest_plan_holds_a_limit_on_the_loss(problem: Problem, share: flo
     assert problem.plan_loss(plan) <= limit + 1e-9
     allowed = [p for p in within_bytes(problem) if problem.plan_loss(p) <= limit]
     assert time_of(problem, plan) <= min(time_of(problem, p) for p in allowed)
+
+
+@settings(max_examples=60, deadline=None)
+@given(timed_problems(), st.floats(1, 8))
+def test_balanced_is_the_fastest_of_all_within_the_slack(problem: Problem, slack: float) -> None:
+    section = EXACT.replace(slack=slack)
+    least = min(problem.plan_loss(plan) for plan in within_bytes(problem))
+    limit = balanced_limit(problem, section, allocate(problem, section).report.loss)
+    # Losses are multiples of 1e-6: nothing lies within the solver's tolerance of the limit but itself.
+    allowed = [p for p in within_bytes(problem) if problem.plan_loss(p) <= slack * least + 1e-10]
+    strictly = [p for p in allowed if problem.plan_loss(p) <= slack * least - 1e-10] or allowed
+    assert min(time_of(problem, p) for p in allowed) <= limit
+    assert limit <= min(time_of(problem, p) for p in strictly)
+    chosen = allocate(replace(problem, max_latency_ns=limit), section).schemes
+    assert problem.plan_loss(chosen) <= slack * least + 1e-9
 
 
 def test_a_loss_that_no_plan_reaches_names_the_minimum() -> None:

@@ -60,7 +60,8 @@ def test_latency_as_the_objective_is_never_slower_and_holds_the_budget(run: Path
     assert fastest["size_bytes"] <= fastest["budget_bytes"]
     between = (default["latency"]["ours_ms"] + fastest["latency"]["ours_ms"]) / 2
     assert (
-        cli("allocate", run, "--objective", "loss", "--max-latency", f"{between:.6f}ms").code == 0
+        cli("allocate", run, "--objective", "quality", "--max-latency", f"{between:.6f}ms").code
+        == 0
     )
     limited = plan_of(run)
     assert limited["latency"]["ours_ms"] <= between

@@ -1,0 +1,119 @@
+"""The front of size, predicted error and latency: plans of which none is better in all three.
+
+In: an allocation problem without its limits. Out: some plans, each with its exact bytes and
+nanoseconds. One Lagrangian relaxation per pair of prices, of a byte and of a nanosecond, splits
+into the layers and takes milliseconds; its plan has the least error of all of its own size and time
+(Everett, 1963), but for quantizers that layers share, which count for each reader while choosing.
+Between two neighbours a MILP may find a plan that no price does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpq_deploy.allocate.problem import LayerChoice, Problem
+from mpq_deploy.models.spec import Array
+
+# Prices of a byte, and of a nanosecond, evenly spaced in logarithms (our choice).
+BYTE_PRICES, TIME_PRICES = 48, 12
+
+
+@dataclass(frozen=True)
+class FrontPlan:
+    """A plan of the front: ``loss`` is the sum of its layers', ``latency_ns`` 0 where none is known."""
+
+    schemes: dict[str, str]
+    size_bytes: int
+    loss: float
+    latency_ns: int
+
+
+def front(problem: Problem, most: int | None = None) -> list[FrontPlan]:
+    """Return plans that no other of them equals in size, error and latency, smallest first.
+
+    ``most``: so many at most, spread evenly over the sizes. The problem's limits do not count.
+    """
+    choices = _Choices(problem)
+    distinct = {chosen.tobytes(): chosen for chosen in choices.chosen_by_prices()}
+    plans = []
+    for chosen in distinct.values():
+        schemes = choices.schemes(chosen)
+        size, time = problem.plan_bytes(schemes), problem.plan_ns(schemes)
+        plans.append(FrontPlan(schemes, size, problem.plan_loss(schemes), time))
+    kept = _undominated(sorted(plans, key=lambda one: (one.size_bytes, one.loss, one.latency_ns)))
+    if most is None or len(kept) <= most:
+        return kept
+    return [kept[i] for i in np.unique(np.linspace(0, len(kept) - 1, most).round().astype(int))]
+
+
+def _undominated(plans: list[FrontPlan]) -> list[FrontPlan]:
+    """Leave out plans that another equals or beats in all three."""
+    values = np.array([(p.size_bytes, p.loss, p.latency_ns) for p in plans], np.float64)
+    kept: list[int] = []
+    for number, value in enumerate(values):
+        if not kept or not (values[kept] <= value).all(axis=1).any():
+            kept.append(number)
+    return [plans[number] for number in kept]
+
+
+class _Choices:
+    """All (layer, scheme) pairs as arrays, layer after layer; a quantizer counts for each reader."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._layers = problem.layers
+        self._schemes = [scheme for layer in problem.layers for scheme in layer.bytes]
+        sizes = [len(layer.bytes) for layer in problem.layers]
+        self._starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
+        self._sizes = np.asarray(sizes, np.int64)
+        rows = [_pair(problem, layer, s) for layer in problem.layers for s in layer.bytes]
+        self._loss, self._bytes, self._time = np.array(rows, np.float64).T
+
+    def schemes(self, chosen: Array) -> dict[str, str]:
+        """Return the plan of ``chosen`` pairs, int [layers]."""
+        return {layer.name: self._schemes[i] for layer, i in zip(self._layers, chosen)}
+
+    def chosen_by_prices(self) -> Iterator[Array]:
+        """Yield the pairs of least loss plus price of bytes and time, for every pair of prices."""
+        of_time = [0.0, *_prices(self._slopes(self._time), TIME_PRICES)]
+        for of_byte in (0.0, *_prices(self._slopes(self._bytes), BYTE_PRICES)):
+            for price in of_time:
+                paid = self._loss + of_byte * self._bytes + price * self._time
+                least = np.repeat(np.minimum.reduceat(paid, self._starts), self._sizes)
+                # Of equal ones the first: schemes are in a fixed order.
+                first = np.where(paid <= least, np.arange(len(paid)), len(paid))
+                yield np.minimum.reduceat(first, self._starts)
+
+    def _slopes(self, cost: Array) -> Array:
+        """Return the loss that is paid per unit of ``cost`` saved: from a layer's best pair, and to its cheapest.
+
+        Both together bound every price at which a layer's choice changes.
+        """
+        best, cheapest = self._first_least(self._loss), self._first_least(cost)
+        saved = np.concatenate([cost[best] - cost, cost - cost[cheapest]])
+        added = np.concatenate([self._loss - self._loss[best], self._loss[cheapest] - self._loss])
+        useful = (saved > 0) & (added > 0)
+        return np.asarray(added[useful] / saved[useful])
+
+    def _first_least(self, values: Array) -> Array:
+        least = np.repeat(np.minimum.reduceat(values, self._starts), self._sizes)
+        first = np.where(values <= least, np.arange(len(values)), len(values))
+        return np.repeat(np.minimum.reduceat(first, self._starts), self._sizes)
+
+
+def _pair(problem: Problem, layer: LayerChoice, scheme: str) -> tuple[float, float, float]:
+    """Return a pair's loss, bytes and nanoseconds, its quantizers included."""
+    quantizers = layer.quantizers(scheme)
+    time = layer.latency_ns.get(scheme, 0)
+    time += sum(problem.quantizer_ns.get(name, 0) for name in quantizers)
+    return layer.loss[scheme], layer.bytes[scheme] + sum(quantizers.values()), time
+
+
+def _prices(slopes: Array, count: int) -> list[float]:
+    """Return prices between which every choice changes; none where nothing is saved."""
+    if not len(slopes):
+        return []
+    # A little beyond both ends, where nothing and everything is saved.
+    return [float(price) for price in np.geomspace(slopes.min() / 2, slopes.max() * 2, count)]
