@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
@@ -340,12 +341,12 @@ class Scheme:
         """The weight's nominal block size."""
         return self.weight.block_size
 
-    @property
+    @cached_property
     def family(self) -> str:
         """The name without block size and branch, such as ``w4a16``; ``simulated`` for all of those."""
         return SIMULATED if self.simulated else self.series
 
-    @property
+    @cached_property
     def series(self) -> str:
         """What schemes share that differ only in block size or branch: ``w4a16``, ``w2a4-sim``."""
         body = self.name.split("+")[0]
@@ -361,17 +362,17 @@ class Scheme:
         """Bytes of one element of the input as the product reads it."""
         return self.activation.value_bytes if self.activation else FP16_BYTES
 
-    @property
+    @cached_property
     def weight_form(self) -> str:
         """Schemes with equal forms hold the same codes and scales for a layer: ``w8a8`` and ``w8a16``."""
         return self.weight.form + self.branch.suffix
 
-    @property
+    @cached_property
     def activation_form(self) -> str:
         """Schemes with equal forms share the quantizer of an input; "" for the common one, and for none."""
         return (self.activation.form if self.activation else "") + self.branch.activation_form
 
-    @property
+    @cached_property
     def body(self) -> Scheme:
         """The scheme without its branch."""
         return replace(self, name=self.name.split("+")[0], branch=Branch()) if self.branch else self

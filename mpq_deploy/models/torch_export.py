@@ -170,11 +170,11 @@ def strip_prefix(model: ir.Model) -> None:
 
 def optimized(model: ir.Model) -> ir.Model:
     """Return ``model`` after the exporter's optimizer, without redundant shapes and casts."""
-    import onnxscript.optimizer
+    from mpq_deploy.models.export_rewrites import optimize
 
     HideNearNeutralPass()(model)
     with silenced():
-        onnxscript.optimizer.optimize_ir(model)
+        optimize(model)
     return model
 
 

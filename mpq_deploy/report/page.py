@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import resources
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -54,15 +55,22 @@ def html_page(data: ReportData) -> str:
 
 def rendered(template: str, **values: object) -> str:
     """Return a page from a template, with the style and the words that all pages share."""
-    environment = Environment(
+    return (
+        _environment()
+        .get_template(template)
+        .render(words=words, style=asset("style.css"), **values)
+    )
+
+
+@cache
+def _environment() -> Environment:
+    """Return where templates are compiled, once for all pages of a process."""
+    return Environment(
         loader=PackageLoader("mpq_deploy.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-    )
-    return environment.get_template(template).render(
-        words=words, style=asset("style.css"), **values
     )
 
 

@@ -15,6 +15,8 @@ from mpq_deploy.report.page import html_page
 from mpq_deploy.studies.sweep import points_on_curve, spread_over
 from tests.report.sample_report import make_budgets, make_report
 
+pytestmark = pytest.mark.usefixtures("whole_grid")
+
 
 @given(st.integers(1, 900), st.floats(0.01, 1.0))
 def test_the_grid_rises_from_the_smallest_and_reaches_the_run(smallest, ratio):
